@@ -1,0 +1,98 @@
+"""The errors a user can meet. One family; each class is also the builtin a caller would expect.
+
+A message says what was found, what was expected, and what to type. ``cli`` catches the root once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FeatureCacheError(Exception):
+    """Root of every error raised for users."""
+
+    def __str__(self) -> str:  # KeyError would show its message quoted
+        return str(self.args[0]) if self.args else ""
+
+
+class UnknownName(FeatureCacheError, KeyError):
+    """A word that is in none of the tables."""
+
+
+class UnknownBackbone(UnknownName):
+    """No backbone is called that."""
+
+
+class UnknownHead(UnknownName):
+    """No head is called that."""
+
+
+class UnknownOutput(UnknownName):
+    """No output is called that."""
+
+
+class OutputRefused(FeatureCacheError, ValueError):
+    """The backbone has no such output, or one that would mean nothing."""
+
+
+class WeightsNotFound(FeatureCacheError, FileNotFoundError):
+    """Neither on this machine nor to be had from the hub."""
+
+
+class WeightsDoNotFit(FeatureCacheError, ValueError):
+    """The checkpoint and the architecture disagree."""
+
+
+class PreprocessingRefused(FeatureCacheError, ValueError):
+    """The weights' own preprocessing is missing, or cannot be reproduced exactly."""
+
+
+class SourceError(FeatureCacheError, ValueError):
+    """The images or their table are not as they have to be."""
+
+
+class UnreadableImage(FeatureCacheError, ValueError):
+    """One image that cannot be decoded; its message is the reason. Never ends a run by itself."""
+
+
+class CacheError(FeatureCacheError, ValueError):
+    """A store, shard or view that cannot be used as it is."""
+
+
+class DamagedFile(CacheError):
+    """A file that does not carry the bytes it was written with."""
+
+
+class UnsafeFile(CacheError):
+    """A file that refers outside its store or holds what no file of ours holds."""
+
+
+class NotInCache(FeatureCacheError, LookupError):
+    """Something asked for that has not been extracted."""
+
+
+class AmbiguousName(FeatureCacheError, LookupError):
+    """A name that several things carry."""
+
+
+class CannotWrite(FeatureCacheError, OSError):
+    """The disk is full, read-only or gone; what was committed is safe."""
+
+
+class BadOption(FeatureCacheError, ValueError):
+    """Options that contradict each other or the data."""
+
+
+class ProtocolError(FeatureCacheError, ValueError):
+    """The data do not allow what the protocol needs (a split too small, one class only, ...)."""
+
+
+class RunError(FeatureCacheError, ValueError):
+    """A run folder that is missing, incomplete or in the way."""
+
+
+def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
+    """`` Near: a, b.`` or an empty string: the known names closest to ``word``."""
+    near = difflib.get_close_matches(word, list(known), n=n, cutoff=0.5)
+    return f" Near: {', '.join(near)}." if near else ""
