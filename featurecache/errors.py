@@ -12,8 +12,8 @@ from collections.abc import Iterable
 class FeatureCacheError(Exception):
     """Root of every error raised for users."""
 
-    def __str__(self) -> str:  # KeyError would show its message quoted
-        return str(self.args[0]) if self.args else ""
+    def __str__(self) -> str:  # KeyError would quote it, OSError put its number before it
+        return str(self.args[-1]) if self.args else ""
 
 
 class UnknownName(FeatureCacheError, KeyError):

@@ -1,0 +1,349 @@
+"""The extraction pipeline on one machine: decode threads → forward pass → writer thread.
+
+Order never depends on who finishes first: decoded images are taken in the order they were asked for, every forward
+pass has exactly B rows (a short batch is padded and the padding dropped), and the writer handles batches one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from featurecache import images as _images
+from featurecache.backbones import Backbone
+from featurecache.errors import BadOption, UnreadableImage
+from featurecache.outputs import Output, blocks, derive, parse
+from featurecache.shards import TORCH_DTYPE, Layout, Located, ShardWriter, map_rows
+from featurecache.stores import Store
+
+_PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """``auto``: CUDA, then MPS, then CPU."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadOption(f'no device "{device}" on this machine. --device auto takes what is there.') from error
+    return picked
+
+
+@contextlib.contextmanager
+def exact_arithmetic(threads: int) -> Iterator[None]:
+    """No TF32, no autotuned kernels, a fixed number of CPU threads; the caller's settings come back afterwards."""
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(threads)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.set_num_threads(before[1])
+
+
+class Compute:
+    """A backbone on a device, in one precision, in batches of exactly ``batch_size`` rows."""
+
+    def __init__(self, backbone: Backbone, precision: str, device: torch.device, batch_size: int) -> None:
+        self.backbone, self.device, self.batch_size = backbone, device, batch_size
+        self._dtype = _PRECISION[precision]
+        self._format = torch.channels_last if backbone.channels_last else torch.contiguous_format
+        backbone.model.to(device=device, dtype=self._dtype)
+        if backbone.channels_last:
+            backbone.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor, sources: set[str], dtype: str) -> dict[str, torch.Tensor]:
+        """uint8 images [b,3,h,w], b ≤ B, to rows [b, ...] in the storage dtype, on the device, for each source."""
+        count = len(images)
+        if count < self.batch_size:
+            images = torch.cat([images, images.new_zeros(self.batch_size - count, *images.shape[1:])])
+        pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
+        wanted = {part for source in sources for part in _parts(source)}
+        found = self.backbone.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), wanted)
+        rows = {source: [found[part][:count].float() for part in _parts(source)] for source in sources}
+        return {key: torch.cat(parts, -1).to(TORCH_DTYPE[dtype]) for key, parts in rows.items()}
+
+    def seconds_per_batch(self, sources: set[str]) -> float:
+        """A short probe: the second of two passes over black images."""
+        images = torch.zeros(self.batch_size, 3, *self.backbone.image_size, dtype=torch.uint8)
+        for _ in range(2):
+            start = time.perf_counter()
+            for rows in self(images, sources, "float32").values():
+                rows.cpu()
+        return time.perf_counter() - start
+
+
+def _parts(source: str) -> list[str]:
+    """ "tokens@last2" → ["tokens@-2", "tokens"]: what the backbone gives, to be concatenated."""
+    base, _, layer = source.partition("@")
+    return [f"{base}@{part}" if part else base for part in blocks(layer)]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A run of images and the outputs that are to be computed of them: one shard each."""
+
+    rows: np.ndarray  # [n] numbers of distinct images
+    outputs: tuple[Output, ...]
+
+
+@dataclass
+class Job:
+    """What the engine needs to know of an extraction; ``failures`` is filled while it runs."""
+
+    store: Store
+    layouts: dict[str, Layout]
+    digests: np.ndarray  # [images] S32
+    read: Callable[[int], bytes | np.ndarray]  # by number of the distinct image
+    backbone: Backbone
+    compute: Compute
+    notes: dict[str, str]
+    workers: int
+    threads: int
+    fail_fast: bool = False
+    failures: dict[int, str] = field(default_factory=dict)
+
+    def prepare(self, number: int) -> torch.Tensor | str:
+        """One image as the network sees it, uint8 [3,h,w], or why not. Runs in a decode thread."""
+        try:
+            data = self.read(number)
+            if _images.digest(data).encode() != self.digests[number]:
+                return "the file changed while the extraction ran; run it again"
+            return self.backbone.preprocess.resized(_images.decode(data))
+        except UnreadableImage as error:
+            return str(error)
+
+
+@dataclass
+class Clock:
+    """Seconds the main loop spent waiting for decoded images, computing, and waiting for the writer."""
+
+    reading: float = 0.0
+    computing: float = 0.0
+    writing: float = 0.0
+    images: int = 0
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+
+    def shares(self) -> dict[str, float]:
+        """Fractions of the time, summing to 1."""
+        parts = {"computing": self.computing, "decoding": self.reading, "writing": self.writing}
+        total = sum(parts.values()) or 1.0
+        return {key: value / total for key, value in parts.items()}
+
+
+class _Shards:
+    """The shards of one unit while they fill; used by the writer thread only."""
+
+    def __init__(self, job: Job, unit: Unit) -> None:
+        self._job, self._unit = job, unit
+        planned = job.digests[unit.rows]
+        self._writers = {
+            output: ShardWriter(job.store.path, planned, job.layouts[output.name], job.notes) for output in unit.outputs
+        }
+
+    def write(self, numbers: list[int], rows: dict[str, torch.Tensor]) -> None:
+        """numbers [b] of images; rows [b, ...] per source. A row that does not fit the dtype is a failure, never stored."""
+        kept = {source: tensor.cpu() for source, tensor in rows.items()}
+        good = self._finite(numbers, kept)
+        digests = [bytes(self._job.digests[numbers[k]]) for k in good]
+        for output, writer in self._writers.items():
+            tensor = kept[output.source][good] if len(good) < len(numbers) else kept[output.source]
+            if output.derived:
+                backbone = self._job.backbone
+                tensor = derive(output, tensor, len(backbone.prefix), backbone.grid)
+            writer.append(digests, tensor.numpy())
+
+    def _finite(self, numbers: list[int], rows: dict[str, torch.Tensor]) -> list[int]:
+        good = []
+        for k, number in enumerate(numbers):
+            bad = next((source for source, tensor in rows.items() if not torch.isfinite(tensor[k]).all()), None)
+            if bad is None:
+                good.append(k)
+            else:
+                dtype = self._job.layouts[self._unit.outputs[0].name].dtype
+                way = "try --dtype float32" if dtype == "float16" else "try --precision fp32"
+                self._job.failures[number] = f"{bad} has values that are not finite or do not fit {dtype}; {way}"
+        return good
+
+    def commit(self) -> None:
+        try:
+            for writer in self._writers.values():
+                writer.commit()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        for writer in self._writers.values():
+            writer.discard()
+
+
+class _Behind:
+    """One writer thread, a bounded number of batches behind the forward pass. Errors surface at the next call."""
+
+    def __init__(self, clock: Clock, most: int = 8) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._clock, self._most = clock, most
+        self._pending: deque[Future[Any]] = deque()
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        with self._clock.on("writing"):
+            self._pending.append(self._pool.submit(function, *arguments))
+            while len(self._pending) > self._most:
+                self._pending.popleft().result()
+
+    def finish(self) -> None:
+        """Wait for all that was handed over; raises the first error."""
+        with self._clock.on("writing"):
+            while self._pending:
+                self._pending.popleft().result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def run_local(job: Job, units: list[Unit], advance: Callable[[int, Clock], Any]) -> Clock:
+    """Compute the units in order and commit their shards. ``advance(images, clock)`` is called after every batch.
+
+    Interrupted (Ctrl-C, or an unreadable image under ``fail_fast``), what was computed is committed first.
+    """
+    clock = Clock()
+    decoders, behind = ThreadPoolExecutor(job.workers, thread_name_prefix="decode"), _Behind(clock)
+    items = [(unit, number) for unit in units for number in unit.rows.tolist()]
+    upcoming = ahead(decoders, lambda item: job.prepare(item[1]), items, 2 * job.compute.batch_size + job.workers)
+    open_shards: list[_Shards] = []
+    try:
+        with exact_arithmetic(job.threads):
+            for unit in units:
+                open_shards.append(_Shards(job, unit))
+                try:
+                    _run_unit(job, unit, open_shards[-1], upcoming, behind, clock, advance)
+                finally:  # also when interrupted: what was computed is kept
+                    behind(open_shards[-1].commit)
+        behind.finish()
+    except (KeyboardInterrupt, UnreadableImage):
+        behind.finish()
+        raise
+    finally:
+        decoders.shutdown(cancel_futures=True)
+        behind.close()
+        for shards in open_shards:
+            shards.discard()
+    return clock
+
+
+def _run_unit(
+    job: Job, unit: Unit, shards: _Shards, upcoming: Iterator[tuple[Any, Future[Any]]], behind: _Behind, clock: Clock,
+    advance: Callable[[int, Clock], Any],
+) -> None:  # fmt: skip
+    sources = {output.source for output in unit.outputs}
+    dtype = job.layouts[unit.outputs[0].name].dtype
+    for numbers, images in _batches(job, unit, upcoming, clock, advance):
+        with clock.on("computing"):
+            rows = job.compute(images, sources, dtype)
+        behind(shards.write, numbers, rows)
+        clock.images += len(numbers)
+        advance(len(numbers), clock)
+
+
+def _batches(
+    job: Job,
+    unit: Unit,
+    upcoming: Iterator[tuple[Any, Future[Any]]],
+    clock: Clock,
+    advance: Callable[[int, Clock], Any],
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Batches of up to B readable images of one unit."""
+    numbers: list[int] = []
+    pixels: list[torch.Tensor] = []
+    for _ in range(len(unit.rows)):
+        with clock.on("reading"):
+            (_, number), future = next(upcoming)
+            image = future.result()
+        if isinstance(image, str):
+            job.failures[number] = image
+            advance(1, clock)
+            if job.fail_fast:
+                raise UnreadableImage(image)
+            continue
+        numbers.append(number)
+        pixels.append(image)
+        if len(numbers) == job.compute.batch_size:
+            yield numbers, torch.stack(pixels)
+            numbers, pixels = [], []
+    if numbers:
+        yield numbers, torch.stack(pixels)
+
+
+def ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any], window: int
+) -> Iterator[tuple[Any, Future[Any]]]:
+    """Submit up to ``window`` items in advance; give (item, future) in the order of the items."""
+    pending: deque[tuple[Any, Future[Any]]] = deque()
+    for item in items:
+        pending.append((item, pool.submit(function, item)))
+        if len(pending) > window:
+            yield pending.popleft()
+    yield from pending
+
+
+def derive_units(job: Job, units: list[tuple[Unit, dict[str, Located]]], advance: Callable[[int, Clock], Any]) -> None:
+    """Compute outputs that are functions of stored tokens. ``Located`` says where the tokens of the unit's rows lie."""
+    for unit, places in units:
+        shards = _Shards(job, unit)
+        try:
+            for start in range(0, len(unit.rows), 64):
+                stretch = slice(start, start + 64)
+                rows = {source: _gather(place, stretch, job.layouts[source]) for source, place in places.items()}
+                shards.write(unit.rows[stretch].tolist(), rows)
+                advance(len(unit.rows[stretch]), Clock())
+            shards.commit()
+        finally:
+            shards.discard()
+
+
+def _gather(places: Located, stretch: slice, layout: Layout) -> torch.Tensor:
+    """Stored rows [n, ...] in the order of ``places``."""
+    files, rows = places.file[stretch], places.row[stretch]
+    result = torch.empty((len(files), *layout.row_shape), dtype=TORCH_DTYPE[layout.dtype])
+    for number in np.unique(files):
+        shard = places.shards[number]
+        mapped = map_rows(shard.path, shard.size, shard.offset, len(shard.digests), layout.row_shape, layout.dtype)
+        chosen = np.flatnonzero(files == number)
+        result[torch.from_numpy(chosen)] = mapped[torch.from_numpy(rows[chosen])]
+    return result
+
+
+def layout_of(backbone: Backbone, output: Output, dtype: str) -> Layout:
+    """Shape and dtype of an output's rows. Raises OutputRefused where the backbone has none."""
+    backbone.offers(output.base if not output.layer else f"{output.base.split('-')[0]}@{output.layer}")
+    length = len(backbone.prefix) + backbone.grid[0] * backbone.grid[1]
+    width = backbone.width * len(blocks(output.layer))
+    shape = output.row_shape((length, width), len(backbone.prefix))
+    prefix, grid = output.layout(backbone.prefix, backbone.grid) or (None, None)
+    return Layout(output.name, shape, dtype, prefix, grid)
+
+
+def source_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
+    """The layout of the tokens an output is derived from."""
+    return layout_of(backbone, parse(output.source), dtype)

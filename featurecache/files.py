@@ -1,0 +1,279 @@
+"""Files that are whole or not there: the user block, writing beside and replacing, opening with care.
+
+HDF5 never writes to a disk here. h5py builds a file's *frame* in memory (`Frame`); `Draft` writes frame and rows to a
+temporary file in the same folder, fsyncs it, gives it its final name and fsyncs the folder. After a full disk HDF5
+fails only at close and can take the interpreter down; a failed ``os.pwrite`` is an ordinary error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import mmap
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import xxhash
+
+from featurecache.errors import CannotWrite, DamagedFile, UnsafeFile
+
+FORMAT = 1
+USER_BLOCK = 512  # bytes; the smallest HDF5 allows
+ALIGNMENT = 64  # bytes; a cache line, and a multiple of every itemsize we store
+_MAGIC = b"featurecache"
+
+
+class Frame(io.RawIOBase):
+    """What h5py writes of a file, without the regions it never touches (a features dataset of gigabytes).
+
+    A file object for h5py's ``fileobj`` driver: keeps the written extents by offset, in memory.
+    """
+
+    def __init__(self) -> None:
+        self._extents: dict[int, bytes] = {}
+        self._position = 0
+        self.size = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def write(self, data) -> int:  # type: ignore[no-untyped-def, override]
+        self._extents[self._position] = bytes(data)
+        self._position += len(data)
+        self.size = max(self.size, self._position)
+        return len(data)
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def, override]
+        raise AssertionError("h5py reads nothing back of a file with fixed-size content")
+
+    def truncate(self, size: int | None = None) -> int:
+        self.size = self._position if size is None else size
+        return self.size
+
+    def extents(self) -> Iterator[tuple[int, bytes]]:
+        """(offset, bytes) in the order they were written; later ones lie over earlier ones."""
+        return iter(self._extents.items())
+
+    @classmethod
+    def of(cls, data: bytes) -> Frame:
+        """A whole file that is in memory already."""
+        frame = cls()
+        frame.write(data)
+        return frame
+
+
+@contextlib.contextmanager
+def new_hdf5(buffer: io.RawIOBase | io.BytesIO) -> Iterator[h5py.File]:
+    """A file to be filled in memory: a format every HDF5 since 1.10 reads, with room for the user block."""
+    with h5py.File(
+        buffer, "w", libver=("v110", "v110"), userblock_size=USER_BLOCK,
+        alignment_threshold=1, alignment_interval=ALIGNMENT,
+    ) as file:  # fmt: skip
+        yield file
+
+
+def user_block(digest: str, length: int) -> bytes:
+    """The first 512 bytes: one line that lets a file of ``length`` bytes be checked without HDF5."""
+    line = b"%s %d %s %d\n" % (_MAGIC, FORMAT, digest.encode(), length)
+    return line.ljust(USER_BLOCK, b"\0")
+
+
+def read_user_block(path: Path) -> tuple[str, int]:
+    """(xxh3_128 as hex, length in bytes) that ``path`` was written with; its actual length is checked."""
+    try:
+        with open(path, "rb") as file:
+            block, size = file.read(USER_BLOCK), os.fstat(file.fileno()).st_size
+    except FileNotFoundError as error:
+        raise DamagedFile(f"{path} is missing.") from error
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror}.") from error
+    words = block.split(b"\n", 1)[0].split(b" ")
+    if len(words) != 4 or words[0] != _MAGIC or not words[1].isdigit() or not words[3].isdigit() or len(words[2]) != 32:
+        raise DamagedFile(f"{path} is not a file of featurecache, or its beginning is damaged.")
+    if int(words[1]) != FORMAT:
+        raise DamagedFile(f"{path} has format {int(words[1])}; this featurecache reads format {FORMAT}.")
+    if int(words[3]) != size:
+        raise DamagedFile(f"{path} has {size:,} bytes; it was written with {int(words[3]):,}.")
+    return words[2].decode("ascii", "replace"), size
+
+
+def read_checked(path: Path) -> bytes:
+    """All bytes of a small file (a view), refused unless they are the ones it was written with."""
+    digest, _ = read_user_block(path)
+    data = path.read_bytes()
+    if xxhash.xxh3_128_hexdigest(memoryview(data)[USER_BLOCK:]) != digest:
+        raise DamagedFile(f"{path} is damaged: its content does not match the hash in its first line.")
+    return data
+
+
+def _hash_after_block(descriptor: int) -> str:
+    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+        rest = view[USER_BLOCK:]
+        try:
+            return xxhash.xxh3_128_hexdigest(rest)
+        finally:
+            rest.release()
+
+
+class Draft:
+    """A file in the making, under a temporary name beside its final one.
+
+    >>> with Draft(path) as draft:          # doctest: +SKIP
+    ...     draft.write(4096, rows)
+    ...     draft.commit(frame)
+    Left without a commit, or by an error, the temporary file is thrown away.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(f".{path.name}.{_owner()}.{secrets.token_hex(4)}.tmp")
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.discard()
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        rest = memoryview(data).cast("B")
+        with _writing(self.path):
+            while rest:
+                written = os.pwrite(self._descriptor, rest, offset)
+                rest, offset = rest[written:], offset + written
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
+
+    def commit(self, frame: Frame, *, replace: bool = False) -> None:
+        """Lay ``frame`` around what was written, seal, and give the file its final name.
+
+        ``replace=False``: a file that already has the name wins and ours is dropped (both hold the same rows).
+        """
+        for offset, data in frame.extents():
+            self.write(offset, data)
+        with _writing(self.path):
+            os.ftruncate(self._descriptor, frame.size)
+        self.write(0, user_block(_hash_after_block(self._descriptor), frame.size))
+        with _writing(self.path):
+            os.fsync(self._descriptor)
+            _give_name(self._temporary, self.path, replace)
+            sync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+            with contextlib.suppress(OSError):  # committed (the name is gone), or the folder is
+                os.unlink(self._temporary)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace ``path`` by a file with exactly ``data`` (JSON, CSV, ...), or leave it as it was."""
+    with Draft(path) as draft:
+        draft.write(0, data)
+        with _writing(path):
+            os.fsync(draft._descriptor)
+            os.replace(draft._temporary, path)
+            sync_folder(path.parent)
+
+
+def _give_name(temporary: Path, path: Path, replace: bool) -> None:
+    if replace:
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path)  # unlike rename, never over a file that another process has just committed
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES):
+            raise
+        os.replace(temporary, path)  # a file system without hard links
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise CannotWrite(
+            error.errno, f"cannot write {path}: {why}. What was committed is safe; the same command continues."
+        ) from error
+
+
+def _owner() -> str:
+    return f"{socket.gethostname().replace('.', '-')}.{os.getpid()}"
+
+
+def sweep_drafts(folder: Path) -> None:
+    """Remove temporary files that dead processes of this machine left (a killed run leaves at most a few)."""
+    host, own = _owner().rsplit(".", 1)
+    for path in folder.glob(".*.tmp"):
+        parts = path.name.rsplit(".", 4)  # .<name> . host . pid . token . tmp
+        if len(parts) == 5 and parts[1] == host and parts[2].isdigit() and parts[2] != own:
+            try:
+                os.kill(int(parts[2]), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except OSError:
+                continue  # alive, but somebody else's
+
+
+def check_inside(file: h5py.File, name: Path, *, virtual: bool) -> None:
+    """Refuse anything that could lead HDF5 out of this file: soft and external links, external raw storage and,
+    unless ``virtual``, virtual datasets. Walks links without following them; reads no data."""
+    pending = [file.id]
+    seen = set()
+    while pending:
+        group = pending.pop()
+        for key in group:
+            if group.links.get_info(key).type != h5py.h5l.TYPE_HARD:
+                raise UnsafeFile(
+                    f"{name} contains a link ({key.decode(errors='replace')}); no file of featurecache does."
+                )
+            thing = h5py.h5o.open(group, key)
+            identity = h5py.h5o.get_info(thing).addr
+            if identity in seen:
+                raise UnsafeFile(f"{name} names one object twice; no file of featurecache does.")
+            seen.add(identity)
+            if isinstance(thing, h5py.h5g.GroupID):
+                pending.append(thing)
+            elif isinstance(thing, h5py.h5d.DatasetID):
+                _check_dataset(thing, f"{name}: {key.decode(errors='replace')}", virtual)
+            else:
+                raise UnsafeFile(f"{name} contains {key.decode(errors='replace')}, neither group nor dataset.")
+
+
+def _check_dataset(dataset: h5py.h5d.DatasetID, name: str, virtual: bool) -> None:
+    creation = dataset.get_create_plist()
+    if creation.get_external_count():
+        raise UnsafeFile(f"{name} keeps its data in another file; no file of featurecache does.")
+    if creation.get_layout() == h5py.h5d.VIRTUAL:
+        if not virtual:
+            raise UnsafeFile(f"{name} is a virtual dataset; a shard holds its rows itself.")
+        for i in range(creation.get_virtual_count()):
+            source = creation.get_virtual_filename(i)
+            if os.path.isabs(source) or ".." in Path(source).parts:
+                raise UnsafeFile(f"{name} refers to {source}, outside its store.")
