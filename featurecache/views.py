@@ -8,9 +8,10 @@ reads a feature through HDF5.
 
 from __future__ import annotations
 
+import ctypes
 import io
-import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -22,7 +23,7 @@ import torch
 
 from featurecache import outputs as _outputs
 from featurecache.errors import AmbiguousName, CacheError, NotInCache, UnsafeFile, nearest
-from featurecache.files import FORMAT, Draft, Frame, check_inside, new_hdf5, read_checked
+from featurecache.files import ALIGNMENT, FORMAT, USER_BLOCK, Draft, Frame, check_inside, new_hdf5, read_checked
 from featurecache.shards import DIGEST, TORCH_DTYPE, Layout, Located, map_rows
 from featurecache.stores import Store, cache_folder, open_store, stores
 
@@ -173,8 +174,9 @@ class View:
             raise CacheError(
                 f"{path} belongs to the store {self.fingerprint}, but lies in that of {store.fingerprint}."
             )
-        self._maps: dict[int, torch.Tensor] = {}
+        self._maps: dict[str, _Mapped] = {}
         self._check_files()
+        self._check_index()
 
     def _read(self, file: h5py.File) -> None:
         attrs = file.attrs
@@ -210,6 +212,22 @@ class View:
                 raise CacheError(
                     f"{path}, which the view {self.label} needs, {what}. Run its extraction again: it computes what is not there."
                 )
+
+    def _check_index(self) -> None:
+        """Every row lies inside its file: the gather trusts these numbers with addresses."""
+        files = self._files
+        for name, stored in self._stored.items():
+            file, row = stored.index[:, 0], stored.index[:, 1]
+            shape, itemsize = stored.info.shape, np.dtype(stored.info.dtype).itemsize
+            fine = all(0 < side < 1 << 32 for side in shape) and ((0 <= file) & (file < len(files))).all()
+            if fine and len(file):
+                row_bytes = math.prod(shape) * itemsize
+                last = [int(o) + int(n) * row_bytes for o, n in zip(files["offset"], files["rows"], strict=True)]
+                inside = np.array([end <= size for end, size in zip(last, files["size"].tolist(), strict=True)])
+                placed = (files["offset"] >= USER_BLOCK) & (files["offset"] % ALIGNMENT == 0) & (files["rows"] > 0)
+                fine = ((0 <= row) & (row < files["rows"][file])).all() and (inside & placed)[np.unique(file)].all()
+            if not fine:
+                raise UnsafeFile(f"{self.path}: its index of {name} points outside the shards.")
 
     def _file(self, number: int) -> tuple[Path, int]:
         entry = self._files[number]
@@ -290,32 +308,16 @@ class View:
         return self.tensor(output, rows).numpy()
 
     def take(self, output: str, rows: Any, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows of a *stored* output, [n, ...], in the order asked; ``out`` is filled when given.
-
-        Rows of one shard are gathered by one parallel index_select; where the rows asked for are sorted these pieces
-        are the result as it lies, else they are put in order by a second copy.
-        """
+        """Rows of a *stored* output, [n, ...], in the order asked, at the speed of memory; ``out`` is filled when given."""
         stored = self._stored[output]
-        places = stored.index[self._rows(rows)]
-        shape = (len(places), *stored.info.shape)
-        if out is None:
-            out = torch.empty(shape, dtype=TORCH_DTYPE[stored.info.dtype])
-        assert tuple(out.shape) == shape and out.dtype == TORCH_DTYPE[stored.info.dtype]
-        order = np.argsort(places[:, 0], kind="stable")
-        bounds = np.flatnonzero(np.diff(places[order, 0], prepend=-1, append=-2))
-        ordered = bool((order == np.arange(len(order))).all())
-        gathered = out if ordered else torch.empty_like(out)
-        for start, stop in itertools.pairwise(bounds):
-            file, index = int(places[order[start], 0]), torch.from_numpy(places[order[start:stop], 1])
-            torch.index_select(self._map(file, stored.info), 0, index, out=gathered[start:stop])
-        return out if ordered else out.index_copy_(0, torch.from_numpy(order), gathered)
+        if output not in self._maps:
+            self._maps[output] = _Mapped(self, stored)
+        return self._maps[output].take(stored.index[self._rows(rows)], out)
 
     def _map(self, number: int, info: OutputInfo) -> torch.Tensor:
-        if number not in self._maps:
-            path, size = self._file(number)
-            entry = self._files[number]
-            self._maps[number] = map_rows(path, size, int(entry["offset"]), int(entry["rows"]), info.shape, info.dtype)
-        return self._maps[number]
+        path, size = self._file(number)
+        entry = self._files[number]
+        return map_rows(path, size, int(entry["offset"]), int(entry["rows"]), info.shape, info.dtype)
 
     def _rows(self, rows: Any) -> np.ndarray:
         if rows is None:
@@ -325,6 +327,48 @@ class View:
         if len(picked) and not (0 <= picked.min() and picked.max() < len(self)):
             raise IndexError(f"{self.label} has rows 0 to {len(self) - 1}; asked for {picked.min()} to {picked.max()}.")
         return picked
+
+
+class _Mapped:
+    """All shards of one output as one tensor, whose rows begin wherever the mapped files lie in memory.
+
+    A gather over many shards would be one index_select for each, and a second copy to put the rows in order. Instead
+    the address range from the first mapping to the last is taken as one buffer, [M, ...] with overlapping rows a
+    common divisor of all row addresses apart; one parallel index_select then reads any rows of any shards in the
+    order asked. Of the range only rows of shards are ever touched.
+    """
+
+    def __init__(self, view: View, stored: _Stored) -> None:
+        self._info = stored.info
+        used = np.unique(stored.index[:, 0])
+        self._shards = {int(number): view._map(int(number), stored.info) for number in used}  # keeps them mapped
+        self._bytes = int(np.prod(stored.info.shape)) * np.dtype(stored.info.dtype).itemsize
+        self._unit = math.gcd(ALIGNMENT, self._bytes)
+        starts = {number: rows.data_ptr() for number, rows in self._shards.items()}
+        first = min(starts.values(), default=0)
+        self._start = np.zeros(max(starts, default=0) + 1, np.int64)  # by file, in units
+        for number, address in starts.items():
+            assert (address - first) % self._unit == 0
+            self._start[number] = (address - first) // self._unit
+        span = max((rows.data_ptr() + rows.numel() * rows.itemsize for rows in self._shards.values()), default=0) - first
+        self._buffer = self._over(first, span)
+
+    def _over(self, first: int, span: int) -> torch.Tensor:
+        dtype, shape = TORCH_DTYPE[self._info.dtype], self._info.shape
+        if not span:
+            return torch.empty((0, *shape), dtype=dtype)
+        memory = torch.frombuffer((ctypes.c_byte * span).from_address(first), dtype=dtype)
+        inner = torch.empty(shape, dtype=dtype, device="meta").stride()
+        count = (span - self._bytes) // self._unit + 1
+        return memory.as_strided((count, *shape), (self._unit // dtype.itemsize, *inner))
+
+    def take(self, places: np.ndarray, out: torch.Tensor | None) -> torch.Tensor:
+        """places [n,2] (file, row) → [n, ...]."""
+        index = torch.from_numpy(self._start[places[:, 0]] + places[:, 1] * (self._bytes // self._unit))
+        if out is None:
+            out = torch.empty((len(places), *self._info.shape), dtype=self._buffer.dtype)
+        assert out.shape == (len(places), *self._info.shape) and out.dtype == self._buffer.dtype
+        return torch.index_select(self._buffer, 0, index, out=out) if len(places) else out
 
 
 def _column(column: h5py.Dataset) -> np.ndarray:

@@ -167,6 +167,45 @@ def outside_virtual(file: h5py.File) -> None:
     file.create_virtual_dataset("cls", layout)
 
 
+def far_row(file: h5py.File) -> None:
+    file["index/cls"][3, 1] = 1 << 40
+
+
+def negative_row(file: h5py.File) -> None:
+    file["index/cls"][3, 1] = -1
+
+
+def far_file(file: h5py.File) -> None:
+    file["index/cls"][3, 0] = 77
+
+
+def far_offset(file: h5py.File) -> None:
+    files = file["index/files"][...]
+    files["offset"] += 1 << 30
+    file["index/files"][...] = files
+
+
+def many_rows(file: h5py.File) -> None:
+    files = file["index/files"][...]
+    files["rows"] = 1 << 61  # times the bytes of a row, beyond 64 bits
+    file["index/files"][...] = files
+
+
+@pytest.mark.parametrize("change", [far_row, negative_row, far_file, far_offset, many_rows])
+def test_an_index_that_points_outside_the_shards_is_refused(tmp_path: Path, change) -> None:  # type: ignore[no-untyped-def]
+    path = make_view(tmp_path, ORDER).path
+    reseal(path, change)
+    with pytest.raises(UnsafeFile, match="points outside the shards"):
+        View(path)
+
+
+@pytest.mark.parametrize("width", [1, 3, 32, 100])
+def test_rows_of_any_width_are_gathered_from_many_shards(tmp_path: Path, width: int) -> None:
+    layout = Layout("cls", (width,), "float16")
+    view = make_view(tmp_path, ORDER, per_shard=2, layouts=(layout,))
+    assert np.array_equal(view.array("cls", [8, 0, 3]), features([ORDER[k] for k in (8, 0, 3)], layout))
+
+
 @pytest.mark.parametrize("change", [outside_index, outside_virtual])
 def test_a_view_that_refers_outside_its_store_is_refused(tmp_path: Path, change) -> None:  # type: ignore[no-untyped-def]
     path = make_view(tmp_path, ORDER).path
