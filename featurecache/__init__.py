@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 
 # Attribute -> module that defines it; imported when first used, so that `featurecache --help` loads no torch.
 _LAZY = {
-    "extract": "featurecache.extract",
-    "compute": "featurecache.extract",
+    "extract": "featurecache.extraction",
+    "compute": "featurecache.extraction",
     "open_view": "featurecache.views",
     "View": "featurecache.views",
     "load_backbone": "featurecache.backbones",

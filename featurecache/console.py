@@ -1,0 +1,339 @@
+"""What the command line says of extractions and caches: records (``--json``) and aligned lines made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featurecache.backbones import describe as describe_backbone
+from featurecache.describe import Description
+from featurecache.describe import describe as describe_dataset
+from featurecache.errors import FeatureCacheError
+from featurecache.extraction import Extraction, Result, size_text
+from featurecache.stores import Store, stores
+from featurecache.views import OutputInfo, View
+
+FEW = 10  # images of a class in val below which it cannot choose a model
+
+
+def columns(rows: Iterable[tuple[str, str]], indent: int = 11) -> str:
+    """``word       text`` lines; continuation lines of a text are indented like it."""
+    lines = []
+    for word, text in rows:
+        first, *rest = text.splitlines() or [""]
+        lines += [f"{word:<{indent}}{first}", *(" " * indent + line for line in rest)]
+    return "\n".join(lines)
+
+
+def shape_text(name: str, shape: tuple[int, ...]) -> str:
+    return f"{name} [{'×'.join(map(str, shape))}]"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def data_of(extraction: Extraction) -> Description:
+    digests = np.append(extraction.digests, b"")[extraction.sample_image]  # -1, unread: the empty one
+    return describe_dataset(extraction.dataset, [digest.decode() for digest in digests.tolist()])
+
+
+def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, Any]:
+    """What an extraction would do, for ``--dry-run`` and as the beginning of a run's record."""
+    held = len(extraction.digests) - extraction.to_compute - extraction.to_derive
+    return {
+        "backbone": describe_backbone(extraction.backbone),
+        "untrained": extraction.spec.untrained,
+        "data": data_of(extraction).to_dict(),
+        "source": extraction.dataset.source,
+        "unread": [[extraction.dataset.ids[k], reason] for k, reason in sorted(extraction.unread.items())],
+        "outputs": {o.name: list(extraction.layouts[o.name].row_shape) for o in extraction.outputs},
+        "dtype": extraction.spec.dtype,
+        "precision": extraction.spec.precision,
+        "device": str(extraction.device),
+        "plan": extraction.plan,
+        "store": str(extraction.store.path) if extraction.store else None,
+        "view": extraction.name,
+        "images_in_cache": held,
+        "images_to_compute": extraction.to_compute,
+        "images_to_derive": extraction.to_derive,
+        "bytes": extraction.bytes_of(),
+        "new_bytes": extraction.new_bytes,
+        "images_per_s": rate,
+        "seconds": extraction.to_compute / rate if rate else None,
+    }
+
+
+def extraction_lines(extraction: Extraction, rate: float | None) -> str:
+    """The first screen of ``extract``: backbone, what it sees, data, what is kept, machine, warnings."""
+    record = extraction_record(extraction, rate)
+    rows = [
+        ("backbone", _backbone_line(record)),
+        ("sees", record["backbone"]["sees"]),
+        ("data", _data_line(record)),
+        ("keeps", _keeps_line(extraction)),
+        ("machine", _machine_line(extraction, rate)),
+    ]
+    rows += [("warning", text) for text in _warnings(record["data"])]
+    held, total = record["images_in_cache"], len(extraction.digests)
+    if held:
+        rows.append(("cache", f"{held:,} of {total:,} distinct images are in it already"))
+    if extraction.to_derive:
+        rows.append(("derives", f"{extraction.to_derive:,} images from stored tokens, without the backbone"))
+    return columns(rows)
+
+
+def _backbone_line(record: dict[str, Any]) -> str:
+    made = record["backbone"]
+    parameters = f"{made['parameters'] / 1e6:.3g} M parameters"
+    trained = ["untrained: random weights"] if record["untrained"] else [made["licence"]] if made["licence"] else []
+    return "  ".join(filter(None, [made["name"], made["id"], ", ".join([parameters, *trained, "frozen"])]))
+
+
+def _data_line(record: dict[str, Any]) -> str:
+    data = record["data"]
+    splits = " · ".join(
+        f"{split or 'no split'} {sum_:,}" for split, sum_ in zip(data["splits"], data["totals"], strict=True)
+    )
+    classes = " · ".join(f"{name} {sum(row):,}" for name, row in zip(data["classes"][:6], data["counts"], strict=False))
+    more = f" · {len(data['classes']) - 6} more classes" if len(data["classes"]) > 6 else ""
+    copies = data["copies"]["total"] if data["copies"] else 0
+    parts = [splits if data["splits"] not in ([], [""]) else "", classes + more, f"{copies:,} copies" if copies else ""]
+    return f"{record['source'].get('data')}  {data['images']:,} images: " + "; ".join(filter(None, parts))
+
+
+def _keeps_line(extraction: Extraction) -> str:
+    kept = " + ".join(shape_text(o.name, extraction.layouts[o.name].row_shape) for o in extraction.outputs)
+    where = extraction.store.path if extraction.store else extraction.cache / f"{extraction.backbone.name}-…"
+    text = f"{kept}, {extraction.spec.dtype}: {size_text(extraction.bytes_of())} in {where}"
+    sizes = {o.name: extraction.bytes_of([o.name]) for o in extraction.outputs}
+    cheapest = min(sizes, key=lambda name: sizes[name])
+    if 2 * sizes[cheapest] < extraction.bytes_of():
+        text += f" (--outputs {cheapest} alone: {size_text(sizes[cheapest])})"
+    return text
+
+
+def _machine_line(extraction: Extraction, rate: float | None) -> str:
+    plan, device = extraction.plan, extraction.device
+    what = f"{plan['threads']} CPU threads" if device.type == "cpu" else _device_name(extraction)
+    precision = f"{extraction.spec.precision} ({extraction.precision_reason})"
+    speed = f": {rate:.3g} images/s, about {duration(extraction.to_compute / rate)}" if rate else ""
+    return f"{what}, {precision}, batches of {plan['batch_size']}{speed}"
+
+
+def _device_name(extraction: Extraction) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(extraction.device) if extraction.device.type == "cuda" else str(extraction.device)
+
+
+def _warnings(data: dict[str, Any]) -> list[str]:
+    found = []
+    if "val" in data["splits"] and data["task"] in ("binary", "multiclass", "ordinal"):
+        k = data["splits"].index("val")
+        few = [f"{row[k]} of {name}" for name, row in zip(data["classes"], data["counts"], strict=True) if row[k] < FEW]
+        if few:
+            found.append(
+                f"val has {', '.join(few[:3])}: too few to choose a model; train-head will ask for --resplit-val"
+            )
+    found += data["notes"]
+    copies = data["copies"]
+    if copies:
+        found += [f"{n:,} images stand in both {pair.replace('+', ' and ')}" for pair, n in copies["across"].items()]
+        if copies["two_labels"]:
+            found.append(f"{copies['two_labels']:,} images bear two different labels")
+    return found
+
+
+def result_record(result: Result) -> dict[str, Any]:
+    return {
+        "view": str(result.view),
+        "images": result.images,
+        "computed": result.computed,
+        "derived": result.derived,
+        "seconds": round(result.seconds, 3),
+        "images_per_s": round(result.images_per_s, 3),
+        "shares": {key: round(share, 4) for key, share in result.shares.items()},
+        "failed": [{"id": name, "reason": reason} for name, reason in result.failed],
+    }
+
+
+def result_lines(result: Result, view_label: str) -> str:
+    """The last lines of ``extract``; unreadable images are named, at most ten."""
+    speed = f" ({result.images_per_s:.3g} images/s)" if result.computed else ""
+    unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""
+    done = f"{result.computed:,} images computed in {duration(result.seconds)}{speed}{unread}"
+    if not result.computed:
+        done = f"nothing left to compute; {result.images:,} images in the view{unread}"
+        if result.derived:
+            done = f"{result.derived:,} images derived from stored tokens in {duration(result.seconds)}{unread}"
+    width = max((len(name) for name, _ in result.failed[:10]), default=0)
+    lines = [f"  {name:<{min(width, 60)}}  {reason}" for name, reason in result.failed[:10]]
+    if len(result.failed) > 10:
+        lines.append(f"  … and {len(result.failed) - 10:,} more; featurecache info {view_label} lists them")
+    return columns([("done", "\n".join([done, *lines])), ("view", f"{view_label} in {result.view}")])
+
+
+def cache_record(cache: Path) -> list[dict[str, Any]]:
+    """Stores with their outputs (shards, rows, bytes) and views. A store that cannot be read says why."""
+    return [_store_record(store) for store in stores(cache)]
+
+
+def _store_record(store: Store) -> dict[str, Any]:
+    outputs = {}
+    for folder in sorted(path for path in store.path.iterdir() if path.is_dir()):
+        files = [path for path in folder.glob("[0-9a-f]*.h5")]
+        outputs[folder.name] = {"shards": len(files), "bytes": sum(path.stat().st_size for path in files)}
+    return {
+        "folder": str(store.path),
+        "backbone": store.provenance.get("backbone", store.path.name),
+        "fingerprint": store.fingerprint,
+        "untrained": store.spec.untrained,
+        "image_size": list(store.spec.image_size),
+        "precision": store.spec.precision,
+        "dtype": store.spec.dtype,
+        "outputs": outputs,
+        "views": [_view_line(path) for path in store.views()],
+        "bytes": sum(entry["bytes"] for entry in outputs.values()),
+    }
+
+
+def _view_line(path: Path) -> dict[str, Any]:
+    try:
+        view = View(path)
+    except FeatureCacheError as error:
+        return {"name": path.stem, "error": str(error)}
+    return {
+        "name": path.stem,
+        "images": len(view),
+        "task": view.task,
+        "classes": len(view.classes),
+        "outputs": list(view.outputs),
+        "failed": len(view.failed),
+    }
+
+
+def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
+    """A block per store: its outputs with their size, its views."""
+    if not records:
+        return f"{cache} holds no features yet; featurecache extract --backbone NAME --data FOLDER makes some"
+    lines = []
+    for store in records:
+        size = "×".join(map(str, store["image_size"]))
+        what = f"{size} px, {store['precision']}, {store['dtype']}" + (", untrained" if store["untrained"] else "")
+        lines.append(f"{store['folder']}  {store['backbone']}, {what}: {size_text(store['bytes'])}")
+        for name, entry in store["outputs"].items():
+            lines.append(f"  {name:<14} {size_text(entry['bytes']):>9} in {entry['shards']:,} shards")
+        for view in store["views"]:
+            if "error" in view:
+                lines.append(f"  view {view['name']}: {view['error']}")
+                continue
+            failed = f", {view['failed']} left out" if view["failed"] else ""
+            kept = ", ".join(view["outputs"])
+            what = f"{view['images']:,} images, {view['classes']} classes ({view['task']}){failed}: {kept}"
+            lines.append(f"  view {store['backbone']}/{view['name']}  {what}")
+    lines.append(f"{'all':<16} {size_text(sum(store['bytes'] for store in records)):>9}")
+    return "\n".join(lines)
+
+
+def view_record(view: View) -> dict[str, Any]:
+    splits, counts = _class_counts(view)
+    return {
+        "view": view.label,
+        "path": str(view.path),
+        "images": len(view),
+        "distinct": len(np.unique(view.digests)),
+        "task": view.task,
+        "classes": view.classes,
+        "splits": splits,
+        "counts": counts,
+        "groups": None if view.groups is None else len(set(view.groups)),
+        "meta": list(view.meta),
+        "outputs": {name: _output_record(info, len(view)) for name, info in view.outputs.items()},
+        "source": view.source,
+        "failed": view.failed,
+        "untrained": view.untrained,
+        "fingerprint": view.fingerprint,
+        "spec": view.spec,
+        "provenance": view.provenance,
+    }
+
+
+def _class_counts(view: View) -> tuple[list[str], list[list[int]]]:
+    order = ("train", "val", "test", "")
+    splits = [split for split in order if split in view.splits]
+    column = np.array(view.splits)
+    labels = view.labels
+    if view.task == "multilabel":
+        hits = [labels[:, k] == 1 for k in range(len(view.classes))]
+    else:
+        hits = [labels == k for k in range(len(view.classes))]
+    return splits, [[int((hit & (column == split)).sum()) for split in splits] for hit in hits]
+
+
+def _output_record(info: OutputInfo, rows: int) -> dict[str, Any]:
+    size = int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize * rows
+    return {
+        "shape": list(info.shape), "dtype": info.dtype, "bytes": size,
+        "prefix": None if info.prefix is None else list(info.prefix), "grid": None if info.grid is None else list(info.grid),
+    }  # fmt: skip
+
+
+def view_lines(record: dict[str, Any]) -> str:
+    """``info VIEW``: the data, the outputs, and what made them."""
+    spec, made = record["spec"], record["provenance"]
+    copies = record["images"] - record["distinct"]
+    facts = f"{record['images']:,} images, {record['task']}" + (f", {copies:,} copies" if copies else "")
+    if record["groups"] is not None:
+        facts += f", {record['groups']:,} groups"
+    rows = [("view", f"{record['view']} in {record['path']}"), ("data", f"{record['source'].get('data')}  {facts}")]
+    rows.append(("classes", "\n".join(_count_table(record))))
+    for name, info in record["outputs"].items():
+        tokens = f"; prefix {info['prefix']}, grid {info['grid']}" if info["prefix"] is not None else ""
+        rows.append(("keeps", f"{shape_text(name, tuple(info['shape']))} {info['dtype']}, {size_text(info['bytes'])}{tokens}"))
+    trained = "untrained: random weights" if record["untrained"] else made.get("licence", "")
+    rows.append(("backbone", "  ".join(filter(None, [made.get("backbone"), made.get("id"), made.get("revision"), trained]))))
+    size = "×".join(map(str, spec["image_size"]))
+    rows.append(("spec", f"{record['fingerprint']}  {size} px, {spec['precision']}, positions {spec['position_embeddings']}"))
+    rows.append(("made by", ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())))
+    if record["failed"]:
+        failed = [f"{entry['id']}  {entry['reason']}" for entry in record["failed"]]
+        rows.append(("left out", "\n".join([f"{len(failed):,} images", *failed])))
+    return columns(rows)
+
+
+def _count_table(record: dict[str, Any]) -> list[str]:
+    header = ["", *(split or "no split" for split in record["splits"])]
+    body = [[name, *(f"{n:,}" for n in row)] for name, row in zip(record["classes"], record["counts"], strict=True)]
+    table = [header, *body] if body else [header]
+    widths = [max(len(row[k]) for row in table) for k in range(len(header))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in table
+    ]
+
+
+def backbone_lines(record: dict[str, Any]) -> str:
+    """``info --backbone``: what it is, what it sees, and which outputs it offers or refuses."""
+    layers = f"{record['layers']} blocks, " if record["layers"] else ""
+    tokens = len(record["prefix"]) + record["grid"][0] * record["grid"][1]
+    prefix = f"{' '.join(record['prefix'])} + " if record["prefix"] else ""
+    rows = [
+        ("backbone", "  ".join(filter(None, [record["name"], record["id"], record["licence"]]))),
+        ("network", f"{record['class']} of {record['library']}: {record['parameters']:,} parameters, {layers}width {record['width']}"),
+        ("sees", record["sees"]),
+        ("tokens", f"{tokens} = {prefix}{record['grid'][0]}×{record['grid'][1]} grid; positions {record['position_embeddings']}"),
+    ]  # fmt: skip
+    for name, entry in record["outputs"].items():
+        default = " (default)" if name in (record["vector"], "tokens") else ""
+        text = f"refused: {entry['refused']}" if "refused" in entry else shape_text(name, tuple(entry["shape"])) + default
+        rows.append((name if "refused" in entry else "output", text))
+    if record["source"]:
+        rows.append(("source", record["source"]))
+    return columns(rows)

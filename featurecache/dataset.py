@@ -1,0 +1,145 @@
+"""One dataset: what each image is called, what it is labelled, and how to read it.
+
+Every source (a folder, a table, an archive) makes one of these, and nothing after it knows which it was. Row i is the
+same image in every field. About 300 bytes an image: the images themselves stay where they are.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Protocol
+
+import numpy as np
+
+from featurecache.errors import SourceError, UnreadableImage
+
+# What people call their splits -> what we call them.
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
+_LONGEST_NAME = 80  # characters: with .h5 behind it and four bytes each still a file name (255 bytes)
+
+
+class Images(Protocol):
+    """Where the images of a dataset are read from."""
+
+    def read(self, row: int) -> bytes | np.ndarray: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """N labelled images. Made by ``open_source``."""
+
+    name: str  # of the view made of it: the folder's or file's, made safe for a file name
+    source: dict[str, Any]  # JSON; ``sources.reopen`` makes the same dataset of it
+    ids: list[str]  # stable, relative to the source
+    labels: np.ndarray  # int64 [N], -1 none; several labels: float32 [N, L], NaN unknown
+    splits: list[str]  # train, val, test, or empty
+    groups: list[str] | None  # patients; None where not known
+    meta: dict[str, list[str] | np.ndarray]  # further columns [N]
+    classes: list[str]  # index = label; several labels: their names
+    task: str
+    images: Images = field(repr=False)
+    notes: tuple[str, ...] = ()  # what a user should hear about it, each one sentence
+
+    def __post_init__(self) -> None:
+        columns: list[Sequence[Any] | np.ndarray] = [self.labels, self.splits, *self.meta.values()]
+        assert all(len(column) == len(self.ids) for column in columns)
+        assert self.groups is None or len(self.groups) == len(self.ids)
+        assert self.task in TASKS, self.task
+        assert (self.labels.ndim == 2) == (self.task == "multilabel"), (self.labels.shape, self.task)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, row: int) -> bytes | np.ndarray:
+        """The encoded bytes of a file, or an array [H, W], [H, W, 1] or [H, W, 3]. Raises UnreadableImage."""
+        return self.images.read(row)
+
+    def path(self, row: int) -> str | None:
+        """The file that holds this image alone; None where images are arrays."""
+        return self.images.path(row) if isinstance(self.images, Files) else None
+
+
+@dataclass(frozen=True)
+class Files:
+    """Images in files of their own: ``ids`` are paths relative to ``root`` (or absolute)."""
+
+    root: str
+    ids: list[str] = field(repr=False)
+
+    def path(self, row: int) -> str:
+        return os.path.join(self.root, self.ids[row])
+
+    def read(self, row: int) -> bytes:
+        path = self.path(row)
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+                raise UnreadableImage("not a file")
+            with open(path, "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            raise UnreadableImage("a link to a file that is gone" if os.path.islink(path) else "no such file") from None
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            raise UnreadableImage(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images in arrays [n, H, W(, 3)], one array after another."""
+
+    parts: Sequence[Any] = field(repr=False)  # each: len() and [row]
+
+    def read(self, row: int) -> np.ndarray:
+        starts = [0, *accumulate(len(part) for part in self.parts)]
+        part = bisect_right(starts, row) - 1
+        return np.asarray(self.parts[part][row - starts[part]])
+
+
+def safe_name(text: str) -> str:
+    """``text`` as the name of a view: letters of any script, digits, ``_``, ``-``, ``.``; no dot or dash in front."""
+    name = re.sub(r"[^\w.-]+", "-", text).strip("-.")
+    return name[:_LONGEST_NAME] or "data"
+
+
+def source_record(kind: str, data: str, columns: dict[str, str] | None, task: str | None) -> dict[str, Any]:
+    """What ``sources.reopen`` needs: the arguments of ``open_source`` that were given."""
+    given = {"kind": kind, "data": data, "columns": columns, "task": task}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def settle_task(asked: str | None, classes: Sequence[str], several: bool, where: str) -> str:
+    """The task of a dataset, as asked for or as its labels have it. Raises SourceError where they contradict."""
+    if asked is not None and asked not in TASKS:
+        raise SourceError(f"the task {asked!r} is unknown; it is one of {', '.join(TASKS)}.")
+    if several:
+        found = "multilabel"
+    else:
+        found = {0: "unlabelled", 2: "binary"}.get(len(classes), "multiclass")
+    if asked is None or asked == found or asked == "unlabelled":
+        return asked or found
+    fits = {"multiclass": ("binary",), "ordinal": ("binary", "multiclass")}
+    if found not in fits.get(asked, ()):
+        labels = f"{len(classes)} {'labels' if several else 'classes'}" if classes else "no labels"
+        raise SourceError(f"{where} has {labels}: its task is {found}, it cannot be {asked}.")
+    return asked
+
+
+def class_labels(values: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """int64 [N]: the index of each name in ``classes``; -1 where the name is empty."""
+    index = {name: number for number, name in enumerate(classes)}
+    return np.fromiter((index[value] if value else -1 for value in values), np.int64, len(values))
+
+
+def few(words: Sequence[Any], most: int = 5) -> str:
+    """``a, b, c`` or ``a, b, c, … (12)``."""
+    shown = ", ".join(str(word) for word in words[:most])
+    return shown if len(words) <= most else f"{shown}, … ({len(words):,} in all)"

@@ -1,0 +1,206 @@
+"""Images in folders: as they lie, in class folders, or in class folders below split folders.
+
+    chest/*.png                         no labels
+    chest/NORMAL/*.png                  a class for each folder (whatever lies deeper belongs to it)
+    chest/train/NORMAL/*.png            a split for each folder, then classes
+    chest/test/*.png                    a split without labels
+
+Which of them it is follows from the names of the folders. Ids are paths below the folder, with ``/``, sorted as
+bytes. What cannot be told (images beside class folders, folders beside split folders) is an error and not a guess.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+
+from featurecache.dataset import SPLITS, Dataset, Files, class_labels, few, safe_name, settle_task, source_record
+from featurecache.errors import SourceError
+
+# What the formats of featurecache.images are called on a disk.
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp",
+    ".jpe", ".jfif", ".pgm", ".ppm", ".pbm", ".pnm",
+)  # fmt: skip
+_EXTENSIONS = frozenset(EXTENSIONS)
+_NOT_DATA = ("__MACOSX",)  # beside what begins with a dot
+
+
+@dataclass
+class _Tree:
+    """What was found below a folder."""
+
+    ids: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)  # visible ones, with or without images
+    ignored: Counter[str] = field(default_factory=Counter)  # by extension
+    loops: list[str] = field(default_factory=list)
+
+
+def open_folder(data: str, asked: str | None) -> Dataset:
+    """The dataset in the folder ``data`` (an absolute path)."""
+    tree = _Tree()
+    _walk(data, "", (), tree)
+    if not tree.ids:
+        raise SourceError(_why_empty(data, tree))
+    for image in tree.ids:
+        if not image.isascii():
+            _refuse_undecodable(data, image)
+    tree.ids.sort()  # by code points, which for UTF-8 is the order of the bytes
+    splits, names = _layout(data, tree)
+    classes = sorted(set(names) - {""})
+    notes = [*_notes(tree), *_class_notes(data, tree, splits, names, classes)]
+    task = settle_task(asked, classes, False, data)
+    if task == "unlabelled":
+        names, classes = [""] * len(names), []
+    return Dataset(
+        name=safe_name(os.path.basename(data)),
+        source=source_record("folder", data, None, asked),
+        ids=tree.ids,
+        labels=class_labels(names, classes),
+        splits=splits,
+        groups=None,
+        meta={},
+        classes=classes,
+        task=task,
+        images=Files(data, tree.ids),
+        notes=tuple(notes),
+    )
+
+
+def _refuse_undecodable(data: str, image: str) -> None:
+    try:
+        image.encode()
+    except UnicodeEncodeError:
+        raise SourceError(f"the name of {image!r} in {data} is not UTF-8; rename it.") from None
+
+
+def _walk(folder: str, below: str, parents: tuple[tuple[int, int], ...], tree: _Tree) -> None:
+    """Add what lies in ``folder`` to ``tree``. No file is opened; where the listing tells files from folders, none is
+    even looked at (a second or so for 100,000)."""
+    inner = []
+    try:
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in parents:  # a symbolic link to a folder above
+            tree.loops.append(below.rstrip("/"))
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith(".") or name in _NOT_DATA:
+                    continue
+                dot = name.rfind(".")
+                extension = name[dot:].lower() if dot > 0 else ""
+                if _is_folder(entry):
+                    inner.append(name)
+                elif extension in _EXTENSIONS:
+                    tree.ids.append(below + name)
+                else:
+                    tree.ignored[extension] += 1
+    except OSError as error:
+        raise SourceError(f"the folder {folder} cannot be read ({error.strerror}).") from error
+    for name in inner:
+        tree.folders.append(below + name)
+        _walk(os.path.join(folder, name), f"{below}{name}/", (*parents, here), tree)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _layout(data: str, tree: _Tree) -> tuple[list[str], list[str]]:
+    """The split and the class of each image; empty strings where there is none."""
+    tops = {image.split("/", 1)[0] for image in tree.ids if "/" in image}
+    loose = [image for image in tree.ids if "/" not in image]
+    if not tops:
+        return [""] * len(tree.ids), [""] * len(tree.ids)
+    above = sorted(top for top in tops if top.lower() in SPLITS)
+    if not above:
+        _refuse_loose(data, loose, sorted(tops))
+        _refuse_splits_below(data, tree.ids, sorted(tops))
+        return [""] * len(tree.ids), [sys.intern(image.split("/", 1)[0]) for image in tree.ids]
+    beside = [*sorted(tops - set(above)), *loose]
+    if beside:
+        raise SourceError(
+            f"{data} has split folders ({few(above)}) and beside them images in {few(beside)}, which belong "
+            "to no split. Move those away, or list the images you mean in a CSV (columns path, label, split)."
+        )
+    names = [sys.intern(image.split("/", 2)[1]) if image.count("/") > 1 else "" for image in tree.ids]
+    tops_of = [sys.intern(image.split("/", 1)[0]) for image in tree.ids]
+    classes: dict[str, set[str]] = {top: set() for top in above}
+    for top, name in zip(tops_of, names, strict=True):
+        classes[top].add(name)
+    for top in above:
+        if "" in classes[top] and len(classes[top]) > 1:
+            loose = [image for image in tree.ids if image.startswith(f"{top}/") and image.count("/") == 1]
+            _refuse_loose(f"{data}/{top}", [image.split("/")[1] for image in loose], sorted(classes[top] - {""}))
+    return [SPLITS[top.lower()] for top in tops_of], names
+
+
+def _refuse_loose(folder: str, loose: list[str], classes: list[str]) -> None:
+    if loose:
+        raise SourceError(
+            f"{folder} holds images ({few(loose, 3)}) beside class folders ({few(classes, 3)}): of which class are "
+            "they? Move them, or list the images you mean in a CSV (columns path, label)."
+        )
+
+
+def _refuse_splits_below(data: str, ids: list[str], classes: list[str]) -> None:
+    """Split folders below class folders, or one level too deep: taken for classes they would be lost."""
+    found = {tuple(image.split("/", 2)[:2]) for image in ids if image.count("/") >= 2}
+    below = sorted(pair for pair in found if pair[1].lower() in SPLITS)
+    if below and len(classes) == 1:
+        raise SourceError(f"the split folders are one level further down: give {data}/{classes[0]}.")
+    if below:
+        raise SourceError(
+            f"{data} has split folders below class folders ({'/'.join(below[0])}); they are expected above: "
+            f"{below[0][1]}/{below[0][0]}. Move them, or list the images in a CSV (columns path, label, split)."
+        )
+
+
+def _class_notes(data: str, tree: _Tree, splits: list[str], names: list[str], classes: list[str]) -> list[str]:
+    """Refuses class folders without any image; says which splits lack a class."""
+    with_images = {image.rsplit("/", 1)[0] for image in tree.ids if "/" in image}
+    with_images |= {folder[:at] for folder in with_images for at, sign in enumerate(folder) if sign == "/"}
+    depth = 1 if any(splits) else 0
+    empty = sorted(folder for folder in tree.folders if folder not in with_images and folder.count("/") == depth)
+    empty = [folder for folder in empty if folder.lower() not in SPLITS] if classes else []
+    gone = [folder for folder in empty if folder.split("/")[-1] not in classes]
+    if gone:
+        raise SourceError(
+            f"the class folder {data}/{gone[0]} holds no image ({few(EXTENSIONS, 3)}). "
+            "Put its images there, or remove it."
+        )
+    notes = [f"The folder {folder} is empty." for folder in sorted(tree.folders) if "/" not in folder
+             and folder.lower() in SPLITS and folder not in with_images]  # fmt: skip
+    if len(classes) == 1:
+        notes.append(f"There is one class only, {classes[0]}; if the classes lie deeper, give the folder above them.")
+    pairs = set(zip(splits, names, strict=True))
+    for split in dict.fromkeys(splits):
+        absent = [name for name in classes if (split, name) not in pairs]
+        if split and classes and len(absent) == len(classes):
+            notes.append(f"The images of {split} have no class folders and so no labels.")
+        elif split and absent:
+            notes.append(f"{split} has no images of {few(absent)}.")
+    return notes
+
+
+def _notes(tree: _Tree) -> list[str]:
+    notes = []
+    if tree.ignored:
+        kinds = ", ".join(f"{kind or 'no extension'} {count:,}" for kind, count in tree.ignored.most_common(4))
+        notes.append(f"{tree.ignored.total():,} files are no images by their names and were ignored ({kinds}).")
+    if tree.loops:
+        notes.append(f"Links that lead back to a folder above them were not followed: {few(sorted(tree.loops), 3)}.")
+    return notes
+
+
+def _why_empty(data: str, tree: _Tree) -> str:
+    kinds = ", ".join(f"{kind or 'no extension'} {count:,}" for kind, count in tree.ignored.most_common(4))
+    found = f"only other files ({kinds})" if kinds else "empty folders" if tree.folders else "nothing"
+    return f"no images in {data}: found {found}, expected files ending in {few(EXTENSIONS, 8)}."

@@ -1,0 +1,137 @@
+"""The contact sheet: a few images of every class and split on one PNG, with their names beneath."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from featurecache.dataset import Dataset
+from featurecache.describe import has_label, lacks_label, spread
+from featurecache.errors import UnreadableImage
+from featurecache.images import decode
+
+# Pixels.
+CELL, GAP, CAPTION, MARGIN, HEADING, LINE, BETWEEN = 112, 10, 18, 28, 34, 16, 18
+GUTTER = 84  # left of the images, for the names of the splits
+MOST_CLASSES = 40
+PAPER, INK, FAINT, MAT, ALARM = "#ffffff", "#1a1a1a", "#6b6b6b", "#f0f0f0", "#b3261e"
+_SPLITS = ("train", "val", "test", "")
+
+
+def draw(dataset: Dataset, per_class: int) -> bytes:
+    """The sheet as the bytes of a PNG."""
+    assert per_class > 0
+    sections = _sections(dataset)
+    shown = sections[:MOST_CLASSES]
+    columns = max(min(per_class, max(len(rows) for _, _, strips in shown for _, rows in strips)), 4)  # room for titles
+    strip = CELL + CAPTION + GAP
+    gutter = GUTTER if any(dataset.splits) else 0
+    width = 2 * MARGIN + gutter + columns * (CELL + GAP) - GAP
+    height = 2 * MARGIN + 2 * HEADING - BETWEEN + sum(HEADING + BETWEEN + len(strips) * strip for _, _, strips in shown)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    _text(pen, (MARGIN, MARGIN), dataset.name, 22, INK, width - 2 * MARGIN)
+    cut = f", the first {MOST_CLASSES} of {len(sections):,} classes" if len(sections) > MOST_CLASSES else ""
+    _text(pen, (MARGIN, MARGIN + 30), f"{len(dataset):,} images, {dataset.task}{cut}", 13, FAINT, width - 2 * MARGIN)
+    y = MARGIN + 2 * HEADING
+    for title, count, strips in shown:
+        pen.line([(MARGIN, y - 8), (width - MARGIN, y - 8)], "#d9d9d9")
+        right = pen.textlength(count, _font(13))
+        _text(pen, (width - MARGIN - right, y + 2), count, 13, FAINT, right + 1)
+        _text(pen, (MARGIN, y), title, 16, INK, width - 2 * MARGIN - right - GAP)
+        y += HEADING
+        for split, rows in strips:
+            if gutter:
+                _text(pen, (MARGIN, y + CELL // 2 - LINE), split, 13, INK, gutter - GAP)
+                _text(pen, (MARGIN, y + CELL // 2 + 2), f"{len(rows):,}", 13, FAINT, gutter - GAP)
+            rows = spread(rows, per_class)
+            for place, (row, caption) in enumerate(zip(rows, _captions(pen, dataset, rows), strict=True)):
+                _cell(sheet, pen, (MARGIN + gutter + place * (CELL + GAP), y), dataset, int(row), caption)
+            y += strip
+        y += BETWEEN
+    encoded = io.BytesIO()
+    sheet.save(encoded, "PNG", optimize=True)
+    return encoded.getvalue()
+
+
+def _sections(dataset: Dataset) -> list[tuple[str, str, list[tuple[str, np.ndarray]]]]:
+    """(class, its count, [(split, its rows)]) for everything that has an image."""
+    split = np.asarray(dataset.splits)
+    chosen = [(name, has_label(dataset, number)) for number, name in enumerate(dataset.classes)]
+    if dataset.labels.ndim == 2:
+        chosen.append(("none positive", ~(dataset.labels == 1).any(1)))
+    else:
+        chosen.append(("no label", lacks_label(dataset)))
+    sections = []
+    for name, images in chosen:
+        strips = [(word, np.flatnonzero(images & (split == word))) for word in _SPLITS]
+        strips = [(word or "no split", rows) for word, rows in strips if len(rows)]
+        if strips:
+            sections.append((name, f"{int(images.sum()):,} images", strips))
+    return sections
+
+
+def _captions(pen: ImageDraw.ImageDraw, dataset: Dataset, rows: np.ndarray) -> list[str]:
+    """Names of files without folder and ending; where they are too long, without what they begin with in common."""
+    ids = [dataset.ids[row] for row in rows]
+    names = [PurePosixPath(name).stem if dataset.path(0) else name.rsplit(":", 1)[-1] for name in ids]
+    common = len(os.path.commonprefix(names)) if len(names) > 1 else 0  # noqa: RUF071 (characters are meant)
+    if common > 1 and any(pen.textlength(name, _font(11)) > CELL for name in names):
+        names = [f"…{name[common:]}" for name in names]
+    return names
+
+
+def _cell(
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], dataset: Dataset, row: int, caption: str
+) -> None:
+    x, y = corner
+    pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], MAT)
+    try:
+        pixels = decode(dataset.read(row)).permute(1, 2, 0).numpy()
+        image = _fitted(Image.fromarray(np.ascontiguousarray(pixels)))
+        sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
+    except UnreadableImage as error:
+        pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], outline=ALARM)
+        for line, words in enumerate(_wrapped(pen, str(error), CELL - 12)[:6]):
+            _text(pen, (x + 6, y + 8 + line * LINE), words, 11, ALARM, CELL - 12)
+    _text(pen, (x, y + CELL + 2), caption, 11, FAINT, CELL)
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    """In the cell, whole: small ones enlarged by whole pixels, so that they show as what they are."""
+    longest = max(image.size)
+    if longest * 2 <= CELL:
+        factor = CELL // longest
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    scale = CELL / longest
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _wrapped(pen: ImageDraw.ImageDraw, text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.textlength(longer, _font(11)) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [line for line in lines if line]
+
+
+def _text(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: str, width: float) -> None:
+    """One line, cut in its middle with … where it is wider than ``width`` pixels (names differ at both ends)."""
+    font, shown, keep = _font(size), text, len(text)
+    while keep > 2 and pen.textlength(shown, font) > width:
+        keep -= 1
+        shown = f"{text[: (keep + 1) // 2]}…{text[len(text) - keep // 2 :]}"
+    pen.text(at, shown, colour, font)
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)

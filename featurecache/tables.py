@@ -1,0 +1,318 @@
+"""Images listed in a table: CSV, TSV or Parquet, one row an image.
+
+Columns are found by their names (``ROLES``) or told by ``columns={"path": ..., "label": ..., "split": ..., "group":
+...}``; an empty name says that there is none. All others go to ``meta``. Paths are relative to the folder of the
+table; the id of an image is its path as the table writes it.
+
+Labels. One column: its distinct values are the classes, sorted (numbers as numbers); an empty cell is no label. Where
+there are splits, the classes are those of the train rows. Several columns, ``"label": "effusion,mass"``: each holds
+1, 0, or nothing where nobody knows. Nothing else is taken for unknown: what -1 means differs between data sets
+(CheXpert writes it for "uncertain"), so whoever has such a table decides and writes 0, 1 or nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from featurecache.dataset import SPLITS, Dataset, Files, class_labels, few, safe_name, settle_task, source_record
+from featurecache.errors import SourceError, nearest
+
+# Role -> names it is known by, as compared: lower case, everything but letters and digits as "_".
+ROLES = {
+    "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_file",
+             "image_name", "image_index", "img", "img_path"),
+    "label": ("label", "class", "target", "finding", "diagnosis", "category", "class_name", "label_name"),
+    "split": ("split", "set", "fold", "subset", "partition"),
+    "group": ("group", "patient", "patient_id", "patientid", "subject", "subject_id", "group_id"),
+}  # fmt: skip
+_KNOWN = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0, "": np.nan, "nan": np.nan}
+_LOOKED_AT = 20  # paths tried at opening, for a hint
+
+
+@dataclass
+class _Table:
+    """Columns of text, and the number by which a person finds a row (a CSV's line; of Parquet the row, from 1)."""
+
+    file: str
+    columns: dict[str, list[str]]
+    numbers: Sequence[int]
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.file)
+
+    def row(self, index: int) -> str:
+        return f"{self.name} row {self.numbers[index]:,}"
+
+
+def open_table(data: str, columns: dict[str, str] | None, asked: str | None) -> Dataset:
+    """The dataset listed in the table ``data`` (an absolute path)."""
+    reader = _read_parquet if data.lower().endswith((".parquet", ".pq")) else _read_csv
+    table = reader(data)
+    roles = _find_roles(table, columns or {})
+    ids = _paths(table, roles["path"][0])
+    splits = _splits(table, roles["split"])
+    notes = []
+    if len(roles["label"]) > 1 or (roles["label"] and asked == "multilabel"):
+        labels, classes = _several_labels(table, roles["label"]), roles["label"]
+    else:
+        labels, classes = _one_label(table, roles["label"], splits, asked == "unlabelled")
+    task = settle_task(asked, classes, labels.ndim == 2, table.name)
+    if task == "unlabelled":
+        labels, classes = np.full(len(ids), -1, np.int64), []
+    used = {name for names in roles.values() for name in names}
+    rest = [name for name in table.columns if name not in used]
+    if task == "unlabelled" and asked is None:
+        others = f" among {few(rest, 8)}" if rest else ""
+        notes.append(f"No column of labels was found{others}: --columns label=NAME names one, or several: label=A,B,C.")
+    folder = os.path.dirname(data)
+    images = Files(folder, ids)
+    return Dataset(
+        name=safe_name(table.name.rsplit(".", 1)[0]),
+        source=source_record("table", data, columns, asked),
+        ids=ids,
+        labels=labels,
+        splits=splits,
+        groups=_groups(table, roles["group"], ids),
+        meta={name: _numbers_or_text(table.columns[name]) for name in rest},
+        classes=classes,
+        task=task,
+        images=images,
+        notes=(*notes, *_hint(images, folder)),
+    )
+
+
+def _read_csv(file: str) -> _Table:
+    rows, numbers = [], []
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            header = lines.readline()
+            lines.seek(0)
+            delimiter = "\t" if file.lower().endswith(".tsv") else max(",;\t|", key=header.count)
+            reader = csv.reader(lines, delimiter=delimiter)
+            for row in reader:
+                if row:
+                    rows.append(row)
+                    numbers.append(reader.line_num)
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x}"
+        raise SourceError(f"{file} is not UTF-8 ({found}): save it as UTF-8 (Excel: CSV UTF-8).") from error
+    except (csv.Error, OSError) as error:
+        raise SourceError(f"{file} cannot be read as a table ({error}).") from error
+    if len(rows) < 2:
+        found = "a header only" if rows else "no rows"
+        raise SourceError(f"{file} has {found}; expected a header and a row for each image.")
+    names = [name.strip() or f"column {number}" for number, name in enumerate(rows[0], 1)]
+    _refuse_repeated(file, names)
+    for row, number in zip(rows[1:], numbers[1:], strict=True):
+        if len(row) != len(names):
+            raise SourceError(
+                f"{os.path.basename(file)} row {number:,} has {len(row)} fields, the header {len(names)} "
+                f"({few(names)}): write a field that holds {delimiter!r} in quotes."
+            )
+    columns = {name: [row[place].strip() for row in rows[1:]] for place, name in enumerate(names)}
+    return _Table(file, columns, numbers[1:])
+
+
+def _read_parquet(file: str) -> _Table:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise SourceError(f"{file} needs pyarrow to be read: pip install pyarrow, or save the table as CSV.") from error
+    try:
+        table = parquet.read_table(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SourceError(f"{file} cannot be read as Parquet ({str(error).splitlines()[0]}).") from error
+    _refuse_repeated(file, table.column_names)
+    nested = [field.name for field in table.schema if not _is_plain(field.type)]
+    if nested:
+        raise SourceError(
+            f"{os.path.basename(file)} holds other than text and numbers in {few(nested)}; expected paths of image "
+            "files. Leave those columns out."
+        )
+    if not table.num_rows:
+        raise SourceError(f"{file} has no rows; expected one for each image.")
+    columns = {name: [_text(value) for value in table[name].to_pylist()] for name in table.column_names}
+    return _Table(file, columns, range(1, table.num_rows + 1))
+
+
+def _is_plain(kind: object) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type  # type: ignore[attr-defined]
+    return not (types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _text(value: object) -> str:
+    """A cell as the CSV of the same table would have it."""
+    return "" if value is None or value != value else str(value).strip()
+
+
+def _refuse_repeated(file: str, names: list[str]) -> None:
+    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if repeated:
+        raise SourceError(f"{file} has the column {repeated[0]!r} more than once; rename one.")
+
+
+def _find_roles(table: _Table, asked: dict[str, str]) -> dict[str, list[str]]:
+    """Role -> its columns: as asked for, else by name."""
+    unknown = [role for role in asked if role not in ROLES]
+    if unknown:
+        raise SourceError(f"columns cannot name a {unknown[0]!r}; they name {', '.join(ROLES)}.")
+    roles: dict[str, list[str]] = {}
+    for role, known in ROLES.items():
+        if role in asked:
+            roles[role] = _asked_columns(table, role, asked[role])
+        else:
+            told = {name for other in asked for name in asked[other].split(",")}
+            roles[role] = [name for name in table.columns if _plain(name) in known and name not in told]
+            if len(roles[role]) > 1:
+                raise SourceError(
+                    f"{table.name} has several columns that could be the {role}: {few(roles[role])}. "
+                    f"Say which: --columns {role}={roles[role][0]}."
+                )
+    if not roles["path"]:
+        raise SourceError(
+            f"{table.name} has no column of image paths among {few(list(table.columns), 8)}; expected one called "
+            f"{few(ROLES['path'], 4)}, or --columns path=NAME."
+        )
+    taken = [name for names in roles.values() for name in names]
+    if len(taken) > len(set(taken)):
+        twice = next(name for name in taken if taken.count(name) > 1)
+        raise SourceError(f"the column {twice!r} of {table.name} cannot be two things at once ({asked}).")
+    return roles
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def _asked_columns(table: _Table, role: str, asked: str) -> list[str]:
+    """The columns of ``asked``; a name with a comma in it is one column where the table has it."""
+    names = [asked] if asked in table.columns else [name.strip() for name in asked.split(",") if name.strip()]
+    for name in names:
+        if name not in table.columns:
+            near = nearest(name, table.columns)
+            raise SourceError(f"{table.name} has no column {name!r}; it has {few(list(table.columns), 8)}.{near}")
+    if len(names) > 1 and role != "label":
+        raise SourceError(f"the {role} is one column of {table.name}, not {len(names)} ({asked}).")
+    return names
+
+
+def _paths(table: _Table, name: str) -> list[str]:
+    ids = table.columns[name]
+    seen: dict[str, int] = {}
+    for row, path in enumerate(ids):
+        if not path:
+            raise SourceError(f"{table.row(row)} has no path in its column {name!r}.")
+        if path in seen:
+            raise SourceError(
+                f"{table.name} lists {path} twice (rows {table.numbers[seen[path]]:,} and {table.numbers[row]:,}); "
+                "expected one row for each image."
+            )
+        seen[path] = row
+    return ids
+
+
+def _splits(table: _Table, names: list[str]) -> list[str]:
+    if not names:
+        return [""] * len(table.numbers)
+    values = table.columns[names[0]]
+    for row, value in enumerate(values):
+        if value and value.lower() not in SPLITS:
+            raise SourceError(
+                f'{table.row(row)}: {names[0]!r} is "{value}", expected train, val or test (or nothing). '
+                "If this column is no split: --columns split= (with nothing behind it)."
+            )
+    return [SPLITS[value.lower()] if value else "" for value in values]
+
+
+def _groups(table: _Table, names: list[str], ids: list[str]) -> list[str] | None:
+    """The group of each image; one without is a group of its own."""
+    return [group or image for group, image in zip(table.columns[names[0]], ids, strict=True)] if names else None
+
+
+def _one_label(table: _Table, names: list[str], splits: list[str], unlabelled: bool) -> tuple[np.ndarray, list[str]]:
+    """int64 [N] and the classes. With splits, a class has to occur in train: a head cannot learn what it never sees."""
+    if not names or unlabelled:
+        return np.full(len(splits), -1, np.int64), []
+    values = _class_names(table.columns[names[0]])
+    has_train = "train" in splits
+    shown = [value for value, split in zip(values, splits, strict=True) if split == "train" or not has_train]
+    classes = sorted(set(shown) - {""}, key=_number_or_name)
+    known = {*classes, ""}
+    for row, value in enumerate(values):
+        if value not in known:
+            raise SourceError(
+                f'{table.row(row)}: the label "{value}" is in no train row (there: {few(classes) or "none"}). '
+                "Correct it, or put images of that class into train."
+            )
+    return class_labels(values, classes), classes
+
+
+def _class_names(values: list[str]) -> list[str]:
+    """Labels as names: "nan" is none, and 1.0 is 1 (what pandas makes of whole numbers beside an empty cell)."""
+    names = {value: "" if value.lower() == "nan" else re.sub(r"^(-?\d+)\.0+$", r"\1", value) for value in set(values)}
+    return [names[value] for value in values]
+
+
+def _number_or_name(name: str) -> tuple[bool, float, str]:
+    number = _number(name)
+    return number is None, number or 0.0, name
+
+
+def _several_labels(table: _Table, names: list[str]) -> np.ndarray:
+    """float32 [N, L]: 1, 0, NaN for unknown."""
+    labels = np.empty((len(table.numbers), len(names)), np.float32)
+    for place, name in enumerate(names):
+        for row, value in enumerate(table.columns[name]):
+            known = _KNOWN.get(value.lower())
+            if known is None:
+                raise SourceError(
+                    f'{table.row(row)}: {name!r} is "{value}", expected 1, 0, or nothing where it is not known. '
+                    "If this value means uncertain, decide: write 1, 0 or nothing."
+                )
+            labels[row, place] = known
+    return labels
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if np.isfinite(number) else None
+
+
+def _numbers_or_text(values: list[str]) -> list[str] | np.ndarray:
+    """A further column: int64 or float64 (empty: NaN) where every cell is a number, else the text."""
+    found: dict[str, float | None] = {value: _number(value) for value in set(values)}
+    missing = {value for value in found if not value or value.lower() == "nan"}
+    code = any(re.match(r"^[-+]?0\d", value) for value in found)  # 007 is a code: as a number it would lose its zeros
+    text = any(number is None for value, number in found.items() if value not in missing)
+    if code or text or len(missing) == len(found):
+        return values
+    try:
+        return np.array([int(value) for value in values], np.int64)
+    except (ValueError, OverflowError):
+        return np.array([np.nan if value in missing else found[value] for value in values], np.float64)
+
+
+def _hint(images: Files, folder: str) -> list[str]:
+    """A missing image is a named failure when it is read; that all are missing is worth hearing before."""
+    tried = range(min(_LOOKED_AT, len(images.ids)))
+    exists: Callable[[str], bool] = os.path.exists
+    if any(exists(images.path(row)) for row in tried):
+        return []
+    first = images.path(0)
+    stem = f"; {first}.png would be: the paths lack their ending" if exists(first + ".png") else ""
+    where = f"looked for {first}{stem}"
+    return [f"None of the first {len(tried):,} images is there ({where}). Paths are relative to {folder}."]

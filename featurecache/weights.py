@@ -1,0 +1,195 @@
+"""Find weights on the hub, in its local cache or in a folder; read them without running code; know them by digest.
+
+No pickle: ``.safetensors``, or ``torch.load(weights_only=True)``. Never code from a repository.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featurecache.errors import FeatureCacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound
+
+REACH = 4.0  # seconds the hub has to answer before the local cache is used instead
+_SETTINGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
+_SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+_BIN = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
+_IN_FOLDER = (_SAFE[0], _SAFE[1], _BIN[0], _BIN[1])  # in the order of preference
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # where training scripts put the state dict
+
+
+def not_here(what: str, *, copy: str = "FOLDER", cache: str = "HF_HOME") -> WeightsNotFound:
+    """The three ways out when weights are neither at hand nor to be had."""
+    return WeightsNotFound(
+        f"the weights of {what} are not on this machine and the hub cannot be reached.\n"
+        f"       --weights {copy:8} a copy you have        {cache}=…   an existing hub cache        "
+        "--random-weights   try the tool without them"
+    )
+
+
+def snapshot(repo: str, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str]:
+    """(folder, commit) of a repository of the hub, or of its local cache where the hub does not answer.
+
+    The hub is asked what the revision means now within a time limit (its client has none of its own); the client's
+    exceptions have no common root and changed their HTTP library twice, hence the wide ``except``.
+
+    Raises:
+        WeightsNotFound: neither the hub nor the local cache gives it.
+        UnknownBackbone: the hub answers that there is no such repository or revision.
+    """
+    from huggingface_hub import HfApi
+
+    cached = _fetch(repo, revision, weights, offline=True) if _is_commit(revision) else None
+    if cached is not None:
+        return cached, cached.name
+    try:
+        commit = HfApi().repo_info(repo, revision=revision, timeout=REACH).sha
+    except Exception as error:
+        cached = _fetch(repo, revision, weights, offline=True)
+        if cached is None:
+            raise _refusal(repo, revision, error) from error
+        return cached, cached.name
+    try:
+        folder = _fetch(repo, commit, weights, offline=False)
+    except Exception as error:
+        raise WeightsNotFound(f"{repo} could not be fetched from the hub: {_first_line(error)}") from error
+    if folder is None:
+        raise WeightsNotFound(f"{repo} on the hub holds no {'weights' if weights else 'config.json'} of transformers")
+    return folder, folder.name
+
+
+def _is_commit(revision: str | None) -> bool:
+    return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
+
+
+def _fetch(repo: str, revision: str | None, weights: bool, *, offline: bool) -> Path | None:
+    """The snapshot's folder, complete; None where it holds not what is needed. ``.bin`` only without safetensors."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    for patterns in [[*_SETTINGS, *_SAFE], [*_SETTINGS, *_BIN]] if weights else [_SETTINGS]:
+        try:
+            folder = Path(
+                snapshot_download(
+                    repo, revision=revision, allow_patterns=patterns, local_files_only=offline, etag_timeout=REACH
+                )
+            )
+        except (EntryNotFoundError, HFValidationError):
+            if offline:
+                return None
+            raise
+        if (folder / "config.json").is_file() and (not weights or weights_file(folder) is not None):
+            return folder
+    return None
+
+
+def _refusal(repo: str, revision: str | None, error: Exception) -> FeatureCacheError:
+    """What to say when the local cache has nothing and the hub answered with ``error``, or not at all."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HFValidationError):
+        return UnknownBackbone(f'"{repo}" cannot be the name of a repository; expected hf:<owner>/<name>')
+    if isinstance(error, errors.GatedRepoError):
+        return WeightsNotFound(
+            f"the hub gives {repo} only to those who accepted its terms: accept them on its page and log in "
+            "(hf auth login), or give a copy you have: --weights FOLDER"
+        )
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
+        asked = f"{repo} at revision {revision}" if revision else repo
+        return UnknownBackbone(f"the hub has no {asked}; if it is private, log in with: hf auth login")
+    return not_here(repo)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file (or index of several) that holds the weights of a ``save_pretrained`` folder."""
+    return next((folder / name for name in _IN_FOLDER if (folder / name).is_file()), None)
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """name -> tensor, as in the file: a folder, an index of several files, ``.safetensors``, ``.bin``, ``.pt``.
+
+    Raises:
+        WeightsNotFound: nothing there.
+        WeightsDoNotFit: not a file of tensors.
+    """
+    if path.is_dir():
+        path = weights_file(path) or _only_file(path)
+    if not path.is_file():
+        raise WeightsNotFound(f"no weights at {path}; expected a folder, or a file ending in {', '.join(_SUFFIXES)}")
+    if path.name.endswith(".index.json"):
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return {key: value for name in names for key, value in read_state_dict(path.parent / Path(name).name).items()}
+    return _tensors(path)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names in a folder of weights; of safetensors without reading the tensors."""
+    from safetensors import safe_open
+
+    path = (weights_file(path) or _only_file(path)) if path.is_dir() else path
+    if path.name.endswith(".index.json"):
+        return list(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    return list(read_state_dict(path))
+
+
+def _only_file(folder: Path) -> Path:
+    files = sorted(f for f in folder.iterdir() if f.suffix in _SUFFIXES)
+    if len(files) == 1:
+        return files[0]
+    found = f"{len(files)} files of weights ({', '.join(f.name for f in files[:4])})" if files else "no file of weights"
+    raise WeightsNotFound(f"{folder} holds {found}; expected one, such as {_SAFE[0]}. --weights also takes one file")
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            data: Any = load_file(path)
+        else:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile file fails in as many ways as there are
+        raise WeightsDoNotFit(
+            f"{path} cannot be read as weights ({_first_line(error)}); expected .safetensors, or a PyTorch file of "
+            "tensors only (code in files is never run)"
+        ) from error
+    wrapped = [data[key] for key in _WRAPPERS if isinstance(data, Mapping) and isinstance(data.get(key), Mapping)]
+    inner = wrapped[0] if wrapped else data
+    if not isinstance(inner, Mapping) or not all(isinstance(k, str) for k in inner):
+        raise WeightsDoNotFit(f"{path} holds a {type(inner).__name__}; expected a state dict, name by name a tensor")
+    state = {key: value for key, value in inner.items() if isinstance(value, torch.Tensor)}
+    if not state:
+        raise WeightsDoNotFit(f"{path} holds no tensors; expected a state dict")
+    parallel = all(key.startswith("module.") for key in state)  # saved from DataParallel
+    return {key.removeprefix("module.") if parallel else key: value for key, value in state.items()}
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """BLAKE2b-128 (hex) of names, dtypes, shapes and bytes, in the order of the names."""
+    h = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        h.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
+        h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def some(names: Iterable[str], n: int = 3) -> str:
+    """``a, b, c and 7 more``"""
+    ordered = sorted(names)
+    more = len(ordered) - n
+    return ", ".join(ordered[:n]) + (f" and {more} more" if more > 0 else "")

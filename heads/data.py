@@ -1,0 +1,211 @@
+"""From a view to what a head trains on: the task, and the features of the rows that are asked for.
+
+A view holds one labelled dataset. The same cache serves several tasks: classes may be merged and left out
+(``--classes pneumonia=bacteria,virus --classes normal``) or only some kept (``--only bacteria,virus``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from featurecache.errors import BadOption, ProtocolError, nearest
+
+if TYPE_CHECKING:
+    from featurecache.views import View
+
+STANDARDIZE = ("none", "zscore", "l2")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be told apart.
+
+    ``labels`` has one entry for every row of the view: int64 [N], -1 where the row is not part of the task;
+    for ``multilabel`` float32 [N, L], NaN where unknown. ``positive`` is the index that binary measures speak of.
+    """
+
+    kind: str
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    positive: int | None = None
+
+    @property
+    def multilabel(self) -> bool:
+        return self.kind == "multilabel"
+
+    @property
+    def usable(self) -> np.ndarray:
+        """bool [N]: rows of which at least one label is known."""
+        return has_label(self.labels)
+
+
+def has_label(labels: np.ndarray) -> np.ndarray:
+    """bool [N]: rows that carry a label (multi-label [N, L]: at least one known)."""
+    return ~np.isnan(labels).all(axis=1) if labels.ndim == 2 else labels >= 0
+
+
+def task_of(view: View, *, classes: Sequence[str] = (), only: Sequence[str] = (), positive: str | None = None) -> Task:
+    """The task of a view, with classes merged (``classes``) or left out (``only``); raises on unknown words."""
+    if view.task == "unlabelled":
+        raise ProtocolError(
+            f"{view.label} carries no labels, and a head learns from labels. "
+            "Class folders or a table with a label column bring them."
+        )
+    if classes and only:
+        raise BadOption("--classes already leaves out every class it does not name; give either it or --only.")
+    known = list(view.classes)
+    if view.task == "multilabel":
+        return _labels_chosen(view, known, classes, only, positive)
+    groups = [(name, [name]) for name in known]
+    if classes:
+        groups = _merged(classes, known)
+    if only:
+        kept = _names(only, known, "--only")
+        groups = [(name, members) for name, members in groups if name in kept]
+    return _single_label(view, groups, positive)
+
+
+def _single_label(view: View, groups: list[tuple[str, list[str]]], positive: str | None) -> Task:
+    recode = np.full(len(view.classes) + 1, -1, dtype=np.int64)  # the last entry serves label -1
+    for new, (_, members) in enumerate(groups):
+        recode[[view.classes.index(m) for m in members]] = new
+    names = tuple(name for name, _ in groups)
+    if len(names) < 2:
+        raise ProtocolError(
+            f"{view.label} has one class for this task ({', '.join(names) or 'none'}); two are needed to tell apart."
+        )
+    kind = "binary" if len(names) == 2 else view.task if view.task != "binary" else "multiclass"
+    spans = [sorted(view.classes.index(m) for m in members) for _, members in groups]
+    if kind == "ordinal" and any(a[-1] > b[0] for a, b in pairwise(spans)):
+        kind = "multiclass"  # merged or reordered so that the new classes have no order any more
+    if positive is not None and kind != "binary":
+        raise BadOption(f"--positive is for two classes; this task has {len(names)}.")
+    index = _positive(names, positive) if kind == "binary" else None
+    return Task(kind, names, recode[np.asarray(view.labels, dtype=np.int64)], index)
+
+
+def _positive(names: tuple[str, ...], positive: str | None) -> int:
+    if positive is None:
+        return 1
+    if positive not in names:
+        raise BadOption(f"--positive {positive} is not a class of this task: {', '.join(names)}.")
+    return names.index(positive)
+
+
+def _labels_chosen(
+    view: View, known: list[str], classes: Sequence[str], only: Sequence[str], positive: str | None
+) -> Task:
+    if classes:
+        raise BadOption("--classes merges classes that exclude each other; multi-label data have --only.")
+    if positive is not None:
+        raise BadOption("--positive is for two classes; every label of multi-label data has its own positives.")
+    kept = _names(only, known, "--only") if only else known
+    columns = [i for i, name in enumerate(known) if name in kept]
+    return Task("multilabel", tuple(known[i] for i in columns), np.asarray(view.labels, dtype=np.float32)[:, columns])
+
+
+def _merged(classes: Sequence[str], known: list[str]) -> list[tuple[str, list[str]]]:
+    groups: list[tuple[str, list[str]]] = []
+    taken: dict[str, str] = {}
+    for text in classes:
+        name, _, members = (text, "", "") if text in known else text.partition("=")
+        found = _names([members or name], known, "--classes")
+        for member in found:
+            if member in taken:
+                raise BadOption(f"--classes puts {member} into {taken[member]} and into {name}; one of them.")
+            taken[member] = name
+        if name in [n for n, _ in groups]:
+            raise BadOption(f"--classes names {name} twice; put all its members in one: {name}=A,B.")
+        groups.append((name, found))
+    return groups
+
+
+def _names(words: Sequence[str], known: list[str], option: str) -> list[str]:
+    """Class names out of ``a,b`` or a list; a name that itself holds a comma is taken whole."""
+    names: list[str] = []
+    for word in words:
+        names += [word] if word in known else [part.strip() for part in word.split(",")]
+    for name in names:
+        if name not in known:
+            raise BadOption(
+                f"{option}: no class is called {name!r}.{nearest(name, known)} "
+                f"The classes are {', '.join(known[:12])}{', …' if len(known) > 12 else ''}."
+            )
+    return names
+
+
+@dataclass(frozen=True)
+class Standardize:
+    """How features are scaled before a head sees them; the statistics come from train and stay with the run.
+
+    ``zscore``: (x - mean) / std per channel, for tokens over all tokens of all images; a constant channel is only
+    centred. ``l2``: every vector (for tokens: every token) divided by its length.
+    """
+
+    kind: str = "none"
+    mean: torch.Tensor | None = None  # float32 [D]
+    std: torch.Tensor | None = None  # float32 [D]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [B, ..., D] -> the same shape."""
+        if self.kind == "zscore":
+            assert self.mean is not None and self.std is not None
+            return (x - self.mean) / self.std
+        if self.kind == "l2":
+            return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return x
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        if self.mean is None or self.std is None:
+            return {}
+        return {"standardize.mean": self.mean, "standardize.std": self.std}
+
+    @classmethod
+    def fitted(cls, kind: str, x: torch.Tensor) -> Standardize:
+        """x: training features [N, ..., D] in storage dtype."""
+        if kind != "zscore":
+            return cls(kind)
+        flat = x.reshape(-1, x.shape[-1])
+        parts = flat.split(1 << 16)
+        mean = sum((p.double().sum(0) for p in parts), torch.zeros(flat.shape[1], dtype=torch.float64)) / len(flat)
+        square = sum(((p.double() - mean).square().sum(0) for p in parts), torch.zeros_like(mean)) / len(flat)
+        std = square.sqrt()
+        std[std <= 1e-7 * mean.abs().clamp_min(1e-7)] = 1.0
+        return cls(kind, mean.float(), std.float())
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features and labels of some rows, whole in memory: no loader, no workers.
+
+    x: [N, D] or [N, T, D] in storage dtype; y: int64 [N] or float32 [N, L] with NaN for unknown.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    scale: Standardize = Standardize()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """rows: int64 [B] -> float32 [B, ...], labels [B, ...]."""
+        return self.scale(self.x.index_select(0, rows).float()), self.y.index_select(0, rows)
+
+    def chunks(self, size: int = 256) -> Iterable[torch.Tensor]:
+        """float32 [<=size, ...] in row order, for evaluation."""
+        for part in self.x.split(size):
+            yield self.scale(part.float())
+
+
+def load_features(view: Any, output: str, rows: np.ndarray, labels: np.ndarray, scale: Standardize) -> Features:
+    """The features of ``rows`` (indices into the view) with their labels."""
+    x = view.tensor(output, rows)
+    assert len(x) == len(rows), "a view gives a row for every row asked"
+    return Features(x, torch.from_numpy(labels[rows]), scale)

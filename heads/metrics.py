@@ -1,0 +1,146 @@
+"""The measures, each a few lines of numpy. Undefined ones are NaN (in JSON null), never 0 or 1 by default.
+
+Notation: n rows, C classes. ``score`` [n] is anything that grows with the probability; ``truth`` [n] is boolean. A
+confusion matrix [C, C] counts rows of class i that were called j, in row i and column j; it may hold fractions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+EPS = float(np.finfo(np.float64).eps)  # probabilities are kept this far from 0, as scikit-learn's log_loss does
+
+
+@dataclass(frozen=True)
+class Metric:
+    title: str
+    higher: bool = True
+
+
+METRICS: dict[str, Metric] = {
+    "auroc": Metric("AUROC"),
+    "ap": Metric("AP"),
+    "accuracy": Metric("accuracy"),
+    "top5": Metric("top-5 accuracy"),
+    "balanced_accuracy": Metric("balanced acc."),
+    "macro_f1": Metric("macro F1"),
+    "quadratic_kappa": Metric("quadratic kappa"),
+    "mae": Metric("MAE (classes)", higher=False),
+    "sensitivity": Metric("sensitivity"),
+    "specificity": Metric("specificity"),
+    "ppv": Metric("PPV"),
+    "npv": Metric("NPV"),
+    "f1": Metric("F1"),
+    "nll": Metric("NLL", higher=False),
+    "brier": Metric("Brier", higher=False),
+}
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
+
+
+def macro(values: np.ndarray) -> float:
+    """Mean over the defined ones; NaN if there is none."""
+    defined = np.asarray(values, dtype=np.float64)
+    defined = defined[~np.isnan(defined)]
+    return float(defined.mean()) if len(defined) else float("nan")
+
+
+def auroc(score: np.ndarray, truth: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half."""
+    positives = int(truth.sum())
+    negatives = len(truth) - positives
+    if not positives or not negatives:
+        return float("nan")
+    _, place, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = np.cumsum(count) - (count - 1) / 2  # average rank of tied scores
+    total = rank[place.reshape(-1)][truth].sum()
+    return float((total - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def _counts(score: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """At every distinct score, highest first: the score, true and false positives of "at least this score"."""
+    order = np.argsort(-score, kind="stable")
+    score, truth = score[order], truth[order]
+    last = np.flatnonzero(np.append(score[1:] != score[:-1], True))
+    found = np.cumsum(truth)[last]
+    return score[last], found, last + 1 - found
+
+
+def average_precision(score: np.ndarray, truth: np.ndarray) -> float:
+    """Sum of precision times gain in recall over the distinct thresholds, as scikit-learn has it."""
+    if not truth.any():
+        return float("nan")
+    _, found, false = _counts(score, truth)
+    return float((np.diff(found, prepend=0) * found / (found + false)).sum() / truth.sum())
+
+
+def roc_curve(score: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates from (0, 0) to (1, 1)."""
+    _, found, false = _counts(score, truth)
+    return np.append(0.0, false / max(int((~truth).sum()), 1)), np.append(0.0, found / max(int(truth.sum()), 1))
+
+
+def youden_threshold(probability: np.ndarray, truth: np.ndarray) -> float:
+    """Where sensitivity + specificity - 1 is largest: halfway between two neighbouring probabilities; of equally
+    good ones the nearest to 0.5. 0.5 where one class is missing."""
+    if truth.all() or not truth.any():
+        return 0.5
+    values, found, false = _counts(probability, truth)
+    youden = found / truth.sum() - false / (~truth).sum()
+    below = np.append(values[1:], 0.0)
+    best = np.flatnonzero(youden >= youden.max() - 1e-12)
+    middle = np.clip((values[best] + below[best]) / 2, np.nextafter(below[best], 1), values[best])
+    return float(middle[np.argmin(np.abs(middle - 0.5))])
+
+
+def confusion_matrix(truth: np.ndarray, called: np.ndarray, classes: int) -> np.ndarray:
+    """[C, C] counts from two int arrays [n]."""
+    return np.bincount(truth * classes + called, minlength=classes * classes).reshape(classes, classes).astype(float)
+
+
+def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """precision, recall, specificity and F1 of each class [C]. Precision of a class never called is 0 if it exists;
+    all NaN for a class that is neither there nor called."""
+    hit, there, called, total = np.diag(confusion), confusion.sum(1), confusion.sum(0), confusion.sum()
+    precision = _ratio(hit, called)
+    precision[(called == 0) & (there > 0)] = 0.0
+    return {
+        "precision": precision,
+        "recall": _ratio(hit, there),
+        "specificity": _ratio(total - there - called + hit, total - there),
+        "f1": _ratio(2 * hit, there + called),
+    }
+
+
+def binary_measures(confusion: np.ndarray, positive: int) -> dict[str, float]:
+    """From a [2, 2] matrix; PPV and NPV are NaN where nothing was called so."""
+    other = 1 - positive
+    tp, fn = confusion[positive, positive], confusion[positive, other]
+    fp, tn = confusion[other, positive], confusion[other, other]
+    parts = {
+        "sensitivity": (tp, tp + fn),
+        "specificity": (tn, tn + fp),
+        "ppv": (tp, tp + fp),
+        "npv": (tn, tn + fn),
+        "f1": (2 * tp, 2 * tp + fp + fn),
+        "accuracy": (tp + tn, confusion.sum()),
+    }
+    return {name: float(part / whole) if whole > 0 else float("nan") for name, (part, whole) in parts.items()}
+
+
+def quadratic_kappa(confusion: np.ndarray) -> float:
+    """Cohen's kappa with weights (i - j)²; NaN where truth and calls are all of one and the same class."""
+    distance = np.subtract.outer(np.arange(len(confusion)), np.arange(len(confusion))) ** 2
+    expected = np.outer(confusion.sum(1), confusion.sum(0)) / max(confusion.sum(), 1e-300)
+    worst = (distance * expected).sum()
+    return float(1 - (distance * confusion).sum() / worst) if worst > 0 else float("nan")
+
+
+def class_distance(confusion: np.ndarray) -> float:
+    """Mean absolute error, in classes."""
+    distance = np.abs(np.subtract.outer(np.arange(len(confusion)), np.arange(len(confusion))))
+    return float((distance * confusion).sum() / confusion.sum())

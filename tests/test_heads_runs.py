@@ -1,0 +1,310 @@
+"""The run folder: what is in it, what stands in its way, and that half of one is never taken for one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn.metrics as sk
+import torch
+from fake_view import FakeView, label_view, toy_view
+from safetensors.torch import load_file
+
+from featurecache.errors import CannotWrite, RunError
+from heads import runs, tables
+from heads.runs import list_runs, load_run, run_target
+from heads.train import train_head
+
+FILES = {
+    "config.json", "metrics.json", "metrics.csv", "history.csv", "predictions.csv", "splits.csv", "head.safetensors",
+    "curves.png", "confusion.png", "roc.png",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def quick(view=None, head="linear", **options):
+    return train_head(view or toy_view(n=200, splits="given", noise=2), head, epochs=2, **options)
+
+
+def table(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_folder_has_its_files_and_a_number():
+    first, second = quick(), quick()
+    assert (first.path, second.path) == (Path("runs/toy-linear-1"), Path("runs/toy-linear-2"))
+    assert {file.name for file in first.path.iterdir()} == FILES
+    assert [p.name for p in Path("runs").iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel", "large"])
+def test_a_run_read_again_is_the_run(kind):
+    view = {"multiclass": toy_view(classes=4, noise=3), "multilabel": label_view()}.get(kind) or toy_view(noise=2)
+    run = quick(view, "large" if kind == "large" else "linear", standardize="zscore")
+    again = load_run(run.path)
+    assert (again.config, again.metrics, again.history) == (run.config, run.metrics, run.history)
+    features = view.tensor(run.output)
+    np.testing.assert_array_equal(again.logits(features), run.logits(features))
+
+
+def test_predictions_are_those_of_the_head_and_give_the_metrics():
+    view = toy_view(n=300, splits="given", noise=3)
+    run = quick(view)
+    rows = table(run.path / "predictions.csv")
+    assert [row["split"] for row in rows] == ["val"] * 60 + ["test"] * 60
+    where = [view.ids.index(row["id"]) for row in rows]
+    z = run.logits(view.features["cls"][where])
+    p = np.array([float(row["p kind 1"]) for row in rows])
+    np.testing.assert_allclose(p, 1 / (1 + np.exp(z[:, 0] - z[:, 1])))
+    assert [row["label"] for row in rows] == [f"kind {view.labels[i]}" for i in where]
+    cut = run.config["calibration"]["thresholds"][0]
+    assert [row["predicted"] for row in rows] == [f"kind {int(v >= cut)}" for v in p]
+    truth = [row["label"] == "kind 1" for row in rows]
+    assert run.metrics["test"]["auroc"] == pytest.approx(sk.roc_auc_score(truth[60:], p[60:]))
+
+
+def test_multilabel_predictions_leave_unknown_labels_empty():
+    view = label_view(n=300)
+    rows = table(quick(view).path / "predictions.csv")
+    row = rows[0]
+    labels = view.labels[view.ids.index(row["id"])]
+    assert [row[f"label sign {c}"] for c in range(4)] == ["" if np.isnan(v) else str(int(v)) for v in labels]
+
+
+def test_metrics_csv_says_what_metrics_json_says():
+    run = quick()
+    values = {(r["model"], r["split"], r["class"], r["metric"]): r["value"] for r in table(run.path / "metrics.csv")}
+    assert float(values["linear", "test", "", "auroc"]) == run.metrics["test"]["auroc"]
+    assert float(values["linear", "val", "kind 0", "recall"]) == run.metrics["val"]["per_class"]["kind 0"]["recall"]
+
+
+def test_names_with_commas_quotes_and_line_breaks_stay_in_their_cells():
+    view = toy_view(n=200, splits="given", noise=2)
+    view.ids = [f'a,"{i}"\nb\r;=1' for i in range(200)]
+    view.classes = ['no, "none"', "yes\n$x_1$"]
+    rows = table(quick(view).path / "predictions.csv")
+    assert {row["id"] for row in rows} < set(view.ids)
+    assert {row["label"] for row in rows} == set(view.classes)
+
+
+def test_class_names_in_any_script_are_no_reason_to_fail():
+    view = toy_view(n=200, splits="given")
+    view.classes = ["正常", "肺炎"]
+    assert load_run(quick(view).path).config["positive"] == "肺炎"
+
+
+def test_undefined_measures_are_null_in_json():
+    view = toy_view(n=300, classes=3, splits="given")
+    view.labels[[s == "test" and y == 2 for s, y in zip(view.splits, view.labels, strict=True)]] = 1
+    run = quick(view)
+    assert run.metrics["test"]["per_class"]["kind 2"]["auroc"] is None
+    assert "NaN" not in (run.path / "metrics.json").read_text()
+
+
+def test_the_head_file_is_a_plain_state_dict():
+    run = quick(head="large")
+    assert list(load_file(run.path / "head.safetensors")) == ["fc1.bias", "fc1.weight", "fc2.bias", "fc2.weight"]
+
+
+def test_a_folder_with_another_run_is_refused_and_overwrite_replaces_it():
+    first = quick(out="mine")
+    with pytest.raises(RunError, match="--overwrite replaces it"):
+        quick(out="mine")
+    (first.path / "note.txt").write_text("of the first run")
+    second = quick(out="mine", seed=1, overwrite=True)
+    assert second.config["settings"]["seed"] == 1
+    assert {file.name for file in Path("mine").iterdir()} == FILES
+    assert [p.name for p in Path().iterdir()] == ["mine"]
+
+
+def test_a_folder_of_other_files_is_never_replaced():
+    Path("photos").mkdir()
+    Path("photos/cat.jpg").write_text("x")
+    with pytest.raises(RunError, match="holds other files and no run"):
+        quick(out="photos", overwrite=True)
+    with pytest.raises(RunError, match="is a file"):
+        quick(out="photos/cat.jpg")
+    assert Path("photos/cat.jpg").read_text() == "x"
+
+
+def test_an_empty_folder_may_be_given():
+    Path("empty").mkdir()
+    assert quick(out="empty").path.resolve() == Path("empty").resolve()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_place_that_cannot_be_written_is_said_before_training():
+    Path("file").write_text("")
+    with pytest.raises(CannotWrite, match="--out chooses another place"):
+        run_target("file/run", "toy", "linear")
+
+
+def test_a_disk_that_fails_while_writing_leaves_nothing(monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "_sync", full)
+    with pytest.raises(CannotWrite, match="No space left on device"):
+        quick()
+    assert list(Path("runs").iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_run_killed_while_writing_never_looks_finished():
+    code = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from fake_view import toy_view\n"
+        "import heads.plots\n"
+        "def kill(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "heads.plots.draw_plots = kill\n"
+        "from heads.train import train_head\n"
+        "train_head(toy_view(), 'linear', epochs=1)\n"
+    )
+    tests = Path(__file__).parent
+    path = {**os.environ, "PYTHONPATH": str(tests.parent)}
+    done = subprocess.run([sys.executable, "-c", code, str(tests)], env=path, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    left = list(Path("runs").iterdir())
+    assert [p.name.startswith(".toy-linear") and p.suffix == ".partial" for p in left] == [True]
+    assert list_runs("runs") == []
+    assert quick().path.name == "toy-linear-1"
+
+
+@pytest.mark.parametrize("name", ["config.json", "head.safetensors", "predictions.csv"])
+def test_a_run_that_lacks_a_file_is_no_run(name):
+    run = quick()
+    (run.path / name).unlink()
+    with pytest.raises(RunError, match=f"is not a finished run: it has no {name}"):
+        load_run(run.path)
+
+
+def test_a_damaged_run_is_refused():
+    run = quick()
+    whole = (run.path / "head.safetensors").read_bytes()
+    (run.path / "head.safetensors").write_bytes(whole[:-7])
+    with pytest.raises(RunError, match="damaged"):
+        load_run(run.path).model  # noqa: B018
+    config = json.loads((run.path / "config.json").read_text())
+    (run.path / "head.safetensors").write_bytes(whole)
+    (run.path / "config.json").write_text(json.dumps({**config, "classes": ["a", "b", "c"]}))
+    with pytest.raises(RunError, match="does not fit the head"):
+        load_run(run.path).model  # noqa: B018
+    (run.path / "config.json").write_text(json.dumps({**config, "format": 99}))
+    with pytest.raises(RunError, match="run format 99; this featurecache reads 1"):
+        load_run(run.path)
+    (run.path / "config.json").write_text("{")
+    with pytest.raises(RunError, match="is damaged"):
+        load_run(run.path)
+
+
+def test_what_is_no_folder_is_no_run():
+    with pytest.raises(RunError, match="is not a folder"):
+        load_run("runs/nothing")
+
+
+def test_code_that_a_run_only_names_is_not_imported_unless_trusted(here, monkeypatch):
+    (here / "own_head_of_a_run.py").write_text(
+        "from torch import nn\nclass Own(nn.Linear):\n    'Mine.'\n"
+        "    def __init__(self, shape, classes): super().__init__(shape[0], classes)\n"
+    )
+    run = quick(head="python:own_head_of_a_run:Own", output="cls")
+    assert run.path.name == "toy-Own-1"
+    assert run.model is not None
+    with pytest.raises(RunError, match="trust_code=True"):
+        load_run(run.path).model  # noqa: B018
+    assert load_run(run.path, trust_code=True).model is not None
+
+
+def test_list_runs_passes_over_what_is_no_run():
+    a, b = quick(), quick(head="mlp")
+    Path("runs/other").mkdir()
+    Path("runs/other/config.json").write_text("{}")
+    assert [run.path for run in list_runs()] == [a.path, b.path]
+    text = tables.runs_table(list_runs())
+    assert "runs/toy-linear-1" in text
+    assert "vit-toy/toy cls" in text
+    assert list_runs("nowhere") == []
+    assert "no runs yet" in tables.runs_table([])
+
+
+def test_the_final_table_has_val_and_test_and_names_the_positive_class():
+    text = tables.final_table(quick())
+    lines = text.splitlines()
+    assert lines[0].split("  ")[-1] == "test (read once)"
+    assert [line.split()[0] for line in lines[1:]] == [
+        "AUROC", "AP", "sensitivity", "specificity", "PPV", "NPV", "F1", "accuracy", "NLL", "Brier",
+    ]  # fmt: skip
+    assert "of kind 1 at " in lines[3]
+    assert "untrained" not in text
+
+
+def untrained(control_rows=3) -> FakeView:
+    return toy_view(n=300, splits="given", noise=2, untrained=True)
+
+
+def test_untrained_weights_bring_the_controls_first_and_one_sentence(monkeypatch):
+    monkeypatch.setattr(
+        "heads.controls.pixels",
+        lambda *a: {"name": "pixels, logistic regression", "val": None, "test": None, "note": "gone"},
+    )
+    run = quick(untrained())
+    lines = tables.final_table(run).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:4]] == ["chance", "majority class", "pixels, logistic regression"]
+    assert lines[4].startswith("linear on cls")
+    assert "pixels, logistic regression: gone" in lines
+    assert tables.final_table(run).count(tables.UNTRAINED) == 1
+
+
+def test_a_comparison_is_ordered_by_val_alone():
+    view = toy_view(n=300, splits="given", noise=2)
+    compared = [quick(view), quick(view, head="large"), quick(view, lr=1e-5)]
+    lines = tables.comparison_table(compared).splitlines()
+    shown = [float(line.split()[4]) for line in lines[1:]]
+    assert shown == sorted(shown, reverse=True)
+    assert "do not compare" not in lines[-1]
+
+
+def test_a_comparison_of_different_test_sets_says_so():
+    view = toy_view(n=300, noise=2)
+    assert "do not compare" in tables.comparison_table([quick(view), quick(view, split_seed=1)])
+
+
+def test_pictures_of_many_classes_and_of_labels_are_drawn():
+    from PIL import Image
+
+    for view in (toy_view(n=720, classes=24), toy_view(n=400, classes=12), label_view(labels=6)):
+        run = quick(view)
+        for name in ("curves.png", "confusion.png", "roc.png"):
+            with Image.open(run.path / name) as image:
+                assert min(image.size) > 300
+                assert len(image.convert("RGB").getcolors(2**20)) > 20
+
+
+def test_splits_of_one_run_serve_another():
+    view = toy_view(n=300, noise=2)
+    first = quick(view, split_seed=5)
+    second = quick(view, splits=first.path / "splits.csv")
+    assert (first.path / "splits.csv").read_bytes() == (second.path / "splits.csv").read_bytes()
+    assert first.config["splits"]["digest"] == second.config["splits"]["digest"]
+
+
+def test_numbers_in_config_say_what_ran():
+    run = quick(lr=3e-4)
+    assert run.config["settings"]["lr"] == 3e-4
+    assert run.config["parameters"] == 18
+    assert run.config["view"]["shape"] == [8]
+    assert run.config["splits"]["counts"]["train"] == [60, 60]
+    assert torch.__version__ == run.config["versions"]["torch"]

@@ -1,0 +1,383 @@
+"""The rules of decoding, each against Pillow, numpy or a hand-worked answer."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from featurecache import headers, images
+from featurecache.errors import UnreadableImage
+from featurecache.images import decode, digest, look
+
+RANDOM = np.random.default_rng(0)
+COLOUR = RANDOM.integers(0, 256, (24, 40, 3), dtype=np.uint8)
+GREY = COLOUR[..., 0].copy()
+DEEP = RANDOM.integers(0, 65536, (24, 40, 3), dtype=np.uint16)
+
+
+def encoded(pixels: np.ndarray | Image.Image, kind: str, **options) -> bytes:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def decoded(data: bytes | np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    return decode(data).permute(1, 2, 0).numpy()
+
+
+def png(samples: np.ndarray, colour_type: int) -> bytes:
+    """A 16-bit PNG of uint16 [H, W, channels] (Pillow writes grey only)."""
+    height, width = samples.shape[:2]
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in samples)
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    return headers.PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def tiff(samples: bytes, height: int, width: int, channels: int, *, bits=16, photometric=2, order="<", deflate=False):
+    """A TIFF of one strip, tag by tag (TIFF 6.0, section 2)."""
+    body = zlib.compress(samples) if deflate else samples
+    count = struct.pack(order + "H", bits) * channels
+    entries = 9
+    behind = 8 + 2 + 12 * entries + 4
+    bits_at, body_at = (behind, behind + len(count)) if channels > 2 else (None, behind)
+    values = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, bits_at), (259, 3, 1, 8 if deflate else 1),
+              (262, 3, 1, photometric), (273, 4, 1, body_at), (277, 3, 1, channels), (278, 4, 1, height),
+              (279, 4, 1, len(body))]  # fmt: skip
+    directory = struct.pack(order + "H", entries)
+    for tag, kind, length, value in values:
+        cell = count if value is None else struct.pack(order + ("L" if kind == 4 or length > 2 else "H"), value)
+        directory += struct.pack(order + "HHL", tag, kind, length) + cell.ljust(4, b"\0")
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    return magic + struct.pack(order + "L", 8) + directory + bytes(4) + (count if channels > 2 else b"") + body
+
+
+# -- plain images
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM"])
+@pytest.mark.parametrize("pixels", [COLOUR, GREY], ids=["colour", "grey"])
+def test_plain_eight_bit_images_are_what_pillow_reads(kind, pixels):
+    data = encoded(pixels, kind)
+    np.testing.assert_array_equal(decoded(data), by_pillow(data))
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 0}, {"subsampling": 2}, {"quality": 30}])
+def test_jpegs_of_all_kinds_are_what_pillow_reads(options):
+    data = encoded(COLOUR, "JPEG", **options)
+    np.testing.assert_array_equal(decoded(data), by_pillow(data))
+
+
+def test_jpeg_goes_through_torchvision_and_nothing_else_does(monkeypatch):
+    monkeypatch.setattr(images, "_by_pillow", lambda data: pytest.fail("Pillow was asked"))
+    decode(encoded(COLOUR, "JPEG"))
+    monkeypatch.undo()
+    monkeypatch.setattr(images, "_plain_jpeg", lambda *_: pytest.fail("torchvision was asked"))
+    decode(encoded(COLOUR, "PNG"))
+    decode(encoded(Image.fromarray(COLOUR).convert("CMYK"), "JPEG"))
+
+
+def test_a_torchvision_without_its_jpeg_operator_changes_no_pixel(monkeypatch):
+    data = encoded(COLOUR, "JPEG")
+    expected = decoded(data)
+    monkeypatch.setattr(images, "_jpeg_operator", lambda: None)
+    np.testing.assert_array_equal(decoded(data), expected)
+
+
+def test_the_name_says_nothing_a_png_called_jpg_is_a_png():
+    np.testing.assert_array_equal(decoded(encoded(COLOUR, "PNG")), COLOUR)
+
+
+# -- the rules
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("endian", ["<", ">"])
+def test_exif_orientation_is_applied(orientation, kind, endian):
+    exif = Image.Exif()
+    exif.endian = endian
+    exif[0x0112] = orientation
+    data = encoded(COLOUR, kind, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    np.testing.assert_array_equal(decoded(data), np.asarray(upright))
+
+
+def test_damaged_exif_counts_as_upright():
+    data = encoded(COLOUR, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    np.testing.assert_array_equal(decoded(data), by_pillow(encoded(COLOUR, "JPEG")))
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bit_png_is_rounded_to_eight_not_cut(colour_type, channels):
+    samples = RANDOM.integers(0, 65536, (24, 40, channels), dtype=np.uint16)
+    expected = np.rint(samples / 257).astype(np.uint8)
+    expected = expected[..., :3] if channels > 2 else expected[..., [0, 0, 0]]
+    np.testing.assert_array_equal(decoded(png(samples, colour_type)), expected)
+    assert not np.array_equal(expected[..., :1], samples[..., :1] >> 8)  # what Pillow alone gives for colour
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sixteen_bit_tiff_is_rounded_to_eight_not_cut(order, deflate, channels):
+    samples = RANDOM.integers(0, 65536, (24, 40, channels), dtype=np.uint16)
+    data = tiff(samples.astype(order + "u2").tobytes(), 24, 40, channels, photometric=2 if channels > 1 else 1,
+                order=order, deflate=deflate)  # fmt: skip
+    expected = np.rint(samples / 257).astype(np.uint8)
+    np.testing.assert_array_equal(decoded(data), expected[..., :3] if channels > 1 else expected[..., [0, 0, 0]])
+
+
+def test_sixteen_bit_values_are_scaled_by_the_full_range_not_by_what_occurs():
+    faint = np.array([[0, 128, 129, 4095]], np.uint16)
+    assert decoded(encoded(faint, "PNG"))[0, :, 0].tolist() == [0, 0, 1, 16]
+
+
+def test_tiff_whose_zero_is_white_is_turned_over():
+    samples = np.array([[0, 65535, 257]], np.uint16)
+    assert decoded(tiff(samples.tobytes(), 1, 3, 1, photometric=0))[0, :, 0].tolist() == [255, 0, 254]
+
+
+def test_tiff_that_declares_twelve_bits_has_4095_for_white():
+    packed = bytes.fromhex("000fff800100")  # 000 fff 800 100
+    assert decoded(tiff(packed, 1, 4, 1, bits=12, photometric=1))[0, :, 0].tolist() == [0, 255, 128, 16]
+
+
+def test_sixteen_bit_pnm_is_rounded_to_eight():
+    np.testing.assert_array_equal(decoded(encoded(DEEP[..., 0].copy(), "PPM"))[..., 0], np.rint(DEEP[..., 0] / 257))
+
+
+def test_one_bit_spans_the_range():
+    data = encoded(Image.fromarray(GREY > 127), "PNG")
+    np.testing.assert_array_equal(decoded(data)[..., 0], np.where(GREY > 127, 255, 0))
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "RGBA"])
+def test_palette_is_looked_up_and_alpha_dropped(mode):
+    data = encoded(Image.fromarray(COLOUR).convert(mode), "PNG")
+    np.testing.assert_array_equal(decoded(data), by_pillow(data))
+
+
+def test_colour_beneath_full_transparency_is_kept():
+    pixels = np.dstack([COLOUR, np.zeros_like(GREY)])
+    np.testing.assert_array_equal(decoded(encoded(pixels, "PNG")), COLOUR)
+
+
+def test_palette_with_transparent_entries_does_not_warn():
+    data = encoded(Image.fromarray(COLOUR).convert("P"), "PNG", transparency=b"\x00\x80\xff")
+    np.testing.assert_array_equal(decoded(data), by_pillow(data))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "TIFF")])
+def test_cmyk_and_ycbcr_are_what_pillow_makes_of_them(mode, kind):
+    data = encoded(Image.fromarray(COLOUR).convert(mode), kind)
+    np.testing.assert_array_equal(decoded(data), by_pillow(data))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_of_several_images_the_first_is_taken_and_its_number_is_in_the_digest(kind):
+    others = [Image.fromarray(np.roll(COLOUR, shift, 0)) for shift in (3, 9)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    single = encoded(COLOUR, kind, **options)
+    several = encoded(COLOUR, kind, save_all=True, append_images=others, **options)
+    np.testing.assert_array_equal(decoded(several), by_pillow(several))
+    assert (headers.holds_several(single), headers.holds_several(several)) == (False, True)
+    assert digest(several) == digest(several, 0) != digest(several, 1)
+    assert digest(several) != hashlib.blake2b(several, digest_size=16).hexdigest()
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(("mode", "word"), [("I", "32-bit"), ("F", "floating-point")])
+def test_pixels_without_a_known_white_are_refused_by_name(mode, word):
+    with pytest.raises(UnreadableImage, match=word):
+        decode(encoded(Image.fromarray(GREY).convert(mode), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM"])
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_truncated_images_say_after_how_many_bytes(kind, share):
+    whole = encoded(COLOUR, kind)
+    data = whole[: min(int(len(whole) * share), len(whole) - 1)]
+    with pytest.raises(UnreadableImage, match=f"^truncated after {len(data):,} bytes$"):
+        decode(data)
+
+
+def test_jpeg_whose_tail_was_never_downloaded_is_truncated():
+    data = encoded(COLOUR, "JPEG")
+    with pytest.raises(UnreadableImage, match="truncated"):
+        decode(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+
+
+def test_zero_bytes():
+    for ask in (decode, look):
+        with pytest.raises(UnreadableImage, match=r"^zero bytes$"):
+            ask(b"")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"<!DOCTYPE html><html>", 'not an image (starts with "<!DOCTYPE")'),
+        (b"PK\x03\x04" + bytes(60), "not an image this reads (starts with the bytes 50 4b 03 04 00 00 00 00)"),
+        (b"   \n", "not an image this reads (starts with the bytes 20 20 20 0a)"),
+        (b"II*\0" + bytes(8), "a TIFF file whose header cannot be read (12 bytes)"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 'not an image (starts with "%!PS-Adobe-3.0")'),
+    ],
+)
+def test_what_is_no_image_is_shown_by_its_start(data, reason):
+    for ask in (decode, look):
+        with pytest.raises(UnreadableImage) as caught:
+            ask(data)
+        assert str(caught.value) == reason
+
+
+def test_decompression_bombs_are_refused_before_they_are_decoded():
+    jpeg = bytearray(encoded(GREY, "JPEG"))
+    at = jpeg.index(b"\xff\xc0") + 5
+    jpeg[at : at + 4] = struct.pack(">HH", 60_000, 60_000)
+    bomb = png(np.zeros((1, 1, 1), np.uint16), 0)
+    bomb = bomb[:16] + struct.pack(">II", 60_000, 60_000) + bomb[24:]
+    crc = struct.pack(">I", zlib.crc32(bomb[12:29]))
+    for data in (bytes(jpeg), bomb[:29] + crc + bomb[33:]):
+        with pytest.raises(UnreadableImage, match="decompression bomb"):
+            decode(data)
+
+
+def test_large_images_below_the_limit_do_not_warn(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # GREY has 960: Pillow warns
+    assert decode(encoded(GREY, "PNG")).shape == (3, 24, 40)
+    monkeypatch.setattr(images, "MAX_PIXELS", 900)
+    with pytest.raises(UnreadableImage, match="40×24 pixels"):
+        decode(encoded(GREY, "PNG"))
+
+
+def test_png_with_damaged_data_is_a_failure_and_not_the_end_of_the_interpreter():
+    data = bytearray(encoded(COLOUR, "PNG"))
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    script = "import sys; from featurecache.images import decode; decode(sys.stdin.buffer.read())"
+    done = subprocess.run([sys.executable, "-c", script], input=bytes(data), capture_output=True, check=False)
+    assert done.returncode == 1
+    assert b"UnreadableImage: cannot be decoded" in done.stderr
+
+
+@given(st.integers(0, 13), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=4), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_damaged_bytes_give_pixels_or_a_named_failure(which, changes, cut):
+    kinds = ["JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM"]
+    data = bytearray(encoded(COLOUR if which < 7 else GREY, kinds[which % 7]))
+    for place, value in changes:
+        data[place % len(data)] = value
+    data = data[: len(data) // 2] if cut else data
+    assert len(digest(bytes(data))) == 32
+    try:
+        assert decode(bytes(data)).shape[0] == 3
+    except UnreadableImage as error:
+        assert str(error)
+
+
+# -- arrays
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (24, 40, 1), (24, 40, 3)])
+def test_arrays_are_images_too(shape):
+    pixels = RANDOM.integers(0, 256, shape, dtype=np.uint8)
+    pixels.flags.writeable = False
+    np.testing.assert_array_equal(decoded(pixels), np.broadcast_to(pixels.reshape(24, 40, -1), (24, 40, 3)))
+
+
+def test_sixteen_bit_arrays_follow_the_rule_of_sixteen_bits():
+    np.testing.assert_array_equal(decoded(DEEP), np.rint(DEEP / 257))
+    np.testing.assert_array_equal(decoded(DEEP.astype(">u2")), np.rint(DEEP / 257))
+
+
+@pytest.mark.parametrize(
+    ("array", "word"),
+    [
+        (np.zeros((4, 4), np.float32), "float32"),
+        (np.zeros((3, 4, 4), np.uint8), "3×4×4"),
+        (np.zeros((0, 4), "u1"), "0×4"),
+    ],
+)
+def test_other_arrays_are_refused_with_their_shape(array, word):
+    with pytest.raises(UnreadableImage, match=word):
+        decode(array)
+
+
+# -- digests
+
+
+def test_digest_is_blake2b_of_the_bytes():
+    data = encoded(COLOUR, "JPEG")
+    assert digest(data) == hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def test_digest_of_an_array_knows_dtype_shape_and_bytes():
+    plain = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    others = [plain.reshape(2, 8), plain.reshape(4, 4, 1), plain.astype(np.uint16), plain + np.uint8(1)]
+    assert len({digest(array) for array in [plain, *others]}) == 5
+    assert digest(np.asfortranarray(plain)) == digest(plain)
+    assert digest(plain.astype("<u2")) == digest(plain.astype(">u2"))
+
+
+@given(st.integers(1, 3))
+def test_an_animated_gif_is_counted_without_pillow(frames):
+    pictures = [Image.fromarray(np.roll(COLOUR, 7 * number, 0)) for number in range(frames)]
+    data = encoded(pictures[0], "GIF", save_all=True, append_images=pictures[1:])
+    assert headers.holds_several(data) == (frames > 1)
+
+
+# -- threads, warnings, a look
+
+
+def test_threads_decode_what_one_thread_decodes_and_no_warning_escapes():
+    kinds = [
+        encoded(COLOUR, "JPEG"),
+        png(DEEP, 2),
+        encoded(Image.fromarray(COLOUR).convert("P"), "PNG", transparency=b"\0"),
+    ]
+    expected = [decoded(data) for data in kinds]
+    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
+        warnings.simplefilter("error")
+        for number, found in enumerate(pool.map(decoded, kinds * 40)):
+            np.testing.assert_array_equal(found, expected[number % 3])
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (encoded(COLOUR, "JPEG"), "RGB"),
+        (encoded(GREY, "JPEG"), "grey"),
+        (png(DEEP, 2), "16-bit RGB"),
+        (encoded(DEEP[..., 0].copy(), "PNG"), "16-bit grey"),
+        (encoded(DEEP[..., 0].copy(), "PPM"), "16-bit grey"),
+        (encoded(Image.fromarray(COLOUR).convert("P"), "PNG"), "palette"),
+        (GREY, "grey"),
+        (DEEP, "16-bit RGB"),
+    ],
+)
+def test_a_look_tells_size_and_kind_of_pixels(data, kind):
+    assert look(data) == (40, 24, kind)

@@ -1,0 +1,208 @@
+"""Pixels equal those of the library's own processor, or the processor is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision import models
+from torchvision.transforms import v2
+
+from featurecache.errors import BadOption, PreprocessingRefused
+from featurecache.preprocess import Preprocess
+from featurecache.processors import check, check_processor, default_processor, from_processor, from_transforms, probe
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+PROCESSORS = {
+    "vit": lambda: transformers.ViTImageProcessor(size={"height": 48, "width": 48}),
+    "vit, not square": lambda: transformers.ViTImageProcessor(size={"height": 33, "width": 47}),
+    "vit, legacy size": lambda: transformers.ViTImageProcessor(size=40),
+    "vit, nearest": lambda: transformers.ViTImageProcessor(size=40, resample=0),
+    "vit, only rescaled": lambda: transformers.ViTImageProcessor(size=40, do_normalize=False),
+    "vit, not rescaled": lambda: transformers.ViTImageProcessor(size=40, do_rescale=False),
+    "deit": lambda: transformers.DeiTImageProcessor(size=50, crop_size=44, **IMAGENET),
+    "clip": lambda: transformers.CLIPImageProcessor(size={"shortest_edge": 40}, crop_size=40),
+    "dinov2": lambda: transformers.BitImageProcessor(size={"shortest_edge": 50}, crop_size=42, **IMAGENET),
+    "crop wider than the image": lambda: transformers.BitImageProcessor(size={"shortest_edge": 30}, crop_size=43),
+    "crop without resizing": lambda: transformers.BitImageProcessor(do_resize=False, crop_size=45),
+    "beit": lambda: transformers.BeitImageProcessor(size=40, resample=2),
+    "siglip": lambda: transformers.SiglipImageProcessor(size={"height": 48, "width": 48}),
+    "convnext below 384": lambda: transformers.ConvNextImageProcessor(size={"shortest_edge": 50}, crop_pct=0.9),
+    "convnext from 384 on": lambda: transformers.ConvNextImageProcessor(size={"shortest_edge": 384}),
+}
+SHAPES = [(37, 53), (120, 41), (64, 64), (300, 211), (1, 7)]
+
+
+def image(height: int, width: int) -> torch.Tensor:
+    return torch.from_numpy(probe(height, width)).permute(2, 0, 1).contiguous()
+
+
+def ours(preprocess: Preprocess, height: int, width: int) -> torch.Tensor:
+    return preprocess.normalised(preprocess.resized(image(height, width))[None])[0]
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pixels_are_those_of_the_transformers_processor(name, shape):
+    processor = PROCESSORS[name]()
+    expected = processor(images=Image.fromarray(probe(*shape)), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(ours(from_processor(processor), *shape), expected)
+
+
+@pytest.mark.parametrize("weights", ["ResNet50_Weights.IMAGENET1K_V1", "ResNet50_Weights.IMAGENET1K_V2",
+                                     "EfficientNet_B0_Weights.IMAGENET1K_V1", "ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1"])  # fmt: skip
+@pytest.mark.parametrize("shape", [(37, 53), (300, 211), (255, 256)])
+def test_pixels_are_those_of_torchvisions_transforms_of_a_pil_image(weights, shape):
+    transforms = models.get_weight(weights).transforms()
+    assert torch.equal(ours(from_transforms(transforms), *shape), transforms(Image.fromarray(probe(*shape))))
+
+
+def test_grey_batches_on_their_way_are_not_changed_in_place():
+    preprocess = from_processor(PROCESSORS["vit"]())
+    batch = torch.full((2, 3, 48, 48), 200, dtype=torch.uint8)
+    assert torch.equal(preprocess.normalised(batch), preprocess.normalised(batch))
+    assert batch.unique().tolist() == [200]
+
+
+def test_an_image_of_the_right_size_is_not_resampled():
+    picture = image(48, 48)
+    assert torch.equal(from_processor(PROCESSORS["vit"]()).resized(picture), picture)
+
+
+def test_squash_shows_the_whole_image_to_a_processor_that_crops():
+    squashed = from_processor(PROCESSORS["dinov2"]()).fitted("squash")
+    expected = v2.functional.resize(image(30, 90), [42, 42], v2.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(squashed.resized(image(30, 90)), expected)
+
+
+def test_pad_keeps_proportions_and_fills_with_black_on_both_sides():
+    padded = from_processor(PROCESSORS["vit"]()).fitted("pad").resized(torch.full((3, 20, 80), 255, dtype=torch.uint8))
+    assert padded.shape == (3, 48, 48)
+    assert (padded[0].float().mean(1) == 255).nonzero().flatten().tolist() == list(range(18, 30))
+    assert padded[:, [*range(18), *range(30, 48)]].max() == 0
+
+
+def test_pad_of_a_line_one_pixel_high_still_has_it():
+    padded = from_processor(PROCESSORS["vit"]()).fitted("pad").resized(torch.full((3, 1, 900), 255, dtype=torch.uint8))
+    assert (padded[0, :, 0] == 255).sum() == 1
+
+
+def test_model_fit_changes_nothing():
+    preprocess = from_processor(PROCESSORS["clip"]())
+    assert preprocess.fitted("model") == preprocess
+
+
+def test_an_unknown_fit_is_named():
+    with pytest.raises(BadOption, match="stretch.*model, squash, pad"):
+        from_processor(PROCESSORS["clip"]()).fitted("stretch")
+
+
+def test_image_size_scales_resize_and_crop_in_their_ratio():
+    scaled = from_transforms(models.get_weight("ResNet50_Weights.IMAGENET1K_V2").transforms()).scaled(448)
+    assert (scaled.resize, scaled.crop, scaled.size) == ((464,), (448, 448), (448, 448))
+
+
+def test_image_size_of_a_squashing_processor():
+    assert from_processor(PROCESSORS["vit"]()).scaled(64, 16).resize == (64, 64)
+
+
+def test_image_size_that_no_patches_fill_is_refused_with_those_that_do():
+    with pytest.raises(BadOption, match="250 is not a multiple of the patch of 16 pixels; try 240 or 256"):
+        from_processor(PROCESSORS["vit"]()).scaled(250, 16)
+
+
+def test_image_size_smaller_than_a_patch_is_refused():
+    with pytest.raises(BadOption, match="try 16$"):
+        from_processor(PROCESSORS["vit"]()).scaled(7, 16)
+
+
+def test_image_size_of_a_processor_that_is_not_square_is_refused():
+    with pytest.raises(BadOption, match="33×47"):
+        from_processor(PROCESSORS["vit, not square"]()).scaled(64)
+
+
+def test_a_processor_with_rules_of_its_own_is_refused_by_name():
+    processor = transformers.LevitImageProcessor()
+    with pytest.raises(PreprocessingRefused, match="levit cannot be reproduced: a 37×53 image differs by"):
+        check_processor(from_processor(processor), processor, "levit")
+
+
+def test_a_processor_that_differs_by_one_step_of_grey_is_refused():
+    processor = PROCESSORS["vit"]()
+    preprocess = from_processor(processor)
+
+    def brighter(picture: Image.Image) -> torch.Tensor:
+        array = np.minimum(np.asarray(picture).astype(int) + 1, 255).astype(np.uint8)
+        return processor(images=Image.fromarray(array), return_tensors="pt")["pixel_values"][0]
+
+    with pytest.raises(PreprocessingRefused):
+        check(preprocess, brighter, "brighter")
+
+
+def test_a_processor_of_another_size_is_refused():
+    processor = PROCESSORS["vit"]()
+    with pytest.raises(PreprocessingRefused, match="inf"):
+        check_processor(from_processor(processor).scaled(32), processor, "smaller")
+
+
+@pytest.mark.parametrize(
+    "size", [{"longest_edge": 40}, {"shortest_edge": 30, "longest_edge": 40}, {"max_height": 30, "max_width": 40}]
+)
+def test_sizes_that_depend_on_the_image_are_refused(size):
+    with pytest.raises(PreprocessingRefused):
+        from_processor(transformers.ViTImageProcessor(size=size))
+
+
+def test_a_processor_that_leaves_sizes_as_they_are_is_refused():
+    with pytest.raises(PreprocessingRefused, match="different sizes"):
+        from_processor(transformers.ViTImageProcessor(do_resize=False))
+
+
+def test_normalising_one_channel_is_refused():
+    with pytest.raises(PreprocessingRefused, match="1 channels"):
+        from_processor(transformers.ViTImageProcessor(image_mean=[0.5], image_std=[0.5]))
+
+
+def test_transforms_for_video_are_refused():
+    with pytest.raises(PreprocessingRefused, match="VideoClassification"):
+        from_transforms(models.get_weight("R3D_18_Weights.DEFAULT").transforms())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("mode", "stretch"), ("kernel", "opencv"), ("interpolation", "box"), ("arithmetic", "other"), ("resize", (0, 9)),
+     ("crop_rounding", "up"), ("resize", (9,)), ("std", None), ("std", (0.1, 0.2, 0.0)), ("scale", 0.0), ("crop", (0, 0))],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused_when_built(field, value):
+    data = from_processor(PROCESSORS["vit"]()).to_dict()
+    with pytest.raises(PreprocessingRefused):
+        Preprocess.from_dict({**data, field: value})
+
+
+@pytest.mark.parametrize("kind", ["ViTImageProcessor", "DeiTImageProcessor", "BitImageProcessor", "ConvNextImageProcessor"])
+def test_the_default_processor_of_a_model_type_is_scaled_to_the_model(kind):
+    assert from_processor(default_processor(kind, 64)).size == (64, 64)
+
+
+def test_one_line_for_people():
+    assert from_processor(transformers.ViTImageProcessor()).line() == "224×224 squashed, bilinear, mean 0.5, std 0.5"
+    assert from_processor(PROCESSORS["dinov2"]()).line() == (
+        "42×42 from the centre, shortest edge resized to 50, bicubic, mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
+    )
+
+
+sizes = st.tuples(st.integers(1, 900), st.integers(1, 900))
+three = st.tuples(*[st.floats(0.01, 2.0)] * 3)
+
+
+@settings(deadline=None)
+@given(sizes, st.none() | sizes, st.none() | three, st.sampled_from(["bilinear", "bicubic"]), st.none() | st.floats(1e-3, 1))
+def test_settings_come_back_from_json_as_they_were(resize, crop, norm, interpolation, scale):
+    preprocess = Preprocess("squash", resize, crop, "torchvision", interpolation, True, "down", scale, norm, norm, "fused")
+    assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
