@@ -31,6 +31,19 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        """click's own errors in the form of ours."""
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except click.Abort:
+            click.echo("stopped.", err=True)
+            code = 1
+        except click.ClickException as error:
+            click.echo(f"error: {error.format_message()}", err=True)
+            code = error.exit_code
+        sys.exit(code or 0)
+
+
 class Talk:
     """Where lines go: results to stdout, talk to stderr; neither under --json, where one object is printed at the end."""
 
@@ -57,13 +70,10 @@ class Talk:
 def _report(error: FeatureCacheError, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    message = str(error).replace("\n", "\n       ")
-    click.echo(f"error: {message}" if not _is_stop(error) else message, err=True)
+    first, *rest = str(error).splitlines()
+    word = "" if type(error).__name__ == "Stopped" else "error: "  # Ctrl-C is none
+    click.echo("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)]), err=True)
     return 2 if isinstance(error, BadOption | UnknownName) else 1
-
-
-def _is_stop(error: FeatureCacheError) -> bool:
-    return type(error).__name__ == "Stopped"
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -145,7 +145,7 @@ def _warnings(data: dict[str, Any]) -> list[str]:
     found += data["notes"]
     copies = data["copies"]
     if copies:
-        found += [f"{n:,} images stand in both {pair.replace('+', ' and ')}" for pair, n in copies["across"].items()]
+        found += [f"{n:,} images stand in both {pair.replace('+', ' and ')}" for pair, n in copies["across"].items() if n]
         if copies["two_labels"]:
             found.append(f"{copies['two_labels']:,} images bear two different labels")
     return found
