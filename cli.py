@@ -169,7 +169,7 @@ def extract(
         options.pop("data"), columns=_pairs(columns), batch_size=batch_size, progress=talk.progress, **options
     )
     if sheet:
-        from featurecache.sheet import contact_sheet
+        from featurecache.sources import contact_sheet
 
         contact_sheet(prepared.dataset, Path(sheet))
     rate = _probe(prepared)
@@ -185,12 +185,8 @@ def extract(
     result = prepared.run(progress=talk.progress, rate=rate)
     label = f"{prepared.backbone.name}/{prepared.name}"
     talk.result(console.result_lines(result, label), console.result_record(result))
-    talk.next("featurecache train-head --head large" + ("" if "tokens" in _names(prepared) else "  (or linear)"))
+    talk.next(f"featurecache train-head --head {'large' if 'tokens' in result.outputs else 'linear'}")
     return int(bool(result.failed) and options["on_error"] != "skip")
-
-
-def _names(prepared: Any) -> list[str]:
-    return [output.name for output in prepared.outputs]
 
 
 def _probe(prepared: Any) -> float | None:
@@ -239,7 +235,7 @@ def _pairs(columns: tuple[str, ...]) -> dict[str, str] | None:
 @click.option("--out", metavar="DIR", help="Run folder. [default: runs/VIEW-HEAD-N]")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 @cache_option
-def train_head(talk: Talk, features: str | None, cache: str | None, only: str | None, **options: Any) -> int:
+def train_head(talk: Talk, features: str | None, cache: str | None, **options: Any) -> int:
     """Train a head on cached features; val chooses, test is read once afterwards.
 
     \b
@@ -252,10 +248,9 @@ def train_head(talk: Talk, features: str | None, cache: str | None, only: str | 
     from heads.tables import final_table
 
     view = open_view(features, cache)
-    output = options.pop("output")
-    talk.say(_features_line(view, features))
-    names = only.split(",") if only else None
-    run = heads.train_head(view, options.pop("head"), output=output, only=names, say=talk.say, **options)
+    if not features:
+        talk.say(f"view       {view.label}   (the newest; --features chooses)")
+    run = heads.train_head(view, options.pop("head"), say=talk.say, **options)
     talk.result(f"{final_table(run)}\nrun        {run.path}/", {"run": str(run.path), **run.metrics})
     talk.next(f"featurecache predict --run {run.path} IMAGE…")
     return 0
@@ -278,8 +273,11 @@ def _check_output(output: str | None) -> None:
 @click.option("--run", "run", required=True, metavar="DIR", help="A run folder of train-head.")
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a CSV instead of a table ('-' for stdout).")
 @click.option("--device", default="auto", help="auto, cpu, cuda, mps.")
+@click.option("--trust-code", is_flag=True, help="Import the module of a run with a python: head.")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE…")
-def predict(talk: Talk, run: str, csv_file: str | None, device: str, images: tuple[str, ...]) -> int:
+def predict(
+    talk: Talk, run: str, csv_file: str | None, device: str, trust_code: bool, images: tuple[str, ...]
+) -> int:  # fmt: skip
     """Class and calibrated probability of new images, folders or tables.
 
     \b
@@ -288,7 +286,7 @@ def predict(talk: Talk, run: str, csv_file: str | None, device: str, images: tup
     import heads
     from heads import prediction
 
-    loaded = heads.load_run(run)
+    loaded = heads.load_run(run, trust_code=trust_code)
     records = heads.predict(loaded, list(images), device=device, say=talk.say)
     if csv_file and csv_file != "-":
         from featurecache.files import write_whole

@@ -6,6 +6,7 @@ Names: an alias of `featurecache.aliases`; ``hf:<repo or folder>[@revision]``; a
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ class Request:
         """The arguments that load the same backbone from any working directory."""
         return {
             "name": name,
-            "weights": str(Path(self.weights).expanduser().resolve()) if self.weights else None,
+            "weights": str(Path(os.path.expanduser(self.weights)).resolve()) if self.weights else None,
             "random_weights": self.random_weights,
             "seed": self.seed,
             "image_size": self.image_size,
@@ -126,7 +127,7 @@ def _load(request: Request) -> Backbone:
         from featurecache import tv
 
         return tv.load(where.removeprefix("torchvision:"), request, alias)
-    if where.startswith("hf:") or (alias and not where) or Path(where).expanduser().is_dir():
+    if where.startswith("hf:") or (alias and not where) or os.path.isdir(os.path.expanduser(where)):
         from featurecache import hf
 
         return hf.load(where.removeprefix("hf:"), request, alias)
@@ -135,12 +136,12 @@ def _load(request: Request) -> Backbone:
 
 def unknown(name: str) -> UnknownBackbone:
     """What to say of a name in none of the forms."""
-    if Path(name).expanduser().is_file():
+    if os.path.isfile(os.path.expanduser(name)):
         return UnknownBackbone(f"{name} is a file of weights; say what they are of: --backbone NAME --weights {name}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
-        return UnknownBackbone(f'no folder is called "{name}"; a repository of the hub is written hf:{name}')
     if name.startswith(("/", "./", "../", "~")):
         return UnknownBackbone(f'there is no folder "{name}"; expected one written by save_pretrained')
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        return UnknownBackbone(f'no folder is called "{name}"; a repository of the hub is written hf:{name}')
     return UnknownBackbone(f'no backbone is called "{name}".{nearest(name, ALIASES)} Others: {FORMS}.')
 
 

@@ -10,12 +10,14 @@ from featurecache.aliases import Alias
 from featurecache.errors import UnknownBackbone, WeightsDoNotFit, WeightsNotFound
 from featurecache.families import FAMILIES, Family
 
-# Of a configuration, what decides no feature: names, paths, versions, labels, and how the library is to be used.
+# Of a configuration, what decides no feature: names, paths, versions, labels, how the library is to be used; and one
+# that transformers 5.17 does not list: whether a SigLIP has its head shows in the weights.
 _BOOKKEEPING = {
     "_name_or_path", "name_or_path", "architectures", "auto_map", "transformers_version", "model_type",
     "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype", "_attn_implementation",
     "attn_implementation", "return_dict", "output_hidden_states", "output_attentions", "is_encoder_decoder",
     "chunk_size_feed_forward", "stage_names", "out_features", "out_indices", "_out_features", "_out_indices",
+    "vision_use_head",
 }  # fmt: skip
 
 

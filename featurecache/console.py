@@ -145,7 +145,11 @@ def _warnings(data: dict[str, Any]) -> list[str]:
     found += data["notes"]
     copies = data["copies"]
     if copies:
-        found += [f"{n:,} images stand in both {pair.replace('+', ' and ')}" for pair, n in copies["across"].items() if n]
+        found += [
+            f"{n:,} image{'s stand' if n > 1 else ' stands'} in both {pair.replace('+', ' and ')}"
+            for pair, n in copies["across"].items()
+            if n
+        ]
         if copies["two_labels"]:
             found.append(f"{copies['two_labels']:,} images bear two different labels")
     return found
@@ -154,6 +158,7 @@ def _warnings(data: dict[str, Any]) -> list[str]:
 def result_record(result: Result) -> dict[str, Any]:
     return {
         "view": str(result.view),
+        "outputs": list(result.outputs),
         "images": result.images,
         "computed": result.computed,
         "derived": result.derived,
@@ -166,13 +171,13 @@ def result_record(result: Result) -> dict[str, Any]:
 
 def result_lines(result: Result, view_label: str) -> str:
     """The last lines of ``extract``; unreadable images are named, at most ten."""
-    speed = f" ({result.images_per_s:.3g} images/s)" if result.computed else ""
+    work = "nothing left to compute"
+    if result.computed:
+        work = f"{result.computed:,} computed in {duration(result.seconds)} ({result.images_per_s:.3g} images/s)"
+    elif result.derived:
+        work = f"{result.derived:,} derived from stored tokens in {duration(result.seconds)}"
     unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""
-    done = f"{result.computed:,} images computed in {duration(result.seconds)}{speed}{unread}"
-    if not result.computed:
-        done = f"nothing left to compute; {result.images:,} images in the view{unread}"
-        if result.derived:
-            done = f"{result.derived:,} images derived from stored tokens in {duration(result.seconds)}{unread}"
+    done = f"{result.images:,} images, {work}{unread}"
     width = max((len(name) for name, _ in result.failed[:10]), default=0)
     lines = [f"  {name:<{min(width, 60)}}  {reason}" for name, reason in result.failed[:10]]
     if len(result.failed) > 10:

@@ -82,14 +82,14 @@ class Files:
     def read(self, row: int) -> bytes:
         path = self.path(row)
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-                raise UnreadableImage("not a file")
-            with open(path, "rb") as file:
-                return file.read()
+            if stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+                with open(path, "rb") as file:
+                    return file.read()
         except FileNotFoundError:
             raise UnreadableImage("a link to a file that is gone" if os.path.islink(path) else "no such file") from None
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             raise UnreadableImage(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise UnreadableImage("not a file")
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class Result:
     """What an extraction did. ``failed``: [(id, reason)] of samples that are not in the view."""
 
     view: Path
+    outputs: tuple[str, ...]
     images: int  # samples in the view
     computed: int  # distinct images that went through the backbone in this run
     derived: int  # distinct images of which only functions of stored tokens were computed
@@ -174,9 +175,8 @@ class Extraction:
             bar.close()
         path, failed = self._write_view(failures)
         seconds = time.perf_counter() - start
-        return Result(
-            path, len(self.dataset) - len(failed), clock.images, self.to_derive, seconds, clock.shares(), failed
-        )
+        names, kept = tuple(output.name for output in self.outputs), len(self.dataset) - len(failed)
+        return Result(path, names, kept, clock.images, self.to_derive, seconds, clock.shares(), failed)
 
     def _fix_plan(self, rate: float | None) -> dict[str, Any]:
         known = self.plan
@@ -399,7 +399,7 @@ def _with_kept(wanted: tuple[Output, ...], store: Store | None, name: str, datas
     path = store.path / f"{name}.h5" if store else None
     if path is None or not path.exists():
         return wanted
-    view = View(path)
+    view = View(path, columns_only=True)
     common = len(set(view.ids) & set(dataset.ids))
     if 2 * common < len(view):
         raise BadOption(

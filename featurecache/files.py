@@ -13,6 +13,7 @@ import io
 import mmap
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,7 +137,7 @@ class Draft:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.{_owner()}.{secrets.token_hex(4)}.tmp")
+        self._temporary = draft_path(path)
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -227,8 +228,13 @@ def _owner() -> str:
     return f"{socket.gethostname().replace('.', '-')}.{os.getpid()}"
 
 
+def draft_path(path: Path) -> Path:
+    """A temporary name beside ``path`` that says whose it is."""
+    return path.with_name(f".{path.name}.{_owner()}.{secrets.token_hex(4)}.tmp")
+
+
 def sweep_drafts(folder: Path) -> None:
-    """Remove temporary files that dead processes of this machine left (a killed run leaves at most a few)."""
+    """Remove what dead processes of this machine left under temporary names (a killed run leaves at most a few)."""
     host, own = _owner().rsplit(".", 1)
     for path in folder.glob(".*.tmp"):
         parts = path.name.rsplit(".", 4)  # .<name> . host . pid . token . tmp
@@ -236,7 +242,7 @@ def sweep_drafts(folder: Path) -> None:
             try:
                 os.kill(int(parts[2]), 0)
             except ProcessLookupError:
-                path.unlink(missing_ok=True)
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             except OSError:
                 continue  # alive, but somebody else's
 

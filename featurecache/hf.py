@@ -6,6 +6,7 @@ with its renaming of old checkpoints, the forward pass. No code from a repositor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ def load(where: str, request: Request, alias: Alias | None) -> Backbone:
         network, lacking, weights = _network(found, family, config, request, alias)
         model = _wrapped(family, network, positions)
         prefix, grid, width, layers = _geometry(family, model, preprocess.size)
-    refused = _refused(found, family, lacking)
+    headless = not getattr(config, "vision_use_head", True)  # a SigLIP can be configured so
+    refused = _refused(found, family, headless or bool(lacking))
     vector = "gap" if not family.blocks else next(v for v in ("cls", "pooler", "mean") if v not in refused)
     return Backbone(
         name=request.name if alias else _short(found),
@@ -81,19 +83,18 @@ def load(where: str, request: Request, alias: Alias | None) -> Backbone:
 
 
 def _find(where: str, request: Request, alias: Alias | None) -> Found:
-    folder = Path(where).expanduser() if where else None
-    local = folder is not None and folder.is_dir()
-    again = f"hf:{folder.resolve()}" if folder is not None and local else request.name
-    given = Path(request.weights).expanduser() if request.weights is not None else None
+    local = alias is None and os.path.isdir(os.path.expanduser(where))
+    folder = Path(os.path.expanduser(where)) if local else None
+    again = f"hf:{folder.resolve()}" if folder is not None else request.name
+    given = Path(os.path.expanduser(request.weights)) if request.weights is not None else None
     if given is not None and not given.exists():
         raise WeightsNotFound(f"--weights {given}: there is no such file or folder")
     if given is not None and (given / "config.json").is_file():
         return Found(str(given), given, given, "", again)
     if alias is not None and (request.untrained or given is not None):
         return Found(str(given) if given else where or request.name, None, given, "", again)
-    if folder is not None and local:
-        kept = folder if weights_file(folder) else None
-        return Found(str(folder), folder, given or (None if request.random_weights else kept or folder), "", again)
+    if folder is not None:
+        return Found(str(folder), folder, given or (None if request.random_weights else folder), "", again)
     repo, _, revision = where.partition("@")
     if repo.startswith(("/", ".", "~")):
         raise UnknownBackbone(f'there is no folder "{repo}"; expected one written by save_pretrained')
@@ -177,9 +178,7 @@ def _wrapped(family: Family, network: Any, positions: str) -> nn.Module:
     return Tokens(network, inner(network, family.blocks), family.norm, options)
 
 
-def _geometry(
-    family: Family, model: Any, size: tuple[int, int]
-) -> tuple[tuple[str, ...], tuple[int, int], int, int]:
+def _geometry(family: Family, model: Any, size: tuple[int, int]) -> tuple[tuple[str, ...], tuple[int, int], int, int]:
     """(prefix, grid, width, layers)"""
     config = model.network.config
     if family.blocks:
@@ -193,21 +192,21 @@ def _geometry(
     return (), (found.shape[2], found.shape[3]), found.shape[1], 0
 
 
-def _refused(found: Found, family: Family, lacking: set[str]) -> dict[str, str]:
+def _refused(found: Found, family: Family, unpooled: bool) -> dict[str, str]:
     """Output -> why there is none. A pooled vector from random parameters means nothing."""
     if not family.blocks:
         return {"cls": "a CNN has no class token; gap is its vector", "pooler": "a CNN's vector is gap"}
     refused = {"gap": "that is a CNN's; mean is the average of its patch tokens"}
     if "cls" not in family.prefix:
         refused["cls"] = "it has no class token"
-    if lacking:
+    if unpooled:
         refused["pooler"] = f"{found.title} was saved without the weights of its pooler, and random ones mean nothing"
     return refused
 
 
 def _short(found: Found) -> str:
     """The name of a store: of a repository its last part, else the folder's."""
-    return found.title.rpartition("/")[2] if found.revision else Path(found.title).expanduser().resolve().name
+    return found.title.rpartition("/")[2] if found.revision else Path(os.path.expanduser(found.title)).resolve().name
 
 
 @contextmanager

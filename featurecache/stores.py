@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import CacheError, CannotWrite
-from featurecache.files import sweep_drafts, sync_folder, write_whole
+from featurecache.files import draft_path, sweep_drafts, sync_folder, write_whole
 from featurecache.shards import Layout, Located, Shard, locate, read_shard
 from featurecache.spec import ExtractionSpec
 
@@ -67,8 +66,8 @@ class Store:
         return kept
 
     def sweep(self) -> None:
-        """Throw away drafts of dead processes."""
-        for folder in [self.path, *(path for path in self.path.iterdir() if path.is_dir())]:
+        """Throw away what dead processes left unfinished."""
+        for folder in [self.path.parent, self.path, *(path for path in self.path.iterdir() if path.is_dir())]:
             sweep_drafts(folder)
 
 
@@ -103,7 +102,7 @@ def create_store(cache: Path, name: str, spec: ExtractionSpec, provenance: dict[
     if existing:
         return existing
     record = {"fingerprint": spec.fingerprint, "spec": spec.to_dict(), "provenance": provenance}
-    draft = cache / f".{secrets.token_hex(8)}.tmp"
+    draft = draft_path(cache / "store")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         draft.mkdir()

@@ -70,7 +70,7 @@ def open_table(data: str, columns: dict[str, str] | None, asked: str | None) -> 
     rest = [name for name in table.columns if name not in used]
     if task == "unlabelled" and asked is None:
         others = f" among {few(rest, 8)}" if rest else ""
-        notes.append(f"No column of labels was found{others}: --columns label=NAME names one, or several: label=A,B,C.")
+        notes.append(f"No column of labels was found{others}: --column label=NAME names one, or several: label=A,B,C.")
     folder = os.path.dirname(data)
     images = Files(folder, ids)
     return Dataset(
@@ -177,12 +177,12 @@ def _find_roles(table: _Table, asked: dict[str, str]) -> dict[str, list[str]]:
             if len(roles[role]) > 1:
                 raise SourceError(
                     f"{table.name} has several columns that could be the {role}: {few(roles[role])}. "
-                    f"Say which: --columns {role}={roles[role][0]}."
+                    f"Say which: --column {role}={roles[role][0]}."
                 )
     if not roles["path"]:
         raise SourceError(
             f"{table.name} has no column of image paths among {few(list(table.columns), 8)}; expected one called "
-            f"{few(ROLES['path'], 4)}, or --columns path=NAME."
+            f"{few(ROLES['path'], 4)}, or --column path=NAME."
         )
     taken = [name for names in roles.values() for name in names]
     if len(taken) > len(set(taken)):
@@ -230,7 +230,7 @@ def _splits(table: _Table, names: list[str]) -> list[str]:
         if value and value.lower() not in SPLITS:
             raise SourceError(
                 f'{table.row(row)}: {names[0]!r} is "{value}", expected train, val or test (or nothing). '
-                "If this column is no split: --columns split= (with nothing behind it)."
+                "If this column is no split: --column split= (with nothing behind it)."
             )
     return [SPLITS[value.lower()] if value else "" for value in values]
 

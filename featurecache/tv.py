@@ -9,6 +9,7 @@ VGG (a flattened 7×7 map) and SqueezeNet (no Linear at all) fail this and are r
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socket
 import sys
@@ -102,7 +103,7 @@ def _network(name: str, enum: Any, request: Request, size: tuple[int, int]) -> t
     if request.untrained:
         network, weights = _built(name, enum, request), {"random_seed": request.seed}
     else:
-        state = read_state_dict(Path(request.weights).expanduser()) if request.weights else _fetched(enum)
+        state = read_state_dict(Path(os.path.expanduser(request.weights))) if request.weights else _fetched(enum)
         network = _built(name, enum, request)
         weights = _fill(name, network, {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()})
     frozen(network)

@@ -156,7 +156,8 @@ class View:
     >>> view.tensor("cls", rows=view.splits_are("train"))           # doctest: +SKIP
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, columns_only: bool = False) -> None:
+        """``columns_only``: ids, labels, names of outputs; the shards may be missing and are not looked at."""
         self.path = path
         self.name = path.stem
         self.store = path.parent
@@ -175,8 +176,9 @@ class View:
                 f"{path} belongs to the store {self.fingerprint}, but lies in that of {store.fingerprint}."
             )
         self._maps: dict[str, _Mapped] = {}
-        self._check_files()
-        self._check_index()
+        self._checked = False
+        if not columns_only:
+            self._check()
 
     def _read(self, file: h5py.File) -> None:
         attrs = file.attrs
@@ -198,6 +200,12 @@ class View:
         self._stored = {key: _read_output(entry) for key, entry in file["index"].items() if key != "files"}
         if self.task not in TASKS or not all(len(s.index) == len(self.ids) for s in self._stored.values()):
             raise CacheError(f"{self.path}: its columns do not agree with each other.")
+
+    def _check(self) -> None:
+        if not self._checked:
+            self._check_files()
+            self._check_index()
+            self._checked = True
 
     def _check_files(self) -> None:
         for entry in self._files:
@@ -310,6 +318,7 @@ class View:
     def take(self, output: str, rows: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of a *stored* output, [n, ...], in the order asked, at the speed of memory; ``out`` is filled when given."""
         stored = self._stored[output]
+        self._check()
         if output not in self._maps:
             self._maps[output] = _Mapped(self, stored)
         return self._maps[output].take(stored.index[self._rows(rows)], out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +18,7 @@ from heads import evaluate as ev
 from heads.architectures import count_parameters, head_info, make_head
 from heads.batches import BalancedBatches, PlainBatches
 from heads.data import STANDARDIZE, Features, Standardize, Task, load_features, task_of
-from heads.engine import Learner, logits_of, loss_and_prior, run_epoch
+from heads.engine import Learner, logits_of, loss_and_prior, run_epoch, threads_for
 from heads.metrics import METRICS
 from heads.runs import Contents, Run, run_target, write_run
 from heads.splits import Splits, choose_splits, class_counts
@@ -200,7 +201,8 @@ def _train(view: View, settings: Settings, output: str, task: Task, divided: Spl
     loss, correction = loss_and_prior(task, data.y, balanced, settings.pos_weight)
     learner = Learner(model, loss, generator, lr=settings.lr, weight_decay=settings.weight_decay)
     say(f"head       {_head_line(model, settings, balanced, kind, task)}")
-    history, chosen = _epochs(learner, data, held, correction, settings, task, say)
+    with threads_for(settings.batch_size * math.prod(info.shape)):
+        history, chosen = _epochs(learner, data, held, correction, settings, task, say)
     calibration, note = ev.calibrate(task.kind, logits_of(model, held), held.y.numpy(), correction, task.positive)
     notes = [f"calibration: {note}"] if note else []
     # The choice is made: from here on nothing changes, and test is read.

@@ -93,7 +93,9 @@ def test_stored_rows_are_what_the_library_gives_one_image_at_a_time(
 ) -> None:
     save, reference = CHECKPOINTS[name]
     folder = save(tmp_path / name)
-    expected = [reference(folder, image) for image in (Image.open(p).convert("RGB") for p in sorted(images.rglob("*.png")))]
+    expected = [
+        reference(folder, image) for image in (Image.open(p).convert("RGB") for p in sorted(images.rglob("*.png")))
+    ]
     view = run(images, folder, tmp_path / "cache", dtype=dtype, outputs=",".join(expected[0]))
     for output in expected[0]:
         wanted = torch.stack([row[output] for row in expected])
@@ -162,7 +164,9 @@ def test_derived_outputs_have_the_same_bytes_together_and_later(tmp_path: Path, 
 
 def test_earlier_blocks_have_the_final_norm_and_last2_is_concatenated(tmp_path: Path, images: Path) -> None:
     folder = save_vit(tmp_path / "vit")
-    view = run(images, folder, tmp_path / "c", outputs="tokens,tokens@-2,cls@-2,tokens@last2,mean@last2", dtype="float32")
+    view = run(
+        images, folder, tmp_path / "c", outputs="tokens,tokens@-2,cls@-2,tokens@last2,mean@last2", dtype="float32"
+    )
     processor = transformers.ViTImageProcessor.from_pretrained(folder)
     model = transformers.ViTModel.from_pretrained(folder).eval()
     for k, image in enumerate(pil(view, images)):
@@ -187,14 +191,18 @@ def test_earlier_blocks_have_the_final_norm_and_last2_is_concatenated(tmp_path: 
         (save_resnet, "tokens@-2", "blocks"),
     ],
 )
-def test_outputs_that_would_mean_nothing_are_refused(tmp_path: Path, images: Path, save, output: str, reason: str) -> None:  # type: ignore[no-untyped-def]
+def test_outputs_that_would_mean_nothing_are_refused(
+    tmp_path: Path, images: Path, save, output: str, reason: str
+) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(OutputRefused, match=reason):
         run(images, save(tmp_path / "x"), tmp_path / "cache", outputs=output)
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_decode_workers_and_their_order_do_not_change_a_byte(tmp_path: Path, monkeypatch, images: Path, workers: int) -> None:  # type: ignore[no-untyped-def]
+def test_decode_workers_and_their_order_do_not_change_a_byte(
+    tmp_path: Path, monkeypatch, images: Path, workers: int
+) -> None:  # type: ignore[no-untyped-def]
     import random
     import time
 
@@ -314,7 +322,9 @@ def test_values_that_do_not_fit_float16_are_named_and_never_stored(tmp_path: Pat
 
     def large(self, pixels, want):  # type: ignore[no-untyped-def]
         found = forward(self, pixels, want)
-        return {key: rows * torch.where(pixels.mean((1, 2, 3)) > 0, 1e6, 1.0)[:, None, None] for key, rows in found.items()}
+        return {
+            key: rows * torch.where(pixels.mean((1, 2, 3)) > 0, 1e6, 1.0)[:, None, None] for key, rows in found.items()
+        }
 
     monkeypatch.setattr("featurecache.backbones.Backbone.forward", large)
     view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c")
@@ -339,7 +349,9 @@ def test_preparing_writes_nothing(tmp_path: Path, images: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_what_the_disk_cannot_hold_is_refused_before_anything_is_computed(tmp_path: Path, monkeypatch, images: Path) -> None:  # type: ignore[no-untyped-def]
+def test_what_the_disk_cannot_hold_is_refused_before_anything_is_computed(
+    tmp_path: Path, monkeypatch, images: Path
+) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(CannotWrite, match=r"has 1 kB free.*--outputs"):
         run(images, save_vit(tmp_path / "vit"), tmp_path / "c")

@@ -113,8 +113,9 @@ def test_rows_without_label_or_split_are_left_out_and_counted():
     assert (chosen.names[:8] == "").all()
 
 
-def test_augmented_copies_are_not_used_unless_asked():
-    view = with_splits([""] * 200, [0, 1] * 100)
+@pytest.mark.parametrize("words", [[""] * 200, (["train"] * 12 + ["val"] * 4 + ["test"] * 4) * 10])
+def test_augmented_copies_are_not_used_unless_asked(words):
+    view = with_splits(words, [0, 1, 1, 0] * 50)
     view.versions = np.array([0, 0, 1, 2] * 50, dtype=np.int32)
     assert (split(view)[0].names[view.versions > 0] == "").all()
 

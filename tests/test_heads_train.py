@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +150,15 @@ def test_training_stops_when_val_is_no_better_and_says_so():
     assert "best" in epochs[chosen - 1]
 
 
+def test_the_head_that_is_kept_is_that_of_the_chosen_epoch_not_the_last():
+    view = toy_view(n=200, splits="given", noise=3)
+    run = train_head(view, "linear", patience=3, lr=0.3)
+    assert run.config["chosen"]["epoch"] < len(run.history)
+    values = [row["val_auroc"] for row in run.history]
+    assert run.metrics["val"]["auroc"] == pytest.approx(max(values))
+    assert values[-1] < max(values)
+
+
 def test_equal_criteria_go_on_by_val_loss():
     """Separable at once: AUROC is 1 from the start, and the loss still falls, so it is not time to stop."""
     run = train_head(toy_view(n=200, splits="given", noise=0.05), "linear", epochs=12, patience=2)
@@ -292,6 +302,18 @@ def test_outputs_that_are_not_finite_end_the_run():
         train_head(view, "linear", lr=1e30, select="loss", balance=False)
 
 
+def test_small_heads_train_on_one_thread_and_give_the_others_back(monkeypatch):
+    seen, step, before = set(), engine.Learner.step, torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(engine.Learner, "step", lambda *a: seen.add(torch.get_num_threads()) or step(*a))
+    train_head(toy_view(n=200, splits="given"), "linear", epochs=1)
+    assert (seen, torch.get_num_threads()) == ({1}, 2)
+    seen.clear()
+    train_head(toy_view(n=200, splits="given", tokens=50, width=64), "large", epochs=1)
+    assert seen == {2}
+    torch.set_num_threads(before)
+
+
 def test_settings_go_to_json_and_back():
     given = Settings("large", classes=("a=b,c", "d"), lr=3e-4, splits="s.csv", train_per_class=7)
     assert Settings.from_dict(given.to_dict()) == given
@@ -299,14 +321,15 @@ def test_settings_go_to_json_and_back():
 
 def test_importing_and_training_load_nothing_heavy():
     code = (
-        "import sys, heads; heads.train_head; import heads.train, heads.tables\n"
-        "heavy = ('transformers', 'torchvision', 'PIL', 'matplotlib', 'sklearn', 'h5py')\n"
-        "print([m for m in heavy if m in sys.modules])\n"
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "import heads, heads.tables; from fake_view import toy_view\n"
+        "heavy, seen = ('transformers', 'torchvision', 'PIL', 'matplotlib', 'h5py'), []\n"
+        "look = lambda line: seen.extend(m for m in heavy if m in sys.modules)\n"
+        "look(''); heads.train_head(toy_view(), 'large', epochs=2, say=look, out=sys.argv[1])\n"
+        "print(seen)\n"
     )
-    import featurecache
-
-    root = str(next(iter(featurecache.__path__))).rpartition("/")[0]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    root, out = Path(__file__).parent.parent, Path("run").resolve()
+    done = subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
 
 

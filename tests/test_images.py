@@ -226,8 +226,9 @@ def test_truncated_images_say_after_how_many_bytes(kind, share):
         decode(data)
 
 
-def test_jpeg_whose_tail_was_never_downloaded_is_truncated():
-    data = encoded(COLOUR, "JPEG")
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_whose_tail_was_never_downloaded_is_truncated(mode):
+    data = encoded(Image.fromarray(COLOUR).convert(mode), "JPEG")
     with pytest.raises(UnreadableImage, match="truncated"):
         decode(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
 

@@ -55,8 +55,15 @@ def test_pixels_are_those_of_the_transformers_processor(name, shape):
     assert torch.equal(ours(from_processor(processor), *shape), expected)
 
 
-@pytest.mark.parametrize("weights", ["ResNet50_Weights.IMAGENET1K_V1", "ResNet50_Weights.IMAGENET1K_V2",
-                                     "EfficientNet_B0_Weights.IMAGENET1K_V1", "ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "weights",
+    [
+        "ResNet50_Weights.IMAGENET1K_V1",
+        "ResNet50_Weights.IMAGENET1K_V2",
+        "EfficientNet_B0_Weights.IMAGENET1K_V1",
+        "ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1",
+    ],
+)
 @pytest.mark.parametrize("shape", [(37, 53), (300, 211), (255, 256)])
 def test_pixels_are_those_of_torchvisions_transforms_of_a_pil_image(weights, shape):
     transforms = models.get_weight(weights).transforms()
@@ -99,7 +106,7 @@ def test_model_fit_changes_nothing():
 
 
 def test_an_unknown_fit_is_named():
-    with pytest.raises(BadOption, match="stretch.*model, squash, pad"):
+    with pytest.raises(BadOption, match=r"stretch.*model, squash, pad"):
         from_processor(PROCESSORS["clip"]()).fitted("stretch")
 
 
@@ -113,23 +120,23 @@ def test_image_size_of_a_squashing_processor():
 
 
 def test_image_size_that_no_patches_fill_is_refused_with_those_that_do():
-    with pytest.raises(BadOption, match="250 is not a multiple of the patch of 16 pixels; try 240 or 256"):
+    with pytest.raises(BadOption, match=r"250 is not a multiple of the patch of 16 pixels; try 240 or 256"):
         from_processor(PROCESSORS["vit"]()).scaled(250, 16)
 
 
 def test_image_size_smaller_than_a_patch_is_refused():
-    with pytest.raises(BadOption, match="try 16$"):
+    with pytest.raises(BadOption, match=r"try 16$"):
         from_processor(PROCESSORS["vit"]()).scaled(7, 16)
 
 
 def test_image_size_of_a_processor_that_is_not_square_is_refused():
-    with pytest.raises(BadOption, match="33×47"):
+    with pytest.raises(BadOption, match=r"33×47"):
         from_processor(PROCESSORS["vit, not square"]()).scaled(64)
 
 
 def test_a_processor_with_rules_of_its_own_is_refused_by_name():
     processor = transformers.LevitImageProcessor()
-    with pytest.raises(PreprocessingRefused, match="levit cannot be reproduced: a 37×53 image differs by"):
+    with pytest.raises(PreprocessingRefused, match=r"levit cannot be reproduced: a 37×53 image differs by"):
         check_processor(from_processor(processor), processor, "levit")
 
 
@@ -147,7 +154,7 @@ def test_a_processor_that_differs_by_one_step_of_grey_is_refused():
 
 def test_a_processor_of_another_size_is_refused():
     processor = PROCESSORS["vit"]()
-    with pytest.raises(PreprocessingRefused, match="inf"):
+    with pytest.raises(PreprocessingRefused, match=r"inf"):
         check_processor(from_processor(processor).scaled(32), processor, "smaller")
 
 
@@ -160,32 +167,45 @@ def test_sizes_that_depend_on_the_image_are_refused(size):
 
 
 def test_a_processor_that_leaves_sizes_as_they_are_is_refused():
-    with pytest.raises(PreprocessingRefused, match="different sizes"):
+    with pytest.raises(PreprocessingRefused, match=r"different sizes"):
         from_processor(transformers.ViTImageProcessor(do_resize=False))
 
 
 def test_normalising_one_channel_is_refused():
-    with pytest.raises(PreprocessingRefused, match="1 channels"):
+    with pytest.raises(PreprocessingRefused, match=r"1 channels"):
         from_processor(transformers.ViTImageProcessor(image_mean=[0.5], image_std=[0.5]))
 
 
 def test_transforms_for_video_are_refused():
-    with pytest.raises(PreprocessingRefused, match="VideoClassification"):
+    with pytest.raises(PreprocessingRefused, match=r"VideoClassification"):
         from_transforms(models.get_weight("R3D_18_Weights.DEFAULT").transforms())
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("mode", "stretch"), ("kernel", "opencv"), ("interpolation", "box"), ("arithmetic", "other"), ("resize", (0, 9)),
-     ("crop_rounding", "up"), ("resize", (9,)), ("std", None), ("std", (0.1, 0.2, 0.0)), ("scale", 0.0), ("crop", (0, 0))],
-)  # fmt: skip
+    [
+        ("mode", "stretch"),
+        ("kernel", "opencv"),
+        ("interpolation", "box"),
+        ("arithmetic", "other"),
+        ("resize", (0, 9)),
+        ("crop_rounding", "up"),
+        ("resize", (9,)),
+        ("std", None),
+        ("std", (0.1, 0.2, 0.0)),
+        ("scale", 0.0),
+        ("crop", (0, 0)),
+    ],
+)
 def test_settings_that_make_no_sense_are_refused_when_built(field, value):
     data = from_processor(PROCESSORS["vit"]()).to_dict()
     with pytest.raises(PreprocessingRefused):
         Preprocess.from_dict({**data, field: value})
 
 
-@pytest.mark.parametrize("kind", ["ViTImageProcessor", "DeiTImageProcessor", "BitImageProcessor", "ConvNextImageProcessor"])
+@pytest.mark.parametrize(
+    "kind", ["ViTImageProcessor", "DeiTImageProcessor", "BitImageProcessor", "ConvNextImageProcessor"]
+)
 def test_the_default_processor_of_a_model_type_is_scaled_to_the_model(kind):
     assert from_processor(default_processor(kind, 64)).size == (64, 64)
 
@@ -202,7 +222,15 @@ three = st.tuples(*[st.floats(0.01, 2.0)] * 3)
 
 
 @settings(deadline=None)
-@given(sizes, st.none() | sizes, st.none() | three, st.sampled_from(["bilinear", "bicubic"]), st.none() | st.floats(1e-3, 1))
+@given(
+    sizes,
+    st.none() | sizes,
+    st.none() | three,
+    st.sampled_from(["bilinear", "bicubic"]),
+    st.none() | st.floats(1e-3, 1),
+)
 def test_settings_come_back_from_json_as_they_were(resize, crop, norm, interpolation, scale):
-    preprocess = Preprocess("squash", resize, crop, "torchvision", interpolation, True, "down", scale, norm, norm, "fused")
+    preprocess = Preprocess(
+        "squash", resize, crop, "torchvision", interpolation, True, "down", scale, norm, norm, "fused"
+    )
     assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
