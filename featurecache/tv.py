@@ -27,8 +27,9 @@ from featurecache.errors import BadOption, OutputRefused, UnknownBackbone, Weigh
 from featurecache.networks import PooledMap, Tokens
 from featurecache.preprocess import Preprocess
 from featurecache.processors import check, from_transforms
-from featurecache.weights import REACH, digest, not_here, read_state_dict, some
+from featurecache.weights import digest, not_here, read_state_dict, some
 
+STALL = 10.0  # seconds a server may stay silent
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # classifiers for training; never part of the forward in eval
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")  # "norm.1.weight": before 0.3
 
@@ -177,8 +178,10 @@ def _fetched(enum: Any) -> dict[str, torch.Tensor]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)
-            with _time_limit(REACH), contextlib.redirect_stdout(sys.stderr):
-                torch.hub.download_url_to_file(enum.url, str(path), prefix[1] if prefix else None, progress=False)
+            with _time_limit(STALL), contextlib.redirect_stdout(sys.stderr):
+                torch.hub.download_url_to_file(
+                    enum.url, str(path), prefix[1] if prefix else None, progress=sys.stderr.isatty()
+                )
         except RuntimeError as error:
             raise WeightsNotFound(f"{enum.url} came damaged ({error}); try again, or --weights FILE") from error
         except OSError as error:
