@@ -30,7 +30,6 @@ class _Commands(click.Group):
             raise click.UsageError(f'no command is called "{args[0]}".{near} There are {", ".join(self.commands)}.')
         return super().resolve_command(ctx, args)
 
-
     def main(self, *args: Any, **options: Any) -> Any:
         """click's own errors in the form of ours."""
         try:
@@ -132,7 +131,9 @@ def main() -> None:
 
 
 @command
-@click.option("--backbone", required=True, metavar="NAME", help="An alias (see info), hf:REPO, a folder, torchvision:NAME.")
+@click.option(
+    "--backbone", required=True, metavar="NAME", help="An alias (see info), hf:REPO, a folder, torchvision:NAME."
+)
 @click.option("--data", default="digits", metavar="SOURCE", help="Folder, CSV or Parquet table, .npz, or digits.")
 @click.option("--outputs", metavar="NAMES", help="cls,tokens,… [default: the backbone's vector and tokens]")
 @click.option("--name", metavar="VIEW", help="Name of the view. [default: that of the data]")
@@ -140,15 +141,23 @@ def main() -> None:
 @click.option("--random-weights", is_flag=True, help="The architecture untrained: shows the tool, not the backbone.")
 @click.option("--seed", default=0, help="Of --random-weights.")
 @click.option("--image-size", type=int, metavar="N", help="Pixels; resize and crop scale in the same ratio.")
-@click.option("--fit", type=click.Choice(["model", "squash", "pad"]), default="model", help="How an image becomes a square.")
+@click.option(
+    "--fit", type=click.Choice(["model", "squash", "pad"]), default="model", help="How an image becomes a square."
+)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the stored rows.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
 @click.option("--batch-size", type=int, metavar="N", help="[default: chosen by the store's first run]")
 @click.option("--workers", type=int, metavar="N", help="Decode threads, nothing else. [default: by the machine]")
-@click.option("--on-error", type=click.Choice(["report", "skip", "fail"]), default="report", help="At an unreadable image.")
-@click.option("--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of a table: path=…, label=…, split=…, group=…")
-@click.option("--task", type=click.Choice(["binary", "multiclass", "ordinal", "multilabel"]), help="[default: by the labels]")
+@click.option(
+    "--on-error", type=click.Choice(["report", "skip", "fail"]), default="report", help="At an unreadable image."
+)
+@click.option(
+    "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of a table: path=…, label=…, split=…, group=…"
+)
+@click.option(
+    "--task", type=click.Choice(["binary", "multiclass", "ordinal", "multilabel"]), help="[default: by the labels]"
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 @click.option("--sheet", metavar="FILE.png", help="Write a contact sheet of the images.")
 @click.option("--yes", is_flag=True, help="Do not ask before keeping more than 20 GB.")
@@ -161,11 +170,11 @@ def extract(
     \b
     featurecache extract --backbone vit-in21k --data chest/ --outputs cls,tokens
     """
-    from featurecache import console, extraction
+    from featurecache import console, planning
 
     if options["data"] == "digits":
         talk.say("data       digits: scikit-learn's 1,797 handwritten digits; give your own with --data FOLDER")
-    prepared = extraction.prepare(
+    prepared = planning.prepare(
         options.pop("data"), columns=_pairs(columns), batch_size=batch_size, progress=talk.progress, **options
     )
     if sheet:
@@ -207,7 +216,7 @@ def _pairs(columns: tuple[str, ...]) -> dict[str, str] | None:
     for pair in columns:
         if "=" not in pair:
             raise BadOption(f'--column takes ROLE=NAME (--column label=finding), not "{pair}".')
-    return dict(pair.split("=", 1) for pair in columns) or None  # type: ignore[misc]
+    return dict(pair.split("=", 1) for pair in columns) or None
 
 
 @command
@@ -226,12 +235,18 @@ def _pairs(columns: tuple[str, ...]) -> dict[str, str] | None:
 @click.option("--standardize", type=click.Choice(["none", "zscore", "l2"]), help="[default: the head's own]")
 @click.option("--pos-weight", is_flag=True, help="Multi-label: weigh positives by their rarity.")
 @click.option("--positive", metavar="CLASS", help="Binary: the class that counts as positive. [default: the second]")
-@click.option("--classes", multiple=True, metavar="NAME[=A,B]", help="Another task on the same cache: classes kept or merged.")
+@click.option(
+    "--classes", multiple=True, metavar="NAME[=A,B]", help="Another task on the same cache: classes kept or merged."
+)
 @click.option("--only", metavar="A,B", help="Train and test on these classes only.")
-@click.option("--train-per-class", type=int, metavar="N", help="N training images of each class; the rest are left out.")
+@click.option(
+    "--train-per-class", type=int, metavar="N", help="N training images of each class; the rest are left out."
+)
 @click.option("--resplit-val", is_flag=True, help="Return val to train and draw a new one.")
 @click.option("--splits", metavar="FILE", help="A splits.csv of another run.")
-@click.option("--controls/--no-controls", default=None, help="Chance, majority, pixels beside it. [default: if untrained]")
+@click.option(
+    "--controls/--no-controls", default=None, help="Chance, majority, pixels beside it. [default: if untrained]"
+)
 @click.option("--out", metavar="DIR", help="Run folder. [default: runs/VIEW-HEAD-N]")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 @cache_option
@@ -333,7 +348,9 @@ def _runs(folder: str) -> list[Any]:
 
 @command
 @click.argument("name", required=False, metavar="[VIEW|RUN]")
-@click.option("--backbone", metavar="NAME", help="Layers, shapes, parameters, outputs of a backbone; no weights needed.")
+@click.option(
+    "--backbone", metavar="NAME", help="Layers, shapes, parameters, outputs of a backbone; no weights needed."
+)
 @click.option("--head", metavar="NAME", help="Layers, shapes and parameters of a head.")
 @click.option("--output", metavar="NAME", help="With --head: the output it would take.")
 @click.option("--classes", default=2, metavar="C", help="With --head: number of classes.")
@@ -341,7 +358,9 @@ def _runs(folder: str) -> list[Any]:
 @click.option("--image-size", type=int, metavar="N", help="With --backbone.")
 @features_option
 @cache_option
-def info(talk: Talk, name: str | None, backbone: str | None, head: str | None, cache: str | None, **options: Any) -> int:
+def info(
+    talk: Talk, name: str | None, backbone: str | None, head: str | None, cache: str | None, **options: Any
+) -> int:
     """A view, a run, a backbone or a head in detail; without a name all backbones and heads there are."""
     asked = [value for value in (name, backbone, head) if value]
     if len(asked) > 1:
@@ -375,8 +394,7 @@ def _info_head(talk: Talk, head: str, options: dict[str, Any], cache: str | None
     except NotInCache:
         if options["features"]:
             raise
-        shape = {"vector": (768,), "tokens": (197, 768)}
-        record = describe_head(head, _shape_of(head, options["output"], shape), options["classes"])
+        record = describe_head(head, _shape_at_vit_b16(head, options["output"]), options["classes"])
         talk.say("features   none extracted yet: shapes are those of a ViT-B/16 at 224 px")
     else:
         output = choose_output(view, head, options["output"])
@@ -386,14 +404,12 @@ def _info_head(talk: Talk, head: str, options: dict[str, Any], cache: str | None
     return 0
 
 
-def _shape_of(head: str, output: str | None, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+def _shape_at_vit_b16(head: str, output: str | None) -> tuple[int, ...]:
     from featurecache.outputs import parse
-    from heads.architectures import HEADS
+    from heads.architectures import head_info
 
-    if output is None:
-        takes = HEADS[head].takes if head in HEADS else "vector"
-        return shapes.get(takes, shapes["vector"])
-    return parse(output).row_shape(shapes["tokens"], 1)
+    name = output or ("tokens" if head_info(head).takes == "tokens" else "cls")
+    return parse(name).row_shape((197, 768), 1)
 
 
 def _info_thing(talk: Talk, name: str, cache: str | None) -> int:
@@ -403,7 +419,9 @@ def _info_thing(talk: Talk, name: str, cache: str | None) -> int:
 
         run = heads.load_run(name)
         config = json.dumps(run.config, indent=1, ensure_ascii=False)
-        talk.result(f"{final_table(run)}\n\n{config}", {"run": str(run.path), "config": run.config, "metrics": run.metrics})
+        talk.result(
+            f"{final_table(run)}\n\n{config}", {"run": str(run.path), "config": run.config, "metrics": run.metrics}
+        )
         return 0
     from featurecache import console
     from featurecache.views import open_view

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from featurecache import extraction
+from featurecache import planning
 
 Way = Callable[[], int]  # returns how many images
 
@@ -64,7 +64,7 @@ def ours(data: Path, backbone: str, home: Path) -> Way:
 
     def run() -> int:
         cache = home / f"cache{next(numbers)}"
-        prepared = extraction.prepare(data, backbone=backbone, random_weights=True, cache=cache, outputs="cls,tokens")
+        prepared = planning.prepare(data, backbone=backbone, random_weights=True, cache=cache, outputs="cls,tokens")
         start = time.perf_counter()  # loading the network is in none of the three ways
         result = prepared.run(rate=10.0)
         run.seconds = time.perf_counter() - start  # type: ignore[attr-defined]
@@ -103,7 +103,9 @@ def measure(ways: dict[str, Way], rounds: int) -> None:
             rates[name].append(count / getattr(way, "seconds", time.perf_counter() - start))
     for name, values in rates.items():
         ratios = [value / base for value, base in zip(values, rates["bare forward"], strict=True)]
-        print(f"{name:20s} {statistics.median(values):6.2f} images/s   {statistics.median(ratios):5.3f} of the bare forward")
+        print(
+            f"{name:20s} {statistics.median(values):6.2f} images/s   {statistics.median(ratios):5.3f} of the bare forward"
+        )
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from featurecache.files import FORMAT
+from featurecache.reader import View
 from featurecache.shards import DIGEST, Layout, ShardWriter
 from featurecache.spec import ExtractionSpec
 from featurecache.stores import create_store
-from featurecache.views import Rows, View, write_view
+from featurecache.views import Rows, write_view
 
 LAYOUT = Layout("tokens", (197, 768), "float16", ("cls",), (14, 14))
 

@@ -14,15 +14,16 @@ __version__ = "0.1.0"
 
 # Attribute -> module that defines it; imported when first used, so that `featurecache --help` loads no torch.
 _LAZY = {
-    "extract": "featurecache.extraction",
-    "compute": "featurecache.extraction",
+    "extract": "featurecache.planning",
+    "prepare": "featurecache.planning",
+    "compute": "featurecache.forward",
     "open_view": "featurecache.views",
-    "View": "featurecache.views",
+    "View": "featurecache.reader",
     "load_backbone": "featurecache.backbones",
     "open_source": "featurecache.sources",
     "FeatureCacheError": "featurecache.errors",
 }
-__all__ = [*_LAZY, "__version__"]  # noqa: PLE0604
+__all__ = [*_LAZY, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

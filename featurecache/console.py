@@ -13,8 +13,8 @@ from featurecache.describe import Description
 from featurecache.describe import describe as describe_dataset
 from featurecache.errors import FeatureCacheError
 from featurecache.extraction import Extraction, Result, size_text
+from featurecache.reader import OutputInfo, View
 from featurecache.stores import Store, stores
-from featurecache.views import OutputInfo, View
 
 FEW = 10  # images of a class in val below which it cannot choose a model
 
@@ -301,11 +301,17 @@ def view_lines(record: dict[str, Any]) -> str:
     rows.append(("classes", "\n".join(_count_table(record))))
     for name, info in record["outputs"].items():
         tokens = f"; prefix {info['prefix']}, grid {info['grid']}" if info["prefix"] is not None else ""
-        rows.append(("keeps", f"{shape_text(name, tuple(info['shape']))} {info['dtype']}, {size_text(info['bytes'])}{tokens}"))
+        rows.append(
+            ("keeps", f"{shape_text(name, tuple(info['shape']))} {info['dtype']}, {size_text(info['bytes'])}{tokens}")
+        )
     trained = "untrained: random weights" if record["untrained"] else made.get("licence", "")
-    rows.append(("backbone", "  ".join(filter(None, [made.get("backbone"), made.get("id"), made.get("revision"), trained]))))
+    rows.append(
+        ("backbone", "  ".join(filter(None, [made.get("backbone"), made.get("id"), made.get("revision"), trained])))
+    )
     size = "×".join(map(str, spec["image_size"]))
-    rows.append(("spec", f"{record['fingerprint']}  {size} px, {spec['precision']}, positions {spec['position_embeddings']}"))
+    rows.append(
+        ("spec", f"{record['fingerprint']}  {size} px, {spec['precision']}, positions {spec['position_embeddings']}")
+    )
     rows.append(("made by", ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())))
     if record["failed"]:
         failed = [f"{entry['id']}  {entry['reason']}" for entry in record["failed"]]
@@ -337,7 +343,9 @@ def backbone_lines(record: dict[str, Any]) -> str:
     ]  # fmt: skip
     for name, entry in record["outputs"].items():
         default = " (default)" if name in (record["vector"], "tokens") else ""
-        text = f"refused: {entry['refused']}" if "refused" in entry else shape_text(name, tuple(entry["shape"])) + default
+        text = (
+            f"refused: {entry['refused']}" if "refused" in entry else shape_text(name, tuple(entry["shape"])) + default
+        )
         rows.append((name if "refused" in entry else "output", text))
     if record["source"]:
         rows.append(("source", record["source"]))

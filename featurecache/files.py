@@ -48,13 +48,13 @@ class Frame(io.RawIOBase):
     def tell(self) -> int:
         return self._position
 
-    def write(self, data) -> int:  # type: ignore[no-untyped-def, override]
+    def write(self, data) -> int:
         self._extents[self._position] = bytes(data)
         self._position += len(data)
         self.size = max(self.size, self._position)
         return len(data)
 
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def, override]
+    def readinto(self, buffer) -> int:
         raise AssertionError("h5py reads nothing back of a file with fixed-size content")
 
     def truncate(self, size: int | None = None) -> int:

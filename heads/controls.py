@@ -23,7 +23,7 @@ from heads.runs import Run
 from heads.splits import SPLITS, Splits, read_splits
 
 if TYPE_CHECKING:
-    from featurecache.views import View
+    from featurecache.reader import View
 
 SIDE = 32  # pixels
 MOST = 5_000  # training images

@@ -17,7 +17,7 @@ import torch
 from featurecache.errors import BadOption, ProtocolError, nearest
 
 if TYPE_CHECKING:
-    from featurecache.views import View
+    from featurecache.reader import View
 
 STANDARDIZE = ("none", "zscore", "l2")
 

@@ -28,9 +28,9 @@ def run_demo(
     progress: bool = False,
 ) -> tuple[str, dict[str, Any]]:
     """Extract, train, compare: (the table, the same as a record). The view is ``digits``, the runs lie under ``out``."""
-    from featurecache import console, extraction, open_view
+    from featurecache import console, open_view, planning
 
-    prepared = extraction.prepare("digits", backbone=BACKBONE, random_weights=True, outputs=OUTPUTS, cache=cache)
+    prepared = planning.prepare("digits", backbone=BACKBONE, random_weights=True, outputs=OUTPUTS, cache=cache)
     say(
         "demo       scikit-learn's 1,797 handwritten digits through a small ViT that was never trained (random weights)"
     )

@@ -21,7 +21,7 @@ from featurecache.errors import BadOption, ProtocolError
 from heads.data import Task, has_label
 
 if TYPE_CHECKING:
-    from featurecache.views import View
+    from featurecache.reader import View
 
 SPLITS = ("train", "val", "test")
 SHARE = 0.15  # of train, for a val or a test that the data do not have

@@ -24,7 +24,7 @@ from heads.runs import Contents, Run, run_target, write_run
 from heads.splits import Splits, choose_splits, class_counts
 
 if TYPE_CHECKING:
-    from featurecache.views import View
+    from featurecache.reader import View
 
 VECTORS = ("cls", "pooler", "gap")  # what a head on vectors takes, the first that the view has
 Say = Callable[[str], None]

@@ -12,16 +12,23 @@ import torch
 import torchvision
 import transformers
 from checkpoints import (
-    save_beit, save_clip_vision, save_convnext, save_deit, save_dinov2, save_resnet, save_siglip, save_vit,
+    save_beit,
+    save_clip_vision,
+    save_convnext,
+    save_deit,
+    save_dinov2,
+    save_resnet,
+    save_siglip,
+    save_vit,
 )  # fmt: skip
 from pictures import image_folder, picture, save_picture
 from PIL import Image
 from torchvision import transforms
 
 import featurecache
-from featurecache import extraction
+from featurecache import extraction, planning
 from featurecache.errors import BadOption, CannotWrite, NotInCache, OutputRefused, SourceError
-from featurecache.views import View
+from featurecache.reader import View
 
 HALF = 2.0**-11  # one rounding to float16, relative
 
@@ -208,7 +215,7 @@ def test_decode_workers_and_their_order_do_not_change_a_byte(
 
     folder = save_vit(tmp_path / "vit")
     plain = run(images, folder, tmp_path / "plain", workers=1)
-    decode = extraction._images.decode
+    decode = planning._images.decode
 
     def jittered(data):  # type: ignore[no-untyped-def]
         time.sleep(random.random() * 0.02)
@@ -224,7 +231,7 @@ def test_decode_workers_and_their_order_do_not_change_a_byte(
 def test_the_batch_size_of_the_first_run_stays_the_stores(tmp_path: Path, images: Path) -> None:
     folder = save_vit(tmp_path / "vit")
     run(images, folder, tmp_path / "c", batch_size=4, outputs="cls")
-    assert extraction.prepare(images, backbone=str(folder), cache=tmp_path / "c").plan["batch_size"] == 4
+    assert planning.prepare(images, backbone=str(folder), cache=tmp_path / "c").plan["batch_size"] == 4
     with pytest.raises(BadOption, match="computes in batches of 4"):
         run(images, folder, tmp_path / "c", batch_size=8)
 
@@ -336,14 +343,14 @@ def test_values_that_do_not_fit_float16_are_named_and_never_stored(tmp_path: Pat
 
 def test_a_file_that_changes_while_it_is_read_is_not_stored_under_its_old_digest(tmp_path: Path) -> None:
     folder, data = save_vit(tmp_path / "vit"), image_folder(tmp_path / "d", 4)
-    prepared = extraction.prepare(data, backbone=str(folder), cache=tmp_path / "c")
+    prepared = planning.prepare(data, backbone=str(folder), cache=tmp_path / "c")
     save_picture(data / "ill" / "000.png", 77)
     view = View(prepared.run().view)
     assert [(entry["id"], "changed" in entry["reason"]) for entry in view.failed] == [("ill/000.png", True)]
 
 
 def test_preparing_writes_nothing(tmp_path: Path, images: Path) -> None:
-    prepared = extraction.prepare(images, backbone="vit-demo", random_weights=True, cache=tmp_path / "c")
+    prepared = planning.prepare(images, backbone="vit-demo", random_weights=True, cache=tmp_path / "c")
     assert prepared.to_compute == 9
     assert prepared.new_bytes == prepared.bytes_of() == 9 * (65 + 1) * 96 * 2
     assert not (tmp_path / "c").exists()
@@ -396,7 +403,7 @@ def test_compute_refuses_a_backbone_that_is_not_the_stores(tmp_path: Path, image
 def test_precision_auto_takes_that_of_the_store_that_holds_the_images(tmp_path: Path, images: Path) -> None:
     folder = save_vit(tmp_path / "vit")
     run(images, folder, tmp_path / "c", precision="bf16", outputs="cls")
-    again = extraction.prepare(images, backbone=str(folder), cache=tmp_path / "c", outputs="cls")
+    again = planning.prepare(images, backbone=str(folder), cache=tmp_path / "c", outputs="cls")
     assert (again.spec.precision, again.to_compute) == ("bf16", 0)
     assert again.precision_reason == "as these images are stored already"
 

@@ -15,7 +15,7 @@ from checkpoints import save_vit
 from pictures import image_folder
 
 import featurecache
-from featurecache.views import View
+from featurecache.reader import View
 
 N = 24  # images, in shards of eight and batches of four
 
@@ -66,7 +66,9 @@ print("done", result.computed)
 """
 
 
-def extract(folder: Path, data: Path, cache: Path, where: str = "nothing", count: int = 1) -> subprocess.CompletedProcess:  # type: ignore[type-arg]
+def extract(
+    folder: Path, data: Path, cache: Path, where: str = "nothing", count: int = 1
+) -> subprocess.CompletedProcess:  # type: ignore[type-arg]
     words = [sys.executable, "-c", SCRIPT, str(folder), str(data), str(cache), where, str(count)]
     return subprocess.run(words, capture_output=True, text=True, cwd=Path(featurecache.__file__).parent.parent)
 
@@ -86,7 +88,7 @@ def committed(cache: Path) -> dict[str, bytes]:
 def finishes_as_if_undisturbed(folder: Path, data: Path, cache: Path, clean: View) -> int:
     """Run the same command to its end; how many images it still computed."""
     before = committed(cache)
-    result = featurecache.extract(data, backbone=str(folder), cache=cache, outputs="cls,tokens")
+    result = featurecache.extract(data, backbone=str(folder), cache=cache, outputs="cls,tokens", batch_size=4)
     assert before.items() <= committed(cache).items()
     view = featurecache.open_view("data", cache)
     assert view.ids == clean.ids
@@ -148,7 +150,13 @@ def test_a_disk_that_is_really_full_loses_nothing_and_ends_no_interpreter(
 ) -> None:  # type: ignore[no-untyped-def]
     folder, data, clean = undisturbed
     (small_disk / "ballast").write_bytes(bytes(70_000))
-    monkeypatch.setitem(globals(), "SCRIPT", SCRIPT.replace("seen = 0", "seen = 0; extraction.shutil.disk_usage = lambda _: type('U', (), {'free': 10**9})", 1))
+    monkeypatch.setitem(
+        globals(),
+        "SCRIPT",
+        SCRIPT.replace(
+            "seen = 0", "seen = 0; extraction.shutil.disk_usage = lambda _: type('U', (), {'free': 10**9})", 1
+        ),
+    )
     full = extract(folder, data, small_disk)
     assert (full.returncode, full.stderr) == (1, "")
     assert "No space left on device" in full.stdout

@@ -17,10 +17,11 @@ import torch
 
 from featurecache.errors import AmbiguousName, CacheError, DamagedFile, NotInCache, UnsafeFile
 from featurecache.files import FORMAT, Draft, Frame
+from featurecache.reader import View
 from featurecache.shards import DIGEST, Layout, ShardWriter
 from featurecache.spec import ExtractionSpec, canonical_json
 from featurecache.stores import Store, create_store
-from featurecache.views import Rows, View, find_view, open_view, write_view
+from featurecache.views import Rows, find_view, open_view, write_view
 
 CLS = Layout("cls", (4,), "float16")
 TOKENS = Layout("tokens", (5, 4), "float32", ("cls",), (2, 2))
