@@ -44,7 +44,7 @@ class _Commands(click.Group):
 
 
 class Talk:
-    """Where lines go: results to stdout, talk to stderr; neither under --json, where one object is printed at the end."""
+    """Where lines go: results to stdout, talk to stderr; under --json one object is the result."""
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
         self.json, self.quiet = as_json, quiet
@@ -163,7 +163,7 @@ def main() -> None:
 @click.option("--yes", is_flag=True, help="Do not ask before keeping more than 20 GB.")
 @cache_option
 def extract(
-    talk: Talk, dry_run: bool, sheet: str | None, yes: bool, columns: tuple[str, ...], batch_size: int | None, **options: Any
+    talk: Talk, dry_run: bool, sheet: str | None, yes: bool, columns: tuple[str, ...], **options: Any
 ) -> int:  # fmt: skip
     """Run a backbone over images once and keep its outputs.
 
@@ -174,9 +174,7 @@ def extract(
 
     if options["data"] == "digits":
         talk.say("data       digits: scikit-learn's 1,797 handwritten digits; give your own with --data FOLDER")
-    prepared = planning.prepare(
-        options.pop("data"), columns=_pairs(columns), batch_size=batch_size, progress=talk.progress, **options
-    )
+    prepared = planning.prepare(options.pop("data"), columns=_pairs(columns), progress=talk.progress, **options)
     if sheet:
         from featurecache.sources import contact_sheet
 
@@ -448,7 +446,7 @@ def _info_all(talk: Talk) -> int:
 @click.option("--out", default="runs", metavar="DIR", help="Where the run folders go.")
 @cache_option
 def demo(talk: Talk, out: str, cache: str | None) -> int:
-    """The whole of it in about a minute: digits, an untrained small ViT, three heads and the controls. No network, no data."""
+    """The whole of it in a minute, without network or data: digits, an untrained ViT, three heads, the controls."""
     from heads.demo import run_demo
 
     table, record = run_demo(cache=cache, out=out, say=talk.say, progress=talk.progress)

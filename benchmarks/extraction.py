@@ -104,7 +104,7 @@ def measure(ways: dict[str, Way], rounds: int) -> None:
     for name, values in rates.items():
         ratios = [value / base for value, base in zip(values, rates["bare forward"], strict=True)]
         print(
-            f"{name:20s} {statistics.median(values):6.2f} images/s   {statistics.median(ratios):5.3f} of the bare forward"
+            f"{name:20s} {statistics.median(values):6.2f} images/s   {statistics.median(ratios):5.3f} of the bare pass"
         )
 
 

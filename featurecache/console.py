@@ -193,7 +193,7 @@ def cache_record(cache: Path) -> list[dict[str, Any]]:
 def _store_record(store: Store) -> dict[str, Any]:
     outputs = {}
     for folder in sorted(path for path in store.path.iterdir() if path.is_dir()):
-        files = [path for path in folder.glob("[0-9a-f]*.h5")]
+        files = list(folder.glob("[0-9a-f]*.h5"))
         outputs[folder.name] = {"shards": len(files), "bytes": sum(path.stat().st_size for path in files)}
     return {
         "folder": str(store.path),
@@ -286,7 +286,7 @@ def _output_record(info: OutputInfo, rows: int) -> dict[str, Any]:
     size = int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize * rows
     return {
         "shape": list(info.shape), "dtype": info.dtype, "bytes": size,
-        "prefix": None if info.prefix is None else list(info.prefix), "grid": None if info.grid is None else list(info.grid),
+        "prefix": info.prefix and list(info.prefix), "grid": info.grid and list(info.grid),
     }  # fmt: skip
 
 
@@ -332,14 +332,15 @@ def _count_table(record: dict[str, Any]) -> list[str]:
 
 def backbone_lines(record: dict[str, Any]) -> str:
     """``info --backbone``: what it is, what it sees, and which outputs it offers or refuses."""
-    layers = f"{record['layers']} blocks, " if record["layers"] else ""
+    layers = (f"{record['layers']} blocks, " if record["layers"] else "") + f"width {record['width']}"
     tokens = len(record["prefix"]) + record["grid"][0] * record["grid"][1]
     prefix = f"{' '.join(record['prefix'])} + " if record["prefix"] else ""
+    grid = "×".join(map(str, record["grid"]))
     rows = [
         ("backbone", "  ".join(filter(None, [record["name"], record["id"], record["licence"]]))),
-        ("network", f"{record['class']} of {record['library']}: {record['parameters']:,} parameters, {layers}width {record['width']}"),
+        ("network", f"{record['class']} of {record['library']}: {record['parameters']:,} parameters, {layers}"),
         ("sees", record["sees"]),
-        ("tokens", f"{tokens} = {prefix}{record['grid'][0]}×{record['grid'][1]} grid; positions {record['position_embeddings']}"),
+        ("tokens", f"{tokens} = {prefix}{grid} grid; positions {record['position_embeddings']}"),
     ]  # fmt: skip
     for name, entry in record["outputs"].items():
         default = " (default)" if name in (record["vector"], "tokens") else ""

@@ -96,7 +96,7 @@ class _Shards:
         }
 
     def write(self, numbers: list[int], rows: dict[str, torch.Tensor]) -> None:
-        """numbers [b] of images; rows [b, ...] per source. A row that does not fit the dtype is a failure, never stored."""
+        """numbers [b] of images; rows [b, ...] per source. A row that does not fit the dtype is never stored."""
         kept = {source: tensor.cpu() for source, tensor in rows.items()}
         good = self._finite(numbers, kept)
         digests = [bytes(self._job.digests[numbers[k]]) for k in good]

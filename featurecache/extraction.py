@@ -254,7 +254,7 @@ class Extraction:
 
 
 def shard_rows(rows: int, row_bytes: int, rate: float | None = None, batch: int = 1) -> int:
-    """Rows of a shard: up to 256 MiB or 16,384, grown so that there are at most about 500, at most two minutes of work."""
+    """Rows of a shard: up to 256 MiB or 16,384; more where there would be over 500; at most two minutes of work."""
     length = max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
     length = max(length, min(-(-rows // MOST_SHARDS), MOST_BYTES // row_bytes))
     if rate is not None:
@@ -293,7 +293,7 @@ def size_text(size: float) -> str:
 
 
 def default_batch(backbone: Backbone, device: torch.device) -> int:
-    """Rows of a forward pass. On a CPU activations of 8 images stay in the cache; a small ViT needs more to fill the cores."""
+    """Rows of a forward pass. On a CPU the activations of 8 images stay in the cache; a small ViT fills it with 32."""
     if device.type != "cpu":
         return 64
     return 8 if backbone.channels_last or backbone.parameters > 10e6 else 32

@@ -124,8 +124,9 @@ def compute(
     found = replace(spec_of(backbone, spec.precision, spec.dtype), generation=spec.generation)
     if found.fingerprint != spec.fingerprint:
         raise NotInCache(
-            f"{backbone.name} as it is now ({found.fingerprint[:8]}) is not the backbone that {like.label} was made with "
-            f"({spec.fingerprint[:8]}): its weights, configuration or preprocessing changed. Extract again, then train."
+            f"{backbone.name} as it is now ({found.fingerprint[:8]}) is not the backbone that {like.label} was made "
+            f"with ({spec.fingerprint[:8]}): its weights, configuration or preprocessing changed. "
+            "Extract again, then train."
         )
     kind, picked = parse(output), pick_device(device)
     store_plan = Store(like.store, spec, spec.fingerprint, like.provenance).plan or {}

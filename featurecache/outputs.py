@@ -71,7 +71,8 @@ def parse(name: str) -> Output:
     if match is None:
         hint = f' Did you mean --out "{name}"?' if "/" in name else nearest(name, NAMES)
         raise UnknownOutput(
-            f'no output is called "{name}".{hint} There are {", ".join(NAMES)}; @-2 or @last4 behind one for earlier blocks.'
+            f'no output is called "{name}".{hint} There are {", ".join(NAMES)}; '
+            "@-2 or @last4 behind one is for earlier blocks."
         )
     base, first, second, layer = match[1], match[2], match[3], match[4] or ""
     size = tuple(int(part) for part in (first, second) if part)

@@ -121,8 +121,8 @@ def _with_kept(wanted: tuple[Output, ...], store: Store | None, name: str, datas
     common = len(set(view.ids) & set(dataset.ids))
     if 2 * common < len(view):
         raise BadOption(
-            f"the view {view.label} holds {len(view):,} images of which {common:,} are in {dataset.source.get('data')}: "
-            "it is another dataset. Give this one a name with --name."
+            f"the view {view.label} holds {len(view):,} images of which {common:,} are in "
+            f"{dataset.source.get('data')}: it is another dataset. Give this one a name with --name."
         )
     return tuple(dict.fromkeys([*wanted, *(parse(output) for output in view.outputs)]))
 

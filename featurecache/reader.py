@@ -1,4 +1,4 @@
-"""The reader of views: columns as numpy, features as tensors gathered from mapped shards. Needs no network's library."""
+"""The reader of views: columns as numpy, features as tensors gathered from mapped shards."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ class View:
             if found != size:
                 what = "is missing" if found is None else f"has {found:,} bytes, not {size:,}"
                 raise CacheError(
-                    f"{path}, which the view {self.label} needs, {what}. Run its extraction again: it computes what is not there."
+                    f"{path}, which the view {self.label} needs, {what}. "
+                    "Run its extraction again: it computes what is not there."
                 )
 
     def _check_index(self) -> None:
@@ -206,7 +207,7 @@ class View:
         return self.tensor(output, rows).numpy()
 
     def take(self, output: str, rows: Any, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows of a *stored* output, [n, ...], in the order asked, at the speed of memory; ``out`` is filled when given."""
+        """Rows of a *stored* output, [n, ...], in the order asked; ``out`` is filled when given."""
         stored = self._stored[output]
         self._check()
         if output not in self._maps:

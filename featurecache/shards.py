@@ -137,7 +137,7 @@ class Shard:
 
 
 def read_shard(path: Path, layout: Layout) -> Shard:
-    """Digests and place of the features; refuses a file of another size, shape or dtype, and references to elsewhere."""
+    """Digests and place of the features. Refuses another size, shape or dtype, and references to elsewhere."""
     digest, size = read_user_block(path)
     try:
         with h5py.File(path, "r", locking=False) as file:

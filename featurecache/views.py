@@ -101,7 +101,8 @@ def _write_output(
     entry.attrs["virtual"] = virtual
     if not virtual:
         entry.attrs["note"] = (
-            f"{layout.output} lies in {len(starts):,} pieces, too many for a virtual dataset; featurecache.open_view reads it."
+            f"{layout.output} lies in {len(starts):,} pieces, too many for a virtual dataset; "
+            "featurecache.open_view reads it."
         )
     for key, value in layout.attributes().items():
         entry.attrs[key] = value

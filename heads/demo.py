@@ -1,4 +1,4 @@
-"""The whole of the tool in about a minute: scikit-learn's digits, a small untrained ViT, three heads and the controls."""
+"""The whole of the tool in about a minute: digits, a small untrained ViT, three heads and the controls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from heads.train import train_head
 
 BACKBONE = "vit-demo"
 OUTPUTS = ("cls", "tokens")
-# (head, output, epochs, patience): `linear` goes on until val stops improving; a `large` head is soon as good as it gets
+# (head, output, epochs, patience): `linear` goes on until val stops improving; `large` is soon done
 HEADS: tuple[tuple[str, str, int, int], ...] = (
     ("linear", "cls", 200, 10),
     ("large", "tokens", 20, 3),
@@ -27,7 +27,7 @@ def run_demo(
     say: Callable[[str], None] = print,
     progress: bool = False,
 ) -> tuple[str, dict[str, Any]]:
-    """Extract, train, compare: (the table, the same as a record). The view is ``digits``, the runs lie under ``out``."""
+    """Extract, train, compare: the table, and the same as a record. The runs lie under ``out``."""
     from featurecache import console, open_view, planning
 
     prepared = planning.prepare("digits", backbone=BACKBONE, random_weights=True, outputs=OUTPUTS, cache=cache)

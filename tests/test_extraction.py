@@ -65,7 +65,7 @@ def hf_reference(kind: type, pooled: str | None = "pooler") -> Reference:
         found = {"tokens": tokens}
         if pooled:
             found[pooled] = given.pooler_output[0].flatten()
-        if last.dim() == 2 and pooled != "pooler" or kind is transformers.ViTModel:
+        if (last.dim() == 2 and pooled != "pooler") or kind is transformers.ViTModel:
             found["cls"] = tokens[0]
         return found
 
@@ -272,7 +272,7 @@ def test_another_dataset_does_not_replace_a_view_of_the_same_name(tmp_path: Path
     folder, data = save_vit(tmp_path / "vit"), image_folder(tmp_path / "a" / "scans", 6)
     other = image_folder(tmp_path / "b" / "scans", 6, classes=("x", "y"))
     run(data, folder, tmp_path / "c", outputs="cls")
-    with pytest.raises(BadOption, match="is another dataset.*--name"):
+    with pytest.raises(BadOption, match=r"is another dataset.*--name"):
         run(other, folder, tmp_path / "c", outputs="cls")
     assert len(run(other, folder, tmp_path / "c", outputs="cls", name="others")) == 6
 
@@ -396,7 +396,7 @@ def test_new_images_through_compute_are_what_the_cache_holds(tmp_path: Path, ima
 def test_compute_refuses_a_backbone_that_is_not_the_stores(tmp_path: Path, images: Path) -> None:
     view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c", outputs="cls")
     save_vit(tmp_path / "vit", seed=5)
-    with pytest.raises(NotInCache, match="is not the backbone that .* was made with"):
+    with pytest.raises(NotInCache, match=r"is not the backbone that .* was made with"):
         featurecache.compute([b""], like=view, output="cls")
 
 

@@ -1,4 +1,4 @@
-"""Killed, out of disk, two at once: nothing committed is lost, nothing wrong is readable, the same command completes."""
+"""Killed, out of disk, two at once: nothing committed is lost, nothing wrong is readable, the command completes."""
 
 from __future__ import annotations
 

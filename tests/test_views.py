@@ -298,7 +298,7 @@ def test_a_name_in_two_stores_lists_them_and_an_unknown_one_its_neighbours(tmp_p
     first, second = make_view(tmp_path, ORDER), make_view(tmp_path, ORDER, precision="bf16")
     with pytest.raises(AmbiguousName, match=f"{min(first.store, second.store).name}/set.*--features STORE/VIEW"):
         find_view("set", tmp_path)
-    with pytest.raises(NotInCache, match="Near: .*set"):
+    with pytest.raises(NotInCache, match=r"Near: .*set"):
         find_view("sett", tmp_path)
     with pytest.raises(NotInCache, match="no view in"):
         find_view(None, tmp_path / "empty")
