@@ -18,6 +18,15 @@ from featurecache.errors import BadOption, FeatureCacheError, NotInCache, Unknow
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
 
+class _BatchSize(click.ParamType):
+    """A number, or auto."""
+
+    name = "N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        return None if value in (None, "auto") else click.INT.convert(value, param, ctx)
+
+
 class _Commands(click.Group):
     """Commands in the order of a day's work; a misspelt one names its neighbours."""
 
@@ -147,7 +156,10 @@ def main() -> None:
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the stored rows.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps.")
-@click.option("--batch-size", type=int, metavar="N", help="[default: chosen by the store's first run]")
+@click.option(
+    "--batch-size", type=_BatchSize(), default="auto", help="Rows of a forward pass; fixed by a store's first run."
+)
+@click.option("--engine", type=click.Choice(["local"]), default="local", help="Where it runs: on this machine.")
 @click.option("--workers", type=int, metavar="N", help="Decode threads, nothing else. [default: by the machine]")
 @click.option(
     "--on-error", type=click.Choice(["report", "skip", "fail"]), default="report", help="At an unreadable image."
@@ -163,7 +175,7 @@ def main() -> None:
 @click.option("--yes", is_flag=True, help="Do not ask before keeping more than 20 GB.")
 @cache_option
 def extract(
-    talk: Talk, dry_run: bool, sheet: str | None, yes: bool, columns: tuple[str, ...], **options: Any
+    talk: Talk, dry_run: bool, sheet: str | None, yes: bool, columns: tuple[str, ...], engine: str, **options: Any
 ) -> int:  # fmt: skip
     """Run a backbone over images once and keep its outputs.
 
@@ -286,10 +298,11 @@ def _check_output(output: str | None) -> None:
 @click.option("--run", "run", required=True, metavar="DIR", help="A run folder of train-head.")
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a CSV instead of a table ('-' for stdout).")
 @click.option("--device", default="auto", help="auto, cpu, cuda, mps.")
+@click.option("--weights", metavar="PATH", help="Where the backbone's weights are now, if not where they were.")
 @click.option("--trust-code", is_flag=True, help="Import the module of a run with a python: head.")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE…")
 def predict(
-    talk: Talk, run: str, csv_file: str | None, device: str, trust_code: bool, images: tuple[str, ...]
+    talk: Talk, run: str, csv_file: str | None, trust_code: bool, images: tuple[str, ...], **options: Any
 ) -> int:  # fmt: skip
     """Class and calibrated probability of new images, folders or tables.
 
@@ -300,7 +313,9 @@ def predict(
     from heads import prediction
 
     loaded = heads.load_run(run, trust_code=trust_code)
-    records = heads.predict(loaded, list(images), device=device, say=talk.say)
+    if loaded.untrained:
+        talk.say("warning    the backbone of this run was never trained: its answers show the tool, nothing else")
+    records = heads.predict(loaded, list(images), say=talk.say, **options)
     if csv_file and csv_file != "-":
         from featurecache.files import write_whole
 

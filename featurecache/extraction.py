@@ -169,6 +169,8 @@ class Extraction:
             raise SourceError(f"{self._first_failure(failures)} (--on-error report goes on without it)") from error
         finally:
             bar.close()
+        if failures and self.on_error == "fail":
+            raise SourceError(f"{self._first_failure(failures)} (--on-error report goes on without it)")
         path, failed = self._write_view(failures)
         seconds = time.perf_counter() - start
         names, kept = tuple(output.name for output in self.outputs), len(self.dataset) - len(failed)
@@ -179,11 +181,11 @@ class Extraction:
         if self.store is None:
             provenance = {**self.backbone.provenance, "backbone": self.backbone.name}
             self.store = create_store(self.cache, self.backbone.name, self.spec, provenance)
-        if self.forward and "images_per_s" not in known:
-            few = self.to_compute <= 4 * known["batch_size"]  # the probe would take as long as the work
-            known["images_per_s"] = round(rate or (self.to_compute if few else self.rate()), 3)
-        if known != (self.store.plan or {}).get(self.device.type) and self.forward:
-            self.store.fix_plan({**(self.store.plan or {}), self.device.type: known})
+        few = self.to_compute <= 4 * known["batch_size"]  # a probe would take as long as the work
+        if "images_per_s" not in known and not few:
+            known["images_per_s"] = round(rate or self.rate(), 3)
+        if self.forward and known != (self.store.plan or {}).get(self.device.type):
+            self.store.write_plan({**(self.store.plan or {}), self.device.type: known})
         return known
 
     def _job(self, plan: dict[str, Any]) -> Job:
@@ -199,7 +201,7 @@ class Extraction:
         units = []
         for rows, outputs in self.forward:
             row_bytes = max(self.layouts[output.name].row_bytes for output in outputs)
-            length = shard_rows(len(rows), row_bytes, plan["images_per_s"], plan["batch_size"])
+            length = shard_rows(len(rows), row_bytes, plan.get("images_per_s"), plan["batch_size"])
             units += [Unit(rows[start : start + length], outputs) for start in range(0, len(rows), length)]
         return units
 

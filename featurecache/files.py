@@ -171,7 +171,7 @@ class Draft:
         with _writing(self.path):
             os.fsync(self._descriptor)
             _give_name(self._temporary, self.path, replace)
-            sync_folder(self.path.parent)
+            sync_path(self.path.parent)
 
     def discard(self) -> None:
         if self._descriptor >= 0:
@@ -188,7 +188,7 @@ def write_whole(path: Path, data: bytes) -> None:
         with _writing(path):
             os.fsync(draft._descriptor)
             os.replace(draft._temporary, path)
-            sync_folder(path.parent)
+            sync_path(path.parent)
 
 
 def _give_name(temporary: Path, path: Path, replace: bool) -> None:
@@ -205,8 +205,9 @@ def _give_name(temporary: Path, path: Path, replace: bool) -> None:
         os.replace(temporary, path)  # a file system without hard links
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk before anything else happens."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -112,15 +112,16 @@ def spec_of(backbone: Backbone, precision: str, dtype: str) -> ExtractionSpec:
 
 
 def compute(
-    images: Sequence[bytes | np.ndarray], *, like: View, output: str, device: str = "auto"
+    images: Sequence[bytes | np.ndarray], *, like: View, output: str, device: str = "auto", weights: str | None = None
 ) -> tuple[torch.Tensor, list[tuple[int, str]]]:
     """The features that ``like``'s store would hold of ``images``: same backbone, precision, batches and rounding.
 
     Encoded bytes or arrays uint8 [H,W] / [H,W,3] → ([n, ...] in the storage dtype, [(index, reason)] of those left
-    out). Raises NotInCache when the backbone that is found now is not the one of the store.
+    out). ``weights``: where they are now, if not where they were. Raises NotInCache when the backbone that is found is
+    not the one of the store.
     """
     spec = ExtractionSpec.from_dict(like.spec)
-    backbone = load_backbone(**like.provenance["request"])
+    backbone = load_backbone(**{**like.provenance["request"], **({"weights": weights} if weights else {})})
     found = replace(spec_of(backbone, spec.precision, spec.dtype), generation=spec.generation)
     if found.fingerprint != spec.fingerprint:
         raise NotInCache(

@@ -119,7 +119,7 @@ def _with_kept(wanted: tuple[Output, ...], store: Store | None, name: str, datas
         return wanted
     view = View(path, columns_only=True)
     common = len(set(view.ids) & set(dataset.ids))
-    if 2 * common < len(view):
+    if 2 * common < min(len(view), len(dataset)):
         raise BadOption(
             f"the view {view.label} holds {len(view):,} images of which {common:,} are in "
             f"{dataset.source.get('data')}: it is another dataset. Give this one a name with --name."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import glob
 import io
 import json
 import math
@@ -144,8 +145,10 @@ class View:
 
     @property
     def label(self) -> str:
-        """``store/view`` as people type it."""
-        return f"{self.provenance.get('backbone', self.store.name)}/{self.name}"
+        """``store/view`` as people type it: the backbone's name, or the folder's where two stores have such a view."""
+        kin = self.store.name.rpartition("-")[0] or self.store.name
+        twins = list(self.store.parent.glob(f"{glob.escape(kin)}-*/{glob.escape(self.name)}.h5"))
+        return f"{self.store.name if len(twins) > 1 else kin}/{self.name}"
 
     @property
     def outputs(self) -> dict[str, OutputInfo]:

@@ -93,7 +93,9 @@ class ShardWriter:
         return path
 
     def discard(self) -> None:
+        """Give up what is not committed, and the memory it took."""
         self._draft.discard()
+        self._digests, self._checksums = [], []
 
 
 def _copy(source: Draft, start: int, target: Draft, offset: int, size: int, step: int = 1 << 24) -> None:
@@ -201,5 +203,6 @@ def locate(shards: list[Shard], digests: np.ndarray) -> Located:
 
 
 def notes_for(fingerprint: str, plan: dict[str, Any]) -> dict[str, str]:
-    """Attributes of every shard: which store it belongs to and how it was computed. No dates: bytes repeat."""
-    return {"fingerprint": fingerprint, "plan": json.dumps(plan, sort_keys=True)}
+    """Attributes of every shard: its store and how it was computed. No dates, no speeds: same rows, same file."""
+    how = {key: value for key, value in plan.items() if key != "images_per_s"}
+    return {"fingerprint": fingerprint, "plan": json.dumps(how, sort_keys=True)}

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import CacheError, CannotWrite
-from featurecache.files import draft_path, sweep_drafts, sync_folder, write_whole
+from featurecache.files import draft_path, sweep_drafts, sync_path, write_whole
 from featurecache.shards import Layout, Located, Shard, locate, read_shard
 from featurecache.spec import ExtractionSpec
 
@@ -57,13 +57,8 @@ class Store:
         path = self.path / "plan.json"
         return _read_json(path) if path.exists() else None
 
-    def fix_plan(self, plan: dict[str, Any]) -> dict[str, Any]:
-        """Write ``plan`` unless the store has one already; what holds is returned."""
-        if self.plan is None:
-            write_whole(self.path / "plan.json", _json(plan))
-        kept = self.plan
-        assert kept is not None
-        return kept
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        write_whole(self.path / "plan.json", _json(plan))
 
     def sweep(self) -> None:
         """Throw away what dead processes left unfinished."""
@@ -110,7 +105,7 @@ def create_store(cache: Path, name: str, spec: ExtractionSpec, provenance: dict[
         for length in (8, 12, 32):  # longer where two fingerprints begin alike
             folder = cache / f"{_safe(name)}-{spec.fingerprint[:length]}"
             if _take(draft, folder):
-                sync_folder(cache)
+                sync_path(cache)
                 return open_store(folder)
             if folder.exists() and (existing := find_store(cache, spec)):
                 return existing  # another process made it meanwhile

@@ -141,6 +141,8 @@ def open_view(name: str | Path | None = None, cache: str | Path | None = None) -
 def find_view(name: str | Path | None = None, cache: str | Path | None = None) -> Path:
     if name is not None and Path(name).suffix == ".h5" and Path(name).is_file():
         return Path(name)
+    if name is not None and "/" in str(name) and Path(f"{name}.h5").is_file():
+        return Path(f"{name}.h5")
     folder = cache_folder(cache)
     found = [(store, path) for store in stores(folder) for path in store.views()]
     if not found:

@@ -26,12 +26,13 @@ def draw_plots(folder: Path, contents: Contents) -> None:
     with warnings.catch_warnings():
         # A class name in a script that matplotlib's font lacks is drawn as boxes; that must not end a run.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        _save(_curves(contents), folder / "curves.png")
-        _save(_confusion(contents), folder / "confusion.png")
-        _save(_roc(contents), folder / "roc.png")
+        for name, figure in (("curves", _curves), ("confusion", _confusion), ("roc", _roc)):
+            _save(figure(contents), folder / f"{name}.png", contents.config["view"]["untrained"])
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, untrained: bool) -> None:
+    if untrained:
+        figure.supxlabel("untrained backbone: shows the tool, nothing else", fontsize=8, color=GREY)
     figure.savefig(path, dpi=130)
 
 
@@ -150,7 +151,7 @@ def _roc(contents: Contents) -> Figure:
         known = ~np.isnan(y[:, c]) if kind == "multilabel" else np.ones(len(y), dtype=bool)
         truth = y[known, c] == 1 if kind == "multilabel" else y == c
         if truth.any() and not truth.all():
-            curves.append((c, *metrics.roc_curve(order[known, c], truth), metrics.auroc(order[known, c], truth)))
+            curves.append((c, *metrics.roc_curve(order[known, c], truth)[:2], metrics.auroc(order[known, c], truth)))
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
     _draw_curves(axes, curves, classes)
     if kind == "binary" and curves:

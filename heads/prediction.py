@@ -30,6 +30,7 @@ def predict(
     images: Image | Iterable[Image],
     *,
     device: str = "auto",
+    weights: str | None = None,
     trust_code: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -37,14 +38,15 @@ def predict(
 
     {"image", "class", "probability", "probabilities": {class: p}}; multi-label: "classes", "probabilities"; an image
     that could not be read: {"image", "error"}. A binary task calls by the threshold chosen on val, so "probability",
-    which is that of the class called, can be below one half. Raises RunError; the backbone's errors as in extract.
+    which is that of the class called, can be below one half. ``weights``: where the backbone's are now, if
+    not where they were. Raises RunError; the backbone's errors as in extract.
     """
     run = run if isinstance(run, Run) else load_run(run, trust_code=trust_code)
     run.model  # noqa: B018  a head that does not load is found before the backbone is
     given = [images] if isinstance(images, str | Path | bytes | np.ndarray) else list(images)
     records: list[dict[str, Any]] = []
     for part in _parts(_each(given)):
-        records += _predict_part(run, part, device)
+        records += _predict_part(run, part, device, weights)
     if say:
         failed = sum("error" in record for record in records)
         say(f"predicted  {len(records) - failed:,} images" + (f"; {failed:,} could not be read" if failed else ""))
@@ -95,7 +97,7 @@ def _parts(each: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
         yield part
 
 
-def _predict_part(run: Run, part: list[tuple[str, Any]], device: str) -> list[dict[str, Any]]:
+def _predict_part(run: Run, part: list[tuple[str, Any]], device: str, weights: str | None) -> list[dict[str, Any]]:
     import featurecache
 
     records: list[dict[str, Any]] = [
@@ -108,7 +110,9 @@ def _predict_part(run: Run, part: list[tuple[str, Any]], device: str) -> list[di
     like = SimpleNamespace(
         spec=run.config["spec"], provenance=run.config["provenance"], label=run.config["view"]["label"], store=where
     )
-    features, failed = featurecache.compute([part[i][1] for i in wanted], like=like, output=run.output, device=device)
+    features, failed = featurecache.compute(
+        [part[i][1] for i in wanted], like=like, output=run.output, device=device, weights=weights
+    )
     reasons = dict(failed)
     assert len(features) == len(wanted) - len(reasons), "a row for every image that is not a failure"
     for place, reason in reasons.items():

@@ -36,6 +36,7 @@ from torch import nn
 
 from featurecache import __version__
 from featurecache.errors import CannotWrite, RunError
+from featurecache.files import sync_path
 from heads import evaluate as ev
 from heads.architectures import make_head
 from heads.data import Standardize
@@ -202,10 +203,10 @@ def write_run(target: Target, contents: Contents) -> Run:
             _write_files(folder, contents)
             draw_plots(folder, contents)
             for file in folder.iterdir():
-                _sync(file)
-            _sync(folder)
+                sync_path(file)
+            sync_path(folder)
             path = _put_in_place(folder, target)
-            _sync(path.parent)
+            sync_path(path.parent)
     except OSError as error:
         raise CannotWrite(
             f"The run could not be written in {target.parent.resolve()}: {error.strerror or error}. "
@@ -227,14 +228,6 @@ def _put_in_place(folder: Path, target: Target) -> Path:
     path = folder.rename(target.exact)
     shutil.rmtree(old)
     return path
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_files(folder: Path, contents: Contents) -> None:

@@ -186,7 +186,8 @@ def _draw_multilabel(
     positive: np.ndarray, units: np.ndarray, shares: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """Sechidis, Tsoumakas & Vlahavas (2011), algorithm 1, on units: the rarest label left is dealt out first, each
-    unit to the part that still wants most of it; ties go to the part that still wants most rows."""
+    unit to the part that still wants most of it; ties go to the part that still wants most rows. (The package
+    iterative-stratification deals single rows, which would tear units apart.)"""
     _, unit, size = np.unique(units, return_inverse=True, return_counts=True)
     unit = unit.reshape(-1)
     counts = np.zeros((len(size), positive.shape[1]))

@@ -114,7 +114,7 @@ def runs_table(runs: Sequence[Run]) -> str:
     for run in runs:
         by = run.config["chosen"]["by"]
         key = "nll" if by == "loss" else by
-        where = f"{run.config['view']['label']} {run.output}"
+        where = f"{run.config['view']['label']} {run.output}" + (" (untrained)" if run.untrained else "")
         rows.append(
             [
                 str(run.path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,11 @@ def test_extract_says_what_it_does_and_the_next_command(tmp_path: Path) -> None:
     assert "done       8 images, 8 computed in" in lines
     assert "view       vit-demo/chest in cache/vit-demo-" in lines
     assert "next       featurecache train-head" in lines
+
+
+def test_the_contracts_words_for_the_defaults_are_taken(tmp_path: Path) -> None:
+    words = ("--batch-size", "auto", "--engine", "local", "--device", "auto", "--precision", "auto", "--fit", "model")
+    assert extract(image_folder(tmp_path / "d", 4), *words).exit_code == 0
 
 
 def test_json_is_one_object_with_images_per_s(tmp_path: Path) -> None:
@@ -209,7 +215,11 @@ def test_features_that_are_nowhere_or_in_two_stores(tmp_path: Path) -> None:
     data = image_folder(tmp_path / "d", 6)
     extract(data)
     extract(data, "--dtype", "float32")
-    assert '"d" is in 2 stores' in fails(1, "train-head", "--head", "linear", "--features", "d")
+    text = fails(1, "train-head", "--head", "linear", "--features", "d")
+    assert '"d" is in 2 stores' in text
+    named = re.findall(r"vit-demo-\w+/d", text)
+    assert len(named) == 2
+    assert f"view       {named[0]} in" in call("info", named[0]).stdout
     assert "Near: " in fails(1, "train-head", "--head", "linear", "--features", "dd")
 
 

@@ -393,6 +393,16 @@ def test_new_images_through_compute_are_what_the_cache_holds(tmp_path: Path, ima
         assert [index for index, _ in failed] == [9]
 
 
+def test_weights_that_moved_are_given_and_other_weights_refused(tmp_path: Path, images: Path) -> None:
+    view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c", outputs="cls")
+    moved = (tmp_path / "vit").rename(tmp_path / "moved")
+    data = [(images / view.ids[0]).read_bytes()]
+    rows, _ = featurecache.compute(data, like=view, output="cls", weights=str(moved))
+    assert torch.equal(rows, view.tensor("cls", [0]))
+    with pytest.raises(NotInCache, match="is not the backbone"):
+        featurecache.compute(data, like=view, output="cls", weights=str(save_vit(tmp_path / "other", seed=9)))
+
+
 def test_compute_refuses_a_backbone_that_is_not_the_stores(tmp_path: Path, images: Path) -> None:
     view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c", outputs="cls")
     save_vit(tmp_path / "vit", seed=5)

@@ -53,7 +53,7 @@ def full():
 
 module, name, action = {
     "row": (os, "pwrite", die), "fsync": (os, "fsync", die), "name": (files, "_give_name", die),
-    "folder": (files, "sync_folder", die), "shard": (shards.ShardWriter, "commit", die),
+    "folder": (files, "sync_path", die), "shard": (shards.ShardWriter, "commit", die),
     "view": (os, "replace", die), "full": (os, "pwrite", full), "nothing": (os, "getpgid", die),
 }[where]
 at(module, name, action)

@@ -38,8 +38,10 @@ def test_ranking_measures_equal_scikit_learn_with_any_ties(pairs):
         return
     assert metrics.auroc(score, truth) == pytest.approx(sk.roc_auc_score(truth, score))
     assert metrics.average_precision(score, truth) == pytest.approx(sk.average_precision_score(truth, score))
-    false, found, _ = sk.roc_curve(truth, score, drop_intermediate=False)
-    np.testing.assert_allclose(metrics.roc_curve(score, truth), (false, found))
+    false, found, least = metrics.roc_curve(score, truth)
+    for x, y, threshold in zip(false, found, least, strict=True):
+        called = score >= threshold
+        assert (x, y) == (pytest.approx((called & ~truth).sum() / (~truth).sum()), pytest.approx(called[truth].mean()))
 
 
 @pytest.mark.parametrize("positive", [0, 1])

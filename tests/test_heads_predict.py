@@ -22,7 +22,7 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     view, calls = toy_view(n=200, splits="given", noise=2), []
 
-    def compute(images, *, like, output, device="auto"):
+    def compute(images, *, like, output, device="auto", weights=None):
         calls.append((list(images), like, output, device))
         failed = [(i, "truncated after 3 bytes") for i, data in enumerate(images) if bytes(data) == b"bad"]
         rows = [int(bytes(data)) for data in images if bytes(data) != b"bad"]
