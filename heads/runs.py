@@ -36,7 +36,6 @@ from torch import nn
 
 from featurecache import __version__
 from featurecache.errors import CannotWrite, RunError
-from featurecache.files import sync_path
 from heads import evaluate as ev
 from heads.architectures import make_head
 from heads.data import Standardize
@@ -196,6 +195,7 @@ class _staging:
 
 def write_run(target: Target, contents: Contents) -> Run:
     """Write all files beside, then rename; returns the run as read back. Raises CannotWrite, and leaves nothing."""
+    from featurecache.files import sync_path
     from heads.plots import draw_plots  # matplotlib, only after training
 
     try:

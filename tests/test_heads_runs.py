@@ -156,7 +156,7 @@ def test_a_disk_that_fails_while_writing_leaves_nothing(monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "sync_path", full)
+    monkeypatch.setattr("featurecache.files.sync_path", full)
     with pytest.raises(CannotWrite, match="No space left on device"):
         quick()
     assert list(Path("runs").iterdir()) == []
