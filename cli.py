@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -47,7 +48,8 @@ class _Commands(click.Group):
             click.echo("stopped.", err=True)
             code = 1
         except click.ClickException as error:
-            click.echo(f"error: {error.format_message()}", err=True)
+            word = "" if type(error).__name__ == "NoArgsIsHelpError" else "error: "  # `featurecache` alone
+            click.echo(word + error.format_message(), err=True)
             code = error.exit_code
         sys.exit(code or 0)
 
@@ -70,9 +72,9 @@ class Talk:
         """The command's result, as lines or as one JSON object."""
         click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False) if self.json else text)
 
-    def next(self, command: str) -> None:
-        if not self.json and not self.quiet:
-            click.echo(f"next       {command}")
+    def next(self, command: str, cache: str | None = None) -> None:
+        if not self.json:
+            self.say(f"next       {command}" + (f" --cache {shlex.quote(cache)}" if cache else ""))
 
 
 def _report(error: FeatureCacheError, debug: bool) -> int:
@@ -97,7 +99,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except KeyboardInterrupt:
             click.echo("stopped.", err=True)
-            code = 130
+            code = 1
         except BrokenPipeError:  # `featurecache ls | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 0
@@ -183,6 +185,7 @@ def extract(
     featurecache extract --backbone vit-in21k --data chest/ --outputs cls,tokens
     """
     from featurecache import console, planning
+    from featurecache.reader import View
 
     if options["data"] == "digits":
         talk.say("data       digits: scikit-learn's 1,797 handwritten digits; give your own with --data FOLDER")
@@ -196,15 +199,16 @@ def extract(
         data = console.data_of(prepared)
         lines = [console.extraction_lines(prepared, rate), "", str(data)]
         talk.result("\n".join(lines), {**console.extraction_record(prepared, rate), "sheet": sheet})
+        talk.next("the same command without --dry-run")
         return 0
     talk.say(console.extraction_lines(prepared, rate))
     if sheet:
         talk.say(f"sheet      {sheet}")
     _ask(prepared, yes)
     result = prepared.run(progress=talk.progress, rate=rate)
-    label = f"{prepared.backbone.name}/{prepared.name}"
+    label = View(result.view, columns_only=True).label
     talk.result(console.result_lines(result, label), console.result_record(result))
-    talk.next(f"featurecache train-head --head {'large' if 'tokens' in result.outputs else 'linear'}")
+    talk.next(f"featurecache train-head --head {'large' if 'tokens' in result.outputs else 'linear'}", options["cache"])
     return int(bool(result.failed) and options["on_error"] != "skip")
 
 
@@ -327,6 +331,7 @@ def predict(
         click.echo(prediction.as_csv(records), nl=False)
     elif not csv_file:
         click.echo(prediction.as_table(records))
+    talk.next(f"featurecache info {run}")
     return int(any("error" in record for record in records))
 
 
@@ -348,6 +353,8 @@ def ls(talk: Talk, runs: str, cache: str | None) -> int:
         text += "\n\n" + runs_table(found)
     listed = [{"path": str(r.path), "head": r.head, "output": r.output, "metrics": r.metrics} for r in found]
     talk.result(text, {"cache": str(folder), "stores": records, "runs": listed})
+    views = [f"{store['backbone']}/{view['name']}" for store in records for view in store.get("views", [])]
+    talk.next(f"featurecache info {views[0]}" if views else "featurecache extract --backbone NAME --data FOLDER", cache)
     return 0
 
 
@@ -393,6 +400,7 @@ def _info_backbone(talk: Talk, backbone: str, weights: str | None, image_size: i
 
     record = describe(backbone, weights=weights, image_size=image_size)
     talk.result(console.backbone_lines(record), record)
+    talk.next(f"featurecache extract --backbone {record['name']} --data FOLDER")
     return 0
 
 
@@ -414,6 +422,7 @@ def _info_head(talk: Talk, head: str, options: dict[str, Any], cache: str | None
         talk.say(_features_line(view, options["features"]))
         record = describe_head(head, view.info(output).shape, options["classes"])
     talk.result(head_table(record), record)
+    talk.next(f"featurecache train-head --head {head}", cache)
     return 0
 
 
@@ -441,7 +450,7 @@ def _info_thing(talk: Talk, name: str, cache: str | None) -> int:
 
     record = console.view_record(open_view(name, cache))
     talk.result(console.view_lines(record), record)
-    talk.next(f"featurecache train-head --head large --features {record['view']}")
+    talk.next(f"featurecache train-head --head large --features {record['view']}", cache)
     return 0
 
 

@@ -14,7 +14,7 @@ from featurecache.describe import describe as describe_dataset
 from featurecache.errors import FeatureCacheError
 from featurecache.extraction import Extraction, Result, size_text
 from featurecache.reader import OutputInfo, View
-from featurecache.stores import Store, stores
+from featurecache.stores import Store, stores, unreadable_stores
 
 FEW = 10  # images of a class in val below which it cannot choose a model
 
@@ -187,7 +187,8 @@ def result_lines(result: Result, view_label: str) -> str:
 
 def cache_record(cache: Path) -> list[dict[str, Any]]:
     """Stores with their outputs (shards, rows, bytes) and views. A store that cannot be read says why."""
-    return [_store_record(store) for store in stores(cache)]
+    broken = [{"folder": str(folder), "error": str(error), "bytes": 0} for folder, error in unreadable_stores(cache)]
+    return [_store_record(store) for store in stores(cache)] + broken
 
 
 def _store_record(store: Store) -> dict[str, Any]:
@@ -230,6 +231,9 @@ def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
         return f"{cache} holds no features yet; featurecache extract --backbone NAME --data FOLDER makes some"
     lines = []
     for store in records:
+        if "error" in store:
+            lines.append(f"{store['folder']}  cannot be read: {store['error']}")
+            continue
         size = "×".join(map(str, store["image_size"]))
         what = f"{size} px, {store['precision']}, {store['dtype']}" + (", untrained" if store["untrained"] else "")
         lines.append(f"{store['folder']}  {store['backbone']}, {what}: {size_text(store['bytes'])}")

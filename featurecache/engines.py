@@ -59,6 +59,8 @@ class Job:
             return self.backbone.preprocess.resized(_images.decode(data))
         except UnreadableImage as error:
             return str(error)
+        except (RuntimeError, MemoryError, ValueError) as error:
+            return f"cannot be resized for the network: {error}"
 
 
 @dataclass
@@ -91,9 +93,14 @@ class _Shards:
     def __init__(self, job: Job, unit: Unit) -> None:
         self._job, self._unit = job, unit
         planned = job.digests[unit.rows]
-        self._writers = {
-            output: ShardWriter(job.store.path, planned, job.layouts[output.name], job.notes) for output in unit.outputs
-        }
+        self._writers: dict[Output, ShardWriter] = {}
+        try:
+            for output in unit.outputs:
+                layout = job.layouts[output.name]
+                self._writers[output] = ShardWriter(job.store.path, planned, layout, job.notes)
+        except BaseException:
+            self.discard()
+            raise
 
     def write(self, numbers: list[int], rows: dict[str, torch.Tensor]) -> None:
         """numbers [b] of images; rows [b, ...] per source. A row that does not fit the dtype is never stored."""
@@ -114,9 +121,7 @@ class _Shards:
             if bad is None:
                 good.append(k)
             else:
-                dtype = self._job.layouts[self._unit.outputs[0].name].dtype
-                way = "try --dtype float32" if dtype == "float16" else "try --precision fp32"
-                self._job.failures[number] = f"{bad} has values that are not finite or do not fit {dtype}; {way}"
+                self._job.failures[number] = _why_not_finite(bad, rows[bad][k])
         return good
 
     def commit(self) -> None:
@@ -161,6 +166,12 @@ class _Behind:
         self._pool.shutdown(cancel_futures=True)
 
 
+def _why_not_finite(source: str, row: torch.Tensor) -> str:
+    if row.dtype == torch.float16 and not torch.isnan(row).any():
+        return f"{source} has values beyond 65,504, which do not fit float16; try --dtype float32"
+    return f"{source} has values that are not finite; try --precision fp32 and --dtype float32"
+
+
 def run_local(job: Job, units: list[Unit], advance: Callable[[int, Clock], Any]) -> Clock:
     """Compute the units in order and commit their shards. ``advance(images, clock)`` is called after every batch.
 
@@ -201,6 +212,8 @@ def _run_unit(
         with clock.on("computing"):
             rows = job.compute(images, sources, dtype)
         behind(shards.write, numbers, rows)
+        if job.fail_fast and job.failures:
+            raise UnreadableImage(next(iter(job.failures.values())))
         clock.images += len(numbers)
         advance(len(numbers), clock)
 

@@ -177,10 +177,12 @@ class Extraction:
         return Result(path, names, kept, clock.images, self.to_derive, seconds, clock.shares(), failed)
 
     def _fix_plan(self, rate: float | None) -> dict[str, Any]:
-        known = self.plan
         if self.store is None:
             provenance = {**self.backbone.provenance, "backbone": self.backbone.name}
             self.store = create_store(self.cache, self.backbone.name, self.spec, provenance)
+        known = self.plan  # another process may have made the store, and its plan, meanwhile
+        if self._compute is not None and self._compute.batch_size != known["batch_size"]:
+            self._compute = None
         few = self.to_compute <= 4 * known["batch_size"]  # a probe would take as long as the work
         if "images_per_s" not in known and not few:
             known["images_per_s"] = round(rate or self.rate(), 3)
@@ -210,10 +212,11 @@ class Extraction:
         for rows, outputs in self.derived:
             row_bytes = max(self.layouts[output.name].row_bytes for output in outputs)
             length = shard_rows(len(rows), row_bytes)
+            found = {source: self._locate(parse(source), rows) for source in {output.source for output in outputs}}
             for start in range(0, len(rows), length):
-                unit = Unit(rows[start : start + length], outputs)
-                sources = {output.source for output in outputs}
-                units.append((unit, {source: self._locate(parse(source), unit.rows) for source in sources}))
+                part = slice(start, start + length)
+                places = {key: Located(all_.shards, all_.file[part], all_.row[part]) for key, all_ in found.items()}
+                units.append((Unit(rows[part], outputs), places))
         return units
 
     def _locate(self, output: Output, rows: np.ndarray | None = None) -> Located:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import io
 import mmap
 import os
 import secrets
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ FORMAT = 1
 USER_BLOCK = 512  # bytes; the smallest HDF5 allows
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every itemsize we store
 _MAGIC = b"featurecache"
+AGAIN = "Delete it and run the extraction again: that computes what is not there."
 
 
 class Frame(io.RawIOBase):
@@ -89,8 +91,16 @@ def user_block(digest: str, length: int) -> bytes:
     return line.ljust(USER_BLOCK, b"\0")
 
 
+def refuse_links(*paths: Path) -> None:
+    """Symbolic links could lead out of a store; featurecache makes none inside one."""
+    for path in paths:
+        if path.is_symlink():
+            raise UnsafeFile(f"{path} is a symbolic link; put the file or folder itself there.")
+
+
 def read_user_block(path: Path) -> tuple[str, int]:
     """(xxh3_128 as hex, length in bytes) that ``path`` was written with; its actual length is checked."""
+    refuse_links(path)
     try:
         with open(path, "rb") as file:
             block, size = file.read(USER_BLOCK), os.fstat(file.fileno()).st_size
@@ -100,11 +110,11 @@ def read_user_block(path: Path) -> tuple[str, int]:
         raise DamagedFile(f"{path} cannot be read: {error.strerror}.") from error
     words = block.split(b"\n", 1)[0].split(b" ")
     if len(words) != 4 or words[0] != _MAGIC or not words[1].isdigit() or not words[3].isdigit() or len(words[2]) != 32:
-        raise DamagedFile(f"{path} is not a file of featurecache, or its beginning is damaged.")
+        raise DamagedFile(f"{path} is not a file of featurecache, or its beginning is damaged. {AGAIN}")
     if int(words[1]) != FORMAT:
         raise DamagedFile(f"{path} has format {int(words[1])}; this featurecache reads format {FORMAT}.")
     if int(words[3]) != size:
-        raise DamagedFile(f"{path} has {size:,} bytes; it was written with {int(words[3]):,}.")
+        raise DamagedFile(f"{path} has {size:,} bytes; it was written with {int(words[3]):,}. {AGAIN}")
     return words[2].decode("ascii", "replace"), size
 
 
@@ -113,7 +123,7 @@ def read_checked(path: Path) -> bytes:
     digest, _ = read_user_block(path)
     data = path.read_bytes()
     if xxhash.xxh3_128_hexdigest(memoryview(data)[USER_BLOCK:]) != digest:
-        raise DamagedFile(f"{path} is damaged: its content does not match the hash in its first line.")
+        raise DamagedFile(f"{path} is damaged: its content does not match the hash in its first line. {AGAIN}")
     return data
 
 
@@ -137,10 +147,9 @@ class Draft:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = draft_path(path)
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._temporary, self._descriptor = _locked_draft(path)
 
     def __enter__(self) -> Draft:
         return self
@@ -225,27 +234,58 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _owner() -> str:
-    return f"{socket.gethostname().replace('.', '-')}.{os.getpid()}"
-
-
 def draft_path(path: Path) -> Path:
-    """A temporary name beside ``path`` that says whose it is."""
-    return path.with_name(f".{path.name}.{_owner()}.{secrets.token_hex(4)}.tmp")
+    """A temporary name beside ``path``, of a length that every file system takes."""
+    return path.with_name(
+        f".{hashlib.blake2b(path.name.encode(), digest_size=8).hexdigest()}.{secrets.token_hex(4)}.tmp"
+    )
+
+
+@contextlib.contextmanager
+def draft_folder(path: Path) -> Iterator[Path]:
+    """A folder in the making beside ``path``, to be renamed; held like a draft, and gone afterwards if it was not."""
+    temporary = draft_path(path)
+    temporary.mkdir()
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # no locks here: then nothing sweeps either
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield temporary
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _locked_draft(path: Path) -> tuple[Path, int]:
+    """A new temporary file and its descriptor, locked for as long as it is open: whoever can lock it may remove it."""
+    while True:
+        temporary = draft_path(path)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # swept in the moment between
+            os.close(descriptor)
+            continue
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(descriptor)
+                raise
+        return temporary, descriptor
+
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks: nothing is swept there
 
 
 def sweep_drafts(folder: Path) -> None:
-    """Remove what dead processes of this machine left under temporary names (a killed run leaves at most a few)."""
-    host, own = _owner().rsplit(".", 1)
+    """Remove temporary files and folders that no living process holds (a killed run leaves at most a few)."""
     for path in folder.glob(".*.tmp"):
-        parts = path.name.rsplit(".", 4)  # .<name> . host . pid . token . tmp
-        if len(parts) == 5 and parts[1] == host and parts[2].isdigit() and parts[2] != own:
+        with contextlib.suppress(OSError):  # held, or another process sweeps too, or they are somebody else's
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                os.kill(int(parts[2]), 0)
-            except ProcessLookupError:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            except OSError:
-                continue  # alive, but somebody else's
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def check_inside(file: h5py.File, name: Path, *, virtual: bool) -> None:

@@ -49,7 +49,7 @@ def prepare(
     progress: bool = False,
 ) -> Extraction:
     """Look at the images, the backbone and the cache; nothing is computed or written."""
-    _check_options(on_error, batch_size, workers, name)
+    _check_options(on_error, batch_size, workers)
     asked = parse_list(outputs) if outputs is not None else None
     dataset = data if isinstance(data, Dataset) else open_source(data, columns=columns, task=task)
     picked = pick_device(device)
@@ -58,6 +58,7 @@ def prepare(
     )
     folder = cache_folder(cache)
     name = name or dataset.name
+    _check_storable(dataset, name)
     workers = workers or default_workers(picked)
     images, digests, sample_image, unread = _digest_all(dataset, max(workers, 4), progress, on_error)
     spec = spec_of(network, "fp32", dtype)
@@ -98,8 +99,10 @@ def _choose_precision(
     if held and max(held.values()) > 0:
         best = max(held, key=lambda key: held[key])
         return replace(spec, precision=best), "as these images are stored already"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return replace(spec, precision="bf16"), "this GPU's own"
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return replace(spec, precision="bf16"), "this GPU's own"
     return spec, "exact"
 
 
@@ -119,7 +122,7 @@ def _with_kept(wanted: tuple[Output, ...], store: Store | None, name: str, datas
         return wanted
     view = View(path, columns_only=True)
     common = len(set(view.ids) & set(dataset.ids))
-    if 2 * common < min(len(view), len(dataset)):
+    if 2 * common < len(view):
         raise BadOption(
             f"the view {view.label} holds {len(view):,} images of which {common:,} are in "
             f"{dataset.source.get('data')}: it is another dataset. Give this one a name with --name."
@@ -190,13 +193,23 @@ def default_workers(device: torch.device) -> int:
     return min(16, cores) if device.type != "cpu" else max(1, cores // 2)
 
 
-def _check_options(on_error: str, batch_size: int | None, workers: int | None, name: str | None) -> None:
+def _check_options(on_error: str, batch_size: int | None, workers: int | None) -> None:
     if on_error not in ("report", "skip", "fail"):
         raise BadOption(f'--on-error is report, skip or fail, not "{on_error}".')
     for option, value in (("--batch-size", batch_size), ("--workers", workers)):
         if value is not None and value < 1:
             raise BadOption(f"{option} is at least 1, not {value}.")
-    if name is not None and (
-        not name or name.startswith(".") or "/" in name or "\0" in name or len(name.encode()) > 200
-    ):
-        raise BadOption(f'"{name[:60]}" cannot be the name of a view: no slash, no dot in front, at most 200 bytes.')
+
+
+def _check_storable(dataset: Dataset, name: str) -> None:
+    """What would fail only when the view is written, after everything was computed."""
+    if not name or name.startswith(".") or "/" in name or "\0" in name or len(f"{name}.h5".encode()) > 255:
+        raise BadOption(
+            f'"{name[:60]}" cannot be the name of a view: no slash, no dot in front, at most 252 bytes. Choose --name.'
+        )
+    columns = {"ids": dataset.ids, "groups": dataset.groups or [], **dataset.meta}
+    for column, values in columns.items():
+        if column in ("", ".") or "\0" in column or any(isinstance(v, str) and "\0" in v for v in values):
+            raise SourceError(f'the column "{column}" has a NUL character or no usable name, which HDF5 cannot store.')
+    if len({column.replace("/", "∕") for column in dataset.meta}) < len(dataset.meta):
+        raise SourceError(f"two of the columns {', '.join(dataset.meta)} would have one name in the view; rename one.")

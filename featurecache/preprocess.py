@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurecache.errors import BadOption, PreprocessingRefused
+from featurecache.errors import BadOption, PreprocessingRefused, UnreadableImage
+from featurecache.images import MAX_PIXELS
 
 FITS = ("model", "squash", "pad")
 _MODES = ("squash", "shortest", "pad", "none")
@@ -88,6 +89,9 @@ class Preprocess:
     def resized(self, image: torch.Tensor) -> torch.Tensor:
         """uint8 [3,H,W] of any size -> uint8 [3,h,w], ``h, w = self.size``."""
         target = self._target(image.shape[-2], image.shape[-1])
+        if target[0] * target[1] > MAX_PIXELS:
+            shape = f"{image.shape[-1]:,}×{image.shape[-2]:,}"
+            raise UnreadableImage(f"{shape} pixels are too long a strip to be resized by the shortest edge")
         image = _resize(image, target, self.kernel, self.interpolation, self.antialias)
         if self.mode == "pad" or self.crop is not None:
             image = _centre(image, self.size, half_even=self.crop_rounding == "half even")

@@ -7,6 +7,7 @@ import glob
 import io
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,9 +18,9 @@ import torch
 
 from featurecache import outputs as _outputs
 from featurecache.errors import CacheError, NotInCache, UnsafeFile
-from featurecache.files import ALIGNMENT, FORMAT, USER_BLOCK, check_inside, read_checked
+from featurecache.files import ALIGNMENT, FORMAT, USER_BLOCK, check_inside, read_checked, refuse_links
 from featurecache.shards import TORCH_DTYPE, map_rows
-from featurecache.stores import open_store
+from featurecache.stores import cache_folder, open_store
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
 
@@ -60,6 +61,8 @@ class View:
             check_inside(file, path, virtual=True)
             try:
                 self._read(file)
+            except CacheError:
+                raise
             except (KeyError, ValueError, TypeError, OSError) as error:
                 raise CacheError(f"{path} is not a view as featurecache writes them: {error}.") from error
         if self.fingerprint != store.fingerprint:
@@ -105,12 +108,14 @@ class View:
                 raise UnsafeFile(f"{self.path} refers to {relative}, outside its store.")
         for number in range(len(self._files)):
             path, size = self._file(number)
+            refuse_links(path.parent, path)
             found = path.stat().st_size if path.is_file() else None
             if found != size:
                 what = "is missing" if found is None else f"has {found:,} bytes, not {size:,}"
+                way = "Run" if found is None else "Delete it and run"
                 raise CacheError(
                     f"{path}, which the view {self.label} needs, {what}. "
-                    "Run its extraction again: it computes what is not there."
+                    f"{way} the extraction again: that computes what is not there."
                 )
 
     def _check_index(self) -> None:
@@ -183,14 +188,24 @@ class View:
         return parsed, tokens
 
     def extract_command(self, output: str) -> str:
-        """The command line that adds ``output`` to this view."""
-        request = self.provenance.get("request", {})
-        words = ["featurecache extract --backbone", str(request.get("name", self.provenance.get("backbone")))]
-        if request.get("random_weights"):
-            words.append("--random-weights")
-        words += ["--weights", str(request["weights"])] if request.get("weights") else []
-        words += ["--data", str(self.source.get("data", "DATA")), "--outputs", output, "--name", self.name]
-        return " ".join(words)
+        """The command line that adds ``output`` to this view: the same backbone, settings, images and cache."""
+        asked, spec, source = self.provenance.get("request", {}), self.spec, self.source
+        options: list[tuple[str, Any]] = [("--backbone", asked.get("name", self.provenance.get("backbone")))]
+        options += [("--random-weights", "")] if asked.get("random_weights") else []
+        options += [("--seed", asked["seed"])] if asked.get("seed") else []
+        options += [("--weights", asked["weights"])] if asked.get("weights") else []
+        options += [("--image-size", asked["image_size"])] if asked.get("image_size") else []
+        options += [("--fit", asked["fit"])] if asked.get("fit", "model") != "model" else []
+        options += [("--precision", spec["precision"])] if spec["precision"] != "fp32" else []
+        options += [("--dtype", spec["dtype"])] if spec["dtype"] != "float16" else []
+        options += [("--data", source.get("data", "DATA"))]
+        options += [("--column", f"{role}={column}") for role, column in (source.get("columns") or {}).items()]
+        options += [("--task", source["task"])] if source.get("task") else []
+        options += [("--outputs", output), ("--name", self.name)]
+        if self.store.parent.resolve() != cache_folder().resolve():
+            options.append(("--cache", self.store.parent))
+        words = [str(word) for option in options for word in option if word != ""]
+        return f"featurecache extract {shlex.join(words)}"
 
     def tensor(self, output: str, rows: Any = None) -> torch.Tensor:
         """Rows of an output in memory, [n, ...] in the storage dtype, in the order asked; all rows by default."""

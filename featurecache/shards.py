@@ -21,7 +21,7 @@ import torch
 import xxhash
 
 from featurecache.errors import CacheError, DamagedFile
-from featurecache.files import Draft, Frame, check_inside, new_hdf5, read_user_block
+from featurecache.files import AGAIN, Draft, Frame, check_inside, new_hdf5, read_user_block, refuse_links
 
 DIGEST = np.dtype("S32")
 TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}
@@ -82,14 +82,14 @@ class ShardWriter:
             return None
         frame, offset = _frame(self._layout, digests, np.array(self._checksums, "u8"), self._notes)
         path = self._folder / f"{shard_name(digests)}.h5"
-        draft = self._draft
         if offset != self._offset:  # fewer rows than planned: a smaller frame, so the rows move
-            draft = Draft(path)
-            _copy(self._draft, self._offset, draft, offset, len(digests) * self._layout.row_bytes)
-            self._draft.discard()
-        draft.path = path
-        with draft:
-            draft.commit(frame)
+            with Draft(path) as draft:
+                _copy(self._draft, self._offset, draft, offset, len(digests) * self._layout.row_bytes)
+                draft.commit(frame)
+        else:
+            self._draft.path = path
+            self._draft.commit(frame)
+        self._draft.discard()
         return path
 
     def discard(self) -> None:
@@ -140,6 +140,7 @@ class Shard:
 
 def read_shard(path: Path, layout: Layout) -> Shard:
     """Digests and place of the features. Refuses another size, shape or dtype, and references to elsewhere."""
+    refuse_links(path.parent)
     digest, size = read_user_block(path)
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -147,12 +148,12 @@ def read_shard(path: Path, layout: Layout) -> Shard:
             features, digests = file["features"], file["digests"][...]
             found, offset = (features.shape, str(features.dtype)), features.id.get_offset()
     except (OSError, KeyError, RuntimeError) as error:
-        raise DamagedFile(f"{path} cannot be read as a shard ({error}); delete it and extract again.") from error
+        raise DamagedFile(f"{path} cannot be read as a shard ({error}). {AGAIN}") from error
     expected = (len(digests), *layout.row_shape), layout.dtype
     if found != expected or digests.dtype != DIGEST:
         raise CacheError(f"{path} holds {found[1]} {found[0]}; expected {expected[1]} {expected[0]}.")
     if offset is None or offset % 64 or offset + len(digests) * layout.row_bytes > size:
-        raise DamagedFile(f"{path} does not hold its {len(digests):,} rows in one piece; delete it and extract again.")
+        raise DamagedFile(f"{path} does not hold its {len(digests):,} rows in one piece. {AGAIN}")
     return Shard(path, size, offset, digest, digests)
 
 
@@ -161,12 +162,14 @@ def map_rows(path: Path, size: int, offset: int, rows: int, row_shape: tuple[int
 
     Private mapping: writing to the tensor does not reach the file. Raises DamagedFile when it is gone or cut.
     """
-    found, found_size = path.is_file() and not path.is_symlink(), 0
-    if found:
-        found_size = path.stat().st_size
-    if not found or found_size != size:
-        what = f"has {found_size:,} bytes, not {size:,}" if found else "is missing"
-        raise DamagedFile(f"{path} {what}. Run the extraction again: it computes what is not there.")
+    refuse_links(path.parent, path)
+    found = path.stat().st_size if path.is_file() else None
+    if found != size:
+        raise DamagedFile(
+            f"{path} is missing. Run the extraction again."
+            if found is None
+            else f"{path} has {found:,} bytes, not {size:,}. {AGAIN}"
+        )
     itemsize = np.dtype(dtype).itemsize
     whole = torch.from_file(str(path), shared=False, size=size // itemsize, dtype=TORCH_DTYPE[dtype])
     count = rows * int(np.prod(row_shape))

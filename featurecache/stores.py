@@ -10,10 +10,10 @@ The folder's name is for people; a store is found by the whole fingerprint in it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import CacheError, CannotWrite
-from featurecache.files import draft_path, sweep_drafts, sync_path, write_whole
+from featurecache.files import draft_folder, refuse_links, sweep_drafts, sync_path, write_whole
 from featurecache.shards import Layout, Located, Shard, locate, read_shard
 from featurecache.spec import ExtractionSpec
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
     """``cache``, else $FEATURECACHE_DIR, else ./cache."""
-    return Path(cache or os.environ.get("FEATURECACHE_DIR") or "cache")
+    return Path(cache or os.environ.get("FEATURECACHE_DIR") or "cache").expanduser()
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,34 @@ class Store:
 
 
 def stores(cache: Path) -> Iterator[Store]:
-    """All stores of a cache, by folder name. A folder without a spec.json is none."""
-    for path in sorted(cache.glob("*/spec.json")):
-        yield open_store(path.parent)
+    """All stores of a cache, by folder name. A folder without a spec.json that we can read is none."""
+    for folder in _folders(cache):
+        with contextlib.suppress(CacheError):
+            yield open_store(folder)
+
+
+def unreadable_stores(cache: Path) -> Iterator[tuple[Path, CacheError]]:
+    """Folders with a spec.json that is damaged, another's, or a newer version's, and what is wrong with it."""
+    for folder in _folders(cache):
+        try:
+            open_store(folder)
+        except CacheError as error:
+            yield folder, error
+
+
+def _folders(cache: Path) -> list[Path]:
+    return sorted(path.parent for path in cache.glob("*/spec.json") if not path.parent.name.startswith("."))
 
 
 def open_store(folder: Path) -> Store:
     """Raises CacheError when spec.json is not what it was written as."""
+    refuse_links(folder / "spec.json")
     record = _read_json(folder / "spec.json")
     try:
         spec = ExtractionSpec.from_dict(record["spec"])
         fingerprint, provenance = record["fingerprint"], record["provenance"]
     except (KeyError, TypeError) as error:
-        raise CacheError(f"{folder / 'spec.json'} is not the record of a store: {error!r} is missing.") from error
+        raise CacheError(f"{folder / 'spec.json'} is not the record of a store: it has no {error.args[0]}.") from error
     if fingerprint != spec.fingerprint:
         raise CacheError(
             f"{folder / 'spec.json'} was changed: its spec has the fingerprint {spec.fingerprint}, not {fingerprint}."
@@ -88,7 +103,13 @@ def open_store(folder: Path) -> Store:
 
 
 def find_store(cache: Path, spec: ExtractionSpec) -> Store | None:
-    return next((store for store in stores(cache) if store.fingerprint == spec.fingerprint), None)
+    """Raises CacheError where the folder that should be it cannot be read: its features would be computed again."""
+    found = next((store for store in stores(cache) if store.fingerprint == spec.fingerprint), None)
+    if found is None:
+        for folder, error in unreadable_stores(cache):
+            if folder.name.endswith(f"-{spec.fingerprint[:8]}"):
+                raise error
+    return found
 
 
 def create_store(cache: Path, name: str, spec: ExtractionSpec, provenance: dict[str, Any]) -> Store:
@@ -97,26 +118,23 @@ def create_store(cache: Path, name: str, spec: ExtractionSpec, provenance: dict[
     if existing:
         return existing
     record = {"fingerprint": spec.fingerprint, "spec": spec.to_dict(), "provenance": provenance}
-    draft = draft_path(cache / "store")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-        write_whole(draft / "spec.json", _json(record))
-        for length in (8, 12, 32):  # longer where two fingerprints begin alike
-            folder = cache / f"{_safe(name)}-{spec.fingerprint[:length]}"
-            if _take(draft, folder):
-                sync_path(cache)
-                return open_store(folder)
-            if folder.exists() and (existing := find_store(cache, spec)):
-                return existing  # another process made it meanwhile
+        with draft_folder(cache / "store") as draft:
+            write_whole(draft / "spec.json", _json(record))
+            for length in (8, 12, 32):  # longer where two fingerprints begin alike
+                folder = cache / f"{_safe(name)}-{spec.fingerprint[:length]}"
+                if _take(draft, folder):
+                    sync_path(cache)
+                    return open_store(folder)
+                if folder.exists() and (existing := find_store(cache, spec)):
+                    return existing  # another process made it meanwhile
     except CannotWrite:
         raise
     except OSError as error:
         raise CannotWrite(
             error.errno, f"cannot make a store in {cache}: {error.strerror}. Choose a folder with --cache."
         ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     raise CacheError(f"{cache} holds folders named like the store of {name} that are none; move them away.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_extract_says_what_it_does_and_the_next_command(tmp_path: Path) -> None:
         assert word in talk
     assert "done       8 images, 8 computed in" in lines
     assert "view       vit-demo/chest in cache/vit-demo-" in lines
-    assert "next       featurecache train-head" in lines
+    assert "next       featurecache train-head" in talk
 
 
 def test_the_contracts_words_for_the_defaults_are_taken(tmp_path: Path) -> None:
@@ -208,6 +209,45 @@ def test_tokens_where_only_cls_is_stored_say_the_command_that_stores_them(tmp_pa
     command = text[text.index("featurecache extract") :].split()
     assert call(*command[1:]).exit_code == 0
     assert call("train-head", "--head", "large", "--epochs", "1", "--no-controls").exit_code == 0
+
+
+def test_the_command_that_stores_what_is_missing_has_every_setting_of_the_view(tmp_path: Path) -> None:
+    image_folder(tmp_path / "my chest", 30)
+    rows = "".join(f"{p},{p.parent.name}\n" for p in sorted((tmp_path / "my chest").rglob("*.png")))
+    (tmp_path / "my chest" / "t.csv").write_text("file,finding\n" + rows)
+    settings = ("--image-size", 48, "--dtype", "float32", "--seed", 3, "--fit", "pad", "--cache", "else where")
+    extract(tmp_path / "my chest" / "t.csv", *settings, "--column", "label=finding", "--column", "path=file")
+    text = fails(1, "train-head", "--head", "large", "--cache", "else where")
+    result = call(*shlex.split(text[text.index("featurecache extract") :])[1:])
+    assert result.exit_code == 0, result.output
+    stores = json.loads(call("ls", "--cache", "else where", "--json").stdout)["stores"]
+    assert [list(store["outputs"]) for store in stores] == [["cls", "tokens"]]
+
+
+def test_what_could_not_be_stored_is_said_before_anything_is_computed(tmp_path: Path) -> None:
+    image_folder(tmp_path / "d", 4)
+    (tmp_path / "t.csv").write_bytes(b"path,label,note\nd/ill/000.png,a,x\0y\nd/well/001.png,b,z\n")
+    if sys.version_info >= (3, 11):  # before, csv itself refuses the line
+        assert "NUL" in fails(1, *DEMO, tmp_path / "t.csv")
+    assert "252 bytes" in fails(2, *DEMO, tmp_path / "d", "--name", "n" * 253)
+    assert extract(tmp_path / "d", "--name", "é" * 126).exit_code == 0
+
+
+def test_a_strip_too_long_to_be_resized_is_a_named_failure(tmp_path: Path) -> None:
+    from PIL import Image
+
+    data = image_folder(tmp_path / "d", 3)
+    Image.new("L", (60_000, 1)).save(data / "ill" / "strip.png")
+    words = ("--backbone", "resnet18", "--random-weights", "--outputs", "gap", "--data", data)
+    result = call("extract", *words)
+    assert result.exit_code == 1
+    assert "ill/strip.png  60,000×1 pixels are too long a strip" in result.stdout
+
+
+def test_featurecache_alone_is_the_help_and_no_error() -> None:
+    result = call()
+    assert "error" not in result.output
+    assert "featurecache demo" in result.output
 
 
 def test_features_that_are_nowhere_or_in_two_stores(tmp_path: Path) -> None:

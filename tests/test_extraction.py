@@ -275,6 +275,9 @@ def test_another_dataset_does_not_replace_a_view_of_the_same_name(tmp_path: Path
     with pytest.raises(BadOption, match=r"is another dataset.*--name"):
         run(other, folder, tmp_path / "c", outputs="cls")
     assert len(run(other, folder, tmp_path / "c", outputs="cls", name="others")) == 6
+    excerpt = image_folder(tmp_path / "e" / "scans", 2)  # the same names, but most of the view's are not there
+    with pytest.raises(BadOption, match="is another dataset"):
+        run(excerpt, folder, tmp_path / "c", outputs="cls")
 
 
 def test_every_setting_that_changes_a_feature_makes_another_store(tmp_path: Path, images: Path) -> None:

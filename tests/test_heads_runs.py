@@ -18,7 +18,7 @@ from fake_view import FakeView, label_view, toy_view
 from safetensors.torch import load_file
 
 from featurecache.errors import CannotWrite, RunError
-from heads import runs, tables
+from heads import tables
 from heads.runs import list_runs, load_run, run_target
 from heads.train import train_head
 

@@ -190,20 +190,31 @@ def test_a_failed_call_commits_nothing_and_leaves_nothing(tmp_path: Path, monkey
     assert [p for p in (tmp_path / "tokens").iterdir() if p.suffix == ".h5"] == []
 
 
-def test_drafts_of_dead_processes_are_swept_and_those_of_living_ones_kept(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", "pass"])
-    dead.wait()
-    ours = Draft(tmp_path / "a.h5")
-    name = ours._temporary.name
-    left = tmp_path / name.replace(f".{os.getpid()}.", f".{dead.pid}.")
-    living = tmp_path / name.replace(f".{os.getpid()}.", f".{os.getppid()}.")
-    left.touch()
-    living.touch()
-    sweep_drafts(tmp_path)
-    assert not left.exists()
-    assert living.exists()
-    assert ours._temporary.exists()
-    ours.discard()
+def test_drafts_that_nobody_holds_are_swept_and_those_of_the_living_kept(tmp_path: Path) -> None:
+    with Draft(tmp_path / "a.h5") as ours:
+        left = tmp_path / ".0123456789abcdef.01234567.tmp"  # of a killed run
+        left.touch()
+        sweep_drafts(tmp_path)
+        assert not left.exists()
+        assert ours._temporary.exists()
+
+
+def test_a_draft_of_a_very_long_name_can_be_written(tmp_path: Path) -> None:
+    with Draft(tmp_path / f"{'x' * 250}.h5") as draft:
+        draft.commit(Frame.of(bytes(600)))
+    assert [len(path.name) for path in tmp_path.iterdir()] == [253]
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_symbolic_links_in_a_store_are_refused(tmp_path: Path, what: str) -> None:
+    path = write(tmp_path / "elsewhere", 4)
+    if what == "file":
+        (tmp_path / "tokens").mkdir()
+        (tmp_path / "tokens" / path.name).symlink_to(path)
+    else:
+        (tmp_path / "tokens").symlink_to(path.parent)
+    with pytest.raises(UnsafeFile, match="symbolic link"):
+        read_shard(tmp_path / "tokens" / path.name, LAYOUT)
 
 
 def test_a_read_only_folder_is_one_sentence(tmp_path: Path) -> None:

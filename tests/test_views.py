@@ -20,7 +20,7 @@ from featurecache.files import FORMAT, Draft, Frame
 from featurecache.reader import View
 from featurecache.shards import DIGEST, Layout, ShardWriter
 from featurecache.spec import ExtractionSpec, canonical_json
-from featurecache.stores import Store, create_store
+from featurecache.stores import Store, create_store, unreadable_stores
 from featurecache.views import Rows, find_view, open_view, write_view
 
 CLS = Layout("cls", (4,), "float16")
@@ -232,6 +232,25 @@ def test_a_view_whose_store_is_gone_is_refused(tmp_path: Path) -> None:
     moved = view.path.rename(tmp_path / "set.h5")
     with pytest.raises(CacheError, match=r"spec\.json is missing"):
         View(moved)
+
+
+def test_symbolic_links_in_a_store_are_refused(tmp_path: Path) -> None:
+    view = make_view(tmp_path / "cache", ORDER)
+    (view.store / "cls").rename(tmp_path / "cls")
+    (view.store / "cls").symlink_to(tmp_path / "cls")
+    with pytest.raises(UnsafeFile, match="symbolic link"):
+        View(view.path)
+
+
+def test_a_foreign_or_damaged_spec_stops_only_its_own_store(tmp_path: Path) -> None:
+    view = make_view(tmp_path, ORDER)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "spec.json").write_text('{"a": 1}')
+    assert open_view("set", tmp_path).path == view.path
+    assert [str(error).count("it has no spec") for _, error in unreadable_stores(tmp_path)] == [1]
+    (view.store / "spec.json").write_text("{")
+    with pytest.raises(CacheError, match="cannot be read"):
+        create_store(tmp_path, "tiny", make_spec(), {})
 
 
 def test_views_survive_pickling_and_keep_no_file_open(tmp_path: Path) -> None:
