@@ -228,6 +228,16 @@ def test_decode_workers_and_their_order_do_not_change_a_byte(
     assert shaken.ids == plain.ids
 
 
+def test_every_forward_pass_has_exactly_the_stores_batch_size(tmp_path: Path, monkeypatch, images: Path) -> None:  # type: ignore[no-untyped-def]
+    from featurecache.backbones import Backbone
+
+    seen, forward = [], Backbone.forward
+    monkeypatch.setattr(Backbone, "forward", lambda self, x, want: seen.append(len(x)) or forward(self, x, want))
+    view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c", batch_size=4, outputs="cls")
+    featurecache.compute([(images / view.ids[0]).read_bytes()], like=view, output="cls")
+    assert seen == [4, 4, 4, 4]  # nine images, and one
+
+
 def test_the_batch_size_of_the_first_run_stays_the_stores(tmp_path: Path, images: Path) -> None:
     folder = save_vit(tmp_path / "vit")
     run(images, folder, tmp_path / "c", batch_size=4, outputs="cls")
