@@ -194,14 +194,14 @@ def extract(
         from featurecache.sources import contact_sheet
 
         contact_sheet(prepared.dataset, Path(sheet))
-    rate = _probe(prepared)
+    rate = prepared.estimate()
+    record = console.extraction_record(prepared, rate)
     if dry_run:
-        data = console.data_of(prepared)
-        lines = [console.extraction_lines(prepared, rate), "", str(data)]
-        talk.result("\n".join(lines), {**console.extraction_record(prepared, rate), "sheet": sheet})
+        lines = [console.extraction_lines(prepared, record), "", str(console.data_of(prepared))]
+        talk.result("\n".join(lines), {**record, "sheet": sheet})
         talk.next("the same command without --dry-run")
         return 0
-    talk.say(console.extraction_lines(prepared, rate))
+    talk.say(console.extraction_lines(prepared, record))
     if sheet:
         talk.say(f"sheet      {sheet}")
     _ask(prepared, yes)
@@ -210,12 +210,6 @@ def extract(
     talk.result(console.result_lines(result, label), console.result_record(result))
     talk.next(f"featurecache train-head --head {'large' if 'tokens' in result.outputs else 'linear'}", options["cache"])
     return int(bool(result.failed) and options["on_error"] != "skip")
-
-
-def _probe(prepared: Any) -> float | None:
-    """Images per second, where there is enough to compute for an estimate to be worth its time."""
-    few = prepared.to_compute <= 4 * prepared.plan["batch_size"]
-    return None if few else prepared.rate()
 
 
 def _ask(prepared: Any, yes: bool) -> None:

@@ -70,15 +70,14 @@ def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, A
     }
 
 
-def extraction_lines(extraction: Extraction, rate: float | None) -> str:
+def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
     """The first screen of ``extract``: backbone, what it sees, data, what is kept, machine, warnings."""
-    record = extraction_record(extraction, rate)
     rows = [
         ("backbone", _backbone_line(record)),
         ("sees", record["backbone"]["sees"]),
         ("data", _data_line(record)),
         ("keeps", _keeps_line(extraction)),
-        ("machine", _machine_line(extraction, rate)),
+        ("machine", _machine_line(extraction, record["images_per_s"])),
     ]
     rows += [("warning", text) for text in _warnings(record["data"])]
     held, total = record["images_in_cache"], len(extraction.digests)

@@ -135,6 +135,10 @@ class Extraction:
         with exact_arithmetic(self.plan["threads"]):
             return self.plan["batch_size"] / self.compute().seconds_per_batch(sources or {"tokens"})
 
+    def estimate(self) -> float | None:
+        """`rate`, or None where so little is to be computed that the probe would take as long as the work."""
+        return self.rate() if self.to_compute > 4 * self.plan["batch_size"] else None
+
     def check_disk(self) -> None:
         """Refuse what the disk cannot hold."""
         folder = self.cache
@@ -162,6 +166,8 @@ class Extraction:
                 derive_units(job, self._derive_units(), lambda n, _: bar.update(n))
                 if self.forward:
                     clock = run_local(job, self._units(plan), lambda n, clock: _advance(bar, n, clock))
+                if failures and self.on_error == "fail":  # found by the writer, behind the last batch
+                    raise UnreadableImage(next(iter(failures.values())))
         except KeyboardInterrupt as error:
             safe = sum(int(self._locate(o).found.sum()) for o in self.outputs[:1])
             raise Stopped(f"stopped. {safe:,} images are safe; the same command continues.") from error
@@ -169,8 +175,6 @@ class Extraction:
             raise SourceError(f"{self._first_failure(failures)} (--on-error report goes on without it)") from error
         finally:
             bar.close()
-        if failures and self.on_error == "fail":
-            raise SourceError(f"{self._first_failure(failures)} (--on-error report goes on without it)")
         path, failed = self._write_view(failures)
         seconds = time.perf_counter() - start
         names, kept = tuple(output.name for output in self.outputs), len(self.dataset) - len(failed)
@@ -183,9 +187,8 @@ class Extraction:
         known = self.plan  # another process may have made the store, and its plan, meanwhile
         if self._compute is not None and self._compute.batch_size != known["batch_size"]:
             self._compute = None
-        few = self.to_compute <= 4 * known["batch_size"]  # a probe would take as long as the work
-        if "images_per_s" not in known and not few:
-            known["images_per_s"] = round(rate or self.rate(), 3)
+        if "images_per_s" not in known and (speed := rate or self.estimate()):
+            known["images_per_s"] = round(speed, 3)
         if self.forward and known != (self.store.plan or {}).get(self.device.type):
             self.store.write_plan({**(self.store.plan or {}), self.device.type: known})
         return known

@@ -34,7 +34,7 @@ def run_demo(
     say(
         "demo       scikit-learn's 1,797 handwritten digits through a small ViT that was never trained (random weights)"
     )
-    say(console.extraction_lines(prepared, None))
+    say(console.extraction_lines(prepared, console.extraction_record(prepared, None)))
     result = prepared.run(progress=progress)
     label = f"{BACKBONE}/digits"
     say(console.result_lines(result, label))
