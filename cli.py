@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
-from featurecache import commands
+from featurecache import commands, upkeep
 from featurecache.errors import BadOption, NotInCache
 from featurecache.terminal import CONTEXT, Commands, Talk, cache_option, command, features_option
 from heads import commands as head_commands
@@ -93,7 +94,7 @@ def _info_backbone(talk: Talk, backbone: str, weights: str | None, image_size: i
 
     record = describe(backbone, weights=weights, image_size=image_size)
     talk.result(console.backbone_lines(record), record)
-    talk.next(f"featurecache extract --backbone {record['name']} --data FOLDER")
+    talk.next(f"featurecache extract --backbone {shlex.quote(backbone)} --data FOLDER")
     return 0
 
 
@@ -158,7 +159,8 @@ def _info_all(talk: Talk) -> int:
     from heads.architectures import HEADS
 
     width = max(map(len, ALIASES))
-    lines = ["backbones (also hf:REPO[@REVISION], a folder written by save_pretrained, torchvision:NAME[:WEIGHTS]):"]
+    forms = "hf:REPO[@REVISION], a folder written by save_pretrained, torchvision:NAME[:WEIGHTS], python:MODULE:FACTORY"
+    lines = [f"backbones (also {forms}):"]
     lines += [f"  {name:<{width}}  {alias.id or 'untrained only'}" for name, alias in ALIASES.items()]
     lines += ["heads (also python:MODULE:CLASS):", *(f"  {name:<{width}}  {head.what}" for name, head in HEADS.items())]
     talk.result("\n".join(lines), {"backbones": list(ALIASES), "heads": list(HEADS)})
@@ -178,7 +180,11 @@ def demo(talk: Talk, out: str, cache: str | None) -> int:
     return 0
 
 
-for each in (commands.extract, head_commands.train_head, head_commands.predict, ls, info, demo):
+for each in (
+    commands.extract, commands.why, head_commands.train_head, head_commands.predict, ls, info, upkeep.verify,
+    upkeep.repair, upkeep.leaks, upkeep.rm, upkeep.gc, upkeep.compact, upkeep.export, upkeep.import_, upkeep.merge,
+    demo,
+):  # fmt: skip
     main.add_command(each)
 
 

@@ -1,7 +1,9 @@
 """A frozen network with its preprocessing, what it can give, and how it is found by name.
 
 Names: an alias of `featurecache.aliases`; ``hf:<repo or folder>[@revision]``; a folder written by ``save_pretrained``;
-``torchvision:<name>[:<weights>]``. Axis letters: B batch, T tokens = P prefix tokens + h·w patches, D width.
+``torchvision:<name>[:<weights>]``; ``python:<module>:<factory>``, a network of the user's own.
+
+Axis letters: B batch, T tokens = P prefix tokens + h·w patches, D width.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from featurecache.errors import BadOption, OutputRefused, UnknownBackbone, Weigh
 from featurecache.preprocess import FITS, Preprocess
 
 OUTPUTS = ("cls", "pooler", "gap", "mean", "tokens")
-FORMS = "hf:<repo or folder>, torchvision:<name>, or the folder of a checkpoint"
+FORMS = "hf:<repo or folder>, torchvision:<name>, python:<module>:<factory>, or the folder of a checkpoint"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Backbone:
         """Raise OutputRefused, with the reason, where there is no ``base`` (``cls``, ``tokens@-2``, ``mean@last4``)."""
         kind, _, layer = base.partition("@")
         kind = "tokens" if kind.startswith("tokens-") else kind
+        if kind not in OUTPUTS:
+            raise OutputRefused(f"{kind} is what an imported vector is called; {self.name} has {', '.join(OUTPUTS)}.")
         if kind in self.refused:
             others = [name for name in OUTPUTS if name not in self.refused]
             raise OutputRefused(f"{self.name} has no {kind}: {self.refused[kind]}. It has {', '.join(others)}.")
@@ -123,6 +127,10 @@ def _load(request: Request) -> Backbone:
     if alias is not None and not alias.id and not request.untrained:
         raise WeightsNotFound(f"{name} was never trained; it exists only with --random-weights")
     where = alias.id if alias else name
+    if where.startswith("python:"):
+        from featurecache import own
+
+        return own.load(where.removeprefix("python:"), request)
     if where.startswith("torchvision:"):
         from featurecache import tv
 

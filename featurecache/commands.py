@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,10 @@ class BatchSize(click.ParamType):
 
 EXTRACTION = (  # which images, which backbone, which store: what `extract` and `why` are asked alike
     click.option(
-        "--backbone", required=True, metavar="NAME", help="An alias (see info), hf:REPO, a folder, torchvision:NAME."
+        "--backbone",
+        required=True,
+        metavar="NAME",
+        help="An alias (see info), hf:REPO, a folder, torchvision:NAME, python:MODULE:FACTORY (your own).",
     ),
     click.option("--data", default="digits", metavar="SOURCE", help="Folder, CSV or Parquet table, .npz, or digits."),
     click.option("--outputs", metavar="NAMES", help="cls,tokens,… [default: the backbone's vector and tokens]"),
@@ -55,6 +59,8 @@ EXTRACTION = (  # which images, which backbone, which store: what `extract` and 
     click.option(
         "--task", type=click.Choice(["binary", "multiclass", "ordinal", "multilabel"]), help="[default: by the labels]"
     ),
+    click.option("--hash-ids", is_flag=True, help="Keep images under keyed hashes of their names."),
+    click.option("--hash-groups", is_flag=True, help="The same for groups (patients)."),
     cache_option,
 )
 
@@ -74,6 +80,9 @@ def _options(several: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
 @_options(EXTRACTION)
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 @click.option("--sheet", metavar="FILE.png", help="Write a contact sheet of the images.")
+@click.option(
+    "--accept-drift", is_flag=True, help="If this machine computes other features than the store: a new generation."
+)
 @click.option("--yes", is_flag=True, help="Do not ask before keeping more than 20 GB.")
 def extract(
     talk: Talk, dry_run: bool, sheet: str | None, yes: bool, columns: tuple[str, ...], engine: str, **options: Any
@@ -88,7 +97,9 @@ def extract(
 
     if options["data"] == "digits":
         talk.say("data       digits: scikit-learn's 1,797 handwritten digits; give your own with --data FOLDER")
-    prepared = planning.prepare(options.pop("data"), columns=_pairs(columns), progress=talk.progress, **options)
+    prepared = planning.prepare(
+        options.pop("data"), columns=_pairs(columns), remember=not dry_run, progress=talk.progress, **options
+    )
     if sheet:
         from featurecache.sources import contact_sheet
 
@@ -124,3 +135,46 @@ def _pairs(columns: tuple[str, ...]) -> dict[str, str] | None:
         if "=" not in pair:
             raise BadOption(f'--column takes ROLE=NAME (--column label=finding), not "{pair}".')
     return dict(pair.split("=", 1) for pair in columns) or None
+
+
+_OF_IMAGES = ("name", "batch_size", "engine", "workers", "on_error", "columns", "task", "hash_ids", "hash_groups")
+
+
+@command
+@_options(EXTRACTION)
+def why(talk: Talk, columns: tuple[str, ...], engine: str, cache: str | None, **options: Any) -> int:
+    """Say what `extract` with these options would find, and which field of the key differs from the nearest store.
+
+    \b
+    featurecache why --backbone vit-in21k --image-size 256 --data chest/
+
+    Without --data the key alone is looked up.
+    """
+    from featurecache.why import explain
+
+    given = _given()
+    data = options.pop("data") if "data" in given else None
+    if data is None and (needless := [name for name in _OF_IMAGES if name in given]):
+        raise BadOption(f"{given[needless[0]][0]} is about the images; say which with --data.")
+    if data is None:
+        for name in ("data", *_OF_IMAGES):
+            options.pop(name, None)
+        found = explain(cache=cache, **options)
+    else:
+        found = explain(data, cache=cache, columns=_pairs(columns), progress=talk.progress, **options)
+    talk.result(str(found), found.record())
+    words = [word for name, part in given.items() for word in part]
+    talk.next(shlex.join(["featurecache", "extract", *words, *([] if data else ["--data", "FOLDER"])]))
+    return 0
+
+
+def _given() -> dict[str, list[str]]:
+    """Option -> the words that give it again, of those that were typed."""
+    context, found = click.get_current_context(), {}
+    for option in context.command.params:
+        name, value = str(option.name), context.params.get(str(option.name))
+        typed = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if typed and name not in ("as_json", "quiet", "debug"):
+            flag, values = option.opts[0], value if isinstance(value, tuple) else (value,)
+            found[name] = [word for v in values for word in ([flag] if v is True else [flag, str(v)])]
+    return found

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from featurecache import guard
 from featurecache.backbones import describe as describe_backbone
 from featurecache.describe import Description
 from featurecache.describe import describe as describe_dataset
 from featurecache.errors import FeatureCacheError
 from featurecache.extraction import Extraction, Result, size_text
-from featurecache.reader import OutputInfo, View
+from featurecache.reader import View
 from featurecache.stores import Store, stores, unreadable_stores
+from featurecache.terminal import one_line
 
 FEW = 10  # images of a class in val below which it cannot choose a model
 
@@ -41,7 +43,7 @@ def duration(seconds: float) -> str:
 
 def data_of(extraction: Extraction) -> Description:
     digests = np.append(extraction.digests, b"")[extraction.sample_image]  # -1, unread: the empty one
-    return describe_dataset(extraction.dataset, [digest.decode() for digest in digests.tolist()])
+    return describe_dataset(extraction.dataset, digests, extraction.looked.headers if extraction.looked else None)
 
 
 def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, A
         "untrained": extraction.spec.untrained,
         "data": data_of(extraction).to_dict(),
         "source": extraction.dataset.source,
-        "unread": [[extraction.dataset.ids[k], reason] for k, reason in sorted(extraction.unread.items())],
+        "unread": [[extraction.dataset.shown(k), reason] for k, reason in sorted(extraction.unread.items())],
         "outputs": {o.name: list(extraction.layouts[o.name].row_shape) for o in extraction.outputs},
         "dtype": extraction.spec.dtype,
         "precision": extraction.spec.precision,
@@ -72,6 +74,7 @@ def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, A
 
 def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
     """The first screen of ``extract``: backbone, what it sees, data, what is kept, machine, warnings."""
+    record = one_line(record)
     rows = [
         ("backbone", _backbone_line(record)),
         ("sees", record["backbone"]["sees"]),
@@ -177,8 +180,9 @@ def result_lines(result: Result, view_label: str) -> str:
         work = f"{result.derived:,} derived from stored tokens in {duration(result.seconds)}"
     unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""
     done = f"{result.images:,} images, {work}{unread}"
-    width = max((len(name) for name, _ in result.failed[:10]), default=0)
-    lines = [f"  {name:<{min(width, 60)}}  {reason}" for name, reason in result.failed[:10]]
+    failed = one_line(result.failed[:10])
+    width = max((len(name) for name, _ in failed), default=0)
+    lines = [f"  {name:<{min(width, 60)}}  {reason}" for name, reason in failed]
     if len(result.failed) > 10:
         lines.append(f"  … and {len(result.failed) - 10:,} more; featurecache info {view_label} lists them")
     return columns([("done", "\n".join([done, *lines])), ("view", f"{view_label} in {result.view}")])
@@ -192,14 +196,16 @@ def cache_record(cache: Path) -> list[dict[str, Any]]:
 
 def _store_record(store: Store) -> dict[str, Any]:
     outputs = {}
-    for folder in sorted(path for path in store.path.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in store.path.iterdir() if path.is_dir() and not path.is_symlink()):
         files = list(folder.glob("[0-9a-f]*.h5"))
-        outputs[folder.name] = {"shards": len(files), "bytes": sum(path.stat().st_size for path in files)}
+        outputs[folder.name] = {"shards": len(files), "bytes": sum(path.lstat().st_size for path in files)}
+    guard.verdicts(store.views(), "view")  # all at once; View says what is wrong with one
     return {
         "folder": str(store.path),
         "backbone": store.provenance.get("backbone", store.path.name),
         "fingerprint": store.fingerprint,
         "untrained": store.spec.untrained,
+        "imported": store.spec.imported,
         "image_size": list(store.spec.image_size),
         "precision": store.spec.precision,
         "dtype": store.spec.dtype,
@@ -221,7 +227,13 @@ def _view_line(path: Path) -> dict[str, Any]:
         "classes": len(view.classes),
         "outputs": list(view.outputs),
         "failed": len(view.failed),
+        "bytes": sum(_bytes_of(view, name, len(np.unique(view.digests))) for name in view.outputs),
     }
+
+
+def _bytes_of(view: View, output: str, rows: int) -> int:
+    info = view.outputs[output]
+    return int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize * rows
 
 
 def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
@@ -229,12 +241,13 @@ def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
     if not records:
         return f"{cache} holds no features yet; featurecache extract --backbone NAME --data FOLDER makes some"
     lines = []
-    for store in records:
+    for store in one_line(records):
         if "error" in store:
             lines.append(f"{store['folder']}  cannot be read: {store['error']}")
             continue
         size = "×".join(map(str, store["image_size"]))
-        what = f"{size} px, {store['precision']}, {store['dtype']}" + (", untrained" if store["untrained"] else "")
+        how = "origin unknown" if store["imported"] else f"{size} px, {store['precision']}"
+        what = f"{how}, {store['dtype']}" + (", untrained" if store["untrained"] else "")
         lines.append(f"{store['folder']}  {store['backbone']}, {what}: {size_text(store['bytes'])}")
         for name, entry in store["outputs"].items():
             lines.append(f"  {name:<14} {size_text(entry['bytes']):>9} in {entry['shards']:,} shards")
@@ -243,7 +256,7 @@ def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
                 lines.append(f"  view {view['name']}: {view['error']}")
                 continue
             failed = f", {view['failed']} left out" if view["failed"] else ""
-            kept = ", ".join(view["outputs"])
+            kept = f"{', '.join(view['outputs'])}, {size_text(view['bytes'])}"
             what = f"{view['images']:,} images, {view['classes']} classes ({view['task']}){failed}: {kept}"
             lines.append(f"  view {store['backbone']}/{view['name']}  {what}")
     lines.append(f"{'all':<16} {size_text(sum(store['bytes'] for store in records)):>9}")
@@ -263,10 +276,11 @@ def view_record(view: View) -> dict[str, Any]:
         "counts": counts,
         "groups": None if view.groups is None else len(set(view.groups)),
         "meta": list(view.meta),
-        "outputs": {name: _output_record(info, len(view)) for name, info in view.outputs.items()},
+        "outputs": {name: _output_record(view, name) for name in view.outputs},
         "source": view.source,
         "failed": view.failed,
         "untrained": view.untrained,
+        "imported": view.imported,
         "fingerprint": view.fingerprint,
         "spec": view.spec,
         "provenance": view.provenance,
@@ -285,16 +299,29 @@ def _class_counts(view: View) -> tuple[list[str], list[list[int]]]:
     return splits, [[int((hit & (column == split)).sum()) for split in splits] for hit in hits]
 
 
-def _output_record(info: OutputInfo, rows: int) -> dict[str, Any]:
-    size = int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize * rows
+def _output_record(view: View, name: str) -> dict[str, Any]:
+    info = view.outputs[name]
+    size = _bytes_of(view, name, len(view))
     return {
         "shape": list(info.shape), "dtype": info.dtype, "bytes": size,
         "prefix": info.prefix and list(info.prefix), "grid": info.grid and list(info.grid),
+        "rounding": _rounding(view, name),
     }  # fmt: skip
+
+
+def _rounding(view: View, name: str) -> dict[str, Any] | None:
+    """The certificate of half precision, |stored − float32|₂ / |float32|₂ over the rows; None: none were rounded."""
+    errors = view.stored(name).errors
+    if errors is None:
+        return None
+    known = errors[np.isfinite(errors)]
+    worst, mean = (float(known.max()), float(known.mean(dtype=np.float64))) if len(known) else (None, None)
+    return {"rows": len(known), "worst": worst, "mean": mean}
 
 
 def view_lines(record: dict[str, Any]) -> str:
     """``info VIEW``: the data, the outputs, and what made them."""
+    record = one_line(record)
     spec, made = record["spec"], record["provenance"]
     copies = record["images"] - record["distinct"]
     facts = f"{record['images']:,} images, {record['task']}" + (f", {copies:,} copies" if copies else "")
@@ -307,19 +334,29 @@ def view_lines(record: dict[str, Any]) -> str:
         rows.append(
             ("keeps", f"{shape_text(name, tuple(info['shape']))} {info['dtype']}, {size_text(info['bytes'])}{tokens}")
         )
+        if info["rounding"]:
+            rows.append(("", _rounding_line(info["rounding"], record["images"])))
     trained = "untrained: random weights" if record["untrained"] else made.get("licence", "")
-    rows.append(
-        ("backbone", "  ".join(filter(None, [made.get("backbone"), made.get("id"), made.get("revision"), trained])))
-    )
+    backbone = "  ".join(filter(None, [made.get("backbone"), made.get("id"), made.get("revision"), trained]))
     size = "×".join(map(str, spec["image_size"]))
-    rows.append(
-        ("spec", f"{record['fingerprint']}  {size} px, {spec['precision']}, positions {spec['position_embeddings']}")
-    )
+    key = f"{size} px, {spec['precision']}, positions {spec['position_embeddings']}"
+    if record["imported"]:
+        backbone, key = f"imported from {made.get('file')}, {made.get('when')}; origin unknown", "origin unknown"
+    rows.append(("backbone", backbone))
+    rows.append(("spec", f"{record['fingerprint']}  {key}"))
     rows.append(("made by", ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())))
     if record["failed"]:
         failed = [f"{entry['id']}  {entry['reason']}" for entry in record["failed"]]
         rows.append(("left out", "\n".join([f"{len(failed):,} images", *failed])))
     return columns(rows)
+
+
+def _rounding_line(rounding: dict[str, Any], rows: int) -> str:
+    if not rounding["rows"]:
+        return "rounding to float16 was not measured: derived later from stored tokens, or imported"
+    what = f"{rounding['worst']:.1e} at worst, {rounding['mean']:.1e} on average"
+    some = f" (of {rounding['rows']:,} rows that were measured)" if rounding["rows"] < rows else ""
+    return f"rounding to float16 moved a row by {what}, relative to float32{some}"
 
 
 def _count_table(record: dict[str, Any]) -> list[str]:
@@ -343,7 +380,7 @@ def backbone_lines(record: dict[str, Any]) -> str:
         ("backbone", "  ".join(filter(None, [record["name"], record["id"], record["licence"]]))),
         ("network", f"{record['class']} of {record['library']}: {record['parameters']:,} parameters, {layers}"),
         ("sees", record["sees"]),
-        ("tokens", f"{tokens} = {prefix}{grid} grid; positions {record['position_embeddings']}"),
+        ("tokens", f"{tokens} = {prefix}{grid} grid; positions {record['position_embeddings']}" if tokens else "none"),
     ]  # fmt: skip
     for name, entry in record["outputs"].items():
         default = " (default)" if name in (record["vector"], "tokens") else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -55,14 +55,23 @@ class Description:
         return "\n".join([_headline(self), *_table(self), *_facts(self)])
 
 
-def describe(dataset: Dataset, digests: Sequence[str | bytes | None] | np.ndarray | None = None) -> Description:
+def describe(
+    dataset: Dataset,
+    digests: Sequence[str | bytes | None] | np.ndarray | None = None,
+    headers: Mapping[int, tuple[int, int, str] | str] | None = None,
+) -> Description:
     """Count, and look at the headers of at most ``LOOKED_AT`` images spread over the dataset.
 
-    ``digests`` [N], where they are known (empty for an image that could not be read), give the copies.
+    ``digests`` [N], where they are known (empty for an image that could not be read), give the copies; ``headers``,
+    where some were looked at before (row → width, height and kind of pixels, or why not), are not looked at again.
     """
-    splits = [split for split in _ORDER if split in set(dataset.splits)]
-    column = np.fromiter((splits.index(split) for split in dataset.splits), np.int64, len(dataset))
-    looks, unreadable = _look_at_some(dataset)
+    present = set(dataset.splits)
+    splits = [split for split in _ORDER if split in present]
+    number_of = {split: number for number, split in enumerate(splits)}
+    column = np.fromiter((number_of[split] for split in dataset.splits), np.int64, len(dataset))
+    headers = _look_at_some(dataset) if headers is None else headers
+    looks = [header for header in headers.values() if not isinstance(header, str)]
+    unreadable = [(dataset.shown(row), header) for row, header in headers.items() if isinstance(header, str)]
     areas = sorted(looks, key=lambda look: (look[0] * look[1], look[:2]))
     sizes = {"smallest": areas[0], "median": areas[len(areas) // 2], "largest": areas[-1]} if areas else {}
     return Description(
@@ -88,16 +97,16 @@ def spread(rows: np.ndarray, most: int) -> np.ndarray:
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64))]
 
 
-def _look_at_some(dataset: Dataset) -> tuple[list[tuple[int, int, str]], list[tuple[str, str]]]:
+def _look_at_some(dataset: Dataset) -> dict[int, tuple[int, int, str] | str]:
     from featurecache.images import look
 
-    looks, unreadable = [], []
-    for row in spread(np.arange(len(dataset)), LOOKED_AT):
+    headers: dict[int, tuple[int, int, str] | str] = {}
+    for row in spread(np.arange(len(dataset)), LOOKED_AT).tolist():
         try:
-            looks.append(look(dataset.read(int(row))))
+            headers[row] = look(dataset.read(row))
         except UnreadableImage as error:
-            unreadable.append((dataset.ids[row], str(error)))
-    return looks, unreadable
+            headers[row] = str(error)
+    return headers
 
 
 def has_label(dataset: Dataset, number: int) -> np.ndarray:
@@ -117,21 +126,29 @@ def _by_split(chosen: np.ndarray, column: np.ndarray, splits: int) -> list[int]:
 
 def _copies(dataset: Dataset, digests: Sequence[str | bytes | None] | np.ndarray) -> Copies:
     assert len(digests) == len(dataset), (len(digests), len(dataset))
-    known = np.flatnonzero([bool(digest) for digest in digests])
-    _, image = np.unique(np.asarray([str(digests[row]) for row in known.tolist()]), return_inverse=True)
-    by_split: dict[str, list[int]] = {}
-    for row, number in zip(known, image, strict=True):
-        by_split.setdefault(dataset.splits[row], []).append(int(number))
-    present = [split for split in _ORDER if split in by_split]
-    pairs = {f"{a}+{b}": len(set(by_split[a]) & set(by_split[b])) for a, b in combinations(present, 2) if a and b}
-    labels = dataset.labels if dataset.labels.ndim == 2 else dataset.labels[:, None]
-    labelled = set(zip(image.tolist(), map(bytes, np.ascontiguousarray(labels[known])), strict=True))
+    plain = digests if isinstance(digests, np.ndarray) else [d.decode() if isinstance(d, bytes) else d for d in digests]
+    text = np.array([digest or "" for digest in plain]) if not isinstance(plain, np.ndarray) else plain
+    known = np.flatnonzero(text != text.dtype.type())
+    distinct, image = np.unique(text[known], return_inverse=True)
+    splits = np.array(dataset.splits)[known]
+    by_split = {split: image[splits == split] for split in _ORDER if (splits == split).any()}
+    images = {split: np.unique(rows) for split, rows in by_split.items()}
+    both = {(a, b): np.intersect1d(images[a], images[b], True) for a, b in combinations(images, 2) if a and b}
     return Copies(
-        total=len(known) - len(set(image.tolist())),
-        within={split: len(by_split[split]) - len(set(by_split[split])) for split in present},
-        across=pairs,
-        two_labels=sum(count > 1 for count in Counter(number for number, _ in labelled).values()),
+        total=len(known) - len(distinct),
+        within={split: len(rows) - len(images[split]) for split, rows in by_split.items()},
+        across={f"{a}+{b}": len(rows) for (a, b), rows in both.items()},
+        two_labels=_two_labels(dataset.labels[known], image),
     )
+
+
+def _two_labels(labels: np.ndarray, image: np.ndarray) -> int:
+    """Of images [n] that bear labels [n] or [n, L]: how many distinct ones bear different labels (NaN is one)."""
+    order = np.argsort(image, kind="stable")
+    labels, image = labels.reshape(len(labels), -1)[order], image[order]
+    again = image[1:] == image[:-1]  # the same image as the row before
+    differs = (labels[1:] != labels[:-1]) & ((labels[1:] == labels[1:]) | (labels[:-1] == labels[:-1]))
+    return len(np.unique(image[1:][again & differs.any(1)]))
 
 
 def _headline(found: Description) -> str:

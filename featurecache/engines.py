@@ -22,8 +22,10 @@ from featurecache.backbones import Backbone
 from featurecache.errors import UnreadableImage
 from featurecache.forward import Compute, exact_arithmetic
 from featurecache.outputs import Output, derive
-from featurecache.shards import TORCH_DTYPE, Layout, Located, ShardWriter, map_rows
+from featurecache.shards import Layout, Located, ShardWriter, read_rows
 from featurecache.stores import Store
+
+CHANGED = "the file changed while the extraction ran; run it again"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Job:
         try:
             data = self.read(number)
             if _images.digest(data).encode() != self.digests[number]:
-                return "the file changed while the extraction ran; run it again"
+                return CHANGED
             return self.backbone.preprocess.resized(_images.decode(data))
         except UnreadableImage as error:
             return str(error)
@@ -102,8 +104,9 @@ class _Shards:
             self.discard()
             raise
 
-    def write(self, numbers: list[int], rows: dict[str, torch.Tensor]) -> None:
-        """numbers [b] of images; rows [b, ...] per source. A row that does not fit the dtype is never stored."""
+    def write(self, numbers: list[int], rows: dict[str, torch.Tensor], errors: dict[str, torch.Tensor]) -> None:
+        """numbers [b] of images; rows [b, ...] per source, errors [b] per output. A row that does not fit the dtype is
+        never stored."""
         kept = {source: tensor.cpu() for source, tensor in rows.items()}
         good = self._finite(numbers, kept)
         digests = [bytes(self._job.digests[numbers[k]]) for k in good]
@@ -112,7 +115,8 @@ class _Shards:
             if output.derived:
                 backbone = self._job.backbone
                 tensor = derive(output, tensor, len(backbone.prefix), backbone.grid)
-            writer.append(digests, tensor.numpy())
+            measured = errors[output.name].cpu().numpy()[good] if output.name in errors else None
+            writer.append(digests, tensor.numpy(), measured)
 
     def _finite(self, numbers: list[int], rows: dict[str, torch.Tensor]) -> list[int]:
         good = []
@@ -206,12 +210,11 @@ def _run_unit(
     job: Job, unit: Unit, shards: _Shards, upcoming: Iterator[tuple[Any, Future[Any]]], behind: _Behind, clock: Clock,
     advance: Callable[[int, Clock], Any],
 ) -> None:  # fmt: skip
-    sources = {output.source for output in unit.outputs}
     dtype = job.layouts[unit.outputs[0].name].dtype
     for numbers, images in _batches(job, unit, upcoming, clock, advance):
         with clock.on("computing"):
-            rows = job.compute(images, sources, dtype)
-        behind(shards.write, numbers, rows)
+            rows, errors = job.compute(images, unit.outputs, dtype)
+        behind(shards.write, numbers, rows, errors)
         if job.fail_fast and job.failures:
             raise UnreadableImage(next(iter(job.failures.values())))
         clock.images += len(numbers)
@@ -266,21 +269,9 @@ def derive_units(job: Job, units: list[tuple[Unit, dict[str, Located]]], advance
         try:
             for start in range(0, len(unit.rows), 64):
                 stretch = slice(start, start + 64)
-                rows = {source: _gather(place, stretch, job.layouts[source]) for source, place in places.items()}
-                shards.write(unit.rows[stretch].tolist(), rows)
+                rows = {source: read_rows(place[stretch], job.layouts[source]) for source, place in places.items()}
+                shards.write(unit.rows[stretch].tolist(), rows, {})
                 advance(len(unit.rows[stretch]), Clock())
             shards.commit()
         finally:
             shards.discard()
-
-
-def _gather(places: Located, stretch: slice, layout: Layout) -> torch.Tensor:
-    """Stored rows [n, ...] in the order of ``places``."""
-    files, rows = places.file[stretch], places.row[stretch]
-    result = torch.empty((len(files), *layout.row_shape), dtype=TORCH_DTYPE[layout.dtype])
-    for number in np.unique(files):
-        shard = places.shards[number]
-        mapped = map_rows(shard.path, shard.size, shard.offset, len(shard.digests), layout.row_shape, layout.dtype)
-        chosen = np.flatnonzero(files == number)
-        result[torch.from_numpy(chosen)] = mapped[torch.from_numpy(rows[chosen])]
-    return result

@@ -68,6 +68,14 @@ class UnsafeFile(CacheError):
     """A file that refers outside its store or holds what no file of ours holds."""
 
 
+class InUse(CacheError):
+    """A store that another process works in."""
+
+
+class Drift(CacheError):
+    """This machine computes other features than those a store holds."""
+
+
 class NotInCache(FeatureCacheError, LookupError):
     """Something asked for that has not been extracted."""
 

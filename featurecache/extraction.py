@@ -13,25 +13,39 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from featurecache import canary
 from featurecache.backbones import Backbone
-from featurecache.engines import Clock, Job, Unit, derive_units, run_local
-from featurecache.errors import BadOption, CannotWrite, FeatureCacheError, SourceError, UnreadableImage
+from featurecache.engines import CHANGED, Clock, Job, Unit, derive_units, run_local
+from featurecache.errors import (
+    BadOption,
+    CacheError,
+    CannotWrite,
+    Drift,
+    FeatureCacheError,
+    SourceError,
+    UnreadableImage,
+)
 from featurecache.files import FORMAT
 from featurecache.forward import Compute, exact_arithmetic
+from featurecache.locks import working
 from featurecache.outputs import Output, parse
+from featurecache.privacy import Secret, plain_reason
 from featurecache.shards import Layout, Located, notes_for
 from featurecache.sources import Dataset
 from featurecache.spec import ExtractionSpec, canonical_json
-from featurecache.stores import Store, create_store
+from featurecache.stores import Store, create_store, stores
 from featurecache.views import Rows, write_view
+
+if TYPE_CHECKING:
+    from featurecache.looking import Looked
 
 SHARD_BYTES, SHARD_ROWS = 256 << 20, 16_384
 MOST_BYTES, MOST_SHARDS = 4 << 30, 500  # a shard grows up to MOST_BYTES so that an output has at most about MOST_SHARDS
@@ -84,6 +98,9 @@ class Extraction:
     forward: list[tuple[np.ndarray, tuple[Output, ...]]]  # groups of images and what a pass must give of them
     derived: list[tuple[np.ndarray, tuple[Output, ...]]]  # ... and what follows from stored tokens
     precision_reason: str = ""
+    accept_drift: bool = False
+    looked: Looked | None = None  # what of it the cache is to remember
+    secret: Secret | None = None  # of hashed ids and groups
     _compute: Compute | None = field(default=None, repr=False)
 
     @property
@@ -110,7 +127,7 @@ class Extraction:
         """How this store computes on this kind of device; fixed by its first run."""
         kept = (self.store.plan or {}).get(self.device.type) if self.store else None
         if kept:
-            if self.batch_size not in (None, kept["batch_size"]):
+            if self.forward and self.batch_size not in (None, kept["batch_size"]):
                 raise BadOption(
                     f"{self.store.path.name} computes in batches of {kept['batch_size']} (its plan.json), "  # type: ignore[union-attr]
                     f"not {self.batch_size}: the same images would get other bits. Leave --batch-size out."
@@ -131,9 +148,9 @@ class Extraction:
 
     def rate(self) -> float:
         """Images per second of the forward pass, by a short probe."""
-        sources = {output.source for _, outputs in self.forward for output in outputs}
+        outputs = {output for _, outputs in self.forward for output in outputs} or {parse("tokens")}
         with exact_arithmetic(self.plan["threads"]):
-            return self.plan["batch_size"] / self.compute().seconds_per_batch(sources or {"tokens"})
+            return self.plan["batch_size"] / self.compute().seconds_per_batch(sorted(outputs, key=str))
 
     def estimate(self) -> float | None:
         """`rate`, or None where so little is to be computed that the probe would take as long as the work."""
@@ -152,54 +169,107 @@ class Extraction:
             )  # fmt: skip
 
     def run(self, *, progress: bool = False, rate: float | None = None) -> Result:
-        """Compute what is missing, then write the view. ``rate`` (images/s) sizes the shards; probed when not given."""
+        """Compute what is missing, then write the view. ``rate`` (images/s) sizes the shards; probed when not given.
+
+        Raises Drift when this machine computes other features than the store holds, unless that was accepted.
+        """
         self.check_disk()
-        start = time.perf_counter()
-        plan, failures, clock = self._fix_plan(rate), {}, Clock()
-        assert self.store is not None
-        self.store.sweep()
-        bar = progress_bar(self.to_compute + self.to_derive, progress)
+        if self.secret:
+            self.secret.keep()
+        if self.looked:
+            self.looked.seen.keep()
         try:
-            if self.to_compute or self.to_derive:
-                job = self._job(plan)
-                failures = job.failures
-                derive_units(job, self._derive_units(), lambda n, _: bar.update(n))
-                if self.forward:
-                    clock = run_local(job, self._units(plan), lambda n, clock: _advance(bar, n, clock))
-                if failures and self.on_error == "fail":  # found by the writer, behind the last batch
-                    raise UnreadableImage(next(iter(failures.values())))
-        except KeyboardInterrupt as error:
-            safe = sum(int(self._locate(o).found.sum()) for o in self.outputs[:1])
-            raise Stopped(f"stopped. {safe:,} images are safe; the same command continues.") from error
-        except UnreadableImage as error:
-            raise SourceError(f"{self._first_failure(failures)} (--on-error report goes on without it)") from error
-        finally:
-            bar.close()
-        path, failed = self._write_view(failures)
+            return self._run(progress, rate)
+        except Drift:
+            if not self.accept_drift:
+                raise
+        self._next_generation()
+        self.check_disk()
+        return self._run(progress, rate)
+
+    def _run(self, progress: bool, rate: float | None) -> Result:
+        start = time.perf_counter()
+        store = self._open_store()
+        store.sweep()
+        with working(store.path, "extract"):
+            self._turn_to(self.spec, store)  # another process may have been here since the images were looked at
+            plan, clock = self._fix_plan(rate), Clock()
+            self._check_canary()
+            failures: dict[int, str] = {}
+            bar = progress_bar(self.to_compute + self.to_derive, progress)
+            try:
+                if self.to_compute or self.to_derive:
+                    job = self._job(plan)
+                    failures = job.failures
+                    derive_units(job, self._derive_units(), lambda n, _: bar.update(n))
+                    if self.forward:
+                        clock = run_local(job, self._units(plan), lambda n, clock: _advance(bar, n, clock))
+                    if failures and self.on_error == "fail":  # found by the writer, behind the last batch
+                        raise UnreadableImage(next(iter(failures.values())))
+            except KeyboardInterrupt as error:
+                safe = sum(int(self._locate(o).found.sum()) for o in self.outputs[:1])
+                raise Stopped(f"stopped. {safe:,} images are safe; the same command continues.") from error
+            except UnreadableImage as error:
+                raise SourceError(f"{self._first_failure(failures)} (--on-error report goes on without it)") from error
+            finally:
+                bar.close()
+            path, failed = self._write_view(failures)
         seconds = time.perf_counter() - start
         names, kept = tuple(output.name for output in self.outputs), len(self.dataset) - len(failed)
         return Result(path, names, kept, clock.images, self.to_derive, seconds, clock.shares(), failed)
 
-    def _fix_plan(self, rate: float | None) -> dict[str, Any]:
+    def _open_store(self) -> Store:
         if self.store is None:
             provenance = {**self.backbone.provenance, "backbone": self.backbone.name}
             self.store = create_store(self.cache, self.backbone.name, self.spec, provenance)
-        known = self.plan  # another process may have made the store, and its plan, meanwhile
-        if self._compute is not None and self._compute.batch_size != known["batch_size"]:
+        return self.store
+
+    def _check_canary(self) -> None:
+        """Before anything is written: does this machine compute what the store holds?"""
+        assert self.store is not None
+        wanted = [output for _, outputs in self.forward + self.derived for output in outputs]
+        if not wanted:
+            return
+        compute = self.compute() if self.forward else None
+        with exact_arithmetic(self.plan["threads"]):
+            canary.check(self.store, self.backbone, compute, list(dict.fromkeys(wanted)))
+
+    def _next_generation(self) -> None:
+        """Turn to the generation of the store that agrees with this machine; to a new one where none does."""
+        generation = self.spec.generation
+        plain = replace(self.spec, generation=0)
+        known = [store for store in stores(self.cache) if replace(store.spec, generation=0) == plain]
+        with exact_arithmetic(self.plan["threads"]):
+            for store in sorted(known, key=lambda store: -store.spec.generation):
+                generation = max(generation, store.spec.generation)
+                if canary.agrees(store, self.backbone, self.compute()):
+                    self._turn_to(store.spec, store)
+                    return
+        self._turn_to(replace(self.spec, generation=generation + 1), None)
+
+    def _turn_to(self, spec: ExtractionSpec, store: Store | None) -> None:
+        self.spec, self.store = spec, store
+        self.forward, self.derived = difference(self.outputs, self.layouts, store, self.digests)
+
+    def _fix_plan(self, rate: float | None) -> dict[str, Any]:
+        assert self.store is not None
+        plan = self.plan
+        if not self.forward:
+            return plan
+        if "images_per_s" not in plan and (speed := rate or self.estimate()):
+            plan["images_per_s"] = round(speed, 3)
+        plan = self.store.write_plan(self.device.type, plan)  # another process may have been first
+        if self._compute is not None and self._compute.batch_size != plan["batch_size"]:
             self._compute = None
-        if "images_per_s" not in known and (speed := rate or self.estimate()):
-            known["images_per_s"] = round(speed, 3)
-        if self.forward and known != (self.store.plan or {}).get(self.device.type):
-            self.store.write_plan({**(self.store.plan or {}), self.device.type: known})
-        return known
+        return plan
 
     def _job(self, plan: dict[str, Any]) -> Job:
         assert self.store is not None
         first = self.images
         return Job(
             self.store, self.layouts, self.digests, lambda number: self.dataset.read(int(first[number])),
-            self.backbone, self.compute(), notes_for(self.spec.fingerprint, plan), self.workers, plan["threads"],
-            self.on_error == "fail",
+            self.backbone, self.compute(), notes_for(self.spec.fingerprint, self.device.type, plan), self.workers,
+            plan["threads"], self.on_error == "fail",
         )  # fmt: skip
 
     def _units(self, plan: dict[str, Any]) -> list[Unit]:
@@ -218,7 +288,7 @@ class Extraction:
             found = {source: self._locate(parse(source), rows) for source in {output.source for output in outputs}}
             for start in range(0, len(rows), length):
                 part = slice(start, start + length)
-                places = {key: Located(all_.shards, all_.file[part], all_.row[part]) for key, all_ in found.items()}
+                places = {key: all_[part] for key, all_ in found.items()}
                 units.append((Unit(rows[part], outputs), places))
         return units
 
@@ -229,36 +299,74 @@ class Extraction:
 
     def _first_failure(self, failures: dict[int, str]) -> str:
         number, reason = next(iter(failures.items()))
-        return f"{self.dataset.ids[int(self.images[number])]}: {reason}"
+        return f"{self.dataset.shown(int(self.images[number]))}: {reason}"
 
     def _write_view(self, failures: dict[int, str]) -> tuple[Path, list[tuple[str, str]]]:
+        """The view's path, and what is not in it by the names that a person here finds it by."""
         assert self.store is not None
-        reasons = {**self.unread}
-        for sample, image in enumerate(self.sample_image.tolist()):
-            if image in failures:
-                reasons[sample] = failures[image]
+        samples = np.flatnonzero(np.isin(self.sample_image, list(failures)))
+        reasons = {**self.unread, **{k: failures[int(self.sample_image[k])] for k in samples.tolist()}}
+        if self.looked:
+            self.looked.seen.forget(np.array([k for k, reason in reasons.items() if reason == CHANGED], np.int64))
         located = {self.layouts[o.name]: self._locate(o) for o in self.outputs}
-        kept = np.array([sample for sample in range(len(self.dataset)) if sample not in reasons], np.int64)
-        failed = [(self.dataset.ids[sample], reason) for sample, reason in sorted(reasons.items())]
+        kept = np.delete(np.arange(len(self.dataset)), list(reasons))
+        failed = [(self.dataset.shown(sample), reason) for sample, reason in sorted(reasons.items())]
         if not len(kept):
             raise SourceError(
                 f"none of {len(self.dataset):,} images could be read. The first, {failed[0][0]}: {failed[0][1]}."
             )
         images = self.sample_image[kept]
-        places = {lay: Located(loc.shards, loc.file[images], loc.row[images]) for lay, loc in located.items()}
+        places = {layout: everywhere[images] for layout, everywhere in located.items()}
+        if not all(each.found.all() for each in places.values()):
+            raise CacheError(
+                f"rows that were in {self.store.path} are gone: somebody removes files there. "
+                "The same command computes them again."
+            )
         rows = _rows_of(self.dataset, kept, self.digests[images])
-        return write_view(self.store, self.name, rows, self._attributes(failed), places), failed
+        return write_view(self.store, self.name, rows, self._attributes(reasons), places), failed
 
-    def _attributes(self, failed: list[tuple[str, str]]) -> dict[str, Any]:
+    def _attributes(self, reasons: dict[int, str]) -> dict[str, Any]:
+        failed = [(self.dataset.ids[sample], reason) for sample, reason in sorted(reasons.items())]
+        if "secret" in self.dataset.source:
+            failed = [(name, plain_reason(reason)) for name, reason in failed]
         return {
             "classes": json.dumps(self.dataset.classes, ensure_ascii=False),
             "task": self.dataset.task,
             "spec": canonical_json(self.spec.to_dict()),
             "fingerprint": self.spec.fingerprint,
+            "provenance": canonical_json(self.store.provenance if self.store else {}),
             "format_version": FORMAT,
             "source": canonical_json(self.dataset.source),
             "failed": json.dumps(failed, ensure_ascii=False),
         }
+
+
+def difference(
+    wanted: tuple[Output, ...], layouts: dict[str, Layout], store: Store | None, digests: np.ndarray
+) -> tuple[list[tuple[np.ndarray, tuple[Output, ...]]], list[tuple[np.ndarray, tuple[Output, ...]]]]:
+    """Images grouped by what is missing of them: (needs the backbone, follows from stored tokens)."""
+    assert len(layouts) < 63
+    there = {output.name: _found(store, layouts[output.name], digests) for output in wanted}
+    for output in wanted:  # tokens that nothing is to be derived from are not even looked for: they may be damaged
+        if output.derived and output.source not in there and not there[output.name].all():
+            there[output.source] = _found(store, layouts[output.source], digests)
+    forward, derived = [], []
+    pattern = sum((found.astype(np.int64) << k for k, found in enumerate(there.values())), np.zeros(len(digests), int))
+    for number in np.unique(pattern).tolist():
+        rows = np.flatnonzero(pattern == number)
+        stored = {name for k, name in enumerate(there) if number >> k & 1}
+        missing = [output for output in wanted if output.name not in stored]
+        follow = tuple(output for output in missing if output.derived and output.source in stored)
+        need = tuple(output for output in missing if output not in follow)
+        if need:
+            forward.append((rows, need))
+        if follow:
+            derived.append((rows, follow))
+    return forward, derived
+
+
+def _found(store: Store | None, layout: Layout, digests: np.ndarray) -> np.ndarray:
+    return store.locate(layout, digests).found if store else np.zeros(len(digests), bool)
 
 
 def shard_rows(rows: int, row_bytes: int, rate: float | None = None, batch: int = 1) -> int:
@@ -271,12 +379,16 @@ def shard_rows(rows: int, row_bytes: int, rate: float | None = None, batch: int 
 
 
 def _rows_of(dataset: Dataset, kept: np.ndarray, digests: np.ndarray) -> Rows:
+    places = kept.tolist() if len(kept) < len(dataset) else None
+
     def pick(column: Any) -> Any:
-        return column[kept] if isinstance(column, np.ndarray) else [column[sample] for sample in kept]
+        if places is None:
+            return column
+        return column[kept] if isinstance(column, np.ndarray) else [column[sample] for sample in places]
 
     groups = None if dataset.groups is None else pick(dataset.groups)
     meta = {key: pick(column) for key, column in dataset.meta.items()}
-    return Rows(pick(dataset.ids), dataset.labels[kept], pick(dataset.splits), digests, groups, meta)
+    return Rows(pick(dataset.ids), pick(dataset.labels), pick(dataset.splits), digests, groups, meta)
 
 
 def progress_bar(total: int, progress: bool, what: str = "extract") -> tqdm:
@@ -284,6 +396,15 @@ def progress_bar(total: int, progress: bool, what: str = "extract") -> tqdm:
     return tqdm(
         total=total, desc=what, disable=None if progress else True, unit=" img", bar_format=style, leave=False,
         smoothing=0.1, dynamic_ncols=True,
+    )  # fmt: skip
+
+
+def byte_bar(total: int, what: str, progress: bool) -> tqdm:
+    """A progress bar over bytes, on stderr; none where that is no terminal."""
+    style = "{desc} {percentage:3.0f} % {bar} {n_fmt}/{total_fmt}  {rate_fmt}  eta {remaining}"
+    return tqdm(
+        total=total, desc=what, disable=None if progress else True, unit="B", unit_scale=True, bar_format=style,
+        leave=False, dynamic_ncols=True,
     )  # fmt: skip
 
 

@@ -12,20 +12,22 @@ import errno
 import fcntl
 import hashlib
 import io
-import mmap
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
 import xxhash
 
+from featurecache import guard
 from featurecache.errors import CannotWrite, DamagedFile, UnsafeFile
 
 FORMAT = 1
 USER_BLOCK = 512  # bytes; the smallest HDF5 allows
+_PIECE = 1 << 20  # bytes read at a time for hashing; stays in the cache of a core
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every itemsize we store
 _MAGIC = b"featurecache"
 AGAIN = "Delete it and run the extraction again: that computes what is not there."
@@ -98,42 +100,73 @@ def refuse_links(*paths: Path) -> None:
             raise UnsafeFile(f"{path} is a symbolic link; put the file or folder itself there.")
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """A plain file for reading. Refuses symbolic links, and pipes and devices, at which a reader would wait."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            refuse_links(path)
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnsafeFile(f"{path} is not a plain file (a folder, a pipe or a device); remove it.")
+    return os.fdopen(descriptor, "rb")
+
+
 def read_user_block(path: Path) -> tuple[str, int]:
     """(xxh3_128 as hex, length in bytes) that ``path`` was written with; its actual length is checked."""
-    refuse_links(path)
-    try:
-        with open(path, "rb") as file:
-            block, size = file.read(USER_BLOCK), os.fstat(file.fileno()).st_size
-    except FileNotFoundError as error:
-        raise DamagedFile(f"{path} is missing.") from error
-    except OSError as error:
-        raise DamagedFile(f"{path} cannot be read: {error.strerror}.") from error
-    words = block.split(b"\n", 1)[0].split(b" ")
-    if len(words) != 4 or words[0] != _MAGIC or not words[1].isdigit() or not words[3].isdigit() or len(words[2]) != 32:
-        raise DamagedFile(f"{path} is not a file of featurecache, or its beginning is damaged. {AGAIN}")
-    if int(words[1]) != FORMAT:
-        raise DamagedFile(f"{path} has format {int(words[1])}; this featurecache reads format {FORMAT}.")
-    if int(words[3]) != size:
-        raise DamagedFile(f"{path} has {size:,} bytes; it was written with {int(words[3]):,}. {AGAIN}")
-    return words[2].decode("ascii", "replace"), size
+    with _reading(path) as file:
+        return _user_block(path, file)
 
 
-def read_checked(path: Path) -> bytes:
+def read_checked(path: Path, most: int | None = None) -> bytes:
     """All bytes of a small file (a view), refused unless they are the ones it was written with."""
-    digest, _ = read_user_block(path)
-    data = path.read_bytes()
+    with _reading(path) as file:
+        digest, size = _user_block(path, file)
+        if most is not None and size > most:
+            raise UnsafeFile(f"{path} has {size:,} bytes; at most {most:,} are read into memory.")
+        file.seek(0)
+        data = file.read(size)
     if xxhash.xxh3_128_hexdigest(memoryview(data)[USER_BLOCK:]) != digest:
         raise DamagedFile(f"{path} is damaged: its content does not match the hash in its first line. {AGAIN}")
     return data
 
 
-def _hash_after_block(descriptor: int) -> str:
-    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-        rest = view[USER_BLOCK:]
-        try:
-            return xxhash.xxh3_128_hexdigest(rest)
-        finally:
-            rest.release()
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[io.BufferedReader]:
+    try:
+        with open_regular(path) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise DamagedFile(f"{path} is missing.") from error
+    except OSError as error:
+        raise DamagedFile(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _user_block(path: Path, file: io.BufferedReader) -> tuple[str, int]:
+    block, size = file.read(USER_BLOCK), os.fstat(file.fileno()).st_size
+    words = block.split(b"\n", 1)[0].split(b" ")
+    if len(words) != 4 or words[0] != _MAGIC or not words[1].isdigit() or not words[3].isdigit() or len(words[2]) != 32:
+        raise DamagedFile(f"{path} is not a file of featurecache, or its beginning is damaged. {AGAIN}")
+    if words[1] != b"%d" % FORMAT:
+        raise DamagedFile(f"{path} has format {words[1].decode()}; this featurecache reads format {FORMAT}.")
+    if words[3] != b"%d" % size:
+        raise DamagedFile(f"{path} has {size:,} bytes; it was written with {words[3].decode()}. {AGAIN}")
+    if block != user_block(digest := words[2].decode("ascii", "replace"), size):
+        raise DamagedFile(f"{path} is damaged in its first {USER_BLOCK} bytes. {AGAIN}")
+    return digest, size
+
+
+def hash_after_block(descriptor: int) -> str:
+    """xxh3_128 of all bytes after the user block. Read in pieces: a mapping would end the interpreter (SIGBUS) if the
+    file were cut meanwhile."""
+    digest, piece, offset = xxhash.xxh3_128(), bytearray(_PIECE), USER_BLOCK
+    with memoryview(piece) as view:
+        while count := os.preadv(descriptor, [view], offset):
+            digest.update(view[:count])
+            offset += count
+    return digest.hexdigest()
 
 
 class Draft:
@@ -145,11 +178,13 @@ class Draft:
     Left without a commit, or by an error, the temporary file is thrown away.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, inside: Path | None = None) -> None:
+        """``inside``: a folder that has to be there (a store: one that was removed shall not half come back)."""
         self.path = path
-        with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary, self._descriptor = _locked_draft(path)
+        with writing(path):
+            if path.parent != inside:
+                path.parent.mkdir(parents=inside is None, exist_ok=True)
+            self._temporary, self._descriptor = locked_draft(path)
 
     def __enter__(self) -> Draft:
         return self
@@ -159,7 +194,7 @@ class Draft:
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         rest = memoryview(data).cast("B")
-        with _writing(self.path):
+        with writing(self.path):
             while rest:
                 written = os.pwrite(self._descriptor, rest, offset)
                 rest, offset = rest[written:], offset + written
@@ -174,12 +209,31 @@ class Draft:
         """
         for offset, data in frame.extents():
             self.write(offset, data)
-        with _writing(self.path):
+        with writing(self.path):
             os.ftruncate(self._descriptor, frame.size)
-        self.write(0, user_block(_hash_after_block(self._descriptor), frame.size))
-        with _writing(self.path):
+        self.write(0, user_block(hash_after_block(self._descriptor), frame.size))
+        with writing(self.path):
             os.fsync(self._descriptor)
             _give_name(self._temporary, self.path, replace)
+            sync_path(self.path.parent)
+        self._remember()
+
+    def _remember(self) -> None:
+        """So that nobody has to look at the file before HDF5 reads it. Its ctime changes once more when the second
+        name goes; a file that was there before is not ours."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._temporary)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._descriptor), os.lstat(self.path)):
+                guard.own([self.path])
+
+    def place(self, size: int | None = None) -> None:
+        """Give a file that has no user block its final name, cut to ``size`` bytes, over one that has the name."""
+        with writing(self.path):
+            if size is not None:
+                os.ftruncate(self._descriptor, size)
+            os.fsync(self._descriptor)
+            os.replace(self._temporary, self.path)
             sync_path(self.path.parent)
 
     def discard(self) -> None:
@@ -190,14 +244,11 @@ class Draft:
                 os.unlink(self._temporary)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, inside: Path | None = None) -> None:
     """Replace ``path`` by a file with exactly ``data`` (JSON, CSV, ...), or leave it as it was."""
-    with Draft(path) as draft:
+    with Draft(path, inside=inside) as draft:
         draft.write(0, data)
-        with _writing(path):
-            os.fsync(draft._descriptor)
-            os.replace(draft._temporary, path)
-            sync_path(path.parent)
+        draft.place()
 
 
 def _give_name(temporary: Path, path: Path, replace: bool) -> None:
@@ -224,7 +275,7 @@ def sync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -256,7 +307,7 @@ def draft_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _locked_draft(path: Path) -> tuple[Path, int]:
+def locked_draft(path: Path) -> tuple[Path, int]:
     """A new temporary file and its descriptor, locked for as long as it is open: whoever can lock it may remove it."""
     while True:
         temporary = draft_path(path)
@@ -267,60 +318,32 @@ def _locked_draft(path: Path) -> tuple[Path, int]:
             os.close(descriptor)
             continue
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 os.close(descriptor)
                 raise
         return temporary, descriptor
 
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks: nothing is swept there
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks: nothing is swept there
 
 
-def sweep_drafts(folder: Path) -> None:
-    """Remove temporary files and folders that no living process holds (a killed run leaves at most a few)."""
-    for path in folder.glob(".*.tmp"):
+def dead_drafts(folder: Path, of: str = "*") -> Iterator[Path]:
+    """Temporary files and folders that no living process holds, each locked while the caller has it in hand.
+
+    ``of``: the final name they were meant to get (default: any)."""
+    pattern = ".*.tmp" if of == "*" else f".{draft_path(Path(of)).name.split('.')[1]}.*.tmp"
+    for path in folder.glob(pattern):
         with contextlib.suppress(OSError):  # held, or another process sweeps too, or they are somebody else's
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                yield path
             finally:
                 os.close(descriptor)
 
 
-def check_inside(file: h5py.File, name: Path, *, virtual: bool) -> None:
-    """Refuse anything that could lead HDF5 out of this file: soft and external links, external raw storage and,
-    unless ``virtual``, virtual datasets. Walks links without following them; reads no data."""
-    pending = [file.id]
-    seen = set()
-    while pending:
-        group = pending.pop()
-        for key in group:
-            if group.links.get_info(key).type != h5py.h5l.TYPE_HARD:
-                raise UnsafeFile(
-                    f"{name} contains a link ({key.decode(errors='replace')}); no file of featurecache does."
-                )
-            thing = h5py.h5o.open(group, key)
-            identity = h5py.h5o.get_info(thing).addr
-            if identity in seen:
-                raise UnsafeFile(f"{name} names one object twice; no file of featurecache does.")
-            seen.add(identity)
-            if isinstance(thing, h5py.h5g.GroupID):
-                pending.append(thing)
-            elif isinstance(thing, h5py.h5d.DatasetID):
-                _check_dataset(thing, f"{name}: {key.decode(errors='replace')}", virtual)
-            else:
-                raise UnsafeFile(f"{name} contains {key.decode(errors='replace')}, neither group nor dataset.")
-
-
-def _check_dataset(dataset: h5py.h5d.DatasetID, name: str, virtual: bool) -> None:
-    creation = dataset.get_create_plist()
-    if creation.get_external_count():
-        raise UnsafeFile(f"{name} keeps its data in another file; no file of featurecache does.")
-    if creation.get_layout() == h5py.h5d.VIRTUAL:
-        if not virtual:
-            raise UnsafeFile(f"{name} is a virtual dataset; a shard holds its rows itself.")
-        for i in range(creation.get_virtual_count()):
-            source = creation.get_virtual_filename(i)
-            if os.path.isabs(source) or ".." in Path(source).parts:
-                raise UnsafeFile(f"{name} refers to {source}, outside its store.")
+def sweep_drafts(folder: Path, of: str = "*") -> None:
+    """Remove `dead_drafts` (a killed run leaves at most a few)."""
+    for path in dead_drafts(folder, of):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

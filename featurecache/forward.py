@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
-import numpy as np
 import torch
 
 from featurecache import images as _images
-from featurecache.backbones import Backbone, load_backbone
-from featurecache.errors import BadOption, NotInCache, UnreadableImage
-from featurecache.outputs import Output, blocks, derive, parse
-from featurecache.reader import View
+from featurecache.backbones import Backbone
+from featurecache.errors import BadOption
+from featurecache.outputs import Output, blocks, function_of, parse
 from featurecache.shards import TORCH_DTYPE, Layout
 from featurecache.spec import ExtractionSpec
-from featurecache.stores import Store
 
 _PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,23 +57,48 @@ class Compute:
             backbone.model.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
-    def __call__(self, images: torch.Tensor, sources: set[str], dtype: str) -> dict[str, torch.Tensor]:
-        """uint8 images [b,3,h,w], b ≤ B, to rows [b, ...] in the storage dtype, on the device, for each source."""
+    def __call__(
+        self, images: torch.Tensor, outputs: Sequence[Output], dtype: str
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """uint8 images [b,3,h,w], b ≤ B, to what ``outputs`` are made of, on the device.
+
+        Returns rows [b, ...] in the storage dtype for each source and, where that is float16, for each output what
+        rounding did to it: |stored − float32|₂ / |float32|₂, float32 [b].
+        """
         count = len(images)
         if count < self.batch_size:
             images = torch.cat([images, images.new_zeros(self.batch_size - count, *images.shape[1:])])
         pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
-        wanted = {part for source in sources for part in _parts(source)}
+        sources = {output.source: _parts(output.source) for output in outputs}
+        wanted = {part for parts in sources.values() for part in parts}
         found = self.backbone.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), wanted)
-        rows = {source: [found[part][:count].float() for part in _parts(source)] for source in sources}
-        return {key: torch.cat(parts, -1).to(TORCH_DTYPE[dtype]) for key, parts in rows.items()}
+        exact = {key: torch.cat([found[part][:count].float() for part in parts], -1) for key, parts in sources.items()}
+        rows = {key: tensor.to(TORCH_DTYPE[dtype]) for key, tensor in exact.items()}
+        if dtype != "float16":
+            return rows, {}
+        return rows, {o.name: self._rounding(o, exact[o.source], rows[o.source]) for o in outputs}
 
-    def seconds_per_batch(self, sources: set[str]) -> float:
+    def _rounding(self, output: Output, exact: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """Relative error [b] of an output as it is stored, against the one that would be without any rounding."""
+        rounded = stored.float()
+        if output.derived:
+            prefix, grid = len(self.backbone.prefix), self.backbone.grid
+            exact = function_of(output, exact, prefix, grid)
+            rounded = function_of(output, rounded, prefix, grid).to(stored.dtype).float()
+        size = exact.flatten(1).norm(dim=1)
+        return (rounded - exact).flatten(1).norm(dim=1) / size.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type
+
+    def seconds_per_batch(self, outputs: Sequence[Output]) -> float:
         """A short probe: the second of two passes over black images."""
         images = torch.zeros(self.batch_size, 3, *self.backbone.image_size, dtype=torch.uint8)
         for _ in range(2):
             start = time.perf_counter()
-            for rows in self(images, sources, "float32").values():
+            for rows in self(images, outputs, "float32")[0].values():
                 rows.cpu()
         return time.perf_counter() - start
 
@@ -109,48 +130,3 @@ def spec_of(backbone: Backbone, precision: str, dtype: str) -> ExtractionSpec:
         backbone.architecture, backbone.weights, preprocess, backbone.image_size, backbone.position_embeddings,
         precision, dtype,
     )  # fmt: skip
-
-
-def compute(
-    images: Sequence[bytes | np.ndarray], *, like: View, output: str, device: str = "auto", weights: str | None = None
-) -> tuple[torch.Tensor, list[tuple[int, str]]]:
-    """The features that ``like``'s store would hold of ``images``: same backbone, precision, batches and rounding.
-
-    Encoded bytes or arrays uint8 [H,W] / [H,W,3] → ([n, ...] in the storage dtype, [(index, reason)] of those left
-    out). ``weights``: where they are now, if not where they were. Raises NotInCache when the backbone that is found is
-    not the one of the store.
-    """
-    spec = ExtractionSpec.from_dict(like.spec)
-    backbone = load_backbone(**{**like.provenance["request"], **({"weights": weights} if weights else {})})
-    found = replace(spec_of(backbone, spec.precision, spec.dtype), generation=spec.generation)
-    if found.fingerprint != spec.fingerprint:
-        raise NotInCache(
-            f"{backbone.name} as it is now ({found.fingerprint[:8]}) is not the backbone that {like.label} was made "
-            f"with ({spec.fingerprint[:8]}): its weights, configuration or preprocessing changed. "
-            "Extract again, then train."
-        )
-    kind, picked = parse(output), pick_device(device)
-    store_plan = Store(like.store, spec, spec.fingerprint, like.provenance).plan or {}
-    plan = store_plan.get(picked.type) or {"batch_size": 8, "threads": torch.get_num_threads()}
-    run = Compute(backbone, spec.precision, picked, plan["batch_size"])
-    ready, failed = _decode_some(images, backbone)
-    shape = layout_of(backbone, kind, spec.dtype).row_shape
-    rows = [torch.empty(0, *shape, dtype=getattr(torch, spec.dtype))]
-    with exact_arithmetic(plan["threads"]):
-        for start in range(0, len(ready), run.batch_size):
-            batch = torch.stack(ready[start : start + run.batch_size])
-            tokens = run(batch, {kind.source}, spec.dtype)[kind.source].cpu()
-            rows.append(derive(kind, tokens, len(backbone.prefix), backbone.grid) if kind.derived else tokens)
-    return torch.cat(rows), failed
-
-
-def _decode_some(
-    images: Sequence[bytes | np.ndarray], backbone: Backbone
-) -> tuple[list[torch.Tensor], list[tuple[int, str]]]:
-    ready, failed = [], []
-    for index, data in enumerate(images):
-        try:
-            ready.append(backbone.preprocess.resized(_images.decode(data)))
-        except UnreadableImage as error:
-            failed.append((index, str(error)))
-    return ready, failed

@@ -10,6 +10,7 @@ into memory up to 1 GiB, beyond that into an unnamed temporary file that is mapp
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -26,6 +27,8 @@ from featurecache.medmnist_names import Published, published
 
 _SPLITS = ("train", "val", "test")
 _IN_MEMORY = 1 << 30  # bytes of one array
+_LABELS = 1 << 30  # bytes of the labels of one split
+_DEFLATE = 1032  # bytes that one packed byte can give, at most
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,10 @@ class _Packed:
     def _unpack(self) -> np.ndarray:
         if self.header.size <= _IN_MEMORY or self.header.by_columns:
             return _array(self.file, self.member)
+        gib, folder = self.header.size / 2**30, tempfile.gettempdir()
         try:
+            if shutil.disk_usage(folder).free < self.header.size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with tempfile.TemporaryFile() as unpacked, zipfile.ZipFile(self.file) as archive:
                 with archive.open(self.member) as packed:
                     shutil.copyfileobj(packed, unpacked, 1 << 20)
@@ -74,7 +80,6 @@ class _Packed:
                 mapped = np.memmap(unpacked, self.header.dtype, "r", self.header.offset, self.header.shape)
                 return mapped.view(np.ndarray)  # the mapping lives on when the file is closed
         except (OSError, zipfile.BadZipFile, ValueError) as error:
-            gib, folder = self.header.size / 2**30, tempfile.gettempdir()
             raise SourceError(
                 f"{self.member} of {self.file} cannot be unpacked ({error}); it needs {gib:.1f} GiB in {folder} "
                 "(TMPDIR chooses another folder)."
@@ -111,7 +116,7 @@ def open_npz(data: str, asked: str | None) -> Dataset:
         meta={},
         classes=classes,
         task=task,
-        images=Arrays(parts),
+        images=Arrays(parts, data),
         notes=tuple(f"{name} has no {split} images." for split in _SPLITS if split not in splits),
     )
 
@@ -124,7 +129,10 @@ def _headers(file: str) -> dict[str, _Header]:
             for member in archive.namelist():
                 if member.endswith(".npy"):
                     with archive.open(member) as packed:
-                        found[member.removesuffix(".npy")] = _header(packed)
+                        header = _header(packed)
+                    if not header.dtype.hasobject:
+                        _refuse_bombs(archive.getinfo(member), header)
+                    found[member.removesuffix(".npy")] = header
     except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise SourceError(f"{file} cannot be read as an .npz ({error}).") from error
     pickled = [name for name, header in found.items() if header.dtype.hasobject]
@@ -143,6 +151,18 @@ def _header(packed: Any) -> _Header:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, by_columns, dtype = read(packed)
     return _Header(shape, dtype, by_columns, packed.tell())
+
+
+def _refuse_bombs(member: zipfile.ZipInfo, header: _Header) -> None:
+    """An array that is not the size of its member, or larger than what it was packed into could ever give."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is packed in a way that numpy does not write")
+    if header.offset + header.size != member.file_size:
+        raise ValueError(
+            f"{member.filename} declares {header.offset + header.size:,} bytes and holds {member.file_size:,}"
+        )
+    if member.file_size > _DEFLATE * member.compress_size + 4096:
+        raise ValueError(f"{member.filename} declares {member.file_size:,} bytes, packed in {member.compress_size:,}")
 
 
 def _labels_of(file: str, arrays: dict[str, _Header], split: str) -> np.ndarray:
@@ -164,6 +184,8 @@ def _labels_of(file: str, arrays: dict[str, _Header], split: str) -> np.ndarray:
             f"{name} has {images.shape[0]:,} {split}_images and {split}_labels of shape {list(labels.shape)}; expected "
             "one row of labels for each image."
         )
+    if labels.size > _LABELS:
+        raise SourceError(f"{split}_labels of {name} declare {labels.size:,} bytes; expected at most {_LABELS:,}.")
     values = _array(file, f"{split}_labels.npy")
     return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 

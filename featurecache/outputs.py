@@ -6,6 +6,7 @@
     tokens-257     [N,257,D]      the [D,T] matrix through torchvision's Resize((D, 257)), stored token-major
     tokens-16x16   [N,P+16·16,D]  the patch grid interpolated in its two dimensions, prefix tokens kept
     pooler, gap    [N,D]          from the network itself; not functions of the tokens
+    vector         [N,D]          imported, and nobody said which vector it is; no extraction makes it
     …@-2, …@last4                 an earlier block, counted from the end; the last four concatenated to width 4·D
 
 `cls`, `mean`, `tokens-N` and `tokens-HxW` are computed from the tokens *as stored*: tokens are rounded to the storage
@@ -26,7 +27,8 @@ import torch
 from featurecache.errors import OutputRefused, UnknownOutput, nearest
 
 NAMES = ("cls", "pooler", "gap", "mean", "tokens", "tokens-257", "tokens-16x16")
-_PATTERN = re.compile(r"(cls|pooler|gap|mean|tokens(?:-(\d{1,5})(?:x(\d{1,5}))?)?)(?:@(-\d{1,3}|last\d{1,2}))?")
+_PATTERN = re.compile(r"(cls|pooler|gap|vector|mean|tokens(?:-(\d{1,5})(?:x(\d{1,5}))?)?)(?:@(-\d{1,3}|last\d{1,2}))?")
+_OF_THE_NETWORK = ("pooler", "gap", "vector")  # no functions of tokens
 _MAX_TOKENS = 65_536
 
 
@@ -42,7 +44,7 @@ class Output:
     @property
     def source(self) -> str:
         """What the forward pass must give for it: ``pooler``, ``gap``, or tokens of the same layer."""
-        if self.base in ("pooler", "gap"):
+        if self.base in _OF_THE_NETWORK:
             return self.base
         return f"tokens@{self.layer}" if self.layer else "tokens"
 
@@ -78,7 +80,7 @@ def parse(name: str) -> Output:
     size = tuple(int(part) for part in (first, second) if part)
     if size and not 0 < _product(size) <= _MAX_TOKENS:
         raise UnknownOutput(f'"{name}": the number of tokens must lie between 1 and {_MAX_TOKENS:,}.')
-    if layer in ("-0", "last0") or (layer and base in ("pooler", "gap")):
+    if layer in ("-0", "last0") or (layer and base in _OF_THE_NETWORK):
         raise OutputRefused(
             f'"{name}" does not exist: blocks are counted from the end (@-1 is the last) and {base} has none.'
         )
@@ -111,18 +113,22 @@ def derive(output: Output, tokens: torch.Tensor, prefix: int, grid: tuple[int, i
     """
     if output.base == "cls":
         return tokens[:, 0].clone()
-    x = tokens.float()
+    return function_of(output, tokens.float(), prefix, grid).to(tokens.dtype)
+
+
+def function_of(output: Output, x: torch.Tensor, prefix: int, grid: tuple[int, int]) -> torch.Tensor:
+    """The same function without rounding: float32 tokens [n,T,D], on any device, to float32 [n, ...]."""
+    if output.base == "cls":
+        return x[:, 0]
     if output.base == "mean":
-        result = _mean(x[:, prefix:])
-    elif len(output.size) == 1:
-        result = _apply(_taps(x.shape[1], output.size[0]), x)
-    else:
-        height, width = output.size
-        patches = x[:, prefix:].unflatten(1, grid)  # [n,h,w,D]
-        patches = _apply(_taps(grid[0], height), patches)  # rows first,
-        patches = _apply(_taps(grid[1], width), patches.flatten(0, 1)).view(len(x), -1, x.shape[2])  # then columns
-        result = torch.cat([x[:, :prefix], patches], dim=1)
-    return result.to(tokens.dtype)
+        return _mean(x[:, prefix:])
+    if len(output.size) == 1:
+        return _apply(_taps(x.shape[1], output.size[0]), x)
+    height, width = output.size
+    patches = x[:, prefix:].unflatten(1, grid)  # [n,h,w,D]
+    patches = _apply(_taps(grid[0], height), patches)  # rows first,
+    patches = _apply(_taps(grid[1], width), patches.flatten(0, 1)).view(len(x), -1, x.shape[2])  # then columns
+    return torch.cat([x[:, :prefix], patches], dim=1)
 
 
 def _mean(patches: torch.Tensor) -> torch.Tensor:
@@ -153,7 +159,7 @@ def _taps(length: int, size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ..
 def _apply(taps: tuple[tuple[torch.Tensor, torch.Tensor], ...], x: torch.Tensor) -> torch.Tensor:
     """Resample dimension 1 of x [n, length, ...]."""
     shape = (-1,) + (1,) * (x.dim() - 2)
-    terms = (x.index_select(1, index).mul_(weight.view(shape)) for index, weight in taps)
+    terms = (x.index_select(1, index.to(x.device)).mul_(weight.to(x.device).view(shape)) for index, weight in taps)
     total = next(terms)
     for term in terms:
         total += term

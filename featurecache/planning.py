@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurecache import images as _images
 from featurecache.backbones import Backbone, load_backbone
-from featurecache.engines import ahead
-from featurecache.errors import BadOption, SourceError, UnreadableImage
-from featurecache.extraction import Extraction, Result, progress_bar
+from featurecache.errors import BadOption, CacheError, SourceError
+from featurecache.extraction import Extraction, Result, difference
 from featurecache.forward import layout_of, pick_device, source_layout, spec_of
+from featurecache.looking import look_at
+from featurecache.memory import Memory
 from featurecache.outputs import Output, parse, parse_list
+from featurecache.privacy import hidden, load_secret
 from featurecache.reader import View
-from featurecache.shards import DIGEST, Layout
+from featurecache.shards import Layout, locate
 from featurecache.sources import Dataset, open_source
 from featurecache.spec import ExtractionSpec
-from featurecache.stores import Store, cache_folder, find_store, stores
+from featurecache.stores import Store, cache_folder, find_store, latest_generation, stores
 
 
 def prepare(
@@ -43,38 +44,59 @@ def prepare(
     batch_size: int | None = None,
     workers: int | None = None,
     on_error: str = "report",
+    accept_drift: bool = False,
     cache: str | Path | None = None,
     columns: dict[str, str] | None = None,
     task: str | None = None,
+    hash_ids: bool = False,
+    hash_groups: bool = False,
+    remember: bool = False,
     progress: bool = False,
 ) -> Extraction:
-    """Look at the images, the backbone and the cache; nothing is computed or written."""
+    """Look at the images, the backbone and the cache; nothing is computed or written.
+
+    ``remember``: write the digests of files to the cache while they are read, so that even a look that is killed need
+    not be repeated; otherwise `Extraction.run` writes them. ``hash_ids``, ``hash_groups``: see `featurecache.privacy`.
+    """
     _check_options(on_error, batch_size, workers)
     asked = parse_list(outputs) if outputs is not None else None
     dataset = data if isinstance(data, Dataset) else open_source(data, columns=columns, task=task)
+    folder = cache_folder(cache)
+    secret = load_secret(folder) if hash_ids or hash_groups else None
+    if secret:
+        dataset = hidden(dataset, secret, ids=hash_ids, groups=hash_groups)
     picked = pick_device(device)
     network = load_backbone(
         backbone, weights=weights, random_weights=random_weights, seed=seed, image_size=image_size, fit=fit
     )
-    folder = cache_folder(cache)
     name = name or dataset.name
     _check_storable(dataset, name)
     workers = workers or default_workers(picked)
-    images, digests, sample_image, unread = _digest_all(dataset, max(workers, 4), progress, on_error)
+    wanted = asked or parse_list([name for name in (network.vector, "tokens") if name not in network.refused])
+    layouts = _layouts(network, wanted, dtype)  # refuses what the backbone has not, before anything is read
+    if secret and remember:
+        secret.keep()
+    memory, threads, fail = Memory(folder, writes=remember), max(workers, 4), on_error == "fail"
+    looked = look_at(dataset, memory, secret.value if secret else b"", threads, progress=progress, fail=fail)
+    if looked.seen.memory.trouble:
+        dataset = replace(dataset, notes=(*dataset.notes, looked.seen.memory.trouble))
     spec = spec_of(network, "fp32", dtype)
-    spec, reason = _choose_precision(spec, precision, picked, folder, network, digests)
+    spec, reason = choose_precision(spec, precision, picked, folder, layouts, looked.digests)
+    spec = latest_generation(folder, spec)
     store = find_store(folder, spec)
-    wanted = asked or parse_list([network.vector, "tokens"])
-    for output in wanted:
-        layout_of(network, output, dtype)  # refuses what the backbone has not
     wanted = _with_kept(wanted, store, name, dataset)
-    layouts = {output.name: layout_of(network, output, dtype) for output in wanted}
-    layouts |= {o.source: source_layout(network, o, dtype) for o in wanted if o.derived}
-    forward, derived = _missing(wanted, layouts, store, digests)
+    layouts = _layouts(network, wanted, dtype)
+    forward, derived = difference(wanted, layouts, store, looked.digests)
     return Extraction(
-        dataset, network, spec, wanted, name, folder, picked, on_error, workers, batch_size, store, images, digests,
-        sample_image, unread, layouts, forward, derived, reason,
+        dataset, network, spec, wanted, name, folder, picked, on_error, workers, batch_size, store, looked.images,
+        looked.digests, looked.sample_image, looked.unread, layouts, forward, derived, reason, accept_drift, looked,
+        secret,
     )  # fmt: skip
+
+
+def _layouts(network: Backbone, wanted: Sequence[Output], dtype: str) -> dict[str, Layout]:
+    layouts = {output.name: layout_of(network, output, dtype) for output in wanted}
+    return layouts | {o.source: source_layout(network, o, dtype) for o in wanted if o.derived}
 
 
 def extract(data: str | Path | Dataset = "digits", *, progress: bool = False, **options: Any) -> Result:
@@ -83,19 +105,21 @@ def extract(data: str | Path | Dataset = "digits", *, progress: bool = False, **
     >>> result = featurecache.extract("chest/", backbone="vit-in21k", outputs="cls,tokens")       # doctest: +SKIP
     >>> featurecache.open_view(result.view).tensor("cls")                                         # doctest: +SKIP
     """
-    return prepare(data, progress=progress, **options).run(progress=progress)
+    return prepare(data, remember=True, progress=progress, **options).run(progress=progress)
 
 
-def _choose_precision(
-    spec: ExtractionSpec, precision: str, device: torch.device, cache: Path, backbone: Backbone, digests: np.ndarray
-) -> tuple[ExtractionSpec, str]:
+def choose_precision(
+    spec: ExtractionSpec, precision: str, device: torch.device, cache: Path, layouts: dict[str, Layout],
+    digests: np.ndarray,
+) -> tuple[ExtractionSpec, str]:  # fmt: skip
     """``auto``: that of an existing store of this backbone that holds these images, else the device's own."""
     if precision != "auto":
         return replace(spec, precision=precision), "as asked"
-    held = {}
+    held: dict[str, int] = {}
     for store in stores(cache):
-        if replace(store.spec, precision="fp32") == spec:
-            held[store.spec.precision] = _held(store, backbone, digests)
+        if replace(store.spec, precision="fp32", generation=0) == spec:
+            known = held.get(store.spec.precision, 0)  # of another generation
+            held[store.spec.precision] = max(known, _held(store, layouts, digests))
     if held and max(held.values()) > 0:
         best = max(held, key=lambda key: held[key])
         return replace(spec, precision=best), "as these images are stored already"
@@ -106,12 +130,15 @@ def _choose_precision(
     return spec, "exact"
 
 
-def _held(store: Store, backbone: Backbone, digests: np.ndarray) -> int:
+def _held(store: Store, layouts: dict[str, Layout], digests: np.ndarray) -> int:
+    """Most images that the store has one output of; a shard that cannot be read holds none (using it says so)."""
     most = 0
-    for folder in store.path.iterdir():
-        if folder.is_dir() and any(folder.glob("[0-9a-f]*.h5")):
-            layout = layout_of(backbone, parse(folder.name), store.spec.dtype)
-            most = max(most, int(store.locate(layout, digests).found.sum()))
+    for layout in layouts.values():
+        readable = []
+        for path in store.shard_paths(layout.output):
+            with contextlib.suppress(CacheError):
+                readable.append(store.shard(path, layout))
+        most = max(most, int(locate(readable, digests).found.sum()))
     return most
 
 
@@ -122,69 +149,18 @@ def _with_kept(wanted: tuple[Output, ...], store: Store | None, name: str, datas
         return wanted
     view = View(path, columns_only=True)
     common = len(set(view.ids) & set(dataset.ids))
+    if bool(view.source.get("hash_ids")) != bool(dataset.source.get("hash_ids")):
+        was, now = ("with", "without") if view.source.get("hash_ids") else ("without", "with")
+        raise BadOption(
+            f"the view {view.label} was made {was} --hash-ids: {now} it no image has the name it has there. Give this "
+            f"one a name with --name, or remove that one first: featurecache rm {view.label}"
+        )
     if 2 * common < len(view):
         raise BadOption(
             f"the view {view.label} holds {len(view):,} images of which {common:,} are in "
             f"{dataset.source.get('data')}: it is another dataset. Give this one a name with --name."
         )
     return tuple(dict.fromkeys([*wanted, *(parse(output) for output in view.outputs)]))
-
-
-def _missing(
-    wanted: tuple[Output, ...], layouts: dict[str, Layout], store: Store | None, digests: np.ndarray
-) -> tuple[list[tuple[np.ndarray, tuple[Output, ...]]], list[tuple[np.ndarray, tuple[Output, ...]]]]:
-    """Images grouped by what is missing of them: (needs the backbone, follows from stored tokens)."""
-    there = {key: _found(store, layout, digests) for key, layout in layouts.items()}
-    forward, derived = [], []
-    key = np.stack([there[name] for name in layouts], 1)
-    patterns, group = np.unique(key, axis=0, return_inverse=True)
-    for number, pattern in enumerate(patterns):
-        rows = np.flatnonzero(group.ravel() == number)
-        stored = {name for name, yes in zip(layouts, pattern, strict=True) if yes}
-        missing = [output for output in wanted if output.name not in stored]
-        follow = tuple(output for output in missing if output.derived and output.source in stored)
-        need = tuple(output for output in missing if output not in follow)
-        if need:
-            forward.append((rows, need))
-        if follow:
-            derived.append((rows, follow))
-    return forward, derived
-
-
-def _found(store: Store | None, layout: Layout, digests: np.ndarray) -> np.ndarray:
-    return store.locate(layout, digests).found if store else np.zeros(len(digests), bool)
-
-
-def _digest_all(
-    dataset: Dataset, workers: int, progress: bool, on_error: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
-    """Read every image once: (first sample of each distinct image, its digest, image of each sample, unread)."""
-    digests, unread = np.zeros(len(dataset), DIGEST), {}
-
-    def one(sample: int) -> str | UnreadableImage:
-        try:
-            return _images.digest(dataset.read(sample))
-        except UnreadableImage as error:
-            return error
-
-    with ThreadPoolExecutor(workers) as pool, progress_bar(len(dataset), progress, "look") as bar:
-        for sample, future in ahead(pool, one, range(len(dataset)), 16 * workers):
-            digest = future.result()
-            bar.update()
-            if isinstance(digest, UnreadableImage):
-                if on_error == "fail":
-                    raise SourceError(
-                        f"{dataset.ids[sample]}: {digest} (--on-error report goes on without it)"
-                    ) from digest
-                unread[sample] = str(digest)
-            else:
-                digests[sample] = digest.encode()
-    distinct, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    order = np.argsort(first)  # in the order of the source
-    order = order[distinct[order] != b""]
-    number = np.full(len(distinct), -1, np.int64)
-    number[order] = np.arange(len(order))
-    return first[order], distinct[order], number[inverse], unread
 
 
 def default_workers(device: torch.device) -> int:
@@ -209,7 +185,14 @@ def _check_storable(dataset: Dataset, name: str) -> None:
         )
     columns = {"ids": dataset.ids, "groups": dataset.groups or [], **dataset.meta}
     for column, values in columns.items():
-        if column in ("", ".") or "\0" in column or any(isinstance(v, str) and "\0" in v for v in values):
+        if column in ("", ".") or "\0" in column or _holds_nul(values):
             raise SourceError(f'the column "{column}" has a NUL character or no usable name, which HDF5 cannot store.')
     if len({column.replace("/", "∕") for column in dataset.meta}) < len(dataset.meta):
         raise SourceError(f"two of the columns {', '.join(dataset.meta)} would have one name in the view; rename one.")
+
+
+def _holds_nul(values: list[str] | np.ndarray) -> bool:
+    if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
+        return False
+    stretches = (values[start : start + 10_000] for start in range(0, len(values), 10_000))
+    return any("\0" in "".join(map(str, stretch)) for stretch in stretches)

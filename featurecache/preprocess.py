@@ -17,6 +17,7 @@ Axis letters: B batch, H and W height and width in pixels; sizes are (height, wi
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -61,13 +62,16 @@ class Preprocess:
             raise PreprocessingRefused(f"{self.arithmetic!r} with {self.crop_rounding!r} is not an arithmetic we know")
         lengths = {"squash": 2, "pad": 2, "shortest": 1, "none": 0}
         sizes = (*self.resize, *(self.crop or ()))
-        if len(self.resize) != lengths[self.mode] or any(n < 1 for n in sizes):
+        if len(self.resize) != lengths[self.mode] or any(not isinstance(n, int) or n < 1 for n in sizes):
             raise PreprocessingRefused(f"sizes {sizes} do not go with resizing {self.mode!r}")
         if self.crop is None and self.mode in ("shortest", "none"):
             raise PreprocessingRefused(
                 "this processor neither squashes nor crops, so its images keep different sizes; expected one size"
             )
-        if (self.mean is None) != (self.std is None) or any(s <= 0 for s in self.std or ()):
+        constants = (*(self.mean or ()), *(self.std or ()))
+        if len(constants) not in (0, 6) or not all(isinstance(c, float) and math.isfinite(c) for c in constants):
+            raise PreprocessingRefused(f"mean {self.mean} and std {self.std} are not three numbers each, such as 0.5")
+        if len(self.mean or ()) != len(self.std or ()) or any(s <= 0 for s in self.std or ()):
             raise PreprocessingRefused(f"mean {self.mean} and std {self.std} do not normalise three channels")
         if self.scale is not None and not self.scale > 0:
             raise PreprocessingRefused(f"a scale of {self.scale} leaves nothing of an image")

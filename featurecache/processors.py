@@ -157,4 +157,5 @@ def own_processor(folder: Path, title: str) -> Any:
     try:
         return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # bad JSON, unknown classes, settings of wrong types: no common root
-        raise PreprocessingRefused(f"the image processor of {title} cannot be read: {error}") from error
+        reason = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}…"  # it may list all processors there are
+        raise PreprocessingRefused(f"the image processor of {title} cannot be read: {reason}") from error

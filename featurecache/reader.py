@@ -5,40 +5,23 @@ from __future__ import annotations
 import ctypes
 import glob
 import io
-import json
 import math
+import os
 import shlex
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import torch
 
+from featurecache import guard
 from featurecache import outputs as _outputs
-from featurecache.errors import CacheError, NotInCache, UnsafeFile
-from featurecache.files import ALIGNMENT, FORMAT, USER_BLOCK, check_inside, read_checked, refuse_links
-from featurecache.shards import TORCH_DTYPE, map_rows
+from featurecache.errors import CacheError, DamagedFile, NotInCache, UnsafeFile
+from featurecache.files import ALIGNMENT, USER_BLOCK, read_checked, refuse_links
+from featurecache.inspection import MAX_VIEW, OutputInfo, Stored, ViewContent, check_inside, view_content
+from featurecache.shards import TORCH_DTYPE, damaged_rows, map_rows, size_of, wrong_rows
 from featurecache.stores import cache_folder, open_store
-
-TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
-
-
-@dataclass(frozen=True)
-class OutputInfo:
-    """Of one output of a view: shape of a row, storage dtype, and of token outputs which rows are what."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    prefix: tuple[str, ...] | None
-    grid: tuple[int, int] | None
-
-
-@dataclass
-class _Stored:
-    info: OutputInfo
-    index: np.ndarray  # [N,2] int64 (file, row)
 
 
 class View:
@@ -56,15 +39,8 @@ class View:
         store = open_store(self.store)
         self.spec: dict[str, Any] = store.spec.to_dict()
         self.provenance = store.provenance
-        self.untrained = store.spec.untrained
-        with h5py.File(io.BytesIO(read_checked(path)), "r") as file:
-            check_inside(file, path, virtual=True)
-            try:
-                self._read(file)
-            except CacheError:
-                raise
-            except (KeyError, ValueError, TypeError, OSError) as error:
-                raise CacheError(f"{path} is not a view as featurecache writes them: {error}.") from error
+        self.untrained, self.imported = store.spec.untrained, store.spec.imported
+        self._take(read_view(path))
         if self.fingerprint != store.fingerprint:
             raise CacheError(
                 f"{path} belongs to the store {self.fingerprint}, but lies in that of {store.fingerprint}."
@@ -72,44 +48,61 @@ class View:
         self._maps: dict[str, _Mapped] = {}
         self._checked = False
         if not columns_only:
-            self._check()
+            self._check(opening=True)
 
-    def _read(self, file: h5py.File) -> None:
-        attrs = file.attrs
-        if attrs["format_version"] != FORMAT:
-            raise CacheError(f"{self.path} has format {attrs['format_version']}; this featurecache reads {FORMAT}.")
-        self.fingerprint = str(attrs["fingerprint"])
-        self.classes: list[str] = json.loads(attrs["classes"])
-        self.task = str(attrs["task"])
-        self.source: dict[str, Any] = json.loads(attrs["source"])
-        self.failed: list[dict[str, str]] = [{"id": i, "reason": r} for i, r in json.loads(attrs["failed"])]
-        self.ids: list[str] = file["ids"].asstr()[...].tolist()
-        self.labels: np.ndarray = file["labels"][...]
-        self.splits: list[str] = file["splits"].asstr()[...].tolist()
-        self.groups: list[str] | None = file["groups"].asstr()[...].tolist() if "groups" in file else None
-        self.digests: np.ndarray = file["digests"][...]
-        self.versions: np.ndarray | None = file["versions"][...] if "versions" in file else None
-        self.meta = {key: _column(column) for key, column in file["meta"].items()}
-        self._files = file["index/files"][...]
-        self._stored = {key: _read_output(entry) for key, entry in file["index"].items() if key != "files"}
-        if self.task not in TASKS or not all(len(s.index) == len(self.ids) for s in self._stored.values()):
-            raise CacheError(f"{self.path}: its columns do not agree with each other.")
+    def _take(self, content: ViewContent) -> None:
+        self.attributes: dict[str, Any] = content.attributes
+        self.fingerprint = content.fingerprint
+        self.classes: list[str] = content.classes
+        self.task = content.task
+        self.source: dict[str, Any] = content.source
+        self.failed: list[dict[str, str]] = content.failed
+        self.ids: list[str] = content.ids
+        self.labels: np.ndarray = content.labels
+        self.splits: list[str] = content.splits
+        self.groups: list[str] | None = content.groups
+        self.digests: np.ndarray = content.digests
+        self.versions: np.ndarray | None = content.versions
+        self.meta: dict[str, np.ndarray] = content.meta
+        self._files = content.files
+        self._stored = content.stored
 
-    def _check(self) -> None:
-        if not self._checked:
-            self._check_files()
-            self._check_index()
-            self._checked = True
+    def _check(self, opening: bool = False) -> None:
+        while not self._checked:
+            try:
+                self._check_files()
+            except CacheError:
+                if not self._follow(opening):
+                    raise
+            else:
+                self._check_index()
+                self._checked = True
+
+    def _follow(self, opening: bool = False) -> bool:
+        """Rows may be moved to other shards, and the view be written on those, while it is read here (compact, gc,
+        repair): take over where they lie now. False where nothing has changed, or, unless ``opening``, where other
+        images or other bytes have come."""
+        now = read_view(self.path)
+        if now.fingerprint != self.fingerprint or np.array_equal(now.files, self._files):
+            return False
+        same = (now.ids, now.digests.tolist()) == (self.ids, self.digests.tolist()) and all(
+            name in now.stored and np.array_equal(now.stored[name].checksums, stored.checksums)
+            for name, stored in self._stored.items()
+        )
+        if not (opening or same):
+            return False
+        if opening:
+            self._take(now)
+        else:
+            self._files, self._stored = now.files, {name: now.stored[name] for name in self._stored}
+        self._checked = False
+        return True
 
     def _check_files(self) -> None:
-        for entry in self._files:
-            relative = PurePosixPath(entry["path"].decode())
-            if relative.is_absolute() or ".." in relative.parts or len(relative.parts) != 2:
-                raise UnsafeFile(f"{self.path} refers to {relative}, outside its store.")
         for number in range(len(self._files)):
             path, size = self._file(number)
             refuse_links(path.parent, path)
-            found = path.stat().st_size if path.is_file() else None
+            found = size_of(path)
             if found != size:
                 what = "is missing" if found is None else f"has {found:,} bytes, not {size:,}"
                 way = "Run" if found is None else "Delete it and run"
@@ -117,6 +110,7 @@ class View:
                     f"{path}, which the view {self.label} needs, {what}. "
                     f"{way} the extraction again: that computes what is not there."
                 )
+        guard.checked([self._file(number)[0] for number in range(len(self._files))], "shard")
 
     def _check_index(self) -> None:
         """Every row lies inside its file: the gather trusts these numbers with addresses."""
@@ -133,6 +127,15 @@ class View:
                 fine = ((0 <= row) & (row < files["rows"][file])).all() and (inside & placed)[np.unique(file)].all()
             if not fine:
                 raise UnsafeFile(f"{self.path}: its index of {name} points outside the shards.")
+
+    @property
+    def files(self) -> np.ndarray:
+        """The shards the rows lie in: path (relative to the store), size, offset, rows, hash."""
+        return self._files
+
+    def stored(self, output: str) -> Stored:
+        """Where the rows of a stored output lie, and what their bytes hash to."""
+        return self._stored[output]
 
     def _file(self, number: int) -> tuple[Path, int]:
         entry = self._files[number]
@@ -165,27 +168,46 @@ class View:
 
     def has(self, output: str) -> bool:
         """Stored here, or a function of tokens stored here."""
-        return output in self._stored or _outputs.parse(output).source in self._stored
+        if output in self._stored:
+            return True
+        parsed = _outputs.parse(output)
+        return parsed.source in self._stored and self._why_underivable(parsed) is None
 
     def info(self, output: str) -> OutputInfo:
         """Raises NotInCache when it is neither stored nor derivable, with the command that stores it."""
         if output in self._stored:
             return self._stored[output].info
         parsed, tokens = self._derivation(output)
-        assert tokens.prefix is not None and tokens.grid is not None
-        prefix, grid = parsed.layout(tokens.prefix, tokens.grid) or (None, None)
-        shape = parsed.row_shape((tokens.shape[0], tokens.shape[1]), len(tokens.prefix))
+        begin, patches = _places(tokens)
+        prefix, grid = parsed.layout(begin, patches) or (None, None)
+        shape = parsed.row_shape((tokens.shape[0], tokens.shape[1]), len(begin))
         return OutputInfo(shape, tokens.dtype, prefix, grid)
 
     def _derivation(self, output: str) -> tuple[_outputs.Output, OutputInfo]:
         parsed = _outputs.parse(output)
+        if parsed.source not in self._stored and self.imported:
+            raise NotInCache(
+                f"{self.label} holds {', '.join(self._stored)}, not {output}. It was imported, so nothing more can be "
+                "computed: import a file that has it."
+            )
         if parsed.source not in self._stored:
             command = self.extract_command(parsed.name if not parsed.derived or parsed.size == () else parsed.source)
             raise NotInCache(f"{self.label} holds {', '.join(self._stored)}, not {output}. Store it with: {command}")
+        if (why := self._why_underivable(parsed)) is not None:
+            raise NotInCache(why)
+        return parsed, self._stored[parsed.source].info
+
+    def _why_underivable(self, parsed: _outputs.Output) -> str | None:
+        """Why an output does not follow from tokens that are stored here; None when it does."""
         tokens = self._stored[parsed.source].info
+        if tokens.prefix is None and len(parsed.size) != 1:  # tokens-N mixes them all alike
+            return (
+                f"{parsed.name} does not follow from the {parsed.source} of {self.label}: which of them are patches is "
+                "not known. Import the file again with --prefix and --grid."
+            )
         if parsed.base == "cls" and "cls" not in (tokens.prefix or ()):
-            raise NotInCache(f"{self.label} has no class token: its tokens begin with {list(tokens.prefix or ())}.")
-        return parsed, tokens
+            return f"{self.label} has no class token: its tokens begin with {list(tokens.prefix or ())}."
+        return None
 
     def extract_command(self, output: str) -> str:
         """The command line that adds ``output`` to this view: the same backbone, settings, images and cache."""
@@ -201,6 +223,7 @@ class View:
         options += [("--data", source.get("data", "DATA"))]
         options += [("--column", f"{role}={column}") for role, column in (source.get("columns") or {}).items()]
         options += [("--task", source["task"])] if source.get("task") else []
+        options += [(f"--{word}".replace("_", "-"), "") for word in ("hash_ids", "hash_groups") if source.get(word)]
         options += [("--outputs", output), ("--name", self.name)]
         if self.store.parent.resolve() != cache_folder().resolve():
             options.append(("--cache", self.store.parent))
@@ -213,11 +236,11 @@ class View:
         if output in self._stored:
             return self.take(output, picked)
         parsed, tokens = self._derivation(output)
-        assert tokens.prefix is not None and tokens.grid is not None
-        result = torch.empty((len(picked), *self.info(output).shape), dtype=TORCH_DTYPE[tokens.dtype])
+        prefix, grid = _places(tokens)
+        result = _empty((len(picked), *self.info(output).shape), TORCH_DTYPE[tokens.dtype])
         for start in range(0, len(picked), 256):
             stretch = self.take(parsed.source, picked[start : start + 256])
-            result[start : start + 256] = _outputs.derive(parsed, stretch, len(tokens.prefix), tokens.grid)
+            result[start : start + 256] = _outputs.derive(parsed, stretch, len(prefix), grid)
         return result
 
     def array(self, output: str, rows: Any = None) -> np.ndarray:
@@ -226,11 +249,15 @@ class View:
 
     def take(self, output: str, rows: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of a *stored* output, [n, ...], in the order asked; ``out`` is filled when given."""
-        stored = self._stored[output]
-        self._check()
-        if output not in self._maps:
-            self._maps[output] = _Mapped(self, stored)
-        return self._maps[output].take(stored.index[self._rows(rows)], out)
+        self._stored[output]
+        while output not in self._maps:
+            self._check()
+            try:
+                self._maps[output] = _Mapped(self, self._stored[output])
+            except CacheError:
+                if not self._follow():
+                    raise
+        return self._maps[output].take(self._rows(rows), out)
 
     def _map(self, number: int, info: OutputInfo) -> torch.Tensor:
         path, size = self._file(number)
@@ -247,6 +274,11 @@ class View:
         return picked
 
 
+def _places(tokens: OutputInfo) -> tuple[tuple[str, ...], tuple[int, int]]:
+    """(prefix, grid) of stored tokens; where they are unknown, one row of patches."""
+    return tokens.prefix or (), tokens.grid or (1, tokens.shape[0])
+
+
 class _Mapped:
     """All shards of one output as one tensor, whose rows begin wherever the mapped files lie in memory.
 
@@ -256,8 +288,10 @@ class _Mapped:
     order asked. Of the range only rows of shards are ever touched.
     """
 
-    def __init__(self, view: View, stored: _Stored) -> None:
-        self._info = stored.info
+    def __init__(self, view: View, stored: Stored) -> None:
+        self._info, self._index, self._checksums = stored.info, stored.index, stored.checksums
+        self._paths = {number: view._file(number)[0] for number in range(len(view._files))}
+        self._unchecked = np.ones(len(stored.index), bool)  # rows whose bytes nobody has looked at in this process
         used = np.unique(stored.index[:, 0])
         self._shards = {int(number): view._map(int(number), stored.info) for number in used}  # keeps them mapped
         self._bytes = int(np.prod(stored.info.shape)) * np.dtype(stored.info.dtype).itemsize
@@ -282,24 +316,68 @@ class _Mapped:
         count = (span - self._bytes) // self._unit + 1
         return memory.as_strided((count, *shape), (self._unit // dtype.itemsize, *inner))
 
-    def take(self, places: np.ndarray, out: torch.Tensor | None) -> torch.Tensor:
-        """places [n,2] (file, row) → [n, ...]."""
+    def _check(self, rows: np.ndarray) -> None:
+        """Bytes of rows [n] against their checksums. Costs a row's first reading about as much again."""
+        for number in np.unique(self._index[rows, 0]).tolist():
+            here = rows[self._index[rows, 0] == number]
+            wrong = wrong_rows(self._shards[number], self._index[here, 1], self._checksums[here])
+            if len(wrong):
+                raise damaged_rows(self._paths[number], wrong)
+        self._unchecked[rows] = False
+
+    def take(self, rows: np.ndarray, out: torch.Tensor | None) -> torch.Tensor:
+        """rows [n] of the view → [n, ...]."""
+        new = rows[self._unchecked[rows]]
+        if len(new):
+            self._check(new)
+        places = self._index[rows]
         index = torch.from_numpy(self._start[places[:, 0]] + places[:, 1] * (self._bytes // self._unit))
         if out is None:
-            out = torch.empty((len(places), *self._info.shape), dtype=self._buffer.dtype)
+            out = _empty((len(places), *self._info.shape), self._buffer.dtype)
         assert out.shape == (len(places), *self._info.shape) and out.dtype == self._buffer.dtype
         return torch.index_select(self._buffer, 0, index, out=out) if len(places) else out
 
 
-def _column(column: h5py.Dataset) -> np.ndarray:
-    return column.asstr()[...].astype(object) if h5py.check_string_dtype(column.dtype) else column[...]
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for rows [n, ...]. An index can name one large row a million times, so the sum is looked at first."""
+    size = math.prod(shape) * dtype.itemsize
+    if size > _memory_bytes():
+        raise CacheError(
+            f"{shape[0]:,} rows of {list(shape[1:])} take {size:,} bytes and this machine has {_memory_bytes():,}; "
+            "ask for fewer rows at a time."
+        )
+    return torch.empty(shape, dtype=dtype)
 
 
-def _read_output(entry: h5py.Dataset) -> _Stored:
-    attrs = entry.attrs
-    prefix = tuple(json.loads(attrs["prefix"])) if "prefix" in attrs else None
-    grid = tuple(json.loads(attrs["grid"])) if "grid" in attrs else None
-    dtype = str(attrs["dtype"])
-    if dtype not in TORCH_DTYPE:
-        raise ValueError(f"storage dtype {dtype}")
-    return _Stored(OutputInfo(tuple(json.loads(attrs["shape"])), dtype, prefix, grid), entry[...])
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def read_view(path: Path) -> ViewContent:
+    """All of a view. Its bytes are checked before HDF5 sees them; of unknown origin, in another process first."""
+    if not path.name.isprintable():
+        raise UnsafeFile(f"{str(path)!a} has a name that a terminal would obey; rename it.")
+    for _ in range(5):  # a run may replace the view between two steps
+        before = _identity(path)
+        data = read_checked(path, MAX_VIEW)
+        guard.checked([path], "view")
+        if _identity(path) == before:
+            break
+    else:
+        raise DamagedFile(f"{path} changes again and again while it is read.")
+    try:
+        with h5py.File(io.BytesIO(data), "r") as file:
+            check_inside(file, path, virtual=True)
+            return view_content(file, path, data)
+    except CacheError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise CacheError(f"{path} cannot be read as a view ({error}).") from error
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns

@@ -2,6 +2,8 @@
 
     <store>/<output>/<name>.h5     features [n, ...] storage dtype, contiguous, starting at a multiple of 64 bytes
                                    digests [n] 32 hex; checksums [n] uint64, xxh3_64 of each row's bytes
+                                   errors [n] float32, only where float16 is stored: what rounding did to each row,
+                                   |stored − computed|₂ / |computed|₂; NaN where it was not measured
 
 The name is the hash of the digests: whoever computes a shard again gets the same name, and the first to commit it
 wins. Rows are found by digest, never by position.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,12 @@ import numpy as np
 import torch
 import xxhash
 
+from featurecache import guard
 from featurecache.errors import CacheError, DamagedFile
-from featurecache.files import AGAIN, Draft, Frame, check_inside, new_hdf5, read_user_block, refuse_links
+from featurecache.files import AGAIN, ALIGNMENT, Draft, Frame, new_hdf5, read_user_block, refuse_links
+from featurecache.inspection import DIGEST, ShardContent, check_inside, places_of, shard_content
 
-DIGEST = np.dtype("S32")
+_PLACES = ("prefix", "grid")  # attributes of token features
 TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -44,7 +49,7 @@ class Layout:
     def attributes(self) -> dict[str, str]:
         if self.prefix is None or self.grid is None:
             return {}
-        return {"prefix": json.dumps(list(self.prefix)), "grid": json.dumps(list(self.grid))}
+        return dict(zip(_PLACES, (json.dumps(list(self.prefix)), json.dumps(list(self.grid))), strict=True))
 
 
 def shard_name(digests: np.ndarray) -> str:
@@ -63,39 +68,47 @@ class ShardWriter:
         self._folder = folder / layout.output
         self._digests: list[bytes] = []
         self._checksums: list[int] = []
-        self._offset = _frame(layout, planned, np.zeros(len(planned), "u8"), notes)[1]
-        self._draft = Draft(self._folder / f"{shard_name(planned)}.h5")
+        self._errors: list[np.ndarray] = []
+        self._offset = _frame(layout, planned, np.zeros(len(planned), "u8"), unmeasured(len(planned)), notes)[1]
+        self._draft = Draft(self._folder / f"{shard_name(planned)}.h5", inside=folder)
 
-    def append(self, digests: list[bytes], rows: np.ndarray) -> None:
-        """rows [k, ...] of the layout's shape and dtype, with the digests of their images."""
+    def append(self, digests: list[bytes], rows: np.ndarray, errors: np.ndarray | None = None) -> None:
+        """rows [k, ...] of the layout's shape and dtype, with the digests of their images and, where they were
+        measured, the relative errors of their rounding, float32 [k]."""
         assert rows.shape == (len(digests), *self._layout.row_shape) and rows.dtype == self._layout.dtype
         rows = np.ascontiguousarray(rows)
         self._draft.write(self._offset + len(self._digests) * self._layout.row_bytes, rows.data)
         self._digests += digests
-        self._checksums += [xxhash.xxh3_64_intdigest(row.data) for row in rows]
+        self._checksums += [_checksum(row) for row in rows]
+        self._errors.append(unmeasured(len(digests)) if errors is None else errors)
 
-    def commit(self) -> Path | None:
-        """The shard's path; None when no row came."""
+    def commit(self, *, replace: bool = False) -> Path | None:
+        """The shard's path; None when no row came. ``replace``: over a file of that name, which is damaged."""
         digests = np.array(self._digests, DIGEST)
         if not len(digests):
             self._draft.discard()
             return None
-        frame, offset = _frame(self._layout, digests, np.array(self._checksums, "u8"), self._notes)
+        checksums, errors = np.array(self._checksums, "u8"), np.concatenate(self._errors)
+        frame, offset = _frame(self._layout, digests, checksums, errors, self._notes)
         path = self._folder / f"{shard_name(digests)}.h5"
         if offset != self._offset:  # fewer rows than planned: a smaller frame, so the rows move
-            with Draft(path) as draft:
+            with Draft(path, inside=self._folder.parent) as draft:
                 _copy(self._draft, self._offset, draft, offset, len(digests) * self._layout.row_bytes)
-                draft.commit(frame)
+                draft.commit(frame, replace=replace)
         else:
             self._draft.path = path
-            self._draft.commit(frame)
+            self._draft.commit(frame, replace=replace)
         self._draft.discard()
         return path
 
     def discard(self) -> None:
         """Give up what is not committed, and the memory it took."""
         self._draft.discard()
-        self._digests, self._checksums = [], []
+        self._digests, self._checksums, self._errors = [], [], []
+
+
+def unmeasured(rows: int) -> np.ndarray:
+    return np.full(rows, np.nan, np.float32)
 
 
 def _copy(source: Draft, start: int, target: Draft, offset: int, size: int, step: int = 1 << 24) -> None:
@@ -103,7 +116,9 @@ def _copy(source: Draft, start: int, target: Draft, offset: int, size: int, step
         target.write(offset + done, source.read(start + done, min(step, size - done)))
 
 
-def _frame(layout: Layout, digests: np.ndarray, checksums: np.ndarray, notes: dict[str, str]) -> tuple[Frame, int]:
+def _frame(
+    layout: Layout, digests: np.ndarray, checksums: np.ndarray, errors: np.ndarray, notes: dict[str, str]
+) -> tuple[Frame, int]:
     """The file without its features, and where they go (bytes from the start). The same input gives the same bytes."""
     frame = Frame()
     with new_hdf5(frame) as file:
@@ -111,6 +126,8 @@ def _frame(layout: Layout, digests: np.ndarray, checksums: np.ndarray, notes: di
             file.attrs[key] = value
         file.create_dataset("digests", data=digests, dtype=DIGEST)
         file.create_dataset("checksums", data=checksums, dtype="u8")
+        if layout.dtype == "float16":
+            file.create_dataset("errors", data=errors, dtype="f4")
         features = _features(file, (len(digests), *layout.row_shape), layout.dtype)
         for key, value in layout.attributes().items():
             features.attrs[key] = value
@@ -119,6 +136,7 @@ def _frame(layout: Layout, digests: np.ndarray, checksums: np.ndarray, notes: di
 
 def _features(file: h5py.File, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_obj_track_times(False)  # the same rows give the same file
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # its place is known before a row is
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # and HDF5 never writes there
@@ -136,25 +154,74 @@ class Shard:
     offset: int  # of the features, bytes from the start of the file
     hash: str  # xxh3_128 of all after the user block
     digests: np.ndarray = field(repr=False)  # [n] S32
+    checksums: np.ndarray = field(repr=False)  # [n] uint64
+    errors: np.ndarray = field(repr=False)  # [n] float32, NaN where not measured
+    notes: dict[str, str] = field(repr=False)  # attributes: which store, computed how
+
+
+_KNOWN: dict[tuple[Path, Layout], tuple[tuple[int, ...], Shard]] = {}  # opening one takes milliseconds
 
 
 def read_shard(path: Path, layout: Layout) -> Shard:
-    """Digests and place of the features. Refuses another size, shape or dtype, and references to elsewhere."""
+    """All of a shard but its features. Refuses another size, shape or dtype, and references to elsewhere."""
+    refuse_links(path.parent)
+    stamp = _stamp(path)
+    stamped, shard = _KNOWN.get((path, layout), (None, None))
+    if shard is None or stamped != stamp:
+        shard = _read_shard(path, layout)
+        if stamp is not None:
+            _KNOWN[path, layout] = stamp, shard
+    return shard
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _read_shard(path: Path, layout: Layout) -> Shard:
+    digest, size, content = _content(path)
+    found, expected = (content.shape[1:], content.dtype), (layout.row_shape, layout.dtype)
+    if found != expected:
+        raise CacheError(f"{path} holds rows of {found[1]} {found[0]}; expected {expected[1]} {expected[0]}.")
+    if content.offset % ALIGNMENT or content.offset + content.shape[0] * layout.row_bytes > size:
+        raise DamagedFile(f"{path} does not hold its {content.shape[0]:,} rows in one piece. {AGAIN}")
+    errors = unmeasured(len(content.digests)) if content.errors is None else content.errors
+    notes = {key: str(value) for key, value in content.notes.items()}
+    return Shard(path, size, content.offset, digest, content.digests, content.checksums, errors, notes)
+
+
+def _content(path: Path) -> tuple[str, int, ShardContent]:
+    """(hash, size, what is in it but the features) of a shard that HDF5 may be trusted with."""
     refuse_links(path.parent)
     digest, size = read_user_block(path)
+    guard.checked([path], "shard")
     try:
         with h5py.File(path, "r", locking=False) as file:
             check_inside(file, path, virtual=False)
-            features, digests = file["features"], file["digests"][...]
-            found, offset = (features.shape, str(features.dtype)), features.id.get_offset()
-    except (OSError, KeyError, RuntimeError) as error:
+            return digest, size, shard_content(file, path)
+    except CacheError:
+        raise
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         raise DamagedFile(f"{path} cannot be read as a shard ({error}). {AGAIN}") from error
-    expected = (len(digests), *layout.row_shape), layout.dtype
-    if found != expected or digests.dtype != DIGEST:
-        raise CacheError(f"{path} holds {found[1]} {found[0]}; expected {expected[1]} {expected[0]}.")
-    if offset is None or offset % 64 or offset + len(digests) * layout.row_bytes > size:
-        raise DamagedFile(f"{path} does not hold its {len(digests):,} rows in one piece. {AGAIN}")
-    return Shard(path, size, offset, digest, digests)
+
+
+def layout_in(path: Path) -> Layout:
+    """The layout of a shard, as the shard has it. Raises DamagedFile, UnsafeFile."""
+    content = _content(path)[2]
+    return Layout(path.parent.name, content.shape[1:], content.dtype, *places_of(content.places, path))
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a plain file; None where there is none."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def map_rows(path: Path, size: int, offset: int, rows: int, row_shape: tuple[int, ...], dtype: str) -> torch.Tensor:
@@ -163,7 +230,7 @@ def map_rows(path: Path, size: int, offset: int, rows: int, row_shape: tuple[int
     Private mapping: writing to the tensor does not reach the file. Raises DamagedFile when it is gone or cut.
     """
     refuse_links(path.parent, path)
-    found = path.stat().st_size if path.is_file() else None
+    found = size_of(path)
     if found != size:
         raise DamagedFile(
             f"{path} is missing. Run the extraction again."
@@ -171,7 +238,10 @@ def map_rows(path: Path, size: int, offset: int, rows: int, row_shape: tuple[int
             else f"{path} has {found:,} bytes, not {size:,}. {AGAIN}"
         )
     itemsize = np.dtype(dtype).itemsize
-    whole = torch.from_file(str(path), shared=False, size=size // itemsize, dtype=TORCH_DTYPE[dtype])
+    try:
+        whole = torch.from_file(str(path), shared=False, size=size // itemsize, dtype=TORCH_DTYPE[dtype])
+    except RuntimeError as error:  # cut meanwhile, or larger than the address space
+        raise DamagedFile(f"{path} cannot be mapped ({str(error).splitlines()[0]}).") from error
     count = rows * int(np.prod(row_shape))
     return whole[offset // itemsize : offset // itemsize + count].view(rows, *row_shape)
 
@@ -184,9 +254,60 @@ class Located:
     file: np.ndarray
     row: np.ndarray
 
+    def __getitem__(self, rows: Any) -> Located:
+        return Located(self.shards, self.file[rows], self.row[rows])
+
     @property
     def found(self) -> np.ndarray:
         return self.file >= 0
+
+    @property
+    def checksums(self) -> np.ndarray:
+        """uint64 [N] of the rows; all must have been found."""
+        return self._gather([shard.checksums for shard in self.shards], "u8")
+
+    @property
+    def errors(self) -> np.ndarray:
+        """float32 [N]: relative errors of the rows' rounding, NaN where not measured; all must have been found."""
+        return self._gather([shard.errors for shard in self.shards], "f4")
+
+    def _gather(self, columns: list[np.ndarray], dtype: str) -> np.ndarray:
+        starts = np.cumsum([0, *(len(column) for column in columns)])
+        return np.concatenate([np.zeros(0, dtype), *columns])[starts[self.file] + self.row]
+
+
+def read_rows(places: Located, layout: Layout) -> torch.Tensor:
+    """Stored rows [n, ...] in the order of ``places``, each checked against its checksum. Raises DamagedFile."""
+    result = torch.empty((len(places.file), *layout.row_shape), dtype=TORCH_DTYPE[layout.dtype])
+    for number in np.unique(places.file):
+        shard = places.shards[number]
+        mapped = map_rows(shard.path, shard.size, shard.offset, len(shard.digests), layout.row_shape, layout.dtype)
+        chosen = np.flatnonzero(places.file == number)
+        rows = places.row[chosen]
+        result[torch.from_numpy(chosen)] = mapped[torch.from_numpy(rows)]
+        wrong = wrong_rows(result, chosen, shard.checksums[rows])
+        if len(wrong):
+            raise damaged_rows(shard.path, rows[np.isin(chosen, wrong)])
+    return result
+
+
+def wrong_rows(features: torch.Tensor, rows: np.ndarray, checksums: np.ndarray) -> np.ndarray:
+    """Of ``rows`` of features [n, ...] those whose bytes do not have the checksum they were stored with."""
+    flat = features.view(len(features), -1).numpy()
+    sums = checksums.tolist()
+    return np.array([k for k, sum_ in zip(rows.tolist(), sums, strict=True) if _checksum(flat[k]) != sum_], np.int64)
+
+
+def damaged_rows(path: Path, rows: np.ndarray) -> DamagedFile:
+    which = f"row {rows[0]:,}" if len(rows) == 1 else f"{len(rows):,} rows, the first {rows[0]:,},"
+    return DamagedFile(
+        f"{which} of {path} {'is' if len(rows) == 1 else 'are'} damaged: the bytes do not have the checksum they were "
+        "stored with. featurecache verify lists what is damaged, featurecache repair computes it again."
+    )
+
+
+def _checksum(row: np.ndarray) -> int:
+    return int(xxhash.xxh3_64_intdigest(row.data))
 
 
 def locate(shards: list[Shard], digests: np.ndarray) -> Located:
@@ -205,7 +326,7 @@ def locate(shards: list[Shard], digests: np.ndarray) -> Located:
     return Located(tuple(shards), np.where(hit, file[pick], -1), np.where(hit, row[pick], -1))
 
 
-def notes_for(fingerprint: str, plan: dict[str, Any]) -> dict[str, str]:
+def notes_for(fingerprint: str, device: str, plan: dict[str, Any]) -> dict[str, str]:
     """Attributes of every shard: its store and how it was computed. No dates, no speeds: same rows, same file."""
     how = {key: value for key, value in plan.items() if key != "images_per_s"}
-    return {"fingerprint": fingerprint, "plan": json.dumps(how, sort_keys=True)}
+    return {"fingerprint": fingerprint, "device": device, "plan": json.dumps(how, sort_keys=True)}

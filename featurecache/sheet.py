@@ -1,9 +1,14 @@
-"""The contact sheet: a few images of every class and split on one PNG, with their names beneath."""
+"""The contact sheet: a few images of every class and split on one PNG, with their names beneath.
+
+`picture`, `write` and `font` draw other sheets too (`featurecache.pairs`).
+"""
 
 from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,6 +24,7 @@ from featurecache.images import decode
 CELL, GAP, CAPTION, MARGIN, HEADING, LINE, BETWEEN = 112, 10, 18, 28, 34, 16, 18
 GUTTER = 84  # left of the images, for the names of the splits
 MOST_CLASSES = 40
+_LONGEST = 500  # characters of a name: more than fit on a sheet
 PAPER, INK, FAINT, MAT, ALARM = "#ffffff", "#1a1a1a", "#6b6b6b", "#f0f0f0", "#b3261e"
 _SPLITS = ("train", "val", "test", "")
 
@@ -35,23 +41,25 @@ def draw(dataset: Dataset, per_class: int) -> bytes:
     height = 2 * MARGIN + 2 * HEADING - BETWEEN + sum(HEADING + BETWEEN + len(strips) * strip for _, _, strips in shown)
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
-    _text(pen, (MARGIN, MARGIN), dataset.name, 22, INK, width - 2 * MARGIN)
+    write(pen, (MARGIN, MARGIN), dataset.name, 22, INK, width - 2 * MARGIN)
     cut = f", the first {MOST_CLASSES} of {len(sections):,} classes" if len(sections) > MOST_CLASSES else ""
-    _text(pen, (MARGIN, MARGIN + 30), f"{len(dataset):,} images, {dataset.task}{cut}", 13, FAINT, width - 2 * MARGIN)
+    write(pen, (MARGIN, MARGIN + 30), f"{len(dataset):,} images, {dataset.task}{cut}", 13, FAINT, width - 2 * MARGIN)
     y = MARGIN + 2 * HEADING
     for title, count, strips in shown:
         pen.line([(MARGIN, y - 8), (width - MARGIN, y - 8)], "#d9d9d9")
-        right = pen.textlength(count, _font(13))
-        _text(pen, (width - MARGIN - right, y + 2), count, 13, FAINT, right + 1)
-        _text(pen, (MARGIN, y), title, 16, INK, width - 2 * MARGIN - right - GAP)
+        right = pen.textlength(count, font(13))
+        write(pen, (width - MARGIN - right, y + 2), count, 13, FAINT, right + 1)
+        write(pen, (MARGIN, y), title, 16, INK, width - 2 * MARGIN - right - GAP)
         y += HEADING
         for split, rows in strips:
             if gutter:
-                _text(pen, (MARGIN, y + CELL // 2 - LINE), split, 13, INK, gutter - GAP)
-                _text(pen, (MARGIN, y + CELL // 2 + 2), f"{len(rows):,}", 13, FAINT, gutter - GAP)
+                write(pen, (MARGIN, y + CELL // 2 - LINE), split, 13, INK, gutter - GAP)
+                write(pen, (MARGIN, y + CELL // 2 + 2), f"{len(rows):,}", 13, FAINT, gutter - GAP)
             rows = spread(rows, per_class)
             for place, (row, caption) in enumerate(zip(rows, _captions(pen, dataset, rows), strict=True)):
-                _cell(sheet, pen, (MARGIN + gutter + place * (CELL + GAP), y), dataset, int(row), caption)
+                corner = (MARGIN + gutter + place * (CELL + GAP), y)
+                picture(sheet, pen, corner, partial(dataset.read, int(row)))
+                write(pen, (corner[0], y + CELL + 2), caption, 11, FAINT, CELL)
             y += strip
         y += BETWEEN
     encoded = io.BytesIO()
@@ -78,28 +86,28 @@ def _sections(dataset: Dataset) -> list[tuple[str, str, list[tuple[str, np.ndarr
 
 def _captions(pen: ImageDraw.ImageDraw, dataset: Dataset, rows: np.ndarray) -> list[str]:
     """Names of files without folder and ending; where they are too long, without what they begin with in common."""
-    ids = [dataset.ids[row] for row in rows]
+    ids = [_printable(dataset.ids[row]) for row in rows]
     names = [PurePosixPath(name).stem if dataset.path(0) else name.rsplit(":", 1)[-1] for name in ids]
     common = len(os.path.commonprefix(names)) if len(names) > 1 else 0  # noqa: RUF071 (characters are meant)
-    if common > 1 and any(pen.textlength(name, _font(11)) > CELL for name in names):
+    if common > 1 and any(pen.textlength(name, font(11)) > CELL for name in names):
         names = [f"…{name[common:]}" for name in names]
     return names
 
 
-def _cell(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], dataset: Dataset, row: int, caption: str
+def picture(
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], read: Callable[[], bytes | np.ndarray]
 ) -> None:
+    """What ``read`` gives in a cell; where it raises UnreadableImage an empty frame with the reason."""
     x, y = corner
     pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], MAT)
     try:
-        pixels = decode(dataset.read(row)).permute(1, 2, 0).numpy()
+        pixels = decode(read()).permute(1, 2, 0).numpy()
         image = _fitted(Image.fromarray(np.ascontiguousarray(pixels)))
         sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
     except UnreadableImage as error:
         pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], outline=ALARM)
         for line, words in enumerate(_wrapped(pen, str(error), CELL - 12)[:6]):
-            _text(pen, (x + 6, y + 8 + line * LINE), words, 11, ALARM, CELL - 12)
-    _text(pen, (x, y + CELL + 2), caption, 11, FAINT, CELL)
+            write(pen, (x + 6, y + 8 + line * LINE), words, 11, ALARM, CELL - 12)
 
 
 def _fitted(image: Image.Image) -> Image.Image:
@@ -117,21 +125,29 @@ def _wrapped(pen: ImageDraw.ImageDraw, text: str, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if pen.textlength(longer, _font(11)) <= width:
+        if pen.textlength(longer, font(11)) <= width:
             lines[-1] = longer
         else:
             lines.append(word)
     return [line for line in lines if line]
 
 
-def _text(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: str, width: float) -> None:
+def write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: str, width: float) -> None:
     """One line, cut in its middle with … where it is wider than ``width`` pixels (names differ at both ends)."""
-    font, shown, keep = _font(size), text, len(text)
-    while keep > 2 and pen.textlength(shown, font) > width:
+    text = _printable(text)
+    shown, keep = text, len(text)
+    while keep > 2 and pen.textlength(shown, font(size)) > width:
         keep -= 1
         shown = f"{text[: (keep + 1) // 2]}…{text[len(text) - keep // 2 :]}"
-    pen.text(at, shown, colour, font)
+    pen.text(at, shown, colour, font(size))
 
 
-def _font(size: int) -> Any:
+def _printable(text: str) -> str:
+    """Without line breaks, which Pillow cannot measure; of a very long name both ends, which is all that is shown."""
+    text = text if len(text) <= _LONGEST else text[: _LONGEST // 2] + text[-_LONGEST // 2 :]
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+@cache
+def font(size: int) -> Any:
     return ImageFont.load_default(size)

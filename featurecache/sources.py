@@ -19,6 +19,7 @@ from featurecache.describe import contact_sheet, describe
 from featurecache.errors import SourceError, nearest
 from featurecache.folders import open_folder
 from featurecache.npz import open_npz
+from featurecache.privacy import hidden, known_secret
 from featurecache.tables import open_table
 
 __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe", "open_source", "reopen"]
@@ -101,7 +102,11 @@ def open_source(data: str | Path, *, columns: Columns = None, task: str | None =
 
 def reopen(source: Mapping[str, Any]) -> Dataset:
     """The dataset again from its ``source``. Raises SourceError where its images have gone."""
-    return open_source(source["data"], columns=source.get("columns"), task=source.get("task"))
+    if source.get("kind") == "import":
+        raise SourceError(f"{source.get('data')} was imported as features; nobody knows its images.")
+    dataset = open_source(source["data"], columns=source.get("columns"), task=source.get("task"))
+    ids, groups = bool(source.get("hash_ids")), bool(source.get("hash_groups"))
+    return hidden(dataset, known_secret(source), ids=ids, groups=groups) if ids or groups else dataset
 
 
 def _kind_of(data: str, path: str) -> str:

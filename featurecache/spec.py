@@ -17,6 +17,7 @@ from featurecache.files import FORMAT
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 DTYPES = ("float16", "float32")
+UNKNOWN = "unknown"  # precision, and every word on origin, of features that were imported
 
 
 def canonical_json(value: Any) -> str:
@@ -49,10 +50,15 @@ class ExtractionSpec:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
+        if self.precision not in (*PRECISIONS, UNKNOWN):
             raise BadOption(f'no precision is called "{self.precision}"; there are {", ".join(PRECISIONS)}.')
         if self.dtype not in DTYPES:
             raise BadOption(f'no storage dtype is called "{self.dtype}"; there are {", ".join(DTYPES)}.')
+
+    @property
+    def imported(self) -> bool:
+        """Nobody knows what made these features; nothing can be computed beside them."""
+        return self.precision == UNKNOWN
 
     @property
     def untrained(self) -> bool:
@@ -69,8 +75,18 @@ class ExtractionSpec:
     def from_dict(cls, record: dict[str, Any]) -> ExtractionSpec:
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(record, dict) or set(record) != names:
-            raise CacheError(f"an extraction spec has the fields {', '.join(sorted(names))}; found {sorted(record)}.")
-        return cls(**{**record, "image_size": tuple(record["image_size"])})
+            found = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise CacheError(f"an extraction spec has the fields {', '.join(sorted(names))}; found {str(found)[:200]}.")
+        kinds = {"architecture": dict, "weights": dict, "preprocess": dict, "image_size": list, "generation": int}
+        wrong = [name for name in names if type(record[name]) is not kinds.get(name, int if name == "format" else str)]
+        sides = record["image_size"]
+        if wrong or len(sides) != 2 or not all(type(side) is int and 0 <= side <= 1 << 16 for side in sides):
+            raise CacheError(f"an extraction spec does not hold such {' and '.join(sorted(wrong)) or 'an image_size'}.")
+        if (0 in sides) != (record["precision"] == UNKNOWN):
+            raise CacheError(f"an extraction spec has no image_size {sides} at the precision {record['precision']!a}.")
+        if record["precision"] not in (*PRECISIONS, UNKNOWN) or record["dtype"] not in DTYPES:
+            raise CacheError(f"an extraction spec has no precision {record['precision']!a} of {record['dtype']!a}.")
+        return cls(**{**record, "image_size": tuple(sides)})
 
     @property
     def fingerprint(self) -> str:

@@ -1,7 +1,8 @@
 """Stores: the folder of one ExtractionSpec. The cache is a folder of stores.
 
-    cache/vit-in21k-4f2a91c0/spec.json    {"fingerprint", "spec", "provenance"}
+    cache/vit-in21k-4f2a91c0/spec.json    {"fingerprint", "spec", "provenance", "check": a hash of this text}
                              plan.json    how this store computes: batch size, threads, memory format
+                             canary.safetensors    what it made of the probe images (see featurecache.canary)
                              cls/ tokens/ shards
                              chest.h5     a view
 
@@ -11,19 +12,21 @@ The folder's name is for people; a store is found by the whole fingerprint in it
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featurecache.errors import CacheError, CannotWrite
-from featurecache.files import draft_folder, refuse_links, sweep_drafts, sync_path, write_whole
-from featurecache.shards import Layout, Located, Shard, locate, read_shard
+from featurecache import guard
+from featurecache.errors import CacheError, CannotWrite, DamagedFile, UnsafeFile
+from featurecache.files import AGAIN, draft_folder, refuse_links, sweep_drafts, sync_path, write_whole
+from featurecache.locks import briefly
+from featurecache.records import check_provenance, checked_plan, read_sealed, refuse_broken, sealed
+from featurecache.shards import Layout, Located, Shard, layout_in, locate, read_shard, shard_name
 from featurecache.spec import ExtractionSpec
 
 
@@ -42,28 +45,84 @@ class Store:
     def folder(self, output: str) -> Path:
         return self.path / output
 
-    def shards(self, layout: Layout) -> list[Shard]:
+    def shard_paths(self, output: str) -> list[Path]:
         """Committed shards of an output, by name."""
-        return [read_shard(path, layout) for path in sorted(self.folder(layout.output).glob("[0-9a-f]*.h5"))]
+        refuse_links(self.folder(output))
+        return sorted(self.folder(output).glob("[0-9a-f]*.h5"))
+
+    def outputs(self) -> list[str]:
+        """Outputs of which there are shards."""
+        folders = [path.name for path in self.path.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        return [name for name in sorted(folders) if self.shard_paths(name)]
+
+    def shard(self, path: Path, layout: Layout) -> Shard:
+        shard = read_shard(path, layout)
+        if shard.notes.get("fingerprint") != self.fingerprint:
+            raise CacheError(
+                f"{path} belongs to the store {shard.notes.get('fingerprint')}, but lies in that of {self.fingerprint}."
+            )
+        if shard_name(shard.digests) != path.stem:
+            raise DamagedFile(f"{path} is damaged: its name is not the hash of its digests. {AGAIN}")
+        return shard
+
+    def shards(self, layout: Layout) -> list[Shard]:
+        paths = self.shard_paths(layout.output)
+        guard.checked(paths, "shard")  # all at once
+        return [self.shard(path, layout) for path in paths]
+
+    def layouts(self) -> dict[str, Layout]:
+        """Of every output of which there are shards: what the first of them that can be read says of itself."""
+        found = {}
+        for output in self.outputs():
+            for path in self.shard_paths(output):
+                with contextlib.suppress(CacheError):
+                    found[output] = layout_in(path)
+                    break
+        return found
 
     def locate(self, layout: Layout, digests: np.ndarray) -> Located:
         return locate(self.shards(layout), digests)
 
     def views(self) -> list[Path]:
-        return sorted(path for path in self.path.glob("*.h5") if not path.name.startswith("."))
+        return sorted(path for path in self.path.glob("*.h5") if not path.name.startswith(".") and not path.is_dir())
 
     @property
     def plan(self) -> dict[str, Any] | None:
         path = self.path / "plan.json"
-        return _read_json(path) if path.exists() else None
+        if not os.path.lexists(path):
+            return None
+        record, intact = read_sealed(path)
+        plan = checked_plan(record, path)
+        if not intact:
+            raise refuse_broken(path)
+        return plan
 
-    def write_plan(self, plan: dict[str, Any]) -> None:
-        write_whole(self.path / "plan.json", _json(plan))
+    def write_plan(self, device: str, plan: dict[str, Any]) -> dict[str, Any]:
+        """Fix how this store computes on a kind of device; the plan that holds, which is the first one written."""
+        with briefly(self.path):
+            known = self.plan or {}
+            if device not in known or "images_per_s" not in known[device]:
+                known[device] = {**plan, **known.get(device, {})}
+                write_whole(self.path / "plan.json", sealed(known), inside=self.path)
+        return dict(known[device])
+
+    def replace_plan(self, known: dict[str, Any]) -> None:
+        """Another plan in the place of one that is damaged, or none."""
+        with briefly(self.path):
+            if known:
+                write_whole(self.path / "plan.json", sealed(known), inside=self.path)
+            else:
+                (self.path / "plan.json").unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Throw away what dead processes left unfinished."""
-        for folder in [self.path.parent, self.path, *(path for path in self.path.iterdir() if path.is_dir())]:
+        for folder in [self.path.parent, self.path, *(path for path in self.path.iterdir() if _is_folder(path))]:
             sweep_drafts(folder)
+
+
+def _is_folder(path: Path) -> bool:
+    """One that lies here, and is not a link to elsewhere."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def stores(cache: Path) -> Iterator[Store]:
@@ -88,18 +147,30 @@ def _folders(cache: Path) -> list[Path]:
 
 def open_store(folder: Path) -> Store:
     """Raises CacheError when spec.json is not what it was written as."""
-    refuse_links(folder / "spec.json")
-    record = _read_json(folder / "spec.json")
+    refuse_links(folder)
+    if not folder.name.isprintable():
+        raise UnsafeFile(f"{str(folder)!a} has a name that a terminal would obey; rename it.")
+    record, intact = read_sealed(folder / "spec.json")
     try:
         spec = ExtractionSpec.from_dict(record["spec"])
         fingerprint, provenance = record["fingerprint"], record["provenance"]
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise CacheError(f"{folder / 'spec.json'} is not the record of a store: it has no {error.args[0]}.") from error
+    check_provenance(provenance, folder / "spec.json")
     if fingerprint != spec.fingerprint:
         raise CacheError(
             f"{folder / 'spec.json'} was changed: its spec has the fingerprint {spec.fingerprint}, not {fingerprint}."
         )
+    if not intact or len(record) != 3:
+        raise refuse_broken(folder / "spec.json")
     return Store(folder, spec, fingerprint, provenance)
+
+
+def latest_generation(cache: Path, spec: ExtractionSpec) -> ExtractionSpec:
+    """``spec`` in the newest generation that has a store; 0 where there is none."""
+    plain = replace(spec, generation=0)
+    found = [store.spec.generation for store in stores(cache) if replace(store.spec, generation=0) == plain]
+    return replace(spec, generation=max(found, default=0))
 
 
 def find_store(cache: Path, spec: ExtractionSpec) -> Store | None:
@@ -117,11 +188,10 @@ def create_store(cache: Path, name: str, spec: ExtractionSpec, provenance: dict[
     existing = find_store(cache, spec)
     if existing:
         return existing
-    record = {"fingerprint": spec.fingerprint, "spec": spec.to_dict(), "provenance": provenance}
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with draft_folder(cache / "store") as draft:
-            write_whole(draft / "spec.json", _json(record))
+            write_spec(draft, spec, provenance)
             for length in (8, 12, 32):  # longer where two fingerprints begin alike
                 folder = cache / f"{_safe(name)}-{spec.fingerprint[:length]}"
                 if _take(draft, folder):
@@ -138,6 +208,11 @@ def create_store(cache: Path, name: str, spec: ExtractionSpec, provenance: dict[
     raise CacheError(f"{cache} holds folders named like the store of {name} that are none; move them away.")
 
 
+def write_spec(folder: Path, spec: ExtractionSpec, provenance: dict[str, Any]) -> None:
+    record = {"fingerprint": spec.fingerprint, "spec": spec.to_dict(), "provenance": provenance}
+    write_whole(folder / "spec.json", sealed(record), inside=folder)
+
+
 def _take(draft: Path, folder: Path) -> bool:
     try:
         os.rename(draft, folder)  # fails where a folder that is not empty has the name
@@ -150,19 +225,3 @@ def _take(draft: Path, folder: Path) -> bool:
 
 def _safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.") or "backbone"
-
-
-def _json(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CacheError(f"{path} is missing.") from error
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(record, dict):
-        raise CacheError(f"{path} holds {type(record).__name__}, not a record.")
-    return record

@@ -32,6 +32,7 @@ ROLES = {
     "group": ("group", "patient", "patient_id", "patientid", "subject", "subject_id", "group_id"),
 }  # fmt: skip
 _KNOWN = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0, "": np.nan, "nan": np.nan}
+_CELLS = 1 << 30  # of a Parquet table: a few bytes of it can stand for any number
 _LOOKED_AT = 20  # paths tried at opening, for a hint
 
 
@@ -53,16 +54,12 @@ class _Table:
 
 def open_table(data: str, columns: dict[str, str] | None, asked: str | None) -> Dataset:
     """The dataset listed in the table ``data`` (an absolute path)."""
-    reader = _read_parquet if data.lower().endswith((".parquet", ".pq")) else _read_csv
-    table = reader(data)
+    table = _read_table(data)
     roles = _find_roles(table, columns or {})
     ids = _paths(table, roles["path"][0])
     splits = _splits(table, roles["split"])
     notes = []
-    if len(roles["label"]) > 1 or (roles["label"] and asked == "multilabel"):
-        labels, classes = _several_labels(table, roles["label"]), roles["label"]
-    else:
-        labels, classes = _one_label(table, roles["label"], splits, asked == "unlabelled")
+    labels, classes = _labels(table, roles["label"], splits, asked)
     task = settle_task(asked, classes, labels.ndim == 2, table.name)
     if task == "unlabelled":
         labels, classes = np.full(len(ids), -1, np.int64), []
@@ -86,6 +83,47 @@ def open_table(data: str, columns: dict[str, str] | None, asked: str | None) -> 
         images=images,
         notes=(*notes, *_hint(images, folder)),
     )
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What a table says of rows that lie elsewhere, in its order."""
+
+    ids: list[str] | None  # None: it has no column of paths
+    labels: np.ndarray
+    splits: list[str]
+    groups: list[str] | None
+    meta: dict[str, list[str] | np.ndarray]
+    classes: list[str]
+
+
+def read_annotations(data: str, columns: dict[str, str] | None, asked: str | None) -> Annotations:
+    """Labels of features that are there already: a table as for images, in which the paths may be missing. Its only
+    column is the label, whatever it is called."""
+    table = _read_table(data)
+    given = {"label": next(iter(table.columns))} if len(table.columns) == 1 else {}
+    roles = _find_roles(table, columns or given, needs_path=False)
+    if not roles["label"]:
+        raise SourceError(
+            f"{table.name} has no column of labels among {few(list(table.columns), 8)}; --column label=NAME names one."
+        )
+    ids = _paths(table, roles["path"][0]) if roles["path"] else None
+    splits = _splits(table, roles["split"])
+    labels, classes = _labels(table, roles["label"], splits, asked)
+    used = {name for names in roles.values() for name in names}
+    meta = {name: _numbers_or_text(table.columns[name]) for name in table.columns if name not in used}
+    alone = [f"{table.name}:{row}" for row in range(len(splits))]  # one without a group is a group of its own
+    return Annotations(ids, labels, splits, _groups(table, roles["group"], ids or alone), meta, classes)
+
+
+def _read_table(data: str) -> _Table:
+    return (_read_parquet if data.lower().endswith((".parquet", ".pq")) else _read_csv)(data)
+
+
+def _labels(table: _Table, names: list[str], splits: list[str], asked: str | None) -> tuple[np.ndarray, list[str]]:
+    if len(names) > 1 or (names and asked == "multilabel"):
+        return _several_labels(table, names), names
+    return _one_label(table, names, splits, asked == "unlabelled")
 
 
 def _read_csv(file: str) -> _Table:
@@ -127,6 +165,12 @@ def _read_parquet(file: str) -> _Table:
     except ImportError as error:
         raise SourceError(f"{file} needs pyarrow to be read: pip install pyarrow, or save the table as CSV.") from error
     try:
+        with parquet.ParquetFile(file) as opened:
+            rows, columns_there = opened.metadata.num_rows, opened.metadata.num_columns
+        if rows * max(columns_there, 1) > _CELLS:
+            raise SourceError(
+                f"{file} declares {rows:,} rows of {columns_there:,} columns; more than {_CELLS:,} cells are not read."
+            )
         table = parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
         raise SourceError(f"{file} cannot be read as Parquet ({str(error).splitlines()[0]}).") from error
@@ -162,7 +206,7 @@ def _refuse_repeated(file: str, names: list[str]) -> None:
         raise SourceError(f"{file} has the column {repeated[0]!r} more than once; rename one.")
 
 
-def _find_roles(table: _Table, asked: dict[str, str]) -> dict[str, list[str]]:
+def _find_roles(table: _Table, asked: dict[str, str], *, needs_path: bool = True) -> dict[str, list[str]]:
     """Role -> its columns: as asked for, else by name."""
     unknown = [role for role in asked if role not in ROLES]
     if unknown:
@@ -179,7 +223,7 @@ def _find_roles(table: _Table, asked: dict[str, str]) -> dict[str, list[str]]:
                     f"{table.name} has several columns that could be the {role}: {few(roles[role])}. "
                     f"Say which: --column {role}={roles[role][0]}."
                 )
-    if not roles["path"]:
+    if needs_path and not roles["path"]:
         raise SourceError(
             f"{table.name} has no column of image paths among {few(list(table.columns), 8)}; expected one called "
             f"{few(ROLES['path'], 4)}, or --column path=NAME."

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -60,15 +61,53 @@ class Talk:
 
     def say(self, line: str) -> None:
         if not self.quiet:
-            click.echo(line, err=True)
+            click.echo(plain(line), err=True)
+
+    def line(self, line: str) -> None:
+        """`say` where the line holds names of somebody else's: they cannot make lines of their own."""
+        self.say(one_line(line))
 
     def result(self, text: str, record: Any) -> None:
         """The command's result, as lines or as one JSON object."""
-        click.echo(json.dumps(record, ensure_ascii=False, allow_nan=False) if self.json else text)
+        click.echo(_json(record) if self.json else plain(text))
 
     def next(self, command: str, cache: str | None = None) -> None:
         if not self.json:
-            self.say(f"next       {command}" + (f" --cache {shlex.quote(cache)}" if cache else ""))
+            self.say(f"next       {one_line(command)}" + (f" --cache {shlex.quote(cache)}" if cache else ""))
+
+
+def plain(text: str) -> str:
+    """Text for a terminal: what would move its cursor, colour it or turn its direction is shown as an escape.
+
+    Line breaks and tabs stay; a name that might bring its own goes through `one_line` where it is put into a line.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() or _harmless(c) else _escaped(c) for c in text)
+
+
+def _harmless(character: str) -> bool:
+    """Spaces of other widths, and the joiners that some scripts need to be spelt."""
+    return unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "backslashreplace").decode()
+
+
+def _json(record: Any) -> str:
+    """JSON with letters as they are; what a terminal would obey is escaped, which means the same in JSON."""
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return "".join(c if c.isprintable() or _harmless(c) else json.dumps(c)[1:-1] for c in text)
+
+
+def one_line(value: Any) -> Any:
+    """Every text in a record without line breaks, tabs and what `plain` takes out: names cannot make lines."""
+    if isinstance(value, str):
+        return plain(value).replace("\n", "\\n").replace("\t", "\\t")
+    if isinstance(value, dict):
+        return {one_line(key): one_line(part) for key, part in value.items()}
+    return [one_line(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _report(error: FeatureCacheError, debug: bool) -> int:
@@ -76,7 +115,7 @@ def _report(error: FeatureCacheError, debug: bool) -> int:
         traceback.print_exc()
     first, *rest = str(error).splitlines()
     word = "" if type(error).__name__ == "Stopped" else "error: "  # Ctrl-C is none
-    click.echo("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)]), err=True)
+    click.echo(plain("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)])), err=True)
     return 2 if isinstance(error, BadOption | UnknownName) else 1
 
 
@@ -100,7 +139,8 @@ def command(function: Callable[..., Any]) -> click.Command:
         except Exception as error:
             if debug:
                 raise
-            click.echo(f"error: {type(error).__name__}: {error} (a mistake of ours; --debug shows where)", err=True)
+            said = f"error: {type(error).__name__}: {error} (a mistake of ours; --debug shows where)"
+            click.echo(plain(said), err=True)
             code = 1
         sys.exit(code or 0)
 

@@ -2,7 +2,8 @@
 
 At the root of ``<store>/<view>.h5``: `ids` [N], `labels` [N] int64 (−1 none; multi-label [N,L] float32, NaN unknown),
 `splits` [N], `groups` [N] where known, `digests` [N], `meta/*` [N], and one virtual dataset per output over the
-shards. `index/files` and `index/<output>` [N,2] say where each row lies; our reader maps the shards by them and never
+shards. `index/files` and `index/<output>` [N,2] say where each row lies, `checksums/<output>` [N] what its bytes hash
+to (xxh3_64), `errors/<output>` [N] what rounding to float16 did to it; our reader maps the shards by them and never
 reads a feature through HDF5.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ import numpy as np
 
 from featurecache.errors import AmbiguousName, NotInCache, nearest
 from featurecache.files import Draft, Frame, new_hdf5
+from featurecache.inspection import FILES
 from featurecache.reader import View
-from featurecache.shards import DIGEST, Layout, Located
-from featurecache.stores import Store, cache_folder, stores
+from featurecache.shards import DIGEST, Layout, Located, Shard, locate
+from featurecache.stores import Store, cache_folder, open_store, stores
 
 MAX_MAPPINGS = 100_000  # virtual mappings of one dataset; 25 kB of memory each in HDF5
 _TEXT = h5py.string_dtype("utf-8")
-_FILES = np.dtype([("path", "S255"), ("size", "i8"), ("offset", "i8"), ("rows", "i8"), ("hash", "S32")])
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,70 @@ def write_view(store: Store, name: str, rows: Rows, attributes: dict[str, str], 
     with new_hdf5(buffer) as file:
         for key, value in attributes.items():
             file.attrs[key] = value
-        _write_columns(file, rows)
-        index = file.create_group("index")
+        write_columns(file, rows)
+        index, sums, errors = (file.create_group(name) for name in ("index", "checksums", "errors"))
         files: list[tuple[Any, ...]] = []
         for layout, places in located.items():
             assert places.found.all()
             _write_output(file, index, store, layout, places, files)
-        index.create_dataset("files", data=np.array(files, _FILES))
+            sums.create_dataset(layout.output, data=places.checksums, dtype="u8")
+            if layout.dtype == "float16":
+                errors.create_dataset(layout.output, data=places.errors, dtype="f4")
+        index.create_dataset("files", data=np.array(files, FILES))
     path = store.path / f"{name}.h5"
-    with Draft(path) as draft:
+    with Draft(path, inside=store.path) as draft:
         draft.commit(Frame.of(buffer.getvalue()), replace=True)
     return path
 
 
-def _write_columns(file: h5py.File, rows: Rows) -> None:
+def rewrite_view(
+    path: Path, *, prefer: Sequence[Path] = (), without: Collection[Path] = (), lost: Mapping[bytes, str] | None = None
+) -> Path:
+    """The same view on the shards that its store has now; of several copies of a row that in ``prefer`` is taken.
+
+    Rows whose digest is in ``lost`` leave the view and are listed in its ``failed`` with the reason given there.
+    ``without``: shards that are not to be looked at. Raises NotInCache when a row lies nowhere.
+    """
+    view = View(path, columns_only=True)
+    store, lost = open_store(view.store), lost or {}
+    kept = np.array([row for row, digest in enumerate(view.digests.tolist()) if digest not in lost], np.int64)
+    located = {}
+    for name, info in view.outputs.items():
+        layout = Layout(name, info.shape, info.dtype, info.prefix, info.grid)
+        paths = dict.fromkeys([*(p for p in prefer if p.parent.name == name), *store.shard_paths(name)])
+        shards = [store.shard(p, layout) for p in paths if p not in without]
+        located[layout] = places = _same_bytes_first(shards, view.digests[kept], view.stored(name).checksums[kept])
+        if not places.found.all():
+            raise NotInCache(f"{int((~places.found).sum()):,} rows of {name} of {view.label} lie in no shard.")
+    failed = [[f["id"], f["reason"]] for f in view.failed]
+    failed += [[view.ids[k], lost[d]] for k, d in enumerate(view.digests.tolist()) if d in lost]
+    attributes = {**view.attributes, "failed": json.dumps(failed, ensure_ascii=False)}
+    return write_view(store, view.name, columns_of(view, kept), attributes, located)
+
+
+def _same_bytes_first(shards: list[Shard], digests: np.ndarray, checksums: np.ndarray) -> Located:
+    """Rows by digest [n]: the copy with the checksum [n] where there is one (another machine may have computed other
+    last bits), else the first."""
+    from featurecache.settling import find, keys  # it writes views
+
+    same, first = find(shards, keys(digests, checksums)), locate(shards, digests)
+    return Located(first.shards, np.where(same.found, same.file, first.file), np.where(same.found, same.row, first.row))
+
+
+def columns_of(view: View, rows: np.ndarray | None = None) -> Rows:
+    """What a view says of its samples, or of some ``rows`` of them."""
+    rows = np.arange(len(view)) if rows is None else rows
+
+    def pick(column: list[str]) -> list[str]:
+        return [column[row] for row in rows]
+
+    return Rows(
+        pick(view.ids), view.labels[rows], pick(view.splits), view.digests[rows],
+        None if view.groups is None else pick(view.groups), {key: values[rows] for key, values in view.meta.items()},
+    )  # fmt: skip
+
+
+def write_columns(file: h5py.File, rows: Rows) -> None:
     file.create_dataset("ids", data=rows.ids, dtype=_TEXT)
     file.create_dataset("labels", data=rows.labels)
     file.create_dataset("splits", data=rows.splits, dtype=_TEXT)
@@ -150,7 +201,7 @@ def find_view(name: str | Path | None = None, cache: str | Path | None = None) -
             f"there is no view in {folder}. Make one with: featurecache extract --backbone NAME --data FOLDER"
         )
     if name is None:
-        return max(found, key=lambda item: item[1].stat().st_mtime_ns)[1]
+        return max(found, key=lambda item: item[1].lstat().st_mtime_ns)[1]
     store_word, _, view_word = str(name).rpartition("/")
     hits = [(s, p) for s, p in found if p.stem == view_word and _is_called(s, store_word)]
     if len(hits) == 1:

@@ -36,6 +36,9 @@ from featurecache.terminal import Talk, cache_option, command, features_option
 @click.option("--resplit-val", is_flag=True, help="Return val to train and draw a new one.")
 @click.option("--splits", metavar="FILE", help="A splits.csv of another run.")
 @click.option(
+    "--drop-leaks", is_flag=True, help="Leave out of train what is also in val or test, of val what is also in test."
+)
+@click.option(
     "--controls/--no-controls", default=None, help="Chance, majority, pixels beside it. [default: if untrained]"
 )
 @click.option("--out", metavar="DIR", help="Run folder. [default: runs/VIEW-HEAD-N]")
@@ -56,7 +59,7 @@ def train_head(talk: Talk, features: str | None, cache: str | None, **options: A
     view = open_view(features, cache)
     if not features:
         talk.say(f"view       {view.label}   (the newest; --features chooses)")
-    run = heads.train_head(view, options.pop("head"), say=talk.say, **options)
+    run = heads.train_head(view, options.pop("head"), say=talk.line, **options)
     talk.result(f"{final_table(run)}\nrun        {run.path}/", {"run": str(run.path), **run.metrics})
     talk.next(f"featurecache predict --run {run.path} IMAGE…")
     return 0
@@ -74,7 +77,7 @@ def _check_output(output: str | None) -> None:
 @click.option("--csv", "csv_file", metavar="FILE", help="Write a CSV instead of a table ('-' for stdout).")
 @click.option("--device", default="auto", help="auto, cpu, cuda, mps.")
 @click.option("--weights", metavar="PATH", help="Where the backbone's weights are now, if not where they were.")
-@click.option("--trust-code", is_flag=True, help="Import the module of a run with a python: head.")
+@click.option("--trust-code", is_flag=True, help="Import the module of a python: head or backbone.")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE…")
 def predict(
     talk: Talk, run: str, csv_file: str | None, trust_code: bool, images: tuple[str, ...], **options: Any

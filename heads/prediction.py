@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from featurecache.cells import cell
 from featurecache.errors import FeatureCacheError
 from heads import evaluate as ev
 from heads.runs import Run, load_run
@@ -111,8 +112,9 @@ def _predict_part(run: Run, part: list[tuple[str, Any]], device: str, weights: s
         spec=run.config["spec"], provenance=run.config["provenance"], label=run.config["view"]["label"], store=where
     )
     features, failed = featurecache.compute(
-        [part[i][1] for i in wanted], like=like, output=run.output, device=device, weights=weights
-    )
+        [part[i][1] for i in wanted], like=like, output=run.output, device=device, weights=weights,
+        trust_code=run.trust_code,
+    )  # fmt: skip
     reasons = dict(failed)
     assert len(features) == len(wanted) - len(reasons), "a row for every image that is not a failure"
     for place, reason in reasons.items():
@@ -147,17 +149,17 @@ def as_csv(records: list[dict[str, Any]]) -> str:
     so that one record is one line."""
     classes = next((list(r["probabilities"]) for r in records if "probabilities" in r), [])
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(["image", "class", "probability", *(f"p {printable(c)}" for c in classes), "error"])
     for record in records:
         p = record.get("probabilities", {})
         writer.writerow(
             [
-                printable(record["image"]),
-                printable(_called(record)),
+                cell(printable(record["image"])),
+                cell(printable(_called(record))),
                 record.get("probability", ""),
                 *(p.get(c, "") for c in classes),
-                printable(record.get("error", "")),
+                cell(printable(record.get("error", ""))),
             ]
         )
     return text.getvalue()

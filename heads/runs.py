@@ -35,13 +35,14 @@ import torch
 from torch import nn
 
 from featurecache import __version__
+from featurecache.cells import cell
 from featurecache.errors import CannotWrite, RunError
+from heads import checks
 from heads import evaluate as ev
-from heads.architectures import make_head
-from heads.data import Standardize
+from heads.architectures import HEADS, count_parameters, make_head
+from heads.data import STANDARDIZE, Standardize
 from heads.splits import splits_csv
 
-FORMAT = 1
 NEEDED = (
     "config.json",
     "metrics.json",
@@ -82,7 +83,11 @@ class Run:
     @property
     def positive(self) -> int | None:
         """Index of the positive class of a binary task."""
-        return None if self.config["positive"] is None else self.classes.index(self.config["positive"])
+        if self.config["positive"] is None:
+            return None
+        if self.config["positive"] not in self.classes:
+            raise RunError(f"{self.path} is damaged: its positive class is none of its classes.")
+        return self.classes.index(self.config["positive"])
 
     @property
     def untrained(self) -> bool:
@@ -90,7 +95,11 @@ class Run:
 
     @property
     def calibration(self) -> ev.Calibration:
-        return ev.Calibration.from_dict(self.config["calibration"])
+        found = ev.Calibration.from_dict(self.config["calibration"])
+        cuts = {"binary": 1, "multilabel": len(self.classes)}.get(self.task, 0)
+        if (len(found.correction), len(found.thresholds)) != (len(self.classes), cuts):
+            raise RunError(f"{self.path} is damaged: its calibration is not that of {len(self.classes)} classes.")
+        return found
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -110,8 +119,17 @@ class Run:
                 f"The head of {self.path} is code of its own ({self.head}). If you trust that module, "
                 "load the run with trust_code=True."
             )
-        model = make_head(self.head, tuple(self.config["view"]["shape"]), len(self.classes))
         state = {key: value for key, value in self._tensors.items() if not key.startswith("standardize.")}
+        shape, there = tuple(self.config["view"]["shape"]), sum(tensor.numel() for tensor in state.values())
+        if self.head in HEADS:  # a size that no file of weights stands for would fill the memory
+            with torch.device("meta"):
+                wanted = count_parameters(make_head(self.head, shape, len(self.classes)))
+            if wanted != there:
+                raise RunError(
+                    f"{self.path / 'head.safetensors'} does not fit the head of config.json: it holds {there:,} "
+                    f"numbers, the head {wanted:,}."
+                )
+        model = make_head(self.head, shape, len(self.classes))
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
@@ -121,6 +139,10 @@ class Run:
     @property
     def standardize(self) -> Standardize:
         tensors = self._tensors
+        sizes = {tensors[key].shape for key in ("standardize.mean", "standardize.std") if key in tensors}
+        wanted = {(self.config["view"]["shape"][-1],)} if self.config["standardize"] == "zscore" else set()
+        if sizes != wanted or self.config["standardize"] not in STANDARDIZE:
+            raise RunError(f"{self.path} is damaged: its statistics of train do not fit its features.")
         return Standardize(self.config["standardize"], tensors.get("standardize.mean"), tensors.get("standardize.std"))
 
     @torch.inference_mode()
@@ -234,7 +256,7 @@ def _write_files(folder: Path, contents: Contents) -> None:
     from safetensors.torch import save
 
     stamp = {
-        "format": FORMAT,
+        "format": checks.FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"featurecache": __version__, "torch": torch.__version__, "numpy": np.__version__},
     }
@@ -263,11 +285,12 @@ def plain(data: Any) -> Any:
 
 
 def _write_csv(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
-    """Words are quoted, so that a comma, a quote or a line break in a file name stays inside its cell."""
+    """Words are quoted, so that a comma, a quote or a line break in a file name stays inside its cell, and none of
+    them is a formula (`featurecache.cells`)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerow(columns)
-    writer.writerows(rows)
+    writer.writerow(map(cell, columns))
+    writer.writerows([map(cell, row) for row in rows])
     path.write_bytes(text.getvalue().encode())
 
 
@@ -316,17 +339,9 @@ def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
         raise RunError(f"{path} is not a folder; a run is one, such as runs/chest-large-1. featurecache ls lists them.")
     if missing := [name for name in NEEDED if not (path / name).is_file()]:
         raise RunError(f"{path} is not a finished run: it has no {', '.join(missing)}. Train it again.")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-        with (path / "history.csv").open(encoding="utf-8", newline="") as handle:
-            history = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(handle)]
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{path} is damaged: {error}.") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else None
-        raise RunError(f"{path} has run format {found}; this featurecache reads {FORMAT}.")
-    return Run(path, config, metrics, history, trust_code)
+    if links := [name for name in NEEDED if (path / name).is_symlink()]:
+        raise RunError(f"{path} holds symbolic links ({', '.join(links)}); put the files themselves there.")
+    return Run(path, checks.read_config(path), checks.read_metrics(path), checks.read_history(path), trust_code)
 
 
 def list_runs(folder: str | Path = "runs") -> list[Run]:

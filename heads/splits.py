@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from featurecache.cells import cell, text_of
 from featurecache.errors import BadOption, ProtocolError
 from heads.data import Task, has_label
 
@@ -29,6 +32,15 @@ FEW = 10  # images of one class below which a val split cannot choose a model
 
 
 @dataclass(frozen=True)
+class Leak:
+    """``count`` images or groups (``kind``) that stand in both ``splits``."""
+
+    kind: str
+    splits: tuple[str, str]
+    count: int
+
+
+@dataclass(frozen=True)
 class Splits:
     """``names``: [N] of "train", "val", "test" or "" (not used), one for every row of the view."""
 
@@ -36,6 +48,8 @@ class Splits:
     how: str  # one phrase for people: where the splits come from
     drawn: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
+    leaks: tuple[Leak, ...] = ()  # what still stands in two splits
+    dropped: dict[str, int] | None = None  # rows of train and val that were left out for it; None: not asked for
 
     def rows(self, name: str) -> np.ndarray:
         return np.flatnonzero(self.names == name)
@@ -49,8 +63,13 @@ def choose_splits(
     resplit_val: bool = False,
     file: str | Path | None = None,
     train_per_class: int | None = None,
+    drop_leaks: bool = False,
 ) -> Splits:
-    """The protocol's splits of a view for one task; raises ProtocolError where the data do not allow them."""
+    """The protocol's splits of a view for one task; raises ProtocolError where the data do not allow them.
+
+    ``drop_leaks``: rows of train whose image or group is also in val or test, and rows of val for which it is also in
+    test, are not used; every row of test is.
+    """
     warnings: list[str] = []
     drawn: tuple[str, ...] = ()
     if file is not None:
@@ -64,11 +83,15 @@ def choose_splits(
     if unlabelled:
         warnings.append(f"{unlabelled:,} images carry no label and are left out")
     names[~task.usable] = ""
+    dropped = _drop(view, names) if drop_leaks else None
     if train_per_class is not None:
         _thin(names, task, train_per_class, split_seed, warnings)
-    _check(names, task, drawn, warnings)
-    warnings += _shared(view, names)
-    return Splits(names, how, drawn, warnings)
+    _check(names, task, drawn, warnings, dropped)
+    leaks = _leaks(view, names)
+    if leaks:
+        where = f"featurecache leaks {shlex.quote(view.label)}; " if file is None else ""
+        warnings.append(f"{leaks_sentence(leaks)} ({where}--drop-leaks trains without them)")
+    return Splits(names, how, drawn, warnings, leaks, dropped)
 
 
 def _copies(view: View) -> np.ndarray:
@@ -225,9 +248,16 @@ def _thin(names: np.ndarray, task: Task, per_class: int, seed: int, warnings: li
         names[rng.permutation(rows)[per_class:]] = ""
 
 
-def _check(names: np.ndarray, task: Task, drawn: tuple[str, ...], warnings: list[str]) -> None:
+def _check(
+    names: np.ndarray, task: Task, drawn: tuple[str, ...], warnings: list[str], dropped: dict[str, int] | None
+) -> None:
     for split in SPLITS:
         if not (names == split).any():
+            if dropped and dropped.get(split):
+                raise ProtocolError(
+                    f"--drop-leaks leaves no image in {split}: all {dropped[split]:,} are, themselves or by their "
+                    "group, also in another split. Splits that fit: --splits FILE."
+                )
             raise ProtocolError(f"No image of this task is in {split}. Splits that fit: --splits FILE.")
     counts = class_counts(names, task)
     present = [n for n, count in zip(task.classes, counts["train"], strict=True) if count]
@@ -255,20 +285,40 @@ def class_counts(names: np.ndarray, task: Task) -> dict[str, list[int]]:
     return {s: [int(v) for v in np.bincount(y[names == s], minlength=len(task.classes))] for s in SPLITS}
 
 
-def _shared(view: View, names: np.ndarray) -> list[str]:
-    """Sentences for images or groups that stand in two splits (only given splits can have them)."""
-    found = []
-    digests = np.asarray(view.digests)
-    groups = None if view.groups is None else np.asarray(view.groups, dtype=str)
-    for a, b in (("train", "test"), ("train", "val"), ("val", "test")):
-        both = len(np.intersect1d(digests[names == a], digests[names == b]))
-        if both:
-            found.append(f"{both:,} image{'s stand' if both > 1 else ' stands'} in both {a} and {b}")
-        if groups is not None:
-            both = len(np.setdiff1d(np.intersect1d(groups[names == a], groups[names == b]), [""]))
-            if both:
-                found.append(f"{both:,} group{'s stand' if both > 1 else ' stands'} in both {a} and {b}")
-    return found
+def _drop(view: View, names: np.ndarray) -> dict[str, int]:
+    """Take the rows that leak out of train and val (``names`` is changed); how many of each."""
+    from featurecache.leaks import leaking
+
+    found = leaking(view, names)
+    for rows in found.values():
+        names[rows] = ""
+    return {name: int(rows.sum()) for name, rows in found.items()}
+
+
+def _leaks(view: View, names: np.ndarray) -> tuple[Leak, ...]:
+    """What stands in two splits (only given splits can have such); near-duplicates are not looked for."""
+    from featurecache.leaks import exact_leaks
+
+    return tuple(Leak(found.kind, found.splits, found.count) for found in exact_leaks(view, names))
+
+
+def leaks_sentence(leaks: Sequence[Leak]) -> str:
+    """``6 images stand in both train and test, 1 group in both train and val``; test first."""
+    parts: list[str] = []
+    for leak in sorted(leaks, key=lambda leak: (leak.kind != "image", "test" not in leak.splits)):
+        verb = "" if parts else " stand" if leak.count > 1 else " stands"
+        noun = leak.kind + ("s" if leak.count > 1 else "")
+        parts.append(f"{leak.count:,} {noun}{verb} in both {' and '.join(leak.splits)}")
+    return ", ".join(parts)
+
+
+def dropped_sentence(dropped: dict[str, int]) -> str:
+    """What ``--drop-leaks`` did."""
+    parts = [f"{dropped['train']:,} of train (also in val or test)", f"{dropped['val']:,} of val (also in test)"]
+    lost = [part for part, count in zip(parts, (dropped["train"], dropped["val"]), strict=True) if count]
+    if not lost:
+        return "--drop-leaks found nothing to leave out: no image or group stands in two splits"
+    return f"--drop-leaks left out {' and '.join(lost)}: images or groups of other splits"
 
 
 def splits_csv(ids: list[str], names: np.ndarray) -> str:
@@ -276,7 +326,7 @@ def splits_csv(ids: list[str], names: np.ndarray) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow(["id", "split"])
-    writer.writerows(zip(ids, names.tolist(), strict=True))
+    writer.writerows(zip(map(cell, ids), names.tolist(), strict=True))
     return text.getvalue()
 
 
@@ -296,8 +346,9 @@ def read_splits(file: str | Path, ids: list[str], warnings: list[str]) -> np.nda
             raise BadOption(f"--splits {path} needs the columns id and split; row {line} has them not.")
         if row["split"] not in (*SPLITS, ""):
             raise BadOption(f"--splits {path}, row {line}: {row['split']!r} is none of train, val, test or empty.")
-        if given.setdefault(row["id"], row["split"]) != row["split"]:
-            raise BadOption(f"--splits {path} puts {row['id']} into {given[row['id']]!r} and into {row['split']!r}.")
+        name = text_of(row["id"])
+        if given.setdefault(name, row["split"]) != row["split"]:
+            raise BadOption(f"--splits {path} puts {name} into {given[name]!r} and into {row['split']!r}.")
     missing = [i for i in ids if i not in given]
     if missing:
         raise BadOption(

@@ -8,6 +8,7 @@ from typing import Any
 from heads.metrics import METRICS
 from heads.prediction import printable
 from heads.runs import Run
+from heads.splits import Leak, dropped_sentence, leaks_sentence
 
 UNTRAINED = "The weights are untrained (random): these numbers show that the tool works, not what a backbone can do."
 SHOWN = {  # measures of the final table, in order
@@ -51,13 +52,21 @@ def final_table(run: Run) -> str:
             rows.append([title, number(val[name]), number(test[name])])
     table = align(rows)
     if run.task == "binary":
-        cut = run.config["calibration"]["thresholds"][0]
-        at = next(i for i, row in enumerate(rows) if row[0] == "sensitivity")
+        cut = run.calibration.thresholds[0]
+        at = next((i for i, row in enumerate(rows) if row[0] == "sensitivity"), 0)
         table[at] += f"   of {printable(run.config['positive'])} at {cut:.3f}, the threshold chosen on val"
-    lines += table
+    lines += [*table, *_leak_lines(run)]
     if run.untrained and not run.metrics["controls"]:
         lines.append(UNTRAINED)
     return "\n".join(lines)
+
+
+def _leak_lines(run: Run) -> list[str]:
+    """What stands in two splits, and what was left out for it; a run may be from before either was recorded."""
+    splits = run.config["splits"]
+    leaks = [Leak(leak["kind"], tuple(leak["splits"]), leak["count"]) for leak in splits.get("leaks") or []]
+    lines = [f"{leaks_sentence(leaks)}: these numbers may be too good."] if leaks else []
+    return lines + ([f"{dropped_sentence(splits['dropped'])}."] if any((splits.get("dropped") or {}).values()) else [])
 
 
 def comparison_table(runs: Sequence[Run], controls: Sequence[dict[str, Any]] | None = None) -> str:

@@ -21,12 +21,12 @@ from heads.data import STANDARDIZE, Features, Standardize, Task, load_features, 
 from heads.engine import Learner, logits_of, loss_and_prior, run_epoch, threads_for
 from heads.metrics import METRICS
 from heads.runs import Contents, Run, run_target, write_run
-from heads.splits import Splits, choose_splits, class_counts
+from heads.splits import Splits, choose_splits, class_counts, dropped_sentence
 
 if TYPE_CHECKING:
     from featurecache.reader import View
 
-VECTORS = ("cls", "pooler", "gap")  # what a head on vectors takes, the first that the view has
+VECTORS = ("cls", "pooler", "gap", "vector")  # what a head on vectors takes, the first that the view has
 Say = Callable[[str], None]
 
 
@@ -53,6 +53,7 @@ class Settings:
     train_per_class: int | None = None
     pos_weight: bool = False
     positive: str | None = None
+    drop_leaks: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("patience", 0), ("seed", 0), ("split_seed", 0)):
@@ -102,6 +103,7 @@ def train_head(
     train_per_class: int | None = None,
     pos_weight: bool = False,
     positive: str | None = None,
+    drop_leaks: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
     controls: bool | None = None,
@@ -118,6 +120,7 @@ def train_head(
         head, output, epochs, lr, weight_decay, batch_size, patience, seed, split_seed, select, balance, standardize,
         resplit_val, None if splits is None else str(splits), tuple(classes or ()),
         (only,) if isinstance(only, str) else tuple(only or ()), train_per_class, pos_weight, positive,
+        drop_leaks,
     )  # fmt: skip
     if isinstance(view, str | Path):
         from featurecache.views import open_view
@@ -129,8 +132,9 @@ def train_head(
     if pos_weight and not task.multilabel:
         raise BadOption("--pos-weight is for multi-label data; classes that exclude each other have balanced batches.")
     divided = choose_splits(
-        view, task, split_seed=split_seed, resplit_val=resplit_val, file=splits, train_per_class=train_per_class
-    )
+        view, task, split_seed=split_seed, resplit_val=resplit_val, file=splits, train_per_class=train_per_class,
+        drop_leaks=drop_leaks,
+    )  # fmt: skip
     target = run_target(out, view.name, head, overwrite)
     fit = _train(view, settings, output, task, divided, say)
     beside = _controls(view, task, divided, say) if (view.untrained if controls is None else controls) else []
@@ -187,6 +191,8 @@ def _train(view: View, settings: Settings, output: str, task: Task, divided: Spl
     size = "×".join(str(n) for n in info.shape)
     say(f"features   {view.label} {output} [{size}]")
     say(f"splits     {_split_line(divided)} ({divided.how})")
+    if divided.dropped is not None:
+        say(f"leaks      {dropped_sentence(divided.dropped)}")
     for warning in divided.warnings:
         say(f"warning    {warning}")
     start = time.perf_counter()
@@ -333,7 +339,8 @@ def _contents(
         "positive": None if task.positive is None else task.classes[task.positive],
         "splits": {"how": divided.how, "drawn": list(divided.drawn), "counts": class_counts(divided.names, task),
                    "images": {s: len(divided.rows(s)) for s in ("train", "val", "test")},
-                   "digest": _digest(view, divided)},
+                   "digest": _digest(view, divided), "leaks": [asdict(leak) for leak in divided.leaks],
+                   "dropped": divided.dropped},
         "chosen": {"by": settings.select, "on": "val", "epoch": fit.epoch},
         "calibration": fit.calibration.to_dict(),
         "warnings": divided.warnings + fit.notes,

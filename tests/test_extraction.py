@@ -215,7 +215,7 @@ def test_decode_workers_and_their_order_do_not_change_a_byte(
 
     folder = save_vit(tmp_path / "vit")
     plain = run(images, folder, tmp_path / "plain", workers=1)
-    decode = planning._images.decode
+    decode = featurecache.images.decode
 
     def jittered(data):  # type: ignore[no-untyped-def]
         time.sleep(random.random() * 0.02)
@@ -235,7 +235,7 @@ def test_every_forward_pass_has_exactly_the_stores_batch_size(tmp_path: Path, mo
     monkeypatch.setattr(Backbone, "forward", lambda self, x, want: seen.append(len(x)) or forward(self, x, want))
     view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c", batch_size=4, outputs="cls")
     featurecache.compute([(images / view.ids[0]).read_bytes()], like=view, output="cls")
-    assert seen == [4, 4, 4, 4]  # nine images, and one
+    assert seen == [4] * 6  # the probes, nine images; the probes, and one
 
 
 def test_the_batch_size_of_the_first_run_stays_the_stores(tmp_path: Path, images: Path) -> None:
@@ -383,7 +383,7 @@ def test_a_run_interrupted_by_ctrl_c_keeps_what_it_had_and_continues(tmp_path: P
 
     def interrupted(self, *arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 3:  # after the canary and one batch
             raise KeyboardInterrupt
         return call(self, *arguments)
 

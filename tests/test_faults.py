@@ -1,192 +1,257 @@
-"""Killed, out of disk, two at once: nothing committed is lost, nothing wrong is readable, the command completes."""
+"""Killed, out of disk, refused by the disk: nothing committed is lost, nothing wrong is read, the command completes.
+
+Every event is a call that changes the cache; `tests/failpoints.py` counts them and makes the fault at one of them.
+"""
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
-import signal
 import subprocess
-import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from checkpoints import save_vit
-from pictures import image_folder
+from fault_home import Home, all_is_well_after, disturbed
+from fault_home import home as make_home
+from forks import Answer
 
-import featurecache
-from featurecache.reader import View
-
-N = 24  # images, in shards of eight and batches of four
-
-
-@pytest.fixture(autouse=True)
-def _small_shards(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("featurecache.extraction.SHARD_ROWS", 8)
-
-
-# Runs in a process of its own: an extraction in shards of eight images, with a guard around one call of the system.
-SCRIPT = """
-import os, signal, sys
-from pathlib import Path
-import featurecache
-from featurecache import extraction, files, shards
-extraction.SHARD_ROWS = 8
-folder, data, cache, where, count = sys.argv[1:6]
-seen = 0
-
-def at(module, name, action):
-    real = getattr(module, name)
-    def guarded(*a, **k):
-        global seen
-        seen += 1
-        if seen == int(count):
-            action()
-        return real(*a, **k)
-    setattr(module, name, guarded)
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def full():
-    raise OSError(28, "No space left on device")
-
-module, name, action = {
-    "row": (os, "pwrite", die), "fsync": (os, "fsync", die), "name": (files, "_give_name", die),
-    "folder": (files, "sync_path", die), "shard": (shards.ShardWriter, "commit", die),
-    "view": (os, "replace", die), "full": (os, "pwrite", full), "nothing": (os, "getpgid", die),
-}[where]
-at(module, name, action)
-try:
-    result = featurecache.extract(data, backbone=folder, cache=cache, outputs="cls,tokens", batch_size=4)
-except featurecache.FeatureCacheError as error:
-    print(f"{type(error).__name__}: {error}")
-    sys.exit(1)
-print("done", result.computed)
-"""
-
-
-def extract(
-    folder: Path, data: Path, cache: Path, where: str = "nothing", count: int = 1
-) -> subprocess.CompletedProcess:  # type: ignore[type-arg]
-    words = [sys.executable, "-c", SCRIPT, str(folder), str(data), str(cache), where, str(count)]
-    return subprocess.run(words, capture_output=True, text=True, cwd=Path(featurecache.__file__).parent.parent)
+SEED = int(os.environ.get("FEATURECACHE_FAULT_SEED", "0"))
+SECONDS = float(os.environ.get("FEATURECACHE_FAULT_SECONDS", "5"))  # of kills at random times
+OPERATIONS = ("new", "grow", "mend", "gc", "compact", "merge", "remove")
+WRITES = ("pwrite", "write", "ftruncate", "open", "mkdir", "link", "rename", "replace")
+MEMORY = ("sqlite BEGIN", "sqlite CREATE", "sqlite INSERT", "sqlite DELETE", "sqlite COMMIT")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> tuple[Path, Path, View]:  # type: ignore[no-untyped-def]
-    home = tmp_path_factory.mktemp("undisturbed")
-    folder, data = save_vit(home / "vit"), image_folder(home / "data", N)
-    assert extract(folder, data, home / "cache").stdout == f"done {N}\n"
-    return folder, data, featurecache.open_view("data", home / "cache")
+def home() -> Home:
+    return make_home()
 
 
-def committed(cache: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(cache)): path.read_bytes() for path in cache.glob("*/*/*.h5")}
+def one_sentence(answer: Answer) -> bool:
+    """It came to its end, or said why not; no traceback, no dead interpreter."""
+    assert answer.code == 0, answer
+    return answer.error is not None
 
 
-def finishes_as_if_undisturbed(folder: Path, data: Path, cache: Path, clean: View) -> int:
-    """Run the same command to its end; how many images it still computed."""
-    before = committed(cache)
-    result = featurecache.extract(data, backbone=str(folder), cache=cache, outputs="cls,tokens", batch_size=4)
-    assert before.items() <= committed(cache).items()
-    view = featurecache.open_view("data", cache)
-    assert view.ids == clean.ids
-    for output in ("cls", "tokens"):
-        assert torch.equal(view.tensor(output), clean.tensor(output))
-    assert list(cache.rglob("*.tmp")) == []
-    return result.computed
+# ---------------------------------------------------------------------------------------------- killed
 
 
-@pytest.mark.parametrize(
-    ("where", "count", "left"),
-    [
-        ("row", 1, {N}),  # the very first write of the store
-        ("row", 12, {N, N - 8}),  # rows of a later batch
-        ("fsync", 5, {N, N - 8}),
-        ("name", 2, {N}),  # tokens of the first images: cls is committed, tokens are not
-        ("folder", 5, {N - 8}),  # it has its name, the folder is not synced
-        ("shard", 4, {N - 8}),
-        ("view", 3, {0, N}),
-    ],
-)
-def test_killed_in_mid_extraction_the_same_command_finishes(
-    tmp_path: Path, undisturbed: tuple[Path, Path, View], where: str, count: int, left: set[int]
-) -> None:
-    folder, data, clean = undisturbed
-    killed = extract(folder, data, tmp_path, where, count)
-    assert killed.returncode == -signal.SIGKILL
-    assert finishes_as_if_undisturbed(folder, data, tmp_path, clean) in left
+def killed_at(home: Home, name: str, folder: Path, points: list[int], do: str = "kill") -> None:
+    scenario = home.scenario(name)
+    answers = disturbed(home.forks, scenario, folder, [{"fault": {"at": k, "do": do}} for k in points])
+    late = [k for k, answer in zip(points, answers, strict=True) if not answer.killed]
+    assert len(late) <= len(points) // 10, late  # threads: a run may have an event or two less
+    all_is_well_after(home.forks, scenario, folder, range(len(points)))
 
 
-@pytest.mark.parametrize("count", [3, 20])
-def test_a_full_disk_is_one_sentence_and_the_same_command_continues(
-    tmp_path: Path, undisturbed: tuple[Path, Path, View], count: int
-) -> None:
-    folder, data, clean = undisturbed
-    full = extract(folder, data, tmp_path, "full", count)
-    assert (full.returncode, full.stderr) == (1, "")
-    assert full.stdout.startswith("CannotWrite: cannot write ")
-    assert "No space left on device. What was committed is safe; the same command continues." in full.stdout
-    finishes_as_if_undisturbed(folder, data, tmp_path, clean)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_killed_at_one_step_of_each_kind_the_same_command_finishes(tmp_path: Path, home: Home, name: str) -> None:
+    most = 12 if name in ("new", "mend") else 5
+    killed_at(home, name, tmp_path, home.scenario(name).one_of_each_kind(SEED, most))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_killed_at_every_step_the_same_command_finishes(tmp_path: Path, home: Home, name: str) -> None:
+    killed_at(home, name, tmp_path, list(range(len(home.scenario(name).events))))
+
+
+def test_killed_in_the_middle_of_a_write(tmp_path: Path, home: Home) -> None:
+    scenario = home.scenario("new")
+    writes = [n for kind, numbers in scenario.kinds().items() if "write" in kind for n in numbers]
+    killed_at(home, "new", tmp_path, sorted(random.Random(SEED).sample(writes, 6)), do="torn")
+
+
+def killed_at_random_times(home: Home, folder: Path, seconds: float) -> int:
+    rng, end, count = random.Random(SEED), time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        scenario = home.scenario(rng.choice(OPERATIONS))
+        moments = [{"after": rng.uniform(0, 1.2 * scenario.seconds)} for _ in range(4)]
+        disturbed(home.forks, scenario, folder / str(count), moments)
+        all_is_well_after(home.forks, scenario, folder / str(count), range(len(moments)))
+        shutil.rmtree(folder / str(count))
+        count += 1
+    return count
+
+
+def test_killed_at_random_times(tmp_path: Path, home: Home) -> None:
+    assert killed_at_random_times(home, tmp_path, SECONDS)
+
+
+@pytest.mark.slow
+def test_killed_at_random_times_for_long(tmp_path: Path, home: Home) -> None:
+    assert killed_at_random_times(home, tmp_path, 8 * SECONDS)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(home: Home) -> None:
+    """What a power cut needs beyond a kill: bytes are synced before the name is given, then the folder."""
+    checked = 0
+    for name in OPERATIONS:
+        unsynced: set[str] = set()
+        unnamed: dict[str, str] = {}
+        for call, place, source in home.scenario(name).events:
+            if call in ("pwrite", "write", "ftruncate"):
+                unsynced.add(place)
+            elif call == "fsync":
+                unsynced.discard(place)
+                unnamed = {path: folder for path, folder in unnamed.items() if folder != place}
+            elif call in ("link", "rename", "replace") and "/." not in f"/{place}":
+                assert source not in unsynced, (name, place)
+                unnamed[place] = os.path.dirname(place) or "."
+                checked += 1
+            elif call == "unlink" and place.endswith((".h5", ".json")):
+                assert not [path for path in unnamed if path.endswith(".h5")], (name, place, unnamed)
+        assert unnamed == {}, (name, unnamed)
+    assert checked > 20
+
+
+# ---------------------------------------------------------------------------------------------- a disk that fails
+
+
+def points_of(home: Home, name: str, calls: tuple[str, ...], most: int) -> list[int]:
+    """Places of the calls among those calls only, at most so many, one of each kind before a second."""
+    scenario, rng = home.scenario(name), random.Random(SEED)
+    numbers = [n for n, (call, *_) in enumerate(scenario.events) if call in calls]
+    kinds = [rng.sample(found, len(found)) for kind, found in scenario.kinds().items() if kind.startswith(calls)]
+    order = [k[depth] for depth in range(len(numbers)) for k in kinds if depth < len(k) and k[depth] in numbers]
+    return sorted(numbers.index(n) for n in order[:most])
+
+
+def failing(home: Home, folder: Path, name: str, calls: tuple[str, ...], do: str, most: int, on: bool) -> list[Answer]:
+    """The operation with an error at each of these points; then all is well."""
+    scenario = home.scenario(name)
+    points = points_of(home, name, calls, most)
+    faults = [{"fault": {"at": k, "do": do, "calls": calls, "on": on}, **_room(name)} for k in points]
+    answers = disturbed(home.forks, scenario, folder, faults)
+    for answer in answers:
+        one_sentence(answer)
+    all_is_well_after(home.forks, scenario, folder, range(len(points)))
+    return answers
+
+
+def _room(name: str) -> dict[str, bool]:
+    return {"room": True} if name in ("new", "grow") else {}
+
+
+EVERY = 10_000
+
+
+@pytest.mark.parametrize("name", ["new", "grow", "mend", "compact", "merge"])
+def test_a_disk_that_is_full_from_one_moment_on(tmp_path: Path, home: Home, name: str) -> None:
+    answers = failing(home, tmp_path, name, WRITES, "ENOSPC", 8 if name == "new" else 4, on=True)
+    told = [answer.error for answer in answers if answer.error]
+    assert len(told) >= len(answers) - 1
+    assert all("No space left on device" in error for error in told), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["new", "grow", "mend", "gc", "compact", "merge"])
+def test_a_disk_that_is_full_from_any_write_on(tmp_path: Path, home: Home, name: str) -> None:
+    failing(home, tmp_path, name, WRITES, "ENOSPC", EVERY if name == "new" else 20, on=True)
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "link", "replace", "rename", "ftruncate"])
+def test_a_call_that_fails_once(tmp_path: Path, home: Home, call: str) -> None:
+    answers = failing(home, tmp_path, "grow" if call == "replace" else "new", (call,), "EIO", 4, on=False)
+    assert [answer.error for answer in answers if not answer.error or "Input/output error" not in answer.error] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grow", "mend", "gc", "compact", "merge"])
+def test_any_call_that_fails_once(tmp_path: Path, home: Home, name: str) -> None:
+    failing(home, tmp_path, name, (*WRITES, "fsync", "unlink", "rmdir", *MEMORY), "EIO", 24, on=False)
+
+
+def test_what_could_not_be_synced_is_thrown_away(tmp_path: Path, home: Home) -> None:
+    """After a failed fsync the bytes may be gone from memory though a second one succeeds."""
+    (answer,) = failing(home, tmp_path, "new", ("fsync",), "EIO", 1, on=False)
+    assert answer.error and answer.error.startswith("CannotWrite: cannot ")
+    names = [place for call, place, _ in answer.events[-1:]]
+    assert names and "fsync" == answer.events[-1][0]
+
+
+def test_a_file_system_without_hard_links(tmp_path: Path, home: Home) -> None:
+    for answer in failing(home, tmp_path, "new", ("link",), "EPERM", 2, on=True):
+        assert answer.error is None
+
+
+def test_writes_that_write_less_than_asked(tmp_path: Path, home: Home) -> None:
+    scenario = home.scenario("new")
+    fault = {"at": 0, "do": "short", "on": True, "calls": ("pwrite",)}
+    (answer,) = disturbed(home.forks, scenario, tmp_path, [{"fault": fault}])
+    assert answer.error is None
+    assert home.forks.done("state", cache=tmp_path / "0") == scenario.end
+
+
+def test_the_memory_of_digests_fails_and_nothing_else(tmp_path: Path, home: Home) -> None:
+    for answer in failing(home, tmp_path, "new", MEMORY, "ENOSPC", 3, on=True):
+        assert answer.error is None
+
+
+@pytest.mark.parametrize("most", [0, 100, 3000, 7000, 16_000, 17_000])
+def test_no_file_may_grow_beyond_a_limit(tmp_path: Path, home: Home, most: int) -> None:
+    scenario = home.scenario("new")
+    answer = home.forks.run("with_file_limit", job="extract", most=most, cache=tmp_path / "0", **scenario.arguments)
+    assert one_sentence(answer) and "File too large" in str(answer.error)
+    all_is_well_after(home.forks, scenario, tmp_path, [0])
+
+
+@pytest.mark.parametrize("what", ["tokens", "store", "cache"])
+def test_a_folder_is_removed_underneath(tmp_path: Path, home: Home, what: str) -> None:
+    scenario = home.scenario("new")
+    of_tokens = [n for n, (_, place, _) in enumerate(scenario.events) if "/tokens/" in place]
+    begun = max(n for n in of_tokens if scenario.events[n][0] == "open")
+    chosen = [begun - 1, begun, random.Random(SEED).choice(of_tokens), of_tokens[-1], of_tokens[-1] + 2]
+    for number, point in enumerate(chosen):
+        cache = tmp_path / str(number)
+        store = scenario.events[point][1].split("/")[0]
+        folder = {"tokens": cache / store / "tokens", "store": cache / store, "cache": cache}[what]
+        fault = {"at": point, "do": "remove", "what": str(folder)}
+        one_sentence(home.forks.run("extract", fault=fault, **scenario.on(cache)))
+        assert [path.parent.name for path in cache.glob("*/*.h5") if not (path.parent / "spec.json").exists()] == []
+        assert len(list(cache.glob("*/cls"))) == len(list(cache.glob("*/spec.json"))), "rows that belong to no store"
+    all_is_well_after(home.forks, replace(scenario, damaged=True), tmp_path, range(len(chosen)))
+
+
+# ---------------------------------------------------------------------------------------------- a small disk
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 160 kB."""
+    """A file system of its own, whose size can be set."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)], capture_output=True
-    )
-    if not mounted or mounted.returncode:
+    if not shutil.which("mount") or not _mount(folder, "4k"):
         pytest.skip("this user cannot mount a small file system")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_disk_that_is_really_full_loses_nothing_and_ends_no_interpreter(
-    small_disk: Path, undisturbed: tuple[Path, Path, View], monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
-    folder, data, clean = undisturbed
-    (small_disk / "ballast").write_bytes(bytes(70_000))
-    monkeypatch.setitem(
-        globals(),
-        "SCRIPT",
-        SCRIPT.replace(
-            "seen = 0", "seen = 0; extraction.shutil.disk_usage = lambda _: type('U', (), {'free': 10**9})", 1
-        ),
-    )
-    full = extract(folder, data, small_disk)
-    assert (full.returncode, full.stderr) == (1, "")
-    assert "No space left on device" in full.stdout
-    kept = committed(small_disk)
-    (small_disk / "ballast").unlink()
-    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    assert kept.items() <= committed(small_disk).items()
-    finishes_as_if_undisturbed(folder, data, small_disk, clean)
+def _mount(folder: Path, size: str, remount: str = "") -> bool:
+    words = ["mount", "-t", "tmpfs", "-o", f"{remount}size={size}", "tmpfs", str(folder)]
+    return subprocess.run(words, capture_output=True).returncode == 0
 
 
-def test_two_extractions_into_one_store_at_once(tmp_path: Path, undisturbed: tuple[Path, Path, View]) -> None:
-    folder, data, clean = undisturbed
-    words = [sys.executable, "-c", SCRIPT, str(folder), str(data), str(tmp_path), "nothing", "1"]
-    home = Path(featurecache.__file__).parent.parent
-    both = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=home) for _ in "ab"]
-    for process in both:
-        assert process.communicate()[1] == ""
-        assert process.returncode == 0
-    assert finishes_as_if_undisturbed(folder, data, tmp_path, clean) == 0
+def fills(home: Home, disk: Path, sizes: list[int]) -> None:
+    """The extraction on a disk of each of these sizes (kB), then on one that is large enough."""
+    scenario = home.scenario("new")
+    for size in sizes:
+        assert _mount(disk, f"{size}k", "remount,")
+        answer = home.forks.run("extract", cache=disk / "0", room=True, **scenario.arguments)
+        assert one_sentence(answer) and "No space left on device" in str(answer.error), (size, answer)
+        assert _mount(disk, "8m", "remount,")
+        all_is_well_after(home.forks, scenario, disk, [0])
+        shutil.rmtree(disk / "0")
 
 
-def test_a_cut_shard_says_what_to_do_and_its_rows_are_computed_again(
-    tmp_path: Path, undisturbed: tuple[Path, Path, View]
-) -> None:
-    folder, data, clean = undisturbed
-    extract(folder, data, tmp_path)
-    victim = sorted(tmp_path.glob("*/tokens/*.h5"))[0]
-    victim.write_bytes(victim.read_bytes()[:-100])
-    broken = extract(folder, data, tmp_path)
-    assert broken.returncode == 1
-    assert victim.name in broken.stdout
-    victim.unlink()
-    assert finishes_as_if_undisturbed(folder, data, tmp_path, clean) == 8
+def test_a_disk_that_is_really_full(small_disk: Path, home: Home) -> None:
+    fills(home, small_disk, [16, 60, 72])
+
+
+@pytest.mark.slow
+def test_disks_of_every_size(small_disk: Path, home: Home) -> None:
+    fills(home, small_disk, list(range(8, 80, 4)))

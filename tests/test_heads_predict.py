@@ -22,7 +22,7 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     view, calls = toy_view(n=200, splits="given", noise=2), []
 
-    def compute(images, *, like, output, device="auto", weights=None):
+    def compute(images, *, like, output, device="auto", weights=None, trust_code=False):
         calls.append((list(images), like, output, device))
         failed = [(i, "truncated after 3 bytes") for i, data in enumerate(images) if bytes(data) == b"bad"]
         rows = [int(bytes(data)) for data in images if bytes(data) != b"bad"]
@@ -101,7 +101,7 @@ def test_nothing_to_predict_is_no_error(asked):
     assert predict(train_head(view, "linear", epochs=1), []) == []
     assert calls == []
     assert as_table([]) == "no images"
-    assert as_csv([]).splitlines() == ["image,class,probability,error"]
+    assert as_csv([]).splitlines() == ['"image","class","probability","error"']
 
 
 RECORDS = [

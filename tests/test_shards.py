@@ -30,6 +30,7 @@ def rows(n: int, layout: Layout = LAYOUT, seed: int = 0) -> np.ndarray:
 
 
 def write(folder: Path, n: int, layout: Layout = LAYOUT, *, planned: int | None = None, start: int = 0) -> Path:
+    folder.mkdir(exist_ok=True)
     writer = ShardWriter(folder, digests(planned or n, start), layout, {"plan": "{}"})
     try:
         writer.append([bytes(d) for d in digests(n, start)], rows(n, layout))

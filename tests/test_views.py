@@ -43,7 +43,7 @@ def features(numbers, layout: Layout) -> np.ndarray:  # type: ignore[no-untyped-
 
 
 def add_shard(store: Store, numbers, layout: Layout) -> None:  # type: ignore[no-untyped-def]
-    writer = ShardWriter(store.path, digests(numbers), layout, {})
+    writer = ShardWriter(store.path, digests(numbers), layout, {"fingerprint": store.fingerprint})
     writer.append([bytes(d) for d in digests(numbers)], features(numbers, layout))
     writer.commit()
     writer.discard()

@@ -1,0 +1,176 @@
+"""Every call by which a process changes a folder, counted, and a fault at one of them.
+
+To be imported before anything else: pathlib and others take functions of `os` by name. Events are ``os`` calls that
+write, name or remove something below the watched folder, and the statements that sqlite3 is given for a file there.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import shutil
+import signal
+import sqlite3
+import threading
+import time
+from typing import Any
+
+_NAMED = ("link", "rename", "replace", "unlink", "mkdir", "rmdir")  # the path that changes is the last argument
+_OPEN = ("pwrite", "write", "ftruncate", "fsync")  # by descriptor
+
+_folder: str | None = None
+_fault: dict[str, Any] = {}
+_turn = threading.RLock()
+events: list[tuple[str, str, str]] = []  # (call, path below the folder, path it is made of)
+
+
+def arm(folder: str, fault: dict[str, Any]) -> None:
+    """Watch ``folder``. A fault has ``at`` (number of the event, from 0; None: none), what to do there (``do``), and
+    ``on``: at every later event of the same calls too. ``calls``: only these count.
+
+    kill, torn (half of it is written, then killed), short (half is written, and said so), pause (until the file
+    ``beside`` is gone again), remove (the folder ``what``), ENOSPC, EIO, ... (that error).
+    """
+    global _folder, _fault
+    events.clear()
+    _folder, _fault = os.path.realpath(folder), fault
+
+
+def _below(path: str) -> str | None:
+    if _folder is None:
+        return None
+    relative = os.path.relpath(os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path)), _folder)
+    return None if relative.startswith("..") else relative
+
+
+def _by_descriptor(descriptor: int) -> str | None:
+    try:
+        return _below(os.readlink(f"/proc/self/fd/{descriptor}"))
+    except OSError:
+        return None
+
+
+def _by_name(path: Any, at: int | None) -> str | None:
+    name = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
+    base = os.readlink(f"/proc/self/fd/{at}") if at is not None else os.getcwd()
+    return _below(os.path.join(base, name))
+
+
+def _reached(call: str, place: str, source: str, real: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    with _turn:
+        if call not in _fault.get("calls", (call,)):
+            return real(*arguments, **named)
+        number, at = len(events), _fault.get("at")
+        events.append((call, place, source))
+    if at is None or number < at or (number > at and not _fault.get("on")):
+        return real(*arguments, **named)
+    return _act(_fault["do"], call, real, arguments, named)
+
+
+def _act(do: str, call: str, real: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    if do in ("short", "torn") and call in ("pwrite", "write"):
+        descriptor, data, *rest = arguments
+        arguments = (descriptor, memoryview(data)[: max(1, len(data) // 2)], *rest)
+    if do == "torn":
+        real(*arguments, **named)
+    if do in ("kill", "torn"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if do == "pause":
+        open(_fault["beside"], "w").close()
+        while os.path.exists(_fault["beside"]):
+            time.sleep(0.002)
+    if do == "remove":
+        _unwatched(shutil.rmtree, _fault["what"])
+    if hasattr(errno, do):
+        if call.startswith("sqlite"):
+            raise sqlite3.OperationalError("database or disk is full" if do == "ENOSPC" else "disk I/O error")
+        raise OSError(getattr(errno, do), os.strerror(getattr(errno, do)))
+    return real(*arguments, **named)
+
+
+def _unwatched(function: Any, *arguments: Any) -> None:
+    global _folder
+    kept, _folder = _folder, None
+    try:
+        function(*arguments)
+    finally:
+        _folder = kept
+
+
+def _wrap_open_file(call: str) -> None:
+    real = getattr(os, call)
+
+    @functools.wraps(real)
+    def counted(descriptor: int, *rest: Any, **named: Any) -> Any:
+        place = _by_descriptor(descriptor) if _folder else None
+        if place is None:
+            return real(descriptor, *rest, **named)
+        return _reached(call, place, "", real, (descriptor, *rest), named)
+
+    setattr(os, call, counted)
+
+
+def _wrap_name(call: str) -> None:
+    real = getattr(os, call)
+
+    @functools.wraps(real)
+    def counted(*arguments: Any, **named: Any) -> Any:
+        two = call in ("link", "rename", "replace")
+        place = _by_name(arguments[1 if two else 0], named.get("dir_fd", named.get("dst_dir_fd"))) if _folder else None
+        if place is None:
+            return real(*arguments, **named)
+        source = (_by_name(arguments[0], named.get("src_dir_fd")) or "") if two else ""
+        return _reached(call, place, source, real, arguments, named)
+
+    setattr(os, call, counted)
+
+
+def _wrap_create() -> None:
+    real = os.open
+
+    @functools.wraps(real)
+    def counted(path: Any, flags: int, *rest: Any, **named: Any) -> Any:
+        place = _by_name(path, named.get("dir_fd")) if _folder and flags & os.O_CREAT else None
+        if place is None:
+            return real(path, flags, *rest, **named)
+        return _reached("open", place, "", real, (path, flags, *rest), named)
+
+    os.open = counted
+
+
+class _Counted(sqlite3.Connection):
+    place: str | None = None
+
+    def execute(self, statement: str, *rest: Any) -> sqlite3.Cursor:
+        return self._counted(statement, super().execute, statement, *rest)
+
+    def executemany(self, statement: str, *rest: Any) -> sqlite3.Cursor:
+        return self._counted(statement, super().executemany, statement, *rest)
+
+    def _counted(self, statement: str, real: Any, *arguments: Any) -> sqlite3.Cursor:
+        word = statement.split()[0]
+        if self.place is None or word in ("PRAGMA", "SELECT"):
+            return real(*arguments)
+        return _reached(f"sqlite {word}", self.place, "", real, arguments, {})
+
+
+def _wrap_sqlite() -> None:
+    real = sqlite3.connect
+
+    @functools.wraps(real)
+    def connect(name: Any, *rest: Any, **named: Any) -> sqlite3.Connection:
+        connection = real(name, *rest, **{"factory": _Counted, **named})
+        if _folder:
+            connection.place = _below(os.path.abspath(os.fsdecode(name).removeprefix("file:").split("?")[0]))
+        return connection
+
+    sqlite3.connect = connect
+
+
+for _call in _OPEN:
+    _wrap_open_file(_call)
+for _call in _NAMED:
+    _wrap_name(_call)
+_wrap_create()
+_wrap_sqlite()

@@ -1,0 +1,278 @@
+"""Export: one plain file, read by plain libraries, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from tiny_cache import CLS, TOKENS, features, make_view
+
+import featurecache
+from featurecache import exporting, formats
+from featurecache.errors import BadOption, CannotWrite
+from featurecache.exporting import export_view
+from featurecache.files import Draft
+from featurecache.reader import View
+
+ORDER = [7, 3, 3, 0, 11, 10, 9, 1, 2]
+IDS = [f"é/{k}.png" for k in range(len(ORDER))]
+
+
+@pytest.fixture
+def view(tmp_path: Path, monkeypatch) -> View:  # type: ignore[no-untyped-def]
+    """With groups and further columns; two rows a block, so that every writer writes several."""
+    monkeypatch.setattr(formats, "BLOCK", 80)
+    site = np.array(["a/b", "ö", *"cdefghi"], object)
+    meta = {"age": np.array([30.5, np.nan, *range(7)]), "site": site, "id": np.array(ORDER)}
+    return make_view(tmp_path / "cache", ORDER, groups=[f"p{k}" for k in range(9)], meta=meta)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_the_h5_opens_in_plain_h5py_without_the_cache(tmp_path: Path, view: View, compress: bool) -> None:
+    done = export_view(view, tmp_path / "set.h5", compress=compress)
+    expected = {name: view.array(name) for name in view.outputs}
+    view.store.rename(tmp_path / "gone")
+    with h5py.File(done.path) as file:
+        assert file["ids"].asstr()[...].tolist() == IDS
+        assert file["labels"][...].tolist() == [k % 2 for k in ORDER]
+        assert file["groups"].asstr()[3] == "p3" and file["meta/site"].asstr()[1] == "ö" and file["meta/age"][0] == 30.5
+        assert file["digests"][...].tolist() == view.digests.tolist()
+        assert json.loads(file.attrs["classes"]) == ["no", "yes"] and file.attrs["fingerprint"] == view.fingerprint
+        assert "index" not in file and "checksums" not in file
+        for name, layout in (("cls", CLS), ("tokens", TOKENS)):
+            data = file[name]
+            assert not data.is_virtual and (data.compression, data.shuffle) == (
+                ("gzip", True) if compress else (None, False)
+            )
+            assert np.array_equal(data[...], features(ORDER, layout)) and np.array_equal(data[...], expected[name])
+        assert json.loads(file["tokens"].attrs["prefix"]) == ["cls"] and json.loads(file["tokens"].attrs["grid"]) == [
+            2,
+            2,
+        ]
+    assert (done.rows, done.bytes, done.format) == (9, done.path.stat().st_size, "hdf5")
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_the_npz_is_read_by_numpy_without_pickle(tmp_path: Path, view: View, compress: bool) -> None:
+    with np.load(export_view(view, tmp_path / "set.npz", compress=compress).path, allow_pickle=False) as file:
+        assert file["ids"].tolist() == IDS and file["meta/site"][0] == "a/b"
+        assert file["labels"].tolist() == view.labels.tolist() and file["classes"].tolist() == ["no", "yes"]
+        assert np.array_equal(file["cls"], features(ORDER, CLS)) and np.array_equal(
+            file["tokens"], features(ORDER, TOKENS)
+        )
+        assert file["cls"].dtype == np.float16 and file["tokens"].dtype == np.float16
+        about = json.loads(str(file["attributes"]))
+    assert json.loads(about["outputs"])["tokens"] == {"prefix": ["cls"], "grid": [2, 2]} and about["task"] == "binary"
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_the_parquet_has_a_row_an_image_and_vectors_as_lists_of_fixed_size(
+    tmp_path: Path, view: View, compress: bool
+) -> None:
+    from pyarrow import parquet
+
+    done = export_view(view, tmp_path / "set.parquet", outputs="cls,mean", compress=compress)
+    table = parquet.read_table(done.path)
+    assert table["id"].to_pylist() == IDS and table["class"].to_pylist() == [("no", "yes")[k % 2] for k in ORDER]
+    assert table["meta.id"].to_pylist() == ORDER and table["site"][1].as_py() == "ö"
+    assert table.schema.field("cls").type.list_size == 4
+    assert np.array_equal(np.array(table["cls"].to_pylist(), np.float16), features(ORDER, CLS))
+    assert np.array_equal(np.array(table["mean"].to_pylist(), np.float32), view.array("mean"))
+    codec = parquet.ParquetFile(done.path).metadata.row_group(0).column(0).compression
+    assert codec == ("ZSTD" if compress else "UNCOMPRESSED")
+
+
+def test_the_safetensors_is_read_by_its_library(tmp_path: Path, view: View) -> None:
+    from safetensors import safe_open
+
+    with safe_open(export_view(view, tmp_path / "set.safetensors").path, "pt") as file:
+        assert torch.equal(file.get_tensor("cls"), torch.from_numpy(features(ORDER, CLS)))
+        assert torch.equal(file.get_tensor("tokens"), torch.from_numpy(features(ORDER, TOKENS)))
+        assert file.get_tensor("labels").tolist() == view.labels.tolist()
+        about = file.metadata()
+    assert json.loads(about["ids"]) == IDS and json.loads(about["splits"]) == view.splits
+    assert json.loads(about["meta"])["age"][:2] == [30.5, None] and json.loads(about["classes"]) == ["no", "yes"]
+
+
+@pytest.mark.parametrize("ending", ["h5", "npz", "safetensors"])
+def test_what_follows_from_stored_tokens_may_be_exported(tmp_path: Path, view: View, ending: str) -> None:
+    path = export_view(view, tmp_path / f"set.{ending}", outputs="tokens-7,tokens-3x3").path
+    for name in ("tokens-7", "tokens-3x3"):
+        assert np.array_equal(read_output(path, name), view.array(name))
+
+
+def read_output(path: Path, name: str) -> np.ndarray:
+    if path.suffix == ".h5":
+        with h5py.File(path) as file:
+            return file[name][...]
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[name]
+    from safetensors.numpy import load_file
+
+    return load_file(path)[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("set.parquet", {}, "Parquet holds vectors, and tokens is 5×4 an image: --outputs cls, or export to .h5"),
+        ("set.safetensors", {"compress": True}, "safetensors has no compression"),
+        ("set.csv", {}, r'"set.csv" has no ending that names a format; there are \.h5'),
+        ("old.h5", {}, "exists; --overwrite replaces it"),
+        ("cache/tiny.h5", {}, "belongs to a cache"),
+        ("set.h5", {"outputs": ","}, "names no output"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(tmp_path: Path, view: View, name: str, options, said: str) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "old.h5").write_text("mine")
+    target = view.store / "x.h5" if name.startswith("cache") else tmp_path / name
+    with pytest.raises(BadOption, match=said):
+        export_view(view, target, **options)
+    assert (tmp_path / "old.h5").read_text() == "mine" and not (tmp_path / "set.h5").exists()
+
+
+def test_columns_too_long_for_the_header_of_a_safetensors_file_are_refused(
+    tmp_path: Path, view: View, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(formats, "_HEADER", 500)
+    with pytest.raises(BadOption, match="too long for the header"):
+        export_view(view, tmp_path / "set.safetensors")
+    assert list(tmp_path.glob("*set*")) == []
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path, view: View, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(CannotWrite, match=r"are to be written and .* has 100 B free"):
+        export_view(view, tmp_path / "set.h5")
+    assert list(tmp_path.glob("*set*")) == []
+
+
+# Runs in a process of its own: HDF5 could end it.
+SCRIPT = """
+import os, resource, signal, sys
+from pathlib import Path
+import featurecache
+from featurecache import formats
+from featurecache.exporting import export_view
+formats.BLOCK, formats.CHUNK = 256, 512
+view, folder = featurecache.open_view(sys.argv[1]), Path(sys.argv[2])
+plenty = resource.getrlimit(resource.RLIMIT_FSIZE)
+for ending, compress, limits in (
+    ("h5", False, (100, 5_000, 20_000)), ("h5", True, (100, 3_000, 6_000)), ("npz", False, (100, 5_000, 20_000)),
+    ("safetensors", False, (100, 40_000)), ("parquet", False, (5_000,)),
+):
+    target = folder / f"set.{ending}"
+    for limit in limits:
+        target.write_text("mine")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, plenty[1]))
+        try:
+            outputs = "cls" if ending == "parquet" else None
+            export_view(view, target, outputs=outputs, compress=compress, overwrite=True)
+            print(ending, limit, "written")
+        except featurecache.FeatureCacheError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, plenty)
+            said = f"cannot write {target}: File too large. What was there before is as it was"
+            fine = target.read_text() == "mine" and not list(folder.glob(".*")) and str(error).startswith(said)
+            print(ending, limit, type(error).__name__, "fine" if fine else error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, plenty)
+seen, real = [0], os.pwrite
+def pwrite(*words):
+    seen[0] += 1
+    if seen[0] == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*words)
+os.pwrite = pwrite
+(folder / "killed.h5").write_text("mine")
+sys.stdout.flush()
+export_view(view, folder / "killed.h5", overwrite=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory) -> tuple[View, Path, subprocess.CompletedProcess[str]]:  # type: ignore[no-untyped-def]
+    home = tmp_path_factory.mktemp("disturbed")
+    view, folder = make_view(home / "cache", range(600), per_shard=600), home / "out"
+    folder.mkdir()
+    words = [sys.executable, "-c", SCRIPT, str(view.path), str(folder)]
+    root = Path(featurecache.__file__).parent.parent
+    return view, folder, subprocess.run(words, capture_output=True, text=True, cwd=root)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_file_that_was_there(disturbed) -> None:  # type: ignore[no-untyped-def]
+    lines = disturbed[2].stdout.splitlines()
+    assert disturbed[2].stderr == "" and len(lines) == 12
+    assert [line for line in lines if not line.endswith("CannotWrite fine")] == []
+
+
+def test_killed_the_old_file_stays_and_the_next_export_clears_up(disturbed) -> None:  # type: ignore[no-untyped-def]
+    view, folder, done = disturbed
+    assert done.returncode == -9
+    target, somebodys = folder / "killed.h5", folder / ".editor.abc.tmp"
+    somebodys.write_text("not ours")
+    assert target.read_text() == "mine" and len(list(folder.glob(".*.tmp"))) == 2
+    export_view(view, target, overwrite=True)
+    assert np.array_equal(read_output(target, "cls"), features(range(600), CLS))
+    assert list(folder.glob(".*.tmp")) == [somebodys]
+
+
+def test_a_chunk_index_that_hdf5_reads_back_is_the_one_it_wrote(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(formats, "CHUNK", 16)  # 3,000 chunks: their index is far larger than HDF5's cache of it
+    view = make_view(tmp_path / "cache", range(3000), per_shard=3000, layouts=[CLS])
+    path = export_view(view, tmp_path / "set.h5", compress=True).path
+    assert np.array_equal(read_output(path, "cls")[:2048:7], features(range(0, 2048, 7), CLS))
+
+
+class Full:
+    """A draft on a disk that takes ten bytes."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        if offset + len(data) > 10:
+            raise CannotWrite(28, "full")
+        self.data[offset : offset + len(data)] = data
+
+    def read(self, offset: int, size: int) -> bytes:
+        return bytes(self.data[offset : offset + size])
+
+
+def test_the_writer_never_meets_a_failed_write_and_reads_back_what_it_wrote() -> None:
+    sink = exporting.Sink(Full())  # type: ignore[arg-type]
+    assert sink.write(b"12345678") == 8
+    assert sink.write(b"abcdef") == 6
+    sink.seek(2)
+    assert sink.write(b"xy") == 2
+    sink.seek(0)
+    assert sink.read(20) == b"12xy5678abcdef"
+    with pytest.raises(CannotWrite, match="full"):
+        sink.check()
+
+
+@pytest.mark.parametrize("ending", ["h5", "npz", "safetensors"])
+@pytest.mark.parametrize("number", [1, 3, -1])
+def test_one_write_that_fails_is_enough(tmp_path: Path, view: View, monkeypatch, ending: str, number: int) -> None:  # type: ignore[no-untyped-def]
+    target, seen, real = tmp_path / f"set.{ending}", [0], Draft.write
+    if number < 0:  # the last: written when all rows are
+        monkeypatch.setattr(Draft, "write", lambda *words: seen.__setitem__(0, seen[0] + 1) or real(*words))
+        export_view(view, target)
+        number, seen[0] = seen[0], 0
+
+    def write(*words):  # type: ignore[no-untyped-def]
+        seen[0] += 1
+        if seen[0] == number:
+            raise CannotWrite(28, "full")
+        return real(*words)
+
+    target.write_text("mine")
+    monkeypatch.setattr(Draft, "write", write)
+    with pytest.raises(CannotWrite, match=r"No space left on device\. What was there before is as it was"):
+        export_view(view, target, overwrite=True)
+    assert target.read_text() == "mine" and list(tmp_path.glob(".*")) == []

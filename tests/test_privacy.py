@@ -1,0 +1,245 @@
+"""``--hash-ids``, ``--hash-groups``: no byte of a cache holds a patient's name, and images are found again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import save_vit
+from click.testing import CliRunner
+from pictures import save_picture
+
+import featurecache
+from featurecache import looking, planning, privacy
+from featurecache.errors import BadOption, CannotWrite, SourceError
+from featurecache.privacy import Secret, hidden, known_secret, load_secret
+from featurecache.reader import View
+from featurecache.sources import open_source, reopen
+
+NAMES = ["Meier", "Garcia", "Nguyen", "Ørsted"]
+
+
+@pytest.fixture(autouse=True)
+def _config(tmp_path: Path, monkeypatch) -> Path:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(looking, "YOUNG", 0)
+    monkeypatch.delenv(privacy.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return tmp_path / "config"
+
+
+@pytest.fixture
+def vit(tmp_path: Path) -> str:
+    return str(save_vit(tmp_path / "vit"))
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A table whose paths, groups and some further columns are names; one image is text, one is missing."""
+    lines = ["path,label,patient,portrait,remark,case,age,number"]
+    for k, name in enumerate(NAMES * 2):
+        path = f"{name}/{name}_Anna_{k}.png"
+        save_picture(tmp_path / "scans" / path, k)
+        lines.append(f"{path},{k % 2},{name} Anna,{path.upper()},seen by Dr. {name} anna,{k},{30 + k},{70 + k % 4}")
+    (tmp_path / "scans" / "Weiss.png").write_text("Weiss")
+    lines += ["Weiss.png,0,,,,,,", "Schwarz.png,1,Schwarz Anna,,,,,"]
+    (tmp_path / "scans" / "list.csv").write_text("\n".join(lines), "utf-8")
+    return tmp_path / "scans" / "list.csv"
+
+
+def found_in(cache: Path, *words: str) -> list[str]:
+    """Which words stand in any byte of any file, or in its name, however they are written."""
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    content = b"\0".join(str(path.relative_to(cache)).encode() + path.read_bytes() for path in files)
+
+    def spelt(word: str) -> list[bytes]:
+        cases = (word, word.lower(), word.upper())
+        return [
+            form for case in cases for form in (case.encode(), case.encode("utf-16-le"), ascii(case)[1:-1].encode())
+        ]
+
+    return [word for word in words if any(form in content for form in spelt(word))]
+
+
+EVERYBODY = [*NAMES, "Weiss", "Schwarz", "Anna"]
+
+
+def test_no_byte_of_the_cache_holds_a_name(tmp_path: Path, table: Path, vit: str) -> None:
+    options = {"backbone": vit, "outputs": "cls,tokens", "cache": tmp_path / "c", "workers": 2}
+    result = featurecache.extract(table, **options, hash_ids=True, hash_groups=True)
+    assert (result.images, len(result.failed)) == (8, 2)
+    assert found_in(tmp_path / "c", *EVERYBODY) == []
+    view = View(result.view)
+    assert all(len(name) == 32 for name in [*view.ids, *(view.groups or [])])
+    assert view.source["data"] == str(table)  # that remains
+    assert view.meta["age"].tolist() == [30 + k for k in range(8)]
+    plain = featurecache.extract(table, **options, name="plain")  # the grep does find what is there
+    assert found_in(tmp_path / "c", *EVERYBODY) == EVERYBODY
+    assert torch.equal(View(plain.view).tensor("tokens"), view.tensor("tokens"))
+
+
+def test_the_memory_of_files_is_keyed_with_the_secret_too(tmp_path: Path, table: Path) -> None:
+    options = {"backbone": "vit-demo", "random_weights": True, "cache": tmp_path / "c", "remember": True}
+    hashed = planning.prepare(table, **options, hash_ids=True).looked
+    plain = planning.prepare(table, **options).looked
+    assert hashed is not None and plain is not None
+    assert not set(hashed.seen.keys.tolist()) & set(plain.seen.keys.tolist())
+
+
+def test_columns_that_hold_what_is_hashed_are_hashed_and_named(table: Path) -> None:
+    dataset = hidden(open_source(table), Secret(bytes(32)), ids=True, groups=True)
+    assert dataset.notes[-1].endswith("and are hashed too: portrait, remark.")
+    assert set(dataset.meta) == {"portrait", "remark", "case", "age", "number"}
+    assert dataset.meta["portrait"][-1] == ""
+
+
+def test_numbers_of_patients_in_a_further_column_are_hashed_and_other_numbers_are_not(tmp_path: Path) -> None:
+    lines = ["path,patient,mrn,pulse", *(f"{k}.png,{4000 + k},{4000 + k},{4000 - k}" for k in range(5))]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    dataset = hidden(open_source(tmp_path / "t.csv"), Secret(bytes(32)), ids=False, groups=True)
+    assert all(len(cell) == 32 for cell in dataset.meta["mrn"])
+    assert dataset.meta["pulse"][1] == 3999
+    assert dataset.ids == [f"{k}.png" for k in range(5)]
+
+
+def test_an_image_without_a_group_does_not_leave_its_name_as_one(table: Path) -> None:
+    dataset = hidden(open_source(table), Secret(bytes(32)), ids=True, groups=False)
+    assert dataset.groups is not None and dataset.groups[8] == dataset.ids[8] != "Weiss.png"
+    assert dataset.groups[0] == "Meier Anna"
+
+
+def test_groups_stay_together_and_keep_their_hash_across_data_sets(table: Path) -> None:
+    dataset = open_source(table)
+    one = hidden(dataset, Secret(bytes(32)), ids=True, groups=True)
+    assert one.groups is not None and one.groups[0] == one.groups[4] != one.groups[1]
+    table.with_name("b.csv").write_text("path,patient\nMeier/Meier_Anna_0.png,Meier Anna\n")
+    two = hidden(open_source(table.with_name("b.csv")), Secret(bytes(32)), ids=True, groups=True)
+    assert (two.ids[0], two.groups) == (one.ids[0], [one.groups[0]])
+    other = hidden(dataset, Secret(b"\1" * 32), ids=True, groups=True)
+    assert not {*other.ids, *(other.groups or [])} & {*one.ids, *one.groups}
+
+
+def test_the_same_images_are_found_again_through_the_view(tmp_path: Path, table: Path, vit: str) -> None:
+    options = {"backbone": vit, "outputs": "cls", "cache": tmp_path / "c", "hash_ids": True, "hash_groups": True}
+    view = View(featurecache.extract(table, **options).view)
+    dataset = reopen(view.source)
+    assert [name for name in dataset.ids if name in view.ids] == view.ids
+    assert dataset.read(0) == (table.parent / "Meier" / "Meier_Anna_0.png").read_bytes()
+    assert dataset.source == view.source
+    assert hidden(dataset, load_secret(), ids=True, groups=True) is dataset  # not once more
+    assert featurecache.extract(table, **options).computed == 0
+    assert featurecache.extract(dataset, backbone=vit, cache=tmp_path / "c", outputs="cls").computed == 0
+    assert "--hash-ids --hash-groups" in view.extract_command("pooler")
+
+
+def test_another_secret_or_none_is_said_and_not_taken_for_other_images(
+    tmp_path: Path, monkeypatch, table: Path, vit: str
+) -> None:  # type: ignore[no-untyped-def]
+    view = View(featurecache.extract(table, backbone=vit, outputs="cls", cache=tmp_path / "c", hash_ids=True).view)
+    monkeypatch.setenv(privacy.VARIABLE, "of somebody else")
+    with pytest.raises(SourceError, match="a secret that is another one"):
+        reopen(view.source)
+    monkeypatch.delenv(privacy.VARIABLE)
+    shutil.rmtree(tmp_path / "config")
+    with pytest.raises(SourceError, match="a secret that is not here"):
+        reopen(view.source)
+    assert not (tmp_path / "config").exists()
+
+
+def test_the_command_hashes_and_its_lines_show_the_files(tmp_path: Path, table: Path, vit: str) -> None:
+    from cli import main
+
+    words = ["extract", "--backbone", vit, "--data", str(table), "--cache", str(tmp_path / "c"), "--outputs", "cls"]
+    dry = CliRunner().invoke(main, [*words, "--hash-ids", "--hash-groups", "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert not (tmp_path / "config").exists() and not (tmp_path / "c").exists()
+    run = CliRunner().invoke(main, [*words, "--hash-ids", "--hash-groups", "--json"])
+    record = json.loads(run.stdout)
+    assert [Path(entry["id"]).name for entry in record["failed"]] == ["Weiss.png", "Schwarz.png"]
+    assert found_in(tmp_path / "c", *EVERYBODY) == []
+    stopped = CliRunner().invoke(main, [*words, "--hash-ids", "--on-error", "fail", "--name", "x"])
+    assert "Schwarz.png: no such file" in stopped.output
+
+
+def test_a_view_with_names_is_not_replaced_by_one_without(tmp_path: Path, table: Path, vit: str) -> None:
+    options = {"backbone": vit, "outputs": "cls", "cache": tmp_path / "c"}
+    featurecache.extract(table, **options)
+    with pytest.raises(BadOption, match=r"was made without --hash-ids: with it no image.*--name.*featurecache rm "):
+        featurecache.extract(table, **options, hash_ids=True)
+    hashed = featurecache.extract(table, **options, hash_ids=True, name="hashed")
+    assert hashed.computed == 0
+    with pytest.raises(BadOption, match="was made with --hash-ids: without it"):
+        featurecache.extract(table, **options, name="hashed")
+
+
+def test_groups_hashed_later_replace_those_that_were_there(tmp_path: Path, vit: str) -> None:
+    lines = ["path,patient", *(f"{k}.png,{name} Anna" for k, name in enumerate(NAMES))]
+    for k in range(len(NAMES)):
+        save_picture(tmp_path / "g" / f"{k}.png", k)
+    (tmp_path / "g" / "list.csv").write_text("\n".join(lines), "utf-8")
+    options = {"backbone": vit, "outputs": "cls", "cache": tmp_path / "c"}
+    featurecache.extract(tmp_path / "g" / "list.csv", **options)
+    assert found_in(tmp_path / "c", *NAMES) == NAMES
+    view = View(featurecache.extract(tmp_path / "g" / "list.csv", **options, hash_groups=True).view)
+    assert (found_in(tmp_path / "c", *NAMES), view.ids[0]) == ([], "0.png")
+
+
+def test_ids_that_name_the_groups_are_pointed_out(table: Path) -> None:
+    dataset = hidden(open_source(table), Secret(bytes(32)), ids=False, groups=True)
+    assert not any("ids still name" in note for note in dataset.notes)  # the group is "Meier Anna", the id "Meier_Anna"
+    table.write_text("path,patient\nMeier/Meier_Anna_0.png,Meier\n")
+    dataset = hidden(open_source(table), Secret(bytes(32)), ids=False, groups=True)
+    assert dataset.notes[-1] == "The ids still name the groups: --hash-ids hides them too."
+
+
+def test_the_secret_is_made_once_for_this_user_alone(tmp_path: Path) -> None:
+    first = load_secret()
+    assert not (tmp_path / "config").exists()
+    first.keep()
+    path = tmp_path / "config" / "featurecache" / "secret"
+    assert (stat.S_IMODE(path.stat().st_mode), len(path.read_text().strip())) == (0o600, 64)
+    assert load_secret() == Secret(first.value)
+    assert [file.name for file in path.parent.iterdir()] == ["secret"]
+    first.keep()
+    with pytest.raises(BadOption, match="another process has just made the secret"):
+        Secret(bytes(32), path).keep()
+
+
+def test_a_secret_that_others_can_read_or_that_is_none_is_refused(tmp_path: Path) -> None:
+    load_secret().keep()
+    path = privacy.secret_file()
+    path.chmod(0o644)
+    with pytest.raises(BadOption, match="can be read by others; close it: chmod 600"):
+        load_secret()
+    path.chmod(0o600)
+    path.write_text("password")
+    with pytest.raises(BadOption, match="is not a secret of featurecache"):
+        load_secret()
+    path.write_bytes(b"\xff")
+    with pytest.raises(BadOption, match="cannot be read"):
+        load_secret()
+
+
+def test_a_secret_inside_the_cache_is_refused(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "c" / "config"))
+    with pytest.raises(BadOption, match="lies in the cache"):
+        planning.prepare("digits", backbone="vit-demo", random_weights=True, cache=tmp_path / "c", hash_ids=True)
+
+
+def test_where_it_cannot_be_kept_nothing_is_extracted(tmp_path: Path, vit: str, table: Path) -> None:
+    (tmp_path / "config").symlink_to("nowhere")
+    with pytest.raises(CannotWrite, match=r"cannot keep the secret of --hash-ids in .*FEATURECACHE_SECRET="):
+        featurecache.extract(table, backbone=vit, cache=tmp_path / "c", hash_ids=True)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_secret_from_the_environment(monkeypatch, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv(privacy.VARIABLE, "a long random text")
+    secret = load_secret()
+    assert (len(secret.value), secret.file, known_secret({"secret": secret.check})) == (32, None, secret)
+    assert "long" not in repr(secret)
+    monkeypatch.setenv(privacy.VARIABLE, "another")
+    assert load_secret().check != secret.check

@@ -1,0 +1,70 @@
+"""A cache of a few rows without a backbone: every row says which image it is of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from featurecache.files import FORMAT
+from featurecache.reader import View
+from featurecache.shards import DIGEST, Layout, ShardWriter, notes_for
+from featurecache.spec import ExtractionSpec, canonical_json
+from featurecache.stores import Store, create_store
+from featurecache.views import Rows, write_view
+
+CLS = Layout("cls", (4,), "float16")
+TOKENS = Layout("tokens", (5, 4), "float16", ("cls",), (2, 2))
+
+
+def make_spec(**change) -> ExtractionSpec:  # type: ignore[no-untyped-def]
+    record = {"architecture": {"class": "Tiny"}, "weights": {"random_seed": 0}, "preprocess": {"mean": [0.5]}}
+    return ExtractionSpec(**{**record, "image_size": (8, 8), "position_embeddings": "as trained", **change})
+
+
+def make_store(cache: Path, name: str = "tiny", **spec) -> Store:  # type: ignore[no-untyped-def]
+    return create_store(cache, name, make_spec(**spec), {"backbone": name, "request": {"name": name}})
+
+
+def digests(numbers: Sequence[int]) -> np.ndarray:
+    return np.array([f"{k:032x}" for k in numbers], DIGEST)
+
+
+def features(numbers: Sequence[int], layout: Layout) -> np.ndarray:
+    values = np.asarray(list(numbers), layout.dtype).reshape(-1, *(1 for _ in layout.row_shape))
+    return values + np.linspace(0, 0.5, int(np.prod(layout.row_shape)), dtype=layout.dtype).reshape(layout.row_shape)
+
+
+def add_shard(store: Store, numbers: Sequence[int], layout: Layout) -> Path:
+    """Rows of images ``numbers``; the rounding error of image k is k thousandths."""
+    writer = ShardWriter(store.path, digests(numbers), layout, notes_for(store.fingerprint, "cpu", {"threads": 1}))
+    errors = np.array([k / 1000 for k in numbers], np.float32)
+    writer.append([bytes(d) for d in digests(numbers)], features(numbers, layout), errors)
+    path = writer.commit()
+    assert path is not None
+    return path
+
+
+def add_view(store: Store, name: str, order: Sequence[int], layouts: Sequence[Layout], **change) -> View:  # type: ignore[no-untyped-def]
+    """A view of images ``order`` (repeats allowed), which must lie in the store's shards; labels are their parity."""
+    numbers = np.asarray(order)
+    ids, splits = [f"é/{k}.png" for k in range(len(order))], ["train", "val", "test"] * len(order)
+    rows = Rows(ids, numbers % 2, splits[: len(order)], digests(order), **change)
+    attributes = {
+        "classes": json.dumps(["no", "yes"]), "task": "binary", "spec": canonical_json(store.spec.to_dict()),
+        "fingerprint": store.fingerprint, "format_version": FORMAT, "source": '{"data": "toys"}', "failed": "[]",
+    }  # fmt: skip
+    located = {layout: store.locate(layout, rows.digests) for layout in layouts}
+    return View(write_view(store, name, rows, attributes, located))  # type: ignore[arg-type]
+
+
+def make_view(cache: Path, order: Sequence[int], *, per_shard: int = 4, layouts: Sequence[Layout] = (CLS, TOKENS),
+              name: str = "set", **change) -> View:  # type: ignore[no-untyped-def]  # fmt: skip
+    """A store with the distinct images of ``order``, ascending, in shards of ``per_shard`` rows, and a view of them."""
+    store, distinct = make_store(cache), sorted(set(order))
+    for layout in layouts:
+        for start in range(0, len(distinct), per_shard):
+            add_shard(store, distinct[start : start + per_shard], layout)
+    return add_view(store, name, order, layouts, **change)
