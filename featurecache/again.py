@@ -16,7 +16,8 @@ from featurecache.forward import Compute, exact_arithmetic, layout_of, pick_devi
 from featurecache.outputs import Output, derive, parse
 from featurecache.reader import View
 from featurecache.shards import TORCH_DTYPE
-from featurecache.stores import Store, open_store
+from featurecache.spec import ExtractionSpec
+from featurecache.stores import Store
 
 
 class Again:
@@ -113,7 +114,9 @@ def compute(
     Encoded bytes or arrays uint8 [H,W] / [H,W,3] → ([n, ...] in the storage dtype, [(index, reason)] of those left
     out). For the other arguments and what is raised see `Again`.
     """
-    again = Again(open_store(like.store), device=device, weights=weights, trust_code=trust_code)
+    spec = ExtractionSpec.from_dict(like.spec)  # the store itself, with its plan and canary, may be gone
+    store = Store(like.store, spec, spec.fingerprint, like.provenance)
+    again = Again(store, device=device, weights=weights, trust_code=trust_code)
     rows, _, failed = again.rows(images, parse(output))
     return rows, failed
 

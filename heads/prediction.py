@@ -107,7 +107,7 @@ def _predict_part(run: Run, part: list[tuple[str, Any]], device: str, weights: s
     wanted = [i for i, (_, data) in enumerate(part) if not isinstance(data, str)]
     if not wanted:
         return records
-    where = Path(run.config["view"]["path"]).parent  # the store, for its plan; it need not be there any more
+    where = Path(run.config["view"]["path"]).parent  # the store, for its plan and canary; it need not be there any more
     like = SimpleNamespace(
         spec=run.config["spec"], provenance=run.config["provenance"], label=run.config["view"]["label"], store=where
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -395,6 +396,14 @@ def test_a_run_interrupted_by_ctrl_c_keeps_what_it_had_and_continues(tmp_path: P
     assert result.computed == 5
     clean = run(images, folder, tmp_path / "clean", batch_size=4)
     assert torch.equal(View(result.view).tensor("tokens"), clean.tensor("tokens"))
+
+
+def test_new_images_are_computed_after_the_store_is_gone(tmp_path: Path, images: Path) -> None:
+    view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c", outputs="cls", batch_size=8)
+    before = view.tensor("cls", rows=[0])
+    shutil.rmtree(view.store)
+    rows, _ = featurecache.compute([(images / view.ids[0]).read_bytes()], like=view, output="cls")
+    assert torch.equal(rows, before)
 
 
 def test_new_images_through_compute_are_what_the_cache_holds(tmp_path: Path, images: Path) -> None:
