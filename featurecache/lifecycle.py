@@ -20,7 +20,7 @@ from featurecache.canary import canary_path
 from featurecache.errors import BadOption, CacheError, FeatureCacheError
 from featurecache.exporting import check_room
 from featurecache.extraction import shard_rows
-from featurecache.files import dead_drafts, draft_path, sweep_drafts, sync_path
+from featurecache.files import dead_drafts, draft_path, sweep_drafts, sync_path, writing
 from featurecache.locks import alone
 from featurecache.outputs import parse
 from featurecache.reader import View
@@ -53,8 +53,9 @@ def remove_view(name: str | Path, cache: str | Path | None = None) -> Removed:
         label, images = view.label, len(view)
     with alone(store.path, f"rm {path.stem}"):
         store.sweep()
-        path.unlink()
-        sync_path(store.path)
+        with writing(path):
+            path.unlink()
+            sync_path(store.path)
     return Removed(label, path, images, tuple(other.stem for other in store.views()))
 
 
@@ -210,9 +211,10 @@ def _remove_if_empty(folder: Path) -> None:
 def _remove_store(store: Store) -> None:
     """Out of sight at once, then away: half a store is never seen."""
     hidden = draft_path(store.path)
-    os.rename(store.path, hidden)
-    sync_path(store.path.parent)
-    shutil.rmtree(hidden)
+    with writing(store.path):
+        os.rename(store.path, hidden)
+        sync_path(store.path.parent)
+        shutil.rmtree(hidden)
 
 
 @dataclass(frozen=True)

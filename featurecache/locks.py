@@ -99,7 +99,8 @@ def _holder(path: Path) -> dict[str, Any] | None:
     try:
         record = _read_record(descriptor)
         if _is_dead(descriptor, record):
-            path.unlink(missing_ok=True)
+            with writing(path):
+                path.unlink(missing_ok=True)
             return None
         return record
     finally:

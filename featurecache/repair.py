@@ -20,7 +20,7 @@ import torch
 from featurecache import canary
 from featurecache.again import Again
 from featurecache.errors import CacheError, Drift, FeatureCacheError, SourceError, UnreadableImage
-from featurecache.files import open_regular
+from featurecache.files import open_regular, writing
 from featurecache.images import digest as digest_of
 from featurecache.locks import alone
 from featurecache.outputs import derive, parse
@@ -156,7 +156,8 @@ class _Mender:
         unsure = any(damage.path.parent == self.store.path and damage.path.suffix == ".h5" for damage in damages)
         removed = [path for path in sorted(unmended) if path.exists() and not (unsure and path not in named)]
         for path in removed:
-            path.unlink()
+            with writing(path):
+                path.unlink()
         return tuple(removed)
 
     def _views(self) -> list[View]:

@@ -20,7 +20,7 @@ import numpy as np
 from featurecache import guard
 from featurecache.errors import CacheError
 from featurecache.exporting import check_room
-from featurecache.files import sync_path
+from featurecache.files import sync_path, writing
 from featurecache.reader import View
 from featurecache.shards import Layout, Located, Shard, ShardWriter, locate, read_rows, shard_name
 from featurecache.stores import Store
@@ -132,11 +132,13 @@ def carry_out(store: Store, outputs: Sequence[Output], views: Iterable[Path], fi
     for path in views:
         repoint(store, path, homes, gone)
     for folder in {remove(path).parent for path in sorted(gone)}:
-        sync_path(folder)
+        with writing(folder):
+            sync_path(folder)
 
 
 def remove(path: Path) -> Path:
-    path.unlink(missing_ok=True)
+    with writing(path):
+        path.unlink(missing_ok=True)
     return path
 
 

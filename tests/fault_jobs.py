@@ -6,6 +6,7 @@ import contextlib
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def make(home: str, images: int) -> None:
     grown = image_folder(folder / "grown", images + 2)
     (grown / "ill" / "002.png").unlink()
     (grown / "ill" / "000.png").rename(grown / "well" / "000.png")
+    time.sleep(2.1)  # files that have just changed are not remembered: every run shall take the same steps
 
 
 def extract(
