@@ -49,9 +49,10 @@ def held(home: Home, scenario: Scenario, cache: Path, at: int) -> Iterator[list[
 
 
 def steps_inside(scenario: Scenario, count: int) -> list[int]:
-    """Steps between the making and the removing of the mark that an operation puts into the store."""
+    """Steps at shards and after: before, a file of the store may be held for which others wait their turn."""
     marks = [n for n, (_, place, _) in enumerate(scenario.events) if "/.working-" in place or "/.alone-" in place]
-    inside = range(marks[0] + 1, marks[-1])
+    begun = next(n for n, (_, place, _) in enumerate(scenario.events) if place.count("/") == 2)
+    inside = range(begun + 1, marks[-1])
     return sorted(random.Random(SEED).sample(inside, min(count, len(inside))))
 
 
