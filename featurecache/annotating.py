@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.dataset import SPLITS, class_labels, few, settle_task
+from featurecache.dataset import class_labels, few, settle_task, split_names
 from featurecache.errors import BadOption, SourceError, nearest
 from featurecache.foreign import Array, Foreign, open_foreign
+from featurecache.records import is_text
 from featurecache.tables import Annotations, read_annotations
 
 # Role -> names it is known by, lower case.
@@ -285,14 +286,14 @@ def _several(
 def _splits(array: Array | None, rows: int) -> list[str]:
     if array is None:
         return [""] * rows
-    words = array.texts()
-    for row, word in enumerate(words):
-        if word and word.lower() not in SPLITS:
-            raise SourceError(
-                f"{array.name} row {row:,} is {word!r}; a split is train, val or test, or nothing. "
-                "--splits-key '' leaves them out."
-            )
-    return [SPLITS[word.lower()] if word else "" for word in words]
+
+    def wrong(row: int, word: str) -> SourceError:
+        return SourceError(
+            f"{array.name} row {row:,} is {word!r}; a split is train, val or test, or nothing. "
+            "--splits-key '' leaves them out."
+        )
+
+    return split_names(array.texts(), wrong)
 
 
 def _meta(foreign: Foreign) -> dict[str, Array]:
@@ -319,13 +320,5 @@ def _check_text(found: Annotated) -> None:
     columns: dict[str, Any] = {"ids": found.ids, "groups": found.groups or [], "classes": found.classes, **found.meta}
     for name, values in columns.items():
         for value in values if not isinstance(values, np.ndarray) or values.dtype == object else []:
-            if "\0" in value or not _is_text(value):
+            if "\0" in value or not is_text(value):
                 raise SourceError(f"{name} has {value[:40]!a}, which cannot be stored as text.")
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

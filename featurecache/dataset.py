@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Protocol
@@ -153,6 +153,14 @@ def settle_task(asked: str | None, classes: Sequence[str], several: bool, where:
         labels = f"{len(classes)} {'labels' if several else 'classes'}" if classes else "no labels"
         raise SourceError(f"{where} has {labels}: its task is {found}, it cannot be {asked}.")
     return asked
+
+
+def split_names(words: Sequence[str], wrong: Callable[[int, str], SourceError]) -> list[str]:
+    """train, val, test or nothing for each word that people use for them; raises what ``wrong`` makes of another."""
+    for row, word in enumerate(words):
+        if word and word.lower() not in SPLITS:
+            raise wrong(row, word)
+    return [SPLITS[word.lower()] if word else "" for word in words]
 
 
 def class_labels(values: Sequence[str], classes: Sequence[str]) -> np.ndarray:

@@ -6,7 +6,6 @@ kill leaves the file that was there, or none. Memory is that of one block and of
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 from featurecache import formats
 from featurecache.errors import BadOption, CannotWrite
 from featurecache.extraction import byte_bar, size_text
-from featurecache.files import Draft, sweep_drafts
+from featurecache.files import Draft, Frame, sweep_drafts
 from featurecache.outputs import parse
 from featurecache.reader import View
 
@@ -33,7 +32,7 @@ class Exported:
     bytes: int
 
 
-class Sink(io.RawIOBase):
+class Sink(Frame):
     """A file object that writes through a `Draft`, for writers that must not meet a failed write.
 
     libhdf5 can take the interpreter down when a write fails at close, and zipfile complains again for every member.
@@ -42,7 +41,8 @@ class Sink(io.RawIOBase):
     """
 
     def __init__(self, draft: Draft) -> None:
-        self._draft, self._position, self.size = draft, 0, 0
+        super().__init__()
+        self._draft = draft
         self._error: CannotWrite | None = None
         self._held: dict[int, bytes] = {}  # what the disk did not take
 
@@ -54,14 +54,6 @@ class Sink(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -88,11 +80,6 @@ class Sink(io.RawIOBase):
         view[:count] = found
         self._position += count
         return count
-
-    def truncate(self, size: int | None = None) -> int:
-        """Takes effect when the draft is put in place."""
-        self.size = self._position if size is None else size
-        return self.size
 
     def check(self) -> None:
         """Raises CannotWrite when a write failed."""

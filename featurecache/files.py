@@ -29,6 +29,7 @@ FORMAT = 1
 USER_BLOCK = 512  # bytes; the smallest HDF5 allows
 _PIECE = 1 << 20  # bytes read at a time for hashing; stays in the cache of a core
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every itemsize we store
+Stamp = tuple[int, int, int, int]  # inode, size, mtime, ctime
 _MAGIC = b"featurecache"
 AGAIN = "Delete it and run the extraction again: that computes what is not there."
 
@@ -112,6 +113,15 @@ def open_regular(path: Path) -> io.BufferedReader:
         os.close(descriptor)
         raise UnsafeFile(f"{path} is not a plain file (a folder, a pipe or a device); remove it.")
     return os.fdopen(descriptor, "rb")
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """What changes when a file is changed or exchanged; None where there is none."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def read_user_block(path: Path) -> tuple[str, int]:

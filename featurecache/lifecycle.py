@@ -24,8 +24,8 @@ from featurecache.files import dead_drafts, draft_path, sweep_drafts, sync_path,
 from featurecache.locks import alone
 from featurecache.outputs import parse
 from featurecache.reader import View
-from featurecache.settling import Output, carry_out, find, keys, keys_in, layout_in, move, plan, shard_path
-from featurecache.shards import Layout, Located, Shard
+from featurecache.settling import Output, carry_out, keys_in, move, plan, shard_path
+from featurecache.shards import Layout, Located, Shard, find, keys
 from featurecache.stores import Store, cache_folder, open_store, stores, unreadable_stores
 from featurecache.views import find_view
 
@@ -156,7 +156,7 @@ def _collect(store: Store, delete: bool) -> Garbage:
 def _unused(store: Store) -> tuple[list[Output], list[Path]]:
     """What becomes of each output, and the paths of the views. Raises CacheError where something cannot be read."""
     views = [View(path, columns_only=True) for path in store.views()]
-    layouts = {**store.layouts(), **{name: layout_in(view, name) for view in views for name in view.outputs}}
+    layouts = {**store.layouts(), **{name: view.layout(name) for view in views for name in view.outputs}}
     unread = [name for name in store.outputs() if name not in layouts]
     if unread:
         raise CacheError(f"no shard of {unread[0]} in {store.path} can be read. featurecache verify says why.")
@@ -238,7 +238,7 @@ def compact(name: str | Path | None = None, cache: str | Path | None = None) -> 
         store.sweep()
         views = [View(path, columns_only=True).path for path in store.views()]
         before, size = _spread(view), _bytes_in(store)
-        ordered = {layout: _in_order(store, view, layout) for layout in (layout_in(view, key) for key in view.outputs)}
+        ordered = {layout: _in_order(store, view, layout) for layout in (view.layout(key) for key in view.outputs)}
         needed = sum(_to_write(store, layout, unit) for layout, units in ordered.items() for unit in units)
         check_room(store.path, needed, "Free some space; nothing was changed.")
         moved = {layout: [move(store, unit, layout) for unit in units] for layout, units in ordered.items()}

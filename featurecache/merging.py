@@ -23,7 +23,6 @@ from featurecache.extraction import byte_bar
 from featurecache.files import USER_BLOCK, Draft, open_regular, write_whole
 from featurecache.locks import alone
 from featurecache.reader import View
-from featurecache.settling import layout_in
 from featurecache.shards import Layout, Shard, locate
 from featurecache.stores import Store, cache_folder, create_store, find_store, stores, unreadable_stores
 from featurecache.views import columns_of, write_view
@@ -235,7 +234,7 @@ def _write(mine: Store, source: Store, view: View, name: str) -> None:
     """The view on shards here; of a row in several, a shard that the other cache has not comes first: it is ours."""
     located = {}
     for output in view.outputs:
-        layout, theirs = layout_in(view, output), {path.name for path in source.shard_paths(output)}
+        layout, theirs = view.layout(output), {path.name for path in source.shard_paths(output)}
         shards = sorted(mine.shards(layout), key=lambda shard: shard.path.name in theirs)
         located[layout] = places = locate(shards, view.digests)
         if not places.found.all():

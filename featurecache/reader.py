@@ -18,9 +18,9 @@ import torch
 from featurecache import guard
 from featurecache import outputs as _outputs
 from featurecache.errors import CacheError, DamagedFile, NotInCache, UnsafeFile
-from featurecache.files import ALIGNMENT, USER_BLOCK, read_checked, refuse_links
+from featurecache.files import ALIGNMENT, USER_BLOCK, read_checked, refuse_links, stamp_of
 from featurecache.inspection import MAX_VIEW, OutputInfo, Stored, ViewContent, check_inside, view_content
-from featurecache.shards import TORCH_DTYPE, damaged_rows, map_rows, size_of, wrong_rows
+from featurecache.shards import TORCH_DTYPE, Layout, damaged_rows, map_rows, size_of, wrong_rows
 from featurecache.stores import cache_folder, open_store
 
 
@@ -136,6 +136,11 @@ class View:
     def stored(self, output: str) -> Stored:
         """Where the rows of a stored output lie, and what their bytes hash to."""
         return self._stored[output]
+
+    def layout(self, output: str) -> Layout:
+        """What the shards of a stored output have in common."""
+        info = self._stored[output].info
+        return Layout(output, info.shape, info.dtype, info.prefix, info.grid)
 
     def _file(self, number: int) -> tuple[Path, int]:
         entry = self._files[number]
@@ -358,10 +363,10 @@ def read_view(path: Path) -> ViewContent:
     if not path.name.isprintable():
         raise UnsafeFile(f"{str(path)!a} has a name that a terminal would obey; rename it.")
     for _ in range(5):  # a run may replace the view between two steps
-        before = _identity(path)
+        before = stamp_of(path)
         data = read_checked(path, MAX_VIEW)
         guard.checked([path], "view")
-        if _identity(path) == before:
+        if stamp_of(path) == before:
             break
     else:
         raise DamagedFile(f"{path} changes again and again while it is read.")
@@ -373,11 +378,3 @@ def read_view(path: Path) -> ViewContent:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise CacheError(f"{path} cannot be read as a view ({error}).") from error
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_ctime_ns

@@ -113,7 +113,7 @@ def _parts(value: Any, where: str) -> list[Any]:
         return [*value, *value.values()]
     if isinstance(value, list):
         return value
-    if isinstance(value, str) and not _is_text(value):
+    if isinstance(value, str) and not is_text(value):
         raise CacheError(f"{where} cannot be read: it holds half a character ({value[:40]!a}).")
     if isinstance(value, float) and not math.isfinite(value):
         raise CacheError(f"{where} cannot be read: it holds a number beyond all bounds.")
@@ -122,7 +122,8 @@ def _parts(value: Any, where: str) -> list[Any]:
     return []
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8; half of a surrogate pair cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -57,7 +57,6 @@ class Repair:
     computed: int = 0  # rows computed again from images or stored tokens
     gone: tuple[tuple[str, str], ...] = ()
     left: tuple[Damage, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def repair(
@@ -109,6 +108,14 @@ class _Bad:
     @property
     def layout(self) -> Layout:
         return self.known.layout
+
+
+@dataclass
+class _Elsewhere:
+    """Where whole shards have the rows of a damaged one, and the tokens that they follow from."""
+
+    copies: Located
+    tokens: tuple[Layout, Located] | None
 
 
 @dataclass
@@ -173,15 +180,13 @@ class _Mender:
         coming: dict[str, set[bytes]] = {}  # by output: what will be there when the shards before are written
         for shard in bad:
             output = parse(shard.layout.output)
-            there = self._held(output.name, shard.layout, broken)
-            sources = set()
-            if output.derived:
-                tokens = self._layouts.get(output.source)
-                sources = self._held(output.source, tokens, broken) if tokens else set()
-                sources |= coming.get(output.source, set())
+            there = self._located(shard.layout, shard.digests, broken).found
+            if (tokens := self._tokens_of(shard.layout)) is not None:
+                there = there | self._located(tokens, shard.digests, broken).found
+            follow = coming.get(output.source, set()) if output.derived else set()
             coming.setdefault(output.name, set()).update(shard.digests.tolist())
-            for digest in shard.digests[~shard.whole].tolist():
-                if digest in there or digest in sources or digest in gone:
+            for digest in shard.digests[~shard.whole & ~there].tolist():
+                if digest in follow or digest in gone:
                     continue
                 try:
                     self._image(shard.known, digest)
@@ -190,9 +195,11 @@ class _Mender:
                     coming[output.name].discard(digest)
         return gone
 
-    def _held(self, output: str, layout: Layout, broken: set[Path]) -> set[bytes]:
-        shards = [self.store.shard(path, layout) for path in self.store.shard_paths(output) if path not in broken]
-        return {digest for shard in shards for digest in shard.digests.tolist()}
+    def _tokens_of(self, layout: Layout) -> Layout | None:
+        """Of an output that is a function of stored tokens, those; None where views know none."""
+        output = parse(layout.output)
+        tokens = self._layouts.get(output.source) if output.derived else None
+        return tokens if tokens is not None and tokens.grid is not None else None
 
     def _image(self, known: Named, digest: bytes) -> bytes | np.ndarray:
         """The image of a row, found by the ids that views have for it. Raises UnreadableImage with the reason."""
@@ -232,11 +239,12 @@ class _Mender:
         if not len(chosen):
             return None
         self.say(f"{shard.known.path}: {int((~shard.whole[chosen]).sum()):,} of {len(chosen):,} rows are made again")
+        elsewhere = self._elsewhere(shard, broken)
         writer = ShardWriter(self.store.path, shard.digests[chosen], shard.layout, self._notes(shard.layout, broken))
         try:
             for start in range(0, len(chosen), _STRETCH):
                 part = chosen[start : start + _STRETCH]
-                rows, errors = self._rows(shard, part, broken)
+                rows, errors = self._rows(shard, part, elsewhere)
                 writer.append(shard.digests[part].tolist(), rows.numpy(), errors)
             path = writer.commit(replace=True)
         finally:
@@ -245,7 +253,7 @@ class _Mender:
         broken.discard(path)  # whole again, and rows of others may come from it
         return path
 
-    def _rows(self, shard: _Bad, part: np.ndarray, broken: set[Path]) -> tuple[torch.Tensor, np.ndarray]:
+    def _rows(self, shard: _Bad, part: np.ndarray, elsewhere: _Elsewhere) -> tuple[torch.Tensor, np.ndarray]:
         """Rows [n, ...] of a shard and their errors [n]: kept, found elsewhere, derived, or computed."""
         layout, rows = shard.layout, np.zeros((len(part), *shard.layout.row_shape), shard.layout.dtype)
         errors, todo = shard.errors[part].astype(np.float32), np.flatnonzero(~shard.whole[part])
@@ -255,27 +263,27 @@ class _Mender:
                 rows[k] = np.frombuffer(data, layout.dtype).reshape(layout.row_shape)
         self._kept += len(part) - len(todo)
         if len(todo):
-            made, measured = self._made(shard, part[todo], broken)
+            made, measured = self._made(shard, part[todo], elsewhere)
             rows[todo] = made.numpy()
             other = wrong_rows(made, np.arange(len(todo)), shard.checksums[part[todo]])
             errors[todo[other]] = measured[other]  # the same bytes have the same error, measured when it could be
         return torch.from_numpy(rows), errors
 
-    def _made(self, shard: _Bad, todo: np.ndarray, broken: set[Path]) -> tuple[torch.Tensor, np.ndarray]:
+    def _made(self, shard: _Bad, todo: np.ndarray, elsewhere: _Elsewhere) -> tuple[torch.Tensor, np.ndarray]:
         """Rows [n, ...] that the damaged file does not have any more, and their errors [n]."""
         layout, output, digests = shard.layout, parse(shard.layout.output), shard.digests[todo]
         rows = torch.empty((len(digests), *layout.row_shape), dtype=TORCH_DTYPE[layout.dtype])
         errors = np.full(len(digests), np.nan, np.float32)
-        copies = self._located(layout, digests, broken)
+        copies = elsewhere.copies[todo]
         found = np.flatnonzero(copies.found)
         if len(found):
             rows[torch.from_numpy(found)], errors[found] = read_rows(copies[found], layout), copies[found].errors
         rest = np.flatnonzero(~copies.found)
-        tokens = self._layouts.get(output.source) if output.derived else None
-        if tokens is not None and tokens.prefix is not None and tokens.grid is not None:
-            places = self._located(tokens, digests, broken)
+        if elsewhere.tokens is not None:
+            tokens, places = elsewhere.tokens[0], elsewhere.tokens[1][todo]
             follow = rest[places.found[rest]]
             if len(follow):
+                assert tokens.prefix is not None and tokens.grid is not None
                 made = derive(output, read_rows(places[follow], tokens), len(tokens.prefix), tokens.grid)
                 rows[torch.from_numpy(follow)] = made
                 self._computed += len(follow)
@@ -288,6 +296,11 @@ class _Mender:
             rows[torch.from_numpy(rest)], errors[rest] = made, measured.numpy()
             self._computed += len(rest)
         return rows, errors
+
+    def _elsewhere(self, shard: _Bad, broken: set[Path]) -> _Elsewhere:
+        copies = self._located(shard.layout, shard.digests, broken)
+        tokens = self._tokens_of(shard.layout)
+        return _Elsewhere(copies, None if tokens is None else (tokens, self._located(tokens, shard.digests, broken)))
 
     def _located(self, layout: Layout, digests: np.ndarray, broken: set[Path]) -> Located:
         paths = [path for path in self.store.shard_paths(layout.output) if path not in broken]

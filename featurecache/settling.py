@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,33 +22,15 @@ from featurecache.errors import CacheError
 from featurecache.exporting import check_room
 from featurecache.files import sync_path, writing
 from featurecache.reader import View
-from featurecache.shards import Layout, Located, Shard, ShardWriter, locate, read_rows, shard_name
+from featurecache.shards import Layout, Located, Shard, ShardWriter, find, keys, read_rows, shard_name
 from featurecache.stores import Store
 from featurecache.views import columns_of, write_view
 
 STRETCH = 16 << 20  # bytes of rows in hand at a time
-_HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
-
-
-def keys(digests: np.ndarray, checksums: np.ndarray) -> np.ndarray:
-    """S48 [n]: digest and checksum of each row, in hexadecimal digits."""
-    count = len(digests)
-    found = np.empty((count, 48), np.uint8)
-    found[:, :32] = np.ascontiguousarray(digests, "S32").view(np.uint8).reshape(count, 32)
-    sums = np.ascontiguousarray(checksums, ">u8").view(np.uint8).reshape(count, 8)
-    found[:, 32::2], found[:, 33::2] = _HEX[sums >> 4], _HEX[sums & 15]
-    return found.reshape(-1).view("S48")
 
 
 def keys_in(view: View, output: str) -> np.ndarray:
     return keys(view.digests, view.stored(output).checksums)
-
-
-def find(shards: Sequence[Shard], wanted: np.ndarray) -> Located:
-    """Where rows of these keys lie; of several copies that in the first shard."""
-    keyed = [replace(shard, digests=keys(shard.digests, shard.checksums)) for shard in shards]
-    found = locate(keyed, wanted)
-    return Located(tuple(shards), found.file, found.row)
 
 
 @dataclass
@@ -208,7 +190,7 @@ def repoint(store: Store, path: Path, homes: dict[str, list[Shard]], gone: set[P
         return
     located = {}
     for name in view.outputs:
-        layout = layout_in(view, name)
+        layout = view.layout(name)
         shards = homes[name] if name in homes else store.shards(layout)
         located[layout] = places = find(shards, keys_in(view, name))
         assert places.found.all(), "every row that a view names has a home"
@@ -216,8 +198,3 @@ def repoint(store: Store, path: Path, homes: dict[str, list[Shard]], gone: set[P
     write_view(store, view.name, columns_of(view), view.attributes, located)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     guard.own([path])  # it has another ctime now
-
-
-def layout_in(view: View, output: str) -> Layout:
-    info = view.outputs[output]
-    return Layout(output, info.shape, info.dtype, info.prefix, info.grid)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ import xxhash
 
 from featurecache import guard
 from featurecache.errors import CacheError, DamagedFile
-from featurecache.files import AGAIN, ALIGNMENT, Draft, Frame, new_hdf5, read_user_block, refuse_links
+from featurecache.files import AGAIN, ALIGNMENT, Draft, Frame, new_hdf5, read_user_block, refuse_links, stamp_of
 from featurecache.inspection import DIGEST, ShardContent, check_inside, places_of, shard_content
 
 _PLACES = ("prefix", "grid")  # attributes of token features
+_HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -165,21 +167,13 @@ _KNOWN: dict[tuple[Path, Layout], tuple[tuple[int, ...], Shard]] = {}  # opening
 def read_shard(path: Path, layout: Layout) -> Shard:
     """All of a shard but its features. Refuses another size, shape or dtype, and references to elsewhere."""
     refuse_links(path.parent)
-    stamp = _stamp(path)
+    stamp = stamp_of(path)
     stamped, shard = _KNOWN.get((path, layout), (None, None))
     if shard is None or stamped != stamp:
         shard = _read_shard(path, layout)
         if stamp is not None:
             _KNOWN[path, layout] = stamp, shard
     return shard
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = path.lstat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _read_shard(path: Path, layout: Layout) -> Shard:
@@ -324,6 +318,23 @@ def locate(shards: list[Shard], digests: np.ndarray) -> Located:
     pick = order[position]
     hit = stored[pick] == digests
     return Located(tuple(shards), np.where(hit, file[pick], -1), np.where(hit, row[pick], -1))
+
+
+def keys(digests: np.ndarray, checksums: np.ndarray) -> np.ndarray:
+    """S48 [n]: digest and checksum of each row, in hexadecimal digits."""
+    count = len(digests)
+    found = np.empty((count, 48), np.uint8)
+    found[:, :32] = np.ascontiguousarray(digests, "S32").view(np.uint8).reshape(count, 32)
+    sums = np.ascontiguousarray(checksums, ">u8").view(np.uint8).reshape(count, 8)
+    found[:, 32::2], found[:, 33::2] = _HEX[sums >> 4], _HEX[sums & 15]
+    return found.reshape(-1).view("S48")
+
+
+def find(shards: Sequence[Shard], wanted: np.ndarray) -> Located:
+    """Where rows of these keys lie; of several copies that in the first shard."""
+    keyed = [replace(shard, digests=keys(shard.digests, shard.checksums)) for shard in shards]
+    found = locate(keyed, wanted)
+    return Located(tuple(shards), found.file, found.row)
 
 
 def notes_for(fingerprint: str, device: str, plan: dict[str, Any]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from featurecache.dataset import SPLITS, Dataset, Files, class_labels, few, safe_name, settle_task, source_record
+from featurecache.dataset import Dataset, Files, class_labels, few, safe_name, settle_task, source_record, split_names
 from featurecache.errors import SourceError, nearest
 
 # Role -> names it is known by, as compared: lower case, everything but letters and digits as "_".
@@ -269,14 +269,14 @@ def _paths(table: _Table, name: str) -> list[str]:
 def _splits(table: _Table, names: list[str]) -> list[str]:
     if not names:
         return [""] * len(table.numbers)
-    values = table.columns[names[0]]
-    for row, value in enumerate(values):
-        if value and value.lower() not in SPLITS:
-            raise SourceError(
-                f'{table.row(row)}: {names[0]!r} is "{value}", expected train, val or test (or nothing). '
-                "If this column is no split: --column split= (with nothing behind it)."
-            )
-    return [SPLITS[value.lower()] if value else "" for value in values]
+
+    def wrong(row: int, value: str) -> SourceError:
+        return SourceError(
+            f'{table.row(row)}: {names[0]!r} is "{value}", expected train, val or test (or nothing). '
+            "If this column is no split: --column split= (with nothing behind it)."
+        )
+
+    return split_names(table.columns[names[0]], wrong)
 
 
 def _groups(table: _Table, names: list[str], ids: list[str]) -> list[str] | None:

@@ -22,7 +22,7 @@ import xxhash
 from featurecache import guard
 from featurecache.canary import canary_path, read_canary
 from featurecache.errors import CacheError, FeatureCacheError
-from featurecache.files import hash_after_block, open_regular, read_user_block
+from featurecache.files import Stamp, hash_after_block, open_regular, read_user_block, stamp_of
 from featurecache.inspection import Stored
 from featurecache.reader import View
 from featurecache.shards import Layout, Shard, layout_in, unmeasured
@@ -30,7 +30,6 @@ from featurecache.stores import Store, open_store, unreadable_stores
 from featurecache.stores import stores as all_stores
 
 _ATTEMPTS = 5  # at a store in which views are replaced all the time
-_Stamp = tuple[int, int, int, int]  # inode, size, mtime, ctime
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,8 @@ class Named:
 
     path: Path
     layout: Layout
-    size: int
     offset: int
     count: int  # rows in the file, named or not
-    hash: str
     facts: set[tuple[int, int, int, str]] = field(default_factory=set)  # size, offset, count, hash: what views say
     parts: list[tuple[View, np.ndarray]] = field(default_factory=list)  # which rows of which views lie in it
 
@@ -128,7 +125,7 @@ def verify(cache: Path, only: Iterable[Store] | None = None, *, advance: Callabl
 def size_of(cache: Path, only: Iterable[Store] | None = None) -> int:
     """Bytes that `verify` will read."""
     chosen = all_stores(cache) if only is None else only
-    return sum(stamp[1] for store in chosen for path in hashed_files(store) if (stamp := _stamp(path)))
+    return sum(stamp[1] for store in chosen for path in hashed_files(store) if (stamp := stamp_of(path)))
 
 
 def hashed_files(store: Store) -> list[Path]:
@@ -139,29 +136,21 @@ def check_store(store: Store, advance: Callable[[int], object] = int) -> Report:
     """Everything in one store's folder, while others may write there: what is found damaged is looked at again if a
     view was replaced meanwhile, for a view that was read before names shards that may have been removed since."""
     start = time.perf_counter()
-    hashed: dict[tuple[Path, _Stamp | None], str | None] = {}  # a file as it was found → what is wrong with its bytes
+    hashed: dict[tuple[Path, Stamp | None], str | None] = {}  # a file as it was found → what is wrong with its bytes
     for _ in range(_ATTEMPTS):
-        views = {path: _stamp(path) for path in store.views()}
+        views = {path: stamp_of(path) for path in store.views()}
         damages = [*_small_files(store), *_damages(store, hashed, advance)]
-        if not damages or views == {path: _stamp(path) for path in store.views()}:
+        if not damages or views == {path: stamp_of(path) for path in store.views()}:
             break
     sizes = [stamp[1] for _, stamp in hashed if stamp]
     return Report(len(sizes), sum(sizes), time.perf_counter() - start, tuple(damages))
 
 
-def _stamp(path: Path) -> _Stamp | None:
-    try:
-        found = path.lstat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
 def _damages(
-    store: Store, hashed: dict[tuple[Path, _Stamp | None], str | None], advance: Callable[[int], object]
+    store: Store, hashed: dict[tuple[Path, Stamp | None], str | None], advance: Callable[[int], object]
 ) -> Iterator[Damage]:
     def problems_of(paths: Iterable[Path]) -> dict[Path, str | None]:
-        keys = {path: (path, _stamp(path)) for path in paths}
+        keys = {path: (path, stamp_of(path)) for path in paths}
         todo = [key for key in keys.values() if key not in hashed]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # xxh3 and reading both release the interpreter's lock
             hashed.update(zip(todo, pool.map(lambda key: _hashed(key[0], advance), todo), strict=True))
@@ -169,7 +158,7 @@ def _damages(
 
     problems = problems_of(hashed_files(store))
     views = {path: _view(path, problems[path]) for path in problems if path.parent == store.path}
-    yield from (Damage(path, found) for path, found in views.items() if isinstance(found, str) and _stamp(path))
+    yield from (Damage(path, found) for path, found in views.items() if isinstance(found, str) and stamp_of(path))
     named = named_shards(view for view in views.values() if isinstance(view, View))
     problems |= problems_of(named.keys() - problems.keys())  # missing, or newer than the list of files
     shards = sorted(problems.keys() - views.keys())
@@ -213,13 +202,13 @@ def named_shards(views: Iterable[View]) -> dict[Path, Named]:
     """All shards that views name, with the rows that they name of them."""
     found: dict[Path, Named] = {}
     for view in views:
-        for output, info in view.outputs.items():
-            stored, layout = view.stored(output), Layout(output, info.shape, info.dtype, info.prefix, info.grid)
+        for output in view.outputs:
+            stored, layout = view.stored(output), view.layout(output)
             for number in np.unique(stored.index[:, 0]).tolist():
                 entry = view.files[number]
                 path = view.store / entry["path"].decode()
                 facts = int(entry["size"]), int(entry["offset"]), int(entry["rows"]), entry["hash"].decode()
-                shard = found.setdefault(path, Named(path, layout, *facts))
+                shard = found.setdefault(path, Named(path, layout, facts[1], facts[2]))
                 shard.facts.add(facts)
                 shard.parts.append((view, np.flatnonzero(stored.index[:, 0] == number)))
     return found
@@ -231,7 +220,7 @@ def _shard(store: Store, path: Path, problem: str | None, known: Named | None) -
     if problem is None:
         return None
     if known is None:  # one that is gone meanwhile is missed by nobody
-        return Damage(path, f"{problem}; no view names its rows") if _stamp(path) else None
+        return Damage(path, f"{problem}; no view names its rows") if stamp_of(path) else None
     wrong = set(known.digests[~known.is_whole()].tolist())
     count = len(set(known.digests.tolist()))
     rows = tuple((sample, path.parent.name) for sample in known.ids(wrong))

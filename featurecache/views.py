@@ -23,7 +23,7 @@ from featurecache.errors import AmbiguousName, NotInCache, nearest
 from featurecache.files import Draft, Frame, new_hdf5
 from featurecache.inspection import FILES
 from featurecache.reader import View
-from featurecache.shards import DIGEST, Layout, Located, Shard, locate
+from featurecache.shards import DIGEST, Layout, Located, Shard, find, keys, locate
 from featurecache.stores import Store, cache_folder, open_store, stores
 
 MAX_MAPPINGS = 100_000  # virtual mappings of one dataset; 25 kB of memory each in HDF5
@@ -79,8 +79,8 @@ def rewrite_view(
     store, lost = open_store(view.store), lost or {}
     kept = np.array([row for row, digest in enumerate(view.digests.tolist()) if digest not in lost], np.int64)
     located = {}
-    for name, info in view.outputs.items():
-        layout = Layout(name, info.shape, info.dtype, info.prefix, info.grid)
+    for name in view.outputs:
+        layout = view.layout(name)
         paths = dict.fromkeys([*(p for p in prefer if p.parent.name == name), *store.shard_paths(name)])
         shards = [store.shard(p, layout) for p in paths if p not in without]
         located[layout] = places = _same_bytes_first(shards, view.digests[kept], view.stored(name).checksums[kept])
@@ -95,8 +95,6 @@ def rewrite_view(
 def _same_bytes_first(shards: list[Shard], digests: np.ndarray, checksums: np.ndarray) -> Located:
     """Rows by digest [n]: the copy with the checksum [n] where there is one (another machine may have computed other
     last bits), else the first."""
-    from featurecache.settling import find, keys  # it writes views
-
     same, first = find(shards, keys(digests, checksums)), locate(shards, digests)
     return Located(first.shards, np.where(same.found, same.file, first.file), np.where(same.found, same.row, first.row))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,18 @@ os.environ["FEATURECACHE_SECRET"] = "of the tests"  # none is made in the user's
 if "FEATURECACHE_STATE" not in os.environ:  # what is remembered of files lies elsewhere than the user's own
     os.environ["FEATURECACHE_STATE"] = tempfile.mkdtemp(prefix="featurecache-state-")
     atexit.register(shutil.rmtree, os.environ["FEATURECACHE_STATE"], ignore_errors=True)
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB of its own: to be filled up, or mounted read-only (permissions alone do not stop root)."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    made = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)])
+    if not made or made.returncode:
+        pytest.skip("this user cannot mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

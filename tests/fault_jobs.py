@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +98,21 @@ def contents(view: View) -> Rows:
     return rows
 
 
-def read(cache: str) -> dict[str, Rows | str]:
-    """All rows of all views, or the error that one gives."""
-    found: dict[str, Rows | str] = {}
+def of_views(cache: str, what: Callable[[View], Any]) -> dict[str, Any]:
+    """View → what it gives, or the error that opening or reading it gives."""
+    found: dict[str, Any] = {}
     for store in stores(Path(cache)):
         for path in store.views():
             try:
-                found[path.stem] = contents(View(path))
+                found[path.stem] = what(View(path))
             except FeatureCacheError as error:
                 found[path.stem] = f"{type(error).__name__}: {error}"
     return found
+
+
+def read(cache: str) -> dict[str, Rows | str]:
+    """All rows of all views, or the error that one gives."""
+    return of_views(cache, contents)
 
 
 def read_again_and_again(cache: str, stop: str) -> list[dict[str, Rows | str]]:

@@ -17,7 +17,6 @@ from featurecache import guard
 from featurecache.errors import FeatureCacheError
 from featurecache.files import USER_BLOCK
 from featurecache.reader import View
-from featurecache.stores import stores
 
 
 def damaged(whole: bytes, how: str, place: int, more: int) -> bytes | None:
@@ -91,14 +90,7 @@ def _without(value: Any, cache: str) -> Any:
 
 def rows(cache: str) -> dict[str, Any]:
     """View → the error it gives, or sample → output → hash of the row, or the error that reading it gives."""
-    found: dict[str, Any] = {}
-    for store in stores(Path(cache)):
-        for path in store.views():
-            try:
-                found[path.stem] = _rows_of(View(path))
-            except FeatureCacheError as error:
-                found[path.stem] = f"{type(error).__name__}: {error}"
-    return found
+    return fault_jobs.of_views(cache, _rows_of)
 
 
 def _rows_of(view: View) -> dict[str, dict[str, str]]:

@@ -41,3 +41,23 @@ def changed(path: Path, change) -> Path:  # type: ignore[no-untyped-def]
 
 def digests(n: int) -> np.ndarray:
     return np.array([f"{k:032x}" for k in range(n)], "S32")
+
+
+# Contents of a shard that lead out of it.
+
+
+def external(file: h5py.File) -> None:
+    file.create_dataset("features", shape=(2, 5, 3), dtype="f2", external=[("/etc/passwd", 0, 60)])
+
+
+def soft(file: h5py.File) -> None:
+    file["features"] = h5py.SoftLink("/digests")
+
+
+def elsewhere(file: h5py.File) -> None:
+    file["features"] = h5py.ExternalLink("/etc/passwd", "/x")
+
+
+def cycle(file: h5py.File) -> None:
+    group = file.create_group("group")
+    group["again"] = group

@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from plant import build, changed, digests, plant, seal
+from plant import build, changed, cycle, digests, elsewhere, external, plant, seal, soft
 from test_views import CLS, ORDER, TOKENS, make_spec, make_view
 
 from featurecache import guard, inspection
@@ -66,27 +66,10 @@ def shard(path: Path, fill=lambda file: None, without=("features",), name="0a") 
     return plant(path / "tokens" / f"{name}.h5", build(content))
 
 
-def external(file: h5py.File) -> None:
-    file.create_dataset("features", shape=(2, 5, 3), dtype="f2", external=[("/etc/passwd", 0, 60)])
-
-
 def virtual(file: h5py.File) -> None:
     layout = h5py.VirtualLayout((2, 5, 3), "f2")
     layout[:] = h5py.VirtualSource("../../other.h5", "x", (2, 5, 3), "f2")
     file.create_virtual_dataset("features", layout)
-
-
-def soft(file: h5py.File) -> None:
-    file["features"] = h5py.SoftLink("/digests")
-
-
-def elsewhere(file: h5py.File) -> None:
-    file["features"] = h5py.ExternalLink("/etc/passwd", "/x")
-
-
-def cycle(file: h5py.File) -> None:
-    group = file.create_group("group")
-    group["again"] = group
 
 
 def root_again(file: h5py.File) -> None:

@@ -9,7 +9,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -344,17 +343,6 @@ def test_without_a_lock_the_run_goes_on_without_memory_and_says_so(
         assert prepared.run().computed == 9
 
 
-@pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "mounted"
-    folder.mkdir()
-    made = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)])
-    if not made or made.returncode:
-        pytest.skip("this user cannot mount a file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.usefixtures("aged")
 def test_a_read_only_cache_is_asked_and_not_written(
     tmp_path: Path, mounted: Path, data: Path, reads: list[str]
@@ -371,7 +359,7 @@ def test_a_read_only_cache_is_asked_and_not_written(
 
 @pytest.mark.usefixtures("aged")
 def test_a_full_disk_takes_the_memory_and_not_the_run(mounted: Path, data: Path, reads: list[str]) -> None:
-    (mounted / "ballast").write_bytes(bytes(4 << 20)[: shutil.disk_usage(mounted).free])
+    (mounted / "ballast").write_bytes(bytes(8 << 20)[: shutil.disk_usage(mounted).free])
     prepared = look(data, mounted / "c")
     assert digests_of(prepared) == truth(data)
     assert len(prepared.dataset.notes) == 1

@@ -13,6 +13,7 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plant import cycle, elsewhere, external, soft
 
 from featurecache.errors import CannotWrite, DamagedFile, UnsafeFile
 from featurecache.files import USER_BLOCK, Draft, Frame, new_hdf5, read_user_block, sweep_drafts
@@ -130,27 +131,10 @@ def hostile(path: Path, fill) -> Path:  # type: ignore[no-untyped-def]
     return path
 
 
-def external(file: h5py.File) -> None:
-    file.create_dataset("features", shape=(2, 5, 3), dtype="f2", external=[("/etc/passwd", 0, 60)])
-
-
 def virtual(file: h5py.File) -> None:
     layout = h5py.VirtualLayout((2, 5, 3), "f2")
     layout[:] = h5py.VirtualSource("/etc/passwd", "x", (2, 5, 3), "f2")
     file.create_virtual_dataset("features", layout)
-
-
-def soft(file: h5py.File) -> None:
-    file["features"] = h5py.SoftLink("/digests")
-
-
-def elsewhere(file: h5py.File) -> None:
-    file["features"] = h5py.ExternalLink("/etc/passwd", "/x")
-
-
-def cycle(file: h5py.File) -> None:
-    group = file.create_group("group")
-    group["again"] = group
 
 
 @pytest.mark.parametrize("fill", [external, virtual, soft, elsewhere, cycle])
