@@ -62,6 +62,11 @@ class Annotated:
 
 def annotate(foreign: Foreign, features: Sequence[str], rows: int, asked: Asked) -> Annotated:
     """Raises SourceError and BadOption where something does not fit the ``rows`` of the features."""
+    if is_export(foreign) and "versions" in foreign.arrays:
+        raise SourceError(
+            f"{foreign.path.name} was exported with augmented copies, and an import takes every row for an image. "
+            "Export it without --copies."
+        )
     table = _table(asked, rows)
     if asked.columns and table is None:
         raise BadOption("--column names columns of a table: --labels FILE.csv.")

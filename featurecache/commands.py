@@ -59,6 +59,13 @@ EXTRACTION = (  # which images, which backbone, which store: what `extract` and 
     click.option(
         "--task", type=click.Choice(["binary", "multiclass", "ordinal", "multilabel"]), help="[default: by the labels]"
     ),
+    click.option(
+        "--views", type=int, metavar="K", help="Augmented copies of each training image. [default: as before]"
+    ),
+    click.option(
+        "--augment", metavar="STEPS", help="How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …)"
+    ),
+    click.option("--augment-seed", default=0, metavar="N", help="Of what --augment draws."),
     click.option("--hash-ids", is_flag=True, help="Keep images under keyed hashes of their names."),
     click.option("--hash-groups", is_flag=True, help="The same for groups (patients)."),
     cache_option,
@@ -137,7 +144,10 @@ def _pairs(columns: tuple[str, ...]) -> dict[str, str] | None:
     return dict(pair.split("=", 1) for pair in columns) or None
 
 
-_OF_IMAGES = ("name", "batch_size", "engine", "workers", "on_error", "columns", "task", "hash_ids", "hash_groups")
+_OF_IMAGES = (
+    "name", "batch_size", "engine", "workers", "on_error", "columns", "task", "hash_ids", "hash_groups", "views",
+    "augment", "augment_seed",
+)  # fmt: skip
 
 
 @command

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache import guard
+from featurecache import guard, mirrored
 from featurecache.backbones import describe as describe_backbone
 from featurecache.describe import Description
 from featurecache.describe import describe as describe_dataset
@@ -48,7 +48,7 @@ def data_of(extraction: Extraction) -> Description:
 
 def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, Any]:
     """What an extraction would do, for ``--dry-run`` and as the beginning of a run's record."""
-    held = len(extraction.digests) - extraction.to_compute - extraction.to_derive
+    images = extraction.counts(copies=False)
     return {
         "backbone": describe_backbone(extraction.backbone),
         "untrained": extraction.spec.untrained,
@@ -62,13 +62,32 @@ def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, A
         "plan": extraction.plan,
         "store": str(extraction.store.path) if extraction.store else None,
         "view": extraction.name,
-        "images_in_cache": held,
-        "images_to_compute": extraction.to_compute,
-        "images_to_derive": extraction.to_derive,
+        "images_in_cache": images["in_cache"],
+        "images_to_compute": images["to_compute"],
+        "images_to_derive": images["to_derive"],
+        "augmented": _augmented_record(extraction),
         "bytes": extraction.bytes_of(),
         "new_bytes": extraction.new_bytes,
         "images_per_s": rate,
         "seconds": extraction.to_compute / rate if rate else None,
+    }
+
+
+def _augmented_record(extraction: Extraction) -> dict[str, Any] | None:
+    """The copies: how many of how many images, by what; None without any."""
+    copying = extraction.copying
+    if copying is None:
+        return None
+    made, data = copying.augmented, extraction.dataset
+    return {
+        **made.to_dict(),
+        "words": str(made.augmentation),
+        "images": len(copying.sources),
+        "copies": len(copying),
+        "kept": extraction.kept == made,
+        "splits_drawn_later": not any(data.splits),
+        "warnings": mirrored.warnings(made.augmentation, data.classes, data.source),
+        **extraction.counts(copies=True),
     }
 
 
@@ -82,13 +101,38 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
         ("keeps", _keeps_line(extraction)),
         ("machine", _machine_line(extraction, record["images_per_s"])),
     ]
+    if record["augmented"]:
+        rows.insert(3, ("augment", _augmented_line(record["augmented"], extraction.name)))
+        rows += [("warning", text) for text in record["augmented"]["warnings"]]
     rows += [("warning", text) for text in _warnings(record["data"])]
-    held, total = record["images_in_cache"], len(extraction.digests)
-    if held:
-        rows.append(("cache", f"{held:,} of {total:,} distinct images are in it already"))
+    held, copies = record["images_in_cache"], (record["augmented"] or {}).get("in_cache", 0)
+    if held or copies:
+        also = f" and {copies:,} of {record['augmented']['copies']:,} augmented copies" if record["augmented"] else ""
+        rows.append(("cache", f"{held:,} of {extraction.plain:,} distinct images{also} are in it already"))
     if extraction.to_derive:
-        rows.append(("derives", f"{extraction.to_derive:,} images from stored tokens, without the backbone"))
+        rows.append(
+            ("derives", f"{extraction.to_derive:,} {_noun(extraction)} from stored tokens, without the backbone")
+        )
     return columns(rows)
+
+
+def _noun(extraction: Extraction) -> str:
+    return "images and copies" if extraction.copying else "images"
+
+
+def _augmented_line(made: dict[str, Any], view: str) -> str:
+    each = "one copy" if made["views"] == 1 else f"{made['views']:,} copies"
+    what = "image" if made["splits_drawn_later"] else "training image"
+    text = f"{each} of each {what}: {made['images']:,} distinct ones, {made['copies']:,} copies by {made['words']}"
+    text += f", seed {made['augment']['seed']}"
+    if made["kept"]:
+        text += f" (as {view} has them; --views 0 leaves them out)"
+    if made["splits_drawn_later"]:
+        text += (
+            "\nThe data have no splits, so every image gets copies; train-head draws the splits later and uses copies "
+            "of what is in train only."
+        )
+    return text
 
 
 def _backbone_line(record: dict[str, Any]) -> str:
@@ -113,7 +157,8 @@ def _data_line(record: dict[str, Any]) -> str:
 def _keeps_line(extraction: Extraction) -> str:
     kept = " + ".join(shape_text(o.name, extraction.layouts[o.name].row_shape) for o in extraction.outputs)
     where = extraction.store.path if extraction.store else extraction.cache / f"{extraction.backbone.name}-…"
-    text = f"{kept}, {extraction.spec.dtype}: {size_text(extraction.bytes_of())} in {where}"
+    each = f" for {extraction.plain:,} images and {len(extraction.copying):,} copies" if extraction.copying else ""
+    text = f"{kept}, {extraction.spec.dtype}{each}: {size_text(extraction.bytes_of())} in {where}"
     sizes = {o.name: extraction.bytes_of([o.name]) for o in extraction.outputs}
     cheapest = min(sizes, key=lambda name: sizes[name])
     if 2 * sizes[cheapest] < extraction.bytes_of():
@@ -162,6 +207,7 @@ def result_record(result: Result) -> dict[str, Any]:
         "view": str(result.view),
         "outputs": list(result.outputs),
         "images": result.images,
+        "copies": result.copies,
         "computed": result.computed,
         "derived": result.derived,
         "seconds": round(result.seconds, 3),
@@ -179,7 +225,8 @@ def result_lines(result: Result, view_label: str) -> str:
     elif result.derived:
         work = f"{result.derived:,} derived from stored tokens in {duration(result.seconds)}"
     unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""
-    done = f"{result.images:,} images, {work}{unread}"
+    copies = f" and {result.copies:,} augmented copies" if result.copies else ""
+    done = f"{result.images:,} images{copies}, {work}{unread}"
     failed = one_line(result.failed[:10])
     width = max((len(name) for name, _ in failed), default=0)
     lines = [f"  {name:<{min(width, 60)}}  {reason}" for name, reason in failed]
@@ -223,11 +270,12 @@ def _view_line(path: Path) -> dict[str, Any]:
     return {
         "name": path.stem,
         "images": len(view),
+        "copies": view.rows - len(view),
         "task": view.task,
         "classes": len(view.classes),
         "outputs": list(view.outputs),
         "failed": len(view.failed),
-        "bytes": sum(_bytes_of(view, name, len(np.unique(view.digests))) for name in view.outputs),
+        "bytes": sum(_bytes_of(view, name, view.distinct) for name in view.outputs),
     }
 
 
@@ -257,7 +305,8 @@ def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
                 continue
             failed = f", {view['failed']} left out" if view["failed"] else ""
             kept = f"{', '.join(view['outputs'])}, {size_text(view['bytes'])}"
-            what = f"{view['images']:,} images, {view['classes']} classes ({view['task']}){failed}: {kept}"
+            copies = f" and {view['copies']:,} augmented copies" if view["copies"] else ""
+            what = f"{view['images']:,} images{copies}, {view['classes']} classes ({view['task']}){failed}: {kept}"
             lines.append(f"  view {store['backbone']}/{view['name']}  {what}")
     lines.append(f"{'all':<16} {size_text(sum(store['bytes'] for store in records)):>9}")
     return "\n".join(lines)
@@ -270,6 +319,7 @@ def view_record(view: View) -> dict[str, Any]:
         "path": str(view.path),
         "images": len(view),
         "distinct": len(np.unique(view.digests)),
+        "augmented": _view_copies(view),
         "task": view.task,
         "classes": view.classes,
         "splits": splits,
@@ -287,6 +337,14 @@ def view_record(view: View) -> dict[str, Any]:
     }
 
 
+def _view_copies(view: View) -> dict[str, Any] | None:
+    if view.augmented is None:
+        return None
+    images = int((view.copies()[:, 1:] >= len(view)).any(axis=1).sum())
+    words = str(view.augmented.augmentation)
+    return {**view.augmented.to_dict(), "words": words, "images": images, "copies": view.rows - len(view)}
+
+
 def _class_counts(view: View) -> tuple[list[str], list[list[int]]]:
     order = ("train", "val", "test", "")
     splits = [split for split in order if split in view.splits]
@@ -301,7 +359,7 @@ def _class_counts(view: View) -> tuple[list[str], list[list[int]]]:
 
 def _output_record(view: View, name: str) -> dict[str, Any]:
     info = view.outputs[name]
-    size = _bytes_of(view, name, len(view))
+    size = _bytes_of(view, name, view.rows)
     return {
         "shape": list(info.shape), "dtype": info.dtype, "bytes": size,
         "prefix": info.prefix and list(info.prefix), "grid": info.grid and list(info.grid),
@@ -329,6 +387,10 @@ def view_lines(record: dict[str, Any]) -> str:
         facts += f", {record['groups']:,} groups"
     rows = [("view", f"{record['view']} in {record['path']}"), ("data", f"{record['source'].get('data')}  {facts}")]
     rows.append(("classes", "\n".join(_count_table(record))))
+    if made_of := record["augmented"]:
+        each = "one each" if made_of["views"] == 1 else f"{made_of['views']:,} each"
+        counted = f"{made_of['copies']:,} augmented copies, {each} of {made_of['images']:,} images"
+        rows.append(("augment", f"{counted}: {made_of['words']}, seed {made_of['augment']['seed']}"))
     for name, info in record["outputs"].items():
         tokens = f"; prefix {info['prefix']}, grid {info['grid']}" if info["prefix"] is not None else ""
         rows.append(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from featurecache import images as _images
+from featurecache.augment import Copying
 from featurecache.backbones import Backbone
 from featurecache.errors import UnreadableImage
 from featurecache.forward import Compute, exact_arithmetic
@@ -32,7 +33,7 @@ CHANGED = "the file changed while the extraction ran; run it again"
 class Unit:
     """A run of images and the outputs that are to be computed of them: one shard each."""
 
-    rows: np.ndarray  # [n] numbers of distinct images
+    rows: np.ndarray  # [n] numbers of distinct images and of their copies
     outputs: tuple[Output, ...]
 
 
@@ -50,15 +51,20 @@ class Job:
     workers: int
     threads: int
     fail_fast: bool = False
+    copying: Copying | None = None  # which of the numbers are augmented copies
     failures: dict[int, str] = field(default_factory=dict)
 
     def prepare(self, number: int) -> torch.Tensor | str:
         """One image as the network sees it, uint8 [3,h,w], or why not. Runs in a decode thread."""
+        source = self.copying.source(number) if self.copying else number
         try:
             data = self.read(number)
-            if _images.digest(data).encode() != self.digests[number]:
+            if _images.digest(data).encode() != self.digests[source]:
                 return CHANGED
-            return self.backbone.preprocess.resized(_images.decode(data))
+            image = _images.decode(data)
+            if self.copying and source != number:
+                image = self.copying.augmented.augmentation.made(image, bytes(self.digests[number]))
+            return self.backbone.preprocess.resized(image)
         except UnreadableImage as error:
             return str(error)
         except (RuntimeError, MemoryError, ValueError) as error:

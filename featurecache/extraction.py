@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from featurecache import canary
+from featurecache.augment import Augmented, Copying
 from featurecache.backbones import Backbone
 from featurecache.engines import CHANGED, Clock, Job, Unit, derive_units, run_local
 from featurecache.errors import (
@@ -42,7 +43,7 @@ from featurecache.shards import Layout, Located, notes_for
 from featurecache.sources import Dataset
 from featurecache.spec import ExtractionSpec, canonical_json
 from featurecache.stores import Store, create_store, stores
-from featurecache.views import Rows, write_view
+from featurecache.views import Rows, copy_failed, write_view
 
 if TYPE_CHECKING:
     from featurecache.looking import Looked
@@ -64,11 +65,12 @@ class Result:
     view: Path
     outputs: tuple[str, ...]
     images: int  # samples in the view
-    computed: int  # distinct images that went through the backbone in this run
+    computed: int  # distinct images and copies that went through the backbone in this run
     derived: int  # distinct images of which only functions of stored tokens were computed
     seconds: float
     shares: dict[str, float]
     failed: list[tuple[str, str]]
+    copies: int = 0  # augmented copies in the view, beside the images
 
     @property
     def images_per_s(self) -> float:
@@ -90,8 +92,8 @@ class Extraction:
     workers: int
     batch_size: int | None
     store: Store | None
-    images: np.ndarray  # [images] first sample of each distinct image
-    digests: np.ndarray  # [images] S32
+    images: np.ndarray  # [images] first sample of each distinct image; then the same for the augmented copies
+    digests: np.ndarray  # [images] S32, and of the copies
     sample_image: np.ndarray  # [N] number of the distinct image, -1 where the file could not be read
     unread: dict[int, str]  # sample → reason
     layouts: dict[str, Layout]
@@ -101,11 +103,28 @@ class Extraction:
     accept_drift: bool = False
     looked: Looked | None = None  # what of it the cache is to remember
     secret: Secret | None = None  # of hashed ids and groups
+    copying: Copying | None = None  # the augmented copies
+    kept: Augmented | None = None  # those that the view of this name has
     _compute: Compute | None = field(default=None, repr=False)
 
     @property
+    def plain(self) -> int:
+        """Distinct images, without copies: those with the first numbers."""
+        return self.copying.first if self.copying else len(self.digests)
+
+    def counts(self, copies: bool) -> dict[str, int]:
+        """Of the distinct images, or of their augmented copies: how many are in the cache, and what the others need."""
+
+        def among(groups: list[tuple[np.ndarray, tuple[Output, ...]]]) -> int:
+            return sum(int(((rows >= self.plain) == copies).sum()) for rows, _ in groups)
+
+        all_ = len(self.digests) - self.plain if copies else self.plain
+        compute, derive = among(self.forward), among(self.derived)
+        return {"in_cache": all_ - compute - derive, "to_compute": compute, "to_derive": derive}
+
+    @property
     def to_compute(self) -> int:
-        """Distinct images that need the backbone."""
+        """Distinct images and copies that need the backbone."""
         return sum(len(rows) for rows, _ in self.forward)
 
     @property
@@ -113,7 +132,7 @@ class Extraction:
         return sum(len(rows) for rows, _ in self.derived)
 
     def bytes_of(self, names: Iterable[str] | None = None) -> int:
-        """What the outputs take on the disk for all distinct images, stored already or not."""
+        """What the outputs take on the disk for all distinct images and copies, stored already or not."""
         wanted = [o.name for o in self.outputs] if names is None else names
         return sum(self.layouts[name].row_bytes for name in wanted) * len(self.digests)
 
@@ -208,15 +227,16 @@ class Extraction:
                         raise UnreadableImage(next(iter(failures.values())))
             except KeyboardInterrupt as error:
                 safe = sum(int(self._locate(o).found.sum()) for o in self.outputs[:1])
-                raise Stopped(f"stopped. {safe:,} images are safe; the same command continues.") from error
+                what = "images and copies" if self.copying else "images"
+                raise Stopped(f"stopped. {safe:,} {what} are safe; the same command continues.") from error
             except UnreadableImage as error:
                 raise SourceError(f"{self._first_failure(failures)} (--on-error report goes on without it)") from error
             finally:
                 bar.close()
-            path, failed = self._write_view(failures)
+            path, images, copies, failed = self._write_view(failures)
         seconds = time.perf_counter() - start
-        names, kept = tuple(output.name for output in self.outputs), len(self.dataset) - len(failed)
-        return Result(path, names, kept, clock.images, self.to_derive, seconds, clock.shares(), failed)
+        names = tuple(output.name for output in self.outputs)
+        return Result(path, names, images, clock.images, self.to_derive, seconds, clock.shares(), failed, copies)
 
     def _open_store(self) -> Store:
         if self.store is None:
@@ -269,20 +289,29 @@ class Extraction:
         return Job(
             self.store, self.layouts, self.digests, lambda number: self.dataset.read(int(first[number])),
             self.backbone, self.compute(), notes_for(self.spec.fingerprint, self.device.type, plan), self.workers,
-            plan["threads"], self.on_error == "fail",
+            plan["threads"], self.on_error == "fail", self.copying,
         )  # fmt: skip
 
     def _units(self, plan: dict[str, Any]) -> list[Unit]:
         units = []
-        for rows, outputs in self.forward:
+        for rows, outputs in self._apart(self.forward):
             row_bytes = max(self.layouts[output.name].row_bytes for output in outputs)
             length = shard_rows(len(rows), row_bytes, plan.get("images_per_s"), plan["batch_size"])
             units += [Unit(rows[start : start + length], outputs) for start in range(0, len(rows), length)]
         return units
 
+    def _apart(
+        self, groups: list[tuple[np.ndarray, tuple[Output, ...]]]
+    ) -> Iterator[tuple[np.ndarray, tuple[Output, ...]]]:
+        """Images and copies in shards of their own: those of the images are the same with copies and without."""
+        for rows, outputs in groups:
+            for part in (rows[rows < self.plain], rows[rows >= self.plain]):
+                if len(part):
+                    yield part, outputs
+
     def _derive_units(self) -> list[tuple[Unit, dict[str, Located]]]:
         units = []
-        for rows, outputs in self.derived:
+        for rows, outputs in self._apart(self.derived):
             row_bytes = max(self.layouts[output.name].row_bytes for output in outputs)
             length = shard_rows(len(rows), row_bytes)
             found = {source: self._locate(parse(source), rows) for source in {output.source for output in outputs}}
@@ -301,32 +330,55 @@ class Extraction:
         number, reason = next(iter(failures.items()))
         return f"{self.dataset.shown(int(self.images[number]))}: {reason}"
 
-    def _write_view(self, failures: dict[int, str]) -> tuple[Path, list[tuple[str, str]]]:
-        """The view's path, and what is not in it by the names that a person here finds it by."""
+    def _write_view(self, failures: dict[int, str]) -> tuple[Path, int, int, list[tuple[str, str]]]:
+        """The view's path, how many images and copies are in it, and what is not, by the names that a person here finds
+        it by."""
         assert self.store is not None
         samples = np.flatnonzero(np.isin(self.sample_image, list(failures)))
         reasons = {**self.unread, **{k: failures[int(self.sample_image[k])] for k in samples.tolist()}}
-        if self.looked:
-            self.looked.seen.forget(np.array([k for k, reason in reasons.items() if reason == CHANGED], np.int64))
-        located = {self.layouts[o.name]: self._locate(o) for o in self.outputs}
         kept = np.delete(np.arange(len(self.dataset)), list(reasons))
-        failed = [(self.dataset.shown(sample), reason) for sample, reason in sorted(reasons.items())]
+        copied, lost = self._copies_of(kept, failures)
+        if self.looked:
+            changed = [k for k, reason in [*reasons.items(), *((k, r) for k, _, r in lost)] if reason == CHANGED]
+            self.looked.seen.forget(np.unique(np.array(changed, np.int64)))
+        located = {self.layouts[o.name]: self._locate(o) for o in self.outputs}
+        missing = [*sorted(reasons.items()), *((k, copy_failed(copy, reason)) for k, copy, reason in lost)]
+        failed = [(self.dataset.shown(sample), reason) for sample, reason in missing]
         if not len(kept):
             raise SourceError(
                 f"none of {len(self.dataset):,} images could be read. The first, {failed[0][0]}: {failed[0][1]}."
             )
-        images = self.sample_image[kept]
+        images = np.concatenate([self.sample_image[kept], *(numbers for _, numbers in copied)])
         places = {layout: everywhere[images] for layout, everywhere in located.items()}
         if not all(each.found.all() for each in places.values()):
             raise CacheError(
                 f"rows that were in {self.store.path} are gone: somebody removes files there. "
                 "The same command computes them again."
             )
-        rows = _rows_of(self.dataset, kept, self.digests[images])
-        return write_view(self.store, self.name, rows, self._attributes(reasons), places), failed
+        rows = _rows_of(self.dataset, np.concatenate([kept, *(of for of, _ in copied)]), self.digests[images])
+        if self.copying:
+            copy = [np.full(len(of), 1 + number, np.int32) for number, (of, _) in enumerate(copied)]
+            rows = replace(rows, versions=np.concatenate([np.zeros(len(kept), np.int32), *copy]))
+        path = write_view(self.store, self.name, rows, self._attributes(missing), places)
+        return path, len(kept), len(images) - len(kept), failed
 
-    def _attributes(self, reasons: dict[int, str]) -> dict[str, Any]:
-        failed = [(self.dataset.ids[sample], reason) for sample, reason in sorted(reasons.items())]
+    def _copies_of(
+        self, kept: np.ndarray, failures: dict[int, str]
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[int, int, str]]]:
+        """For copy 1 … k: samples of ``kept`` that have it, and its numbers; and (sample, copy, why not) of others."""
+        if self.copying is None:
+            return [], []
+        may = kept[may_be_trained_on(self.dataset)[kept]]
+        copied, lost = [], []
+        for copy in range(1, self.copying.augmented.views + 1):
+            numbers = self.copying.numbers(self.sample_image[may], copy)
+            fine = ~np.isin(numbers, list(failures))
+            copied.append((may[fine], numbers[fine]))
+            lost += [(int(may[k]), copy, failures[int(numbers[k])]) for k in np.flatnonzero(~fine)]
+        return copied, lost
+
+    def _attributes(self, missing: list[tuple[int, str]]) -> dict[str, Any]:
+        failed = [(self.dataset.ids[sample], reason) for sample, reason in missing]
         if "secret" in self.dataset.source:
             failed = [(name, plain_reason(reason)) for name, reason in failed]
         return {
@@ -338,7 +390,15 @@ class Extraction:
             "format_version": FORMAT,
             "source": canonical_json(self.dataset.source),
             "failed": json.dumps(failed, ensure_ascii=False),
+            **({"augmentation": canonical_json(self.copying.augmented.to_dict())} if self.copying else {}),
         }
+
+
+def may_be_trained_on(dataset: Dataset) -> np.ndarray:
+    """bool [N]: the samples that have augmented copies. Where the data have no splits, all: train is drawn later."""
+    if not any(dataset.splits):
+        return np.ones(len(dataset), bool)
+    return np.array(dataset.splits) == "train"
 
 
 def difference(
@@ -379,7 +439,7 @@ def shard_rows(rows: int, row_bytes: int, rate: float | None = None, batch: int 
 
 
 def _rows_of(dataset: Dataset, kept: np.ndarray, digests: np.ndarray) -> Rows:
-    places = kept.tolist() if len(kept) < len(dataset) else None
+    places = None if np.array_equal(kept, np.arange(len(dataset))) else kept.tolist()
 
     def pick(column: Any) -> Any:
         if places is None:

@@ -59,10 +59,20 @@ class Columns:
         groups = {} if view.groups is None else {"groups": view.groups}
         return {"ids": view.ids, "splits": view.splits, **groups}
 
+    @property
+    def versions(self) -> np.ndarray | None:
+        """Only where augmented copies are exported too."""
+        return self.view.versions if self.view.with_copies else None
+
+    def said(self) -> dict[str, Any]:
+        """The attributes of the view; without its copies nothing of how they were made."""
+        found = self.view.attributes
+        return {key: found[key] for key in found if key != "augmentation" or self.versions is not None}
+
     def attributes(self) -> dict[str, Any]:
         """Those of the view, and of each output what its tokens are, for formats without attributes of arrays."""
         about = {name: {"prefix": info.prefix, "grid": info.grid} for name, info in self.outputs.items()}
-        found = self.view.attributes
+        found = self.said()
         plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in found.items()}
         return {**plain, "outputs": json.dumps(about)}
 
@@ -80,11 +90,9 @@ def write_hdf5(sink: Sink, columns: Columns, compress: bool, advance: Advance) -
     with h5py.File(
         sink, "w", libver=("v110", "v110"), alignment_threshold=CHUNK, alignment_interval=ALIGNMENT
     ) as file:  # fmt: skip
-        for key, value in columns.view.attributes.items():
+        for key, value in columns.said().items():
             file.attrs[key] = value
         write_columns(file, columns_of(columns.view))
-        if columns.view.versions is not None:
-            file.create_dataset("versions", data=columns.view.versions)
         for name, info in columns.outputs.items():
             rows = max(1, min(CHUNK // _row_bytes(info), len(columns.view)))
             packed = {"chunks": (rows, *info.shape), "compression": "gzip", "shuffle": True} if compress else {}
@@ -103,8 +111,8 @@ def write_npz(sink: Sink, columns: Columns, compress: bool, advance: Advance) ->
     view = columns.view
     how = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     small: dict[str, np.ndarray] = {"labels": view.labels, "digests": view.digests}
-    if view.versions is not None:
-        small["versions"] = view.versions
+    if columns.versions is not None:
+        small["versions"] = columns.versions
     text = columns.text()
     for key, column in view.meta.items():
         if column.dtype == object:
@@ -190,8 +198,8 @@ def _table_columns(columns: Columns) -> dict[str, Any]:
     found |= {"split": view.splits, "digest": [digest.decode() for digest in view.digests.tolist()]}
     if view.groups is not None:
         found["group"] = view.groups
-    if view.versions is not None:
-        found["version"] = view.versions
+    if columns.versions is not None:
+        found["version"] = columns.versions
     taken = {*found, "class", "group", "version", *columns.outputs}
     for key, column in view.meta.items():
         found[f"meta.{key}" if key in taken else key] = column.tolist() if column.dtype == object else column
@@ -201,7 +209,7 @@ def _table_columns(columns: Columns) -> dict[str, Any]:
 def write_safetensors(sink: Sink, columns: Columns, compress: bool, advance: Advance) -> None:
     """Eight bytes with the length of the header, the header (JSON), the tensors one after the other."""
     view = columns.view
-    small = {"labels": view.labels} | ({} if view.versions is None else {"versions": view.versions})
+    small = {"labels": view.labels} | ({} if columns.versions is None else {"versions": columns.versions})
     tensors = {key: (array.dtype, array.shape, array.nbytes) for key, array in small.items()}
     for name, info in columns.outputs.items():
         tensors[name] = np.dtype(info.dtype), (len(view), *info.shape), len(view) * _row_bytes(info)

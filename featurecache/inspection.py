@@ -7,6 +7,7 @@ Allowed is what our own writers make: groups one level deep, datasets in one pie
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -19,6 +20,7 @@ import h5py
 import numpy as np
 from h5py import h5a, h5d, h5g, h5l, h5o, h5t
 
+from featurecache.augment import Augmented
 from featurecache.errors import CacheError, UnsafeFile
 from featurecache.files import FORMAT, USER_BLOCK
 from featurecache.records import parse
@@ -199,6 +201,10 @@ class Stored:
     checksums: np.ndarray  # [N] uint64, xxh3_64 of the row's bytes
     errors: np.ndarray | None  # [N] float32: relative error of the row's rounding, NaN not measured; None: none rounded
 
+    def first(self, rows: int) -> Stored:
+        errors = None if self.errors is None else self.errors[:rows]
+        return Stored(self.info, self.index[:rows], self.checksums[:rows], errors)
+
 
 @dataclass
 class ViewContent:
@@ -219,6 +225,21 @@ class ViewContent:
     meta: dict[str, np.ndarray]
     files: np.ndarray
     stored: dict[str, Stored]
+    augmented: Augmented | None  # how the rows whose version is not 0 were made
+
+    @property
+    def plain_rows(self) -> int:
+        """The first so many rows are plain images, the others augmented copies of them."""
+        return len(self.ids) if self.versions is None else int((self.versions == 0).sum())
+
+    def plain(self) -> ViewContent:
+        """The same with the columns of plain rows only; ``stored`` keeps all."""
+        n = self.plain_rows
+        if n == len(self.ids):
+            return self
+        cut = {name: getattr(self, name)[:n] for name in ("ids", "labels", "splits", "digests", "versions")}
+        groups = None if self.groups is None else self.groups[:n]
+        return dataclasses.replace(self, **cut, groups=groups, meta={key: c[:n] for key, c in self.meta.items()})
 
 
 def view_content(file: h5py.File, name: Path, data: bytes) -> ViewContent:
@@ -262,6 +283,9 @@ def _view_content(file: h5py.File, name: Path, data: memoryview) -> ViewContent:
         stored={
             key: _stored(index[key], _read(sums, key, "u8"), lost.get(key), name) for key in index if key != "files"
         },
+        augmented=Augmented.from_dict(_attribute(attributes, "augmentation", name, dict))
+        if "augmentation" in attributes
+        else None,
     )
 
 
@@ -350,11 +374,25 @@ def _check_columns(view: ViewContent, name: Path) -> None:
         raise CacheError(f"{name}: its digests are not 32 hexadecimal digits.")
     if not _labels_fit(view):
         raise CacheError(f"{name}: its labels do not fit its {len(view.classes):,} classes ({view.task}).")
+    if not _copies_fit(view):
+        raise CacheError(f"{name}: its augmented copies are not those of its images.")
     for output, stored in view.stored.items():
         info = stored.info
         rows = info.grid and info.prefix is not None and len(info.prefix) + info.grid[0] * info.grid[1]
         if not _OUTPUT.fullmatch(output) or (rows and info.shape[0] != rows):
             raise CacheError(f"{name}: {output[:80]!a} is not an output with the shape {list(info.shape)}.")
+
+
+def _copies_fit(view: ViewContent) -> bool:
+    """Plain rows first, then copies of some of them; who has such rows says how they were made."""
+    if view.versions is None or view.augmented is None:
+        return view.versions is None and view.augmented is None
+    n = view.plain_rows
+    copies = view.versions[n:]
+    fine = view.versions.ndim == 1 and n > 0 and not view.versions[:n].any()
+    return bool(fine and ((copies > 0) & (copies <= view.augmented.views)).all()) and set(view.ids[n:]) <= set(
+        view.ids[:n]
+    )
 
 
 def _labels_fit(view: ViewContent) -> bool:

@@ -155,7 +155,7 @@ def _collect(store: Store, delete: bool) -> Garbage:
 
 def _unused(store: Store) -> tuple[list[Output], list[Path]]:
     """What becomes of each output, and the paths of the views. Raises CacheError where something cannot be read."""
-    views = [View(path, columns_only=True) for path in store.views()]
+    views = [View(path, columns_only=True, copies=True) for path in store.views()]
     layouts = {**store.layouts(), **{name: view.layout(name) for view in views for name in view.outputs}}
     unread = [name for name in store.outputs() if name not in layouts]
     if unread:
@@ -232,7 +232,7 @@ def compact(name: str | Path | None = None, cache: str | Path | None = None) -> 
 
     Raises InUse, DamagedFile (before anything is removed), CannotWrite. Killed, the same command finishes.
     """
-    view = View(find_view(name, cache))
+    view = View(find_view(name, cache), copies=True)
     store = open_store(view.store)
     with alone(store.path, f"compact {view.name}"):
         store.sweep()
@@ -246,7 +246,7 @@ def compact(name: str | Path | None = None, cache: str | Path | None = None) -> 
         written = _bytes_in(store) - size
         outputs = [_superseded(store, layout, first) for layout in ordered]
         carry_out(store, outputs, views, first)
-        after = _spread(View(view.path))
+        after = _spread(View(view.path, copies=True))
     return Compacted(view.label, (before[0], after[0]), (before[1], after[1]), written)
 
 

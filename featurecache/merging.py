@@ -209,13 +209,13 @@ def copy_shard(shard: Shard, target: Path, advance: Callable[[int], object]) -> 
 
 def _take_view(mine: Store, source: Store, path: Path) -> TakenView:
     try:
-        view = View(path, columns_only=True)
+        view = View(path, columns_only=True, copies=True)
         for name in _names(view.name):
             target = mine.path / f"{name}.h5"
             if not target.exists():
                 _write(mine, source, view, name)
                 return TakenView(view.name, name, "copied" if name == view.name else "renamed")
-            if _same(view, View(target, columns_only=True)):
+            if _same(view, View(target, columns_only=True, copies=True)):
                 return TakenView(view.name, name, "here")
     except FeatureCacheError as error:
         return TakenView(path.stem, "", "left", str(error))
@@ -248,8 +248,8 @@ def _write(mine: Store, source: Store, view: View, name: str) -> None:
 
 def _same(a: View, b: View) -> bool:
     """Whether two views say the same of the same images; where the images lay does not count."""
-    plain = (a.ids, a.splits, a.groups, a.classes, a.task, a.failed, dict(a.outputs), list(a.meta))
-    if plain != (b.ids, b.splits, b.groups, b.classes, b.task, b.failed, dict(b.outputs), list(b.meta)):
+    plain = (a.ids, a.splits, a.groups, a.classes, a.task, a.failed, a.augmented, dict(a.outputs), list(a.meta))
+    if plain != (b.ids, b.splits, b.groups, b.classes, b.task, b.failed, b.augmented, dict(b.outputs), list(b.meta)):
         return False
     columns: Sequence[tuple[np.ndarray, np.ndarray]] = [
         (a.labels, b.labels), (a.digests, b.digests), *((a.meta[key], b.meta[key]) for key in a.meta)

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from featurecache.augment import Augmented, Copying, asked_for
 from featurecache.backbones import Backbone, load_backbone
 from featurecache.errors import BadOption, CacheError, SourceError
-from featurecache.extraction import Extraction, Result, difference
+from featurecache.extraction import Extraction, Result, difference, may_be_trained_on
 from featurecache.forward import layout_of, pick_device, source_layout, spec_of
-from featurecache.looking import look_at
+from featurecache.looking import Looked, look_at
 from featurecache.memory import Memory
 from featurecache.outputs import Output, parse, parse_list
 from featurecache.privacy import hidden, load_secret
@@ -50,6 +51,9 @@ def prepare(
     task: str | None = None,
     hash_ids: bool = False,
     hash_groups: bool = False,
+    views: int | None = None,
+    augment: str | None = None,
+    augment_seed: int = 0,
     remember: bool = False,
     progress: bool = False,
 ) -> Extraction:
@@ -57,8 +61,12 @@ def prepare(
 
     ``remember``: write the digests of files to the cache while they are read, so that even a look that is killed need
     not be repeated; otherwise `Extraction.run` writes them. ``hash_ids``, ``hash_groups``: see `featurecache.privacy`.
+    ``views``: so many copies of each training image, made by ``augment`` ("flip,rotate10,shift0.1", the words of
+    `augment.KINDS`) and drawn by ``augment_seed``. Where the data have no splits every image gets copies: which of them
+    are for training is decided later. None: those that a view of this name has; 0: none.
     """
     _check_options(on_error, batch_size, workers)
+    augmented = asked_for(views, augment, augment_seed)
     asked = parse_list(outputs) if outputs is not None else None
     dataset = data if isinstance(data, Dataset) else open_source(data, columns=columns, task=task)
     folder = cache_folder(cache)
@@ -84,14 +92,33 @@ def prepare(
     spec, reason = choose_precision(spec, precision, picked, folder, layouts, looked.digests)
     spec = latest_generation(folder, spec)
     store = find_store(folder, spec)
-    wanted = _with_kept(wanted, store, name, dataset)
+    there = _view_there(store, name, dataset)
+    wanted = tuple(dict.fromkeys([*wanted, *(parse(output) for output in (there.outputs if there else ()))]))
     layouts = _layouts(network, wanted, dtype)
-    forward, derived = difference(wanted, layouts, store, looked.digests)
+    kept = there.augmented if there else None
+    copying = _copying(dataset, kept if views is None else augmented, looked)
+    images, digests = looked.images, looked.digests
+    if copying:
+        images, digests = copying.with_copies(images), copying.digests(digests)
+    forward, derived = difference(wanted, layouts, store, digests)
     return Extraction(
-        dataset, network, spec, wanted, name, folder, picked, on_error, workers, batch_size, store, looked.images,
-        looked.digests, looked.sample_image, looked.unread, layouts, forward, derived, reason, accept_drift, looked,
-        secret,
+        dataset, network, spec, wanted, name, folder, picked, on_error, workers, batch_size, store, images, digests,
+        looked.sample_image, looked.unread, layouts, forward, derived, reason, accept_drift, looked, secret, copying,
+        kept,
     )  # fmt: skip
+
+
+def _copying(dataset: Dataset, augmented: Augmented | None, looked: Looked) -> Copying | None:
+    if augmented is None:
+        return None
+    may = may_be_trained_on(dataset)
+    if not may.any():
+        raise BadOption(
+            f"augmented copies are made of training images, and {dataset.source.get('data')} has none: its splits are "
+            f"{', '.join(sorted(set(dataset.splits) - {''}))}. --views 0 goes on without copies."
+        )
+    sources = np.unique(looked.sample_image[may & (looked.sample_image >= 0)])
+    return Copying(augmented, sources, len(looked.digests))
 
 
 def _layouts(network: Backbone, wanted: Sequence[Output], dtype: str) -> dict[str, Layout]:
@@ -142,11 +169,11 @@ def _held(store: Store, layouts: dict[str, Layout], digests: np.ndarray) -> int:
     return most
 
 
-def _with_kept(wanted: tuple[Output, ...], store: Store | None, name: str, dataset: Dataset) -> tuple[Output, ...]:
-    """The outputs asked for and those a view of this name has already; refuses to replace another dataset's view."""
+def _view_there(store: Store | None, name: str, dataset: Dataset) -> View | None:
+    """The view of this name, whose outputs and copies are kept; refuses to replace another dataset's view."""
     path = store.path / f"{name}.h5" if store else None
     if path is None or not path.exists():
-        return wanted
+        return None
     view = View(path, columns_only=True)
     common = len(set(view.ids) & set(dataset.ids))
     if bool(view.source.get("hash_ids")) != bool(dataset.source.get("hash_ids")):
@@ -160,7 +187,7 @@ def _with_kept(wanted: tuple[Output, ...], store: Store | None, name: str, datas
             f"the view {view.label} holds {len(view):,} images of which {common:,} are in "
             f"{dataset.source.get('data')}: it is another dataset. Give this one a name with --name."
         )
-    return tuple(dict.fromkeys([*wanted, *(parse(output) for output in view.outputs)]))
+    return view
 
 
 def default_workers(device: torch.device) -> int:

@@ -139,6 +139,11 @@ def hidden(dataset: Dataset, secret: Secret, *, ids: bool, groups: bool) -> Data
     )  # fmt: skip
 
 
+def hashed_id(secret: Secret, name: str) -> str:
+    """What ``name`` is called where ids are hashed: 32 hex."""
+    return _hash(secret.value, _ID, name)
+
+
 def _hash(secret: bytes, purpose: bytes, name: str) -> str:
     return hashlib.blake2b(name.encode(), digest_size=16, key=secret, person=purpose).hexdigest()
 

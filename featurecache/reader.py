@@ -17,6 +17,7 @@ import torch
 
 from featurecache import guard
 from featurecache import outputs as _outputs
+from featurecache.augment import Augmented
 from featurecache.errors import CacheError, DamagedFile, NotInCache, UnsafeFile
 from featurecache.files import ALIGNMENT, USER_BLOCK, read_checked, refuse_links, stamp_of
 from featurecache.inspection import MAX_VIEW, OutputInfo, Stored, ViewContent, check_inside, view_content
@@ -28,12 +29,17 @@ class View:
     """A dataset's features, opened for reading. Holds no open file; may be pickled and survives a fork.
 
     >>> view = featurecache.open_view("vit-in21k/chest")            # doctest: +SKIP
-    >>> view.tensor("cls", rows=view.splits_are("train"))           # doctest: +SKIP
+    >>> view.tensor("cls", rows=view.split("train"))                # doctest: +SKIP
+
+    Of a view with augmented copies the columns, ``len`` and the rows that are read by default are those of the plain
+    images. `copies` says where their copies lie.
     """
 
-    def __init__(self, path: Path, *, columns_only: bool = False) -> None:
-        """``columns_only``: ids, labels, names of outputs; the shards may be missing and are not looked at."""
+    def __init__(self, path: Path, *, columns_only: bool = False, copies: bool = False) -> None:
+        """``columns_only``: ids, labels, names of outputs; the shards may be missing and are not looked at.
+        ``copies``: the columns hold the rows of augmented copies too, behind those of the images."""
         self.path = path
+        self.with_copies = copies
         self.name = path.stem
         self.store = path.parent
         store = open_store(self.store)
@@ -51,6 +57,11 @@ class View:
             self._check(opening=True)
 
     def _take(self, content: ViewContent) -> None:
+        self._files, self._stored = content.files, content.stored
+        self._all = content
+        self._copies: np.ndarray | None = None
+        self.augmented: Augmented | None = content.augmented
+        content = content if self.with_copies else content.plain()
         self.attributes: dict[str, Any] = content.attributes
         self.fingerprint = content.fingerprint
         self.classes: list[str] = content.classes
@@ -64,8 +75,6 @@ class View:
         self.digests: np.ndarray = content.digests
         self.versions: np.ndarray | None = content.versions
         self.meta: dict[str, np.ndarray] = content.meta
-        self._files = content.files
-        self._stored = content.stored
 
     def _check(self, opening: bool = False) -> None:
         while not self._checked:
@@ -85,7 +94,8 @@ class View:
         now = read_view(self.path)
         if now.fingerprint != self.fingerprint or np.array_equal(now.files, self._files):
             return False
-        same = (now.ids, now.digests.tolist()) == (self.ids, self.digests.tolist()) and all(
+        known = self._all
+        same = (now.ids, now.digests.tolist()) == (known.ids, known.digests.tolist()) and all(
             name in now.stored and np.array_equal(now.stored[name].checksums, stored.checksums)
             for name, stored in self._stored.items()
         )
@@ -135,7 +145,8 @@ class View:
 
     def stored(self, output: str) -> Stored:
         """Where the rows of a stored output lie, and what their bytes hash to."""
-        return self._stored[output]
+        found = self._stored[output]
+        return found if len(self) == self.rows else found.first(len(self))
 
     def layout(self, output: str) -> Layout:
         """What the shards of a stored output have in common."""
@@ -151,6 +162,16 @@ class View:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def rows(self) -> int:
+        """Rows that can be read: those of the images and of their augmented copies."""
+        return len(self._all.ids)
+
+    @property
+    def distinct(self) -> int:
+        """Different images and copies: what takes room in the store."""
+        return len(np.unique(self._all.digests))
 
     def __repr__(self) -> str:
         kept = ", ".join(f"{name} {list(info.shape)}" for name, info in self.outputs.items())
@@ -170,6 +191,15 @@ class View:
     def split(self, name: str) -> np.ndarray:
         """Rows of a split ("train", "val", "test", ""), in order."""
         return np.flatnonzero(np.array(self.splits) == name)
+
+    def copies(self, rows: Any = None) -> np.ndarray:
+        """int64 [n, 1+k]: where each image of ``rows`` (by default all) and its k augmented copies lie, as row numbers
+        for `tensor` and `take`; those of copies are beyond the last image. k is 0 where the view has no copies. In the
+        place of a copy that an image has not (only those that may be trained on have some) stands the image itself."""
+        if self._copies is None:
+            self._copies = _copies_in(self._all, self.path)
+        picked = self._rows(rows) if rows is not None else np.arange(len(self._copies))
+        return self._copies[picked]
 
     def has(self, output: str) -> bool:
         """Stored here, or a function of tokens stored here."""
@@ -274,9 +304,28 @@ class View:
             return np.arange(len(self))
         picked = np.asarray(rows)
         picked = np.flatnonzero(picked) if picked.dtype == bool else picked.astype(np.int64, copy=False)
-        if len(picked) and not (0 <= picked.min() and picked.max() < len(self)):
-            raise IndexError(f"{self.label} has rows 0 to {len(self) - 1}; asked for {picked.min()} to {picked.max()}.")
+        if len(picked) and not (0 <= picked.min() and picked.max() < self.rows):
+            raise IndexError(f"{self.label} has rows 0 to {self.rows - 1}; asked for {picked.min()} to {picked.max()}.")
         return picked
+
+
+def _copies_in(content: ViewContent, path: Path) -> np.ndarray:
+    """int64 [N, 1+k] of `View.copies`. A copy belongs to the image whose id it has, and its digest says so too."""
+    n, k = content.plain_rows, content.augmented.views if content.augmented else 0
+    table = np.repeat(np.arange(n)[:, None], 1 + k, axis=1)
+    if content.versions is None or content.augmented is None:
+        return table
+    first: dict[str, int] = {}
+    same = np.array([first.setdefault(name, row) for row, name in enumerate(content.ids[:n])], np.int64)
+    of = np.array([first[name] for name in content.ids[n:]], np.int64)
+    for copy in range(1, k + 1):
+        rows = n + np.flatnonzero(content.versions[n:] == copy)
+        expected = content.augmented.augmentation.digests(content.digests[of[rows - n]], copy)
+        if (content.digests[rows] != expected).any():
+            raise CacheError(f"{path}: its augmented copies are of other images than it says. Extract it again.")
+        table[of[rows - n], copy] = rows
+    table[:, 1:] = table[same, 1:]  # one image may have several rows of one id
+    return table
 
 
 def _places(tokens: OutputInfo) -> tuple[tuple[str, ...], tuple[int, int]]:

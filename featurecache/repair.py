@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from featurecache import canary
+from featurecache import images as _images
 from featurecache.again import Again
 from featurecache.errors import CacheError, Drift, FeatureCacheError, SourceError, UnreadableImage
 from featurecache.files import open_regular, writing
-from featurecache.images import digest as digest_of
 from featurecache.locks import alone
 from featurecache.outputs import derive, parse
 from featurecache.reader import View, read_view
@@ -171,7 +171,7 @@ class _Mender:
         found = []
         for path in self.store.views():
             with contextlib.suppress(FeatureCacheError):
-                found.append(View(path, columns_only=True))
+                found.append(View(path, columns_only=True, copies=True))
         return found
 
     def _gone(self, bad: list[_Bad], broken: set[Path]) -> dict[bytes, str]:
@@ -211,8 +211,8 @@ class _Mender:
                 except (UnreadableImage, SourceError) as error:
                     reason = str(error)
                     continue
-                if digest_of(data).encode() == digest:
-                    return data
+                if (image := _as_named(view, row, data)) is not None:
+                    return image
                 reason = "the file of this name holds another image now"
         raise UnreadableImage(reason)
 
@@ -371,3 +371,14 @@ def _bad(known: Named) -> _Bad:
     numbers, first = np.unique(known.numbers, return_index=True)
     whole = known.is_whole()
     return _Bad(known, known.digests[first], numbers, known.checksums[first], known.errors[first], whole[first])
+
+
+def _as_named(view: View, row: int, data: bytes | np.ndarray) -> bytes | np.ndarray | None:
+    """The image of a row, or its augmented copy, uint8 [H,W,3], made again; None where ``data`` is another image's."""
+    digest, version = _images.digest(data).encode(), 0 if view.versions is None else int(view.versions[row])
+    if version == 0 or view.augmented is None:
+        return data if digest == view.digests[row] else None
+    made = view.augmented.augmentation
+    if made.digests(np.array([digest]), version)[0] != view.digests[row]:
+        return None
+    return made.made(_images.decode(data), bytes(view.digests[row])).permute(1, 2, 0).numpy()

@@ -185,7 +185,7 @@ def _notes(several: Sequence[dict[str, str]]) -> dict[str, str]:
 def repoint(store: Store, path: Path, homes: dict[str, list[Shard]], gone: set[Path]) -> None:
     """Write a view that names shards in ``gone`` on those that stay. Its bytes stay what they are, and its time: it is
     no newer than it was."""
-    view = View(path, columns_only=True)
+    view = View(path, columns_only=True, copies=True)
     if not gone & {view.store / entry["path"].decode() for entry in view.files}:
         return
     located = {}

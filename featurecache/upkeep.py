@@ -178,10 +178,11 @@ def compact(talk: Talk, view: str | None, cache: str | None) -> int:
 @click.argument("view", metavar="VIEW")
 @click.argument("file", metavar="FILE")
 @click.option("--outputs", metavar="NAMES", help="cls,tokens,tokens-257,… [default: all that the view has]")
+@click.option("--copies", is_flag=True, help="The augmented copies too, with their numbers in `versions`.")
 @click.option("--compress", is_flag=True, help="gzip in .h5, deflate in .npz, zstd in .parquet.")
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
 @cache_option
-def export(talk: Talk, view: str, file: str, cache: str | None, **options: Any) -> int:
+def export(talk: Talk, view: str, file: str, cache: str | None, copies: bool, **options: Any) -> int:
     """Write a view to one plain file, .h5, .npz, .parquet or .safetensors, that needs neither the cache nor this tool.
 
     \b
@@ -191,9 +192,14 @@ def export(talk: Talk, view: str, file: str, cache: str | None, **options: Any) 
     from featurecache.exporting import export_view
     from featurecache.views import open_view
 
-    done = export_view(open_view(view, cache), file, progress=talk.progress, **options)
+    opened = open_view(view, cache, copies=copies)
+    if copies and opened.augmented is None:
+        raise BadOption(f"{opened.label} has no augmented copies; leave --copies out.")
+    done = export_view(opened, file, progress=talk.progress, **options)
     talk.result(housekeeping.export_lines(done), housekeeping.record(done))
-    if done.format != "parquet":  # which nothing here reads as features
+    if opened.augmented and not copies:
+        talk.say(f"left out   {opened.rows - len(opened):,} augmented copies; --copies exports them too")
+    if done.format != "parquet" and not copies:  # which nothing here reads as features
         talk.next(f"featurecache import {shlex.quote(str(done.path))} --name NAME")
     return 0
 

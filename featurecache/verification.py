@@ -193,7 +193,9 @@ def _view(path: Path, problem: str | None) -> View | str:
     if problem:
         return f"{problem}; delete it and run the extraction again, which computes nothing that is there"
     try:
-        return View(path, columns_only=True)
+        view = View(path, columns_only=True, copies=True)
+        view.copies()  # which looks at their digests
+        return view
     except FeatureCacheError as error:
         return str(error)
 

@@ -2,9 +2,10 @@
 
 At the root of ``<store>/<view>.h5``: `ids` [N], `labels` [N] int64 (−1 none; multi-label [N,L] float32, NaN unknown),
 `splits` [N], `groups` [N] where known, `digests` [N], `meta/*` [N], and one virtual dataset per output over the
-shards. `index/files` and `index/<output>` [N,2] say where each row lies, `checksums/<output>` [N] what its bytes hash
-to (xxh3_64), `errors/<output>` [N] what rounding to float16 did to it; our reader maps the shards by them and never
-reads a feature through HDF5.
+shards. Where augmented copies are in it `versions` [N] says which: 0 for the images, which come first, 1 … for copies,
+which carry the id of their image. `index/files` and `index/<output>` [N,2] say where each row lies,
+`checksums/<output>` [N] what its bytes hash to (xxh3_64), `errors/<output>` [N] what rounding to float16 did to it; our
+reader maps the shards by them and never reads a feature through HDF5.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Rows:
     digests: np.ndarray
     groups: list[str] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    versions: np.ndarray | None = None  # 0 for images, which come first, 1 … for augmented copies; None: no copies
 
 
 def write_view(store: Store, name: str, rows: Rows, attributes: dict[str, str], located: dict[Layout, Located]) -> Path:
@@ -47,6 +49,7 @@ def write_view(store: Store, name: str, rows: Rows, attributes: dict[str, str], 
 
     ``located``: for each output where every row lies. Attributes are stored as they are (JSON where structured).
     """
+    assert (rows.versions is None) == ("augmentation" not in attributes), "who has copies says how they were made"
     buffer = io.BytesIO()
     with new_hdf5(buffer) as file:
         for key, value in attributes.items():
@@ -75,9 +78,10 @@ def rewrite_view(
     Rows whose digest is in ``lost`` leave the view and are listed in its ``failed`` with the reason given there.
     ``without``: shards that are not to be looked at. Raises NotInCache when a row lies nowhere.
     """
-    view = View(path, columns_only=True)
+    view = View(path, columns_only=True, copies=True)
     store, lost = open_store(view.store), lost or {}
-    kept = np.array([row for row, digest in enumerate(view.digests.tolist()) if digest not in lost], np.int64)
+    here, reasons = _without(view, lost)
+    kept = np.flatnonzero(here)
     located = {}
     for name in view.outputs:
         layout = view.layout(name)
@@ -87,9 +91,30 @@ def rewrite_view(
         if not places.found.all():
             raise NotInCache(f"{int((~places.found).sum()):,} rows of {name} of {view.label} lie in no shard.")
     failed = [[f["id"], f["reason"]] for f in view.failed]
-    failed += [[view.ids[k], lost[d]] for k, d in enumerate(view.digests.tolist()) if d in lost]
-    attributes = {**view.attributes, "failed": json.dumps(failed, ensure_ascii=False)}
+    attributes = {**view.attributes, "failed": json.dumps([*failed, *reasons], ensure_ascii=False)}
     return write_view(store, view.name, columns_of(view, kept), attributes, located)
+
+
+def _without(view: View, lost: Mapping[bytes, str]) -> tuple[np.ndarray, list[list[str]]]:
+    """(bool [N] which rows of a view stay, [id, reason] of the others). Without its image no copy stays."""
+    here = np.array([digest not in lost for digest in view.digests.tolist()], bool)
+    versions = np.zeros(len(view), int) if view.versions is None else view.versions
+    gone = {view.ids[row] for row in np.flatnonzero(~here & (versions == 0)).tolist()}
+    reasons = []
+    for row in np.flatnonzero(~here).tolist():
+        name, reason = view.ids[row], lost[view.digests[row]]
+        if not versions[row]:
+            reasons.append([name, reason])
+        elif name not in gone:
+            reasons.append([name, copy_failed(int(versions[row]), reason)])
+    if gone:
+        here &= np.array([name not in gone for name in view.ids])
+    return here, reasons
+
+
+def copy_failed(version: int, reason: str) -> str:
+    """Why a copy is missing of an image that is there."""
+    return f"its augmented copy {version}: {reason}"
 
 
 def _same_bytes_first(shards: list[Shard], digests: np.ndarray, checksums: np.ndarray) -> Located:
@@ -100,7 +125,7 @@ def _same_bytes_first(shards: list[Shard], digests: np.ndarray, checksums: np.nd
 
 
 def columns_of(view: View, rows: np.ndarray | None = None) -> Rows:
-    """What a view says of its samples, or of some ``rows`` of them."""
+    """What a view says of its samples, or of some ``rows`` of them; of copies only if it was opened with them."""
     rows = np.arange(len(view)) if rows is None else rows
 
     def pick(column: list[str]) -> list[str]:
@@ -109,6 +134,7 @@ def columns_of(view: View, rows: np.ndarray | None = None) -> Rows:
     return Rows(
         pick(view.ids), view.labels[rows], pick(view.splits), view.digests[rows],
         None if view.groups is None else pick(view.groups), {key: values[rows] for key, values in view.meta.items()},
+        view.versions[rows] if view.versions is not None and view.with_copies else None,
     )  # fmt: skip
 
 
@@ -119,6 +145,8 @@ def write_columns(file: h5py.File, rows: Rows) -> None:
     file.create_dataset("digests", data=rows.digests, dtype=DIGEST)
     if rows.groups is not None:
         file.create_dataset("groups", data=rows.groups, dtype=_TEXT)
+    if rows.versions is not None:
+        file.create_dataset("versions", data=rows.versions, dtype="i4")
     meta = file.create_group("meta")
     for key, column in rows.meta.items():
         values = np.asarray(column)
@@ -179,12 +207,12 @@ def _write_virtual(file: h5py.File, layout: Layout, places: Located, starts: np.
     return file.create_virtual_dataset(layout.output, virtual, fillvalue=np.nan)  # a lost shard must not read as zeros
 
 
-def open_view(name: str | Path | None = None, cache: str | Path | None = None) -> View:
+def open_view(name: str | Path | None = None, cache: str | Path | None = None, *, copies: bool = False) -> View:
     """Open a view by path, ``store/view``, or name; without a name the one of the last extraction that finished.
 
-    A store may be named by its folder or by its backbone. Raises NotInCache, AmbiguousName.
+    A store may be named by its folder or by its backbone. ``copies``: see `View`. Raises NotInCache, AmbiguousName.
     """
-    return View(find_view(name, cache))
+    return View(find_view(name, cache), copies=copies)
 
 
 def find_view(name: str | Path | None = None, cache: str | Path | None = None) -> Path:

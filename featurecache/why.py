@@ -35,6 +35,7 @@ class Explanation:
     nearest: Store | None  # where none has
     differs: tuple[Difference, ...]
     images: dict[str, dict[str, int]] | None
+    copies: dict[str, dict[str, int]] | None  # the same of augmented copies; None: none are asked for
     notes: tuple[str, ...]
 
     def record(self) -> dict[str, Any]:
@@ -45,6 +46,7 @@ class Explanation:
             "nearest": str(self.nearest.path) if self.nearest else None,
             "differs": [{"field": d.field, "stored": d.stored, "asked": d.asked} for d in self.differs],
             "images": self.images,
+            "augmented_copies": self.copies,
             "notes": list(self.notes),
         }
 
@@ -59,7 +61,8 @@ class Explanation:
             width = max(len(name) for name, _ in rows)
             lines = [f"no store has this key. Nearest: {self.nearest.path.name}, which differs in"]
             lines += [f"  {name:<{width}}  {text}" for name, text in rows]
-        return "\n".join([*lines, *_image_lines(self.images or {}), *(f"note: {note}" for note in self.notes)])
+        counted = [*_image_lines(self.images or {}), *_image_lines(self.copies or {}, "augmented copies")]
+        return "\n".join([*lines, *counted, *(f"note: {note}" for note in self.notes)])
 
 
 def explain(
@@ -82,9 +85,11 @@ def explain(
         store = find_store(folder, spec)
     nearest = None if store else _nearest(folder, spec)
     differs = tuple(differences(nearest.spec, spec)) if nearest else ()
-    notes = [*_generations(folder, spec), *_drift(planned), *(str(error) for _, error in unreadable_stores(folder))]
-    counted = _count(planned) if planned else None
-    return Explanation(folder, spec, network.provenance, store, nearest, differs, counted, tuple(notes))
+    notes = [*_generations(folder, spec), *_drift(planned), *_other_copies(planned)]
+    notes += [str(error) for _, error in unreadable_stores(folder)]
+    counted = _count(planned, copies=False) if planned else None
+    copies = _count(planned, copies=True) if planned and planned.copying else None
+    return Explanation(folder, spec, network.provenance, store, nearest, differs, counted, copies, tuple(notes))
 
 
 def _key(
@@ -122,26 +127,41 @@ def _nearest(cache: Path, spec: ExtractionSpec) -> Store | None:
     return min(known, key=distance, default=None)
 
 
-def _count(planned: Extraction) -> dict[str, dict[str, int]]:
+def _count(planned: Extraction, copies: bool) -> dict[str, dict[str, int]]:
     def among(groups: list[tuple[np.ndarray, tuple[Any, ...]]], output: Any) -> int:
-        return sum(len(rows) for rows, outputs in groups if output in outputs)
+        return sum(int(((rows >= planned.plain) == copies).sum()) for rows, outputs in groups if output in outputs)
 
-    total, counted = len(planned.digests), {}
+    total, counted = len(planned.digests) - planned.plain if copies else planned.plain, {}
     for output in planned.outputs:
         new, follow = among(planned.forward, output), among(planned.derived, output)
         counted[output.name] = {"there": total - new - follow, "to_derive": follow, "to_compute": new}
     return counted
 
 
-def _image_lines(images: dict[str, dict[str, int]]) -> Iterator[str]:
+def _other_copies(planned: Extraction | None) -> Iterator[str]:
+    """Why no copy is found where a view of this name has some."""
+    if planned is None or planned.kept is None or planned.copying is None:
+        return
+    asked = planned.copying.augmented
+    if asked.augmentation != planned.kept.augmentation:
+        yield (
+            f"the view {planned.name} has {planned.kept} of an image, asked for is {asked}: other steps, numbers or "
+            "another seed are other copies"
+        )
+    elif asked.views != planned.kept.views:
+        yield f"the view {planned.name} has {planned.kept} of an image; those with the same number are the same"
+
+
+def _image_lines(images: dict[str, dict[str, int]], what: str = "distinct images") -> Iterator[str]:
     """One line for all outputs of which the same images are there."""
     alike: dict[tuple[int, ...], list[str]] = {}
     for name, counts in images.items():
         alike.setdefault(tuple(counts.values()), []).append(name)
     for (there, follow, new), names in alike.items():
-        line = f"{there:,} of {there + follow + new:,} distinct images are there for {', '.join(names)}"
+        line = f"{there:,} of {there + follow + new:,} {what} are there for {', '.join(names)}"
         line += f"; {follow:,} follow from stored tokens" if follow else ""
-        yield line + (f"; {new:,} {'are' if new > 1 else 'is'} new content" if new else "")
+        kind = "to be computed" if what == "augmented copies" else "new content"
+        yield line + (f"; {new:,} {'are' if new > 1 else 'is'} {kind}" if new else "")
 
 
 def _generations(cache: Path, spec: ExtractionSpec) -> Iterator[str]:
