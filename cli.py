@@ -13,6 +13,7 @@ from featurecache import commands, upkeep
 from featurecache.errors import BadOption, NotInCache
 from featurecache.terminal import CONTEXT, Commands, Talk, cache_option, command, features_option
 from heads import commands as head_commands
+from heads import lab
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -106,32 +107,33 @@ def _features_line(view: Any, asked: str | None) -> str:
 
 def _info_head(talk: Talk, head: str, options: dict[str, Any], cache: str | None) -> int:
     from featurecache.views import open_view
-    from heads.architectures import describe_head
+    from heads.architectures import Input, describe_head
+    from heads.jobs import choose_output
     from heads.tables import head_table
-    from heads.train import choose_output
 
     try:
         view = open_view(options["features"], cache)
     except NotInCache:
         if options["features"]:
             raise
-        record = describe_head(head, _shape_at_vit_b16(head, options["output"]), options["classes"])
+        record = describe_head(head, _input_at_vit_b16(head, options["output"]), options["classes"])
         talk.say("features   none extracted yet: shapes are those of a ViT-B/16 at 224 px")
     else:
         output = choose_output(view, head, options["output"])
         talk.say(_features_line(view, options["features"]))
-        record = describe_head(head, view.info(output).shape, options["classes"])
+        record = describe_head(head, Input.of(view.info(output)), options["classes"])
     talk.result(head_table(record), record)
     talk.next(f"featurecache train-head --head {head}", cache)
     return 0
 
 
-def _shape_at_vit_b16(head: str, output: str | None) -> tuple[int, ...]:
+def _input_at_vit_b16(head: str, output: str | None) -> Any:
     from featurecache.outputs import parse
-    from heads.architectures import head_info
+    from heads.architectures import VIT_B16, Input, head_info
 
-    name = output or ("tokens" if head_info(head).takes == "tokens" else "cls")
-    return parse(name).row_shape((197, 768), 1)
+    asked = parse(output or ("tokens" if head_info(head).takes == "tokens" else "cls"))
+    places = asked.layout(VIT_B16.prefix, (14, 14)) or ((), None)
+    return Input(asked.row_shape((197, 768), 1), *places)
 
 
 def _info_thing(talk: Talk, name: str, cache: str | None) -> int:
@@ -156,14 +158,16 @@ def _info_thing(talk: Talk, name: str, cache: str | None) -> int:
 
 def _info_all(talk: Talk) -> int:
     from featurecache.aliases import ALIASES
-    from heads.architectures import HEADS
+    from heads.architectures import heads_table
+    from heads.tables import heads_lines
 
-    width = max(map(len, ALIASES))
+    width, heads = max(map(len, ALIASES)), heads_table()
     forms = "hf:REPO[@REVISION], a folder written by save_pretrained, torchvision:NAME[:WEIGHTS], python:MODULE:FACTORY"
     lines = [f"backbones (also {forms}):"]
     lines += [f"  {name:<{width}}  {alias.id or 'untrained only'}" for name, alias in ALIASES.items()]
-    lines += ["heads (also python:MODULE:CLASS):", *(f"  {name:<{width}}  {head.what}" for name, head in HEADS.items())]
-    talk.result("\n".join(lines), {"backbones": list(ALIASES), "heads": list(HEADS)})
+    lines += ["heads (also python:MODULE:CLASS; parameters for a ViT-B/16 and two classes):", heads_lines(heads)]
+    record = {"backbones": list(ALIASES), "heads": [head["head"] for head in heads], "about_heads": heads}
+    talk.result("\n".join(lines), record)
     return 0
 
 
@@ -181,9 +185,10 @@ def demo(talk: Talk, out: str, cache: str | None) -> int:
 
 
 for each in (
-    commands.extract, commands.why, head_commands.train_head, head_commands.predict, ls, info, upkeep.verify,
-    upkeep.repair, upkeep.leaks, upkeep.rm, upkeep.gc, upkeep.compact, upkeep.export, upkeep.import_, upkeep.merge,
-    demo,
+    commands.extract, commands.why, head_commands.train_head, lab.ablate, lab.evaluate, lab.report,
+    head_commands.predict, ls, info,
+    upkeep.verify, upkeep.repair, upkeep.leaks, upkeep.rm, upkeep.gc, upkeep.compact, upkeep.export, upkeep.import_,
+    upkeep.merge, demo,
 ):  # fmt: skip
     main.add_command(each)
 

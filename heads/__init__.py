@@ -21,6 +21,12 @@ _LAZY = {
     "list_runs": "heads.runs",
     "Run": "heads.runs",
     "predict": "heads.prediction",
+    "ablate": "heads.sweep",
+    "load_sweep": "heads.sweep",
+    "report": "heads.page",
+    "compare": "heads.comparison",
+    "families_of": "heads.comparison",
+    "evaluate_run": "heads.external",
     "HEADS": "heads.architectures",
 }
 __all__ = [*_LAZY]

@@ -1,17 +1,20 @@
-"""The heads: what stands between frozen features and logits.
+"""The table of heads: what stands between frozen features and logits.
 
-Notation: B batch, T tokens, D width, C classes, H hidden. A head is a torch module made from the shape of one row of
-its output ((D,) or (T, D)) and C; it maps float32 [B, *shape] to logits [B, C].
+Notation: N samples, B batch, T tokens, D width, C classes, H hidden. A head is a torch module made from the shape of
+one row of its output ((D,) or (T, D)) and C; it maps float32 [B, *shape] to logits [B, C]. Stepped heads are in
+``vector_heads``, ``token_heads`` and ``attention_heads``; how the solved ones come to their weights is in ``solvers``.
 
-To add one: a class here and a line in ``HEADS``.
+To add one: a class there and a line in ``HEADS`` here. Its keywords ``dropout``, ``gated``, ``prefix`` and ``grid`` are
+given to it if its signature names them.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,122 +23,103 @@ import torch
 from torch import nn
 
 from featurecache.errors import BadOption, UnknownHead, nearest
-
-ARTICLE_HIDDEN = 256  # Linear(197, 256) in O. Mindlina's model 2
-
-
-class Linear(nn.Module):
-    """Mindlina's model 1: D·C + C parameters (1,538 for D=768, C=2). State dict: fc.weight [C, D], fc.bias [C]."""
-
-    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
-        super().__init__()
-        (width,) = shape
-        self.fc = nn.Linear(width, classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [B, D] -> [B, C]."""
-        return self.fc(x)
-
-    def layers(self) -> list[tuple[str, str, str, int]]:
-        d, c = self.fc.in_features, self.fc.out_features
-        return [("fc", f"Linear({d}, {c})", f"[{c}]", d * c + c)]
+from heads.attention_heads import attention
+from heads.token_heads import ClsMean, Conv, Large, MeanLinear
+from heads.vector_heads import Linear, Mlp, Neighbours
 
 
-class Large(nn.Module):
-    """Mindlina's model 2: on the transposed tokens [D, T] Linear(T, 256), ReLU, Flatten, Linear(D·256, C).
+@dataclass(frozen=True)
+class Input:
+    """What a head is given of one image: ``shape`` (D,) or (T, D), and of tokens which rows are what.
 
-    State dict, as in her classes: fc1.weight [256, T], fc1.bias [256], fc2.weight [C, D·256] (column d·256 + h),
-    fc2.bias [C]. Classes with other names (an nn.Sequential's ``0.weight``, ``0.bias``, ``3.weight``, ``3.bias``) have
-    the same four tensors in the same order.
-
-    Inside, tokens stay as they are stored, [T, D]: W1 @ x gives [H, D] for every image by one baddbmm, and the second
-    weight is kept as [C, H, D] so that nothing is transposed in training (1.22 against 1.52 s an epoch in bf16, 3.27
-    against 3.73 in float32, for 3,000 x 197 x 768). Adam works element by element, so the order changes no result.
+    ``prefix``: names of the P tokens before the patches; ``grid``: (h, w) with T = P + h·w, None where it is not known
+    which rows are patches.
     """
 
-    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
-        super().__init__()
-        tokens, width = shape
-        first, second = nn.Linear(tokens, ARTICLE_HIDDEN), nn.Linear(width * ARTICLE_HIDDEN, classes)
-        self.fc1 = first
-        inside = second.weight.detach().view(classes, width, ARTICLE_HIDDEN).transpose(1, 2).contiguous()
-        self.second = nn.Parameter(inside)  # [C, H, D]
-        self.second_bias = nn.Parameter(second.bias.detach())  # [C]
-        self.register_state_dict_post_hook(_to_article)
-        self.register_load_state_dict_pre_hook(_from_article)
+    shape: tuple[int, ...]
+    prefix: tuple[str, ...] = ()
+    grid: tuple[int, int] | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [B, T, D] -> [B, C]."""
-        weight = self.fc1.weight.expand(len(x), -1, -1)
-        hidden = torch.baddbmm(self.fc1.bias[:, None], weight, x).relu_()  # [B, H, D]
-        return nn.functional.linear(hidden.flatten(1), self.second.flatten(1), self.second_bias)
+    def __post_init__(self) -> None:
+        if self.grid is not None and len(self.shape) == 2:
+            (h, w), first = self.grid, len(self.prefix)
+            if first + h * w != self.shape[0]:
+                raise BadOption(
+                    f"{self.shape[0]} tokens are not {first} before the patches and a grid of {h}×{w}: "
+                    "the prefix and the grid of this output are wrong."
+                )
 
-    def layers(self) -> list[tuple[str, str, str, int]]:
-        classes, hidden, width = self.second.shape
-        tokens = self.fc1.in_features
-        return [
-            ("", "transpose", f"[{width}×{tokens}]", 0),
-            ("fc1", f"Linear({tokens}, {hidden})", f"[{width}×{hidden}]", tokens * hidden + hidden),
-            ("", "ReLU, Flatten", f"[{width * hidden}]", 0),
-            ("fc2", f"Linear({width * hidden}, {classes})", f"[{classes}]", width * hidden * classes + classes),
-        ]
+    @classmethod
+    def of(cls, given: Any) -> Input:
+        """From a bare shape, a record with shape, prefix and grid, or what ``view.info(output)`` gives."""
+        if isinstance(given, Input):
+            return given
+        if isinstance(given, Sequence):
+            return cls(tuple(given))
+        record = given if isinstance(given, dict) else vars(given)
+        prefix, grid = record.get("prefix"), record.get("grid")
+        return cls(tuple(record["shape"]), tuple(prefix or ()), None if grid is None else (grid[0], grid[1]))
 
 
-def _to_article(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    second = state.pop(prefix + "second")  # [C, H, D]
-    state[prefix + "fc2.weight"] = second.transpose(1, 2).reshape(len(second), -1)
-    state[prefix + "fc2.bias"] = state.pop(prefix + "second_bias")
-
-
-def _from_article(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    assert isinstance(module, Large)
-    classes, hidden, width = module.second.shape
-    weight = state.get(prefix + "fc2.weight")
-    if weight is not None and weight.shape == (classes, width * hidden):  # any other shape is named by torch itself
-        state[prefix + "second"] = weight.view(classes, width, hidden).transpose(1, 2)
-        del state[prefix + "fc2.weight"]
-    if prefix + "fc2.bias" in state:
-        state[prefix + "second_bias"] = state.pop(prefix + "fc2.bias")
-
-
-class Mlp(nn.Module):
-    """Linear(D, 256), ReLU, Dropout(0.5), Linear(256, C). State dict: fc1.*, fc2.*."""
-
-    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
-        super().__init__()
-        (width,) = shape
-        self.fc1 = nn.Linear(width, 256)
-        self.dropout = nn.Dropout(0.5)
-        self.fc2 = nn.Linear(256, classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [B, D] -> [B, C]."""
-        return self.fc2(self.dropout(self.fc1(x).relu()))
-
-    def layers(self) -> list[tuple[str, str, str, int]]:
-        d, h, c = self.fc1.in_features, self.fc1.out_features, self.fc2.out_features
-        return [
-            ("fc1", f"Linear({d}, {h})", f"[{h}]", d * h + h),
-            ("", f"ReLU, Dropout({self.dropout.p})", f"[{h}]", 0),
-            ("fc2", f"Linear({h}, {c})", f"[{c}]", h * c + c),
-        ]
+VIT_B16 = Input((197, 768), ("cls",), (14, 14))  # tokens of a ViT-B/16 at 224 pixels
 
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """What a head is made for. ``takes``: "vector" ([D] an image), "tokens" ([T, D]) or "any"."""
+    """What a head is made for. ``takes``: "vector" ([D] an image), "tokens" ([T, D]) or "any". ``solved``: its weights
+    come from ``solvers.SOLVERS``, not from steps."""
 
     what: str
     takes: str
-    make: Callable[[tuple[int, ...], int], nn.Module]
+    make: Callable[..., nn.Module]
     standardize: str = "none"
+    solved: bool = False
+    reference: str = ""
 
 
 HEADS: dict[str, HeadInfo] = {
-    "linear": HeadInfo("one linear layer on the vector (the article's model 1)", "vector", Linear),
-    "large": HeadInfo("two linear layers on all tokens (the article's models 2 and 3)", "tokens", Large),
-    "mlp": HeadInfo("one hidden layer of 256 with dropout on the vector", "vector", Mlp),
-}
+    "linear": HeadInfo(
+        "one linear layer on the vector (the article's model 1)", "vector", Linear, reference="Mindlina 2024"
+    ),
+    "large": HeadInfo(
+        "two linear layers on all tokens (the article's models 2 and 3)", "tokens", Large, reference="Mindlina 2024"
+    ),
+    "mlp": HeadInfo(
+        "one hidden layer of 256 with dropout on the vector", "vector", Mlp, reference="Srivastava et al. 2014"
+    ),
+    "mean-linear": HeadInfo(
+        "one linear layer on the mean of the patch tokens", "tokens", MeanLinear,
+        reference="Lin et al. 2014, arXiv:1312.4400",
+    ),
+    "cls+mean": HeadInfo(
+        "one linear layer on the class token beside the mean of the patch tokens", "tokens", ClsMean,
+        reference="Oquab et al. 2023, arXiv:2304.07193",
+    ),
+    "attention": HeadInfo(
+        "the attentive probe: a learned query over all tokens, multi-head (--gated: gated attention MIL)", "tokens",
+        attention, "zscore",
+        reference="El-Nouby et al. 2024, arXiv:2401.08541; gated: Ilse et al. 2018, arXiv:1802.04712",
+    ),
+    "conv": HeadInfo(
+        "a small 3×3 convolution over the patch grid, averaged", "tokens", Conv,
+        reference="He et al. 2016, arXiv:1512.03385",
+    ),
+    "ridge": HeadInfo(
+        "least squares on ±1 targets, 45 penalties at once", "vector", Linear, "zscore", True,
+        "Hoerl & Kennard 1970",
+    ),
+    "logreg": HeadInfo(
+        "logistic regression by L-BFGS, 10 penalties, each started from the last", "vector", Linear, "zscore", True,
+        "Liu & Nocedal 1989; scikit-learn",
+    ),
+    "knn": HeadInfo(
+        "k nearest training vectors by cosine, weighted votes", "vector", Neighbours, "l2", True,
+        "Wu et al. 2018, arXiv:1805.01978; Caron et al. 2021, arXiv:2104.14294",
+    ),
+    "centroid": HeadInfo(
+        "the nearest class mean", "vector", Linear, "zscore", True, "Snell et al. 2017, arXiv:1703.05175"
+    ),
+}  # fmt: skip
 
 
 def head_info(name: str) -> HeadInfo:
@@ -185,13 +169,58 @@ def own_randomness(generator: torch.Generator) -> Iterator[None]:
         torch.set_rng_state(outside)
 
 
-def make_head(name: str, shape: tuple[int, ...], classes: int, generator: torch.Generator | None = None) -> nn.Module:
-    """A head with weights initialised from ``generator``; raises BadOption where it cannot be made for this shape."""
-    info = head_info(name)
-    _check_takes(name, info.takes, shape)
+def make_head(
+    name: str,
+    given: Input | Sequence[int],
+    classes: int,
+    generator: torch.Generator | None = None,
+    *,
+    dropout: float | None = None,
+    gated: bool = False,
+) -> nn.Module:
+    """A head with weights initialised from ``generator``; raises BadOption where it cannot be made for this output, or
+    has no such option. ``dropout``: None is the head's own. Of a bare shape it is not known which tokens are patches.
+    """
+    info, given = head_info(name), Input.of(given)
+    _check_takes(name, info.takes, given.shape)
+    options = _options(name, info, given, dropout, gated)
     with own_randomness(generator or torch.Generator().manual_seed(0)):
-        model = info.make(shape, classes)
+        model = info.make(given.shape, classes, **options)
     return model
+
+
+def _options(name: str, info: HeadInfo, given: Input, dropout: float | None, gated: bool) -> dict[str, Any]:
+    """The keywords of a head, of those that its signature names; raises BadOption for one that would do nothing."""
+    named = inspect.signature(info.make).parameters
+    places: dict[str, Any] = {"prefix": given.prefix, "grid": given.grid}
+    options = {key: value for key, value in places.items() if key in named}
+    if dropout is not None and "dropout" in named and not info.solved:
+        if not 0 <= dropout < 1:
+            raise BadOption(f"--dropout is {dropout:g}; it is at least 0 and below 1.")
+        options["dropout"] = dropout
+    elif dropout:
+        raise BadOption(f"{name} has no dropout, so --dropout {dropout:g} would do nothing. Leave it out.")
+    if gated and "gated" not in named:
+        raise BadOption(f"{name} has no gate; --gated is for attention.")
+    return options | ({"gated": True} if gated else {})
+
+
+def load_head(
+    name: str, given: Input | Sequence[int], classes: int, state: dict[str, torch.Tensor], *, gated: bool = False
+) -> nn.Module:
+    """A head with the weights of a state dict, for evaluation; raises ValueError where they are not this head's."""
+    if name in HEADS and HEADS[name].make is not Neighbours:
+        with torch.device("meta"):  # a size that no file of weights stands for would fill the memory
+            wanted = count_parameters(make_head(name, given, classes, gated=gated))
+        there = sum(tensor.numel() for tensor in state.values())
+        if wanted != there:
+            raise ValueError(f"it holds {there:,} numbers, the head {wanted:,}.")
+    model = make_head(name, given, classes, gated=gated)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    return model.eval()
 
 
 def _check_takes(name: str, takes: str, shape: tuple[int, ...]) -> None:
@@ -217,20 +246,47 @@ def layers_of(model: nn.Module) -> list[tuple[str, str, str, int]]:
     return [(n, repr(m), "", sum(p.numel() for p in m.parameters())) for n, m in leaves]
 
 
-def describe_head(name: str, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
+def describe_head(
+    name: str, given: Input | Sequence[int], classes: int, *, dropout: float | None = None, gated: bool = False
+) -> dict[str, Any]:
     """Layers, shapes and parameters of a head for one output, as data (``info --head NAME --output …``)."""
-    model = make_head(name, shape, classes)
+    info, given = head_info(name), Input.of(given)
+    model = make_head(name, given, classes, dropout=dropout, gated=gated)
     layers = [
         {"name": n, "layer": what, "gives": gives, "parameters": count} for n, what, gives, count in layers_of(model)
     ]
     tensors = {key: list(value.shape) for key, value in model.state_dict().items()}
     return {
         "head": name,
-        "what": head_info(name).what,
-        "takes": head_info(name).takes,
-        "shape": list(shape),
+        "what": info.what,
+        "takes": info.takes,
+        "standardize": info.standardize,
+        "solved": info.solved,
+        "reference": info.reference,
+        "shape": list(given.shape),
         "classes": classes,
         "layers": layers,
         "state_dict": tensors,
         "parameters": count_parameters(model),
     }
+
+
+def heads_table(classes: int = 2) -> list[dict[str, Any]]:
+    """A record for every head: what it takes, its parameters for a ViT-B/16 and ``classes``, where it comes from."""
+    records = []
+    for name, info in HEADS.items():
+        given = Input(VIT_B16.shape[1:]) if info.takes == "vector" else VIT_B16
+        with torch.device("meta"):
+            count = count_parameters(make_head(name, given, classes))
+        records.append(
+            {
+                "head": name,
+                "what": info.what,
+                "takes": info.takes,
+                "solved": info.solved,
+                "standardize": info.standardize,
+                "parameters": count,
+                "reference": info.reference,
+            }
+        )
+    return records

@@ -4,6 +4,10 @@ Notation: N training rows, B rows a batch, C classes that train has. An epoch is
 last one short. Balanced batches (the article's): B = qC + r gives every class q rows and r classes one more; who gets
 one more goes round, so that over the batches all classes are drawn equally. Every class is cycled through its own
 shuffle: no image of it comes again before all of them have come, across epochs too.
+
+Features that do not fit in memory are read from the mapped shards, where rows far apart are slow: ``window`` then says
+how many rows may be in use at once, and a shuffle is one of blocks of ``BLOCK`` neighbouring rows first, and of the
+rows inside windows of that size after.
 """
 
 from __future__ import annotations
@@ -11,16 +15,28 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+BLOCK = 64  # neighbouring rows
+
+
+def shuffled(rows: np.ndarray, rng: np.random.Generator, window: int | None) -> np.ndarray:
+    """A permutation of ``rows`` [n], which are in the order they are stored in."""
+    if window is None or window >= len(rows):
+        return rng.permutation(rows)
+    blocks = np.split(rows, np.arange(BLOCK, len(rows), BLOCK))
+    mixed = np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
+    return np.concatenate([rng.permutation(part) for part in np.split(mixed, np.arange(window, len(rows), window))])
+
 
 class _Cycle:
     """Endless draws from ``rows``, each pass in a new order."""
 
-    def __init__(self, rows: np.ndarray, rng: np.random.Generator) -> None:
-        self.rows, self.rng, self.queue = rows, rng, rng.permutation(rows)
+    def __init__(self, rows: np.ndarray, rng: np.random.Generator, window: int | None) -> None:
+        self.rows, self.rng, self.window = rows, rng, window
+        self.queue = shuffled(rows, rng, window)
 
     def take(self, n: int) -> np.ndarray:
         while len(self.queue) < n:
-            self.queue = np.concatenate([self.queue, self.rng.permutation(self.rows)])
+            self.queue = np.concatenate([self.queue, shuffled(self.rows, self.rng, self.window)])
         taken, self.queue = self.queue[:n], self.queue[n:]
         return taken
 
@@ -28,23 +44,25 @@ class _Cycle:
 class PlainBatches:
     """A new permutation of all N rows in every epoch."""
 
-    def __init__(self, n: int, batch_size: int, split_seed: int) -> None:
-        self.n, self.batch_size = n, batch_size
+    def __init__(self, n: int, batch_size: int, split_seed: int, window: int | None = None) -> None:
+        self.n, self.batch_size, self.window = n, batch_size, window
         self.rng = np.random.default_rng([split_seed, 1])
 
     def epoch(self) -> list[torch.Tensor]:
         """int64 [B] row numbers, batch by batch."""
-        return list(torch.from_numpy(self.rng.permutation(self.n)).split(self.batch_size))
+        order = shuffled(np.arange(self.n), self.rng, self.window)
+        return list(torch.from_numpy(order).split(self.batch_size))
 
 
 class BalancedBatches:
     """Every batch draws its classes equally. ``labels``: int64 [N]."""
 
-    def __init__(self, labels: np.ndarray, batch_size: int, split_seed: int) -> None:
+    def __init__(self, labels: np.ndarray, batch_size: int, split_seed: int, window: int | None = None) -> None:
         self.n, self.batch_size = len(labels), batch_size
         self.rng = np.random.default_rng([split_seed, 1])
         self.classes = np.unique(labels)
-        self.cycles = [_Cycle(np.flatnonzero(labels == c), self.rng) for c in self.classes]
+        each = None if window is None else max(BLOCK, window // len(self.classes))
+        self.cycles = [_Cycle(np.flatnonzero(labels == c), self.rng, each) for c in self.classes]
         self.turn = self.rng.permutation(len(self.classes))  # whose turn it is to give one more
 
     def epoch(self) -> list[torch.Tensor]:
@@ -70,3 +88,9 @@ class BalancedBatches:
             self.turn = np.concatenate([self.turn, again[~had], again[had]])
         taken, self.turn = self.turn[:n], self.turn[n:]
         return taken
+
+
+def versions_of(order: list[torch.Tensor], n: int, versions: int, rng: np.random.Generator) -> list[torch.Tensor]:
+    """Every image's version for this epoch, drawn anew: places in 0 … n - 1 become places in 0 … n·V - 1."""
+    drawn = torch.from_numpy(rng.integers(versions, size=n)) * n
+    return [places + drawn[places] for places in order]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from featurecache.cells import text_of
 from featurecache.errors import CacheError, RunError
 from featurecache.files import open_regular
 from featurecache.inspection import MAX_VALUES, TASKS
@@ -22,7 +26,7 @@ _VIEW = {"label": str, "path": str, "output": str, "shape": list, "untrained": b
 _CONFIG = {
     "head": str, "view": dict, "task": str, "classes": list, "positive": (str, type(None)), "calibration": dict,
     "standardize": str, "spec": dict, "provenance": dict, "parameters": int, "splits": dict, "chosen": dict,
-    "created": str,
+    "created": str, "settings": dict,
 }  # fmt: skip
 
 
@@ -34,6 +38,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not wrong:
         found = {
             "shape": _is_shape(config["view"]["shape"]),
+            "places of tokens": _are_places(config["view"]),
             "classes": bool(config["classes"]) and all(isinstance(name, str) for name in config["classes"]),
             "task": config["task"] in TASKS,
             "chosen": config["chosen"].get("by") in (*METRICS, "loss"),
@@ -75,6 +80,26 @@ def read_history(path: Path) -> list[dict[str, float]]:
     return rows
 
 
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise RunError(f"{file} is damaged ({error}).") from error
+
+
+def read_ids(file: Path) -> list[str]:
+    """The ids of a run's splits.csv: one for every row of the view, in its order."""
+    try:
+        with open_regular(file) as handle:
+            lines = handle.read(MOST).decode("utf-8")
+        return [text_of(row["id"]) for row in csv.DictReader(io.StringIO(lines, newline=""), strict=True)]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error, CacheError) as error:
+        raise RunError(f"{file} is damaged: {error}.") from error
+
+
 def _record(file: Path) -> dict[str, Any]:
     try:
         return read_record(file, MOST)
@@ -88,6 +113,16 @@ def _wrong(record: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
 
 def _is_shape(shape: list[Any]) -> bool:
     return 1 <= len(shape) <= 2 and all(type(n) is int and n > 0 for n in shape) and math.prod(shape) <= MAX_VALUES
+
+
+def _are_places(view: dict[str, Any]) -> bool:
+    """Prefix and grid of tokens; runs of before have neither."""
+    prefix, grid = view.get("prefix") or [], view.get("grid")
+    fine = isinstance(prefix, list) and len(prefix) < 1000 and all(isinstance(word, str) for word in prefix)
+    return fine and (
+        grid is None
+        or (isinstance(grid, list) and len(grid) == 2 and all(type(n) is int and 0 < n < 1 << 20 for n in grid))
+    )
 
 
 def _is_calibration(record: dict[str, Any]) -> bool:

@@ -8,22 +8,30 @@ from typing import Any
 import click
 
 from featurecache.terminal import Talk, cache_option, command, features_option
+from heads.settings import OPTIMIZERS, PRECISIONS, SCHEDULES, STANDARDIZE
 
 
 @command
-@click.option("--head", required=True, metavar="NAME", help="linear, large, mlp, or python:MODULE:CLASS.")
+@click.option(
+    "--head", required=True, metavar="NAME", help="linear, large, attention, ridge, … (see info); python:MODULE:CLASS."
+)
 @features_option
 @click.option("--output", metavar="NAME", help="cls, tokens, tokens-257, … [default: what the head was made for]")
 @click.option("--epochs", default=50)
 @click.option("--lr", default=1e-3)
 @click.option("--weight-decay", default=0.0, help="On weights only, not on biases.")
+@click.option("--optimizer", default="adam", type=click.Choice(OPTIMIZERS))
+@click.option("--schedule", default="constant", type=click.Choice(SCHEDULES), help="Of the learning rate.")
+@click.option("--dropout", type=float, metavar="P", help="[default: the head's own]")
+@click.option("--label-smoothing", default=0.0)
 @click.option("--batch-size", default=32)
 @click.option("--patience", default=5, help="Epochs without a better val before it stops.")
 @click.option("--seed", default=0, help="Of initialisation and dropout.")
 @click.option("--split-seed", default=0, help="Of splits and batch order.")
 @click.option("--select", default="auroc", help="What chooses the epoch, on val: a metric's name or loss.")
 @click.option("--balance/--no-balance", default=True, help="Batches draw the classes equally.")
-@click.option("--standardize", type=click.Choice(["none", "zscore", "l2"]), help="[default: the head's own]")
+@click.option("--class-weights", is_flag=True, help="Weigh the loss by 1 / prevalence instead of balancing batches.")
+@click.option("--standardize", type=click.Choice(STANDARDIZE), help="[default: the head's own]")
 @click.option("--pos-weight", is_flag=True, help="Multi-label: weigh positives by their rarity.")
 @click.option("--positive", metavar="CLASS", help="Binary: the class that counts as positive. [default: the second]")
 @click.option(
@@ -33,18 +41,36 @@ from featurecache.terminal import Talk, cache_option, command, features_option
 @click.option(
     "--train-per-class", type=int, metavar="N", help="N training images of each class; the rest are left out."
 )
+@click.option("--fraction", default=1.0, help="Of train, after val is taken; smaller ones are parts of larger ones.")
+@click.option(
+    "--folds", type=int, metavar="N", help="With --fold: train and val cut in N parts, of which one is tested."
+)
+@click.option("--fold", type=int, metavar="K", help="0 to N - 1.")
 @click.option("--resplit-val", is_flag=True, help="Return val to train and draw a new one.")
 @click.option("--splits", metavar="FILE", help="A splits.csv of another run.")
 @click.option(
     "--drop-leaks", is_flag=True, help="Leave out of train what is also in val or test, of val what is also in test."
 )
 @click.option(
+    "--sensitivity", type=float, metavar="S", help="Threshold: the highest that reaches S on val. [default: Youden's]"
+)
+@click.option("--gated", is_flag=True, help="attention only: gated pooling.")
+@click.option("--precision", default="fp32", type=click.Choice(PRECISIONS), help="Of the head's products.")
+@click.option(
+    "--ram",
+    type=float,
+    metavar="GB",
+    help="Features beyond it are read from the shards. [default: 60 % of what is free]",
+)
+@click.option(
     "--controls/--no-controls", default=None, help="Chance, majority, pixels beside it. [default: if untrained]"
 )
 @click.option("--out", metavar="DIR", help="Run folder. [default: runs/VIEW-HEAD-N]")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
+@click.option("--no-images", is_flag=True, help="Embed no image of the data in report.html.")
+@click.option("--hash-ids", is_flag=True, help="Write ids as keyed hashes in the report.")
 @cache_option
-def train_head(talk: Talk, features: str | None, cache: str | None, **options: Any) -> int:
+def train_head(talk: Talk, features: str | None, cache: str | None, no_images: bool, **options: Any) -> int:
     """Train a head on cached features; val chooses, test is read once afterwards.
 
     \b
@@ -59,8 +85,9 @@ def train_head(talk: Talk, features: str | None, cache: str | None, **options: A
     view = open_view(features, cache)
     if not features:
         talk.say(f"view       {view.label}   (the newest; --features chooses)")
-    run = heads.train_head(view, options.pop("head"), say=talk.line, **options)
-    talk.result(f"{final_table(run)}\nrun        {run.path}/", {"run": str(run.path), **run.metrics})
+    run = heads.train_head(view, options.pop("head"), say=talk.line, images=not no_images, **options)
+    text = final_table(run, run.metrics["comparison"])
+    talk.result(f"{text}\nrun        {run.path}/   report.html in it", {"run": str(run.path), **run.metrics})
     talk.next(f"featurecache predict --run {run.path} IMAGE…")
     return 0
 

@@ -6,7 +6,9 @@ A view holds one labelled dataset. The same cache serves several tasks: classes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -18,8 +20,6 @@ from featurecache.errors import BadOption, ProtocolError, nearest
 
 if TYPE_CHECKING:
     from featurecache.reader import View
-
-STANDARDIZE = ("none", "zscore", "l2")
 
 
 @dataclass(frozen=True)
@@ -167,14 +167,17 @@ class Standardize:
         return {"standardize.mean": self.mean, "standardize.std": self.std}
 
     @classmethod
-    def fitted(cls, kind: str, x: torch.Tensor) -> Standardize:
-        """x: training features [N, ..., D] in storage dtype."""
+    def fitted(cls, kind: str, chunks: Callable[[], Iterable[torch.Tensor]]) -> Standardize:
+        """``chunks()``: training features in parts [n, ..., D], unscaled; gone through twice."""
         if kind != "zscore":
             return cls(kind)
-        flat = x.reshape(-1, x.shape[-1])
-        parts = flat.split(1 << 16)
-        mean = sum((p.double().sum(0) for p in parts), torch.zeros(flat.shape[1], dtype=torch.float64)) / len(flat)
-        square = sum(((p.double() - mean).square().sum(0) for p in parts), torch.zeros_like(mean)) / len(flat)
+        count, total = 0, torch.zeros((), dtype=torch.float64)
+        for part in chunks():
+            rows = part.reshape(-1, part.shape[-1]).double()
+            count, total = count + len(rows), total + rows.sum(0)
+        mean, square = total / count, torch.zeros_like(total)
+        for part in chunks():
+            square += (part.reshape(-1, part.shape[-1]).double() - mean).square().sum(0) / count
         std = square.sqrt()
         std[std <= 1e-7 * mean.abs().clamp_min(1e-7)] = 1.0
         return cls(kind, mean.float(), std.float())
@@ -182,30 +185,72 @@ class Standardize:
 
 @dataclass(frozen=True)
 class Features:
-    """Features and labels of some rows, whole in memory: no loader, no workers.
+    """Features and labels of n rows: in memory as they are stored, or read batch by batch from the mapped shards where
+    they would not fit; no loader, no workers.
 
-    x: [N, D] or [N, T, D] in storage dtype; y: int64 [N] or float32 [N, L] with NaN for unknown.
+    ``x``: [n·V, D] or [n·V, T, D] in storage dtype, version by version: the n plain images, then (where augmented
+    copies are in the view) the first copy of each, and so on; None where ``read`` gives rows by place. y: int64 [n] or
+    float32 [n, L] with NaN for unknown.
     """
 
-    x: torch.Tensor
+    x: torch.Tensor | None
     y: torch.Tensor
     scale: Standardize = Standardize()
+    versions: int = 1  # V
+    read: Callable[[np.ndarray], torch.Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.y)
 
-    def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """rows: int64 [B] -> float32 [B, ...], labels [B, ...]."""
-        return self.scale(self.x.index_select(0, rows).float()), self.y.index_select(0, rows)
+    def take(self, places: torch.Tensor) -> torch.Tensor:
+        """places: int64 [B] in 0 … n·V - 1 -> [B, ...] in storage dtype."""
+        if self.x is not None:
+            return self.x.index_select(0, places)
+        assert self.read is not None
+        return self.read(places.numpy())
 
-    def chunks(self, size: int = 256) -> Iterable[torch.Tensor]:
-        """float32 [<=size, ...] in row order, for evaluation."""
-        for part in self.x.split(size):
+    def batch(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """places: int64 [B] -> float32 [B, ...], labels [B, ...]."""
+        y = self.y.index_select(0, places if self.versions == 1 else places % len(self))
+        return self.scale(self.take(places).float()), y
+
+    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Features:
+        """What ``function`` makes of the scaled features of all versions, float32, in memory."""
+        parts = torch.arange(len(self) * self.versions).split(256)
+        x = torch.cat([function(self.scale(self.take(places).float())) for places in parts])
+        return Features(x, self.y, versions=self.versions)
+
+    def chunks(self, size: int = 256) -> Iterator[torch.Tensor]:
+        """float32 [<=size, ...] of the plain images in row order, for evaluation."""
+        for places in torch.arange(len(self)).split(size):
+            part = self.take(places) if self.x is None else self.x[places[0] : places[-1] + 1]
             yield self.scale(part.float())
 
 
-def load_features(view: Any, output: str, rows: np.ndarray, labels: np.ndarray, scale: Standardize) -> Features:
-    """The features of ``rows`` (indices into the view) with their labels."""
-    x = view.tensor(output, rows)
-    assert len(x) == len(rows), "a view gives a row for every row asked"
-    return Features(x, torch.from_numpy(labels[rows]), scale)
+def load_features(
+    view: Any,
+    output: str,
+    rows: np.ndarray,
+    labels: np.ndarray,
+    scale: Standardize | None = None,
+    *,
+    resident: bool = True,
+    copies: bool = False,
+) -> Features:
+    """The features of ``rows`` (indices into the view) with their labels; ``copies``: with their augmented copies."""
+    table = rows[None] if not copies or view.versions is None else np.asarray(view.copies(rows)).T  # [V, n]
+    flat, y = table.reshape(-1), torch.from_numpy(labels[rows])
+    scale = scale or Standardize()
+    if not resident:
+        return Features(None, y, scale, len(table), lambda places: view.tensor(output, flat[places]))
+    x = view.tensor(output, flat)
+    assert len(x) == len(flat), "a view gives a row for every row asked"
+    return Features(x, y, scale, len(table))
+
+
+def memory_for_features() -> int:
+    """Bytes: six tenths of the memory that is free now."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as lines:
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return int(0.6 * free)

@@ -29,6 +29,7 @@ def run_demo(
 ) -> tuple[str, dict[str, Any]]:
     """Extract, train, compare: the table, and the same as a record. The runs lie under ``out``."""
     from featurecache import console, open_view, planning
+    from heads.page import report
 
     prepared = planning.prepare("digits", backbone=BACKBONE, random_weights=True, outputs=OUTPUTS, cache=cache)
     say(
@@ -41,11 +42,14 @@ def run_demo(
     view = open_view(result.view)
     runs = [_train(view, *entry, Path(out), first=number == 0, say=say) for number, entry in enumerate(HEADS)]
     table = comparison_table(runs)
+    page = report([run.path for run in runs], out=Path(out) / "demo-report")
     record = {
+        "report": str(page.path),
         "extraction": console.result_record(result),
         "runs": [{"run": str(run.path), "head": run.head, "output": run.output, **run.metrics} for run in runs],
     }
     lines = [table, "", *(f"run        {run.path}/  {run.head} on {run.output}" for run in runs)]
+    lines.append(f"report     {page.path}   with intervals, curves, and {page.images} of the images")
     return "\n".join(lines), record
 
 
@@ -63,7 +67,7 @@ def _train(
     say("")
     run = train_head(
         view, head, output=output, epochs=epochs, patience=patience, controls=first, out=out / f"demo-{head}-{output}",
-        overwrite=True, say=brief,
+        overwrite=True, report=False, say=brief,
     )  # fmt: skip
     say(epoch)
     return run

@@ -1,66 +1,264 @@
-"""The engine: step a head on batches of features that lie in memory as they are stored.
+"""The engine: step K heads on the same batches of features that lie in memory as they are stored.
 
-A batch is one ``index_select`` and one conversion to float32; there is no loader and no gradient of the input. A
-``Learner`` is one head with its optimiser and its own randomness, while the batch order belongs to the data
-(``heads.batches``), so heads that differ in anything else can be stepped on the same batch.
+A batch is one ``index_select`` and one conversion to float32; there is no loader and no gradient of the input. Heads
+that are trained together differ in nothing that touches the batches: the order belongs to the data
+(``heads.batches``). Two ways, the faster for each kind (measured, `benchmarks/heads.py`):
 
-Notation: B batch, C classes, L labels, n rows.
+- `Stack`: the first layers of K ``linear`` or ``mlp`` heads are one matrix, so a step is one large product for all of
+  them, with the gradient written out; Adam works on the stack in one call. A head that is one linear layer on a fixed
+  vector of the tokens (``mean-linear``, ``cls+mean``) is a ``linear`` head on these.
+- `Loop`: any other module, one after another on the shared batch. (``large`` heads are bound by their products;
+  stacking them takes 1.5 times as long. Theirs has its gradient written out too: `heads.large_steps`.)
+
+Each head has a generator of its own for initialisation and dropout, so head k is what it is alone.
+
+Notation: K heads, B batch, D width, H hidden, C classes or labels, n rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.adam import adam
 
-from heads import evaluate as ev
 from heads.architectures import own_randomness
-from heads.data import Features, Task
+from heads.data import Features
+from heads.large_steps import LargeSteps, worker_threads
+from heads.losses import Loss, StackedLoss
+from heads.settings import Settings
+from heads.token_heads import ClsMean, Large, MeanLinear
+from heads.vector_heads import Linear, Mlp
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's
+WORTH_DIVIDING = 20_000_000  # multiply-adds: half a millisecond of one core
 
 
 class Learner:
-    """One head in training: module, optimiser, its own randomness, and the best state so far."""
+    """One head in training: module, loss, optimiser and its own randomness."""
 
     def __init__(
-        self, model: nn.Module, loss: Loss, generator: torch.Generator, *, lr: float, weight_decay: float
-    ) -> None:
+        self, model: nn.Module, loss: Loss, generator: torch.Generator, settings: Settings,
+        pool: ThreadPoolExecutor | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.loss, self.generator = model, loss, generator
+        self.bf16 = settings.precision == "bf16"
+        self.written_out = None
+        if isinstance(model, Large) and not model.dropout.p and not self.bf16:
+            self.written_out = LargeSteps(model, loss, pool or worker_threads())
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=lr, fused=True)
-        self.best: dict[str, torch.Tensor] = {}
+        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = kind([g for g in groups if g["params"]], lr=settings.lr, fused=True)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """One step on a batch x float32 [B, ...], y [B, ...]; the loss before it, a scalar tensor."""
+        loss = self._by_autograd(x, y) if self.written_out is None else self.written_out(x, y)
+        self.optimizer.step()
+        return loss
+
+    def _by_autograd(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with own_randomness(self.generator):
-            loss = self.loss(self.model(x), y)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                logits = self.model(x)
+            loss = self.loss(logits.to(x.dtype), y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizer.step()
         return loss.detach()
 
-    def keep(self) -> None:
-        self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    def restore(self) -> None:
-        self.model.load_state_dict(self.best)
+class Loop:
+    """K heads of any kind, stepped one after another on the shared batch."""
+
+    def __init__(self, learners: Sequence[Learner]) -> None:
+        self.learners = list(learners)
+
+    def __len__(self) -> int:
+        return len(self.learners)
+
+    def rates(self, lr: Sequence[float]) -> None:
+        """The learning rate of each head from here on."""
+        for learner, rate in zip(self.learners, lr, strict=True):
+            for group in learner.optimizer.param_groups:
+                group["lr"] = rate
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The losses [K] of the heads before this step."""
+        return torch.stack([learner.step(x, y) for learner in self.learners])
+
+    def logits(self, data: Features) -> np.ndarray:
+        """float64 [K, n, C], without dropout."""
+        return logits_of([learner.model for learner in self.learners], data)
+
+    def state(self, k: int) -> dict[str, torch.Tensor]:
+        """A copy of head k's state dict."""
+        return {name: value.clone() for name, value in self.learners[k].model.state_dict().items()}
+
+    def leave(self, staying: list[int]) -> None:
+        self.learners = [self.learners[k] for k in staying]
+
+
+class Stack:
+    """K heads of ``linear`` or ``mlp`` in stacked parameters.
+
+    ``w``: [K, C, D] and [K, C], or for mlp also those of the second layer. Adam with K learning rates in one call: it
+    steps u = w / lr with lr 1, for its step depends on the gradients alone, and w = lr u.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], losses: Sequence[Loss], generators: Sequence[torch.Generator],
+        settings: Sequence[Settings], dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        self.names = list(dict(models[0].named_parameters()))
+        stacks = [torch.stack([dict(m.named_parameters())[name].detach() for m in models]) for name in self.names]
+        self.w = [stack.to(dtype) for stack in stacks]  # [K, ...] each
+        self.mean, self.square = [torch.zeros_like(w) for w in self.w], [torch.zeros_like(w) for w in self.w]
+        self.steps = [torch.zeros(()) for _ in self.w]
+        self.loss, self.generators = StackedLoss(list(losses), dtype), list(generators)
+        self.hidden = isinstance(models[0], Mlp)
+        self.dropout = [float(getattr(getattr(m, "dropout", None), "p", 0.0)) for m in models]
+        self.decay = torch.tensor([s.weight_decay for s in settings], dtype=dtype)
+        self.decoupled = torch.tensor([s.optimizer == "adamw" for s in settings])
+        self.bf16 = settings[0].precision == "bf16"
+        self.lr = torch.tensor([s.lr for s in settings], dtype=dtype)
+        self._scale()
+
+    def __len__(self) -> int:
+        return len(self.lr)
+
+    def _scale(self) -> None:
+        self.factor = [self.lr.view(-1, *[1] * (w.ndim - 1)) for w in self.w]
+        self.u = [w / f for w, f in zip(self.w, self.factor, strict=True)]
+        coupled, apart = self.decay * ~self.decoupled, self.decay * self.decoupled * self.lr
+        self.coupled = coupled if bool(coupled.any()) else None
+        self.apart = 1 - apart if bool(apart.any()) else None
+
+    def rates(self, lr: Sequence[float]) -> None:
+        wanted = torch.tensor(lr, dtype=self.lr.dtype)
+        if not torch.equal(wanted, self.lr):
+            self.lr = wanted
+            self._scale()
+
+    @torch.inference_mode()
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """One step on a batch x [B, D], y [B, ...]; the losses [K] before it."""
+        losses, gradients = self._gradients(x.to(self.lr.dtype), y)
+        for w, u, g in zip(self.w, self.u, gradients, strict=True):
+            if w.ndim == 3 and self.coupled is not None:
+                g.addcmul_(w, self.coupled.view(-1, 1, 1))
+            if w.ndim == 3 and self.apart is not None:
+                u.mul_(self.apart.view(-1, 1, 1))
+        self._adam(gradients)
+        for w, u, f in zip(self.w, self.u, self.factor, strict=True):
+            torch.mul(u, f, out=w)
+        return losses
+
+    def _adam(self, gradients: list[torch.Tensor]) -> None:
+        adam(
+            self.u, gradients, self.mean, self.square, [], self.steps, fused=True, amsgrad=False, beta1=BETAS[0],
+            beta2=BETAS[1], lr=1.0, weight_decay=0.0, eps=EPSILON, maximize=False,
+        )  # fmt: skip
+
+    def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        if self.hidden:
+            return self._of_mlp(x, y)
+        w, b = self.w
+        if not any(self.dropout):
+            z = self._product(x, w.flatten(0, 1)).view(len(x), len(self), -1).transpose(0, 1) + b[:, None]
+            losses, dz = self.loss(z, y)
+            flat = dz.transpose(0, 1).flatten(1)  # [B, K·C]
+            return losses, [self._product(flat.T, x.T).view_as(w), dz.sum(1)]
+        dropped = x * torch.stack([self._mask(k, x.shape, x.dtype) for k in range(len(self))])  # [K, B, D]
+        losses, dz = self.loss(torch.baddbmm(b[:, None], dropped, w.transpose(1, 2)), y)
+        return losses, [torch.bmm(dz.transpose(1, 2), dropped), dz.sum(1)]
+
+    def _of_mlp(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        w1, b1, w2, b2 = self.w
+        hidden = self._product(x, w1.flatten(0, 1)).view(len(x), len(self), -1).transpose(0, 1) + b1[:, None]
+        hidden = hidden.relu_()  # [K, B, H]
+        mask = (hidden > 0).to(hidden.dtype)
+        if any(self.dropout):
+            kept = torch.stack([self._mask(k, hidden.shape[1:], hidden.dtype) for k in range(len(self))])
+            hidden, mask = hidden.mul_(kept), mask.mul_(kept)
+        losses, dz = self.loss(torch.baddbmm(b2[:, None], hidden, w2.transpose(1, 2)), y)
+        below = torch.bmm(dz, w2).mul_(mask)  # [K, B, H]
+        flat = below.transpose(0, 1).flatten(1)
+        first = self._product(flat.T, x.T).view_as(w1)
+        return losses, [first, below.sum(1), torch.bmm(dz.transpose(1, 2), hidden), dz.sum(1)]
+
+    def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a [M, I], b [J, I] -> a bT [M, J]."""
+        if self.bf16:
+            return (a.bfloat16() @ b.bfloat16().T).to(a.dtype)
+        return a @ b.T
+
+    def _mask(self, k: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Inverted dropout of head k from its own generator (1 where it has none)."""
+        if not (p := self.dropout[k]):
+            return torch.ones(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype).bernoulli_(1 - p, generator=self.generators[k]).div_(1 - p)
+
+    @torch.inference_mode()
+    def logits(self, data: Features) -> np.ndarray:
+        """float64 [K, n, C], without dropout."""
+        return torch.cat([self._forward(x.to(self.lr.dtype)) for x in data.chunks()], 1).double().numpy()
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = (x @ self.w[0].flatten(0, 1).T).view(len(x), len(self), -1).transpose(0, 1) + self.w[1][:, None]
+        return torch.baddbmm(self.w[3][:, None], first.relu(), self.w[2].transpose(1, 2)) if self.hidden else first
+
+    def state(self, k: int) -> dict[str, torch.Tensor]:
+        return {name: w[k].clone() for name, w in zip(self.names, self.w, strict=True)}
+
+    def leave(self, staying: list[int]) -> None:
+        for stacks in (self.w, self.u, self.mean, self.square, self.factor):
+            stacks[:] = [stack[staying] for stack in stacks]
+        self.lr, self.decay, self.decoupled = self.lr[staying], self.decay[staying], self.decoupled[staying]
+        self.generators = [self.generators[k] for k in staying]
+        self.dropout = [self.dropout[k] for k in staying]
+        self.loss.leave(staying)
+        self.coupled = None if self.coupled is None else self.coupled[staying]
+        self.apart = None if self.apart is None else self.apart[staying]
+
+
+def together(
+    models: Sequence[nn.Module], losses: Sequence[Loss], generators: Sequence[torch.Generator],
+    settings: Sequence[Settings],
+) -> Stack | Loop:  # fmt: skip
+    """The faster way to train these heads, which have one architecture and one batch order."""
+    if isinstance(models[0], Linear | Mlp) or fixed_vectors(models[0]):
+        return Stack(models, losses, generators, settings)
+    pool = worker_threads()
+    return Loop([Learner(*each, pool) for each in zip(models, losses, generators, settings, strict=True)])
+
+
+def fixed_vectors(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What turns the tokens [B, T, D] that a head is given into the vectors it trains on; None for most heads."""
+    return model.vectors if isinstance(model, MeanLinear | ClsMean) else None
+
+
+def work_of_a_step(model: nn.Module, heads: int, batch_size: int, shape: Sequence[int]) -> int:
+    """Multiply-adds of one step of so many heads, roughly: what decides how many threads are worth while."""
+    if len(shape) == 1 or fixed_vectors(model):
+        return heads * batch_size * sum(p.numel() for p in model.parameters())
+    return heads * batch_size * math.prod(shape) * 64
 
 
 @contextmanager
-def threads_for(batch_elements: int) -> Iterator[None]:
-    """One thread inside, where a batch has too few numbers to be worth dividing: two threads wait for each other
-    longer than a linear head's step takes, and on a machine that is busy a hundred times as long (tried: 2 ms a step
-    became 70 ms)."""
+def threads_for(work: int) -> Iterator[None]:
+    """One thread inside, where a step has too little ``work`` (multiply-adds) to be worth dividing: two threads wait
+    for each other longer than a linear head's step takes, and on a busy machine a hundred times as long (tried: 1 ms a
+    step became 60 ms)."""
     before = torch.get_num_threads()
-    if batch_elements < 100_000:
+    if work < WORTH_DIVIDING:
         torch.set_num_threads(1)
     try:
         yield
@@ -68,53 +266,22 @@ def threads_for(batch_elements: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Mean over the batch; logits [B, C], y int64 [B]."""
-    return nn.functional.cross_entropy(logits, y)
-
-
-def masked_bce(pos_weight: torch.Tensor | None) -> Loss:
-    """Binary cross-entropy, mean over the known entries of y [B, L] (NaN = unknown)."""
-
-    def loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        known = ~y.isnan()
-        each = nn.functional.binary_cross_entropy_with_logits(
-            logits, y.nan_to_num(), pos_weight=pos_weight, reduction="none"
-        )
-        return (each * known).sum() / known.sum().clamp_min(1)
-
-    return loss
-
-
 @torch.inference_mode()
-def logits_of(model: nn.Module, data: Features) -> np.ndarray:
-    """float64 [n, C], without dropout."""
-    training = model.training
-    model.eval()
-    result = torch.cat([model(x) for x in data.chunks()]).double().numpy()
-    model.train(training)
-    return result
+def logits_of(models: Sequence[nn.Module], data: Features) -> np.ndarray:
+    """float64 [K, n, C], without dropout; every chunk of features is read once for all heads."""
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    parts = [torch.stack([model(x).double() for model in models]) for x in data.chunks()]
+    for model, was in zip(models, training, strict=True):
+        model.train(was)
+    return torch.cat(parts, 1).numpy()
 
 
-def run_epoch(learner: Learner, data: Features, order: list[torch.Tensor]) -> float:
-    """One pass over the batches; the mean training loss per row."""
-    learner.model.train()
-    total = torch.zeros((), dtype=torch.float64)
-    for rows in order:
-        x, y = data.batch(rows)
-        total += learner.step(x, y).double() * len(rows)
-    return float(total) / sum(len(rows) for rows in order)
-
-
-def loss_and_prior(task: Task, y: torch.Tensor, balanced: bool, pos_weight: bool) -> tuple[Loss, np.ndarray]:
-    """The training loss, and what is added to logits so that they speak of train's prevalence [C]."""
-    count = len(task.classes)
-    if task.multilabel:
-        if not pos_weight:
-            return masked_bce(None), np.zeros(count)
-        positives, negatives = (y == 1).sum(0).double(), (y == 0).sum(0).double()
-        weight = torch.where((positives > 0) & (negatives > 0), negatives / positives.clamp_min(1), 1.0)
-        return masked_bce(weight.float()), -np.log(weight.numpy())
-    prevalence = np.bincount(y.numpy(), minlength=count) / len(y)
-    seen = (prevalence > 0) / (prevalence > 0).sum() if balanced else prevalence
-    return cross_entropy, ev.prior_correction(prevalence, seen)
+def run_epoch(heads: Stack | Loop, data: Features, order: Sequence[torch.Tensor]) -> np.ndarray:
+    """One pass over the batches; the mean training loss per row of each head, float64 [K]."""
+    total = torch.zeros(len(heads), dtype=torch.float64)
+    for places in order:
+        x, y = data.batch(places)
+        total += heads.step(x, y).double() * len(places)
+    return (total / sum(len(places) for places in order)).numpy()

@@ -118,7 +118,12 @@ class Calibration:
 
 
 def calibrate(
-    kind: str, logits: np.ndarray, y: np.ndarray, correction: np.ndarray, positive: int | None
+    kind: str,
+    logits: np.ndarray,
+    y: np.ndarray,
+    correction: np.ndarray,
+    positive: int | None,
+    sensitivity: float | None = None,
 ) -> tuple[Calibration, str | None]:
     """Calibration by val, and a sentence where val could not set the temperature."""
     z = np.asarray(logits, dtype=np.float64) + correction
@@ -126,17 +131,27 @@ def calibrate(
     if t is None:
         note = "no temperature has a smallest NLL on val (it is separated without error, or not at all): 1 is kept"
         t = 1.0
-    cuts = thresholds(kind, probabilities(kind, z / t), y, positive)
+    cuts = thresholds(kind, probabilities(kind, z / t), y, positive, sensitivity)
     return Calibration(tuple(float(v) for v in correction), t, cuts), note
 
 
-def thresholds(kind: str, p: np.ndarray, y: np.ndarray, positive: int | None) -> tuple[float, ...]:
-    """Youden's, on val: for the positive class, or for each label over its known entries."""
+def thresholds(
+    kind: str, p: np.ndarray, y: np.ndarray, positive: int | None, sensitivity: float | None = None
+) -> tuple[float, ...]:
+    """On val, for the positive class, or for each label over its known entries: Youden's, or the highest that reaches
+    the wanted ``sensitivity`` (above 0, at most 1)."""
+
+    def cut(probability: np.ndarray, truth: np.ndarray) -> float:
+        if sensitivity is None:
+            return metrics.youden_threshold(probability, truth)
+        return metrics.sensitivity_threshold(probability, truth, sensitivity)
+
     if kind == "binary":
-        return (metrics.youden_threshold(p[:, positive], y == positive),)
+        return (cut(p[:, positive], y == positive),)
     if kind == "multilabel":
         known = ~np.isnan(y)
-        return tuple(metrics.youden_threshold(p[known[:, c], c], y[known[:, c], c] == 1) for c in range(y.shape[1]))
+        return tuple(cut(p[known[:, c], c], y[known[:, c], c] == 1) for c in range(y.shape[1]))
+    assert sensitivity is None, "of several classes the most probable is called: there is no threshold"
     return ()
 
 
@@ -186,6 +201,7 @@ def evaluate(
     if kind == "ordinal":
         result |= {"quadratic_kappa": metrics.quadratic_kappa(confusion), "mae": metrics.class_distance(confusion)}
     result["nll"] = nll(kind, z, y)
+    result["ece"] = metrics.calibration_error(*sureness(kind, p, y, positive))
     table = metrics.per_class(confusion) | {"auroc": auroc, "ap": ap, "n": one_hot.sum(0)}
     result["per_class"] = {
         name: {key: column[c].item() for key, column in table.items()} for c, name in enumerate(classes)
@@ -232,5 +248,15 @@ def _evaluate_labels(
     result: dict[str, Any] = {"n": len(y)}
     result |= {m: metrics.macro(np.array([row[m] for row in table.values()])) for m in names}
     known = ~np.isnan(y)
-    result |= {"nll": nll("multilabel", z, y), "brier": float(((p - y) ** 2)[known].mean()), "per_class": table}
+    result |= {"nll": nll("multilabel", z, y), "brier": float(((p - y) ** 2)[known].mean())}
+    errors = [metrics.calibration_error(p[k, c], y[k, c]) for c, k in enumerate(known.T)]
+    result |= {"ece": metrics.macro(np.array(errors)), "per_class": table}
     return result
+
+
+def sureness(kind: str, p: np.ndarray, y: np.ndarray, positive: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The probability [n] that is judged by what came true [n]: that of the positive class; of several classes that of
+    the most probable one, which is true or not (Guo et al. 2017)."""
+    if kind == "binary":
+        return p[:, positive], (y == positive).astype(float)
+    return p.max(axis=1), (p.argmax(axis=1) == y).astype(float)

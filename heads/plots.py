@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from heads import evaluate as ev
 from heads import metrics
+from heads.training_curves import path_column
 
 if TYPE_CHECKING:
     from heads.runs import Contents
@@ -50,6 +51,8 @@ def _plain(axes: Axes) -> None:
 def _curves(contents: Contents) -> Figure:
     history, chosen = contents.history, contents.config["chosen"]
     name = "val_" + chosen["by"]
+    if "train_loss" not in history[0]:
+        return _path(history, name, chosen["epoch"])
     both = name in history[0] and name != "val_loss"
     figure = Figure(figsize=(9 if both else 5, 3.6), layout="constrained")
     axes = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
@@ -74,8 +77,28 @@ def _curves(contents: Contents) -> Figure:
     return figure
 
 
+def _path(history: list[dict[str, float]], name: str, chosen: int) -> Figure:
+    """A solved head: val along the values that it was solved for."""
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    column, by = path_column(history) or "epoch", name if name in history[0] else "val_loss"
+    title = "loss" if by == "val_loss" else metrics.METRICS[by.removeprefix("val_")].title
+    xs = [row[column] for row in history]
+    axes.plot(xs, [row[by] for row in history], BLUE, marker="o", ms=3, linestyle="")
+    for row in history:
+        if row["epoch"] == chosen:
+            axes.plot(row[column], row[by], "o", color=ORANGE, ms=6, label=f"chosen: {column} {row[column]:g}")
+            axes.legend(frameon=False, fontsize=9)
+    if min(xs) > 0 and max(xs) > 20 * min(xs):
+        axes.set_xscale("log")
+    _plain(axes)
+    axes.set(xlabel=column, ylabel=f"val {title}")
+    axes.ticklabel_format(axis="y", useOffset=False)
+    return figure
+
+
 def _test(contents: Contents) -> tuple[np.ndarray, np.ndarray]:
-    rows, z = contents.predictions["test"]
+    rows, z = contents.calibrated("test")
     return contents.labels[rows], z
 
 

@@ -7,6 +7,7 @@
       history.csv       a line per epoch
       predictions.csv   val and test: id, split, label, what it was called, calibrated probabilities
       splits.csv        every row of the view; train-head --splits takes it
+      answers.safetensors  raw logits of val and test with rows, labels, digests, clusters: what intervals are made of
       head.safetensors  the state dict; with zscore also standardize.mean and standardize.std
       curves.png  confusion.png  roc.png
 
@@ -36,11 +37,13 @@ from torch import nn
 
 from featurecache import __version__
 from featurecache.cells import cell
-from featurecache.errors import CannotWrite, RunError
+from featurecache.errors import BadOption, CannotWrite, RunError
 from heads import checks
 from heads import evaluate as ev
-from heads.architectures import HEADS, count_parameters, make_head
-from heads.data import STANDARDIZE, Standardize
+from heads.answers import Answers, answer_tensors, read_answers
+from heads.architectures import Input, load_head
+from heads.data import Standardize
+from heads.settings import STANDARDIZE
 from heads.splits import splits_csv
 
 NEEDED = (
@@ -50,6 +53,7 @@ NEEDED = (
     "history.csv",
     "predictions.csv",
     "splits.csv",
+    "answers.safetensors",
     "head.safetensors",
 )
 
@@ -103,13 +107,11 @@ class Run:
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        return checks.read_tensors(self.path / "head.safetensors")
 
-        try:
-            return load_file(self.path / "head.safetensors")
-        except SafetensorError as error:
-            raise RunError(f"{self.path / 'head.safetensors'} is damaged ({error}).") from error
+    def answers(self, split: str) -> Answers:
+        """Of "val" or "test"; raises RunError where the file does not fit the run."""
+        return read_answers(self, split)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -120,21 +122,13 @@ class Run:
                 "load the run with trust_code=True."
             )
         state = {key: value for key, value in self._tensors.items() if not key.startswith("standardize.")}
-        shape, there = tuple(self.config["view"]["shape"]), sum(tensor.numel() for tensor in state.values())
-        if self.head in HEADS:  # a size that no file of weights stands for would fill the memory
-            with torch.device("meta"):
-                wanted = count_parameters(make_head(self.head, shape, len(self.classes)))
-            if wanted != there:
-                raise RunError(
-                    f"{self.path / 'head.safetensors'} does not fit the head of config.json: it holds {there:,} "
-                    f"numbers, the head {wanted:,}."
-                )
-        model = make_head(self.head, shape, len(self.classes))
+        view, settings = self.config["view"], self.config["settings"]
+        grid = None if view.get("grid") is None else (view["grid"][0], view["grid"][1])
+        given = Input(tuple(view["shape"]), tuple(view.get("prefix") or ()), grid)
         try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
+            return load_head(self.head, given, len(self.classes), state, gated=bool(settings.get("gated")))
+        except (BadOption, ValueError) as error:
             raise RunError(f"{self.path / 'head.safetensors'} does not fit the head of config.json: {error}") from error
-        return model.eval()
 
     @property
     def standardize(self) -> Standardize:
@@ -163,7 +157,14 @@ class Contents:
     ids: list[str]
     splits: np.ndarray  # [N] names, of every row of the view
     labels: np.ndarray  # [N] or [N, L], of every row of the view
-    predictions: dict[str, tuple[np.ndarray, np.ndarray]]  # split -> rows [n], calibrated logits [n, C]
+    predictions: dict[str, tuple[np.ndarray, np.ndarray]]  # split -> rows [n], raw logits [n, C]
+    digests: np.ndarray  # S32 [N]
+    clusters: np.ndarray  # int64 [N]
+
+    def calibrated(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [n] and calibrated logits float64 [n, C]."""
+        rows, raw = self.predictions[split]
+        return rows, ev.Calibration.from_dict(self.config["calibration"])(raw)
 
 
 @dataclass(frozen=True)
@@ -215,15 +216,17 @@ class _staging:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def write_run(target: Target, contents: Contents) -> Run:
+def write_run(target: Target, contents: Contents, plots: bool = True) -> Run:
     """Write all files beside, then rename; returns the run as read back. Raises CannotWrite, and leaves nothing."""
     from featurecache.files import sync_path
-    from heads.plots import draw_plots  # matplotlib, only after training
 
     try:
         with _staging(target) as folder:
             _write_files(folder, contents)
-            draw_plots(folder, contents)
+            if plots:
+                from heads.plots import draw_plots  # matplotlib, only after training
+
+                draw_plots(folder, contents)
             for file in folder.iterdir():
                 sync_path(file)
             sync_path(folder)
@@ -267,6 +270,7 @@ def _write_files(folder: Path, contents: Contents) -> None:
     _write_csv(folder / "history.csv", columns, [[row[key] for key in columns] for row in contents.history])
     _write_csv(folder / "predictions.csv", *_predictions(contents))
     (folder / "splits.csv").write_bytes(splits_csv(contents.ids, contents.splits).encode())
+    (folder / "answers.safetensors").write_bytes(save(answer_tensors(contents), {"format": "pt"}))
     # One word of metadata only: safetensors writes several in no fixed order, and equal heads shall be equal bytes.
     (folder / "head.safetensors").write_bytes(save(contents.tensors, {"format": "pt"}))
 
@@ -318,7 +322,8 @@ def _predictions(contents: Contents) -> tuple[list[str], list[list[Any]]]:
         else [*(f"label {name}" for name in classes), *(f"predicted {name}" for name in classes)]
     )
     rows: list[list[Any]] = []
-    for split, (where, z) in contents.predictions.items():
+    for split in contents.predictions:
+        where, z = contents.calibrated(split)
         p = ev.probabilities(kind, z)
         called = ev.call(kind, p, cuts, positive)
         for i, row in enumerate(where.tolist()):

@@ -2,9 +2,10 @@
 
 Given splits are kept. What is missing is drawn: nothing given: 70/15/15; no test: 15 % of train; no val: 15 % of
 train (both missing: 15 % each of what there was). Stratified by the labels of the view, so that every task made from
-one view has the same test images; rows that share a group or a digest form a *unit* and stay together.
+one view has the same test images; rows that share a group or a digest stay together (`heads.drawing`).
 
-Notation: N rows, U units, S parts (train, val, test), C classes or labels. Part s wants share_s · n_c rows of class c.
+Folds are drawn over what is no given test: in fold k of n that part is called test, and val is 15 % of the others; a
+given test is not used at all. A fraction is taken of train at the very end, when val and test are settled.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from featurecache.cells import cell, text_of
 from featurecache.errors import BadOption, ProtocolError
 from heads.data import Task, has_label
+from heads.drawing import draw, draw_nested, units_of
 
 if TYPE_CHECKING:
     from featurecache.reader import View
@@ -50,6 +52,8 @@ class Splits:
     warnings: list[str] = field(default_factory=list)
     leaks: tuple[Leak, ...] = ()  # what still stands in two splits
     dropped: dict[str, int] | None = None  # rows of train and val that were left out for it; None: not asked for
+    fraction: float = 1.0  # of train that is used
+    fold: tuple[int, int] | None = None  # (k, n), k from 0: "test" is part k of n
 
     def rows(self, name: str) -> np.ndarray:
         return np.flatnonzero(self.names == name)
@@ -64,11 +68,14 @@ def choose_splits(
     file: str | Path | None = None,
     train_per_class: int | None = None,
     drop_leaks: bool = False,
+    fraction: float = 1.0,
+    fold: tuple[int, int] | None = None,
 ) -> Splits:
     """The protocol's splits of a view for one task; raises ProtocolError where the data do not allow them.
 
     ``drop_leaks``: rows of train whose image or group is also in val or test, and rows of val for which it is also in
-    test, are not used; every row of test is.
+    test, are not used; every row of test is. ``fraction``: of train, nested for one split seed. ``fold``: (k, n), k
+    from 0.
     """
     warnings: list[str] = []
     drawn: tuple[str, ...] = ()
@@ -78,7 +85,9 @@ def choose_splits(
         names, how = read_splits(file, view.ids, warnings), f"as in {file}"
         names[_copies(view)] = ""
     else:
-        names, how, drawn = _drawn(view, split_seed, resplit_val, warnings)
+        names, how, drawn = _drawn(view, split_seed, resplit_val, warnings, whole=fold is None)
+    if fold is not None:
+        how, drawn = _fold(view, names, fold, split_seed, resplit_val), ("val", "test")
     unlabelled = int((~task.usable & ~_copies(view) & ~has_label(np.asarray(view.labels))).sum())
     if unlabelled:
         warnings.append(f"{unlabelled:,} images carry no label and are left out")
@@ -86,12 +95,15 @@ def choose_splits(
     dropped = _drop(view, names) if drop_leaks else None
     if train_per_class is not None:
         _thin(names, task, train_per_class, split_seed, warnings)
+    if fraction < 1:
+        how += f", {fraction * 100:.4g} % of train"
+        _fraction(view, names, task, fraction, split_seed, warnings)
     _check(names, task, drawn, warnings, dropped)
     leaks = _leaks(view, names)
     if leaks:
         where = f"featurecache leaks {shlex.quote(view.label)}; " if file is None else ""
         warnings.append(f"{leaks_sentence(leaks)} ({where}--drop-leaks trains without them)")
-    return Splits(names, how, drawn, warnings, leaks, dropped)
+    return Splits(names, how, drawn, warnings, leaks, dropped, fraction, fold)
 
 
 def _copies(view: View) -> np.ndarray:
@@ -101,7 +113,10 @@ def _copies(view: View) -> np.ndarray:
     return np.asarray(view.versions) != 0
 
 
-def _drawn(view: View, seed: int, resplit_val: bool, warnings: list[str]) -> tuple[np.ndarray, str, tuple[str, ...]]:
+def _drawn(
+    view: View, seed: int, resplit_val: bool, warnings: list[str], whole: bool
+) -> tuple[np.ndarray, str, tuple[str, ...]]:
+    """``whole``: a split that the data do not have is drawn from train."""
     labels = np.asarray(view.labels)
     names = np.array(list(view.splits), dtype="<U5").reshape(-1)
     names[~has_label(labels) | _copies(view)] = ""
@@ -115,12 +130,11 @@ def _drawn(view: View, seed: int, resplit_val: bool, warnings: list[str]) -> tup
     elif left := int((np.array(list(view.splits)) == "").sum()):
         warnings.append(f"{left:,} images have no split in the data and are left out")
     missing = tuple(s for s in ("val", "test") if s not in have)
-    if not missing:
+    if not missing or not whole:
         return names, "as in the data", ()
     pool = np.flatnonzero(names == "train")
     shares = np.array([1 - SHARE * len(missing)] + [SHARE] * len(missing))
-    groups = None if view.groups is None else [view.groups[i] for i in pool]
-    parts = draw(labels[pool], units_of(np.asarray(view.digests)[pool], groups), shares, seed)
+    parts = draw(labels[pool], _units(view, pool), shares, seed)
     for part, name in enumerate(missing, start=1):
         names[pool[parts == part]] = name
         if not (parts == part).any():
@@ -137,103 +151,47 @@ def _drawn(view: View, seed: int, resplit_val: bool, warnings: list[str]) -> tup
     return names, f"{how}, split seed {seed}", missing
 
 
-def units_of(digests: np.ndarray, groups: list[str] | None) -> np.ndarray:
-    """int [N]: rows with one number share a digest or a group, directly or through others. Group "" is none."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    n = len(digests)
-    images = np.unique(digests, return_inverse=True)[1].reshape(-1)
-    links = [(np.arange(n), n + images)]
-    nodes = n + (images.max(initial=-1) + 1)
-    if groups is not None:
-        names, of = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-        rows = np.flatnonzero(np.asarray(groups, dtype=str) != "")
-        links.append((rows, nodes + of.reshape(-1)[rows]))
-        nodes += len(names)
-    start, end = np.concatenate([a for a, _ in links]), np.concatenate([b for _, b in links])
-    graph = coo_array((np.ones(len(start), dtype=np.int8), (start, end)), shape=(nodes, nodes))
-    return connected_components(graph, directed=False)[1][:n]
+def _units(view: View, rows: np.ndarray) -> np.ndarray:
+    groups = None if view.groups is None else [view.groups[i] for i in rows]
+    return units_of(np.asarray(view.digests)[rows], groups)
 
 
-def draw(labels: np.ndarray, units: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
-    """int [N]: the part of every row, units whole, stratified; multi-label [N, L] by iterative stratification."""
-    rng = np.random.default_rng([seed, 0])
-    if labels.ndim == 2:
-        return _draw_multilabel(labels == 1, units, shares, rng)
-    return _draw_classes(labels, units, shares, rng)
+def _fold(view: View, names: np.ndarray, fold: tuple[int, int], seed: int, resplit_val: bool) -> str:
+    """Part k of n becomes test, 15 % of the rest val (``names`` is changed); a given test is taken out."""
+    if resplit_val:
+        raise BadOption("--folds draws val anew in every fold; leave --resplit-val out.")
+    number, count = fold
+    labels, given = np.asarray(view.labels), int((names == "test").sum())
+    names[names == "test"] = ""
+    pool = np.flatnonzero(names != "")
+    units = _units(view, pool)
+    parts = draw(labels[pool], units, np.full(count, 1 / count), seed, (4,))
+    if (few := len(np.unique(parts))) < count:
+        raise ProtocolError(
+            f"{view.label} has too few separate images or groups ({len(np.unique(units)):,}) for {count} folds: "
+            f"{few} of them would hold any. --folds {max(few, 2)}"
+        )
+    names[pool[parts == number]] = "test"
+    rest = np.flatnonzero(parts != number)
+    names[pool[rest]] = "train"
+    held = draw(labels[pool[rest]], units[rest], np.array([1 - SHARE, SHARE]), seed, (5, number)) == 1
+    names[pool[rest[held]]] = "val"
+    kept = f"; the given test ({given:,} images) is not touched" if given else ""
+    return f"fold {number + 1} of {count}, val 15 % of the others{kept}, split seed {seed}"
 
 
-def _draw_classes(labels: np.ndarray, units: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Units of several rows first, largest first, each to the part that lacks its classes most; then row by row
-    what is still wanted of every class, the fractions carried from class to class so that the totals fit too."""
-    totals = np.bincount(labels)
-    want = shares[:, None] * totals  # [S, C]
-    part = np.zeros(len(labels), dtype=np.int64)
-    _, unit, size = np.unique(units, return_inverse=True, return_counts=True)
-    several = np.flatnonzero(size > 1)
-    for rows in _members(unit, several, size, rng):
-        counts = np.bincount(labels[rows], minlength=len(totals))
-        chosen = int(np.argmax(want @ (counts / np.maximum(totals, 1))))
-        part[rows] = chosen
-        want[chosen] -= counts
-    carry = np.zeros(len(shares))
-    single = size[unit.reshape(-1)] == 1
-    for c in range(len(totals)):
-        rows = rng.permutation(np.flatnonzero(single & (labels == c)))
-        part[rows] = np.repeat(np.arange(len(shares)), _share_out(len(rows), want[:, c], carry))
-    return part
-
-
-def _members(unit: np.ndarray, chosen: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """The rows of the chosen units, largest unit first, equal ones in random order."""
-    order = np.argsort(unit.reshape(-1), kind="stable")
-    starts = np.concatenate([[0], np.cumsum(size)])
-    shuffled = rng.permutation(chosen)
-    shuffled = shuffled[np.argsort(-size[shuffled], kind="stable")]
-    return [order[starts[u] : starts[u + 1]] for u in shuffled]
-
-
-def _share_out(n: int, want: np.ndarray, carry: np.ndarray) -> np.ndarray:
-    """int [S] with sum n in proportion to ``want``; ``carry`` keeps what rounding owes each part (changed in place)."""
-    want = np.maximum(want, 0)
-    exact = n * want / want.sum() if want.sum() > 0 else n * np.eye(len(want))[0]
-    given = np.floor(exact + 1e-9).astype(int)
-    owed = exact - given + carry
-    given[np.argsort(-owed, kind="stable")[: n - given.sum()]] += 1
-    carry += exact - given
-    return given
-
-
-def _draw_multilabel(
-    positive: np.ndarray, units: np.ndarray, shares: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """Sechidis, Tsoumakas & Vlahavas (2011), algorithm 1, on units: the rarest label left is dealt out first, each
-    unit to the part that still wants most of it; ties go to the part that still wants most rows. (The package
-    iterative-stratification deals single rows, which would tear units apart.)"""
-    _, unit, size = np.unique(units, return_inverse=True, return_counts=True)
-    unit = unit.reshape(-1)
-    counts = np.zeros((len(size), positive.shape[1]))
-    np.add.at(counts, unit, positive)
-    want, want_rows = shares[:, None] * counts.sum(0), shares * len(positive)
-    part = np.full(len(size), -1)
-
-    def give(u: int, label: int | None) -> None:
-        wish = want_rows if label is None else want[:, label]
-        s = max(range(len(shares)), key=lambda s: (wish[s], want_rows[s]))
-        part[u] = s
-        want[s] -= counts[u]
-        want_rows[s] -= size[u]
-
-    order = rng.permutation(len(size))
-    order = order[np.argsort(-size[order], kind="stable")]
-    while (left := (counts[part < 0] > 0).sum(0)).any():
-        label = int(np.argmin(np.where(left > 0, left, np.iinfo(np.int64).max)))
-        for u in order[(part[order] < 0) & (counts[order, label] > 0)]:
-            give(u, label)
-    for u in order[part[order] < 0]:
-        give(u, None)
-    return part[unit]
+def _fraction(view: View, names: np.ndarray, task: Task, fraction: float, seed: int, warnings: list[str]) -> None:
+    """Keep a part of train (``names`` is changed); a class that it leaves without any image is said by `_check`."""
+    rows = np.flatnonzero(names == "train")
+    if not len(rows):
+        return
+    share = np.array(class_counts(names, task)["train"]) * fraction
+    names[rows[~draw_nested(task.labels[rows], _units(view, rows), fraction, seed)]] = ""
+    kept = class_counts(names, task)["train"]
+    if least := [name for name, n, now in zip(task.classes, share, kept, strict=True) if now == 1 and n < 0.5]:
+        warnings.append(
+            f"{fraction:g} of train has one image of {_listed(least)}, whose share is less than half of one"
+        )
 
 
 def _thin(names: np.ndarray, task: Task, per_class: int, seed: int, warnings: list[str]) -> None:

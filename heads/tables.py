@@ -12,11 +12,13 @@ from heads.splits import Leak, dropped_sentence, leaks_sentence
 
 UNTRAINED = "The weights are untrained (random): these numbers show that the tool works, not what a backbone can do."
 SHOWN = {  # measures of the final table, in order
-    "binary": ("auroc", "ap", "sensitivity", "specificity", "ppv", "npv", "f1", "accuracy", "nll", "brier"),
-    "multiclass": ("auroc", "ap", "accuracy", "top5", "balanced_accuracy", "macro_f1", "nll", "brier"),
-    "ordinal": ("quadratic_kappa", "mae", "auroc", "ap", "accuracy", "balanced_accuracy", "macro_f1", "nll", "brier"),
-    "multilabel": ("auroc", "ap", "sensitivity", "specificity", "f1", "accuracy", "nll", "brier"),
-}
+    "binary": ("auroc", "ap", "sensitivity", "specificity", "ppv", "npv", "f1", "accuracy", "nll", "brier", "ece"),
+    "multiclass": ("auroc", "ap", "accuracy", "top5", "balanced_accuracy", "macro_f1", "nll", "brier", "ece"),
+    "ordinal": (
+        "quadratic_kappa", "mae", "auroc", "ap", "accuracy", "balanced_accuracy", "macro_f1", "nll", "brier", "ece",
+    ),
+    "multilabel": ("auroc", "ap", "sensitivity", "specificity", "f1", "accuracy", "nll", "brier", "ece"),
+}  # fmt: skip
 COMPARED = {  # measures of test in a comparison table
     "binary": ("auroc", "sensitivity", "specificity", "accuracy"),
     "multiclass": ("auroc", "accuracy", "macro_f1"),
@@ -40,25 +42,134 @@ def align(rows: Sequence[Sequence[str]], right: int = 1) -> list[str]:
     ]
 
 
-def final_table(run: Run) -> str:
-    """Val and test of one run; with untrained weights it begins with the controls and a sentence."""
+def final_table(run: Run, record: dict[str, Any] | None = None) -> str:
+    """Val and test of one run, test with intervals; with untrained weights the controls come first, and a sentence.
+    ``record``: of its comparison, where that is known."""
+    if record is None:
+        from heads.comparison import compare, families_of
+
+        record = compare(families_of([run])).record
+    (family,) = record["families"]
     lines = [*comparison_table([run]).splitlines(), ""] if run.metrics["controls"] else []
-    val, test = run.metrics["val"], run.metrics["test"]
-    macro = "" if run.task == "binary" else "macro "
     rows = [["", "val", "test (read once)"]]
     for name in SHOWN[run.task]:
-        if name in test:
-            title = (macro if name in ("auroc", "ap") else "") + METRICS[name].title
-            rows.append([title, number(val[name]), number(test[name])])
+        if name in family["test"]:
+            rows.append([title(name, run.task), number(run.metrics["val"].get(name)), interval(family["test"][name])])
     table = align(rows)
     if run.task == "binary":
         cut = run.calibration.thresholds[0]
         at = next((i for i, row in enumerate(rows) if row[0] == "sensitivity"), 0)
         table[at] += f"   of {printable(run.config['positive'])} at {cut:.3f}, the threshold chosen on val"
-    lines += [*table, *_leak_lines(run)]
+    lines += [*table, how_made(record), *map(_sentence, [*record["warnings"], *family["warnings"]]), *_leak_lines(run)]
     if run.untrained and not run.metrics["controls"]:
         lines.append(UNTRAINED)
     return "\n".join(lines)
+
+
+def title(measure: str, task: str) -> str:
+    macro = "macro " if measure in ("auroc", "ap") and task != "binary" else ""
+    return macro + METRICS[measure].title
+
+
+def interval(test: dict[str, Any] | None) -> str:
+    """``0.962 [0.948, 0.975]``; the value alone where it has no interval."""
+    if test is None:
+        return number(None)
+    if test["low"] is None:
+        return number(test["value"])
+    return f"{number(test['value'])} [{number(test['low'])}, {number(test['high'])}]"
+
+
+def how_made(record: dict[str, Any]) -> str:
+    """What the intervals are, in one line."""
+    clusters = record["clusters"]
+    of = f"{record['n_test']:,} images"
+    if clusters["n"] < record["n_test"]:
+        of = f"{clusters['n']:,} {'groups' if clusters['unit'] == 'group' else 'different images'} ({of})"
+    methods = {test["method"] for family in record["families"] for test in family["test"].values()}
+    words = [
+        ("Wilson", "proportions by Wilson"),
+        ("cluster bootstrap", "a stratified bootstrap of whole clusters"),
+        ("bootstrap", "a stratified bootstrap"),
+        ("corrected t", "Nadeau and Bengio's t over sets of test images"),
+    ]
+    there = [text for start, text in words if any((method or "").startswith(start) for method in methods)]
+    return f"[95 % intervals on {of}: {'; '.join(there)}]" if there else f"[on {of}]"
+
+
+def _sentence(words: str) -> str:
+    return printable(words[:1].upper() + words[1:] + ("" if words.endswith(".") else "."))
+
+
+def lab_table(record: dict[str, Any]) -> str:
+    """A `heads.comparison.Comparison`: controls first, then the families, best on val first, ties by val NLL."""
+    task, lead = record["task"], "nll" if record["select"] == "loss" else record["select"]
+    shown = [m for m in dict.fromkeys([lead, *COMPARED[task]]) if m in record["measures"]]
+    families = sorted(record["families"], key=lambda family: _place(family["val"], lead))
+    spreads = [kind for kind in ("seeds", "repeats", "folds") if any(f["spread"][kind] for f in families)]
+    rows = [["", "parameters", f"val {title(lead, task)}", *(f"test {title(m, task)}" for m in shown)]]
+    rows[0] += [f"± over {kind}" for kind in spreads]
+    for control in record["controls"]:
+        rows.append([control["name"], "", *_cells(control, lead, shown), *("" for _ in spreads)])
+    for family in families:
+        test = [interval(family["test"].get(m)) for m in shown]
+        over = [number((family["spread"][kind] or {}).get(lead)) if family["spread"][kind] else "" for kind in spreads]
+        name = printable(family["name"])
+        rows.append([name, f"{family['parameters']:,}", number(family["val"].get(lead)), *test, *over])
+    lines = [*align(rows), how_made(record)]
+    lines += [f"{control['name']}: {printable(control['note'])}" for control in record["controls"] if control["note"]]
+    lines += _against(record, families, lead)
+    lines += [line for family in families for line in _elsewhere(family, shown, task)]
+    if record["test_seen"]:
+        lines += _all_rows(record, lead)
+    lines += [f"{printable(family['name'])}: {printable(words)}" for family in families for words in family["edges"]]
+    lines += map(_sentence, [*record["warnings"], *(w for family in families for w in family["warnings"])])
+    if record["untrained"]:
+        lines.append(UNTRAINED)
+    return "\n".join(lines)
+
+
+def _against(record: dict[str, Any], families: Sequence[dict[str, Any]], lead: str) -> list[str]:
+    """A line for each difference to the reference."""
+    compared = [(family, found) for family in families if (found := (family["difference"] or {}).get(lead))]
+    if not compared:
+        return []
+    against = f"{title(lead, record['task'])} against {printable(record['reference'])}"
+    head = f"{against} (paired; p by Holm over {len(compared)}):"
+    rows = [
+        [f"  {printable(family['name'])}", found["words"], f"p {found['p_holm']:.2g}", f"({found['method']})"]
+        for family, found in compared
+    ]
+    return ["", head, *align(rows, right=9)]
+
+
+def _elsewhere(family: dict[str, Any], shown: Sequence[str], task: str) -> list[str]:
+    return [
+        f"{printable(family['name'])} on {printable(other['view'])}, {other['n']:,} images: "
+        + ", ".join(f"{title(m, task)} {interval(other['test'].get(m))}" for m in shown)
+        for other in family["external"]
+    ]
+
+
+def _all_rows(record: dict[str, Any], lead: str) -> list[str]:
+    """Every head that was trained, with the test that nobody should choose by."""
+    rows = [["", "setting", "seed", "val", "test"]]
+    for row in record["rows"]:
+        setting = " ".join(f"{key} {value:g}" for key, value in row["setting"].items() if isinstance(value, float))
+        val, test = (number((row[split] or {}).get(lead)) for split in ("val", "test"))
+        rows.append([printable(row["family"]), setting, str(row["seed"]), val, test])
+    banner = f"TEST SEEN {record['test_seen']} TIMES: whoever chooses by the right-hand column has no test any more."
+    return ["", banner, *align(rows, right=2)]
+
+
+def external_table(family: dict[str, Any], view: str, task: str, n_test: int) -> str:
+    """The internal test of a family beside its test on another view."""
+    other = next(each for each in family["external"] if each["view"] == view)
+    rows = [["", f"own test ({n_test:,})", f"{printable(view)} ({other['n']:,})"]]
+    for name in SHOWN[task]:
+        if name in family["test"]:
+            rows.append([title(name, task), interval(family["test"][name]), interval(other["test"].get(name))])
+    return "\n".join([printable(family["name"]), *align(rows)])
 
 
 def _leak_lines(run: Run) -> list[str]:
@@ -80,13 +191,11 @@ def comparison_table(runs: Sequence[Run], controls: Sequence[dict[str, Any]] | N
     by = runs[0].config["chosen"]["by"]
     key = "nll" if by == "loss" else by
     shown = COMPARED[runs[0].task]
-    macro = "" if runs[0].task == "binary" else "macro "
-    titles = [(macro if m in ("auroc", "ap") else "") + METRICS[m].title for m in shown]
-    head_title = (macro if key in ("auroc", "ap") else "") + METRICS[key].title
-    rows = [["", "parameters", f"val {head_title}", *(f"test {t}" for t in titles)]]
+    task = runs[0].task
+    rows = [["", "parameters", f"val {title(key, task)}", *(f"test {title(m, task)}" for m in shown)]]
     for control in controls:
         rows.append([control["name"], "", *_cells(control, key, shown)])
-    ordered = sorted(runs, key=lambda run: _rank(run, key))
+    ordered = sorted(runs, key=lambda run: _place(run.metrics["val"], key))
     for run in ordered:
         rows.append([_name(run, runs), f"{run.config['parameters']:,}", *_cells(run.metrics, key, shown)])
     lines = align(rows)
@@ -103,10 +212,11 @@ def _cells(measured: dict[str, Any], key: str, shown: Sequence[str]) -> list[str
     return [number(val.get(key)), *(number(test.get(m)) for m in shown)]
 
 
-def _rank(run: Run, key: str) -> tuple[float, float]:
-    value = run.metrics["val"].get(key)
+def _place(val: dict[str, Any], key: str) -> tuple[float, float]:
+    """Smaller is better."""
+    value, loss = val.get(key), val.get("nll")
     sign = -1 if METRICS[key].higher else 1
-    return (float("inf") if value is None else sign * value, run.metrics["val"]["nll"] or float("inf"))
+    return (float("inf") if value is None else sign * value, float("inf") if loss is None else loss)
 
 
 def _name(run: Run, runs: Sequence[Run]) -> str:
@@ -147,3 +257,27 @@ def head_table(described: dict[str, Any]) -> str:
     rows.append(["", "", "", f"{described['parameters']:,}"])
     first = f"{described['head']}: {described['what']}; {described['classes']} classes"
     return "\n".join([first, *align(rows, right=3)])
+
+
+HEADS_HEADER = ["head", "what", "takes", "parameters", "from"]
+
+
+def heads_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The table of heads in words, from ``architectures.heads_table``; its header is ``HEADS_HEADER``."""
+    return [
+        [
+            record["head"],
+            record["what"],
+            record["takes"],
+            f"{record['parameters']:,}" if record["parameters"] else "none: it keeps train",
+            record["reference"],
+        ]
+        for record in records
+    ]
+
+
+def heads_lines(records: Sequence[dict[str, Any]]) -> str:
+    """A line per head: what it takes, its parameters, what it is and where it comes from."""
+    rows = [[name, takes, count, what, source] for name, what, takes, count, source in heads_rows(records)]
+    name, takes, count = (max(len(row[i]) for row in rows) for i in range(3))
+    return "\n".join(f"  {row[0]:<{name}}  {row[1]:<{takes}}  {row[2]:>{count}}  {row[3]} · {row[4]}" for row in rows)

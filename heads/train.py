@@ -1,11 +1,10 @@
-"""Train one head on the features of a view, by the protocol: choice on val, test read once afterwards."""
+"""Train heads on the features of a view, by the protocol: choice on val, test read once afterwards."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,257 +12,226 @@ import numpy as np
 import torch
 from torch import nn
 
-from featurecache.errors import BadOption, NotInCache, ProtocolError, nearest
+from featurecache.errors import ProtocolError
 from heads import evaluate as ev
-from heads.architectures import count_parameters, head_info, make_head
-from heads.batches import BalancedBatches, PlainBatches
-from heads.data import STANDARDIZE, Features, Standardize, Task, load_features, task_of
-from heads.engine import Learner, logits_of, loss_and_prior, run_epoch, threads_for
+from heads.architectures import count_parameters, head_info
+from heads.contents import contents_of
+from heads.data import Features, Standardize, Task
+from heads.engine import logits_of, threads_for, together, work_of_a_step
+from heads.jobs import Job, JobFeatures, Say, describe, make_model, prepare
+from heads.joint import Schedule, Trained, judge, train_heads
+from heads.losses import loss_and_prior
 from heads.metrics import METRICS
-from heads.runs import Contents, Run, run_target, write_run
-from heads.splits import Splits, choose_splits, class_counts, dropped_sentence
+from heads.runs import Run, load_run, run_target, write_run
+from heads.settings import VARIED, Settings
 
 if TYPE_CHECKING:
     from featurecache.reader import View
 
-VECTORS = ("cls", "pooler", "gap", "vector")  # what a head on vectors takes, the first that the view has
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides a training run, as data; what is in config.json is what ran."""
-
-    head: str
-    output: str | None = None
-    epochs: int = 50
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    batch_size: int = 32
-    patience: int = 5  # epochs without a better one; 0: train all epochs
-    seed: int = 0  # initialisation, dropout
-    split_seed: int = 0  # splits, batch order
-    select: str = "auroc"
-    balance: bool = True
-    standardize: str | None = None
-    resplit_val: bool = False
-    splits: str | None = None
-    classes: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-    train_per_class: int | None = None
-    pos_weight: bool = False
-    positive: str | None = None
-    drop_leaks: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("patience", 0), ("seed", 0), ("split_seed", 0)):
-            if getattr(self, name) < least:
-                raise BadOption(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}.")
-        if not 0 < self.lr < float("inf") or not 0 <= self.weight_decay < float("inf"):
-            raise BadOption(f"--lr must be above 0 and --weight-decay not below (got {self.lr}, {self.weight_decay}).")
-        if self.train_per_class is not None and self.train_per_class < 1:
-            raise BadOption(f"--train-per-class is {self.train_per_class}; it must be at least 1.")
-        if self.standardize not in (None, *STANDARDIZE):
-            raise BadOption(f"--standardize {self.standardize}: it is one of {', '.join(STANDARDIZE)}.")
-        if self.select not in (*METRICS, "loss"):
-            raise BadOption(
-                f"--select {self.select} is no measure.{nearest(self.select, METRICS)} "
-                f"Measures: loss, {', '.join(METRICS)}."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"classes": list(self.classes), "only": list(self.only)}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Settings:
-        known = {f.name for f in fields(cls)}
-        given = {key: value for key, value in data.items() if key in known}
-        return cls(**given | {"classes": tuple(given["classes"]), "only": tuple(given["only"])})
+TIMED = 256  # images on which a head's time at prediction is measured
+OF_HISTORY = ("epoch", "best", "seconds")
 
 
 def train_head(
     view: View | str | Path,
     head: str,
     *,
-    output: str | None = None,
-    epochs: int = 50,
-    lr: float = 1e-3,
-    weight_decay: float = 0.0,
-    batch_size: int = 32,
-    patience: int = 5,
-    seed: int = 0,
-    split_seed: int = 0,
-    select: str = "auroc",
-    balance: bool = True,
-    standardize: str | None = None,
-    resplit_val: bool = False,
     splits: str | Path | None = None,
     classes: Sequence[str] | None = None,
     only: Sequence[str] | str | None = None,
-    train_per_class: int | None = None,
-    pos_weight: bool = False,
-    positive: str | None = None,
-    drop_leaks: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
     controls: bool | None = None,
+    report: bool = True,
+    images: bool = True,
+    hash_ids: bool = False,
     say: Say | None = None,
+    **options: Any,
 ) -> Run:
-    """Train ``head`` on a view and write a run folder; the options are those of ``featurecache train-head``.
+    """Train ``head`` on a view and write a run folder; ``options`` are the other fields of `Settings`, which are the
+    options of ``featurecache train-head``.
 
     ``controls``: chance, majority class and logistic regression on pixels beside it; None: where the weights are
-    untrained. Raises UnknownHead, BadOption, NotInCache (with the command that stores what is missing), ProtocolError
-    (splits that cannot work) and RunError (a folder in the way), all before training.
+    untrained. ``report``: report.html in the folder, with or without ``images`` of the data in it, ids as keyed hashes
+    with ``hash_ids``; ``run.metrics["comparison"]`` then holds the intervals. Raises UnknownHead, BadOption, NotInCache
+    (with the command that stores what is missing), ProtocolError (splits that cannot work) and RunError (a folder in
+    the way), all before training.
     """
     say = say or (lambda line: None)
-    settings = Settings(
-        head, output, epochs, lr, weight_decay, batch_size, patience, seed, split_seed, select, balance, standardize,
-        resplit_val, None if splits is None else str(splits), tuple(classes or ()),
-        (only,) if isinstance(only, str) else tuple(only or ()), train_per_class, pos_weight, positive,
-        drop_leaks,
-    )  # fmt: skip
-    if isinstance(view, str | Path):
-        from featurecache.views import open_view
-
-        view = open_view(view)
-    output = choose_output(view, head, output)
-    make_head(head, view.info(output).shape, 2)  # says at once that a head and an output do not fit
-    task = task_of(view, classes=settings.classes, only=settings.only, positive=positive)
-    if pos_weight and not task.multilabel:
-        raise BadOption("--pos-weight is for multi-label data; classes that exclude each other have balanced batches.")
-    divided = choose_splits(
-        view, task, split_seed=split_seed, resplit_val=resplit_val, file=splits, train_per_class=train_per_class,
-        drop_leaks=drop_leaks,
-    )  # fmt: skip
-    target = run_target(out, view.name, head, overwrite)
-    fit = _train(view, settings, output, task, divided, say)
-    beside = _controls(view, task, divided, say) if (view.untrained if controls is None else controls) else []
-    return write_run(target, _contents(view, settings, output, task, divided, fit, beside))
+    settings = Settings.of(head, splits=splits, classes=classes, only=only, **options)
+    job = prepare(view, settings)
+    target = run_target(out, job.view.name, head, overwrite)
+    describe(job, say)
+    (fit,) = train_together(job, [settings], say)
+    if isinstance(fit, ProtocolError):
+        raise fit
+    beside = _controls(job, say) if (job.view.untrained if controls is None else controls) else []
+    run = write_run(target, contents_of(job, fit, beside))
+    return _with_report(run, images, hash_ids) if report else run
 
 
-def choose_output(view: View, head: str, output: str | None) -> str:
-    """The output a head trains on: the one asked for, or the one it was made for."""
-    takes = head_info(head).takes
-    if output is not None:
-        if "/" in output or "\\" in output:
-            raise BadOption(
-                f"--output {output} looks like a path; --output names features (cls, tokens, …). Did you mean --out?"
-            )
-        view.info(output)  # raises with the command that stores it
-        return output
-    if takes != "vector":
-        view.info("tokens")
-        return "tokens"
-    for name in VECTORS:
-        if _offers(view, name):
-            return name
-    raise NotInCache(
-        f"{view.label} holds {', '.join(view.outputs)} and no vector for {head}. "
-        "--output chooses another, such as mean."
-    )
+def _with_report(run: Run, images: bool, hash_ids: bool) -> Run:
+    from heads.comparison import compare, families_of
+    from heads.page import write_report
 
-
-def _offers(view: View, output: str) -> bool:
-    try:
-        view.info(output)
-    except NotInCache:
-        return False
-    return True
+    families = families_of([run])
+    write_report(run.path, families, compare(families), images=images, hash_ids=hash_ids)
+    return load_run(run.path, trust_code=True)
 
 
 @dataclass
 class Fit:
     """What training gave: the chosen head, its calibration, and all that is reported."""
 
+    settings: Settings
     model: nn.Module
     scale: Standardize
     calibration: ev.Calibration
     history: list[dict[str, float]]
-    epoch: int  # the chosen one
+    epoch: int  # the chosen one; of a solved head the place of the chosen setting in its path, from 1
     metrics: dict[str, dict[str, Any]]
-    predictions: dict[str, tuple[np.ndarray, np.ndarray]]  # split -> rows of the view, calibrated logits [n, C]
+    predictions: dict[str, tuple[np.ndarray, np.ndarray]]  # split -> rows of the view, raw logits float64 [n, C]
     notes: list[str]
     seconds: float
+    ms_per_image: float  # of the head alone
+    window: int | None  # rows in use at once where features were read from the shards
+
+    @property
+    def parameters(self) -> int:
+        return count_parameters(self.model)
 
 
-def _train(view: View, settings: Settings, output: str, task: Task, divided: Splits, say: Say) -> Fit:
-    info = view.info(output)
-    size = "×".join(str(n) for n in info.shape)
-    say(f"features   {view.label} {output} [{size}]")
-    say(f"splits     {_split_line(divided)} ({divided.how})")
-    if divided.dropped is not None:
-        say(f"leaks      {dropped_sentence(divided.dropped)}")
-    for warning in divided.warnings:
-        say(f"warning    {warning}")
-    start = time.perf_counter()
-    train, val = divided.rows("train"), divided.rows("val")
-    data = load_features(view, output, train, task.labels, Standardize())
-    kind = settings.standardize or head_info(settings.head).standardize
-    data = Features(data.x, data.y, Standardize.fitted(kind, data.x))
-    held = load_features(view, output, val, task.labels, data.scale)
-    generator = torch.Generator().manual_seed(settings.seed)
-    model = make_head(settings.head, info.shape, len(task.classes), generator)
-    balanced = settings.balance and not task.multilabel
-    loss, correction = loss_and_prior(task, data.y, balanced, settings.pos_weight)
-    learner = Learner(model, loss, generator, lr=settings.lr, weight_decay=settings.weight_decay)
-    say(f"head       {_head_line(model, settings, balanced, kind, task)}")
-    with threads_for(settings.batch_size * math.prod(info.shape)):
-        history, chosen = _epochs(learner, data, held, correction, settings, task, say)
-    calibration, note = ev.calibrate(task.kind, logits_of(model, held), held.y.numpy(), correction, task.positive)
-    notes = [f"calibration: {note}"] if note else []
-    # The choice is made: from here on nothing changes, and test is read.
-    test = load_features(view, output, divided.rows("test"), task.labels, data.scale)
-    measured, predictions = {}, {}
-    for name, part in (("val", held), ("test", test)):
-        z = calibration(logits_of(model, part))
-        measured[name] = ev.evaluate(
-            task.kind, task.classes, z, part.y.numpy(), positive=task.positive, cuts=calibration.thresholds
+def train_together(job: Job, settings: Sequence[Settings], say: Say | None = None) -> list[Fit | ProtocolError]:
+    """One head for each of ``settings``, which differ from the job's in `VARIED` only; each is what it is alone. A head
+    whose outputs do not stay finite is the error that says so."""
+    shared = {f: v for f, v in asdict(job.settings).items() if f not in VARIED}
+    assert all({f: asdict(each)[f] for f in shared} == shared for each in settings)
+    features = JobFeatures(job)
+    found: dict[int, Fit | ProtocolError] = {}
+    model = make_model(job, job.settings)
+    with threads_for(work_of_a_step(model, len(settings), job.settings.batch_size, job.input.shape)):
+        for places in _same_batches(settings, job.task):
+            trained = _trained(job, [settings[k] for k in places], features, say or (lambda line: None))
+            found |= dict(zip(places, _judged(job, trained, features), strict=True))
+    return [found[k] for k in range(len(settings))]
+
+
+def _same_batches(settings: Sequence[Settings], task: Task) -> list[list[int]]:
+    """Class weights go without balanced batches, so those heads see others."""
+    kinds = [each.balanced(task.multilabel) for each in settings]
+    return [[k for k, kind in enumerate(kinds) if kind is wanted] for wanted in sorted(set(kinds))]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A trained head before it is calibrated; ``correction`` [C] is added to its logits."""
+
+    model: nn.Module
+    trained: Trained
+    correction: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+def _trained(job: Job, settings: list[Settings], features: JobFeatures, say: Say) -> list[_Head]:
+    if head_info(job.settings.head).solved:
+        return [_solved(job, each, features, say) for each in settings]
+    prior = [loss_and_prior(job.task, features.train.y, each) for each in settings]
+    generators = [torch.Generator().manual_seed(each.seed) for each in settings]
+    models = [make_model(job, each, own) for each, own in zip(settings, generators, strict=True)]
+    heads = together(models, [loss for loss, _ in prior], generators, settings)
+    train, val = features.given_to(models[0])
+
+    def said(k: int, row: dict[str, float], stop: bool) -> None:
+        if len(settings) == 1:
+            say(_epoch_line(row, settings[k], stop))
+
+    corrections = [correction for _, correction in prior]
+    trained = train_heads(heads, settings, train, val, corrections, job.task, window=features.window, said=said)
+    for model, each in zip(models, trained, strict=True):
+        if each.failed is None:
+            model.load_state_dict(each.state)
+    return [_Head(m.eval(), t, c) for m, t, c in zip(models, trained, corrections, strict=True)]
+
+
+def _solved(job: Job, settings: Settings, features: JobFeatures, say: Say) -> _Head:
+    """Every value of a solver's own path is solved; val chooses one. A line of the history is a value."""
+    from heads.solvers import SOLVERS, path_logits
+
+    begin, count = time.perf_counter(), len(job.task.classes)
+    x, y = features.all_of_train()
+    notes: list[str] = []
+    path = SOLVERS[settings.head].solve(x, y.numpy(), job.task.kind, count, settings.seed, notes.append)
+    z = path_logits(path, features.val.chunks())
+    trained = Trained(settings, Schedule(settings))
+    for place, (values, _) in enumerate(path):
+        line = {"epoch": place + 1, **values}
+        judged, better = judge(trained, line, z[place], features.val.y.numpy(), job.task)
+        say(_epoch_line(judged, settings, False))
+        trained.epoch = place + 1 if better else trained.epoch
+    trained.seconds = time.perf_counter() - begin
+    return _Head(path[trained.epoch - 1][1].eval(), trained, np.zeros(count), (*notes, *_edge(path, trained.epoch)))
+
+
+def _edge(path: Sequence[tuple[dict[str, float], nn.Module]], chosen: int) -> list[str]:
+    """A sentence for each setting that was chosen at an end of its path."""
+    notes = []
+    for name, value in path[chosen - 1][0].items():
+        values = sorted({setting[name] for setting, _ in path})
+        if len(values) > 2 and value in (values[0], values[-1]):
+            notes.append(f"{name} {value:g} is at the edge of what was tried ({values[0]:g} to {values[-1]:g})")
+    return notes
+
+
+def _judged(job: Job, heads: list[_Head], features: JobFeatures) -> list[Fit | ProtocolError]:
+    """Calibration and measures. Every choice is made: from here on nothing changes, and test is read."""
+    held, divided = features.val, job.divided
+    kept = [head for head in heads if head.trained.failed is None]
+    if not kept:
+        return [head.trained.failed for head in heads if head.trained.failed is not None]
+    z_val = logits_of([head.model for head in kept], held)
+    test = features.test()
+    z_test = logits_of([head.model for head in kept], test)
+    fits = []
+    for head, *raw in zip(kept, z_val, z_test, strict=True):
+        settings = head.trained.settings
+        calibration, note = ev.calibrate(
+            job.task.kind, raw[0], held.y.numpy(), head.correction, job.task.positive, settings.sensitivity
         )
-        predictions[name] = (divided.rows(name), z)
-    seconds = time.perf_counter() - start
-    return Fit(model, data.scale, calibration, history, chosen, measured, predictions, notes, seconds)
-
-
-def _epochs(
-    learner: Learner, data: Features, held: Features, correction: np.ndarray, settings: Settings, task: Task, say: Say
-) -> tuple[list[dict[str, float]], int]:
-    """Train until val is no better for ``patience`` epochs; the learner ends with the weights of the best one."""
-    batches: BalancedBatches | PlainBatches
-    if settings.balance and not task.multilabel:
-        batches = BalancedBatches(data.y.numpy(), settings.batch_size, settings.split_seed)
-    else:
-        batches = PlainBatches(len(data), settings.batch_size, settings.split_seed)
-    history: list[dict[str, float]] = []
-    best, chosen = (-float("inf"), -float("inf")), 0
-    for epoch in range(1, settings.epochs + 1):
-        begin = time.perf_counter()
-        train_loss = run_epoch(learner, data, batches.epoch())
-        z = logits_of(learner.model, held) + correction
-        if not (np.isfinite(z).all() and np.isfinite(train_loss)):
-            raise ProtocolError(
-                f"the head's outputs are not finite any more in epoch {epoch}. A smaller --lr than {settings.lr:g} "
-                "or --standardize zscore helps."
+        parts = {"val": (held, raw[0]), "test": (test, raw[1])}
+        measured = {
+            name: ev.evaluate(
+                job.task.kind, job.task.classes, calibration(z), part.y.numpy(), positive=job.task.positive,
+                cuts=calibration.thresholds,
             )
-        val_loss = ev.nll(task.kind, z, held.y.numpy())
-        value = _criterion(settings.select, task, z, held.y.numpy())
-        higher = settings.select != "loss" and METRICS[settings.select].higher
-        goodness = (value if higher else -value, -val_loss)
-        if better := goodness > best:
-            best, chosen = goodness, epoch
-            learner.keep()
-        row = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, f"val_{settings.select}": value}
-        history.append({**row, "best": int(better), "seconds": time.perf_counter() - begin})
-        stop = 0 < settings.patience <= epoch - chosen
-        say(_epoch_line(history[-1], settings, stop))
-        if stop:
-            break
-    learner.restore()
-    return history, chosen
+            for name, (part, z) in parts.items()
+        }  # fmt: skip
+        fits.append(
+            Fit(
+                settings, head.model, features.train.scale, calibration, head.trained.history, head.trained.epoch,
+                measured, {name: (divided.rows(name), z) for name, (_, z) in parts.items()},
+                [*head.notes, *([f"calibration: {note}"] if note else [])], head.trained.seconds,
+                _ms_per_image(head.model, test), features.window,
+            )
+        )  # fmt: skip
+    given = iter(fits)
+    return [next(given) if head.trained.failed is None else head.trained.failed for head in heads]
+
+
+def _ms_per_image(model: nn.Module, data: Features) -> float:
+    """Milliseconds that a head takes for an image, once its features are in memory."""
+    x = next(iter(data.chunks(TIMED)))
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        model(x)
+    return 1000 * (time.perf_counter() - begin) / len(x)
 
 
 def _epoch_line(row: dict[str, float], settings: Settings, stop: bool) -> str:
     by = settings.select
     measure = "" if by == "loss" else f"  val {METRICS[by].title} {row[f'val_{by}']:.3f}"
+    if "train_loss" not in row:
+        values = ", ".join(f"{name} {v:g}" for name, v in row.items() if name not in OF_HISTORY and name[:4] != "val_")
+        return f"{values}  val loss {row['val_loss']:.3f}{measure}{'  best' if row['best'] else ''}"
     tail = "  best" if row["best"] else f"  stopped: no better for {settings.patience} epochs" if stop else ""
     return (
         f"epoch {row['epoch']:2.0f}  train loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}{measure}{tail}"
@@ -271,84 +239,8 @@ def _epoch_line(row: dict[str, float], settings: Settings, stop: bool) -> str:
     )
 
 
-def _criterion(select: str, task: Task, z: np.ndarray, y: np.ndarray) -> float:
-    """The measure that chooses, on val; z with prior correction, before any temperature."""
-    if select == "loss":
-        return ev.nll(task.kind, z, y)
-    cuts = ev.thresholds(task.kind, ev.probabilities(task.kind, z), y, task.positive)
-    measured = ev.evaluate(task.kind, task.classes, z, y, positive=task.positive, cuts=cuts)
-    if select not in measured:
-        fitting = ", ".join(name for name in METRICS if name in measured)
-        raise BadOption(f"--select {select} is not measured for a {task.kind} task. Measures: loss, {fitting}.")
-    if np.isnan(measured[select]):
-        raise ProtocolError(
-            f"val {METRICS[select].title} is undefined: val lacks a class. --resplit-val draws a new val; "
-            "--select loss needs none."
-        )
-    return measured[select]
-
-
-def _split_line(divided: Splits) -> str:
-    return " · ".join(f"{name} {len(divided.rows(name)):,}" for name in ("train", "val", "test"))
-
-
-def _head_line(model: nn.Module, settings: Settings, balanced: bool, kind: str, task: Task) -> str:
-    select = "loss" if settings.select == "loss" else METRICS[settings.select].title
-    macro = "macro " if settings.select in ("auroc", "ap") and task.kind != "binary" else ""
-    decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
-    scaled = "" if kind == "none" else f"; {kind} by train"
-    weighted = "; positives weighted" if settings.pos_weight else ""
-    return (
-        f"{settings.head}: {count_parameters(model):,} parameters; {'balanced ' if balanced else ''}batches of "
-        f"{settings.batch_size}{weighted}; Adam {settings.lr:g}{decay}{scaled}; chosen by {macro}{select} on val"
-    )
-
-
-def _controls(view: View, task: Task, divided: Splits, say: Say) -> list[dict[str, Any]]:
+def _controls(job: Job, say: Say) -> list[dict[str, Any]]:
     from heads.controls import all_controls
 
     say("controls   chance, the majority class, logistic regression on raw pixels")
-    return all_controls(view, task, divided)
-
-
-def _digest(view: View, divided: Splits) -> str:
-    """Which images are tested, in one word: equal for two runs only if it is the same images."""
-    import hashlib
-
-    rows = divided.rows("test")
-    return hashlib.blake2b(b"".join(sorted(np.asarray(view.digests)[rows].tolist())), digest_size=16).hexdigest()
-
-
-def _contents(
-    view: View, settings: Settings, output: str, task: Task, divided: Splits, fit: Fit, controls: list[dict[str, Any]]
-) -> Contents:
-    """The run as it will lie on disk."""
-    info = view.info(output)
-    config = {
-        "settings": settings.to_dict(),
-        "head": settings.head,
-        "parameters": count_parameters(fit.model),
-        "standardize": fit.scale.kind,
-        "view": {"label": view.label, "name": view.name, "path": str(Path(view.path).resolve()), "output": output,
-                 "shape": list(info.shape), "dtype": info.dtype, "fingerprint": view.fingerprint,
-                 "untrained": view.untrained, "source": view.source},
-        "spec": view.spec,
-        "provenance": view.provenance,
-        "task": task.kind,
-        "classes": list(task.classes),
-        "positive": None if task.positive is None else task.classes[task.positive],
-        "splits": {"how": divided.how, "drawn": list(divided.drawn), "counts": class_counts(divided.names, task),
-                   "images": {s: len(divided.rows(s)) for s in ("train", "val", "test")},
-                   "digest": _digest(view, divided), "leaks": [asdict(leak) for leak in divided.leaks],
-                   "dropped": divided.dropped},
-        "chosen": {"by": settings.select, "on": "val", "epoch": fit.epoch},
-        "calibration": fit.calibration.to_dict(),
-        "warnings": divided.warnings + fit.notes,
-        "seconds": fit.seconds,
-    }  # fmt: skip
-    tensors = {**fit.model.state_dict(), **fit.scale.tensors()}
-    return Contents(
-        config, {**fit.metrics, "controls": controls}, fit.history,
-        tensors={key: value.detach().contiguous() for key, value in tensors.items()},
-        ids=list(view.ids), splits=divided.names, labels=task.labels, predictions=fit.predictions,
-    )  # fmt: skip
+    return all_controls(job.view, job.task, job.divided)

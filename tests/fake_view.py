@@ -23,6 +23,8 @@ class FakeView:
     digests: np.ndarray | None = None
     versions: np.ndarray | None = None
     untrained: bool = False
+    prefix: tuple[str, ...] | None = None  # of every output that holds tokens
+    grid: tuple[int, int] | None = None
     ids: list[str] | None = None
     name: str = "toy"
     label: str = "vit-toy/toy"
@@ -31,6 +33,7 @@ class FakeView:
     spec: dict = field(default_factory=dict)
     provenance: dict = field(default_factory=lambda: {"backbone": "vit-toy"})
     source: dict = field(default_factory=lambda: {"kind": "folder", "data": "toys"})
+    failed: list[dict[str, str]] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)  # which splits' rows were asked for, in order
 
     def __post_init__(self) -> None:
@@ -54,7 +57,10 @@ class FakeView:
             )
         x = self.features[output]
         return SimpleNamespace(
-            shape=tuple(x.shape[1:]), dtype=str(x.dtype).removeprefix("torch."), prefix=None, grid=None
+            shape=tuple(x.shape[1:]),
+            dtype=str(x.dtype).removeprefix("torch."),
+            prefix=self.prefix if x.ndim == 3 else None,
+            grid=self.grid if x.ndim == 3 else None,
         )
 
     def has(self, output):

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from featurecache.errors import BadOption, UnknownHead
-from heads.architectures import HEADS, count_parameters, describe_head, head_info, make_head, own_randomness
-from heads.tables import head_table
+from heads.architectures import (
+    HEADS,
+    Input,
+    count_parameters,
+    describe_head,
+    head_info,
+    heads_table,
+    load_head,
+    make_head,
+    own_randomness,
+)
+from heads.tables import HEADS_HEADER, head_table, heads_lines, heads_rows
 
 
 class Small(nn.Module):
@@ -91,12 +103,228 @@ def test_a_state_dict_of_another_shape_is_refused():
 
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_maps_its_shape_to_logits_and_its_layers_add_up(name):
-    shape = (7,) if HEADS[name].takes == "vector" else (5, 7)
-    model = make_head(name, shape, 3)
-    assert model(torch.zeros(2, *shape)).shape == (2, 3)
-    described = describe_head(name, shape, 3)
-    assert sum(layer["parameters"] for layer in described["layers"]) == described["parameters"]
-    assert described["parameters"] == count_parameters(model)
+    given = input_of(name)
+    for more in [{}, {"gated": True}] if name == "attention" else [{}]:
+        model = make_head(name, given, 3, **more)
+        assert model(torch.ones(2, *given.shape)).shape == (2, 3)
+        described = describe_head(name, given, 3, **more)
+        assert sum(layer["parameters"] for layer in described["layers"]) == described["parameters"]
+        assert described["parameters"] == count_parameters(model)
+        assert len(head_table(described).splitlines()) == len(described["layers"]) + 4
+
+
+TOKENS = Input((5, 7), ("cls",), (2, 2))
+
+
+def input_of(name):
+    return Input((7,)) if HEADS[name].takes == "vector" else TOKENS
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_says_where_it_comes_from(name):
+    info = HEADS[name]
+    assert info.reference and (info.make.__doc__ or "Ilse" in info.reference)
+    assert info.standardize == ("l2" if name == "knn" else "zscore" if info.solved or name == "attention" else "none")
+
+
+def test_the_table_of_heads_gives_parameters_at_a_vit_b16():
+    counts = {record["head"]: record["parameters"] for record in heads_table()}
+    assert counts["linear"] == counts["mean-linear"] == counts["ridge"] == 1_538
+    assert (counts["large"], counts["mlp"], counts["cls+mean"]) == (443_906, 197_378, 2 * 1536 + 2)
+    assert counts["attention"] == 768 + 2 * 768**2 + 1_538  # AIM's: the query, keys, values, the linear layer
+    assert counts["conv"] == (768 * 128 + 128) + (9 * 128**2 + 128) + (128 * 2 + 2)
+    rows = heads_rows(heads_table())
+    assert [row[0] for row in rows] == list(HEADS) and {len(row) for row in rows} == {len(HEADS_HEADER)}
+    assert "1,181,954" in heads_lines(heads_table()) and "none: it keeps train" in heads_lines(heads_table())
+    gated = describe_head("attention", Input((197, 768)), 2, gated=True)
+    assert gated["parameters"] == 2 * (768 * 128 + 128) + 128 + 1_538
+
+
+REGISTERS = Input((8, 3), ("reg0", "cls"), (2, 3))  # the class token is not always first
+
+
+def test_mean_linear_is_linear_on_the_mean_of_the_patches_alone():
+    ours, linear = make_head("mean-linear", REGISTERS, 4), make_head("linear", (3,), 4)
+    linear.load_state_dict(ours.state_dict())
+    x = torch.randn(6, 8, 3)
+    torch.testing.assert_close(ours(x), linear(x[:, 2:].mean(1)))
+
+
+def test_cls_mean_is_linear_on_the_class_token_beside_the_mean():
+    ours, linear = make_head("cls+mean", REGISTERS, 4), make_head("linear", (6,), 4)
+    linear.load_state_dict(ours.state_dict())
+    x = torch.randn(6, 8, 3)
+    torch.testing.assert_close(ours(x), linear(torch.cat([x[:, 1], x[:, 2:].mean(1)], 1)))
+
+
+def test_attention_has_the_numbers_and_gradients_of_keys_and_values_of_every_token():
+    ours = make_head("attention", Input((11, 128)), 3, generator())
+    ours.query.data.mul_(100)  # so that it looks somewhere
+    naive = make_head("attention", Input((11, 128)), 3)
+    naive.load_state_dict(ours.state_dict())
+    x, y = torch.randn(5, 11, 128), torch.tensor([0, 1, 2, 0, 1])
+    keys, values = (
+        layer(x).unflatten(2, (2, 64)).transpose(1, 2) for layer in (naive.key, naive.value)
+    )  # [B, K, T, d]
+    query = naive.query[None, :, None].expand(5, -1, -1, -1)
+    pooled = nn.functional.scaled_dot_product_attention(query, keys, values).flatten(1)
+    logits = ours(x)
+    torch.testing.assert_close(logits, naive.fc(pooled))
+    for z in (logits, naive.fc(pooled)):
+        nn.functional.cross_entropy(z, y).backward()
+    for (name, a), b in zip(ours.named_parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_attention_is_torchs_multihead_attention_with_one_query():
+    ours = make_head("attention", Input((9, 192)), 2, generator(2))
+    theirs = nn.MultiheadAttention(192, 3, bias=False, batch_first=True)
+    eye = torch.eye(192)
+    theirs.in_proj_weight.data = torch.cat([eye, ours.key.weight.data, ours.value.weight.data])
+    theirs.out_proj.weight.data = eye
+    x = torch.randn(4, 9, 192)
+    pooled, weights = theirs(ours.query.view(1, 1, -1).expand(4, -1, -1), x, x, average_attn_weights=False)
+    torch.testing.assert_close(ours(x), ours.fc(pooled[:, 0]))
+    torch.testing.assert_close(ours.attention(x), weights[:, :, 0])
+
+
+@pytest.mark.parametrize(("width", "heads"), [(768, 12), (384, 6), (96, 1), (7, 1), (200, 2), (1280, 20)])
+def test_attention_heads_divide_the_width(width, heads):
+    assert make_head("attention", Input((5, width)), 2).heads == heads
+
+
+def test_gated_attention_is_the_papers_formula():
+    ours = make_head("attention", Input((6, 4)), 2, generator(1), gated=True)
+    x = torch.randn(3, 6, 4)
+    ours.requires_grad_(False)
+    v, u = ours.gate.weight.chunk(2)
+    c, d = ours.gate.bias.chunk(2)
+    for image, z in zip(x, ours(x), strict=True):
+        score = [ours.score.weight[0] @ ((v @ t + c).tanh() * (u @ t + d).sigmoid()) for t in image]
+        share = [math.exp(s) / sum(math.exp(r) for r in score) for s in score]
+        bag = sum(a * t for a, t in zip(share, image, strict=True))
+        torch.testing.assert_close(z, ours.fc.weight @ bag + ours.fc.bias)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_attention_to_all_tokens_adds_up_to_one(gated):
+    weights = make_head("attention", TOKENS, 2, gated=gated).attention(torch.randn(3, 5, 7))
+    assert weights.shape == (3, 1, 5)
+    torch.testing.assert_close(weights.sum(2), torch.ones(3, 1))
+
+
+def test_conv_is_a_convolution_over_the_grid_of_patches():
+    ours = make_head("conv", Input((7, 4), ("cls",), (2, 3)), 2, generator())
+    x = torch.randn(5, 7, 4)
+    image = x[:, 1:].transpose(1, 2).reshape(5, 4, 2, 3)  # channels, rows, columns
+    hidden = nn.functional.conv2d(image, ours.reduce.weight[:, :, None, None], ours.reduce.bias).relu()
+    hidden = nn.functional.conv2d(hidden, ours.conv.weight, ours.conv.bias, padding=1).relu()
+    torch.testing.assert_close(ours(x), ours.fc(hidden.mean((2, 3))))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("conv", (257, 8), "no grid .*tokens or tokens-16x16"),
+        ("conv", Input((257, 8), ("cls",)), "no grid .*tokens or tokens-16x16"),
+        ("mean-linear", (257, 8), "which rows of this output they are is not known"),
+        ("cls+mean", (257, 8), "which rows of this output they are is not known"),
+        ("cls+mean", Input((49, 8), (), (7, 7)), "needs a class token, .*empty.*mean-linear"),
+        ("cls+mean", Input((50, 8), ("reg0",), (7, 7)), "prefix: reg0"),
+    ],
+)
+def test_a_head_that_needs_to_know_which_token_is_what_refuses_an_output_that_does_not_say(name, given, said):
+    with pytest.raises(BadOption, match=said):
+        make_head(name, given, 2)
+
+
+def test_a_grid_that_does_not_fit_the_tokens_is_refused():
+    with pytest.raises(BadOption, match="197 tokens are not 2 before the patches and a grid of 14×14"):
+        Input((197, 768), ("cls", "reg0"), (14, 14))
+
+
+def test_what_a_head_is_given_comes_from_a_shape_a_record_or_a_view():
+    record = {"shape": [5, 7], "prefix": ["cls"], "grid": [2, 2], "output": "tokens"}
+    assert Input.of(record) == Input.of(SimpleNamespace(**record)) == Input.of(TOKENS) == TOKENS
+    assert Input.of(SimpleNamespace(shape=(257, 7), prefix=None, grid=None)) == Input.of((257, 7)) == Input((257, 7))
+
+
+@pytest.mark.parametrize("name", [name for name, info in HEADS.items() if not info.solved])
+def test_dropout_is_the_heads_own_unless_given_and_drops_in_training_alone(name):
+    given = input_of(name)
+    assert make_head(name, given, 3).dropout.p == (0.5 if name == "mlp" else 0.0)
+    plain, dropping = (make_head(name, given, 3, generator(), dropout=p) for p in (0.0, 0.7))
+    x = torch.rand(8, *given.shape) + 1
+    before = torch.get_rng_state()
+    torch.testing.assert_close(plain.train()(x), plain.eval()(x))
+    assert torch.equal(before, torch.get_rng_state())  # nothing is drawn where nothing is dropped
+    torch.testing.assert_close(dropping.eval()(x), plain(x))
+    with own_randomness(generator(1)):
+        assert not torch.allclose(dropping.train()(x), plain(x))
+    assert any("Dropout(0.7)" in layer["layer"] for layer in describe_head(name, given, 3, dropout=0.7)["layers"])
+
+
+def test_dropout_of_linear_is_on_its_input_and_of_large_on_the_hidden_layer():
+    """With weights and inputs of one, a dropout of a half makes a multiple of two of every number it meets."""
+    linear = make_head("linear", (9,), 2, dropout=0.5).train()
+    nn.init.ones_(linear.fc.weight), nn.init.zeros_(linear.fc.bias)
+    with own_randomness(generator(3)):
+        z = linear(torch.ones(50, 9))
+    assert torch.equal(z[:, 0], z[:, 1]) and set(z.flatten().tolist()) <= set(range(0, 19, 2)) and z.std() > 0
+    large = make_head("large", (5, 3), 1, dropout=0.5).train()
+    for parameter, value in ((large.fc1.weight, 1), (large.fc1.bias, 0), (large.second, 1), (large.second_bias, 0)):
+        nn.init.constant_(parameter, value)
+    with own_randomness(generator(3)):
+        z = large(torch.ones(50, 5, 3))
+    assert (z % 10 == 0).all() and z.std() > 0  # hidden numbers of 5, doubled or gone
+
+
+@pytest.mark.parametrize("name", [name for name, info in HEADS.items() if info.solved])
+def test_a_solved_head_refuses_a_dropout_that_would_do_nothing(name):
+    with pytest.raises(BadOption, match=f"{name} has no dropout, so --dropout 0.5 would do nothing"):
+        make_head(name, (7,), 3, dropout=0.5)
+    make_head(name, (7,), 3, dropout=0.0)
+
+
+def test_options_outside_their_range_or_for_another_head_are_refused():
+    for value in (1.0, -0.1, float("nan")):
+        with pytest.raises(BadOption, match="at least 0 and below 1"):
+            make_head("linear", (7,), 3, dropout=value)
+    with pytest.raises(BadOption, match="large has no gate; --gated is for attention"):
+        make_head("large", (5, 7), 3, gated=True)
+
+
+@pytest.mark.parametrize("name", [name for name in HEADS if name != "knn"])
+def test_a_head_comes_back_from_its_state_dict_and_one_of_another_size_is_refused(name):
+    given = input_of(name)
+    model = make_head(name, given, 3, generator(4)).eval()
+    again = load_head(name, given, 3, model.state_dict())
+    x = torch.randn(2, *given.shape)
+    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="numbers, the head"):
+        load_head(name, given, 4, model.state_dict())
+    renamed = {f"other.{key}": value for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="Missing key"):
+        load_head(name, given, 3, renamed)
+
+
+def test_a_gated_head_comes_back_as_one():
+    model = make_head("attention", TOKENS, 3, gated=True)
+    assert (
+        load_head("attention", TOKENS, 3, model.state_dict(), gated=True).attention(torch.ones(1, 5, 7)).shape[1] == 1
+    )
+    with pytest.raises(ValueError, match="numbers, the head"):
+        load_head("attention", TOKENS, 3, model.state_dict())
+
+
+@pytest.mark.parametrize("name", [name for name, info in HEADS.items() if not info.solved])
+def test_every_stepped_head_trains_in_bf16_and_asks_for_no_gradient_of_the_features(name):
+    given = input_of(name)
+    model, x = make_head(name, given, 3, generator()), torch.randn(4, *given.shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x)
+    nn.functional.cross_entropy(logits.float(), torch.tensor([0, 1, 2, 0])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()) and x.grad is None
 
 
 def test_info_shows_layers_shapes_and_parameters():
@@ -162,3 +390,29 @@ def test_a_head_of_ones_own_that_is_not_there_is_said(tmp_path, monkeypatch, nam
     own_module(tmp_path, monkeypatch, "Other = 3\n")
     with pytest.raises(UnknownHead, match=said):
         head_info(name)
+
+
+KEYWORDS = """
+from torch import nn
+class Own(nn.Module):
+    'Takes what it is given.'
+    takes = 'tokens'
+    def __init__(self, shape, classes, grid, dropout=0.1):
+        super().__init__()
+        self.grid, self.p, self.fc = grid, dropout, nn.Linear(shape[1], classes)
+class Plain(nn.Linear):
+    def __init__(self, shape, classes): super().__init__(shape[-1], classes)
+"""
+
+
+def test_a_head_of_ones_own_gets_the_keywords_that_its_signature_names(tmp_path, monkeypatch):
+    own_module(tmp_path, monkeypatch, KEYWORDS)
+    own = make_head("python:own_heads:Own", TOKENS, 3)
+    assert (own.grid, own.p) == ((2, 2), 0.1)
+    assert make_head("python:own_heads:Own", TOKENS, 3, dropout=0.4).p == 0.4
+    with pytest.raises(BadOption, match="Plain has no dropout"):
+        make_head("python:own_heads:Plain", TOKENS, 3, dropout=0.4)
+    with pytest.raises(BadOption, match="Plain has no gate"):
+        make_head("python:own_heads:Plain", TOKENS, 3, gated=True)
+    again = load_head("python:own_heads:Plain", TOKENS, 3, make_head("python:own_heads:Plain", TOKENS, 3).state_dict())
+    assert again.out_features == 3

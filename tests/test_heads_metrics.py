@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import sklearn.metrics as sk
+from fake_view import toy_view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
+from featurecache.errors import BadOption
 from heads import evaluate as ev
 from heads import metrics
+from heads.jobs import prepare
+from heads.settings import Settings
 
 
 def sample(n=400, classes=4, seed=0):
@@ -207,3 +211,78 @@ def test_binary_calls_by_the_threshold_and_others_by_the_largest():
     assert ev.call("binary", p, (0.8,), 0).tolist() == [1, 0]
     assert ev.call("multiclass", p, (), None).tolist() == [0, 0]
     assert ev.call("multilabel", p, (0.8, 0.2), None).tolist() == [[False, True], [True, False]]
+
+
+def test_the_threshold_for_a_wanted_sensitivity_by_hand():
+    """Positives at 0.9, 0.8, 0.6, 0.3: three of four need 0.6; the next below is the negative at 0.5."""
+    p = np.array([0.9, 0.8, 0.6, 0.3, 0.5, 0.1])
+    truth = np.array([True, True, True, True, False, False])
+    assert metrics.sensitivity_threshold(p, truth, 0.75) == pytest.approx(0.55)
+    assert metrics.sensitivity_threshold(p, truth, 0.76) == pytest.approx(0.2)
+    assert metrics.sensitivity_threshold(p, truth, 1.0) == pytest.approx(0.2)
+    assert metrics.sensitivity_threshold(p, np.zeros(6, dtype=bool), 0.9) == 0.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0, 0.1, 0.3, 0.5, 0.9, 1]), st.booleans()), min_size=1), st.floats(0.01, 1))
+def test_no_higher_threshold_reaches_the_wanted_sensitivity(pairs, wanted):
+    p, truth = np.array([a for a, _ in pairs]), np.array([b for _, b in pairs])
+    if not truth.any():
+        return
+    cut = metrics.sensitivity_threshold(p, truth, wanted)
+    assert (p >= cut)[truth].mean() >= wanted - 1e-9
+    assert all(
+        (p >= higher)[truth].mean() < wanted - 1e-9 for higher in p[p > cut] if (p >= higher).sum() < (p >= cut).sum()
+    )
+
+
+def test_a_wanted_sensitivity_is_reached_on_val_for_each_label_and_refused_for_several_classes():
+    rng = np.random.default_rng(0)
+    y = (rng.random((200, 2)) < 0.4).astype(np.float32)
+    y[:40, 0] = np.nan
+    z = rng.normal(size=(200, 2)) + np.nan_to_num(y)
+    calibration, _ = ev.calibrate("multilabel", z, y, np.zeros(2), None, 0.9)
+    p = ev.probabilities("multilabel", calibration(z))
+    for c in (0, 1):
+        found = (p[:, c] >= calibration.thresholds[c])[y[:, c] == 1].mean()
+        assert 0.9 <= found < 0.93
+    with pytest.raises(BadOption, match="of 3 classes the most probable is called"):
+        prepare(toy_view(classes=3), Settings("linear", sensitivity=0.9))
+
+
+def test_calibration_error_by_hand():
+    """30 rows in bins of two: 0.2 with none of two right, 0.9 with one of two: (2·0.2 + 2·0.4) / 4, twice and more."""
+    p = np.repeat([0.1, 0.2, 0.9], [26, 2, 2])
+    truth = np.repeat([0, 0, 1, 0], [26, 2, 1, 1]).astype(float)
+    assert metrics.calibration_error(p, truth) == pytest.approx((26 * 0.1 + 2 * 0.2 + 2 * 0.4) / 30)
+    assert np.isnan(metrics.calibration_error(np.zeros(0), np.zeros(0)))
+
+
+def test_reliability_bins_equal_scikit_learns_quantile_bins():
+    from sklearn.calibration import calibration_curve
+
+    rng = np.random.default_rng(0)
+    p = rng.random(300)
+    truth = rng.random(300) < p**2
+    share, mean = calibration_curve(truth, p, n_bins=15, strategy="quantile")
+    found = metrics.reliability(p, truth)
+    np.testing.assert_allclose([b["p"] for b in found], mean)
+    np.testing.assert_allclose([b["share"] for b in found], share)
+    assert [b["n"] for b in found] == [20] * 15
+    assert metrics.calibration_error(p, truth) == pytest.approx(np.abs(mean - share).mean())
+
+
+def test_equal_probabilities_share_a_bin_whatever_the_order_of_the_rows():
+    p, truth = np.repeat([0.2, 0.7], [40, 20]), np.tile([1.0, 0.0], 30)
+    order = np.random.default_rng(0).permutation(60)
+    assert len(metrics.reliability(p, truth)) == 2
+    assert metrics.calibration_error(p, truth) == pytest.approx(metrics.calibration_error(p[order], truth[order]))
+
+
+def test_of_several_classes_the_surest_answer_is_judged():
+    z, y = sample(classes=3)
+    p = ev.probabilities("multiclass", z)
+    sure, true = ev.sureness("multiclass", p, y, None)
+    assert (sure == p.max(1)).all()
+    assert (true == (p.argmax(1) == y)).all()
+    assert measured(z, y, "multiclass")["ece"] == pytest.approx(metrics.calibration_error(sure, true))

@@ -54,7 +54,9 @@ def test_what_cannot_be_read_is_named_and_the_others_keep_their_places(asked, tm
     records = predict(run.path, ["a.png", "b.png", "gone.png", "c.png"])
     assert [record["image"] for record in records] == ["a.png", "b.png", "gone.png", "c.png"]
     assert [record.get("error") for record in records] == [None, "truncated after 3 bytes", "no such file", None]
-    assert records[3] == {"image": "c.png", **predict(run, b"6")[0], **{"image": "c.png"}}
+    alone = predict(run, b"6")[0]  # another batch size: the last digit of a product in float32 may differ
+    assert records[3]["class"] == alone["class"]
+    assert records[3]["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-6)
 
 
 def test_a_binary_record_names_the_class_by_the_threshold_of_val(asked):

@@ -23,7 +23,8 @@ from heads.runs import list_runs, load_run, run_target
 from heads.train import train_head
 
 FILES = {
-    "config.json", "metrics.json", "metrics.csv", "history.csv", "predictions.csv", "splits.csv", "head.safetensors",
+    "config.json", "metrics.json", "metrics.csv", "history.csv", "predictions.csv", "splits.csv",
+    "answers.safetensors", "head.safetensors", "report.html",
     "curves.png", "confusion.png", "roc.png",
 }  # fmt: skip
 
@@ -244,8 +245,8 @@ def test_the_final_table_has_val_and_test_and_names_the_positive_class():
     text = tables.final_table(quick())
     lines = text.splitlines()
     assert lines[0].split("  ")[-1] == "test (read once)"
-    assert [line.split()[0] for line in lines[1:]] == [
-        "AUROC", "AP", "sensitivity", "specificity", "PPV", "NPV", "F1", "accuracy", "NLL", "Brier",
+    assert [line.split()[0] for line in lines[1:12]] == [
+        "AUROC", "AP", "sensitivity", "specificity", "PPV", "NPV", "F1", "accuracy", "NLL", "Brier", "ECE",
     ]  # fmt: skip
     assert "of kind 1 at " in lines[3]
     assert "untrained" not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from featurecache.errors import BadOption, ProtocolError
 from heads.data import task_of
+from heads.drawing import draw_nested
 from heads.splits import choose_splits, class_counts, draw, read_splits, splits_csv, units_of
 
 
@@ -286,3 +288,117 @@ def test_unlabelled_and_multilabel_views_say_what_they_cannot_do():
         task_of(label_view(), classes=["a=sign 0"])
     with pytest.raises(BadOption, match="has its own positives"):
         task_of(label_view(), positive="sign 0")
+
+
+def images(view, chosen, name):
+    return {view.digests[i] for i in chosen.rows(name)}
+
+
+FRACTIONS = (0.01, 0.05, 0.1, 0.33, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("make", [lambda: toy_view(n=400, classes=4), lambda: label_view(n=400)])
+def test_a_smaller_fraction_is_among_a_larger_one_and_val_and_test_stay(make):
+    view = make()
+    chosen = [split(view, fraction=f)[0] for f in FRACTIONS]
+    trained = [images(view, c, "train") for c in chosen]
+    assert all(a <= b for a, b in itertools.pairwise(trained))
+    assert [len(t) for t in trained] == sorted(len(t) for t in trained)
+    assert len({frozenset(images(view, c, s)) for c in chosen for s in ("val",)}) == 1
+    assert len({frozenset(images(view, c, s)) for c in chosen for s in ("test",)}) == 1
+    assert images(view, split(view, fraction=0.1, split_seed=1)[0], "train") != trained[2]
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=60, max_size=200), st.floats(0.02, 1.0), st.integers(0, 5), st.integers(1, 4)
+)
+@settings(max_examples=40, deadline=None)
+def test_a_fraction_takes_its_share_of_every_class_within_a_unit(labels, fraction, seed, largest):
+    labels = np.array(labels)
+    units = np.random.default_rng(seed).integers(0, len(labels) // largest, len(labels)) if largest > 1 else None
+    units = np.arange(len(labels)) if units is None else units + 1000 * labels  # of one class each
+    kept = draw_nested(labels, units, fraction, seed)
+    assert all(len(set(kept[units == u])) == 1 for u in np.unique(units))
+    for c in np.unique(labels):
+        biggest = np.bincount(units[labels == c]).max()
+        assert kept[labels == c].any()
+        assert abs(kept[labels == c].sum() - fraction * (labels == c).sum()) <= biggest
+
+
+def test_a_fraction_of_many_classes_adds_up():
+    """100 classes of 15: 10 % are 1.5 of each and 150 of all."""
+    labels = np.repeat(np.arange(100), 15)
+    kept = draw_nested(labels, np.arange(1500), 0.1, 0)
+    assert kept.sum() == 150
+    assert set(np.bincount(labels[kept])) == {1, 2}
+
+
+def test_one_image_of_a_rare_class_stays_and_that_is_said():
+    view = with_splits(["train"] * 208 + ["val"] * 20 + ["test"] * 20, [0] * 200 + [1] * 8 + [0, 1] * 20)
+    chosen, task = split(view, fraction=0.05)
+    assert class_counts(chosen.names, task)["train"] == [10, 1]
+    assert "0.05 of train has one image of kind 1, whose share is less than half of one" in chosen.warnings
+    assert chosen.how.endswith("5 % of train")
+
+
+def test_groups_and_copies_stay_whole_in_a_fraction():
+    groups = [f"patient {i // 7}" for i in range(420)]
+    digests = np.array([f"{i - (i % 10 == 1):032x}".encode() for i in range(420)])
+    view = toy_view(n=420, groups=groups, digests=digests)
+    chosen, _ = split(view, fraction=0.3)
+    units = units_of(view.digests, groups)
+    for unit in np.unique(units):
+        assert len(set(chosen.names[units == unit].tolist())) == 1
+
+
+@pytest.mark.parametrize("make", [lambda: toy_view(n=200, classes=3), lambda: label_view(n=200)])
+def test_folds_part_all_that_is_no_given_test(make):
+    view = make()
+    folds = [split(view, fold=(k, 5))[0] for k in range(5)]
+    tested = [images(view, f, "test") for f in folds]
+    assert set().union(*tested) == set(view.digests)
+    assert sum(len(t) for t in tested) == 200
+    assert all(38 <= len(t) <= 42 for t in tested)
+    for chosen in folds:
+        used = [images(view, chosen, s) for s in ("train", "val", "test")]
+        assert sum(len(u) for u in used) == 200
+        assert 22 <= len(used[1]) <= 26  # 15 % of 160
+        assert "fold" in chosen.how
+
+
+def test_folds_leave_a_given_test_out_and_draw_val_anew():
+    view = toy_view(n=250, splits="given")
+    given = {view.digests[i] for i, s in enumerate(view.splits) if s == "test"}
+    folds = [split(view, fold=(k, 4))[0] for k in range(4)]
+    assert set().union(*(images(view, f, "test") for f in folds)) == set(view.digests) - given
+    assert all(images(view, f, s).isdisjoint(given) for f in folds for s in ("train", "val", "test"))
+    assert "the given test (50 images) is not touched" in folds[0].how
+    counts = [class_counts(f.names, task_of(view)) for f in folds]
+    assert {c["test"][0] for c in counts} == {25}
+
+
+def test_groups_stay_whole_over_folds():
+    view = toy_view(n=300, groups=[f"patient {i // 4}" for i in range(300)])
+    tested = np.stack([split(view, fold=(k, 3))[0].names == "test" for k in range(3)]).reshape(3, 75, 4)
+    assert (tested.any(2) == tested.all(2)).all()
+    inside = np.stack([split(view, fold=(k, 3))[0].names == "val" for k in range(3)]).reshape(3, 75, 4)
+    assert (inside.any(2) == inside.all(2)).all()
+
+
+def test_a_fraction_of_a_fold_leaves_its_val_and_test():
+    view = toy_view(n=300)
+    whole, part = (split(view, fold=(1, 3), fraction=f)[0] for f in (1.0, 0.1))
+    assert images(view, whole, "test") == images(view, part, "test")
+    assert images(view, whole, "val") == images(view, part, "val")
+    assert images(view, part, "train") < images(view, whole, "train")
+
+
+def test_more_folds_than_images_is_refused():
+    view = toy_view(n=40, groups=[f"patient {i // 20}" for i in range(40)])
+    with pytest.raises(ProtocolError, match=r"too few separate images or groups \(2\) for 5 folds"):
+        split(view, fold=(0, 5))
+
+
+def test_folds_draw_val_themselves():
+    with pytest.raises(BadOption, match="leave --resplit-val out"):
+        split(toy_view(), fold=(0, 5), resplit_val=True)

@@ -62,9 +62,10 @@ def sources() -> str:
 
 
 def heads() -> str:
-    from heads.architectures import HEADS
+    from heads.architectures import heads_table
+    from heads.tables import HEADS_HEADER, heads_rows
 
-    return markdown(["head", "what", "takes"], [[f"`{name}`", head.what, head.takes] for name, head in HEADS.items()])
+    return markdown(HEADS_HEADER, [[f"`{name}`", *about] for name, *about in heads_rows(heads_table())])
 
 
 def metrics() -> str:

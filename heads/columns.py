@@ -1,0 +1,67 @@
+"""The further columns of the data (site, sex, device, ...) for the test images of runs, read from the view by id and
+digest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featurecache.errors import BadOption, FeatureCacheError, RunError, nearest
+from heads.heard import Heard
+
+if TYPE_CHECKING:
+    from heads.answers import Answers
+    from heads.runs import Run
+
+MOST = 20  # different values: of more, the parts of test are too small to say anything
+
+
+def values_of(heard: Heard, column: str) -> list[list[str]]:
+    """For each set of test images the value of each image, in the common order; "" where it has none."""
+    found = [_values(runs[0], heads[0], column) for runs, heads in zip(heard.runs, heard.answers, strict=True)]
+    different = {value for each in found for value in each}
+    if len(different) > MOST:
+        raise BadOption(
+            f"--by {column} has {len(different):,} different values on test; expected at most {MOST}, such as a site, "
+            "a sex or a device."
+        )
+    return found
+
+
+def _values(run: Run, answers: Answers, column: str) -> list[str]:
+    view = _view(run)
+    if column not in view.meta:
+        known = ", ".join(view.meta) or "none"
+        raise BadOption(
+            f"--by {column}: {view.label} has no such column; it has {known}.{nearest(column, view.meta)} Columns of a "
+            "table beside path, label, split and group come into the view."
+        )
+    place = {(name, bytes(digest)): i for i, (name, digest) in enumerate(zip(view.ids, view.digests, strict=True))}
+    rows = [place.get((name, bytes(d))) for name, d in zip(answers.ids, answers.digests, strict=True)]
+    if None in rows:
+        gone = answers.ids[rows.index(None)]
+        raise RunError(
+            f"{view.label} no longer holds {rows.count(None):,} of the images that {run.path} was tested on (the "
+            f"first: {gone}). Extract them again, or train again."
+        )
+    return [_text(view.meta[column][row]) for row in rows]
+
+
+def _view(run: Run) -> Any:
+    from featurecache.reader import View
+
+    path = Path(run.config["view"]["path"])
+    try:
+        return View(path, columns_only=True)
+    except (FeatureCacheError, OSError) as error:
+        raise RunError(
+            f"--by reads the columns of {path}, on which {run.path} was trained, and that cannot be opened: {error}"
+        ) from error
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float | np.floating):
+        return "" if np.isnan(value) else f"{value:g}"
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,278 @@
+"""Families side by side: val for all, test with intervals for what was chosen, as one record that tables and reports
+are made of. Nothing is chosen here, and nothing in it was not computed from the answers in the run folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featurecache.errors import BadOption, nearest
+from heads.choice import choose
+from heads.families import (
+    Family,
+    check_comparable,
+    draw_of,
+    edges_of_paths,
+    families_of,
+    names_of,
+    only_initialisation,
+    setting_shown,
+    shown_of,
+    spread,
+)
+from heads.heard import Heard, hear_test, same_clusters
+from heads.intervals import Estimate, Estimates, Resampler
+from heads.paired import Difference, differences, same_sets, with_holm
+from heads.points import Prevalence, calibration_record, check_prevalence, operating_points
+from heads.runs import plain
+
+if TYPE_CHECKING:
+    from heads.runs import Run
+
+__all__ = ["Comparison", "Family", "compare", "families_of"]
+FEW_CLUSTERS = 20
+
+
+@dataclass(frozen=True)
+class Comparison:
+    families: tuple[Family, ...]
+    record: dict[str, Any]  # JSON
+
+
+@dataclass
+class _Entry:
+    """One family on its way into the record."""
+
+    name: str
+    family: Family
+    heard: Heard
+    estimates: Estimates
+    difference: dict[str, Difference] | None = None
+
+
+def compare(
+    families: Sequence[Family],
+    *,
+    reference: str | None = None,
+    resamples: int = 2000,
+    prevalence: Prevalence | None = None,
+    by: str | None = None,
+    show_test: str = "chosen",
+) -> Comparison:
+    """``reference``: the name of a family (or the folder of one of its runs) that the others are compared with.
+    ``prevalence``: for PPV and NPV elsewhere, one number or one for each label. ``by``: a column of the data, for
+    measures of its values. ``show_test`` "all" shows the test of every row of a sweep. Raises BadOption, RunError."""
+    if not families:
+        raise BadOption("There is nothing to compare: no family of heads was given.")
+    if show_test not in ("chosen", "all"):
+        raise BadOption(f'--show-test {show_test}: it is "chosen" or "all".')
+    check_comparable(families)
+    first = families[0].runs[0]
+    check_prevalence(first, prevalence)
+    names, resampler = names_of(families), Resampler(resamples)
+    chosen_reference = None if reference is None else _find(reference, names, families)
+    heard = same_clusters([hear_test(family) for family in families])
+    entries = [
+        _Entry(name, family, each, Estimates(each.parts, first.classes, resampler))
+        for name, family, each in zip(names, families, heard, strict=True)
+    ]
+    warnings = _differ(entries, chosen_reference) + _warnings(entries)
+    record = {
+        "task": first.task,
+        "classes": list(first.classes),
+        "positive": first.config["positive"],
+        "select": first.config["chosen"]["by"],
+        "measures": entries[0].estimates.names,
+        "untrained": any(run.untrained for family in families for run in family.runs),
+        "controls": _controls(families),
+        **_of_test(entries),
+        "reference": chosen_reference,
+        "test_seen": _seen(families) if show_test == "all" else None,
+        "families": [_family(entry, prevalence, resampler) for entry in entries],
+        "rows": [row for entry in entries for row in _rows(entry, show_test == "all")],
+        "by": None if by is None else {by: _by(entries, by, resampler)},
+        "warnings": warnings,
+    }
+    return Comparison(tuple(families), plain(record))
+
+
+def _find(reference: str, names: Sequence[str], families: Sequence[Family]) -> str:
+    folders = {str(run.path): name for name, family in zip(names, families, strict=True) for run in family.runs}
+    if reference.rstrip("/") in folders:
+        return folders[reference.rstrip("/")]
+    if reference not in names:
+        raise BadOption(
+            f"--reference {reference} is none of what is compared: {', '.join(names)}.{nearest(reference, names)}"
+        )
+    return reference
+
+
+def _differ(entries: Sequence[_Entry], reference: str | None) -> list[str]:
+    """Set each entry's differences to the reference; sentences for what has none."""
+    if reference is None:
+        return []
+    base = next(entry for entry in entries if entry.name == reference)
+    found, words = [], []
+    for entry in entries:
+        same = entry is not base and same_sets(entry.estimates, base.estimates)
+        found.append(differences(entry.estimates, base.estimates) if same else None)
+        if entry is not base and not same:
+            words.append(f"{entry.name} was not tested on the images of {reference}: no difference is given")
+    for entry, difference in zip(entries, with_holm(found), strict=True):
+        entry.difference = difference
+    return words
+
+
+def _warnings(entries: Sequence[_Entry]) -> list[str]:
+    warnings = []
+    if any(not same_sets(entry.estimates, entries[0].estimates) for entry in entries[1:]):
+        warnings.append("not all of these were tested on the same images: their numbers do not compare")
+    if words := only_initialisation([entry.family for entry in entries]):
+        warnings.append(words)
+    test = _of_test(entries)["clusters"]
+    if test["few"]:
+        warnings.append(
+            f"test holds {test['n']} independent {test['unit']}s: with fewer than {FEW_CLUSTERS} every interval is a "
+            "rough guess"
+        )
+    elif rare := _rare(entries[0]):
+        warnings.append(f"test has few independent {test['unit']}s of {rare}: what is said of it is a rough guess")
+    return warnings
+
+
+def _rare(entry: _Entry) -> str:
+    """Classes (or labels) that fewer than 20 clusters of test show."""
+    part, classes = entry.heard.parts[0], entry.estimates.classes
+    shown = [part.y[:, c] == 1 if part.y.ndim == 2 else part.y == c for c in range(len(classes))]
+    counts = {name: part.units.among(rows) for name, rows in zip(classes, shown, strict=True)}
+    words = [f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda pair: pair[1]) if n < FEW_CLUSTERS]
+    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+
+
+def _of_test(entries: Sequence[_Entry]) -> dict[str, Any]:
+    """Images and clusters of the first family's test images; of several sets, all in them."""
+    heard = entries[0].heard
+    images = {name for answers in heard.answers for name in answers[0].ids}
+    clusters = {int(c) for part in heard.parts for c in part.clusters}
+    n, unit = len(clusters), "group" if heard.grouped else "image"
+    return {"n_test": len(images), "clusters": {"n": n, "unit": unit, "few": n < FEW_CLUSTERS}}
+
+
+def _controls(families: Sequence[Family]) -> list[dict[str, Any]]:
+    found = (run.metrics["controls"] for family in families for run in family.runs)
+    return next((controls for controls in found if controls), [])
+
+
+def _seen(families: Sequence[Family]) -> int:
+    """How many heads' test results are shown."""
+    return sum(max(len(family.tried), len(family.runs)) for family in families)
+
+
+def _records(found: dict[str, Estimate]) -> dict[str, Any]:
+    return {name: each.record() for name, each in found.items()}
+
+
+def _family(entry: _Entry, prevalence: Prevalence | None, resampler: Resampler) -> dict[str, Any]:
+    from heads.external import external_records
+
+    family, estimates, run = entry.family, entry.estimates, entry.family.runs[0]
+    choice = choose(family.tried, run.config["chosen"]["by"]) if family.tried else None
+    test = estimates.all()
+    return {
+        "name": entry.name,
+        "view": family.view,
+        "output": family.output,
+        "head": family.head,
+        "fraction": family.fraction,
+        "setting": setting_shown(run),
+        "tried": choice.tried if choice else 1,
+        "edges": [*(choice.edges if choice else ()), *edges_of_paths(family)],
+        **{kind: family.vary(kind) for kind in ("seeds", "repeats")},
+        "folds": family.vary("folds") if run.config["splits"].get("fold") else None,
+        "parameters": run.config["parameters"],
+        **_costs(family),
+        "val": _val(family, estimates.names),
+        "test": _records(test),
+        "per_class": {name: _records(found) for name, found in estimates.of_classes().items()},
+        "spread": spread(family, estimates.names),
+        "calibration": calibration_record(entry.heard),
+        "operating": operating_points(run, estimates, prevalence),
+        "difference": None if entry.difference is None else {m: d.record() for m, d in entry.difference.items()},
+        "external": external_records(family, resampler),
+        "runs": [str(each.path) for each in family.runs],
+        "warnings": _without_width(entry.name, test),
+    }
+
+
+def _costs(family: Family) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for key in ("train_seconds", "ms_per_image", "bytes_per_image"):
+        values = [cost[key] for run in family.runs if (cost := run.config.get("cost"))]
+        found[key] = float(np.mean(values)) if values else None
+    return found
+
+
+def _val(family: Family, names: Sequence[str]) -> dict[str, float | None]:
+    """Means over the runs."""
+    values = {m: [run.metrics["val"].get(m) for run in family.runs] for m in names}
+    return {m: None if None in each else float(np.mean(each)) for m, each in values.items()}
+
+
+def _without_width(name: str, test: dict[str, Estimate]) -> list[str]:
+    flat = [m for m, each in test.items() if each.low == each.high and each.method and "bootstrap" in each.method]
+    if not flat:
+        return []
+    return [f"{name}: {', '.join(flat)} came out the same in every resample; an interval without width is no certainty"]
+
+
+def _rows(entry: _Entry, all_shown: bool) -> list[dict[str, Any]]:
+    """A line for each head that was trained: val always, test where its setting was chosen or all are shown."""
+    family = entry.family
+    if not family.tried:
+        return [_row_of_run(entry.name, run) for run in family.runs]
+    choice = choose(family.tried, family.runs[0].config["chosen"]["by"])
+    chosen = {id(row) for row in choice.rows} if choice else set()
+    return [
+        {
+            "family": entry.name,
+            "setting": shown_of(row["settings"]),
+            "seed": row["settings"]["seed"],
+            "repeat": row["repeat"],
+            "fold": row["fold"],
+            "chosen": id(row) in chosen,
+            "val": _scalars(row["val"]),
+            "test": _scalars(row["test"]) if all_shown or id(row) in chosen else None,
+        }
+        for row in family.tried
+    ]
+
+
+def _row_of_run(name: str, run: Run) -> dict[str, Any]:
+    seed, split_seed, fold = draw_of(run)
+    val, test = _scalars(run.metrics["val"]), _scalars(run.metrics["test"])
+    row = {"family": name, "setting": setting_shown(run), "seed": seed, "repeat": split_seed, "fold": fold}
+    return {**row, "chosen": True, "val": val, "test": test}
+
+
+def _scalars(measured: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if measured is None else {k: v for k, v in measured.items() if isinstance(v, float | None)}
+
+
+def _by(entries: Sequence[_Entry], column: str, resampler: Resampler) -> list[dict[str, Any]]:
+    """Measures of each family on the test images of each value of a column of the data."""
+    from heads.columns import values_of
+
+    found = []
+    for entry in entries:
+        values = values_of(entry.heard, column)
+        for value in sorted({v for each in values for v in each}):
+            masks = [np.array([v == value for v in each]) for each in values]
+            parts = [p.where(m, f"{column}={value}") for p, m in zip(entry.heard.parts, masks, strict=True) if m.any()]
+            estimates = Estimates(parts, entry.estimates.classes, resampler)
+            n = sum(int(m.sum()) for m in masks)
+            test = _records(estimates.all())
+            found.append({"family": entry.name, "value": value, "n": n, "test": test})
+    return sorted(found, key=lambda row: row["value"])

@@ -1,0 +1,271 @@
+"""A finished run on another view: another hospital, another scanner. Nothing is fitted: head, standardisation, prior
+correction, temperature and threshold are those of the run.
+
+What is found lies in the run's folder, beside its internal test:
+
+    external/<view>.json           what was evaluated, on how many images, all measures with their intervals
+    external/<view>.safetensors    the answers: raw logits with labels, digests, clusters and ids
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from featurecache import __version__
+from featurecache.errors import BadOption, CacheError, CannotWrite, RunError
+from featurecache.records import read_record
+from heads import checks
+from heads.answers import Answers
+from heads.families import Family, families_of
+from heads.heard import hear
+from heads.intervals import Estimates, Resampler
+from heads.matching import Matched, match_classes
+from heads.points import calibration_record, operating_points
+from heads.runs import Run, plain
+
+if TYPE_CHECKING:
+    from featurecache.reader import View
+
+FOLDER = "external"
+FORMAT = 1
+SPLITS = ("train", "val", "test")
+ROWS = 1024  # features in memory at once
+Say = Callable[[str], None]
+
+
+def evaluate_run(
+    run: Run,
+    view: View,
+    *,
+    split: str | None = None,
+    classes: Sequence[str] = (),
+    resamples: int = 2000,
+    say: Say | None = None,
+) -> dict[str, Any]:
+    """Evaluate ``run`` on the labelled images of ``view``, all or those of one ``split``, and write what is found into
+    the run. ``classes``: ``NAME=A,B`` where the view calls a class of the run otherwise, ``NAME=`` where it has none of
+    it. Raises BadOption and RunError; NotInCache with the command that stores what is missing."""
+    say = say or (lambda line: None)
+    _check_features(run, view)
+    if split is not None and split not in SPLITS:
+        raise BadOption(f"--split {split}: it is one of {', '.join(SPLITS)}, or left out for all images.")
+    matched = match_classes(run, view, classes)
+    rows = _rows(view, matched, split)
+    notes = [*matched.notes, *_overlap(run, view, rows)]
+    for note in notes:
+        say(f"warning    {note}")
+    answers = _answers(run, view, matched, rows)
+    record = {
+        "format": FORMAT,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"featurecache": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "view": view.label,
+        "path": str(Path(view.path).resolve()),
+        "fingerprint": view.fingerprint,
+        "output": run.output,
+        "split": split,
+        "n": len(rows),
+        "classes": matched.told(run, rows),
+        "left_out": matched.left_out,
+        "grouped": answers.grouped,
+        "warnings": notes,
+        **_measured([(run, answers)], Resampler(resamples)),
+    }
+    path = _write(run, view.name + (f"-{split}" if split else ""), plain(record), answers)
+    return plain(record) | {"run": str(run.path), "written": str(path)}
+
+
+def families_in(path: str | Path, trust_code: bool = False) -> list[Family]:
+    """The families of a run folder, or the chosen heads of a sweep."""
+    if (Path(path) / "sweep.json").is_file():
+        from heads.sweep import load_sweep
+
+        families = load_sweep(path).families
+        if not families:
+            raise RunError(f"No head of the sweep {path} is finished and chosen yet; the same ablate command goes on.")
+        return families
+    from heads.runs import load_run
+
+    return families_of([load_run(path, trust_code=trust_code)])
+
+
+def _check_features(run: Run, view: View) -> None:
+    """The head means something on features of its own backbone only."""
+    if view.fingerprint != run.config["view"]["fingerprint"]:
+        fields = _differing(run, view)
+        raise BadOption(
+            f"{view.label} was not made as the features that {run.path} was trained on, and to its head other features "
+            f"mean nothing. They differ in {'; '.join(fields)}. Extract these images as those were."
+        )
+    shape = tuple(view.info(run.output).shape)
+    if shape != tuple(run.config["view"]["shape"]):
+        raise BadOption(
+            f"{run.output} of {view.label} has the shape {list(shape)}, and the head of {run.path} takes "
+            f"{run.config['view']['shape']}."
+        )
+
+
+def _differing(run: Run, view: View) -> list[str]:
+    from featurecache.differences import rows_of
+    from featurecache.spec import ExtractionSpec
+
+    try:
+        specs = ExtractionSpec.from_dict(run.config["spec"]), ExtractionSpec.from_dict(view.spec)
+    except CacheError as error:
+        raise RunError(f"{run.path} is damaged: {error}") from error
+    found = rows_of(*specs, (run.config["provenance"], view.provenance))
+    return [f"{name} ({change})" for name, change in found] or ["what the fingerprint is made of"]
+
+
+def _rows(view: View, matched: Matched, split: str | None) -> np.ndarray:
+    usable = matched.usable.copy()
+    if view.versions is not None:
+        usable &= np.asarray(view.versions) == 0
+    if split is not None:
+        usable &= np.array(view.splits) == split
+    if not usable.any():
+        named = ", ".join(sorted(set(view.splits) - {""})) or "none"
+        where = f" in {split} (its data name the splits: {named})" if split else ""
+        raise BadOption(f"{view.label} has no image{where} that is labelled with a class of the run.")
+    return np.flatnonzero(usable)
+
+
+def _overlap(run: Run, view: View, rows: np.ndarray) -> list[str]:
+    """A sentence where images were also used to train or choose the head; or where that cannot be looked up."""
+    used, notes = {bytes(d) for d in run.answers("val").digests}, []
+    try:
+        used |= _trained_on(run, view)
+    except (CacheError, OSError):
+        path = run.config["view"]["path"]
+        notes.append(f"the view it was trained on is gone ({path}): copies of training images cannot be found")
+    count = sum(bytes(d) in used for d in np.asarray(view.digests)[rows])
+    if count:
+        notes.append(
+            f"{count:,} of {len(rows):,} images were also used to train or choose this head: these numbers are too good"
+        )
+    return notes
+
+
+def _trained_on(run: Run, view: View) -> set[bytes]:
+    """Digests of the run's train and val."""
+    from featurecache.reader import View as Opened
+    from heads.splits import read_splits
+
+    path = Path(run.config["view"]["path"])
+    own = view if Path(view.path).resolve() == path else Opened(path, columns_only=True)
+    file = run.path / "splits.csv"
+    known = set(checks.read_ids(file))
+    rows = np.array([i for i, name in enumerate(own.ids) if name in known], dtype=np.int64)
+    names = read_splits(file, [own.ids[i] for i in rows], [])
+    return {bytes(d) for d in np.asarray(own.digests)[rows[np.isin(names, ("train", "val"))]]}
+
+
+@torch.inference_mode()
+def _answers(run: Run, view: View, matched: Matched, rows: np.ndarray) -> Answers:
+    from heads.contents import clusters_of
+
+    model, scale = run.model, run.standardize
+    logits = []
+    for start in range(0, len(rows), ROWS):
+        features = view.tensor(run.output, rows[start : start + ROWS])
+        logits += [model(scale(part.float())).double().numpy() for part in features.split(256)]
+    raw = np.concatenate(logits)
+    return Answers(
+        [view.ids[i] for i in rows], np.asarray(view.digests)[rows], clusters_of(view)[rows], view.groups is not None,
+        matched.labels[rows], raw, run.calibration(raw),
+    )  # fmt: skip
+
+
+def _measured(pairs: Sequence[tuple[Run, Answers]], resampler: Resampler) -> dict[str, Any]:
+    run, heard = pairs[0][0], hear(pairs)
+    estimates = Estimates(heard.parts, run.classes, resampler)
+    by_class = estimates.of_classes()
+    return {
+        "test": {name: each.record() for name, each in estimates.all().items()},
+        "per_class": {name: {m: e.record() for m, e in found.items()} for name, found in by_class.items()},
+        "operating": operating_points(run, estimates, None),
+        "calibration": calibration_record(heard),
+    }
+
+
+def _write(run: Run, name: str, record: dict[str, Any], answers: Answers) -> Path:
+    from safetensors.torch import save
+
+    from featurecache.files import write_whole
+
+    digests = np.frombuffer(bytes.fromhex("".join(d.decode() for d in answers.digests)), np.uint8).reshape(-1, 16)
+    ids = np.frombuffer(json.dumps(answers.ids).encode(), np.uint8)
+    found = {"digests": digests, "ids": ids, "clusters": answers.clusters, "labels": answers.y, "logits": answers.raw}
+    tensors = {key: torch.from_numpy(np.array(value)) for key, value in found.items()}
+    stem = run.path / FOLDER / re.sub(r"[^\w.-]+", "_", name)
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        stem.parent.mkdir(exist_ok=True)
+        write_whole(stem.with_name(stem.name + ".safetensors"), save(tensors, {"format": "pt"}))
+        write_whole(stem.with_name(stem.name + ".json"), text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise CannotWrite(f"Nothing can be written in {stem.parent}: {error.strerror or error}.") from error
+    return stem.with_name(stem.name + ".json")
+
+
+def read_external(run: Run) -> list[tuple[dict[str, Any], Answers]]:
+    """What was evaluated on other views, by name. Raises RunError."""
+    found = []
+    for file in sorted((run.path / FOLDER).glob("*.json")):
+        try:
+            record = read_record(file)
+        except CacheError as error:
+            raise RunError(f"{run.path} is damaged: {error}") from error
+        kinds: dict[str, Any] = {"view": str, "split": (str, type(None)), "grouped": bool, "format": int}
+        wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key, ...), kind)]
+        if wrong or record["format"] != FORMAT:
+            raise RunError(f"{file} is damaged: it has no proper {' and no '.join(wrong or ['format'])}.")
+        found.append((record, _read_answers(run, file, record["grouped"])))
+    return found
+
+
+def _read_answers(run: Run, file: Path, grouped: bool) -> Answers:
+    source = file.with_suffix(".safetensors")
+    if not source.is_file() or source.is_symlink():
+        raise RunError(f"{source} is missing; evaluate the run on that view again.")
+    tensors = {k: v.numpy() for k, v in checks.read_tensors(source).items()}
+    digests, ids = (tensors.get(name, np.zeros(0, np.uint8)) for name in ("digests", "ids"))
+    try:
+        names = json.loads(ids.tobytes())
+    except ValueError:
+        names = None
+    n, classes = len(digests), len(run.classes)
+    many = run.task == "multilabel"
+    shapes = {"digests": (n, 16), "clusters": (n,), "labels": (n, classes) if many else (n,), "logits": (n, classes)}
+    dtypes = {"digests": "uint8", "clusters": "int64", "labels": "float32" if many else "int64", "logits": "float64"}
+    fine = isinstance(names, list) and len(names) == n and all(isinstance(name, str) for name in names)
+    fine = fine and all(
+        name in tensors and tensors[name].shape == shape and tensors[name].dtype == dtypes[name]
+        for name, shape in shapes.items()
+    )
+    if not fine or not (many or ((tensors["labels"] >= 0) & (tensors["labels"] < classes)).all()):
+        raise RunError(f"{source} is damaged: it does not fit the run.")
+    words = np.array([row.tobytes().hex().encode() for row in digests], "S32")
+    raw = tensors["logits"]
+    return Answers(names, words, tensors["clusters"], grouped, tensors["labels"], raw, run.calibration(raw))
+
+
+def external_records(family: Family, resampler: Resampler) -> list[dict[str, Any]]:
+    """For each other view: the measures of the family's heads that were evaluated on it, with intervals."""
+    found: dict[str, list[tuple[Run, Answers]]] = {}
+    for run in family.runs:
+        for record, answers in read_external(run):
+            name = record["view"] + (f" ({record['split']})" if record["split"] else "")
+            found.setdefault(name, []).append((run, answers))
+    return [
+        {"view": name, "n": len(pairs[0][1].ids), "heads": len(pairs), **_measured(pairs, resampler)}
+        for name, pairs in found.items()
+    ]

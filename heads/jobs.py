@@ -1,0 +1,207 @@
+"""What a training is before it begins: the task, the output, the splits and the features, with every mistake named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from featurecache.errors import BadOption, NotInCache
+from heads.architectures import Input, count_parameters, head_info, make_head
+from heads.data import Features, Standardize, Task, load_features, memory_for_features, task_of
+from heads.engine import fixed_vectors
+from heads.metrics import METRICS
+from heads.settings import VARIED, Settings
+from heads.splits import Splits, choose_splits, dropped_sentence
+
+if TYPE_CHECKING:
+    from featurecache.reader import View
+
+VECTORS = ("cls", "pooler", "gap", "vector")  # what a head on vectors takes, the first that the view has
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What heads that are trained together have in common; everything the user can have mistaken is checked."""
+
+    view: View
+    settings: Settings
+    output: str
+    task: Task
+    divided: Splits
+
+    @property
+    def input(self) -> Input:
+        info = self.view.info(self.output)
+        return Input(tuple(info.shape), tuple(info.prefix or ()), info.grid)
+
+
+def prepare(view: View | str | Path, settings: Settings, divided: Splits | None = None) -> Job:
+    """The task, the output and the splits of a training, checked. ``divided``: splits that are given from elsewhere."""
+    if isinstance(view, str | Path):
+        from featurecache.views import open_view
+
+        view = open_view(view)
+    output = choose_output(view, settings.head, settings.output)
+    task = task_of(view, classes=settings.classes, only=settings.only, positive=settings.positive)
+    if settings.pos_weight and not task.multilabel:
+        raise BadOption("--pos-weight is for multi-label data; classes that exclude each other have balanced batches.")
+    if settings.class_weights and task.multilabel:
+        raise BadOption("--class-weights is for classes that exclude each other; multi-label data have --pos-weight.")
+    if settings.sensitivity is not None and task.kind not in ("binary", "multilabel"):
+        raise BadOption(
+            f"--sensitivity sets a threshold, and of {len(task.classes)} classes the most probable is called without "
+            "one. It is for two classes, or for labels beside each other."
+        )
+    if settings.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise BadOption("--precision bf16: this CPU has no fast products in bf16. Leave it out: fp32 is exact.")
+    _check_solved(settings)
+    divided = divided or splits_for(view, task, settings)
+    job = Job(view, settings, output, task, divided)
+    make_model(job, settings)  # says at once that a head and an output do not fit
+    return job
+
+
+def _check_solved(settings: Settings) -> None:
+    """A solved head takes no option of stepping: one that did nothing would look as if it did."""
+    if not head_info(settings.head).solved:
+        return
+    plain = Settings(settings.head)
+    for name in (*VARIED, "epochs", "batch_size", "precision", "pos_weight", "gated"):
+        if name != "seed" and getattr(settings, name) != getattr(plain, name):
+            raise BadOption(
+                f"--{name.replace('_', '-')} is for heads that are trained in steps; {settings.head} is solved."
+            )
+
+
+def splits_for(view: View, task: Task, settings: Settings) -> Splits:
+    """The protocol's splits of a view for these settings."""
+    return choose_splits(
+        view, task, split_seed=settings.split_seed, resplit_val=settings.resplit_val, file=settings.splits,
+        train_per_class=settings.train_per_class, drop_leaks=settings.drop_leaks, fraction=settings.fraction,
+        fold=None if settings.folds is None or settings.fold is None else (settings.fold, settings.folds),
+    )  # fmt: skip
+
+
+def make_model(job: Job, settings: Settings, generator: torch.Generator | None = None) -> nn.Module:
+    return make_head(
+        settings.head, job.input, len(job.task.classes), generator, dropout=settings.dropout, gated=settings.gated
+    )
+
+
+def choose_output(view: View, head: str, output: str | None) -> str:
+    """The output a head trains on: the one asked for, or the one it was made for."""
+    takes = head_info(head).takes
+    if output is not None:
+        if "/" in output or "\\" in output:
+            raise BadOption(
+                f"--output {output} looks like a path; --output names features (cls, tokens, …). Did you mean --out?"
+            )
+        view.info(output)  # raises with the command that stores it
+        return output
+    if takes != "vector":
+        view.info("tokens")
+        return "tokens"
+    for name in VECTORS:
+        if _offers(view, name):
+            return name
+    raise NotInCache(
+        f"{view.label} holds {', '.join(view.outputs)} and no vector for {head}. "
+        "--output chooses another, such as mean."
+    )
+
+
+def _offers(view: View, output: str) -> bool:
+    try:
+        view.info(output)
+    except NotInCache:
+        return False
+    return True
+
+
+def describe(job: Job, say: Say) -> None:
+    """What is trained on what, before it is."""
+    size = "×".join(str(n) for n in job.input.shape)
+    say(f"features   {job.view.label} {job.output} [{size}]")
+    say(f"splits     {split_line(job.divided)} ({job.divided.how})")
+    if job.divided.dropped is not None:
+        say(f"leaks      {dropped_sentence(job.divided.dropped)}")
+    for warning in job.divided.warnings:
+        say(f"warning    {warning}")
+    say(f"head       {_head_line(job)}")
+
+
+def split_line(divided: Splits) -> str:
+    return " · ".join(f"{name} {len(divided.rows(name)):,}" for name in ("train", "val", "test"))
+
+
+def _head_line(job: Job) -> str:
+    settings, task, info = job.settings, job.task, head_info(job.settings.head)
+    select = "loss" if settings.select == "loss" else METRICS[settings.select].title
+    macro = "macro " if settings.select in ("auroc", "ap") and task.kind != "binary" else ""
+    kind = settings.standardize or info.standardize
+    scaled = "" if kind == "none" else f"; {kind} by train"
+    if info.solved:
+        return f"{settings.head}: solved{scaled}; chosen by {macro}{select} on val"
+    decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
+    optimizer = {"adam": "Adam", "adamw": "AdamW"}[settings.optimizer]
+    schedule = "" if settings.schedule == "constant" else f", {settings.schedule}"
+    dropped = "" if settings.dropout is None else f"; dropout {settings.dropout:g}"
+    smoothed = f"; labels smoothed by {settings.label_smoothing:g}" if settings.label_smoothing else ""
+    weighted = "; positives weighted" if settings.pos_weight else "; classes weighted" if settings.class_weights else ""
+    balanced = "balanced " if settings.balanced(task.multilabel) else ""
+    bf16 = "; products in bf16" if settings.precision == "bf16" else ""
+    return (
+        f"{settings.head}: {count_parameters(make_model(job, settings)):,} parameters; {balanced}batches of "
+        f"{settings.batch_size}{weighted}{dropped}{smoothed}; {optimizer} {settings.lr:g}{schedule}{decay}{scaled}"
+        f"{bf16}; chosen by {macro}{select} on val"
+    )
+
+
+class JobFeatures:
+    """The features of a job: train and val at once, test when it is asked for."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.resident, self.window = memory_plan(job)
+        kind = job.settings.standardize or head_info(job.settings.head).standardize
+        train = self._load("train", None, copies=True)
+        plain = replace(train, scale=Standardize())
+        self.train = replace(train, scale=Standardize.fitted(kind, plain.chunks))
+        self.val = self._load("val", self.train.scale)
+
+    def _load(self, split: str, scale: Standardize | None, copies: bool = False) -> Features:
+        job, rows = self.job, self.job.divided.rows(split)
+        return load_features(job.view, job.output, rows, job.task.labels, scale, resident=self.resident, copies=copies)
+
+    def all_of_train(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [N·V, ...] scaled, and their labels: augmented copies are images like others to a solver."""
+        places = torch.arange(len(self.train) * self.train.versions)
+        parts = [self.train.batch(part) for part in places.split(4096)]
+        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+    def given_to(self, model: nn.Module) -> tuple[Features, Features]:
+        """Train and val as training sees them: the vectors of a head that only sees tokens through some fixed vector
+        are computed once, and it is trained as the linear head it is on these."""
+        vectors = fixed_vectors(model)
+        return (self.train, self.val) if vectors is None else (self.train.mapped(vectors), self.val.mapped(vectors))
+
+    def test(self) -> Features:
+        return self._load("test", self.train.scale)
+
+
+def memory_plan(job: Job) -> tuple[bool, int | None]:
+    """Whether the features fit into the budget, and else how many rows may be in use at once."""
+    info, names = job.view.info(job.output), job.divided.names
+    row = math.prod(info.shape) * np.dtype(info.dtype).itemsize
+    versions = 1 if job.view.versions is None else job.view.copies(np.zeros(0, np.int64)).shape[1]
+    rows = int((names == "train").sum()) * versions + int(np.isin(names, ("val", "test")).sum())
+    budget = memory_for_features() if job.settings.ram is None else int(job.settings.ram * 1e9)
+    return (True, None) if rows * row <= budget else (False, max(job.settings.batch_size, budget // row))

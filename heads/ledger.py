@@ -1,0 +1,126 @@
+"""metrics.csv and metrics.json beside a report: the numbers of the page, all of them, for a program.
+
+In a folder of their own they hold the comparison. In the folder of a run they are the run's own files, to which the
+intervals are added: ``comparison`` in metrics.json, the columns low, high and method in metrics.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from featurecache.cells import cell, text_of
+from featurecache.files import write_whole
+from heads.runs import plain
+
+COLUMNS = ("family", "view", "output", "head", "fraction", "split", "of", "metric", "value", "low", "high", "method")
+OWN = ["model", "split", "class", "metric", "value", "low", "high", "method"]
+
+
+def write_ledger(folder: Path, record: dict[str, Any]) -> None:
+    """metrics.csv and metrics.json into ``folder``."""
+    record = plain(record)
+    if (folder / "config.json").is_file():
+        data = json.loads((folder / "metrics.json").read_text("utf-8"))
+        write_whole(folder / "metrics.csv", _with_intervals((folder / "metrics.csv").read_text("utf-8"), record))
+        write_whole(folder / "metrics.json", _json(data | {"comparison": record}))
+        return
+    write_whole(folder / "metrics.csv", as_csv(record))
+    write_whole(folder / "metrics.json", _json(record))
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def as_csv(record: dict[str, Any]) -> bytes:
+    """A line for every number of the comparison."""
+    rows = [row for family in record["families"] for row in _family_rows(family)]
+    for control in record["controls"]:
+        for split in ("val", "test"):
+            for metric, value in (control[split] or {}).items():
+                if metric in record["measures"]:
+                    rows.append({"family": control["name"], "split": split, "metric": metric, "value": value})
+    for column, parts in (record.get("by") or {}).items():
+        for part in parts:
+            of = f"{column}={part['value']}"
+            rows += [
+                dict(family=part.get("family"), split="test", of=of, metric=m, **_numbers(test))
+                for m, test in (part["test"] or {}).items()
+            ]
+    return _csv(list(COLUMNS), [[row.get(key) for key in COLUMNS] for row in rows])
+
+
+def _numbers(test: Any) -> dict[str, Any]:
+    return {key: (test or {}).get(key) for key in ("value", "low", "high", "method")}
+
+
+def _family_rows(family: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    same = {key: family[key] for key in ("view", "output", "head", "fraction")} | {"family": family["name"]}
+    for metric, value in family["val"].items():
+        yield same | {"split": "val", "metric": metric, "value": value}
+    for metric, test in (family["test"] or {}).items():
+        yield same | dict(split="test", metric=metric, **_numbers(test))
+    for kind, spread in (family["spread"] or {}).items():
+        for metric, value in (spread or {}).items():
+            yield same | {"split": "test", "of": f"standard deviation over {kind}", "metric": metric, "value": value}
+    for metric, found in (family.get("difference") or {}).items():
+        yield same | dict(split="test", of="difference to the reference", metric=metric, **_numbers(found))
+        for key in ("p", "p_holm"):
+            if found.get(key) is not None:
+                yield same | {
+                    "split": "test",
+                    "of": f"difference to the reference, {key}",
+                    "metric": metric,
+                    "value": found[key],
+                }
+    for part in family.get("external") or []:
+        for metric, test in (part["test"] or {}).items():
+            yield same | dict(split="external", of=part["view"], metric=metric, **_numbers(test))
+    for when in ("before", "after"):
+        for metric in ("brier", "nll", "ece"):
+            if when in (family.get("calibration") or {}):
+                value = family["calibration"][when].get(metric)
+                yield same | {"split": "test", "of": f"{when} calibration", "metric": metric, "value": value}
+    for point in family.get("operating") or []:
+        yield from _operating_rows(same, point)
+    for key in ("parameters", "train_seconds", "ms_per_image", "bytes_per_image"):
+        yield same | {"split": "cost", "metric": key, "value": family.get(key)}
+
+
+def _operating_rows(same: dict[str, Any], point: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    of = f"threshold of {point['class']}"
+    yield same | {"split": "val", "of": of, "metric": "threshold", "value": point["threshold"]}
+    for metric in ("sensitivity", "specificity", "ppv", "npv"):
+        yield same | dict(split="test", of=of, metric=metric, **_numbers(point.get(metric)))
+    for metric, found in (point.get("at_prevalence") or {}).items():
+        known = _numbers(found) if isinstance(found, dict) else {"value": found}
+        yield same | dict(split="test", of=f"{of}, at another prevalence", metric=metric, **known)
+
+
+def _with_intervals(text: str, record: dict[str, Any]) -> bytes:
+    """A run's own metrics.csv with the intervals of its test measures."""
+    (family,) = record["families"]
+    rows = []
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        mine = row["model"] == family["head"] and row["split"] == "test" and not row["class"]
+        found = (family["test"] or {}).get(row["metric"]) if mine else None
+        value = float(row["value"]) if row["value"] else ""
+        rows.append(
+            [text_of(row[key]) for key in OWN[:4]]
+            + [value]
+            + [_numbers(found)[key] for key in ("low", "high", "method")]
+        )
+    return _csv(OWN, rows)
+
+
+def _csv(columns: list[str], rows: list[list[Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(columns)
+    writer.writerows([["" if value is None else cell(value) for value in row] for row in rows])
+    return text.getvalue().encode()

@@ -1,0 +1,84 @@
+"""Intervals and tests that need no resampling, or come after it. All are of 95 % (``LEVEL``) and two-sided.
+
+Notation: n images, R resamples, J parts (folds, or draws of the splits), M hypotheses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
+Interval = tuple[float, float]
+
+
+def wilson(hits: int, n: int) -> Interval:
+    """Of a proportion, hits of n (Wilson 1927; Newcombe 1998, method 3). NaN where there is nothing to count."""
+    if not n:
+        return np.nan, np.nan
+    found = stats.binomtest(hits, n).proportion_ci(LEVEL, "wilson")
+    return float(found.low), float(found.high)
+
+
+def percentiles(values: np.ndarray) -> Interval:
+    """Of resampled values [R], those that are defined."""
+    low, high = np.quantile(values[~np.isnan(values)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def sign_share(differences: np.ndarray) -> float:
+    """p that a difference is 0, from resampled differences [R]: twice the smaller share on one side of it, never 0
+    (Davison & Hinkley 1997, equation 4.11)."""
+    there = differences[~np.isnan(differences)]
+    beyond = min(int((there <= 0).sum()), int((there >= 0).sum()))
+    return min(1.0, 2 * (1 + beyond) / (len(there) + 1))
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
+    """Exact p that two heads are right equally often; bool [n], right or not, on the same images."""
+    alone, other = int((first & ~second).sum()), int((second & ~first).sum())
+    return float(stats.binomtest(alone, alone + other, 0.5).pvalue) if alone + other else 1.0
+
+
+def delong(first: np.ndarray, second: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
+    """Difference of two AUROCs on the same images, its standard error, and p (DeLong, DeLong & Clarke-Pearson 1988).
+
+    By ranks (Sun & Xu 2014): of m positives and n negatives, the share of negatives below positive i is
+    V_i = (rank among all - rank among positives) / n, that of positives above negative j
+    W_j = 1 - (rank among all - rank among negatives) / m; the AUROC is mean V, its variance var V / m + var W / n.
+    ``truth`` bool, with at least two of each.
+    """
+    m, n = int(truth.sum()), int((~truth).sum())
+    above, below = [], []
+    for score in (first, second):
+        rank = stats.rankdata(score)
+        above.append((rank[truth] - stats.rankdata(score[truth])) / n)
+        below.append(1 - (rank[~truth] - stats.rankdata(score[~truth])) / m)
+    difference = float(above[0].mean() - above[1].mean())
+    variance = np.var(above[0] - above[1], ddof=1) / m + np.var(below[0] - below[1], ddof=1) / n
+    error = float(np.sqrt(variance))
+    if error < 1e-12:  # one ranks as the other; what is left of the variance is rounding
+        return difference, error, 1.0 if abs(difference) < 1e-12 else 0.0
+    return difference, error, float(2 * stats.norm.sf(abs(difference) / error))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p of M hypotheses so that the chance of one false alarm among all stays below the level (Holm 1979)."""
+    order = np.argsort(ps)
+    scaled = np.array(ps, dtype=float)[order] * np.arange(len(ps), 0, -1)
+    corrected = np.empty(len(ps))
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return corrected.tolist()
+
+
+def corrected_t(values: np.ndarray, ratio: float) -> tuple[float, float, float]:
+    """Interval of the mean of values [J] measured on J parts, and p that it is 0: Student's t with J - 1 degrees and
+    variance (1 / J + ratio) s². ``ratio``: images tested / images trained on. Trainings overlap, so the plain s² / J is
+    too small (Nadeau & Bengio 2003, section 3; for repeated folds Bouckaert & Frank 2004)."""
+    mean, count = float(np.mean(values)), len(values)
+    error = float(np.sqrt((1 / count + ratio) * np.var(values, ddof=1)))
+    wide = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
+    p = float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error else float(mean == 0)
+    return mean - wide, mean + wide, p

@@ -1,0 +1,45 @@
+"""The options of a sweep: lists, ranges, and what is no number."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from featurecache.errors import BadOption
+from heads.grids import Range, names, numbers, space
+
+
+def test_a_range_goes_in_equal_ratios_and_ends_where_it_says():
+    values = numbers("lr", "1e-4..1e-2:5")
+    np.testing.assert_allclose(np.diff(np.log10(values)), 0.5, rtol=1e-5)
+    assert (values[0], values[2], values[-1]) == (1e-4, 1e-3, 1e-2)
+
+
+def test_values_stand_in_the_order_given_each_once():
+    assert numbers("weight-decay", "0,1e-4,0") == (0.0, 1e-4)
+    assert numbers("weight-decay", "0, 1e-5..1e-3:3") == (0.0, 1e-5, 1e-4, 1e-3)
+    assert numbers("lr", 0.1) == numbers("lr", [0.1]) == numbers("lr", ".1") == (0.1,)
+
+
+def test_a_range_without_a_number_is_for_a_search():
+    assert space("lr", "1e-4..1e-2") == Range(1e-4, 1e-2)
+    assert space("lr", "1e-4,1e-2") == (1e-4, 1e-2)
+    with pytest.raises(BadOption, match=r"1e-4\.\.1e-2:5 are five"):
+        numbers("lr", "1e-4..1e-2")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "fast", "1e-4..", "1e-2..1e-4:3", "0..1:3", "1e-4..1e-2:1", "1..2:x", "nan", "inf", "1,,2", "-1..1:3"]
+)
+def test_what_is_no_grid_names_the_option(text):
+    with pytest.raises(BadOption, match="--lr"):
+        numbers("lr", text)
+
+
+def test_names_are_a_list_and_a_misspelt_one_is_shown_its_neighbour():
+    assert names("heads", "linear, large,linear") == ("linear", "large")
+    assert names("heads", ["linear"]) == ("linear",)
+    with pytest.raises(BadOption, match=r"'cosin' is none of constant, cosine\. Near: cosine"):
+        names("schedule", "cosin", ("constant", "cosine"))
+    with pytest.raises(BadOption, match="--outputs is empty"):
+        names("outputs", " , ")

@@ -1,0 +1,596 @@
+"""The page of a report: in a real browser, beside independent numbers, and with names that want to break out of it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from fake_view import label_view, toy_view
+from PIL import Image
+
+import heads
+from featurecache import open_view
+from featurecache.errors import BadOption, RunError
+from heads import charts, confusion, gallery, page, saliency, thumbnails
+from heads.comparison import compare, families_of
+from heads.figures import truth_and_score
+from heads.gallery import Album
+
+EVIL = "</script><img src=x onerror=alert(1)>"
+CHROMIUM = "/usr/bin/chromium"
+
+
+def train(view, out, head="linear", **options):
+    steps = {} if head == "ridge" else {"epochs": 2}
+    return heads.train_head(view, head, out=out, controls=options.pop("controls", False), **steps, **options)
+
+
+def write(folder: Path, runs, *, images=True, hash_ids=False, **options):
+    families = families_of(runs)
+    comparison = compare(families, resamples=40, **options)
+    folder.mkdir(exist_ok=True)
+    return page.write_report(folder, families, comparison, images=images, hash_ids=hash_ids), comparison.record
+
+
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """A real small cache: 80 coloured images in class folders, an untrained ViT, tokens and their mean."""
+    from featurecache import extract
+
+    folder = tmp_path_factory.mktemp("cached")
+    rng = np.random.default_rng(0)
+    for i in range(80):
+        name, split = ("sick", "well")[i % 2], ("train", "train", "val", "test")[(i // 2) % 4]
+        where = folder / "data" / split / name
+        where.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 90, (20, 30, 3), dtype=np.uint8)
+        pixels[4:12, 4:12] += np.uint8(120 * (i % 2))
+        Image.fromarray(pixels).save(where / f"{i}.png")
+    found = extract(
+        str(folder / "data"),
+        backbone="vit-demo",
+        random_weights=True,
+        outputs="cls,tokens,mean",
+        cache=folder / "cache",
+    )
+    return folder, open_view(found.view)
+
+
+@pytest.fixture(scope="module")
+def lab(cached, tmp_path_factory):
+    """Five runs on it, one of them with controls, side by side in one page."""
+    view = cached[1]
+    out = tmp_path_factory.mktemp("lab")
+    runs = [
+        train(view, out / "lin0", controls=True),
+        train(view, out / "lin1", seed=1),
+        train(view, out / "large", "large"),
+        train(view, out / "mean", "mean-linear"),
+        train(view, out / "part", fraction=0.5),
+    ]
+    written, record = write(out / "page", runs, reference="large on tokens at 100 %", prevalence=0.1)
+    return written, record, runs
+
+
+class Tags(HTMLParser):
+    """Every element with its attributes; text of scripts and styles apart."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+
+def read(written) -> str:
+    return written.path.read_text("utf-8")
+
+
+# --- what the page must not do ----------------------------------------------------------------------------------
+
+
+def test_nothing_on_the_page_points_outside_it(lab):
+    for tag, attributes in Tags(read(lab[0])).tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form"), tag
+        for name in ("src", "href", "xlink:href", "action", "srcset", "poster"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/")), (tag, attributes)
+        assert "style" not in attributes, "the policy allows no inline style"
+        assert not [name for name in attributes if name.startswith("on")]
+    assert "@import" not in read(lab[0]) and "url(" not in read(lab[0])
+
+
+def test_the_policy_allows_no_request_and_only_the_pages_own_script(lab):
+    import hashlib
+
+    text = read(lab[0])
+    said = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1].replace("&#39;", "'")
+    script = re.search(r"<script>(.*?)</script>", text, re.S)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "default-src 'none'" in said and f"script-src 'sha256-{digest}'" in said
+    assert "unsafe" not in said and "http" not in said
+
+
+def test_class_names_and_ids_that_are_html_stay_text(tmp_path):
+    view = toy_view(n=160, noise=4.0)
+    view.classes[:] = [EVIL, '"><svg onload=alert(1)>']
+    view.ids = [f"<script>alert({i})</script>\u202e.png" for i in range(160)]
+    view.label = "<b>store</b>/{{ 7 * 7 }}"
+    written, _ = write(tmp_path / "page", [train(view, tmp_path / "run")])
+    found = Tags(read(written)).tags
+    assert [tag for tag, _ in found].count("script") == 1
+    assert not [tag for tag, _ in found if tag in ("img", "b") and tag == "img"]
+    assert not [a for _, a in found if any(key.startswith("on") for key in a)]
+    assert "{{ 7 * 7 }}" in read(written)
+
+
+def test_no_id_is_written_where_ids_are_hashed(lab, tmp_path):
+    written, _ = write(tmp_path / "page", lab[2], hash_ids=True)
+    text = read(written)
+    ids = [name for run in lab[2] for name in run.answers("test").ids]
+    assert not [name for name in ids if name in text]
+    assert re.search(r'class="id">[0-9a-f]{32}<', text)
+    assert "--hash-ids" in text
+
+
+def test_the_hash_of_an_id_is_that_of_an_extraction_with_hashed_ids(cached, tmp_path):
+    from featurecache import open_source
+    from featurecache.privacy import hidden, load_secret
+
+    source = open_source(str(cached[0] / "data"))
+    shown = page._hashed()
+    assert [shown(name) for name in source.ids[:5]] == hidden(source, load_secret(), ids=True, groups=False).ids[:5]
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+def cells(text: str, table: str) -> list[list[str]]:
+    """Values for sorting of a table of the page, row by row, by its name."""
+    body = re.search(rf'<table class="[^"]*" aria-label="{re.escape(table)}">(.*?)</table>', text, re.S)[1]
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", body, re.S)
+    return [re.findall(r'<td[^>]*data-v="([^"]*)"', row) for row in rows]
+
+
+def test_the_leaderboard_holds_the_numbers_of_the_record_in_the_order_of_val(lab):
+    text, record = read(lab[0]), lab[1]
+    shown = [row for row in cells(text, "Leaderboard") if row and not row[0].replace(".", "").isdecimal()]
+    ordered = sorted(record["families"], key=lambda f: (-f["val"]["auroc"], f["val"]["nll"]))
+    assert [row[0] for row in shown] == [family["name"] for family in ordered]
+    for row, family in zip(shown, ordered, strict=True):
+        assert float(row[1]) == family["val"]["auroc"] and float(row[2]) == family["test"]["auroc"]["value"]
+
+
+def test_the_confusion_matrix_is_that_of_scikit_learn(tmp_path):
+    from sklearn.metrics import confusion_matrix
+
+    run = train(toy_view(n=400, classes=5, noise=3.0), tmp_path / "run")
+    with (run.path / "predictions.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    expected = confusion_matrix([r["label"] for r in rows], [r["predicted"] for r in rows], labels=run.classes)
+    heard = [(run, run.answers("test"))]
+    assert (confusion.counts_of(heard) == expected).all()
+    pairs = confusion.most_confused(heard)
+    off = expected - np.diag(np.diag(expected))
+    assert pairs[0]["count"] == off.max() and len(pairs) == min(12, (off > 0).sum())
+
+
+def test_folds_are_counted_together_and_seeds_averaged(tmp_path):
+    view = toy_view(n=200, noise=4.0)
+    runs = [train(view, tmp_path / f"{s}{f}", seed=s, folds=2, fold=f) for s in (0, 1) for f in (0, 1)]
+    counts = confusion.counts_of([(run, run.answers("test")) for run in runs])
+    assert counts.sum() == sum(len(run.answers("test").y) for run in runs[:2])
+
+
+def test_the_roc_curve_goes_through_the_points_of_scikit_learn(tmp_path):
+    from sklearn.metrics import roc_auc_score
+
+    from heads import figures
+
+    run = train(toy_view(n=600, noise=6.0), tmp_path / "run")
+    truth, score = truth_and_score("binary", run.answers("test"), 1)
+    area = np.trapezoid(figures._roc_points(truth, score), figures.GRID)
+    assert area == pytest.approx(roc_auc_score(truth, score), abs=0.01)
+
+
+def test_metrics_csv_and_json_hold_the_same_numbers(lab):
+    folder = lab[0].path.parent
+    record = json.loads((folder / "metrics.json").read_text())
+    assert record == json.loads(json.dumps(lab[1]))
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for family in record["families"]:
+        row = next(
+            r for r in rows if (r["family"], r["split"], r["metric"], r["of"]) == (family["name"], "test", "auroc", "")
+        )
+        test = family["test"]["auroc"]
+        assert [float(row[key]) for key in ("value", "low", "high")] == [test["value"], test["low"], test["high"]]
+
+
+def test_a_report_in_a_runs_own_folder_adds_intervals_to_its_files_and_leaves_it_a_run(tmp_path):
+    view = toy_view(n=200, noise=4.0)
+    view.classes[:] = ["=1+1", "'b"]
+    before = train(view, tmp_path / "run")
+    for _ in range(2):  # a second report changes nothing more
+        _, record = write(tmp_path / "run", [heads.load_run(tmp_path / "run")])
+    after = heads.load_run(tmp_path / "run")
+    assert {k: v for k, v in after.metrics.items() if k != "comparison"} == before.metrics
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = next(r for r in rows if (r["split"], r["metric"], r["class"]) == ("test", "auroc", ""))
+    assert float(found["low"]) == record["families"][0]["test"]["auroc"]["low"]
+    assert {r["class"] for r in rows} == {"", "'=1+1", "'b"}
+
+
+# --- images -----------------------------------------------------------------------------------------------------
+
+
+def pictures(runs, **options):
+    shown = Album(str, **options).gallery([(runs[0], runs[0].answers("test"))])
+    return shown, [picture for shelf in shown.shelves for picture in shelf.pictures]
+
+
+def test_a_thumbnail_holds_the_pixels_of_its_image(lab, cached):
+    for picture in pictures(lab[2])[1]:
+        original = np.asarray(Image.open(cached[0] / "data" / picture.id))
+        embedded = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.image.split(",")[1]))).convert("RGB"))
+        assert (embedded == original).all()
+
+
+def test_mistakes_are_mistakes_and_the_worst_come_first(tmp_path):
+    run = train(toy_view(n=900, noise=8.0), tmp_path / "run")
+    shown, _ = pictures([run])
+    with (run.path / "predictions.csv").open() as file:
+        rows = {row["id"]: row for row in csv.DictReader(file) if row["split"] == "test"}
+    missed = [r for r in rows.values() if r["label"] == "kind 1" and r["predicted"] == "kind 0"]
+    expected = [r["id"] for r in sorted(missed, key=lambda r: float(r["p kind 1"]))][: gallery.SHELF]
+    assert [picture.id for picture in shown.shelves[0].pictures] == expected
+
+
+def test_an_image_that_is_gone_or_changed_is_a_grey_box_that_says_why(lab, cached, tmp_path):
+    moved = tmp_path / "data"
+    shutil.copytree(cached[0] / "data", moved)
+    run = heads.load_run(lab[2][0].path)
+    run.config["view"]["source"] = {**run.config["view"]["source"], "data": str(moved)}
+    _, whole = pictures([run])
+    Image.new("RGB", (30, 20)).save(moved / whole[0].id)
+    (moved / whole[1].id).unlink()
+    shown, found = pictures([run])
+    assert (found[0].image, found[0].why) == (None, "changed since it was computed with")
+    assert (found[1].image, found[1].why) == (None, "no longer in the source")
+    assert shown.images == len(found) - 2
+    shutil.rmtree(moved)
+    shown, found = pictures([run])
+    assert shown.images == 0 and {picture.why for picture in found} == {"the source is gone"}
+
+
+def test_the_page_says_how_many_images_it_embeds(lab, tmp_path):
+    text = read(lab[0])
+    plain = [a for tag, a in Tags(text).tags if tag == "image" and "id" in a]
+    assert lab[0].images == len(plain) > 0
+    assert f"It embeds {len(plain)} images" in text
+    written, _ = write(tmp_path / "page", lab[2], images=False)
+    assert written.images == 0 and "data:image" not in read(written) and "It embeds no images" in read(written)
+
+
+# --- maps -------------------------------------------------------------------------------------------------------
+
+
+def test_the_map_of_a_linear_head_adds_up_to_its_log_odds(lab, cached):
+    run, view = lab[2][3], cached[1]
+    rows = np.arange(6)
+    maps = saliency.token_maps(run, view, rows, np.array([0, 1, 0, 1, 1, 1]))
+    assert maps.exact and maps.patches.shape == (6, 8, 8) and (maps.prefix == 0).all()
+    z = run.logits(view.tensor("tokens", rows))
+    odds = z[range(6), [0, 1, 0, 1, 1, 1]] - z[range(6), [1, 0, 1, 0, 0, 0]]
+    assert maps.patches.sum((1, 2)) + maps.constant == pytest.approx(odds, abs=1e-4)
+    weight = run.model.fc.weight.detach().numpy()
+    patch = view.array("tokens", [0])[0, 1:].astype(np.float64) @ (weight[0] - weight[1])  # by hand, of image 0
+    expected = patch.reshape(8, 8) / 64 / run.calibration.temperature
+    assert maps.patches[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_map_of_a_head_with_relu_is_not_called_exact(lab, cached):
+    maps = saliency.token_maps(lab[2][2], cached[1], np.arange(4), np.ones(4, dtype=np.int64))
+    assert not maps.exact and "gradient × input" in maps.words
+
+
+def test_the_gradient_of_a_map_is_the_slope_of_the_log_odds(lab, cached):
+    run, view = lab[2][2], cached[1]
+    x = view.tensor("tokens", [3]).float()
+    maps = saliency.token_maps(run, view, np.array([3]), np.array([1]))
+
+    def odds(u):
+        z = run.calibration(run.model(u).detach().double().numpy())
+        return float(z[0, 1] - z[0, 0])
+
+    step = 1e-2  # along one patch: the derivative in the direction of the patch itself is its part of the map
+    for patch in (1, 20):
+        more, less = x.clone(), x.clone()
+        more[0, patch] *= 1 + step
+        less[0, patch] *= 1 - step
+        slope = (odds(more) - odds(less)) / (2 * step)
+        assert maps.patches.reshape(-1)[patch - 1] == pytest.approx(slope, abs=2e-2 * max(1, abs(slope)))
+
+
+@pytest.mark.parametrize("output, reason", [("cls", "has no places"), ("tokens-257", "mixtures")])
+def test_no_map_where_there_is_no_honest_one(cached, tmp_path, output, reason):
+    run = train(cached[1], tmp_path / "run", "linear" if output == "cls" else "large", output=output)
+    assert reason in saliency.token_maps(run, cached[1], np.array([0]), np.array([0]))
+
+
+@pytest.mark.parametrize(
+    "mode, resize, crop", [("squash", (16, 16), None), ("shortest", (20,), (16, 16)), ("pad", (16, 16), None)]
+)
+def test_what_the_backbone_saw_of_an_image_is_where_its_pixels_come_from(mode, resize, crop):
+    from featurecache.preprocess import Preprocess
+
+    made = Preprocess(
+        mode, resize, crop, "torchvision", "bilinear", True, "down", 1 / 255, None, None, "fused"
+    )  # fmt: skip
+    ramp = torch.arange(240, dtype=torch.uint8).expand(3, 80, 240)  # value = column, of an 80×240 image
+    seen = made.resized(ramp)[0].float()
+    x, y, width, height = thumbnails.seen_part(
+        {"preprocess": {**made.to_dict(), "decoding": 1}}, np.zeros((80, 240, 3))
+    )
+    for column in (2, 8, 13):
+        at = (x + width * (column + 0.5) / 16) * 240 - 0.5
+        assert seen[8, column] == pytest.approx(at, abs=3)
+    inside = (seen.sum(1) > 0).nonzero().flatten()  # padded rows are black
+    assert y + height * inside[0].item() / 16 == pytest.approx(0 if mode != "shortest" else y, abs=0.1)
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_the_page_and_says_how_many_images_it_embeds(lab, tmp_path, monkeypatch):
+    from heads.lab import report
+
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(report, [str(lab[2][0].path), "--out", "my page"])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"embeds \d+ images of the data", done.output)
+    text = (tmp_path / "my page" / "report.html").read_text()
+    assert "--out &#39;my page&#39;" in text
+    done = CliRunner().invoke(report, [str(lab[2][0].path), "--no-images", "--out", "other", "--json"])
+    assert json.loads(done.stdout)["images"] == 0
+
+
+def test_a_folder_that_holds_other_things_is_not_written_into(lab, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("!")
+    with pytest.raises(BadOption, match=r"holds other files \(thesis.txt\)"):
+        heads.report(lab[2][0].path, out=tmp_path / "mine")
+    with pytest.raises(BadOption, match="holds other files"):
+        heads.report([lab[2][0].path, lab[2][1].path], out=lab[2][2].path)
+    with pytest.raises(RunError, match=r"no config\.json"):
+        heads.report(tmp_path / "mine")
+
+
+def test_the_command_that_trained_a_head_is_on_the_page_and_quoted(tmp_path):
+    import shlex
+
+    from heads.origin import train_command
+
+    view = toy_view(label="vit toy/my $(view)")
+    run = train(view, tmp_path / "run", lr=3e-4, balance=False, weight_decay=1e-4)
+    words = shlex.split(train_command(run))
+    assert words[:2] == ["featurecache", "train-head"]
+    assert words[words.index("--features") + 1] == "vit toy/my $(view)"
+    assert words[words.index("--lr") + 1] == "0.0003" and "--no-balance" in words and "--seed" not in words
+
+
+# --- every kind of task -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["multilabel", "ordinal", pytest.param("many", marks=pytest.mark.slow), "folds"])
+def test_every_kind_of_task_has_its_page(tmp_path, kind):
+    if kind == "folds":
+        runs = [train(toy_view(n=120), tmp_path / str(k), folds=2, fold=k) for k in range(2)]
+    elif kind == "multilabel":
+        runs = [train(label_view(n=200), tmp_path / "run")]
+    else:
+        view = toy_view(n=500, classes=33, noise=3.0) if kind == "many" else toy_view(classes=4, task="ordinal")
+        runs = [train(view, tmp_path / "run")]
+    written, record = write(tmp_path / "page", runs)
+    text = read(written)
+    assert "None" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.S) and ">nan" not in text.lower()
+    assert len(text) < 400_000
+    for name in record["classes"]:
+        assert name in text
+
+
+def test_a_solved_heads_page_shows_its_path(tmp_path):
+    run = train(toy_view(noise=4.0), tmp_path / "run", "ridge")
+    written, _ = write(tmp_path / "page", [run])
+    assert "Path of solutions" in read(written)
+
+
+def test_a_sweep_is_reported_in_its_own_folder(tmp_path, monkeypatch):
+    from heads.sweep import ablate
+
+    monkeypatch.chdir(tmp_path)
+    view = toy_view(n=150, noise=4.0)
+    ablate(view, "linear", lr="1e-3,1e-2", seeds=2, fractions="0.5,1", epochs=2, out="swept", controls=False)
+    written = heads.report("swept", resamples=20, show_test="all")
+    text = read(written)
+    assert written.path == Path("swept/report.html") and "featurecache ablate --heads linear" in text
+    assert "Learning curves" in text and "Test seen 8 times" in text
+    assert len([row for row in cells(text, "Every head that was trained") if row]) == 8
+
+
+def test_sixty_families_are_one_table_of_which_three_are_shown_in_full(tmp_path):
+    view = toy_view(n=120, noise=4.0)
+    first = train(view, tmp_path / "run")
+    families = families_of([first]) * 60
+    record = compare(families[:1], resamples=20).record
+    copies = [{**record["families"][0], "name": f"head {i}"} for i in range(60)]
+    text, _ = page.render(tmp_path, families, {**record, "families": copies}, Album(str))
+    assert len([row for row in cells(text, "Leaderboard") if row]) == 60
+    assert text.count("Worst mistakes and surest hits") == 3 and text.count('<details id="f') == 57
+    assert len(text) < 2_000_000
+
+
+def test_weights_that_were_never_trained_have_watermark_and_controls(lab, tmp_path):
+    text = read(lab[0])
+    assert '<body class="untrained">' in text and 'content: "untrained weights"' in text
+    table = text[text.index('aria-label="Leaderboard"') :]
+    assert table.index("majority class") < table.index("mean-linear")
+    written, _ = write(tmp_path / "page", [train(toy_view(), tmp_path / "run")])
+    assert '<body class="untrained">' not in read(written)
+
+
+def test_parts_of_test_by_a_column_are_in_the_order_of_the_leaderboard(lab, tmp_path):
+    families, record = families_of(lab[2]), lab[1]
+    parts = [
+        {"value": v, "n": 9, "family": f["name"], "test": f["test"]} for f in record["families"] for v in ("b", "")
+    ]
+    text, _ = page.render(tmp_path, families, {**record, "by": {"site <1>": parts}}, Album(str, images=False))
+    ordered = sorted(record["families"], key=lambda f: (-f["val"]["auroc"], f["val"]["nll"]))
+    body = text[text.index('<section id="by-1">') : text.index('<section id="f1">')]
+    names = re.findall(r'<td class="first">([^<]*)</td><td class="words">([^<]*)</td>', body)
+    assert names == [(value, f["name"]) for value in ("(not given)", "b") for f in ordered]
+    assert "By site &lt;1&gt;" in text
+
+
+def test_images_in_two_splits_are_the_first_warning(tmp_path):
+    view = toy_view(n=200, splits="given")
+    view.digests[view.splits.index("test")] = view.digests[0]
+    written, _ = write(tmp_path / "page", [train(view, tmp_path / "run")])
+    warned = read(written)[read(written).index('class="warnings"') :]
+    assert "1 image stands in both train and test: these numbers may be too good." in warned[:400]
+
+
+def test_ticks_are_round_numbers_inside_the_range():
+    assert charts.Scale(0.61, 0.98, 0, 1).ticks(4) == [0.7, 0.8, 0.9]
+    assert charts.Scale(3, 4000, 0, 1, log=True).ticks() == [10, 100, 1000]
+    assert charts.Scale(0.5, 0.5, 0, 1).ticks() == [0.5]
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"there is no {CHROMIUM}")
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens a page from its file; fails at the end if it said anything or asked for anything."""
+    heard: list[str] = []
+    contexts = []
+
+    def open_page(path: Path, width: int = 1200, colours: str = "light"):
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=colours)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: heard.append(message.text))
+        tab.on("pageerror", lambda error: heard.append(str(error)))
+        tab.on("dialog", lambda dialog: heard.append(dialog.message))
+        tab.on(
+            "request", lambda request: None if request.url.startswith(("file:", "data:")) else heard.append(request.url)
+        )
+        tab.goto(path.resolve().as_uri())
+        return tab
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert heard == []
+
+
+def column(tab, table: int, place: int) -> list[str]:
+    return tab.evaluate(
+        "([t, c]) => { const b = document.querySelectorAll('table.sortable')[t].tBodies;"
+        " return [...b[b.length - 1].rows].map(r => r.cells[c].getAttribute('data-v')) }",
+        [table, place],
+    )
+
+
+SORT_ALL = """() => [...document.querySelectorAll('table.sortable')].flatMap((table, number) =>
+  [...table.tHead.rows[0].cells].flatMap((head, place) => head.hasAttribute('data-fixed') ? [] : [0, 1].map(() => {
+    head.querySelector('button').click();
+    const body = table.tBodies[table.tBodies.length - 1];
+    return {number, place, way: head.getAttribute('aria-sort'), marked: table.querySelectorAll('th[aria-sort]').length,
+      values: [...body.rows].map(r => r.cells[place].getAttribute('data-v') ?? r.cells[place].textContent.trim())};
+  })))"""
+
+
+def in_order(values: list[str], down: bool) -> bool:
+    there = [v for v in values if v not in ("", "–")]
+    if values[: len(there)] != there:
+        return False  # what is undefined stands last
+    try:
+        numbers = [float(v) for v in there]
+    except ValueError:
+        return True  # words: by the language of the browser
+    return numbers == sorted(numbers, reverse=down)
+
+
+def test_in_a_browser_every_column_of_every_table_sorts_both_ways(lab, opened):
+    done = opened(lab[0].path).evaluate(SORT_ALL)
+    assert len({one["number"] for one in done}) > 5
+    for first, second in zip(done[::2], done[1::2], strict=True):
+        assert {first["way"], second["way"]} == {"ascending", "descending"}
+        for one in (first, second):
+            assert one["marked"] == 1 and in_order(one["values"], one["way"] == "descending"), one
+
+
+def test_in_a_browser_the_keyboard_sorts_and_controls_stay_on_top(lab, opened):
+    tab = opened(lab[0].path)
+    button = tab.locator("table.board thead th").nth(2).locator("button")
+    button.focus()
+    before = column(tab, 0, 2)
+    tab.keyboard.press("Enter")
+    tab.keyboard.press("Space")
+    assert tab.locator("table.board thead th").nth(2).get_attribute("aria-sort") == "ascending"
+    assert column(tab, 0, 2) == sorted(before, key=float)
+    assert tab.locator("table.board tbody").first.locator("tr.control").count() == 3
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_in_a_browser_of_400_pixels_the_page_does_not_scroll_sideways(lab, opened, colours):
+    tab = opened(lab[0].path, 400, colours)
+    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 400
+    paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 200) is (colours == "dark")
+    ink = tab.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
+    assert (sum(map(int, re.findall(r"\d+", ink)[:3])) > 384) is (colours == "dark")
+
+
+def test_in_a_browser_it_prints(lab, opened, tmp_path):
+    tab = opened(lab[0].path)
+    tab.pdf(path=tmp_path / "report.pdf", format="A4")
+    data = (tmp_path / "report.pdf").read_bytes()
+    assert data.startswith(b"%PDF") and 3 <= len(re.findall(rb"/Type\s*/Page\b", data)) <= 40
+    tab.emulate_media(media="print")
+    assert tab.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
+
+
+def test_in_a_browser_hostile_names_run_nothing_and_are_readable(opened, tmp_path):
+    view = toy_view(n=160, noise=4.0)
+    view.classes[:] = [EVIL, "<b>bold</b>"]
+    view.ids = [f"<img src=https://example.org/{i} onerror=alert({i})>" for i in range(160)]
+    written, _ = write(tmp_path / "page", [train(view, tmp_path / "run")])
+    tab = opened(written.path)
+    assert EVIL in tab.locator("body").inner_text()
+    assert tab.locator("img").count() == 0
