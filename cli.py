@@ -40,25 +40,27 @@ def ls(talk: Talk, runs: str, cache: str | None) -> int:
 
     folder = cache_folder(cache)
     records = console.cache_record(folder)
-    found = _runs(runs)
+    found, sweeps = _runs(runs)
     text = console.cache_lines(folder, records)
-    if found:
-        from heads.tables import runs_table
+    if found or sweeps:
+        from heads.tables import runs_table, sweeps_table
 
-        text += "\n\n" + runs_table(found)
+        text += "\n\n" + "\n\n".join([runs_table(found)] * bool(found) + [sweeps_table(sweeps)] * bool(sweeps))
     listed = [{"path": str(r.path), "head": r.head, "output": r.output, "metrics": r.metrics} for r in found]
-    talk.result(text, {"cache": str(folder), "stores": records, "runs": listed})
+    lab = [{"path": str(s.path), "heads": len(s.rows), "families": len(s.families)} for s in sweeps]
+    talk.result(text, {"cache": str(folder), "stores": records, "runs": listed, "sweeps": lab})
     views = [f"{store['backbone']}/{view['name']}" for store in records for view in store.get("views", [])]
     talk.next(f"featurecache info {views[0]}" if views else "featurecache extract --backbone NAME --data FOLDER", cache)
     return 0
 
 
-def _runs(folder: str) -> list[Any]:
+def _runs(folder: str) -> tuple[list[Any], list[Any]]:
+    """Runs and sweeps."""
     if not Path(folder).is_dir():
-        return []
+        return [], []
     import heads
 
-    return heads.list_runs(folder)
+    return heads.list_runs(folder), heads.list_sweeps(folder)
 
 
 @command

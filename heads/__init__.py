@@ -22,6 +22,7 @@ _LAZY = {
     "Run": "heads.runs",
     "predict": "heads.prediction",
     "ablate": "heads.sweep",
+    "list_sweeps": "heads.sweep",
     "load_sweep": "heads.sweep",
     "report": "heads.page",
     "compare": "heads.comparison",

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,7 +28,7 @@ from torch.optim.adam import adam
 
 from heads.architectures import own_randomness
 from heads.data import Features
-from heads.large_steps import LargeSteps, worker_threads
+from heads.large_steps import LargeSteps
 from heads.losses import Loss, StackedLoss
 from heads.settings import Settings
 from heads.token_heads import ClsMean, Large, MeanLinear
@@ -42,15 +41,12 @@ WORTH_DIVIDING = 20_000_000  # multiply-adds: half a millisecond of one core
 class Learner:
     """One head in training: module, loss, optimiser and its own randomness."""
 
-    def __init__(
-        self, model: nn.Module, loss: Loss, generator: torch.Generator, settings: Settings,
-        pool: ThreadPoolExecutor | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, loss: Loss, generator: torch.Generator, settings: Settings) -> None:
         self.model, self.loss, self.generator = model, loss, generator
         self.bf16 = settings.precision == "bf16"
         self.written_out = None
         if isinstance(model, Large) and not model.dropout.p and not self.bf16:
-            self.written_out = LargeSteps(model, loss, pool or worker_threads())
+            self.written_out = LargeSteps(model, loss)
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -236,8 +232,7 @@ def together(
     """The faster way to train these heads, which have one architecture and one batch order."""
     if isinstance(models[0], Linear | Mlp) or fixed_vectors(models[0]):
         return Stack(models, losses, generators, settings)
-    pool = worker_threads()
-    return Loop([Learner(*each, pool) for each in zip(models, losses, generators, settings, strict=True)])
+    return Loop([Learner(*each) for each in zip(models, losses, generators, settings, strict=True)])
 
 
 def fixed_vectors(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -62,6 +62,17 @@ class Sweep:
         return min(self.families, key=place).runs[0]
 
 
+def list_sweeps(folder: str | Path = "runs") -> list[Sweep]:
+    """The sweeps in a folder, by name; anything else in it is passed over."""
+    found = []
+    for path in sorted(Path(folder).glob("*/sweep.json")):
+        try:
+            found.append(load_sweep(path.parent))
+        except RunError:  # of another version; load_sweep on it says what is wrong
+            continue
+    return found
+
+
 def ablate(
     features: View | str | Path | Sequence[View | str | Path] | None,
     heads: str | Sequence[str],

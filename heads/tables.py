@@ -248,6 +248,19 @@ def runs_table(runs: Sequence[Run]) -> str:
     return "\n".join(align(rows, right=4))
 
 
+def sweeps_table(sweeps: Sequence[Any]) -> str:
+    """A line per sweep (`heads.sweep.Sweep`): folder, how many heads, the one that is best on val."""
+    rows = [["sweep", "heads", "best on val", "criterion", "val"]]
+    for sweep in sweeps:
+        by, name, value = sweep.record["select"], "none finished yet", None
+        key = "nll" if by == "loss" else by
+        if sweep.families:
+            run = sweep.best
+            name, value = f"{run.head} on {run.config['view']['label']} {run.output}", run.metrics["val"].get(key)
+        rows.append([str(sweep.path), f"{len(sweep.rows):,}", printable(name), METRICS[key].title, number(value)])
+    return "\n".join(align(rows, right=4))
+
+
 def head_table(described: dict[str, Any]) -> str:
     """The layers of a head, from ``architectures.describe_head``."""
     shape = "×".join(str(n) for n in described["shape"])
