@@ -180,7 +180,8 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: Resampler) 
 
     family, estimates, run = entry.family, entry.estimates, entry.family.runs[0]
     choice = choose(family.tried, run.config["chosen"]["by"]) if family.tried else None
-    test = estimates.all()
+    test, external = estimates.all(), external_records(family, resampler)
+    elsewhere = [f"on {part['view']}: {words}" for part in external for words in part["warnings"]]
     return {
         "name": entry.name,
         "view": family.view,
@@ -201,9 +202,9 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: Resampler) 
         "calibration": calibration_record(entry.heard),
         "operating": operating_points(run, estimates, prevalence),
         "difference": None if entry.difference is None else {m: d.record() for m, d in entry.difference.items()},
-        "external": external_records(family, resampler),
+        "external": external,
         "runs": [str(each.path) for each in family.runs],
-        "warnings": _without_width(entry.name, test),
+        "warnings": [*_without_width(entry.name, test), *elsewhere],
     }
 
 

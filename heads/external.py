@@ -224,8 +224,12 @@ def read_external(run: Run) -> list[tuple[dict[str, Any], Answers]]:
             record = read_record(file)
         except CacheError as error:
             raise RunError(f"{run.path} is damaged: {error}") from error
-        kinds: dict[str, Any] = {"view": str, "split": (str, type(None)), "grouped": bool, "format": int}
+        kinds: dict[str, Any] = {
+            "view": str, "split": (str, type(None)), "grouped": bool, "format": int, "warnings": list,
+        }  # fmt: skip
         wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key, ...), kind)]
+        if not wrong and not all(isinstance(words, str) for words in record["warnings"]):
+            wrong = ["warnings"]
         if wrong or record["format"] != FORMAT:
             raise RunError(f"{file} is damaged: it has no proper {' and no '.join(wrong or ['format'])}.")
         found.append((record, _read_answers(run, file, record["grouped"])))
@@ -261,11 +265,14 @@ def _read_answers(run: Run, file: Path, grouped: bool) -> Answers:
 def external_records(family: Family, resampler: Resampler) -> list[dict[str, Any]]:
     """For each other view: the measures of the family's heads that were evaluated on it, with intervals."""
     found: dict[str, list[tuple[Run, Answers]]] = {}
+    warnings: dict[str, dict[str, None]] = {}
     for run in family.runs:
         for record, answers in read_external(run):
             name = record["view"] + (f" ({record['split']})" if record["split"] else "")
             found.setdefault(name, []).append((run, answers))
+            warnings.setdefault(name, {}).update(dict.fromkeys(record["warnings"]))
     return [
-        {"view": name, "n": len(pairs[0][1].ids), "heads": len(pairs), **_measured(pairs, resampler)}
+        {"view": name, "n": len(pairs[0][1].ids), "heads": len(pairs), "warnings": list(warnings[name]),
+         **_measured(pairs, resampler)}
         for name, pairs in found.items()
-    ]
+    ]  # fmt: skip

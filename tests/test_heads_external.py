@@ -152,6 +152,8 @@ def test_a_split_alone_unlabelled_images_and_a_view_without_any():
     test = np.array([s == "test" for s in view.splits])
     assert found["n"] == (test & (view.labels >= 0)).sum()
     assert "10 images carry no label and are left out" in found["warnings"]
+    (family,) = compare(families_of([run]), resamples=50).record["families"]
+    assert "on vit-toy/there (test): 10 images carry no label and are left out" in family["warnings"]
     assert (run.path / "external/there-test.json").exists()
     with pytest.raises(BadOption, match="one of train, val, test"):
         evaluate_run(run, view, split="Test")
