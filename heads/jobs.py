@@ -131,6 +131,8 @@ def describe(job: Job, say: Say) -> None:
     size = "×".join(str(n) for n in job.input.shape)
     say(f"features   {job.view.label} {job.output} [{size}]")
     say(f"splits     {split_line(job.divided)} ({job.divided.how})")
+    if (copies := versions_in(job.view) - 1) > 0:
+        say(f"copies     {copies} augmented of each training image; each epoch shows one of the {copies + 1}")
     if job.divided.dropped is not None:
         say(f"leaks      {dropped_sentence(job.divided.dropped)}")
     for warning in job.divided.warnings:
@@ -201,7 +203,11 @@ def memory_plan(job: Job) -> tuple[bool, int | None]:
     """Whether the features fit into the budget, and else how many rows may be in use at once."""
     info, names = job.view.info(job.output), job.divided.names
     row = math.prod(info.shape) * np.dtype(info.dtype).itemsize
-    versions = 1 if job.view.versions is None else job.view.copies(np.zeros(0, np.int64)).shape[1]
-    rows = int((names == "train").sum()) * versions + int(np.isin(names, ("val", "test")).sum())
+    rows = int((names == "train").sum()) * versions_in(job.view) + int(np.isin(names, ("val", "test")).sum())
     budget = memory_for_features() if job.settings.ram is None else int(job.settings.ram * 1e9)
     return (True, None) if rows * row <= budget else (False, max(job.settings.batch_size, budget // row))
+
+
+def versions_in(view: View) -> int:
+    """1, and the augmented copies of each training image."""
+    return 1 if view.versions is None else view.copies(np.zeros(0, np.int64)).shape[1]

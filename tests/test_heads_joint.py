@@ -274,6 +274,26 @@ def test_every_image_shows_one_of_its_versions_in_an_epoch():
     assert torch.equal(torch.cat(list(features.chunks()))[:, 0], x[:n, 0])
 
 
+def test_a_head_sees_copies_of_training_images_only_and_its_first_lines_say_so(monkeypatch):
+    """A view of 200 images with two copies of each training image behind them."""
+    view = toy_view(n=200, splits="given", noise=2.0)
+    train = np.array([i for i, split in enumerate(view.splits) if split == "train"])
+    place = {int(i): [int(i), 200 + k, 200 + len(train) + k] for k, i in enumerate(train)}
+    noise = torch.randn(2 * len(train), 8, generator=torch.Generator().manual_seed(1)).half()
+    view.features["cls"] = torch.cat([view.features["cls"], view.features["cls"][train].repeat(2, 1) + noise])
+    view.versions = np.zeros(200, np.int32)
+    view.copies = lambda rows: np.array([place[int(i)] for i in rows]).reshape(-1, 3)
+    asked, said = [], []
+    view.tensor = lambda output, rows: asked.append(np.asarray(rows)) or view.features[output][torch.from_numpy(rows)]
+    run = train_head(view, "linear", epochs=3, say=said.append)
+    assert "copies     2 augmented of each training image; each epoch shows one of the 3" in said
+    of_train, val, test = asked
+    assert sorted(of_train) == sorted({*train, *range(200, 200 + 2 * len(train))})
+    assert max(val.max(), test.max()) < 200
+    view.versions = None
+    assert not torch.equal(train_head(view, "linear", epochs=3).model.fc.weight, run.model.fc.weight)
+
+
 def test_a_learner_leaves_the_randomness_of_others_alone():
     own = torch.Generator().manual_seed(0)
     learner = Learner(make_head("mlp", (8,), 2, own), CrossEntropy(2), own, Settings("mlp"))
