@@ -75,7 +75,7 @@ def read_history(path: Path) -> list[dict[str, float]]:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
     except (OSError, ValueError, TypeError, csv.Error, CacheError) as error:
         raise RunError(f"{path} is damaged: {error}.") from error
-    if not rows:
+    if not rows or not all({"epoch", "val_loss", "best"} <= row.keys() for row in rows):
         raise RunError(f"{path} is damaged: history.csv holds no epochs.")
     return rows
 

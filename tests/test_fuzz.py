@@ -169,6 +169,9 @@ def test_records_are_read_or_refused(tmp_path_factory, data) -> None:  # type: i
             assert str(error)
 
 
+READ = ["config.json", "metrics.json", "head.safetensors", "history.csv", "answers.safetensors", "splits.csv"]
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_runs_are_read_or_refused(tmp_path_factory, data) -> None:  # type: ignore[no-untyped-def]
@@ -182,7 +185,7 @@ def test_runs_are_read_or_refused(tmp_path_factory, data) -> None:  # type: igno
     view = toy_view(n=200, splits="given", noise=2)
     if not folder.exists():
         train_head(view, "linear", epochs=1, standardize="zscore", out=folder)
-    name = data.draw(st.sampled_from(["config.json", "metrics.json", "head.safetensors", "history.csv"]))
+    name = data.draw(st.sampled_from(READ))
     whole = (folder / name).read_bytes()
     changed = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 4))):

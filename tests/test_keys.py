@@ -160,7 +160,7 @@ def test_of_a_backbone_the_key_knows_what_decides_and_nothing_else(vit):
 ASKED = {"backbone", "weights", "random_weights", "seed", "image_size", "fit", "precision", "dtype"}
 NOT_ASKED = {
     "data", "outputs", "name", "device", "batch_size", "workers", "on_error", "accept_drift", "cache", "columns",
-    "task", "hash_ids", "hash_groups", "remember", "progress",
+    "task", "hash_ids", "hash_groups", "remember", "progress", "views", "augment", "augment_seed",
 }  # fmt: skip
 
 
