@@ -168,27 +168,27 @@ class Stack:
             return self._of_mlp(x, y)
         w, b = self.w
         if not any(self.dropout):
-            z = self._product(x, w.flatten(0, 1)).view(len(x), len(self), -1).transpose(0, 1) + b[:, None]
-            losses, dz = self.loss(z, y)
-            flat = dz.transpose(0, 1).flatten(1)  # [B, K·C]
-            return losses, [self._product(flat.T, x.T).view_as(w), dz.sum(1)]
+            losses, dz = self.loss(self._first(w, b, x), y)
+            return losses, [self._product(dz.transpose(1, 2).flatten(0, 1), x.T).view_as(w), dz.sum(1)]
         dropped = x * torch.stack([self._mask(k, x.shape, x.dtype) for k in range(len(self))])  # [K, B, D]
         losses, dz = self.loss(torch.baddbmm(b[:, None], dropped, w.transpose(1, 2)), y)
         return losses, [torch.bmm(dz.transpose(1, 2), dropped), dz.sum(1)]
 
     def _of_mlp(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         w1, b1, w2, b2 = self.w
-        hidden = self._product(x, w1.flatten(0, 1)).view(len(x), len(self), -1).transpose(0, 1) + b1[:, None]
-        hidden = hidden.relu_()  # [K, B, H]
+        hidden = self._first(w1, b1, x).relu_()  # [K, B, H]
         mask = (hidden > 0).to(hidden.dtype)
         if any(self.dropout):
             kept = torch.stack([self._mask(k, hidden.shape[1:], hidden.dtype) for k in range(len(self))])
             hidden, mask = hidden.mul_(kept), mask.mul_(kept)
         losses, dz = self.loss(torch.baddbmm(b2[:, None], hidden, w2.transpose(1, 2)), y)
         below = torch.bmm(dz, w2).mul_(mask)  # [K, B, H]
-        flat = below.transpose(0, 1).flatten(1)
-        first = self._product(flat.T, x.T).view_as(w1)
+        first = self._product(below.transpose(1, 2).flatten(0, 1), x.T).view_as(w1)
         return losses, [first, below.sum(1), torch.bmm(dz.transpose(1, 2), hidden), dz.sum(1)]
+
+    def _first(self, w: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """w [K, J, D], b [K, J], x [B, D] -> [K, B, J]; w xT takes half as long as x wT where K·J is small."""
+        return self._product(w.flatten(0, 1), x).view(len(self), -1, len(x)).transpose(1, 2) + b[:, None]
 
     def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a [M, I], b [J, I] -> a bT [M, J]."""

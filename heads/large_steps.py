@@ -6,9 +6,9 @@ Notation: B batch, S images at once, T tokens, D width, H = 256 hidden, C classe
     dW2 = sum_b dz_b h_b;  dh_b = (dz_b W2) where h_b > 0;  dW1 = sum_b dh_b x_bT;  db1 = sum_b,d dh_b
 
 Nearly all of it is the two products with x. What autograd adds are passes over arrays of the size of h for the whole
-batch (25 MB for B=32, D=768), in memory that is new every time. Here a few images at a time go through all of it, so
-that they stay in the cache, in memory that is kept: 50 against 90 ms a step, of which the products are 38. (Tried: a
-Python thread for each half of the images, 70 ms; numpy's products, as fast but with threads that wait for torch's.)
+batch (25 MB for B=32, D=768), in memory that is new every time. Here some images at a time go through all of it in
+memory that is kept: 60 against 85 ms a step, of which the products are 40. (Tried: two images at a time, 68 ms; a Python
+thread for each half of the images, 75 ms; numpy's products, as fast, but with threads that wait for torch's.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from heads.losses import Loss, StackedLoss
 from heads.token_heads import Large
 
-AT_ONCE = 2 << 20  # bytes of h: two images for D=768
+AT_ONCE = 8 << 20  # bytes of h: ten images for D=768
 
 
 class LargeSteps:
