@@ -192,7 +192,10 @@ class Plot:
     def _labels(self) -> list[Markup]:
         left, right, bottom, top = self.sx.start, self.sx.end, self.sy.start, self.sy.end
         parts = [text(left - 6, self.sy(v) + 3.5, self.yformat(v), "end", "tick") for v in self.sy.ticks()]
-        parts += [text(self.sx(v), bottom + 14, self.xformat(v), "middle", "tick") for v in self._xticks()]
+        for value in self._xticks():
+            words = self.xformat(value)
+            inside = min(self.sx(value), self.width - 3.2 * len(words))  # half of its width; the drawing ends there
+            parts.append(text(inside, bottom + 14, words, "middle", "tick"))
         middle = (top + bottom) / 2
         turned = f"rotate(-90 12 {middle:g})"
         parts.append(text((left + right) / 2, self.height - 6, self.xlabel, "middle", "label"))

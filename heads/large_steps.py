@@ -7,8 +7,8 @@ Notation: B batch, S images at once, T tokens, D width, H = 256 hidden, C classe
 
 Nearly all of it is the two products with x. What autograd adds are passes over arrays of the size of h for the whole
 batch (25 MB for B=32, D=768), in memory that is new every time. Here some images at a time go through all of it in
-memory that is kept: 60 against 85 ms a step, of which the products are 40. (Tried: two images at a time, 68 ms; a Python
-thread for each half of the images, 75 ms; numpy's products, as fast, but with threads that wait for torch's.)
+memory that is kept: 60 against 85 ms a step, of which the products are 40. (Tried: two images at a time, 68 ms; a
+Python thread for each half of the images, 75 ms; numpy's products, as fast, but with threads that wait for torch's.)
 """
 
 from __future__ import annotations
