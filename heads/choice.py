@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featurecache.spec import canonical_json
-from heads.metrics import METRICS
+from heads.metrics import METRICS, named_by
 
 REPEATED = ("seed", "split_seed", "fold", "splits", "ram")  # what tells two trainings of one setting apart
 GRIDS = ("lr", "weight_decay", "dropout", "label_smoothing")
@@ -70,7 +70,7 @@ def rank(rows: Sequence[Row], select: str) -> tuple[float, float]:
 
 def mean_of(rows: Sequence[Row], select: str) -> float:
     """The criterion on val over the rows; NaN where one failed or has no such measure."""
-    key = "nll" if select == "loss" else select
+    key = named_by(select)
     values = [(row["val"] or {}).get(key) for row in rows]
     there = [value for value in values if value is not None]
     return math.fsum(there) / len(there) if len(there) == len(values) else math.nan

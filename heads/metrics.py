@@ -41,7 +41,13 @@ METRICS: dict[str, Metric] = {
 BINS = 15  # of the calibration error and of a reliability plot
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def named_by(select: str) -> str:
+    """What ``--select`` is called among the measures of a run."""
+    return "nll" if select == "loss" else select
+
+
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole; NaN where there is nothing to divide by."""
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)
 
 
@@ -163,14 +169,18 @@ def confusion_matrix(truth: np.ndarray, called: np.ndarray, classes: int) -> np.
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """precision, recall, specificity and F1 of each class [C]. Precision of a class never called is 0 if it exists;
     all NaN for a class that is neither there nor called."""
-    hit, there, called, total = np.diag(confusion), confusion.sum(1), confusion.sum(0), confusion.sum()
-    precision = _ratio(hit, called)
+    return class_measures(np.diag(confusion), confusion.sum(1), confusion.sum(0), confusion.sum())
+
+
+def class_measures(hit: np.ndarray, there: np.ndarray, called: np.ndarray, total: np.ndarray) -> dict[str, np.ndarray]:
+    """`per_class` from the counts of each class [C, ...]: found, there are, called so; and of all rows [...]."""
+    precision = ratio(hit, called)
     precision[(called == 0) & (there > 0)] = 0.0
     return {
         "precision": precision,
-        "recall": _ratio(hit, there),
-        "specificity": _ratio(total - there - called + hit, total - there),
-        "f1": _ratio(2 * hit, there + called),
+        "recall": ratio(hit, there),
+        "specificity": ratio(total - there - called + hit, total - there),
+        "f1": ratio(2 * hit, there + called),
     }
 
 

@@ -24,11 +24,11 @@ from heads.figures import (
     reliability_figure,
 )
 from heads.gallery import Album, Gallery
-from heads.metrics import METRICS
+from heads.metrics import METRICS, named_by
 from heads.origin import setting_words, train_command
 from heads.runs import Run
 from heads.splits import Leak, dropped_sentence, leaks_sentence
-from heads.tables import COMPARED
+from heads.tables import COMPARED, title
 from heads.training_curves import training_figures
 
 DETAILED = 3  # families that are shown in full; of the others every number, folded away
@@ -55,12 +55,7 @@ class Detail:
 
 def lead_measure(record: dict[str, Any]) -> str:
     """What the choice was made by, as a measure that is in the tables."""
-    return "nll" if record["select"] == "loss" else record["select"]
-
-
-def title_of(measure: str, task: str) -> str:
-    macro = "macro " if task != "binary" and measure in ("auroc", "ap") else ""
-    return macro + (METRICS[measure].title if measure in METRICS else measure.upper())
+    return named_by(record["select"])
 
 
 def ranked(families: Sequence[Any], record: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
@@ -132,7 +127,7 @@ def comparing_figures(pairs: list[tuple[Any, dict[str, Any]]], record: dict[str,
     if several:
         views = len({key[0] for key in several}) > 1
         named = [(_series_name(key, views), points) for key, points in list(several.items())[:LINES]]
-        figures.append(learning_figure(named, lead, title_of(lead, record["task"]), _train_images(pairs)))
+        figures.append(learning_figure(named, lead, title(lead, record["task"]), _train_images(pairs)))
     full = [family for family in families if family["fraction"] == max(f["fraction"] for f in families)]
     figures += pareto_figures(full, lead, METRICS[lead].higher)
     return figures + overlay(pairs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from heads.metrics import METRICS
+from heads.metrics import METRICS, named_by
 from heads.prediction import printable
 from heads.runs import Run
 from heads.splits import Leak, dropped_sentence, leaks_sentence
@@ -27,8 +27,8 @@ COMPARED = {  # measures of test in a comparison table
 }
 
 
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def align(rows: Sequence[Sequence[str]], right: int = 1) -> list[str]:
@@ -68,7 +68,7 @@ def final_table(run: Run, record: dict[str, Any] | None = None) -> str:
 
 def title(measure: str, task: str) -> str:
     macro = "macro " if measure in ("auroc", "ap") and task != "binary" else ""
-    return macro + METRICS[measure].title
+    return macro + (METRICS[measure].title if measure in METRICS else measure.upper())
 
 
 def interval(test: dict[str, Any] | None) -> str:
@@ -103,7 +103,7 @@ def _sentence(words: str) -> str:
 
 def lab_table(record: dict[str, Any]) -> str:
     """A `heads.comparison.Comparison`: controls first, then the families, best on val first, ties by val NLL."""
-    task, lead = record["task"], "nll" if record["select"] == "loss" else record["select"]
+    task, lead = record["task"], named_by(record["select"])
     shown = [m for m in dict.fromkeys([lead, *COMPARED[task]]) if m in record["measures"]]
     families = sorted(record["families"], key=lambda family: _place(family["val"], lead))
     spreads = [kind for kind in ("seeds", "repeats", "folds") if any(f["spread"][kind] for f in families)]
@@ -189,7 +189,7 @@ def comparison_table(runs: Sequence[Run], controls: Sequence[dict[str, Any]] | N
     if controls is None:
         controls = next((run.metrics["controls"] for run in runs if run.metrics["controls"]), [])
     by = runs[0].config["chosen"]["by"]
-    key = "nll" if by == "loss" else by
+    key = named_by(by)
     shown = COMPARED[runs[0].task]
     task = runs[0].task
     rows = [["", "parameters", f"val {title(key, task)}", *(f"test {title(m, task)}" for m in shown)]]
@@ -232,7 +232,7 @@ def runs_table(runs: Sequence[Run]) -> str:
     rows = [["run", "head", "features", "criterion", "val", "test", "made"]]
     for run in runs:
         by = run.config["chosen"]["by"]
-        key = "nll" if by == "loss" else by
+        key = named_by(by)
         where = f"{run.config['view']['label']} {run.output}" + (" (untrained)" if run.untrained else "")
         rows.append(
             [
@@ -253,7 +253,7 @@ def sweeps_table(sweeps: Sequence[Any]) -> str:
     rows = [["sweep", "heads", "best on val", "criterion", "val"]]
     for sweep in sweeps:
         by, name, value = sweep.record["select"], "none finished yet", None
-        key = "nll" if by == "loss" else by
+        key = named_by(by)
         if sweep.families:
             run = sweep.best
             name, value = f"{run.head} on {run.config['view']['label']} {run.output}", run.metrics["val"].get(key)

@@ -68,7 +68,7 @@ class Weighted:
     def __call__(self, weights: np.ndarray) -> tuple[Measured, Measured]:
         said = self.said
         total = weights.sum(axis=0, dtype=np.float64)
-        means = {name: _ratio(_product(column, weights), total) for name, column in self._values.items()}
+        means = {name: metrics.ratio(_product(column, weights), total) for name, column in self._values.items()}
         areas = np.array([ranking(weights) for ranking in self._rankings])  # [C or 1, 2, b]
         of_class = {"auroc": areas[:, 0], "ap": areas[:, 1]}
         counts = (self._counts @ weights).astype(np.float64).reshape(4, -1, weights.shape[1])  # [4, C, b]
@@ -91,9 +91,9 @@ class Weighted:
         of_class |= _of_counts(*counts)
         known = counts[3].sum(axis=0)
         overall = {name: self._macro(name, values) for name, values in of_class.items()}
-        overall |= {name: _ratio(_product(column, weights), known) for name, column in self._values.items()}
+        overall |= {name: metrics.ratio(_product(column, weights), known) for name, column in self._values.items()}
         gaps = np.abs((self._gaps @ weights).astype(np.float64)).reshape(len(counts[3]), metrics.BINS, -1).sum(axis=1)
-        of_class = of_class | {"ece": _ratio(gaps, counts[3])}
+        of_class = of_class | {"ece": metrics.ratio(gaps, counts[3])}
         return overall | {"ece": self._macro("ece", of_class["ece"])}, of_class
 
     def _macro(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -102,16 +102,12 @@ class Weighted:
         return values[there].mean(axis=0) if there.any() else np.full(values.shape[1], np.nan)
 
     def _error(self, weights: np.ndarray, total: np.ndarray) -> np.ndarray:
-        return _ratio(np.abs((self._gaps @ weights).astype(np.float64)).sum(axis=0), total)
+        return metrics.ratio(np.abs((self._gaps @ weights).astype(np.float64)).sum(axis=0), total)
 
 
 def _product(column: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """sum_i column_i W_i [b] in float64."""
     return np.einsum("n,nb->b", column, weights, dtype=np.float64)
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
 class _Ranking:
@@ -147,8 +143,8 @@ class _Ranking:
         found = np.cumsum(positive[::-1], axis=0)[::-1]
         below -= negatives  # minus the negatives at score g or above
         precision = np.divide(found, found - below, out=np.zeros_like(found), where=positive > 0)
-        area = _ratio(pairs, positives.astype(np.float64) * negatives)
-        return np.stack([area, _ratio(np.einsum("gb,gb->b", positive, precision, dtype=np.float64), positives)])
+        area = metrics.ratio(pairs, positives.astype(np.float64) * negatives)
+        return np.stack([area, metrics.ratio(np.einsum("gb,gb->b", positive, precision, dtype=np.float64), positives)])
 
 
 def _rankings(said: Said) -> list[_Ranking]:
@@ -222,26 +218,18 @@ def _of_counts(there: np.ndarray, called: np.ndarray, hit: np.ndarray, known: np
     """`metrics.binary_measures` from weights of rows that are positive, called so, both, and known; any shape."""
     right = known - there - called + hit
     return {
-        "sensitivity": _ratio(hit, there),
-        "specificity": _ratio(right, known - there),
-        "ppv": _ratio(hit, called),
-        "npv": _ratio(right, known - called),
-        "f1": _ratio(2 * hit, there + called),
-        "accuracy": _ratio(hit + right, known),
+        "sensitivity": metrics.ratio(hit, there),
+        "specificity": metrics.ratio(right, known - there),
+        "ppv": metrics.ratio(hit, called),
+        "npv": metrics.ratio(right, known - called),
+        "f1": metrics.ratio(2 * hit, there + called),
+        "accuracy": metrics.ratio(hit + right, known),
     }
 
 
 def _of_classes(there: np.ndarray, called: np.ndarray, hit: np.ndarray, _: np.ndarray) -> Measured:
     """`metrics.per_class`, [C, b]."""
-    total = there.sum(axis=0)
-    precision = _ratio(hit, called)
-    precision[(called == 0) & (there > 0)] = 0.0
-    return {
-        "precision": precision,
-        "recall": _ratio(hit, there),
-        "specificity": _ratio(total - there - called + hit, total - there),
-        "f1": _ratio(2 * hit, there + called),
-    }
+    return metrics.class_measures(hit, there, called, there.sum(axis=0))
 
 
 def _kappa(squared: np.ndarray, counts: np.ndarray) -> np.ndarray:

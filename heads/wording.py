@@ -8,7 +8,8 @@ from typing import Any
 from heads.metrics import METRICS
 from heads.origin import setting_words
 from heads.runs import Run
-from heads.sections import COUNTS, title_of
+from heads.sections import COUNTS
+from heads.tables import number, title
 
 COSTS = {
     "parameters": "parameters",
@@ -23,13 +24,9 @@ def filters_for(task: str) -> dict[str, Callable[..., Any]]:
     return {
         "num": number, "signed": signed, "pvalue": pvalue, "count": count_words, "percent": percent, "plural": plural,
         "cost": cost_words, "cost_title": COSTS.get, "count_title": COUNTS.get, "setting": setting_words,
-        "title": lambda m: title_of(m, task), "class_title": lambda m: title_of(m, "binary") if m in METRICS else m,
+        "title": lambda m: title(m, task), "class_title": lambda m: title(m, "binary") if m in METRICS else m,
         "higher": lambda m: METRICS[m].higher,
     }  # fmt: skip
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def signed(value: float | None) -> str:
