@@ -30,7 +30,12 @@ EXTRACTION = (  # which images, which backbone, which store: what `extract` and 
         metavar="NAME",
         help="An alias (see info), hf:REPO, a folder, torchvision:NAME, python:MODULE:FACTORY (your own).",
     ),
-    click.option("--data", default="digits", metavar="SOURCE", help="Folder, CSV or Parquet table, .npz, or digits."),
+    click.option(
+        "--data",
+        default="digits",
+        metavar="SOURCE",
+        help="Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle:OWNER/SET, or digits.",
+    ),
     click.option("--outputs", metavar="NAMES", help="cls,tokens,… [default: the backbone's vector and tokens]"),
     click.option("--name", metavar="VIEW", help="Name of the view. [default: that of the data]"),
     click.option("--weights", metavar="PATH", help="A folder or file with the backbone's weights."),

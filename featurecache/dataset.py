@@ -10,10 +10,11 @@ import os
 import re
 import stat
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -30,10 +31,25 @@ _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _LONGEST_NAME = 80  # characters: with .h5 behind it and four bytes each still a file name (255 bytes)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """One of several images in a file: the bytes of the whole file, and the number of the image, from 0."""
+
+    data: bytes = field(repr=False)
+    number: int
+    hashed: Any = field(repr=False, compare=False)  # BLAKE2b of ``data``, which its frames have in common
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+Stored = bytes | Frame | np.ndarray  # an image as its source has it: encoded, or an array
+
+
 class Images(Protocol):
     """Where the images of a dataset are read from."""
 
-    def read(self, row: int) -> bytes | np.ndarray: ...
+    def read(self, row: int) -> Stored: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +78,13 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def read(self, row: int) -> bytes | np.ndarray:
+    def read(self, row: int) -> Stored:
         """The encoded bytes of a file, or an array [H, W], [H, W, 1] or [H, W, 3]. Raises UnreadableImage."""
         return self.images.read(row)
 
     def path(self, row: int) -> str | None:
-        """The file that holds this image alone; None where images are arrays."""
-        return self.images.path(row) if isinstance(self.images, Files) else None
+        """The file of this image (and, of DICOM, of its other frames); None where it lies in an archive of many."""
+        return self.images.path(row) if isinstance(self.images, Files) and not self.images.archived else None
 
     def shown(self, row: int) -> str:
         """By what a person at this machine finds an image: its id; where ids are hashed, its path."""
@@ -81,25 +97,47 @@ class Files:
 
     root: str
     ids: list[str] = field(repr=False)
+    archived: ClassVar[bool] = False  # whether a file is an archive of many images
 
     def path(self, row: int) -> str:
         return os.path.join(self.root, self.ids[row])
 
-    def read(self, row: int) -> bytes:
-        path = self.path(row)
-        try:
-            descriptor = os.open(path, _READ)
-            try:
-                status = os.fstat(descriptor)
-                if stat.S_ISREG(status.st_mode):
-                    return _whole(descriptor, status.st_size)
-            finally:
-                os.close(descriptor)
-        except FileNotFoundError:
-            raise UnreadableImage("a link to a file that is gone" if os.path.islink(path) else "no such file") from None
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-            raise UnreadableImage(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
-        raise UnreadableImage("not a file")
+    def read(self, row: int) -> bytes | Frame:
+        return read_file(self.path(row))
+
+
+def read_file(path: str) -> bytes:
+    """A file's bytes. Raises UnreadableImage."""
+    with opened(path) as (descriptor, status), named_failures(path):
+        return _whole(descriptor, status.st_size)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[tuple[int, os.stat_result]]:
+    """The descriptor and the stat of a regular file; nothing else is opened. Raises UnreadableImage."""
+    with named_failures(path):
+        descriptor = os.open(path, _READ)
+    try:
+        with named_failures(path):
+            status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImage("not a file")
+        yield descriptor, status
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def named_failures(path: str) -> Iterator[None]:
+    """What the system says of a file, as UnreadableImage."""
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except FileNotFoundError:
+        raise UnreadableImage("a link to a file that is gone" if os.path.islink(path) else "no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise UnreadableImage(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def _whole(descriptor: int, size: int) -> bytes:
@@ -124,6 +162,17 @@ class Arrays:
         starts = [0, *accumulate(len(part) for part in self.parts)]
         part = bisect_right(starts, row) - 1
         return np.asarray(self.parts[part][row - starts[part]])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Images inside other files, read one by one by ``read_row``; ``files`` are those that hold all of them."""
+
+    read_row: Callable[[int], Stored] = field(repr=False)
+    files: tuple[str, ...]  # while they are unchanged, so is every row
+
+    def read(self, row: int) -> Stored:
+        return self.read_row(row)
 
 
 def safe_name(text: str) -> str:
@@ -161,6 +210,16 @@ def split_names(words: Sequence[str], wrong: Callable[[int, str], SourceError]) 
         if word and word.lower() not in SPLITS:
             raise wrong(row, word)
     return [SPLITS[word.lower()] if word else "" for word in words]
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """``names`` with a number behind each that stood there before: two classes may not share a name."""
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return found if len(set(found)) == len(found) else distinct(found)
 
 
 def class_labels(values: Sequence[str], classes: Sequence[str]) -> np.ndarray:

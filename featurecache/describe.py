@@ -191,12 +191,12 @@ def _facts(found: Description) -> list[str]:
         facts.append(("pixels", " · ".join(f"{kind} {count:,}" for kind, count in found.kinds.items())))
     facts += [("unreadable", f"{name}: {reason}") for name, reason in found.unreadable[:5]]
     if found.copies is not None:
-        facts.append(("copies", _copies_text(found.copies)))
+        facts.append(("copies", copies_text(found.copies)))
     facts += [("note", note) for note in found.notes]
     return [f"{name:<12}{text}" for name, text in facts]
 
 
-def _copies_text(copies: Copies) -> str:
+def copies_text(copies: Copies) -> str:
     if not copies.total:
         return "none"
     within = [f"{count:,} within {split}" for split, count in copies.within.items() if count and split]

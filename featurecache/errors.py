@@ -28,6 +28,10 @@ class UnknownHead(UnknownName):
     """No head is called that."""
 
 
+class UnknownStudy(UnknownName):
+    """No study, and no step of one, is called that."""
+
+
 class UnknownOutput(UnknownName):
     """No output is called that."""
 
@@ -50,6 +54,10 @@ class PreprocessingRefused(FeatureCacheError, ValueError):
 
 class SourceError(FeatureCacheError, ValueError):
     """The images or their table are not as they have to be."""
+
+
+class NotFetched(SourceError):
+    """A published data set whose files are not on this machine."""
 
 
 class UnreadableImage(FeatureCacheError, ValueError):
@@ -88,6 +96,10 @@ class CannotWrite(FeatureCacheError, OSError):
     """The disk is full, read-only or gone; what was committed is safe."""
 
 
+class Stopped(FeatureCacheError):
+    """Ctrl-C; what is finished is safe."""
+
+
 class BadOption(FeatureCacheError, ValueError):
     """Options that contradict each other or the data."""
 
@@ -98,6 +110,10 @@ class ProtocolError(FeatureCacheError, ValueError):
 
 class RunError(FeatureCacheError, ValueError):
     """A run folder that is missing, incomplete or in the way."""
+
+
+class StepFailed(FeatureCacheError, RuntimeError):
+    """A step of a study did not succeed; what came before it is kept."""
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> str:

@@ -14,15 +14,18 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from featurecache.dataset import SPLITS, Dataset, Files, class_labels, few, safe_name, settle_task, source_record
+from featurecache.dicom_files import EXTENSIONS as DICOM
+from featurecache.dicom_files import named_like, starts_like
 from featurecache.errors import SourceError
 
 # What the formats of featurecache.images are called on a disk.
 EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp",
-    ".jpe", ".jfif", ".pgm", ".ppm", ".pbm", ".pnm",
+    ".jpe", ".jfif", ".pgm", ".ppm", ".pbm", ".pnm", *DICOM,
 )  # fmt: skip
 _EXTENSIONS = frozenset(EXTENSIONS)
 _NOT_DATA = ("__MACOSX",)  # beside what begins with a dot
@@ -38,15 +41,15 @@ class _Tree:
     loops: list[str] = field(default_factory=list)
 
 
-def open_folder(data: str, asked: str | None) -> Dataset:
-    """The dataset in the folder ``data`` (an absolute path)."""
+def open_folder(data: str, asked: str | None, *, without: Sequence[str] = ()) -> Dataset:
+    """The dataset in the folder ``data`` (an absolute path); ``without`` names entries of it that are left out."""
     tree = _Tree()
-    _walk(data, "", (), tree)
+    _walk(data, "", (), tree, frozenset(without))
     if not tree.ids:
         raise SourceError(_why_empty(data, tree))
     for image in tree.ids:
         if not image.isascii():
-            _refuse_undecodable(data, image)
+            refuse_undecodable(data, image)
     tree.ids.sort()  # by code points, which for UTF-8 is the order of the bytes
     splits, names = _layout(data, tree)
     classes = sorted(set(names) - {""})
@@ -69,14 +72,22 @@ def open_folder(data: str, asked: str | None) -> Dataset:
     )
 
 
-def _refuse_undecodable(data: str, image: str) -> None:
+def refuse_undecodable(data: str, image: str) -> None:
     try:
         image.encode()
     except UnicodeEncodeError:
         raise SourceError(f"the name of {image!r} in {data} is not UTF-8; rename it.") from None
 
 
-def _walk(folder: str, below: str, parents: tuple[tuple[int, int], ...], tree: _Tree) -> None:
+def is_image(name: str) -> bool:
+    """By its ending."""
+    dot = name.rfind(".")
+    return dot > 0 and name[dot:].lower() in _EXTENSIONS
+
+
+def _walk(
+    folder: str, below: str, parents: tuple[tuple[int, int], ...], tree: _Tree, without: frozenset[str] = frozenset()
+) -> None:
     """Add what lies in ``folder`` to ``tree``. No file is opened; where the listing tells files from folders, none is
     even looked at (a second or so for 100,000)."""
     inner = []
@@ -89,13 +100,13 @@ def _walk(folder: str, below: str, parents: tuple[tuple[int, int], ...], tree: _
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith(".") or name in _NOT_DATA:
+                if name.startswith(".") or name in _NOT_DATA or name in without:
                     continue
                 dot = name.rfind(".")
                 extension = name[dot:].lower() if dot > 0 else ""
                 if _is_folder(entry):
                     inner.append(name)
-                elif extension in _EXTENSIONS:
+                elif extension in _EXTENSIONS or (named_like(name) and starts_like(os.path.join(folder, name))):
                     tree.ids.append(below + name)
                 else:
                     tree.ignored[extension] += 1

@@ -16,6 +16,21 @@ _ORIENTATION = 0x0112  # Exif 2.32, table 4
 _BASELINE_TO_PROGRESSIVE = (0xC0, 0xC1, 0xC2)  # the Huffman-coded DCT processes (ITU-T T.81, table B.1)
 
 
+_NOT_DICOM = (b"\xff\xd8\xff", PNG, b"GIF8", b"RIFF")
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether bytes are a DICOM file (PS3.10, 7.1: 128 bytes for anybody's use, then "DICM").
+
+    Some scanners and slides make use of them to be a TIFF at once: that is DICOM, and `is_dicom_and_tiff`.
+    """
+    return data[128:132] == b"DICM" and not data.startswith(_NOT_DICOM)
+
+
+def is_dicom_and_tiff(data: bytes) -> bool:
+    return is_dicom(data) and data.startswith(_TIFF)
+
+
 class Jpeg(NamedTuple):
     """The frame header of a JPEG, its EXIF orientation (1 = upright) and whether the file has its end."""
 
@@ -111,6 +126,51 @@ def _tiff_has_second(data: bytes) -> bool:
     except (struct.error, OverflowError):
         return False
     return bool(second)
+
+
+class Tiff(NamedTuple):
+    """What the first directory of a TIFF says of its pixels (TIFF 6.0, section 8; the first value of each tag)."""
+
+    bits: int  # of a sample
+    samples: int  # of a pixel
+    photometric: int  # 0: white is zero, 1: black is zero, 2: RGB, ...
+    format: int  # 1: unsigned, 2: signed, 3: floating-point, ...
+    big_endian: bool
+    big: bool
+    photometric_at: int  # place of that value in the file
+
+
+def tiff(data: bytes) -> Tiff | None:
+    """None where the bytes are no TIFF, or its first directory cannot be read."""
+    if data[:4] not in _TIFF:
+        return None
+    order, big = ("<" if data[:2] == b"II" else ">"), data[2:4] in (b"+\0", b"\0+")
+    count, width, entry = ("Q", 8, 20) if big else ("H", 2, 12)
+    found = {258: 1, 277: 1, 262: 1, 339: 1, 0: 0}
+    try:
+        (at,) = struct.unpack_from(order + ("Q" if big else "L"), data, 8 if big else 4)
+        (entries,) = struct.unpack_from(order + count, data, at)
+        for place in range(at + width, at + width + entry * min(entries, 4096), entry):
+            tag, kind = struct.unpack_from(order + "HH", data, place)
+            (length,) = struct.unpack_from(order + ("Q" if big else "L"), data, place + 4)
+            if tag in found and kind == 3:  # SHORT: beside the tag as long as they fit
+                value_at = place + (12 if big else 8)
+                if length > (4 if big else 2):
+                    (value_at,) = struct.unpack_from(order + ("Q" if big else "L"), data, value_at)
+                (found[tag],) = struct.unpack_from(order + "H", data, value_at)
+                found[0] = value_at if tag == 262 else found[0]
+    except (struct.error, OverflowError):
+        return None
+    return Tiff(found[258], found[277], found[262], found[339], order == ">", big, found[0])
+
+
+def black_is_zero(data: bytes) -> bytes | None:
+    """A grey TIFF whose 0 is white with a header that says the opposite; None where it is no such thing."""
+    found = tiff(data)
+    if found is None or found.photometric != 0 or not found.photometric_at or found.samples != 1:
+        return None
+    value = struct.pack(">H" if found.big_endian else "<H", 1)
+    return data[: found.photometric_at] + value + data[found.photometric_at + 2 :]
 
 
 def _gif_images(data: bytes) -> int:

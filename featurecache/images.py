@@ -2,17 +2,19 @@
 
 The rules (``DECODING`` is their version; it is part of what a cache is keyed by):
 
-1. Formats: JPEG, PNG, TIFF, BMP, GIF, WebP and PNM, told by their content, never by the file's name.
+1. Formats: JPEG, PNG, TIFF, BMP, GIF, WebP, PNM and DICOM (its own rules: `featurecache.dicom`), told by their content,
+   never by the file's name.
 2. 8-bit grey is repeated into the three channels. 1-, 2- and 4-bit grey spans the full range first.
 3. 16-bit samples v, grey or RGB, become round(v / 257): the full scale of the format onto 0..255, never stretched to
    the values that occur (a 12-bit image in a 16-bit file comes out dark; a TIFF that declares 12 bits does not). A
-   TIFF whose 0 is white is turned over first.
+   TIFF whose 0 is white is turned over first. (Of compressed TIFF with a plane for each colour Pillow gives only the
+   upper byte: at most one level away.)
 4. Palettes are looked up. Alpha is dropped: the colour that stands beneath it is what counts.
 5. CMYK, YCCK and YCbCr become RGB as Pillow does it; colour profiles are not applied.
 6. The EXIF orientation (for a TIFF: its own) is applied; one that cannot be read counts as upright.
-7. Of several images in a file the first is taken.
-8. Refused by name: 32-bit and floating-point pixels (nothing says what their white is), other colour spaces, more
-   than ``MAX_PIXELS`` pixels, a file that stops before its end even where a decoder would fill the rest with grey.
+7. Of several images in a file the first is taken; of DICOM any frame, by its number.
+8. Refused by name: 32-bit, signed and floating-point pixels (nothing says what their white is), other colour spaces,
+   more than ``MAX_PIXELS`` pixels, a file that stops before its end even where a decoder would fill the rest with grey.
 
 JPEG goes through torchvision's operator, which gives Pillow's pixels to the bit in half the time and without the GIL.
 PNG does not: Pillow is as fast there, and torchvision 0.29 ends the interpreter with SIGSEGV on a PNG whose data are
@@ -32,7 +34,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurecache import headers
+from featurecache import dicom, headers
+from featurecache.dataset import Frame, Stored
 from featurecache.errors import UnreadableImage
 
 DECODING = 1
@@ -41,6 +44,8 @@ FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # others are not
 
 _PILLOW_MODULES = re.compile(r"PIL\.")
 _QUIET = ("ignore", None, Warning, _PILLOW_MODULES, 0)
+_NO_WHITE = "which have no fixed white; save it with 8 or 16 bits a sample"
+_WHITE_IS_ZERO = "featurecache: white is zero"
 _MODE_NAMES = {
     "1": "1-bit", "L": "grey", "LA": "grey + alpha", "P": "palette", "PA": "palette + alpha", "RGB": "RGB",
     "RGBA": "RGB + alpha", "I": "32-bit grey", "F": "float grey",
@@ -49,26 +54,34 @@ _MODE_NAMES = {
 _MAGIC = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF", b"GIF8": "GIF", b"RIFF": "WebP"}
 
 
-def digest(data: bytes | np.ndarray, frame: int | None = None) -> str:
+def digest(data: Stored, frame: int | None = None) -> str:
     """The identity of an image: 32 hex digits, BLAKE2b-128.
 
     Of the encoded bytes and, where a file holds several images, the number of the ``frame`` (default: the first, 0);
-    of an array of dtype, shape and bytes.
+    of an array of dtype, shape and bytes. Raises UnreadableImage for DICOM whose header cannot be read.
     """
     if isinstance(data, np.ndarray):
         plain = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("<"))
         found = hashlib.blake2b(f"{plain.dtype.str} {list(plain.shape)} ".encode(), digest_size=16)
         found.update(plain.data)
         return found.hexdigest()
-    found = hashlib.blake2b(data, digest_size=16)
-    if frame is None and headers.holds_several(data):
-        frame = 0
+    if isinstance(data, Frame):
+        found, frame = data.hashed.copy(), data.number
+    else:
+        found = hashlib.blake2b(data, digest_size=16)
+        frame = 0 if frame is None and _holds_several(data) else frame
     if frame is not None:
         found.update(b" frame %d" % frame)
     return found.hexdigest()
 
 
-def decode(data: bytes | np.ndarray) -> torch.Tensor:
+def _holds_several(data: bytes) -> bool:
+    if headers.is_dicom(data):  # one that is a TIFF at once was read as that before DICOM was known here
+        return headers.is_dicom_and_tiff(data) or dicom.read_header(data).frames > 1
+    return headers.holds_several(data)
+
+
+def decode(data: Stored) -> torch.Tensor:
     """One image as uint8 [3, H, W], RGB, by the rules above; of any memory layout.
 
     Raises UnreadableImage with the reason alone ("truncated after 12,288 bytes"). May be called from many threads at
@@ -76,13 +89,17 @@ def decode(data: bytes | np.ndarray) -> torch.Tensor:
     """
     if isinstance(data, np.ndarray):
         return _channels_first(_eight_bits(_checked(data)))
+    if isinstance(data, Frame):
+        return _channels_first(dicom.decode(data.data, data.number))
     if not data:
         raise UnreadableImage("zero bytes")
+    if headers.is_dicom(data):
+        return _channels_first(dicom.decode(data))
     header = headers.jpeg(data)
     try:
         if header is None:
             return _by_pillow(data)
-        _refuse_bombs(header.width, header.height)
+        refuse_bombs(header.width, header.height)
         if not header.complete:
             raise UnreadableImage(f"truncated after {len(data):,} bytes")
         return _plain_jpeg(data, header.orientation) if header.plain else _by_pillow(data)
@@ -92,14 +109,17 @@ def decode(data: bytes | np.ndarray) -> torch.Tensor:
         raise UnreadableImage(_reason(data, error)) from error
 
 
-def look(data: bytes | np.ndarray) -> tuple[int, int, str]:
+def look(data: Stored) -> tuple[int, int, str]:
     """(width, height in pixels as stored, kind of pixels) from the header alone. Raises UnreadableImage."""
     if isinstance(data, np.ndarray):
         data = _checked(data)
         kind = "RGB" if data.ndim == 3 and data.shape[2] == 3 else "grey"
         return data.shape[1], data.shape[0], kind if data.dtype.itemsize == 1 else f"16-bit {kind}"
+    data = data.data if isinstance(data, Frame) else data
     if not data:
         raise UnreadableImage("zero bytes")
+    if headers.is_dicom(data):
+        return dicom.look(data)
     try:
         image = _open(data)
     except Exception as error:  # as in decode
@@ -107,8 +127,10 @@ def look(data: bytes | np.ndarray) -> tuple[int, int, str]:
     rawmode = str(_rawmode(image))
     kind = _MODE_NAMES.get("LA" if rawmode.startswith("LA") else image.mode, image.mode)
     if image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I"):
-        return image.width, image.height, "16-bit grey"
-    return image.width, image.height, f"16-bit {kind}" if ";16" in rawmode else kind
+        kind = "16-bit grey"
+    elif ";16" in rawmode:
+        kind = f"16-bit {kind}"
+    return image.width, image.height, f"{kind}, the first of several" if headers.holds_several(data) else kind
 
 
 def _plain_jpeg(data: bytes, orientation: int) -> torch.Tensor:
@@ -137,14 +159,14 @@ def _jpeg_operator() -> Any:
 def _by_pillow(data: bytes) -> torch.Tensor:
     """Everything else to uint8 [3, H, W]."""
     image = _open(data)
-    _refuse_bombs(*image.size)
+    refuse_bombs(*image.size)
     if headers.is_cut_off(data):
         raise UnreadableImage(f"truncated after {len(data):,} bytes")
     if image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I"):  # PNM above 8 bits: scaled to 16
         pixels = _grey_16(image)
-    elif image.mode in ("I", "F"):
+    elif image.mode in ("I", "F") or (image.format == "TIFF" and 2 in image.tag_v2.get(339, ())):  # SampleFormat
         kind = "floating-point" if image.mode == "F" else "32-bit or signed integer"
-        raise UnreadableImage(f"{kind} pixels, which have no fixed white; save it with 8 or 16 bits a sample")
+        raise UnreadableImage(f"{kind} pixels, {_NO_WHITE}")
     elif _bits(image) == 16:
         pixels = _colour_16(data, image)
     else:
@@ -156,10 +178,22 @@ def _by_pillow(data: bytes) -> torch.Tensor:
 def _open(data: bytes) -> Any:
     from PIL import Image
 
-    # In place: warnings.catch_warnings would exchange the process-wide list under the feet of other threads.
+    quiet_pillow()
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        turned = headers.black_is_zero(data)  # Pillow reads some deep grey only where 0 is black
+        if turned is None:
+            raise
+        image = Image.open(io.BytesIO(turned), formats=("TIFF",))
+        image.info[_WHITE_IS_ZERO] = True
+        return image
+
+
+def quiet_pillow() -> None:
+    """In place: warnings.catch_warnings would exchange the process-wide list under the feet of other threads."""
     if _QUIET not in warnings.filters:
         warnings.filterwarnings("ignore", module=_PILLOW_MODULES.pattern)
-    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _rawmode(image: Any) -> str | None:
@@ -179,7 +213,7 @@ def _grey_16(image: Any) -> np.ndarray:
     """uint8 [H, W] of 16-bit (TIFF: or 12-bit) grey."""
     values = np.asarray(image)
     white = 4095 if image.format == "TIFF" and _bits(image) == 12 else 65535
-    if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # PhotometricInterpretation: WhiteIsZero
+    if image.format == "TIFF" and (image.tag_v2.get(262) == 0 or image.info.get(_WHITE_IS_ZERO)):
         values = white - values
     return _eight_bits(values, white)
 
@@ -246,7 +280,7 @@ def _checked(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _refuse_bombs(width: int, height: int) -> None:
+def refuse_bombs(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise UnreadableImage(f"{width:,}×{height:,} pixels; more than {MAX_PIXELS:,} are refused (decompression bomb)")
 
@@ -262,6 +296,8 @@ def _reason(data: bytes, error: Exception) -> str:
         said = (str(error).splitlines() or [""])[0]
         said = re.sub(r"^\w+, \S+:\d+, ", "", said)  # torch puts the operator and the line of its source in front
         return f"cannot be decoded ({said.strip() or type(error).__name__})"
+    if tiff := headers.tiff(data):
+        return _reason_of_tiff(tiff, len(data))
     for magic, name in _MAGIC.items():
         if data.startswith(magic):
             return f"a {name} file whose header cannot be read ({len(data):,} bytes)"
@@ -269,3 +305,15 @@ def _reason(data: bytes, error: Exception) -> str:
     if start.isascii() and start.decode("ascii", "replace").isprintable():
         return f'not an image (starts with "{start.decode("ascii")}")'
     return f"not an image this reads (starts with the bytes {data[:8].hex(' ')})"
+
+
+def _reason_of_tiff(tiff: headers.Tiff, size: int) -> str:
+    """Why a TIFF that has a directory is not read all the same."""
+    if tiff.format != 1 or tiff.bits > 16:
+        kind = "floating-point" if tiff.format == 3 else "32-bit or signed integer"
+        return f"{kind} pixels, {_NO_WHITE}"
+    if tiff.big and tiff.big_endian:
+        return "a BigTIFF of big-endian byte order, which Pillow does not read; save it little-endian"
+    if tiff.bits not in (1, 2, 4, 8, 16) or tiff.samples > 1:
+        return f"a TIFF of {tiff.samples} × {tiff.bits} bits a pixel, which Pillow does not read; save it as PNG"
+    return f"a TIFF file whose header cannot be read ({size:,} bytes)"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from featurecache import images as _images
-from featurecache.dataset import Arrays, Dataset, Files
+from featurecache.dataset import Arrays, Dataset, Files, Rows, Stored
 from featurecache.describe import LOOKED_AT, spread
 from featurecache.engines import ahead
 from featurecache.errors import SourceError, UnreadableImage
@@ -163,7 +163,7 @@ class _Reading:
         return digests, failures, headers
 
 
-def _header(data: bytes | np.ndarray) -> Look | str:
+def _header(data: Stored) -> Look | str:
     try:
         return _images.look(data)
     except UnreadableImage as error:
@@ -216,12 +216,29 @@ def _see(dataset: Dataset, memory: Memory, secret: bytes, pool: ThreadPoolExecut
         for part, found in _in_turn(ask, parts, pool, 64, _STATS * 20e-6):
             keys[part] = _keys(images.root, images.ids[part], secret)
             stats[part], settled[part] = found
-    elif isinstance(images, Arrays) and images.file is not None:
-        keys = _keys(images.file, [str(row) for row in range(len(dataset))], secret)
-        stats, settled = (np.repeat(column, len(dataset)) for column in _stats("", [images.file]))
+    elif isinstance(images, Arrays | Rows) and (files := _holders(images)):
+        keys = _keys("\0".join(files), [str(row) for row in range(len(dataset))], secret)
+        stats, settled = (np.repeat(column, len(dataset)) for column in _stats_of_all(files))
     else:
         keys, stats, settled = np.zeros(0, np.int64), np.zeros(0, STAT), np.zeros(0, bool)
     return Seen(memory, keys, stats, settled)
+
+
+def _holders(images: Arrays | Rows) -> tuple[str, ...]:
+    """The files that hold the rows of all images; none where nobody knows."""
+    if isinstance(images, Rows):
+        return images.files
+    return () if images.file is None else (images.file,)
+
+
+def _stats_of_all(files: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """One stat, STAT [1], for files that hold images together: another as soon as one of them has another."""
+    stats, settled = _stats("", files)
+    if len(files) > 1 and (stats["size"] >= 0).all():
+        together = int.from_bytes(hashlib.blake2b(stats.tobytes(), digest_size=8).digest(), "little")
+        sums = (stats["size"].sum(), stats["mtime"].max(), stats["ctime"].max(), together)
+        return np.array([sums], STAT), np.array([settled.all()])
+    return stats[:1] if len(files) == 1 else np.array([(-1, 0, 0, 0)], STAT), np.array([settled.all()])
 
 
 def _keys(root: str, names: Sequence[str], secret: bytes) -> np.ndarray:
@@ -237,7 +254,7 @@ def _keys(root: str, names: Sequence[str], secret: bytes) -> np.ndarray:
 
 
 def _stats_of(images: Files, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-    return _stats(images.root, images.ids[rows])
+    return _stats("", [images.path(row) for row in range(rows.start, min(rows.stop, len(images.ids)))])
 
 
 def _stats(root: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

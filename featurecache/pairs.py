@@ -6,10 +6,9 @@ import io
 from collections.abc import Callable
 from pathlib import PurePosixPath
 
-import numpy as np
 from PIL import Image, ImageDraw
 
-from featurecache.dataset import Dataset
+from featurecache.dataset import Dataset, Stored
 from featurecache.errors import BadOption, UnreadableImage
 from featurecache.findings import extent, heading, remark, words_of
 from featurecache.images import digest
@@ -72,7 +71,7 @@ def _pair(
     view: View,
     finding: Finding,
     number: int,
-    read: Callable[[int], bytes | np.ndarray],
+    read: Callable[[int], Stored],
 ) -> None:
     x, y = corner
     for side, row in enumerate(finding.rows[number].tolist()):
@@ -86,7 +85,7 @@ def _pair(
     write(pen, (x, y + CELL + 2 + 3 * LINE), remark(view, finding, number), 11, INK, _WIDTH)
 
 
-def _read(view: View, dataset: Dataset, place: dict[str, int], row: int) -> bytes | np.ndarray:
+def _read(view: View, dataset: Dataset, place: dict[str, int], row: int) -> Stored:
     if view.ids[row] not in place:
         raise UnreadableImage("not among the images any more")
     data = dataset.read(place[view.ids[row]])

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.dataset import Dataset, few
+from featurecache.dicom_files import PLAIN_PATIENTS
 from featurecache.errors import BadOption, CannotWrite, SourceError
 
 VARIABLE = "FEATURECACHE_SECRET"
@@ -131,11 +132,12 @@ def hidden(dataset: Dataset, secret: Secret, *, ids: bool, groups: bool) -> Data
     notes = [f"Further columns hold what is hashed and are hashed too: {few(changed)}."] if changed else []
     if groups and not ids and _tells(_own_groups(dataset), dataset.ids, False):
         notes.append("The ids still name the groups: --hash-ids hides them too.")
+    said = [note for note in dataset.notes if not groups or note != PLAIN_PATIENTS]
     flags = {"hash_ids": ids, "hash_groups": groups}
     kept = {key: True for key, yes in flags.items() if yes}
     return replace(
         dataset, ids=names, groups=_hidden_groups(dataset, secret, names, ids, groups), meta=meta,
-        source={**dataset.source, **kept, "secret": secret.check}, notes=(*dataset.notes, *notes),
+        source={**dataset.source, **kept, "secret": secret.check}, notes=(*said, *notes),
     )  # fmt: skip
 
 
@@ -154,8 +156,8 @@ def _hidden_groups(dataset: Dataset, secret: Secret, names: list[str], ids: bool
         return None
     if groups:
         return [_hash(secret.value, _GROUP, group) for group in dataset.groups]
-    rows = zip(dataset.groups, dataset.ids, names, strict=True)
-    return [name if group == image else group for group, image, name in rows]
+    hashed = dict(zip(dataset.ids, names, strict=True))  # frames of a file without a patient bear the id of the first
+    return [hashed.get(group, group) for group in dataset.groups]
 
 
 def _hidden_columns(dataset: Dataset, secret: Secret, ids: bool, groups: bool) -> tuple[dict[str, Any], list[str]]:
@@ -173,8 +175,8 @@ def _hidden_columns(dataset: Dataset, secret: Secret, ids: bool, groups: bool) -
 
 def _own_groups(dataset: Dataset) -> list[str]:
     """Groups, empty where an image has none and so bears its own id there."""
-    groups = dataset.groups or [""] * len(dataset)
-    return ["" if group == image else group for group, image in zip(groups, dataset.ids, strict=True)]
+    own = set(dataset.ids)
+    return ["" if group in own else group for group in dataset.groups or [""] * len(dataset)]
 
 
 def _cells(column: list[str] | np.ndarray) -> list[str]:

@@ -20,6 +20,9 @@ import torch
 from featurecache import canary
 from featurecache import images as _images
 from featurecache.again import Again
+from featurecache.costs import NAME as COST
+from featurecache.costs import forget_cost
+from featurecache.dataset import Stored
 from featurecache.errors import CacheError, Drift, FeatureCacheError, SourceError, UnreadableImage
 from featurecache.files import open_regular, writing
 from featurecache.locks import alone
@@ -201,7 +204,7 @@ class _Mender:
         tokens = self._layouts.get(output.source) if output.derived else None
         return tokens if tokens is not None and tokens.grid is not None else None
 
-    def _image(self, known: Named, digest: bytes) -> bytes | np.ndarray:
+    def _image(self, known: Named, digest: bytes) -> Stored:
         """The image of a row, found by the ids that views have for it. Raises UnreadableImage with the reason."""
         reason = "no view names it"
         for view, rows in known.parts:
@@ -216,7 +219,7 @@ class _Mender:
                 reason = "the file of this name holds another image now"
         raise UnreadableImage(reason)
 
-    def _read(self, view: View, sample: str) -> bytes | np.ndarray:
+    def _read(self, view: View, sample: str) -> Stored:
         if view.path not in self._datasets:
             try:
                 dataset: Dataset | str = reopen(view.source)
@@ -328,6 +331,9 @@ class _Mender:
     def _mend_small(self, path: Path, named: dict[Path, Named], broken: set[Path]) -> bool:
         if path == self.store.path / "plan.json":
             return self._mend_plan(broken)
+        if path == self.store.path / COST:
+            forget_cost(self.store.path)  # nothing is made of it; the next extraction measures anew
+            return True
         return path == canary.canary_path(self.store) and self._mend_canary(named)
 
     def _mend_plan(self, broken: set[Path]) -> bool:
@@ -373,7 +379,7 @@ def _bad(known: Named) -> _Bad:
     return _Bad(known, known.digests[first], numbers, known.checksums[first], known.errors[first], whole[first])
 
 
-def _as_named(view: View, row: int, data: bytes | np.ndarray) -> bytes | np.ndarray | None:
+def _as_named(view: View, row: int, data: Stored) -> Stored | None:
     """The image of a row, or its augmented copy, uint8 [H,W,3], made again; None where ``data`` is another image's."""
     digest, version = _images.digest(data).encode(), 0 if view.versions is None else int(view.versions[row])
     if version == 0 or view.augmented is None:

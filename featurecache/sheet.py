@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from featurecache.dataset import Dataset
+from featurecache.dataset import Dataset, Stored
 from featurecache.describe import has_label, lacks_label, spread
 from featurecache.errors import UnreadableImage
 from featurecache.images import decode
@@ -87,15 +87,21 @@ def _sections(dataset: Dataset) -> list[tuple[str, str, list[tuple[str, np.ndarr
 def _captions(pen: ImageDraw.ImageDraw, dataset: Dataset, rows: np.ndarray) -> list[str]:
     """Names of files without folder and ending; where they are too long, without what they begin with in common."""
     ids = [_printable(dataset.ids[row]) for row in rows]
-    names = [PurePosixPath(name).stem if dataset.path(0) else name.rsplit(":", 1)[-1] for name in ids]
+    names = [_stem(name) if dataset.path(0) else name.rsplit(":", 1)[-1] for name in ids]
     common = len(os.path.commonprefix(names)) if len(names) > 1 else 0  # noqa: RUF071 (characters are meant)
     if common > 1 and any(pen.textlength(name, font(11)) > CELL for name in names):
         names = [f"…{name[common:]}" for name in names]
     return names
 
 
+def _stem(name: str) -> str:
+    """Of a frame of DICOM with its number."""
+    file, _, frame = name.partition("#frame=")
+    return PurePosixPath(file).stem + (f" {frame}" if frame else "")
+
+
 def picture(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], read: Callable[[], bytes | np.ndarray]
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], read: Callable[[], Stored]
 ) -> None:
     """What ``read`` gives in a cell; where it raises UnreadableImage an empty frame with the reason."""
     x, y = corner

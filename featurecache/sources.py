@@ -14,13 +14,19 @@ from typing import Any
 
 import numpy as np
 
+from featurecache import hub_datasets, kaggle, medmnist_sets, torchvision_source
+from featurecache.chest_xray import is_chest_xray, open_chest_xray
 from featurecache.dataset import Arrays, Dataset, settle_task, source_record
 from featurecache.describe import contact_sheet, describe
-from featurecache.errors import SourceError, nearest
+from featurecache.dicom_files import with_frames
+from featurecache.errors import NotFetched, SourceError, nearest
 from featurecache.folders import open_folder
+from featurecache.hub_datasets import is_saved_dataset
 from featurecache.npz import open_npz
 from featurecache.privacy import hidden, known_secret
 from featurecache.tables import open_table
+from featurecache.tiny_imagenet import is_tiny_imagenet, open_tiny_imagenet
+from featurecache.webdataset import is_pattern, is_webdataset, open_webdataset
 
 __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe", "open_source", "reopen"]
 
@@ -34,7 +40,10 @@ class Source:
     form: str  # for messages
     about: str  # for the README's table
     fits: Callable[[str], bool]  # of the path, absolute; never asked of a word
-    open: Callable[[str, Columns, str | None], Dataset]  # path, columns, task
+    open: Callable[[str, Columns, str | None], Dataset]  # path, or what stands behind the prefix; columns, task
+    prefix: str = ""  # of a data set that is named and lies where its tool puts it
+    fetch: Callable[[str], None] | None = None  # asked once, where ``open`` raised NotFetched
+    columns: bool = False  # whether --column says something about it
 
 
 def _digits(_: str, columns: Columns, task: str | None) -> Dataset:
@@ -63,57 +72,113 @@ def _digits(_: str, columns: Columns, task: str | None) -> Dataset:
     )
 
 
+def _never(path: str) -> bool:
+    return False
+
+
 SOURCES: dict[str, Source] = {
     "digits": Source(
-        "the word digits", "scikit-learn's 1,797 handwritten digits: needs nothing",
-        lambda path: False, _digits,
+        "the word digits", "scikit-learn's 1,797 handwritten digits: needs nothing", _never, _digits,
+    ),
+    "tiny-imagenet": Source(
+        "a folder of Tiny ImageNet", "as it is unpacked: val by `val_annotations.txt`, names by `words.txt`",
+        is_tiny_imagenet, lambda path, columns, task: open_tiny_imagenet(path, task),
+    ),
+    "chest-xray": Source(
+        "a folder of Kermany's chest X-rays",
+        "`NORMAL`, `PNEUMONIA`; persons as groups; `--column label=kind`: normal, bacteria, virus",
+        is_chest_xray, open_chest_xray, columns=True,
+    ),
+    "webdataset": Source(
+        "WebDataset tars", "`chest-{000..012}.tar`, `*.tar` or a folder of tars: samples by key, read in place",
+        is_webdataset, open_webdataset, columns=True,
     ),
     "folder": Source(
         "a folder of images", "images, in class folders or not, with or without train/val/test above them",
-        os.path.isdir, lambda path, columns, task: open_folder(path, task),
+        lambda path: os.path.isdir(path) and not is_saved_dataset(path),
+        lambda path, columns, task: open_folder(path, task),
     ),
     "table": Source(
         "a table (.csv, .tsv, .parquet)", "a path a row, with label or label columns, split, group",
-        lambda path: path.lower().endswith((".csv", ".tsv", ".parquet", ".pq")), open_table,
+        lambda path: path.lower().endswith((".csv", ".tsv", ".parquet", ".pq")), open_table, columns=True,
     ),
     "npz": Source(
         "an .npz of MedMNIST's form", "arrays train_images, train_labels, and the same of val and test",
         lambda path: path.lower().endswith(".npz"), lambda path, columns, task: open_npz(path, task),
     ),
+    "medmnist": Source(
+        medmnist_sets.FORM, "the twelve 2D sets, with their published classes and tasks (extra `medmnist`)",
+        _never, lambda words, columns, task: medmnist_sets.open_medmnist(words, task),
+        "medmnist:", medmnist_sets.fetch_medmnist,
+    ),
+    "torchvision": Source(
+        torchvision_source.FORM, "its labelled sets (CIFAR10, MNIST, EuroSAT, Flowers102, …) with their own splits",
+        _never, lambda words, columns, task: torchvision_source.open_torchvision(words, task),
+        "torchvision:", torchvision_source.fetch_torchvision,
+    ),
+    "hf": Source(
+        hub_datasets.FORM, "a dataset of the Hugging Face hub, or a folder of its `save_to_disk` (extra `hf`)",
+        is_saved_dataset, hub_datasets.open_hub, "hf:", hub_datasets.fetch_hub, columns=True,
+    ),
+    "kaggle": Source(
+        kaggle.FORM, "a data set of Kaggle, opened as the folder or table it is (extra `kaggle`)",
+        _never, lambda words, columns, task: kaggle.open_kaggle(words, columns, task, open_source),
+        "kaggle:", kaggle.fetch_kaggle, columns=True,
+    ),
 }  # fmt: skip
 
 
 def open_source(data: str | Path, *, columns: Columns = None, task: str | None = None) -> Dataset:
-    """The dataset that ``data`` names: a folder, a table, an ``.npz``, or the word ``digits`` (``./digits`` is a
-    folder).
+    """The dataset that ``data`` names: a folder, a table, an ``.npz``, the word ``digits`` (``./digits`` is a folder),
+    or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine.
 
-    ``columns`` names the columns of a table by role (path, label, split, group); ``task`` overrides what the labels
-    say. Raises SourceError.
+    ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say. Raises
+    SourceError.
     """
-    if isinstance(data, str) and data == "digits":
-        kind, path = "digits", data
-    else:
-        path = os.path.abspath(os.path.expanduser(data)) if str(data) else ""
-        kind = _kind_of(str(data), path)
-    if columns and kind != "table":
-        raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
-    return SOURCES[kind].open(path, columns or None, task)
+    kind, what = _find(data)
+    source = SOURCES[kind]
+    try:
+        return _open(kind, what, data, columns, task)
+    except NotFetched:
+        if source.fetch is None:
+            raise
+        source.fetch(what)
+    return _open(kind, what, data, columns, task)
 
 
 def reopen(source: Mapping[str, Any]) -> Dataset:
-    """The dataset again from its ``source``. Raises SourceError where its images have gone."""
+    """The dataset again from its ``source``; nothing is fetched. Raises SourceError where its images have gone."""
     if source.get("kind") == "import":
         raise SourceError(f"{source.get('data')} was imported as features; nobody knows its images.")
-    dataset = open_source(source["data"], columns=source.get("columns"), task=source.get("task"))
+    kind, what = _find(source["data"])
+    dataset = _open(kind, what, source["data"], source.get("columns"), source.get("task"))
     ids, groups = bool(source.get("hash_ids")), bool(source.get("hash_groups"))
     return hidden(dataset, known_secret(source), ids=ids, groups=groups) if ids or groups else dataset
 
 
+def _open(kind: str, what: str, data: str | Path, columns: Columns, task: str | None) -> Dataset:
+    if columns and not SOURCES[kind].columns:
+        raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
+    return with_frames(SOURCES[kind].open(what, columns or None, task))
+
+
+def _find(data: str | Path) -> tuple[str, str]:
+    """The kind of a source, and what its ``open`` is given. Raises SourceError."""
+    if isinstance(data, str):
+        if data == "digits":
+            return "digits", data
+        for kind, source in SOURCES.items():
+            if source.prefix and data.startswith(source.prefix):
+                return kind, data.removeprefix(source.prefix)
+    path = os.path.abspath(os.path.expanduser(data)) if str(data) else ""
+    return _kind_of(str(data), path), path
+
+
 def _kind_of(data: str, path: str) -> str:
-    forms = ", ".join(source.form for source in SOURCES.values())
+    forms = _forms()
     if not data:
         raise SourceError(f"--data is empty; expected {forms}.")
-    if not os.path.lexists(path):
+    if not os.path.lexists(path) and not is_pattern(path):
         if re.match(r"^[a-zA-Z]{2,}:", data):
             raise SourceError(f"{data}: this version has no source called {data.split(':')[0]}. It has {forms}.")
         raise SourceError(f"there is no folder or file {data}.{_near(path)}")
@@ -121,6 +186,12 @@ def _kind_of(data: str, path: str) -> str:
         if source.fits(path):
             return kind
     raise SourceError(f"{data} is {'a file' if os.path.exists(path) else 'a broken link'}; expected {forms}.")
+
+
+def _forms() -> str:
+    """What ``--data`` may be, in short."""
+    short = [source.form.split("[")[0] for source in SOURCES.values()]
+    return ", ".join(dict.fromkeys("a folder of images" if form.startswith("a folder") else form for form in short))
 
 
 def _near(path: str) -> str:

@@ -16,7 +16,7 @@ import csv
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,7 +37,7 @@ _LOOKED_AT = 20  # paths tried at opening, for a hint
 
 
 @dataclass
-class _Table:
+class Table:
     """Columns of text, and the number by which a person finds a row (a CSV's line; of Parquet the row, from 1)."""
 
     file: str
@@ -108,25 +108,50 @@ def read_annotations(data: str, columns: dict[str, str] | None, asked: str | Non
             f"{table.name} has no column of labels among {few(list(table.columns), 8)}; --column label=NAME names one."
         )
     ids = _paths(table, roles["path"][0]) if roles["path"] else None
+    alone = [f"{table.name}:{row}" for row in range(len(table.numbers))]  # one without a group is a group of its own
+    return replace(_annotations(table, roles, asked, ids or alone), ids=ids)
+
+
+def annotate(
+    table: Table, ids: list[str], columns: dict[str, str], asked: str | None, known: Sequence[str] = ()
+) -> Annotations:
+    """What columns say of images whose ids are known; labels may be missing. ``known``: the classes in their order, of
+    which the labels are names or numbers from 0."""
+    roles = _find_roles(table, {**columns, "path": ""}, needs_path=False)
+    if not known or len(roles["label"]) != 1 or asked in ("unlabelled", "multilabel"):
+        return _annotations(table, roles, asked, ids)
+    values = [_among(table.row(row), value, known) for row, value in enumerate(table.columns[roles["label"][0]])]
+    said = _annotations(table, roles, "unlabelled", ids)
+    return replace(said, labels=class_labels(values, known), classes=list(known))
+
+
+def _among(row: str, value: str, known: Sequence[str]) -> str:
+    if value.isascii() and value.isdigit() and int(value[:9]) < len(known):
+        return known[int(value[:9])]
+    if value in known or not value:
+        return value
+    raise SourceError(f'the label of {row} is "{value}"; expected 0 to {len(known) - 1} or one of {few(known)}.')
+
+
+def _annotations(table: Table, roles: dict[str, list[str]], asked: str | None, ids: list[str]) -> Annotations:
     splits = _splits(table, roles["split"])
     labels, classes = _labels(table, roles["label"], splits, asked)
     used = {name for names in roles.values() for name in names}
     meta = {name: _numbers_or_text(table.columns[name]) for name in table.columns if name not in used}
-    alone = [f"{table.name}:{row}" for row in range(len(splits))]  # one without a group is a group of its own
-    return Annotations(ids, labels, splits, _groups(table, roles["group"], ids or alone), meta, classes)
+    return Annotations(ids, labels, splits, _groups(table, roles["group"], ids), meta, classes)
 
 
-def _read_table(data: str) -> _Table:
+def _read_table(data: str) -> Table:
     return (_read_parquet if data.lower().endswith((".parquet", ".pq")) else _read_csv)(data)
 
 
-def _labels(table: _Table, names: list[str], splits: list[str], asked: str | None) -> tuple[np.ndarray, list[str]]:
+def _labels(table: Table, names: list[str], splits: list[str], asked: str | None) -> tuple[np.ndarray, list[str]]:
     if len(names) > 1 or (names and asked == "multilabel"):
         return _several_labels(table, names), names
     return _one_label(table, names, splits, asked == "unlabelled")
 
 
-def _read_csv(file: str) -> _Table:
+def _read_csv(file: str) -> Table:
     rows, numbers = [], []
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
@@ -155,10 +180,10 @@ def _read_csv(file: str) -> _Table:
                 f"({few(names)}): write a field that holds {delimiter!r} in quotes."
             )
     columns = {name: [row[place].strip() for row in rows[1:]] for place, name in enumerate(names)}
-    return _Table(file, columns, numbers[1:])
+    return Table(file, columns, numbers[1:])
 
 
-def _read_parquet(file: str) -> _Table:
+def _read_parquet(file: str) -> Table:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -184,7 +209,7 @@ def _read_parquet(file: str) -> _Table:
     if not table.num_rows:
         raise SourceError(f"{file} has no rows; expected one for each image.")
     columns = {name: [_text(value) for value in table[name].to_pylist()] for name in table.column_names}
-    return _Table(file, columns, range(1, table.num_rows + 1))
+    return Table(file, columns, range(1, table.num_rows + 1))
 
 
 def _is_plain(kind: object) -> bool:
@@ -206,7 +231,7 @@ def _refuse_repeated(file: str, names: list[str]) -> None:
         raise SourceError(f"{file} has the column {repeated[0]!r} more than once; rename one.")
 
 
-def _find_roles(table: _Table, asked: dict[str, str], *, needs_path: bool = True) -> dict[str, list[str]]:
+def _find_roles(table: Table, asked: dict[str, str], *, needs_path: bool = True) -> dict[str, list[str]]:
     """Role -> its columns: as asked for, else by name."""
     unknown = [role for role in asked if role not in ROLES]
     if unknown:
@@ -239,7 +264,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def _asked_columns(table: _Table, role: str, asked: str) -> list[str]:
+def _asked_columns(table: Table, role: str, asked: str) -> list[str]:
     """The columns of ``asked``; a name with a comma in it is one column where the table has it."""
     names = [asked] if asked in table.columns else [name.strip() for name in asked.split(",") if name.strip()]
     for name in names:
@@ -251,7 +276,7 @@ def _asked_columns(table: _Table, role: str, asked: str) -> list[str]:
     return names
 
 
-def _paths(table: _Table, name: str) -> list[str]:
+def _paths(table: Table, name: str) -> list[str]:
     ids = table.columns[name]
     seen: dict[str, int] = {}
     for row, path in enumerate(ids):
@@ -266,7 +291,7 @@ def _paths(table: _Table, name: str) -> list[str]:
     return ids
 
 
-def _splits(table: _Table, names: list[str]) -> list[str]:
+def _splits(table: Table, names: list[str]) -> list[str]:
     if not names:
         return [""] * len(table.numbers)
 
@@ -279,12 +304,12 @@ def _splits(table: _Table, names: list[str]) -> list[str]:
     return split_names(table.columns[names[0]], wrong)
 
 
-def _groups(table: _Table, names: list[str], ids: list[str]) -> list[str] | None:
+def _groups(table: Table, names: list[str], ids: list[str]) -> list[str] | None:
     """The group of each image; one without is a group of its own."""
     return [group or image for group, image in zip(table.columns[names[0]], ids, strict=True)] if names else None
 
 
-def _one_label(table: _Table, names: list[str], splits: list[str], unlabelled: bool) -> tuple[np.ndarray, list[str]]:
+def _one_label(table: Table, names: list[str], splits: list[str], unlabelled: bool) -> tuple[np.ndarray, list[str]]:
     """int64 [N] and the classes. With splits, a class has to occur in train: a head cannot learn what it never sees."""
     if not names or unlabelled:
         return np.full(len(splits), -1, np.int64), []
@@ -313,7 +338,7 @@ def _number_or_name(name: str) -> tuple[bool, float, str]:
     return number is None, number or 0.0, name
 
 
-def _several_labels(table: _Table, names: list[str]) -> np.ndarray:
+def _several_labels(table: Table, names: list[str]) -> np.ndarray:
     """float32 [N, L]: 1, 0, NaN for unknown."""
     labels = np.empty((len(table.numbers), len(names)), np.float32)
     for place, name in enumerate(names):

@@ -165,6 +165,42 @@ def test_tiff_that_declares_twelve_bits_has_4095_for_white():
     assert decoded(tiff(packed, 1, 4, 1, bits=12, photometric=1))[0, :, 0].tolist() == [0, 255, 128, 16]
 
 
+@pytest.mark.parametrize(
+    ("bits", "order", "samples", "expected"),
+    [
+        (16, "<", "0000ffff0101fefe", [255, 0, 254, 1]), (16, ">", "0000ffff0101fefe", [255, 0, 254, 1]),
+        (12, "<", "000fff800100", [255, 0, 127, 239]),
+    ],
+)  # fmt: skip
+def test_deep_tiff_whose_zero_is_white_in_either_byte_order(bits, order, samples, expected):
+    """Pillow reads some of these only where 0 is black; the values are turned over all the same."""
+    data = tiff(bytes.fromhex(samples), 1, 4, 1, bits=bits, photometric=0, order=order)
+    assert decoded(data)[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+@pytest.mark.parametrize("compression", [None, "deflate"])
+@pytest.mark.parametrize(("photometric", "channels"), [("minisblack", 1), ("miniswhite", 1), ("rgb", 3), ("rgb", 4)])
+def test_sixteen_bit_tiff_tiled_compressed_and_big(big, tile, compression, photometric, channels):
+    tifffile = pytest.importorskip("tifffile")
+    samples = RANDOM.integers(0, 65536, (24, 40, channels) if channels > 1 else (24, 40), dtype=np.uint16)
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, samples, photometric=photometric, bigtiff=big, tile=tile, compression=compression,
+                     predictor=2 if compression else None,
+                     extrasamples=["unassalpha"] if channels == 4 else None)  # fmt: skip
+    values = 65535 - samples if photometric == "miniswhite" else samples
+    expected = np.rint(values / 257)[..., :3] if channels > 1 else np.rint(values / 257)[..., None].repeat(3, 2)
+    np.testing.assert_array_equal(decoded(buffer.getvalue()), expected)
+
+
+def test_of_a_tiff_of_several_pages_the_first_is_taken_and_a_look_says_so():
+    pages = [Image.fromarray(DEEP[..., channel].copy()) for channel in range(3)]
+    data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    np.testing.assert_array_equal(decoded(data)[..., 0], np.rint(DEEP[..., 0] / 257))
+    assert look(data) == (40, 24, "16-bit grey, the first of several")
+
+
 def test_sixteen_bit_pnm_is_rounded_to_eight():
     np.testing.assert_array_equal(decoded(encoded(DEEP[..., 0].copy(), "PPM"))[..., 0], np.rint(DEEP[..., 0] / 257))
 
@@ -215,6 +251,37 @@ def test_of_several_images_the_first_is_taken_and_its_number_is_in_the_digest(ki
 def test_pixels_without_a_known_white_are_refused_by_name(mode, word):
     with pytest.raises(UnreadableImage, match=word):
         decode(encoded(Image.fromarray(GREY).convert(mode), "TIFF"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "words"),
+    [
+        ("i1", 1, "signed integer"), ("i2", 1, "signed integer"), ("i2", 3, "signed integer"), ("u4", 3, "32-bit"),
+        ("f2", 1, "floating-point"), ("f4", 3, "floating-point"), ("f8", 1, "floating-point"),
+        ("u2", 2, "2 × 16 bits a pixel"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_tiff_of_other_samples_is_refused_by_name(dtype, channels, words, order):
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    samples = np.zeros((4, 6, channels) if channels > 1 else (4, 6), dtype)
+    tifffile.imwrite(buffer, samples, photometric="rgb" if channels == 3 else "minisblack", byteorder=order,
+                     planarconfig="contig" if channels > 1 else None)  # fmt: skip
+    with pytest.raises(UnreadableImage, match=words):
+        decode(buffer.getvalue())
+
+
+def test_tiff_that_pillow_does_not_read_is_told_by_what_it_is():
+    with pytest.raises(UnreadableImage, match="1 × 10 bits a pixel"):
+        decode(tiff(bytes(5), 1, 4, 1, bits=10, photometric=1))
+    with pytest.raises(UnreadableImage, match="1 × 12 bits a pixel"):
+        decode(tiff(bytes(6), 1, 4, 1, bits=12, photometric=0, order=">"))
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, GREY, photometric="minisblack", bigtiff=True, byteorder=">")
+    with pytest.raises(UnreadableImage, match="big-endian"):
+        decode(buffer.getvalue())
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM"])

@@ -1,0 +1,155 @@
+"""Tiny ImageNet and Kermany's chest X-rays as they are unpacked: small copies in the true layouts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from pictures import save_picture
+from published_sets import CHEST, WNIDS, chest_xray, tiny_imagenet
+
+from featurecache.errors import SourceError, UnreadableImage
+from featurecache.sources import describe, open_source, reopen
+
+
+def refused(data: object, *words: str, **options) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(SourceError) as caught:
+        open_source(data, **options)  # type: ignore[arg-type]
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def entries(root: Path) -> list[str]:
+    return sorted(str(path) for path in root.rglob("*"))
+
+
+# -- Tiny ImageNet
+
+
+def test_tiny_imagenet_as_it_is_unpacked_and_nothing_is_moved(tmp_path):
+    root = tiny_imagenet(tmp_path / "tiny-imagenet-200")
+    before = entries(root)
+    data = open_source(root)
+    assert (data.source["kind"], Counter(data.splits)) == ("tiny-imagenet", {"train": 12, "val": 8})
+    assert data.classes == ["goldfish", "European fire salamander", "crane", "crane (2)"]
+    where = dict(zip(data.ids, data.labels.tolist(), strict=True))
+    assert [where[f"val/images/val_{number}.JPEG"] for number in range(5)] == [0, 1, 2, 3, 0]
+    assert where["train/n02124075/images/n02124075_1.JPEG"] == 2
+    assert data.ids == sorted(data.ids) and data.meta["wnid"][0] == "n01443537"
+    assert data.notes == (f"The 2 images of test have no published labels and were left out: give {root}/test.",)
+    assert len(open_source(root / "test")) == 2
+    assert entries(root) == before
+    again = reopen(json.loads(json.dumps(data.source)))
+    assert again.ids == data.ids and again.labels.tolist() == data.labels.tolist()
+
+
+def test_an_unreadable_image_of_tiny_imagenet_is_a_failure_by_name(tmp_path):
+    root = tiny_imagenet(tmp_path)
+    (root / "val/images/val_3.JPEG").unlink()
+    (root / "train/n01443537/images/n01443537_1.JPEG").write_bytes(b"\xff\xd8\xff broken")
+    data = open_source(root)
+    assert len(data) == 20
+    found = dict(describe(data).unreadable)
+    assert found["val/images/val_3.JPEG"] == "no such file"
+    assert "n01443537_1.JPEG" in str(found) and len(found) == 2
+    with pytest.raises(UnreadableImage):
+        data.read(data.ids.index("val/images/val_3.JPEG"))
+
+
+def test_an_image_that_the_annotations_do_not_name_has_no_label_and_is_counted(tmp_path):
+    root = tiny_imagenet(tmp_path, test=0)
+    save_picture(root / "val/images/stray.JPEG", 1)
+    data = open_source(root)
+    assert data.labels[data.ids.index("val/images/stray.JPEG")] == -1
+    assert "1 images of val are not in val_annotations.txt" in data.notes[0]
+
+
+def test_without_words_the_classes_bear_their_numbers(tmp_path):
+    root = tiny_imagenet(tmp_path)
+    (root / "words.txt").unlink()
+    assert open_source(root).classes == sorted(WNIDS)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("val/val_annotations.txt", "val_0.JPEG\tn99999999\t0\n", ["line 1", "n99999999"]),
+        ("val/val_annotations.txt", "val_0.JPEG\tn01443537\nval_0.JPEG\tn01443537\n", ["line 2", "each name once"]),
+        ("val/val_annotations.txt", "../../x.JPEG\tn01443537\n", ["line 1", "a file's name"]),
+        ("wnids.txt", "\n", ["is empty"]),
+        ("wnids.txt", "n01443537\n", ["class folders", "does not name"]),
+        ("wnids.txt", "n00000001\n" + "\n".join(WNIDS), ["n00000001", "has no image"]),
+    ],
+)
+def test_lists_of_tiny_imagenet_that_contradict_the_folders(tmp_path, file, text, said):
+    root = tiny_imagenet(tmp_path)
+    (root / file).write_text(text)
+    refused(root, *said)
+
+
+# -- chest X-rays
+
+
+def test_chest_xrays_have_two_classes_and_persons_as_groups_within_split_and_kind(tmp_path):
+    data = open_source(chest_xray(tmp_path / "chest_xray"))
+    assert (data.source["kind"], data.classes, data.task) == ("chest-xray", ["NORMAL", "PNEUMONIA"], "binary")
+    assert Counter(data.splits) == {"train": 7, "val": 2, "test": 3}
+    groups = dict(zip(data.ids, data.groups, strict=True))
+    assert groups[CHEST[0]] == groups[CHEST[1]] == "train/normal/im-0115"
+    assert groups[CHEST[2]] == "train/normal/normal2-im-0592"
+    assert groups[CHEST[3]] == groups[CHEST[4]] == "train/bacteria/person1"
+    assert groups[CHEST[5]] == "train/virus/person1"
+    assert groups["test/PNEUMONIA/person1_virus_12.jpeg"] == "test/virus/person1"
+    assert Counter(data.meta["kind"]) == {"normal": 5, "bacteria": 4, "virus": 3}
+    again = reopen(json.loads(json.dumps(data.source)))
+    assert (again.ids, again.groups) == (data.ids, data.groups)
+
+
+def test_the_kind_makes_three_classes_of_it(tmp_path):
+    data = open_source(chest_xray(tmp_path), columns={"label": "kind"})
+    assert (data.classes, data.task) == (["normal", "bacteria", "virus"], "multiclass")
+    assert [data.classes[label] for label in data.labels] == data.meta["kind"]
+    again = reopen(json.loads(json.dumps(data.source)))
+    assert again.labels.tolist() == data.labels.tolist()
+
+
+def test_the_same_number_in_two_splits_is_called_possible(tmp_path):
+    data = open_source(chest_xray(tmp_path))
+    (note,) = [note for note in data.notes if "two splits" in note]
+    assert "test and train 1. Possible leaks only" in note
+    alone = chest_xray(tmp_path / "alone", [name for name in CHEST if "person1_virus_12" not in name])
+    assert not any("two splits" in note for note in open_source(alone).notes)
+
+
+def test_kaggles_second_copy_inside_the_first_is_left_out_and_named(tmp_path):
+    root = chest_xray(tmp_path / "chest_xray")
+    chest_xray(root / "chest_xray")
+    (root / "__MACOSX/train").mkdir(parents=True)
+    data = open_source(root)
+    assert len(data) == len(CHEST)
+    assert f"chest_xray inside {root} repeats its splits and was left out." in data.notes
+
+
+def test_mendeleys_names_and_a_split_alone(tmp_path):
+    names = ["NORMAL/NORMAL-1049278-0001.jpeg", "PNEUMONIA/BACTERIA-1008087-0001.jpeg",
+             "PNEUMONIA/BACTERIA-1008087-0002.jpeg", "PNEUMONIA/VIRUS-1008087-0001.jpeg"]  # fmt: skip
+    data = open_source(chest_xray(tmp_path, names))
+    assert data.meta["kind"] == ["normal", "bacteria", "bacteria", "virus"]
+    assert data.groups == ["/normal/1049278", "/bacteria/1008087", "/bacteria/1008087", "/virus/1008087"]
+
+
+def test_a_name_that_says_nothing_has_no_kind_and_is_a_group_of_its_own(tmp_path):
+    data = open_source(chest_xray(tmp_path, [*CHEST, "train/PNEUMONIA/scan.jpeg"]), columns={"label": "kind"})
+    row = data.ids.index("train/PNEUMONIA/scan.jpeg")
+    assert (data.labels[row], data.groups[row], data.meta["kind"][row]) == (-1, data.ids[row], "")
+    assert any("1 images have other names" in note and "no label" in note for note in data.notes)
+
+
+def test_ones_own_normal_and_pneumonia_is_an_ordinary_folder(tmp_path):
+    data = open_source(chest_xray(tmp_path, ["NORMAL/a.png", "PNEUMONIA/b.png"]))
+    assert (data.source["kind"], data.groups) == ("folder", None)
+
+
+def test_columns_that_a_folder_of_chest_xrays_has_not(tmp_path):
+    refused(chest_xray(tmp_path), "no column for label=person", columns={"label": "person"})
