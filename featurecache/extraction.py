@@ -24,14 +24,15 @@ from tqdm import tqdm
 from featurecache import canary
 from featurecache.augment import Augmented, Copying
 from featurecache.backbones import Backbone
+from featurecache.costs import cost_of, keep_cost
 from featurecache.engines import CHANGED, Clock, Job, Unit, derive_units, run_local
 from featurecache.errors import (
     BadOption,
     CacheError,
     CannotWrite,
     Drift,
-    FeatureCacheError,
     SourceError,
+    Stopped,
     UnreadableImage,
 )
 from featurecache.files import FORMAT
@@ -54,10 +55,6 @@ SHARD_SECONDS = 120.0  # on a slow machine: what a kill may cost
 ASK_BYTES = 20 * 10**9  # the command asks before it keeps more than this
 
 
-class Stopped(FeatureCacheError):
-    """Ctrl-C; what was computed is committed."""
-
-
 @dataclass(frozen=True)
 class Result:
     """What an extraction did. ``failed``: [(id, reason)] of samples that are not in the view."""
@@ -71,6 +68,7 @@ class Result:
     shares: dict[str, float]
     failed: list[tuple[str, str]]
     copies: int = 0  # augmented copies in the view, beside the images
+    cost: dict[str, Any] | None = None  # what an image costs, in this run or an earlier one: see `View.cost`
 
     @property
     def images_per_s(self) -> float:
@@ -215,6 +213,7 @@ class Extraction:
             plan, clock = self._fix_plan(rate), Clock()
             self._check_canary()
             failures: dict[int, str] = {}
+            job: Job | None = None
             bar = progress_bar(self.to_compute + self.to_derive, progress)
             try:
                 if self.to_compute or self.to_derive:
@@ -226,6 +225,7 @@ class Extraction:
                     if failures and self.on_error == "fail":  # found by the writer, behind the last batch
                         raise UnreadableImage(next(iter(failures.values())))
             except KeyboardInterrupt as error:
+                self._keep_cost(job, plan)
                 safe = sum(int(self._locate(o).found.sum()) for o in self.outputs[:1])
                 what = "images and copies" if self.copying else "images"
                 raise Stopped(f"stopped. {safe:,} {what} are safe; the same command continues.") from error
@@ -233,14 +233,19 @@ class Extraction:
                 raise SourceError(f"{self._first_failure(failures)} (--on-error report goes on without it)") from error
             finally:
                 bar.close()
+            self._keep_cost(job, plan)
             path, images, copies, failed = self._write_view(failures)
         seconds = time.perf_counter() - start
         names = tuple(output.name for output in self.outputs)
-        return Result(path, names, images, clock.images, self.to_derive, seconds, clock.shares(), failed, copies)
+        return Result(
+            path, names, images, clock.images, self.to_derive, seconds, clock.shares(), failed, copies,
+            cost_of(store.path, self.name),
+        )  # fmt: skip
 
     def _open_store(self) -> Store:
         if self.store is None:
-            provenance = {**self.backbone.provenance, "backbone": self.backbone.name}
+            made_of = {"backbone": self.backbone.name, "parameters": self.backbone.parameters}
+            provenance = {**self.backbone.provenance, **made_of}
             self.store = create_store(self.cache, self.backbone.name, self.spec, provenance)
         return self.store
 
@@ -325,6 +330,11 @@ class Extraction:
         assert self.store is not None
         digests = self.digests if rows is None else self.digests[rows]
         return self.store.locate(self.layouts[output.name], digests)
+
+    def _keep_cost(self, job: Job | None, plan: dict[str, Any]) -> None:
+        """Before the view is written: a view that is there has its cost beside it."""
+        if job is not None:
+            keep_cost(job.store.path, self.name, job.measured.record(self.spec.precision, plan["threads"]))
 
     def _first_failure(self, failures: dict[int, str]) -> str:
         number, reason = next(iter(failures.items()))

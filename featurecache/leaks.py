@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -34,6 +34,18 @@ VECTORS = ("cls", "pooler", "gap", "mean")  # compared by default: the first tha
 # different pictures 1 reaches 0.99 on PneumoniaMNIST and 25 reach 0.98; on Medical MNIST, whose slices resemble each
 # other, 21,521 reach 0.99.
 THRESHOLD = 0.99
+
+
+class Labelled(Protocol):
+    """Of a view, or of images without features, what exact leaks go by."""
+
+    ids: list[str]
+    splits: list[str]
+    groups: list[str] | None
+    digests: np.ndarray
+
+    @property
+    def versions(self) -> np.ndarray | None: ...
 
 
 @dataclass(frozen=True)
@@ -94,13 +106,13 @@ def find_leaks(
     return Leaks(tuple(found), chosen, threshold)
 
 
-def exact_leaks(view: View, names: np.ndarray) -> list[Finding]:
+def exact_leaks(view: Labelled, names: np.ndarray) -> list[Finding]:
     """Images and groups that stand in two of the splits ``names`` [N]: no features are read."""
     codes = codes_of(view, names)
     return shared("image", numbered(np.asarray(view.digests).tolist()), codes) + _groups(view, codes)
 
 
-def leaking(view: View, names: np.ndarray) -> dict[str, np.ndarray]:
+def leaking(view: Labelled, names: np.ndarray) -> dict[str, np.ndarray]:
     """bool [N] for train and for val: rows of it whose image or group also stands in a later split."""
     codes = codes_of(view, names)
     keys = [numbered(np.asarray(view.digests).tolist())]
@@ -122,7 +134,7 @@ def numbered(values: Iterable[Any]) -> np.ndarray:
     return np.array([numbers.setdefault(value, len(numbers)) if value else -1 for value in values], dtype=np.int64)
 
 
-def codes_of(view: View, names: np.ndarray | None = None) -> np.ndarray:
+def codes_of(view: Labelled, names: np.ndarray | None = None) -> np.ndarray:
     """int64 [N]: 0, 1, 2 for train, val, test; -1 for rows in no split and for augmented copies."""
     words = view.splits if names is None else np.asarray(names).tolist()
     number = {name: code for code, name in enumerate(SPLITS)}
@@ -131,12 +143,12 @@ def codes_of(view: View, names: np.ndarray | None = None) -> np.ndarray:
     return codes
 
 
-def _plain(view: View) -> np.ndarray:
+def _plain(view: Labelled) -> np.ndarray:
     """bool [N]: rows that are no augmented copies."""
     return np.ones(len(view.ids), bool) if view.versions is None else np.asarray(view.versions) == 0
 
 
-def _groups(view: View, codes: np.ndarray) -> list[Finding]:
+def _groups(view: Labelled, codes: np.ndarray) -> list[Finding]:
     return [] if view.groups is None else shared("group", numbered(view.groups), codes)
 
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from featurecache.errors import BadOption, UnknownHead, nearest
 from heads.attention_heads import attention
+from heads.settings import is_baseline
 from heads.token_heads import ClsMean, Conv, Large, MeanLinear
 from heads.vector_heads import Linear, Mlp, Neighbours
 
@@ -66,8 +67,8 @@ VIT_B16 = Input((197, 768), ("cls",), (14, 14))  # tokens of a ViT-B/16 at 224 p
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """What a head is made for. ``takes``: "vector" ([D] an image), "tokens" ([T, D]) or "any". ``solved``: its weights
-    come from ``solvers.SOLVERS``, not from steps."""
+    """What a head is made for. ``takes``: "vector" ([D] an image), "tokens" ([T, D]), "any", or, of the network of a
+    baseline, "pixels" ([3, h, w]). ``solved``: its weights come from ``solvers.SOLVERS``, not from steps."""
 
     what: str
     takes: str
@@ -123,15 +124,25 @@ HEADS: dict[str, HeadInfo] = {
 
 
 def head_info(name: str) -> HeadInfo:
-    """The record of a head by name, or of ``python:<module>:<class>``; raises UnknownHead with the nearest names."""
+    """The record of a head by name, of a baseline, or of ``python:<module>:<class>``; raises UnknownHead with the
+    nearest names."""
     if name in HEADS:
         return HEADS[name]
+    if is_baseline(name):
+        from heads.baselines import BASELINES
+
+        found = BASELINES.get(name)  # a backbone is not loaded to say what it is
+        return HeadInfo(found.what if found else "a pretrained network, trained on", "pixels", _no_head)
     if name.startswith("python:"):
         return _own_head(name)
     raise UnknownHead(
         f"no head is called {name!r}.{nearest(name, HEADS)} "
-        f"Heads: {', '.join(HEADS)}; your own: python:<module>:<class>."
+        f"Heads: {', '.join(HEADS)}; your own: python:<module>:<class>. Networks from pixels: train-baseline --help."
     )
+
+
+def _no_head(*_: Any, **__: Any) -> nn.Module:
+    raise BadOption("a network from pixels is no head on features: featurecache train-baseline trains it.")
 
 
 def _own_head(name: str) -> HeadInfo:

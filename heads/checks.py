@@ -112,7 +112,7 @@ def _wrong(record: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
 
 
 def _is_shape(shape: list[Any]) -> bool:
-    return 1 <= len(shape) <= 2 and all(type(n) is int and n > 0 for n in shape) and math.prod(shape) <= MAX_VALUES
+    return 1 <= len(shape) <= 3 and all(type(n) is int and n > 0 for n in shape) and math.prod(shape) <= MAX_VALUES
 
 
 def _are_places(view: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from featurecache.spec import canonical_json
 from heads.metrics import METRICS, named_by
 
-REPEATED = ("seed", "split_seed", "fold", "splits", "ram")  # what tells two trainings of one setting apart
+REPEATED = ("seed", "split_seed", "fold", "splits", "ram", "device")  # what tells two trainings of one setting apart
 GRIDS = ("lr", "weight_decay", "dropout", "label_smoothing")
 Row = dict[str, Any]
 

@@ -51,7 +51,10 @@ def _values(run: Run, answers: Answers, column: str) -> list[str]:
 
 def _view(run: Run) -> Any:
     from featurecache.reader import View
+    from heads.pixels import is_pixels, pixels_of
 
+    if is_pixels(run):
+        return pixels_of(run)
     path = Path(run.config["view"]["path"])
     try:
         return View(path, columns_only=True)

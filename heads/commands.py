@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from featurecache.errors import BadOption
 from featurecache.terminal import Talk, cache_option, command, features_option
 from heads.settings import OPTIMIZERS, PRECISIONS, SCHEDULES, STANDARDIZE
 
@@ -89,6 +90,97 @@ def train_head(talk: Talk, features: str | None, cache: str | None, no_images: b
     text = final_table(run, run.metrics["comparison"])
     talk.result(f"{text}\nrun        {run.path}/   report.html in it", {"run": str(run.path), **run.metrics})
     talk.next(f"featurecache predict --run {run.path} IMAGE…")
+    return 0
+
+
+@command
+@click.option("--arch", required=True, metavar="NAME", help="One of those below, or finetune:<backbone>.")
+@click.option("--data", metavar="SOURCE", help="Images and labels, as for extract. [default: those of --features]")
+@features_option
+@click.option("--image-size", type=int, metavar="N", help="Pixels. [default: the network's own]")
+@click.option("--epochs", type=int, metavar="N")
+@click.option("--lr", type=float, metavar="X")
+@click.option("--weight-decay", type=float, metavar="X", help="On weights only, not on biases.")
+@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="sgd has momentum 0.9.")
+@click.option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate.")
+@click.option("--augment", metavar="WORDS", help="none, or flip,rotate10,shift0.1, drawn anew in every batch.")
+@click.option("--dropout", type=float, metavar="P")
+@click.option("--label-smoothing", type=float, metavar="X")
+@click.option("--batch-size", type=int, metavar="N")
+@click.option("--patience", type=int, metavar="N", help="Epochs without a better val before it stops; 0: never.")
+@click.option("--seed", default=0, help="Of initialisation, dropout and augmentation.")
+@click.option("--split-seed", default=0, help="Of splits and batch order.")
+@click.option("--select", metavar="NAME", help="What chooses the epoch, on val: a metric's name or loss.")
+@click.option("--balance/--no-balance", default=None, help="Batches draw the classes equally.")
+@click.option("--class-weights", is_flag=True, default=None, help="Weigh the loss by 1 / prevalence.")
+@click.option("--pos-weight", is_flag=True, default=None, help="Multi-label: weigh positives by their rarity.")
+@click.option("--positive", metavar="CLASS", help="Binary: the class that counts as positive. [default: the second]")
+@click.option("--classes", multiple=True, metavar="NAME[=A,B]", help="Classes kept or merged.")
+@click.option("--only", metavar="A,B", help="Train and test on these classes only.")
+@click.option("--train-per-class", type=int, metavar="N", help="N training images of each class.")
+@click.option("--fraction", type=float, metavar="P", help="Of train, after val is taken.")
+@click.option("--resplit-val", is_flag=True, default=None, help="Return val to train and draw a new one.")
+@click.option("--splits", metavar="FILE", help="A splits.csv of another run.")
+@click.option("--drop-leaks", is_flag=True, default=None, help="Leave out of train what is also in val or test.")
+@click.option("--sensitivity", type=float, metavar="S", help="Threshold: the highest that reaches S on val.")
+@click.option("--lora", type=int, metavar="RANK", help="finetune: only adapters of this rank are trained.")
+@click.option("--rlrr", is_flag=True, default=None, help="finetune: only low-rank rescalings are trained.")
+@click.option("--weights", metavar="PATH", help="finetune: a file or folder with the backbone's weights.")
+@click.option("--random-weights", is_flag=True, default=None, help="finetune: the architecture from scratch.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, mps.")
+@click.option("--controls", is_flag=True, help="Chance, the majority class and raw pixels beside it.")
+@click.option("--out", metavar="DIR", help="Run folder. [default: runs/DATA-ARCH-N]")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted training of these settings.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in --out; begin an interrupted training anew.")
+@click.option("--no-images", is_flag=True, help="Embed no image of the data in report.html.")
+@click.option("--hash-ids", is_flag=True, help="Write ids as keyed hashes in the report.")
+@cache_option
+def train_baseline(
+    talk: Talk, arch: str, data: str | None, features: str | None, cache: str | None, no_images: bool, **options: Any
+) -> int:  # fmt: skip
+    """Train a network from pixels, to be compared with heads: same splits, same choice, same measures.
+
+    
+    featurecache train-baseline --arch cnn-medical-mnist --data medical-mnist/
+    featurecache train-baseline --arch finetune:resnet50 --features vit-in21k/chest --lora 8
+    featurecache train-baseline --arch cnn-cifar --data digits --augment none --lr 3e-4
+
+    
+    cnn-mindlina       three blocks at 256 pixels: a stand-in for an unpublished network
+    cnn-medical-mnist  three blocks at 224 pixels, 3.4 M parameters
+    cnn-cifar          six residual blocks at 32 pixels, 0.2 M parameters
+    vit-cifar          a small ViT at 32 pixels, 1.2 M parameters
+    finetune:BACKBONE  a pretrained network, all its weights or adapters
+
+    What is left out is as published; the first lines say what that is. ablate takes these names among --heads, and
+    several values of an option.
+    """
+    import heads
+    from heads.runs import BACKBONE
+    from heads.tables import final_table
+
+    if data is None:
+        from featurecache.views import open_view
+
+        images: Any = open_view(features, cache)
+        if not features:
+            talk.say(f"view       {images.label}   (the newest; --features or --data chooses)")
+    elif features is None:
+        images = data
+    else:
+        raise BadOption("--data and --features both say which images; give one of them.")
+    options["classes"] = options["classes"] or None
+    run = heads.train_baseline(
+        images, arch, say=talk.line, images=not no_images, progress=talk.progress, **options
+    )  # fmt: skip
+    text = final_table(run, run.metrics["comparison"])
+    talk.result(f"{text}\nrun        {run.path}/   report.html in it", {"run": str(run.path), **run.metrics})
+    if (run.path / BACKBONE).is_dir():
+        from heads.finetune import extract_words
+
+        talk.next(f"featurecache extract {extract_words(run.path / BACKBONE)} --data FOLDER")
+    else:
+        talk.next(f"featurecache predict --run {run.path} IMAGE…")
     return 0
 
 

@@ -12,11 +12,12 @@ import numpy as np
 
 from heads.drawing import units_of
 from heads.jobs import Job
+from heads.pixels import PixelView
 from heads.runs import Contents
 from heads.splits import class_counts
 
 if TYPE_CHECKING:
-    from featurecache.reader import View
+    from heads.pixels import AnyView
     from heads.train import Fit
 
 
@@ -46,14 +47,13 @@ def contents_of(job: Job, fit: Fit, controls: list[dict[str, Any]]) -> Contents:
         "calibration": fit.calibration.to_dict(),
         "warnings": divided.warnings + fit.notes,
         "seconds": fit.seconds,
-        "cost": {"train_seconds": fit.seconds, "ms_per_image": fit.ms_per_image, "device": "cpu",
-                 "bytes_per_image": _bytes_per_image(view, job.output)},
+        "cost": cost_of(job, fit),
         "reading": "from memory" if fit.window is None else f"from the shards, {fit.window:,} rows at a time",
     }  # fmt: skip
     tensors = {**fit.model.state_dict(), **fit.scale.tensors()}
     return Contents(
         config, {**fit.metrics, "controls": controls}, fit.history,
-        tensors={key: value.detach().contiguous() for key, value in tensors.items()},
+        tensors={key: value.detach().cpu().contiguous() for key, value in tensors.items()},
         ids=list(view.ids), splits=divided.names, labels=task.labels, predictions=fit.predictions,
         digests=np.asarray(view.digests), clusters=clusters_of(view),
     )  # fmt: skip
@@ -65,12 +65,25 @@ def test_digest(job: Job) -> str:
     return hashlib.blake2b(b"".join(sorted(np.asarray(job.view.digests)[rows].tolist())), digest_size=16).hexdigest()
 
 
-def clusters_of(view: View) -> np.ndarray:
+def clusters_of(view: AnyView) -> np.ndarray:
     """int64 [N]: rows that share a digest or a group share a number."""
     return units_of(np.asarray(view.digests), view.groups).astype(np.int64)
 
 
-def _bytes_per_image(view: View, output: str) -> int:
+def cost_of(job: Job, fit: Fit) -> dict[str, Any]:
+    """Training in seconds; an image at prediction in milliseconds: ``ms_per_image`` of the head, or of the network of a
+    baseline, ``forward_ms`` of the backbone before it and ``loading_ms`` of reading and resizing, both as the view
+    measured them (None: it did not). ``device``: of backbone or network."""
+    pixels, measured = isinstance(job.view, PixelView), job.view.cost or {}
+    return {
+        "train_seconds": fit.seconds, "seconds_to_best": fit.seconds_to_best, "ms_per_image": fit.ms_per_image,
+        "forward_ms": measured.get("forward_ms"), "loading_ms": measured.get("loading_ms"),
+        "device": fit.settings.device if pixels else measured.get("device"),
+        "bytes_per_image": _bytes_per_image(job.view, job.output),
+    }  # fmt: skip
+
+
+def _bytes_per_image(view: AnyView, output: str) -> int:
     """In the cache: of what is stored, for an output that follows from tokens those tokens."""
     from featurecache.outputs import parse
 

@@ -23,14 +23,14 @@ from heads.runs import Run
 from heads.splits import SPLITS, Splits, read_splits
 
 if TYPE_CHECKING:
-    from featurecache.reader import View
+    from heads.pixels import AnyView
 
 SIDE = 32  # pixels
 MOST = 5_000  # training images
 CHANCE, MAJORITY, PIXELS = "chance", "majority class", "pixels, logistic regression"
 
 
-def run_controls(run: Run, view: View) -> list[dict[str, Any]]:
+def run_controls(run: Run, view: AnyView) -> list[dict[str, Any]]:
     """The controls of a finished run, on its own splits."""
     settings = run.config["settings"]
     task = task_of(view, classes=settings["classes"], only=settings["only"], positive=settings["positive"])
@@ -38,7 +38,7 @@ def run_controls(run: Run, view: View) -> list[dict[str, Any]]:
     return all_controls(view, task, Splits(names, "as in the run"))
 
 
-def all_controls(view: View, task: Task, divided: Splits) -> list[dict[str, Any]]:
+def all_controls(view: AnyView, task: Task, divided: Splits) -> list[dict[str, Any]]:
     """Each {"name", "val", "test", "note"}; val and test as ``evaluate`` gives them, None where it could not be had."""
     labels = {name: task.labels[divided.rows(name)] for name in SPLITS}
     return [
@@ -82,7 +82,7 @@ def _majority(task: Task, train: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     return ev.evaluate(task.kind, task.classes, np.tile(z, (len(y), 1)), y, positive=task.positive, cuts=cuts)
 
 
-def pixels(view: View, task: Task, divided: Splits) -> dict[str, Any]:
+def pixels(view: AnyView, task: Task, divided: Splits) -> dict[str, Any]:
     """Logistic regression on raw pixels; where the images are gone, the note says so."""
     import featurecache.sources
 
@@ -111,7 +111,7 @@ def pixels(view: View, task: Task, divided: Splits) -> dict[str, Any]:
     return {**_fit_pixels(task, parts, notes), "note": "; ".join(notes)}
 
 
-def _read_images(view: View, dataset: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _read_images(view: AnyView, dataset: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, 3, h, w] of rows of the view, and bool [n]: whether the very image of the view was there to read."""
     from featurecache.errors import UnreadableImage
     from featurecache.images import decode, digest

@@ -19,7 +19,7 @@ import torch
 from featurecache.errors import BadOption, ProtocolError, nearest
 
 if TYPE_CHECKING:
-    from featurecache.reader import View
+    from heads.pixels import AnyView
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ def has_label(labels: np.ndarray) -> np.ndarray:
     return ~np.isnan(labels).all(axis=1) if labels.ndim == 2 else labels >= 0
 
 
-def task_of(view: View, *, classes: Sequence[str] = (), only: Sequence[str] = (), positive: str | None = None) -> Task:
+def task_of(
+    view: AnyView, *, classes: Sequence[str] = (), only: Sequence[str] = (), positive: str | None = None
+) -> Task:
     """The task of a view, with classes merged (``classes``) or left out (``only``); raises on unknown words."""
     if view.task == "unlabelled":
         raise ProtocolError(
@@ -71,7 +73,7 @@ def task_of(view: View, *, classes: Sequence[str] = (), only: Sequence[str] = ()
     return _single_label(view, groups, positive)
 
 
-def _single_label(view: View, groups: list[tuple[str, list[str]]], positive: str | None) -> Task:
+def _single_label(view: AnyView, groups: list[tuple[str, list[str]]], positive: str | None) -> Task:
     recode = np.full(len(view.classes) + 1, -1, dtype=np.int64)  # the last entry serves label -1
     for new, (_, members) in enumerate(groups):
         recode[[view.classes.index(m) for m in members]] = new
@@ -99,7 +101,7 @@ def _positive(names: tuple[str, ...], positive: str | None) -> int:
 
 
 def _labels_chosen(
-    view: View, known: list[str], classes: Sequence[str], only: Sequence[str], positive: str | None
+    view: AnyView, known: list[str], classes: Sequence[str], only: Sequence[str], positive: str | None
 ) -> Task:
     if classes:
         raise BadOption("--classes merges classes that exclude each other; multi-label data have --only.")
@@ -198,6 +200,8 @@ class Features:
     scale: Standardize = Standardize()
     versions: int = 1  # V
     read: Callable[[np.ndarray], torch.Tensor] | None = None
+    piece: int = 256  # rows at once in evaluation
+    device: str = "cpu"  # where batches go
 
     def __len__(self) -> int:
         return len(self.y)
@@ -212,7 +216,7 @@ class Features:
     def batch(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """places: int64 [B] -> float32 [B, ...], labels [B, ...]."""
         y = self.y.index_select(0, places if self.versions == 1 else places % len(self))
-        return self.scale(self.take(places).float()), y
+        return self.scale(self.take(places).to(self.device).float()), y.to(self.device)
 
     def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Features:
         """What ``function`` makes of the scaled features of all versions, float32, in memory."""
@@ -220,11 +224,11 @@ class Features:
         x = torch.cat([function(self.scale(self.take(places).float())) for places in parts])
         return Features(x, self.y, versions=self.versions)
 
-    def chunks(self, size: int = 256) -> Iterator[torch.Tensor]:
+    def chunks(self, size: int | None = None) -> Iterator[torch.Tensor]:
         """float32 [<=size, ...] of the plain images in row order, for evaluation."""
-        for places in torch.arange(len(self)).split(size):
+        for places in torch.arange(len(self)).split(size or self.piece):
             part = self.take(places) if self.x is None else self.x[places[0] : places[-1] + 1]
-            yield self.scale(part.float())
+            yield self.scale(part.to(self.device).float())
 
 
 def load_features(

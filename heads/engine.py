@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from torch import nn
 from torch.optim.adam import adam
 
 from heads.architectures import own_randomness
+from heads.augmenting import Augmenter
 from heads.data import Features
 from heads.large_steps import LargeSteps
 from heads.losses import Loss, StackedLoss
@@ -38,12 +40,20 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's
 WORTH_DIVIDING = 20_000_000  # multiply-adds: half a millisecond of one core
 
 
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
+
+
 class Learner:
-    """One head in training: module, loss, optimiser and its own randomness."""
+    """One head, or one network from pixels, in training: module, loss, optimiser and its own randomness."""
 
     def __init__(self, model: nn.Module, loss: Loss, generator: torch.Generator, settings: Settings) -> None:
         self.model, self.loss, self.generator = model, loss, generator
         self.bf16 = settings.precision == "bf16"
+        self.augment = None if settings.augment is None else Augmenter(settings.augment)
         self.written_out = None
         if isinstance(model, Large) and not model.dropout.p and not self.bf16:
             self.written_out = LargeSteps(model, loss)
@@ -52,7 +62,7 @@ class Learner:
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        kind = _OPTIMIZERS[settings.optimizer]
         self.optimizer = kind([g for g in groups if g["params"]], lr=settings.lr, fused=True)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -63,6 +73,7 @@ class Learner:
 
     def _by_autograd(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with own_randomness(self.generator):
+            x = x if self.augment is None else self.augment(x)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
                 logits = self.model(x)
             loss = self.loss(logits.to(x.dtype), y)
@@ -88,7 +99,7 @@ class Loop:
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """The losses [K] of the heads before this step."""
-        return torch.stack([learner.step(x, y) for learner in self.learners])
+        return torch.stack([learner.step(x, y).cpu() for learner in self.learners])
 
     def logits(self, data: Features) -> np.ndarray:
         """float64 [K, n, C], without dropout."""
@@ -96,7 +107,8 @@ class Loop:
 
     def state(self, k: int) -> dict[str, torch.Tensor]:
         """A copy of head k's state dict."""
-        return {name: value.clone() for name, value in self.learners[k].model.state_dict().items()}
+        state = self.learners[k].model.state_dict()
+        return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
     def leave(self, staying: list[int]) -> None:
         self.learners = [self.learners[k] for k in staying]
@@ -230,7 +242,8 @@ def together(
     settings: Sequence[Settings],
 ) -> Stack | Loop:  # fmt: skip
     """The faster way to train these heads, which have one architecture and one batch order."""
-    if isinstance(models[0], Linear | Mlp) or fixed_vectors(models[0]):
+    stacked = isinstance(models[0], Linear | Mlp) or fixed_vectors(models[0])
+    if stacked and all(each.optimizer != "sgd" for each in settings):
         return Stack(models, losses, generators, settings)
     return Loop([Learner(*each) for each in zip(models, losses, generators, settings, strict=True)])
 
@@ -267,7 +280,7 @@ def logits_of(models: Sequence[nn.Module], data: Features) -> np.ndarray:
     training = [model.training for model in models]
     for model in models:
         model.eval()
-    parts = [torch.stack([model(x).double() for model in models]) for x in data.chunks()]
+    parts = [torch.stack([model(x).cpu().double() for model in models]) for x in data.chunks()]
     for model, was in zip(models, training, strict=True):
         model.train(was)
     return torch.cat(parts, 1).numpy()

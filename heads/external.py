@@ -28,11 +28,12 @@ from heads.families import Family, families_of
 from heads.heard import hear
 from heads.intervals import Estimates, Resampler
 from heads.matching import Matched, match_classes
+from heads.pixels import PixelView, is_pixels, pieces, pixels_of
 from heads.points import calibration_record, operating_points
 from heads.runs import Run, plain
 
 if TYPE_CHECKING:
-    from featurecache.reader import View
+    from heads.pixels import AnyView
 
 FOLDER = "external"
 FORMAT = 1
@@ -43,7 +44,7 @@ Say = Callable[[str], None]
 
 def evaluate_run(
     run: Run,
-    view: View,
+    view: AnyView,
     *,
     split: str | None = None,
     classes: Sequence[str] = (),
@@ -83,6 +84,28 @@ def evaluate_run(
     return plain(record) | {"run": str(run.path), "written": str(path)}
 
 
+class Elsewhere:
+    """The labelled images that runs are evaluated on: a view for heads; for networks from pixels its images, or
+    ``data``, prepared as each of them has it."""
+
+    def __init__(self, runs: Sequence[Run], features: str | None, data: str | None, cache: str | Path | None) -> None:
+        from featurecache.views import open_view
+
+        if data is not None and (features is not None or not all(is_pixels(run) for run in runs)):
+            why = "--features is given too" if features is not None else "a head takes features: give --features VIEW"
+            raise BadOption(f"--data gives images to baselines alone; {why}.")
+        self._data: Any = data if data is not None else open_view(features, cache)
+        self._prepared: dict[str, PixelView] = {}
+
+    def of(self, run: Run) -> AnyView:
+        if not is_pixels(run):
+            return self._data
+        key = run.config["view"]["fingerprint"]
+        if key not in self._prepared:
+            self._prepared[key] = pixels_of(run, self._data)
+        return self._prepared[key]
+
+
 def families_in(path: str | Path, trust_code: bool = False) -> list[Family]:
     """The families of a run folder, or the chosen heads of a sweep."""
     if (Path(path) / "sweep.json").is_file():
@@ -97,7 +120,7 @@ def families_in(path: str | Path, trust_code: bool = False) -> list[Family]:
     return families_of([load_run(path, trust_code=trust_code)])
 
 
-def _check_features(run: Run, view: View) -> None:
+def _check_features(run: Run, view: AnyView) -> None:
     """The head means something on features of its own backbone only."""
     if view.fingerprint != run.config["view"]["fingerprint"]:
         fields = _differing(run, view)
@@ -113,7 +136,7 @@ def _check_features(run: Run, view: View) -> None:
         )
 
 
-def _differing(run: Run, view: View) -> list[str]:
+def _differing(run: Run, view: AnyView) -> list[str]:
     from featurecache.differences import rows_of
     from featurecache.spec import ExtractionSpec
 
@@ -125,7 +148,7 @@ def _differing(run: Run, view: View) -> list[str]:
     return [f"{name} ({change})" for name, change in found] or ["what the fingerprint is made of"]
 
 
-def _rows(view: View, matched: Matched, split: str | None) -> np.ndarray:
+def _rows(view: AnyView, matched: Matched, split: str | None) -> np.ndarray:
     usable = matched.usable.copy()
     if view.versions is not None:
         usable &= np.asarray(view.versions) == 0
@@ -138,7 +161,7 @@ def _rows(view: View, matched: Matched, split: str | None) -> np.ndarray:
     return np.flatnonzero(usable)
 
 
-def _overlap(run: Run, view: View, rows: np.ndarray) -> list[str]:
+def _overlap(run: Run, view: AnyView, rows: np.ndarray) -> list[str]:
     """A sentence where images were also used to train or choose the head; or where that cannot be looked up."""
     used, notes = {bytes(d) for d in run.answers("val").digests}, []
     try:
@@ -154,13 +177,16 @@ def _overlap(run: Run, view: View, rows: np.ndarray) -> list[str]:
     return notes
 
 
-def _trained_on(run: Run, view: View) -> set[bytes]:
+def _trained_on(run: Run, view: AnyView) -> set[bytes]:
     """Digests of the run's train and val."""
     from featurecache.reader import View as Opened
     from heads.splits import read_splits
 
     path = Path(run.config["view"]["path"])
-    own = view if Path(view.path).resolve() == path else Opened(path, columns_only=True)
+    if Path(view.path).resolve() == path:
+        own: Any = view
+    else:
+        own = pixels_of(run) if is_pixels(run) else Opened(path, columns_only=True)
     file = run.path / "splits.csv"
     known = set(checks.read_ids(file))
     rows = np.array([i for i, name in enumerate(own.ids) if name in known], dtype=np.int64)
@@ -169,14 +195,14 @@ def _trained_on(run: Run, view: View) -> set[bytes]:
 
 
 @torch.inference_mode()
-def _answers(run: Run, view: View, matched: Matched, rows: np.ndarray) -> Answers:
+def _answers(run: Run, view: AnyView, matched: Matched, rows: np.ndarray) -> Answers:
     from heads.contents import clusters_of
 
-    model, scale = run.model, run.standardize
+    model, scale, size = run.model, run.standardize, pieces(view.info(run.output).shape)
     logits = []
     for start in range(0, len(rows), ROWS):
         features = view.tensor(run.output, rows[start : start + ROWS])
-        logits += [model(scale(part.float())).double().numpy() for part in features.split(256)]
+        logits += [model(scale(part.float())).double().numpy() for part in features.split(size)]
     raw = np.concatenate(logits)
     return Answers(
         [view.ids[i] for i in rows], np.asarray(view.digests)[rows], clusters_of(view)[rows], view.groups is not None,

@@ -37,6 +37,11 @@ class Family:
     runs: tuple[Run, ...]
     tried: tuple[Row, ...] = ()
 
+    @property
+    def from_pixels(self) -> bool:
+        """Whether it is a network that was trained from pixels."""
+        return self.output.startswith("pixels-")
+
     def vary(self, what: str) -> int:
         """How many seeds, repeats or folds there are."""
         place = {"seeds": 0, "repeats": 1, "folds": 2}[what]
@@ -84,9 +89,10 @@ def check_comparable(families: Sequence[Family]) -> None:
 
 def names_of(families: Sequence[Family]) -> list[str]:
     """A name for each that no other has: head and output, and as much more as is needed to tell them apart."""
-    names = [f"{family.head} on {family.output}" for family in families]
+    names = [_plain_name(family) for family in families]
+    views = {family.view for family in families if not family.from_pixels}
     words: tuple[Callable[[Family], str], ...] = (
-        lambda f: f" of {f.view}" if len({g.view for g in families}) > 1 else "",
+        lambda f: f" of {f.view}" if len(views) > 1 and not f.from_pixels else "",
         lambda f: f" at {100 * f.fraction:g} %" if len({g.fraction for g in families}) > 1 else "",
     )
     for word in words:
@@ -101,6 +107,13 @@ def names_of(families: Sequence[Family]) -> list[str]:
             names[k] = f"{name}, {told}" if told else name
     repeated = [name for name in names if names.count(name) > 1]
     return [f"{n} ({f.runs[0].path.name})" if n in repeated else n for n, f in zip(names, families, strict=True)]
+
+
+def _plain_name(family: Family) -> str:
+    """``large on tokens``; of a network from pixels its name and theirs: ``cnn-cifar at 32 px``."""
+    if family.from_pixels:
+        return f"{family.head} at {family.output.removeprefix('pixels-')} px"
+    return f"{family.head} on {family.output}"
 
 
 def _word(value: Any) -> str:
@@ -129,8 +142,8 @@ def _solved(run: Run) -> dict[str, Any]:
     line = next((row for row in run.history if row["epoch"] == run.config["chosen"]["epoch"]), {})
     if "train_loss" in line:
         return {}
-    known = ("epoch", "best", "seconds", "val_loss", f"val_{run.config['chosen']['by']}")
-    return {key: value for key, value in line.items() if key not in known}
+    known = ("epoch", "best", "seconds")
+    return {key: value for key, value in line.items() if key not in known and not key.startswith("val_")}
 
 
 def edges_of_paths(family: Family) -> list[str]:

@@ -17,11 +17,12 @@ from heads.architectures import Input, count_parameters, head_info, make_head
 from heads.data import Features, Standardize, Task, load_features, memory_for_features, task_of
 from heads.engine import fixed_vectors
 from heads.metrics import METRICS
+from heads.pixels import PixelView, pieces
 from heads.settings import VARIED, Settings
 from heads.splits import Splits, choose_splits, dropped_sentence
 
 if TYPE_CHECKING:
-    from featurecache.reader import View
+    from heads.pixels import AnyView
 
 VECTORS = ("cls", "pooler", "gap", "vector")  # what a head on vectors takes, the first that the view has
 Say = Callable[[str], None]
@@ -31,7 +32,7 @@ Say = Callable[[str], None]
 class Job:
     """What heads that are trained together have in common; everything the user can have mistaken is checked."""
 
-    view: View
+    view: AnyView
     settings: Settings
     output: str
     task: Task
@@ -43,7 +44,7 @@ class Job:
         return Input(tuple(info.shape), tuple(info.prefix or ()), info.grid)
 
 
-def prepare(view: View | str | Path, settings: Settings, divided: Splits | None = None) -> Job:
+def prepare(view: AnyView | str | Path, settings: Settings, divided: Splits | None = None) -> Job:
     """The task, the output and the splits of a training, checked. ``divided``: splits that are given from elsewhere."""
     if isinstance(view, str | Path):
         from featurecache.views import open_view
@@ -65,7 +66,8 @@ def prepare(view: View | str | Path, settings: Settings, divided: Splits | None 
     _check_solved(settings)
     divided = divided or splits_for(view, task, settings)
     job = Job(view, settings, output, task, divided)
-    make_model(job, settings)  # says at once that a head and an output do not fit
+    if not isinstance(view, PixelView):
+        make_model(job, settings)  # says at once that a head and an output do not fit
     return job
 
 
@@ -81,7 +83,7 @@ def _check_solved(settings: Settings) -> None:
             )
 
 
-def splits_for(view: View, task: Task, settings: Settings) -> Splits:
+def splits_for(view: AnyView, task: Task, settings: Settings) -> Splits:
     """The protocol's splits of a view for these settings."""
     return choose_splits(
         view, task, split_seed=settings.split_seed, resplit_val=settings.resplit_val, file=settings.splits,
@@ -91,14 +93,27 @@ def splits_for(view: View, task: Task, settings: Settings) -> Splits:
 
 
 def make_model(job: Job, settings: Settings, generator: torch.Generator | None = None) -> nn.Module:
-    return make_head(
-        settings.head, job.input, len(job.task.classes), generator, dropout=settings.dropout, gated=settings.gated
-    )
+    classes = len(job.task.classes)
+    if isinstance(job.view, PixelView):
+        from heads.baselines import make_baseline
+
+        return make_baseline(
+            settings.head, image_size=job.input.shape[1], classes=classes, generator=generator,
+            dropout=settings.dropout, lora=settings.lora, rlrr=settings.rlrr, weights=settings.weights,
+            random_weights=settings.random_weights, seed=settings.seed,
+        )  # fmt: skip
+    return make_head(settings.head, job.input, classes, generator, dropout=settings.dropout, gated=settings.gated)
 
 
-def choose_output(view: View, head: str, output: str | None) -> str:
+def choose_output(view: AnyView, head: str, output: str | None) -> str:
     """The output a head trains on: the one asked for, or the one it was made for."""
     takes = head_info(head).takes
+    if isinstance(view, PixelView):
+        if takes != "pixels":
+            raise BadOption(f"{head} is a head on features; {view.label} holds images. train-head trains it on a view.")
+        return view.output
+    if takes == "pixels":
+        raise BadOption(f"{head} is trained from pixels: featurecache train-baseline --arch {head}")
     if output is not None:
         if "/" in output or "\\" in output:
             raise BadOption(
@@ -118,7 +133,7 @@ def choose_output(view: View, head: str, output: str | None) -> str:
     )
 
 
-def _offers(view: View, output: str) -> bool:
+def _offers(view: AnyView, output: str) -> bool:
     try:
         view.info(output)
     except NotInCache:
@@ -129,7 +144,8 @@ def _offers(view: View, output: str) -> bool:
 def describe(job: Job, say: Say) -> None:
     """What is trained on what, before it is."""
     size = "×".join(str(n) for n in job.input.shape)
-    say(f"features   {job.view.label} {job.output} [{size}]")
+    kind = "images  " if isinstance(job.view, PixelView) else "features"
+    say(f"{kind}   {job.view.label} {job.output} [{size}]")
     say(f"splits     {split_line(job.divided)} ({job.divided.how})")
     if (copies := versions_in(job.view) - 1) > 0:
         say(f"copies     {copies} augmented of each training image; each epoch shows one of the {copies + 1}")
@@ -137,7 +153,9 @@ def describe(job: Job, say: Say) -> None:
         say(f"leaks      {dropped_sentence(job.divided.dropped)}")
     for warning in job.divided.warnings:
         say(f"warning    {warning}")
-    say(f"head       {_head_line(job)}")
+    if job.settings.augment:
+        say(f"augment    {job.settings.augment}, drawn anew for every image of every batch")
+    say(f"{'network ' if isinstance(job.view, PixelView) else 'head    '}   {_head_line(job)}")
 
 
 def split_line(divided: Splits) -> str:
@@ -153,7 +171,7 @@ def _head_line(job: Job) -> str:
     if info.solved:
         return f"{settings.head}: solved{scaled}; chosen by {macro}{select} on val"
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
-    optimizer = {"adam": "Adam", "adamw": "AdamW"}[settings.optimizer]
+    optimizer = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD, momentum 0.9,"}[settings.optimizer]
     schedule = "" if settings.schedule == "constant" else f", {settings.schedule}"
     dropped = "" if settings.dropout is None else f"; dropout {settings.dropout:g}"
     smoothed = f"; labels smoothed by {settings.label_smoothing:g}" if settings.label_smoothing else ""
@@ -181,7 +199,10 @@ class JobFeatures:
 
     def _load(self, split: str, scale: Standardize | None, copies: bool = False) -> Features:
         job, rows = self.job, self.job.divided.rows(split)
-        return load_features(job.view, job.output, rows, job.task.labels, scale, resident=self.resident, copies=copies)
+        found = load_features(job.view, job.output, rows, job.task.labels, scale, resident=self.resident, copies=copies)
+        if isinstance(job.view, PixelView):
+            return replace(found, piece=pieces(job.input.shape), device=job.settings.device)
+        return found
 
     def all_of_train(self) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 [N·V, ...] scaled, and their labels: augmented copies are images like others to a solver."""
@@ -200,7 +221,10 @@ class JobFeatures:
 
 
 def memory_plan(job: Job) -> tuple[bool, int | None]:
-    """Whether the features fit into the budget, and else how many rows may be in use at once."""
+    """Whether the features fit into the budget, and else how many rows may be in use at once. Images are where they
+    are, and any of them are quickly had."""
+    if isinstance(job.view, PixelView):
+        return False, None
     info, names = job.view.info(job.output), job.divided.names
     row = math.prod(info.shape) * np.dtype(info.dtype).itemsize
     rows = int((names == "train").sum()) * versions_in(job.view) + int(np.isin(names, ("val", "test")).sum())
@@ -208,6 +232,6 @@ def memory_plan(job: Job) -> tuple[bool, int | None]:
     return (True, None) if rows * row <= budget else (False, max(job.settings.batch_size, budget // row))
 
 
-def versions_in(view: View) -> int:
+def versions_in(view: AnyView) -> int:
     """1, and the augmented copies of each training image."""
     return 1 if view.versions is None else view.copies(np.zeros(0, np.int64)).shape[1]

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,6 +28,14 @@ from heads.settings import Settings
 
 PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_LEAST = 0.5, 3, 1e-4  # epochs; torch's ReduceLROnPlateau, its threshold
 Said = Callable[[int, dict[str, float], bool], None]  # head, the line of its history, whether it stops here
+
+
+class Keeper(Protocol):
+    """`heads.checkpoints.Checkpoint`."""
+
+    def save(self, heads: Stack | Loop, trained: Trained, epoch: int) -> None: ...
+
+    def restore(self, heads: Stack | Loop, trained: Trained) -> int: ...
 
 
 class Schedule:
@@ -70,15 +79,20 @@ class Trained:
 def train_heads(
     heads: Stack | Loop, settings: Sequence[Settings], data: Features, held: Features,
     corrections: Sequence[np.ndarray], task: Task, *, window: int | None = None, said: Said | None = None,
+    keeper: Keeper | None = None,
 ) -> list[Trained]:  # fmt: skip
     """``corrections``: what is added to each head's logits [C] before val is judged. A head whose outputs are not
-    finite any more ends with ``failed``; the others go on."""
+    finite any more ends with ``failed``; the others go on. ``keeper``: where one network is kept after every epoch, and
+    what it goes on from."""
     first = settings[0]
     batches = _batches(first, data, task, window)
     versions = np.random.default_rng([first.split_seed, 3])
     trained = [Trained(each, Schedule(each)) for each in settings]
     active = list(range(len(settings)))
-    for epoch in range(1, first.epochs + 1):
+    done = keeper.restore(heads, trained[0]) if keeper else 0
+    for _ in range(done):
+        batches.epoch()
+    for epoch in range(done + 1, first.epochs + 1):
         begin = time.perf_counter()
         rates = [trained[k].schedule.rate(epoch) for k in active]
         heads.rates(rates)
@@ -97,6 +111,8 @@ def train_heads(
                 said(k, row, stop)
             if not stop:
                 staying.append(place)
+                if keeper:
+                    keeper.save(heads, trained[k], epoch)
         if not staying:
             break
         if len(staying) < len(active):
@@ -135,7 +151,10 @@ def judge(
     goodness = (value if select != "loss" and METRICS[select].higher else -value, -val_loss)
     if better := goodness > head.best:
         head.best = goodness
-    row = line | {"val_loss": val_loss, f"val_{select}": value, "best": int(better), "seconds": seconds}
+    row = line | {"val_loss": val_loss, f"val_{select}": value}
+    if not task.multilabel:
+        row["val_top1"] = float((z.argmax(1) == y).mean())
+    row |= {"best": int(better), "seconds": seconds}
     head.history.append(row)
     return row, better
 

@@ -29,7 +29,8 @@ class CrossEntropy:
     smoothing: float = 0.0
 
     def __call__(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(logits, y, weight=self.weight, label_smoothing=self.smoothing)
+        weight = None if self.weight is None else self.weight.to(logits.device)
+        return nn.functional.cross_entropy(logits, y, weight=weight, label_smoothing=self.smoothing)
 
     def table(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Q by class of the image [C, C], and w [C]; float64."""
@@ -48,7 +49,8 @@ class BinaryCrossEntropy:
     def __call__(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         known = ~y.isnan()
         target = y.nan_to_num() * (1 - self.smoothing) + self.smoothing / 2
-        each = nn.functional.binary_cross_entropy_with_logits(logits, target, pos_weight=self.weight, reduction="none")
+        weight = None if self.weight is None else self.weight.to(logits.device)
+        each = nn.functional.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
         return (each * known).sum() / known.sum().clamp_min(1)
 
 

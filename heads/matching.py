@@ -12,7 +12,7 @@ from featurecache.errors import BadOption, nearest
 from heads.data import has_label
 
 if TYPE_CHECKING:
-    from featurecache.reader import View
+    from heads.pixels import AnyView
     from heads.runs import Run
 
 
@@ -40,7 +40,7 @@ class Matched:
         ]
 
 
-def match_classes(run: Run, view: View, given: Sequence[str] = ()) -> Matched:
+def match_classes(run: Run, view: AnyView, given: Sequence[str] = ()) -> Matched:
     """``given``: "NAME=A,B" for a class of the run that the view calls otherwise, "NAME=" for one that it has not.
     Raises BadOption where a class is not found: a class under another name would be missing without a word."""
     if view.task == "unlabelled":
@@ -70,7 +70,7 @@ def match_classes(run: Run, view: View, given: Sequence[str] = ()) -> Matched:
     return Matched(labels, members, left_out, tuple(notes))
 
 
-def _given(run: Run, view: View, given: Sequence[str]) -> dict[str, list[str]]:
+def _given(run: Run, view: AnyView, given: Sequence[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for text in given:
         name, equals, words = text.partition("=")
@@ -88,7 +88,7 @@ def _given(run: Run, view: View, given: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def _members(run: Run, view: View, given: dict[str, list[str]]) -> dict[str, list[str]]:
+def _members(run: Run, view: AnyView, given: dict[str, list[str]]) -> dict[str, list[str]]:
     """Class of the run -> classes of the view: as given, of the same name, or those it was merged from in training."""
     merged = {}
     for text in run.config["settings"].get("classes") or ():
@@ -112,7 +112,7 @@ def _members(run: Run, view: View, given: dict[str, list[str]]) -> dict[str, lis
     return found
 
 
-def _labels(run: Run, view: View, members: dict[str, list[str]]) -> np.ndarray:
+def _labels(run: Run, view: AnyView, members: dict[str, list[str]]) -> np.ndarray:
     labels = np.asarray(view.labels)
     places = [[view.classes.index(word) for word in members[name]] for name in run.classes]
     if run.task == "multilabel":
@@ -130,7 +130,7 @@ def _labels(run: Run, view: View, members: dict[str, list[str]]) -> np.ndarray:
     return recode[labels.astype(np.int64)]
 
 
-def _left_out(view: View, taken: dict[str, str]) -> dict[str, int]:
+def _left_out(view: AnyView, taken: dict[str, str]) -> dict[str, int]:
     labels = np.asarray(view.labels)
     counts = np.bincount(labels[labels >= 0], minlength=len(view.classes))
     return {name: int(n) for name, n in zip(view.classes, counts, strict=True) if name not in taken and n}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import FeatureCacheError
+from heads.pixels import is_pixels
 from heads.runs import Run
 from heads.settings import Settings
 
@@ -20,16 +21,20 @@ MOST = 12  # heads whose commands are written out
 _WORDS_OF = {"balance": "--no-balance"}  # flags that are on unless said otherwise
 
 
-def option_words(settings: dict[str, Any]) -> list[str]:
-    """The options of train-head that differ from their defaults, as words of a command line."""
+def option_words(settings: dict[str, Any], published: dict[str, Any] | None = None) -> list[str]:
+    """The options of training that differ from their defaults, or from what was ``published`` of a network, as words of
+    a command line."""
     words: list[str] = []
     for field in fields(Settings):
         value = settings.get(field.name, field.default)
-        if field.name in ("head", "output") or value is None or value == field.default:
+        usual = (published or {}).get(field.name, field.default)
+        if published is not None and field.name == "augment" and value is None and usual is not None:
+            value = "none"
+        if field.name in ("head", "output", "device") or value is None or value == usual:
             continue
         name = _WORDS_OF.get(field.name, f"--{field.name.replace('_', '-')}")
         if isinstance(value, bool):
-            words.append(name)
+            words.append(name if value != field.default else name.replace("--no-", "--"))
         elif isinstance(value, list | tuple):
             words += [word for part in value for word in (name, str(part))]
         else:
@@ -38,10 +43,25 @@ def option_words(settings: dict[str, Any]) -> list[str]:
 
 
 def train_command(run: Run) -> str:
-    """The command line that trains this head again."""
+    """The command line that trains this head, or this network, again."""
     config = run.config
+    if is_pixels(run):
+        words = ["--arch", run.head, "--data", str((config["view"].get("source") or {}).get("data"))]
+        return "featurecache train-baseline " + shlex.join(words + option_words(config["settings"], _published(run)))
     words = ["--head", run.head, "--features", config["view"]["label"], "--output", run.output]
     return "featurecache train-head " + shlex.join(words + option_words(config.get("settings", {})))
+
+
+def _published(run: Run) -> dict[str, Any]:
+    """The settings of a network; none where its backbone is gone: then all of them are written out."""
+    from heads.baselines import baseline_info
+
+    settings = run.config["settings"]
+    adapted = settings.get("lora") is not None or bool(settings.get("rlrr"))
+    try:
+        return baseline_info(run.head, weights=settings.get("weights"), adapted=adapted).settings
+    except FeatureCacheError:
+        return {}
 
 
 def sweep_command(folder: Path) -> str | None:
@@ -80,6 +100,8 @@ def extract_command(run: Run) -> str | None:
     """The command that stores the features again, while the view is there to say it."""
     from featurecache.views import open_view
 
+    if is_pixels(run):
+        return None
     try:
         return open_view(run.config["view"]["path"]).extract_command(run.output)
     except (FeatureCacheError, OSError):

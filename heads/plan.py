@@ -12,6 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,14 @@ from heads import grids
 from heads.architectures import HEADS, Input, head_info, make_head
 from heads.choice import GRIDS
 from heads.data import task_of
-from heads.jobs import Job, choose_output, memory_plan, prepare, splits_for
+from heads.jobs import Job, choose_output, make_model, memory_plan, prepare, splits_for
+from heads.pixels import PixelView
 from heads.same_images import SameImages, same_images
-from heads.settings import OPTIMIZERS, SCHEDULES, VARIED, Settings
+from heads.settings import OF_BASELINES, OF_FINETUNE, OPTIMIZERS, SCHEDULES, VARIED, Settings, is_baseline
 from heads.splits import Splits
 
 if TYPE_CHECKING:
-    from featurecache.reader import View
+    from heads.pixels import AnyView
 
 FORMAT = 1  # of the keys
 WORDS = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
@@ -38,7 +40,7 @@ STEPPED = ("linear", "mlp")  # heads whose steps are one product for all of them
 TOGETHER, TOGETHER_STACKED = 16, 128  # heads in one training; what a kill can cost
 OF_STEPS = (*VARIED, "epochs", "batch_size", "precision", "pos_weight", "gated")  # nothing to a solved head
 # What a key says in another way (the images with their labels and splits, the window), or what decides nothing.
-NOT_IN_KEY = ("splits", "ram", "output", "classes", "only", "positive", "standardize")
+NOT_IN_KEY = ("splits", "ram", "device", "output", "classes", "only", "positive", "standardize")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Asked:
     folds: int | None = None
     search: str | None = None
     trials: int | None = None
+    given: tuple[str, ...] = ()  # what was asked for; for the rest a baseline has its published settings
 
     @classmethod
     def of(
@@ -65,6 +68,8 @@ class Asked:
         folds: int | None = None, search: str | None = None, trials: int | None = None, **options: Any,
     ) -> Asked:  # fmt: skip
         """From options as people and the command line give them; raises BadOption."""
+        options = {name: value for name, value in options.items() if value is not None}
+        given = tuple(sorted(options))
         if search not in (None, "optuna"):
             raise BadOption(f"--search {search}: it is optuna, or left out for a grid.")
         if (search is None) != (trials is None):
@@ -82,6 +87,9 @@ class Asked:
         for name, known in WORDS.items():
             if name in options:
                 grid[name] = grids.names(name, options.pop(name), known)
+        if augment := options.pop("augment", ()):
+            several = [augment] if isinstance(augment, str) else list(augment)
+            grid["augment"] = tuple(dict.fromkeys(Settings("", augment=words).augment for words in several))
         for name in ("seed", "fraction", "fold"):
             if name in options:
                 raise BadOption(f"--{name} is for one head; a sweep has --{name}s.")
@@ -92,7 +100,7 @@ class Asked:
                 replace(base, **{name: value})  # says at once what no head could be trained with
         return cls(
             grids.names("heads", heads), () if outputs is None else grids.names("outputs", outputs), grid, base,
-            seeds, parts, repeats, folds, search, trials,
+            seeds, parts, repeats, folds, search, trials, given,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,6 +144,8 @@ class Entry:
 
     def __str__(self) -> str:
         part = f", {self.fraction * 100:.4g} % of train" if self.fraction < 1 else ""
+        if is_baseline(self.head):
+            return f"{self.head} at {self.output.removeprefix('pixels-')} px{part}"
         return f"{self.view} {self.output} {self.head}{part}"
 
 
@@ -172,13 +182,14 @@ class Plan:
 
     def settings(self, entry: Entry, draw: Draw, values: dict[str, Any] | None = None, seed: int = 0) -> Settings:
         """Of one head, without the options that are nothing to it: a solved head takes none about steps."""
-        shared = self._settings(entry.fraction, draw)
-        settings = replace(shared, head=entry.head, output=entry.output, **(values or {}), seed=seed)
-        needless = (
-            OF_STEPS if entry.solved else [name for name in ("dropout", "gated") if not has_option(entry.head, name)]
-        )
+        shared, asked = self._settings(entry.fraction, draw), self.asked
+        published = _published(entry.head, asked.base)
+        own = {name: value for name, value in published.items() if name not in asked.given}
+        record = {**vars(shared), **own, **(values or {}), "head": entry.head, "output": entry.output, "seed": seed}
+        needless = [name for name in ("dropout", "gated", *OF_BASELINES) if not has_option(entry.head, name)]
+        needless += OF_STEPS if entry.solved else []
         plain = Settings(entry.head)
-        return replace(settings, **{name: getattr(plain, name) for name in needless})
+        return Settings(**record | {name: getattr(plain, name) for name in needless})
 
     def heads(self, entry: Entry, draw: Draw, variants: Sequence[dict[str, Any]] | None = None) -> list[Settings]:
         """Every setting (``variants``: the grid unless said otherwise) with every seed; a solved head has neither."""
@@ -223,13 +234,31 @@ class Plan:
         return [hashed(canonical_json(shared | {"settings": record})) for record in own]
 
     def chunk(self, entry: Entry) -> int:
-        """How many heads are trained together, at most."""
+        """How many heads are trained together, at most; of networks from pixels one, which is what memory holds."""
+        if is_baseline(entry.head):
+            return 1
         return TOGETHER_STACKED if entry.head in STEPPED else TOGETHER
 
 
 def has_option(head: str, option: str) -> bool:
+    if option in OF_BASELINES:
+        return is_baseline(head) and (option not in OF_FINETUNE or head.startswith("finetune:"))
+    if is_baseline(head):
+        from heads.baselines import has_dropout
+
+        return option == "dropout" and has_dropout(head)
     info = head_info(head)
     return not info.solved and option in inspect.signature(info.make).parameters
+
+
+def _published(head: str, base: Settings) -> dict[str, Any]:
+    """The published settings of a baseline, but for what all heads of a sweep are judged by."""
+    if not is_baseline(head):
+        return {}
+    from heads.baselines import baseline_info
+
+    info = baseline_info(head, weights=base.weights, adapted=base.lora is not None or base.rlrr)
+    return {name: value for name, value in info.settings.items() if name != "select"}
 
 
 def hashed(text: str) -> str:
@@ -259,14 +288,18 @@ def _code_of(head: str) -> str | None:
     return hashed(inspect.getsource(sys.modules[head_info(head).make.__module__]))
 
 
-def make_plan(views: Sequence[View], asked: Asked, ram: float) -> Plan:
+def make_plan(views: Sequence[AnyView], asked: Asked, ram: float) -> Plan:
     """Check everything and draw the splits; raises before anything is trained or written."""
     matched = same_images(_each_once(views))
     entries, left_out = _entries(matched.views, asked)
     plan = Plan(asked, matched, entries, left_out, ram)
-    for name, wanted in (("gated", asked.base.gated), ("dropout", asked.grid.get("dropout") not in (None, (0.0,)))):
-        if wanted and not any(has_option(head, name) for head in asked.heads):
-            raise BadOption(f"--{name} would do nothing: none of --heads {','.join(asked.heads)} has it.")
+    plain = Settings("")
+    wanted = [name for name in ("gated", *OF_BASELINES) if getattr(asked.base, name) != getattr(plain, name)]
+    wanted += [name for name in ("dropout", "augment") if asked.grid.get(name) not in (None, (0.0,), (None,))]
+    for name in wanted:
+        if not any(has_option(head, name) for head in asked.heads):
+            option = name.replace("_", "-")
+            raise BadOption(f"--{option} would do nothing: none of --heads {','.join(asked.heads)} has it.")
     for entry in entries:
         plan.job(entry, asked.draws[0])
     for draw in asked.draws[1:]:
@@ -275,8 +308,8 @@ def make_plan(views: Sequence[View], asked: Asked, ram: float) -> Plan:
     return plan
 
 
-def _each_once(views: Sequence[View]) -> list[View]:
-    found: dict[str, View] = {}
+def _each_once(views: Sequence[AnyView]) -> list[AnyView]:
+    found: dict[str, AnyView] = {}
     for view in views:
         same = found.setdefault(view.fingerprint, view)
         if str(same.path) != str(view.path):
@@ -284,11 +317,15 @@ def _each_once(views: Sequence[View]) -> list[View]:
     return list(found.values())
 
 
-def _entries(views: Sequence[View], asked: Asked) -> tuple[list[Entry], list[str]]:
+def _entries(views: Sequence[AnyView], asked: Asked) -> tuple[list[Entry], list[str]]:
     """Each head on those of the outputs that fit it; raises BadOption for a head that fits none of a view's."""
     entries, left_out = [], []
     for number, view in enumerate(views):
         for head in asked.heads:
+            if isinstance(view, PixelView) or is_baseline(head):
+                if isinstance(view, PixelView) and head in view.baselines:
+                    entries += [Entry(number, view.label, view.output, head, part) for part in asked.fractions]
+                continue
             outputs = asked.outputs or (choose_output(view, head, None),)
             reasons = {output: _why_not(view, head, output, asked) for output in outputs}
             if all(reasons.values()):
@@ -299,7 +336,7 @@ def _entries(views: Sequence[View], asked: Asked) -> tuple[list[Entry], list[str
     return entries, left_out
 
 
-def _why_not(view: View, head: str, output: str, asked: Asked) -> str | None:
+def _why_not(view: AnyView, head: str, output: str, asked: Asked) -> str | None:
     choose_output(view, head, output)  # raises where the view has no such output
     info = view.info(output)
     fits = Input(tuple(info.shape), tuple(info.prefix or ()), info.grid)
@@ -337,13 +374,14 @@ def _seconds_of_a_step(job: Job, together: int) -> float:
     y = torch.from_numpy(job.task.labels[rows])
     loss, _ = loss_and_prior(job.task, y, job.settings)
     generators = [torch.Generator().manual_seed(k) for k in range(together)]
-    models = [make_head(job.settings.head, job.input, len(job.task.classes), g) for g in generators]
+    models = [make_model(job, job.settings, g) for g in generators]
     heads = engine.together(models, [loss] * together, generators, [job.settings] * together)
     size = min(job.settings.batch_size, len(rows))
     x = torch.full((size, *job.input.shape), 0.1)
     if (vectors := engine.fixed_vectors(models[0])) is not None:
         x = vectors(x)
-    with engine.threads_for(engine.work_of_a_step(models[0], together, size, job.input.shape)):
+    work = engine.work_of_a_step(models[0], together, size, job.input.shape)
+    with nullcontext() if isinstance(job.view, PixelView) else engine.threads_for(work):
         heads.step(x, y[:size])
         begin = time.perf_counter()
         heads.step(x, y[:size])

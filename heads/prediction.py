@@ -15,13 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 from featurecache.cells import cell
-from featurecache.errors import FeatureCacheError
+from featurecache.errors import BadOption, FeatureCacheError
 from heads import evaluate as ev
+from heads.pixels import is_pixels, preprocess_of, resize_all
 from heads.runs import Run, load_run
 
-TABLES = (".npz", ".csv", ".tsv", ".parquet")  # arguments that hold many images; every other file is one image
+TABLES = (".npz", ".csv", ".tsv", ".parquet", ".tar")  # arguments that hold many images; every other file is one image
 HELD = 512 * 2**20, 2_048  # bytes and number of images in memory before they are computed
 Image = str | Path | bytes | np.ndarray
 
@@ -43,10 +45,12 @@ def predict(
     not where they were. Raises RunError; the backbone's errors as in extract.
     """
     run = run if isinstance(run, Run) else load_run(run, trust_code=trust_code)
+    if is_pixels(run) and weights:
+        raise BadOption("--weights is for a backbone; the network of this run lies in its folder. Leave it out.")
     run.model  # noqa: B018  a head that does not load is found before the backbone is
     given = [images] if isinstance(images, str | Path | bytes | np.ndarray) else list(images)
     records: list[dict[str, Any]] = []
-    for part in _parts(_each(given)):
+    for part in _parts(each_image(given)):
         records += _predict_part(run, part, device, weights)
     if say:
         failed = sum("error" in record for record in records)
@@ -54,15 +58,18 @@ def predict(
     return records
 
 
-def _each(given: list[Image]) -> Iterator[tuple[str, bytes | np.ndarray | str]]:
-    """(name, encoded bytes or array), or (name, reason) as str for what cannot be read."""
+def each_image(given: list[Image]) -> Iterator[tuple[str, Any]]:
+    """(name, encoded bytes or array), or (name, reason) as str for what cannot be read; of DICOM each frame."""
+    from featurecache.dicom_files import images_of
+
     for number, image in enumerate(given, start=1):
         if isinstance(image, bytes | np.ndarray):
             yield f"image {number}", image
         elif Path(image).is_dir() or Path(image).suffix.lower() in TABLES:
             yield from _source(image)
         else:
-            yield str(image), _read(lambda path=image: Path(path).read_bytes())  # type: ignore[misc]
+            data = _read(lambda path=image: Path(path).read_bytes())  # type: ignore[misc]
+            yield from images_of(str(image), data) if isinstance(data, bytes) else [(str(image), data)]
 
 
 def _source(data: str | Path) -> Iterator[tuple[str, bytes | np.ndarray | str]]:
@@ -99,30 +106,45 @@ def _parts(each: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
 
 
 def _predict_part(run: Run, part: list[tuple[str, Any]], device: str, weights: str | None) -> list[dict[str, Any]]:
-    import featurecache
-
     records: list[dict[str, Any]] = [
         {"image": name, "error": data} if isinstance(data, str) else {"image": name} for name, data in part
     ]
     wanted = [i for i, (_, data) in enumerate(part) if not isinstance(data, str)]
     if not wanted:
         return records
+    features, reasons = _features(run, [part[i][1] for i in wanted], device, weights)
+    assert len(features) == len(wanted) - len(reasons), "a row for every image that is not a failure"
+    for place, reason in reasons.items():
+        records[wanted[place]]["error"] = reason
+    computed = [i for place, i in enumerate(wanted) if place not in reasons]
+    for i, answer in zip(computed, answers(run, run.logits(features, _device(run, device))), strict=True):
+        records[i] |= answer
+    return records
+
+
+def _device(run: Run, device: str) -> str:
+    """Where the head is computed: a network from pixels where it is asked for, others on the CPU."""
+    if not is_pixels(run):
+        return "cpu"
+    from featurecache.forward import pick_device
+
+    return pick_device(device).type
+
+
+def _features(run: Run, images: list[Any], device: str, weights: str | None) -> tuple[torch.Tensor, dict[int, str]]:
+    """What the head of a run is given of images [n, ...], and why it is not of some, by place."""
+    if is_pixels(run):
+        return resize_all(images, preprocess_of(run))
+    import featurecache
+
     where = Path(run.config["view"]["path"]).parent  # the store, for its plan and canary; it need not be there any more
     like = SimpleNamespace(
         spec=run.config["spec"], provenance=run.config["provenance"], label=run.config["view"]["label"], store=where
     )
     features, failed = featurecache.compute(
-        [part[i][1] for i in wanted], like=like, output=run.output, device=device, weights=weights,
-        trust_code=run.trust_code,
-    )  # fmt: skip
-    reasons = dict(failed)
-    assert len(features) == len(wanted) - len(reasons), "a row for every image that is not a failure"
-    for place, reason in reasons.items():
-        records[wanted[place]]["error"] = reason
-    computed = [i for place, i in enumerate(wanted) if place not in reasons]
-    for i, answer in zip(computed, answers(run, run.logits(features)), strict=True):
-        records[i] |= answer
-    return records
+        images, like=like, output=run.output, device=device, weights=weights, trust_code=run.trust_code
+    )
+    return features, dict(failed)
 
 
 def answers(run: Run, z: np.ndarray) -> list[dict[str, Any]]:

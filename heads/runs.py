@@ -9,6 +9,7 @@
       splits.csv        every row of the view; train-head --splits takes it
       answers.safetensors  raw logits of val and test with rows, labels, digests, clusters: what intervals are made of
       head.safetensors  the state dict; with zscore also standardize.mean and standardize.std
+      backbone/         of a backbone that was tuned: what `extract` takes; head.safetensors is then the classifier
       curves.png  confusion.png  roc.png
 
 Everything is written into a folder beside, whose name begins with a dot, and renamed at the end: a folder with a run's
@@ -25,6 +26,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
@@ -43,9 +45,11 @@ from heads import evaluate as ev
 from heads.answers import Answers, answer_tensors, read_answers
 from heads.architectures import Input, load_head
 from heads.data import Standardize
-from heads.settings import STANDARDIZE
+from heads.pixels import pieces
+from heads.settings import STANDARDIZE, Settings
 from heads.splits import splits_csv
 
+BACKBONE = "backbone"
 NEEDED = (
     "config.json",
     "metrics.json",
@@ -106,6 +110,7 @@ class Run:
         return found
 
     @cached_property
+    @torch.inference_mode(False)  # gradients are asked of them too
     def _tensors(self) -> dict[str, torch.Tensor]:
         return checks.read_tensors(self.path / "head.safetensors")
 
@@ -114,6 +119,7 @@ class Run:
         return read_answers(self, split)
 
     @cached_property
+    @torch.inference_mode(False)  # gradients are asked of them too
     def model(self) -> nn.Module:
         """The trained head. A ``python:`` head is code that the run only names: imported only when trusted."""
         if self.head.startswith("python:") and not self.trust_code:
@@ -123,12 +129,32 @@ class Run:
             )
         state = {key: value for key, value in self._tensors.items() if not key.startswith("standardize.")}
         view, settings = self.config["view"], self.config["settings"]
+        if self.config["spec"].get("kind") == "pixels":
+            return self._network(state)
         grid = None if view.get("grid") is None else (view["grid"][0], view["grid"][1])
         given = Input(tuple(view["shape"]), tuple(view.get("prefix") or ()), grid)
         try:
             return load_head(self.head, given, len(self.classes), state, gated=bool(settings.get("gated")))
         except (BadOption, ValueError) as error:
             raise RunError(f"{self.path / 'head.safetensors'} does not fit the head of config.json: {error}") from error
+
+    def _network(self, state: dict[str, torch.Tensor]) -> nn.Module:
+        """That of a baseline; of a backbone that was tuned and lies beside, ``state`` is the last layer alone."""
+        from heads.baselines import load_baseline
+
+        settings, size = Settings.from_dict(self.config["settings"]), self.config["view"]["shape"][-1]
+        folder = self.path / BACKBONE
+        try:
+            if folder.is_dir():
+                from heads.finetune import load_finetuned
+
+                return load_finetuned(folder, state, classes=len(self.classes))
+            return load_baseline(
+                self.head, state, image_size=size, classes=len(self.classes), lora=settings.lora, rlrr=settings.rlrr
+            )
+        except (BadOption, ValueError) as error:
+            file = self.path / "head.safetensors"
+            raise RunError(f"{file} does not fit the network of config.json: {error}") from error
 
     @property
     def standardize(self) -> Standardize:
@@ -140,10 +166,13 @@ class Run:
         return Standardize(self.config["standardize"], tensors.get("standardize.mean"), tensors.get("standardize.std"))
 
     @torch.inference_mode()
-    def logits(self, features: torch.Tensor) -> np.ndarray:
-        """Calibrated logits float64 [n, C] of features [n, ...] in storage dtype."""
-        parts = [self.model(self.standardize(x.float())) for x in features.split(256)]
-        return self.calibration(torch.cat(parts).double().numpy() if parts else np.zeros((0, len(self.classes))))
+    def logits(self, features: torch.Tensor, device: str = "cpu") -> np.ndarray:
+        """Calibrated logits float64 [n, C] of features [n, ...] in storage dtype, or of images uint8 [n,3,h,w]."""
+        if not len(features):
+            return self.calibration(np.zeros((0, len(self.classes))))
+        model, parts = self.model.to(device), features.split(256 if features.ndim < 4 else pieces(features.shape[1:]))
+        z = [model(self.standardize(x.to(device).float())).cpu() for x in parts]
+        return self.calibration(torch.cat(z).double().numpy())
 
 
 @dataclass(frozen=True)
@@ -160,6 +189,7 @@ class Contents:
     predictions: dict[str, tuple[np.ndarray, np.ndarray]]  # split -> rows [n], raw logits [n, C]
     digests: np.ndarray  # S32 [N]
     clusters: np.ndarray  # int64 [N]
+    beside: Callable[[Path], Any] | None = None  # writes more into a folder: the backbone of a network that was tuned
 
     def calibrated(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Rows [n] and calibrated logits float64 [n, C]."""
@@ -227,7 +257,7 @@ def write_run(target: Target, contents: Contents, plots: bool = True) -> Run:
                 from heads.plots import draw_plots  # matplotlib, only after training
 
                 draw_plots(folder, contents)
-            for file in folder.iterdir():
+            for file in folder.rglob("*"):
                 sync_path(file)
             sync_path(folder)
             path = _put_in_place(folder, target)
@@ -273,6 +303,8 @@ def _write_files(folder: Path, contents: Contents) -> None:
     (folder / "answers.safetensors").write_bytes(save(answer_tensors(contents), {"format": "pt"}))
     # One word of metadata only: safetensors writes several in no fixed order, and equal heads shall be equal bytes.
     (folder / "head.safetensors").write_bytes(save(contents.tensors, {"format": "pt"}))
+    if contents.beside:
+        contents.beside(folder / BACKBONE)
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -22,7 +22,7 @@ from heads.data import Task
 from heads.splits import Splits
 
 if TYPE_CHECKING:
-    from featurecache.reader import View
+    from heads.pixels import AnyView
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SameImages:
     """``places``: for every view int64 [M], its rows of the common images, in the first view's order; ``left_out``: how
     many images only some of the views hold."""
 
-    views: tuple[View, ...]
+    views: tuple[AnyView, ...]
     places: tuple[np.ndarray, ...]
     left_out: int = 0
 
@@ -57,7 +57,7 @@ class SameImages:
         return hashlib.blake2b(repr(table).encode(), digest_size=16).hexdigest()
 
 
-def same_images(views: Sequence[View]) -> SameImages:
+def same_images(views: Sequence[AnyView]) -> SameImages:
     """Match the views; raises ProtocolError with what differs where they are not of the same labelled images."""
     first, *others = views
     by_id = all(set(view.ids) & set(first.ids) for view in views)
@@ -72,12 +72,12 @@ def same_images(views: Sequence[View]) -> SameImages:
     return SameImages(tuple(views), places, len(set().union(*keys)) - len(common))
 
 
-def plain_rows(view: View) -> np.ndarray:
+def plain_rows(view: AnyView) -> np.ndarray:
     """bool [N]: rows that are no augmented copies."""
     return np.ones(len(view.ids), bool) if view.versions is None else np.asarray(view.versions) == 0
 
 
-def _keys(view: View, by_id: bool) -> dict[tuple[Any, ...], int]:
+def _keys(view: AnyView, by_id: bool) -> dict[tuple[Any, ...], int]:
     """What tells an image from all others of its view -> its row."""
     rows = np.flatnonzero(plain_rows(view)).tolist()
     seen: Counter[Any] = Counter()
@@ -90,7 +90,7 @@ def _keys(view: View, by_id: bool) -> dict[tuple[Any, ...], int]:
     return keys
 
 
-def _same_set(first: View, view: View, keys: dict[tuple[Any, ...], int], own: dict[tuple[Any, ...], int]) -> None:
+def _same_set(first: AnyView, view: AnyView, keys: dict[tuple[Any, ...], int], own: dict[tuple[Any, ...], int]) -> None:
     """An image that a view lacks must be one that it could not read."""
     for there, lacking, a, b in ((first, view, keys, own), (view, first, own, keys)):
         missing = [row for key, row in a.items() if key not in b]
@@ -104,7 +104,7 @@ def _same_set(first: View, view: View, keys: dict[tuple[Any, ...], int], own: di
             )
 
 
-def _same_record(first: View, view: View, rows: np.ndarray, own: np.ndarray) -> None:
+def _same_record(first: AnyView, view: AnyView, rows: np.ndarray, own: np.ndarray) -> None:
     """Classes, labels, splits and groups of the common images."""
     pair = f"{first.label} and {view.label}"
     if (first.task, list(first.classes)) != (view.task, list(view.classes)):
@@ -124,10 +124,10 @@ def _same_record(first: View, view: View, rows: np.ndarray, own: np.ndarray) -> 
             )
 
 
-def _label_texts(view: View, rows: np.ndarray) -> list[str]:
+def _label_texts(view: AnyView, rows: np.ndarray) -> list[str]:
     return [str(label) for label in np.asarray(view.labels)[rows].tolist()]
 
 
-def _groups(view: View, rows: np.ndarray) -> list[int]:
+def _groups(view: AnyView, rows: np.ndarray) -> list[int]:
     """Which rows belong together, whatever the groups are called."""
     return [-1] * len(rows) if view.groups is None else numbered([view.groups[i] for i in rows]).tolist()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 STORAGE = "search.db"
 BATCH = 8  # trials whose heads are trained together; proposed without each other's results
+OWN = ("dropout", "augment")  # options that not every head has
 Values = dict[str, Any]
 
 
@@ -60,7 +61,7 @@ def search(runner: Runner, entry: Entry) -> None:
 def _space(entry: Entry, grid: dict[str, Any]) -> dict[str, Any]:
     """What is searched: the options with several values, of those that mean something to the head."""
     several = {name: values for name, values in grid.items() if isinstance(values, Range) or len(values) > 1}
-    return {name: values for name, values in several.items() if name != "dropout" or has_option(entry.head, name)}
+    return {name: values for name, values in several.items() if name not in OWN or has_option(entry.head, name)}
 
 
 @contextmanager

@@ -8,23 +8,33 @@ from typing import Any
 from featurecache.errors import BadOption, nearest
 
 STANDARDIZE = ("none", "zscore", "l2")
-OPTIMIZERS = ("adam", "adamw")
+OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "cosine", "plateau")
 PRECISIONS = ("fp32", "bf16")
+# What only networks that are trained from pixels take; the second line: only `finetune:<backbone>`.
+OF_BASELINES = (
+    "augment", "image_size", "device",
+    "lora", "rlrr", "weights", "random_weights",
+)  # fmt: skip
+OF_FINETUNE = OF_BASELINES[3:]
 # What heads that are trained together may differ in.
 VARIED = (
-    "lr", "weight_decay", "seed", "dropout", "label_smoothing", "class_weights", "optimizer", "schedule",
+    "lr", "weight_decay", "seed", "dropout", "label_smoothing", "class_weights", "optimizer", "schedule", "augment",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of ``train-head``.
+    """The options of ``train-head`` and ``train-baseline``; ``head`` is a head, or the network of a baseline.
 
     ``dropout``: None is the head's own. ``class_weights``: the loss is weighted by 1 / train prevalence, and batches
     are not balanced besides. ``fraction``: of train, after val is taken. ``fold`` (0-based) of ``folds`` over train and
     val: that part is only reported. ``sensitivity``: wanted on val, for the threshold; None: Youden's. ``ram``: GB that
     features may take in memory; None: six tenths of what is free.
+
+    Of baselines: ``augment``: "flip,rotate10,shift0.1", drawn anew for every image of every batch. ``image_size``:
+    pixels; None: the network's own. Of ``finetune:<backbone>``: ``lora``: the rank of its adapters; ``rlrr``: low-rank
+    rescaling; ``weights``: a file or folder; ``random_weights``: the architecture from scratch.
     """
 
     head: str
@@ -59,6 +69,13 @@ class Settings:
     sensitivity: float | None = None
     precision: str = "fp32"
     ram: float | None = None
+    augment: str | None = None
+    image_size: int | None = None
+    device: str = "cpu"
+    lora: int | None = None
+    rlrr: bool = False
+    weights: str | None = None
+    random_weights: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("patience", 0), ("seed", 0), ("split_seed", 0)):
@@ -70,6 +87,7 @@ class Settings:
             raise BadOption(f"--train-per-class is {self.train_per_class}; it must be at least 1.")
         self._check_words()
         self._check_parts()
+        self._check_pixels()
         from heads.metrics import METRICS
 
         if self.select not in (*METRICS, "loss"):
@@ -101,6 +119,22 @@ class Settings:
         if self.folds is not None and not 0 <= (self.fold or 0) < self.folds:
             raise BadOption(f"--fold is {self.fold}; with --folds {self.folds} it is 0 to {self.folds - 1}.")
 
+    def _check_pixels(self) -> None:
+        """What a network from pixels takes, given to a head on features, would do nothing."""
+        if self.augment is not None:
+            from featurecache.augment import parse
+
+            object.__setattr__(self, "augment", None if self.augment in ("", "none") else str(parse(self.augment)))
+        plain = {f.name: f.default for f in fields(Settings)}
+        kind = "finetune" if self.head.startswith("finetune:") else "baseline" if is_baseline(self.head) else "head"
+        useless = {"finetune": (), "baseline": OF_FINETUNE, "head": OF_BASELINES}[kind] if self.head else ()
+        for name in useless:
+            if getattr(self, name) != plain[name]:
+                way = " extract --views 2 --augment … stores augmented copies." if name == "augment" else ""
+                raise BadOption(f"--{name.replace('_', '-')} would do nothing: {self.head} does not take it.{way}")
+        if self.image_size is not None and self.image_size < 1:
+            raise BadOption(f"--image-size is {self.image_size}; it is a number of pixels.")
+
     @classmethod
     def of(cls, head: str, *, splits: Any = None, classes: Any = None, only: Any = None, **options: Any) -> Settings:
         """From options as people and the command line give them."""
@@ -123,3 +157,12 @@ class Settings:
         known = {f.name for f in fields(cls)}
         given = {key: value for key, value in data.items() if key in known}
         return cls(**given | {"classes": tuple(given["classes"]), "only": tuple(given["only"])})
+
+
+def is_baseline(head: str) -> bool:
+    """Whether a name is that of a network from pixels: only names of that form load the module that knows them."""
+    if not head.startswith(("cnn-", "vit-", "finetune:")):
+        return False
+    from heads.baselines import is_baseline as known
+
+    return known(head)

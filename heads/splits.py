@@ -26,7 +26,7 @@ from heads.data import Task, has_label
 from heads.drawing import draw, draw_nested, units_of
 
 if TYPE_CHECKING:
-    from featurecache.reader import View
+    from heads.pixels import AnyView
 
 SPLITS = ("train", "val", "test")
 SHARE = 0.15  # of train, for a val or a test that the data do not have
@@ -60,7 +60,7 @@ class Splits:
 
 
 def choose_splits(
-    view: View,
+    view: AnyView,
     task: Task,
     *,
     split_seed: int = 0,
@@ -106,7 +106,7 @@ def choose_splits(
     return Splits(names, how, drawn, warnings, leaks, dropped, fraction, fold)
 
 
-def _copies(view: View) -> np.ndarray:
+def _copies(view: AnyView) -> np.ndarray:
     """bool [N]: augmented copies, which a reader that does not ask for them does not get."""
     if view.versions is None:
         return np.zeros(len(view.ids), dtype=bool)
@@ -114,7 +114,7 @@ def _copies(view: View) -> np.ndarray:
 
 
 def _drawn(
-    view: View, seed: int, resplit_val: bool, warnings: list[str], whole: bool
+    view: AnyView, seed: int, resplit_val: bool, warnings: list[str], whole: bool
 ) -> tuple[np.ndarray, str, tuple[str, ...]]:
     """``whole``: a split that the data do not have is drawn from train."""
     labels = np.asarray(view.labels)
@@ -151,12 +151,12 @@ def _drawn(
     return names, f"{how}, split seed {seed}", missing
 
 
-def _units(view: View, rows: np.ndarray) -> np.ndarray:
+def _units(view: AnyView, rows: np.ndarray) -> np.ndarray:
     groups = None if view.groups is None else [view.groups[i] for i in rows]
     return units_of(np.asarray(view.digests)[rows], groups)
 
 
-def _fold(view: View, names: np.ndarray, fold: tuple[int, int], seed: int, resplit_val: bool) -> str:
+def _fold(view: AnyView, names: np.ndarray, fold: tuple[int, int], seed: int, resplit_val: bool) -> str:
     """Part k of n becomes test, 15 % of the rest val (``names`` is changed); a given test is taken out."""
     if resplit_val:
         raise BadOption("--folds draws val anew in every fold; leave --resplit-val out.")
@@ -180,7 +180,7 @@ def _fold(view: View, names: np.ndarray, fold: tuple[int, int], seed: int, respl
     return f"fold {number + 1} of {count}, val 15 % of the others{kept}, split seed {seed}"
 
 
-def _fraction(view: View, names: np.ndarray, task: Task, fraction: float, seed: int, warnings: list[str]) -> None:
+def _fraction(view: AnyView, names: np.ndarray, task: Task, fraction: float, seed: int, warnings: list[str]) -> None:
     """Keep a part of train (``names`` is changed); a class that it leaves without any image is said by `_check`."""
     rows = np.flatnonzero(names == "train")
     if not len(rows):
@@ -243,7 +243,7 @@ def class_counts(names: np.ndarray, task: Task) -> dict[str, list[int]]:
     return {s: [int(v) for v in np.bincount(y[names == s], minlength=len(task.classes))] for s in SPLITS}
 
 
-def _drop(view: View, names: np.ndarray) -> dict[str, int]:
+def _drop(view: AnyView, names: np.ndarray) -> dict[str, int]:
     """Take the rows that leak out of train and val (``names`` is changed); how many of each."""
     from featurecache.leaks import leaking
 
@@ -253,7 +253,7 @@ def _drop(view: View, names: np.ndarray) -> dict[str, int]:
     return {name: int(rows.sum()) for name, rows in found.items()}
 
 
-def _leaks(view: View, names: np.ndarray) -> tuple[Leak, ...]:
+def _leaks(view: AnyView, names: np.ndarray) -> tuple[Leak, ...]:
     """What stands in two splits (only given splits can have such); near-duplicates are not looked for."""
     from featurecache.leaks import exact_leaks
 

@@ -18,11 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurecache.errors import ProtocolError, RunError
+from featurecache.errors import BadOption, ProtocolError, RunError
 from heads.choice import choose, family_of, rank
 from heads.data import memory_for_features
+from heads.pixels import open_pixels
 from heads.plan import Asked, make_plan
 from heads.runs import Run, load_run
+from heads.settings import is_baseline
 from heads.sweep_folder import (
     RECORD,
     Row,
@@ -38,8 +40,8 @@ from heads.sweep_rows import ROWS, read_rows
 from heads.sweep_run import Runner, Say, say_plan
 
 if TYPE_CHECKING:
-    from featurecache.reader import View
     from heads.families import Family
+    from heads.pixels import AnyView
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,10 @@ def list_sweeps(folder: str | Path = "runs") -> list[Sweep]:
 
 
 def ablate(
-    features: View | str | Path | Sequence[View | str | Path] | None,
+    features: AnyView | str | Path | Sequence[AnyView | str | Path] | None,
     heads: str | Sequence[str],
     *,
+    data: Any = None,
     cache: str | Path | None = None,
     out: str | Path | None = None,
     controls: bool | None = None,
@@ -87,13 +90,14 @@ def ablate(
 ) -> Sweep | None:
     """Train ``heads`` with every setting of ``options`` (`Asked.of`, and those of ``train_head``) and choose on val.
 
-    Several ``features`` are several backbones on the same images. ``out``: a new folder, or that of the same sweep,
-    which goes on; None: ``runs/ablate-<view>-<n>``, the first that is either. ``dry_run``: say the plan, train and
-    write nothing, return None. Raises BadOption, NotInCache, ProtocolError and RunError before anything is trained.
+    Several ``features`` are several backbones on the same images. Networks from pixels among the ``heads`` are trained
+    on the images of the first of these; where there are no others, on ``data``. ``out``: a new folder, or that of
+    the same sweep, which goes on; None: ``runs/ablate-<view>-<n>``, the first that is either. ``dry_run``: say the
+    plan, train and write nothing, return None. Raises BadOption, NotInCache, ProtocolError and RunError before anything is trained.
     """
     say = say or (lambda line: None)
-    asked = Asked.of(heads, **options)
-    views = _opened(features, cache)
+    asked = Asked.of(heads, **{**options, "device": _device(heads, options.get("device"))})
+    views = _opened(features, cache, asked, data, progress)
     ram = memory_for_features() / 1e9 if asked.base.ram is None else asked.base.ram
     plan = make_plan(views, asked, ram)
     if asked.search:
@@ -121,11 +125,37 @@ def ablate(
     return found
 
 
-def _opened(features: Any, cache: str | Path | None) -> list[View]:
+def _opened(features: Any, cache: str | Path | None, asked: Asked, data: Any, progress: bool) -> list[AnyView]:
+    """The views of features, and the images for networks that are trained from pixels."""
     from featurecache.views import open_view
 
+    baselines = [head for head in asked.heads if is_baseline(head)]
+    if data is not None and (features is not None or len(baselines) < len(asked.heads)):
+        others = [head for head in asked.heads if head not in baselines]
+        why = f"{', '.join(others)} is trained on features" if others else "both are given"
+        raise BadOption(f"--data gives images to networks from pixels alone; {why}. --features names a view of both.")
     given = [features] if features is None or isinstance(features, str | Path) or hasattr(features, "ids") else features
-    return [open_view(each, cache) if each is None or isinstance(each, str | Path) else each for each in given]
+    views: list[AnyView] = []
+    if data is None:
+        views += [open_view(each, cache) if each is None or isinstance(each, str | Path) else each for each in given]
+    if not baselines:
+        return views
+    base = asked.base
+    images: list[AnyView] = []
+    images += open_pixels(
+        views[0] if data is None else data, baselines, base.image_size, weights=base.weights, progress=progress
+    )
+    return images if len(baselines) == len(asked.heads) else [*views, *images]
+
+
+def _device(heads: str | Sequence[str], asked: str | None) -> str | None:
+    """Where networks from pixels are trained; heads on features are on the CPU."""
+    names = heads.split(",") if isinstance(heads, str) else heads
+    if not any(is_baseline(name.strip()) for name in names):
+        return None if asked in (None, "auto") else asked
+    from featurecache.forward import pick_device
+
+    return pick_device(asked or "auto").type
 
 
 def load_sweep(path: str | Path) -> Sweep:

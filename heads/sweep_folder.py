@@ -20,6 +20,7 @@ from heads.architectures import head_info
 from heads.data import task_of
 from heads.metrics import METRICS
 from heads.plan import Plan
+from heads.settings import is_baseline
 
 RECORD = "sweep.json"
 FORMAT = 1
@@ -129,18 +130,19 @@ def command_of(plan: Plan, folder: Path) -> str:
     from heads.origin import option_words
 
     asked = plan.asked
-    options: dict[str, Any] = {
-        "heads": ",".join(asked.heads),
-        "features": ",".join(dict.fromkeys(e.view for e in plan.entries)),
-    }
+    options: dict[str, Any] = {"heads": ",".join(asked.heads)}
+    features = dict.fromkeys(e.view for e in plan.entries if not is_baseline(e.head))
+    images = plan.matched.views[0].source["data"]
+    options |= {"features": ",".join(features)} if features else {"data": images}
     options |= {"outputs": ",".join(asked.outputs)} if asked.outputs else {}
-    options |= {name.replace("_", "-"): _grid_word(values) for name, values in asked.grid.items()}
+    options |= {name.replace("_", "-"): _grid_word(values) for name, values in asked.grid.items() if name != "augment"}
     options |= {"seeds": asked.seeds} if asked.seeds > 1 else {}
     options |= {"fractions": _grid_word(asked.fractions)} if asked.fractions != (1.0,) else {}
     options |= {"repeats": asked.repeats} if asked.repeats > 1 else {}
     options |= {"folds": asked.folds} if asked.folds else {}
     options |= {"search": asked.search, "trials": asked.trials} if asked.search else {}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words += [word for each in asked.grid.get("augment", ()) for word in ("--augment", each or "none")]
     return f"featurecache ablate {shlex.join([*words, *option_words(asked.base.to_dict()), '--out', str(folder)])}"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from featurecache.errors import FeatureCacheError, ProtocolError
+from featurecache.errors import ProtocolError, Stopped
 from heads.choice import Choice, choose, family_of, mean_of, setting_of
 from heads.contents import contents_of
 from heads.data import task_of
@@ -26,10 +26,6 @@ from heads.sweep_rows import RowFile
 from heads.train import Fit, train_together
 
 Say = Callable[[str], None]
-
-
-class Stopped(FeatureCacheError):
-    """Ctrl-C; what is finished is on the disk."""
 
 
 class Runner:

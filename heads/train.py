@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,21 +20,22 @@ from heads.contents import contents_of
 from heads.data import Features, Standardize, Task
 from heads.engine import logits_of, threads_for, together, work_of_a_step
 from heads.jobs import Job, JobFeatures, Say, describe, make_model, prepare
-from heads.joint import Schedule, Trained, judge, train_heads
+from heads.joint import Keeper, Schedule, Trained, judge, train_heads
 from heads.losses import loss_and_prior
 from heads.metrics import METRICS
+from heads.pixels import PixelView
 from heads.runs import Run, load_run, run_target, write_run
 from heads.settings import VARIED, Settings
 
 if TYPE_CHECKING:
-    from featurecache.reader import View
+    from heads.pixels import AnyView
 
-TIMED = 256  # images on which a head's time at prediction is measured
+TIMED = 256  # images, at most, on which a head's time at prediction is measured
 OF_HISTORY = ("epoch", "best", "seconds")
 
 
 def train_head(
-    view: View | str | Path,
+    view: AnyView | str | Path,
     head: str,
     *,
     splits: str | Path | None = None,
@@ -65,12 +67,12 @@ def train_head(
     (fit,) = train_together(job, [settings], say)
     if isinstance(fit, ProtocolError):
         raise fit
-    beside = _controls(job, say) if (job.view.untrained if controls is None else controls) else []
+    beside = controls_beside(job, say) if (job.view.untrained if controls is None else controls) else []
     run = write_run(target, contents_of(job, fit, beside))
-    return _with_report(run, images, hash_ids) if report else run
+    return with_report(run, images, hash_ids) if report else run
 
 
-def _with_report(run: Run, images: bool, hash_ids: bool) -> Run:
+def with_report(run: Run, images: bool, hash_ids: bool) -> Run:
     from heads.comparison import compare, families_of
     from heads.page import write_report
 
@@ -100,20 +102,36 @@ class Fit:
     def parameters(self) -> int:
         return count_parameters(self.model)
 
+    @property
+    def seconds_to_best(self) -> float:
+        """Of training, up to the end of the epoch that was chosen; a solved head needs its whole path."""
+        if head_info(self.settings.head).solved:
+            return self.seconds
+        return sum(row["seconds"] for row in self.history[: self.epoch])
 
-def train_together(job: Job, settings: Sequence[Settings], say: Say | None = None) -> list[Fit | ProtocolError]:
+
+def train_together(
+    job: Job, settings: Sequence[Settings], say: Say | None = None, keeper: Keeper | None = None
+) -> list[Fit | ProtocolError]:
     """One head for each of ``settings``, which differ from the job's in `VARIED` only; each is what it is alone. A head
-    whose outputs do not stay finite is the error that says so."""
+    whose outputs do not stay finite is the error that says so. ``keeper``: of one network, see `train_heads`."""
     shared = {f: v for f, v in asdict(job.settings).items() if f not in VARIED}
     assert all({f: asdict(each)[f] for f in shared} == shared for each in settings)
     features = JobFeatures(job)
     found: dict[int, Fit | ProtocolError] = {}
-    model = make_model(job, job.settings)
-    with threads_for(work_of_a_step(model, len(settings), job.settings.batch_size, job.input.shape)):
+    with _threads(job, len(settings)):
         for places in _same_batches(settings, job.task):
-            trained = _trained(job, [settings[k] for k in places], features, say or (lambda line: None))
+            trained = _trained(job, [settings[k] for k in places], features, say or (lambda line: None), keeper)
             found |= dict(zip(places, _judged(job, trained, features), strict=True))
     return [found[k] for k in range(len(settings))]
+
+
+def _threads(job: Job, count: int) -> AbstractContextManager[None]:
+    """An image through a network is always worth dividing."""
+    if isinstance(job.view, PixelView):
+        return nullcontext()
+    model = make_model(job, job.settings)
+    return threads_for(work_of_a_step(model, count, job.settings.batch_size, job.input.shape))
 
 
 def _same_batches(settings: Sequence[Settings], task: Task) -> list[list[int]]:
@@ -132,12 +150,12 @@ class _Head:
     notes: tuple[str, ...] = ()
 
 
-def _trained(job: Job, settings: list[Settings], features: JobFeatures, say: Say) -> list[_Head]:
+def _trained(job: Job, settings: list[Settings], features: JobFeatures, say: Say, keeper: Keeper | None) -> list[_Head]:
     if head_info(job.settings.head).solved:
         return [_solved(job, each, features, say) for each in settings]
     prior = [loss_and_prior(job.task, features.train.y, each) for each in settings]
     generators = [torch.Generator().manual_seed(each.seed) for each in settings]
-    models = [make_model(job, each, own) for each, own in zip(settings, generators, strict=True)]
+    models = [make_model(job, s, own).to(s.device) for s, own in zip(settings, generators, strict=True)]
     heads = together(models, [loss for loss, _ in prior], generators, settings)
     train, val = features.given_to(models[0])
 
@@ -146,7 +164,9 @@ def _trained(job: Job, settings: list[Settings], features: JobFeatures, say: Say
             say(_epoch_line(row, settings[k], stop))
 
     corrections = [correction for _, correction in prior]
-    trained = train_heads(heads, settings, train, val, corrections, job.task, window=features.window, said=said)
+    trained = train_heads(
+        heads, settings, train, val, corrections, job.task, window=features.window, said=said, keeper=keeper
+    )
     for model, each in zip(models, trained, strict=True):
         if each.failed is None:
             model.load_state_dict(each.state)
@@ -219,10 +239,10 @@ def _judged(job: Job, heads: list[_Head], features: JobFeatures) -> list[Fit | P
 
 def _ms_per_image(model: nn.Module, data: Features) -> float:
     """Milliseconds that a head takes for an image, once its features are in memory."""
-    x = next(iter(data.chunks(TIMED)))
+    x = next(iter(data.chunks(min(TIMED, data.piece))))
     begin = time.perf_counter()
     with torch.inference_mode():
-        model(x)
+        model(x).cpu()
     return 1000 * (time.perf_counter() - begin) / len(x)
 
 
@@ -239,7 +259,7 @@ def _epoch_line(row: dict[str, float], settings: Settings, stop: bool) -> str:
     )
 
 
-def _controls(job: Job, say: Say) -> list[dict[str, Any]]:
+def controls_beside(job: Job, say: Say) -> list[dict[str, Any]]:
     from heads.controls import all_controls
 
     say("controls   chance, the majority class, logistic regression on raw pixels")

@@ -34,6 +34,7 @@ class FakeView:
     provenance: dict = field(default_factory=lambda: {"backbone": "vit-toy"})
     source: dict = field(default_factory=lambda: {"kind": "folder", "data": "toys"})
     failed: list[dict[str, str]] = field(default_factory=list)
+    cost: dict | None = None
     reads: list[str] = field(default_factory=list)  # which splits' rows were asked for, in order
 
     def __post_init__(self) -> None:

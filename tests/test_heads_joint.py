@@ -309,7 +309,7 @@ def test_a_learner_leaves_the_randomness_of_others_alone():
         ({"dropout": 1.0}, "below 1"), ({"label_smoothing": -0.1}, "at least 0"), ({"ram": -1.0}, "GB"),
         ({"fraction": 0.0}, "--fraction is 0"), ({"sensitivity": 1.5}, "--sensitivity is 1.5"),
         ({"folds": 3}, "give both"), ({"folds": 3, "fold": 3}, "0 to 2"),
-        ({"optimizer": "sgd"}, "one of adam, adamw"), ({"schedule": "step"}, "one of constant"),
+        ({"optimizer": "rmsprop"}, "one of adam, adamw, sgd"), ({"schedule": "step"}, "one of constant"),
         ({"precision": "fp16"}, "one of fp32, bf16"), ({"momentum": 0.9}, "momentum: no such option"),
     ],
 )  # fmt: skip

@@ -496,7 +496,7 @@ def test_the_record_says_what_was_asked_each_time(tmp_path):
         ({"seeds": 0}, "--seeds is 0"),
         ({"repeats": 0}, "--repeats is 0"),
         ({"folds": 1}, "--folds is 1"),
-        ({"optimizer": "sgd"}, "'sgd' is none of adam"),
+        ({"optimizer": "rmsprop"}, "'rmsprop' is none of adam"),
         ({"seed": 3}, "--seed is for one head"),
         ({"search": "optuna"}, "go together"),
         ({"trials": 3}, "go together"),

@@ -1,0 +1,237 @@
+"""Images as a view: what a baseline is trained on, resized once and kept as uint8.
+
+A `PixelView` has what the engine and the protocol ask of a view of features (ids, labels, splits, digests, one output
+of so many numbers a row), so a network that is trained from pixels has the splits, the batches, the calibration, the
+measures and the run folder of a head. Its output is called ``pixels-<height>``.
+
+Notation: N images, h and w the height and width in pixels that the network sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from featurecache.errors import FeatureCacheError, NotInCache, ProtocolError, RunError, UnreadableImage
+from featurecache.inspection import OutputInfo
+from featurecache.spec import canonical_json
+
+if TYPE_CHECKING:
+    from featurecache.dataset import Stored
+    from featurecache.preprocess import Preprocess
+    from featurecache.sources import Dataset
+    from heads.runs import Run
+
+WORKERS = 2  # threads that read and resize
+AT_ONCE = 2**23  # numbers in memory as float32 where images go through a network in pieces
+
+
+class PixelView:
+    """The N images of a dataset that can be read, uint8 [N,3,h,w]; in memory, or beyond it in a temporary file."""
+
+    versions = augmented = None
+    untrained = imported = False
+
+    def __init__(
+        self, dataset: Dataset, preprocess: Preprocess, baselines: Sequence[str] = (), *, progress: bool = False
+    ) -> None:
+        """``baselines``: the networks that take images prepared so."""
+        self.preprocess, self.baselines, self.source = preprocess, tuple(baselines), dataset.source
+        self.output = f"pixels-{preprocess.size[0]}"
+        self.path, self.name, self.label = Path(str(dataset.source["data"])), dataset.name, f"pixels/{dataset.name}"
+        self.spec = {"kind": "pixels", "preprocess": _record(preprocess)}
+        self.provenance = {"backbone": self.output}
+        self.fingerprint = hashlib.blake2b(canonical_json(self.spec).encode(), digest_size=16).hexdigest()
+        self._pixels, digests, self.failed, self.loading_ms = _read_all(dataset, preprocess, progress)
+        gone = {failure["id"] for failure in self.failed}
+        self._places = kept = np.array([i for i, name in enumerate(dataset.ids) if name not in gone], dtype=np.int64)
+        if not len(kept):
+            reason = self.failed[0]["reason"] if self.failed else "it has none"
+            raise ProtocolError(f"{dataset.source['data']}: no image can be read ({reason}).")
+        self.classes, self.task, self.labels = list(dataset.classes), dataset.task, dataset.labels[kept]
+        self.ids, self.digests = [dataset.ids[i] for i in kept], digests[kept]
+        self.splits = [dataset.splits[i] for i in kept]
+        self.groups = None if dataset.groups is None else [dataset.groups[i] for i in kept]
+        self.meta = {name: np.asarray(column)[kept] for name, column in dataset.meta.items()}
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """No backbone stands before the network, so nothing but reading and resizing: milliseconds of one thread."""
+        return {"forward_ms": 0.0, "loading_ms": self.loading_ms, "device": "cpu", "precision": "fp32", "threads": 1}
+
+    @property
+    def outputs(self) -> dict[str, OutputInfo]:
+        return {self.output: OutputInfo((3, *self.preprocess.size), "uint8", None, None)}
+
+    def info(self, output: str) -> OutputInfo:
+        if output != self.output:
+            raise NotInCache(f"{self.label} holds {self.output}, which are images and no features; not {output}.")
+        return self.outputs[output]
+
+    def has(self, output: str) -> bool:
+        return output == self.output
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def split(self, name: str) -> np.ndarray:
+        return np.flatnonzero(np.array(self.splits) == name)
+
+    def copies(self, rows: Any = None) -> np.ndarray:
+        """int64 [n, 1]: there are no stored copies; baselines draw theirs anew in every step."""
+        return np.asarray(np.arange(len(self)) if rows is None else rows)[:, None]
+
+    def tensor(self, output: str, rows: Any = None) -> torch.Tensor:
+        """uint8 [n,3,h,w] in the order asked."""
+        self.info(output)
+        picked = self._places if rows is None else self._places[rows]
+        return self._pixels.index_select(0, torch.from_numpy(picked))
+
+
+def pieces(shape: Sequence[int]) -> int:
+    """How many rows of ``shape`` go through a network at once when it is judged."""
+    return max(8, min(256, AT_ONCE // int(np.prod(shape))))
+
+
+def open_pixels(
+    data: Any, baselines: Sequence[str], image_size: int | None = None, *, weights: str | None = None,
+    progress: bool = False,
+) -> list[PixelView]:  # fmt: skip
+    """What networks are trained on: of a source as ``--data`` names it, of a dataset, or of the images of a view. One
+    view for all that see images alike. ``weights``: where those of ``finetune:<backbone>`` are."""
+    from heads.baselines import baseline_info
+
+    alike: dict[Preprocess, list[str]] = {}
+    for name in baselines:
+        info = baseline_info(name, weights=weights)
+        alike.setdefault(info.preprocess(image_size or info.image_size), []).append(name)
+    dataset = _dataset(data)
+    return [PixelView(dataset, preprocess, names, progress=progress) for preprocess, names in alike.items()]
+
+
+def _dataset(data: Any) -> Dataset:
+    from featurecache.sources import Dataset, open_source, reopen
+
+    if isinstance(data, Dataset):
+        return data
+    return reopen(data.source) if hasattr(data, "source") else open_source(data)
+
+
+def pixels_of(run: Run, data: Any = None, *, progress: bool = False) -> PixelView:
+    """The images of a run on pixels, or ``data``, prepared as the run has it; RunError where that cannot be."""
+    from featurecache.sources import reopen
+
+    preprocess = preprocess_of(run)
+    if data is not None:
+        return PixelView(_dataset(data), preprocess, progress=progress)
+    try:
+        dataset = reopen(run.config["view"].get("source") or {})
+    except (FeatureCacheError, KeyError, TypeError) as error:
+        raise RunError(f"the images of {run.path} cannot be had: {error}") from error
+    return PixelView(dataset, preprocess, progress=progress)
+
+
+def preprocess_of(run: Run) -> Preprocess:
+    """How a run on pixels resizes; RunError where its config is damaged."""
+    from featurecache.preprocess import Preprocess
+
+    record = run.config["spec"].get("preprocess")
+    try:
+        return Preprocess.from_dict({key: value for key, value in record.items() if key != "decoding"})
+    except (FeatureCacheError, TypeError, AttributeError) as error:
+        raise RunError(f"{run.path} is damaged: it does not say how its images were resized ({error}).") from error
+
+
+def is_pixels(run: Run) -> bool:
+    return run.config["spec"].get("kind") == "pixels"
+
+
+def resize_all(images: Sequence[Stored], preprocess: Preprocess) -> tuple[torch.Tensor, dict[int, str]]:
+    """uint8 [n,3,h,w] of those that can be read, and why the others cannot, by place."""
+    ready: list[torch.Tensor] = []
+    failed: dict[int, str] = {}
+    for place, data in enumerate(images):
+        found = _resized(data, preprocess)
+        if isinstance(found, str):
+            failed[place] = found
+        else:
+            ready.append(found)
+    return torch.stack(ready) if ready else torch.zeros(0, 3, *preprocess.size, dtype=torch.uint8), failed
+
+
+def _record(preprocess: Preprocess) -> dict[str, Any]:
+    from featurecache.images import DECODING
+
+    return preprocess.to_dict() | {"decoding": DECODING}
+
+
+def _resized(data: Stored, preprocess: Preprocess) -> torch.Tensor | str:
+    from featurecache.images import decode
+
+    try:
+        return preprocess.resized(decode(data))
+    except UnreadableImage as error:
+        return str(error)
+    except (RuntimeError, MemoryError, ValueError) as error:
+        return f"cannot be resized for the network: {error}"
+
+
+def _read_all(
+    dataset: Dataset, preprocess: Preprocess, progress: bool
+) -> tuple[torch.Tensor, np.ndarray, list[dict[str, str]], float]:
+    """Pixels [N,3,h,w], digests S32 [N], what could not be read, and milliseconds of one thread for an image."""
+    from featurecache.extraction import progress_bar
+    from featurecache.images import digest
+
+    count = len(dataset)
+    pixels, digests = _room((count, 3, *preprocess.size)), np.zeros(count, "S32")
+    reasons: dict[int, str] = {}
+    seconds = np.zeros(count)
+
+    def one(row: int) -> None:
+        begin = time.perf_counter()
+        try:
+            data = dataset.read(row)
+            digests[row] = digest(data).encode()
+            found = _resized(data, preprocess)
+        except UnreadableImage as error:
+            found = str(error)
+        if isinstance(found, str):
+            reasons[row] = found
+        else:
+            pixels[row] = found
+        seconds[row] = time.perf_counter() - begin
+
+    with ThreadPoolExecutor(WORKERS) as pool, progress_bar(count, progress, "images") as bar:
+        _each(pool.map(one, range(count)), bar.update)
+    failed = [{"id": dataset.ids[row], "reason": reasons[row]} for row in sorted(reasons)]
+    return pixels, digests, failed, 1000 * float(seconds.mean()) if count else 0.0
+
+
+def _each(done: Any, update: Callable[[int], Any]) -> None:
+    for _ in done:
+        update(1)
+
+
+def _room(shape: tuple[int, ...]) -> torch.Tensor:
+    """uint8 of ``shape``: memory, or a file without a name where that is short."""
+    from heads.data import memory_for_features
+
+    if int(np.prod(shape)) <= memory_for_features():
+        return torch.empty(shape, dtype=torch.uint8)
+    with tempfile.TemporaryFile(prefix="featurecache-pixels-") as file:
+        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=shape))
+
+
+if TYPE_CHECKING:
+    from featurecache.reader import View
+
+    AnyView = View | PixelView  # what the protocol works on

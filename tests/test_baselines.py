@@ -1,0 +1,297 @@
+"""Networks trained from pixels: the engine, the protocol and the run folder of a head, with augmentation and resume."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import heads
+from featurecache.dataset import Arrays, Dataset
+from featurecache.errors import BadOption, RunError, Stopped, UnknownHead
+from featurecache.planning import extract
+from featurecache.preprocess import Preprocess
+from featurecache.views import open_view
+from heads.augmenting import Augmenter
+from heads.baseline_runs import settings_of, train_baseline
+from heads.external import evaluate_run
+from heads.pixels import PixelView, open_pixels, pixels_of
+from heads.settings import Settings
+
+QUICK = {"epochs": 2, "image_size": 8, "batch_size": 16, "report": False, "augment": "none", "device": "cpu"}
+
+
+def digits(n=72, classes=3, broken=()):
+    """The first n of scikit-learn's digits of so many classes; ``broken``: rows that are no images."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    rows = np.flatnonzero(found.target < classes)[:n]
+    images = np.rint(found.images[rows] * (255 / 16)).astype(np.uint8)
+
+    class Some(Arrays):
+        def read(self, row):
+            return b"nothing" if row in broken else super().read(row)
+
+    return Dataset(
+        "digits", {"kind": "digits", "data": "digits"}, [f"digits:{row}" for row in rows],
+        found.target[rows].astype(np.int64), [""] * n, None, {"place": np.arange(n)},
+        [str(c) for c in range(classes)], "multiclass", Some([images]),
+    )  # fmt: skip
+
+
+def trained(folder, data=None, **options):
+    return train_baseline(data or digits(), "cnn-cifar", out=folder, **{**QUICK, **options})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("baseline") / "run")
+
+
+def test_pixels_are_those_of_the_preprocessing_in_the_order_of_the_data():
+    data = digits(30, broken=(3,))
+    (view,) = open_pixels(data, ["cnn-cifar"], 12)
+    images = view.tensor("pixels-12", np.array([5, 0]))
+    expected = [view.preprocess.resized(torch.from_numpy(data.read(row))[None].expand(3, -1, -1)) for row in (6, 0)]
+    assert torch.equal(images, torch.stack(expected))
+    assert view.failed == [{"id": data.ids[3], "reason": view.failed[0]["reason"]}] and len(view) == 29
+    assert view.ids == data.ids[:3] + data.ids[4:] and view.meta["place"].tolist()[2:4] == [2, 4]
+
+
+def test_pixels_beyond_memory_lie_in_a_file_and_are_the_same(monkeypatch):
+    data = digits(20)
+    (memory,) = open_pixels(data, ["cnn-cifar"], 8)
+    monkeypatch.setattr("heads.data.memory_for_features", lambda: 100)
+    (mapped,) = open_pixels(data, ["cnn-cifar"], 8)
+    assert torch.equal(memory.tensor("pixels-8"), mapped.tensor("pixels-8"))
+
+
+def test_what_is_left_out_is_as_published_and_what_is_given_is_not():
+    assert (settings_of("cnn-medical-mnist").weight_decay, settings_of("cnn-medical-mnist").patience) == (1e-4, 5)
+    asked = settings_of("cnn-medical-mnist", lr=0.1, epochs=None)
+    assert (asked.lr, asked.epochs, asked.schedule) == (0.1, 20, "plateau")
+
+
+def test_a_run_predicts_what_its_network_says_of_the_same_pixels(run):
+    data = digits()
+    with torch.inference_mode():
+        pixels = torch.stack([torch.from_numpy(data.read(row))[None].expand(3, -1, -1) for row in range(10)])
+        z = run.calibration(run.model(pixels.float()).double().numpy())
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    found = heads.predict(run, [data.read(row) for row in range(10)])
+    assert np.allclose([list(record["probabilities"].values()) for record in found], p, atol=1e-6)
+    assert "error" in heads.predict(run, [b"nothing"])[0]
+
+
+def test_a_run_says_what_it_cost_and_what_it_saw(run):
+    assert run.config["parameters"] == 174_803 and run.config["spec"]["kind"] == "pixels"
+    cost = run.config["cost"]
+    assert cost["forward_ms"] == 0 and cost["loading_ms"] > 0 and 0 < cost["seconds_to_best"] <= cost["train_seconds"]
+
+
+def test_a_training_ends_with_the_weights_of_its_best_epoch(tmp_path):
+    worse = {"lr": 0.3, "select": "loss"}
+    long = trained(tmp_path / "long", epochs=3, **worse)
+    assert long.config["chosen"]["epoch"] == 1
+    state = trained(tmp_path / "short", epochs=1, **worse).model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in long.model.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_an_interrupted_training_goes_on_to_the_same_bytes(tmp_path, optimizer):
+    more = {"epochs": 4, "optimizer": optimizer, "augment": "flip,rotate10", "schedule": "plateau", "seed": 3}
+    trained(tmp_path / "whole", **more)
+
+    def stop(line):
+        if line.startswith("epoch  3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Stopped, match=r"2 epochs are safe.*--resume"):
+        trained(tmp_path / "parts", say=stop, **more)
+    with pytest.raises(RunError, match=r"interrupted after epoch 2.*--resume.*--overwrite"):
+        trained(tmp_path / "parts", **more)
+    with pytest.raises(RunError, match="other settings or images: lr"):
+        trained(tmp_path / "parts", resume=True, **more, lr=0.5)
+    trained(tmp_path / "parts", resume=True, **more)
+    for name in ("head.safetensors", "splits.csv", "predictions.csv"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]  # no checkpoint is left
+
+
+def test_a_damaged_checkpoint_is_said_and_overwritten_when_asked(tmp_path):
+    def stop(line):
+        if line.startswith("epoch  2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Stopped):
+        trained(tmp_path / "run", say=stop)
+    (file,) = tmp_path.glob("*.checkpoint")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"damaged.*--overwrite"):
+        trained(tmp_path / "run", resume=True)
+    trained(tmp_path / "run", overwrite=True)
+
+
+def test_resume_without_an_interrupted_training_is_refused(tmp_path):
+    with pytest.raises(RunError, match="no interrupted training"):
+        trained(tmp_path / "run", resume=True)
+
+
+def test_a_network_and_heads_on_features_are_compared_on_the_same_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEATURECACHE_DIR", str(tmp_path))
+    data = digits()
+    made = extract(data, backbone="vit-demo", random_weights=True, outputs="cls")
+    monkeypatch.setattr("featurecache.sources.reopen", lambda source: data)
+    found = heads.ablate(
+        open_view(made.view), ["linear", "cnn-cifar"], out=tmp_path / "sweep", epochs=2, image_size=8, batch_size=16,
+        optimizer="adam,sgd", augment=["none", "flip"], controls=False,
+    )  # fmt: skip
+    by_head = {family.head: family for family in found.families}
+    assert set(by_head) == {"linear", "cnn-cifar"}
+    digests = [family.runs[0].config["splits"]["digest"] for family in found.families]
+    assert digests[0] == digests[1]  # the same test images
+    tried = {(r["settings"]["optimizer"], r["settings"]["augment"]) for r in found.rows if r["head"] == "cnn-cifar"}
+    assert tried == {("adam", None), ("adam", "flip"), ("sgd", None), ("sgd", "flip")}
+    assert sum(row["head"] == "linear" for row in found.rows) == 2  # --augment is nothing to it
+    (other,) = open_pixels(data, ["cnn-cifar"], 8)
+    network = by_head["cnn-cifar"].runs[0]
+    alone = trained(tmp_path / "alone", data, **{k: network.config["settings"][k] for k in ("optimizer", "augment")})
+    same, state = network.model.state_dict(), alone.model.state_dict()
+    assert network.config["settings"]["select"] != alone.config["settings"]["select"] or all(
+        torch.equal(same[name], state[name]) for name in same
+    )
+    assert len(other) == len(data)
+
+
+def test_a_sweep_keeps_the_published_settings_of_what_was_not_asked(tmp_path):
+    found = heads.ablate(
+        None, "cnn-cifar", data=digits(60), out=tmp_path / "sweep", epochs=1, image_size=8, lr="1e-3,1e-2",
+    )  # fmt: skip
+    settings = [row["settings"] for row in found.rows]
+    assert {each["batch_size"] for each in settings} == {128} and {each["balance"] for each in settings} == {False}
+    assert [each["lr"] for each in settings] == [1e-3, 1e-2] and settings[0]["augment"] == "flip,rotate10,shift0.1"
+
+
+def test_optuna_searches_for_a_network_and_goes_on(tmp_path):
+    pytest.importorskip("optuna")
+    asked = {"data": digits(60), "out": tmp_path / "sweep", "epochs": 1, "image_size": 8, "lr": "1e-4..1e-1"}
+    asked |= {"augment": ["none", "flip"], "search": "optuna"}
+    first = heads.ablate(None, "cnn-cifar", **asked, trials=2)
+    second = heads.ablate(None, "cnn-cifar", **asked, trials=3)
+    assert len(first.rows) == 2 and [row["key"] for row in second.rows][:2] == [row["key"] for row in first.rows]
+    assert len(second.rows) == 3
+
+
+def test_a_run_is_evaluated_on_other_images(run, tmp_path):
+    other = pixels_of(run, digits(60))
+    record = evaluate_run(run, other, resamples=50)
+    assert record["n"] == 60 and any("trained on" in words or "train" in words for words in record["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "said"),
+    [
+        ("linear", {"augment": "flip"}, "--augment would do nothing.*extract --views"),
+        ("linear", {"image_size": 32}, "--image-size would do nothing"),
+        ("cnn-cifar", {"lora": 4}, "--lora would do nothing"),
+        ("cnn-cifar", {"random_weights": True}, "--random-weights would do nothing"),
+        ("cnn-cifar", {"augment": "spin"}, "no step is called"),
+        ("cnn-cifar", {"image_size": 0}, "--image-size is 0"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(head, options, said):
+    with pytest.raises(BadOption, match=said):
+        Settings(head, **options)
+
+
+def test_a_name_that_is_no_network_has_its_neighbours_named(tmp_path):
+    with pytest.raises(UnknownHead, match=r"cnn-cifar.*train-head"):
+        train_baseline(digits(), "cnn-cifer", out=tmp_path / "run")
+    with pytest.raises(BadOption, match="train-baseline --arch cnn-cifar"):
+        heads.jobs.choose_output(None, "cnn-cifar", None)
+
+
+def test_a_classifier_of_many_inputs_is_no_head(run, tmp_path):
+    (view,) = open_pixels(digits(30), ["cnn-cifar"], 8)
+    with pytest.raises(BadOption, match="linear is a head on features"):
+        heads.train_head(view, "linear", out=tmp_path / "run")
+
+
+def moved(image, words, numbers, monkeypatch):
+    """``numbers``: what is drawn, in [0, 1), step by step."""
+    given = iter(numbers)
+    monkeypatch.setattr(torch, "rand", lambda n, *rest: torch.full((n, *rest), next(given)))
+    return Augmenter(words)(image[None])[0]
+
+
+def test_augmented_pixels_are_those_of_torchvision(monkeypatch):
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
+
+    image = 255 * torch.rand(3, 12, 16, generator=torch.Generator().manual_seed(0))
+    bilinear = InterpolationMode.BILINEAR
+    assert torch.allclose(moved(image, "flip", [0.1], monkeypatch), functional.horizontal_flip(image), atol=1e-3)
+    assert torch.allclose(moved(image, "flip", [0.9], monkeypatch), image, atol=1e-3)
+    assert torch.allclose(moved(image, "vflip", [0.1], monkeypatch), functional.vertical_flip(image), atol=1e-3)
+    turned = functional.rotate(image, 10, interpolation=bilinear)
+    assert torch.allclose(
+        moved(image, "rotate20", [0.25], monkeypatch)[:, 3:9, 3:13], turned[:, 3:9, 3:13], atol=0.5
+    )  # the border is darkened otherwise
+    shifted = functional.affine(image, 0.0, [4, -3], 1.0, [0.0, 0.0], interpolation=bilinear)
+    assert torch.allclose(moved(image, "shift0.25", [1.0, 0.0], monkeypatch), shifted, atol=1e-2)
+    scaled = functional.affine(image, 0.0, [0, 0], 1.25, [0.0, 0.0], interpolation=bilinear)
+    assert torch.allclose(moved(image, "scale0.5", [0.75], monkeypatch), scaled, atol=0.5)
+    brighter = functional.adjust_brightness(image / 255, 1.2) * 255
+    assert torch.allclose(moved(image, "brightness0.4", [0.75], monkeypatch), brighter, atol=1e-3)
+    stronger = functional.adjust_contrast(image / 255, 1.2) * 255
+    assert torch.allclose(moved(image, "contrast0.4", [0.75], monkeypatch), stronger, atol=1e-2)
+
+
+def test_steps_are_done_in_their_order(monkeypatch):
+    image = torch.zeros(3, 9, 9)
+    image[:, 4, 1] = 255
+    first_turned = moved(image, "rotate180,flip", [0.75, 0.9], monkeypatch)  # by 90 degrees, not flipped
+    assert first_turned[0, 7, 4] > 250 or first_turned[0, 1, 4] > 250
+    shifted = moved(image, "flip,shift0.45", [0.1, 1.0, 0.5], monkeypatch)  # to column 7, then 4 to the right: outside
+    assert shifted.abs().max() < 1e-3
+    assert moved(image, "shift0.45,flip", [1.0, 0.5, 0.1], monkeypatch)[0].argmax() == 4 * 9 + 3  # to 5, then to 3
+
+
+def test_two_images_of_a_batch_are_drawn_apart():
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 8, 8) * 255
+    made = Augmenter("rotate30,shift0.2")(image.repeat(4, 1, 1, 1))
+    assert len({tuple(each.flatten().tolist()) for each in made}) == 4
+
+
+def test_history_has_the_accuracy_of_every_epoch(run):
+    with open(run.path / "history.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"] and all(0 <= float(row["val_top1"]) <= 1 for row in rows)
+
+
+def test_a_preprocessing_that_is_damaged_is_said(run):
+    spec = {**run.config["spec"], "preprocess": {"mode": "no"}}
+    with pytest.raises(RunError, match="how its images were resized"):
+        pixels_of(replace(run, config={**run.config, "spec": spec}))
+    assert isinstance(pixels_of(run, digits(9)), PixelView)
+    assert Preprocess.from_dict({k: v for k, v in run.config["spec"]["preprocess"].items() if k != "decoding"})
+
+
+def test_the_command_of_a_run_trains_it_again(run):
+    from heads.origin import train_command
+
+    assert train_command(run) == (
+        "featurecache train-baseline --arch cnn-cifar --data digits --epochs 2 --batch-size 16 --augment none "
+        "--image-size 8"
+    )
+
+
+def test_a_network_is_named_by_its_pixels(run):
+    from heads.families import families_of, names_of
+
+    assert names_of(families_of([run])) == ["cnn-cifar at 8 px"]

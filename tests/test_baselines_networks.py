@@ -1,0 +1,277 @@
+"""The networks that are trained from pixels, against the same written out here with torch's own pieces."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from featurecache.errors import BadOption, UnknownHead
+from heads.baselines import BASELINES, baseline_info, is_baseline, load_baseline, make_baseline
+from heads.settings import Settings
+
+PUBLISHED = [
+    ("cnn-medical-mnist", 224, 6, 3_438_342),
+    ("cnn-cifar", 32, 10, 175_258),
+    ("cnn-cifar", 32, 100, 181_108),
+    ("cnn-cifar", 64, 200, 187_608),
+    ("vit-cifar", 32, 10, 1_205_642),
+    ("vit-cifar", 32, 100, 1_217_252),
+    ("vit-cifar", 64, 200, 1_248_584),
+]
+
+
+def pixels(count: int, side: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def stirred(name: str, side: int, classes: int) -> nn.Module:
+    """Away from its beginning: no parameter at zero, statistics of BatchNorm that are some."""
+    model = make_baseline(name, image_size=side, classes=classes)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        for _ in range(2):
+            model.train()(pixels(4, side))
+    return model.eval()
+
+
+@pytest.mark.parametrize(("name", "side", "classes", "published"), PUBLISHED)
+def test_parameters_are_as_many_as_published(name: str, side: int, classes: int, published: int) -> None:
+    model = make_baseline(name, image_size=side, classes=classes)
+    assert count(model) == published
+    assert all(key.startswith("network.") for key in model.state_dict())  # normalising is no part of the weights
+
+
+def test_the_stand_in_is_of_about_the_articles_size_and_says_what_it_is() -> None:
+    model, info = make_baseline("cnn-mindlina", image_size=256, classes=2), BASELINES["cnn-mindlina"]
+    assert count(model) == 348_230 and abs(count(model) / 348_050 - 1) < 0.001
+    assert "stand-in" in info.what and info.image_size == 256
+
+
+def block(before: int, after: int) -> list[nn.Module]:
+    return [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+
+
+def test_the_medical_mnist_network_is_the_plain_sequence_of_the_notebook() -> None:
+    plain = nn.Sequential(
+        *block(3, 32), *block(32, 64), *block(64, 128), nn.AdaptiveAvgPool2d((7, 7)), nn.Flatten(),
+        nn.Linear(6272, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 256), nn.ReLU(), nn.Dropout(0.5),
+        nn.Linear(256, 6),
+    )  # fmt: skip
+    model = stirred("cnn-medical-mnist", 32, 6)
+    plain.load_state_dict(OrderedDict(zip(plain.state_dict(), model.state_dict().values(), strict=True)))
+    x = pixels(3, 32)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    given = (x / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    torch.testing.assert_close(model(x), plain.eval()(given), rtol=1e-4, atol=1e-4)
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.5, 0.5]
+
+
+def normed(x: torch.Tensor, state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    parts = [state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+    return functional.batch_norm(x, *parts)
+
+
+@pytest.mark.parametrize(("side", "mean"), [(32, 0.5), (64, None)])
+def test_the_cifar_cnn_is_a_stem_and_six_residual_blocks(side: int, mean: float | None) -> None:
+    model = stirred("cnn-cifar", side, 10)
+    s = {key.removeprefix("network."): value for key, value in model.state_dict().items()}
+    x = pixels(3, side)
+    constants = [(0.5,) * 3] * 2 if mean else [(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)]
+    middle, spread = (torch.tensor(c).view(3, 1, 1) for c in constants)
+    out = normed(functional.conv2d((x / 255 - middle) / spread, s["stem.0.weight"], padding=1), s, "stem.1").relu()
+    for at, stride in enumerate((1, 1, 2, 1, 2, 1)):
+        b = f"blocks.{at}"
+        inside = normed(functional.conv2d(out, s[f"{b}.conv1.weight"], stride=stride, padding=1), s, f"{b}.norm1")
+        inside = normed(functional.conv2d(inside.relu(), s[f"{b}.conv2.weight"], padding=1), s, f"{b}.norm2")
+        if at in (2, 4):
+            kernel = s[f"{b}.shortcut.0.weight"]
+            assert kernel.shape[2:] == (1, 1)
+            out = normed(functional.conv2d(out, kernel, stride=stride), s, f"{b}.shortcut.1")
+        out = (inside + out).relu()
+    expected = out.mean((2, 3)) @ s["classifier.weight"].T + s["classifier.bias"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_cifar_vit_is_six_pre_norm_blocks_on_65_tokens(side: int) -> None:
+    model = stirred("vit-cifar", side, 10)
+    s = {key.removeprefix("network."): value for key, value in model.state_dict().items()}
+    x, patch = pixels(3, side), side // 8
+    given = model.preprocess.normalised(x)
+    pieces = given.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 1, 4, 5).reshape(3, 64, -1)
+    tokens = pieces @ s["patches.weight"].reshape(128, -1).T + s["patches.bias"]
+    tokens = torch.cat([s["token"].expand(3, 1, 128), tokens], 1) + s["positions"]
+    for at in range(6):
+        b = f"blocks.{at}"
+        seen = functional.layer_norm(tokens, (128,), s[f"{b}.norm1.weight"], s[f"{b}.norm1.bias"])
+        projected = seen @ s[f"{b}.self_attn.in_proj_weight"].T + s[f"{b}.self_attn.in_proj_bias"]
+        q, k, v = (part.view(3, 65, 8, 16).transpose(1, 2) for part in projected.chunk(3, 2))
+        looked = ((q @ k.transpose(2, 3)) / 4).softmax(3) @ v  # 4: the root of 16 numbers a head
+        looked = looked.transpose(1, 2).reshape(3, 65, 128)
+        tokens = tokens + looked @ s[f"{b}.self_attn.out_proj.weight"].T + s[f"{b}.self_attn.out_proj.bias"]
+        seen = functional.layer_norm(tokens, (128,), s[f"{b}.norm2.weight"], s[f"{b}.norm2.bias"])
+        hidden = (seen @ s[f"{b}.linear1.weight"].T + s[f"{b}.linear1.bias"]).relu()
+        tokens = tokens + hidden @ s[f"{b}.linear2.weight"].T + s[f"{b}.linear2.bias"]
+    expected = tokens[:, 0] @ s["classifier.weight"].T + s["classifier.bias"]
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_vit_begins_with_zero_token_and_positions_and_six_different_blocks() -> None:
+    network: Any = make_baseline("vit-cifar", image_size=32, classes=10).network
+    assert not network.token.any() and not network.positions.any()
+    first = [one.linear1.weight for one in network.blocks]
+    assert not any(torch.equal(first[0], other) for other in first[1:])
+    assert {part.p for part in network.modules() if isinstance(part, nn.Dropout)} == {0.1}
+
+
+def test_the_stand_ins_layers_are_three_blocks_and_two_linear_layers() -> None:
+    model = stirred("cnn-mindlina", 64, 2)
+    parts: list[nn.Module] = []
+    for before, after in ((3, 16), (16, 32), (32, 64)):
+        parts += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+    plain = nn.Sequential(
+        *parts, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 316), nn.ReLU(), nn.Linear(316, 2)
+    )
+    plain.load_state_dict(OrderedDict(zip(plain.state_dict(), model.state_dict().values(), strict=True)))
+    x = pixels(3, 64)
+    torch.testing.assert_close(model(x), plain.eval()(x / 127.5 - 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_generator_decides_the_weights_and_torchs_own_is_left_alone() -> None:
+    def made(seed: int) -> torch.Tensor:
+        model = make_baseline("cnn-cifar", image_size=32, classes=3, generator=torch.Generator().manual_seed(seed))
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    before = torch.get_rng_state()
+    assert torch.equal(made(1), made(1)) and not torch.equal(made(1), made(2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_bytes_and_floats_give_the_same_and_the_pixels_given_stay_as_they_were(name: str) -> None:
+    model, x = make_baseline(name, image_size=32, classes=3).eval(), pixels(2, 32)
+    before = x.clone()
+    with torch.no_grad():
+        assert torch.equal(model(x), model(x.to(torch.uint8)))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_published_settings_are_settings_and_images_are_squashed_whole(name: str) -> None:
+    info = baseline_info(name)
+    settings = Settings.of(name, **info.settings)
+    assert settings.optimizer == "adam" and settings.lr == 1e-3
+    prepared = info.preprocess(info.image_size)
+    assert prepared.size == (info.image_size, info.image_size) and prepared.mode == "squash"
+    assert prepared.resized(torch.zeros(3, 50, 20, dtype=torch.uint8)).shape == (3, *prepared.size)
+
+
+def test_settings_of_the_studies() -> None:
+    medical, cifar = (Settings.of(name, **BASELINES[name].settings) for name in ("cnn-medical-mnist", "vit-cifar"))
+    assert (medical.weight_decay, medical.schedule, medical.epochs, medical.patience) == (1e-4, "plateau", 20, 5)
+    assert (medical.batch_size, medical.select, medical.balance) == (32, "loss", False)
+    assert (cifar.epochs, cifar.batch_size, cifar.patience, cifar.balance) == (10, 128, 0, False)
+    assert cifar.augment == "flip,rotate10,shift0.1"
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_grad_cam_finds_a_layer_whose_places_all_have_a_gradient(name: str) -> None:
+    model: Any = make_baseline(name, image_size=64, classes=3).eval()
+    seen: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        seen.append(output)
+
+    hook = model.cam_layer.register_forward_hook(keep)
+    model(pixels(2, 64))[:, 1].sum().backward()
+    hook.remove()
+    (output,) = seen
+    assert output.grad is not None
+    if model.cam_grid is None:
+        assert output.ndim == 4 and output.grad.abs().sum((1, 2, 3)).min() > 0
+    else:
+        prefix, h, w = model.cam_grid
+        assert output.shape[1] == prefix + h * w and output.grad.abs().sum(2).min() > 0
+
+
+def test_a_network_learns_sixteen_images() -> None:
+    model, x, y = make_baseline("cnn-mindlina", image_size=16, classes=2), pixels(16, 16), torch.arange(16) % 2
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(25):
+        loss = functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2
+
+
+def test_a_state_dict_is_read_back_and_another_networks_is_refused() -> None:
+    model, x = stirred("vit-cifar", 32, 3), pixels(2, 32)
+    again = load_baseline("vit-cifar", model.state_dict(), image_size=32, classes=3)
+    assert not again.training and torch.equal(again(x), model(x))
+    for wrong in ({"image_size": 64, "classes": 3}, {"image_size": 32, "classes": 4}):
+        with pytest.raises(ValueError, match="numbers"):
+            load_baseline("vit-cifar", model.state_dict(), **wrong)
+    renamed = {key.replace("token", "taken"): value for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="taken"):
+        load_baseline("vit-cifar", renamed, image_size=32, classes=3)
+
+
+def test_sizes_that_no_file_stands_for_take_no_memory() -> None:
+    with pytest.raises(ValueError, match=r"the network 26[\d,]+"):
+        load_baseline("cnn-cifar", {"a": torch.zeros(3)}, image_size=32, classes=4_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("cnn-cifar", {"dropout": 0.5}, "no dropout"),
+        ("cnn-medical-mnist", {"dropout": 1.0}, "below 1"),
+        ("vit-cifar", {"image_size": 36}, "multiple of 8"),
+        ("vit-cifar", {"image_size": 4}, "multiple of 8"),
+        ("cnn-mindlina", {"image_size": 7}, "at least 8"),
+        ("cnn-cifar", {"lora": 4}, "--lora is for finetune"),
+        ("cnn-cifar", {"rlrr": True}, "--rlrr is for finetune"),
+        ("vit-cifar", {"weights": "a.pt"}, "--weights is for finetune"),
+        ("vit-cifar", {"random_weights": True}, "--random-weights is for finetune"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadOption, match=said):
+        make_baseline(name, **{"image_size": 32, "classes": 3, **options})
+
+
+def test_dropout_reaches_the_network() -> None:
+    model = make_baseline("vit-cifar", image_size=32, classes=3, dropout=0.3)
+    assert {part.p for part in model.modules() if isinstance(part, nn.Dropout)} == {0.3}
+    make_baseline("cnn-cifar", image_size=32, classes=3, dropout=0.0)  # none is what it has
+
+
+def test_a_name_that_is_none_is_met_with_the_nearest() -> None:
+    assert is_baseline("vit-cifar") and is_baseline("finetune:resnet50") and not is_baseline("linear")
+    with pytest.raises(UnknownHead, match="Near: cnn-cifar"):
+        baseline_info("cnn-cifer")
+
+
+@pytest.mark.slow
+def test_the_table_and_its_networks_load_no_library_of_images() -> None:
+    code = (
+        "import sys, heads.baselines as b; b.make_baseline('cnn-cifar', image_size=32, classes=2)\n"
+        "print([name for name in ('torchvision', 'transformers', 'PIL', 'timm', 'peft') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
