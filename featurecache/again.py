@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from featurecache import canary
 from featurecache import images as _images
 from featurecache.backbones import Backbone, load_backbone
+from featurecache.dataset import Stored
 from featurecache.errors import NotInCache, UnreadableImage, UnsafeFile
 from featurecache.forward import Compute, exact_arithmetic, layout_of, pick_device, spec_of
 from featurecache.outputs import Output, derive, parse
@@ -55,7 +55,7 @@ class Again:
 
     def rows(
         self,
-        images: Sequence[bytes | np.ndarray],
+        images: Sequence[Stored],
         output: Output,
         *,
         places: Sequence[int] | None = None,
@@ -77,7 +77,7 @@ class Again:
             canary.renew(self.store, self.backbone, self._compute, [output])
 
     def _rows(
-        self, images: Sequence[bytes | np.ndarray], output: Output, places: Sequence[int]
+        self, images: Sequence[Stored], output: Output, places: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, str]]]:
         ready, failed = _decode_some(images, self.backbone)
         shape, dtype = layout_of(self.backbone, output, self.store.spec.dtype).row_shape, self.store.spec.dtype
@@ -105,8 +105,16 @@ class Again:
                 batch = {}
 
 
+def again_like(like: View, *, device: str = "auto", weights: str | None = None, trust_code: bool = False) -> Again:
+    """`Again` for the store of ``like``, of which only spec, provenance and path are asked: its plan and canary,
+    and the store itself, may be gone."""
+    spec = ExtractionSpec.from_dict(like.spec)
+    store = Store(like.store, spec, spec.fingerprint, like.provenance)
+    return Again(store, device=device, weights=weights, trust_code=trust_code)
+
+
 def compute(
-    images: Sequence[bytes | np.ndarray], *, like: View, output: str, device: str = "auto", weights: str | None = None,
+    images: Sequence[Stored], *, like: View, output: str, device: str = "auto", weights: str | None = None,
     trust_code: bool = False,
 ) -> tuple[torch.Tensor, list[tuple[int, str]]]:  # fmt: skip
     """The features that ``like``'s store would hold of ``images``: same backbone, precision, batches and rounding.
@@ -114,15 +122,13 @@ def compute(
     Encoded bytes or arrays uint8 [H,W] / [H,W,3] → ([n, ...] in the storage dtype, [(index, reason)] of those left
     out). For the other arguments and what is raised see `Again`.
     """
-    spec = ExtractionSpec.from_dict(like.spec)  # the store itself, with its plan and canary, may be gone
-    store = Store(like.store, spec, spec.fingerprint, like.provenance)
-    again = Again(store, device=device, weights=weights, trust_code=trust_code)
-    rows, _, failed = again.rows(images, parse(output))
+    found = again_like(like, device=device, weights=weights, trust_code=trust_code)
+    rows, _, failed = found.rows(images, parse(output))
     return rows, failed
 
 
 def _decode_some(
-    images: Sequence[bytes | np.ndarray], backbone: Backbone
+    images: Sequence[Stored], backbone: Backbone
 ) -> tuple[list[tuple[int, torch.Tensor]], list[tuple[int, str]]]:
     ready, failed = [], []
     for index, data in enumerate(images):

@@ -7,24 +7,24 @@ with. What is embedded is a new, small encoding of the pixels: no metadata of th
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from featurecache.errors import FeatureCacheError
 from heads import evaluate as ev
 from heads.answers import Answers
+from heads.explainer import Explainer
+from heads.maps import Map
+from heads.originals import Original, Originals
+from heads.overlays import beside_words, small_overlay
 from heads.runs import Run
-from heads.saliency import Maps, overlay, token_maps
 from heads.thumbnails import TINY, encoded, seen_part
 
-if TYPE_CHECKING:
-    from featurecache.reader import View
-
 SHELF = 8  # images of one kind
+FEW = 3  # images of one kind that get a map where each costs a pass of the head for every token
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Picture:
     tiny: bool = False
     why: str = ""
     map: str | None = None
+    control: str | None = None  # the map of the head with shuffled weights
+    kind: str = ""  # of the map
     box: tuple[float, float, float, float] | None = None  # what the backbone saw: x, y, width, height in parts of it
     sums: str = ""
 
@@ -134,128 +136,83 @@ class Album:
 
     def __init__(self, shown: Callable[[str], str], images: bool = True) -> None:
         self.shown, self.images = shown, images
-        self._datasets: dict[str, Any] = {}
-        self._views: dict[str, Any] = {}
+        self._originals = Originals()
 
     def gallery(self, heard: Sequence[tuple[Run, Answers]]) -> Gallery:
         run = heard[0][0]
         chosen = choose(run.task, run.classes, run.positive, heard)
-        shelves = [Shelf(title, [self._picture(heard, place) for place in places]) for title, places in chosen]
+        found: dict[Place, Original] = {}
+        shelves = [Shelf(title, [self._picture(heard, place, found) for place in places]) for title, places in chosen]
         gallery = Gallery([shelf for shelf in shelves if shelf.pictures])
-        if self.images:
-            self._add_maps(gallery, heard)
+        if gallery.images:
+            self._add_maps(gallery, heard, found)
         return gallery
 
-    def _picture(self, heard: Sequence[tuple[Run, Answers]], place: Place) -> Picture:
+    def _picture(self, heard: Sequence[tuple[Run, Answers]], place: Place, found: dict[Place, Original]) -> Picture:
         run, answers = heard[place.run]
         name = answers.ids[place.row]
         picture = Picture(place, self.shown(name))
         if not self.images:
             return picture
-        pixels = self._pixels(run, name, bytes(answers.digests[place.row]))
-        if isinstance(pixels, str):
-            return replace(picture, why=pixels)
-        uri, size = encoded(pixels)
-        return replace(
-            picture, image=uri, size=size, tiny=max(pixels.shape[:2]) <= TINY, box=seen_part(run.config["spec"], pixels)
-        )
+        original = self._originals.find(run, name, bytes(answers.digests[place.row]))
+        if isinstance(original, str):
+            return replace(picture, why=original)
+        found[place] = original
+        uri, size = encoded(original.pixels)
+        tiny, box = max(original.pixels.shape[:2]) <= TINY, seen_part(run.config["spec"], original.pixels)
+        return replace(picture, image=uri, size=size, tiny=tiny, box=box)
 
-    def _pixels(self, run: Run, name: str, digest: bytes) -> np.ndarray | str:
-        """uint8 [H, W, 3] of the very image, or why it cannot be shown."""
-        from featurecache.images import decode
-        from featurecache.images import digest as digest_of
-
-        dataset, where = self._dataset(run.config["view"].get("source") or {})
-        if isinstance(dataset, str):
-            return dataset
-        if name not in where:
-            return "no longer in the source"
-        try:
-            data = dataset.read(where[name])
-            if digest_of(data).encode() != digest:
-                return "changed since it was computed with"
-            return decode(data).permute(1, 2, 0).contiguous().numpy()
-        except (FeatureCacheError, OSError) as error:
-            return str(error)
-
-    def _dataset(self, source: dict[str, Any]) -> tuple[Any, dict[str, int]]:
-        import featurecache.sources
-
-        key = json.dumps(source, sort_keys=True)
-        if key not in self._datasets:
-            try:
-                dataset = featurecache.sources.reopen(source)
-                self._datasets[key] = dataset, {name: i for i, name in enumerate(dataset.ids)}
-            except (FeatureCacheError, OSError, KeyError, TypeError):
-                self._datasets[key] = "the source is gone", {}
-        return self._datasets[key]
-
-    def _view(self, run: Run) -> View | None:
-        """The view a run was trained on, as it was; None where it is gone or another."""
-        from featurecache.views import open_view
-
-        path = run.config["view"]["path"]
-        if path not in self._views:
-            try:
-                found = open_view(path)
-                self._views[path] = found if found.fingerprint == run.config["view"].get("fingerprint") else None
-            except (FeatureCacheError, OSError):
-                self._views[path] = None
-        return self._views[path]
-
-    def _add_maps(self, gallery: Gallery, heard: Sequence[tuple[Run, Answers]]) -> None:
+    def _add_maps(self, gallery: Gallery, heard: Sequence[tuple[Run, Answers]], found: dict[Place, Original]) -> None:
         """Maps beside the images of the first run (they are of one head), with a note that says what they are."""
-        run, answers = heard[0]
-        if not gallery.images:
-            return
-        view = self._view(run)
-        if view is None:
-            gallery.notes.append("No maps: the view it was trained on is gone or another.")
-            return
-        plain = range(len(view)) if view.versions is None else np.flatnonzero(np.asarray(view.versions) == 0).tolist()
-        where = {view.ids[row]: row for row in plain}
-        wanted = {
-            place: row
-            for shelf in gallery.shelves
-            for picture in shelf.pictures
-            if picture.image is not None and picture.box is not None and (place := picture.place).run == 0
-            and (row := where.get(answers.ids[place.row])) is not None
-            and view.digests[row] == answers.digests[place.row]
-        }  # fmt: skip
-        if not wanted:
+        run = heard[0][0]
+        boxed = [[p.place for p in s.pictures if p.image and p.box and p.place.run == 0] for s in gallery.shelves]
+        if not any(boxed):
             gallery.notes.append("No maps: nothing says which part of these images the backbone saw.")
             return
-        try:
-            rows, labels = np.array(list(wanted.values())), np.array([place.label for place in wanted])
-            maps = token_maps(run, view, rows, labels)
-        except FeatureCacheError as error:
-            maps = f"no maps: {error}"
-        if isinstance(maps, str):
-            gallery.notes.append(maps[0].upper() + maps[1:] + ".")
+        explainer = Explainer(run, self._originals, trust_code=run.trust_code)
+        if explainer.view is None and not explainer.on_pixels:
+            gallery.notes.append("No maps: the view it was trained on is gone or another.")
             return
-        found = {place: _map_of(maps, i) for i, place in enumerate(wanted)}
+        try:
+            most = FEW if explainer.slow else None
+            wanted = {place: found[place] for places in boxed for place in places[:most]}
+            labels = np.array([place.label for place in wanted])
+            maps = [each for (each,) in explainer.maps(explainer.default, list(wanted.values()), labels)]
+        except FeatureCacheError as error:
+            gallery.notes.append(f"No maps: {error}")
+            return
+        by_place = dict(zip(wanted, maps, strict=True))
         for shelf in gallery.shelves:
-            shelf.pictures[:] = [_with_map(picture, found.get(picture.place)) for picture in shelf.pictures]
-        gallery.notes.append(_map_words(maps, run, len(heard)))
+            shelf.pictures[:] = [_with_map(picture, by_place.get(picture.place)) for picture in shelf.pictures]
+        gallery.notes.append(_map_words(maps[0], run, len(heard)))
 
 
-def _map_of(maps: Maps, i: int) -> tuple[str, str]:
-    uri = "data:image/png;base64," + base64.b64encode(overlay(maps.patches[i])).decode()
-    if not maps.exact:
-        return uri, ""
-    parts = {"patches": maps.patches[i].sum(), "class token": maps.prefix[i], "constant": maps.constant[i]}
-    shown = ", ".join(f"{name} {part:+.2f}" for name, part in parts.items() if abs(part) > 5e-7)
-    return uri, f"log-odds {sum(parts.values()):+.2f}: {shown}".replace("-", "−").replace("log−odds", "log-odds")
+def _with_map(picture: Picture, found: Map | None) -> Picture:
+    if found is None:
+        return picture
+    sums = f"{found.unit} {found.margin:+.2f}" if found.margin is not None else ""
+    parts = f"patches {found.values.sum():+.2f}, " if found.adds_up else ""
+    numbers = [sums + (f": {parts}{beside_words(found)}" if found.beside else "")] if sums else []
+    numbers.append(f"strongest {np.abs(found.values).max():.2g}")
+    if found.likeness is not None:
+        numbers.append(f"like its control {found.likeness:+.2f}")
+    assert found.control is not None
+    return replace(
+        picture, map=_uri(found.values, found.kind), control=_uri(found.control, found.kind), kind=found.kind,
+        sums="; ".join(numbers).replace(" -", " −"),
+    )  # fmt: skip
 
 
-def _with_map(picture: Picture, found: tuple[str, str] | None) -> Picture:
-    return picture if found is None else replace(picture, map=found[0], sums=found[1])
+def _uri(values: np.ndarray, kind: str) -> str:
+    return "data:image/png;base64," + base64.b64encode(small_overlay(values, kind)).decode()
 
 
-def _map_words(maps: Maps, run: Run, runs: int) -> str:
+def _map_words(each: Map, run: Run, runs: int) -> str:
     of = f" Of the first of {runs} heads." if runs > 1 else ""
     what = "the label being present" if run.task == "multilabel" else "the class it called"
+    colours = f"Orange speaks for {what}, blue against; each" if each.signed else f"Of {what}; each"
     return (
-        f"Beside each image: {maps.words}. Orange speaks for {what}, blue against; each image has its own scale, and "
-        f"nothing is smoothed.{of}"
+        f"{each.kind.capitalize()}, beside each image: {each.how}. {colours} image has its own scale, and nothing is "
+        "smoothed. Right of it the control: the same with the head's weights shuffled; a map that looks like its "
+        f"control (rank correlation near 1) says nothing.{of}"
     )

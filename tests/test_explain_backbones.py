@@ -1,0 +1,232 @@
+"""Where a backbone looks, and Grad-CAM: beside numbers worked by hand, the libraries' own, and planted squares."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import save_dinov2
+from torch import nn
+
+from featurecache.backbones import Backbone, load_backbone
+from featurecache.errors import BadOption
+from featurecache.networks import Tokens
+from featurecache.outputs import parse
+from heads.attention_maps import attention_maps, attention_of, check_class_token, rollout
+from heads.data import Standardize
+from heads.gradcam import Whole, check_extra, grad_cam_maps, layer_of
+from heads.maps import direction
+
+BLUE, RED = (40, 60, 190), (190, 60, 40)
+
+
+class Block(nn.Module):
+    """A class token and two patches; query and key by hand, values as they are."""
+
+    def __init__(self, query_and_key: torch.Tensor) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(2, 1, bias=False, batch_first=True)
+        eye = torch.eye(2)
+        self.attention.in_proj_weight = nn.Parameter(torch.cat([query_and_key, eye, eye]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+class Three(nn.Module):
+    """Pixels [B,3,1,2] -> three tokens: class token (1, 0), then each pixel's red and green."""
+
+    def __init__(self, *blocks: torch.Tensor) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(each) for each in blocks))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        first = torch.tensor([1.0, 0.0]).expand(len(pixels), 1, 2)
+        return self.blocks(torch.cat([first, pixels[:, :2, 0].transpose(1, 2)], 1))
+
+
+def backbone_of(network: nn.Module, prefix: tuple[str, ...] = ("cls",), grid=(1, 2), width: int = 2) -> Backbone:
+    model = Tokens(network, "blocks", "", {}, output="blocks").eval().requires_grad_(False)
+    return Backbone(
+        "three", model, {}, {}, None, (1, 2), "none", prefix, grid, width, 2, "cls", False, 0, {}, {}
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_three_tokens_worked_by_hand():
+    """Ã = (A + I)/2. With A_1 = [[.5,.3,.2],[.1,.8,.1],[.2,.2,.6]] and A_2 = [[.2,.4,.4],[0,1,0],[.5,0,.5]]:
+    Ã_2's first row (.6, .2, .2) times Ã_1 = [[.75,.15,.1],[.05,.9,.05],[.1,.1,.8]] is (.48, .29, .23)."""
+    first = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]])
+    second = torch.tensor([[[0.2, 0.4, 0.4], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]]])
+    assert rollout([first, second])[0, 0].tolist() == pytest.approx([0.48, 0.29, 0.23])
+
+
+def test_three_tokens_through_a_network_that_never_looks_anywhere_special():
+    """Queries of zero: attention is 1/3 everywhere, Ã = (2/3 on the diagonal, 1/6 beside), and the first row of Ã² is
+    (1/2, 1/4, 1/4)."""
+    backbone = backbone_of(Three(torch.zeros(2, 2), torch.zeros(2, 2)))
+    ((last, rolled),) = attention_maps(backbone, torch.rand(1, 3, 1, 2))
+    assert last.values == pytest.approx(np.array([[1 / 3, 1 / 3]]))
+    assert rolled.values == pytest.approx(np.array([[1 / 4, 1 / 4]])) and rolled.beside["class token"] == pytest.approx(
+        0.5
+    )
+    assert "same for every head and class" in last.how and "same for every head and class" in rolled.how
+
+
+def test_the_class_token_looks_at_the_patch_that_is_like_it():
+    """One block: the class token asks for (1, 0)·2 in units of 1/√2; the left pixel has (ln 3 · √2 / 2, 0), the right
+    one (0, 5), so exp of the scores are e^√2, 3 and 1."""
+    backbone = backbone_of(Three(2 * torch.eye(2)))
+    pixels = torch.zeros(1, 3, 1, 2)
+    pixels[0, 0, 0, 0], pixels[0, 1, 0, 1] = np.log(3) * np.sqrt(2) / 2, 5
+    ((last, _),) = attention_maps(backbone, pixels)
+    total = np.exp(np.sqrt(2)) + 3 + 1
+    assert last.values == pytest.approx(np.array([[3 / total, 1 / total]]), abs=1e-6)
+
+
+def test_registers_take_part_in_the_product_and_are_left_off_the_map(tmp_path):
+    from transformers import AutoModel
+
+    folder = save_dinov2(tmp_path, registers=2)
+    backbone = load_backbone(f"hf:{folder}")
+    x = torch.rand(1, 3, 42, 42)
+    ((last, rolled),) = attention_maps(backbone, x)
+    own = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        layers = [a.mean(1) for a in own(x, output_attentions=True).attentions]
+    assert last.values == pytest.approx(layers[-1][0, 0, 3:].reshape(6, 6).numpy(), abs=1e-6)
+    product = torch.eye(39)
+    for a in layers:
+        product = (0.5 * a[0] + 0.5 * torch.eye(39)) @ product
+    assert rolled.values == pytest.approx(product[0, 3:].reshape(6, 6).numpy(), abs=1e-6)
+    assert rolled.beside["tokens beside it"] == pytest.approx(float(product[0, 1:3].sum()), abs=1e-6)
+    assert backbone.model.network.config._attn_implementation != "eager", "features are computed as they were"
+
+
+def test_attention_of_timm_is_that_of_its_queries_and_keys():
+    pytest.importorskip("timm")
+    backbone = load_backbone("timm:vit_tiny_patch16_224", random_weights=True, image_size=32)
+    x = torch.rand(1, 3, 32, 32)
+    seen = {}
+    block = backbone.model.network.blocks[-1].attn
+    handle = block.qkv.register_forward_hook(lambda m, i, out: seen.update(qkv=out))
+    layers = attention_of(backbone, x)
+    handle.remove()
+    q, k, _ = seen["qkv"].reshape(1, 5, 3, 3, 64).permute(2, 0, 3, 1, 4)
+    expected = (q @ k.transpose(2, 3) / 8).softmax(-1).mean(1)
+    assert len(layers) == 12 and torch.allclose(layers[-1], expected, atol=1e-6)
+    assert block.fused_attn == type(block)(192, 3).fused_attn, "left as it was"
+
+
+def test_attention_without_a_class_token_is_refused():
+    with pytest.raises(BadOption, match="no class token"):
+        check_class_token(backbone_of(Three(torch.zeros(2, 2)), prefix=()))
+
+
+def test_attention_that_cannot_be_read_is_refused():
+    class Silent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(nn.Identity())
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.blocks(pixels[:, :, 0])
+
+    with pytest.raises(BadOption, match="cannot be read"):
+        attention_of(backbone_of(Silent()), torch.rand(1, 3, 1, 2))
+
+
+# --- Grad-CAM
+
+
+def test_grad_cam_of_a_linear_head_on_gap_is_class_activation_mapping():
+    """The gradient of w·gap is w/(h·w) at every place, so the map is the positive part of w·f/(h·w)."""
+    pytest.importorskip("pytorch_grad_cam")
+    backbone = load_backbone("torchvision:resnet18", random_weights=True, image_size=64)
+    head, x = nn.Linear(512, 3), torch.rand(2, 3, 64, 64)
+    toward = direction(np.array([0, 2]), 3, 1.0, False)
+    whole = Whole(backbone, parse("gap"), Standardize(), head)
+    maps = grad_cam_maps(whole, layer_of(backbone, parse("gap")), x, toward, backbone.grid, 0)
+    tokens = backbone.forward(x, {"tokens"})["tokens"]  # [2, h·w, 512]
+    expected = (tokens @ (toward @ head.weight)[:, :, None])[..., 0].clamp_min(0).view(2, 2, 2).detach() / 4
+    assert np.stack([each.values for each in maps]) == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_a_transformer_is_looked_at_before_its_last_block(tmp_path):
+    """Behind the last block a head on the class token gives the patches no gradient at all."""
+    pytest.importorskip("pytorch_grad_cam")
+    backbone = load_backbone(f"hf:{save_dinov2(tmp_path, registers=2)}")
+    whole = Whole(backbone, parse("cls"), Standardize(), nn.Linear(32, 2))
+    layer, toward = layer_of(backbone, parse("cls")), torch.tensor([[1.0, -1.0]])
+    x = torch.rand(1, 3, 42, 42)
+    (found,) = grad_cam_maps(whole, layer, x, toward, backbone.grid, 3)
+    (other,) = grad_cam_maps(whole, layer, x, -toward, backbone.grid, 3)
+    assert layer[0] is backbone.model.network.encoder.layer[-1].norm1
+    assert found.values.shape == (6, 6) and (found.values + other.values > 0).any()
+    assert not ((found.values > 0) & (other.values > 0)).any(), "what speaks for one of two speaks against the other"
+
+
+def squares(n: int, seed: int, side: int = 32, size: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """uint8 images [n,side,side,3] of grey noise with a red (1) or blue (0) square; labels; corners [n,2] in pixels."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(60, 130, (n, side, side, 1), dtype=np.uint8).repeat(3, 3)
+    labels, corners = np.arange(n) % 2, rng.integers(0, side // 4 - 1, (n, 2)) * 4
+    for image, label, (y, x) in zip(images, labels, corners, strict=True):
+        image[y : y + size, x : x + size] = (BLUE, RED)[label]
+    return images, labels, corners
+
+
+def on_square(
+    peak: tuple[int, int] | None, grid: tuple[int, int], corner: np.ndarray, side: int = 32, size: int = 8
+) -> bool:
+    """Whether the middle of the peak's cell lies in the square."""
+    if peak is None:
+        return False
+    middle = [(at + 0.5) * side / count for at, count in zip(peak, grid, strict=True)]
+    return all(low <= at < low + size for low, at in zip(corner, middle, strict=True))
+
+
+def test_grad_cam_of_a_cnn_trained_here_peaks_on_the_square_that_decides():
+    pytest.importorskip("pytorch_grad_cam")
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))
+    images, labels, _ = squares(256, 1)
+    x, y = torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.5, torch.from_numpy(labels)
+    steps = torch.optim.Adam(network.parameters(), 5e-3)
+    for epoch in range(12):
+        for part in torch.randperm(256, generator=torch.Generator().manual_seed(epoch)).split(32):
+            steps.zero_grad()
+            nn.functional.cross_entropy(network(x[part]), y[part]).backward()
+            steps.step()
+    images, labels, corners = squares(50, 2)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.5
+    called = network.eval()(x).argmax(1).numpy()
+    assert (called == labels).all()
+    maps = grad_cam_maps(network, (network[4], "output"), x, direction(called, 2, 1.0, False), None, 0)
+    hits = sum(on_square(each.peak, (16, 16), corner) for each, corner in zip(maps, corners, strict=True))
+    assert hits >= 45, hits
+
+
+def test_grad_cam_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
+    with pytest.raises(BadOption, match=r"pip install 'featurecache\[explain\]'"):
+        check_extra()
+
+
+def test_a_layer_that_the_margin_does_not_depend_on_has_no_map():
+    pytest.importorskip("pytorch_grad_cam")
+
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aside, self.fc = nn.Conv2d(3, 2, 1), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.aside(x)
+            return self.fc(x.mean((2, 3)))
+
+    network = Aside()
+    with pytest.raises(BadOption, match="does not depend"):
+        grad_cam_maps(network, (network.aside, "output"), torch.rand(1, 3, 4, 4), torch.ones(1, 2), None, 0)

@@ -1,0 +1,253 @@
+"""What a head makes of every token: beside brute force, sums, and torchvision's own resize."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from featurecache.errors import BadOption
+from featurecache.outputs import function_of, parse
+from heads import contributions, places
+from heads.architectures import Input, make_head
+from heads.contributions import Reader, gradient_times_input, replaced
+from heads.data import Standardize
+from heads.maps import Map, direction, shuffled
+from heads.places import Places
+
+P, GRID, WIDTH, CLASSES = 1, (3, 4), 24, 3
+TOKENS = P + GRID[0] * GRID[1]
+
+
+def places_for(output: str, prefix: int = P, grid: tuple[int, int] = GRID) -> Places:
+    count, parsed = prefix + grid[0] * grid[1], parse(output)
+    matrix = function_of(parsed, torch.eye(count)[None], prefix, grid)[0] if parsed.derived else None
+    return Places("tokens", ("cls",)[:prefix], grid, matrix)
+
+
+def reader_for(head: str, output: str = "tokens", scale: Standardize | None = None, width: int = WIDTH, **at) -> Reader:
+    where = places_for(output, **at)
+    shape = tuple(where.input(torch.zeros(1, where.tokens, width)).shape[1:])
+    known = parse(output).layout(where.prefix, where.grid) if len(shape) == 2 else None
+    given = Input(shape, *(known or ((), None)))
+    model = make_head(head, given, CLASSES, torch.Generator().manual_seed(1)).eval()
+    scale = scale or Standardize()
+    return Reader(model, where, scale, torch.tensor([0.3, -0.1, 0.0]), 1.7, False)
+
+
+def some_tokens(n: int = 2, tokens: int = TOKENS, width: int = WIDTH) -> torch.Tensor:
+    return torch.randn(n, tokens, width, generator=torch.Generator().manual_seed(0))
+
+
+def zscore(width: int = WIDTH) -> Standardize:
+    rng = torch.Generator().manual_seed(2)
+    return Standardize("zscore", torch.randn(width, generator=rng), 0.5 + torch.rand(width, generator=rng))
+
+
+def resized(x: torch.Tensor, size: int) -> torch.Tensor:
+    """The article's own: the [D, T] matrix through torchvision's Resize((D, size))."""
+    from torchvision.transforms import Resize
+
+    return Resize((x.shape[2], size), antialias=True)(x.transpose(1, 2)[:, None])[:, 0].transpose(1, 2)
+
+
+def by_force(model, x, mean, c, output, scale, temperature=1.7):
+    """float64: the margin of x, and of x with one token after the other replaced."""
+    model = model.double()
+    copies = torch.cat([x[None], x.repeat(len(x), 1, 1)]).double()
+    for t in range(len(x)):
+        copies[t + 1, t] = mean[t]
+    seen = resized(copies, int(output.split("-")[1])) if "-" in output else copies
+    if scale.kind == "zscore":
+        seen = (seen - scale.mean.double()) / scale.std.double()
+    z = torch.cat([model(part) for part in seen.split(32)])
+    margin = (z[:, c] - (z.sum(1) - z[:, c]) / (CLASSES - 1)) / temperature
+    return (margin[0] - margin[1:]).detach().numpy()
+
+
+@pytest.mark.parametrize("output", ["tokens", "tokens-17"])
+@pytest.mark.parametrize("kind", ["none", "zscore"])
+def test_the_rank_one_update_is_what_brute_force_gives(output, kind):
+    scale = zscore() if kind == "zscore" else Standardize()
+    reader = reader_for("large", output, scale)
+    x, mean = some_tokens(), some_tokens(5).mean(0)
+    parts = replaced(reader, reader.scaled(x), reader.scaled(mean), np.array([2, 0]))
+    assert "exact change" in parts.how
+    for i, c in ((0, 2), (1, 0)):
+        assert parts.tokens[i] == pytest.approx(by_force(reader.model, x[i], mean, c, output, scale), abs=1e-5)
+        reader.model.float()
+
+
+@pytest.mark.slow
+def test_all_places_of_a_vit_b_in_tens_of_milliseconds_and_right():
+    reader = reader_for("large", width=768, grid=(14, 14))
+    x, mean = some_tokens(1, 197, 768), torch.zeros(197, 768)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        parts = replaced(reader, x, mean, np.array([1]))
+        seconds.append(time.perf_counter() - start)
+    print(f"197 places: {1000 * min(seconds):.1f} ms")
+    assert parts.tokens[0] == pytest.approx(by_force(reader.model, x[0], mean, 1, "tokens", Standardize()), abs=1e-5)
+
+
+@pytest.mark.parametrize("head, output", [("mean-linear", "tokens"), ("cls+mean", "tokens"), ("linear", "mean")])
+def test_the_parts_of_a_linear_head_add_up_to_its_margin(head, output):
+    reader = reader_for(head, output, zscore())
+    x, mean, classes = some_tokens(), some_tokens(5).mean(0), np.array([1, 2])
+    parts = replaced(reader, reader.scaled(x), reader.scaled(mean), classes)
+    seen = parts.tokens.sum(1) + parts.beside["mean tokens everywhere"]
+    u = (x - reader.scale.mean) / reader.scale.std
+    z = reader.model(u[:, P:].mean(1) if output == "mean" else u).detach() + reader.correction
+    margin = [(float(z[i, c]) - float(np.delete(z[i].numpy(), c).mean())) / 1.7 for i, c in enumerate(classes)]
+    assert parts.adds_up and seen == pytest.approx(margin, abs=1e-5) and parts.margin == pytest.approx(margin, abs=1e-5)
+
+
+def test_linear_on_a_gap_is_class_activation_mapping():
+    """Zhou et al. 2016, eq. 2: M_c(x, y) = Σ_k w_k f_k(x, y), here from the mean and divided by the places."""
+    where = Places("tokens", (), GRID, torch.full((12,), 1 / 12))
+    model = make_head("linear", (WIDTH,), CLASSES)
+    reader = Reader(model, where, Standardize(), torch.zeros(CLASSES), 1.0, False)
+    x, mean = some_tokens(1, 12), some_tokens(5, 12).mean((0, 1)).expand(12, -1)
+    parts = replaced(reader, x, mean, np.array([1]))
+    weight = (direction(np.array([1]), CLASSES, 1.0, False) @ model.fc.weight)[0].detach()
+    assert parts.tokens[0] == pytest.approx(((x[0] - mean) @ weight / 12).numpy(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "head, output", [("attention", "tokens"), ("conv", "tokens"), ("mlp", "mean"), ("knn", "mean")]
+)
+def test_other_heads_are_asked_again_with_each_token_replaced(head, output):
+    reader = reader_for(head, output)
+    if head == "knn":
+        reader.model.vectors = torch.nn.functional.normalize(some_tokens(9).mean(1), dim=1)
+        reader.model.labels = torch.arange(9) % CLASSES
+    x, mean = some_tokens(1), torch.zeros(TOKENS, WIDTH)
+    parts = replaced(reader, x, mean, np.array([0]))
+    assert "occlusion" in parts.how
+    other = x.clone()
+    other[0, 7] = 0
+    margins = []
+    for u in (x, other):
+        z = reader.model(u[:, P:].mean(1) if output == "mean" else u)[0].detach() + reader.correction
+        margins.append(float(z[0] - z[1:].mean()) / 1.7)
+    assert parts.tokens[0, 7] == pytest.approx(margins[0] - margins[1], abs=1e-5)
+
+
+def test_tokens_scaled_to_length_one_after_a_resize_are_occluded_before_it():
+    reader = reader_for("large", "tokens-17", Standardize("l2"))
+    x, mean = some_tokens(1), torch.ones(TOKENS, WIDTH)
+    parts = replaced(reader, reader.scaled(x), reader.scaled(mean), np.array([0]))
+    other = x.clone()
+    other[0, 3] = 1
+    z = [reader.model(torch.nn.functional.normalize(resized(u, 17), dim=2))[0].detach() for u in (x, other)]
+    margins = [float(each[0] - each[1:].mean()) / 1.7 for each in z]
+    assert "occlusion" in parts.how
+    assert parts.tokens[0, 3] == pytest.approx(margins[0] - margins[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "mean-linear", "cls+mean", "large", "conv"])
+def test_gradient_times_input_and_the_bias_term_add_up_to_the_logit(head):
+    output = "mean" if head in ("linear", "mlp") else "tokens"
+    reader = reader_for(head, output, zscore())
+    u = reader.scaled(some_tokens())
+    parts = gradient_times_input(reader, u, np.array([0, 2]))
+    margin = reader.margins(u, reader.toward(np.array([0, 2]))).detach().numpy()
+    assert parts.tokens.sum(1) + sum(parts.beside.values()) == pytest.approx(margin, abs=1e-5)
+    assert np.abs(parts.beside["bias term"]).max() > 1e-3
+
+
+def test_gradient_times_input_of_attention_is_refused():
+    with pytest.raises(BadOption, match="adds up to nothing"):
+        gradient_times_input(reader_for("attention"), some_tokens(), np.array([0, 0]))
+
+
+def test_parts_of_resized_tokens_come_back_through_the_transposed_resize():
+    reader = reader_for("large", "tokens-17")
+    x = some_tokens(1)
+    rows = resized(x, 17).requires_grad_(True)
+    z = reader.model(rows)[0]
+    (slope,) = torch.autograd.grad((z[1] - (z[0] + z[2]) / 2) / 1.7, rows)
+    matrix = resized(torch.eye(TOKENS)[None], 17)[0]  # [17, T]
+    expected = (x[0] * (matrix.T @ slope[0])).sum(1).numpy()
+    parts = gradient_times_input(reader, x, np.array([1]))
+    assert parts.tokens[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_patch_grid_resized_keeps_the_class_token_to_itself():
+    where = places_for("tokens-6x8")
+    assert where.matrix.shape == (49, TOKENS)
+    assert where.matrix[0].tolist() == [1.0] + [0.0] * 12 and (where.matrix[1:, 0] == 0).all()
+    assert where.matrix.sum(1).numpy() == pytest.approx(1.0, abs=1e-6)
+
+
+def run_of(output: str, task: str = "multiclass"):
+    """What the maps read of a run, without a folder."""
+    return SimpleNamespace(
+        head="large", output=output, task=task, classes=("a", "b", "c"), path="runs/x", standardize=Standardize(),
+        model=reader_for("large").model, config={"view": {"label": "vit/x", "shape": [TOKENS, WIDTH]}},
+        calibration=SimpleNamespace(correction=(0.0, 0.0, 0.0), temperature=1.0),
+    )  # fmt: skip
+
+
+def test_the_class_tokens_part_is_a_number_beside_the_map():
+    x, mean = some_tokens(1), torch.zeros(TOKENS, WIDTH)
+    run = run_of("tokens")
+    (found,) = contributions.contribution_maps(run, places_for("tokens"), x, np.array([0]), "replace", mean, "zeros")
+    parts = replaced(Reader.of(run, places_for("tokens")), x, mean, np.array([0]))
+    assert found.values.shape == GRID and "against zeros" in found.how
+    assert found.beside["class token"] == pytest.approx(parts.tokens[0, 0])
+    assert found.values.ravel() == pytest.approx(parts.tokens[0, 1:])
+
+
+@pytest.mark.parametrize("output, words", [("cls", "no places"), ("pooler", "no places")])
+def test_a_vector_without_places_is_refused_with_what_there_is(output, words):
+    with pytest.raises(BadOption, match=f"{words}.*--kind attention"):
+        places.source_of(run_of(output))
+
+
+def test_a_gap_with_a_norm_behind_it_is_no_sum_of_places():
+    run, where = run_of("gap"), Places("tokens", (), GRID, torch.full((12,), 1 / 12))
+    x = some_tokens(2, 12)
+    places.check_gap(run, where, x, x.mean(1).half())
+    with pytest.raises(BadOption, match="not the mean of its map"):
+        places.check_gap(run, where, x, torch.nn.functional.layer_norm(x.mean(1), (WIDTH,)))
+
+
+def test_places_that_nobody_knows_are_refused():
+    with pytest.raises(BadOption, match="--prefix and --grid"):
+        places.places_of(run_of("tokens"), None, None)
+
+
+def test_without_the_view_only_a_head_that_keeps_its_statistics_has_a_mean_token():
+    run = run_of("tokens")
+    with pytest.raises(BadOption, match="--method gradient"):
+        places.mean_training_token(run, places_for("tokens"), None)
+    run.standardize = zscore()
+    mean, words = places.mean_training_token(run, places_for("tokens"), None)
+    assert mean.shape == (TOKENS, WIDTH) and (mean == run.standardize.mean).all() and "kept" in words
+
+
+def test_a_control_has_the_same_numbers_in_another_order():
+    model = make_head("large", (TOKENS, WIDTH), CLASSES)
+    other = shuffled(model)
+    for name, value in model.state_dict().items():
+        there = other.state_dict()[name]
+        assert sorted(there.flatten().tolist()) == sorted(value.flatten().tolist())
+    assert not torch.equal(other.fc1.weight, model.fc1.weight)
+    assert torch.equal(shuffled(model).fc1.weight, other.fc1.weight), "always the same order"
+
+
+def test_how_like_its_control_a_map_is_goes_by_ranks():
+    values = np.arange(6.0).reshape(2, 3)
+    assert Map("contribution", "", values, "", control=values**3).likeness == pytest.approx(1)
+    assert Map("contribution", "", values, "", control=-values).likeness == pytest.approx(-1)
+    assert Map("contribution", "", values, "", control=np.zeros((2, 3))).likeness is None
+
+
+def test_of_many_labels_the_margin_is_the_logit_itself():
+    assert direction(np.array([1]), 3, 2.0, True).tolist() == [[0.0, 0.5, 0.0]]
+    assert direction(np.array([1]), 3, 2.0, False).tolist() == [[-0.25, 0.5, -0.25]]
