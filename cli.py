@@ -68,11 +68,11 @@ def _runs(folder: str) -> tuple[list[Any], list[Any]]:
 @click.option(
     "--backbone", metavar="NAME", help="Layers, shapes, parameters, outputs of a backbone; no weights needed."
 )
-@click.option("--head", metavar="NAME", help="Layers, shapes and parameters of a head.")
+@click.option("--head", metavar="NAME", help="Layers, shapes and parameters of a head, or of a network from pixels.")
 @click.option("--output", metavar="NAME", help="With --head: the output it would take.")
 @click.option("--classes", default=2, metavar="C", help="With --head: number of classes.")
 @click.option("--weights", metavar="PATH", help="With --backbone.")
-@click.option("--image-size", type=int, metavar="N", help="With --backbone.")
+@click.option("--image-size", type=int, metavar="N", help="With --backbone, or the --head of a network from pixels.")
 @features_option
 @cache_option
 def info(
@@ -111,8 +111,16 @@ def _info_head(talk: Talk, head: str, options: dict[str, Any], cache: str | None
     from featurecache.views import open_view
     from heads.architectures import Input, describe_head
     from heads.jobs import choose_output
+    from heads.settings import is_baseline
     from heads.tables import head_table
 
+    if is_baseline(head):
+        from heads.network_tables import describe_network
+
+        record = describe_network(head, options["classes"], options["image_size"])
+        talk.result(head_table(record), record)
+        talk.next(f"featurecache train-baseline --arch {head} --data FOLDER")
+        return 0
     try:
         view = open_view(options["features"], cache)
     except NotInCache:
@@ -161,6 +169,7 @@ def _info_thing(talk: Talk, name: str, cache: str | None) -> int:
 def _info_all(talk: Talk) -> int:
     from featurecache.aliases import ALIASES
     from heads.architectures import heads_table
+    from heads.network_tables import networks_lines, networks_table
     from heads.tables import heads_lines
 
     width, heads = max(map(len, ALIASES)), heads_table()
@@ -168,7 +177,11 @@ def _info_all(talk: Talk) -> int:
     lines = [f"backbones (also {forms}):"]
     lines += [f"  {name:<{width}}  {alias.id or 'untrained only'}" for name, alias in ALIASES.items()]
     lines += ["heads (also python:MODULE:CLASS; parameters for a ViT-B/16 and two classes):", heads_lines(heads)]
-    record = {"backbones": list(ALIASES), "heads": [head["head"] for head in heads], "about_heads": heads}
+    lines += ["networks from pixels (train-baseline; also finetune:BACKBONE):", networks_lines()]
+    record = {
+        "backbones": list(ALIASES), "heads": [head["head"] for head in heads], "about_heads": heads,
+        "networks": networks_table(),
+    }  # fmt: skip
     talk.result("\n".join(lines), record)
     return 0
 
@@ -187,8 +200,8 @@ def demo(talk: Talk, out: str, cache: str | None) -> int:
 
 
 for each in (
-    commands.extract, commands.why, head_commands.train_head, lab.ablate, lab.evaluate, lab.report,
-    head_commands.predict, ls, info,
+    commands.extract, commands.why, head_commands.train_head, head_commands.train_baseline, lab.ablate, lab.study,
+    lab.evaluate, lab.report, head_commands.predict, lab.explain, ls, info,
     upkeep.verify, upkeep.repair, upkeep.leaks, upkeep.rm, upkeep.gc, upkeep.compact, upkeep.export, upkeep.import_,
     upkeep.merge, demo,
 ):  # fmt: skip

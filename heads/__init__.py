@@ -17,10 +17,12 @@ from typing import Any
 # Attribute -> module that defines it; imported when first used, so that ``import heads`` costs nothing.
 _LAZY = {
     "train_head": "heads.train",
+    "train_baseline": "heads.baseline_runs",
     "load_run": "heads.runs",
     "list_runs": "heads.runs",
     "Run": "heads.runs",
     "predict": "heads.prediction",
+    "explain": "heads.explaining",
     "ablate": "heads.sweep",
     "list_sweeps": "heads.sweep",
     "load_sweep": "heads.sweep",
@@ -28,6 +30,8 @@ _LAZY = {
     "compare": "heads.comparison",
     "families_of": "heads.comparison",
     "evaluate_run": "heads.external",
+    "run_study": "heads.study_run",
+    "STUDIES": "heads.studies",
     "HEADS": "heads.architectures",
 }
 __all__ = [*_LAZY]

@@ -66,7 +66,7 @@ def _decades(low: float, high: float) -> list[float]:
     found = [10.0**p for p in powers if low * 0.999 <= 10.0**p <= high * 1.001]
     if len(found) < 2:
         found = [k * 10.0**p for p in powers for k in (1, 2, 5) if low * 0.999 <= k * 10.0**p <= high * 1.001]
-    return found[:: math.ceil(len(found) / 6)] or [low]
+    return found[:: max(1, math.ceil(len(found) / 6))] or [low]
 
 
 def around(

@@ -14,6 +14,7 @@ from heads import evaluate as ev
 from heads import metrics
 from heads.answers import Answers
 from heads.charts import SERIES, Figure, Plot, around, around_log, plain, style_of
+from heads.costs import CHARTED, COSTS
 from heads.runs import Run
 
 Heard = Sequence[tuple[Run, Answers]]
@@ -200,19 +201,12 @@ def learning_figure(
     return Figure("Learning curves", plot.svg("learning curves"), caption, tuple(keys[:SERIES]))
 
 
-COSTS = {  # of a family's record: what it costs, and how that is written
-    "parameters": ("parameters of the head", plain),
-    "train_seconds": ("seconds to train", plain),
-    "ms_per_image": ("ms an image, head alone", plain),
-    "bytes_per_image": ("bytes of cache an image", plain),
-}
-
-
 def pareto_figures(families: Sequence[dict[str, Any]], measure: str, higher: bool) -> list[Figure]:
     """Quality beside each cost that differs between families; those that no other beats on both are joined."""
     title = metrics.METRICS[measure].title
     figures: list[Figure] = []
-    for cost, (words, form) in COSTS.items():
+    for cost in CHARTED:
+        words = COSTS[cost].words
         found = [
             (f[cost], f["test"][measure], f["name"]) for f in families if f.get(cost) and _value(f, measure) is not None
         ]
@@ -220,14 +214,14 @@ def pareto_figures(families: Sequence[dict[str, Any]], measure: str, higher: boo
             continue
         ends = [v for _, t, _ in found for v in (t["value"], t["low"], t["high"]) if v is not None]
         across, up = around_log([c for c, _, _ in found]), around(ends, bounds=bounds_of(measure))
-        plot = Plot(across, up, words, f"test {title}", xlog=True, xformat=form)
+        plot = Plot(across, up, words, f"test {title}", xlog=True, xformat=plain)
         front = _front([(c, t["value"]) for c, t, _ in found], higher)
         plot.line(_steps(front), "s1")
         for c, t, name in found:
             style = "s1" if (c, t["value"]) in front else "s0"
             if t["low"] is not None and t["high"] is not None:
                 plot.bar(c, t["low"], t["high"], style + " faint")
-            plot.dot(c, t["value"], style, f"{name}: {t['value']:.3f} at {form(c)}")
+            plot.dot(c, t["value"], style, f"{name}: {t['value']:.3f} at {plain(c)}")
         figures.append(
             Figure(f"{title} and {words}", plot.svg(f"{title} against {words}"), "", () if figures else _FRONT)
         )

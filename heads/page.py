@@ -38,7 +38,7 @@ from heads.sections import (
     shown_measures,
 )
 from heads.tables import UNTRAINED
-from heads.wording import filters_for, images_words, subtitle_words, title_words, unit_words
+from heads.wording import chosen_words, filters_for, images_words, subtitle_words, title_words, unit_words
 
 if TYPE_CHECKING:
     from heads.comparison import Comparison, Family
@@ -66,7 +66,7 @@ def write_report(
     from featurecache.files import write_whole
 
     folder = Path(folder)
-    album = Album(_hashed() if hash_ids else str, images)
+    album = Album(hashed() if hash_ids else str, images)
     page, count = render(folder, families, comparison.record, album, given)
     try:
         write_whole(folder / "report.html", page.encode("utf-8", "backslashreplace"))
@@ -147,7 +147,7 @@ def _target(given: Sequence[Path], out: str | Path | None) -> Path:
     return folder
 
 
-def _hashed() -> Callable[[str], str]:
+def hashed() -> Callable[[str], str]:
     from featurecache.privacy import hashed_id, load_secret
 
     secret = load_secret()
@@ -159,27 +159,53 @@ def render(
     folder: Path, families: Sequence[Family], record: dict[str, Any], album: Album, given: Sequence[str] = ()
 ) -> tuple[str, int]:
     """The page as text, and how many images it embeds. ``given``: what `report` was asked for."""
+    runs = [run for family in families for run in family.runs]
+    part, count = part_context(families, record, album)
+    context = part | {
+        "title": title_words(record, runs), "subtitle": subtitle_words(record, runs),
+        "commands": commands_of(folder, given, families, record, album.images, album.shown is not str),
+        "origins": origins(runs), "numbers_words": "metrics.csv, metrics.json",
+    }  # fmt: skip
+    return render_page("report.html", context, count), count
+
+
+def part_context(
+    families: Sequence[Family], record: dict[str, Any], album: Album, prefix: str = ""
+) -> tuple[dict[str, Any], int]:
+    """What ``part.html`` shows of one comparison, and how many images that embeds. ``prefix``: of its anchors, where
+    several stand on one page."""
     pairs = ranked(families, record)
     details: list[Detail] = []
     for rank, (family, numbers) in enumerate(pairs, start=1):
-        details.append(detail_of(rank, numbers, family.runs, album if rank <= DETAILED else None))
+        details.append(detail_of(rank, numbers, family.runs, album if rank <= DETAILED else None, prefix))
     runs = [run for family in families for run in family.runs]
-    count = sum(detail.gallery.images for detail in details if detail.gallery)
     settings, left = settings_rows(record)
-    css, js = (_own(name) for name in ("report.css", "report.js"))
     context = {
-        "record": record, "version": __version__, "css": css, "js": js, "policy": policy(css, js),
-        "title": title_words(record, runs), "subtitle": subtitle_words(record, runs),
-        "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "untrained_words": UNTRAINED, "warnings": all_warnings(record, runs), "unit_words": unit_words(record),
-        "board": leaderboard(record, [numbers for _, numbers in pairs]), "comparing": comparing_figures(pairs, record),
+        "record": record, "p": prefix, "warnings": all_warnings(record, runs), "unit_words": unit_words(record),
+        "chosen_words": chosen_words(record["task"], runs),
+        "board": leaderboard(record, [numbers for _, numbers in pairs], prefix),
+        "comparing": comparing_figures(pairs, record),
         "by": by_tables(record, pairs), "by_measures": shown_measures(record),
         "details": details[:DETAILED], "rest": details[DETAILED:], "settings_left": left,
-        "settings": settings if len(settings) > len(pairs) else [],
-        "commands": commands_of(folder, given, families, record, album.images, album.shown is not str),
-        "origins": origins(runs), "with_images": album.images, "images_words": images_words(count, album.images),
+        "settings": settings if len(settings) > len(pairs) else [], "with_images": album.images,
     }  # fmt: skip
-    return _environment(record["task"]).get_template("report.html").render(context), count
+    return context, sum(detail.gallery.images for detail in details if detail.gallery)
+
+
+def render_part(context: dict[str, Any]) -> Markup:
+    """A comparison as a piece of a page."""
+    return Markup(_environment(context["record"]["task"]).get_template("part.html").render(context))
+
+
+def render_page(template: str, context: dict[str, Any], count: int) -> str:
+    """A whole page, with what all pages have: style, script, policy, when and with what it was made."""
+    css, js = (_own(name) for name in ("report.css", "report.js"))
+    own = {
+        "version": __version__, "css": css, "js": js, "policy": policy(css, js), "untrained_words": UNTRAINED,
+        "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "images_words": images_words(count, context["with_images"]),
+    }  # fmt: skip
+    return _environment(context["record"]["task"]).get_template(template).render(own | context)
 
 
 def _own(name: str) -> Markup:

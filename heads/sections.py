@@ -14,6 +14,7 @@ import numpy as np
 
 from heads.charts import Figure, Scale, around, interval, interval_axis
 from heads.confusion import confusion_figure, most_confused
+from heads.costs import devices_words, shown
 from heads.figures import (
     Heard,
     bounds_of,
@@ -76,8 +77,8 @@ def shown_measures(record: dict[str, Any]) -> list[str]:
     return [m for m in wanted if m in record["measures"]]
 
 
-def leaderboard(record: dict[str, Any], families: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows with their interval plots, all on one scale; ``axis`` stands over them."""
+def leaderboard(record: dict[str, Any], families: list[dict[str, Any]], prefix: str = "") -> dict[str, Any]:
+    """Rows with their interval plots, all on one scale; ``axis`` stands over them. ``prefix``: of their anchors."""
     lead = lead_measure(record)
     tests = [(family["test"] or {}).get(lead) or {} for family in families]
     controls = [(control["test"] or {}).get(lead) for control in record["controls"]]
@@ -88,17 +89,15 @@ def leaderboard(record: dict[str, Any], families: list[dict[str, Any]]) -> dict[
     plots = [interval(t.get("value"), t.get("low"), t.get("high"), scale, best) for t in tests]
     varied = varied_settings(families)
     rows = [
-        {"family": family, "plot": plot, "anchor": f"f{i + 1}", "setting": setting_words(varied[i])}
+        {"family": family, "plot": plot, "anchor": f"{prefix}f{i + 1}", "setting": setting_words(varied[i])}
         for i, (family, plot) in enumerate(zip(families, plots, strict=True))
     ]
     dots = [interval(c, None, None, scale, best) for c in controls]
     spreads = [kind for kind in ("seeds", "repeats", "folds") if any((f["spread"] or {}).get(kind) for f in families)]
-    costs = [
-        c for c in ("parameters", "train_seconds", "ms_per_image", "bytes_per_image") if any(f.get(c) for f in families)
-    ]
     return {
         "rows": rows, "controls": list(zip(record["controls"], dots, strict=True)), "axis": interval_axis(scale),
-        "measures": shown_measures(record), "lead": lead, "spreads": spreads, "costs": costs,
+        "measures": shown_measures(record), "lead": lead, "spreads": spreads, "costs": shown(families),
+        "device": devices_words(families),
         "fractions": len({f["fraction"] for f in families}) > 1, "views": len({f["view"] for f in families}) > 1,
         "differences": any(f.get("difference") for f in families),
     }  # fmt: skip
@@ -153,9 +152,9 @@ def heard_of(runs: Sequence[Run]) -> Heard:
     return [(run, run.answers("test")) for run in runs]
 
 
-def detail_of(rank: int, family: dict[str, Any], runs: Sequence[Run], album: Album | None) -> Detail:
+def detail_of(rank: int, family: dict[str, Any], runs: Sequence[Run], album: Album | None, prefix: str = "") -> Detail:
     """``album`` None: numbers only, no charts and no images."""
-    detail = Detail(family, f"f{rank}", rank, setting_words(family["setting"]), train_command(runs[0]))
+    detail = Detail(family, f"{prefix}f{rank}", rank, setting_words(family["setting"]), train_command(runs[0]))
     detail.per_class = per_class(family, runs)
     if album is None:
         return detail

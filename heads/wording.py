@@ -5,25 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from heads.costs import COSTS, cost_text
 from heads.metrics import METRICS
 from heads.origin import setting_words
 from heads.runs import Run
 from heads.sections import COUNTS
 from heads.tables import number, title
 
-COSTS = {
-    "parameters": "parameters",
-    "train_seconds": "s to train",
-    "ms_per_image": "ms/image",
-    "bytes_per_image": "bytes/image",
-}
-
 
 def filters_for(task: str) -> dict[str, Callable[..., Any]]:
     """What the templates call the functions below."""
     return {
         "num": number, "signed": signed, "pvalue": pvalue, "count": count_words, "percent": percent, "plural": plural,
-        "cost": cost_words, "cost_title": COSTS.get, "count_title": COUNTS.get, "setting": setting_words,
+        "cost": cost_text, "cost_title": lambda key: COSTS[key].column, "count_title": COUNTS.get,
+        "setting": setting_words,
         "title": lambda m: title(m, task), "class_title": lambda m: title(m, "binary") if m in METRICS else m,
         "higher": lambda m: METRICS[m].higher,
     }  # fmt: skip
@@ -49,14 +44,6 @@ def plural(count: int | None, word: str) -> str:
     return f"{count or 1:,} {word}{'' if (count or 1) == 1 else 's'}"
 
 
-def cost_words(value: float | None, cost: str) -> str:
-    if value is None:
-        return "–"
-    if cost in ("parameters", "bytes_per_image"):
-        return f"{value:,.0f}"
-    return f"{value:.3f}" if value < 1 else f"{value:.1f}"
-
-
 def title_words(record: dict[str, Any], runs: Sequence[Run]) -> str:
     views = list(dict.fromkeys(run.config["view"]["label"] for run in runs))
     where = ", ".join(views[:3]) + (f" and {len(views) - 3} more" if len(views) > 3 else "")
@@ -73,6 +60,12 @@ def subtitle_words(record: dict[str, Any], runs: Sequence[Run]) -> str:
     images = whole.config["splits"].get("images") or {}
     counts = " · ".join(f"{name} {n:,}" for name, n in images.items())
     return f"{record['task']}, {len(classes)} {word}: {named}{positive}. Images: {counts or record['n_test']}."
+
+
+def chosen_words(task: str, runs: Sequence[Run]) -> str:
+    """By which criteria epochs and settings were chosen."""
+    found = dict.fromkeys(run.config["chosen"]["by"] for run in runs)
+    return "by " + " or ".join("loss" if by == "loss" else title(by, task) for by in found)
 
 
 def unit_words(record: dict[str, Any]) -> str:

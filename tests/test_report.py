@@ -21,7 +21,7 @@ from PIL import Image
 import heads
 from featurecache import open_view
 from featurecache.errors import BadOption, RunError
-from heads import charts, confusion, gallery, page, saliency, thumbnails
+from heads import charts, confusion, gallery, page, thumbnails
 from heads.comparison import compare, families_of
 from heads.figures import truth_and_score
 from heads.gallery import Album
@@ -149,7 +149,7 @@ def test_the_hash_of_an_id_is_that_of_an_extraction_with_hashed_ids(cached, tmp_
     from featurecache.privacy import hidden, load_secret
 
     source = open_source(str(cached[0] / "data"))
-    shown = page._hashed()
+    shown = page.hashed()
     assert [shown(name) for name in source.ids[:5]] == hidden(source, load_secret(), ids=True, groups=False).ids[:5]
 
 
@@ -285,49 +285,6 @@ def test_the_page_says_how_many_images_it_embeds(lab, tmp_path):
 
 
 # --- maps -------------------------------------------------------------------------------------------------------
-
-
-def test_the_map_of_a_linear_head_adds_up_to_its_log_odds(lab, cached):
-    run, view = lab[2][3], cached[1]
-    rows = np.arange(6)
-    maps = saliency.token_maps(run, view, rows, np.array([0, 1, 0, 1, 1, 1]))
-    assert maps.exact and maps.patches.shape == (6, 8, 8) and (maps.prefix == 0).all()
-    z = run.logits(view.tensor("tokens", rows))
-    odds = z[range(6), [0, 1, 0, 1, 1, 1]] - z[range(6), [1, 0, 1, 0, 0, 0]]
-    assert maps.patches.sum((1, 2)) + maps.constant == pytest.approx(odds, abs=1e-4)
-    weight = run.model.fc.weight.detach().numpy()
-    patch = view.array("tokens", [0])[0, 1:].astype(np.float64) @ (weight[0] - weight[1])  # by hand, of image 0
-    expected = patch.reshape(8, 8) / 64 / run.calibration.temperature
-    assert maps.patches[0] == pytest.approx(expected, abs=1e-5)
-
-
-def test_the_map_of_a_head_with_relu_is_not_called_exact(lab, cached):
-    maps = saliency.token_maps(lab[2][2], cached[1], np.arange(4), np.ones(4, dtype=np.int64))
-    assert not maps.exact and "gradient × input" in maps.words
-
-
-def test_the_gradient_of_a_map_is_the_slope_of_the_log_odds(lab, cached):
-    run, view = lab[2][2], cached[1]
-    x = view.tensor("tokens", [3]).float()
-    maps = saliency.token_maps(run, view, np.array([3]), np.array([1]))
-
-    def odds(u):
-        z = run.calibration(run.model(u).detach().double().numpy())
-        return float(z[0, 1] - z[0, 0])
-
-    step = 1e-2  # along one patch: the derivative in the direction of the patch itself is its part of the map
-    for patch in (1, 20):
-        more, less = x.clone(), x.clone()
-        more[0, patch] *= 1 + step
-        less[0, patch] *= 1 - step
-        slope = (odds(more) - odds(less)) / (2 * step)
-        assert maps.patches.reshape(-1)[patch - 1] == pytest.approx(slope, abs=2e-2 * max(1, abs(slope)))
-
-
-@pytest.mark.parametrize("output, reason", [("cls", "has no places"), ("tokens-257", "mixtures")])
-def test_no_map_where_there_is_no_honest_one(cached, tmp_path, output, reason):
-    run = train(cached[1], tmp_path / "run", "linear" if output == "cls" else "large", output=output)
-    assert reason in saliency.token_maps(run, cached[1], np.array([0]), np.array([0]))
 
 
 @pytest.mark.parametrize(

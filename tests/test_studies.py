@@ -1,0 +1,384 @@
+"""The five studies as data: copied numbers, steps that fit together, and what the images and options make of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import cli
+from featurecache import open_source
+from featurecache.aliases import ALIASES
+from featurecache.errors import BadOption, SourceError, UnknownStudy, WeightsNotFound
+from heads import study_mindlina
+from heads.baselines import BASELINES
+from heads.charts import Scale
+from heads.studies import STUDIES, Extract, Heads, Images, Look, Network, load_study
+from heads.study_figures import FIGURES
+from heads.study_images import QUICK, Given, draw, few_of, open_sets, signature, sources_of
+from heads.study_minutes import GMACS, minutes_of
+from heads.study_plan import (
+    QUICK_BACKBONES,
+    Asked,
+    backbones_of,
+    make_plan,
+    read_weights,
+    task_options,
+    wanted_steps,
+)
+from heads.study_run import run_study
+
+ALL = [load_study(name) for name in STUDIES]
+# Typed from the publications, not from the recipes: (study, part, measure, split, value).
+REPORTED = """
+mindlina pneumonia parameters test 1538
+mindlina pneumonia parameters test 443906
+mindlina pneumonia parameters test 459266
+mindlina pneumonia parameters test 348050
+medical-mnist scans accuracy val 0.9969
+medical-mnist scans parameters test 3438342
+medical-mnist scans accuracy val 1
+medical-mnist scans accuracy test 1
+medical-mnist scans parameters test 85803270
+medmnist bloodmnist accuracy test 0.979
+medmnist breastmnist accuracy test 0.9038
+medmnist pathmnist accuracy test 0.9462
+medmnist retinamnist accuracy test 0.57
+medmnist pneumoniamnist accuracy test 0.854
+medmnist pneumoniamnist auroc test 0.944
+cifar-tinyimagenet cifar10 accuracy test 0.6292
+cifar-tinyimagenet cifar10 train_seconds test 443
+cifar-tinyimagenet cifar10 ms_per_image test 0.347
+cifar-tinyimagenet cifar10 parameters test 1205642
+cifar-tinyimagenet cifar10 accuracy test 0.8004
+cifar-tinyimagenet cifar10 train_seconds test 323
+cifar-tinyimagenet cifar10 ms_per_image test 0.286
+cifar-tinyimagenet cifar10 parameters test 175258
+cifar-tinyimagenet cifar100 accuracy test 0.3677
+cifar-tinyimagenet cifar100 train_seconds test 439
+cifar-tinyimagenet cifar100 ms_per_image test 0.349
+cifar-tinyimagenet cifar100 parameters test 1217252
+cifar-tinyimagenet cifar100 accuracy test 0.4287
+cifar-tinyimagenet cifar100 train_seconds test 326
+cifar-tinyimagenet cifar100 ms_per_image test 0.246
+cifar-tinyimagenet cifar100 parameters test 181108
+cifar-tinyimagenet tinyimagenet accuracy test 0.3115
+cifar-tinyimagenet tinyimagenet train_seconds test 884
+cifar-tinyimagenet tinyimagenet ms_per_image test 0.555
+cifar-tinyimagenet tinyimagenet parameters test 1248584
+cifar-tinyimagenet tinyimagenet accuracy test 0.2985
+cifar-tinyimagenet tinyimagenet train_seconds test 839
+cifar-tinyimagenet tinyimagenet ms_per_image test 0.492
+cifar-tinyimagenet tinyimagenet parameters test 187608
+"""
+
+
+def folder_of(path: Path, counts: dict[str, dict[str, int]]) -> Path:
+    """Small images in class folders below split folders, every one different."""
+    rng = np.random.default_rng(0)
+    for split, classes in counts.items():
+        for name, count in classes.items():
+            (path / split / name).mkdir(parents=True)
+            for k in range(count):
+                Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(path / split / name / f"{k:03}.png")
+    return path
+
+
+def given(path: Path, name: str = "chest") -> Given:
+    return Given(Images(name, str(path), ()), str(path), open_source(path))
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------
+
+
+def test_published_numbers_are_those_of_the_publications():
+    found = {
+        (study.name, part.name, p.measure, p.split, p.value, p.what)
+        for study in ALL for part in study.parts for p in part.published
+    }  # fmt: skip
+    wanted = [line.split() for line in REPORTED.split("\n") if line]
+    assert sorted((*f[:4], float(f[4])) for f in found) == sorted((*w[:4], float(w[4])) for w in wanted)
+
+
+@pytest.mark.parametrize("study", ALL, ids=lambda study: study.name)
+def test_steps_of_a_study_fit_together(study):
+    names = [step.name for step in study.steps]
+    parts, sets = {part.name for part in study.parts}, {images.name for images in study.images}
+    assert len(set(names)) == len(names) and {part.images for part in study.parts} <= sets
+    for place, step in enumerate(study.steps):
+        assert set(study.needs(step)) <= set(names[:place]), "what a step needs stands before it"
+        assert step.images in sets if isinstance(step, Extract) else step.part in parts
+    for part in study.parts:
+        of_part = {step.name for step in study.steps if not isinstance(step, Extract) and step.part == part.name}
+        assert {p.ours for p in part.published} <= of_part | {""}
+        assert part.reference in of_part | {""}
+    assert study.figures in {*FIGURES, ""} and study.differs and study.cautions is not None
+
+
+@pytest.mark.parametrize("study", ALL, ids=lambda study: study.name)
+def test_networks_of_a_study_are_known_and_their_time_can_be_told(study):
+    for step in study.steps:
+        if isinstance(step, Network) and not step.arch.startswith("finetune:"):
+            assert step.arch in BASELINES and step.arch in GMACS
+    for backbone in backbones_of(study.steps):
+        assert backbone in ALIASES or backbone.startswith("timm:")
+        assert backbone in GMACS and QUICK_BACKBONES[backbone] in GMACS
+
+
+def test_the_settings_of_what_is_fine_tuned_name_their_epochs():
+    for study in ALL:
+        for step in study.steps:
+            assert not (isinstance(step, Network) and step.arch.startswith("finetune:")) or "epochs" in step.options
+
+
+def test_study_without_a_name_lists_all_with_the_question_each_answers():
+    result = CliRunner().invoke(cli.main, ["study"])
+    assert result.exit_code == 0
+    for name, (_, question) in STUDIES.items():
+        assert f"{name} " in result.output and question in result.output
+    record = json.loads(CliRunner().invoke(cli.main, ["study", "--json"]).stdout)
+    assert list(record["studies"]) == list(STUDIES)
+
+
+# --- which steps ------------------------------------------------------------------------------------------------
+
+
+def test_a_misspelt_study_or_step_is_named_with_its_neighbours():
+    with pytest.raises(UnknownStudy, match="Near: pneumonia"):
+        load_study("pneumona")
+    with pytest.raises(UnknownStudy, match="Near: vit-tuned"):
+        wanted_steps(load_study("pneumonia"), Asked(only=("vit-tunde",)))
+
+
+def test_only_takes_what_a_step_needs_along_and_skip_leaves_out():
+    study = load_study("medical-mnist")
+    assert [s.name for s in wanted_steps(study, Asked(only=("frozen-heads",)))] == [
+        "resnet-features", "vit-features", "frozen-heads",
+    ]  # fmt: skip
+    left = {s.name for s in wanted_steps(study, Asked(skip=("*-tuned", "cnn")))}
+    assert left == {s.name for s in study.steps} - {"resnet-tuned", "vit-tuned", "cnn"}
+
+
+def test_weights_are_told_apart_by_backbone():
+    assert read_weights(["/w"], load_study("mindlina")) == {"vit-in21k": "/w"}
+    assert read_weights(["resnet50=/r", "vit-in1k=/v"], load_study("medical-mnist")) == {
+        "resnet50": "/r", "vit-in1k": "/v",
+    }  # fmt: skip
+    with pytest.raises(BadOption, match=r"of which backbone.*--weights resnet50=PATH"):
+        read_weights(["/w"], load_study("medical-mnist"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"quick": True, "random_weights": True}, "--quick has a small untrained backbone of its own"),
+        ({"random_weights": True, "weights": ["/w"]}, "contradict each other"),
+        ({"quick": True, "epochs": 0}, "--epochs is 0"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, says, tmp_path):
+    with pytest.raises(BadOption, match=says):
+        run_study("mindlina", out=tmp_path / "s", **options)
+
+
+def test_without_weights_the_ways_out_are_said_before_images_are_looked_for(tmp_path):
+    with pytest.raises(WeightsNotFound) as error:
+        run_study("mindlina", data=[str(tmp_path / "not there")], out=tmp_path / "s")
+    for way in ("--weights PATH", "HF_HOME=…", "--random-weights"):
+        assert way in str(error.value)
+    assert not (tmp_path / "s").exists()
+
+
+def test_without_images_the_two_ways_on_are_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("featurecache.sources.SOURCES", _nothing_fetched())
+    with pytest.raises(SourceError) as error:
+        run_study("mindlina", random_weights=True, out=tmp_path / "s")
+    assert "--data DIR" in str(error.value) and "--quick" in str(error.value)
+
+
+def _nothing_fetched():
+    from featurecache.sources import SOURCES
+
+    return {kind: replace(source, fetch=None) for kind, source in SOURCES.items()}
+
+
+# --- which images -----------------------------------------------------------------------------------------------
+
+
+def test_images_are_recognised_by_the_names_their_publishers_gave_them(tmp_path):
+    for name in ("bloodmnist.npz", "breastmnist_64.npz", "notes.txt"):
+        (tmp_path / name).touch()
+    study = load_study("medmnist")
+    both = {"bloodmnist": f"{tmp_path}/bloodmnist.npz", "breastmnist": f"{tmp_path}/breastmnist_64.npz"}
+    assert sources_of(study, [str(tmp_path)]) == both
+    assert sources_of(study, [f"{tmp_path}/bloodmnist.npz"]) == {"bloodmnist": both["bloodmnist"]}
+    assert sources_of(study, ["retinamnist=/x"]) == {"retinamnist": "/x"}
+    with pytest.raises(BadOption, match="which set of medmnist"):
+        sources_of(study, [f"{tmp_path}/notes.txt"])
+
+
+def test_folders_of_cifar_are_given_to_torchvision(tmp_path):
+    (tmp_path / "cifar-100-python").mkdir()
+    found = sources_of(load_study("cifar-tinyimagenet"), [str(tmp_path)])
+    assert found == {"cifar100": f"torchvision:CIFAR100@{tmp_path}"}
+
+
+def test_a_trial_takes_the_same_number_of_every_class_and_split_of_what_is_given(tmp_path):
+    counts = {"train": {"a": 30, "b": 5}, "test": {"a": 30, "b": 20}}
+    whole = open_source(folder_of(tmp_path / "data", counts))
+    few, said = few_of(whole, tmp_path / "few")
+    have = Counter((split, few.classes[label]) for split, label in zip(few.splits, few.labels, strict=True))
+    wanted = {(s, c): min(n, QUICK[s]) for s, classes in counts.items() for c, n in classes.items()}
+    assert have == wanted and f"{len(few)} of 85 images" in said
+    original = {whole.read(row): (whole.splits[row], whole.labels[row]) for row in range(len(whole))}
+    for row in range(len(few)):
+        assert original[few.read(row)] == (few.splits[row], few.labels[row])
+
+
+def test_a_trial_of_several_labels_keeps_them(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    lines = ["path,effusion,mass,split,patient"]
+    for k in range(12):
+        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "images" / f"{k}.png")
+        lines.append(f"images/{k}.png,{k % 2},{'' if k % 3 else 1},train,p{k // 2}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    whole = open_source(tmp_path / "t.csv", columns={"label": "effusion,mass", "group": "patient"})
+    few, _ = few_of(whole, tmp_path / "few")
+    assert few.task == "multilabel" and few.classes == ["effusion", "mass"]
+    key = {whole.read(row): (whole.labels[row].tolist().__repr__(), whole.groups[row]) for row in range(len(whole))}
+    assert all(key[few.read(row)] == (few.labels[row].tolist().__repr__(), few.groups[row]) for row in range(len(few)))
+
+
+def test_what_is_drawn_is_drawn_alike_and_has_all_classes(tmp_path):
+    images = Images("x", "none:", ("one", "two", "three"), task="ordinal")
+    first, second = draw(images, tmp_path / "a" / "x"), draw(images, tmp_path / "b" / "x")
+    assert [first.read(i) for i in range(len(first))] == [second.read(i) for i in range(len(second))]
+    assert first.task == "ordinal" and len(first) == 3 * sum(QUICK[s] for s in ("train", "val", "test"))
+
+
+def test_only_the_sets_that_are_asked_for_are_opened(tmp_path):
+    study = load_study("cifar-tinyimagenet")
+    found = open_sets(study, [], True, tmp_path, ["cifar10"])
+    assert list(found) == ["cifar10"] and not (tmp_path / "drawn" / "cifar100").exists()
+
+
+def test_a_changed_label_or_file_changes_what_a_study_knows_its_images_by(tmp_path):
+    path = folder_of(tmp_path / "data", {"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 1}})
+    before = signature(given(path))
+    assert signature(given(path)) == before
+    (path / "train/a/000.png").rename(path / "train/b/900.png")
+    moved = signature(given(path))
+    Image.new("L", (9, 9)).save(path / "test/a/000.png")
+    assert len({before["digest"], moved["digest"], signature(given(path))["digest"]}) == 3
+
+
+# --- what the images make of the plan -----------------------------------------------------------------------------
+
+
+def test_a_val_split_of_few_images_is_drawn_anew_by_all_steps(tmp_path):
+    path = folder_of(
+        tmp_path / "data", {s: {"NORMAL": n, "PNEUMONIA": n} for s, n in (("train", 30), ("val", 8), ("test", 8))}
+    )
+    study, sets = load_study("pneumonia"), {"chest": given(path)}
+    assert sets["chest"].few_in_val == ["8 of NORMAL", "8 of PNEUMONIA"]
+    plan = make_plan(study, Asked(random_weights=True), sets, 100.0)
+    trained = [step.asked for step in plan.steps if isinstance(step.step, Heads | Network)]
+    assert trained and all(asked["resplit_val"] and asked["drop_leaks"] for asked in trained)
+
+
+def test_classes_are_found_by_their_names_and_merged():
+    part = load_study("mindlina").parts[0]
+
+    def options(*classes):
+        data = replace(open_source("digits"), classes=list(classes))
+        return task_options(part, Given(Images("chest", "", ()), "x", data))
+
+    assert options("BACTERIA", "NORMAL", "VIRUS")["classes"] == ["NORMAL", "pneumonia=BACTERIA,VIRUS"]
+    assert "classes" not in options("normal", "pneumonia")
+    assert options("cat", "dog") == "x cannot tell normal from pneumonia"
+
+
+def test_a_question_that_the_images_cannot_answer_is_left_out_and_said(tmp_path):
+    path = folder_of(tmp_path / "data", {s: {"normal": 20, "pneumonia": 20} for s in ("train", "val", "test")})
+    plan = make_plan(load_study("mindlina"), Asked(quick=True), {"chest": given(path)}, 100.0)
+    assert [step.name for step in plan.steps] == ["features", "pneumonia-heads", "pneumonia-cnn"]
+    ((part, why),) = plan.left_out
+    assert part == "kind" and "no bacteria" in why
+
+
+def test_with_random_weights_the_untrained_control_would_be_the_same_twice(tmp_path):
+    path = folder_of(tmp_path / "data", {s: {"a": 12, "b": 12} for s in ("train", "val", "test")})
+    study, sets = load_study("medical-mnist"), {"medical-mnist": given(path, "medical-mnist")}
+    names = {s.name for s in make_plan(study, Asked(), sets, 100.0).steps}
+    without = {s.name for s in make_plan(study, Asked(random_weights=True), sets, 100.0).steps}
+    assert names - without == {"untrained-features", "untrained-heads"}
+
+
+def test_options_cap_what_the_study_has(tmp_path):
+    path = folder_of(tmp_path / "data", {s: {"a": 12, "b": 12} for s in ("train", "val", "test")})
+    study, sets = load_study("medical-mnist"), {"medical-mnist": given(path, "medical-mnist")}
+    asked = Asked(random_weights=True, image_size=64, epochs=3, train_per_class=4)
+    steps = {s.name: s.asked for s in make_plan(study, asked, sets, 100.0).steps}
+    assert steps["vit-features"]["image_size"] == steps["cnn"]["image_size"] == steps["vit-tuned"]["image_size"] == 64
+    assert steps["cnn"]["epochs"] == steps["vit-tuned"]["epochs"] == steps["frozen-heads"]["epochs"] == 3
+    assert steps["cnn"]["train_per_class"] == steps["vit-tuned"]["train_per_class"] == 4
+    assert "train_per_class" not in steps["frozen-heads"]
+    more = {s.name: s.asked for s in make_plan(study, replace(asked, train_per_class=500), sets, 100.0).steps}
+    assert more["vit-tuned"]["train_per_class"] == 50, "a cap does not raise what the study has"
+
+
+def test_minutes_by_hand(tmp_path):
+    path = folder_of(tmp_path / "data", {"train": {"a": 5, "b": 5}, "val": {"a": 2, "b": 2}, "test": {"a": 3, "b": 3}})
+    images = given(path)
+    # 20 images of 4.1 multiply-adds at 70 % of 82/60 operations a second
+    once = minutes_of({"extract": "x", "backbone": "resnet50"}, images, 82 / 60)
+    assert once == pytest.approx(2 * 4.1 * 20 / (0.7 * 82 / 60) / 60)
+    asked = {"train_baseline": "x", "arch": "finetune:resnet50", "epochs": 2, "image_size": 112}
+    assert minutes_of(asked, images, 82 / 60) == pytest.approx(once / 20 / 4 * (3 * 10 * 2 + 4 * 2 + 6))
+
+
+# --- splits of mindlina -------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_of_each_class_train_and_the_rest_of_train_chooses(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_mindlina, "PER_CLASS", 6)
+    path = folder_of(tmp_path / "data", {"train": {"a": 12, "b": 6}, "val": {"a": 2, "b": 2}, "test": {"a": 3, "b": 3}})
+    data = open_source(path)
+    names = study_mindlina.a_thousand_of_each(data)
+    counts = {(s, c): int(((names == s) & (data.labels == c)).sum()) for s in ("train", "val", "test") for c in (0, 1)}
+    # a: 14 beside test, 6 of them train; b: 8, two thirds of them 5
+    assert counts == {("train", 0): 6, ("val", 0): 8, ("train", 1): 5, ("val", 1): 3, ("test", 0): 3, ("test", 1): 3}
+    assert all(name == "test" for name, given in zip(names, data.splits, strict=True) if given == "test")
+
+
+def test_without_a_test_split_the_rest_is_test_and_groups_stay_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_mindlina, "PER_CLASS", 8)
+    data = open_source(folder_of(tmp_path / "data", {"a": {"x": 24}, "b": {"x": 24}}))
+    groups = [f"{name[0]}{k // 3}" for k, name in enumerate(data.ids)]
+    data = replace(data, groups=groups)
+    names = study_mindlina.a_thousand_of_each(data)
+    for group in set(groups):
+        assert len({names[k] for k in range(48) if groups[k] == group}) == 1
+    for c in (0, 1):
+        held = [int(((names == s) & (data.labels == c)).sum()) for s in ("train", "val", "test")]
+        assert 8 <= held[0] <= 10 and 3 <= held[1] <= 5 and sum(held) == 24
+
+
+def test_a_chart_of_a_range_without_a_round_number_has_a_tick():
+    assert Scale(2.49, 4.88, 0, 1, log=True).ticks() == [2.49]
+
+
+def test_every_study_names_a_look_only_at_its_own_networks():
+    for study in ALL:
+        for step in study.steps:
+            if isinstance(step, Look):
+                kinds = {s.name: type(s) for s in study.steps}
+                assert all(kinds[name] is Network for name in step.of) and kinds[step.attention] is Heads

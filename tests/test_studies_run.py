@@ -1,0 +1,309 @@
+"""A small study run for real: stopped and gone on with, refused where it does not fit, and its page in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import cli
+from featurecache.errors import BadOption, RunError, StepFailed, Stopped
+from heads import baseline_runs, studies, study_run
+from heads.studies import Extract, Heads, Images, Network, Part, Published, Study
+from heads.study_numbers import greyed, words
+from heads.study_plan import Asked
+
+CHROMIUM = "/usr/bin/chromium"
+EVIL = "</script><img src=x onerror=alert(1)>"
+SMALL = Study(
+    name="small",
+    title="Is it small?",
+    source="a book",
+    about=("It is about that.",),
+    images=(Images("set", "kaggle:nobody/nothing", ("one", "two")),),
+    parts=(
+        Part("part", "One or two", "set", select="accuracy", reference="cnn", note="In words: small.",
+             published=(
+                 Published("head", "accuracy", 0.875, "heads", "linear on cls"),
+                 Published("network", "accuracy", 0.5, "cnn", split="val", remark="of 8"),
+                 Published("network", "parameters", 174_738, "cnn"),
+                 Published("another", "auroc", 0.9, source="another book"),
+             )),
+    ),
+    steps=(
+        Extract("features", "set", "vit-in21k", "cls"),
+        Heads("heads", "part", ("features",), "linear"),
+        Network("cnn", "part", "cnn-cifar", {"select": "accuracy"}),
+    ),
+    differs=("It looked at test.",),
+    cautions=("Small sets say little.",),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(study_run, "load_study", lambda name: SMALL)
+    monkeypatch.setitem(studies.STUDIES, "small", ("none", "is it small?"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Two classes of grey squares, one brighter; 22, 10 and 10 of each."""
+    path, rng = tmp_path_factory.mktemp("data") / "set", np.random.default_rng(0)
+    for split, count in (("train", 22), ("val", 10), ("test", 10)):
+        for c, name in enumerate(("one", "two")):
+            (path / split / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = rng.integers(20 + 25 * c, 180 + 25 * c, (16, 16), np.uint8)
+                Image.fromarray(pixels).save(path / split / name / f"{k:02}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def done(data, tmp_path_factory):
+    """The study, run once without a stop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_run, "load_study", lambda name: SMALL)
+        patch.setitem(studies.STUDIES, "small", ("none", "is it small?"))
+        out = tmp_path_factory.mktemp("studies") / "small"
+        return study_run.run_study("small", data=[str(data)], quick=True, out=out)
+
+
+def again(done, **options):
+    heard: list[str] = []
+    options = {"quick": True, "out": done.folder, **options}
+    return study_run.run_study("small", say=heard.append, **options), heard
+
+
+def test_every_step_is_kept_with_what_it_was_asked_and_made(done):
+    assert {path.stem for path in (done.folder / "steps").glob("*.json")} == {"features", "heads", "cnn"}
+    record = json.loads((done.folder / "steps" / "cnn.json").read_text())
+    assert record["asked"]["arch"] == "cnn-cifar" and record["made"] == {"run": "runs/cnn"} and record["seconds"] > 0
+    assert (done.folder / "runs/cnn/head.safetensors").is_file() and (done.folder / "part/metrics.csv").is_file()
+
+
+def test_the_same_command_does_nothing_twice_and_need_not_name_the_images(done, monkeypatch):
+    for name in ("_extract", "_heads", "_network"):
+        monkeypatch.setattr(study_run.Runner, name, lambda *given: pytest.fail("done already"))
+    page = (done.folder / "report.html").read_text()
+    found, heard = again(done)
+    assert [line for line in heard if line.startswith("step")] and all(
+        "done" in s for s in heard if s.startswith("step")
+    )
+    assert found.report.tables[0].record == done.report.tables[0].record
+    assert len((done.folder / "report.html").read_text()) == len(page)
+
+
+@pytest.mark.slow
+def test_stopped_in_the_middle_it_goes_on_and_ends_as_if_it_had_not_been(done, data, tmp_path, monkeypatch):
+    out, whole = tmp_path / "s", study_run.Runner._network
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study_run.Runner, "_network", stop)
+    with pytest.raises(Stopped, match="the same command goes on"):
+        study_run.run_study("small", data=[str(data)], quick=True, out=out)
+    kept = (out / "steps" / "features.json").stat().st_mtime_ns
+    monkeypatch.setattr(study_run.Runner, "_network", whole)
+    found = study_run.run_study("small", data=[str(data)], quick=True, out=out)
+    assert (out / "steps" / "features.json").stat().st_mtime_ns == kept
+    mine, other = ((each.report.tables[0].record["families"]) for each in (found, done))
+    assert [(f["name"], f["val"], f["test"]) for f in mine] == [(f["name"], f["val"], f["test"]) for f in other]
+
+
+@pytest.mark.slow
+def test_a_network_stopped_between_two_epochs_goes_on_from_there(data, tmp_path, monkeypatch):
+    out, save = tmp_path / "s", baseline_runs.Checkpoint.save
+
+    def kill(self, *given):
+        save(self, *given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(baseline_runs.Checkpoint, "save", kill)
+    with pytest.raises(Stopped):
+        study_run.run_study("small", data=[str(data)], quick=True, only=["cnn"], out=out)
+    monkeypatch.setattr(baseline_runs.Checkpoint, "save", save)
+    heard: list[str] = []
+    study_run.run_study("small", quick=True, only=["cnn"], out=out, say=heard.append)
+    assert "resumed    after epoch 1" in heard and not list((out / "runs").glob(".*.checkpoint"))
+
+
+def test_a_run_that_was_finished_but_not_noted_is_not_trained_again(done, monkeypatch):
+    note = done.folder / "steps" / "cnn.json"
+    before = note.read_text()
+    note.unlink()
+    monkeypatch.setattr(baseline_runs, "train_baseline", lambda *a, **k: pytest.fail("it is there"))
+    again(done)
+    assert json.loads(note.read_text())["made"] == json.loads(before)["made"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"epochs": 1}, "epochs not given → 1"), ({"quick": False, "random_weights": True}, "quick yes → no")],
+)
+def test_asked_for_otherwise_the_folder_is_refused(done, options, says):
+    with pytest.raises(RunError, match=says):
+        again(done, **options)
+
+
+def test_other_images_are_refused(done, tmp_path, data):
+    import shutil
+
+    other = tmp_path / "set"
+    shutil.copytree(data, other)
+    (other / "train/one/00.png").rename(other / "train/two/90.png")
+    few = {path.name: path.read_bytes() for path in (done.folder / "few/set/images").iterdir()}
+    with pytest.raises(RunError, match="of other images"):
+        again(done, data=[str(other)])
+    assert {path.name: path.read_bytes() for path in (done.folder / "few/set/images").iterdir()} == few
+
+
+def test_a_folder_of_something_else_and_a_damaged_one_are_refused(done, tmp_path, data):
+    (tmp_path / "note.txt").touch()
+    with pytest.raises(RunError, match="holds other files and no study"):
+        study_run.run_study("small", data=[str(data)], quick=True, out=tmp_path)
+    (tmp_path / "note.txt").unlink()
+    (tmp_path / "study.json").write_text('{"format": 1, "study": "large", "asked": {}}')
+    with pytest.raises(RunError, match="holds the study large"):
+        study_run.run_study("small", data=[str(data)], quick=True, out=tmp_path)
+    (tmp_path / "study.json").write_text('{"format": 1, "study"')
+    with pytest.raises(RunError, match="is damaged"):
+        study_run.run_study("small", data=[str(data)], quick=True, out=tmp_path)
+
+
+def test_a_step_that_fails_is_named_with_the_way_around_it(data, tmp_path, monkeypatch):
+    def fail(*given):
+        raise BadOption("it cannot be.")
+
+    monkeypatch.setattr(study_run.Runner, "_heads", fail)
+    with pytest.raises(StepFailed, match=r"step heads: it cannot be\.\n +--skip heads goes on"):
+        study_run.run_study("small", data=[str(data)], quick=True, out=tmp_path / "s")
+
+
+def test_a_dry_run_says_the_steps_and_writes_nothing(data, tmp_path):
+    out = tmp_path / "s"
+    words = ["study", "small", "--random-weights", "--data", str(data), "--out", str(out), "--dry-run"]
+    result = CliRunner().invoke(cli.main, words)
+    assert result.exit_code == 0 and not out.exists()
+    assert "cnn-cifar" in result.output and "time       about" in result.output
+
+
+# --- the page ---------------------------------------------------------------------------------------------------
+
+
+def test_numbers_stand_beside_the_published_ones_and_are_grey_in_a_trial(done):
+    record = {r["name"]: r for r in done.report.tables[0].record["families"]}
+    rows = done.report.published
+    head, network, parameters, other = rows
+    test = next(r for name, r in record.items() if name.startswith("linear"))["test"]["accuracy"]
+    assert head["published_words"] == "87.50 %" and head["here_words"] == f"{100 * test['value']:.2f} %"
+    assert head["range"] == f"[{100 * test['low']:.2f} %, {100 * test['high']:.2f} %]"
+    val = next(r for name, r in record.items() if name.startswith("cnn"))["val"]["accuracy"]
+    assert network["here"] == val and network["range"] is None and network["measure"] == "accuracy on val"
+    assert parameters["here_words"] == "174,738"
+    assert other["here"] is None and other["remark"] == "another book" and "none like it" in other["ours"]
+    page = (done.folder / "report.html").read_text()
+    assert all(row["grey"] for row in rows) and page.count('<tr class="greyed">') == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("asked", "grey"),
+    [
+        ({"quick": True}, [True, True, True, True]),
+        ({"random_weights": True}, [True, False, False, False]),
+        ({"epochs": 1}, [True, True, False, False]),
+        ({"train_per_class": 5}, [False, True, False, False]),
+        ({}, [False, False, False, False]),
+    ],
+)
+def test_what_does_not_compare_is_grey(done, asked, grey):
+    other = replace(done, asked=Asked(**asked))
+    assert [greyed(other, each) for each in SMALL.parts[0].published] == grey
+
+
+def test_the_page_says_what_it_ran_on_and_shows_the_images_first(done):
+    page = (done.folder / "report.html").read_text()
+    assert '<body class="untrained">' in page
+    assert "It ran on 80 of 84 images: at most 20 of each class of train" in page
+    order = [
+        page.index(part) for part in ('id="images"', 'id="published"', 'id="part-part"', 'id="steps"', 'id="origin"')
+    ]
+    assert order == sorted(order)
+    assert "It looked at test." in page and "Small sets say little." in page and "Small networks at 32 pixels" in page
+    cells = re.search(r'aria-label="Images of set".*?</table>', page, re.S)[0]
+    assert re.findall(r'data-v="(\d+)"', cells)[:4] == ["20", "10", "10", "40"]
+
+
+def test_the_command_on_the_page_is_the_one_that_made_it(done, data):
+    page = (done.folder / "report.html").read_text()
+    assert f"featurecache study small --data {data} --quick --out {done.folder}" in page
+
+
+def test_without_images_none_is_embedded(done):
+    found, _ = again(done, images=False)
+    assert found.report.images == 0 and "<image" not in (done.folder / "report.html").read_text()
+    again(done)
+
+
+def test_a_share_is_written_as_studies_write_it():
+    assert words("accuracy", 0.9969) == "99.69 %" and words("auroc", 0.944) == "0.944"
+    assert words("train_seconds", 443) == "443" and words("ms_per_image", 0.347) == "0.347"
+    assert words("parameters", 85_803_270) == "85,803,270" and words("accuracy", None) == "–"
+
+
+@pytest.mark.slow
+def test_names_that_are_html_stay_text(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    (tmp_path / "d").mkdir()
+    lines = ["path,label,split"]
+    for k in range(78):
+        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / "d" / f"{k}.png")
+        split = "train" if k < 38 else "val" if k < 58 else "test"
+        lines.append(f'{k}.png,"{EVIL if k % 2 else "b"}",{split}')
+    (tmp_path / "d" / "t.csv").write_text("\n".join(lines))
+    found = study_run.run_study(
+        "small", data=[str(tmp_path / "d/t.csv")], quick=True, only=["heads"], out=tmp_path / "s"
+    )
+    page = found.report.path.read_text()
+    assert page.count("<script>") == 1 and "<img" not in page and "&lt;img src=x" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "colours"), [(1200, "light"), (400, "dark")])
+def test_in_a_browser_it_asks_for_nothing_sorts_and_does_not_scroll_sideways(done, width, colours):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"there is no {CHROMIUM}")
+    heard: list[str] = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=colours)
+        tab = context.new_page()
+        tab.on("console", lambda message: heard.append(message.text))
+        tab.on("pageerror", lambda error: heard.append(str(error)))
+        tab.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else heard.append(r.url))
+        tab.goto((done.folder / "report.html").resolve().as_uri())
+        tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        dead = "a => !document.getElementById(a.getAttribute('href').slice(1))"
+        assert tab.evaluate(f"[...document.querySelectorAll('a[href^=\"#\"]')].filter({dead}).length") == 0
+        ids = tab.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+        assert len(ids) == len(set(ids))
+        table = tab.locator('table[aria-label="Images of set"]')
+        table.locator("th").nth(1).locator("button").click()
+        assert table.locator("th").nth(1).get_attribute("aria-sort") == "descending"
+        grey = tab.evaluate("getComputedStyle(document.querySelector('tr.greyed td')).color")
+        ink = tab.evaluate("getComputedStyle(document.body).color")
+        assert grey != ink
+        marked = "e => getComputedStyle(document.querySelector(e), '::after').content"
+        assert "untrained" in tab.evaluate(marked, "#part-leaderboard .sheet")
+        assert "untrained" not in tab.evaluate(marked, "#images .sheet")
+        browser.close()
+    assert heard == []
