@@ -173,7 +173,8 @@ def _info_all(talk: Talk) -> int:
     from heads.tables import heads_lines
 
     width, heads = max(map(len, ALIASES)), heads_table()
-    forms = "hf:REPO[@REVISION], a folder written by save_pretrained, torchvision:NAME[:WEIGHTS], python:MODULE:FACTORY"
+    forms = "hf:REPO[@REVISION], a folder written by save_pretrained, torchvision:NAME[:WEIGHTS], timm:NAME[.TAG], "
+    forms += "python:MODULE:FACTORY[:LAYER]"
     lines = [f"backbones (also {forms}):"]
     lines += [f"  {name:<{width}}  {alias.id or 'untrained only'}" for name, alias in ALIASES.items()]
     lines += ["heads (also python:MODULE:CLASS; parameters for a ViT-B/16 and two classes):", heads_lines(heads)]

@@ -23,7 +23,7 @@ BILINEAR, BICUBIC = 2, 3  # PIL.Image.Resampling
 class Alias:
     """One row of the README's table of backbones."""
 
-    id: str  # "hf:<repo>" or "torchvision:<name>:<weights>"; empty: exists only untrained
+    id: str  # "hf:<repo>", "torchvision:<name>:<weights>" or "timm:<name>.<tag>"; empty: exists only untrained
     width: int  # of a token, and of the default vector
     tokens: int
     input: int  # pixels of the square the network sees
@@ -183,6 +183,16 @@ ALIASES: dict[str, Alias] = {
     "convnext-tiny": _cnn("convnext_tiny", "IMAGENET1K_V1", 768, 7, 28_589_128, _CONVNEXT),
     "convnext-small": _cnn("convnext_small", "IMAGENET1K_V1", 768, 7, 50_223_688, _CONVNEXT),
     "convnext-base": _cnn("convnext_base", "IMAGENET1K_V1", 1024, 7, 88_591_464, _CONVNEXT),
+    "timm-vit-base": Alias(
+        id="timm:vit_base_patch16_224.augreg2_in21k_ft_in1k",
+        width=768,
+        tokens=197,
+        input=224,
+        parameters=85_798_656,
+        licence="Apache-2.0",
+        source="Steiner et al. 2021, arXiv:2106.10270 (timm's vit_base_patch16_224)",
+        pooler=False,
+    ),
     "efficientnet-b0": _cnn("efficientnet_b0", "IMAGENET1K_V1", 1280, 7, 5_288_548, "Tan & Le 2019, arXiv:1905.11946"),
     "vit-demo": Alias(
         id="",

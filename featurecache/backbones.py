@@ -1,7 +1,7 @@
 """A frozen network with its preprocessing, what it can give, and how it is found by name.
 
 Names: an alias of `featurecache.aliases`; ``hf:<repo or folder>[@revision]``; a folder written by ``save_pretrained``;
-``torchvision:<name>[:<weights>]``; ``python:<module>:<factory>``, a network of the user's own.
+``torchvision:<name>[:<weights>]``; ``timm:<name>``; ``python:<module>:<factory>``, a network of the user's own.
 
 Axis letters: B batch, T tokens = P prefix tokens + h·w patches, D width.
 """
@@ -24,7 +24,7 @@ from featurecache.errors import BadOption, OutputRefused, UnknownBackbone, Weigh
 from featurecache.preprocess import FITS, Preprocess
 
 OUTPUTS = ("cls", "pooler", "gap", "mean", "tokens")
-FORMS = "hf:<repo or folder>, torchvision:<name>, python:<module>:<factory>, or the folder of a checkpoint"
+FORMS = "hf:<repo or folder>, torchvision:<name>, timm:<name>, python:<module>:<factory>, or a checkpoint's folder"
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,25 @@ def _load(request: Request) -> Backbone:
         from featurecache import tv
 
         return tv.load(where.removeprefix("torchvision:"), request, alias)
+    if where.startswith(("timm:", "hf:timm/")) or _is_timm(where.removeprefix("hf:")):
+        from featurecache import timm_networks
+
+        return timm_networks.load(where.removeprefix("hf:").removeprefix("timm:"), request, alias)
     if where.startswith("hf:") or (alias and not where) or os.path.isdir(os.path.expanduser(where)):
         from featurecache import hf
 
         return hf.load(where.removeprefix("hf:"), request, alias)
     raise unknown(where)
+
+
+def _is_timm(folder: str) -> bool:
+    """A folder of weights with settings as timm writes them."""
+    path = Path(os.path.expanduser(folder))
+    if not folder or not path.is_dir():
+        return False
+    from featurecache.timm_found import is_timm
+
+    return is_timm(path)
 
 
 def unknown(name: str) -> UnknownBackbone:
@@ -153,10 +167,15 @@ def unknown(name: str) -> UnknownBackbone:
     return UnknownBackbone(f'no backbone is called "{name}".{nearest(name, ALIASES)} Others: {FORMS}.')
 
 
+def outline(name: str, **options: Any) -> Backbone:
+    """A backbone without its weights, in no memory: its shapes and its preprocessing."""
+    return _load(Request(name, meta=True, **options))
+
+
 def describe(backbone: Backbone | str, **options: Any) -> dict[str, Any]:
     """What ``info --backbone`` shows. A name needs no weights: an alias is built without any, in no memory."""
     if isinstance(backbone, str):
-        backbone = _load(Request(backbone, meta=True, **options))
+        backbone = outline(backbone, **options)
     tokens = len(backbone.prefix) + backbone.grid[0] * backbone.grid[1]
     outputs: dict[str, dict[str, Any]] = {}
     for name in OUTPUTS:

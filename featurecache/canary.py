@@ -190,7 +190,9 @@ def _measure(
         for source, tensor in rows.items():
             parts.setdefault(source, []).append(tensor.cpu())
     found = {source: torch.cat(tensors) for source, tensors in parts.items()}
-    made_by = {**versions("torchvision", "transformers", "numpy", "pillow"), "device": compute.device_name()}
+    libraries = ["torchvision", "transformers", "numpy", "pillow"]
+    libraries += ["timm"] if backbone.architecture["library"] == "timm" else []
+    made_by = {**versions(*libraries), "device": compute.device_name()}
     return Reference(pixels, {**found, **_derived(backbone, wanted, found)}, made_by)
 
 

@@ -28,7 +28,7 @@ EXTRACTION = (  # which images, which backbone, which store: what `extract` and 
         "--backbone",
         required=True,
         metavar="NAME",
-        help="An alias (see info), hf:REPO, a folder, torchvision:NAME, python:MODULE:FACTORY (your own).",
+        help="An alias (see info), hf:REPO, a folder, torchvision:NAME, timm:NAME, python:MODULE:FACTORY[:LAYER].",
     ),
     click.option(
         "--data",

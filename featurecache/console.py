@@ -10,6 +10,7 @@ import numpy as np
 
 from featurecache import guard, mirrored
 from featurecache.backbones import describe as describe_backbone
+from featurecache.costs import cost_line
 from featurecache.describe import Description
 from featurecache.describe import describe as describe_dataset
 from featurecache.errors import FeatureCacheError
@@ -213,6 +214,7 @@ def result_record(result: Result) -> dict[str, Any]:
         "seconds": round(result.seconds, 3),
         "images_per_s": round(result.images_per_s, 3),
         "shares": {key: round(share, 4) for key, share in result.shares.items()},
+        "cost": result.cost,
         "failed": [{"id": name, "reason": reason} for name, reason in result.failed],
     }
 
@@ -232,7 +234,8 @@ def result_lines(result: Result, view_label: str) -> str:
     lines = [f"  {name:<{min(width, 60)}}  {reason}" for name, reason in failed]
     if len(result.failed) > 10:
         lines.append(f"  … and {len(result.failed) - 10:,} more; featurecache info {view_label} lists them")
-    return columns([("done", "\n".join([done, *lines])), ("view", f"{view_label} in {result.view}")])
+    cost = [("cost", cost_line(result.cost))] if result.computed else []
+    return columns([("done", "\n".join([done, *lines])), *cost, ("view", f"{view_label} in {result.view}")])
 
 
 def cache_record(cache: Path) -> list[dict[str, Any]]:
@@ -334,6 +337,7 @@ def view_record(view: View) -> dict[str, Any]:
         "fingerprint": view.fingerprint,
         "spec": view.spec,
         "provenance": view.provenance,
+        "cost": view.cost,
     }
 
 
@@ -407,6 +411,7 @@ def view_lines(record: dict[str, Any]) -> str:
     rows.append(("backbone", backbone))
     rows.append(("spec", f"{record['fingerprint']}  {key}"))
     rows.append(("made by", ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())))
+    rows.append(("cost", cost_line(record["cost"])))
     if record["failed"]:
         failed = [f"{entry['id']}  {entry['reason']}" for entry in record["failed"]]
         rows.append(("left out", "\n".join([f"{len(failed):,} images", *failed])))

@@ -20,6 +20,8 @@ import torch
 from featurecache import images as _images
 from featurecache.augment import Copying
 from featurecache.backbones import Backbone
+from featurecache.costs import Measured
+from featurecache.dataset import Stored
 from featurecache.errors import UnreadableImage
 from featurecache.forward import Compute, exact_arithmetic
 from featurecache.outputs import Output, derive
@@ -39,12 +41,12 @@ class Unit:
 
 @dataclass
 class Job:
-    """What the engine needs to know of an extraction; ``failures`` is filled while it runs."""
+    """What the engine needs to know of an extraction; ``failures`` and ``measured`` are filled while it runs."""
 
     store: Store
     layouts: dict[str, Layout]
     digests: np.ndarray  # [images] S32
-    read: Callable[[int], bytes | np.ndarray]  # by number of the distinct image
+    read: Callable[[int], Stored]  # by number of the distinct image
     backbone: Backbone
     compute: Compute
     notes: dict[str, str]
@@ -53,10 +55,15 @@ class Job:
     fail_fast: bool = False
     copying: Copying | None = None  # which of the numbers are augmented copies
     failures: dict[int, str] = field(default_factory=dict)
+    measured: Measured = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.measured = Measured(self.compute.device, self.compute.batch_size)
 
     def prepare(self, number: int) -> torch.Tensor | str:
         """One image as the network sees it, uint8 [3,h,w], or why not. Runs in a decode thread."""
         source = self.copying.source(number) if self.copying else number
+        start = time.perf_counter()
         try:
             data = self.read(number)
             if _images.digest(data).encode() != self.digests[source]:
@@ -64,7 +71,10 @@ class Job:
             image = _images.decode(data)
             if self.copying and source != number:
                 image = self.copying.augmented.augmentation.made(image, bytes(self.digests[number]))
-            return self.backbone.preprocess.resized(image)
+            pixels = self.backbone.preprocess.resized(image)
+            if source == number:
+                self.measured.loads.append(time.perf_counter() - start)
+            return pixels
         except UnreadableImage as error:
             return str(error)
         except (RuntimeError, MemoryError, ValueError) as error:
@@ -218,12 +228,13 @@ def _run_unit(
 ) -> None:  # fmt: skip
     dtype = job.layouts[unit.outputs[0].name].dtype
     for numbers, images in _batches(job, unit, upcoming, clock, advance):
-        with clock.on("computing"):
+        with clock.on("computing"), job.measured.forward():
             rows, errors = job.compute(images, unit.outputs, dtype)
         behind(shards.write, numbers, rows, errors)
         if job.fail_fast and job.failures:
             raise UnreadableImage(next(iter(job.failures.values())))
         clock.images += len(numbers)
+        job.measured.images += len(numbers)
         advance(len(numbers), clock)
 
 

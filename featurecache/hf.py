@@ -42,7 +42,7 @@ class Found:
 def load(where: str, request: Request, alias: Alias | None) -> Backbone:
     """``where`` is a repository with or without @revision, or a folder; empty for an alias that has no weights."""
     found = _find(where, request, alias)
-    with _quiet():
+    with quiet():
         family, config = configuration(found.folder, found.title, alias)
         preprocess, origin = _preprocess(found, family, config, request, alias)
         positions = _positions(found, family, config, preprocess.size, asked=request.image_size is not None)
@@ -205,12 +205,15 @@ def _refused(found: Found, family: Family, unpooled: bool) -> dict[str, str]:
 
 
 def _short(found: Found) -> str:
-    """The name of a store: of a repository its last part, else the folder's."""
-    return found.title.rpartition("/")[2] if found.revision else Path(os.path.expanduser(found.title)).resolve().name
+    """The name of a store: of a repository its last part, else the folder's; of a tuned backbone its run's."""
+    if found.revision:
+        return found.title.rpartition("/")[2]
+    folder = Path(os.path.expanduser(found.title)).resolve()
+    return folder.parent.name if folder.name == "backbone" else folder.name
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The library prints missing tensors as tables and draws bars on stderr; what matters of it we say ourselves."""
     from transformers.utils import logging
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from featurecache.canary import canary_path
+from featurecache.costs import NAME as COST
+from featurecache.costs import forget_cost
 from featurecache.errors import BadOption, CacheError, FeatureCacheError
 from featurecache.exporting import check_room
 from featurecache.extraction import shard_rows
@@ -55,6 +57,7 @@ def remove_view(name: str | Path, cache: str | Path | None = None) -> Removed:
         store.sweep()
         with writing(path):
             path.unlink()
+            forget_cost(store.path, path.stem)
             sync_path(store.path)
     return Removed(label, path, images, tuple(other.stem for other in store.views()))
 
@@ -192,7 +195,7 @@ def _made_of(name: str, kept: set[str]) -> tuple[str, ...]:
 
 def _strange(store: Store) -> tuple[str, ...]:
     """Files in a store that featurecache did not put there."""
-    ours = {"spec.json", "plan.json", canary_path(store).name}
+    ours = {"spec.json", "plan.json", canary_path(store).name, COST}
     found = []
     for path in sorted(store.path.rglob("*")):
         relative = path.relative_to(store.path)

@@ -17,6 +17,7 @@ import xxhash
 
 from featurecache import guard
 from featurecache.canary import apart, canary_path, read_canary, within, write_canary
+from featurecache.costs import move_cost
 from featurecache.errors import BadOption, CacheError, DamagedFile, Drift, FeatureCacheError, NotInCache
 from featurecache.exporting import check_room
 from featurecache.extraction import byte_bar
@@ -213,6 +214,7 @@ def _take_view(mine: Store, source: Store, path: Path) -> TakenView:
         for name in _names(view.name):
             target = mine.path / f"{name}.h5"
             if not target.exists():
+                move_cost(source.path, view.name, mine.path, name)
                 _write(mine, source, view, name)
                 return TakenView(view.name, name, "copied" if name == view.name else "renamed")
             if _same(view, View(target, columns_only=True, copies=True)):

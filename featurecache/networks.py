@@ -59,6 +59,54 @@ class Map(nn.Module):
         return {name: result[name] for name in want}
 
 
+class TimmTokens(Tokens):
+    """A transformer of timm: ``tokens`` is what its ``forward_features`` gives, ``pooler`` what its classifier would
+    receive, ``tokens@-k`` block -k's output after the final norm."""
+
+    def __init__(self, network: nn.Module, prefix: int) -> None:
+        super().__init__(network, "blocks", "norm", {})
+        self.prefix = prefix
+
+    def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
+        """pixels [B,3,h,w] -> the wanted tensors."""
+        network: Any = self.network
+        deeper = {name: int(name.removeprefix("tokens@")) for name in want if name.startswith("tokens@")}
+        result: dict[str, torch.Tensor] = {}
+        if deeper:
+            count = len(network.blocks)
+            places = sorted({count + at for at in deeper.values()})
+            options = {"return_prefix_tokens": True} if self.prefix else {}
+            last, between = network.forward_intermediates(
+                pixels, indices=places, norm=True, output_fmt="NLC", **options
+            )
+            between = [torch.cat([begin, rows], 1) for rows, begin in between] if self.prefix else between
+            result = {name: between[places.index(count + at)] for name, at in deeper.items()}
+        else:
+            last = network.forward_features(pixels)
+        result["tokens"] = last
+        if "pooler" in want:
+            result["pooler"] = network.forward_head(last, pre_logits=True).flatten(1)
+        return {name: result[name] for name in want}
+
+
+class TimmMap(nn.Module):
+    """A network of timm that gives a map: ``tokens`` [B,h·w,C] row by row, ``gap`` [B,D] what its classifier would
+    receive. ``nhwc``: the map is [B,h,w,C]."""
+
+    def __init__(self, network: nn.Module, nhwc: bool) -> None:
+        super().__init__()
+        self.network, self.nhwc = network, nhwc
+
+    def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
+        """pixels [B,3,h,w] -> the wanted tensors."""
+        network: Any = self.network
+        found = network.forward_features(pixels)
+        result = {"tokens": found.flatten(1, 2) if self.nhwc else found.flatten(2).transpose(1, 2)}
+        if "gap" in want:
+            result["gap"] = network.forward_head(found, pre_logits=True).flatten(1)
+        return {name: result[name] for name in want}
+
+
 def _keep(seen: dict[str, torch.Tensor], name: str, _: nn.Module, __: Any, output: Any) -> None:
     seen[name] = output[0] if isinstance(output, tuple) else output
 

@@ -1,4 +1,4 @@
-"""Backbones of the user's own: ``python:<module>:<factory>`` with ``--weights FILE``.
+"""Backbones of the user's own: ``python:<module>:<factory>[:<layer>]`` with ``--weights FILE``.
 
 The factory (a function or class without arguments) returns a torch module of images [B,3,h,w]. What cannot be known
 from its code is said by attributes of the network, its class or the factory:
@@ -9,7 +9,8 @@ from its code is said by attributes of the network, its class or the factory:
                           out. Or all fields of featurecache.preprocess.Preprocess.
     network.keep        = "layer4"   the submodule whose output is kept; without it what the network returns. A map
                           [B,C,h,w] gives tokens, and gap (its average); [B,T,D] gives tokens; [B,D] gives pooler. Or
-                          {"tokens": "norm", "pooler": "pool"}: each from its own submodule.
+                          {"tokens": "norm", "pooler": "pool"}: each from its own submodule. A layer named in the
+                          backbone's name (python:nets:make:features.3) comes before it.
     network.prefix      = ["cls"]    of [B,T,D]: the tokens before those of the patches, [] where there are none
     network.grid        = (h, w)     of [B,T,D]: the patches, where they are no square
 
@@ -40,11 +41,13 @@ _SHORT = ("image_size", "resize", "interpolation", "mean", "std")
 
 
 def load(where: str, request: Request) -> Backbone:
-    """``where`` is ``<module>:<factory>``. Runs the user's code, because the user named it."""
+    """``where`` is ``<module>:<factory>[:<layer>]``. Runs the user's code, because the user named it."""
     title = f"python:{where}"
-    module, _, factory = where.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), factory]):
-        raise UnknownBackbone(f'"{title}" is not python:<module>:<factory>, for example python:my_networks:chest_net')
+    module, factory, *layer = where.split(":") if ":" in where else (where, "")
+    if not all(part.isidentifier() for part in [*module.split("."), factory]) or len(layer) > 1 or "" in layer:
+        raise UnknownBackbone(
+            f'"{title}" is not python:<module>:<factory>[:<layer>], for example python:my_networks:chest_net:features'
+        )
     if not request.untrained and request.weights is None:
         raise WeightsNotFound(
             f"{title} names a network without weights; add --weights FILE, or --random-weights to try the tool"
@@ -54,8 +57,9 @@ def load(where: str, request: Request) -> Backbone:
 
 
 def _loaded(title: str, source: ModuleType, digests: dict[str, str], request: Request) -> Backbone:
-    _, module, factory = title.split(":")
-    network, said = _made(title, source, request)
+    _, module, factory, *layer = title.split(":")
+    network, said = _made(title, source, factory, request)
+    said |= {"keep": layer[0]} if layer else {}
     preprocess = _preprocess(title, said["preprocess"], request)
     weights = _weights(title, network, request)
     model = Kept(title, frozen(network), said["keep"])
@@ -95,9 +99,8 @@ def _loaded(title: str, source: ModuleType, digests: dict[str, str], request: Re
     )
 
 
-def _made(title: str, source: ModuleType, request: Request) -> tuple[nn.Module, dict[str, Any]]:
+def _made(title: str, source: ModuleType, factory: str, request: Request) -> tuple[nn.Module, dict[str, Any]]:
     """(the network, in float32, what it or its factory says of itself). What a factory draws is always the seed's."""
-    factory = title.rpartition(":")[2]
     make = getattr(source, factory, None)
     if not callable(make):
         known = [name for name, value in vars(source).items() if callable(value) and name[0] != "_"]
@@ -161,7 +164,7 @@ def _weights(title: str, network: nn.Module, request: Request) -> dict[str, Any]
     if request.untrained:
         return {"random_seed": request.seed, "blake2b": digest(_deciding(own))}
     assert request.weights is not None
-    state = _unwrapped(title, read_state_dict(Path(os.path.expanduser(request.weights))), own)
+    state = unwrapped(title, read_state_dict(Path(os.path.expanduser(request.weights))), own)
     shapes = [
         f"{name} is {list(value.shape)}, expected {list(own[name].shape)}"
         for name, value in state.items()
@@ -181,7 +184,7 @@ def _weights(title: str, network: nn.Module, request: Request) -> dict[str, Any]
     return {"blake2b": digest(_deciding(state))}
 
 
-def _unwrapped(title: str, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def unwrapped(title: str, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Without the prefix under which a training script keeps the network (``model.``, ``net.backbone.``)."""
     if not own or any(name in own for name in state):
         return state

@@ -7,6 +7,7 @@ Reading goes by the processor's attributes; what they do not say (a class with r
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,33 @@ def from_transforms(transforms: Any) -> Preprocess:
         scale=1 / 255,
         mean=_three(transforms.mean),
         std=_three(transforms.std),
+        arithmetic="rescale first",
+    )
+
+
+def from_timm(config: dict[str, Any]) -> Preprocess:
+    """Read a data config of timm, as its transform for evaluation treats PIL images: ``crop_pct`` is the share of the
+    resized image (its shortest edge, or with "squash" both sides) that the crop keeps."""
+    _, *size = config["input_size"]
+    height, width = (int(side) for side in size)
+    whole = tuple(math.floor(side / config["crop_pct"]) for side in (height, width))
+    mode = config["crop_mode"]
+    if mode not in ("center", "squash") or (mode == "center" and height != width):
+        raise PreprocessingRefused(
+            f"timm's crop_mode {mode!r} for images of {height}×{width} pixels is not one we can do: only squash, or "
+            "center for squares"
+        )
+    return Preprocess(
+        mode="squash" if mode == "squash" else "shortest",
+        resize=whole if mode == "squash" else whole[:1],
+        crop=None if mode == "squash" and whole == (height, width) else (height, width),
+        kernel="pil",
+        interpolation=config["interpolation"],
+        antialias=True,
+        crop_rounding="half even",
+        scale=1 / 255,
+        mean=_three(config["mean"]),
+        std=_three(config["std"]),
         arithmetic="rescale first",
     )
 

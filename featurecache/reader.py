@@ -18,6 +18,7 @@ import torch
 from featurecache import guard
 from featurecache import outputs as _outputs
 from featurecache.augment import Augmented
+from featurecache.costs import cost_of
 from featurecache.errors import CacheError, DamagedFile, NotInCache, UnsafeFile
 from featurecache.files import ALIGNMENT, USER_BLOCK, read_checked, refuse_links, stamp_of
 from featurecache.inspection import MAX_VIEW, OutputInfo, Stored, ViewContent, check_inside, view_content
@@ -187,6 +188,14 @@ class View:
     @property
     def outputs(self) -> dict[str, OutputInfo]:
         return {name: stored.info for name, stored in self._stored.items()}
+
+    @property
+    def cost(self) -> dict[str, Any] | None:
+        """What an image costs, as its extraction measured it: {"forward_ms": 12.3, "loading_ms": 0.8, "device": "AMD
+        EPYC", "precision": "fp32", "threads": 2}, milliseconds (see `featurecache.costs`). ``loading_ms`` is None where
+        every image was in the store already, ``threads`` on an accelerator. None: never measured (imported features,
+        and views of before)."""
+        return cost_of(self.store, self.name)
 
     def split(self, name: str) -> np.ndarray:
         """Rows of a split ("train", "val", "test", ""), in order."""

@@ -104,7 +104,8 @@ def _network(name: str, enum: Any, request: Request, size: tuple[int, int]) -> t
     if request.untrained:
         network, weights = _built(name, enum, request), {"random_seed": request.seed}
     else:
-        state = read_state_dict(Path(os.path.expanduser(request.weights))) if request.weights else _fetched(enum)
+        given = Path(os.path.expanduser(request.weights)) if request.weights else None
+        state = read_state_dict(given or fetched(enum.url, f"torchvision's {enum}"))
         network = _built(name, enum, request)
         weights = _fill(name, network, {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()})
     frozen(network)
@@ -171,22 +172,22 @@ def _fill(name: str, network: nn.Module, state: dict[str, torch.Tensor]) -> dict
     return {"blake2b": digest({key: value for key, value in deciding.items() if value.is_floating_point()})}
 
 
-def _fetched(enum: Any) -> dict[str, torch.Tensor]:
-    """The published weights, from torch.hub's folder or downloaded into it."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(enum.url).name
+def fetched(url: str, title: str) -> Path:
+    """A published file of weights, in torch.hub's folder or downloaded into it."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)
             with _time_limit(STALL), contextlib.redirect_stdout(sys.stderr):
                 torch.hub.download_url_to_file(
-                    enum.url, str(path), prefix[1] if prefix else None, progress=sys.stderr.isatty()
+                    url, str(path), prefix[1] if prefix else None, progress=sys.stderr.isatty()
                 )
         except RuntimeError as error:
-            raise WeightsNotFound(f"{enum.url} came damaged ({error}); try again, or --weights FILE") from error
+            raise WeightsNotFound(f"{url} came damaged ({error}); try again, or --weights FILE") from error
         except OSError as error:
-            raise not_here(f"torchvision's {enum}", copy="FILE", cache="TORCH_HOME") from error
-    return read_state_dict(path)
+            raise not_here(title, copy="FILE", cache="TORCH_HOME") from error
+    return path
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ import xxhash
 
 from featurecache import guard
 from featurecache.canary import canary_path, read_canary
+from featurecache.costs import NAME as COST
+from featurecache.costs import read_costs
 from featurecache.errors import CacheError, FeatureCacheError
 from featurecache.files import Stamp, hash_after_block, open_regular, read_user_block, stamp_of
 from featurecache.inspection import Stored
@@ -175,6 +177,10 @@ def _small_files(store: Store) -> Iterator[Damage]:
         read_canary(store)
     except CacheError as error:
         yield Damage(canary_path(store), str(error))
+    try:
+        read_costs(store.path)
+    except CacheError as error:
+        yield Damage(store.path / COST, str(error))
 
 
 def _hashed(path: Path, advance: Callable[[int], object]) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from featurecache.errors import BadOption, ProtocolError, RunError, Stopped, UnknownHead
-from heads.baselines import FINETUNE, baseline_info
+from heads.baselines import FINETUNE, baseline_info, make_baseline
 from heads.checkpoints import Checkpoint
 from heads.contents import contents_of
 from heads.jobs import Job, Say, describe, prepare
@@ -48,6 +48,7 @@ def train_baseline(
 
     say = say or (lambda line: None)
     settings = settings_of(arch, splits=splits, classes=classes, only=only, device=pick_device(device).type, **options)
+    check_network(settings)
     view = data if isinstance(data, PixelView) else _images(data, settings, progress)
     for failure in view.failed:
         say(f"warning    {failure['id']} could not be read and is left out: {failure['reason']}")
@@ -81,6 +82,16 @@ def settings_of(arch: str, **options: Any) -> Settings:
     adapted = bool(options.get("lora") or options.get("rlrr"))
     published = baseline_info(arch, weights=options.get("weights"), adapted=adapted).settings
     return Settings.of(arch, **{**published, **{name: value for name, value in options.items() if value is not None}})
+
+
+def check_network(settings: Settings) -> None:
+    """Raises what making the network would, before images are read: weights that are missing, options that do not
+    fit."""
+    size = settings.image_size or baseline_info(settings.head, weights=settings.weights).image_size
+    make_baseline(
+        settings.head, image_size=size, classes=2, dropout=settings.dropout, lora=settings.lora, rlrr=settings.rlrr,
+        weights=settings.weights, random_weights=settings.random_weights,
+    )  # fmt: skip
 
 
 def _images(data: Any, settings: Settings, progress: bool) -> PixelView:

@@ -11,6 +11,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, nearest
 from heads.choice import choose
+from heads.costs import mean_cost
 from heads.families import (
     Family,
     check_comparable,
@@ -194,7 +195,7 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: Resampler) 
         **{kind: family.vary(kind) for kind in ("seeds", "repeats")},
         "folds": family.vary("folds") if run.config["splits"].get("fold") else None,
         "parameters": run.config["parameters"],
-        **_costs(family),
+        **mean_cost(family.runs),
         "val": _val(family, estimates.names),
         "test": _records(test),
         "per_class": {name: _records(found) for name, found in estimates.of_classes().items()},
@@ -206,14 +207,6 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: Resampler) 
         "runs": [str(each.path) for each in family.runs],
         "warnings": [*_without_width(entry.name, test), *elsewhere],
     }
-
-
-def _costs(family: Family) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
-    for key in ("train_seconds", "ms_per_image", "bytes_per_image"):
-        values = [cost[key] for run in family.runs if (cost := run.config.get("cost"))]
-        found[key] = float(np.mean(values)) if values else None
-    return found
 
 
 def _val(family: Family, names: Sequence[str]) -> dict[str, float | None]:

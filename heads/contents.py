@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from featurecache.costs import device_title
 from heads.drawing import units_of
 from heads.jobs import Job
 from heads.pixels import PixelView
@@ -78,7 +79,7 @@ def cost_of(job: Job, fit: Fit) -> dict[str, Any]:
     return {
         "train_seconds": fit.seconds, "seconds_to_best": fit.seconds_to_best, "ms_per_image": fit.ms_per_image,
         "forward_ms": measured.get("forward_ms"), "loading_ms": measured.get("loading_ms"),
-        "device": fit.settings.device if pixels else measured.get("device"),
+        "device": device_title(fit.settings.device) if pixels else measured.get("device"),
         "bytes_per_image": _bytes_per_image(job.view, job.output),
     }  # fmt: skip
 

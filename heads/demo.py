@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from heads.runs import Run
-from heads.tables import comparison_table
+from heads.tables import comparison_table, runs_cost
 from heads.train import train_head
 
 BACKBONE = "vit-demo"
@@ -41,7 +41,7 @@ def run_demo(
     say(console.result_lines(result, label))
     view = open_view(result.view)
     runs = [_train(view, *entry, Path(out), first=number == 0, say=say) for number, entry in enumerate(HEADS)]
-    table = comparison_table(runs)
+    table = "\n".join([comparison_table(runs), *runs_cost(runs)])
     page = report([run.path for run in runs], out=Path(out) / "demo-report")
     record = {
         "report": str(page.path),

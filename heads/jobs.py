@@ -178,8 +178,11 @@ def _head_line(job: Job) -> str:
     weighted = "; positives weighted" if settings.pos_weight else "; classes weighted" if settings.class_weights else ""
     balanced = "balanced " if settings.balanced(task.multilabel) else ""
     bf16 = "; products in bf16" if settings.precision == "bf16" else ""
+    model = make_model(job, settings)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    partly = f", of which {trained:,} are trained" if trained < count_parameters(model) else ""
     return (
-        f"{settings.head}: {count_parameters(make_model(job, settings)):,} parameters; {balanced}batches of "
+        f"{settings.head}: {count_parameters(model):,} parameters{partly}; {balanced}batches of "
         f"{settings.batch_size}{weighted}{dropped}{smoothed}; {optimizer} {settings.lr:g}{schedule}{decay}{scaled}"
         f"{bf16}; chosen by {macro}{select} on val"
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 from featurecache.cells import cell, text_of
 from featurecache.files import write_whole
+from heads.costs import COSTS
 from heads.runs import plain
 
 COLUMNS = ("family", "view", "output", "head", "fraction", "split", "of", "metric", "value", "low", "high", "method")
@@ -88,7 +89,7 @@ def _family_rows(family: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield same | {"split": "test", "of": f"{when} calibration", "metric": metric, "value": value}
     for point in family.get("operating") or []:
         yield from _operating_rows(same, point)
-    for key in ("parameters", "train_seconds", "ms_per_image", "bytes_per_image"):
+    for key in COSTS:
         yield same | {"split": "cost", "metric": key, "value": family.get(key)}
 
 

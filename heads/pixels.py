@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from featurecache.costs import device_title
 from featurecache.errors import FeatureCacheError, NotInCache, ProtocolError, RunError, UnreadableImage
 from featurecache.inspection import OutputInfo
 from featurecache.spec import canonical_json
@@ -65,7 +66,7 @@ class PixelView:
     @property
     def cost(self) -> dict[str, Any]:
         """No backbone stands before the network, so nothing but reading and resizing: milliseconds of one thread."""
-        return {"forward_ms": 0.0, "loading_ms": self.loading_ms, "device": "cpu", "precision": "fp32", "threads": 1}
+        return {"forward_ms": 0.0, "loading_ms": self.loading_ms, "device": device_title("cpu"), "threads": 1}
 
     @property
     def outputs(self) -> dict[str, OutputInfo]:

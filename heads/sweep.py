@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import BadOption, ProtocolError, RunError
+from heads.baseline_runs import check_network
 from heads.choice import choose, family_of, rank
 from heads.data import memory_for_features
 from heads.pixels import open_pixels
-from heads.plan import Asked, make_plan
+from heads.plan import Asked, has_option, make_plan
 from heads.runs import Run, load_run
-from heads.settings import is_baseline
+from heads.settings import OF_BASELINES, Settings, is_baseline
 from heads.sweep_folder import (
     RECORD,
     Row,
@@ -141,6 +142,9 @@ def _opened(features: Any, cache: str | Path | None, asked: Asked, data: Any, pr
     if not baselines:
         return views
     base = asked.base
+    for name in baselines:
+        own = [option for option in OF_BASELINES if not has_option(name, option)]
+        check_network(replace(base, **{option: getattr(Settings(""), option) for option in own}, head=name))
     images: list[AnyView] = []
     images += open_pixels(
         views[0] if data is None else data, baselines, base.image_size, weights=base.weights, progress=progress

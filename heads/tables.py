@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from heads.costs import cost_line, cost_of, cost_rows, devices_words
 from heads.metrics import METRICS, named_by
 from heads.prediction import printable
 from heads.runs import Run
@@ -60,7 +61,8 @@ def final_table(run: Run, record: dict[str, Any] | None = None) -> str:
         cut = run.calibration.thresholds[0]
         at = next((i for i, row in enumerate(rows) if row[0] == "sensitivity"), 0)
         table[at] += f"   of {printable(run.config['positive'])} at {cut:.3f}, the threshold chosen on val"
-    lines += [*table, how_made(record), *map(_sentence, [*record["warnings"], *family["warnings"]]), *_leak_lines(run)]
+    lines += [*table, how_made(record), f"Cost: {cost_line(cost_of(run))}."]
+    lines += [*map(_sentence, [*record["warnings"], *family["warnings"]]), *_leak_lines(run)]
     if run.untrained and not run.metrics["controls"]:
         lines.append(UNTRAINED)
     return "\n".join(lines)
@@ -119,6 +121,7 @@ def lab_table(record: dict[str, Any]) -> str:
     lines = [*align(rows), how_made(record)]
     lines += [f"{control['name']}: {printable(control['note'])}" for control in record["controls"] if control["note"]]
     lines += _against(record, families, lead)
+    lines += cost_table([(family["name"], family) for family in families])
     lines += [line for family in families for line in _elsewhere(family, shown, task)]
     if record["test_seen"]:
         lines += _all_rows(record, lead)
@@ -127,6 +130,20 @@ def lab_table(record: dict[str, Any]) -> str:
     if record["untrained"]:
         lines.append(UNTRAINED)
     return "\n".join(lines)
+
+
+def cost_table(named: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Lines behind a comparison, in its order: what each costs, and once on what that was measured."""
+    rows = cost_rows([(printable(name), cost) for name, cost in named])
+    where = devices_words([cost for _, cost in named])
+    return ["", *align(rows), *([f"[ms/image: {printable(where)}]"] if where else [])] if rows else []
+
+
+def runs_cost(runs: Sequence[Run]) -> list[str]:
+    """`cost_table` of runs, in the order of `comparison_table`."""
+    key = named_by(runs[0].config["chosen"]["by"])
+    ordered = sorted(runs, key=lambda run: _place(run.metrics["val"], key))
+    return cost_table([(_name(run, runs), cost_of(run)) for run in ordered])
 
 
 def _against(record: dict[str, Any], families: Sequence[dict[str, Any]], lead: str) -> list[str]:

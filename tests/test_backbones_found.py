@@ -75,7 +75,7 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         ("./nowhere", 'there is no folder "./nowhere"'),
         ("hf:/nowhere/at/all", 'there is no folder "/nowhere/at/all"'),
         ("hf:a/b/c", "cannot be the name of a repository"),
-        ("timm:vit_base_patch16_224", "Others: hf:"),
+        ("timm/resnet50", "a repository of the hub is written hf:timm/resnet50"),
         ("torchvision:resnet5", 'no model "resnet5" for classification. Near: resnet5'),
         ("torchvision:resnet50:V9", "there are IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
     ],

@@ -240,9 +240,10 @@ def test_shards_that_are_gone_all_of_them(whole: Whole, tmp_path: Path) -> None:
 
 
 def test_every_kind_of_file_at_once(whole: Whole, tmp_path: Path) -> None:
-    """What a shard is mended by is damaged too: the plan, the record of the store, the reference of the probes."""
+    """What a shard is mended by is damaged too: the plan, the record of the store, the
+    reference of the probes, the costs."""
     small = [name for name in whole.paths if name.endswith((".json", ".safetensors"))]
-    assert len(small) == 3
+    assert len(small) == 4
     shards = [(name, "bit", shard.offset + 5, 3) for name, shard in whole.shards.items() if "mean" not in name]
     mended(whole, tmp_path, [[*((name, "bit", 30, 0) for name in small), *shards]])
 

@@ -237,6 +237,19 @@ def test_half_precision_is_computed_or_refused_with_what_to_type(here):
         featurecache.extract(here / "data", **options)
 
 
+def test_a_layer_named_with_the_backbone_is_kept_and_comes_before_the_networks_own_word(here):
+    network, pixels = saved(), torch.rand(2, 3, 32, 32)
+    backbone = load_backbone("python:nets:make:body.0", weights="w.pt")
+    with torch.inference_mode():
+        found, expected = backbone.forward(pixels, {"tokens", "gap"}), network.body[0](pixels)
+    assert (backbone.width, backbone.grid) == (8, (15, 15)) and backbone.architecture != mine().architecture
+    torch.testing.assert_close(found["tokens"], expected.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(found["gap"], expected.mean((2, 3)))
+    assert load_backbone(**backbone.provenance["request"]).width == 8
+    with pytest.raises(OutputRefused, match=r'has no submodule "bodi"\. Near: body'):
+        load_backbone("python:nets:make:bodi", weights="w.pt")
+
+
 # weights
 
 
@@ -458,7 +471,7 @@ def test_what_the_network_says_is_in_the_key_even_where_the_source_is_the_same(w
     ("name", "says"),
     [
         ("python:nets", r"not python:<module>:<factory>"),
-        ("python:nets:make:x", r"not python:<module>:<factory>"),
+        ("python:nets:make:x:y", r"not python:<module>:<factory>"),
         ("python:../nets:make", r"not python:<module>:<factory>"),
         ("python:nowhere:make", r"there is no nowhere.py in this folder or in PYTHONPATH"),
         ("python:nets:mak", r"has no function or class mak. Near: make"),
