@@ -100,9 +100,7 @@ def _stem(name: str) -> str:
     return PurePosixPath(file).stem + (f" {frame}" if frame else "")
 
 
-def picture(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], read: Callable[[], Stored]
-) -> None:
+def picture(sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], read: Callable[[], Stored]) -> None:
     """What ``read`` gives in a cell; where it raises UnreadableImage an empty frame with the reason."""
     x, y = corner
     pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], MAT)

@@ -18,6 +18,7 @@ import numpy as np
 from featurecache.errors import BadOption, CannotWrite, UnreadableImage, nearest
 from heads import evaluate as ev
 from heads.explainer import Explainer
+from heads.families import name_of
 from heads.maps import KINDS, Map
 from heads.originals import Original, Originals, original
 from heads.overlays import Panel, draw
@@ -220,7 +221,7 @@ def _panel(result: Result, pixels: np.ndarray) -> Panel:
 
 
 def _title(result: Result) -> str:
-    run = f"{result.run.head} on {result.run.output}\n{result.run.config['view']['label']}"
+    run = f"{name_of(result.run.head, result.run.output)}\n{result.run.config['view']['label']}"
     return run if result.probability is None else f"{run}\n{result.called}, p {result.probability:.2f}"
 
 

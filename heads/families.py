@@ -89,7 +89,7 @@ def check_comparable(families: Sequence[Family]) -> None:
 
 def names_of(families: Sequence[Family]) -> list[str]:
     """A name for each that no other has: head and output, and as much more as is needed to tell them apart."""
-    names = [_plain_name(family) for family in families]
+    names = [name_of(family.head, family.output) for family in families]
     views = {family.view for family in families if not family.from_pixels}
     words: tuple[Callable[[Family], str], ...] = (
         lambda f: f" of {f.view}" if len(views) > 1 and not f.from_pixels else "",
@@ -109,11 +109,10 @@ def names_of(families: Sequence[Family]) -> list[str]:
     return [f"{n} ({f.runs[0].path.name})" if n in repeated else n for n, f in zip(names, families, strict=True)]
 
 
-def _plain_name(family: Family) -> str:
+def name_of(head: str, output: str) -> str:
     """``large on tokens``; of a network from pixels its name and theirs: ``cnn-cifar at 32 px``."""
-    if family.from_pixels:
-        return f"{family.head} at {family.output.removeprefix('pixels-')} px"
-    return f"{family.head} on {family.output}"
+    side = output.removeprefix("pixels-")
+    return f"{head} on {output}" if side == output else f"{head} at {side} px"
 
 
 def _word(value: Any) -> str:

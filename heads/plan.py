@@ -25,6 +25,7 @@ from heads import grids
 from heads.architectures import HEADS, Input, head_info, make_head
 from heads.choice import GRIDS
 from heads.data import task_of
+from heads.families import name_of
 from heads.jobs import Job, choose_output, make_model, memory_plan, prepare, splits_for
 from heads.pixels import PixelView
 from heads.same_images import SameImages, same_images
@@ -145,7 +146,7 @@ class Entry:
     def __str__(self) -> str:
         part = f", {self.fraction * 100:.4g} % of train" if self.fraction < 1 else ""
         if is_baseline(self.head):
-            return f"{self.head} at {self.output.removeprefix('pixels-')} px{part}"
+            return f"{name_of(self.head, self.output)}{part}"
         return f"{self.view} {self.output} {self.head}{part}"
 
 

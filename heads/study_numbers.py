@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from heads.families import name_of
 from heads.metrics import METRICS
 from heads.studies import Network, Published
 from heads.tables import number, title
@@ -47,7 +48,7 @@ def beside(table: Table, published: Published) -> dict[str, Any] | None:
         record
         for step, family, record in table.rows
         if step == published.ours and family.fraction == 1
-        and published.head in ("", f"{family.head} on {family.output}")
+        and published.head in ("", name_of(family.head, family.output))
     ]  # fmt: skip
     lead = "nll" if table.record["select"] == "loss" else table.record["select"]
     sign = -1 if METRICS[lead].higher else 1

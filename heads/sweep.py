@@ -94,7 +94,8 @@ def ablate(
     Several ``features`` are several backbones on the same images. Networks from pixels among the ``heads`` are trained
     on the images of the first of these; where there are no others, on ``data``. ``out``: a new folder, or that of
     the same sweep, which goes on; None: ``runs/ablate-<view>-<n>``, the first that is either. ``dry_run``: say the
-    plan, train and write nothing, return None. Raises BadOption, NotInCache, ProtocolError and RunError before anything is trained.
+    plan, train and write nothing, return None. Raises BadOption, NotInCache, ProtocolError and RunError before anything
+    is trained.
     """
     say = say or (lambda line: None)
     asked = Asked.of(heads, **{**options, "device": _device(heads, options.get("device"))})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from heads.costs import cost_line, cost_of, cost_rows, devices_words
+from heads.families import name_of
 from heads.metrics import METRICS, named_by
 from heads.prediction import printable
 from heads.runs import Run
@@ -239,7 +240,7 @@ def _place(val: dict[str, Any], key: str) -> tuple[float, float]:
 def _name(run: Run, runs: Sequence[Run]) -> str:
     view = run.config["view"]["label"]
     where = f" of {view}" if len({r.config["view"]["label"] for r in runs}) > 1 else ""
-    return f"{run.head} on {run.output}{where}"
+    return f"{name_of(run.head, run.output)}{where}"
 
 
 def runs_table(runs: Sequence[Run]) -> str:
@@ -281,7 +282,8 @@ def sweeps_table(sweeps: Sequence[Any]) -> str:
 def head_table(described: dict[str, Any]) -> str:
     """The layers of a head, from ``architectures.describe_head``."""
     shape = "×".join(str(n) for n in described["shape"])
-    rows = [["layer", "", "gives", "parameters"], ["input", "features", f"[{shape}]", "0"]]
+    given = "images" if described["takes"] == "pixels" else "features"
+    rows = [["layer", "", "gives", "parameters"], ["input", given, f"[{shape}]", "0"]]
     for layer in described["layers"]:
         rows.append([layer["name"], layer["layer"], layer["gives"], f"{layer['parameters']:,}"])
     rows.append(["", "", "", f"{described['parameters']:,}"])
