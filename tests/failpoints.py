@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import shutil
 import signal
 import sqlite3
+import tempfile
 import threading
 import time
 from typing import Any
@@ -81,12 +81,18 @@ def _act(do: str, call: str, real: Any, arguments: tuple[Any, ...], named: dict[
         while os.path.exists(_fault["beside"]):
             time.sleep(0.002)
     if do == "remove":
-        _unwatched(shutil.rmtree, _fault["what"])
+        _unwatched(_remove, _fault["what"])
     if hasattr(errno, do):
         if call.startswith("sqlite"):
             raise sqlite3.OperationalError("database or disk is full" if do == "ENOSPC" else "disk I/O error")
         raise OSError(getattr(errno, do), os.strerror(getattr(errno, do)))
     return real(*arguments, **named)
+
+
+def _remove(folder: str) -> None:
+    """At one moment: file by file, what another thread writes meanwhile would be left of it."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as elsewhere:
+        os.rename(folder, os.path.join(elsewhere, "removed"))
 
 
 def _unwatched(function: Any, *arguments: Any) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -323,20 +319,6 @@ def test_small_heads_train_on_one_thread_and_give_the_others_back(monkeypatch):
 def test_settings_go_to_json_and_back():
     given = Settings("large", classes=("a=b,c", "d"), lr=3e-4, splits="s.csv", train_per_class=7)
     assert Settings.from_dict(given.to_dict()) == given
-
-
-def test_importing_and_training_load_nothing_heavy():
-    code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "import heads, heads.tables; from fake_view import toy_view\n"
-        "heavy, seen = ('transformers', 'torchvision', 'PIL', 'matplotlib'), []\n"
-        "look = lambda line: seen.extend(m for m in heavy if m in sys.modules)\n"
-        "look(''); heads.train_head(toy_view(), 'large', epochs=2, say=look, out=sys.argv[1])\n"
-        "print(seen)\n"
-    )
-    root, out = Path(__file__).parent.parent, Path("run").resolve()
-    done = subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True, cwd=root, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_predict_stays_a_function_after_its_module_is_imported():
