@@ -24,6 +24,7 @@ def main() -> None:
 
     \b
     Try it without data or network:   featurecache demo
+    Published comparisons again:      featurecache study
     Your own images:                  featurecache extract --backbone vit-in21k --data FOLDER
                                       featurecache train-head --head large
                                       featurecache predict --run runs/FOLDER-large-1 NEW.png
