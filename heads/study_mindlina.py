@@ -19,8 +19,9 @@ BACKBONE = "vit-in21k"
 
 
 def a_thousand_of_each(dataset: Dataset) -> np.ndarray:
-    """[N] split names: ``PER_CLASS`` images of each class of train (of fewer, two thirds), the others of train for
-    val; test as given. Without a test split: the same, an eighth for val, and the rest is test, as in the article.
+    """[N] split names: ``PER_CLASS`` images of each class of train (two thirds where hardly more are there), the others
+    of train for val; test as given. Without a test split: the same, an eighth for val, and the rest is test, as in the
+    article.
 
     Whole groups are drawn, so that a part may be larger by the rest of one.
     """
@@ -33,7 +34,7 @@ def a_thousand_of_each(dataset: Dataset) -> np.ndarray:
     rng = np.random.default_rng(0)
     for c in range(len(dataset.classes)):
         rows = np.flatnonzero(pool & (dataset.labels == c))
-        train = min(PER_CLASS, len(rows) * 2 // 3)
+        train = PER_CLASS if len(rows) >= PER_CLASS * 1.1 else len(rows) * 2 // 3
         val = len(rows) if given else train + max(len(rows) // 8, 1)
         taken = 0
         for unit in rng.permutation(np.unique(units[rows])):

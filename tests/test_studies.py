@@ -350,12 +350,12 @@ def test_minutes_by_hand(tmp_path):
 
 def test_a_thousand_of_each_class_train_and_the_rest_of_train_chooses(tmp_path, monkeypatch):
     monkeypatch.setattr(study_mindlina, "PER_CLASS", 6)
-    path = folder_of(tmp_path / "data", {"train": {"a": 12, "b": 6}, "val": {"a": 2, "b": 2}, "test": {"a": 3, "b": 3}})
+    path = folder_of(tmp_path / "data", {"train": {"a": 5, "b": 4}, "val": {"a": 2, "b": 2}, "test": {"a": 3, "b": 3}})
     data = open_source(path)
     names = study_mindlina.a_thousand_of_each(data)
     counts = {(s, c): int(((names == s) & (data.labels == c)).sum()) for s in ("train", "val", "test") for c in (0, 1)}
-    # a: 14 beside test, 6 of them train; b: 8, two thirds of them 5
-    assert counts == {("train", 0): 6, ("val", 0): 8, ("train", 1): 5, ("val", 1): 3, ("test", 0): 3, ("test", 1): 3}
+    # a: 7 beside test, 6 of them train; b: 6, which would leave none for val: two thirds of them
+    assert counts == {("train", 0): 6, ("val", 0): 1, ("train", 1): 4, ("val", 1): 2, ("test", 0): 3, ("test", 1): 3}
     assert all(name == "test" for name, given in zip(names, data.splits, strict=True) if given == "test")
 
 
