@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from featurecache.errors import BadOption, ProtocolError, RunError, Stopped, UnknownHead
-from heads.baselines import FINETUNE, baseline_info, make_baseline
+from heads.baselines import FINETUNE, baseline_info
 from heads.checkpoints import Checkpoint
 from heads.contents import contents_of
-from heads.jobs import Job, Say, describe, prepare
+from heads.jobs import Job, Say, describe, make_network, prepare
 from heads.pixels import PixelView, open_pixels
 from heads.runs import Run, run_target, write_run
 from heads.settings import Settings, is_baseline
@@ -88,10 +88,7 @@ def check_network(settings: Settings) -> None:
     """Raises what making the network would, before images are read: weights that are missing, options that do not
     fit."""
     size = settings.image_size or baseline_info(settings.head, weights=settings.weights).image_size
-    make_baseline(
-        settings.head, image_size=size, classes=2, dropout=settings.dropout, lora=settings.lora, rlrr=settings.rlrr,
-        weights=settings.weights, random_weights=settings.random_weights,
-    )  # fmt: skip
+    make_network(settings, size, classes=2)
 
 
 def _images(data: Any, settings: Settings, progress: bool) -> PixelView:

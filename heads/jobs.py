@@ -95,14 +95,21 @@ def splits_for(view: AnyView, task: Task, settings: Settings) -> Splits:
 def make_model(job: Job, settings: Settings, generator: torch.Generator | None = None) -> nn.Module:
     classes = len(job.task.classes)
     if isinstance(job.view, PixelView):
-        from heads.baselines import make_baseline
-
-        return make_baseline(
-            settings.head, image_size=job.input.shape[1], classes=classes, generator=generator,
-            dropout=settings.dropout, lora=settings.lora, rlrr=settings.rlrr, weights=settings.weights,
-            random_weights=settings.random_weights, seed=settings.seed,
-        )  # fmt: skip
+        return make_network(settings, job.input.shape[1], classes, generator)
     return make_head(settings.head, job.input, classes, generator, dropout=settings.dropout, gated=settings.gated)
+
+
+def make_network(
+    settings: Settings, image_size: int, classes: int, generator: torch.Generator | None = None
+) -> nn.Module:
+    """The network from pixels that these settings ask for."""
+    from heads.baselines import make_baseline
+
+    return make_baseline(
+        settings.head, image_size=image_size, classes=classes, generator=generator, dropout=settings.dropout,
+        lora=settings.lora, rlrr=settings.rlrr, weights=settings.weights, random_weights=settings.random_weights,
+        seed=settings.seed,
+    )  # fmt: skip
 
 
 def choose_output(view: AnyView, head: str, output: str | None) -> str:

@@ -51,56 +51,53 @@ def _block(before: int, after: int, *, bias: bool = True) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=bias), nn.BatchNorm2d(after), nn.ReLU())
 
 
-class MindlinaCnn(nn.Module):
+class _Blocks(nn.Module):
+    """Blocks with a pooling behind each, their map averaged to side×side, then ``classifier``."""
+
+    cam_grid = None
+
+    def __init__(self, blocks: list[nn.Sequential], side: int, classifier: nn.Sequential) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.pool, self.average = nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(side)
+        self.classifier = classifier
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        return self.blocks[-1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = self.pool(block(x))
+        return self.classifier(self.average(x).flatten(1))
+
+
+class MindlinaCnn(_Blocks):
     """A stand-in for the article's three-block CNN on 256×256 pixels, whose layers are not published: hers has 348,050
     parameters, this one 348,230 with C = 2. Conv3×3–BatchNorm–ReLU–MaxPool, 3→16→32→64, averaged to 4×4, 1024→316→C."""
 
-    cam_grid = None
-
     def __init__(self, image_size: int, classes: int, dropout: float = 0.0) -> None:
-        super().__init__()
         _at_least(image_size, "cnn-mindlina")
-        self.blocks = nn.ModuleList([_block(a, b, bias=False) for a, b in ((3, 16), (16, 32), (32, 64))])
-        self.pool, self.average = nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(4)
-        self.classifier = nn.Sequential(
-            nn.Linear(64 * 4 * 4, 316), nn.ReLU(), nn.Dropout(dropout), nn.Linear(316, classes)
-        )
-
-    @property
-    def cam_layer(self) -> nn.Module:
-        return self.blocks[-1]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = self.pool(block(x))
-        return self.classifier(self.average(x).flatten(1))
+        super().__init__(
+            [_block(a, b, bias=False) for a, b in ((3, 16), (16, 32), (32, 64))], 4,
+            nn.Sequential(nn.Linear(64 * 4 * 4, 316), nn.ReLU(), nn.Dropout(dropout), nn.Linear(316, classes)),
+        )  # fmt: skip
 
 
-class MedicalMnistCnn(nn.Module):
+class MedicalMnistCnn(_Blocks):
     """Three blocks Conv3×3–BatchNorm–ReLU–MaxPool, 3→32→64→128, averaged to 7×7, then 6272→512→256→C with dropout:
     3,438,342 parameters with C = 6."""
 
-    cam_grid = None
-
     def __init__(self, image_size: int, classes: int, dropout: float = 0.5) -> None:
-        super().__init__()
         _at_least(image_size, "cnn-medical-mnist")
-        self.blocks = nn.ModuleList([_block(3, 32), _block(32, 64), _block(64, 128)])
-        self.pool, self.average = nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(7)
-        self.classifier = nn.Sequential(
-            nn.Linear(128 * 7 * 7, 512), nn.ReLU(), nn.Dropout(dropout),
-            nn.Linear(512, 256), nn.ReLU(), nn.Dropout(dropout),
-            nn.Linear(256, classes),
+        super().__init__(
+            [_block(3, 32), _block(32, 64), _block(64, 128)], 7,
+            nn.Sequential(
+                nn.Linear(128 * 7 * 7, 512), nn.ReLU(), nn.Dropout(dropout),
+                nn.Linear(512, 256), nn.ReLU(), nn.Dropout(dropout),
+                nn.Linear(256, classes),
+            ),
         )  # fmt: skip
-
-    @property
-    def cam_layer(self) -> nn.Module:
-        return self.blocks[-1]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            x = self.pool(block(x))
-        return self.classifier(self.average(x).flatten(1))
 
 
 class Residual(nn.Module):
