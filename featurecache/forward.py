@@ -56,7 +56,7 @@ class Compute:
         if backbone.channels_last:
             backbone.model.to(memory_format=torch.channels_last)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self, images: torch.Tensor, outputs: Sequence[Output], dtype: str
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

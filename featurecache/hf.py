@@ -187,7 +187,7 @@ def _geometry(family: Family, model: Any, size: tuple[int, int]) -> tuple[tuple[
         grid = (size[0] // patch[0], size[1] // patch[1])
         return family.prefix + registers, grid, config.hidden_size, config.num_hidden_layers
     pixels = torch.zeros(1, 3, *size, device=next(model.parameters()).device)
-    with torch.inference_mode():
+    with torch.no_grad():
         found = frozen(model.network)(pixels).last_hidden_state
     return (), (found.shape[2], found.shape[3]), found.shape[1], 0
 

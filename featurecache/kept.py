@@ -103,7 +103,7 @@ def probe(model: Kept, size: tuple[int, int]) -> bool:
     channels_last = cnn and _runs(model, pixels)
     pixels = pixels.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             seen, again = model.look(pixels[:2]), model.look(pixels[[2, 0]])
     except OutputRefused:
         raise
@@ -125,7 +125,7 @@ def probe(model: Kept, size: tuple[int, int]) -> bool:
 def _runs(model: Kept, pixels: torch.Tensor) -> bool:
     """Whether it runs with channels last; a ``view`` of a map does not."""
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             model.look(pixels.contiguous(memory_format=torch.channels_last))
     except RuntimeError:
         return False

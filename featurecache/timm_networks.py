@@ -119,7 +119,7 @@ def _outline(found: Found, request: Request, preprocess: Preprocess) -> tuple[An
     than timm makes by the name alone. Raises BadOption, OutputRefused."""
     size = preprocess.size
     try:
-        with torch.device("meta"), torch.inference_mode():
+        with torch.device("meta"), torch.no_grad():
             network: Any = frozen(_built(found, size))
             if request.image_size is not None:
                 preprocess.scaled(request.image_size, _patch(network))  # refuses what is not a multiple of it

@@ -228,7 +228,7 @@ def _grid(name: str, model: Any, size: tuple[int, int]) -> tuple[tuple[int, int]
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, *size, generator=generator).to(device)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             feature_map, gap, logits = model.look(pixels)
             through = gap
             for path in model.tail:

@@ -274,7 +274,7 @@ def threads_for(work: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def logits_of(models: Sequence[nn.Module], data: Features) -> np.ndarray:
     """float64 [K, n, C], without dropout; every chunk of features is read once for all heads."""
     training = [model.training for model in models]

@@ -194,7 +194,7 @@ def _trained_on(run: Run, view: AnyView) -> set[bytes]:
     return {bytes(d) for d in np.asarray(own.digests)[rows[np.isin(names, ("train", "val"))]]}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _answers(run: Run, view: AnyView, matched: Matched, rows: np.ndarray) -> Answers:
     from heads.contents import clusters_of
 

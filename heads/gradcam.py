@@ -100,7 +100,7 @@ def grad_cam_maps(
     from pytorch_grad_cam import GradCAM
 
     seen = Seen()
-    with _through(seen, layer), torch.enable_grad(), torch.inference_mode(False):
+    with _through(seen, layer), torch.enable_grad():
         given = pixels.clone().requires_grad_(True)  # the network's own weights may be frozen
         cam = GradCAM(whole, [seen], reshape_transform=lambda x: _as_map(x, grid, first))
         hooked = (

@@ -110,7 +110,6 @@ class Run:
         return found
 
     @cached_property
-    @torch.inference_mode(False)  # gradients are asked of them too
     def _tensors(self) -> dict[str, torch.Tensor]:
         return checks.read_tensors(self.path / "head.safetensors")
 
@@ -119,7 +118,6 @@ class Run:
         return read_answers(self, split)
 
     @cached_property
-    @torch.inference_mode(False)  # gradients are asked of them too
     def model(self) -> nn.Module:
         """The trained head. A ``python:`` head is code that the run only names: imported only when trusted."""
         if self.head.startswith("python:") and not self.trust_code:
@@ -165,7 +163,7 @@ class Run:
             raise RunError(f"{self.path} is damaged: its statistics of train do not fit its features.")
         return Standardize(self.config["standardize"], tensors.get("standardize.mean"), tensors.get("standardize.std"))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, features: torch.Tensor, device: str = "cpu") -> np.ndarray:
         """Calibrated logits float64 [n, C] of features [n, ...] in storage dtype, or of images uint8 [n,3,h,w]."""
         if not len(features):

@@ -59,7 +59,7 @@ EXPECTED = {
 def ours(backbone: Backbone, *want: str, pictures=PICTURES) -> dict[str, torch.Tensor]:
     """All pictures in one batch."""
     images = [backbone.preprocess.resized(as_tensor(picture)) for picture in pictures]
-    with torch.inference_mode():
+    with torch.no_grad():
         return backbone.forward(backbone.preprocess.normalised(torch.stack(images)), set(want))
 
 
@@ -200,7 +200,7 @@ def test_another_image_size_interpolates_positions_as_the_library_does(saver, si
     plain, larger = load_backbone(str(folder)), load_backbone(str(folder), image_size=size)
     pixels = torch.rand(2, 3, size, size)
     options = {} if saver is save.save_dinov2 else {"interpolate_pos_encoding": True}
-    with torch.inference_mode():
+    with torch.no_grad():
         expected = plain.model.network(pixels, **options).last_hidden_state
         assert torch.equal(larger.forward(pixels, {"tokens"})["tokens"], expected)
     assert larger.image_size == (size, size)
@@ -278,7 +278,7 @@ SMALL = [
 def test_torchvision_gap_through_the_networks_own_classifier_gives_its_logits(name):
     backbone = load_backbone(f"torchvision:{name}", random_weights=True, image_size=64)
     network, pixels = backbone.model.network, torch.rand(2, 3, 64, 64)
-    with torch.inference_mode():
+    with torch.no_grad():
         found, logits = backbone.forward(pixels, {"gap", "tokens"}), network(pixels)
         classifier = list(network.children())[-1]
         layers = [classifier] if isinstance(classifier, nn.Linear) else list(classifier)
@@ -291,7 +291,7 @@ def test_torchvision_gap_through_the_networks_own_classifier_gives_its_logits(na
 @pytest.mark.parametrize("name", ["resnet50", "densenet121", "efficientnet_b0", "swin_t"])
 def test_the_mean_over_a_torchvision_map_is_its_gap(name):
     backbone = load_backbone(f"torchvision:{name}", random_weights=True, image_size=64)
-    with torch.inference_mode():
+    with torch.no_grad():
         found = backbone.forward(torch.rand(2, 3, 64, 64), {"gap", "tokens"})
     assert_same(found["tokens"].mean(1), found["gap"])
 
@@ -316,7 +316,7 @@ def test_densenet121_is_read_after_its_last_relu():
     backbone = load_backbone("densenet121", random_weights=True, image_size=64, seed=1)
     torch.manual_seed(1)
     network, pixels = models.densenet121().eval(), torch.rand(2, 3, 64, 64)
-    with torch.inference_mode():
+    with torch.no_grad():
         expected = torch.relu(network.features(pixels))
         found = backbone.forward(pixels, {"gap", "tokens"})
     assert_same(found["tokens"], expected.flatten(2).transpose(1, 2))
@@ -332,7 +332,7 @@ def test_torchvision_networks_that_do_not_pool_are_refused_by_name(name):
 def test_a_torchvision_vit_gives_its_encoders_output():
     backbone = load_backbone("torchvision:vit_b_32", random_weights=True, image_size=64)
     network, pixels = backbone.model.network, torch.rand(1, 3, 64, 64)
-    with torch.inference_mode():
+    with torch.no_grad():
         found = backbone.forward(pixels, {"tokens", "tokens@-1", "tokens@-2"})
         assert torch.allclose(network.heads(found["tokens"][:, 0]), network(pixels), atol=1e-6)
         x = network.conv_proj(pixels).flatten(2).transpose(1, 2)

@@ -82,6 +82,13 @@ def test_every_weight_that_is_trained_gets_a_gradient_and_the_folder_gives_the_s
     assert words == f"--backbone hf:{tmp_path / 'tuned'}"
 
 
+def test_a_backbone_whose_features_were_computed_before_can_be_trained_on(tmp_path: Path) -> None:
+    """transformers keeps BEiT's table of positions for the whole process, from whichever pass came first."""
+    folder = checkpoints.save_beit(tmp_path / "begin", patch_size=4)  # a table of this test alone
+    featurecache.extract(image_folder(tmp_path / "images", 2), backbone=f"hf:{folder}", cache=tmp_path / "cache")
+    trained(made(f"finetune:hf:{folder}"))
+
+
 @pytest.mark.parametrize("kind", ["deit", "dinov2", "siglip", "resnet"])
 def test_grad_cam_finds_a_layer_whose_places_all_have_a_gradient(kind: str, tmp_path: Path) -> None:
     model = made(f"finetune:hf:{FOLDERS[kind](tmp_path)}").eval()

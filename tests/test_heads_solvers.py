@@ -42,7 +42,7 @@ def weights(model):
 
 
 def logits(model, x):
-    with torch.inference_mode():
+    with torch.no_grad():
         return model(x).double().numpy()
 
 

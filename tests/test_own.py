@@ -115,7 +115,7 @@ def mine(**options) -> Backbone:  # type: ignore[no-untyped-def]
 
 def test_a_cnns_map_and_its_average_are_those_of_the_network_run_by_hand(here):
     network, backbone, pixels = saved(), mine(), torch.rand(5, 3, 32, 32)
-    with torch.inference_mode():
+    with torch.no_grad():
         found = backbone.forward(pixels, {"tokens", "gap"})
         expected = network.body(pixels).relu()
         through = network.fc(found["gap"])
@@ -128,7 +128,7 @@ def test_a_cnns_map_and_its_average_are_those_of_the_network_run_by_hand(here):
 def test_what_is_kept_is_as_it_was_before_a_relu_in_place_wrote_into_it(here):
     (here / "nets.py").write_text(CNN.replace('"act"', '"body"'))
     network, pixels = saved(), torch.rand(2, 3, 32, 32)
-    with torch.inference_mode():
+    with torch.no_grad():
         found, expected = mine().forward(pixels, {"gap"})["gap"], network.body(pixels).mean((2, 3))
     torch.testing.assert_close(found, expected)
     assert (expected < 0).any()
@@ -138,7 +138,7 @@ def test_tokens_of_a_vit_as_a_class_with_its_class_token(here):
     (here / "nets.py").write_text(VIT)
     network, pixels = saved(VIT, "Vit"), torch.rand(3, 3, 32, 32)
     backbone = load_backbone("python:nets:Vit", weights="w.pt")
-    with torch.inference_mode():
+    with torch.no_grad():
         tokens, logits = backbone.forward(pixels, {"tokens"})["tokens"], network(pixels)
         torch.testing.assert_close(network.head(tokens[:, 0]), logits)
     assert (backbone.prefix, backbone.grid, backbone.vector, backbone.layers) == (("cls",), (4, 4), "cls", 0)
@@ -149,7 +149,7 @@ def test_a_network_that_returns_a_vector_gives_it_as_its_pooler(here):
     (here / "nets.py").write_text(CNN.replace('network.keep = "act"', "pass"))
     network, pixels = saved(), torch.rand(2, 3, 32, 32)
     backbone = mine()
-    with torch.inference_mode():
+    with torch.no_grad():
         torch.testing.assert_close(backbone.forward(pixels, {"pooler"})["pooler"], network(pixels))
     assert set(backbone.refused) == {"tokens", "cls", "mean", "gap"} and backbone.vector == "pooler"
 
@@ -157,7 +157,7 @@ def test_a_network_that_returns_a_vector_gives_it_as_its_pooler(here):
 def test_each_output_can_come_from_a_submodule_of_its_own(here):
     (here / "nets.py").write_text(CNN.replace('"act"', '{"tokens": "body", "gap": "pool"}'))
     network, pixels = saved(), torch.rand(2, 3, 32, 32)
-    with torch.inference_mode():
+    with torch.no_grad():
         found = mine().forward(pixels, {"tokens", "gap"})
         torch.testing.assert_close(network.fc(found["gap"]), network(pixels))
         torch.testing.assert_close(found["tokens"], network.body(pixels).flatten(2).transpose(1, 2))
@@ -197,7 +197,7 @@ def test_a_network_that_views_its_maps_runs_in_the_usual_memory_format(here):
     network, pixels = saved(), torch.rand(2, 3, 32, 32)
     backbone = mine()
     assert not backbone.channels_last
-    with torch.inference_mode():
+    with torch.no_grad():
         torch.testing.assert_close(backbone.forward(pixels, {"gap"})["gap"], network.body(pixels).relu().mean((2, 3)))
 
 
@@ -209,7 +209,7 @@ def test_images_go_through_it_into_a_view_that_computes_the_same_again(here):
     assert tuple(view.outputs) == ("gap", "tokens")
     backbone = mine()
     image = backbone.preprocess.resized(decode((data / view.ids[2]).read_bytes()))
-    with torch.inference_mode():
+    with torch.no_grad():
         expected = network.body(backbone.preprocess.normalised(image[None])).relu().mean((2, 3))[0]
     torch.testing.assert_close(view.tensor("gap")[2], expected, rtol=1e-4, atol=1e-5)
     images = [(data / name).read_bytes() for name in view.ids]
@@ -240,7 +240,7 @@ def test_half_precision_is_computed_or_refused_with_what_to_type(here):
 def test_a_layer_named_with_the_backbone_is_kept_and_comes_before_the_networks_own_word(here):
     network, pixels = saved(), torch.rand(2, 3, 32, 32)
     backbone = load_backbone("python:nets:make:body.0", weights="w.pt")
-    with torch.inference_mode():
+    with torch.no_grad():
         found, expected = backbone.forward(pixels, {"tokens", "gap"}), network.body[0](pixels)
     assert (backbone.width, backbone.grid) == (8, (15, 15)) and backbone.architecture != mine().architecture
     torch.testing.assert_close(found["tokens"], expected.flatten(2).transpose(1, 2))

@@ -52,7 +52,7 @@ def pixels(backbone: Backbone, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, *backbone.image_size, generator=torch.Generator().manual_seed(5))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def given(backbone: Backbone, x: torch.Tensor, *names: str) -> list[torch.Tensor]:
     found = backbone.forward(x, set(names))
     return [found[name] for name in names]
