@@ -116,7 +116,7 @@ def _info_head(talk: Talk, head: str, options: dict[str, Any], cache: str | None
     from heads.tables import head_table
 
     if is_baseline(head):
-        from heads.network_tables import describe_network
+        from heads.networks.tables import describe_network
 
         record = describe_network(head, options["classes"], options["image_size"])
         talk.result(head_table(record), record)
@@ -168,9 +168,9 @@ def _info_thing(talk: Talk, name: str, cache: str | None) -> int:
 
 
 def _info_all(talk: Talk) -> int:
-    from featurecache.aliases import ALIASES
+    from featurecache.backbones.aliases import ALIASES
     from heads.architectures import heads_table
-    from heads.network_tables import networks_lines, networks_table
+    from heads.networks.tables import networks_lines, networks_table
     from heads.tables import heads_lines
 
     width, heads = max(map(len, ALIASES)), heads_table()

@@ -19,7 +19,7 @@ from featurecache.dataset import class_labels, few, settle_task, split_names
 from featurecache.errors import BadOption, SourceError, nearest
 from featurecache.foreign import Array, Foreign, open_foreign
 from featurecache.records import is_text
-from featurecache.tables import Annotations, read_annotations
+from featurecache.sources.tables import Annotations, read_annotations
 
 # Role -> names it is known by, lower case.
 KNOWN = {

@@ -9,8 +9,8 @@ Two families of processors are reproduced to the last bit, and each rounds in it
   float: up to 20/255 away in bicubic, and not what the published accuracies were measured with.)
 
 Which of them, every size and every constant are fields of :class:`Preprocess`, which goes into the spec of a store.
-Nothing is trusted: :mod:`featurecache.processors` reads the settings and compares with the real processor on probe
-images; a difference is an error.
+Nothing is trusted: :mod:`featurecache.backbones.processors` reads the settings and compares with the real processor on
+probe images; a difference is an error.
 
 Axis letters: B batch, H and W height and width in pixels; sizes are (height, width).
 """

@@ -129,7 +129,7 @@ def head_info(name: str) -> HeadInfo:
     if name in HEADS:
         return HEADS[name]
     if is_baseline(name):
-        from heads.baselines import BASELINES
+        from heads.networks.baselines import BASELINES
 
         found = BASELINES.get(name)  # a backbone is not loaded to say what it is
         return HeadInfo(found.what if found else "a pretrained network, trained on", "pixels", _no_head)

@@ -176,7 +176,7 @@ def train_baseline(
     text = final_table(run, run.metrics["comparison"])
     talk.result(f"{text}\nrun        {run.path}/   report.html in it", {"run": str(run.path), **run.metrics})
     if (run.path / BACKBONE).is_dir():
-        from heads.finetune import extract_words
+        from heads.networks.finetune import extract_words
 
         talk.next(f"featurecache extract {extract_words(run.path / BACKBONE)} --data FOLDER")
     else:

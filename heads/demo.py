@@ -29,7 +29,7 @@ def run_demo(
 ) -> tuple[str, dict[str, Any]]:
     """Extract, train, compare: the table, and the same as a record. The runs lie under ``out``."""
     from featurecache import console, open_view, planning
-    from heads.page import report
+    from heads.reports.page import report
 
     prepared = planning.prepare("digits", backbone=BACKBONE, random_weights=True, outputs=OUTPUTS, cache=cache)
     say(

@@ -28,10 +28,10 @@ from torch import nn
 from torch.optim.adam import adam
 
 from heads.architectures import own_randomness
-from heads.augmenting import Augmenter
 from heads.data import Features
 from heads.large_steps import LargeSteps
 from heads.losses import Loss, StackedLoss
+from heads.networks.augmenting import Augmenter
 from heads.settings import Settings
 from heads.token_heads import ClsMean, Large, MeanLinear
 from heads.vector_heads import Linear, Mlp

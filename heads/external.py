@@ -109,7 +109,7 @@ class Elsewhere:
 def families_in(path: str | Path, trust_code: bool = False) -> list[Family]:
     """The families of a run folder, or the chosen heads of a sweep."""
     if (Path(path) / "sweep.json").is_file():
-        from heads.sweep import load_sweep
+        from heads.sweeps.sweep import load_sweep
 
         families = load_sweep(path).families
         if not families:

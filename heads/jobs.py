@@ -103,7 +103,7 @@ def make_network(
     settings: Settings, image_size: int, classes: int, generator: torch.Generator | None = None
 ) -> nn.Module:
     """The network from pixels that these settings ask for."""
-    from heads.baselines import make_baseline
+    from heads.networks.baselines import make_baseline
 
     return make_baseline(
         settings.head, image_size=image_size, classes=classes, generator=generator, dropout=settings.dropout,

@@ -31,7 +31,7 @@ Said = Callable[[int, dict[str, float], bool], None]  # head, the line of its hi
 
 
 class Keeper(Protocol):
-    """`heads.checkpoints.Checkpoint`."""
+    """`heads.networks.checkpoints.Checkpoint`."""
 
     def save(self, heads: Stack | Loop, trained: Trained, epoch: int) -> None: ...
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from featurecache.terminal import Talk, cache_option, command, features_option
-from heads.sweep_options import sweep_options
+from heads.sweeps.options import sweep_options
 
 
 @command
@@ -25,9 +25,9 @@ def ablate(
 
     The same command goes on where it was stopped; with more seeds or values only what is new is trained.
     """
-    from heads import sweep
     from heads.comparison import compare
-    from heads.page import write_report
+    from heads.reports.page import write_report
+    from heads.sweeps import sweep
     from heads.tables import lab_table
 
     views = features.split(",") if features else None
@@ -146,7 +146,7 @@ def explain(
     file, a folder, a table, or the id of an image of the run's data.
     """
     import heads
-    from heads.explaining import as_table
+    from heads.explanations.explaining import as_table
 
     found = heads.explain(list(runs), list(images), classes=list(classes) or None, **options)
     failed = [record for record in found.records if "error" in record]
@@ -198,8 +198,8 @@ def study(
         talk.result(f"studies:\n{studies_lines()}", {"studies": {key: words for key, (_, words) in STUDIES.items()}})
         talk.next("featurecache study medical-mnist --quick")
         return 0
-    from heads.study_run import run_study
-    from heads.study_words import result_record, study_lines
+    from heads.studies.run import run_study
+    from heads.studies.words import result_record, study_lines
 
     options |= {"only": _words(only), "skip": _words(skip), "images": not no_images}
     found = run_study(name, say=talk.say, progress=talk.progress, **options)
@@ -213,7 +213,7 @@ def _words(text: str | None) -> tuple[str, ...]:
 
 
 def _next_of(found: Any) -> str:
-    from heads.study_words import best_run
+    from heads.studies.words import best_run
 
     if found.report is None:
         return "the same command without --dry-run"

@@ -108,7 +108,7 @@ def open_pixels(
 ) -> list[PixelView]:  # fmt: skip
     """What networks are trained on: of a source as ``--data`` names it, of a dataset, or of the images of a view. One
     view for all that see images alike. ``weights``: where those of ``finetune:<backbone>`` are."""
-    from heads.baselines import baseline_info
+    from heads.networks.baselines import baseline_info
 
     alike: dict[Preprocess, list[str]] = {}
     for name in baselines:

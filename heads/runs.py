@@ -138,13 +138,13 @@ class Run:
 
     def _network(self, state: dict[str, torch.Tensor]) -> nn.Module:
         """That of a baseline; of a backbone that was tuned and lies beside, ``state`` is the last layer alone."""
-        from heads.baselines import load_baseline
+        from heads.networks.baselines import load_baseline
 
         settings, size = Settings.from_dict(self.config["settings"]), self.config["view"]["shape"][-1]
         folder = self.path / BACKBONE
         try:
             if folder.is_dir():
-                from heads.finetune import load_finetuned
+                from heads.networks.finetune import load_finetuned
 
                 return load_finetuned(folder, state, classes=len(self.classes))
             return load_baseline(
@@ -252,7 +252,7 @@ def write_run(target: Target, contents: Contents, plots: bool = True) -> Run:
         with _staging(target) as folder:
             _write_files(folder, contents)
             if plots:
-                from heads.plots import draw_plots  # matplotlib, only after training
+                from heads.reports.plots import draw_plots  # matplotlib, only after training
 
                 draw_plots(folder, contents)
             for file in folder.rglob("*"):

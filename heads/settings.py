@@ -163,6 +163,6 @@ def is_baseline(head: str) -> bool:
     """Whether a name is that of a network from pixels: only names of that form load the module that knows them."""
     if not head.startswith(("cnn-", "vit-", "finetune:")):
         return False
-    from heads.baselines import is_baseline as known
+    from heads.networks.baselines import is_baseline as known
 
     return known(head)

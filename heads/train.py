@@ -74,7 +74,7 @@ def train_head(
 
 def with_report(run: Run, images: bool, hash_ids: bool) -> Run:
     from heads.comparison import compare, families_of
-    from heads.page import write_report
+    from heads.reports.page import write_report
 
     families = families_of([run])
     write_report(run.path, families, compare(families), images=images, hash_ids=hash_ids)

@@ -20,10 +20,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torchvision import models
 
-from featurecache.aliases import ALIASES, Alias
 from featurecache.backbones import Backbone, describe, load_backbone
+from featurecache.backbones.aliases import ALIASES, Alias
+from featurecache.backbones.weights import digest
 from featurecache.errors import BadOption, UnknownBackbone, WeightsDoNotFit, WeightsNotFound
-from featurecache.weights import digest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -494,7 +494,7 @@ def test_without_the_hub_and_without_weights_the_three_ways_out_are_given_in_a_s
 def test_a_hub_that_accepts_and_never_answers_does_not_hang_us(tmp_path, hub, monkeypatch):
     put_in_cache(hub, save.save_vit(tmp_path / "m"), "org/vit")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("featurecache.weights.REACH", 0.3)
+    monkeypatch.setattr("featurecache.backbones.weights.REACH", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()

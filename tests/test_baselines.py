@@ -15,9 +15,9 @@ from featurecache.errors import BadOption, RunError, Stopped, UnknownHead
 from featurecache.planning import extract
 from featurecache.preprocess import Preprocess
 from featurecache.views import open_view
-from heads.augmenting import Augmenter
-from heads.baseline_runs import settings_of, train_baseline
 from heads.external import evaluate_run
+from heads.networks.augmenting import Augmenter
+from heads.networks.baseline_runs import settings_of, train_baseline
 from heads.pixels import PixelView, open_pixels, pixels_of
 from heads.settings import Settings
 
@@ -283,7 +283,7 @@ def test_a_preprocessing_that_is_damaged_is_said(run):
 
 
 def test_the_command_of_a_run_trains_it_again(run):
-    from heads.origin import train_command
+    from heads.reports.origin import train_command
 
     assert train_command(run) == (
         "featurecache train-baseline --arch cnn-cifar --data digits --epochs 2 --batch-size 16 --augment none "

@@ -264,7 +264,7 @@ def test_what_was_not_measured_is_a_dash_and_a_run_of_before_still_opens():
 @pytest.mark.slow
 @pytest.mark.usefixtures("_folder")
 def test_the_page_shows_the_columns_and_the_device_once():
-    from heads.page import report
+    from heads.reports.page import report
 
     runs = [trained(MEASURED), trained(MEASURED, "large")]
     page = report([run.path for run in runs], out=Path("r"), images=False).path.read_text()

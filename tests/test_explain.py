@@ -14,10 +14,10 @@ from test_explain_backbones import on_square, squares
 import heads
 from featurecache import extract, open_view
 from featurecache.errors import BadOption, NotInCache
-from heads.explainer import Explainer
-from heads.gallery import Album
-from heads.originals import Originals, original
-from heads.overlays import Panel, draw, rgba
+from heads.explanations.explainer import Explainer
+from heads.explanations.originals import Originals, original
+from heads.explanations.overlays import Panel, draw, rgba
+from heads.reports.gallery import Album
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_an_image_that_cannot_be_read_is_a_record_and_the_others_are_explained(p
 
 
 def test_the_mean_training_token_is_of_train_alone(planted):
-    from heads.places import mean_training_token, places_of
+    from heads.explanations.places import mean_training_token, places_of
 
     view, run = planted[1], run_of(planted, "large")
     info = view.info("tokens")

@@ -11,13 +11,13 @@ from checkpoints import save_dinov2
 from torch import nn
 
 from featurecache.backbones import Backbone, load_backbone
+from featurecache.backbones.networks import Tokens
 from featurecache.errors import BadOption
-from featurecache.networks import Tokens
 from featurecache.outputs import parse
-from heads.attention_maps import attention_maps, attention_of, check_class_token, rollout
 from heads.data import Standardize
-from heads.gradcam import Whole, check_extra, grad_cam_maps, layer_of
-from heads.maps import direction
+from heads.explanations.attention_maps import attention_maps, attention_of, check_class_token, rollout
+from heads.explanations.gradcam import Whole, check_extra, grad_cam_maps, layer_of
+from heads.explanations.maps import direction
 
 BLUE, RED = (40, 60, 190), (190, 60, 40)
 

@@ -11,12 +11,12 @@ import torch
 
 from featurecache.errors import BadOption
 from featurecache.outputs import function_of, parse
-from heads import contributions, places
 from heads.architectures import Input, make_head
-from heads.contributions import Reader, gradient_times_input, replaced
 from heads.data import Standardize
-from heads.maps import Map, direction, shuffled
-from heads.places import Places
+from heads.explanations import contributions, places
+from heads.explanations.contributions import Reader, gradient_times_input, replaced
+from heads.explanations.maps import Map, direction, shuffled
+from heads.explanations.places import Places
 
 P, GRID, WIDTH, CLASSES = 1, (3, 4), 24, 3
 TOKENS = P + GRID[0] * GRID[1]

@@ -17,15 +17,15 @@ from torch.nn import functional
 
 import featurecache
 from featurecache.backbones import load_backbone, outline
+from featurecache.backbones.networks import Tokens
+from featurecache.backbones.processors import check_processor, from_processor
 from featurecache.errors import BadOption, OutputRefused, RunError, UnknownBackbone, UnknownHead
-from featurecache.networks import Tokens
 from featurecache.preprocess import Preprocess
-from featurecache.processors import check_processor, from_processor
-from heads.adapters import Rescaled, add_lora, add_rlrr, merged
-from heads.baselines import baseline_info, make_baseline
-from heads.finetune import classifier_state, extract_words, load_finetuned, processor_of, save_backbone
+from heads.networks.adapters import Rescaled, add_lora, add_rlrr, merged
+from heads.networks.baselines import baseline_info, make_baseline
+from heads.networks.finetune import classifier_state, extract_words, load_finetuned, processor_of, save_backbone
+from heads.networks.tuned import FineTuned
 from heads.settings import Settings
-from heads.tuned import FineTuned
 
 FOLDERS = {
     "vit": checkpoints.save_vit,

@@ -19,7 +19,7 @@ from heads.train import train_head
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("heads.plots.draw_plots", lambda folder, contents: None)  # most of a small run's time
+    monkeypatch.setattr("heads.reports.plots.draw_plots", lambda folder, contents: None)  # most of a small run's time
 
 
 def view(n=400, classes=2, **more):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featurecache.errors import BadOption
-from heads.grids import Range, names, numbers, space
+from heads.sweeps.grids import Range, names, numbers, space
 
 
 def test_a_range_goes_in_equal_ratios_and_ends_where_it_says():

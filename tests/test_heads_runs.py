@@ -168,9 +168,9 @@ def test_a_run_killed_while_writing_never_looks_finished():
     code = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
         "from fake_view import toy_view\n"
-        "import heads.plots\n"
+        "import heads.reports.plots\n"
         "def kill(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "heads.plots.draw_plots = kill\n"
+        "heads.reports.plots.draw_plots = kill\n"
         "from heads.train import train_head\n"
         "train_head(toy_view(), 'linear', epochs=1)\n"
     )

@@ -22,17 +22,17 @@ from safetensors.torch import load_file
 from tiny_cache import make_view
 
 import cli
-import heads.search
+import heads.sweeps.search
 from featurecache.errors import BadOption, InUse, NotInCache, ProtocolError, RunError
 from featurecache.locks import alone
-from heads import sweep_run
 from heads.choice import family_of
 from heads.contents import contents_of
 from heads.jobs import prepare
 from heads.settings import Settings
 from heads.splits import splits_csv
-from heads.sweep import ablate, load_sweep
-from heads.sweep_rows import RowFile
+from heads.sweeps import run as sweep_run
+from heads.sweeps.rows import RowFile
+from heads.sweeps.sweep import ablate, load_sweep
 from heads.train import train_together
 
 TIMES = ("seconds", "ms_per_image")
@@ -528,7 +528,7 @@ def test_a_search_that_was_stopped_goes_on_as_it_would_have(tmp_path):
 def test_a_search_stopped_between_results_of_a_batch_goes_on_with_that_batch(tmp_path, monkeypatch):
     options = {"lr": "1e-4..1e-1", "search": "optuna", "trials": 11, "epochs": 1}
     sweep(view_of(), "linear", tmp_path / "whole", **options)
-    begun, told, proposed, tell = [], iter(range(100)), heads.search._proposed, heads.search._tell
+    begun, told, proposed, tell = [], iter(range(100)), heads.sweeps.search._proposed, heads.sweeps.search._tell
 
     def noted(study, space, done, count):
         begun.append((done, count))
@@ -539,8 +539,8 @@ def test_a_search_stopped_between_results_of_a_batch_goes_on_with_that_batch(tmp
             raise KeyboardInterrupt
         tell(*words)
 
-    monkeypatch.setattr(heads.search, "_proposed", noted)
-    monkeypatch.setattr(heads.search, "_tell", stopping)
+    monkeypatch.setattr(heads.sweeps.search, "_proposed", noted)
+    monkeypatch.setattr(heads.sweeps.search, "_tell", stopping)
     with pytest.raises(sweep_run.Stopped):
         sweep(view_of(), "linear", tmp_path / "s", **options)
     sweep(view_of(), "linear", tmp_path / "s", **options)

@@ -17,10 +17,10 @@ from fake_view import toy_view
 from PIL import Image
 from safetensors.torch import save
 
-from featurecache import images, npz, tables
+from featurecache import images
 from featurecache.errors import RunError, SourceError, UnreadableImage
 from featurecache.images import decode
-from featurecache.sources import open_source
+from featurecache.sources import npz, open_source, tables
 from heads.runs import Run, list_runs, load_run
 from heads.tables import final_table, runs_table
 from heads.train import train_head

@@ -27,11 +27,11 @@ from torchvision import models
 
 import featurecache
 from featurecache import images, planning
-from featurecache.aliases import ALIASES, Alias
 from featurecache.backbones import Backbone, Request, load_backbone
-from featurecache.configurations import plain
+from featurecache.backbones.aliases import ALIASES, Alias
+from featurecache.backbones.configurations import plain
+from featurecache.backbones.families import FAMILIES
 from featurecache.errors import BadOption
-from featurecache.families import FAMILIES
 from featurecache.forward import spec_of
 from featurecache.preprocess import Preprocess
 from featurecache.spec import ExtractionSpec

@@ -22,8 +22,8 @@ import featurecache
 from featurecache import console, images, looking, memory, planning
 from featurecache.dataset import Files
 from featurecache.memory import STAT, Memory
-from featurecache.npz import _Packed
 from featurecache.sources import open_source
+from featurecache.sources.npz import _Packed
 
 HOME = Path(featurecache.__file__).parent.parent
 

@@ -14,9 +14,16 @@ from PIL import Image
 from torchvision import models
 from torchvision.transforms import v2
 
+from featurecache.backbones.processors import (
+    check,
+    check_processor,
+    default_processor,
+    from_processor,
+    from_transforms,
+    probe,
+)
 from featurecache.errors import BadOption, PreprocessingRefused
 from featurecache.preprocess import Preprocess
-from featurecache.processors import check, check_processor, default_processor, from_processor, from_transforms, probe
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 PROCESSORS = {

@@ -23,7 +23,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def backbones() -> str:
-    from featurecache.aliases import ALIASES
+    from featurecache.backbones.aliases import ALIASES
 
     rows = []
     for name, alias in ALIASES.items():
@@ -69,7 +69,7 @@ def heads() -> str:
 
 
 def networks() -> str:
-    from heads.network_tables import networks_table
+    from heads.networks.tables import networks_table
 
     rows = []
     for row in networks_table():

@@ -21,10 +21,10 @@ from PIL import Image
 import heads
 from featurecache import open_view
 from featurecache.errors import BadOption, RunError
-from heads import charts, confusion, gallery, page, thumbnails
 from heads.comparison import compare, families_of
-from heads.figures import truth_and_score
-from heads.gallery import Album
+from heads.reports import charts, confusion, gallery, page, thumbnails
+from heads.reports.figures import truth_and_score
+from heads.reports.gallery import Album
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 CHROMIUM = "/usr/bin/chromium"
@@ -196,7 +196,7 @@ def test_folds_are_counted_together_and_seeds_averaged(tmp_path):
 def test_the_roc_curve_goes_through_the_points_of_scikit_learn(tmp_path):
     from sklearn.metrics import roc_auc_score
 
-    from heads import figures
+    from heads.reports import figures
 
     run = train(toy_view(n=600, noise=6.0), tmp_path / "run")
     truth, score = truth_and_score("binary", run.answers("test"), 1)
@@ -338,7 +338,7 @@ def test_a_folder_that_holds_other_things_is_not_written_into(lab, tmp_path):
 def test_the_command_that_trained_a_head_is_on_the_page_and_quoted(tmp_path):
     import shlex
 
-    from heads.origin import train_command
+    from heads.reports.origin import train_command
 
     view = toy_view(label="vit toy/my $(view)")
     run = train(view, tmp_path / "run", lr=3e-4, balance=False, weight_decay=1e-4)
@@ -375,7 +375,7 @@ def test_a_solved_heads_page_shows_its_path(tmp_path):
 
 
 def test_a_sweep_is_reported_in_its_own_folder(tmp_path, monkeypatch):
-    from heads.sweep import ablate
+    from heads.sweeps.sweep import ablate
 
     monkeypatch.chdir(tmp_path)
     view = toy_view(n=150, noise=4.0)

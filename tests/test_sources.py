@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from featurecache import folders, images, npz
+from featurecache import images
 from featurecache.dataset import safe_name
 from featurecache.errors import CannotWrite, SourceError, UnreadableImage
 from featurecache.images import digest
-from featurecache.medmnist_names import MEDMNIST, published
-from featurecache.sources import SOURCES, contact_sheet, describe, open_source, reopen
+from featurecache.sources import SOURCES, contact_sheet, describe, folders, npz, open_source, reopen
+from featurecache.sources.medmnist_names import MEDMNIST, published
 
 
 def picture(path: Path, shade: int = 0) -> Path:

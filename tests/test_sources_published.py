@@ -16,12 +16,12 @@ import torchvision.datasets as tv
 from PIL import Image
 from published_sets import CIFAR10, cifar10, cifar100, eurosat, flowers102, medmnist_file, mnist, noise
 
-from featurecache import fetching, images
+from featurecache import images
 from featurecache.errors import NotFetched, SourceError, UnreadableImage
-from featurecache.medmnist_names import MEDMNIST
-from featurecache.sources import SOURCES, open_source, reopen
-from featurecache.torchvision_sets import SETS
-from featurecache.torchvision_source import NAMES
+from featurecache.sources import SOURCES, fetching, open_source, reopen
+from featurecache.sources.medmnist_names import MEDMNIST
+from featurecache.sources.torchvision_sets import SETS
+from featurecache.sources.torchvision_source import NAMES
 
 
 @pytest.fixture(autouse=True)

@@ -14,16 +14,16 @@ from PIL import Image
 
 import cli
 from featurecache import open_source
-from featurecache.aliases import ALIASES
+from featurecache.backbones.aliases import ALIASES
 from featurecache.errors import BadOption, SourceError, UnknownStudy, WeightsNotFound
-from heads import study_mindlina
-from heads.baselines import BASELINES
-from heads.charts import Scale
+from heads.networks.baselines import BASELINES
+from heads.reports.charts import Scale
 from heads.studies import STUDIES, Extract, Heads, Images, Look, Network, load_study
-from heads.study_figures import FIGURES
-from heads.study_images import QUICK, Given, draw, few_of, open_sets, signature, sources_of
-from heads.study_minutes import GMACS, minutes_of
-from heads.study_plan import (
+from heads.studies import mindlina as study_mindlina
+from heads.studies.figures import FIGURES
+from heads.studies.images import QUICK, Given, draw, few_of, open_sets, signature, sources_of
+from heads.studies.minutes import GMACS, minutes_of
+from heads.studies.plan import (
     QUICK_BACKBONES,
     Asked,
     backbones_of,
@@ -32,7 +32,7 @@ from heads.study_plan import (
     task_options,
     wanted_steps,
 )
-from heads.study_run import run_study
+from heads.studies.run import run_study
 
 ALL = [load_study(name) for name in STUDIES]
 # Typed from the publications, not from the recipes: (study, part, measure, split, value).

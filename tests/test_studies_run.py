@@ -14,10 +14,12 @@ from PIL import Image
 
 import cli
 from featurecache.errors import BadOption, RunError, StepFailed, Stopped
-from heads import baseline_runs, studies, study_run
+from heads import studies
+from heads.networks import baseline_runs
 from heads.studies import Extract, Heads, Images, Network, Part, Published, Study
-from heads.study_numbers import greyed, words
-from heads.study_plan import Asked
+from heads.studies import run as study_run
+from heads.studies.numbers import greyed, words
+from heads.studies.plan import Asked
 
 CHROMIUM = "/usr/bin/chromium"
 EVIL = "</script><img src=x onerror=alert(1)>"

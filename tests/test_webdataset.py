@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import featurecache
-from featurecache import looking, tars
+from featurecache import looking
 from featurecache.errors import SourceError, UnreadableImage
 from featurecache.images import decode, digest
 from featurecache.looking import look_at
 from featurecache.memory import Memory
-from featurecache.sources import describe, open_source, reopen
+from featurecache.sources import describe, open_source, reopen, tars
 
 
 def png(shade: int) -> bytes:

@@ -1,0 +1,204 @@
+"""Where images and their labels come from: ``open_source`` makes a ``Dataset`` of what ``--data`` names.
+
+To add a source: a function that returns a Dataset, in a file of its own, and one line in ``SOURCES``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featurecache.dataset import Arrays, Dataset, settle_task, source_record
+from featurecache.describe import contact_sheet, describe
+from featurecache.dicom_files import with_frames
+from featurecache.errors import NotFetched, SourceError, nearest
+from featurecache.privacy import hidden, known_secret
+from featurecache.sources import hub_datasets, kaggle, medmnist_sets, torchvision_source
+from featurecache.sources.chest_xray import is_chest_xray, open_chest_xray
+from featurecache.sources.folders import open_folder
+from featurecache.sources.hub_datasets import is_saved_dataset
+from featurecache.sources.npz import open_npz
+from featurecache.sources.tables import open_table
+from featurecache.sources.tiny_imagenet import is_tiny_imagenet, open_tiny_imagenet
+from featurecache.sources.webdataset import is_pattern, is_webdataset, open_webdataset
+
+__all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe", "open_source", "reopen"]
+
+Columns = dict[str, str] | None  # role -> column
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of source: what a user writes, and what opens it."""
+
+    form: str  # for messages
+    about: str  # for the README's table
+    fits: Callable[[str], bool]  # of the path, absolute; never asked of a word
+    open: Callable[[str, Columns, str | None], Dataset]  # path, or what stands behind the prefix; columns, task
+    prefix: str = ""  # of a data set that is named and lies where its tool puts it
+    fetch: Callable[[str], None] | None = None  # asked once, where ``open`` raised NotFetched
+    columns: bool = False  # whether --column says something about it
+
+
+def _digits(_: str, columns: Columns, task: str | None) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8×8: v of 0..16 becomes round(v·255/16), no splits.
+
+    The test set of Alpaydin and Kaynak (1998), UCI repository, "Optical recognition of handwritten digits".
+    """
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = np.rint(found.images * (255 / 16)).astype(np.uint8)
+    classes = [str(digit) for digit in range(10)]
+    settled = settle_task(task, classes, False, "digits")
+    labels = found.target.astype(np.int64)
+    return Dataset(
+        name="digits",
+        source=source_record("digits", "digits", None, task),
+        ids=[f"digits:{row}" for row in range(len(images))],
+        labels=labels if settled != "unlabelled" else np.full_like(labels, -1),
+        splits=[""] * len(images),
+        groups=None,
+        meta={},
+        classes=classes if settled != "unlabelled" else [],
+        task=settled,
+        images=Arrays([images]),
+    )
+
+
+def _never(path: str) -> bool:
+    return False
+
+
+SOURCES: dict[str, Source] = {
+    "digits": Source(
+        "the word digits", "scikit-learn's 1,797 handwritten digits: needs nothing", _never, _digits,
+    ),
+    "tiny-imagenet": Source(
+        "a folder of Tiny ImageNet", "as it is unpacked: val by `val_annotations.txt`, names by `words.txt`",
+        is_tiny_imagenet, lambda path, columns, task: open_tiny_imagenet(path, task),
+    ),
+    "chest-xray": Source(
+        "a folder of Kermany's chest X-rays",
+        "`NORMAL`, `PNEUMONIA`; persons as groups; `--column label=kind`: normal, bacteria, virus",
+        is_chest_xray, open_chest_xray, columns=True,
+    ),
+    "webdataset": Source(
+        "WebDataset tars", "`chest-{000..012}.tar`, `*.tar` or a folder of tars: samples by key, read in place",
+        is_webdataset, open_webdataset, columns=True,
+    ),
+    "folder": Source(
+        "a folder of images", "images, in class folders or not, with or without train/val/test above them",
+        lambda path: os.path.isdir(path) and not is_saved_dataset(path),
+        lambda path, columns, task: open_folder(path, task),
+    ),
+    "table": Source(
+        "a table (.csv, .tsv, .parquet)", "a path a row, with label or label columns, split, group",
+        lambda path: path.lower().endswith((".csv", ".tsv", ".parquet", ".pq")), open_table, columns=True,
+    ),
+    "npz": Source(
+        "an .npz of MedMNIST's form", "arrays train_images, train_labels, and the same of val and test",
+        lambda path: path.lower().endswith(".npz"), lambda path, columns, task: open_npz(path, task),
+    ),
+    "medmnist": Source(
+        medmnist_sets.FORM, "the twelve 2D sets, with their published classes and tasks (extra `medmnist`)",
+        _never, lambda words, columns, task: medmnist_sets.open_medmnist(words, task),
+        "medmnist:", medmnist_sets.fetch_medmnist,
+    ),
+    "torchvision": Source(
+        torchvision_source.FORM, "its labelled sets (CIFAR10, MNIST, EuroSAT, Flowers102, …) with their own splits",
+        _never, lambda words, columns, task: torchvision_source.open_torchvision(words, task),
+        "torchvision:", torchvision_source.fetch_torchvision,
+    ),
+    "hf": Source(
+        hub_datasets.FORM, "a dataset of the Hugging Face hub, or a folder of its `save_to_disk` (extra `hf`)",
+        is_saved_dataset, hub_datasets.open_hub, "hf:", hub_datasets.fetch_hub, columns=True,
+    ),
+    "kaggle": Source(
+        kaggle.FORM, "a data set of Kaggle, opened as the folder or table it is (extra `kaggle`)",
+        _never, lambda words, columns, task: kaggle.open_kaggle(words, columns, task, open_source),
+        "kaggle:", kaggle.fetch_kaggle, columns=True,
+    ),
+}  # fmt: skip
+
+
+def open_source(data: str | Path, *, columns: Columns = None, task: str | None = None) -> Dataset:
+    """The dataset that ``data`` names: a folder, a table, an ``.npz``, the word ``digits`` (``./digits`` is a folder),
+    or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine.
+
+    ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say. Raises
+    SourceError.
+    """
+    kind, what = _find(data)
+    source = SOURCES[kind]
+    try:
+        return _open(kind, what, data, columns, task)
+    except NotFetched:
+        if source.fetch is None:
+            raise
+        source.fetch(what)
+    return _open(kind, what, data, columns, task)
+
+
+def reopen(source: Mapping[str, Any]) -> Dataset:
+    """The dataset again from its ``source``; nothing is fetched. Raises SourceError where its images have gone."""
+    if source.get("kind") == "import":
+        raise SourceError(f"{source.get('data')} was imported as features; nobody knows its images.")
+    kind, what = _find(source["data"])
+    dataset = _open(kind, what, source["data"], source.get("columns"), source.get("task"))
+    ids, groups = bool(source.get("hash_ids")), bool(source.get("hash_groups"))
+    return hidden(dataset, known_secret(source), ids=ids, groups=groups) if ids or groups else dataset
+
+
+def _open(kind: str, what: str, data: str | Path, columns: Columns, task: str | None) -> Dataset:
+    if columns and not SOURCES[kind].columns:
+        raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
+    return with_frames(SOURCES[kind].open(what, columns or None, task))
+
+
+def _find(data: str | Path) -> tuple[str, str]:
+    """The kind of a source, and what its ``open`` is given. Raises SourceError."""
+    if isinstance(data, str):
+        if data == "digits":
+            return "digits", data
+        for kind, source in SOURCES.items():
+            if source.prefix and data.startswith(source.prefix):
+                return kind, data.removeprefix(source.prefix)
+    path = os.path.abspath(os.path.expanduser(data)) if str(data) else ""
+    return _kind_of(str(data), path), path
+
+
+def _kind_of(data: str, path: str) -> str:
+    forms = _forms()
+    if not data:
+        raise SourceError(f"--data is empty; expected {forms}.")
+    if not os.path.lexists(path) and not is_pattern(path):
+        if re.match(r"^[a-zA-Z]{2,}:", data):
+            raise SourceError(f"{data}: this version has no source called {data.split(':')[0]}. It has {forms}.")
+        raise SourceError(f"there is no folder or file {data}.{_near(path)}")
+    for kind, source in SOURCES.items():
+        if source.fits(path):
+            return kind
+    raise SourceError(f"{data} is {'a file' if os.path.exists(path) else 'a broken link'}; expected {forms}.")
+
+
+def _forms() -> str:
+    """What ``--data`` may be, in short."""
+    short = [source.form.split("[")[0] for source in SOURCES.values()]
+    return ", ".join(dict.fromkeys("a folder of images" if form.startswith("a folder") else form for form in short))
+
+
+def _near(path: str) -> str:
+    """Names like it in the folder it was looked for in, as a person would type them."""
+    folder = os.path.dirname(path)
+    try:
+        beside = [name for name in os.listdir(folder) if not name.startswith(".")]
+    except OSError:
+        return f" Nor is there {folder}."
+    return nearest(os.path.basename(path), [*beside, *SOURCES])

@@ -1,0 +1,280 @@
+"""WebDataset: images in tar files, a sample a few files of one name, read in place and never unpacked.
+
+    chest-{000..012}.tar    or chest-*.tar, one .tar, or a folder of them (also below train/, val/, test/)
+
+Files of one tar that have the same name up to the first dot of their last part are one sample, and that name is its
+key: ``p1/0001.jpg``, ``p1/0001.cls``, ``p1/0001.json``. What stands behind the dot tells what a file is:
+
+- an image by its ending (where a sample has several: ``--column path=jpg`` says which); of DICOM the first frame;
+- ``cls``: the class, a number or a name; numbers count in ``classes.txt`` beside the tars, where there is one;
+- ``json``: fields that serve as the columns of a table do (label, split, group by their names or by ``--column``, all
+  further ones are kept), values that are lists or objects left out; ``txt`` only where ``--column label=txt`` asks.
+
+Without a split in the fields the names of the tars tell it (``train-000.tar``, ``val/000.tar``). The id of an image is
+``chest-003.tar:p1/0001``.
+
+At opening the headers are walked and the small texts read; of an image its offset and size are kept. Nothing is ever
+extracted, so no name can lead anywhere; links and devices are left out and counted. A tar that is cut off, compressed,
+or goes on behind its end is refused, since what is behind that place would be missing.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from featurecache.dataset import SPLITS, Dataset, few, opened, safe_name, settle_task, source_record
+from featurecache.errors import SourceError, UnreadableImage
+from featurecache.sources.folders import EXTENSIONS, is_image
+from featurecache.sources.tables import Table, annotate
+from featurecache.sources.tars import LONGEST, TEXTS, Found, Members, Sample, names_image, read_at, walk
+
+CLASSES = "classes.txt"
+_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+_PATTERN = re.compile(r"[*?\[]|\{[^{}]*(,|\.\.)[^{}]*\}")
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_MOST = 100_000  # tars of one pattern
+
+
+@dataclass
+class _Samples(Table):
+    """Their texts as columns, one row a sample."""
+
+    ids: list[str] = field(default_factory=list)
+
+    def row(self, index: int) -> str:
+        return self.ids[index]
+
+
+def is_webdataset(path: str) -> bool:
+    """Whether ``path`` names tars: one, a pattern, or a folder that holds nothing else."""
+    if path.lower().endswith((".tar", *_PACKED)) and not os.path.isdir(path):
+        return os.path.lexists(path) or is_pattern(path)
+    return _holds_tars_only(path)
+
+
+def is_pattern(path: str) -> bool:
+    """Whether ``path``, where no file of that name is, stands for several tars."""
+    return bool(_PATTERN.search(path)) and path.lower().endswith((".tar", *_PACKED))
+
+
+def open_webdataset(data: str, columns: dict[str, str] | None, asked: str | None) -> Dataset:
+    """The dataset in the tars that ``data`` (an absolute path) names."""
+    root, tars = _tars(data)
+    found = Found()
+    for number, tar in enumerate(tars):
+        walk(root, tar, number, found)
+    given = dict(columns or {})
+    image = given.pop("path", None)
+    images = [(sample, kind) for sample in found.samples if (kind := _image_of(sample, image)) is not None]
+    if not images:
+        raise SourceError(_why_empty(data, found, image))
+    table, notes = _texts(root, tars, [sample for sample, _ in images], given)
+    label = {"label": "cls"} if "cls" in table.columns and "label" not in given else {}
+    said = annotate(table, table.ids, {**given, **label}, asked, _class_list(os.path.join(root, CLASSES)))
+    classes = said.classes
+    task = settle_task(asked, classes, said.labels.ndim == 2, table.name)
+    labels = said.labels if task != "unlabelled" else np.full(len(images), -1, np.int64)
+    places = [sample.files[kind] for sample, kind in images]
+    return Dataset(
+        name=safe_name(_name(data)),
+        source=source_record("webdataset", data, columns, asked),
+        ids=table.ids,
+        labels=labels,
+        splits=said.splits if any(said.splits) else _splits(tars, [sample.tar for sample, _ in images]),
+        groups=said.groups,
+        meta=said.meta,
+        classes=classes if task != "unlabelled" else [],
+        task=task,
+        images=Members(
+            root, table.ids, tars, found.stamps, np.array([sample.tar for sample, _ in images], np.int32),
+            np.array([offset for offset, _ in places], np.int64), np.array([size for _, size in places], np.int64),
+        ),
+        notes=(*notes, *_notes(found, len(found.samples) - len(images), bool(classes))),
+    )  # fmt: skip
+
+
+# -- which tars
+
+
+def _holds_tars_only(folder: str) -> bool:
+    """Tars and no images, at its top or in folders that are all named for splits."""
+    files, folders = _listed(folder)
+    if any(is_image(name) for name in files) or any(name.lower() not in SPLITS for name in folders):
+        return False
+    below = [_listed(os.path.join(folder, name))[0] for name in folders]
+    everything = [name for names in (files, *below) for name in names]
+    return not any(map(is_image, everything)) and any(name.lower().endswith(".tar") for name in everything)
+
+
+def _listed(folder: str) -> tuple[list[str], list[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            visible = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    except OSError:
+        return [], []
+    return [name for name, is_folder in visible if not is_folder], [name for name, is_folder in visible if is_folder]
+
+
+def _tars(data: str) -> tuple[str, list[str]]:
+    """The folder they are named from, and the tars, sorted."""
+    if os.path.isdir(data):
+        files, folders = _listed(data)
+        below = [f"{folder}/{name}" for folder in folders for name in _listed(os.path.join(data, folder))[0]]
+        return data, sorted(name for name in [*files, *below] if name.lower().endswith(".tar"))
+    if os.path.lexists(data):
+        return os.path.dirname(data), [os.path.basename(data)]
+    root = os.path.dirname(data[: _PATTERN.search(data).start()])  # type: ignore[union-attr]
+    paths = []
+    for name in _expanded(data):
+        there = sorted(glob.glob(name)) if re.search(r"[*?\[]", name) else [name]
+        missing = [path for path in there if not os.path.exists(path)]
+        if missing or not there:
+            raise SourceError(f"there is no {missing[0] if missing else name}, which {data} stands for.")
+        paths += there
+    return root, sorted(os.path.relpath(path, root) for path in dict.fromkeys(paths))
+
+
+def _expanded(pattern: str) -> list[str]:
+    """``{000..012}`` counts with its zeros, ``{a,b}`` lists; all combinations."""
+    parts, counts = [], 1
+    for place, text in enumerate(_BRACES.split(pattern)):
+        bounds = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+        if place % 2 == 0:
+            parts.append([text])
+        elif bounds:
+            first, last = int(bounds[1]), int(bounds[2])
+            counts *= max(last - first + 1, 0)
+            _refuse_many(pattern, counts)
+            width = len(bounds[1])
+            parts.append([f"{number:0{width}d}" for number in range(first, last + 1)])
+        else:
+            parts.append(text.split(",") if "," in text else [f"{{{text}}}"])
+            counts *= len(parts[-1])
+            _refuse_many(pattern, counts)
+    return ["".join(chosen) for chosen in itertools.product(*parts)]
+
+
+def _refuse_many(pattern: str, count: int) -> None:
+    if not 0 < count <= _MOST:
+        raise SourceError(
+            f"{pattern} stands for {count:,} tars; expected 1 to {_MOST:,}, as in chest-{{000..012}}.tar."
+        )
+
+
+def _name(data: str) -> str:
+    """What a view is called: the name without braces, stars and numbers at its end."""
+    name = os.path.basename(data)
+    for ending in (".tar", *_PACKED):
+        name = name.removesuffix(ending)
+    return re.sub(r"[-_.]*\d*(\{[^{}]*\}|[*?]|\[[^\]]*\])+", "", name) or os.path.basename(os.path.dirname(data))
+
+
+def _image_of(sample: Sample, asked: str | None) -> str | None:
+    """What stands behind the dot of the sample's image; None where it has none."""
+    kinds = [kind for kind in sample.files if names_image(kind)]
+    if asked is not None:
+        return asked if asked in kinds else None
+    if len(kinds) > 1:
+        raise SourceError(f"{sample.id} has several images ({few(kinds)}); --column path={kinds[0]} says which.")
+    return kinds[0] if kinds else None
+
+
+# -- what is said of them
+
+
+def _texts(root: str, tars: list[str], samples: list[Sample], columns: dict[str, str]) -> tuple[_Samples, list[str]]:
+    """The texts of samples as columns; and what to say about them."""
+    kinds = [kind for kind in TEXTS if kind != "txt" or "txt" in columns.values()]
+    cells: dict[str, list[str]] = {}
+    nested: set[str] = set()
+    known: dict[str, str] = {}  # each value once in memory
+    for number, group in itertools.groupby(enumerate(samples), key=lambda pair: pair[1].tar):
+        with opened(os.path.join(root, tars[number])) as (descriptor, _):
+            for row, sample in group:
+                for kind in kinds:
+                    if kind in sample.files:
+                        for name, value in _fields(descriptor, sample, kind, nested):
+                            column = cells.setdefault(name, [""] * len(samples))
+                            column[row] = known.setdefault(value, value)
+    table = _Samples(root, cells, range(len(samples)), [sample.id for sample in samples])
+    skipped = f"Lists and objects in the JSON are left out: {few(sorted(nested))}."
+    return table, [skipped] if nested else []
+
+
+def _fields(descriptor: int, sample: Sample, kind: str, nested: set[str]) -> Iterator[tuple[str, str]]:
+    """(column, value) of one text."""
+    offset, size = sample.files[kind]
+    if size > LONGEST:
+        raise SourceError(f"{sample.id}.{kind} has {size:,} bytes; expected at most {LONGEST:,}.")
+    try:
+        text = read_at(descriptor, offset, size).decode("utf-8-sig")
+        found = json.loads(text) if kind == "json" else {kind: text.strip()}
+    except (ValueError, RecursionError, UnreadableImage) as error:
+        what = "JSON" if kind == "json" else "UTF-8 text"
+        raise SourceError(f"{sample.id}.{kind} is no {what} ({str(error).splitlines()[0]}).") from error
+    if not isinstance(found, dict):
+        raise SourceError(f"{sample.id}.json holds {type(found).__name__}; expected an object with fields.")
+    for name, value in found.items():
+        if isinstance(value, dict | list):
+            nested.add(name)
+        elif kind != "json" or name not in sample.files:  # beside a .cls a field called cls is not asked
+            yield name, "" if value is None else str(value).strip()
+
+
+def _class_list(file: str) -> list[str]:
+    """The lines of ``classes.txt``; nothing where there is none."""
+    if not os.path.exists(file):
+        return []
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            names = [line.strip() for line in lines.read(LONGEST).rstrip().split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{file} cannot be read as UTF-8 text ({error}).") from error
+    if "" in names or len(set(names)) < len(names):
+        raise SourceError(f"{file} has an empty line or a name twice; expected the name of a class on each line.")
+    return names
+
+
+def _splits(tars: list[str], numbers: list[int]) -> list[str]:
+    """The split that the name of each image's tar bears; none bears one, or all do."""
+    words = [{SPLITS[word] for word in re.split(r"[^a-z]+", tar.lower()) if word in SPLITS} for tar in tars]
+    several = [tar for tar, found in zip(tars, words, strict=True) if len(found) > 1]
+    without = [tar for tar, found in zip(tars, words, strict=True) if not found]
+    if several:
+        raise SourceError(f"the name {several[0]} stands for two splits; expected one of train, val, test.")
+    if without and len(without) < len(tars):
+        named = next(tar for tar, found in zip(tars, words, strict=True) if found)
+        raise SourceError(f"{named} is named for a split and {few(without, 3)} for none; name all of them, or none.")
+    return ["".join(words[number]) for number in numbers]
+
+
+def _why_empty(data: str, found: Found, asked: str | None) -> str:
+    kinds = Counter(kind for sample in found.samples for kind in sample.files)
+    there = few([f".{kind} {count:,}" for kind, count in (kinds + found.ignored).most_common(5)]) or "nothing"
+    expected = f"a .{asked}, as --column path={asked} says" if asked else f"endings like {few(EXTENSIONS, 4)}"
+    return f"no images in {data}: found {there}, expected {expected}."
+
+
+def _notes(found: Found, without: int, labelled: bool) -> list[str]:
+    notes = []
+    if without:
+        notes.append(f"{without:,} samples hold no image and were left out.")
+    if found.ignored:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in found.ignored.most_common(4))
+        notes.append(
+            f"{found.ignored.total():,} entries of the tars are no images or labels and were ignored ({kinds})."
+        )
+    if not labelled:
+        notes.append(
+            "No labels were found: expected .cls files, or a field of the .json that --column label=NAME names."
+        )
+    return notes

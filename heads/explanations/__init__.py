@@ -1,0 +1,1 @@
+"""Why a head said what it said: contributions, attention, Grad-CAM, drawn over the images."""

@@ -1,0 +1,261 @@
+"""Maps of one run over images: which tokens or pixels are needed, where they are had, and each map with its control.
+
+Features of images that are in the view of the run are read from it, found by digest; those of new images go through the
+same backbone, precision and rounding as the store has (`featurecache.again`). A run on pixels has no backbone: its own
+network is asked, by Grad-CAM and by occlusion of squares.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from featurecache.errors import BadOption, NotInCache
+from heads.explanations.contributions import FAST, contribution_maps
+from heads.explanations.maps import KINDS, Map, direction, shuffled, with_controls
+from heads.explanations.originals import Original, Originals
+from heads.explanations.places import Places, check_gap, mean_training_token, places_of, source_of
+from heads.pixels import is_pixels, preprocess_of
+from heads.runs import Run
+
+if TYPE_CHECKING:
+    from featurecache.again import Again
+
+SQUARES = 14  # squares a side that a network on pixels is occluded with; of images below 112 pixels 8
+AT_ONCE = 2**23  # numbers of occluded pixels in memory at once
+
+
+class Explainer:
+    """Maps of one run. ``device``, ``weights``, ``trust_code``: of its backbone, as for predict."""
+
+    def __init__(
+        self, run: Run, originals: Originals, *, device: str = "auto", weights: str | None = None,
+        trust_code: bool = False,
+    ) -> None:  # fmt: skip
+        self.run, self._options = run, {"device": device, "weights": weights, "trust_code": trust_code}
+        self.on_pixels = is_pixels(run)
+        self.view = None if self.on_pixels else originals.view(run)
+        self._mean: tuple[torch.Tensor, str] | None = None
+
+    @property
+    def default(self) -> str:
+        return "grad-cam" if self.on_pixels else "contribution"
+
+    @property
+    def slow(self) -> bool:
+        """Whether a contribution costs a forward pass of the head for every token."""
+        return not (self.on_pixels or self.run.output in ("gap", "mean") or isinstance(self.run.model, FAST))
+
+    @cached_property
+    def control(self) -> nn.Module:
+        """The run's head, of a network on pixels its last linear layer, with shuffled weights."""
+        if not self.on_pixels:
+            return shuffled(self.run.model)
+        import copy
+
+        network = copy.deepcopy(self.run.model)
+        name = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+        parent, _, own = name.rpartition(".")
+        setattr(network.get_submodule(parent), own, shuffled(network.get_submodule(name)))
+        return network
+
+    def logits(self, images: Sequence[Original]) -> np.ndarray:
+        """Calibrated, float64 [n, C]: those that ``predict`` gives."""
+        return self.run.logits(self._pixels(images) if self.on_pixels else self.features(images, self.run.output))
+
+    def maps(
+        self, kind: str, images: Sequence[Original], classes: np.ndarray, method: str = "replace"
+    ) -> list[list[Map]]:
+        """The maps of every image, of the margins of ``classes`` [n]. Raises BadOption where this run has no such."""
+        if kind not in KINDS:
+            raise BadOption(f'--kind "{kind}" is not one of {", ".join(KINDS)}.')
+        if kind == "attention":
+            return self._attention(images)
+        make = {"contribution": self._contributions, "grad-cam": self._grad_cam}[kind]
+        found, controls = (make(images, classes, model, method) for model in (self.run.model, self.control))
+        return [[each] for each in with_controls(found, controls)]
+
+    # --- contribution
+
+    def _contributions(
+        self, images: Sequence[Original], classes: np.ndarray, model: nn.Module, method: str
+    ) -> list[Map]:
+        if self.on_pixels:
+            return self._squares(images, classes, model, method)
+        places = self._places
+        x = self.features(images, places.source).float().clone()  # outside inference mode
+        if self.run.output == "gap":
+            check_gap(self.run, places, x, self.features(images, "gap"))
+        mean, said = None, ""
+        if method == "replace":
+            self._mean = self._mean or mean_training_token(self.run, places, self.view)
+            mean, said = self._mean
+        return contribution_maps(self.run, places, x, classes, method, mean, said, model)
+
+    @cached_property
+    def _places(self) -> Places:
+        source = source_of(self.run)
+        if self.view is not None and self.view.has(source):
+            info = self.view.info(source)
+            return places_of(self.run, info.prefix, info.grid)
+        if self.view is not None:
+            self.view.info(source)  # raises with the command that stores it
+        backbone = self._again.backbone
+        return places_of(self.run, backbone.prefix, backbone.grid)
+
+    @torch.no_grad()
+    def _squares(self, images: Sequence[Original], classes: np.ndarray, model: nn.Module, method: str) -> list[Map]:
+        """Of a network on pixels: squares of them replaced by the colour that normalising makes zero."""
+        if method != "replace":
+            raise BadOption("--method gradient is for heads on tokens; a network on pixels has --method replace.")
+        preprocess, pixels = preprocess_of(self.run), self._pixels(images).float()
+        height, width = preprocess.size
+        count = SQUARES if min(height, width) >= 8 * SQUARES else 8
+        colour = 255 * torch.tensor(preprocess.mean or (0.0, 0.0, 0.0)).view(3, 1, 1)
+        toward = self._toward(classes)
+        rows, columns = (np.linspace(0, side, count + 1).round().astype(int) for side in (height, width))
+        places = [(slice(rows[i], rows[i + 1]), slice(columns[j], columns[j + 1])) for i, j in np.ndindex(count, count)]
+        some = max(1, AT_ONCE // (3 * height * width))
+        found = []
+        for image, way in zip(pixels, toward, strict=True):
+            margin = float((model(image[None]) * way).sum())
+            parts: list[float] = []
+            for start in range(0, len(places), some):
+                copies = image.repeat(len(places[start : start + some]), 1, 1, 1)
+                for copy, (down, across) in zip(copies, places[start : start + some], strict=True):
+                    copy[:, down, across] = colour
+                parts += (margin - (model(copies) * way).sum(1).double()).tolist()
+            found.append(np.array(parts).reshape(count, count))
+        how = "change of the margin when this square is replaced by the mean colour (occlusion)"
+        return [Map("contribution", how, each, self._unit, small="occlusion") for each in found]
+
+    @property
+    def _unit(self) -> str:
+        return "log-odds" if self.run.task != "multilabel" and len(self.run.classes) == 2 else "margin"
+
+    def _toward(self, classes: np.ndarray) -> torch.Tensor:
+        run = self.run
+        return direction(classes, len(run.classes), run.calibration.temperature, run.task == "multilabel")
+
+    # --- through a network
+
+    def _attention(self, images: Sequence[Original]) -> list[list[Map]]:
+        if self.on_pixels:
+            raise BadOption(
+                f"{self.run.head} is trained from pixels and has no backbone whose attention could be shown; --kind "
+                "grad-cam and --kind contribution (occlusion) are for it."
+            )
+        from heads.explanations.attention_maps import attention_maps, check_class_token
+
+        with self._in_float32() as again:
+            check_class_token(again.backbone)
+            return attention_maps(again.backbone, self._normalised(again, images))
+
+    def _grad_cam(self, images: Sequence[Original], classes: np.ndarray, model: nn.Module, _: str) -> list[Map]:
+        from heads.explanations.gradcam import Whole, check_extra, grad_cam_maps, layer_of
+
+        check_extra()
+        if self.on_pixels:
+            network: Any = model
+            grid = network.cam_grid
+            first, places = (0, None) if grid is None else (grid[0], (grid[1], grid[2]))
+            given = self._pixels(images).float()
+            return grad_cam_maps(network, (network.cam_layer, "output"), given, self._toward(classes), places, first)
+        from featurecache.outputs import parse
+
+        output = parse(self.run.output)
+        with self._in_float32() as again:
+            backbone = again.backbone
+            pixels = self._normalised(again, images)
+            whole = Whole(backbone, output, _on(self.run.standardize, pixels.device), model.to(pixels.device))
+            try:
+                maps = grad_cam_maps(
+                    whole,
+                    layer_of(backbone, output),
+                    pixels,
+                    self._toward(classes),
+                    backbone.grid,
+                    len(backbone.prefix),
+                )
+            finally:
+                model.cpu()
+            return maps
+
+    # --- what they are made of
+
+    def features(self, images: Sequence[Original], output: str) -> torch.Tensor:
+        """[n, ...] in the storage dtype: stored rows where the view has them, else through the backbone."""
+        from featurecache.outputs import parse
+
+        where = self._rows if self.view is not None and self.view.has(output) else {}
+        rows = [where.get(image.digest) for image in images]
+        new = [image for image, row in zip(images, rows, strict=True) if row is None]
+        old = np.array([row for row in rows if row is not None], dtype=np.int64)
+        stored = list(self.view.tensor(output, old)) if self.view is not None and len(old) else []
+        made: list[torch.Tensor] = []
+        if new:
+            found, _, failed = self._again.rows([image.data for image in new], parse(output))
+            if failed:
+                raise BadOption(f"{new[failed[0][0]].name} cannot be read: {failed[0][1]}.")
+            made = list(found)
+        return torch.stack([(made if row is None else stored).pop(0) for row in rows])
+
+    @cached_property
+    def _rows(self) -> dict[bytes, int]:
+        assert self.view is not None
+        return {bytes(digest): row for row, digest in enumerate(self.view.digests)}
+
+    def _pixels(self, images: Sequence[Original]) -> torch.Tensor:
+        """uint8 [n,3,h,w] as a network on pixels sees them."""
+        preprocess = preprocess_of(self.run)
+        return torch.stack([preprocess.resized(torch.from_numpy(image.pixels).permute(2, 0, 1)) for image in images])
+
+    @cached_property
+    def _again(self) -> Again:
+        from featurecache.again import again_like
+
+        config = self.run.config
+        if "request" not in config["provenance"]:
+            raise NotInCache(
+                f"{config['view']['label']} was imported, and its backbone is not known: there are maps of images "
+                "whose tokens it holds, and no others."
+            )
+        where = Path(config["view"]["path"]).parent  # the store, for its plan; it need not be there any more
+        like = SimpleNamespace(
+            spec=config["spec"], provenance=config["provenance"], label=config["view"]["label"], store=where
+        )
+        options = {**self._options, "trust_code": self._options["trust_code"] or self.run.trust_code}
+        return again_like(like, **options)  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def _in_float32(self) -> Iterator[Again]:
+        """The backbone with the store's weights, computing in float32."""
+        again = self._again
+        model = again.backbone.model
+        before = next(model.parameters()).dtype
+        model.float()
+        try:
+            yield again
+        finally:
+            model.to(before)
+
+    def _normalised(self, again: Again, images: Sequence[Original]) -> torch.Tensor:
+        """float32 [n,3,h,w] on the backbone's device."""
+        preprocess = again.backbone.preprocess
+        pixels = torch.stack([preprocess.resized(torch.from_numpy(i.pixels).permute(2, 0, 1)) for i in images])
+        return preprocess.normalised(pixels.to(next(again.backbone.model.parameters()).device))
+
+
+def _on(scale: Any, device: torch.device) -> Any:
+    if scale.mean is None:
+        return scale
+    return replace(scale, mean=scale.mean.to(device), std=scale.std.to(device))

@@ -1,0 +1,227 @@
+"""``finetune:<backbone>``: how such a network is made, written as files that ``extract`` takes, and read back.
+
+    config.json, model.safetensors, preprocessor_config.json   of transformers: what ``--backbone hf:FOLDER`` reads
+    model.safetensors                                          of torchvision and timm: what ``--weights`` reads
+    finetuned.json                                             what it began as, and the vector its classifier takes
+
+Additions (`adapters`) are worked into the weights. The classifier is not among them: it is the head of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featurecache.backbones import Backbone, load_backbone, outline
+from featurecache.backbones.aliases import ALIASES
+from featurecache.backbones.networks import Tokens
+from featurecache.errors import BadOption, CacheError, FeatureCacheError, RunError, UnknownHead
+from featurecache.preprocess import Preprocess
+from featurecache.records import read_record
+from heads.architectures import own_randomness
+from heads.networks.adapters import add_lora, add_rlrr, check_adapters, merged
+from heads.networks.baselines import FINETUNE, Baseline
+from heads.networks.tuned import FineTuned, unused
+
+# As the ViT of the Medical MNIST notebook was trained.
+SETTINGS = {
+    "optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.01, "epochs": 20, "batch_size": 16, "patience": 0,
+    "balance": False, "select": "loss",
+}  # fmt: skip
+# Of the few new parameters of LoRA and RLRR. Published: 3e-3 in batches of 256 (RLRR's repository), 5e-3 in batches of
+# 128 (peft's guide to image classification); by the root of the ratio to 16 that is 0.75e-3 and 1.8e-3.
+ADAPTED = {"lr": 1e-3}
+FORMAT = 1
+RECORD, WEIGHTS = "finetuned.json", "model.safetensors"
+_KINDS = {"format": int, "provider": str, "name": str, "vector": str, "image_size": int, "sized": bool}
+
+
+def _origin(backbone: Backbone, sized: bool) -> dict[str, Any]:
+    """What a network began as, as data. ``sized``: at another image size than the checkpoint's own."""
+    made_of = backbone.provenance
+    return {
+        "provider": made_of["provider"],
+        "name": made_of["request"]["name"],
+        "id": made_of["id"],
+        "revision": made_of["revision"],
+        "licence": made_of["licence"],
+        "weights": backbone.weights,
+        "vector": backbone.vector,
+        "image_size": backbone.image_size[0],
+        "sized": sized,
+    }
+
+
+def finetune_info(name: str, weights: str | None = None, adapted: bool = False) -> Baseline:
+    """The record of ``finetune:<name>``, without loading its weights."""
+    if not name or name.startswith("python:"):
+        raise UnknownHead(
+            f"{FINETUNE}{name}: expected {FINETUNE}<backbone>, such as {FINETUNE}vit-in21k or {FINETUNE}resnet50; a "
+            "network of your own is trained by your own code."
+        )
+    found = _outline(name, weights, None, _stamp(name, weights))
+    return Baseline(
+        f"{name} from its published weights, with a new linear layer on its {found.vector}",
+        found.image_size[0],
+        lambda size: _outline(name, weights, size, _stamp(name, weights)).preprocess,
+        partial(finetuned, name, weights),
+        SETTINGS | (ADAPTED if adapted else {}),
+        found.provenance["source"],
+    )
+
+
+@lru_cache(maxsize=64)
+def _outline(name: str, weights: str | None, size: int | None, stamp: tuple[int, ...]) -> Backbone:
+    options = {} if size is None else {"image_size": size}
+    return outline(name, weights=weights, **options)
+
+
+def _stamp(name: str, weights: str | None) -> tuple[int, ...]:
+    """When the settings in a folder of weights were written: another checkpoint may lie there by now."""
+    folders = [Path(place).expanduser() for place in (name.removeprefix("hf:"), weights) if place]
+    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.json"))]
+    return tuple(file.stat().st_mtime_ns for file in files)
+
+
+def finetuned(
+    name: str, weights: str | None, image_size: int, classes: int, *, generator: torch.Generator,
+    dropout: float | None = None, lora: int | None = None, rlrr: bool = False, random_weights: bool = False,
+    seed: int = 0,
+) -> FineTuned:  # fmt: skip
+    """The network ``name`` with a new classifier of ``dropout``; its additions are drawn from ``generator``."""
+    backbone = load_backbone(name, weights=weights, random_weights=random_weights, seed=seed, image_size=image_size)
+    check_adapters(name, backbone.model, lora, rlrr)
+    if backbone.provenance["provider"] == "torchvision" and backbone.position_embeddings.startswith("interpolated"):
+        raise BadOption(
+            f"--image-size {image_size}: a ViT of torchvision that was tuned so could not be loaded again, for its "
+            "builder has the position embeddings of one size. Leave it out, or take a ViT of hf: or timm:."
+        )
+    with own_randomness(generator):
+        sized = image_size != finetune_info(name, weights).image_size
+        module = FineTuned(backbone, classes, _origin(backbone, sized), dropout or 0.0)
+        if isinstance(module.network, Tokens) and (lora is not None or rlrr):
+            add_rlrr(module.network) if lora is None else add_lora(module.network, lora)
+            module.adapted = True
+    return module
+
+
+def save_backbone(module: FineTuned, folder: Path) -> str:
+    """Write the network without its classifier; return what to give ``extract`` so that it takes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = merged(module.network) if module.adapted else module.network
+    network: Any = model.network
+    left_out = {name.removeprefix("network.") for name in unused(model, module.vector) if "mask_token" not in name}
+    state = {
+        key: value.detach().cpu().contiguous() for key, value in network.state_dict().items() if key not in left_out
+    }
+    if module.origin["provider"] == "hf":
+        _save_hf(network, state, module.preprocess, folder)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(state, folder / WEIGHTS, {"format": "pt"})
+    record = {"format": FORMAT, **module.origin}
+    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return extract_words(folder)
+
+
+def _save_hf(network: Any, state: dict[str, torch.Tensor], preprocess: Preprocess, folder: Path) -> None:
+    from featurecache.backbones.hf import quiet
+
+    processor = processor_of(preprocess)
+    with quiet():
+        network.save_pretrained(folder, state_dict=state)
+        processor.save_pretrained(folder)
+
+
+def processor_of(preprocess: Preprocess) -> Any:
+    """An image processor of transformers that does just this."""
+    import transformers
+
+    from featurecache.backbones.processors import from_processor
+
+    settings: dict[str, Any] = {"do_resize": preprocess.mode != "none", "do_center_crop": preprocess.crop is not None}
+    if preprocess.mode == "shortest":
+        settings["size"] = {"shortest_edge": preprocess.resize[0]}
+    elif preprocess.mode == "squash":
+        settings["size"] = dict(zip(("height", "width"), preprocess.resize, strict=True))
+    if preprocess.crop is not None:
+        settings["crop_size"] = dict(zip(("height", "width"), preprocess.crop, strict=True))
+    settings |= {"do_rescale": preprocess.scale is not None, "do_normalize": preprocess.mean is not None}
+    if preprocess.scale is not None:
+        settings["rescale_factor"] = preprocess.scale
+    if preprocess.mean is not None and preprocess.std is not None:
+        settings |= {"image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
+    processor = transformers.CLIPImageProcessor(resample=_resample(preprocess.interpolation), **settings)
+    assert from_processor(processor) == preprocess
+    return processor
+
+
+def _resample(interpolation: str) -> int:
+    from PIL import Image
+
+    return int(Image.Resampling[interpolation.removesuffix("-exact").upper()])
+
+
+def extract_words(folder: Path) -> str:
+    """The options of ``extract`` for what `save_backbone` wrote into ``folder``."""
+    record = _record(folder)
+    if record["provider"] == "hf":
+        words = f"--backbone {shlex.quote(f'hf:{folder}')}"
+    else:
+        words = f"--backbone {shlex.quote(record['name'])} --weights {shlex.quote(str(folder / WEIGHTS))}"
+    return words + (f" --image-size {record['image_size']}" if record["sized"] else "")
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What `save_backbone` wrote; it may be somebody else's. Raises RunError."""
+    try:
+        record = read_record(folder / RECORD)
+    except (CacheError, OSError) as error:
+        raise RunError(f"{folder} is no fine-tuned network, or is damaged: {error}") from error
+    wrong = [key for key, kind in _KINDS.items() if not isinstance(record.get(key), kind)]
+    if not wrong:
+        alias = ALIASES.get(record["name"])
+        place = alias.id if alias else record["name"]
+        known = record["provider"] == "hf" or place.startswith(f"{record['provider']}:")
+        if record["provider"] not in ("hf", "torchvision", "timm") or not known:
+            wrong.append("provider")
+    if wrong or record["format"] != FORMAT:
+        raise RunError(f"{folder / RECORD} is damaged: it has no proper {' and no '.join(wrong or ['format'])}.")
+    return record
+
+
+def classifier_state(module: FineTuned) -> dict[str, torch.Tensor]:
+    """``weight`` [C,D] and ``bias`` [C] of the new classifier: what is left of a run's network beside its folder."""
+    return {f"classifier.{key}": value.detach().cpu().clone() for key, value in module.classifier.state_dict().items()}
+
+
+def load_finetuned(folder: Path, state: dict[str, torch.Tensor], *, classes: int | None = None) -> FineTuned:
+    """The network that `save_backbone` wrote with the classifier of `classifier_state`, in eval mode. Raises RunError
+    where they do not belong together."""
+    record, place = _record(folder), folder / WEIGHTS
+    name, weights = (f"hf:{folder}", None) if record["provider"] == "hf" else (record["name"], str(place))
+    try:
+        backbone = load_backbone(name, weights=weights, image_size=record["image_size"])
+    except FeatureCacheError as error:
+        raise RunError(f"{folder} is no fine-tuned network, or is damaged: {error}") from error
+    weight = state.get("classifier.weight")
+    if weight is None or weight.ndim != 2 or set(state) != {"classifier.weight", "classifier.bias"}:
+        raise RunError(f"{folder}: its classifier is missing; expected a weight [C,D] and a bias [C].")
+    if state["classifier.bias"].shape != weight.shape[:1] or classes not in (None, len(weight)):
+        raise RunError(
+            f"{folder}: its classifier is of {len(weight)} classes; expected {classes or 'a bias for each'}."
+        )
+    if backbone.vector != record["vector"] or weight.shape[1] != backbone.width:
+        raise RunError(
+            f"{folder} gives a {backbone.vector} of {backbone.width} numbers, and its classifier takes a "
+            f"{record['vector']} of {weight.shape[1]}."
+        )
+    module = FineTuned(backbone, len(weight), {key: value for key, value in record.items() if key != "format"})
+    module.classifier.load_state_dict({key.removeprefix("classifier."): value for key, value in state.items()})
+    return module.eval()

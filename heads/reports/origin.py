@@ -1,0 +1,162 @@
+"""Where the numbers of a report come from: the commands that make them again, versions, weights, preprocessing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featurecache.errors import FeatureCacheError
+from heads.pixels import is_pixels
+from heads.runs import Run
+from heads.settings import Settings
+
+if TYPE_CHECKING:
+    from heads.families import Family
+
+MOST = 12  # heads whose commands are written out
+_WORDS_OF = {"balance": "--no-balance"}  # flags that are on unless said otherwise
+
+
+def option_words(settings: dict[str, Any], published: dict[str, Any] | None = None) -> list[str]:
+    """The options of training that differ from their defaults, or from what was ``published`` of a network, as words of
+    a command line."""
+    words: list[str] = []
+    for field in fields(Settings):
+        value = settings.get(field.name, field.default)
+        usual = (published or {}).get(field.name, field.default)
+        if published is not None and field.name == "augment" and value is None and usual is not None:
+            value = "none"
+        if field.name in ("head", "output", "device") or value is None or value == usual:
+            continue
+        name = _WORDS_OF.get(field.name, f"--{field.name.replace('_', '-')}")
+        if isinstance(value, bool):
+            words.append(name if value != field.default else name.replace("--no-", "--"))
+        elif isinstance(value, list | tuple):
+            words += [word for part in value for word in (name, str(part))]
+        else:
+            words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
+
+
+def train_command(run: Run) -> str:
+    """The command line that trains this head, or this network, again."""
+    config = run.config
+    if is_pixels(run):
+        words = ["--arch", run.head, "--data", str((config["view"].get("source") or {}).get("data"))]
+        return "featurecache train-baseline " + shlex.join(words + option_words(config["settings"], _published(run)))
+    words = ["--head", run.head, "--features", config["view"]["label"], "--output", run.output]
+    return "featurecache train-head " + shlex.join(words + option_words(config.get("settings", {})))
+
+
+def _published(run: Run) -> dict[str, Any]:
+    """The settings of a network; none where its backbone is gone: then all of them are written out."""
+    from heads.networks.baselines import baseline_info
+
+    settings = run.config["settings"]
+    adapted = settings.get("lora") is not None or bool(settings.get("rlrr"))
+    try:
+        return baseline_info(run.head, weights=settings.get("weights"), adapted=adapted).settings
+    except FeatureCacheError:
+        return {}
+
+
+def sweep_command(folder: Path) -> str | None:
+    """Of a folder with a sweep.json the command that made it."""
+    try:
+        asked = json.loads((folder / "sweep.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    command = asked.get("command") if isinstance(asked, dict) else None
+    return command if isinstance(command, str) else None
+
+
+def commands_of(
+    folder: Path, given: Sequence[str], families: Sequence[Family], record: dict[str, Any], images: bool, hashed: bool
+) -> list[tuple[str, str]]:
+    """(what it makes, command): the sweep or the heads, and the page itself."""
+    runs = [str(run.path) for family in families for run in family.runs]
+    own = (folder / "sweep.json").is_file() or (folder / "config.json").is_file()
+    words = list(given) or ([str(folder)] if own else runs)
+    found = [(f"{path}:", made) for path in words if (made := sweep_command(Path(path)))]
+    if not found:
+        named = zip(record["families"], families, strict=True)
+        found = [(f"{numbers['name']}:", train_command(family.runs[0])) for numbers, family in list(named)[:MOST]]
+    options: list[tuple[str, Any]] = [("--reference", record["reference"])]
+    options += [("--by", column) for column in record.get("by") or {}]
+    there = (point["at_prevalence"] for family in record["families"] for point in family["operating"])
+    options.append(("--prevalence", next((f"{point['prevalence']:g}" for point in there if point), None)))
+    options.append(("--show-test", "all" if record["test_seen"] else None))
+    options.append(("--out", None if words == [str(folder)] else str(folder)))
+    words += [word for option, value in options if value is not None for word in (option, value)]
+    words += ([] if images else ["--no-images"]) + (["--hash-ids"] if hashed else [])
+    return [*found, ("This page:", f"featurecache report {shlex.join(words)}")]
+
+
+def extract_command(run: Run) -> str | None:
+    """The command that stores the features again, while the view is there to say it."""
+    from featurecache.views import open_view
+
+    if is_pixels(run):
+        return None
+    try:
+        return open_view(run.config["view"]["path"]).extract_command(run.output)
+    except (FeatureCacheError, OSError):
+        return None
+
+
+def setting_words(setting: dict[str, Any]) -> str:
+    """``lr 0.001 · weight decay 0.0001``"""
+    shown = {key: value for key, value in setting.items() if value is not None and value != ()}
+    return " · ".join(f"{key.replace('_', ' ')} {_word(value)}" for key, value in shown.items())
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def origins(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For every view that runs were trained on: what it is, and its spec and provenance as JSON."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        config = run.config
+        view = config["view"]
+        key = f"{view.get('fingerprint')} {view['label']}"
+        if key in found:
+            continue
+        splits, source = config["splits"], view.get("source") or {}
+        facts = {
+            "view": view["label"],
+            "fingerprint of the features": view.get("fingerprint"),
+            "backbone": _backbone(config["provenance"]),
+            "weights": "random: never trained" if view["untrained"] else "trained",
+            "licence of the weights": None if view["untrained"] else config["provenance"].get("licence"),
+            "data": source.get("data"),
+            "splits": splits.get("how"),
+            "images": " · ".join(f"{name} {n:,}" for name, n in (splits.get("images") or {}).items()),
+            "the test images": f"BLAKE2b-128 of their digests: {splits['digest']}",
+            "versions": " · ".join(f"{k} {v}" for k, v in (config.get("versions") or {}).items()),
+            "made": config["created"][:19].replace("T", " "),
+        }
+        found[key] = {
+            "label": view["label"],
+            "facts": [(name, value) for name, value in facts.items() if value],
+            "extract": extract_command(run),
+            "spec": _json(config["spec"]),
+            "provenance": _json(config["provenance"]),
+        }
+    return list(found.values())
+
+
+def _backbone(provenance: dict[str, Any]) -> str:
+    parts = [provenance.get(key) for key in ("backbone", "id", "revision")]
+    return " · ".join(dict.fromkeys(str(part) for part in parts if part))
+
+
+def _json(record: Any) -> str:
+    return json.dumps(record, indent=1, ensure_ascii=False, sort_keys=True)

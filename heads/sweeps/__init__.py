@@ -1,0 +1,1 @@
+"""Many heads at once: what is asked, planned, trained together and kept, row by row."""

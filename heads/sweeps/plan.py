@@ -1,0 +1,390 @@
+"""What a sweep trains, before it trains: the heads that fit the outputs, the settings, the draws of splits.
+
+An *entry* is one line of the table in the end: (view, output, head, fraction). For each entry every *draw* (repeat,
+fold) is trained with every setting and seed; what shares an entry and a draw shares its batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from featurecache.errors import BadOption
+from featurecache.spec import canonical_json
+from heads.architectures import HEADS, Input, head_info, make_head
+from heads.choice import GRIDS
+from heads.data import task_of
+from heads.families import name_of
+from heads.jobs import Job, choose_output, make_model, memory_plan, prepare, splits_for
+from heads.pixels import PixelView
+from heads.same_images import SameImages, same_images
+from heads.settings import OF_BASELINES, OF_FINETUNE, OPTIMIZERS, SCHEDULES, VARIED, Settings, is_baseline
+from heads.splits import Splits
+from heads.sweeps import grids
+
+if TYPE_CHECKING:
+    from heads.pixels import AnyView
+
+FORMAT = 1  # of the keys
+WORDS = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+STEPPED = ("linear", "mlp")  # heads whose steps are one product for all of them
+TOGETHER, TOGETHER_STACKED = 16, 128  # heads in one training; what a kill can cost
+OF_STEPS = (*VARIED, "epochs", "batch_size", "precision", "pos_weight", "gated")  # nothing to a solved head
+# What a key says in another way (the images with their labels and splits, the window), or what decides nothing.
+NOT_IN_KEY = ("splits", "ram", "device", "output", "classes", "only", "positive", "standardize")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A sweep as it was asked for. ``grid``: the values of every option that is varied; ``base``: the others.
+
+    With ``search`` a value of ``grid`` may be a `grids.Range`.
+    """
+
+    heads: tuple[str, ...]
+    outputs: tuple[str, ...]  # (): each head's own
+    grid: dict[str, Any]
+    base: Settings
+    seeds: int = 1
+    fractions: tuple[float, ...] = (1.0,)
+    repeats: int = 1
+    folds: int | None = None
+    search: str | None = None
+    trials: int | None = None
+    given: tuple[str, ...] = ()  # what was asked for; for the rest a baseline has its published settings
+
+    @classmethod
+    def of(
+        cls, heads: Any, *, outputs: Any = None, seeds: int = 1, fractions: Any = 1.0, repeats: int = 1,
+        folds: int | None = None, search: str | None = None, trials: int | None = None, **options: Any,
+    ) -> Asked:  # fmt: skip
+        """From options as people and the command line give them; raises BadOption."""
+        options = {name: value for name, value in options.items() if value is not None}
+        given = tuple(sorted(options))
+        if search not in (None, "optuna"):
+            raise BadOption(f"--search {search}: it is optuna, or left out for a grid.")
+        if (search is None) != (trials is None):
+            raise BadOption("--search optuna and --trials N go together.")
+        for name, value, least in (("seeds", seeds, 1), ("repeats", repeats, 1), ("trials", trials or 1, 1)):
+            if value < least:
+                raise BadOption(f"--{name} is {value}; it must be at least {least}.")
+        if folds is not None and folds < 2:
+            raise BadOption(f"--folds is {folds}; it must be at least 2.")
+        read = grids.numbers if search is None else grids.space
+        grid: dict[str, Any] = {}
+        for name in GRIDS:
+            if (value := options.pop(name, None)) is not None:
+                grid[name] = read(name.replace("_", "-"), value)
+        for name, known in WORDS.items():
+            if name in options:
+                grid[name] = grids.names(name, options.pop(name), known)
+        if augment := options.pop("augment", ()):
+            several = [augment] if isinstance(augment, str) else list(augment)
+            grid["augment"] = tuple(dict.fromkeys(Settings("", augment=words).augment for words in several))
+        for name in ("seed", "fraction", "fold"):
+            if name in options:
+                raise BadOption(f"--{name} is for one head; a sweep has --{name}s.")
+        base = Settings.of("", **options)
+        parts = grids.numbers("fractions", fractions)
+        for name, values in {**grid, "fraction": parts}.items():
+            for value in [] if isinstance(values, grids.Range) else values:
+                replace(base, **{name: value})  # says at once what no head could be trained with
+        return cls(
+            grids.names("heads", heads), () if outputs is None else grids.names("outputs", outputs), grid, base,
+            seeds, parts, repeats, folds, search, trials, given,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"base": self.base.to_dict()}
+
+    def variants(self) -> list[dict[str, Any]]:
+        """Every combination of the grid, in the order given."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+    @property
+    def draws(self) -> list[Draw]:
+        parts = [None] if self.folds is None else list(range(self.folds))
+        return [Draw(repeat, fold) for repeat in range(self.repeats) for fold in parts]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One drawing of splits: ``repeat`` counts up the split seed; ``fold`` of the folds, or None."""
+
+    repeat: int
+    fold: int | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A family to be: ``number`` is the view's."""
+
+    number: int
+    view: str
+    output: str
+    head: str
+    fraction: float
+
+    @property
+    def family(self) -> tuple[str, str, str, float]:
+        return self.view, self.output, self.head, self.fraction
+
+    @property
+    def solved(self) -> bool:
+        return head_info(self.head).solved
+
+    def __str__(self) -> str:
+        part = f", {self.fraction * 100:.4g} % of train" if self.fraction < 1 else ""
+        if is_baseline(self.head):
+            return f"{name_of(self.head, self.output)}{part}"
+        return f"{self.view} {self.output} {self.head}{part}"
+
+
+@dataclass
+class Plan:
+    """A sweep that can begin: everything the user can have mistaken is checked."""
+
+    asked: Asked
+    matched: SameImages
+    entries: list[Entry]
+    left_out: list[str]  # pairs that do not fit, as sentences
+    ram: float  # GB
+    _splits: dict[Any, Splits] = field(default_factory=dict)
+    _images: dict[Any, str] = field(default_factory=dict)
+    _keys: dict[Any, list[str]] = field(default_factory=dict)
+
+    def splits(self, number: int, fraction: float, draw: Draw) -> Splits:
+        """Drawn once, on the first view, and carried over to the others by image."""
+        key = (fraction, draw)
+        if key not in self._splits:
+            first, base = self.matched.views[0], self._settings(fraction, draw)
+            task = task_of(first, classes=base.classes, only=base.only, positive=base.positive)
+            self._splits[key] = splits_for(first, self.matched.common_task(task), base)
+        if (number, key) not in self._splits:
+            self._splits[number, key] = self.matched.carried(self._splits[key], number)
+        return self._splits[number, key]
+
+    def _settings(self, fraction: float, draw: Draw) -> Settings:
+        base = self.asked.base
+        return replace(
+            base, split_seed=base.split_seed + draw.repeat, fraction=fraction, folds=self.asked.folds, fold=draw.fold,
+            ram=self.ram,
+        )  # fmt: skip
+
+    def settings(self, entry: Entry, draw: Draw, values: dict[str, Any] | None = None, seed: int = 0) -> Settings:
+        """Of one head, without the options that are nothing to it: a solved head takes none about steps."""
+        shared, asked = self._settings(entry.fraction, draw), self.asked
+        published = _published(entry.head, asked.base)
+        own = {name: value for name, value in published.items() if name not in asked.given}
+        record = {**vars(shared), **own, **(values or {}), "head": entry.head, "output": entry.output, "seed": seed}
+        needless = [name for name in ("dropout", "gated", *OF_BASELINES) if not has_option(entry.head, name)]
+        needless += OF_STEPS if entry.solved else []
+        plain = Settings(entry.head)
+        return Settings(**record | {name: getattr(plain, name) for name in needless})
+
+    def heads(self, entry: Entry, draw: Draw, variants: Sequence[dict[str, Any]] | None = None) -> list[Settings]:
+        """Every setting (``variants``: the grid unless said otherwise) with every seed; a solved head has neither."""
+        if entry.solved:
+            return [self.settings(entry, draw)]
+        variants = self.asked.variants() if variants is None else variants
+        each = [self.settings(entry, draw, values, seed) for values in variants for seed in range(self.asked.seeds)]
+        return list(dict.fromkeys(each))
+
+    def wanted(
+        self, entry: Entry, draw: Draw, variants: Sequence[dict[str, Any]] | None = None
+    ) -> tuple[list[Settings], list[str]]:
+        """The heads of an entry on one draw, with their keys."""
+        settings = self.heads(entry, draw, variants)
+        place = (entry, draw, tuple(settings))
+        if place not in self._keys:
+            self._keys[place] = self.keys(self.job(entry, draw), entry, draw, settings)
+        return settings, self._keys[place]
+
+    def job(self, entry: Entry, draw: Draw, settings: Settings | None = None) -> Job:
+        """``settings``: those of a head that was asked for before."""
+        wanted = settings or self.heads(entry, draw, [self.first_values])[0]
+        view = self.matched.views[entry.number]
+        return prepare(view, replace(wanted, ram=self.ram), self.splits(entry.number, entry.fraction, draw))
+
+    @property
+    def first_values(self) -> dict[str, Any]:
+        """One value of everything that is varied, to check the others with."""
+        return {n: v.low if isinstance(v, grids.Range) else v[0] for n, v in self.asked.grid.items()}
+
+    def keys(self, job: Job, entry: Entry, draw: Draw, settings: Sequence[Settings]) -> list[str]:
+        """One word for everything that decides a row: never a path, a date or a count of threads."""
+        place = (entry.number, entry.fraction, draw)
+        if place not in self._images:
+            self._images[place] = images_of(job)
+        shared = {
+            "format": FORMAT, "fingerprint": job.view.fingerprint, "output": job.output, "images": self._images[place],
+            "window": memory_plan(job)[1], "code": _code_of(entry.head),
+            "standardize": job.settings.standardize or head_info(entry.head).standardize,
+        }  # fmt: skip
+        own = [{k: v for k, v in each.to_dict().items() if k not in NOT_IN_KEY} for each in settings]
+        return [hashed(canonical_json(shared | {"settings": record})) for record in own]
+
+    def chunk(self, entry: Entry) -> int:
+        """How many heads are trained together, at most; of networks from pixels one, which is what memory holds."""
+        if is_baseline(entry.head):
+            return 1
+        return TOGETHER_STACKED if entry.head in STEPPED else TOGETHER
+
+
+def has_option(head: str, option: str) -> bool:
+    if option in OF_BASELINES:
+        return is_baseline(head) and (option not in OF_FINETUNE or head.startswith("finetune:"))
+    if is_baseline(head):
+        from heads.networks.baselines import has_dropout
+
+        return option == "dropout" and has_dropout(head)
+    info = head_info(head)
+    return not info.solved and option in inspect.signature(info.make).parameters
+
+
+def _published(head: str, base: Settings) -> dict[str, Any]:
+    """The published settings of a baseline, but for what all heads of a sweep are judged by."""
+    if not is_baseline(head):
+        return {}
+    from heads.networks.baselines import baseline_info
+
+    info = baseline_info(head, weights=base.weights, adapted=base.lora is not None or base.rlrr)
+    return {name: value for name, value in info.settings.items() if name != "select"}
+
+
+def hashed(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def images_of(job: Job) -> str:
+    """One word for the images of a job with labels and splits, in the order of their rows, which is that of batches."""
+    view, task, names = job.view, job.task, job.divided.names
+    used = np.flatnonzero(names != "")
+    hashed = hashlib.blake2b(canonical_json([task.kind, task.classes, task.positive]).encode(), digest_size=16)
+    parts = [np.asarray(view.digests)[used], np.ascontiguousarray(task.labels[used]), names[used].astype("S5")]
+    if view.versions is not None:
+        hashed.update(canonical_json(view.augmented.to_dict() if view.augmented else None).encode())
+        parts.append(np.asarray(view.copies(used)))
+    for part in parts:
+        hashed.update(part.tobytes())
+    return hashed.hexdigest()
+
+
+def _code_of(head: str) -> str | None:
+    """A hash of the module of a head of one's own."""
+    if not head.startswith("python:"):
+        return None
+    import sys
+
+    return hashed(inspect.getsource(sys.modules[head_info(head).make.__module__]))
+
+
+def make_plan(views: Sequence[AnyView], asked: Asked, ram: float) -> Plan:
+    """Check everything and draw the splits; raises before anything is trained or written."""
+    matched = same_images(_each_once(views))
+    entries, left_out = _entries(matched.views, asked)
+    plan = Plan(asked, matched, entries, left_out, ram)
+    plain = Settings("")
+    wanted = [name for name in ("gated", *OF_BASELINES) if getattr(asked.base, name) != getattr(plain, name)]
+    wanted += [name for name in ("dropout", "augment") if asked.grid.get(name) not in (None, (0.0,), (None,))]
+    for name in wanted:
+        if not any(has_option(head, name) for head in asked.heads):
+            option = name.replace("_", "-")
+            raise BadOption(f"--{option} would do nothing: none of --heads {','.join(asked.heads)} has it.")
+    for entry in entries:
+        plan.job(entry, asked.draws[0])
+    for draw in asked.draws[1:]:
+        for fraction in asked.fractions:
+            plan.splits(0, fraction, draw)
+    return plan
+
+
+def _each_once(views: Sequence[AnyView]) -> list[AnyView]:
+    found: dict[str, AnyView] = {}
+    for view in views:
+        same = found.setdefault(view.fingerprint, view)
+        if str(same.path) != str(view.path):
+            raise BadOption(f"--features {same.label} and {view.label} are of one store: the same features twice.")
+    return list(found.values())
+
+
+def _entries(views: Sequence[AnyView], asked: Asked) -> tuple[list[Entry], list[str]]:
+    """Each head on those of the outputs that fit it; raises BadOption for a head that fits none of a view's."""
+    entries, left_out = [], []
+    for number, view in enumerate(views):
+        for head in asked.heads:
+            if isinstance(view, PixelView) or is_baseline(head):
+                if isinstance(view, PixelView) and head in view.baselines:
+                    entries += [Entry(number, view.label, view.output, head, part) for part in asked.fractions]
+                continue
+            outputs = asked.outputs or (choose_output(view, head, None),)
+            reasons = {output: _why_not(view, head, output, asked) for output in outputs}
+            if all(reasons.values()):
+                raise BadOption(f"{head} fits none of --outputs {', '.join(outputs)}: {next(iter(reasons.values()))}")
+            left_out += [f"{view.label}: {head} on {output}" for output, reason in reasons.items() if reason]
+            for output in (output for output, reason in reasons.items() if not reason):
+                entries += [Entry(number, view.label, output, head, fraction) for fraction in asked.fractions]
+    return entries, left_out
+
+
+def _why_not(view: AnyView, head: str, output: str, asked: Asked) -> str | None:
+    choose_output(view, head, output)  # raises where the view has no such output
+    info = view.info(output)
+    fits = Input(tuple(info.shape), tuple(info.prefix or ()), info.grid)
+    try:
+        with torch.device("meta" if head in HEADS else "cpu"):
+            make_head(head, fits, 2, gated=asked.base.gated and has_option(head, "gated"))
+    except BadOption as error:
+        return str(error)
+    return None
+
+
+def seconds_at_most(plan: Plan, todo: dict[Entry, int]) -> float:
+    """Seconds if no head stops early, from the time of two steps of each kind; ``todo``: heads to train. Solved heads
+    and the reading of features are not in it."""
+    speed: dict[Any, float] = {}
+    total = 0.0
+    for entry, count in todo.items():
+        if entry.solved or not count:
+            continue
+        job = plan.job(entry, plan.asked.draws[0])
+        kind = (entry.number, entry.output, entry.head)
+        together = min(plan.chunk(entry), count) if entry.head in STEPPED else 1
+        if kind not in speed:
+            speed[kind] = _seconds_of_a_step(job, together) / together
+        batches = math.ceil(len(job.divided.rows("train")) / job.settings.batch_size)
+        total += speed[kind] * batches * job.settings.epochs * count
+    return total
+
+
+def _seconds_of_a_step(job: Job, together: int) -> float:
+    from heads import engine
+    from heads.losses import loss_and_prior
+
+    rows = job.divided.rows("train")
+    y = torch.from_numpy(job.task.labels[rows])
+    loss, _ = loss_and_prior(job.task, y, job.settings)
+    generators = [torch.Generator().manual_seed(k) for k in range(together)]
+    models = [make_model(job, job.settings, g) for g in generators]
+    heads = engine.together(models, [loss] * together, generators, [job.settings] * together)
+    size = min(job.settings.batch_size, len(rows))
+    x = torch.full((size, *job.input.shape), 0.1)
+    if (vectors := engine.fixed_vectors(models[0])) is not None:
+        x = vectors(x)
+    work = engine.work_of_a_step(models[0], together, size, job.input.shape)
+    with nullcontext() if isinstance(job.view, PixelView) else engine.threads_for(work):
+        heads.step(x, y[:size])
+        begin = time.perf_counter()
+        heads.step(x, y[:size])
+        heads.step(x, y[:size])
+    return (time.perf_counter() - begin) / 2

@@ -1,0 +1,147 @@
+"""``--search optuna``: settings proposed by a tree-structured Parzen estimator (Bergstra et al. 2011), not by a grid.
+
+A study for each family, in SQLite in the sweep folder; what it makes best is the criterion on val, averaged over seeds
+and draws. Trials come in batches, whose heads are trained together. A batch is written down before it is trained, and
+what it is proposed from is nothing but the trials before it (the sampler of trial n has the seed n): a search that was
+killed goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featurecache.errors import BadOption, RunError
+from featurecache.spec import canonical_json
+from heads.metrics import METRICS
+from heads.sweeps.grids import DIGITS, Range
+from heads.sweeps.plan import Entry, Plan, has_option, hashed
+
+if TYPE_CHECKING:
+    from optuna import Study
+
+    from heads.sweeps.run import Runner
+
+STORAGE = "search.db"
+BATCH = 8  # trials whose heads are trained together; proposed without each other's results
+OWN = ("dropout", "augment")  # options that not every head has
+Values = dict[str, Any]
+
+
+def check_search(plan: Plan) -> None:
+    """Raises BadOption where the extra is not installed, or a head has nothing to choose."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise BadOption("--search optuna needs a package: pip install 'featurecache[optuna]'.") from error
+    for entry in plan.entries:
+        if not entry.solved and not _space(entry, plan.asked.grid):
+            raise BadOption(f"--search has nothing to choose for {entry.head}; give a range, such as --lr 1e-4..1e-2.")
+
+
+def search(runner: Runner, entry: Entry) -> None:
+    """Run the trials of a family that are still to be run."""
+    asked = runner.plan.asked
+    space = _space(entry, asked.grid)
+    assert asked.trials is not None and space
+    fixed = {name: values[0] for name, values in asked.grid.items() if name not in space and isinstance(values, tuple)}
+    heads = asked.seeds * len(asked.draws)
+    with _study(runner, entry, space) as study:
+        runner.bar.update(min(_done(study), asked.trials) * heads)
+        while (done := _done(study)) < asked.trials:
+            start, proposed = _batch(study, space, done, asked.trials)
+            trained = runner.train(entry, [fixed | values for values in proposed])
+            for values in proposed[done - start :]:
+                _tell(study, space, values, runner.value(entry, fixed | values))
+            runner.bar.update((len(proposed) - done + start) * heads - trained)
+
+
+def _space(entry: Entry, grid: dict[str, Any]) -> dict[str, Any]:
+    """What is searched: the options with several values, of those that mean something to the head."""
+    several = {name: values for name, values in grid.items() if isinstance(values, Range) or len(values) > 1}
+    return {name: values for name, values in several.items() if name not in OWN or has_option(entry.head, name)}
+
+
+@contextmanager
+def _study(runner: Runner, entry: Entry, space: dict[str, Any]) -> Iterator[Study]:
+    """The study of a family in the sweep's storage: another one where anything but the number of trials is other."""
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    asked, path = runner.plan.asked, runner.folder / STORAGE
+    shared = {name: value for name, value in asked.to_dict().items() if name not in ("heads", "outputs", "trials")}
+    shared |= {"fractions": None, "space": {name: repr(values) for name, values in space.items()}, "grid": None}
+    higher = asked.base.select != "loss" and METRICS[asked.base.select].higher
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}")
+        study = optuna.create_study(
+            storage=storage, study_name=f"{entry} {hashed(canonical_json(shared))}", load_if_exists=True,
+            direction="maximize" if higher else "minimize",
+        )  # fmt: skip
+    except (SQLAlchemyError, ValueError) as error:
+        raise _damaged(path) from error
+    try:
+        yield study
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _damaged(path: Path) -> RunError:
+    return RunError(f"{path} is damaged. Delete it: finished heads stay, and the search goes through them again.")
+
+
+def _done(study: Study) -> int:
+    return len(study.get_trials(deepcopy=False))
+
+
+def _distributions(space: dict[str, Any]) -> dict[str, Any]:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    return {
+        name: FloatDistribution(v.low, v.high, log=True) if isinstance(v, Range) else CategoricalDistribution(v)
+        for name, v in space.items()
+    }
+
+
+def _batch(study: Study, space: dict[str, Any], done: int, trials: int) -> tuple[int, list[Values]]:
+    """The number of the first trial of the batch that comes next, or was begun, and its settings."""
+    batches = {int(name.split()[1]): values for name, values in study.user_attrs.items() if name.startswith("batch ")}
+    for start, proposed in batches.items():
+        if start <= done < start + len(proposed):
+            return start, proposed
+    proposed = _proposed(study, space, done, min(BATCH, trials - done))
+    study.set_user_attr(f"batch {done}", proposed)
+    return done, proposed
+
+
+def _proposed(study: Study, space: dict[str, Any], done: int, count: int) -> list[Values]:
+    """Asked of a copy in memory, so that the storage never holds a trial without its result."""
+    import optuna
+
+    copy = optuna.create_study(direction=study.direction)
+    copy.add_trials(study.get_trials(deepcopy=False))
+    proposed = []
+    for number in range(done, done + count):
+        copy.sampler = optuna.samplers.TPESampler(seed=number, constant_liar=True)
+        trial = copy.ask(_distributions(space))
+        proposed.append({name: _shorter(value, space[name]) for name, value in trial.params.items()})
+    return proposed
+
+
+def _shorter(value: Any, values: Any) -> Any:
+    """A number of a range as people would type it."""
+    if not isinstance(values, Range):
+        return value
+    return min(max(float(f"{value:.{DIGITS}g}"), values.low), values.high)
+
+
+def _tell(study: Study, space: dict[str, Any], values: Values, value: float | None) -> None:
+    """``value`` None: a head of it failed, which the sampler takes for worse than all others."""
+    from optuna.trial import TrialState, create_trial
+
+    state = TrialState.PRUNED if value is None else TrialState.COMPLETE
+    study.add_trial(create_trial(state=state, params=values, distributions=_distributions(space), value=value))
