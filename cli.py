@@ -36,13 +36,13 @@ def main() -> None:
 @cache_option
 def ls(talk: Talk, runs: str, cache: str | None) -> int:
     """Stores, views and runs: what there is, how big, made from what."""
-    from featurecache import console
+    from featurecache import inventory
     from featurecache.stores import cache_folder
 
     folder = cache_folder(cache)
-    records = console.cache_record(folder)
+    records = inventory.cache_record(folder)
     found, sweeps = _runs(runs)
-    text = console.cache_lines(folder, records)
+    text = inventory.cache_lines(folder, records)
     if found or sweeps:
         from heads.tables import runs_table, sweeps_table
 
@@ -158,11 +158,11 @@ def _info_thing(talk: Talk, name: str, cache: str | None) -> int:
             f"{final_table(run)}\n\n{config}", {"run": str(run.path), "config": run.config, "metrics": run.metrics}
         )
         return 0
-    from featurecache import console
+    from featurecache import inventory
     from featurecache.views import open_view
 
-    record = console.view_record(open_view(name, cache))
-    talk.result(console.view_lines(record), record)
+    record = inventory.view_record(open_view(name, cache))
+    talk.result(inventory.view_lines(record), record)
     talk.next(f"featurecache train-head --head large --features {record['view']}", cache)
     return 0
 

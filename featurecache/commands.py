@@ -135,7 +135,8 @@ def extract(
 
 
 def _ask(prepared: Any, yes: bool) -> None:
-    from featurecache.extraction import ASK_BYTES, size_text
+    from featurecache.amounts import size_text
+    from featurecache.extraction import ASK_BYTES
 
     prepared.check_disk()
     if prepared.new_bytes > ASK_BYTES and not yes and sys.stdin.isatty():

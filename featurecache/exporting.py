@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from featurecache import formats
+from featurecache.amounts import byte_bar, size_text
 from featurecache.errors import BadOption, CannotWrite
-from featurecache.extraction import byte_bar, size_text
 from featurecache.files import Draft, Frame, sweep_drafts
 from featurecache.outputs import parse
 from featurecache.reader import View

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from featurecache import canary
+from featurecache.amounts import progress_bar, size_text
 from featurecache.augment import Augmented, Copying
 from featurecache.backbones import Backbone
 from featurecache.costs import cost_of, keep_cost
@@ -38,6 +39,7 @@ from featurecache.errors import (
 from featurecache.files import FORMAT
 from featurecache.forward import Compute, exact_arithmetic
 from featurecache.locks import working
+from featurecache.missing import difference, shard_rows
 from featurecache.outputs import Output, parse
 from featurecache.privacy import Secret, plain_reason
 from featurecache.shards import Layout, Located, notes_for
@@ -49,9 +51,6 @@ from featurecache.views import Rows, copy_failed, write_view
 if TYPE_CHECKING:
     from featurecache.looking import Looked
 
-SHARD_BYTES, SHARD_ROWS = 256 << 20, 16_384
-MOST_BYTES, MOST_SHARDS = 4 << 30, 500  # a shard grows up to MOST_BYTES so that an output has at most about MOST_SHARDS
-SHARD_SECONDS = 120.0  # on a slow machine: what a kill may cost
 ASK_BYTES = 20 * 10**9  # the command asks before it keeps more than this
 
 
@@ -411,43 +410,6 @@ def may_be_trained_on(dataset: Dataset) -> np.ndarray:
     return np.array(dataset.splits) == "train"
 
 
-def difference(
-    wanted: tuple[Output, ...], layouts: dict[str, Layout], store: Store | None, digests: np.ndarray
-) -> tuple[list[tuple[np.ndarray, tuple[Output, ...]]], list[tuple[np.ndarray, tuple[Output, ...]]]]:
-    """Images grouped by what is missing of them: (needs the backbone, follows from stored tokens)."""
-    assert len(layouts) < 63
-    there = {output.name: _found(store, layouts[output.name], digests) for output in wanted}
-    for output in wanted:  # tokens that nothing is to be derived from are not even looked for: they may be damaged
-        if output.derived and output.source not in there and not there[output.name].all():
-            there[output.source] = _found(store, layouts[output.source], digests)
-    forward, derived = [], []
-    pattern = sum((found.astype(np.int64) << k for k, found in enumerate(there.values())), np.zeros(len(digests), int))
-    for number in np.unique(pattern).tolist():
-        rows = np.flatnonzero(pattern == number)
-        stored = {name for k, name in enumerate(there) if number >> k & 1}
-        missing = [output for output in wanted if output.name not in stored]
-        follow = tuple(output for output in missing if output.derived and output.source in stored)
-        need = tuple(output for output in missing if output not in follow)
-        if need:
-            forward.append((rows, need))
-        if follow:
-            derived.append((rows, follow))
-    return forward, derived
-
-
-def _found(store: Store | None, layout: Layout, digests: np.ndarray) -> np.ndarray:
-    return store.locate(layout, digests).found if store else np.zeros(len(digests), bool)
-
-
-def shard_rows(rows: int, row_bytes: int, rate: float | None = None, batch: int = 1) -> int:
-    """Rows of a shard: up to 256 MiB or 16,384; more where there would be over 500; at most two minutes of work."""
-    length = max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
-    length = max(length, min(-(-rows // MOST_SHARDS), MOST_BYTES // row_bytes))
-    if rate is not None:
-        length = min(length, int(rate * SHARD_SECONDS))
-    return max(batch, length // batch * batch)
-
-
 def _rows_of(dataset: Dataset, kept: np.ndarray, digests: np.ndarray) -> Rows:
     places = None if np.array_equal(kept, np.arange(len(dataset))) else kept.tolist()
 
@@ -461,34 +423,9 @@ def _rows_of(dataset: Dataset, kept: np.ndarray, digests: np.ndarray) -> Rows:
     return Rows(pick(dataset.ids), pick(dataset.labels), pick(dataset.splits), digests, groups, meta)
 
 
-def progress_bar(total: int, progress: bool, what: str = "extract") -> tqdm:
-    style = "{desc} {percentage:3.0f} % {bar} {n:,}/{total:,}  {rate_fmt}{postfix}  eta {remaining}"
-    return tqdm(
-        total=total, desc=what, disable=None if progress else True, unit=" img", bar_format=style, leave=False,
-        smoothing=0.1, dynamic_ncols=True,
-    )  # fmt: skip
-
-
-def byte_bar(total: int, what: str, progress: bool) -> tqdm:
-    """A progress bar over bytes, on stderr; none where that is no terminal."""
-    style = "{desc} {percentage:3.0f} % {bar} {n_fmt}/{total_fmt}  {rate_fmt}  eta {remaining}"
-    return tqdm(
-        total=total, desc=what, disable=None if progress else True, unit="B", unit_scale=True, bar_format=style,
-        leave=False, dynamic_ncols=True,
-    )  # fmt: skip
-
-
 def _advance(bar: tqdm, images: int, clock: Clock) -> None:
     bar.set_postfix_str("  ".join(f"{key} {share:.0%}" for key, share in clock.shares().items()), refresh=False)
     bar.update(images)
-
-
-def size_text(size: float) -> str:
-    """Bytes for people, decimal: 2.8 MB, 0.54 GB."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale or (unit == "GB" and size >= 5e8):
-            return f"{size / scale:.3g} {unit}"
-    return f"{int(size)} B"
 
 
 def default_batch(backbone: Backbone, device: torch.device) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from featurecache.console import columns
-from featurecache.extraction import byte_bar as byte_bar
-from featurecache.extraction import size_text
+from featurecache.amounts import byte_bar as byte_bar
+from featurecache.amounts import columns, size_text
 from featurecache.repair import Repair
 from featurecache.verification import Report
 

@@ -6,9 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from featurecache.console import columns, shape_text
+from featurecache.amounts import columns, shape_text, size_text
 from featurecache.exporting import Exported
-from featurecache.extraction import size_text
 from featurecache.importing import Imported
 from featurecache.lifecycle import Collected, Compacted, Garbage, Removed
 from featurecache.merging import Merged, TakenView

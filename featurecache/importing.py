@@ -20,14 +20,15 @@ import numpy as np
 from tqdm import tqdm
 
 from featurecache import __version__
+from featurecache.amounts import byte_bar
 from featurecache.annotating import KNOWN, Annotated, Asked, annotate, is_export, listed, named
 from featurecache.dataset import safe_name
 from featurecache.errors import BadOption, SourceError
 from featurecache.exporting import check_room
-from featurecache.extraction import byte_bar, shard_rows
 from featurecache.files import FORMAT
 from featurecache.foreign import BLOCK, Array, Foreign, open_foreign
 from featurecache.locks import working
+from featurecache.missing import shard_rows
 from featurecache.outputs import parse
 from featurecache.shards import DIGEST, Layout, ShardWriter, notes_for
 from featurecache.spec import UNKNOWN, ExtractionSpec, canonical_json

@@ -21,9 +21,9 @@ from featurecache.costs import NAME as COST
 from featurecache.costs import forget_cost
 from featurecache.errors import BadOption, CacheError, FeatureCacheError
 from featurecache.exporting import check_room
-from featurecache.extraction import shard_rows
 from featurecache.files import dead_drafts, draft_path, sweep_drafts, sync_path, writing
 from featurecache.locks import alone
+from featurecache.missing import shard_rows
 from featurecache.outputs import parse
 from featurecache.reader import View
 from featurecache.settling import Output, carry_out, keys_in, move, plan, shard_path

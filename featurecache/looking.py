@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from featurecache import images as _images
+from featurecache.amounts import progress_bar
 from featurecache.dataset import Arrays, Dataset, Files, Rows, Stored
 from featurecache.describe import LOOKED_AT, spread
 from featurecache.engines import ahead
 from featurecache.errors import SourceError, UnreadableImage
-from featurecache.extraction import progress_bar
 from featurecache.memory import STAT, YOUNG, Look, Memory
 from featurecache.shards import DIGEST
 

@@ -16,11 +16,11 @@ import numpy as np
 import xxhash
 
 from featurecache import guard
+from featurecache.amounts import byte_bar
 from featurecache.canary import apart, canary_path, read_canary, within, write_canary
 from featurecache.costs import move_cost
 from featurecache.errors import BadOption, CacheError, DamagedFile, Drift, FeatureCacheError, NotInCache
 from featurecache.exporting import check_room
-from featurecache.extraction import byte_bar
 from featurecache.files import USER_BLOCK, Draft, open_regular, write_whole
 from featurecache.locks import alone
 from featurecache.reader import View

@@ -15,10 +15,11 @@ import torch
 from featurecache.augment import Augmented, Copying, asked_for
 from featurecache.backbones import Backbone, load_backbone
 from featurecache.errors import BadOption, CacheError, SourceError
-from featurecache.extraction import Extraction, Result, difference, may_be_trained_on
+from featurecache.extraction import Extraction, Result, may_be_trained_on
 from featurecache.forward import layout_of, pick_device, source_layout, spec_of
 from featurecache.looking import Looked, look_at
 from featurecache.memory import Memory
+from featurecache.missing import difference
 from featurecache.outputs import Output, parse, parse_list
 from featurecache.privacy import hidden, load_secret
 from featurecache.reader import View

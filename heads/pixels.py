@@ -189,7 +189,7 @@ def _read_all(
     dataset: Dataset, preprocess: Preprocess, progress: bool
 ) -> tuple[torch.Tensor, np.ndarray, list[dict[str, str]], float]:
     """Pixels [N,3,h,w], digests S32 [N], what could not be read, and milliseconds of one thread for an image."""
-    from featurecache.extraction import progress_bar
+    from featurecache.amounts import progress_bar
     from featurecache.images import digest
 
     count = len(dataset)

@@ -17,7 +17,7 @@ from checkpoints import save_vit
 from pictures import image_folder
 
 import featurecache
-from featurecache import extraction, guard, lifecycle, merging, repair, verification
+from featurecache import extraction, guard, lifecycle, merging, missing, repair, verification
 from featurecache.canary import read_canary
 from featurecache.errors import FeatureCacheError, NotInCache
 from featurecache.reader import View
@@ -43,7 +43,7 @@ def extract(
     data: str, backbone: str, cache: str, outputs: str = "cls,tokens", rows: int = 4, room: bool = False, **more: Any
 ) -> dict[str, int]:
     """In shards of ``rows`` images. ``room``: without asking first how much the disk has left."""
-    extraction.SHARD_ROWS = rows
+    missing.SHARD_ROWS = rows
     if room:
         extraction.Extraction.check_disk = lambda self: None  # type: ignore[method-assign]
     options = {"backbone": backbone, "cache": cache, "outputs": outputs, "name": "set", "batch_size": 4, **more}

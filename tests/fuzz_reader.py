@@ -12,8 +12,8 @@ from pathlib import Path
 
 import xxhash
 
-from featurecache.console import view_lines, view_record
 from featurecache.errors import FeatureCacheError
+from featurecache.inventory import view_lines, view_record
 from featurecache.reader import View
 from featurecache.shards import layout_in, map_rows, read_shard
 

@@ -374,6 +374,6 @@ def test_a_mistake_of_ours_is_one_line_and_debug_shows_where(monkeypatch) -> Non
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("x")
 
-    monkeypatch.setattr("featurecache.console.cache_record", broken)
+    monkeypatch.setattr("featurecache.inventory.cache_record", broken)
     assert "ZeroDivisionError: x (a mistake of ours; --debug shows where)" in fails(1, "ls")
     assert isinstance(call("ls", "--debug").exception, ZeroDivisionError)

@@ -27,7 +27,7 @@ from PIL import Image
 from torchvision import transforms
 
 import featurecache
-from featurecache import extraction, planning
+from featurecache import extraction, missing, planning
 from featurecache.errors import BadOption, CannotWrite, NotInCache, OutputRefused, SourceError
 from featurecache.reader import View
 
@@ -448,12 +448,12 @@ def test_bf16_stays_near_fp32(tmp_path: Path, images: Path) -> None:
 
 def test_shards_hold_256_mib_grow_when_there_are_many_and_stay_small_on_a_slow_machine() -> None:
     row = 197 * 768 * 2
-    assert extraction.shard_rows(10_000, row) == (256 << 20) // row
-    assert extraction.shard_rows(10**6, 768 * 2) == 16_384
-    assert extraction.shard_rows(10**6, row) == 2000
-    assert extraction.shard_rows(10**9, row) == (4 << 30) // row
-    assert extraction.shard_rows(10_000, row, rate=0.5, batch=8) == 56
-    assert extraction.shard_rows(10_000, row, rate=0.001, batch=8) == 8
+    assert missing.shard_rows(10_000, row) == (256 << 20) // row
+    assert missing.shard_rows(10**6, 768 * 2) == 16_384
+    assert missing.shard_rows(10**6, row) == 2000
+    assert missing.shard_rows(10**9, row) == (4 << 30) // row
+    assert missing.shard_rows(10_000, row, rate=0.5, batch=8) == 56
+    assert missing.shard_rows(10_000, row, rate=0.001, batch=8) == 8
 
 
 def test_a_view_agrees_with_its_source_in_plain_h5py(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

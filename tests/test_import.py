@@ -102,7 +102,7 @@ def test_another_file_under_the_name_of_an_imported_view_is_refused(tmp_path: Pa
 
 
 def test_shards_are_cut_and_an_import_that_was_stopped_continues(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("featurecache.extraction.SHARD_ROWS", 16)
+    monkeypatch.setattr("featurecache.missing.SHARD_ROWS", 16)
     monkeypatch.setattr(importing, "BLOCK", 5 * 48)
     seen, real = [], importing.ShardWriter.commit
 

@@ -331,7 +331,7 @@ def test_gc_does_not_make_a_view_newer(tmp_path: Path) -> None:
 @pytest.fixture
 def scattered(tmp_path: Path, monkeypatch) -> Store:  # type: ignore[no-untyped-def]
     """Twelve images in three shards, a view in another order, one of other images, and rows that no view names."""
-    monkeypatch.setattr("featurecache.extraction.SHARD_ROWS", 5)
+    monkeypatch.setattr("featurecache.missing.SHARD_ROWS", 5)
     store = make_store(tmp_path)
     for layout in (CLS, TOKENS):
         for numbers in ([0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]):

@@ -86,7 +86,7 @@ def plan_lines(
     study: Study, asked: Asked, given: dict[str, Given], plan: Plan, kept: dict[str, dict[str, Any]]
 ) -> list[str]:
     """The first screen: the question, the images, the steps with about how long each takes, what is left out."""
-    from featurecache.console import duration
+    from featurecache.amounts import duration
 
     lines = [f"study      {study.name}: {study.title}   ({study.source})"]
     for each in given.values():

@@ -213,7 +213,7 @@ def _missing(plan: Plan, have: set[str]) -> tuple[dict[Entry, int], int]:
 
 
 def _work(plan: Plan, todo: dict[Entry, int]) -> str:
-    from featurecache.console import duration
+    from featurecache.amounts import duration
 
     asked, busy = plan.asked, [entry for entry in plan.entries if todo[entry]]
     if asked.trials is not None:
