@@ -352,7 +352,13 @@ def test_a_torchvision_network_that_takes_no_other_size_says_so():
         describe("torchvision:maxvit_t", image_size=100)
 
 
-@pytest.mark.parametrize("name", models.list_models(module=models))
+OFTEN = ("resnet18", "resnet50", "densenet121", "efficientnet_b0", "convnext_tiny", "swin_t", "vit_b_16", "vgg11")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [k if k in OFTEN else pytest.param(k, marks=pytest.mark.slow) for k in models.list_models(module=models)],
+)
 def test_every_torchvision_classifier_is_described_or_refused_by_name(name):
     if name.startswith("regnet") and name.endswith(("16gf", "32gf", "128gf")):
         pytest.skip(

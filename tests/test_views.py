@@ -262,6 +262,7 @@ def test_views_survive_pickling_and_keep_no_file_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_more_shards_than_file_descriptors(tmp_path: Path) -> None:
     view = make_view(tmp_path, range(3000), per_shard=1, layouts=(CLS,))
     script = f"""
