@@ -12,6 +12,7 @@ PatientID in all files is what anonymising leaves behind and says nothing: it is
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -31,6 +32,7 @@ EXTENSIONS = (".dcm", ".dicom", ".dic")
 PLAIN_PATIENTS = "Each PatientID is stored as it is; --hash-groups hides them."
 _FRAME = re.compile(r"^(.+)#frame=(0|[1-9]\d{0,8})$", re.DOTALL)
 _FRONT = 132  # bytes: preamble and magic
+_REMEMBERED = 1 << 18  # headers, of about 300 bytes each
 _last = threading.local()  # of each thread the file it read last: its frames are asked for one after the other
 
 
@@ -130,15 +132,22 @@ def _file_of(root: str, name: str) -> tuple[str, int | None]:
 
 
 def _known(path: str) -> _Known:
+    stamp = _stamp(path)
     try:
-        with opened(path) as (descriptor, _), os.fdopen(os.dup(descriptor), "rb") as file:
-            front = file.read(_FRONT)
-            if not is_dicom(front):
-                return _Known()
-            file.seek(0)
-            header = dicom.read_header(file, ("PatientID",))
+        return _Known() if stamp is None else _of_header(stamp)
     except UnreadableImage:
         return _Known()
+
+
+@functools.lru_cache(_REMEMBERED)
+def _of_header(stamp: tuple[Any, ...]) -> _Known:
+    """Of the file of this `_stamp`. In the memory of the process alone: a PatientID is to stand on no disk."""
+    with opened(stamp[0]) as (descriptor, _), os.fdopen(os.dup(descriptor), "rb") as file:
+        front = file.read(_FRONT)
+        if not is_dicom(front):
+            return _Known()
+        file.seek(0)
+        header = dicom.read_header(file, ("PatientID",))
     try:
         patient = str(header.settings.get("PatientID") or "").strip().replace("\0", "")
         return _Known(header.frames, patient, _windows(header.settings))

@@ -15,6 +15,7 @@ from pathlib import Path
 import checkpoints as save
 import huggingface_hub
 import pytest
+import small_hub
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -56,6 +57,21 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return cache
+
+
+@pytest.mark.parametrize("revision", ["", "@v1"])
+def test_what_was_fetched_once_is_found_without_the_hub(revision, tmp_path, hub, monkeypatch):
+    save.save_vit(tmp_path / "vit")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with small_hub.small_hub(tmp_path / "vit", "org/vit", "models") as (address, fetched):
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        found = load_backbone(f"hf:org/vit{revision}")
+    assert found.provenance["revision"] == small_hub.COMMIT and "model.safetensors" in fetched
+    assert key(load_backbone(f"hf:org/vit{revision}")) == key(found)  # nobody answers any more
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert key(load_backbone(**found.provenance["request"])) == key(found)
 
 
 # names
@@ -160,6 +176,14 @@ def test_a_state_dict_saved_from_memory_is_the_same_key(saver, tmp_path):
     assert again.weights == expected.weights
     pixels = torch.rand(1, 3, *expected.image_size)
     assert torch.equal(again.forward(pixels, {"tokens"})["tokens"], expected.forward(pixels, {"tokens"})["tokens"])
+
+
+def test_a_classifier_inside_a_network_of_ones_own_is_the_same_weights(tmp_path):
+    folder = save.save_vit_classifier(tmp_path / "vit")
+    inside = {f"model.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    torch.save({"state_dict": inside, "epoch": 3}, tmp_path / "last.ckpt")
+    expected = key(load_backbone(str(folder)))
+    assert key(load_backbone(str(folder), weights=str(tmp_path / "last.ckpt"))) == expected
 
 
 def test_classifiers_on_one_frozen_backbone_are_one_key_whatever_their_classes(tmp_path):
@@ -574,6 +598,17 @@ def test_weights_of_another_torchvision_network_are_refused(of, says, tmp_path):
     torch.save(models.get_model(of, weights=None).state_dict(), tmp_path / "w.pt")
     with pytest.raises(WeightsDoNotFit, match=rf"not of torchvision's resnet18: they .*{says}"):
         load_backbone("torchvision:resnet18", weights=str(tmp_path / "w.pt"))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.backbone."])
+def test_weights_of_torchvision_inside_a_network_of_ones_own_are_found(prefix, tmp_path):
+    state = models.resnet18(num_classes=3).state_dict()
+    torch.save(state, tmp_path / "plain.pt")
+    torch.save({"state_dict": {prefix + name: tensor for name, tensor in state.items()}}, tmp_path / "inside.pt")
+    plain, inside = (
+        load_backbone("torchvision:resnet18", weights=str(tmp_path / name)) for name in ("plain.pt", "inside.pt")
+    )
+    assert plain.weights == inside.weights
 
 
 def test_densenet_weights_with_the_names_of_their_publication_are_read(tmp_path):

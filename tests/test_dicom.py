@@ -294,6 +294,16 @@ def test_a_file_that_changes_between_its_frames_is_read_again(tmp_path):
     assert decode(data.read(1))[0, 0].tolist() == [9] * 5
 
 
+def test_headers_are_read_once_in_a_process_and_again_where_a_file_has_changed(tmp_path, monkeypatch):
+    path, read = tmp_path / "a.dcm", []
+    path.write_bytes(dicom_bytes(np.zeros((2, 4, 4), np.uint8)))
+    real = dicom.read_header
+    monkeypatch.setattr(dicom, "read_header", lambda *given: read.append(1) or real(*given))
+    assert [len(open_source(tmp_path)) for _ in range(3)] == [2, 2, 2] and len(read) == 1
+    path.write_bytes(dicom_bytes(np.zeros((3, 4, 4), np.uint8)))
+    assert len(open_source(tmp_path)) == 3 and len(read) == 2
+
+
 def test_files_without_an_ending_are_found_by_their_content(tmp_path):
     for name in ("IM00001", "1.2.840.113619", "README"):
         (tmp_path / name).write_bytes(dicom_bytes(RAMP.astype(np.uint8)) if name != "README" else b"hello" * 99)

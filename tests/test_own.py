@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import py_compile
 import sys
+from argparse import Namespace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +263,9 @@ def test_a_layer_named_with_the_backbone_is_kept_and_comes_before_the_networks_o
         lambda state: {"model_state_dict": state},
         lambda state: {f"module.{key}": value for key, value in state.items()},
         lambda state: {"state_dict": {f"model.backbone.{k}": v for k, v in state.items()} | {"loss.w": torch.ones(2)}},
+        lambda state: {"net": state, "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}},
+        lambda state: {"model": state, "args": Namespace(lr=0.1, out=Path("runs")), "epoch": 3},
+        lambda state: {"state_dict": state, "best": np.float64(0.5), "curve": np.arange(3), "at": datetime(2024, 1, 1)},
     ],
 )
 def test_a_state_dict_is_found_where_training_scripts_put_it(wrap, here):
@@ -288,6 +293,38 @@ def test_code_in_a_file_of_weights_is_not_run(here):
     with pytest.raises(WeightsDoNotFit, match=r"code in files is never run"):
         mine()
     assert not Path("ran").exists()
+
+
+def test_an_object_in_a_file_of_weights_is_never_made(here):
+    class Evil:
+        def __reduce__(self):  # type: ignore[no-untyped-def]
+            return eval, ("open('ran', 'w')",)
+
+    network, allowed = saved(), set(torch.serialization.get_safe_globals())
+    torch.save({"state_dict": network.state_dict(), "args": Evil()}, "w.pt")
+    assert torch.equal(mine().model.network.fc.weight, network.fc.weight)
+    assert not Path("ran").exists() and set(torch.serialization.get_safe_globals()) == allowed
+
+
+@pytest.mark.parametrize(
+    ("wrap", "says"),
+    [
+        (
+            lambda network: network.fc,
+            r"holds a torch\.nn\.modules\.linear\.Linear; expected a state dict.*state_dict\(\)",
+        ),
+        (
+            lambda network: {"student": network.state_dict(), "teacher": network.state_dict()},
+            r"2 state dicts \(student, t",
+        ),
+        (lambda network: {"epoch": 3, "args": Namespace(lr=1)}, r"holds no tensors"),
+        (lambda network: os.getcwd, r"module posix is blocked"),
+    ],
+)
+def test_files_without_one_state_dict_say_what_they_hold(wrap, says, here):
+    torch.save(wrap(saved()), "w.pt")
+    with pytest.raises(WeightsDoNotFit, match=says):
+        mine()
 
 
 @pytest.mark.parametrize(

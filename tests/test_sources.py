@@ -181,11 +181,13 @@ def test_an_empty_split_folder_is_named(tmp_path):
         (["train/a/1.png", "train/b/1.png", "stray.png"], "beside them images in stray.png"),
         (["train/a/1.png", "train/b/1.png", "train/stray.png"], "train holds images (stray.png) beside class folders"),
         (["a/train/1.png", "a/test/1.png", "b/train/1.png"], "split folders below class folders (a/test)"),
-        (["chest/train/a/1.png", "chest/test/a/1.png"], "one level further down: give"),
+        (["chest/train/a/1.png", "chest/test/a/1.png"], "further down: give {folder}/chest."),
+        (["archive/chest/train/a/1.png", "archive/chest/test/a/1.png"], "further down: give {folder}/archive/chest."),
+        (["archive/chest/train/a/1.png"], "further down: give {folder}/archive/chest."),
     ],
 )
 def test_what_cannot_be_told_is_not_guessed(tmp_path, names, word):
-    refused(pictures(tmp_path, *names), word)
+    refused(pictures(tmp_path, *names), word.format(folder=tmp_path))
 
 
 def test_a_single_class_is_said(tmp_path):
@@ -297,12 +299,43 @@ def test_parquet_of_embedded_images_is_refused(tmp_path):
 
 
 def test_paths_that_are_all_missing_are_hinted_at_and_fail_by_name(tmp_path):
-    pictures(tmp_path, "a.png", "b.png")
-    data = open_source(table(tmp_path, "path,label\na,x\nb,y\n"))
+    pictures(tmp_path, "images/a.png", "images/b.png")
+    data = open_source(table(tmp_path, "path,label\nimages/a,x\nimages/b,y\n"))
     assert "None of the first 2 images is there" in data.notes[0]
-    assert "a.png would be" in data.notes[0]
+    assert "images/a.png would be" in data.notes[0]
     with pytest.raises(UnreadableImage, match=r"^no such file$"):
         data.read(1)
+
+
+@pytest.mark.parametrize("ending", [".png", ""])
+def test_bare_names_are_found_in_the_folders_below_the_table(tmp_path, ending):
+    pictures(tmp_path, "part_1/images/a.png", "part_2/b.png", "__MACOSX/a.png", "part_2/._b.png")
+    data = open_source(table(tmp_path, f"path,label\na{ending},x\nb{ending},y\ngone{ending},y\n"))
+    assert data.ids == [f"a{ending}", f"b{ending}", f"gone{ending}"]
+    assert data.read(1) == (tmp_path / "part_2/b.png").read_bytes()
+    assert data.notes == ("The table gives bare names: 2 of 3 were found in the folders below it.",)
+    assert dict(describe(data).unreadable) == {f"gone{ending}": "no such file"}
+    assert reopen(data.source).read(0) == data.read(0)
+
+
+def test_a_bare_name_that_stands_for_two_files_is_refused(tmp_path):
+    pictures(tmp_path, "train/a.png", "test/a.jpg")
+    refused(table(tmp_path, "path,label\na,x\nb,y\n"), "a stands for test/a.jpg, train/a.png", "one file of that name")
+
+
+def test_paths_from_the_folder_above_that_of_the_table(tmp_path):
+    pictures(tmp_path, "chest/train/p1/a.png", "chest/train/p2/a.png")
+    listed = table(tmp_path / "chest", "path,label\nchest/train/p1/a.png,x\nchest/train/p2/a.png,y\n")
+    data = open_source(listed)
+    assert not describe(data).unreadable and data.notes == (
+        f"Paths are relative to {tmp_path}, the folder above that of the table.",
+    )
+
+
+def test_names_beside_the_table_come_before_those_below_it(tmp_path):
+    pictures(tmp_path, "a.png", "old/a.png", "old/b.png")
+    data = open_source(table(tmp_path, "path,label\na.png,x\nb.png,y\n"))
+    assert dict(describe(data).unreadable) == {"b.png": "no such file"} and not data.notes
 
 
 def test_a_table_without_labels_says_how_to_name_them(tmp_path):
@@ -365,7 +398,7 @@ def test_files_that_only_pretend_to_be_tables(tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "t.parquet").write_bytes(b"-")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refused(tmp_path / "t.parquet", "pip install pyarrow")
+    refused(tmp_path / "t.parquet", "featurecache[parquet]")
 
 
 def test_columns_are_for_tables(tmp_path):

@@ -1,4 +1,4 @@
-"""Kaggle's and the Hugging Face hub's data sets, through copies on this machine; nothing is fetched."""
+"""Kaggle's and the Hugging Face hub's data sets, through copies on this machine and a hub of our own."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from socket import getaddrinfo
 
 import numpy as np
 import pytest
 from pictures import image_folder, picture
 from PIL import Image
 from published_sets import chest_xray, kaggle_copy
+from small_hub import small_hub
 
 from featurecache import images
 from featurecache.errors import NotFetched, SourceError, UnreadableImage
@@ -121,6 +124,12 @@ def test_kagglehub_is_asked_for_what_is_not_here(tmp_path, monkeypatch):
     assert asked == ["o/fetched"]
 
 
+def test_a_set_that_a_notebook_mounts_elsewhere_is_said_to_lie_there(monkeypatch):
+    kagglehub = pytest.importorskip("kagglehub")
+    monkeypatch.setattr(kagglehub, "dataset_download", lambda handle: "/kaggle/input/chest")
+    refused("kaggle:o/chest", "mounts o/chest at /kaggle/input/chest", "give --data /kaggle/input/chest")
+
+
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "kagglehub", None)
     refused("kaggle:o/none", "pip install 'featurecache[kaggle]'")
@@ -189,6 +198,42 @@ def test_a_name_of_the_hub_is_found_in_its_cache_and_pinned_to_the_commit(tmp_pa
     assert (data.name, len(data), data.source["data"]) == ("pets", 4, f"hf:me/pets@{commit}")
     (place / "refs/main").write_text("b" * 40)
     opened_again(data)
+
+
+@pytest.fixture
+def hub_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, list[str]]]:
+    """(the folder of the dataset me/pets, names of the files that were fetched from it)"""
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with small_hub(tmp_path / "pets", "me/pets") as (address, fetched):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield tmp_path / "pets", fetched
+
+
+def test_a_dataset_is_fetched_whole_and_opened_from_the_cache(hub_of, monkeypatch):
+    folder, fetched = hub_of
+    image_folder(folder / "train", 6)
+    (folder / "train/ill/000.png").rename(folder / "train/ill/000.PNG")
+    for name in (".gitattributes", "README.md", "pets.py"):
+        (folder / name).write_text("-")
+    data = open_source("hf:me/pets")
+    assert (len(data), data.classes, data.name) == (6, ["ill", "well"], "pets")
+    assert "pets.py" not in fetched
+    before = len(fetched)
+    monkeypatch.setattr("socket.getaddrinfo", _offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert len(open_source("hf:me/pets")) == len(opened_again(data)) == 6 and len(fetched) == before
+
+
+def test_a_fetch_that_was_interrupted_is_completed_and_never_taken_for_the_whole(hub_of, tmp_path):
+    image_folder(hub_of[0] / "train", 6)
+    first = open_source("hf:me/pets")
+    next((tmp_path / "hub").glob("datasets--me--pets/snapshots/*/train/ill/000.png")).unlink()
+    with pytest.raises(NotFetched):  # nothing is fetched for a view
+        reopen(first.source)
+    assert len(open_source("hf:me/pets")) == len(reopen(first.source)) == 6
 
 
 def test_several_labels_as_lists_of_classes_and_as_ones_and_zeros(tmp_path):

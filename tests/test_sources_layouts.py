@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def test_tiny_imagenet_as_it_is_unpacked_and_nothing_is_moved(tmp_path):
     assert [where[f"val/images/val_{number}.JPEG"] for number in range(5)] == [0, 1, 2, 3, 0]
     assert where["train/n02124075/images/n02124075_1.JPEG"] == 2
     assert data.ids == sorted(data.ids) and data.meta["wnid"][0] == "n01443537"
-    assert data.notes == (f"The 2 images of test have no published labels and were left out: give {root}/test.",)
-    assert len(open_source(root / "test")) == 2
+    assert data.notes == (f"The 2 images of test have no published labels and were left out: give {root}/test/images.",)
+    assert open_source(root / "test/images").task == "unlabelled"
     assert entries(root) == before
     again = reopen(json.loads(json.dumps(data.source)))
     assert again.ids == data.ids and again.labels.tolist() == data.labels.tolist()
@@ -63,6 +64,33 @@ def test_an_image_that_the_annotations_do_not_name_has_no_label_and_is_counted(t
     data = open_source(root)
     assert data.labels[data.ids.index("val/images/stray.JPEG")] == -1
     assert "1 images of val are not in val_annotations.txt" in data.notes[0]
+
+
+@pytest.mark.parametrize("inside", ["", "images/"])
+@pytest.mark.parametrize("annotations", [True, False])
+def test_val_that_a_script_has_sorted_into_class_folders(tmp_path, inside, annotations):
+    root = tiny_imagenet(tmp_path)
+    plain = open_source(root)
+    for name, wnid in zip(plain.ids, plain.meta["wnid"], strict=True):
+        if name.startswith("val/"):
+            (root / "val" / wnid / inside).mkdir(parents=True, exist_ok=True)
+            (root / name).rename(root / "val" / wnid / inside / Path(name).name)
+    if not annotations:
+        (root / "val/val_annotations.txt").unlink()
+    data = open_source(root)
+    pictures = {Path(name).name: label for name, label in zip(data.ids, data.labels.tolist(), strict=True)}
+    assert pictures == {Path(name).name: label for name, label in zip(plain.ids, plain.labels.tolist(), strict=True)}
+    assert data.classes == plain.classes and not describe(data).unreadable
+    save_picture(root / "val/images/val_0.JPEG", 1)
+    assert "the 1 images of val/images were left out" in " ".join(open_source(root).notes)
+
+
+def test_tiny_imagenet_without_the_labels_of_val_or_without_val(tmp_path):
+    root = tiny_imagenet(tmp_path)
+    (root / "val/val_annotations.txt").unlink()
+    refused(root, "val_annotations.txt of the Tiny ImageNet", "cannot be read")
+    shutil.rmtree(root / "val")
+    assert f"There are no images of val in {root}." in open_source(root).notes
 
 
 def test_without_words_the_classes_bear_their_numbers(tmp_path):

@@ -265,7 +265,10 @@ def test_a_header_that_declares_a_name_of_gigabytes_is_not_read(tmp_path):
 def test_a_compressed_tar_says_to_unpack_it(tmp_path):
     plain = tar(tmp_path / "a.tar", *samples(("a", 0)))
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    refused(tmp_path / "b.tar.gz", "is compressed", "gunzip")
+    said = f"{tmp_path / 'b.tar.gz'} is compressed, and images are read in place: unpack it"
+    refused(tmp_path / "b.tar.gz", said)
+    with pytest.raises(SourceError, match=f"^{said}"):
+        open_source(tmp_path)  # a folder of tars, of which one would be left out
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,12 @@ def pooled_names(names: Iterable[str], family: Family) -> list[str]:
 
 
 def _part(state: dict[str, torch.Tensor], family: Family) -> dict[str, torch.Tensor]:
-    """The backbone's own tensors out of those of a classifier or a whole CLIP, without their prefix."""
+    """The backbone's own tensors out of those of a classifier or a whole CLIP, without their prefix; also where a
+    network of the user's own holds that (``model.vit.``)."""
     prefix = family.part + "."
+    if not any(name.startswith(prefix) for name in state):
+        outer = {name[: name.index(f".{prefix}") + 1] for name in state if f".{prefix}" in name}
+        prefix = outer.pop() + prefix if len(outer) == 1 else prefix
     part = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     return part or state
 

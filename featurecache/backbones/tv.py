@@ -24,6 +24,7 @@ from torch import nn
 from featurecache.backbones import Backbone, Request, frozen, seeded, versions
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.networks import PooledMap, Tokens
+from featurecache.backbones.own import unwrapped
 from featurecache.backbones.processors import check, from_transforms
 from featurecache.backbones.weights import digest, not_here, read_state_dict, some
 from featurecache.errors import BadOption, OutputRefused, UnknownBackbone, WeightsDoNotFit, WeightsNotFound, nearest
@@ -107,6 +108,7 @@ def _network(name: str, enum: Any, request: Request, size: tuple[int, int]) -> t
         given = Path(os.path.expanduser(request.weights)) if request.weights else None
         state = read_state_dict(given or fetched(enum.url, f"torchvision's {enum}"))
         network = _built(name, enum, request)
+        state = unwrapped(f"torchvision:{name}", state, network.state_dict())
         weights = _fill(name, network, {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()})
     frozen(network)
     if type(network).__name__ != "VisionTransformer":

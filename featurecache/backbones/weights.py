@@ -1,6 +1,6 @@
 """Find weights on the hub, in its local cache or in a folder; read them without running code; know them by digest.
 
-No pickle: ``.safetensors``, or ``torch.load(weights_only=True)``. Never code from a repository.
+``.safetensors``, or a PyTorch file by `featurecache.backbones.torch_files`. Never code from a repository.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from featurecache.backbones.torch_files import read_torch_file, refusal
 from featurecache.errors import FeatureCacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound
 
 REACH = 4.0  # seconds the hub has to answer before the local cache is used instead
@@ -37,7 +38,7 @@ def not_here(what: str, *, copy: str = "FOLDER", cache: str = "HF_HOME") -> Weig
 def snapshot(repo: str, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str]:
     """(folder, commit) of a repository of the hub, or of its local cache where the hub does not answer.
 
-    The hub is asked what the revision means now within a time limit (its client has none of its own); the client's
+    The hub is asked for the revision within a time limit first (its client has none of its own); the client's
     exceptions have no common root and changed their HTTP library twice, hence the wide ``except``.
 
     Raises:
@@ -50,14 +51,14 @@ def snapshot(repo: str, revision: str | None = None, *, weights: bool = True) ->
     if cached is not None:
         return cached, cached.name
     try:
-        commit = HfApi().repo_info(repo, revision=revision, timeout=REACH).sha
+        HfApi().repo_info(repo, revision=revision, timeout=REACH)
     except Exception as error:
         cached = _fetch(repo, revision, weights, offline=True)
         if cached is None:
             raise _refusal(repo, revision, error) from error
         return cached, cached.name
     try:
-        folder = _fetch(repo, commit, weights, offline=False)
+        folder = _fetch(repo, revision, weights, offline=False)  # by name: only so the cache knows what it stands for
     except Exception as error:
         raise WeightsNotFound(f"{repo} could not be fetched from the hub: {_first_line(error)}") from error
     if folder is None:
@@ -158,24 +159,40 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        if path.suffix == ".safetensors":
-            data: Any = load_file(path)
-        else:
-            data = torch.load(path, map_location="cpu", weights_only=True)
+        data = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
     except Exception as error:  # a damaged or hostile file fails in as many ways as there are
         raise WeightsDoNotFit(
-            f"{path} cannot be read as weights ({_first_line(error)}); expected .safetensors, or a PyTorch file of "
-            "tensors only (code in files is never run)"
+            f"{path} cannot be read as weights ({refusal(error)}); expected .safetensors, or a PyTorch file of "
+            "tensors (code in files is never run)"
         ) from error
-    wrapped = [data[key] for key in _WRAPPERS if isinstance(data, Mapping) and isinstance(data.get(key), Mapping)]
-    inner = wrapped[0] if wrapped else data
+    inner = _inner(path, data)
     if not isinstance(inner, Mapping) or not all(isinstance(k, str) for k in inner):
-        raise WeightsDoNotFit(f"{path} holds a {type(inner).__name__}; expected a state dict, name by name a tensor")
+        raise WeightsDoNotFit(
+            f"{path} holds a {type(inner).__name__}; expected a state dict, name by name a tensor: "
+            "torch.save(network.state_dict(), FILE)"
+        )
     state = {key: value for key, value in inner.items() if isinstance(value, torch.Tensor)}
     if not state:
         raise WeightsDoNotFit(f"{path} holds no tensors; expected a state dict")
     parallel = all(key.startswith("module.") for key in state)  # saved from DataParallel
     return {key.removeprefix("module.") if parallel else key: value for key, value in state.items()}
+
+
+def _inner(path: Path, data: Any) -> Any:
+    """The state dict in what a training script has saved: under one of the usual names, else the only one there is."""
+    if not isinstance(data, Mapping):
+        return data
+    usual = [data[key] for key in _WRAPPERS if isinstance(data.get(key), Mapping)]
+    if usual or _holds_tensors(data):
+        return usual[0] if usual else data
+    held = [key for key, value in data.items() if isinstance(value, Mapping) and _holds_tensors(value)]
+    if len(held) > 1:
+        raise WeightsDoNotFit(f"{path} holds {len(held)} state dicts ({some(map(str, held))}); save the one you mean")
+    return data[held[0]] if held else data
+
+
+def _holds_tensors(values: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in values.values())
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

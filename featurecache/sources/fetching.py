@@ -35,7 +35,7 @@ def package(name: str, extra: str, what: str) -> Any:
         with contextlib.redirect_stdout(sys.stderr):  # some keep the stdout they find for their log
             return importlib.import_module(name)
     except ImportError as error:
-        raise SourceError(f"{what} needs a package: pip install 'featurecache[{extra}]'.") from error
+        raise SourceError(f"{name.partition('.')[0]} is needed {what}: pip install 'featurecache[{extra}]'.") from error
 
 
 def at_place(words: str) -> tuple[list[str], str | None]:

@@ -165,13 +165,21 @@ def _refuse_splits_below(data: str, ids: list[str], classes: list[str]) -> None:
     """Split folders below class folders, or one level too deep: taken for classes they would be lost."""
     found = {tuple(image.split("/", 2)[:2]) for image in ids if image.count("/") >= 2}
     below = sorted(pair for pair in found if pair[1].lower() in SPLITS)
-    if below and len(classes) == 1:
-        raise SourceError(f"the split folders are one level further down: give {data}/{classes[0]}.")
+    if len(classes) == 1 and (inner := _above_splits(ids)):
+        raise SourceError(f"the split folders are further down: give {data}/{inner}.")
     if below:
         raise SourceError(
             f"{data} has split folders below class folders ({'/'.join(below[0])}); they are expected above: "
             f"{below[0][1]}/{below[0][0]}. Move them, or list the images in a CSV (columns path, label, split)."
         )
+
+
+def _above_splits(ids: list[str]) -> str:
+    """The folder that all images share and that has split folders in it; nothing where there is none."""
+    shared = os.path.commonpath([os.path.dirname(image) for image in ids]).split("/")
+    inner = next((depth for depth, name in enumerate(shared) if name.lower() in SPLITS), len(shared))
+    below = (image.split("/", inner + 1)[inner] for image in ids)
+    return "/".join(shared[:inner]) if any(name.lower() in SPLITS for name in below) else ""
 
 
 def _class_notes(data: str, tree: _Tree, splits: list[str], names: list[str], classes: list[str]) -> list[str]:

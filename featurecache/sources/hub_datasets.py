@@ -40,8 +40,8 @@ from featurecache.sources.hub_columns import Part, groups_of, labels_of, rest_of
 FORM = "hf:<dataset>[:config][@revision]"
 _NAME = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@]+))?(?:@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile("[0-9a-f]{40}")
-_FILES = ["*.parquet", "*.arrow", "*.json", "*.jsonl", "*.csv", "*.md", "*.yaml", "*.txt", "*.tar", "*.zip",
-          "*.jpg", "*.jpeg", "*.png", "*.tif", "*.tiff", "*.webp", "*.JPEG"]  # fmt: skip
+# Of a repository everything is fetched but programs, networks, films and sound: an image of any name may be one.
+_LEFT = ["*.py", "*.ipynb", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.mp4", "*.avi", "*.wav", "*.mp3"]
 
 
 @dataclass(frozen=True)
@@ -85,21 +85,27 @@ def fetch_hub(words: str) -> None:
     asked = _parse(words)
     package("datasets", "hf", f"to read {asked.repo}")
     with fetching(partial(_absent, asked)):
-        snapshot_download(asked.repo, repo_type="dataset", revision=asked.revision, allow_patterns=_patterns(asked))
+        snapshot_download(asked.repo, repo_type="dataset", revision=asked.revision, **_wanted(asked))
 
 
-def _patterns(asked: _Asked) -> list[str]:
-    """Of the converted branch, which has a folder for each configuration, that folder alone."""
+def _wanted(asked: _Asked) -> dict[str, Any]:
+    """Which files; of the converted branch, which has a folder for each configuration, that folder alone."""
     converted = asked.config and asked.revision == "refs/convert/parquet"
-    return [f"{asked.config}/*"] if converted else _FILES
+    return {"allow_patterns": [f"{asked.config}/*"] if converted else None, "ignore_patterns": _LEFT}
 
 
 def _local(asked: _Asked) -> Path | None:
+    """The copy in the hub's cache. The hub's client knows whether all wanted files of what it fetched are there, so it
+    is asked for the same ones."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(asked.repo, repo_type="dataset", revision=asked.revision, local_files_only=True))
+        return Path(
+            snapshot_download(
+                asked.repo, repo_type="dataset", revision=asked.revision, local_files_only=True, **_wanted(asked)
+            )
+        )
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:

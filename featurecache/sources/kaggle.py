@@ -70,7 +70,9 @@ def fetch_kaggle(words: str) -> None:
     asked = _parse(words)
     kagglehub = package("kagglehub", "kaggle", f"to fetch {asked.handle}")
     with fetching(partial(_absent, asked)):
-        kagglehub.dataset_download(asked.handle)
+        place = kagglehub.dataset_download(asked.handle)
+        if not _complete(asked):
+            raise SourceError(f"kagglehub mounts {asked.handle} at {place}, as in notebooks: give --data {place}")
 
 
 def _complete(asked: _Asked) -> list[int]:

@@ -2,7 +2,8 @@
 
 Columns are found by their names (``ROLES``) or told by ``columns={"path": ..., "label": ..., "split": ..., "group":
 ...}``; an empty name says that there is none. All others go to ``meta``. Paths are relative to the folder of the
-table; the id of an image is its path as the table writes it.
+table (bare names are looked for below it: `featurecache.sources.bare_names`); the id of an image is its path as the
+table writes it.
 
 Labels. One column: its distinct values are the classes, sorted (numbers as numbers); an empty cell is no label. Where
 there are splits, the classes are those of the train rows. Several columns, ``"label": "effusion,mass"``: each holds
@@ -15,13 +16,14 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from featurecache.dataset import Dataset, Files, class_labels, few, safe_name, settle_task, source_record, split_names
+from featurecache.dataset import Dataset, class_labels, few, safe_name, settle_task, source_record, split_names
 from featurecache.errors import SourceError, nearest
+from featurecache.sources.bare_names import files_named
 
 # Role -> names it is known by, as compared: lower case, everything but letters and digits as "_".
 ROLES = {
@@ -33,7 +35,6 @@ ROLES = {
 }  # fmt: skip
 _KNOWN = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0, "": np.nan, "nan": np.nan}
 _CELLS = 1 << 30  # of a Parquet table: a few bytes of it can stand for any number
-_LOOKED_AT = 20  # paths tried at opening, for a hint
 
 
 @dataclass
@@ -68,8 +69,7 @@ def open_table(data: str, columns: dict[str, str] | None, asked: str | None) -> 
     if task == "unlabelled" and asked is None:
         others = f" among {few(rest, 8)}" if rest else ""
         notes.append(f"No column of labels was found{others}: --column label=NAME names one, or several: label=A,B,C.")
-    folder = os.path.dirname(data)
-    images = Files(folder, ids)
+    images, said = files_named(os.path.dirname(data), ids)
     return Dataset(
         name=safe_name(table.name.rsplit(".", 1)[0]),
         source=source_record("table", data, columns, asked),
@@ -81,7 +81,7 @@ def open_table(data: str, columns: dict[str, str] | None, asked: str | None) -> 
         classes=classes,
         task=task,
         images=images,
-        notes=(*notes, *_hint(images, folder)),
+        notes=(*notes, *said),
     )
 
 
@@ -188,7 +188,9 @@ def _read_parquet(file: str) -> Table:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise SourceError(f"{file} needs pyarrow to be read: pip install pyarrow, or save the table as CSV.") from error
+        raise SourceError(
+            f"{file} needs pyarrow to be read: pip install 'featurecache[parquet]', or save the table as CSV."
+        ) from error
     try:
         with parquet.ParquetFile(file) as opened:
             rows, columns_there = opened.metadata.num_rows, opened.metadata.num_columns
@@ -373,15 +375,3 @@ def _numbers_or_text(values: list[str]) -> list[str] | np.ndarray:
         return np.array([int(value) for value in values], np.int64)
     except (ValueError, OverflowError):
         return np.array([np.nan if value in missing else found[value] for value in values], np.float64)
-
-
-def _hint(images: Files, folder: str) -> list[str]:
-    """A missing image is a named failure when it is read; that all are missing is worth hearing before."""
-    tried = range(min(_LOOKED_AT, len(images.ids)))
-    exists: Callable[[str], bool] = os.path.exists
-    if any(exists(images.path(row)) for row in tried):
-        return []
-    first = images.path(0)
-    stem = f"; {first}.png would be: the paths lack their ending" if exists(first + ".png") else ""
-    where = f"looked for {first}{stem}"
-    return [f"None of the first {len(tried):,} images is there ({where}). Paths are relative to {folder}."]

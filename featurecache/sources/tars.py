@@ -88,6 +88,8 @@ def walk(root: str, tar: str, number: int, found: Found) -> None:
             with _Headers(os.dup(descriptor), "rb") as file:
                 for member in _members(file, path, status.st_size):
                     _add(samples, member, tar, number, found)
+    except SourceError:
+        raise
     except UnreadableImage as error:
         raise SourceError(f"{path} cannot be opened: {error}.") from error
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:

@@ -7,12 +7,14 @@
     test/images/test_0.JPEG                    10,000 whose labels were never published: left out, and said so
 
 Nothing is moved or copied. Classes are in the order of their WordNet numbers, which is that of the class folders; their
-names are the first words of words.txt. The split val stays val: whoever uses it as the test set says so.
+names are the first words of words.txt. The split val stays val: whoever uses it as the test set says so. Where a script
+has sorted val into class folders (val/n01443537/ or val/n01443537/images/), these say the classes.
 """
 
 from __future__ import annotations
 
 import os
+import re
 
 from featurecache.dataset import Dataset, Files, class_labels, distinct, few, safe_name, settle_task, source_record
 from featurecache.errors import SourceError
@@ -22,7 +24,11 @@ _ANNOTATIONS = os.path.join("val", "val_annotations.txt")
 
 
 def is_tiny_imagenet(folder: str) -> bool:
-    return os.path.isfile(os.path.join(folder, "wnids.txt")) and os.path.isfile(os.path.join(folder, _ANNOTATIONS))
+    """Its list of classes, and either the one of val or the class folders of train."""
+    if not os.path.isfile(os.path.join(folder, "wnids.txt")):
+        return False
+    by_wnid = any(re.fullmatch(r"n\d{8}", name) for name in _folders(folder, "train"))
+    return by_wnid or os.path.isfile(os.path.join(folder, _ANNOTATIONS))
 
 
 def open_tiny_imagenet(data: str, asked: str | None) -> Dataset:
@@ -32,10 +38,12 @@ def open_tiny_imagenet(data: str, asked: str | None) -> Dataset:
     train = _train(data, wnids)
     if not train:
         raise SourceError(f"train in {data} holds no image of the classes of wnids.txt; unpack the archive again.")
-    val, more = _val(data, set(wnids))
+    val, more = _val(data, wnids)
     left_out = len(_images(data, "test/images"))
     if left_out:
-        notes += (f"The {left_out:,} images of test have no published labels and were left out: give {data}/test.",)
+        notes += (
+            f"The {left_out:,} images of test have no published labels and were left out: give {data}/test/images.",
+        )
     rows = sorted([*train.items(), *val.items()])
     found = [wnid for _, wnid in rows]
     task = settle_task(asked, names, False, data)
@@ -79,12 +87,18 @@ def _names(data: str, wnids: list[str]) -> tuple[list[str], tuple[str, ...]]:
     return distinct([words.get(wnid) or wnid for wnid in wnids]), ()
 
 
-def _train(data: str, wnids: list[str]) -> dict[str, str]:
-    """id → class of the training images; a class may have its images in ``images`` or directly."""
+def _in_class_folders(data: str, split: str, wnids: list[str]) -> dict[str, str]:
+    """id → class; a class may have its images in ``images`` or directly."""
     found: dict[str, str] = {}
     for wnid in wnids:
-        for folder in (f"train/{wnid}/images", f"train/{wnid}"):
+        for folder in (f"{split}/{wnid}/images", f"{split}/{wnid}"):
             found |= dict.fromkeys(_images(data, folder), wnid)
+    return found
+
+
+def _train(data: str, wnids: list[str]) -> dict[str, str]:
+    """id → class of the training images."""
+    found = _in_class_folders(data, "train", wnids)
     strange = sorted(set(_folders(data, "train")) - set(wnids))
     if strange:
         raise SourceError(f"train holds the class folders {few(strange, 3)}, which wnids.txt in {data} does not name.")
@@ -96,9 +110,23 @@ def _train(data: str, wnids: list[str]) -> dict[str, str]:
     return found
 
 
-def _val(data: str, wnids: set[str]) -> tuple[dict[str, str], list[str]]:
+def _val(data: str, wnids: list[str]) -> tuple[dict[str, str], list[str]]:
+    """id → class of the images of val, and what to say of them."""
+    together = _images(data, "val/images")
+    if found := _in_class_folders(data, "val", wnids):
+        again = f"val is sorted into class folders: the {len(together):,} images of val/images were left out."
+        return found, [again] if together else []
+    if not together and not os.path.exists(os.path.join(data, _ANNOTATIONS)):
+        return {}, [f"There are no images of val in {data}."]
+    found = _annotated(data, set(wnids))
+    extra = [name for name in together if name not in found]
+    notes = [f"{len(extra):,} images of val are not in val_annotations.txt and have no label."] if extra else []
+    return found | dict.fromkeys(extra, ""), notes
+
+
+def _annotated(data: str, wnids: set[str]) -> dict[str, str]:
     """id → class of the images that val_annotations.txt lists, whether they are there or not (one that is not is a
-    named failure when it is read), and of those beside them, which have none."""
+    named failure when it is read)."""
     found: dict[str, str] = {}
     for number, line in enumerate(_lines(data, _ANNOTATIONS), 1):
         if not line.strip():
@@ -111,9 +139,7 @@ def _val(data: str, wnids: set[str]) -> tuple[dict[str, str], list[str]]:
                 "of the classes of wnids.txt, each name once."
             )
         found[f"val/images/{name}"] = wnid
-    extra = [name for name in _images(data, "val/images") if name not in found]
-    notes = [f"{len(extra):,} images of val are not in val_annotations.txt and have no label."] if extra else []
-    return found | dict.fromkeys(extra, ""), notes
+    return found
 
 
 def _images(data: str, folder: str) -> list[str]:

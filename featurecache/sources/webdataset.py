@@ -56,14 +56,14 @@ class _Samples(Table):
 
 def is_webdataset(path: str) -> bool:
     """Whether ``path`` names tars: one, a pattern, or a folder that holds nothing else."""
-    if path.lower().endswith((".tar", *_PACKED)) and not os.path.isdir(path):
+    if _is_tar(path) and not os.path.isdir(path):
         return os.path.lexists(path) or is_pattern(path)
     return _holds_tars_only(path)
 
 
 def is_pattern(path: str) -> bool:
     """Whether ``path``, where no file of that name is, stands for several tars."""
-    return bool(_PATTERN.search(path)) and path.lower().endswith((".tar", *_PACKED))
+    return bool(_PATTERN.search(path)) and _is_tar(path)
 
 
 def open_webdataset(data: str, columns: dict[str, str] | None, asked: str | None) -> Dataset:
@@ -112,7 +112,12 @@ def _holds_tars_only(folder: str) -> bool:
         return False
     below = [_listed(os.path.join(folder, name))[0] for name in folders]
     everything = [name for names in (files, *below) for name in names]
-    return not any(map(is_image, everything)) and any(name.lower().endswith(".tar") for name in everything)
+    return not any(map(is_image, everything)) and any(map(_is_tar, everything))
+
+
+def _is_tar(name: str) -> bool:
+    """Also one that is compressed: it is refused by name, where leaving it out would lose its images."""
+    return name.lower().endswith((".tar", *_PACKED))
 
 
 def _listed(folder: str) -> tuple[list[str], list[str]]:
@@ -129,7 +134,7 @@ def _tars(data: str) -> tuple[str, list[str]]:
     if os.path.isdir(data):
         files, folders = _listed(data)
         below = [f"{folder}/{name}" for folder in folders for name in _listed(os.path.join(data, folder))[0]]
-        return data, sorted(name for name in [*files, *below] if name.lower().endswith(".tar"))
+        return data, sorted(filter(_is_tar, [*files, *below]))
     if os.path.lexists(data):
         return os.path.dirname(data), [os.path.basename(data)]
     root = os.path.dirname(data[: _PATTERN.search(data).start()])  # type: ignore[union-attr]

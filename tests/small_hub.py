@@ -1,0 +1,71 @@
+"""A Hugging Face hub on this machine: one repository, the files of a folder, by the addresses its client asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+COMMIT = "c" * 40
+
+
+@contextmanager
+def small_hub(folder: Path, repo: str, kind: str = "datasets") -> Iterator[tuple[str, list[str]]]:
+    """(address, names of the files that were asked for) while it serves ``folder`` as ``repo``, a dataset or model."""
+    given: list[str] = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self._answer(body=False)
+
+        def do_GET(self) -> None:
+            self._answer(body=True)
+
+        def _answer(self, body: bool) -> None:
+            path = unquote(urlparse(self.path).path)
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            start = f"{'' if kind == 'models' else '/datasets'}/{repo}/resolve/{COMMIT}/"
+            if path.startswith(start) and (folder / path.removeprefix(start)).is_file():
+                data = (folder / path.removeprefix(start)).read_bytes()
+                if body:
+                    given.append(path.removeprefix(start))
+            elif path.startswith(f"/api/{kind}/{repo}/tree/{COMMIT}"):
+                data = json.dumps([_entry(folder, file) for file in files]).encode()
+            elif path.startswith(f"/api/{kind}/{repo}"):
+                data = json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode()
+            else:
+                return self.send_error(404)
+            self.send_response(200)
+            headers = {"ETag": f'"{_blob(data)}"', "X-Repo-Commit": COMMIT, "Content-Length": str(len(data))}
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if body:
+                self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", given
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _blob(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _entry(folder: Path, file: Path) -> dict[str, object]:
+    path, data = file.relative_to(folder).as_posix(), file.read_bytes()
+    return {"type": "file", "path": path, "size": len(data), "oid": _blob(data)}
