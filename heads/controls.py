@@ -8,13 +8,13 @@ Logistic regression with C = 1 on at most 5,000 training images; temperature and
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from featurecache.errors import FeatureCacheError
 from heads import evaluate as ev
@@ -23,6 +23,7 @@ from heads.runs import Run
 from heads.splits import SPLITS, Splits, read_splits
 
 if TYPE_CHECKING:
+    from featurecache.preprocess import Preprocess
     from heads.pixels import AnyView
 
 SIDE = 32  # pixels
@@ -113,42 +114,34 @@ def pixels(view: AnyView, task: Task, divided: Splits) -> dict[str, Any]:
 
 def _read_images(view: AnyView, dataset: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, 3, h, w] of rows of the view, and bool [n]: whether the very image of the view was there to read."""
-    from featurecache.errors import UnreadableImage
-    from featurecache.images import decode, digest
+    from heads.pixels import read_images
 
     where = {name: i for i, name in enumerate(dataset.ids)}
-
-    def one(row: int) -> torch.Tensor | None:
-        try:
-            data = dataset.read(where[view.ids[row]])
-            if view.digests[row] != digest(data).encode():
-                return None
-            return decode(data)
-        except (KeyError, OSError, UnreadableImage):
-            return None
-
-    first = next((image for image in map(one, rows.tolist()) if image is not None), None)
-    if first is None:
+    places = np.array([where.get(view.ids[row], -1) for row in rows])
+    found = places[places >= 0].tolist()
+    pixels, digests, failed, _ = read_images(dataset, found, _small(dataset, found))
+    if len(failed) == len(found):
         raise FileNotFoundError(f"none of {len(rows):,} can be read")
-    side = tuple(first.shape[1:]) if max(first.shape[1:]) <= SIDE else (SIDE, SIDE)
-    images = np.zeros((len(rows), 3, *side), dtype=np.uint8)
-    read = np.zeros(len(rows), dtype=bool)
-
-    def into(place: int) -> None:
-        image = one(int(rows[place]))
-        if image is not None:
-            images[place], read[place] = _squashed(image, side), True
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(into, range(len(rows))))
+    images, read = np.zeros((len(rows), *pixels.shape[1:]), np.uint8), np.zeros(len(rows), bool)
+    images[places >= 0] = pixels.numpy()
+    read[places >= 0] = digests == np.asarray(view.digests)[rows[places >= 0]]
+    read[np.flatnonzero(places >= 0)[list(failed)]] = False
     return images, read
 
 
-def _squashed(image: torch.Tensor, side: tuple[int, ...]) -> np.ndarray:
-    if tuple(image.shape[1:]) == side:
-        return image.numpy()
-    small = torch.nn.functional.interpolate(image[None].float(), side, mode="bilinear", antialias=True)[0]
-    return small.round().clamp(0, 255).byte().numpy()
+def _small(dataset: Any, rows: list[int]) -> Preprocess:
+    """What makes all images as large as the first that can be read, or ``SIDE`` pixels where that is larger."""
+    from featurecache.errors import UnreadableImage
+    from featurecache.images import decode
+    from heads.networks.baselines import HALF, squashed
+
+    size = (SIDE, SIDE)
+    for row in rows:
+        with contextlib.suppress(UnreadableImage):
+            _, height, width = decode(dataset.read(row)).shape
+            size = (height, width) if max(height, width) <= SIDE else size
+            break
+    return replace(squashed(SIDE, HALF), resize=size)
 
 
 def _fit_pixels(task: Task, parts: dict[str, tuple[np.ndarray, np.ndarray]], notes: list[str]) -> dict[str, Any]:

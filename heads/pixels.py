@@ -10,6 +10,8 @@ Notation: N images, h and w the height and width in pixels that the network sees
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 
 from featurecache.costs import device_title
-from featurecache.errors import FeatureCacheError, NotInCache, ProtocolError, RunError, UnreadableImage
+from featurecache.errors import CannotWrite, FeatureCacheError, NotInCache, ProtocolError, RunError, UnreadableImage
 from featurecache.inspection import OutputInfo
 from featurecache.spec import canonical_json
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from featurecache.sources import Dataset
     from heads.runs import Run
 
-WORKERS = 2  # threads that read and resize
+MOST_WORKERS = 16  # threads that read and resize
 AT_ONCE = 2**23  # numbers in memory as float32 where images go through a network in pieces
 
 
@@ -51,7 +53,10 @@ class PixelView:
         self.spec = {"kind": "pixels", "preprocess": _record(preprocess)}
         self.provenance = {"backbone": self.output}
         self.fingerprint = hashlib.blake2b(canonical_json(self.spec).encode(), digest_size=16).hexdigest()
-        self._pixels, digests, self.failed, self.loading_ms = _read_all(dataset, preprocess, progress)
+        self._pixels, digests, reasons, self.loading_ms = read_images(
+            dataset, range(len(dataset)), preprocess, progress=progress
+        )
+        self.failed = [{"id": dataset.ids[row], "reason": reasons[row]} for row in sorted(reasons)]
         gone = {failure["id"] for failure in self.failed}
         self._places = kept = np.array([i for i, name in enumerate(dataset.ids) if name not in gone], dtype=np.int64)
         if not len(kept):
@@ -128,16 +133,18 @@ def _dataset(data: Any) -> Dataset:
 
 def pixels_of(run: Run, data: Any = None, *, progress: bool = False) -> PixelView:
     """The images of a run on pixels, or ``data``, prepared as the run has it; RunError where that cannot be."""
+    preprocess = preprocess_of(run)
+    return PixelView(source_of(run) if data is None else _dataset(data), preprocess, progress=progress)
+
+
+def source_of(run: Run) -> Dataset:
+    """The images that a run on pixels was made of; RunError where they are gone."""
     from featurecache.sources import reopen
 
-    preprocess = preprocess_of(run)
-    if data is not None:
-        return PixelView(_dataset(data), preprocess, progress=progress)
     try:
-        dataset = reopen(run.config["view"].get("source") or {})
+        return reopen(run.config["view"].get("source") or {})
     except (FeatureCacheError, KeyError, TypeError) as error:
         raise RunError(f"the images of {run.path} cannot be had: {error}") from error
-    return PixelView(dataset, preprocess, progress=progress)
 
 
 def preprocess_of(run: Run) -> Preprocess:
@@ -185,36 +192,38 @@ def _resized(data: Stored, preprocess: Preprocess) -> torch.Tensor | str:
         return f"cannot be resized for the network: {error}"
 
 
-def _read_all(
-    dataset: Dataset, preprocess: Preprocess, progress: bool
-) -> tuple[torch.Tensor, np.ndarray, list[dict[str, str]], float]:
-    """Pixels [N,3,h,w], digests S32 [N], what could not be read, and milliseconds of one thread for an image."""
+def read_images(
+    dataset: Dataset, rows: Sequence[int], preprocess: Preprocess, *, progress: bool = False
+) -> tuple[torch.Tensor, np.ndarray, dict[int, str], float]:
+    """Of n rows of a dataset: pixels uint8 [n,3,h,w], digests S32 [n], why some could not be read (by place), and
+    milliseconds of one thread for an image: the median, as `featurecache.costs` has it of an extraction."""
     from featurecache.amounts import progress_bar
     from featurecache.images import digest
 
-    count = len(dataset)
+    count = len(rows)
     pixels, digests = _room((count, 3, *preprocess.size)), np.zeros(count, "S32")
     reasons: dict[int, str] = {}
-    seconds = np.zeros(count)
+    seconds = np.full(count, np.nan)
 
-    def one(row: int) -> None:
+    def one(place: int) -> None:
         begin = time.perf_counter()
         try:
-            data = dataset.read(row)
-            digests[row] = digest(data).encode()
+            data = dataset.read(rows[place])
+            digests[place] = digest(data).encode()
             found = _resized(data, preprocess)
         except UnreadableImage as error:
             found = str(error)
         if isinstance(found, str):
-            reasons[row] = found
+            reasons[place] = found
         else:
-            pixels[row] = found
-        seconds[row] = time.perf_counter() - begin
+            pixels[place] = found
+            seconds[place] = time.perf_counter() - begin
 
-    with ThreadPoolExecutor(WORKERS) as pool, progress_bar(count, progress, "images") as bar:
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)  # nothing else computes meanwhile; each with one thread of torch's
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    with pool, progress_bar(count, progress, "images") as bar:
         _each(pool.map(one, range(count)), bar.update)
-    failed = [{"id": dataset.ids[row], "reason": reasons[row]} for row in sorted(reasons)]
-    return pixels, digests, failed, 1000 * float(seconds.mean()) if count else 0.0
+    return pixels, digests, reasons, 1000 * float(np.nanmedian(seconds)) if len(reasons) < count else 0.0
 
 
 def _each(done: Any, update: Callable[[int], Any]) -> None:
@@ -228,6 +237,13 @@ def _room(shape: tuple[int, ...]) -> torch.Tensor:
 
     if int(np.prod(shape)) <= memory_for_features():
         return torch.empty(shape, dtype=torch.uint8)
+    folder, needed = tempfile.gettempdir(), int(np.prod(shape))
+    if (free := shutil.disk_usage(folder).free) < needed:  # a mapping that outgrows the disk ends the process (SIGBUS)
+        raise CannotWrite(
+            f"{shape[0]:,} images of {shape[3]}×{shape[2]} pixels take {needed / 1e9:.1f} GB, more than memory "
+            f"holds or {folder} has free ({free / 1e9:.1f} GB). TMPDIR=… names another place; a smaller --image-size "
+            "takes less."
+        )
     with tempfile.TemporaryFile(prefix="featurecache-pixels-") as file:
         return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=shape))
 

@@ -178,7 +178,7 @@ def test_a_network_on_pixels_has_grad_cam_and_occlusion_and_no_attention(planted
     assert (cam["kind"], cam["grid"]) == ("grad-cam", [8, 8]) and np.shape(cam["control"]) == (8, 8)
     assert occlusion["map_of"] == "occlusion" and on_square(occlusion["peak"], (8, 8), corners[179])
     assert heads.explain(run, [view.ids[179]], out=tmp_path / "maps").records[0]["kind"] == "grad-cam"
-    with pytest.raises(BadOption, match="trained from pixels"):
+    with pytest.raises(BadOption, match="no class token"):
         heads.explain(run, [view.ids[179]], out=tmp_path / "maps", kinds="attention")
 
 
@@ -189,6 +189,19 @@ def test_every_kind_has_its_own_colours_and_opacity_is_size():
     values = np.array([[2.0, -1.0, 0.0]])
     assert rgba(values, "contribution")[0].tolist() == [[230, 97, 0, 185], [0, 114, 230, 92], [230, 97, 0, 0]]
     assert len({tuple(rgba(values, kind)[0, 0, :3]) for kind in ("contribution", "attention", "grad-cam")}) == 3
+
+
+def test_what_stands_below_a_picture_is_not_cut_off(monkeypatch):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    draw(np.zeros((40, 20, 3), np.uint8), "grad-cam", [Panel("one")], untrained=True)
+    (figure,) = figures
+    (foot,) = figure.texts
+    ends = foot.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    assert foot.get_text().endswith("nothing else") and ends.x1 < figure.bbox.width
 
 
 def test_a_run_without_a_map_stands_there_with_its_reason():
@@ -219,3 +232,15 @@ def test_the_gallery_of_a_head_that_is_occluded_has_a_few_maps_only(planted):
         with_maps = [picture.map is not None for picture in shelf.pictures]
         assert with_maps == [True] * min(3, len(with_maps)) + [False] * (len(with_maps) - 3)
     assert "occlusion" in shown.notes[0]
+
+
+def test_runs_of_one_kind_are_told_apart_by_their_folders_and_long_names_leave_the_numbers():
+    from types import SimpleNamespace
+
+    from heads.explanations.explaining import Result, _title
+
+    config = {"settings": {"random_weights": True}, "view": {"label": "pixels/blood"}}
+    run = SimpleNamespace(head="finetune:vit-demo", output="pixels-32", path=Path("studies/blood-tuned"), config=config)
+    lines = _title(Result(run, "grad-cam", "x" * 80, 0.125, 1.0, [])).split("\n")
+    assert lines[:2] == ["finetune:vit-demo at 32 px, from random weights", "blood-tuned on pixels/blood"]
+    assert lines[2].startswith("p 0.12 of xxx")

@@ -15,7 +15,7 @@ from featurecache.backbones.networks import Tokens
 from featurecache.errors import BadOption
 from featurecache.outputs import parse
 from heads.data import Standardize
-from heads.explanations.attention_maps import attention_maps, attention_of, check_class_token, rollout
+from heads.explanations.attention_maps import Transformer, attention_maps, attention_of, check_class_token, rollout
 from heads.explanations.gradcam import Whole, check_extra, grad_cam_maps, layer_of
 from heads.explanations.maps import direction
 
@@ -66,7 +66,7 @@ def test_three_tokens_through_a_network_that_never_looks_anywhere_special():
     """Queries of zero: attention is 1/3 everywhere, Ã = (2/3 on the diagonal, 1/6 beside), and the first row of Ã² is
     (1/2, 1/4, 1/4)."""
     backbone = backbone_of(Three(torch.zeros(2, 2), torch.zeros(2, 2)))
-    ((last, rolled),) = attention_maps(backbone, torch.rand(1, 3, 1, 2))
+    ((last, rolled),) = attention_maps(Transformer.of_backbone(backbone), torch.rand(1, 3, 1, 2))
     assert last.values == pytest.approx(np.array([[1 / 3, 1 / 3]]))
     assert rolled.values == pytest.approx(np.array([[1 / 4, 1 / 4]])) and rolled.beside["class token"] == pytest.approx(
         0.5
@@ -80,7 +80,7 @@ def test_the_class_token_looks_at_the_patch_that_is_like_it():
     backbone = backbone_of(Three(2 * torch.eye(2)))
     pixels = torch.zeros(1, 3, 1, 2)
     pixels[0, 0, 0, 0], pixels[0, 1, 0, 1] = np.log(3) * np.sqrt(2) / 2, 5
-    ((last, _),) = attention_maps(backbone, pixels)
+    ((last, _),) = attention_maps(Transformer.of_backbone(backbone), pixels)
     total = np.exp(np.sqrt(2)) + 3 + 1
     assert last.values == pytest.approx(np.array([[3 / total, 1 / total]]), abs=1e-6)
 
@@ -91,7 +91,7 @@ def test_registers_take_part_in_the_product_and_are_left_off_the_map(tmp_path):
     folder = save_dinov2(tmp_path, registers=2)
     backbone = load_backbone(f"hf:{folder}")
     x = torch.rand(1, 3, 42, 42)
-    ((last, rolled),) = attention_maps(backbone, x)
+    ((last, rolled),) = attention_maps(Transformer.of_backbone(backbone), x)
     own = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
         layers = [a.mean(1) for a in own(x, output_attentions=True).attentions]
@@ -111,7 +111,7 @@ def test_attention_of_timm_is_that_of_its_queries_and_keys():
     seen = {}
     block = backbone.model.network.blocks[-1].attn
     handle = block.qkv.register_forward_hook(lambda m, i, out: seen.update(qkv=out))
-    layers = attention_of(backbone, x)
+    layers = attention_of(Transformer.of_backbone(backbone), x)
     handle.remove()
     q, k, _ = seen["qkv"].reshape(1, 5, 3, 3, 64).permute(2, 0, 3, 1, 4)
     expected = (q @ k.transpose(2, 3) / 8).softmax(-1).mean(1)
@@ -119,9 +119,75 @@ def test_attention_of_timm_is_that_of_its_queries_and_keys():
     assert block.fused_attn == type(block)(192, 3).fused_attn, "left as it was"
 
 
+def test_attention_of_a_tuned_network_is_that_of_the_backbone_it_was_saved_as(tmp_path):
+    from transformers import AutoModel
+
+    from heads.networks.finetune import finetuned, save_backbone
+
+    model = finetuned(
+        f"hf:{save_dinov2(tmp_path, registers=2)}", None, 42, 3, generator=torch.Generator().manual_seed(0), rlrr=True
+    ).eval()
+    with torch.no_grad():
+        for weight in model.network.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    x = torch.rand(1, 3, 42, 42)
+    ((last, rolled),) = attention_maps(Transformer.of_run("tuned", model), x)
+    save_backbone(model, tmp_path / "saved")
+    own = AutoModel.from_pretrained(tmp_path / "saved", attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = own(x, output_attentions=True).attentions[-1].mean(1)[0, 0, 3:]
+    assert last.values == pytest.approx(expected.reshape(6, 6).numpy(), abs=1e-5)
+    assert expected.std() > 1e-3 and rolled.values.shape == (6, 6)
+    assert "the same for every class" in last.how and "head" not in last.how.partition(":")[2]
+
+
+def test_attention_of_the_small_vit_trained_from_scratch_is_that_of_its_queries_and_keys():
+    from heads.networks.baselines import make_baseline
+
+    model = make_baseline("vit-cifar", image_size=32, classes=2).eval()
+    seen = {}
+    block = model.network.blocks[-1]
+    handle = block.norm1.register_forward_hook(lambda m, i, out: seen.update(x=out))
+    layers = attention_of(Transformer.of_run("vit-cifar", model), torch.rand(2, 3, 32, 32))
+    handle.remove()
+    q, k, _ = block.self_attn.in_proj_weight.chunk(3)
+    b, c, _ = block.self_attn.in_proj_bias.chunk(3)
+    q, k = ((seen["x"] @ w.T + v).unflatten(2, (8, 16)).transpose(1, 2) for w, v in ((q, b), (k, c)))
+    expected = (q @ k.transpose(2, 3) / 4).softmax(-1).mean(1)
+    assert len(layers) == 6 and torch.allclose(layers[-1], expected, atol=1e-6)
+
+
+def test_a_network_from_pixels_is_explained_where_it_is_asked_for_and_is_back_afterwards(monkeypatch):
+    """A device that only renames: what is sent there, and what comes back, is written down."""
+    from types import SimpleNamespace
+
+    from featurecache import forward
+    from heads.explanations.explainer import Explainer
+    from heads.networks.baselines import make_baseline
+
+    model, asked = make_baseline("vit-cifar", image_size=32, classes=2).eval(), []
+    monkeypatch.setattr(forward, "pick_device", lambda name: asked.append(name) or torch.device("meta"))
+    config = {"spec": {"kind": "pixels"}, "view": {}}
+    explainer = Explainer(SimpleNamespace(model=model, config=config), None, device="cuda:1")
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: asked.append(device))
+    monkeypatch.setattr(nn.Module, "cpu", lambda self: asked.append("back"))
+    with pytest.raises(ValueError), explainer._there(model) as device:
+        asked.append(f"on {device}")
+        raise ValueError
+    assert asked == ["cuda:1", "meta", "on meta", "back"]
+
+
+def test_a_cnn_trained_from_pixels_has_no_attention():
+    from heads.networks.baselines import make_baseline
+
+    model = make_baseline("cnn-cifar", image_size=32, classes=2)
+    with pytest.raises(BadOption, match="cnn-cifar has no class token"):
+        attention_maps(Transformer.of_run("cnn-cifar", model), torch.rand(1, 3, 32, 32))
+
+
 def test_attention_without_a_class_token_is_refused():
     with pytest.raises(BadOption, match="no class token"):
-        check_class_token(backbone_of(Three(torch.zeros(2, 2)), prefix=()))
+        check_class_token(Transformer.of_backbone(backbone_of(Three(torch.zeros(2, 2)), prefix=())))
 
 
 def test_attention_that_cannot_be_read_is_refused():
@@ -134,7 +200,7 @@ def test_attention_that_cannot_be_read_is_refused():
             return self.blocks(pixels[:, :, 0])
 
     with pytest.raises(BadOption, match="cannot be read"):
-        attention_of(backbone_of(Silent()), torch.rand(1, 3, 1, 2))
+        attention_of(Transformer.of_backbone(backbone_of(Silent())), torch.rand(1, 3, 1, 2))
 
 
 # --- Grad-CAM

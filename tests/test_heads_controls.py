@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -120,7 +122,8 @@ def test_training_images_that_are_gone_are_left_out_and_said(pictured):
 def test_large_images_are_made_small_with_antialiasing():
     stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
     stripes[:, :, ::2] = 255
-    small = controls._squashed(stripes, (32, 32))
+    source = SimpleNamespace(read=lambda row: stripes.permute(1, 2, 0).numpy())
+    small = controls._small(source, [0]).resized(stripes).numpy()
     assert small.shape == (3, 32, 32)
     assert abs(int(small[:, 4:-4, 4:-4].mean()) - 127) <= 1
     assert np.ptp(small[:, 4:-4, 4:-4]) <= 2

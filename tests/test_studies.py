@@ -20,12 +20,15 @@ from heads.networks.baselines import BASELINES
 from heads.reports.charts import Scale
 from heads.studies import STUDIES, Extract, Heads, Images, Look, Network, load_study
 from heads.studies import mindlina as study_mindlina
+from heads.studies import run as study_run
 from heads.studies.figures import FIGURES
 from heads.studies.images import QUICK, Given, draw, few_of, open_sets, signature, sources_of
 from heads.studies.minutes import GMACS, minutes_of
+from heads.studies.page import cautions
 from heads.studies.plan import (
     QUICK_BACKBONES,
     Asked,
+    Plan,
     backbones_of,
     make_plan,
     read_weights,
@@ -338,11 +341,11 @@ def test_options_cap_what_the_study_has(tmp_path):
 def test_minutes_by_hand(tmp_path):
     path = folder_of(tmp_path / "data", {"train": {"a": 5, "b": 5}, "val": {"a": 2, "b": 2}, "test": {"a": 3, "b": 3}})
     images = given(path)
-    # 20 images of 4.1 multiply-adds at 70 % of 82/60 operations a second
-    once = minutes_of({"extract": "x", "backbone": "resnet50"}, images, 82 / 60)
+    # 20 images of 4.1 multiply-adds at 70 % of 82/60 operations a second, and 3 s of every step around them
+    once = minutes_of({"extract": "x", "backbone": "resnet50"}, images, 82 / 60) - 3 / 60
     assert once == pytest.approx(2 * 4.1 * 20 / (0.7 * 82 / 60) / 60)
     asked = {"train_baseline": "x", "arch": "finetune:resnet50", "epochs": 2, "image_size": 112}
-    assert minutes_of(asked, images, 82 / 60) == pytest.approx(once / 20 / 4 * (3 * 10 * 2 + 4 * 2 + 6))
+    assert minutes_of(asked, images, 82 / 60) == pytest.approx(once / 20 / 4 * (3 * 10 * 2 + 4 * 2 + 6) + 3 / 60)
 
 
 # --- splits of mindlina -------------------------------------------------------------------------------------------
@@ -372,6 +375,27 @@ def test_without_a_test_split_the_rest_is_test_and_groups_stay_whole(tmp_path, m
         assert 8 <= held[0] <= 10 and 3 <= held[1] <= 5 and sum(held) == 24
 
 
+def test_val_of_tiny_imagenet_is_test_as_published_and_part_of_train_chooses(tmp_path):
+    path = folder_of(tmp_path / "tiny", {"train": {"fish": 20, "newt": 20}, "val": {"fish": 5, "newt": 5}})
+    data, part = open_source(path), load_study("cifar-tinyimagenet").part("tinyimagenet")
+    names = part.splits(data)
+    assert ((names == "test") == (np.array(data.splits) == "val")).all()
+    assert [int(((names == "val") & (data.labels == c)).sum()) for c in (0, 1)] == [3, 3]
+    data = open_source(folder_of(tmp_path / "other", {s: {"fish": 2, "newt": 2} for s in ("train", "val", "test")}))
+    assert part.splits(data) is None, "what has a test split keeps it"
+
+
+def test_a_small_val_split_that_a_study_does_not_use_is_not_said_to_be_drawn_anew(tmp_path):
+    path = folder_of(
+        tmp_path / "data", {s: {"NORMAL": n, "PNEUMONIA": n} for s, n in (("train", 30), ("val", 8), ("test", 8))}
+    )
+    plan = Plan([], [])
+    for name, said in (("pneumonia", True), ("mindlina", False)):
+        study, sets = load_study(name), {"chest": given(path)}
+        done = study_run.Done(study, Asked(), tmp_path, sets, plan, {})
+        assert any("drawn anew" in words for words in cautions(done)) == said
+
+
 def test_a_chart_of_a_range_without_a_round_number_has_a_tick():
     assert Scale(2.49, 4.88, 0, 1, log=True).ticks() == [2.49]
 
@@ -381,4 +405,22 @@ def test_every_study_names_a_look_only_at_its_own_networks():
         for step in study.steps:
             if isinstance(step, Look):
                 kinds = {s.name: type(s) for s in study.steps}
-                assert all(kinds[name] is Network for name in step.of) and kinds[step.attention] is Heads
+                assert step.of and all(kinds[name] is Network for name in step.of)
+                assert not step.attention or (kinds[step.attention], kinds[step.backbone]) == (Heads, Extract)
+
+
+@pytest.mark.parametrize(
+    "name, options, hidden, says",
+    [("pneumonia", {"quick": True}, "pytorch_grad_cam", "look needs .*'featurecache\\[explain\\]', or --skip look"),
+     ("pneumonia", {"quick": True}, "optuna pytorch_grad_cam", "search, look need .*\\[optuna,explain\\]"),
+     ("pneumonia", {"random_weights": True}, "timm", "vit-features, vit-tuned need .*\\[timm\\]'\\.$"),
+     ("medmnist", {"quick": True}, "pytorch_grad_cam", "bloodmnist-look and 3 more need .*--skip '\\*look'")],
+)  # fmt: skip
+def test_what_is_not_installed_is_said_before_anything_is_computed(name, options, hidden, says, tmp_path, monkeypatch):
+    import importlib.util
+
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *_: None if n in hidden.split() else there(n, *_))
+    with pytest.raises(BadOption, match=says):
+        run_study(name, out=tmp_path / "s", **options)
+    assert not (tmp_path / "s").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +14,16 @@ from click.testing import CliRunner
 from PIL import Image
 
 import cli
+from featurecache import open_view
 from featurecache.errors import BadOption, RunError, StepFailed, Stopped
 from heads import studies
 from heads.networks import baseline_runs
+from heads.reports.origin import origins, sweep_command, train_command
 from heads.studies import Extract, Heads, Images, Network, Part, Published, Study
 from heads.studies import run as study_run
 from heads.studies.numbers import greyed, words
 from heads.studies.plan import Asked
+from heads.studies.words import study_lines
 
 CHROMIUM = "/usr/bin/chromium"
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -191,10 +195,30 @@ def test_a_step_that_fails_is_named_with_the_way_around_it(data, tmp_path, monke
 
 def test_a_dry_run_says_the_steps_and_writes_nothing(data, tmp_path):
     out = tmp_path / "s"
-    words = ["study", "small", "--random-weights", "--data", str(data), "--out", str(out), "--dry-run"]
+    words = ["study", "small", "--data", str(data), "--out", str(out), "--dry-run"]  # no weights are here
     result = CliRunner().invoke(cli.main, words)
     assert result.exit_code == 0 and not out.exists()
     assert "cnn-cifar" in result.output and "time       about" in result.output
+
+
+def test_a_row_of_the_printed_table_says_which_step_it_is_of(done):
+    lines = study_lines(done).splitlines()
+    assert lines[0].split() == ["One", "or", "two", "step", "val", "accuracy", "test", "accuracy", "s", "to", "train"]
+    assert any(re.match(r"linear on cls of vit-demo +heads +[01]\.", line) for line in lines)
+    assert any(re.match(r"cnn-cifar at 32 px +cnn +[01]\.", line) for line in lines)
+    _, heard = again(done)
+    assert heard[-1] == "time       every step is done; what is left is the page"
+
+
+def test_the_page_claims_no_weights_of_images_and_its_commands_find_the_features(done):
+    heads, network = done.report.tables[0].runs
+    features, pixels = (dict(each["facts"]) for each in origins([heads, network]))
+    assert features["weights"] == "random: never trained" and features["seen by"] == "linear"
+    assert not {"weights", "backbone"} & set(pixels) and pixels["seen by"] == "cnn-cifar"
+    words = shlex.split(train_command(heads))
+    assert open_view(words[words.index("--features") + 1]).label == "vit-demo/set"
+    assert str(heads.config["view"]["path"]) in sweep_command(done.folder / "runs" / "heads")
+    assert network.config["cost"]["bytes_per_image"] is None
 
 
 # --- the page ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Where a transformer's backbone looks: the attention of its class token, in the last block and rolled out over all.
+"""Where a transformer looks: the attention of its class token, in the last block and rolled out over all.
+
+Of a frozen backbone it is the same for every head and class; of a network that was trained from pixels (tuned, or from
+scratch) it is that network's own, the same for every class.
 
 Notation: n images, T tokens of which P stand before the patches (class token first), L blocks, K heads. Block l's
 attention A_l [T, T], a row for each query, averaged over its K heads; rows sum to 1.
@@ -13,8 +16,9 @@ returns them; torch's MultiheadAttention and timm's Attention are asked for them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,17 +27,51 @@ from torch import nn
 
 from featurecache.backbones import Backbone
 from featurecache.errors import BadOption
-from heads.explanations.maps import Map
+from heads.explanations.maps import Map, words_of
+from heads.networks.tuned import FineTuned
 
-WORDS = "where the backbone looks; the same for every head and class"
+
+@dataclass(frozen=True)
+class Transformer:
+    """``network``: the library's own module; ``forward``: a pass of normalised pixels [n,3,h,w] through it, ``options``
+    what such a pass takes beside them."""
+
+    name: str
+    network: Any
+    forward: Callable[[torch.Tensor], Any]
+    prefix: tuple[str, ...]  # of the P tokens before the patches
+    grid: tuple[int, int]
+    options: dict[str, Any] = field(default_factory=dict)
+    trained: bool = False  # from pixels, so that it belongs to one run
+
+    @classmethod
+    def of_backbone(cls, backbone: Backbone) -> Transformer:
+        model: Any = backbone.model
+        return cls(
+            backbone.name, getattr(model, "network", model), lambda x: backbone.forward(x, {"tokens"}),
+            backbone.prefix, backbone.grid, getattr(model, "options", {}),
+        )  # fmt: skip
+
+    @classmethod
+    def of_run(cls, name: str, model: Any) -> Transformer:
+        """``model``: the network of a run on pixels, one of `heads.networks.published` or tuned."""
+        network = model.network
+        if not isinstance(model, FineTuned):
+            prefix, (_, h, w) = ("cls",) if network.cam_grid else (), network.cam_grid or (0, 0, 0)
+            return cls(name, network, network, prefix, (h, w), trained=True)
+        inner = getattr(network, "network", network)
+        return cls(
+            name, inner, lambda x: network(x, {"tokens"}), model.prefix, model.grid, getattr(network, "options", {}),
+            True,
+        )  # fmt: skip
 
 
-def attention_maps(backbone: Backbone, pixels: torch.Tensor) -> list[list[Map]]:
+def attention_maps(asked: Transformer, pixels: torch.Tensor) -> list[list[Map]]:
     """[last block, rollout] of every image; pixels float32 [n,3,h,w], normalised. Raises BadOption where there is no
     class token, or its attention cannot be read."""
-    check_class_token(backbone)
-    layers = attention_of(backbone, pixels)
-    first, grid = len(backbone.prefix), backbone.grid
+    check_class_token(asked)
+    layers = attention_of(asked, pixels)
+    first, grid, words = len(asked.prefix), asked.grid, words_of("attention", asked.trained)
     rows = {"last block": layers[-1][:, 0], "rollout": rollout(layers)[:, 0]}
     hows = {
         "last block": "attention of the class token in the last block, mean of its heads",
@@ -42,7 +80,7 @@ def attention_maps(backbone: Backbone, pixels: torch.Tensor) -> list[list[Map]]:
     found = []
     for i in range(len(pixels)):
         found.append(
-            [_map(name, f"{hows[name]}: {WORDS}", row[i].double().numpy(), first, grid) for name, row in rows.items()]
+            [_map(name, f"{hows[name]}: {words}", row[i].double().numpy(), first, grid) for name, row in rows.items()]
         )
     return found
 
@@ -54,10 +92,14 @@ def _map(name: str, how: str, row: np.ndarray, first: int, grid: tuple[int, int]
     return Map("attention", how, row[first:].reshape(grid), "share", False, beside, small=name)
 
 
-def check_class_token(backbone: Backbone) -> None:
-    if backbone.prefix[:1] != ("cls",):
+def has_class_token(asked: Transformer) -> bool:
+    return asked.prefix[:1] == ("cls",)
+
+
+def check_class_token(asked: Transformer) -> None:
+    if not has_class_token(asked):
         raise BadOption(
-            f"{backbone.name} has no class token, and these maps are of its attention. --kind contribution and "
+            f"{asked.name} has no class token, and these maps are of its attention. --kind contribution and "
             "--kind grad-cam need none."
         )
 
@@ -71,20 +113,19 @@ def rollout(layers: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def attention_of(backbone: Backbone, pixels: torch.Tensor) -> list[torch.Tensor]:
+def attention_of(asked: Transformer, pixels: torch.Tensor) -> list[torch.Tensor]:
     """A_1 … A_L, each float32 [n, T, T] on the CPU."""
-    network: Any = getattr(backbone.model, "network", backbone.model)
-    if hasattr(network, "set_attn_implementation"):
-        with _eager(network):
-            options = {**getattr(backbone.model, "options", {}), "output_attentions": True}
-            found = list(network(pixels, **options).attentions or ())
+    if hasattr(asked.network, "set_attn_implementation"):
+        with _eager(asked.network):
+            options = {**asked.options, "output_attentions": True}
+            found = list(asked.network(pixels, **options).attentions or ())
     else:
-        found = _overheard(backbone, network, pixels)
+        found = _overheard(asked, pixels)
     layers = [attention.float().mean(1).cpu() for attention in found]
-    tokens = len(backbone.prefix) + backbone.grid[0] * backbone.grid[1]
+    tokens = len(asked.prefix) + asked.grid[0] * asked.grid[1]
     if not layers or any(layer.shape[1:] != (tokens, tokens) for layer in layers):
         raise BadOption(
-            f"the attention of {backbone.name} cannot be read: expected torch's MultiheadAttention, or timm's or "
+            f"the attention of {asked.name} cannot be read: expected torch's MultiheadAttention, or timm's or "
             f"transformers' attention over its {tokens} tokens. --kind grad-cam needs no attention weights."
         )
     return layers
@@ -100,7 +141,7 @@ def _eager(network: Any) -> Iterator[None]:
         network.set_attn_implementation(before)
 
 
-def _overheard(backbone: Backbone, network: nn.Module, pixels: torch.Tensor) -> list[torch.Tensor]:
+def _overheard(asked: Transformer, pixels: torch.Tensor) -> list[torch.Tensor]:
     """[n, K, T, T] of each block in the order they run, of torch's and timm's modules."""
     found: list[torch.Tensor] = []
 
@@ -114,13 +155,13 @@ def _overheard(backbone: Backbone, network: nn.Module, pixels: torch.Tensor) -> 
         found.append(args[0])
 
     with ExitStack() as stack:
-        for module in network.modules():
+        for module in asked.network.modules():
             if isinstance(module, nn.MultiheadAttention):
                 stack.callback(module.register_forward_pre_hook(ask, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(keep_second).remove)
             elif hasattr(module, "fused_attn") and isinstance(getattr(module, "attn_drop", None), nn.Module):
                 stack.callback(setattr, module, "fused_attn", module.fused_attn)
-                module.fused_attn = False  # type: ignore[assignment]
-                stack.callback(module.attn_drop.register_forward_pre_hook(keep_input).remove)  # type: ignore[union-attr]
-        backbone.forward(pixels, {"tokens"})
+                module.fused_attn = False
+                stack.callback(module.attn_drop.register_forward_pre_hook(keep_input).remove)
+        asked.forward(pixels)
     return found

@@ -35,13 +35,14 @@ AT_ONCE = 2**23  # numbers of occluded pixels in memory at once
 
 
 class Explainer:
-    """Maps of one run. ``device``, ``weights``, ``trust_code``: of its backbone, as for predict."""
+    """Maps of one run. ``device``, ``weights``, ``trust_code``: of its backbone or network, as for predict."""
 
     def __init__(
         self, run: Run, originals: Originals, *, device: str = "auto", weights: str | None = None,
         trust_code: bool = False,
     ) -> None:  # fmt: skip
-        self.run, self._options = run, {"device": device, "weights": weights, "trust_code": trust_code}
+        self.run, self._device = run, device
+        self._options = {"device": device, "weights": weights, "trust_code": trust_code}
         self.on_pixels = is_pixels(run)
         self.view = None if self.on_pixels else originals.view(run)
         self._mean: tuple[torch.Tensor, str] | None = None
@@ -70,7 +71,10 @@ class Explainer:
 
     def logits(self, images: Sequence[Original]) -> np.ndarray:
         """Calibrated, float64 [n, C]: those that ``predict`` gives."""
-        return self.run.logits(self._pixels(images) if self.on_pixels else self.features(images, self.run.output))
+        if not self.on_pixels:
+            return self.run.logits(self.features(images, self.run.output))
+        with self._there(self.run.model) as device:
+            return self.run.logits(self._pixels(images), device)
 
     def maps(
         self, kind: str, images: Sequence[Original], classes: np.ndarray, method: str = "replace"
@@ -117,11 +121,15 @@ class Explainer:
         """Of a network on pixels: squares of them replaced by the colour that normalising makes zero."""
         if method != "replace":
             raise BadOption("--method gradient is for heads on tokens; a network on pixels has --method replace.")
-        preprocess, pixels = preprocess_of(self.run), self._pixels(images).float()
+        with self._there(model) as device:
+            return self._occluded(images, classes, model, device)
+
+    def _occluded(self, images: Sequence[Original], classes: np.ndarray, model: nn.Module, device: str) -> list[Map]:
+        preprocess, pixels = preprocess_of(self.run), self._pixels(images).float().to(device)
         height, width = preprocess.size
         count = SQUARES if min(height, width) >= 8 * SQUARES else 8
-        colour = 255 * torch.tensor(preprocess.mean or (0.0, 0.0, 0.0)).view(3, 1, 1)
-        toward = self._toward(classes)
+        colour = 255 * torch.tensor(preprocess.mean or (0.0, 0.0, 0.0), device=device).view(3, 1, 1)
+        toward = self._toward(classes).to(device)
         rows, columns = (np.linspace(0, side, count + 1).round().astype(int) for side in (height, width))
         places = [(slice(rows[i], rows[i + 1]), slice(columns[j], columns[j + 1])) for i, j in np.ndindex(count, count)]
         some = max(1, AT_ONCE // (3 * height * width))
@@ -149,16 +157,15 @@ class Explainer:
     # --- through a network
 
     def _attention(self, images: Sequence[Original]) -> list[list[Map]]:
-        if self.on_pixels:
-            raise BadOption(
-                f"{self.run.head} is trained from pixels and has no backbone whose attention could be shown; --kind "
-                "grad-cam and --kind contribution (occlusion) are for it."
-            )
-        from heads.explanations.attention_maps import attention_maps, check_class_token
+        from heads.explanations.attention_maps import Transformer, attention_maps
 
+        if self.on_pixels:
+            own: Any = self.run.model
+            with self._there(own) as device:
+                pixels = own.preprocess.normalised(self._pixels(images).to(device))
+                return attention_maps(Transformer.of_run(self.run.head, own), pixels)
         with self._in_float32() as again:
-            check_class_token(again.backbone)
-            return attention_maps(again.backbone, self._normalised(again, images))
+            return attention_maps(Transformer.of_backbone(again.backbone), self._normalised(again, images))
 
     def _grad_cam(self, images: Sequence[Original], classes: np.ndarray, model: nn.Module, _: str) -> list[Map]:
         from heads.explanations.gradcam import Whole, check_extra, grad_cam_maps, layer_of
@@ -168,8 +175,9 @@ class Explainer:
             network: Any = model
             grid = network.cam_grid
             first, places = (0, None) if grid is None else (grid[0], (grid[1], grid[2]))
-            given = self._pixels(images).float()
-            return grad_cam_maps(network, (network.cam_layer, "output"), given, self._toward(classes), places, first)
+            with self._there(network) as device:
+                given, toward = self._pixels(images).float().to(device), self._toward(classes)
+                return grad_cam_maps(network, (network.cam_layer, "output"), given, toward, places, first)
         from featurecache.outputs import parse
 
         output = parse(self.run.output)
@@ -213,6 +221,18 @@ class Explainer:
     def _rows(self) -> dict[bytes, int]:
         assert self.view is not None
         return {bytes(digest): row for row, digest in enumerate(self.view.digests)}
+
+    @contextlib.contextmanager
+    def _there(self, network: nn.Module) -> Iterator[str]:
+        """A network on pixels, on the device that was asked for; back on the CPU afterwards, where a run's is."""
+        from featurecache.forward import pick_device
+
+        device = str(pick_device(self._device))
+        network.to(device)
+        try:
+            yield device
+        finally:
+            network.cpu()
 
     def _pixels(self, images: Sequence[Original]) -> torch.Tensor:
         """uint8 [n,3,h,w] as a network on pixels sees them."""

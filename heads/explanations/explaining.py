@@ -18,10 +18,11 @@ import numpy as np
 from featurecache.errors import BadOption, CannotWrite, UnreadableImage, nearest
 from heads import evaluate as ev
 from heads.explanations.explainer import Explainer
-from heads.explanations.maps import KINDS, Map
+from heads.explanations.maps import KINDS, Map, direction
 from heads.explanations.originals import Original, Originals, original
 from heads.explanations.overlays import Panel, draw
 from heads.families import name_of
+from heads.pixels import is_pixels
 from heads.prediction import Image, each_image, printable
 from heads.reports.thumbnails import seen_part
 from heads.runs import Run, load_run
@@ -89,6 +90,7 @@ class Result:
     kind: str
     called: str  # the class explained, "" where a map is of none
     probability: float | None
+    margin: float | None  # of that class, as `heads.explanations.maps` has it
     maps: list[Map]
     why: str = ""
 
@@ -105,11 +107,10 @@ class _Asked:
         found: list[list[Result]] = [[] for _ in images]
         for explainer, kinds in zip(self.explainers, self.kinds, strict=True):
             z = explainer.logits(images)
-            p = ev.probabilities(explainer.run.task, z)
             for kind in kinds:
                 for name in self.classes if kind != "attention" else [None]:
-                    chosen = _chosen(explainer.run, p, name)
-                    for place, result in enumerate(self._results(explainer, kind, images, chosen, p)):
+                    chosen = _chosen(explainer.run, z, name)
+                    for place, result in enumerate(self._results(explainer, kind, images, chosen, z)):
                         found[place].append(result)
         results = [result for each in found for result in each]
         if results and all(result.why for result in results):
@@ -117,7 +118,7 @@ class _Asked:
         return found
 
     def _results(
-        self, explainer: Explainer, kind: str, images: list[Original], chosen: np.ndarray, p: np.ndarray
+        self, explainer: Explainer, kind: str, images: list[Original], chosen: np.ndarray, z: np.ndarray
     ) -> list[Result]:
         run = explainer.run
         try:
@@ -127,21 +128,23 @@ class _Asked:
             if len(self.explainers) == 1 and len(self.kinds[0]) == 1:
                 raise
             maps, why = [[] for _ in images], str(error)
-        named = [
-            ("", None) if kind == "attention" else (run.classes[c], float(row[c]))
-            for c, row in zip(chosen, p, strict=True)
-        ]
-        return [Result(run, kind, name, share, each, why) for (name, share), each in zip(named, maps, strict=True)]
+        if kind == "attention":
+            return [Result(run, kind, "", None, None, each, why) for each in maps]
+        p, toward = ev.probabilities(run.task, z), direction(chosen, len(run.classes), 1.0, run.task == "multilabel")
+        margins = (z * toward.double().numpy()).sum(1)  # z has its temperature already
+        found = zip(chosen, p, margins, maps, strict=True)
+        return [Result(run, kind, run.classes[c], float(row[c]), float(m), each, why) for c, row, m, each in found]
 
 
-def _chosen(run: Run, p: np.ndarray, name: str | None) -> np.ndarray:
+def _chosen(run: Run, z: np.ndarray, name: str | None) -> np.ndarray:
     """int64 [n]: the class called, of multi-label the likeliest label, or the one that was named."""
     if name is not None:
         if name not in run.classes:
             raise BadOption(
                 f"{run.path} has no class {name!r}.{nearest(name, run.classes)} Its classes: {', '.join(run.classes)}."
             )
-        return np.full(len(p), run.classes.index(name))
+        return np.full(len(z), run.classes.index(name))
+    p = ev.probabilities(run.task, z)
     if run.task == "multilabel":
         return p.argmax(axis=1)
     return ev.call(run.task, p, run.calibration.thresholds, run.positive).astype(np.int64)
@@ -217,19 +220,25 @@ def _written(
 
 
 def _panel(result: Result, pixels: np.ndarray) -> Panel:
-    return Panel(_title(result), seen_part(result.run.config["spec"], pixels), result.maps, result.why)
+    run = result.run
+    return Panel(_title(result), seen_part(run.config["spec"], pixels), result.maps, result.why, is_pixels(run))
 
 
 def _title(result: Result) -> str:
-    run = f"{name_of(result.run.head, result.run.output)}\n{result.run.config['view']['label']}"
-    return run if result.probability is None else f"{run}\n{result.called}, p {result.probability:.2f}"
+    run, begun = result.run, ", from random weights" * bool(result.run.config["settings"].get("random_weights"))
+    lines = [f"{name_of(run.head, run.output)}{begun}", f"{run.path.resolve().name} on {run.config['view']['label']}"]
+    if result.probability is not None:
+        lines.append(f"p {result.probability:.2f} of {result.called}")
+    return "\n".join(lines)
 
 
 def _records(name: str, result: Result, path: Path) -> list[dict[str, Any]]:
-    about = {"image": name, "run": str(result.run.path), "kind": result.kind, "class": result.called or None}
+    run, called = str(result.run.path), result.called or None
+    about: dict[str, Any] = {"image": name, "run": run, "kind": result.kind, "class": called}
     if result.why:
         return [about | {"error": result.why}]
-    return [about | {"probability": result.probability} | _numbers(each) | {"png": path.name} for each in result.maps]
+    about |= {"probability": result.probability, "margin": result.margin}
+    return [about | _numbers(each) | {"png": path.name} for each in result.maps]
 
 
 def _numbers(each: Map) -> dict[str, Any]:
@@ -237,7 +246,6 @@ def _numbers(each: Map) -> dict[str, Any]:
         "map_of": each.small,
         "how": each.how,
         "unit": each.unit,
-        "margin": each.margin,
         "adds_up": each.adds_up,
         "beside": each.beside,
         "peak": None if each.peak is None else list(each.peak),
@@ -257,12 +265,12 @@ def as_table(records: Sequence[dict[str, Any]]) -> str:
     rows = [["image", "map", "run", "class", "margin", "strongest at", "beside it", "like its control"]]
     for r in records:
         if "error" not in r:
-            height, width = r["grid"]
+            run, (height, width) = Path(r["run"]).resolve().name, r["grid"]
             down, across = r["peak"] or (-1, -1)
             place = f"row {down + 1}/{height}, column {across + 1}/{width}" if r["peak"] else "nowhere above 0"
             beside = ", ".join(f"{name} {part:+.2f}" for name, part in r["beside"].items()) or "–"
             rows.append(
-                [printable(r["image"]), f"{r['kind']}: {r['map_of']}", Path(r["run"]).name, r["class"] or "any",
+                [printable(r["image"]), f"{r['kind']}: {r['map_of']}", run, r["class"] or "any",
                  _number(r["margin"]), place, beside, _number(r["likeness_to_control"])]
             )  # fmt: skip
     lines = align(rows, right=len(rows[0])) if len(rows) > 1 else []

@@ -4,7 +4,7 @@ There are three kinds, and they answer different questions:
 
     contribution   what a head makes of every place: how far the margin of a class changes when the place is replaced by
                    the mean of training. From tokens and head alone; of a network on pixels by squares of pixels.
-    attention      where the backbone looks; the same for every head and class.
+    attention      where the backbone looks; the same for every head and class. Of a network on pixels: where it looks.
     grad-cam       which places of a late layer raise the margin, through backbone and head, by their gradients
                    (Selvaraju et al. 2017, arXiv:1610.02391).
 
@@ -26,11 +26,21 @@ from torch import nn
 
 from heads.vector_heads import Neighbours
 
-KINDS: dict[str, str] = {
-    "contribution": "what the head makes of every place",
-    "attention": "where the backbone looks; the same for every head and class",
-    "grad-cam": "places of a late layer that raise the margin, through backbone and head",
+KINDS: dict[str, tuple[str, str]] = {  # kind -> what it shows of a head on a backbone, of a network from pixels
+    "contribution": ("what the head makes of every place", "what the network makes of every place"),
+    "attention": (
+        "where the backbone looks; the same for every head and class",
+        "where the trained network looks; the same for every class",
+    ),
+    "grad-cam": (
+        "places of a late layer that raise the margin, through backbone and head",
+        "places of a late layer that raise the margin, through the network",
+    ),
 }
+
+
+def words_of(kind: str, from_pixels: bool) -> str:
+    return KINDS[kind][from_pixels]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ here only.
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from heads.explanations.maps import KINDS, Map
+from heads.explanations.maps import Map, words_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,19 +29,22 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "grad-cam": (214, 0, 108),
 }
 STRONGEST = 185  # opacity of the largest value, of 255
-SIDE, HEAD, BAR, GAP, FOOT = 2.6, 0.95, 0.95, 0.2, 0.3  # inches: a picture, what stands over it, beside, between, below
+SIDE, HEAD, BAR, GAP = 2.6, 0.95, 0.95, 0.2  # inches: a picture, what stands over it, beside, between
+LINE, LETTER = 0.14, 0.058  # inches of the small print below: a line of it, a letter
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Panel:
     """The maps of one run over an image, one below the other; each with its control if it has one. ``box``: what of the
-    image the network saw, x, y, width, height in parts of it. ``why``: the reason in the maps' place."""
+    image the network saw, x, y, width, height in parts of it. ``why``: the reason in the maps' place. ``from_pixels``:
+    whether the run is of a network that was trained from them."""
 
     title: str
     box: Box | None = None
     maps: Sequence[Map] = ()
     why: str = ""
+    from_pixels: bool = False
 
 
 def rgba(values: np.ndarray, kind: str, largest: float | None = None) -> np.ndarray:
@@ -67,7 +71,9 @@ def draw(pixels: np.ndarray, kind: str, panels: Sequence[Panel], untrained: bool
 
     rows = max([sum(2 if m.control is not None else 1 for m in p.maps) for p in panels] + [1])
     width = SIDE * min(2.0, max(0.6, pixels.shape[1] / pixels.shape[0]))
-    size = (width + GAP + len(panels) * (width + BAR) + GAP, rows * (SIDE + HEAD) + FOOT)
+    across = width + GAP + len(panels) * (width + BAR) + GAP
+    foot = _foot(kind, panels, untrained, int((across - 2 * GAP) / LETTER))
+    size = (across, rows * (SIDE + HEAD) + LINE * len(foot) + 0.16)
     figure = Figure(figsize=size)
     place = _Grid(figure, size, width)
     with warnings.catch_warnings():
@@ -75,11 +81,17 @@ def draw(pixels: np.ndarray, kind: str, panels: Sequence[Panel], untrained: bool
         _show(place.axes(0, 0), pixels, None)
         for column, panel in enumerate(panels, start=1):
             _panel(place, column, panel, pixels)
-        foot = f"{kind}: {KINDS[kind]}" + ("; untrained backbone: shows the tool, nothing else" if untrained else "")
-        figure.text(GAP / size[0], 0.1 / size[1], foot, fontsize=8, color="#606060")
+        figure.text(GAP / size[0], 0.1 / size[1], "\n".join(foot), fontsize=8, color="#606060")
         encoded = io.BytesIO()
         figure.savefig(encoded, format="png", dpi=110)
     return encoded.getvalue()
+
+
+def _foot(kind: str, panels: Sequence[Panel], untrained: bool, letters: int) -> list[str]:
+    """What the maps show, in lines of so many letters."""
+    words = " · ".join(dict.fromkeys(words_of(kind, panel.from_pixels) for panel in panels))
+    lines = textwrap.wrap(f"{kind}: {words}", letters)
+    return lines + ["untrained backbone: shows the tool, nothing else"] * untrained
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,8 @@ def _panel(place: _Grid, column: int, panel: Panel, pixels: np.ndarray) -> None:
         row += 1
         if each.control is not None:
             like = "" if each.likeness is None else f"\nrank correlation with the map {each.likeness:+.2f}"
-            words = f"control: shuffled head weights{like}".replace("-", "−")
+            shuffled = "shuffled weights of its last layer" if panel.from_pixels else "shuffled head weights"
+            words = f"control: {shuffled}{like}".replace("-", "−")
             _map(place, row, column, each.control, each, words, pixels, panel.box)
             row += 1
 
@@ -126,17 +139,20 @@ def _map(
 ) -> None:
     axes, bar = place.axes(row, column), place.axes(row, column, bar=True)
     _show(axes, pixels, box)
-    axes.set_title(title, fontsize=8)
     largest = float(np.abs(values).max())
+    axes.set_title(title if largest else f"{title}\nzero everywhere", fontsize=8)
     x, y, w, h = _in_pixels(box, pixels)
     over = rgba(values, each.kind, largest)
     axes.imshow(over, interpolation="nearest", extent=(x, x + w, y + h, y), zorder=2)
     _limits(axes, pixels)
+    if not largest:
+        bar.set_axis_off()
+        return
     low = -largest if each.signed else 0.0
-    ramp = rgba(np.linspace(low, largest or 1.0, 101)[:, None], each.kind, largest or 1.0)
-    bar.imshow(ramp, origin="lower", aspect="auto", extent=(0, 1, low, largest or 1.0))
+    ramp = rgba(np.linspace(low, largest, 101)[:, None], each.kind, largest)
+    bar.imshow(ramp, origin="lower", aspect="auto", extent=(0, 1, low, largest))
     bar.set_xticks([])
-    bar.set_yticks([low, (low + (largest or 1.0)) / 2, largest or 1.0])
+    bar.set_yticks([low, (low + largest) / 2, largest])
     bar.set_yticklabels([f"{v:.2g}".replace("-", "−") for v in bar.get_yticks()])
     bar.yaxis.tick_right()
     bar.tick_params(labelsize=7, length=2)
@@ -178,13 +194,12 @@ def _beside(each: Map) -> str:
     return "\n" + _wrapped(words, 44) if words else ""
 
 
-def _text(words: str, longest: int = 96) -> str:
-    """As matplotlib shall show it: no mathematics, no control characters, not too long."""
-    words = "".join(c if c.isprintable() or c == "\n" else "·" for c in words).replace("$", r"\$")
-    return words if len(words) <= longest else words[: longest - 1] + "…"
+def _text(words: str, longest: int = 56) -> str:
+    """As matplotlib shall show it: no mathematics, no control characters, no line that runs into what is beside it."""
+    lines = ("".join(c if c.isprintable() else "·" for c in line) for line in words.split("\n"))
+    shown = (line if len(line) <= longest else line[: longest - 1] + "…" for line in lines)
+    return "\n".join(shown).replace("$", r"\$")
 
 
 def _wrapped(words: str, width: int) -> str:
-    import textwrap
-
     return textwrap.fill(_text(words, 400), width)

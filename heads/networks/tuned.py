@@ -29,7 +29,7 @@ class FineTuned(nn.Module):
     def __init__(self, backbone: Backbone, classes: int, origin: dict[str, Any], dropout: float = 0.0) -> None:
         super().__init__()
         self.preprocess, self.channels_last = backbone.preprocess, backbone.channels_last
-        self.vector, self.prefix, self.grid = backbone.vector, len(backbone.prefix), backbone.grid
+        self.vector, self.prefix, self.grid = backbone.vector, backbone.prefix, backbone.grid
         self.origin, self.adapted = origin, False
         self.network = backbone.model
         self.dropout, self.classifier = nn.Dropout(dropout), nn.Linear(backbone.width, classes)
@@ -51,12 +51,12 @@ class FineTuned(nn.Module):
         found = self.network(x, {source})[source]
         if self.vector == "cls":
             return found[:, 0]
-        return found[:, self.prefix :].mean(1) if self.vector == "mean" else found
+        return found[:, len(self.prefix) :].mean(1) if self.vector == "mean" else found
 
     @property
     def cam_grid(self) -> Grid | None:
         """(P, h, w) of a transformer's tokens; None where ``cam_layer`` gives a map [B,D,h,w]."""
-        return (self.prefix, *self.grid) if isinstance(self.network, Tokens) else None
+        return (len(self.prefix), *self.grid) if isinstance(self.network, Tokens) else None
 
     @property
     def cam_layer(self) -> nn.Module:

@@ -20,6 +20,7 @@ from heads.explanations.explainer import Explainer
 from heads.explanations.maps import Map
 from heads.explanations.originals import Original, Originals
 from heads.explanations.overlays import beside_words, small_overlay
+from heads.pixels import is_pixels
 from heads.reports.thumbnails import TINY, encoded, seen_part
 from heads.runs import Run
 
@@ -211,8 +212,9 @@ def _map_words(each: Map, run: Run, runs: int) -> str:
     of = f" Of the first of {runs} heads." if runs > 1 else ""
     what = "the label being present" if run.task == "multilabel" else "the class it called"
     colours = f"Orange speaks for {what}, blue against; each" if each.signed else f"Of {what}; each"
+    shuffled = "the weights of the last layer" if is_pixels(run) else "the head's weights"
     return (
         f"{each.kind.capitalize()}, beside each image: {each.how}. {colours} image has its own scale, and nothing is "
-        "smoothed. Right of it the control: the same with the head's weights shuffled; a map that looks like its "
+        f"smoothed. Right of it the control: the same with {shuffled} shuffled; a map that looks like its "
         f"control (rank correlation near 1) says nothing.{of}"
     )

@@ -80,7 +80,7 @@ class Part:
     images: str
     select: str = "auroc"
     options: dict[str, Any] = field(default_factory=dict)  # of `heads.settings.Settings`
-    splits: Callable[[Dataset], np.ndarray] | None = None  # [N] split names; None: the protocol's
+    splits: Callable[[Dataset], np.ndarray | None] = lambda _: None  # [N] split names; None: the protocol's
     published: tuple[Published, ...] = ()
     reference: str = ""  # the step that the others are compared with, paired
     note: str = ""
@@ -120,8 +120,9 @@ class Network:
 
 @dataclass(frozen=True)
 class Look:
-    """Maps of where networks look, on a few images of test: Grad-CAM of those of ``of`` (Network steps), and attention
-    of the backbone whose features (``backbone``, an Extract step) the Heads step ``attention`` was trained on."""
+    """Maps of where networks look, on a few images of test: Grad-CAM of those of ``of`` (Network steps), attention of
+    those of them with a class token and, where named, of the frozen backbone whose features (``backbone``, an Extract
+    step) the Heads step ``attention`` was trained on."""
 
     name: str
     part: str

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from featurecache.errors import BadOption, WeightsNotFound
-from heads.studies import Heads, Network, Study
+from heads.studies import Heads, Look, Network, Step, Study
 from heads.studies.plan import Asked, backbones_of
 
 
@@ -22,18 +21,36 @@ def check_options(asked: Asked) -> None:
             raise BadOption(f"--{option.replace('_', '-')} is {value}; it must be at least 1.")
 
 
-def check_extras(steps: Sequence[Any]) -> None:
-    """Said before hours of work: what a step needs that is not installed."""
-    for step in steps:
-        if isinstance(step, Heads) and step.options.get("search") and importlib.util.find_spec("optuna") is None:
-            raise BadOption(
-                f"the step {step.name} searches with Optuna, which is not installed: pip install "
-                f"'featurecache[optuna]', or --skip {step.name}."
-            )
-        if isinstance(step, Network) and step.options.get("lora") and importlib.util.find_spec("peft") is None:
-            raise BadOption(
-                f"the step {step.name} needs peft: pip install 'featurecache[peft]', or --skip {step.name}."
-            )
+def check_extras(steps: Sequence[Step], quick: bool) -> None:
+    """Said before hours of work: which steps need what is not installed."""
+    found = [(step.name, extra) for step in steps for extra in extras_of(step, quick) if not is_there(extra)]
+    if not found:
+        return
+    names, extras = (list(dict.fromkeys(words)) for words in zip(*found, strict=True))
+    kinds = dict.fromkeys(name.rpartition("-")[2] for name in names)
+    words = names if len(names) <= 3 else [f"'*{kind}'" for kind in kinds]
+    way = "" if "timm" in extras else f", or {' '.join(f'--skip {word}' for word in words)}"
+    said = ", ".join(names) if words is names else f"{names[0]} and {len(names) - 1} more"
+    raise BadOption(
+        f"{said} need{'s' * (len(names) == 1)} what is not installed: "
+        f"pip install 'featurecache[{','.join(extras)}]'{way}."
+    )
+
+
+def extras_of(step: Step, quick: bool) -> Iterator[str]:
+    """The extras that a step needs; those of data are said when they are opened."""
+    if isinstance(step, Heads) and step.options.get("search"):
+        yield "optuna"
+    if isinstance(step, Network) and step.options.get("lora"):
+        yield "peft"
+    if isinstance(step, Look):
+        yield "explain"
+    if not quick and any(name.startswith("timm:") for name in backbones_of([step])):
+        yield "timm"
+
+
+def is_there(extra: str) -> bool:
+    return importlib.util.find_spec({"explain": "pytorch_grad_cam"}.get(extra, extra)) is not None
 
 
 def check_weights(study: Study, asked: Asked, backbones: Sequence[str]) -> None:

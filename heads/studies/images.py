@@ -65,6 +65,11 @@ def sources_of(study: Study, data: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def names_of_sets(study: Study, data: Sequence[str]) -> set[str]:
+    """Those that are given with ``--data``, else those that are part of the study when nothing is."""
+    return set(sources_of(study, data)) or {images.name for images in study.images if images.default}
+
+
 def _recognised(study: Study, given: str) -> dict[str, str]:
     """By the names that the sets' files and folders have: the path itself, or what lies in it."""
     path, found = Path(given).expanduser(), {}
@@ -86,11 +91,10 @@ def open_sets(study: Study, data: Sequence[str], quick: bool, folder: Path, want
     """The sets of ``wanted`` that are given, else all default ones, opened. Raises SourceError and BadOption."""
     from featurecache.sources import open_source
 
-    sources = sources_of(study, data)
+    sources, names = sources_of(study, data), names_of_sets(study, data)
     given: dict[str, Given] = {}
     for images in study.images:
-        chosen = images.name in sources if data else images.default
-        if not chosen or images.name not in wanted:
+        if images.name not in names.intersection(wanted):
             continue
         if quick and not data:
             dataset = draw(images, folder / "drawn" / images.name)

@@ -14,19 +14,21 @@ if TYPE_CHECKING:
 
 
 def look(runner: Runner, step: Planned, made: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Grad-CAM of the networks, attention of the frozen ViT; the same images for all."""
+    """Grad-CAM of the networks, attention of the ViTs among them and of the frozen one; the same images for all."""
+    from heads.explanations.attention_maps import Transformer, has_class_token
     from heads.explanations.explaining import explain
 
     assert isinstance(step.step, Look)
     runs = [load_run(runner.folder / made[name]["made"]["run"]) for name in step.step.of]
-    images, folder = images_of(runs[0], step.asked["images"]), Path("runs") / step.name
-    found = explain(runs, images, out=runner.folder / folder / "grad-cam", device=runner.asked.device, say=runner.say)
-    files = [folder / "grad-cam" / path.name for path in found.files]
+    images, folder, files = images_of(runs[0], step.asked["images"]), Path("runs") / step.name, []
+    looking = [run for run in runs if has_class_token(Transformer.of_run(run.head, run.model))]
     if step.step.attention:
-        frozen = run_on(runner, made[step.step.attention], made[step.step.backbone]["made"]["label"])
-        below = runner.folder / folder / "attention"
-        found = explain(frozen, images, out=below, kinds="attention", device=runner.asked.device, say=runner.say)
-        files += [folder / "attention" / path.name for path in found.files]
+        looking = [run_on(runner, made[step.step.attention], made[step.step.backbone]["made"]["label"]), *looking]
+    for kind, of in (("grad-cam", runs), ("attention", looking)):
+        if of:
+            out = runner.folder / folder / kind
+            found = explain(of, images, out=out, kinds=kind, device=runner.asked.device, say=runner.say)
+            files += [folder / kind / path.name for path in found.files]
     return {"pictures": [str(path) for path in files]}
 
 

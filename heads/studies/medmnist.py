@@ -6,7 +6,7 @@ A repository after doi 10.1038/s41598-024-63094-9 (Scientific Reports).
 from __future__ import annotations
 
 from featurecache.sources.medmnist_names import MEDMNIST
-from heads.studies import Extract, Heads, Images, Network, Part, Published, Step, Study
+from heads.studies import Extract, Heads, Images, Look, Network, Part, Published, Step, Study
 
 DEFAULT = ("bloodmnist", "breastmnist", "pathmnist", "retinamnist")
 NAMES = (*DEFAULT, *(name for name in MEDMNIST if name not in DEFAULT))
@@ -36,6 +36,7 @@ def _steps(name: str) -> tuple[Step, ...]:
         Heads(f"{name}-frozen", name, (f"{name}-features",), "linear,knn"),
         Network(f"{name}-tuned", name, "finetune:vit-in1k", tuned),
         Network(f"{name}-rescaled", name, "finetune:vit-in1k", {**tuned, "rlrr": True}),
+        Look(f"{name}-look", name, (f"{name}-tuned", f"{name}-rescaled"), images=2),
     )
 
 
@@ -55,7 +56,8 @@ STUDY = Study(
     parts=tuple(_part(name) for name in NAMES),
     steps=tuple(step for name in NAMES for step in _steps(name)),
     differs=(
-        "Where the epoch was chosen is not said there; here val chooses, and test is read once.",
+        "How its epoch and learning rate were chosen is not known here; in this study val chooses, and test is read "
+        "once.",
         "Images stand in two splits of some sets (8 of PneumoniaMNIST in train and val); here such images are left out "
         "of train.",
         "RetinaMNIST's five grades are in order: its report here also has quadratic kappa and the mean absolute error.",

@@ -18,25 +18,26 @@ GMACS: dict[str, tuple[float, int | None]] = {
     "cnn-cifar": (0.027, 32), "vit-cifar": (0.085, None),
 }  # fmt: skip
 HEAD_GMACS = {"large": 0.04}  # of tokens of a ViT-B; of others the steps around it, not the product
+AROUND = 0.05  # minutes of a step beside the products: loading, the first batch, measures, writing
 REACHED = 0.7  # of the speed of a large product of matrices, as ViT-B, ResNet-50 and DenseNet-121 reached it
 
 
 def minutes_of(asked: dict[str, Any], given: Given, gflops: float) -> float | None:
-    """Multiply-adds twice, training three times a forward pass."""
+    """Multiply-adds twice, training three times a forward pass; a few seconds for each image that is looked into."""
     counts = _counts(given, asked)
     if "extract" in asked:
         gmacs = _gmacs(asked["backbone"], asked.get("image_size"))
-        return None if gmacs is None else _minutes(gmacs * sum(counts.values()), gflops)
+        return None if gmacs is None else _minutes(gmacs * sum(counts.values()), gflops) + AROUND
     if "train_baseline" in asked:
         arch = asked["arch"].removeprefix(FINETUNE)
         gmacs, epochs = _gmacs(arch, asked.get("image_size")), asked.get("epochs") or epochs_of(asked["arch"])
         once = counts["val"] * epochs + counts["test"]
-        return None if gmacs is None else _minutes(gmacs * (3 * counts["train"] * epochs + once), gflops)
+        return None if gmacs is None else _minutes(gmacs * (3 * counts["train"] * epochs + once), gflops) + AROUND
     if "ablate" in asked:
         each = sum(HEAD_GMACS.get(head, 0.0001) for head in asked["heads"].split(",")) * asked.get("trials", 1)
         parts = sum(float(part) for part in str(asked.get("fractions", "1")).split(","))
-        return _minutes(3 * each * counts["train"] * asked["epochs"] * parts, gflops) + 0.05
-    return 0.5
+        return _minutes(3 * each * counts["train"] * asked["epochs"] * parts, gflops) + AROUND
+    return AROUND * asked["images"]
 
 
 def _counts(given: Given, asked: dict[str, Any]) -> dict[str, int]:

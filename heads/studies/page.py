@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import CannotWrite
 from heads.comparison import compare
-from heads.families import Family, families_of
+from heads.families import Family, families_of, fraction_of
 from heads.reports.gallery import Album
 from heads.reports.ledger import write_ledger
 from heads.reports.origin import origins
 from heads.reports.page import part_context, render_page, render_part
 from heads.reports.wording import subtitle_words
 from heads.runs import Run, load_run
-from heads.studies import STUDIES, Extract, Heads, Network, Part
+from heads.studies import STUDIES, Extract, Heads, Look, Network, Part
 from heads.studies.figures import FIGURES
 from heads.studies.numbers import grey_words, published_rows
 from heads.studies.sets import set_context
@@ -131,7 +131,8 @@ def render_study(done: Done, tables: list[Table], published: list[dict[str, Any]
         "notes": list(dict.fromkeys(t.part.note for t in tables if t.part.note)),
         "figures": figures, "parts": parts, "pictures": pictures, "steps": step_rows(done),
         "commands": [("The study:", command_of(done)), *_step_commands(tables)],
-        "origins": origins([run for table in tables for run in table.runs]), "with_images": album.images,
+        "origins": origins(sorted((r for t in tables for r in t.runs), key=lambda run: -fraction_of(run))),
+        "with_images": album.images,
         "numbers_words": ", ".join(f"{t.part.name}/metrics.csv, {t.part.name}/metrics.json" for t in tables),
     }  # fmt: skip
     return render_page("study.html", context, count), count
@@ -140,8 +141,9 @@ def render_study(done: Done, tables: list[Table], published: list[dict[str, Any]
 def cautions(done: Done) -> list[str]:
     """What a reader must know before the numbers: the study's own, and what these images show."""
     found = list(done.study.cautions)
-    for given in done.given.values():
-        if few := given.few_in_val:
+    for name, given in done.given.items():
+        drawn = any(part.splits(given.dataset) is None for part in done.study.parts if part.images == name)
+        if drawn and (few := given.few_in_val):
             what = ", ".join(few[:4]) + (f" and {len(few) - 4} more" if len(few) > 4 else "")
             found.append(
                 f"The val split of {given.images.name} has {what}: it cannot choose a model. It was returned to train, "
@@ -220,10 +222,11 @@ def _pictures(done: Done) -> list[tuple[str, int, int, str]]:
     import struct
 
     found = []
-    for record in done.made.values():
+    titles = {step.name: done.study.part(step.part).title for step in done.study.steps if isinstance(step, Look)}
+    for step, record in done.made.items():
         for name in record["made"].get("pictures", []):
             data = (done.folder / name).read_bytes()
             width, height = struct.unpack(">II", data[16:24])  # of the header of a PNG
-            words = Path(name).parent.name
+            words = f"{titles[step]}, {Path(name).parent.name}"
             found.append((f"data:image/png;base64,{base64.b64encode(data).decode()}", width, height, words))
     return found

@@ -149,7 +149,7 @@ def task_options(part: Part, given: Given) -> dict[str, Any] | str:
     sentence that says why the images do not answer its question."""
     found = {"drop_leaks": True, **part.options}
     classes = given.dataset.classes
-    if given.few_in_val and part.splits is None:
+    if given.few_in_val and part.splits(given.dataset) is None:
         found["resplit_val"] = True
     if "only" in found:
         names = [_named(word, classes) for word in found["only"]]

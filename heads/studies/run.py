@@ -27,7 +27,7 @@ from featurecache.errors import FeatureCacheError, RunError, StepFailed, Stopped
 from heads.studies import Extract, Heads, Network, Study, load_study
 from heads.studies.checks import check_extras, check_options, check_weights
 from heads.studies.folder import FORMAT, RECORD, as_json, check_images, finished_in, record_in, with_kept_data
-from heads.studies.images import Given, open_sets, trials
+from heads.studies.images import Given, names_of_sets, open_sets, trials
 from heads.studies.minutes import machine_gflops
 from heads.studies.plan import Asked, Plan, Planned, backbones_of, make_plan, read_weights, wanted_steps
 from heads.studies.words import plan_lines, what_of
@@ -70,10 +70,12 @@ def run_study(
     folder = Path(out) if out is not None else Path("studies") / (f"{name}-quick" if quick else name)
     record = record_in(folder, study, asked)
     asked, kept = with_kept_data(asked, record, say), finished_in(folder)
-    wanted = wanted_steps(study, asked)
+    sets = names_of_sets(study, asked.data)
+    wanted = [step for step in wanted_steps(study, asked) if study.set_of(step) in sets]
     missing = [step for step in wanted if step.name not in kept]
-    check_extras(missing)
-    check_weights(study, asked, list(backbones_of(missing)))
+    check_extras(missing, quick)
+    if not dry_run:  # which would fetch them
+        check_weights(study, asked, list(backbones_of(missing)))
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) if dry_run else folder
         given = open_sets(study, asked.data, quick, place, [study.set_of(step) for step in wanted])
@@ -237,9 +239,10 @@ class Runner:
 
         assert not isinstance(step.step, Extract)
         part = self.study.part(step.step.part)
-        if part.splits is None:
-            return {}
         path, dataset = self.folder / f"splits-{part.name}.csv", self.dataset(step)
+        names = part.splits(dataset)
+        if names is None:
+            return {}
         if not path.is_file():
-            write_whole(path, splits_csv(dataset.ids, part.splits(dataset)).encode())
+            write_whole(path, splits_csv(dataset.ids, names).encode())
         return {"splits": path}

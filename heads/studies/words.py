@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from heads.families import name_of
 from heads.metrics import named_by
 from heads.prediction import printable
 from heads.reports.sections import ranked
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from heads.studies.run import Done
 
 SHOWN = 12  # heads of a question
+LONG = 8 * 60.0  # minutes; beyond it the ways to a shorter run are said
 
 
 def study_lines(done: Done) -> str:
@@ -33,29 +35,33 @@ def study_lines(done: Done) -> str:
 
 
 def table_lines(table: Table) -> list[str]:
-    """The controls, then the heads that are best on val."""
-    record = table.record
+    """The controls, then the heads that are best on val; which is which the step says."""
+    record, steps = table.record, {id(family): step for step, family, _ in table.rows}
     lead, task = named_by(record["select"]), record["task"]
-    rows = [[printable(table.part.title), f"val {title(lead, task)}", f"test {title(lead, task)}", "s to train"]]
+    over = [f"val {title(lead, task)}", f"test {title(lead, task)}", "s to train"]
+    rows = [[printable(table.part.title), "step", *over]]
     for control in record["controls"]:
-        rows.append([control["name"], *(number((control[s] or {}).get(lead)) for s in ("val", "test")), ""])
+        rows.append([control["name"], "", *(number((control[s] or {}).get(lead)) for s in ("val", "test")), ""])
     pairs = [pair for pair in ranked(table.families, record) if pair[1]["fraction"] == 1]
-    for _, family in pairs[:SHOWN]:
-        spent = family["train_seconds"]
-        values = [number(family["val"].get(lead)), interval(family["test"].get(lead))]
-        rows.append([printable(family["name"]), *values, "–" if spent is None else f"{spent:,.1f}"])
+    for family, found in pairs[:SHOWN]:
+        spent = found["train_seconds"]
+        values = [number(found["val"].get(lead)), interval(found["test"].get(lead))]
+        where = "" if family.from_pixels else f" of {family.view.partition('/')[0]}"
+        name = printable(name_of(family.head, family.output) + where)
+        rows.append([name, steps[id(family)], *values, "–" if spent is None else f"{spent:,.1f}"])
     left = len(pairs) - SHOWN
-    return [*align(rows), *([f"and {left} more, in the report"] if left > 0 else [])]
+    return [*align(rows, right=2), *([f"and {left} more, in the report"] if left > 0 else [])]
 
 
 def published_lines(published: list[dict[str, Any]]) -> list[str]:
-    rows = [["published", "question", "number", "of", "published", "here"]]
+    several = len({row["part"] for row in published}) > 1
+    columns = {"what": "published", **({"part": "question"} if several else {}), "measure": "number", "ours": "of"}
+    rows = [[*columns.values(), "published", "here"]]
     for row in published:
-        words = [printable(row[key]) for key in ("what", "part", "measure", "ours")]
-        rows.append([*words, row["published_words"], row["here_words"]])
+        rows.append([*(printable(row[key]) for key in columns), row["published_words"], row["here_words"]])
     grey = any(row["grey"] for row in published)
     said = ["Beside a trial, random weights, or fewer epochs or images a published number does not compare."]
-    return [*align(rows, right=4), *(said if grey else [])]
+    return [*align(rows, right=len(columns)), *(said if grey else [])]
 
 
 def best_run(table: Table) -> Run:
@@ -100,9 +106,11 @@ def plan_lines(
         lines.append(f"step {place:>2}    {step.name:<{width}}  {what_of(step.asked)}   {about}".rstrip())
     lines += [f"left out   {name}: {why}" for name, why in plan.left_out]
     left = sum(step.minutes or 0 for step in plan.steps if step.name not in kept)
-    lines.append(
-        f"time       about {duration(60 * left)} on this machine; every step is kept, ^C loses at most an epoch"
-    )
+    about = f"about {duration(60 * left)} on this machine; every step is kept, ^C loses at most an epoch"
+    waiting = any(step.name not in kept for step in plan.steps)
+    lines.append(f"time       {about if waiting else 'every step is done; what is left is the page'}")
+    if left > LONG:
+        lines.append("shorter    --only STEP, --epochs N, --train-per-class N or --image-size N, or a GPU")
     return lines
 
 
