@@ -31,7 +31,7 @@ def values_of(heard: Heard, column: str) -> list[list[str]]:
 
 
 def _values(run: Run, answers: Answers, column: str) -> list[str]:
-    view = _view(run)
+    view = _view(run, answers)
     if column not in view.meta:
         known = ", ".join(view.meta) or "none"
         raise BadOption(
@@ -49,12 +49,13 @@ def _values(run: Run, answers: Answers, column: str) -> list[str]:
     return [_text(view.meta[column][row]) for row in rows]
 
 
-def _view(run: Run) -> Any:
+def _view(run: Run, answers: Answers) -> Any:
     from featurecache.reader import View
-    from heads.pixels import is_pixels, pixels_of
+    from heads.listed import listed
+    from heads.pixels import is_pixels
 
     if is_pixels(run):
-        return pixels_of(run)
+        return listed(run, answers.ids)
     path = Path(run.config["view"]["path"])
     try:
         return View(path, columns_only=True)

@@ -74,7 +74,7 @@ class Learner:
     def _by_autograd(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with own_randomness(self.generator):
             x = x if self.augment is None else self.augment(x)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
                 logits = self.model(x)
             loss = self.loss(logits.to(x.dtype), y)
         self.optimizer.zero_grad(set_to_none=True)

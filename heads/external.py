@@ -27,6 +27,7 @@ from heads.answers import Answers
 from heads.families import Family, families_of
 from heads.heard import hear
 from heads.intervals import Estimates, Resampler
+from heads.listed import listed
 from heads.matching import Matched, match_classes
 from heads.pixels import PixelView, is_pixels, pieces, pixels_of
 from heads.points import calibration_record, operating_points
@@ -88,7 +89,7 @@ class Elsewhere:
     """The labelled images that runs are evaluated on: a view for heads; for networks from pixels its images, or
     ``data``, prepared as each of them has it."""
 
-    def __init__(self, runs: Sequence[Run], features: str | None, data: str | None, cache: str | Path | None) -> None:
+    def __init__(self, runs: Sequence[Run], features: str | None, data: Any, cache: str | Path | None) -> None:
         from featurecache.views import open_view
 
         if data is not None and (features is not None or not all(is_pixels(run) for run in runs)):
@@ -182,13 +183,12 @@ def _trained_on(run: Run, view: AnyView) -> set[bytes]:
     from featurecache.reader import View as Opened
     from heads.splits import read_splits
 
-    path = Path(run.config["view"]["path"])
+    path, file = Path(run.config["view"]["path"]), run.path / "splits.csv"
+    known = set(checks.read_ids(file))
     if Path(view.path).resolve() == path:
         own: Any = view
     else:
-        own = pixels_of(run) if is_pixels(run) else Opened(path, columns_only=True)
-    file = run.path / "splits.csv"
-    known = set(checks.read_ids(file))
+        own = listed(run, known) if is_pixels(run) else Opened(path, columns_only=True)
     rows = np.array([i for i, name in enumerate(own.ids) if name in known], dtype=np.int64)
     names = read_splits(file, [own.ids[i] for i in rows], [])
     return {bytes(d) for d in np.asarray(own.digests)[rows[np.isin(names, ("train", "val"))]]}

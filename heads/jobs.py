@@ -22,6 +22,7 @@ from heads.settings import VARIED, Settings
 from heads.splits import Splits, choose_splits, dropped_sentence
 
 if TYPE_CHECKING:
+    from featurecache.backbones import Backbone
     from heads.pixels import AnyView
 
 VECTORS = ("cls", "pooler", "gap", "vector")  # what a head on vectors takes, the first that the view has
@@ -37,6 +38,7 @@ class Job:
     output: str
     task: Task
     divided: Splits
+    begun: Backbone | None = None  # what the one network of `finetune:` begins from, loaded before the images were
 
     @property
     def input(self) -> Input:
@@ -61,7 +63,7 @@ def prepare(view: AnyView | str | Path, settings: Settings, divided: Splits | No
             f"--sensitivity sets a threshold, and of {len(task.classes)} classes the most probable is called without "
             "one. It is for two classes, or for labels beside each other."
         )
-    if settings.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if settings.precision == "bf16" and settings.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise BadOption("--precision bf16: this CPU has no fast products in bf16. Leave it out: fp32 is exact.")
     _check_solved(settings)
     divided = divided or splits_for(view, task, settings)
@@ -95,21 +97,10 @@ def splits_for(view: AnyView, task: Task, settings: Settings) -> Splits:
 def make_model(job: Job, settings: Settings, generator: torch.Generator | None = None) -> nn.Module:
     classes = len(job.task.classes)
     if isinstance(job.view, PixelView):
-        return make_network(settings, job.input.shape[1], classes, generator)
+        from heads.networks.making import make_network
+
+        return make_network(settings, job.input.shape[1], classes, generator, job.begun)
     return make_head(settings.head, job.input, classes, generator, dropout=settings.dropout, gated=settings.gated)
-
-
-def make_network(
-    settings: Settings, image_size: int, classes: int, generator: torch.Generator | None = None
-) -> nn.Module:
-    """The network from pixels that these settings ask for."""
-    from heads.networks.baselines import make_baseline
-
-    return make_baseline(
-        settings.head, image_size=image_size, classes=classes, generator=generator, dropout=settings.dropout,
-        lora=settings.lora, rlrr=settings.rlrr, weights=settings.weights, random_weights=settings.random_weights,
-        seed=settings.seed,
-    )  # fmt: skip
 
 
 def choose_output(view: AnyView, head: str, output: str | None) -> str:
@@ -178,14 +169,19 @@ def _head_line(job: Job) -> str:
     if info.solved:
         return f"{settings.head}: solved{scaled}; chosen by {macro}{select} on val"
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
-    optimizer = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD, momentum 0.9,"}[settings.optimizer]
+    optimizer = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD with momentum 0.9,"}[settings.optimizer]
     schedule = "" if settings.schedule == "constant" else f", {settings.schedule}"
     dropped = "" if settings.dropout is None else f"; dropout {settings.dropout:g}"
     smoothed = f"; labels smoothed by {settings.label_smoothing:g}" if settings.label_smoothing else ""
     weighted = "; positives weighted" if settings.pos_weight else "; classes weighted" if settings.class_weights else ""
     balanced = "balanced " if settings.balanced(task.multilabel) else ""
     bf16 = "; products in bf16" if settings.precision == "bf16" else ""
-    model = make_model(job, settings)
+    if isinstance(job.view, PixelView):
+        from heads.networks.making import shape_of_network
+
+        model = shape_of_network(settings, job.input.shape[1], len(task.classes))
+    else:
+        model = make_model(job, settings)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     partly = f", of which {trained:,} are trained" if trained < count_parameters(model) else ""
     return (

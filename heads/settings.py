@@ -124,6 +124,11 @@ class Settings:
         if self.augment is not None:
             from featurecache.augment import parse
 
+            if "none" in (words := self.augment.split(",")) and len(words) > 1:
+                raise BadOption(
+                    f"--augment {self.augment}: none stands alone, and these are steps of one augmentation. ablate "
+                    "takes --augment once for each: --augment none --augment flip,rotate10."
+                )
             object.__setattr__(self, "augment", None if self.augment in ("", "none") else str(parse(self.augment)))
         plain = {f.name: f.default for f in fields(Settings)}
         kind = "finetune" if self.head.startswith("finetune:") else "baseline" if is_baseline(self.head) else "head"

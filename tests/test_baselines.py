@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +14,11 @@ import torch
 
 import heads
 from featurecache.dataset import Arrays, Dataset
-from featurecache.errors import BadOption, RunError, Stopped, UnknownHead
+from featurecache.errors import BadOption, CannotWrite, RunError, Stopped, UnknownHead
 from featurecache.planning import extract
 from featurecache.preprocess import Preprocess
 from featurecache.views import open_view
+from heads.comparison import compare, families_of
 from heads.external import evaluate_run
 from heads.networks.augmenting import Augmenter
 from heads.networks.baseline_runs import settings_of, train_baseline
@@ -68,6 +72,26 @@ def test_pixels_beyond_memory_lie_in_a_file_and_are_the_same(monkeypatch):
     monkeypatch.setattr("heads.data.memory_for_features", lambda: 100)
     (mapped,) = open_pixels(data, ["cnn-cifar"], 8)
     assert torch.equal(memory.tensor("pixels-8"), mapped.tensor("pixels-8"))
+
+
+def test_pixels_that_neither_memory_nor_disk_holds_are_refused_before_any_is_read(monkeypatch):
+    monkeypatch.setattr("heads.data.memory_for_features", lambda: 100)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=101))
+    monkeypatch.setattr(Dataset, "read", None)
+    with pytest.raises(CannotWrite, match=r"20 images of 8×8 pixels.*TMPDIR=.*--image-size"):
+        open_pixels(digits(20), ["cnn-cifar"], 8)
+
+
+def test_loading_costs_what_most_images_take_and_not_the_one_that_was_slow(monkeypatch):
+    resized, slow = Preprocess.resized, iter([0.2, *[0.0] * 99])
+
+    def waiting(self, image):
+        time.sleep(next(slow))
+        return resized(self, image)
+
+    monkeypatch.setattr(Preprocess, "resized", waiting)
+    (view,) = open_pixels(digits(20), ["cnn-cifar"], 8)
+    assert 0 < view.cost["loading_ms"] < 9  # the mean is above 10
 
 
 def test_what_is_left_out_is_as_published_and_what_is_given_is_not():
@@ -176,6 +200,21 @@ def test_a_sweep_keeps_the_published_settings_of_what_was_not_asked(tmp_path):
     assert [each["lr"] for each in settings] == [1e-3, 1e-2] and settings[0]["augment"] == "flip,rotate10,shift0.1"
 
 
+def test_what_the_command_line_leaves_out_is_not_asked_of_a_sweep():
+    """An option that may be given several times is () where it was not."""
+    from heads.sweeps.plan import Asked
+
+    assert Asked.of("cnn-cifar", augment=(), classes=(), lr="1e-3").given == ("lr",)
+    assert Asked.of("cnn-cifar", augment=("none",)).given == ("augment",)
+
+
+def test_a_search_without_optuna_is_refused_before_images_are_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setattr(Dataset, "read", None)
+    with pytest.raises(BadOption, match=r"pip install 'featurecache\[optuna\]'"):
+        heads.ablate(None, "cnn-cifar", data=digits(60), out=tmp_path / "s", lr="1e-3..1e-1", search="optuna", trials=2)
+
+
 def test_optuna_searches_for_a_network_and_goes_on(tmp_path):
     pytest.importorskip("optuna")
     asked = {"data": digits(60), "out": tmp_path / "sweep", "epochs": 1, "image_size": 8, "lr": "1e-4..1e-1"}
@@ -186,10 +225,29 @@ def test_optuna_searches_for_a_network_and_goes_on(tmp_path):
     assert len(second.rows) == 3
 
 
-def test_a_run_is_evaluated_on_other_images(run, tmp_path):
-    other = pixels_of(run, digits(60))
-    record = evaluate_run(run, other, resamples=50)
-    assert record["n"] == 60 and any("trained on" in words or "train" in words for words in record["warnings"])
+def test_a_run_is_evaluated_on_other_images_and_those_it_was_trained_on_are_found_without_decoding_them(
+    run, monkeypatch
+):
+    other, own, network = pixels_of(run, digits(60)), digits(), run.model
+    monkeypatch.setattr("featurecache.sources.reopen", lambda source: own)
+    monkeypatch.setattr("featurecache.images.decode", None)
+    monkeypatch.setattr(other, "path", other.path / "elsewhere")
+    record = evaluate_run(replace(run), other, resamples=50)
+    assert network is run.model and record["n"] == 60
+    with open(run.path / "splits.csv", encoding="utf-8") as file:
+        used = {row["id"] for row in csv.DictReader(file) if row["split"] in ("train", "val")}
+    assert f"{len(used & set(other.ids))} of 60 images were also used to train" in record["warnings"][-1]
+
+
+def test_measures_by_a_column_of_the_data_decode_nothing(run, monkeypatch):
+    own = digits()
+    own.meta["place"] = np.arange(len(own)) % 2
+    monkeypatch.setattr("featurecache.sources.reopen", lambda source: own)
+    monkeypatch.setattr("featurecache.images.decode", None)
+    found = compare(families_of([run]), by="place", resamples=20).record["by"]["place"]
+    assert [row["value"] for row in found] == ["0", "1"] and sum(row["n"] for row in found) == len(
+        run.answers("test").y
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,6 +258,7 @@ def test_a_run_is_evaluated_on_other_images(run, tmp_path):
         ("cnn-cifar", {"lora": 4}, "--lora would do nothing"),
         ("cnn-cifar", {"random_weights": True}, "--random-weights would do nothing"),
         ("cnn-cifar", {"augment": "spin"}, "no step is called"),
+        ("cnn-cifar", {"augment": "flip,none"}, "none stands alone.*--augment none --augment"),
         ("cnn-cifar", {"image_size": 0}, "--image-size is 0"),
     ],
 )
@@ -292,6 +351,28 @@ def test_the_command_of_a_run_trains_it_again(run):
 
 
 def test_a_network_is_named_by_its_pixels(run):
-    from heads.families import families_of, names_of
+    from heads.families import names_of
 
     assert names_of(families_of([run])) == ["cnn-cifar at 8 px"]
+
+
+def test_quality_is_charted_against_seconds_to_the_best_epoch():
+    from heads.reports.figures import pareto_figures
+
+    def family(name, output, seconds, value):
+        cost = {
+            "train_seconds": 2 * seconds,
+            "seconds_to_best": seconds,
+            "inference_ms": seconds,
+            "ms_per_image": seconds,
+        }
+        return {"name": name, "output": output, "test": {"auroc": {"value": value, "low": None, "high": None}}, **cost}
+
+    rows = [family("linear", "cls", 1.0, 0.8), family("cnn", "pixels-32", 9.0, 0.7), family("ridge", "cls", 4.0, 0.9)]
+    found = {figure.title: figure for figure in pareto_figures(rows, "auroc", higher=True)}
+    assert list(found) == [f"AUROC and {words}" for words in (
+        "seconds to train", "seconds to the best epoch", "ms an image, backbone and head")]  # fmt: skip
+    best = found["AUROC and seconds to the best epoch"]
+    assert "extraction" in best.caption and "cnn: 0.700 at 9" in best.svg
+    alone = pareto_figures([rows[0], rows[2]], "auroc", higher=True)[1]
+    assert not alone.caption  # nothing beside heads on features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,19 @@ from torch import nn
 from torch.nn import functional
 
 import featurecache
+import heads
 from featurecache.backbones import load_backbone, outline
 from featurecache.backbones.networks import Tokens
 from featurecache.backbones.processors import check_processor, from_processor
 from featurecache.errors import BadOption, OutputRefused, RunError, UnknownBackbone, UnknownHead
 from featurecache.preprocess import Preprocess
+from heads.networks import baseline_runs, finetune
 from heads.networks.adapters import Rescaled, add_lora, add_rlrr, merged
+from heads.networks.baseline_runs import train_baseline
 from heads.networks.baselines import baseline_info, make_baseline
 from heads.networks.finetune import classifier_state, extract_words, load_finetuned, processor_of, save_backbone
 from heads.networks.tuned import FineTuned
+from heads.pixels import pixels_of
 from heads.settings import Settings
 
 FOLDERS = {
@@ -358,7 +363,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], said: str, 
 
 @pytest.mark.parametrize("options", [{"lora": 4}, {"rlrr": True}])
 def test_a_cnn_takes_no_addition_of_transformers(options: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(BadOption, match="has no attention"):
+    with pytest.raises(BadOption, match=r"plain transformers.*is none"):
         made(f"finetune:hf:{checkpoints.save_resnet(tmp_path)}", **options)
 
 
@@ -457,3 +462,40 @@ def test_a_processor_that_is_written_does_what_the_preprocessing_did(settings: d
     assert from_processor(processor) == preprocess
     if preprocess.interpolation != "nearest-exact":
         check_processor(preprocess, processor, "ours")
+
+
+def logged(log: list[str], name: str, function: Any) -> Any:
+    return lambda *given, **options: log.append(name) or function(*given, **options)
+
+
+def test_what_a_training_begins_from_is_loaded_once_and_before_the_images(tmp_path: Path, monkeypatch: Any) -> None:
+    folder, log = checkpoints.save_vit(tmp_path / "begin"), list[str]()
+    for module, name in ((finetune, "load_backbone"), (baseline_runs, "open_pixels")):
+        monkeypatch.setattr(module, name, logged(log, name, getattr(module, name)))
+    lines: list[str] = []
+    options = {"epochs": 1, "rlrr": True, "report": False, "device": "cpu", "say": lines.append}
+    run = train_baseline(str(image_folder(tmp_path / "data")), f"finetune:hf:{folder}", out=tmp_path / "run", **options)
+    assert log == ["load_backbone", "open_pixels"]
+    model = made(f"finetune:hf:{folder}", classes=len(run.classes), rlrr=True)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in model.parameters())
+    assert any(f"{whole:,} parameters, of which {trained:,} are trained" in line for line in lines)
+
+
+def test_the_tuned_network_that_a_sweep_chose_needs_no_longer_what_it_began_from(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    folder, data = checkpoints.save_vit(tmp_path / "begin"), str(image_folder(tmp_path / "data"))
+    asked = {"epochs": 1, "lora": 2, "device": "cpu", "split_seed": 1}
+    found = heads.ablate(None, f"finetune:hf:{folder}", data=data, lr="1e-3,1e-2", out=tmp_path / "sweep", **asked)
+    (run,) = (run for family in found.families for run in family.runs)
+    alone = train_baseline(
+        data, run.head, out=tmp_path / "alone", report=False, select="auroc", lr=run.config["settings"]["lr"], **asked
+    )
+    for file in ("head.safetensors", "backbone/model.safetensors", "backbone/finetuned.json"):
+        assert (run.path / file).read_bytes() == (alone.path / file).read_bytes(), file
+    shutil.rmtree(folder)
+    again = heads.load_run(run.path)
+    images = pixels_of(again)
+    rows = [row for row, name in enumerate(images.ids) if name in run.answers("test").ids]
+    z = again.logits(images.tensor(run.output, rows))
+    close(torch.from_numpy(z), torch.from_numpy(run.calibration(run.answers("test").raw)))

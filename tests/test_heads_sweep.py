@@ -126,7 +126,7 @@ def test_heads_take_the_outputs_that_fit_them_and_the_rest_is_said(tmp_path):
     said = []
     found = sweep(view_of(), "linear,large", tmp_path / "s", outputs="cls,tokens", say=said.append)
     assert {(f.head, f.output) for f in found.families} == {("linear", "cls"), ("large", "tokens")}
-    assert "left out   vit-toy/toy: linear on tokens: they do not fit" in said
+    assert "left out   vit-toy/toy: linear on tokens; large on cls: they do not fit" in said
     with pytest.raises(BadOption, match="large fits none of --outputs cls"):
         sweep(view_of(), "linear,large", tmp_path / "t", outputs="cls")
     with pytest.raises(NotInCache, match="not pooler"):

@@ -34,8 +34,8 @@ class Rescaled(nn.Module):
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
-        self.left = nn.Parameter(torch.empty(weight.shape[0], 1))
-        self.right = nn.Parameter(torch.empty(1, weight.shape[1]))
+        self.left = nn.Parameter(weight.new_empty(weight.shape[0], 1))
+        self.right = nn.Parameter(weight.new_empty(1, weight.shape[1]))
         nn.init.kaiming_uniform_(self.left)
         nn.init.kaiming_uniform_(self.right)
 
@@ -62,7 +62,7 @@ def check_adapters(name: str, model: nn.Module, lora: int | None, rlrr: bool) ->
         raise BadOption(f"--lora {lora}: it is the rank of the adapters, at least 1, such as 8.")
     if (lora is not None or rlrr) and not isinstance(model, Tokens):
         option = "--rlrr" if rlrr else f"--lora {lora}"
-        raise BadOption(f"{option} is for transformers, and {name} has no attention. Without it all weights are tuned.")
+        raise BadOption(f"{option} is for plain transformers, and {name} is none. Without it all weights are tuned.")
 
 
 def add_lora(model: Tokens, rank: int) -> None:

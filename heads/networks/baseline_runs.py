@@ -6,17 +6,21 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import BadOption, ProtocolError, RunError, Stopped, UnknownHead
 from heads.contents import contents_of
-from heads.jobs import Job, Say, describe, make_network, prepare
+from heads.jobs import Job, Say, describe, prepare
 from heads.networks.baselines import FINETUNE, baseline_info
 from heads.networks.checkpoints import Checkpoint
+from heads.networks.making import shape_of_network
 from heads.pixels import PixelView, open_pixels
-from heads.runs import Run, run_target, write_run
+from heads.runs import Contents, Run, run_target, write_run
 from heads.settings import Settings, is_baseline
 from heads.train import controls_beside, train_together, with_report
+
+if TYPE_CHECKING:
+    from featurecache.backbones import Backbone
 
 
 def train_baseline(
@@ -48,11 +52,11 @@ def train_baseline(
 
     say = say or (lambda line: None)
     settings = settings_of(arch, splits=splits, classes=classes, only=only, device=pick_device(device).type, **options)
-    check_network(settings)
+    begun = check_network(settings)
     view = data if isinstance(data, PixelView) else _images(data, settings, progress)
     for failure in view.failed:
         say(f"warning    {failure['id']} could not be read and is left out: {failure['reason']}")
-    job = prepare(view, settings)
+    job = dataclasses.replace(prepare(view, settings), begun=begun)
     target = run_target(out, view.name, arch, overwrite)
     kept = Checkpoint.of(target, job)
     _check_kept(kept, resume, overwrite)
@@ -62,14 +66,20 @@ def train_baseline(
     fit = _trained(job, settings, say, kept)
     contents = contents_of(job, fit, controls_beside(job, say) if controls else [])
     if arch.startswith(FINETUNE):
-        from heads.networks.finetune import classifier_state, save_backbone
-
-        tuned: Any = fit.model.cpu()
-        beside = functools.partial(save_backbone, tuned)
-        contents = dataclasses.replace(contents, tensors=classifier_state(tuned), beside=beside)
+        contents = with_backbone(contents, fit.model.cpu())
     run = write_run(target, contents)
     kept.remove()
     return with_report(run, images, hash_ids) if report else run
+
+
+def with_backbone(contents: Contents, tuned: Any) -> Contents:
+    """A tuned network as its run keeps it: a folder that ``extract`` takes, and the classifier in head.safetensors.
+    ``tuned``: the `heads.networks.tuned.FineTuned` that ``contents`` are of."""
+    from heads.networks.finetune import classifier_state, save_backbone
+
+    return dataclasses.replace(
+        contents, tensors=classifier_state(tuned), beside=functools.partial(save_backbone, tuned)
+    )
 
 
 def settings_of(arch: str, **options: Any) -> Settings:
@@ -84,11 +94,16 @@ def settings_of(arch: str, **options: Any) -> Settings:
     return Settings.of(arch, **{**published, **{name: value for name, value in options.items() if value is not None}})
 
 
-def check_network(settings: Settings) -> None:
-    """Raises what making the network would, before images are read: weights that are missing, options that do not
-    fit."""
+def check_network(settings: Settings) -> Backbone | None:
+    """Raises what making the network would, before images are read: options that do not fit, weights that are missing.
+    What `finetune:` begins from, so that it is loaded once."""
     size = settings.image_size or baseline_info(settings.head, weights=settings.weights).image_size
-    make_network(settings, size, classes=2)
+    shape_of_network(settings, size, classes=2)
+    if not settings.head.startswith(FINETUNE):
+        return None
+    from heads.networks.finetune import begun
+
+    return begun(settings, size)
 
 
 def _images(data: Any, settings: Settings, progress: bool) -> PixelView:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from featurecache.errors import BadOption, UnknownHead, nearest
 from featurecache.preprocess import Preprocess
 from heads.architectures import own_randomness
 from heads.networks.published import CifarCnn, CifarVit, MedicalMnistCnn, MindlinaCnn, Normalised
+
+if TYPE_CHECKING:
+    from featurecache.backbones import Backbone
 
 FINETUNE = "finetune:"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -122,11 +125,13 @@ def make_baseline(
     weights: str | None = None,
     random_weights: bool = False,
     seed: int = 0,
+    backbone: Backbone | None = None,
 ) -> nn.Module:
     """Pixels [B,3,h,w] with values 0 to 255 -> logits [B,C], initialised from ``generator``.
 
     ``weights``, ``random_weights``, ``seed`` say which weights ``finetune:<backbone>`` begins with, as for ``extract``;
-    ``lora`` (a rank) and ``rlrr`` train a small addition to them. Raises BadOption for an option that would do nothing.
+    ``lora`` (a rank) and ``rlrr`` train a small addition to them; ``backbone``: what these load, where that is done, or
+    its outline, to count parameters. Raises BadOption for an option that would do nothing.
     """
     info = baseline_info(name, weights=weights)
     if dropout is not None and not 0 <= dropout < 1:
@@ -135,7 +140,7 @@ def make_baseline(
     if name.startswith(FINETUNE):
         return info.make(
             image_size, classes, generator=generator, dropout=dropout, lora=lora, rlrr=rlrr,
-            random_weights=random_weights, seed=seed,
+            random_weights=random_weights, seed=seed, backbone=backbone,
         )  # fmt: skip
     given = {"lora": lora is not None, "rlrr": rlrr, "weights": weights is not None, "random-weights": random_weights}
     for option in (key for key, there in given.items() if there):

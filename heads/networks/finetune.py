@@ -27,9 +27,10 @@ from heads.architectures import own_randomness
 from heads.networks.adapters import add_lora, add_rlrr, check_adapters, merged
 from heads.networks.baselines import FINETUNE, Baseline
 from heads.networks.tuned import FineTuned, unused
+from heads.settings import Settings
 
 # As the ViT of the Medical MNIST notebook was trained.
-SETTINGS = {
+PUBLISHED = {
     "optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.01, "epochs": 20, "batch_size": 16, "patience": 0,
     "balance": False, "select": "loss",
 }  # fmt: skip
@@ -70,9 +71,22 @@ def finetune_info(name: str, weights: str | None = None, adapted: bool = False) 
         found.image_size[0],
         lambda size: _outline(name, weights, size, _stamp(name, weights)).preprocess,
         partial(finetuned, name, weights),
-        SETTINGS | (ADAPTED if adapted else {}),
+        PUBLISHED | (ADAPTED if adapted else {}),
         found.provenance["source"],
     )
+
+
+def outlined(settings: Settings, image_size: int) -> Backbone:
+    """What these settings begin from without its weights, in no memory: to check options and to count parameters."""
+    return outline(settings.head.removeprefix(FINETUNE), weights=settings.weights, image_size=image_size)
+
+
+def begun(settings: Settings, image_size: int) -> Backbone:
+    """What these settings begin from; raises what `load_backbone` does where its weights are missing or do not fit."""
+    return load_backbone(
+        settings.head.removeprefix(FINETUNE), weights=settings.weights, random_weights=settings.random_weights,
+        seed=settings.seed, image_size=image_size,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
@@ -91,10 +105,12 @@ def _stamp(name: str, weights: str | None) -> tuple[int, ...]:
 def finetuned(
     name: str, weights: str | None, image_size: int, classes: int, *, generator: torch.Generator,
     dropout: float | None = None, lora: int | None = None, rlrr: bool = False, random_weights: bool = False,
-    seed: int = 0,
+    seed: int = 0, backbone: Backbone | None = None,
 ) -> FineTuned:  # fmt: skip
-    """The network ``name`` with a new classifier of ``dropout``; its additions are drawn from ``generator``."""
-    backbone = load_backbone(name, weights=weights, random_weights=random_weights, seed=seed, image_size=image_size)
+    """The network ``name`` with a new classifier of ``dropout``; its additions are drawn from ``generator``.
+    ``backbone``: the one these options load, which becomes a part of it."""
+    if backbone is None:
+        backbone = load_backbone(name, weights=weights, random_weights=random_weights, seed=seed, image_size=image_size)
     check_adapters(name, backbone.model, lora, rlrr)
     if backbone.provenance["provider"] == "torchvision" and backbone.position_embeddings.startswith("interpolated"):
         raise BadOption(

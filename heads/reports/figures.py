@@ -13,7 +13,7 @@ import numpy as np
 from heads import evaluate as ev
 from heads import metrics
 from heads.answers import Answers
-from heads.costs import CHARTED, COSTS
+from heads.costs import CHARTED, COSTS, shown
 from heads.reports.charts import SERIES, Figure, Plot, around, around_log, plain, style_of
 from heads.runs import Run
 
@@ -205,7 +205,8 @@ def pareto_figures(families: Sequence[dict[str, Any]], measure: str, higher: boo
     """Quality beside each cost that differs between families; those that no other beats on both are joined."""
     title = metrics.METRICS[measure].title
     figures: list[Figure] = []
-    for cost in CHARTED:
+    both = len({f["output"].startswith("pixels-") for f in families}) == 2
+    for cost in (key for key in shown(families) if key in CHARTED):
         words = COSTS[cost].words
         found = [
             (f[cost], f["test"][measure], f["name"]) for f in families if f.get(cost) and _value(f, measure) is not None
@@ -222,12 +223,13 @@ def pareto_figures(families: Sequence[dict[str, Any]], measure: str, higher: boo
             if t["low"] is not None and t["high"] is not None:
                 plot.bar(c, t["low"], t["high"], style + " faint")
             plot.dot(c, t["value"], style, f"{name}: {t['value']:.3f} at {plain(c)}")
-        figures.append(
-            Figure(f"{title} and {words}", plot.svg(f"{title} against {words}"), "", () if figures else _FRONT)
-        )
+        caption = _FEATURES if both and cost in ("train_seconds", "seconds_to_best") else ""
+        keys = () if figures else _FRONT
+        figures.append(Figure(f"{title} and {words}", plot.svg(f"{title} against {words}"), caption, keys))
     return figures
 
 
+_FEATURES = "Of heads on features without the seconds of extraction, which all of them share."
 _FRONT = (("s1", "no other is both cheaper and better"), ("s0", "the others"))
 
 

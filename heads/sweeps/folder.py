@@ -127,13 +127,13 @@ def write_record(folder: Path, record: dict[str, Any] | None, plan: Plan) -> Non
 
 def command_of(plan: Plan, folder: Path) -> str:
     """The command line that asks for this sweep."""
-    from heads.reports.origin import option_words
+    from heads.reports.origin import option_words, source_words, view_word
 
     asked = plan.asked
     options: dict[str, Any] = {"heads": ",".join(asked.heads)}
-    features = dict.fromkeys(e.view for e in plan.entries if not is_baseline(e.head))
-    images = plan.matched.views[0].source["data"]
-    options |= {"features": ",".join(features)} if features else {"data": images}
+    views = {e.view: plan.matched.views[e.number].path for e in plan.entries if not is_baseline(e.head)}
+    features = [view_word(label, path) for label, path in views.items()]
+    options |= {"features": ",".join(features)} if features else {}
     options |= {"outputs": ",".join(asked.outputs)} if asked.outputs else {}
     options |= {name.replace("_", "-"): _grid_word(values) for name, values in asked.grid.items() if name != "augment"}
     options |= {"seeds": asked.seeds} if asked.seeds > 1 else {}
@@ -142,6 +142,7 @@ def command_of(plan: Plan, folder: Path) -> str:
     options |= {"folds": asked.folds} if asked.folds else {}
     options |= {"search": asked.search, "trials": asked.trials} if asked.search else {}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words += [] if features else source_words(plan.matched.views[0].source)
     words += [word for each in asked.grid.get("augment", ()) for word in ("--augment", each or "none")]
     return f"featurecache ablate {shlex.join([*words, *option_words(asked.base.to_dict()), '--out', str(folder)])}"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from featurecache.commands import SOURCE_OPTIONS
 from featurecache.terminal import cache_option
 from heads.settings import PRECISIONS, STANDARDIZE
 
@@ -19,6 +20,7 @@ _OPTIONS = (
     ),
     click.option("--features", metavar="V,W", help="Views of the same images. [default: that of the last extraction]"),
     click.option("--data", metavar="SOURCE", help="Images for networks from pixels, where no view has them."),
+    *SOURCE_OPTIONS,
     click.option("--outputs", metavar="A,B", help="cls,tokens,… each head takes those that fit it. [default: its own]"),
     click.option("--lr", metavar="GRID", help="1e-3, or 1e-3,1e-2, or 1e-4..1e-2:5. [default: 1e-3]"),
     click.option("--weight-decay", metavar="GRID", help="On weights only, not on biases. [default: 0]"),

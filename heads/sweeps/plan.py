@@ -69,7 +69,7 @@ class Asked:
         folds: int | None = None, search: str | None = None, trials: int | None = None, **options: Any,
     ) -> Asked:  # fmt: skip
         """From options as people and the command line give them; raises BadOption."""
-        options = {name: value for name, value in options.items() if value is not None}
+        options = {name: value for name, value in options.items() if value is not None and value != ()}
         given = tuple(sorted(options))
         if search not in (None, "optuna"):
             raise BadOption(f"--search {search}: it is optuna, or left out for a grid.")
@@ -157,7 +157,7 @@ class Plan:
     asked: Asked
     matched: SameImages
     entries: list[Entry]
-    left_out: list[str]  # pairs that do not fit, as sentences
+    left_out: list[str]  # of each view the heads and outputs that do not fit
     ram: float  # GB
     _splits: dict[Any, Splits] = field(default_factory=dict)
     _images: dict[Any, str] = field(default_factory=dict)
@@ -322,6 +322,7 @@ def _entries(views: Sequence[AnyView], asked: Asked) -> tuple[list[Entry], list[
     """Each head on those of the outputs that fit it; raises BadOption for a head that fits none of a view's."""
     entries, left_out = [], []
     for number, view in enumerate(views):
+        unfit = []
         for head in asked.heads:
             if isinstance(view, PixelView) or is_baseline(head):
                 if isinstance(view, PixelView) and head in view.baselines:
@@ -331,9 +332,11 @@ def _entries(views: Sequence[AnyView], asked: Asked) -> tuple[list[Entry], list[
             reasons = {output: _why_not(view, head, output, asked) for output in outputs}
             if all(reasons.values()):
                 raise BadOption(f"{head} fits none of --outputs {', '.join(outputs)}: {next(iter(reasons.values()))}")
-            left_out += [f"{view.label}: {head} on {output}" for output, reason in reasons.items() if reason]
+            if any(reasons.values()):
+                unfit.append(f"{head} on {', '.join(output for output, reason in reasons.items() if reason)}")
             for output in (output for output, reason in reasons.items() if not reason):
                 entries += [Entry(number, view.label, output, head, fraction) for fraction in asked.fractions]
+        left_out += [f"{view.label}: {'; '.join(unfit)}"] if unfit else []
     return entries, left_out
 
 
@@ -375,10 +378,10 @@ def _seconds_of_a_step(job: Job, together: int) -> float:
     y = torch.from_numpy(job.task.labels[rows])
     loss, _ = loss_and_prior(job.task, y, job.settings)
     generators = [torch.Generator().manual_seed(k) for k in range(together)]
-    models = [make_model(job, job.settings, g) for g in generators]
+    models = [make_model(job, job.settings, g).to(job.settings.device) for g in generators]
     heads = engine.together(models, [loss] * together, generators, [job.settings] * together)
     size = min(job.settings.batch_size, len(rows))
-    x = torch.full((size, *job.input.shape), 0.1)
+    x, y = torch.full((size, *job.input.shape), 0.1).to(job.settings.device), y.to(job.settings.device)
     if (vectors := engine.fixed_vectors(models[0])) is not None:
         x = vectors(x)
     work = engine.work_of_a_step(models[0], together, size, job.input.shape)

@@ -15,8 +15,10 @@ from featurecache.errors import ProtocolError, Stopped
 from heads.choice import Choice, choose, family_of, mean_of, setting_of
 from heads.contents import contents_of
 from heads.data import task_of
-from heads.jobs import Job, split_line
+from heads.jobs import Job, make_model, split_line
 from heads.metrics import METRICS
+from heads.networks.baseline_runs import with_backbone
+from heads.networks.baselines import FINETUNE
 from heads.runs import Contents, Target, write_run
 from heads.settings import Settings
 from heads.sweeps.folder import Row, key_in, slug
@@ -121,6 +123,10 @@ class Runner:
             self._again(entry, draw, job, row["key"])
             contents = self.shelf.take(row["key"], job)
         assert contents is not None, "it was just put there"
+        if entry.head.startswith(FINETUNE):
+            tuned = make_model(job, job.settings).eval()  # a network that is none of the run's is needed no more
+            tuned.load_state_dict(contents.tensors)
+            contents = with_backbone(contents, tuned)
         contents = replace(contents, metrics=contents.metrics | {"controls": self._beside(entry, draw)})
         write_run(Target(path.parent, path.name, path), contents, plots=False)
 

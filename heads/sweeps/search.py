@@ -30,12 +30,16 @@ OWN = ("dropout", "augment")  # options that not every head has
 Values = dict[str, Any]
 
 
-def check_search(plan: Plan) -> None:
-    """Raises BadOption where the extra is not installed, or a head has nothing to choose."""
+def check_installed() -> None:
+    """Raises BadOption where the extra is not."""
     try:
         import optuna  # noqa: F401
     except ImportError as error:
         raise BadOption("--search optuna needs a package: pip install 'featurecache[optuna]'.") from error
+
+
+def check_search(plan: Plan) -> None:
+    """Raises BadOption where a head has nothing to choose."""
     for entry in plan.entries:
         if not entry.solved and not _space(entry, plan.asked.grid):
             raise BadOption(f"--search has nothing to choose for {entry.head}; give a range, such as --lr 1e-4..1e-2.")

@@ -99,6 +99,10 @@ def ablate(
     """
     say = say or (lambda line: None)
     asked = Asked.of(heads, **{**options, "device": _device(heads, options.get("device"))})
+    if asked.search:
+        from heads.sweeps.search import check_installed
+
+        check_installed()
     views = _opened(features, cache, asked, data, progress)
     ram = memory_for_features() / 1e9 if asked.base.ram is None else asked.base.ram
     plan = make_plan(views, asked, ram)
