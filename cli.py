@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -150,20 +149,19 @@ def _input_at_vit_b16(head: str, output: str | None) -> Any:
 def _info_thing(talk: Talk, name: str, cache: str | None) -> int:
     if (Path(name) / "config.json").exists():
         import heads
-        from heads.tables import final_table
+        from heads.reports.summary import run_lines
 
         run = heads.load_run(name)
-        config = json.dumps(run.config, indent=1, ensure_ascii=False)
-        talk.result(
-            f"{final_table(run)}\n\n{config}", {"run": str(run.path), "config": run.config, "metrics": run.metrics}
-        )
+        talk.result(run_lines(run), {"run": str(run.path), "config": run.config, "metrics": run.metrics})
+        talk.next(f"featurecache report {shlex.quote(name)}")
         return 0
     from featurecache import inventory
     from featurecache.views import open_view
 
     record = inventory.view_record(open_view(name, cache))
     talk.result(inventory.view_lines(record), record)
-    talk.next(f"featurecache train-head --head large --features {record['view']}", cache)
+    head = "large" if "tokens" in record["outputs"] else "linear"
+    talk.next(f"featurecache train-head --head {head} --features {shlex.quote(record['view'])}", cache)
     return 0
 
 

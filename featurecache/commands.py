@@ -23,6 +23,14 @@ class BatchSize(click.ParamType):
         return None if value in (None, "auto") else click.INT.convert(value, param, ctx)
 
 
+SOURCE_OPTIONS = (  # how the labels of --data are to be read
+    click.option(
+        "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of a table: path=…, label=…, split=…, group=…"
+    ),
+    click.option(
+        "--task", type=click.Choice(["binary", "multiclass", "ordinal", "multilabel"]), help="[default: by the labels]"
+    ),
+)
 EXTRACTION = (  # which images, which backbone, which store: what `extract` and `why` are asked alike
     click.option(
         "--backbone",
@@ -58,12 +66,7 @@ EXTRACTION = (  # which images, which backbone, which store: what `extract` and 
     click.option(
         "--on-error", type=click.Choice(["report", "skip", "fail"]), default="report", help="At an unreadable image."
     ),
-    click.option(
-        "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of a table: path=…, label=…, split=…, group=…"
-    ),
-    click.option(
-        "--task", type=click.Choice(["binary", "multiclass", "ordinal", "multilabel"]), help="[default: by the labels]"
-    ),
+    *SOURCE_OPTIONS,
     click.option(
         "--views", type=int, metavar="K", help="Augmented copies of each training image. [default: as before]"
     ),
@@ -77,7 +80,7 @@ EXTRACTION = (  # which images, which backbone, which store: what `extract` and 
 )
 
 
-def _options(several: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
+def options_of(several: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
     """Several options at once, in help in their order."""
 
     def declare(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,7 +92,7 @@ def _options(several: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
 
 
 @command
-@_options(EXTRACTION)
+@options_of(EXTRACTION)
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 @click.option("--sheet", metavar="FILE.png", help="Write a contact sheet of the images.")
 @click.option(
@@ -143,6 +146,17 @@ def _ask(prepared: Any, yes: bool) -> None:
         click.confirm(f"keep {size_text(prepared.new_bytes)}?", abort=True, err=True)
 
 
+def named_images(data: str | None, columns: tuple[str, ...], task: str | None) -> Any:
+    """What --data, --column and --task name: a dataset where one of the last two is given, else ``data`` as it is."""
+    if not columns and task is None:
+        return data
+    if data is None:
+        raise BadOption("--column and --task say how --data is read; give --data too.")
+    from featurecache.sources import open_source
+
+    return open_source(data, columns=_pairs(columns), task=task)
+
+
 def _pairs(columns: tuple[str, ...]) -> dict[str, str] | None:
     for pair in columns:
         if "=" not in pair:
@@ -157,7 +171,7 @@ _OF_IMAGES = (
 
 
 @command
-@_options(EXTRACTION)
+@options_of(EXTRACTION)
 def why(talk: Talk, columns: tuple[str, ...], engine: str, cache: str | None, **options: Any) -> int:
     """Say what `extract` with these options would find, and which field of the key differs from the nearest store.
 

@@ -79,7 +79,8 @@ def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
         what = f"{how}, {store['dtype']}" + (", untrained" if store["untrained"] else "")
         lines.append(f"{store['folder']}  {store['backbone']}, {what}: {size_text(store['bytes'])}")
         for name, entry in store["outputs"].items():
-            lines.append(f"  {name:<14} {size_text(entry['bytes']):>9} in {entry['shards']:,} shards")
+            shards = f"{entry['shards']:,} shard{'s' * (entry['shards'] != 1)}"
+            lines.append(f"  {name:<14} {size_text(entry['bytes']):>9} in {shards}")
         for view in store["views"]:
             if "error" in view:
                 lines.append(f"  view {view['name']}: {view['error']}")

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ from featurecache.files import ALIGNMENT, USER_BLOCK, read_checked, refuse_links
 from featurecache.inspection import MAX_VIEW, OutputInfo, Stored, ViewContent, check_inside, view_content
 from featurecache.shards import TORCH_DTYPE, Layout, damaged_rows, map_rows, size_of, wrong_rows
 from featurecache.stores import cache_folder, open_store
+
+
+def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The options of a command line that name the images of ``source`` again."""
+    options: list[tuple[str, Any]] = [("--data", source.get("data", "DATA"))]
+    options += [("--column", f"{role}={column}") for role, column in (source.get("columns") or {}).items()]
+    return options + ([("--task", source["task"])] if source.get("task") else [])
 
 
 class View:
@@ -264,9 +272,7 @@ class View:
         options += [("--fit", asked["fit"])] if asked.get("fit", "model") != "model" else []
         options += [("--precision", spec["precision"])] if spec["precision"] != "fp32" else []
         options += [("--dtype", spec["dtype"])] if spec["dtype"] != "float16" else []
-        options += [("--data", source.get("data", "DATA"))]
-        options += [("--column", f"{role}={column}") for role, column in (source.get("columns") or {}).items()]
-        options += [("--task", source["task"])] if source.get("task") else []
+        options += source_options(source)
         options += [(f"--{word}".replace("_", "-"), "") for word in ("hash_ids", "hash_groups") if source.get(word)]
         options += [("--outputs", output), ("--name", self.name)]
         if self.store.parent.resolve() != cache_folder().resolve():

@@ -35,6 +35,11 @@ class Commands(click.Group):
             raise click.UsageError(f'no command is called "{args[0]}".{near} There are {", ".join(self.commands)}.')
         return super().resolve_command(ctx, args)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Whole sentences, where click cuts what does not fit one line."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, each.get_short_help_str(limit=200)) for name, each in self.commands.items()])
+
     def main(self, *args: Any, **options: Any) -> Any:
         """click's own errors in the form of ours."""
         try:
@@ -144,13 +149,13 @@ def command(function: Callable[..., Any]) -> click.Command:
             code = 1
         sys.exit(code or 0)
 
-    for option in (
-        click.option("--debug", is_flag=True, help="Show where an error came from."),
-        click.option("--quiet", "-q", is_flag=True, help="Results only: no talk, no progress bar."),
-        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
-    ):
-        wrapped = option(wrapped)
-    return click.command(context_settings=CONTEXT)(wrapped)
+    made = click.command(context_settings=CONTEXT)(wrapped)
+    made.params += [  # last in the help: what a command has of its own comes first
+        click.Option(["--json", "as_json"], is_flag=True, help="One JSON object on stdout."),
+        click.Option(["--quiet", "-q"], is_flag=True, help="Results only: no talk, no progress bar."),
+        click.Option(["--debug"], is_flag=True, help="Show where an error came from."),
+    ]
+    return made
 
 
 cache_option = click.option(

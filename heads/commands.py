@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
+from featurecache.commands import SOURCE_OPTIONS, named_images, options_of
 from featurecache.errors import BadOption
 from featurecache.terminal import Talk, cache_option, command, features_option
 from heads.settings import OPTIMIZERS, PRECISIONS, SCHEDULES, STANDARDIZE
@@ -89,13 +91,14 @@ def train_head(talk: Talk, features: str | None, cache: str | None, no_images: b
     run = heads.train_head(view, options.pop("head"), say=talk.line, images=not no_images, **options)
     text = final_table(run, run.metrics["comparison"])
     talk.result(f"{text}\nrun        {run.path}/   report.html in it", {"run": str(run.path), **run.metrics})
-    talk.next(f"featurecache predict --run {run.path} IMAGE…")
+    talk.next(f"featurecache predict --run {shlex.quote(str(run.path))} IMAGE…")
     return 0
 
 
 @command
 @click.option("--arch", required=True, metavar="NAME", help="One of those below, or finetune:<backbone>.")
 @click.option("--data", metavar="SOURCE", help="Images and labels, as for extract. [default: those of --features]")
+@options_of(SOURCE_OPTIONS)
 @features_option
 @click.option("--image-size", type=int, metavar="N", help="Pixels. [default: the network's own]")
 @click.option("--epochs", type=int, metavar="N")
@@ -136,16 +139,17 @@ def train_head(talk: Talk, features: str | None, cache: str | None, no_images: b
 @click.option("--hash-ids", is_flag=True, help="Write ids as keyed hashes in the report.")
 @cache_option
 def train_baseline(
-    talk: Talk, arch: str, data: str | None, features: str | None, cache: str | None, no_images: bool, **options: Any
+    talk: Talk, arch: str, data: str | None, columns: tuple[str, ...], task: str | None, features: str | None,
+    cache: str | None, no_images: bool, **options: Any,
 ) -> int:  # fmt: skip
     """Train a network from pixels, to be compared with heads: same splits, same choice, same measures.
 
-    
+    \b
     featurecache train-baseline --arch cnn-medical-mnist --data medical-mnist/
-    featurecache train-baseline --arch finetune:resnet50 --features vit-in21k/chest --lora 8
+    featurecache train-baseline --arch finetune:vit-in1k --features vit-in21k/chest --lora 8
     featurecache train-baseline --arch cnn-cifar --data digits --augment none --lr 3e-4
 
-    
+    \b
     cnn-mindlina       three blocks at 256 pixels: a stand-in for an unpublished network
     cnn-medical-mnist  three blocks at 224 pixels, 3.4 M parameters
     cnn-cifar          six residual blocks at 32 pixels, 0.2 M parameters
@@ -159,16 +163,15 @@ def train_baseline(
     from heads.runs import BACKBONE
     from heads.tables import final_table
 
-    if data is None:
+    if data is not None and features is not None:
+        raise BadOption("--data and --features both say which images; give one of them.")
+    images = named_images(data, columns, task)
+    if images is None:
         from featurecache.views import open_view
 
-        images: Any = open_view(features, cache)
+        images = open_view(features, cache)
         if not features:
             talk.say(f"view       {images.label}   (the newest; --features or --data chooses)")
-    elif features is None:
-        images = data
-    else:
-        raise BadOption("--data and --features both say which images; give one of them.")
     options["classes"] = options["classes"] or None
     run = heads.train_baseline(
         images, arch, say=talk.line, images=not no_images, progress=talk.progress, **options
@@ -180,7 +183,7 @@ def train_baseline(
 
         talk.next(f"featurecache extract {extract_words(run.path / BACKBONE)} --data FOLDER")
     else:
-        talk.next(f"featurecache predict --run {run.path} IMAGE…")
+        talk.next(f"featurecache predict --run {shlex.quote(str(run.path))} IMAGE…")
     return 0
 
 
@@ -224,5 +227,5 @@ def predict(
         click.echo(prediction.as_csv(records), nl=False)
     elif not csv_file:
         click.echo(prediction.as_table(records))
-    talk.next(f"featurecache info {run}")
+    talk.next(f"featurecache info {shlex.quote(run)}")
     return int(any("error" in record for record in records))

@@ -29,6 +29,7 @@ from heads.intervals import Estimate, Estimates, Resampler
 from heads.paired import Difference, differences, same_sets, with_holm
 from heads.points import Prevalence, calibration_record, check_prevalence, operating_points
 from heads.runs import plain
+from heads.tables import title
 
 if TYPE_CHECKING:
     from heads.runs import Run
@@ -205,7 +206,7 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: Resampler) 
         "difference": None if entry.difference is None else {m: d.record() for m, d in entry.difference.items()},
         "external": external,
         "runs": [str(each.path) for each in family.runs],
-        "warnings": [*_without_width(entry.name, test), *elsewhere],
+        "warnings": [*_without_width(entry.name, family.runs[0].task, test), *elsewhere],
     }
 
 
@@ -215,8 +216,9 @@ def _val(family: Family, names: Sequence[str]) -> dict[str, float | None]:
     return {m: None if None in each else float(np.mean(each)) for m, each in values.items()}
 
 
-def _without_width(name: str, test: dict[str, Estimate]) -> list[str]:
-    flat = [m for m, each in test.items() if each.low == each.high and each.method and "bootstrap" in each.method]
+def _without_width(name: str, task: str, test: dict[str, Estimate]) -> list[str]:
+    none = [m for m, each in test.items() if each.low == each.high and each.method and "bootstrap" in each.method]
+    flat = [title(m, task) for m in none]
     if not flat:
         return []
     return [f"{name}: {', '.join(flat)} came out the same in every resample; an interval without width is no certainty"]

@@ -84,9 +84,11 @@ def cost_of(job: Job, fit: Fit) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _bytes_per_image(view: AnyView, output: str) -> int:
-    """In the cache: of what is stored, for an output that follows from tokens those tokens."""
+def _bytes_per_image(view: AnyView, output: str) -> int | None:
+    """In the cache: of what is stored, for an output that follows from tokens those tokens; of images nothing is."""
     from featurecache.outputs import parse
 
+    if isinstance(view, PixelView):
+        return None
     info = view.outputs[output if output in view.outputs else parse(output).source]
     return math.prod(info.shape) * np.dtype(info.dtype).itemsize

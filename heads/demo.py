@@ -48,7 +48,7 @@ def run_demo(
         "extraction": console.result_record(result),
         "runs": [{"run": str(run.path), "head": run.head, "output": run.output, **run.metrics} for run in runs],
     }
-    lines = [table, "", *(f"run        {run.path}/  {run.head} on {run.output}" for run in runs)]
+    lines = [table, "", *(f"run        {Path(out) / run.path.name}/  {run.head} on {run.output}" for run in runs)]
     lines.append(f"report     {page.path}   with intervals, curves, and {page.images} of the images")
     return "\n".join(lines), record
 

@@ -103,7 +103,7 @@ def names_of(families: Sequence[Family]) -> list[str]:
         same = [i for i, other in enumerate(plain) if other == name]
         if len(same) > 1:
             varied = [key for key in shown[k] if len({repr(shown[i].get(key)) for i in same}) > 1]
-            told = ", ".join(f"{key.replace('_', ' ')} {_word(shown[k][key])}" for key in varied)
+            told = ", ".join(_told(key.replace("_", " "), shown[k][key]) for key in varied)
             names[k] = f"{name}, {told}" if told else name
     repeated = [name for name in names if names.count(name) > 1]
     return [f"{n} ({f.runs[0].path.name})" if n in repeated else n for n, f in zip(names, families, strict=True)]
@@ -115,8 +115,11 @@ def name_of(head: str, output: str) -> str:
     return f"{head} on {output}" if side == output else f"{head} at {side} px"
 
 
-def _word(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _told(key: str, value: Any) -> str:
+    """``lr 0.001``, ``rlrr``, ``no balance``."""
+    if isinstance(value, bool):
+        return key if value else f"no {key}"
+    return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
 
 
 def setting_shown(run: Run) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from featurecache.commands import SOURCE_OPTIONS, named_images, options_of
 from featurecache.terminal import Talk, cache_option, command, features_option
 from heads.sweeps.options import sweep_options
 
@@ -14,8 +15,8 @@ from heads.sweeps.options import sweep_options
 @command
 @sweep_options
 def ablate(
-    talk: Talk, heads: str, features: str | None, reference: str | None, show_test: str, no_images: bool,
-    hash_ids: bool, **options: Any,
+    talk: Talk, heads: str, features: str | None, data: str | None, columns: tuple[str, ...], task: str | None,
+    reference: str | None, show_test: str, no_images: bool, hash_ids: bool, **options: Any,
 ) -> int:  # fmt: skip
     """Train many heads, choose their settings on val, and compare them on test: a table and a page.
 
@@ -31,7 +32,8 @@ def ablate(
     from heads.tables import lab_table
 
     views = features.split(",") if features else None
-    found = sweep.ablate(views, heads, say=talk.line, progress=talk.progress, **options)
+    images = named_images(data, columns, task)
+    found = sweep.ablate(views, heads, data=images, say=talk.line, progress=talk.progress, **options)
     if found is None:
         talk.next("the same command without --dry-run")
         return 0
@@ -47,6 +49,7 @@ def ablate(
 @click.option("--run", "run", required=True, metavar="DIR", help="A run, or a sweep: its chosen heads.")
 @features_option
 @click.option("--data", metavar="SOURCE", help="Of a baseline: the images, where no view has them.")
+@options_of(SOURCE_OPTIONS)
 @click.option("--split", metavar="NAME", help="train, val or test of the view. [default: all its labelled images]")
 @click.option(
     "--classes", multiple=True, metavar="NAME=A,B", help="What the view calls a class of the run; NAME= for not there."
@@ -54,8 +57,8 @@ def ablate(
 @click.option("--trust-code", is_flag=True, help="Import the module of a python: head.")
 @cache_option
 def evaluate(
-    talk: Talk, run: str, features: str | None, data: str | None, cache: str | None, split: str | None,
-    classes: tuple[str, ...], trust_code: bool,
+    talk: Talk, run: str, features: str | None, data: str | None, columns: tuple[str, ...], task: str | None,
+    cache: str | None, split: str | None, classes: tuple[str, ...], trust_code: bool,
 ) -> int:  # fmt: skip
     """A finished head on another view (another hospital): nothing is fitted, all measures with intervals.
 
@@ -68,7 +71,7 @@ def evaluate(
 
     families = families_in(run, trust_code)
     runs = [each for family in families for each in family.runs]
-    images = Elsewhere(runs, features, data, cache)
+    images = Elsewhere(runs, features, named_images(data, columns, task), cache)
     view = images.of(runs[0])
     if not features and not data:
         talk.say(f"view       {view.label}   (the newest; --features chooses)")

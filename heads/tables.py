@@ -63,7 +63,8 @@ def final_table(run: Run, record: dict[str, Any] | None = None) -> str:
         at = next((i for i, row in enumerate(rows) if row[0] == "sensitivity"), 0)
         table[at] += f"   of {printable(run.config['positive'])} at {cut:.3f}, the threshold chosen on val"
     lines += [*table, how_made(record), f"Cost: {cost_line(cost_of(run))}."]
-    lines += [*map(_sentence, [*record["warnings"], *family["warnings"]]), *_leak_lines(run)]
+    lines += [printable(sentence(words, record)) for words in [*record["warnings"], *family["warnings"]]]
+    lines += _leak_lines(run)
     if run.untrained and not run.metrics["controls"]:
         lines.append(UNTRAINED)
     return "\n".join(lines)
@@ -100,8 +101,11 @@ def how_made(record: dict[str, Any]) -> str:
     return f"[95 % intervals on {of}: {'; '.join(there)}]" if there else f"[on {of}]"
 
 
-def _sentence(words: str) -> str:
-    return printable(words[:1].upper() + words[1:] + ("" if words.endswith(".") else "."))
+def sentence(words: str, record: dict[str, Any]) -> str:
+    """With a capital, unless it begins with the name of a head, and with its full stop."""
+    named = any(words.startswith(family["name"]) for family in record["families"])
+    begin = words if named else words[:1].upper() + words[1:]
+    return begin if begin.endswith((".", "!", "?")) else begin + "."
 
 
 def lab_table(record: dict[str, Any]) -> str:
@@ -127,7 +131,8 @@ def lab_table(record: dict[str, Any]) -> str:
     if record["test_seen"]:
         lines += _all_rows(record, lead)
     lines += [f"{printable(family['name'])}: {printable(words)}" for family in families for words in family["edges"]]
-    lines += map(_sentence, [*record["warnings"], *(w for family in families for w in family["warnings"])])
+    warned = [*record["warnings"], *(w for family in families for w in family["warnings"])]
+    lines += [printable(sentence(words, record)) for words in warned]
     if record["untrained"]:
         lines.append(UNTRAINED)
     return "\n".join(lines)

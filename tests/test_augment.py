@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 
 import cli
 import featurecache
-from featurecache import again, augment, engines, extraction, guard
+from featurecache import again, augment, engines, extraction, guard, missing
 from featurecache.augment import KINDS, Augmentation, Augmented, Step, asked_for, drawn, parse
 from featurecache.errors import BadOption, CacheError, SourceError
 from featurecache.extraction import Result
@@ -288,7 +288,7 @@ def test_another_order_of_the_images_gives_the_same_copies(home: Path) -> None:
 
 
 def test_killed_among_the_copies_it_goes_on_and_the_bytes_are_the_same(home: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(extraction, "SHARD_ROWS", 4)
+    monkeypatch.setattr(missing, "SHARD_ROWS", 4)
 
     class Killed(BaseException):
         pass

@@ -150,6 +150,19 @@ def test_a_table_without_a_path_column(tmp_path: Path) -> None:
     assert "name" in text and "sex" in text and "--column" in text
 
 
+def test_a_network_is_trained_on_a_table_whose_columns_are_called_otherwise(tmp_path: Path) -> None:
+    data = image_folder(tmp_path / "d", 60)
+    rows = [f"{path},{path.parent.name}\n" for path in sorted(data.rglob("*.png"))]
+    (tmp_path / "t.csv").write_text("picture,finding\n" + "".join(rows))
+    words = ("train-baseline", "--arch", "cnn-cifar", "--image-size", "8", "--epochs", "1", "--data", "t.csv")
+    assert "--column path=NAME" in fails(1, *words)
+    columns = ("--column", "path=picture", "--column", "label=finding")
+    run = json.loads(call(*words, *columns, "--no-images", "--json").stdout)["run"]
+    command = re.search(r"featurecache train-baseline [^<]*", (Path(run) / "report.html").read_text())
+    assert command and "--column path=picture --column label=finding" in command[0]
+    assert "give --data too" in fails(2, *words[:-2], *columns)
+
+
 def test_a_table_that_lists_a_file_that_is_not_there(tmp_path: Path) -> None:
     result = extract(table(tmp_path, "path,label\nd/ill/000.png,a\nd/gone.png,b\nd/well/001.png,b\n"), code=1)
     assert "d/gone.png" in result.stdout
@@ -250,6 +263,24 @@ def test_featurecache_alone_is_the_help_and_no_error() -> None:
     assert "featurecache demo" in result.output
 
 
+def test_help_cuts_no_sentence_and_names_a_commands_own_options_first() -> None:
+    text = " ".join(call("--help").output.split("Commands:")[1].split())
+    assert "..." not in text
+    assert "and compare them on test: a table and a page." in text
+    own = call("evaluate", "--help").output.split("Options:")[1]
+    assert own.index("--run DIR") < own.index("--features") < own.index("--json") < own.index("--debug")
+
+
+def test_every_example_in_a_help_text_has_options_that_exist() -> None:
+    helps = [(each.help or "").splitlines() for each in cli.main.commands.values()]
+    lines = [line.strip().split("   ")[0] for lines in helps for line in lines]
+    examples = [line for line in lines if line.startswith("featurecache ")]
+    assert len(examples) > 15
+    for example in examples:
+        name, *words = shlex.split(example)[1:]
+        cli.main.commands[name].make_context(name, words)
+
+
 def test_features_that_are_nowhere_or_in_two_stores(tmp_path: Path) -> None:
     assert "there is no view in cache" in fails(1, "train-head", "--head", "linear")
     data = image_folder(tmp_path / "d", 6)
@@ -334,7 +365,11 @@ def test_train_head_and_predict_agree_with_the_library(tmp_path: Path) -> None:
     assert len(records) == 31
     assert abs(sum(records[0]["probabilities"].values()) - 1) < 1e-6
     assert "runs/d-linear-1" in call("ls").stdout
-    assert "linear" in call("info", "runs/d-linear-1").stdout
+    told = call("info", "runs/d-linear-1")
+    for word in ("epochs 2", "splits     train ", "chosen     epoch ", "again      featurecache train-head --head"):
+        assert word in told.stdout
+    assert "--only" not in told.stdout
+    assert "{" not in told.stdout and "next       featurecache report runs/d-linear-1" in told.stderr
 
 
 def test_predict_names_what_it_cannot_read_and_exits_with_1(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from heads.train import train_head
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("heads.reports.plots.draw_plots", lambda folder, contents: None)  # most of a small run's time
 
 
 def view(n=400, classes=2, **more):
@@ -244,7 +243,7 @@ def test_a_perfect_head_has_wilsons_width_and_a_word_about_the_rest():
     made = record([run(toy_view(n=300, splits="given", noise=0.01), epochs=20)])
     (family,) = made["families"]
     assert family["test"]["accuracy"]["low"] == pytest.approx(statistics.wilson(60, 60)[0])
-    assert "auroc" in family["warnings"][0]
+    assert "AUROC" in family["warnings"][0]
     assert "no certainty" in family["warnings"][0]
 
 
@@ -345,3 +344,11 @@ def test_a_column_of_a_view_that_is_gone_or_changed_is_an_error(tmp_path):
     of.path.unlink()
     with pytest.raises(RunError, match="cannot be opened"):
         record([load_run(each.path)], by="site")
+
+
+def test_a_setting_that_is_on_is_in_a_name_as_its_word(tmp_path):
+    options = {"epochs": 1, "controls": False}
+    plain = train_head(toy_view(), "linear", out=tmp_path / "a", **options)
+    weighted = train_head(toy_view(), "linear", out=tmp_path / "b", class_weights=True, balance=False, **options)
+    _, name = comparison.names_of(families_of([plain, weighted]))
+    assert name == "linear on cls, no balance, class weights"

@@ -22,7 +22,6 @@ from heads.train import train_head
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("heads.reports.plots.draw_plots", lambda folder, contents: None)  # most of a small run's time
 
 
 def train(classes=2, **options):

@@ -121,6 +121,12 @@ def test_the_tables_are_those_of_the_dicts() -> None:
     assert with_tables(text) == text, "python tests/test_readme.py writes them anew"
 
 
+def test_every_file_of_ours_that_it_names_is_there() -> None:
+    named = re.findall(r"`((?:featurecache|heads|benchmarks)/[\w/]+\.py)`", README.read_text())
+    assert len(set(named)) > 8
+    assert [path for path in named if not (README.parent / path).is_file()] == []
+
+
 def commands() -> list[str]:
     return re.findall(r"^    (featurecache .+)$", README.read_text(), re.MULTILINE)
 

@@ -10,6 +10,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from heads.comparison import compare, families_of
 from heads.reports import charts, confusion, gallery, page, thumbnails
 from heads.reports.figures import truth_and_score
 from heads.reports.gallery import Album
+from heads.tables import sentence
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 CHROMIUM = "/usr/bin/chromium"
@@ -184,6 +186,23 @@ def test_the_confusion_matrix_is_that_of_scikit_learn(tmp_path):
     pairs = confusion.most_confused(heard)
     off = expected - np.diag(np.diag(expected))
     assert pairs[0]["count"] == off.max() and len(pairs) == min(12, (off > 0).sum())
+
+
+@pytest.mark.parametrize("name", ["AbdomenCT", "COVID-19 PNEUMONIA"])
+def test_the_name_of_a_class_fits_beside_the_confusion_matrix(name, monkeypatch):
+    from matplotlib.textpath import TextPath
+
+    monkeypatch.setattr(confusion, "counts_of", lambda heard: np.eye(2))
+    run = SimpleNamespace(classes=(name, "b"), config={"splits": {}})
+    figure = confusion.confusion_figure([(run, None)])
+    ends = float(re.search(rf'<text x="([\d.]+)"[^>]*text-anchor="end"[^>]*>{name}', str(figure.svg))[1])
+    assert TextPath((0, 0), name, size=10.5).get_extents().width < ends
+
+
+def test_a_name_at_the_beginning_of_a_warning_keeps_its_letters():
+    record = {"families": [{"name": "finetune:resnet18 at 32 px"}]}
+    assert sentence("finetune:resnet18 at 32 px: f1 came out", record) == "finetune:resnet18 at 32 px: f1 came out."
+    assert sentence("no temperature!", record) == "No temperature!"
 
 
 def test_folds_are_counted_together_and_seeds_averaged(tmp_path):
@@ -346,6 +365,18 @@ def test_the_command_that_trained_a_head_is_on_the_page_and_quoted(tmp_path):
     assert words[:2] == ["featurecache", "train-head"]
     assert words[words.index("--features") + 1] == "vit toy/my $(view)"
     assert words[words.index("--lr") + 1] == "0.0003" and "--no-balance" in words and "--seed" not in words
+
+
+def test_classes_that_were_kept_come_back_from_the_command_and_read_as_words(tmp_path):
+    import shlex
+
+    import cli
+    from heads.reports.origin import setting_words, train_command
+
+    run = train(toy_view(n=200, classes=3), tmp_path / "run", only=["kind 2", "kind 0"])
+    words = shlex.split(train_command(run))[2:]
+    assert cli.main.commands["train-head"].make_context("train-head", words).params["only"] == "kind 2,kind 0"
+    assert setting_words({"only": ["a", "b"], "lr": 0.1}) == "only a, b · lr 0.1"
 
 
 # --- every kind of task -----------------------------------------------------------------------------------------

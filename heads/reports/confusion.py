@@ -14,6 +14,7 @@ from heads.reports.figures import Heard, short
 NUMBERED = 14  # classes up to which every cell has its number
 NAMED = 60  # classes up to which every row has its name
 STEPS = 10  # shades
+LETTER = 7.2  # units of the drawing, of a name in the widest of the usual fonts (DejaVu Sans)
 
 
 def counts_of(heard: Heard) -> np.ndarray:
@@ -33,7 +34,7 @@ def confusion_figure(heard: Heard) -> Figure:
     side = len(classes)
     whole = counts.sum(axis=1, keepdims=True)
     share = np.divide(counts, whole, out=np.zeros_like(counts), where=whole > 0)
-    left = min(110, 14 + 5.6 * max(len(short(name, 18)) for name in classes)) if side <= NAMED else 20.0
+    left = 14 + LETTER * max(len(short(name, 18)) for name in classes) if side <= NAMED else 20.0
     cell = max(min(76.0 if side < 5 else 44.0, 300 / side), 3.0)
     size = cell * side
     parts = [_shades(share, cell, left), stroke(left, 18.0, left + size, 18.0, "axis")]

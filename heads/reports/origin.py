@@ -35,6 +35,8 @@ def option_words(settings: dict[str, Any], published: dict[str, Any] | None = No
         name = _WORDS_OF.get(field.name, f"--{field.name.replace('_', '-')}")
         if isinstance(value, bool):
             words.append(name if value != field.default else name.replace("--no-", "--"))
+        elif field.name == "only" and value:
+            words += [name, ",".join(value)] if value else []
         elif isinstance(value, list | tuple):
             words += [word for part in value for word in (name, str(part))]
         else:
@@ -46,10 +48,25 @@ def train_command(run: Run) -> str:
     """The command line that trains this head, or this network, again."""
     config = run.config
     if is_pixels(run):
-        words = ["--arch", run.head, "--data", str((config["view"].get("source") or {}).get("data"))]
+        words = ["--arch", run.head, *source_words(config["view"].get("source") or {})]
         return "featurecache train-baseline " + shlex.join(words + option_words(config["settings"], _published(run)))
-    words = ["--head", run.head, "--features", config["view"]["label"], "--output", run.output]
+    features = view_word(config["view"]["label"], config["view"]["path"])
+    words = ["--head", run.head, "--features", features, "--output", run.output]
     return "featurecache train-head " + shlex.join(words + option_words(config.get("settings", {})))
+
+
+def view_word(label: str, path: str | Path) -> str:
+    """How --features names a view: its label, or where it lies in no default cache its path."""
+    from featurecache.stores import cache_folder
+
+    return label if Path(path).parent.parent.resolve() == cache_folder().resolve() else str(path)
+
+
+def source_words(source: dict[str, Any]) -> list[str]:
+    """Images as --data, --column and --task name them."""
+    from featurecache.reader import source_options
+
+    return [str(word) for option in source_options(source) for word in option]
 
 
 def _published(run: Run) -> dict[str, Any]:
@@ -117,24 +134,28 @@ def setting_words(setting: dict[str, Any]) -> str:
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def origins(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For every view that runs were trained on: what it is, and its spec and provenance as JSON."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[Any, str], dict[str, Any]] = {}
     for run in runs:
         config = run.config
         view = config["view"]
-        key = f"{view.get('fingerprint')} {view['label']}"
+        key = _view_key(run)
         if key in found:
             continue
         splits, source = config["splits"], view.get("source") or {}
+        pixels = is_pixels(run)
         facts = {
             "view": view["label"],
-            "fingerprint of the features": view.get("fingerprint"),
-            "backbone": _backbone(config["provenance"]),
-            "weights": "random: never trained" if view["untrained"] else "trained",
+            "seen by": ", ".join(dict.fromkeys(each.head for each in runs if _view_key(each) == key)),
+            f"fingerprint of the {'pixels' if pixels else 'features'}": view.get("fingerprint"),
+            "backbone": None if pixels else _backbone(config["provenance"]),
+            "weights": None if pixels else "random: never trained" if view["untrained"] else "trained",
             "licence of the weights": None if view["untrained"] else config["provenance"].get("licence"),
             "data": source.get("data"),
             "splits": splits.get("how"),
@@ -151,6 +172,10 @@ def origins(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "provenance": _json(config["provenance"]),
         }
     return list(found.values())
+
+
+def _view_key(run: Run) -> tuple[Any, str]:
+    return run.config["view"].get("fingerprint"), run.config["view"]["label"]
 
 
 def _backbone(provenance: dict[str, Any]) -> str:

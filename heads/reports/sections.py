@@ -30,7 +30,7 @@ from heads.reports.origin import setting_words, train_command
 from heads.reports.training_curves import training_figures
 from heads.runs import Run
 from heads.splits import Leak, dropped_sentence, leaks_sentence
-from heads.tables import COMPARED, title
+from heads.tables import COMPARED, sentence, title
 
 DETAILED = 3  # families that are shown in full; of the others every number, folded away
 SETTINGS = 400  # rows of the table of all settings
@@ -237,12 +237,7 @@ def all_warnings(record: dict[str, Any], runs: Sequence[Run]) -> list[str]:
     found = [Leak(kind, splits, count) for (kind, splits), count in worst.items()]
     leaks = [f"{leaks_sentence(found)}: these numbers may be too good."] if found else []
     others = [*record["warnings"], *(w for family in record["families"] for w in family["warnings"]), *others]
-    return [_sentence(words) for words in dict.fromkeys([*leaks, *others])]
-
-
-def _sentence(words: str) -> str:
-    words = words[:1].upper() + words[1:]
-    return words if words.endswith((".", "!", "?")) else words + "."
+    return [sentence(words, record) for words in dict.fromkeys([*leaks, *others])]
 
 
 def settings_rows(record: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
