@@ -9,7 +9,6 @@ was killed continues where its last shard was committed.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -26,27 +25,25 @@ from featurecache.amounts import progress_bar, size_text
 from featurecache.augment import Augmented, Copying
 from featurecache.backbones import Backbone
 from featurecache.costs import cost_of, keep_cost
-from featurecache.engines import CHANGED, Clock, Job, Unit, derive_units, run_local
+from featurecache.engines import Clock, Job, Unit, derive_units, run_local
 from featurecache.errors import (
     BadOption,
-    CacheError,
     CannotWrite,
     Drift,
     SourceError,
     Stopped,
     UnreadableImage,
 )
-from featurecache.files import FORMAT
 from featurecache.forward import Compute, exact_arithmetic
 from featurecache.locks import working
 from featurecache.missing import difference, shard_rows
 from featurecache.outputs import Output, parse
-from featurecache.privacy import Secret, plain_reason
+from featurecache.privacy import Secret
 from featurecache.shards import Layout, Located, notes_for
 from featurecache.sources import Dataset
-from featurecache.spec import ExtractionSpec, canonical_json
+from featurecache.spec import ExtractionSpec
 from featurecache.stores import Store, create_store, stores
-from featurecache.views import Rows, copy_failed, write_view
+from featurecache.viewing import write_view_of
 
 if TYPE_CHECKING:
     from featurecache.looking import Looked
@@ -225,7 +222,7 @@ class Extraction:
                         raise UnreadableImage(next(iter(failures.values())))
             except KeyboardInterrupt as error:
                 self._keep_cost(job, plan)
-                safe = sum(int(self._locate(o).found.sum()) for o in self.outputs[:1])
+                safe = sum(int(self.locate(o).found.sum()) for o in self.outputs[:1])
                 what = "images and copies" if self.copying else "images"
                 raise Stopped(f"stopped. {safe:,} {what} are safe; the same command continues.") from error
             except UnreadableImage as error:
@@ -233,7 +230,7 @@ class Extraction:
             finally:
                 bar.close()
             self._keep_cost(job, plan)
-            path, images, copies, failed = self._write_view(failures)
+            path, images, copies, failed = write_view_of(self, failures)
         seconds = time.perf_counter() - start
         names = tuple(output.name for output in self.outputs)
         return Result(
@@ -318,14 +315,14 @@ class Extraction:
         for rows, outputs in self._apart(self.derived):
             row_bytes = max(self.layouts[output.name].row_bytes for output in outputs)
             length = shard_rows(len(rows), row_bytes)
-            found = {source: self._locate(parse(source), rows) for source in {output.source for output in outputs}}
+            found = {source: self.locate(parse(source), rows) for source in {output.source for output in outputs}}
             for start in range(0, len(rows), length):
                 part = slice(start, start + length)
                 places = {key: all_[part] for key, all_ in found.items()}
                 units.append((Unit(rows[part], outputs), places))
         return units
 
-    def _locate(self, output: Output, rows: np.ndarray | None = None) -> Located:
+    def locate(self, output: Output, rows: np.ndarray | None = None) -> Located:
         assert self.store is not None
         digests = self.digests if rows is None else self.digests[rows]
         return self.store.locate(self.layouts[output.name], digests)
@@ -338,89 +335,6 @@ class Extraction:
     def _first_failure(self, failures: dict[int, str]) -> str:
         number, reason = next(iter(failures.items()))
         return f"{self.dataset.shown(int(self.images[number]))}: {reason}"
-
-    def _write_view(self, failures: dict[int, str]) -> tuple[Path, int, int, list[tuple[str, str]]]:
-        """The view's path, how many images and copies are in it, and what is not, by the names that a person here finds
-        it by."""
-        assert self.store is not None
-        samples = np.flatnonzero(np.isin(self.sample_image, list(failures)))
-        reasons = {**self.unread, **{k: failures[int(self.sample_image[k])] for k in samples.tolist()}}
-        kept = np.delete(np.arange(len(self.dataset)), list(reasons))
-        copied, lost = self._copies_of(kept, failures)
-        if self.looked:
-            changed = [k for k, reason in [*reasons.items(), *((k, r) for k, _, r in lost)] if reason == CHANGED]
-            self.looked.seen.forget(np.unique(np.array(changed, np.int64)))
-        located = {self.layouts[o.name]: self._locate(o) for o in self.outputs}
-        missing = [*sorted(reasons.items()), *((k, copy_failed(copy, reason)) for k, copy, reason in lost)]
-        failed = [(self.dataset.shown(sample), reason) for sample, reason in missing]
-        if not len(kept):
-            raise SourceError(
-                f"none of {len(self.dataset):,} images could be read. The first, {failed[0][0]}: {failed[0][1]}."
-            )
-        images = np.concatenate([self.sample_image[kept], *(numbers for _, numbers in copied)])
-        places = {layout: everywhere[images] for layout, everywhere in located.items()}
-        if not all(each.found.all() for each in places.values()):
-            raise CacheError(
-                f"rows that were in {self.store.path} are gone: somebody removes files there. "
-                "The same command computes them again."
-            )
-        rows = _rows_of(self.dataset, np.concatenate([kept, *(of for of, _ in copied)]), self.digests[images])
-        if self.copying:
-            copy = [np.full(len(of), 1 + number, np.int32) for number, (of, _) in enumerate(copied)]
-            rows = replace(rows, versions=np.concatenate([np.zeros(len(kept), np.int32), *copy]))
-        path = write_view(self.store, self.name, rows, self._attributes(missing), places)
-        return path, len(kept), len(images) - len(kept), failed
-
-    def _copies_of(
-        self, kept: np.ndarray, failures: dict[int, str]
-    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[int, int, str]]]:
-        """For copy 1 … k: samples of ``kept`` that have it, and its numbers; and (sample, copy, why not) of others."""
-        if self.copying is None:
-            return [], []
-        may = kept[may_be_trained_on(self.dataset)[kept]]
-        copied, lost = [], []
-        for copy in range(1, self.copying.augmented.views + 1):
-            numbers = self.copying.numbers(self.sample_image[may], copy)
-            fine = ~np.isin(numbers, list(failures))
-            copied.append((may[fine], numbers[fine]))
-            lost += [(int(may[k]), copy, failures[int(numbers[k])]) for k in np.flatnonzero(~fine)]
-        return copied, lost
-
-    def _attributes(self, missing: list[tuple[int, str]]) -> dict[str, Any]:
-        failed = [(self.dataset.ids[sample], reason) for sample, reason in missing]
-        if "secret" in self.dataset.source:
-            failed = [(name, plain_reason(reason)) for name, reason in failed]
-        return {
-            "classes": json.dumps(self.dataset.classes, ensure_ascii=False),
-            "task": self.dataset.task,
-            "spec": canonical_json(self.spec.to_dict()),
-            "fingerprint": self.spec.fingerprint,
-            "provenance": canonical_json(self.store.provenance if self.store else {}),
-            "format_version": FORMAT,
-            "source": canonical_json(self.dataset.source),
-            "failed": json.dumps(failed, ensure_ascii=False),
-            **({"augmentation": canonical_json(self.copying.augmented.to_dict())} if self.copying else {}),
-        }
-
-
-def may_be_trained_on(dataset: Dataset) -> np.ndarray:
-    """bool [N]: the samples that have augmented copies. Where the data have no splits, all: train is drawn later."""
-    if not any(dataset.splits):
-        return np.ones(len(dataset), bool)
-    return np.array(dataset.splits) == "train"
-
-
-def _rows_of(dataset: Dataset, kept: np.ndarray, digests: np.ndarray) -> Rows:
-    places = None if np.array_equal(kept, np.arange(len(dataset))) else kept.tolist()
-
-    def pick(column: Any) -> Any:
-        if places is None:
-            return column
-        return column[kept] if isinstance(column, np.ndarray) else [column[sample] for sample in places]
-
-    groups = None if dataset.groups is None else pick(dataset.groups)
-    meta = {key: pick(column) for key, column in dataset.meta.items()}
-    return Rows(pick(dataset.ids), pick(dataset.labels), pick(dataset.splits), digests, groups, meta)
 
 
 def _advance(bar: tqdm, images: int, clock: Clock) -> None:

@@ -15,7 +15,7 @@ import torch
 from featurecache.augment import Augmented, Copying, asked_for
 from featurecache.backbones import Backbone, load_backbone
 from featurecache.errors import BadOption, CacheError, SourceError
-from featurecache.extraction import Extraction, Result, may_be_trained_on
+from featurecache.extraction import Extraction, Result
 from featurecache.forward import layout_of, pick_device, source_layout, spec_of
 from featurecache.looking import Looked, look_at
 from featurecache.memory import Memory
@@ -27,6 +27,7 @@ from featurecache.shards import Layout, locate
 from featurecache.sources import Dataset, open_source
 from featurecache.spec import ExtractionSpec
 from featurecache.stores import Store, cache_folder, find_store, latest_generation, stores
+from featurecache.viewing import may_be_trained_on
 
 
 def prepare(

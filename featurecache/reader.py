@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import glob
 import io
 import math
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +20,9 @@ from featurecache.augment import Augmented
 from featurecache.costs import cost_of
 from featurecache.errors import CacheError, DamagedFile, NotInCache, UnsafeFile
 from featurecache.files import ALIGNMENT, USER_BLOCK, read_checked, refuse_links, stamp_of
+from featurecache.gather import Mapped, empty_rows
 from featurecache.inspection import MAX_VIEW, OutputInfo, Stored, ViewContent, check_inside, view_content
-from featurecache.shards import TORCH_DTYPE, Layout, damaged_rows, map_rows, size_of, wrong_rows
+from featurecache.shards import TORCH_DTYPE, Layout, map_rows, size_of
 from featurecache.stores import cache_folder, open_store
 
 
@@ -60,7 +59,7 @@ class View:
             raise CacheError(
                 f"{path} belongs to the store {self.fingerprint}, but lies in that of {store.fingerprint}."
             )
-        self._maps: dict[str, _Mapped] = {}
+        self._maps: dict[str, Mapped] = {}
         self._checked = False
         if not columns_only:
             self._check(opening=True)
@@ -287,7 +286,7 @@ class View:
             return self.take(output, picked)
         parsed, tokens = self._derivation(output)
         prefix, grid = _places(tokens)
-        result = _empty((len(picked), *self.info(output).shape), TORCH_DTYPE[tokens.dtype])
+        result = empty_rows((len(picked), *self.info(output).shape), TORCH_DTYPE[tokens.dtype])
         for start in range(0, len(picked), 256):
             stretch = self.take(parsed.source, picked[start : start + 256])
             result[start : start + 256] = _outputs.derive(parsed, stretch, len(prefix), grid)
@@ -303,7 +302,8 @@ class View:
         while output not in self._maps:
             self._check()
             try:
-                self._maps[output] = _Mapped(self, self._stored[output])
+                paths = [self._file(number)[0] for number in range(len(self._files))]
+                self._maps[output] = Mapped(self._stored[output], paths, self._map)
             except CacheError:
                 if not self._follow():
                     raise
@@ -346,80 +346,6 @@ def _copies_in(content: ViewContent, path: Path) -> np.ndarray:
 def _places(tokens: OutputInfo) -> tuple[tuple[str, ...], tuple[int, int]]:
     """(prefix, grid) of stored tokens; where they are unknown, one row of patches."""
     return tokens.prefix or (), tokens.grid or (1, tokens.shape[0])
-
-
-class _Mapped:
-    """All shards of one output as one tensor, whose rows begin wherever the mapped files lie in memory.
-
-    A gather over many shards would be one index_select for each, and a second copy to put the rows in order. Instead
-    the address range from the first mapping to the last is taken as one buffer, [M, ...] with overlapping rows a
-    common divisor of all row addresses apart; one parallel index_select then reads any rows of any shards in the
-    order asked. Of the range only rows of shards are ever touched.
-    """
-
-    def __init__(self, view: View, stored: Stored) -> None:
-        self._info, self._index, self._checksums = stored.info, stored.index, stored.checksums
-        self._paths = {number: view._file(number)[0] for number in range(len(view._files))}
-        self._unchecked = np.ones(len(stored.index), bool)  # rows whose bytes nobody has looked at in this process
-        used = np.unique(stored.index[:, 0])
-        self._shards = {int(number): view._map(int(number), stored.info) for number in used}  # keeps them mapped
-        self._bytes = int(np.prod(stored.info.shape)) * np.dtype(stored.info.dtype).itemsize
-        self._unit = math.gcd(ALIGNMENT, self._bytes)
-        starts = {number: rows.data_ptr() for number, rows in self._shards.items()}
-        first = min(starts.values(), default=0)
-        self._start = np.zeros(max(starts, default=0) + 1, np.int64)  # by file, in units
-        for number, address in starts.items():
-            assert (address - first) % self._unit == 0
-            self._start[number] = (address - first) // self._unit
-        span = (
-            max((rows.data_ptr() + rows.numel() * rows.itemsize for rows in self._shards.values()), default=0) - first
-        )
-        self._buffer = self._over(first, span)
-
-    def _over(self, first: int, span: int) -> torch.Tensor:
-        dtype, shape = TORCH_DTYPE[self._info.dtype], self._info.shape
-        if not span:
-            return torch.empty((0, *shape), dtype=dtype)
-        memory = torch.frombuffer((ctypes.c_byte * span).from_address(first), dtype=dtype)
-        inner = torch.empty(shape, dtype=dtype, device="meta").stride()
-        count = (span - self._bytes) // self._unit + 1
-        return memory.as_strided((count, *shape), (self._unit // dtype.itemsize, *inner))
-
-    def _check(self, rows: np.ndarray) -> None:
-        """Bytes of rows [n] against their checksums. Costs a row's first reading about as much again."""
-        for number in np.unique(self._index[rows, 0]).tolist():
-            here = rows[self._index[rows, 0] == number]
-            wrong = wrong_rows(self._shards[number], self._index[here, 1], self._checksums[here])
-            if len(wrong):
-                raise damaged_rows(self._paths[number], wrong)
-        self._unchecked[rows] = False
-
-    def take(self, rows: np.ndarray, out: torch.Tensor | None) -> torch.Tensor:
-        """rows [n] of the view → [n, ...]."""
-        new = rows[self._unchecked[rows]]
-        if len(new):
-            self._check(new)
-        places = self._index[rows]
-        index = torch.from_numpy(self._start[places[:, 0]] + places[:, 1] * (self._bytes // self._unit))
-        if out is None:
-            out = _empty((len(places), *self._info.shape), self._buffer.dtype)
-        assert out.shape == (len(places), *self._info.shape) and out.dtype == self._buffer.dtype
-        return torch.index_select(self._buffer, 0, index, out=out) if len(places) else out
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Memory for rows [n, ...]. An index can name one large row a million times, so the sum is looked at first."""
-    size = math.prod(shape) * dtype.itemsize
-    if size > _memory_bytes():
-        raise CacheError(
-            f"{shape[0]:,} rows of {list(shape[1:])} take {size:,} bytes and this machine has {_memory_bytes():,}; "
-            "ask for fewer rows at a time."
-        )
-    return torch.empty(shape, dtype=dtype)
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def read_view(path: Path) -> ViewContent:

@@ -13,7 +13,8 @@ from featurecache.errors import RunError
 from heads import checks
 
 if TYPE_CHECKING:
-    from heads.runs import Contents, Run
+    from heads.run_folder import Contents
+    from heads.runs import Run
 
 _DTYPES = {"rows": np.int64, "clusters": np.int64, "digests": np.uint8, "logits": np.float64}
 

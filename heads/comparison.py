@@ -28,7 +28,7 @@ from heads.heard import Heard, hear_test, same_clusters
 from heads.intervals import Estimate, Estimates, Resampler
 from heads.paired import Difference, differences, same_sets, with_holm
 from heads.points import Prevalence, calibration_record, check_prevalence, operating_points
-from heads.runs import plain
+from heads.run_folder import plain
 from heads.tables import title
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from featurecache.costs import device_title
 from heads.drawing import units_of
 from heads.jobs import Job
 from heads.pixels import PixelView
-from heads.runs import Contents
+from heads.run_folder import Contents
 from heads.splits import class_counts
 
 if TYPE_CHECKING:

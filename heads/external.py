@@ -31,7 +31,8 @@ from heads.listed import listed
 from heads.matching import Matched, match_classes
 from heads.pixels import PixelView, is_pixels, pieces, pixels_of
 from heads.points import calibration_record, operating_points
-from heads.runs import Run, plain
+from heads.run_folder import plain
+from heads.runs import Run
 
 if TYPE_CHECKING:
     from heads.pixels import AnyView

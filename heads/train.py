@@ -24,7 +24,8 @@ from heads.joint import Keeper, Schedule, Trained, judge, train_heads
 from heads.losses import loss_and_prior
 from heads.metrics import METRICS
 from heads.pixels import PixelView
-from heads.runs import Run, load_run, run_target, write_run
+from heads.run_folder import run_target, write_run
+from heads.runs import Run, load_run
 from heads.settings import VARIED, Settings
 
 if TYPE_CHECKING:

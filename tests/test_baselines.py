@@ -202,7 +202,7 @@ def test_a_sweep_keeps_the_published_settings_of_what_was_not_asked(tmp_path):
 
 def test_what_the_command_line_leaves_out_is_not_asked_of_a_sweep():
     """An option that may be given several times is () where it was not."""
-    from heads.sweeps.plan import Asked
+    from heads.sweeps.asked import Asked
 
     assert Asked.of("cnn-cifar", augment=(), classes=(), lr="1e-3").given == ("lr",)
     assert Asked.of("cnn-cifar", augment=("none",)).given == ("augment",)

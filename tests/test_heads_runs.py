@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from featurecache.errors import CannotWrite, RunError
 from heads import tables
-from heads.runs import list_runs, load_run, run_target
+from heads.run_folder import run_target
+from heads.runs import list_runs, load_run
 from heads.train import train_head
 
 FILES = {

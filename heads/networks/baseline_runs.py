@@ -15,7 +15,8 @@ from heads.networks.baselines import FINETUNE, baseline_info
 from heads.networks.checkpoints import Checkpoint
 from heads.networks.making import shape_of_network
 from heads.pixels import PixelView, open_pixels
-from heads.runs import Contents, Run, run_target, write_run
+from heads.run_folder import Contents, run_target, write_run
+from heads.runs import Run
 from heads.settings import Settings, is_baseline
 from heads.train import controls_beside, train_together, with_report
 

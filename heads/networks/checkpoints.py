@@ -19,8 +19,8 @@ from featurecache.spec import canonical_json
 from heads.engine import Learner, Loop, Stack
 from heads.jobs import Job
 from heads.joint import Trained
-from heads.runs import Target
-from heads.sweeps.plan import hashed, images_of
+from heads.run_folder import Target
+from heads.sweeps.keys import hashed, images_of
 
 NOTHING = ("ram", "device")  # settings that decide nothing of the result
 

@@ -16,7 +16,7 @@ from typing import Any
 from featurecache.cells import cell, text_of
 from featurecache.files import write_whole
 from heads.costs import COSTS
-from heads.runs import plain
+from heads.run_folder import plain
 
 COLUMNS = ("family", "view", "output", "head", "fraction", "split", "of", "metric", "value", "low", "high", "method")
 OWN = ["model", "split", "class", "metric", "value", "low", "high", "method"]

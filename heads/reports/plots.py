@@ -15,7 +15,7 @@ from heads import metrics
 from heads.reports.training_curves import path_column
 
 if TYPE_CHECKING:
-    from heads.runs import Contents
+    from heads.run_folder import Contents
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8a8a"  # of Okabe and Ito's palette, told apart by colour-blind readers
 COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b8a800", "#7f3c8d", "#7a5230")

@@ -6,123 +6,36 @@ fold) is trained with every setting and seed; what shares an entry and a draw sh
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import itertools
-import math
-import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from featurecache.errors import BadOption
 from featurecache.spec import canonical_json
 from heads.architectures import HEADS, Input, head_info, make_head
-from heads.choice import GRIDS
 from heads.data import task_of
 from heads.families import name_of
-from heads.jobs import Job, choose_output, make_model, memory_plan, prepare, splits_for
+from heads.jobs import Job, choose_output, memory_plan, prepare, splits_for
 from heads.pixels import PixelView
 from heads.same_images import SameImages, same_images
-from heads.settings import OF_BASELINES, OF_FINETUNE, OPTIMIZERS, SCHEDULES, VARIED, Settings, is_baseline
+from heads.settings import OF_BASELINES, OF_FINETUNE, VARIED, Settings, is_baseline
 from heads.splits import Splits
 from heads.sweeps import grids
+from heads.sweeps.asked import Asked, Draw
+from heads.sweeps.keys import code_of, hashed, images_of
 
 if TYPE_CHECKING:
     from heads.pixels import AnyView
 
 FORMAT = 1  # of the keys
-WORDS = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
 STEPPED = ("linear", "mlp")  # heads whose steps are one product for all of them
 TOGETHER, TOGETHER_STACKED = 16, 128  # heads in one training; what a kill can cost
 OF_STEPS = (*VARIED, "epochs", "batch_size", "precision", "pos_weight", "gated")  # nothing to a solved head
 # What a key says in another way (the images with their labels and splits, the window), or what decides nothing.
 NOT_IN_KEY = ("splits", "ram", "device", "output", "classes", "only", "positive", "standardize")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A sweep as it was asked for. ``grid``: the values of every option that is varied; ``base``: the others.
-
-    With ``search`` a value of ``grid`` may be a `grids.Range`.
-    """
-
-    heads: tuple[str, ...]
-    outputs: tuple[str, ...]  # (): each head's own
-    grid: dict[str, Any]
-    base: Settings
-    seeds: int = 1
-    fractions: tuple[float, ...] = (1.0,)
-    repeats: int = 1
-    folds: int | None = None
-    search: str | None = None
-    trials: int | None = None
-    given: tuple[str, ...] = ()  # what was asked for; for the rest a baseline has its published settings
-
-    @classmethod
-    def of(
-        cls, heads: Any, *, outputs: Any = None, seeds: int = 1, fractions: Any = 1.0, repeats: int = 1,
-        folds: int | None = None, search: str | None = None, trials: int | None = None, **options: Any,
-    ) -> Asked:  # fmt: skip
-        """From options as people and the command line give them; raises BadOption."""
-        options = {name: value for name, value in options.items() if value is not None and value != ()}
-        given = tuple(sorted(options))
-        if search not in (None, "optuna"):
-            raise BadOption(f"--search {search}: it is optuna, or left out for a grid.")
-        if (search is None) != (trials is None):
-            raise BadOption("--search optuna and --trials N go together.")
-        for name, value, least in (("seeds", seeds, 1), ("repeats", repeats, 1), ("trials", trials or 1, 1)):
-            if value < least:
-                raise BadOption(f"--{name} is {value}; it must be at least {least}.")
-        if folds is not None and folds < 2:
-            raise BadOption(f"--folds is {folds}; it must be at least 2.")
-        read = grids.numbers if search is None else grids.space
-        grid: dict[str, Any] = {}
-        for name in GRIDS:
-            if (value := options.pop(name, None)) is not None:
-                grid[name] = read(name.replace("_", "-"), value)
-        for name, known in WORDS.items():
-            if name in options:
-                grid[name] = grids.names(name, options.pop(name), known)
-        if augment := options.pop("augment", ()):
-            several = [augment] if isinstance(augment, str) else list(augment)
-            grid["augment"] = tuple(dict.fromkeys(Settings("", augment=words).augment for words in several))
-        for name in ("seed", "fraction", "fold"):
-            if name in options:
-                raise BadOption(f"--{name} is for one head; a sweep has --{name}s.")
-        base = Settings.of("", **options)
-        parts = grids.numbers("fractions", fractions)
-        for name, values in {**grid, "fraction": parts}.items():
-            for value in [] if isinstance(values, grids.Range) else values:
-                replace(base, **{name: value})  # says at once what no head could be trained with
-        return cls(
-            grids.names("heads", heads), () if outputs is None else grids.names("outputs", outputs), grid, base,
-            seeds, parts, repeats, folds, search, trials, given,
-        )  # fmt: skip
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"base": self.base.to_dict()}
-
-    def variants(self) -> list[dict[str, Any]]:
-        """Every combination of the grid, in the order given."""
-        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
-
-    @property
-    def draws(self) -> list[Draw]:
-        parts = [None] if self.folds is None else list(range(self.folds))
-        return [Draw(repeat, fold) for repeat in range(self.repeats) for fold in parts]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One drawing of splits: ``repeat`` counts up the split seed; ``fold`` of the folds, or None."""
-
-    repeat: int
-    fold: int | None
 
 
 @dataclass(frozen=True)
@@ -228,7 +141,7 @@ class Plan:
             self._images[place] = images_of(job)
         shared = {
             "format": FORMAT, "fingerprint": job.view.fingerprint, "output": job.output, "images": self._images[place],
-            "window": memory_plan(job)[1], "code": _code_of(entry.head),
+            "window": memory_plan(job)[1], "code": code_of(entry.head),
             "standardize": job.settings.standardize or head_info(entry.head).standardize,
         }  # fmt: skip
         own = [{k: v for k, v in each.to_dict().items() if k not in NOT_IN_KEY} for each in settings]
@@ -260,33 +173,6 @@ def _published(head: str, base: Settings) -> dict[str, Any]:
 
     info = baseline_info(head, weights=base.weights, adapted=base.lora is not None or base.rlrr)
     return {name: value for name, value in info.settings.items() if name != "select"}
-
-
-def hashed(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def images_of(job: Job) -> str:
-    """One word for the images of a job with labels and splits, in the order of their rows, which is that of batches."""
-    view, task, names = job.view, job.task, job.divided.names
-    used = np.flatnonzero(names != "")
-    hashed = hashlib.blake2b(canonical_json([task.kind, task.classes, task.positive]).encode(), digest_size=16)
-    parts = [np.asarray(view.digests)[used], np.ascontiguousarray(task.labels[used]), names[used].astype("S5")]
-    if view.versions is not None:
-        hashed.update(canonical_json(view.augmented.to_dict() if view.augmented else None).encode())
-        parts.append(np.asarray(view.copies(used)))
-    for part in parts:
-        hashed.update(part.tobytes())
-    return hashed.hexdigest()
-
-
-def _code_of(head: str) -> str | None:
-    """A hash of the module of a head of one's own."""
-    if not head.startswith("python:"):
-        return None
-    import sys
-
-    return hashed(inspect.getsource(sys.modules[head_info(head).make.__module__]))
 
 
 def make_plan(views: Sequence[AnyView], asked: Asked, ram: float) -> Plan:
@@ -350,44 +236,3 @@ def _why_not(view: AnyView, head: str, output: str, asked: Asked) -> str | None:
     except BadOption as error:
         return str(error)
     return None
-
-
-def seconds_at_most(plan: Plan, todo: dict[Entry, int]) -> float:
-    """Seconds if no head stops early, from the time of two steps of each kind; ``todo``: heads to train. Solved heads
-    and the reading of features are not in it."""
-    speed: dict[Any, float] = {}
-    total = 0.0
-    for entry, count in todo.items():
-        if entry.solved or not count:
-            continue
-        job = plan.job(entry, plan.asked.draws[0])
-        kind = (entry.number, entry.output, entry.head)
-        together = min(plan.chunk(entry), count) if entry.head in STEPPED else 1
-        if kind not in speed:
-            speed[kind] = _seconds_of_a_step(job, together) / together
-        batches = math.ceil(len(job.divided.rows("train")) / job.settings.batch_size)
-        total += speed[kind] * batches * job.settings.epochs * count
-    return total
-
-
-def _seconds_of_a_step(job: Job, together: int) -> float:
-    from heads import engine
-    from heads.losses import loss_and_prior
-
-    rows = job.divided.rows("train")
-    y = torch.from_numpy(job.task.labels[rows])
-    loss, _ = loss_and_prior(job.task, y, job.settings)
-    generators = [torch.Generator().manual_seed(k) for k in range(together)]
-    models = [make_model(job, job.settings, g).to(job.settings.device) for g in generators]
-    heads = engine.together(models, [loss] * together, generators, [job.settings] * together)
-    size = min(job.settings.batch_size, len(rows))
-    x, y = torch.full((size, *job.input.shape), 0.1).to(job.settings.device), y.to(job.settings.device)
-    if (vectors := engine.fixed_vectors(models[0])) is not None:
-        x = vectors(x)
-    work = engine.work_of_a_step(models[0], together, size, job.input.shape)
-    with nullcontext() if isinstance(job.view, PixelView) else engine.threads_for(work):
-        heads.step(x, y[:size])
-        begin = time.perf_counter()
-        heads.step(x, y[:size])
-        heads.step(x, y[:size])
-    return (time.perf_counter() - begin) / 2

@@ -16,7 +16,7 @@ from typing import Any
 from featurecache.errors import CacheError, RunError
 from featurecache.files import sync_path, writing
 from featurecache.records import parse
-from heads.runs import plain
+from heads.run_folder import plain
 
 ROWS = "rows.jsonl"
 MOST = 1 << 31  # bytes

@@ -19,12 +19,14 @@ from heads.jobs import Job, make_model, split_line
 from heads.metrics import METRICS
 from heads.networks.baseline_runs import with_backbone
 from heads.networks.baselines import FINETUNE
-from heads.runs import Contents, Target, write_run
+from heads.run_folder import Contents, Target, write_run
 from heads.settings import Settings
+from heads.sweeps.asked import Draw
 from heads.sweeps.folder import Row, key_in, slug
-from heads.sweeps.plan import Draw, Entry, Plan, seconds_at_most
+from heads.sweeps.plan import Entry, Plan
 from heads.sweeps.rows import RowFile
 from heads.sweeps.shelf import Shelf
+from heads.sweeps.timing import seconds_at_most
 from heads.train import Fit, train_together
 
 Say = Callable[[str], None]

@@ -17,7 +17,8 @@ from featurecache.errors import BadOption, RunError
 from featurecache.spec import canonical_json
 from heads.metrics import METRICS
 from heads.sweeps.grids import DIGITS, Range
-from heads.sweeps.plan import Entry, Plan, has_option, hashed
+from heads.sweeps.keys import hashed
+from heads.sweeps.plan import Entry, Plan, has_option
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -17,7 +17,7 @@ import xxhash
 
 from heads.contents import clusters_of
 from heads.jobs import Job
-from heads.runs import Contents
+from heads.run_folder import Contents
 
 FOLDER = ".unchosen"
 _DIGITS = 16  # of the checksum that a file begins with

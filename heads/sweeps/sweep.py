@@ -25,6 +25,7 @@ from heads.networks.baseline_runs import check_network
 from heads.pixels import open_pixels
 from heads.runs import Run, load_run
 from heads.settings import OF_BASELINES, Settings, is_baseline
+from heads.sweeps.asked import Asked
 from heads.sweeps.folder import (
     RECORD,
     Row,
@@ -36,7 +37,7 @@ from heads.sweeps.folder import (
     sweep_folder,
     write_record,
 )
-from heads.sweeps.plan import Asked, has_option, make_plan
+from heads.sweeps.plan import has_option, make_plan
 from heads.sweeps.rows import ROWS, read_rows
 from heads.sweeps.run import Runner, Say, say_plan
 
