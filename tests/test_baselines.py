@@ -22,6 +22,7 @@ from heads.comparison import compare, families_of
 from heads.external import evaluate_run
 from heads.networks.augmenting import Augmenter
 from heads.networks.baseline_runs import settings_of, train_baseline
+from heads.networks.checkpoints import Checkpoint
 from heads.pixels import PixelView, open_pixels, pixels_of
 from heads.settings import Settings
 
@@ -144,6 +145,27 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(tmp_path, optimizer):
     for name in ("head.safetensors", "splits.csv", "predictions.csv"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]  # no checkpoint is left
+
+
+def test_a_sweep_stopped_within_a_network_goes_on_in_it_to_the_same_bytes(tmp_path, monkeypatch):
+    asked = {"data": digits(60), "epochs": 3, "image_size": 8, "batch_size": 16, "lr": "1e-3,1e-2", "controls": False}
+    whole = heads.ablate(None, "cnn-cifar", out=tmp_path / "whole", **asked)
+    saved, save = [], Checkpoint.save
+
+    def stopping(self, *given):
+        save(self, *given)
+        saved.append(given[-1])
+        if len(saved) == 5:  # of the second network the second epoch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "save", stopping)
+    with pytest.raises(Stopped, match="1 heads are safe"):
+        heads.ablate(None, "cnn-cifar", out=tmp_path / "parts", **asked)
+    again = heads.ablate(None, "cnn-cifar", out=tmp_path / "parts", **asked)
+    assert saved == [1, 2, 3, 1, 2, 3]
+    (one,), (other,) = whole.families[0].runs, again.families[0].runs
+    assert (one.path / "head.safetensors").read_bytes() == (other.path / "head.safetensors").read_bytes()
+    assert not list((tmp_path / "parts").glob(".*.checkpoint"))
 
 
 def test_a_damaged_checkpoint_is_said_and_overwritten_when_asked(tmp_path):

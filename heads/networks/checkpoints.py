@@ -1,8 +1,9 @@
 """What an interrupted training goes on from: written after every epoch, gone when the run is there.
 
-One safetensors file beside the run to be, hidden, named after what is trained: the network now and at its best, the
-optimiser, the generator; in its header, as JSON, the epoch, the history and the schedule. The order of batches needs no
-keeping: it follows from the split seed. A training that goes on gives what it would have given without the stop.
+One safetensors file, hidden, beside the run to be or in the folder of a sweep, named after what is trained: the network
+now and at its best, the optimiser, the generator; in its header, as JSON, the epoch, the history and the schedule. The
+order of batches needs no keeping: it follows from the split seed. A training that goes on gives what it would have
+given without the stop.
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ class Checkpoint:
         return tensors, record
 
     def _damaged(self, error: Exception) -> RunError:
-        return RunError(f"{self.path} is damaged ({error}). --overwrite begins the training anew.")
+        return RunError(
+            f"{self.path} is damaged ({error}). --overwrite, or in a sweep removing it, begins the training anew."
+        )
 
 
 def _only(heads: Loop | Stack) -> Learner:

@@ -19,6 +19,8 @@ from heads.jobs import Job, make_model, split_line
 from heads.metrics import METRICS
 from heads.networks.baseline_runs import with_backbone
 from heads.networks.baselines import FINETUNE
+from heads.networks.checkpoints import Checkpoint
+from heads.pixels import PixelView
 from heads.run_folder import Contents, Target, write_run
 from heads.settings import Settings
 from heads.sweeps.asked import Draw
@@ -56,6 +58,8 @@ class Runner:
                     else:
                         self.train(entry)
                     self.finish(entry)
+                for left in self.folder.glob(".network-*.checkpoint"):  # of settings that are asked for no more
+                    left.unlink()
             except KeyboardInterrupt as error:
                 raise Stopped(
                     f"stopped. {len(self.rows.rows):,} heads are safe; the same command continues."
@@ -82,14 +86,21 @@ class Runner:
         return None if math.isnan(value) else value
 
     def _train_set(self, job: Job, entry: Entry, draw: Draw, chunk: Sequence[tuple[Settings, str]]) -> None:
-        """Heads that share their batches: to the shelf first, then their rows at once."""
-        fits = train_together(job, [settings for settings, _ in chunk])
+        """Heads that share their batches: to the shelf first, then their rows at once. A network is kept after every
+        epoch, too: it may take hours."""
+        kept = None
+        if isinstance(job.view, PixelView):
+            ((settings, _),) = chunk
+            kept = Checkpoint.of(Target(self.folder, "network"), replace(job, settings=settings))
+        fits = train_together(job, [settings for settings, _ in chunk], keeper=kept)
         rows = []
         for (settings, key), fit in zip(chunk, fits, strict=True):
             if isinstance(fit, Fit):
                 self.shelf.put(key, self._contents(job, fit, entry, draw, key))
             rows.append(_row(self.plan, entry, draw, job, settings, key, fit))
         self.rows.append(rows)
+        if kept:
+            kept.remove()
 
     def _contents(self, job: Job, fit: Fit, entry: Entry, draw: Draw, key: str) -> Contents:
         contents = contents_of(job, replace(fit, settings=self._told(fit.settings, fit.window)), [])
