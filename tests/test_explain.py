@@ -242,5 +242,5 @@ def test_runs_of_one_kind_are_told_apart_by_their_folders_and_long_names_leave_t
     config = {"settings": {"random_weights": True}, "view": {"label": "pixels/blood"}}
     run = SimpleNamespace(head="finetune:vit-demo", output="pixels-32", path=Path("studies/blood-tuned"), config=config)
     lines = _title(Result(run, "grad-cam", "x" * 80, 0.125, 1.0, [])).split("\n")
-    assert lines[:2] == ["finetune:vit-demo at 32 px, from random weights", "blood-tuned on pixels/blood"]
-    assert lines[2].startswith("p 0.12 of xxx")
+    assert lines[:3] == ["finetune:vit-demo at 32 px", "blood-tuned on pixels/blood", "begun from random weights"]
+    assert lines[3].startswith("p 0.12 of xxx")

@@ -225,8 +225,10 @@ def _panel(result: Result, pixels: np.ndarray) -> Panel:
 
 
 def _title(result: Result) -> str:
-    run, begun = result.run, ", from random weights" * bool(result.run.config["settings"].get("random_weights"))
-    lines = [f"{name_of(run.head, run.output)}{begun}", f"{run.path.resolve().name} on {run.config['view']['label']}"]
+    run = result.run
+    lines = [name_of(run.head, run.output), f"{run.path.resolve().name} on {run.config['view']['label']}"]
+    if run.config["settings"].get("random_weights"):
+        lines.append("begun from random weights")
     if result.probability is not None:
         lines.append(f"p {result.probability:.2f} of {result.called}")
     return "\n".join(lines)
