@@ -61,9 +61,9 @@ def trained(monkeypatch):
     asked = []
     whole = sweep_run.train_together
 
-    def counted(job, settings, say=None):
+    def counted(job, settings, **more):
         asked.extend(settings)
-        return whole(job, settings, say)
+        return whole(job, settings, **more)
 
     monkeypatch.setattr(sweep_run, "train_together", counted)
     return asked
@@ -73,10 +73,10 @@ def stopped_after(monkeypatch, calls):
     """Ctrl-C in the training after so many."""
     whole, count = sweep_run.train_together, iter(range(10**6))
 
-    def stopping(job, settings, say=None):
+    def stopping(job, settings, **more):
         if next(count) >= calls:
             raise KeyboardInterrupt
-        return whole(job, settings, say)
+        return whole(job, settings, **more)
 
     monkeypatch.setattr(sweep_run, "train_together", stopping)
 
