@@ -40,7 +40,7 @@ class Family:
     @property
     def from_pixels(self) -> bool:
         """Whether it is a network that was trained from pixels."""
-        return self.output.startswith("pixels-")
+        return is_of_pixels(self.output)
 
     def vary(self, what: str) -> int:
         """How many seeds, repeats or folds there are."""
@@ -107,6 +107,11 @@ def names_of(families: Sequence[Family]) -> list[str]:
             names[k] = f"{name}, {told}" if told else name
     repeated = [name for name in names if names.count(name) > 1]
     return [f"{n} ({f.runs[0].path.name})" if n in repeated else n for n, f in zip(names, families, strict=True)]
+
+
+def is_of_pixels(output: str) -> bool:
+    """Whether an output is that of a network from pixels: the images themselves."""
+    return output.startswith("pixels-")
 
 
 def name_of(head: str, output: str) -> str:

@@ -46,11 +46,7 @@ class Transformer:
 
     @classmethod
     def of_backbone(cls, backbone: Backbone) -> Transformer:
-        model: Any = backbone.model
-        return cls(
-            backbone.name, getattr(model, "network", model), lambda x: backbone.forward(x, {"tokens"}),
-            backbone.prefix, backbone.grid, getattr(model, "options", {}),
-        )  # fmt: skip
+        return cls._of_tokens(backbone.name, backbone.model, backbone.prefix, backbone.grid)
 
     @classmethod
     def of_run(cls, name: str, model: Any) -> Transformer:
@@ -59,11 +55,15 @@ class Transformer:
         if not isinstance(model, FineTuned):
             prefix, (_, h, w) = ("cls",) if network.cam_grid else (), network.cam_grid or (0, 0, 0)
             return cls(name, network, network, prefix, (h, w), trained=True)
-        inner = getattr(network, "network", network)
-        return cls(
-            name, inner, lambda x: network(x, {"tokens"}), model.prefix, model.grid, getattr(network, "options", {}),
-            True,
-        )  # fmt: skip
+        return cls._of_tokens(name, network, model.prefix, model.grid, trained=True)
+
+    @classmethod
+    def _of_tokens(
+        cls, name: str, model: Any, prefix: tuple[str, ...], grid: tuple[int, int], trained: bool = False
+    ) -> Transformer:
+        """``model``: that of a backbone, which gives its tokens."""
+        inner, options = getattr(model, "network", model), getattr(model, "options", {})
+        return cls(name, inner, lambda x: model(x, {"tokens"}), prefix, grid, options, trained)
 
 
 def attention_maps(asked: Transformer, pixels: torch.Tensor) -> list[list[Map]]:

@@ -41,8 +41,8 @@ class Explainer:
         self, run: Run, originals: Originals, *, device: str = "auto", weights: str | None = None,
         trust_code: bool = False,
     ) -> None:  # fmt: skip
-        self.run, self._device = run, device
-        self._options = {"device": device, "weights": weights, "trust_code": trust_code}
+        self.run = run
+        self._options: dict[str, Any] = {"device": device, "weights": weights, "trust_code": trust_code}
         self.on_pixels = is_pixels(run)
         self.view = None if self.on_pixels else originals.view(run)
         self._mean: tuple[torch.Tensor, str] | None = None
@@ -227,7 +227,7 @@ class Explainer:
         """A network on pixels, on the device that was asked for; back on the CPU afterwards, where a run's is."""
         from featurecache.forward import pick_device
 
-        device = str(pick_device(self._device))
+        device = str(pick_device(self._options["device"]))
         network.to(device)
         try:
             yield device

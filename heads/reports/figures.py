@@ -14,6 +14,7 @@ from heads import evaluate as ev
 from heads import metrics
 from heads.answers import Answers
 from heads.costs import CHARTED, COSTS, shown
+from heads.families import is_of_pixels
 from heads.reports.charts import SERIES, Figure, Plot, around, around_log, plain, style_of
 from heads.runs import Run
 
@@ -205,7 +206,7 @@ def pareto_figures(families: Sequence[dict[str, Any]], measure: str, higher: boo
     """Quality beside each cost that differs between families; those that no other beats on both are joined."""
     title = metrics.METRICS[measure].title
     figures: list[Figure] = []
-    both = len({f["output"].startswith("pixels-") for f in families}) == 2
+    both = len({is_of_pixels(f["output"]) for f in families}) == 2
     for cost in (key for key in shown(families) if key in CHARTED):
         words = COSTS[cost].words
         found = [

@@ -36,7 +36,7 @@ def option_words(settings: dict[str, Any], published: dict[str, Any] | None = No
         if isinstance(value, bool):
             words.append(name if value != field.default else name.replace("--no-", "--"))
         elif field.name == "only" and value:
-            words += [name, ",".join(value)] if value else []
+            words += [name, ",".join(value)]
         elif isinstance(value, list | tuple):
             words += [word for part in value for word in (name, str(part))]
         else:

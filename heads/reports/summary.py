@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from featurecache.amounts import columns
 from heads.families import setting_shown
 from heads.pixels import is_pixels
 from heads.prediction import printable
@@ -28,8 +29,8 @@ def run_lines(run: Run) -> str:
         ("chosen", f"epoch {config['chosen']['epoch']}, {chosen_words(run.task, [run])} on val"),
         ("again", train_command(run)),
     ]
-    lines = [f"{word:<11}{printable(str(words))}" for word, words in rows if words]
-    return "\n".join([*lines, "", final_table(run), f"files      {run.path}/   config.json has every setting"])
+    lines = columns((word, printable(str(words))) for word, words in rows if words)
+    return f"{lines}\n\n{final_table(run)}\n{columns([('files', f'{run.path}/   config.json has every setting')])}"
 
 
 def _made(run: Run) -> str:

@@ -45,7 +45,7 @@ def top_figure(rows: Rows, seconds: dict[str, float]) -> Figure:
     for number, ((step, _, record), time, value) in enumerate(zip(best, times, values, strict=True)):
         plot.dot(time, value, style_of(number), f"{record['name']}: {value:.3f} after {time:.0f} s", 6)
         keys.append((style_of(number), f"{short(record['name'], 60)} ({step}): {value:.3f}, {time:,.1f} s"))
-    frozen = [step for step, family, _ in best if not family.output.startswith("pixels")]
+    frozen = [step for step, family, _ in best if not family.from_pixels]
     before = sum(spent for name, spent in seconds.items() if name.endswith("-features"))
     more = f" Frozen heads need their features first: {before:,.0f} s for all of them together." if frozen else ""
     return Figure("The best three on val", plot.svg("val accuracy and seconds"), f"Chosen on val.{more}", tuple(keys))

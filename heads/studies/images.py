@@ -88,13 +88,13 @@ def _recognised(study: Study, given: str) -> dict[str, str]:
 
 
 def open_sets(study: Study, data: Sequence[str], quick: bool, folder: Path, wanted: Sequence[str]) -> dict[str, Given]:
-    """The sets of ``wanted`` that are given, else all default ones, opened. Raises SourceError and BadOption."""
+    """The sets of ``wanted``, some of `names_of_sets`, opened. Raises SourceError and BadOption."""
     from featurecache.sources import open_source
 
-    sources, names = sources_of(study, data), names_of_sets(study, data)
+    sources = sources_of(study, data)
     given: dict[str, Given] = {}
     for images in study.images:
-        if images.name not in names.intersection(wanted):
+        if images.name not in wanted:
             continue
         if quick and not data:
             dataset = draw(images, folder / "drawn" / images.name)

@@ -142,8 +142,8 @@ def cautions(done: Done) -> list[str]:
     """What a reader must know before the numbers: the study's own, and what these images show."""
     found = list(done.study.cautions)
     for name, given in done.given.items():
-        drawn = any(part.splits(given.dataset) is None for part in done.study.parts if part.images == name)
-        if drawn and (few := given.few_in_val):
+        parts = [part for part in done.study.parts if part.images == name]
+        if (few := given.few_in_val) and any(part.splits(given.dataset) is None for part in parts):
             what = ", ".join(few[:4]) + (f" and {len(few) - 4} more" if len(few) > 4 else "")
             found.append(
                 f"The val split of {given.images.name} has {what}: it cannot choose a model. It was returned to train, "

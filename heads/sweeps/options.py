@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import click
 
-from featurecache.commands import SOURCE_OPTIONS
+from featurecache.commands import SOURCE_OPTIONS, options_of
 from featurecache.terminal import cache_option
 from heads.settings import PRECISIONS, STANDARDIZE
 
@@ -79,9 +76,4 @@ _OPTIONS = (
     cache_option,
 )
 
-
-def sweep_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """All of them, in help in their order."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+sweep_options = options_of(_OPTIONS)
