@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from featurecache import commands, upkeep
+from featurecache.commands import extract, maintain
+from featurecache.commands.terminal import CONTEXT, CommandGroup, Console, cache_option, command, features_option
 from featurecache.errors import BadOption, NotInCache
-from featurecache.terminal import CONTEXT, Commands, Talk, cache_option, command, features_option
-from heads import commands as head_commands
-from heads import lab
+from heads.commands import compare
+from heads.commands import train as head_commands
 
 
-@click.group(cls=Commands, context_settings=CONTEXT)
+@click.group(cls=CommandGroup, context_settings=CONTEXT)
 @click.version_option(package_name="featurecache")
 def main() -> None:
     """Run a frozen vision backbone once over a set of images, keep its features in HDF5, then train and compare small
@@ -33,17 +33,17 @@ def main() -> None:
 @command
 @click.option("--runs", default="runs", metavar="DIR", help="Folder of runs.")
 @cache_option
-def ls(talk: Talk, runs: str, cache: str | None) -> int:
+def ls(talk: Console, runs: str, cache: str | None) -> int:
     """Stores, views and runs: what there is, how big, made from what."""
-    from featurecache import inventory
-    from featurecache.stores import cache_folder
+    from featurecache.commands import inspect
+    from featurecache.store.store import cache_folder
 
     folder = cache_folder(cache)
-    records = inventory.cache_record(folder)
+    records = inspect.cache_record(folder)
     found, sweeps = _runs(runs)
-    text = inventory.cache_lines(folder, records)
+    text = inspect.cache_lines(folder, records)
     if found or sweeps:
-        from heads.tables import runs_table, sweeps_table
+        from heads.reports.text import runs_table, sweeps_table
 
         text += "\n\n" + "\n\n".join([runs_table(found)] * bool(found) + [sweeps_table(sweeps)] * bool(sweeps))
     listed = [{"path": str(r.path), "head": r.head, "output": r.output, "metrics": r.metrics} for r in found]
@@ -76,7 +76,7 @@ def _runs(folder: str) -> tuple[list[Any], list[Any]]:
 @features_option
 @cache_option
 def info(
-    talk: Talk, name: str | None, backbone: str | None, head: str | None, cache: str | None, **options: Any
+    talk: Console, name: str | None, backbone: str | None, head: str | None, cache: str | None, **options: Any
 ) -> int:
     """A view, a run, a backbone or a head in detail; without a name all backbones and heads there are."""
     asked = [value for value in (name, backbone, head) if value]
@@ -91,12 +91,12 @@ def info(
     return _info_all(talk)
 
 
-def _info_backbone(talk: Talk, backbone: str, weights: str | None, image_size: int | None) -> int:
-    from featurecache import console
+def _info_backbone(talk: Console, backbone: str, weights: str | None, image_size: int | None) -> int:
     from featurecache.backbones import describe
+    from featurecache.commands import extract
 
     record = describe(backbone, weights=weights, image_size=image_size)
-    talk.result(console.backbone_lines(record), record)
+    talk.result(extract.backbone_lines(record), record)
     talk.next(f"featurecache extract --backbone {shlex.quote(backbone)} --data FOLDER")
     return 0
 
@@ -107,15 +107,16 @@ def _features_line(view: Any, asked: str | None) -> str:
     return f"features   {view.label}: {len(view):,} images, {kept}{chosen}"
 
 
-def _info_head(talk: Talk, head: str, options: dict[str, Any], cache: str | None) -> int:
-    from featurecache.views import open_view
-    from heads.architectures import Input, describe_head
-    from heads.jobs import choose_output
-    from heads.settings import is_baseline
-    from heads.tables import head_table
+def _info_head(talk: Console, head: str, options: dict[str, Any], cache: str | None) -> int:
+    from featurecache.store.write_view import open_view
+    from heads.models.catalogue import describe_head
+    from heads.models.common import Input
+    from heads.reports.text import head_table
+    from heads.settings import is_network
+    from heads.training.job import choose_output
 
-    if is_baseline(head):
-        from heads.networks.tables import describe_network
+    if is_network(head):
+        from heads.models.catalogue import describe_network
 
         record = describe_network(head, options["classes"], options["image_size"])
         talk.result(head_table(record), record)
@@ -139,37 +140,37 @@ def _info_head(talk: Talk, head: str, options: dict[str, Any], cache: str | None
 
 def _input_at_vit_b16(head: str, output: str | None) -> Any:
     from featurecache.outputs import parse
-    from heads.architectures import VIT_B16, Input, head_info
+    from heads.models.catalogue import head_info
+    from heads.models.common import VIT_B16, Input
 
     asked = parse(output or ("tokens" if head_info(head).takes == "tokens" else "cls"))
     places = asked.layout(VIT_B16.prefix, (14, 14)) or ((), None)
     return Input(asked.row_shape((197, 768), 1), *places)
 
 
-def _info_thing(talk: Talk, name: str, cache: str | None) -> int:
+def _info_thing(talk: Console, name: str, cache: str | None) -> int:
     if (Path(name) / "config.json").exists():
         import heads
-        from heads.reports.summary import run_lines
+        from heads.reports.text import run_lines
 
         run = heads.load_run(name)
         talk.result(run_lines(run), {"run": str(run.path), "config": run.config, "metrics": run.metrics})
         talk.next(f"featurecache report {shlex.quote(name)}")
         return 0
-    from featurecache import inventory
-    from featurecache.views import open_view
+    from featurecache.commands import inspect
+    from featurecache.store.write_view import open_view
 
-    record = inventory.view_record(open_view(name, cache))
-    talk.result(inventory.view_lines(record), record)
+    record = inspect.view_record(open_view(name, cache))
+    talk.result(inspect.view_lines(record), record)
     head = "large" if "tokens" in record["outputs"] else "linear"
     talk.next(f"featurecache train-head --head {head} --features {shlex.quote(record['view'])}", cache)
     return 0
 
 
-def _info_all(talk: Talk) -> int:
+def _info_all(talk: Console) -> int:
     from featurecache.backbones.aliases import ALIASES
-    from heads.architectures import heads_table
-    from heads.networks.tables import networks_lines, networks_table
-    from heads.tables import heads_lines
+    from heads.models.catalogue import heads_table, networks_lines, networks_table
+    from heads.reports.text import heads_lines
 
     width, heads = max(map(len, ALIASES)), heads_table()
     forms = "hf:REPO[@REVISION], a folder written by save_pretrained, torchvision:NAME[:WEIGHTS], timm:NAME[.TAG], "
@@ -189,9 +190,9 @@ def _info_all(talk: Talk) -> int:
 @command
 @click.option("--out", default="runs", metavar="DIR", help="Where the run folders go.")
 @cache_option
-def demo(talk: Talk, out: str, cache: str | None) -> int:
+def demo(talk: Console, out: str, cache: str | None) -> int:
     """The whole of it in a minute, without network or data: digits, an untrained ViT, three heads, the controls."""
-    from heads.demo import run_demo
+    from heads.commands.train import run_demo
 
     table, record = run_demo(cache=cache, out=out, say=talk.say, progress=talk.progress)
     talk.result(table, record)
@@ -200,11 +201,29 @@ def demo(talk: Talk, out: str, cache: str | None) -> int:
 
 
 for each in (
-    commands.extract, commands.why, head_commands.train_head, head_commands.train_baseline, lab.ablate, lab.study,
-    lab.evaluate, lab.report, head_commands.predict, lab.explain, ls, info,
-    upkeep.verify, upkeep.repair, upkeep.leaks, upkeep.rm, upkeep.gc, upkeep.compact, upkeep.export, upkeep.import_,
-    upkeep.merge, demo,
-):  # fmt: skip
+    extract.extract,
+    extract.why,
+    head_commands.train_head,
+    head_commands.train_baseline,
+    compare.ablate,
+    compare.study,
+    compare.evaluate,
+    compare.report,
+    head_commands.predict,
+    compare.explain,
+    ls,
+    info,
+    maintain.verify,
+    maintain.repair,
+    maintain.leaks,
+    maintain.rm,
+    maintain.gc,
+    maintain.compact,
+    maintain.export,
+    maintain.import_,
+    maintain.merge,
+    demo,
+):
     main.add_command(each)
 
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from featurecache import planning
+from featurecache.extraction import plan
 
 Way = Callable[[], int]  # returns how many images
 
@@ -64,7 +64,7 @@ def ours(data: Path, backbone: str, home: Path) -> Way:
 
     def run() -> int:
         cache = home / f"cache{next(numbers)}"
-        prepared = planning.prepare(data, backbone=backbone, random_weights=True, cache=cache, outputs="cls,tokens")
+        prepared = plan.prepare(data, backbone=backbone, random_weights=True, cache=cache, outputs="cls,tokens")
         start = time.perf_counter()  # loading the network is in none of the three ways
         result = prepared.run(rate=10.0)
         run.seconds = time.perf_counter() - start  # type: ignore[attr-defined]

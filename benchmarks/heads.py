@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, in which `heads` would be this file
 
 from benchmarks.reading import make_view
-from heads.architectures import make_head
-from heads.batches import PlainBatches
-from heads.data import Features, load_features
-from heads.engine import run_epoch, threads_for, together, work_of_a_step
-from heads.losses import CrossEntropy
+from heads.models.catalogue import make_head
 from heads.settings import Settings
+from heads.task import SplitData, load_features
+from heads.training.batches import PlainBatches
+from heads.training.engine import make_trainer, run_epoch, threads_for, work_of_a_step
+from heads.training.losses import CrossEntropy
 
 Ways = dict[str, Callable[[], object]]
 
@@ -70,7 +70,7 @@ def ours(head: str, count: int, features, shape, classes: int, batch: int, epoch
     settings = [Settings(head, seed=k, lr=1e-4 * 1.1**k, batch_size=batch, **more) for k in range(count)]
     own = [torch.Generator().manual_seed(each.seed) for each in settings]
     models = [make_head(head, shape, classes, each) for each in own]
-    heads = together(models, [CrossEntropy(classes)] * count, own, settings)
+    heads = make_trainer(models, [CrossEntropy(classes)] * count, own, settings)
     order = PlainBatches(len(features), batch, 0)
     with threads_for(work_of_a_step(models[0], count, batch, shape)):
         for _ in range(epochs):
@@ -137,7 +137,7 @@ def large(rounds: int, rows: int) -> None:
 def vectors(count: int = 10_000):
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(count, 768)).astype("float32"))
     y = torch.arange(count) % 6
-    return Features(x, y)
+    return SplitData(x, y)
 
 
 def many(rounds: int) -> None:

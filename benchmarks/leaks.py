@@ -17,8 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from featurecache.leaks import THRESHOLD, exact_leaks
-from featurecache.neighbours import BLOCK, Directions, Screen, closest
+from featurecache.maintenance.leaks import BLOCK, THRESHOLD, CentredUnitRows, Screen, exact_leaks, nearest_pairs
 
 
 class Memory:
@@ -73,16 +72,16 @@ def main() -> None:
     print(f"exact leaks of {2 * n:,} images: {seconds(lambda: exact_leaks(view, np.array(view.splits))):.1f} s")
 
     def search() -> None:
-        directions = Directions.of(view, "cls", np.arange(2 * n))
+        directions = CentredUnitRows.of(view, "cls", np.arange(2 * n))
         first, second, same = np.arange(n), np.arange(n, 2 * n), np.arange(2 * n)
-        found = closest(directions, first, second, threshold=THRESHOLD, most=given.planted, same=same)
+        found = nearest_pairs(directions, first, second, threshold=THRESHOLD, most=given.planted, same=same)
         assert found.count == given.planted and (found.rows[:, 1] - found.rows[:, 0] == n).all()
 
     search_times, bare_times = [], []
     for _ in range(given.rounds):
         search_times.append(seconds(search))
         bare_times.append(seconds(lambda: bare(view.x, n)))
-    directions = Directions.of(view, "cls", np.arange(2 * n))
+    directions = CentredUnitRows.of(view, "cls", np.arange(2 * n))
     basis = Screen.chosen(directions, np.arange(n), np.arange(n, 2 * n), THRESHOLD, None).basis
     took, limit = statistics.median(search_times), statistics.median(bare_times)
     print(f"near-duplicates of {n:,} × {n:,} × {given.width}: {took:.1f} s, {took / limit:.2f} of the bare product")

@@ -24,19 +24,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from featurecache import console, planning
-from featurecache.dataset import Dataset, Files
-from featurecache.extraction import Extraction
-from featurecache.memory import NAME
-from featurecache.reader import View
-from featurecache.shards import DIGEST, ShardWriter
+from featurecache.commands import extract
+from featurecache.extraction import plan
+from featurecache.extraction.digest_cache import NAME
+from featurecache.extraction.run import Extraction
 from featurecache.sources import open_source
-from featurecache.stores import create_store
+from featurecache.sources.base import Dataset, ImageFiles
+from featurecache.store.schema import DIGEST
+from featurecache.store.shards import ShardWriter
+from featurecache.store.store import create_store
+from featurecache.store.view import View
 
 BACKBONE, OUTPUT = "vit-demo", "cls"
 
 
-class Different(Files):
+class Different(ImageFiles):
     """Files that are links to a few, each read as if it were another."""
 
     reads = 0
@@ -103,13 +105,13 @@ def main() -> None:
     options: dict[str, Any] = {"backbone": BACKBONE, "random_weights": True, "outputs": OUTPUT, "device": "cpu"}
     with tempfile.TemporaryDirectory(dir=given.folder) as home:
         data = make_files(Path(home), given.files)
-        planning.prepare("digits", **options, cache=Path(home) / "other")  # libraries loaded, the network built once
+        plan.prepare("digits", **options, cache=Path(home) / "other")  # libraries loaded, the network built once
         options["cache"] = Path(home) / "cache"
         time.sleep(2.1)  # younger files are not remembered
         step = Steps(given.files)
         plain: Dataset = step("list the folder", lambda: open_source(data))
         dataset = replace(plain, images=Different(plain.images.root, plain.ids))  # type: ignore[attr-defined]
-        look: Callable[[], Extraction] = lambda: planning.prepare(dataset, remember=True, **options)  # noqa: E731
+        look: Callable[[], Extraction] = lambda: plan.prepare(dataset, remember=True, **options)  # noqa: E731
         first = step("first look", look)
         second = step("second look, with memory", look)
         assert second.to_compute == given.files and (first.digests == second.digests).all()
@@ -120,8 +122,8 @@ def main() -> None:
         del second
         third = step("third look, a store holds all of them", look)
         assert third.to_compute == 0
-        screen: Callable[[Extraction], str] = lambda found: console.extraction_lines(  # noqa: E731
-            found, console.extraction_record(found, None)
+        screen: Callable[[Extraction], str] = lambda found: extract.extraction_lines(  # noqa: E731
+            found, extract.extraction_record(found, None)
         )
         step("the first screen", partial(screen, third))
         write = third.run

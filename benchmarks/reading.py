@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from featurecache.files import FORMAT
-from featurecache.reader import View
-from featurecache.shards import DIGEST, Layout, ShardWriter
-from featurecache.spec import ExtractionSpec
-from featurecache.stores import create_store
-from featurecache.views import Rows, write_view
+from featurecache.files.atomic import FORMAT
+from featurecache.store.schema import DIGEST
+from featurecache.store.shards import Layout, ShardWriter
+from featurecache.store.spec import ExtractionSpec
+from featurecache.store.store import create_store
+from featurecache.store.view import View
+from featurecache.store.write_view import ViewColumns, write_view
 
 LAYOUT = Layout("tokens", (197, 768), "float16", ("cls",), (14, 14))
 
@@ -38,7 +39,7 @@ def make_view(folder: Path, rows: int, shards: int) -> View:
         writer.append([bytes(d) for d in digests[part]], values[part])
         writer.commit()
         writer.discard()
-    columns = Rows([str(k) for k in range(rows)], np.zeros(rows, np.int64), [""] * rows, digests)
+    columns = ViewColumns([str(k) for k in range(rows)], np.zeros(rows, np.int64), [""] * rows, digests)
     attributes = {
         "classes": '["x"]', "task": "multiclass", "spec": "{}", "fingerprint": store.fingerprint,
         "format_version": FORMAT, "source": '{"kind": "none"}', "failed": "[]",

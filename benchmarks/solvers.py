@@ -25,7 +25,7 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, in which `heads` is a benchmark
 
-from heads.solvers import SOLVERS, STEPS, STRENGTHS
+from heads.models.solvers import SOLVERS, STEPS, STRENGTHS
 
 
 def features(rows: int, width: int, classes: int) -> tuple[np.ndarray, np.ndarray]:

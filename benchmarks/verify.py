@@ -22,12 +22,13 @@ import numpy as np
 import xxhash
 from reading import LAYOUT
 
-from featurecache.files import FORMAT
-from featurecache.shards import DIGEST, ShardWriter, notes_for
-from featurecache.spec import ExtractionSpec
-from featurecache.stores import Store, create_store
-from featurecache.verification import check_store, hashed_files, verify
-from featurecache.views import Rows, write_view
+from featurecache.files.atomic import FORMAT
+from featurecache.maintenance.verify import check_store, hashed_files, verify
+from featurecache.store.schema import DIGEST
+from featurecache.store.shards import ShardWriter, notes_for
+from featurecache.store.spec import ExtractionSpec
+from featurecache.store.store import Store, create_store
+from featurecache.store.write_view import ViewColumns, write_view
 
 PIECE = 1 << 20  # bytes
 
@@ -45,7 +46,7 @@ def make_store(folder: Path, size: float, shards: int) -> Store:
         writer.append([bytes(d) for d in digests[part]], values)
         writer.commit()
         writer.discard()
-    columns = Rows(
+    columns = ViewColumns(
         [str(k) for k in range(len(digests))], np.zeros(len(digests), np.int64), [""] * len(digests), digests
     )
     attributes = {

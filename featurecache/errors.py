@@ -1,4 +1,6 @@
-"""The errors a user can meet. One family; each class is also the builtin a caller would expect.
+"""Every exception, each with the one sentence a user reads; nearest (did you mean).
+
+The errors a user can meet. One family; each class is also the builtin a caller would expect.
 
 A message says what was found, what was expected, and what to type. ``cli`` catches the root once.
 """
@@ -7,6 +9,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+
+def typed_first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def short_first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 class FeatureCacheError(Exception):

@@ -5,7 +5,7 @@
 >>> heads.load_run("runs/digits-linear-1").metrics["test"]        # doctest: +SKIP
 >>> heads.predict(run, ["new.png"])                               # doctest: +SKIP
 
-``predict`` is the function; its module is ``heads.prediction``, since importing a module ``heads.predict``
+``predict`` is the function; its module is ``heads.inference``, since importing a module ``heads.predict``
 would put the module in the function's place.
 """
 
@@ -16,23 +16,23 @@ from typing import Any
 
 # Attribute -> module that defines it; imported when first used, so that ``import heads`` costs nothing.
 _LAZY = {
-    "train_head": "heads.train",
-    "train_baseline": "heads.networks.baseline_runs",
-    "load_run": "heads.runs",
-    "list_runs": "heads.runs",
-    "Run": "heads.runs",
-    "predict": "heads.prediction",
-    "explain": "heads.explanations.explaining",
-    "ablate": "heads.sweeps.sweep",
-    "list_sweeps": "heads.sweeps.sweep",
-    "load_sweep": "heads.sweeps.sweep",
-    "report": "heads.reports.page",
-    "compare": "heads.comparison",
-    "families_of": "heads.comparison",
-    "evaluate_run": "heads.external",
+    "train_head": "heads.api",
+    "train_baseline": "heads.api",
+    "load_run": "heads.runs.run",
+    "list_runs": "heads.runs.run",
+    "Run": "heads.runs.run",
+    "predict": "heads.inference",
+    "explain": "heads.explanations.explain",
+    "ablate": "heads.api",
+    "list_sweeps": "heads.sweeps.journal",
+    "load_sweep": "heads.sweeps.journal",
+    "report": "heads.api",
+    "compare": "heads.evaluation.comparison",
+    "families_of": "heads.evaluation.families",
+    "evaluate_run": "heads.evaluation.external",
     "run_study": "heads.studies.run",
-    "STUDIES": "heads.studies",
-    "HEADS": "heads.architectures",
+    "STUDIES": "heads.studies.spec",
+    "HEADS": "heads.models.catalogue",
 }
 __all__ = [*_LAZY]
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from featurecache.errors import BadOption, nearest
+from heads.metrics.classification import METRICS
 
 STANDARDIZE = ("none", "zscore", "l2")
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -88,8 +89,6 @@ class Settings:
         self._check_words()
         self._check_parts()
         self._check_pixels()
-        from heads.metrics import METRICS
-
         if self.select not in (*METRICS, "loss"):
             raise BadOption(
                 f"--select {self.select} is no measure.{nearest(self.select, METRICS)} "
@@ -122,7 +121,7 @@ class Settings:
     def _check_pixels(self) -> None:
         """What a network from pixels takes, given to a head on features, would do nothing."""
         if self.augment is not None:
-            from featurecache.augment import parse
+            from featurecache.images.augmentation import parse
 
             if "none" in (words := self.augment.split(",")) and len(words) > 1:
                 raise BadOption(
@@ -131,7 +130,7 @@ class Settings:
                 )
             object.__setattr__(self, "augment", None if self.augment in ("", "none") else str(parse(self.augment)))
         plain = {f.name: f.default for f in fields(Settings)}
-        kind = "finetune" if self.head.startswith("finetune:") else "baseline" if is_baseline(self.head) else "head"
+        kind = "finetune" if self.head.startswith("finetune:") else "baseline" if is_network(self.head) else "head"
         useless = {"finetune": (), "baseline": OF_FINETUNE, "head": OF_BASELINES}[kind] if self.head else ()
         for name in useless:
             if getattr(self, name) != plain[name]:
@@ -164,10 +163,10 @@ class Settings:
         return cls(**given | {"classes": tuple(given["classes"]), "only": tuple(given["only"])})
 
 
-def is_baseline(head: str) -> bool:
+def is_network(head: str) -> bool:
     """Whether a name is that of a network from pixels: only names of that form load the module that knows them."""
     if not head.startswith(("cnn-", "vit-", "finetune:")):
         return False
-    from heads.networks.baselines import is_baseline as known
+    from heads.models.catalogue import is_baseline as known
 
     return known(head)

@@ -1,4 +1,6 @@
-"""Which rows train, which choose, which test.
+"""Which rows train, which choose, which test; persons together; folds.
+
+Which rows train, which choose, which test.
 
 Given splits are kept. What is missing is drawn: nothing given: 70/15/15; no test: 15 % of train; no val: 15 % of
 train (both missing: 15 % each of what there was). Stratified by the labels of the view, so that every task made from
@@ -20,26 +22,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from featurecache.cells import cell, text_of
 from featurecache.errors import BadOption, ProtocolError
-from heads.data import Task, has_label
-from heads.drawing import draw, draw_nested, units_of
+from featurecache.formatting import cell, text_of
+from heads.stratify import connected_units, nested_fraction, stratified_parts
+from heads.task import SPLITS, Leak, Task, has_label
 
 if TYPE_CHECKING:
-    from heads.pixels import AnyView
+    from heads.task import FeatureView
 
-SPLITS = ("train", "val", "test")
 SHARE = 0.15  # of train, for a val or a test that the data do not have
 FEW = 10  # images of one class below which a val split cannot choose a model
-
-
-@dataclass(frozen=True)
-class Leak:
-    """``count`` images or groups (``kind``) that stand in both ``splits``."""
-
-    kind: str
-    splits: tuple[str, str]
-    count: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,7 @@ class Splits:
 
 
 def choose_splits(
-    view: AnyView,
+    view: FeatureView,
     task: Task,
     *,
     split_seed: int = 0,
@@ -106,7 +98,7 @@ def choose_splits(
     return Splits(names, how, drawn, warnings, leaks, dropped, fraction, fold)
 
 
-def _copies(view: AnyView) -> np.ndarray:
+def _copies(view: FeatureView) -> np.ndarray:
     """bool [N]: augmented copies, which a reader that does not ask for them does not get."""
     if view.versions is None:
         return np.zeros(len(view.ids), dtype=bool)
@@ -114,7 +106,7 @@ def _copies(view: AnyView) -> np.ndarray:
 
 
 def _drawn(
-    view: AnyView, seed: int, resplit_val: bool, warnings: list[str], whole: bool
+    view: FeatureView, seed: int, resplit_val: bool, warnings: list[str], whole: bool
 ) -> tuple[np.ndarray, str, tuple[str, ...]]:
     """``whole``: a split that the data do not have is drawn from train."""
     labels = np.asarray(view.labels)
@@ -134,7 +126,7 @@ def _drawn(
         return names, "as in the data", ()
     pool = np.flatnonzero(names == "train")
     shares = np.array([1 - SHARE * len(missing)] + [SHARE] * len(missing))
-    parts = draw(labels[pool], _units(view, pool), shares, seed)
+    parts = stratified_parts(labels[pool], _units(view, pool), shares, seed)
     for part, name in enumerate(missing, start=1):
         names[pool[parts == part]] = name
         if not (parts == part).any():
@@ -151,12 +143,12 @@ def _drawn(
     return names, f"{how}, split seed {seed}", missing
 
 
-def _units(view: AnyView, rows: np.ndarray) -> np.ndarray:
+def _units(view: FeatureView, rows: np.ndarray) -> np.ndarray:
     groups = None if view.groups is None else [view.groups[i] for i in rows]
-    return units_of(np.asarray(view.digests)[rows], groups)
+    return connected_units(np.asarray(view.digests)[rows], groups)
 
 
-def _fold(view: AnyView, names: np.ndarray, fold: tuple[int, int], seed: int, resplit_val: bool) -> str:
+def _fold(view: FeatureView, names: np.ndarray, fold: tuple[int, int], seed: int, resplit_val: bool) -> str:
     """Part k of n becomes test, 15 % of the rest val (``names`` is changed); a given test is taken out."""
     if resplit_val:
         raise BadOption("--folds draws val anew in every fold; leave --resplit-val out.")
@@ -165,7 +157,7 @@ def _fold(view: AnyView, names: np.ndarray, fold: tuple[int, int], seed: int, re
     names[names == "test"] = ""
     pool = np.flatnonzero(names != "")
     units = _units(view, pool)
-    parts = draw(labels[pool], units, np.full(count, 1 / count), seed, (4,))
+    parts = stratified_parts(labels[pool], units, np.full(count, 1 / count), seed, (4,))
     if (few := len(np.unique(parts))) < count:
         raise ProtocolError(
             f"{view.label} has too few separate images or groups ({len(np.unique(units)):,}) for {count} folds: "
@@ -174,19 +166,21 @@ def _fold(view: AnyView, names: np.ndarray, fold: tuple[int, int], seed: int, re
     names[pool[parts == number]] = "test"
     rest = np.flatnonzero(parts != number)
     names[pool[rest]] = "train"
-    held = draw(labels[pool[rest]], units[rest], np.array([1 - SHARE, SHARE]), seed, (5, number)) == 1
+    held = stratified_parts(labels[pool[rest]], units[rest], np.array([1 - SHARE, SHARE]), seed, (5, number)) == 1
     names[pool[rest[held]]] = "val"
     kept = f"; the given test ({given:,} images) is not touched" if given else ""
     return f"fold {number + 1} of {count}, val 15 % of the others{kept}, split seed {seed}"
 
 
-def _fraction(view: AnyView, names: np.ndarray, task: Task, fraction: float, seed: int, warnings: list[str]) -> None:
+def _fraction(
+    view: FeatureView, names: np.ndarray, task: Task, fraction: float, seed: int, warnings: list[str]
+) -> None:
     """Keep a part of train (``names`` is changed); a class that it leaves without any image is said by `_check`."""
     rows = np.flatnonzero(names == "train")
     if not len(rows):
         return
     share = np.array(class_counts(names, task)["train"]) * fraction
-    names[rows[~draw_nested(task.labels[rows], _units(view, rows), fraction, seed)]] = ""
+    names[rows[~nested_fraction(task.labels[rows], _units(view, rows), fraction, seed)]] = ""
     kept = class_counts(names, task)["train"]
     if least := [name for name, n, now in zip(task.classes, share, kept, strict=True) if now == 1 and n < 0.5]:
         warnings.append(
@@ -243,9 +237,9 @@ def class_counts(names: np.ndarray, task: Task) -> dict[str, list[int]]:
     return {s: [int(v) for v in np.bincount(y[names == s], minlength=len(task.classes))] for s in SPLITS}
 
 
-def _drop(view: AnyView, names: np.ndarray) -> dict[str, int]:
+def _drop(view: FeatureView, names: np.ndarray) -> dict[str, int]:
     """Take the rows that leak out of train and val (``names`` is changed); how many of each."""
-    from featurecache.leaks import leaking
+    from featurecache.maintenance.leaks import leaking
 
     found = leaking(view, names)
     for rows in found.values():
@@ -253,9 +247,9 @@ def _drop(view: AnyView, names: np.ndarray) -> dict[str, int]:
     return {name: int(rows.sum()) for name, rows in found.items()}
 
 
-def _leaks(view: AnyView, names: np.ndarray) -> tuple[Leak, ...]:
+def _leaks(view: FeatureView, names: np.ndarray) -> tuple[Leak, ...]:
     """What stands in two splits (only given splits can have such); near-duplicates are not looked for."""
-    from featurecache.leaks import exact_leaks
+    from featurecache.maintenance.leaks import exact_leaks
 
     return tuple(Leak(found.kind, found.splits, found.count) for found in exact_leaks(view, names))
 

@@ -17,11 +17,16 @@ from checkpoints import save_vit
 from pictures import image_folder
 
 import featurecache
-from featurecache import extraction, guard, lifecycle, merging, missing, repair, verification
-from featurecache.canary import read_canary
 from featurecache.errors import FeatureCacheError, NotInCache
-from featurecache.reader import View
-from featurecache.stores import stores
+from featurecache.extraction import run
+from featurecache.extraction.canary import read_canary
+from featurecache.files import guard
+from featurecache.maintenance import collect, repair
+from featurecache.maintenance import merge as maintenance_merge
+from featurecache.maintenance import verify as maintenance_verify
+from featurecache.store import store
+from featurecache.store.store import stores
+from featurecache.store.view import View
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -43,9 +48,9 @@ def extract(
     data: str, backbone: str, cache: str, outputs: str = "cls,tokens", rows: int = 4, room: bool = False, **more: Any
 ) -> dict[str, int]:
     """In shards of ``rows`` images. ``room``: without asking first how much the disk has left."""
-    missing.SHARD_ROWS = rows
+    store.SHARD_ROWS = rows
     if room:
-        extraction.Extraction.check_disk = lambda self: None  # type: ignore[method-assign]
+        run.Extraction.check_disk = lambda self: None  # type: ignore[method-assign]
     options = {"backbone": backbone, "cache": cache, "outputs": outputs, "name": "set", "batch_size": 4, **more}
     result = featurecache.extract(data, **options)
     return {"computed": result.computed, "derived": result.derived, "images": result.images}
@@ -63,28 +68,28 @@ def mend(cache: str, drop: bool = False) -> dict[str, Any]:
 
 
 def verify(cache: str) -> list[str]:
-    return [str(damage.path) for damage in verification.verify(Path(cache)).damages]
+    return [str(damage.path) for damage in maintenance_verify.verify(Path(cache)).damages]
 
 
 def gc(cache: str) -> int:
-    return lifecycle.collect(cache, delete=True).bytes
+    return collect.collect(cache, delete=True).bytes
 
 
 def gc_said(cache: str) -> list[str]:
-    return [str(each.left) for each in lifecycle.collect(cache, delete=True).stores]
+    return [str(each.left) for each in collect.collect(cache, delete=True).stores]
 
 
 def compact(cache: str, name: str) -> int:
-    return lifecycle.compact(name, cache).written
+    return collect.compact(name, cache).written
 
 
 def merge(cache: str, other: str) -> bool:
-    return all(each.complete for each in merging.merge(other, cache))
+    return all(each.complete for each in maintenance_merge.merge(other, cache))
 
 
 def remove(cache: str, name: str) -> None:
     with contextlib.suppress(NotInCache):  # done already
-        lifecycle.remove_view(name, cache)
+        collect.remove_view(name, cache)
 
 
 def contents(view: View) -> Rows:
@@ -101,8 +106,8 @@ def contents(view: View) -> Rows:
 def of_views(cache: str, what: Callable[[View], Any]) -> dict[str, Any]:
     """View → what it gives, or the error that opening or reading it gives."""
     found: dict[str, Any] = {}
-    for store in stores(Path(cache)):
-        for path in store.views():
+    for place in stores(Path(cache)):
+        for path in place.views():
             try:
                 found[path.stem] = what(View(path))
             except FeatureCacheError as error:
@@ -127,7 +132,7 @@ def read_again_and_again(cache: str, stop: str) -> list[dict[str, Rows | str]]:
 def verify_again_and_again(cache: str, stop: str) -> list[str]:
     found: set[str] = set()
     while not Path(stop).exists():
-        found.update(str(damage) for damage in verification.verify(Path(cache)).damages)
+        found.update(str(damage) for damage in maintenance_verify.verify(Path(cache)).damages)
     return sorted(found)
 
 
@@ -159,10 +164,10 @@ def state(cache: str) -> dict[str, Any]:
 def records(cache: str) -> list[Any]:
     """Of each store the plan, and what was made of the probe images."""
     found = []
-    for store in stores(Path(cache)):
-        kept = read_canary(store)
+    for place in stores(Path(cache)):
+        kept = read_canary(place)
         tokens = kept and xxhash.xxh3_64_hexdigest(kept.rows["tokens"].numpy().tobytes())
-        found.append([store.fingerprint, store.plan, tokens])
+        found.append([place.fingerprint, place.plan, tokens])
     return found
 
 

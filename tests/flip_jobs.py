@@ -13,10 +13,10 @@ import fault_jobs
 import h5py
 import xxhash
 
-from featurecache import guard
 from featurecache.errors import FeatureCacheError
-from featurecache.files import USER_BLOCK
-from featurecache.reader import View
+from featurecache.files import guard
+from featurecache.files.atomic import USER_BLOCK
+from featurecache.store.view import View
 
 
 def damaged(whole: bytes, how: str, place: int, more: int) -> bytes | None:

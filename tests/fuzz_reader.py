@@ -12,10 +12,10 @@ from pathlib import Path
 
 import xxhash
 
+from featurecache.commands.inspect import view_lines, view_record
 from featurecache.errors import FeatureCacheError
-from featurecache.inventory import view_lines, view_record
-from featurecache.reader import View
-from featurecache.shards import layout_in, map_rows, read_shard
+from featurecache.store.shards import layout_in, map_rows, read_shard
+from featurecache.store.view import View
 
 
 def read(path: Path) -> str:

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import xxhash
 
-from featurecache.files import USER_BLOCK, new_hdf5, user_block
+from featurecache.files.atomic import USER_BLOCK, new_hdf5, user_block
 
 
 def seal(data: bytes) -> bytes:

@@ -16,11 +16,12 @@ from fault_home import home as make_home
 from forks import Answer
 from tiny_cache import CLS, TOKENS, add_shard, add_view, features, make_store, make_view
 
-from featurecache import guard, verification
 from featurecache.errors import DamagedFile
-from featurecache.lifecycle import compact, remove_view
-from featurecache.reader import View
-from featurecache.views import open_view
+from featurecache.files import guard
+from featurecache.maintenance import verify
+from featurecache.maintenance.collect import compact, remove_view
+from featurecache.store.view import View
+from featurecache.store.write_view import open_view
 
 SEED = int(os.environ.get("FEATURECACHE_FAULT_SEED", "0"))
 
@@ -165,7 +166,7 @@ def test_verify_calls_nothing_damaged_that_others_replace(tmp_path: Path, home: 
 
 def between(monkeypatch, name: str, action) -> None:  # type: ignore[no-untyped-def]
     """``action`` once, when `verify` comes to this step."""
-    real, done = getattr(verification, name), []
+    real, done = getattr(verify, name), []
 
     def wrapped(*arguments: Any) -> Any:
         if not done:
@@ -173,7 +174,7 @@ def between(monkeypatch, name: str, action) -> None:  # type: ignore[no-untyped-
             action()
         return real(*arguments)
 
-    monkeypatch.setattr(verification, name, wrapped)
+    monkeypatch.setattr(verify, name, wrapped)
 
 
 @pytest.mark.parametrize("step", ["_hashed", "_view", "named_shards", "_shard"])
@@ -187,7 +188,7 @@ def test_a_view_and_its_shards_appear_while_verify_looks(tmp_path: Path, monkeyp
         add_view(store, "new", [7, 8], [CLS])
 
     between(monkeypatch, step, extraction)
-    assert verification.verify(tmp_path).damages == ()
+    assert verify.verify(tmp_path).damages == ()
     assert len(View(view.path)) == 5
 
 
@@ -201,7 +202,7 @@ def test_shards_and_views_are_replaced_while_verify_looks(tmp_path: Path, monkey
         remove_view("other", tmp_path)
 
     between(monkeypatch, step, others)
-    assert verification.verify(tmp_path).damages == ()
+    assert verify.verify(tmp_path).damages == ()
 
 
 def test_a_view_that_is_open_follows_its_rows_to_other_shards(tmp_path: Path) -> None:
@@ -245,4 +246,4 @@ def test_the_files_of_a_compacted_view_are_known_to_be_ours(tmp_path: Path, monk
     make_view(tmp_path, [5, 1, 0, 2, 4], per_shard=2)
     compact("set", tmp_path)
     monkeypatch.setattr(guard, "_examine", lambda paths, kind: pytest.fail(f"{paths} are not known"))
-    assert verification.verify(tmp_path).damages == ()
+    assert verify.verify(tmp_path).damages == ()

@@ -26,21 +26,33 @@ from torchvision.transforms import v2
 
 import cli
 import featurecache
-from featurecache import again, augment, engines, extraction, guard, missing
-from featurecache.augment import KINDS, Augmentation, Augmented, Step, asked_for, drawn, parse
 from featurecache.errors import BadOption, CacheError, SourceError
-from featurecache.extraction import Result
-from featurecache.files import Draft, Frame, new_hdf5
-from featurecache.leaks import find_leaks
-from featurecache.lifecycle import collect, compact, remove_view
-from featurecache.merging import merge
-from featurecache.mirrored import warnings
-from featurecache.reader import View
-from featurecache.repair import repair
-from featurecache.shards import ShardWriter
-from featurecache.spec import canonical_json
-from featurecache.verification import verify
-from featurecache.why import explain
+from featurecache.extraction import pipeline, recompute
+from featurecache.extraction import run as extraction_run
+from featurecache.extraction.cache_miss import explain
+from featurecache.extraction.run import ExtractionResult
+from featurecache.files import guard
+from featurecache.files.atomic import AtomicFile, WriteTrace, new_hdf5
+from featurecache.files.records import canonical_json
+from featurecache.images import augmentation
+from featurecache.images.augmentation import (
+    KINDS,
+    Augmentation,
+    AugmentationStep,
+    AugmentedCopies,
+    augmentation_of,
+    parse,
+    uniform_draws,
+    warnings,
+)
+from featurecache.maintenance.collect import collect, compact, remove_view
+from featurecache.maintenance.leaks import find_leaks
+from featurecache.maintenance.merge import merge
+from featurecache.maintenance.repair import repair
+from featurecache.maintenance.verify import verify
+from featurecache.store import store
+from featurecache.store.shards import ShardWriter
+from featurecache.store.view import View
 
 STEPS = "flip,rotate10,shift0.1"
 TRAIN, VAL, TEST = 6, 2, 2
@@ -56,7 +68,7 @@ def make_data(folder: Path) -> Path:
     return folder
 
 
-def extract(home: Path, cache: str = "cache", data: str = "data", **options) -> Result:  # type: ignore[no-untyped-def]
+def extract(home: Path, cache: str = "cache", data: str = "data", **options) -> ExtractionResult:  # type: ignore[no-untyped-def]
     options = {"outputs": "cls,tokens", "batch_size": 4, "workers": 1, **options}
     return featurecache.extract(home / data, backbone=str(home / "vit"), cache=home / cache, **options)
 
@@ -94,8 +106,8 @@ def rewrite(path: Path, change) -> None:  # type: ignore[no-untyped-def]
         for key in old:
             old.copy(key, new)
         change(new)
-    with Draft(path, inside=path.parent) as draft:
-        draft.commit(Frame.of(buffer.getvalue()), replace=True)
+    with AtomicFile(path, inside=path.parent) as draft:
+        draft.commit(WriteTrace.of(buffer.getvalue()), replace=True)
     guard.own([path])
 
 
@@ -199,7 +211,7 @@ def test_each_step_is_torchvisions(word: str) -> None:
     for number in range(6):
         digest, made = f"{number:032x}".encode(), parse(word)
         copy = made.made(IMAGE, digest)
-        expected = REFERENCE[word](drawn(digest, 0, KINDS[made.steps[0].word].draws))(IMAGE)
+        expected = REFERENCE[word](uniform_draws(digest, 0, KINDS[made.steps[0].word].draws))(IMAGE)
         assert torch.equal(copy, expected) and copy.dtype == torch.uint8
         seen.add(copy.numpy().tobytes())
     assert len(seen) == (2 if "flip" in word else 6)
@@ -211,7 +223,7 @@ def test_every_step_has_a_reference() -> None:
 
 def test_what_is_drawn_is_spread_evenly_and_each_copy_its_own() -> None:
     digests = parse("shift0.1").digests(np.array([f"{k:032x}" for k in range(500)], "S32"), 1)
-    values = np.array([drawn(digest, 0, 2) for digest in digests.tolist()])
+    values = np.array([uniform_draws(digest, 0, 2) for digest in digests.tolist()])
     assert scipy.stats.kstest(values.ravel(), "uniform").pvalue > 0.01
     assert abs(scipy.stats.pearsonr(values[:, 0], values[:, 1]).statistic) < 0.1
     assert len(np.unique(values)) == 1000
@@ -240,15 +252,15 @@ _AMOUNTS = st.floats(0.01, 0.89, allow_subnormal=False)
 _STEPS = st.permutations(list(KINDS)).flatmap(
     lambda words: st.integers(1, len(words)).flatmap(
         lambda n: st.tuples(
-            *(st.builds(Step, st.just(w), _AMOUNTS if KINDS[w].amount else st.just(0.0)) for w in words[:n])
+            *(st.builds(AugmentationStep, st.just(w), _AMOUNTS if KINDS[w].amount else st.just(0.0)) for w in words[:n])
         )
     )
 )
 
 
-@given(st.builds(Augmented, st.builds(Augmentation, _STEPS, st.integers(0, 2**62)), st.integers(1, 100)))
-def test_the_record_gives_the_augmentation_again(made: Augmented) -> None:
-    assert Augmented.from_dict(json.loads(canonical_json(made.to_dict()))) == made
+@given(st.builds(AugmentedCopies, st.builds(Augmentation, _STEPS, st.integers(0, 2**62)), st.integers(1, 100)))
+def test_the_record_gives_the_augmentation_again(made: AugmentedCopies) -> None:
+    assert AugmentedCopies.from_dict(json.loads(canonical_json(made.to_dict()))) == made
 
 
 def test_words_give_the_augmentation_again() -> None:
@@ -288,7 +300,7 @@ def test_another_order_of_the_images_gives_the_same_copies(home: Path) -> None:
 
 
 def test_killed_among_the_copies_it_goes_on_and_the_bytes_are_the_same(home: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(missing, "SHARD_ROWS", 4)
+    monkeypatch.setattr(store, "SHARD_ROWS", 4)
 
     class Killed(BaseException):
         pass
@@ -407,7 +419,9 @@ def test_size_and_disk_count_the_copies(home: Path, monkeypatch) -> None:  # typ
     row = plain.bytes_of() // N
     assert (found.bytes_of(), found.new_bytes, found.to_compute) == (row * (N + 2 * TRAIN),) * 2 + (N + 2 * TRAIN,)
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda path: usage(0, 0, plain.new_bytes + (1 << 20) + 999))
+    monkeypatch.setattr(
+        extraction_run.shutil, "disk_usage", lambda path: usage(0, 0, plain.new_bytes + (1 << 20) + 999)
+    )
     plain.check_disk()
     with pytest.raises(OSError, match="are to be written"):
         found.check_disk()
@@ -420,7 +434,7 @@ def test_an_image_that_is_replaced_meanwhile_loses_its_copies_and_is_named(home:
     save_picture(home / "data" / "train" / "ill" / "2.png", 77)
     result = prepared.run()
     view = View(result.view)
-    reason = f"its augmented copy 3: {engines.CHANGED}"
+    reason = f"its augmented copy 3: {pipeline.CHANGED}"
     assert result.failed == [("train/ill/2.png", reason)] and view.failed == [
         {"id": "train/ill/2.png", "reason": reason}
     ]
@@ -519,7 +533,7 @@ def test_gc_and_compact_keep_copies_and_free_them_when_nobody_names_them(home: P
     assert collect(home / "cache", delete=True).bytes == 0
     compact("data", home / "cache")
     assert by_digest(opened(home)) == rows and verify(home / "cache").damages == ()
-    assert opened(home).augmented == Augmented(parse(STEPS), 2)
+    assert opened(home).augmented == AugmentedCopies(parse(STEPS), 2)
     extract(home, views=1, augment=STEPS)
     freed = collect(home / "cache", delete=True)
     assert {unused.output: unused.rows for unused in freed.stores[0].outputs} == {"cls": TRAIN, "tokens": TRAIN}
@@ -625,7 +639,7 @@ def test_there_are_no_copies_to_export(home: Path) -> None:
 def test_a_copied_view_computes_new_images_like_any_other(home: Path) -> None:
     view = opened(home)
     data = (home / "data" / view.ids[0]).read_bytes()
-    rows, failed = again.compute([data], like=view, output="cls")
+    rows, failed = recompute.compute([data], like=view, output="cls")
     assert not failed and torch.equal(rows, view.tensor("cls", [0]))
 
 
@@ -740,7 +754,7 @@ def test_steps_that_are_not_understood(text: str, words: str) -> None:
 )
 def test_options_that_contradict_each_other(views: int | None, text: str | None, seed: int, words: str) -> None:
     with pytest.raises(BadOption, match=words):
-        asked_for(views, text, seed)
+        augmentation_of(views, text, seed)
 
 
 def test_a_mistake_is_found_before_anything_is_read(tmp_path: Path) -> None:
@@ -779,14 +793,14 @@ def test_the_command_warns_of_flipped_digits(home: Path) -> None:
     words = ["extract", "--backbone", home / "vit", "--views", 1, "--augment", "flip", "--cache", home / "new"]
     code, said = run(*words, "--dry-run")
     assert code == 0 and "warning    flip mirrors images left to right, and digits and letters" in said
-    assert augment.RULES == 1
+    assert augmentation.RULES == 1
 
 
 # heads
 
 
 def test_a_head_trains_on_copies_of_its_training_images_only(home: Path) -> None:
-    from heads.data import load_features
+    from heads.task import load_features
 
     view = opened(home)
     train = view.split("train")

@@ -13,11 +13,12 @@ from PIL import Image
 from torch import nn
 from torchvision import models
 
-from featurecache.backbones import Backbone, describe, load_backbone
+from featurecache.backbones import describe, load_backbone
 from featurecache.backbones.aliases import ALIASES
+from featurecache.backbones.base import Backbone
 from featurecache.backbones.processors import probe
 from featurecache.errors import BadOption, OutputRefused, PreprocessingRefused, WeightsDoNotFit
-from featurecache.preprocess import Preprocess
+from featurecache.images.preprocessing import Preprocess
 
 PICTURES = [Image.fromarray(probe(*shape)) for shape in ((37, 53), (70, 41), (32, 32))]
 

@@ -21,8 +21,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torchvision import models
 
-from featurecache.backbones import Backbone, describe, load_backbone
+from featurecache.backbones import describe, load_backbone
 from featurecache.backbones.aliases import ALIASES, Alias
+from featurecache.backbones.base import Backbone
 from featurecache.backbones.weights import digest
 from featurecache.errors import BadOption, UnknownBackbone, WeightsDoNotFit, WeightsNotFound
 

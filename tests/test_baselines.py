@@ -13,18 +13,20 @@ import pytest
 import torch
 
 import heads
-from featurecache.dataset import Arrays, Dataset
 from featurecache.errors import BadOption, CannotWrite, RunError, Stopped, UnknownHead
-from featurecache.planning import extract
-from featurecache.preprocess import Preprocess
-from featurecache.views import open_view
-from heads.comparison import compare, families_of
-from heads.external import evaluate_run
-from heads.networks.augmenting import Augmenter
-from heads.networks.baseline_runs import settings_of, train_baseline
-from heads.networks.checkpoints import Checkpoint
-from heads.pixels import PixelView, open_pixels, pixels_of
+from featurecache.extraction.plan import extract
+from featurecache.images.preprocessing import Preprocess
+from featurecache.sources.base import Dataset, ImageArrays
+from featurecache.store.write_view import open_view
+from heads.api import train_baseline
+from heads.evaluation.comparison import compare
+from heads.evaluation.external import evaluate_run
+from heads.evaluation.families import families_of
+from heads.pixel_view import PixelView, open_pixels
+from heads.runs.run import pixels_of
 from heads.settings import Settings
+from heads.training.batches import Augmenter
+from heads.training.network import Checkpoint, settings_of
 
 QUICK = {"epochs": 2, "image_size": 8, "batch_size": 16, "report": False, "augment": "none", "device": "cpu"}
 
@@ -37,7 +39,7 @@ def digits(n=72, classes=3, broken=()):
     rows = np.flatnonzero(found.target < classes)[:n]
     images = np.rint(found.images[rows] * (255 / 16)).astype(np.uint8)
 
-    class Some(Arrays):
+    class Some(ImageArrays):
         def read(self, row):
             return b"nothing" if row in broken else super().read(row)
 
@@ -70,13 +72,13 @@ def test_pixels_are_those_of_the_preprocessing_in_the_order_of_the_data():
 def test_pixels_beyond_memory_lie_in_a_file_and_are_the_same(monkeypatch):
     data = digits(20)
     (memory,) = open_pixels(data, ["cnn-cifar"], 8)
-    monkeypatch.setattr("heads.data.memory_for_features", lambda: 100)
+    monkeypatch.setattr("heads.task.memory_for_features", lambda: 100)
     (mapped,) = open_pixels(data, ["cnn-cifar"], 8)
     assert torch.equal(memory.tensor("pixels-8"), mapped.tensor("pixels-8"))
 
 
 def test_pixels_that_neither_memory_nor_disk_holds_are_refused_before_any_is_read(monkeypatch):
-    monkeypatch.setattr("heads.data.memory_for_features", lambda: 100)
+    monkeypatch.setattr("heads.task.memory_for_features", lambda: 100)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=101))
     monkeypatch.setattr(Dataset, "read", None)
     with pytest.raises(CannotWrite, match=r"20 images of 8×8 pixels.*TMPDIR=.*--image-size"):
@@ -224,10 +226,10 @@ def test_a_sweep_keeps_the_published_settings_of_what_was_not_asked(tmp_path):
 
 def test_what_the_command_line_leaves_out_is_not_asked_of_a_sweep():
     """An option that may be given several times is () where it was not."""
-    from heads.sweeps.asked import Asked
+    from heads.sweeps.grid import SweepSpec
 
-    assert Asked.of("cnn-cifar", augment=(), classes=(), lr="1e-3").given == ("lr",)
-    assert Asked.of("cnn-cifar", augment=("none",)).given == ("augment",)
+    assert SweepSpec.of("cnn-cifar", augment=(), classes=(), lr="1e-3").given == ("lr",)
+    assert SweepSpec.of("cnn-cifar", augment=("none",)).given == ("augment",)
 
 
 def test_a_search_without_optuna_is_refused_before_images_are_read(tmp_path, monkeypatch):
@@ -252,7 +254,7 @@ def test_a_run_is_evaluated_on_other_images_and_those_it_was_trained_on_are_foun
 ):
     other, own, network = pixels_of(run, digits(60)), digits(), run.model
     monkeypatch.setattr("featurecache.sources.reopen", lambda source: own)
-    monkeypatch.setattr("featurecache.images.decode", None)
+    monkeypatch.setattr("featurecache.images.decoding.decode", None)
     monkeypatch.setattr(other, "path", other.path / "elsewhere")
     record = evaluate_run(replace(run), other, resamples=50)
     assert network is run.model and record["n"] == 60
@@ -265,7 +267,7 @@ def test_measures_by_a_column_of_the_data_decode_nothing(run, monkeypatch):
     own = digits()
     own.meta["place"] = np.arange(len(own)) % 2
     monkeypatch.setattr("featurecache.sources.reopen", lambda source: own)
-    monkeypatch.setattr("featurecache.images.decode", None)
+    monkeypatch.setattr("featurecache.images.decoding.decode", None)
     found = compare(families_of([run]), by="place", resamples=20).record["by"]["place"]
     assert [row["value"] for row in found] == ["0", "1"] and sum(row["n"] for row in found) == len(
         run.answers("test").y
@@ -293,7 +295,7 @@ def test_a_name_that_is_no_network_has_its_neighbours_named(tmp_path):
     with pytest.raises(UnknownHead, match=r"cnn-cifar.*train-head"):
         train_baseline(digits(), "cnn-cifer", out=tmp_path / "run")
     with pytest.raises(BadOption, match="train-baseline --arch cnn-cifar"):
-        heads.jobs.choose_output(None, "cnn-cifar", None)
+        heads.training.job.choose_output(None, "cnn-cifar", None)
 
 
 def test_a_classifier_of_many_inputs_is_no_head(run, tmp_path):
@@ -364,7 +366,7 @@ def test_a_preprocessing_that_is_damaged_is_said(run):
 
 
 def test_the_command_of_a_run_trains_it_again(run):
-    from heads.reports.origin import train_command
+    from heads.reports.provenance import train_command
 
     assert train_command(run) == (
         "featurecache train-baseline --arch cnn-cifar --data digits --epochs 2 --batch-size 16 --augment none "
@@ -373,7 +375,7 @@ def test_the_command_of_a_run_trains_it_again(run):
 
 
 def test_a_network_is_named_by_its_pixels(run):
-    from heads.families import names_of
+    from heads.evaluation.families import names_of
 
     assert names_of(families_of([run])) == ["cnn-cifar at 8 px"]
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from featurecache.errors import BadOption, UnknownHead
-from heads.networks.baselines import BASELINES, baseline_info, is_baseline, load_baseline, make_baseline
+from heads.models.catalogue import BASELINES, baseline_info, is_baseline, load_baseline, make_baseline
 from heads.settings import Settings
 
 PUBLISHED = [
@@ -270,7 +270,7 @@ def test_a_name_that_is_none_is_met_with_the_nearest() -> None:
 @pytest.mark.slow
 def test_the_table_and_its_networks_load_no_library_of_images() -> None:
     code = (
-        "import sys, heads.networks.baselines as b; b.make_baseline('cnn-cifar', image_size=32, classes=2)\n"
+        "import sys, heads.models.catalogue as b; b.make_baseline('cnn-cifar', image_size=32, classes=2)\n"
         "print([name for name in ('torchvision', 'transformers', 'PIL', 'timm', 'peft') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,14 +16,15 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 import featurecache
-from featurecache import canary, planning
-from featurecache.backbones import Backbone, load_backbone
-from featurecache.canary import PROBES, apart, probes, read_canary, within
+from featurecache.backbones import load_backbone
+from featurecache.backbones.base import Backbone
 from featurecache.errors import DamagedFile, Drift
+from featurecache.extraction import canary, plan
+from featurecache.extraction.canary import PROBES, is_within_tolerance, probes, read_canary, relative_distance
+from featurecache.maintenance.repair import repair
 from featurecache.outputs import parse
-from featurecache.repair import repair
-from featurecache.spec import ExtractionSpec
-from featurecache.stores import stores
+from featurecache.store.spec import ExtractionSpec
+from featurecache.store.store import stores
 
 TORCH = version("torch")
 
@@ -36,7 +37,7 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def extract(home: Path, **options) -> planning.Result:  # type: ignore[no-untyped-def]
+def extract(home: Path, **options) -> plan.ExtractionResult:  # type: ignore[no-untyped-def]
     options = {"outputs": "cls", "batch_size": 4, "workers": 1, **options}
     return featurecache.extract(home / "data", backbone=str(home / "vit"), cache=home / "cache", **options)
 
@@ -92,7 +93,7 @@ def test_the_first_run_keeps_pixels_and_outputs_as_the_library_computes_them(hom
     photo = Image.open(io.BytesIO(probes()[0]))
     with torch.no_grad():
         expected = model(**processor(photo, return_tensors="pt")).last_hidden_state
-    assert apart(kept.rows["tokens"][:1], expected) < 4e-4
+    assert relative_distance(kept.rows["tokens"][:1], expected) < 4e-4
     assert kept.made_by["torch"] == TORCH
 
 
@@ -145,11 +146,11 @@ def test_bfloat16_may_turn_a_row_by_three_hundredths_of_its_length() -> None:
     turned = kept.clone()
     turned[:, :50] += 0.0299
     turned[:, 50:] -= 0.0299
-    assert apart(turned, kept) == pytest.approx(0.0299) and within(spec, turned, kept)
+    assert relative_distance(turned, kept) == pytest.approx(0.0299) and is_within_tolerance(spec, turned, kept)
     assert torch.cosine_similarity(turned, kept).min() > 0.999
-    assert not within(spec, turned * 1.02, kept)
-    assert not within(spec, torch.full_like(kept, float("nan")), kept)
-    assert not within(spec, kept[:, :99], kept)
+    assert not is_within_tolerance(spec, turned * 1.02, kept)
+    assert not is_within_tolerance(spec, torch.full_like(kept, float("nan")), kept)
+    assert not is_within_tolerance(spec, kept[:, :99], kept)
 
 
 def test_accepted_drift_begins_a_generation_and_mixes_nothing(home: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -218,7 +219,7 @@ def test_batch_size_and_device_threads_are_no_drift(home: Path) -> None:
     store = store_of(home)
     backbone = load_backbone(str(home / "vit"))
     for size in (1, 4, 7):
-        compute = featurecache.forward.Compute(backbone, "fp32", torch.device("cpu"), size)  # type: ignore[attr-defined]
+        compute = featurecache.extraction.pipeline.ForwardRunner(backbone, "fp32", torch.device("cpu"), size)  # type: ignore[attr-defined]
         canary.check(store, backbone, compute, [parse("cls")], write=False)
 
 
@@ -259,5 +260,5 @@ def test_repair_makes_no_reference_on_a_machine_that_has_drifted(home: Path, mon
 def test_apart_is_relative_and_by_row() -> None:
     kept = torch.tensor([[3.0, 4.0], [30.0, 40.0]])
     now = torch.tensor([[3.0, 4.5], [30.0, 40.5]])
-    assert apart(now, kept) == pytest.approx(0.5 / 5)
-    assert apart(kept.clone(), kept) == 0 and apart(kept[:1], kept) == np.inf
+    assert relative_distance(now, kept) == pytest.approx(0.5 / 5)
+    assert relative_distance(kept.clone(), kept) == 0 and relative_distance(kept[:1], kept) == np.inf

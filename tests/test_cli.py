@@ -60,7 +60,7 @@ def test_importing_heads_and_training_load_no_transformers_torchvision_or_pil(tm
     extract(image_folder(tmp_path / "d", 60))
     script = (
         "import sys, heads\n"
-        "import heads.train as t\n"
+        "import heads.training.train as t\n"
         "write = t.write_run\n"
         "def check(*a, **k):\n"
         "    print([m for m in ('transformers', 'torchvision', 'PIL', 'matplotlib') if m in sys.modules])\n"
@@ -409,6 +409,6 @@ def test_a_mistake_of_ours_is_one_line_and_debug_shows_where(monkeypatch) -> Non
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("x")
 
-    monkeypatch.setattr("featurecache.inventory.cache_record", broken)
+    monkeypatch.setattr("featurecache.commands.inspect.cache_record", broken)
     assert "ZeroDivisionError: x (a mistake of ours; --debug shows where)" in fails(1, "ls")
     assert isinstance(call("ls", "--debug").exception, ZeroDivisionError)

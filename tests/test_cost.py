@@ -17,16 +17,17 @@ from tiny_cache import CLS, add_shard, add_view, make_store
 
 import cli
 import featurecache
-from featurecache import images
-from featurecache.augment import Augmentation
-from featurecache.backbones import Backbone
-from featurecache.costs import NAME, Measured, cost_line, device_title, keep_cost, read_costs
-from featurecache.errors import CacheError, DamagedFile
-from featurecache.extraction import Stopped
-from featurecache.verification import verify
-from heads import costs, tables
-from heads.comparison import compare, families_of
-from heads.train import train_head
+from featurecache.backbones.base import Backbone
+from featurecache.errors import CacheError, DamagedFile, Stopped
+from featurecache.images import decoding
+from featurecache.images.augmentation import Augmentation
+from featurecache.maintenance.verify import verify
+from featurecache.store.timings import NAME, Measured, cost_line, device_title, keep_cost, read_costs
+from heads.api import train_head
+from heads.evaluation import costs
+from heads.evaluation.comparison import compare
+from heads.evaluation.families import families_of
+from heads.reports import text as reports_text
 
 BATCH = 4
 
@@ -55,7 +56,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch, thing: Any, name: str, seconds: floa
 
 def test_forward_and_loading_are_measured_apart_and_an_image_has_its_share_of_a_batch(home, monkeypatch):
     slowed(monkeypatch, Backbone, "forward", 0.2)
-    slowed(monkeypatch, images, "decode", 0.02)
+    slowed(monkeypatch, decoding, "decode", 0.02)
     result = extract(home)
     cost = featurecache.open_view(result.view).cost
     assert cost == result.cost and sorted(cost) == ["device", "forward_ms", "loading_ms", "precision", "threads"]
@@ -228,7 +229,7 @@ def test_an_image_costs_backbone_and_head_and_with_loading_that_too():
     assert cost["inference_ms"] == pytest.approx(12 + head) and cost["loaded_ms"] == pytest.approx(15 + head)
     assert (cost["device"], cost["backbone_parameters"]) == ("AMD EPYC", 86_389_248)
     assert 0 < cost["seconds_to_best"] <= cost["train_seconds"]
-    text = tables.final_table(run, compare(families_of([run]), resamples=50).record)
+    text = reports_text.final_table(run, compare(families_of([run]), resamples=50).record)
     line = next(line for line in text.splitlines() if line.startswith("Cost: "))
     each, loaded = (costs.cost_text(cost[key], key) for key in ("inference_ms", "loaded_ms"))
     assert f"{each} ms/image, {loaded} with loading (on AMD EPYC)" in line
@@ -238,7 +239,7 @@ def test_an_image_costs_backbone_and_head_and_with_loading_that_too():
 def test_the_table_of_a_comparison_names_the_device_once():
     runs = [trained(MEASURED, parameters=1234), trained(MEASURED, "large", parameters=1234)]
     record = compare(families_of(runs), resamples=50).record
-    text = tables.lab_table(record)
+    text = reports_text.lab_table(record)
     header = next(line for line in text.splitlines() if line.startswith("what it costs"))
     assert header.split("  ")[-1] == "with loading" and text.count("AMD EPYC") == 1
     for words in ("of the backbone", "s to train", "s to best", "ms/image"):
@@ -250,7 +251,7 @@ def test_the_table_of_a_comparison_names_the_device_once():
 @pytest.mark.usefixtures("_folder")
 def test_what_was_not_measured_is_a_dash_and_a_run_of_before_still_opens():
     run = trained(None)
-    text = tables.final_table(run, compare(families_of([run]), resamples=50).record)
+    text = reports_text.final_table(run, compare(families_of([run]), resamples=50).record)
     assert costs.cost_of(run)["inference_ms"] is None and "the backbone's not measured" in text
     run.config["cost"] = {"train_seconds": 1.5, "ms_per_image": 0.25, "device": "cpu", "bytes_per_image": 16}
     before = costs.cost_of(run)
@@ -264,7 +265,7 @@ def test_what_was_not_measured_is_a_dash_and_a_run_of_before_still_opens():
 @pytest.mark.slow
 @pytest.mark.usefixtures("_folder")
 def test_the_page_shows_the_columns_and_the_device_once():
-    from heads.reports.page import report
+    from heads.api import report
 
     runs = [trained(MEASURED), trained(MEASURED, "large")]
     page = report([run.path for run in runs], out=Path("r"), images=False).path.read_text()

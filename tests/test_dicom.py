@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import featurecache
-from featurecache import dicom
 from featurecache.errors import SourceError, UnreadableImage
-from featurecache.images import decode, digest, look
-from featurecache.privacy import hidden, load_secret
-from featurecache.sources import describe, open_source, reopen
+from featurecache.images import dicom
+from featurecache.images.decoding import decode, digest, image_header
+from featurecache.sources import open_source, reopen
+from featurecache.sources.pseudonyms import hidden, load_secret
+from featurecache.sources.summary import describe
 
 pydicom = pytest.importorskip("pydicom", minversion="3")
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
@@ -115,7 +116,7 @@ def test_real_files_of_all_kinds_are_what_pydicom_makes_of_them(name):
     data = (EXAMPLES / name).read_bytes()
     found, expected = decode(data).permute(1, 2, 0).numpy(), by_pydicom(EXAMPLES / name)
     np.testing.assert_array_equal(found, expected if expected.ndim == 3 else expected[..., None].repeat(3, 2))
-    assert look(data)[:2] == expected.shape[1::-1]
+    assert image_header(data)[:2] == expected.shape[1::-1]
 
 
 def test_a_palette_is_looked_up_as_pydicom_does_it():
@@ -204,7 +205,7 @@ def test_colour_of_twelve_bits_has_4095_for_white():
     values = np.array([[[0, 2048, 4095], [4095, 16, 8]]], np.uint16)
     data = dicom_bytes(values, SamplesPerPixel=3, BitsStored=12)
     assert decode(data).permute(1, 2, 0).tolist() == [[[0, 128, 255], [255, 1, 0]]]
-    assert look(data) == (2, 1, "12-bit RGB (DICOM)")
+    assert image_header(data) == (2, 1, "12-bit RGB (DICOM)")
 
 
 def test_windows_of_enhanced_files_stand_with_the_frame_or_are_shared():
@@ -393,7 +394,7 @@ def test_without_pydicom_one_line_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.dcm").write_bytes(dicom_bytes(RAMP.astype(np.uint8)))
     with pytest.raises(SourceError, match=r"1 images of .* are DICOM\. .*pip install 'featurecache\[dicom\]'"):
         open_source(tmp_path)
-    for ask in (decode, digest, look):
+    for ask in (decode, digest, image_header):
         with pytest.raises(UnreadableImage, match="pip install"):
             ask((tmp_path / "a.dcm").read_bytes())
 

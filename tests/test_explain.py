@@ -14,10 +14,9 @@ from test_explain_backbones import on_square, squares
 import heads
 from featurecache import extract, open_view
 from featurecache.errors import BadOption, NotInCache
-from heads.explanations.explainer import Explainer
-from heads.explanations.originals import Originals, original
-from heads.explanations.overlays import Panel, draw, rgba
-from heads.reports.gallery import Album
+from heads.explanations.explainer import Explainer, SourceImages, original
+from heads.explanations.maps import Panel, draw, rgba
+from heads.reports.gallery import ImageLoader
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def run_of(planted, name):
 def test_the_map_of_a_trained_large_head_peaks_on_the_square_that_decides(planted, name):
     _, _, _, images, corners = planted
     run = run_of(planted, name)
-    explainer = Explainer(run, Originals())
+    explainer = Explainer(run, SourceImages())
     shown = [original(str(i), images[i]) for i in range(130, 180)]
     called = explainer.logits(shown).argmax(1)
     maps = [each for (each,) in explainer.maps("contribution", shown, called)]
@@ -68,9 +67,9 @@ def test_the_map_of_a_trained_large_head_peaks_on_the_square_that_decides(plante
 
 
 def test_stored_images_are_explained_without_the_backbone(planted, tmp_path, monkeypatch):
-    from featurecache import again
+    from featurecache.extraction import recompute
 
-    monkeypatch.setattr(again, "load_backbone", lambda **_: pytest.fail("the backbone was loaded"))
+    monkeypatch.setattr(recompute, "load_backbone", lambda **_: pytest.fail("the backbone was loaded"))
     view = planted[1]
     found = heads.explain(run_of(planted, "large"), [view.ids[0], view.ids[179]], out=tmp_path / "maps")
     assert [record["image"] for record in found.records] == [view.ids[0], view.ids[179]]
@@ -143,11 +142,11 @@ def test_an_image_that_cannot_be_read_is_a_record_and_the_others_are_explained(p
 
 
 def test_the_mean_training_token_is_of_train_alone(planted):
-    from heads.explanations.places import mean_training_token, places_of
+    from heads.explanations.contributions import mean_training_token, token_map
 
     view, run = planted[1], run_of(planted, "large")
     info = view.info("tokens")
-    mean, words = mean_training_token(run, places_of(run, info.prefix, info.grid), view)
+    mean, words = mean_training_token(run, token_map(run, info.prefix, info.grid), view)
     train = view.array("tokens", view.split("train")).astype(np.float64)
     assert mean[0].numpy() == pytest.approx(train[:, 0].mean(0), abs=1e-5)
     assert mean[1].numpy() == pytest.approx(train[:, 1:].mean((0, 1)), abs=1e-5) and (mean[1:] == mean[1]).all()
@@ -212,7 +211,7 @@ def test_a_run_without_a_map_stands_there_with_its_reason():
 
 def test_the_gallery_names_its_maps_by_kind_and_has_the_control_beside(planted):
     run = run_of(planted, "large")
-    shown = Album(str).gallery([(run, run.answers("test"))])
+    shown = ImageLoader(str).gallery([(run, run.answers("test"))])
     pictures = [picture for shelf in shown.shelves for picture in shelf.pictures]
     assert pictures and all(p.kind == "contribution" and p.map and p.control and p.map != p.control for p in pictures)
     (note,) = shown.notes
@@ -221,13 +220,13 @@ def test_the_gallery_names_its_maps_by_kind_and_has_the_control_beside(planted):
 
 def test_the_gallery_of_a_vector_without_places_says_so(planted):
     run = run_of(planted, "cls")
-    shown = Album(str).gallery([(run, run.answers("test"))])
+    shown = ImageLoader(str).gallery([(run, run.answers("test"))])
     assert "no places" in shown.notes[0] and not any(p.map for shelf in shown.shelves for p in shelf.pictures)
 
 
 def test_the_gallery_of_a_head_that_is_occluded_has_a_few_maps_only(planted):
     run = run_of(planted, "attention")
-    shown = Album(str).gallery([(run, run.answers("test"))])
+    shown = ImageLoader(str).gallery([(run, run.answers("test"))])
     for shelf in shown.shelves:
         with_maps = [picture.map is not None for picture in shelf.pictures]
         assert with_maps == [True] * min(3, len(with_maps)) + [False] * (len(with_maps) - 3)
@@ -237,10 +236,10 @@ def test_the_gallery_of_a_head_that_is_occluded_has_a_few_maps_only(planted):
 def test_runs_of_one_kind_are_told_apart_by_their_folders_and_long_names_leave_the_numbers():
     from types import SimpleNamespace
 
-    from heads.explanations.explaining import Result, _title
+    from heads.explanations.explain import ExplainResult, _title
 
     config = {"settings": {"random_weights": True}, "view": {"label": "pixels/blood"}}
     run = SimpleNamespace(head="finetune:vit-demo", output="pixels-32", path=Path("studies/blood-tuned"), config=config)
-    lines = _title(Result(run, "grad-cam", "x" * 80, 0.125, 1.0, [])).split("\n")
+    lines = _title(ExplainResult(run, "grad-cam", "x" * 80, 0.125, 1.0, [])).split("\n")
     assert lines[:3] == ["finetune:vit-demo at 32 px", "blood-tuned on pixels/blood", "begun from random weights"]
     assert lines[3].startswith("p 0.12 of xxx")

@@ -10,14 +10,24 @@ import torch
 from checkpoints import save_dinov2
 from torch import nn
 
-from featurecache.backbones import Backbone, load_backbone
-from featurecache.backbones.networks import Tokens
+from featurecache.backbones import load_backbone
+from featurecache.backbones.base import Backbone
+from featurecache.backbones.wrappers import Tokens
 from featurecache.errors import BadOption
 from featurecache.outputs import parse
-from heads.data import Standardize
-from heads.explanations.attention_maps import Transformer, attention_maps, attention_of, check_class_token, rollout
-from heads.explanations.gradcam import Whole, check_extra, grad_cam_maps, layer_of
-from heads.explanations.maps import direction
+from heads.explanations.maps import class_margin_weights
+from heads.explanations.methods import (
+    EndToEnd,
+    Transformer,
+    attention_maps,
+    attention_of,
+    check_class_token,
+    check_extra,
+    grad_cam_maps,
+    layer_of,
+    rollout,
+)
+from heads.task import Standardize
 
 BLUE, RED = (40, 60, 190), (190, 60, 40)
 
@@ -122,9 +132,9 @@ def test_attention_of_timm_is_that_of_its_queries_and_keys():
 def test_attention_of_a_tuned_network_is_that_of_the_backbone_it_was_saved_as(tmp_path):
     from transformers import AutoModel
 
-    from heads.networks.finetune import finetuned, save_backbone
+    from heads.models.finetune import save_backbone, with_new_classifier
 
-    model = finetuned(
+    model = with_new_classifier(
         f"hf:{save_dinov2(tmp_path, registers=2)}", None, 42, 3, generator=torch.Generator().manual_seed(0), rlrr=True
     ).eval()
     with torch.no_grad():
@@ -142,7 +152,7 @@ def test_attention_of_a_tuned_network_is_that_of_the_backbone_it_was_saved_as(tm
 
 
 def test_attention_of_the_small_vit_trained_from_scratch_is_that_of_its_queries_and_keys():
-    from heads.networks.baselines import make_baseline
+    from heads.models.catalogue import make_baseline
 
     model = make_baseline("vit-cifar", image_size=32, classes=2).eval()
     seen = {}
@@ -161,12 +171,12 @@ def test_a_network_from_pixels_is_explained_where_it_is_asked_for_and_is_back_af
     """A device that only renames: what is sent there, and what comes back, is written down."""
     from types import SimpleNamespace
 
-    from featurecache import forward
+    from featurecache.extraction import pipeline
     from heads.explanations.explainer import Explainer
-    from heads.networks.baselines import make_baseline
+    from heads.models.catalogue import make_baseline
 
     model, asked = make_baseline("vit-cifar", image_size=32, classes=2).eval(), []
-    monkeypatch.setattr(forward, "pick_device", lambda name: asked.append(name) or torch.device("meta"))
+    monkeypatch.setattr(pipeline, "pick_device", lambda name: asked.append(name) or torch.device("meta"))
     config = {"spec": {"kind": "pixels"}, "view": {}}
     explainer = Explainer(SimpleNamespace(model=model, config=config), None, device="cuda:1")
     monkeypatch.setattr(nn.Module, "to", lambda self, device: asked.append(device))
@@ -178,7 +188,7 @@ def test_a_network_from_pixels_is_explained_where_it_is_asked_for_and_is_back_af
 
 
 def test_a_cnn_trained_from_pixels_has_no_attention():
-    from heads.networks.baselines import make_baseline
+    from heads.models.catalogue import make_baseline
 
     model = make_baseline("cnn-cifar", image_size=32, classes=2)
     with pytest.raises(BadOption, match="cnn-cifar has no class token"):
@@ -211,8 +221,8 @@ def test_grad_cam_of_a_linear_head_on_gap_is_class_activation_mapping():
     pytest.importorskip("pytorch_grad_cam")
     backbone = load_backbone("torchvision:resnet18", random_weights=True, image_size=64)
     head, x = nn.Linear(512, 3), torch.rand(2, 3, 64, 64)
-    toward = direction(np.array([0, 2]), 3, 1.0, False)
-    whole = Whole(backbone, parse("gap"), Standardize(), head)
+    toward = class_margin_weights(np.array([0, 2]), 3, 1.0, False)
+    whole = EndToEnd(backbone, parse("gap"), Standardize(), head)
     maps = grad_cam_maps(whole, layer_of(backbone, parse("gap")), x, toward, backbone.grid, 0)
     tokens = backbone.forward(x, {"tokens"})["tokens"]  # [2, h·w, 512]
     expected = (tokens @ (toward @ head.weight)[:, :, None])[..., 0].clamp_min(0).view(2, 2, 2).detach() / 4
@@ -223,7 +233,7 @@ def test_a_transformer_is_looked_at_before_its_last_block(tmp_path):
     """Behind the last block a head on the class token gives the patches no gradient at all."""
     pytest.importorskip("pytorch_grad_cam")
     backbone = load_backbone(f"hf:{save_dinov2(tmp_path, registers=2)}")
-    whole = Whole(backbone, parse("cls"), Standardize(), nn.Linear(32, 2))
+    whole = EndToEnd(backbone, parse("cls"), Standardize(), nn.Linear(32, 2))
     layer, toward = layer_of(backbone, parse("cls")), torch.tensor([[1.0, -1.0]])
     x = torch.rand(1, 3, 42, 42)
     (found,) = grad_cam_maps(whole, layer, x, toward, backbone.grid, 3)
@@ -270,7 +280,7 @@ def test_grad_cam_of_a_cnn_trained_here_peaks_on_the_square_that_decides():
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.5
     called = network.eval()(x).argmax(1).numpy()
     assert (called == labels).all()
-    maps = grad_cam_maps(network, (network[4], "output"), x, direction(called, 2, 1.0, False), None, 0)
+    maps = grad_cam_maps(network, (network[4], "output"), x, class_margin_weights(called, 2, 1.0, False), None, 0)
     hits = sum(on_square(each.peak, (16, 16), corner) for each, corner in zip(maps, corners, strict=True))
     assert hits >= 45, hits
 

@@ -11,31 +11,33 @@ import torch
 
 from featurecache.errors import BadOption
 from featurecache.outputs import function_of, parse
-from heads.architectures import Input, make_head
-from heads.data import Standardize
-from heads.explanations import contributions, places
-from heads.explanations.contributions import Reader, gradient_times_input, replaced
-from heads.explanations.maps import Map, direction, shuffled
-from heads.explanations.places import Places
+from heads.explanations import contributions
+from heads.explanations.contributions import MarginModel, TokenMap, gradient_times_input, replaced
+from heads.explanations.maps import Map, class_margin_weights, shuffled
+from heads.models.catalogue import make_head
+from heads.models.common import Input
+from heads.task import Standardize
 
 P, GRID, WIDTH, CLASSES = 1, (3, 4), 24, 3
 TOKENS = P + GRID[0] * GRID[1]
 
 
-def places_for(output: str, prefix: int = P, grid: tuple[int, int] = GRID) -> Places:
+def places_for(output: str, prefix: int = P, grid: tuple[int, int] = GRID) -> TokenMap:
     count, parsed = prefix + grid[0] * grid[1], parse(output)
     matrix = function_of(parsed, torch.eye(count)[None], prefix, grid)[0] if parsed.derived else None
-    return Places("tokens", ("cls",)[:prefix], grid, matrix)
+    return TokenMap("tokens", ("cls",)[:prefix], grid, matrix)
 
 
-def reader_for(head: str, output: str = "tokens", scale: Standardize | None = None, width: int = WIDTH, **at) -> Reader:
+def reader_for(
+    head: str, output: str = "tokens", scale: Standardize | None = None, width: int = WIDTH, **at
+) -> MarginModel:
     where = places_for(output, **at)
     shape = tuple(where.input(torch.zeros(1, where.tokens, width)).shape[1:])
     known = parse(output).layout(where.prefix, where.grid) if len(shape) == 2 else None
     given = Input(shape, *(known or ((), None)))
     model = make_head(head, given, CLASSES, torch.Generator().manual_seed(1)).eval()
     scale = scale or Standardize()
-    return Reader(model, where, scale, torch.tensor([0.3, -0.1, 0.0]), 1.7, False)
+    return MarginModel(model, where, scale, torch.tensor([0.3, -0.1, 0.0]), 1.7, False)
 
 
 def some_tokens(n: int = 2, tokens: int = TOKENS, width: int = WIDTH) -> torch.Tensor:
@@ -108,12 +110,12 @@ def test_the_parts_of_a_linear_head_add_up_to_its_margin(head, output):
 
 def test_linear_on_a_gap_is_class_activation_mapping():
     """Zhou et al. 2016, eq. 2: M_c(x, y) = Σ_k w_k f_k(x, y), here from the mean and divided by the places."""
-    where = Places("tokens", (), GRID, torch.full((12,), 1 / 12))
+    where = TokenMap("tokens", (), GRID, torch.full((12,), 1 / 12))
     model = make_head("linear", (WIDTH,), CLASSES)
-    reader = Reader(model, where, Standardize(), torch.zeros(CLASSES), 1.0, False)
+    reader = MarginModel(model, where, Standardize(), torch.zeros(CLASSES), 1.0, False)
     x, mean = some_tokens(1, 12), some_tokens(5, 12).mean((0, 1)).expand(12, -1)
     parts = replaced(reader, x, mean, np.array([1]))
-    weight = (direction(np.array([1]), CLASSES, 1.0, False) @ model.fc.weight)[0].detach()
+    weight = (class_margin_weights(np.array([1]), CLASSES, 1.0, False) @ model.fc.weight)[0].detach()
     assert parts.tokens[0] == pytest.approx(((x[0] - mean) @ weight / 12).numpy(), abs=1e-6)
 
 
@@ -197,7 +199,7 @@ def test_the_class_tokens_part_is_a_number_beside_the_map():
     x, mean = some_tokens(1), torch.zeros(TOKENS, WIDTH)
     run = run_of("tokens")
     (found,) = contributions.contribution_maps(run, places_for("tokens"), x, np.array([0]), "replace", mean, "zeros")
-    parts = replaced(Reader.of(run, places_for("tokens")), x, mean, np.array([0]))
+    parts = replaced(MarginModel.of(run, places_for("tokens")), x, mean, np.array([0]))
     assert found.values.shape == GRID and "against zeros" in found.how
     assert found.beside["class token"] == pytest.approx(parts.tokens[0, 0])
     assert found.values.ravel() == pytest.approx(parts.tokens[0, 1:])
@@ -206,28 +208,28 @@ def test_the_class_tokens_part_is_a_number_beside_the_map():
 @pytest.mark.parametrize("output, words", [("cls", "no places"), ("pooler", "no places")])
 def test_a_vector_without_places_is_refused_with_what_there_is(output, words):
     with pytest.raises(BadOption, match=f"{words}.*--kind attention"):
-        places.source_of(run_of(output))
+        contributions.source_of(run_of(output))
 
 
 def test_a_gap_with_a_norm_behind_it_is_no_sum_of_places():
-    run, where = run_of("gap"), Places("tokens", (), GRID, torch.full((12,), 1 / 12))
+    run, where = run_of("gap"), TokenMap("tokens", (), GRID, torch.full((12,), 1 / 12))
     x = some_tokens(2, 12)
-    places.check_gap(run, where, x, x.mean(1).half())
+    contributions.check_gap(run, where, x, x.mean(1).half())
     with pytest.raises(BadOption, match="not the mean of its map"):
-        places.check_gap(run, where, x, torch.nn.functional.layer_norm(x.mean(1), (WIDTH,)))
+        contributions.check_gap(run, where, x, torch.nn.functional.layer_norm(x.mean(1), (WIDTH,)))
 
 
 def test_places_that_nobody_knows_are_refused():
     with pytest.raises(BadOption, match="--prefix and --grid"):
-        places.places_of(run_of("tokens"), None, None)
+        contributions.token_map(run_of("tokens"), None, None)
 
 
 def test_without_the_view_only_a_head_that_keeps_its_statistics_has_a_mean_token():
     run = run_of("tokens")
     with pytest.raises(BadOption, match="--method gradient"):
-        places.mean_training_token(run, places_for("tokens"), None)
+        contributions.mean_training_token(run, places_for("tokens"), None)
     run.standardize = zscore()
-    mean, words = places.mean_training_token(run, places_for("tokens"), None)
+    mean, words = contributions.mean_training_token(run, places_for("tokens"), None)
     assert mean.shape == (TOKENS, WIDTH) and (mean == run.standardize.mean).all() and "kept" in words
 
 
@@ -249,5 +251,5 @@ def test_how_like_its_control_a_map_is_goes_by_ranks():
 
 
 def test_of_many_labels_the_margin_is_the_logit_itself():
-    assert direction(np.array([1]), 3, 2.0, True).tolist() == [[0.0, 0.5, 0.0]]
-    assert direction(np.array([1]), 3, 2.0, False).tolist() == [[-0.25, 0.5, -0.25]]
+    assert class_margin_weights(np.array([1]), 3, 2.0, True).tolist() == [[0.0, 0.5, 0.0]]
+    assert class_margin_weights(np.array([1]), 3, 2.0, False).tolist() == [[-0.25, 0.5, -0.25]]

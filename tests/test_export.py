@@ -14,11 +14,11 @@ import torch
 from tiny_cache import CLS, TOKENS, features, make_view
 
 import featurecache
-from featurecache import exporting, formats
 from featurecache.errors import BadOption, CannotWrite
-from featurecache.exporting import export_view
-from featurecache.files import Draft
-from featurecache.reader import View
+from featurecache.files.atomic import AtomicFile
+from featurecache.maintenance import export
+from featurecache.maintenance.export import export_view
+from featurecache.store.view import View
 
 ORDER = [7, 3, 3, 0, 11, 10, 9, 1, 2]
 IDS = [f"é/{k}.png" for k in range(len(ORDER))]
@@ -27,7 +27,7 @@ IDS = [f"é/{k}.png" for k in range(len(ORDER))]
 @pytest.fixture
 def view(tmp_path: Path, monkeypatch) -> View:  # type: ignore[no-untyped-def]
     """With groups and further columns; two rows a block, so that every writer writes several."""
-    monkeypatch.setattr(formats, "BLOCK", 80)
+    monkeypatch.setattr(export, "BLOCK", 80)
     site = np.array(["a/b", "ö", *"cdefghi"], object)
     meta = {"age": np.array([30.5, np.nan, *range(7)]), "site": site, "id": np.array(ORDER)}
     return make_view(tmp_path / "cache", ORDER, groups=[f"p{k}" for k in range(9)], meta=meta)
@@ -141,14 +141,14 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path: Path, view: View, nam
 def test_columns_too_long_for_the_header_of_a_safetensors_file_are_refused(
     tmp_path: Path, view: View, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(formats, "_HEADER", 500)
+    monkeypatch.setattr(export, "_HEADER", 500)
     with pytest.raises(BadOption, match="too long for the header"):
         export_view(view, tmp_path / "set.safetensors")
     assert list(tmp_path.glob("*set*")) == []
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path, view: View, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(CannotWrite, match=r"are to be written and .* has 100 B free"):
         export_view(view, tmp_path / "set.h5")
     assert list(tmp_path.glob("*set*")) == []
@@ -159,9 +159,9 @@ SCRIPT = """
 import os, resource, signal, sys
 from pathlib import Path
 import featurecache
-from featurecache import formats
-from featurecache.exporting import export_view
-formats.BLOCK, formats.CHUNK = 256, 512
+from featurecache.maintenance import export
+from featurecache.maintenance.export import export_view
+export.BLOCK, export.CHUNK = 256, 512
 view, folder = featurecache.open_view(sys.argv[1]), Path(sys.argv[2])
 plenty = resource.getrlimit(resource.RLIMIT_FSIZE)
 for ending, compress, limits in (
@@ -223,7 +223,7 @@ def test_killed_the_old_file_stays_and_the_next_export_clears_up(disturbed) -> N
 
 
 def test_a_chunk_index_that_hdf5_reads_back_is_the_one_it_wrote(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(formats, "CHUNK", 16)  # 3,000 chunks: their index is far larger than HDF5's cache of it
+    monkeypatch.setattr(export, "CHUNK", 16)  # 3,000 chunks: their index is far larger than HDF5's cache of it
     view = make_view(tmp_path / "cache", range(3000), per_shard=3000, layouts=[CLS])
     path = export_view(view, tmp_path / "set.h5", compress=True).path
     assert np.array_equal(read_output(path, "cls")[:2048:7], features(range(0, 2048, 7), CLS))
@@ -245,7 +245,7 @@ class Full:
 
 
 def test_the_writer_never_meets_a_failed_write_and_reads_back_what_it_wrote() -> None:
-    sink = exporting.Sink(Full())  # type: ignore[arg-type]
+    sink = export.Sink(Full())  # type: ignore[arg-type]
     assert sink.write(b"12345678") == 8
     assert sink.write(b"abcdef") == 6
     sink.seek(2)
@@ -259,9 +259,9 @@ def test_the_writer_never_meets_a_failed_write_and_reads_back_what_it_wrote() ->
 @pytest.mark.parametrize("ending", ["h5", "npz", "safetensors"])
 @pytest.mark.parametrize("number", [1, 3, -1])
 def test_one_write_that_fails_is_enough(tmp_path: Path, view: View, monkeypatch, ending: str, number: int) -> None:  # type: ignore[no-untyped-def]
-    target, seen, real = tmp_path / f"set.{ending}", [0], Draft.write
+    target, seen, real = tmp_path / f"set.{ending}", [0], AtomicFile.write
     if number < 0:  # the last: written when all rows are
-        monkeypatch.setattr(Draft, "write", lambda *words: seen.__setitem__(0, seen[0] + 1) or real(*words))
+        monkeypatch.setattr(AtomicFile, "write", lambda *words: seen.__setitem__(0, seen[0] + 1) or real(*words))
         export_view(view, target)
         number, seen[0] = seen[0], 0
 
@@ -272,7 +272,7 @@ def test_one_write_that_fails_is_enough(tmp_path: Path, view: View, monkeypatch,
         return real(*words)
 
     target.write_text("mine")
-    monkeypatch.setattr(Draft, "write", write)
+    monkeypatch.setattr(AtomicFile, "write", write)
     with pytest.raises(CannotWrite, match=r"No space left on device\. What was there before is as it was"):
         export_view(view, target, overwrite=True)
     assert target.read_text() == "mine" and list(tmp_path.glob(".*")) == []

@@ -27,9 +27,11 @@ from PIL import Image
 from torchvision import transforms
 
 import featurecache
-from featurecache import extraction, missing, planning
 from featurecache.errors import BadOption, CannotWrite, NotInCache, OutputRefused, SourceError
-from featurecache.reader import View
+from featurecache.extraction import plan
+from featurecache.extraction import run as extraction_run
+from featurecache.store import store
+from featurecache.store.view import View
 
 HALF = 2.0**-11  # one rounding to float16, relative
 
@@ -216,13 +218,13 @@ def test_decode_workers_and_their_order_do_not_change_a_byte(
 
     folder = save_vit(tmp_path / "vit")
     plain = run(images, folder, tmp_path / "plain", workers=1)
-    decode = featurecache.images.decode
+    decode = featurecache.images.decoding.decode
 
     def jittered(data):  # type: ignore[no-untyped-def]
         time.sleep(random.random() * 0.02)
         return decode(data)
 
-    monkeypatch.setattr("featurecache.images.decode", jittered)
+    monkeypatch.setattr("featurecache.images.decoding.decode", jittered)
     shaken = run(images, folder, tmp_path / "shaken", workers=workers)
     for output in ("cls", "tokens"):
         assert torch.equal(plain.tensor(output), shaken.tensor(output))
@@ -230,7 +232,7 @@ def test_decode_workers_and_their_order_do_not_change_a_byte(
 
 
 def test_every_forward_pass_has_exactly_the_stores_batch_size(tmp_path: Path, monkeypatch, images: Path) -> None:  # type: ignore[no-untyped-def]
-    from featurecache.backbones import Backbone
+    from featurecache.backbones.base import Backbone
 
     seen, forward = [], Backbone.forward
     monkeypatch.setattr(Backbone, "forward", lambda self, x, want: seen.append(len(x)) or forward(self, x, want))
@@ -242,7 +244,7 @@ def test_every_forward_pass_has_exactly_the_stores_batch_size(tmp_path: Path, mo
 def test_the_batch_size_of_the_first_run_stays_the_stores(tmp_path: Path, images: Path) -> None:
     folder = save_vit(tmp_path / "vit")
     run(images, folder, tmp_path / "c", batch_size=4, outputs="cls")
-    assert planning.prepare(images, backbone=str(folder), cache=tmp_path / "c").plan["batch_size"] == 4
+    assert plan.prepare(images, backbone=str(folder), cache=tmp_path / "c").plan["batch_size"] == 4
     with pytest.raises(BadOption, match="computes in batches of 4"):
         run(images, folder, tmp_path / "c", batch_size=8)
 
@@ -347,7 +349,7 @@ def test_values_that_do_not_fit_float16_are_named_and_never_stored(tmp_path: Pat
             key: rows * torch.where(pixels.mean((1, 2, 3)) > 0, 1e6, 1.0)[:, None, None] for key, rows in found.items()
         }
 
-    monkeypatch.setattr("featurecache.backbones.Backbone.forward", large)
+    monkeypatch.setattr("featurecache.backbones.base.Backbone.forward", large)
     view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c")
     assert 0 < len(view.failed) < 9
     assert all("try --dtype float32" in entry["reason"] and "tokens" in entry["reason"] for entry in view.failed)
@@ -357,14 +359,14 @@ def test_values_that_do_not_fit_float16_are_named_and_never_stored(tmp_path: Pat
 
 def test_a_file_that_changes_while_it_is_read_is_not_stored_under_its_old_digest(tmp_path: Path) -> None:
     folder, data = save_vit(tmp_path / "vit"), image_folder(tmp_path / "d", 4)
-    prepared = planning.prepare(data, backbone=str(folder), cache=tmp_path / "c")
+    prepared = plan.prepare(data, backbone=str(folder), cache=tmp_path / "c")
     save_picture(data / "ill" / "000.png", 77)
     view = View(prepared.run().view)
     assert [(entry["id"], "changed" in entry["reason"]) for entry in view.failed] == [("ill/000.png", True)]
 
 
 def test_preparing_writes_nothing(tmp_path: Path, images: Path) -> None:
-    prepared = planning.prepare(images, backbone="vit-demo", random_weights=True, cache=tmp_path / "c")
+    prepared = plan.prepare(images, backbone="vit-demo", random_weights=True, cache=tmp_path / "c")
     assert prepared.to_compute == 9
     assert prepared.new_bytes == prepared.bytes_of() == 9 * (65 + 1) * 96 * 2
     assert not (tmp_path / "c").exists()
@@ -380,7 +382,7 @@ def test_what_the_disk_cannot_hold_is_refused_before_anything_is_computed(
 
 def test_a_run_interrupted_by_ctrl_c_keeps_what_it_had_and_continues(tmp_path: Path, monkeypatch, images: Path) -> None:  # type: ignore[no-untyped-def]
     folder, calls = save_vit(tmp_path / "vit"), []
-    call = extraction.Compute.__call__
+    call = extraction_run.ForwardRunner.__call__
 
     def interrupted(self, *arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -388,8 +390,8 @@ def test_a_run_interrupted_by_ctrl_c_keeps_what_it_had_and_continues(tmp_path: P
             raise KeyboardInterrupt
         return call(self, *arguments)
 
-    monkeypatch.setattr(extraction.Compute, "__call__", interrupted)
-    with pytest.raises(extraction.Stopped, match="4 images are safe; the same command continues"):
+    monkeypatch.setattr(extraction_run.ForwardRunner, "__call__", interrupted)
+    with pytest.raises(extraction_run.Stopped, match="4 images are safe; the same command continues"):
         run(images, folder, tmp_path / "c", batch_size=4)
     monkeypatch.undo()
     result = featurecache.extract(images, backbone=str(folder), cache=tmp_path / "c")
@@ -435,7 +437,7 @@ def test_compute_refuses_a_backbone_that_is_not_the_stores(tmp_path: Path, image
 def test_precision_auto_takes_that_of_the_store_that_holds_the_images(tmp_path: Path, images: Path) -> None:
     folder = save_vit(tmp_path / "vit")
     run(images, folder, tmp_path / "c", precision="bf16", outputs="cls")
-    again = planning.prepare(images, backbone=str(folder), cache=tmp_path / "c", outputs="cls")
+    again = plan.prepare(images, backbone=str(folder), cache=tmp_path / "c", outputs="cls")
     assert (again.spec.precision, again.to_compute) == ("bf16", 0)
     assert again.precision_reason == "as these images are stored already"
 
@@ -448,12 +450,12 @@ def test_bf16_stays_near_fp32(tmp_path: Path, images: Path) -> None:
 
 def test_shards_hold_256_mib_grow_when_there_are_many_and_stay_small_on_a_slow_machine() -> None:
     row = 197 * 768 * 2
-    assert missing.shard_rows(10_000, row) == (256 << 20) // row
-    assert missing.shard_rows(10**6, 768 * 2) == 16_384
-    assert missing.shard_rows(10**6, row) == 2000
-    assert missing.shard_rows(10**9, row) == (4 << 30) // row
-    assert missing.shard_rows(10_000, row, rate=0.5, batch=8) == 56
-    assert missing.shard_rows(10_000, row, rate=0.001, batch=8) == 8
+    assert store.rows_per_shard(10_000, row) == (256 << 20) // row
+    assert store.rows_per_shard(10**6, 768 * 2) == 16_384
+    assert store.rows_per_shard(10**6, row) == 2000
+    assert store.rows_per_shard(10**9, row) == (4 << 30) // row
+    assert store.rows_per_shard(10_000, row, rate=0.5, batch=8) == 56
+    assert store.rows_per_shard(10_000, row, rate=0.001, batch=8) == 8
 
 
 def test_a_view_agrees_with_its_source_in_plain_h5py(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -18,19 +18,26 @@ from torch.nn import functional
 
 import featurecache
 import heads
-from featurecache.backbones import load_backbone, outline
-from featurecache.backbones.networks import Tokens
+from featurecache.backbones import load_backbone, load_without_weights
 from featurecache.backbones.processors import check_processor, from_processor
+from featurecache.backbones.wrappers import Tokens
 from featurecache.errors import BadOption, OutputRefused, RunError, UnknownBackbone, UnknownHead
-from featurecache.preprocess import Preprocess
-from heads.networks import baseline_runs, finetune
-from heads.networks.adapters import Rescaled, add_lora, add_rlrr, merged
-from heads.networks.baseline_runs import train_baseline
-from heads.networks.baselines import baseline_info, make_baseline
-from heads.networks.finetune import classifier_state, extract_words, load_finetuned, processor_of, save_backbone
-from heads.networks.tuned import FineTuned
-from heads.pixels import pixels_of
+from featurecache.images.preprocessing import Preprocess
+from heads.api import train_baseline
+from heads.models import finetune
+from heads.models.adapters import Rescaled, add_lora, add_rlrr, merged
+from heads.models.catalogue import baseline_info, make_baseline
+from heads.models.finetune import (
+    FineTuned,
+    classifier_state,
+    extract_words,
+    load_finetuned,
+    processor_of,
+    save_backbone,
+)
+from heads.runs.run import pixels_of
 from heads.settings import Settings
+from heads.training import network
 
 FOLDERS = {
     "vit": checkpoints.save_vit,
@@ -131,7 +138,7 @@ def test_transformers_own_classifier_gives_the_same_logits(tmp_path: Path) -> No
 
 
 def test_the_published_vit_has_as_many_trained_parameters_as_published() -> None:
-    backbone = outline("vit-in1k")
+    backbone = load_without_weights("vit-in1k")
     with torch.device("meta"):
         model = FineTuned(backbone, 6, {})
     assert sum(p.numel() for p in model.parameters()) == 85_803_270
@@ -146,7 +153,7 @@ def test_extract_takes_the_folder_and_stores_the_features_of_the_tuned_network(t
     featurecache.extract(str(data), backbone=words[1], cache=tmp_path / "cache", name="set", **options)
     view = featurecache.open_view("set", cache=tmp_path / "cache")
     source = featurecache.open_source(str(data))
-    from featurecache.images import decode
+    from featurecache.images.decoding import decode
 
     images = torch.stack([model.preprocess.resized(decode(source.read(row))) for row in range(6)])
     close(view.tensor("cls"), model.vectors(model.preprocess.normalised(images)).detach())
@@ -470,7 +477,7 @@ def logged(log: list[str], name: str, function: Any) -> Any:
 
 def test_what_a_training_begins_from_is_loaded_once_and_before_the_images(tmp_path: Path, monkeypatch: Any) -> None:
     folder, log = checkpoints.save_vit(tmp_path / "begin"), list[str]()
-    for module, name in ((finetune, "load_backbone"), (baseline_runs, "open_pixels")):
+    for module, name in ((finetune, "load_backbone"), (network, "open_pixels")):
         monkeypatch.setattr(module, name, logged(log, name, getattr(module, name)))
     lines: list[str] = []
     options = {"epochs": 1, "rlrr": True, "report": False, "device": "cpu", "say": lines.append}

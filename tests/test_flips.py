@@ -20,11 +20,11 @@ from fault_home import home as make_home
 from flip_jobs import damaged
 from tiny_cache import CLS, add_shard, add_view, digests, features, make_store
 
-from featurecache.reader import View
-from featurecache.repair import repair
-from featurecache.shards import ShardWriter, notes_for, shard_name
-from featurecache.verification import verify
-from featurecache.views import rewrite_view
+from featurecache.maintenance.repair import repair
+from featurecache.maintenance.verify import verify
+from featurecache.store.shards import ShardWriter, notes_for, shard_name
+from featurecache.store.view import View
+from featurecache.store.write_view import rewrite_view
 
 SEED = int(os.environ.get("FEATURECACHE_FAULT_SEED", "0"))
 Damage = tuple[str, str, int, int]  # file, how, place, more: see flip_jobs.damage

@@ -1,8 +1,9 @@
 """Mutants of valid files, sealed anew so that they get past the hash, through our public readers.
 
 Only a refusal of ours or an answer may come out: no other exception, no hang, no dead interpreter. As in daily use a
-mutant is looked at by `featurecache.child` first; what that lets pass is read in a process like a user's. Of what makes
-that process die, or hang, a copy is kept. FEATURECACHE_FUZZ_SECONDS: how long; FEATURECACHE_FUZZ_SEED: another run.
+mutant is looked at by `featurecache.files.child` first; what that lets pass is read in a process like a user's. Of what
+makes that process die, or hang, a copy is kept. FEATURECACHE_FUZZ_SECONDS: how long; FEATURECACHE_FUZZ_SEED: another
+run.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from hypothesis import strategies as st
 from plant import plant
 from test_views import CLS, ORDER, TOKENS, make_view
 
-from featurecache import guard
 from featurecache.errors import CacheError, FeatureCacheError
-from featurecache.files import read_user_block
-from featurecache.stores import open_store
+from featurecache.files import guard
+from featurecache.files.atomic import read_user_block
+from featurecache.store.store import open_store
 
 SECONDS = float(os.environ.get("FEATURECACHE_FUZZ_SECONDS", 12))
 SEED = int(os.environ.get("FEATURECACHE_FUZZ_SEED", 0))
@@ -177,9 +178,9 @@ READ = ["config.json", "metrics.json", "head.safetensors", "history.csv", "answe
 def test_runs_are_read_or_refused(tmp_path_factory, data) -> None:  # type: ignore[no-untyped-def]
     from fake_view import toy_view
 
-    from heads.runs import load_run
-    from heads.tables import final_table, runs_table
-    from heads.train import train_head
+    from heads.api import train_head
+    from heads.reports.text import final_table, runs_table
+    from heads.runs.run import load_run
 
     folder = tmp_path_factory.getbasetemp() / "run"
     view = toy_view(n=200, splits="given", noise=2)

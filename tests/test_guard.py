@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from plant import digests
 from test_views import CLS, ORDER, make_view
 
-from featurecache import guard, known
-from featurecache.cells import cell, text_of
+from featurecache.commands.terminal import Console
 from featurecache.errors import CacheError, UnsafeFile
-from featurecache.reader import View
-from featurecache.shards import ShardWriter, read_shard
-from featurecache.terminal import Talk, one_line, plain
+from featurecache.files import guard, known
+from featurecache.formatting import cell, one_line, plain, text_of
+from featurecache.store.shards import ShardWriter, read_shard
+from featurecache.store.view import View
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_two_processes_remember_at_once(tmp_path: Path) -> None:
     for file in files:
         file.touch()
     script = f"""
-import sys; from pathlib import Path; from featurecache import guard, known
+import sys; from pathlib import Path; from featurecache.files import guard, known
 for k in range(60): guard.own([Path({str(tmp_path)!r}) / f"{{k}}.h5"])
 known._known.clear()
 assert guard.verdicts([Path({str(tmp_path)!r}) / f"{{k}}.h5" for k in range(60)], "view") == {{}}
@@ -175,10 +175,10 @@ def test_the_oldest_are_forgotten(tmp_path: Path, looked, monkeypatch) -> None: 
 
 
 def program(monkeypatch, body: str) -> None:  # type: ignore[no-untyped-def]
-    """Another one in place of `featurecache.child`; ``body`` runs where HDF5 would read."""
+    """Another one in place of `featurecache.files.child`; ``body`` runs where HDF5 would read."""
     text = (
         "import sys; sys.path[:] = {path!r}\n"
-        "import os, signal, time, json\nfrom featurecache import child\n"
+        "import os, signal, time, json\nfrom featurecache.files import child\n"
         f"def examine(path, kind):\n    {body}\n"
         "child.examine = examine; child.main()\n"
     )
@@ -269,7 +269,7 @@ def test_a_file_exchanged_while_it_is_looked_at_is_not_remembered(tmp_path: Path
 
 
 def test_the_other_process_imports_no_torch(tmp_path: Path) -> None:
-    script = "import featurecache.child, sys; sys.exit('torch' in sys.modules)"
+    script = "import featurecache.files.child, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.getcwd()}).returncode == 0
 
 
@@ -298,10 +298,10 @@ def test_no_plugins_and_nothing_of_the_caller_reach_the_other_process(tmp_path: 
 )
 def test_nothing_raw_reaches_the_terminal(text: str, shown: str, capsys) -> None:  # type: ignore[no-untyped-def]
     assert plain(text) == shown
-    Talk(as_json=False, quiet=False).say(text)
-    Talk(as_json=False, quiet=False).result(text, {})
+    Console(as_json=False, quiet=False).say(text)
+    Console(as_json=False, quiet=False).result(text, {})
     assert capsys.readouterr() == (shown + "\n", shown + "\n")
-    Talk(as_json=True, quiet=False).result("", {"a": text})
+    Console(as_json=True, quiet=False).result("", {"a": text})
     out = capsys.readouterr().out
     assert out.strip().isprintable() or "\u200c" in out
     assert json.loads(out) == {"a": text}
@@ -352,9 +352,9 @@ def test_whatever_was_written_comes_back(text: str) -> None:
 def test_splits_and_predictions_of_formulas_round_trip(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     from fake_view import toy_view
 
-    from heads.prediction import as_csv
+    from heads.api import train_head
+    from heads.inference import as_csv
     from heads.splits import read_splits
-    from heads.train import train_head
 
     monkeypatch.chdir(tmp_path)
     view = toy_view(n=200, splits="given", noise=2)

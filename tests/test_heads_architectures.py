@@ -11,18 +11,9 @@ import torch
 from torch import nn
 
 from featurecache.errors import BadOption, UnknownHead
-from heads.architectures import (
-    HEADS,
-    Input,
-    count_parameters,
-    describe_head,
-    head_info,
-    heads_table,
-    load_head,
-    make_head,
-    own_randomness,
-)
-from heads.tables import HEADS_HEADER, head_table, heads_lines, heads_rows
+from heads.models.catalogue import HEADS, describe_head, head_info, heads_table, load_head, make_head
+from heads.models.common import Input, count_parameters, own_randomness
+from heads.reports.text import HEADS_HEADER, head_table, heads_lines, heads_rows
 
 
 class Small(nn.Module):

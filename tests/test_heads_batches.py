@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from heads.batches import BalancedBatches, PlainBatches
+from heads.training.batches import BalancedBatches, PlainBatches
 
 
 def drawn(labels, size, epochs=1, seed=0):

@@ -10,10 +10,13 @@ import sklearn.metrics as sk
 from fake_view import label_view, toy_view
 
 from featurecache.errors import BadOption, RunError
-from heads import comparison, heard, statistics, tables
-from heads.comparison import Family, compare, families_of
-from heads.runs import load_run
-from heads.train import train_head
+from heads.api import train_head
+from heads.evaluation import comparison, families
+from heads.evaluation.comparison import compare
+from heads.evaluation.families import Family, families_of
+from heads.metrics import significance
+from heads.reports import text as reports_text
+from heads.runs.run import load_run
 
 
 @pytest.fixture(autouse=True)
@@ -87,11 +90,11 @@ def test_single_heads_without_clusters_have_exact_tests_beside_the_paired_bootst
     a, b = run(of), run(of, "large")
     found = record([a, b], reference="linear on cls")["families"][1]["difference"]
     (y, one), (_, two) = scores(a), scores(b)
-    assert found["auroc"]["p"] == pytest.approx(statistics.delong(two, one, y == 1)[2])
+    assert found["auroc"]["p"] == pytest.approx(significance.delong(two, one, y == 1)[2])
     assert found["auroc"]["method"] == "paired bootstrap, p by DeLong"
     calls = [(each.answers("test").y == np.where(_p(each) >= each.calibration.thresholds[0], 1, 0)) for each in (b, a)]
-    assert found["accuracy"]["p"] == pytest.approx(statistics.mcnemar(*calls))
-    assert found["sensitivity"]["p"] == pytest.approx(statistics.mcnemar(*(c[y == 1] for c in calls)))
+    assert found["accuracy"]["p"] == pytest.approx(significance.mcnemar(*calls))
+    assert found["sensitivity"]["p"] == pytest.approx(significance.mcnemar(*(c[y == 1] for c in calls)))
     assert found["nll"]["method"] == "paired bootstrap"
     assert found["auroc"]["value"] == pytest.approx(sk.roc_auc_score(y, two) - sk.roc_auc_score(y, one))
 
@@ -141,7 +144,10 @@ def test_images_in_another_order_are_compared_image_by_image():
     other.features = {name: x[order] for name, x in of.features.items()}
     other.splits, other.ids, other.label = [of.splits[i] for i in order], [of.ids[i] for i in order], "vit-two/toy"
     a, b = run(of), run(other)
-    found = heard.hear_test(families_of([a])[0]).parts[0], heard.hear_test(families_of([b])[0]).parts[0]
+    found = (
+        families.test_predictions(families_of([a])[0]).parts[0],
+        families.test_predictions(families_of([b])[0]).parts[0],
+    )
     assert found[0].key == found[1].key
     assert (found[0].y == found[1].y).all()
     made = record([a, b], reference="linear on cls of vit-toy/toy")
@@ -223,10 +229,10 @@ def test_folds_have_the_corrected_t_for_values_and_differences():
     values = np.array([each.metrics["test"]["auroc"] for each in folds]).reshape(2, 3)
     images = [each.config["splits"]["images"] for each in folds[:3]]
     ratio = np.mean([i["test"] for i in images]) / np.mean([i["train"] for i in images])
-    low, _, _ = statistics.corrected_t(values[0], ratio)
+    low, _, _ = significance.corrected_t(values[0], ratio)
     assert first["test"]["auroc"]["value"] == pytest.approx(values[0].mean())
     assert first["test"]["auroc"]["low"] == pytest.approx(max(low, 0))
-    p = statistics.corrected_t(values[1] - values[0], ratio)[2]
+    p = significance.corrected_t(values[1] - values[0], ratio)[2]
     assert second["difference"]["auroc"]["p"] == pytest.approx(p)
     assert first["folds"] == 3
     assert made["n_test"] == sum(i["test"] for i in images)
@@ -242,7 +248,7 @@ def test_fewer_than_20_clusters_are_said():
 def test_a_perfect_head_has_wilsons_width_and_a_word_about_the_rest():
     made = record([run(toy_view(n=300, splits="given", noise=0.01), epochs=20)])
     (family,) = made["families"]
-    assert family["test"]["accuracy"]["low"] == pytest.approx(statistics.wilson(60, 60)[0])
+    assert family["test"]["accuracy"]["low"] == pytest.approx(significance.wilson(60, 60)[0])
     assert "AUROC" in family["warnings"][0]
     assert "no certainty" in family["warnings"][0]
 
@@ -286,14 +292,14 @@ def test_of_a_sweep_test_is_shown_for_the_chosen_setting_only_unless_asked():
     shown = compare([family], resamples=100, show_test="all").record
     assert shown["test_seen"] == 6
     assert all(row["test"] for row in shown["rows"])
-    assert "TEST SEEN 6 TIMES" in tables.lab_table(shown)
-    assert "TEST SEEN" not in tables.lab_table(made)
+    assert "TEST SEEN 6 TIMES" in reports_text.lab_table(shown)
+    assert "TEST SEEN" not in reports_text.lab_table(made)
 
 
 def test_the_table_is_ordered_by_val_and_its_intervals_are_of_test():
     of = view(noise=2)
     made = record([run(of, lr=1e-5), run(of, "large"), run(of)], reference="large on tokens")
-    text = tables.lab_table(made)
+    text = reports_text.lab_table(made)
     lines = text.splitlines()
     order = sorted(made["families"], key=lambda f: (-f["val"]["auroc"], f["val"]["nll"]))
     assert [line.startswith(f["name"]) for line, f in zip(lines[1:4], order, strict=True)] == [True] * 3
@@ -332,7 +338,7 @@ def test_measures_by_a_column_of_the_data(tmp_path):
 def test_a_column_of_a_view_that_is_gone_or_changed_is_an_error(tmp_path):
     from tiny_cache import CLS, add_shard, add_view
 
-    from featurecache.stores import open_store
+    from featurecache.store.store import open_store
 
     of = tiny_view(tmp_path, meta={"site": ["a", "b"] * 60})
     each = run(of)

@@ -10,12 +10,12 @@ import torch
 from fake_view import label_view, toy_view
 from sklearn.linear_model import LogisticRegression
 
-import featurecache.images
+import featurecache.images.decoding
 import featurecache.sources
 from featurecache.errors import SourceError
-from heads import controls
-from heads.data import task_of
+from heads.evaluation import controls
 from heads.splits import choose_splits
+from heads.task import task_of
 
 
 class Pictures:
@@ -27,7 +27,7 @@ class Pictures:
         pixels = rng.integers(0, 200, (len(view), 4, 4)) + 30 * (bright[:, None, None] > 0)
         self.arrays = pixels.clip(0, 255).astype(np.uint8)
         self.ids = list(view.ids)
-        view.digests = np.array([featurecache.images.digest(a) for a in self.arrays], dtype="S32")
+        view.digests = np.array([featurecache.images.decoding.digest(a) for a in self.arrays], dtype="S32")
 
     def read(self, i):
         return self.arrays[i]
@@ -130,7 +130,7 @@ def test_large_images_are_made_small_with_antialiasing():
 
 
 def test_the_controls_of_a_finished_run_are_on_its_splits(pictured, tmp_path, monkeypatch):
-    from heads.train import train_head
+    from heads.api import train_head
 
     monkeypatch.chdir(tmp_path)
     view, *_ = pictured(toy_view(n=300, noise=2, untrained=True))

@@ -11,12 +11,13 @@ from fake_view import label_view, toy_view
 from tiny_cache import make_spec
 
 from featurecache.errors import BadOption, NotInCache, RunError
-from heads import evaluate as ev
-from heads import tables
-from heads.comparison import compare, families_of
-from heads.external import evaluate_run, families_in, read_external
-from heads.runs import load_run
-from heads.train import train_head
+from heads.api import families_in, train_head
+from heads.evaluation.comparison import compare
+from heads.evaluation.external import evaluate_run, read_external
+from heads.evaluation.families import families_of
+from heads.metrics import classification as ev
+from heads.reports import text as reports_text
+from heads.runs.run import load_run
 
 
 @pytest.fixture(autouse=True)
@@ -64,10 +65,10 @@ def test_it_is_shown_beside_the_internal_test():
     (other,) = family["external"]
     assert (other["view"], other["n"]) == ("vit-toy/there", 200)
     assert other["test"]["auroc"]["value"] != family["test"]["auroc"]["value"]
-    text = tables.external_table(family, "vit-toy/there", "binary", record["n_test"])
+    text = reports_text.external_table(family, "vit-toy/there", "binary", record["n_test"])
     assert f"{family['test']['auroc']['value']:.3f} [" in text
     assert f"{other['test']['auroc']['value']:.3f} [" in text
-    assert "on vit-toy/there, 200 images: AUROC" in tables.lab_table(record)
+    assert "on vit-toy/there, 200 images: AUROC" in reports_text.lab_table(record)
 
 
 def test_classes_are_matched_by_name_wherever_they_stand():

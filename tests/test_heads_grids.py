@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from featurecache.errors import BadOption
-from heads.sweeps.grids import Range, names, numbers, space
+from heads.sweeps.grid import Range, choices, numbers, search_range
 
 
 def test_a_range_goes_in_equal_ratios_and_ends_where_it_says():
@@ -22,8 +22,8 @@ def test_values_stand_in_the_order_given_each_once():
 
 
 def test_a_range_without_a_number_is_for_a_search():
-    assert space("lr", "1e-4..1e-2") == Range(1e-4, 1e-2)
-    assert space("lr", "1e-4,1e-2") == (1e-4, 1e-2)
+    assert search_range("lr", "1e-4..1e-2") == Range(1e-4, 1e-2)
+    assert search_range("lr", "1e-4,1e-2") == (1e-4, 1e-2)
     with pytest.raises(BadOption, match=r"1e-4\.\.1e-2:5 are five"):
         numbers("lr", "1e-4..1e-2")
 
@@ -37,9 +37,9 @@ def test_what_is_no_grid_names_the_option(text):
 
 
 def test_names_are_a_list_and_a_misspelt_one_is_shown_its_neighbour():
-    assert names("heads", "linear, large,linear") == ("linear", "large")
-    assert names("heads", ["linear"]) == ("linear",)
+    assert choices("heads", "linear, large,linear") == ("linear", "large")
+    assert choices("heads", ["linear"]) == ("linear",)
     with pytest.raises(BadOption, match=r"'cosin' is none of constant, cosine\. Near: cosine"):
-        names("schedule", "cosin", ("constant", "cosine"))
+        choices("schedule", "cosin", ("constant", "cosine"))
     with pytest.raises(BadOption, match="--outputs is empty"):
-        names("outputs", " , ")
+        choices("outputs", " , ")

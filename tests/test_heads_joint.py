@@ -9,16 +9,17 @@ from fake_view import label_view, toy_view
 from torch import nn
 
 from featurecache.errors import BadOption, ProtocolError
-from heads import joint, large_steps
-from heads.architectures import make_head
-from heads.batches import BLOCK, BalancedBatches, PlainBatches, shuffled, versions_of
-from heads.data import Features, load_features, task_of
-from heads.engine import Learner, Loop, Stack
-from heads.jobs import prepare
-from heads.joint import Schedule, train_heads
-from heads.losses import BinaryCrossEntropy, CrossEntropy, StackedLoss, loss_and_prior
+from heads.api import train_head
+from heads.models.catalogue import make_head
 from heads.settings import VARIED, Settings
-from heads.train import train_head, train_together
+from heads.task import SplitData, load_features, task_of
+from heads.training import engine, loop
+from heads.training.batches import BLOCK, BalancedBatches, PlainBatches, sample_versions, shuffled
+from heads.training.engine import Learner, SequentialTrainer, StackedTrainer
+from heads.training.job import prepare
+from heads.training.loop import Schedule, train_heads
+from heads.training.losses import BinaryCrossEntropy, CrossEntropy, StackedLoss, loss_and_prior
+from heads.training.train import train_together
 
 NAN = float("nan")
 
@@ -51,7 +52,7 @@ def trained(settings: list[Settings], dtype: torch.dtype, task=None, seed=0):
         for each, own in zip(settings, generators, strict=True)
     ]
     prior = [loss_and_prior(what, train.y, each) for each in settings]
-    stack = Stack(models, [loss for loss, _ in prior], generators, settings, dtype)
+    stack = StackedTrainer(models, [loss for loss, _ in prior], generators, settings, dtype)
     return train_heads(stack, settings, train, val, [correction for _, correction in prior], what)
 
 
@@ -122,7 +123,7 @@ def test_a_stack_steps_as_torch_does(head, optimizer):
     own = [torch.Generator().manual_seed(k) for k in range(3)]
     models = [make_head(head, (8,), 3, each, dropout=0.0) for each in own]
     plain = [make_head(head, (8,), 3, torch.Generator().manual_seed(k), dropout=0.0).double() for k in range(3)]
-    stack = Stack(models, [CrossEntropy(3, None, 0.1)] * 3, own, settings, torch.float64)
+    stack = StackedTrainer(models, [CrossEntropy(3, None, 0.1)] * 3, own, settings, torch.float64)
     kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.Adam
     groups = [
         [{"params": [p for p in m.parameters() if p.ndim == 2], "weight_decay": 0.1},
@@ -197,14 +198,16 @@ def test_a_linear_head_on_fixed_vectors_is_trained_on_these(head):
         model = make_head(head, job.input, 2, own)
         parts = [load_features(view, "tokens", job.divided.rows(s), job.task.labels) for s in ("train", "val")]
         loss, correction = loss_and_prior(job.task, parts[0].y, one)
-        (slow,) = train_heads(Loop([Learner(model, loss, own, one)]), [one], *parts, [correction], job.task)
+        (slow,) = train_heads(
+            SequentialTrainer([Learner(model, loss, own, one)]), [one], *parts, [correction], job.task
+        )
         assert slow.epoch == fit.epoch
         torch.testing.assert_close(fit.model.fc.weight, slow.state["fc.weight"], atol=1e-5, rtol=0)
 
 
 def test_finished_heads_take_no_more_steps(monkeypatch):
-    sizes, step = [], Stack.step
-    monkeypatch.setattr(Stack, "step", lambda self, *a: sizes.append(len(self)) or step(self, *a))
+    sizes, step = [], StackedTrainer.step
+    monkeypatch.setattr(StackedTrainer, "step", lambda self, *a: sizes.append(len(self)) or step(self, *a))
     settings = [Settings("linear", epochs=30, patience=2, lr=lr) for lr in (1e-2, 1e-9)]  # the second creeps on
     fits = train_together(prepare(toy_view(n=200, splits="given", noise=3.0), settings[0]), settings)
     assert sizes[0] == 2 and sizes[-1] == 1
@@ -212,11 +215,15 @@ def test_finished_heads_take_no_more_steps(monkeypatch):
 
 
 def test_the_way_is_the_faster_one_for_each_kind_of_head():
-    from heads.engine import together
+    from heads.training.engine import make_trainer
 
-    for head, shape, kind in (("linear", (8,), Stack), ("mlp", (8,), Stack), ("large", (5, 8), Loop)):
+    for head, shape, kind in (
+        ("linear", (8,), StackedTrainer),
+        ("mlp", (8,), StackedTrainer),
+        ("large", (5, 8), SequentialTrainer),
+    ):
         own = torch.Generator()
-        assert type(together([make_head(head, shape, 2, own)], [CrossEntropy(2)], [own], [Settings(head)])) is kind
+        assert type(make_trainer([make_head(head, shape, 2, own)], [CrossEntropy(2)], [own], [Settings(head)])) is kind
 
 
 def test_bf16_is_near_fp32_and_not_it(monkeypatch):
@@ -241,7 +248,7 @@ def test_features_beyond_the_budget_are_read_batch_by_batch_to_the_same_end():
     assert kept.config["reading"] == "from memory"
     # the same order of batches from memory gives the same head, to the bit
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(joint, "_batches", lambda s, data, task, window: BalancedBatches(data.y.numpy(), 32, 0, 32))
+    monkey.setattr(loop, "_batches", lambda s, data, task, window: BalancedBatches(data.y.numpy(), 32, 0, 32))
     again = train_head(view, "large", epochs=2)
     monkey.undo()
     assert (again.path / "head.safetensors").read_bytes() == (run.path / "head.safetensors").read_bytes()
@@ -261,14 +268,14 @@ def test_a_shuffle_by_blocks_is_a_permutation_that_stays_near():
 def test_every_image_shows_one_of_its_versions_in_an_epoch():
     n, rng = 50, np.random.default_rng(0)
     order = list(torch.arange(n).repeat(2).split(32))  # every image twice
-    places = torch.cat(versions_of(order, n, 3, rng))
+    places = torch.cat(sample_versions(order, n, 3, rng))
     assert torch.equal(places % n, torch.cat(order))
     assert torch.equal(places[:n], places[n:]), "one version an epoch"
     assert set((places // n).tolist()) == {0, 1, 2}
-    again = torch.cat(versions_of(order, n, 3, rng))
+    again = torch.cat(sample_versions(order, n, 3, rng))
     assert not torch.equal(places, again)
     x = torch.arange(3 * n).float()[:, None]
-    features = Features(x, torch.arange(n), versions=3)
+    features = SplitData(x, torch.arange(n), versions=3)
     batch, y = features.batch(places)
     assert torch.equal(batch[:, 0].long(), places) and torch.equal(y, places % n)
     assert torch.equal(torch.cat(list(features.chunks()))[:, 0], x[:n, 0])
@@ -320,14 +327,14 @@ def test_options_out_of_range_are_refused(options, said):
 
 @pytest.mark.parametrize("size", [1, 4, 5, 8])  # of images; three go through at once
 def test_the_gradients_of_large_are_those_of_autograd(size, monkeypatch):
-    monkeypatch.setattr(large_steps, "AT_ONCE", 3 * 4 * 256 * 12)
+    monkeypatch.setattr(engine, "AT_ONCE", 3 * 4 * 256 * 12)
     own = torch.Generator().manual_seed(0)
     model = make_head("large", (5, 12), 3, own)
     x, y = torch.randn(size, 5, 12, generator=own), torch.randint(3, (size,), generator=own)
     loss = CrossEntropy(3, torch.tensor([0.5, 2.0, 1.0]), 0.1)
     wanted = loss(model(x), y)
     gradients = torch.autograd.grad(wanted, list(model.parameters()))
-    found = large_steps.LargeSteps(model, loss)(x, y)
+    found = engine.LargeSteps(model, loss)(x, y)
     torch.testing.assert_close(found, wanted.detach())
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=2e-6 * float(gradient.abs().max()), rtol=0)

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
 from featurecache.errors import BadOption
-from heads import evaluate as ev
-from heads import metrics
-from heads.jobs import prepare
+from heads.metrics import classification
+from heads.metrics import classification as ev
+from heads.metrics.calibration import Calibration, calibrate, prior_correction, temperature
 from heads.settings import Settings
+from heads.training.job import prepare
 
 
 def sample(n=400, classes=4, seed=0):
@@ -30,7 +31,7 @@ def measured(z, y, kind, **more):
 
 def test_auroc_by_hand():
     """Pairs (positive, negative): 0.9 beats both, 0.4 ties with 0.4 and beats 0.1: (2 + 1.5) / 4."""
-    assert metrics.auroc(np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False])) == 3.5 / 4
+    assert classification.auroc(np.array([0.9, 0.4, 0.4, 0.1]), np.array([True, True, False, False])) == 3.5 / 4
 
 
 @settings(max_examples=60, deadline=None)
@@ -38,11 +39,11 @@ def test_auroc_by_hand():
 def test_ranking_measures_equal_scikit_learn_with_any_ties(pairs):
     score, truth = np.array([p[0] for p in pairs], dtype=float), np.array([p[1] for p in pairs])
     if truth.all() or not truth.any():
-        assert np.isnan(metrics.auroc(score, truth))
+        assert np.isnan(classification.auroc(score, truth))
         return
-    assert metrics.auroc(score, truth) == pytest.approx(sk.roc_auc_score(truth, score))
-    assert metrics.average_precision(score, truth) == pytest.approx(sk.average_precision_score(truth, score))
-    false, found, least = metrics.roc_curve(score, truth)
+    assert classification.auroc(score, truth) == pytest.approx(sk.roc_auc_score(truth, score))
+    assert classification.average_precision(score, truth) == pytest.approx(sk.average_precision_score(truth, score))
+    false, found, least = classification.roc_curve(score, truth)
     for x, y, threshold in zip(false, found, least, strict=True):
         called = score >= threshold
         assert (x, y) == (pytest.approx((called & ~truth).sum() / (~truth).sum()), pytest.approx(called[truth].mean()))
@@ -133,20 +134,20 @@ def test_a_class_absent_from_test_is_undefined_and_left_out_of_the_means():
 def test_scores_keep_the_order_where_probabilities_run_into_one():
     z = np.array([[0.0, 50.0], [0.0, 60.0], [0.0, 70.0], [0.0, -50.0]])
     assert len(set(ev.probabilities("binary", z)[:, 1])) < 4
-    np.testing.assert_allclose(ev.scores("binary", z)[:, 1], [50, 60, 70, -50])
+    np.testing.assert_allclose(ev.measure_scores("binary", z)[:, 1], [50, 60, 70, -50])
 
 
 def test_scores_are_the_log_odds():
     z, _ = sample(classes=5)
     p = ev.probabilities("multiclass", z)
-    np.testing.assert_allclose(ev.scores("multiclass", z), np.log(p / (1 - p)), rtol=1e-9)
+    np.testing.assert_allclose(ev.measure_scores("multiclass", z), np.log(p / (1 - p)), rtol=1e-9)
 
 
 def test_youden_threshold_by_hand():
     """At >= 0.6: sensitivity 1, specificity 2/3; no other cut is as good. Halfway to 0.3 is 0.45."""
     p, truth = np.array([0.1, 0.3, 0.7, 0.6, 0.9]), np.array([False, False, False, True, True])
-    assert metrics.youden_threshold(p, truth) == pytest.approx(0.45)
-    assert metrics.youden_threshold(p, np.ones(5, dtype=bool)) == 0.5
+    assert classification.youden_threshold(p, truth) == pytest.approx(0.45)
+    assert classification.youden_threshold(p, np.ones(5, dtype=bool)) == 0.5
 
 
 @settings(max_examples=60, deadline=None)
@@ -159,21 +160,21 @@ def test_no_threshold_has_a_larger_youden_index(pairs):
     def youden(cut):
         return (p >= cut)[truth].mean() - (p >= cut)[~truth].mean()
 
-    best = youden(metrics.youden_threshold(p, truth))
+    best = youden(classification.youden_threshold(p, truth))
     assert best >= max(youden(cut) for cut in [*p, 0.0, 1.0]) - 1e-12
 
 
 def test_prior_correction_by_hand():
     """Balanced batches of two classes, 10 % in train: log(0.1/0.5), log(0.9/0.5)."""
-    got = ev.prior_correction(np.array([0.1, 0.9]), np.array([0.5, 0.5]))
+    got = prior_correction(np.array([0.1, 0.9]), np.array([0.5, 0.5]))
     np.testing.assert_allclose(got, [np.log(0.2), np.log(1.8)])
-    assert ev.prior_correction(np.array([0.5, 0.5, 0]), np.array([0.5, 0.5, 0])).tolist() == [0, 0, 0]
+    assert prior_correction(np.array([0.5, 0.5, 0]), np.array([0.5, 0.5, 0])).tolist() == [0, 0, 0]
 
 
 def test_prior_correction_gives_the_posterior_of_the_true_prevalence():
     """Two Gaussians at -1 and 1: trained balanced, the ideal logit is 2x; at prevalence 0.1 it is 2x + log(1/9)."""
     x = np.linspace(-3, 3, 7)
-    z = np.stack([np.zeros(7), 2 * x], axis=1) + ev.prior_correction(np.array([0.9, 0.1]), np.array([0.5, 0.5]))
+    z = np.stack([np.zeros(7), 2 * x], axis=1) + prior_correction(np.array([0.9, 0.1]), np.array([0.5, 0.5]))
     joint = np.stack([0.9 * np.exp(-((x + 1) ** 2) / 2), 0.1 * np.exp(-((x - 1) ** 2) / 2)], axis=1)
     np.testing.assert_allclose(ev.probabilities("binary", z), joint / joint.sum(1, keepdims=True))
 
@@ -189,38 +190,38 @@ def test_temperature_is_that_of_the_smallest_nll(kind, factor):
     found = minimize_scalar(
         lambda t: ev.nll(kind, z / np.exp(t), y), bounds=(-3, 3), method="bounded", options={"xatol": 1e-9}
     )
-    assert ev.temperature(kind, z, y) == pytest.approx(np.exp(found.x), rel=1e-5)
+    assert temperature(kind, z, y) == pytest.approx(np.exp(found.x), rel=1e-5)
 
 
 def test_a_val_separated_without_error_leaves_the_temperature_at_one():
     z, y = np.array([[3.0, 0.0], [0.0, 2.0]]), np.array([0, 1])
-    calibration, note = ev.calibrate("binary", z, y, np.zeros(2), 1)
+    calibration, note = calibrate("binary", z, y, np.zeros(2), 1)
     assert calibration.temperature == 1.0
     assert "separated without error" in note
 
 
 def test_calibration_goes_to_json_and_back():
-    calibration = ev.Calibration((0.1, -0.2), 1.5, (0.3,))
-    assert ev.Calibration.from_dict(calibration.to_dict()) == calibration
+    calibration = Calibration((0.1, -0.2), 1.5, (0.3,))
+    assert Calibration.from_dict(calibration.to_dict()) == calibration
     np.testing.assert_allclose(calibration(np.array([[1.0, 1.0]])), [[1.1 / 1.5, 0.8 / 1.5]])
 
 
 def test_binary_calls_by_the_threshold_and_others_by_the_largest():
     p = np.array([[0.7, 0.3], [0.9, 0.1]])
-    assert ev.call("binary", p, (0.2,), 1).tolist() == [1, 0]
-    assert ev.call("binary", p, (0.8,), 0).tolist() == [1, 0]
-    assert ev.call("multiclass", p, (), None).tolist() == [0, 0]
-    assert ev.call("multilabel", p, (0.8, 0.2), None).tolist() == [[False, True], [True, False]]
+    assert ev.predict_labels("binary", p, (0.2,), 1).tolist() == [1, 0]
+    assert ev.predict_labels("binary", p, (0.8,), 0).tolist() == [1, 0]
+    assert ev.predict_labels("multiclass", p, (), None).tolist() == [0, 0]
+    assert ev.predict_labels("multilabel", p, (0.8, 0.2), None).tolist() == [[False, True], [True, False]]
 
 
 def test_the_threshold_for_a_wanted_sensitivity_by_hand():
     """Positives at 0.9, 0.8, 0.6, 0.3: three of four need 0.6; the next below is the negative at 0.5."""
     p = np.array([0.9, 0.8, 0.6, 0.3, 0.5, 0.1])
     truth = np.array([True, True, True, True, False, False])
-    assert metrics.sensitivity_threshold(p, truth, 0.75) == pytest.approx(0.55)
-    assert metrics.sensitivity_threshold(p, truth, 0.76) == pytest.approx(0.2)
-    assert metrics.sensitivity_threshold(p, truth, 1.0) == pytest.approx(0.2)
-    assert metrics.sensitivity_threshold(p, np.zeros(6, dtype=bool), 0.9) == 0.5
+    assert classification.sensitivity_threshold(p, truth, 0.75) == pytest.approx(0.55)
+    assert classification.sensitivity_threshold(p, truth, 0.76) == pytest.approx(0.2)
+    assert classification.sensitivity_threshold(p, truth, 1.0) == pytest.approx(0.2)
+    assert classification.sensitivity_threshold(p, np.zeros(6, dtype=bool), 0.9) == 0.5
 
 
 @settings(max_examples=60, deadline=None)
@@ -229,7 +230,7 @@ def test_no_higher_threshold_reaches_the_wanted_sensitivity(pairs, wanted):
     p, truth = np.array([a for a, _ in pairs]), np.array([b for _, b in pairs])
     if not truth.any():
         return
-    cut = metrics.sensitivity_threshold(p, truth, wanted)
+    cut = classification.sensitivity_threshold(p, truth, wanted)
     assert (p >= cut)[truth].mean() >= wanted - 1e-9
     assert all(
         (p >= higher)[truth].mean() < wanted - 1e-9 for higher in p[p > cut] if (p >= higher).sum() < (p >= cut).sum()
@@ -241,7 +242,7 @@ def test_a_wanted_sensitivity_is_reached_on_val_for_each_label_and_refused_for_s
     y = (rng.random((200, 2)) < 0.4).astype(np.float32)
     y[:40, 0] = np.nan
     z = rng.normal(size=(200, 2)) + np.nan_to_num(y)
-    calibration, _ = ev.calibrate("multilabel", z, y, np.zeros(2), None, 0.9)
+    calibration, _ = calibrate("multilabel", z, y, np.zeros(2), None, 0.9)
     p = ev.probabilities("multilabel", calibration(z))
     for c in (0, 1):
         found = (p[:, c] >= calibration.thresholds[c])[y[:, c] == 1].mean()
@@ -254,8 +255,8 @@ def test_calibration_error_by_hand():
     """30 rows in bins of two: 0.2 with none of two right, 0.9 with one of two: (2·0.2 + 2·0.4) / 4, twice and more."""
     p = np.repeat([0.1, 0.2, 0.9], [26, 2, 2])
     truth = np.repeat([0, 0, 1, 0], [26, 2, 1, 1]).astype(float)
-    assert metrics.calibration_error(p, truth) == pytest.approx((26 * 0.1 + 2 * 0.2 + 2 * 0.4) / 30)
-    assert np.isnan(metrics.calibration_error(np.zeros(0), np.zeros(0)))
+    assert classification.calibration_error(p, truth) == pytest.approx((26 * 0.1 + 2 * 0.2 + 2 * 0.4) / 30)
+    assert np.isnan(classification.calibration_error(np.zeros(0), np.zeros(0)))
 
 
 def test_reliability_bins_equal_scikit_learns_quantile_bins():
@@ -265,24 +266,26 @@ def test_reliability_bins_equal_scikit_learns_quantile_bins():
     p = rng.random(300)
     truth = rng.random(300) < p**2
     share, mean = calibration_curve(truth, p, n_bins=15, strategy="quantile")
-    found = metrics.reliability(p, truth)
+    found = classification.reliability(p, truth)
     np.testing.assert_allclose([b["p"] for b in found], mean)
     np.testing.assert_allclose([b["share"] for b in found], share)
     assert [b["n"] for b in found] == [20] * 15
-    assert metrics.calibration_error(p, truth) == pytest.approx(np.abs(mean - share).mean())
+    assert classification.calibration_error(p, truth) == pytest.approx(np.abs(mean - share).mean())
 
 
 def test_equal_probabilities_share_a_bin_whatever_the_order_of_the_rows():
     p, truth = np.repeat([0.2, 0.7], [40, 20]), np.tile([1.0, 0.0], 30)
     order = np.random.default_rng(0).permutation(60)
-    assert len(metrics.reliability(p, truth)) == 2
-    assert metrics.calibration_error(p, truth) == pytest.approx(metrics.calibration_error(p[order], truth[order]))
+    assert len(classification.reliability(p, truth)) == 2
+    assert classification.calibration_error(p, truth) == pytest.approx(
+        classification.calibration_error(p[order], truth[order])
+    )
 
 
 def test_of_several_classes_the_surest_answer_is_judged():
     z, y = sample(classes=3)
     p = ev.probabilities("multiclass", z)
-    sure, true = ev.sureness("multiclass", p, y, None)
+    sure, true = ev.confidence("multiclass", p, y, None)
     assert (sure == p.max(1)).all()
     assert (true == (p.argmax(1) == y)).all()
-    assert measured(z, y, "multiclass")["ece"] == pytest.approx(metrics.calibration_error(sure, true))
+    assert measured(z, y, "multiclass")["ece"] == pytest.approx(classification.calibration_error(sure, true))

@@ -12,8 +12,8 @@ import torch
 from fake_view import label_view, toy_view
 
 import featurecache
-from heads.prediction import answers, as_csv, as_json, as_table, predict
-from heads.train import train_head
+from heads.api import train_head
+from heads.inference import answers, as_csv, as_json, as_table, predict
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_multilabel_records_have_all_labels_above_their_thresholds(tmp_path, mon
 def test_many_images_are_computed_in_pieces(asked, monkeypatch):
     view, calls = asked
     run = train_head(view, "linear", epochs=1)
-    monkeypatch.setattr("heads.prediction.HELD", (5, 100))
+    monkeypatch.setattr("heads.inference.HELD", (5, 100))
     records = predict(run, [str(i).encode() for i in range(10, 22)])
     assert [len(images) for images, *_ in calls] == [3, 3, 3, 3]
     whole = run.logits(view.features["cls"][10:22])

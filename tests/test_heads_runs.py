@@ -18,10 +18,11 @@ from fake_view import FakeView, label_view, toy_view
 from safetensors.torch import load_file
 
 from featurecache.errors import CannotWrite, RunError
-from heads import tables
-from heads.run_folder import run_target
-from heads.runs import list_runs, load_run
-from heads.train import train_head
+from heads.api import train_head
+from heads.metrics.classification import UNTRAINED
+from heads.reports import text as reports_text
+from heads.runs.run import list_runs, load_run
+from heads.runs.write import run_target
 
 FILES = {
     "config.json", "metrics.json", "metrics.csv", "history.csv", "predictions.csv", "splits.csv",
@@ -158,7 +159,7 @@ def test_a_disk_that_fails_while_writing_leaves_nothing(monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("featurecache.files.sync_path", full)
+    monkeypatch.setattr("featurecache.files.atomic.sync_path", full)
     with pytest.raises(CannotWrite, match="No space left on device"):
         quick()
     assert list(Path("runs").iterdir()) == []
@@ -172,7 +173,7 @@ def test_a_run_killed_while_writing_never_looks_finished():
         "import heads.reports.plots\n"
         "def kill(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
         "heads.reports.plots.draw_plots = kill\n"
-        "from heads.train import train_head\n"
+        "from heads.api import train_head\n"
         "train_head(toy_view(), 'linear', epochs=1)\n"
     )
     tests = Path(__file__).parent
@@ -235,15 +236,15 @@ def test_list_runs_passes_over_what_is_no_run():
     Path("runs/other").mkdir()
     Path("runs/other/config.json").write_text("{}")
     assert [run.path for run in list_runs()] == [a.path, b.path]
-    text = tables.runs_table(list_runs())
+    text = reports_text.runs_table(list_runs())
     assert "runs/toy-linear-1" in text
     assert "vit-toy/toy cls" in text
     assert list_runs("nowhere") == []
-    assert "no runs yet" in tables.runs_table([])
+    assert "no runs yet" in reports_text.runs_table([])
 
 
 def test_the_final_table_has_val_and_test_and_names_the_positive_class():
-    text = tables.final_table(quick())
+    text = reports_text.final_table(quick())
     lines = text.splitlines()
     assert lines[0].split("  ")[-1] == "test (read once)"
     assert [line.split()[0] for line in lines[1:12]] == [
@@ -259,21 +260,21 @@ def untrained(control_rows=3) -> FakeView:
 
 def test_untrained_weights_bring_the_controls_first_and_one_sentence(monkeypatch):
     monkeypatch.setattr(
-        "heads.controls.pixels",
+        "heads.evaluation.controls.pixels",
         lambda *a: {"name": "pixels, logistic regression", "val": None, "test": None, "note": "gone"},
     )
     run = quick(untrained())
-    lines = tables.final_table(run).splitlines()
+    lines = reports_text.final_table(run).splitlines()
     assert [line.split("  ")[0] for line in lines[1:4]] == ["chance", "majority class", "pixels, logistic regression"]
     assert lines[4].startswith("linear on cls")
     assert "pixels, logistic regression: gone" in lines
-    assert tables.final_table(run).count(tables.UNTRAINED) == 1
+    assert reports_text.final_table(run).count(UNTRAINED) == 1
 
 
 def test_a_comparison_is_ordered_by_val_alone():
     view = toy_view(n=300, splits="given", noise=2)
     compared = [quick(view), quick(view, head="large"), quick(view, lr=1e-5)]
-    lines = tables.comparison_table(compared).splitlines()
+    lines = reports_text.comparison_table(compared).splitlines()
     shown = [float(line.split()[4]) for line in lines[1:]]
     assert shown == sorted(shown, reverse=True)
     assert "do not compare" not in lines[-1]
@@ -281,7 +282,7 @@ def test_a_comparison_is_ordered_by_val_alone():
 
 def test_a_comparison_of_different_test_sets_says_so():
     view = toy_view(n=300, noise=2)
-    assert "do not compare" in tables.comparison_table([quick(view), quick(view, split_seed=1)])
+    assert "do not compare" in reports_text.comparison_table([quick(view), quick(view, split_seed=1)])
 
 
 def test_pictures_of_many_classes_and_of_labels_are_drawn():

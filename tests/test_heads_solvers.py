@@ -10,10 +10,10 @@ import torch
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
-from heads import solvers
-from heads.architectures import HEADS, load_head, make_head
-from heads.solvers import LOW, SOLVERS, path_logits
-from heads.vector_heads import FLOOR, Neighbours
+from heads.models import solvers
+from heads.models.catalogue import HEADS, load_head, make_head
+from heads.models.solvers import LOW, SOLVERS, path_logits
+from heads.models.vector import FLOOR, KNearest
 
 
 def toy(n=120, width=9, classes=3, seed=0):
@@ -142,8 +142,8 @@ def test_logreg_says_where_it_has_not_converged(monkeypatch):
 
 
 def test_knn_is_scikit_learns_by_cosine_with_the_votes_of_wu_et_al(monkeypatch):
-    monkeypatch.setattr("heads.vector_heads.ROWS", 32)  # several blocks
-    monkeypatch.setattr("heads.vector_heads.QUERIES", 50)
+    monkeypatch.setattr("heads.models.vector.ROWS", 32)  # several blocks
+    monkeypatch.setattr("heads.models.vector.QUERIES", 50)
     x, y = toy(230)
     query, _ = toy(70, seed=5)
     for setting, model in solve("knn", x, y):
@@ -291,7 +291,7 @@ def test_solving_draws_nothing_from_torch_and_is_the_same_again(name):
     ],
 )
 def test_a_damaged_knn_is_refused(change, said):
-    state = Neighbours.of(torch.eye(6), torch.tensor([0, 1, 2, 0, 1, 2]), 3, k=2, temperature=0.1).state_dict()
+    state = KNearest.of(torch.eye(6), torch.tensor([0, 1, 2, 0, 1, 2]), 3, k=2, temperature=0.1).state_dict()
     state = {key: value for key, value in ({**state, **change}).items() if value is not None}
     with pytest.raises(ValueError, match=said):
         load_head("knn", (6,), 3, state)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featurecache.errors import BadOption, ProtocolError
-from heads.data import task_of
-from heads.drawing import draw_nested
-from heads.splits import choose_splits, class_counts, draw, read_splits, splits_csv, units_of
+from heads.splits import choose_splits, class_counts, read_splits, splits_csv
+from heads.stratify import connected_units, nested_fraction, stratified_parts
+from heads.task import task_of
 
 
 def split(view, **options):
@@ -41,7 +41,7 @@ def test_nothing_given_is_70_15_15_of_every_class():
 def test_fractions_of_small_classes_add_up_over_classes():
     """100 classes of 2: 70/15/15 of each is 1.4/0.3/0.3; carried on, the totals are 140/30/30."""
     labels = np.repeat(np.arange(100), 2)
-    parts = draw(labels, np.arange(200), np.array([0.7, 0.15, 0.15]), 0)
+    parts = stratified_parts(labels, np.arange(200), np.array([0.7, 0.15, 0.15]), 0)
     assert np.bincount(parts).tolist() == [140, 30, 30]
 
 
@@ -80,7 +80,7 @@ def test_the_split_seed_decides_and_another_gives_another():
 
 def test_groups_and_copies_stay_together_directly_and_through_each_other():
     digests = np.array([b"a", b"a", b"b", b"c", b"d", b"e"])
-    units = units_of(digests, ["p1", "p2", "p2", "", "", "p3"])
+    units = connected_units(digests, ["p1", "p2", "p2", "", "", "p3"])
     assert units[0] == units[1] == units[2]  # a copy joins patients p1 and p2
     assert len(set(units[2:])) == 4  # an empty group joins nothing
 
@@ -90,7 +90,7 @@ def test_groups_and_copies_stay_together_directly_and_through_each_other():
 def test_no_group_is_ever_divided(seed, classes):
     rng = np.random.default_rng(seed)
     groups = rng.integers(0, 60, 300)
-    parts = draw(rng.integers(0, classes, 300), groups, np.array([0.7, 0.15, 0.15]), seed)
+    parts = stratified_parts(rng.integers(0, classes, 300), groups, np.array([0.7, 0.15, 0.15]), seed)
     assert all(len(set(parts[groups == g])) == 1 for g in set(groups))
     assert abs((parts == 0).mean() - 0.7) < 0.06
 
@@ -317,7 +317,7 @@ def test_a_fraction_takes_its_share_of_every_class_within_a_unit(labels, fractio
     labels = np.array(labels)
     units = np.random.default_rng(seed).integers(0, len(labels) // largest, len(labels)) if largest > 1 else None
     units = np.arange(len(labels)) if units is None else units + 1000 * labels  # of one class each
-    kept = draw_nested(labels, units, fraction, seed)
+    kept = nested_fraction(labels, units, fraction, seed)
     assert all(len(set(kept[units == u])) == 1 for u in np.unique(units))
     for c in np.unique(labels):
         biggest = np.bincount(units[labels == c]).max()
@@ -328,7 +328,7 @@ def test_a_fraction_takes_its_share_of_every_class_within_a_unit(labels, fractio
 def test_a_fraction_of_many_classes_adds_up():
     """100 classes of 15: 10 % are 1.5 of each and 150 of all."""
     labels = np.repeat(np.arange(100), 15)
-    kept = draw_nested(labels, np.arange(1500), 0.1, 0)
+    kept = nested_fraction(labels, np.arange(1500), 0.1, 0)
     assert kept.sum() == 150
     assert set(np.bincount(labels[kept])) == {1, 2}
 
@@ -346,7 +346,7 @@ def test_groups_and_copies_stay_whole_in_a_fraction():
     digests = np.array([f"{i - (i % 10 == 1):032x}".encode() for i in range(420)])
     view = toy_view(n=420, groups=groups, digests=digests)
     chosen, _ = split(view, fraction=0.3)
-    units = units_of(view.digests, groups)
+    units = connected_units(view.digests, groups)
     for unit in np.unique(units):
         assert len(set(chosen.names[units == unit].tolist())) == 1
 

@@ -9,11 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from heads import evaluate as ev
-from heads import statistics
-from heads.intervals import Estimates, Part, Resampler, bootstrap
-from heads.resampling import Draws, units_for
-from heads.weighted import Said, Weighted
+from heads.metrics import classification as ev
+from heads.metrics import significance
+from heads.metrics.classification import CalibratedPredictions, WeightedMeasures
+from heads.metrics.intervals import (
+    BootstrapWeights,
+    EvaluationSet,
+    FamilyEstimates,
+    SharedResamples,
+    bootstrap,
+    units_for,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,13 +28,13 @@ from heads.weighted import Said, Weighted
 )
 def test_wilson_as_published(hits, n, low, high):
     """Newcombe (1998), table I, method 3."""
-    assert statistics.wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
-    mirrored = statistics.wilson(n - hits, n)
+    assert significance.wilson(hits, n) == pytest.approx((low, high), abs=5e-5)
+    mirrored = significance.wilson(n - hits, n)
     assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
 def test_wilson_of_nothing_is_undefined():
-    assert np.isnan(statistics.wilson(0, 0)).all()
+    assert np.isnan(significance.wilson(0, 0)).all()
 
 
 def test_mcnemar_of_agrestis_approval_ratings():
@@ -37,8 +43,8 @@ def test_mcnemar_of_agrestis_approval_ratings():
 
     first = np.repeat([True, True, False, False], [794, 150, 86, 570])
     second = np.repeat([True, False, True, False], [794, 150, 86, 570])
-    assert statistics.mcnemar(first, second) == pytest.approx(mcnemar([[794, 150], [86, 570]], exact=True).pvalue)
-    assert statistics.mcnemar(first, first) == 1.0
+    assert significance.mcnemar(first, second) == pytest.approx(mcnemar([[794, 150], [86, 570]], exact=True).pvalue)
+    assert significance.mcnemar(first, first) == 1.0
 
 
 # DeLong, DeLong & Clarke-Pearson (1988), as in SAS/STAT's example of PROC LOGISTIC: albumin, total protein, K-G score,
@@ -71,32 +77,32 @@ def test_delong_on_the_data_of_its_paper():
     albumin, protein, score, helped = np.array(OVARIAN.split(), dtype=float).reshape(-1, 4).T
     truth = helped == 1
     for other in (albumin, protein):
-        found = statistics.delong(other, 10 - score, truth)
+        found = significance.delong(other, 10 - score, truth)
         assert found == pytest.approx(delong_by_pairs(other, 10 - score, truth))
         assert found[0] == pytest.approx(sk.roc_auc_score(truth, other) - sk.roc_auc_score(truth, 10 - score))
-    assert statistics.delong(albumin, 2 * albumin, truth)[2] == 1.0
+    assert significance.delong(albumin, 2 * albumin, truth)[2] == 1.0
 
 
 def test_holm_equals_statsmodels():
     from statsmodels.stats.multitest import multipletests
 
     for ps in ([0.01, 0.04, 0.03, 0.005], [0.5], [0.04, 0.04, 0.9], [0.02, 0.6, 0.5, 1.0, 0.0]):
-        assert statistics.holm(ps) == pytest.approx(multipletests(ps, method="holm")[1])
+        assert significance.holm(ps) == pytest.approx(multipletests(ps, method="holm")[1])
 
 
 def test_nadeau_and_bengios_t_by_hand():
     """Differences 0.01, 0.02, 0.03 on 3 folds with 1 tested for 2 trained on: s² = 0.0001, variance
     (1/3 + 1/2) 0.0001, t = 0.02 / 0.00912871 = 2.19089 on 2 degrees."""
-    low, high, p = statistics.corrected_t(np.array([0.01, 0.02, 0.03]), 0.5)
+    low, high, p = significance.corrected_t(np.array([0.01, 0.02, 0.03]), 0.5)
     assert p == pytest.approx(2 * stats.t.sf(2.190890, 2), rel=1e-5)
     assert (low, high) == pytest.approx((0.02 - 4.302653 * 0.00912871, 0.02 + 4.302653 * 0.00912871), rel=1e-5)
     plain = stats.ttest_1samp([0.01, 0.02, 0.03], 0.0).pvalue
-    assert p > statistics.corrected_t(np.array([0.01, 0.02, 0.03]), 0.0)[2] == pytest.approx(plain)
+    assert p > significance.corrected_t(np.array([0.01, 0.02, 0.03]), 0.0)[2] == pytest.approx(plain)
 
 
 def test_the_p_of_a_bootstrap_is_never_zero():
-    assert statistics.sign_share(np.full(1999, 0.1)) == 2 / 2000
-    assert statistics.sign_share(np.array([-1.0, 1.0, np.nan])) == 1.0
+    assert significance.sign_share(np.full(1999, 0.1)) == 2 / 2000
+    assert significance.sign_share(np.array([-1.0, 1.0, np.nan])) == 1.0
 
 
 KINDS = ["binary", "multiclass", "ordinal", "many", "multilabel"]
@@ -112,13 +118,13 @@ def said(kind, n=160, ties=False, seed=0):
     if kind == "multilabel":
         labels = (rng.random((n, count)) < 0.3).astype(np.float32)
         labels[rng.random(labels.shape) < 0.2] = np.nan
-        return Said(kind, z, labels, None, (0.5, 0.4, 0.6))
+        return CalibratedPredictions(kind, z, labels, None, (0.5, 0.4, 0.6))
     if kind == "binary":
-        return Said(kind, z, y, 1, (0.4,))
-    return Said("multiclass" if kind == "many" else kind, z, y)
+        return CalibratedPredictions(kind, z, y, 1, (0.4,))
+    return CalibratedPredictions("multiclass" if kind == "many" else kind, z, y)
 
 
-def evaluated(one: Said, rows):
+def evaluated(one: CalibratedPredictions, rows):
     names = tuple(f"c{c}" for c in range(one.z.shape[1]))
     return ev.evaluate(one.kind, names, one.z[rows], one.y[rows], positive=one.positive, cuts=one.cuts)
 
@@ -128,7 +134,7 @@ def evaluated(one: Said, rows):
 def test_a_weight_is_as_good_as_that_many_copies_of_the_row(kind, ties):
     one, rng = said(kind, ties=ties), np.random.default_rng(1)
     weights = np.stack([np.ones(160), rng.integers(0, 4, 160), rng.integers(1, 3, 160)], axis=1)
-    overall, of_class = Weighted(one)(weights.astype(np.float32))
+    overall, of_class = WeightedMeasures(one)(weights.astype(np.float32))
     for column in range(3):
         want = evaluated(one, np.repeat(np.arange(160), weights[:, column].astype(int)))
         own = {name for name, value in want.items() if isinstance(value, float)}
@@ -146,8 +152,10 @@ def test_a_weight_is_as_good_as_that_many_copies_of_the_row(kind, ties):
 @given(st.lists(st.tuples(st.integers(-2, 2), st.booleans(), st.integers(0, 3)), min_size=2, max_size=40))
 def test_weighted_rankings_equal_scikit_learn_with_any_ties(rows):
     score, truth, weight = (np.array(column) for column in zip(*rows, strict=True))
-    one = Said("binary", np.stack([np.zeros(len(rows)), score.astype(float)], axis=1), truth.astype(int), 1, (0.5,))
-    overall, _ = Weighted(one)(weight[:, None].astype(np.float32))
+    one = CalibratedPredictions(
+        "binary", np.stack([np.zeros(len(rows)), score.astype(float)], axis=1), truth.astype(int), 1, (0.5,)
+    )
+    overall, _ = WeightedMeasures(one)(weight[:, None].astype(np.float32))
     if not weight[truth].sum():
         assert np.isnan([overall["auroc"][0], overall["ap"][0]]).all()
         return
@@ -163,7 +171,7 @@ def test_a_class_missing_in_a_resample_makes_its_mean_undefined_there():
     """Never the mean over the classes that happen to be left: that would be another measure."""
     one = said("multiclass")
     weights = np.stack([np.ones(160), one.y != 2], axis=1).astype(np.float32)
-    overall, of_class = Weighted(one)(weights)
+    overall, of_class = WeightedMeasures(one)(weights)
     assert np.isfinite(overall["auroc"][0])
     for name in ("auroc", "ap", "balanced_accuracy"):
         assert np.isnan(overall[name][1]), name
@@ -174,20 +182,20 @@ def test_a_class_missing_in_a_resample_makes_its_mean_undefined_there():
 def test_a_class_that_test_does_not_have_is_left_out_of_every_mean():
     one = said("multiclass")
     there = one.y != 3
-    absent = Said(one.kind, one.z[there], one.y[there])
-    overall, _ = Weighted(absent)(np.ones((there.sum(), 2), dtype=np.float32))
+    absent = CalibratedPredictions(one.kind, one.z[there], one.y[there])
+    overall, _ = WeightedMeasures(absent)(np.ones((there.sum(), 2), dtype=np.float32))
     assert overall["auroc"][0] == pytest.approx(evaluated(absent, np.arange(there.sum()))["auroc"])
 
 
 def test_images_are_drawn_within_their_class_and_clusters_whole():
     y = np.repeat([0, 1], [30, 12])
-    for weights in Draws(units_for(np.arange(42), y), 50):
+    for weights in BootstrapWeights(units_for(np.arange(42), y), 50):
         assert (weights[y == 0].sum(axis=0) == 30).all()
         assert (weights[y == 1].sum(axis=0) == 12).all()
     clusters = np.repeat(np.arange(14), 3)
     units = units_for(clusters, y)
     assert units.clustered
-    for weights in Draws(units, 50):
+    for weights in BootstrapWeights(units, 50):
         grouped = weights.reshape(14, 3, -1)
         assert (grouped == grouped[:, :1]).all()
         assert (grouped[:, 0].sum(axis=0) == 14).all()
@@ -207,27 +215,27 @@ def test_strata_of_a_few_clusters_are_one_so_that_none_is_drawn_the_same_every_t
 
 def test_the_same_seed_draws_the_same_and_another_another():
     units = units_for(np.arange(100), np.zeros(100, dtype=int))
-    first, again, other = (np.concatenate(list(Draws(units, 60, seed)), axis=1) for seed in (0, 0, 1))
+    first, again, other = (np.concatenate(list(BootstrapWeights(units, 60, seed)), axis=1) for seed in (0, 0, 1))
     assert (first == again).all()
     assert (first != other).any()
-    draws = Draws(units, 60)
+    draws = BootstrapWeights(units, 60)
     assert all((a == b).all() for a, b in zip(list(draws), list(draws), strict=True))
 
 
 def test_each_row_is_drawn_once_on_average_with_the_variance_of_a_multinomial():
-    weights = np.concatenate(list(Draws(units_for(np.arange(50), np.zeros(50, dtype=int)), 20_000)), axis=1)
+    weights = np.concatenate(list(BootstrapWeights(units_for(np.arange(50), np.zeros(50, dtype=int)), 20_000)), axis=1)
     np.testing.assert_allclose(weights.mean(axis=1), 1, atol=0.05)
     np.testing.assert_allclose(weights.var(axis=1), 1 - 1 / 50, atol=0.06)
 
 
 def one_part(one, clusters=None, heads=1):
     clusters = np.arange(len(one.z)) if clusters is None else clusters
-    return Part("k", clusters, (one,) * heads, 100.0)
+    return EvaluationSet("k", clusters, (one,) * heads, 100.0)
 
 
 def estimates(one, clusters=None, resamples=400, heads=1):
     names = [f"c{c}" for c in range(one.z.shape[1])]
-    return Estimates([one_part(one, clusters, heads)], names, Resampler(resamples))
+    return FamilyEstimates([one_part(one, clusters, heads)], names, SharedResamples(resamples))
 
 
 def test_proportions_are_wilsons_and_everything_else_a_bootstrap():
@@ -235,10 +243,10 @@ def test_proportions_are_wilsons_and_everything_else_a_bootstrap():
     one = said("binary")
     called, truth = one.called == 1, one.y == 1
     assert (found["sensitivity"].low, found["sensitivity"].high) == pytest.approx(
-        statistics.wilson(int((called & truth).sum()), int(truth.sum()))
+        significance.wilson(int((called & truth).sum()), int(truth.sum()))
     )
     assert (found["ppv"].low, found["ppv"].high) == pytest.approx(
-        statistics.wilson(int((called & truth).sum()), int(called.sum()))
+        significance.wilson(int((called & truth).sum()), int(called.sum()))
     )
     assert {m: e.method for m, e in found.items()} == {
         **dict.fromkeys(("sensitivity", "specificity", "ppv", "npv", "accuracy"), "Wilson"),
@@ -253,7 +261,7 @@ def test_the_bootstrap_is_the_one_written_out():
     found = estimates(one, resamples=100)
     rows = [
         np.repeat(np.arange(160), w.astype(int))
-        for block in Draws(one_part(one).units, 100)
+        for block in BootstrapWeights(one_part(one).units, 100)
         for w in block.T
     ]  # fmt: skip
     areas = [sk.roc_auc_score(one.y[r], one.z[r, 1] - one.z[r, 0]) for r in rows]
@@ -266,11 +274,11 @@ def test_at_0_or_100_percent_wilson_counts_clusters_not_images():
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], 40)
     z = np.stack([np.where(y == 0, 2.0, -2.0), np.zeros(80)], axis=1) + 0.01 * rng.normal(size=(80, 2))
-    perfect, clusters = Said("binary", z, y, 1, (0.5,)), np.repeat(np.arange(20), 4)
+    perfect, clusters = CalibratedPredictions("binary", z, y, 1, (0.5,)), np.repeat(np.arange(20), 4)
     alone, grouped = (estimates(perfect, c).estimate("sensitivity") for c in (None, clusters))
     assert (alone.value, grouped.value) == (1.0, 1.0)
-    assert alone.low == pytest.approx(statistics.wilson(40, 40)[0])
-    assert grouped.low == pytest.approx(statistics.wilson(10, 10)[0])  # ten clusters hold positives
+    assert alone.low == pytest.approx(significance.wilson(40, 40)[0])
+    assert grouped.low == pytest.approx(significance.wilson(10, 10)[0])  # ten clusters hold positives
     assert "10 clusters" in grouped.method
 
 
@@ -279,7 +287,7 @@ def test_clusters_make_proportions_a_cluster_bootstrap_and_wider():
     of_group = rng.normal(size=30)
     y = np.tile([0, 1], 150)
     z = np.stack([np.zeros(300), 1.2 * y - 0.6 + 1.5 * np.repeat(of_group, 10)], axis=1)
-    one, clusters = Said("binary", z, y, 1, (0.5,)), np.repeat(np.arange(30), 10)
+    one, clusters = CalibratedPredictions("binary", z, y, 1, (0.5,)), np.repeat(np.arange(30), 10)
     alone, grouped = (estimates(one, c).estimate("sensitivity") for c in (None, clusters))
     assert grouped.method == "cluster bootstrap"
     assert grouped.high - grouped.low > 1.5 * (alone.high - alone.low)
@@ -291,9 +299,10 @@ def test_several_seeds_are_averaged_within_each_resample():
     alone, thrice = (estimates(one, heads=k).estimate("auroc") for k in (1, 3))
     assert (alone.low, alone.high) == pytest.approx((thrice.low, thrice.high))
     other = [
-        Said(one.kind, one.z + np.random.default_rng(s).normal(size=one.z.shape), one.y, 1, (0.4,)) for s in (1, 2)
+        CalibratedPredictions(one.kind, one.z + np.random.default_rng(s).normal(size=one.z.shape), one.y, 1, (0.4,))
+        for s in (1, 2)
     ]
-    mean = Estimates([Part("k", np.arange(160), (one, *other))], ["a", "b"], Resampler(300))
+    mean = FamilyEstimates([EvaluationSet("k", np.arange(160), (one, *other))], ["a", "b"], SharedResamples(300))
     areas = [sk.roc_auc_score(s.y, s.z[:, 1] - s.z[:, 0]) for s in (one, *other)]
     assert mean.value("auroc") == pytest.approx(np.mean(areas))
     assert mean.estimate("accuracy").method == "bootstrap"
@@ -314,7 +323,7 @@ def test_a_rare_label_is_undefined_in_some_resamples_and_that_is_said():
     y[::2, 1] = 1
     y[:4] = [[1, np.nan], [np.nan, 0], [np.nan, 1], [0, np.nan]]  # patterns of one image each: drawn together
     z = np.random.default_rng(0).normal(size=(60, 2))
-    found = estimates(Said("multilabel", z, y, None, (0.5, 0.5))).of_classes()
+    found = estimates(CalibratedPredictions("multilabel", z, y, None, (0.5, 0.5))).of_classes()
     assert "undefined in" in found["c0"]["auroc"].method
     assert found["c1"]["auroc"].method == "bootstrap"
 
@@ -325,20 +334,25 @@ def test_folds_are_averaged_and_never_pooled():
     for fold, shift in enumerate((0.0, 50.0)):
         one = said("binary", seed=fold)
         parts.append(
-            Part(str(fold), np.arange(160), (Said("binary", one.z + np.array([0, shift]), one.y, 1, (0.5,)),), 160.0)
+            EvaluationSet(
+                str(fold),
+                np.arange(160),
+                (CalibratedPredictions("binary", one.z + np.array([0, shift]), one.y, 1, (0.5,)),),
+                160.0,
+            )
         )
-    found = Estimates(parts, ["a", "b"], Resampler(100))
+    found = FamilyEstimates(parts, ["a", "b"], SharedResamples(100))
     areas = np.array([sk.roc_auc_score(p.y, p.said[0].z[:, 1] - p.said[0].z[:, 0]) for p in parts])
     estimate = found.estimate("auroc")
     assert estimate.value == pytest.approx(areas.mean())
-    low, high, _ = statistics.corrected_t(areas, 1.0)
+    low, high, _ = significance.corrected_t(areas, 1.0)
     assert (estimate.low, estimate.high) == pytest.approx((max(low, 0), min(high, 1)))
     assert "2 sets of test images" in estimate.method
 
 
 def test_ppv_and_npv_at_a_prevalence_by_bayes():
     """Altman & Bland (1994): 0.90 sensitive, 0.75 specific at a prevalence of 0.25 would give 0.5455 and 0.9574."""
-    from heads.metrics import predictive_values
+    from heads.metrics.classification import predictive_values
 
     assert predictive_values(0.9, 0.75, 0.25) == pytest.approx((0.9 * 0.25 / 0.4125, 0.75 * 0.75 / 0.5875))
     one = said("binary")
@@ -366,14 +380,16 @@ def independent(rng, n=200):
     """Logits of the true model: 60 of 200 positive."""
     y = np.repeat([0, 1], [n * 7 // 10, n * 3 // 10])
     x = rng.normal(size=n) + 1.2 * y
-    return Said("binary", np.stack([np.zeros(n), 1.2 * x - 0.72 + np.log(3 / 7)], axis=1), y, 1, (0.5,)), np.arange(n)
+    return CalibratedPredictions(
+        "binary", np.stack([np.zeros(n), 1.2 * x - 0.72 + np.log(3 / 7)], axis=1), y, 1, (0.5,)
+    ), np.arange(n)
 
 
 def correlated(rng, groups=60):
     """Patients of six images that share their difficulty."""
     y = np.repeat(rng.permutation(np.repeat([0, 1], [groups * 6 // 10, groups * 4 // 10])), 6)
     x = np.repeat(rng.normal(size=groups), 6) + 0.7 * rng.normal(size=6 * groups) + 1.2 * y
-    one = Said("binary", np.stack([np.zeros(6 * groups), x - 0.6], axis=1), y, 1, (0.5,))
+    one = CalibratedPredictions("binary", np.stack([np.zeros(6 * groups), x - 0.6], axis=1), y, 1, (0.5,))
     return one, np.repeat(np.arange(groups), 6)
 
 

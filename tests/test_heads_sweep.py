@@ -24,16 +24,15 @@ from tiny_cache import make_view
 import cli
 import heads.sweeps.search
 from featurecache.errors import BadOption, InUse, NotInCache, ProtocolError, RunError
-from featurecache.locks import alone
-from heads.choice import family_of
-from heads.contents import contents_of
-from heads.jobs import prepare
+from featurecache.files.locks import exclusive_lock
+from heads.api import ablate
+from heads.evaluation.families import family_of
 from heads.settings import Settings
 from heads.splits import splits_csv
-from heads.sweeps import run as sweep_run
-from heads.sweeps.rows import RowFile
-from heads.sweeps.sweep import ablate, load_sweep
-from heads.train import train_together
+from heads.sweeps import runner as sweep_run
+from heads.sweeps.journal import JournalFile, load_sweep
+from heads.training.job import prepare
+from heads.training.train import contents_of, train_together
 
 TIMES = ("seconds", "ms_per_image")
 
@@ -292,7 +291,7 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
 
 def test_two_at_once_in_one_folder_are_refused(tmp_path):
     sweep(view_of(), "linear", tmp_path / "s")
-    with alone(tmp_path / "s", "ablate"), pytest.raises(InUse, match="ablate by process"):
+    with exclusive_lock(tmp_path / "s", "ablate"), pytest.raises(InUse, match="ablate by process"):
         sweep(view_of(), "linear", tmp_path / "s", seeds=2)
 
 
@@ -586,7 +585,7 @@ def test_a_damaged_storage_says_what_to_delete(tmp_path):
 
 def test_rows_are_found_with_the_set_they_were_trained_in(tmp_path):
     found = sweep(view_of(), "linear", tmp_path / "s", lr="1e-3,1e-2", seeds=2, repeats=2)
-    rows = RowFile(found.path)
+    rows = JournalFile(found.path)
     for row in rows.rows:
         company = rows.together_with(row["key"])
         assert len(company) == 4

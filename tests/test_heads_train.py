@@ -10,15 +10,15 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from featurecache.errors import BadOption, NotInCache, ProtocolError
-from heads import engine
-from heads.architectures import make_head
-from heads.batches import PlainBatches
-from heads.data import Features, Standardize, task_of
-from heads.engine import run_epoch, together
-from heads.jobs import choose_output
-from heads.losses import BinaryCrossEntropy, CrossEntropy, loss_and_prior
+from heads.api import train_head
+from heads.models.catalogue import make_head
 from heads.settings import Settings
-from heads.train import train_head
+from heads.task import SplitData, Standardize, task_of
+from heads.training import engine
+from heads.training.batches import PlainBatches
+from heads.training.engine import make_trainer, run_epoch
+from heads.training.job import choose_output
+from heads.training.losses import BinaryCrossEntropy, CrossEntropy, loss_and_prior
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def here(tmp_path, monkeypatch):
 def learner(shape, classes, name="linear", seed=0, lr=1e-3, weight_decay=0.0):
     own = torch.Generator().manual_seed(seed)
     settings = Settings(name, lr=lr, weight_decay=weight_decay, seed=seed)
-    return together([make_head(name, shape, classes, own)], [CrossEntropy(classes)], [own], [settings])
+    return make_trainer([make_head(name, shape, classes, own)], [CrossEntropy(classes)], [own], [settings])
 
 
 def objective(weight, bias, x, y, c):
@@ -47,7 +47,7 @@ def test_linear_reaches_the_objective_of_logistic_regression(classes, their_c):
     c, xt, yt = 0.1, torch.from_numpy(x).float(), torch.from_numpy(y)
     ours = learner((6,), classes, lr=0.02, weight_decay=1 / (c * 300))
     for _ in range(3000):
-        run_epoch(ours, Features(xt, yt), [torch.arange(300)])
+        run_epoch(ours, SplitData(xt, yt), [torch.arange(300)])
     theirs = LogisticRegression(C=their_c, max_iter=10_000, tol=1e-10).fit(x, y)
     w, b = torch.from_numpy(theirs.coef_).float(), torch.from_numpy(theirs.intercept_).float()
     if classes == 2:
@@ -106,8 +106,8 @@ def test_weight_decay_is_on_weights_only():
 def test_the_best_epoch_on_val_is_kept_and_test_is_read_after_the_choice(monkeypatch):
     view = toy_view(n=200, splits="given", noise=1.5)
     happened = view.reads
-    step = engine.Stack.step
-    monkeypatch.setattr(engine.Stack, "step", lambda *a: happened.append("step") or step(*a))
+    step = engine.StackedTrainer.step
+    monkeypatch.setattr(engine.StackedTrainer, "step", lambda *a: happened.append("step") or step(*a))
     run = train_head(view, "linear", epochs=4)
     last_step = max(i for i, what in enumerate(happened) if what == "step")
     assert [what for what in happened if what != "step"] == ["train", "val", "test"]
@@ -305,7 +305,7 @@ def test_outputs_that_are_not_finite_end_the_run():
 def test_small_heads_train_on_one_thread_and_give_the_others_back(monkeypatch):
     seen, before = set(), torch.get_num_threads()
     torch.set_num_threads(2)
-    for kind in (engine.Stack, engine.Loop):
+    for kind in (engine.StackedTrainer, engine.SequentialTrainer):
         step = kind.step
         monkeypatch.setattr(kind, "step", lambda *a, step=step: seen.add(torch.get_num_threads()) or step(*a))
     train_head(toy_view(n=200, splits="given"), "linear", epochs=1)
@@ -323,7 +323,7 @@ def test_settings_go_to_json_and_back():
 
 def test_predict_stays_a_function_after_its_module_is_imported():
     import heads
-    import heads.prediction
+    import heads.inference
 
     assert callable(heads.predict)
-    assert heads.predict is heads.prediction.predict
+    assert heads.predict is heads.inference.predict

@@ -17,12 +17,13 @@ import pytest
 from plant import build, changed, cycle, digests, elsewhere, external, plant, seal, soft
 from test_views import CLS, ORDER, TOKENS, make_spec, make_view
 
-from featurecache import guard, inspection
 from featurecache.errors import CacheError, DamagedFile, UnsafeFile
-from featurecache.reader import View
-from featurecache.shards import Layout, read_shard
-from featurecache.stores import create_store, open_store, stores, unreadable_stores
-from featurecache.views import find_view, open_view
+from featurecache.files import guard
+from featurecache.store import schema
+from featurecache.store.shards import Layout, read_shard
+from featurecache.store.store import create_store, open_store, stores, unreadable_stores
+from featurecache.store.view import View
+from featurecache.store.write_view import find_view, open_view
 
 LAYOUT = Layout("tokens", (5, 3), "float16")
 LAST = "."  # every refusal is a sentence
@@ -211,10 +212,10 @@ def test_a_shard_without_features_is_damaged(tmp_path: Path) -> None:
 
 
 def test_more_objects_than_a_file_of_ours_has(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(inspection, "MAX_OBJECTS", 3)
+    monkeypatch.setattr(schema, "MAX_OBJECTS", 3)
     path = shard(tmp_path, without=())
     with h5py.File(path) as file, pytest.raises(UnsafeFile, match="more than 3 datasets"):
-        inspection.check_inside(file, path, virtual=False)
+        schema.check_inside(file, path, virtual=False)
 
 
 def test_a_sound_shard_of_a_stranger_is_read(tmp_path: Path) -> None:
@@ -375,7 +376,7 @@ def test_shards_that_lead_elsewhere_are_refused_when_the_view_is_opened(view: Pa
 
 
 def test_a_view_that_is_larger_than_memory_should_hold(view: Path) -> None:
-    size = inspection.MAX_VIEW + 1
+    size = schema.MAX_VIEW + 1
     with open(view, "r+b") as file:
         file.truncate(size)  # a hole: it costs the stranger nothing
         file.write(seal(bytes(512))[:30] + f"{'0' * 18} {size}\n".encode().ljust(482, b"\0"))
@@ -386,7 +387,7 @@ def test_a_view_that_is_larger_than_memory_should_hold(view: Path) -> None:
 
 
 def test_a_result_beyond_the_memory_of_this_machine_is_refused(view: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("featurecache.gather._memory_bytes", lambda: 50)
+    monkeypatch.setattr("featurecache.store.view._memory_bytes", lambda: 50)
     with pytest.raises(CacheError, match=r"9 rows of \[5, 4\] take 720 bytes .* this machine has 50"):
         View(view).tensor("tokens")
 

@@ -17,13 +17,13 @@ from fake_view import toy_view
 from PIL import Image
 from safetensors.torch import save
 
-from featurecache import images
 from featurecache.errors import RunError, SourceError, UnreadableImage
-from featurecache.images import decode
-from featurecache.sources import npz, open_source, tables
-from heads.runs import Run, list_runs, load_run
-from heads.tables import final_table, runs_table
-from heads.train import train_head
+from featurecache.images import decoding
+from featurecache.images.decoding import decode
+from featurecache.sources import medmnist, open_source, tables
+from heads.api import train_head
+from heads.reports.text import final_table, runs_table
+from heads.runs.run import Run, list_runs, load_run
 
 SIDE = 60_000
 
@@ -123,7 +123,7 @@ def test_an_array_that_declares_a_terabyte(tmp_path: Path) -> None:
 
 
 def test_a_member_larger_than_its_packed_bytes_can_give(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(npz, "_DEFLATE", 10)
+    monkeypatch.setattr(medmnist, "_DEFLATE", 10)
     path = archive(tmp_path / "a.npz", train_images=np.zeros((9, 99, 99), np.uint8), train_labels=np.zeros(9, int))
     with pytest.raises(SourceError, match=r"declares 88,337 bytes, packed in \d"):
         open_source(path)
@@ -139,14 +139,14 @@ def test_a_member_packed_in_another_way(tmp_path: Path) -> None:
 
 
 def test_labels_beyond_memory(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(npz, "_LABELS", 50)
+    monkeypatch.setattr(medmnist, "_LABELS", 50)
     path = archive(tmp_path / "a.npz", train_images=np.zeros((9, 8, 8), np.uint8), train_labels=np.zeros(9, int))
     with pytest.raises(SourceError, match=r"train_labels of a\.npz declare 72 bytes; expected at most 50"):
         open_source(path)
 
 
 def test_images_that_the_disk_cannot_hold_are_not_begun(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(npz, "_IN_MEMORY", 100)
+    monkeypatch.setattr(medmnist, "_IN_MEMORY", 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))  # type: ignore[attr-defined]
     path = archive(tmp_path / "a.npz", train_images=np.zeros((9, 8, 8), np.uint8), train_labels=np.zeros(9, int))
     with pytest.raises(SourceError, match="No space left on device"):
@@ -269,4 +269,4 @@ def test_links_in_a_run_are_refused(run: Path, tmp_path: Path) -> None:
 def test_a_sound_run_of_strangers_is_used(run: Path) -> None:
     use(run)
     assert isinstance(load_run(run), Run)
-    assert images.DECODING
+    assert decoding.DECODING

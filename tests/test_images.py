@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from featurecache import headers, images
 from featurecache.errors import UnreadableImage
-from featurecache.images import decode, digest, look
+from featurecache.images import decoding, headers
+from featurecache.images.decoding import decode, digest, image_header
 
 RANDOM = np.random.default_rng(0)
 COLOUR = RANDOM.integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -91,10 +91,10 @@ def test_jpegs_of_all_kinds_are_what_pillow_reads(options):
 
 
 def test_jpeg_goes_through_torchvision_and_nothing_else_does(monkeypatch):
-    monkeypatch.setattr(images, "_by_pillow", lambda data: pytest.fail("Pillow was asked"))
+    monkeypatch.setattr(decoding, "_by_pillow", lambda data: pytest.fail("Pillow was asked"))
     decode(encoded(COLOUR, "JPEG"))
     monkeypatch.undo()
-    monkeypatch.setattr(images, "_plain_jpeg", lambda *_: pytest.fail("torchvision was asked"))
+    monkeypatch.setattr(decoding, "_plain_jpeg", lambda *_: pytest.fail("torchvision was asked"))
     decode(encoded(COLOUR, "PNG"))
     decode(encoded(Image.fromarray(COLOUR).convert("CMYK"), "JPEG"))
 
@@ -102,7 +102,7 @@ def test_jpeg_goes_through_torchvision_and_nothing_else_does(monkeypatch):
 def test_a_torchvision_without_its_jpeg_operator_changes_no_pixel(monkeypatch):
     data = encoded(COLOUR, "JPEG")
     expected = decoded(data)
-    monkeypatch.setattr(images, "_jpeg_operator", lambda: None)
+    monkeypatch.setattr(decoding, "_jpeg_operator", lambda: None)
     np.testing.assert_array_equal(decoded(data), expected)
 
 
@@ -198,7 +198,7 @@ def test_of_a_tiff_of_several_pages_the_first_is_taken_and_a_look_says_so():
     pages = [Image.fromarray(DEEP[..., channel].copy()) for channel in range(3)]
     data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     np.testing.assert_array_equal(decoded(data)[..., 0], np.rint(DEEP[..., 0] / 257))
-    assert look(data) == (40, 24, "16-bit grey, the first of several")
+    assert image_header(data) == (40, 24, "16-bit grey, the first of several")
 
 
 def test_sixteen_bit_pnm_is_rounded_to_eight():
@@ -301,7 +301,7 @@ def test_jpeg_whose_tail_was_never_downloaded_is_truncated(mode):
 
 
 def test_zero_bytes():
-    for ask in (decode, look):
+    for ask in (decode, image_header):
         with pytest.raises(UnreadableImage, match=r"^zero bytes$"):
             ask(b"")
 
@@ -317,7 +317,7 @@ def test_zero_bytes():
     ],
 )
 def test_what_is_no_image_is_shown_by_its_start(data, reason):
-    for ask in (decode, look):
+    for ask in (decode, image_header):
         with pytest.raises(UnreadableImage) as caught:
             ask(data)
         assert str(caught.value) == reason
@@ -338,7 +338,7 @@ def test_decompression_bombs_are_refused_before_they_are_decoded():
 def test_large_images_below_the_limit_do_not_warn(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # GREY has 960: Pillow warns
     assert decode(encoded(GREY, "PNG")).shape == (3, 24, 40)
-    monkeypatch.setattr(images, "MAX_PIXELS", 900)
+    monkeypatch.setattr(headers, "MAX_PIXELS", 900)
     with pytest.raises(UnreadableImage, match="40×24 pixels"):
         decode(encoded(GREY, "PNG"))
 
@@ -346,7 +346,7 @@ def test_large_images_below_the_limit_do_not_warn(monkeypatch):
 def test_png_with_damaged_data_is_a_failure_and_not_the_end_of_the_interpreter():
     data = bytearray(encoded(COLOUR, "PNG"))
     data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
-    script = "import sys; from featurecache.images import decode; decode(sys.stdin.buffer.read())"
+    script = "import sys; from featurecache.images.decoding import decode; decode(sys.stdin.buffer.read())"
     done = subprocess.run([sys.executable, "-c", script], input=bytes(data), capture_output=True, check=False)
     assert done.returncode == 1
     assert b"UnreadableImage: cannot be decoded" in done.stderr
@@ -448,4 +448,4 @@ def test_threads_decode_what_one_thread_decodes_and_no_warning_escapes():
     ],
 )
 def test_a_look_tells_size_and_kind_of_pixels(data, kind):
-    assert look(data) == (40, 24, kind)
+    assert image_header(data) == (40, 24, kind)

@@ -15,12 +15,13 @@ from tiny_cache import make_view
 
 import cli
 import featurecache
-from featurecache import foreign, foreign_hdf5, images, importing
 from featurecache.errors import BadOption, NotInCache, SourceError, UnsafeFile
-from featurecache.exporting import export_view
-from featurecache.importing import import_view
-from featurecache.reader import View
-from featurecache.stores import open_store
+from featurecache.images import decoding
+from featurecache.maintenance import feature_files, import_features
+from featurecache.maintenance.export import export_view
+from featurecache.maintenance.import_features import import_view
+from featurecache.store.store import open_store
+from featurecache.store.view import View
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(40, 6)).astype(np.float32)
@@ -80,7 +81,7 @@ def test_it_is_marked_as_of_unknown_origin(tmp_path: Path, bring) -> None:  # ty
 def test_the_digest_of_a_row_is_that_of_an_array_and_copies_are_stored_once(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
     twice = np.concatenate([X[:5], X[2:4]])
     view = bring(npy(tmp_path, twice))
-    assert view.digests.tolist() == [images.digest(row).encode() for row in twice]
+    assert view.digests.tolist() == [decoding.digest(row).encode() for row in twice]
     assert np.array_equal(view.array("vector"), twice)
     with h5py.File(next(view.store.glob("vector/*.h5"))) as file:
         assert len(file["digests"]) == 5
@@ -102,9 +103,9 @@ def test_another_file_under_the_name_of_an_imported_view_is_refused(tmp_path: Pa
 
 
 def test_shards_are_cut_and_an_import_that_was_stopped_continues(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("featurecache.missing.SHARD_ROWS", 16)
-    monkeypatch.setattr(importing, "BLOCK", 5 * 48)
-    seen, real = [], importing.ShardWriter.commit
+    monkeypatch.setattr("featurecache.store.store.SHARD_ROWS", 16)
+    monkeypatch.setattr(import_features, "BLOCK", 5 * 48)
+    seen, real = [], import_features.ShardWriter.commit
 
     def commit(self):  # type: ignore[no-untyped-def]
         seen.append(self)
@@ -112,7 +113,7 @@ def test_shards_are_cut_and_an_import_that_was_stopped_continues(tmp_path: Path,
             raise KeyboardInterrupt
         return real(self)
 
-    monkeypatch.setattr(importing.ShardWriter, "commit", commit)
+    monkeypatch.setattr(import_features.ShardWriter, "commit", commit)
     with pytest.raises(KeyboardInterrupt):
         bring(npy(tmp_path, X))
     assert len(list(tmp_path.glob("cache/*/vector/*"))) == 1  # and no draft
@@ -162,7 +163,7 @@ def test_arrays_are_chosen_by_their_keys(tmp_path: Path, bring) -> None:  # type
 
 
 def test_an_npz_is_read_in_blocks_and_by_its_names(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(importing, "BLOCK", 7 * 48)
+    monkeypatch.setattr(import_features, "BLOCK", 7 * 48)
     np.savez_compressed(tmp_path / "a.npz", X=X.astype(np.float16), y=Y.astype(np.float32)[:, None])
     view = bring(tmp_path / "a.npz")
     assert np.array_equal(view.array("vector"), X.astype(np.float16)) and view.labels.tolist() == Y.tolist()
@@ -288,7 +289,7 @@ def test_an_empty_key_leaves_a_column_out(tmp_path: Path, bring) -> None:  # typ
     ("value", "why"), [(np.nan, "is not finite"), (-np.inf, "is not finite"), (1e300, "does not fit float32")]
 )
 def test_a_value_that_cannot_be_kept_names_its_row(tmp_path: Path, bring, monkeypatch, value: float, why: str) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(importing, "BLOCK", 7 * 48)
+    monkeypatch.setattr(import_features, "BLOCK", 7 * 48)
     bad = X.astype(np.float64)
     bad[23, 2] = value
     with pytest.raises(SourceError, match=f"row 23 of feats in feats.npy has a value that {why}"):
@@ -334,9 +335,9 @@ def test_a_strange_h5_is_first_looked_at_by_another_process(tmp_path: Path, brin
     file = h5(tmp_path, features=X)
     asked = []
     monkeypatch.setattr(
-        foreign_hdf5.guard, "_examine", lambda paths, kind: asked.append(kind) or {file: UnsafeFile("no")}
+        feature_files.guard, "_examine", lambda paths, kind: asked.append(kind) or {file: UnsafeFile("no")}
     )
-    monkeypatch.setattr(foreign_hdf5.h5py, "File", None)
+    monkeypatch.setattr(feature_files.h5py, "File", None)
     with pytest.raises(UnsafeFile, match="no"):
         bring(file)
     assert asked == ["file of features"]
@@ -374,19 +375,19 @@ def test_a_shape_beyond_the_file_is_refused_before_memory_is_asked_for(tmp_path:
 
 def test_a_file_that_changes_while_it_is_imported_is_refused(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     path = npy(tmp_path, X)
-    real = importing.create_store
+    real = import_features.create_store
 
     def change(*words):  # type: ignore[no-untyped-def]
         npy(tmp_path, X[::-1])
         return real(*words)
 
-    monkeypatch.setattr(importing, "create_store", change)
+    monkeypatch.setattr(import_features, "create_store", change)
     with pytest.raises(SourceError, match="changed while it was imported"):
         bring(path)
 
 
 def test_a_column_of_gigabytes_is_not_read_into_memory(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(foreign, "_COLUMN", 100)
+    monkeypatch.setattr(feature_files, "_COLUMN", 100)
     with pytest.raises(SourceError, match=r"labels \[40\] is too large for a column"):
         bring(h5(tmp_path, features=X, labels=Y))
 
@@ -408,10 +409,10 @@ def test_tensors_that_numpy_cannot_hold_are_refused(tmp_path: Path, bring) -> No
 
 
 def test_large_arrays_by_columns_and_files_of_a_thousand_datasets(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(foreign, "_COLUMN", 500)
+    monkeypatch.setattr(feature_files, "_COLUMN", 500)
     with pytest.raises(SourceError, match=r"feats is stored by columns \(Fortran order\)"):
         bring(npy(tmp_path, np.asfortranarray(X)))
-    monkeypatch.setattr(foreign_hdf5, "_OBJECTS", 3)
+    monkeypatch.setattr(feature_files, "_OBJECTS", 3)
     with pytest.raises(UnsafeFile, match="holds more than 3 datasets"):
         bring(h5(tmp_path, a=X, b=X, c=X))
 
@@ -425,8 +426,8 @@ def test_text_that_cannot_be_stored_is_refused(tmp_path: Path, bring) -> None:  
 def test_more_rows_than_a_view_can_have_are_refused_before_they_are_looked_at(
     tmp_path: Path, bring, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(importing, "MOST_ROWS", 39)
-    monkeypatch.setattr(importing, "annotate", None)
+    monkeypatch.setattr(import_features, "MOST_ROWS", 39)
+    monkeypatch.setattr(import_features, "annotate_rows", None)
     with pytest.raises(SourceError, match=r"feats\.npy has 40 rows; a view has at most 39"):
         bring(npy(tmp_path, X))
 

@@ -12,9 +12,9 @@ from checkpoints import save_vit
 from pictures import image_folder, save_picture
 
 import featurecache
-from featurecache import looking
-from featurecache.extraction import Result
-from featurecache.reader import View
+from featurecache.extraction import scan
+from featurecache.extraction.run import ExtractionResult
+from featurecache.store.view import View
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def vit(tmp_path_factory) -> str:  # type: ignore[no-untyped-def]
 @pytest.fixture(autouse=True)
 def _aged(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Files just made count as old: digests are remembered at once."""
-    monkeypatch.setattr(looking, "YOUNG", 0)
+    monkeypatch.setattr(scan, "YOUNG", 0)
 
 
 class Case:
@@ -36,7 +36,7 @@ class Case:
         self.data = image_folder(home / "data", 8)
         self.first = self.extract("cache").view
 
-    def extract(self, cache: str) -> Result:
+    def extract(self, cache: str) -> ExtractionResult:
         return featurecache.extract(self.data, backbone=self.vit, cache=self.home / cache, outputs="cls,tokens")
 
     def again(self, computed: int) -> View:

@@ -26,16 +26,17 @@ from test_backbones_found import COMMIT, put_in_cache
 from torchvision import models
 
 import featurecache
-from featurecache import images, planning
-from featurecache.backbones import Backbone, Request, load_backbone
+from featurecache.backbones import load_backbone
 from featurecache.backbones.aliases import ALIASES, Alias
-from featurecache.backbones.configurations import plain
-from featurecache.backbones.families import FAMILIES
+from featurecache.backbones.base import Backbone, BackboneRequest
+from featurecache.backbones.transformers_models import FAMILIES, plain
 from featurecache.errors import BadOption
-from featurecache.forward import spec_of
-from featurecache.preprocess import Preprocess
-from featurecache.spec import ExtractionSpec
-from featurecache.stores import stores
+from featurecache.extraction import plan
+from featurecache.extraction.pipeline import spec_of
+from featurecache.images import decoding
+from featurecache.images.preprocessing import Preprocess
+from featurecache.store.spec import ExtractionSpec
+from featurecache.store.store import stores
 
 
 def fingerprint(backbone: Backbone) -> str:
@@ -137,7 +138,7 @@ def test_every_field_of_the_preprocessing_makes_another_key(vit):
 
 def test_the_version_of_the_decoding_rules_makes_another_key(vit, monkeypatch):
     before = of(vit)
-    monkeypatch.setattr(images, "DECODING", images.DECODING + 1)
+    monkeypatch.setattr(decoding, "DECODING", decoding.DECODING + 1)
     assert of(vit) != before
 
 
@@ -165,8 +166,8 @@ NOT_ASKED = {
 
 
 def test_every_option_of_an_extraction_stands_on_one_of_the_lists():
-    assert ASKED | NOT_ASKED == set(inspect.signature(planning.prepare).parameters)
-    asked_of_backbone = {field.name for field in fields(Request)} - {"meta"}
+    assert ASKED | NOT_ASKED == set(inspect.signature(plan.prepare).parameters)
+    asked_of_backbone = {field.name for field in fields(BackboneRequest)} - {"meta"}
     assert asked_of_backbone == (ASKED - {"backbone", "precision", "dtype"}) | {"name"}
 
 
@@ -284,7 +285,7 @@ def test_what_is_asked_for_makes_another_key(vit, tmp_path):
         {}, {"image_size": 64}, {"fit": "pad"}, {"precision": "bf16"}, {"precision": "fp16"}, {"dtype": "float32"},
         {"random_weights": True}, {"random_weights": True, "seed": 1},
     ]  # fmt: skip
-    found = [planning.prepare(data, backbone=str(vit), cache=tmp_path / "c", **options).spec for options in asked]
+    found = [plan.prepare(data, backbone=str(vit), cache=tmp_path / "c", **options).spec for options in asked]
     assert len({spec.fingerprint for spec in found}) == len(asked)
 
 
@@ -518,7 +519,7 @@ def test_another_batch_size_is_refused_only_where_something_is_computed(cache):
 
 def test_the_device_is_not_in_the_key(cache):
     options = {"backbone": str(cache.model), "cache": cache.root / "cache", "precision": "fp32"}
-    here, there = (planning.prepare(cache.data, device=device, **options) for device in ("cpu", "meta"))
+    here, there = (plan.prepare(cache.data, device=device, **options) for device in ("cpu", "meta"))
     assert here.spec.fingerprint == there.spec.fingerprint and there.to_compute == 0
 
 

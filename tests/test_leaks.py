@@ -20,17 +20,25 @@ from pictures import image_folder, save_picture
 from PIL import Image
 
 import cli
-from featurecache import findings, neighbours, pairs
+from featurecache.commands import inspect
 from featurecache.errors import BadOption, NotInCache, ProtocolError, RunError, SourceError
-from featurecache.images import digest
-from featurecache.leaks import SPLITS, exact_leaks, find_leaks, leaking
-from featurecache.neighbours import Directions, Screen, closest
+from featurecache.images.decoding import digest
+from featurecache.maintenance import leaks as maintenance_leaks
+from featurecache.maintenance.leaks import (
+    SPLITS,
+    CentredUnitRows,
+    Screen,
+    exact_leaks,
+    find_leaks,
+    leaking,
+    nearest_pairs,
+)
 from featurecache.sources import open_source
-from heads.data import task_of
-from heads.runs import load_run
+from heads.api import train_head
+from heads.reports.text import final_table
+from heads.runs.run import load_run
 from heads.splits import choose_splits
-from heads.tables import final_table
-from heads.train import train_head
+from heads.task import task_of
 
 
 def view_of(splits, images=None, *, x=None, labels=None, task="binary", **more) -> FakeView:
@@ -132,15 +140,15 @@ def plain_pairs(x, first, second, threshold):
     ("width", "threshold"), [(None, 0.99), (48, 0.99), (8, 0.99), (40, 0.9), (8, 0.5), (None, 0.02)]
 )
 def test_near_duplicates_are_those_of_all_products(monkeypatch, width, threshold, clusters):
-    monkeypatch.setattr(neighbours, "TILE", 40)
-    monkeypatch.setattr(neighbours, "BLOCK", 16)
+    monkeypatch.setattr(maintenance_leaks, "TILE", 40)
+    monkeypatch.setattr(maintenance_leaks, "BLOCK", 16)
     x = cloud(150, 48, clusters=clusters)
     view = view_of([""] * 150, x=x)
     first, second = np.arange(70), np.arange(70, 150)
     expected = plain_pairs(x, first, second, threshold)
     assert expected
-    found = closest(
-        Directions.of(view, "cls", np.arange(150)), first, second, threshold=threshold, most=10**6,
+    found = nearest_pairs(
+        CentredUnitRows.of(view, "cls", np.arange(150)), first, second, threshold=threshold, most=10**6,
         same=np.arange(150), width=width,
     )  # fmt: skip
     assert found.count == len(expected)
@@ -152,7 +160,7 @@ def test_near_duplicates_are_those_of_all_products(monkeypatch, width, threshold
 @given(st.integers(0, 10**6), st.sampled_from([4, 16, 47]), st.sampled_from([0, 2]), st.floats(1e-4, 1e3))
 def test_no_cosine_exceeds_the_bound_of_the_screen(seed, width, clusters, size):
     view = view_of([""] * 90, x=cloud(90, 48, seed, clusters, torch.float32) * size)
-    directions = Directions.of(view, "cls", np.arange(90))
+    directions = CentredUnitRows.of(view, "cls", np.arange(90))
     screen = Screen.chosen(directions, np.arange(40), np.arange(40, 90), 0.9, width)
     units = directions.units(np.arange(90))
     factors = screen(units)
@@ -166,8 +174,8 @@ def test_rounding_of_the_screen_loses_no_pair_at_the_threshold(width):
     """200 pairs of equal vectors and a threshold of 1: products in float32 are often a little less."""
     x = cloud(200, 48)
     view = view_of([""] * 400, x=torch.cat([x, x]))
-    directions, rows = Directions.of(view, "cls", np.arange(400)), np.arange(200)
-    found = closest(directions, rows, rows + 200, threshold=1.0, most=999, same=np.arange(400), width=width)
+    directions, rows = CentredUnitRows.of(view, "cls", np.arange(400)), np.arange(200)
+    found = nearest_pairs(directions, rows, rows + 200, threshold=1.0, most=999, same=np.arange(400), width=width)
     assert found.count == 200 and (found.rows[:, 1] - found.rows[:, 0] == 200).all()
 
 
@@ -175,14 +183,14 @@ def test_the_screen_takes_few_of_many_directions_and_gives_the_same(monkeypatch)
     """768 directions without any main one: 16 to 64 are enough for pairs at 0.99, and nothing is missed."""
     x = cloud(4000, 768)
     view = view_of([""] * 4000, x=x)
-    directions = Directions.of(view, "cls", np.arange(4000))
-    monkeypatch.setattr(neighbours, "SAMPLE", 256)
+    directions = CentredUnitRows.of(view, "cls", np.arange(4000))
+    monkeypatch.setattr(maintenance_leaks, "SAMPLE", 256)
     first, second = np.arange(3300), np.arange(3300, 4000)
     assert Screen.chosen(directions, first, second, 0.99, None).basis is None  # so few pairs need no screen
-    monkeypatch.setattr(neighbours, "FEW", 0)
+    monkeypatch.setattr(maintenance_leaks, "FEW", 0)
     assert 16 <= Screen.chosen(directions, first, second, 0.99, None).basis.shape[1] <= 64
     search = {"threshold": 0.99, "most": 1000, "same": np.arange(4000)}
-    screened, whole = (closest(directions, first, second, **search, width=width) for width in (None, 768))
+    screened, whole = (nearest_pairs(directions, first, second, **search, width=width) for width in (None, 768))
     assert screened.count == whole.count == 700
     np.testing.assert_array_equal(screened.rows, whole.rows)
     np.testing.assert_array_equal(screened.cosines, whole.cosines)
@@ -190,22 +198,22 @@ def test_the_screen_takes_few_of_many_directions_and_gives_the_same(monkeypatch)
 
 def test_pairs_computed_alone_and_as_one_product_agree(monkeypatch):
     view = view_of([""] * 100, x=cloud(100, 48))
-    directions, rows = Directions.of(view, "cls", np.arange(100)), np.arange(100)
+    directions, rows = CentredUnitRows.of(view, "cls", np.arange(100)), np.arange(100)
     a, b = np.nonzero(np.random.default_rng(0).random((100, 100)) < 0.5)
-    monkeypatch.setattr(neighbours, "_DENSE", 0.0)
-    product_ = neighbours.exact(directions, rows, rows, a, b)
-    monkeypatch.setattr(neighbours, "_DENSE", 1.0)
-    np.testing.assert_array_equal(neighbours.exact(directions, rows, rows, a, b), product_)
+    monkeypatch.setattr(maintenance_leaks, "_DENSE", 0.0)
+    product_ = maintenance_leaks.exact_cosines(directions, rows, rows, a, b)
+    monkeypatch.setattr(maintenance_leaks, "_DENSE", 1.0)
+    np.testing.assert_array_equal(maintenance_leaks.exact_cosines(directions, rows, rows, a, b), product_)
 
 
 def test_all_near_duplicates_are_counted_and_the_closest_kept(monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 8)
+    monkeypatch.setattr(maintenance_leaks, "BLOCK", 8)
     x = cloud(100, 6)
     view = view_of([TRAIN] * 60 + [TEST] * 40, x=x)
     expected = plain_pairs(x, np.arange(60), np.arange(60, 100), 0.3)
     held = []
-    add = neighbours._Kept.add
-    monkeypatch.setattr(neighbours._Kept, "add", lambda self, *new: add(self, *new) or held.append(self.number))
+    add = maintenance_leaks._Kept.add
+    monkeypatch.setattr(maintenance_leaks._Kept, "add", lambda self, *new: add(self, *new) or held.append(self.number))
     (found,) = find_leaks(view, threshold=0.3, most=5).of("near")
     assert (found.count, found.rows.tolist()) == (len(expected), [[a, b] for _, a, b in expected[:5]])
     assert len(expected) > 100 > 4 * 5 + 8 >= max(held)  # however many there are
@@ -248,7 +256,7 @@ def test_the_output_compared_is_the_first_vector_the_view_has():
     assert find_leaks(view, output="mean").output == "mean"
     view.features = {"tokens-257": view.features["tokens"]}
     assert find_leaks(view).output is None
-    assert "not looked for: tokens-257 is no vector" in findings.lines(view, find_leaks(view))
+    assert "not looked for: tokens-257 is no vector" in inspect.lines(view, find_leaks(view))
 
 
 @pytest.mark.parametrize(
@@ -463,13 +471,13 @@ def test_the_command_counts_lists_and_names_what_to_type(extracted):
 
 def test_nothing_found_is_said_as_none():
     clean = toy_view(n=40, splits="given")
-    text = findings.lines(clean, find_leaks(clean, threshold=1.0)).splitlines()
+    text = inspect.lines(clean, find_leaks(clean, threshold=1.0)).splitlines()
     assert len(text) == 4 and all("none" in line for line in text)
 
 
 def test_a_view_without_splits_says_why_there_is_nothing():
     view = toy_view(n=40)
-    assert findings.lines(view, find_leaks(view)).count("fewer than two splits in the data") == 3
+    assert inspect.lines(view, find_leaks(view)).count("fewer than two splits in the data") == 3
 
 
 def test_the_csv_has_every_pair_and_no_formula(extracted, tmp_path):
@@ -479,7 +487,7 @@ def test_the_csv_has_every_pair_and_no_formula(extracted, tmp_path):
     assert [(row["split a"], row["split b"]) for row in exact] == [(TRAIN, VAL), (TRAIN, VAL), (TRAIN, TEST)]
     assert exact[0]["id b"] == "val/w\x1b[2Jell/\nline.png"
     view = view_of([TRAIN, TEST], "xx", labels=[0, 1], ids=["=cmd()", "-1+1"])
-    text = findings.as_csv(view, find_leaks(view, near=False))
+    text = inspect.as_csv(view, find_leaks(view, near=False))
     cells = [value for row in csv.reader(io.StringIO(text)) for value in row]
     assert "'=cmd()" in cells and "'-1+1" in cells
     assert not any(value.startswith(("=", "-", "+", "@")) for value in cells)
@@ -495,16 +503,16 @@ def test_the_sheet_shows_each_pair_and_an_empty_frame_for_what_has_gone(extracte
     shutil.copytree(extracted, tmp_path / "c")
     root, reasons = tmp_path / "c", []
     view = json.loads(leaks(root, "--json").stdout)["view"]
-    drawn = pairs.picture
+    drawn = inspect.picture
 
-    def picture(sheet, pen, corner, read):
+    def read_picture(sheet, pen, corner, read):
         try:
             read()
         except Exception as error:
             reasons.append(str(error))
         drawn(sheet, pen, corner, read)
 
-    monkeypatch.setattr(pairs, "picture", picture)
+    monkeypatch.setattr(inspect, "picture", read_picture)
     source = extracted / "d"
     (source / "val/ill/gone.png").rename(tmp_path / "away.png")
     shutil.copy(source / "train/ill/002.png", tmp_path / "kept.png")
@@ -517,7 +525,7 @@ def test_the_sheet_shows_each_pair_and_an_empty_frame_for_what_has_gone(extracte
     assert done.exit_code == 0, (done.output, view)
     assert set(reasons) == {"not among the images any more", "another image now than when its features were computed"}
     with Image.open(tmp_path / "l.png") as sheet:
-        assert sheet.format == "PNG" and sheet.width == pairs.ACROSS * (pairs._WIDTH + 20) - 20 + 56
+        assert sheet.format == "PNG" and sheet.width == inspect.ACROSS * (inspect._WIDTH + 20) - 20 + 56
         assert len(set(sheet.convert("L").resize((64, 64)).get_flattened_data())) > 10
 
 
@@ -531,9 +539,9 @@ def test_a_sheet_without_images_is_refused_before_anything_is_compared(extracted
     assert "there is no folder" in done.stderr
     view = view_of([TRAIN, TEST], "xx", source={"kind": "import", "data": "features.npy"})
     with pytest.raises(BadOption, match="imported as features: it has no images"):
-        pairs.images_of(view)
+        inspect.images_of(view)
     with pytest.raises(SourceError, match="there is no folder"):
-        pairs.images_of(view_of([TRAIN], "x", source={"kind": "folder", "data": str(tmp_path / "gone")}))
+        inspect.images_of(view_of([TRAIN], "x", source={"kind": "folder", "data": str(tmp_path / "gone")}))
 
 
 def test_pneumoniamnist_has_eight_images_in_train_and_val(real_data):

@@ -17,16 +17,18 @@ from tiny_cache import CLS, TOKENS, add_shard, add_view, digests, features, make
 
 import cli
 import featurecache
-from featurecache import canary, exporting, lifecycle, settling
 from featurecache.errors import BadOption, CacheError, CannotWrite, DamagedFile, InUse, NotInCache
-from featurecache.lifecycle import collect, compact, remove_view
-from featurecache.locks import working
-from featurecache.merging import merge
-from featurecache.reader import View
-from featurecache.shards import Layout, ShardWriter, read_shard
-from featurecache.stores import Store, open_store
-from featurecache.verification import verify
-from featurecache.views import columns_of, write_view
+from featurecache.extraction import canary
+from featurecache.files.locks import shared_lock
+from featurecache.maintenance import collect as maintenance_collect
+from featurecache.maintenance import export
+from featurecache.maintenance.collect import collect, compact, remove_view
+from featurecache.maintenance.merge import merge
+from featurecache.maintenance.verify import verify
+from featurecache.store.shards import Layout, ShardWriter, read_shard
+from featurecache.store.store import Store, open_store
+from featurecache.store.view import View
+from featurecache.store.write_view import columns_of, write_view
 
 LAYOUTS = {"cls": CLS, "tokens": TOKENS}
 
@@ -115,7 +117,7 @@ def test_only_views_are_removed(tmp_path: Path) -> None:
 
 def test_nothing_is_removed_under_a_running_extraction(tmp_path: Path) -> None:
     view = make_view(tmp_path, range(4))
-    with working(view.store, "an extraction"):
+    with shared_lock(view.store, "an extraction"):
         for attempt in (lambda: remove_view("set", tmp_path), lambda: compact("set", tmp_path)):
             with pytest.raises(InUse, match="an extraction by process"):
                 attempt()
@@ -174,7 +176,7 @@ def test_a_view_of_derived_tokens_needs_nothing_of_the_tokens_and_gc_says_so(tmp
 def test_what_a_running_extraction_has_committed_stays(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     add_shard(store, range(4), CLS)  # no view names it yet
-    with working(store.path, "an extraction"):
+    with shared_lock(store.path, "an extraction"):
         (garbage,) = collect(tmp_path, delete=True).stores
     assert garbage.left and "is in use: an extraction by process" in garbage.left
     assert rows_in(store, "cls") == [0, 1, 2, 3]
@@ -234,8 +236,9 @@ def test_rows_of_one_image_with_other_bytes_are_not_exchanged(tmp_path: Path) ->
     writer.commit()
     old = {p: p.stat().st_mtime_ns for p in shards(store, "cls")}
     other = next(p for p in old if (read_shard(p, CLS).checksums != read_shard(p, CLS).checksums[0]).sum() == 2)
-    places = settling.find(
-        [read_shard(other, CLS)], settling.keys(digests([0, 1]), read_shard(other, CLS).checksums[[1, 0]])
+    places = maintenance_collect.find_by_key(
+        [read_shard(other, CLS)],
+        maintenance_collect.row_keys(digests([0, 1]), read_shard(other, CLS).checksums[[1, 0]]),
     )
     view = featurecache.open_view("old", tmp_path)
     write_view(store, "new", columns_of(view), view.attributes, {CLS: places})
@@ -254,7 +257,7 @@ def test_a_shard_whose_place_is_taken_by_other_bytes_stays_as_it_is(tmp_path: Pa
     writer.append([bytes(d) for d in digests([0, 1])], features([0, 1], CLS) + np.float16(0.25))
     new = read_shard(writer.commit() or tmp_path, CLS)
     view = featurecache.open_view("old", tmp_path)
-    places = settling.find([new], settling.keys(new.digests, new.checksums))
+    places = maintenance_collect.find_by_key([new], maintenance_collect.row_keys(new.digests, new.checksums))
     write_view(store, "new", columns_of(view), view.attributes, {CLS: places})
     collect(tmp_path, delete=True)
     assert np.array_equal(
@@ -290,10 +293,15 @@ def test_drafts_of_the_dead_are_listed_and_those_of_the_living_stay(tmp_path: Pa
 @pytest.mark.parametrize(
     ("owner", "name", "count"),
     [
-        (settling.ShardWriter, "commit", 1), (settling.ShardWriter, "commit", 2), (settling, "repoint", 1),
-        (settling, "repoint", 2), (settling, "remove", 1), (settling, "remove", 2), (lifecycle, "sync_path", 1),
+        (maintenance_collect.ShardWriter, "commit", 1),
+        (maintenance_collect.ShardWriter, "commit", 2),
+        (maintenance_collect, "repoint", 1),
+        (maintenance_collect, "repoint", 2),
+        (maintenance_collect, "remove", 1),
+        (maintenance_collect, "remove", 2),
+        (maintenance_collect, "sync_path", 1),
     ],
-)  # fmt: skip
+)
 def test_gc_killed_between_two_steps_loses_nothing_and_finishes_again(
     tmp_path: Path, monkeypatch, owner: object, name: str, count: int
 ) -> None:  # type: ignore[no-untyped-def]
@@ -331,7 +339,7 @@ def test_gc_does_not_make_a_view_newer(tmp_path: Path) -> None:
 @pytest.fixture
 def scattered(tmp_path: Path, monkeypatch) -> Store:  # type: ignore[no-untyped-def]
     """Twelve images in three shards, a view in another order, one of other images, and rows that no view names."""
-    monkeypatch.setattr("featurecache.missing.SHARD_ROWS", 5)
+    monkeypatch.setattr("featurecache.store.store.SHARD_ROWS", 5)
     store = make_store(tmp_path)
     for layout in (CLS, TOKENS):
         for numbers in ([0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]):
@@ -370,9 +378,9 @@ def test_compact_puts_the_rows_in_the_order_of_the_view(scattered: Store) -> Non
 @pytest.mark.parametrize(
     ("owner", "name", "count"),
     [
-        *((settling.ShardWriter, "commit", k) for k in (1, 2, 4, 5, 8)),
-        *((settling, "repoint", k) for k in (1, 2)),
-        *((settling, "remove", k) for k in (1, 3, 6)),
+        *((maintenance_collect.ShardWriter, "commit", k) for k in (1, 2, 4, 5, 8)),
+        *((maintenance_collect, "repoint", k) for k in (1, 2)),
+        *((maintenance_collect, "remove", k) for k in (1, 3, 6)),
     ],
 )
 def test_compact_killed_between_two_steps_loses_nothing_and_finishes_again(
@@ -401,7 +409,7 @@ def test_compact_stops_at_a_damaged_row_with_everything_as_it_was(scattered: Sto
 def test_compact_does_not_trust_a_file_that_has_the_right_name(scattered: Store, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     cache = scattered.path.parent
     with monkeypatch.context() as patch:
-        at(patch, settling, "repoint", 1, kill)
+        at(patch, maintenance_collect, "repoint", 1, kill)
         with pytest.raises(Killed):
             compact("set", cache)
     new = next(p for p in shards(scattered, "cls") if len(read_shard(p, CLS).digests) == 5)
@@ -421,7 +429,7 @@ def test_compact_of_a_view_whose_rows_are_gone_says_so(scattered: Store) -> None
 
 
 def test_compact_asks_for_the_space_first(scattered: Store, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     before = files(scattered.path.parent)
     with pytest.raises(CannotWrite, match="Free some space; nothing was changed"):
         compact("set", scattered.path.parent)
@@ -499,7 +507,7 @@ def test_a_damaged_shard_is_not_taken_nor_the_view_that_needs_it(two: tuple[Path
 def test_merge_interrupted_goes_on(two: tuple[Path, Path], monkeypatch, count: int) -> None:  # type: ignore[no-untyped-def]
     here, there = two
     with monkeypatch.context() as patch:
-        at(patch, featurecache.files.Draft, "place", count, kill)
+        at(patch, featurecache.files.atomic.AtomicFile, "place", count, kill)
         with pytest.raises(Killed):
             merge(there, here)
     is_whole(here, mine=range(8))
@@ -549,7 +557,7 @@ def test_a_store_that_is_not_readable_is_left_and_the_others_are_taken(two: tupl
 
 def test_a_store_in_use_here_is_left(two: tuple[Path, Path]) -> None:
     here, there = two
-    with working(next(here.iterdir()), "an extraction"):
+    with shared_lock(next(here.iterdir()), "an extraction"):
         assert "an extraction by process" in merge(there, here)[-1].left[0]
 
 
@@ -578,7 +586,7 @@ def test_from_rm_to_gc_by_the_command_line(tmp_path: Path) -> None:
 
 def test_gc_that_leaves_a_store_alone_does_not_end_with_zero(tmp_path: Path) -> None:
     view = make_view(tmp_path, range(4))
-    with working(view.store, "an extraction"):
+    with shared_lock(view.store, "an extraction"):
         left = call("gc", "--delete", "--cache", tmp_path)
     assert left.exit_code == 1 and "left alone: " in left.stdout
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from featurecache import locks
 from featurecache.errors import InUse
-from featurecache.locks import alone, briefly, working
+from featurecache.files import locks
+from featurecache.files.locks import exclusive_lock, shared_lock, update_lock
 
-HOLD = "import sys, pathlib; from featurecache import locks; kind = getattr(locks, sys.argv[2])\n" + (
+HOLD = "import sys, pathlib; from featurecache.files import locks; kind = getattr(locks, sys.argv[2])\n" + (
     "with kind(pathlib.Path(sys.argv[1]), 'gc'):\n    print('in', flush=True); sys.stdin.read()"
 )
 
@@ -45,12 +45,15 @@ def marks(store: Path) -> list[Path]:
 
 
 def test_many_extractions_work_in_one_store(store: Path) -> None:
-    with working(store, "extract"), working(store, "extract"):
+    with shared_lock(store, "extract"), shared_lock(store, "extract"):
         assert len(marks(store)) == 2
     assert marks(store) == []
 
 
-@pytest.mark.parametrize(("first", "second"), [(working, alone), (alone, working), (alone, alone)])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(shared_lock, exclusive_lock), (exclusive_lock, shared_lock), (exclusive_lock, exclusive_lock)],
+)
 def test_who_removes_files_is_alone(store: Path, first, second) -> None:  # type: ignore[no-untyped-def]
     with first(store, "gc"):
         said = rf"gc by process {os.getpid()} on {socket.gethostname()} since 20"
@@ -63,18 +66,18 @@ def test_who_removes_files_is_alone(store: Path, first, second) -> None:  # type
 
 def test_another_process_is_named_and_its_death_noticed(store: Path, holder: subprocess.Popen[str]) -> None:
     said = f"gc by process {holder.pid} on .*Try again when it has finished"
-    with pytest.raises(InUse, match=said), working(store, "x"):
+    with pytest.raises(InUse, match=said), shared_lock(store, "x"):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert len(marks(store)) == 1  # it could not clear up
-    with working(store, "extract"), pytest.raises(InUse, match="extract by process"), alone(store, "gc"):
+    with shared_lock(store, "extract"), pytest.raises(InUse, match="extract by process"), exclusive_lock(store, "gc"):
         pass
     assert marks(store) == []
 
 
 def test_the_mark_goes_when_the_work_fails(store: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), alone(store, "gc"):
+    with pytest.raises(KeyboardInterrupt), exclusive_lock(store, "gc"):
         raise KeyboardInterrupt
     assert marks(store) == []
 
@@ -100,10 +103,10 @@ def test_without_file_locks_a_dead_process_of_this_host_is_recognised(store: Pat
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     leave_mark(store, pid=child.pid)
-    with working(store, "extract"):
+    with shared_lock(store, "extract"):
         pass
     leave_mark(store, pid=os.getpid())
-    with pytest.raises(InUse), working(store, "extract"):
+    with pytest.raises(InUse), shared_lock(store, "extract"):
         pass
 
 
@@ -112,17 +115,17 @@ def test_without_file_locks_another_hosts_mark_counts_and_is_named(store: Path, 
     child.wait()
     path = leave_mark(store, host="node7", pid=child.pid)  # a number that says nothing about another host
     said = f"on node7 since 2026.*if there is no such process, delete {path}"
-    with pytest.raises(InUse, match=said), working(store, "x"):
+    with pytest.raises(InUse, match=said), shared_lock(store, "x"):
         pass
     path.unlink()
-    with working(store, "x"):
+    with shared_lock(store, "x"):
         pass
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 4000, b"[1]", b"\xff\xfe"])
 def test_a_mark_that_nobody_holds_is_removed_whatever_it_says(store: Path, content: bytes) -> None:
     leave_mark(store).write_bytes(content)
-    with alone(store, "gc"):
+    with exclusive_lock(store, "gc"):
         assert len(marks(store)) == 1
 
 
@@ -130,7 +133,7 @@ def test_a_link_or_a_folder_in_a_marks_place_is_not_followed(store: Path, tmp_pa
     target = tmp_path / "precious"
     target.write_text("kept")
     (store / ".alone-feedfeedfeedfeed").symlink_to(target)
-    with pytest.raises(InUse, match="cannot be read"), working(store, "x"):
+    with pytest.raises(InUse, match="cannot be read"), shared_lock(store, "x"):
         pass
     assert target.read_text() == "kept"
 
@@ -141,7 +144,7 @@ def test_changes_of_a_small_file_wait_for_each_other(store: Path) -> None:
     order = []
 
     def change(name: str) -> None:
-        with briefly(store):
+        with update_lock(store):
             order.append(f"{name} in")
             threading.Event().wait(0.05)
             order.append(f"{name} out")

@@ -19,11 +19,13 @@ from click.testing import CliRunner
 from pictures import image_folder, save_picture
 
 import featurecache
-from featurecache import console, images, looking, memory, planning
-from featurecache.dataset import Files
-from featurecache.memory import STAT, Memory
+from featurecache.commands import extract
+from featurecache.extraction import digest_cache, plan, scan
+from featurecache.extraction.digest_cache import STAT, DigestCache
+from featurecache.images import decoding
 from featurecache.sources import open_source
-from featurecache.sources.npz import _Packed
+from featurecache.sources.base import ImageFiles
+from featurecache.sources.medmnist import _Packed
 
 HOME = Path(featurecache.__file__).parent.parent
 
@@ -31,14 +33,14 @@ HOME = Path(featurecache.__file__).parent.parent
 @pytest.fixture
 def aged(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Files just made count as old."""
-    monkeypatch.setattr(looking, "YOUNG", 0)
+    monkeypatch.setattr(scan, "YOUNG", 0)
 
 
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:  # type: ignore[no-untyped-def]
     """Every file read, by its path."""
-    seen, read = [], Files.read
-    monkeypatch.setattr(Files, "read", lambda self, row: seen.append(self.path(row)) or read(self, row))
+    seen, read = [], ImageFiles.read
+    monkeypatch.setattr(ImageFiles, "read", lambda self, row: seen.append(self.path(row)) or read(self, row))
     return seen
 
 
@@ -52,34 +54,34 @@ def data(tmp_path: Path) -> Path:
     return image_folder(tmp_path / "data", 9)
 
 
-def look(data: Path, cache: Path, remember: bool = True) -> planning.Extraction:
+def look(data: Path, cache: Path, remember: bool = True) -> plan.Extraction:
     """All that is done before anything is computed, the first screen included."""
-    prepared = planning.prepare(data, backbone="vit-demo", random_weights=True, cache=cache, remember=remember)
-    console.extraction_record(prepared, None)
+    prepared = plan.prepare(data, backbone="vit-demo", random_weights=True, cache=cache, remember=remember)
+    extract.extraction_record(prepared, None)
     return prepared
 
 
-def digests_of(prepared: planning.Extraction) -> list[str]:
+def digests_of(prepared: plan.Extraction) -> list[str]:
     return [prepared.digests[k].decode() for k in prepared.sample_image]
 
 
 def truth(data: Path) -> list[str]:
-    return [images.digest(path.read_bytes()) for path in sorted(data.rglob("*.png"))]
+    return [decoding.digest(path.read_bytes()) for path in sorted(data.rglob("*.png"))]
 
 
 @pytest.mark.usefixtures("aged")
 def test_a_second_run_reads_no_file_and_one_more_image_is_read_alone(
     tmp_path: Path, monkeypatch, data: Path, vit: str, reads: list[str]
 ) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(looking, "LOOKED_AT", 4)  # headers of some only, as of 100,000
+    monkeypatch.setattr(scan, "LOOKED_AT", 4)  # headers of some only, as of 100,000
     featurecache.extract(data, backbone=vit, cache=tmp_path / "c", outputs="cls")
     reads.clear()
-    prepared = planning.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls", remember=True)
-    again = console.extraction_record(prepared, None)
+    prepared = plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls", remember=True)
+    again = extract.extraction_record(prepared, None)
     assert prepared.run().images == 9
     assert (again["data"]["looked_at"], reads) == (4, [])
     new = save_picture(data / "ill" / "new.png", 77)
-    monkeypatch.setattr(looking, "_header_rows", lambda dataset, keys: np.arange(0))
+    monkeypatch.setattr(scan, "_header_rows", lambda dataset, keys: np.arange(0))
     assert featurecache.extract(data, backbone=vit, cache=tmp_path / "c", outputs="cls").computed == 1
     assert set(reads) == {str(new)}
 
@@ -87,10 +89,10 @@ def test_a_second_run_reads_no_file_and_one_more_image_is_read_alone(
 @pytest.mark.usefixtures("aged")
 def test_one_image_more_changes_at_most_one_of_those_whose_header_is_looked_at() -> None:
     keys = np.random.default_rng(0).integers(-(2**62), 2**62, 1000)
-    dataset = Files("/", [])  # only its length would be asked for
-    before = looking._header_rows(dataset, keys)  # type: ignore[arg-type]
-    after = looking._header_rows(dataset, np.append(keys, -(2**63)))  # type: ignore[arg-type]
-    assert len(before) == len(after) == looking.LOOKED_AT
+    dataset = ImageFiles("/", [])  # only its length would be asked for
+    before = scan._header_rows(dataset, keys)  # type: ignore[arg-type]
+    after = scan._header_rows(dataset, np.append(keys, -(2**63)))  # type: ignore[arg-type]
+    assert len(before) == len(after) == scan.LOOKED_AT
     assert len(set(after.tolist()) - set(before.tolist())) == 1
 
 
@@ -125,7 +127,7 @@ def test_replaced_under_the_same_name_with_size_and_mtime_set_back(
 @pytest.mark.parametrize("field", STAT.names)
 def test_a_digest_is_given_back_only_where_the_whole_stat_agrees(tmp_path: Path, field: str) -> None:
     stats = np.array([(5, 10**18, 10**18 + 1, 2**64 - 1)], STAT)
-    found, keys = Memory(tmp_path, writes=True), np.array([-(2**63)])
+    found, keys = DigestCache(tmp_path, writes=True), np.array([-(2**63)])
     digest = np.array([b"0123456789abcdef" * 2], "S32")
     found.remember(keys, stats, digest)
     assert found.recall(keys, stats) == digest
@@ -139,28 +141,28 @@ def test_many_are_remembered_found_and_forgotten(tmp_path: Path) -> None:
     stats = np.zeros(n, STAT)
     stats["size"] = np.arange(n)
     digests = np.frombuffer(rng.bytes(16 * n).hex().encode(), "S32")
-    Memory(tmp_path, writes=True).remember(keys[: n - 5], stats[: n - 5], digests[: n - 5])
-    Memory(tmp_path, writes=True).forget(keys[:7])
-    found = Memory(tmp_path, writes=False).recall(keys, stats)
+    DigestCache(tmp_path, writes=True).remember(keys[: n - 5], stats[: n - 5], digests[: n - 5])
+    DigestCache(tmp_path, writes=True).forget(keys[:7])
+    found = DigestCache(tmp_path, writes=False).recall(keys, stats)
     assert (found[7 : n - 5] == digests[7 : n - 5]).all()
     assert (found[:7] == b"").all() and (found[n - 5 :] == b"").all()
 
 
 @pytest.mark.usefixtures("aged")
 def test_a_look_that_is_killed_need_not_be_repeated(tmp_path: Path, monkeypatch, data: Path, reads: list[str]) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(looking, "_KEEP_EVERY", 0.0)
-    monkeypatch.setattr(looking, "_STRETCH", 2)
-    read = Files.read
+    monkeypatch.setattr(scan, "_KEEP_EVERY", 0.0)
+    monkeypatch.setattr(scan, "_STRETCH", 2)
+    read = ImageFiles.read
 
-    def dies(self: Files, row: int) -> bytes:
+    def dies(self: ImageFiles, row: int) -> bytes:
         if row == 6:
             raise KeyboardInterrupt
         return read(self, row)
 
-    monkeypatch.setattr(Files, "read", dies)
+    monkeypatch.setattr(ImageFiles, "read", dies)
     with pytest.raises(KeyboardInterrupt):
         look(data, tmp_path / "c")
-    monkeypatch.setattr(Files, "read", read)
+    monkeypatch.setattr(ImageFiles, "read", read)
     reads.clear()
     assert digests_of(look(data, tmp_path / "c")) == truth(data)
     assert len(reads) == 3
@@ -174,7 +176,7 @@ def test_preparing_and_a_dry_run_write_nothing_and_the_run_remembers(
 
     words = ["extract", "--backbone", vit, "--data", str(data), "--cache", str(tmp_path / "c"), "--outputs", "cls"]
     assert CliRunner().invoke(main, [*words, "--dry-run"]).exit_code == 0
-    prepared = planning.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls")
+    prepared = plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls")
     assert not (tmp_path / "c").exists()
     prepared.run()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")}
@@ -203,7 +205,7 @@ def test_what_the_command_saw_is_remembered_with_the_headers(
 def test_no_path_and_no_name_is_written_into_the_memory(tmp_path: Path, data: Path) -> None:
     data.rename(tmp_path / "Meier_Hans")
     look(tmp_path / "Meier_Hans", tmp_path / "c")
-    content = (tmp_path / "c" / memory.NAME).read_bytes()
+    content = (tmp_path / "c" / digest_cache.NAME).read_bytes()
     assert b"Meier" not in content and b"000.png" not in content and str(tmp_path).encode() not in content
 
 
@@ -264,7 +266,7 @@ def test_a_damaged_foreign_or_newer_file_is_made_anew_without_failing(
     tmp_path: Path, data: Path, reads: list[str], spoil: Any
 ) -> None:
     look(data, tmp_path / "c")
-    path = tmp_path / "c" / memory.NAME
+    path = tmp_path / "c" / digest_cache.NAME
     spoil(path)
     before = {file: file.read_bytes() for file in path.parent.iterdir()}
     reads.clear()
@@ -284,7 +286,7 @@ def test_a_damaged_foreign_or_newer_file_is_made_anew_without_failing(
 def test_a_strangers_journal_deletes_no_file_of_mine(tmp_path: Path, data: Path) -> None:
     """A journal may name a "super-journal", which SQLite removes after it has played the journal back."""
     look(data, tmp_path / "c")
-    thesis, path = tmp_path / "thesis.txt", tmp_path / "c" / memory.NAME
+    thesis, path = tmp_path / "thesis.txt", tmp_path / "c" / digest_cache.NAME
     thesis.write_text("three years")
     name = str(thesis).encode()
     page = (512).to_bytes(4, "big")
@@ -300,8 +302,8 @@ def test_a_strangers_journal_deletes_no_file_of_mine(tmp_path: Path, data: Path)
 @pytest.mark.usefixtures("aged")
 def test_a_flipped_bit_of_an_entry_is_noticed(tmp_path: Path, monkeypatch, data: Path) -> None:  # type: ignore[no-untyped-def]
     look(data, tmp_path / "c")
-    monkeypatch.setattr(looking, "_header_rows", lambda dataset, keys: np.arange(0))  # looking would find it out
-    path = tmp_path / "c" / memory.NAME
+    monkeypatch.setattr(scan, "_header_rows", lambda dataset, keys: np.arange(0))  # looking would find it out
+    path = tmp_path / "c" / digest_cache.NAME
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
         entries = database.execute("SELECT key, entry FROM files").fetchall()
         for number, (key, entry) in enumerate(entries):
@@ -314,7 +316,7 @@ def test_a_flipped_bit_of_an_entry_is_noticed(tmp_path: Path, monkeypatch, data:
 @pytest.mark.usefixtures("aged")
 def test_values_of_other_kinds_in_our_own_tables_are_passed_over(tmp_path: Path, data: Path) -> None:
     look(data, tmp_path / "c")
-    path = tmp_path / "c" / memory.NAME
+    path = tmp_path / "c" / digest_cache.NAME
     _execute(
         path, "UPDATE files SET entry = 'text' WHERE key % 2", "UPDATE files SET entry = zeroblob(9) WHERE key % 2 = 0"
     )  # fmt: skip
@@ -325,7 +327,7 @@ def test_values_of_other_kinds_in_our_own_tables_are_passed_over(tmp_path: Path,
 @pytest.mark.parametrize("said", ['[8, 8, "\\u001b[2J"]', '[1e999, 8, "RGB"]', '[8, -8, "RGB"]', '{"a": 1}', "[[", "7"])
 def test_a_remembered_header_that_is_none_is_looked_at_again(tmp_path: Path, data: Path, said: str) -> None:
     look(data, tmp_path / "c")
-    _execute(tmp_path / "c" / memory.NAME, f"UPDATE looks SET look = CAST('{said}' AS BLOB)")
+    _execute(tmp_path / "c" / digest_cache.NAME, f"UPDATE looks SET look = CAST('{said}' AS BLOB)")
     prepared = look(data, tmp_path / "c")
     assert all(header[2] in ("RGB", "grey") and header[0] > 20 for header in prepared.looked.headers.values())  # type: ignore
 
@@ -334,11 +336,11 @@ def test_a_remembered_header_that_is_none_is_looked_at_again(tmp_path: Path, dat
 def test_without_a_lock_the_run_goes_on_without_memory_and_says_so(
     tmp_path: Path, monkeypatch, data: Path, vit: str
 ) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(memory, "_PATIENCE", 0.05)
+    monkeypatch.setattr(digest_cache, "_PATIENCE", 0.05)
     look(data, tmp_path / "c")
-    with contextlib.closing(sqlite3.connect(tmp_path / "c" / memory.NAME, isolation_level=None)) as other:
+    with contextlib.closing(sqlite3.connect(tmp_path / "c" / digest_cache.NAME, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        prepared = planning.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls", remember=True)
+        prepared = plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls", remember=True)
         assert ["locked" in note and "read again" in note for note in prepared.dataset.notes] == [True]
         assert prepared.run().computed == 9
 
@@ -369,11 +371,11 @@ WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from featurecache.memory import STAT, Memory
+from featurecache.extraction.digest_cache import STAT, DigestCache
 print("ready", flush=True)
 stats, digests = np.zeros(50, STAT), np.full(50, b"ab" * 16)
 for part in range(8):
-    Memory(Path(sys.argv[1]), writes=True).remember(np.arange(50) * 20 + part, stats, digests)
+    DigestCache(Path(sys.argv[1]), writes=True).remember(np.arange(50) * 20 + part, stats, digests)
 """
 
 
@@ -383,18 +385,18 @@ def test_two_processes_remember_at_once(tmp_path: Path) -> None:
     assert other.stdout is not None and other.stdout.readline() == b"ready\n"
     stats, digests = np.zeros(1000, STAT), np.full(50, b"ab" * 16)
     for part in range(8, 16):
-        Memory(tmp_path, writes=True).remember(np.arange(50) * 20 + part, stats[:50], digests)
+        DigestCache(tmp_path, writes=True).remember(np.arange(50) * 20 + part, stats[:50], digests)
     other.stdout.close()
     assert other.wait() == 0
-    found = Memory(tmp_path, writes=False).recall(np.arange(1000), stats)
+    found = DigestCache(tmp_path, writes=False).recall(np.arange(1000), stats)
     assert (found.reshape(50, 20)[:, :16] == b"ab" * 16).all()
 
 
 @pytest.mark.usefixtures("aged")
 def test_a_remembered_digest_that_proves_wrong_is_forgotten(tmp_path: Path, monkeypatch, data: Path, vit: str) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(looking, "_header_rows", lambda dataset, keys: np.arange(0))  # looking would find it out
-    seen = planning.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls").looked.seen  # type: ignore[union-attr]
-    Memory(tmp_path / "c", writes=True).remember(seen.keys[:1], seen.stats[:1], np.array([b"ab" * 16]))
+    monkeypatch.setattr(scan, "_header_rows", lambda dataset, keys: np.arange(0))  # looking would find it out
+    seen = plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls").looked.seen  # type: ignore[union-attr]
+    DigestCache(tmp_path / "c", writes=True).remember(seen.keys[:1], seen.stats[:1], np.array([b"ab" * 16]))
     first = featurecache.extract(data, backbone=vit, cache=tmp_path / "c", outputs="cls")
     assert [(name, "changed" in reason) for name, reason in first.failed] == [("ill/000.png", True)]
     second = featurecache.extract(data, backbone=vit, cache=tmp_path / "c", outputs="cls")
@@ -410,7 +412,7 @@ def test_an_unchanged_archive_is_not_unpacked_again(tmp_path: Path, monkeypatch)
     unpack = _Packed._unpack
     monkeypatch.setattr(_Packed, "_unpack", lambda self: unpacked.append(1) or unpack(self))
     second = look(path, tmp_path / "c")
-    assert digests_of(second) == digests_of(first) == [images.digest(image) for image in pixels]
+    assert digests_of(second) == digests_of(first) == [decoding.digest(image) for image in pixels]
     assert unpacked == []
     np.savez(path, train_images=pixels[::-1], train_labels=np.arange(6) % 2)
     assert digests_of(look(path, tmp_path / "c")) == digests_of(first)[::-1]

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torchvision import transforms
 
 import featurecache
-from featurecache.backbones import Backbone, describe, load_backbone
+from featurecache.backbones import describe, load_backbone
+from featurecache.backbones.base import Backbone
 from featurecache.errors import (
     BadOption,
     OutputRefused,
@@ -27,8 +28,8 @@ from featurecache.errors import (
     WeightsDoNotFit,
     WeightsNotFound,
 )
-from featurecache.forward import spec_of
-from featurecache.images import decode
+from featurecache.extraction.pipeline import spec_of
+from featurecache.images.decoding import decode
 
 SAYS = '{"image_size": 32, "resize": 40, "interpolation": "bilinear", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.2]}'
 CNN = f"""

@@ -9,9 +9,9 @@ from checkpoints import save_vit
 from pictures import image_folder
 
 import featurecache
-from featurecache import planning
 from featurecache.errors import DamagedFile, OutputRefused
-from featurecache.reader import View
+from featurecache.extraction import plan
+from featurecache.store.view import View
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def cut(path: Path) -> None:
 def test_a_cut_shard_of_another_output_stops_no_run(tmp_path: Path, data: Path, vit: str) -> None:
     view = featurecache.extract(data, backbone=vit, cache=tmp_path / "c", outputs="cls,tokens", precision="bf16").view
     cut(next(view.parent.glob("tokens/*.h5")))
-    prepared = planning.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls", name="other")
+    prepared = plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls", name="other")
     assert (prepared.spec.precision, prepared.to_compute) == ("bf16", 0)  # still that of the store with these images
     assert len(View(prepared.run().view)) == 5
 
@@ -42,21 +42,21 @@ def test_a_cut_shard_of_what_is_asked_for_counts_as_nothing_until_it_is_used(
     options = {"backbone": vit, "cache": tmp_path / "c", "outputs": "cls", "name": "other"}
     view = featurecache.extract(data, **options, precision="bf16").view
     cut(next(view.parent.glob("cls/*.h5")))
-    assert planning.prepare(data, **options).spec.precision == "fp32"  # the device's own: nothing is known to be held
+    assert plan.prepare(data, **options).spec.precision == "fp32"  # the device's own: nothing is known to be held
     with pytest.raises(DamagedFile, match="cls"):
-        planning.prepare(data, **options, precision="bf16")
+        plan.prepare(data, **options, precision="bf16")
 
 
 def test_an_output_the_backbone_has_not_is_refused_before_an_image_is_read(
     tmp_path: Path, monkeypatch, data: Path, vit: str
 ) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("featurecache.dataset.Files.read", lambda self, row: pytest.fail("was read"))
+    monkeypatch.setattr("featurecache.sources.base.ImageFiles.read", lambda self, row: pytest.fail("was read"))
     with pytest.raises(OutputRefused):
-        planning.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="gap")
+        plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="gap")
 
 
 def test_a_zero_byte_in_a_column_is_refused_before_an_image_is_read(tmp_path: Path, data: Path, vit: str) -> None:
     table = data / "list.csv"
     table.write_text("path,remark\nill/000.png,fine\nwell/001.png,a\0b\n")
     with pytest.raises(featurecache.FeatureCacheError, match=r"NUL"):
-        planning.prepare(table, backbone=vit, cache=tmp_path / "c")
+        plan.prepare(table, backbone=vit, cache=tmp_path / "c")

@@ -23,7 +23,7 @@ from featurecache.backbones.processors import (
     probe,
 )
 from featurecache.errors import BadOption, PreprocessingRefused
-from featurecache.preprocess import Preprocess
+from featurecache.images.preprocessing import Preprocess
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 PROCESSORS = {

@@ -14,19 +14,19 @@ from click.testing import CliRunner
 from pictures import save_picture
 
 import featurecache
-from featurecache import looking, planning, privacy
 from featurecache.errors import BadOption, CannotWrite, SourceError
-from featurecache.privacy import Secret, hidden, known_secret, load_secret
-from featurecache.reader import View
-from featurecache.sources import open_source, reopen
+from featurecache.extraction import plan, scan
+from featurecache.sources import open_source, pseudonyms, reopen
+from featurecache.sources.pseudonyms import Secret, hidden, known_secret, load_secret
+from featurecache.store.view import View
 
 NAMES = ["Meier", "Garcia", "Nguyen", "Ørsted"]
 
 
 @pytest.fixture(autouse=True)
 def _config(tmp_path: Path, monkeypatch) -> Path:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(looking, "YOUNG", 0)
-    monkeypatch.delenv(privacy.VARIABLE, raising=False)
+    monkeypatch.setattr(scan, "YOUNG", 0)
+    monkeypatch.delenv(pseudonyms.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return tmp_path / "config"
 
@@ -83,8 +83,8 @@ def test_no_byte_of_the_cache_holds_a_name(tmp_path: Path, table: Path, vit: str
 
 def test_the_memory_of_files_is_keyed_with_the_secret_too(tmp_path: Path, table: Path) -> None:
     options = {"backbone": "vit-demo", "random_weights": True, "cache": tmp_path / "c", "remember": True}
-    hashed = planning.prepare(table, **options, hash_ids=True).looked
-    plain = planning.prepare(table, **options).looked
+    hashed = plan.prepare(table, **options, hash_ids=True).looked
+    plain = plan.prepare(table, **options).looked
     assert hashed is not None and plain is not None
     assert not set(hashed.seen.keys.tolist()) & set(plain.seen.keys.tolist())
 
@@ -139,10 +139,10 @@ def test_another_secret_or_none_is_said_and_not_taken_for_other_images(
     tmp_path: Path, monkeypatch, table: Path, vit: str
 ) -> None:  # type: ignore[no-untyped-def]
     view = View(featurecache.extract(table, backbone=vit, outputs="cls", cache=tmp_path / "c", hash_ids=True).view)
-    monkeypatch.setenv(privacy.VARIABLE, "of somebody else")
+    monkeypatch.setenv(pseudonyms.VARIABLE, "of somebody else")
     with pytest.raises(SourceError, match="a secret that is another one"):
         reopen(view.source)
-    monkeypatch.delenv(privacy.VARIABLE)
+    monkeypatch.delenv(pseudonyms.VARIABLE)
     shutil.rmtree(tmp_path / "config")
     with pytest.raises(SourceError, match="a secret that is not here"):
         reopen(view.source)
@@ -210,7 +210,7 @@ def test_the_secret_is_made_once_for_this_user_alone(tmp_path: Path) -> None:
 
 def test_a_secret_that_others_can_read_or_that_is_none_is_refused(tmp_path: Path) -> None:
     load_secret().keep()
-    path = privacy.secret_file()
+    path = pseudonyms.secret_file()
     path.chmod(0o644)
     with pytest.raises(BadOption, match="can be read by others; close it: chmod 600"):
         load_secret()
@@ -226,7 +226,7 @@ def test_a_secret_that_others_can_read_or_that_is_none_is_refused(tmp_path: Path
 def test_a_secret_inside_the_cache_is_refused(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "c" / "config"))
     with pytest.raises(BadOption, match="lies in the cache"):
-        planning.prepare("digits", backbone="vit-demo", random_weights=True, cache=tmp_path / "c", hash_ids=True)
+        plan.prepare("digits", backbone="vit-demo", random_weights=True, cache=tmp_path / "c", hash_ids=True)
 
 
 def test_where_it_cannot_be_kept_nothing_is_extracted(tmp_path: Path, vit: str, table: Path) -> None:
@@ -237,9 +237,9 @@ def test_where_it_cannot_be_kept_nothing_is_extracted(tmp_path: Path, vit: str, 
 
 
 def test_a_secret_from_the_environment(monkeypatch, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setenv(privacy.VARIABLE, "a long random text")
+    monkeypatch.setenv(pseudonyms.VARIABLE, "a long random text")
     secret = load_secret()
     assert (len(secret.value), secret.file, known_secret({"secret": secret.check})) == (32, None, secret)
     assert "long" not in repr(secret)
-    monkeypatch.setenv(privacy.VARIABLE, "another")
+    monkeypatch.setenv(pseudonyms.VARIABLE, "another")
     assert load_secret().check != secret.check

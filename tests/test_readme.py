@@ -62,14 +62,14 @@ def sources() -> str:
 
 
 def heads() -> str:
-    from heads.architectures import heads_table
-    from heads.tables import HEADS_HEADER, heads_rows
+    from heads.models.catalogue import heads_table
+    from heads.reports.text import HEADS_HEADER, heads_rows
 
     return markdown(HEADS_HEADER, [[f"`{name}`", *about] for name, *about in heads_rows(heads_table())])
 
 
 def networks() -> str:
-    from heads.networks.tables import networks_table
+    from heads.models.catalogue import networks_table
 
     rows = []
     for row in networks_table():
@@ -84,14 +84,14 @@ def networks() -> str:
 
 
 def studies() -> str:
-    from heads.studies import STUDIES
+    from heads.studies.spec import STUDIES
 
     rows = [[f"`featurecache study {name}`", about] for name, (_, about) in STUDIES.items()]
     return markdown(["type", "to know"], rows)
 
 
 def metrics() -> str:
-    from heads.metrics import METRICS
+    from heads.metrics.classification import METRICS
 
     rows = [[f"`{key}`", metric.title, "higher" if metric.higher else "lower"] for key, metric in METRICS.items()]
     return markdown(["`--select`", "metric", "better"], rows)

@@ -15,11 +15,13 @@ from tiny_cache import CLS, add_shard, make_store, make_view
 
 import cli
 import featurecache
-from featurecache import again, locks, verification
 from featurecache.errors import InUse
-from featurecache.reader import View
-from featurecache.repair import repair
-from featurecache.verification import Damage, verify
+from featurecache.extraction import recompute
+from featurecache.files import locks
+from featurecache.maintenance import verify as maintenance_verify
+from featurecache.maintenance.repair import repair
+from featurecache.maintenance.verify import Damage, verify
+from featurecache.store.view import View
 
 N = 10
 
@@ -119,14 +121,14 @@ def test_a_missing_shard_and_a_cut_one(home: Path, undisturbed: Path) -> None:
 
 
 def test_what_follows_from_stored_tokens_needs_no_backbone(home: Path, undisturbed: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(again, "load_backbone", lambda **_: pytest.fail("the tokens are there"))
+    monkeypatch.setattr(recompute, "load_backbone", lambda **_: pytest.fail("the tokens are there"))
     shard(home, "cls").unlink()
     (done,) = repair(home / "cache")
     assert done.computed == N and whole(home, undisturbed)
 
 
 def test_a_row_that_another_shard_has_is_copied(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(again, "load_backbone", lambda **_: pytest.fail("another shard has the rows"))
+    monkeypatch.setattr(recompute, "load_backbone", lambda **_: pytest.fail("another shard has the rows"))
     made = make_view(tmp_path, [0, 1, 2], layouts=(CLS,))
     before, victim = made.array("cls"), made.store / made.files[0]["path"].decode()
     add_shard(make_store(tmp_path), [2, 1, 0, 5], CLS)
@@ -230,7 +232,9 @@ def test_a_shard_of_another_store_is_found(tmp_path: Path) -> None:
 
 def test_stores_are_named_by_folder_or_view(home: Path) -> None:
     make_view(home / "cache", [0, 1], layouts=(CLS,), name="toys")
-    assert {store.path for store in verification.stores_called(["data"], home / "cache")} == {shard(home).parent.parent}
+    assert {store.path for store in maintenance_verify.stores_called(["data"], home / "cache")} == {
+        shard(home).parent.parent
+    }
     flip(shard(home), -1)
     assert run(home, "verify", "toys")[0] == 0
     assert run(home, "verify", str(shard(home).parent.parent))[0] == 1
@@ -238,7 +242,7 @@ def test_stores_are_named_by_folder_or_view(home: Path) -> None:
 
 def test_repair_waits_for_nobody_and_disturbs_nobody(home: Path) -> None:
     flip(shard(home), -1)
-    with locks.working(shard(home).parent.parent, "extract"), pytest.raises(InUse, match="extract by process"):
+    with locks.shared_lock(shard(home).parent.parent, "extract"), pytest.raises(InUse, match="extract by process"):
         repair(home / "cache")
 
 

@@ -22,11 +22,13 @@ from PIL import Image
 import heads
 from featurecache import open_view
 from featurecache.errors import BadOption, RunError
-from heads.comparison import compare, families_of
-from heads.reports import charts, confusion, gallery, page, thumbnails
+from heads.evaluation.comparison import compare
+from heads.evaluation.families import families_of
+from heads.explanations import explainer
+from heads.reports import figures, gallery, page
 from heads.reports.figures import truth_and_score
-from heads.reports.gallery import Album
-from heads.tables import sentence
+from heads.reports.gallery import ImageLoader
+from heads.reports.text import sentence
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 CHROMIUM = "/usr/bin/chromium"
@@ -148,7 +150,7 @@ def test_no_id_is_written_where_ids_are_hashed(lab, tmp_path):
 
 def test_the_hash_of_an_id_is_that_of_an_extraction_with_hashed_ids(cached, tmp_path):
     from featurecache import open_source
-    from featurecache.privacy import hidden, load_secret
+    from featurecache.sources.pseudonyms import hidden, load_secret
 
     source = open_source(str(cached[0] / "data"))
     shown = page.hashed()
@@ -182,8 +184,8 @@ def test_the_confusion_matrix_is_that_of_scikit_learn(tmp_path):
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
     expected = confusion_matrix([r["label"] for r in rows], [r["predicted"] for r in rows], labels=run.classes)
     heard = [(run, run.answers("test"))]
-    assert (confusion.counts_of(heard) == expected).all()
-    pairs = confusion.most_confused(heard)
+    assert (figures.counts_of(heard) == expected).all()
+    pairs = figures.most_confused(heard)
     off = expected - np.diag(np.diag(expected))
     assert pairs[0]["count"] == off.max() and len(pairs) == min(12, (off > 0).sum())
 
@@ -192,9 +194,9 @@ def test_the_confusion_matrix_is_that_of_scikit_learn(tmp_path):
 def test_the_name_of_a_class_fits_beside_the_confusion_matrix(name, monkeypatch):
     from matplotlib.textpath import TextPath
 
-    monkeypatch.setattr(confusion, "counts_of", lambda heard: np.eye(2))
+    monkeypatch.setattr(figures, "counts_of", lambda heard: np.eye(2))
     run = SimpleNamespace(classes=(name, "b"), config={"splits": {}})
-    figure = confusion.confusion_figure([(run, None)])
+    figure = figures.confusion_figure([(run, None)])
     ends = float(re.search(rf'<text x="([\d.]+)"[^>]*text-anchor="end"[^>]*>{name}', str(figure.svg))[1])
     assert TextPath((0, 0), name, size=10.5).get_extents().width < ends
 
@@ -208,7 +210,7 @@ def test_a_name_at_the_beginning_of_a_warning_keeps_its_letters():
 def test_folds_are_counted_together_and_seeds_averaged(tmp_path):
     view = toy_view(n=200, noise=4.0)
     runs = [train(view, tmp_path / f"{s}{f}", seed=s, folds=2, fold=f) for s in (0, 1) for f in (0, 1)]
-    counts = confusion.counts_of([(run, run.answers("test")) for run in runs])
+    counts = figures.counts_of([(run, run.answers("test")) for run in runs])
     assert counts.sum() == sum(len(run.answers("test").y) for run in runs[:2])
 
 
@@ -256,7 +258,7 @@ def test_a_report_in_a_runs_own_folder_adds_intervals_to_its_files_and_leaves_it
 
 
 def pictures(runs, **options):
-    shown = Album(str, **options).gallery([(runs[0], runs[0].answers("test"))])
+    shown = ImageLoader(str, **options).gallery([(runs[0], runs[0].answers("test"))])
     return shown, [picture for shelf in shown.shelves for picture in shelf.pictures]
 
 
@@ -310,16 +312,14 @@ def test_the_page_says_how_many_images_it_embeds(lab, tmp_path):
     "mode, resize, crop", [("squash", (16, 16), None), ("shortest", (20,), (16, 16)), ("pad", (16, 16), None)]
 )
 def test_what_the_backbone_saw_of_an_image_is_where_its_pixels_come_from(mode, resize, crop):
-    from featurecache.preprocess import Preprocess
+    from featurecache.images.preprocessing import Preprocess
 
     made = Preprocess(
         mode, resize, crop, "torchvision", "bilinear", True, "down", 1 / 255, None, None, "fused"
     )  # fmt: skip
     ramp = torch.arange(240, dtype=torch.uint8).expand(3, 80, 240)  # value = column, of an 80×240 image
     seen = made.resized(ramp)[0].float()
-    x, y, width, height = thumbnails.seen_part(
-        {"preprocess": {**made.to_dict(), "decoding": 1}}, np.zeros((80, 240, 3))
-    )
+    x, y, width, height = explainer.seen_part({"preprocess": {**made.to_dict(), "decoding": 1}}, np.zeros((80, 240, 3)))
     for column in (2, 8, 13):
         at = (x + width * (column + 0.5) / 16) * 240 - 0.5
         assert seen[8, column] == pytest.approx(at, abs=3)
@@ -331,7 +331,7 @@ def test_what_the_backbone_saw_of_an_image_is_where_its_pixels_come_from(mode, r
 
 
 def test_the_command_writes_the_page_and_says_how_many_images_it_embeds(lab, tmp_path, monkeypatch):
-    from heads.lab import report
+    from heads.commands.compare import report
 
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(report, [str(lab[2][0].path), "--out", "my page"])
@@ -357,7 +357,7 @@ def test_a_folder_that_holds_other_things_is_not_written_into(lab, tmp_path):
 def test_the_command_that_trained_a_head_is_on_the_page_and_quoted(tmp_path):
     import shlex
 
-    from heads.reports.origin import train_command
+    from heads.reports.provenance import train_command
 
     view = toy_view(label="vit toy/my $(view)")
     run = train(view, tmp_path / "run", lr=3e-4, balance=False, weight_decay=1e-4)
@@ -371,7 +371,7 @@ def test_classes_that_were_kept_come_back_from_the_command_and_read_as_words(tmp
     import shlex
 
     import cli
-    from heads.reports.origin import setting_words, train_command
+    from heads.reports.provenance import setting_words, train_command
 
     run = train(toy_view(n=200, classes=3), tmp_path / "run", only=["kind 2", "kind 0"])
     words = shlex.split(train_command(run))[2:]
@@ -406,7 +406,7 @@ def test_a_solved_heads_page_shows_its_path(tmp_path):
 
 
 def test_a_sweep_is_reported_in_its_own_folder(tmp_path, monkeypatch):
-    from heads.sweeps.sweep import ablate
+    from heads.api import ablate
 
     monkeypatch.chdir(tmp_path)
     view = toy_view(n=150, noise=4.0)
@@ -424,7 +424,7 @@ def test_sixty_families_are_one_table_of_which_three_are_shown_in_full(tmp_path)
     families = families_of([first]) * 60
     record = compare(families[:1], resamples=20).record
     copies = [{**record["families"][0], "name": f"head {i}"} for i in range(60)]
-    text, _ = page.render(tmp_path, families, {**record, "families": copies}, Album(str))
+    text, _ = page.render(tmp_path, families, {**record, "families": copies}, ImageLoader(str))
     assert len([row for row in cells(text, "Leaderboard") if row]) == 60
     assert text.count("Worst mistakes and surest hits") == 3 and text.count('<details id="f') == 57
     assert len(text) < 2_000_000
@@ -444,7 +444,7 @@ def test_parts_of_test_by_a_column_are_in_the_order_of_the_leaderboard(lab, tmp_
     parts = [
         {"value": v, "n": 9, "family": f["name"], "test": f["test"]} for f in record["families"] for v in ("b", "")
     ]
-    text, _ = page.render(tmp_path, families, {**record, "by": {"site <1>": parts}}, Album(str, images=False))
+    text, _ = page.render(tmp_path, families, {**record, "by": {"site <1>": parts}}, ImageLoader(str, images=False))
     ordered = sorted(record["families"], key=lambda f: (-f["val"]["auroc"], f["val"]["nll"]))
     body = text[text.index('<section id="by-1">') : text.index('<section id="f1">')]
     names = re.findall(r'<td class="first">([^<]*)</td><td class="words">([^<]*)</td>', body)
@@ -461,9 +461,9 @@ def test_images_in_two_splits_are_the_first_warning(tmp_path):
 
 
 def test_ticks_are_round_numbers_inside_the_range():
-    assert charts.Scale(0.61, 0.98, 0, 1).ticks(4) == [0.7, 0.8, 0.9]
-    assert charts.Scale(3, 4000, 0, 1, log=True).ticks() == [10, 100, 1000]
-    assert charts.Scale(0.5, 0.5, 0, 1).ticks() == [0.5]
+    assert figures.Scale(0.61, 0.98, 0, 1).ticks(4) == [0.7, 0.8, 0.9]
+    assert figures.Scale(3, 4000, 0, 1, log=True).ticks() == [10, 100, 1000]
+    assert figures.Scale(0.5, 0.5, 0, 1).ticks() == [0.5]
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from plant import cycle, elsewhere, external, soft
 
 from featurecache.errors import CannotWrite, DamagedFile, UnsafeFile
-from featurecache.files import USER_BLOCK, Draft, Frame, new_hdf5, read_user_block, sweep_drafts
-from featurecache.shards import DIGEST, Layout, ShardWriter, locate, map_rows, read_shard, shard_name
+from featurecache.files.atomic import USER_BLOCK, AtomicFile, WriteTrace, new_hdf5, read_user_block, remove_orphans
+from featurecache.store.schema import DIGEST
+from featurecache.store.shards import Layout, ShardWriter, find_by_digest, map_rows, read_shard, shard_name
 
 LAYOUT = Layout("tokens", (5, 3), "float16", ("cls",), (2, 2))
 
@@ -98,7 +99,7 @@ def test_a_shard_without_rows_leaves_nothing(tmp_path: Path) -> None:
 def test_rows_are_found_by_digest_and_the_first_shard_wins(tmp_path: Path) -> None:
     paths = sorted([write(tmp_path, 4, start=0), write(tmp_path, 4, start=2)])
     shards = [read_shard(path, LAYOUT) for path in paths]
-    found = locate(shards, np.array([*digests(1, 5), *digests(1, 99), *digests(1, 2)], DIGEST))
+    found = find_by_digest(shards, np.array([*digests(1, 5), *digests(1, 99), *digests(1, 2)], DIGEST))
     assert found.found.tolist() == [True, False, True]
     for k, wanted in ((0, 5), (2, 2)):
         assert shards[found.file[k]].digests[found.row[k]] == digests(1, wanted)[0]
@@ -121,12 +122,12 @@ def test_a_shard_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 def hostile(path: Path, fill) -> Path:  # type: ignore[no-untyped-def]
     """A file whose user block is right and whose content is not ours."""
-    frame = Frame()
+    frame = WriteTrace()
     with new_hdf5(frame) as file:
         file.create_dataset("digests", data=digests(2))
         file.create_dataset("checksums", data=np.zeros(2, "u8"))
         fill(file)
-    with Draft(path) as draft:
+    with AtomicFile(path) as draft:
         draft.commit(frame)
     return path
 
@@ -176,17 +177,17 @@ def test_a_failed_call_commits_nothing_and_leaves_nothing(tmp_path: Path, monkey
 
 
 def test_drafts_that_nobody_holds_are_swept_and_those_of_the_living_kept(tmp_path: Path) -> None:
-    with Draft(tmp_path / "a.h5") as ours:
+    with AtomicFile(tmp_path / "a.h5") as ours:
         left = tmp_path / ".0123456789abcdef.01234567.tmp"  # of a killed run
         left.touch()
-        sweep_drafts(tmp_path)
+        remove_orphans(tmp_path)
         assert not left.exists()
         assert ours._temporary.exists()
 
 
 def test_a_draft_of_a_very_long_name_can_be_written(tmp_path: Path) -> None:
-    with Draft(tmp_path / f"{'x' * 250}.h5") as draft:
-        draft.commit(Frame.of(bytes(600)))
+    with AtomicFile(tmp_path / f"{'x' * 250}.h5") as draft:
+        draft.commit(WriteTrace.of(bytes(600)))
     assert [len(path.name) for path in tmp_path.iterdir()] == [253]
 
 
@@ -206,7 +207,7 @@ def test_a_read_only_folder_is_one_sentence(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(CannotWrite, match="cannot write"):
-        Draft(file / "a.h5")
+        AtomicFile(file / "a.h5")
 
 
 def test_the_length_in_the_first_line_is_checked(tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from featurecache import images
-from featurecache.dataset import safe_name
 from featurecache.errors import CannotWrite, SourceError, UnreadableImage
-from featurecache.images import digest
-from featurecache.sources import SOURCES, contact_sheet, describe, folders, npz, open_source, reopen
-from featurecache.sources.medmnist_names import MEDMNIST, published
+from featurecache.images import decoding
+from featurecache.images.decoding import digest
+from featurecache.sources import SOURCES, folders, medmnist, open_source, reopen
+from featurecache.sources.base import safe_name
+from featurecache.sources.medmnist import MEDMNIST, published
+from featurecache.sources.summary import contact_sheet, describe
 
 
 def picture(path: Path, shade: int = 0) -> Path:
@@ -208,7 +209,7 @@ def test_a_missing_file_a_broken_link_and_a_pipe_are_named_failures(tmp_path):
 def test_a_text_file_called_jpg_fails_when_it_is_decoded(tmp_path):
     (tmp_path / "x.jpg").write_text("<!DOCTYPE html>")
     with pytest.raises(UnreadableImage, match="starts with"):
-        images.decode(open_source(tmp_path).read(0))
+        decoding.decode(open_source(tmp_path).read(0))
 
 
 @given(st.text(max_size=200))
@@ -457,7 +458,7 @@ def test_npz_in_colour_with_several_labels(tmp_path):
 
 
 def test_npz_beyond_memory_is_mapped_from_a_temporary_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(npz, "_IN_MEMORY", 10)
+    monkeypatch.setattr(medmnist, "_IN_MEMORY", 10)
     np.savez_compressed(tmp_path / "set.npz", train_images=shades(9, 5, 4), train_labels=np.arange(9) % 2)
     data = open_source(tmp_path / "set.npz")
     assert [int(data.read(row)[4, 3]) for row in (8, 0, 3)] == [8, 0, 3]
@@ -677,7 +678,7 @@ def test_images_that_could_not_be_read_are_no_copies_of_each_other(tmp_path):
 
 def test_of_many_images_two_hundred_are_looked_at(tmp_path, monkeypatch):
     looked = []
-    monkeypatch.setattr(images, "look", lambda data: (looked.append(1), (8, 8, "grey"))[1])
+    monkeypatch.setattr(decoding, "image_header", lambda data: (looked.append(1), (8, 8, "grey"))[1])
     found = describe(open_source("digits"))
     assert len(looked) == found.looked_at == 200
     assert "8×8, in 200 looked at" in str(found)
@@ -748,4 +749,4 @@ def test_medical_mnist_is_six_thousand_small_grey_jpegs(real, tmp_path):
     assert (found.sizes["smallest"], found.sizes["largest"], found.kinds) == ([64, 64], [64, 64], {"grey": 200})
     row = data.ids.index("train/CXR/000017.jpeg")
     expected = np.asarray(Image.open(tmp_path / "medical-mnist/train/CXR/000017.jpeg").convert("RGB"))
-    np.testing.assert_array_equal(images.decode(data.read(row)).permute(1, 2, 0).numpy(), expected)
+    np.testing.assert_array_equal(decoding.decode(data.read(row)).permute(1, 2, 0).numpy(), expected)

@@ -19,10 +19,10 @@ from PIL import Image
 from published_sets import chest_xray, kaggle_copy
 from small_hub import small_hub
 
-from featurecache import images
 from featurecache.errors import NotFetched, SourceError, UnreadableImage
-from featurecache.looking import look_at
-from featurecache.memory import Memory
+from featurecache.extraction.digest_cache import DigestCache
+from featurecache.extraction.scan import scan
+from featurecache.images import decoding
 from featurecache.sources import open_source, reopen
 
 datasets = pytest.importorskip("datasets")
@@ -332,17 +332,17 @@ def test_rows_of_arrow_are_remembered_until_a_file_of_theirs_changes(tmp_path):
 
     watched = replace(data, images=replace(data.images, read_row=counted))  # type: ignore[type-var]
     time.sleep(2.1)  # a file that has just changed is not trusted
-    first = look_at(watched, Memory(tmp_path, writes=True), b"", 1)
+    first = scan(watched, DigestCache(tmp_path, writes=True), b"", 1)
     assert sorted(reads) == [*range(6)]
-    again = look_at(watched, Memory(tmp_path, writes=True), b"", 1)
+    again = scan(watched, DigestCache(tmp_path, writes=True), b"", 1)
     assert len(reads) == 6 and (again.sample_image == first.sample_image).all()
-    assert first.digests[2].decode() == images.digest(encoded(2))
+    assert first.digests[2].decode() == decoding.digest(encoded(2))
     os.utime(data.images.files[1], (past + 5, past + 5))  # type: ignore[attr-defined]
-    look_at(watched, Memory(tmp_path, writes=True), b"", 1)
+    scan(watched, DigestCache(tmp_path, writes=True), b"", 1)
     assert len(reads) == 12
 
 
 def test_stored_pixels_decode_as_they_should(tmp_path):
     hub_set(3).save_to_disk(str(tmp_path / "set"))
-    decoded = images.decode(open_source(tmp_path / "set").read(1)).permute(1, 2, 0).numpy()
+    decoded = decoding.decode(open_source(tmp_path / "set").read(1)).permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(decoded, np.asarray(Image.open(io.BytesIO(encoded(1)))))

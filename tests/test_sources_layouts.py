@@ -12,7 +12,8 @@ from pictures import save_picture
 from published_sets import CHEST, WNIDS, chest_xray, tiny_imagenet
 
 from featurecache.errors import SourceError, UnreadableImage
-from featurecache.sources import describe, open_source, reopen
+from featurecache.sources import open_source, reopen
+from featurecache.sources.summary import describe
 
 
 def refused(data: object, *words: str, **options) -> None:  # type: ignore[no-untyped-def]

@@ -16,12 +16,12 @@ import torchvision.datasets as tv
 from PIL import Image
 from published_sets import CIFAR10, cifar10, cifar100, eurosat, flowers102, medmnist_file, mnist, noise
 
-from featurecache import images
 from featurecache.errors import NotFetched, SourceError, UnreadableImage
+from featurecache.images import decoding
 from featurecache.sources import SOURCES, fetching, open_source, reopen
-from featurecache.sources.medmnist_names import MEDMNIST
-from featurecache.sources.torchvision_sets import SETS
-from featurecache.sources.torchvision_source import NAMES
+from featurecache.sources.medmnist import MEDMNIST
+from featurecache.sources.torchvision_catalogue import SETS
+from featurecache.sources.torchvision_datasets import NAMES
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def same_again(data) -> None:  # type: ignore[no-untyped-def]
     again = reopen(json.loads(json.dumps(data.source)))
     assert (again.ids, again.splits, again.classes, again.task) == (data.ids, data.splits, data.classes, data.task)
     np.testing.assert_array_equal(again.labels, data.labels)
-    assert images.digest(again.read(3)) == images.digest(data.read(3))
+    assert decoding.digest(again.read(3)) == decoding.digest(data.read(3))
 
 
 # -- MedMNIST

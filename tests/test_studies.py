@@ -16,9 +16,8 @@ import cli
 from featurecache import open_source
 from featurecache.backbones.aliases import ALIASES
 from featurecache.errors import BadOption, SourceError, UnknownStudy, WeightsNotFound
-from heads.networks.baselines import BASELINES
-from heads.reports.charts import Scale
-from heads.studies import STUDIES, Extract, Heads, Images, Look, Network, load_study
+from heads.models.catalogue import BASELINES
+from heads.reports.figures import Scale
 from heads.studies import mindlina as study_mindlina
 from heads.studies import run as study_run
 from heads.studies.figures import FIGURES
@@ -36,6 +35,7 @@ from heads.studies.plan import (
     wanted_steps,
 )
 from heads.studies.run import run_study
+from heads.studies.spec import STUDIES, Extract, Heads, Images, Look, Network, load_study
 
 ALL = [load_study(name) for name in STUDIES]
 # Typed from the publications, not from the recipes: (study, part, measure, split, value).

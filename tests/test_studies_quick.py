@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from heads.studies import STUDIES, load_study
+from heads.studies.spec import STUDIES, load_study
 
 pytestmark = pytest.mark.slow
 

@@ -16,14 +16,15 @@ from PIL import Image
 import cli
 from featurecache import open_view
 from featurecache.errors import BadOption, RunError, StepFailed, Stopped
-from heads import studies
-from heads.networks import baseline_runs
-from heads.reports.origin import origins, sweep_command, train_command
-from heads.studies import Extract, Heads, Images, Network, Part, Published, Study
+from heads import api
+from heads.reports.provenance import origins, sweep_command, train_command
 from heads.studies import run as study_run
+from heads.studies import spec
 from heads.studies.numbers import greyed, words
 from heads.studies.plan import Asked
+from heads.studies.spec import Extract, Heads, Images, Network, Part, Published, Study
 from heads.studies.words import study_lines
+from heads.training import network
 
 CHROMIUM = "/usr/bin/chromium"
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -55,7 +56,7 @@ SMALL = Study(
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(study_run, "load_study", lambda name: SMALL)
-    monkeypatch.setitem(studies.STUDIES, "small", ("none", "is it small?"))
+    monkeypatch.setitem(spec.STUDIES, "small", ("none", "is it small?"))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def done(data, tmp_path_factory):
     """The study, run once without a stop."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study_run, "load_study", lambda name: SMALL)
-        patch.setitem(studies.STUDIES, "small", ("none", "is it small?"))
+        patch.setitem(spec.STUDIES, "small", ("none", "is it small?"))
         out = tmp_path_factory.mktemp("studies") / "small"
         return study_run.run_study("small", data=[str(data)], quick=True, out=out)
 
@@ -126,16 +127,16 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_as_if_it_had_not_been(done, d
 
 @pytest.mark.slow
 def test_a_network_stopped_between_two_epochs_goes_on_from_there(data, tmp_path, monkeypatch):
-    out, save = tmp_path / "s", baseline_runs.Checkpoint.save
+    out, save = tmp_path / "s", network.Checkpoint.save
 
     def kill(self, *given):
         save(self, *given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(baseline_runs.Checkpoint, "save", kill)
+    monkeypatch.setattr(network.Checkpoint, "save", kill)
     with pytest.raises(Stopped):
         study_run.run_study("small", data=[str(data)], quick=True, only=["cnn"], out=out)
-    monkeypatch.setattr(baseline_runs.Checkpoint, "save", save)
+    monkeypatch.setattr(network.Checkpoint, "save", save)
     heard: list[str] = []
     study_run.run_study("small", quick=True, only=["cnn"], out=out, say=heard.append)
     assert "resumed    after epoch 1" in heard and not list((out / "runs").glob(".*.checkpoint"))
@@ -145,7 +146,7 @@ def test_a_run_that_was_finished_but_not_noted_is_not_trained_again(done, monkey
     note = done.folder / "steps" / "cnn.json"
     before = note.read_text()
     note.unlink()
-    monkeypatch.setattr(baseline_runs, "train_baseline", lambda *a, **k: pytest.fail("it is there"))
+    monkeypatch.setattr(api, "train_baseline", lambda *a, **k: pytest.fail("it is there"))
     again(done)
     assert json.loads(note.read_text())["made"] == json.loads(before)["made"]
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_backbones_found import hub, put_in_cache  # noqa: F401  (a fixture)
 
 import featurecache
-from featurecache.backbones import Backbone, describe, load_backbone
+from featurecache.backbones import describe, load_backbone
+from featurecache.backbones.base import Backbone
 from featurecache.errors import (
     BadOption,
     OutputRefused,
@@ -26,7 +27,7 @@ from featurecache.errors import (
     WeightsDoNotFit,
     WeightsNotFound,
 )
-from featurecache.images import decode
+from featurecache.images.decoding import decode
 
 timm = pytest.importorskip("timm")
 SMALL_DEIT = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 64}

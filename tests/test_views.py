@@ -16,12 +16,14 @@ import pytest
 import torch
 
 from featurecache.errors import AmbiguousName, CacheError, DamagedFile, NotInCache, UnsafeFile
-from featurecache.files import FORMAT, Draft, Frame
-from featurecache.reader import View
-from featurecache.shards import DIGEST, Layout, ShardWriter
-from featurecache.spec import ExtractionSpec, canonical_json
-from featurecache.stores import Store, create_store, unreadable_stores
-from featurecache.views import Rows, find_view, open_view, write_view
+from featurecache.files.atomic import FORMAT, AtomicFile, WriteTrace
+from featurecache.files.records import canonical_json
+from featurecache.store.schema import DIGEST
+from featurecache.store.shards import Layout, ShardWriter
+from featurecache.store.spec import ExtractionSpec
+from featurecache.store.store import Store, create_store, unreadable_stores
+from featurecache.store.view import View
+from featurecache.store.write_view import ViewColumns, find_view, open_view, write_view
 
 CLS = Layout("cls", (4,), "float16")
 TOKENS = Layout("tokens", (5, 4), "float32", ("cls",), (2, 2))
@@ -58,7 +60,7 @@ def make_view(cache: Path, order, *, per_shard: int = 4, layouts=(CLS, TOKENS), 
         for start in range(0, len(distinct), per_shard):
             add_shard(store, distinct[start : start + per_shard], layout)
     ids = [f"é/{k}.png" for k in range(len(order))]
-    rows = Rows(ids, order % 2, ["train", "test"] * (len(order) // 2) + [""] * (len(order) % 2), digests(order))
+    rows = ViewColumns(ids, order % 2, ["train", "test"] * (len(order) // 2) + [""] * (len(order) % 2), digests(order))
     attributes = {
         "classes": json.dumps(["no", "yes"]), "task": "binary", "spec": canonical_json(store.spec.to_dict()),
         "fingerprint": store.fingerprint, "format_version": FORMAT, "source": "{}", "failed": "[]",
@@ -151,8 +153,8 @@ def reseal(path: Path, change) -> None:  # type: ignore[no-untyped-def]
     buffer = io.BytesIO(path.read_bytes())
     with h5py.File(buffer, "r+") as file:
         change(file)
-    with Draft(path) as draft:
-        draft.commit(Frame.of(buffer.getvalue()), replace=True)
+    with AtomicFile(path) as draft:
+        draft.commit(WriteTrace.of(buffer.getvalue()), replace=True)
 
 
 def outside_index(file: h5py.File) -> None:
@@ -277,7 +279,7 @@ assert np.array_equal(view.array("cls"), features(range(3000), CLS))
 
 
 def test_too_many_pieces_leave_the_virtual_dataset_out_and_say_so(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("featurecache.views.MAX_MAPPINGS", 3)
+    monkeypatch.setattr("featurecache.store.write_view.MAX_MAPPINGS", 3)
     view = make_view(tmp_path, ORDER, layouts=(CLS,))
     with h5py.File(view.path) as file:
         assert "cls" not in file

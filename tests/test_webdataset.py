@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import featurecache
-from featurecache import looking
 from featurecache.errors import SourceError, UnreadableImage
-from featurecache.images import decode, digest
-from featurecache.looking import look_at
-from featurecache.memory import Memory
-from featurecache.sources import describe, open_source, reopen, tars
+from featurecache.extraction import scan
+from featurecache.extraction.digest_cache import DigestCache
+from featurecache.extraction.scan import scan as scan_dataset
+from featurecache.images.decoding import decode, digest
+from featurecache.sources import open_source, reopen, webdataset
+from featurecache.sources.summary import describe
 
 
 def png(shade: int) -> bytes:
@@ -333,14 +334,14 @@ def test_damaged_tars_are_read_or_refused(tmp_path_factory, changes, size):
 
 
 def test_a_tar_that_did_not_change_is_not_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(looking, "YOUNG", 0)
+    monkeypatch.setattr(scan, "YOUNG", 0)
     for number in range(2):
         tar(tmp_path / "d" / f"{number}.tar", *samples(*[(f"k{k}", k % 2) for k in range(5)], start=9 * number))
-    first = look_at(open_source(tmp_path / "d"), Memory(tmp_path, writes=True), b"", 2)
+    first = scan_dataset(open_source(tmp_path / "d"), DigestCache(tmp_path, writes=True), b"", 2)
     tar(tmp_path / "d" / "2.tar", *samples(("new", 0), start=99))
-    read, seen = tars.Members.read, []
-    monkeypatch.setattr(tars.Members, "read", lambda self, row: seen.append(self.ids[row]) or read(self, row))
-    again = look_at(open_source(tmp_path / "d"), Memory(tmp_path, writes=True), b"", 2)
+    read, seen = webdataset.TarImages.read, []
+    monkeypatch.setattr(webdataset.TarImages, "read", lambda self, row: seen.append(self.ids[row]) or read(self, row))
+    again = scan_dataset(open_source(tmp_path / "d"), DigestCache(tmp_path, writes=True), b"", 2)
     assert seen == ["2.tar:new"]
     assert again.digests.tolist()[:10] == first.digests.tolist()
 

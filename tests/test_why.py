@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import featurecache
 from cli import main
-from featurecache import canary
-from featurecache.differences import differences, rows_of
 from featurecache.errors import BadOption, OutputRefused
-from featurecache.spec import ExtractionSpec
-from featurecache.stores import create_store, open_store, stores
-from featurecache.why import _nearest, explain
+from featurecache.extraction import canary
+from featurecache.extraction.cache_miss import _nearest, explain
+from featurecache.store.spec import ExtractionSpec, describe_differences, differences
+from featurecache.store.store import create_store, open_store, stores
 
 
 @pytest.fixture
@@ -235,12 +234,12 @@ def test_a_field_that_only_one_has_is_a_dash():
         ("architecture.config.b", "—", None),
         ("architecture.config.c", "—", [1, 2]),
     ]
-    assert rows_of(spec(), new, ({}, {})) == [("config.b", "— → none"), ("config.c", "— → 1×2")]
+    assert describe_differences(spec(), new, ({}, {})) == [("config.b", "— → none"), ("config.c", "— → 1×2")]
 
 
 def test_long_values_are_cut_and_control_characters_do_not_reach_the_terminal():
     new = spec(position_embeddings="x" * 500, architecture={"library": "l", "class": "c", "config": {"a": "\x1b[31m"}})
-    rows = dict(rows_of(spec(), new, ({}, {})))
+    rows = dict(describe_differences(spec(), new, ({}, {})))
     assert rows["position_embeddings"] == f"none → {'x' * 59}…"
     assert rows["config.a"] == "1 → ?[31m"
 

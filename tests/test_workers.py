@@ -19,8 +19,8 @@ from pictures import image_folder, save_picture
 from torch.utils.data import DataLoader, Dataset
 
 import featurecache
-from featurecache.reader import View
-from featurecache.shards import layout_in
+from featurecache.store.shards import layout_in
+from featurecache.store.view import View
 
 HOME = Path(featurecache.__file__).parent.parent
 
@@ -205,7 +205,7 @@ for number in range(100):
 def test_a_view_replaced_again_and_again_while_it_is_opened(
     made: tuple[Path, str], tmp_path: Path, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("featurecache.guard.checked", lambda paths, kind: None)  # takes longer than a state lasts
+    monkeypatch.setattr("featurecache.files.guard.checked", lambda paths, kind: None)  # takes longer than a state lasts
     cache, data = tmp_path / "cache", image_folder(tmp_path / "data", 4)
     states, path = [], None
     for number in range(2):

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from featurecache.files import FORMAT
-from featurecache.reader import View
-from featurecache.shards import DIGEST, Layout, ShardWriter, notes_for
-from featurecache.spec import ExtractionSpec, canonical_json
-from featurecache.stores import Store, create_store
-from featurecache.views import Rows, write_view
+from featurecache.files.atomic import FORMAT
+from featurecache.files.records import canonical_json
+from featurecache.store.schema import DIGEST
+from featurecache.store.shards import Layout, ShardWriter, notes_for
+from featurecache.store.spec import ExtractionSpec
+from featurecache.store.store import Store, create_store
+from featurecache.store.view import View
+from featurecache.store.write_view import ViewColumns, write_view
 
 CLS = Layout("cls", (4,), "float16")
 TOKENS = Layout("tokens", (5, 4), "float16", ("cls",), (2, 2))
@@ -51,7 +53,7 @@ def add_view(store: Store, name: str, order: Sequence[int], layouts: Sequence[La
     """A view of images ``order`` (repeats allowed), which must lie in the store's shards; labels are their parity."""
     numbers = np.asarray(order)
     ids, splits = [f"é/{k}.png" for k in range(len(order))], ["train", "val", "test"] * len(order)
-    rows = Rows(ids, numbers % 2, splits[: len(order)], digests(order), **change)
+    rows = ViewColumns(ids, numbers % 2, splits[: len(order)], digests(order), **change)
     attributes = {
         "classes": json.dumps(["no", "yes"]), "task": "binary", "spec": canonical_json(store.spec.to_dict()),
         "fingerprint": store.fingerprint, "format_version": FORMAT, "source": '{"data": "toys"}', "failed": "[]",

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from featurecache.errors import PreprocessingRefused
-from featurecache.preprocess import Preprocess
+from featurecache.images.preprocessing import Preprocess
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,21 +1,78 @@
-"""Find weights on the hub, in its local cache or in a folder; read them without running code; know them by digest.
+"""Weight files without pickle: reading, naming, digest, download, the sentence where there is none.
+
+Find weights on the hub, in its local cache or in a folder; read them without running code; know them by digest.
 
 ``.safetensors``, or a PyTorch file by `featurecache.backbones.torch_files`. Never code from a repository.
+
+What ``torch.save`` wrote, read without running anything that is in it.
+
+torch's own reader (``weights_only``) refuses a file for every object that is no tensor: the ``argparse.Namespace`` and
+the numpy numbers that training scripts leave beside the weights. Here an inert stand-in takes the place of each: it
+drops what it is given, and no class or function that a file names is ever looked up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import pickle
 import re
-from collections.abc import Iterable, Mapping
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from featurecache.backbones.torch_files import read_torch_file, refusal
 from featurecache.errors import FeatureCacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound
+
+
+def unwrapped(title: str, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the prefix under which a training script keeps the network (``model.``, ``net.backbone.``)."""
+    if not own or any(name in own for name in state):
+        return state
+    first = max(own, key=len)
+    prefixes = [name.removesuffix(first) for name in state if name.endswith(f".{first}")]
+    if len(prefixes) > 1:
+        raise WeightsDoNotFit(f"the weights hold {title} {len(prefixes)} times, as {some(prefixes)}; expected it once")
+    if not prefixes:
+        return state
+    return {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
+
+
+STALL = 10.0  # seconds a server may stay silent
+
+
+def fetched(url: str, title: str) -> Path:
+    """A published file of weights, in torch.hub's folder or downloaded into it."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)
+            with _time_limit(STALL), contextlib.redirect_stdout(sys.stderr):
+                torch.hub.download_url_to_file(
+                    url, str(path), prefix[1] if prefix else None, progress=sys.stderr.isatty()
+                )
+        except RuntimeError as error:
+            raise WeightsNotFound(f"{url} came damaged ({error}); try again, or --weights FILE") from error
+        except OSError as error:
+            raise not_here(title, copy="FILE", cache="TORCH_HOME") from error
+    return path
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """torch.hub opens its connections without one."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
 
 REACH = 4.0  # seconds the hub has to answer before the local cache is used instead
 _SETTINGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
@@ -162,7 +219,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
         data = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
     except Exception as error:  # a damaged or hostile file fails in as many ways as there are
         raise WeightsDoNotFit(
-            f"{path} cannot be read as weights ({refusal(error)}); expected .safetensors, or a PyTorch file of "
+            f"{path} cannot be read as weights ({refusal_reason(error)}); expected .safetensors, or a PyTorch file of "
             "tensors (code in files is never run)"
         ) from error
     inner = _inner(path, data)
@@ -210,3 +267,38 @@ def some(names: Iterable[str], n: int = 3) -> str:
     ordered = sorted(names)
     more = len(ordered) - n
     return ", ".join(ordered[:n]) + (f" and {more} more" if more > 0 else "")
+
+
+class PlaceholderClass:
+    """For whatever a file names; a subclass for each, called as the file calls it."""
+
+    def __new__(cls, *arguments: Any) -> PlaceholderClass:
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_torch_file(path: Path) -> Any:
+    """Tensors and what holds them, with stand-ins for all else. Raises whatever torch's reader does."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        try:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except ValueError:  # of a format before torch 1.6, or TorchScript
+            names = []
+        if not names:
+            raise
+    inert: list[Any] = [(type(name, (PlaceholderClass,), {}), name) for name in names]
+    with torch.serialization.safe_globals(inert):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def refusal_reason(error: Exception) -> str:
+    """The reason out of what torch's reader says, which begins with advice to run the file's code."""
+    found = re.search(r"(WeightsUnpickler error: |\n\n)([^\n]+?)(\. |\.?\n|$)", str(error).replace("\n\n\n", "\n\n"))
+    return found[2] if found else f"{type(error).__name__}: {error}".splitlines()[0]

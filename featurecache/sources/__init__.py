@@ -14,18 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.dataset import Arrays, Dataset, settle_task, source_record
-from featurecache.describe import contact_sheet, describe
-from featurecache.dicom_files import with_frames
 from featurecache.errors import NotFetched, SourceError, nearest
-from featurecache.privacy import hidden, known_secret
-from featurecache.sources import hub_datasets, kaggle, medmnist_sets, torchvision_source
-from featurecache.sources.chest_xray import is_chest_xray, open_chest_xray
+from featurecache.sources import fetching, huggingface, medmnist, torchvision_datasets
+from featurecache.sources.base import Dataset, ImageArrays, resolve_task, source_record
+from featurecache.sources.dicom_frames import expand_frames
 from featurecache.sources.folders import open_folder
-from featurecache.sources.hub_datasets import is_saved_dataset
-from featurecache.sources.npz import open_npz
+from featurecache.sources.huggingface import is_saved_dataset
+from featurecache.sources.medmnist import open_npz
+from featurecache.sources.pseudonyms import hidden, known_secret
+from featurecache.sources.published_layouts import is_chest_xray, is_tiny_imagenet, open_chest_xray, open_tiny_imagenet
+from featurecache.sources.summary import contact_sheet, describe
 from featurecache.sources.tables import open_table
-from featurecache.sources.tiny_imagenet import is_tiny_imagenet, open_tiny_imagenet
 from featurecache.sources.webdataset import is_pattern, is_webdataset, open_webdataset
 
 __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe", "open_source", "reopen"]
@@ -56,7 +55,7 @@ def _digits(_: str, columns: Columns, task: str | None) -> Dataset:
     found = load_digits()
     images = np.rint(found.images * (255 / 16)).astype(np.uint8)
     classes = [str(digit) for digit in range(10)]
-    settled = settle_task(task, classes, False, "digits")
+    settled = resolve_task(task, classes, False, "digits")
     labels = found.target.astype(np.int64)
     return Dataset(
         name="digits",
@@ -68,7 +67,7 @@ def _digits(_: str, columns: Columns, task: str | None) -> Dataset:
         meta={},
         classes=classes if settled != "unlabelled" else [],
         task=settled,
-        images=Arrays([images]),
+        images=ImageArrays([images]),
     )
 
 
@@ -107,23 +106,23 @@ SOURCES: dict[str, Source] = {
         lambda path: path.lower().endswith(".npz"), lambda path, columns, task: open_npz(path, task),
     ),
     "medmnist": Source(
-        medmnist_sets.FORM, "the twelve 2D sets, with their published classes and tasks (extra `medmnist`)",
-        _never, lambda words, columns, task: medmnist_sets.open_medmnist(words, task),
-        "medmnist:", medmnist_sets.fetch_medmnist,
+        medmnist.FORM, "the twelve 2D sets, with their published classes and tasks (extra `medmnist`)",
+        _never, lambda words, columns, task: medmnist.open_medmnist(words, task),
+        "medmnist:", medmnist.fetch_medmnist,
     ),
     "torchvision": Source(
-        torchvision_source.FORM, "its labelled sets (CIFAR10, MNIST, EuroSAT, Flowers102, …) with their own splits",
-        _never, lambda words, columns, task: torchvision_source.open_torchvision(words, task),
-        "torchvision:", torchvision_source.fetch_torchvision,
+        torchvision_datasets.FORM, "its labelled sets (CIFAR10, MNIST, EuroSAT, Flowers102, …) with their own splits",
+        _never, lambda words, columns, task: torchvision_datasets.open_torchvision(words, task),
+        "torchvision:", torchvision_datasets.fetch_torchvision,
     ),
     "hf": Source(
-        hub_datasets.FORM, "a dataset of the Hugging Face hub, or a folder of its `save_to_disk` (extra `hf`)",
-        is_saved_dataset, hub_datasets.open_hub, "hf:", hub_datasets.fetch_hub, columns=True,
+        huggingface.FORM, "a dataset of the Hugging Face hub, or a folder of its `save_to_disk` (extra `hf`)",
+        is_saved_dataset, huggingface.open_hub, "hf:", huggingface.fetch_hub, columns=True,
     ),
     "kaggle": Source(
-        kaggle.FORM, "a data set of Kaggle, opened as the folder or table it is (extra `kaggle`)",
-        _never, lambda words, columns, task: kaggle.open_kaggle(words, columns, task, open_source),
-        "kaggle:", kaggle.fetch_kaggle, columns=True,
+        fetching.FORM, "a data set of Kaggle, opened as the folder or table it is (extra `kaggle`)",
+        _never, lambda words, columns, task: fetching.open_kaggle(words, columns, task, open_source),
+        "kaggle:", fetching.fetch_kaggle, columns=True,
     ),
 }  # fmt: skip
 
@@ -159,7 +158,7 @@ def reopen(source: Mapping[str, Any]) -> Dataset:
 def _open(kind: str, what: str, data: str | Path, columns: Columns, task: str | None) -> Dataset:
     if columns and not SOURCES[kind].columns:
         raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
-    return with_frames(SOURCES[kind].open(what, columns or None, task))
+    return expand_frames(SOURCES[kind].open(what, columns or None, task))
 
 
 def _find(data: str | Path) -> tuple[str, str]:

@@ -1,4 +1,11 @@
-"""What the sources that fetch have in common: where files go, packages that may be missing, and networks that are.
+"""Downloads: folders, leftovers, kaggle:, one sentence per failure.
+
+``kaggle:<owner>/<set>[/versions/<n>][/inside]``: a data set of Kaggle, opened as the folder or table that it is.
+
+The copy that kagglehub (extra ``kaggle``) keeps on this machine is looked for first, without kagglehub; of several
+versions the newest. What is opened is the first folder, going down, that holds more than one other folder.
+
+What the sources that fetch have in common: where files go, packages that may be missing, and networks that are.
 
 A source first opens what is on this machine; only where nothing is does it fetch, and never when a view opens its
 images again. A failed fetch ends soon and with one sentence that says what to type where there is a network.
@@ -9,14 +16,122 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from featurecache.errors import NotFetched, SourceError
+from featurecache.errors import NotFetched, SourceError, short_first_line
+from featurecache.sources.base import Dataset, abbreviated, safe_name, source_record
+from featurecache.sources.folders import is_image
+
+FORM = "kaggle:<owner>/<set>"
+_WORDS = re.compile(r"([\w.-]+)/([\w.-]+)(?:/versions/(\d+))?(?:/(.+))?")
+_TABLES = (".csv", ".tsv", ".parquet", ".pq")
+_DEPTH = 8
+
+
+@dataclass(frozen=True)
+class _Asked:
+    owner: str
+    name: str
+    version: int | None
+    inside: str
+
+    @property
+    def handle(self) -> str:
+        return f"{self.owner}/{self.name}" + (f"/versions/{self.version}" if self.version else "")
+
+    @property
+    def words(self) -> str:
+        return f"kaggle:{self.handle}" + (f"/{self.inside}" if self.inside else "")
+
+    @property
+    def place(self) -> Path:
+        """Where kagglehub keeps it: <n>.complete and versions/<n> for each version (kagglehub/cache.py)."""
+        cache = os.environ.get("KAGGLEHUB_CACHE") or Path.home() / ".cache" / "kagglehub"
+        return Path(cache).expanduser().absolute() / "datasets" / self.owner / self.name
+
+
+def open_kaggle(
+    words: str, columns: dict[str, str] | None, task: str | None, open_path: Callable[..., Dataset]
+) -> Dataset:
+    """The set of ``words`` from kagglehub's folder; ``open_path`` opens what lies there. Raises NotFetched."""
+    asked = _parse(words)
+    versions = _complete(asked)
+    if not versions:
+        raise _absent(asked)
+    asked = replace(asked, version=max(versions))
+    top = asked.place / "versions" / str(asked.version)
+    inner = top / asked.inside
+    if not inner.exists() or top.resolve() not in [inner.resolve(), *inner.resolve().parents]:
+        raise SourceError(
+            f"there is no {asked.inside} in {asked.handle} ({top}); it has {abbreviated(sorted(os.listdir(top)))}."
+        )
+    dataset = open_path(str(_down(asked, inner)), columns=columns, task=task)
+    return replace(dataset, name=safe_name(asked.name), source=source_record("kaggle", asked.words, columns, task))
+
+
+def fetch_kaggle(words: str) -> None:
+    """Let kagglehub download the set of ``words``. Raises SourceError."""
+    asked = _parse(words)
+    kagglehub = package("kagglehub", "kaggle", f"to fetch {asked.handle}")
+    with fetching(partial(_absent, asked)):
+        place = kagglehub.dataset_download(asked.handle)
+        if not _complete(asked):
+            raise SourceError(f"kagglehub mounts {asked.handle} at {place}, as in notebooks: give --data {place}")
+
+
+def _complete(asked: _Asked) -> list[int]:
+    """Versions that were unpacked to the end: those that kagglehub marked."""
+    marks = [path.stem for path in asked.place.glob("*.complete")]
+    found = [int(mark) for mark in marks if mark.isdigit() and (asked.place / "versions" / mark).is_dir()]
+    return [number for number in found if asked.version in (None, number)]
+
+
+def _down(asked: _Asked, folder: Path) -> Path:
+    """The folder, or the only table, that holds the data. Raises SourceError where that cannot be told."""
+    for _ in range(_DEPTH):
+        if folder.is_file():
+            return folder
+        names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "__MACOSX")
+        inner = [name for name in names if (folder / name).is_dir()]
+        tables = [name for name in names if name.lower().endswith((*_TABLES, ".npz"))]
+        if any(map(is_image, names)) or (len(inner) > 1 and not tables):
+            return folder
+        if len(inner) + len(tables) != 1:
+            choices = [f"kaggle:{asked.handle}/{_below(asked, folder / name)}" for name in [*inner, *tables]]
+            if not choices:
+                raise SourceError(f"{asked.handle} holds no folder of images and no table ({folder}).")
+            raise SourceError(
+                f"{asked.handle} holds {abbreviated([*inner, *tables])}: say which, such as {abbreviated(choices, 3)}."
+            )
+        folder = folder / [*inner, *tables][0]
+    return folder
+
+
+def _below(asked: _Asked, path: Path) -> str:
+    return path.relative_to(asked.place / "versions" / str(asked.version)).as_posix()
+
+
+def _parse(words: str) -> _Asked:
+    found = _WORDS.fullmatch(words.strip("/"))
+    if not found or ".." in words.split("/"):
+        raise SourceError(
+            f'kaggle:{words} is no name of a data set; expected {FORM}, such as "kaggle:owner/chest-xrays".'
+        )
+    owner, name, version, inside = found.groups()
+    return _Asked(owner, name, int(version) if version else None, inside or "")
+
+
+def _absent(asked: _Asked, why: str = "") -> NotFetched:
+    return not_here(asked.handle, asked.place, asked.words, "--data FOLDER, once it is unpacked", why)
+
 
 VARIABLE = "FEATURECACHE_DATA"
 PATIENCE = 15.0  # seconds without a byte after which a server counts as out of reach
@@ -70,13 +185,9 @@ def fetching(absent: Callable[[str], NotFetched]) -> Iterator[None]:
     except SourceError:
         raise
     except Exception as error:  # loaders raise whatever their HTTP library does
-        raise absent(first_line(error)) from error
+        raise absent(short_first_line(error)) from error
     finally:
         socket.setdefaulttimeout(before)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 @contextlib.contextmanager

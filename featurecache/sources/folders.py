@@ -17,10 +17,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from featurecache.dataset import SPLITS, Dataset, Files, class_labels, few, safe_name, settle_task, source_record
-from featurecache.dicom_files import EXTENSIONS as DICOM
-from featurecache.dicom_files import named_like, starts_like
 from featurecache.errors import SourceError
+from featurecache.sources.base import (
+    SPLITS,
+    Dataset,
+    ImageFiles,
+    abbreviated,
+    class_labels,
+    resolve_task,
+    safe_name,
+    source_record,
+)
+from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
+from featurecache.sources.dicom_frames import may_be_dicom, starts_like
 
 # What the formats of featurecache.images are called on a disk.
 EXTENSIONS = (
@@ -54,7 +63,7 @@ def open_folder(data: str, asked: str | None, *, without: Sequence[str] = ()) ->
     splits, names = _layout(data, tree)
     classes = sorted(set(names) - {""})
     notes = [*_notes(tree), *_class_notes(data, tree, splits, names, classes)]
-    task = settle_task(asked, classes, False, data)
+    task = resolve_task(asked, classes, False, data)
     if task == "unlabelled":
         names, classes = [""] * len(names), []
     return Dataset(
@@ -67,7 +76,7 @@ def open_folder(data: str, asked: str | None, *, without: Sequence[str] = ()) ->
         meta={},
         classes=classes,
         task=task,
-        images=Files(data, tree.ids),
+        images=ImageFiles(data, tree.ids),
         notes=tuple(notes),
     )
 
@@ -106,7 +115,7 @@ def _walk(
                 extension = name[dot:].lower() if dot > 0 else ""
                 if _is_folder(entry):
                     inner.append(name)
-                elif extension in _EXTENSIONS or (named_like(name) and starts_like(os.path.join(folder, name))):
+                elif extension in _EXTENSIONS or (may_be_dicom(name) and starts_like(os.path.join(folder, name))):
                     tree.ids.append(below + name)
                 else:
                     tree.ignored[extension] += 1
@@ -138,8 +147,8 @@ def _layout(data: str, tree: _Tree) -> tuple[list[str], list[str]]:
     beside = [*sorted(tops - set(above)), *loose]
     if beside:
         raise SourceError(
-            f"{data} has split folders ({few(above)}) and beside them images in {few(beside)}, which belong "
-            "to no split. Move those away, or list the images you mean in a CSV (columns path, label, split)."
+            f"{data} has split folders ({abbreviated(above)}) and beside them images in {abbreviated(beside)}, which "
+            "belong to no split. Move those away, or list the images you mean in a CSV (columns path, label, split)."
         )
     names = [sys.intern(image.split("/", 2)[1]) if image.count("/") > 1 else "" for image in tree.ids]
     tops_of = [sys.intern(image.split("/", 1)[0]) for image in tree.ids]
@@ -156,8 +165,8 @@ def _layout(data: str, tree: _Tree) -> tuple[list[str], list[str]]:
 def _refuse_loose(folder: str, loose: list[str], classes: list[str]) -> None:
     if loose:
         raise SourceError(
-            f"{folder} holds images ({few(loose, 3)}) beside class folders ({few(classes, 3)}): of which class are "
-            "they? Move them, or list the images you mean in a CSV (columns path, label)."
+            f"{folder} holds images ({abbreviated(loose, 3)}) beside class folders ({abbreviated(classes, 3)}): of "
+            "which class are they? Move them, or list the images you mean in a CSV (columns path, label)."
         )
 
 
@@ -192,7 +201,7 @@ def _class_notes(data: str, tree: _Tree, splits: list[str], names: list[str], cl
     gone = [folder for folder in empty if folder.split("/")[-1] not in classes]
     if gone:
         raise SourceError(
-            f"the class folder {data}/{gone[0]} holds no image ({few(EXTENSIONS, 3)}). "
+            f"the class folder {data}/{gone[0]} holds no image ({abbreviated(EXTENSIONS, 3)}). "
             "Put its images there, or remove it."
         )
     notes = [f"The folder {folder} is empty." for folder in sorted(tree.folders) if "/" not in folder
@@ -205,7 +214,7 @@ def _class_notes(data: str, tree: _Tree, splits: list[str], names: list[str], cl
         if split and classes and len(absent) == len(classes):
             notes.append(f"The images of {split} have no class folders and so no labels.")
         elif split and absent:
-            notes.append(f"{split} has no images of {few(absent)}.")
+            notes.append(f"{split} has no images of {abbreviated(absent)}.")
     return notes
 
 
@@ -215,11 +224,13 @@ def _notes(tree: _Tree) -> list[str]:
         kinds = ", ".join(f"{kind or 'no extension'} {count:,}" for kind, count in tree.ignored.most_common(4))
         notes.append(f"{tree.ignored.total():,} files are no images by their names and were ignored ({kinds}).")
     if tree.loops:
-        notes.append(f"Links that lead back to a folder above them were not followed: {few(sorted(tree.loops), 3)}.")
+        notes.append(
+            f"Links that lead back to a folder above them were not followed: {abbreviated(sorted(tree.loops), 3)}."
+        )
     return notes
 
 
 def _why_empty(data: str, tree: _Tree) -> str:
     kinds = ", ".join(f"{kind or 'no extension'} {count:,}" for kind, count in tree.ignored.most_common(4))
     found = f"only other files ({kinds})" if kinds else "empty folders" if tree.folders else "nothing"
-    return f"no images in {data}: found {found}, expected files ending in {few(EXTENSIONS, 8)}."
+    return f"no images in {data}: found {found}, expected files ending in {abbreviated(EXTENSIONS, 8)}."

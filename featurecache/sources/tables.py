@@ -1,4 +1,6 @@
-"""Images listed in a table: CSV, TSV or Parquet, one row an image.
+"""CSV and Parquet tables that name images; annotations on top of another source; names without folder or ending.
+
+Images listed in a table: CSV, TSV or Parquet, one row an image.
 
 Columns are found by their names (``ROLES``) or told by ``columns={"path": ..., "label": ..., "split": ..., "group":
 ...}``; an empty name says that there is none. All others go to ``meta``. Paths are relative to the folder of the
@@ -9,6 +11,16 @@ Labels. One column: its distinct values are the classes, sorted (numbers as numb
 there are splits, the classes are those of the train rows. Several columns, ``"label": "effusion,mass"``: each holds
 1, 0, or nothing where nobody knows. Nothing else is taken for unknown: what -1 means differs between data sets
 (CheXpert writes it for "uncertain"), so whoever has such a table decides and writes 0, 1 or nothing.
+
+The files that a table names. Published tables often name them from the folder above, or without their folders, or
+without their ending:
+
+    CheXpert-v1.0-small/train.csv   CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg
+    Data_Entry_2017.csv             00000001_000.png       of images_001/images/00000001_000.png
+    HAM10000_metadata.csv           ISIC_0027419           of HAM10000_images_part_1/ISIC_0027419.jpg
+
+Where none of the first names is beside the table, the folder above is tried; and names without a folder are looked for
+in those below. A name that is there twice is refused, one that is nowhere is a named failure when it is read.
 """
 
 from __future__ import annotations
@@ -16,14 +28,23 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from featurecache.dataset import Dataset, class_labels, few, safe_name, settle_task, source_record, split_names
 from featurecache.errors import SourceError, nearest
-from featurecache.sources.bare_names import files_named
+from featurecache.sources.base import (
+    Dataset,
+    ImageFiles,
+    abbreviated,
+    class_labels,
+    resolve_task,
+    safe_name,
+    source_record,
+    split_names,
+)
+from featurecache.sources.folders import is_image
 
 # Role -> names it is known by, as compared: lower case, everything but letters and digits as "_".
 ROLES = {
@@ -61,13 +82,13 @@ def open_table(data: str, columns: dict[str, str] | None, asked: str | None) -> 
     splits = _splits(table, roles["split"])
     notes = []
     labels, classes = _labels(table, roles["label"], splits, asked)
-    task = settle_task(asked, classes, labels.ndim == 2, table.name)
+    task = resolve_task(asked, classes, labels.ndim == 2, table.name)
     if task == "unlabelled":
         labels, classes = np.full(len(ids), -1, np.int64), []
     used = {name for names in roles.values() for name in names}
     rest = [name for name in table.columns if name not in used]
     if task == "unlabelled" and asked is None:
-        others = f" among {few(rest, 8)}" if rest else ""
+        others = f" among {abbreviated(rest, 8)}" if rest else ""
         notes.append(f"No column of labels was found{others}: --column label=NAME names one, or several: label=A,B,C.")
     images, said = files_named(os.path.dirname(data), ids)
     return Dataset(
@@ -105,7 +126,8 @@ def read_annotations(data: str, columns: dict[str, str] | None, asked: str | Non
     roles = _find_roles(table, columns or given, needs_path=False)
     if not roles["label"]:
         raise SourceError(
-            f"{table.name} has no column of labels among {few(list(table.columns), 8)}; --column label=NAME names one."
+            f"{table.name} has no column of labels among {abbreviated(list(table.columns), 8)}; "
+            "--column label=NAME names one."
         )
     ids = _paths(table, roles["path"][0]) if roles["path"] else None
     alone = [f"{table.name}:{row}" for row in range(len(table.numbers))]  # one without a group is a group of its own
@@ -130,7 +152,9 @@ def _among(row: str, value: str, known: Sequence[str]) -> str:
         return known[int(value[:9])]
     if value in known or not value:
         return value
-    raise SourceError(f'the label of {row} is "{value}"; expected 0 to {len(known) - 1} or one of {few(known)}.')
+    raise SourceError(
+        f'the label of {row} is "{value}"; expected 0 to {len(known) - 1} or one of {abbreviated(known)}.'
+    )
 
 
 def _annotations(table: Table, roles: dict[str, list[str]], asked: str | None, ids: list[str]) -> Annotations:
@@ -177,7 +201,7 @@ def _read_csv(file: str) -> Table:
         if len(row) != len(names):
             raise SourceError(
                 f"{os.path.basename(file)} row {number:,} has {len(row)} fields, the header {len(names)} "
-                f"({few(names)}): write a field that holds {delimiter!r} in quotes."
+                f"({abbreviated(names)}): write a field that holds {delimiter!r} in quotes."
             )
     columns = {name: [row[place].strip() for row in rows[1:]] for place, name in enumerate(names)}
     return Table(file, columns, numbers[1:])
@@ -205,8 +229,8 @@ def _read_parquet(file: str) -> Table:
     nested = [field.name for field in table.schema if not _is_plain(field.type)]
     if nested:
         raise SourceError(
-            f"{os.path.basename(file)} holds other than text and numbers in {few(nested)}; expected paths of image "
-            "files. Leave those columns out."
+            f"{os.path.basename(file)} holds other than text and numbers in {abbreviated(nested)}; expected paths of "
+            "image files. Leave those columns out."
         )
     if not table.num_rows:
         raise SourceError(f"{file} has no rows; expected one for each image.")
@@ -247,13 +271,13 @@ def _find_roles(table: Table, asked: dict[str, str], *, needs_path: bool = True)
             roles[role] = [name for name in table.columns if _plain(name) in known and name not in told]
             if len(roles[role]) > 1:
                 raise SourceError(
-                    f"{table.name} has several columns that could be the {role}: {few(roles[role])}. "
+                    f"{table.name} has several columns that could be the {role}: {abbreviated(roles[role])}. "
                     f"Say which: --column {role}={roles[role][0]}."
                 )
     if needs_path and not roles["path"]:
         raise SourceError(
-            f"{table.name} has no column of image paths among {few(list(table.columns), 8)}; expected one called "
-            f"{few(ROLES['path'], 4)}, or --column path=NAME."
+            f"{table.name} has no column of image paths among {abbreviated(list(table.columns), 8)}; expected one "
+            f"called {abbreviated(ROLES['path'], 4)}, or --column path=NAME."
         )
     taken = [name for names in roles.values() for name in names]
     if len(taken) > len(set(taken)):
@@ -272,7 +296,9 @@ def _asked_columns(table: Table, role: str, asked: str) -> list[str]:
     for name in names:
         if name not in table.columns:
             near = nearest(name, table.columns)
-            raise SourceError(f"{table.name} has no column {name!r}; it has {few(list(table.columns), 8)}.{near}")
+            raise SourceError(
+                f"{table.name} has no column {name!r}; it has {abbreviated(list(table.columns), 8)}.{near}"
+            )
     if len(names) > 1 and role != "label":
         raise SourceError(f"the {role} is one column of {table.name}, not {len(names)} ({asked}).")
     return names
@@ -323,7 +349,7 @@ def _one_label(table: Table, names: list[str], splits: list[str], unlabelled: bo
     for row, value in enumerate(values):
         if value not in known:
             raise SourceError(
-                f'{table.row(row)}: the label "{value}" is in no train row (there: {few(classes) or "none"}). '
+                f'{table.row(row)}: the label "{value}" is in no train row (there: {abbreviated(classes) or "none"}). '
                 "Correct it, or put images of that class into train."
             )
     return class_labels(values, classes), classes
@@ -375,3 +401,52 @@ def _numbers_or_text(values: list[str]) -> list[str] | np.ndarray:
         return np.array([int(value) for value in values], np.int64)
     except (ValueError, OverflowError):
         return np.array([np.nan if value in missing else found[value] for value in values], np.float64)
+
+
+_LOOKED_AT = 20  # paths tried at opening
+
+
+def files_named(folder: str, names: list[str]) -> tuple[ImageFiles, list[str]]:
+    """The files of ``names``, relative to ``folder``; what to say where the first of them are not there. Raises
+    SourceError."""
+    images = ImageFiles(folder, names)
+    tried, above = range(min(_LOOKED_AT, len(names))), ImageFiles(os.path.dirname(folder), names)
+    if any(os.path.exists(images.path(row)) for row in tried):
+        return images, []
+    if "/" in names[0] and any(os.path.exists(above.path(row)) for row in tried):
+        return above, [f"Paths are relative to {above.root}, the folder above that of the table."]
+    places = [] if any("/" in name for name in names) else _located(folder, names)
+    found = [place for place, name in zip(places, names, strict=False) if place != name]
+    if found:
+        counts = f"{len(found):,} of {len(names):,}"
+        return ImageFiles(folder, places), [f"The table gives bare names: {counts} were found in the folders below it."]
+    first = images.path(0)
+    stem = f"; {first}.png would be: the paths lack their ending" if os.path.exists(first + ".png") else ""
+    return images, [
+        f"None of the first {len(tried):,} images is there (looked for {first}{stem}). Paths are relative to {folder}."
+    ]
+
+
+def _located(folder: str, names: Sequence[str]) -> list[str]:
+    """The path of each name below ``folder``; the name itself where it is nowhere. Raises SourceError."""
+    places: dict[str, list[str]] = {name: [] for name in names}
+    for path in _images_below(folder):
+        name = os.path.basename(path)
+        for word in (name, os.path.splitext(name)[0]):
+            if word in places:
+                places[word].append(path)
+    twice = next((name for name, found in places.items() if len(found) > 1), None)
+    if twice is not None:
+        raise SourceError(
+            f"{twice} stands for {abbreviated(sorted(places[twice]), 3)} in {folder}; expected one file of that name. "
+            "Remove the others, or write the paths with their folders."
+        )
+    return [found[0] if found else name for name, found in places.items()]
+
+
+def _images_below(folder: str) -> Iterator[str]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        for name in files:
+            if is_image(name) and not name.startswith("."):
+                yield os.path.relpath(os.path.join(place, name), folder)

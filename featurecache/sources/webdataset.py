@@ -1,4 +1,6 @@
-"""WebDataset: images in tar files, a sample a few files of one name, read in place and never unpacked.
+"""WebDataset tars, read by offset.
+
+WebDataset: images in tar files, a sample a few files of one name, read in place and never unpacked.
 
     chest-{000..012}.tar    or chest-*.tar, one .tar, or a folder of them (also below train/, val/, test/)
 
@@ -16,26 +18,44 @@ Without a split in the fields the names of the tars tell it (``train-000.tar``, 
 At opening the headers are walked and the small texts read; of an image its offset and size are kept. Nothing is ever
 extracted, so no name can lead anywhere; links and devices are left out and counted. A tar that is cut off, compressed,
 or goes on behind its end is refused, since what is behind that place would be missing.
+
+What lies in tar files, by offset: samples of a WebDataset found by their headers, and read in place.
+
+Nothing is ever extracted, so no name can lead anywhere. The headers are tarfile's to understand; what they claim is
+checked against the file, and a tar that ends without its end mark, or goes on behind it, is refused: what is behind
+that place would be missing.
 """
 
 from __future__ import annotations
 
 import glob
+import io
 import itertools
 import json
 import os
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
-from featurecache.dataset import SPLITS, Dataset, few, opened, safe_name, settle_task, source_record
 from featurecache.errors import SourceError, UnreadableImage
-from featurecache.sources.folders import EXTENSIONS, is_image
+from featurecache.sources.base import (
+    SPLITS,
+    Dataset,
+    ImageFiles,
+    abbreviated,
+    as_unreadable,
+    open_image_file,
+    resolve_task,
+    safe_name,
+    source_record,
+)
+from featurecache.sources.folders import EXTENSIONS, is_image, refuse_undecodable
 from featurecache.sources.tables import Table, annotate
-from featurecache.sources.tars import LONGEST, TEXTS, Found, Members, Sample, names_image, read_at, walk
 
 CLASSES = "classes.txt"
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
@@ -69,7 +89,7 @@ def is_pattern(path: str) -> bool:
 def open_webdataset(data: str, columns: dict[str, str] | None, asked: str | None) -> Dataset:
     """The dataset in the tars that ``data`` (an absolute path) names."""
     root, tars = _tars(data)
-    found = Found()
+    found = TarIndex()
     for number, tar in enumerate(tars):
         walk(root, tar, number, found)
     given = dict(columns or {})
@@ -81,7 +101,7 @@ def open_webdataset(data: str, columns: dict[str, str] | None, asked: str | None
     label = {"label": "cls"} if "cls" in table.columns and "label" not in given else {}
     said = annotate(table, table.ids, {**given, **label}, asked, _class_list(os.path.join(root, CLASSES)))
     classes = said.classes
-    task = settle_task(asked, classes, said.labels.ndim == 2, table.name)
+    task = resolve_task(asked, classes, said.labels.ndim == 2, table.name)
     labels = said.labels if task != "unlabelled" else np.full(len(images), -1, np.int64)
     places = [sample.files[kind] for sample, kind in images]
     return Dataset(
@@ -94,7 +114,7 @@ def open_webdataset(data: str, columns: dict[str, str] | None, asked: str | None
         meta=said.meta,
         classes=classes if task != "unlabelled" else [],
         task=task,
-        images=Members(
+        images=TarImages(
             root, table.ids, tars, found.stamps, np.array([sample.tar for sample, _ in images], np.int32),
             np.array([offset for offset, _ in places], np.int64), np.array([size for _, size in places], np.int64),
         ),
@@ -183,27 +203,29 @@ def _name(data: str) -> str:
     return re.sub(r"[-_.]*\d*(\{[^{}]*\}|[*?]|\[[^\]]*\])+", "", name) or os.path.basename(os.path.dirname(data))
 
 
-def _image_of(sample: Sample, asked: str | None) -> str | None:
+def _image_of(sample: TarSample, asked: str | None) -> str | None:
     """What stands behind the dot of the sample's image; None where it has none."""
     kinds = [kind for kind in sample.files if names_image(kind)]
     if asked is not None:
         return asked if asked in kinds else None
     if len(kinds) > 1:
-        raise SourceError(f"{sample.id} has several images ({few(kinds)}); --column path={kinds[0]} says which.")
+        raise SourceError(
+            f"{sample.id} has several images ({abbreviated(kinds)}); --column path={kinds[0]} says which."
+        )
     return kinds[0] if kinds else None
 
 
 # -- what is said of them
 
 
-def _texts(root: str, tars: list[str], samples: list[Sample], columns: dict[str, str]) -> tuple[_Samples, list[str]]:
+def _texts(root: str, tars: list[str], samples: list[TarSample], columns: dict[str, str]) -> tuple[_Samples, list[str]]:
     """The texts of samples as columns; and what to say about them."""
     kinds = [kind for kind in TEXTS if kind != "txt" or "txt" in columns.values()]
     cells: dict[str, list[str]] = {}
     nested: set[str] = set()
     known: dict[str, str] = {}  # each value once in memory
     for number, group in itertools.groupby(enumerate(samples), key=lambda pair: pair[1].tar):
-        with opened(os.path.join(root, tars[number])) as (descriptor, _):
+        with open_image_file(os.path.join(root, tars[number])) as (descriptor, _):
             for row, sample in group:
                 for kind in kinds:
                     if kind in sample.files:
@@ -211,11 +233,11 @@ def _texts(root: str, tars: list[str], samples: list[Sample], columns: dict[str,
                             column = cells.setdefault(name, [""] * len(samples))
                             column[row] = known.setdefault(value, value)
     table = _Samples(root, cells, range(len(samples)), [sample.id for sample in samples])
-    skipped = f"Lists and objects in the JSON are left out: {few(sorted(nested))}."
+    skipped = f"Lists and objects in the JSON are left out: {abbreviated(sorted(nested))}."
     return table, [skipped] if nested else []
 
 
-def _fields(descriptor: int, sample: Sample, kind: str, nested: set[str]) -> Iterator[tuple[str, str]]:
+def _fields(descriptor: int, sample: TarSample, kind: str, nested: set[str]) -> Iterator[tuple[str, str]]:
     """(column, value) of one text."""
     offset, size = sample.files[kind]
     if size > LONGEST:
@@ -258,18 +280,20 @@ def _splits(tars: list[str], numbers: list[int]) -> list[str]:
         raise SourceError(f"the name {several[0]} stands for two splits; expected one of train, val, test.")
     if without and len(without) < len(tars):
         named = next(tar for tar, found in zip(tars, words, strict=True) if found)
-        raise SourceError(f"{named} is named for a split and {few(without, 3)} for none; name all of them, or none.")
+        raise SourceError(
+            f"{named} is named for a split and {abbreviated(without, 3)} for none; name all of them, or none."
+        )
     return ["".join(words[number]) for number in numbers]
 
 
-def _why_empty(data: str, found: Found, asked: str | None) -> str:
+def _why_empty(data: str, found: TarIndex, asked: str | None) -> str:
     kinds = Counter(kind for sample in found.samples for kind in sample.files)
-    there = few([f".{kind} {count:,}" for kind, count in (kinds + found.ignored).most_common(5)]) or "nothing"
-    expected = f"a .{asked}, as --column path={asked} says" if asked else f"endings like {few(EXTENSIONS, 4)}"
+    there = abbreviated([f".{kind} {count:,}" for kind, count in (kinds + found.ignored).most_common(5)]) or "nothing"
+    expected = f"a .{asked}, as --column path={asked} says" if asked else f"endings like {abbreviated(EXTENSIONS, 4)}"
     return f"no images in {data}: found {there}, expected {expected}."
 
 
-def _notes(found: Found, without: int, labelled: bool) -> list[str]:
+def _notes(found: TarIndex, without: int, labelled: bool) -> list[str]:
     notes = []
     if without:
         notes.append(f"{without:,} samples hold no image and were left out.")
@@ -283,3 +307,145 @@ def _notes(found: Found, without: int, labelled: bool) -> list[str]:
             "No labels were found: expected .cls files, or a field of the .json that --column label=NAME names."
         )
     return notes
+
+
+TEXTS = ("cls", "json", "txt")
+LONGEST = 1 << 20  # bytes of a text, and of a header with a long name
+_TAIL = 1 << 24  # bytes behind the end of a tar that are looked at
+_BLOCK = tarfile.BLOCKSIZE
+_COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zX", b"BZh")
+
+
+@dataclass(frozen=True)
+class TarImages(ImageFiles):
+    """Images in tars: ``ids`` are ``<tar>:<key>``; of each its tar, offset and size in bytes."""
+
+    tars: list[str] = field(repr=False)  # relative to ``root``
+    stamps: list[tuple[int, int]] = field(repr=False)  # size and time of change of each tar, as it was indexed
+    tar: np.ndarray = field(repr=False)  # int32 [N]
+    offset: np.ndarray = field(repr=False)  # int64 [N]
+    size: np.ndarray = field(repr=False)  # int64 [N]
+    archived: ClassVar[bool] = True
+
+    def path(self, row: int) -> str:
+        return os.path.join(self.root, self.tars[self.tar[row]])
+
+    def read(self, row: int) -> bytes:
+        number = int(self.tar[row])
+        with open_image_file(self.path(row)) as (descriptor, status):
+            if (status.st_size, status.st_mtime_ns) != self.stamps[number]:
+                raise UnreadableImage(f"{self.tars[number]} has changed since it was opened; run the command again")
+            with as_unreadable(self.path(row)):
+                return read_at(descriptor, int(self.offset[row]), int(self.size[row]))
+
+
+@dataclass
+class TarSample:
+    id: str
+    tar: int
+    files: dict[str, tuple[int, int]] = field(default_factory=dict)  # what stands behind the dot → offset, size
+
+
+@dataclass
+class TarIndex:
+    """What the walk through the tars has come by."""
+
+    samples: list[TarSample] = field(default_factory=list)
+    stamps: list[tuple[int, int]] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)  # by kind
+
+
+class _Headers(io.FileIO):
+    """A tar whose headers are read and nothing larger: a name may declare gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= LONGEST:
+            raise tarfile.ReadError(f"a header of {size or 0:,} bytes")
+        return super().read(size) or b""
+
+
+def walk(root: str, tar: str, number: int, found: TarIndex) -> None:
+    """Add the samples of a tar to ``found``."""
+    path = os.path.join(root, tar)
+    refuse_undecodable(root, tar)
+    samples: dict[str, TarSample] = {}
+    try:
+        with open_image_file(path) as (descriptor, status):
+            found.stamps.append((status.st_size, status.st_mtime_ns))
+            with _Headers(os.dup(descriptor), "rb") as file:
+                for member in _members(file, path, status.st_size):
+                    _add(samples, member, tar, number, found)
+    except SourceError:
+        raise
+    except UnreadableImage as error:
+        raise SourceError(f"{path} cannot be opened: {error}.") from error
+    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
+        raise SourceError(f"{path} cannot be read as a tar ({error}).") from error
+    found.samples += samples.values()
+
+
+def _members(file: _Headers, path: str, size: int) -> Iterator[tarfile.TarInfo]:
+    """The entries of a tar up to its end, which has to be one."""
+    front = file.read(_BLOCK)
+    if front.startswith(_COMPRESSED):
+        raise SourceError(f"{path} is compressed, and images are read in place: unpack it to a .tar first (gunzip).")
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+        before = -1
+        while (member := archive.next()) is not None:
+            if archive.offset <= before or member.offset_data + max(member.size, 0) > size or member.size < 0:
+                raise SourceError(f"{path} is cut off or damaged: {member.name!r} goes beyond its {size:,} bytes.")
+            before = archive.offset
+            yield member
+            archive.members.clear()  # type: ignore[attr-defined]
+        end = int(archive.offset)
+    file.seek(end)
+    if len(block := file.read(_BLOCK)) < _BLOCK:
+        raise SourceError(f"{path} is cut off: it has no end mark after {end:,} bytes. Get it again.")
+    for _ in range(_TAIL // _BLOCK):
+        if block.strip(b"\0"):
+            raise SourceError(
+                f"{path} goes on behind byte {end:,} with what is no entry of this tar (damaged, or one tar behind "
+                "another). Get it again, or give each as a file of its own."
+            )
+        if not (block := file.read(_BLOCK)):
+            return
+
+
+def _add(samples: dict[str, TarSample], member: tarfile.TarInfo, tar: str, number: int, found: TarIndex) -> None:
+    name = re.sub(r"^(\./)+", "", member.name)
+    last = name.rsplit("/", 1)[-1]
+    if member.isdir() or last.startswith(".") or name.startswith("__MACOSX/"):
+        return
+    if not member.isreg() or member.issparse():
+        found.ignored["links or devices"] += 1
+        return
+    key, dot, kind = last.partition(".")
+    if not dot or not kind:
+        found.ignored["no extension"] += 1
+        return
+    kind, key = kind.lower(), name[: len(name) - len(last)] + key
+    if not (kind in TEXTS or names_image(kind)):
+        found.ignored[f".{kind}"] += 1
+        return
+    if key not in samples:
+        refuse_undecodable(tar, key)
+        samples[key] = TarSample(f"{tar}:{key}", number)
+    if kind in samples[key].files:
+        raise SourceError(f"{tar} holds {key}.{kind} twice; expected a key for each sample.")
+    samples[key].files[kind] = member.offset_data, member.size
+
+
+def names_image(kind: str) -> bool:
+    return f".{kind.rsplit('.', 1)[-1]}" in EXTENSIONS
+
+
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    parts, end = [], offset + size
+    while offset < end:
+        part = os.pread(descriptor, min(end - offset, 1 << 30), offset)
+        if not part:
+            raise UnreadableImage("its tar ends before it does")
+        parts.append(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,4 +1,6 @@
-"""What a head makes of every token, from head and tokens alone: no pass through the backbone.
+"""Contribution of each token to the decision; where each token lies.
+
+What a head makes of every token, from head and tokens alone: no pass through the backbone.
 
 Notation: n images, T tokens, D width, C classes, H hidden; u [T, D] tokens scaled as the head sees them, R their fixed
 map to its input (`places` beside this), m the margin of one class (`maps`), ū the mean training token, scaled too.
@@ -16,24 +18,39 @@ Replacement: the part of token t is a_t = m(u) − m(u with ū in the place of u
 
 Gradient × input (Shrikumar et al. 2016, arXiv:1605.01713): a_t = u_t · ∂m/∂u_t. Where layers are linear with ReLU
 between them m is piecewise linear, so Σ_t a_t + Σ b·∂m/∂b + the prior correction's part = m, over all biases b.
+
+Which tokens the input of a head is made of, and how.
+
+Notation: n images, T tokens of which P stand before the h·w patches, D width; x [T, D] tokens as they are stored.
+
+Every output made of tokens is a fixed matrix R on them (`featurecache.outputs`): R is the identity for ``tokens``, a
+row of 1/(h·w) over the patches for ``mean`` and a CNN's ``gap``, the weights of the resize for ``tokens-257`` and
+``tokens-16x16``. A head sees scale(R x). So a change of token t reaches the input by column t of R, and what is said of
+the rows of the input comes back to the tokens by the transposed R. Each row of R sums to 1, so that scaling by channel
+(zscore) may be done before R: scale(R x) = R scale(x).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from featurecache.errors import BadOption
-from heads.data import Standardize
-from heads.explanations.maps import Map, direction
-from heads.explanations.places import Places
-from heads.runs import Run
-from heads.token_heads import ClsMean, Conv, Large, MeanLinear
-from heads.vector_heads import Linear, Mlp
+from featurecache.errors import BadOption, FeatureCacheError
+from heads.explanations.maps import Map, class_margin_weights
+from heads.models.tokens import ClsMean, Conv, Large, MeanLinear
+from heads.models.vector import Linear, Mlp
+from heads.runs import run as runs_run
+from heads.runs.run import Run
+from heads.splits import read_splits
+from heads.task import Standardize
+
+if TYPE_CHECKING:
+    from featurecache.store.view import View
 
 METHODS = ("replace", "gradient")
 AFFINE = (Linear, MeanLinear, ClsMean)
@@ -44,18 +61,18 @@ COPIES = 64 << 20  # bytes of replaced copies in memory at once
 
 
 @dataclass(frozen=True)
-class Reader:
+class MarginModel:
     """The margin as a function of tokens: ``model`` is the run's head, or its shuffled control."""
 
     model: nn.Module
-    places: Places
+    places: TokenMap
     scale: Standardize
     correction: torch.Tensor  # float32 [C]
     temperature: float
     multilabel: bool
 
     @classmethod
-    def of(cls, run: Run, places: Places, model: nn.Module | None = None) -> Reader:
+    def of(cls, run: Run, places: TokenMap, model: nn.Module | None = None) -> MarginModel:
         calibration = run.calibration
         correction = torch.tensor(calibration.correction, dtype=torch.float32)
         return cls(
@@ -77,7 +94,7 @@ class Reader:
         return made if self.early else self.scale(made)
 
     def toward(self, classes: np.ndarray) -> torch.Tensor:
-        return direction(classes, len(self.correction), self.temperature, self.multilabel)
+        return class_margin_weights(classes, len(self.correction), self.temperature, self.multilabel)
 
     def margins(self, u: torch.Tensor, toward: torch.Tensor) -> torch.Tensor:
         """u [n, T, D], toward [n, C] or [1, C] -> [n]."""
@@ -85,7 +102,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Parts:
+class TokenContributions:
     """Of n images. ``beside``: what belongs to no token, each [n]."""
 
     tokens: np.ndarray  # float64 [n, T]
@@ -96,7 +113,7 @@ class Parts:
     small: str = ""
 
 
-def replaced(reader: Reader, u: torch.Tensor, mean: torch.Tensor, classes: np.ndarray) -> Parts:
+def replaced(reader: MarginModel, u: torch.Tensor, mean: torch.Tensor, classes: np.ndarray) -> TokenContributions:
     """a_t of u [n, T, D] against ``mean`` [T, D], both scaled."""
     toward = reader.toward(classes)
     if reader.early and isinstance(reader.model, AFFINE):
@@ -109,19 +126,19 @@ def replaced(reader: Reader, u: torch.Tensor, mean: torch.Tensor, classes: np.nd
         else:
             rows = [_occluded(reader, each, mean, way) for each, way in zip(u, toward, strict=True)]
             how = "change of the margin when this token is replaced (occlusion)"
-    return Parts(torch.stack(rows).numpy(), margin, how=how, small="replacement")
+    return TokenContributions(torch.stack(rows).numpy(), margin, how=how, small="replacement")
 
 
-def _additive(reader: Reader, u: torch.Tensor, mean: torch.Tensor, toward: torch.Tensor) -> Parts:
+def _additive(reader: MarginModel, u: torch.Tensor, mean: torch.Tensor, toward: torch.Tensor) -> TokenContributions:
     gradient, margin = _gradient(reader, u, toward)
     parts = ((u - mean) * gradient).sum(2).double().numpy()
     with torch.no_grad():
         rest = reader.margins(mean.expand_as(u), toward).double().numpy()
     beside = {"mean tokens everywhere": rest}
-    return Parts(parts, margin, beside, True, "exact additive parts of the margin", "additive parts")
+    return TokenContributions(parts, margin, beside, True, "exact additive parts of the margin", "additive parts")
 
 
-def _rank_one(reader: Reader, u: torch.Tensor, mean: torch.Tensor, toward: torch.Tensor) -> torch.Tensor:
+def _rank_one(reader: MarginModel, u: torch.Tensor, mean: torch.Tensor, toward: torch.Tensor) -> torch.Tensor:
     """float64 [T] of one image u [T, D]."""
     model = reader.model
     assert isinstance(model, Large)
@@ -141,7 +158,7 @@ def _rank_one(reader: Reader, u: torch.Tensor, mean: torch.Tensor, toward: torch
     return parts
 
 
-def _occluded(reader: Reader, u: torch.Tensor, mean: torch.Tensor, toward: torch.Tensor) -> torch.Tensor:
+def _occluded(reader: MarginModel, u: torch.Tensor, mean: torch.Tensor, toward: torch.Tensor) -> torch.Tensor:
     """float64 [T] of one image u [T, D], by a forward pass for each token; of a head on one vector [D] all together."""
     matrix = reader.places.matrix
     if reader.early and matrix is not None and matrix.ndim == 1:
@@ -158,7 +175,7 @@ def _occluded(reader: Reader, u: torch.Tensor, mean: torch.Tensor, toward: torch
     return parts
 
 
-def gradient_times_input(reader: Reader, u: torch.Tensor, classes: np.ndarray) -> Parts:
+def gradient_times_input(reader: MarginModel, u: torch.Tensor, classes: np.ndarray) -> TokenContributions:
     """u_t · ∂m/∂u_t of u [n, T, D]; with the parts of biases and prior correction they add up to the margin.
 
     Raises BadOption for a head in which they would add up to nothing (attention, knn, a user's own)."""
@@ -177,10 +194,10 @@ def gradient_times_input(reader: Reader, u: torch.Tensor, classes: np.ndarray) -
     beside = {"bias term": np.array(terms), "prior correction": (toward @ reader.correction).double().numpy()}
     parts = (u * gradient).sum(2).double().numpy()
     how = "gradient × input: with the bias term the parts add up to the margin"
-    return Parts(parts, margin, beside, True, how, "gradient × input")
+    return TokenContributions(parts, margin, beside, True, how, "gradient × input")
 
 
-def _gradient(reader: Reader, u: torch.Tensor, toward: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
+def _gradient(reader: MarginModel, u: torch.Tensor, toward: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
     """∂m/∂u [n, T, D] and m float64 [n]."""
     u = u.detach().requires_grad_(True)
     with torch.enable_grad():
@@ -194,14 +211,14 @@ def _stretches(length: int, size: int) -> Iterator[slice]:
 
 
 def contribution_maps(
-    run: Run, places: Places, x: torch.Tensor, classes: np.ndarray, method: str, mean: torch.Tensor | None,
+    run: Run, places: TokenMap, x: torch.Tensor, classes: np.ndarray, method: str, mean: torch.Tensor | None,
     said: str = "", model: nn.Module | None = None,
 ) -> list[Map]:  # fmt: skip
     """One map an image of stored tokens x [n, T, D]. ``mean`` [T, D]: the mean training token, which ``said`` describes
     and ``gradient`` does without; ``model``: another head than the run's (its control)."""
     if method not in METHODS:
         raise BadOption(f'--method "{method}" is not one of {", ".join(METHODS)}.')
-    reader = Reader.of(run, places, model)
+    reader = MarginModel.of(run, places, model)
     u = reader.scaled(x)
     if method == "gradient":
         parts = gradient_times_input(reader, u, classes)
@@ -211,7 +228,7 @@ def contribution_maps(
     return [_map(run, places, parts, i, said) for i in range(len(u))]
 
 
-def _map(run: Run, places: Places, parts: Parts, i: int, said: str) -> Map:
+def _map(run: Run, places: TokenMap, parts: TokenContributions, i: int, said: str) -> Map:
     first = len(places.prefix)
     names = {"cls": "class token", "dist": "distillation token"}
     beside: dict[str, float] = {}
@@ -224,3 +241,115 @@ def _map(run: Run, places: Places, parts: Parts, i: int, said: str) -> Map:
         unit, beside={name: part for name, part in beside.items() if abs(part) > 5e-7},
         margin=float(parts.margin[i]), adds_up=parts.adds_up, small=parts.small,
     )  # fmt: skip
+
+
+TRAINING = 1024  # images whose mean is the mean training token, drawn evenly where train has more
+GAP = 5e-3  # relative L2 between a CNN's gap and the mean of its map: rounding to float16 costs 5e-4, a norm far more
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """``source``: the stored tokens; ``matrix``: R [T', T], or [T] where the head sees one vector; None: identity."""
+
+    source: str
+    prefix: tuple[str, ...]
+    grid: tuple[int, int]
+    matrix: torch.Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prefix) + self.grid[0] * self.grid[1]
+
+    def input(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [n, T, D] -> R x: [n, T', D] or [n, D]."""
+        return x if self.matrix is None else self.matrix @ x
+
+    def columns(self) -> torch.Tensor:
+        """R as [T', T]; of a vector [1, T]."""
+        if self.matrix is None:
+            return torch.eye(self.tokens)
+        return self.matrix if self.matrix.ndim == 2 else self.matrix[None]
+
+
+def source_of(run: Run) -> str:
+    """The tokens that a head's input is made of; raises BadOption where it sees a vector without places."""
+    from featurecache.outputs import parse
+
+    output = parse(run.output)
+    base = output.base.partition("@")[0]
+    if base == "gap":
+        return "tokens"
+    if base == "mean" or base.startswith("tokens"):
+        return output.source
+    raise BadOption(
+        f"{run.head} sees one vector ({run.output}), which has no places. --kind attention shows where the backbone "
+        "looks, --kind grad-cam goes through backbone and head."
+    )
+
+
+def token_map(run: Run, prefix: Sequence[str] | None, grid: Sequence[int] | None) -> TokenMap:
+    """``prefix`` and ``grid`` are those of the source's tokens; raises BadOption where nobody knows them."""
+    from featurecache.outputs import function_of, parse
+
+    output, source = parse(run.output), source_of(run)
+    if prefix is None or grid is None:
+        raise BadOption(
+            f"which rows of {source} are patches is not known, so there is no map. Import the file again with --prefix "
+            "and --grid."
+        )
+    size, count = (int(grid[0]), int(grid[1])), len(prefix) + int(grid[0]) * int(grid[1])
+    matrix = None
+    if output.base == "gap":
+        matrix = torch.full((count,), 1 / (size[0] * size[1]))
+    elif output.derived:
+        matrix = function_of(output, torch.eye(count)[None], len(prefix), size)[0]
+    return TokenMap(source, tuple(prefix), size, matrix)
+
+
+def check_gap(run: Run, places: TokenMap, x: torch.Tensor, gap: torch.Tensor) -> None:
+    """Raises BadOption where a CNN's vector is not the mean of its map x [n, h·w, C]: ConvNeXt has a norm behind it."""
+    made = places.input(x)
+    if bool(((made - gap.float()).norm(dim=1) > GAP * gap.float().norm(dim=1)).any()):
+        raise BadOption(
+            f"gap of {run.config['view']['label']} is not the mean of its map (a norm stands between them), so it is "
+            "no sum of places. --kind grad-cam goes through the network's own pooling."
+        )
+
+
+def mean_training_token(run: Run, places: TokenMap, view: View | None) -> tuple[torch.Tensor, str]:
+    """(float32 [T, D] in storage units, what it is in words): for patches the mean patch of train, for each token
+    before them its own mean. Raises BadOption where the view is gone and the run does not keep it."""
+    if view is None:
+        scale = run.standardize
+        if scale.mean is None:
+            raise BadOption(
+                f"the view that {run.path} was trained on is gone or another, and with it the mean training token. "
+                "--method gradient needs none."
+            )
+        return scale.mean.expand(places.tokens, -1).clone(), "the mean of all training tokens, kept with the head"
+    view.info(places.source)  # raises with the command that stores it
+    rows = _train_rows(run, view)
+    if not len(rows):
+        raise BadOption(f"{view.label} holds none of the images that {run.path} was trained on.")
+    some = rows if len(rows) <= TRAINING else rows[np.linspace(0, len(rows) - 1, TRAINING).round().astype(int)]
+    total = torch.zeros(places.tokens, view.info(places.source).shape[-1], dtype=torch.float64)
+    for part in np.array_split(some, -(-len(some) // 64)):
+        total += view.tensor(places.source, part).double().sum(0)
+    mean, first = total / len(some), len(places.prefix)
+    mean[first:] = mean[first:].mean(0)
+    of = f"{len(some):,} of {len(rows):,}" if len(some) < len(rows) else f"all {len(rows):,}"
+    return mean.float(), f"the mean token of {of} training images"
+
+
+def _train_rows(run: Run, view: View) -> np.ndarray:
+    """Rows of the view that the run was trained on."""
+    file = run.path / "splits.csv"
+    known = set(runs_run.read_ids(file))
+    rows = np.array([i for i, name in enumerate(view.ids) if name in known], dtype=np.int64)
+    if not len(rows):
+        return rows
+    try:
+        names = read_splits(file, [view.ids[i] for i in rows], [])
+    except FeatureCacheError as error:
+        raise BadOption(f"which images {run.path} was trained on cannot be read: {error}") from error
+    return rows[np.asarray(names) == "train"]

@@ -1,15 +1,24 @@
-"""Maps of one run over images: which tokens or pixels are needed, where they are had, and each map with its control.
+"""One run: its images read back, its maps made.
+
+Maps of one run over images: which tokens or pixels are needed, where they are had, and each map with its control.
 
 Features of images that are in the view of the run are read from it, found by digest; those of new images go through the
 same backbone, precision and rounding as the store has (`featurecache.again`). A run on pixels has no backbone: its own
 network is asked, by Grad-CAM and by occlusion of squares.
+
+Back from a run to the images it is of: read from their source by id, and only the very ones it was computed with.
+
+An image as it is embedded in a page: small, newly encoded, without metadata; and what of it the backbone saw.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,16 +28,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from featurecache.errors import BadOption, NotInCache
-from heads.explanations.contributions import FAST, contribution_maps
-from heads.explanations.maps import KINDS, Map, direction, shuffled, with_controls
-from heads.explanations.originals import Original, Originals
-from heads.explanations.places import Places, check_gap, mean_training_token, places_of, source_of
-from heads.pixels import is_pixels, preprocess_of
-from heads.runs import Run
+from featurecache.errors import BadOption, FeatureCacheError, NotInCache
+from heads.explanations.contributions import (
+    FAST,
+    TokenMap,
+    check_gap,
+    contribution_maps,
+    mean_training_token,
+    source_of,
+    token_map,
+)
+from heads.explanations.maps import KINDS, Map, class_margin_weights, shuffled, with_controls
+from heads.explanations.methods import EndToEnd, Transformer, attention_maps, check_extra, grad_cam_maps, layer_of
+from heads.runs.run import Run, is_pixels, preprocess_of
 
 if TYPE_CHECKING:
-    from featurecache.again import Again
+    from featurecache.extraction.recompute import StoreBackbone
+    from featurecache.store.view import View
 
 SQUARES = 14  # squares a side that a network on pixels is occluded with; of images below 112 pixels 8
 AT_ONCE = 2**23  # numbers of occluded pixels in memory at once
@@ -38,7 +54,7 @@ class Explainer:
     """Maps of one run. ``device``, ``weights``, ``trust_code``: of its backbone or network, as for predict."""
 
     def __init__(
-        self, run: Run, originals: Originals, *, device: str = "auto", weights: str | None = None,
+        self, run: Run, originals: SourceImages, *, device: str = "auto", weights: str | None = None,
         trust_code: bool = False,
     ) -> None:  # fmt: skip
         self.run = run
@@ -69,7 +85,7 @@ class Explainer:
         setattr(network.get_submodule(parent), own, shuffled(network.get_submodule(name)))
         return network
 
-    def logits(self, images: Sequence[Original]) -> np.ndarray:
+    def logits(self, images: Sequence[SourceImage]) -> np.ndarray:
         """Calibrated, float64 [n, C]: those that ``predict`` gives."""
         if not self.on_pixels:
             return self.run.logits(self.features(images, self.run.output))
@@ -77,7 +93,7 @@ class Explainer:
             return self.run.logits(self._pixels(images), device)
 
     def maps(
-        self, kind: str, images: Sequence[Original], classes: np.ndarray, method: str = "replace"
+        self, kind: str, images: Sequence[SourceImage], classes: np.ndarray, method: str = "replace"
     ) -> list[list[Map]]:
         """The maps of every image, of the margins of ``classes`` [n]. Raises BadOption where this run has no such."""
         if kind not in KINDS:
@@ -91,7 +107,7 @@ class Explainer:
     # --- contribution
 
     def _contributions(
-        self, images: Sequence[Original], classes: np.ndarray, model: nn.Module, method: str
+        self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, method: str
     ) -> list[Map]:
         if self.on_pixels:
             return self._squares(images, classes, model, method)
@@ -106,25 +122,25 @@ class Explainer:
         return contribution_maps(self.run, places, x, classes, method, mean, said, model)
 
     @cached_property
-    def _places(self) -> Places:
+    def _places(self) -> TokenMap:
         source = source_of(self.run)
         if self.view is not None and self.view.has(source):
             info = self.view.info(source)
-            return places_of(self.run, info.prefix, info.grid)
+            return token_map(self.run, info.prefix, info.grid)
         if self.view is not None:
             self.view.info(source)  # raises with the command that stores it
         backbone = self._again.backbone
-        return places_of(self.run, backbone.prefix, backbone.grid)
+        return token_map(self.run, backbone.prefix, backbone.grid)
 
     @torch.no_grad()
-    def _squares(self, images: Sequence[Original], classes: np.ndarray, model: nn.Module, method: str) -> list[Map]:
+    def _squares(self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, method: str) -> list[Map]:
         """Of a network on pixels: squares of them replaced by the colour that normalising makes zero."""
         if method != "replace":
             raise BadOption("--method gradient is for heads on tokens; a network on pixels has --method replace.")
         with self._there(model) as device:
             return self._occluded(images, classes, model, device)
 
-    def _occluded(self, images: Sequence[Original], classes: np.ndarray, model: nn.Module, device: str) -> list[Map]:
+    def _occluded(self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, device: str) -> list[Map]:
         preprocess, pixels = preprocess_of(self.run), self._pixels(images).float().to(device)
         height, width = preprocess.size
         count = SQUARES if min(height, width) >= 8 * SQUARES else 8
@@ -152,13 +168,11 @@ class Explainer:
 
     def _toward(self, classes: np.ndarray) -> torch.Tensor:
         run = self.run
-        return direction(classes, len(run.classes), run.calibration.temperature, run.task == "multilabel")
+        return class_margin_weights(classes, len(run.classes), run.calibration.temperature, run.task == "multilabel")
 
     # --- through a network
 
-    def _attention(self, images: Sequence[Original]) -> list[list[Map]]:
-        from heads.explanations.attention_maps import Transformer, attention_maps
-
+    def _attention(self, images: Sequence[SourceImage]) -> list[list[Map]]:
         if self.on_pixels:
             own: Any = self.run.model
             with self._there(own) as device:
@@ -167,9 +181,7 @@ class Explainer:
         with self._in_float32() as again:
             return attention_maps(Transformer.of_backbone(again.backbone), self._normalised(again, images))
 
-    def _grad_cam(self, images: Sequence[Original], classes: np.ndarray, model: nn.Module, _: str) -> list[Map]:
-        from heads.explanations.gradcam import Whole, check_extra, grad_cam_maps, layer_of
-
+    def _grad_cam(self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, _: str) -> list[Map]:
         check_extra()
         if self.on_pixels:
             network: Any = model
@@ -184,7 +196,7 @@ class Explainer:
         with self._in_float32() as again:
             backbone = again.backbone
             pixels = self._normalised(again, images)
-            whole = Whole(backbone, output, _on(self.run.standardize, pixels.device), model.to(pixels.device))
+            whole = EndToEnd(backbone, output, _on(self.run.standardize, pixels.device), model.to(pixels.device))
             try:
                 maps = grad_cam_maps(
                     whole,
@@ -200,7 +212,7 @@ class Explainer:
 
     # --- what they are made of
 
-    def features(self, images: Sequence[Original], output: str) -> torch.Tensor:
+    def features(self, images: Sequence[SourceImage], output: str) -> torch.Tensor:
         """[n, ...] in the storage dtype: stored rows where the view has them, else through the backbone."""
         from featurecache.outputs import parse
 
@@ -225,7 +237,7 @@ class Explainer:
     @contextlib.contextmanager
     def _there(self, network: nn.Module) -> Iterator[str]:
         """A network on pixels, on the device that was asked for; back on the CPU afterwards, where a run's is."""
-        from featurecache.forward import pick_device
+        from featurecache.extraction.pipeline import pick_device
 
         device = str(pick_device(self._options["device"]))
         network.to(device)
@@ -234,14 +246,14 @@ class Explainer:
         finally:
             network.cpu()
 
-    def _pixels(self, images: Sequence[Original]) -> torch.Tensor:
+    def _pixels(self, images: Sequence[SourceImage]) -> torch.Tensor:
         """uint8 [n,3,h,w] as a network on pixels sees them."""
         preprocess = preprocess_of(self.run)
         return torch.stack([preprocess.resized(torch.from_numpy(image.pixels).permute(2, 0, 1)) for image in images])
 
     @cached_property
-    def _again(self) -> Again:
-        from featurecache.again import again_like
+    def _again(self) -> StoreBackbone:
+        from featurecache.extraction.recompute import backbone_of
 
         config = self.run.config
         if "request" not in config["provenance"]:
@@ -254,10 +266,10 @@ class Explainer:
             spec=config["spec"], provenance=config["provenance"], label=config["view"]["label"], store=where
         )
         options = {**self._options, "trust_code": self._options["trust_code"] or self.run.trust_code}
-        return again_like(like, **options)  # type: ignore[arg-type]
+        return backbone_of(like, **options)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
-    def _in_float32(self) -> Iterator[Again]:
+    def _in_float32(self) -> Iterator[StoreBackbone]:
         """The backbone with the store's weights, computing in float32."""
         again = self._again
         model = again.backbone.model
@@ -268,7 +280,7 @@ class Explainer:
         finally:
             model.to(before)
 
-    def _normalised(self, again: Again, images: Sequence[Original]) -> torch.Tensor:
+    def _normalised(self, again: StoreBackbone, images: Sequence[SourceImage]) -> torch.Tensor:
         """float32 [n,3,h,w] on the backbone's device."""
         preprocess = again.backbone.preprocess
         pixels = torch.stack([preprocess.resized(torch.from_numpy(i.pixels).permute(2, 0, 1)) for i in images])
@@ -279,3 +291,121 @@ def _on(scale: Any, device: torch.device) -> Any:
     if scale.mean is None:
         return scale
     return replace(scale, mean=scale.mean.to(device), std=scale.std.to(device))
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """``data``: encoded bytes or an array; ``pixels``: uint8 [H, W, 3]; ``digest``: 32 hex digits."""
+
+    name: str
+    data: bytes | np.ndarray
+    pixels: np.ndarray
+    digest: bytes
+
+
+def original(name: str, data: bytes | np.ndarray) -> SourceImage:
+    """Raises UnreadableImage."""
+    from featurecache.images.decoding import decode, digest
+
+    return SourceImage(name, data, decode(data).permute(1, 2, 0).contiguous().numpy(), digest(data).encode())
+
+
+class SourceImages:
+    """Sources and views of runs, each opened once."""
+
+    def __init__(self) -> None:
+        self._datasets: dict[str, Any] = {}
+        self._views: dict[str, Any] = {}
+
+    def find(self, run: Run, name: str, digest: bytes | None = None) -> SourceImage | str:
+        """The very image, or why it cannot be had. ``digest``: what it was when it was computed with."""
+        dataset, where = self._dataset(run.config["view"].get("source") or {})
+        if isinstance(dataset, str):
+            return dataset
+        if name not in where:
+            return "no longer in the source"
+        try:
+            found = original(name, dataset.read(where[name]))
+        except (FeatureCacheError, OSError) as error:
+            return str(error)
+        return found if digest in (None, found.digest) else "changed since it was computed with"
+
+    def _dataset(self, source: dict[str, Any]) -> tuple[Any, dict[str, int]]:
+        import featurecache.sources
+
+        key = json.dumps(source, sort_keys=True)
+        if key not in self._datasets:
+            try:
+                dataset = featurecache.sources.reopen(source)
+                self._datasets[key] = dataset, {name: i for i, name in enumerate(dataset.ids)}
+            except (FeatureCacheError, OSError, KeyError, TypeError):
+                self._datasets[key] = "the source is gone", {}
+        return self._datasets[key]
+
+    def view(self, run: Run) -> View | None:
+        """The view a run was trained on, as it was; None where it is gone or another."""
+        from featurecache.store.write_view import open_view
+
+        path = run.config["view"]["path"]
+        if path not in self._views:
+            try:
+                found = open_view(path)
+                self._views[path] = found if found.fingerprint == run.config["view"].get("fingerprint") else None
+            except (FeatureCacheError, OSError):
+                self._views[path] = None
+        return self._views[path]
+
+
+SIDE = 208  # pixels of the longer side of what is embedded
+TINY = 64  # images up to this side are embedded pixel by pixel
+
+
+def encoded(pixels: np.ndarray) -> tuple[str, tuple[int, int]]:
+    """(data URI, (width, height)) of uint8 [H, W, 3]: small images as they are, others as JPEG of ``SIDE`` pixels."""
+    from PIL import Image
+
+    grey = bool((pixels[..., :1] == pixels).all())
+    image = Image.fromarray(pixels[..., 0] if grey else pixels)
+    tiny = max(image.size) <= TINY
+    if max(image.size) > SIDE:
+        scale = SIDE / max(image.size)
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    image.save(data, "PNG", optimize=True) if tiny else image.save(data, "JPEG", quality=82, optimize=True)
+    kind = "png" if tiny else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", image.size
+
+
+def seen_part(spec: dict[str, Any], pixels: np.ndarray) -> tuple[float, float, float, float] | None:
+    """What of an image the backbone saw, in parts of its width and height: x, y, width, height (padding: beyond it);
+    None where the spec does not say."""
+    from featurecache.images.preprocessing import Preprocess
+
+    try:
+        fields = {key: value for key, value in spec["preprocess"].items() if key != "decoding"}
+        preprocess = Preprocess.from_dict(fields)
+    except (
+        FeatureCacheError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # imported features, or a backbone with its own way
+        return None
+    height, width = pixels.shape[:2]
+    rows, columns = resized_size(preprocess.mode, preprocess.resize, height, width)
+    seen_height, seen_width = preprocess.size[0] / rows, preprocess.size[1] / columns
+    return (1 - seen_width) / 2, (1 - seen_height) / 2, seen_width, seen_height
+
+
+def resized_size(mode: str, resize: Sequence[int], height: int, width: int) -> tuple[float, float]:
+    """(height, width) in pixels that an image has before it is cropped or padded to the input of the network."""
+    if mode == "shortest":
+        factor = resize[0] / min(height, width)
+    elif mode == "pad":
+        factor = min(resize[0] / height, resize[1] / width)
+    elif mode == "squash":
+        return resize[0], resize[1]
+    else:
+        factor = 1.0
+    return height * factor, width * factor

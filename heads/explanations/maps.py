@@ -1,4 +1,12 @@
-"""What a map over an image is: its kind, how it was made, its values and the numbers that stand beside it.
+"""Map with its shuffled control; overlays.
+
+Maps as pictures: PNG files with colour bars for people, and small transparent ones for the page of a report.
+
+Every kind has its colours: a contribution is orange for and blue against, attention green, Grad-CAM magenta. Opacity is
+the size, the strongest of a picture nearly opaque; nothing is smoothed. Drawn without pyplot; matplotlib is imported
+here only.
+
+What a map over an image is: its kind, how it was made, its values and the numbers that stand beside it.
 
 There are three kinds, and they answer different questions:
 
@@ -17,14 +25,205 @@ every weight tensor shuffled: a map that looks like its control says nothing abo
 from __future__ import annotations
 
 import copy
+import io
+import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from heads.vector_heads import Neighbours
+from heads.models.vector import KNearest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+AGAINST = (0, 114, 230)
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "contribution": (230, 97, 0),
+    "attention": (0, 158, 96),
+    "grad-cam": (214, 0, 108),
+}
+STRONGEST = 185  # opacity of the largest value, of 255
+SIDE, HEAD, BAR, GAP = 2.6, 0.95, 0.95, 0.2  # inches: a picture, what stands over it, beside, between
+LINE, LETTER = 0.14, 0.058  # inches of the small print below: a line of it, a letter
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The maps of one run over an image, one below the other; each with its control if it has one. ``box``: what of the
+    image the network saw, x, y, width, height in parts of it. ``why``: the reason in the maps' place. ``from_pixels``:
+    whether the run is of a network that was trained from them."""
+
+    title: str
+    box: Box | None = None
+    maps: Sequence[Map] = ()
+    why: str = ""
+    from_pixels: bool = False
+
+
+def rgba(values: np.ndarray, kind: str, largest: float | None = None) -> np.ndarray:
+    """uint8 [..., 4] of values [...]; ``largest``: the one that is strongest, by default of these."""
+    largest = float(np.abs(values).max()) if largest is None else largest
+    share = np.abs(values) / largest if largest > 0 else np.zeros_like(values)
+    colour = np.where((values >= 0)[..., None], COLOURS[kind], AGAINST)
+    pixels: np.ndarray = np.concatenate([colour, (STRONGEST * share)[..., None]], -1).round().astype(np.uint8)
+    return pixels
+
+
+def small_overlay(values: np.ndarray, kind: str) -> bytes:
+    """A PNG of [h, w] transparent pixels."""
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.fromarray(rgba(values, kind), "RGBA").save(encoded, "PNG", optimize=True)
+    return encoded.getvalue()
+
+
+def draw(pixels: np.ndarray, kind: str, panels: Sequence[Panel], untrained: bool = False) -> bytes:
+    """A PNG: the image, uint8 [H, W, 3], and for every run its maps over it, controls below."""
+    from matplotlib.figure import Figure
+
+    rows = max([sum(2 if m.control is not None else 1 for m in p.maps) for p in panels] + [1])
+    width = SIDE * min(2.0, max(0.6, pixels.shape[1] / pixels.shape[0]))
+    across = width + GAP + len(panels) * (width + BAR) + GAP
+    foot = _foot(kind, panels, untrained, int((across - 2 * GAP) / LETTER))
+    size = (across, rows * (SIDE + HEAD) + LINE * len(foot) + 0.16)
+    figure = Figure(figsize=size)
+    place = _Grid(figure, size, width)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # boxes in a title must not end it
+        _show(place.axes(0, 0), pixels, None)
+        for column, panel in enumerate(panels, start=1):
+            _panel(place, column, panel, pixels)
+        figure.text(GAP / size[0], 0.1 / size[1], "\n".join(foot), fontsize=8, color="#606060")
+        encoded = io.BytesIO()
+        figure.savefig(encoded, format="png", dpi=110)
+    return encoded.getvalue()
+
+
+def _foot(kind: str, panels: Sequence[Panel], untrained: bool, letters: int) -> list[str]:
+    """What the maps show, in lines of so many letters."""
+    words = " · ".join(dict.fromkeys(words_of(kind, panel.from_pixels) for panel in panels))
+    lines = textwrap.wrap(f"{kind}: {words}", letters)
+    return lines + ["untrained backbone: shows the tool, nothing else"] * untrained
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Places in inches. (matplotlib's own layout engine takes two thirds of the time of such a picture.)"""
+
+    figure: Figure
+    size: tuple[float, float]
+    width: float  # of a picture
+
+    def axes(self, row: int, column: int, bar: bool = False) -> Axes:
+        left = GAP + (column * (self.width + BAR) - (BAR - GAP if column else 0))
+        bottom = self.size[1] - (row + 1) * (SIDE + HEAD)
+        box = (
+            (left + self.width + 0.08, bottom + 0.1 * SIDE, 0.12, 0.8 * SIDE)
+            if bar
+            else (left, bottom, self.width, SIDE)
+        )
+        across, up = self.size
+        return self.figure.add_axes((box[0] / across, box[1] / up, box[2] / across, box[3] / up))
+
+
+def _panel(place: _Grid, column: int, panel: Panel, pixels: np.ndarray) -> None:
+    if not panel.maps:
+        axes = place.axes(0, column)
+        axes.set_axis_off()
+        axes.set_title(_text(panel.title), fontsize=8)
+        axes.text(0.5, 0.5, _wrapped(panel.why, 34), ha="center", va="center", fontsize=7, transform=axes.transAxes)
+        return
+    row = 0
+    for number, each in enumerate(panel.maps):
+        title = _text(panel.title) + f"\n{each.small}" if number == 0 else each.small
+        _map(place, row, column, each.values, each, title + _beside(each), pixels, panel.box)
+        row += 1
+        if each.control is not None:
+            like = "" if each.likeness is None else f"\nrank correlation with the map {each.likeness:+.2f}"
+            shuffled = "shuffled weights of its last layer" if panel.from_pixels else "shuffled head weights"
+            words = f"control: {shuffled}{like}".replace("-", "−")
+            _map(place, row, column, each.control, each, words, pixels, panel.box)
+            row += 1
+
+
+def _map(
+    place: _Grid, row: int, column: int, values: np.ndarray, each: Map, title: str, pixels: np.ndarray, box: Box | None
+) -> None:
+    axes, bar = place.axes(row, column), place.axes(row, column, bar=True)
+    _show(axes, pixels, box)
+    largest = float(np.abs(values).max())
+    axes.set_title(title if largest else f"{title}\nzero everywhere", fontsize=8)
+    x, y, w, h = _in_pixels(box, pixels)
+    over = rgba(values, each.kind, largest)
+    axes.imshow(over, interpolation="nearest", extent=(x, x + w, y + h, y), zorder=2)
+    _limits(axes, pixels)
+    if not largest:
+        bar.set_axis_off()
+        return
+    low = -largest if each.signed else 0.0
+    ramp = rgba(np.linspace(low, largest, 101)[:, None], each.kind, largest)
+    bar.imshow(ramp, origin="lower", aspect="auto", extent=(0, 1, low, largest))
+    bar.set_xticks([])
+    bar.set_yticks([low, (low + largest) / 2, largest])
+    bar.set_yticklabels([f"{v:.2g}".replace("-", "−") for v in bar.get_yticks()])
+    bar.yaxis.tick_right()
+    bar.tick_params(labelsize=7, length=2)
+    bar.set_title(each.unit.replace(" × ", " ×\n"), fontsize=7, loc="left")
+
+
+def _show(axes: Axes, pixels: np.ndarray, box: Box | None) -> None:
+    from matplotlib.patches import Rectangle
+
+    height, width = pixels.shape[:2]
+    axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest" if max(height, width) < 128 else None)
+    if box is not None and box != (0, 0, 1, 1):
+        x, y, w, h = _in_pixels(box, pixels)
+        axes.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor="white", linewidth=0.8, linestyle="--", zorder=3))
+    axes.set_axis_off()
+    _limits(axes, pixels)
+
+
+def _limits(axes: Axes, pixels: np.ndarray) -> None:
+    """The image, whatever of the map lies beyond it (padding)."""
+    axes.set_xlim(0, pixels.shape[1])
+    axes.set_ylim(pixels.shape[0], 0)
+
+
+def _in_pixels(box: Box | None, pixels: np.ndarray) -> Box:
+    height, width = pixels.shape[:2]
+    x, y, w, h = box or (0, 0, 1, 1)
+    return x * width, y * height, w * width, h * height
+
+
+def beside_words(each: Map) -> str:
+    """The numbers beside a map: ``class token +0.31, mean tokens everywhere −0.52``."""
+    sign = "+" if each.signed else ""
+    return ", ".join(f"{name} {part:{sign}.2f}" for name, part in each.beside.items()).replace("-", "−")
+
+
+def _beside(each: Map) -> str:
+    words = beside_words(each)
+    return "\n" + _wrapped(words, 44) if words else ""
+
+
+def _text(words: str, longest: int = 56) -> str:
+    """As matplotlib shall show it: no mathematics, no control characters, no line that runs into what is beside it."""
+    lines = ("".join(c if c.isprintable() else "·" for c in line) for line in words.split("\n"))
+    shown = (line if len(line) <= longest else line[: longest - 1] + "…" for line in lines)
+    return "\n".join(shown).replace("$", r"\$")
+
+
+def _wrapped(words: str, width: int) -> str:
+    return textwrap.fill(_text(words, 400), width)
+
 
 KINDS: dict[str, tuple[str, str]] = {  # kind -> what it shows of a head on a backbone, of a network from pixels
     "contribution": ("what the head makes of every place", "what the network makes of every place"),
@@ -83,7 +282,7 @@ def with_controls(maps: Sequence[Map], controls: Sequence[Map]) -> list[Map]:
 def shuffled(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of a head in which the numbers of every parameter stand in another order; of k-NN the labels."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    tensors = [other.labels] if isinstance(other, Neighbours) else list(other.parameters())
+    tensors = [other.labels] if isinstance(other, KNearest) else list(other.parameters())
     with torch.no_grad():
         for tensor in tensors:
             flat = tensor.detach().reshape(-1)
@@ -92,7 +291,7 @@ def shuffled(model: nn.Module, seed: int = 0) -> nn.Module:
     return other
 
 
-def direction(classes: np.ndarray, count: int, temperature: float, multilabel: bool) -> torch.Tensor:
+def class_margin_weights(classes: np.ndarray, count: int, temperature: float, multilabel: bool) -> torch.Tensor:
     """float32 [n, C]: logits times it are the margins of ``classes`` [n]."""
     rows = torch.zeros(len(classes), count)
     if not multilabel:

@@ -1,24 +1,36 @@
-"""The charts of a report, each from numbers that were computed elsewhere or from the answers of runs.
+"""Every figure once, by matplotlib: SVG in the page, PNG in the run folder.
+
+The charts of a report, each from numbers that were computed elsewhere or from the answers of runs.
 
 Notation: n images of test, C classes or labels. A *heard* run is (run, its answers on test).
+
+Charts as small pieces of SVG inside a page: no picture files, no script, colours from the page's own style sheet.
+
+Everything that is text comes in through markupsafe and is escaped. Lengths are in units of the drawing, about a CSS
+pixel. Colours are classes (``s0`` … ``s7``, ``grey``), so that light, dark and paper are the style sheet's business.
+
+Which class is taken for which: the counts of runs, as a chart and as the pairs that are confused most.
+
+How a head came about, as charts: loss and criterion by epoch, or val along the path of a solved head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup, escape
 
-from heads import evaluate as ev
-from heads import metrics
-from heads.answers import Answers
-from heads.costs import CHARTED, COSTS, shown
-from heads.families import is_of_pixels
-from heads.reports.charts import SERIES, Figure, Plot, around, around_log, plain, style_of
-from heads.runs import Run
+from heads.evaluation.costs import CHARTED, COSTS, shown
+from heads.metrics import classification
+from heads.metrics import classification as ev
+from heads.runs.run import Run, is_of_pixels
+from heads.task import Predictions
 
-Heard = Sequence[tuple[Run, Answers]]
+Heard = Sequence[tuple[Run, Predictions]]
 UNIT = (-0.02, 1.02)
 MANY = 30  # classes above which single curves say less than where most of them run
 THIN = 20  # curves of single seeds or folds drawn behind their mean
@@ -28,7 +40,7 @@ FIFTHS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 
 def bounds_of(measure: str) -> tuple[float, float] | None:
     """Measures that are better when higher end at 1; a chart does not show room above it."""
-    return (-1.0, 1.0) if measure in metrics.METRICS and metrics.METRICS[measure].higher else None
+    return (-1.0, 1.0) if measure in classification.METRICS and classification.METRICS[measure].higher else None
 
 
 def short(words: str, longest: int = 26) -> str:
@@ -36,9 +48,9 @@ def short(words: str, longest: int = 26) -> str:
     return words if len(words) <= longest else words[: longest - 1] + "…"
 
 
-def truth_and_score(task: str, answers: Answers, c: int) -> tuple[np.ndarray, np.ndarray] | None:
+def truth_and_score(task: str, answers: Predictions, c: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Of class or label c: bool [m] over images where it is known, and the score; None where one side is missing."""
-    order = ev.scores(task, answers.z)[:, c]
+    order = ev.measure_scores(task, answers.z)[:, c]
     known = ~np.isnan(answers.y[:, c]) if task == "multilabel" else np.ones(len(answers.y), bool)
     truth = answers.y[known, c] == 1 if task == "multilabel" else answers.y == c
     return (truth, order[known]) if truth.any() and not truth.all() else None
@@ -46,7 +58,7 @@ def truth_and_score(task: str, answers: Answers, c: int) -> tuple[np.ndarray, np
 
 def _roc_points(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
     """[GRID]: sensitivity at each false positive rate, the steps taken at their upper end."""
-    false, found, _ = metrics.roc_curve(score, truth)
+    false, found, _ = classification.roc_curve(score, truth)
     last = np.searchsorted(false, GRID + 1e-12, side="right") - 1
     return found[last]
 
@@ -97,7 +109,7 @@ def _operating(kind: str, measured: dict[str, Any]) -> tuple[Any, Any]:
     return None if specificity is None else 1 - specificity, sensitivity
 
 
-def _prevalence(plot: Plot, run: Run, answers: Answers, chosen: Sequence[int]) -> None:
+def _prevalence(plot: Plot, run: Run, answers: Predictions, chosen: Sequence[int]) -> None:
     pairs = [pair for c in chosen if (pair := truth_and_score(run.task, answers, c))]
     if len(pairs) == 1:
         plot.line([(0, pairs[0][0].mean()), (1, pairs[0][0].mean())], "guide")
@@ -204,7 +216,7 @@ def learning_figure(
 
 def pareto_figures(families: Sequence[dict[str, Any]], measure: str, higher: bool) -> list[Figure]:
     """Quality beside each cost that differs between families; those that no other beats on both are joined."""
-    title = metrics.METRICS[measure].title
+    title = classification.METRICS[measure].title
     figures: list[Figure] = []
     both = len({is_of_pixels(f["output"]) for f in families}) == 2
     for cost in (key for key in shown(families) if key in CHARTED):
@@ -253,3 +265,390 @@ def _steps(front: list[tuple[float, float]]) -> list[tuple[float, float]]:
         steps += [(cost, steps[-1][1])] if steps else []
         steps.append((cost, value))
     return steps
+
+
+WIDTH, HEIGHT = 360.0, 270.0
+LEFT, RIGHT, TOP, BOTTOM = 50.0, 16.0, 12.0, 42.0
+SERIES = 8  # colours that are told apart; a ninth series is drawn grey
+
+Point = tuple[float, float]
+
+
+def tag(name: str, *inside: object, **attributes: object) -> Markup:
+    """An element; ``class_`` and ``font_size`` become ``class`` and ``font-size``, what is None is left out."""
+    given = ((k.rstrip("_").replace("_", "-"), v) for k, v in attributes.items() if v is not None)
+    words = "".join(f' {key}="{_chart_value(value)}"' for key, value in given)
+    return Markup(f"<{name}{words}>{Markup('').join(escape(part) for part in inside)}</{name}>")
+
+
+def _chart_value(value: object) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(escape(value))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Data ``low`` … ``high`` onto ``start`` … ``end`` of the drawing; ``log``: in powers of ten."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
+        share = (value - low) / (high - low) if high > low else 0.5
+        return self.start + min(max(share, -0.05), 1.05) * (self.end - self.start)
+
+    def ticks(self, wanted: int = 5) -> list[float]:
+        return _decades(self.low, self.high) if self.log else _rounds(self.low, self.high, wanted)
+
+
+def _rounds(low: float, high: float, wanted: int) -> list[float]:
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten within low … high."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * k for k in (1, 2, 2.5, 5, 10) if power * k >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Powers of ten; where fewer than two lie in the range, 1, 2 and 5 times them."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [10.0**p for p in powers if low * 0.999 <= 10.0**p <= high * 1.001]
+    if len(found) < 2:
+        found = [k * 10.0**p for p in powers for k in (1, 2, 5) if low * 0.999 <= k * 10.0**p <= high * 1.001]
+    return found[:: max(1, math.ceil(len(found) / 6))] or [low]
+
+
+def around(
+    values: Iterable[float], least: float = 0.0, bounds: tuple[float, float] | None = None
+) -> tuple[float, float]:
+    """A range that shows all values with a margin, at least ``least`` wide, within ``bounds``."""
+    found = [v for v in values if math.isfinite(v)] or [0.0, 1.0]
+    low, high = min(found), max(found)
+    margin = max(0.06 * (high - low), (least - (high - low)) / 2, 1e-9 if high > low else 0.05 * abs(high) or 0.5)
+    low, high = low - margin, high + margin
+    return (max(low, bounds[0]), min(high, bounds[1])) if bounds else (low, high)
+
+
+def around_log(values: Iterable[float]) -> tuple[float, float]:
+    found = [v for v in values if v > 0 and math.isfinite(v)] or [1.0]
+    low, high = min(found), max(found)
+    room = max((high / low) ** 0.08, 1.25)
+    return low / room, high * room
+
+
+def line(points: Iterable[Point], style: str = "s0", extra: str = "") -> Markup:
+    """A line through drawing coordinates; points closer than half a unit to the last one are dropped."""
+    kept: list[Point] = []
+    points = list(points)
+    for i, (x, y) in enumerate(points):
+        if not kept or i == len(points) - 1 or math.hypot(x - kept[-1][0], y - kept[-1][1]) >= 0.5:
+            kept.append((x, y))
+    if not kept:
+        return Markup("")
+    words = "L".join(f"{x:.1f} {y:.1f}" for x, y in kept)
+    return tag("path", d=f"M{words}", class_=f"line {style} {extra}".strip())
+
+
+def dot(x: float, y: float, style: str = "s0", title: str = "", radius: float = 3.2, extra: str = "") -> Markup:
+    said = [tag("title", title)] if title else []
+    return tag("circle", *said, cx=x, cy=y, r=radius, class_=f"dot {style} {extra}".strip())
+
+
+def stroke(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
+    return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=style)
+
+
+def text(x: float, y: float, words: object, anchor: str = "middle", style: str | None = None, **more: object) -> Markup:
+    return tag("text", words, x=x, y=y, text_anchor=anchor, class_=style, **more)
+
+
+def plain(value: float) -> str:
+    """A tick: 0.25, 12, 4,000, 1e-05."""
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3 or abs(value) >= 1e6:
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its title, one sentence that says how to read it, and what its colours mean."""
+
+    title: str
+    svg: Markup
+    caption: str = ""
+    keys: tuple[tuple[str, str], ...] = ()  # (style, words)
+
+
+@dataclass
+class Plot:
+    """Two axes and what is drawn between them."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    xlabel: str
+    ylabel: str
+    xlog: bool = False
+    xticks: Sequence[float] | None = None
+    xformat: Callable[[float], str] = plain
+    yformat: Callable[[float], str] = plain
+    width: float = WIDTH
+    height: float = HEIGHT
+    marks: list[Markup] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sy = Scale(*self.y, self.height - BOTTOM, TOP)
+        longest = max(len(self.yformat(v)) for v in self.sy.ticks())
+        self.sx = Scale(*self.x, max(LEFT, 32 + 6 * longest), self.width - RIGHT, self.xlog)
+
+    def at(self, x: float, y: float) -> Point:
+        return self.sx(x), self.sy(y)
+
+    def line(self, points: Iterable[Point], style: str = "s0", extra: str = "") -> None:
+        self.marks.append(line([self.at(x, y) for x, y in points], style, extra))
+
+    def dot(self, x: float, y: float, style: str = "s0", title: str = "", radius: float = 3.2, extra: str = "") -> None:
+        self.marks.append(dot(*self.at(x, y), style, title, radius, extra))
+
+    def band(self, points: Iterable[tuple[float, float, float]], style: str) -> None:
+        """The area between two lines: x, low, high."""
+        found = list(points)
+        edge = [self.at(x, low) for x, low, _ in found] + [self.at(x, high) for x, _, high in reversed(found)]
+        words = "L".join(f"{x:.1f} {y:.1f}" for x, y in edge)
+        self.marks.append(tag("path", d=f"M{words}z", class_=f"band {style}"))
+
+    def bar(self, x: float, low: float, high: float, style: str = "s0") -> None:
+        """An interval, upright."""
+        across, (bottom, top) = self.sx(x), (self.sy(low), self.sy(high))
+        self.marks.append(tag("path", d=f"M{across:.1f} {bottom:.1f}V{top:.1f}", class_=f"bar {style}"))
+
+    def svg(self, title: str) -> Markup:
+        """The drawing; ``title`` is what a screen reader says of it."""
+        parts = [*self._grid(), *self.marks, *self._labels()]
+        box = f"0 0 {self.width:g} {self.height:g}"
+        return tag("svg", *parts, viewBox=box, role="img", aria_label=title, class_="chart")
+
+    def _grid(self) -> list[Markup]:
+        left, right, bottom, top = self.sx.start, self.sx.end, self.sy.start, self.sy.end
+        parts = [stroke(left, self.sy(v), right, self.sy(v), "grid") for v in self.sy.ticks()]
+        parts += [stroke(self.sx(v), bottom, self.sx(v), top, "grid") for v in self._xticks()]
+        return [*parts, stroke(left, bottom, right, bottom, "axis")]
+
+    def _xticks(self) -> Sequence[float]:
+        return self.sx.ticks() if self.xticks is None else self.xticks
+
+    def _labels(self) -> list[Markup]:
+        left, right, bottom, top = self.sx.start, self.sx.end, self.sy.start, self.sy.end
+        parts = [text(left - 6, self.sy(v) + 3.5, self.yformat(v), "end", "tick") for v in self.sy.ticks()]
+        for value in self._xticks():
+            words = self.xformat(value)
+            inside = min(self.sx(value), self.width - 3.2 * len(words))  # half of its width; the drawing ends there
+            parts.append(text(inside, bottom + 14, words, "middle", "tick"))
+        middle = (top + bottom) / 2
+        turned = f"rotate(-90 12 {middle:g})"
+        parts.append(text((left + right) / 2, self.height - 6, self.xlabel, "middle", "label"))
+        return [*parts, text(12.0, middle, self.ylabel, "middle", "label", transform=turned)]
+
+
+def style_of(number: int) -> str:
+    return f"s{number}" if number < SERIES else "grey"
+
+
+def interval(value: float | None, low: float | None, high: float | None, scale: Scale, mark: float | None) -> Markup:
+    """One row of a table: its interval on the scale that all rows share; ``mark``: a line to compare with."""
+    parts = [stroke(scale(v), 0, scale(v), 20, "grid") for v in scale.ticks(4)]
+    if mark is not None:
+        parts.append(stroke(scale(mark), 0, scale(mark), 20, "mark"))
+    if low is not None and high is not None:
+        parts.append(stroke(scale(low), 10, scale(high), 10, "bar s0"))
+    if value is not None:
+        parts.append(dot(scale(value), 10.0, "s0"))
+    return tag("svg", *parts, viewBox=f"0 0 {scale.start + scale.end:g} 20", class_="interval", aria_hidden="true")
+
+
+def interval_axis(scale: Scale) -> Markup:
+    """The numbers over a column of intervals."""
+    parts = [text(scale(v), 9, plain(v), "middle", "tick") for v in scale.ticks(4)]
+    return tag("svg", *parts, viewBox=f"0 0 {scale.start + scale.end:g} 12", class_="interval", aria_hidden="true")
+
+
+NUMBERED = 14  # classes up to which every cell has its number
+NAMED = 60  # classes up to which every row has its name
+STEPS = 10  # shades
+LETTER = 7.2  # units of the drawing, of a name in the widest of the usual fonts (DejaVu Sans)
+
+
+def counts_of(heard: Heard) -> np.ndarray:
+    """[C, C] counts on test: rows are the true class. Several seeds: their mean; folds: all their images together."""
+    run = heard[0][0]
+    total = np.zeros((len(run.classes), len(run.classes)))
+    folds = {(run.config["splits"].get("fold") or [0])[0] for run, _ in heard}
+    for each, answers in heard:
+        p = ev.probabilities(each.task, answers.z)
+        called = ev.predict_labels(each.task, p, each.calibration.thresholds, each.positive)
+        total += classification.confusion_matrix(answers.y, called, len(each.classes))
+    return total * len(folds) / len(heard)
+
+
+def confusion_figure(heard: Heard) -> Figure:
+    classes, counts = heard[0][0].classes, counts_of(heard)
+    side = len(classes)
+    whole = counts.sum(axis=1, keepdims=True)
+    share = np.divide(counts, whole, out=np.zeros_like(counts), where=whole > 0)
+    left = 14 + LETTER * max(len(short(name, 18)) for name in classes) if side <= NAMED else 20.0
+    cell = max(min(76.0 if side < 5 else 44.0, 300 / side), 3.0)
+    size = cell * side
+    parts = [_shades(share, cell, left), stroke(left, 18.0, left + size, 18.0, "axis")]
+    if side <= NUMBERED:
+        parts += _numbers(counts, share, cell, left)
+    parts += _names(classes, cell, left)
+    below = _room_below(classes, cell)
+    parts += [text(left + size / 2, 10, "called", "middle", "label")]
+    box = f"0 0 {max(left + size + 8, 330):g} {18 + size + below:g}"
+    title = "Confusion matrix"
+    svg = tag("svg", *parts, viewBox=box, role="img", aria_label=title, class_="chart")
+    folds = {(run.config["splits"].get("fold") or [0])[0] for run, _ in heard}
+    mean = f" Counts are the mean of {len(heard) // len(folds)} heads." if len(heard) > len(folds) else ""
+    together = f" All {len(folds)} folds together." if len(folds) > 1 else ""
+    caption = f"A row is a true class; the shade is the share of that class, the number counts images.{mean}{together}"
+    return Figure(title, svg, caption)
+
+
+def _shades(share: np.ndarray, cell: float, left: float) -> Any:
+    """One path for each of ten shades, so that 200 classes are no 40,000 elements."""
+    level = np.ceil(share * STEPS - 1e-9).astype(int)
+    paths = []
+    for step in range(1, STEPS + 1):
+        places = np.argwhere(level == step)
+        if len(places):
+            d = "".join(
+                f"M{left + j * cell:.1f} {18 + i * cell:.1f}h{cell:.1f}v{cell:.1f}h-{cell:.1f}z" for i, j in places
+            )
+            paths.append(tag("path", d=d, class_="heat", fill_opacity=f"{step / STEPS:g}"))
+    return tag("g", *paths)
+
+
+def _numbers(counts: np.ndarray, share: np.ndarray, cell: float, left: float) -> list[Any]:
+    parts = []
+    small = "small" if counts.max() >= 1000 or cell < 26 else ""
+    for (i, j), count in np.ndenumerate(counts):
+        words = f"{count:,.0f}" if count == round(count) else f"{count:,.1f}"
+        style = "on" if share[i, j] > 0.55 else "off" if count else "none"
+        x, y = left + (j + 0.5) * cell, 18 + (i + 0.5) * cell + 3.5
+        parts.append(text(x, y, words, "middle", f"count {style} {small}".strip()))
+    return parts
+
+
+def _turned(classes: tuple[str, ...], cell: float) -> bool:
+    """Whether the names of the columns do not fit beside each other."""
+    return 5.8 * max(len(short(name, 18)) for name in classes) > cell - 2
+
+
+def _room_below(classes: tuple[str, ...], cell: float) -> float:
+    if len(classes) > NAMED:
+        return 8.0
+    return 18 + 5.2 * max(len(short(name, 18)) for name in classes) if _turned(classes, cell) else 20.0
+
+
+def _names(classes: tuple[str, ...], cell: float, left: float) -> list[Any]:
+    if len(classes) > NAMED:
+        return [text(12.0, 18 + cell * len(classes) / 2, "true", "middle", "label", transform="")]
+    parts = []
+    end = 18 + cell * len(classes)
+    style = "tick" if cell >= 11 else "tick tiny"
+    for i, name in enumerate(classes):
+        middle = (i + 0.5) * cell
+        parts.append(text(left - 5, 18 + middle + 3.5, short(name, 18), "end", style))
+        x = left + middle
+        if _turned(classes, cell):
+            turned = f"rotate(-60 {x:.1f} {end + 10:.1f})"
+            parts.append(text(x, end + 10, short(name, 18), "end", style, transform=turned))
+        else:
+            parts.append(text(x, end + 13, short(name, 18), "middle", style))
+    return parts
+
+
+def most_confused(heard: Heard, most: int = 12) -> list[dict[str, Any]]:
+    """The pairs of classes with the most mistakes: {"true", "called", "count", "share" of the true class}."""
+    classes, counts = heard[0][0].classes, counts_of(heard)
+    wrong = counts - np.diag(np.diag(counts))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    pairs = [divmod(int(k), len(classes)) for k in order]
+    return [
+        {"true": classes[i], "called": classes[j], "count": wrong[i, j], "share": wrong[i, j] / counts[i].sum()}
+        for i, j in pairs
+        if wrong[i, j] > 0
+    ]
+
+
+def training_figures(runs: Sequence[Run]) -> list[Figure]:
+    """Loss and criterion by epoch; of a solved head the criterion along its path."""
+    history, chosen = runs[0].history, runs[0].config["chosen"]
+    if "train_loss" not in history[0] or "epoch" not in history[0]:
+        return _path_figures(runs)
+    by = "val_" + chosen["by"]
+    both = by != "val_loss" and by in history[0]
+    loss = _history_plot(runs, ("train_loss", "val_loss"), "loss", zero=True)
+    keys = (("grey", "train"), ("s0", "val"), ("mark", f"chosen: epoch {chosen['epoch']}"))
+    several = f"The thick line is the first of {len(runs)} heads." if len(runs) > 1 else ""
+    figures = [Figure("Training: loss", loss.svg("loss by epoch"), several, keys)]
+    if both:
+        title = classification.METRICS[chosen["by"]].title
+        plot = _history_plot(runs, (by,), f"val {title}", zero=False)
+        figures.append(Figure(f"Training: {title} on val", plot.svg(f"val {title} by epoch"), several, keys[1:]))
+    return figures
+
+
+def _history_plot(runs: Sequence[Run], columns: Sequence[str], ylabel: str, zero: bool) -> Plot:
+    rows = [row for run in runs[:THIN] for row in run.history]
+    values = [row[c] for row in rows for c in columns if c in row]
+    low, high = around(values, 0.0 if zero else 0.02, None if zero else bounds_of(columns[0].removeprefix("val_")))
+    plot = Plot((0.5, max(row["epoch"] for row in rows) + 0.5), (0 if zero else low, high), "epoch", ylabel)
+    plot.xticks = [v for v in plot.sx.ticks() if v == int(v) and v >= 1] or [1.0]
+    styles = {"train_loss": "grey"}
+    for number, run in reversed(list(enumerate(runs[:THIN]))):
+        for column in columns:
+            points = [(row["epoch"], row[column]) for row in run.history if column in row]
+            plot.line(points, styles.get(column, "s0"), "thin" if number else "")
+            if not number and len(points) == 1:
+                plot.dot(*points[0], styles.get(column, "s0"))
+    chosen = runs[0].config["chosen"]["epoch"]
+    plot.line([(chosen, plot.y[0]), (chosen, plot.y[1])], "mark")
+    return plot
+
+
+def _path_figures(runs: Sequence[Run]) -> list[Figure]:
+    """A solved head: val along the values of its path."""
+    history, chosen = runs[0].history, runs[0].config["chosen"]
+    by = "val_" + chosen["by"]
+    column = by if by in history[0] else "val_loss"
+    name = path_column(history)
+    if name is None or column not in history[0]:
+        return []
+    values = [(row[name], row[column]) for row in history]
+    log = all(x > 0 for x, _ in values) and max(x for x, _ in values) > 20 * min(x for x, _ in values)
+    xs = [x for x, _ in values]
+    title = classification.METRICS[chosen["by"]].title if column == by and chosen["by"] != "loss" else "loss"
+    plot = Plot(
+        around_log(xs) if log else around(xs), around([y for _, y in values], 0.02), name, f"val {title}", xlog=log
+    )
+    if len(set(xs)) == len(xs):  # with a second setting there are several values at one place
+        plot.line(sorted(values), "s0")
+    for row in history:
+        best = row["epoch"] == chosen["epoch"]
+        plot.dot(row[name], row[column], "s1" if best else "s0", f"{name} {row[name]:g}: {row[column]:.3f}")
+    keys = (("s0", "val"), ("s1", "chosen"))
+    return [Figure(f"Path of solutions: {title} on val", plot.svg(f"val {title} along {name}"), "", keys)]
+
+
+def path_column(history: Sequence[dict[str, float]]) -> str | None:
+    """The setting that varies along the path of a solved head, None where nothing does."""
+    columns = [key for key in history[0] if not key.startswith("val") and key not in ("epoch", "best", "seconds")]
+    return next((key for key in columns if len({row[key] for row in history}) > 1), None)

@@ -14,22 +14,18 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import FeatureCacheError
-from heads import evaluate as ev
-from heads.answers import Answers
-from heads.explanations.explainer import Explainer
-from heads.explanations.maps import Map
-from heads.explanations.originals import Original, Originals
-from heads.explanations.overlays import beside_words, small_overlay
-from heads.pixels import is_pixels
-from heads.reports.thumbnails import TINY, encoded, seen_part
-from heads.runs import Run
+from heads.explanations.explainer import TINY, Explainer, SourceImage, SourceImages, encoded, seen_part
+from heads.explanations.maps import Map, beside_words, small_overlay
+from heads.metrics import classification as ev
+from heads.runs.run import Run, is_pixels
+from heads.task import Predictions
 
 SHELF = 8  # images of one kind
 FEW = 3  # images of one kind that get a map where each costs a pass of the head for every token
 
 
 @dataclass(frozen=True)
-class Place:
+class GalleryItem:
     """One answer: row ``row`` of the answers of run ``run`` (its number); ``label`` of multi-label, else the call."""
 
     run: int
@@ -42,10 +38,10 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Picture:
+class GalleryPicture:
     """What the page shows of a place. ``image``, ``map``: data URIs or None; ``why``: the reason for a grey box."""
 
-    place: Place
+    place: GalleryItem
     id: str
     image: str | None = None
     size: tuple[int, int] = (100, 100)  # width, height
@@ -59,14 +55,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class GalleryRow:
     title: str
-    pictures: list[Picture]
+    pictures: list[GalleryPicture]
 
 
 @dataclass
 class Gallery:
-    shelves: list[Shelf]
+    shelves: list[GalleryRow]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -74,7 +70,9 @@ class Gallery:
         return sum(picture.image is not None for shelf in self.shelves for picture in shelf.pictures)
 
 
-def choose(task: str, classes: Sequence[str], positive: int | None, heard: Sequence[tuple[Run, Answers]]) -> list[Any]:
+def choose(
+    task: str, classes: Sequence[str], positive: int | None, heard: Sequence[tuple[Run, Predictions]]
+) -> list[Any]:
     """[(title, [Place])]: of the answers of runs that do not overlap (one run, or the folds of one seed).
 
     Mistakes by the probability given to the truth, lowest first; hits highest first. No image twice on one shelf.
@@ -98,27 +96,28 @@ def choose(task: str, classes: Sequence[str], positive: int | None, heard: Seque
     return [(title, _distinct(found)[:size]) for title, found in shelves]
 
 
-def _places(number: int, run: Run, answers: Answers) -> list[Place]:
+def _places(number: int, run: Run, answers: Predictions) -> list[GalleryItem]:
     p = ev.probabilities(run.task, answers.z)
-    called = ev.call(run.task, p, run.calibration.thresholds, run.positive)
+    called = ev.predict_labels(run.task, p, run.calibration.thresholds, run.positive)
     if run.task != "multilabel":
         rows = np.arange(len(p))
         values = zip(
             called.tolist(), answers.y.tolist(), p[rows, called].tolist(), p[rows, answers.y].tolist(), strict=True
         )
         return [
-            Place(number, row, c, run.classes[y], run.classes[c], pc, pt) for row, (c, y, pc, pt) in enumerate(values)
+            GalleryItem(number, row, c, run.classes[y], run.classes[c], pc, pt)
+            for row, (c, y, pc, pt) in enumerate(values)
         ]
     words = ("absent", "present")
     found = []
     for row, c in np.argwhere(~np.isnan(answers.y)).tolist():
         y, said, share = int(answers.y[row, c]), int(called[row, c]), float(p[row, c])
         shares = (1 - share, share)
-        found.append(Place(number, row, c, words[y], words[said], shares[said], shares[y]))
+        found.append(GalleryItem(number, row, c, words[y], words[said], shares[said], shares[y]))
     return found
 
 
-def _in_turn(places: list[Place], key: Callable[[Place], Any]) -> list[Place]:
+def _in_turn(places: list[GalleryItem], key: Callable[[GalleryItem], Any]) -> list[GalleryItem]:
     """The surest of every class, then the second of every class, and so on: one easy class does not fill the shelf."""
     seen: dict[Any, int] = {}
     ranked = []
@@ -128,31 +127,35 @@ def _in_turn(places: list[Place], key: Callable[[Place], Any]) -> list[Place]:
     return [place for _, place in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def _distinct(places: list[Place]) -> list[Place]:
+def _distinct(places: list[GalleryItem]) -> list[GalleryItem]:
     return list({(place.run, place.row): place for place in reversed(places)}.values())[::-1]
 
 
-class Album:
+class ImageLoader:
     """Images of views, read back; opened once for all families of a page. ``shown``: how an id is written."""
 
     def __init__(self, shown: Callable[[str], str], images: bool = True) -> None:
         self.shown, self.images = shown, images
-        self._originals = Originals()
+        self._originals = SourceImages()
 
-    def gallery(self, heard: Sequence[tuple[Run, Answers]]) -> Gallery:
+    def gallery(self, heard: Sequence[tuple[Run, Predictions]]) -> Gallery:
         run = heard[0][0]
         chosen = choose(run.task, run.classes, run.positive, heard)
-        found: dict[Place, Original] = {}
-        shelves = [Shelf(title, [self._picture(heard, place, found) for place in places]) for title, places in chosen]
+        found: dict[GalleryItem, SourceImage] = {}
+        shelves = [
+            GalleryRow(title, [self._picture(heard, place, found) for place in places]) for title, places in chosen
+        ]
         gallery = Gallery([shelf for shelf in shelves if shelf.pictures])
         if gallery.images:
             self._add_maps(gallery, heard, found)
         return gallery
 
-    def _picture(self, heard: Sequence[tuple[Run, Answers]], place: Place, found: dict[Place, Original]) -> Picture:
+    def _picture(
+        self, heard: Sequence[tuple[Run, Predictions]], place: GalleryItem, found: dict[GalleryItem, SourceImage]
+    ) -> GalleryPicture:
         run, answers = heard[place.run]
         name = answers.ids[place.row]
-        picture = Picture(place, self.shown(name))
+        picture = GalleryPicture(place, self.shown(name))
         if not self.images:
             return picture
         original = self._originals.find(run, name, bytes(answers.digests[place.row]))
@@ -163,7 +166,9 @@ class Album:
         tiny, box = max(original.pixels.shape[:2]) <= TINY, seen_part(run.config["spec"], original.pixels)
         return replace(picture, image=uri, size=size, tiny=tiny, box=box)
 
-    def _add_maps(self, gallery: Gallery, heard: Sequence[tuple[Run, Answers]], found: dict[Place, Original]) -> None:
+    def _add_maps(
+        self, gallery: Gallery, heard: Sequence[tuple[Run, Predictions]], found: dict[GalleryItem, SourceImage]
+    ) -> None:
         """Maps beside the images of the first run (they are of one head), with a note that says what they are."""
         run = heard[0][0]
         boxed = [[p.place for p in s.pictures if p.image and p.box and p.place.run == 0] for s in gallery.shelves]
@@ -188,7 +193,7 @@ class Album:
         gallery.notes.append(_map_words(maps[0], run, len(heard)))
 
 
-def _with_map(picture: Picture, found: Map | None) -> Picture:
+def _with_map(picture: GalleryPicture, found: Map | None) -> GalleryPicture:
     if found is None:
         return picture
     sums = f"{found.unit} {found.margin:+.2f}" if found.margin is not None else ""

@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from featurecache.cells import cell, text_of
-from featurecache.files import write_whole
-from heads.costs import COSTS
-from heads.run_folder import plain
+from featurecache.files.atomic import write_whole
+from featurecache.files.records import plain
+from featurecache.formatting import cell, text_of
+from heads.evaluation.costs import COSTS
 
 COLUMNS = ("family", "view", "output", "head", "fraction", "split", "of", "metric", "value", "low", "high", "method")
 OWN = ["model", "split", "class", "metric", "value", "low", "high", "method"]
 
 
-def write_ledger(folder: Path, record: dict[str, Any]) -> None:
+def write_metrics_files(folder: Path, record: dict[str, Any]) -> None:
     """metrics.csv and metrics.json into ``folder``."""
     record = plain(record)
     if (folder / "config.json").is_file():

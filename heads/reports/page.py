@@ -1,4 +1,11 @@
-"""report.html: one file that shows a run, a sweep or several runs side by side, and asks no network for anything.
+"""Report.html: context, template, content policy.
+
+What stands on the page of a report, as data for its template: the leaderboard, the families in detail, the rest.
+
+Every number comes from the record of a `heads.comparison.Comparison`; curves, confusion and gallery from the runs
+themselves. ``record`` is that record, ``family`` one of ``record["families"]``.
+
+report.html: one file that shows a run, a sweep or several runs side by side, and asks no network for anything.
 
 Made from a `heads.comparison.Comparison` and the runs it was made of. Text comes in escaped (Jinja2 autoescape); the
 page's own policy forbids it any request and any script or style but its own two, which it names by their hashes.
@@ -10,44 +17,275 @@ import base64
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
 from featurecache import __version__
-from featurecache.dataset import few
 from featurecache.errors import BadOption, CannotWrite, RunError
-from heads.reports.gallery import Album
-from heads.reports.ledger import write_ledger
-from heads.reports.origin import commands_of, origins
-from heads.reports.sections import (
-    DETAILED,
-    Detail,
-    all_warnings,
-    by_tables,
-    comparing_figures,
-    detail_of,
-    leaderboard,
-    ranked,
-    settings_rows,
-    shown_measures,
+from featurecache.sources.base import abbreviated
+from heads.evaluation.comparison import Comparison
+from heads.evaluation.costs import devices_words, shown
+from heads.evaluation.families import Family, families_of
+from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, named_by, title
+from heads.reports.figures import (
+    Figure,
+    Heard,
+    Scale,
+    around,
+    bounds_of,
+    confusion_figure,
+    curve_figure,
+    interval,
+    interval_axis,
+    learning_figure,
+    most_confused,
+    overlay_figure,
+    pareto_figures,
+    reliability_figure,
+    training_figures,
 )
-from heads.reports.wording import chosen_words, filters_for, images_words, subtitle_words, title_words, unit_words
-from heads.runs import Run, load_run
-from heads.tables import UNTRAINED
+from heads.reports.gallery import Gallery, ImageLoader
+from heads.reports.ledger import write_metrics_files
+from heads.reports.provenance import commands_of, origins, setting_words, train_command
+from heads.reports.text import (
+    COUNTS,
+    chosen_words,
+    filters_for,
+    images_words,
+    sentence,
+    subtitle_words,
+    title_words,
+    unit_words,
+)
+from heads.runs.run import Run, load_run
+from heads.splits import dropped_sentence, leaks_sentence
+from heads.sweeps.journal import load_sweep
+from heads.task import Leak
 
-if TYPE_CHECKING:
-    from heads.comparison import Comparison, Family
+DETAILED = 3  # families that are shown in full; of the others every number, folded away
+SETTINGS = 400  # rows of the table of all settings
+LINES = 8  # series in one chart
+OVERLAID = 6  # families in the charts and tables that lay them over each other
+BAR = Scale(0, 1, 6, 154)  # the inside of a row's interval plot
+
+
+@dataclass
+class FamilyDetail:
+    """One family in full, or, when there are many, its numbers only."""
+
+    family: dict[str, Any]
+    anchor: str
+    rank: int
+    setting: str
+    command: str
+    figures: list[Figure] = field(default_factory=list)
+    per_class: list[dict[str, Any]] = field(default_factory=list)
+    confused: list[dict[str, Any]] = field(default_factory=list)
+    gallery: Gallery | None = None
+
+
+def lead_measure(record: dict[str, Any]) -> str:
+    """What the choice was made by, as a measure that is in the tables."""
+    return named_by(record["select"])
+
+
+def ranked(families: Sequence[Any], record: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """(Family, its record), best on val first, ties by val NLL."""
+    lead = lead_measure(record)
+    sign = -1 if METRICS[lead].higher else 1
+
+    def key(pair: tuple[Any, dict[str, Any]]) -> tuple[float, float]:
+        value, nll = pair[1]["val"].get(lead), pair[1]["val"].get("nll")
+        return (np.inf if value is None else sign * value, np.inf if nll is None else nll)
+
+    return sorted(zip(families, record["families"], strict=True), key=key)
+
+
+def shown_measures(record: dict[str, Any]) -> list[str]:
+    """Columns of the leaderboard: what was chosen by, then what the task is judged by."""
+    wanted = dict.fromkeys([lead_measure(record), *COMPARED[record["task"]]])
+    return [m for m in wanted if m in record["measures"]]
+
+
+def leaderboard(record: dict[str, Any], families: list[dict[str, Any]], prefix: str = "") -> dict[str, Any]:
+    """Rows with their interval plots, all on one scale; ``axis`` stands over them. ``prefix``: of their anchors."""
+    lead = lead_measure(record)
+    tests = [(family["test"] or {}).get(lead) or {} for family in families]
+    controls = [(control["test"] or {}).get(lead) for control in record["controls"]]
+    values = [v for t in tests for v in (t.get("value"), t.get("low"), t.get("high")) if v is not None]
+    low, high = around([*values, *(c for c in controls if c is not None)], bounds=bounds_of(lead))
+    scale = Scale(low, high, BAR.start, BAR.end)
+    best = tests[0].get("value") if len(tests) + len(controls) > 1 else None
+    plots = [interval(t.get("value"), t.get("low"), t.get("high"), scale, best) for t in tests]
+    varied = varied_settings(families)
+    rows = [
+        {"family": family, "plot": plot, "anchor": f"{prefix}f{i + 1}", "setting": setting_words(varied[i])}
+        for i, (family, plot) in enumerate(zip(families, plots, strict=True))
+    ]
+    dots = [interval(c, None, None, scale, best) for c in controls]
+    spreads = [kind for kind in ("seeds", "repeats", "folds") if any((f["spread"] or {}).get(kind) for f in families)]
+    return {
+        "rows": rows, "controls": list(zip(record["controls"], dots, strict=True)), "axis": interval_axis(scale),
+        "measures": shown_measures(record), "lead": lead, "spreads": spreads, "costs": shown(families),
+        "device": devices_words(families),
+        "fractions": len({f["fraction"] for f in families}) > 1, "views": len({f["view"] for f in families}) > 1,
+        "differences": any(f.get("difference") for f in families),
+    }  # fmt: skip
+
+
+def varied_settings(families: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each family's setting what is not the same in all of them."""
+    keys = {key for family in families for key in family["setting"]}
+    same = {key for key in keys if len({repr(family["setting"].get(key)) for family in families}) == 1}
+    several = len(families) > 1
+    return [{k: v for k, v in f["setting"].items() if not several or k not in same} for f in families]
+
+
+def comparing_figures(pairs: list[tuple[Any, dict[str, Any]]], record: dict[str, Any]) -> list[Figure]:
+    """What only several families can show: learning curves, cost beside quality, ROC over each other."""
+    lead, families = lead_measure(record), [family for _, family in pairs]
+    figures = []
+    curves: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for family in families:
+        test = (family["test"] or {}).get(lead)
+        if test and test["value"] is not None:
+            curves.setdefault((family["view"], family["output"], family["head"]), []).append(
+                {"fraction": family["fraction"], **test}
+            )
+    several = {key: points for key, points in curves.items() if len({p["fraction"] for p in points}) > 1}
+    if several:
+        views = len({key[0] for key in several}) > 1
+        named = [(_series_name(key, views), points) for key, points in list(several.items())[:LINES]]
+        figures.append(learning_figure(named, lead, title(lead, record["task"]), _train_images(pairs)))
+    full = [family for family in families if family["fraction"] == max(f["fraction"] for f in families)]
+    figures += pareto_figures(full, lead, METRICS[lead].higher)
+    return figures + overlay(pairs)
+
+
+def _series_name(key: tuple[Any, ...], views: bool) -> str:
+    view, output, head = key
+    return f"{head} on {output}" + (f" of {view}" if views else "")
+
+
+def _train_images(pairs: list[tuple[Any, dict[str, Any]]]) -> int | None:
+    """Images of train at fraction 1, where all views have the same number."""
+    found = {
+        run.config["splits"].get("images", {}).get("train")
+        for family, _ in pairs
+        if family.fraction == 1
+        for run in family.runs[:1]
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def page_predictions(runs: Sequence[Run]) -> Heard:
+    return [(run, run.answers("test")) for run in runs]
+
+
+def detail_of(
+    rank: int, family: dict[str, Any], runs: Sequence[Run], album: ImageLoader | None, prefix: str = ""
+) -> FamilyDetail:
+    """``album`` None: numbers only, no charts and no images."""
+    detail = FamilyDetail(family, f"{prefix}f{rank}", rank, setting_words(family["setting"]), train_command(runs[0]))
+    detail.per_class = per_class(family, runs)
+    if album is None:
+        return detail
+    heard = page_predictions(runs)
+    run = runs[0]
+    chosen = [run.positive] if run.task == "binary" else range(len(run.classes))
+    points = _operating_point(family) if run.task == "binary" else None
+    detail.figures += [curve_figure("roc", heard, chosen, points), curve_figure("pr", heard, chosen, points)]  # type: ignore[arg-type]
+    if family.get("calibration"):
+        detail.figures.append(reliability_figure(family["calibration"]))
+    for part in family.get("external") or []:
+        if part.get("calibration"):
+            figure = reliability_figure(part["calibration"])
+            detail.figures.append(replace(figure, title=f"Reliability on {part['view']}"))
+    if run.task != "multilabel":
+        detail.figures.insert(0, confusion_figure(heard))
+        detail.confused = most_confused(heard) if len(run.classes) > 2 else []
+    detail.figures += training_figures(runs)
+    detail.gallery = album.gallery(one_of_each_fold(heard))
+    return detail
+
+
+def _operating_point(family: dict[str, Any]) -> dict[str, Any]:
+    test = family["test"] or {}
+    return {m: (test.get(m) or {}).get("value") for m in ("sensitivity", "specificity", "ppv")}
+
+
+def one_of_each_fold(heard: Heard) -> Heard:
+    """The first run of each fold: no image twice, every call by a head that exists."""
+    found: dict[Any, tuple[Run, Any]] = {}
+    for run, answers in heard:
+        found.setdefault((run.config["splits"].get("fold") or [0])[0], (run, answers))
+    return list(found.values())
+
+
+def per_class(family: dict[str, Any], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Of every class or label: its name, how many images of test (mean over folds), its measures with intervals."""
+    rows = []
+    for name in runs[0].classes:
+        tables = [(run.metrics["test"].get("per_class") or {}).get(name) or {} for run in runs]
+        counts = {key: float(np.mean([t[key] for t in tables])) for key in COUNTS if all(key in t for t in tables)}
+        rows.append({"class": name, "counts": counts, "test": (family.get("per_class") or {}).get(name) or {}})
+    return rows
+
+
+def overlay(pairs: list[tuple[Any, dict[str, Any]]]) -> list[Figure]:
+    """Binary, several families: the ROC of the best over each other."""
+    if len(pairs) < 2 or pairs[0][0].runs[0].task != "binary":
+        return []
+    return [overlay_figure([(numbers["name"], page_predictions(family.runs)) for family, numbers in pairs[:OVERLAID]])]
+
+
+def by_tables(
+    record: dict[str, Any], pairs: list[tuple[Any, dict[str, Any]]]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(column, rows): for each value of the column the best families on val, in their order."""
+    place = {numbers["name"]: rank for rank, (_, numbers) in enumerate(pairs)}
+    tables = []
+    for column, rows in (record.get("by") or {}).items():
+        shown = [row for row in rows if place[row["family"]] < OVERLAID]
+        tables.append((column, sorted(shown, key=lambda row: (row["value"], place[row["family"]]))))
+    return tables
+
+
+def all_warnings(record: dict[str, Any], runs: Sequence[Run]) -> list[str]:
+    """What a reader must know before the numbers: leaks first, each sentence once."""
+    worst: dict[tuple[Any, ...], int] = {}  # a part of train leaks less than the whole: the most is said
+    others = []
+    for run in runs:
+        splits = run.config["splits"]
+        for leak in splits.get("leaks") or []:
+            key = (leak["kind"], tuple(leak["splits"]))
+            worst[key] = max(worst.get(key, 0), leak["count"])
+        if any((splits.get("dropped") or {}).values()):
+            others.append(f"{dropped_sentence(splits['dropped'])}.")
+        others += [w for w in run.config.get("warnings") or [] if "stand" not in w or " in both " not in w]
+    found = [Leak(kind, splits, count) for (kind, splits), count in worst.items()]
+    leaks = [f"{leaks_sentence(found)}: these numbers may be too good."] if found else []
+    others = [*record["warnings"], *(w for family in record["families"] for w in family["warnings"]), *others]
+    return [sentence(words, record) for words in dict.fromkeys([*leaks, *others])]
+
+
+def settings_rows(record: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """Every setting that was tried, best on val first within the order of the record; and how many are left out."""
+    rows = record.get("rows") or []
+    return rows[:SETTINGS], max(0, len(rows) - SETTINGS)
+
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenReport:
     """``path``: the page; ``images``: how many images it embeds."""
 
     path: Path
@@ -57,64 +295,31 @@ class Written:
 def write_report(
     folder: str | Path, families: Sequence[Family], comparison: Comparison, *, images: bool = True,
     hash_ids: bool = False, given: Sequence[str] = (),
-) -> Written:  # fmt: skip
+) -> WrittenReport:  # fmt: skip
     """report.html, metrics.csv and metrics.json into ``folder``, which is there. Raises CannotWrite.
 
-    ``images`` False embeds none. ``hash_ids`` writes ids as keyed hashes (`featurecache.privacy`). ``given``: the
-    folders to name in the command that makes the page again; by default ``folder`` or the runs.
+    ``images`` False embeds none. ``hash_ids`` writes ids as keyed hashes (`featurecache.sources.pseudonyms`).
+    ``given``: the folders to name in the command that makes the page again; by default ``folder`` or the runs.
     """
-    from featurecache.files import write_whole
+    from featurecache.files.atomic import write_whole
 
     folder = Path(folder)
-    album = Album(hashed() if hash_ids else str, images)
+    album = ImageLoader(hashed() if hash_ids else str, images)
     page, count = render(folder, families, comparison.record, album, given)
     try:
         write_whole(folder / "report.html", page.encode("utf-8", "backslashreplace"))
-        write_ledger(folder, comparison.record)
+        write_metrics_files(folder, comparison.record)
     except OSError as error:
         raise CannotWrite(error.errno, f"The report could not be written in {folder}: {error.strerror}.") from error
-    return Written(folder / "report.html", count)
-
-
-def report(
-    paths: str | Path | Sequence[str | Path], *, out: str | Path | None = None, reference: str | None = None,
-    by: str | None = None, prevalence: float | None = None, show_test: str = "chosen", images: bool = True,
-    hash_ids: bool = False, resamples: int = 2000,
-) -> Written:  # fmt: skip
-    """The report of run folders and sweep folders, side by side; the options are those of ``featurecache report``.
-
-    ``out``: by default the folder itself where it is one, else ``report-<n>`` beside the first. Raises RunError for
-    what is no run and no sweep, BadOption where they do not compare, CannotWrite.
-    """
-    from heads.comparison import compare
-
-    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    if not given:
-        raise BadOption("report needs a run folder or a sweep folder, such as runs/chest-large-1.")
-    families = _families(given)
-    folder = _target(given, out)
-    comparison = compare(
-        families, reference=reference, by=by, prevalence=prevalence, show_test=show_test, resamples=resamples
-    )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CannotWrite(error.errno, f"No report can be written in {folder}: {error.strerror}.") from error
-    return write_report(
-        folder, families, comparison, images=images, hash_ids=hash_ids, given=[str(path) for path in given]
-    )
+    return WrittenReport(folder / "report.html", count)
 
 
 def _families(given: Sequence[Path]) -> list[Family]:
     """Those of sweeps as they chose them, then the plain runs, grouped."""
-    from heads.comparison import families_of
-
     families: list[Family] = []
     runs: list[Run] = []
     for path in given:
         if (path / "sweep.json").is_file():
-            from heads.sweeps.sweep import load_sweep
-
             found = load_sweep(path).families
             if not found:
                 raise RunError(
@@ -142,13 +347,13 @@ def _target(given: Sequence[Path], out: str | Path | None) -> Path:
     others = [] if mine or not folder.is_dir() else sorted(path.name for path in folder.iterdir())
     if others and set(others) - {"report.html", "metrics.csv", "metrics.json"}:
         raise BadOption(
-            f"--out {out} holds other files ({few(others, 3)}); give an empty folder or a name that is free."
+            f"--out {out} holds other files ({abbreviated(others, 3)}); give an empty folder or a name that is free."
         )
     return folder
 
 
 def hashed() -> Callable[[str], str]:
-    from featurecache.privacy import hashed_id, load_secret
+    from featurecache.sources.pseudonyms import hashed_id, load_secret
 
     secret = load_secret()
     secret.keep()
@@ -156,7 +361,7 @@ def hashed() -> Callable[[str], str]:
 
 
 def render(
-    folder: Path, families: Sequence[Family], record: dict[str, Any], album: Album, given: Sequence[str] = ()
+    folder: Path, families: Sequence[Family], record: dict[str, Any], album: ImageLoader, given: Sequence[str] = ()
 ) -> tuple[str, int]:
     """The page as text, and how many images it embeds. ``given``: what `report` was asked for."""
     runs = [run for family in families for run in family.runs]
@@ -170,12 +375,12 @@ def render(
 
 
 def part_context(
-    families: Sequence[Family], record: dict[str, Any], album: Album, prefix: str = ""
+    families: Sequence[Family], record: dict[str, Any], album: ImageLoader, prefix: str = ""
 ) -> tuple[dict[str, Any], int]:
     """What ``part.html`` shows of one comparison, and how many images that embeds. ``prefix``: of its anchors, where
     several stand on one page."""
     pairs = ranked(families, record)
-    details: list[Detail] = []
+    details: list[FamilyDetail] = []
     for rank, (family, numbers) in enumerate(pairs, start=1):
         details.append(detail_of(rank, numbers, family.runs, album if rank <= DETAILED else None, prefix))
     runs = [run for family in families for run in family.runs]
@@ -201,10 +406,14 @@ def render_page(template: str, context: dict[str, Any], count: int) -> str:
     """A whole page, with what all pages have: style, script, policy, when and with what it was made."""
     css, js = (_own(name) for name in ("report.css", "report.js"))
     own = {
-        "version": __version__, "css": css, "js": js, "policy": policy(css, js), "untrained_words": UNTRAINED,
+        "version": __version__,
+        "css": css,
+        "js": js,
+        "policy": content_security_policy(css, js),
+        "untrained_words": UNTRAINED,
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "images_words": images_words(count, context["with_images"]),
-    }  # fmt: skip
+    }
     return _environment(context["record"]["task"]).get_template(template).render(own | context)
 
 
@@ -212,7 +421,7 @@ def _own(name: str) -> Markup:
     return Markup((TEMPLATES / name).read_text("utf-8"))
 
 
-def policy(css: str, js: str) -> str:
+def content_security_policy(css: str, js: str) -> str:
     """No request, no script and no style but the page's own; images only those embedded."""
     style, script = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (css, js))
     return (

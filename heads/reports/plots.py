@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from heads import evaluate as ev
-from heads import metrics
-from heads.reports.training_curves import path_column
-
-if TYPE_CHECKING:
-    from heads.run_folder import Contents
+from heads.metrics import classification
+from heads.metrics import classification as ev
+from heads.reports.figures import path_column
+from heads.runs.write import RunContents
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8a8a"  # of Okabe and Ito's palette, told apart by colour-blind readers
 COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b8a800", "#7f3c8d", "#7a5230")
 MANY = 10  # classes above which single curves say less than their mean
 
 
-def draw_plots(folder: Path, contents: Contents) -> None:
+def draw_plots(folder: Path, contents: RunContents) -> None:
     """curves.png, confusion.png and roc.png into ``folder``; the last two of test."""
     with warnings.catch_warnings():
         # A class name in a script that matplotlib's font lacks is drawn as boxes; that must not end a run.
@@ -48,7 +46,7 @@ def _plain(axes: Axes) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
 
 
-def _curves(contents: Contents) -> Figure:
+def _curves(contents: RunContents) -> Figure:
     history, chosen = contents.history, contents.config["chosen"]
     name = "val_" + chosen["by"]
     if "train_loss" not in history[0]:
@@ -63,7 +61,7 @@ def _curves(contents: Contents) -> Figure:
     axes[0].set_ylim(0, 1.06 * max(max(row["train_loss"], row["val_loss"]) for row in history))
     axes[0].set_ylabel("loss")
     if both:
-        title = metrics.METRICS[chosen["by"]].title
+        title = classification.METRICS[chosen["by"]].title
         axes[1].plot(epochs, [row[name] for row in history], BLUE, marker=marker, ms=3, label=f"val {title}")
         axes[1].set_ylabel(f"val {title}")
         axes[1].ticklabel_format(useOffset=False)
@@ -82,7 +80,7 @@ def _path(history: list[dict[str, float]], name: str, chosen: int) -> Figure:
     figure = Figure(figsize=(5, 3.6), layout="constrained")
     axes = figure.subplots()
     column, by = path_column(history) or "epoch", name if name in history[0] else "val_loss"
-    title = "loss" if by == "val_loss" else metrics.METRICS[by.removeprefix("val_")].title
+    title = "loss" if by == "val_loss" else classification.METRICS[by.removeprefix("val_")].title
     xs = [row[column] for row in history]
     axes.plot(xs, [row[by] for row in history], BLUE, marker="o", ms=3, linestyle="")
     for row in history:
@@ -97,12 +95,12 @@ def _path(history: list[dict[str, float]], name: str, chosen: int) -> Figure:
     return figure
 
 
-def _test(contents: Contents) -> tuple[np.ndarray, np.ndarray]:
+def _test(contents: RunContents) -> tuple[np.ndarray, np.ndarray]:
     rows, z = contents.calibrated("test")
     return contents.labels[rows], z
 
 
-def _confusion(contents: Contents) -> Figure:
+def _confusion(contents: RunContents) -> Figure:
     classes, measured = contents.config["classes"], contents.metrics["test"]
     if contents.config["task"] == "multilabel":
         return _label_calls(classes, measured)
@@ -161,11 +159,11 @@ def _label_calls(classes: list[str], measured: dict[str, Any]) -> Figure:
     return figure
 
 
-def _roc(contents: Contents) -> Figure:
+def _roc(contents: RunContents) -> Figure:
     config = contents.config
     kind, classes = config["task"], config["classes"]
     y, z = _test(contents)
-    order = ev.scores(kind, z)
+    order = ev.measure_scores(kind, z)
     figure = Figure(figsize=(5, 4.6), layout="constrained")
     axes = figure.subplots()
     chosen = range(len(classes)) if kind != "binary" else [classes.index(config["positive"])]
@@ -174,7 +172,9 @@ def _roc(contents: Contents) -> Figure:
         known = ~np.isnan(y[:, c]) if kind == "multilabel" else np.ones(len(y), dtype=bool)
         truth = y[known, c] == 1 if kind == "multilabel" else y == c
         if truth.any() and not truth.all():
-            curves.append((c, *metrics.roc_curve(order[known, c], truth)[:2], metrics.auroc(order[known, c], truth)))
+            curves.append(
+                (c, *classification.roc_curve(order[known, c], truth)[:2], classification.auroc(order[known, c], truth))
+            )
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
     _draw_curves(axes, curves, classes)
     if kind == "binary" and curves:

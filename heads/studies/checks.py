@@ -6,8 +6,8 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 
 from featurecache.errors import BadOption, WeightsNotFound
-from heads.studies import Heads, Look, Network, Step, Study
 from heads.studies.plan import Asked, backbones_of
+from heads.studies.spec import Heads, Look, Network, Step, Study
 
 
 def check_options(asked: Asked) -> None:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from heads.drawing import draw
 from heads.splits import SHARE
-from heads.studies import Images, Network, Part, Published, Study
+from heads.stratify import stratified_parts
+from heads.studies.spec import Images, Network, Part, Published, Study
 
 if TYPE_CHECKING:
-    from featurecache.dataset import Dataset
+    from featurecache.sources.base import Dataset
 
 # per set: what the notebook augmented with, the batch, the side in pixels, and accuracy, train seconds, ms an image
 SETS: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ def val_is_test(dataset: Dataset) -> np.ndarray | None:
         return None
     names = np.where(np.array(dataset.splits) == "val", "test", "train").astype("<U5")
     rows = np.flatnonzero((names == "train") & (dataset.labels >= 0))
-    drawn = draw(dataset.labels[rows], np.arange(len(rows)), np.array([1 - SHARE, SHARE]), 0) == 1
+    drawn = stratified_parts(dataset.labels[rows], np.arange(len(rows)), np.array([1 - SHARE, SHARE]), 0) == 1
     names[rows[drawn]] = "val"
     return names
 

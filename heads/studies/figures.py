@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from heads.reports.charts import Figure, Plot, around, style_of
-from heads.reports.figures import learning_figure, short
-from heads.runs import Run
+from heads.reports.figures import Figure, Plot, around, learning_figure, short, style_of
+from heads.runs.run import Run
 
 Rows = Sequence[tuple[str, Any, dict[str, Any]]]  # (step, heads.families.Family, its record) of one part
 BOUNDS = (0.0, 1.0)

@@ -10,9 +10,9 @@ from typing import Any
 
 from featurecache import __version__
 from featurecache.errors import CacheError, RunError
-from heads.studies import Study
 from heads.studies.images import Given
 from heads.studies.plan import Asked
+from heads.studies.spec import Study
 
 FORMAT = 1
 RECORD = "study.json"
@@ -20,7 +20,7 @@ RECORD = "study.json"
 
 def record_in(folder: Path, study: Study, asked: Asked) -> dict[str, Any] | None:
     """What the folder holds: nothing, or this study asked for alike. Raises RunError."""
-    from featurecache.records import read_record
+    from featurecache.files.records import read_record
 
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--out {folder} is a file; it must be a folder, or a name that is free.")
@@ -75,7 +75,7 @@ def check_images(folder: Path, record: dict[str, Any] | None, given: dict[str, G
 
 def finished_in(folder: Path) -> dict[str, dict[str, Any]]:
     """Step -> record, of those that are finished. Raises RunError where a record is damaged."""
-    from featurecache.records import read_record
+    from featurecache.files.records import read_record
 
     found: dict[str, dict[str, Any]] = {}
     for path in sorted((folder / "steps").glob("*.json")):

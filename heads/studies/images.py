@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featurecache.errors import BadOption, FeatureCacheError, SourceError
-from heads.studies import Images, Study
+from heads.studies.spec import Images, Study
 
 if TYPE_CHECKING:
-    from featurecache.dataset import Dataset
+    from featurecache.sources.base import Dataset
 
 QUICK = {"train": 20, "val": 12, "test": 12, "": 44}  # images of a class, of each split, under --quick
 SIDE = 32  # pixels of drawn images
@@ -41,7 +41,7 @@ class Given:
     @property
     def few_in_val(self) -> list[str]:
         """Classes with too few images in the val split to choose by, where there is such a split."""
-        from featurecache.console import FEW
+        from featurecache.commands.extract import FEW
 
         if self.dataset.labels.ndim == 2 or "val" not in self.dataset.splits:
             return []
@@ -124,7 +124,7 @@ def trials(given: dict[str, Given], folder: Path) -> dict[str, Given]:
 
 def _columns(images: Images, source: str) -> dict[str, str] | None:
     """Named where the source is of the kind that has them: a folder or table of one's own says its labels itself."""
-    from featurecache.sources.chest_xray import is_chest_xray
+    from featurecache.sources.published_layouts import is_chest_xray
 
     return images.columns if source == images.source or is_chest_xray(os.path.expanduser(source)) else None
 
@@ -195,7 +195,7 @@ def _write(
     """A table of images with the images beside it, opened; the table last. What is there and equal is not written."""
     import csv
 
-    from featurecache.files import write_whole, writing
+    from featurecache.files.atomic import write_whole, writing
     from featurecache.sources import open_source
 
     text = io.StringIO()
@@ -220,7 +220,7 @@ def _png(image: Any) -> bytes:
     """What is no encoded file of its own (an array, a frame), decoded as for a backbone."""
     from PIL import Image
 
-    from featurecache.images import decode
+    from featurecache.images.decoding import decode
 
     pixels, data = decode(image).permute(1, 2, 0).numpy(), io.BytesIO()
     grey = bool((pixels[..., :1] == pixels).all())

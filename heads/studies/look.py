@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heads.runs import Run, load_run
-from heads.studies import Look
+from heads.runs.run import Run, load_run
+from heads.studies.spec import Look
 
 if TYPE_CHECKING:
     from heads.studies.plan import Planned
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def look(runner: Runner, step: Planned, made: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Grad-CAM of the networks, attention of the ViTs among them and of the frozen one; the same images for all."""
-    from heads.explanations.attention_maps import Transformer, has_class_token
-    from heads.explanations.explaining import explain
+    from heads.explanations.explain import explain
+    from heads.explanations.methods import Transformer, has_class_token
 
     assert isinstance(step.step, Look)
     runs = [load_run(runner.folder / made[name]["made"]["run"]) for name in step.step.of]
@@ -43,7 +43,7 @@ def images_of(run: Run, count: int) -> list[str]:
 
 def run_on(runner: Runner, record: dict[str, Any], label: str) -> Run:
     """The chosen head of a sweep on one view, on all of train."""
-    from heads.sweeps.sweep import load_sweep
+    from heads.sweeps.journal import load_sweep
 
     families = load_sweep(runner.folder / record["made"]["sweep"]).families
     return max((f for f in families if f.view == label), key=lambda family: family.fraction).runs[0]

@@ -5,7 +5,7 @@ A notebook on Medical MNIST (Kaggle gennadiimanzhos/medical-mnist-train-test-val
 
 from __future__ import annotations
 
-from heads.studies import Extract, Heads, Images, Network, Part, Published, Study
+from heads.studies.spec import Extract, Heads, Images, Network, Part, Published, Study
 
 PART = "scans"
 TUNED = {"train_per_class": 50, "epochs": 20, "batch_size": 16, "lr": 2e-5, "weight_decay": 0.01, "select": "loss"}

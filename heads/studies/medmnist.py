@@ -5,8 +5,8 @@ A repository after doi 10.1038/s41598-024-63094-9 (Scientific Reports).
 
 from __future__ import annotations
 
-from featurecache.sources.medmnist_names import MEDMNIST
-from heads.studies import Extract, Heads, Images, Look, Network, Part, Published, Step, Study
+from featurecache.sources.medmnist import MEDMNIST
+from heads.studies.spec import Extract, Heads, Images, Look, Network, Part, Published, Step, Study
 
 DEFAULT = ("bloodmnist", "breastmnist", "pathmnist", "retinamnist")
 NAMES = (*DEFAULT, *(name for name in MEDMNIST if name not in DEFAULT))

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from heads.studies import Extract, Heads, Images, Network, Part, Published, Study
+from heads.studies.spec import Extract, Heads, Images, Network, Part, Published, Study
 
 if TYPE_CHECKING:
-    from featurecache.dataset import Dataset
+    from featurecache.sources.base import Dataset
 
 PER_CLASS = 1000  # training images, as in the article
 BACKBONE = "vit-in21k"

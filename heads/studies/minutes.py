@@ -64,7 +64,7 @@ def _minutes(gmacs: float, gflops: float) -> float:
 
 def epochs_of(arch: str) -> int:
     """As published; recipes name those of what they fine-tune."""
-    from heads.networks.baselines import BASELINES
+    from heads.models.catalogue import BASELINES
 
     return int(BASELINES[arch].settings.get("epochs", 50))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from heads.families import name_of
-from heads.metrics import METRICS
-from heads.studies import Network, Published
-from heads.tables import number, title
+from featurecache.formatting import number
+from heads.metrics.classification import METRICS, title
+from heads.runs.run import name_of
+from heads.studies.spec import Network, Published
 
 if TYPE_CHECKING:
     from heads.studies.page import Table

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import CannotWrite
-from heads.comparison import compare
-from heads.families import Family, families_of, fraction_of
-from heads.reports.gallery import Album
-from heads.reports.ledger import write_ledger
-from heads.reports.origin import origins
+from heads.evaluation.comparison import compare
+from heads.evaluation.families import Family, families_of, fraction_of
+from heads.reports.gallery import ImageLoader
+from heads.reports.ledger import write_metrics_files
 from heads.reports.page import part_context, render_page, render_part
-from heads.reports.wording import subtitle_words
-from heads.runs import Run, load_run
-from heads.studies import STUDIES, Extract, Heads, Look, Network, Part
+from heads.reports.provenance import origins
+from heads.reports.text import subtitle_words
+from heads.runs.run import Run, load_run
 from heads.studies.figures import FIGURES
 from heads.studies.numbers import grey_words, published_rows
 from heads.studies.sets import set_context
+from heads.studies.spec import STUDIES, Extract, Heads, Look, Network, Part
 
 if TYPE_CHECKING:
     from heads.studies.run import Done
@@ -59,19 +59,19 @@ class StudyReport:
 
 def write_study(done: Done, *, images: bool = True, hash_ids: bool = False) -> StudyReport | None:
     """report.html, and for each part its metrics.csv and metrics.json; None where no step with numbers is finished."""
-    from featurecache.files import write_whole, writing
+    from featurecache.files.atomic import write_whole, writing
     from heads.reports.page import hashed
 
     tables = [table for part in done.study.parts if (table := table_of(done, part))]
     if not tables:
         return None
     published = [row for table in tables for row in published_rows(done, table)]
-    page, count = render_study(done, tables, published, Album(hashed() if hash_ids else str, images))
+    page, count = render_study(done, tables, published, ImageLoader(hashed() if hash_ids else str, images))
     try:
         for table in tables:
             with writing(done.folder):
                 (done.folder / table.part.name).mkdir(exist_ok=True)
-            write_ledger(done.folder / table.part.name, table.record)
+            write_metrics_files(done.folder / table.part.name, table.record)
         write_whole(done.folder / "report.html", page.encode("utf-8", "backslashreplace"))
     except OSError as error:
         why = f"The report could not be written in {done.folder}: {error.strerror}."
@@ -80,7 +80,7 @@ def write_study(done: Done, *, images: bool = True, hash_ids: bool = False) -> S
 
 
 def table_of(done: Done, part: Part) -> Table | None:
-    from heads.sweeps.sweep import load_sweep
+    from heads.sweeps.journal import load_sweep
 
     found: list[tuple[str, Family]] = []
     for step in done.study.steps:
@@ -101,7 +101,9 @@ def table_of(done: Done, part: Part) -> Table | None:
     return Table(part, families, steps, {**record, "select": part.select, "untrained": untrained})
 
 
-def render_study(done: Done, tables: list[Table], published: list[dict[str, Any]], album: Album) -> tuple[str, int]:
+def render_study(
+    done: Done, tables: list[Table], published: list[dict[str, Any]], album: ImageLoader
+) -> tuple[str, int]:
     """The page as text, and how many images it embeds."""
     study, asked = done.study, done.asked
     parts, count = [], 0
@@ -206,7 +208,7 @@ def command_of(done: Done) -> str:
 
 def _step_commands(tables: list[Table]) -> list[tuple[str, str]]:
     """Sweeps say in their record by which command they can be made alone."""
-    from heads.reports.origin import sweep_command
+    from heads.reports.provenance import sweep_command
 
     found = []
     for table in tables:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from featurecache.errors import BadOption
-from heads.studies import Extract, Heads, Look, Network, Part, Step, Study, chosen
 from heads.studies.images import QUICK, Given
 from heads.studies.minutes import epochs_of, minutes_of
+from heads.studies.spec import Extract, Heads, Look, Network, Part, Step, Study, chosen
 
 # Under --quick: small architectures that are quickly made, never trained, in the place of the study's.
 QUICK_BACKBONES = {

@@ -5,7 +5,7 @@ A course project on Kaggle's paultimothymooney/chest-xray-pneumonia.
 
 from __future__ import annotations
 
-from heads.studies import Extract, Heads, Images, Look, Network, Part, Study
+from heads.studies.spec import Extract, Heads, Images, Look, Network, Part, Study
 
 PART = "pneumonia"
 BACKBONES = {"vit": ("timm:vit_base_patch16_224", "cls"), "resnet50": ("resnet50", "gap"),

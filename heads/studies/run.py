@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,15 +24,14 @@ from typing import Any
 
 from featurecache import __version__
 from featurecache.errors import FeatureCacheError, RunError, StepFailed, Stopped
-from heads.studies import Extract, Heads, Network, Study, load_study
 from heads.studies.checks import check_extras, check_options, check_weights
 from heads.studies.folder import FORMAT, RECORD, as_json, check_images, finished_in, record_in, with_kept_data
 from heads.studies.images import Given, names_of_sets, open_sets, trials
 from heads.studies.minutes import machine_gflops
 from heads.studies.plan import Asked, Plan, Planned, backbones_of, make_plan, read_weights, wanted_steps
+from heads.studies.spec import Extract, Heads, Network, Study, load_study
 from heads.studies.words import plan_lines, what_of
-
-Say = Callable[[str], None]
+from heads.task import Say
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def run_study(
 
 
 def _device(device: str) -> str:
-    from featurecache.forward import pick_device
+    from featurecache.extraction.pipeline import pick_device
 
     return pick_device(device).type
 
@@ -113,13 +112,13 @@ class Runner:
     progress: bool
 
     def run(self, plan: Plan, record: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-        from featurecache.files import writing
-        from featurecache.locks import alone
+        from featurecache.files.atomic import writing
+        from featurecache.files.locks import exclusive_lock
 
         with writing(self.folder):
             for below in ("steps", "runs"):
                 (self.folder / below).mkdir(parents=True, exist_ok=True)
-        with alone(self.folder, f"study {self.study.name}"):
+        with exclusive_lock(self.folder, f"study {self.study.name}"):
             made = finished_in(self.folder)
             self._write_record(record)
             for number, step in enumerate(plan.steps, start=1):
@@ -132,7 +131,7 @@ class Runner:
         return made
 
     def _write_record(self, record: dict[str, Any] | None) -> None:
-        from featurecache.files import write_whole
+        from featurecache.files.atomic import write_whole
 
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         old = record or {"format": FORMAT, "study": self.study.name, "created": now, "asked": self.asked.to_dict()}
@@ -151,7 +150,7 @@ class Runner:
             )
 
     def _one(self, step: Planned, made: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        from featurecache.files import write_whole
+        from featurecache.files.atomic import write_whole
 
         begin = time.perf_counter()
         try:
@@ -177,25 +176,26 @@ class Runner:
         return look(self, step, made)
 
     def _extract(self, step: Planned) -> dict[str, Any]:
-        from featurecache import console, planning
-        from featurecache.views import open_view
+        from featurecache.commands import extract
+        from featurecache.extraction import plan
+        from featurecache.store.write_view import open_view
 
         options = {key: value for key, value in step.asked.items() if key != "extract"}
         dataset = self.dataset(step)
         untrained = isinstance(step.step, Extract) and step.step.untrained
         name = f"{dataset.name}-untrained" if untrained else dataset.name
         cache = self.cache or (self.folder / "cache" if self.asked.quick else None)
-        prepared = planning.prepare(
+        prepared = plan.prepare(
             dataset, name=name, cache=cache, device=self.asked.device, remember=True, progress=self.progress, **options
         )
         result = prepared.run(progress=self.progress)
         label = open_view(result.view).label
-        self.say(console.result_lines(result, label))
+        self.say(extract.result_lines(result, label))
         return {"view": str(Path(result.view).resolve()), "label": label, "failed": len(result.failed)}
 
     def _heads(self, step: Planned, made: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        from featurecache.views import open_view
-        from heads.sweeps.sweep import ablate
+        from featurecache.store.write_view import open_view
+        from heads.api import ablate
 
         options = {key: value for key, value in step.asked.items() if key not in ("ablate", "heads")}
         views = [open_view(made[name]["made"]["view"]) for name in step.asked["ablate"]]
@@ -207,7 +207,7 @@ class Runner:
         return {"sweep": f"runs/{step.name}"}
 
     def _network(self, step: Planned, made: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        from heads.networks.baseline_runs import train_baseline
+        from heads.api import train_baseline
 
         options = {key: value for key, value in step.asked.items() if key not in ("train_baseline", "arch")}
         runs = self.folder / "runs"
@@ -234,7 +234,7 @@ class Runner:
 
     def _splits(self, step: Planned) -> dict[str, Any]:
         """The study's own splits as a file, where it has some."""
-        from featurecache.files import write_whole
+        from featurecache.files.atomic import write_whole
         from heads.splits import splits_csv
 
         assert not isinstance(step.step, Extract)

@@ -10,7 +10,7 @@ import numpy as np
 from featurecache.errors import UnreadableImage
 
 if TYPE_CHECKING:
-    from featurecache.dataset import Dataset
+    from featurecache.sources.base import Dataset
     from heads.studies.run import Done
 
 CLASSES, EACH = 12, 6  # shown as pictures
@@ -19,7 +19,7 @@ ROWS = 40  # classes in the table
 
 def set_context(done: Done, name: str, images: bool) -> dict[str, Any]:
     """What ``study.html`` shows of one set."""
-    from featurecache.describe import copies_text, describe
+    from featurecache.sources.summary import copies_text, describe
 
     given = done.given[name]
     dataset = given.dataset
@@ -54,9 +54,9 @@ def set_context(done: Done, name: str, images: bool) -> dict[str, Any]:
 
 def digests_of(done: Done, name: str) -> np.ndarray:
     """S32 [N]: of every image of the set, from the features of it where there are some, else read once more."""
-    from featurecache.images import digest
-    from featurecache.views import open_view
-    from heads.studies import Extract
+    from featurecache.images.decoding import digest
+    from featurecache.store.write_view import open_view
+    from heads.studies.spec import Extract
 
     dataset = done.given[name].dataset
     known: dict[str, bytes] = {}
@@ -75,22 +75,22 @@ def digests_of(done: Done, name: str) -> np.ndarray:
 
 def samples(dataset: Dataset) -> list[tuple[str, list[tuple[str, int, int]]]]:
     """(class, pictures as (data URI, width, height)): a few of each of the first classes, evenly spread over train."""
-    from featurecache.describe import has_label, spread
+    from featurecache.sources.summary import evenly_spaced, has_label
 
     train = np.array(dataset.splits) == "train"
     found = []
     for number, name in enumerate(dataset.classes[:CLASSES]):
         there = has_label(dataset, number)
         rows = np.flatnonzero(there & train) if (there & train).any() else np.flatnonzero(there)
-        pictures = list(_encoded(dataset, spread(rows, EACH).tolist() if len(rows) else []))
+        pictures = list(_encoded(dataset, evenly_spaced(rows, EACH).tolist() if len(rows) else []))
         if pictures:
             found.append((name, pictures))
     return found
 
 
 def _encoded(dataset: Dataset, rows: Sequence[int]) -> Any:
-    from featurecache.images import decode
-    from heads.reports.thumbnails import encoded
+    from featurecache.images.decoding import decode
+    from heads.explanations.explainer import encoded
 
     for row in rows:
         try:

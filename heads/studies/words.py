@@ -5,19 +5,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from heads.families import name_of
-from heads.metrics import named_by
-from heads.prediction import printable
-from heads.reports.sections import ranked
-from heads.runs import Run
-from heads.tables import UNTRAINED, align, interval, number, title
+from featurecache.formatting import align, number, printable
+from heads.metrics.classification import UNTRAINED, named_by, title
+from heads.reports.page import ranked
+from heads.reports.text import interval
+from heads.runs.run import Run, name_of
 
 if TYPE_CHECKING:
-    from heads.studies import Study
     from heads.studies.images import Given
     from heads.studies.page import Table
     from heads.studies.plan import Asked, Plan
     from heads.studies.run import Done
+    from heads.studies.spec import Study
 
 SHOWN = 12  # heads of a question
 LONG = 8 * 60.0  # minutes; beyond it the ways to a shorter run are said
@@ -92,7 +91,7 @@ def plan_lines(
     study: Study, asked: Asked, given: dict[str, Given], plan: Plan, kept: dict[str, dict[str, Any]]
 ) -> list[str]:
     """The first screen: the question, the images, the steps with about how long each takes, what is left out."""
-    from featurecache.amounts import duration
+    from featurecache.formatting import duration
 
     lines = [f"study      {study.name}: {study.title}   ({study.source})"]
     for each in given.values():

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import BadOption, RunError
-from featurecache.spec import canonical_json
-from heads.metrics import METRICS
-from heads.sweeps.grids import DIGITS, Range
-from heads.sweeps.keys import hashed
-from heads.sweeps.plan import Entry, Plan, has_option
+from featurecache.files.records import canonical_json
+from heads.metrics.classification import METRICS
+from heads.runs.run import hash_of
+from heads.sweeps.grid import DIGITS, Range
+from heads.sweeps.plan import PlannedFamily, SweepPlan, has_option
+from heads.sweeps.runner import SweepRunner
 
 if TYPE_CHECKING:
     from optuna import Study
-
-    from heads.sweeps.run import Runner
 
 STORAGE = "search.db"
 BATCH = 8  # trials whose heads are trained together; proposed without each other's results
@@ -39,14 +38,14 @@ def check_installed() -> None:
         raise BadOption("--search optuna needs a package: pip install 'featurecache[optuna]'.") from error
 
 
-def check_search(plan: Plan) -> None:
+def check_search(plan: SweepPlan) -> None:
     """Raises BadOption where a head has nothing to choose."""
     for entry in plan.entries:
         if not entry.solved and not _space(entry, plan.asked.grid):
             raise BadOption(f"--search has nothing to choose for {entry.head}; give a range, such as --lr 1e-4..1e-2.")
 
 
-def search(runner: Runner, entry: Entry) -> None:
+def search(runner: SweepRunner, entry: PlannedFamily) -> None:
     """Run the trials of a family that are still to be run."""
     asked = runner.plan.asked
     space = _space(entry, asked.grid)
@@ -63,14 +62,14 @@ def search(runner: Runner, entry: Entry) -> None:
             runner.bar.update((len(proposed) - done + start) * heads - trained)
 
 
-def _space(entry: Entry, grid: dict[str, Any]) -> dict[str, Any]:
+def _space(entry: PlannedFamily, grid: dict[str, Any]) -> dict[str, Any]:
     """What is searched: the options with several values, of those that mean something to the head."""
     several = {name: values for name, values in grid.items() if isinstance(values, Range) or len(values) > 1}
     return {name: values for name, values in several.items() if name not in OWN or has_option(entry.head, name)}
 
 
 @contextmanager
-def _study(runner: Runner, entry: Entry, space: dict[str, Any]) -> Iterator[Study]:
+def _study(runner: SweepRunner, entry: PlannedFamily, space: dict[str, Any]) -> Iterator[Study]:
     """The study of a family in the sweep's storage: another one where anything but the number of trials is other."""
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
@@ -83,7 +82,7 @@ def _study(runner: Runner, entry: Entry, space: dict[str, Any]) -> Iterator[Stud
     try:
         storage = optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}")
         study = optuna.create_study(
-            storage=storage, study_name=f"{entry} {hashed(canonical_json(shared))}", load_if_exists=True,
+            storage=storage, study_name=f"{entry} {hash_of(canonical_json(shared))}", load_if_exists=True,
             direction="maximize" if higher else "minimize",
         )  # fmt: skip
     except (SQLAlchemyError, ValueError) as error:

@@ -1,0 +1,110 @@
+"""Backbone, BackboneRequest; frozen, seeded, versions of libraries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from featurecache.errors import OutputRefused
+from featurecache.images.preprocessing import Preprocess
+
+OUTPUTS = ("cls", "pooler", "gap", "mean", "tokens")
+
+
+@dataclass(frozen=True)
+class BackboneRequest:
+    """What was asked for: the arguments of `load_backbone`. ``meta``: shapes only, without weights."""
+
+    name: str
+    weights: str | None = None
+    random_weights: bool = False
+    seed: int = 0
+    image_size: int | None = None
+    fit: str = "model"
+    meta: bool = False
+
+    @property
+    def untrained(self) -> bool:
+        return self.random_weights or self.meta
+
+    def again(self, name: str) -> dict[str, Any]:
+        """The arguments that load the same backbone from any working directory."""
+        return {
+            "name": name,
+            "weights": str(Path(os.path.expanduser(self.weights)).resolve()) if self.weights else None,
+            "random_weights": self.random_weights,
+            "seed": self.seed,
+            "image_size": self.image_size,
+            "fit": self.fit,
+        }
+
+
+@dataclass
+class Backbone:
+    """A network in eval mode, float32, without gradients. Sizes are (height, width) in pixels."""
+
+    name: str
+    model: nn.Module  # forward(pixels, want) -> {output: tensor}; the library's own network is model.network
+    architecture: dict[str, Any]  # what decides values beside the weights: library, class, configuration
+    weights: dict[str, Any]  # {"blake2b": ...} of the tensors of the checkpoint, or {"random_seed": ...}
+    preprocess: Preprocess
+    image_size: tuple[int, int]
+    position_embeddings: str
+    prefix: tuple[str, ...]
+    grid: tuple[int, int]
+    width: int
+    layers: int  # blocks that can be counted from the end; 0 of a CNN
+    vector: str  # the vector it was made for
+    channels_last: bool
+    parameters: int
+    provenance: dict[str, Any]  # beside the spec: provider, id, revision, licence, versions, the request
+    refused: dict[str, str]  # output -> why there is none
+
+    def offers(self, base: str) -> None:
+        """Raise OutputRefused, with the reason, where there is no ``base`` (``cls``, ``tokens@-2``, ``mean@last4``)."""
+        kind, _, layer = base.partition("@")
+        kind = "tokens" if kind.startswith("tokens-") else kind
+        if kind not in OUTPUTS:
+            raise OutputRefused(f"{kind} is what an imported vector is called; {self.name} has {', '.join(OUTPUTS)}.")
+        if kind in self.refused:
+            others = [name for name in OUTPUTS if name not in self.refused]
+            raise OutputRefused(f"{self.name} has no {kind}: {self.refused[kind]}. It has {', '.join(others)}.")
+        if not layer:
+            return
+        depth = int(layer.removeprefix("last").lstrip("-") or 0)
+        if kind in ("pooler", "gap"):
+            raise OutputRefused(f"{kind}@{layer} does not exist: {kind} is made from the last layer only")
+        if not 1 <= depth <= self.layers:
+            have = f"{self.layers} blocks, @-1 to @-{self.layers}" if self.layers else "no blocks of one width"
+            raise OutputRefused(f"{self.name} has no {base}: it has {have}")
+
+    def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
+        """Normalised pixels [B,3,h,w] -> of ``tokens``, ``tokens@-k`` [B,T,D], ``pooler``, ``gap`` [B,D] the wanted."""
+        return self.model(pixels, want)
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """Eval mode (no dropout, no drop path), float32, no gradients."""
+    return network.eval().requires_grad_(False)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's generator for an initialisation; put back afterwards as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """Versions of the libraries that compute features, for people and for the canary."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", *libraries)}

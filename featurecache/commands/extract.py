@@ -1,0 +1,451 @@
+"""Extract, why: options, lines, records.
+
+What the command line says of extractions: records (``--json``) and aligned lines made from them.
+
+The commands of the first stage: images and a backbone into the cache.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from featurecache.commands.terminal import Console, cache_option, command
+from featurecache.errors import BadOption
+from featurecache.formatting import columns, duration, one_line, shape_text, size_text
+
+if TYPE_CHECKING:
+    from featurecache.extraction.run import Extraction, ExtractionResult
+    from featurecache.sources.summary import Description
+
+FEW = 10  # images of a class in val below which it cannot choose a model
+
+
+def data_of(extraction: Extraction) -> Description:
+    import numpy as np
+
+    from featurecache.sources.summary import describe as describe_dataset
+
+    digests = np.append(extraction.digests, b"")[extraction.sample_image]  # -1, unread: the empty one
+    return describe_dataset(extraction.dataset, digests, extraction.looked.headers if extraction.looked else None)
+
+
+def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, Any]:
+    """What an extraction would do, for ``--dry-run`` and as the beginning of a run's record."""
+    from featurecache.backbones import describe as describe_backbone
+
+    images = extraction.counts(copies=False)
+    return {
+        "backbone": describe_backbone(extraction.backbone),
+        "untrained": extraction.spec.untrained,
+        "data": data_of(extraction).to_dict(),
+        "source": extraction.dataset.source,
+        "unread": [[extraction.dataset.shown(k), reason] for k, reason in sorted(extraction.unread.items())],
+        "outputs": {o.name: list(extraction.layouts[o.name].row_shape) for o in extraction.outputs},
+        "dtype": extraction.spec.dtype,
+        "precision": extraction.spec.precision,
+        "device": str(extraction.device),
+        "plan": extraction.plan,
+        "store": str(extraction.store.path) if extraction.store else None,
+        "view": extraction.name,
+        "images_in_cache": images["in_cache"],
+        "images_to_compute": images["to_compute"],
+        "images_to_derive": images["to_derive"],
+        "augmented": _augmented_record(extraction),
+        "bytes": extraction.bytes_of(),
+        "new_bytes": extraction.new_bytes,
+        "images_per_s": rate,
+        "seconds": extraction.to_compute / rate if rate else None,
+    }
+
+
+def _augmented_record(extraction: Extraction) -> dict[str, Any] | None:
+    """The copies: how many of how many images, by what; None without any."""
+    from featurecache.images import augmentation
+
+    copying = extraction.copying
+    if copying is None:
+        return None
+    made, data = copying.augmented, extraction.dataset
+    return {
+        **made.to_dict(),
+        "words": str(made.augmentation),
+        "images": len(copying.sources),
+        "copies": len(copying),
+        "kept": extraction.kept == made,
+        "splits_drawn_later": not any(data.splits),
+        "warnings": augmentation.warnings(made.augmentation, data.classes, data.source),
+        **extraction.counts(copies=True),
+    }
+
+
+def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
+    """The first screen of ``extract``: backbone, what it sees, data, what is kept, machine, warnings."""
+    record = one_line(record)
+    rows = [
+        ("backbone", _backbone_line(record)),
+        ("sees", record["backbone"]["sees"]),
+        ("data", _data_line(record)),
+        ("keeps", _keeps_line(extraction)),
+        ("machine", _machine_line(extraction, record["images_per_s"])),
+    ]
+    if record["augmented"]:
+        rows.insert(3, ("augment", _augmented_line(record["augmented"], extraction.name)))
+        rows += [("warning", text) for text in record["augmented"]["warnings"]]
+    rows += [("warning", text) for text in _warnings(record["data"])]
+    held, copies = record["images_in_cache"], (record["augmented"] or {}).get("in_cache", 0)
+    if held or copies:
+        also = f" and {copies:,} of {record['augmented']['copies']:,} augmented copies" if record["augmented"] else ""
+        rows.append(("cache", f"{held:,} of {extraction.plain:,} distinct images{also} are in it already"))
+    if extraction.to_derive:
+        rows.append(
+            ("derives", f"{extraction.to_derive:,} {_noun(extraction)} from stored tokens, without the backbone")
+        )
+    return columns(rows)
+
+
+def _noun(extraction: Extraction) -> str:
+    return "images and copies" if extraction.copying else "images"
+
+
+def _augmented_line(made: dict[str, Any], view: str) -> str:
+    each = "one copy" if made["views"] == 1 else f"{made['views']:,} copies"
+    what = "image" if made["splits_drawn_later"] else "training image"
+    text = f"{each} of each {what}: {made['images']:,} distinct ones, {made['copies']:,} copies by {made['words']}"
+    text += f", seed {made['augment']['seed']}"
+    if made["kept"]:
+        text += f" (as {view} has them; --views 0 leaves them out)"
+    if made["splits_drawn_later"]:
+        text += (
+            "\nThe data have no splits, so every image gets copies; train-head draws the splits later and uses copies "
+            "of what is in train only."
+        )
+    return text
+
+
+def _backbone_line(record: dict[str, Any]) -> str:
+    made = record["backbone"]
+    parameters = f"{made['parameters'] / 1e6:.3g} M parameters"
+    trained = ["untrained: random weights"] if record["untrained"] else [made["licence"]] if made["licence"] else []
+    return "  ".join(filter(None, [made["name"], made["id"], ", ".join([parameters, *trained, "frozen"])]))
+
+
+def _data_line(record: dict[str, Any]) -> str:
+    data = record["data"]
+    splits = " · ".join(
+        f"{split or 'no split'} {sum_:,}" for split, sum_ in zip(data["splits"], data["totals"], strict=True)
+    )
+    classes = " · ".join(f"{name} {sum(row):,}" for name, row in zip(data["classes"][:6], data["counts"], strict=False))
+    more = f" · {len(data['classes']) - 6} more classes" if len(data["classes"]) > 6 else ""
+    copies = data["copies"]["total"] if data["copies"] else 0
+    parts = [splits if data["splits"] not in ([], [""]) else "", classes + more, f"{copies:,} copies" if copies else ""]
+    return f"{record['source'].get('data')}  {data['images']:,} images: " + "; ".join(filter(None, parts))
+
+
+def _keeps_line(extraction: Extraction) -> str:
+    kept = " + ".join(shape_text(o.name, extraction.layouts[o.name].row_shape) for o in extraction.outputs)
+    where = extraction.store.path if extraction.store else extraction.cache / f"{extraction.backbone.name}-…"
+    each = f" for {extraction.plain:,} images and {len(extraction.copying):,} copies" if extraction.copying else ""
+    text = f"{kept}, {extraction.spec.dtype}{each}: {size_text(extraction.bytes_of())} in {where}"
+    sizes = {o.name: extraction.bytes_of([o.name]) for o in extraction.outputs}
+    cheapest = min(sizes, key=lambda name: sizes[name])
+    if 2 * sizes[cheapest] < extraction.bytes_of():
+        text += f" (--outputs {cheapest} alone: {size_text(sizes[cheapest])})"
+    return text
+
+
+def _machine_line(extraction: Extraction, rate: float | None) -> str:
+    plan, device = extraction.plan, extraction.device
+    what = f"{plan['threads']} CPU threads" if device.type == "cpu" else _device_name(extraction)
+    precision = f"{extraction.spec.precision} ({extraction.precision_reason})"
+    speed = f": {rate:.3g} images/s, about {duration(extraction.to_compute / rate)}" if rate else ""
+    return f"{what}, {precision}, batches of {plan['batch_size']}{speed}"
+
+
+def _device_name(extraction: Extraction) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(extraction.device) if extraction.device.type == "cuda" else str(extraction.device)
+
+
+def _warnings(data: dict[str, Any]) -> list[str]:
+    found = []
+    if "val" in data["splits"] and data["task"] in ("binary", "multiclass", "ordinal"):
+        k = data["splits"].index("val")
+        few = [f"{row[k]} of {name}" for name, row in zip(data["classes"], data["counts"], strict=True) if row[k] < FEW]
+        if few:
+            found.append(
+                f"val has {', '.join(few[:3])}: too few to choose a model; train-head will ask for --resplit-val"
+            )
+    found += data["notes"]
+    copies = data["copies"]
+    if copies:
+        found += [
+            f"{n:,} image{'s stand' if n > 1 else ' stands'} in both {pair.replace('+', ' and ')}"
+            for pair, n in copies["across"].items()
+            if n
+        ]
+        if copies["two_labels"]:
+            found.append(f"{copies['two_labels']:,} images bear two different labels")
+    return found
+
+
+def result_record(result: ExtractionResult) -> dict[str, Any]:
+    return {
+        "view": str(result.view),
+        "outputs": list(result.outputs),
+        "images": result.images,
+        "copies": result.copies,
+        "computed": result.computed,
+        "derived": result.derived,
+        "seconds": round(result.seconds, 3),
+        "images_per_s": round(result.images_per_s, 3),
+        "shares": {key: round(share, 4) for key, share in result.shares.items()},
+        "cost": result.cost,
+        "failed": [{"id": name, "reason": reason} for name, reason in result.failed],
+    }
+
+
+def result_lines(result: ExtractionResult, view_label: str) -> str:
+    """The last lines of ``extract``; unreadable images are named, at most ten."""
+    from featurecache.store.timings import cost_line
+
+    work = "nothing left to compute"
+    if result.computed:
+        work = f"{result.computed:,} computed in {duration(result.seconds)} ({result.images_per_s:.3g} images/s)"
+    elif result.derived:
+        work = f"{result.derived:,} derived from stored tokens in {duration(result.seconds)}"
+    unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""
+    copies = f" and {result.copies:,} augmented copies" if result.copies else ""
+    done = f"{result.images:,} images{copies}, {work}{unread}"
+    failed = one_line(result.failed[:10])
+    width = max((len(name) for name, _ in failed), default=0)
+    lines = [f"  {name:<{min(width, 60)}}  {reason}" for name, reason in failed]
+    if len(result.failed) > 10:
+        lines.append(f"  … and {len(result.failed) - 10:,} more; featurecache info {view_label} lists them")
+    cost = [("cost", cost_line(result.cost))] if result.computed else []
+    return columns([("done", "\n".join([done, *lines])), *cost, ("view", f"{view_label} in {result.view}")])
+
+
+def backbone_lines(record: dict[str, Any]) -> str:
+    """``info --backbone``: what it is, what it sees, and which outputs it offers or refuses."""
+    layers = (f"{record['layers']} blocks, " if record["layers"] else "") + f"width {record['width']}"
+    tokens = len(record["prefix"]) + record["grid"][0] * record["grid"][1]
+    prefix = f"{' '.join(record['prefix'])} + " if record["prefix"] else ""
+    grid = "×".join(map(str, record["grid"]))
+    rows = [
+        ("backbone", "  ".join(filter(None, [record["name"], record["id"], record["licence"]]))),
+        ("network", f"{record['class']} of {record['library']}: {record['parameters']:,} parameters, {layers}"),
+        ("sees", record["sees"]),
+        ("tokens", f"{tokens} = {prefix}{grid} grid; positions {record['position_embeddings']}" if tokens else "none"),
+    ]  # fmt: skip
+    for name, entry in record["outputs"].items():
+        default = " (default)" if name in (record["vector"], "tokens") else ""
+        text = (
+            f"refused: {entry['refused']}" if "refused" in entry else shape_text(name, tuple(entry["shape"])) + default
+        )
+        rows.append((name if "refused" in entry else "output", text))
+    if record["source"]:
+        rows.append(("source", record["source"]))
+    return columns(rows)
+
+
+class BatchSize(click.ParamType):
+    """A number, or auto."""
+
+    name = "N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        return None if value in (None, "auto") else click.INT.convert(value, param, ctx)
+
+
+SOURCE_OPTIONS = (  # how the labels of --data are to be read
+    click.option(
+        "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of a table: path=…, label=…, split=…, group=…"
+    ),
+    click.option(
+        "--task", type=click.Choice(["binary", "multiclass", "ordinal", "multilabel"]), help="[default: by the labels]"
+    ),
+)
+EXTRACTION = (  # which images, which backbone, which store: what `extract` and `why` are asked alike
+    click.option(
+        "--backbone",
+        required=True,
+        metavar="NAME",
+        help="An alias (see info), hf:REPO, a folder, torchvision:NAME, timm:NAME, python:MODULE:FACTORY[:LAYER].",
+    ),
+    click.option(
+        "--data",
+        default="digits",
+        metavar="SOURCE",
+        help="Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle:OWNER/SET, or digits.",
+    ),
+    click.option("--outputs", metavar="NAMES", help="cls,tokens,… [default: the backbone's vector and tokens]"),
+    click.option("--name", metavar="VIEW", help="Name of the view. [default: that of the data]"),
+    click.option("--weights", metavar="PATH", help="A folder or file with the backbone's weights."),
+    click.option(
+        "--random-weights", is_flag=True, help="The architecture untrained: shows the tool, not the backbone."
+    ),
+    click.option("--seed", default=0, help="Of --random-weights."),
+    click.option("--image-size", type=int, metavar="N", help="Pixels; resize and crop scale in the same ratio."),
+    click.option(
+        "--fit", type=click.Choice(["model", "squash", "pad"]), default="model", help="How an image becomes a square."
+    ),
+    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto"),
+    click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the stored rows."),
+    click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps."),
+    click.option(
+        "--batch-size", type=BatchSize(), default="auto", help="Rows of a forward pass; fixed by a store's first run."
+    ),
+    click.option("--engine", type=click.Choice(["local"]), default="local", help="Where it runs: on this machine."),
+    click.option("--workers", type=int, metavar="N", help="Decode threads, nothing else. [default: by the machine]"),
+    click.option(
+        "--on-error", type=click.Choice(["report", "skip", "fail"]), default="report", help="At an unreadable image."
+    ),
+    *SOURCE_OPTIONS,
+    click.option(
+        "--views", type=int, metavar="K", help="Augmented copies of each training image. [default: as before]"
+    ),
+    click.option(
+        "--augment", metavar="STEPS", help="How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …)"
+    ),
+    click.option("--augment-seed", default=0, metavar="N", help="Of what --augment draws."),
+    click.option("--hash-ids", is_flag=True, help="Keep images under keyed hashes of their names."),
+    click.option("--hash-groups", is_flag=True, help="The same for groups (patients)."),
+    cache_option,
+)
+
+
+def options_of(several: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
+    """Several options at once, in help in their order."""
+
+    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(several):
+            function = option(function)
+        return function
+
+    return declare
+
+
+@command
+@options_of(EXTRACTION)
+@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@click.option("--sheet", metavar="FILE.png", help="Write a contact sheet of the images.")
+@click.option(
+    "--accept-drift", is_flag=True, help="If this machine computes other features than the store: a new generation."
+)
+@click.option("--yes", is_flag=True, help="Do not ask before keeping more than 20 GB.")
+def extract(
+    talk: Console, dry_run: bool, sheet: str | None, yes: bool, columns: tuple[str, ...], engine: str, **options: Any
+) -> int:  # fmt: skip
+    """Run a backbone over images once and keep its outputs.
+
+    \b
+    featurecache extract --backbone vit-in21k --data chest/ --outputs cls,tokens
+    """
+    from featurecache.extraction import plan
+    from featurecache.store.view import View
+
+    if options["data"] == "digits":
+        talk.say("data       digits: scikit-learn's 1,797 handwritten digits; give your own with --data FOLDER")
+    prepared = plan.prepare(
+        options.pop("data"), columns=_pairs(columns), remember=not dry_run, progress=talk.progress, **options
+    )
+    if sheet:
+        from featurecache.sources.summary import contact_sheet
+
+        contact_sheet(prepared.dataset, Path(sheet))
+    rate = prepared.estimate()
+    record = extraction_record(prepared, rate)
+    if dry_run:
+        lines = [extraction_lines(prepared, record), "", str(data_of(prepared))]
+        talk.result("\n".join(lines), {**record, "sheet": sheet})
+        talk.next("the same command without --dry-run")
+        return 0
+    talk.say(extraction_lines(prepared, record))
+    if sheet:
+        talk.say(f"sheet      {sheet}")
+    _ask(prepared, yes)
+    result = prepared.run(progress=talk.progress, rate=rate)
+    label = View(result.view, columns_only=True).label
+    talk.result(result_lines(result, label), result_record(result))
+    talk.next(f"featurecache train-head --head {'large' if 'tokens' in result.outputs else 'linear'}", options["cache"])
+    return int(bool(result.failed) and options["on_error"] != "skip")
+
+
+def _ask(prepared: Any, yes: bool) -> None:
+    from featurecache.extraction.run import ASK_BYTES
+    from featurecache.formatting import size_text
+
+    prepared.check_disk()
+    if prepared.new_bytes > ASK_BYTES and not yes and sys.stdin.isatty():
+        click.confirm(f"keep {size_text(prepared.new_bytes)}?", abort=True, err=True)
+
+
+def named_images(data: str | None, columns: tuple[str, ...], task: str | None) -> Any:
+    """What --data, --column and --task name: a dataset where one of the last two is given, else ``data`` as it is."""
+    if not columns and task is None:
+        return data
+    if data is None:
+        raise BadOption("--column and --task say how --data is read; give --data too.")
+    from featurecache.sources import open_source
+
+    return open_source(data, columns=_pairs(columns), task=task)
+
+
+def _pairs(columns: tuple[str, ...]) -> dict[str, str] | None:
+    for pair in columns:
+        if "=" not in pair:
+            raise BadOption(f'--column takes ROLE=NAME (--column label=finding), not "{pair}".')
+    return dict(pair.split("=", 1) for pair in columns) or None
+
+
+_OF_IMAGES = (
+    "name", "batch_size", "engine", "workers", "on_error", "columns", "task", "hash_ids", "hash_groups", "views",
+    "augment", "augment_seed",
+)  # fmt: skip
+
+
+@command
+@options_of(EXTRACTION)
+def why(talk: Console, columns: tuple[str, ...], engine: str, cache: str | None, **options: Any) -> int:
+    """Say what `extract` with these options would find, and which field of the key differs from the nearest store.
+
+    \b
+    featurecache why --backbone vit-in21k --image-size 256 --data chest/
+
+    Without --data the key alone is looked up.
+    """
+    from featurecache.extraction.cache_miss import explain
+
+    given = _given()
+    data = options.pop("data") if "data" in given else None
+    if data is None and (needless := [name for name in _OF_IMAGES if name in given]):
+        raise BadOption(f"{given[needless[0]][0]} is about the images; say which with --data.")
+    if data is None:
+        for name in ("data", *_OF_IMAGES):
+            options.pop(name, None)
+        found = explain(cache=cache, **options)
+    else:
+        found = explain(data, cache=cache, columns=_pairs(columns), progress=talk.progress, **options)
+    talk.result(str(found), found.record())
+    words = [word for name, part in given.items() for word in part]
+    talk.next(shlex.join(["featurecache", "extract", *words, *([] if data else ["--data", "FOLDER"])]))
+    return 0
+
+
+def _given() -> dict[str, list[str]]:
+    """Option -> the words that give it again, of those that were typed."""
+    context, found = click.get_current_context(), {}
+    for option in context.command.params:
+        name, value = str(option.name), context.params.get(str(option.name))
+        typed = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if typed and name not in ("as_json", "quiet", "debug"):
+            flag, values = option.opts[0], value if isinstance(value, tuple) else (value,)
+            found[name] = [word for v in values for word in ([flag] if v is True else [flag, str(v)])]
+    return found

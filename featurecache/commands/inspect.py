@@ -1,0 +1,474 @@
+"""What ls, info and leaks print of a cache, a view, a pair.
+
+What lies in a cache: records (``--json``) of stores and views, and the lines of ``ls`` and ``info``.
+
+Leaks as people read them: lines for a terminal, records for ``--json``, a CSV. Names in them come from strangers.
+
+The sheet of leaks: the images of each pair side by side, with names, splits and classes beneath.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from featurecache.errors import BadOption, FeatureCacheError, UnreadableImage
+from featurecache.formatting import cell, columns, one_line, shape_text, size_text
+from featurecache.sources.summary import CELL, GAP, LINE
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+    from featurecache.images.headers import EncodedImage
+    from featurecache.maintenance.leaks import LeakFinding, Leaks
+    from featurecache.sources.base import Dataset
+    from featurecache.store.store import Store
+    from featurecache.store.view import View
+
+
+def cache_record(cache: Path) -> list[dict[str, Any]]:
+    """Stores with their outputs (shards, rows, bytes) and views. A store that cannot be read says why."""
+    from featurecache.store.store import stores, unreadable_stores
+
+    broken = [{"folder": str(folder), "error": str(error), "bytes": 0} for folder, error in unreadable_stores(cache)]
+    return [_store_record(store) for store in stores(cache)] + broken
+
+
+def _store_record(store: Store) -> dict[str, Any]:
+    from featurecache.files import guard
+
+    outputs = {}
+    for folder in sorted(path for path in store.path.iterdir() if path.is_dir() and not path.is_symlink()):
+        files = list(folder.glob("[0-9a-f]*.h5"))
+        outputs[folder.name] = {"shards": len(files), "bytes": sum(path.lstat().st_size for path in files)}
+    guard.verdicts(store.views(), "view")  # all at once; View says what is wrong with one
+    return {
+        "folder": str(store.path),
+        "backbone": store.provenance.get("backbone", store.path.name),
+        "fingerprint": store.fingerprint,
+        "untrained": store.spec.untrained,
+        "imported": store.spec.imported,
+        "image_size": list(store.spec.image_size),
+        "precision": store.spec.precision,
+        "dtype": store.spec.dtype,
+        "outputs": outputs,
+        "views": [_view_line(path) for path in store.views()],
+        "bytes": sum(entry["bytes"] for entry in outputs.values()),
+    }
+
+
+def _view_line(path: Path) -> dict[str, Any]:
+    from featurecache.store.view import View
+
+    try:
+        view = View(path)
+    except FeatureCacheError as error:
+        return {"name": path.stem, "error": str(error)}
+    return {
+        "name": path.stem,
+        "images": len(view),
+        "copies": view.rows - len(view),
+        "task": view.task,
+        "classes": len(view.classes),
+        "outputs": list(view.outputs),
+        "failed": len(view.failed),
+        "bytes": sum(_bytes_of(view, name, view.distinct) for name in view.outputs),
+    }
+
+
+def _bytes_of(view: View, output: str, rows: int) -> int:
+    import numpy as np
+
+    info = view.outputs[output]
+    return int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize * rows
+
+
+def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
+    """A block per store: its outputs with their size, its views."""
+    if not records:
+        return f"{cache} holds no features yet; featurecache extract --backbone NAME --data FOLDER makes some"
+    lines = []
+    for store in one_line(records):
+        if "error" in store:
+            lines.append(f"{store['folder']}  cannot be read: {store['error']}")
+            continue
+        size = "×".join(map(str, store["image_size"]))
+        how = "origin unknown" if store["imported"] else f"{size} px, {store['precision']}"
+        what = f"{how}, {store['dtype']}" + (", untrained" if store["untrained"] else "")
+        lines.append(f"{store['folder']}  {store['backbone']}, {what}: {size_text(store['bytes'])}")
+        for name, entry in store["outputs"].items():
+            shards = f"{entry['shards']:,} shard{'s' * (entry['shards'] != 1)}"
+            lines.append(f"  {name:<14} {size_text(entry['bytes']):>9} in {shards}")
+        for view in store["views"]:
+            if "error" in view:
+                lines.append(f"  view {view['name']}: {view['error']}")
+                continue
+            failed = f", {view['failed']} left out" if view["failed"] else ""
+            kept = f"{', '.join(view['outputs'])}, {size_text(view['bytes'])}"
+            copies = f" and {view['copies']:,} augmented copies" if view["copies"] else ""
+            what = f"{view['images']:,} images{copies}, {view['classes']} classes ({view['task']}){failed}: {kept}"
+            lines.append(f"  view {store['backbone']}/{view['name']}  {what}")
+    lines.append(f"{'all':<16} {size_text(sum(store['bytes'] for store in records)):>9}")
+    return "\n".join(lines)
+
+
+def view_record(view: View) -> dict[str, Any]:
+    import numpy as np
+
+    splits, counts = _class_counts(view)
+    return {
+        "view": view.label,
+        "path": str(view.path),
+        "images": len(view),
+        "distinct": len(np.unique(view.digests)),
+        "augmented": _view_copies(view),
+        "task": view.task,
+        "classes": view.classes,
+        "splits": splits,
+        "counts": counts,
+        "groups": None if view.groups is None else len(set(view.groups)),
+        "meta": list(view.meta),
+        "outputs": {name: _output_record(view, name) for name in view.outputs},
+        "source": view.source,
+        "failed": view.failed,
+        "untrained": view.untrained,
+        "imported": view.imported,
+        "fingerprint": view.fingerprint,
+        "spec": view.spec,
+        "provenance": view.provenance,
+        "cost": view.cost,
+    }
+
+
+def _view_copies(view: View) -> dict[str, Any] | None:
+    if view.augmented is None:
+        return None
+    images = int((view.copies()[:, 1:] >= len(view)).any(axis=1).sum())
+    words = str(view.augmented.augmentation)
+    return {**view.augmented.to_dict(), "words": words, "images": images, "copies": view.rows - len(view)}
+
+
+def _class_counts(view: View) -> tuple[list[str], list[list[int]]]:
+    import numpy as np
+
+    order = ("train", "val", "test", "")
+    splits = [split for split in order if split in view.splits]
+    column = np.array(view.splits)
+    labels = view.labels
+    if view.task == "multilabel":
+        hits = [labels[:, k] == 1 for k in range(len(view.classes))]
+    else:
+        hits = [labels == k for k in range(len(view.classes))]
+    return splits, [[int((hit & (column == split)).sum()) for split in splits] for hit in hits]
+
+
+def _output_record(view: View, name: str) -> dict[str, Any]:
+    info = view.outputs[name]
+    size = _bytes_of(view, name, view.rows)
+    return {
+        "shape": list(info.shape), "dtype": info.dtype, "bytes": size,
+        "prefix": info.prefix and list(info.prefix), "grid": info.grid and list(info.grid),
+        "rounding": _rounding(view, name),
+    }  # fmt: skip
+
+
+def _rounding(view: View, name: str) -> dict[str, Any] | None:
+    """The certificate of half precision, |stored − float32|₂ / |float32|₂ over the rows; None: none were rounded."""
+    import numpy as np
+
+    errors = view.stored(name).errors
+    if errors is None:
+        return None
+    known = errors[np.isfinite(errors)]
+    worst, mean = (float(known.max()), float(known.mean(dtype=np.float64))) if len(known) else (None, None)
+    return {"rows": len(known), "worst": worst, "mean": mean}
+
+
+def view_lines(record: dict[str, Any]) -> str:
+    """``info VIEW``: the data, the outputs, and what made them."""
+    from featurecache.store.timings import cost_line
+
+    record = one_line(record)
+    spec, made = record["spec"], record["provenance"]
+    copies = record["images"] - record["distinct"]
+    facts = f"{record['images']:,} images, {record['task']}" + (f", {copies:,} copies" if copies else "")
+    if record["groups"] is not None:
+        facts += f", {record['groups']:,} groups"
+    rows = [("view", f"{record['view']} in {record['path']}"), ("data", f"{record['source'].get('data')}  {facts}")]
+    rows.append(("classes", "\n".join(_count_table(record))))
+    if made_of := record["augmented"]:
+        each = "one each" if made_of["views"] == 1 else f"{made_of['views']:,} each"
+        counted = f"{made_of['copies']:,} augmented copies, {each} of {made_of['images']:,} images"
+        rows.append(("augment", f"{counted}: {made_of['words']}, seed {made_of['augment']['seed']}"))
+    for name, info in record["outputs"].items():
+        tokens = f"; prefix {info['prefix']}, grid {info['grid']}" if info["prefix"] is not None else ""
+        rows.append(
+            ("keeps", f"{shape_text(name, tuple(info['shape']))} {info['dtype']}, {size_text(info['bytes'])}{tokens}")
+        )
+        if info["rounding"]:
+            rows.append(("", _rounding_line(info["rounding"], record["images"])))
+    trained = "untrained: random weights" if record["untrained"] else made.get("licence", "")
+    backbone = "  ".join(filter(None, [made.get("backbone"), made.get("id"), made.get("revision"), trained]))
+    size = "×".join(map(str, spec["image_size"]))
+    key = f"{size} px, {spec['precision']}, positions {spec['position_embeddings']}"
+    if record["imported"]:
+        backbone, key = f"imported from {made.get('file')}, {made.get('when')}; origin unknown", "origin unknown"
+    rows.append(("backbone", backbone))
+    rows.append(("spec", f"{record['fingerprint']}  {key}"))
+    rows.append(("made by", ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())))
+    rows.append(("cost", cost_line(record["cost"])))
+    if record["failed"]:
+        failed = [f"{entry['id']}  {entry['reason']}" for entry in record["failed"]]
+        rows.append(("left out", "\n".join([f"{len(failed):,} images", *failed])))
+    return columns(rows)
+
+
+def _rounding_line(rounding: dict[str, Any], rows: int) -> str:
+    if not rounding["rows"]:
+        return "rounding to float16 was not measured: derived later from stored tokens, or imported"
+    what = f"{rounding['worst']:.1e} at worst, {rounding['mean']:.1e} on average"
+    some = f" (of {rounding['rows']:,} rows that were measured)" if rounding["rows"] < rows else ""
+    return f"rounding to float16 moved a row by {what}, relative to float32{some}"
+
+
+def _count_table(record: dict[str, Any]) -> list[str]:
+    header = ["", *(split or "no split" for split in record["splits"])]
+    body = [[name, *(f"{n:,}" for n in row)] for name, row in zip(record["classes"], record["counts"], strict=True)]
+    table = [header, *body] if body else [header]
+    widths = [max(len(row[k]) for row in table) for k in range(len(header))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in table
+    ]
+
+
+FIRST = 8  # pairs of a finding that are shown as lines
+_NOUNS = {"image": "image", "group": "group", "near": "pair", "labels": "image"}
+COLUMNS = (
+    "kind", "split a", "id a", "label a", "rows a", "split b", "id b", "label b", "rows b", "group", "cosine"
+)  # fmt: skip
+
+
+def leak_title(finding: LeakFinding) -> str:
+    """``same image, train and val``."""
+    from featurecache.maintenance.leaks import KINDS
+
+    return f"{KINDS[finding.kind]}, {split_pair(finding)}"
+
+
+def split_pair(finding: LeakFinding) -> str:
+    a, b = (name or "no split" for name in finding.splits)
+    return f"{a} and {b}" if a != b else f"within {a}" if finding.splits[0] else a
+
+
+def leak_size(finding: LeakFinding) -> str:
+    """``8 images``."""
+    noun = _NOUNS[finding.kind]
+    return f"{finding.count:,} {noun}{'' if finding.count == 1 else 's'}"
+
+
+def label_text(view: View, row: int) -> str:
+    """The class of a row, or its positive labels; empty where none is known."""
+    import numpy as np
+
+    label = view.labels[row]
+    if view.labels.ndim == 2:
+        numbers = np.flatnonzero(label == 1).tolist()
+    else:
+        numbers = [int(label)]
+    return "; ".join(view.classes[number] for number in numbers if 0 <= number < len(view.classes))
+
+
+def pair_note(view: View, finding: LeakFinding, number: int) -> str:
+    """What else there is to say of a pair: its cosine, its group, how often it stands in each split."""
+    parts = []
+    if finding.cosines is not None:
+        parts.append(f"cosine {finding.cosines[number]:.4f}")
+    if finding.kind == "group":
+        assert view.groups is not None
+        parts.append(f"group {view.groups[finding.rows[number, 0]]}")
+    a, b = finding.copies[number].tolist()
+    if max(a, b) > 1:
+        parts.append(f"{a:,} and {b:,} {'images' if finding.kind == 'group' else 'times'}")
+    return ", ".join(parts)
+
+
+def lines(view: View, leaks: Leaks) -> str:
+    """Counts of each kind and pair of splits, then the first pairs of each."""
+    from featurecache.maintenance.leaks import KINDS
+
+    rows = []
+    for kind, title in KINDS.items():
+        found = leaks.of(kind)
+        rows += [(title, split_pair(finding), leak_size(finding), _note(view, leaks, finding)) for finding in found]
+        if not found:
+            rows.append((title, "none", "", _reason(view, leaks, kind)))
+    text = _aligned(rows)
+    if view.untrained and leaks.of("near"):
+        text += ["The weights are untrained (random): what is near by their features is alike in light and shade only."]
+    for finding in leaks.findings:
+        shown = range(min(len(finding.rows), FIRST))
+        pairs = [(*(_one(view, row) for row in finding.rows[k].tolist()), pair_note(view, finding, k)) for k in shown]
+        text += ["", leak_title(finding), *(f"  {line}" for line in _aligned(pairs))]
+        if finding.count > len(shown):
+            text.append(f"  and {finding.count - len(shown):,} more (--csv FILE)")
+    return "\n".join(text)
+
+
+def _one(view: View, row: int) -> str:
+    label = label_text(view, row)
+    return view.ids[row] + (f" ({label})" if label else "")
+
+
+def _note(view: View, leaks: Leaks, finding: LeakFinding) -> str:
+    if finding.kind != "near":
+        return ""
+    kept = f"; the {len(finding.rows):,} closest are kept" if len(finding.rows) < finding.count else ""
+    return f"cosine of {leaks.output} ≥ {leaks.threshold:g}{kept}"
+
+
+def _reason(view: View, leaks: Leaks, kind: str) -> str:
+    """Why there are none, where the reason is not that all is well."""
+    if kind != "labels" and len(set(view.splits) - {""}) < 2:
+        return "fewer than two splits in the data (those that train-head draws keep copies and groups together)"
+    if kind == "group" and view.groups is None:
+        return "no groups are known"
+    if kind == "near":
+        if leaks.output is None:
+            return f"not looked for: {', '.join(view.outputs)} is no vector"
+        return f"cosine of {leaks.output} ≥ {leaks.threshold:g}"
+    if kind == "labels" and view.task == "unlabelled":
+        return "no labels are known"
+    return ""
+
+
+def _aligned(rows: list[Any]) -> list[str]:
+    clean = [[one_line(text) for text in row] for row in rows]  # a name must not steer a terminal
+    widths = [max(len(text) for text in column) for column in zip(*clean, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in clean]
+
+
+def record(view: View, leaks: Leaks) -> dict[str, Any]:
+    """For ``--json``: counts, and all pairs that are kept."""
+    counts = [{"kind": f.kind, "splits": list(f.splits), "count": f.count} for f in leaks.findings]
+    pairs = [_record(view, finding, k) for finding in leaks.findings for k in range(len(finding.rows))]
+    return {
+        "view": view.label, "output": leaks.output, "threshold": leaks.threshold, "counts": counts, "pairs": pairs,
+    }  # fmt: skip
+
+
+def _record(view: View, finding: LeakFinding, number: int) -> dict[str, Any]:
+    rows = finding.rows[number].tolist()
+    return {
+        "kind": finding.kind,
+        "splits": list(finding.splits),
+        "ids": [view.ids[row] for row in rows],
+        "labels": [label_text(view, row) for row in rows],
+        "rows": finding.copies[number].tolist(),
+        "group": view.groups[rows[0]] if finding.kind == "group" and view.groups is not None else None,
+        "cosine": None if finding.cosines is None else float(finding.cosines[number]),
+    }
+
+
+def as_csv(view: View, leaks: Leaks) -> str:
+    """All pairs that are kept, a line each; ``rows``: how many rows of the split that image or group has."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(COLUMNS)
+    for pair in record(view, leaks)["pairs"]:
+        sides = zip(pair["splits"], pair["ids"], pair["labels"], pair["rows"], strict=True)
+        values = [pair["kind"], *(value for side in sides for value in side), pair["group"] or "", pair["cosine"]]
+        writer.writerow(["" if value is None else cell(value) for value in values])
+    return text.getvalue()
+
+
+MOST = 24  # pairs of one kind and two splits
+ACROSS = 4  # pairs in a row
+BESIDE = 3  # pixels between the two of a pair
+_WIDTH = 2 * CELL + BESIDE
+_STRIP = CELL + 4 * LINE + GAP
+
+
+def images_of(view: View) -> Dataset:
+    """The images a view was made of, opened again. Raises SourceError where they are not there any more, and BadOption
+    for an imported view, which never had any."""
+    from featurecache.sources import reopen
+
+    if view.source.get("kind") == "import":
+        raise BadOption(f"{view.label} was imported as features: it has no images for a sheet. Leave out --sheet.")
+    return reopen(view.source)
+
+
+def draw(view: View, leaks: Leaks, dataset: Dataset) -> bytes:
+    """The sheet as the bytes of a PNG. Rows are found by their ids; an image that has gone is an empty frame."""
+    from PIL import Image, ImageDraw
+
+    from featurecache.sources.summary import BETWEEN, FAINT, GAP, HEADING, INK, MARGIN, PAPER, write
+
+    place = {name: row for row, name in enumerate(dataset.ids)}
+    rows_down = [-(-min(len(finding.rows), MOST) // ACROSS) for finding in leaks.findings]
+    width = 2 * MARGIN + ACROSS * (_WIDTH + 2 * GAP) - 2 * GAP
+    height = 2 * MARGIN + 2 * HEADING + sum(HEADING + BETWEEN + down * _STRIP for down in rows_down)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    write(pen, (MARGIN, MARGIN), view.label, 22, INK, width - 2 * MARGIN)
+    found = "what stands in two splits, or under two labels" if leaks.findings else "no leaks were found"
+    write(pen, (MARGIN, MARGIN + 30), found, 13, FAINT, width - 2 * MARGIN)
+    y = MARGIN + 2 * HEADING
+    for finding, down in zip(leaks.findings, rows_down, strict=True):
+        _title(pen, y, width, finding)
+        for number in range(min(len(finding.rows), MOST)):
+            corner = (MARGIN + number % ACROSS * (_WIDTH + 2 * GAP), y + HEADING + number // ACROSS * _STRIP)
+            _pair(sheet, pen, corner, view, finding, number, lambda row: _read(view, dataset, place, row))
+        y += HEADING + BETWEEN + down * _STRIP
+    encoded = io.BytesIO()
+    sheet.save(encoded, "PNG", optimize=True)
+    return encoded.getvalue()
+
+
+def _title(pen: ImageDraw.ImageDraw, y: int, width: int, finding: LeakFinding) -> None:
+    from featurecache.sources.summary import FAINT, GAP, INK, MARGIN, font, write
+
+    pen.line([(MARGIN, y - 8), (width - MARGIN, y - 8)], "#d9d9d9")
+    shown = f", the first {MOST}" if finding.count > MOST else ""
+    count = leak_size(finding) + shown
+    right = pen.textlength(count, font(13))
+    write(pen, (width - MARGIN - right, y + 2), count, 13, FAINT, right + 1)
+    write(pen, (MARGIN, y), leak_title(finding), 16, INK, width - 2 * MARGIN - right - GAP)
+
+
+def _pair(
+    sheet: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    view: View,
+    finding: LeakFinding,
+    number: int,
+    read: Callable[[int], EncodedImage],
+) -> None:
+    from featurecache.sources.summary import CELL, FAINT, INK, LINE, picture, write
+
+    x, y = corner
+    for side, row in enumerate(finding.rows[number].tolist()):
+        left = x + side * (CELL + BESIDE)
+        picture(sheet, pen, (left, y), lambda row=row: read(row))  # type: ignore[misc]
+        name = view.ids[row]
+        short = name.rpartition(":")[2] if ":" in name else PurePosixPath(name).stem
+        lines = [short, view.splits[row] or "no split", label_text(view, row)]
+        for line, text in enumerate(lines):
+            write(pen, (left, y + CELL + 2 + line * LINE), text, 11, FAINT, CELL)
+    write(pen, (x, y + CELL + 2 + 3 * LINE), pair_note(view, finding, number), 11, INK, _WIDTH)
+
+
+def _read(view: View, dataset: Dataset, place: dict[str, int], row: int) -> EncodedImage:
+    from featurecache.images.decoding import digest
+
+    if view.ids[row] not in place:
+        raise UnreadableImage("not among the images any more")
+    data = dataset.read(place[view.ids[row]])
+    if digest(data).encode() != bytes(view.digests[row]):
+        raise UnreadableImage("another image now than when its features were computed")
+    return data

@@ -1,0 +1,140 @@
+"""Click group, talk: text, JSON, progress, exit codes, next command.
+
+What all commands share: how they are declared, how they talk, how errors become one or two sentences.
+
+A command is a function that takes a `Talk` and its options, calls one library function and prints. Results go to
+stdout, talk and progress to stderr. ``cli`` gathers the commands.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from featurecache.errors import BadOption, FeatureCacheError, UnknownName, nearest
+from featurecache.formatting import _harmless, one_line, plain
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+class CommandGroup(click.Group):
+    """Commands in the order of a day's work; a misspelt one names its neighbours."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            near = nearest(args[0], self.commands)
+            raise click.UsageError(f'no command is called "{args[0]}".{near} There are {", ".join(self.commands)}.')
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Whole sentences, where click cuts what does not fit one line."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, each.get_short_help_str(limit=200)) for name, each in self.commands.items()])
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """click's own errors in the form of ours."""
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except click.Abort:
+            click.echo("stopped.", err=True)
+            code = 1
+        except click.ClickException as error:
+            word = "" if type(error).__name__ == "NoArgsIsHelpError" else "error: "  # `featurecache` alone
+            click.echo(word + error.format_message(), err=True)
+            code = error.exit_code
+        sys.exit(code or 0)
+
+
+class Console:
+    """Where lines go: results to stdout, talk to stderr; under --json one object is the result."""
+
+    def __init__(self, as_json: bool, quiet: bool) -> None:
+        self.json, self.quiet = as_json, quiet
+
+    @property
+    def progress(self) -> bool:
+        return not self.quiet
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            click.echo(plain(line), err=True)
+
+    def line(self, line: str) -> None:
+        """`say` where the line holds names of somebody else's: they cannot make lines of their own."""
+        self.say(one_line(line))
+
+    def result(self, text: str, record: Any) -> None:
+        """The command's result, as lines or as one JSON object."""
+        click.echo(_json(record) if self.json else plain(text))
+
+    def next(self, command: str, cache: str | None = None) -> None:
+        if not self.json:
+            self.say(f"next       {one_line(command)}" + (f" --cache {shlex.quote(cache)}" if cache else ""))
+
+
+def _json(record: Any) -> str:
+    """JSON with letters as they are; what a terminal would obey is escaped, which means the same in JSON."""
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return "".join(c if c.isprintable() or _harmless(c) else json.dumps(c)[1:-1] for c in text)
+
+
+def _report(error: FeatureCacheError, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    first, *rest = str(error).splitlines()
+    word = "" if type(error).__name__ == "Stopped" else "error: "  # Ctrl-C is none
+    click.echo(plain("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)])), err=True)
+    return 2 if isinstance(error, BadOption | UnknownName) else 1
+
+
+def command(function: Callable[..., Any]) -> click.Command:
+    """A command: the options every command has, and errors as one or two sentences with an exit code."""
+
+    @functools.wraps(function)
+    def wrapped(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+        try:
+            code = function(Console(as_json, quiet), **options)
+        except FeatureCacheError as error:
+            code = _report(error, debug)
+        except (click.ClickException, click.Abort, SystemExit):
+            raise
+        except KeyboardInterrupt:
+            click.echo("stopped.", err=True)
+            code = 1
+        except BrokenPipeError:  # `featurecache ls | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        except Exception as error:
+            if debug:
+                raise
+            said = f"error: {type(error).__name__}: {error} (a mistake of ours; --debug shows where)"
+            click.echo(plain(said), err=True)
+            code = 1
+        sys.exit(code or 0)
+
+    made = click.command(context_settings=CONTEXT)(wrapped)
+    made.params += [  # last in the help: what a command has of its own comes first
+        click.Option(["--json", "as_json"], is_flag=True, help="One JSON object on stdout."),
+        click.Option(["--quiet", "-q"], is_flag=True, help="Results only: no talk, no progress bar."),
+        click.Option(["--debug"], is_flag=True, help="Show where an error came from."),
+    ]
+    return made
+
+
+cache_option = click.option(
+    "--cache", metavar="DIR", help="Folder of the cache. [default: $FEATURECACHE_DIR, else ./cache]"
+)
+features_option = click.option(
+    "--features", metavar="VIEW", help="A view: path, STORE/VIEW or name. [default: that of the last extraction]"
+)

@@ -1,0 +1,200 @@
+"""Why a command would find nothing in the cache: which fields of its key differ from those of the nearest store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featurecache.backbones import load_backbone
+from featurecache.backbones.base import Backbone
+from featurecache.errors import CacheError, Drift
+from featurecache.extraction import canary
+from featurecache.extraction.pipeline import exact_arithmetic, output_layout, pick_device, spec_of
+from featurecache.extraction.plan import choose_precision, prepare
+from featurecache.extraction.run import Extraction
+from featurecache.outputs import parse_list
+from featurecache.sources.base import Dataset
+from featurecache.store.schema import DIGEST
+from featurecache.store.spec import ExtractionSpec, SpecDifference, describe_differences, differences
+from featurecache.store.store import Store, cache_folder, find_store, latest_generation, stores, unreadable_stores
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """``images``: output -> how many distinct images are there, follow from stored tokens, are to be computed."""
+
+    cache: Path
+    spec: ExtractionSpec
+    provenance: dict[str, Any]  # of the backbone that was asked for
+    store: Store | None  # that has the key
+    nearest: Store | None  # where none has
+    differs: tuple[SpecDifference, ...]
+    images: dict[str, dict[str, int]] | None
+    copies: dict[str, dict[str, int]] | None  # the same of augmented copies; None: none are asked for
+    notes: tuple[str, ...]
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "hit": self.store is not None,
+            "fingerprint": self.spec.fingerprint,
+            "store": str(self.store.path) if self.store else None,
+            "nearest": str(self.nearest.path) if self.nearest else None,
+            "differs": [{"field": d.field, "stored": d.stored, "asked": d.asked} for d in self.differs],
+            "images": self.images,
+            "augmented_copies": self.copies,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        if self.store is not None:
+            kept = ", ".join(self.store.outputs()) or "nothing yet"
+            lines = [f"{self.store.path.name} has this key. It holds {kept}."]
+        elif self.nearest is None:
+            lines = [f"no store has this key: {self.cache} holds no store that can be read."]
+        else:
+            rows = describe_differences(self.nearest.spec, self.spec, (self.nearest.provenance, self.provenance))
+            width = max(len(name) for name, _ in rows)
+            lines = [f"no store has this key. Nearest: {self.nearest.path.name}, which differs in"]
+            lines += [f"  {name:<{width}}  {text}" for name, text in rows]
+        counted = [*_image_lines(self.images or {}), *_image_lines(self.copies or {}, "augmented copies")]
+        return "\n".join([*lines, *counted, *(f"note: {note}" for note in self.notes)])
+
+
+def explain(
+    data: str | Path | Dataset | None = None, *, backbone: str, cache: str | Path | None = None, **options: Any
+) -> Explanation:
+    """What `prepare` with the same arguments would find. Without ``data`` the key alone is looked up.
+
+    >>> print(explain(backbone="vit-in21k", image_size=256))                                     # doctest: +SKIP
+    no store has this key. Nearest: vit-in21k-4f2a91c0, which differs in
+      image_size           224 → 256
+      position_embeddings  as trained → interpolated (bicubic)
+    """
+    folder = cache_folder(cache)
+    if data is not None:
+        planned = prepare(data, backbone=backbone, cache=cache, **options)
+        network, spec, store = planned.backbone, planned.spec, planned.store
+    else:
+        planned = None
+        network, spec = _key(folder, backbone, **options)
+        store = find_store(folder, spec)
+    nearest = None if store else _nearest(folder, spec)
+    differs = tuple(differences(nearest.spec, spec)) if nearest else ()
+    notes = [*_generations(folder, spec), *_drift(planned), *_other_copies(planned)]
+    notes += [str(error) for _, error in unreadable_stores(folder)]
+    counted = _count(planned, copies=False) if planned else None
+    copies = _count(planned, copies=True) if planned and planned.copying else None
+    return Explanation(folder, spec, network.provenance, store, nearest, differs, counted, copies, tuple(notes))
+
+
+def _key(
+    cache: Path, name: str, *, precision: str = "auto", dtype: str = "float16", device: str = "auto",
+    outputs: str | None = None, **options: Any,
+) -> tuple[Backbone, ExtractionSpec]:  # fmt: skip
+    """The backbone and the key, without images; ``auto`` precision is then that of the newest store there is."""
+    network, picked = load_backbone(name, **options), pick_device(device)
+    for output in parse_list(outputs) if outputs else ():
+        output_layout(network, output, dtype)  # refuses what the backbone has not
+    spec = spec_of(network, "fp32", dtype)
+    same = [store for store in stores(cache) if replace(store.spec, precision="fp32", generation=0) == spec]
+    if precision == "auto" and same:
+        precision = max(same, key=_made).spec.precision
+    spec, _ = choose_precision(spec, precision, picked, cache, {}, np.empty(0, DIGEST))
+    return network, latest_generation(cache, spec)
+
+
+def _made(store: Store) -> float:
+    return (store.path / "spec.json").stat().st_mtime
+
+
+def _nearest(cache: Path, spec: ExtractionSpec) -> Store | None:
+    """Same architecture first, then the same class; then the fewest fields; of those the newest."""
+    asked = spec.to_dict()
+
+    def distance(store: Store) -> tuple[int, int, int, float]:
+        kept = store.spec.to_dict()
+        network = [{key: spec["architecture"].get(key) for key in ("library", "class")} for spec in (kept, asked)]
+        kind = 0 if kept["architecture"] == asked["architecture"] else 1 if network[0] == network[1] else 2
+        fields = sum(kept[name] != asked[name] for name in asked)
+        return kind, fields, len(list(differences(store.spec, spec))), -_made(store)
+
+    known = [store for store in stores(cache) if not store.spec.imported]  # nobody knows what made those
+    return min(known, key=distance, default=None)
+
+
+def _count(planned: Extraction, copies: bool) -> dict[str, dict[str, int]]:
+    def among(groups: list[tuple[np.ndarray, tuple[Any, ...]]], output: Any) -> int:
+        return sum(int(((rows >= planned.plain) == copies).sum()) for rows, outputs in groups if output in outputs)
+
+    total, counted = len(planned.digests) - planned.plain if copies else planned.plain, {}
+    for output in planned.outputs:
+        new, follow = among(planned.forward, output), among(planned.derived, output)
+        counted[output.name] = {"there": total - new - follow, "to_derive": follow, "to_compute": new}
+    return counted
+
+
+def _other_copies(planned: Extraction | None) -> Iterator[str]:
+    """Why no copy is found where a view of this name has some."""
+    if planned is None or planned.kept is None or planned.copying is None:
+        return
+    asked = planned.copying.augmented
+    if asked.augmentation != planned.kept.augmentation:
+        yield (
+            f"the view {planned.name} has {planned.kept} of an image, asked for is {asked}: other steps, numbers or "
+            "another seed are other copies"
+        )
+    elif asked.views != planned.kept.views:
+        yield f"the view {planned.name} has {planned.kept} of an image; those with the same number are the same"
+
+
+def _image_lines(images: dict[str, dict[str, int]], what: str = "distinct images") -> Iterator[str]:
+    """One line for all outputs of which the same images are there."""
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for name, counts in images.items():
+        alike.setdefault(tuple(counts.values()), []).append(name)
+    for (there, follow, new), names in alike.items():
+        line = f"{there:,} of {there + follow + new:,} {what} are there for {', '.join(names)}"
+        line += f"; {follow:,} follow from stored tokens" if follow else ""
+        kind = "to be computed" if what == "augmented copies" else "new content"
+        yield line + (f"; {new:,} {'are' if new > 1 else 'is'} {kind}" if new else "")
+
+
+def _generations(cache: Path, spec: ExtractionSpec) -> Iterator[str]:
+    """What changed from one generation of this key to the next."""
+    plain = replace(spec, generation=0)
+    known = [store for store in stores(cache) if replace(store.spec, generation=0) == plain]
+    known.sort(key=lambda store: store.spec.generation)
+    for old, new in pairwise(known):
+        before, after = _made_by(old), _made_by(new)
+        changed = [f"{key} {before.get(key, '—')} → {v}" for key, v in after.items() if before.get(key) != v]
+        yield (
+            f"{new.path.name} is generation {new.spec.generation}: another machine or other versions computed "
+            f"something else than {old.path.name} holds, and that was accepted "
+            f"({', '.join(changed) or 'the same versions'})"
+        )
+
+
+def _made_by(store: Store) -> dict[str, str]:
+    try:
+        kept = canary.read_canary(store)
+    except CacheError:
+        return {}
+    return kept.made_by if kept else {}
+
+
+def _drift(planned: Extraction | None) -> Iterator[str]:
+    """What `extract` would stop at before it computes anything."""
+    if planned is None or planned.store is None or not (planned.forward or planned.derived):
+        return
+    outputs = [output for _, group in planned.forward + planned.derived for output in group]
+    try:
+        with exact_arithmetic(planned.plan["threads"]):
+            compute = planned.compute() if planned.forward else None
+            canary.check(planned.store, planned.backbone, compute, list(dict.fromkeys(outputs)), write=False)
+    except Drift as error:
+        yield " ".join(str(error).split())

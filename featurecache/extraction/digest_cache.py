@@ -1,0 +1,244 @@
+"""Digests of files, remembered between runs in ``<cache>/files.sqlite``: an unchanged file is not read again.
+
+    files   key → size, mtime, ctime, inode, digest, check       looks   digest → width, height, kind of pixels
+
+A file is known by a hash of its absolute path, never by the path: paths hold patients' names. It is unchanged where
+size, mtime, ctime and inode are what they were; whoever sets the mtime back cannot set the ctime. A file that changed
+less than ``YOUNG`` before it was looked at is not remembered: it could change again within one tick of the file
+system's clock (git calls that racily clean).
+
+All of it can be made again by reading the images. So a file that is damaged, foreign or of a later version is thrown
+away, and where no lock is to be had or the folder is read-only the run goes on without memory. SQLite has no checksums
+and the cache may come from a stranger: every entry carries its own, the schema is compared with ours before anything is
+asked of it, and journals that only a stranger's file can have are never given to SQLite. The journal is an ordinary
+one: write-ahead logs need memory shared between processes, which network file systems do not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import threading
+import urllib.parse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import xxhash
+
+from featurecache.store.schema import DIGEST
+
+NAME = "files.sqlite"
+YOUNG = 2 * 10**9  # ns; the coarsest clock of a file system in use (FAT)
+STAT = np.dtype([("size", "<i8"), ("mtime", "<i8"), ("ctime", "<i8"), ("inode", "<u8")])  # size -1: no file
+_ENTRY = np.dtype([("stat", STAT), ("digest", "V16"), ("check", "<u8")])
+_SIZE = _ENTRY.itemsize
+_APPLICATION, _VERSION = 0x66656174, 1  # "feat"; the version of this schema
+_SCHEMA = {
+    "files": "CREATE TABLE files (key INTEGER PRIMARY KEY, entry BLOB NOT NULL)",
+    "looks": "CREATE TABLE looks (digest BLOB PRIMARY KEY, look BLOB NOT NULL) WITHOUT ROWID",
+}
+_AT_ONCE = 10_000  # keys in one question
+_IN_ONE = 100_000  # entries in one transaction: a second, for which another process has to wait
+_PATIENCE = 10.0  # seconds to wait for another process's transaction
+_SUPER = bytes.fromhex("d9d505f920a163d7")  # ends a journal that names a file for SQLite to delete
+_NOT_NOW = ("locked", "readonly", "I/O", "full", "unable to open", "permission", "locking protocol")
+
+# Closing any descriptor of a file drops all locks this process has on it (POSIX): one thread at a time.
+_TURN = threading.Lock()
+
+Look = tuple[int, int, str]  # width, height, kind of pixels
+_Answer = TypeVar("_Answer")
+
+
+class _Foreign(Exception):
+    """Not a file of ours, or one that must not be opened."""
+
+
+class DigestCache:
+    """What a cache remembers of files. Holds no open file.
+
+    ``writes=False`` changes nothing on the disk. ``trouble`` says, after the first failure, why there is no memory.
+    """
+
+    def __init__(self, cache: Path, *, writes: bool) -> None:
+        self.path = cache / NAME
+        self.writes = writes
+        self.trouble: str | None = None
+
+    def recall(self, keys: np.ndarray, stats: np.ndarray) -> np.ndarray:
+        """Digests S32 [N] of files with ``keys`` int64 [N] and ``stats`` STAT [N]; empty where not known."""
+        digests = np.zeros(len(keys), DIGEST)
+        order = np.argsort(keys)
+
+        def ask(database: sqlite3.Connection) -> None:
+            for start in range(0, len(order), _AT_ONCE):
+                rows = order[start : start + _AT_ONCE]
+                digests[rows] = _ask(database, keys[rows], stats[rows])
+
+        self._use(ask, None)
+        return digests
+
+    def remember(self, keys: np.ndarray, stats: np.ndarray, digests: np.ndarray) -> None:
+        """Keep digests S32 [n] of files. A kill loses at most the last transaction."""
+        order = np.argsort(keys)
+        for start in range(0, len(order), _IN_ONE):
+            rows = order[start : start + _IN_ONE]
+            entries = zip(keys[rows].tolist(), _entries(keys[rows], stats[rows], digests[rows]), strict=True)
+            self._change("INSERT OR REPLACE INTO files VALUES (?, ?)", entries)
+
+    def forget(self, keys: np.ndarray) -> None:
+        self._change("DELETE FROM files WHERE key = ?", [(key,) for key in keys.tolist()])
+
+    def looks(self, digests: Iterable[bytes]) -> dict[bytes, Look]:
+        """What is known of the headers of images."""
+
+        def ask(database: sqlite3.Connection) -> dict[bytes, Look]:
+            question = "SELECT look FROM looks WHERE digest = ? AND typeof(look) = 'blob' AND length(look) < 100"
+            answers = {digest: database.execute(question, (digest,)).fetchone() for digest in digests}
+            return {digest: look for digest, row in answers.items() if row and (look := _look(row[0]))}
+
+        return self._use(ask, {})
+
+    def remember_looks(self, looks: dict[bytes, Look]) -> None:
+        rows = [(digest, json.dumps(look).encode()) for digest, look in looks.items()]
+        self._change("INSERT OR REPLACE INTO looks VALUES (?, ?)", rows)
+
+    def _change(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        kept = list(rows)
+
+        def change(database: sqlite3.Connection) -> None:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany(statement, kept)
+            database.execute("COMMIT")
+
+        if kept and self.writes and self.trouble is None:
+            self._use(change, None, make=True)
+
+    def _use(self, action: Callable[[sqlite3.Connection], _Answer], otherwise: _Answer, make: bool = False) -> _Answer:
+        """``action`` on the open file; ``otherwise`` where there is none to be had. ``make``: where it has to exist."""
+        for _ in range(2):
+            if self.trouble or not (make or self.path.exists() or self.path.is_symlink()):
+                return otherwise
+            try:
+                with _TURN, contextlib.closing(self._open(make)) as database:
+                    return action(database)
+            except (sqlite3.Error, _Foreign, OSError) as error:
+                if isinstance(error, OSError) or (isinstance(error, sqlite3.Error) and _is_passing(error)):
+                    self.trouble = f"{self.path} cannot be used ({error}): files are read again by every run."
+                elif self.writes:
+                    self._throw_away()
+                else:
+                    return otherwise
+        return otherwise
+
+    def _open(self, make: bool) -> sqlite3.Connection:
+        """A connection to a file that is ours by its schema. Raises _Foreign, sqlite3.Error, OSError."""
+        if make:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._refuse_strange()
+        mode = "ro" if not self.writes else "rwc" if make else "rw"
+        name = f"file:{urllib.parse.quote(str(self.path.absolute()))}?mode={mode}"
+        database = sqlite3.connect(name, uri=True, timeout=_PATIENCE, isolation_level=None)
+        try:
+            for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "mmap_size = 0", "cache_size = -8192"):
+                database.execute(f"PRAGMA {pragma}")
+            if make and not _schema(database):
+                _make(database)
+            if _schema(database) != {**_SCHEMA, "": f"{_APPLICATION} {_VERSION}"}:
+                raise _Foreign("another schema")
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _refuse_strange(self) -> None:
+        """What SQLite must not even open: links, write-ahead logs, and journals that name a file to be deleted."""
+        journal, *logs = (self.path.with_name(NAME + end) for end in ("-journal", "-wal", "-shm"))
+        if any(path.is_symlink() for path in (self.path, journal, *logs)) or any(path.exists() for path in logs):
+            raise _Foreign("a link or a log beside it")
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            header = file.read(20)
+            if header and (header[:16] != b"SQLite format 3\0" or header[18:20] != b"\1\1"):
+                raise _Foreign("no such file of ours")
+        with contextlib.suppress(FileNotFoundError), open(journal, "rb") as file:
+            file.seek(max(0, journal.stat().st_size - len(_SUPER)))
+            if file.read() == _SUPER:
+                raise _Foreign("a journal of several files")
+
+    def _throw_away(self) -> None:
+        for end in ("", "-journal", "-wal", "-shm"):
+            try:
+                self.path.with_name(NAME + end).unlink(missing_ok=True)
+            except OSError as error:
+                self.trouble = f"{self.path} is damaged and cannot be removed ({error.strerror}): files are read again."
+
+
+def _schema(database: sqlite3.Connection) -> dict[str, str]:
+    """Table → the statement that made it, and under "" whose file it is; empty for an empty file."""
+    found: dict[str, str] = dict(database.execute("SELECT name, sql FROM sqlite_master").fetchall())
+    if found:
+        facts = [database.execute(f"PRAGMA {pragma}").fetchone()[0] for pragma in ("application_id", "user_version")]
+        found[""] = "{} {}".format(*facts)
+    return found
+
+
+def _make(database: sqlite3.Connection) -> None:
+    database.execute("BEGIN IMMEDIATE")
+    if not _schema(database):  # another process may have been quicker
+        for statement in _SCHEMA.values():
+            database.execute(statement)
+        database.execute(f"PRAGMA application_id = {_APPLICATION}")
+        database.execute(f"PRAGMA user_version = {_VERSION}")
+    database.execute("COMMIT")
+
+
+def _is_passing(error: sqlite3.Error) -> bool:
+    """Locked, read-only, disk full, ...: nothing is wrong with the file itself."""
+    return isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in _NOT_NOW)
+
+
+def _ask(database: sqlite3.Connection, keys: np.ndarray, stats: np.ndarray) -> np.ndarray:
+    """Digests S32 [n] for sorted ``keys`` [n]; an entry counts only where its stat and its checksum agree."""
+    digests = np.zeros(len(keys), DIGEST)
+    numbers = ",".join(map(str, keys.tolist()))
+    found = database.execute(
+        f"SELECT key, entry FROM files WHERE key IN ({numbers}) AND typeof(entry) = 'blob' AND length(entry) = {_SIZE}"
+    ).fetchall()
+    if not found:
+        return digests
+    place = np.searchsorted(keys, np.array([key for key, _ in found], np.int64))
+    entries = np.frombuffer(b"".join([entry for _, entry in found]), _ENTRY)
+    checks = np.array([_check(key, entry) for key, entry in found], np.uint64)
+    good = (entries["check"] == checks) & (entries["stat"] == stats[place]) & (stats["size"][place] >= 0)
+    hexadecimal = np.frombuffer(entries["digest"].tobytes().hex().encode(), DIGEST)
+    digests[place[good]] = hexadecimal[good]
+    return digests
+
+
+def _check(key: int, entry: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(entry[:-8], key & (1 << 64) - 1)
+
+
+def _entries(keys: np.ndarray, stats: np.ndarray, digests: np.ndarray) -> list[bytes]:
+    entries = np.zeros(len(keys), _ENTRY)
+    entries["stat"] = stats
+    entries["digest"] = np.frombuffer(bytes.fromhex(digests.tobytes().decode()), "V16")
+    plain = entries.tobytes()
+    for row, key in enumerate(keys.tolist()):
+        entries["check"][row] = _check(key, plain[row * _SIZE : (row + 1) * _SIZE])
+    sealed = entries.tobytes()
+    return [sealed[start : start + _SIZE] for start in range(0, len(sealed), _SIZE)]
+
+
+def _look(found: bytes) -> Look | None:
+    """A stored look, if it is one: its words are shown at a terminal."""
+    try:
+        width, height, kind = json.loads(found)
+    except (ValueError, TypeError):
+        return None
+    if type(width) is type(height) is int and 0 < width < 1 << 31 and 0 < height < 1 << 31 and isinstance(kind, str):
+        return (width, height, kind) if kind.isprintable() else None
+    return None

@@ -1,0 +1,413 @@
+"""Decode threads → forward pass → writer thread; precision, batches of exactly B.
+
+The extraction pipeline on one machine: decode threads → forward pass → writer thread.
+
+Order never depends on who finishes first: decoded images are taken in the order they were asked for, every forward
+pass has exactly B rows (a short batch is padded and the padding dropped), and the writer handles batches one by one.
+
+Forward passes as a store makes them: one device, one precision, batches of exactly B rows; and what they give.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from featurecache.backbones.base import Backbone
+from featurecache.errors import BadOption, UnreadableImage
+from featurecache.images import decoding as _images
+from featurecache.images.augmentation import AugmentationPlan
+from featurecache.images.decoding import prefetch
+from featurecache.images.headers import EncodedImage
+from featurecache.outputs import Output, blocks, derive, function_of, parse
+from featurecache.store.shards import TORCH_DTYPE, Layout, RowLocations, ShardWriter, read_rows
+from featurecache.store.spec import ExtractionSpec
+from featurecache.store.store import Store
+from featurecache.store.timings import Measured
+
+CHANGED = "the file changed while the extraction ran; run it again"
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A run of images and the outputs that are to be computed of them: one shard each."""
+
+    rows: np.ndarray  # [n] numbers of distinct images and of their copies
+    outputs: tuple[Output, ...]
+
+
+@dataclass
+class ExtractionJob:
+    """What the engine needs to know of an extraction; ``failures`` and ``measured`` are filled while it runs."""
+
+    store: Store
+    layouts: dict[str, Layout]
+    digests: np.ndarray  # [images] S32
+    read: Callable[[int], EncodedImage]  # by number of the distinct image
+    backbone: Backbone
+    compute: ForwardRunner
+    notes: dict[str, str]
+    workers: int
+    threads: int
+    fail_fast: bool = False
+    copying: AugmentationPlan | None = None  # which of the numbers are augmented copies
+    failures: dict[int, str] = field(default_factory=dict)
+    measured: Measured = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.measured = Measured(self.compute.device, self.compute.batch_size)
+
+    def prepare(self, number: int) -> torch.Tensor | str:
+        """One image as the network sees it, uint8 [3,h,w], or why not. Runs in a decode thread."""
+        source = self.copying.source(number) if self.copying else number
+        start = time.perf_counter()
+        try:
+            data = self.read(number)
+            if _images.digest(data).encode() != self.digests[source]:
+                return CHANGED
+            image = _images.decode(data)
+            if self.copying and source != number:
+                image = self.copying.augmented.augmentation.made(image, bytes(self.digests[number]))
+            pixels = self.backbone.preprocess.resized(image)
+            if source == number:
+                self.measured.loads.append(time.perf_counter() - start)
+            return pixels
+        except UnreadableImage as error:
+            return str(error)
+        except (RuntimeError, MemoryError, ValueError) as error:
+            return f"cannot be resized for the network: {error}"
+
+
+@dataclass
+class StageTimer:
+    """Seconds the main loop spent waiting for decoded images, computing, and waiting for the writer."""
+
+    reading: float = 0.0
+    computing: float = 0.0
+    writing: float = 0.0
+    images: int = 0
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+
+    def shares(self) -> dict[str, float]:
+        """Fractions of the time, summing to 1."""
+        parts = {"computing": self.computing, "decoding": self.reading, "writing": self.writing}
+        total = sum(parts.values()) or 1.0
+        return {key: value / total for key, value in parts.items()}
+
+
+class _Shards:
+    """The shards of one unit while they fill; used by the writer thread only."""
+
+    def __init__(self, job: ExtractionJob, unit: ShardPlan) -> None:
+        self._job, self._unit = job, unit
+        planned = job.digests[unit.rows]
+        self._writers: dict[Output, ShardWriter] = {}
+        try:
+            for output in unit.outputs:
+                layout = job.layouts[output.name]
+                self._writers[output] = ShardWriter(job.store.path, planned, layout, job.notes)
+        except BaseException:
+            self.discard()
+            raise
+
+    def write(self, numbers: list[int], rows: dict[str, torch.Tensor], errors: dict[str, torch.Tensor]) -> None:
+        """numbers [b] of images; rows [b, ...] per source, errors [b] per output. A row that does not fit the dtype is
+        never stored."""
+        kept = {source: tensor.cpu() for source, tensor in rows.items()}
+        good = self._finite(numbers, kept)
+        digests = [bytes(self._job.digests[numbers[k]]) for k in good]
+        for output, writer in self._writers.items():
+            tensor = kept[output.source][good] if len(good) < len(numbers) else kept[output.source]
+            if output.derived:
+                backbone = self._job.backbone
+                tensor = derive(output, tensor, len(backbone.prefix), backbone.grid)
+            measured = errors[output.name].cpu().numpy()[good] if output.name in errors else None
+            writer.append(digests, tensor.numpy(), measured)
+
+    def _finite(self, numbers: list[int], rows: dict[str, torch.Tensor]) -> list[int]:
+        good = []
+        for k, number in enumerate(numbers):
+            bad = next((source for source, tensor in rows.items() if not torch.isfinite(tensor[k]).all()), None)
+            if bad is None:
+                good.append(k)
+            else:
+                self._job.failures[number] = _why_not_finite(bad, rows[bad][k])
+        return good
+
+    def commit(self) -> None:
+        try:
+            for writer in self._writers.values():
+                writer.commit()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        for writer in self._writers.values():
+            writer.discard()
+
+
+def worker_threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads beside the one that computes. Each works alone: a team of OpenMP threads for every one of them would spin
+    and take the cores from the forward pass (tried: 7 % of a ViT's speed on two). The setting is the thread's own."""
+    return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
+
+
+class _Behind:
+    """One writer thread, a bounded number of batches behind the forward pass. Errors surface at the next call."""
+
+    def __init__(self, clock: StageTimer, most: int = 8) -> None:
+        self._pool = worker_threads(1, "write")
+        self._clock, self._most = clock, most
+        self._pending: deque[Future[Any]] = deque()
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        with self._clock.on("writing"):
+            self._pending.append(self._pool.submit(function, *arguments))
+            while len(self._pending) > self._most:
+                self._pending.popleft().result()
+
+    def finish(self) -> None:
+        """Wait for all that was handed over; raises the first error."""
+        with self._clock.on("writing"):
+            while self._pending:
+                self._pending.popleft().result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _why_not_finite(source: str, row: torch.Tensor) -> str:
+    if row.dtype == torch.float16 and not torch.isnan(row).any():
+        return f"{source} has values beyond 65,504, which do not fit float16; try --dtype float32"
+    return f"{source} has values that are not finite; try --precision fp32 and --dtype float32"
+
+
+def run_local(job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int, StageTimer], Any]) -> StageTimer:
+    """Compute the units in order and commit their shards. ``advance(images, clock)`` is called after every batch.
+
+    Interrupted (Ctrl-C, or an unreadable image under ``fail_fast``), what was computed is committed first.
+    """
+    clock = StageTimer()
+    decoders, behind = worker_threads(job.workers, "decode"), _Behind(clock)
+    items = ((unit, int(number)) for unit in units for number in unit.rows)
+    upcoming = prefetch(decoders, lambda item: job.prepare(item[1]), items, 2 * job.compute.batch_size + job.workers)
+    open_shards: list[_Shards] = []
+    try:
+        with exact_arithmetic(job.threads):
+            for unit in units:
+                open_shards.append(_Shards(job, unit))
+                try:
+                    _run_unit(job, unit, open_shards[-1], upcoming, behind, clock, advance)
+                finally:  # also when interrupted: what was computed is kept
+                    behind(open_shards[-1].commit)
+        behind.finish()
+    except (KeyboardInterrupt, UnreadableImage):
+        behind.finish()
+        raise
+    finally:
+        decoders.shutdown(cancel_futures=True)
+        behind.close()
+        for shards in open_shards:
+            shards.discard()
+    return clock
+
+
+def _run_unit(
+    job: ExtractionJob,
+    unit: ShardPlan,
+    shards: _Shards,
+    upcoming: Iterator[tuple[Any, Future[Any]]],
+    behind: _Behind,
+    clock: StageTimer,
+    advance: Callable[[int, StageTimer], Any],
+) -> None:
+    dtype = job.layouts[unit.outputs[0].name].dtype
+    for numbers, images in _batches(job, unit, upcoming, clock, advance):
+        with clock.on("computing"), job.measured.forward():
+            rows, errors = job.compute(images, unit.outputs, dtype)
+        behind(shards.write, numbers, rows, errors)
+        if job.fail_fast and job.failures:
+            raise UnreadableImage(next(iter(job.failures.values())))
+        clock.images += len(numbers)
+        job.measured.images += len(numbers)
+        advance(len(numbers), clock)
+
+
+def _batches(
+    job: ExtractionJob,
+    unit: ShardPlan,
+    upcoming: Iterator[tuple[Any, Future[Any]]],
+    clock: StageTimer,
+    advance: Callable[[int, StageTimer], Any],
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Batches of up to B readable images of one unit."""
+    numbers: list[int] = []
+    pixels: list[torch.Tensor] = []
+    for _ in range(len(unit.rows)):
+        with clock.on("reading"):
+            (_, number), future = next(upcoming)
+            image = future.result()
+        if isinstance(image, str):
+            job.failures[number] = image
+            advance(1, clock)
+            if job.fail_fast:
+                raise UnreadableImage(image)
+            continue
+        numbers.append(number)
+        pixels.append(image)
+        if len(numbers) == job.compute.batch_size:
+            yield numbers, torch.stack(pixels)
+            numbers, pixels = [], []
+    if numbers:
+        yield numbers, torch.stack(pixels)
+
+
+def derive_shards(
+    job: ExtractionJob,
+    units: list[tuple[ShardPlan, dict[str, RowLocations]]],
+    advance: Callable[[int, StageTimer], Any],
+) -> None:
+    """Compute outputs that are functions of stored tokens. ``Located`` says where the tokens of the unit's rows lie."""
+    for unit, places in units:
+        shards = _Shards(job, unit)
+        try:
+            for start in range(0, len(unit.rows), 64):
+                stretch = slice(start, start + 64)
+                rows = {source: read_rows(place[stretch], job.layouts[source]) for source, place in places.items()}
+                shards.write(unit.rows[stretch].tolist(), rows, {})
+                advance(len(unit.rows[stretch]), StageTimer())
+            shards.commit()
+        finally:
+            shards.discard()
+
+
+_PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """``auto``: CUDA, then MPS, then CPU."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadOption(f'no device "{device}" on this machine. --device auto takes what is there.') from error
+    return picked
+
+
+@contextlib.contextmanager
+def exact_arithmetic(threads: int) -> Iterator[None]:
+    """No TF32, no autotuned kernels, a fixed number of CPU threads; the caller's settings come back afterwards."""
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(threads)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.set_num_threads(before[1])
+
+
+class ForwardRunner:
+    """A backbone on a device, in one precision, in batches of exactly ``batch_size`` rows."""
+
+    def __init__(self, backbone: Backbone, precision: str, device: torch.device, batch_size: int) -> None:
+        self.backbone, self.device, self.batch_size = backbone, device, batch_size
+        self._dtype = _PRECISION[precision]
+        self._format = torch.channels_last if backbone.channels_last else torch.contiguous_format
+        backbone.model.to(device=device, dtype=self._dtype)
+        if backbone.channels_last:
+            backbone.model.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def __call__(
+        self, images: torch.Tensor, outputs: Sequence[Output], dtype: str
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """uint8 images [b,3,h,w], b ≤ B, to what ``outputs`` are made of, on the device.
+
+        Returns rows [b, ...] in the storage dtype for each source and, where that is float16, for each output what
+        rounding did to it: |stored − float32|₂ / |float32|₂, float32 [b].
+        """
+        count = len(images)
+        if count < self.batch_size:
+            images = torch.cat([images, images.new_zeros(self.batch_size - count, *images.shape[1:])])
+        pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
+        sources = {output.source: _parts(output.source) for output in outputs}
+        wanted = {part for parts in sources.values() for part in parts}
+        found = self.backbone.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), wanted)
+        exact = {key: torch.cat([found[part][:count].float() for part in parts], -1) for key, parts in sources.items()}
+        rows = {key: tensor.to(TORCH_DTYPE[dtype]) for key, tensor in exact.items()}
+        if dtype != "float16":
+            return rows, {}
+        return rows, {o.name: self._rounding(o, exact[o.source], rows[o.source]) for o in outputs}
+
+    def _rounding(self, output: Output, exact: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """Relative error [b] of an output as it is stored, against the one that would be without any rounding."""
+        rounded = stored.float()
+        if output.derived:
+            prefix, grid = len(self.backbone.prefix), self.backbone.grid
+            exact = function_of(output, exact, prefix, grid)
+            rounded = function_of(output, rounded, prefix, grid).to(stored.dtype).float()
+        size = exact.flatten(1).norm(dim=1)
+        return (rounded - exact).flatten(1).norm(dim=1) / size.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type
+
+    def seconds_per_batch(self, outputs: Sequence[Output]) -> float:
+        """A short probe: the second of two passes over black images."""
+        images = torch.zeros(self.batch_size, 3, *self.backbone.image_size, dtype=torch.uint8)
+        for _ in range(2):
+            start = time.perf_counter()
+            for rows in self(images, outputs, "float32")[0].values():
+                rows.cpu()
+        return time.perf_counter() - start
+
+
+def _parts(source: str) -> list[str]:
+    """ "tokens@last2" → ["tokens@-2", "tokens"]: what the backbone gives, to be concatenated."""
+    base, _, layer = source.partition("@")
+    return [f"{base}@{part}" if part else base for part in blocks(layer)]
+
+
+def output_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
+    """Shape and dtype of an output's rows. Raises OutputRefused where the backbone has none."""
+    backbone.offers(output.base if not output.layer else f"{output.base.split('-')[0]}@{output.layer}")
+    length = len(backbone.prefix) + backbone.grid[0] * backbone.grid[1]
+    width = backbone.width * len(blocks(output.layer))
+    shape = output.row_shape((length, width), len(backbone.prefix))
+    prefix, grid = output.layout(backbone.prefix, backbone.grid) or (None, None)
+    return Layout(output.name, shape, dtype, prefix, grid)
+
+
+def source_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
+    """The layout of the tokens an output is derived from."""
+    return output_layout(backbone, parse(output.source), dtype)
+
+
+def spec_of(backbone: Backbone, precision: str, dtype: str) -> ExtractionSpec:
+    preprocess = {**backbone.preprocess.to_dict(), "decoding": _images.DECODING}
+    return ExtractionSpec(
+        backbone.architecture, backbone.weights, preprocess, backbone.image_size, backbone.position_embeddings,
+        precision, dtype,
+    )  # fmt: skip

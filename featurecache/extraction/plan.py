@@ -1,0 +1,228 @@
+"""Before anything is computed: the images, the backbone, the cache, and what is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featurecache.backbones import load_backbone
+from featurecache.backbones.base import Backbone
+from featurecache.errors import BadOption, CacheError, SourceError
+from featurecache.extraction.digest_cache import DigestCache
+from featurecache.extraction.pipeline import output_layout, pick_device, source_layout, spec_of
+from featurecache.extraction.run import Extraction, ExtractionResult
+from featurecache.extraction.scan import ScanResult, scan
+from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies, augmentation_of
+from featurecache.outputs import Output, parse, parse_list
+from featurecache.sources import open_source
+from featurecache.sources.base import Dataset, may_be_trained_on
+from featurecache.sources.pseudonyms import hidden, load_secret
+from featurecache.store.shards import Layout, find_by_digest
+from featurecache.store.spec import ExtractionSpec
+from featurecache.store.store import Store, cache_folder, find_store, latest_generation, missing_outputs, stores
+from featurecache.store.view import View
+
+
+def prepare(
+    data: str | Path | Dataset = "digits",
+    *,
+    backbone: str,
+    outputs: str | Sequence[str] | None = None,
+    name: str | None = None,
+    weights: str | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+    image_size: int | None = None,
+    fit: str = "model",
+    precision: str = "auto",
+    dtype: str = "float16",
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    on_error: str = "report",
+    accept_drift: bool = False,
+    cache: str | Path | None = None,
+    columns: dict[str, str] | None = None,
+    task: str | None = None,
+    hash_ids: bool = False,
+    hash_groups: bool = False,
+    views: int | None = None,
+    augment: str | None = None,
+    augment_seed: int = 0,
+    remember: bool = False,
+    progress: bool = False,
+) -> Extraction:
+    """Look at the images, the backbone and the cache; nothing is computed or written.
+
+    ``remember``: write the digests of files to the cache while they are read, so that even a look that is killed need
+    not be repeated; otherwise `Extraction.run` writes them. ``hash_ids``, ``hash_groups``: see
+    `featurecache.sources.pseudonyms`. ``views``: so many copies of each training image, made by ``augment``
+    ("flip,rotate10,shift0.1", the words of `augment.KINDS`) and drawn by ``augment_seed``. Where the data have no
+    splits every image gets copies: which of them are for training is decided later. None: those that a view of this
+    name has; 0: none.
+    """
+    _check_options(on_error, batch_size, workers)
+    augmented = augmentation_of(views, augment, augment_seed)
+    asked = parse_list(outputs) if outputs is not None else None
+    dataset = data if isinstance(data, Dataset) else open_source(data, columns=columns, task=task)
+    folder = cache_folder(cache)
+    secret = load_secret(folder) if hash_ids or hash_groups else None
+    if secret:
+        dataset = hidden(dataset, secret, ids=hash_ids, groups=hash_groups)
+    picked = pick_device(device)
+    network = load_backbone(
+        backbone, weights=weights, random_weights=random_weights, seed=seed, image_size=image_size, fit=fit
+    )
+    name = name or dataset.name
+    _check_storable(dataset, name)
+    workers = workers or default_workers(picked)
+    wanted = asked or parse_list([name for name in (network.vector, "tokens") if name not in network.refused])
+    layouts = _layouts(network, wanted, dtype)  # refuses what the backbone has not, before anything is read
+    if secret and remember:
+        secret.keep()
+    memory, threads, fail = DigestCache(folder, writes=remember), max(workers, 4), on_error == "fail"
+    looked = scan(dataset, memory, secret.value if secret else b"", threads, progress=progress, fail=fail)
+    if looked.seen.memory.trouble:
+        dataset = replace(dataset, notes=(*dataset.notes, looked.seen.memory.trouble))
+    spec = spec_of(network, "fp32", dtype)
+    spec, reason = choose_precision(spec, precision, picked, folder, layouts, looked.digests)
+    spec = latest_generation(folder, spec)
+    store = find_store(folder, spec)
+    there = _view_there(store, name, dataset)
+    wanted = tuple(dict.fromkeys([*wanted, *(parse(output) for output in (there.outputs if there else ()))]))
+    layouts = _layouts(network, wanted, dtype)
+    kept = there.augmented if there else None
+    copying = _copying(dataset, kept if views is None else augmented, looked)
+    images, digests = looked.images, looked.digests
+    if copying:
+        images, digests = copying.with_copies(images), copying.digests(digests)
+    forward, derived = missing_outputs(wanted, layouts, store, digests)
+    return Extraction(
+        dataset, network, spec, wanted, name, folder, picked, on_error, workers, batch_size, store, images, digests,
+        looked.sample_image, looked.unread, layouts, forward, derived, reason, accept_drift, looked, secret, copying,
+        kept,
+    )  # fmt: skip
+
+
+def _copying(dataset: Dataset, augmented: AugmentedCopies | None, looked: ScanResult) -> AugmentationPlan | None:
+    if augmented is None:
+        return None
+    may = may_be_trained_on(dataset)
+    if not may.any():
+        raise BadOption(
+            f"augmented copies are made of training images, and {dataset.source.get('data')} has none: its splits are "
+            f"{', '.join(sorted(set(dataset.splits) - {''}))}. --views 0 goes on without copies."
+        )
+    sources = np.unique(looked.sample_image[may & (looked.sample_image >= 0)])
+    return AugmentationPlan(augmented, sources, len(looked.digests))
+
+
+def _layouts(network: Backbone, wanted: Sequence[Output], dtype: str) -> dict[str, Layout]:
+    layouts = {output.name: output_layout(network, output, dtype) for output in wanted}
+    return layouts | {o.source: source_layout(network, o, dtype) for o in wanted if o.derived}
+
+
+def extract(data: str | Path | Dataset = "digits", *, progress: bool = False, **options: Any) -> ExtractionResult:
+    """Run a backbone once over ``data`` and keep its outputs; see `prepare` for the options.
+
+    >>> result = featurecache.extract("chest/", backbone="vit-in21k", outputs="cls,tokens")       # doctest: +SKIP
+    >>> featurecache.open_view(result.view).tensor("cls")                                         # doctest: +SKIP
+    """
+    return prepare(data, remember=True, progress=progress, **options).run(progress=progress)
+
+
+def choose_precision(
+    spec: ExtractionSpec, precision: str, device: torch.device, cache: Path, layouts: dict[str, Layout],
+    digests: np.ndarray,
+) -> tuple[ExtractionSpec, str]:  # fmt: skip
+    """``auto``: that of an existing store of this backbone that holds these images, else the device's own."""
+    if precision != "auto":
+        return replace(spec, precision=precision), "as asked"
+    held: dict[str, int] = {}
+    for store in stores(cache):
+        if replace(store.spec, precision="fp32", generation=0) == spec:
+            known = held.get(store.spec.precision, 0)  # of another generation
+            held[store.spec.precision] = max(known, _held(store, layouts, digests))
+    if held and max(held.values()) > 0:
+        best = max(held, key=lambda key: held[key])
+        return replace(spec, precision=best), "as these images are stored already"
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                return replace(spec, precision="bf16"), "this GPU's own"
+    return spec, "exact"
+
+
+def _held(store: Store, layouts: dict[str, Layout], digests: np.ndarray) -> int:
+    """Most images that the store has one output of; a shard that cannot be read holds none (using it says so)."""
+    most = 0
+    for layout in layouts.values():
+        readable = []
+        for path in store.shard_paths(layout.output):
+            with contextlib.suppress(CacheError):
+                readable.append(store.shard(path, layout))
+        most = max(most, int(find_by_digest(readable, digests).found.sum()))
+    return most
+
+
+def _view_there(store: Store | None, name: str, dataset: Dataset) -> View | None:
+    """The view of this name, whose outputs and copies are kept; refuses to replace another dataset's view."""
+    path = store.path / f"{name}.h5" if store else None
+    if path is None or not path.exists():
+        return None
+    view = View(path, columns_only=True)
+    common = len(set(view.ids) & set(dataset.ids))
+    if bool(view.source.get("hash_ids")) != bool(dataset.source.get("hash_ids")):
+        was, now = ("with", "without") if view.source.get("hash_ids") else ("without", "with")
+        raise BadOption(
+            f"the view {view.label} was made {was} --hash-ids: {now} it no image has the name it has there. Give this "
+            f"one a name with --name, or remove that one first: featurecache rm {view.label}"
+        )
+    if 2 * common < len(view):
+        raise BadOption(
+            f"the view {view.label} holds {len(view):,} images of which {common:,} are in "
+            f"{dataset.source.get('data')}: it is another dataset. Give this one a name with --name."
+        )
+    return view
+
+
+def default_workers(device: torch.device) -> int:
+    """Decode threads: enough to feed a GPU; on a CPU the forward pass needs the cores."""
+    cores = os.cpu_count() or 1
+    return min(16, cores) if device.type != "cpu" else max(1, cores // 2)
+
+
+def _check_options(on_error: str, batch_size: int | None, workers: int | None) -> None:
+    if on_error not in ("report", "skip", "fail"):
+        raise BadOption(f'--on-error is report, skip or fail, not "{on_error}".')
+    for option, value in (("--batch-size", batch_size), ("--workers", workers)):
+        if value is not None and value < 1:
+            raise BadOption(f"{option} is at least 1, not {value}.")
+
+
+def _check_storable(dataset: Dataset, name: str) -> None:
+    """What would fail only when the view is written, after everything was computed."""
+    if not name or name.startswith(".") or "/" in name or "\0" in name or len(f"{name}.h5".encode()) > 255:
+        raise BadOption(
+            f'"{name[:60]}" cannot be the name of a view: no slash, no dot in front, at most 252 bytes. Choose --name.'
+        )
+    columns = {"ids": dataset.ids, "groups": dataset.groups or [], **dataset.meta}
+    for column, values in columns.items():
+        if column in ("", ".") or "\0" in column or _holds_nul(values):
+            raise SourceError(f'the column "{column}" has a NUL character or no usable name, which HDF5 cannot store.')
+    if len({column.replace("/", "∕") for column in dataset.meta}) < len(dataset.meta):
+        raise SourceError(f"two of the columns {', '.join(dataset.meta)} would have one name in the view; rename one.")
+
+
+def _holds_nul(values: list[str] | np.ndarray) -> bool:
+    if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
+        return False
+    stretches = (values[start : start + 10_000] for start in range(0, len(values), 10_000))
+    return any("\0" in "".join(map(str, stretch)) for stretch in stretches)

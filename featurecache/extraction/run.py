@@ -1,0 +1,433 @@
+"""One extraction from lock to view; failures, interruption, resume.
+
+Extraction: what is asked for, what is there already, and computing the difference.
+
+    extraction = prepare("chest/", backbone="vit-in21k")     # looks, computes nothing, writes nothing
+    result = extraction.run()                                # shards, then the view
+
+A feature is looked up by (fingerprint, output, digest): the same image in two datasets is computed once, and a run that
+was killed continues where its last shard was committed.
+
+The view of an extraction: which of its samples and copies have rows, and what the file says of itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from featurecache.backbones.base import Backbone
+from featurecache.errors import BadOption, CacheError, CannotWrite, Drift, SourceError, Stopped, UnreadableImage
+from featurecache.extraction import canary
+from featurecache.extraction.pipeline import (
+    CHANGED,
+    ExtractionJob,
+    ForwardRunner,
+    ShardPlan,
+    StageTimer,
+    derive_shards,
+    exact_arithmetic,
+    run_local,
+)
+from featurecache.extraction.scan import ScanResult
+from featurecache.files.atomic import FORMAT
+from featurecache.files.locks import shared_lock
+from featurecache.files.records import canonical_json
+from featurecache.formatting import progress_bar, size_text
+from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
+from featurecache.outputs import Output, parse
+from featurecache.sources.base import Dataset, may_be_trained_on
+from featurecache.sources.pseudonyms import Secret, plain_reason
+from featurecache.store.shards import Layout, RowLocations, notes_for
+from featurecache.store.spec import ExtractionSpec
+from featurecache.store.store import Store, create_store, missing_outputs, rows_per_shard, stores
+from featurecache.store.timings import cost_of, keep_cost
+from featurecache.store.write_view import ViewColumns, copy_failed, write_view
+
+ASK_BYTES = 20 * 10**9  # the command asks before it keeps more than this
+
+
+@dataclass(frozen=True)
+class ExtractionResult:
+    """What an extraction did. ``failed``: [(id, reason)] of samples that are not in the view."""
+
+    view: Path
+    outputs: tuple[str, ...]
+    images: int  # samples in the view
+    computed: int  # distinct images and copies that went through the backbone in this run
+    derived: int  # distinct images of which only functions of stored tokens were computed
+    seconds: float
+    shares: dict[str, float]
+    failed: list[tuple[str, str]]
+    copies: int = 0  # augmented copies in the view, beside the images
+    cost: dict[str, Any] | None = None  # what an image costs, in this run or an earlier one: see `View.cost`
+
+    @property
+    def images_per_s(self) -> float:
+        return self.computed / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class Extraction:
+    """A prepared extraction: everything is known except the features."""
+
+    dataset: Dataset
+    backbone: Backbone
+    spec: ExtractionSpec
+    outputs: tuple[Output, ...]
+    name: str
+    cache: Path
+    device: torch.device
+    on_error: str
+    workers: int
+    batch_size: int | None
+    store: Store | None
+    images: np.ndarray  # [images] first sample of each distinct image; then the same for the augmented copies
+    digests: np.ndarray  # [images] S32, and of the copies
+    sample_image: np.ndarray  # [N] number of the distinct image, -1 where the file could not be read
+    unread: dict[int, str]  # sample → reason
+    layouts: dict[str, Layout]
+    forward: list[tuple[np.ndarray, tuple[Output, ...]]]  # groups of images and what a pass must give of them
+    derived: list[tuple[np.ndarray, tuple[Output, ...]]]  # ... and what follows from stored tokens
+    precision_reason: str = ""
+    accept_drift: bool = False
+    looked: ScanResult | None = None  # what of it the cache is to remember
+    secret: Secret | None = None  # of hashed ids and groups
+    copying: AugmentationPlan | None = None  # the augmented copies
+    kept: AugmentedCopies | None = None  # those that the view of this name has
+    _compute: ForwardRunner | None = field(default=None, repr=False)
+
+    @property
+    def plain(self) -> int:
+        """Distinct images, without copies: those with the first numbers."""
+        return self.copying.first if self.copying else len(self.digests)
+
+    def counts(self, copies: bool) -> dict[str, int]:
+        """Of the distinct images, or of their augmented copies: how many are in the cache, and what the others need."""
+
+        def among(groups: list[tuple[np.ndarray, tuple[Output, ...]]]) -> int:
+            return sum(int(((rows >= self.plain) == copies).sum()) for rows, _ in groups)
+
+        all_ = len(self.digests) - self.plain if copies else self.plain
+        compute, derive = among(self.forward), among(self.derived)
+        return {"in_cache": all_ - compute - derive, "to_compute": compute, "to_derive": derive}
+
+    @property
+    def to_compute(self) -> int:
+        """Distinct images and copies that need the backbone."""
+        return sum(len(rows) for rows, _ in self.forward)
+
+    @property
+    def to_derive(self) -> int:
+        return sum(len(rows) for rows, _ in self.derived)
+
+    def bytes_of(self, names: Iterable[str] | None = None) -> int:
+        """What the outputs take on the disk for all distinct images and copies, stored already or not."""
+        wanted = [o.name for o in self.outputs] if names is None else names
+        return sum(self.layouts[name].row_bytes for name in wanted) * len(self.digests)
+
+    @property
+    def new_bytes(self) -> int:
+        groups = self.forward + self.derived
+        return sum(len(rows) * sum(self.layouts[o.name].row_bytes for o in outputs) for rows, outputs in groups)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """How this store computes on this kind of device; fixed by its first run."""
+        kept = (self.store.plan or {}).get(self.device.type) if self.store else None
+        if kept:
+            if self.forward and self.batch_size not in (None, kept["batch_size"]):
+                raise BadOption(
+                    f"{self.store.path.name} computes in batches of {kept['batch_size']} (its plan.json), "  # type: ignore[union-attr]
+                    f"not {self.batch_size}: the same images would get other bits. Leave --batch-size out."
+                )
+            return dict(kept)
+        size = self.batch_size or default_batch(self.backbone, self.device)
+        return {
+            "batch_size": size,
+            "threads": torch.get_num_threads(),
+            "memory_format": "channels_last" if self.backbone.channels_last else "contiguous",
+            "forward": "library",
+        }
+
+    def compute(self) -> ForwardRunner:
+        if self._compute is None:
+            self._compute = ForwardRunner(self.backbone, self.spec.precision, self.device, self.plan["batch_size"])
+        return self._compute
+
+    def rate(self) -> float:
+        """Images per second of the forward pass, by a short probe."""
+        outputs = {output for _, outputs in self.forward for output in outputs} or {parse("tokens")}
+        with exact_arithmetic(self.plan["threads"]):
+            return self.plan["batch_size"] / self.compute().seconds_per_batch(sorted(outputs, key=str))
+
+    def estimate(self) -> float | None:
+        """`rate`, or None where so little is to be computed that the probe would take as long as the work."""
+        return self.rate() if self.to_compute > 4 * self.plan["batch_size"] else None
+
+    def check_disk(self) -> None:
+        """Refuse what the disk cannot hold."""
+        folder = self.cache
+        while not folder.exists():
+            folder = folder.absolute().parent
+        free, needed = shutil.disk_usage(folder).free, int(self.new_bytes * 1.01) + (1 << 20)
+        if self.new_bytes and needed > free:
+            raise CannotWrite(
+                28, f"{size_text(self.new_bytes)} are to be written and {folder} has {size_text(free)} free. "
+                "Keep fewer outputs (--outputs), or choose another disk with --cache.",
+            )  # fmt: skip
+
+    def run(self, *, progress: bool = False, rate: float | None = None) -> ExtractionResult:
+        """Compute what is missing, then write the view. ``rate`` (images/s) sizes the shards; probed when not given.
+
+        Raises Drift when this machine computes other features than the store holds, unless that was accepted.
+        """
+        self.check_disk()
+        if self.secret:
+            self.secret.keep()
+        if self.looked:
+            self.looked.seen.keep()
+        try:
+            return self._run(progress, rate)
+        except Drift:
+            if not self.accept_drift:
+                raise
+        self._next_generation()
+        self.check_disk()
+        return self._run(progress, rate)
+
+    def _run(self, progress: bool, rate: float | None) -> ExtractionResult:
+        start = time.perf_counter()
+        store = self._open_store()
+        store.sweep()
+        with shared_lock(store.path, "extract"):
+            self._turn_to(self.spec, store)  # another process may have been here since the images were looked at
+            plan, clock = self._fix_plan(rate), StageTimer()
+            self._check_canary()
+            failures: dict[int, str] = {}
+            job: ExtractionJob | None = None
+            bar = progress_bar(self.to_compute + self.to_derive, progress)
+            try:
+                if self.to_compute or self.to_derive:
+                    job = self._job(plan)
+                    failures = job.failures
+                    derive_shards(job, self._derive_units(), lambda n, _: bar.update(n))
+                    if self.forward:
+                        clock = run_local(job, self._units(plan), lambda n, clock: _advance(bar, n, clock))
+                    if failures and self.on_error == "fail":  # found by the writer, behind the last batch
+                        raise UnreadableImage(next(iter(failures.values())))
+            except KeyboardInterrupt as error:
+                self._keep_cost(job, plan)
+                safe = sum(int(self.locate(o).found.sum()) for o in self.outputs[:1])
+                what = "images and copies" if self.copying else "images"
+                raise Stopped(f"stopped. {safe:,} {what} are safe; the same command continues.") from error
+            except UnreadableImage as error:
+                raise SourceError(f"{self._first_failure(failures)} (--on-error report goes on without it)") from error
+            finally:
+                bar.close()
+            self._keep_cost(job, plan)
+            path, images, copies, failed = write_view_of(self, failures)
+        seconds = time.perf_counter() - start
+        names = tuple(output.name for output in self.outputs)
+        return ExtractionResult(
+            path, names, images, clock.images, self.to_derive, seconds, clock.shares(), failed, copies,
+            cost_of(store.path, self.name),
+        )  # fmt: skip
+
+    def _open_store(self) -> Store:
+        if self.store is None:
+            made_of = {"backbone": self.backbone.name, "parameters": self.backbone.parameters}
+            provenance = {**self.backbone.provenance, **made_of}
+            self.store = create_store(self.cache, self.backbone.name, self.spec, provenance)
+        return self.store
+
+    def _check_canary(self) -> None:
+        """Before anything is written: does this machine compute what the store holds?"""
+        assert self.store is not None
+        wanted = [output for _, outputs in self.forward + self.derived for output in outputs]
+        if not wanted:
+            return
+        compute = self.compute() if self.forward else None
+        with exact_arithmetic(self.plan["threads"]):
+            canary.check(self.store, self.backbone, compute, list(dict.fromkeys(wanted)))
+
+    def _next_generation(self) -> None:
+        """Turn to the generation of the store that agrees with this machine; to a new one where none does."""
+        generation = self.spec.generation
+        plain = replace(self.spec, generation=0)
+        known = [store for store in stores(self.cache) if replace(store.spec, generation=0) == plain]
+        with exact_arithmetic(self.plan["threads"]):
+            for store in sorted(known, key=lambda store: -store.spec.generation):
+                generation = max(generation, store.spec.generation)
+                if canary.matches_this_machine(store, self.backbone, self.compute()):
+                    self._turn_to(store.spec, store)
+                    return
+        self._turn_to(replace(self.spec, generation=generation + 1), None)
+
+    def _turn_to(self, spec: ExtractionSpec, store: Store | None) -> None:
+        self.spec, self.store = spec, store
+        self.forward, self.derived = missing_outputs(self.outputs, self.layouts, store, self.digests)
+
+    def _fix_plan(self, rate: float | None) -> dict[str, Any]:
+        assert self.store is not None
+        plan = self.plan
+        if not self.forward:
+            return plan
+        if "images_per_s" not in plan and (speed := rate or self.estimate()):
+            plan["images_per_s"] = round(speed, 3)
+        plan = self.store.write_plan(self.device.type, plan)  # another process may have been first
+        if self._compute is not None and self._compute.batch_size != plan["batch_size"]:
+            self._compute = None
+        return plan
+
+    def _job(self, plan: dict[str, Any]) -> ExtractionJob:
+        assert self.store is not None
+        first = self.images
+        return ExtractionJob(
+            self.store, self.layouts, self.digests, lambda number: self.dataset.read(int(first[number])),
+            self.backbone, self.compute(), notes_for(self.spec.fingerprint, self.device.type, plan), self.workers,
+            plan["threads"], self.on_error == "fail", self.copying,
+        )  # fmt: skip
+
+    def _units(self, plan: dict[str, Any]) -> list[ShardPlan]:
+        units = []
+        for rows, outputs in self._apart(self.forward):
+            row_bytes = max(self.layouts[output.name].row_bytes for output in outputs)
+            length = rows_per_shard(len(rows), row_bytes, plan.get("images_per_s"), plan["batch_size"])
+            units += [ShardPlan(rows[start : start + length], outputs) for start in range(0, len(rows), length)]
+        return units
+
+    def _apart(
+        self, groups: list[tuple[np.ndarray, tuple[Output, ...]]]
+    ) -> Iterator[tuple[np.ndarray, tuple[Output, ...]]]:
+        """Images and copies in shards of their own: those of the images are the same with copies and without."""
+        for rows, outputs in groups:
+            for part in (rows[rows < self.plain], rows[rows >= self.plain]):
+                if len(part):
+                    yield part, outputs
+
+    def _derive_units(self) -> list[tuple[ShardPlan, dict[str, RowLocations]]]:
+        units = []
+        for rows, outputs in self._apart(self.derived):
+            row_bytes = max(self.layouts[output.name].row_bytes for output in outputs)
+            length = rows_per_shard(len(rows), row_bytes)
+            found = {source: self.locate(parse(source), rows) for source in {output.source for output in outputs}}
+            for start in range(0, len(rows), length):
+                part = slice(start, start + length)
+                places = {key: all_[part] for key, all_ in found.items()}
+                units.append((ShardPlan(rows[part], outputs), places))
+        return units
+
+    def locate(self, output: Output, rows: np.ndarray | None = None) -> RowLocations:
+        assert self.store is not None
+        digests = self.digests if rows is None else self.digests[rows]
+        return self.store.locate(self.layouts[output.name], digests)
+
+    def _keep_cost(self, job: ExtractionJob | None, plan: dict[str, Any]) -> None:
+        """Before the view is written: a view that is there has its cost beside it."""
+        if job is not None:
+            keep_cost(job.store.path, self.name, job.measured.record(self.spec.precision, plan["threads"]))
+
+    def _first_failure(self, failures: dict[int, str]) -> str:
+        number, reason = next(iter(failures.items()))
+        return f"{self.dataset.shown(int(self.images[number]))}: {reason}"
+
+
+def _advance(bar: tqdm, images: int, clock: StageTimer) -> None:
+    bar.set_postfix_str("  ".join(f"{key} {share:.0%}" for key, share in clock.shares().items()), refresh=False)
+    bar.update(images)
+
+
+def default_batch(backbone: Backbone, device: torch.device) -> int:
+    """Rows of a forward pass. On a CPU the activations of 8 images stay in the cache; a small ViT fills it with 32."""
+    if device.type != "cpu":
+        return 64
+    return 8 if backbone.channels_last or backbone.parameters > 10e6 else 32
+
+
+def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Path, int, int, list[tuple[str, str]]]:
+    """The view's path, how many images and copies are in it, and what is not, by the names that a person here finds
+    it by."""
+    assert extraction.store is not None
+    samples = np.flatnonzero(np.isin(extraction.sample_image, list(failures)))
+    reasons = {**extraction.unread, **{k: failures[int(extraction.sample_image[k])] for k in samples.tolist()}}
+    kept = np.delete(np.arange(len(extraction.dataset)), list(reasons))
+    copied, lost = _copies_of(extraction, kept, failures)
+    if extraction.looked:
+        changed = [k for k, reason in [*reasons.items(), *((k, r) for k, _, r in lost)] if reason == CHANGED]
+        extraction.looked.seen.forget(np.unique(np.array(changed, np.int64)))
+    located = {extraction.layouts[o.name]: extraction.locate(o) for o in extraction.outputs}
+    missing = [*sorted(reasons.items()), *((k, copy_failed(copy, reason)) for k, copy, reason in lost)]
+    failed = [(extraction.dataset.shown(sample), reason) for sample, reason in missing]
+    if not len(kept):
+        raise SourceError(
+            f"none of {len(extraction.dataset):,} images could be read. The first, {failed[0][0]}: {failed[0][1]}."
+        )
+    images = np.concatenate([extraction.sample_image[kept], *(numbers for _, numbers in copied)])
+    places = {layout: everywhere[images] for layout, everywhere in located.items()}
+    if not all(each.found.all() for each in places.values()):
+        raise CacheError(
+            f"rows that were in {extraction.store.path} are gone: somebody removes files there. "
+            "The same command computes them again."
+        )
+    rows = _rows_of(extraction.dataset, np.concatenate([kept, *(of for of, _ in copied)]), extraction.digests[images])
+    if extraction.copying:
+        copy = [np.full(len(of), 1 + number, np.int32) for number, (of, _) in enumerate(copied)]
+        rows = replace(rows, versions=np.concatenate([np.zeros(len(kept), np.int32), *copy]))
+    path = write_view(extraction.store, extraction.name, rows, _attributes(extraction, missing), places)
+    return path, len(kept), len(images) - len(kept), failed
+
+
+def _copies_of(
+    extraction: Extraction, kept: np.ndarray, failures: dict[int, str]
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[int, int, str]]]:
+    """For copy 1 … k: samples of ``kept`` that have it, and its numbers; and (sample, copy, why not) of others."""
+    if extraction.copying is None:
+        return [], []
+    may = kept[may_be_trained_on(extraction.dataset)[kept]]
+    copied, lost = [], []
+    for copy in range(1, extraction.copying.augmented.views + 1):
+        numbers = extraction.copying.numbers(extraction.sample_image[may], copy)
+        fine = ~np.isin(numbers, list(failures))
+        copied.append((may[fine], numbers[fine]))
+        lost += [(int(may[k]), copy, failures[int(numbers[k])]) for k in np.flatnonzero(~fine)]
+    return copied, lost
+
+
+def _attributes(extraction: Extraction, missing: list[tuple[int, str]]) -> dict[str, Any]:
+    failed = [(extraction.dataset.ids[sample], reason) for sample, reason in missing]
+    if "secret" in extraction.dataset.source:
+        failed = [(name, plain_reason(reason)) for name, reason in failed]
+    return {
+        "classes": json.dumps(extraction.dataset.classes, ensure_ascii=False),
+        "task": extraction.dataset.task,
+        "spec": canonical_json(extraction.spec.to_dict()),
+        "fingerprint": extraction.spec.fingerprint,
+        "provenance": canonical_json(extraction.store.provenance if extraction.store else {}),
+        "format_version": FORMAT,
+        "source": canonical_json(extraction.dataset.source),
+        "failed": json.dumps(failed, ensure_ascii=False),
+        **({"augmentation": canonical_json(extraction.copying.augmented.to_dict())} if extraction.copying else {}),
+    }
+
+
+def _rows_of(dataset: Dataset, kept: np.ndarray, digests: np.ndarray) -> ViewColumns:
+    places = None if np.array_equal(kept, np.arange(len(dataset))) else kept.tolist()
+
+    def pick(column: Any) -> Any:
+        if places is None:
+            return column
+        return column[kept] if isinstance(column, np.ndarray) else [column[sample] for sample in places]
+
+    groups = None if dataset.groups is None else pick(dataset.groups)
+    meta = {key: pick(column) for key, column in dataset.meta.items()}
+    return ViewColumns(pick(dataset.ids), pick(dataset.labels), pick(dataset.splits), digests, groups, meta)

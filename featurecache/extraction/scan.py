@@ -1,0 +1,273 @@
+"""The look at a dataset before anything is computed: which images are the same, and which have to be read to know it.
+
+A file that the cache remembers by its path and stat is not read; the rest is read once, in threads. From the bytes in
+its hands the look also takes the headers of some images, for sizes and kinds of pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from featurecache.errors import SourceError, UnreadableImage
+from featurecache.extraction.digest_cache import STAT, YOUNG, DigestCache, Look
+from featurecache.formatting import progress_bar
+from featurecache.images import decoding as _images
+from featurecache.images.decoding import prefetch
+from featurecache.images.headers import EncodedImage
+from featurecache.sources.base import Dataset, ImageArrays, ImageFiles, ImageRows
+from featurecache.sources.summary import LOOKED_AT, evenly_spaced
+from featurecache.store.schema import DIGEST
+
+_STRETCH = 16  # images of one task: a task for each would cost more than reading a small file
+_STATS = 500  # files of one task that asks for stats
+_PROBE = 4  # tasks before it is known how long one takes
+_KEEP_EVERY = 20.0  # seconds between writes to the memory: what a kill may cost
+
+_Found = tuple[np.ndarray, dict[int, str], dict[int, Look | str]]  # digests [n]; row → why not; row → header
+
+
+@dataclass
+class FileRecords:
+    """The files of a dataset as they were found, and what the cache is to remember of them."""
+
+    memory: DigestCache
+    keys: np.ndarray = field(repr=False)  # int64 [N]; empty where images lie in no file
+    stats: np.ndarray = field(repr=False)  # STAT [N]
+    settled: np.ndarray = field(repr=False)  # bool [N]: had not changed for a while when it was looked at
+    new: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)  # rows [n], digests [n]; to keep
+    looks: dict[bytes, Look] = field(default_factory=dict, repr=False)  # digest → header; to keep
+
+    def learn(self, rows: np.ndarray, digests: np.ndarray) -> None:
+        if len(self.keys):
+            known = self.settled[rows] & (digests != b"")
+            self.new.append((rows[known], digests[known]))
+
+    def keep(self) -> None:
+        """Write what was learned. Where that cannot be, ``memory.trouble`` says so."""
+        if not self.memory.writes:
+            self.memory = DigestCache(self.memory.path.parent, writes=True)
+        if self.new:
+            rows, digests = (np.concatenate(parts) for parts in zip(*self.new, strict=True))
+            self.memory.remember(self.keys[rows], self.stats[rows], digests)
+        self.memory.remember_looks(self.looks)
+        self.new, self.looks = [], {}
+
+    def forget(self, rows: np.ndarray) -> None:
+        """What the memory said of these files has turned out wrong."""
+        if len(self.keys):
+            DigestCache(self.memory.path.parent, writes=True).forget(self.keys[rows])
+
+
+@dataclass
+class ScanResult:
+    """What the samples of a dataset hold."""
+
+    images: np.ndarray  # [images] first sample of each distinct image, in the order of the source
+    digests: np.ndarray  # [images] S32
+    sample_image: np.ndarray  # [N] number of the distinct image, -1 where the file could not be read
+    unread: dict[int, str]  # sample → reason
+    headers: dict[int, Look | str]  # of some samples: what the header says, or why it cannot be read
+    seen: FileRecords
+
+
+def scan(
+    dataset: Dataset, memory: DigestCache, secret: bytes, workers: int, *, progress: bool = False, fail: bool = False
+) -> ScanResult:
+    """Know every image by its digest, reading those that ``memory`` does not know; what is learned is kept now and then
+    if the memory may write. ``fail``: raise SourceError at the first image that cannot be read."""
+    with ThreadPoolExecutor(workers) as pool:
+        seen = _see(dataset, memory, secret, pool)
+        digests = memory.recall(seen.keys, seen.stats) if len(seen.keys) else np.zeros(len(dataset), DIGEST)
+        wanted = _header_rows(dataset, seen.keys)
+        headers = _remembered_headers(memory, wanted, digests)
+        unread: dict[int, str] = {}
+        missing = digests == b""
+        missing[[row for row in wanted.tolist() if row not in headers]] = True
+        look = _Reading(dataset, set(wanted.tolist()) - set(headers))
+        rows = np.flatnonzero(missing)
+        stretches = [rows[start : start + _STRETCH] for start in range(0, len(rows), _STRETCH)]
+        kept = time.monotonic()
+        with progress_bar(len(dataset), progress, "look") as bar:
+            bar.update(len(dataset) - len(rows))
+            for stretch, (found, failures, looks) in _in_turn(look, stretches, pool, 8 * workers, _STRETCH * 100e-6):
+                if failures and fail:
+                    row, reason = next(iter(failures.items()))
+                    raise SourceError(f"{dataset.shown(row)}: {reason} (--on-error report goes on without it)")
+                digests[stretch] = found
+                unread |= failures
+                headers |= looks
+                seen.learn(stretch, found)
+                seen.looks |= {bytes(digests[row]): header for row, header in looks.items() if type(header) is tuple}
+                bar.update(len(stretch))
+                if memory.writes and time.monotonic() - kept > _KEEP_EVERY:
+                    seen.keep()
+                    kept = time.monotonic()
+        if memory.writes:
+            seen.keep()
+            seen.stats = seen.stats[:0]  # 32 bytes an image that nobody needs any more
+    return ScanResult(*_distinct(digests), unread, headers, seen)
+
+
+def _in_turn(
+    function: Callable[[Any], Any], parts: Sequence[Any], pool: ThreadPoolExecutor, window: int, quick: float
+) -> Iterator[tuple[Any, Any]]:
+    """(part, what ``function`` makes of it) in order; in threads once a part takes more than ``quick`` seconds.
+
+    Threads are for files that are waited for or take long to hash. With small ones from memory they only fight for the
+    interpreter (tried: four take three times as long as one).
+    """
+    mean = 0.0
+    for number, part in enumerate(parts):
+        if number >= _PROBE and mean > quick:
+            for later, future in prefetch(pool, function, parts[number:], window):
+                yield later, future.result()
+            return
+        start = time.perf_counter()
+        found = function(part)
+        took = time.perf_counter() - start
+        mean += (took - mean) / min(number + 1, 8)
+        yield part, found
+
+
+class _Reading:
+    """Reads images, for their digests and some headers; called in threads."""
+
+    def __init__(self, dataset: Dataset, headers: set[int]) -> None:
+        self._dataset, self._headers = dataset, headers
+
+    def __call__(self, rows: np.ndarray) -> _Found:
+        """Digests S32 [n], empty where an image cannot be read; why not; and headers."""
+        digests = np.zeros(len(rows), DIGEST)
+        failures: dict[int, str] = {}
+        headers: dict[int, Look | str] = {}
+        for k, row in enumerate(rows.tolist()):
+            try:
+                data = self._dataset.read(row)
+                digests[k] = _images.digest(data).encode()
+            except UnreadableImage as error:
+                failures[row] = str(error)
+                if row in self._headers:
+                    headers[row] = str(error)
+                continue
+            if row in self._headers:
+                headers[row] = _header(data)
+        return digests, failures, headers
+
+
+def _header(data: EncodedImage) -> Look | str:
+    try:
+        return _images.image_header(data)
+    except UnreadableImage as error:
+        return str(error)
+
+
+def _header_rows(dataset: Dataset, keys: np.ndarray) -> np.ndarray:
+    """Of which images the header is looked at: where they lie in files the lowest keys, so that adding an image to
+    100,000 makes at most one other be read."""
+    if len(keys) > LOOKED_AT:
+        return np.sort(np.argpartition(keys, LOOKED_AT)[:LOOKED_AT])
+    return evenly_spaced(np.arange(len(dataset)), LOOKED_AT)
+
+
+def _remembered_headers(memory: DigestCache, rows: np.ndarray, digests: np.ndarray) -> dict[int, Look | str]:
+    known = memory.looks({bytes(digest) for digest in digests[rows]} - {b""})
+    return {row: known[bytes(digests[row])] for row in rows.tolist() if bytes(digests[row]) in known}
+
+
+def _distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """digests [N] S32 → first sample of each distinct image, its digest, the image of each sample (-1: none).
+
+    As np.unique does it, with a third of the memory; images in the order of the source.
+    """
+    order = np.argsort(digests, kind="stable")
+    begins = np.ones(len(digests), bool)
+    ordered = digests[order]
+    begins[1:] = ordered[1:] != ordered[:-1]
+    del ordered
+    first = order[begins]  # by digest; the sort is stable, so each is the lowest sample of its image
+    known = digests[first] != b""
+    place = np.argsort(first)
+    place = place[known[place]]
+    number = np.full(len(first), -1, np.int64)
+    number[place] = np.arange(len(place))
+    sample_image = np.empty(len(digests), np.int64)
+    sample_image[order] = np.repeat(number, np.diff(np.append(np.flatnonzero(begins), len(digests))))
+    images = first[place]
+    return images, digests[images] if len(images) < len(digests) else digests, sample_image
+
+
+def _see(dataset: Dataset, memory: DigestCache, secret: bytes, pool: ThreadPoolExecutor) -> FileRecords:
+    """Keys and stats of the files of a dataset. Rows of an archive share its stat."""
+    images = dataset.images
+    if isinstance(images, ImageFiles):
+        parts = [slice(start, start + _STATS) for start in range(0, len(dataset), _STATS)]
+        keys = np.empty(len(dataset), np.int64)
+        stats, settled = np.empty(len(dataset), STAT), np.empty(len(dataset), bool)
+        ask = partial(_stats_of, images)
+        for part, found in _in_turn(ask, parts, pool, 64, _STATS * 20e-6):
+            keys[part] = _keys(images.root, images.ids[part], secret)
+            stats[part], settled[part] = found
+    elif isinstance(images, ImageArrays | ImageRows) and (files := _holders(images)):
+        keys = _keys("\0".join(files), [str(row) for row in range(len(dataset))], secret)
+        stats, settled = (np.repeat(column, len(dataset)) for column in _stats_of_all(files))
+    else:
+        keys, stats, settled = np.zeros(0, np.int64), np.zeros(0, STAT), np.zeros(0, bool)
+    return FileRecords(memory, keys, stats, settled)
+
+
+def _holders(images: ImageArrays | ImageRows) -> tuple[str, ...]:
+    """The files that hold the rows of all images; none where nobody knows."""
+    if isinstance(images, ImageRows):
+        return images.files
+    return () if images.file is None else (images.file,)
+
+
+def _stats_of_all(files: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """One stat, STAT [1], for files that hold images together: another as soon as one of them has another."""
+    stats, settled = _stats("", files)
+    if len(files) > 1 and (stats["size"] >= 0).all():
+        together = int.from_bytes(hashlib.blake2b(stats.tobytes(), digest_size=8).digest(), "little")
+        sums = (stats["size"].sum(), stats["mtime"].max(), stats["ctime"].max(), together)
+        return np.array([sums], STAT), np.array([settled.all()])
+    return stats[:1] if len(files) == 1 else np.array([(-1, 0, 0, 0)], STAT), np.array([settled.all()])
+
+
+def _keys(root: str, names: Sequence[str], secret: bytes) -> np.ndarray:
+    """int64 [N]: BLAKE2b-64 of the absolute path. (Two files of one key only forget each other: stats differ.)"""
+    below = hashlib.blake2b(os.fsencode(root) + b"/", digest_size=8, key=secret)
+    alone = hashlib.blake2b(digest_size=8, key=secret)
+    hashes = []
+    for name in names:
+        found = (alone if name.startswith("/") else below).copy()
+        found.update(name.encode(errors="surrogateescape"))
+        hashes.append(found.digest())
+    return np.frombuffer(b"".join(hashes), "<i8").astype(np.int64)
+
+
+def _stats_of(images: ImageFiles, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    return _stats("", [images.path(row) for row in range(rows.start, min(rows.stop, len(images.ids)))])
+
+
+def _stats(root: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """STAT [n] of files, size -1 where there is none, and bool [n]: unchanged for ``YOUNG`` before now."""
+    now = time.time_ns()
+    found = []
+    for name in names:
+        try:
+            status = os.stat(os.path.join(root, name))
+            size = status.st_size if stat.S_ISREG(status.st_mode) else -1
+            found.append((size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+        except (OSError, ValueError):  # gone; a zero byte in its name
+            found.append((-1, 0, 0, 0))
+    stats = np.array(found, STAT)
+    return stats, np.maximum(stats["mtime"], stats["ctime"]) < now - YOUNG

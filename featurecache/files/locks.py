@@ -1,0 +1,146 @@
+"""Who works in a store at the moment: many may add to it at once, whoever takes something away must be alone.
+
+Readers need no lock: a file with its final name is whole, and a mapped file outlives its name. Only two things must not
+meet: an extraction, whose newest shards no view names yet, and a command that removes what no view names. Each puts a
+mark into the store, a hidden file with its process, host and time, and holds it locked (flock) for as long as it lives;
+then it looks for marks of the other kind. A mark that can be locked, or whose process is gone, is a dead one's: it is
+removed. On a file system without locks a mark from another host counts as alive, and the error names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from featurecache.errors import InUse
+from featurecache.files.atomic import NO_LOCKS, locked_draft, writing
+
+_WORKING, _ALONE = ".working-", ".alone-"
+
+
+@contextlib.contextmanager
+def shared_lock(store: Path, what: str) -> Iterator[None]:
+    """While rows are added to ``store``. Raises InUse when somebody is `alone` in it."""
+    with _mark(store, _WORKING, what):
+        _refuse_others(store, (_ALONE,), None)
+        yield
+
+
+@contextlib.contextmanager
+def exclusive_lock(store: Path, what: str) -> Iterator[None]:
+    """While files of ``store`` are removed or replaced. Raises InUse when anybody works in it."""
+    with _mark(store, _ALONE, what) as mine:
+        _refuse_others(store, (_WORKING, _ALONE), mine)
+        yield
+
+
+@contextlib.contextmanager
+def update_lock(store: Path) -> Iterator[None]:
+    """For reading a small file of the store, changing it and writing it back; others wait for their turn."""
+    with writing(store):
+        descriptor = os.open(store / "spec.json", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)  # there while the store is
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _mark(store: Path, kind: str, what: str) -> Iterator[Path]:
+    """A mark under its final name, complete and locked before anybody can see it."""
+    path = store / f"{kind}{secrets.token_hex(8)}"
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    record = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "what": what}
+    with writing(path):
+        temporary, descriptor = locked_draft(path)
+    try:
+        with writing(path):
+            os.write(descriptor, json.dumps(record).encode())
+            os.rename(temporary, path)
+        yield path
+    finally:
+        for name in (path, temporary):
+            with contextlib.suppress(OSError):  # the store itself may be gone
+                name.unlink()
+        os.close(descriptor)
+
+
+def _refuse_others(store: Path, kinds: tuple[str, ...], mine: Path | None) -> None:
+    """Marks of the dead go, of whatever kind."""
+    for path in sorted(store.glob(".*-*")):
+        if path == mine or path.suffix or not path.name.startswith((_WORKING, _ALONE)):
+            continue
+        if (holder := _holder(path)) is not None and path.name.startswith(kinds):
+            raise InUse(
+                f"{store} is in use: {holder.get('what')} by process {holder.get('pid')} on {holder.get('host')} since "
+                f"{holder.get('since')}. Try again when it has finished; if there is no such process, delete {path}."
+            )
+
+
+def _holder(path: Path) -> dict[str, Any] | None:
+    """What a mark says of a process that lives, or None; a dead one's mark is removed."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:  # finished meanwhile
+        return None
+    except OSError as error:
+        return {"what": f"a mark that cannot be read ({error.strerror})"}
+    try:
+        record = _read_record(descriptor)
+        if _is_dead(descriptor, record):
+            with writing(path):
+                path.unlink(missing_ok=True)
+            return None
+        return record
+    finally:
+        os.close(descriptor)
+
+
+def _read_record(descriptor: int) -> dict[str, Any]:
+    try:
+        record = json.loads(os.pread(descriptor, 4096, 0))
+    except (ValueError, RecursionError):
+        record = None
+    return record if isinstance(record, dict) else {"what": "something"}
+
+
+def _is_dead(descriptor: int, record: dict[str, Any]) -> bool:
+    if (locked := _try_lock(descriptor)) is not None:
+        return locked
+    return record.get("host") == socket.gethostname() and not _lives(record.get("pid"))
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """True: it is ours now; False: somebody holds it; None: no locks here."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        return False
+    return True
+
+
+def _lives(pid: Any) -> bool:
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # another user's
+    return True

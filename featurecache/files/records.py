@@ -1,0 +1,176 @@
+"""Checked JSON: canonical form, checksummed write and read, type checks, provenance.
+
+JSON from files and attributes, read with care: it may have been written by anybody.
+
+Bounded in size and depth; refused: a key that stands twice, NaN and infinities, numbers beyond 64 bits, half characters
+(lone surrogates, which nothing can write or print). What a record means is checked by whoever asked for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from featurecache.errors import CacheError, DamagedFile
+from featurecache.files.atomic import open_regular
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling for one value: sorted keys, no spaces, no NaN, UTF-8 as it is."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def plain(data: Any) -> Any:
+    """The same with NaN and infinities as None: JSON has none."""
+    if isinstance(data, dict):
+        return {key: plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+MOST = 1 << 24  # bytes of a file
+DEEPEST = 64
+_CHECK = "check"
+
+
+def read_record(path: Path, most: int = MOST) -> dict[str, Any]:
+    """The object in a JSON file. Raises CacheError, which says what is wrong with it."""
+    return _object(_read(path, most), path)
+
+
+def write_checked_json(record: dict[str, Any]) -> bytes:
+    """The text of a record with a hash of it, ``check``, so that every flipped bit is noticed."""
+    return _text({_CHECK: xxhash.xxh3_64_hexdigest(_text(record)), **record})
+
+
+def read_checked_json(path: Path) -> tuple[dict[str, Any], bool]:
+    """(the record without its check, whether it is the text that was sealed). One without a check, made by hand, is
+    taken as it is."""
+    text = _read(path, MOST)
+    record = _object(text, path)
+    check = record.pop(_CHECK, None)
+    return record, check is None or text.encode() == write_checked_json(record)
+
+
+def refuse_broken(path: Path) -> DamagedFile:
+    return DamagedFile(
+        f"{path} is damaged, or was changed by hand: its text is not the one that was written. featurecache repair "
+        "restores it."
+    )
+
+
+def _text(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _read(path: Path, most: int) -> str:
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise CacheError(f"{path} has {size:,} bytes; a record has at most {most:,}.")
+            return file.read(most).decode("utf-8")
+    except FileNotFoundError as error:
+        raise CacheError(f"{path} is missing.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CacheError(f"{path} cannot be read: {error}.") from error
+
+
+def _object(text: str, path: Path) -> dict[str, Any]:
+    record = parse(text, str(path))
+    if not isinstance(record, dict):
+        raise CacheError(f"{path} holds {type(record).__name__}, not a record.")
+    return record
+
+
+def parse(text: Any, where: str) -> Any:
+    """The value of JSON text; ``where`` names it in the CacheError."""
+    if not isinstance(text, str):
+        raise CacheError(f"{where} cannot be read: it is {type(text).__name__}, not text.")
+    try:
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
+    except RecursionError as error:
+        raise CacheError(f"{where} cannot be read: it is nested deeper than {DEEPEST} levels.") from error
+    except ValueError as error:
+        raise CacheError(f"{where} cannot be read: {error}.") from error
+    _check(value, where)
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return record
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _check(value: Any, where: str) -> None:
+    """Depth and leaves, without recursion."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [part for whole in level for part in _parts(whole, where)]
+        if not level:
+            return
+    raise CacheError(f"{where} cannot be read: it is nested deeper than {DEEPEST} levels.")
+
+
+def _parts(value: Any, where: str) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, list):
+        return value
+    if isinstance(value, str) and not is_text(value):
+        raise CacheError(f"{where} cannot be read: it holds half a character ({value[:40]!a}).")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise CacheError(f"{where} cannot be read: it holds a number beyond all bounds.")
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        raise CacheError(f"{where} cannot be read: it holds a whole number of more than 64 bits.")
+    return []
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8; half of a surrogate pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def checked_plan(plan: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The plan of a store, of which the numbers steer a forward pass."""
+    for device, how in plan.items():
+        bounds = {"batch_size": 1 << 16, "threads": 1 << 12}
+        if not isinstance(how, dict) or not all(
+            type(how.get(key)) is int and 0 < how[key] <= most for key, most in bounds.items()
+        ):
+            raise CacheError(f"{path} has no batch_size and threads for {device[:40]!a}. Delete it to plan anew.")
+    return plan
+
+
+_REQUEST = {"name": str, "weights": str, "random_weights": bool, "seed": int, "image_size": int, "fit": str}
+
+
+def check_provenance(provenance: Any, path: Path) -> None:
+    """What a store says of its origin: text, and the request by which its backbone can be loaded again."""
+    request = provenance.get("request", {}) if isinstance(provenance, dict) else None
+    fine = (
+        isinstance(request, dict)
+        and ("name" in request or not request)
+        and all(key in _REQUEST and (value is None or type(value) is _REQUEST[key]) for key, value in request.items())
+    )
+    versions = provenance.get("versions", {}) if fine else {}
+    words = [provenance.get(key) for key in ("backbone", "id", "revision", "licence")] if fine else []
+    if not fine or not isinstance(versions, dict) or not all(w is None or isinstance(w, str) for w in words):
+        raise CacheError(f"{path}: its provenance is not that of a store (a name, a request, versions).")

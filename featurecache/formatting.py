@@ -1,0 +1,135 @@
+"""Text for people: sizes, durations, aligned columns, a, b, … (12), escaping of foreign text and of CSV cells.
+
+Amounts for people: bytes, seconds, shapes, aligned lines, and the progress bars that count them.
+
+Text in the CSV files we write, so that no spreadsheet runs it as a formula.
+
+A cell that begins with = + - @ (or their full-width forms), a tab or a line break gets an apostrophe in front, which
+spreadsheets take for "this is text". One that is a plain number does not. `text_of` takes it off again; for any text
+``text_of(cell(text)) == text``, also for text that begins with apostrophes itself.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+
+def milliseconds(value: float) -> str:
+    """Three digits: 123, 12.3, 0.0123."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def plain(text: str) -> str:
+    """Text for a terminal: what would move its cursor, colour it or turn its direction is shown as an escape.
+
+    Line breaks and tabs stay; a name that might bring its own goes through `one_line` where it is put into a line.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() or _harmless(c) else _escaped(c) for c in text)
+
+
+def _harmless(character: str) -> bool:
+    """Spaces of other widths, and the joiners that some scripts need to be spelt."""
+    return unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "backslashreplace").decode()
+
+
+def one_line(value: Any) -> Any:
+    """Every text in a record without line breaks, tabs and what `plain` takes out: names cannot make lines."""
+    if isinstance(value, str):
+        return plain(value).replace("\n", "\\n").replace("\t", "\\t")
+    if isinstance(value, dict):
+        return {one_line(key): one_line(part) for key, part in value.items()}
+    return [one_line(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def printable(words: str) -> str:
+    """Control characters, line separators and half characters of undecodable file names as backslash escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in words)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def align(rows: Sequence[Sequence[str]], right: int = 1) -> list[str]:
+    """Columns padded to their widest cell; from column ``right`` on to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(w) if i >= right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def size_text(size: float) -> str:
+    """Bytes for people, decimal: 2.8 MB, 0.54 GB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale or (unit == "GB" and size >= 5e8):
+            return f"{size / scale:.3g} {unit}"
+    return f"{int(size)} B"
+
+
+def columns(rows: Iterable[tuple[str, str]], indent: int = 11) -> str:
+    """``word       text`` lines; continuation lines of a text are indented like it."""
+    lines = []
+    for word, text in rows:
+        first, *rest = text.splitlines() or [""]
+        lines += [f"{word:<{indent}}{first}", *(" " * indent + line for line in rest)]
+    return "\n".join(lines)
+
+
+def shape_text(name: str, shape: tuple[int, ...]) -> str:
+    return f"{name} [{'×'.join(map(str, shape))}]"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def progress_bar(total: int, progress: bool, what: str = "extract") -> tqdm:
+    style = "{desc} {percentage:3.0f} % {bar} {n:,}/{total:,}  {rate_fmt}{postfix}  eta {remaining}"
+    return tqdm(
+        total=total, desc=what, disable=None if progress else True, unit=" img", bar_format=style, leave=False,
+        smoothing=0.1, dynamic_ncols=True,
+    )  # fmt: skip
+
+
+def byte_bar(total: int, what: str, progress: bool) -> tqdm:
+    """A progress bar over bytes, on stderr; none where that is no terminal."""
+    style = "{desc} {percentage:3.0f} % {bar} {n_fmt}/{total_fmt}  {rate_fmt}  eta {remaining}"
+    return tqdm(
+        total=total, desc=what, disable=None if progress else True, unit="B", unit_scale=True, bar_format=style,
+        leave=False, dynamic_ncols=True,
+    )  # fmt: skip
+
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+_NUMBER = re.compile(r"'*[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
+
+
+def _would_run(text: str) -> bool:
+    return _FORMULA.match(text) is not None and _NUMBER.fullmatch(text) is None
+
+
+def cell(value: Any) -> Any:
+    """``value`` as it is written into a CSV; only text changes."""
+    return "'" + value if isinstance(value, str) and _would_run(value) else value
+
+
+def text_of(written: str) -> str:
+    """The text that was written as ``written``; what somebody else wrote without an apostrophe stays as it is."""
+    return written[1:] if written.startswith("'") and _would_run(written) else written

@@ -1,0 +1,1 @@
+"""featurecache.images"""

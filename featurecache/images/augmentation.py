@@ -1,0 +1,352 @@
+"""Augmented copies, drawn from the digest; --views, --augment.
+
+Augmented copies of training images, drawn once and stored: ``--views 2 --augment flip,rotate10,shift0.1``.
+
+An augmentation is a list of steps. They are done in their order by torchvision's operations on the decoded image,
+uint8 [3,H,W], before the backbone's own preprocessing. What a step leaves open (whether to flip, by how many degrees)
+is drawn from the digest of the copy alone: BLAKE2b-128 of the canonical JSON of [digest of the image, augmentation,
+number of the copy]. So a copy has the same pixels in any order, batch, thread or process, and may be made again years
+later.
+
+Where a flipped copy may mean something else than the image: a warning, never a refusal.
+
+Whether a label depends on the side can be guessed from names only: classes called left and right (OS and OD for eyes),
+or digits, letters and other writing. Where nothing is known of the images one general sentence is said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featurecache.errors import BadOption, CacheError, nearest
+from featurecache.files.records import canonical_json
+
+if TYPE_CHECKING:
+    import torch
+
+RULES = 1  # raised when a step makes other pixels than before
+MOST_VIEWS = 10_000
+_DIGEST = np.dtype("S32")
+
+
+def _flip(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
+    from torchvision.transforms.v2 import functional
+
+    return functional.horizontal_flip(image) if drawn[0] < 0.5 else image
+
+
+def _vflip(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
+    from torchvision.transforms.v2 import functional
+
+    return functional.vertical_flip(image) if drawn[0] < 0.5 else image
+
+
+def _rotate(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
+    """Without ``fill``, which is black too but darkens the border twice (torchvision 0.26, `_apply_grid_transform`)."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
+
+    return functional.rotate(image, _around(0, amount, drawn[0]), interpolation=InterpolationMode.BILINEAR)
+
+
+def _shift(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
+    """By whole pixels, so nothing is interpolated: a crop that begins outside is filled with black."""
+    from torchvision.transforms.v2 import functional
+
+    height, width = image.shape[-2:]
+    down, right = (round(_around(0, amount * side, u)) for side, u in zip((height, width), drawn, strict=True))
+    return functional.crop(image, -down, -right, height, width)
+
+
+def _scale(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
+
+    factor = _around(1, amount, drawn[0])
+    return functional.affine(
+        image, angle=0.0, translate=[0, 0], scale=factor, shear=[0.0, 0.0], interpolation=InterpolationMode.BILINEAR
+    )
+
+
+def _brightness(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
+    from torchvision.transforms.v2 import functional
+
+    return functional.adjust_brightness(image, _around(1, amount, drawn[0]))
+
+
+def _contrast(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
+    from torchvision.transforms.v2 import functional
+
+    return functional.adjust_contrast(image, _around(1, amount, drawn[0]))
+
+
+def _around(middle: float, amount: float, drawn: float) -> float:
+    """``drawn`` in [0, 1) spread evenly over middle ± amount."""
+    return middle + amount * (2 * drawn - 1)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One word of ``--augment``. ``make`` takes the image, the amount and the numbers drawn, in [0, 1)."""
+
+    form: str  # as it is typed
+    about: str
+    amount: str | None  # what the number behind the word is; None: there is none
+    most: float  # the number is above 0 and at most this
+    settled: dict[str, Any]  # what else decides the pixels
+    draws: int
+    make: Callable[[torch.Tensor, float, Sequence[float]], torch.Tensor]
+
+
+_BILINEAR = {"interpolation": "bilinear", "outside": "black"}
+# To add a step: a function and a line. Its words are in the key of every copy; a change of one raises RULES.
+KINDS: dict[str, Operation] = {
+    "flip": Operation(
+        "flip", "left and right exchanged, in half of the copies", None, 0, {"probability": 0.5}, 1, _flip
+    ),
+    "vflip": Operation(
+        "vflip", "top and bottom exchanged, in half of the copies", None, 0, {"probability": 0.5}, 1, _vflip
+    ),
+    "rotate": Operation("rotate10", "turned by up to 10 degrees either way", "degrees", 180, _BILINEAR, 1, _rotate),
+    "shift": Operation(
+        "shift0.1", "moved by up to a tenth of height and width", "fraction", 0.99, {"outside": "black"}, 2, _shift
+    ),
+    "scale": Operation("scale0.1", "enlarged or made smaller by up to a tenth", "fraction", 0.9, _BILINEAR, 1, _scale),
+    "brightness": Operation("brightness0.2", "times 0.8 to 1.2", "fraction", 1, {}, 1, _brightness),
+    "contrast": Operation("contrast0.2", "contrast times 0.8 to 1.2", "fraction", 1, {}, 1, _contrast),
+}
+
+
+@dataclass(frozen=True)
+class AugmentationStep:
+    word: str
+    amount: float = 0.0  # 0 where the word takes none
+
+    def __post_init__(self) -> None:
+        if self.word not in KINDS:
+            raise BadOption(
+                f'--augment: no step is called "{self.word}".{nearest(self.word, KINDS)} There are {_all()}.'
+            )
+        kind = KINDS[self.word]
+        if kind.amount is None and self.amount:
+            raise BadOption(f'--augment: "{self}": {self.word} takes no number.')
+        if kind.amount and not (math.isfinite(self.amount) and 0 < self.amount <= kind.most):
+            raise BadOption(
+                f'--augment: "{self}": behind {self.word} stands a number ({kind.amount}) above 0 and at most '
+                f"{kind.most:g}, such as {kind.form}."
+            )
+
+    def __str__(self) -> str:
+        return self.word + (f"{self.amount:g}" if self.amount else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        kind = KINDS[self.word]
+        return {"step": self.word, **({kind.amount: self.amount} if kind.amount else {}), **kind.settled}
+
+
+def _all() -> str:
+    return ", ".join(kind.form for kind in KINDS.values())
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Steps and the seed of what they draw. `str` gives the words again."""
+
+    steps: tuple[AugmentationStep, ...]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        words = [step.word for step in self.steps]
+        twice = next((word for word in words if words.count(word) > 1), None)
+        if not words or twice:
+            what = f"{twice} stands there twice" if twice else "it names no step"
+            raise BadOption(f"--augment: {what}; expected some of {_all()}, each once.")
+        if not 0 <= self.seed < 1 << 63:
+            raise BadOption(f"--augment-seed is {self.seed}; a whole number from 0 on is expected.")
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.steps))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rules": RULES, "seed": self.seed, "steps": [step.to_dict() for step in self.steps]}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> Augmentation:
+        """Raises CacheError for any other record than `to_dict` makes."""
+        try:
+            steps = tuple(
+                AugmentationStep(r["step"], float(r.get(KINDS[r["step"]].amount, 0))) for r in record["steps"]
+            )
+            made = cls(steps, record["seed"])
+            same = canonical_json(made.to_dict()) == canonical_json(record)
+        except (BadOption, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
+            same = False
+        if not same:
+            raise CacheError(f"its copies were made by steps that this featurecache has not ({str(record)[:200]!a}).")
+        return made
+
+    def digests(self, images: np.ndarray, copy: int) -> np.ndarray:
+        """Of images S32 [n] the digests of copy number ``copy`` (1 …), S32 [n]."""
+        behind = f",{canonical_json(self.to_dict())},{copy}]"
+        found = [
+            hashlib.blake2b(f'["{digest.decode()}"{behind}'.encode(), digest_size=16).hexdigest().encode()
+            for digest in images.tolist()
+        ]
+        return np.array(found, _DIGEST)
+
+    def made(self, image: torch.Tensor, digest: bytes) -> torch.Tensor:
+        """uint8 [3,H,W] → the copy of that ``digest``, of the same shape, colours interleaved in memory."""
+        for number, step in enumerate(self.steps):
+            kind = KINDS[step.word]
+            image = kind.make(image, step.amount, uniform_draws(digest, number, kind.draws))
+        return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+
+def uniform_draws(digest: bytes, step: int, count: int) -> list[float]:
+    """``count`` numbers in [0, 1) for step number ``step`` of a copy: 53 bits each of BLAKE2b, so of no library's
+    generator, whose stream may change."""
+    found = hashlib.blake2b(b"%s %d" % (digest, step), digest_size=8 * count, person=b"augment").digest()
+    return [(int.from_bytes(found[k : k + 8], "little") >> 11) / (1 << 53) for k in range(0, 8 * count, 8)]
+
+
+def parse(text: str, seed: int = 0) -> Augmentation:
+    """``flip,rotate10,shift0.1`` as an Augmentation. Raises BadOption."""
+    steps = []
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        found = re.fullmatch(r"([A-Za-z]+)(\d+\.?\d*|\.\d+)?", word)
+        if found is None:
+            raise BadOption(f'--augment: "{word}" is no step. There are {_all()}.')
+        steps.append(AugmentationStep(found[1].lower(), float(found[2] or 0)))
+    return Augmentation(tuple(steps), seed)
+
+
+@dataclass(frozen=True)
+class AugmentedCopies:
+    """What a view says of its copies: how they were made, and how many an image has."""
+
+    augmentation: Augmentation
+    views: int
+
+    def __str__(self) -> str:
+        copies = "1 copy" if self.views == 1 else f"{self.views:,} copies"
+        return f"{copies} by {self.augmentation}, seed {self.augmentation.seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"views": self.views, "augment": self.augmentation.to_dict()}
+
+    @classmethod
+    def from_dict(cls, record: Any) -> AugmentedCopies:
+        if not isinstance(record, dict) or set(record) != {"views", "augment"} or type(record["views"]) is not int:
+            raise CacheError(f"what it says of its augmented copies is no record of them ({str(record)[:200]!a}).")
+        if not 0 < record["views"] <= MOST_VIEWS:
+            raise CacheError(f"it says that an image has {record['views']} augmented copies.")
+        return cls(Augmentation.from_dict(record["augment"]), record["views"])
+
+
+def augmentation_of(views: int | None, augment: str | None, seed: int) -> AugmentedCopies | None:
+    """What ``--views``, ``--augment`` and ``--augment-seed`` say together; None: no copies, or as they were."""
+    if not views and (augment is not None or seed):
+        option = "--augment" if augment is not None else "--augment-seed"
+        raise BadOption(
+            f"{option} needs the number of copies of each training image: --views 2 --augment flip,rotate10"
+        )
+    if not views:
+        return None
+    if not 0 < views <= MOST_VIEWS:
+        raise BadOption(f"--views is {views}; a number from 0 to {MOST_VIEWS:,} is expected.")
+    if augment is None:
+        raise BadOption(f"--views {views} needs --augment: how the copies are to differ, some of {_all()}.")
+    return AugmentedCopies(parse(augment, seed), views)
+
+
+@dataclass(frozen=True)
+class AugmentationPlan:
+    """The copies among the images of an extraction. Distinct images have the numbers 0 … first − 1; copy c of the j-th
+    of ``sources`` [S] has the number first + (c − 1)·S + j."""
+
+    augmented: AugmentedCopies
+    sources: np.ndarray = field(repr=False)  # int64 [S], ascending: numbers of the images that have copies
+    first: int
+
+    def __len__(self) -> int:
+        return len(self.sources) * self.augmented.views
+
+    def source(self, number: int) -> int:
+        """The image that a number is, or is a copy of."""
+        return number if number < self.first else int(self.sources[(number - self.first) % len(self.sources)])
+
+    def numbers(self, images: np.ndarray, copy: int) -> np.ndarray:
+        """Of images [n] that are among the sources, the numbers of copy ``copy``."""
+        return self.first + (copy - 1) * len(self.sources) + np.searchsorted(self.sources, images)
+
+    def with_copies(self, images: np.ndarray) -> np.ndarray:
+        """A column of distinct images [first] continued for their copies."""
+        return np.concatenate([images, *[images[self.sources]] * self.augmented.views])
+
+    def digests(self, images: np.ndarray) -> np.ndarray:
+        """S32 [first] continued by the digests of the copies."""
+        made, of = self.augmented.augmentation, images[self.sources]
+        return np.concatenate([images, *(made.digests(of, copy) for copy in range(1, self.augmented.views + 1))])
+
+
+# Words in the names of classes, lower case, and of which flip they mean something else afterwards. Eyes: OD and OS.
+SIDES = {
+    "flip": {
+        "left", "right", "l", "r", "os", "od", "lt", "rt", "lhs", "rhs", "sinistra", "dextra", "links", "rechts",
+        "gauche", "droite", "izquierda", "derecha", "clockwise", "counterclockwise", "anticlockwise", "cw", "ccw",
+    },
+    "vflip": {"top", "bottom", "upper", "lower", "up", "down", "superior", "inferior", "above", "below"},
+}  # fmt: skip
+# Words in the name of the folder or file. MedMNIST's names (pneumoniamnist) are none of them.
+WRITING = {
+    "digit", "digits", "mnist", "emnist", "kmnist", "qmnist", "svhn", "letter", "letters", "character", "characters",
+    "chars", "alphabet", "font", "fonts", "text", "ocr", "handwriting", "words", "plates", "signs", "gtsrb",
+}  # fmt: skip
+_CHARACTERS = 9  # classes of one character from which they are taken for writing; 0 and 1 alone are any two classes
+_HOW = {"flip": "left to right", "vflip": "upside down"}
+_SHOWN = 4  # names of classes in a sentence
+
+
+def warnings(augmentation: Augmentation, classes: Sequence[str], source: dict[str, Any]) -> list[str]:
+    """One sentence for each flip among the steps."""
+    words = [step.word for step in augmentation.steps]
+    return [_sentence(word, classes, str(source.get("data", ""))) for word in ("flip", "vflip") if word in words]
+
+
+def _sentence(word: str, classes: Sequence[str], data: str) -> str:
+    sided = [name for name in classes if SIDES[word] & set(_words_in(name))]
+    if sided:
+        return (
+            f"{word} mirrors images {_HOW[word]} and keeps their labels, but {_shown(sided)} may depend on the side; "
+            f"leave {word} out if so"
+        )
+    if _is_writing(classes, data):
+        return f"{word} mirrors images {_HOW[word]}, and digits and letters are others then; leave {word} out"
+    return (
+        f"{word} mirrors images {_HOW[word]} and keeps their labels: leave it out where the side decides "
+        "(organs, eyes, hands, writing)"
+    )
+
+
+def _is_writing(classes: Sequence[str], data: str) -> bool:
+    single = sum(len(name.strip()) == 1 for name in classes)
+    return single >= _CHARACTERS or bool(WRITING & set(_words_in(os.path.basename(data.rstrip("/")))))
+
+
+def _words_in(name: str) -> Iterator[str]:
+    """``LeftLung``, ``left_lung`` and ``lung L`` hold the words left, lung, l."""
+    for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name):
+        yield part.lower()
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,0 +1,321 @@
+"""Encoded bytes → uint8 RGB, by rules that fingerprints contain.
+
+From the encoded bytes of one image to uint8 [3, H, W], by rules that are written down here and have a version.
+
+The rules (``DECODING`` is their version; it is part of what a cache is keyed by):
+
+1. Formats: JPEG, PNG, TIFF, BMP, GIF, WebP, PNM and DICOM (its own rules: `featurecache.dicom`), told by their content,
+   never by the file's name.
+2. 8-bit grey is repeated into the three channels. 1-, 2- and 4-bit grey spans the full range first.
+3. 16-bit samples v, grey or RGB, become round(v / 257): the full scale of the format onto 0..255, never stretched to
+   the values that occur (a 12-bit image in a 16-bit file comes out dark; a TIFF that declares 12 bits does not). A
+   TIFF whose 0 is white is turned over first. (Of compressed TIFF with a plane for each colour Pillow gives only the
+   upper byte: at most one level away.)
+4. Palettes are looked up. Alpha is dropped: the colour that stands beneath it is what counts.
+5. CMYK, YCCK and YCbCr become RGB as Pillow does it; colour profiles are not applied.
+6. The EXIF orientation (for a TIFF: its own) is applied; one that cannot be read counts as upright.
+7. Of several images in a file the first is taken; of DICOM any frame, by its number.
+8. Refused by name: 32-bit, signed and floating-point pixels (nothing says what their white is), other colour spaces,
+   more than ``MAX_PIXELS`` pixels, a file that stops before its end even where a decoder would fill the rest with grey.
+
+JPEG goes through torchvision's operator, which gives Pillow's pixels to the bit in half the time and without the GIL.
+PNG does not: Pillow is as fast there, and torchvision 0.29 ends the interpreter with SIGSEGV on a PNG whose data are
+damaged.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from featurecache.errors import UnreadableImage
+from featurecache.images import dicom, headers
+from featurecache.images.headers import MAX_PIXELS, EncodedFrame, EncodedImage, quiet_pillow, refuse_bombs
+
+
+def prefetch(
+    pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any], window: int
+) -> Iterator[tuple[Any, Future[Any]]]:
+    """Submit up to ``window`` items in advance; give (item, future) in the order of the items."""
+    pending: deque[tuple[Any, Future[Any]]] = deque()
+    for item in items:
+        pending.append((item, pool.submit(function, item)))
+        if len(pending) > window:
+            yield pending.popleft()
+    yield from pending
+
+
+DECODING = 1
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # others are not tried: EPS would run a program
+_NO_WHITE = "which have no fixed white; save it with 8 or 16 bits a sample"
+_WHITE_IS_ZERO = "featurecache: white is zero"
+_MODE_NAMES = {
+    "1": "1-bit", "L": "grey", "LA": "grey + alpha", "P": "palette", "PA": "palette + alpha", "RGB": "RGB",
+    "RGBA": "RGB + alpha", "I": "32-bit grey", "F": "float grey",
+}  # fmt: skip
+
+_MAGIC = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF", b"GIF8": "GIF", b"RIFF": "WebP"}
+
+
+def digest(data: EncodedImage, frame: int | None = None) -> str:
+    """The identity of an image: 32 hex digits, BLAKE2b-128.
+
+    Of the encoded bytes and, where a file holds several images, the number of the ``frame`` (default: the first, 0);
+    of an array of dtype, shape and bytes. Raises UnreadableImage for DICOM whose header cannot be read.
+    """
+    if isinstance(data, np.ndarray):
+        plain = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("<"))
+        found = hashlib.blake2b(f"{plain.dtype.str} {list(plain.shape)} ".encode(), digest_size=16)
+        found.update(plain.data)
+        return found.hexdigest()
+    if isinstance(data, EncodedFrame):
+        found, frame = data.hashed.copy(), data.number
+    else:
+        found = hashlib.blake2b(data, digest_size=16)
+        frame = 0 if frame is None and _holds_several(data) else frame
+    if frame is not None:
+        found.update(b" frame %d" % frame)
+    return found.hexdigest()
+
+
+def _holds_several(data: bytes) -> bool:
+    if headers.is_dicom(data):  # one that is a TIFF at once was read as that before DICOM was known here
+        return headers.is_dicom_and_tiff(data) or dicom.read_header(data).frames > 1
+    return headers.holds_several(data)
+
+
+def decode(data: EncodedImage) -> torch.Tensor:
+    """One image as uint8 [3, H, W], RGB, by the rules above; of any memory layout.
+
+    Raises UnreadableImage with the reason alone ("truncated after 12,288 bytes"). May be called from many threads at
+    once.
+    """
+    if isinstance(data, np.ndarray):
+        return _channels_first(_eight_bits(_checked(data)))
+    if isinstance(data, EncodedFrame):
+        return _channels_first(dicom.decode(data.data, data.number))
+    if not data:
+        raise UnreadableImage("zero bytes")
+    if headers.is_dicom(data):
+        return _channels_first(dicom.decode(data))
+    header = headers.jpeg(data)
+    try:
+        if header is None:
+            return _by_pillow(data)
+        refuse_bombs(header.width, header.height)
+        if not header.complete:
+            raise UnreadableImage(f"truncated after {len(data):,} bytes")
+        return _plain_jpeg(data, header.orientation) if header.plain else _by_pillow(data)
+    except UnreadableImage:
+        raise
+    except Exception as error:  # decoders raise what their parsers meet: OSError, SyntaxError, struct.error, ...
+        raise UnreadableImage(_reason(data, error)) from error
+
+
+def image_header(data: EncodedImage) -> tuple[int, int, str]:
+    """(width, height in pixels as stored, kind of pixels) from the header alone. Raises UnreadableImage."""
+    if isinstance(data, np.ndarray):
+        data = _checked(data)
+        kind = "RGB" if data.ndim == 3 and data.shape[2] == 3 else "grey"
+        return data.shape[1], data.shape[0], kind if data.dtype.itemsize == 1 else f"16-bit {kind}"
+    data = data.data if isinstance(data, EncodedFrame) else data
+    if not data:
+        raise UnreadableImage("zero bytes")
+    if headers.is_dicom(data):
+        return dicom.image_header(data)
+    try:
+        image = _open(data)
+    except Exception as error:  # as in decode
+        raise UnreadableImage(_reason(data, error)) from error
+    rawmode = str(_rawmode(image))
+    kind = _MODE_NAMES.get("LA" if rawmode.startswith("LA") else image.mode, image.mode)
+    if image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I"):
+        kind = "16-bit grey"
+    elif ";16" in rawmode:
+        kind = f"16-bit {kind}"
+    return image.width, image.height, f"{kind}, the first of several" if headers.holds_several(data) else kind
+
+
+def _plain_jpeg(data: bytes, orientation: int) -> torch.Tensor:
+    """8-bit grey or three-component JPEG to uint8 [3, H, W]."""
+    operator = _jpeg_operator()
+    if operator is None:
+        return _by_pillow(data)
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    image: torch.Tensor = operator(encoded, 0, False)  # ImageReadMode.UNCHANGED, orientation as stored
+    if image.shape[0] == 1:
+        image = torch.cat((image, image, image))  # a third of the time of repeat, and of letting libjpeg do it
+    return _upright(image, orientation)
+
+
+@functools.cache
+def _jpeg_operator() -> Any:
+    """The operator under torchvision.io.decode_image, a function that warns at every call since 0.29 and is to go.
+
+    None in a torchvision without it: then Pillow decodes JPEG too, to the same pixels.
+    """
+    import torchvision.io  # noqa: F401  (defines the operator)
+
+    return getattr(torch.ops.image, "decode_jpeg", None)
+
+
+def _by_pillow(data: bytes) -> torch.Tensor:
+    """Everything else to uint8 [3, H, W]."""
+    image = _open(data)
+    refuse_bombs(*image.size)
+    if headers.is_cut_off(data):
+        raise UnreadableImage(f"truncated after {len(data):,} bytes")
+    if image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I"):  # PNM above 8 bits: scaled to 16
+        pixels = _grey_16(image)
+    elif image.mode in ("I", "F") or (image.format == "TIFF" and 2 in image.tag_v2.get(339, ())):  # SampleFormat
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed integer"
+        raise UnreadableImage(f"{kind} pixels, {_NO_WHITE}")
+    elif _bits(image) == 16:
+        pixels = _colour_16(data, image)
+    else:
+        pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    exif = image.info.get("exif", b"") if image.format != "TIFF" else b""  # Pillow turns a TIFF while loading it
+    return _upright(_channels_first(pixels), headers.exif_orientation(exif.removeprefix(b"Exif\0\0")))
+
+
+def _open(data: bytes) -> Any:
+    from PIL import Image
+
+    quiet_pillow()
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        turned = headers.black_is_zero(data)  # Pillow reads some deep grey only where 0 is black
+        if turned is None:
+            raise
+        image = Image.open(io.BytesIO(turned), formats=("TIFF",))
+        image.info[_WHITE_IS_ZERO] = True
+        return image
+
+
+def _rawmode(image: Any) -> str | None:
+    """Pillow's name of the layout in the file, which says more than the mode in memory."""
+    arguments = image.tile[0].args if image.tile else None
+    return arguments if arguments is None or isinstance(arguments, str) else arguments[0]
+
+
+def _bits(image: Any) -> int:
+    """Bits of a sample as the file says: 16 where Pillow would cut them to 8."""
+    if image.format == "TIFF":
+        return int(max(image.tag_v2.get(258, (1,))))
+    return 16 if ";16" in str(_rawmode(image)) else 8
+
+
+def _grey_16(image: Any) -> np.ndarray:
+    """uint8 [H, W] of 16-bit (TIFF: or 12-bit) grey."""
+    values = np.asarray(image)
+    white = 4095 if image.format == "TIFF" and _bits(image) == 12 else 65535
+    if image.format == "TIFF" and (image.tag_v2.get(262) == 0 or image.info.get(_WHITE_IS_ZERO)):
+        values = white - values
+    return _eight_bits(values, white)
+
+
+def _colour_16(data: bytes, image: Any) -> np.ndarray:
+    """uint8 [H, W, 3] of 16-bit colour, of which Pillow keeps the upper byte.
+
+    So it is read twice, the second time with the byte order turned round: that gives the lower byte.
+    """
+    rawmode = _rawmode(image) or ""
+    swapped = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+    if rawmode == "LA;16B":  # PNG, grey and alpha: as four bytes they are the two halves of either
+        upper_lower = np.asarray(_reopened(data, "RGBA")).astype(np.uint16)
+        return _eight_bits(upper_lower[..., :1] << 8 | upper_lower[..., 1:2])
+    if rawmode[:-1] not in ("RGB;16", "RGBX;16", "RGBA;16"):
+        raise UnreadableImage(f"16-bit {image.mode} in an unusual layout; save it as PNG, or with 8 bits a sample")
+    upper, lower = np.asarray(image), np.asarray(_reopened(data, rawmode[:-1] + swapped[rawmode[-1]]))
+    return _eight_bits((upper.astype(np.uint16) << 8 | lower)[..., :3])
+
+
+def _reopened(data: bytes, rawmode: str) -> Any:
+    image = _open(data)
+    image.tile = [
+        tile._replace(args=rawmode if isinstance(tile.args, str) else (rawmode, *tile.args[1:])) for tile in image.tile
+    ]
+    return image
+
+
+def _eight_bits(values: np.ndarray, white: int = 65535) -> np.ndarray:
+    """round(255·v / white); for 16 bits that is round(v / 257). uint8 stays."""
+    if values.dtype == np.uint8:
+        return values
+    return ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+
+
+def _channels_first(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 [H, W], [H, W, 1] or [H, W, 3] to uint8 [3, H, W] of its own memory; grey is repeated.
+
+    Colour stays interleaved in memory, as torchvision's JPEG operator has it and its resize wants it.
+    """
+    image = torch.from_numpy(np.array(pixels, order="C"))
+    if image.ndim == 3 and image.shape[2] == 3:
+        return image.permute(2, 0, 1)
+    plane = image.reshape(1, *image.shape[:2])
+    return torch.cat((plane, plane, plane))
+
+
+def _upright(image: torch.Tensor, orientation: int) -> torch.Tensor:
+    """uint8 [3, H, W] turned as EXIF says: 5 to 8 exchange rows and columns, then flips."""
+    if orientation == 1:
+        return image
+    if orientation >= 5:
+        image = image.transpose(1, 2)
+    flips = {2: [2], 3: [1, 2], 4: [1], 5: [], 6: [2], 7: [1, 2], 8: [1]}[orientation]
+    return image.flip(flips).contiguous()
+
+
+def _checked(array: np.ndarray) -> np.ndarray:
+    shape = "×".join(map(str, array.shape))
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
+        raise UnreadableImage(f"an array of {array.dtype} [{shape}]; pixels have to be uint8 or uint16")
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3))):
+        raise UnreadableImage(f"an array of shape [{shape}]; an image is [H, W], [H, W, 1] or [H, W, 3]")
+    return array
+
+
+def _reason(data: bytes, error: Exception) -> str:
+    from PIL import Image
+
+    if headers.is_cut_off(data) or "truncated" in str(error).lower():
+        return f"truncated after {len(data):,} bytes"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS:,} pixels are refused (decompression bomb)"
+    if not isinstance(error, Image.UnidentifiedImageError):
+        said = (str(error).splitlines() or [""])[0]
+        said = re.sub(r"^\w+, \S+:\d+, ", "", said)  # torch puts the operator and the line of its source in front
+        return f"cannot be decoded ({said.strip() or type(error).__name__})"
+    if tiff := headers.tiff(data):
+        return _reason_of_tiff(tiff, len(data))
+    for magic, name in _MAGIC.items():
+        if data.startswith(magic):
+            return f"a {name} file whose header cannot be read ({len(data):,} bytes)"
+    start = data.split(maxsplit=1)[0][:16] if data.split(maxsplit=1) else data[:16]
+    if start.isascii() and start.decode("ascii", "replace").isprintable():
+        return f'not an image (starts with "{start.decode("ascii")}")'
+    return f"not an image this reads (starts with the bytes {data[:8].hex(' ')})"
+
+
+def _reason_of_tiff(tiff: headers.Tiff, size: int) -> str:
+    """Why a TIFF that has a directory is not read all the same."""
+    if tiff.format != 1 or tiff.bits > 16:
+        kind = "floating-point" if tiff.format == 3 else "32-bit or signed integer"
+        return f"{kind} pixels, {_NO_WHITE}"
+    if tiff.big and tiff.big_endian:
+        return "a BigTIFF of big-endian byte order, which Pillow does not read; save it little-endian"
+    if tiff.bits not in (1, 2, 4, 8, 16) or tiff.samples > 1:
+        return f"a TIFF of {tiff.samples} × {tiff.bits} bits a pixel, which Pillow does not read; save it as PNG"
+    return f"a TIFF file whose header cannot be read ({size:,} bytes)"

@@ -1,0 +1,238 @@
+"""What the first bytes say: format, orientation, completeness, frames; limits against bombs.
+
+What the encoded bytes of an image say before anything is decoded.
+
+Read by hand, because it runs for every image and beside the decoder: Pillow's ``open`` costs about as much as
+decoding a 64×64 JPEG (0.03 of 0.05 ms), and its answer to "how many images" changes with its version, which a digest
+must not.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from featurecache.errors import UnreadableImage
+
+
+@dataclass(frozen=True)
+class EncodedFrame:
+    """One of several images in a file: the bytes of the whole file, and the number of the image, from 0."""
+
+    data: bytes = field(repr=False)
+    number: int
+    hashed: Any = field(repr=False, compare=False)  # BLAKE2b of ``data``, which its frames have in common
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+EncodedImage = bytes | EncodedFrame | np.ndarray  # an image as its source has it: encoded, or an array
+MAX_PIXELS = 178_956_970  # where Pillow itself raises DecompressionBombError: a quarter GiB of 24-bit pixels, twice
+
+_PILLOW_MODULES = re.compile(r"PIL\.")
+_QUIET = ("ignore", None, Warning, _PILLOW_MODULES, 0)
+
+
+def quiet_pillow() -> None:
+    """In place: warnings.catch_warnings would exchange the process-wide list under the feet of other threads."""
+    if _QUIET not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_PILLOW_MODULES.pattern)
+
+
+def refuse_bombs(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(f"{width:,}×{height:,} pixels; more than {MAX_PIXELS:,} are refused (decompression bomb)")
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, each in two byte orders
+_ORIENTATION = 0x0112  # Exif 2.32, table 4
+_BASELINE_TO_PROGRESSIVE = (0xC0, 0xC1, 0xC2)  # the Huffman-coded DCT processes (ITU-T T.81, table B.1)
+
+_NOT_DICOM = (b"\xff\xd8\xff", PNG, b"GIF8", b"RIFF")
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether bytes are a DICOM file (PS3.10, 7.1: 128 bytes for anybody's use, then "DICM").
+
+    Some scanners and slides make use of them to be a TIFF at once: that is DICOM, and `is_dicom_and_tiff`.
+    """
+    return data[128:132] == b"DICM" and not data.startswith(_NOT_DICOM)
+
+
+def is_dicom_and_tiff(data: bytes) -> bool:
+    return is_dicom(data) and data.startswith(_TIFF)
+
+
+class Jpeg(NamedTuple):
+    """The frame header of a JPEG, its EXIF orientation (1 = upright) and whether the file has its end."""
+
+    plain: bool  # 8 bits, grey or three components, Huffman-coded DCT
+    width: int
+    height: int
+    orientation: int
+    complete: bool
+
+
+def jpeg(data: bytes) -> Jpeg | None:
+    """The header of a JPEG (ITU-T T.81, annex B); None where the bytes are none or stop before the first scan."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    frame, orientation, at = None, 1, 2
+    while at + 4 <= len(data):
+        marker = data[at + 1]
+        if data[at] != 0xFF or marker == 0xFF:  # fill bytes
+            at += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD9:  # markers without a length
+            at += 2
+        else:
+            length = int.from_bytes(data[at + 2 : at + 4], "big")
+            if marker == 0xDA and frame is not None:
+                # The first scan. In its data FF is always followed by 00, so FF D9 is the end of the image.
+                return Jpeg(*frame, orientation, data.find(b"\xff\xd9", at) > 0)
+            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and at + 10 <= len(data):
+                bits, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
+                frame = bits == 8 and components in (1, 3) and marker in _BASELINE_TO_PROGRESSIVE, width, height
+            elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+                orientation = exif_orientation(data[at + 10 : at + 2 + length])
+            at += 2 + length
+    return None
+
+
+def exif_orientation(tiff: bytes) -> int:
+    """The orientation (1..8) in the first directory of an EXIF block; 1 where it has none or cannot be read."""
+    try:
+        order = {b"II*\0": "<", b"MM\0*": ">"}[tiff[:4]]
+        (at,) = struct.unpack_from(order + "L", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, at)
+        for entry in range(at + 2, at + 2 + 12 * entries, 12):
+            tag, kind, _, value = struct.unpack_from(order + "HHLH", tiff, entry)
+            if tag == _ORIENTATION and kind == 3 and 1 <= value <= 8:
+                return int(value)
+    except (KeyError, struct.error):
+        pass
+    return 1
+
+
+def png_is_complete(data: bytes) -> bool:
+    """Whether the chunks of a PNG run up to IEND (a decoder may be content without the last ones)."""
+    at = len(PNG)
+    while at + 12 <= len(data):
+        if data[at + 4 : at + 8] == b"IEND":
+            return True
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return False
+
+
+def is_cut_off(data: bytes) -> bool:
+    """Whether an encoded image stops before its format says it ends; JPEG, PNG and WebP say it."""
+    if data[:2] == b"\xff\xd8":
+        header = jpeg(data)
+        return header is None or not header.complete
+    if data[:8] == PNG[: len(data)]:
+        return not png_is_complete(data)
+    return data[:4] == b"RIFF" and len(data) < 8 + int.from_bytes(data[4:8], "little")
+
+
+def holds_several(data: bytes) -> bool:
+    """Whether a file holds more than one image: GIF, TIFF, WebP and PNG can. Previews behind a JPEG do not count."""
+    if data[:8] == PNG:
+        return b"acTL" in data[: max(data.find(b"IDAT"), 0)]
+    if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
+        return len(data) > 20 and bool(data[20] & 2)
+    if data[:4] == b"GIF8":
+        return _gif_images(data) > 1
+    return data[:4] in _TIFF and _tiff_has_second(data)
+
+
+def _tiff_has_second(data: bytes) -> bool:
+    order, big = ("<" if data[:2] == b"II" else ">"), data[2:4] in (b"+\0", b"\0+")
+    try:
+        if big:
+            (first,) = struct.unpack_from(order + "Q", data, 8)
+            (entries,) = struct.unpack_from(order + "Q", data, first)
+            (second,) = struct.unpack_from(order + "Q", data, first + 8 + 20 * entries)
+        else:
+            (first,) = struct.unpack_from(order + "L", data, 4)
+            (entries,) = struct.unpack_from(order + "H", data, first)
+            (second,) = struct.unpack_from(order + "L", data, first + 2 + 12 * entries)
+    except (struct.error, OverflowError):
+        return False
+    return bool(second)
+
+
+class Tiff(NamedTuple):
+    """What the first directory of a TIFF says of its pixels (TIFF 6.0, section 8; the first value of each tag)."""
+
+    bits: int  # of a sample
+    samples: int  # of a pixel
+    photometric: int  # 0: white is zero, 1: black is zero, 2: RGB, ...
+    format: int  # 1: unsigned, 2: signed, 3: floating-point, ...
+    big_endian: bool
+    big: bool
+    photometric_at: int  # place of that value in the file
+
+
+def tiff(data: bytes) -> Tiff | None:
+    """None where the bytes are no TIFF, or its first directory cannot be read."""
+    if data[:4] not in _TIFF:
+        return None
+    order, big = ("<" if data[:2] == b"II" else ">"), data[2:4] in (b"+\0", b"\0+")
+    count, width, entry = ("Q", 8, 20) if big else ("H", 2, 12)
+    found = {258: 1, 277: 1, 262: 1, 339: 1, 0: 0}
+    try:
+        (at,) = struct.unpack_from(order + ("Q" if big else "L"), data, 8 if big else 4)
+        (entries,) = struct.unpack_from(order + count, data, at)
+        for place in range(at + width, at + width + entry * min(entries, 4096), entry):
+            tag, kind = struct.unpack_from(order + "HH", data, place)
+            (length,) = struct.unpack_from(order + ("Q" if big else "L"), data, place + 4)
+            if tag in found and kind == 3:  # SHORT: beside the tag as long as they fit
+                value_at = place + (12 if big else 8)
+                if length > (4 if big else 2):
+                    (value_at,) = struct.unpack_from(order + ("Q" if big else "L"), data, value_at)
+                (found[tag],) = struct.unpack_from(order + "H", data, value_at)
+                found[0] = value_at if tag == 262 else found[0]
+    except (struct.error, OverflowError):
+        return None
+    return Tiff(found[258], found[277], found[262], found[339], order == ">", big, found[0])
+
+
+def black_is_zero(data: bytes) -> bytes | None:
+    """A grey TIFF whose 0 is white with a header that says the opposite; None where it is no such thing."""
+    found = tiff(data)
+    if found is None or found.photometric != 0 or not found.photometric_at or found.samples != 1:
+        return None
+    value = struct.pack(">H" if found.big_endian else "<H", 1)
+    return data[: found.photometric_at] + value + data[found.photometric_at + 2 :]
+
+
+def _gif_images(data: bytes) -> int:
+    """Images of a GIF, counted up to two (GIF89a specification, appendix A)."""
+    if len(data) < 13:
+        return 0
+    at, found = 13 + _palette_bytes(data[10]), 0
+    while at < len(data) and found < 2:
+        if data[at] == 0x2C and at + 10 < len(data):  # image: descriptor, palette, code size, blocks
+            found += 1
+            at = _after_blocks(data, at + 11 + _palette_bytes(data[at + 9]))
+        elif data[at] == 0x21:  # extension: label, blocks
+            at = _after_blocks(data, at + 2)
+        else:
+            break
+    return found
+
+
+def _palette_bytes(flags: int) -> int:
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _after_blocks(data: bytes, at: int) -> int:
+    while at < len(data) and data[at]:
+        at += 1 + data[at]
+    return at + 1

@@ -1,0 +1,435 @@
+"""A view as HDF5, NPZ, Parquet, safetensors.
+
+The file formats of an export: how each lays out ids, labels, splits and features, written in blocks of rows.
+
+.h5            as a view, without its index: `ids`, `labels`, `splits`, ..., the attributes, and each output as a
+               real dataset [N, ...]
+.npz           the same names as arrays; the attributes as one JSON text in `attributes`
+.parquet       a row an image: `id`, `label`, `class`, `split`, `group`, `digest`, further columns, and each vector
+               as a fixed-size list of float32 (a float16 is exact in it, and every reader knows it)
+.safetensors   features and `labels` as tensors; ids, splits, classes, ... as JSON in the metadata
+
+A view as one plain file that needs neither the cache nor this package: HDF5, npz, Parquet or safetensors.
+
+The file is written beside its place in blocks of rows, through `Sink`, and put there when it is whole: a full disk or a
+kill leaves the file that was there, or none. Memory is that of one block and of the columns, however large the view.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from featurecache.errors import BadOption, CannotWrite
+from featurecache.files.atomic import ALIGNMENT, AtomicFile, WriteTrace, check_room, remove_orphans
+from featurecache.formatting import byte_bar
+from featurecache.outputs import parse
+from featurecache.store.schema import OutputInfo
+from featurecache.store.view import View
+from featurecache.store.write_view import columns_of, write_columns
+
+BLOCK = 16 << 20  # bytes of features in memory at a time
+CHUNK = 1 << 19  # bytes of a compressed chunk: of a vector some hundred rows, of tokens one
+_HEADER = 100_000_000  # bytes; safetensors reads no longer header
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is exported: a view and the names of the outputs, stored or derived."""
+
+    view: View
+    outputs: dict[str, OutputInfo]
+
+    @classmethod
+    def of(cls, view: View, names: tuple[str, ...]) -> Columns:
+        return cls(view, {name: view.info(name) for name in names})
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(self.view) * _row_bytes(info) for info in self.outputs.values())
+
+    def blocks(self, name: str, step: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows [b, ...]) in the order of the view."""
+        size = step or max(1, BLOCK // _row_bytes(self.outputs[name]))
+        for start in range(0, len(self.view), size):
+            yield start, self.view.array(name, np.arange(start, min(start + size, len(self.view))))
+
+    def text(self) -> dict[str, list[str]]:
+        """Columns of text, by the names they have in a view."""
+        view = self.view
+        groups = {} if view.groups is None else {"groups": view.groups}
+        return {"ids": view.ids, "splits": view.splits, **groups}
+
+    @property
+    def versions(self) -> np.ndarray | None:
+        """Only where augmented copies are exported too."""
+        return self.view.versions if self.view.with_copies else None
+
+    def said(self) -> dict[str, Any]:
+        """The attributes of the view; without its copies nothing of how they were made."""
+        found = self.view.attributes
+        return {key: found[key] for key in found if key != "augmentation" or self.versions is not None}
+
+    def attributes(self) -> dict[str, Any]:
+        """Those of the view, and of each output what its tokens are, for formats without attributes of arrays."""
+        about = {name: {"prefix": info.prefix, "grid": info.grid} for name, info in self.outputs.items()}
+        found = self.said()
+        plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in found.items()}
+        return {**plain, "outputs": json.dumps(about)}
+
+
+def _row_bytes(info: OutputInfo) -> int:
+    return int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize
+
+
+Advance = Callable[[int], Any]  # told how many bytes of features were written
+
+
+def write_hdf5(sink: Sink, columns: Columns, compress: bool, advance: Advance) -> None:
+    with h5py.File(
+        sink, "w", libver=("v110", "v110"), alignment_threshold=CHUNK, alignment_interval=ALIGNMENT
+    ) as file:  # fmt: skip
+        for key, value in columns.said().items():
+            file.attrs[key] = value
+        write_columns(file, columns_of(columns.view))
+        for name, info in columns.outputs.items():
+            rows = max(1, min(CHUNK // _row_bytes(info), len(columns.view)))
+            packed = {"chunks": (rows, *info.shape), "compression": "gzip", "shuffle": True} if compress else {}
+            features = file.create_dataset(name, (len(columns.view), *info.shape), info.dtype, **packed)
+            for key in ("prefix", "grid"):
+                if (found := getattr(info, key)) is not None:
+                    features.attrs[key] = json.dumps(list(found))
+            step = max(1, BLOCK // (rows * _row_bytes(info))) * rows  # whole chunks: each is compressed once
+            for start, block in columns.blocks(name, step):
+                features[start : start + len(block)] = block
+                sink.check()
+                advance(block.nbytes)
+
+
+def write_npz(sink: Sink, columns: Columns, compress: bool, advance: Advance) -> None:
+    view = columns.view
+    how = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
+    small: dict[str, np.ndarray] = {"labels": view.labels, "digests": view.digests}
+    if columns.versions is not None:
+        small["versions"] = columns.versions
+    text = columns.text()
+    for key, column in view.meta.items():
+        if column.dtype == object:
+            text[f"meta/{key}"] = column.tolist()
+        else:
+            small[f"meta/{key}"] = column
+    text["classes"] = view.classes
+    with zipfile.ZipFile(sink, "w", how, compresslevel=6) as archive:
+        for key, values in text.items():
+            _write_text(archive, key, values)
+        _write_member(archive, "attributes", (), np.dtype(f"<U{len(_json(columns))}"), iter([np.array(_json(columns))]))
+        for key, array in small.items():
+            _write_member(archive, key, array.shape, array.dtype, iter([array]))
+        for name, info in columns.outputs.items():
+            blocks = _told(columns.blocks(name), sink, advance)
+            _write_member(archive, name, (len(view), *info.shape), np.dtype(info.dtype), blocks)
+
+
+def _json(columns: Columns) -> str:
+    return json.dumps(columns.attributes(), ensure_ascii=False)
+
+
+def _told(blocks: Iterator[tuple[int, np.ndarray]], sink: Sink, advance: Advance) -> Iterator[np.ndarray]:
+    for _, block in blocks:
+        yield block
+        sink.check()
+        advance(block.nbytes)
+
+
+def _write_text(archive: zipfile.ZipFile, name: str, values: list[str]) -> None:
+    """As numpy's own unicode, which needs no pickle; 4 bytes a character, so in stretches."""
+    dtype = np.dtype(f"<U{max(map(len, values), default=0) or 1}")
+    step = max(1, BLOCK // dtype.itemsize)
+    parts = (np.array(values[start : start + step], dtype) for start in range(0, len(values), step))
+    _write_member(archive, name, (len(values),), dtype, parts)
+
+
+def _write_member(
+    archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], blocks: Iterator[np.ndarray]
+) -> None:
+    entry = zipfile.ZipInfo(f"{name}.npy")  # without a date: the same view gives the same file
+    entry.compress_type = archive.compression
+    header = io.BytesIO()
+    described = dtype.str  # without the notes that h5py hangs on a dtype
+    np.lib.format.write_array_header_1_0(header, {"descr": described, "fortran_order": False, "shape": shape})
+    with archive.open(entry, "w", force_zip64=True) as member:
+        member.write(header.getvalue())
+        for block in blocks:
+            member.write(np.ascontiguousarray(block).data.cast("B") if block.size else b"")
+
+
+def write_parquet(sink: Sink, columns: Columns, compress: bool, advance: Advance) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    view, outputs = columns.view, columns.outputs
+    table = pyarrow.table(_table_columns(columns))
+    fields = [pyarrow.field(name, pyarrow.list_(pyarrow.float32(), info.shape[0])) for name, info in outputs.items()]
+    schema = pyarrow.schema([*table.schema, *fields], {"featurecache": json.dumps(columns.attributes())})
+    step = max(1, BLOCK // sum(4 * info.shape[0] for info in outputs.values()))
+    with parquet.ParquetWriter(sink, schema, compression="zstd" if compress else "none") as writer:
+        for start in range(0, len(view), step):
+            part = table.slice(start, step)
+            blocks = [view.array(name, np.arange(start, start + len(part))) for name in outputs]
+            lists = [pyarrow.FixedSizeListArray.from_arrays(b.astype("f4").ravel(), b.shape[1]) for b in blocks]
+            writer.write_table(pyarrow.Table.from_arrays([*part.combine_chunks().columns, *lists], schema=schema))
+            sink.check()
+            advance(sum(block.nbytes for block in blocks))
+
+
+def _table_columns(columns: Columns) -> dict[str, Any]:
+    """Of each image one value a column; a further column whose name is taken is called ``meta.NAME``."""
+    import pyarrow
+
+    view = columns.view
+    found: dict[str, Any] = {"id": view.ids}
+    if view.task == "multilabel":
+        flat = np.ascontiguousarray(view.labels, np.float32).ravel()
+        found["label"] = pyarrow.FixedSizeListArray.from_arrays(flat, view.labels.shape[1])
+    else:
+        found["label"] = view.labels
+        found["class"] = pyarrow.array([view.classes[k] if k >= 0 else None for k in view.labels], pyarrow.string())
+    found |= {"split": view.splits, "digest": [digest.decode() for digest in view.digests.tolist()]}
+    if view.groups is not None:
+        found["group"] = view.groups
+    if columns.versions is not None:
+        found["version"] = columns.versions
+    taken = {*found, "class", "group", "version", *columns.outputs}
+    for key, column in view.meta.items():
+        found[f"meta.{key}" if key in taken else key] = column.tolist() if column.dtype == object else column
+    return found
+
+
+def write_safetensors(sink: Sink, columns: Columns, compress: bool, advance: Advance) -> None:
+    """Eight bytes with the length of the header, the header (JSON), the tensors one after the other."""
+    view = columns.view
+    small = {"labels": view.labels} | ({} if columns.versions is None else {"versions": columns.versions})
+    tensors = {key: (array.dtype, array.shape, array.nbytes) for key, array in small.items()}
+    for name, info in columns.outputs.items():
+        tensors[name] = np.dtype(info.dtype), (len(view), *info.shape), len(view) * _row_bytes(info)
+    order = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)  # so that each begins at a multiple of its own
+    header: dict[str, Any] = {"__metadata__": _metadata(columns)}
+    end = 0
+    for name in order:
+        dtype, shape, size = tensors[name]
+        header[name] = {"dtype": _SAFE[dtype.str], "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > _HEADER:
+        raise BadOption(
+            f"the ids and columns of {view.label} are too long for the header of a safetensors file; use .h5."
+        )
+    sink.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        parts = iter([small[name]]) if name in small else _told(columns.blocks(name), sink, advance)
+        for part in parts:
+            sink.write(np.ascontiguousarray(part).data)
+
+
+_SAFE = {"<f2": "F16", "<f4": "F32", "<i8": "I64", "<i4": "I32"}
+
+
+def _metadata(columns: Columns) -> dict[str, str]:
+    """Texts only, as the format has it: each column as a JSON list; NaN as null."""
+    view = columns.view
+    further = {key: _listed(column) for key, column in view.meta.items()}
+    found = {key: str(value) for key, value in columns.attributes().items()}
+    lists = {**columns.text(), "digests": [digest.decode() for digest in view.digests.tolist()], "meta": further}
+    return found | {key: json.dumps(values, ensure_ascii=False, allow_nan=False) for key, values in lists.items()}
+
+
+def _listed(column: np.ndarray) -> list[Any]:
+    values: list[Any] = column.tolist()
+    if column.dtype.kind == "f":
+        return [value if np.isfinite(value) else None for value in values]
+    return values
+
+
+def refuse_nothing(columns: Columns, compress: bool) -> None:
+    """Takes every view, compressed or not."""
+
+
+def refuse_in_parquet(columns: Columns, compress: bool) -> None:
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise BadOption("Parquet needs pyarrow: pip install 'featurecache[parquet]', or export to .h5.") from error
+    for name, info in columns.outputs.items():
+        if len(info.shape) != 1:
+            vectors = [key for key, other in columns.view.outputs.items() if len(other.shape) == 1] or ["mean"]
+            raise BadOption(
+                f"Parquet holds vectors, and {name} is {'×'.join(map(str, info.shape))} an image: "
+                f"--outputs {','.join(vectors)}, or export to .h5, .npz or .safetensors."
+            )
+
+
+def refuse_in_safetensors(columns: Columns, compress: bool) -> None:
+    if compress:
+        raise BadOption("safetensors has no compression; leave --compress out, or export to .h5 or .npz.")
+
+
+@dataclass(frozen=True)
+class Format:
+    """``refuse`` raises BadOption for what the format cannot hold; ``write`` fills the sink."""
+
+    endings: tuple[str, ...]
+    refuse: Callable[[Columns, bool], None]
+    write: Callable[[Sink, Columns, bool, Advance], None]
+
+
+class Sink(WriteTrace):
+    """A file object that writes through a `Draft`, for writers that must not meet a failed write.
+
+    libhdf5 can take the interpreter down when a write fails at close, and zipfile complains again for every member.
+    So a failed write is remembered and looks like a good one; from then on everything is kept in memory (little: the
+    writers call `check` after each block, which raises CannotWrite).
+    """
+
+    def __init__(self, draft: AtomicFile) -> None:
+        super().__init__()
+        self._draft = draft
+        self._error: CannotWrite | None = None
+        self._held: dict[int, bytes] = {}  # what the disk did not take
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if self._error is None:
+            try:
+                self._draft.write(self._position, view)
+            except CannotWrite as error:
+                self._error = error
+        if self._error is not None:
+            self._held[self._position] = bytes(view)
+        self._position += len(view)
+        self.size = max(self.size, self._position)
+        return len(view)
+
+    def readinto(self, buffer: Any) -> int:
+        """HDF5 reads its own chunk index back."""
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self.size - self._position))
+        found = bytearray(self._draft.read(self._position, count).ljust(count, b"\0"))
+        for offset, data in self._held.items():
+            start, stop = max(offset, self._position), min(offset + len(data), self._position + count)
+            if start < stop:
+                found[start - self._position : stop - self._position] = data[start - offset : stop - offset]
+        view[:count] = found
+        self._position += count
+        return count
+
+    def check(self) -> None:
+        """Raises CannotWrite when a write failed."""
+        if self._error is not None:
+            raise self._error
+
+
+FORMATS: dict[str, Format] = {
+    "hdf5": Format((".h5", ".hdf5"), refuse_nothing, write_hdf5),
+    "npz": Format((".npz",), refuse_nothing, write_npz),
+    "parquet": Format((".parquet",), refuse_in_parquet, write_parquet),
+    "safetensors": Format((".safetensors",), refuse_in_safetensors, write_safetensors),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    path: Path
+    format: str
+    outputs: tuple[str, ...]
+    rows: int
+    bytes: int
+
+
+def export_view(
+    view: View,
+    file: str | Path,
+    *,
+    outputs: str | Sequence[str] | None = None,
+    compress: bool = False,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Exported:
+    """Write ``view`` to one file; the format is that of its ending (``formats.FORMATS``).
+
+    ``outputs``: those to write, also what follows from stored tokens (default: all that the view has).
+    Raises BadOption, NotInCache, CannotWrite.
+    """
+    path = Path(file).expanduser()
+    kind = _format_of(path)
+    names = _names(outputs) if outputs is not None else tuple(view.outputs)
+    columns = Columns.of(view, names)
+    FORMATS[kind].refuse(columns, compress)
+    _refuse_place(path, overwrite)
+    _check_room(path, columns, compress)
+    remove_orphans(path.parent, path.name)
+    try:
+        with AtomicFile(path) as draft, Sink(draft) as sink:
+            with byte_bar(columns.bytes, "export", progress) as bar:
+                FORMATS[kind].write(sink, columns, compress, bar.update)
+            sink.check()
+            size = sink.size
+            draft.place(size)
+    except CannotWrite as error:
+        why = os.strerror(error.errno) if error.errno else "it cannot be written"
+        raise CannotWrite(
+            error.errno, f"cannot write {path}: {why}. What was there before is as it was; the view is untouched."
+        ) from error
+    return Exported(path, kind, names, len(view), size)
+
+
+def _names(outputs: str | Sequence[str]) -> tuple[str, ...]:
+    words = outputs.split(",") if isinstance(outputs, str) else outputs
+    names = tuple(dict.fromkeys(parse(word.strip()).name for word in words if word.strip()))
+    if not names:
+        raise BadOption("--outputs names no output.")
+    return names
+
+
+def _format_of(path: Path) -> str:
+    for kind, entry in FORMATS.items():
+        if path.suffix.lower() in entry.endings:
+            return kind
+    known = ", ".join(ending for entry in FORMATS.values() for ending in entry.endings)
+    raise BadOption(f'"{path.name}" has no ending that names a format; there are {known}.')
+
+
+def _refuse_place(path: Path, overwrite: bool) -> None:
+    if (path.parent / "spec.json").exists() or (path.parent.parent / "spec.json").exists():
+        raise BadOption(f"{path.parent} belongs to a cache, where this file would be taken for a part of it.")
+    if path.is_dir():
+        raise BadOption(f"{path} is a folder; name a file in it.")
+    if path.exists() and not overwrite:
+        raise BadOption(f"{path} exists; --overwrite replaces it.")
+
+
+def _check_room(path: Path, columns: Columns, compress: bool) -> None:
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    check_room(folder, columns.bytes // 2 if compress else columns.bytes, "Choose another disk, or fewer --outputs.")

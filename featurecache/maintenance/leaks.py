@@ -1,0 +1,500 @@
+"""Same image, same group, near-duplicates across splits.
+
+Pairs of rows whose features point the same way, seen from the mean of all.
+
+The features of images of one kind share a large common part (untrained ones almost nothing else): raw cosines are all
+near 1 and say nothing. So the mean over the view is taken away first. Few rows make a poor mean: below a hundred or so,
+cosines say little. A row that lies on the mean has no direction and is near to nothing.
+
+Notation: D width; u, v the unit vectors of two rows; Q [D,k] with orthonormal columns; p = Qᵀu, q = Qᵀv.
+
+**Screen.** Split u into Q p and a rest of length r(u) = √(1 − |p|²). The rests of u and v have a product of at most
+r(u)·r(v) (Cauchy–Schwarz), so
+
+    u·v  ≤  p·q + r(u)·r(v)  =  [p, r(u)] · [q, r(v)],
+
+a product of k + 1 numbers instead of D that no pair at or above the threshold can fail. With Q the main directions of
+the features (their rests are short), or with features that have none (a rest of length 0.97 leaves every chance pair
+far below 0.99), k of 16 to 64 does for D = 768. k is chosen on a sample; where it saves nothing, all of u is taken.
+
+**Rounding of the screen.** p is computed in double precision and rounded to float32: |p̂ − p| ≤ 2⁻²⁴ + 10⁻¹² =: ε. So
+1 − |p̂|² is less than 1 − |p|² by at most 2ε + ε², and r̂ = √(max(0, 1 − |p̂|²) + 10⁻⁶) is never shorter than r. The
+product of m numbers in float32, in any order of summation, is off by at most m·2⁻²⁴/(1 − m·2⁻²⁴) times the lengths of
+its factors, which are at most 1 + 10⁻⁶; p̂·q̂ is off from p·q by at most 2ε + ε². `_margin` is more than the sum of all.
+
+**Verdict.** Every pair that the screen lets through is computed again from the stored numbers in double precision and
+rounded to nine decimals, so that the result does not depend on the screen, on blocks or on the order of summation.
+
+The estimates decide how fast a search is, never what it finds. (bfloat16 products as a screen: tried, 8 times
+slower than float32 on a CPU without instructions for it.)
+
+Leaks of a view: what stands in two splits at once, so that a test would measure memory instead of sight.
+
+    image    one image (one digest) in two splits
+    group    one group (a patient) in two splits
+    near     two images of different splits whose features point the same way (`featurecache.neighbours`)
+    labels   one image under two labels, within a split or across
+
+Groups and images are each counted once for a pair of splits, however often they stand there; near-duplicates are pairs
+of images, exact copies not among them. Augmented copies and rows without a split take no part (the latter do in
+``labels``).
+
+Notation: N rows of the view, K different images or groups, S = 3 splits, n findings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from featurecache.errors import BadOption, NotInCache
+from featurecache.store.view import View
+
+TILE, BLOCK = 32_768, 2_048  # rows of the first split held at a time; rows on each side of one product
+SAMPLE = 1_024  # rows of each side on which k is chosen
+FEW = 20  # times D², the pairs below which a basis costs more than it saves (an estimate)
+_PAIR_COST = 3.5e5  # multiply-adds of a screen in the time one pair is computed again alone (an estimate)
+_DENSE = 1 / 100  # share of a block from which on one product of the block is faster than its pairs (an estimate)
+_DECIMALS = 9
+_WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # k that are considered
+
+
+@dataclass(frozen=True)
+class NearPairs:
+    """``count`` pairs in all; of them the closest, closest first: rows int64 [n,2], cosines float64 [n]."""
+
+    count: int
+    rows: np.ndarray
+    cosines: np.ndarray
+
+
+@dataclass(frozen=True)
+class CentredUnitRows:
+    """The rows of one output as unit vectors from their mean."""
+
+    read: Callable[[np.ndarray], torch.Tensor]  # rows [n] -> [n,D], as stored
+    mean: np.ndarray  # float64 [D]
+    tiny: float  # a distance from the mean that is only rounding
+
+    @classmethod
+    def of(cls, view: View, output: str, rows: np.ndarray) -> CentredUnitRows:
+        """The mean is that of ``rows``; rows that are not finite are not in it. An output that is made of tokens is
+        made once and kept in memory, a stored one is read block by block."""
+        read: Callable[[np.ndarray], torch.Tensor] = lambda picked: view.tensor(output, picked)  # noqa: E731
+        if output not in view.outputs:
+            whole = view.tensor(output)
+            read = lambda picked: whole[torch.from_numpy(picked)]  # noqa: E731
+        total, number = np.zeros(view.info(output).shape), 0
+        for start in range(0, len(rows), BLOCK):
+            x = _double(read(rows[start : start + BLOCK]))
+            part = x.sum(axis=0)
+            if not np.isfinite(part).all():
+                x = x[np.isfinite(x).all(axis=1)]
+                part = x.sum(axis=0)
+            total += part
+            number += len(x)
+        mean = total / max(number, 1)
+        return cls(read, mean, 1e-9 * float(np.linalg.norm(mean)))
+
+    def units(self, rows: np.ndarray) -> np.ndarray:
+        """float64 [n,D]; zero where a row has no direction."""
+        x = _double(self.read(rows))
+        x -= self.mean
+        length = np.sqrt(np.einsum("nd,nd->n", x, x))
+        none = ~((length > self.tiny) & np.isfinite(length))
+        length[none], x[none] = 1, 0
+        x /= length[:, None]
+        return x
+
+
+def _double(x: torch.Tensor) -> np.ndarray:
+    return x.numpy().astype(np.float64)  # five times as fast as torch's own, of float16
+
+
+def nearest_pairs(
+    directions: CentredUnitRows,
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    threshold: float,
+    most: int,
+    same: np.ndarray,
+    what: str = "",
+    width: int | None = None,
+) -> NearPairs:
+    """The pairs of a row of ``first`` and one of ``second`` with a cosine of at least ``threshold``.
+
+    Rows with one number in ``same`` [N] are copies and no pair. ``what``: name of a progress bar, "" for none.
+    ``width``: k of the screen, D for no screen; by default chosen on a sample. Memory: a tile, a block and ``most``.
+    """
+    from tqdm import tqdm
+
+    screen = Screen.chosen(directions, first, second, threshold, width)
+    cut = np.float32(threshold - 0.5 * 10**-_DECIMALS - screen.margin)
+    kept = _Kept(most)
+    product = np.empty((BLOCK, BLOCK), np.float32)
+    total = len(first) * len(second)
+    with tqdm(
+        total=total, desc=what, unit=" pairs", unit_scale=True, leave=False, disable=None if what else True
+    ) as bar:
+        for tile in _parts(first, TILE):
+            left = [(rows, screen(directions.units(rows))) for rows in _parts(tile, BLOCK)]
+            for columns in _parts(second, BLOCK):
+                right = screen(directions.units(columns))
+                for rows, factors in left:
+                    bounds = np.matmul(factors, right.T, out=product[: len(rows), : len(columns)])
+                    a, b = _reaching(bounds, cut)
+                    other = same[rows[a]] != same[columns[b]]
+                    if other.any():
+                        a, b = a[other], b[other]
+                        cosines = exact_cosines(directions, rows, columns, a, b)
+                        near = cosines >= threshold
+                        kept.add(rows[a[near]], columns[b[near]], cosines[near])
+                    bar.update(len(rows) * len(columns))
+    return kept.pairs()
+
+
+def _parts(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _reaching(bounds: np.ndarray, cut: np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """Places [h], [h] in bounds [a,b] that reach ``cut``; most blocks have few, so that the maxima are looked at."""
+    rows = np.flatnonzero(bounds.max(axis=1) >= cut)
+    a, b = np.nonzero(bounds[rows] >= cut)
+    return rows[a], b
+
+
+def exact_cosines(
+    directions: CentredUnitRows, rows: np.ndarray, columns: np.ndarray, a: np.ndarray, b: np.ndarray
+) -> np.ndarray:
+    """Cosines float64 [h] of rows[a] and columns[b], from the stored numbers, to nine decimals."""
+    left, a = np.unique(a, return_inverse=True)
+    right, b = np.unique(b, return_inverse=True)
+    u, v = directions.units(rows[left]), directions.units(columns[right])
+    if len(a) > _DENSE * len(u) * len(v):
+        cosines = (u @ v.T)[a, b]
+    else:
+        cosines = np.empty(len(a))
+        for start in range(0, len(a), BLOCK):
+            here = slice(start, start + BLOCK)
+            cosines[here] = np.einsum("hd,hd->h", u[a[here]], v[b[here]])
+    return np.round(cosines, _DECIMALS)
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Unit vectors float64 [n,D] -> factors float32 [n,m] whose products are bounds of the cosines."""
+
+    basis: np.ndarray | None  # float64 [D,k]; None: the vectors themselves, m = D
+    margin: float  # what rounding may take from a bound
+
+    def __call__(self, units: np.ndarray) -> np.ndarray:
+        if self.basis is None:
+            return units.astype(np.float32)
+        p = (units @ self.basis).astype(np.float32)
+        rest = np.sqrt(np.maximum(0, 1 - np.einsum("nk,nk->n", p, p, dtype=np.float64)) + 1e-6)
+        return np.concatenate([p, rest.astype(np.float32)[:, None]], axis=1)
+
+    @classmethod
+    def chosen(
+        cls, directions: CentredUnitRows, first: np.ndarray, second: np.ndarray, threshold: float, width: int | None
+    ) -> Screen:
+        """The cheapest on a sample of pairs, by multiply-adds; for a small search no screen."""
+        full = len(directions.mean)
+        if width == full or (width is None and len(first) * len(second) < FEW * full**2):
+            return cls(None, _margin(full))
+        rng = np.random.default_rng(0)
+        u, v = (directions.units(_sample(rng, rows, SAMPLE)) for rows in (first, second))
+        more = directions.units(_sample(rng, np.concatenate([first, second]), 8 * SAMPLE))
+        basis = torch.linalg.eigh(torch.from_numpy(more.T @ more))[1].numpy()[:, ::-1]  # the main directions first
+        if width is None:
+            width = _cheapest(u @ basis, v @ basis, threshold)
+        return (
+            cls(None, _margin(full)) if width == full else cls(np.ascontiguousarray(basis[:, :width]), _margin(width))
+        )
+
+
+def _sample(rng: np.random.Generator, rows: np.ndarray, size: int) -> np.ndarray:
+    return np.sort(rng.choice(rows, min(size, len(rows)), replace=False))
+
+
+def _cheapest(u: np.ndarray, v: np.ndarray, threshold: float) -> int:
+    """k of the least work for pairs of u [a,D], v [b,D], coordinates in the whole basis."""
+    full = u.shape[1]
+    u, v = u.astype(np.float32), v.astype(np.float32)
+    product = np.zeros((len(u), len(v)), np.float32)
+    rests = [np.sqrt(np.maximum(0, 1 - np.cumsum(x * x, axis=1))) for x in (u, v)]
+
+    def work(k: int, bound: np.ndarray) -> float:
+        passed = np.count_nonzero(bound >= threshold) / bound.size
+        return k + min(_PAIR_COST * passed, 4 * full)  # many pairs are computed as one product in double precision
+
+    cost, before = {full: work(full, u @ v.T)}, 0
+    for k in (k for k in _WIDTHS if k < full):
+        if k >= min(cost.values()):
+            break
+        product += u[:, before:k] @ v[:, before:k].T
+        cost[k] = work(k, product + rests[0][:, k - 1, None] * rests[1][:, k - 1])
+        before = k
+    return min(cost, key=cost.__getitem__)
+
+
+def _margin(width: int) -> float:
+    unit = 2.0**-24
+    terms = (width + 2) * unit / (1 - (width + 2) * unit)
+    return 1.01 * terms + 4 * unit + 1e-7
+
+
+@dataclass
+class _Kept:
+    """The closest pairs so far. All are counted; not many more than ``most`` are held."""
+
+    most: int
+    count: int = 0
+    held: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+    number: int = 0
+
+    def add(self, a: np.ndarray, b: np.ndarray, cosines: np.ndarray) -> None:
+        self.count += len(a)
+        self.number += len(a)
+        self.held.append((a, b, cosines))
+        if self.number > 4 * self.most + BLOCK:
+            self._prune()
+
+    def _prune(self) -> None:
+        a, b, cosines = (np.concatenate(parts) for parts in zip(*self.held, strict=True))
+        order = np.lexsort((b, a, -cosines))[: self.most]  # equal ones in the order of the rows
+        self.held, self.number = [(a[order], b[order], cosines[order])], len(order)
+
+    def pairs(self) -> NearPairs:
+        if not self.held:
+            return NearPairs(0, np.zeros((0, 2), np.int64), np.zeros(0))
+        self._prune()
+        a, b, cosines = self.held[0]
+        return NearPairs(self.count, np.stack([a, b], axis=1), cosines)
+
+
+SPLITS = ("train", "val", "test")
+_PAIRS = ((0, 1), (0, 2), (1, 2))  # of splits, by number
+KINDS = {"image": "same image", "group": "same group", "near": "near-duplicates", "labels": "two labels"}
+VECTORS = ("cls", "pooler", "gap", "mean")  # compared by default: the first that the view has
+# Measured with an untrained ResNet-18 on PneumoniaMNIST and Medical MNIST at 64 px, mean subtracted: the same picture
+# saved again as JPEG (quality 90) has a cosine of at least 0.996, at quality 60 0.983. Of 1.1 million pairs of
+# different pictures 1 reaches 0.99 on PneumoniaMNIST and 25 reach 0.98; on Medical MNIST, whose slices resemble each
+# other, 21,521 reach 0.99.
+THRESHOLD = 0.99
+
+
+class LeakInput(Protocol):
+    """Of a view, or of images without features, what exact leaks go by."""
+
+    ids: list[str]
+    splits: list[str]
+    groups: list[str] | None
+    digests: np.ndarray
+
+    @property
+    def versions(self) -> np.ndarray | None: ...
+
+
+@dataclass(frozen=True)
+class LeakFinding:
+    """Leaks of one kind between two splits, in the order of the view; near-duplicates the closest first."""
+
+    kind: str
+    splits: tuple[str, str]
+    count: int  # all there are; of near-duplicates only the closest are kept
+    rows: np.ndarray  # int64 [n,2]: the first row in each split
+    copies: np.ndarray  # int64 [n,2]: how many rows it has there (labels: under that label)
+    cosines: np.ndarray | None = None  # float64 [n]
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What ``find_leaks`` found: a finding for every kind and pair of splits that has some."""
+
+    findings: tuple[LeakFinding, ...]
+    output: str | None  # compared for near-duplicates; None: not looked for
+    threshold: float
+
+    def __len__(self) -> int:
+        return sum(finding.count for finding in self.findings)
+
+    def of(self, kind: str) -> tuple[LeakFinding, ...]:
+        return tuple(finding for finding in self.findings if finding.kind == kind)
+
+
+def find_leaks(
+    view: View,
+    *,
+    output: str | None = None,
+    threshold: float = THRESHOLD,
+    most: int = 1000,
+    names: np.ndarray | None = None,
+    near: bool = True,
+    progress: bool = False,
+) -> Leaks:
+    """All leaks of a view.
+
+    ``names`` [N]: splits other than the view's own. ``output``: a vector; by default cls, else pooler, gap or mean
+    (where a view has none of them, near-duplicates are not looked for, and ``Leaks.output`` is None). ``most``: the
+    near-duplicates kept for each pair of splits; all are counted. ``near=False``: exact leaks only, which need no
+    features. Raises BadOption, NotInCache.
+    """
+    if not 0 < threshold <= 1:
+        raise BadOption(f"--threshold is {threshold:g}; a cosine above 0 and up to 1 is expected.")
+    if most < 1:
+        raise BadOption(f"--most is {most}; it must be at least 1.")
+    chosen = comparison_vector(view, output) if near else None
+    codes = split_codes(view, names)
+    images = numbered(np.asarray(view.digests).tolist())
+    found = [*shared_keys("image", images, codes), *_groups(view, codes)]
+    if chosen is not None:
+        found += _near(view, chosen, images, codes, threshold, most, progress)
+    found += label_conflicts(images, np.asarray(view.labels), codes, _plain(view))
+    return Leaks(tuple(found), chosen, threshold)
+
+
+def exact_leaks(view: LeakInput, names: np.ndarray) -> list[LeakFinding]:
+    """Images and groups that stand in two of the splits ``names`` [N]: no features are read."""
+    codes = split_codes(view, names)
+    return shared_keys("image", numbered(np.asarray(view.digests).tolist()), codes) + _groups(view, codes)
+
+
+def leaking(view: LeakInput, names: np.ndarray) -> dict[str, np.ndarray]:
+    """bool [N] for train and for val: rows of it whose image or group also stands in a later split."""
+    codes = split_codes(view, names)
+    keys = [numbered(np.asarray(view.digests).tolist())]
+    if view.groups is not None:
+        keys.append(numbered(view.groups))
+    later = np.zeros((2, len(codes)), dtype=bool)
+    for key in keys:
+        used = (codes >= 0) & (key >= 0)
+        there = np.zeros((key.max(initial=-1) + 1, len(SPLITS)), dtype=bool)
+        there[key[used], codes[used]] = True
+        later[0][used] |= there[key[used], 1] | there[key[used], 2]
+        later[1][used] |= there[key[used], 2]
+    return {name: (codes == code) & later[code] for code, name in enumerate(("train", "val"))}
+
+
+def numbered(values: Iterable[Any]) -> np.ndarray:
+    """int64 [N]: equal values get one number, in the order of their first appearance; empty ones -1."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) if value else -1 for value in values], dtype=np.int64)
+
+
+def split_codes(view: LeakInput, names: np.ndarray | None = None) -> np.ndarray:
+    """int64 [N]: 0, 1, 2 for train, val, test; -1 for rows in no split and for augmented copies."""
+    words = view.splits if names is None else np.asarray(names).tolist()
+    number = {name: code for code, name in enumerate(SPLITS)}
+    codes = np.array([number.get(word, -1) for word in words], dtype=np.int64)
+    codes[~_plain(view)] = -1
+    return codes
+
+
+def _plain(view: LeakInput) -> np.ndarray:
+    """bool [N]: rows that are no augmented copies."""
+    return np.ones(len(view.ids), bool) if view.versions is None else np.asarray(view.versions) == 0
+
+
+def _groups(view: LeakInput, codes: np.ndarray) -> list[LeakFinding]:
+    return [] if view.groups is None else shared_keys("group", numbered(view.groups), codes)
+
+
+def shared_keys(kind: str, keys: np.ndarray, codes: np.ndarray) -> list[LeakFinding]:
+    """A finding for each pair of splits that share a key. keys, codes: int64 [N], -1 takes no part."""
+    rows = np.flatnonzero((keys >= 0) & (codes >= 0))
+    cells, place, number = np.unique(keys[rows] * 3 + codes[rows], return_index=True, return_counts=True)
+    first = np.full((keys.max(initial=-1) + 1, 3), -1)
+    count = np.zeros_like(first)
+    first.reshape(-1)[cells], count.reshape(-1)[cells] = rows[place], number
+    found = []
+    for a, b in _PAIRS:
+        both = np.flatnonzero((count[:, a] > 0) & (count[:, b] > 0))
+        both = both[np.argsort(first[both, a])]
+        if len(both):
+            pair = (SPLITS[a], SPLITS[b])
+            found.append(LeakFinding(kind, pair, len(both), first[both][:, [a, b]], count[both][:, [a, b]]))
+    return found
+
+
+def label_conflicts(images: np.ndarray, labels: np.ndarray, codes: np.ndarray, plain: np.ndarray) -> list[LeakFinding]:
+    """One image under two labels; of several labels the least and the greatest, of multi-label data the first that
+    is both given and denied. Unknown labels contradict nothing.
+
+    images, codes int64 [N]; labels int64 [N] (-1 none) or float [N,L] (NaN unknown); plain bool [N].
+    """
+    values = labels.astype(np.float64) if labels.ndim == 2 else np.where(labels < 0, np.nan, labels)[:, None]
+    rows = np.flatnonzero(plain & (images >= 0))
+    rows = rows[(np.bincount(images[rows]) > 1)[images[rows]]]
+    if not len(rows) or not values.shape[1]:
+        return []
+    rows = rows[np.argsort(images[rows], kind="stable")]
+    starts = np.flatnonzero(np.diff(images[rows], prepend=-1))
+    group = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(rows)))
+    low: np.ndarray = np.fmin.reduceat(values[rows], starts, axis=0)
+    high: np.ndarray = np.fmax.reduceat(values[rows], starts, axis=0)
+    column = (low < high).argmax(axis=1)
+    split: np.ndarray = np.any(low < high, axis=1)
+    own = values[rows, column[group]]
+    ends = []
+    for extreme in (low, high):
+        here = np.flatnonzero(split[group] & (own == extreme[group, column[group]]))
+        _, place, number = np.unique(group[here], return_index=True, return_counts=True)
+        ends.append((rows[here[place]], number))
+    return _by_splits(np.stack([e[0] for e in ends], 1), np.stack([e[1] for e in ends], 1), codes)
+
+
+def _by_splits(rows: np.ndarray, copies: np.ndarray, codes: np.ndarray) -> list[LeakFinding]:
+    """Findings of ``labels``, one for every pair of splits; the earlier split stands first, none at the end."""
+    order = np.where(codes < 0, len(SPLITS), codes)
+    swap = (order[rows[:, 0]] * len(order) + rows[:, 0]) > (order[rows[:, 1]] * len(order) + rows[:, 1])
+    rows, copies = (np.where(swap[:, None], pairs[:, ::-1], pairs) for pairs in (rows, copies))
+    words = (*SPLITS, "")
+    found = []
+    for a, b in np.unique(order[rows], axis=0).tolist():
+        here = np.flatnonzero((order[rows] == (a, b)).all(axis=1))
+        here = here[np.argsort(rows[here, 0])]
+        found.append(LeakFinding("labels", (words[a], words[b]), len(here), rows[here], copies[here]))
+    return found
+
+
+def comparison_vector(view: View, output: str | None) -> str | None:
+    """The output whose vectors are compared. Raises BadOption where the one asked for has many vectors an image."""
+    if output is not None:
+        if len(shape := view.info(output).shape) != 1:
+            size = "×".join(str(side) for side in shape)
+            raise BadOption(f"--output {output} has [{size}] numbers an image; one vector is compared: cls or mean.")
+        return output
+    for name in VECTORS:
+        try:
+            view.info(name)
+        except NotInCache:
+            continue
+        return name
+    return None
+
+
+def _near(
+    view: View, output: str, images: np.ndarray, codes: np.ndarray, threshold: float, most: int, progress: bool
+) -> list[LeakFinding]:
+    cells = images * 4 + codes + 1
+    _, place, again, number = np.unique(cells, return_index=True, return_inverse=True, return_counts=True)
+    once = [np.sort(place[codes[place] == code]) for code in range(len(SPLITS))]  # of copies in a split the first
+    copies = number[again.reshape(-1)]
+    directions = CentredUnitRows.of(view, output, np.flatnonzero(_plain(view)))
+    found = []
+    for a, b in _PAIRS:
+        if not (len(once[a]) and len(once[b])):
+            continue
+        what = f"{SPLITS[a]} and {SPLITS[b]}" if progress else ""
+        pairs = nearest_pairs(directions, once[a], once[b], threshold=threshold, most=most, same=images, what=what)
+        if pairs.count:
+            pair = (SPLITS[a], SPLITS[b])
+            found.append(LeakFinding("near", pair, pairs.count, pairs.rows, copies[pairs.rows], pairs.cosines))
+    return found

@@ -1,0 +1,264 @@
+"""Another cache into this one, say from another machine: its rows, then its views. The other is never changed.
+
+Stores are the same when their fingerprints are. Before a row is taken over, what both made of the probe images has to
+agree. Shards with rows that are not here are copied whole, each byte hashed on the way and compared with the hash the
+shard was written with; of a row that both have ours stays. Interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from featurecache.errors import BadOption, CacheError, DamagedFile, Drift, FeatureCacheError, NotInCache
+from featurecache.extraction.canary import (
+    canary_path,
+    is_within_tolerance,
+    read_canary,
+    relative_distance,
+    write_canary,
+)
+from featurecache.files import guard
+from featurecache.files.atomic import USER_BLOCK, AtomicFile, check_room, open_regular, write_whole
+from featurecache.files.locks import exclusive_lock
+from featurecache.formatting import byte_bar
+from featurecache.store.shards import Layout, Shard, find_by_digest
+from featurecache.store.store import Store, cache_folder, create_store, find_store, stores, unreadable_stores
+from featurecache.store.timings import move_cost
+from featurecache.store.view import View
+from featurecache.store.write_view import columns_of, write_view
+
+_PIECE = 1 << 20  # bytes copied at a time
+
+
+@dataclass(frozen=True)
+class MergedView:
+    """What became of a view of the other cache: "copied", "renamed" (another of that name is here), "here" already,
+    or "left" for a reason."""
+
+    name: str
+    here: str
+    what: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What came of one store of the other cache. ``store`` is None where nothing of it was taken."""
+
+    source: Path
+    store: Path | None
+    new: bool = False
+    shards: int = 0
+    rows: int = 0  # that were not here
+    bytes: int = 0
+    views: tuple[MergedView, ...] = ()
+    left: tuple[str, ...] = ()  # what was not taken, and why; each one sentence
+
+    @property
+    def complete(self) -> bool:
+        return not self.left and all(view.what != "left" for view in self.views)
+
+
+def merge(other: str | Path, cache: str | Path | None = None, *, progress: bool = False) -> list[MergeResult]:
+    """Take over what the cache ``other`` holds and ``cache`` does not; one record for each of its stores.
+
+    Raises BadOption, NotInCache, CannotWrite, InUse.
+    """
+    theirs, folder = Path(other).expanduser(), cache_folder(cache)
+    if (theirs / "spec.json").exists():
+        raise BadOption(f"{theirs} is one store; give the folder of the cache it lies in, {theirs.absolute().parent}.")
+    if folder.exists() and theirs.exists() and folder.samefile(theirs):
+        raise BadOption(f"{theirs} is this cache itself; --cache names the one to merge into.")
+    found = [MergeResult(path, None, left=(str(error),)) for path, error in unreadable_stores(theirs)]
+    sources = list(stores(theirs))
+    if not sources and not found:
+        raise NotInCache(f"there is no store in {theirs}.")
+    for source in sources:
+        try:
+            found.append(_merge(source, folder, progress))
+        except (CacheError, NotInCache) as error:
+            found.append(MergeResult(source.path, None, left=(str(error),)))
+    return found
+
+
+def _merge(source: Store, folder: Path, progress: bool) -> MergeResult:
+    mine = find_store(folder, source.spec)
+    new = mine is None
+    kin = source.path.name.rpartition("-")[0] or source.path.name
+    mine = mine or create_store(folder, kin, source.spec, source.provenance)
+    with exclusive_lock(mine.path, f"merge of {source.path}"):
+        mine.sweep()
+        _agree(mine, source)
+        taking = _RowCopy(mine, source)
+        taking.look()
+        check_room(mine.path, taking.size, "Choose another disk with --cache.")
+        _take_records(mine, source)
+        taking.copy(progress)
+        views = tuple(_take_view(mine, source, path) for path in source.views())
+    size = sum(shard.size for shard in taking.copied)
+    return MergeResult(source.path, mine.path, new, len(taking.copied), taking.rows, size, views, tuple(taking.left))
+
+
+def _agree(mine: Store, source: Store) -> None:
+    """Raises Drift when the two made something else of the probe images."""
+    ours, theirs = read_canary(mine), read_canary(source)
+    if ours is None or theirs is None:
+        return
+    same_size = ours.pixels.shape == theirs.pixels.shape
+    shift = int((ours.pixels.int() - theirs.pixels.int()).abs().max()) if same_size else 255
+    if shift > 1:
+        raise Drift(
+            f"{source.path} saw other pixels of the probe images than {mine.path} (by {shift} of 255). Its rows are "
+            f"not taken. {_made_by(ours.made_by, theirs.made_by)}"
+        )
+    for name in sorted(ours.rows.keys() & theirs.rows.keys()):
+        if not is_within_tolerance(mine.spec, theirs.rows[name], ours.rows[name]):
+            far = relative_distance(theirs.rows[name], ours.rows[name])
+            raise Drift(
+                f"{source.path} made another {name} of the probe images than {mine.path} (distance {far:.1g}). "
+                f"Its rows are not taken. {_made_by(ours.made_by, theirs.made_by)}"
+            )
+
+
+def _made_by(ours: dict[str, str], theirs: dict[str, str]) -> str:
+    differ = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    words = [f"{name} {ours.get(name, 'none')} here, {theirs.get(name, 'none')} there" for name in differ]
+    return f"They differ in {'; '.join(words)}." if words else "Both were made with the same versions."
+
+
+def _take_records(mine: Store, source: Store) -> None:
+    """Plan and reference, where there is none here; ours stay."""
+    if mine.plan is None and source.plan is not None:
+        write_whole(mine.path / "plan.json", (source.path / "plan.json").read_bytes())
+    theirs = read_canary(source)
+    if theirs is not None and not canary_path(mine).exists():
+        write_canary(mine, theirs)
+
+
+@dataclass
+class _RowCopy:
+    """The shards of a store of which rows are not here."""
+
+    mine: Store
+    source: Store
+    shards: list[tuple[Layout, Shard, int]] = field(default_factory=list)  # with the number of rows not here
+    copied: list[Shard] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    rows: int = 0
+
+    @property
+    def size(self) -> int:
+        return sum(shard.size for _, shard, _ in self.shards)
+
+    def look(self) -> None:
+        paths = [path for name in self.source.outputs() for path in self.source.shard_paths(name)]
+        refused = guard.verdicts(paths, "shard")  # all at once
+        guard.verdicts(self.source.views(), "view")
+        self.left += [str(error) for error in refused.values()]
+        ours = self.mine.layouts()
+        for name, layout in self.source.layouts().items():
+            if ours.get(name, layout) != layout:
+                self.left.append(f"{name} of {self.source.path} has rows of another shape than here.")
+                continue
+            known = [shard.digests for shard in self.mine.shards(layout)]
+            here = np.unique(np.concatenate([np.zeros(0, "S32"), *known]))
+            for path in self.source.shard_paths(name):
+                if path not in refused:
+                    here = self._look_at(path, layout, here)
+
+    def _look_at(self, path: Path, layout: Layout, here: np.ndarray) -> np.ndarray:
+        """``here``: digests that are here, or will be; returned with those of this shard."""
+        try:
+            shard = self.source.shard(path, layout)
+        except CacheError as error:
+            self.left.append(str(error))
+            return here
+        missing = np.setdiff1d(shard.digests, here)
+        if len(missing):
+            self.shards.append((layout, shard, len(missing)))
+        return np.union1d(here, missing)
+
+    def copy(self, progress: bool) -> None:
+        with byte_bar(self.size, self.source.path.name, progress) as bar:
+            for layout, shard, missing in self.shards:
+                try:
+                    copy_shard(shard, self.mine.folder(layout.output) / shard.path.name, bar.update)
+                except DamagedFile as error:
+                    self.left.append(str(error))
+                else:
+                    self.copied.append(shard)
+                    self.rows += missing
+        guard.verdicts([self.mine.path / s.path.parent.name / s.path.name for s in self.copied], "shard")
+
+
+def copy_shard(shard: Shard, target: Path, advance: Callable[[int], object]) -> None:
+    """The same bytes under another folder, or nothing. Raises DamagedFile when they are not those that were hashed."""
+    with open_regular(shard.path) as file, AtomicFile(target) as draft:
+        digest, offset = xxhash.xxh3_128(), 0
+        while piece := file.read(_PIECE):
+            draft.write(offset, piece)
+            digest.update(piece if offset >= USER_BLOCK else piece[USER_BLOCK:])
+            offset += len(piece)
+            advance(len(piece))
+        if digest.hexdigest() != shard.hash or offset != shard.size:
+            raise DamagedFile(
+                f"{shard.path} is damaged: its content does not match the hash in its first line. Not taken."
+            )
+        draft.place()
+
+
+def _take_view(mine: Store, source: Store, path: Path) -> MergedView:
+    try:
+        view = View(path, columns_only=True, copies=True)
+        for name in _names(view.name):
+            target = mine.path / f"{name}.h5"
+            if not target.exists():
+                move_cost(source.path, view.name, mine.path, name)
+                _write(mine, source, view, name)
+                return MergedView(view.name, name, "copied" if name == view.name else "renamed")
+            if _same(view, View(target, columns_only=True, copies=True)):
+                return MergedView(view.name, name, "here")
+    except FeatureCacheError as error:
+        return MergedView(path.stem, "", "left", str(error))
+    raise AssertionError("names do not end")
+
+
+def _names(name: str) -> Iterator[str]:
+    yield name
+    number = 2
+    while True:
+        yield f"{name}-{number}"
+        number += 1
+
+
+def _write(mine: Store, source: Store, view: View, name: str) -> None:
+    """The view on shards here; of a row in several, a shard that the other cache has not comes first: it is ours."""
+    located = {}
+    for output in view.outputs:
+        layout, theirs = view.layout(output), {path.name for path in source.shard_paths(output)}
+        shards = sorted(mine.shards(layout), key=lambda shard: shard.path.name in theirs)
+        located[layout] = places = find_by_digest(shards, view.digests)
+        if not places.found.all():
+            missing = int((~places.found).sum())
+            raise CacheError(f"{view.path} is not taken: {missing:,} of its rows of {output} could not be copied.")
+    time = view.path.stat().st_mtime_ns
+    written = write_view(mine, name, columns_of(view), view.attributes, located)
+    os.utime(written, ns=(time, time))  # no newer than it is
+    guard.own([written])  # it has another ctime now
+
+
+def _same(a: View, b: View) -> bool:
+    """Whether two views say the same of the same images; where the images lay does not count."""
+    plain = (a.ids, a.splits, a.groups, a.classes, a.task, a.failed, a.augmented, dict(a.outputs), list(a.meta))
+    if plain != (b.ids, b.splits, b.groups, b.classes, b.task, b.failed, b.augmented, dict(b.outputs), list(b.meta)):
+        return False
+    columns: Sequence[tuple[np.ndarray, np.ndarray]] = [
+        (a.labels, b.labels), (a.digests, b.digests), *((a.meta[key], b.meta[key]) for key in a.meta)
+    ]  # fmt: skip
+    return all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in columns)

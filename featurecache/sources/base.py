@@ -1,0 +1,230 @@
+"""Dataset, ImageFiles, ImageArrays: names, labels, splits, groups, and how to read one image.
+
+One dataset: what each image is called, what it is labelled, and how to read it.
+
+Every source (a folder, a table, an archive) makes one of these, and nothing after it knows which it was. Row i is the
+same image in every field. About 300 bytes an image: the images themselves stay where they are.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from featurecache.errors import SourceError, UnreadableImage
+from featurecache.images.headers import EncodedFrame, EncodedImage
+
+
+def may_be_trained_on(dataset: Dataset) -> np.ndarray:
+    """bool [N]: the samples that have augmented copies. Where the data have no splits, all: train is drawn later."""
+    if not any(dataset.splits):
+        return np.ones(len(dataset), bool)
+    return np.array(dataset.splits) == "train"
+
+
+# What people call their splits -> what we call them.
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
+# Opening a pipe must not wait for its other end.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_LONGEST_NAME = 80  # characters: with .h5 behind it and four bytes each still a file name (255 bytes)
+
+
+class ImageSource(Protocol):
+    """Where the images of a dataset are read from."""
+
+    def read(self, row: int) -> EncodedImage: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """N labelled images. Made by ``open_source``."""
+
+    name: str  # of the view made of it: the folder's or file's, made safe for a file name
+    source: dict[str, Any]  # JSON; ``sources.reopen`` makes the same dataset of it
+    ids: list[str]  # stable, relative to the source
+    labels: np.ndarray  # int64 [N], -1 none; several labels: float32 [N, L], NaN unknown
+    splits: list[str]  # train, val, test, or empty
+    groups: list[str] | None  # patients; None where not known
+    meta: dict[str, list[str] | np.ndarray]  # further columns [N]
+    classes: list[str]  # index = label; several labels: their names
+    task: str
+    images: ImageSource = field(repr=False)
+    notes: tuple[str, ...] = ()  # what a user should hear about it, each one sentence
+
+    def __post_init__(self) -> None:
+        columns: list[Sequence[Any] | np.ndarray] = [self.labels, self.splits, *self.meta.values()]
+        assert all(len(column) == len(self.ids) for column in columns)
+        assert self.groups is None or len(self.groups) == len(self.ids)
+        assert self.task in TASKS, self.task
+        assert (self.labels.ndim == 2) == (self.task == "multilabel"), (self.labels.shape, self.task)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, row: int) -> EncodedImage:
+        """The encoded bytes of a file, or an array [H, W], [H, W, 1] or [H, W, 3]. Raises UnreadableImage."""
+        return self.images.read(row)
+
+    def path(self, row: int) -> str | None:
+        """The file of this image (and, of DICOM, of its other frames); None where it lies in an archive of many."""
+        return self.images.path(row) if isinstance(self.images, ImageFiles) and not self.images.archived else None
+
+    def shown(self, row: int) -> str:
+        """By what a person at this machine finds an image: its id; where ids are hashed, its path."""
+        return (self.path(row) if self.source.get("hash_ids") else None) or self.ids[row]
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images in files of their own: ``ids`` are paths relative to ``root`` (or absolute)."""
+
+    root: str
+    ids: list[str] = field(repr=False)
+    archived: ClassVar[bool] = False  # whether a file is an archive of many images
+
+    def path(self, row: int) -> str:
+        return os.path.join(self.root, self.ids[row])
+
+    def read(self, row: int) -> bytes | EncodedFrame:
+        return read_file(self.path(row))
+
+
+def read_file(path: str) -> bytes:
+    """A file's bytes. Raises UnreadableImage."""
+    with open_image_file(path) as (descriptor, status), as_unreadable(path):
+        return _whole(descriptor, status.st_size)
+
+
+@contextmanager
+def open_image_file(path: str) -> Iterator[tuple[int, os.stat_result]]:
+    """The descriptor and the stat of a regular file; nothing else is opened. Raises UnreadableImage."""
+    with as_unreadable(path):
+        descriptor = os.open(path, _READ)
+    try:
+        with as_unreadable(path):
+            status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImage("not a file")
+        yield descriptor, status
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def as_unreadable(path: str) -> Iterator[None]:
+    """What the system says of a file, as UnreadableImage."""
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except FileNotFoundError:
+        raise UnreadableImage("a link to a file that is gone" if os.path.islink(path) else "no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise UnreadableImage(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _whole(descriptor: int, size: int) -> bytes:
+    """A file to its end, which may have moved since it had ``size`` bytes. (Half the time of open().read().)"""
+    data = os.read(descriptor, size + 1)
+    if len(data) == size:
+        return data
+    parts = [data]
+    while parts[-1]:
+        parts.append(os.read(descriptor, 1 << 24))
+    return b"".join(parts)
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """Images in arrays [n, H, W(, 3)], one array after another."""
+
+    parts: Sequence[Any] = field(repr=False)  # each: len() and [row]
+    file: str | None = None  # the archive they lie in: while it is unchanged, so is every row
+
+    def read(self, row: int) -> np.ndarray:
+        starts = [0, *accumulate(len(part) for part in self.parts)]
+        part = bisect_right(starts, row) - 1
+        return np.asarray(self.parts[part][row - starts[part]])
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Images inside other files, read one by one by ``read_row``; ``files`` are those that hold all of them."""
+
+    read_row: Callable[[int], EncodedImage] = field(repr=False)
+    files: tuple[str, ...]  # while they are unchanged, so is every row
+
+    def read(self, row: int) -> EncodedImage:
+        return self.read_row(row)
+
+
+def safe_name(text: str) -> str:
+    """``text`` as the name of a view: letters of any script, digits, ``_``, ``-``, ``.``; no dot or dash in front."""
+    name = re.sub(r"[^\w.-]+", "-", text).strip("-.")
+    return name[:_LONGEST_NAME] or "data"
+
+
+def source_record(kind: str, data: str, columns: dict[str, str] | None, task: str | None) -> dict[str, Any]:
+    """What ``sources.reopen`` needs: the arguments of ``open_source`` that were given."""
+    given = {"kind": kind, "data": data, "columns": columns, "task": task}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def resolve_task(asked: str | None, classes: Sequence[str], several: bool, where: str) -> str:
+    """The task of a dataset, as asked for or as its labels have it. Raises SourceError where they contradict."""
+    if asked is not None and asked not in TASKS:
+        raise SourceError(f"the task {asked!r} is unknown; it is one of {', '.join(TASKS)}.")
+    if several:
+        found = "multilabel"
+    else:
+        found = {0: "unlabelled", 2: "binary"}.get(len(classes), "multiclass")
+    if asked is None or asked == found or asked == "unlabelled":
+        return asked or found
+    fits = {"multiclass": ("binary",), "ordinal": ("binary", "multiclass")}
+    if found not in fits.get(asked, ()):
+        labels = f"{len(classes)} {'labels' if several else 'classes'}" if classes else "no labels"
+        raise SourceError(f"{where} has {labels}: its task is {found}, it cannot be {asked}.")
+    return asked
+
+
+def split_names(words: Sequence[str], wrong: Callable[[int, str], SourceError]) -> list[str]:
+    """train, val, test or nothing for each word that people use for them; raises what ``wrong`` makes of another."""
+    for row, word in enumerate(words):
+        if word and word.lower() not in SPLITS:
+            raise wrong(row, word)
+    return [SPLITS[word.lower()] if word else "" for word in words]
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """``names`` with a number behind each that stood there before: two classes may not share a name."""
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return found if len(set(found)) == len(found) else unique_names(found)
+
+
+def class_labels(values: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """int64 [N]: the index of each name in ``classes``; -1 where the name is empty."""
+    index = {name: number for number, name in enumerate(classes)}
+    return np.fromiter((index[value] if value else -1 for value in values), np.int64, len(values))
+
+
+def abbreviated(words: Sequence[Any], most: int = 5) -> str:
+    """``a, b, c`` or ``a, b, c, … (12)``."""
+    shown = ", ".join(str(word) for word in words[:most])
+    return shown if len(words) <= most else f"{shown}, … ({len(words):,} in all)"

@@ -1,0 +1,239 @@
+"""DICOM files in a dataset: a file of several frames is several images, and whose they are is known.
+
+``with_frames`` takes a dataset of files (a folder, a table) and looks into the headers of those that are DICOM. The
+images of a file of several frames are called ``chest/a.dcm#frame=0``, ``#frame=1``, … in their order; all have the
+label and split of the file. A table may also list single frames by such names.
+
+Groups. Where the source says none, the group of an image is the PatientID of its file: frames and files of one patient
+must not stand in train and in test. That is the only thing of a patient that a cache gets to hold, in plain unless
+``--hash-groups`` is given, and a note says so. Without a PatientID the frames of a file are a group of their own. One
+PatientID in all files is what anonymising leaves behind and says nothing: it is not taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from featurecache.errors import SourceError, UnreadableImage
+from featurecache.images import dicom
+from featurecache.images.headers import EncodedFrame, is_dicom
+from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, read_file
+
+EXTENSIONS = (".dcm", ".dicom", ".dic")
+PLAIN_PATIENTS = "Each PatientID is stored as it is; --hash-groups hides them."
+_FRAME = re.compile(r"^(.+)#frame=(0|[1-9]\d{0,8})$", re.DOTALL)
+_FRONT = 132  # bytes: preamble and magic
+_REMEMBERED = 1 << 18  # headers, of about 300 bytes each
+_last = threading.local()  # of each thread the file it read last: its frames are asked for one after the other
+
+
+@dataclass(frozen=True)
+class DicomFiles(ImageFiles):
+    """``Files`` of which some ids name a frame of a file."""
+
+    def path(self, row: int) -> str:
+        return os.path.join(self.root, split_frame(self.ids[row])[0])
+
+    def read(self, row: int) -> bytes | EncodedFrame:
+        path, number = self.path(row), split_frame(self.ids[row])[1]
+        if number is None:
+            return read_file(path)
+        stamp = _stamp(path)
+        if stamp is None or getattr(_last, "stamp", None) != stamp:
+            data = read_file(path)
+            _last.stamp, _last.file = stamp, (data, hashlib.blake2b(data, digest_size=16))
+        return EncodedFrame(_last.file[0], number, _last.file[1])
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the header of a file says; of one that cannot be read nothing, it is a named failure when it is."""
+
+    frames: int = 1
+    patient: str = ""
+    windows: int | None = None  # how many to choose from; None where it is no matter (colour, a table, frames' own)
+
+
+def split_frame(name: str) -> tuple[str, int | None]:
+    """``a.dcm#frame=3`` → ``a.dcm``, 3."""
+    found = _FRAME.match(name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
+def may_be_dicom(name: str) -> bool:
+    """Whether a file may be DICOM by its name: its ending, or none, or a UID."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending in EXTENSIONS or ((not ending or ending[1:].isdigit()) and name.upper() != "DICOMDIR")
+
+
+def starts_like(path: str) -> bool:
+    """Whether a file is DICOM by its content. One that cannot be opened is none."""
+    try:
+        with open_image_file(path) as (descriptor, _), as_unreadable(path):
+            return is_dicom(os.read(descriptor, _FRONT))
+    except UnreadableImage:
+        return False
+
+
+def images_of(name: str, data: bytes) -> list[tuple[str, bytes | EncodedFrame]]:
+    """The images of one file, by name: itself, or its frames."""
+    try:
+        frames = dicom.read_header(data).frames if is_dicom(data) else 1
+    except UnreadableImage:  # said when it is decoded
+        frames = 1
+    if frames == 1:
+        return [(name, data)]
+    hashed = hashlib.blake2b(data, digest_size=16)
+    return [(f"{name}#frame={number}", EncodedFrame(data, number, hashed)) for number in range(frames)]
+
+
+def expand_frames(dataset: Dataset) -> Dataset:
+    """``dataset`` with a row for each frame, and groups. Raises SourceError where pydicom is missing."""
+    if type(dataset.images) is not ImageFiles:
+        return dataset
+    root, names = dataset.images.root, dataset.images.ids
+    file_of = {row: _file_of(root, name) for row, name in enumerate(names) if _is_one(root, name)}
+    if not file_of:
+        return dataset
+    if not dicom.installed():
+        raise SourceError(f"{len(file_of):,} images of {dataset.source['data']} are DICOM. {dicom.MISSING}.")
+    files = {file: _known(os.path.join(root, file)) for file in dict.fromkeys(file for file, _ in file_of.values())}
+    repeats = np.ones(len(names), np.int64)
+    for row, (file, number) in file_of.items():
+        repeats[row] = files[file].frames if number is None else 1
+    groups = dataset.groups if dataset.groups is not None else _patients(dataset.ids, file_of, files)
+    return replace(
+        _expanded(dataset, repeats), groups=_groups(groups, dataset.ids, repeats),
+        images=DicomFiles(root, _numbered(names, repeats)), notes=(*dataset.notes, *_notes(dataset, files, groups)),
+    )  # fmt: skip
+
+
+def _is_one(root: str, name: str) -> bool:
+    file, number = _file_of(root, name)
+    if number is not None:
+        return True
+    ending = os.path.splitext(file)[1].lower()
+    return ending in EXTENSIONS or (may_be_dicom(os.path.basename(file)) and starts_like(os.path.join(root, file)))
+
+
+def _file_of(root: str, name: str) -> tuple[str, int | None]:
+    """A file of that very name comes first."""
+    file, number = split_frame(name) if "#" in name else (name, None)
+    return (name, None) if number is not None and os.path.lexists(os.path.join(root, name)) else (file, number)
+
+
+def _known(path: str) -> _Known:
+    stamp = _stamp(path)
+    try:
+        return _Known() if stamp is None else _of_header(stamp)
+    except UnreadableImage:
+        return _Known()
+
+
+@functools.lru_cache(_REMEMBERED)
+def _of_header(stamp: tuple[Any, ...]) -> _Known:
+    """Of the file of this `_stamp`. In the memory of the process alone: a PatientID is to stand on no disk."""
+    with open_image_file(stamp[0]) as (descriptor, _), os.fdopen(os.dup(descriptor), "rb") as file:
+        front = file.read(_FRONT)
+        if not is_dicom(front):
+            return _Known()
+        file.seek(0)
+        header = dicom.read_header(file, ("PatientID",))
+    try:
+        patient = str(header.settings.get("PatientID") or "").strip().replace("\0", "")
+        return _Known(header.frames, patient, _windows(header.settings))
+    except Exception:  # a value that pydicom cannot make text of
+        return _Known(header.frames)
+
+
+def _windows(settings: Any) -> int | None:
+    grey = str(settings.get("PhotometricInterpretation", "")).startswith("MONOCHROME")
+    own = "PerFrameFunctionalGroupsSequence" in settings or "SharedFunctionalGroupsSequence" in settings
+    if not grey or settings.get("VOILUTSequence") or (own and settings.get("WindowCenter") in (None, "")):
+        return None
+    value = settings.get("WindowCenter")
+    return 0 if value in (None, "") else 1 if isinstance(value, int | float | str) else len(value)
+
+
+def _expanded(dataset: Dataset, repeats: np.ndarray) -> Dataset:
+    """Row i ``repeats[i]`` times; without groups."""
+    rows = np.repeat(np.arange(len(repeats)), repeats)
+
+    def taken(column: Sequence[Any] | np.ndarray) -> Any:
+        return column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows.tolist()]
+
+    meta = {name: taken(column) for name, column in dataset.meta.items()}
+    ids, labels, splits = _numbered(dataset.ids, repeats), taken(dataset.labels), taken(dataset.splits)
+    return replace(dataset, ids=ids, labels=labels, splits=splits, groups=None, meta=meta)
+
+
+def _numbered(names: Sequence[str], repeats: np.ndarray) -> list[str]:
+    """Names, with the number of the frame where there are several."""
+    pairs = zip(names, repeats.tolist(), strict=True)
+    return [f"{name}#frame={k}" if count > 1 else name for name, count in pairs for k in range(count)]
+
+
+def _patients(ids: list[str], file_of: dict[int, tuple[str, int | None]], files: dict[str, _Known]) -> list[str] | None:
+    """The group of each row before frames are told apart: a patient, else the first id of its file."""
+    patients = {known.patient for known in files.values()} - {""}
+    told = patients if len(patients) > 1 else set()
+    if not told and not any(known.frames > 1 for known in files.values()):
+        return None
+    firsts: dict[str, str] = {}
+    groups = []
+    for row, name in enumerate(ids):
+        file = file_of[row][0] if row in file_of else name
+        patient = files[file].patient if row in file_of else ""
+        groups.append(patient if patient in told else firsts.setdefault(file, name))
+    return groups
+
+
+def _groups(groups: list[str] | None, ids: list[str], repeats: np.ndarray) -> list[str] | None:
+    """Groups of all frames. What is a group of its own bears the id of its first image, by which it is hidden too."""
+    if groups is None:
+        return None
+    first = {name: _numbered([name], count)[0] for name, count in zip(ids, repeats.reshape(-1, 1), strict=True)}
+    return [first.get(groups[row], groups[row]) for row in np.repeat(np.arange(len(repeats)), repeats)]
+
+
+def _stamp(path: str) -> tuple[Any, ...] | None:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def _notes(dataset: Dataset, files: dict[str, _Known], groups: list[str] | None) -> list[str]:
+    notes = []
+    several = sum(known.frames > 1 for known in files.values())
+    if several:
+        frames = sum(known.frames for known in files.values() if known.frames > 1)
+        notes.append(f"{several:,} DICOM files hold {frames:,} frames, each an image (#frame=0, #frame=1, …).")
+    patients = {known.patient for known in files.values()} - {""}
+    if dataset.groups is None and groups is not None and len(patients & set(groups)):
+        notes.append(
+            f"The groups are the PatientID of the DICOM files ({len(patients):,} patients), so that nobody stands in "
+            "train and test."
+        )
+        notes.append(PLAIN_PATIENTS)
+    elif dataset.groups is None and patients and len(files) > 1:
+        notes.append("All DICOM files bear one PatientID, which tells nobody apart: it is not taken for groups.")
+    more = sum((known.windows or 0) > 1 for known in files.values())
+    none = sum(known.windows == 0 for known in files.values())
+    if more:
+        notes.append(f"{more:,} DICOM files hold several windows; the first is used.")
+    if none:
+        notes.append(
+            f"{none:,} DICOM files have no window: the full range of their stored bits is shown, which may look flat."
+        )
+    return notes

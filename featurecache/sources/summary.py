@@ -1,0 +1,362 @@
+"""What a dataset holds before anything is computed, in numbers and as a contact sheet.
+
+What a dataset looks like before anything is computed: classes and splits, sizes and kinds of pixels, copies.
+
+The contact sheet: a few images of every class and split on one PNG, with their names beneath.
+
+`picture`, `write` and `font` draw other sheets too (`featurecache.pairs`).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from itertools import combinations
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from featurecache.errors import UnreadableImage
+from featurecache.files.atomic import write_whole
+from featurecache.images.decoding import decode, image_header
+from featurecache.images.headers import EncodedImage
+from featurecache.sources.base import Dataset
+
+LOOKED_AT = 200  # images whose headers are read for sizes and kinds of pixels
+_ROWS_SHOWN = 24  # classes in the printed table
+_ORDER = ("train", "val", "test", "")
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Images whose digest another image of the dataset has."""
+
+    total: int  # images beyond the first of their digest
+    within: dict[str, int]  # split -> the same, counted inside it
+    across: dict[str, int]  # "train+test" -> distinct images that stand in both
+    two_labels: int  # distinct images that bear different labels
+
+
+@dataclass(frozen=True)
+class Description:
+    """``str()`` is the table for people, ``to_dict()`` the same as JSON."""
+
+    name: str
+    task: str
+    images: int
+    splits: list[str]  # S of them, in the order of a protocol
+    classes: list[str]  # C
+    counts: list[list[int]]  # [C][S]; several labels: positives
+    unlabelled: list[int]  # [S]; several labels: images with an unknown one
+    totals: list[int]  # [S]
+    looked_at: int
+    sizes: dict[str, list[int]]  # smallest, median, largest: [width, height] in pixels
+    kinds: dict[str, int]  # of pixels, most frequent first
+    unreadable: list[tuple[str, str]]  # among those looked at: id, reason
+    copies: Duplicates | None
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join([_headline(self), *_table(self), *_facts(self)])
+
+
+def describe(
+    dataset: Dataset,
+    digests: Sequence[str | bytes | None] | np.ndarray | None = None,
+    headers: Mapping[int, tuple[int, int, str] | str] | None = None,
+) -> Description:
+    """Count, and look at the headers of at most ``LOOKED_AT`` images spread over the dataset.
+
+    ``digests`` [N], where they are known (empty for an image that could not be read), give the copies; ``headers``,
+    where some were looked at before (row → width, height and kind of pixels, or why not), are not looked at again.
+    """
+    present = set(dataset.splits)
+    splits = [split for split in _ORDER if split in present]
+    number_of = {split: number for number, split in enumerate(splits)}
+    column = np.fromiter((number_of[split] for split in dataset.splits), np.int64, len(dataset))
+    headers = _look_at_some(dataset) if headers is None else headers
+    looks = [header for header in headers.values() if not isinstance(header, str)]
+    unreadable = [(dataset.shown(row), header) for row, header in headers.items() if isinstance(header, str)]
+    areas = sorted(looks, key=lambda look: (look[0] * look[1], look[:2]))
+    sizes = {"smallest": areas[0], "median": areas[len(areas) // 2], "largest": areas[-1]} if areas else {}
+    return Description(
+        name=dataset.name,
+        task=dataset.task,
+        images=len(dataset),
+        splits=splits,
+        classes=list(dataset.classes),
+        counts=[_by_split(has_label(dataset, number), column, len(splits)) for number in range(len(dataset.classes))],
+        unlabelled=_by_split(is_unlabelled(dataset), column, len(splits)),
+        totals=_by_split(np.ones(len(dataset), bool), column, len(splits)),
+        looked_at=len(looks) + len(unreadable),
+        sizes={name: [width, height] for name, (width, height, _) in sizes.items()},
+        kinds=dict(Counter(kind for _, _, kind in looks).most_common()),
+        unreadable=unreadable,
+        copies=None if digests is None else _copies(dataset, digests),
+        notes=list(dataset.notes),
+    )
+
+
+def evenly_spaced(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most ``most`` of ``rows``, evenly spaced, the first and the last among them."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64))]
+
+
+def _look_at_some(dataset: Dataset) -> dict[int, tuple[int, int, str] | str]:
+    headers: dict[int, tuple[int, int, str] | str] = {}
+    for row in evenly_spaced(np.arange(len(dataset)), LOOKED_AT).tolist():
+        try:
+            headers[row] = image_header(dataset.read(row))
+        except UnreadableImage as error:
+            headers[row] = str(error)
+    return headers
+
+
+def has_label(dataset: Dataset, number: int) -> np.ndarray:
+    """bool [N]: the images of class ``number``, or with that label."""
+    found: np.ndarray = dataset.labels[:, number] == 1 if dataset.labels.ndim == 2 else dataset.labels == number
+    return found
+
+
+def is_unlabelled(dataset: Dataset) -> np.ndarray:
+    found: np.ndarray = np.isnan(dataset.labels).any(1) if dataset.labels.ndim == 2 else dataset.labels == -1
+    return found
+
+
+def _by_split(chosen: np.ndarray, column: np.ndarray, splits: int) -> list[int]:
+    return [int(count) for count in np.bincount(column[chosen], minlength=splits)]
+
+
+def _copies(dataset: Dataset, digests: Sequence[str | bytes | None] | np.ndarray) -> Duplicates:
+    assert len(digests) == len(dataset), (len(digests), len(dataset))
+    plain = digests if isinstance(digests, np.ndarray) else [d.decode() if isinstance(d, bytes) else d for d in digests]
+    text = np.array([digest or "" for digest in plain]) if not isinstance(plain, np.ndarray) else plain
+    known = np.flatnonzero(text != text.dtype.type())
+    distinct, image = np.unique(text[known], return_inverse=True)
+    splits = np.array(dataset.splits)[known]
+    by_split = {split: image[splits == split] for split in _ORDER if (splits == split).any()}
+    images = {split: np.unique(rows) for split, rows in by_split.items()}
+    both = {(a, b): np.intersect1d(images[a], images[b], True) for a, b in combinations(images, 2) if a and b}
+    return Duplicates(
+        total=len(known) - len(distinct),
+        within={split: len(rows) - len(images[split]) for split, rows in by_split.items()},
+        across={f"{a}+{b}": len(rows) for (a, b), rows in both.items()},
+        two_labels=_two_labels(dataset.labels[known], image),
+    )
+
+
+def _two_labels(labels: np.ndarray, image: np.ndarray) -> int:
+    """Of images [n] that bear labels [n] or [n, L]: how many distinct ones bear different labels (NaN is one)."""
+    order = np.argsort(image, kind="stable")
+    labels, image = labels.reshape(len(labels), -1)[order], image[order]
+    again = image[1:] == image[:-1]  # the same image as the row before
+    differs = (labels[1:] != labels[:-1]) & ((labels[1:] == labels[1:]) | (labels[:-1] == labels[:-1]))
+    return len(np.unique(image[1:][again & differs.any(1)]))
+
+
+def _headline(found: Description) -> str:
+    kind = "labels" if found.task == "multilabel" else "classes"
+    what = f"{len(found.classes):,} {kind} ({found.task})" if found.classes else "no labels"
+    return f"{found.name}  {found.images:,} images, {what}"
+
+
+def _table(found: Description) -> list[str]:
+    """The counts as aligned lines; many classes are cut, and it is said."""
+    names = [split or "no split" for split in found.splits]
+    rows = list(zip(found.classes, found.counts, strict=True))
+    lines = [(name, counts) for name, counts in rows[:_ROWS_SHOWN]]
+    if len(rows) > _ROWS_SHOWN:
+        rest = [counts for _, counts in rows[_ROWS_SHOWN:]]
+        lines.append((f"({len(rest):,} more)", [sum(column) for column in zip(*rest, strict=True)]))
+    if any(found.unlabelled) and found.classes:
+        lines.append(("(a label unknown)" if found.task == "multilabel" else "(no label)", found.unlabelled))
+    lines.append(("images", found.totals))
+    cells = [["", *names, "all"]] + [
+        [name, *(f"{count:,}" for count in (*counts, sum(counts)))] for name, counts in lines
+    ]
+    if len(names) == 1:
+        cells = [row[:-1] for row in cells]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
+    return [
+        "  " + "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
+                         for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in cells
+    ]  # fmt: skip
+
+
+def _facts(found: Description) -> list[str]:
+    facts = []
+    if found.sizes:
+        shown = list(dict.fromkeys(f"{width:,}×{height:,}" for width, height in found.sizes.values()))
+        names = "" if len(shown) == 1 else " (smallest, median, largest)" if len(shown) == 3 else " (smallest, largest)"
+        sample = "" if found.looked_at == found.images else f", in {found.looked_at:,} looked at"
+        facts.append(("sizes", f"{' · '.join(shown)}{names}{sample}"))
+        facts.append(("pixels", " · ".join(f"{kind} {count:,}" for kind, count in found.kinds.items())))
+    facts += [("unreadable", f"{name}: {reason}") for name, reason in found.unreadable[:5]]
+    if found.copies is not None:
+        facts.append(("copies", copies_text(found.copies)))
+    facts += [("note", note) for note in found.notes]
+    return [f"{name:<12}{text}" for name, text in facts]
+
+
+def copies_text(copies: Duplicates) -> str:
+    if not copies.total:
+        return "none"
+    within = [f"{count:,} within {split}" for split, count in copies.within.items() if count and split]
+    across = [f"{count:,} in both {pair.replace('+', ' and ')}" for pair, count in copies.across.items() if count]
+    labels = [f"{copies.two_labels:,} under two labels"] if copies.two_labels else []
+    parts = ", ".join([*within, *across, *labels])
+    return f"{copies.total:,} images repeat another" + (f" ({parts})" if parts else "")
+
+
+def contact_sheet(dataset: Dataset, path: str | Path, per_class: int = 8) -> None:
+    """A PNG with ``per_class`` images of each class and split, as a backbone will see them before resizing."""
+    write_whole(Path(path), draw(dataset, per_class))
+
+
+# Pixels.
+CELL, GAP, CAPTION, MARGIN, HEADING, LINE, BETWEEN = 112, 10, 18, 28, 34, 16, 18
+GUTTER = 84  # left of the images, for the names of the splits
+MOST_CLASSES = 40
+_LONGEST = 500  # characters of a name: more than fit on a sheet
+PAPER, INK, FAINT, MAT, ALARM = "#ffffff", "#1a1a1a", "#6b6b6b", "#f0f0f0", "#b3261e"
+_SPLITS = ("train", "val", "test", "")
+
+
+def draw(dataset: Dataset, per_class: int) -> bytes:
+    """The sheet as the bytes of a PNG."""
+    assert per_class > 0
+    sections = _sections(dataset)
+    shown = sections[:MOST_CLASSES]
+    columns = max(min(per_class, max(len(rows) for _, _, strips in shown for _, rows in strips)), 4)  # room for titles
+    strip = CELL + CAPTION + GAP
+    gutter = GUTTER if any(dataset.splits) else 0
+    width = 2 * MARGIN + gutter + columns * (CELL + GAP) - GAP
+    height = 2 * MARGIN + 2 * HEADING - BETWEEN + sum(HEADING + BETWEEN + len(strips) * strip for _, _, strips in shown)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    write(pen, (MARGIN, MARGIN), dataset.name, 22, INK, width - 2 * MARGIN)
+    cut = f", the first {MOST_CLASSES} of {len(sections):,} classes" if len(sections) > MOST_CLASSES else ""
+    write(pen, (MARGIN, MARGIN + 30), f"{len(dataset):,} images, {dataset.task}{cut}", 13, FAINT, width - 2 * MARGIN)
+    y = MARGIN + 2 * HEADING
+    for title, count, strips in shown:
+        pen.line([(MARGIN, y - 8), (width - MARGIN, y - 8)], "#d9d9d9")
+        right = pen.textlength(count, font(13))
+        write(pen, (width - MARGIN - right, y + 2), count, 13, FAINT, right + 1)
+        write(pen, (MARGIN, y), title, 16, INK, width - 2 * MARGIN - right - GAP)
+        y += HEADING
+        for split, rows in strips:
+            if gutter:
+                write(pen, (MARGIN, y + CELL // 2 - LINE), split, 13, INK, gutter - GAP)
+                write(pen, (MARGIN, y + CELL // 2 + 2), f"{len(rows):,}", 13, FAINT, gutter - GAP)
+            rows = evenly_spaced(rows, per_class)
+            for place, (row, caption) in enumerate(zip(rows, _captions(pen, dataset, rows), strict=True)):
+                corner = (MARGIN + gutter + place * (CELL + GAP), y)
+                picture(sheet, pen, corner, partial(dataset.read, int(row)))
+                write(pen, (corner[0], y + CELL + 2), caption, 11, FAINT, CELL)
+            y += strip
+        y += BETWEEN
+    encoded = io.BytesIO()
+    sheet.save(encoded, "PNG", optimize=True)
+    return encoded.getvalue()
+
+
+def _sections(dataset: Dataset) -> list[tuple[str, str, list[tuple[str, np.ndarray]]]]:
+    """(class, its count, [(split, its rows)]) for everything that has an image."""
+    split = np.asarray(dataset.splits)
+    chosen = [(name, has_label(dataset, number)) for number, name in enumerate(dataset.classes)]
+    if dataset.labels.ndim == 2:
+        chosen.append(("none positive", ~(dataset.labels == 1).any(1)))
+    else:
+        chosen.append(("no label", is_unlabelled(dataset)))
+    sections = []
+    for name, images in chosen:
+        strips = [(word, np.flatnonzero(images & (split == word))) for word in _SPLITS]
+        strips = [(word or "no split", rows) for word, rows in strips if len(rows)]
+        if strips:
+            sections.append((name, f"{int(images.sum()):,} images", strips))
+    return sections
+
+
+def _captions(pen: ImageDraw.ImageDraw, dataset: Dataset, rows: np.ndarray) -> list[str]:
+    """Names of files without folder and ending; where they are too long, without what they begin with in common."""
+    ids = [_printable(dataset.ids[row]) for row in rows]
+    names = [_stem(name) if dataset.path(0) else name.rsplit(":", 1)[-1] for name in ids]
+    common = len(os.path.commonprefix(names)) if len(names) > 1 else 0  # noqa: RUF071 (characters are meant)
+    if common > 1 and any(pen.textlength(name, font(11)) > CELL for name in names):
+        names = [f"…{name[common:]}" for name in names]
+    return names
+
+
+def _stem(name: str) -> str:
+    """Of a frame of DICOM with its number."""
+    file, _, frame = name.partition("#frame=")
+    return PurePosixPath(file).stem + (f" {frame}" if frame else "")
+
+
+def picture(
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], read: Callable[[], EncodedImage]
+) -> None:
+    """What ``read`` gives in a cell; where it raises UnreadableImage an empty frame with the reason."""
+    x, y = corner
+    pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], MAT)
+    try:
+        pixels = decode(read()).permute(1, 2, 0).numpy()
+        image = _fitted(Image.fromarray(np.ascontiguousarray(pixels)))
+        sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
+    except UnreadableImage as error:
+        pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], outline=ALARM)
+        for line, words in enumerate(_wrapped(pen, str(error), CELL - 12)[:6]):
+            write(pen, (x + 6, y + 8 + line * LINE), words, 11, ALARM, CELL - 12)
+
+
+def _fitted(image: Image.Image) -> Image.Image:
+    """In the cell, whole: small ones enlarged by whole pixels, so that they show as what they are."""
+    longest = max(image.size)
+    if longest * 2 <= CELL:
+        factor = CELL // longest
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    scale = CELL / longest
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _wrapped(pen: ImageDraw.ImageDraw, text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.textlength(longer, font(11)) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [line for line in lines if line]
+
+
+def write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: str, width: float) -> None:
+    """One line, cut in its middle with … where it is wider than ``width`` pixels (names differ at both ends)."""
+    text = _printable(text)
+    shown, keep = text, len(text)
+    while keep > 2 and pen.textlength(shown, font(size)) > width:
+        keep -= 1
+        shown = f"{text[: (keep + 1) // 2]}…{text[len(text) - keep // 2 :]}"
+    pen.text(at, shown, colour, font(size))
+
+
+def _printable(text: str) -> str:
+    """Without line breaks, which Pillow cannot measure; of a very long name both ends, which is all that is shown."""
+    text = text if len(text) <= _LONGEST else text[: _LONGEST // 2] + text[-_LONGEST // 2 :]
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+@cache
+def font(size: int) -> Any:
+    return ImageFont.load_default(size)

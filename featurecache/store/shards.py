@@ -1,0 +1,352 @@
+"""Shards: one output for a run of images, in one HDF5 file. The unit of work, commit, retry and verification.
+
+    <store>/<output>/<name>.h5     features [n, ...] storage dtype, contiguous, starting at a multiple of 64 bytes
+                                   digests [n] 32 hex; checksums [n] uint64, xxh3_64 of each row's bytes
+                                   errors [n] float32, only where float16 is stored: what rounding did to each row,
+                                   |stored − computed|₂ / |computed|₂; NaN where it was not measured
+
+The name is the hash of the digests: whoever computes a shard again gets the same name, and the first to commit it
+wins. Rows are found by digest, never by position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+import xxhash
+
+from featurecache.errors import CacheError, DamagedFile
+from featurecache.files import guard
+from featurecache.files.atomic import (
+    AGAIN,
+    ALIGNMENT,
+    AtomicFile,
+    WriteTrace,
+    file_stamp,
+    new_hdf5,
+    read_user_block,
+    refuse_links,
+)
+from featurecache.store.schema import DIGEST, ShardContent, check_inside, shard_content, token_layout
+
+_PLACES = ("prefix", "grid")  # attributes of token features
+_HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
+TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What every shard of one output has in common."""
+
+    output: str
+    row_shape: tuple[int, ...]
+    dtype: str
+    prefix: tuple[str, ...] | None = None  # of token outputs: what the first rows are
+    grid: tuple[int, int] | None = None  # of token outputs: the patch grid (h, w)
+
+    @property
+    def row_bytes(self) -> int:
+        return int(np.prod(self.row_shape)) * np.dtype(self.dtype).itemsize
+
+    def attributes(self) -> dict[str, str]:
+        if self.prefix is None or self.grid is None:
+            return {}
+        return dict(zip(_PLACES, (json.dumps(list(self.prefix)), json.dumps(list(self.grid))), strict=True))
+
+
+def shard_name(digests: np.ndarray) -> str:
+    """32 hex of the digests [n] in the order of the rows."""
+    return hashlib.blake2b(np.ascontiguousarray(digests, DIGEST).tobytes(), digest_size=16).hexdigest()
+
+
+class ShardWriter:
+    """Collects the rows of one shard in a draft on the disk and commits it.
+
+    ``rows`` is how many at most; images that fail are left out, and the frame is then made for the rows there are.
+    """
+
+    def __init__(self, folder: Path, planned: np.ndarray, layout: Layout, notes: dict[str, str]) -> None:
+        self._layout, self._notes = layout, notes
+        self._folder = folder / layout.output
+        self._digests: list[bytes] = []
+        self._checksums: list[int] = []
+        self._errors: list[np.ndarray] = []
+        self._offset = _frame(layout, planned, np.zeros(len(planned), "u8"), unmeasured(len(planned)), notes)[1]
+        self._draft = AtomicFile(self._folder / f"{shard_name(planned)}.h5", inside=folder)
+
+    def append(self, digests: list[bytes], rows: np.ndarray, errors: np.ndarray | None = None) -> None:
+        """rows [k, ...] of the layout's shape and dtype, with the digests of their images and, where they were
+        measured, the relative errors of their rounding, float32 [k]."""
+        assert rows.shape == (len(digests), *self._layout.row_shape) and rows.dtype == self._layout.dtype
+        rows = np.ascontiguousarray(rows)
+        self._draft.write(self._offset + len(self._digests) * self._layout.row_bytes, rows.data)
+        self._digests += digests
+        self._checksums += [_checksum(row) for row in rows]
+        self._errors.append(unmeasured(len(digests)) if errors is None else errors)
+
+    def commit(self, *, replace: bool = False) -> Path | None:
+        """The shard's path; None when no row came. ``replace``: over a file of that name, which is damaged."""
+        digests = np.array(self._digests, DIGEST)
+        if not len(digests):
+            self._draft.discard()
+            return None
+        checksums, errors = np.array(self._checksums, "u8"), np.concatenate(self._errors)
+        frame, offset = _frame(self._layout, digests, checksums, errors, self._notes)
+        path = self._folder / f"{shard_name(digests)}.h5"
+        if offset != self._offset:  # fewer rows than planned: a smaller frame, so the rows move
+            with AtomicFile(path, inside=self._folder.parent) as draft:
+                _copy(self._draft, self._offset, draft, offset, len(digests) * self._layout.row_bytes)
+                draft.commit(frame, replace=replace)
+        else:
+            self._draft.path = path
+            self._draft.commit(frame, replace=replace)
+        self._draft.discard()
+        return path
+
+    def discard(self) -> None:
+        """Give up what is not committed, and the memory it took."""
+        self._draft.discard()
+        self._digests, self._checksums, self._errors = [], [], []
+
+
+def unmeasured(rows: int) -> np.ndarray:
+    return np.full(rows, np.nan, np.float32)
+
+
+def _copy(source: AtomicFile, start: int, target: AtomicFile, offset: int, size: int, step: int = 1 << 24) -> None:
+    for done in range(0, size, step):
+        target.write(offset + done, source.read(start + done, min(step, size - done)))
+
+
+def _frame(
+    layout: Layout, digests: np.ndarray, checksums: np.ndarray, errors: np.ndarray, notes: dict[str, str]
+) -> tuple[WriteTrace, int]:
+    """The file without its features, and where they go (bytes from the start). The same input gives the same bytes."""
+    frame = WriteTrace()
+    with new_hdf5(frame) as file:
+        for key, value in sorted(notes.items()):
+            file.attrs[key] = value
+        file.create_dataset("digests", data=digests, dtype=DIGEST)
+        file.create_dataset("checksums", data=checksums, dtype="u8")
+        if layout.dtype == "float16":
+            file.create_dataset("errors", data=errors, dtype="f4")
+        features = _features(file, (len(digests), *layout.row_shape), layout.dtype)
+        for key, value in layout.attributes().items():
+            features.attrs[key] = value
+        return frame, features.id.get_offset()
+
+
+def _features(file: h5py.File, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_obj_track_times(False)  # the same rows give the same file
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # its place is known before a row is
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # and HDF5 never writes there
+    space = h5py.h5s.create_simple(shape)
+    kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
+    return h5py.Dataset(h5py.h5d.create(file.id, b"features", kind, space, creation))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A committed shard as the views' index knows it, with its digests."""
+
+    path: Path
+    size: int  # bytes
+    offset: int  # of the features, bytes from the start of the file
+    hash: str  # xxh3_128 of all after the user block
+    digests: np.ndarray = field(repr=False)  # [n] S32
+    checksums: np.ndarray = field(repr=False)  # [n] uint64
+    errors: np.ndarray = field(repr=False)  # [n] float32, NaN where not measured
+    notes: dict[str, str] = field(repr=False)  # attributes: which store, computed how
+
+
+_KNOWN: dict[tuple[Path, Layout], tuple[tuple[int, ...], Shard]] = {}  # opening one takes milliseconds
+
+
+def read_shard(path: Path, layout: Layout) -> Shard:
+    """All of a shard but its features. Refuses another size, shape or dtype, and references to elsewhere."""
+    refuse_links(path.parent)
+    stamp = file_stamp(path)
+    stamped, shard = _KNOWN.get((path, layout), (None, None))
+    if shard is None or stamped != stamp:
+        shard = _read_shard(path, layout)
+        if stamp is not None:
+            _KNOWN[path, layout] = stamp, shard
+    return shard
+
+
+def _read_shard(path: Path, layout: Layout) -> Shard:
+    digest, size, content = _content(path)
+    found, expected = (content.shape[1:], content.dtype), (layout.row_shape, layout.dtype)
+    if found != expected:
+        raise CacheError(f"{path} holds rows of {found[1]} {found[0]}; expected {expected[1]} {expected[0]}.")
+    if content.offset % ALIGNMENT or content.offset + content.shape[0] * layout.row_bytes > size:
+        raise DamagedFile(f"{path} does not hold its {content.shape[0]:,} rows in one piece. {AGAIN}")
+    errors = unmeasured(len(content.digests)) if content.errors is None else content.errors
+    notes = {key: str(value) for key, value in content.notes.items()}
+    return Shard(path, size, content.offset, digest, content.digests, content.checksums, errors, notes)
+
+
+def _content(path: Path) -> tuple[str, int, ShardContent]:
+    """(hash, size, what is in it but the features) of a shard that HDF5 may be trusted with."""
+    refuse_links(path.parent)
+    digest, size = read_user_block(path)
+    guard.checked([path], "shard")
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            check_inside(file, path, virtual=False)
+            return digest, size, shard_content(file, path)
+    except CacheError:
+        raise
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise DamagedFile(f"{path} cannot be read as a shard ({error}). {AGAIN}") from error
+
+
+def layout_in(path: Path) -> Layout:
+    """The layout of a shard, as the shard has it. Raises DamagedFile, UnsafeFile."""
+    content = _content(path)[2]
+    return Layout(path.parent.name, content.shape[1:], content.dtype, *token_layout(content.places, path))
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a plain file; None where there is none."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def map_rows(path: Path, size: int, offset: int, rows: int, row_shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """The rows of a shard [rows, ...] as a tensor over the mapped file; no file stays open.
+
+    Private mapping: writing to the tensor does not reach the file. Raises DamagedFile when it is gone or cut.
+    """
+    refuse_links(path.parent, path)
+    found = size_of(path)
+    if found != size:
+        raise DamagedFile(
+            f"{path} is missing. Run the extraction again."
+            if found is None
+            else f"{path} has {found:,} bytes, not {size:,}. {AGAIN}"
+        )
+    itemsize = np.dtype(dtype).itemsize
+    try:
+        whole = torch.from_file(str(path), shared=False, size=size // itemsize, dtype=TORCH_DTYPE[dtype])
+    except RuntimeError as error:  # cut meanwhile, or larger than the address space
+        raise DamagedFile(f"{path} cannot be mapped ({str(error).splitlines()[0]}).") from error
+    count = rows * int(np.prod(row_shape))
+    return whole[offset // itemsize : offset // itemsize + count].view(rows, *row_shape)
+
+
+@dataclass(frozen=True)
+class RowLocations:
+    """Where rows of one output lie: ``file`` [N] index into ``shards`` (-1 = nowhere) and ``row`` [N] in it."""
+
+    shards: tuple[Shard, ...]
+    file: np.ndarray
+    row: np.ndarray
+
+    def __getitem__(self, rows: Any) -> RowLocations:
+        return RowLocations(self.shards, self.file[rows], self.row[rows])
+
+    @property
+    def found(self) -> np.ndarray:
+        return self.file >= 0
+
+    @property
+    def checksums(self) -> np.ndarray:
+        """uint64 [N] of the rows; all must have been found."""
+        return self._gather([shard.checksums for shard in self.shards], "u8")
+
+    @property
+    def errors(self) -> np.ndarray:
+        """float32 [N]: relative errors of the rows' rounding, NaN where not measured; all must have been found."""
+        return self._gather([shard.errors for shard in self.shards], "f4")
+
+    def _gather(self, columns: list[np.ndarray], dtype: str) -> np.ndarray:
+        starts = np.cumsum([0, *(len(column) for column in columns)])
+        return np.concatenate([np.zeros(0, dtype), *columns])[starts[self.file] + self.row]
+
+
+def read_rows(places: RowLocations, layout: Layout) -> torch.Tensor:
+    """Stored rows [n, ...] in the order of ``places``, each checked against its checksum. Raises DamagedFile."""
+    result = torch.empty((len(places.file), *layout.row_shape), dtype=TORCH_DTYPE[layout.dtype])
+    for number in np.unique(places.file):
+        shard = places.shards[number]
+        mapped = map_rows(shard.path, shard.size, shard.offset, len(shard.digests), layout.row_shape, layout.dtype)
+        chosen = np.flatnonzero(places.file == number)
+        rows = places.row[chosen]
+        result[torch.from_numpy(chosen)] = mapped[torch.from_numpy(rows)]
+        wrong = wrong_rows(result, chosen, shard.checksums[rows])
+        if len(wrong):
+            raise damaged_rows(shard.path, rows[np.isin(chosen, wrong)])
+    return result
+
+
+def wrong_rows(features: torch.Tensor, rows: np.ndarray, checksums: np.ndarray) -> np.ndarray:
+    """Of ``rows`` of features [n, ...] those whose bytes do not have the checksum they were stored with."""
+    flat = features.view(len(features), -1).numpy()
+    sums = checksums.tolist()
+    return np.array([k for k, sum_ in zip(rows.tolist(), sums, strict=True) if _checksum(flat[k]) != sum_], np.int64)
+
+
+def damaged_rows(path: Path, rows: np.ndarray) -> DamagedFile:
+    which = f"row {rows[0]:,}" if len(rows) == 1 else f"{len(rows):,} rows, the first {rows[0]:,},"
+    return DamagedFile(
+        f"{which} of {path} {'is' if len(rows) == 1 else 'are'} damaged: the bytes do not have the checksum they were "
+        "stored with. featurecache verify lists what is damaged, featurecache repair computes it again."
+    )
+
+
+def _checksum(row: np.ndarray) -> int:
+    return int(xxhash.xxh3_64_intdigest(row.data))
+
+
+def find_by_digest(shards: list[Shard], digests: np.ndarray) -> RowLocations:
+    """Find ``digests`` [N] in shards; of several copies of a row the shard that comes first is taken."""
+    missing = np.full(len(digests), -1, np.int64)
+    if not shards or not len(digests):
+        return RowLocations(tuple(shards), missing, missing.copy())
+    stored = np.concatenate([shard.digests for shard in shards])
+    lengths = [len(shard.digests) for shard in shards]
+    file = np.repeat(np.arange(len(shards)), lengths)
+    row = np.concatenate([np.arange(n) for n in lengths])
+    order = np.argsort(stored, kind="stable")
+    position = np.minimum(np.searchsorted(stored[order], digests), len(stored) - 1)
+    pick = order[position]
+    hit = stored[pick] == digests
+    return RowLocations(tuple(shards), np.where(hit, file[pick], -1), np.where(hit, row[pick], -1))
+
+
+def row_keys(digests: np.ndarray, checksums: np.ndarray) -> np.ndarray:
+    """S48 [n]: digest and checksum of each row, in hexadecimal digits."""
+    count = len(digests)
+    found = np.empty((count, 48), np.uint8)
+    found[:, :32] = np.ascontiguousarray(digests, "S32").view(np.uint8).reshape(count, 32)
+    sums = np.ascontiguousarray(checksums, ">u8").view(np.uint8).reshape(count, 8)
+    found[:, 32::2], found[:, 33::2] = _HEX[sums >> 4], _HEX[sums & 15]
+    return found.reshape(-1).view("S48")
+
+
+def find_by_key(shards: Sequence[Shard], wanted: np.ndarray) -> RowLocations:
+    """Where rows of these keys lie; of several copies that in the first shard."""
+    keyed = [replace(shard, digests=row_keys(shard.digests, shard.checksums)) for shard in shards]
+    found = find_by_digest(keyed, wanted)
+    return RowLocations(tuple(shards), found.file, found.row)
+
+
+def notes_for(fingerprint: str, device: str, plan: dict[str, Any]) -> dict[str, str]:
+    """Attributes of every shard: its store and how it was computed. No dates, no speeds: same rows, same file."""
+    how = {key: value for key, value in plan.items() if key != "images_per_s"}
+    return {"fingerprint": fingerprint, "device": device, "plan": json.dumps(how, sort_keys=True)}

@@ -1,0 +1,280 @@
+"""A folder of shards and views for one spec: open, find, create; which outputs of which images it lacks.
+
+Stores: the folder of one ExtractionSpec. The cache is a folder of stores.
+
+    cache/vit-in21k-4f2a91c0/spec.json    {"fingerprint", "spec", "provenance", "check": a hash of this text}
+                             plan.json    how this store computes: batch size, threads, memory format
+                             canary.safetensors    what it made of the probe images (see featurecache.canary)
+                             cls/ tokens/ shards
+                             chest.h5     a view
+
+The folder's name is for people; a store is found by the whole fingerprint in its spec.json.
+
+What of the wanted outputs a store does not have, and how much of it goes into a shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featurecache.errors import CacheError, CannotWrite, DamagedFile, UnsafeFile
+from featurecache.files import guard
+from featurecache.files.atomic import AGAIN, draft_folder, refuse_links, remove_orphans, sync_path, write_whole
+from featurecache.files.locks import update_lock
+from featurecache.files.records import (
+    check_provenance,
+    checked_plan,
+    read_checked_json,
+    refuse_broken,
+    write_checked_json,
+)
+from featurecache.outputs import Output
+from featurecache.store.shards import Layout, RowLocations, Shard, find_by_digest, layout_in, read_shard, shard_name
+from featurecache.store.spec import ExtractionSpec
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """``cache``, else $FEATURECACHE_DIR, else ./cache."""
+    return Path(cache or os.environ.get("FEATURECACHE_DIR") or "cache").expanduser()
+
+
+@dataclass(frozen=True)
+class Store:
+    path: Path
+    spec: ExtractionSpec
+    fingerprint: str
+    provenance: dict[str, Any]  # beside the spec, not hashed: backbone name, request, revision, licence, versions
+
+    def folder(self, output: str) -> Path:
+        return self.path / output
+
+    def shard_paths(self, output: str) -> list[Path]:
+        """Committed shards of an output, by name."""
+        refuse_links(self.folder(output))
+        return sorted(self.folder(output).glob("[0-9a-f]*.h5"))
+
+    def outputs(self) -> list[str]:
+        """Outputs of which there are shards."""
+        folders = [path.name for path in self.path.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        return [name for name in sorted(folders) if self.shard_paths(name)]
+
+    def shard(self, path: Path, layout: Layout) -> Shard:
+        shard = read_shard(path, layout)
+        if shard.notes.get("fingerprint") != self.fingerprint:
+            raise CacheError(
+                f"{path} belongs to the store {shard.notes.get('fingerprint')}, but lies in that of {self.fingerprint}."
+            )
+        if shard_name(shard.digests) != path.stem:
+            raise DamagedFile(f"{path} is damaged: its name is not the hash of its digests. {AGAIN}")
+        return shard
+
+    def shards(self, layout: Layout) -> list[Shard]:
+        paths = self.shard_paths(layout.output)
+        guard.checked(paths, "shard")  # all at once
+        return [self.shard(path, layout) for path in paths]
+
+    def layouts(self) -> dict[str, Layout]:
+        """Of every output of which there are shards: what the first of them that can be read says of itself."""
+        found = {}
+        for output in self.outputs():
+            for path in self.shard_paths(output):
+                with contextlib.suppress(CacheError):
+                    found[output] = layout_in(path)
+                    break
+        return found
+
+    def locate(self, layout: Layout, digests: np.ndarray) -> RowLocations:
+        return find_by_digest(self.shards(layout), digests)
+
+    def views(self) -> list[Path]:
+        return sorted(path for path in self.path.glob("*.h5") if not path.name.startswith(".") and not path.is_dir())
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        path = self.path / "plan.json"
+        if not os.path.lexists(path):
+            return None
+        record, intact = read_checked_json(path)
+        plan = checked_plan(record, path)
+        if not intact:
+            raise refuse_broken(path)
+        return plan
+
+    def write_plan(self, device: str, plan: dict[str, Any]) -> dict[str, Any]:
+        """Fix how this store computes on a kind of device; the plan that holds, which is the first one written."""
+        with update_lock(self.path):
+            known = self.plan or {}
+            if device not in known or "images_per_s" not in known[device]:
+                known[device] = {**plan, **known.get(device, {})}
+                write_whole(self.path / "plan.json", write_checked_json(known), inside=self.path)
+        return dict(known[device])
+
+    def replace_plan(self, known: dict[str, Any]) -> None:
+        """Another plan in the place of one that is damaged, or none."""
+        with update_lock(self.path):
+            if known:
+                write_whole(self.path / "plan.json", write_checked_json(known), inside=self.path)
+            else:
+                (self.path / "plan.json").unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Throw away what dead processes left unfinished."""
+        for folder in [self.path.parent, self.path, *(path for path in self.path.iterdir() if _is_folder(path))]:
+            remove_orphans(folder)
+
+
+def _is_folder(path: Path) -> bool:
+    """One that lies here, and is not a link to elsewhere."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def stores(cache: Path) -> Iterator[Store]:
+    """All stores of a cache, by folder name. A folder without a spec.json that we can read is none."""
+    for folder in _folders(cache):
+        with contextlib.suppress(CacheError):
+            yield open_store(folder)
+
+
+def unreadable_stores(cache: Path) -> Iterator[tuple[Path, CacheError]]:
+    """Folders with a spec.json that is damaged, another's, or a newer version's, and what is wrong with it."""
+    for folder in _folders(cache):
+        try:
+            open_store(folder)
+        except CacheError as error:
+            yield folder, error
+
+
+def _folders(cache: Path) -> list[Path]:
+    return sorted(path.parent for path in cache.glob("*/spec.json") if not path.parent.name.startswith("."))
+
+
+def open_store(folder: Path) -> Store:
+    """Raises CacheError when spec.json is not what it was written as."""
+    refuse_links(folder)
+    if not folder.name.isprintable():
+        raise UnsafeFile(f"{str(folder)!a} has a name that a terminal would obey; rename it.")
+    record, intact = read_checked_json(folder / "spec.json")
+    try:
+        spec = ExtractionSpec.from_dict(record["spec"])
+        fingerprint, provenance = record["fingerprint"], record["provenance"]
+    except KeyError as error:
+        raise CacheError(f"{folder / 'spec.json'} is not the record of a store: it has no {error.args[0]}.") from error
+    check_provenance(provenance, folder / "spec.json")
+    if fingerprint != spec.fingerprint:
+        raise CacheError(
+            f"{folder / 'spec.json'} was changed: its spec has the fingerprint {spec.fingerprint}, not {fingerprint}."
+        )
+    if not intact or len(record) != 3:
+        raise refuse_broken(folder / "spec.json")
+    return Store(folder, spec, fingerprint, provenance)
+
+
+def latest_generation(cache: Path, spec: ExtractionSpec) -> ExtractionSpec:
+    """``spec`` in the newest generation that has a store; 0 where there is none."""
+    plain = replace(spec, generation=0)
+    found = [store.spec.generation for store in stores(cache) if replace(store.spec, generation=0) == plain]
+    return replace(spec, generation=max(found, default=0))
+
+
+def find_store(cache: Path, spec: ExtractionSpec) -> Store | None:
+    """Raises CacheError where the folder that should be it cannot be read: its features would be computed again."""
+    found = next((store for store in stores(cache) if store.fingerprint == spec.fingerprint), None)
+    if found is None:
+        for folder, error in unreadable_stores(cache):
+            if folder.name.endswith(f"-{spec.fingerprint[:8]}"):
+                raise error
+    return found
+
+
+def create_store(cache: Path, name: str, spec: ExtractionSpec, provenance: dict[str, Any]) -> Store:
+    """The store of ``spec``, made if it is not there. Its folder appears with spec.json in it, or not at all."""
+    existing = find_store(cache, spec)
+    if existing:
+        return existing
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with draft_folder(cache / "store") as draft:
+            write_spec(draft, spec, provenance)
+            for length in (8, 12, 32):  # longer where two fingerprints begin alike
+                folder = cache / f"{_safe(name)}-{spec.fingerprint[:length]}"
+                if _take(draft, folder):
+                    sync_path(cache)
+                    return open_store(folder)
+                if folder.exists() and (existing := find_store(cache, spec)):
+                    return existing  # another process made it meanwhile
+    except CannotWrite:
+        raise
+    except OSError as error:
+        raise CannotWrite(
+            error.errno, f"cannot make a store in {cache}: {error.strerror}. Choose a folder with --cache."
+        ) from error
+    raise CacheError(f"{cache} holds folders named like the store of {name} that are none; move them away.")
+
+
+def write_spec(folder: Path, spec: ExtractionSpec, provenance: dict[str, Any]) -> None:
+    record = {"fingerprint": spec.fingerprint, "spec": spec.to_dict(), "provenance": provenance}
+    write_whole(folder / "spec.json", write_checked_json(record), inside=folder)
+
+
+def _take(draft: Path, folder: Path) -> bool:
+    try:
+        os.rename(draft, folder)  # fails where a folder that is not empty has the name
+    except OSError:
+        if folder.exists():
+            return False
+        raise
+    return True
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.") or "backbone"
+
+
+SHARD_BYTES, SHARD_ROWS = 256 << 20, 16_384
+MOST_BYTES, MOST_SHARDS = 4 << 30, 500  # a shard grows up to MOST_BYTES so that an output has at most about MOST_SHARDS
+SHARD_SECONDS = 120.0  # on a slow machine: what a kill may cost
+
+
+def missing_outputs(
+    wanted: tuple[Output, ...], layouts: dict[str, Layout], store: Store | None, digests: np.ndarray
+) -> tuple[list[tuple[np.ndarray, tuple[Output, ...]]], list[tuple[np.ndarray, tuple[Output, ...]]]]:
+    """Images grouped by what is missing of them: (needs the backbone, follows from stored tokens)."""
+    assert len(layouts) < 63
+    there = {output.name: _found(store, layouts[output.name], digests) for output in wanted}
+    for output in wanted:  # tokens that nothing is to be derived from are not even looked for: they may be damaged
+        if output.derived and output.source not in there and not there[output.name].all():
+            there[output.source] = _found(store, layouts[output.source], digests)
+    forward, derived = [], []
+    pattern = sum((found.astype(np.int64) << k for k, found in enumerate(there.values())), np.zeros(len(digests), int))
+    for number in np.unique(pattern).tolist():
+        rows = np.flatnonzero(pattern == number)
+        stored = {name for k, name in enumerate(there) if number >> k & 1}
+        missing = [output for output in wanted if output.name not in stored]
+        follow = tuple(output for output in missing if output.derived and output.source in stored)
+        need = tuple(output for output in missing if output not in follow)
+        if need:
+            forward.append((rows, need))
+        if follow:
+            derived.append((rows, follow))
+    return forward, derived
+
+
+def _found(store: Store | None, layout: Layout, digests: np.ndarray) -> np.ndarray:
+    return store.locate(layout, digests).found if store else np.zeros(len(digests), bool)
+
+
+def rows_per_shard(rows: int, row_bytes: int, rate: float | None = None, batch: int = 1) -> int:
+    """Rows of a shard: up to 256 MiB or 16,384; more where there would be over 500; at most two minutes of work."""
+    length = max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
+    length = max(length, min(-(-rows // MOST_SHARDS), MOST_BYTES // row_bytes))
+    if rate is not None:
+        length = min(length, int(rate * SHARD_SECONDS))
+    return max(batch, length // batch * batch)

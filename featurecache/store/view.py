@@ -1,0 +1,453 @@
+"""View: a dataset through one store; lazy rows, slices, gather, dataframe.
+
+The reader of views: columns as numpy, features as tensors gathered from mapped shards.
+
+Rows of features out of mapped shards, in any order, each checked when it is first read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import io
+import math
+import os
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from featurecache import outputs as _outputs
+from featurecache.errors import CacheError, DamagedFile, NotInCache, UnsafeFile
+from featurecache.files import guard
+from featurecache.files.atomic import ALIGNMENT, USER_BLOCK, file_stamp, read_checked, refuse_links
+from featurecache.images.augmentation import AugmentedCopies
+from featurecache.store.schema import MAX_VIEW, OutputInfo, StoredOutput, ViewContent, check_inside, view_content
+from featurecache.store.shards import TORCH_DTYPE, Layout, damaged_rows, map_rows, size_of, wrong_rows
+from featurecache.store.store import cache_folder, open_store
+from featurecache.store.timings import cost_of
+
+
+def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The options of a command line that name the images of ``source`` again."""
+    options: list[tuple[str, Any]] = [("--data", source.get("data", "DATA"))]
+    options += [("--column", f"{role}={column}") for role, column in (source.get("columns") or {}).items()]
+    return options + ([("--task", source["task"])] if source.get("task") else [])
+
+
+class View:
+    """A dataset's features, opened for reading. Holds no open file; may be pickled and survives a fork.
+
+    >>> view = featurecache.open_view("vit-in21k/chest")            # doctest: +SKIP
+    >>> view.tensor("cls", rows=view.split("train"))                # doctest: +SKIP
+
+    Of a view with augmented copies the columns, ``len`` and the rows that are read by default are those of the plain
+    images. `copies` says where their copies lie.
+    """
+
+    def __init__(self, path: Path, *, columns_only: bool = False, copies: bool = False) -> None:
+        """``columns_only``: ids, labels, names of outputs; the shards may be missing and are not looked at.
+        ``copies``: the columns hold the rows of augmented copies too, behind those of the images."""
+        self.path = path
+        self.with_copies = copies
+        self.name = path.stem
+        self.store = path.parent
+        store = open_store(self.store)
+        self.spec: dict[str, Any] = store.spec.to_dict()
+        self.provenance = store.provenance
+        self.untrained, self.imported = store.spec.untrained, store.spec.imported
+        self._take(read_view(path))
+        if self.fingerprint != store.fingerprint:
+            raise CacheError(
+                f"{path} belongs to the store {self.fingerprint}, but lies in that of {store.fingerprint}."
+            )
+        self._maps: dict[str, MappedRows] = {}
+        self._checked = False
+        if not columns_only:
+            self._check(opening=True)
+
+    def _take(self, content: ViewContent) -> None:
+        self._files, self._stored = content.files, content.stored
+        self._all = content
+        self._copies: np.ndarray | None = None
+        self.augmented: AugmentedCopies | None = content.augmented
+        content = content if self.with_copies else content.plain()
+        self.attributes: dict[str, Any] = content.attributes
+        self.fingerprint = content.fingerprint
+        self.classes: list[str] = content.classes
+        self.task = content.task
+        self.source: dict[str, Any] = content.source
+        self.failed: list[dict[str, str]] = content.failed
+        self.ids: list[str] = content.ids
+        self.labels: np.ndarray = content.labels
+        self.splits: list[str] = content.splits
+        self.groups: list[str] | None = content.groups
+        self.digests: np.ndarray = content.digests
+        self.versions: np.ndarray | None = content.versions
+        self.meta: dict[str, np.ndarray] = content.meta
+
+    def _check(self, opening: bool = False) -> None:
+        while not self._checked:
+            try:
+                self._check_files()
+            except CacheError:
+                if not self._follow(opening):
+                    raise
+            else:
+                self._check_index()
+                self._checked = True
+
+    def _follow(self, opening: bool = False) -> bool:
+        """Rows may be moved to other shards, and the view be written on those, while it is read here (compact, gc,
+        repair): take over where they lie now. False where nothing has changed, or, unless ``opening``, where other
+        images or other bytes have come."""
+        now = read_view(self.path)
+        if now.fingerprint != self.fingerprint or np.array_equal(now.files, self._files):
+            return False
+        known = self._all
+        same = (now.ids, now.digests.tolist()) == (known.ids, known.digests.tolist()) and all(
+            name in now.stored and np.array_equal(now.stored[name].checksums, stored.checksums)
+            for name, stored in self._stored.items()
+        )
+        if not (opening or same):
+            return False
+        if opening:
+            self._take(now)
+        else:
+            self._files, self._stored = now.files, {name: now.stored[name] for name in self._stored}
+        self._checked = False
+        return True
+
+    def _check_files(self) -> None:
+        for number in range(len(self._files)):
+            path, size = self._file(number)
+            refuse_links(path.parent, path)
+            found = size_of(path)
+            if found != size:
+                what = "is missing" if found is None else f"has {found:,} bytes, not {size:,}"
+                way = "Run" if found is None else "Delete it and run"
+                raise CacheError(
+                    f"{path}, which the view {self.label} needs, {what}. "
+                    f"{way} the extraction again: that computes what is not there."
+                )
+        guard.checked([self._file(number)[0] for number in range(len(self._files))], "shard")
+
+    def _check_index(self) -> None:
+        """Every row lies inside its file: the gather trusts these numbers with addresses."""
+        files = self._files
+        for name, stored in self._stored.items():
+            file, row = stored.index[:, 0], stored.index[:, 1]
+            shape, itemsize = stored.info.shape, np.dtype(stored.info.dtype).itemsize
+            fine = all(0 < side < 1 << 32 for side in shape) and ((0 <= file) & (file < len(files))).all()
+            if fine and len(file):
+                row_bytes = math.prod(shape) * itemsize
+                last = [int(o) + int(n) * row_bytes for o, n in zip(files["offset"], files["rows"], strict=True)]
+                inside = np.array([end <= size for end, size in zip(last, files["size"].tolist(), strict=True)])
+                placed = (files["offset"] >= USER_BLOCK) & (files["offset"] % ALIGNMENT == 0) & (files["rows"] > 0)
+                fine = ((0 <= row) & (row < files["rows"][file])).all() and (inside & placed)[np.unique(file)].all()
+            if not fine:
+                raise UnsafeFile(f"{self.path}: its index of {name} points outside the shards.")
+
+    @property
+    def files(self) -> np.ndarray:
+        """The shards the rows lie in: path (relative to the store), size, offset, rows, hash."""
+        return self._files
+
+    def stored(self, output: str) -> StoredOutput:
+        """Where the rows of a stored output lie, and what their bytes hash to."""
+        found = self._stored[output]
+        return found if len(self) == self.rows else found.first(len(self))
+
+    def layout(self, output: str) -> Layout:
+        """What the shards of a stored output have in common."""
+        info = self._stored[output].info
+        return Layout(output, info.shape, info.dtype, info.prefix, info.grid)
+
+    def _file(self, number: int) -> tuple[Path, int]:
+        entry = self._files[number]
+        return self.store / entry["path"].decode(), int(entry["size"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def rows(self) -> int:
+        """Rows that can be read: those of the images and of their augmented copies."""
+        return len(self._all.ids)
+
+    @property
+    def distinct(self) -> int:
+        """Different images and copies: what takes room in the store."""
+        return len(np.unique(self._all.digests))
+
+    def __repr__(self) -> str:
+        kept = ", ".join(f"{name} {list(info.shape)}" for name, info in self.outputs.items())
+        return f"<View {self.label}: {len(self):,} × ({kept})>"
+
+    @property
+    def label(self) -> str:
+        """``store/view`` as people type it: the backbone's name, or the folder's where two stores have such a view."""
+        kin = self.store.name.rpartition("-")[0] or self.store.name
+        twins = list(self.store.parent.glob(f"{glob.escape(kin)}-*/{glob.escape(self.name)}.h5"))
+        return f"{self.store.name if len(twins) > 1 else kin}/{self.name}"
+
+    @property
+    def outputs(self) -> dict[str, OutputInfo]:
+        return {name: stored.info for name, stored in self._stored.items()}
+
+    @property
+    def cost(self) -> dict[str, Any] | None:
+        """What an image costs, as its extraction measured it: {"forward_ms": 12.3, "loading_ms": 0.8, "device": "AMD
+        EPYC", "precision": "fp32", "threads": 2}, milliseconds (see `featurecache.store.timings`). ``loading_ms``
+        is None where every image was in the store already, ``threads`` on an accelerator. None: never measured
+        (imported features, and views of before).
+        """
+        return cost_of(self.store, self.name)
+
+    def split(self, name: str) -> np.ndarray:
+        """Rows of a split ("train", "val", "test", ""), in order."""
+        return np.flatnonzero(np.array(self.splits) == name)
+
+    def copies(self, rows: Any = None) -> np.ndarray:
+        """int64 [n, 1+k]: where each image of ``rows`` (by default all) and its k augmented copies lie, as row numbers
+        for `tensor` and `take`; those of copies are beyond the last image. k is 0 where the view has no copies. In the
+        place of a copy that an image has not (only those that may be trained on have some) stands the image itself."""
+        if self._copies is None:
+            self._copies = _copies_in(self._all, self.path)
+        picked = self._rows(rows) if rows is not None else np.arange(len(self._copies))
+        return self._copies[picked]
+
+    def has(self, output: str) -> bool:
+        """Stored here, or a function of tokens stored here."""
+        if output in self._stored:
+            return True
+        parsed = _outputs.parse(output)
+        return parsed.source in self._stored and self._why_underivable(parsed) is None
+
+    def info(self, output: str) -> OutputInfo:
+        """Raises NotInCache when it is neither stored nor derivable, with the command that stores it."""
+        if output in self._stored:
+            return self._stored[output].info
+        parsed, tokens = self._derivation(output)
+        begin, patches = _places(tokens)
+        prefix, grid = parsed.layout(begin, patches) or (None, None)
+        shape = parsed.row_shape((tokens.shape[0], tokens.shape[1]), len(begin))
+        return OutputInfo(shape, tokens.dtype, prefix, grid)
+
+    def _derivation(self, output: str) -> tuple[_outputs.Output, OutputInfo]:
+        parsed = _outputs.parse(output)
+        if parsed.source not in self._stored and self.imported:
+            raise NotInCache(
+                f"{self.label} holds {', '.join(self._stored)}, not {output}. It was imported, so nothing more can be "
+                "computed: import a file that has it."
+            )
+        if parsed.source not in self._stored:
+            command = self.extract_command(parsed.name if not parsed.derived or parsed.size == () else parsed.source)
+            raise NotInCache(f"{self.label} holds {', '.join(self._stored)}, not {output}. Store it with: {command}")
+        if (why := self._why_underivable(parsed)) is not None:
+            raise NotInCache(why)
+        return parsed, self._stored[parsed.source].info
+
+    def _why_underivable(self, parsed: _outputs.Output) -> str | None:
+        """Why an output does not follow from tokens that are stored here; None when it does."""
+        tokens = self._stored[parsed.source].info
+        if tokens.prefix is None and len(parsed.size) != 1:  # tokens-N mixes them all alike
+            return (
+                f"{parsed.name} does not follow from the {parsed.source} of {self.label}: which of them are patches is "
+                "not known. Import the file again with --prefix and --grid."
+            )
+        if parsed.base == "cls" and "cls" not in (tokens.prefix or ()):
+            return f"{self.label} has no class token: its tokens begin with {list(tokens.prefix or ())}."
+        return None
+
+    def extract_command(self, output: str) -> str:
+        """The command line that adds ``output`` to this view: the same backbone, settings, images and cache."""
+        asked, spec, source = self.provenance.get("request", {}), self.spec, self.source
+        options: list[tuple[str, Any]] = [("--backbone", asked.get("name", self.provenance.get("backbone")))]
+        options += [("--random-weights", "")] if asked.get("random_weights") else []
+        options += [("--seed", asked["seed"])] if asked.get("seed") else []
+        options += [("--weights", asked["weights"])] if asked.get("weights") else []
+        options += [("--image-size", asked["image_size"])] if asked.get("image_size") else []
+        options += [("--fit", asked["fit"])] if asked.get("fit", "model") != "model" else []
+        options += [("--precision", spec["precision"])] if spec["precision"] != "fp32" else []
+        options += [("--dtype", spec["dtype"])] if spec["dtype"] != "float16" else []
+        options += source_options(source)
+        options += [(f"--{word}".replace("_", "-"), "") for word in ("hash_ids", "hash_groups") if source.get(word)]
+        options += [("--outputs", output), ("--name", self.name)]
+        if self.store.parent.resolve() != cache_folder().resolve():
+            options.append(("--cache", self.store.parent))
+        words = [str(word) for option in options for word in option if word != ""]
+        return f"featurecache extract {shlex.join(words)}"
+
+    def tensor(self, output: str, rows: Any = None) -> torch.Tensor:
+        """Rows of an output in memory, [n, ...] in the storage dtype, in the order asked; all rows by default."""
+        picked = self._rows(rows)
+        if output in self._stored:
+            return self.take(output, picked)
+        parsed, tokens = self._derivation(output)
+        prefix, grid = _places(tokens)
+        result = empty_rows((len(picked), *self.info(output).shape), TORCH_DTYPE[tokens.dtype])
+        for start in range(0, len(picked), 256):
+            stretch = self.take(parsed.source, picked[start : start + 256])
+            result[start : start + 256] = _outputs.derive(parsed, stretch, len(prefix), grid)
+        return result
+
+    def array(self, output: str, rows: Any = None) -> np.ndarray:
+        """`tensor` as numpy, float16 or float32."""
+        return self.tensor(output, rows).numpy()
+
+    def take(self, output: str, rows: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of a *stored* output, [n, ...], in the order asked; ``out`` is filled when given."""
+        self._stored[output]
+        while output not in self._maps:
+            self._check()
+            try:
+                paths = [self._file(number)[0] for number in range(len(self._files))]
+                self._maps[output] = MappedRows(self._stored[output], paths, self._map)
+            except CacheError:
+                if not self._follow():
+                    raise
+        return self._maps[output].take(self._rows(rows), out)
+
+    def _map(self, number: int, info: OutputInfo) -> torch.Tensor:
+        path, size = self._file(number)
+        entry = self._files[number]
+        return map_rows(path, size, int(entry["offset"]), int(entry["rows"]), info.shape, info.dtype)
+
+    def _rows(self, rows: Any) -> np.ndarray:
+        if rows is None:
+            return np.arange(len(self))
+        picked = np.asarray(rows)
+        picked = np.flatnonzero(picked) if picked.dtype == bool else picked.astype(np.int64, copy=False)
+        if len(picked) and not (0 <= picked.min() and picked.max() < self.rows):
+            raise IndexError(f"{self.label} has rows 0 to {self.rows - 1}; asked for {picked.min()} to {picked.max()}.")
+        return picked
+
+
+def _copies_in(content: ViewContent, path: Path) -> np.ndarray:
+    """int64 [N, 1+k] of `View.copies`. A copy belongs to the image whose id it has, and its digest says so too."""
+    n, k = content.plain_rows, content.augmented.views if content.augmented else 0
+    table = np.repeat(np.arange(n)[:, None], 1 + k, axis=1)
+    if content.versions is None or content.augmented is None:
+        return table
+    first: dict[str, int] = {}
+    same = np.array([first.setdefault(name, row) for row, name in enumerate(content.ids[:n])], np.int64)
+    of = np.array([first[name] for name in content.ids[n:]], np.int64)
+    for copy in range(1, k + 1):
+        rows = n + np.flatnonzero(content.versions[n:] == copy)
+        expected = content.augmented.augmentation.digests(content.digests[of[rows - n]], copy)
+        if (content.digests[rows] != expected).any():
+            raise CacheError(f"{path}: its augmented copies are of other images than it says. Extract it again.")
+        table[of[rows - n], copy] = rows
+    table[:, 1:] = table[same, 1:]  # one image may have several rows of one id
+    return table
+
+
+def _places(tokens: OutputInfo) -> tuple[tuple[str, ...], tuple[int, int]]:
+    """(prefix, grid) of stored tokens; where they are unknown, one row of patches."""
+    return tokens.prefix or (), tokens.grid or (1, tokens.shape[0])
+
+
+def read_view(path: Path) -> ViewContent:
+    """All of a view. Its bytes are checked before HDF5 sees them; of unknown origin, in another process first."""
+    if not path.name.isprintable():
+        raise UnsafeFile(f"{str(path)!a} has a name that a terminal would obey; rename it.")
+    for _ in range(5):  # a run may replace the view between two steps
+        before = file_stamp(path)
+        data = read_checked(path, MAX_VIEW)
+        guard.checked([path], "view")
+        if file_stamp(path) == before:
+            break
+    else:
+        raise DamagedFile(f"{path} changes again and again while it is read.")
+    try:
+        with h5py.File(io.BytesIO(data), "r") as file:
+            check_inside(file, path, virtual=True)
+            return view_content(file, path, data)
+    except CacheError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise CacheError(f"{path} cannot be read as a view ({error}).") from error
+
+
+class MappedRows:
+    """All shards of one output as one tensor, whose rows begin wherever the mapped files lie in memory.
+
+    A gather over many shards would be one index_select for each, and a second copy to put the rows in order. Instead
+    the address range from the first mapping to the last is taken as one buffer, [M, ...] with overlapping rows a
+    common divisor of all row addresses apart; one parallel index_select then reads any rows of any shards in the
+    order asked. Of the range only rows of shards are ever touched.
+    """
+
+    def __init__(
+        self, stored: StoredOutput, paths: Sequence[Path], mapped: Callable[[int, OutputInfo], torch.Tensor]
+    ) -> None:
+        """``paths`` of the shards by number; ``mapped`` gives the rows of one."""
+        self._info, self._index, self._checksums, self._paths = stored.info, stored.index, stored.checksums, paths
+        self._unchecked = np.ones(len(stored.index), bool)  # rows whose bytes nobody has looked at in this process
+        used = np.unique(stored.index[:, 0])
+        self._shards = {int(number): mapped(int(number), stored.info) for number in used}  # keeps them mapped
+        self._bytes = int(np.prod(stored.info.shape)) * np.dtype(stored.info.dtype).itemsize
+        self._unit = math.gcd(ALIGNMENT, self._bytes)
+        starts = {number: rows.data_ptr() for number, rows in self._shards.items()}
+        first = min(starts.values(), default=0)
+        self._start = np.zeros(max(starts, default=0) + 1, np.int64)  # by file, in units
+        for number, address in starts.items():
+            assert (address - first) % self._unit == 0
+            self._start[number] = (address - first) // self._unit
+        span = (
+            max((rows.data_ptr() + rows.numel() * rows.itemsize for rows in self._shards.values()), default=0) - first
+        )
+        self._buffer = self._over(first, span)
+
+    def _over(self, first: int, span: int) -> torch.Tensor:
+        dtype, shape = TORCH_DTYPE[self._info.dtype], self._info.shape
+        if not span:
+            return torch.empty((0, *shape), dtype=dtype)
+        memory = torch.frombuffer((ctypes.c_byte * span).from_address(first), dtype=dtype)
+        inner = torch.empty(shape, dtype=dtype, device="meta").stride()
+        count = (span - self._bytes) // self._unit + 1
+        return memory.as_strided((count, *shape), (self._unit // dtype.itemsize, *inner))
+
+    def _check(self, rows: np.ndarray) -> None:
+        """Bytes of rows [n] against their checksums. Costs a row's first reading about as much again."""
+        for number in np.unique(self._index[rows, 0]).tolist():
+            here = rows[self._index[rows, 0] == number]
+            wrong = wrong_rows(self._shards[number], self._index[here, 1], self._checksums[here])
+            if len(wrong):
+                raise damaged_rows(self._paths[number], wrong)
+        self._unchecked[rows] = False
+
+    def take(self, rows: np.ndarray, out: torch.Tensor | None) -> torch.Tensor:
+        """rows [n] of the view → [n, ...]."""
+        new = rows[self._unchecked[rows]]
+        if len(new):
+            self._check(new)
+        places = self._index[rows]
+        index = torch.from_numpy(self._start[places[:, 0]] + places[:, 1] * (self._bytes // self._unit))
+        if out is None:
+            out = empty_rows((len(places), *self._info.shape), self._buffer.dtype)
+        assert out.shape == (len(places), *self._info.shape) and out.dtype == self._buffer.dtype
+        return torch.index_select(self._buffer, 0, index, out=out) if len(places) else out
+
+
+def empty_rows(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for rows [n, ...]. An index can name one large row a million times, so the sum is looked at first."""
+    size = math.prod(shape) * dtype.itemsize
+    if size > _memory_bytes():
+        raise CacheError(
+            f"{shape[0]:,} rows of {list(shape[1:])} take {size:,} bytes and this machine has {_memory_bytes():,}; "
+            "ask for fewer rows at a time."
+        )
+    return torch.empty(shape, dtype=dtype)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,254 @@
+"""Views: one dataset seen through one store. Written for plain h5py, read by our own reader.
+
+At the root of ``<store>/<view>.h5``: `ids` [N], `labels` [N] int64 (−1 none; multi-label [N,L] float32, NaN unknown),
+`splits` [N], `groups` [N] where known, `digests` [N], `meta/*` [N], and one virtual dataset per output over the
+shards. Where augmented copies are in it `versions` [N] says which: 0 for the images, which come first, 1 … for copies,
+which carry the id of their image. `index/files` and `index/<output>` [N,2] say where each row lies,
+`checksums/<output>` [N] what its bytes hash to (xxh3_64), `errors/<output>` [N] what rounding to float16 did to it; our
+reader maps the shards by them and never reads a feature through HDF5.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from featurecache.errors import AmbiguousName, NotInCache, nearest
+from featurecache.files.atomic import AtomicFile, WriteTrace, new_hdf5
+from featurecache.store.schema import DIGEST, FILES
+from featurecache.store.shards import Layout, RowLocations, Shard, find_by_digest, find_by_key, row_keys
+from featurecache.store.store import Store, cache_folder, open_store, stores
+from featurecache.store.view import View
+
+MAX_MAPPINGS = 100_000  # virtual mappings of one dataset; 25 kB of memory each in HDF5
+_TEXT = h5py.string_dtype("utf-8")
+
+
+@dataclass(frozen=True)
+class ViewColumns:
+    """What a view says of its samples, in the order of the source."""
+
+    ids: list[str]
+    labels: np.ndarray
+    splits: list[str]
+    digests: np.ndarray
+    groups: list[str] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    versions: np.ndarray | None = None  # 0 for images, which come first, 1 … for augmented copies; None: no copies
+
+
+def write_view(
+    store: Store, name: str, rows: ViewColumns, attributes: dict[str, str], located: dict[Layout, RowLocations]
+) -> Path:
+    """Write ``<store>/<name>.h5`` beside and put it in its place.
+
+    ``located``: for each output where every row lies. Attributes are stored as they are (JSON where structured).
+    """
+    assert (rows.versions is None) == ("augmentation" not in attributes), "who has copies says how they were made"
+    buffer = io.BytesIO()
+    with new_hdf5(buffer) as file:
+        for key, value in attributes.items():
+            file.attrs[key] = value
+        write_columns(file, rows)
+        index, sums, errors = (file.create_group(name) for name in ("index", "checksums", "errors"))
+        files: list[tuple[Any, ...]] = []
+        for layout, places in located.items():
+            assert places.found.all()
+            _write_output(file, index, store, layout, places, files)
+            sums.create_dataset(layout.output, data=places.checksums, dtype="u8")
+            if layout.dtype == "float16":
+                errors.create_dataset(layout.output, data=places.errors, dtype="f4")
+        index.create_dataset("files", data=np.array(files, FILES))
+    path = store.path / f"{name}.h5"
+    with AtomicFile(path, inside=store.path) as draft:
+        draft.commit(WriteTrace.of(buffer.getvalue()), replace=True)
+    return path
+
+
+def rewrite_view(
+    path: Path, *, prefer: Sequence[Path] = (), without: Collection[Path] = (), lost: Mapping[bytes, str] | None = None
+) -> Path:
+    """The same view on the shards that its store has now; of several copies of a row that in ``prefer`` is taken.
+
+    Rows whose digest is in ``lost`` leave the view and are listed in its ``failed`` with the reason given there.
+    ``without``: shards that are not to be looked at. Raises NotInCache when a row lies nowhere.
+    """
+    view = View(path, columns_only=True, copies=True)
+    store, lost = open_store(view.store), lost or {}
+    here, reasons = _without(view, lost)
+    kept = np.flatnonzero(here)
+    located = {}
+    for name in view.outputs:
+        layout = view.layout(name)
+        paths = dict.fromkeys([*(p for p in prefer if p.parent.name == name), *store.shard_paths(name)])
+        shards = [store.shard(p, layout) for p in paths if p not in without]
+        located[layout] = places = _same_bytes_first(shards, view.digests[kept], view.stored(name).checksums[kept])
+        if not places.found.all():
+            raise NotInCache(f"{int((~places.found).sum()):,} rows of {name} of {view.label} lie in no shard.")
+    failed = [[f["id"], f["reason"]] for f in view.failed]
+    attributes = {**view.attributes, "failed": json.dumps([*failed, *reasons], ensure_ascii=False)}
+    return write_view(store, view.name, columns_of(view, kept), attributes, located)
+
+
+def _without(view: View, lost: Mapping[bytes, str]) -> tuple[np.ndarray, list[list[str]]]:
+    """(bool [N] which rows of a view stay, [id, reason] of the others). Without its image no copy stays."""
+    here = np.array([digest not in lost for digest in view.digests.tolist()], bool)
+    versions = np.zeros(len(view), int) if view.versions is None else view.versions
+    gone = {view.ids[row] for row in np.flatnonzero(~here & (versions == 0)).tolist()}
+    reasons = []
+    for row in np.flatnonzero(~here).tolist():
+        name, reason = view.ids[row], lost[view.digests[row]]
+        if not versions[row]:
+            reasons.append([name, reason])
+        elif name not in gone:
+            reasons.append([name, copy_failed(int(versions[row]), reason)])
+    if gone:
+        here &= np.array([name not in gone for name in view.ids])
+    return here, reasons
+
+
+def copy_failed(version: int, reason: str) -> str:
+    """Why a copy is missing of an image that is there."""
+    return f"its augmented copy {version}: {reason}"
+
+
+def _same_bytes_first(shards: list[Shard], digests: np.ndarray, checksums: np.ndarray) -> RowLocations:
+    """Rows by digest [n]: the copy with the checksum [n] where there is one (another machine may have computed other
+    last bits), else the first."""
+    same, first = find_by_key(shards, row_keys(digests, checksums)), find_by_digest(shards, digests)
+    return RowLocations(
+        first.shards, np.where(same.found, same.file, first.file), np.where(same.found, same.row, first.row)
+    )
+
+
+def columns_of(view: View, rows: np.ndarray | None = None) -> ViewColumns:
+    """What a view says of its samples, or of some ``rows`` of them; of copies only if it was opened with them."""
+    rows = np.arange(len(view)) if rows is None else rows
+
+    def pick(column: list[str]) -> list[str]:
+        return [column[row] for row in rows]
+
+    return ViewColumns(
+        pick(view.ids), view.labels[rows], pick(view.splits), view.digests[rows],
+        None if view.groups is None else pick(view.groups), {key: values[rows] for key, values in view.meta.items()},
+        view.versions[rows] if view.versions is not None and view.with_copies else None,
+    )  # fmt: skip
+
+
+def write_columns(file: h5py.File, rows: ViewColumns) -> None:
+    file.create_dataset("ids", data=rows.ids, dtype=_TEXT)
+    file.create_dataset("labels", data=rows.labels)
+    file.create_dataset("splits", data=rows.splits, dtype=_TEXT)
+    file.create_dataset("digests", data=rows.digests, dtype=DIGEST)
+    if rows.groups is not None:
+        file.create_dataset("groups", data=rows.groups, dtype=_TEXT)
+    if rows.versions is not None:
+        file.create_dataset("versions", data=rows.versions, dtype="i4")
+    meta = file.create_group("meta")
+    for key, column in rows.meta.items():
+        values = np.asarray(column)
+        if values.dtype.kind in "biuf":
+            meta.create_dataset(key.replace("/", "∕"), data=values)  # a slash would make a group
+        else:
+            meta.create_dataset(key.replace("/", "∕"), data=[str(value) for value in column], dtype=_TEXT)
+
+
+def _write_output(
+    file: h5py.File, index: h5py.Group, store: Store, layout: Layout, places: RowLocations, files: list[tuple[Any, ...]]
+) -> None:
+    used = np.unique(places.file)
+    number = np.full(len(places.shards), -1, np.int64)
+    for k in used:
+        shard = places.shards[k]
+        number[k] = len(files)
+        path = shard.path.relative_to(store.path).as_posix()
+        files.append((path.encode(), shard.size, shard.offset, len(shard.digests), shard.hash))
+    entry = index.create_dataset(layout.output, data=np.stack([number[places.file], places.row], 1))
+    starts = _runs(places)
+    virtual = len(starts) <= MAX_MAPPINGS
+    if virtual:
+        target = _write_virtual(file, layout, places, starts, store)
+        for key, value in layout.attributes().items():
+            target.attrs[key] = value
+    entry.attrs["shape"] = json.dumps(list(layout.row_shape))
+    entry.attrs["dtype"] = layout.dtype
+    entry.attrs["virtual"] = virtual
+    if not virtual:
+        entry.attrs["note"] = (
+            f"{layout.output} lies in {len(starts):,} pieces, too many for a virtual dataset; "
+            "featurecache.open_view reads it."
+        )
+    for key, value in layout.attributes().items():
+        entry.attrs[key] = value
+
+
+def _runs(places: RowLocations) -> np.ndarray:
+    """Starts of the stretches of rows that follow each other in one shard."""
+    step = (np.diff(places.file) != 0) | (np.diff(places.row) != 1)
+    return np.concatenate([[0], np.flatnonzero(step) + 1]) if len(places.file) else np.zeros(0, np.int64)
+
+
+def _write_virtual(
+    file: h5py.File, layout: Layout, places: RowLocations, starts: np.ndarray, store: Store
+) -> h5py.Dataset:
+    virtual = h5py.VirtualLayout((len(places.file), *layout.row_shape), layout.dtype)
+    stops = np.append(starts[1:], len(places.file))
+    sources = {
+        k: h5py.VirtualSource(
+            places.shards[k].path.relative_to(store.path).as_posix(), "features",
+            (len(places.shards[k].digests), *layout.row_shape), layout.dtype,
+        )
+        for k in np.unique(places.file)
+    }  # fmt: skip
+    for start, stop in zip(starts, stops, strict=True):
+        first = places.row[start]
+        virtual[start:stop] = sources[places.file[start]][first : first + stop - start]
+    return file.create_virtual_dataset(layout.output, virtual, fillvalue=np.nan)  # a lost shard must not read as zeros
+
+
+def open_view(name: str | Path | None = None, cache: str | Path | None = None, *, copies: bool = False) -> View:
+    """Open a view by path, ``store/view``, or name; without a name the one of the last extraction that finished.
+
+    A store may be named by its folder or by its backbone. ``copies``: see `View`. Raises NotInCache, AmbiguousName.
+    """
+    return View(find_view(name, cache), copies=copies)
+
+
+def find_view(name: str | Path | None = None, cache: str | Path | None = None) -> Path:
+    if name is not None and Path(name).suffix == ".h5" and Path(name).is_file():
+        return Path(name)
+    if name is not None and "/" in str(name) and Path(f"{name}.h5").is_file():
+        return Path(f"{name}.h5")
+    folder = cache_folder(cache)
+    found = [(store, path) for store in stores(folder) for path in store.views()]
+    if not found:
+        raise NotInCache(
+            f"there is no view in {folder}. Make one with: featurecache extract --backbone NAME --data FOLDER"
+        )
+    if name is None:
+        return max(found, key=lambda item: item[1].lstat().st_mtime_ns)[1]
+    store_word, _, view_word = str(name).rpartition("/")
+    hits = [(s, p) for s, p in found if p.stem == view_word and _is_called(s, store_word)]
+    if len(hits) == 1:
+        return hits[0][1]
+    if not hits:
+        known = [f"{s.provenance.get('backbone', s.path.name)}/{p.stem}" for s, p in found]
+        near = nearest(str(name), [*known, *(p.stem for _, p in found)])
+        raise NotInCache(f'there is no view "{name}" in {folder}.{near} There are {_some(known)}.')
+    labels = [f"{s.path.name}/{p.stem}" for s, p in hits]
+    raise AmbiguousName(f'"{name}" is in {len(hits)} stores: {_some(labels)}. Say which with --features STORE/VIEW.')
+
+
+def _is_called(store: Store, word: str) -> bool:
+    return not word or word in (store.path.name, store.provenance.get("backbone"), store.path.name.rpartition("-")[0])
+
+
+def _some(words: Sequence[str], most: int = 8) -> str:
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

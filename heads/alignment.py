@@ -1,0 +1,135 @@
+"""Several views of the same images, one for each backbone: matched image by image, so that all are divided alike.
+
+Rows are matched by digest, never by place: a view may have another order, and lack images that could not be read. Only
+images that every view holds are used. Rows of one digest are told apart by id, or, where ids are hashed, by order.
+
+Notation: V views, N rows of a view, M images that all views hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featurecache.errors import ProtocolError
+from featurecache.maintenance.leaks import numbered
+from heads.splits import Splits
+from heads.task import Task
+
+if TYPE_CHECKING:
+    from heads.task import FeatureView
+
+
+@dataclass(frozen=True)
+class AlignedViews:
+    """``places``: for every view int64 [M], its rows of the common images, in the first view's order; ``left_out``: how
+    many images only some of the views hold."""
+
+    views: tuple[FeatureView, ...]
+    places: tuple[np.ndarray, ...]
+    left_out: int = 0
+
+    def common_task(self, task: Task) -> Task:
+        """A task of the first view without the images that another view lacks."""
+        labels = np.full_like(task.labels, np.nan if task.multilabel else -1)
+        labels[self.places[0]] = task.labels[self.places[0]]
+        return replace(task, labels=labels)
+
+    def carried(self, divided: Splits, number: int) -> Splits:
+        """Splits of the first view as splits of view ``number``."""
+        names = np.full(len(self.views[number].ids), "", dtype=divided.names.dtype)
+        names[self.places[number]] = divided.names[self.places[0]]
+        return replace(divided, names=names)
+
+    def digest(self, names: np.ndarray | None = None) -> str:
+        """One word for images, labels and what else is said of them, in whatever order they lie; ``names`` [N]: with
+        these splits of the first view instead of those in the data."""
+        view, rows = self.views[0], self.places[0]
+        words = np.asarray(view.splits, dtype=str) if names is None else names
+        table = sorted(
+            zip(np.asarray(view.digests)[rows].tolist(), _label_texts(view, rows), words[rows].tolist(), strict=True)
+        )
+        return hashlib.blake2b(repr(table).encode(), digest_size=16).hexdigest()
+
+
+def same_images(views: Sequence[FeatureView]) -> AlignedViews:
+    """Match the views; raises ProtocolError with what differs where they are not of the same labelled images."""
+    first, *others = views
+    by_id = all(set(view.ids) & set(first.ids) for view in views)
+    keys = [_keys(view, by_id) for view in views]
+    common = set(keys[0]).intersection(*keys[1:])
+    for view, own in zip(others, keys[1:], strict=True):
+        _same_set(first, view, keys[0], own)
+    order = [key for key in keys[0] if key in common]
+    places = tuple(np.array([own[key] for key in order], dtype=np.int64) for own in keys)
+    for view, rows in zip(others, places[1:], strict=True):
+        _same_record(first, view, places[0], rows)
+    return AlignedViews(tuple(views), places, len(set().union(*keys)) - len(common))
+
+
+def plain_rows(view: FeatureView) -> np.ndarray:
+    """bool [N]: rows that are no augmented copies."""
+    return np.ones(len(view.ids), bool) if view.versions is None else np.asarray(view.versions) == 0
+
+
+def _keys(view: FeatureView, by_id: bool) -> dict[tuple[Any, ...], int]:
+    """What tells an image from all others of its view -> its row."""
+    rows = np.flatnonzero(plain_rows(view)).tolist()
+    seen: Counter[Any] = Counter()
+    keys: dict[tuple[Any, ...], int] = {}
+    for row in rows:
+        digest = bytes(view.digests[row])
+        name = view.ids[row] if by_id else seen[digest]
+        seen[digest] += 1
+        keys[digest, name] = row
+    return keys
+
+
+def _same_set(
+    first: FeatureView, view: FeatureView, keys: dict[tuple[Any, ...], int], own: dict[tuple[Any, ...], int]
+) -> None:
+    """An image that a view lacks must be one that it could not read."""
+    for there, lacking, a, b in ((first, view, keys, own), (view, first, own, keys)):
+        missing = [row for key, row in a.items() if key not in b]
+        unread = {failure["id"] for failure in lacking.failed}
+        known = bool(set(there.ids) & (set(lacking.ids) | unread))
+        unsaid = [row for row in missing if there.ids[row] not in unread] if known else missing[len(unread) :]
+        if unsaid:
+            raise ProtocolError(
+                f"{there.label} and {lacking.label} are not of the same images: {len(unsaid):,} of {there.label} "
+                f"are not in {lacking.label} (the first: {there.ids[unsaid[0]]}). Extract the same --data with both."
+            )
+
+
+def _same_record(first: FeatureView, view: FeatureView, rows: np.ndarray, own: np.ndarray) -> None:
+    """Classes, labels, splits and groups of the common images."""
+    pair = f"{first.label} and {view.label}"
+    if (first.task, list(first.classes)) != (view.task, list(view.classes)):
+        raise ProtocolError(
+            f"{pair} have other classes: {first.task} of {', '.join(first.classes[:6])}; {view.task} of "
+            f"{', '.join(view.classes[:6])}."
+        )
+    for what, a, b in (
+        ("labels", _label_texts(first, rows), _label_texts(view, own)),
+        ("splits", [first.splits[i] for i in rows], [view.splits[i] for i in own]),
+        ("groups", _groups(first, rows), _groups(view, own)),
+    ):
+        if wrong := [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]:
+            raise ProtocolError(
+                f"{pair} have other {what} for {len(wrong):,} of {len(rows):,} images (the first: "
+                f"{first.ids[rows[wrong[0]]]}). Extract the same --data with both; nothing is computed twice."
+            )
+
+
+def _label_texts(view: FeatureView, rows: np.ndarray) -> list[str]:
+    return [str(label) for label in np.asarray(view.labels)[rows].tolist()]
+
+
+def _groups(view: FeatureView, rows: np.ndarray) -> list[int]:
+    """Which rows belong together, whatever the groups are called."""
+    return [-1] * len(rows) if view.groups is None else numbered([view.groups[i] for i in rows]).tolist()

@@ -1,0 +1,226 @@
+"""The commands of the head lab: many heads compared, heads on other data, and the report of either."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+import click
+
+from featurecache.commands.extract import SOURCE_OPTIONS, named_images, options_of
+from featurecache.commands.terminal import Console, cache_option, command, features_option
+from heads.commands.train import sweep_options
+
+
+@command
+@sweep_options
+def ablate(
+    talk: Console, heads: str, features: str | None, data: str | None, columns: tuple[str, ...], task: str | None,
+    reference: str | None, show_test: str, no_images: bool, hash_ids: bool, **options: Any,
+) -> int:  # fmt: skip
+    """Train many heads, choose their settings on val, and compare them on test: a table and a page.
+
+    \b
+    featurecache ablate --heads linear,large,attention --lr 1e-4..1e-2:5 --seeds 5
+    featurecache ablate --heads linear --features vit-in21k/chest,resnet50/chest --fractions 0.01,0.1,1
+
+    The same command goes on where it was stopped; with more seeds or values only what is new is trained.
+    """
+    from heads import api
+    from heads.evaluation.comparison import compare
+    from heads.reports.page import write_report
+    from heads.reports.text import lab_table
+
+    views = features.split(",") if features else None
+    images = named_images(data, columns, task)
+    found = api.ablate(views, heads, data=images, say=talk.line, progress=talk.progress, **options)
+    if found is None:
+        talk.next("the same command without --dry-run")
+        return 0
+    comparison = compare(found.families, reference=reference, show_test=show_test)
+    written = write_report(found.path, found.families, comparison, images=not no_images, hash_ids=hash_ids)
+    lines = [lab_table(comparison.record), f"sweep      {found.path}/   rows: {len(found.rows):,}", _written(written)]
+    talk.result("\n".join(lines), {"sweep": str(found.path), "report": str(written.path), **comparison.record})
+    talk.next(f"featurecache predict --run {shlex.quote(str(found.best.path))} IMAGE…")
+    return 0
+
+
+@command
+@click.option("--run", "run", required=True, metavar="DIR", help="A run, or a sweep: its chosen heads.")
+@features_option
+@click.option("--data", metavar="SOURCE", help="Of a baseline: the images, where no view has them.")
+@options_of(SOURCE_OPTIONS)
+@click.option("--split", metavar="NAME", help="train, val or test of the view. [default: all its labelled images]")
+@click.option(
+    "--classes", multiple=True, metavar="NAME=A,B", help="What the view calls a class of the run; NAME= for not there."
+)
+@click.option("--trust-code", is_flag=True, help="Import the module of a python: head.")
+@cache_option
+def evaluate(
+    talk: Console, run: str, features: str | None, data: str | None, columns: tuple[str, ...], task: str | None,
+    cache: str | None, split: str | None, classes: tuple[str, ...], trust_code: bool,
+) -> int:  # fmt: skip
+    """A finished head on another view (another hospital): nothing is fitted, all measures with intervals.
+
+    \b
+    featurecache evaluate --run runs/chest-large-1 --features vit-in21k/other-hospital
+    """
+    from heads.api import families_in
+    from heads.evaluation.comparison import compare
+    from heads.evaluation.external import ExternalImages, evaluate_run
+    from heads.reports.text import external_table, how_made
+
+    families = families_in(run, trust_code)
+    runs = [each for family in families for each in family.runs]
+    images = ExternalImages(runs, features, named_images(data, columns, task), cache)
+    view = images.of(runs[0])
+    if not features and not data:
+        talk.say(f"view       {view.label}   (the newest; --features chooses)")
+    evaluated = [
+        evaluate_run(each, images.of(each), split=split, classes=classes, say=talk.line if number == 0 else None)
+        for number, each in enumerate(runs)
+    ]
+    record = compare(families).record
+    name = view.label + (f" ({split})" if split else "")
+    tables = [external_table(family, name, record["task"], record["n_test"]) for family in record["families"]]
+    written = sorted({each["written"] for each in evaluated})
+    lines = [*tables, how_made(record), *(f"written    {path}" for path in written)]
+    talk.result("\n".join(lines), {"evaluated": evaluated, "families": record["families"]})
+    talk.next(f"featurecache report {shlex.quote(run)}")
+    return 0
+
+
+@command
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…")
+@click.option("--out", metavar="DIR", help="[default: the folder itself; of several: report-N beside the first]")
+@click.option("--reference", metavar="NAME", help="A head of the table, or its folder: the others against it, paired.")
+@click.option("--by", metavar="COLUMN", help="Measures by site, sex, device: a further column of the data.")
+@click.option("--prevalence", type=float, metavar="P", help="PPV and NPV where this share is positive.")
+@click.option("--show-test", type=click.Choice(["chosen", "all"]), default="chosen", help="Test of which settings.")
+@click.option("--no-images", is_flag=True, help="Embed no image of the data.")
+@click.option("--hash-ids", is_flag=True, help="Write ids as keyed hashes.")
+def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any) -> int:
+    """One page of a run, a sweep, or several side by side: report.html, metrics.csv, metrics.json.
+
+    \b
+    featurecache report runs/ablate-chest-1
+    featurecache report runs/chest-linear-1 runs/chest-large-1 --reference "linear on cls"
+    """
+    import heads
+
+    written = heads.report(list(runs), images=not no_images, **options)
+    record = {
+        "report": str(written.path),
+        "images": written.images,
+        "metrics": str(written.path.parent / "metrics.json"),
+    }
+    talk.result(_written(written), record)
+    if written.images:
+        hides = "" if options["hash_ids"] else ", --hash-ids hides what they are called"
+        talk.say(f"           before you send it: --no-images leaves them out{hides}")
+    talk.next(f"featurecache info {shlex.quote(runs[0])}")
+    return 0
+
+
+@command
+@click.option("--run", "runs", required=True, multiple=True, metavar="DIR", help="A run; several stand side by side.")
+@click.option("--out", metavar="DIR", help="Where the PNGs go. [default: explain in the folder of the first run]")
+@click.option(
+    "--kind",
+    "kinds",
+    metavar="A,B",
+    help="contribution, attention, grad-cam. [default: contribution; grad-cam of a network on pixels]",
+)
+@click.option("--class", "classes", multiple=True, metavar="NAME", help="Whose margin. [default: the class called]")
+@click.option("--method", type=click.Choice(["replace", "gradient"]), default="replace", help="Of contribution.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, mps.")
+@click.option("--weights", metavar="PATH", help="Where the backbone's weights are now, if not where they were.")
+@click.option("--trust-code", is_flag=True, help="Import the module of a python: head or backbone.")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE…")
+def explain(
+    talk: Console, runs: tuple[str, ...], images: tuple[str, ...], classes: tuple[str, ...], **options: Any
+) -> int:  # fmt: skip
+    """Maps over images: what a head makes of every place, where the backbone looks, or Grad-CAM.
+
+    \b
+    featurecache explain --run runs/chest-large-1 new.png folder/
+    featurecache explain --run runs/chest-large-1 --run runs/chest-linear-1 --kind attention,grad-cam new.png
+
+    Beside each map the same of the head with its weights shuffled: a map that looks like that says nothing. IMAGE is a
+    file, a folder, a table, or the id of an image of the run's data.
+    """
+    import heads
+    from heads.explanations.explain import as_table
+
+    found = heads.explain(list(runs), list(images), classes=list(classes) or None, **options)
+    failed = [record for record in found.records if "error" in record]
+    lines = [as_table(found.records), f"maps       {found.path}/   {len(found.files):,} PNG files, explain.json"]
+    record = {"explained": str(found.path), "files": [str(f) for f in found.files], "maps": found.records}
+    talk.result("\n".join(lines), record)
+    talk.next(f"featurecache report {shlex.join(runs)}")
+    return int(bool(failed))
+
+
+def _written(report: Any) -> str:
+    shown = "no image of the data" if not report.images else f"{report.images:,} images of the data"
+    size = report.path.stat().st_size / 1e6
+    return f"report     {report.path}   {size:.1f} MB, embeds {shown}; metrics.csv and metrics.json beside it"
+
+
+@command
+@click.argument("name", required=False, metavar="[NAME]")
+@click.option("--data", multiple=True, metavar="[SET=]SOURCE", help="As extract takes it. [default: fetched]")
+@click.option("--quick", is_flag=True, help="A trial in about a minute: few images, small untrained networks.")
+@click.option("--random-weights", is_flag=True, help="Run it without pretrained weights; published numbers are greyed.")
+@click.option("--weights", multiple=True, metavar="[BACKBONE=]PATH", help="A copy of the weights that you have.")
+@click.option("--only", metavar="A,B", help="These steps, and what they need; * stands for anything.")
+@click.option("--skip", metavar="A,B", help="All steps but these.")
+@click.option("--image-size", type=int, metavar="N", help="Pixels that every network sees. [default: its own]")
+@click.option("--epochs", type=int, metavar="N", help="At most so many, of every network and head.")
+@click.option("--train-per-class", type=int, metavar="N", help="Of networks from pixels: at most N images of a class.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, mps.")
+@click.option("--out", metavar="DIR", help="[default: studies/NAME; with --quick studies/NAME-quick]")
+@click.option("--dry-run", is_flag=True, help="Say the steps and about how long they take; compute nothing.")
+@click.option("--no-images", is_flag=True, help="Embed no image of the data in report.html.")
+@click.option("--hash-ids", is_flag=True, help="Write ids as keyed hashes in the report.")
+@cache_option
+def study(
+    talk: Console, name: str | None, only: str | None, skip: str | None, no_images: bool, **options: Any
+) -> int:  # fmt: skip
+    """A published study again, from its images to one page: features, heads, networks, numbers beside the published.
+
+    \b
+    featurecache study                                  what there is
+    featurecache study medical-mnist --quick            a trial, without any download
+    featurecache study pneumonia --data chest_xray/
+
+    The same command goes on where it was stopped; no step is done twice.
+    """
+    from heads.studies.spec import STUDIES, studies_lines
+
+    if name is None:
+        talk.result(f"studies:\n{studies_lines()}", {"studies": {key: words for key, (_, words) in STUDIES.items()}})
+        talk.next("featurecache study medical-mnist --quick")
+        return 0
+    from heads.studies.run import run_study
+    from heads.studies.words import result_record, study_lines
+
+    options |= {"only": _words(only), "skip": _words(skip), "images": not no_images}
+    found = run_study(name, say=talk.say, progress=talk.progress, **options)
+    talk.result(study_lines(found), result_record(found))
+    talk.next(_next_of(found))
+    return 0
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
+
+
+def _next_of(found: Any) -> str:
+    from heads.studies.words import best_run
+
+    if found.report is None:
+        return "the same command without --dry-run"
+    if found.asked.quick:
+        return f"featurecache study {found.study.name} --data DIR"
+    return f"featurecache predict --run {shlex.quote(str(best_run(found.report.tables[0]).path))} IMAGE…"

@@ -1,0 +1,371 @@
+"""Families side by side on the same test images; paired differences.
+
+Families side by side: val for all, test with intervals for what was chosen, as one record that tables and reports
+are made of. Nothing is chosen here, and nothing in it was not computed from the answers in the run folders.
+
+Differences of two families on the same test images.
+
+The interval is that of a paired bootstrap: both are measured on the same resamples, so what is hard for both cancels.
+p is exact where it can be (one head each, no clusters): McNemar's for proportions, DeLong's for the AUROC of two
+classes; else from the bootstrap. Where each was tested on several sets of images (folds, draws), the differences of
+these are taken: Nadeau and Bengio's t. p is corrected by Holm over the families, for each measure by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from featurecache.errors import BadOption, nearest
+from featurecache.files.records import plain
+from heads.evaluation.costs import mean_cost
+from heads.evaluation.external import external_records
+from heads.evaluation.families import (
+    Family,
+    FamilyPredictions,
+    check_comparable,
+    display_setting,
+    names_of,
+    only_initialisation,
+    path_edge_warnings,
+    resample_key,
+    same_clusters,
+    select_setting,
+    setting_shown,
+    spread,
+    test_predictions,
+)
+from heads.evaluation.operating_points import Prevalence, calibration_record, check_prevalence, operating_points
+from heads.evaluation.subgroups import values_of
+from heads.metrics import classification as ev
+from heads.metrics.classification import METRICS, title
+from heads.metrics.intervals import FamilyEstimates, MeasureEstimate, SharedResamples, proportion_counts
+from heads.metrics.significance import LEVEL, corrected_t, delong, holm, mcnemar, percentiles, sign_share
+from heads.runs.run import Run
+
+FEW_CLUSTERS = 20
+
+
+@dataclass(frozen=True)
+class Comparison:
+    families: tuple[Family, ...]
+    record: dict[str, Any]  # JSON
+
+
+@dataclass
+class _Entry:
+    """One family on its way into the record."""
+
+    name: str
+    family: Family
+    heard: FamilyPredictions
+    estimates: FamilyEstimates
+    difference: dict[str, MeasureDifference] | None = None
+
+
+def compare(
+    families: Sequence[Family],
+    *,
+    reference: str | None = None,
+    resamples: int = 2000,
+    prevalence: Prevalence | None = None,
+    by: str | None = None,
+    show_test: str = "chosen",
+) -> Comparison:
+    """``reference``: the name of a family (or the folder of one of its runs) that the others are compared with.
+    ``prevalence``: for PPV and NPV elsewhere, one number or one for each label. ``by``: a column of the data, for
+    measures of its values. ``show_test`` "all" shows the test of every row of a sweep. Raises BadOption, RunError."""
+    if not families:
+        raise BadOption("There is nothing to compare: no family of heads was given.")
+    if show_test not in ("chosen", "all"):
+        raise BadOption(f'--show-test {show_test}: it is "chosen" or "all".')
+    check_comparable(families)
+    first = families[0].runs[0]
+    check_prevalence(first, prevalence)
+    names, resampler = names_of(families), SharedResamples(resamples)
+    chosen_reference = None if reference is None else _find(reference, names, families)
+    heard = same_clusters([test_predictions(family) for family in families])
+    entries = [
+        _Entry(name, family, each, FamilyEstimates(each.parts, first.classes, resampler))
+        for name, family, each in zip(names, families, heard, strict=True)
+    ]
+    warnings = _differ(entries, chosen_reference) + _warnings(entries)
+    record = {
+        "task": first.task,
+        "classes": list(first.classes),
+        "positive": first.config["positive"],
+        "select": first.config["chosen"]["by"],
+        "measures": entries[0].estimates.names,
+        "untrained": any(run.untrained for family in families for run in family.runs),
+        "controls": _controls(families),
+        **_of_test(entries),
+        "reference": chosen_reference,
+        "test_seen": _seen(families) if show_test == "all" else None,
+        "families": [_family(entry, prevalence, resampler) for entry in entries],
+        "rows": [row for entry in entries for row in _rows(entry, show_test == "all")],
+        "by": None if by is None else {by: _by(entries, by, resampler)},
+        "warnings": warnings,
+    }
+    return Comparison(tuple(families), plain(record))
+
+
+def _find(reference: str, names: Sequence[str], families: Sequence[Family]) -> str:
+    folders = {str(run.path): name for name, family in zip(names, families, strict=True) for run in family.runs}
+    if reference.rstrip("/") in folders:
+        return folders[reference.rstrip("/")]
+    if reference not in names:
+        raise BadOption(
+            f"--reference {reference} is none of what is compared: {', '.join(names)}.{nearest(reference, names)}"
+        )
+    return reference
+
+
+def _differ(entries: Sequence[_Entry], reference: str | None) -> list[str]:
+    """Set each entry's differences to the reference; sentences for what has none."""
+    if reference is None:
+        return []
+    base = next(entry for entry in entries if entry.name == reference)
+    found, words = [], []
+    for entry in entries:
+        same = entry is not base and same_sets(entry.estimates, base.estimates)
+        found.append(differences(entry.estimates, base.estimates) if same else None)
+        if entry is not base and not same:
+            words.append(f"{entry.name} was not tested on the images of {reference}: no difference is given")
+    for entry, difference in zip(entries, with_holm(found), strict=True):
+        entry.difference = difference
+    return words
+
+
+def _warnings(entries: Sequence[_Entry]) -> list[str]:
+    warnings = []
+    if any(not same_sets(entry.estimates, entries[0].estimates) for entry in entries[1:]):
+        warnings.append("not all of these were tested on the same images: their numbers do not compare")
+    if words := only_initialisation([entry.family for entry in entries]):
+        warnings.append(words)
+    test = _of_test(entries)["clusters"]
+    if test["few"]:
+        warnings.append(
+            f"test holds {test['n']} independent {test['unit']}s: with fewer than {FEW_CLUSTERS} every interval is a "
+            "rough guess"
+        )
+    elif rare := _rare(entries[0]):
+        warnings.append(f"test has few independent {test['unit']}s of {rare}: what is said of it is a rough guess")
+    return warnings
+
+
+def _rare(entry: _Entry) -> str:
+    """Classes (or labels) that fewer than 20 clusters of test show."""
+    part, classes = entry.heard.parts[0], entry.estimates.classes
+    shown = [part.y[:, c] == 1 if part.y.ndim == 2 else part.y == c for c in range(len(classes))]
+    counts = {name: part.units.among(rows) for name, rows in zip(classes, shown, strict=True)}
+    words = [f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda pair: pair[1]) if n < FEW_CLUSTERS]
+    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+
+
+def _of_test(entries: Sequence[_Entry]) -> dict[str, Any]:
+    """Images and clusters of the first family's test images; of several sets, all in them."""
+    heard = entries[0].heard
+    images = {name for answers in heard.answers for name in answers[0].ids}
+    clusters = {int(c) for part in heard.parts for c in part.clusters}
+    n, unit = len(clusters), "group" if heard.grouped else "image"
+    return {"n_test": len(images), "clusters": {"n": n, "unit": unit, "few": n < FEW_CLUSTERS}}
+
+
+def _controls(families: Sequence[Family]) -> list[dict[str, Any]]:
+    found = (run.metrics["controls"] for family in families for run in family.runs)
+    return next((controls for controls in found if controls), [])
+
+
+def _seen(families: Sequence[Family]) -> int:
+    """How many heads' test results are shown."""
+    return sum(max(len(family.tried), len(family.runs)) for family in families)
+
+
+def _records(found: dict[str, MeasureEstimate]) -> dict[str, Any]:
+    return {name: each.record() for name, each in found.items()}
+
+
+def _family(entry: _Entry, prevalence: Prevalence | None, resampler: SharedResamples) -> dict[str, Any]:
+    family, estimates, run = entry.family, entry.estimates, entry.family.runs[0]
+    choice = select_setting(family.tried, run.config["chosen"]["by"]) if family.tried else None
+    test, external = estimates.all(), external_records(family, resampler)
+    elsewhere = [f"on {part['view']}: {words}" for part in external for words in part["warnings"]]
+    return {
+        "name": entry.name,
+        "view": family.view,
+        "output": family.output,
+        "head": family.head,
+        "fraction": family.fraction,
+        "setting": setting_shown(run),
+        "tried": choice.tried if choice else 1,
+        "edges": [*(choice.edges if choice else ()), *path_edge_warnings(family)],
+        **{kind: family.vary(kind) for kind in ("seeds", "repeats")},
+        "folds": family.vary("folds") if run.config["splits"].get("fold") else None,
+        "parameters": run.config["parameters"],
+        **mean_cost(family.runs),
+        "val": _val(family, estimates.names),
+        "test": _records(test),
+        "per_class": {name: _records(found) for name, found in estimates.of_classes().items()},
+        "spread": spread(family, estimates.names),
+        "calibration": calibration_record(entry.heard),
+        "operating": operating_points(run, estimates, prevalence),
+        "difference": None if entry.difference is None else {m: d.record() for m, d in entry.difference.items()},
+        "external": external,
+        "runs": [str(each.path) for each in family.runs],
+        "warnings": [*_without_width(entry.name, family.runs[0].task, test), *elsewhere],
+    }
+
+
+def _val(family: Family, names: Sequence[str]) -> dict[str, float | None]:
+    """Means over the runs."""
+    values = {m: [run.metrics["val"].get(m) for run in family.runs] for m in names}
+    return {m: None if None in each else float(np.mean(each)) for m, each in values.items()}
+
+
+def _without_width(name: str, task: str, test: dict[str, MeasureEstimate]) -> list[str]:
+    none = [m for m, each in test.items() if each.low == each.high and each.method and "bootstrap" in each.method]
+    flat = [title(m, task) for m in none]
+    if not flat:
+        return []
+    return [f"{name}: {', '.join(flat)} came out the same in every resample; an interval without width is no certainty"]
+
+
+def _rows(entry: _Entry, all_shown: bool) -> list[dict[str, Any]]:
+    """A line for each head that was trained: val always, test where its setting was chosen or all are shown."""
+    family = entry.family
+    if not family.tried:
+        return [_row_of_run(entry.name, run) for run in family.runs]
+    choice = select_setting(family.tried, family.runs[0].config["chosen"]["by"])
+    chosen = {id(row) for row in choice.rows} if choice else set()
+    return [
+        {
+            "family": entry.name,
+            "setting": display_setting(row["settings"]),
+            "seed": row["settings"]["seed"],
+            "repeat": row["repeat"],
+            "fold": row["fold"],
+            "chosen": id(row) in chosen,
+            "val": _scalars(row["val"]),
+            "test": _scalars(row["test"]) if all_shown or id(row) in chosen else None,
+        }
+        for row in family.tried
+    ]
+
+
+def _row_of_run(name: str, run: Run) -> dict[str, Any]:
+    seed, split_seed, fold = resample_key(run)
+    val, test = _scalars(run.metrics["val"]), _scalars(run.metrics["test"])
+    row = {"family": name, "setting": setting_shown(run), "seed": seed, "repeat": split_seed, "fold": fold}
+    return {**row, "chosen": True, "val": val, "test": test}
+
+
+def _scalars(measured: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if measured is None else {k: v for k, v in measured.items() if isinstance(v, float | None)}
+
+
+def _by(entries: Sequence[_Entry], column: str, resampler: SharedResamples) -> list[dict[str, Any]]:
+    """Measures of each family on the test images of each value of a column of the data."""
+    found = []
+    for entry in entries:
+        values = values_of(entry.heard, column)
+        for value in sorted({v for each in values for v in each}):
+            masks = [np.array([v == value for v in each]) for each in values]
+            parts = [p.where(m, f"{column}={value}") for p, m in zip(entry.heard.parts, masks, strict=True) if m.any()]
+            estimates = FamilyEstimates(parts, entry.estimates.classes, resampler)
+            n = sum(int(m.sum()) for m in masks)
+            test = _records(estimates.all())
+            found.append({"family": entry.name, "value": value, "n": n, "test": test})
+    return sorted(found, key=lambda row: row["value"])
+
+
+MCNEMAR = ("accuracy", "sensitivity", "specificity")
+
+
+@dataclass(frozen=True)
+class MeasureDifference:
+    """Of a measure, this family minus the reference."""
+
+    measure: str
+    value: float
+    low: float
+    high: float
+    p: float
+    method: str
+    p_holm: float = math.nan
+
+    def record(self) -> dict[str, Any]:
+        numbers = {"value": self.value, "low": self.low, "high": self.high, "p": self.p, "p_holm": self.p_holm}
+        return {**numbers, "method": self.method, "words": self.words}
+
+    @property
+    def words(self) -> str:
+        told = f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        if self.p_holm >= 1 - LEVEL or self.low <= 0 <= self.high:
+            return f"no difference shown: {told}"
+        better = (self.value > 0) is METRICS[self.measure].higher
+        return f"{'better' if better else 'worse'}: {told}"
+
+
+def same_sets(a: FamilyEstimates, b: FamilyEstimates) -> bool:
+    return {part.key for part in a.parts} == {part.key for part in b.parts}
+
+
+def differences(a: FamilyEstimates, b: FamilyEstimates) -> dict[str, MeasureDifference]:
+    """By measure, where both are defined; of families with the same sets of test images."""
+    found = [_over_sets(a, b, name) if len(a.parts) > 1 else _resampled(a, b, name) for name in a.names]
+    return {each.measure: each for each in found if each is not None}
+
+
+def _resampled(a: FamilyEstimates, b: FamilyEstimates, name: str) -> MeasureDifference | None:
+    value = a.value(name) - b.value(name)
+    drawn = a.resampled(name) - b.resampled(name)
+    if math.isnan(value) or np.isnan(drawn).mean() > 0.5:
+        return None
+    low, high = percentiles(drawn)
+    exact = _exact(a, b, name)
+    words = "paired cluster bootstrap" if a.clustered else "paired bootstrap"
+    p, method = (sign_share(drawn), words) if exact is None else (exact[0], f"{words}, p by {exact[1]}")
+    return MeasureDifference(name, value, low, high, p, method)
+
+
+def _exact(a: FamilyEstimates, b: FamilyEstimates, name: str) -> tuple[float, str] | None:
+    first, second = (each.parts[0] for each in (a, b))
+    if a.clustered or len(first.said) > 1 or len(second.said) > 1:
+        return None
+    one, other = first.said[0], second.said[0]
+    if name == "auroc" and one.kind == "binary":
+        truth = one.y == one.positive
+        if min(truth.sum(), (~truth).sum()) < 2:
+            return None
+        first_score, second_score = (ev.measure_scores(s.kind, s.z)[:, s.positive] for s in (one, other))
+        return delong(first_score, second_score, truth)[2], "DeLong"
+    if name in MCNEMAR and not one.multilabel:
+        right, of = proportion_counts(one, name, None)
+        return mcnemar(right[of], proportion_counts(other, name, None)[0][of]), "exact McNemar"
+    return None
+
+
+def _over_sets(a: FamilyEstimates, b: FamilyEstimates, name: str) -> MeasureDifference | None:
+    place = {part.key: j for j, part in enumerate(b.parts)}
+    values = a.of_parts(name) - b.of_parts(name)[[place[part.key] for part in a.parts]]
+    values = values[~np.isnan(values)]
+    if len(values) < 2:
+        return None
+    low, high, p = corrected_t(values, a.ratio)
+    return MeasureDifference(
+        name, float(values.mean()), low, high, p, f"corrected t, {len(values)} sets of test images"
+    )
+
+
+def with_holm(found: Sequence[dict[str, MeasureDifference] | None]) -> list[dict[str, MeasureDifference] | None]:
+    """Each measure's p over all families that were compared."""
+    corrected = [None if each is None else dict(each) for each in found]
+    for name in {name for each in found if each for name in each}:
+        mine = [each for each in corrected if each and name in each]
+        for each, p in zip(mine, holm([each[name].p for each in mine]), strict=True):
+            each[name] = replace(each[name], p_holm=p)
+    return corrected

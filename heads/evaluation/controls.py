@@ -1,0 +1,194 @@
+"""What a head must be better than before its features mean anything: chance, the majority class, and logistic
+regression on raw pixels. Measured on the same val and test as the head.
+
+The pixels: every image decoded as for a backbone, squashed (antialiased) to 32x32 where the first training image is
+larger than that, one channel where all are grey, centred by train's mean image, over one overall standard deviation.
+Logistic regression with C = 1 on at most 5,000 training images; temperature and thresholds by val, as for a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featurecache.errors import FeatureCacheError
+from heads.metrics import classification as ev
+from heads.metrics.calibration import calibrate
+from heads.models.catalogue import HALF, squashed
+from heads.pixel_view import read_images
+from heads.runs.run import Run
+from heads.splits import Splits, read_splits
+from heads.task import SPLITS, Task, has_label, task_of
+
+if TYPE_CHECKING:
+    from featurecache.images.preprocessing import Preprocess
+    from heads.task import FeatureView
+
+SIDE = 32  # pixels
+MOST = 5_000  # training images
+CHANCE, MAJORITY, PIXELS = "chance", "majority class", "pixels, logistic regression"
+
+
+def run_controls(run: Run, view: FeatureView) -> list[dict[str, Any]]:
+    """The controls of a finished run, on its own splits."""
+    settings = run.config["settings"]
+    task = task_of(view, classes=settings["classes"], only=settings["only"], positive=settings["positive"])
+    names = read_splits(run.path / "splits.csv", view.ids, [])
+    return all_controls(view, task, Splits(names, "as in the run"))
+
+
+def all_controls(view: FeatureView, task: Task, divided: Splits) -> list[dict[str, Any]]:
+    """Each {"name", "val", "test", "note"}; val and test as ``evaluate`` gives them, None where it could not be had."""
+    labels = {name: task.labels[divided.rows(name)] for name in SPLITS}
+    return [
+        _control(CHANCE, task, labels, _chance),
+        _control(MAJORITY, task, labels, _majority),
+        pixels(view, task, divided),
+    ]
+
+
+def _control(
+    name: str, task: Task, labels: dict[str, np.ndarray], measure: Callable[..., dict[str, Any]]
+) -> dict[str, Any]:
+    parts = {split: measure(task, labels["train"], labels[split]) for split in ("val", "test")}
+    return {"name": name, **parts, "note": ""}
+
+
+def _chance(task: Task, train: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """The expectation when every class is called equally often, and given equal probability."""
+    count = len(task.classes)
+    z = np.zeros((len(y), count))
+    if task.multilabel:
+        there = np.stack([(y == 0).sum(0), (y == 1).sum(0)], axis=1)  # [L, 2]
+        calls = np.repeat(there[:, :, None] / 2, 2, axis=2)
+    else:
+        calls = np.repeat(np.bincount(y, minlength=count)[:, None] / count, count, axis=1)
+    result = ev.evaluate(task.kind, task.classes, z, y, positive=task.positive, confusion=calls)
+    if "top5" in result:
+        result["top5"] = 5 / count
+    return result
+
+
+def _majority(task: Task, train: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """Train's prevalences as the probabilities of every image; the most frequent class is what it calls."""
+    if task.multilabel:
+        known = np.maximum((~np.isnan(train)).sum(0), 1)
+        p = np.clip((train == 1).sum(0) / known, 1e-6, 1 - 1e-6)
+        z, cuts = np.log(p) - np.log1p(-p), (0.5,) * len(p)
+    else:
+        p = np.bincount(train, minlength=len(task.classes)) / len(train)
+        z, cuts = np.log(np.maximum(p, 1e-12)), (0.5,)
+    return ev.evaluate(task.kind, task.classes, np.tile(z, (len(y), 1)), y, positive=task.positive, cuts=cuts)
+
+
+def pixels(view: FeatureView, task: Task, divided: Splits) -> dict[str, Any]:
+    """Logistic regression on raw pixels; where the images are gone, the note says so."""
+    import featurecache.sources
+
+    nothing = {"name": PIXELS, "val": None, "test": None}
+    rows = {name: divided.rows(name) for name in SPLITS}
+    notes = []
+    if len(rows["train"]) > MOST:
+        notes.append(f"on {MOST:,} of {len(rows['train']):,} training images")
+        rows["train"] = np.sort(np.random.default_rng(0).permutation(rows["train"])[:MOST])
+    try:
+        dataset = featurecache.sources.reopen(view.source)
+        images, read = _read_images(view, dataset, np.concatenate([rows[name] for name in SPLITS]))
+    except (FeatureCacheError, OSError) as error:
+        return {**nothing, "note": f"the images cannot be had any more: {error}"}
+    start = 0
+    parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name in SPLITS:
+        there = read[start : start + len(rows[name])]
+        if not there.all() and (name != "train" or not there.any()):
+            gone = int((~there).sum())
+            return {**nothing, "note": f"{gone:,} of {len(there):,} images of {name} are gone or changed"}
+        if not there.all():
+            notes.append(f"{int((~there).sum()):,} training images are gone or changed")
+        parts[name] = images[start : start + len(rows[name])][there], task.labels[rows[name][there]]
+        start += len(rows[name])
+    return {**_fit_pixels(task, parts, notes), "note": "; ".join(notes)}
+
+
+def _read_images(view: FeatureView, dataset: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [n, 3, h, w] of rows of the view, and bool [n]: whether the very image of the view was there to read."""
+    where = {name: i for i, name in enumerate(dataset.ids)}
+    places = np.array([where.get(view.ids[row], -1) for row in rows])
+    found = places[places >= 0].tolist()
+    pixels, digests, failed, _ = read_images(dataset, found, _small(dataset, found))
+    if len(failed) == len(found):
+        raise FileNotFoundError(f"none of {len(rows):,} can be read")
+    images, read = np.zeros((len(rows), *pixels.shape[1:]), np.uint8), np.zeros(len(rows), bool)
+    images[places >= 0] = pixels.numpy()
+    read[places >= 0] = digests == np.asarray(view.digests)[rows[places >= 0]]
+    read[np.flatnonzero(places >= 0)[list(failed)]] = False
+    return images, read
+
+
+def _small(dataset: Any, rows: list[int]) -> Preprocess:
+    """What makes all images as large as the first that can be read, or ``SIDE`` pixels where that is larger."""
+    from featurecache.errors import UnreadableImage
+    from featurecache.images.decoding import decode
+
+    size = (SIDE, SIDE)
+    for row in rows:
+        with contextlib.suppress(UnreadableImage):
+            _, height, width = decode(dataset.read(row)).shape
+            size = (height, width) if max(height, width) <= SIDE else size
+            break
+    return replace(squashed(SIDE, HALF), resize=size)
+
+
+def _fit_pixels(task: Task, parts: dict[str, tuple[np.ndarray, np.ndarray]], notes: list[str]) -> dict[str, Any]:
+    grey = all((x[:, :1] == x).all() for x, _ in parts.values())
+    flat = {name: x[:, : 1 if grey else 3].reshape(len(x), -1).astype(np.float32) for name, (x, _) in parts.items()}
+    mean, scale = flat["train"].mean(0), flat["train"].std() or 1.0
+    scaled = {name: (x - mean) / scale for name, x in flat.items()}
+    y = {name: labels for name, (_, labels) in parts.items()}
+    z, finished = _logits(task, scaled["train"], y["train"], [scaled["val"], scaled["test"]])
+    if not finished:
+        notes.append("stopped before it converged")
+    calibration, _ = calibrate(task.kind, z[0], y["val"], np.zeros(len(task.classes)), task.positive)
+    measured = {
+        name: ev.evaluate(
+            task.kind, task.classes, calibration(values), y[name], positive=task.positive, cuts=calibration.thresholds
+        )
+        for name, values in zip(("val", "test"), z, strict=True)
+    }
+    return {"name": PIXELS, **measured}
+
+
+def _logits(task: Task, x: np.ndarray, y: np.ndarray, others: list[np.ndarray]) -> tuple[list[np.ndarray], bool]:
+    """Logits float64 [n, C] for each of ``others``; a class or label that train cannot teach gets a constant."""
+    z = [np.full((len(other), len(task.classes)), 0.0 if task.multilabel else -20.0) for other in others]
+    if not task.multilabel:
+        model, finished = _regression(x, y)
+        for values, other in zip(z, others, strict=True):
+            found = model.decision_function(other)
+            values[:, model.classes_] = found if found.ndim == 2 else np.stack([np.zeros_like(found), found], axis=1)
+        return z, finished
+    all_finished = True
+    for c in range(y.shape[1]):
+        known = has_label(np.nan_to_num(y[:, c], nan=-1).astype(int))
+        truth = y[known, c] == 1
+        if truth.any() and not truth.all():
+            model, finished = _regression(x[known], truth.astype(int))
+            all_finished &= finished
+            for values, other in zip(z, others, strict=True):
+                values[:, c] = model.decision_function(other)
+    return z, all_finished
+
+
+def _regression(x: np.ndarray, y: np.ndarray) -> tuple[Any, bool]:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said in the control's note instead
+        model = LogisticRegression(C=1.0, max_iter=300).fit(x, y)
+    return model, bool(model.n_iter_.max() < 300)

@@ -1,0 +1,335 @@
+"""Runs that differ in seed or split only: one family; its predictions; the choice on val.
+
+Families: the runs of one setting of one head on one output of one view at one fraction, and what varied among them.
+
+Runs of a family differ in ``seed`` (initialisation), ``split_seed`` (repeats: other splits or another fraction of
+train) and ``fold``, and in nothing else.
+
+Which setting of a family is shown: the best on val, averaged over seeds, repeats and folds.
+
+A *setting* is everything that is decided before training except what only repeats it: seed, split seed, fold. Settings
+are compared on the same draws: one that was trained on fewer of them than another is no candidate.
+
+What the heads of a family said of their test images, in an order that is the same for every head on those images.
+
+Rows are ordered by digest, labels and id, so heads on other views of the same images, extracted in any order by any
+backbone, can be compared image by image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from featurecache.errors import BadOption
+from featurecache.files.records import canonical_json
+from heads.metrics.classification import METRICS, CalibratedPredictions, named_by
+from heads.metrics.intervals import EvaluationSet
+from heads.models.catalogue import HEADS
+from heads.runs.run import Run, is_of_pixels, name_of
+from heads.settings import Settings
+from heads.task import Predictions
+
+NAMED = ("head", "output", "fraction", "folds")  # what a family's own columns say
+
+
+@dataclass(frozen=True)
+class Family:
+    """``tried``: the rows of a sweep that the setting was chosen among, on val; () for runs that were trained alone."""
+
+    view: str
+    output: str
+    head: str
+    fraction: float
+    runs: tuple[Run, ...]
+    tried: tuple[Row, ...] = ()
+
+    @property
+    def from_pixels(self) -> bool:
+        """Whether it is a network that was trained from pixels."""
+        return is_of_pixels(self.output)
+
+    def vary(self, what: str) -> int:
+        """How many seeds, repeats or folds there are."""
+        place = {"seeds": 0, "repeats": 1, "folds": 2}[what]
+        return len({resample_key(run)[place] for run in self.runs})
+
+
+def resample_key(run: Run) -> tuple[int, int, int | None]:
+    """Seed, split seed, fold: what tells the runs of a family apart."""
+    settings, fold = run.config["settings"], run.config["splits"].get("fold")
+    return settings["seed"], settings["split_seed"], fold[0] if fold else None
+
+
+def families_of(runs: Sequence[Run]) -> list[Family]:
+    """Plain runs that differ only in seed, split seed and fold are one family; any other setting is one of its own."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        config = run.config
+        view = [config["view"].get("fingerprint"), config["view"]["label"], run.output]
+        key = [view, setting_of({"settings": config["settings"]}), config["classes"], config["positive"]]
+        found.setdefault(canonical_json(key), []).append(run)
+    return [
+        Family(same[0].config["view"]["label"], same[0].output, same[0].head, fraction_of(same[0]), tuple(same))
+        for same in found.values()
+    ]
+
+
+def fraction_of(run: Run) -> float:
+    return float(run.config["splits"].get("fraction") or 1.0)
+
+
+def check_comparable(families: Sequence[Family]) -> None:
+    """Raises BadOption where the runs do not answer the same question."""
+    first = families[0].runs[0]
+    for family in families:
+        for run in family.runs:
+            mine, other = ((r.task, list(r.classes), r.config["positive"]) for r in (first, run))
+            if mine != other:
+                told = [f"{kind} of {', '.join(names[:8])}" + (f" (positive: {p})" if p else "") for kind, names, p in
+                        (mine, other)]  # fmt: skip
+                raise BadOption(
+                    f"{first.path} and {run.path} do not answer the same question: {told[0]}; {told[1]}. "
+                    "Compare runs of one task."
+                )
+
+
+def names_of(families: Sequence[Family]) -> list[str]:
+    """A name for each that no other has: head and output, and as much more as is needed to tell them apart."""
+    names = [name_of(family.head, family.output) for family in families]
+    views = {family.view for family in families if not family.from_pixels}
+    words: tuple[Callable[[Family], str], ...] = (
+        lambda f: f" of {f.view}" if len(views) > 1 and not f.from_pixels else "",
+        lambda f: f" at {100 * f.fraction:g} %" if len({g.fraction for g in families}) > 1 else "",
+    )
+    for word in words:
+        names = [name + word(family) for name, family in zip(names, families, strict=True)]
+    shown = [setting_shown(family.runs[0]) for family in families]
+    plain = list(names)
+    for k, name in enumerate(plain):
+        same = [i for i, other in enumerate(plain) if other == name]
+        if len(same) > 1:
+            varied = [key for key in shown[k] if len({repr(shown[i].get(key)) for i in same}) > 1]
+            told = ", ".join(_told(key.replace("_", " "), shown[k][key]) for key in varied)
+            names[k] = f"{name}, {told}" if told else name
+    repeated = [name for name in names if names.count(name) > 1]
+    return [f"{n} ({f.runs[0].path.name})" if n in repeated else n for n, f in zip(names, families, strict=True)]
+
+
+def _told(key: str, value: Any) -> str:
+    """``lr 0.001``, ``rlrr``, ``no balance``."""
+    if isinstance(value, bool):
+        return key if value else f"no {key}"
+    return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+
+
+def setting_shown(run: Run) -> dict[str, Any]:
+    """Of a run's setting: the numbers that grids vary, what is not as by default, what a solver chose in its path."""
+    return display_setting(run.config["settings"]) | _solved(run)
+
+
+def display_setting(settings: dict[str, Any]) -> dict[str, Any]:
+    plain = Settings(settings["head"]).to_dict()
+    solved = settings["head"] in HEADS and HEADS[settings["head"]].solved
+    always = () if solved else ("lr", "weight_decay")
+    own = setting_of({"settings": settings})
+    return {
+        key: value
+        for key, value in own.items()
+        if key not in NAMED and (value != plain.get(key) or key in always) and value is not None
+    }
+
+
+def _solved(run: Run) -> dict[str, Any]:
+    """The chosen value of the path of a solved head; a head that was trained in steps has a training loss instead."""
+    line = next((row for row in run.history if row["epoch"] == run.config["chosen"]["epoch"]), {})
+    if "train_loss" in line:
+        return {}
+    known = ("epoch", "best", "seconds")
+    return {key: value for key, value in line.items() if key not in known and not key.startswith("val_")}
+
+
+def path_edge_warnings(family: Family) -> list[str]:
+    """What was said in training of values chosen at the edge of what a solver tried."""
+    words = [w for run in family.runs for w in run.config.get("warnings", []) if "at the edge of what was tried" in w]
+    return list(dict.fromkeys(words))
+
+
+def spread(family: Family, names: Sequence[str]) -> dict[str, dict[str, float | None] | None]:
+    """Standard deviations on test: over seeds within a split and fold (initialisation only), over repeats of the means
+    of their seeds and folds, over folds within a repeat of the means of their seeds. None where only one is there."""
+    values = {m: {resample_key(run): _number(run.metrics["test"].get(m)) for run in family.runs} for m in names}
+    kinds: dict[str, tuple[Callable[..., Hashable], Callable[..., Hashable]]] = {
+        "seeds": (lambda seed, split, fold: (split, fold), lambda seed, split, fold: seed),
+        "repeats": (lambda seed, split, fold: None, lambda seed, split, fold: split),
+        "folds": (lambda seed, split, fold: split, lambda seed, split, fold: fold),
+    }
+    found: dict[str, dict[str, float | None] | None] = {}
+    for kind, (within, over) in kinds.items():
+        several = family.vary(kind) > 1
+        found[kind] = {m: _deviation(values[m], within, over) for m in names} if several else None
+    return found
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _deviation(values: dict[Any, float], within: Callable[..., Hashable], over: Callable[..., Hashable]) -> float:
+    """Square root of the mean variance within."""
+    cells: dict[Hashable, dict[Hashable, list[float]]] = {}
+    for draw, value in values.items():
+        cells.setdefault(within(*draw), {}).setdefault(over(*draw), []).append(value)
+    means = [[float(np.mean(v)) for v in cell.values()] for cell in cells.values()]
+    variances = [np.var(cell, ddof=1) for cell in means if len(cell) > 1]
+    return float(np.sqrt(np.mean(variances))) if variances else math.nan
+
+
+def only_initialisation(families: Sequence[Family]) -> str | None:
+    """A sentence where seeds vary and splits do not."""
+    seeds = max(family.vary("seeds") for family in families)
+    others = max(max(family.vary("repeats"), family.vary("folds")) for family in families)
+    if seeds < 2 or others > 1:
+        return None
+    return (
+        f"only the initialisation varied ({seeds} seeds): the spread over seeds says nothing about other splits, which "
+        "matter several times as much; --repeats or --folds draws them"
+    )
+
+
+REPEATED = ("seed", "split_seed", "fold", "splits", "ram", "device")  # what tells two trainings of one setting apart
+GRIDS = ("lr", "weight_decay", "dropout", "label_smoothing")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``rows``: of the chosen setting, one for each draw and seed; ``tried``: how many settings there were."""
+
+    setting: dict[str, Any]
+    rows: tuple[Row, ...]
+    tried: int
+    value: float  # of the criterion on val, averaged
+    ends: dict[str, str]  # option -> "smallest" or "largest" of those tried
+    edges: tuple[str, ...]  # the same as sentences
+    partly: int  # settings left out because they have fewer draws or seeds
+
+
+def family_of(row: Row) -> tuple[str, str, str, float]:
+    return row["view"], row["output"], row["head"], row["fraction"]
+
+
+def setting_of(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in row["settings"].items() if name not in REPEATED}
+
+
+def select_setting(rows: Sequence[Row], select: str) -> Selection | None:
+    """The choice among the rows of one family; None where every head failed."""
+    settings: dict[str, list[Row]] = {}
+    for row in rows:
+        settings.setdefault(canonical_json(setting_of(row)), []).append(row)
+    most = max(len(own) for own in settings.values())
+    full = {text: own for text, own in settings.items() if len(own) == most}
+    best = min(full, key=lambda text: (*selection_key(full[text], select), text))
+    value = mean_of(full[best], select)
+    if math.isnan(value):
+        return None
+    setting = setting_of(full[best][0])
+    tried = [setting_of(own[0]) for own in full.values()]
+    ends = _ends(setting, tried)
+    edges = tuple(
+        f"{name.replace('_', ' ')} {setting[name]:g} is the {end} tried: a {end[:-2]}r one may be better"
+        for name, end in ends.items()
+    )
+    return Selection(setting, tuple(full[best]), len(full), value, ends, edges, len(settings) - len(full))
+
+
+def selection_key(rows: Sequence[Row], select: str) -> tuple[float, float]:
+    """Smaller is better: the criterion, then NLL; a head that failed, or has no such measure, is last."""
+    value, loss = mean_of(rows, select), mean_of(rows, "loss")
+    sign = -1 if select != "loss" and METRICS[select].higher else 1
+    return (math.inf if math.isnan(value) else sign * value), (math.inf if math.isnan(loss) else loss)
+
+
+def mean_of(rows: Sequence[Row], select: str) -> float:
+    """The criterion on val over the rows; NaN where one failed or has no such measure."""
+    key = named_by(select)
+    values = [(row["val"] or {}).get(key) for row in rows]
+    there = [value for value in values if value is not None]
+    return math.fsum(there) / len(there) if len(there) == len(values) else math.nan
+
+
+def _ends(setting: dict[str, Any], tried: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The numbers that were chosen at an end of what was tried; below 0 there is nothing to try."""
+    found = {}
+    for name in GRIDS:
+        values = sorted({v for each in tried if (v := each.get(name)) is not None})
+        chosen = setting.get(name)
+        if chosen and len(values) > 1 and chosen in (values[0], values[-1]):
+            found[name] = "smallest" if chosen == values[0] else "largest"
+    return found
+
+
+@dataclass(frozen=True)
+class FamilyPredictions:
+    """The sets of test images of one family, and for each the runs with their answers in the common order."""
+
+    parts: tuple[EvaluationSet, ...]
+    runs: tuple[tuple[Run, ...], ...]
+    answers: tuple[tuple[Predictions, ...], ...]
+
+    @property
+    def grouped(self) -> bool:
+        return all(answers.grouped for same in self.answers for answers in same)
+
+
+def in_common_order(answers: Predictions) -> tuple[Predictions, str]:
+    """The same in the common order, and a word that is equal for equal images with equal labels."""
+    y = answers.y.reshape(len(answers.ids), -1)
+    columns = [np.array(answers.ids), *np.nan_to_num(y.T[::-1].astype(np.float64), nan=-1), answers.digests]
+    order = np.lexsort(columns)
+    text = answers.digests[order].tobytes() + y[order].astype(np.float64).tobytes()
+    rows = {name: getattr(answers, name)[order] for name in ("digests", "clusters", "y", "raw", "z")}
+    word = hashlib.blake2b(text, digest_size=16).hexdigest()
+    return replace(answers, ids=[answers.ids[i] for i in order], **rows), word
+
+
+def predictions_of(run: Run, answers: Predictions) -> CalibratedPredictions:
+    return CalibratedPredictions(run.task, answers.z, answers.y, run.positive, run.calibration.thresholds)
+
+
+def collect_predictions(pairs: Iterable[tuple[Run, Predictions]]) -> FamilyPredictions:
+    """From runs and what each said of images it was not trained on."""
+    found: dict[str, list[tuple[Run, Predictions]]] = {}
+    for run, answers in pairs:
+        mine, key = in_common_order(answers)
+        found.setdefault(key, []).append((run, mine))
+    parts = []
+    for key, same in found.items():
+        trained = float(np.mean([run.config["splits"]["images"]["train"] for run, _ in same]))
+        parts.append(EvaluationSet(key, same[0][1].clusters, tuple(predictions_of(*pair) for pair in same), trained))
+    runs = tuple(tuple(run for run, _ in same) for same in found.values())
+    return FamilyPredictions(
+        tuple(parts), runs, tuple(tuple(answers for _, answers in same) for same in found.values())
+    )
+
+
+def test_predictions(family: Family) -> FamilyPredictions:
+    return collect_predictions((run, run.answers("test")) for run in family.runs)
+
+
+def same_clusters(heard: Sequence[FamilyPredictions]) -> list[FamilyPredictions]:
+    """One division into clusters for each set of images: that with the fewest, where views know of groups or do not."""
+    best: dict[str, EvaluationSet] = {}
+    for part in (part for each in heard for part in each.parts):
+        if part.key not in best or part.units.count < best[part.key].units.count:
+            best[part.key] = part
+    return [
+        replace(each, parts=tuple(replace(part, clusters=best[part.key].clusters) for part in each.parts))
+        for each in heard
+    ]

@@ -1,0 +1,88 @@
+"""Calibration and operating points of a family, for the record of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from featurecache.errors import BadOption
+from heads.evaluation.families import FamilyPredictions
+from heads.metrics import classification
+from heads.metrics import classification as ev
+from heads.metrics.classification import CalibratedPredictions
+from heads.metrics.intervals import FamilyEstimates
+from heads.runs.run import Run
+
+Prevalence = float | dict[str, float]
+
+
+def check_prevalence(run: Run, prevalence: Prevalence | None) -> None:
+    if prevalence is None:
+        return
+    if run.task not in ("binary", "multilabel"):
+        raise BadOption(
+            f"--prevalence is of one positive class, and a {run.task} task has none. It is for two classes, or for "
+            "several labels."
+        )
+    if isinstance(prevalence, dict):
+        known = run.classes if run.task == "multilabel" else (run.config["positive"],)
+        if unknown := [name for name in prevalence if name not in known]:
+            raise BadOption(f"--prevalence of {unknown[0]}: the positives of this task are {', '.join(known)}.")
+    for value in prevalence.values() if isinstance(prevalence, dict) else (prevalence,):
+        if not 0 < value < 1:
+            raise BadOption(f"--prevalence is {value:g}; it is a share of the images, above 0 and below 1.")
+
+
+def operating_points(run: Run, estimates: FamilyEstimates, prevalence: Prevalence | None) -> list[dict[str, Any]]:
+    """What the thresholds of val reach on test: of the positive class, or of each label; several classes have none."""
+    if run.task == "multilabel":
+        return [_point(run, estimates, name, c, c, prevalence) for c, name in enumerate(run.classes)]
+    if run.task == "binary":
+        return [_point(run, estimates, run.config["positive"], None, 0, prevalence)]
+    return []
+
+
+def _point(
+    run: Run, estimates: FamilyEstimates, name: str, c: int | None, place: int, prevalence: Prevalence | None
+) -> dict[str, Any]:
+    """The threshold is the mean over the heads."""
+    cuts = [said.cuts[place] for part in estimates.parts for said in part.said]
+    reached = {m: estimates.estimate(m, c).record() for m in ("sensitivity", "specificity", "ppv", "npv")}
+    share = prevalence.get(name) if isinstance(prevalence, dict) else prevalence
+    there = None
+    if share is not None:
+        there = {m: each.record() for m, each in estimates.at_prevalence(share, c).items()} | {"prevalence": share}
+    wanted = run.config["settings"].get("sensitivity")
+    return {"class": name, "threshold": float(np.mean(cuts)), "wanted": wanted, **reached, "at_prevalence": there}
+
+
+def calibration_record(heard: FamilyPredictions) -> dict[str, Any]:
+    """On test, ``before`` (the head's own logits) and ``after`` prior correction and temperature: means over the runs
+    of Brier, NLL and ECE, and bins of all their answers."""
+    after = [said for part in heard.parts for said in part.said]
+    before = [
+        replace(said, z=answers.raw)
+        for part, heads in zip(heard.parts, heard.answers, strict=True)
+        for said, answers in zip(part.said, heads, strict=True)
+    ]
+    return {"before": calibration_of(before), "after": calibration_of(after)}
+
+
+def calibration_of(said: Sequence[CalibratedPredictions]) -> dict[str, Any]:
+    """Several labels are pooled in the bins, while ECE is the mean over labels."""
+    names = tuple(str(c) for c in range(said[0].z.shape[1]))
+    measured = [ev.evaluate(s.kind, names, s.z, s.y, positive=s.positive, cuts=s.cuts) for s in said]
+    found: dict[str, Any] = {m: float(np.mean([each[m] for each in measured])) for m in ("brier", "nll", "ece")}
+    pairs = [_sure(each) for each in said]
+    probability, truth = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    return found | {"bins": classification.reliability(probability, truth)}
+
+
+def _sure(said: CalibratedPredictions) -> tuple[np.ndarray, np.ndarray]:
+    if said.multilabel:
+        known = ~np.isnan(said.y)
+        return said.p[known], said.y[known].astype(float)
+    return ev.confidence(said.kind, said.p, said.y, said.positive)

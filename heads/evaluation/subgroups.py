@@ -1,0 +1,100 @@
+"""Measures by a column of the data: site, sex, device.
+
+The further columns of the data (site, sex, device, ...) for the test images of runs, read from the view by id and
+digest.
+
+The images that a run on pixels was trained and tested on, for what asks which they are and not how they look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featurecache.errors import BadOption, FeatureCacheError, RunError, UnreadableImage, nearest
+from heads.evaluation.families import FamilyPredictions
+from heads.runs.run import Run, is_pixels, source_of
+from heads.task import Predictions
+
+MOST = 20  # different values: of more, the parts of test are too small to say anything
+
+
+def values_of(heard: FamilyPredictions, column: str) -> list[list[str]]:
+    """For each set of test images the value of each image, in the common order; "" where it has none."""
+    found = [_values(runs[0], heads[0], column) for runs, heads in zip(heard.runs, heard.answers, strict=True)]
+    different = {value for each in found for value in each}
+    if len(different) > MOST:
+        raise BadOption(
+            f"--by {column} has {len(different):,} different values on test; expected at most {MOST}, such as a site, "
+            "a sex or a device."
+        )
+    return found
+
+
+def _values(run: Run, answers: Predictions, column: str) -> list[str]:
+    view = _view(run, answers)
+    if column not in view.meta:
+        known = ", ".join(view.meta) or "none"
+        raise BadOption(
+            f"--by {column}: {view.label} has no such column; it has {known}.{nearest(column, view.meta)} Columns of a "
+            "table beside path, label, split and group come into the view."
+        )
+    place = {(name, bytes(digest)): i for i, (name, digest) in enumerate(zip(view.ids, view.digests, strict=True))}
+    rows = [place.get((name, bytes(d))) for name, d in zip(answers.ids, answers.digests, strict=True)]
+    if None in rows:
+        gone = answers.ids[rows.index(None)]
+        raise RunError(
+            f"{view.label} no longer holds {rows.count(None):,} of the images that {run.path} was tested on (the "
+            f"first: {gone}). Extract them again, or train again."
+        )
+    return [_text(view.meta[column][row]) for row in rows]
+
+
+def _view(run: Run, answers: Predictions) -> Any:
+    from featurecache.store.view import View
+
+    if is_pixels(run):
+        return list_images(run, answers.ids)
+    path = Path(run.config["view"]["path"])
+    try:
+        return View(path, columns_only=True)
+    except (FeatureCacheError, OSError) as error:
+        raise RunError(
+            f"--by reads the columns of {path}, on which {run.path} was trained, and that cannot be opened: {error}"
+        ) from error
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float | np.floating):
+        return "" if np.isnan(value) else f"{value:g}"
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+@dataclass(frozen=True)
+class ImageListing:
+    """n images as a view lists them; they were read for their digests and not decoded."""
+
+    label: str
+    ids: list[str]
+    digests: np.ndarray  # S32 [n]
+    meta: dict[str, np.ndarray]  # [n] each
+
+
+def list_images(run: Run, wanted: Collection[str]) -> ImageListing:
+    """Those of these ids that can be read, in the order of the data. RunError where the data are gone."""
+    from featurecache.images.decoding import digest
+
+    dataset, names = source_of(run), set(wanted)
+    rows, digests = [], []
+    for row, name in enumerate(dataset.ids):
+        if name in names:
+            with contextlib.suppress(UnreadableImage):
+                digests.append(digest(dataset.read(row)).encode())
+                rows.append(row)
+    meta = {name: np.asarray(column)[rows] for name, column in dataset.meta.items()}
+    return ImageListing(run.config["view"]["label"], [dataset.ids[i] for i in rows], np.array(digests, "S32"), meta)

@@ -1,0 +1,308 @@
+"""Explain: which runs, images, kinds; files and records.
+
+``explain``: maps over images of one or several runs, as PNG files with colour bars and as numbers.
+
+<out>/001-chest7-contribution.png    the image; for each run its map, and below it the control
+<out>/explain.json                   every map, its control and the numbers beside it
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featurecache.errors import BadOption, CannotWrite, UnreadableImage, nearest
+from featurecache.formatting import align, printable
+from heads.explanations.explainer import Explainer, SourceImage, SourceImages, original, seen_part
+from heads.explanations.maps import KINDS, Map, Panel, class_margin_weights, draw
+from heads.inference import Image, each_image
+from heads.metrics import classification as ev
+from heads.runs.run import Run, is_pixels, load_run, name_of
+from heads.task import Say
+
+PART = 16  # images at once
+
+
+@dataclass(frozen=True)
+class ExplainReport:
+    """``records``: one for each image, kind, run and map, as in explain.json; an image that could not be read, and a
+    run that has no map of a kind, have the reason under "error". ``files``: the PNGs."""
+
+    path: Path
+    records: list[dict[str, Any]]
+    files: list[Path]
+
+
+def explain(
+    runs: Run | str | Path | Sequence[Run | str | Path], images: Image | Iterable[Image], *,
+    out: str | Path | None = None, kinds: str | Sequence[str] | None = None, classes: str | Sequence[str] | None = None,
+    method: str = "replace", device: str = "auto", weights: str | None = None, trust_code: bool = False,
+    say: Say | None = None,
+) -> ExplainReport:  # fmt: skip
+    """Maps of ``runs`` over ``images`` (files, folders, tables, ids of the view), written into ``out`` (by default
+    ``explain`` in the folder of the first run).
+
+    ``kinds``: of `maps.KINDS`; by default contribution, of networks on pixels grad-cam. ``classes``: which margins;
+    by default of each image that of the class called. ``method`` of contribution: replace, or gradient.
+    Raises BadOption where no run has such a map, RunError, CannotWrite; the backbone's errors as predict.
+    """
+    given = [runs] if isinstance(runs, Run | str | Path) else list(runs)
+    opened = [run if isinstance(run, Run) else load_run(run, trust_code=trust_code) for run in given]
+    if not opened:
+        raise BadOption("explain needs a run folder, such as runs/chest-large-1.")
+    originals = SourceImages()
+    options = {"device": device, "weights": weights, "trust_code": trust_code}
+    explainers = [Explainer(run, originals, **options) for run in opened]  # type: ignore[arg-type]
+    asked = _Asked(explainers, _kinds(kinds, explainers), _classes(classes), method)
+    folder = _folder(Path(out) if out is not None else opened[0].path / "explain")
+    records, files, number = [], [], 0
+    for part in _parts(_images(images, opened, originals)):
+        readable = [image for image in part if isinstance(image, SourceImage)]
+        records += [{"image": name, "error": why} for name, why in (p for p in part if not isinstance(p, SourceImage))]
+        found = asked.of(readable) if readable else []
+        for image, results in zip(readable, found, strict=True):
+            number += 1
+            drawn, told = _written(folder, number, image, results)
+            files += drawn
+            records += told
+            if say:
+                say(f"explained  {image.name}: {', '.join(path.name for path in drawn)}")
+    if not files and not records:
+        raise BadOption("explain needs an image: a file, a folder, a table, or the id of an image of the view.")
+    _write(folder / "explain.json", (json.dumps(records, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode())
+    return ExplainReport(folder, records, files)
+
+
+@dataclass(frozen=True)
+class ExplainResult:
+    """What one run says of one image: maps of a kind, or why there are none."""
+
+    run: Run
+    kind: str
+    called: str  # the class explained, "" where a map is of none
+    probability: float | None
+    margin: float | None  # of that class, as `heads.explanations.maps` has it
+    maps: list[Map]
+    why: str = ""
+
+
+@dataclass
+class _Asked:
+    explainers: list[Explainer]
+    kinds: list[list[str]]  # of each run
+    classes: list[str | None]
+    method: str
+
+    def of(self, images: list[SourceImage]) -> list[list[ExplainResult]]:
+        """For every image its results. Raises BadOption where no run has any map."""
+        found: list[list[ExplainResult]] = [[] for _ in images]
+        for explainer, kinds in zip(self.explainers, self.kinds, strict=True):
+            z = explainer.logits(images)
+            for kind in kinds:
+                for name in self.classes if kind != "attention" else [None]:
+                    chosen = _chosen(explainer.run, z, name)
+                    for place, result in enumerate(self._results(explainer, kind, images, chosen, z)):
+                        found[place].append(result)
+        results = [result for each in found for result in each]
+        if results and all(result.why for result in results):
+            raise BadOption("; ".join(dict.fromkeys(result.why for result in results)))
+        return found
+
+    def _results(
+        self, explainer: Explainer, kind: str, images: list[SourceImage], chosen: np.ndarray, z: np.ndarray
+    ) -> list[ExplainResult]:
+        run = explainer.run
+        try:
+            maps = explainer.maps(kind, images, chosen, self.method)
+            why = ""
+        except BadOption as error:
+            if len(self.explainers) == 1 and len(self.kinds[0]) == 1:
+                raise
+            maps, why = [[] for _ in images], str(error)
+        if kind == "attention":
+            return [ExplainResult(run, kind, "", None, None, each, why) for each in maps]
+        p, toward = (
+            ev.probabilities(run.task, z),
+            class_margin_weights(chosen, len(run.classes), 1.0, run.task == "multilabel"),
+        )
+        margins = (z * toward.double().numpy()).sum(1)  # z has its temperature already
+        found = zip(chosen, p, margins, maps, strict=True)
+        return [
+            ExplainResult(run, kind, run.classes[c], float(row[c]), float(m), each, why) for c, row, m, each in found
+        ]
+
+
+def _chosen(run: Run, z: np.ndarray, name: str | None) -> np.ndarray:
+    """int64 [n]: the class called, of multi-label the likeliest label, or the one that was named."""
+    if name is not None:
+        if name not in run.classes:
+            raise BadOption(
+                f"{run.path} has no class {name!r}.{nearest(name, run.classes)} Its classes: {', '.join(run.classes)}."
+            )
+        return np.full(len(z), run.classes.index(name))
+    p = ev.probabilities(run.task, z)
+    if run.task == "multilabel":
+        return p.argmax(axis=1)
+    return ev.predict_labels(run.task, p, run.calibration.thresholds, run.positive).astype(np.int64)
+
+
+def _kinds(kinds: str | Sequence[str] | None, explainers: Sequence[Explainer]) -> list[list[str]]:
+    if kinds is None:
+        return [[explainer.default] for explainer in explainers]
+    words = kinds.split(",") if isinstance(kinds, str) else list(kinds)
+    named = list(dict.fromkeys(word.strip() for word in words))
+    for word in named:
+        if word not in KINDS:
+            raise BadOption(f'--kind "{word}" is not one of {", ".join(KINDS)}.{nearest(word, KINDS)}')
+    return [named for _ in explainers]
+
+
+def _classes(classes: str | Sequence[str] | None) -> list[str | None]:
+    if classes is None or isinstance(classes, str):
+        return [classes]
+    return list(classes) or [None]
+
+
+def _images(
+    images: Image | Iterable[Image], runs: Sequence[Run], originals: SourceImages
+) -> Iterable[SourceImage | tuple[str, str]]:
+    """What can be read, and (name, reason) of what cannot; a word that is no path may be an id of a run's view."""
+    for image in [images] if isinstance(images, str | Path | bytes | np.ndarray) else images:
+        if isinstance(image, str) and not Path(image).exists():
+            found = [originals.find(run, image) for run in runs]
+            reason = f"no such file, nor an image of the run's data ({found[0]})"
+            yield next((each for each in found if isinstance(each, SourceImage)), (image, reason))
+            continue
+        for name, data in each_image([image]):
+            yield _read(name, data)
+
+
+def _read(name: str, data: bytes | np.ndarray | str) -> SourceImage | tuple[str, str]:
+    if isinstance(data, str):
+        return name, data
+    try:
+        return original(name, data)
+    except UnreadableImage as error:
+        return name, str(error)
+
+
+def _parts(images: Iterable[SourceImage | tuple[str, str]]) -> Iterable[list[SourceImage | tuple[str, str]]]:
+    part: list[SourceImage | tuple[str, str]] = []
+    for image in images:
+        part.append(image)
+        if len(part) == PART:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _written(
+    folder: Path, number: int, image: SourceImage, results: list[ExplainResult]
+) -> tuple[list[Path], list[dict[str, Any]]]:
+    """A PNG for every kind, and the records."""
+    files, records = [], []
+    stem = re.sub(r"(?i)\.(png|jpe?g|tiff?|bmp|gif|webp|p[gpn]m|dcm)$", "", Path(image.name).name)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[-60:]
+    for kind in dict.fromkeys(result.kind for result in results):
+        of_kind = [result for result in results if result.kind == kind]
+        panels = [_panel(result, image.pixels) for result in of_kind]
+        untrained = any(result.run.untrained for result in of_kind)
+        path = folder / f"{number:03d}-{stem}-{kind}.png"
+        _write(path, draw(image.pixels, kind, panels, untrained))
+        files.append(path)
+        records += [record for result in of_kind for record in _records(image.name, result, path)]
+    return files, records
+
+
+def _panel(result: ExplainResult, pixels: np.ndarray) -> Panel:
+    run = result.run
+    return Panel(_title(result), seen_part(run.config["spec"], pixels), result.maps, result.why, is_pixels(run))
+
+
+def _title(result: ExplainResult) -> str:
+    run = result.run
+    lines = [name_of(run.head, run.output), f"{run.path.resolve().name} on {run.config['view']['label']}"]
+    if run.config["settings"].get("random_weights"):
+        lines.append("begun from random weights")
+    if result.probability is not None:
+        lines.append(f"p {result.probability:.2f} of {result.called}")
+    return "\n".join(lines)
+
+
+def _records(name: str, result: ExplainResult, path: Path) -> list[dict[str, Any]]:
+    run, called = str(result.run.path), result.called or None
+    about: dict[str, Any] = {"image": name, "run": run, "kind": result.kind, "class": called}
+    if result.why:
+        return [about | {"error": result.why}]
+    about |= {"probability": result.probability, "margin": result.margin}
+    return [about | _numbers(each) | {"png": path.name} for each in result.maps]
+
+
+def _numbers(each: Map) -> dict[str, Any]:
+    return {
+        "map_of": each.small,
+        "how": each.how,
+        "unit": each.unit,
+        "adds_up": each.adds_up,
+        "beside": each.beside,
+        "peak": None if each.peak is None else list(each.peak),
+        "grid": list(each.values.shape),
+        "values": _rounded(each.values),
+        "control": _rounded(each.control),
+        "likeness_to_control": each.likeness,
+    }
+
+
+def _rounded(values: np.ndarray | None) -> list[Any] | None:
+    return None if values is None else [[float(f"{v:.6g}") for v in row] for row in values.tolist()]
+
+
+def as_table(records: Sequence[dict[str, Any]]) -> str:
+    """For a terminal: a line for each map, places counted from 1 at the upper left; errors below."""
+    rows = [["image", "map", "run", "class", "margin", "strongest at", "beside it", "like its control"]]
+    for r in records:
+        if "error" not in r:
+            run, (height, width) = Path(r["run"]).resolve().name, r["grid"]
+            down, across = r["peak"] or (-1, -1)
+            place = f"row {down + 1}/{height}, column {across + 1}/{width}" if r["peak"] else "nowhere above 0"
+            beside = ", ".join(f"{name} {part:+.2f}" for name, part in r["beside"].items()) or "–"
+            rows.append(
+                [printable(r["image"]), f"{r['kind']}: {r['map_of']}", run, r["class"] or "any",
+                 _number(r["margin"]), place, beside, _number(r["likeness_to_control"])]
+            )  # fmt: skip
+    lines = align(rows, right=len(rows[0])) if len(rows) > 1 else []
+    for r in records:
+        if "error" in r:
+            what = f"no {r['kind']} for {Path(r['run']).name}: " if "kind" in r else "could not be read: "
+            lines.append(f"{printable(r['image'])}  {what}{printable(r['error'])}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}"
+
+
+def _folder(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise BadOption(f"--out {path} is a file; it must be a folder, or a name that is free.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotWrite(error.errno, f"No maps can be written in {path}: {error.strerror}.") from error
+    return path
+
+
+def _write(path: Path, data: bytes) -> None:
+    from featurecache.files.atomic import write_whole
+
+    try:
+        write_whole(path, data)
+    except OSError as error:
+        raise CannotWrite(error.errno, f"{path} could not be written: {error.strerror or error}.") from error

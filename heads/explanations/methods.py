@@ -1,0 +1,309 @@
+"""Attention rollout, Grad-CAM.
+
+Where a transformer looks: the attention of its class token, in the last block and rolled out over all.
+
+Of a frozen backbone it is the same for every head and class; of a network that was trained from pixels (tuned, or from
+scratch) it is that network's own, the same for every class.
+
+Notation: n images, T tokens of which P stand before the patches (class token first), L blocks, K heads. Block l's
+attention A_l [T, T], a row for each query, averaged over its K heads; rows sum to 1.
+
+    last block    the class token's row of A_L
+    rollout       the class token's row of Ã_L ··· Ã_1 with Ã = (A + I) / 2, where I stands for the residual connection
+                  (Abnar & Zuidema 2020, arXiv:2005.00928). Registers take part in the product and are left off the map.
+
+The weights are read from the network's own forward pass, with attention that computes them ("eager"): transformers
+returns them; torch's MultiheadAttention and timm's Attention are asked for them.
+
+Grad-CAM through backbone and head, and through networks trained on pixels; by the package ``grad-cam``.
+
+Selvaraju et al. 2017, arXiv:1610.02391: of a layer's output the channels weighted by the mean gradient of the margin,
+summed, its positive part. The layer: of a CNN the map that its pooling receives; of a transformer the first norm of its
+last block, since behind that block the gradient of a class token has left the patches (the package's own advice).
+
+The layer's output is passed through a `Seen`, on which the package puts its hooks: layers may return tuples, and what
+is behind them may write into their output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from featurecache.backbones.base import Backbone
+from featurecache.backbones.wrappers import Tokens
+from featurecache.errors import BadOption
+from featurecache.outputs import Output, blocks, function_of
+from heads.explanations.maps import Map, words_of
+from heads.models.finetune import FineTuned
+from heads.task import Standardize
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """``network``: the library's own module; ``forward``: a pass of normalised pixels [n,3,h,w] through it, ``options``
+    what such a pass takes beside them."""
+
+    name: str
+    network: Any
+    forward: Callable[[torch.Tensor], Any]
+    prefix: tuple[str, ...]  # of the P tokens before the patches
+    grid: tuple[int, int]
+    options: dict[str, Any] = field(default_factory=dict)
+    trained: bool = False  # from pixels, so that it belongs to one run
+
+    @classmethod
+    def of_backbone(cls, backbone: Backbone) -> Transformer:
+        return cls._of_tokens(backbone.name, backbone.model, backbone.prefix, backbone.grid)
+
+    @classmethod
+    def of_run(cls, name: str, model: Any) -> Transformer:
+        """``model``: the network of a run on pixels, one of `heads.models.published` or tuned."""
+        network = model.network
+        if not isinstance(model, FineTuned):
+            prefix, (_, h, w) = ("cls",) if network.cam_grid else (), network.cam_grid or (0, 0, 0)
+            return cls(name, network, network, prefix, (h, w), trained=True)
+        return cls._of_tokens(name, network, model.prefix, model.grid, trained=True)
+
+    @classmethod
+    def _of_tokens(
+        cls, name: str, model: Any, prefix: tuple[str, ...], grid: tuple[int, int], trained: bool = False
+    ) -> Transformer:
+        """``model``: that of a backbone, which gives its tokens."""
+        inner, options = getattr(model, "network", model), getattr(model, "options", {})
+        return cls(name, inner, lambda x: model(x, {"tokens"}), prefix, grid, options, trained)
+
+
+def attention_maps(asked: Transformer, pixels: torch.Tensor) -> list[list[Map]]:
+    """[last block, rollout] of every image; pixels float32 [n,3,h,w], normalised. Raises BadOption where there is no
+    class token, or its attention cannot be read."""
+    check_class_token(asked)
+    layers = attention_of(asked, pixels)
+    first, grid, words = len(asked.prefix), asked.grid, words_of("attention", asked.trained)
+    rows = {"last block": layers[-1][:, 0], "rollout": rollout(layers)[:, 0]}
+    hows = {
+        "last block": "attention of the class token in the last block, mean of its heads",
+        "rollout": "attention rolled out over all blocks",
+    }
+    found = []
+    for i in range(len(pixels)):
+        found.append(
+            [_map(name, f"{hows[name]}: {words}", row[i].double().numpy(), first, grid) for name, row in rows.items()]
+        )
+    return found
+
+
+def _map(name: str, how: str, row: np.ndarray, first: int, grid: tuple[int, int]) -> Map:
+    beside = {"class token": float(row[0])}
+    if first > 1:
+        beside["tokens beside it"] = float(row[1:first].sum())
+    return Map("attention", how, row[first:].reshape(grid), "share", False, beside, small=name)
+
+
+def has_class_token(asked: Transformer) -> bool:
+    return asked.prefix[:1] == ("cls",)
+
+
+def check_class_token(asked: Transformer) -> None:
+    if not has_class_token(asked):
+        raise BadOption(
+            f"{asked.name} has no class token, and these maps are of its attention. --kind contribution and "
+            "--kind grad-cam need none."
+        )
+
+
+def rollout(layers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Attention of blocks 1 to L, each [n, T, T] -> Ã_L ··· Ã_1 [n, T, T]."""
+    product = torch.eye(layers[0].shape[-1]).expand_as(layers[0])
+    for attention in layers:
+        product = (attention + torch.eye(attention.shape[-1])) / 2 @ product
+    return product
+
+
+@torch.no_grad()
+def attention_of(asked: Transformer, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """A_1 … A_L, each float32 [n, T, T] on the CPU."""
+    if hasattr(asked.network, "set_attn_implementation"):
+        with _eager(asked.network):
+            options = {**asked.options, "output_attentions": True}
+            found = list(asked.network(pixels, **options).attentions or ())
+    else:
+        found = _overheard(asked, pixels)
+    layers = [attention.float().mean(1).cpu() for attention in found]
+    tokens = len(asked.prefix) + asked.grid[0] * asked.grid[1]
+    if not layers or any(layer.shape[1:] != (tokens, tokens) for layer in layers):
+        raise BadOption(
+            f"the attention of {asked.name} cannot be read: expected torch's MultiheadAttention, or timm's or "
+            f"transformers' attention over its {tokens} tokens. --kind grad-cam needs no attention weights."
+        )
+    return layers
+
+
+@contextmanager
+def _eager(network: Any) -> Iterator[None]:
+    before = network.config._attn_implementation
+    network.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        network.set_attn_implementation(before)
+
+
+def _overheard(asked: Transformer, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """[n, K, T, T] of each block in the order they run, of torch's and timm's modules."""
+    found: list[torch.Tensor] = []
+
+    def ask(_: nn.Module, args: Any, options: dict[str, Any]) -> Any:
+        return args, {**options, "need_weights": True, "average_attn_weights": False}
+
+    def keep_second(_: nn.Module, __: Any, output: Any) -> None:
+        found.append(output[1])
+
+    def keep_input(_: nn.Module, args: Any) -> None:
+        found.append(args[0])
+
+    with ExitStack() as stack:
+        for module in asked.network.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                stack.callback(module.register_forward_pre_hook(ask, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(keep_second).remove)
+            elif hasattr(module, "fused_attn") and isinstance(getattr(module, "attn_drop", None), nn.Module):
+                stack.callback(setattr, module, "fused_attn", module.fused_attn)
+                module.fused_attn = False
+                stack.callback(module.attn_drop.register_forward_pre_hook(keep_input).remove)
+        asked.forward(pixels)
+    return found
+
+
+Hook = tuple[nn.Module, str]  # a module, and where it has the map: its "input", its "output", or a method's result
+
+
+def check_extra() -> None:
+    try:
+        import pytorch_grad_cam  # type: ignore[import-untyped]  # noqa: F401
+    except ImportError as error:
+        raise BadOption("Grad-CAM needs a package: pip install 'featurecache[explain]'.") from error
+
+
+class ActivationTap(nn.Module):
+    """What passes through it, copied."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+
+class EndToEnd(nn.Module):
+    """Backbone, output, scaling and head as one network: normalised pixels [B,3,h,w] -> logits [B,C]."""
+
+    def __init__(self, backbone: Backbone, output: Output, scale: Standardize, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.output, self.scale = backbone, output, scale
+        self.network, self.head = backbone.model, head
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        base, _, layer = self.output.source.partition("@")
+        parts = [f"{base}@{part}" if part else base for part in blocks(layer)]
+        found = self.backbone.forward(pixels, set(parts))
+        x = torch.cat([found[part] for part in parts], -1)
+        if self.output.derived:
+            x = function_of(self.output, x, len(self.backbone.prefix), self.backbone.grid)
+        return self.head(self.scale(x))
+
+
+def layer_of(backbone: Backbone, output: Output) -> Hook:
+    """Where Grad-CAM looks. Raises BadOption where no layer of that network is known to show places."""
+    model: Any = backbone.model
+    network = getattr(model, "network", model)
+    kind = type(model).__name__
+    if isinstance(model, Tokens):
+        depth = max((int(part.lstrip("-") or 1) for part in blocks(output.layer)), default=1)
+        return _first_norm(backbone, list(network.get_submodule(model.blocks))[-depth]), "output"
+    if kind == "PooledMap":
+        return network.get_submodule(model.inside or model.pool), "output" if model.inside else "input"
+    if kind == "TimmMap":
+        return network, "forward_features"
+    if kind == "Map":
+        return network.encoder.stages[-1], "output"
+    if kind == "Kept" and output.source in model.keep and (output.base != "cls" and output.base != "pooler"):
+        return network.get_submodule(model.keep[output.source]), "output"
+    raise BadOption(
+        f"which layer of {backbone.name} Grad-CAM should look at for {output.name} is not known. --kind contribution "
+        "needs none, and --kind attention shows where a backbone with a class token looks."
+    )
+
+
+def _first_norm(backbone: Backbone, block: nn.Module) -> nn.Module:
+    norms = [m for m in block.modules() if "norm" in type(m).__name__.lower() and not list(m.children())]
+    if not norms:
+        raise BadOption(f"the blocks of {backbone.name} have no norm, before which Grad-CAM would look.")
+    return norms[0]
+
+
+def grad_cam_maps(
+    whole: nn.Module, layer: Hook, pixels: torch.Tensor, toward: torch.Tensor, grid: tuple[int, int] | None, first: int
+) -> list[Map]:
+    """One map an image. ``whole``: pixels [n,3,h,w] -> logits [n,C]; toward [n,C]: the margin in the logits. ``grid``
+    and ``first`` (P): which tokens are patches, where the layer gives tokens; None: it gives maps [n,C,h,w]."""
+    check_extra()
+    from pytorch_grad_cam import GradCAM
+
+    seen = ActivationTap()
+    with _through(seen, layer), torch.enable_grad():
+        given = pixels.clone().requires_grad_(True)  # the network's own weights may be frozen
+        cam = GradCAM(whole, [seen], reshape_transform=lambda x: _as_map(x, grid, first))
+        hooked = (
+            cam.activations_and_grads
+        )  # calling ``cam`` itself would also stretch each map to 0…1 and to the pixels
+        try:
+            logits = hooked(given)
+            torch.autograd.grad((logits * toward.to(logits.device)).sum(), given, allow_unused=True)
+            if not hooked.gradients:
+                raise BadOption("the margin does not depend on the layer that Grad-CAM looks at, so there is no map.")
+            activations, gradients = hooked.activations[0].numpy(), hooked.gradients[0].numpy()
+            values = cam.get_cam_image(given, seen, None, activations, gradients)
+        finally:
+            hooked.release()
+    how = "positive part of the channels weighted by the mean gradient of the margin"
+    maps = np.maximum(values, 0).astype(np.float64)
+    return [Map("grad-cam", how, each, "margin × activation", False, small="Grad-CAM") for each in maps]
+
+
+@contextmanager
+def _through(seen: ActivationTap, layer: Hook) -> Iterator[None]:
+    module, side = layer
+
+    def output(_: nn.Module, __: Any, given: Any) -> Any:
+        return (seen(given[0]), *given[1:]) if isinstance(given, tuple) else seen(given)
+
+    def before(_: nn.Module, given: Any) -> Any:
+        return (seen(given[0]), *given[1:])
+
+    hook: Callable[..., Any] = output if side == "output" else before
+    if side not in ("output", "input"):
+        method = getattr(module, side)
+        setattr(module, side, lambda *given: seen(method(*given)))
+        try:
+            yield
+        finally:
+            delattr(module, side)  # the class's own is there again
+        return
+    handle = (module.register_forward_hook if side == "output" else module.register_forward_pre_hook)(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _as_map(x: torch.Tensor, grid: tuple[int, int] | None, first: int) -> torch.Tensor:
+    """[n,C,h,w] of maps, and of tokens [n,P+h·w,C]."""
+    if x.ndim == 4:
+        last = grid is not None and tuple(x.shape[1:3]) == grid and tuple(x.shape[2:]) != grid  # channels last (Swin)
+        return x.permute(0, 3, 1, 2) if last else x
+    assert grid is not None
+    return x[:, first:].unflatten(1, grid).transpose(1, 3).transpose(2, 3)

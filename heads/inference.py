@@ -1,0 +1,214 @@
+"""Predict: new images through a run.
+
+Use a run on new images: class and calibrated probability of each, as records.
+
+The pixels go through the same backbone, precision and rounding as the store that the head was trained on
+(``featurecache.compute``), then through the head, its prior correction and its temperature.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from featurecache.errors import BadOption, FeatureCacheError
+from featurecache.formatting import cell, printable
+from heads.metrics import classification as ev
+from heads.pixel_view import resize_all
+from heads.runs.run import Run, is_pixels, load_run, preprocess_of
+
+TABLES = (".npz", ".csv", ".tsv", ".parquet", ".tar")  # arguments that hold many images; every other file is one image
+HELD = 512 * 2**20, 2_048  # bytes and number of images in memory before they are computed
+Image = str | Path | bytes | np.ndarray
+
+
+def predict(
+    run: Run | str | Path,
+    images: Image | Iterable[Image],
+    *,
+    device: str = "auto",
+    weights: str | None = None,
+    trust_code: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One record an image, in the order given; folders, tables and .npz files give all their images.
+
+    {"image", "class", "probability", "probabilities": {class: p}}; multi-label: "classes", "probabilities"; an image
+    that could not be read: {"image", "error"}. A binary task calls by the threshold chosen on val, so "probability",
+    which is that of the class called, can be below one half. ``weights``: where the backbone's are now, if
+    not where they were. Raises RunError; the backbone's errors as in extract.
+    """
+    run = run if isinstance(run, Run) else load_run(run, trust_code=trust_code)
+    if is_pixels(run) and weights:
+        raise BadOption("--weights is for a backbone; the network of this run lies in its folder. Leave it out.")
+    run.model  # noqa: B018  a head that does not load is found before the backbone is
+    given = [images] if isinstance(images, str | Path | bytes | np.ndarray) else list(images)
+    records: list[dict[str, Any]] = []
+    for part in _parts(each_image(given)):
+        records += _predict_part(run, part, device, weights)
+    if say:
+        failed = sum("error" in record for record in records)
+        say(f"predicted  {len(records) - failed:,} images" + (f"; {failed:,} could not be read" if failed else ""))
+    return records
+
+
+def each_image(given: list[Image]) -> Iterator[tuple[str, Any]]:
+    """(name, encoded bytes or array), or (name, reason) as str for what cannot be read; of DICOM each frame."""
+    from featurecache.sources.dicom_frames import images_of
+
+    for number, image in enumerate(given, start=1):
+        if isinstance(image, bytes | np.ndarray):
+            yield f"image {number}", image
+        elif Path(image).is_dir() or Path(image).suffix.lower() in TABLES:
+            yield from _source(image)
+        else:
+            data = _read(lambda path=image: Path(path).read_bytes())  # type: ignore[misc]
+            yield from images_of(str(image), data) if isinstance(data, bytes) else [(str(image), data)]
+
+
+def _source(data: str | Path) -> Iterator[tuple[str, bytes | np.ndarray | str]]:
+    from featurecache import open_source
+
+    dataset = open_source(data)
+    for i, name in enumerate(dataset.ids):
+        yield f"{data}/{name}" if Path(data).is_dir() else name, _read(lambda i=i: dataset.read(i))  # type: ignore[misc]
+
+
+def _read(reader: Callable[[], bytes | np.ndarray]) -> bytes | np.ndarray | str:
+    try:
+        return reader()
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return error.strerror or str(error)
+    except FeatureCacheError as error:
+        return str(error)
+
+
+def _parts(each: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+    """In pieces of at most about ``HELD``."""
+    part: list[tuple[str, Any]] = []
+    held = 0
+    for name, data in each:
+        part.append((name, data))
+        held += data.nbytes if isinstance(data, np.ndarray) else len(data)
+        if held >= HELD[0] or len(part) >= HELD[1]:
+            yield part
+            part, held = [], 0
+    if part:
+        yield part
+
+
+def _predict_part(run: Run, part: list[tuple[str, Any]], device: str, weights: str | None) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = [
+        {"image": name, "error": data} if isinstance(data, str) else {"image": name} for name, data in part
+    ]
+    wanted = [i for i, (_, data) in enumerate(part) if not isinstance(data, str)]
+    if not wanted:
+        return records
+    features, reasons = _features(run, [part[i][1] for i in wanted], device, weights)
+    assert len(features) == len(wanted) - len(reasons), "a row for every image that is not a failure"
+    for place, reason in reasons.items():
+        records[wanted[place]]["error"] = reason
+    computed = [i for place, i in enumerate(wanted) if place not in reasons]
+    for i, answer in zip(computed, answers(run, run.logits(features, _device(run, device))), strict=True):
+        records[i] |= answer
+    return records
+
+
+def _device(run: Run, device: str) -> str:
+    """Where the head is computed: a network from pixels where it is asked for, others on the CPU."""
+    if not is_pixels(run):
+        return "cpu"
+    from featurecache.extraction.pipeline import pick_device
+
+    return pick_device(device).type
+
+
+def _features(run: Run, images: list[Any], device: str, weights: str | None) -> tuple[torch.Tensor, dict[int, str]]:
+    """What the head of a run is given of images [n, ...], and why it is not of some, by place."""
+    if is_pixels(run):
+        return resize_all(images, preprocess_of(run))
+    import featurecache
+
+    where = Path(run.config["view"]["path"]).parent  # the store, for its plan and canary; it need not be there any more
+    like = SimpleNamespace(
+        spec=run.config["spec"], provenance=run.config["provenance"], label=run.config["view"]["label"], store=where
+    )
+    features, failed = featurecache.compute(
+        images, like=like, output=run.output, device=device, weights=weights, trust_code=run.trust_code
+    )
+    return features, dict(failed)
+
+
+def answers(run: Run, z: np.ndarray) -> list[dict[str, Any]]:
+    """What is said of each image, from calibrated logits [n, C]."""
+    p = ev.probabilities(run.task, z)
+    called = ev.predict_labels(run.task, p, run.calibration.thresholds, run.positive)
+    found: list[dict[str, Any]] = []
+    for row, what in zip(p.tolist(), called, strict=True):
+        each = dict(zip(run.classes, row, strict=True))
+        if run.task == "multilabel":
+            yes = [c for c, is_it in zip(run.classes, what, strict=True) if is_it]
+            found.append({"classes": yes, "probabilities": each})
+        else:
+            found.append({"class": run.classes[what], "probability": row[what], "probabilities": each})
+    return found
+
+
+def as_json(records: list[dict[str, Any]]) -> str:
+    return json.dumps(records, indent=2, ensure_ascii=True, allow_nan=False)
+
+
+def as_csv(records: list[dict[str, Any]]) -> str:
+    """image, class, probability, a column of probability per class, error. Control characters are written as escapes,
+    so that one record is one line."""
+    classes = next((list(r["probabilities"]) for r in records if "probabilities" in r), [])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writerow(["image", "class", "probability", *(f"p {printable(c)}" for c in classes), "error"])
+    for record in records:
+        p = record.get("probabilities", {})
+        writer.writerow(
+            [
+                cell(printable(record["image"])),
+                cell(printable(_called(record))),
+                record.get("probability", ""),
+                *(p.get(c, "") for c in classes),
+                cell(printable(record.get("error", ""))),
+            ]
+        )
+    return text.getvalue()
+
+
+def as_table(records: list[dict[str, Any]]) -> str:
+    """Aligned columns for a terminal: image, class, probability, or the reason why there is none."""
+    rows = []
+    for record in records:
+        if "error" in record:
+            rows.append((printable(record["image"]), "could not be read: " + printable(record["error"]), ""))
+        else:
+            p = record.get("probability")
+            shown = f"{p:.3f}" if p is not None else ", ".join(f"{v:.3f}" for v in _values(record))
+            rows.append((printable(record["image"]), printable(_called(record)) or "none", shown))
+    if not rows:
+        return "no images"
+    first = max(len(image) for image, _, _ in rows)
+    second = max((len(what) for _, what, shown in rows if shown), default=0)
+    return "\n".join(f"{image:<{first}}  {what:<{second}}  {shown}".rstrip() for image, what, shown in rows)
+
+
+def _called(record: dict[str, Any]) -> str:
+    return record["class"] if "class" in record else "; ".join(record.get("classes", []))
+
+
+def _values(record: dict[str, Any]) -> list[float]:
+    return [record["probabilities"][c] for c in record["classes"]]

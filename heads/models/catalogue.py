@@ -1,0 +1,473 @@
+"""HEADS and NETWORKS: name → model; info --head.
+
+The table of heads: what stands between frozen features and logits.
+
+Notation: N samples, B batch, T tokens, D width, C classes, H hidden. A head is a torch module made from the shape of
+one row of its output ((D,) or (T, D)) and C; it maps float32 [B, *shape] to logits [B, C]. Stepped heads are in
+``vector_heads``, ``token_heads`` and ``attention_heads``; how the solved ones come to their weights is in ``solvers``.
+
+To add one: a class there and a line in ``HEADS`` here. Its keywords ``dropout``, ``gated``, ``prefix`` and ``grid`` are
+given to it if its signature names them.
+
+The table of baselines: networks that are trained from pixels, to be compared with heads on frozen features.
+
+One record says what a network is, the pixels it sees, how it is made and the settings it was published with. To add
+one: a class in ``networks`` and a line in ``BASELINES``. ``finetune:<backbone>`` is a pretrained network with a new
+classifier (``finetune``).
+
+Notation: B batch, C classes, h and w the height and width in pixels.
+
+What networks from pixels are, as data: for ``info``, and the README's table.
+
+The network from pixels that settings ask for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from featurecache.errors import BadOption, UnknownHead, nearest
+from featurecache.images.preprocessing import Preprocess
+from heads.models.common import (
+    FINETUNE,
+    VIT_B16,
+    Baseline,
+    HeadInfo,
+    Input,
+    count_parameters,
+    layers_of,
+    own_randomness,
+)
+from heads.models.published import CifarCnn, CifarVit, MedicalMnistCnn, MindlinaCnn, Normalised
+from heads.models.tokens import ClsMean, Conv, Large, MeanLinear, attention
+from heads.models.vector import KNearest, Linear, Mlp
+from heads.settings import Settings, is_network
+
+if TYPE_CHECKING:
+    from featurecache.backbones.base import Backbone
+
+HEADS: dict[str, HeadInfo] = {
+    "linear": HeadInfo(
+        "one linear layer on the vector (the article's model 1)", "vector", Linear, reference="Mindlina 2024"
+    ),
+    "large": HeadInfo(
+        "two linear layers on all tokens (the article's models 2 and 3)", "tokens", Large, reference="Mindlina 2024"
+    ),
+    "mlp": HeadInfo(
+        "one hidden layer of 256 with dropout on the vector", "vector", Mlp, reference="Srivastava et al. 2014"
+    ),
+    "mean-linear": HeadInfo(
+        "one linear layer on the mean of the patch tokens", "tokens", MeanLinear,
+        reference="Lin et al. 2014, arXiv:1312.4400",
+    ),
+    "cls+mean": HeadInfo(
+        "one linear layer on the class token beside the mean of the patch tokens", "tokens", ClsMean,
+        reference="Oquab et al. 2023, arXiv:2304.07193",
+    ),
+    "attention": HeadInfo(
+        "the attentive probe: a learned query over all tokens, multi-head (--gated: gated attention MIL)", "tokens",
+        attention, "zscore",
+        reference="El-Nouby et al. 2024, arXiv:2401.08541; gated: Ilse et al. 2018, arXiv:1802.04712",
+    ),
+    "conv": HeadInfo(
+        "a small 3×3 convolution over the patch grid, averaged", "tokens", Conv,
+        reference="He et al. 2016, arXiv:1512.03385",
+    ),
+    "ridge": HeadInfo(
+        "least squares on ±1 targets, 45 penalties at once", "vector", Linear, "zscore", True,
+        "Hoerl & Kennard 1970",
+    ),
+    "logreg": HeadInfo(
+        "logistic regression by L-BFGS, 10 penalties, each started from the last", "vector", Linear, "zscore", True,
+        "Liu & Nocedal 1989; scikit-learn",
+    ),
+    "knn": HeadInfo(
+        "k nearest training vectors by cosine, weighted votes", "vector", KNearest, "l2", True,
+        "Wu et al. 2018, arXiv:1805.01978; Caron et al. 2021, arXiv:2104.14294",
+    ),
+    "centroid": HeadInfo(
+        "the nearest class mean", "vector", Linear, "zscore", True, "Snell et al. 2017, arXiv:1703.05175"
+    ),
+}  # fmt: skip
+
+
+def head_info(name: str) -> HeadInfo:
+    """The record of a head by name, of a baseline, or of ``python:<module>:<class>``; raises UnknownHead with the
+    nearest names."""
+    if name in HEADS:
+        return HEADS[name]
+    if is_network(name):
+        found = BASELINES.get(name)  # a backbone is not loaded to say what it is
+        return HeadInfo(found.what if found else "a pretrained network, trained on", "pixels", _no_head)
+    if name.startswith("python:"):
+        return _own_head(name)
+    raise UnknownHead(
+        f"no head is called {name!r}.{nearest(name, HEADS)} "
+        f"Heads: {', '.join(HEADS)}; your own: python:<module>:<class>. Networks from pixels: train-baseline --help."
+    )
+
+
+def _no_head(*_: Any, **__: Any) -> nn.Module:
+    raise BadOption("a network from pixels is no head on features: featurecache train-baseline trains it.")
+
+
+def _own_head(name: str) -> HeadInfo:
+    """A user's class(shape, classes); it may say ``takes`` and ``standardize`` as class attributes."""
+    module, _, attribute = name.removeprefix("python:").partition(":")
+    if not module or not attribute:
+        raise UnknownHead(f"{name!r} is not python:<module>:<class>, for example python:my_heads:Gated.")
+    sys.path.insert(0, os.getcwd())  # a console script does not look where it is started
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise UnknownHead(f"{name}: the module {module} cannot be imported ({error}).") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise UnknownHead(f"{name}: {module} has no torch module class called {attribute}.")
+    return HeadInfo(
+        (found.__doc__ or attribute).strip().splitlines()[0],
+        getattr(found, "takes", "any"),
+        found,
+        getattr(found, "standardize", "none"),
+    )
+
+
+def make_head(
+    name: str,
+    given: Input | Sequence[int],
+    classes: int,
+    generator: torch.Generator | None = None,
+    *,
+    dropout: float | None = None,
+    gated: bool = False,
+) -> nn.Module:
+    """A head with weights initialised from ``generator``; raises BadOption where it cannot be made for this output, or
+    has no such option. ``dropout``: None is the head's own. Of a bare shape it is not known which tokens are patches.
+    """
+    info, given = head_info(name), Input.of(given)
+    _check_takes(name, info.takes, given.shape)
+    options = _options(name, info, given, dropout, gated)
+    with own_randomness(generator or torch.Generator().manual_seed(0)):
+        model = info.make(given.shape, classes, **options)
+    return model
+
+
+def _options(name: str, info: HeadInfo, given: Input, dropout: float | None, gated: bool) -> dict[str, Any]:
+    """The keywords of a head, of those that its signature names; raises BadOption for one that would do nothing."""
+    named = inspect.signature(info.make).parameters
+    places: dict[str, Any] = {"prefix": given.prefix, "grid": given.grid}
+    options = {key: value for key, value in places.items() if key in named}
+    if dropout is not None and "dropout" in named and not info.solved:
+        if not 0 <= dropout < 1:
+            raise BadOption(f"--dropout is {dropout:g}; it is at least 0 and below 1.")
+        options["dropout"] = dropout
+    elif dropout:
+        raise BadOption(f"{name} has no dropout, so --dropout {dropout:g} would do nothing. Leave it out.")
+    if gated and "gated" not in named:
+        raise BadOption(f"{name} has no gate; --gated is for attention.")
+    return options | ({"gated": True} if gated else {})
+
+
+def load_head(
+    name: str, given: Input | Sequence[int], classes: int, state: dict[str, torch.Tensor], *, gated: bool = False
+) -> nn.Module:
+    """A head with the weights of a state dict, for evaluation; raises ValueError where they are not this head's."""
+    if name in HEADS and HEADS[name].make is not KNearest:
+        with torch.device("meta"):  # a size that no file of weights stands for would fill the memory
+            wanted = count_parameters(make_head(name, given, classes, gated=gated))
+        there = sum(tensor.numel() for tensor in state.values())
+        if wanted != there:
+            raise ValueError(f"it holds {there:,} numbers, the head {wanted:,}.")
+    model = make_head(name, given, classes, gated=gated)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    return model.eval()
+
+
+def _check_takes(name: str, takes: str, shape: tuple[int, ...]) -> None:
+    given = "vector" if len(shape) == 1 else "tokens"
+    if takes in ("any", given):
+        return
+    fitting = ", ".join(n for n, info in HEADS.items() if info.takes == given)
+    size = "×".join(str(n) for n in shape)
+    want = "all tokens [T×D], such as --output tokens" if takes == "tokens" else "one vector [D], such as --output cls"
+    raise BadOption(f"{name} takes {want}, and this output is [{size}] an image. Heads for that: {fitting}.")
+
+
+def describe_head(
+    name: str, given: Input | Sequence[int], classes: int, *, dropout: float | None = None, gated: bool = False
+) -> dict[str, Any]:
+    """Layers, shapes and parameters of a head for one output, as data (``info --head NAME --output …``)."""
+    info, given = head_info(name), Input.of(given)
+    model = make_head(name, given, classes, dropout=dropout, gated=gated)
+    layers = [
+        {"name": n, "layer": what, "gives": gives, "parameters": count} for n, what, gives, count in layers_of(model)
+    ]
+    tensors = {key: list(value.shape) for key, value in model.state_dict().items()}
+    return {
+        "head": name,
+        "what": info.what,
+        "takes": info.takes,
+        "standardize": info.standardize,
+        "solved": info.solved,
+        "reference": info.reference,
+        "shape": list(given.shape),
+        "classes": classes,
+        "layers": layers,
+        "state_dict": tensors,
+        "parameters": count_parameters(model),
+    }
+
+
+def heads_table(classes: int = 2) -> list[dict[str, Any]]:
+    """A record for every head: what it takes, its parameters for a ViT-B/16 and ``classes``, where it comes from."""
+    records = []
+    for name, info in HEADS.items():
+        given = Input(VIT_B16.shape[1:]) if info.takes == "vector" else VIT_B16
+        with torch.device("meta"):
+            count = count_parameters(make_head(name, given, classes))
+        records.append(
+            {
+                "head": name,
+                "what": info.what,
+                "takes": info.takes,
+                "solved": info.solved,
+                "standardize": info.standardize,
+                "parameters": count,
+                "reference": info.reference,
+            }
+        )
+    return records
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def squashed(size: int, constants: tuple[tuple[float, float, float], tuple[float, float, float]]) -> Preprocess:
+    """The whole image to size×size pixels, bilinear and antialiased, then x / 255, mean and std."""
+    return Preprocess(
+        mode="squash", resize=(size, size), crop=None, kernel="torchvision", interpolation="bilinear", antialias=True,
+        crop_rounding="down", scale=1 / 255, mean=constants[0], std=constants[1], arithmetic="rescale first",
+    )  # fmt: skip
+
+
+def _imagenet(size: int) -> Preprocess:
+    return squashed(size, IMAGENET)
+
+
+def _half(size: int) -> Preprocess:
+    return squashed(size, HALF)
+
+
+def _cifar(size: int) -> Preprocess:
+    """The study has 0.5 for CIFAR's 32 pixels, and ImageNet's constants for Tiny ImageNet's 64."""
+    return squashed(size, HALF if size < 64 else IMAGENET)
+
+
+_CIFAR = {
+    "optimizer": "adam", "lr": 1e-3, "epochs": 10, "batch_size": 128, "patience": 0, "balance": False,
+    "select": "accuracy", "augment": "flip,rotate10,shift0.1",
+}  # fmt: skip
+
+BASELINES: dict[str, Baseline] = {
+    "cnn-mindlina": Baseline(
+        "a stand-in of the same size for the article's three-block CNN, whose layers are not published", 256, _half,
+        MindlinaCnn, {"optimizer": "adam", "lr": 1e-3}, "after Mindlina 2024",
+    ),
+    "cnn-medical-mnist": Baseline(
+        "three convolutions and three linear layers with dropout", 224, _imagenet, MedicalMnistCnn,
+        {"optimizer": "adam", "lr": 1e-3, "weight_decay": 1e-4, "schedule": "plateau", "epochs": 20, "patience": 5,
+         "batch_size": 32, "balance": False, "select": "loss"},
+        "Medical MNIST notebook",
+    ),
+    "cnn-cifar": Baseline(
+        "six residual blocks of 16, 32 and 64 channels", 32, _cifar, CifarCnn, _CIFAR,
+        "CIFAR and Tiny ImageNet notebook; blocks: He et al. 2016, arXiv:1512.03385",
+    ),
+    "vit-cifar": Baseline(
+        "a ViT of 64 patches, width 128 and six blocks", 32, _cifar, CifarVit, _CIFAR,
+        "CIFAR and Tiny ImageNet notebook; ViT: Dosovitskiy et al. 2021, arXiv:2010.11929",
+    ),
+}  # fmt: skip
+_CONVOLUTIONAL = (MindlinaCnn, MedicalMnistCnn, CifarCnn)
+
+
+def is_baseline(name: str) -> bool:
+    """Whether ``name`` is of a network on pixels, and not of a head on features."""
+    return name in BASELINES or name.startswith(FINETUNE)
+
+
+def baseline_info(name: str, *, weights: str | None = None, adapted: bool = False) -> Baseline:
+    """The record of a baseline, also of ``finetune:<backbone>`` (``weights``: where its own are, as for ``extract``;
+    ``adapted``: its settings for ``lora`` or ``rlrr``); raises UnknownHead with the nearest names."""
+    if name.startswith(FINETUNE):
+        from heads.models.finetune import finetune_info
+
+        return finetune_info(name.removeprefix(FINETUNE), weights, adapted)
+    if name in BASELINES:
+        return BASELINES[name]
+    raise UnknownHead(
+        f"no baseline is called {name!r}.{nearest(name, BASELINES)} Baselines: {', '.join(BASELINES)}, "
+        "finetune:<backbone>."
+    )
+
+
+def make_baseline(
+    name: str,
+    *,
+    image_size: int,
+    classes: int,
+    generator: torch.Generator | None = None,
+    dropout: float | None = None,
+    lora: int | None = None,
+    rlrr: bool = False,
+    weights: str | None = None,
+    random_weights: bool = False,
+    seed: int = 0,
+    backbone: Backbone | None = None,
+) -> nn.Module:
+    """Pixels [B,3,h,w] with values 0 to 255 -> logits [B,C], initialised from ``generator``.
+
+    ``weights``, ``random_weights``, ``seed`` say which weights ``finetune:<backbone>`` begins with, as for ``extract``;
+    ``lora`` (a rank) and ``rlrr`` train a small addition to them; ``backbone``: what these load, where that is done, or
+    its outline, to count parameters. Raises BadOption for an option that would do nothing.
+    """
+    info = baseline_info(name, weights=weights)
+    if dropout is not None and not 0 <= dropout < 1:
+        raise BadOption(f"--dropout is {dropout:g}; it is at least 0 and below 1.")
+    generator = generator or torch.Generator().manual_seed(0)
+    if name.startswith(FINETUNE):
+        return info.make(
+            image_size, classes, generator=generator, dropout=dropout, lora=lora, rlrr=rlrr,
+            random_weights=random_weights, seed=seed, backbone=backbone,
+        )  # fmt: skip
+    given = {"lora": lora is not None, "rlrr": rlrr, "weights": weights is not None, "random-weights": random_weights}
+    for option in (key for key, there in given.items() if there):
+        raise BadOption(f"--{option} is for finetune:<backbone>; {name} begins from nothing.")
+    return _from_nothing(name, info, image_size, classes, generator, dropout)
+
+
+def has_dropout(name: str) -> bool:
+    """Whether ``dropout`` means something to a baseline: to ``finetune:<backbone>`` that before its classifier."""
+    return name.startswith(FINETUNE) or "dropout" in inspect.signature(BASELINES[name].make).parameters
+
+
+def _from_nothing(
+    name: str, info: Baseline, image_size: int, classes: int, generator: torch.Generator, dropout: float | None
+) -> nn.Module:
+    options = {} if dropout is None else {"dropout": dropout}
+    if options and "dropout" not in inspect.signature(info.make).parameters:
+        if dropout:
+            raise BadOption(f"{name} has no dropout, so --dropout {dropout:g} would do nothing. Leave it out.")
+        options = {}
+    with own_randomness(generator):
+        network = info.make(image_size, classes, **options)
+    return Normalised(info.preprocess(image_size), network, channels_last=isinstance(network, _CONVOLUTIONAL))
+
+
+def load_baseline(
+    name: str, state: dict[str, torch.Tensor], *, image_size: int, classes: int, lora: int | None = None,
+    rlrr: bool = False,
+) -> nn.Module:  # fmt: skip
+    """A network with the whole state dict of one, for evaluation; raises ValueError where it is not this network's.
+    (What ``finetune:`` wrote as a folder is read by `heads.models.finetune.load_finetuned`.)"""
+    options: dict[str, Any] = {"image_size": image_size, "classes": classes, "lora": lora, "rlrr": rlrr}
+    if name.startswith(FINETUNE):
+        options["random_weights"] = True  # every one of them comes from ``state``
+    else:
+        with torch.device("meta"):  # a size that no file of weights stands for would fill the memory
+            wanted = sum(tensor.numel() for tensor in make_baseline(name, **options).state_dict().values())
+        if wanted != (there := sum(tensor.numel() for tensor in state.values())):
+            raise ValueError(f"it holds {there:,} numbers, the network {wanted:,}.")
+    model = make_baseline(name, **options)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    return model.eval()
+
+
+# Classes and pixels that the parameters are counted for: those of the studies.
+COUNTED: dict[str, tuple[tuple[int, int], ...]] = {
+    "cnn-mindlina": ((2, 256),), "cnn-medical-mnist": ((6, 224),),
+    "cnn-cifar": ((10, 32), (100, 32), (200, 64)), "vit-cifar": ((10, 32), (100, 32), (200, 64)),
+}  # fmt: skip
+SETTINGS = ("optimizer", "lr", "weight_decay", "schedule", "epochs", "batch_size", "augment")
+
+
+def networks_table() -> list[dict[str, Any]]:
+    """A record for every network: pixels, parameters by (classes, pixels), published settings, where it comes from."""
+    return [
+        {
+            "network": name, "what": info.what, "image_size": info.image_size,
+            "parameters": [[classes, size, _count(name, classes, size)] for classes, size in COUNTED[name]],
+            "settings": {key: info.settings[key] for key in SETTINGS if key in info.settings},
+            "reference": info.reference,
+        }
+        for name, info in BASELINES.items()
+    ]  # fmt: skip
+
+
+def _count(name: str, classes: int, size: int) -> int:
+    with torch.device("meta"):
+        return count_parameters(BASELINES[name].make(size, classes))
+
+
+def networks_lines() -> str:
+    """A line per network."""
+    rows = networks_table()
+    width = max(len(row["network"]) for row in rows)
+    lines = []
+    for row in rows:
+        counts = " / ".join(f"{count:,}" for _, _, count in row["parameters"])
+        classes = " / ".join(str(c) for c, _, _ in row["parameters"])
+        lines.append(f"  {row['network']:<{width}}  {row['image_size']} px  {counts} (C = {classes})  {row['what']}")
+    return "\n".join(lines)
+
+
+def describe_network(name: str, classes: int, image_size: int | None = None) -> dict[str, Any]:
+    """Layers and parameters, in the form of `heads.models.catalogue.describe_head`; no weights are needed."""
+    info = baseline_info(name)
+    size = image_size or info.image_size
+    model = make_baseline(name, image_size=size, classes=classes, random_weights=name.startswith(FINETUNE))
+    layers = [{"name": n, "layer": what, "gives": gives, "parameters": k} for n, what, gives, k in layers_of(model)]
+    return {
+        "head": name, "what": info.what, "takes": "pixels", "standardize": "none", "solved": False,
+        "reference": info.reference, "shape": [3, *info.preprocess(size).size], "classes": classes, "layers": layers,
+        "state_dict": {key: list(value.shape) for key, value in model.state_dict().items()},
+        "parameters": count_parameters(model), "settings": info.settings,
+    }  # fmt: skip
+
+
+def make_network(
+    settings: Settings, image_size: int, classes: int, generator: torch.Generator | None = None,
+    backbone: Backbone | None = None,
+) -> nn.Module:  # fmt: skip
+    """The network from pixels that these settings ask for. ``backbone``: as `make_baseline` takes it."""
+    return make_baseline(
+        settings.head, image_size=image_size, classes=classes, generator=generator, dropout=settings.dropout,
+        lora=settings.lora, rlrr=settings.rlrr, weights=settings.weights, random_weights=settings.random_weights,
+        seed=settings.seed, backbone=backbone,
+    )  # fmt: skip
+
+
+def shape_of_network(settings: Settings, image_size: int, classes: int) -> nn.Module:
+    """The network, for its parameters to be counted: what `finetune:` begins from is not loaded for that."""
+    backbone = None
+    if settings.head.startswith(FINETUNE):
+        from heads.models.finetune import from_configuration
+
+        backbone = from_configuration(settings, image_size)
+    return make_network(settings, image_size, classes, backbone=backbone)

@@ -1,0 +1,351 @@
+"""A whole pretrained network with a new classifier; saved so that extract takes it.
+
+``finetune:<backbone>``: how such a network is made, written as files that ``extract`` takes, and read back.
+
+    config.json, model.safetensors, preprocessor_config.json   of transformers: what ``--backbone hf:FOLDER`` reads
+    model.safetensors                                          of torchvision and timm: what ``--weights`` reads
+    finetuned.json                                             what it began as, and the vector its classifier takes
+
+Additions (`adapters`) are worked into the weights. The classifier is not among them: it is the head of the run.
+
+A pretrained network that is trained on: all that leads to the vector it was made for, then a new linear layer.
+
+What its preprocessing makes of an image is the checkpoint's own; its dropout, if it has any, is too.
+
+Notation: B batch, C classes, T tokens of which the first P are no patches, D width, h and w in pixels or patches.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from featurecache.backbones import load_backbone, load_without_weights
+from featurecache.backbones.aliases import ALIASES
+from featurecache.backbones.base import Backbone
+from featurecache.backbones.wrappers import PooledMap, Tokens
+from featurecache.errors import BadOption, CacheError, FeatureCacheError, OutputRefused, RunError, UnknownHead
+from featurecache.files.records import read_record
+from featurecache.images.preprocessing import Preprocess
+from heads.models.adapters import add_lora, add_rlrr, check_adapters, is_norm, merged
+from heads.models.common import FINETUNE, Baseline, own_randomness
+from heads.models.published import Grid
+from heads.settings import Settings
+
+# As the ViT of the Medical MNIST notebook was trained.
+PUBLISHED = {
+    "optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.01, "epochs": 20, "batch_size": 16, "patience": 0,
+    "balance": False, "select": "loss",
+}  # fmt: skip
+# Of the few new parameters of LoRA and RLRR. Published: 3e-3 in batches of 256 (RLRR's repository), 5e-3 in batches of
+# 128 (peft's guide to image classification); by the root of the ratio to 16 that is 0.75e-3 and 1.8e-3.
+ADAPTED = {"lr": 1e-3}
+FORMAT = 1
+RECORD, WEIGHTS = "finetuned.json", "model.safetensors"
+_KINDS = {"format": int, "provider": str, "name": str, "vector": str, "image_size": int, "sized": bool}
+
+
+def _origin(backbone: Backbone, sized: bool) -> dict[str, Any]:
+    """What a network began as, as data. ``sized``: at another image size than the checkpoint's own."""
+    made_of = backbone.provenance
+    return {
+        "provider": made_of["provider"],
+        "name": made_of["request"]["name"],
+        "id": made_of["id"],
+        "revision": made_of["revision"],
+        "licence": made_of["licence"],
+        "weights": backbone.weights,
+        "vector": backbone.vector,
+        "image_size": backbone.image_size[0],
+        "sized": sized,
+    }
+
+
+def finetune_info(name: str, weights: str | None = None, adapted: bool = False) -> Baseline:
+    """The record of ``finetune:<name>``, without loading its weights."""
+    if not name or name.startswith("python:"):
+        raise UnknownHead(
+            f"{FINETUNE}{name}: expected {FINETUNE}<backbone>, such as {FINETUNE}vit-in21k or {FINETUNE}resnet50; a "
+            "network of your own is trained by your own code."
+        )
+    found = _outline(name, weights, None, _stamp(name, weights))
+    return Baseline(
+        f"{name} from its published weights, with a new linear layer on its {found.vector}",
+        found.image_size[0],
+        lambda size: _outline(name, weights, size, _stamp(name, weights)).preprocess,
+        partial(with_new_classifier, name, weights),
+        PUBLISHED | (ADAPTED if adapted else {}),
+        found.provenance["source"],
+    )
+
+
+def from_configuration(settings: Settings, image_size: int) -> Backbone:
+    """What these settings begin from without its weights, in no memory: to check options and to count parameters."""
+    return load_without_weights(settings.head.removeprefix(FINETUNE), weights=settings.weights, image_size=image_size)
+
+
+def from_pretrained(settings: Settings, image_size: int) -> Backbone:
+    """What these settings begin from; raises what `load_backbone` does where its weights are missing or do not fit."""
+    return load_backbone(
+        settings.head.removeprefix(FINETUNE), weights=settings.weights, random_weights=settings.random_weights,
+        seed=settings.seed, image_size=image_size,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _outline(name: str, weights: str | None, size: int | None, stamp: tuple[int, ...]) -> Backbone:
+    options = {} if size is None else {"image_size": size}
+    return load_without_weights(name, weights=weights, **options)
+
+
+def _stamp(name: str, weights: str | None) -> tuple[int, ...]:
+    """When the settings in a folder of weights were written: another checkpoint may lie there by now."""
+    folders = [Path(place).expanduser() for place in (name.removeprefix("hf:"), weights) if place]
+    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.json"))]
+    return tuple(file.stat().st_mtime_ns for file in files)
+
+
+def with_new_classifier(
+    name: str, weights: str | None, image_size: int, classes: int, *, generator: torch.Generator,
+    dropout: float | None = None, lora: int | None = None, rlrr: bool = False, random_weights: bool = False,
+    seed: int = 0, backbone: Backbone | None = None,
+) -> FineTuned:  # fmt: skip
+    """The network ``name`` with a new classifier of ``dropout``; its additions are drawn from ``generator``.
+    ``backbone``: the one these options load, which becomes a part of it."""
+    if backbone is None:
+        backbone = load_backbone(name, weights=weights, random_weights=random_weights, seed=seed, image_size=image_size)
+    check_adapters(name, backbone.model, lora, rlrr)
+    if backbone.provenance["provider"] == "torchvision" and backbone.position_embeddings.startswith("interpolated"):
+        raise BadOption(
+            f"--image-size {image_size}: a ViT of torchvision that was tuned so could not be loaded again, for its "
+            "builder has the position embeddings of one size. Leave it out, or take a ViT of hf: or timm:."
+        )
+    with own_randomness(generator):
+        sized = image_size != finetune_info(name, weights).image_size
+        module = FineTuned(backbone, classes, _origin(backbone, sized), dropout or 0.0)
+        if isinstance(module.network, Tokens) and (lora is not None or rlrr):
+            add_rlrr(module.network) if lora is None else add_lora(module.network, lora)
+            module.adapted = True
+    return module
+
+
+def save_backbone(module: FineTuned, folder: Path) -> str:
+    """Write the network without its classifier; return what to give ``extract`` so that it takes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = merged(module.network) if module.adapted else module.network
+    network: Any = model.network
+    left_out = {name.removeprefix("network.") for name in unused(model, module.vector) if "mask_token" not in name}
+    state = {
+        key: value.detach().cpu().contiguous() for key, value in network.state_dict().items() if key not in left_out
+    }
+    if module.origin["provider"] == "hf":
+        _save_hf(network, state, module.preprocess, folder)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(state, folder / WEIGHTS, {"format": "pt"})
+    record = {"format": FORMAT, **module.origin}
+    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return extract_words(folder)
+
+
+def _save_hf(network: Any, state: dict[str, torch.Tensor], preprocess: Preprocess, folder: Path) -> None:
+    from featurecache.backbones.transformers_models import quiet
+
+    processor = processor_of(preprocess)
+    with quiet():
+        network.save_pretrained(folder, state_dict=state)
+        processor.save_pretrained(folder)
+
+
+def processor_of(preprocess: Preprocess) -> Any:
+    """An image processor of transformers that does just this."""
+    import transformers
+
+    from featurecache.backbones.processors import from_processor
+
+    settings: dict[str, Any] = {"do_resize": preprocess.mode != "none", "do_center_crop": preprocess.crop is not None}
+    if preprocess.mode == "shortest":
+        settings["size"] = {"shortest_edge": preprocess.resize[0]}
+    elif preprocess.mode == "squash":
+        settings["size"] = dict(zip(("height", "width"), preprocess.resize, strict=True))
+    if preprocess.crop is not None:
+        settings["crop_size"] = dict(zip(("height", "width"), preprocess.crop, strict=True))
+    settings |= {"do_rescale": preprocess.scale is not None, "do_normalize": preprocess.mean is not None}
+    if preprocess.scale is not None:
+        settings["rescale_factor"] = preprocess.scale
+    if preprocess.mean is not None and preprocess.std is not None:
+        settings |= {"image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
+    processor = transformers.CLIPImageProcessor(resample=_resample(preprocess.interpolation), **settings)
+    assert from_processor(processor) == preprocess
+    return processor
+
+
+def _resample(interpolation: str) -> int:
+    from PIL import Image
+
+    return int(Image.Resampling[interpolation.removesuffix("-exact").upper()])
+
+
+def extract_words(folder: Path) -> str:
+    """The options of ``extract`` for what `save_backbone` wrote into ``folder``."""
+    record = _record(folder)
+    if record["provider"] == "hf":
+        words = f"--backbone {shlex.quote(f'hf:{folder}')}"
+    else:
+        words = f"--backbone {shlex.quote(record['name'])} --weights {shlex.quote(str(folder / WEIGHTS))}"
+    return words + (f" --image-size {record['image_size']}" if record["sized"] else "")
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What `save_backbone` wrote; it may be somebody else's. Raises RunError."""
+    try:
+        record = read_record(folder / RECORD)
+    except (CacheError, OSError) as error:
+        raise RunError(f"{folder} is no fine-tuned network, or is damaged: {error}") from error
+    wrong = [key for key, kind in _KINDS.items() if not isinstance(record.get(key), kind)]
+    if not wrong:
+        alias = ALIASES.get(record["name"])
+        place = alias.id if alias else record["name"]
+        known = record["provider"] == "hf" or place.startswith(f"{record['provider']}:")
+        if record["provider"] not in ("hf", "torchvision", "timm") or not known:
+            wrong.append("provider")
+    if wrong or record["format"] != FORMAT:
+        raise RunError(f"{folder / RECORD} is damaged: it has no proper {' and no '.join(wrong or ['format'])}.")
+    return record
+
+
+def classifier_state(module: FineTuned) -> dict[str, torch.Tensor]:
+    """``weight`` [C,D] and ``bias`` [C] of the new classifier: what is left of a run's network beside its folder."""
+    return {f"classifier.{key}": value.detach().cpu().clone() for key, value in module.classifier.state_dict().items()}
+
+
+def load_finetuned(folder: Path, state: dict[str, torch.Tensor], *, classes: int | None = None) -> FineTuned:
+    """The network that `save_backbone` wrote with the classifier of `classifier_state`, in eval mode. Raises RunError
+    where they do not belong together."""
+    record, place = _record(folder), folder / WEIGHTS
+    name, weights = (f"hf:{folder}", None) if record["provider"] == "hf" else (record["name"], str(place))
+    try:
+        backbone = load_backbone(name, weights=weights, image_size=record["image_size"])
+    except FeatureCacheError as error:
+        raise RunError(f"{folder} is no fine-tuned network, or is damaged: {error}") from error
+    weight = state.get("classifier.weight")
+    if weight is None or weight.ndim != 2 or set(state) != {"classifier.weight", "classifier.bias"}:
+        raise RunError(f"{folder}: its classifier is missing; expected a weight [C,D] and a bias [C].")
+    if state["classifier.bias"].shape != weight.shape[:1] or classes not in (None, len(weight)):
+        raise RunError(
+            f"{folder}: its classifier is of {len(weight)} classes; expected {classes or 'a bias for each'}."
+        )
+    if backbone.vector != record["vector"] or weight.shape[1] != backbone.width:
+        raise RunError(
+            f"{folder} gives a {backbone.vector} of {backbone.width} numbers, and its classifier takes a "
+            f"{record['vector']} of {weight.shape[1]}."
+        )
+    module = FineTuned(backbone, len(weight), {key: value for key, value in record.items() if key != "format"})
+    module.classifier.load_state_dict({key.removeprefix("classifier."): value for key, value in state.items()})
+    return module.eval()
+
+
+SPREAD = 0.02  # standard deviation of a new classifier's weights; that of transformers' own
+
+
+class FineTuned(nn.Module):
+    """Pixels [B,3,h,w] with values 0 to 255 -> logits [B,C]: ``network`` with all that its vector does not need taken
+    away, then ``classifier``. ``origin``: what it began as."""
+
+    def __init__(self, backbone: Backbone, classes: int, origin: dict[str, Any], dropout: float = 0.0) -> None:
+        super().__init__()
+        self.preprocess, self.channels_last = backbone.preprocess, backbone.channels_last
+        self.vector, self.prefix, self.grid = backbone.vector, backbone.prefix, backbone.grid
+        self.origin, self.adapted = origin, False
+        self.network = backbone.model
+        self.dropout, self.classifier = nn.Dropout(dropout), nn.Linear(backbone.width, classes)
+        nn.init.normal_(self.classifier.weight, std=SPREAD)
+        nn.init.zeros_(self.classifier.bias)
+        _strip(self.network, self.vector)
+        self.requires_grad_(True).train()
+        for name in unused(self.network, self.vector):
+            self.network.get_parameter(name).requires_grad_(False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.dropout(self.vectors(self.preprocess.normalised(pixels))))
+
+    def vectors(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels [B,3,h,w] -> the vector [B,D] that ``extract`` keeps of it."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        source = "tokens" if self.vector in ("cls", "mean") else self.vector
+        found = self.network(x, {source})[source]
+        if self.vector == "cls":
+            return found[:, 0]
+        return found[:, len(self.prefix) :].mean(1) if self.vector == "mean" else found
+
+    @property
+    def cam_grid(self) -> Grid | None:
+        """(P, h, w) of a transformer's tokens; None where ``cam_layer`` gives a map [B,D,h,w]."""
+        return (len(self.prefix), *self.grid) if isinstance(self.network, Tokens) else None
+
+    @property
+    def cam_layer(self) -> nn.Module:
+        """The module whose output Grad-CAM takes: the first norm of a transformer's last block (of what comes after
+        it, the head may see the class token alone), the module that gives a CNN's last map."""
+        if isinstance(self.network, Tokens):
+            blocks: Any = self.network.network.get_submodule(self.network.blocks)
+            return next(part for part in blocks[-1].modules() if is_norm(part))
+        return self.network.get_submodule(_gives_map(self))
+
+
+def _strip(model: nn.Module, vector: str) -> None:
+    """Take away what was behind the vector: the old classifier, or a pooling that it does not go through."""
+    network: Any = model.network
+    if isinstance(model, PooledMap):
+        for path in model.tail:
+            network.set_submodule(path, nn.Identity())
+    elif isinstance(getattr(network, "heads", None), nn.Module):  # torchvision's ViT
+        network.heads = nn.Identity()
+    elif isinstance(model, Tokens) and vector != "pooler" and hasattr(network, "pooler"):
+        network.pooler = None
+
+
+def unused(model: nn.Module, vector: str) -> list[str]:
+    """Parameters that ``vector`` does not depend on: a mask token, CLIP's norm behind the class token."""
+    from featurecache.backbones.transformers_models import FAMILIES, pooled_names
+
+    names = [name for name, _ in model.named_parameters()]
+    found = [name for name in names if name.endswith("mask_token")]
+    family = FAMILIES.get(getattr(getattr(model.network, "config", None), "model_type", ""))
+    if family is not None and vector != "pooler":
+        inside = {name.removeprefix("network."): name for name in names}
+        found += [inside[name] for name in pooled_names(inside, family)]
+    return found
+
+
+def _gives_map(module: FineTuned) -> str:
+    """The name of the module of the network whose output is the last map [B,D,h,w]; found on an image of noise."""
+    pixels = 255 * torch.rand(1, 3, *module.preprocess.size, generator=torch.Generator().manual_seed(0))
+    x = module.preprocess.normalised(pixels.to(module.classifier.weight.device))
+    given: dict[str, torch.Tensor] = {}
+    hooks = [part.register_forward_hook(partial(_keep, given, name)) for name, part in module.network.named_modules()]
+    was = module.training
+    try:
+        with torch.no_grad():
+            tokens = module.eval().network(x, {"tokens"})["tokens"]
+    finally:
+        module.train(was)
+        for hook in hooks:
+            hook.remove()
+    same = [n for n, found in given.items() if torch.equal(found.flatten(2).transpose(1, 2), tokens)]
+    if not same:
+        raise OutputRefused("no layer of this network gives its last map, so there is no Grad-CAM of it.")
+    return min(same, key=len)
+
+
+def _keep(given: dict[str, torch.Tensor], name: str, _: nn.Module, __: Any, output: Any) -> None:
+    if isinstance(output, torch.Tensor) and output.ndim == 4:
+        given[name] = output

@@ -1,0 +1,211 @@
+"""PixelView: images as a view, for networks from pixels.
+
+Images as a view: what a baseline is trained on, resized once and kept as uint8.
+
+A `PixelView` has what the engine and the protocol ask of a view of features (ids, labels, splits, digests, one output
+of so many numbers a row), so a network that is trained from pixels has the splits, the batches, the calibration, the
+measures and the run folder of a head. Its output is called ``pixels-<height>``.
+
+Notation: N images, h and w the height and width in pixels that the network sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from featurecache.errors import CannotWrite, NotInCache, ProtocolError, UnreadableImage
+from featurecache.files.records import canonical_json
+from featurecache.store.schema import OutputInfo
+from featurecache.store.timings import device_title
+from heads.models.catalogue import baseline_info
+from heads.task import memory_for_features
+
+if TYPE_CHECKING:
+    from featurecache.images.headers import EncodedImage
+    from featurecache.images.preprocessing import Preprocess
+    from featurecache.sources.base import Dataset
+
+MOST_WORKERS = 16  # threads that read and resize
+
+
+class PixelView:
+    """The N images of a dataset that can be read, uint8 [N,3,h,w]; in memory, or beyond it in a temporary file."""
+
+    versions = augmented = None
+    untrained = imported = False
+
+    def __init__(
+        self, dataset: Dataset, preprocess: Preprocess, baselines: Sequence[str] = (), *, progress: bool = False
+    ) -> None:
+        """``baselines``: the networks that take images prepared so."""
+        self.preprocess, self.baselines, self.source = preprocess, tuple(baselines), dataset.source
+        self.output = f"pixels-{preprocess.size[0]}"
+        self.path, self.name, self.label = Path(str(dataset.source["data"])), dataset.name, f"pixels/{dataset.name}"
+        self.spec = {"kind": "pixels", "preprocess": _record(preprocess)}
+        self.provenance = {"backbone": self.output}
+        self.fingerprint = hashlib.blake2b(canonical_json(self.spec).encode(), digest_size=16).hexdigest()
+        self._pixels, digests, reasons, self.loading_ms = read_images(
+            dataset, range(len(dataset)), preprocess, progress=progress
+        )
+        self.failed = [{"id": dataset.ids[row], "reason": reasons[row]} for row in sorted(reasons)]
+        gone = {failure["id"] for failure in self.failed}
+        self._places = kept = np.array([i for i, name in enumerate(dataset.ids) if name not in gone], dtype=np.int64)
+        if not len(kept):
+            reason = self.failed[0]["reason"] if self.failed else "it has none"
+            raise ProtocolError(f"{dataset.source['data']}: no image can be read ({reason}).")
+        self.classes, self.task, self.labels = list(dataset.classes), dataset.task, dataset.labels[kept]
+        self.ids, self.digests = [dataset.ids[i] for i in kept], digests[kept]
+        self.splits = [dataset.splits[i] for i in kept]
+        self.groups = None if dataset.groups is None else [dataset.groups[i] for i in kept]
+        self.meta = {name: np.asarray(column)[kept] for name, column in dataset.meta.items()}
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """No backbone stands before the network, so nothing but reading and resizing: milliseconds of one thread."""
+        return {"forward_ms": 0.0, "loading_ms": self.loading_ms, "device": device_title("cpu"), "threads": 1}
+
+    @property
+    def outputs(self) -> dict[str, OutputInfo]:
+        return {self.output: OutputInfo((3, *self.preprocess.size), "uint8", None, None)}
+
+    def info(self, output: str) -> OutputInfo:
+        if output != self.output:
+            raise NotInCache(f"{self.label} holds {self.output}, which are images and no features; not {output}.")
+        return self.outputs[output]
+
+    def has(self, output: str) -> bool:
+        return output == self.output
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def split(self, name: str) -> np.ndarray:
+        return np.flatnonzero(np.array(self.splits) == name)
+
+    def copies(self, rows: Any = None) -> np.ndarray:
+        """int64 [n, 1]: there are no stored copies; baselines draw theirs anew in every step."""
+        return np.asarray(np.arange(len(self)) if rows is None else rows)[:, None]
+
+    def tensor(self, output: str, rows: Any = None) -> torch.Tensor:
+        """uint8 [n,3,h,w] in the order asked."""
+        self.info(output)
+        picked = self._places if rows is None else self._places[rows]
+        return self._pixels.index_select(0, torch.from_numpy(picked))
+
+
+def open_pixels(
+    data: Any, baselines: Sequence[str], image_size: int | None = None, *, weights: str | None = None,
+    progress: bool = False,
+) -> list[PixelView]:  # fmt: skip
+    """What networks are trained on: of a source as ``--data`` names it, of a dataset, or of the images of a view. One
+    view for all that see images alike. ``weights``: where those of ``finetune:<backbone>`` are."""
+    alike: dict[Preprocess, list[str]] = {}
+    for name in baselines:
+        info = baseline_info(name, weights=weights)
+        alike.setdefault(info.preprocess(image_size or info.image_size), []).append(name)
+    dataset = _dataset(data)
+    return [PixelView(dataset, preprocess, names, progress=progress) for preprocess, names in alike.items()]
+
+
+def _dataset(data: Any) -> Dataset:
+    from featurecache.sources import open_source, reopen
+    from featurecache.sources.base import Dataset
+
+    if isinstance(data, Dataset):
+        return data
+    return reopen(data.source) if hasattr(data, "source") else open_source(data)
+
+
+def resize_all(images: Sequence[EncodedImage], preprocess: Preprocess) -> tuple[torch.Tensor, dict[int, str]]:
+    """uint8 [n,3,h,w] of those that can be read, and why the others cannot, by place."""
+    ready: list[torch.Tensor] = []
+    failed: dict[int, str] = {}
+    for place, data in enumerate(images):
+        found = _resized(data, preprocess)
+        if isinstance(found, str):
+            failed[place] = found
+        else:
+            ready.append(found)
+    return torch.stack(ready) if ready else torch.zeros(0, 3, *preprocess.size, dtype=torch.uint8), failed
+
+
+def _record(preprocess: Preprocess) -> dict[str, Any]:
+    from featurecache.images.decoding import DECODING
+
+    return preprocess.to_dict() | {"decoding": DECODING}
+
+
+def _resized(data: EncodedImage, preprocess: Preprocess) -> torch.Tensor | str:
+    from featurecache.images.decoding import decode
+
+    try:
+        return preprocess.resized(decode(data))
+    except UnreadableImage as error:
+        return str(error)
+    except (RuntimeError, MemoryError, ValueError) as error:
+        return f"cannot be resized for the network: {error}"
+
+
+def read_images(
+    dataset: Dataset, rows: Sequence[int], preprocess: Preprocess, *, progress: bool = False
+) -> tuple[torch.Tensor, np.ndarray, dict[int, str], float]:
+    """Of n rows of a dataset: pixels uint8 [n,3,h,w], digests S32 [n], why some could not be read (by place), and
+    milliseconds of one thread for an image: the median, as `featurecache.store.timings` has it of an extraction."""
+    from featurecache.formatting import progress_bar
+    from featurecache.images.decoding import digest
+
+    count = len(rows)
+    pixels, digests = _room((count, 3, *preprocess.size)), np.zeros(count, "S32")
+    reasons: dict[int, str] = {}
+    seconds = np.full(count, np.nan)
+
+    def one(place: int) -> None:
+        begin = time.perf_counter()
+        try:
+            data = dataset.read(rows[place])
+            digests[place] = digest(data).encode()
+            found = _resized(data, preprocess)
+        except UnreadableImage as error:
+            found = str(error)
+        if isinstance(found, str):
+            reasons[place] = found
+        else:
+            pixels[place] = found
+            seconds[place] = time.perf_counter() - begin
+
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)  # nothing else computes meanwhile; each with one thread of torch's
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    with pool, progress_bar(count, progress, "images") as bar:
+        _each(pool.map(one, range(count)), bar.update)
+    return pixels, digests, reasons, 1000 * float(np.nanmedian(seconds)) if len(reasons) < count else 0.0
+
+
+def _each(done: Any, update: Callable[[int], Any]) -> None:
+    for _ in done:
+        update(1)
+
+
+def _room(shape: tuple[int, ...]) -> torch.Tensor:
+    """uint8 of ``shape``: memory, or a file without a name where that is short."""
+    if int(np.prod(shape)) <= memory_for_features():
+        return torch.empty(shape, dtype=torch.uint8)
+    folder, needed = tempfile.gettempdir(), int(np.prod(shape))
+    if (free := shutil.disk_usage(folder).free) < needed:  # a mapping that outgrows the disk ends the process (SIGBUS)
+        raise CannotWrite(
+            f"{shape[0]:,} images of {shape[3]}×{shape[2]} pixels take {needed / 1e9:.1f} GB, more than memory "
+            f"holds or {folder} has free ({free / 1e9:.1f} GB). TMPDIR=… names another place; a smaller --image-size "
+            "takes less."
+        )
+    with tempfile.TemporaryFile(prefix="featurecache-pixels-") as file:
+        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=shape))

@@ -1,0 +1,146 @@
+"""Commands that make the numbers again, versions, weights.
+
+Where the numbers of a report come from: the commands that make them again, versions, weights, preprocessing.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from featurecache.errors import FeatureCacheError
+from heads.evaluation.families import Family
+from heads.models.catalogue import baseline_info
+from heads.runs.run import Run, is_pixels, option_words, source_words, view_word
+
+MOST = 12  # heads whose commands are written out
+
+
+def train_command(run: Run) -> str:
+    """The command line that trains this head, or this network, again."""
+    config = run.config
+    if is_pixels(run):
+        words = ["--arch", run.head, *source_words(config["view"].get("source") or {})]
+        return "featurecache train-baseline " + shlex.join(words + option_words(config["settings"], _published(run)))
+    features = view_word(config["view"]["label"], config["view"]["path"])
+    words = ["--head", run.head, "--features", features, "--output", run.output]
+    return "featurecache train-head " + shlex.join(words + option_words(config.get("settings", {})))
+
+
+def _published(run: Run) -> dict[str, Any]:
+    """The settings of a network; none where its backbone is gone: then all of them are written out."""
+    settings = run.config["settings"]
+    adapted = settings.get("lora") is not None or bool(settings.get("rlrr"))
+    try:
+        return baseline_info(run.head, weights=settings.get("weights"), adapted=adapted).settings
+    except FeatureCacheError:
+        return {}
+
+
+def sweep_command(folder: Path) -> str | None:
+    """Of a folder with a sweep.json the command that made it."""
+    try:
+        asked = json.loads((folder / "sweep.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    command = asked.get("command") if isinstance(asked, dict) else None
+    return command if isinstance(command, str) else None
+
+
+def commands_of(
+    folder: Path, given: Sequence[str], families: Sequence[Family], record: dict[str, Any], images: bool, hashed: bool
+) -> list[tuple[str, str]]:
+    """(what it makes, command): the sweep or the heads, and the page itself."""
+    runs = [str(run.path) for family in families for run in family.runs]
+    own = (folder / "sweep.json").is_file() or (folder / "config.json").is_file()
+    words = list(given) or ([str(folder)] if own else runs)
+    found = [(f"{path}:", made) for path in words if (made := sweep_command(Path(path)))]
+    if not found:
+        named = zip(record["families"], families, strict=True)
+        found = [(f"{numbers['name']}:", train_command(family.runs[0])) for numbers, family in list(named)[:MOST]]
+    options: list[tuple[str, Any]] = [("--reference", record["reference"])]
+    options += [("--by", column) for column in record.get("by") or {}]
+    there = (point["at_prevalence"] for family in record["families"] for point in family["operating"])
+    options.append(("--prevalence", next((f"{point['prevalence']:g}" for point in there if point), None)))
+    options.append(("--show-test", "all" if record["test_seen"] else None))
+    options.append(("--out", None if words == [str(folder)] else str(folder)))
+    words += [word for option, value in options if value is not None for word in (option, value)]
+    words += ([] if images else ["--no-images"]) + (["--hash-ids"] if hashed else [])
+    return [*found, ("This page:", f"featurecache report {shlex.join(words)}")]
+
+
+def extract_command(run: Run) -> str | None:
+    """The command that stores the features again, while the view is there to say it."""
+    from featurecache.store.write_view import open_view
+
+    if is_pixels(run):
+        return None
+    try:
+        return open_view(run.config["view"]["path"]).extract_command(run.output)
+    except (FeatureCacheError, OSError):
+        return None
+
+
+def setting_words(setting: dict[str, Any]) -> str:
+    """``lr 0.001 · weight decay 0.0001``"""
+    shown = {key: value for key, value in setting.items() if value is not None and value != ()}
+    return " · ".join(f"{key.replace('_', ' ')} {_word(value)}" for key, value in shown.items())
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def origins(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For every view that runs were trained on: what it is, and its spec and provenance as JSON."""
+    found: dict[tuple[Any, str], dict[str, Any]] = {}
+    for run in runs:
+        config = run.config
+        view = config["view"]
+        key = _view_key(run)
+        if key in found:
+            continue
+        splits, source = config["splits"], view.get("source") or {}
+        pixels = is_pixels(run)
+        facts = {
+            "view": view["label"],
+            "seen by": ", ".join(dict.fromkeys(each.head for each in runs if _view_key(each) == key)),
+            f"fingerprint of the {'pixels' if pixels else 'features'}": view.get("fingerprint"),
+            "backbone": None if pixels else _backbone(config["provenance"]),
+            "weights": None if pixels else "random: never trained" if view["untrained"] else "trained",
+            "licence of the weights": None if view["untrained"] else config["provenance"].get("licence"),
+            "data": source.get("data"),
+            "splits": splits.get("how"),
+            "images": " · ".join(f"{name} {n:,}" for name, n in (splits.get("images") or {}).items()),
+            "the test images": f"BLAKE2b-128 of their digests: {splits['digest']}",
+            "versions": " · ".join(f"{k} {v}" for k, v in (config.get("versions") or {}).items()),
+            "made": config["created"][:19].replace("T", " "),
+        }
+        found[key] = {
+            "label": view["label"],
+            "facts": [(name, value) for name, value in facts.items() if value],
+            "extract": extract_command(run),
+            "spec": _json(config["spec"]),
+            "provenance": _json(config["provenance"]),
+        }
+    return list(found.values())
+
+
+def _view_key(run: Run) -> tuple[Any, str]:
+    return run.config["view"].get("fingerprint"), run.config["view"]["label"]
+
+
+def _backbone(provenance: dict[str, Any]) -> str:
+    parts = [provenance.get(key) for key in ("backbone", "id", "revision")]
+    return " · ".join(dict.fromkeys(str(part) for part in parts if part))
+
+
+def _json(record: Any) -> str:
+    return json.dumps(record, indent=1, ensure_ascii=False, sort_keys=True)

@@ -1,0 +1,449 @@
+"""Run: load, check, list; what made it, as words.
+
+A run: one trained head with everything that says how it came about, as a folder.
+
+    runs/<view>-<head>-<n>/
+      config.json       settings, view, spec, task, splits in numbers, calibration, versions
+      metrics.json      all measures of val, test and the controls; an undefined one is null
+      metrics.csv       the same as model, split, class, metric, value
+      history.csv       a line per epoch
+      predictions.csv   val and test: id, split, label, what it was called, calibrated probabilities
+      splits.csv        every row of the view; train-head --splits takes it
+      answers.safetensors  raw logits of val and test with rows, labels, digests, clusters: what intervals are made of
+      head.safetensors  the state dict; with zscore also standardize.mean and standardize.std
+      backbone/         of a backbone that was tuned: what `extract` takes; head.safetensors is then the classifier
+      curves.png  confusion.png  roc.png
+
+Everything is written into a folder beside, whose name begins with a dot, and renamed at the end: a folder with a run's
+name is a finished run.
+
+Reading the records of a run folder, which may be somebody else's: bounded, and of the form that ours have.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import os
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from featurecache.errors import BadOption, CacheError, FeatureCacheError, RunError
+from featurecache.files.atomic import open_regular
+from featurecache.files.records import read_record
+from featurecache.formatting import text_of
+from featurecache.store.schema import MAX_VALUES, TASKS
+from heads.metrics.calibration import Calibration
+from heads.metrics.classification import METRICS
+from heads.models.catalogue import load_baseline, load_head
+from heads.models.common import Input, pieces
+from heads.models.finetune import load_finetuned
+from heads.pixel_view import PixelView, _dataset
+from heads.settings import STANDARDIZE, Settings
+from heads.task import SPLITS, Predictions, Standardize
+
+if TYPE_CHECKING:
+    from featurecache.images.preprocessing import Preprocess
+    from featurecache.sources.base import Dataset
+
+_DTYPES = {"rows": np.int64, "clusters": np.int64, "digests": np.uint8, "logits": np.float64}
+
+
+def read_answers(run: Run, split: str) -> Predictions:
+    """``run.answers``: the tensors of one split, checked against each other and against splits.csv."""
+    tensors = read_tensors(run.path / "answers.safetensors")
+    ids = read_ids(run.path / "splits.csv")
+    found = {name: tensors[key].numpy() for name in (*_DTYPES, "labels") if (key := f"{split}.{name}") in tensors}
+    if len(found) < 5 or not _fit(found, run, len(ids)):
+        raise RunError(
+            f"{run.path / 'answers.safetensors'} does not fit the run: what it says of {split} is not whole."
+        )
+    raw = found["logits"]
+    return Predictions(
+        [ids[i] for i in found["rows"]], np.array([row.tobytes().hex().encode() for row in found["digests"]], "S32"),
+        found["clusters"], bool(run.config["splits"].get("grouped")), found["labels"], raw, run.calibration(raw),
+    )  # fmt: skip
+
+
+def _fit(found: dict[str, np.ndarray], run: Run, ids: int) -> bool:
+    rows, y, classes = found["rows"], found["labels"], len(run.classes)
+    n = len(rows) if rows.ndim else -1
+    many = run.task == "multilabel"
+    shapes = {"rows": (n,), "clusters": (n,), "digests": (n, 16), "logits": (n, classes)}
+    return (
+        all(found[name].shape == shape and found[name].dtype == _DTYPES[name] for name, shape in shapes.items())
+        and (y.shape, y.dtype) == (((n, classes), np.float32) if many else ((n,), np.int64))
+        and bool(((rows >= 0) & (rows < ids)).all())
+        and (many or bool(((y >= 0) & (y < classes)).all()))
+    )
+
+
+def is_of_pixels(output: str) -> bool:
+    """Whether an output is that of a network from pixels: the images themselves."""
+    return output.startswith("pixels-")
+
+
+def name_of(head: str, output: str) -> str:
+    """``large on tokens``; of a network from pixels its name and theirs: ``cnn-cifar at 32 px``."""
+    side = output.removeprefix("pixels-")
+    return f"{head} on {output}" if side == output else f"{head} at {side} px"
+
+
+def pixels_of(run: Run, data: Any = None, *, progress: bool = False) -> PixelView:
+    """The images of a run on pixels, or ``data``, prepared as the run has it; RunError where that cannot be."""
+    preprocess = preprocess_of(run)
+    return PixelView(source_of(run) if data is None else _dataset(data), preprocess, progress=progress)
+
+
+def source_of(run: Run) -> Dataset:
+    """The images that a run on pixels was made of; RunError where they are gone."""
+    from featurecache.sources import reopen
+
+    try:
+        return reopen(run.config["view"].get("source") or {})
+    except (FeatureCacheError, KeyError, TypeError) as error:
+        raise RunError(f"the images of {run.path} cannot be had: {error}") from error
+
+
+def preprocess_of(run: Run) -> Preprocess:
+    """How a run on pixels resizes; RunError where its config is damaged."""
+    from featurecache.images.preprocessing import Preprocess
+
+    record = run.config["spec"].get("preprocess")
+    try:
+        return Preprocess.from_dict({key: value for key, value in record.items() if key != "decoding"})
+    except (FeatureCacheError, TypeError, AttributeError) as error:
+        raise RunError(f"{run.path} is damaged: it does not say how its images were resized ({error}).") from error
+
+
+def is_pixels(run: Run) -> bool:
+    return run.config["spec"].get("kind") == "pixels"
+
+
+_WORDS_OF = {"balance": "--no-balance"}  # flags that are on unless said otherwise
+
+
+def option_words(settings: dict[str, Any], published: dict[str, Any] | None = None) -> list[str]:
+    """The options of training that differ from their defaults, or from what was ``published`` of a network, as words of
+    a command line."""
+    words: list[str] = []
+    for field in fields(Settings):
+        value = settings.get(field.name, field.default)
+        usual = (published or {}).get(field.name, field.default)
+        if published is not None and field.name == "augment" and value is None and usual is not None:
+            value = "none"
+        if field.name in ("head", "output", "device") or value is None or value == usual:
+            continue
+        name = _WORDS_OF.get(field.name, f"--{field.name.replace('_', '-')}")
+        if isinstance(value, bool):
+            words.append(name if value != field.default else name.replace("--no-", "--"))
+        elif field.name == "only" and value:
+            words += [name, ",".join(value)]
+        elif isinstance(value, list | tuple):
+            words += [word for part in value for word in (name, str(part))]
+        else:
+            words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
+
+
+def view_word(label: str, path: str | Path) -> str:
+    """How --features names a view: its label, or where it lies in no default cache its path."""
+    from featurecache.store.store import cache_folder
+
+    return label if Path(path).parent.parent.resolve() == cache_folder().resolve() else str(path)
+
+
+def source_words(source: dict[str, Any]) -> list[str]:
+    """Images as --data, --column and --task name them."""
+    from featurecache.store.view import source_options
+
+    return [str(word) for option in source_options(source) for word in option]
+
+
+def hash_of(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+BACKBONE = "backbone"
+NEEDED = (
+    "config.json",
+    "metrics.json",
+    "metrics.csv",
+    "history.csv",
+    "predictions.csv",
+    "splits.csv",
+    "answers.safetensors",
+    "head.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read from its folder."""
+
+    path: Path
+    config: dict[str, Any]
+    metrics: dict[str, Any]  # "val", "test": measures by name; "controls": list of the same
+    history: list[dict[str, float]]
+    trust_code: bool = False
+
+    @property
+    def head(self) -> str:
+        return self.config["head"]
+
+    @property
+    def output(self) -> str:
+        return self.config["view"]["output"]
+
+    @property
+    def task(self) -> str:
+        return self.config["task"]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.config["classes"])
+
+    @property
+    def positive(self) -> int | None:
+        """Index of the positive class of a binary task."""
+        if self.config["positive"] is None:
+            return None
+        if self.config["positive"] not in self.classes:
+            raise RunError(f"{self.path} is damaged: its positive class is none of its classes.")
+        return self.classes.index(self.config["positive"])
+
+    @property
+    def untrained(self) -> bool:
+        return self.config["view"]["untrained"]
+
+    @property
+    def calibration(self) -> Calibration:
+        found = Calibration.from_dict(self.config["calibration"])
+        cuts = {"binary": 1, "multilabel": len(self.classes)}.get(self.task, 0)
+        if (len(found.correction), len(found.thresholds)) != (len(self.classes), cuts):
+            raise RunError(f"{self.path} is damaged: its calibration is not that of {len(self.classes)} classes.")
+        return found
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return read_tensors(self.path / "head.safetensors")
+
+    def answers(self, split: str) -> Predictions:
+        """Of "val" or "test"; raises RunError where the file does not fit the run."""
+        return read_answers(self, split)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The trained head. A ``python:`` head is code that the run only names: imported only when trusted."""
+        if self.head.startswith("python:") and not self.trust_code:
+            raise RunError(
+                f"The head of {self.path} is code of its own ({self.head}). If you trust that module, "
+                "load the run with trust_code=True."
+            )
+        state = {key: value for key, value in self._tensors.items() if not key.startswith("standardize.")}
+        view, settings = self.config["view"], self.config["settings"]
+        if self.config["spec"].get("kind") == "pixels":
+            return self._network(state)
+        grid = None if view.get("grid") is None else (view["grid"][0], view["grid"][1])
+        given = Input(tuple(view["shape"]), tuple(view.get("prefix") or ()), grid)
+        try:
+            return load_head(self.head, given, len(self.classes), state, gated=bool(settings.get("gated")))
+        except (BadOption, ValueError) as error:
+            raise RunError(f"{self.path / 'head.safetensors'} does not fit the head of config.json: {error}") from error
+
+    def _network(self, state: dict[str, torch.Tensor]) -> nn.Module:
+        """That of a baseline; of a backbone that was tuned and lies beside, ``state`` is the last layer alone."""
+        settings, size = Settings.from_dict(self.config["settings"]), self.config["view"]["shape"][-1]
+        folder = self.path / BACKBONE
+        try:
+            if folder.is_dir():
+                return load_finetuned(folder, state, classes=len(self.classes))
+            return load_baseline(
+                self.head, state, image_size=size, classes=len(self.classes), lora=settings.lora, rlrr=settings.rlrr
+            )
+        except (BadOption, ValueError) as error:
+            file = self.path / "head.safetensors"
+            raise RunError(f"{file} does not fit the network of config.json: {error}") from error
+
+    @property
+    def standardize(self) -> Standardize:
+        tensors = self._tensors
+        sizes = {tensors[key].shape for key in ("standardize.mean", "standardize.std") if key in tensors}
+        wanted = {(self.config["view"]["shape"][-1],)} if self.config["standardize"] == "zscore" else set()
+        if sizes != wanted or self.config["standardize"] not in STANDARDIZE:
+            raise RunError(f"{self.path} is damaged: its statistics of train do not fit its features.")
+        return Standardize(self.config["standardize"], tensors.get("standardize.mean"), tensors.get("standardize.std"))
+
+    @torch.no_grad()
+    def logits(self, features: torch.Tensor, device: str = "cpu") -> np.ndarray:
+        """Calibrated logits float64 [n, C] of features [n, ...] in storage dtype, or of images uint8 [n,3,h,w]."""
+        if not len(features):
+            return self.calibration(np.zeros((0, len(self.classes))))
+        model, parts = self.model.to(device), features.split(256 if features.ndim < 4 else pieces(features.shape[1:]))
+        z = [model(self.standardize(x.to(device).float())).cpu() for x in parts]
+        return self.calibration(torch.cat(z).double().numpy())
+
+
+def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
+    """Open a run folder; raises RunError where it is none or not whole. ``trust_code``: a ``python:`` head may be
+    imported."""
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"{path} is not a folder; a run is one, such as runs/chest-large-1. featurecache ls lists them.")
+    if missing := [name for name in NEEDED if not (path / name).is_file()]:
+        raise RunError(f"{path} is not a finished run: it has no {', '.join(missing)}. Train it again.")
+    if links := [name for name in NEEDED if (path / name).is_symlink()]:
+        raise RunError(f"{path} holds symbolic links ({', '.join(links)}); put the files themselves there.")
+    return Run(path, read_config(path), read_metrics(path), read_history(path), trust_code)
+
+
+def list_runs(folder: str | Path = "runs") -> list[Run]:
+    """The finished runs in a folder, by name; anything else in it is passed over."""
+    runs = []
+    for path in sorted(Path(folder).glob("*/config.json")):
+        if not path.parent.name.startswith("."):
+            try:
+                runs.append(load_run(path.parent))
+            except RunError:  # a folder of someone else's, or of another version; load_run on it says what is wrong
+                continue
+    return runs
+
+
+FORMAT = 1
+MOST = 1 << 28  # bytes of a record; a confusion matrix of 5,000 classes
+_VIEW = {"label": str, "path": str, "output": str, "shape": list, "untrained": bool}
+_CONFIG = {
+    "head": str, "view": dict, "task": str, "classes": list, "positive": (str, type(None)), "calibration": dict,
+    "standardize": str, "spec": dict, "provenance": dict, "parameters": int, "splits": dict, "chosen": dict,
+    "created": str, "settings": dict,
+}  # fmt: skip
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    config = _record(path / "config.json")
+    if config.get("format") != FORMAT:
+        raise RunError(f"{path} has run format {str(config.get('format'))[:40]}; this featurecache reads {FORMAT}.")
+    wrong = _wrong(config, _CONFIG) or [f"view {key}" for key in _wrong(config["view"], _VIEW)]
+    if not wrong:
+        found = {
+            "shape": _is_shape(config["view"]["shape"]),
+            "places of tokens": _are_places(config["view"]),
+            "classes": bool(config["classes"]) and all(isinstance(name, str) for name in config["classes"]),
+            "task": config["task"] in TASKS,
+            "chosen": config["chosen"].get("by") in (*METRICS, "loss"),
+            "splits": isinstance(config["splits"].get("digest"), str) and _are_leaks(config["splits"]),
+            "calibration": _is_calibration(config["calibration"]),
+        }
+        wrong = [name for name, fine in found.items() if not fine]
+    if wrong:
+        raise RunError(f"{path} is damaged: config.json has no proper {' and no '.join(wrong)}.")
+    return config
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    metrics = _record(path / "metrics.json")
+    controls = metrics.get("controls")
+    parts = [metrics, *controls] if isinstance(controls, list) else [None]
+    if not all(isinstance(part, dict) and all(_is_measured(part.get(s)) for s in ("val", "test")) for part in parts):
+        raise RunError(f"{path} is damaged: metrics.json does not hold the measures of val, test and the controls.")
+    val, test = metrics["val"], metrics["test"]
+    shown = {name for name in METRICS if name in (test or {})} | {"nll"}
+    named = all(not _wrong(control, {"name": str, "note": (str, type(None))}) for control in controls or [])
+    if not named or val is None or test is None or not shown <= set(val):
+        raise RunError(f"{path} is damaged: metrics.json does not name what it measured.")
+    return metrics
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """A record an epoch. Raises RunError."""
+    file = path / "history.csv"
+    try:
+        with open_regular(file) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            lines = handle.read(MOST + 1).decode("utf-8").splitlines() if size <= MOST else []
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
+    except (OSError, ValueError, TypeError, csv.Error, CacheError) as error:
+        raise RunError(f"{path} is damaged: {error}.") from error
+    if not rows or not all({"epoch", "val_loss", "best"} <= row.keys() for row in rows):
+        raise RunError(f"{path} is damaged: history.csv holds no epochs.")
+    return rows
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise RunError(f"{file} is damaged ({error}).") from error
+
+
+def read_ids(file: Path) -> list[str]:
+    """The ids of a run's splits.csv: one for every row of the view, in its order."""
+    try:
+        with open_regular(file) as handle:
+            lines = handle.read(MOST).decode("utf-8")
+        return [text_of(row["id"]) for row in csv.DictReader(io.StringIO(lines, newline=""), strict=True)]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error, CacheError) as error:
+        raise RunError(f"{file} is damaged: {error}.") from error
+
+
+def _record(file: Path) -> dict[str, Any]:
+    try:
+        return read_record(file, MOST)
+    except CacheError as error:
+        raise RunError(f"{file.parent} is damaged: {error}") from error
+
+
+def _wrong(record: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
+    return [key for key, kind in kinds.items() if not isinstance(record.get(key), kind) or key not in record]
+
+
+def _is_shape(shape: list[Any]) -> bool:
+    return 1 <= len(shape) <= 3 and all(type(n) is int and n > 0 for n in shape) and math.prod(shape) <= MAX_VALUES
+
+
+def _are_places(view: dict[str, Any]) -> bool:
+    """Prefix and grid of tokens; runs of before have neither."""
+    prefix, grid = view.get("prefix") or [], view.get("grid")
+    fine = isinstance(prefix, list) and len(prefix) < 1000 and all(isinstance(word, str) for word in prefix)
+    return fine and (
+        grid is None
+        or (isinstance(grid, list) and len(grid) == 2 and all(type(n) is int and 0 < n < 1 << 20 for n in grid))
+    )
+
+
+def _is_calibration(record: dict[str, Any]) -> bool:
+    lists = [record.get("correction"), record.get("thresholds"), [record.get("temperature")]]
+    fine = all(isinstance(v, list) and all(type(n) in (int, float) for n in v) for v in lists)
+    return fine and record["temperature"] > 0
+
+
+def _are_leaks(splits: dict[str, Any]) -> bool:
+    """What a table says of images and groups in two splits; runs of before have neither."""
+    leaks, dropped = splits.get("leaks", []), splits.get("dropped") or {"train": 0, "val": 0}
+    fine = isinstance(leaks, list) and all(isinstance(leak, dict) for leak in leaks) and isinstance(dropped, dict)
+    return (
+        fine
+        and all(leak.get("kind") in ("image", "group") and type(leak.get("count")) is int for leak in leaks)
+        and all(leak.get("splits") in ([a, b] for a, b in combinations(SPLITS, 2)) for leak in leaks)
+        and all(type(dropped.get(name)) is int for name in ("train", "val"))
+    )
+
+
+def _is_measured(measured: Any) -> bool:
+    """Measures by name; those that a table shows are numbers, or undefined."""
+    if measured is None:
+        return True
+    shown = [measured[name] for name in METRICS if name in measured] if isinstance(measured, dict) else [""]
+    return all(value is None or type(value) in (int, float) for value in shown)

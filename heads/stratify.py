@@ -1,0 +1,145 @@
+"""Dealing rows out: into shares, folds and nested fractions, at random by a seed, stratified, units whole.
+
+Rows that share a group or a digest form a *unit*: it is in one part, or not at all.
+
+Notation: N rows, U units, S parts, C classes or labels. Part s wants share_s · n_c rows of class c.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def connected_units(digests: np.ndarray, groups: list[str] | None) -> np.ndarray:
+    """int [N]: rows with one number share a digest or a group, directly or through others. Group "" is none."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n = len(digests)
+    images = np.unique(digests, return_inverse=True)[1].reshape(-1)
+    links = [(np.arange(n), n + images)]
+    nodes = n + (images.max(initial=-1) + 1)
+    if groups is not None:
+        names, of = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+        rows = np.flatnonzero(np.asarray(groups, dtype=str) != "")
+        links.append((rows, nodes + of.reshape(-1)[rows]))
+        nodes += len(names)
+    start, end = np.concatenate([a for a, _ in links]), np.concatenate([b for _, b in links])
+    graph = coo_array((np.ones(len(start), dtype=np.int8), (start, end)), shape=(nodes, nodes))
+    return connected_components(graph, directed=False)[1][:n]
+
+
+def stratified_parts(
+    labels: np.ndarray, units: np.ndarray, shares: np.ndarray, seed: int, stream: tuple[int, ...] = (0,)
+) -> np.ndarray:
+    """int [N]: the part of every row, units whole, stratified; multi-label [N, L] by iterative stratification.
+
+    ``stream``: what is drawn for another purpose is drawn independently."""
+    rng = np.random.default_rng([seed, *stream])
+    if labels.ndim == 2:
+        return _draw_multilabel(labels == 1, units, shares, rng)
+    return _draw_classes(labels, units, shares, rng)
+
+
+def _draw_classes(labels: np.ndarray, units: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Units of several rows first, largest first, each to the part that lacks its classes most; then row by row
+    what is still wanted of every class, the fractions carried from class to class so that the totals fit too."""
+    totals = np.bincount(labels)
+    want = shares[:, None] * totals  # [S, C]
+    part = np.zeros(len(labels), dtype=np.int64)
+    _, unit, size = np.unique(units, return_inverse=True, return_counts=True)
+    several = np.flatnonzero(size > 1)
+    for rows in _members(unit, several, size, rng):
+        counts = np.bincount(labels[rows], minlength=len(totals))
+        chosen = int(np.argmax(want @ (counts / np.maximum(totals, 1))))
+        part[rows] = chosen
+        want[chosen] -= counts
+    carry = np.zeros(len(shares))
+    single = size[unit.reshape(-1)] == 1
+    for c in range(len(totals)):
+        rows = rng.permutation(np.flatnonzero(single & (labels == c)))
+        part[rows] = np.repeat(np.arange(len(shares)), _share_out(len(rows), want[:, c], carry))
+    return part
+
+
+def _members(unit: np.ndarray, chosen: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """The rows of the chosen units, largest unit first, equal ones in random order."""
+    order = np.argsort(unit.reshape(-1), kind="stable")
+    starts = np.concatenate([[0], np.cumsum(size)])
+    shuffled = rng.permutation(chosen)
+    shuffled = shuffled[np.argsort(-size[shuffled], kind="stable")]
+    return [order[starts[u] : starts[u + 1]] for u in shuffled]
+
+
+def _share_out(n: int, want: np.ndarray, carry: np.ndarray) -> np.ndarray:
+    """int [S] with sum n in proportion to ``want``; ``carry`` keeps what rounding owes each part (changed in place)."""
+    want = np.maximum(want, 0)
+    exact = n * want / want.sum() if want.sum() > 0 else n * np.eye(len(want))[0]
+    given = np.floor(exact + 1e-9).astype(int)
+    owed = exact - given + carry
+    given[np.argsort(-owed, kind="stable")[: n - given.sum()]] += 1
+    carry += exact - given
+    return given
+
+
+def _draw_multilabel(
+    positive: np.ndarray, units: np.ndarray, shares: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Sechidis, Tsoumakas & Vlahavas (2011), algorithm 1, on units: the rarest label left is dealt out first, each
+    unit to the part that still wants most of it; ties go to the part that still wants most rows. (The package
+    iterative-stratification deals single rows, which would tear units apart.)"""
+    _, unit, size = np.unique(units, return_inverse=True, return_counts=True)
+    unit = unit.reshape(-1)
+    counts = np.zeros((len(size), positive.shape[1]))
+    np.add.at(counts, unit, positive)
+    want, want_rows = shares[:, None] * counts.sum(0), shares * len(positive)
+    part = np.full(len(size), -1)
+
+    def give(u: int, label: int | None) -> None:
+        wish = want_rows if label is None else want[:, label]
+        s = max(range(len(shares)), key=lambda s: (wish[s], want_rows[s]))
+        part[u] = s
+        want[s] -= counts[u]
+        want_rows[s] -= size[u]
+
+    order = rng.permutation(len(size))
+    order = order[np.argsort(-size[order], kind="stable")]
+    while (left := (counts[part < 0] > 0).sum(0)).any():
+        label = int(np.argmin(np.where(left > 0, left, np.iinfo(np.int64).max)))
+        for u in order[(part[order] < 0) & (counts[order, label] > 0)]:
+            give(u, label)
+    for u in order[part[order] < 0]:
+        give(u, None)
+    return part[unit]
+
+
+def nested_fraction(labels: np.ndarray, units: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """bool [N]: about ``fraction`` of the rows of every class; what 0.01 keeps is among what 0.1 keeps.
+
+    Every unit lies in the stratum of its rarest class (multi-label: rarest positive label), units of a stratum in
+    random order. One is kept where, with m rows of it before and s its own, m + o·s <= fraction · (rows of the
+    stratum); the offsets o lie evenly in (0, 1), one for each stratum, so that what rounding takes from one class it
+    gives to another. The first unit of a stratum is always kept.
+    """
+    rng = np.random.default_rng([seed, 6])
+    _, unit = np.unique(units, return_inverse=True)
+    unit = unit.reshape(-1)
+    stratum, size = _strata(labels, unit), np.bincount(unit)
+    kept = np.zeros(len(size), dtype=bool)
+    names = np.unique(stratum)
+    offsets = (rng.permutation(len(names)) + 0.5) / len(names)
+    for name, offset in zip(names, offsets, strict=True):
+        members = rng.permutation(np.flatnonzero(stratum == name))
+        rows = size[members]
+        kept[members] = np.cumsum(rows) - rows + offset * rows <= fraction * rows.sum() + 1e-9
+        kept[members[0]] = True
+    return kept[unit]
+
+
+def _strata(labels: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """int [U]: the class of every unit that has fewest rows in all; -1 where it has none (no positive label)."""
+    there = labels == 1 if labels.ndim == 2 else labels[:, None] == np.arange(labels.max(initial=0) + 1)  # [N, C]
+    has = np.zeros((unit.max(initial=-1) + 1, there.shape[1]), dtype=bool)
+    np.logical_or.at(has, unit, there)
+    rare_first = np.argsort(there.sum(0), kind="stable")
+    return np.where(has.any(1), rare_first[has[:, rare_first].argmax(1)], -1)

@@ -1,0 +1,258 @@
+"""TrainingJob: features, splits, model, memory, before anything is trained.
+
+What a training is before it begins: the task, the output, the splits and the features, with every mistake named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from featurecache.errors import BadOption, NotInCache
+from featurecache.files.records import canonical_json
+from heads.metrics.classification import METRICS
+from heads.models.catalogue import head_info, make_head, make_network, shape_of_network
+from heads.models.common import Input, count_parameters, pieces
+from heads.pixel_view import PixelView
+from heads.settings import VARIED, Settings
+from heads.splits import Splits, choose_splits, dropped_sentence
+from heads.task import Say, SplitData, Standardize, Task, load_features, memory_for_features, task_of
+from heads.training.engine import fixed_vectors
+
+if TYPE_CHECKING:
+    from featurecache.backbones.base import Backbone
+    from heads.task import FeatureView
+
+
+def images_of(job: TrainingJob) -> str:
+    """One word for the images of a job with labels and splits, in the order of their rows, which is that of batches."""
+    view, task, names = job.view, job.task, job.divided.names
+    used = np.flatnonzero(names != "")
+    hashed = hashlib.blake2b(canonical_json([task.kind, task.classes, task.positive]).encode(), digest_size=16)
+    parts = [np.asarray(view.digests)[used], np.ascontiguousarray(task.labels[used]), names[used].astype("S5")]
+    if view.versions is not None:
+        hashed.update(canonical_json(view.augmented.to_dict() if view.augmented else None).encode())
+        parts.append(np.asarray(view.copies(used)))
+    for part in parts:
+        hashed.update(part.tobytes())
+    return hashed.hexdigest()
+
+
+VECTORS = ("cls", "pooler", "gap", "vector")  # what a head on vectors takes, the first that the view has
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What heads that are trained together have in common; everything the user can have mistaken is checked."""
+
+    view: FeatureView
+    settings: Settings
+    output: str
+    task: Task
+    divided: Splits
+    begun: Backbone | None = None  # what the one network of `finetune:` begins from, loaded before the images were
+
+    @property
+    def input(self) -> Input:
+        info = self.view.info(self.output)
+        return Input(tuple(info.shape), tuple(info.prefix or ()), info.grid)
+
+
+def prepare(view: FeatureView | str | Path, settings: Settings, divided: Splits | None = None) -> TrainingJob:
+    """The task, the output and the splits of a training, checked. ``divided``: splits that are given from elsewhere."""
+    if isinstance(view, str | Path):
+        from featurecache.store.write_view import open_view
+
+        view = open_view(view)
+    output = choose_output(view, settings.head, settings.output)
+    task = task_of(view, classes=settings.classes, only=settings.only, positive=settings.positive)
+    if settings.pos_weight and not task.multilabel:
+        raise BadOption("--pos-weight is for multi-label data; classes that exclude each other have balanced batches.")
+    if settings.class_weights and task.multilabel:
+        raise BadOption("--class-weights is for classes that exclude each other; multi-label data have --pos-weight.")
+    if settings.sensitivity is not None and task.kind not in ("binary", "multilabel"):
+        raise BadOption(
+            f"--sensitivity sets a threshold, and of {len(task.classes)} classes the most probable is called without "
+            "one. It is for two classes, or for labels beside each other."
+        )
+    if settings.precision == "bf16" and settings.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise BadOption("--precision bf16: this CPU has no fast products in bf16. Leave it out: fp32 is exact.")
+    _check_solved(settings)
+    divided = divided or splits_for(view, task, settings)
+    job = TrainingJob(view, settings, output, task, divided)
+    if not isinstance(view, PixelView):
+        make_model(job, settings)  # says at once that a head and an output do not fit
+    return job
+
+
+def _check_solved(settings: Settings) -> None:
+    """A solved head takes no option of stepping: one that did nothing would look as if it did."""
+    if not head_info(settings.head).solved:
+        return
+    plain = Settings(settings.head)
+    for name in (*VARIED, "epochs", "batch_size", "precision", "pos_weight", "gated"):
+        if name != "seed" and getattr(settings, name) != getattr(plain, name):
+            raise BadOption(
+                f"--{name.replace('_', '-')} is for heads that are trained in steps; {settings.head} is solved."
+            )
+
+
+def splits_for(view: FeatureView, task: Task, settings: Settings) -> Splits:
+    """The protocol's splits of a view for these settings."""
+    return choose_splits(
+        view, task, split_seed=settings.split_seed, resplit_val=settings.resplit_val, file=settings.splits,
+        train_per_class=settings.train_per_class, drop_leaks=settings.drop_leaks, fraction=settings.fraction,
+        fold=None if settings.folds is None or settings.fold is None else (settings.fold, settings.folds),
+    )  # fmt: skip
+
+
+def make_model(job: TrainingJob, settings: Settings, generator: torch.Generator | None = None) -> nn.Module:
+    classes = len(job.task.classes)
+    if isinstance(job.view, PixelView):
+        return make_network(settings, job.input.shape[1], classes, generator, job.begun)
+    return make_head(settings.head, job.input, classes, generator, dropout=settings.dropout, gated=settings.gated)
+
+
+def choose_output(view: FeatureView, head: str, output: str | None) -> str:
+    """The output a head trains on: the one asked for, or the one it was made for."""
+    takes = head_info(head).takes
+    if isinstance(view, PixelView):
+        if takes != "pixels":
+            raise BadOption(f"{head} is a head on features; {view.label} holds images. train-head trains it on a view.")
+        return view.output
+    if takes == "pixels":
+        raise BadOption(f"{head} is trained from pixels: featurecache train-baseline --arch {head}")
+    if output is not None:
+        if "/" in output or "\\" in output:
+            raise BadOption(
+                f"--output {output} looks like a path; --output names features (cls, tokens, …). Did you mean --out?"
+            )
+        view.info(output)  # raises with the command that stores it
+        return output
+    if takes != "vector":
+        view.info("tokens")
+        return "tokens"
+    for name in VECTORS:
+        if _offers(view, name):
+            return name
+    raise NotInCache(
+        f"{view.label} holds {', '.join(view.outputs)} and no vector for {head}. "
+        "--output chooses another, such as mean."
+    )
+
+
+def _offers(view: FeatureView, output: str) -> bool:
+    try:
+        view.info(output)
+    except NotInCache:
+        return False
+    return True
+
+
+def describe(job: TrainingJob, say: Say) -> None:
+    """What is trained on what, before it is."""
+    size = "×".join(str(n) for n in job.input.shape)
+    kind = "images  " if isinstance(job.view, PixelView) else "features"
+    say(f"{kind}   {job.view.label} {job.output} [{size}]")
+    say(f"splits     {split_line(job.divided)} ({job.divided.how})")
+    if (copies := versions_in(job.view) - 1) > 0:
+        say(f"copies     {copies} augmented of each training image; each epoch shows one of the {copies + 1}")
+    if job.divided.dropped is not None:
+        say(f"leaks      {dropped_sentence(job.divided.dropped)}")
+    for warning in job.divided.warnings:
+        say(f"warning    {warning}")
+    if job.settings.augment:
+        say(f"augment    {job.settings.augment}, drawn anew for every image of every batch")
+    say(f"{'network ' if isinstance(job.view, PixelView) else 'head    '}   {_head_line(job)}")
+
+
+def split_line(divided: Splits) -> str:
+    return " · ".join(f"{name} {len(divided.rows(name)):,}" for name in ("train", "val", "test"))
+
+
+def _head_line(job: TrainingJob) -> str:
+    settings, task, info = job.settings, job.task, head_info(job.settings.head)
+    select = "loss" if settings.select == "loss" else METRICS[settings.select].title
+    macro = "macro " if settings.select in ("auroc", "ap") and task.kind != "binary" else ""
+    kind = settings.standardize or info.standardize
+    scaled = "" if kind == "none" else f"; {kind} by train"
+    if info.solved:
+        return f"{settings.head}: solved{scaled}; chosen by {macro}{select} on val"
+    decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
+    optimizer = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD with momentum 0.9,"}[settings.optimizer]
+    schedule = "" if settings.schedule == "constant" else f", {settings.schedule}"
+    dropped = "" if settings.dropout is None else f"; dropout {settings.dropout:g}"
+    smoothed = f"; labels smoothed by {settings.label_smoothing:g}" if settings.label_smoothing else ""
+    weighted = "; positives weighted" if settings.pos_weight else "; classes weighted" if settings.class_weights else ""
+    balanced = "balanced " if settings.balanced(task.multilabel) else ""
+    bf16 = "; products in bf16" if settings.precision == "bf16" else ""
+    if isinstance(job.view, PixelView):
+        model = shape_of_network(settings, job.input.shape[1], len(task.classes))
+    else:
+        model = make_model(job, settings)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    partly = f", of which {trained:,} are trained" if trained < count_parameters(model) else ""
+    return (
+        f"{settings.head}: {count_parameters(model):,} parameters{partly}; {balanced}batches of "
+        f"{settings.batch_size}{weighted}{dropped}{smoothed}; {optimizer} {settings.lr:g}{schedule}{decay}{scaled}"
+        f"{bf16}; chosen by {macro}{select} on val"
+    )
+
+
+class TrainingData:
+    """The features of a job: train and val at once, test when it is asked for."""
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.job = job
+        self.resident, self.window = memory_plan(job)
+        kind = job.settings.standardize or head_info(job.settings.head).standardize
+        train = self._load("train", None, copies=True)
+        plain = replace(train, scale=Standardize())
+        self.train = replace(train, scale=Standardize.fitted(kind, plain.chunks))
+        self.val = self._load("val", self.train.scale)
+
+    def _load(self, split: str, scale: Standardize | None, copies: bool = False) -> SplitData:
+        job, rows = self.job, self.job.divided.rows(split)
+        found = load_features(job.view, job.output, rows, job.task.labels, scale, resident=self.resident, copies=copies)
+        if isinstance(job.view, PixelView):
+            return replace(found, piece=pieces(job.input.shape), device=job.settings.device)
+        return found
+
+    def all_of_train(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [N·V, ...] scaled, and their labels: augmented copies are images like others to a solver."""
+        places = torch.arange(len(self.train) * self.train.versions)
+        parts = [self.train.batch(part) for part in places.split(4096)]
+        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+    def given_to(self, model: nn.Module) -> tuple[SplitData, SplitData]:
+        """Train and val as training sees them: the vectors of a head that only sees tokens through some fixed vector
+        are computed once, and it is trained as the linear head it is on these."""
+        vectors = fixed_vectors(model)
+        return (self.train, self.val) if vectors is None else (self.train.mapped(vectors), self.val.mapped(vectors))
+
+    def test(self) -> SplitData:
+        return self._load("test", self.train.scale)
+
+
+def memory_plan(job: TrainingJob) -> tuple[bool, int | None]:
+    """Whether the features fit into the budget, and else how many rows may be in use at once. Images are where they
+    are, and any of them are quickly had."""
+    if isinstance(job.view, PixelView):
+        return False, None
+    info, names = job.view.info(job.output), job.divided.names
+    row = math.prod(info.shape) * np.dtype(info.dtype).itemsize
+    rows = int((names == "train").sum()) * versions_in(job.view) + int(np.isin(names, ("val", "test")).sum())
+    budget = memory_for_features() if job.settings.ram is None else int(job.settings.ram * 1e9)
+    return (True, None) if rows * row <= budget else (False, max(job.settings.batch_size, budget // row))
+
+
+def versions_in(view: FeatureView) -> int:
+    """1, and the augmented copies of each training image."""
+    return 1 if view.versions is None else view.copies(np.zeros(0, np.int64)).shape[1]

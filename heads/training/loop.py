@@ -1,0 +1,195 @@
+"""Training K heads together: shared batches, and for each head its own schedule, early stopping and best epoch on val.
+
+A head that is no better on val for ``patience`` epochs leaves; the others go on without its cost. What a head becomes
+does not depend on what it is trained with.
+
+Notation: K heads, E epochs, n rows of val, C classes or labels, z logits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from featurecache.errors import BadOption, ProtocolError
+from heads.metrics import classification
+from heads.metrics import classification as ev
+from heads.metrics.calibration import thresholds
+from heads.metrics.classification import METRICS
+from heads.settings import Settings
+from heads.task import SplitData, Task
+from heads.training.batches import BalancedBatches, PlainBatches, sample_versions
+from heads.training.engine import SequentialTrainer, StackedTrainer, run_epoch
+
+PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_LEAST = 0.5, 3, 1e-4  # epochs; torch's ReduceLROnPlateau, its threshold
+Said = Callable[[int, dict[str, float], bool], None]  # head, the line of its history, whether it stops here
+
+
+class CheckpointStore(Protocol):
+    """`heads.training.network.Checkpoint`."""
+
+    def save(self, heads: StackedTrainer | SequentialTrainer, trained: TrainedState, epoch: int) -> None: ...
+
+    def restore(self, heads: StackedTrainer | SequentialTrainer, trained: TrainedState) -> int: ...
+
+
+class Schedule:
+    """The learning rate of a head in epoch e of E, from 1: ``constant``; ``cosine``: lr (1 + cos(pi (e - 1) / E)) / 2;
+    ``plateau``: halved when the loss on val was not better by a ten-thousandth for more than 3 epochs."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.kind, self.lr, self.epochs = settings.schedule, settings.lr, settings.epochs
+        self.best, self.bad = math.inf, 0
+
+    def rate(self, epoch: int) -> float:
+        if self.kind == "cosine":
+            return self.lr * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
+        return self.lr
+
+    def after(self, val_loss: float) -> None:
+        if self.kind != "plateau":
+            return
+        if val_loss < self.best * (1 - PLATEAU_LEAST):
+            self.best, self.bad = val_loss, 0
+        else:
+            self.bad += 1
+        if self.bad > PLATEAU_PATIENCE:
+            self.lr, self.bad = self.lr * PLATEAU_FACTOR, 0
+
+
+@dataclass
+class TrainedState:
+    """One head's way: the state of its best epoch on val, a line per epoch, seconds of its share of the work."""
+
+    settings: Settings
+    schedule: Schedule
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    failed: ProtocolError | None = None
+    best: tuple[float, float] = (-math.inf, -math.inf)
+
+
+def train_heads(
+    heads: StackedTrainer | SequentialTrainer, settings: Sequence[Settings], data: SplitData, held: SplitData,
+    corrections: Sequence[np.ndarray], task: Task, *, window: int | None = None, said: Said | None = None,
+    keeper: CheckpointStore | None = None,
+) -> list[TrainedState]:  # fmt: skip
+    """``corrections``: what is added to each head's logits [C] before val is judged. A head whose outputs are not
+    finite any more ends with ``failed``; the others go on. ``keeper``: where one network is kept after every epoch, and
+    what it goes on from."""
+    first = settings[0]
+    batches = _batches(first, data, task, window)
+    versions = np.random.default_rng([first.split_seed, 3])
+    trained = [TrainedState(each, Schedule(each)) for each in settings]
+    active = list(range(len(settings)))
+    done = keeper.restore(heads, trained[0]) if keeper else 0
+    for _ in range(done):
+        batches.epoch()
+    for epoch in range(done + 1, first.epochs + 1):
+        begin = time.perf_counter()
+        rates = [trained[k].schedule.rate(epoch) for k in active]
+        heads.rates(rates)
+        order = batches.epoch()
+        losses = run_epoch(heads, data, order if data.versions == 1 else _versions(order, data, versions))
+        z = heads.logits(held)
+        seconds = (time.perf_counter() - begin) / len(active)
+        staying = []
+        for place, k in enumerate(active):
+            lines = {"epoch": epoch, "lr": rates[place], "train_loss": float(losses[place]), "seconds": seconds}
+            row, better = score_epoch(trained[k], lines, z[place] + corrections[k], held.y.numpy(), task)
+            if better:
+                trained[k].epoch, trained[k].state = epoch, heads.state(place)
+            stop = trained[k].failed is not None or 0 < first.patience <= epoch - trained[k].epoch
+            if said and row:
+                said(k, row, stop)
+            if not stop:
+                staying.append(place)
+                if keeper:
+                    keeper.save(heads, trained[k], epoch)
+        if not staying:
+            break
+        if len(staying) < len(active):
+            heads.leave(staying)
+            active = [active[place] for place in staying]
+    return trained
+
+
+def _batches(settings: Settings, data: SplitData, task: Task, window: int | None) -> BalancedBatches | PlainBatches:
+    if settings.balanced(task.multilabel):
+        return BalancedBatches(data.y.numpy(), settings.batch_size, settings.split_seed, window)
+    return PlainBatches(len(data), settings.batch_size, settings.split_seed, window)
+
+
+def _versions(order: list[torch.Tensor], data: SplitData, rng: np.random.Generator) -> list[torch.Tensor]:
+    return sample_versions(order, len(data), data.versions, rng)
+
+
+def score_epoch(
+    head: TrainedState, line: dict[str, float], z: np.ndarray, y: np.ndarray, task: Task
+) -> tuple[dict[str, float], bool]:
+    """Enter a line of the history with what val says of logits z [n, C]: the line, and whether it is the best so far.
+    Outputs that are not finite end the head: an empty line."""
+    settings, select = head.settings, head.settings.select
+    seconds = line.pop("seconds", 0.0)
+    head.seconds += seconds
+    if not (np.isfinite(z).all() and np.isfinite(line.get("train_loss", 0.0))):
+        head.failed = ProtocolError(
+            f"the head's outputs are not finite any more in epoch {line['epoch']}. A smaller --lr than "
+            f"{settings.lr:g} or --standardize zscore helps."
+        )
+        return {}, False
+    val_loss = ev.nll(task.kind, z, y)
+    value = selection_score(select, task, z, y)
+    head.schedule.after(val_loss)
+    goodness = (value if select != "loss" and METRICS[select].higher else -value, -val_loss)
+    if better := goodness > head.best:
+        head.best = goodness
+    row = line | {"val_loss": val_loss, f"val_{select}": value}
+    if not task.multilabel:
+        row["val_top1"] = float((z.argmax(1) == y).mean())
+    row |= {"best": int(better), "seconds": seconds}
+    head.history.append(row)
+    return row, better
+
+
+def selection_score(select: str, task: Task, z: np.ndarray, y: np.ndarray) -> float:
+    """The measure that chooses, on val; z [n, C] with prior correction, before any temperature."""
+    if select == "loss":
+        return ev.nll(task.kind, z, y)
+    if select == "auroc":
+        value = _auroc(task, z, y)
+    else:
+        cuts = thresholds(task.kind, ev.probabilities(task.kind, z), y, task.positive)
+        measured = ev.evaluate(task.kind, task.classes, z, y, positive=task.positive, cuts=cuts)
+        if select not in measured:
+            fitting = ", ".join(name for name in METRICS if name in measured)
+            raise BadOption(f"--select {select} is not measured for a {task.kind} task. Measures: loss, {fitting}.")
+        value = measured[select]
+    if np.isnan(value):
+        raise ProtocolError(
+            f"val {METRICS[select].title} is undefined: val lacks a class. --resplit-val draws a new val; "
+            "--select loss needs none."
+        )
+    return value
+
+
+def _auroc(task: Task, z: np.ndarray, y: np.ndarray) -> float:
+    """`evaluate`'s AUROC without the rest, which would take most of a small head's time."""
+    scores = ev.measure_scores(task.kind, z)
+    if task.kind == "binary":
+        assert task.positive is not None
+        return classification.auroc(scores[:, task.positive], y == task.positive)
+    if task.multilabel:
+        known = ~np.isnan(y)
+        each = [classification.auroc(scores[k, c], y[k, c] == 1) for c, k in enumerate(known.T)]
+    else:
+        each = [classification.auroc(scores[:, c], y == c) for c in range(z.shape[1])]
+    return classification.macro(np.array(each))

@@ -1,0 +1,298 @@
+"""The protocol: fit, choose on val, calibrate, read test once; what the run will say.
+
+Train heads on the features of a view, by the protocol: choice on val, test read once afterwards.
+
+A finished training as the run that will lie on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from featurecache.errors import ProtocolError
+from featurecache.store.timings import device_title
+from heads.evaluation.controls import all_controls
+from heads.metrics import classification as ev
+from heads.metrics.calibration import Calibration, calibrate
+from heads.metrics.classification import METRICS
+from heads.models.catalogue import head_info
+from heads.models.common import count_parameters
+from heads.models.solvers import SOLVERS, path_logits
+from heads.pixel_view import PixelView
+from heads.runs.write import RunContents
+from heads.settings import VARIED, Settings
+from heads.splits import class_counts
+from heads.task import Say, SplitData, Standardize, Task, clusters_of
+from heads.training.engine import logits_of, make_trainer, threads_for, work_of_a_step
+from heads.training.job import TrainingData, TrainingJob, make_model
+from heads.training.loop import CheckpointStore, Schedule, TrainedState, score_epoch, train_heads
+from heads.training.losses import loss_and_prior
+
+if TYPE_CHECKING:
+    from heads.task import FeatureView
+
+TIMED = 256  # images, at most, on which a head's time at prediction is measured
+OF_HISTORY = ("epoch", "best", "seconds")
+
+
+@dataclass
+class FittedHead:
+    """What training gave: the chosen head, its calibration, and all that is reported."""
+
+    settings: Settings
+    model: nn.Module
+    scale: Standardize
+    calibration: Calibration
+    history: list[dict[str, float]]
+    epoch: int  # the chosen one; of a solved head the place of the chosen setting in its path, from 1
+    metrics: dict[str, dict[str, Any]]
+    predictions: dict[str, tuple[np.ndarray, np.ndarray]]  # split -> rows of the view, raw logits float64 [n, C]
+    notes: list[str]
+    seconds: float
+    ms_per_image: float  # of the head alone
+    window: int | None  # rows in use at once where features were read from the shards
+
+    @property
+    def parameters(self) -> int:
+        return count_parameters(self.model)
+
+    @property
+    def seconds_to_best(self) -> float:
+        """Of training, up to the end of the epoch that was chosen; a solved head needs its whole path."""
+        if head_info(self.settings.head).solved:
+            return self.seconds
+        return sum(row["seconds"] for row in self.history[: self.epoch])
+
+
+def train_together(
+    job: TrainingJob, settings: Sequence[Settings], say: Say | None = None, keeper: CheckpointStore | None = None
+) -> list[FittedHead | ProtocolError]:
+    """One head for each of ``settings``, which differ from the job's in `VARIED` only; each is what it is alone. A head
+    whose outputs do not stay finite is the error that says so. ``keeper``: of one network, see `train_heads`."""
+    shared = {f: v for f, v in asdict(job.settings).items() if f not in VARIED}
+    assert all({f: asdict(each)[f] for f in shared} == shared for each in settings)
+    features = TrainingData(job)
+    found: dict[int, FittedHead | ProtocolError] = {}
+    with _threads(job, len(settings)):
+        for places in _same_batches(settings, job.task):
+            trained = _trained(job, [settings[k] for k in places], features, say or (lambda line: None), keeper)
+            found |= dict(zip(places, _judged(job, trained, features), strict=True))
+    return [found[k] for k in range(len(settings))]
+
+
+def _threads(job: TrainingJob, count: int) -> AbstractContextManager[None]:
+    """An image through a network is always worth dividing."""
+    if isinstance(job.view, PixelView):
+        return nullcontext()
+    model = make_model(job, job.settings)
+    return threads_for(work_of_a_step(model, count, job.settings.batch_size, job.input.shape))
+
+
+def _same_batches(settings: Sequence[Settings], task: Task) -> list[list[int]]:
+    """Class weights go without balanced batches, so those heads see others."""
+    kinds = [each.balanced(task.multilabel) for each in settings]
+    return [[k for k, kind in enumerate(kinds) if kind is wanted] for wanted in sorted(set(kinds))]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A trained head before it is calibrated; ``correction`` [C] is added to its logits."""
+
+    model: nn.Module
+    trained: TrainedState
+    correction: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+def _trained(
+    job: TrainingJob, settings: list[Settings], features: TrainingData, say: Say, keeper: CheckpointStore | None
+) -> list[_Candidate]:
+    if head_info(job.settings.head).solved:
+        return [_solved(job, each, features, say) for each in settings]
+    prior = [loss_and_prior(job.task, features.train.y, each) for each in settings]
+    generators = [torch.Generator().manual_seed(each.seed) for each in settings]
+    models = [make_model(job, s, own).to(s.device) for s, own in zip(settings, generators, strict=True)]
+    heads = make_trainer(models, [loss for loss, _ in prior], generators, settings)
+    train, val = features.given_to(models[0])
+
+    def said(k: int, row: dict[str, float], stop: bool) -> None:
+        if len(settings) == 1:
+            say(_epoch_line(row, settings[k], stop))
+
+    corrections = [correction for _, correction in prior]
+    trained = train_heads(
+        heads, settings, train, val, corrections, job.task, window=features.window, said=said, keeper=keeper
+    )
+    for model, each in zip(models, trained, strict=True):
+        if each.failed is None:
+            model.load_state_dict(each.state)
+    return [_Candidate(m.eval(), t, c) for m, t, c in zip(models, trained, corrections, strict=True)]
+
+
+def _solved(job: TrainingJob, settings: Settings, features: TrainingData, say: Say) -> _Candidate:
+    """Every value of a solver's own path is solved; val chooses one. A line of the history is a value."""
+    begin, count = time.perf_counter(), len(job.task.classes)
+    x, y = features.all_of_train()
+    notes: list[str] = []
+    path = SOLVERS[settings.head].solve(x, y.numpy(), job.task.kind, count, settings.seed, notes.append)
+    z = path_logits(path, features.val.chunks())
+    trained = TrainedState(settings, Schedule(settings))
+    for place, (values, _) in enumerate(path):
+        line = {"epoch": place + 1, **values}
+        judged, better = score_epoch(trained, line, z[place], features.val.y.numpy(), job.task)
+        say(_epoch_line(judged, settings, False))
+        trained.epoch = place + 1 if better else trained.epoch
+    trained.seconds = time.perf_counter() - begin
+    return _Candidate(
+        path[trained.epoch - 1][1].eval(), trained, np.zeros(count), (*notes, *_edge(path, trained.epoch))
+    )
+
+
+def _edge(path: Sequence[tuple[dict[str, float], nn.Module]], chosen: int) -> list[str]:
+    """A sentence for each setting that was chosen at an end of its path."""
+    notes = []
+    for name, value in path[chosen - 1][0].items():
+        values = sorted({setting[name] for setting, _ in path})
+        if len(values) > 2 and value in (values[0], values[-1]):
+            notes.append(f"{name} {value:g} is at the edge of what was tried ({values[0]:g} to {values[-1]:g})")
+    return notes
+
+
+def _judged(job: TrainingJob, heads: list[_Candidate], features: TrainingData) -> list[FittedHead | ProtocolError]:
+    """Calibration and measures. Every choice is made: from here on nothing changes, and test is read."""
+    held, divided = features.val, job.divided
+    kept = [head for head in heads if head.trained.failed is None]
+    if not kept:
+        return [head.trained.failed for head in heads if head.trained.failed is not None]
+    z_val = logits_of([head.model for head in kept], held)
+    test = features.test()
+    z_test = logits_of([head.model for head in kept], test)
+    fits = []
+    for head, *raw in zip(kept, z_val, z_test, strict=True):
+        settings = head.trained.settings
+        calibration, note = calibrate(
+            job.task.kind, raw[0], held.y.numpy(), head.correction, job.task.positive, settings.sensitivity
+        )
+        parts = {"val": (held, raw[0]), "test": (test, raw[1])}
+        measured = {
+            name: ev.evaluate(
+                job.task.kind, job.task.classes, calibration(z), part.y.numpy(), positive=job.task.positive,
+                cuts=calibration.thresholds,
+            )
+            for name, (part, z) in parts.items()
+        }  # fmt: skip
+        fits.append(
+            FittedHead(
+                settings, head.model, features.train.scale, calibration, head.trained.history, head.trained.epoch,
+                measured, {name: (divided.rows(name), z) for name, (_, z) in parts.items()},
+                [*head.notes, *([f"calibration: {note}"] if note else [])], head.trained.seconds,
+                _ms_per_image(head.model, test), features.window,
+            )
+        )  # fmt: skip
+    given = iter(fits)
+    return [next(given) if head.trained.failed is None else head.trained.failed for head in heads]
+
+
+def _ms_per_image(model: nn.Module, data: SplitData) -> float:
+    """Milliseconds that a head takes for an image, once its features are in memory."""
+    x = next(iter(data.chunks(min(TIMED, data.piece))))
+    begin = time.perf_counter()
+    with torch.no_grad():
+        model(x).cpu()
+    return 1000 * (time.perf_counter() - begin) / len(x)
+
+
+def _epoch_line(row: dict[str, float], settings: Settings, stop: bool) -> str:
+    by = settings.select
+    measure = "" if by == "loss" else f"  val {METRICS[by].title} {row[f'val_{by}']:.3f}"
+    if "train_loss" not in row:
+        values = ", ".join(f"{name} {v:g}" for name, v in row.items() if name not in OF_HISTORY and name[:4] != "val_")
+        return f"{values}  val loss {row['val_loss']:.3f}{measure}{'  best' if row['best'] else ''}"
+    tail = "  best" if row["best"] else f"  stopped: no better for {settings.patience} epochs" if stop else ""
+    return (
+        f"epoch {row['epoch']:2.0f}  train loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}{measure}{tail}"
+        f"  · {row['seconds']:.1f} s"
+    )
+
+
+def controls_beside(job: TrainingJob, say: Say) -> list[dict[str, Any]]:
+    say("controls   chance, the majority class, logistic regression on raw pixels")
+    return all_controls(job.view, job.task, job.divided)
+
+
+def contents_of(job: TrainingJob, fit: FittedHead, controls: list[dict[str, Any]]) -> RunContents:
+    """The run as it will lie on disk."""
+    view, info, task, divided = job.view, job.view.info(job.output), job.task, job.divided
+    config = {
+        "settings": fit.settings.to_dict(),
+        "head": fit.settings.head,
+        "parameters": fit.parameters,
+        "standardize": fit.scale.kind,
+        "view": {"label": view.label, "name": view.name, "path": str(Path(view.path).resolve()), "output": job.output,
+                 "shape": list(info.shape), "dtype": info.dtype, "prefix": list(job.input.prefix),
+                 "grid": None if job.input.grid is None else list(job.input.grid), "fingerprint": view.fingerprint,
+                 "untrained": view.untrained, "source": view.source},
+        "spec": view.spec,
+        "provenance": view.provenance,
+        "task": task.kind,
+        "classes": list(task.classes),
+        "positive": None if task.positive is None else task.classes[task.positive],
+        "splits": {"how": divided.how, "drawn": list(divided.drawn), "counts": class_counts(divided.names, task),
+                   "images": {s: len(divided.rows(s)) for s in ("train", "val", "test")},
+                   "digest": test_digest(job), "leaks": [asdict(leak) for leak in divided.leaks],
+                   "dropped": divided.dropped, "fraction": divided.fraction,
+                   "fold": None if divided.fold is None else list(divided.fold), "grouped": view.groups is not None},
+        "chosen": {"by": fit.settings.select, "on": "val", "epoch": fit.epoch},
+        "calibration": fit.calibration.to_dict(),
+        "warnings": divided.warnings + fit.notes,
+        "seconds": fit.seconds,
+        "cost": cost_of(job, fit),
+        "reading": "from memory" if fit.window is None else f"from the shards, {fit.window:,} rows at a time",
+    }  # fmt: skip
+    tensors = {**fit.model.state_dict(), **fit.scale.tensors()}
+    return RunContents(
+        config, {**fit.metrics, "controls": controls}, fit.history,
+        tensors={key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+        ids=list(view.ids), splits=divided.names, labels=task.labels, predictions=fit.predictions,
+        digests=np.asarray(view.digests), clusters=clusters_of(view),
+    )  # fmt: skip
+
+
+def test_digest(job: TrainingJob) -> str:
+    """Which images are tested, in one word: equal for two runs only if it is the same images."""
+    rows = job.divided.rows("test")
+    return hashlib.blake2b(b"".join(sorted(np.asarray(job.view.digests)[rows].tolist())), digest_size=16).hexdigest()
+
+
+def cost_of(job: TrainingJob, fit: FittedHead) -> dict[str, Any]:
+    """Training in seconds; an image at prediction in milliseconds: ``ms_per_image`` of the head, or of the network of a
+    baseline, ``forward_ms`` of the backbone before it and ``loading_ms`` of reading and resizing, both as the view
+    measured them (None: it did not). ``device``: of backbone or network."""
+    pixels, measured = isinstance(job.view, PixelView), job.view.cost or {}
+    return {
+        "train_seconds": fit.seconds, "seconds_to_best": fit.seconds_to_best, "ms_per_image": fit.ms_per_image,
+        "forward_ms": measured.get("forward_ms"), "loading_ms": measured.get("loading_ms"),
+        "device": device_title(fit.settings.device) if pixels else measured.get("device"),
+        "bytes_per_image": _bytes_per_image(job.view, job.output),
+    }  # fmt: skip
+
+
+def _bytes_per_image(view: FeatureView, output: str) -> int | None:
+    """In the cache: of what is stored, for an output that follows from tokens those tokens; of images nothing is."""
+    from featurecache.outputs import parse
+
+    if isinstance(view, PixelView):
+        return None
+    info = view.outputs[output if output in view.outputs else parse(output).source]
+    return math.prod(info.shape) * np.dtype(info.dtype).itemsize
