@@ -2,9 +2,8 @@
 
     python benchmarks/leaks.py [--rows 60000] [--width 768] [--planted 1000] [--rounds 1]
 
-Random directions have no main ones, so that the screen has nothing to hold on to but their number; features of real
-images are easier. The bare product is float32 in blocks that are thrown away: what any search without a screen would
-cost at least. Interleaved; the medians of the rounds. All planted pairs have to be found, and nothing else.
+The bare product is float32 in blocks that are thrown away. Interleaved; the medians of the rounds. All planted pairs
+have to be found, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from featurecache.maintenance.leaks import BLOCK, THRESHOLD, CentredUnitRows, Screen, exact_leaks, nearest_pairs
+from featurecache.maintenance.leaks import BLOCK, THRESHOLD, CentredUnitRows, exact_leaks, nearest_pairs
 
 
 class Memory:
@@ -72,21 +71,18 @@ def main() -> None:
     print(f"exact leaks of {2 * n:,} images: {seconds(lambda: exact_leaks(view, np.array(view.splits))):.1f} s")
 
     def search() -> None:
-        directions = CentredUnitRows.of(view, "cls", np.arange(2 * n))
+        features = CentredUnitRows.of(view, "cls", np.arange(2 * n))
         first, second, same = np.arange(n), np.arange(n, 2 * n), np.arange(2 * n)
-        found = nearest_pairs(directions, first, second, threshold=THRESHOLD, most=given.planted, same=same)
+        found = nearest_pairs(features, first, second, threshold=THRESHOLD, most=given.planted, same=same)
         assert found.count == given.planted and (found.rows[:, 1] - found.rows[:, 0] == n).all()
 
     search_times, bare_times = [], []
     for _ in range(given.rounds):
         search_times.append(seconds(search))
         bare_times.append(seconds(lambda: bare(view.x, n)))
-    directions = CentredUnitRows.of(view, "cls", np.arange(2 * n))
-    basis = Screen.chosen(directions, np.arange(n), np.arange(n, 2 * n), THRESHOLD, None).basis
     took, limit = statistics.median(search_times), statistics.median(bare_times)
     print(f"near-duplicates of {n:,} × {n:,} × {given.width}: {took:.1f} s, {took / limit:.2f} of the bare product")
-    screened = "all" if basis is None else basis.shape[1]
-    print(f"the bare product: {limit:.1f} s; numbers of a vector in the screen: {screened}")
+    print(f"the bare product: {limit:.1f} s")
 
 
 if __name__ == "__main__":

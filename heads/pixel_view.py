@@ -15,19 +15,17 @@ import hashlib
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from featurecache.errors import CannotWrite, NotInCache, ProtocolError, UnreadableImage
+from featurecache.errors import CannotWrite, NotInCache, ProtocolError
 from featurecache.files.records import canonical_json
+from featurecache.formatting import device_title
 from featurecache.store.schema import OutputInfo
-from featurecache.store.timings import device_title
 from heads.models.catalogue import baseline_info
 from heads.task import memory_for_features
 
@@ -129,14 +127,15 @@ def _dataset(data: Any) -> Dataset:
 
 def resize_all(images: Sequence[EncodedImage], preprocess: Preprocess) -> tuple[torch.Tensor, dict[int, str]]:
     """uint8 [n,3,h,w] of those that can be read, and why the others cannot, by place."""
+    from featurecache.extraction.pipeline import decode_many
+
     ready: list[torch.Tensor] = []
     failed: dict[int, str] = {}
-    for place, data in enumerate(images):
-        found = _resized(data, preprocess)
-        if isinstance(found, str):
-            failed[place] = found
+    for place, pixels, _ in decode_many(images.__getitem__, range(len(images)), preprocess, _threads()):
+        if isinstance(pixels, str):
+            failed[place] = pixels
         else:
-            ready.append(found)
+            ready.append(pixels)
     return torch.stack(ready) if ready else torch.zeros(0, 3, *preprocess.size, dtype=torch.uint8), failed
 
 
@@ -146,22 +145,17 @@ def _record(preprocess: Preprocess) -> dict[str, Any]:
     return preprocess.to_dict() | {"decoding": DECODING}
 
 
-def _resized(data: EncodedImage, preprocess: Preprocess) -> torch.Tensor | str:
-    from featurecache.images.decoding import decode
-
-    try:
-        return preprocess.resized(decode(data))
-    except UnreadableImage as error:
-        return str(error)
-    except (RuntimeError, MemoryError, ValueError) as error:
-        return f"cannot be resized for the network: {error}"
+def _threads() -> int:
+    """Nothing else computes meanwhile."""
+    return min(MOST_WORKERS, os.cpu_count() or 1)
 
 
 def read_images(
     dataset: Dataset, rows: Sequence[int], preprocess: Preprocess, *, progress: bool = False
 ) -> tuple[torch.Tensor, np.ndarray, dict[int, str], float]:
     """Of n rows of a dataset: pixels uint8 [n,3,h,w], digests S32 [n], why some could not be read (by place), and
-    milliseconds of one thread for an image: the median, as `featurecache.store.timings` has it of an extraction."""
+    milliseconds of one thread for an image: the median, as `Store.cost` has it of an extraction."""
+    from featurecache.extraction.pipeline import decode_many
     from featurecache.formatting import progress_bar
     from featurecache.images.decoding import digest
 
@@ -170,30 +164,19 @@ def read_images(
     reasons: dict[int, str] = {}
     seconds = np.full(count, np.nan)
 
-    def one(place: int) -> None:
-        begin = time.perf_counter()
-        try:
-            data = dataset.read(rows[place])
-            digests[place] = digest(data).encode()
-            found = _resized(data, preprocess)
-        except UnreadableImage as error:
-            found = str(error)
-        if isinstance(found, str):
-            reasons[place] = found
-        else:
-            pixels[place] = found
-            seconds[place] = time.perf_counter() - begin
+    def read(place: int) -> EncodedImage:
+        data = dataset.read(rows[place])
+        digests[place] = digest(data).encode()
+        return data
 
-    workers = min(MOST_WORKERS, os.cpu_count() or 1)  # nothing else computes meanwhile; each with one thread of torch's
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    with pool, progress_bar(count, progress, "images") as bar:
-        _each(pool.map(one, range(count)), bar.update)
+    with progress_bar(count, progress, "images") as bar:
+        for place, image, took in decode_many(read, range(count), preprocess, _threads()):
+            if isinstance(image, str):
+                reasons[place] = image
+            else:
+                pixels[place], seconds[place] = image, took
+            bar.update(1)
     return pixels, digests, reasons, 1000 * float(np.nanmedian(seconds)) if len(reasons) < count else 0.0
-
-
-def _each(done: Any, update: Callable[[int], Any]) -> None:
-    for _ in done:
-        update(1)
 
 
 def _room(shape: tuple[int, ...]) -> torch.Tensor:

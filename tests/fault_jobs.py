@@ -22,8 +22,8 @@ from featurecache.extraction import run
 from featurecache.extraction.canary import read_canary
 from featurecache.files import guard
 from featurecache.maintenance import collect, repair
-from featurecache.maintenance import merge as maintenance_merge
-from featurecache.maintenance import verify as maintenance_verify
+from featurecache.maintenance import merge as merging
+from featurecache.maintenance import verify as verification
 from featurecache.store import store
 from featurecache.store.store import stores
 from featurecache.store.view import View
@@ -68,7 +68,7 @@ def mend(cache: str, drop: bool = False) -> dict[str, Any]:
 
 
 def verify(cache: str) -> list[str]:
-    return [str(damage.path) for damage in maintenance_verify.verify(Path(cache)).damages]
+    return [str(damage.path) for damage in verification.verify(Path(cache)).damages]
 
 
 def gc(cache: str) -> int:
@@ -84,7 +84,7 @@ def compact(cache: str, name: str) -> int:
 
 
 def merge(cache: str, other: str) -> bool:
-    return all(each.complete for each in maintenance_merge.merge(other, cache))
+    return all(each.complete for each in merging.merge(other, cache))
 
 
 def remove(cache: str, name: str) -> None:
@@ -132,7 +132,7 @@ def read_again_and_again(cache: str, stop: str) -> list[dict[str, Rows | str]]:
 def verify_again_and_again(cache: str, stop: str) -> list[str]:
     found: set[str] = set()
     while not Path(stop).exists():
-        found.update(str(damage) for damage in maintenance_verify.verify(Path(cache)).damages)
+        found.update(str(damage) for damage in verification.verify(Path(cache)).damages)
     return sorted(found)
 
 
@@ -162,12 +162,13 @@ def state(cache: str) -> dict[str, Any]:
 
 
 def records(cache: str) -> list[Any]:
-    """Of each store the plan, and what was made of the probe images."""
+    """Of each store the plan without what an image cost, and what was made of the probe images."""
     found = []
     for place in stores(Path(cache)):
         kept = read_canary(place)
         tokens = kept and xxhash.xxh3_64_hexdigest(kept.rows["tokens"].numpy().tobytes())
-        found.append([place.fingerprint, place.plan, tokens])
+        plan = {device: {**how, "cost": None} for device, how in (store.plan or {}).items()}
+        found.append([store.fingerprint, plan, tokens])
     return found
 
 

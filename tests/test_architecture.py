@@ -135,9 +135,9 @@ def test_a_public_name_means_one_thing() -> None:
         if name == "cli" or ".commands" in name:
             continue
         for node in tree.body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("__"):
-                if isinstance(node, ast.ClassDef) or not node.name.startswith("_"):
-                    homes[node.name].append(name)
+            public = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+            if public or isinstance(node, ast.ClassDef):
+                homes[node.name].append(name)
     assert {name: where for name, where in homes.items() if len(where) > 1 and name not in SAME_NAME} == {}
 
 

@@ -18,7 +18,7 @@ from tiny_cache import CLS, TOKENS, add_shard, add_view, features, make_store, m
 
 from featurecache.errors import DamagedFile
 from featurecache.files import guard
-from featurecache.maintenance import verify
+from featurecache.maintenance import verify as verification
 from featurecache.maintenance.collect import compact, remove_view
 from featurecache.store.view import View
 from featurecache.store.write_view import open_view
@@ -51,7 +51,7 @@ def held(home: Home, scenario: Scenario, cache: Path, at: int) -> Iterator[list[
 
 def steps_inside(scenario: Scenario, count: int) -> list[int]:
     """Steps at shards and after: before, a file of the store may be held for which others wait their turn."""
-    marks = [n for n, (_, place, _) in enumerate(scenario.events) if "/.working-" in place or "/.alone-" in place]
+    marks = [n for n, (_, place, _) in enumerate(scenario.events) if "/.shared-" in place or "/.exclusive-" in place]
     begun = next(n for n, (_, place, _) in enumerate(scenario.events) if place.count("/") == 2)
     inside = range(begun + 1, marks[-1])
     return sorted(random.Random(SEED).sample(inside, min(count, len(inside))))
@@ -166,7 +166,7 @@ def test_verify_calls_nothing_damaged_that_others_replace(tmp_path: Path, home: 
 
 def between(monkeypatch, name: str, action) -> None:  # type: ignore[no-untyped-def]
     """``action`` once, when `verify` comes to this step."""
-    real, done = getattr(verify, name), []
+    real, done = getattr(verification, name), []
 
     def wrapped(*arguments: Any) -> Any:
         if not done:
@@ -174,10 +174,10 @@ def between(monkeypatch, name: str, action) -> None:  # type: ignore[no-untyped-
             action()
         return real(*arguments)
 
-    monkeypatch.setattr(verify, name, wrapped)
+    monkeypatch.setattr(verification, name, wrapped)
 
 
-@pytest.mark.parametrize("step", ["_hashed", "_view", "named_shards", "_shard"])
+@pytest.mark.parametrize("step", ["_hashed", "_view", "referenced_shards", "_shard"])
 def test_a_view_and_its_shards_appear_while_verify_looks(tmp_path: Path, monkeypatch, step: str) -> None:  # type: ignore[no-untyped-def]
     view = make_view(tmp_path, [0, 1, 2], layouts=(CLS,))
     store = make_store(tmp_path)
@@ -188,11 +188,11 @@ def test_a_view_and_its_shards_appear_while_verify_looks(tmp_path: Path, monkeyp
         add_view(store, "new", [7, 8], [CLS])
 
     between(monkeypatch, step, extraction)
-    assert verify.verify(tmp_path).damages == ()
+    assert verification.verify(tmp_path).damages == ()
     assert len(View(view.path)) == 5
 
 
-@pytest.mark.parametrize("step", ["_hashed", "_view", "named_shards", "_shard"])
+@pytest.mark.parametrize("step", ["_hashed", "_view", "referenced_shards", "_shard"])
 def test_shards_and_views_are_replaced_while_verify_looks(tmp_path: Path, monkeypatch, step: str) -> None:  # type: ignore[no-untyped-def]
     make_view(tmp_path, [5, 1, 0, 2, 4], per_shard=2, layouts=(CLS, TOKENS))
     add_view(make_store(tmp_path), "other", [0, 1], [CLS])
@@ -202,7 +202,7 @@ def test_shards_and_views_are_replaced_while_verify_looks(tmp_path: Path, monkey
         remove_view("other", tmp_path)
 
     between(monkeypatch, step, others)
-    assert verify.verify(tmp_path).damages == ()
+    assert verification.verify(tmp_path).damages == ()
 
 
 def test_a_view_that_is_open_follows_its_rows_to_other_shards(tmp_path: Path) -> None:
@@ -246,4 +246,4 @@ def test_the_files_of_a_compacted_view_are_known_to_be_ours(tmp_path: Path, monk
     make_view(tmp_path, [5, 1, 0, 2, 4], per_shard=2)
     compact("set", tmp_path)
     monkeypatch.setattr(guard, "_examine", lambda paths, kind: pytest.fail(f"{paths} are not known"))
-    assert verify.verify(tmp_path).damages == ()
+    assert verification.verify(tmp_path).damages == ()

@@ -1,4 +1,4 @@
-"""What an image costs: measured while extracting, kept beside the views, shown with every run."""
+"""What an image costs: measured while extracting, kept in the plan of the store, shown with every run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tiny_cache import CLS, add_shard, add_view, make_store
 import cli
 import featurecache
 from featurecache.backbones.base import Backbone
-from featurecache.errors import CacheError, DamagedFile, Stopped
+from featurecache.errors import CacheError, Stopped
+from featurecache.extraction.pipeline import StageTimings
+from featurecache.formatting import cost_line, device_title
 from featurecache.images import decoding
 from featurecache.images.augmentation import Augmentation
-from featurecache.maintenance.verify import verify
-from featurecache.store.timings import NAME, Measured, cost_line, device_title, keep_cost, read_costs
 from heads.api import train_head
 from heads.evaluation import costs
 from heads.evaluation.comparison import compare
@@ -111,8 +111,9 @@ def test_a_stopped_run_keeps_what_it_measured(home, monkeypatch):
     monkeypatch.setattr(Backbone, "forward", forward)
     with pytest.raises(Stopped):
         extract(home)
-    (file,) = (home / "cache").glob("*/" + NAME)
-    assert json.loads(file.read_text())["views"]["data"]["images"] == 2 * BATCH
+    (file,) = (home / "cache").glob("*/plan.json")
+    cost = json.loads(file.read_text())["cpu"]["cost"]
+    assert cost["images"] == 2 * BATCH and cost["loading_ms"]["data"] > 0
 
 
 def test_views_of_before_and_imported_ones_say_that_it_was_not_measured(tmp_path):
@@ -124,41 +125,33 @@ def test_views_of_before_and_imported_ones_say_that_it_was_not_measured(tmp_path
     assert "cost       not measured" in shown.stdout
 
 
-def test_a_flipped_bit_is_noticed_and_repaired(home):
-    view = featurecache.open_view(extract(home).view)
-    file = view.store / NAME
-    file.write_text(file.read_text().replace('"images": 9', '"images": 8'))
-    with pytest.raises(DamagedFile, match="featurecache repair"):
-        _ = view.cost
-    assert [damage.path for damage in verify(home / "cache").damages] == [file]
-    done = CliRunner().invoke(cli.main, ["repair", "--cache", str(home / "cache")])
-    assert done.exit_code == 0 and view.cost is None
-    extract(home, outputs="cls,tokens")
-    assert featurecache.open_view(view.path).cost is not None
-
-
 @pytest.mark.parametrize(
     "change",
-    [{"forward_ms": -1.0}, {"forward_ms": "fast"}, {"device": 3}, {"images": True}, {"threads": 0.5}, {"more": 1}],
+    [
+        {"forward_ms": -1.0},
+        {"forward_ms": "fast"},
+        {"device": 3},
+        {"images": True},
+        {"more": 1},
+        {"loading_ms": {"a": 1}},
+    ],
 )
-def test_a_record_of_other_kinds_is_refused(tmp_path, change):
+def test_a_plan_with_figures_of_other_kinds_is_refused(tmp_path, change):
     store = make_store(tmp_path / "cache")
-    fine = {"forward_ms": 1.0, "loading_ms": None, "device": "x", "precision": "fp32", "threads": None, "images": 2}
-    (store.path / NAME).write_text(json.dumps({"store": None, "views": {"set": fine}}))
-    assert read_costs(store.path)["views"]["set"] == fine
-    (store.path / NAME).write_text(json.dumps({"store": None, "views": {"set": fine | change}}))
-    with pytest.raises(CacheError, match="no record of what images cost"):
-        read_costs(store.path)
+    fine = {"forward_ms": 1.0, "loading_ms": {"set": 2.0}, "device": "x", "images": 2}
+    for cost in (fine, fine | change):
+        plan = {"cpu": {"batch_size": 4, "threads": 1, "cost": cost}}
+        (store.path / "plan.json").write_text(json.dumps(plan))
+        if cost is fine:
+            assert store.cost("set")["loading_ms"] == 2.0 and store.cost("other")["loading_ms"] is None
+    with pytest.raises(CacheError, match="does not say what an image costs"):
+        store.cost("set")
 
 
-def test_a_removed_view_takes_its_cost_along_and_a_merged_one_brings_it(home):
+def test_a_merged_view_brings_what_its_store_measured(home):
     view = featurecache.open_view(extract(home, "there").view)
-    extract(home, "here", name="other")
     featurecache.merge(home / "there", home / "here")
-    merged = featurecache.open_view("data", home / "here")
-    assert merged.cost == view.cost
-    featurecache.remove_view("data", home / "there")
-    assert "data" not in read_costs(view.store)["views"]
+    assert featurecache.open_view("data", home / "here").cost == view.cost
 
 
 def test_a_gpu_is_timed_by_its_own_events_which_are_asked_later(monkeypatch):
@@ -180,13 +173,12 @@ def test_a_gpu_is_timed_by_its_own_events_which_are_asked_later(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", _Nothing)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    measured = Measured(torch.device("cuda"), 4)
+    measured = StageTimings(torch.device("cuda"), 4)
     with measured.forward():
         pass
     assert asked == ["record", "record"]  # nobody waits while the next batch is being prepared
-    record = measured.record("bf16", 2)
-    assert record is not None and (record["forward_ms"], record["threads"]) == (2.0, None)
-    assert record["device"] == "NVIDIA H200"
+    record = measured.record()
+    assert record is not None and (record["forward_ms"], record["device"]) == (2.0, "NVIDIA H200")
 
 
 class _Nothing:
@@ -199,12 +191,15 @@ class _Nothing:
 
 def test_a_loading_figure_stays_with_its_view(tmp_path):
     store = make_store(tmp_path / "cache")
-    record = {"forward_ms": 1.0, "loading_ms": 2.0, "device": "x", "precision": "fp32", "threads": 1, "images": 5}
-    keep_cost(store.path, "a", record)
-    keep_cost(store.path, "b", record | {"loading_ms": 9.0, "images": 3})
-    known = read_costs(store.path)
-    assert (known["views"]["a"]["loading_ms"], known["views"]["b"]["loading_ms"]) == (2.0, 9.0)
-    assert known["store"]["images"] == 5
+    store.write_plan("cpu", {"batch_size": 4, "threads": 1})
+    record = {"forward_ms": 1.0, "loading_ms": 2.0, "device": "x", "images": 5}
+    store.write_cost("cpu", "a", record)
+    store.write_cost("cpu", "b", record | {"forward_ms": 7.0, "loading_ms": 9.0, "images": 3})
+    costs = [store.cost(name) for name in "ab"]
+    assert [(cost["forward_ms"], cost["loading_ms"], cost["threads"]) for cost in costs] == [
+        (1.0, 2.0, 1),
+        (1.0, 9.0, 1),
+    ]
 
 
 # beside heads

@@ -31,8 +31,8 @@ def store(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def holder(store: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process, alone in the store."""
-    words = [sys.executable, "-c", HOLD, str(store), "alone"]
+    """Another process, which has the store for itself."""
+    words = [sys.executable, "-c", HOLD, str(store), "exclusive_lock"]
     home = Path(locks.__file__).parents[1]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=home) as process:
         assert process.stdout is not None and process.stdout.readline() == "in\n"
@@ -51,8 +51,7 @@ def test_many_extractions_work_in_one_store(store: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
-    [(shared_lock, exclusive_lock), (exclusive_lock, shared_lock), (exclusive_lock, exclusive_lock)],
+    ("first", "second"), [(shared_lock, exclusive_lock), (exclusive_lock, shared_lock), (exclusive_lock,) * 2]
 )
 def test_who_removes_files_is_alone(store: Path, first, second) -> None:  # type: ignore[no-untyped-def]
     with first(store, "gc"):
@@ -83,7 +82,7 @@ def test_the_mark_goes_when_the_work_fails(store: Path) -> None:
 
 
 def leave_mark(store: Path, **change) -> Path:  # type: ignore[no-untyped-def]
-    path = store / ".alone-0123456789abcdef"
+    path = store / ".exclusive-0123456789abcdef"
     record = {"pid": 1, "host": socket.gethostname(), "since": "2026-01-01 00:00:00", "what": "gc", **change}
     path.write_text(json.dumps(record))
     return path
@@ -132,7 +131,7 @@ def test_a_mark_that_nobody_holds_is_removed_whatever_it_says(store: Path, conte
 def test_a_link_or_a_folder_in_a_marks_place_is_not_followed(store: Path, tmp_path: Path) -> None:
     target = tmp_path / "precious"
     target.write_text("kept")
-    (store / ".alone-feedfeedfeedfeed").symlink_to(target)
+    (store / ".exclusive-feedfeedfeedfeed").symlink_to(target)
     with pytest.raises(InUse, match="cannot be read"), shared_lock(store, "x"):
         pass
     assert target.read_text() == "kept"

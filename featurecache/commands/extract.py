@@ -17,7 +17,7 @@ import click
 
 from featurecache.commands.terminal import Console, cache_option, command
 from featurecache.errors import BadOption
-from featurecache.formatting import columns, duration, one_line, shape_text, size_text
+from featurecache.formatting import columns, cost_line, duration, one_line, shape_text, size_text
 
 if TYPE_CHECKING:
     from featurecache.extraction.run import Extraction, ExtractionResult
@@ -213,8 +213,6 @@ def result_record(result: ExtractionResult) -> dict[str, Any]:
 
 def result_lines(result: ExtractionResult, view_label: str) -> str:
     """The last lines of ``extract``; unreadable images are named, at most ten."""
-    from featurecache.store.timings import cost_line
-
     work = "nothing left to compute"
     if result.computed:
         work = f"{result.computed:,} computed in {duration(result.seconds)} ({result.images_per_s:.3g} images/s)"

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import BadOption, FeatureCacheError, UnreadableImage
-from featurecache.formatting import cell, columns, one_line, shape_text, size_text
+from featurecache.formatting import cell, columns, cost_line, one_line, shape_text, size_text
 from featurecache.sources.summary import CELL, GAP, LINE
 
 if TYPE_CHECKING:
@@ -189,8 +189,6 @@ def _rounding(view: View, name: str) -> dict[str, Any] | None:
 
 def view_lines(record: dict[str, Any]) -> str:
     """``info VIEW``: the data, the outputs, and what made them."""
-    from featurecache.store.timings import cost_line
-
     record = one_line(record)
     spec, made = record["spec"], record["provenance"]
     copies = record["images"] - record["distinct"]

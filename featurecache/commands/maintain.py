@@ -23,7 +23,7 @@ from featurecache.formatting import columns, one_line, shape_text, size_text
 
 if TYPE_CHECKING:
     from featurecache.maintenance.collect import CollectResult, CompactResult, RemovedView, StoreGarbage
-    from featurecache.maintenance.export import Exported
+    from featurecache.maintenance.export import ExportResult
     from featurecache.maintenance.import_features import Imported
     from featurecache.maintenance.merge import MergedView, MergeResult
     from featurecache.maintenance.repair import Repair
@@ -95,13 +95,13 @@ def verify(talk: Console, names: tuple[str, ...], cache: str | None) -> int:
     featurecache verify
     """
     from featurecache.formatting import byte_bar
-    from featurecache.maintenance import verify as maintenance_verify
+    from featurecache.maintenance import verify as verification
     from featurecache.store.store import cache_folder
 
     folder = cache_folder(cache)
-    only = maintenance_verify.stores_called(names, folder) if names else None
-    with byte_bar(maintenance_verify.size_of(folder, only), "verify", talk.progress) as bar:
-        report = maintenance_verify.verify(folder, only, advance=bar.update)
+    only = verification.stores_called(names, folder) if names else None
+    with byte_bar(verification.size_of(folder, only), "verify", talk.progress) as bar:
+        report = verification.verify(folder, only, advance=bar.update)
     talk.result(verification_lines(report), verification_record(report))
     talk.next("featurecache repair" if report.damages else "featurecache ls", cache)
     return int(bool(report.damages))
@@ -295,9 +295,9 @@ def merge(talk: Console, other: str, cache: str | None) -> int:
     \b
     featurecache merge /mnt/usb/cache
     """
-    from featurecache.maintenance import merge as maintenance_merge
+    from featurecache.maintenance import merge as merging
 
-    found = maintenance_merge.merge(other, cache, progress=talk.progress)
+    found = merging.merge(other, cache, progress=talk.progress)
     talk.result(merge_lines(found), record(found))
     talk.next("featurecache ls", cache)
     return int(not all(merged.complete for merged in found))
@@ -314,7 +314,7 @@ def record(result: Any) -> Any:
     return str(result) if isinstance(result, Path) else result
 
 
-def export_lines(done: Exported) -> str:
+def export_lines(done: ExportResult) -> str:
     return f"exported   {done.rows:,} rows of {', '.join(done.outputs)} to {done.path} ({size_text(done.bytes)})"
 
 

@@ -26,10 +26,9 @@ import xxhash
 
 from featurecache.backbones.base import Backbone, versions
 from featurecache.errors import DamagedFile, Drift
-from featurecache.extraction.pipeline import ForwardRunner
+from featurecache.extraction.pipeline import ForwardRunner, decode_many
 from featurecache.files.atomic import refuse_links, write_whole
 from featurecache.files.locks import update_lock
-from featurecache.images import decoding as _images
 from featurecache.outputs import Output, derive, parse
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store
@@ -207,7 +206,8 @@ def _fits(backbone: Backbone, kept: Reference) -> bool:
 
 def _pixels(backbone: Backbone) -> torch.Tensor:
     """uint8 [4,3,h,w]: the probes as the network sees them."""
-    return torch.stack([backbone.preprocess.resized(_images.decode(data)) for data in probes()])
+    images = decode_many(probes().__getitem__, range(len(PROBES)), backbone.preprocess, 1)
+    return torch.stack([pixels for _, pixels, _ in images if isinstance(pixels, torch.Tensor)])
 
 
 @lru_cache(maxsize=1)

@@ -11,11 +11,13 @@ Forward passes as a store makes them: one device, one precision, batches of exac
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,15 +25,14 @@ import torch
 
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, UnreadableImage
+from featurecache.formatting import device_title
 from featurecache.images import decoding as _images
-from featurecache.images.augmentation import AugmentationPlan
-from featurecache.images.decoding import prefetch
 from featurecache.images.headers import EncodedImage
+from featurecache.images.preprocessing import Preprocess
 from featurecache.outputs import Output, blocks, derive, function_of, parse
 from featurecache.store.shards import TORCH_DTYPE, Layout, RowLocations, ShardWriter, read_rows
 from featurecache.store.spec import ExtractionSpec
-from featurecache.store.store import Store
-from featurecache.store.timings import Measured
+from featurecache.store.store import Store, rows_per_shard
 
 CHANGED = "the file changed while the extraction ran; run it again"
 
@@ -45,45 +46,115 @@ class ShardPlan:
 
 
 @dataclass
-class ExtractionJob:
-    """What the engine needs to know of an extraction; ``failures`` and ``measured`` are filled while it runs."""
+class ShardJob:
+    """Rows that are to be written as shards; ``failures`` and ``written`` are filled meanwhile."""
 
     store: Store
     layouts: dict[str, Layout]
     digests: np.ndarray  # [images] S32
-    read: Callable[[int], EncodedImage]  # by number of the distinct image
-    backbone: Backbone
-    compute: ForwardRunner
     notes: dict[str, str]
+    _: KW_ONLY
+    replace: bool = False  # over a file of the same name, which is damaged
+    failures: dict[int, str] = field(default_factory=dict)
+    written: list[Path] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class ExtractionJob(ShardJob):
+    """What the engine needs to know of an extraction; ``timings`` are filled while it runs."""
+
+    read: Callable[[int], EncodedImage]  # by number: the image of this digest; raises UnreadableImage
+    preprocess: Preprocess
+    compute: ForwardRunner
     workers: int
     threads: int
     fail_fast: bool = False
-    copying: AugmentationPlan | None = None  # which of the numbers are augmented copies
-    failures: dict[int, str] = field(default_factory=dict)
-    measured: Measured = field(init=False)
+    plain: int | None = None  # numbers from here on are augmented copies, whose making is no loading
+    timings: StageTimings = field(init=False)
 
     def __post_init__(self) -> None:
-        self.measured = Measured(self.compute.device, self.compute.batch_size)
+        self.timings = StageTimings(self.compute.device, self.compute.batch_size)
 
-    def prepare(self, number: int) -> torch.Tensor | str:
-        """One image as the network sees it, uint8 [3,h,w], or why not. Runs in a decode thread."""
-        source = self.copying.source(number) if self.copying else number
+
+def decode_many(
+    read: Callable[[int], EncodedImage], rows: Iterable[int], preprocess: Preprocess, threads: int, ahead: int = 64
+) -> Generator[tuple[int, torch.Tensor | str, float], None, None]:
+    """Read, decode and resize images in threads: (row, pixels uint8 [3,h,w] or why not, seconds of one thread).
+
+    In the order of ``rows``, of which up to ``ahead`` are in work or waiting; ``read`` raises UnreadableImage. Close it
+    where it is not read to its end.
+    """
+
+    def decode(row: int) -> tuple[torch.Tensor | str, float]:
         start = time.perf_counter()
         try:
-            data = self.read(number)
-            if _images.digest(data).encode() != self.digests[source]:
-                return CHANGED
-            image = _images.decode(data)
-            if self.copying and source != number:
-                image = self.copying.augmented.augmentation.made(image, bytes(self.digests[number]))
-            pixels = self.backbone.preprocess.resized(image)
-            if source == number:
-                self.measured.loads.append(time.perf_counter() - start)
-            return pixels
+            pixels: torch.Tensor | str = preprocess.resized(_images.decode(read(row)))
         except UnreadableImage as error:
-            return str(error)
+            pixels = str(error)
         except (RuntimeError, MemoryError, ValueError) as error:
-            return f"cannot be resized for the network: {error}"
+            pixels = f"cannot be resized for the network: {error}"
+        return pixels, time.perf_counter() - start
+
+    pool = worker_threads(threads, "decode")
+    try:
+        for row, future in prefetch(pool, decode, rows, ahead):
+            yield row, *future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+LAST_TIMINGS = 1 << 16  # so many batches and images the medians are of, the last ones
+
+
+@dataclass
+class StageTimings:
+    """Milliseconds an image, by the clock of a run: of forward passes over ``batch`` rows, and of loading an image.
+
+    Both are medians of what the run really did: normalising, the network and rounding, per row of the B that every pass
+    computes; reading, decoding and resizing in one decode thread. The store's plan keeps them, not the views: the same
+    images give the same files, whatever a run took.
+    """
+
+    device: torch.device
+    batch: int
+    images: int = 0  # that were computed
+    passes: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_TIMINGS))  # seconds
+    loads: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_TIMINGS))  # seconds
+    _pending: deque[tuple[Any, Any]] = field(default_factory=deque)  # events of a GPU, which runs behind
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around one forward pass; of an accelerator its own time, not that of handing over the work."""
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                events[0].record()
+                yield
+                events[1].record()
+            self._pending.append(events)
+            self._settle(keep=64)
+            return
+        start = time.perf_counter()
+        yield
+        if self.device.type == "mps":
+            torch.mps.synchronize()
+        self.passes.append(time.perf_counter() - start)
+
+    def _settle(self, keep: int = 0) -> None:
+        while len(self._pending) > keep:
+            begin, end = self._pending.popleft()
+            end.synchronize()
+            self.passes.append(begin.elapsed_time(end) / 1000)
+
+    def record(self) -> dict[str, Any] | None:
+        """What the plan of the store keeps; None where nothing was computed."""
+        self._settle()
+        if not self.passes:
+            return None
+        loading = 1000 * statistics.median(self.loads) if self.loads else None
+        forward = 1000 * statistics.median(self.passes) / self.batch
+        title = device_title(self.device)
+        return {"forward_ms": forward, "loading_ms": loading, "device": title, "images": self.images}
 
 
 @dataclass
@@ -113,7 +184,7 @@ class StageTimer:
 class _Shards:
     """The shards of one unit while they fill; used by the writer thread only."""
 
-    def __init__(self, job: ExtractionJob, unit: ShardPlan) -> None:
+    def __init__(self, job: ShardJob, unit: ShardPlan) -> None:
         self._job, self._unit = job, unit
         planned = job.digests[unit.rows]
         self._writers: dict[Output, ShardWriter] = {}
@@ -134,8 +205,9 @@ class _Shards:
         for output, writer in self._writers.items():
             tensor = kept[output.source][good] if len(good) < len(numbers) else kept[output.source]
             if output.derived:
-                backbone = self._job.backbone
-                tensor = derive(output, tensor, len(backbone.prefix), backbone.grid)
+                tokens = self._job.layouts[output.source]
+                assert tokens.prefix is not None and tokens.grid is not None
+                tensor = derive(output, tensor, len(tokens.prefix), tokens.grid)
             measured = errors[output.name].cpu().numpy()[good] if output.name in errors else None
             writer.append(digests, tensor.numpy(), measured)
 
@@ -151,8 +223,8 @@ class _Shards:
 
     def commit(self) -> None:
         try:
-            for writer in self._writers.values():
-                writer.commit()
+            paths = [writer.commit(replace=self._job.replace) for writer in self._writers.values()]
+            self._job.written += filter(None, paths)
         finally:
             self.discard()
 
@@ -203,9 +275,9 @@ def run_local(job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int
     Interrupted (Ctrl-C, or an unreadable image under ``fail_fast``), what was computed is committed first.
     """
     clock = StageTimer()
-    decoders, behind = worker_threads(job.workers, "decode"), _Behind(clock)
-    items = ((unit, int(number)) for unit in units for number in unit.rows)
-    upcoming = prefetch(decoders, lambda item: job.prepare(item[1]), items, 2 * job.compute.batch_size + job.workers)
+    behind = _Behind(clock)
+    numbers = (int(number) for unit in units for number in unit.rows)
+    upcoming = decode_many(job.read, numbers, job.preprocess, job.workers, 2 * job.compute.batch_size + job.workers)
     open_shards: list[_Shards] = []
     try:
         with exact_arithmetic(job.threads):
@@ -220,7 +292,7 @@ def run_local(job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int
         behind.finish()
         raise
     finally:
-        decoders.shutdown(cancel_futures=True)
+        upcoming.close()
         behind.close()
         for shards in open_shards:
             shards.discard()
@@ -231,27 +303,27 @@ def _run_unit(
     job: ExtractionJob,
     unit: ShardPlan,
     shards: _Shards,
-    upcoming: Iterator[tuple[Any, Future[Any]]],
+    upcoming: Iterator[tuple[int, torch.Tensor | str, float]],
     behind: _Behind,
     clock: StageTimer,
     advance: Callable[[int, StageTimer], Any],
 ) -> None:
     dtype = job.layouts[unit.outputs[0].name].dtype
     for numbers, images in _batches(job, unit, upcoming, clock, advance):
-        with clock.on("computing"), job.measured.forward():
+        with clock.on("computing"), job.timings.forward():
             rows, errors = job.compute(images, unit.outputs, dtype)
         behind(shards.write, numbers, rows, errors)
         if job.fail_fast and job.failures:
             raise UnreadableImage(next(iter(job.failures.values())))
         clock.images += len(numbers)
-        job.measured.images += len(numbers)
+        job.timings.images += len(numbers)
         advance(len(numbers), clock)
 
 
 def _batches(
     job: ExtractionJob,
     unit: ShardPlan,
-    upcoming: Iterator[tuple[Any, Future[Any]]],
+    upcoming: Iterator[tuple[int, torch.Tensor | str, float]],
     clock: StageTimer,
     advance: Callable[[int, StageTimer], Any],
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
@@ -260,14 +332,15 @@ def _batches(
     pixels: list[torch.Tensor] = []
     for _ in range(len(unit.rows)):
         with clock.on("reading"):
-            (_, number), future = next(upcoming)
-            image = future.result()
+            number, image, seconds = next(upcoming)
         if isinstance(image, str):
             job.failures[number] = image
             advance(1, clock)
             if job.fail_fast:
                 raise UnreadableImage(image)
             continue
+        if job.plain is None or number < job.plain:
+            job.timings.loads.append(seconds)
         numbers.append(number)
         pixels.append(image)
         if len(numbers) == job.compute.batch_size:
@@ -277,23 +350,56 @@ def _batches(
         yield numbers, torch.stack(pixels)
 
 
+def prefetch(
+    pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any], window: int
+) -> Iterator[tuple[Any, Future[Any]]]:
+    """Submit up to ``window`` items in advance; (item, future) in the order of the items."""
+    pending: deque[tuple[Any, Future[Any]]] = deque()
+    for item in items:
+        pending.append((item, pool.submit(function, item)))
+        if len(pending) > window:
+            yield pending.popleft()
+    yield from pending
+
+
+def forward_units(
+    groups: Sequence[tuple[np.ndarray, tuple[Output, ...]]], layouts: dict[str, Layout], plan: dict[str, Any]
+) -> list[ShardPlan]:
+    """Images [n] and what is to be computed of them, in runs of a shard's size."""
+    units = []
+    for rows, outputs in groups:
+        row_bytes = max(layouts[output.name].row_bytes for output in outputs)
+        length = rows_per_shard(len(rows), row_bytes, plan.get("images_per_s"), plan["batch_size"])
+        units += [ShardPlan(rows[start : start + length], outputs) for start in range(0, len(rows), length)]
+    return units
+
+
 def derive_shards(
-    job: ExtractionJob,
-    units: list[tuple[ShardPlan, dict[str, RowLocations]]],
-    advance: Callable[[int, StageTimer], Any],
+    job: ShardJob, groups: Sequence[tuple[np.ndarray, tuple[Output, ...]]], advance: Callable[[int, StageTimer], Any]
 ) -> None:
-    """Compute outputs that are functions of stored tokens. ``Located`` says where the tokens of the unit's rows lie."""
-    for unit, places in units:
-        shards = _Shards(job, unit)
-        try:
-            for start in range(0, len(unit.rows), 64):
-                stretch = slice(start, start + 64)
-                rows = {source: read_rows(place[stretch], job.layouts[source]) for source, place in places.items()}
-                shards.write(unit.rows[stretch].tolist(), rows, {})
-                advance(len(unit.rows[stretch]), StageTimer())
-            shards.commit()
-        finally:
-            shards.discard()
+    """Compute outputs that are functions of stored tokens."""
+    for rows, outputs in groups:
+        length = rows_per_shard(len(rows), max(job.layouts[output.name].row_bytes for output in outputs))
+        sources = {output.source for output in outputs}
+        tokens = {source: job.store.locate(job.layouts[source], job.digests[rows]) for source in sources}
+        for start in range(0, len(rows), length):
+            unit = ShardPlan(rows[start : start + length], outputs)
+            _derive_unit(job, unit, {source: places[start:] for source, places in tokens.items()}, advance)
+
+
+def _derive_unit(
+    job: ShardJob, unit: ShardPlan, tokens: dict[str, RowLocations], advance: Callable[[int, StageTimer], Any]
+) -> None:
+    shards = _Shards(job, unit)
+    try:
+        for start in range(0, len(unit.rows), 64):
+            part = slice(start, min(start + 64, len(unit.rows)))
+            rows = {source: read_rows(places[part], job.layouts[source]) for source, places in tokens.items()}
+            shards.write(unit.rows[part].tolist(), rows, {})
+            advance(len(unit.rows[part]), StageTimer())
+        shards.commit()
+    finally:
+        shards.discard()
 
 
 _PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from featurecache.backbones import load_backbone
-from featurecache.backbones.base import Backbone
-from featurecache.errors import NotInCache, UnreadableImage, UnsafeFile
+from featurecache.errors import NotInCache, UnsafeFile
 from featurecache.extraction import canary
-from featurecache.extraction.pipeline import ForwardRunner, exact_arithmetic, output_layout, pick_device, spec_of
-from featurecache.images import decoding as _images
+from featurecache.extraction.pipeline import (
+    ForwardRunner,
+    decode_many,
+    exact_arithmetic,
+    output_layout,
+    pick_device,
+    spec_of,
+)
 from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output, derive, parse
 from featurecache.store.shards import TORCH_DTYPE
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store
 from featurecache.store.view import View
+
+THREADS = min(16, os.cpu_count() or 1)  # that decode
 
 
 class StoreBackbone:
@@ -50,60 +58,44 @@ class StoreBackbone:
             )
         picked = pick_device(device)
         plan = (store.plan or {}).get(picked.type) or {"batch_size": 8, "threads": torch.get_num_threads()}
-        self._threads: int = plan["threads"]
-        self._compute = ForwardRunner(self.backbone, spec.precision, picked, plan["batch_size"])
+        self.threads: int = plan["threads"]
+        self.compute = ForwardRunner(self.backbone, spec.precision, picked, plan["batch_size"])
         self._checked: set[Output] = set()
 
-    def rows(
-        self,
-        images: Sequence[EncodedImage],
-        output: Output,
-        *,
-        places: Sequence[int] | None = None,
-        check: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, str]]]:
-        """Encoded bytes or arrays uint8 [H,W] / [H,W,3] → ([n, ...] in the storage dtype, relative errors of rounding
-        [n], NaN where not measured, [(index, reason)] of those left out). ``check``: against the canary first.
-        ``places`` [n], ascending: the rows that the images have in a shard. They get the same place in their batch,
-        which to a matrix product of a small network can make a difference in the last bit."""
-        with exact_arithmetic(self._threads):
-            if check and output not in self._checked:
-                canary.check(self.store, self.backbone, self._compute, [output], write=False)
-                self._checked.add(output)
-            return self._rows(images, output, range(len(images)) if places is None else places)
+    def check(self, output: Output) -> None:
+        """Compare this machine with the store's reference, once. Raises Drift."""
+        if output not in self._checked:
+            with exact_arithmetic(self.threads):
+                canary.check(self.store, self.backbone, self.compute, [output], write=False)
+            self._checked.add(output)
 
     def renew_canary(self, output: Output) -> None:
         """What this machine makes of the probe images in the place of a reference that is damaged."""
-        with exact_arithmetic(self._threads):
-            canary.rewrite_canary(self.store, self.backbone, self._compute, [output])
+        with exact_arithmetic(self.threads):
+            canary.rewrite_canary(self.store, self.backbone, self.compute, [output])
 
-    def _rows(
-        self, images: Sequence[EncodedImage], output: Output, places: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, str]]]:
-        ready, failed = _decode_some(images, self.backbone)
+    def rows(
+        self, images: Sequence[EncodedImage], output: Output, *, check: bool = True
+    ) -> tuple[torch.Tensor, list[tuple[int, str]]]:
+        """Encoded bytes or arrays uint8 [H,W] / [H,W,3] → ([n, ...] in the storage dtype, [(index, reason)] of those
+        left out). ``check``: see there, first."""
+        if check:
+            self.check(output)
         shape, dtype = output_layout(self.backbone, output, self.store.spec.dtype).row_shape, self.store.spec.dtype
-        rows, errors = [torch.empty(0, *shape, dtype=TORCH_DTYPE[dtype])], [torch.empty(0)]
-        for batch, chosen in self._batches([(places[index], pixels) for index, pixels in ready]):
-            made, measured = self._compute(batch, [output], dtype)
-            tokens = made[output.source].cpu()[chosen]
-            prefix, grid = len(self.backbone.prefix), self.backbone.grid
-            rows.append(derive(output, tokens, prefix, grid) if output.derived else tokens)
-            errors.append(measured[output.name].cpu()[chosen] if measured else torch.full((len(chosen),), float("nan")))
-        return torch.cat(rows), torch.cat(errors), failed
-
-    def _batches(self, ready: list[tuple[int, torch.Tensor]]) -> Iterator[tuple[torch.Tensor, list[int]]]:
-        """(uint8 images [B,3,h,w], which rows of it count): every image at its own place, black ones between."""
-        size = self._compute.batch_size
-        batch: dict[int, torch.Tensor] = {}
-        for number, (place, pixels) in enumerate(ready):
-            batch[place % size] = pixels
-            following = ready[number + 1][0] % size if number + 1 < len(ready) else None
-            if following is None or following <= max(batch):
-                images = torch.zeros(size, *pixels.shape, dtype=torch.uint8)
-                for row, image in batch.items():
-                    images[row] = image
-                yield images, sorted(batch)
-                batch = {}
+        rows, failed = [torch.empty(0, *shape, dtype=TORCH_DTYPE[dtype])], []
+        pixels: list[torch.Tensor] = []
+        for index, image, _ in decode_many(images.__getitem__, range(len(images)), self.backbone.preprocess, THREADS):
+            if isinstance(image, str):
+                failed.append((index, image))
+            else:
+                pixels.append(image)
+        prefix, grid = len(self.backbone.prefix), self.backbone.grid
+        with exact_arithmetic(self.threads):
+            for start in range(0, len(pixels), self.compute.batch_size):
+                batch = torch.stack(pixels[start : start + self.compute.batch_size])
+                made = self.compute(batch, [output], dtype)[0][output.source].cpu()
+                rows.append(derive(output, made, prefix, grid) if output.derived else made)
+        return torch.cat(rows), failed
 
 
 def backbone_of(
@@ -126,17 +118,4 @@ def compute(
     out). For the other arguments and what is raised see `Again`.
     """
     found = backbone_of(like, device=device, weights=weights, trust_code=trust_code)
-    rows, _, failed = found.rows(images, parse(output))
-    return rows, failed
-
-
-def _decode_some(
-    images: Sequence[EncodedImage], backbone: Backbone
-) -> tuple[list[tuple[int, torch.Tensor]], list[tuple[int, str]]]:
-    ready, failed = [], []
-    for index, data in enumerate(images):
-        try:
-            ready.append((index, backbone.preprocess.resized(_images.decode(data))))
-        except UnreadableImage as error:
-            failed.append((index, str(error)))
-    return ready, failed
+    return found.rows(images, parse(output))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ from featurecache.extraction.pipeline import (
     CHANGED,
     ExtractionJob,
     ForwardRunner,
-    ShardPlan,
     StageTimer,
     derive_shards,
     exact_arithmetic,
+    forward_units,
     run_local,
 )
 from featurecache.extraction.scan import ScanResult
@@ -43,14 +43,15 @@ from featurecache.files.atomic import FORMAT
 from featurecache.files.locks import shared_lock
 from featurecache.files.records import canonical_json
 from featurecache.formatting import progress_bar, size_text
+from featurecache.images import decoding as _images
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
+from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output, parse
 from featurecache.sources.base import Dataset, may_be_trained_on
 from featurecache.sources.pseudonyms import Secret, plain_reason
 from featurecache.store.shards import Layout, RowLocations, notes_for
 from featurecache.store.spec import ExtractionSpec
-from featurecache.store.store import Store, create_store, missing_outputs, rows_per_shard, stores
-from featurecache.store.timings import cost_of, keep_cost
+from featurecache.store.store import Store, create_store, missing_outputs, stores
 from featurecache.store.write_view import ViewColumns, copy_failed, write_view
 
 ASK_BYTES = 20 * 10**9  # the command asks before it keeps more than this
@@ -69,7 +70,7 @@ class ExtractionResult:
     shares: dict[str, float]
     failed: list[tuple[str, str]]
     copies: int = 0  # augmented copies in the view, beside the images
-    cost: dict[str, Any] | None = None  # what an image costs, in this run or an earlier one: see `View.cost`
+    cost: dict[str, Any] | None = None  # what an image costs, in this run or an earlier one: see `Store.cost`
 
     @property
     def images_per_s(self) -> float:
@@ -220,13 +221,14 @@ class Extraction:
                 if self.to_compute or self.to_derive:
                     job = self._job(plan)
                     failures = job.failures
-                    derive_shards(job, self._derive_units(), lambda n, _: bar.update(n))
+                    derive_shards(job, self._apart(self.derived), lambda n, _: bar.update(n))
                     if self.forward:
-                        clock = run_local(job, self._units(plan), lambda n, clock: _advance(bar, n, clock))
+                        units = forward_units(self._apart(self.forward), self.layouts, plan)
+                        clock = run_local(job, units, lambda n, clock: _advance(bar, n, clock))
                     if failures and self.on_error == "fail":  # found by the writer, behind the last batch
                         raise UnreadableImage(next(iter(failures.values())))
             except KeyboardInterrupt as error:
-                self._keep_cost(job, plan)
+                self._keep_timings(job)
                 safe = sum(int(self.locate(o).found.sum()) for o in self.outputs[:1])
                 what = "images and copies" if self.copying else "images"
                 raise Stopped(f"stopped. {safe:,} {what} are safe; the same command continues.") from error
@@ -234,13 +236,13 @@ class Extraction:
                 raise SourceError(f"{self._first_failure(failures)} (--on-error report goes on without it)") from error
             finally:
                 bar.close()
-            self._keep_cost(job, plan)
+            self._keep_timings(job)
             path, images, copies, failed = write_view_of(self, failures)
         seconds = time.perf_counter() - start
         names = tuple(output.name for output in self.outputs)
         return ExtractionResult(
             path, names, images, clock.images, self.to_derive, seconds, clock.shares(), failed, copies,
-            cost_of(store.path, self.name),
+            store.cost(self.name),
         )  # fmt: skip
 
     def _open_store(self) -> Store:
@@ -291,51 +293,40 @@ class Extraction:
 
     def _job(self, plan: dict[str, Any]) -> ExtractionJob:
         assert self.store is not None
-        first = self.images
         return ExtractionJob(
-            self.store, self.layouts, self.digests, lambda number: self.dataset.read(int(first[number])),
-            self.backbone, self.compute(), notes_for(self.spec.fingerprint, self.device.type, plan), self.workers,
-            plan["threads"], self.on_error == "fail", self.copying,
+            store=self.store, layouts=self.layouts, digests=self.digests, read=self._read,
+            preprocess=self.backbone.preprocess, compute=self.compute(),
+            notes=notes_for(self.spec.fingerprint, self.device.type, plan), workers=self.workers,
+            threads=plan["threads"], fail_fast=self.on_error == "fail", plain=self.plain,
         )  # fmt: skip
 
-    def _units(self, plan: dict[str, Any]) -> list[ShardPlan]:
-        units = []
-        for rows, outputs in self._apart(self.forward):
-            row_bytes = max(self.layouts[output.name].row_bytes for output in outputs)
-            length = rows_per_shard(len(rows), row_bytes, plan.get("images_per_s"), plan["batch_size"])
-            units += [ShardPlan(rows[start : start + length], outputs) for start in range(0, len(rows), length)]
-        return units
+    def _read(self, number: int) -> EncodedImage:
+        """A distinct image by its number, or an augmented copy, which is made."""
+        source = self.copying.source(number) if self.copying else number
+        data = self.dataset.read(int(self.images[number]))
+        if _images.digest(data).encode() != self.digests[source]:
+            raise UnreadableImage(CHANGED)
+        if self.copying is None or source == number:
+            return data
+        return self.copying.augmented.augmentation.copy_of(data, bytes(self.digests[number]))
 
     def _apart(
         self, groups: list[tuple[np.ndarray, tuple[Output, ...]]]
-    ) -> Iterator[tuple[np.ndarray, tuple[Output, ...]]]:
+    ) -> list[tuple[np.ndarray, tuple[Output, ...]]]:
         """Images and copies in shards of their own: those of the images are the same with copies and without."""
-        for rows, outputs in groups:
-            for part in (rows[rows < self.plain], rows[rows >= self.plain]):
-                if len(part):
-                    yield part, outputs
-
-    def _derive_units(self) -> list[tuple[ShardPlan, dict[str, RowLocations]]]:
-        units = []
-        for rows, outputs in self._apart(self.derived):
-            row_bytes = max(self.layouts[output.name].row_bytes for output in outputs)
-            length = rows_per_shard(len(rows), row_bytes)
-            found = {source: self.locate(parse(source), rows) for source in {output.source for output in outputs}}
-            for start in range(0, len(rows), length):
-                part = slice(start, start + length)
-                places = {key: all_[part] for key, all_ in found.items()}
-                units.append((ShardPlan(rows[part], outputs), places))
-        return units
+        parts = [
+            (rows[(rows >= self.plain) == copies], outputs) for rows, outputs in groups for copies in (False, True)
+        ]
+        return [(part, outputs) for part, outputs in parts if len(part)]
 
     def locate(self, output: Output, rows: np.ndarray | None = None) -> RowLocations:
         assert self.store is not None
         digests = self.digests if rows is None else self.digests[rows]
         return self.store.locate(self.layouts[output.name], digests)
 
-    def _keep_cost(self, job: ExtractionJob | None, plan: dict[str, Any]) -> None:
-        """Before the view is written: a view that is there has its cost beside it."""
-        if job is not None:
-            keep_cost(job.store.path, self.name, job.measured.record(self.spec.precision, plan["threads"]))
+    def _keep_timings(self, job: ExtractionJob | None) -> None:
+        if job is not None and (measured := job.timings.record()):
+            job.store.write_cost(self.device.type, self.name, measured)
 
     def _first_failure(self, failures: dict[int, str]) -> str:
         number, reason = next(iter(failures.items()))

@@ -20,9 +20,9 @@ import numpy as np
 
 from featurecache.errors import SourceError, UnreadableImage
 from featurecache.extraction.digest_cache import STAT, YOUNG, DigestCache, Look
+from featurecache.extraction.pipeline import prefetch
 from featurecache.formatting import progress_bar
 from featurecache.images import decoding as _images
-from featurecache.images.decoding import prefetch
 from featurecache.images.headers import EncodedImage
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles, ImageRows
 from featurecache.sources.summary import LOOKED_AT, evenly_spaced

@@ -1,10 +1,15 @@
-"""Who works in a store at the moment: many may add to it at once, whoever takes something away must be alone.
+"""Shared, exclusive and update lock of a store: many may add to it at once, whoever takes something away must be alone.
 
 Readers need no lock: a file with its final name is whole, and a mapped file outlives its name. Only two things must not
 meet: an extraction, whose newest shards no view names yet, and a command that removes what no view names. Each puts a
 mark into the store, a hidden file with its process, host and time, and holds it locked (flock) for as long as it lives;
 then it looks for marks of the other kind. A mark that can be locked, or whose process is gone, is a dead one's: it is
 removed. On a file system without locks a mark from another host counts as alive, and the error names the file.
+
+By hand and not by the package filelock (4.3 was tried): its ReadWriteLock is an SQLite database, which locks only where
+SQLite does, and a cache on a network file system is filled by many nodes; neither it nor SoftReadWriteLock says who
+holds the lock, and the latter takes a holder for dead that was suspended for longer than its heartbeat. What would
+remain here, the marks that say who and the fallback without locks, is all of this but two calls of flock.
 """
 
 from __future__ import annotations
@@ -24,22 +29,22 @@ from typing import Any
 from featurecache.errors import InUse
 from featurecache.files.atomic import NO_LOCKS, locked_draft, writing
 
-_WORKING, _ALONE = ".working-", ".alone-"
+MARKS = SHARED, EXCLUSIVE = ".shared-", ".exclusive-"  # beginnings of the marks' names
 
 
 @contextlib.contextmanager
 def shared_lock(store: Path, what: str) -> Iterator[None]:
-    """While rows are added to ``store``. Raises InUse when somebody is `alone` in it."""
-    with _mark(store, _WORKING, what):
-        _refuse_others(store, (_ALONE,), None)
+    """While rows are added to ``store``. Raises InUse where somebody holds the exclusive lock."""
+    with _mark(store, SHARED, what):
+        _refuse_others(store, (EXCLUSIVE,), None)
         yield
 
 
 @contextlib.contextmanager
 def exclusive_lock(store: Path, what: str) -> Iterator[None]:
-    """While files of ``store`` are removed or replaced. Raises InUse when anybody works in it."""
-    with _mark(store, _ALONE, what) as mine:
-        _refuse_others(store, (_WORKING, _ALONE), mine)
+    """While files of ``store`` are removed or replaced. Raises InUse where anybody holds a lock."""
+    with _mark(store, EXCLUSIVE, what) as mine:
+        _refuse_others(store, MARKS, mine)
         yield
 
 
@@ -78,8 +83,8 @@ def _mark(store: Path, kind: str, what: str) -> Iterator[Path]:
 
 def _refuse_others(store: Path, kinds: tuple[str, ...], mine: Path | None) -> None:
     """Marks of the dead go, of whatever kind."""
-    for path in sorted(store.glob(".*-*")):
-        if path == mine or path.suffix or not path.name.startswith((_WORKING, _ALONE)):
+    for path in sorted(path for kind in MARKS for path in store.glob(f"{kind}*")):
+        if path == mine or path.suffix:
             continue
         if (holder := _holder(path)) is not None and path.name.startswith(kinds):
             raise InUse(
@@ -98,11 +103,11 @@ def _holder(path: Path) -> dict[str, Any] | None:
         return {"what": f"a mark that cannot be read ({error.strerror})"}
     try:
         record = _read_record(descriptor)
-        if _is_dead(descriptor, record):
-            with writing(path):
-                path.unlink(missing_ok=True)
-            return None
-        return record
+        if not _is_dead(descriptor, record):
+            return record
+        with writing(path):
+            path.unlink(missing_ok=True)
+        return None
     finally:
         os.close(descriptor)
 
@@ -116,21 +121,15 @@ def _read_record(descriptor: int) -> dict[str, Any]:
 
 
 def _is_dead(descriptor: int, record: dict[str, Any]) -> bool:
-    if (locked := _try_lock(descriptor)) is not None:
-        return locked
-    return record.get("host") == socket.gethostname() and not _lives(record.get("pid"))
-
-
-def _try_lock(descriptor: int) -> bool | None:
-    """True: it is ours now; False: somebody holds it; None: no locks here."""
+    """Whether nobody holds the mark: it can be locked; without locks, its process on this host is gone."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in NO_LOCKS:
-            return None
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno not in NO_LOCKS:
             raise
-        return False
+        return record.get("host") == socket.gethostname() and not _lives(record.get("pid"))
     return True
 
 

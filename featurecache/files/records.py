@@ -156,7 +156,16 @@ def checked_plan(plan: dict[str, Any], path: Path) -> dict[str, Any]:
             type(how.get(key)) is int and 0 < how[key] <= most for key, most in bounds.items()
         ):
             raise CacheError(f"{path} has no batch_size and threads for {device[:40]!a}. Delete it to plan anew.")
+        if "cost" in how and not _is_cost(how["cost"]):
+            raise CacheError(f"{path} does not say what an image costs on {device[:40]!a}. Delete it to plan anew.")
     return plan
+
+
+def _is_cost(cost: Any) -> bool:
+    kinds = {"forward_ms": float, "images": int, "device": str, "loading_ms": dict}
+    if not isinstance(cost, dict) or {key: type(value) for key, value in cost.items()} != kinds:
+        return False
+    return all(type(ms) is float and ms >= 0 for ms in [cost["forward_ms"], *cost["loading_ms"].values()])
 
 
 _REQUEST = {"name": str, "weights": str, "random_weights": bool, "seed": int, "image_size": int, "fit": str}

@@ -28,6 +28,8 @@ import numpy as np
 
 from featurecache.errors import BadOption, CacheError, nearest
 from featurecache.files.records import canonical_json
+from featurecache.images import decoding as _images
+from featurecache.images.headers import EncodedImage
 
 if TYPE_CHECKING:
     import torch
@@ -208,6 +210,10 @@ class Augmentation:
             kind = KINDS[step.word]
             image = kind.make(image, step.amount, uniform_draws(digest, number, kind.draws))
         return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+    def copy_of(self, data: EncodedImage, digest: bytes) -> np.ndarray:
+        """An image as its source has it → its copy of that ``digest``, uint8 [H,W,3]."""
+        return self.made(_images.decode(data), digest).permute(1, 2, 0).numpy()
 
 
 def uniform_draws(digest: bytes, step: int, count: int) -> list[float]:

@@ -30,9 +30,6 @@ import hashlib
 import io
 import re
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -41,19 +38,6 @@ import torch
 from featurecache.errors import UnreadableImage
 from featurecache.images import dicom, headers
 from featurecache.images.headers import MAX_PIXELS, EncodedFrame, EncodedImage, quiet_pillow, refuse_bombs
-
-
-def prefetch(
-    pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any], window: int
-) -> Iterator[tuple[Any, Future[Any]]]:
-    """Submit up to ``window`` items in advance; give (item, future) in the order of the items."""
-    pending: deque[tuple[Any, Future[Any]]] = deque()
-    for item in items:
-        pending.append((item, pool.submit(function, item)))
-        if len(pending) > window:
-            yield pending.popleft()
-    yield from pending
-
 
 DECODING = 1
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # others are not tried: EPS would run a program

@@ -1,12 +1,8 @@
-"""Rm, gc, compact: move rows, repoint views, free files.
+"""Remove views, collect garbage, compact a store: rows move to other shards, views follow them, files are freed.
 
-What becomes of a cache: views are removed, rows that no view names are freed, shards are put in a view's order.
-
-A removed view leaves its rows where they are: another view may name them, and an extraction takes them up again. `gc`
-frees what no view names. A row is needed only by views that name *it*: one that keeps `tokens-257` needs nothing of the
-`tokens` it was made of.
-
-Rows move to other shards: what `gc` and `compact` have in common.
+A removed view leaves its rows where they are: another view may name them, and an extraction takes them up again.
+`collect` frees what no view names. A row is needed only by views that name *it*: one that keeps `tokens-257` needs
+nothing of the `tokens` it was made of. `compact` puts the rows of a view into shards in its order.
 
 A row is known by its digest *and* the checksum of its bytes: two machines may have computed one image with last bits
 that differ, and a view keeps the bytes it has. For each row that is to stay one *home* is chosen, a shard that has it.
@@ -21,7 +17,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,9 +25,8 @@ import numpy as np
 
 from featurecache.errors import BadOption, CacheError, FeatureCacheError
 from featurecache.extraction.canary import canary_path
-from featurecache.files import guard
 from featurecache.files.atomic import check_room, draft_path, orphaned_files, remove_orphans, sync_path, writing
-from featurecache.files.locks import exclusive_lock
+from featurecache.files.locks import MARKS, exclusive_lock
 from featurecache.outputs import parse
 from featurecache.store.shards import (
     Layout,
@@ -44,10 +39,10 @@ from featurecache.store.shards import (
     shard_name,
 )
 from featurecache.store.store import Store, cache_folder, open_store, rows_per_shard, stores, unreadable_stores
-from featurecache.store.timings import NAME as COST
-from featurecache.store.timings import forget_cost
 from featurecache.store.view import View
-from featurecache.store.write_view import columns_of, find_view, write_view
+from featurecache.store.write_view import find_view, rewrite_view
+
+STRETCH = 16 << 20  # bytes of rows in hand at a time
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,6 @@ def remove_view(name: str | Path, cache: str | Path | None = None) -> RemovedVie
         store.sweep()
         with writing(path):
             path.unlink()
-            forget_cost(store.path, path.stem)
             sync_path(store.path)
     return RemovedView(label, path, images, tuple(other.stem for other in store.views()))
 
@@ -126,116 +120,91 @@ def collect(cache: str | Path | None = None, *, delete: bool = False) -> Collect
     A store is left alone while somebody works in it, and when one of its views or shards cannot be read: nobody knows
     then what that view names.
     """
-    folder = cache_folder(cache)
-    drafts = list(_drafts(folder))
-    size = sum(_size(path) for path in drafts)
-    found = [StoreGarbage(path, left=str(error)) for path, error in unreadable_stores(folder)]
-    for store in list(stores(folder)):
+    cache = cache_folder(cache)
+    drafts = [path for folder in _folders(cache) for path in orphaned_files(folder)]
+    files = [file for path in drafts for file in (path.rglob("*") if path.is_dir() else [path]) if not file.is_dir()]
+    size = sum(file.lstat().st_size for file in files)
+    found = [StoreGarbage(path, left=str(error)) for path, error in unreadable_stores(cache)]
+    for store in list(stores(cache)):
         try:
             found.append(_collect(store, delete))
         except CacheError as error:
             found.append(StoreGarbage(store.path, left=str(error)))
-    if delete:
-        for place in _places(folder):
-            remove_orphans(place)
+    for folder in _folders(cache) if delete else ():
+        remove_orphans(folder)
     return CollectResult(delete, tuple(found), tuple(drafts), size)
 
 
-def _places(folder: Path) -> Iterator[Path]:
+def _folders(cache: Path) -> list[Path]:
     """Folders in which drafts may lie."""
-    yield folder
-    for store in stores(folder):
-        yield store.path
-        yield from (path for path in store.path.iterdir() if path.is_dir() and not path.is_symlink())
-
-
-def _drafts(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        for place in _places(folder):
-            yield from orphaned_files(place)
-
-
-def _size(path: Path) -> int:
-    files = [path] if not path.is_dir() else [each for each in path.rglob("*") if each.is_file()]
-    return sum(file.lstat().st_size for file in files)
+    within = [path for store in stores(cache) for path in (store.path, *store.path.iterdir())]
+    return [cache, *(path for path in within if path.is_dir() and not path.is_symlink())] if cache.is_dir() else []
 
 
 def _collect(store: Store, delete: bool) -> StoreGarbage:
     if not delete:
-        return _listed(store, *_unused(store))
+        return _garbage(store, *_plan_store(store))
     with exclusive_lock(store.path, "gc"):
-        outputs, views = _unused(store)
-        garbage = _listed(store, outputs, views)
+        outputs, views = _plan_store(store)
+        garbage = _garbage(store, outputs, views)
         relocate(store, outputs, views)
         for output in outputs:
-            _remove_if_empty(store.folder(output.layout.output))
+            with contextlib.suppress(OSError):  # not empty, or not there
+                store.folder(output.layout.output).rmdir()
         if garbage.folder:
-            _remove_store(store)
+            hidden = draft_path(store.path)
+            with writing(store.path):
+                os.rename(store.path, hidden)  # out of sight at once, then away: half a store is never seen
+                sync_path(store.path.parent)
+                shutil.rmtree(hidden)
     return garbage
 
 
-def _unused(store: Store) -> tuple[list[OutputRelocation], list[Path]]:
-    """What becomes of each output, and the paths of the views. Raises CacheError where something cannot be read."""
+def _plan_store(store: Store) -> tuple[list[OutputRelocation], list[View]]:
+    """What becomes of each output, and the views. Raises CacheError where something cannot be read."""
     views = [View(path, columns_only=True, copies=True) for path in store.views()]
     layouts = {**store.layouts(), **{name: view.layout(name) for view in views for name in view.outputs}}
-    unread = [name for name in store.outputs() if name not in layouts]
-    if unread:
+    if unread := [name for name in store.outputs() if name not in layouts]:
         raise CacheError(f"no shard of {unread[0]} in {store.path} can be read. featurecache verify says why.")
     outputs = []
     for name, layout in sorted(layouts.items()):
-        wanted = [keys_in(view, name) for view in views if name in view.outputs]
-        rows = np.unique(np.concatenate([np.zeros(0, "S48"), *wanted]))
-        outputs.append(plan_relocation(layout, _fullest_first(store.shards(layout), rows), rows))
-    return outputs, [view.path for view in views]
+        rows = np.unique(np.concatenate([np.zeros(0, "S48"), *(_keys(v, name) for v in views if name in v.outputs)]))
+        shards = store.shards(layout)
+        needed = {shard.path: np.isin(row_keys(shard.digests, shard.checksums), rows) for shard in shards}
+        # Shards that may stay as they are come before those that would lose rows.
+        shards.sort(key=lambda shard: (-needed[shard.path].mean(), -needed[shard.path].sum(), shard.path))
+        outputs.append(plan_relocation(layout, shards, rows))
+    return outputs, views
 
 
-def _fullest_first(shards: list[Shard], wanted: np.ndarray) -> list[Shard]:
-    """Shards that may stay as they are before those that would lose rows."""
-    needed = {shard.path: np.isin(row_keys(shard.digests, shard.checksums), wanted) for shard in shards}
-    return sorted(shards, key=lambda shard: (-needed[shard.path].mean(), -needed[shard.path].sum(), shard.path))
+def _keys(view: View, output: str) -> np.ndarray:
+    return row_keys(view.digests, view.stored(output).checksums)
 
 
-def _listed(store: Store, outputs: list[OutputRelocation], views: list[Path]) -> StoreGarbage:
-    kept = {name for path in views for name in View(path, columns_only=True).outputs}
-    unused = tuple(
-        UnusedRows(o.layout.output, len(o.drop), o.unused_rows, o.unused_bytes, _made_of(o.layout.output, kept))
-        for o in outputs
-        if o.unused_rows
-    )
+def _garbage(store: Store, outputs: list[OutputRelocation], views: list[View]) -> StoreGarbage:
+    kept = {name: parse(name) for view in views for name in view.outputs}
+    unused = []
+    for output in outputs:
+        name = output.layout.output
+        derived = sorted(key for key, made in kept.items() if key != name and made.derived and made.source == name)
+        if output.unused_rows:
+            unused.append(UnusedRows(name, len(output.drop), output.unused_rows, output.unused_bytes, tuple(derived)))
     empty = not views and not any(output.keep or output.split for output in outputs)
-    others = _strange(store) if empty else ()
-    return StoreGarbage(store.path, unused, empty and not others, others)
+    others = _strange_files(store) if empty else ()
+    return StoreGarbage(store.path, tuple(unused), empty and not others, others)
 
 
-def _made_of(name: str, kept: set[str]) -> tuple[str, ...]:
-    return tuple(sorted(other for other in kept - {name} if parse(other).derived and parse(other).source == name))
-
-
-def _strange(store: Store) -> tuple[str, ...]:
+def _strange_files(store: Store) -> tuple[str, ...]:
     """Files in a store that featurecache did not put there."""
-    ours = {"spec.json", "plan.json", canary_path(store).name, COST}
+    ours = {"spec.json", "plan.json", canary_path(store).name}
     found = []
     for path in sorted(store.path.rglob("*")):
         relative = path.relative_to(store.path)
         shard = len(relative.parts) == 2 and path in store.shard_paths(relative.parts[0])
-        hidden = relative.name.startswith((".working-", ".alone-")) or relative.suffix == ".tmp"
+        hidden = relative.name.startswith(MARKS) or relative.suffix == ".tmp"
         if not (path.is_dir() or shard or hidden or str(relative) in ours) or path.is_symlink():
             found.append(str(relative))
     return tuple(found)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not empty, or not there
-        folder.rmdir()
-
-
-def _remove_store(store: Store) -> None:
-    """Out of sight at once, then away: half a store is never seen."""
-    hidden = draft_path(store.path)
-    with writing(store.path):
-        os.rename(store.path, hidden)
-        sync_path(store.path.parent)
-        shutil.rmtree(hidden)
 
 
 @dataclass(frozen=True)
@@ -257,58 +226,48 @@ def compact(name: str | Path | None = None, cache: str | Path | None = None) -> 
     store = open_store(view.store)
     with exclusive_lock(store.path, f"compact {view.name}"):
         store.sweep()
-        views = [View(path, columns_only=True).path for path in store.views()]
-        before, size = _spread(view), _bytes_in(store)
-        ordered = {layout: _in_order(store, view, layout) for layout in (view.layout(key) for key in view.outputs)}
-        needed = sum(_to_write(store, layout, unit) for layout, units in ordered.items() for unit in units)
-        check_room(store.path, needed, "Free some space; nothing was changed.")
-        moved = {layout: [copy_rows(store, unit, layout) for unit in units] for layout, units in ordered.items()}
-        first = [shard for shards in moved.values() for shard in shards if shard is not None]
-        written = _bytes_in(store) - size
-        outputs = [_superseded(store, layout, first) for layout in ordered]
+        views = [View(path, columns_only=True, copies=True) for path in store.views()]
+        before, size = _pieces(view), _shard_bytes(store)
+        layouts = [view.layout(output) for output in view.outputs]
+        units = [(layout, rows) for layout in layouts for rows in _in_order(store, view, layout)]
+        new = [(layout, rows) for layout, rows in units if not _path(store, layout, rows).exists()]
+        check_room(store.path, sum(len(rows.file) * layout.row_bytes for layout, rows in new), _ROOM)
+        first = [shard for layout, rows in units if (shard := copy_rows(store, rows, layout)) is not None]
+        written = _shard_bytes(store) - size
+        outputs = []
+        for layout in layouts:  # all rows of an output stay, those of ``first`` there
+            mine = [shard for shard in first if shard.path.parent.name == layout.output]
+            shards = {shard.path: shard for shard in [*mine, *store.shards(layout)]}.values()
+            rows = np.concatenate([row_keys(shard.digests, shard.checksums) for shard in shards])
+            outputs.append(plan_relocation(layout, list(shards), rows))
         relocate(store, outputs, views, first)
-        after = _spread(View(view.path, copies=True))
+        after = _pieces(View(view.path, copies=True))
     return CompactResult(view.label, (before[0], after[0]), (before[1], after[1]), written)
 
 
-def _spread(view: View) -> tuple[int, int]:
+_ROOM = "Free some space; nothing was changed."
+
+
+def _pieces(view: View) -> tuple[int, int]:
     """(shards a view's rows lie in, runs of rows that follow each other), over all outputs."""
     indexes = [view.stored(name).index for name in view.outputs]
     pieces = sum(int(((np.diff(index[:, 0]) != 0) | (np.diff(index[:, 1]) != 1)).sum()) + 1 for index in indexes)
     return len(view.files), pieces
 
 
-def _bytes_in(store: Store) -> int:
+def _shard_bytes(store: Store) -> int:
     return sum(path.stat().st_size for output in store.outputs() for path in store.shard_paths(output))
 
 
 def _in_order(store: Store, view: View, layout: Layout) -> list[RowLocations]:
     """The distinct rows of a view in its order, in units of a shard's size."""
-    wanted = keys_in(view, layout.output)
+    wanted = _keys(view, layout.output)
     _, first = np.unique(wanted, return_index=True)
     places = find_by_key(store.shards(layout), wanted[np.sort(first)])
     if not places.found.all():
         raise CacheError(f"{view.label} names rows of {layout.output} that lie in no shard. featurecache repair helps.")
     length = rows_per_shard(len(first), layout.row_bytes)
     return [places[start : start + length] for start in range(0, len(first), length)]
-
-
-def _to_write(store: Store, layout: Layout, unit: RowLocations) -> int:
-    return 0 if shard_path(store, layout, unit).exists() else len(unit.file) * layout.row_bytes
-
-
-def _superseded(store: Store, layout: Layout, first: list[Shard]) -> OutputRelocation:
-    """All rows of an output stay, those of ``first`` there; what has copies of them loses these."""
-    shards = {shard.path: shard for shard in [*first, *store.shards(layout)] if shard.path.parent.name == layout.output}
-    rows = [row_keys(shard.digests, shard.checksums) for shard in shards.values()]
-    return plan_relocation(layout, list(shards.values()), np.concatenate(rows))
-
-
-STRETCH = 16 << 20  # bytes of rows in hand at a time
-
-
-def keys_in(view: View, output: str) -> np.ndarray:
-    return row_keys(view.digests, view.stored(output).checksums)
 
 
 @dataclass
@@ -318,102 +277,93 @@ class OutputRelocation:
     layout: Layout
     keep: list[Shard] = field(default_factory=list)
     drop: list[Shard] = field(default_factory=list)
-    split: list[tuple[Shard, np.ndarray]] = field(default_factory=list)  # with the rows that stay, ascending
-    trusted: list[tuple[Shard, np.ndarray]] = field(default_factory=list)  # rows of which another copy goes
+    split: list[RowLocations] = field(default_factory=list)  # of one shard each: the rows that stay, ascending
+    trusted: list[RowLocations] = field(default_factory=list)  # rows of which another copy goes
 
     @property
     def new_bytes(self) -> int:
-        return sum(len(rows) for _, rows in self.split) * self.layout.row_bytes
+        return sum(len(rows.row) for rows in self.split) * self.layout.row_bytes
 
     @property
     def unused_rows(self) -> int:
-        return sum(len(s.digests) for s in self.drop) + sum(len(s.digests) - len(rows) for s, rows in self.split)
+        lost = sum(len(rows.shards[0].digests) - len(rows.row) for rows in self.split)
+        return sum(len(shard.digests) for shard in self.drop) + lost
 
     @property
     def unused_bytes(self) -> int:
         """Of whole shards the files, of others the rows."""
-        parts = sum(len(shard.digests) - len(rows) for shard, rows in self.split)
-        return sum(shard.size for shard in self.drop) + parts * self.layout.row_bytes
+        lost = sum(len(rows.shards[0].digests) - len(rows.row) for rows in self.split)
+        return sum(shard.size for shard in self.drop) + lost * self.layout.row_bytes
 
 
 def plan_relocation(layout: Layout, shards: Sequence[Shard], wanted: np.ndarray) -> OutputRelocation:
     """Choose homes for the rows ``wanted`` (keys): the first of ``shards`` that has them. Raises CacheError where one
     lies nowhere."""
     wanted = np.unique(wanted)
-    found = find_by_key(shards, wanted)
-    if not found.found.all():
+    places = find_by_key(shards, wanted)
+    if not places.found.all():
         raise CacheError(
-            f"{int((~found.found).sum()):,} rows of {layout.output} that views name lie in no shard. "
+            f"{int((~places.found).sum()):,} rows of {layout.output} that views name lie in no shard. "
             "featurecache verify lists what is damaged, featurecache repair computes it again."
         )
+    stored = [row_keys(shard.digests, shard.checksums) for shard in shards]
+    distinct, counts = np.unique(np.concatenate([wanted[:0], *stored]), return_counts=True)
+    several = distinct[counts > 1]  # stand in the shards more than once
     result = OutputRelocation(layout)
-    copies = _copies(shards, wanted)
     for number, shard in enumerate(shards):
-        rows = np.sort(found.row[found.file == number])
+        rows = np.sort(places.row[places.file == number])
         if len(rows) == len(shard.digests):
             result.keep.append(shard)
         elif len(rows):
-            result.split.append((shard, rows))
+            result.split.append(_rows_of(shard, rows))
         else:
             result.drop.append(shard)
-        several = rows[np.isin(row_keys(shard.digests[rows], shard.checksums[rows]), copies)]
-        if len(several):
-            result.trusted.append((shard, several))
+        if len(rows := rows[np.isin(stored[number][rows], several)]):
+            result.trusted.append(_rows_of(shard, rows))
     return result
 
 
-def _copies(shards: Sequence[Shard], wanted: np.ndarray) -> np.ndarray:
-    """Keys that stand in the shards more than once."""
-    if not shards:
-        return wanted[:0]
-    distinct, counts = np.unique(
-        np.concatenate([row_keys(shard.digests, shard.checksums) for shard in shards]), return_counts=True
-    )  # fmt: skip
-    return np.intersect1d(distinct[counts > 1], wanted)
+def _rows_of(shard: Shard, rows: np.ndarray) -> RowLocations:
+    return RowLocations((shard,), np.zeros(len(rows), np.int64), rows)
 
 
 def relocate(
-    store: Store, outputs: Sequence[OutputRelocation], views: Iterable[Path], first: Sequence[Shard] = ()
+    store: Store, outputs: Sequence[OutputRelocation], views: Iterable[View], first: Sequence[Shard] = ()
 ) -> None:
     """New shards, views on them, old files away. ``first``: shards whose copies of rows the views shall take.
 
     Raises DamagedFile before anything is removed when a row that is to stay does not have its checksum.
     """
-    check_room(store.path, sum(output.new_bytes for output in outputs), "Free some space; nothing was changed.")
+    check_room(store.path, sum(output.new_bytes for output in outputs), _ROOM)
     homes: dict[str, list[Shard]] = {}
-    going: list[Shard] = []
+    gone: set[Path] = set()
     for output in outputs:
-        for shard, rows in output.trusted:
-            verify_rows(shard, rows, output.layout)
-        stay = [copy_rows(store, _some(shard, rows), output.layout) or shard for shard, rows in output.split]
+        for rows in output.trusted:
+            verify_rows(rows, output.layout)
+        stay = [copy_rows(store, rows, output.layout) or rows.shards[0] for rows in output.split]
         chosen = [shard for shard in first if shard.path.parent.name == output.layout.output]
-        homes[output.layout.output] = list({s.path: s for s in [*chosen, *stay, *output.keep]}.values())
-        kept = {shard.path for shard in homes[output.layout.output]}
-        going += [s for s in [*output.drop, *(shard for shard, _ in output.split)] if s.path not in kept]
-    gone = {shard.path for shard in going}
-    for path in views:
-        repoint_view(store, path, homes, gone)
-    for folder in {remove(path).parent for path in sorted(gone)}:
+        shards = {shard.path: shard for shard in [*chosen, *stay, *output.keep]}
+        homes[output.layout.output] = list(shards.values())
+        gone |= {shard.path for shard in [*output.drop, *(rows.shards[0] for rows in output.split)]} - shards.keys()
+    for view in views:
+        if gone & {view.store / entry["path"].decode() for entry in view.files}:
+            layouts = [view.layout(name) for name in view.outputs]
+            shards_of = {layout: homes.get(layout.output) or store.shards(layout) for layout in layouts}
+            located = {layout: find_by_key(shards, _keys(view, layout.output)) for layout, shards in shards_of.items()}
+            rewrite_view(view, store, located)
+    for path in sorted(gone):
+        with writing(path):
+            path.unlink(missing_ok=True)
+    for folder in {path.parent for path in gone}:
         with writing(folder):
             sync_path(folder)
 
 
-def remove(path: Path) -> Path:
-    with writing(path):
-        path.unlink(missing_ok=True)
-    return path
-
-
-def verify_rows(shard: Shard, rows: np.ndarray, layout: Layout) -> None:
+def verify_rows(places: RowLocations, layout: Layout) -> None:
     """Raises DamagedFile when one of the rows does not have its checksum."""
     step = max(1, STRETCH // layout.row_bytes)
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        read_rows(_some(shard, part), layout)
-
-
-def _some(shard: Shard, rows: np.ndarray) -> RowLocations:
-    return RowLocations((shard,), np.zeros(len(rows), np.int64), rows)
+    for start in range(0, len(places.row), step):
+        read_rows(places[start : start + step], layout)
 
 
 def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | None:
@@ -421,20 +371,19 @@ def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | Non
 
     A file that has its name and these bytes is taken for it. None where one with other bytes has the name.
     """
-    digests, path = _digests(places), shard_path(store, layout, places)
+    digests, path = places.digests, _path(store, layout, places)
     if path.exists():
         there = store.shard(path, layout)
         if not np.array_equal(there.checksums, places.checksums):
             return None
-        verify_rows(there, np.arange(len(digests)), layout)
+        verify_rows(_rows_of(there, np.arange(len(digests))), layout)
         return there
-    notes = _notes([places.shards[k].notes for k in np.unique(places.file)])
-    writer = ShardWriter(store.path, digests, layout, notes)
+    writer = ShardWriter(store.path, digests, layout, _notes([places.shards[k].notes for k in np.unique(places.file)]))
     try:
         step = max(1, STRETCH // layout.row_bytes)
         for start in range(0, len(digests), step):
             part = places[start : start + step]
-            writer.append(digests[start : start + step].tolist(), read_rows(part, layout).numpy(), part.errors)
+            writer.append(part.digests.tolist(), read_rows(part, layout).numpy(), part.errors)
         written = writer.commit()
     finally:
         writer.discard()
@@ -442,39 +391,12 @@ def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | Non
     return store.shard(written, layout)
 
 
-def shard_path(store: Store, layout: Layout, places: RowLocations) -> Path:
+def _path(store: Store, layout: Layout, places: RowLocations) -> Path:
     """Where a shard of these rows has its place."""
-    return store.folder(layout.output) / f"{shard_name(_digests(places))}.h5"
-
-
-def _digests(places: RowLocations) -> np.ndarray:
-    starts = np.cumsum([0, *(len(shard.digests) for shard in places.shards)])
-    found: np.ndarray = np.concatenate([shard.digests for shard in places.shards])[starts[places.file] + places.row]
-    return found
+    return store.folder(layout.output) / f"{shard_name(places.digests)}.h5"
 
 
 def _notes(several: Sequence[dict[str, str]]) -> dict[str, str]:
     """Attributes of a shard with rows of several: where they differ, all of them as a JSON list."""
-    found = {}
-    for key in dict.fromkeys(key for notes in several for key in notes):
-        values = list(dict.fromkeys(notes[key] for notes in several if key in notes))
-        found[key] = values[0] if len(values) == 1 else json.dumps(values)
-    return found
-
-
-def repoint_view(store: Store, path: Path, homes: dict[str, list[Shard]], gone: set[Path]) -> None:
-    """Write a view that names shards in ``gone`` on those that stay. Its bytes stay what they are, and its time: it is
-    no newer than it was."""
-    view = View(path, columns_only=True, copies=True)
-    if not gone & {view.store / entry["path"].decode() for entry in view.files}:
-        return
-    located = {}
-    for name in view.outputs:
-        layout = view.layout(name)
-        shards = homes[name] if name in homes else store.shards(layout)
-        located[layout] = places = find_by_key(shards, keys_in(view, name))
-        assert places.found.all(), "every row that a view names has a home"
-    stat = path.stat()
-    write_view(store, view.name, columns_of(view), view.attributes, located)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    guard.own([path])  # it has another ctime now
+    values = {key: list(dict.fromkeys(n[key] for n in several if key in n)) for notes in several for key in notes}
+    return {key: each[0] if len(each) == 1 else json.dumps(each) for key, each in values.items()}

@@ -1,6 +1,8 @@
 """A view as HDF5, NPZ, Parquet, safetensors.
 
-The file formats of an export: how each lays out ids, labels, splits and features, written in blocks of rows.
+Writing where a failed write must not be met by the writer: a sink for libraries that write a file themselves.
+
+Export a view as one plain file that needs neither the cache nor this package: HDF5, NPZ, Parquet or safetensors.
 
 .h5            as a view, without its index: `ids`, `labels`, `splits`, ..., the attributes, and each output as a
                real dataset [N, ...]
@@ -8,8 +10,6 @@ The file formats of an export: how each lays out ids, labels, splits and feature
 .parquet       a row an image: `id`, `label`, `class`, `split`, `group`, `digest`, further columns, and each vector
                as a fixed-size list of float32 (a float16 is exact in it, and every reader knows it)
 .safetensors   features and `labels` as tensors; ids, splits, classes, ... as JSON in the metadata
-
-A view as one plain file that needs neither the cache nor this package: HDF5, npz, Parquet or safetensors.
 
 The file is written beside its place in blocks of rows, through `Sink`, and put there when it is whole: a full disk or a
 kill leaves the file that was there, or none. Memory is that of one block and of the columns, however large the view.
@@ -36,6 +36,62 @@ from featurecache.outputs import parse
 from featurecache.store.schema import OutputInfo
 from featurecache.store.view import View
 from featurecache.store.write_view import columns_of, write_columns
+
+
+class Sink(WriteTrace):
+    """A file object that writes through a `Draft`, for writers that must not meet a failed write.
+
+    libhdf5 can take the interpreter down when a write fails at close, and zipfile complains again for every member.
+    So a failed write is remembered and looks like a good one; from then on everything is kept in memory (little: the
+    writers call `check` after each block, which raises CannotWrite).
+    """
+
+    def __init__(self, draft: AtomicFile) -> None:
+        super().__init__()
+        self._draft = draft
+        self._error: CannotWrite | None = None
+        self._held: dict[int, bytes] = {}  # what the disk did not take
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if self._error is None:
+            try:
+                self._draft.write(self._position, view)
+            except CannotWrite as error:
+                self._error = error
+        if self._error is not None:
+            self._held[self._position] = bytes(view)
+        self._position += len(view)
+        self.size = max(self.size, self._position)
+        return len(view)
+
+    def readinto(self, buffer: Any) -> int:
+        """HDF5 reads its own chunk index back."""
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self.size - self._position))
+        found = bytearray(self._draft.read(self._position, count).ljust(count, b"\0"))
+        for offset, data in self._held.items():
+            start, stop = max(offset, self._position), min(offset + len(data), self._position + count)
+            if start < stop:
+                found[start - self._position : stop - self._position] = data[start - offset : stop - offset]
+        view[:count] = found
+        self._position += count
+        return count
+
+    def check(self) -> None:
+        """Raises CannotWrite when a write failed."""
+        if self._error is not None:
+            raise self._error
+
 
 BLOCK = 16 << 20  # bytes of features in memory at a time
 CHUNK = 1 << 19  # bytes of a compressed chunk: of a vector some hundred rows, of tokens one
@@ -74,7 +130,7 @@ class Columns:
         """Only where augmented copies are exported too."""
         return self.view.versions if self.view.with_copies else None
 
-    def said(self) -> dict[str, Any]:
+    def view_attributes(self) -> dict[str, Any]:
         """The attributes of the view; without its copies nothing of how they were made."""
         found = self.view.attributes
         return {key: found[key] for key in found if key != "augmentation" or self.versions is not None}
@@ -82,7 +138,7 @@ class Columns:
     def attributes(self) -> dict[str, Any]:
         """Those of the view, and of each output what its tokens are, for formats without attributes of arrays."""
         about = {name: {"prefix": info.prefix, "grid": info.grid} for name, info in self.outputs.items()}
-        found = self.said()
+        found = self.view_attributes()
         plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in found.items()}
         return {**plain, "outputs": json.dumps(about)}
 
@@ -98,7 +154,7 @@ def write_hdf5(sink: Sink, columns: Columns, compress: bool, advance: Advance) -
     with h5py.File(
         sink, "w", libver=("v110", "v110"), alignment_threshold=CHUNK, alignment_interval=ALIGNMENT
     ) as file:  # fmt: skip
-        for key, value in columns.said().items():
+        for key, value in columns.view_attributes().items():
             file.attrs[key] = value
         write_columns(file, columns_of(columns.view))
         for name, info in columns.outputs.items():
@@ -135,7 +191,7 @@ def write_npz(sink: Sink, columns: Columns, compress: bool, advance: Advance) ->
         for key, array in small.items():
             _write_member(archive, key, array.shape, array.dtype, iter([array]))
         for name, info in columns.outputs.items():
-            blocks = _told(columns.blocks(name), sink, advance)
+            blocks = _counted(columns.blocks(name), sink, advance)
             _write_member(archive, name, (len(view), *info.shape), np.dtype(info.dtype), blocks)
 
 
@@ -143,7 +199,7 @@ def _json(columns: Columns) -> str:
     return json.dumps(columns.attributes(), ensure_ascii=False)
 
 
-def _told(blocks: Iterator[tuple[int, np.ndarray]], sink: Sink, advance: Advance) -> Iterator[np.ndarray]:
+def _counted(blocks: Iterator[tuple[int, np.ndarray]], sink: Sink, advance: Advance) -> Iterator[np.ndarray]:
     for _, block in blocks:
         yield block
         sink.check()
@@ -236,7 +292,7 @@ def write_safetensors(sink: Sink, columns: Columns, compress: bool, advance: Adv
         )
     sink.write(len(text).to_bytes(8, "little") + text)
     for name in order:
-        parts = iter([small[name]]) if name in small else _told(columns.blocks(name), sink, advance)
+        parts = iter([small[name]]) if name in small else _counted(columns.blocks(name), sink, advance)
         for part in parts:
             sink.write(np.ascontiguousarray(part).data)
 
@@ -247,13 +303,13 @@ _SAFE = {"<f2": "F16", "<f4": "F32", "<i8": "I64", "<i4": "I32"}
 def _metadata(columns: Columns) -> dict[str, str]:
     """Texts only, as the format has it: each column as a JSON list; NaN as null."""
     view = columns.view
-    further = {key: _listed(column) for key, column in view.meta.items()}
+    further = {key: _json_values(column) for key, column in view.meta.items()}
     found = {key: str(value) for key, value in columns.attributes().items()}
     lists = {**columns.text(), "digests": [digest.decode() for digest in view.digests.tolist()], "meta": further}
     return found | {key: json.dumps(values, ensure_ascii=False, allow_nan=False) for key, values in lists.items()}
 
 
-def _listed(column: np.ndarray) -> list[Any]:
+def _json_values(column: np.ndarray) -> list[Any]:
     values: list[Any] = column.tolist()
     if column.dtype.kind == "f":
         return [value if np.isfinite(value) else None for value in values]
@@ -292,61 +348,6 @@ class Format:
     write: Callable[[Sink, Columns, bool, Advance], None]
 
 
-class Sink(WriteTrace):
-    """A file object that writes through a `Draft`, for writers that must not meet a failed write.
-
-    libhdf5 can take the interpreter down when a write fails at close, and zipfile complains again for every member.
-    So a failed write is remembered and looks like a good one; from then on everything is kept in memory (little: the
-    writers call `check` after each block, which raises CannotWrite).
-    """
-
-    def __init__(self, draft: AtomicFile) -> None:
-        super().__init__()
-        self._draft = draft
-        self._error: CannotWrite | None = None
-        self._held: dict[int, bytes] = {}  # what the disk did not take
-
-    def writable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if self._error is None:
-            try:
-                self._draft.write(self._position, view)
-            except CannotWrite as error:
-                self._error = error
-        if self._error is not None:
-            self._held[self._position] = bytes(view)
-        self._position += len(view)
-        self.size = max(self.size, self._position)
-        return len(view)
-
-    def readinto(self, buffer: Any) -> int:
-        """HDF5 reads its own chunk index back."""
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self.size - self._position))
-        found = bytearray(self._draft.read(self._position, count).ljust(count, b"\0"))
-        for offset, data in self._held.items():
-            start, stop = max(offset, self._position), min(offset + len(data), self._position + count)
-            if start < stop:
-                found[start - self._position : stop - self._position] = data[start - offset : stop - offset]
-        view[:count] = found
-        self._position += count
-        return count
-
-    def check(self) -> None:
-        """Raises CannotWrite when a write failed."""
-        if self._error is not None:
-            raise self._error
-
-
 FORMATS: dict[str, Format] = {
     "hdf5": Format((".h5", ".hdf5"), refuse_nothing, write_hdf5),
     "npz": Format((".npz",), refuse_nothing, write_npz),
@@ -356,7 +357,7 @@ FORMATS: dict[str, Format] = {
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What an export wrote."""
 
     path: Path
@@ -374,8 +375,8 @@ def export_view(
     compress: bool = False,
     overwrite: bool = False,
     progress: bool = False,
-) -> Exported:
-    """Write ``view`` to one file; the format is that of its ending (``formats.FORMATS``).
+) -> ExportResult:
+    """Write ``view`` to one file; the format is that of its ending (`FORMATS`).
 
     ``outputs``: those to write, also what follows from stored tokens (default: all that the view has).
     Raises BadOption, NotInCache, CannotWrite.
@@ -400,7 +401,7 @@ def export_view(
         raise CannotWrite(
             error.errno, f"cannot write {path}: {why}. What was there before is as it was; the view is untouched."
         ) from error
-    return Exported(path, kind, names, len(view), size)
+    return ExportResult(path, kind, names, len(view), size)
 
 
 def _names(outputs: str | Sequence[str]) -> tuple[str, ...]:

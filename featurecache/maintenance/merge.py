@@ -1,4 +1,4 @@
-"""Another cache into this one, say from another machine: its rows, then its views. The other is never changed.
+"""Merge another cache into this one, say from another machine: its rows, then its views. The other is never changed.
 
 Stores are the same when their fingerprints are. Before a row is taken over, what both made of the probe images has to
 agree. Shards with rows that are not here are copied whole, each byte hashed on the way and compared with the hash the
@@ -7,9 +7,9 @@ shard was written with; of a row that both have ours stays. Interrupted, the sam
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,8 @@ from featurecache.files.locks import exclusive_lock
 from featurecache.formatting import byte_bar
 from featurecache.store.shards import Layout, Shard, find_by_digest
 from featurecache.store.store import Store, cache_folder, create_store, find_store, stores, unreadable_stores
-from featurecache.store.timings import move_cost
 from featurecache.store.view import View
-from featurecache.store.write_view import columns_of, write_view
+from featurecache.store.write_view import rewrite_view
 
 _PIECE = 1 << 20  # bytes copied at a time
 
@@ -95,14 +94,17 @@ def _merge(source: Store, folder: Path, progress: bool) -> MergeResult:
     with exclusive_lock(mine.path, f"merge of {source.path}"):
         mine.sweep()
         _agree(mine, source)
-        taking = _RowCopy(mine, source)
-        taking.look()
-        check_room(mine.path, taking.size, "Choose another disk with --cache.")
-        _take_records(mine, source)
-        taking.copy(progress)
+        rows = _RowCopy(mine, source)
+        wanted = rows.plan()
+        check_room(mine.path, sum(shard.size for _, shard, _ in wanted), "Choose another disk with --cache.")
+        if mine.plan is None and source.plan is not None:  # where there are a plan and a reference here, ours stay
+            write_whole(mine.path / "plan.json", (source.path / "plan.json").read_bytes())
+        if (theirs := read_canary(source)) is not None and not canary_path(mine).exists():
+            write_canary(mine, theirs)
+        rows.copy(wanted, progress)
         views = tuple(_take_view(mine, source, path) for path in source.views())
-    size = sum(shard.size for shard in taking.copied)
-    return MergeResult(source.path, mine.path, new, len(taking.copied), taking.rows, size, views, tuple(taking.left))
+    size = sum(shard.size for shard in rows.copied)
+    return MergeResult(source.path, mine.path, new, len(rows.copied), rows.rows, size, views, tuple(rows.left))
 
 
 def _agree(mine: Store, source: Store) -> None:
@@ -132,61 +134,43 @@ def _made_by(ours: dict[str, str], theirs: dict[str, str]) -> str:
     return f"They differ in {'; '.join(words)}." if words else "Both were made with the same versions."
 
 
-def _take_records(mine: Store, source: Store) -> None:
-    """Plan and reference, where there is none here; ours stay."""
-    if mine.plan is None and source.plan is not None:
-        write_whole(mine.path / "plan.json", (source.path / "plan.json").read_bytes())
-    theirs = read_canary(source)
-    if theirs is not None and not canary_path(mine).exists():
-        write_canary(mine, theirs)
-
-
 @dataclass
 class _RowCopy:
-    """The shards of a store of which rows are not here."""
+    """The shards of a store of which rows are not here, and what became of them."""
 
     mine: Store
     source: Store
-    shards: list[tuple[Layout, Shard, int]] = field(default_factory=list)  # with the number of rows not here
-    copied: list[Shard] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    copied: list[Shard] = field(default_factory=list)
     rows: int = 0
 
-    @property
-    def size(self) -> int:
-        return sum(shard.size for _, shard, _ in self.shards)
-
-    def look(self) -> None:
+    def plan(self) -> list[tuple[Layout, Shard, int]]:
+        """Shards with the number of rows that are not here."""
         paths = [path for name in self.source.outputs() for path in self.source.shard_paths(name)]
         refused = guard.verdicts(paths, "shard")  # all at once
         guard.verdicts(self.source.views(), "view")
         self.left += [str(error) for error in refused.values()]
-        ours = self.mine.layouts()
+        ours, wanted = self.mine.layouts(), []
         for name, layout in self.source.layouts().items():
             if ours.get(name, layout) != layout:
                 self.left.append(f"{name} of {self.source.path} has rows of another shape than here.")
                 continue
-            known = [shard.digests for shard in self.mine.shards(layout)]
-            here = np.unique(np.concatenate([np.zeros(0, "S32"), *known]))
-            for path in self.source.shard_paths(name):
-                if path not in refused:
-                    here = self._look_at(path, layout, here)
+            here = np.concatenate([np.zeros(0, "S32"), *(shard.digests for shard in self.mine.shards(layout))])
+            for path in (path for path in self.source.shard_paths(name) if path not in refused):
+                try:
+                    shard = self.source.shard(path, layout)
+                except CacheError as error:
+                    self.left.append(str(error))
+                    continue
+                missing = np.setdiff1d(shard.digests, here)
+                if len(missing):
+                    wanted.append((layout, shard, len(missing)))
+                    here = np.concatenate([here, missing])
+        return wanted
 
-    def _look_at(self, path: Path, layout: Layout, here: np.ndarray) -> np.ndarray:
-        """``here``: digests that are here, or will be; returned with those of this shard."""
-        try:
-            shard = self.source.shard(path, layout)
-        except CacheError as error:
-            self.left.append(str(error))
-            return here
-        missing = np.setdiff1d(shard.digests, here)
-        if len(missing):
-            self.shards.append((layout, shard, len(missing)))
-        return np.union1d(here, missing)
-
-    def copy(self, progress: bool) -> None:
-        with byte_bar(self.size, self.source.path.name, progress) as bar:
-            for layout, shard, missing in self.shards:
+    def copy(self, wanted: list[tuple[Layout, Shard, int]], progress: bool) -> None:
+        with byte_bar(sum(shard.size for _, shard, _ in wanted), self.source.path.name, progress) as bar:
+            for layout, shard, missing in wanted:
                 try:
                     copy_shard(shard, self.mine.folder(layout.output) / shard.path.name, bar.update)
                 except DamagedFile as error:
@@ -214,43 +198,28 @@ def copy_shard(shard: Shard, target: Path, advance: Callable[[int], object]) -> 
 
 
 def _take_view(mine: Store, source: Store, path: Path) -> MergedView:
+    """The view on shards here; of a row in several, a shard that the other cache has not comes first: it is ours."""
     try:
         view = View(path, columns_only=True, copies=True)
-        for name in _names(view.name):
+        for number in count(1):
+            name = view.name if number == 1 else f"{view.name}-{number}"
             target = mine.path / f"{name}.h5"
             if not target.exists():
-                move_cost(source.path, view.name, mine.path, name)
-                _write(mine, source, view, name)
-                return MergedView(view.name, name, "copied" if name == view.name else "renamed")
+                break
             if _same(view, View(target, columns_only=True, copies=True)):
                 return MergedView(view.name, name, "here")
+        located = {}
+        for layout in map(view.layout, view.outputs):
+            theirs = {path.name for path in source.shard_paths(layout.output)}
+            shards = sorted(mine.shards(layout), key=lambda shard: shard.path.name in theirs)
+            located[layout] = places = find_by_digest(shards, view.digests)
+            if missing := int((~places.found).sum()):
+                reason = f"{view.path} is not taken: {missing:,} of its rows of {layout.output} could not be copied."
+                return MergedView(path.stem, "", "left", reason)
+        rewrite_view(view, mine, located, name=name)
     except FeatureCacheError as error:
         return MergedView(path.stem, "", "left", str(error))
-    raise AssertionError("names do not end")
-
-
-def _names(name: str) -> Iterator[str]:
-    yield name
-    number = 2
-    while True:
-        yield f"{name}-{number}"
-        number += 1
-
-
-def _write(mine: Store, source: Store, view: View, name: str) -> None:
-    """The view on shards here; of a row in several, a shard that the other cache has not comes first: it is ours."""
-    located = {}
-    for output in view.outputs:
-        layout, theirs = view.layout(output), {path.name for path in source.shard_paths(output)}
-        shards = sorted(mine.shards(layout), key=lambda shard: shard.path.name in theirs)
-        located[layout] = places = find_by_digest(shards, view.digests)
-        if not places.found.all():
-            missing = int((~places.found).sum())
-            raise CacheError(f"{view.path} is not taken: {missing:,} of its rows of {output} could not be copied.")
-    time = view.path.stat().st_mtime_ns
-    written = write_view(mine, name, columns_of(view), view.attributes, located)
-    os.utime(written, ns=(time, time))  # no newer than it is
-    guard.own([written])  # it has another ctime now
+    return MergedView(view.name, name, "copied" if name == view.name else "renamed")
 
 
 def _same(a: View, b: View) -> bool:

@@ -1,49 +1,56 @@
-"""repair: what `verify` finds damaged is made whole again, and every other row keeps its bytes.
+"""Repair a damaged cache: what `verify` finds is made whole again, and every other row keeps its bytes.
 
 Of a damaged or missing shard the views know place, digest and checksum of every row they name. Rows whose bytes still
-have their checksum are copied. The others are taken from another shard that has them, or derived from stored tokens, or
-computed again from their images. The shard is written anew and replaces the damaged file, then the views are written on
-it. Rows that no view names are not brought back. Killed in the middle, the same command finishes.
+have their checksum are saved. What no whole shard has is extracted: derived from stored tokens, or computed again from
+the images. The shard is written anew of both and replaces the damaged file, then the views are written on it. Rows that
+no view names are not brought back. Killed in the middle, the same command finishes.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
-from featurecache.errors import CacheError, Drift, FeatureCacheError, SourceError, UnreadableImage
+from featurecache.errors import CacheError, DamagedFile, Drift, FeatureCacheError, SourceError, UnreadableImage
 from featurecache.extraction import canary
-from featurecache.extraction.recompute import StoreBackbone
+from featurecache.extraction.pipeline import (
+    ExtractionJob,
+    ShardJob,
+    derive_shards,
+    forward_units,
+    run_local,
+    source_layout,
+)
+from featurecache.extraction.recompute import THREADS, StoreBackbone
 from featurecache.files.atomic import open_regular, writing
 from featurecache.files.locks import exclusive_lock
 from featurecache.files.records import check_provenance, checked_plan
 from featurecache.files.records import parse as parse_json
 from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
-from featurecache.maintenance.verify import Damage, ReferencedShard, check_store, named_shards
-from featurecache.outputs import derive, parse
+from featurecache.maintenance.verify import Damage, ReferencedShard, check_store, referenced_shards
+from featurecache.outputs import parse
 from featurecache.sources import reopen
 from featurecache.sources.base import Dataset
 from featurecache.store.shards import (
-    TORCH_DTYPE,
     Layout,
     RowLocations,
     ShardWriter,
     find_by_digest,
+    find_by_key,
     notes_for,
     read_rows,
-    wrong_rows,
+    row_keys,
 )
 from featurecache.store.spec import ExtractionSpec
-from featurecache.store.store import Store, stores, unreadable_stores, write_spec
-from featurecache.store.timings import NAME as COST
-from featurecache.store.timings import forget_cost
+from featurecache.store.store import Store, missing_outputs, stores, unreadable_stores, write_spec
 from featurecache.store.view import View, read_view
 from featurecache.store.write_view import rewrite_view
 
@@ -78,9 +85,9 @@ def repair(
     for store in list(stores(cache)) if only is None else list(only):
         with exclusive_lock(store.path, "repair"):
             store.sweep()
-            damages = check_store(store).damages
-            if damages:
-                found.append(StoreRepair(store, drop, device, weights, trust_code, say).mend(damages))
+            if damages := check_store(store).damages:
+                load = lambda store=store: StoreBackbone(store, device=device, weights=weights, trust_code=trust_code)  # noqa: E731
+                found.append(StoreRepair(store, damages, load, say).run(drop))
     return found
 
 
@@ -107,111 +114,134 @@ class DamagedShard:
     numbers: np.ndarray  # [n] row in the damaged file
     checksums: np.ndarray  # [n] of the rows as they were
     errors: np.ndarray  # [n] of rounding
-    whole: np.ndarray  # [n] whether the damaged file still has its bytes
+    whole: np.ndarray  # [n] bool: the damaged file still has the row's bytes
+
+    @classmethod
+    def of(cls, known: ReferencedShard) -> DamagedShard:
+        numbers, first = np.unique(known.numbers, return_index=True)
+        whole = known.is_whole()[first]
+        return cls(known, known.digests[first], numbers, known.checksums[first], known.errors[first], whole)
+
+    def rows(self, part: np.ndarray, elsewhere: RowLocations) -> tuple[np.ndarray, np.ndarray]:
+        """Rows ``part`` [k] with their bytes [k, ...] and errors [k]: saved from the file, or from where they lie
+        ``elsewhere`` [n]. The same bytes have the same error, which was measured when it could be."""
+        layout, whole = self.known.layout, self.whole[part]
+        rows, errors = np.zeros((len(part), *layout.row_shape), layout.dtype), self.errors[part].astype(np.float32)
+        if whole.any():
+            with open_regular(self.known.path) as file:
+                for k in np.flatnonzero(whole).tolist():
+                    data = self.known.read(file, int(self.numbers[part[k]]))
+                    if xxhash.xxh3_64_intdigest(data) != self.checksums[part[k]]:
+                        raise DamagedFile(f"{self.known.path} has other bytes than a moment ago; is its disk failing?")
+                    rows[k] = np.frombuffer(data, layout.dtype).reshape(layout.row_shape)
+        if not whole.all():
+            other = elsewhere[part[~whole]]
+            rows[~whole] = read_rows(other, layout).numpy()
+            same = other.checksums == self.checksums[part[~whole]]
+            errors[~whole] = np.where(same, errors[~whole], other.errors)
+        return rows, errors
+
+
+class StoreRepair:
+    """The repair of one store, alone in it."""
+
+    def __init__(
+        self, store: Store, damages: tuple[Damage, ...], load: Callable[[], StoreBackbone], say: Callable[[str], object]
+    ) -> None:
+        self._store, self._damages, self._load, self._say = store, damages, load, say
+        self._again: StoreBackbone | None = None
+        self._views = list(_readable_views(store))
+        self._known = referenced_shards(self._views)
+        self._layouts = {known.layout.output: known.layout for known in self._known.values()}
+        self._broken = {damage.path for damage in damages if damage.path.parent.parent == store.path}
+        self._bad = [DamagedShard.of(self._known[path]) for path in sorted(self._broken & self._known.keys())]
+        # Tokens first: others follow from them; then the small ones, that the larger may have their rows from them.
+        self._bad.sort(key=lambda shard: (parse(shard.known.layout.output).derived, len(shard.digests)))
+        self._datasets: dict[Path, tuple[Dataset, dict[str, int]] | str] = {}
+        self._orders = {view.path: np.argsort(view.digests, kind="stable") for view in self._views}
+        self._kept = self._computed = 0
 
     @property
-    def layout(self) -> Layout:
-        return self.known.layout
+    def _whole(self) -> Store:
+        """The store without its damaged shards."""
+        return replace(self._store, damaged=frozenset(self._broken))
 
-
-@dataclass
-class SalvagedRows:
-    """Where whole shards have the rows of a damaged one, and the tokens that they follow from."""
-
-    copies: RowLocations
-    tokens: tuple[Layout, RowLocations] | None
-
-
-@dataclass
-class StoreRepair:
-    store: Store
-    drop: bool
-    device: str
-    weights: str | None
-    trust_code: bool
-    say: Callable[[str], object]
-    _again: StoreBackbone | None = None
-    _datasets: dict[Path, Dataset | str] = field(default_factory=dict)
-    _positions: dict[Path, dict[str, int]] = field(default_factory=dict)
-    _layouts: dict[str, Layout] = field(default_factory=dict)
-    _computed: int = 0
-    _kept: int = 0
-
-    def mend(self, damages: tuple[Damage, ...]) -> Repair:
-        views = self._views()
-        named = named_shards(views)
-        self._layouts = {known.layout.output: known.layout for known in named.values()}
-        broken = {damage.path for damage in damages if damage.path.parent.parent == self.store.path}
+    def run(self, drop: bool) -> Repair:
         # First: what is computed below goes by the plan, and is checked by the reference of the probe images.
-        replaced = [damage.path for damage in damages if self._mend_small(damage.path, named, broken)]
-        damages = tuple(damage for damage in damages if damage.path not in replaced)
-        bad = [_bad(named[path]) for path in sorted(broken & named.keys())]
-        bad.sort(key=lambda shard: parse(shard.layout.output).derived)  # tokens first: others follow from them
-        gone = self._gone(bad, broken)
-        if gone and not self.drop:
-            return Repair(self.store.path, tuple(replaced), gone=self._named(gone, views), left=damages)
-        unmended = set(broken)
-        new = [path for shard in bad if (path := self._write(shard, gone, unmended)) is not None]
-        for view in views:
-            if broken & {view.store / entry["path"].decode() for entry in view.files}:
-                rewrite_view(view.path, prefer=new, without=unmended, lost=gone)
-        removed = self._remove(unmended, named, damages)
-        left = tuple(d for d in damages if d.path not in broken or (d.path in unmended and d.path.exists()))
+        small = [damage.path for damage in self._damages if self._mend_small(damage.path)]
+        damages = [damage for damage in self._damages if damage.path not in small]
+        damaged = set(self._broken)
+        gone = self._gone()
+        named = self._named(gone)
+        if gone and not drop:
+            return Repair(self._store.path, tuple(small), gone=named, left=tuple(damages))
+        new = [path for shard in self._bad if (path := self._write(shard, gone)) is not None]
+        for view in self._views:
+            if damaged & {view.store / entry["path"].decode() for entry in view.files}:
+                located = {view.layout(name): self._located(view, name, new) for name in view.outputs}
+                rewrite_view(view, self._store, located, lost=gone)
+        # Damaged files whose rows are elsewhere now go. One that no view names stays while a view is damaged, which
+        # may name it.
+        unsure = any(damage.path.parent == self._store.path and damage.path.suffix == ".h5" for damage in damages)
+        removed = [path for path in sorted(self._broken) if path.exists() and not (unsure and path not in self._known)]
+        _remove(removed)
+        left = tuple(d for d in damages if d.path not in damaged or (d.path in self._broken and d.path.exists()))
         return Repair(
-            self.store.path, (*new, *replaced), removed, self._kept, self._computed, self._named(gone, views), left
+            self._store.path, (*new, *small), tuple(removed), self._kept, self._computed, named, left
+        )  # fmt: skip
+
+    def _located(self, view: View, output: str, first: list[Path]) -> RowLocations:
+        """The rows of a view [N] in whole shards, those in ``first`` before others: the copy with the same bytes where
+        there is one (another machine may have computed other last bits), else any."""
+        shards = sorted(self._whole.shards(view.layout(output)), key=lambda shard: shard.path not in first)
+        same, other = (
+            find_by_key(shards, row_keys(view.digests, view.stored(output).checksums)),
+            find_by_digest(shards, view.digests),
         )
+        file, row = np.where(same.found, same.file, other.file), np.where(same.found, same.row, other.row)
+        return RowLocations(other.shards, file, row)
 
-    def _remove(
-        self, unmended: set[Path], named: dict[Path, ReferencedShard], damages: tuple[Damage, ...]
-    ) -> tuple[Path, ...]:
-        """Damaged files whose rows are elsewhere now. One that no view names stays while a view is damaged, which may
-        name it."""
-        unsure = any(damage.path.parent == self.store.path and damage.path.suffix == ".h5" for damage in damages)
-        removed = [path for path in sorted(unmended) if path.exists() and not (unsure and path not in named)]
-        for path in removed:
-            with writing(path):
-                path.unlink()
-        return tuple(removed)
+    def _missing(self, shard: DamagedShard, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of images [n]: (digests that need the backbone, digests that follow from stored tokens); others are there."""
+        output, layouts = parse(shard.known.layout.output), {shard.known.layout.output: shard.known.layout}
+        tokens = self._layouts.get(output.source)
+        if output.derived and tokens is not None and tokens.grid is not None:
+            layouts[output.source] = tokens
+        groups = missing_outputs((output,), layouts, self._whole, digests)
+        forward, derived = ([rows for rows, _ in group] for group in groups)
+        none = np.zeros(0, np.int64)
+        return digests[np.concatenate([none, *forward])], digests[np.concatenate([none, *derived])]
 
-    def _views(self) -> list[View]:
-        found = []
-        for path in self.store.views():
-            with contextlib.suppress(FeatureCacheError):
-                found.append(View(path, columns_only=True, copies=True))
-        return found
-
-    def _gone(self, bad: list[DamagedShard], broken: set[Path]) -> dict[bytes, str]:
+    def _gone(self) -> dict[bytes, str]:
         """Damaged rows that can be had from nowhere, and why. Looks at the images, computes nothing."""
         gone: dict[bytes, str] = {}
         coming: dict[str, set[bytes]] = {}  # by output: what will be there when the shards before are written
-        for shard in bad:
-            output = parse(shard.layout.output)
-            there = self._located(shard.layout, shard.digests, broken).found
-            if (tokens := self._tokens_of(shard.layout)) is not None:
-                there = there | self._located(tokens, shard.digests, broken).found
+        for shard in self._bad:
+            output = parse(shard.known.layout.output)
             follow = coming.get(output.source, set()) if output.derived else set()
-            coming.setdefault(output.name, set()).update(shard.digests.tolist())
-            for digest in shard.digests[~shard.whole & ~there].tolist():
+            mine = coming.setdefault(output.name, set())
+            mine.update(shard.digests.tolist())
+            for digest in self._missing(shard, shard.digests[~shard.whole])[0].tolist():
                 if digest in follow or digest in gone:
                     continue
                 try:
-                    self._image(shard.known, digest)
+                    self._image(digest)
                 except UnreadableImage as error:
                     gone[digest] = str(error)
-                    coming[output.name].discard(digest)
+                    mine.discard(digest)
         return gone
 
-    def _tokens_of(self, layout: Layout) -> Layout | None:
-        """Of an output that is a function of stored tokens, those; None where views know none."""
-        output = parse(layout.output)
-        tokens = self._layouts.get(output.source) if output.derived else None
-        return tokens if tokens is not None and tokens.grid is not None else None
+    def _named(self, gone: dict[bytes, str]) -> tuple[tuple[str, str], ...]:
+        samples = ((name, d) for view in self._views for name, d in zip(view.ids, view.digests.tolist(), strict=True))
+        return tuple(dict.fromkeys((name, gone[digest]) for name, digest in samples if digest in gone))
 
-    def _image(self, known: ReferencedShard, digest: bytes) -> EncodedImage:
-        """The image of a row, found by the ids that views have for it. Raises UnreadableImage with the reason."""
+    def _image(self, digest: bytes) -> EncodedImage:
+        """The image of a digest, found by the ids that views have for it. Raises UnreadableImage with the reason."""
         reason = "no view names it"
-        for view, rows in known.parts:
-            for row in rows[view.digests[rows] == digest].tolist():
+        for view in self._views:
+            order = self._orders[view.path]
+            left, right = (np.searchsorted(view.digests, digest, side, order) for side in ("left", "right"))
+            for row in order[left:right].tolist():
                 try:
                     data = self._read(view, view.ids[row])
                 except (UnreadableImage, SourceError) as error:
@@ -225,163 +255,129 @@ class StoreRepair:
     def _read(self, view: View, sample: str) -> EncodedImage:
         if view.path not in self._datasets:
             try:
-                dataset: Dataset | str = reopen(view.source)
-                self._positions[view.path] = {name: k for k, name in enumerate(dataset.ids)}  # type: ignore[union-attr]
+                opened = reopen(view.source)
+                self._datasets[view.path] = opened, {name: k for k, name in enumerate(opened.ids)}
             except (SourceError, KeyError) as error:
-                dataset = str(error)
-            self._datasets[view.path] = dataset
-        dataset = self._datasets[view.path]
-        if isinstance(dataset, str):
-            raise UnreadableImage(dataset)
-        position = self._positions[view.path].get(sample)
-        if position is None:
+                self._datasets[view.path] = str(error)
+        found = self._datasets[view.path]
+        if isinstance(found, str):
+            raise UnreadableImage(found)
+        dataset, positions = found
+        if sample not in positions:
             raise UnreadableImage(f"{view.source.get('data')} has no image of this name any more")
-        return dataset.read(position)
+        return dataset.read(positions[sample])
 
-    def _write(self, shard: DamagedShard, gone: dict[bytes, str], broken: set[Path]) -> Path | None:
+    def _write(self, shard: DamagedShard, gone: dict[bytes, str]) -> Path | None:
         """The shard anew without rows that are ``gone``. None when nothing of it is left."""
-        keep = np.array([digest not in gone for digest in shard.digests.tolist()], bool)
-        chosen = np.flatnonzero(keep)
+        layout = shard.known.layout
+        chosen = np.flatnonzero([digest not in gone for digest in shard.digests.tolist()])
         if not len(chosen):
             return None
-        self.say(f"{shard.known.path}: {int((~shard.whole[chosen]).sum()):,} of {len(chosen):,} rows are made again")
-        elsewhere = self._elsewhere(shard, broken)
-        writer = ShardWriter(self.store.path, shard.digests[chosen], shard.layout, self._notes(shard.layout, broken))
+        lost = chosen[~shard.whole[chosen]]
+        self._say(f"{shard.known.path}: {len(lost):,} of {len(chosen):,} rows are made again")
+        self._kept += len(chosen) - len(lost)
+        notes = self._notes(layout)
+        extracted = self._extract(shard, shard.digests[lost], notes)
+        elsewhere = find_by_digest(self._whole.shards(layout), shard.digests)
+        assert elsewhere.found[lost].all()
+        writer = ShardWriter(self._store.path, shard.digests[chosen], layout, notes)
         try:
             for start in range(0, len(chosen), _STRETCH):
                 part = chosen[start : start + _STRETCH]
-                rows, errors = self._rows(shard, part, elsewhere)
-                writer.append(shard.digests[part].tolist(), rows.numpy(), errors)
+                writer.append(shard.digests[part].tolist(), *shard.rows(part, elsewhere))
             path = writer.commit(replace=True)
         finally:
             writer.discard()
         assert path is not None
-        broken.discard(path)  # whole again, and rows of others may come from it
+        self._broken.discard(path)  # whole again, and rows of others may come from it
+        _remove([each for each in extracted if each != path])  # it has all of their rows
         return path
 
-    def _rows(self, shard: DamagedShard, part: np.ndarray, elsewhere: SalvagedRows) -> tuple[torch.Tensor, np.ndarray]:
-        """Rows [n, ...] of a shard and their errors [n]: kept, found elsewhere, derived, or computed."""
-        layout, rows = shard.layout, np.zeros((len(part), *shard.layout.row_shape), shard.layout.dtype)
-        errors, todo = shard.errors[part].astype(np.float32), np.flatnonzero(~shard.whole[part])
-        with contextlib.suppress(OSError, CacheError), open_regular(shard.known.path) as file:
-            for k in np.flatnonzero(shard.whole[part]).tolist():
-                data = shard.known.read(file, int(shard.numbers[part[k]]))
-                rows[k] = np.frombuffer(data, layout.dtype).reshape(layout.row_shape)
-        self._kept += len(part) - len(todo)
-        if len(todo):
-            made, measured = self._made(shard, part[todo], elsewhere)
-            rows[todo] = made.numpy()
-            other = wrong_rows(made, np.arange(len(todo)), shard.checksums[part[todo]])
-            errors[todo[other]] = measured[other]  # the same bytes have the same error, measured when it could be
-        return torch.from_numpy(rows), errors
-
-    def _made(self, shard: DamagedShard, todo: np.ndarray, elsewhere: SalvagedRows) -> tuple[torch.Tensor, np.ndarray]:
-        """Rows [n, ...] that the damaged file does not have any more, and their errors [n]."""
-        layout, output, digests = shard.layout, parse(shard.layout.output), shard.digests[todo]
-        rows = torch.empty((len(digests), *layout.row_shape), dtype=TORCH_DTYPE[layout.dtype])
-        errors = np.full(len(digests), np.nan, np.float32)
-        copies = elsewhere.copies[todo]
-        found = np.flatnonzero(copies.found)
-        if len(found):
-            rows[torch.from_numpy(found)], errors[found] = read_rows(copies[found], layout), copies[found].errors
-        rest = np.flatnonzero(~copies.found)
-        if elsewhere.tokens is not None:
-            tokens, places = elsewhere.tokens[0], elsewhere.tokens[1][todo]
-            follow = rest[places.found[rest]]
-            if len(follow):
-                assert tokens.prefix is not None and tokens.grid is not None
-                made = derive(output, read_rows(places[follow], tokens), len(tokens.prefix), tokens.grid)
-                rows[torch.from_numpy(follow)] = made
-                self._computed += len(follow)
-            rest = rest[~places.found[rest]]
-        if len(rest):
-            images = [self._image(shard.known, digest) for digest in digests[rest].tolist()]
-            made, measured, failed = self._backbone().rows(images, output, places=shard.numbers[todo[rest]].tolist())
-            if failed:
-                raise SourceError(f"an image that was read before cannot be read now: {failed[0][1]}.")
-            rows[torch.from_numpy(rest)], errors[rest] = made, measured.numpy()
-            self._computed += len(rest)
-        return rows, errors
-
-    def _elsewhere(self, shard: DamagedShard, broken: set[Path]) -> SalvagedRows:
-        copies = self._located(shard.layout, shard.digests, broken)
-        tokens = self._tokens_of(shard.layout)
-        return SalvagedRows(copies, None if tokens is None else (tokens, self._located(tokens, shard.digests, broken)))
-
-    def _located(self, layout: Layout, digests: np.ndarray, broken: set[Path]) -> RowLocations:
-        paths = [path for path in self.store.shard_paths(layout.output) if path not in broken]
-        return find_by_digest([self.store.shard(path, layout) for path in paths], digests)
+    def _extract(self, shard: DamagedShard, digests: np.ndarray, notes: dict[str, str]) -> list[Path]:
+        """Shards with those of the rows [n] that no whole shard has: an extraction of this output alone."""
+        output, layout = parse(shard.known.layout.output), shard.known.layout
+        layouts = {**self._layouts, output.name: layout}
+        forward, derived = self._missing(shard, digests)
+        jobs: list[ShardJob] = []
+        if len(derived):
+            jobs.append(ShardJob(self._whole, layouts, derived, notes, replace=True))
+            derive_shards(jobs[0], [(np.arange(len(derived)), (output,))], lambda *_: None)
+        if len(forward):
+            again = self._backbone()
+            again.check(output)
+            layouts[output.source] = source_layout(again.backbone, output, self._store.spec.dtype)
+            job = ExtractionJob(
+                self._whole, layouts, forward, notes, replace=True, read=lambda number: self._image(forward[number]),
+                preprocess=again.backbone.preprocess, compute=again.compute, workers=THREADS, threads=again.threads,
+            )  # fmt: skip
+            work = [(np.arange(len(forward)), (output,))]
+            run_local(job, forward_units(work, layouts, {"batch_size": again.compute.batch_size}), lambda *_: None)
+            jobs.append(job)
+        for reason in (reason for job in jobs for reason in job.failures.values()):
+            raise SourceError(f"an image that was read before cannot be read now: {reason}.")
+        written = [path for job in jobs for path in job.written]
+        self._broken -= set(written)
+        self._computed += len(derived) + len(forward)
+        return written
 
     def _backbone(self) -> StoreBackbone:
         if self._again is None:
-            self._again = StoreBackbone(
-                self.store, device=self.device, weights=self.weights, trust_code=self.trust_code
-            )
+            self._again = self._load()
         return self._again
 
-    def _notes(self, layout: Layout, broken: set[Path]) -> dict[str, str]:
+    def _notes(self, layout: Layout) -> dict[str, str]:
         """What a whole shard of this output says of how it was computed; else what the plan says."""
-        for path in self.store.shard_paths(layout.output):
-            if path not in broken:
-                return self.store.shard(path, layout).notes
+        for shard in self._whole.shards(layout):
+            return shard.notes
         with contextlib.suppress(CacheError):
-            for device, plan in (self.store.plan or {}).items():
-                return notes_for(self.store.fingerprint, device, plan)
-        return {"fingerprint": self.store.fingerprint}
+            for device, plan in (self._store.plan or {}).items():
+                return notes_for(self._store.fingerprint, device, plan)
+        return {"fingerprint": self._store.fingerprint}
 
-    def _named(self, gone: dict[bytes, str], views: list[View]) -> tuple[tuple[str, str], ...]:
-        samples = ((name, d) for view in views for name, d in zip(view.ids, view.digests.tolist(), strict=True))
-        return tuple(dict.fromkeys((name, gone[d]) for name, d in samples if d in gone))
+    def _mend_small(self, path: Path) -> bool:
+        if path == self._store.path / "plan.json":
+            return self._mend_plan()
+        return path == canary.canary_path(self._store) and self._mend_canary()
 
-    def _mend_small(self, path: Path, named: dict[Path, ReferencedShard], broken: set[Path]) -> bool:
-        if path == self.store.path / "plan.json":
-            return self._mend_plan(broken)
-        if path == self.store.path / COST:
-            forget_cost(self.store.path)  # nothing is made of it; the next extraction measures anew
-            return True
-        return path == canary.canary_path(self.store) and self._mend_canary(named)
-
-    def _mend_plan(self, broken: set[Path]) -> bool:
+    def _mend_plan(self) -> bool:
         """The plan as whole shards have it noted; without any the next run makes one."""
         plan: dict[str, Any] = {}
-        for path in (path for output in self._layouts for path in self.store.shard_paths(output) if path not in broken):
-            notes = self.store.shard(path, self._layouts[path.parent.name]).notes
+        for shard in (shard for layout in self._layouts.values() for shard in self._whole.shards(layout)):
             with contextlib.suppress(CacheError, KeyError):  # it came from elsewhere and has several
-                device = notes["device"]
-                found = checked_plan({device: parse_json(notes["plan"], f"{path}: plan")}, path)
+                device = shard.notes["device"]
+                found = checked_plan({device: parse_json(shard.notes["plan"], f"{shard.path}: plan")}, shard.path)
                 plan.setdefault(device, found[device])
-        self.store.replace_plan(plan)
+        self._store.replace_plan(plan)
         return True
 
-    def _mend_canary(self, named: dict[Path, ReferencedShard]) -> bool:
+    def _mend_canary(self) -> bool:
         """A new reference, after some stored rows were computed again and agreed."""
-        for path, known in named.items():
+        for path, known in self._known.items():
             whole, output = np.flatnonzero(known.is_whole())[:4], parse(known.layout.output)
             try:
-                images = [self._image(known, digest) for digest in known.digests[whole].tolist()]
+                images = [self._image(digest) for digest in known.digests[whole].tolist()]
             except UnreadableImage:
                 continue
             if not images:
                 continue
-            now, _, failed = self._backbone().rows(images, output, check=False)
+            now, failed = self._backbone().rows(images, output, check=False)
             with open_regular(path) as file:
                 data = b"".join(known.read(file, number) for number in known.numbers[whole].tolist())
             stored = np.frombuffer(bytearray(data), known.layout.dtype).reshape(-1, *known.layout.row_shape)
-            if failed or not canary.is_within_tolerance(self.store.spec, now, torch.from_numpy(stored)):
+            if failed or not canary.is_within_tolerance(self._store.spec, now, torch.from_numpy(stored)):
                 raise Drift(
                     f"{path} holds other rows than this machine computes of the same images, so "
-                    f"{canary.canary_path(self.store)} cannot be made again here."
+                    f"{canary.canary_path(self._store)} cannot be made again here."
                 )
             self._backbone().renew_canary(output)
             return True
         return False
 
 
-def _bad(known: ReferencedShard) -> DamagedShard:
-    """Rows of a damaged shard in their order, each once."""
-    numbers, first = np.unique(known.numbers, return_index=True)
-    whole = known.is_whole()
-    return DamagedShard(known, known.digests[first], numbers, known.checksums[first], known.errors[first], whole[first])
+def _readable_views(store: Store) -> Iterator[View]:
+    for path in store.views():
+        with contextlib.suppress(FeatureCacheError):
+            yield View(path, columns_only=True, copies=True)
 
 
 def _as_named(view: View, row: int, data: EncodedImage) -> EncodedImage | None:
@@ -390,6 +386,11 @@ def _as_named(view: View, row: int, data: EncodedImage) -> EncodedImage | None:
     if version == 0 or view.augmented is None:
         return data if digest == view.digests[row] else None
     made = view.augmented.augmentation
-    if made.digests(np.array([digest]), version)[0] != view.digests[row]:
-        return None
-    return made.made(_images.decode(data), bytes(view.digests[row])).permute(1, 2, 0).numpy()
+    same = made.digests(np.array([digest]), version)[0] == view.digests[row]
+    return made.copy_of(data, bytes(view.digests[row])) if same else None
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with writing(path):
+            path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""verify: is every file of a cache what was written?
+"""Verify checksums of a cache: is every file what was written?
 
 Every shard and view is hashed and compared with its first line; no file whose hash does not match is given to HDF5.
 Which rows of a damaged shard are wrong follows from the views: they know place, digest and checksum of each row they
@@ -27,8 +27,6 @@ from featurecache.store.schema import StoredOutput
 from featurecache.store.shards import Layout, Shard, layout_in, unmeasured
 from featurecache.store.store import Store, open_store, unreadable_stores
 from featurecache.store.store import stores as all_stores
-from featurecache.store.timings import NAME as COST
-from featurecache.store.timings import read_costs
 from featurecache.store.view import View
 from featurecache.store.write_view import find_view
 
@@ -162,7 +160,7 @@ def _damages(
     problems = problems_of(hashed_files(store))
     views = {path: _view(path, problems[path]) for path in problems if path.parent == store.path}
     yield from (Damage(path, found) for path, found in views.items() if isinstance(found, str) and file_stamp(path))
-    named = named_shards(view for view in views.values() if isinstance(view, View))
+    named = referenced_shards(view for view in views.values() if isinstance(view, View))
     problems |= problems_of(named.keys() - problems.keys())  # missing, or newer than the list of files
     shards = sorted(problems.keys() - views.keys())
     guard.verdicts([path for path in shards if problems[path] is None], "shard")  # all at once
@@ -178,10 +176,6 @@ def _small_files(store: Store) -> Iterator[Damage]:
         read_canary(store)
     except CacheError as error:
         yield Damage(canary_path(store), str(error))
-    try:
-        read_costs(store.path)
-    except CacheError as error:
-        yield Damage(store.path / COST, str(error))
 
 
 def _hashed(path: Path, advance: Callable[[int], object]) -> str | None:
@@ -207,7 +201,7 @@ def _view(path: Path, problem: str | None) -> View | str:
         return str(error)
 
 
-def named_shards(views: Iterable[View]) -> dict[Path, ReferencedShard]:
+def referenced_shards(views: Iterable[View]) -> dict[Path, ReferencedShard]:
     """All shards that views name, with the rows that they name of them."""
     found: dict[Path, ReferencedShard] = {}
     for view in views:

@@ -265,6 +265,11 @@ class RowLocations:
         return self.file >= 0
 
     @property
+    def digests(self) -> np.ndarray:
+        """S32 [N] of the rows; all must have been found."""
+        return self._gather([shard.digests for shard in self.shards], DIGEST)
+
+    @property
     def checksums(self) -> np.ndarray:
         """uint64 [N] of the rows; all must have been found."""
         return self._gather([shard.checksums for shard in self.shards], "u8")
@@ -274,7 +279,7 @@ class RowLocations:
         """float32 [N]: relative errors of the rows' rounding, NaN where not measured; all must have been found."""
         return self._gather([shard.errors for shard in self.shards], "f4")
 
-    def _gather(self, columns: list[np.ndarray], dtype: str) -> np.ndarray:
+    def _gather(self, columns: list[np.ndarray], dtype: Any) -> np.ndarray:
         starts = np.cumsum([0, *(len(column) for column in columns)])
         return np.concatenate([np.zeros(0, dtype), *columns])[starts[self.file] + self.row]
 
@@ -348,5 +353,5 @@ def find_by_key(shards: Sequence[Shard], wanted: np.ndarray) -> RowLocations:
 
 def notes_for(fingerprint: str, device: str, plan: dict[str, Any]) -> dict[str, str]:
     """Attributes of every shard: its store and how it was computed. No dates, no speeds: same rows, same file."""
-    how = {key: value for key, value in plan.items() if key != "images_per_s"}
+    how = {key: value for key, value in plan.items() if key not in ("images_per_s", "cost")}
     return {"fingerprint": fingerprint, "device": device, "plan": json.dumps(how, sort_keys=True)}

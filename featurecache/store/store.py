@@ -3,7 +3,7 @@
 Stores: the folder of one ExtractionSpec. The cache is a folder of stores.
 
     cache/vit-in21k-4f2a91c0/spec.json    {"fingerprint", "spec", "provenance", "check": a hash of this text}
-                             plan.json    how this store computes: batch size, threads, memory format
+                             plan.json    how this store computes: batch size, threads, memory format; what it takes
                              canary.safetensors    what it made of the probe images (see featurecache.canary)
                              cls/ tokens/ shards
                              chest.h5     a view
@@ -52,6 +52,7 @@ class Store:
     spec: ExtractionSpec
     fingerprint: str
     provenance: dict[str, Any]  # beside the spec, not hashed: backbone name, request, revision, licence, versions
+    damaged: frozenset[Path] = frozenset()  # shards that are not looked at
 
     def folder(self, output: str) -> Path:
         return self.path / output
@@ -59,7 +60,7 @@ class Store:
     def shard_paths(self, output: str) -> list[Path]:
         """Committed shards of an output, by name."""
         refuse_links(self.folder(output))
-        return sorted(self.folder(output).glob("[0-9a-f]*.h5"))
+        return sorted(path for path in self.folder(output).glob("[0-9a-f]*.h5") if path not in self.damaged)
 
     def outputs(self) -> list[str]:
         """Outputs of which there are shards."""
@@ -116,6 +117,31 @@ class Store:
                 known[device] = {**plan, **known.get(device, {})}
                 write_whole(self.path / "plan.json", write_checked_json(known), inside=self.path)
         return dict(known[device])
+
+    def write_cost(self, device: str, view: str, measured: dict[str, Any]) -> None:
+        """Keep in the plan what an image took in a run, unless that of a run of more images is there; of loading also
+        where nothing is known of this view."""
+        with update_lock(self.path):
+            known = self.plan or {}
+            cost = known.setdefault(device, {}).setdefault("cost", {"images": 0, "loading_ms": {}})
+            more = measured["images"] >= cost["images"]
+            if measured["loading_ms"] is not None and (more or view not in cost["loading_ms"]):
+                cost["loading_ms"][view] = measured["loading_ms"]
+            if more:
+                cost |= {key: measured[key] for key in ("forward_ms", "device", "images")}
+            write_whole(self.path / "plan.json", write_checked_json(known), inside=self.path)
+
+    def cost(self, view: str) -> dict[str, Any] | None:
+        """What an image of a view costs, as extractions measured it: {"forward_ms": 12.3, "loading_ms": 0.8, "device":
+        "AMD EPYC", "precision": "fp32", "threads": 2}, milliseconds. ``loading_ms`` is None where every image of the
+        view was in the store already, ``threads`` on an accelerator. None: never measured (imported features)."""
+        measured = [(plan["cost"], kind, plan) for kind, plan in (self.plan or {}).items() if "cost" in plan]
+        if not measured:
+            return None
+        cost, kind, plan = max(measured, key=lambda each: each[0]["images"])
+        threads = plan["threads"] if kind == "cpu" else None
+        made = {"device": cost["device"], "precision": self.spec.precision, "threads": threads}
+        return {"forward_ms": cost["forward_ms"], "loading_ms": cost["loading_ms"].get(view), **made}
 
     def replace_plan(self, known: dict[str, Any]) -> None:
         """Another plan in the place of one that is damaged, or none."""
@@ -250,7 +276,8 @@ def missing_outputs(
     assert len(layouts) < 63
     there = {output.name: _found(store, layouts[output.name], digests) for output in wanted}
     for output in wanted:  # tokens that nothing is to be derived from are not even looked for: they may be damaged
-        if output.derived and output.source not in there and not there[output.name].all():
+        known = output.derived and output.source in layouts
+        if known and output.source not in there and not there[output.name].all():
             there[output.source] = _found(store, layouts[output.source], digests)
     forward, derived = [], []
     pattern = sum((found.astype(np.int64) << k for k, found in enumerate(there.values())), np.zeros(len(digests), int))

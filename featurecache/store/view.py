@@ -29,7 +29,6 @@ from featurecache.images.augmentation import AugmentedCopies
 from featurecache.store.schema import MAX_VIEW, OutputInfo, StoredOutput, ViewContent, check_inside, view_content
 from featurecache.store.shards import TORCH_DTYPE, Layout, damaged_rows, map_rows, size_of, wrong_rows
 from featurecache.store.store import cache_folder, open_store
-from featurecache.store.timings import cost_of
 
 
 def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -204,12 +203,8 @@ class View:
 
     @property
     def cost(self) -> dict[str, Any] | None:
-        """What an image costs, as its extraction measured it: {"forward_ms": 12.3, "loading_ms": 0.8, "device": "AMD
-        EPYC", "precision": "fp32", "threads": 2}, milliseconds (see `featurecache.store.timings`). ``loading_ms``
-        is None where every image was in the store already, ``threads`` on an accelerator. None: never measured
-        (imported features, and views of before).
-        """
-        return cost_of(self.store, self.name)
+        """What an image costs, in milliseconds, as its extraction measured it: see `Store.cost`."""
+        return open_store(self.store).cost(self.name)
 
     def split(self, name: str) -> np.ndarray:
         """Rows of a split ("train", "val", "test", ""), in order."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ import h5py
 import numpy as np
 
 from featurecache.errors import AmbiguousName, NotInCache, nearest
+from featurecache.files import guard
 from featurecache.files.atomic import AtomicFile, WriteTrace, new_hdf5
 from featurecache.store.schema import DIGEST, FILES
-from featurecache.store.shards import Layout, RowLocations, Shard, find_by_digest, find_by_key, row_keys
-from featurecache.store.store import Store, cache_folder, open_store, stores
+from featurecache.store.shards import Layout, RowLocations
+from featurecache.store.store import Store, cache_folder, stores
 from featurecache.store.view import View
 
 MAX_MAPPINGS = 100_000  # virtual mappings of one dataset; 25 kB of memory each in HDF5
@@ -73,28 +75,27 @@ def write_view(
 
 
 def rewrite_view(
-    path: Path, *, prefer: Sequence[Path] = (), without: Collection[Path] = (), lost: Mapping[bytes, str] | None = None
-) -> Path:
-    """The same view on the shards that its store has now; of several copies of a row that in ``prefer`` is taken.
+    view: View, store: Store, located: Mapping[Layout, RowLocations], *, name: str = "",
+    lost: Mapping[bytes, str] | None = None,
+) -> Path:  # fmt: skip
+    """The same view on other rows: as ``located`` [N] has them of each output, all in shards of ``store``.
 
-    Rows whose digest is in ``lost`` leave the view and are listed in its ``failed`` with the reason given there.
-    ``without``: shards that are not to be looked at. Raises NotInCache when a row lies nowhere.
+    It keeps its time (it is no newer than it was) and, unless another is given, its name. Rows whose digest is in
+    ``lost`` leave the view and are listed in its ``failed`` with the reason given there. ``view`` is open with its
+    copies. Raises NotInCache where another row lies nowhere.
     """
-    view = View(path, columns_only=True, copies=True)
-    store, lost = open_store(view.store), lost or {}
-    here, reasons = _without(view, lost)
-    kept = np.flatnonzero(here)
-    located = {}
-    for name in view.outputs:
-        layout = view.layout(name)
-        paths = dict.fromkeys([*(p for p in prefer if p.parent.name == name), *store.shard_paths(name)])
-        shards = [store.shard(p, layout) for p in paths if p not in without]
-        located[layout] = places = _same_bytes_first(shards, view.digests[kept], view.stored(name).checksums[kept])
-        if not places.found.all():
-            raise NotInCache(f"{int((~places.found).sum()):,} rows of {name} of {view.label} lie in no shard.")
-    failed = [[f["id"], f["reason"]] for f in view.failed]
-    attributes = {**view.attributes, "failed": json.dumps([*failed, *reasons], ensure_ascii=False)}
-    return write_view(store, view.name, columns_of(view, kept), attributes, located)
+    here, reasons = _without(view, lost or {})
+    rows, stat = np.flatnonzero(here), view.path.stat()
+    places = {layout: everywhere[rows] for layout, everywhere in located.items()}
+    for layout, each in places.items():
+        if not each.found.all():
+            raise NotInCache(f"{int((~each.found).sum()):,} rows of {layout.output} of {view.label} lie in no shard.")
+    failed = json.dumps([*([f["id"], f["reason"]] for f in view.failed), *reasons], ensure_ascii=False)
+    attributes = {**view.attributes, **({"failed": failed} if reasons else {})}
+    path = write_view(store, name or view.name, columns_of(view, rows), attributes, places)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    guard.own([path])  # it has another ctime now
+    return path
 
 
 def _without(view: View, lost: Mapping[bytes, str]) -> tuple[np.ndarray, list[list[str]]]:
@@ -117,15 +118,6 @@ def _without(view: View, lost: Mapping[bytes, str]) -> tuple[np.ndarray, list[li
 def copy_failed(version: int, reason: str) -> str:
     """Why a copy is missing of an image that is there."""
     return f"its augmented copy {version}: {reason}"
-
-
-def _same_bytes_first(shards: list[Shard], digests: np.ndarray, checksums: np.ndarray) -> RowLocations:
-    """Rows by digest [n]: the copy with the checksum [n] where there is one (another machine may have computed other
-    last bits), else the first."""
-    same, first = find_by_key(shards, row_keys(digests, checksums)), find_by_digest(shards, digests)
-    return RowLocations(
-        first.shards, np.where(same.found, same.file, first.file), np.where(same.found, same.row, first.row)
-    )
 
 
 def columns_of(view: View, rows: np.ndarray | None = None) -> ViewColumns:

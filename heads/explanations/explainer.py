@@ -223,7 +223,7 @@ class Explainer:
         stored = list(self.view.tensor(output, old)) if self.view is not None and len(old) else []
         made: list[torch.Tensor] = []
         if new:
-            found, _, failed = self._again.rows([image.data for image in new], parse(output))
+            found, failed = self._again.rows([image.data for image in new], parse(output))
             if failed:
                 raise BadOption(f"{new[failed[0][0]].name} cannot be read: {failed[0][1]}.")
             made = list(found)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from featurecache.errors import ProtocolError
-from featurecache.store.timings import device_title
+from featurecache.formatting import device_title
 from heads.evaluation.controls import all_controls
 from heads.metrics import classification as ev
 from heads.metrics.calibration import Calibration, calibrate

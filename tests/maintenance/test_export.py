@@ -17,6 +17,7 @@ import featurecache
 from featurecache.errors import BadOption, CannotWrite
 from featurecache.files.atomic import AtomicFile
 from featurecache.maintenance import export
+from featurecache.maintenance import export as maintenance_export
 from featurecache.maintenance.export import export_view
 from featurecache.store.view import View
 
@@ -148,7 +149,7 @@ def test_columns_too_long_for_the_header_of_a_safetensors_file_are_refused(
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path, view: View, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(maintenance_export.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(CannotWrite, match=r"are to be written and .* has 100 B free"):
         export_view(view, tmp_path / "set.h5")
     assert list(tmp_path.glob("*set*")) == []
@@ -245,7 +246,7 @@ class Full:
 
 
 def test_the_writer_never_meets_a_failed_write_and_reads_back_what_it_wrote() -> None:
-    sink = export.Sink(Full())  # type: ignore[arg-type]
+    sink = maintenance_export.Sink(Full())  # type: ignore[arg-type]
     assert sink.write(b"12345678") == 8
     assert sink.write(b"abcdef") == 6
     sink.seek(2)

@@ -20,15 +20,15 @@ import featurecache
 from featurecache.errors import BadOption, CacheError, CannotWrite, DamagedFile, InUse, NotInCache
 from featurecache.extraction import canary
 from featurecache.files.locks import shared_lock
-from featurecache.maintenance import collect as maintenance_collect
+from featurecache.maintenance import collect as collecting
 from featurecache.maintenance import export
 from featurecache.maintenance.collect import collect, compact, remove_view
 from featurecache.maintenance.merge import merge
 from featurecache.maintenance.verify import verify
-from featurecache.store.shards import Layout, ShardWriter, read_shard
+from featurecache.store.shards import Layout, ShardWriter, find_by_key, read_shard, row_keys
 from featurecache.store.store import Store, open_store
 from featurecache.store.view import View
-from featurecache.store.write_view import columns_of, write_view
+from featurecache.store.write_view import columns_of, rewrite_view, write_view
 
 LAYOUTS = {"cls": CLS, "tokens": TOKENS}
 
@@ -236,10 +236,7 @@ def test_rows_of_one_image_with_other_bytes_are_not_exchanged(tmp_path: Path) ->
     writer.commit()
     old = {p: p.stat().st_mtime_ns for p in shards(store, "cls")}
     other = next(p for p in old if (read_shard(p, CLS).checksums != read_shard(p, CLS).checksums[0]).sum() == 2)
-    places = maintenance_collect.find_by_key(
-        [read_shard(other, CLS)],
-        maintenance_collect.row_keys(digests([0, 1]), read_shard(other, CLS).checksums[[1, 0]]),
-    )
+    places = find_by_key([read_shard(other, CLS)], row_keys(digests([0, 1]), read_shard(other, CLS).checksums[[1, 0]]))
     view = featurecache.open_view("old", tmp_path)
     write_view(store, "new", columns_of(view), view.attributes, {CLS: places})
     kept = featurecache.open_view("new", tmp_path).array("cls")
@@ -257,7 +254,7 @@ def test_a_shard_whose_place_is_taken_by_other_bytes_stays_as_it_is(tmp_path: Pa
     writer.append([bytes(d) for d in digests([0, 1])], features([0, 1], CLS) + np.float16(0.25))
     new = read_shard(writer.commit() or tmp_path, CLS)
     view = featurecache.open_view("old", tmp_path)
-    places = maintenance_collect.find_by_key([new], maintenance_collect.row_keys(new.digests, new.checksums))
+    places = find_by_key([new], row_keys(new.digests, new.checksums))
     write_view(store, "new", columns_of(view), view.attributes, {CLS: places})
     collect(tmp_path, delete=True)
     assert np.array_equal(
@@ -293,15 +290,10 @@ def test_drafts_of_the_dead_are_listed_and_those_of_the_living_stay(tmp_path: Pa
 @pytest.mark.parametrize(
     ("owner", "name", "count"),
     [
-        (maintenance_collect.ShardWriter, "commit", 1),
-        (maintenance_collect.ShardWriter, "commit", 2),
-        (maintenance_collect, "repoint", 1),
-        (maintenance_collect, "repoint", 2),
-        (maintenance_collect, "remove", 1),
-        (maintenance_collect, "remove", 2),
-        (maintenance_collect, "sync_path", 1),
+        (ShardWriter, "commit", 1), (ShardWriter, "commit", 2), (collecting, "rewrite_view", 1),
+        (collecting, "rewrite_view", 2), (Path, "unlink", 1), (Path, "unlink", 2), (collecting, "sync_path", 1),
     ],
-)
+)  # fmt: skip
 def test_gc_killed_between_two_steps_loses_nothing_and_finishes_again(
     tmp_path: Path, monkeypatch, owner: object, name: str, count: int
 ) -> None:  # type: ignore[no-untyped-def]
@@ -378,9 +370,9 @@ def test_compact_puts_the_rows_in_the_order_of_the_view(scattered: Store) -> Non
 @pytest.mark.parametrize(
     ("owner", "name", "count"),
     [
-        *((maintenance_collect.ShardWriter, "commit", k) for k in (1, 2, 4, 5, 8)),
-        *((maintenance_collect, "repoint", k) for k in (1, 2)),
-        *((maintenance_collect, "remove", k) for k in (1, 3, 6)),
+        *((ShardWriter, "commit", k) for k in (1, 2, 4, 5, 8)),
+        *((collecting, "rewrite_view", k) for k in (1, 2)),
+        *((Path, "unlink", k) for k in (1, 3, 6)),
     ],
 )
 def test_compact_killed_between_two_steps_loses_nothing_and_finishes_again(
@@ -409,7 +401,7 @@ def test_compact_stops_at_a_damaged_row_with_everything_as_it_was(scattered: Sto
 def test_compact_does_not_trust_a_file_that_has_the_right_name(scattered: Store, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     cache = scattered.path.parent
     with monkeypatch.context() as patch:
-        at(patch, maintenance_collect, "repoint", 1, kill)
+        at(patch, collecting, "rewrite_view", 1, kill)
         with pytest.raises(Killed):
             compact("set", cache)
     new = next(p for p in shards(scattered, "cls") if len(read_shard(p, CLS).digests) == 5)
@@ -610,3 +602,27 @@ def test_compact_export_and_merge_by_the_command_line(scattered: Store, tmp_path
     assert merged["new"] and merged["rows"] == 24 and {v["what"] for v in merged["views"]} == {"copied"}
     again = call("merge", cache, "--cache", away / "cache")
     assert again.exit_code == 0 and "no new rows" in again.stdout and "view set  here already" in again.stdout
+
+
+# --- a view on other rows
+
+
+def test_a_view_on_other_rows_keeps_its_time_and_says_which_rows_it_lost(tmp_path: Path) -> None:
+    view = make_view(tmp_path, range(4), layouts=(CLS,))
+    os.utime(view.path, ns=(5, 5))
+    store, opened = open_store(view.store), View(view.path, columns_only=True, copies=True)
+    lost = digests([2])[0]
+    path = rewrite_view(opened, store, {CLS: store.locate(CLS, opened.digests)}, name="less", lost={lost: "it is gone"})
+    less = View(path)
+    assert path.name == "less.h5" and path.stat().st_mtime_ns == 5
+    assert less.failed == [{"id": opened.ids[2], "reason": "it is gone"}] and len(less) == 3
+    assert np.array_equal(less.array("cls"), features([0, 1, 3], CLS))
+
+
+def test_a_view_is_not_written_on_rows_that_are_nowhere(tmp_path: Path) -> None:
+    view = make_view(tmp_path, range(4), layouts=(CLS,))
+    opened, before = View(view.path, columns_only=True, copies=True), view.path.read_bytes()
+    nowhere = open_store(view.store).locate(CLS, digests([0, 1, 2, 99]))
+    with pytest.raises(NotInCache, match="1 rows of cls of tiny/set lie in no shard"):
+        rewrite_view(opened, open_store(view.store), {CLS: nowhere})
+    assert view.path.read_bytes() == before
