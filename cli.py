@@ -169,14 +169,16 @@ def _info_thing(talk: Console, name: str, cache: str | None) -> int:
 
 def _info_all(talk: Console) -> int:
     from featurecache.backbones.aliases import ALIASES
+    from featurecache.formatting import aligned
     from heads.models.catalogue import heads_table, networks_lines, networks_table
     from heads.reports.text import heads_lines
 
-    width, heads = max(map(len, ALIASES)), heads_table()
+    heads = heads_table()
     forms = "hf:REPO[@REVISION], a folder written by save_pretrained, torchvision:NAME[:WEIGHTS], timm:NAME[.TAG], "
     forms += "python:MODULE:FACTORY[:LAYER]"
     lines = [f"backbones (also {forms}):"]
-    lines += [f"  {name:<{width}}  {alias.id or 'untrained only'}" for name, alias in ALIASES.items()]
+    names = [[name, alias.id or "untrained only"] for name, alias in ALIASES.items()]
+    lines += aligned(names, right=2, indent=2)
     lines += ["heads (also python:MODULE:CLASS; parameters for a ViT-B/16 and two classes):", heads_lines(heads)]
     lines += ["networks from pixels (train-baseline; also finetune:BACKBONE):", networks_lines()]
     record = {

@@ -1,6 +1,4 @@
-"""Every exception, each with the one sentence a user reads; nearest (did you mean).
-
-The errors a user can meet. One family; each class is also the builtin a caller would expect.
+"""The errors a user can meet. One family; each class is also the builtin a caller would expect.
 
 A message says what was found, what was expected, and what to type. ``cli`` catches the root once.
 """
@@ -9,18 +7,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-
-
-def typed_first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
-
-
-def short_first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 class FeatureCacheError(Exception):
@@ -134,3 +120,9 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
     """`` Near: a, b.`` or an empty string: the known names closest to ``word``."""
     near = difflib.get_close_matches(word, list(known), n=n, cutoff=0.5)
     return f" Near: {', '.join(near)}." if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """``ValueError: what it says``, of a stranger's error whose message may have many lines."""
+    message = (str(error).strip().splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

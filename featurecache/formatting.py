@@ -1,12 +1,11 @@
 """Text for people: sizes, durations, aligned columns, a, b, … (12), escaping of foreign text and of CSV cells.
 
-Amounts for people: bytes, seconds, shapes, aligned lines, and the progress bars that count them.
+Text for people: sizes, durations, shapes, aligned columns, "a, b, … (12)", progress bars; foreign text made harmless
+for a terminal, and for the spreadsheet that opens a CSV file of ours.
 
-Text in the CSV files we write, so that no spreadsheet runs it as a formula.
-
-A cell that begins with = + - @ (or their full-width forms), a tab or a line break gets an apostrophe in front, which
-spreadsheets take for "this is text". One that is a plain number does not. `text_of` takes it off again; for any text
-``text_of(cell(text)) == text``, also for text that begins with apostrophes itself.
+A CSV cell that begins with = + - @ (or their full-width forms), a tab or a line break gets an apostrophe in front,
+which spreadsheets take for "this is text". One that is a plain number does not. `text_of` takes it off again; for any
+text ``text_of(cell(text)) == text``, also for text that begins with apostrophes itself.
 """
 
 from __future__ import annotations
@@ -14,59 +13,24 @@ from __future__ import annotations
 import platform
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 
-def plain(text: str) -> str:
-    """Text for a terminal: what would move its cursor, colour it or turn its direction is shown as an escape.
-
-    Line breaks and tabs stay; a name that might bring its own goes through `one_line` where it is put into a line.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if c in "\n\t" or c.isprintable() or _harmless(c) else _escaped(c) for c in text)
+def milliseconds(value: float) -> str:
+    """Three digits: 123, 12.3, 0.0123."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _harmless(character: str) -> bool:
-    """Spaces of other widths, and the joiners that some scripts need to be spelt."""
-    return unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "backslashreplace").decode()
-
-
-def one_line(value: Any) -> Any:
-    """Every text in a record without line breaks, tabs and what `plain` takes out: names cannot make lines."""
-    if isinstance(value, str):
-        return plain(value).replace("\n", "\\n").replace("\t", "\\t")
-    if isinstance(value, dict):
-        return {one_line(key): one_line(part) for key, part in value.items()}
-    return [one_line(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def printable(words: str) -> str:
-    """Control characters, line separators and half characters of undecodable file names as backslash escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in words)
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+_NUMBER = re.compile(r"'*[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
 def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def align(rows: Sequence[Sequence[str]], right: int = 1) -> list[str]:
-    """Columns padded to their widest cell; from column ``right`` on to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(w) if i >= right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def size_text(size: float) -> str:
@@ -75,6 +39,17 @@ def size_text(size: float) -> str:
         if size >= scale or (unit == "GB" and size >= 5e8):
             return f"{size / scale:.3g} {unit}"
     return f"{int(size)} B"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def shape_text(name: str, shape: tuple[int, ...]) -> str:
+    return f"{name} [{'×'.join(map(str, shape))}]"
 
 
 def columns(rows: Iterable[tuple[str, str]], indent: int = 11) -> str:
@@ -86,15 +61,62 @@ def columns(rows: Iterable[tuple[str, str]], indent: int = 11) -> str:
     return "\n".join(lines)
 
 
-def shape_text(name: str, shape: tuple[int, ...]) -> str:
-    return f"{name} [{'×'.join(map(str, shape))}]"
+def aligned(rows: Sequence[Sequence[str]], right: int | Sequence[int] = 1, indent: int = 0) -> list[str]:
+    """Lines of columns padded to their widest cell; ``right``: the columns, or all from one on, that end at the same
+    place instead of beginning there."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    ends = range(right, len(widths)) if isinstance(right, int) else right
+    pads = [f"{'>' if i in ends else '<'}{width}" for i, width in enumerate(widths)]
+    return [" " * indent + "  ".join(map(format, row, pads)).rstrip() for row in rows]
 
 
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+def abbreviated(words: Iterable[Any], most: int = 5) -> str:
+    """``a, b, c`` or ``a, b, c, … (12 in all)``; a set by name."""
+    words = sorted(words) if isinstance(words, Set) else list(words)
+    shown = ", ".join(str(word) for word in words[:most])
+    return shown if len(words) <= most else f"{shown}, … ({len(words):,} in all)"
+
+
+def harmless(text: str) -> str:
+    """Text for a terminal: what would move its cursor, colour it or turn its direction is shown as an escape.
+
+    Line breaks and tabs stay; a name that might bring its own goes through `one_line` where it is put into a line.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or is_harmless(c) else _escaped(c) for c in text)
+
+
+def is_harmless(character: str) -> bool:
+    """What is seen as it is: also spaces of other widths, and the joiners that some scripts need to be spelt."""
+    return character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "backslashreplace").decode()
+
+
+def one_line(value: Any) -> Any:
+    """Every text in a record without line breaks, tabs and what `harmless` takes out: names cannot make lines."""
+    if isinstance(value, str):
+        return harmless(value).replace("\n", "\\n").replace("\t", "\\t")
+    if isinstance(value, dict):
+        return {one_line(key): one_line(part) for key, part in value.items()}
+    return [one_line(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _would_run(text: str) -> bool:
+    return _FORMULA.match(text) is not None and _NUMBER.fullmatch(text) is None
+
+
+def cell(value: Any) -> Any:
+    """``value`` as it is written into a CSV; only text changes."""
+    return "'" + value if isinstance(value, str) and _would_run(value) else value
+
+
+def text_of(written: str) -> str:
+    """The text that was written as ``written``; what somebody else wrote without an apostrophe stays as it is."""
+    return written[1:] if written.startswith("'") and _would_run(written) else written
 
 
 def progress_bar(total: int, progress: bool, what: str = "extract") -> tqdm:
@@ -124,11 +146,6 @@ def cost_line(cost: dict[str, Any] | None) -> str:
     return f"{milliseconds(cost['forward_ms'])} ms/image forward ({made}), {loading}"
 
 
-def milliseconds(value: float) -> str:
-    """Three digits: 123, 12.3, 0.0123."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def device_title(device: Any) -> str:
     """What a person calls it: the name of the GPU, or of the processor."""
     import torch
@@ -148,21 +165,3 @@ def _processor() -> str:
         if key.strip() == "model name" and value.strip():
             return " ".join(value.split())
     return platform.processor() or platform.machine() or "CPU"
-
-
-_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
-_NUMBER = re.compile(r"'*[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
-
-
-def _would_run(text: str) -> bool:
-    return _FORMULA.match(text) is not None and _NUMBER.fullmatch(text) is None
-
-
-def cell(value: Any) -> Any:
-    """``value`` as it is written into a CSV; only text changes."""
-    return "'" + value if isinstance(value, str) and _would_run(value) else value
-
-
-def text_of(written: str) -> str:
-    """The text that was written as ``written``; what somebody else wrote without an apostrophe stays as it is."""
-    return written[1:] if written.startswith("'") and _would_run(written) else written

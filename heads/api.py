@@ -26,6 +26,7 @@ from heads.evaluation.comparison import compare
 from heads.evaluation.families import Family, families_of
 from heads.models.common import FINETUNE
 from heads.pixel_view import PixelView, open_pixels
+from heads.reports.figures import save_pictures
 from heads.reports.page import WrittenReport, _families, _target, write_report
 from heads.runs.run import Run, load_run
 from heads.runs.write import run_target, write_run
@@ -109,7 +110,7 @@ def train_baseline(
     contents = contents_of(job, fit, controls_beside(job, say) if controls else [])
     if arch.startswith(FINETUNE):
         contents = with_backbone(contents, fit.model.cpu())
-    run = write_run(target, contents)
+    run = write_run(target, contents, save_pictures if report else None)
     kept.remove()
     return with_report(run, images, hash_ids) if report else run
 
@@ -161,10 +162,10 @@ def train_head(
     options of ``featurecache train-head``.
 
     ``controls``: chance, majority class and logistic regression on pixels beside it; None: where the weights are
-    untrained. ``report``: report.html in the folder, with or without ``images`` of the data in it, ids as keyed hashes
-    with ``hash_ids``; ``run.metrics["comparison"]`` then holds the intervals. Raises UnknownHead, BadOption, NotInCache
-    (with the command that stores what is missing), ProtocolError (splits that cannot work) and RunError (a folder in
-    the way), all before training.
+    untrained. ``report``: pictures and report.html in the folder, with or without ``images`` of the data in it, ids as
+    keyed hashes with ``hash_ids``; ``run.metrics["comparison"]`` then holds the intervals. Raises UnknownHead,
+    BadOption, NotInCache (with the command that stores what is missing), ProtocolError (splits that cannot work) and
+    RunError (a folder in the way), all before training.
     """
     say = say or (lambda line: None)
     settings = Settings.of(head, splits=splits, classes=classes, only=only, **options)
@@ -175,7 +176,7 @@ def train_head(
     if isinstance(fit, ProtocolError):
         raise fit
     beside = controls_beside(job, say) if (job.view.untrained if controls is None else controls) else []
-    run = write_run(target, contents_of(job, fit, beside))
+    run = write_run(target, contents_of(job, fit, beside), save_pictures if report else None)
     return with_report(run, images, hash_ids) if report else run
 
 

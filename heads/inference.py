@@ -1,6 +1,4 @@
-"""Predict: new images through a run.
-
-Use a run on new images: class and calibrated probability of each, as records.
+"""Use a run on new images: class and calibrated probability of each, as records.
 
 The pixels go through the same backbone, precision and rounding as the store that the head was trained on
 (``featurecache.compute``), then through the head, its prior correction and its temperature.
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 
 from featurecache.errors import BadOption, FeatureCacheError
-from featurecache.formatting import cell, printable
+from featurecache.formatting import cell, one_line
 from heads.metrics import classification as ev
 from heads.pixel_view import resize_all
 from heads.runs.run import Run, is_pixels, load_run, preprocess_of
@@ -174,16 +172,16 @@ def as_csv(records: list[dict[str, Any]]) -> str:
     classes = next((list(r["probabilities"]) for r in records if "probabilities" in r), [])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerow(["image", "class", "probability", *(f"p {printable(c)}" for c in classes), "error"])
+    writer.writerow(["image", "class", "probability", *(f"p {one_line(c)}" for c in classes), "error"])
     for record in records:
         p = record.get("probabilities", {})
         writer.writerow(
             [
-                cell(printable(record["image"])),
-                cell(printable(_called(record))),
+                cell(one_line(record["image"])),
+                cell(one_line(_called(record))),
                 record.get("probability", ""),
                 *(p.get(c, "") for c in classes),
-                cell(printable(record.get("error", ""))),
+                cell(one_line(record.get("error", ""))),
             ]
         )
     return text.getvalue()
@@ -194,11 +192,11 @@ def as_table(records: list[dict[str, Any]]) -> str:
     rows = []
     for record in records:
         if "error" in record:
-            rows.append((printable(record["image"]), "could not be read: " + printable(record["error"]), ""))
+            rows.append((one_line(record["image"]), "could not be read: " + one_line(record["error"]), ""))
         else:
             p = record.get("probability")
             shown = f"{p:.3f}" if p is not None else ", ".join(f"{v:.3f}" for v in _values(record))
-            rows.append((printable(record["image"]), printable(_called(record)) or "none", shown))
+            rows.append((one_line(record["image"]), one_line(_called(record)) or "none", shown))
     if not rows:
         return "no images"
     first = max(len(image) for image, _, _ in rows)

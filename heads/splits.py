@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featurecache.errors import BadOption, ProtocolError
-from featurecache.formatting import cell, text_of
+from featurecache.formatting import abbreviated, cell, text_of
 from heads.stratify import connected_units, nested_fraction, stratified_parts
 from heads.task import SPLITS, Leak, Task, has_label
 
@@ -184,7 +184,7 @@ def _fraction(
     kept = class_counts(names, task)["train"]
     if least := [name for name, n, now in zip(task.classes, share, kept, strict=True) if now == 1 and n < 0.5]:
         warnings.append(
-            f"{fraction:g} of train has one image of {_listed(least)}, whose share is less than half of one"
+            f"{fraction:g} of train has one image of {abbreviated(least, 4)}, whose share is less than half of one"
         )
 
 
@@ -217,16 +217,12 @@ def _check(
     if len(present) < 2 and not task.multilabel:
         raise ProtocolError(f"train has images of {present[0]} only; two classes are needed to tell apart.")
     if absent:
-        warnings.append(f"train has no image of {_listed(absent)}: no head can learn it")
+        warnings.append(f"train has no image of {abbreviated(absent, 4)}: no head can learn it")
     if few := [f"{n:,} images of {c}" for c, n in zip(task.classes, counts["val"], strict=True) if n < FEW]:
         way = "they were drawn from train, which has few"
         if "val" not in drawn:
             way = "--resplit-val returns them to train and draws 15 % anew"
-        warnings.append(f"val has {_listed(few)}: too few to choose a model ({way})")
-
-
-def _listed(words: list[str]) -> str:
-    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+        warnings.append(f"val has {abbreviated(few, 4)}: too few to choose a model ({way})")
 
 
 def class_counts(names: np.ndarray, task: Task) -> dict[str, list[int]]:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from featurecache.errors import BadOption, ProtocolError, nearest
+from featurecache.formatting import abbreviated
 from heads.stratify import connected_units
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def _names(words: Sequence[str], known: list[str], option: str) -> list[str]:
         if name not in known:
             raise BadOption(
                 f"{option}: no class is called {name!r}.{nearest(name, known)} "
-                f"The classes are {', '.join(known[:12])}{', …' if len(known) > 12 else ''}."
+                f"The classes are {abbreviated(known, 12)}."
             )
     return names
 

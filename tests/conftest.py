@@ -20,15 +20,6 @@ if "FEATURECACHE_STATE" not in os.environ:  # what is remembered of files lies e
     atexit.register(shutil.rmtree, os.environ["FEATURECACHE_STATE"], ignore_errors=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def without_plots(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The pictures of a run take most of a small run's time; they are drawn in the tests of the run folder alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ != "test_heads_runs":
-            patch.setattr("heads.reports.plots.draw_plots", lambda folder, contents: None)
-        yield
-
-
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB of its own: to be filled up, or mounted read-only (permissions alone do not stop root)."""

@@ -185,7 +185,7 @@ def test_runs_are_read_or_refused(tmp_path_factory, data) -> None:  # type: igno
     folder = tmp_path_factory.getbasetemp() / "run"
     view = toy_view(n=200, splits="given", noise=2)
     if not folder.exists():
-        train_head(view, "linear", epochs=1, standardize="zscore", out=folder)
+        train_head(view, "linear", epochs=1, standardize="zscore", out=folder, report=False)
     name = data.draw(st.sampled_from(READ))
     whole = (folder / name).read_bytes()
     changed = bytearray(whole)

@@ -22,7 +22,7 @@ from test_views import CLS, ORDER, make_view
 from featurecache.commands.terminal import Console
 from featurecache.errors import CacheError, UnsafeFile
 from featurecache.files import guard, known
-from featurecache.formatting import cell, one_line, plain, text_of
+from featurecache.formatting import cell, harmless, one_line, text_of
 from featurecache.store.shards import ShardWriter, read_shard
 from featurecache.store.view import View
 
@@ -297,7 +297,7 @@ def test_no_plugins_and_nothing_of_the_caller_reach_the_other_process(tmp_path: 
     ],
 )
 def test_nothing_raw_reaches_the_terminal(text: str, shown: str, capsys) -> None:  # type: ignore[no-untyped-def]
-    assert plain(text) == shown
+    assert harmless(text) == shown
     Console(as_json=False, quiet=False).say(text)
     Console(as_json=False, quiet=False).result(text, {})
     assert capsys.readouterr() == (shown + "\n", shown + "\n")
@@ -360,7 +360,7 @@ def test_splits_and_predictions_of_formulas_round_trip(tmp_path: Path, monkeypat
     view = toy_view(n=200, splits="given", noise=2)
     view.ids = [f"=HYPERLINK({i})" for i in range(100)] + [f"'-a{i}" for i in range(100)]
     view.classes = ["=cmd|'/c calc'!A0", "<script>alert(1)</script>\x1b[2J"]
-    run = train_head(view, "linear", epochs=1)
+    run = train_head(view, "linear", epochs=1, report=False)
     for name in ("predictions.csv", "splits.csv", "metrics.csv", "history.csv"):
         cells = [c for row in csv.reader(io.StringIO((run.path / name).read_text())) for c in row]
         assert not [c for c in cells if c[:1] in "=+@\t\r" and c]

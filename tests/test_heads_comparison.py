@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from heads.evaluation import comparison, families
 from heads.evaluation.comparison import compare
 from heads.evaluation.families import Family, families_of
 from heads.metrics import significance
-from heads.reports import text as reports_text
+from heads.reports import text as tables
 from heads.runs.run import load_run
+
+train_head = partial(train_head, report=False)
 
 
 @pytest.fixture(autouse=True)
@@ -292,14 +295,14 @@ def test_of_a_sweep_test_is_shown_for_the_chosen_setting_only_unless_asked():
     shown = compare([family], resamples=100, show_test="all").record
     assert shown["test_seen"] == 6
     assert all(row["test"] for row in shown["rows"])
-    assert "TEST SEEN 6 TIMES" in reports_text.lab_table(shown)
-    assert "TEST SEEN" not in reports_text.lab_table(made)
+    assert "TEST SEEN 6 TIMES" in tables.lab_table(shown)
+    assert "TEST SEEN" not in tables.lab_table(made)
 
 
 def test_the_table_is_ordered_by_val_and_its_intervals_are_of_test():
     of = view(noise=2)
     made = record([run(of, lr=1e-5), run(of, "large"), run(of)], reference="large on tokens")
-    text = reports_text.lab_table(made)
+    text = tables.lab_table(made)
     lines = text.splitlines()
     order = sorted(made["families"], key=lambda f: (-f["val"]["auroc"], f["val"]["nll"]))
     assert [line.startswith(f["name"]) for line, f in zip(lines[1:4], order, strict=True)] == [True] * 3

@@ -134,8 +134,8 @@ def test_the_controls_of_a_finished_run_are_on_its_splits(pictured, tmp_path, mo
 
     monkeypatch.chdir(tmp_path)
     view, *_ = pictured(toy_view(n=300, noise=2, untrained=True))
-    run = train_head(view, "linear", epochs=1, split_seed=3)
+    run = train_head(view, "linear", epochs=1, split_seed=3, report=False)
     assert [c["name"] for c in run.metrics["controls"]] == [controls.CHANCE, controls.MAJORITY, controls.PIXELS]
     again = controls.run_controls(run, view)
     assert again[2]["test"] == run.metrics["controls"][2]["test"]
-    assert train_head(view, "linear", epochs=1, controls=False).metrics["controls"] == []
+    assert train_head(view, "linear", epochs=1, controls=False, report=False).metrics["controls"] == []

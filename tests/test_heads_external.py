@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from heads.evaluation.comparison import compare
 from heads.evaluation.external import evaluate_run, read_external
 from heads.evaluation.families import families_of
 from heads.metrics import classification as ev
-from heads.reports import text as reports_text
+from heads.reports import text as tables
 from heads.runs.run import load_run
+
+train_head = partial(train_head, report=False)
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +68,10 @@ def test_it_is_shown_beside_the_internal_test():
     (other,) = family["external"]
     assert (other["view"], other["n"]) == ("vit-toy/there", 200)
     assert other["test"]["auroc"]["value"] != family["test"]["auroc"]["value"]
-    text = reports_text.external_table(family, "vit-toy/there", "binary", record["n_test"])
+    text = tables.external_table(family, "vit-toy/there", "binary", record["n_test"])
     assert f"{family['test']['auroc']['value']:.3f} [" in text
     assert f"{other['test']['auroc']['value']:.3f} [" in text
-    assert "on vit-toy/there, 200 images: AUROC" in reports_text.lab_table(record)
+    assert "on vit-toy/there, 200 images: AUROC" in tables.lab_table(record)
 
 
 def test_classes_are_matched_by_name_wherever_they_stand():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,8 @@ from heads.training.job import prepare
 from heads.training.loop import Schedule, train_heads
 from heads.training.losses import BinaryCrossEntropy, CrossEntropy, StackedLoss, loss_and_prior
 from heads.training.train import train_together
+
+train_head = partial(train_head, report=False)
 
 NAN = float("nan")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from fake_view import label_view, toy_view
 import featurecache
 from heads.api import train_head
 from heads.inference import answers, as_csv, as_json, as_table, predict
+
+train_head = partial(train_head, report=False)
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 
 from featurecache.errors import CannotWrite, RunError
 from heads.api import train_head
-from heads.metrics.classification import UNTRAINED
-from heads.reports import text as reports_text
+from heads.reports import text as tables
 from heads.runs.run import list_runs, load_run
 from heads.runs.write import run_target
 
@@ -170,9 +169,9 @@ def test_a_run_killed_while_writing_never_looks_finished():
     code = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
         "from fake_view import toy_view\n"
-        "import heads.reports.plots\n"
+        "import heads.reports.figures\n"
         "def kill(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "heads.reports.plots.draw_plots = kill\n"
+        "heads.reports.figures.save_pictures = kill\n"
         "from heads.api import train_head\n"
         "train_head(toy_view(), 'linear', epochs=1)\n"
     )
@@ -236,15 +235,15 @@ def test_list_runs_passes_over_what_is_no_run():
     Path("runs/other").mkdir()
     Path("runs/other/config.json").write_text("{}")
     assert [run.path for run in list_runs()] == [a.path, b.path]
-    text = reports_text.runs_table(list_runs())
+    text = tables.runs_table(list_runs())
     assert "runs/toy-linear-1" in text
     assert "vit-toy/toy cls" in text
     assert list_runs("nowhere") == []
-    assert "no runs yet" in reports_text.runs_table([])
+    assert "no runs yet" in tables.runs_table([])
 
 
 def test_the_final_table_has_val_and_test_and_names_the_positive_class():
-    text = reports_text.final_table(quick())
+    text = tables.final_table(quick())
     lines = text.splitlines()
     assert lines[0].split("  ")[-1] == "test (read once)"
     assert [line.split()[0] for line in lines[1:12]] == [
@@ -264,17 +263,17 @@ def test_untrained_weights_bring_the_controls_first_and_one_sentence(monkeypatch
         lambda *a: {"name": "pixels, logistic regression", "val": None, "test": None, "note": "gone"},
     )
     run = quick(untrained())
-    lines = reports_text.final_table(run).splitlines()
+    lines = tables.final_table(run).splitlines()
     assert [line.split("  ")[0] for line in lines[1:4]] == ["chance", "majority class", "pixels, logistic regression"]
     assert lines[4].startswith("linear on cls")
     assert "pixels, logistic regression: gone" in lines
-    assert reports_text.final_table(run).count(UNTRAINED) == 1
+    assert tables.final_table(run).count(tables.UNTRAINED) == 1
 
 
 def test_a_comparison_is_ordered_by_val_alone():
     view = toy_view(n=300, splits="given", noise=2)
     compared = [quick(view), quick(view, head="large"), quick(view, lr=1e-5)]
-    lines = reports_text.comparison_table(compared).splitlines()
+    lines = tables.comparison_table(compared).splitlines()
     shown = [float(line.split()[4]) for line in lines[1:]]
     assert shown == sorted(shown, reverse=True)
     assert "do not compare" not in lines[-1]
@@ -282,7 +281,7 @@ def test_a_comparison_is_ordered_by_val_alone():
 
 def test_a_comparison_of_different_test_sets_says_so():
     view = toy_view(n=300, noise=2)
-    assert "do not compare" in reports_text.comparison_table([quick(view), quick(view, split_seed=1)])
+    assert "do not compare" in tables.comparison_table([quick(view), quick(view, split_seed=1)])
 
 
 def test_pictures_of_many_classes_and_of_labels_are_drawn():

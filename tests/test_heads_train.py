@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,8 @@ from heads.training.batches import PlainBatches
 from heads.training.engine import make_trainer, run_epoch
 from heads.training.job import choose_output
 from heads.training.losses import BinaryCrossEntropy, CrossEntropy, loss_and_prior
+
+train_head = partial(train_head, report=False)
 
 
 @pytest.fixture(autouse=True)

@@ -169,7 +169,9 @@ def test_a_parquet_table_of_more_cells_than_memory(tmp_path: Path, monkeypatch) 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train_head(toy_view(n=200, splits="given", noise=2), "linear", epochs=1, standardize="zscore", out=folder)
+    train_head(
+        toy_view(n=200, splits="given", noise=2), "linear", epochs=1, standardize="zscore", out=folder, report=False
+    )
     return folder
 
 

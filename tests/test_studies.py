@@ -17,7 +17,6 @@ from featurecache import open_source
 from featurecache.backbones.aliases import ALIASES
 from featurecache.errors import BadOption, SourceError, UnknownStudy, WeightsNotFound
 from heads.models.catalogue import BASELINES
-from heads.reports.figures import Scale
 from heads.studies import mindlina as study_mindlina
 from heads.studies import run as study_run
 from heads.studies.figures import FIGURES
@@ -394,10 +393,6 @@ def test_a_small_val_split_that_a_study_does_not_use_is_not_said_to_be_drawn_ane
         study, sets = load_study(name), {"chest": given(path)}
         done = study_run.Done(study, Asked(), tmp_path, sets, plan, {})
         assert any("drawn anew" in words for words in cautions(done)) == said
-
-
-def test_a_chart_of_a_range_without_a_round_number_has_a_tick():
-    assert Scale(2.49, 4.88, 0, 1, log=True).ticks() == [2.49]
 
 
 def test_every_study_names_a_look_only_at_its_own_networks():

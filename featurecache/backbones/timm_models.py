@@ -48,8 +48,8 @@ from featurecache.errors import (
     UnknownBackbone,
     WeightsDoNotFit,
     WeightsNotFound,
+    first_line,
     nearest,
-    typed_first_line,
 )
 from featurecache.files.records import read_record
 from featurecache.images.preprocessing import Preprocess
@@ -157,7 +157,7 @@ def _outline(
         raise
     except Exception as error:  # whatever a network of timm's raises
         made = f"images of {size[0]}×{size[1]} pixels"
-        raise BadOption(f"{found.title} cannot be made for {made}: {typed_first_line(error)}") from error
+        raise BadOption(f"{found.title} cannot be made for {made}: {first_line(error)}") from error
     config = {} if same else {key: [*v] if isinstance(v, tuple) else v for key, v in found.arguments.items()}
     return network, gives, config
 
@@ -236,7 +236,7 @@ def _filled(
             network = _built(found, size, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # load_state_dict's, and whatever timm's own renaming of names meets
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = lines[1] if len(lines) > 1 else typed_first_line(error)
+        why = lines[1] if len(lines) > 1 else first_line(error)
         raise WeightsDoNotFit(
             f"the weights {found.weights} are not of timm's {found.architecture}: {why[:200]}"
         ) from error

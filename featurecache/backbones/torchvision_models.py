@@ -22,9 +22,10 @@ from torch import nn
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, frozen, seeded, versions
 from featurecache.backbones.processors import check, from_transforms
-from featurecache.backbones.weights import digest, fetched, read_state_dict, some, unwrapped
+from featurecache.backbones.weights import digest, fetched, read_state_dict, unwrapped
 from featurecache.backbones.wrappers import PooledMap, Tokens
 from featurecache.errors import BadOption, OutputRefused, UnknownBackbone, WeightsDoNotFit, nearest
+from featurecache.formatting import abbreviated
 from featurecache.images.preprocessing import Preprocess
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # classifiers for training; never part of the forward in eval
@@ -161,8 +162,8 @@ def _fill(name: str, network: nn.Module, state: dict[str, torch.Tensor]) -> dict
     missing = [key for key in missing if own[key].is_floating_point()]  # counters of batches decide nothing
     extra = [key for key in deciding if key not in own]
     if shapes or missing or extra:
-        what = f"lack {some(missing)}" if missing else f"hold {some(extra)}, which it has not"
-        what = f"have other shapes: {some(shapes, 2)}" if shapes else what
+        what = f"lack {abbreviated(missing, 3)}" if missing else f"hold {abbreviated(extra, 3)}, which it has not"
+        what = f"have other shapes: {abbreviated(shapes, 2)}" if shapes else what
         raise WeightsDoNotFit(f"the weights given are not of torchvision's {name}: they {what}")
     fitting = OrderedDict((key, state[key]) for key in own if key in state and state[key].shape == own[key].shape)
     fitting._metadata = own._metadata  # type: ignore[attr-defined]  # MNASNet asks which version they are

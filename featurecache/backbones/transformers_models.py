@@ -35,9 +35,10 @@ from featurecache.backbones.processors import (
     has_processor,
     own_processor,
 )
-from featurecache.backbones.weights import digest, read_state_dict, snapshot, some, tensor_names, weights_file
+from featurecache.backbones.weights import digest, read_state_dict, snapshot, tensor_names, weights_file
 from featurecache.backbones.wrappers import Map, Tokens
 from featurecache.errors import PreprocessingRefused, UnknownBackbone, WeightsDoNotFit, WeightsNotFound
+from featurecache.formatting import abbreviated
 from featurecache.images.preprocessing import Preprocess
 
 
@@ -338,18 +339,20 @@ def load_network(
     )  # fmt: skip
     shapes = [f"{name} is {list(got)}, expected {list(want)}" for name, got, want in info["mismatched_keys"]]
     if shapes:
-        raise WeightsDoNotFit(f"the weights of {title} have other shapes than its architecture: {some(shapes, 2)}")
+        raise WeightsDoNotFit(
+            f"the weights of {title} have other shapes than its architecture: {abbreviated(shapes, 2)}"
+        )
     missing = {published(name, family) for name in info["missing_keys"] if "mask_token" not in name}  # never used
     pooled = set(pooled_names(missing, family))
     if missing - pooled:
         raise WeightsDoNotFit(
-            f"the weights of {title} lack {len(missing - pooled)} tensors of {family.model}: {some(missing - pooled)}; "
-            f"they hold {some(state)}"
+            f"the weights of {title} lack {len(missing - pooled)} tensors of {family.model}: "
+            f"{abbreviated(missing - pooled, 3)}; they hold {abbreviated(sorted(state), 3)}"
         )
     unused = {published(name, family) for name in info["unexpected_keys"]}
     blocks = [name for name in unused if re.search(r"\.\d+\..*(weight|bias)$", name)]
     if blocks:
-        raise WeightsDoNotFit(f"the weights of {title} have more than its configuration says: {some(blocks)}")
+        raise WeightsDoNotFit(f"the weights of {title} have more than its configuration says: {abbreviated(blocks, 3)}")
     return network, pooled, {"blake2b": digest(_deciding(state, family, unused))}
 
 

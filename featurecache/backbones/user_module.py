@@ -55,7 +55,7 @@ import torch
 from torch import nn
 
 from featurecache.backbones.base import Backbone, BackboneRequest, frozen, seeded, versions
-from featurecache.backbones.weights import digest, read_state_dict, some, unwrapped
+from featurecache.backbones.weights import digest, read_state_dict, unwrapped
 from featurecache.errors import (
     BadOption,
     OutputRefused,
@@ -63,9 +63,10 @@ from featurecache.errors import (
     UnknownBackbone,
     WeightsDoNotFit,
     WeightsNotFound,
+    first_line,
     nearest,
-    typed_first_line,
 )
+from featurecache.formatting import abbreviated
 from featurecache.images.preprocessing import Preprocess
 
 _SHORT = ("image_size", "resize", "interpolation", "mean", "std")
@@ -143,7 +144,7 @@ def _made(title: str, source: ModuleType, factory: str, request: BackboneRequest
             network = make()
     except Exception as error:  # whatever the user's code raises
         raise UnknownBackbone(
-            f"{title}: {factory}() failed ({typed_first_line(error)}); it is called without arguments"
+            f"{title}: {factory}() failed ({first_line(error)}); it is called without arguments"
         ) from error
     if not isinstance(network, nn.Module):
         raise UnknownBackbone(f"{title}: {factory}() returned a {type(network).__name__}, expected a torch.nn.Module")
@@ -161,7 +162,7 @@ def _said(name: str, *objects: Any) -> Any:
 def _preprocess(title: str, said: Any, request: BackboneRequest) -> Preprocess:
     fields = {field.name for field in dataclasses.fields(Preprocess)}
     if not isinstance(said, dict) or set(said) not in (set(_SHORT), fields):
-        what = some(map(str, said)) if isinstance(said, dict) else f"a {type(said).__name__}"
+        what = abbreviated(map(str, said), 3) if isinstance(said, dict) else f"a {type(said).__name__}"
         found = "does not say" if said is None else f"says in a way that we cannot read ({what})"
         raise PreprocessingRefused(
             f"{title} {found} how its images were prepared. Write where it is made, with the numbers of its training:\n"
@@ -204,11 +205,15 @@ def _weights(title: str, network: nn.Module, request: BackboneRequest) -> dict[s
     missing = [name for name in _deciding(own) if name not in state]
     extra = [name for name in _deciding(state) if name not in own]
     if shapes or missing or extra:
-        what = f"have other shapes: {some(shapes, 2)}" if shapes else f"lack {len(missing)} tensors: {some(missing)}"
+        what = (
+            f"have other shapes: {abbreviated(shapes, 2)}"
+            if shapes
+            else f"lack {len(missing)} tensors: {abbreviated(missing, 3)}"
+        )
         if not shapes and not missing:
             what = (
-                f"hold {len(extra)} tensors that it has not: {some(extra)}. Let the factory return the whole network; "
-                "network.keep names the submodule to keep"
+                f"hold {len(extra)} tensors that it has not: {abbreviated(extra, 3)}. Let the factory return the whole "
+                "network; network.keep names the submodule to keep"
             )
         raise WeightsDoNotFit(f"the weights {request.weights} are not of {title}: they {what}")
     network.load_state_dict(state, strict=False)
@@ -264,7 +269,7 @@ class FeatureTap(nn.Module):
                 raise
             kind = str(pixels.dtype).removeprefix("torch.")
             raise BadOption(
-                f"{self.title} does not run in {kind} ({typed_first_line(error)}); use --precision fp32"
+                f"{self.title} does not run in {kind} ({first_line(error)}); use --precision fp32"
             ) from error
         finally:
             for hook in hooks:
@@ -313,7 +318,7 @@ def infer_shapes(model: FeatureTap, size: tuple[int, int]) -> bool:
     except OutputRefused:
         raise
     except Exception as error:  # whatever the user's code raises
-        why = typed_first_line(error)
+        why = first_line(error)
         raise BadOption(f"{model.title} does not take images of {size[0]}×{size[1]} pixels: {why}") from error
     shapes = {at: tuple(found.shape) for at, found in seen.items()}
     _choose(model, shapes)
@@ -435,7 +440,7 @@ def _import(module: str, finder: _Finder) -> ModuleType:
         if module in finder.sources:
             return importlib.import_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's code raises; a script may parse its arguments
-        raise UnknownBackbone(f"the module {module} cannot be imported ({typed_first_line(error)})") from error
+        raise UnknownBackbone(f"the module {module} cannot be imported ({first_line(error)})") from error
     raise UnknownBackbone(f"there is no {module.replace('.', '/')}.py in this folder or in PYTHONPATH")
 
 

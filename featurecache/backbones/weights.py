@@ -20,13 +20,14 @@ import pickle
 import re
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from featurecache.errors import FeatureCacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound
+from featurecache.errors import FeatureCacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound, first_line
+from featurecache.formatting import abbreviated
 
 
 def unwrapped(title: str, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -36,7 +37,9 @@ def unwrapped(title: str, state: dict[str, torch.Tensor], own: dict[str, torch.T
     first = max(own, key=len)
     prefixes = [name.removesuffix(first) for name in state if name.endswith(f".{first}")]
     if len(prefixes) > 1:
-        raise WeightsDoNotFit(f"the weights hold {title} {len(prefixes)} times, as {some(prefixes)}; expected it once")
+        raise WeightsDoNotFit(
+            f"the weights hold {title} {len(prefixes)} times, as {abbreviated(prefixes, 3)}; expected it once"
+        )
     if not prefixes:
         return state
     return {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
@@ -117,7 +120,7 @@ def snapshot(repo: str, revision: str | None = None, *, weights: bool = True) ->
     try:
         folder = _fetch(repo, revision, weights, offline=False)  # by name: only so the cache knows what it stands for
     except Exception as error:
-        raise WeightsNotFound(f"{repo} could not be fetched from the hub: {_first_line(error)}") from error
+        raise WeightsNotFound(f"{repo} could not be fetched from the hub: {first_line(error)}") from error
     if folder is None:
         raise WeightsNotFound(f"{repo} on the hub holds no {'weights' if weights else 'config.json'} of transformers")
     return folder, folder.name
@@ -163,10 +166,6 @@ def _refusal(repo: str, revision: str | None, error: Exception) -> FeatureCacheE
         asked = f"{repo} at revision {revision}" if revision else repo
         return UnknownBackbone(f"the hub has no {asked}; if it is private, log in with: hf auth login")
     return not_here(repo)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -244,7 +243,9 @@ def _inner(path: Path, data: Any) -> Any:
         return usual[0] if usual else data
     held = [key for key, value in data.items() if isinstance(value, Mapping) and _holds_tensors(value)]
     if len(held) > 1:
-        raise WeightsDoNotFit(f"{path} holds {len(held)} state dicts ({some(map(str, held))}); save the one you mean")
+        raise WeightsDoNotFit(
+            f"{path} holds {len(held)} state dicts ({abbreviated(map(str, held), 3)}); save the one you mean"
+        )
     return data[held[0]] if held else data
 
 
@@ -260,13 +261,6 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
         h.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
         h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
-
-
-def some(names: Iterable[str], n: int = 3) -> str:
-    """``a, b, c and 7 more``"""
-    ordered = sorted(names)
-    more = len(ordered) - n
-    return ", ".join(ordered[:n]) + (f" and {more} more" if more > 0 else "")
 
 
 class PlaceholderClass:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import BadOption, FeatureCacheError, UnreadableImage
-from featurecache.formatting import cell, columns, cost_line, one_line, shape_text, size_text
+from featurecache.formatting import aligned, cell, columns, cost_line, one_line, shape_text, size_text
 from featurecache.sources.summary import CELL, GAP, LINE
 
 if TYPE_CHECKING:
@@ -235,12 +235,7 @@ def _rounding_line(rounding: dict[str, Any], rows: int) -> str:
 def _count_table(record: dict[str, Any]) -> list[str]:
     header = ["", *(split or "no split" for split in record["splits"])]
     body = [[name, *(f"{n:,}" for n in row)] for name, row in zip(record["classes"], record["counts"], strict=True)]
-    table = [header, *body] if body else [header]
-    widths = [max(len(row[k]) for row in table) for k in range(len(header))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in table
-    ]
+    return aligned([header, *body])
 
 
 FIRST = 8  # pairs of a finding that are shown as lines
@@ -344,9 +339,7 @@ def _reason(view: View, leaks: Leaks, kind: str) -> str:
 
 
 def _aligned(rows: list[Any]) -> list[str]:
-    clean = [[one_line(text) for text in row] for row in rows]  # a name must not steer a terminal
-    widths = [max(len(text) for text in column) for column in zip(*clean, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in clean]
+    return aligned(one_line(rows), right=len(rows[0]))  # a name must not steer a terminal
 
 
 def record(view: View, leaks: Leaks) -> dict[str, Any]:

@@ -1,6 +1,4 @@
-"""Click group, talk: text, JSON, progress, exit codes, next command.
-
-What all commands share: how they are declared, how they talk, how errors become one or two sentences.
+"""What all commands share: how they are declared, how they talk, how errors become one or two sentences.
 
 A command is a function that takes a `Talk` and its options, calls one library function and prints. Results go to
 stdout, talk and progress to stderr. ``cli`` gathers the commands.
@@ -20,7 +18,7 @@ from typing import Any
 import click
 
 from featurecache.errors import BadOption, FeatureCacheError, UnknownName, nearest
-from featurecache.formatting import _harmless, one_line, plain
+from featurecache.formatting import harmless, is_harmless, one_line
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
@@ -68,7 +66,7 @@ class Console:
 
     def say(self, line: str) -> None:
         if not self.quiet:
-            click.echo(plain(line), err=True)
+            click.echo(harmless(line), err=True)
 
     def line(self, line: str) -> None:
         """`say` where the line holds names of somebody else's: they cannot make lines of their own."""
@@ -76,7 +74,7 @@ class Console:
 
     def result(self, text: str, record: Any) -> None:
         """The command's result, as lines or as one JSON object."""
-        click.echo(_json(record) if self.json else plain(text))
+        click.echo(_json(record) if self.json else harmless(text))
 
     def next(self, command: str, cache: str | None = None) -> None:
         if not self.json:
@@ -86,7 +84,7 @@ class Console:
 def _json(record: Any) -> str:
     """JSON with letters as they are; what a terminal would obey is escaped, which means the same in JSON."""
     text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    return "".join(c if c.isprintable() or _harmless(c) else json.dumps(c)[1:-1] for c in text)
+    return "".join(c if is_harmless(c) else json.dumps(c)[1:-1] for c in text)
 
 
 def _report(error: FeatureCacheError, debug: bool) -> int:
@@ -94,7 +92,7 @@ def _report(error: FeatureCacheError, debug: bool) -> int:
         traceback.print_exc()
     first, *rest = str(error).splitlines()
     word = "" if type(error).__name__ == "Stopped" else "error: "  # Ctrl-C is none
-    click.echo(plain("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)])), err=True)
+    click.echo(harmless("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)])), err=True)
     return 2 if isinstance(error, BadOption | UnknownName) else 1
 
 
@@ -119,7 +117,7 @@ def command(function: Callable[..., Any]) -> click.Command:
             if debug:
                 raise
             said = f"error: {type(error).__name__}: {error} (a mistake of ours; --debug shows where)"
-            click.echo(plain(said), err=True)
+            click.echo(harmless(said), err=True)
             code = 1
         sys.exit(code or 0)
 

@@ -17,6 +17,7 @@ from featurecache.extraction import canary
 from featurecache.extraction.pipeline import exact_arithmetic, output_layout, pick_device, spec_of
 from featurecache.extraction.plan import choose_precision, prepare
 from featurecache.extraction.run import Extraction
+from featurecache.formatting import aligned
 from featurecache.outputs import parse_list
 from featurecache.sources.base import Dataset
 from featurecache.store.schema import DIGEST
@@ -58,9 +59,8 @@ class Explanation:
             lines = [f"no store has this key: {self.cache} holds no store that can be read."]
         else:
             rows = describe_differences(self.nearest.spec, self.spec, (self.nearest.provenance, self.provenance))
-            width = max(len(name) for name, _ in rows)
             lines = [f"no store has this key. Nearest: {self.nearest.path.name}, which differs in"]
-            lines += [f"  {name:<{width}}  {text}" for name, text in rows]
+            lines += aligned(rows, right=2, indent=2)
         counted = [*_image_lines(self.images or {}), *_image_lines(self.copies or {}, "augmented copies")]
         return "\n".join([*lines, *counted, *(f"note: {note}" for note in self.notes)])
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, CacheError, nearest
 from featurecache.files.records import canonical_json
+from featurecache.formatting import abbreviated
 from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
 
@@ -318,7 +319,6 @@ WRITING = {
 }  # fmt: skip
 _CHARACTERS = 9  # classes of one character from which they are taken for writing; 0 and 1 alone are any two classes
 _HOW = {"flip": "left to right", "vflip": "upside down"}
-_SHOWN = 4  # names of classes in a sentence
 
 
 def warnings(augmentation: Augmentation, classes: Sequence[str], source: dict[str, Any]) -> list[str]:
@@ -331,8 +331,8 @@ def _sentence(word: str, classes: Sequence[str], data: str) -> str:
     sided = [name for name in classes if SIDES[word] & set(_words_in(name))]
     if sided:
         return (
-            f"{word} mirrors images {_HOW[word]} and keeps their labels, but {_shown(sided)} may depend on the side; "
-            f"leave {word} out if so"
+            f"{word} mirrors images {_HOW[word]} and keeps their labels, but {abbreviated(sided, 4)} may depend on the "
+            f"side; leave {word} out if so"
         )
     if _is_writing(classes, data):
         return f"{word} mirrors images {_HOW[word]}, and digits and letters are others then; leave {word} out"
@@ -351,8 +351,3 @@ def _words_in(name: str) -> Iterator[str]:
     """``LeftLung``, ``left_lung`` and ``lung L`` hold the words left, lung, l."""
     for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name):
         yield part.lower()
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

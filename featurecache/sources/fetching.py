@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from featurecache.errors import NotFetched, SourceError, short_first_line
+from featurecache.errors import NotFetched, SourceError, first_line
 from featurecache.sources.base import Dataset, abbreviated, safe_name, source_record
 from featurecache.sources.folders import is_image
 
@@ -185,7 +185,7 @@ def fetching(absent: Callable[[str], NotFetched]) -> Iterator[None]:
     except SourceError:
         raise
     except Exception as error:  # loaders raise whatever their HTTP library does
-        raise absent(short_first_line(error)) from error
+        raise absent(first_line(error)) from error
     finally:
         socket.setdefaulttimeout(before)
 

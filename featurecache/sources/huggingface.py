@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import NotFetched, SourceError, UnreadableImage, short_first_line
+from featurecache.errors import NotFetched, SourceError, UnreadableImage, first_line
 from featurecache.images.headers import EncodedImage
 from featurecache.sources.base import (
     SPLITS,
@@ -171,7 +171,7 @@ def _load(folder: str, config: str | None) -> Any:
             return datasets.load_from_disk(folder)
         return datasets.load_dataset(folder, config) if config else datasets.load_dataset(folder)
     except Exception as error:  # the loaders of the formats have no common root
-        said = short_first_line(error)
+        said = first_line(error)
         if "scripts are no longer supported" in said:
             said += "; the hub's own conversion is read by @refs/convert/parquet behind the name"
         elif "Config name is missing" in str(error):

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from featurecache.errors import UnreadableImage
 from featurecache.files.atomic import write_whole
+from featurecache.formatting import aligned
 from featurecache.images.decoding import decode, image_header
 from featurecache.images.headers import EncodedImage
 from featurecache.sources.base import Dataset
@@ -185,12 +186,7 @@ def _table(found: Description) -> list[str]:
     ]
     if len(names) == 1:
         cells = [row[:-1] for row in cells]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
-    return [
-        "  " + "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
-                         for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in cells
-    ]  # fmt: skip
+    return aligned(cells, indent=2)
 
 
 def _facts(found: Description) -> list[str]:

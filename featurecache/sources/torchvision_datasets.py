@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import NotFetched, SourceError, nearest, short_first_line
+from featurecache.errors import NotFetched, SourceError, first_line, nearest
 from featurecache.sources.base import (
     Dataset,
     ImageArrays,
@@ -130,7 +130,7 @@ def _through_torchvision(asked: _Asked) -> dict[str, Split]:
         except (RuntimeError, FileNotFoundError) as error:  # what its classes raise where the files are not there
             raise _absent(asked) from error
         except Exception as error:
-            raise SourceError(f"{asked.name} in {asked.folder} cannot be read ({short_first_line(error)}).") from error
+            raise SourceError(f"{asked.name} in {asked.folder} cannot be read ({first_line(error)}).") from error
         found[split] = _in_order(known.read(opened))
         if not len(found[split].images):
             raise SourceError(f"{asked.name} in {asked.folder} has no {split or ''} images; fetch it again.")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 from featurecache.errors import AmbiguousName, NotInCache, nearest
 from featurecache.files import guard
 from featurecache.files.atomic import AtomicFile, WriteTrace, new_hdf5
+from featurecache.formatting import abbreviated
 from featurecache.store.schema import DIGEST, FILES
 from featurecache.store.shards import Layout, RowLocations
 from featurecache.store.store import Store, cache_folder, stores
@@ -233,14 +234,12 @@ def find_view(name: str | Path | None = None, cache: str | Path | None = None) -
     if not hits:
         known = [f"{s.provenance.get('backbone', s.path.name)}/{p.stem}" for s, p in found]
         near = nearest(str(name), [*known, *(p.stem for _, p in found)])
-        raise NotInCache(f'there is no view "{name}" in {folder}.{near} There are {_some(known)}.')
+        raise NotInCache(f'there is no view "{name}" in {folder}.{near} There are {abbreviated(known, 8)}.')
     labels = [f"{s.path.name}/{p.stem}" for s, p in hits]
-    raise AmbiguousName(f'"{name}" is in {len(hits)} stores: {_some(labels)}. Say which with --features STORE/VIEW.')
+    raise AmbiguousName(
+        f'"{name}" is in {len(hits)} stores: {abbreviated(labels, 8)}. Say which with --features STORE/VIEW.'
+    )
 
 
 def _is_called(store: Store, word: str) -> bool:
     return not word or word in (store.path.name, store.provenance.get("backbone"), store.path.name.rpartition("-")[0])
-
-
-def _some(words: Sequence[str], most: int = 8) -> str:
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")

@@ -22,6 +22,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, nearest
 from featurecache.files.records import plain
+from featurecache.formatting import abbreviated
 from heads.evaluation.costs import mean_cost
 from heads.evaluation.external import external_records
 from heads.evaluation.families import (
@@ -163,7 +164,7 @@ def _rare(entry: _Entry) -> str:
     shown = [part.y[:, c] == 1 if part.y.ndim == 2 else part.y == c for c in range(len(classes))]
     counts = {name: part.units.among(rows) for name, rows in zip(classes, shown, strict=True)}
     words = [f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda pair: pair[1]) if n < FEW_CLUSTERS]
-    return ", ".join(words[:4]) + (f" and {len(words) - 4} more" if len(words) > 4 else "")
+    return abbreviated(words, 4)
 
 
 def _of_test(entries: Sequence[_Entry]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import torch
 from featurecache import __version__
 from featurecache.errors import BadOption, CacheError, CannotWrite, RunError, nearest
 from featurecache.files.records import plain, read_record
+from featurecache.formatting import abbreviated
 from heads.evaluation.families import Family, collect_predictions
 from heads.evaluation.operating_points import calibration_record, operating_points
 from heads.evaluation.subgroups import list_images
@@ -411,5 +412,4 @@ def _left_out(view: FeatureView, taken: dict[str, str]) -> dict[str, int]:
 
 
 def _few(counts: dict[str, int]) -> str:
-    words = [f"{name} {n:,}" for name, n in counts.items()]
-    return ", ".join(words[:6]) + (f" and {len(words) - 6} more" if len(words) > 6 else "")
+    return abbreviated([f"{name} {n:,}" for name, n in counts.items()], 6)

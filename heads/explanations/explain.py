@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import BadOption, CannotWrite, UnreadableImage, nearest
-from featurecache.formatting import align, printable
+from featurecache.formatting import aligned, one_line
 from heads.explanations.explainer import Explainer, SourceImage, SourceImages, original, seen_part
 from heads.explanations.maps import KINDS, Map, Panel, class_margin_weights, draw
 from heads.inference import Image, each_image
@@ -274,14 +274,14 @@ def as_table(records: Sequence[dict[str, Any]]) -> str:
             place = f"row {down + 1}/{height}, column {across + 1}/{width}" if r["peak"] else "nowhere above 0"
             beside = ", ".join(f"{name} {part:+.2f}" for name, part in r["beside"].items()) or "–"
             rows.append(
-                [printable(r["image"]), f"{r['kind']}: {r['map_of']}", run, r["class"] or "any",
+                [one_line(r["image"]), f"{r['kind']}: {r['map_of']}", run, r["class"] or "any",
                  _number(r["margin"]), place, beside, _number(r["likeness_to_control"])]
             )  # fmt: skip
-    lines = align(rows, right=len(rows[0])) if len(rows) > 1 else []
+    lines = aligned(rows, right=len(rows[0])) if len(rows) > 1 else []
     for r in records:
         if "error" in r:
             what = f"no {r['kind']} for {Path(r['run']).name}: " if "kind" in r else "could not be read: "
-            lines.append(f"{printable(r['image'])}  {what}{printable(r['error'])}")
+            lines.append(f"{one_line(r['image'])}  {what}{one_line(r['error'])}")
     return "\n".join(lines)
 
 

@@ -35,6 +35,7 @@ import torch
 from torch import nn
 
 from featurecache.errors import BadOption, UnknownHead, nearest
+from featurecache.formatting import aligned
 from featurecache.images.preprocessing import Preprocess
 from heads.models.common import (
     FINETUNE,
@@ -427,14 +428,12 @@ def _count(name: str, classes: int, size: int) -> int:
 
 def networks_lines() -> str:
     """A line per network."""
-    rows = networks_table()
-    width = max(len(row["network"]) for row in rows)
-    lines = []
-    for row in rows:
+    rows = []
+    for row in networks_table():
         counts = " / ".join(f"{count:,}" for _, _, count in row["parameters"])
         classes = " / ".join(str(c) for c, _, _ in row["parameters"])
-        lines.append(f"  {row['network']:<{width}}  {row['image_size']} px  {counts} (C = {classes})  {row['what']}")
-    return "\n".join(lines)
+        rows.append([row["network"], f"{row['image_size']} px", f"{counts} (C = {classes})", row["what"]])
+    return "\n".join(aligned(rows, right=(), indent=2))
 
 
 def describe_network(name: str, classes: int, image_size: int | None = None) -> dict[str, Any]:

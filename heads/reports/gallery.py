@@ -1,4 +1,4 @@
-"""The worst mistakes and the surest hits of a head on test, with their images where those can still be had.
+"""The worst mistakes and the most confident correct predictions of a head on test, with their images.
 
 Images are read back from the source of the view by id and shown only if their digest is the one that was computed
 with. What is embedded is a new, small encoding of the pixels: no metadata of the file comes along.
@@ -7,9 +7,9 @@ with. What is embedded is a new, small encoding of the pixels: no metadata of th
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -17,31 +17,32 @@ from featurecache.errors import FeatureCacheError
 from heads.explanations.explainer import TINY, Explainer, SourceImage, SourceImages, encoded, seen_part
 from heads.explanations.maps import Map, beside_words, small_overlay
 from heads.metrics import classification as ev
+from heads.reports.figures import TestPredictions
 from heads.runs.run import Run, is_pixels
 from heads.task import Predictions
 
-SHELF = 8  # images of one kind
+ROW = 8  # images of one kind
 FEW = 3  # images of one kind that get a map where each costs a pass of the head for every token
 
 
 @dataclass(frozen=True)
 class GalleryItem:
-    """One answer: row ``row`` of the answers of run ``run`` (its number); ``label`` of multi-label, else the call."""
+    """One prediction: row ``row`` of those of run ``run`` (its number); ``label`` of multi-label, else the class."""
 
     run: int
     row: int
     label: int
     truth: str
-    called: str
-    p_called: float
+    predicted: str
+    p_predicted: float
     p_truth: float
 
 
 @dataclass(frozen=True)
 class GalleryPicture:
-    """What the page shows of a place. ``image``, ``map``: data URIs or None; ``why``: the reason for a grey box."""
+    """What the page shows of an item. ``image``, ``map``: data URIs or None; ``why``: the reason for a grey box."""
 
-    place: GalleryItem
+    item: GalleryItem
     id: str
     image: str | None = None
     size: tuple[int, int] = (100, 100)  # width, height
@@ -62,73 +63,71 @@ class GalleryRow:
 
 @dataclass
 class Gallery:
-    shelves: list[GalleryRow]
+    rows: list[GalleryRow]
     notes: list[str] = field(default_factory=list)
 
     @property
     def images(self) -> int:
-        return sum(picture.image is not None for shelf in self.shelves for picture in shelf.pictures)
+        return sum(picture.image is not None for row in self.rows for picture in row.pictures)
 
 
 def choose(
-    task: str, classes: Sequence[str], positive: int | None, heard: Sequence[tuple[Run, Predictions]]
-) -> list[Any]:
-    """[(title, [Place])]: of the answers of runs that do not overlap (one run, or the folds of one seed).
+    task: str, classes: Sequence[str], positive: int | None, predictions: TestPredictions
+) -> list[tuple[str, list[GalleryItem]]]:
+    """[(title, items)]: of the predictions of runs that do not overlap (one run, or the folds of one seed).
 
-    Mistakes by the probability given to the truth, lowest first; hits highest first. No image twice on one shelf.
+    Mistakes by the probability given to the truth, lowest first; correct ones highest first. No image twice in a row.
     """
-    places = [place for number, (run, answers) in enumerate(heard) for place in _places(number, run, answers)]
-    wrong = sorted((p for p in places if p.truth != p.called), key=lambda p: p.p_truth)
-    right = sorted((p for p in places if p.truth == p.called), key=lambda p: -p.p_truth)
+    items = [item for number, (run, answers) in enumerate(predictions) for item in _items(number, run, answers)]
+    wrong = sorted((item for item in items if item.truth != item.predicted), key=lambda item: item.p_truth)
+    right = sorted((item for item in items if item.truth == item.predicted), key=lambda item: -item.p_truth)
+    titles = {"": "Worst mistakes"}
     if task == "binary":
         assert positive is not None
         sick, well = classes[positive], classes[1 - positive]
-        titles = {sick: f"Missed: {sick} called {well}", well: f"False alarms: {well} called {sick}"}
-        shelves = [(titles[truth], [p for p in wrong if p.truth == truth]) for truth in (sick, well)]
+        titles = {
+            sick: f"False negatives: {sick} predicted as {well}",
+            well: f"False positives: {well} predicted as {sick}",
+        }
     elif task == "multilabel":
-        kinds = {"present": "Missed: called absent", "absent": "False alarms: called present"}
-        shelves = [(title, [p for p in wrong if p.truth == truth]) for truth, title in kinds.items()]
-    else:
-        shelves = [("Worst mistakes", wrong)]
-    key = (lambda p: (p.label, p.truth)) if task == "multilabel" else (lambda p: p.truth)
-    shelves.append(("Surest hits", _in_turn(right, key)))
-    size = SHELF if len(shelves) > 2 else 12
-    return [(title, _distinct(found)[:size]) for title, found in shelves]
+        titles = {"present": "False negatives: predicted absent", "absent": "False positives: predicted present"}
+    rows = [(title, [item for item in wrong if truth in ("", item.truth)]) for truth, title in titles.items()]
+    rows.append(("Most confident correct predictions", _in_turn(right)))
+    size = ROW if len(rows) > 2 else 12
+    return [(title, _distinct(row)[:size]) for title, row in rows]
 
 
-def _places(number: int, run: Run, answers: Predictions) -> list[GalleryItem]:
+def _items(number: int, run: Run, answers: Predictions) -> list[GalleryItem]:
     p = ev.probabilities(run.task, answers.z)
-    called = ev.predict_labels(run.task, p, run.calibration.thresholds, run.positive)
+    predicted = ev.predict_labels(run.task, p, run.calibration.thresholds, run.positive)
     if run.task != "multilabel":
         rows = np.arange(len(p))
-        values = zip(
-            called.tolist(), answers.y.tolist(), p[rows, called].tolist(), p[rows, answers.y].tolist(), strict=True
-        )
+        columns = (predicted.tolist(), answers.y.tolist(), p[rows, predicted].tolist(), p[rows, answers.y].tolist())
         return [
-            GalleryItem(number, row, c, run.classes[y], run.classes[c], pc, pt)
-            for row, (c, y, pc, pt) in enumerate(values)
+            GalleryItem(number, row, c, run.classes[y], run.classes[c], p_predicted, p_truth)
+            for row, (c, y, p_predicted, p_truth) in enumerate(zip(*columns, strict=True))
         ]
-    words = ("absent", "present")
-    found = []
+    names, items = ("absent", "present"), []
     for row, c in np.argwhere(~np.isnan(answers.y)).tolist():
-        y, said, share = int(answers.y[row, c]), int(called[row, c]), float(p[row, c])
-        shares = (1 - share, share)
-        found.append(GalleryItem(number, row, c, words[y], words[said], shares[said], shares[y]))
-    return found
+        y, guess, p_present = int(answers.y[row, c]), int(predicted[row, c]), float(p[row, c])
+        both = (1 - p_present, p_present)
+        items.append(GalleryItem(number, row, c, names[y], names[guess], both[guess], both[y]))
+    return items
 
 
-def _in_turn(places: list[GalleryItem], key: Callable[[GalleryItem], Any]) -> list[GalleryItem]:
-    """The surest of every class, then the second of every class, and so on: one easy class does not fill the shelf."""
-    seen: dict[Any, int] = {}
+def _in_turn(items: list[GalleryItem]) -> list[GalleryItem]:
+    """The surest of every class, then the second of every class, and so on: one easy class does not fill the row. Of
+    multi-label each label, present and absent, takes its turn."""
+    seen: Counter[tuple[int, str]] = Counter()
     ranked = []
-    for place in places:
-        seen[key(place)] = seen.get(key(place), 0) + 1
-        ranked.append((seen[key(place)], place))
-    return [place for _, place in sorted(ranked, key=lambda pair: pair[0])]
+    for item in items:
+        seen[item.label, item.truth] += 1
+        ranked.append((seen[item.label, item.truth], item))
+    return [item for _, item in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def _distinct(places: list[GalleryItem]) -> list[GalleryItem]:
-    return list({(place.run, place.row): place for place in reversed(places)}.values())[::-1]
+def _distinct(items: list[GalleryItem]) -> list[GalleryItem]:
+    return list({(item.run, item.row): item for item in reversed(items)}.values())[::-1]
 
 
 class ImageLoader:
@@ -138,40 +137,38 @@ class ImageLoader:
         self.shown, self.images = shown, images
         self._originals = SourceImages()
 
-    def gallery(self, heard: Sequence[tuple[Run, Predictions]]) -> Gallery:
-        run = heard[0][0]
-        chosen = choose(run.task, run.classes, run.positive, heard)
-        found: dict[GalleryItem, SourceImage] = {}
-        shelves = [
-            GalleryRow(title, [self._picture(heard, place, found) for place in places]) for title, places in chosen
-        ]
-        gallery = Gallery([shelf for shelf in shelves if shelf.pictures])
+    def gallery(self, predictions: TestPredictions) -> Gallery:
+        run = predictions[0][0]
+        chosen = choose(run.task, run.classes, run.positive, predictions)
+        originals: dict[GalleryItem, SourceImage] = {}
+        rows = [(title, [self._picture(predictions, item, originals) for item in row]) for title, row in chosen]
+        gallery = Gallery([GalleryRow(title, pictures) for title, pictures in rows if pictures])
         if gallery.images:
-            self._add_maps(gallery, heard, found)
+            self._add_maps(gallery, predictions, originals)
         return gallery
 
     def _picture(
-        self, heard: Sequence[tuple[Run, Predictions]], place: GalleryItem, found: dict[GalleryItem, SourceImage]
+        self, predictions: TestPredictions, item: GalleryItem, originals: dict[GalleryItem, SourceImage]
     ) -> GalleryPicture:
-        run, answers = heard[place.run]
-        name = answers.ids[place.row]
-        picture = GalleryPicture(place, self.shown(name))
+        run, answers = predictions[item.run]
+        name = answers.ids[item.row]
+        picture = GalleryPicture(item, self.shown(name))
         if not self.images:
             return picture
-        original = self._originals.find(run, name, bytes(answers.digests[place.row]))
+        original = self._originals.find(run, name, bytes(answers.digests[item.row]))
         if isinstance(original, str):
             return replace(picture, why=original)
-        found[place] = original
+        originals[item] = original
         uri, size = encoded(original.pixels)
         tiny, box = max(original.pixels.shape[:2]) <= TINY, seen_part(run.config["spec"], original.pixels)
         return replace(picture, image=uri, size=size, tiny=tiny, box=box)
 
     def _add_maps(
-        self, gallery: Gallery, heard: Sequence[tuple[Run, Predictions]], found: dict[GalleryItem, SourceImage]
+        self, gallery: Gallery, predictions: TestPredictions, originals: dict[GalleryItem, SourceImage]
     ) -> None:
         """Maps beside the images of the first run (they are of one head), with a note that says what they are."""
-        run = heard[0][0]
-        boxed = [[p.place for p in s.pictures if p.image and p.box and p.place.run == 0] for s in gallery.shelves]
+        run = predictions[0][0]
+        boxed = [[p.item for p in row.pictures if p.image and p.box and p.item.run == 0] for row in gallery.rows]
         if not any(boxed):
             gallery.notes.append("No maps: nothing says which part of these images the backbone saw.")
             return
@@ -181,16 +178,16 @@ class ImageLoader:
             return
         try:
             most = FEW if explainer.slow else None
-            wanted = {place: found[place] for places in boxed for place in places[:most]}
-            labels = np.array([place.label for place in wanted])
+            wanted = {item: originals[item] for items in boxed for item in items[:most]}
+            labels = np.array([item.label for item in wanted])
             maps = [each for (each,) in explainer.maps(explainer.default, list(wanted.values()), labels)]
         except FeatureCacheError as error:
             gallery.notes.append(f"No maps: {error}")
             return
-        by_place = dict(zip(wanted, maps, strict=True))
-        for shelf in gallery.shelves:
-            shelf.pictures[:] = [_with_map(picture, by_place.get(picture.place)) for picture in shelf.pictures]
-        gallery.notes.append(_map_words(maps[0], run, len(heard)))
+        by_item = dict(zip(wanted, maps, strict=True))
+        for row in gallery.rows:
+            row.pictures[:] = [_with_map(picture, by_item.get(picture.item)) for picture in row.pictures]
+        gallery.notes.append(_map_words(maps[0], run, len(predictions)))
 
 
 def _with_map(picture: GalleryPicture, found: Map | None) -> GalleryPicture:
@@ -215,7 +212,7 @@ def _uri(values: np.ndarray, kind: str) -> str:
 
 def _map_words(each: Map, run: Run, runs: int) -> str:
     of = f" Of the first of {runs} heads." if runs > 1 else ""
-    what = "the label being present" if run.task == "multilabel" else "the class it called"
+    what = "the label being present" if run.task == "multilabel" else "the predicted class"
     colours = f"Orange speaks for {what}, blue against; each" if each.signed else f"Of {what}; each"
     shuffled = "the weights of the last layer" if is_pixels(run) else "the head's weights"
     return (

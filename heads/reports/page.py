@@ -1,14 +1,11 @@
 """Report.html: context, template, content policy.
 
-What stands on the page of a report, as data for its template: the leaderboard, the families in detail, the rest.
-
-Every number comes from the record of a `heads.comparison.Comparison`; curves, confusion and gallery from the runs
-themselves. ``record`` is that record, ``family`` one of ``record["families"]``.
-
 report.html: one file that shows a run, a sweep or several runs side by side, and asks no network for anything.
 
-Made from a `heads.comparison.Comparison` and the runs it was made of. Text comes in escaped (Jinja2 autoescape); the
-page's own policy forbids it any request and any script or style but its own two, which it names by their hashes.
+Made from a `heads.comparison.Comparison` and the runs it was made of: every number comes from its record; curves,
+confusion matrix and gallery from the runs themselves. ``record`` is that record, ``family`` one of
+``record["families"]``. Text comes in escaped (Jinja2 autoescape); the page's own policy forbids it any request and any
+script or style but its own two, which it names by their hashes.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import base64
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,26 +25,22 @@ from markupsafe import Markup
 
 from featurecache import __version__
 from featurecache.errors import BadOption, CannotWrite, RunError
-from featurecache.sources.base import abbreviated
+from featurecache.formatting import abbreviated
 from heads.evaluation.comparison import Comparison
 from heads.evaluation.costs import devices_words, shown
 from heads.evaluation.families import Family, families_of
 from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, named_by, title
+from heads.reports.drawing import Figure, plain, ticks
 from heads.reports.figures import (
-    Figure,
-    Heard,
-    Scale,
-    around,
-    bounds_of,
-    confusion_figure,
+    TestPredictions,
+    counts_figure,
     curve_figure,
-    interval,
-    interval_axis,
     learning_figure,
     most_confused,
     overlay_figure,
     pareto_figures,
     reliability_figure,
+    top_of,
     training_figures,
 )
 from heads.reports.gallery import Gallery, ImageLoader
@@ -68,11 +61,12 @@ from heads.splits import dropped_sentence, leaks_sentence
 from heads.sweeps.journal import load_sweep
 from heads.task import Leak
 
+TEMPLATES = Path(__file__).parent / "templates"
 DETAILED = 3  # families that are shown in full; of the others every number, folded away
 SETTINGS = 400  # rows of the table of all settings
-LINES = 8  # series in one chart
-OVERLAID = 6  # families in the charts and tables that lay them over each other
-BAR = Scale(0, 1, 6, 154)  # the inside of a row's interval plot
+LINES = 8  # series in one figure
+OVERLAID = 6  # families in the figures and tables that lay them over each other
+BAR = (6.0, 154.0)  # the inside of a row's interval, in units of its drawing
 
 
 @dataclass
@@ -88,200 +82,6 @@ class FamilyDetail:
     per_class: list[dict[str, Any]] = field(default_factory=list)
     confused: list[dict[str, Any]] = field(default_factory=list)
     gallery: Gallery | None = None
-
-
-def lead_measure(record: dict[str, Any]) -> str:
-    """What the choice was made by, as a measure that is in the tables."""
-    return named_by(record["select"])
-
-
-def ranked(families: Sequence[Any], record: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
-    """(Family, its record), best on val first, ties by val NLL."""
-    lead = lead_measure(record)
-    sign = -1 if METRICS[lead].higher else 1
-
-    def key(pair: tuple[Any, dict[str, Any]]) -> tuple[float, float]:
-        value, nll = pair[1]["val"].get(lead), pair[1]["val"].get("nll")
-        return (np.inf if value is None else sign * value, np.inf if nll is None else nll)
-
-    return sorted(zip(families, record["families"], strict=True), key=key)
-
-
-def shown_measures(record: dict[str, Any]) -> list[str]:
-    """Columns of the leaderboard: what was chosen by, then what the task is judged by."""
-    wanted = dict.fromkeys([lead_measure(record), *COMPARED[record["task"]]])
-    return [m for m in wanted if m in record["measures"]]
-
-
-def leaderboard(record: dict[str, Any], families: list[dict[str, Any]], prefix: str = "") -> dict[str, Any]:
-    """Rows with their interval plots, all on one scale; ``axis`` stands over them. ``prefix``: of their anchors."""
-    lead = lead_measure(record)
-    tests = [(family["test"] or {}).get(lead) or {} for family in families]
-    controls = [(control["test"] or {}).get(lead) for control in record["controls"]]
-    values = [v for t in tests for v in (t.get("value"), t.get("low"), t.get("high")) if v is not None]
-    low, high = around([*values, *(c for c in controls if c is not None)], bounds=bounds_of(lead))
-    scale = Scale(low, high, BAR.start, BAR.end)
-    best = tests[0].get("value") if len(tests) + len(controls) > 1 else None
-    plots = [interval(t.get("value"), t.get("low"), t.get("high"), scale, best) for t in tests]
-    varied = varied_settings(families)
-    rows = [
-        {"family": family, "plot": plot, "anchor": f"{prefix}f{i + 1}", "setting": setting_words(varied[i])}
-        for i, (family, plot) in enumerate(zip(families, plots, strict=True))
-    ]
-    dots = [interval(c, None, None, scale, best) for c in controls]
-    spreads = [kind for kind in ("seeds", "repeats", "folds") if any((f["spread"] or {}).get(kind) for f in families)]
-    return {
-        "rows": rows, "controls": list(zip(record["controls"], dots, strict=True)), "axis": interval_axis(scale),
-        "measures": shown_measures(record), "lead": lead, "spreads": spreads, "costs": shown(families),
-        "device": devices_words(families),
-        "fractions": len({f["fraction"] for f in families}) > 1, "views": len({f["view"] for f in families}) > 1,
-        "differences": any(f.get("difference") for f in families),
-    }  # fmt: skip
-
-
-def varied_settings(families: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each family's setting what is not the same in all of them."""
-    keys = {key for family in families for key in family["setting"]}
-    same = {key for key in keys if len({repr(family["setting"].get(key)) for family in families}) == 1}
-    several = len(families) > 1
-    return [{k: v for k, v in f["setting"].items() if not several or k not in same} for f in families]
-
-
-def comparing_figures(pairs: list[tuple[Any, dict[str, Any]]], record: dict[str, Any]) -> list[Figure]:
-    """What only several families can show: learning curves, cost beside quality, ROC over each other."""
-    lead, families = lead_measure(record), [family for _, family in pairs]
-    figures = []
-    curves: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for family in families:
-        test = (family["test"] or {}).get(lead)
-        if test and test["value"] is not None:
-            curves.setdefault((family["view"], family["output"], family["head"]), []).append(
-                {"fraction": family["fraction"], **test}
-            )
-    several = {key: points for key, points in curves.items() if len({p["fraction"] for p in points}) > 1}
-    if several:
-        views = len({key[0] for key in several}) > 1
-        named = [(_series_name(key, views), points) for key, points in list(several.items())[:LINES]]
-        figures.append(learning_figure(named, lead, title(lead, record["task"]), _train_images(pairs)))
-    full = [family for family in families if family["fraction"] == max(f["fraction"] for f in families)]
-    figures += pareto_figures(full, lead, METRICS[lead].higher)
-    return figures + overlay(pairs)
-
-
-def _series_name(key: tuple[Any, ...], views: bool) -> str:
-    view, output, head = key
-    return f"{head} on {output}" + (f" of {view}" if views else "")
-
-
-def _train_images(pairs: list[tuple[Any, dict[str, Any]]]) -> int | None:
-    """Images of train at fraction 1, where all views have the same number."""
-    found = {
-        run.config["splits"].get("images", {}).get("train")
-        for family, _ in pairs
-        if family.fraction == 1
-        for run in family.runs[:1]
-    }
-    return found.pop() if len(found) == 1 else None
-
-
-def page_predictions(runs: Sequence[Run]) -> Heard:
-    return [(run, run.answers("test")) for run in runs]
-
-
-def detail_of(
-    rank: int, family: dict[str, Any], runs: Sequence[Run], album: ImageLoader | None, prefix: str = ""
-) -> FamilyDetail:
-    """``album`` None: numbers only, no charts and no images."""
-    detail = FamilyDetail(family, f"{prefix}f{rank}", rank, setting_words(family["setting"]), train_command(runs[0]))
-    detail.per_class = per_class(family, runs)
-    if album is None:
-        return detail
-    heard = page_predictions(runs)
-    run = runs[0]
-    chosen = [run.positive] if run.task == "binary" else range(len(run.classes))
-    points = _operating_point(family) if run.task == "binary" else None
-    detail.figures += [curve_figure("roc", heard, chosen, points), curve_figure("pr", heard, chosen, points)]  # type: ignore[arg-type]
-    if family.get("calibration"):
-        detail.figures.append(reliability_figure(family["calibration"]))
-    for part in family.get("external") or []:
-        if part.get("calibration"):
-            figure = reliability_figure(part["calibration"])
-            detail.figures.append(replace(figure, title=f"Reliability on {part['view']}"))
-    if run.task != "multilabel":
-        detail.figures.insert(0, confusion_figure(heard))
-        detail.confused = most_confused(heard) if len(run.classes) > 2 else []
-    detail.figures += training_figures(runs)
-    detail.gallery = album.gallery(one_of_each_fold(heard))
-    return detail
-
-
-def _operating_point(family: dict[str, Any]) -> dict[str, Any]:
-    test = family["test"] or {}
-    return {m: (test.get(m) or {}).get("value") for m in ("sensitivity", "specificity", "ppv")}
-
-
-def one_of_each_fold(heard: Heard) -> Heard:
-    """The first run of each fold: no image twice, every call by a head that exists."""
-    found: dict[Any, tuple[Run, Any]] = {}
-    for run, answers in heard:
-        found.setdefault((run.config["splits"].get("fold") or [0])[0], (run, answers))
-    return list(found.values())
-
-
-def per_class(family: dict[str, Any], runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Of every class or label: its name, how many images of test (mean over folds), its measures with intervals."""
-    rows = []
-    for name in runs[0].classes:
-        tables = [(run.metrics["test"].get("per_class") or {}).get(name) or {} for run in runs]
-        counts = {key: float(np.mean([t[key] for t in tables])) for key in COUNTS if all(key in t for t in tables)}
-        rows.append({"class": name, "counts": counts, "test": (family.get("per_class") or {}).get(name) or {}})
-    return rows
-
-
-def overlay(pairs: list[tuple[Any, dict[str, Any]]]) -> list[Figure]:
-    """Binary, several families: the ROC of the best over each other."""
-    if len(pairs) < 2 or pairs[0][0].runs[0].task != "binary":
-        return []
-    return [overlay_figure([(numbers["name"], page_predictions(family.runs)) for family, numbers in pairs[:OVERLAID]])]
-
-
-def by_tables(
-    record: dict[str, Any], pairs: list[tuple[Any, dict[str, Any]]]
-) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(column, rows): for each value of the column the best families on val, in their order."""
-    place = {numbers["name"]: rank for rank, (_, numbers) in enumerate(pairs)}
-    tables = []
-    for column, rows in (record.get("by") or {}).items():
-        shown = [row for row in rows if place[row["family"]] < OVERLAID]
-        tables.append((column, sorted(shown, key=lambda row: (row["value"], place[row["family"]]))))
-    return tables
-
-
-def all_warnings(record: dict[str, Any], runs: Sequence[Run]) -> list[str]:
-    """What a reader must know before the numbers: leaks first, each sentence once."""
-    worst: dict[tuple[Any, ...], int] = {}  # a part of train leaks less than the whole: the most is said
-    others = []
-    for run in runs:
-        splits = run.config["splits"]
-        for leak in splits.get("leaks") or []:
-            key = (leak["kind"], tuple(leak["splits"]))
-            worst[key] = max(worst.get(key, 0), leak["count"])
-        if any((splits.get("dropped") or {}).values()):
-            others.append(f"{dropped_sentence(splits['dropped'])}.")
-        others += [w for w in run.config.get("warnings") or [] if "stand" not in w or " in both " not in w]
-    found = [Leak(kind, splits, count) for (kind, splits), count in worst.items()]
-    leaks = [f"{leaks_sentence(found)}: these numbers may be too good."] if found else []
-    others = [*record["warnings"], *(w for family in record["families"] for w in family["warnings"]), *others]
-    return [sentence(words, record) for words in dict.fromkeys([*leaks, *others])]
-
-
-def settings_rows(record: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """Every setting that was tried, best on val first within the order of the record; and how many are left out."""
-    rows = record.get("rows") or []
-    return rows[:SETTINGS], max(0, len(rows) - SETTINGS)
-
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -304,8 +104,8 @@ def write_report(
     from featurecache.files.atomic import write_whole
 
     folder = Path(folder)
-    album = ImageLoader(hashed() if hash_ids else str, images)
-    page, count = render(folder, families, comparison.record, album, given)
+    loader = ImageLoader(hashed() if hash_ids else str, images)
+    page, count = render(folder, families, comparison.record, loader, given)
     try:
         write_whole(folder / "report.html", page.encode("utf-8", "backslashreplace"))
         write_metrics_files(folder, comparison.record)
@@ -361,28 +161,28 @@ def hashed() -> Callable[[str], str]:
 
 
 def render(
-    folder: Path, families: Sequence[Family], record: dict[str, Any], album: ImageLoader, given: Sequence[str] = ()
+    folder: Path, families: Sequence[Family], record: dict[str, Any], loader: ImageLoader, given: Sequence[str] = ()
 ) -> tuple[str, int]:
     """The page as text, and how many images it embeds. ``given``: what `report` was asked for."""
     runs = [run for family in families for run in family.runs]
-    part, count = part_context(families, record, album)
+    part, count = part_context(families, record, loader)
     context = part | {
         "title": title_words(record, runs), "subtitle": subtitle_words(record, runs),
-        "commands": commands_of(folder, given, families, record, album.images, album.shown is not str),
+        "commands": commands_of(folder, given, families, record, loader.images, loader.shown is not str),
         "origins": origins(runs), "numbers_words": "metrics.csv, metrics.json",
     }  # fmt: skip
     return render_page("report.html", context, count), count
 
 
 def part_context(
-    families: Sequence[Family], record: dict[str, Any], album: ImageLoader, prefix: str = ""
+    families: Sequence[Family], record: dict[str, Any], loader: ImageLoader, prefix: str = ""
 ) -> tuple[dict[str, Any], int]:
     """What ``part.html`` shows of one comparison, and how many images that embeds. ``prefix``: of its anchors, where
     several stand on one page."""
     pairs = ranked(families, record)
     details: list[FamilyDetail] = []
     for rank, (family, numbers) in enumerate(pairs, start=1):
-        details.append(detail_of(rank, numbers, family.runs, album if rank <= DETAILED else None, prefix))
+        details.append(detail_of(rank, numbers, family.runs, loader if rank <= DETAILED else None, prefix))
     runs = [run for family in families for run in family.runs]
     settings, left = settings_rows(record)
     context = {
@@ -392,7 +192,7 @@ def part_context(
         "comparing": comparing_figures(pairs, record),
         "by": by_tables(record, pairs), "by_measures": shown_measures(record),
         "details": details[:DETAILED], "rest": details[DETAILED:], "settings_left": left,
-        "settings": settings if len(settings) > len(pairs) else [], "with_images": album.images,
+        "settings": settings if len(settings) > len(pairs) else [], "with_images": loader.images,
     }  # fmt: skip
     return context, sum(detail.gallery.images for detail in details if detail.gallery)
 
@@ -406,14 +206,10 @@ def render_page(template: str, context: dict[str, Any], count: int) -> str:
     """A whole page, with what all pages have: style, script, policy, when and with what it was made."""
     css, js = (_own(name) for name in ("report.css", "report.js"))
     own = {
-        "version": __version__,
-        "css": css,
-        "js": js,
-        "policy": content_security_policy(css, js),
-        "untrained_words": UNTRAINED,
-        "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": __version__, "css": css, "js": js, "policy": content_security_policy(css, js),
+        "untrained_words": UNTRAINED, "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "images_words": images_words(count, context["with_images"]),
-    }
+    }  # fmt: skip
     return _environment(context["record"]["task"]).get_template(template).render(own | context)
 
 
@@ -438,3 +234,202 @@ def _environment(task: str) -> Environment:
     )  # fmt: skip
     found.filters.update(filters_for(task))
     return found
+
+
+def lead_measure(record: dict[str, Any]) -> str:
+    """What the choice was made by, as a measure that is in the tables."""
+    return named_by(record["select"])
+
+
+def ranked(families: Sequence[Any], record: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """(Family, its record), best on val first, ties by val NLL."""
+    lead = lead_measure(record)
+    sign = -1 if METRICS[lead].higher else 1
+
+    def key(pair: tuple[Any, dict[str, Any]]) -> tuple[float, float]:
+        value, nll = pair[1]["val"].get(lead), pair[1]["val"].get("nll")
+        return (np.inf if value is None else sign * value, np.inf if nll is None else nll)
+
+    return sorted(zip(families, record["families"], strict=True), key=key)
+
+
+def shown_measures(record: dict[str, Any]) -> list[str]:
+    """Columns of the leaderboard: what was chosen by, then what the task is judged by."""
+    wanted = dict.fromkeys([lead_measure(record), *COMPARED[record["task"]]])
+    return [m for m in wanted if m in record["measures"]]
+
+
+def leaderboard(record: dict[str, Any], families: list[dict[str, Any]], prefix: str = "") -> dict[str, Any]:
+    """Rows with their intervals, all on one scale; ``axis`` stands over them. ``prefix``: of their anchors."""
+    lead = lead_measure(record)
+    tests = [(family["test"] or {}).get(lead) or {} for family in families]
+    controls = [{"value": (control["test"] or {}).get(lead)} for control in record["controls"]]
+    best = tests[0].get("value") if len(tests) + len(controls) > 1 else None
+    axis, strips = _interval_strips([*tests, *controls], best, top_of(lead))
+    varied = varied_settings(families)
+    rows = [
+        {"family": family, "strip": strip, "anchor": f"{prefix}f{i + 1}", "setting": setting_words(varied[i])}
+        for i, (family, strip) in enumerate(zip(families, strips, strict=False))
+    ]
+    spreads = [kind for kind in ("seeds", "repeats", "folds") if any((f["spread"] or {}).get(kind) for f in families)]
+    return {
+        "rows": rows, "controls": list(zip(record["controls"], strips[len(rows) :], strict=True)), "axis": axis,
+        "measures": shown_measures(record), "lead": lead, "spreads": spreads, "costs": shown(families),
+        "device": devices_words(families),
+        "fractions": len({f["fraction"] for f in families}) > 1, "views": len({f["view"] for f in families}) > 1,
+        "differences": any(f.get("difference") for f in families),
+    }  # fmt: skip
+
+
+def _interval_strips(
+    tests: Sequence[dict[str, Any]], mark: float | None, top: float | None
+) -> tuple[list[tuple[float, str]], list[dict[str, Any]]]:
+    """Where the ticks of a column of intervals stand, and each row's low, value, high and ``mark``, on one scale."""
+    values = [v for t in tests for v in (t.get("value"), t.get("low"), t.get("high")) if v is not None] or [0.0, 1.0]
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    low, high = low - room, high + room if top is None else min(high + room, top)
+
+    def at(value: float | None) -> float | None:
+        return None if value is None else round(BAR[0] + (value - low) / (high - low) * (BAR[1] - BAR[0]), 2)
+
+    axis = [(at(v), plain(v)) for v in ticks(low, high, 4)]
+    strips = [{key: at(t.get(key)) for key in ("low", "value", "high")} | {"mark": at(mark)} for t in tests]
+    return axis, strips  # type: ignore[return-value]
+
+
+def varied_settings(families: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each family's setting what is not the same in all of them."""
+    keys = {key for family in families for key in family["setting"]}
+    same = {key for key in keys if len({repr(family["setting"].get(key)) for family in families}) == 1}
+    several = len(families) > 1
+    return [{k: v for k, v in f["setting"].items() if not several or k not in same} for f in families]
+
+
+def comparing_figures(pairs: list[tuple[Any, dict[str, Any]]], record: dict[str, Any]) -> list[Figure]:
+    """What only several families can show: learning curves, cost beside quality, ROC over each other."""
+    lead, families = lead_measure(record), [family for _, family in pairs]
+    figures = []
+    curves: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for family in families:
+        test = (family["test"] or {}).get(lead)
+        if test and test["value"] is not None:
+            curves.setdefault((family["view"], family["output"], family["head"]), []).append(
+                {"fraction": family["fraction"], **test}
+            )
+    several = {key: points for key, points in curves.items() if len({p["fraction"] for p in points}) > 1}
+    if several:
+        views = len({key[0] for key in several}) > 1
+        named = [(_series_name(key, views), points) for key, points in list(several.items())[:LINES]]
+        figures.append(learning_figure(named, lead, title(lead, record["task"]), _train_images(pairs)))
+    full = [family for family in families if family["fraction"] == max(f["fraction"] for f in families)]
+    figures += pareto_figures(full, lead, METRICS[lead].higher)
+    return figures + overlay(pairs)
+
+
+def _series_name(key: tuple[Any, ...], views: bool) -> str:
+    view, output, head = key
+    return f"{head} on {output}" + (f" of {view}" if views else "")
+
+
+def _train_images(pairs: list[tuple[Any, dict[str, Any]]]) -> int | None:
+    """Images of train at fraction 1, where all views have the same number."""
+    found = {
+        run.config["splits"].get("images", {}).get("train")
+        for family, _ in pairs
+        if family.fraction == 1
+        for run in family.runs[:1]
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def page_predictions(runs: Sequence[Run]) -> TestPredictions:
+    return [(run, run.answers("test")) for run in runs]
+
+
+def detail_of(
+    rank: int, family: dict[str, Any], runs: Sequence[Run], loader: ImageLoader | None, prefix: str = ""
+) -> FamilyDetail:
+    """``loader`` None: numbers only, no figures and no images."""
+    detail = FamilyDetail(family, f"{prefix}f{rank}", rank, setting_words(family["setting"]), train_command(runs[0]))
+    detail.per_class = per_class(family, runs)
+    if loader is None:
+        return detail
+    predictions, run = page_predictions(runs), runs[0]
+    chosen = range(len(run.classes)) if run.positive is None else [run.positive]
+    test = (family["test"] or {}) if run.task == "binary" else {}
+    measured = {m: (test.get(m) or {}).get("value") for m in ("sensitivity", "specificity", "ppv")}
+    detail.figures = [counts_figure(predictions)]
+    detail.figures += [curve_figure(kind, predictions, chosen, measured) for kind in ("roc", "pr")]
+    external = [(part.get("calibration"), part["view"]) for part in family.get("external") or []]
+    detail.figures += [
+        reliability_figure(calibration, where)
+        for calibration, where in [(family.get("calibration"), ""), *external]
+        if calibration
+    ]
+    if run.task != "multilabel" and len(run.classes) > 2:
+        detail.confused = most_confused(predictions)
+    detail.figures += training_figures(runs)
+    detail.gallery = loader.gallery(one_of_each_fold(predictions))
+    return detail
+
+
+def one_of_each_fold(predictions: TestPredictions) -> TestPredictions:
+    """The first run of each fold: no image twice, every call by a head that exists."""
+    found: dict[Any, tuple[Run, Any]] = {}
+    for run, answers in predictions:
+        found.setdefault((run.config["splits"].get("fold") or [0])[0], (run, answers))
+    return list(found.values())
+
+
+def per_class(family: dict[str, Any], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Of every class or label: its name, how many images of test (mean over folds), its measures with intervals."""
+    rows = []
+    for name in runs[0].classes:
+        tables = [(run.metrics["test"].get("per_class") or {}).get(name) or {} for run in runs]
+        counts = {key: float(np.mean([t[key] for t in tables])) for key in COUNTS if all(key in t for t in tables)}
+        rows.append({"class": name, "counts": counts, "test": (family.get("per_class") or {}).get(name) or {}})
+    return rows
+
+
+def overlay(pairs: list[tuple[Any, dict[str, Any]]]) -> list[Figure]:
+    """Binary, several families: the ROC of the best over each other."""
+    if len(pairs) < 2 or pairs[0][0].runs[0].task != "binary":
+        return []
+    return [overlay_figure([(numbers["name"], page_predictions(family.runs)) for family, numbers in pairs[:OVERLAID]])]
+
+
+def by_tables(
+    record: dict[str, Any], pairs: list[tuple[Any, dict[str, Any]]]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(column, rows): for each value of the column the best families on val, in their order."""
+    place = {numbers["name"]: rank for rank, (_, numbers) in enumerate(pairs)}
+    tables = []
+    for column, rows in (record.get("by") or {}).items():
+        shown = [row for row in rows if place[row["family"]] < OVERLAID]
+        tables.append((column, sorted(shown, key=lambda row: (row["value"], place[row["family"]]))))
+    return tables
+
+
+def all_warnings(record: dict[str, Any], runs: Sequence[Run]) -> list[str]:
+    """What a reader must know before the numbers: leaks first, each sentence once."""
+    worst: dict[tuple[Any, ...], int] = {}  # a part of train leaks less than the whole: the most is said
+    others = []
+    for run in runs:
+        splits = run.config["splits"]
+        for leak in splits.get("leaks") or []:
+            key = (leak["kind"], tuple(leak["splits"]))
+            worst[key] = max(worst.get(key, 0), leak["count"])
+        if any((splits.get("dropped") or {}).values()):
+            others.append(f"{dropped_sentence(splits['dropped'])}.")
+        others += [w for w in run.config.get("warnings") or [] if "stand" not in w or " in both " not in w]
+    found = [Leak(kind, splits, count) for (kind, splits), count in worst.items()]
+    leaks = [f"{leaks_sentence(found)}: these numbers may be too good."] if found else []
+    others = [*record["warnings"], *(w for family in record["families"] for w in family["warnings"]), *others]
+    return [sentence(words, record) for words in dict.fromkeys([*leaks, *others])]
+
+
+def settings_rows(record: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """Every setting that was tried, best on val first within the order of the record; and how many are left out."""
+    rows = record.get("rows") or []
+    return rows[:SETTINGS], max(0, len(rows) - SETTINGS)

@@ -1,10 +1,8 @@
 """The same numbers as aligned text; the words for them.
 
-What the command line prints of runs and heads: aligned text, numbers with three decimals, "–" where undefined.
+The numbers of runs and comparisons as aligned text, and the words for them on a page.
 
-How numbers and names are written on the page of a report.
-
-A run in a few lines, for ``featurecache info``.
+What the measures of a task are called, which of them are compared, and the sentence for untrained weights.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from featurecache.formatting import align, columns, number, printable
+from featurecache.formatting import abbreviated, aligned, columns, number, one_line
 from heads.evaluation.comparison import compare
 from heads.evaluation.costs import COSTS, cost_line, cost_of, cost_rows, cost_text, devices_words
 from heads.evaluation.families import families_of, setting_shown
@@ -22,7 +20,6 @@ from heads.runs.run import Run, is_pixels, name_of
 from heads.splits import dropped_sentence, leaks_sentence
 from heads.task import Leak
 
-COUNTS = {"n": "images", "n_known": "known", "n_positive": "positive"}
 SHOWN = {  # measures of the final table, in order
     "binary": ("auroc", "ap", "sensitivity", "specificity", "ppv", "npv", "f1", "accuracy", "nll", "brier", "ece"),
     "multiclass": ("auroc", "ap", "accuracy", "top5", "balanced_accuracy", "macro_f1", "nll", "brier", "ece"),
@@ -31,6 +28,7 @@ SHOWN = {  # measures of the final table, in order
     ),
     "multilabel": ("auroc", "ap", "sensitivity", "specificity", "f1", "accuracy", "nll", "brier", "ece"),
 }  # fmt: skip
+COUNTS = {"n": "images", "n_known": "known", "n_positive": "positive"}
 
 
 def final_table(run: Run, record: dict[str, Any] | None = None) -> str:
@@ -44,13 +42,13 @@ def final_table(run: Run, record: dict[str, Any] | None = None) -> str:
     for name in SHOWN[run.task]:
         if name in family["test"]:
             rows.append([title(name, run.task), number(run.metrics["val"].get(name)), interval(family["test"][name])])
-    table = align(rows)
+    table = aligned(rows)
     if run.task == "binary":
         cut = run.calibration.thresholds[0]
         at = next((i for i, row in enumerate(rows) if row[0] == "sensitivity"), 0)
-        table[at] += f"   of {printable(run.config['positive'])} at {cut:.3f}, the threshold chosen on val"
+        table[at] += f"   of {one_line(run.config['positive'])} at {cut:.3f}, the threshold chosen on val"
     lines += [*table, how_made(record), f"Cost: {cost_line(cost_of(run))}."]
-    lines += [printable(sentence(words, record)) for words in [*record["warnings"], *family["warnings"]]]
+    lines += [one_line(sentence(words, record)) for words in [*record["warnings"], *family["warnings"]]]
     lines += _leak_lines(run)
     if run.untrained and not run.metrics["controls"]:
         lines.append(UNTRAINED)
@@ -105,18 +103,18 @@ def lab_table(record: dict[str, Any]) -> str:
     for family in families:
         test = [interval(family["test"].get(m)) for m in shown]
         over = [number((family["spread"][kind] or {}).get(lead)) if family["spread"][kind] else "" for kind in spreads]
-        name = printable(family["name"])
+        name = one_line(family["name"])
         rows.append([name, f"{family['parameters']:,}", number(family["val"].get(lead)), *test, *over])
-    lines = [*align(rows), how_made(record)]
-    lines += [f"{control['name']}: {printable(control['note'])}" for control in record["controls"] if control["note"]]
+    lines = [*aligned(rows), how_made(record)]
+    lines += [f"{control['name']}: {one_line(control['note'])}" for control in record["controls"] if control["note"]]
     lines += _against(record, families, lead)
     lines += cost_table([(family["name"], family) for family in families])
     lines += [line for family in families for line in _elsewhere(family, shown, task)]
     if record["test_seen"]:
         lines += _all_rows(record, lead)
-    lines += [f"{printable(family['name'])}: {printable(words)}" for family in families for words in family["edges"]]
+    lines += [f"{one_line(family['name'])}: {one_line(words)}" for family in families for words in family["edges"]]
     warned = [*record["warnings"], *(w for family in families for w in family["warnings"])]
-    lines += [printable(sentence(words, record)) for words in warned]
+    lines += [one_line(sentence(words, record)) for words in warned]
     if record["untrained"]:
         lines.append(UNTRAINED)
     return "\n".join(lines)
@@ -124,9 +122,9 @@ def lab_table(record: dict[str, Any]) -> str:
 
 def cost_table(named: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     """Lines behind a comparison, in its order: what each costs, and once on what that was measured."""
-    rows = cost_rows([(printable(name), cost) for name, cost in named])
+    rows = cost_rows([(one_line(name), cost) for name, cost in named])
     where = devices_words([cost for _, cost in named])
-    return ["", *align(rows), *([f"[ms/image: {printable(where)}]"] if where else [])] if rows else []
+    return ["", *aligned(rows), *([f"[ms/image: {one_line(where)}]"] if where else [])] if rows else []
 
 
 def runs_cost(runs: Sequence[Run]) -> list[str]:
@@ -141,18 +139,18 @@ def _against(record: dict[str, Any], families: Sequence[dict[str, Any]], lead: s
     compared = [(family, found) for family in families if (found := (family["difference"] or {}).get(lead))]
     if not compared:
         return []
-    against = f"{title(lead, record['task'])} against {printable(record['reference'])}"
+    against = f"{title(lead, record['task'])} against {one_line(record['reference'])}"
     head = f"{against} (paired; p by Holm over {len(compared)}):"
     rows = [
-        [f"  {printable(family['name'])}", found["words"], f"p {found['p_holm']:.2g}", f"({found['method']})"]
+        [f"  {one_line(family['name'])}", found["words"], f"p {found['p_holm']:.2g}", f"({found['method']})"]
         for family, found in compared
     ]
-    return ["", head, *align(rows, right=9)]
+    return ["", head, *aligned(rows, right=9)]
 
 
 def _elsewhere(family: dict[str, Any], shown: Sequence[str], task: str) -> list[str]:
     return [
-        f"{printable(family['name'])} on {printable(other['view'])}, {other['n']:,} images: "
+        f"{one_line(family['name'])} on {one_line(other['view'])}, {other['n']:,} images: "
         + ", ".join(f"{title(m, task)} {interval(other['test'].get(m))}" for m in shown)
         for other in family["external"]
     ]
@@ -164,19 +162,19 @@ def _all_rows(record: dict[str, Any], lead: str) -> list[str]:
     for row in record["rows"]:
         setting = " ".join(f"{key} {value:g}" for key, value in row["setting"].items() if isinstance(value, float))
         val, test = (number((row[split] or {}).get(lead)) for split in ("val", "test"))
-        rows.append([printable(row["family"]), setting, str(row["seed"]), val, test])
+        rows.append([one_line(row["family"]), setting, str(row["seed"]), val, test])
     banner = f"TEST SEEN {record['test_seen']} TIMES: whoever chooses by the right-hand column has no test any more."
-    return ["", banner, *align(rows, right=2)]
+    return ["", banner, *aligned(rows, right=2)]
 
 
 def external_table(family: dict[str, Any], view: str, task: str, n_test: int) -> str:
     """The internal test of a family beside its test on another view."""
     other = next(each for each in family["external"] if each["view"] == view)
-    rows = [["", f"own test ({n_test:,})", f"{printable(view)} ({other['n']:,})"]]
+    rows = [["", f"own test ({n_test:,})", f"{one_line(view)} ({other['n']:,})"]]
     for name in SHOWN[task]:
         if name in family["test"]:
             rows.append([title(name, task), interval(family["test"][name]), interval(other["test"].get(name))])
-    return "\n".join([printable(family["name"]), *align(rows)])
+    return "\n".join([one_line(family["name"]), *aligned(rows)])
 
 
 def _leak_lines(run: Run) -> list[str]:
@@ -205,8 +203,8 @@ def comparison_table(runs: Sequence[Run], controls: Sequence[dict[str, Any]] | N
     ordered = sorted(runs, key=lambda run: _place(run.metrics["val"], key))
     for run in ordered:
         rows.append([_name(run, runs), f"{run.config['parameters']:,}", *_cells(run.metrics, key, shown)])
-    lines = align(rows)
-    lines += [f"{control['name']}: {printable(control['note'])}" for control in controls if control["note"]]
+    lines = aligned(rows)
+    lines += [f"{control['name']}: {one_line(control['note'])}" for control in controls if control["note"]]
     if len({(run.config["splits"]["digest"], run.classes) for run in runs}) > 1:
         lines.append("Not all of these were tested on the same images and classes: their numbers do not compare.")
     if any(run.untrained for run in runs):
@@ -252,7 +250,7 @@ def runs_table(runs: Sequence[Run]) -> str:
                 run.config["created"][:16].replace("T", " "),
             ]
         )
-    return "\n".join(align(rows, right=4))
+    return "\n".join(aligned(rows, right=4))
 
 
 def sweeps_table(sweeps: Sequence[Any]) -> str:
@@ -264,8 +262,8 @@ def sweeps_table(sweeps: Sequence[Any]) -> str:
         if sweep.families:
             run = sweep.best
             name, value = f"{run.head} on {run.config['view']['label']} {run.output}", run.metrics["val"].get(key)
-        rows.append([str(sweep.path), f"{len(sweep.rows):,}", printable(name), METRICS[key].title, number(value)])
-    return "\n".join(align(rows, right=4))
+        rows.append([str(sweep.path), f"{len(sweep.rows):,}", one_line(name), METRICS[key].title, number(value)])
+    return "\n".join(aligned(rows, right=4))
 
 
 def head_table(described: dict[str, Any]) -> str:
@@ -277,7 +275,7 @@ def head_table(described: dict[str, Any]) -> str:
         rows.append([layer["name"], layer["layer"], layer["gives"], f"{layer['parameters']:,}"])
     rows.append(["", "", "", f"{described['parameters']:,}"])
     first = f"{described['head']}: {described['what']}; {described['classes']} classes"
-    return "\n".join([first, *align(rows, right=3)])
+    return "\n".join([first, *aligned(rows, right=3)])
 
 
 HEADS_HEADER = ["head", "what", "takes", "parameters", "from"]
@@ -299,9 +297,31 @@ def heads_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def heads_lines(records: Sequence[dict[str, Any]]) -> str:
     """A line per head: what it takes, its parameters, what it is and where it comes from."""
-    rows = [[name, takes, count, what, source] for name, what, takes, count, source in heads_rows(records)]
-    name, takes, count = (max(len(row[i]) for row in rows) for i in range(3))
-    return "\n".join(f"  {row[0]:<{name}}  {row[1]:<{takes}}  {row[2]:>{count}}  {row[3]} · {row[4]}" for row in rows)
+    rows = [[name, takes, count, f"{what} · {source}"] for name, what, takes, count, source in heads_rows(records)]
+    return "\n".join(aligned(rows, right=(2,), indent=2))
+
+
+def run_lines(run: Run) -> str:
+    """What it is, how it came about and what it measured; config.json has the rest."""
+    config = run.config
+    view, splits = config["view"], config["splits"]
+    images = " · ".join(f"{name} {n:,}" for name, n in (splits.get("images") or {}).items())
+    shape = "×".join(str(n) for n in view["shape"])
+    rows: list[tuple[str, Any]] = [
+        ("run", f"{run.path}   {run.head}: {config['parameters']:,} parameters, made {_made(run)}"),
+        ("images" if is_pixels(run) else "features", f"{view['label']} {run.output} [{shape}]"),
+        ("classes", abbreviated(run.classes, 12)),
+        ("setting", setting_words(setting_shown(run))),
+        ("splits", f"{images} ({splits.get('how')})"),
+        ("chosen", f"epoch {config['chosen']['epoch']}, {chosen_words(run.task, [run])} on val"),
+        ("again", train_command(run)),
+    ]
+    lines = columns((word, one_line(str(words))) for word, words in rows if words)
+    return f"{lines}\n\n{final_table(run)}\n{columns([('files', f'{run.path}/   config.json has every setting')])}"
+
+
+def _made(run: Run) -> str:
+    return str(run.config["created"])[:16].replace("T", " ")
 
 
 def filters_for(task: str) -> dict[str, Callable[..., Any]]:
@@ -337,14 +357,14 @@ def plural(count: int | None, word: str) -> str:
 
 def title_words(record: dict[str, Any], runs: Sequence[Run]) -> str:
     views = list(dict.fromkeys(run.config["view"]["label"] for run in runs))
-    where = ", ".join(views[:3]) + (f" and {len(views) - 3} more" if len(views) > 3 else "")
+    where = abbreviated(views, 3)
     families = record["families"]
     return f"{families[0]['name']}: {where}" if len(families) == 1 else f"{where}: {len(families)} heads compared"
 
 
 def subtitle_words(record: dict[str, Any], runs: Sequence[Run]) -> str:
     classes = record["classes"]
-    named = ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
+    named = abbreviated(classes, 8)
     positive = f"; positive is {record['positive']}" if record["positive"] else ""
     word = "labels" if record["task"] == "multilabel" else "classes"
     whole = max(runs, key=lambda run: run.config["splits"].get("fraction") or 1.0)
@@ -370,26 +390,3 @@ def images_words(count: int, embeds: bool) -> str:
     if not embeds:
         return "It embeds no images."
     return f"It embeds {count:,} image{'' if count == 1 else 's'}, newly encoded, without the files' own metadata."
-
-
-def run_lines(run: Run) -> str:
-    """What it is, how it came about and what it measured; config.json has the rest."""
-    config = run.config
-    view, splits = config["view"], config["splits"]
-    images = " · ".join(f"{name} {n:,}" for name, n in (splits.get("images") or {}).items())
-    shape = "×".join(str(n) for n in view["shape"])
-    rows: list[tuple[str, Any]] = [
-        ("run", f"{run.path}   {run.head}: {config['parameters']:,} parameters, made {_made(run)}"),
-        ("images" if is_pixels(run) else "features", f"{view['label']} {run.output} [{shape}]"),
-        ("classes", ", ".join(run.classes[:12]) + (", …" if len(run.classes) > 12 else "")),
-        ("setting", setting_words(setting_shown(run))),
-        ("splits", f"{images} ({splits.get('how')})"),
-        ("chosen", f"epoch {config['chosen']['epoch']}, {chosen_words(run.task, [run])} on val"),
-        ("again", train_command(run)),
-    ]
-    lines = columns((word, printable(str(words))) for word, words in rows if words)
-    return f"{lines}\n\n{final_table(run)}\n{columns([('files', f'{run.path}/   config.json has every setting')])}"
-
-
-def _made(run: Run) -> str:
-    return str(run.config["created"])[:16].replace("T", " ")

@@ -115,17 +115,18 @@ class _staging:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def write_run(target: RunTarget, contents: RunContents, plots: bool = True) -> Run:
-    """Write all files beside, then rename; returns the run as read back. Raises CannotWrite, and leaves nothing."""
+def write_run(target: RunTarget, contents: RunContents, draw: Callable[[Path], Any] | None = None) -> Run:
+    """Write all files beside, then rename; returns the run as read back. Raises CannotWrite, and leaves nothing.
+
+    ``draw`` adds pictures of the run to the unfinished folder, which holds everything else by then.
+    """
     from featurecache.files.atomic import sync_path
 
     try:
         with _staging(target) as folder:
             _write_files(folder, contents)
-            if plots:
-                from heads.reports.plots import draw_plots  # matplotlib, only after training
-
-                draw_plots(folder, contents)
+            if draw is not None:
+                draw(folder)
             for file in folder.rglob("*"):
                 sync_path(file)
             sync_path(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from featurecache.formatting import align, number, printable
+from featurecache.formatting import aligned, duration, number, one_line
 from heads.metrics.classification import UNTRAINED, named_by, title
 from heads.reports.page import ranked
 from heads.reports.text import interval
@@ -38,7 +38,7 @@ def table_lines(table: Table) -> list[str]:
     record, steps = table.record, {id(family): step for step, family, _ in table.rows}
     lead, task = named_by(record["select"]), record["task"]
     over = [f"val {title(lead, task)}", f"test {title(lead, task)}", "s to train"]
-    rows = [[printable(table.part.title), "step", *over]]
+    rows = [[one_line(table.part.title), "step", *over]]
     for control in record["controls"]:
         rows.append([control["name"], "", *(number((control[s] or {}).get(lead)) for s in ("val", "test")), ""])
     pairs = [pair for pair in ranked(table.families, record) if pair[1]["fraction"] == 1]
@@ -46,10 +46,10 @@ def table_lines(table: Table) -> list[str]:
         spent = found["train_seconds"]
         values = [number(found["val"].get(lead)), interval(found["test"].get(lead))]
         where = "" if family.from_pixels else f" of {family.view.partition('/')[0]}"
-        name = printable(name_of(family.head, family.output) + where)
+        name = one_line(name_of(family.head, family.output) + where)
         rows.append([name, steps[id(family)], *values, "–" if spent is None else f"{spent:,.1f}"])
     left = len(pairs) - SHOWN
-    return [*align(rows, right=2), *([f"and {left} more, in the report"] if left > 0 else [])]
+    return [*aligned(rows, right=2), *([f"and {left} more, in the report"] if left > 0 else [])]
 
 
 def published_lines(published: list[dict[str, Any]]) -> list[str]:
@@ -57,10 +57,10 @@ def published_lines(published: list[dict[str, Any]]) -> list[str]:
     columns = {"what": "published", **({"part": "question"} if several else {}), "measure": "number", "ours": "of"}
     rows = [[*columns.values(), "published", "here"]]
     for row in published:
-        rows.append([*(printable(row[key]) for key in columns), row["published_words"], row["here_words"]])
+        rows.append([*(one_line(row[key]) for key in columns), row["published_words"], row["here_words"]])
     grey = any(row["grey"] for row in published)
     said = ["Beside a trial, random weights, or fewer epochs or images a published number does not compare."]
-    return [*align(rows, right=len(columns)), *(said if grey else [])]
+    return [*aligned(rows, right=len(columns)), *(said if grey else [])]
 
 
 def best_run(table: Table) -> Run:
@@ -91,8 +91,6 @@ def plan_lines(
     study: Study, asked: Asked, given: dict[str, Given], plan: Plan, kept: dict[str, dict[str, Any]]
 ) -> list[str]:
     """The first screen: the question, the images, the steps with about how long each takes, what is left out."""
-    from featurecache.formatting import duration
-
     lines = [f"study      {study.name}: {study.title}   ({study.source})"]
     for each in given.values():
         what = each.said or f"{each.source}, {len(each.dataset):,} images"

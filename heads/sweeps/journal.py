@@ -39,8 +39,9 @@ from featurecache.files.records import parse, plain, read_record
 from heads.evaluation.families import Family, family_of, select_setting, selection_key
 from heads.metrics.classification import METRICS
 from heads.models.catalogue import head_info
+from heads.reports.provenance import option_words, source_words, view_word
 from heads.runs import run
-from heads.runs.run import Run, load_run, option_words, source_words, view_word
+from heads.runs.run import Run, load_run
 from heads.runs.write import RunContents
 from heads.settings import is_network
 from heads.sweeps.plan import SweepPlan

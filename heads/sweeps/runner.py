@@ -149,7 +149,7 @@ class SweepRunner:
             tuned.load_state_dict(contents.tensors)
             contents = with_backbone(contents, tuned)
         contents = replace(contents, metrics=contents.metrics | {"controls": self._beside(entry, draw)})
-        write_run(RunTarget(path.parent, path.name, path), contents, plots=False)
+        write_run(RunTarget(path.parent, path.name, path), contents)
 
     def _again(self, entry: PlannedFamily, draw: Resplit, job: TrainingJob, key: str) -> None:
         """Train the whole set again that a head was trained in: alone it would differ in the last digits."""

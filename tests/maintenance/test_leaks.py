@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shutil
+from functools import partial
 from itertools import combinations, product
 
 import numpy as np
@@ -39,6 +40,8 @@ from heads.reports.text import final_table
 from heads.runs.run import load_run
 from heads.splits import choose_splits
 from heads.task import task_of
+
+train_head = partial(train_head, report=False)
 
 
 def view_of(splits, images=None, *, x=None, labels=None, task="binary", **more) -> FakeView:

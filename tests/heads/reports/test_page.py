@@ -10,7 +10,6 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,8 +24,7 @@ from featurecache.errors import BadOption, RunError
 from heads.evaluation.comparison import compare
 from heads.evaluation.families import families_of
 from heads.explanations import explainer
-from heads.reports import figures, gallery, page
-from heads.reports.figures import truth_and_score
+from heads.reports import gallery, page
 from heads.reports.gallery import ImageLoader
 from heads.reports.text import sentence
 
@@ -176,53 +174,10 @@ def test_the_leaderboard_holds_the_numbers_of_the_record_in_the_order_of_val(lab
         assert float(row[1]) == family["val"]["auroc"] and float(row[2]) == family["test"]["auroc"]["value"]
 
 
-def test_the_confusion_matrix_is_that_of_scikit_learn(tmp_path):
-    from sklearn.metrics import confusion_matrix
-
-    run = train(toy_view(n=400, classes=5, noise=3.0), tmp_path / "run")
-    with (run.path / "predictions.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
-    expected = confusion_matrix([r["label"] for r in rows], [r["predicted"] for r in rows], labels=run.classes)
-    heard = [(run, run.answers("test"))]
-    assert (figures.counts_of(heard) == expected).all()
-    pairs = figures.most_confused(heard)
-    off = expected - np.diag(np.diag(expected))
-    assert pairs[0]["count"] == off.max() and len(pairs) == min(12, (off > 0).sum())
-
-
-@pytest.mark.parametrize("name", ["AbdomenCT", "COVID-19 PNEUMONIA"])
-def test_the_name_of_a_class_fits_beside_the_confusion_matrix(name, monkeypatch):
-    from matplotlib.textpath import TextPath
-
-    monkeypatch.setattr(figures, "counts_of", lambda heard: np.eye(2))
-    run = SimpleNamespace(classes=(name, "b"), config={"splits": {}})
-    figure = figures.confusion_figure([(run, None)])
-    ends = float(re.search(rf'<text x="([\d.]+)"[^>]*text-anchor="end"[^>]*>{name}', str(figure.svg))[1])
-    assert TextPath((0, 0), name, size=10.5).get_extents().width < ends
-
-
 def test_a_name_at_the_beginning_of_a_warning_keeps_its_letters():
     record = {"families": [{"name": "finetune:resnet18 at 32 px"}]}
     assert sentence("finetune:resnet18 at 32 px: f1 came out", record) == "finetune:resnet18 at 32 px: f1 came out."
     assert sentence("no temperature!", record) == "No temperature!"
-
-
-def test_folds_are_counted_together_and_seeds_averaged(tmp_path):
-    view = toy_view(n=200, noise=4.0)
-    runs = [train(view, tmp_path / f"{s}{f}", seed=s, folds=2, fold=f) for s in (0, 1) for f in (0, 1)]
-    counts = figures.counts_of([(run, run.answers("test")) for run in runs])
-    assert counts.sum() == sum(len(run.answers("test").y) for run in runs[:2])
-
-
-def test_the_roc_curve_goes_through_the_points_of_scikit_learn(tmp_path):
-    from sklearn.metrics import roc_auc_score
-
-    from heads.reports import figures
-
-    run = train(toy_view(n=600, noise=6.0), tmp_path / "run")
-    truth, score = truth_and_score("binary", run.answers("test"), 1)
-    area = np.trapezoid(figures._roc_points(truth, score), figures.GRID)
-    assert area == pytest.approx(roc_auc_score(truth, score), abs=0.01)
 
 
 def test_metrics_csv_and_json_hold_the_same_numbers(lab):
@@ -259,7 +214,7 @@ def test_a_report_in_a_runs_own_folder_adds_intervals_to_its_files_and_leaves_it
 
 def pictures(runs, **options):
     shown = ImageLoader(str, **options).gallery([(runs[0], runs[0].answers("test"))])
-    return shown, [picture for shelf in shown.shelves for picture in shelf.pictures]
+    return shown, [picture for row in shown.rows for picture in row.pictures]
 
 
 def test_a_thumbnail_holds_the_pixels_of_its_image(lab, cached):
@@ -275,8 +230,8 @@ def test_mistakes_are_mistakes_and_the_worst_come_first(tmp_path):
     with (run.path / "predictions.csv").open() as file:
         rows = {row["id"]: row for row in csv.DictReader(file) if row["split"] == "test"}
     missed = [r for r in rows.values() if r["label"] == "kind 1" and r["predicted"] == "kind 0"]
-    expected = [r["id"] for r in sorted(missed, key=lambda r: float(r["p kind 1"]))][: gallery.SHELF]
-    assert [picture.id for picture in shown.shelves[0].pictures] == expected
+    expected = [r["id"] for r in sorted(missed, key=lambda r: float(r["p kind 1"]))][: gallery.ROW]
+    assert [picture.id for picture in shown.rows[0].pictures] == expected
 
 
 def test_an_image_that_is_gone_or_changed_is_a_grey_box_that_says_why(lab, cached, tmp_path):
@@ -426,7 +381,7 @@ def test_sixty_families_are_one_table_of_which_three_are_shown_in_full(tmp_path)
     copies = [{**record["families"][0], "name": f"head {i}"} for i in range(60)]
     text, _ = page.render(tmp_path, families, {**record, "families": copies}, ImageLoader(str))
     assert len([row for row in cells(text, "Leaderboard") if row]) == 60
-    assert text.count("Worst mistakes and surest hits") == 3 and text.count('<details id="f') == 57
+    assert text.count("Worst mistakes and most confident correct") == 3 and text.count('<details id="f') == 57
     assert len(text) < 2_000_000
 
 
@@ -458,12 +413,6 @@ def test_images_in_two_splits_are_the_first_warning(tmp_path):
     written, _ = write(tmp_path / "page", [train(view, tmp_path / "run")])
     warned = read(written)[read(written).index('class="warnings"') :]
     assert "1 image stands in both train and test: these numbers may be too good." in warned[:400]
-
-
-def test_ticks_are_round_numbers_inside_the_range():
-    assert figures.Scale(0.61, 0.98, 0, 1).ticks(4) == [0.7, 0.8, 0.9]
-    assert figures.Scale(3, 4000, 0, 1, log=True).ticks() == [10, 100, 1000]
-    assert figures.Scale(0.5, 0.5, 0, 1).ticks() == [0.5]
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------

@@ -1,0 +1,141 @@
+"""Figures: their numbers beside scikit-learn's, and what of them comes onto a page."""
+
+from __future__ import annotations
+
+import csv
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fake_view import label_view, toy_view
+from matplotlib.textpath import TextPath
+
+import heads
+from heads.reports import drawing, figures
+from heads.reports.drawing import Figure, Plot
+
+EVIL = "</text><script>alert('$x_1$')</script>"
+
+
+def train(view, out, **options):
+    run = heads.train_head(view, "linear", epochs=2, out=out, controls=False, report=False, **options)
+    return run, run.answers("test")
+
+
+def numbers(svg: str) -> list[float]:
+    return [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", svg)]
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+def test_the_confusion_matrix_is_that_of_scikit_learn(tmp_path):
+    from sklearn.metrics import confusion_matrix
+
+    run, answers = train(toy_view(n=400, classes=5, noise=3.0), tmp_path / "run")
+    with (run.path / "predictions.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    expected = confusion_matrix([r["label"] for r in rows], [r["predicted"] for r in rows], labels=run.classes)
+    assert (figures.confusion_counts([(run, answers)]) == expected).all()
+    pairs = figures.most_confused([(run, answers)])
+    off = expected - np.diag(np.diag(expected))
+    assert pairs[0]["count"] == off.max() and len(pairs) == min(12, (off > 0).sum())
+
+
+def test_predictions_by_label_are_the_measured_counts(tmp_path):
+    run, answers = train(label_view(n=300), tmp_path / "run")
+    cells = [run.metrics["test"]["per_class"][name]["confusion"] for name in run.classes]
+    expected = [[tp, fn, fp, tn] for (tn, fp), (fn, tp) in cells]
+    assert figures.confusion_counts([(run, answers)]).tolist() == expected
+
+
+def test_folds_are_counted_together_and_seeds_averaged(tmp_path):
+    view = toy_view(n=200, noise=4.0)
+    runs = [train(view, tmp_path / f"{s}{f}", seed=s, folds=2, fold=f) for s in (0, 1) for f in (0, 1)]
+    assert figures.confusion_counts(runs).sum() == sum(len(answers.y) for _, answers in runs[:2])
+
+
+def test_the_roc_curve_goes_through_the_points_of_scikit_learn(tmp_path):
+    from sklearn.metrics import roc_auc_score
+
+    run, answers = train(toy_view(n=600, noise=6.0), tmp_path / "run")
+    truth, score = figures.truth_and_score("binary", answers, 1)
+    area = np.trapezoid(figures._roc_points(truth, score), figures.GRID)
+    assert area == pytest.approx(roc_auc_score(truth, score), abs=0.01)
+    keys = figures.curve_figure("roc", [(run, answers)], [1]).keys
+    assert keys[0] == ("s0", f"kind 1: AUROC {roc_auc_score(truth, score):.3f}")
+
+
+# --- on a page --------------------------------------------------------------------------------------------------
+
+
+def plotted(**options) -> str:
+    plot = Plot("x", "y", **options)
+    plot.line([(1, 1), (2, 4), (3, 9)], "s2")
+    plot.dot(2, 4, "s1", "two: 4 <&>")
+    return str(Figure("Squares <of> x", plot).svg())
+
+
+def test_a_figure_has_a_name_marks_say_what_they_are_and_nothing_is_styled_inline():
+    svg = plotted()
+    assert 'role="img" aria-label="Squares &lt;of&gt; x"' in svg
+    assert "<title>two: 4 &lt;&amp;&gt;</title>" in svg
+    assert "style" not in svg and "font-family" not in svg and "<!" not in svg and "metadata" not in svg
+
+
+def test_every_colour_of_a_figure_is_one_of_the_style_sheet():
+    svg = plotted()
+    used = set(re.findall(r'(?:fill|stroke)="([^"]*)"', svg)) - {"none"}
+    assert {"var(--s1)", "var(--s2)", "var(--grid)", "var(--faint)"} <= used <= set(drawing.VARIABLES.values())
+    sheet = (figures.Path(drawing.__file__).parent / "templates" / "report.css").read_text()
+    light = sheet[: sheet.index("@media")]
+    for name, colour in drawing.COLOURS.items():
+        assert f"--{name}: {colour};" in light
+
+
+def test_two_figures_of_one_page_share_no_id():
+    ids = [set(re.findall(r' id="([^"]+)"', plotted(xlog=log))) for log in (False, True)]
+    assert all(ids) and not ids[0] & ids[1]
+    svg = plotted()
+    assert {f"#{name}" for name in ids[0]} == set(re.findall(r'href="([^"]+)"', svg))
+
+
+def test_lines_go_through_their_points():
+    svg = plotted(x=(0, 4), y=(0, 10))
+    line = next(path for path in re.findall(r'<path[^>]*stroke="var\(--s2\)"[^>]*>', svg))
+    xs, ys = np.array(numbers(re.search(r' d="M([^"]*)"', line)[1])).reshape(-1, 2).T
+    assert np.diff(xs)[0] == pytest.approx(np.diff(xs)[1], abs=0.2)
+    assert (ys[0] - ys[1]) / (ys[1] - ys[2]) == pytest.approx(3 / 5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "low, high, log, expected",
+    [(0.61, 0.98, False, ["0.7", "0.8", "0.9"]), (3, 4000, True, ["10", "100", "1,000"]), (2.5, 2.6, True, None)],
+)
+def test_ticks_are_round_numbers_inside_the_range(low, high, log, expected):
+    plot = Plot("x", "y", xlog=log)
+    plot.line([(low, 0), (high, 1)])
+    svg = str(Figure("ticks", plot).svg())
+    shown = re.findall(r">([\d.,]+)</text>", svg)
+    assert set(expected) <= set(shown) if expected else len(shown) > 3
+    assert drawing.ticks(0.61, 0.98, 4) == pytest.approx([0.7, 0.8, 0.9])
+
+
+@pytest.mark.parametrize("name", ["AbdomenCT", "COVID-19 PNEUMONIA", EVIL, "肺炎", "\ud800\n"])
+def test_the_name_of_a_class_is_text_that_fits_beside_the_confusion_matrix(name, monkeypatch):
+    monkeypatch.setattr(figures, "confusion_counts", lambda predictions: np.eye(2))
+    run = SimpleNamespace(classes=(name, "b"), config={"splits": {}}, task="binary")
+    svg = str(figures.counts_figure([(run, None)]).svg())
+    assert "<script" not in svg and svg.count("<text") == svg.count("</text>")
+    shown = drawing.short(name, 18)
+    (row, *_) = (t for t in re.findall(r"<text[^>]*>[^<]*", svg) if '"end"' in t)
+    assert row.split(">", 1)[1].replace("&lt;", "<").replace("&gt;", ">") == shown
+    if name.isascii():
+        assert TextPath((0, 0), shown, size=10.5).get_extents().width < float(re.search(r' x="([\d.]+)"', row)[1])
+
+
+def test_a_large_matrix_is_few_elements(monkeypatch):
+    monkeypatch.setattr(figures, "confusion_counts", lambda predictions: np.ones((200, 200)))
+    run = SimpleNamespace(classes=tuple(f"c{i}" for i in range(200)), config={"splits": {}}, task="multiclass")
+    assert str(figures.counts_figure([(run, None)]).svg()).count("<path") < 20
