@@ -19,7 +19,7 @@ import torch
 
 from featurecache.errors import BadOption, FeatureCacheError
 from featurecache.formatting import cell, one_line
-from heads.metrics import classification as ev
+from heads.metrics.calibration import predict_labels, probabilities
 from heads.pixel_view import resize_all
 from heads.runs.run import Run, is_pixels, load_run, preprocess_of
 
@@ -149,8 +149,8 @@ def _features(run: Run, images: list[Any], device: str, weights: str | None) -> 
 
 def answers(run: Run, z: np.ndarray) -> list[dict[str, Any]]:
     """What is said of each image, from calibrated logits [n, C]."""
-    p = ev.probabilities(run.task, z)
-    called = ev.predict_labels(run.task, p, run.calibration.thresholds, run.positive)
+    p = probabilities(run.task, z)
+    called = predict_labels(run.task, p, run.calibration.thresholds, run.positive)
     found: list[dict[str, Any]] = []
     for row, what in zip(p.tolist(), called, strict=True):
         each = dict(zip(run.classes, row, strict=True))

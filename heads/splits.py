@@ -4,7 +4,7 @@ Which rows train, which choose, which test.
 
 Given splits are kept. What is missing is drawn: nothing given: 70/15/15; no test: 15 % of train; no val: 15 % of
 train (both missing: 15 % each of what there was). Stratified by the labels of the view, so that every task made from
-one view has the same test images; rows that share a group or a digest stay together (`heads.drawing`).
+one view has the same test images; rows that share a group or a digest stay together (`heads.stratify`).
 
 Folds are drawn over what is no given test: in fold k of n that part is called test, and val is 15 % of the others; a
 given test is not used at all. A fraction is taken of train at the very end, when val and test are settled.

@@ -1,4 +1,4 @@
-"""Dealing rows out: into shares, folds and nested fractions, at random by a seed, stratified, units whole.
+"""Stratified sampling by a seed: rows dealt out into shares, folds and nested fractions, units whole.
 
 Rows that share a group or a digest form a *unit*: it is in one part, or not at all.
 
@@ -16,13 +16,13 @@ def connected_units(digests: np.ndarray, groups: list[str] | None) -> np.ndarray
     from scipy.sparse.csgraph import connected_components
 
     n = len(digests)
-    images = np.unique(digests, return_inverse=True)[1].reshape(-1)
+    images = np.unique(digests, return_inverse=True)[1]
     links = [(np.arange(n), n + images)]
     nodes = n + (images.max(initial=-1) + 1)
     if groups is not None:
         names, of = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-        rows = np.flatnonzero(np.asarray(groups, dtype=str) != "")
-        links.append((rows, nodes + of.reshape(-1)[rows]))
+        rows = np.flatnonzero(names[of] != "")
+        links.append((rows, nodes + of[rows]))
         nodes += len(names)
     start, end = np.concatenate([a for a, _ in links]), np.concatenate([b for _, b in links])
     graph = coo_array((np.ones(len(start), dtype=np.int8), (start, end)), shape=(nodes, nodes))
@@ -36,39 +36,38 @@ def stratified_parts(
 
     ``stream``: what is drawn for another purpose is drawn independently."""
     rng = np.random.default_rng([seed, *stream])
+    _, unit, size = np.unique(units, return_inverse=True, return_counts=True)
     if labels.ndim == 2:
-        return _draw_multilabel(labels == 1, units, shares, rng)
-    return _draw_classes(labels, units, shares, rng)
+        return _parts_by_label(labels == 1, unit, size, shares, rng)
+    return _parts_by_class(labels, unit, size, shares, rng)
 
 
-def _draw_classes(labels: np.ndarray, units: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _parts_by_class(
+    labels: np.ndarray, unit: np.ndarray, size: np.ndarray, shares: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Units of several rows first, largest first, each to the part that lacks its classes most; then row by row
     what is still wanted of every class, the fractions carried from class to class so that the totals fit too."""
     totals = np.bincount(labels)
     want = shares[:, None] * totals  # [S, C]
     part = np.zeros(len(labels), dtype=np.int64)
-    _, unit, size = np.unique(units, return_inverse=True, return_counts=True)
-    several = np.flatnonzero(size > 1)
-    for rows in _members(unit, several, size, rng):
+    for rows in _rows_by_size(unit, size, rng):
         counts = np.bincount(labels[rows], minlength=len(totals))
         chosen = int(np.argmax(want @ (counts / np.maximum(totals, 1))))
         part[rows] = chosen
         want[chosen] -= counts
     carry = np.zeros(len(shares))
-    single = size[unit.reshape(-1)] == 1
+    single = size[unit] == 1
     for c in range(len(totals)):
         rows = rng.permutation(np.flatnonzero(single & (labels == c)))
         part[rows] = np.repeat(np.arange(len(shares)), _share_out(len(rows), want[:, c], carry))
     return part
 
 
-def _members(unit: np.ndarray, chosen: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """The rows of the chosen units, largest unit first, equal ones in random order."""
-    order = np.argsort(unit.reshape(-1), kind="stable")
-    starts = np.concatenate([[0], np.cumsum(size)])
-    shuffled = rng.permutation(chosen)
-    shuffled = shuffled[np.argsort(-size[shuffled], kind="stable")]
-    return [order[starts[u] : starts[u + 1]] for u in shuffled]
+def _rows_by_size(unit: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """The rows of each unit that holds several, largest unit first, equal ones in random order."""
+    rows, ends = np.argsort(unit, kind="stable"), np.cumsum(size)
+    shuffled = rng.permutation(np.flatnonzero(size > 1))
+    return [rows[ends[u] - size[u] : ends[u]] for u in shuffled[np.argsort(-size[shuffled], kind="stable")]]
 
 
 def _share_out(n: int, want: np.ndarray, carry: np.ndarray) -> np.ndarray:
@@ -82,14 +81,12 @@ def _share_out(n: int, want: np.ndarray, carry: np.ndarray) -> np.ndarray:
     return given
 
 
-def _draw_multilabel(
-    positive: np.ndarray, units: np.ndarray, shares: np.ndarray, rng: np.random.Generator
+def _parts_by_label(
+    positive: np.ndarray, unit: np.ndarray, size: np.ndarray, shares: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """Sechidis, Tsoumakas & Vlahavas (2011), algorithm 1, on units: the rarest label left is dealt out first, each
     unit to the part that still wants most of it; ties go to the part that still wants most rows. (The package
     iterative-stratification deals single rows, which would tear units apart.)"""
-    _, unit, size = np.unique(units, return_inverse=True, return_counts=True)
-    unit = unit.reshape(-1)
     counts = np.zeros((len(size), positive.shape[1]))
     np.add.at(counts, unit, positive)
     want, want_rows = shares[:, None] * counts.sum(0), shares * len(positive)
@@ -122,9 +119,8 @@ def nested_fraction(labels: np.ndarray, units: np.ndarray, fraction: float, seed
     gives to another. The first unit of a stratum is always kept.
     """
     rng = np.random.default_rng([seed, 6])
-    _, unit = np.unique(units, return_inverse=True)
-    unit = unit.reshape(-1)
-    stratum, size = _strata(labels, unit), np.bincount(unit)
+    _, unit, size = np.unique(units, return_inverse=True, return_counts=True)
+    stratum = _strata(labels, unit)
     kept = np.zeros(len(size), dtype=bool)
     names = np.unique(stratum)
     offsets = (rng.permutation(len(names)) + 0.5) / len(names)

@@ -16,7 +16,8 @@ from heads.api import families_in, train_head
 from heads.evaluation.comparison import compare
 from heads.evaluation.external import evaluate_run, read_external
 from heads.evaluation.families import families_of
-from heads.metrics import classification as ev
+from heads.metrics.calibration import CalibratedPredictions
+from heads.metrics.classification import evaluate
 from heads.reports import text as tables
 from heads.runs.run import load_run
 
@@ -45,7 +46,8 @@ def elsewhere(classes=2, names=None, n=200, seed=0, **more):
 
 def measure(run, view, rows, y):
     z = run.logits(view.features["cls"][rows])
-    return ev.evaluate(run.task, run.classes, z, y, positive=run.positive, cuts=run.calibration.thresholds)
+    predictions = CalibratedPredictions(run.task, z, y, run.positive, run.calibration.thresholds)
+    return evaluate(predictions, run.classes)
 
 
 def test_the_frozen_head_with_its_own_threshold_and_temperature():

@@ -42,7 +42,7 @@ from heads.evaluation.families import (
 )
 from heads.evaluation.operating_points import Prevalence, calibration_record, check_prevalence, operating_points
 from heads.evaluation.subgroups import values_of
-from heads.metrics import classification as ev
+from heads.metrics.calibration import measure_scores
 from heads.metrics.classification import METRICS, title
 from heads.metrics.intervals import FamilyEstimates, MeasureEstimate, SharedResamples, proportion_counts
 from heads.metrics.significance import LEVEL, corrected_t, delong, holm, mcnemar, percentiles, sign_share
@@ -162,7 +162,7 @@ def _rare(entry: _Entry) -> str:
     """Classes (or labels) that fewer than 20 clusters of test show."""
     part, classes = entry.heard.parts[0], entry.estimates.classes
     shown = [part.y[:, c] == 1 if part.y.ndim == 2 else part.y == c for c in range(len(classes))]
-    counts = {name: part.units.among(rows) for name, rows in zip(classes, shown, strict=True)}
+    counts = {name: part.clusters.among(rows) for name, rows in zip(classes, shown, strict=True)}
     words = [f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda pair: pair[1]) if n < FEW_CLUSTERS]
     return abbreviated(words, 4)
 
@@ -171,7 +171,7 @@ def _of_test(entries: Sequence[_Entry]) -> dict[str, Any]:
     """Images and clusters of the first family's test images; of several sets, all in them."""
     heard = entries[0].heard
     images = {name for answers in heard.answers for name in answers[0].ids}
-    clusters = {int(c) for part in heard.parts for c in part.clusters}
+    clusters = {int(c) for part in heard.parts for c in part.cluster_ids}
     n, unit = len(clusters), "group" if heard.grouped else "image"
     return {"n_test": len(images), "clusters": {"n": n, "unit": unit, "few": n < FEW_CLUSTERS}}
 
@@ -312,12 +312,12 @@ class MeasureDifference:
 
 
 def same_sets(a: FamilyEstimates, b: FamilyEstimates) -> bool:
-    return {part.key for part in a.parts} == {part.key for part in b.parts}
+    return {part.key for part in a.test_sets} == {part.key for part in b.test_sets}
 
 
 def differences(a: FamilyEstimates, b: FamilyEstimates) -> dict[str, MeasureDifference]:
     """By measure, where both are defined; of families with the same sets of test images."""
-    found = [_over_sets(a, b, name) if len(a.parts) > 1 else _resampled(a, b, name) for name in a.names]
+    found = [_over_sets(a, b, name) if len(a.test_sets) > 1 else _resampled(a, b, name) for name in a.names]
     return {each.measure: each for each in found if each is not None}
 
 
@@ -334,15 +334,15 @@ def _resampled(a: FamilyEstimates, b: FamilyEstimates, name: str) -> MeasureDiff
 
 
 def _exact(a: FamilyEstimates, b: FamilyEstimates, name: str) -> tuple[float, str] | None:
-    first, second = (each.parts[0] for each in (a, b))
-    if a.clustered or len(first.said) > 1 or len(second.said) > 1:
+    first, second = (each.test_sets[0] for each in (a, b))
+    if a.clustered or len(first.predictions) > 1 or len(second.predictions) > 1:
         return None
-    one, other = first.said[0], second.said[0]
+    one, other = first.predictions[0], second.predictions[0]
     if name == "auroc" and one.kind == "binary":
         truth = one.y == one.positive
         if min(truth.sum(), (~truth).sum()) < 2:
             return None
-        first_score, second_score = (ev.measure_scores(s.kind, s.z)[:, s.positive] for s in (one, other))
+        first_score, second_score = (measure_scores(s.kind, s.z)[:, s.positive] for s in (one, other))
         return delong(first_score, second_score, truth)[2], "DeLong"
     if name in MCNEMAR and not one.multilabel:
         right, of = proportion_counts(one, name, None)
@@ -351,8 +351,8 @@ def _exact(a: FamilyEstimates, b: FamilyEstimates, name: str) -> tuple[float, st
 
 
 def _over_sets(a: FamilyEstimates, b: FamilyEstimates, name: str) -> MeasureDifference | None:
-    place = {part.key: j for j, part in enumerate(b.parts)}
-    values = a.of_parts(name) - b.of_parts(name)[[place[part.key] for part in a.parts]]
+    place = {part.key: j for j, part in enumerate(b.test_sets)}
+    values = a.by_test_set(name) - b.by_test_set(name)[[place[part.key] for part in a.test_sets]]
     values = values[~np.isnan(values)]
     if len(values) < 2:
         return None

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featurecache.errors import FeatureCacheError
-from heads.metrics import classification as ev
-from heads.metrics.calibration import calibrate
+from heads.metrics.calibration import CalibratedPredictions, calibrate
+from heads.metrics.classification import evaluate
 from heads.models.catalogue import HALF, squashed
 from heads.pixel_view import read_images
 from heads.runs.run import Run
@@ -68,7 +68,10 @@ def _chance(task: Task, train: np.ndarray, y: np.ndarray) -> dict[str, Any]:
         calls = np.repeat(there[:, :, None] / 2, 2, axis=2)
     else:
         calls = np.repeat(np.bincount(y, minlength=count)[:, None] / count, count, axis=1)
-    result = ev.evaluate(task.kind, task.classes, z, y, positive=task.positive, confusion=calls)
+    result = evaluate(CalibratedPredictions(task.kind, z, y, task.positive, (0.5,) * count), task.classes, calls)
+    if task.kind == "ordinal":
+        distance = np.abs(np.subtract.outer(np.arange(count), np.arange(count)))
+        result |= {"mae": float((distance * calls).sum() / len(y)), "quadratic_kappa": 0.0}
     if "top5" in result:
         result["top5"] = 5 / count
     return result
@@ -83,7 +86,8 @@ def _majority(task: Task, train: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     else:
         p = np.bincount(train, minlength=len(task.classes)) / len(train)
         z, cuts = np.log(np.maximum(p, 1e-12)), (0.5,)
-    return ev.evaluate(task.kind, task.classes, np.tile(z, (len(y), 1)), y, positive=task.positive, cuts=cuts)
+    tiled = np.tile(z, (len(y), 1))
+    return evaluate(CalibratedPredictions(task.kind, tiled, y, task.positive, cuts), task.classes)
 
 
 def pixels(view: FeatureView, task: Task, divided: Splits) -> dict[str, Any]:
@@ -155,9 +159,7 @@ def _fit_pixels(task: Task, parts: dict[str, tuple[np.ndarray, np.ndarray]], not
         notes.append("stopped before it converged")
     calibration, _ = calibrate(task.kind, z[0], y["val"], np.zeros(len(task.classes)), task.positive)
     measured = {
-        name: ev.evaluate(
-            task.kind, task.classes, calibration(values), y[name], positive=task.positive, cuts=calibration.thresholds
-        )
+        name: evaluate(calibration.predictions(task.kind, values, y[name], task.positive), task.classes)
         for name, values in zip(("val", "test"), z, strict=True)
     }
     return {"name": PIXELS, **measured}

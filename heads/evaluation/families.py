@@ -28,8 +28,9 @@ import numpy as np
 
 from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
-from heads.metrics.classification import METRICS, CalibratedPredictions, named_by
-from heads.metrics.intervals import EvaluationSet
+from heads.metrics.calibration import CalibratedPredictions
+from heads.metrics.classification import METRICS, named_by
+from heads.metrics.intervals import TestSet
 from heads.models.catalogue import HEADS
 from heads.runs.run import Run, is_of_pixels, name_of
 from heads.settings import Settings
@@ -279,7 +280,7 @@ def _ends(setting: dict[str, Any], tried: Sequence[dict[str, Any]]) -> dict[str,
 class FamilyPredictions:
     """The sets of test images of one family, and for each the runs with their answers in the common order."""
 
-    parts: tuple[EvaluationSet, ...]
+    parts: tuple[TestSet, ...]
     runs: tuple[tuple[Run, ...], ...]
     answers: tuple[tuple[Predictions, ...], ...]
 
@@ -312,7 +313,7 @@ def collect_predictions(pairs: Iterable[tuple[Run, Predictions]]) -> FamilyPredi
     parts = []
     for key, same in found.items():
         trained = float(np.mean([run.config["splits"]["images"]["train"] for run, _ in same]))
-        parts.append(EvaluationSet(key, same[0][1].clusters, tuple(predictions_of(*pair) for pair in same), trained))
+        parts.append(TestSet(key, same[0][1].clusters, tuple(predictions_of(*pair) for pair in same), trained))
     runs = tuple(tuple(run for run, _ in same) for same in found.values())
     return FamilyPredictions(
         tuple(parts), runs, tuple(tuple(answers for _, answers in same) for same in found.values())
@@ -325,11 +326,11 @@ def test_predictions(family: Family) -> FamilyPredictions:
 
 def same_clusters(heard: Sequence[FamilyPredictions]) -> list[FamilyPredictions]:
     """One division into clusters for each set of images: that with the fewest, where views know of groups or do not."""
-    best: dict[str, EvaluationSet] = {}
+    best: dict[str, TestSet] = {}
     for part in (part for each in heard for part in each.parts):
-        if part.key not in best or part.units.count < best[part.key].units.count:
+        if part.key not in best or part.clusters.count < best[part.key].clusters.count:
             best[part.key] = part
     return [
-        replace(each, parts=tuple(replace(part, clusters=best[part.key].clusters) for part in each.parts))
+        replace(each, parts=tuple(replace(part, cluster_ids=best[part.key].cluster_ids) for part in each.parts))
         for each in heard
     ]

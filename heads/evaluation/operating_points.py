@@ -10,9 +10,8 @@ import numpy as np
 
 from featurecache.errors import BadOption
 from heads.evaluation.families import FamilyPredictions
-from heads.metrics import classification
-from heads.metrics import classification as ev
-from heads.metrics.classification import CalibratedPredictions
+from heads.metrics.calibration import CalibratedPredictions, confidence, reliability
+from heads.metrics.classification import evaluate
 from heads.metrics.intervals import FamilyEstimates
 from heads.runs.run import Run
 
@@ -49,7 +48,7 @@ def _point(
     run: Run, estimates: FamilyEstimates, name: str, c: int | None, place: int, prevalence: Prevalence | None
 ) -> dict[str, Any]:
     """The threshold is the mean over the heads."""
-    cuts = [said.cuts[place] for part in estimates.parts for said in part.said]
+    cuts = [each.thresholds[place] for test_set in estimates.test_sets for each in test_set.predictions]
     reached = {m: estimates.estimate(m, c).record() for m in ("sensitivity", "specificity", "ppv", "npv")}
     share = prevalence.get(name) if isinstance(prevalence, dict) else prevalence
     there = None
@@ -62,27 +61,19 @@ def _point(
 def calibration_record(heard: FamilyPredictions) -> dict[str, Any]:
     """On test, ``before`` (the head's own logits) and ``after`` prior correction and temperature: means over the runs
     of Brier, NLL and ECE, and bins of all their answers."""
-    after = [said for part in heard.parts for said in part.said]
+    after = [said for part in heard.parts for said in part.predictions]
     before = [
         replace(said, z=answers.raw)
         for part, heads in zip(heard.parts, heard.answers, strict=True)
-        for said, answers in zip(part.said, heads, strict=True)
+        for said, answers in zip(part.predictions, heads, strict=True)
     ]
     return {"before": calibration_of(before), "after": calibration_of(after)}
 
 
-def calibration_of(said: Sequence[CalibratedPredictions]) -> dict[str, Any]:
+def calibration_of(predictions: Sequence[CalibratedPredictions]) -> dict[str, Any]:
     """Several labels are pooled in the bins, while ECE is the mean over labels."""
-    names = tuple(str(c) for c in range(said[0].z.shape[1]))
-    measured = [ev.evaluate(s.kind, names, s.z, s.y, positive=s.positive, cuts=s.cuts) for s in said]
-    found: dict[str, Any] = {m: float(np.mean([each[m] for each in measured])) for m in ("brier", "nll", "ece")}
-    pairs = [_sure(each) for each in said]
-    probability, truth = (np.concatenate(column) for column in zip(*pairs, strict=True))
-    return found | {"bins": classification.reliability(probability, truth)}
-
-
-def _sure(said: CalibratedPredictions) -> tuple[np.ndarray, np.ndarray]:
-    if said.multilabel:
-        known = ~np.isnan(said.y)
-        return said.p[known], said.y[known].astype(float)
-    return ev.confidence(said.kind, said.p, said.y, said.positive)
+    names = [str(c) for c in range(predictions[0].z.shape[1])]
+    measured = [evaluate(each, names) for each in predictions]
+    means: dict[str, Any] = {m: float(np.mean([each[m] for each in measured])) for m in ("brier", "nll", "ece")}
+    pairs = zip(*map(confidence, predictions), strict=True)
+    return means | {"bins": reliability(*(np.concatenate(column) for column in pairs))}

@@ -22,7 +22,7 @@ from featurecache.formatting import aligned, one_line
 from heads.explanations.explainer import Explainer, SourceImage, SourceImages, original, seen_part
 from heads.explanations.maps import KINDS, Map, Panel, class_margin_weights, draw
 from heads.inference import Image, each_image
-from heads.metrics import classification as ev
+from heads.metrics.calibration import predict_labels, probabilities
 from heads.runs.run import Run, is_pixels, load_run, name_of
 from heads.task import Say
 
@@ -128,7 +128,7 @@ class _Asked:
         if kind == "attention":
             return [ExplainResult(run, kind, "", None, None, each, why) for each in maps]
         p, toward = (
-            ev.probabilities(run.task, z),
+            probabilities(run.task, z),
             class_margin_weights(chosen, len(run.classes), 1.0, run.task == "multilabel"),
         )
         margins = (z * toward.double().numpy()).sum(1)  # z has its temperature already
@@ -146,10 +146,10 @@ def _chosen(run: Run, z: np.ndarray, name: str | None) -> np.ndarray:
                 f"{run.path} has no class {name!r}.{nearest(name, run.classes)} Its classes: {', '.join(run.classes)}."
             )
         return np.full(len(z), run.classes.index(name))
-    p = ev.probabilities(run.task, z)
+    p = probabilities(run.task, z)
     if run.task == "multilabel":
         return p.argmax(axis=1)
-    return ev.predict_labels(run.task, p, run.calibration.thresholds, run.positive).astype(np.int64)
+    return predict_labels(run.task, p, run.calibration.thresholds, run.positive).astype(np.int64)
 
 
 def _kinds(kinds: str | Sequence[str] | None, explainers: Sequence[Explainer]) -> list[list[str]]:

@@ -1,48 +1,158 @@
-"""Temperature, priors, thresholds: fitted on val."""
+"""Calibration: from logits to probabilities and predicted labels; temperature scaling, prior correction and decision
+thresholds, fitted on val.
+
+A head is often trained with priors that are not those of the data. Balanced batches show every class with probability
+q_c = 1/C while train has prevalence p_c, so log p_c - log q_c is added to z_c; a multi-label head trained with
+pos_weight w_c saw its positives w_c times, so log w_c is taken from z_c. Then z is divided by one temperature, that of
+the smallest NLL on val. (Tried at 10 % prevalence: ECE 0.286 raw, 0.282 with temperature alone, 0.005 with both.)
+
+Notation: N rows, C classes (or labels), logits z float64 [N, C]; y int [N], or float [N, C] with NaN for what is
+unknown.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from heads.metrics import classification
-from heads.metrics.classification import TEMPERATURES, probabilities
+EPS = float(np.finfo(np.float64).eps)  # probabilities are kept this far from 0, as scikit-learn's log_loss does
+BINS = 15  # of the calibration error and of a reliability diagram
+TEMPERATURES = (0.05, 20.0)  # no val split says anything believable beyond
 
 
-def prior_correction(train: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """log(train / seen) [C]; 0 for a class that train does not have."""
-    there = (train > 0) & (seen > 0)
-    return np.log(np.where(there, train, 1.0) / np.where(there, seen, 1.0))
+def log_probabilities(kind: str, z: np.ndarray) -> np.ndarray:
+    """log p [N, C]: softmax over classes, or a sigmoid for each label."""
+    if kind == "multilabel":
+        return -np.logaddexp(0, -z)
+    return z - np.logaddexp.reduce(z, axis=1, keepdims=True)
 
 
-def temperature(kind: str, z: np.ndarray, y: np.ndarray) -> float | None:
-    """The temperature of the smallest NLL on val, or None where there is none within ``TEMPERATURES``.
+def probabilities(kind: str, z: np.ndarray) -> np.ndarray:
+    return np.exp(log_probabilities(kind, z))
 
-    With b = 1/T, NLL(b) is convex and its derivative is the mean of sum_c p_c z_c - z_y (multi-label: (p - y) z over
-    known entries): bisection on log b. There is none if val is separated without error (NLL falls for ever).
-    """
-    known = ~np.isnan(y) if kind == "multilabel" else np.ones(len(y), dtype=bool)
 
-    def slope(b: float) -> float:
-        p = probabilities(kind, b * z)
-        if kind == "multilabel":
-            return float(((p - y) * z)[known].mean())
-        return float(((p * z).sum(1) - z[np.arange(len(y)), y]).mean())
+def measure_scores(kind: str, z: np.ndarray) -> np.ndarray:
+    """Log-odds of each class against all others [N, C], which rankings (ROC, AP) are made of: the order of the
+    probabilities, which does not run into 1.0. Only a row's largest class can be near 1, so only there is 1 - p summed
+    from the others."""
+    if kind == "multilabel":
+        return z
+    if z.shape[1] == 2:
+        return np.stack([z[:, 0] - z[:, 1], z[:, 1] - z[:, 0]], axis=1)
+    rows, top = np.arange(len(z)), z.argmax(axis=1)
+    logp = log_probabilities(kind, z)
+    rest = logp.copy()
+    rest[rows, top] = -np.inf
+    with np.errstate(divide="ignore"):  # log1p(-1) of the largest class, replaced in the next line
+        odds = logp - np.log1p(-np.exp(logp))
+    odds[rows, top] = logp[rows, top] - np.logaddexp.reduce(rest, axis=1)
+    return odds
 
-    low, high = np.log(1 / TEMPERATURES[1]), np.log(1 / TEMPERATURES[0])
-    if slope(np.exp(low)) >= 0 or slope(np.exp(high)) <= 0:
-        return None
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)
-    return float(np.exp(-(low + high) / 2))
+
+def predict_labels(kind: str, p: np.ndarray, thresholds: tuple[float, ...], positive: int | None) -> np.ndarray:
+    """The predicted class of each row, int [N]; for multi-label bool [N, C]."""
+    if kind == "multilabel":
+        return p >= np.array(thresholds)
+    if kind == "binary":
+        assert positive is not None
+        return np.where(p[:, positive] >= thresholds[0], positive, 1 - positive)
+    return p.argmax(axis=1)
+
+
+@dataclass(frozen=True)
+class CalibratedPredictions:
+    """Calibrated logits z of one head for N images, their labels y, and the thresholds that decide."""
+
+    kind: str
+    z: np.ndarray
+    y: np.ndarray
+    positive: int | None = None
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def multilabel(self) -> bool:
+        return self.kind == "multilabel"
+
+    @cached_property
+    def known(self) -> np.ndarray:
+        """bool, as y: all but unknown labels."""
+        return ~np.isnan(self.y)
+
+    @cached_property
+    def log_p(self) -> np.ndarray:
+        return log_probabilities(self.kind, self.z)
+
+    @cached_property
+    def p(self) -> np.ndarray:
+        return np.exp(self.log_p)
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        return predict_labels(self.kind, self.p, self.thresholds, self.positive)
+
+    @cached_property
+    def losses(self) -> np.ndarray:
+        """Negative log-likelihood of each row [N]; for multi-label the sum over its known labels."""
+        if not self.multilabel:
+            return -np.maximum(self.log_p[np.arange(len(self.y)), self.y], np.log(EPS))
+        loss = np.logaddexp(0, np.where(self.y == 1, -self.z, self.z))
+        return np.where(self.known, np.minimum(loss, -np.log(EPS)), 0.0).sum(axis=1)
+
+    @property
+    def ranked(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each class, or of each label over its known rows: score, whether it is the true one, row."""
+        score = measure_scores(self.kind, self.z)
+        if not self.multilabel:
+            return [(score[:, c], self.y == c, np.arange(len(score))) for c in range(score.shape[1])]
+        return [(score[k, c], self.y[k, c] == 1, np.flatnonzero(k)) for c, k in enumerate(self.known.T)]
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood: per row, for multi-label per known label."""
+        return float(self.losses.sum() / np.count_nonzero(self.known))
+
+    @property
+    def squared_errors(self) -> np.ndarray:
+        """Brier score of each row [N]: summed over classes or known labels, of two classes that of the positive."""
+        if self.multilabel:
+            return np.where(self.known, (self.p - self.y) ** 2, 0.0).sum(axis=1)
+        if self.kind == "binary":
+            return (self.p[:, self.positive] - (self.y == self.positive)) ** 2
+        return ((self.p - np.eye(self.p.shape[1])[self.y]) ** 2).sum(axis=1)
+
+    @cached_property
+    def top5(self) -> np.ndarray:
+        """bool [N]: whether the true class is among the five most probable; a tie counts against it, so that equal
+        probabilities for all are no success."""
+        return (self.p >= self.p[np.arange(len(self.y)), self.y][:, None]).sum(axis=1) <= 5
+
+    def confusion(self) -> np.ndarray:
+        """Confusion matrix [C, C]; for multi-label one of absent and present for each label, [C, 2, 2]."""
+        width = self.z.shape[1]
+        if not self.multilabel:
+            counts = np.bincount(self.y * width + self.predicted, minlength=width**2)
+            return counts.reshape(width, width).astype(float)
+        label, truth, predicted = np.nonzero(self.known)[1], self.y[self.known] == 1, self.predicted[self.known]
+        return np.bincount(4 * label + 2 * truth + predicted, minlength=4 * width).reshape(width, 2, 2).astype(float)
+
+
+def confidence(predictions: CalibratedPredictions) -> tuple[np.ndarray, np.ndarray]:
+    """The probabilities that are judged by what came true, and that: of the positive class; of several classes of the
+    most probable one, which is true or not (Guo et al. 2017); of labels all that are known, label by label."""
+    p, y = predictions.p, predictions.y
+    if predictions.multilabel:
+        return p.T[predictions.known.T], y.T[predictions.known.T].astype(float)
+    if predictions.kind == "binary":
+        return p[:, predictions.positive], (y == predictions.positive).astype(float)
+    return p.max(axis=1), (p.argmax(axis=1) == y).astype(float)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What turns raw logits into probabilities and calls: chosen on val, kept with the run.
+    """What turns raw logits into probabilities and predicted labels: chosen on val, kept with the run.
 
     ``thresholds``: of the positive class (binary, one) or of each label (multi-label); () where the largest
     probability decides.
@@ -53,15 +163,14 @@ class Calibration:
     thresholds: tuple[float, ...] = ()
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
-        """[n, C] raw logits -> float64 calibrated logits."""
+        """[N, C] raw logits -> float64 calibrated logits."""
         return (np.asarray(logits, dtype=np.float64) + np.array(self.correction)) / self.temperature
 
+    def predictions(self, kind: str, logits: np.ndarray, y: np.ndarray, positive: int | None) -> CalibratedPredictions:
+        return CalibratedPredictions(kind, self(logits), y, positive, self.thresholds)
+
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "correction": list(self.correction),
-            "temperature": self.temperature,
-            "thresholds": list(self.thresholds),
-        }
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Calibration:
@@ -86,21 +195,97 @@ def calibrate(
     return Calibration(tuple(float(v) for v in correction), t, cuts), note
 
 
+def prior_correction(train: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """log(train / seen) [C]; 0 for a class that train does not have."""
+    there = (train > 0) & (seen > 0)
+    return np.log(np.where(there, train, 1.0) / np.where(there, seen, 1.0))
+
+
+def temperature(kind: str, z: np.ndarray, y: np.ndarray) -> float | None:
+    """The temperature of the smallest NLL on val, or None where there is none within ``TEMPERATURES``.
+
+    With b = 1/T, NLL(b) is convex and its derivative is the mean of sum_c p_c z_c - z_y (multi-label: (p - y) z over
+    known entries): bisection on log b. There is none if val is separated without error (NLL falls for ever).
+    """
+    known = ~np.isnan(y)
+
+    def slope(b: float) -> float:
+        p = probabilities(kind, b * z)
+        if kind == "multilabel":
+            return float(((p - y) * z)[known].mean())
+        return float(((p * z).sum(1) - z[np.arange(len(y)), y]).mean())
+
+    low, high = np.log(1 / TEMPERATURES[1]), np.log(1 / TEMPERATURES[0])
+    if slope(np.exp(low)) >= 0 or slope(np.exp(high)) <= 0:
+        return None
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)
+    return float(np.exp(-(low + high) / 2))
+
+
 def thresholds(
     kind: str, p: np.ndarray, y: np.ndarray, positive: int | None, sensitivity: float | None = None
 ) -> tuple[float, ...]:
     """On val, for the positive class, or for each label over its known entries: Youden's, or the highest that reaches
     the wanted ``sensitivity`` (above 0, at most 1)."""
 
-    def cut(probability: np.ndarray, truth: np.ndarray) -> float:
+    def threshold(probability: np.ndarray, truth: np.ndarray) -> float:
         if sensitivity is None:
-            return classification.youden_threshold(probability, truth)
-        return classification.sensitivity_threshold(probability, truth, sensitivity)
+            return youden_threshold(probability, truth)
+        return sensitivity_threshold(probability, truth, sensitivity)
 
     if kind == "binary":
-        return (cut(p[:, positive], y == positive),)
+        return (threshold(p[:, positive], y == positive),)
     if kind == "multilabel":
         known = ~np.isnan(y)
-        return tuple(cut(p[known[:, c], c], y[known[:, c], c] == 1) for c in range(y.shape[1]))
-    assert sensitivity is None, "of several classes the most probable is called: there is no threshold"
+        return tuple(threshold(p[known[:, c], c], y[known[:, c], c] == 1) for c in range(y.shape[1]))
+    assert sensitivity is None, "of several classes the most probable is predicted: there is no threshold"
     return ()
+
+
+def youden_threshold(probability: np.ndarray, truth: np.ndarray) -> float:
+    """Where sensitivity + specificity - 1 is largest: halfway between two neighbouring probabilities; of equally
+    good ones the nearest to 0.5. 0.5 where one class is missing."""
+    from sklearn.metrics import roc_curve
+
+    if truth.all() or not truth.any():
+        return 0.5
+    curve = roc_curve(truth, probability, drop_intermediate=False)
+    false_rate, true_rate, values = (column[1:] for column in curve)  # without "none is positive"
+    youden = true_rate - false_rate
+    below = np.append(values[1:], 0.0)
+    best = np.flatnonzero(youden >= youden.max() - 1e-12)
+    middle = np.clip((values[best] + below[best]) / 2, np.nextafter(below[best], 1), values[best])
+    return float(middle[np.argmin(np.abs(middle - 0.5))])
+
+
+def sensitivity_threshold(probability: np.ndarray, truth: np.ndarray, wanted: float) -> float:
+    """The highest threshold that finds at least ``wanted`` of the positives, so that as few others as possible are
+    predicted so: halfway down to the next probability. 0.5 where there is no positive."""
+    if not truth.any():
+        return 0.5
+    positives = np.sort(probability[truth])[::-1]
+    # of P positives ceil(wanted P) must be found; 0.9 * 10 is 9.000000000000002 only to a computer
+    last = positives[int(np.ceil(wanted * len(positives) - 1e-9)) - 1]
+    below = probability[probability < last].max(initial=0.0)
+    return float(np.clip((last + below) / 2, np.nextafter(below, 1), last))
+
+
+def mass_bins(probability: np.ndarray) -> np.ndarray:
+    """int [N]: bins of equal numbers of rows, by increasing probability; equal probabilities share a bin, so that no
+    order of the rows matters."""
+    from scipy.stats import rankdata
+
+    rank = rankdata(probability) - 0.5
+    return np.minimum((rank * BINS / max(len(probability), 1)).astype(np.int64), BINS - 1)
+
+
+def reliability(probability: np.ndarray, truth: np.ndarray) -> list[dict[str, float]]:
+    """Reliability diagram: of the bins that hold rows the mean probability ``p``, ``share`` of positives, ``n``."""
+    bins = mass_bins(probability)
+    count = np.bincount(bins, minlength=BINS)
+    there = np.flatnonzero(count)
+    p, share = (np.bincount(bins, column, minlength=BINS)[there] / count[there] for column in (probability, truth))
+    rows = zip(p.tolist(), share.tolist(), count[there].tolist(), strict=True)
+    return [{"p": p, "share": share, "n": n} for p, share, n in rows]

@@ -1,306 +1,69 @@
-"""Bootstrap weights by class, split and cluster; estimates of many heads at once.
-
-A measure with its interval of 95 %, for the heads of one family (seeds) on the images they were tested on.
+"""Bootstrap confidence intervals of 95 % for the measures of one family (heads of several seeds) on a test set.
 
 =====================================  ===============================================================================
 proportions of one head, no clusters   Wilson, on images
 proportions at 0 or 100 %              Wilson, on clusters (a bootstrap would have no width)
-everything else, on one set of images  percentiles of a stratified bootstrap of images or clusters; with several heads
+everything else, on one test set       percentiles of a stratified bootstrap of images or clusters; with several heads
                                        (seeds), of their mean in each resample, so that what is hard for all stays so
 ECE                                    the same, moved so that its mean is the value: the ECE of a resample is larger by
                                        its own share of noise (tried: 600 images with calibrated probabilities, value
                                        0.031, percentiles 0.032 to 0.064)
-several sets of images (folds, draws)  Student's t over sets, with Nadeau and Bengio's variance
+several test sets (folds, resplits)    Student's t over sets, with Nadeau and Bengio's variance
 =====================================  ===============================================================================
 
 A resample in which a measure is undefined is left out; where that happened to more than one in twenty it is said, to
 more than half, there is no interval.
 
-Notation: n images of a set, K heads on it, J sets, R resamples, C classes.
+A bootstrap draws *clusters* with replacement: the images of one group or of one digest, or single images, the same ones
+for every head that is compared. Each row has a weight then, how often its cluster was drawn, and measures are computed
+from weights, not from copied rows. Strata keep in every resample what the data were made of, so an interval speaks of
+data with the same mix of classes. Images with classes that exclude each other: the classes, so that none is ever
+missing. Clusters: the class they hold most of, of several such the rarest; with several labels the pattern of labels.
+There, what has fewer than ``FEW`` clusters is one stratum together, since a stratum of one cluster is drawn the same
+every time and would hide its part of the variance.
 
-What a bootstrap draws: independent units, within strata, the same ones for every head that is compared.
-
-A *unit* is a cluster: the images of one group or of one digest, or a single image. Drawing units with replacement gives
-each row a weight, how often its unit was drawn; every measure is then computed from weights, not from copied rows.
-
-Strata keep in every resample what the data were made of, so an interval speaks of data with the same mix of classes.
-Images with classes that exclude each other: the classes, so that none is ever missing. Clusters: the class they hold
-most of, of several such the rarest; with several labels the pattern of labels. There, what has fewer than ``FEW``
-clusters is one stratum together, since a stratum of one cluster is drawn the same every time and would hide its part of
-the variance.
-
-Notation: n rows, U units, R resamples, b of them at a time.
+Notation: N images of a test set, U clusters, K heads on it, J test sets, R resamples, C classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from heads.metrics import classification
-from heads.metrics import classification as ev
-from heads.metrics.classification import CalibratedPredictions, Measured, WeightedMeasures
+from heads.metrics.calibration import CalibratedPredictions
+from heads.metrics.classification import METRICS, Values, WeightedMeasures, evaluate, macro, predictive_values
 from heads.metrics.significance import corrected_t, percentiles, wilson
 
 PROPORTIONS = ("sensitivity", "specificity", "ppv", "npv", "accuracy", "top5")
 OF_CLASS = ("recall", "precision", "specificity")  # proportions, where classes exclude each other
 BOUNDS = {"quadratic_kappa": (-1.0, 1.0), "nll": (0.0, math.inf), "mae": (0.0, math.inf), "brier": (0.0, 2.0)}
-_PLACES = {"ppv": 0, "npv": 1}  # in what `metrics.predictive_values` gives
 OFTEN = 0.05  # of the resamples: a measure that is undefined in more of them is said to be
-
-
-@dataclass(frozen=True)
-class MeasureEstimate:
-    """``low`` and ``high`` are NaN where there is no interval; ``method`` says what it is of, or why there is none."""
-
-    value: float
-    low: float = math.nan
-    high: float = math.nan
-    method: str | None = None
-
-    def record(self) -> dict[str, Any]:
-        numbers = {"value": self.value, "low": self.low, "high": self.high}
-        return {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {"method": self.method}
-
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """One set of images and what K heads said of them; ``key``: equal for equal images with equal labels."""
-
-    key: str
-    clusters: np.ndarray  # int [n]
-    said: tuple[CalibratedPredictions, ...]
-    trained_on: float = math.nan  # images
-
-    def __len__(self) -> int:
-        return len(self.clusters)
-
-    @property
-    def y(self) -> np.ndarray:
-        return self.said[0].y
-
-    @cached_property
-    def units(self) -> Clusters:
-        return units_for(self.clusters, self.y)
-
-    def where(self, rows: np.ndarray, name: str) -> EvaluationSet:
-        """The same heads on some of the images, bool [n]."""
-        said = tuple(replace(each, z=each.z[rows], y=each.y[rows]) for each in self.said)
-        return EvaluationSet(f"{self.key}/{name}", self.clusters[rows], said, self.trained_on)
-
-
-@dataclass
-class SharedResamples:
-    """The draws of every set of images, the same for all who ask."""
-
-    resamples: int = 2000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self._draws: dict[str, BootstrapWeights] = {}
-
-    def draws(self, part: EvaluationSet) -> BootstrapWeights:
-        if part.key not in self._draws:
-            if len(self._draws) > 8:  # each may hold 256 MB; they can be drawn again
-                self._draws.clear()
-            self._draws[part.key] = BootstrapWeights(part.units, self.resamples, self.seed)
-        return self._draws[part.key]
-
-
-class FamilyEstimates:
-    """All measures of one family. What is resampled is computed when an interval first asks for it."""
-
-    def __init__(self, parts: Sequence[EvaluationSet], classes: Sequence[str], resampler: SharedResamples) -> None:
-        self.parts, self.classes, self.resampler = tuple(parts), tuple(classes), resampler
-        self.measured = [
-            [ev.evaluate(s.kind, self.classes, s.z, s.y, positive=s.positive, cuts=s.cuts) for s in part.said]
-            for part in parts
-        ]
-
-    @property
-    def kind(self) -> str:
-        return self.parts[0].said[0].kind
-
-    @property
-    def clustered(self) -> bool:
-        return any(part.units.clustered for part in self.parts)
-
-    @property
-    def names(self) -> list[str]:
-        """The measures, in the order of `metrics.METRICS`."""
-        return [name for name in classification.METRICS if name in self.measured[0][0]]
-
-    def of_parts(self, name: str, c: int | None = None) -> np.ndarray:
-        """[J]: means over the heads."""
-        return np.array([np.mean([self._one(m, name, c) for m in part]) for part in self.measured])
-
-    def value(self, name: str, c: int | None = None) -> float:
-        return classification.macro(self.of_parts(name, c))
-
-    def _one(self, measured: dict[str, Any], name: str, c: int | None) -> float:
-        return measured[name] if c is None else measured["per_class"][self.classes[c]][name]
-
-    @cached_property
-    def _resampled(self) -> tuple[Measured, Measured]:
-        """Means over the heads: measures [R], of classes [C, R]. Of one set of images only."""
-        (part,) = self.parts
-        overall: list[Measured] = []
-        of_class: list[Measured] = []
-        for said in part.said:
-            weighted = WeightedMeasures(said)
-            blocks = [weighted(weights) for weights in self.resampler.draws(part)]
-            overall.append({k: np.concatenate([a[k] for a, _ in blocks], axis=-1) for k in blocks[0][0]})
-            of_class.append({k: np.concatenate([b[k] for _, b in blocks], axis=-1) for k in blocks[0][1]})
-        return tuple(
-            {k: np.mean([each[k] for each in found], axis=0) for k in found[0]} for found in (overall, of_class)
-        )  # type: ignore[return-value]
-
-    def resampled(self, name: str, c: int | None = None) -> np.ndarray:
-        """[R]"""
-        return self._resampled[0][name] if c is None else self._resampled[1][name][c]
-
-    def estimate(self, name: str, c: int | None = None) -> MeasureEstimate:
-        """A measure, or that of class or label c."""
-        value = self.value(name, c)
-        if math.isnan(value):
-            return MeasureEstimate(value, method="undefined here")
-        if len(self.parts) > 1:
-            return self._over_parts(value, name, c)
-        if self._is_proportion(name, c) and (found := self._counted(value, name, c)) is not None:
-            return found
-        return bootstrap(value, self.resampled(name, c), self._words, centre=name == "ece")
-
-    @property
-    def _words(self) -> str:
-        return "cluster bootstrap" if self.clustered else "bootstrap"
-
-    def _is_proportion(self, name: str, c: int | None) -> bool:
-        if c is None:
-            return name in PROPORTIONS and self.kind != "multilabel"
-        return name in (PROPORTIONS if self.kind == "multilabel" else OF_CLASS)
-
-    def _counted(self, value: float, name: str, c: int | None) -> MeasureEstimate | None:
-        """Wilson's interval where it is the one to take."""
-        (part,) = self.parts
-        counts = [proportion_counts(said, name, c) for said in part.said]
-        if value in (0.0, 1.0):
-            n = min(part.units.among(of) for _, of in counts)
-            words = f"Wilson, {n:,} clusters" if self.clustered else "Wilson"
-            return MeasureEstimate(value, *wilson(int(value * n), n), words)
-        if len(counts) > 1 or self.clustered:
-            return None
-        ((hit, of),) = counts
-        return MeasureEstimate(value, *wilson(int((hit & of).sum()), int(of.sum())), "Wilson")
-
-    def _over_parts(self, value: float, name: str, c: int | None) -> MeasureEstimate:
-        values = self.of_parts(name, c)
-        there = ~np.isnan(values)
-        if there.sum() < 2:
-            return MeasureEstimate(value, method="defined in one set of test images only")
-        low, high, _ = corrected_t(values[there], self.ratio)
-        least, most = BOUNDS.get(name, (0.0, 1.0))
-        return MeasureEstimate(
-            value, max(low, least), min(high, most), f"corrected t, {int(there.sum())} sets of test images"
-        )
-
-    @property
-    def ratio(self) -> float:
-        """Images tested / images trained on."""
-        return float(np.mean([len(part) for part in self.parts]) / np.mean([part.trained_on for part in self.parts]))
-
-    def all(self) -> dict[str, MeasureEstimate]:
-        return {name: self.estimate(name) for name in self.names}
-
-    def of_classes(self) -> dict[str, dict[str, MeasureEstimate]]:
-        """By class or label: every measure that is one of a class."""
-        first = self.measured[0][0]["per_class"]
-        names = [k for k, v in first[self.classes[0]].items() if isinstance(v, float)]
-        if self.kind == "binary":  # the ranking of one class is that of the other
-            names = [name for name in names if name not in ("auroc", "ap")]
-        return {name: {m: self.estimate(m, c) for m in names} for c, name in enumerate(self.classes)}
-
-    def at_prevalence(self, prevalence: float, c: int | None = None) -> dict[str, MeasureEstimate]:
-        """PPV and NPV where that share of the images is positive, by Bayes from sensitivity and specificity.
-
-        Both grow with both, so where one of the two has no width in a bootstrap, the ends of its Wilson interval and of
-        the other's give an interval that is rather too wide.
-        """
-        found, spared = self.estimate("sensitivity", c), self.estimate("specificity", c)
-        value = classification.predictive_values(found.value, spared.value, prevalence)
-        if len(self.parts) > 1 or {found.value, spared.value} & {0.0, 1.0}:
-            low = classification.predictive_values(found.low, spared.low, prevalence)
-            high = classification.predictive_values(found.high, spared.high, prevalence)
-            words = "ends of both intervals"
-            return {
-                m: MeasureEstimate(float(value[i]), float(low[i]), float(high[i]), words) for m, i in _PLACES.items()
-            }
-        drawn = classification.predictive_values(
-            self.resampled("sensitivity", c), self.resampled("specificity", c), prevalence
-        )
-        return {m: bootstrap(float(value[i]), drawn[i], self._words) for m, i in _PLACES.items()}
-
-
-def bootstrap(value: float, resampled: np.ndarray, words: str, *, centre: bool = False) -> MeasureEstimate:
-    """The interval of resampled values [R]."""
-    undefined = int(np.isnan(resampled).sum())
-    if math.isnan(value) or undefined > len(resampled) / 2:
-        return MeasureEstimate(value, method=f"undefined in {undefined:,} of {len(resampled):,} resamples")
-    if undefined > OFTEN * len(resampled):
-        words += f", undefined in {undefined:,} of {len(resampled):,}"
-    low, high = percentiles(resampled)
-    if centre:
-        shift = value - float(np.nanmean(resampled))
-        low, high, words = max(0.0, low + shift), high + shift, words + ", centred"
-    return MeasureEstimate(value, low, high, words)
-
-
-Mask = np.ndarray
-
-
-def proportion_counts(said: CalibratedPredictions, name: str, c: int | None) -> tuple[Mask, Mask]:
-    """bool [n]: the rows that a proportion counts, and those it counts them among."""
-    called = said.called
-    if said.multilabel:
-        assert c is not None
-        known, truth, found = ~np.isnan(said.y[:, c]), said.y[:, c] == 1, called[:, c]
-    else:
-        c = said.positive if c is None else c
-        known, truth, found = np.ones(len(said.y), dtype=bool), said.y == c, called == c
-    among: dict[str, Callable[[], tuple[Mask, Mask]]] = {
-        "sensitivity": lambda: (found, truth),
-        "recall": lambda: (found, truth),
-        "specificity": lambda: (~found, ~truth),
-        "ppv": lambda: (truth, found),
-        "precision": lambda: (truth, found),
-        "npv": lambda: (~truth, ~found),
-        "accuracy": lambda: (found == truth if said.multilabel else called == said.y, known),
-        "top5": lambda: (_among_five(said), known),
-    }
-    hit, of = among[name]()
-    return hit & of & known, of & known
-
-
-def _among_five(said: CalibratedPredictions) -> Mask:
-    p = said.p
-    return (p >= p[np.arange(len(p)), said.y][:, None]).sum(axis=1) <= 5
-
-
 FEW = 10  # clusters that are a stratum of their own
-CELLS = 1_000_000  # of a block of weights [n, b]: 4 MB, which a cache holds (tried: 25 % faster than all R at once)
-KEPT = 1 << 28  # bytes of weights that are kept for the next head instead of being drawn again
+CELLS = 1_000_000  # of a block of weights [N, R]: 4 MB, which a cache holds (tried: 25 % faster than all R at once)
+RETAINED = 1 << 28  # bytes of weights that are retained for the next head instead of being drawn again
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """``of_row``: the unit of each row, int [n] in 0 … U-1; ``strata``: int [U]."""
+    """``of_row``: the cluster of each row, int [N] in 0 … U-1; ``strata``: int [U]."""
 
     of_row: np.ndarray
     strata: np.ndarray
+
+    @classmethod
+    def of(cls, ids: np.ndarray, y: np.ndarray) -> Clusters:
+        """``ids``: rows with one number belong together; y: int [N], or float [N, C] with NaN for unknown."""
+        of_row = np.unique(ids, return_inverse=True)[1]
+        strata = _by_pattern(of_row, y) if y.ndim == 2 else _by_class(of_row, y)
+        if y.ndim == 1 and len(strata) == len(y):
+            return cls(of_row, strata)
+        _, own, size = np.unique(strata, return_inverse=True, return_counts=True)
+        return cls(of_row, np.where(size[own] < FEW, len(size), own))
 
     @property
     def count(self) -> int:
@@ -308,28 +71,12 @@ class Clusters:
 
     @property
     def clustered(self) -> bool:
-        """Whether some unit holds several images."""
+        """Whether some cluster holds several images."""
         return self.count < len(self.of_row)
 
     def among(self, rows: np.ndarray) -> int:
-        """Units that have one of these rows (bool [n])."""
+        """Clusters that have one of these rows (bool [N])."""
         return len(np.unique(self.of_row[rows]))
-
-
-def units_for(clusters: np.ndarray, y: np.ndarray) -> Clusters:
-    """``clusters``: rows with one number belong together; y: int [n], or float [n, L] with NaN for unknown."""
-    of_row = np.unique(clusters, return_inverse=True)[1].reshape(-1)
-    if y.ndim == 2:
-        return Clusters(of_row, _pooled(_by_pattern(of_row, y)))
-    strata = _by_class(of_row, y)
-    return Clusters(of_row, strata if len(strata) == len(y) else _pooled(strata))
-
-
-def _pooled(strata: np.ndarray) -> np.ndarray:
-    """Strata with fewer than ``FEW`` units made one."""
-    _, own, size = np.unique(strata, return_inverse=True, return_counts=True)
-    own = own.reshape(-1)
-    return np.where(size[own] < FEW, len(size), own)
 
 
 def _by_class(of_row: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -349,34 +96,257 @@ def _by_pattern(of_row: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @dataclass
 class BootstrapWeights:
-    """R resamples of units as weights of rows. Iterating twice gives the same weights."""
+    """R resamples of clusters as weights of rows. Iterating twice gives the same weights."""
 
-    units: Clusters
+    clusters: Clusters
     resamples: int
     seed: int = 0
-    _kept: list[np.ndarray] = field(default_factory=list, repr=False)
+    _blocks: list[np.ndarray] = field(default_factory=list, repr=False)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Blocks of weights float32 [n, b]; counts, so they are exact."""
-        if self._kept:
-            yield from self._kept
+        """Blocks of weights float32 [N, R]; counts, so they are exact."""
+        if self._blocks:
+            yield from self._blocks
             return
-        keep = len(self.units.of_row) * self.resamples * 4 <= KEPT
-        found: list[np.ndarray] = []
-        for block in self._drawn():
-            if keep:
-                found.append(block)
+        blocks = []
+        for block in self._draw():
+            if len(self.clusters.of_row) * self.resamples * 4 <= RETAINED:
+                blocks.append(block)
             yield block
-        self._kept = found
+        self._blocks = blocks
 
-    def _drawn(self) -> Iterator[np.ndarray]:
-        width = max(16, CELLS // max(len(self.units.of_row), 1))
-        members = [np.flatnonzero(self.units.strata == s) for s in np.unique(self.units.strata)]
+    def _draw(self) -> Iterator[np.ndarray]:
+        width = max(16, CELLS // max(len(self.clusters.of_row), 1))
+        members = [np.flatnonzero(self.clusters.strata == s) for s in np.unique(self.clusters.strata)]
         for number, start in enumerate(range(0, self.resamples, width)):
             rng = np.random.default_rng([self.seed, number])
-            b = min(width, self.resamples - start)
-            weights = np.empty((self.units.count, b), dtype=np.float32)
+            r = min(width, self.resamples - start)
+            weights = np.empty((self.clusters.count, r), dtype=np.float32)
             for own in members:
-                drawn = rng.integers(0, len(own), (b, len(own))) + len(own) * np.arange(b)[:, None]
-                weights[own] = np.bincount(drawn.reshape(-1), minlength=b * len(own)).reshape(b, -1).T
-            yield weights[self.units.of_row]
+                drawn = rng.integers(0, len(own), (r, len(own))) + len(own) * np.arange(r)[:, None]
+                weights[own] = np.bincount(drawn.reshape(-1), minlength=r * len(own)).reshape(r, -1).T
+            yield weights[self.clusters.of_row]
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """One set of test images and the predictions of K heads for them; ``key``: equal for equal images with equal
+    labels; ``cluster_ids``: int [N], equal where images belong together; ``trained_on``: images of train."""
+
+    key: str
+    cluster_ids: np.ndarray
+    predictions: tuple[CalibratedPredictions, ...]
+    trained_on: float = math.nan
+
+    def __len__(self) -> int:
+        return len(self.cluster_ids)
+
+    @property
+    def y(self) -> np.ndarray:
+        return self.predictions[0].y
+
+    @cached_property
+    def clusters(self) -> Clusters:
+        return Clusters.of(self.cluster_ids, self.y)
+
+    def where(self, rows: np.ndarray, name: str) -> TestSet:
+        """The same heads on some of the images, bool [N]."""
+        predictions = tuple(replace(each, z=each.z[rows], y=each.y[rows]) for each in self.predictions)
+        return TestSet(f"{self.key}/{name}", self.cluster_ids[rows], predictions, self.trained_on)
+
+
+@dataclass
+class SharedResamples:
+    """The bootstrap weights of every test set, the same for all heads that are compared on it."""
+
+    resamples: int = 2000
+    seed: int = 0
+    _weights: dict[str, BootstrapWeights] = field(default_factory=dict, repr=False)
+
+    def weights(self, test_set: TestSet) -> BootstrapWeights:
+        if test_set.key not in self._weights:
+            if len(self._weights) > 8:  # each may hold 256 MB; they can be drawn again
+                self._weights.clear()
+            self._weights[test_set.key] = BootstrapWeights(test_set.clusters, self.resamples, self.seed)
+        return self._weights[test_set.key]
+
+
+@dataclass(frozen=True)
+class MeasureEstimate:
+    """A measure with its confidence interval. ``low`` and ``high`` are NaN where there is none; ``method`` says what it
+    is of, or why there is none."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    method: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        return {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {"method": self.method}
+
+
+def bootstrap_estimate(value: float, resampled: np.ndarray, method: str, *, centre: bool = False) -> MeasureEstimate:
+    """The percentile interval of resampled values [R]."""
+    undefined = int(np.isnan(resampled).sum())
+    if math.isnan(value) or undefined > len(resampled) / 2:
+        return MeasureEstimate(value, method=f"undefined in {undefined:,} of {len(resampled):,} resamples")
+    if undefined > OFTEN * len(resampled):
+        method += f", undefined in {undefined:,} of {len(resampled):,}"
+    low, high = percentiles(resampled)
+    if centre:
+        shift = value - float(np.nanmean(resampled))
+        low, high, method = max(0.0, low + shift), high + shift, method + ", centred"
+    return MeasureEstimate(value, low, high, method)
+
+
+class FamilyEstimates:
+    """All measures of one family. What is resampled is computed when an interval first asks for it."""
+
+    def __init__(self, test_sets: Sequence[TestSet], classes: Sequence[str], resamples: SharedResamples) -> None:
+        self.test_sets, self.classes, self.resamples = tuple(test_sets), tuple(classes), resamples
+        self.values = [[evaluate(each, self.classes) for each in test_set.predictions] for test_set in test_sets]
+
+    @property
+    def kind(self) -> str:
+        return self.test_sets[0].predictions[0].kind
+
+    @property
+    def clustered(self) -> bool:
+        return any(test_set.clusters.clustered for test_set in self.test_sets)
+
+    @property
+    def names(self) -> list[str]:
+        """The measures, in the order of ``METRICS``."""
+        return [name for name in METRICS if name in self.values[0][0]]
+
+    def by_test_set(self, name: str, c: int | None = None) -> np.ndarray:
+        """[J]: means over the heads; of a measure, or of that of class or label c."""
+        tables = [[v if c is None else v["per_class"][self.classes[c]] for v in heads] for heads in self.values]
+        return np.array([np.mean([table[name] for table in heads]) for heads in tables])
+
+    def value(self, name: str, c: int | None = None) -> float:
+        return macro(self.by_test_set(name, c))
+
+    @cached_property
+    def _resampled(self) -> tuple[Values, Values]:
+        """Means over the heads: measures [R], of classes [C, R]. Of one test set only."""
+        (test_set,) = self.test_sets
+        heads = [self._of_head(each, test_set) for each in test_set.predictions]
+        overall, of_class = (
+            {name: np.mean([each[name] for each in values], axis=0) for name in values[0]}
+            for values in zip(*heads, strict=True)
+        )
+        return overall, of_class
+
+    def _of_head(self, predictions: CalibratedPredictions, test_set: TestSet) -> list[Values]:
+        measures = WeightedMeasures(predictions)
+        blocks = [measures(weights) for weights in self.resamples.weights(test_set)]
+        return [
+            {name: np.concatenate([each[name] for each in values], axis=-1) for name in values[0]}
+            for values in zip(*blocks, strict=True)
+        ]
+
+    def resampled(self, name: str, c: int | None = None) -> np.ndarray:
+        """[R]"""
+        return self._resampled[0][name] if c is None else self._resampled[1][name][c]
+
+    def estimate(self, name: str, c: int | None = None) -> MeasureEstimate:
+        """A measure, or that of class or label c."""
+        value = self.value(name, c)
+        if math.isnan(value):
+            return MeasureEstimate(value, method="undefined here")
+        if len(self.test_sets) > 1:
+            return self._over_test_sets(value, name, c)
+        if self._is_proportion(name, c) and (counted := self._wilson(value, name, c)) is not None:
+            return counted
+        return bootstrap_estimate(value, self.resampled(name, c), self._method, centre=name == "ece")
+
+    @property
+    def _method(self) -> str:
+        return "cluster bootstrap" if self.clustered else "bootstrap"
+
+    def _is_proportion(self, name: str, c: int | None) -> bool:
+        if c is None:
+            return name in PROPORTIONS and self.kind != "multilabel"
+        return name in (PROPORTIONS if self.kind == "multilabel" else OF_CLASS)
+
+    def _wilson(self, value: float, name: str, c: int | None) -> MeasureEstimate | None:
+        """Wilson's interval where it is the one to take."""
+        (test_set,) = self.test_sets
+        counts = [proportion_counts(each, name, c) for each in test_set.predictions]
+        if value in (0.0, 1.0):
+            n = min(test_set.clusters.among(of) for _, of in counts)
+            method = f"Wilson, {n:,} clusters" if self.clustered else "Wilson"
+            return MeasureEstimate(value, *wilson(int(value * n), n), method)
+        if len(counts) > 1 or self.clustered:
+            return None
+        ((hit, of),) = counts
+        return MeasureEstimate(value, *wilson(int((hit & of).sum()), int(of.sum())), "Wilson")
+
+    def _over_test_sets(self, value: float, name: str, c: int | None) -> MeasureEstimate:
+        values = self.by_test_set(name, c)
+        values = values[~np.isnan(values)]
+        if len(values) < 2:
+            return MeasureEstimate(value, method="defined in one set of test images only")
+        low, high, _ = corrected_t(values, self.ratio)
+        least, most = BOUNDS.get(name, (0.0, 1.0))
+        method = f"corrected t, {len(values)} sets of test images"
+        return MeasureEstimate(value, max(low, least), min(high, most), method)
+
+    @property
+    def ratio(self) -> float:
+        """Images tested / images trained on."""
+        tested, trained = zip(*((len(each), each.trained_on) for each in self.test_sets), strict=True)
+        return float(np.mean(tested) / np.mean(trained))
+
+    def all(self) -> dict[str, MeasureEstimate]:
+        return {name: self.estimate(name) for name in self.names}
+
+    def of_classes(self) -> dict[str, dict[str, MeasureEstimate]]:
+        """By class or label: every measure that is one of a class."""
+        first = self.values[0][0]["per_class"][self.classes[0]]
+        names = [name for name, value in first.items() if isinstance(value, float)]
+        if self.kind == "binary":  # the ranking of one class is that of the other
+            names = [name for name in names if name not in ("auroc", "ap")]
+        return {name: {m: self.estimate(m, c) for m in names} for c, name in enumerate(self.classes)}
+
+    def at_prevalence(self, prevalence: float, c: int | None = None) -> dict[str, MeasureEstimate]:
+        """PPV and NPV where that share of the images is positive, by Bayes from sensitivity and specificity.
+
+        Both grow with both, so where one of the two has no width in a bootstrap, the ends of its Wilson interval and of
+        the other's give an interval that is rather too wide.
+        """
+        hits, rejections = self.estimate("sensitivity", c), self.estimate("specificity", c)
+        value = predictive_values(hits.value, rejections.value, prevalence)
+        if len(self.test_sets) > 1 or {hits.value, rejections.value} & {0.0, 1.0}:
+            low = predictive_values(hits.low, rejections.low, prevalence)
+            high = predictive_values(hits.high, rejections.high, prevalence)
+            ends = {m: (float(value[m]), float(low[m]), float(high[m])) for m in value}
+            return {m: MeasureEstimate(*numbers, "ends of both intervals") for m, numbers in ends.items()}
+        resampled = predictive_values(self.resampled("sensitivity", c), self.resampled("specificity", c), prevalence)
+        return {m: bootstrap_estimate(float(value[m]), resampled[m], self._method) for m in value}
+
+
+def proportion_counts(predictions: CalibratedPredictions, name: str, c: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """bool [N] each: the rows that a proportion counts, and those it counts them among."""
+    predicted, known = predictions.predicted, predictions.known
+    if name == "top5":
+        return predictions.top5, known
+    if name == "accuracy" and not predictions.multilabel:
+        return predicted == predictions.y, known
+    if predictions.multilabel:
+        truth, predicted, known = predictions.y[:, c] == 1, predicted[:, c], known[:, c]
+    else:
+        c = predictions.positive if c is None else c
+        truth, predicted = predictions.y == c, predicted == c
+    hit, of = {
+        "sensitivity": (predicted, truth),
+        "recall": (predicted, truth),
+        "specificity": (~predicted, ~truth),
+        "ppv": (truth, predicted),
+        "precision": (truth, predicted),
+        "npv": (~truth, ~predicted),
+        "accuracy": (predicted == truth, known),
+    }[name]
+    return hit & of & known, of & known

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from heads.evaluation.costs import CHARTED, COSTS, shown
-from heads.metrics import classification
-from heads.metrics import classification as ev
+from heads.metrics.calibration import CalibratedPredictions, measure_scores, predict_labels, probabilities
+from heads.metrics.classification import METRICS, auroc
 from heads.reports.drawing import SERIES, SQUARE, Figure, Matrix, Plot, plain, save_png, short, style_of
 from heads.runs.run import Run, is_of_pixels, load_run
 from heads.task import Predictions
@@ -48,7 +48,7 @@ def save_pictures(folder: Path) -> None:
 
 def top_of(measure: str | None) -> float | None:
     """Measures that are better when higher end at 1; a figure shows no room above it."""
-    return 1.0 if measure in classification.METRICS and classification.METRICS[measure].higher else None
+    return 1.0 if measure in METRICS and METRICS[measure].higher else None
 
 
 # --- which class is predicted for which ---------------------------------------------------------------------------
@@ -62,10 +62,11 @@ def confusion_counts(predictions: TestPredictions) -> np.ndarray:
 
 
 def _counts(run: Run, answers: Predictions) -> np.ndarray:
-    p = ev.probabilities(run.task, answers.z)
-    predicted, y = ev.predict_labels(run.task, p, run.calibration.thresholds, run.positive), answers.y
+    thresholds = run.calibration.thresholds
     if run.task != "multilabel":
-        return classification.confusion_matrix(y, predicted, len(run.classes)).astype(float)
+        return CalibratedPredictions(run.task, answers.z, answers.y, run.positive, thresholds).confusion().astype(float)
+    p, y = probabilities(run.task, answers.z), answers.y
+    predicted = predict_labels(run.task, p, thresholds, run.positive)
     cells = [(y == 1) & (predicted == 1), (y == 1) & (predicted == 0), (y == 0) & (predicted == 1),
              (y == 0) & (predicted == 0)]  # fmt: skip
     return np.stack([cell.sum(axis=0) for cell in cells], axis=1).astype(float)
@@ -109,7 +110,7 @@ def most_confused(predictions: TestPredictions, most: int = 12) -> list[dict[str
 
 def truth_and_score(task: str, answers: Predictions, c: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Of class or label c: bool [m] over images where it is known, and the score; None where one side is missing."""
-    order = ev.measure_scores(task, answers.z)[:, c]
+    order = measure_scores(task, answers.z)[:, c]
     known = ~np.isnan(answers.y[:, c]) if task == "multilabel" else np.ones(len(answers.y), bool)
     truth = answers.y[known, c] == 1 if task == "multilabel" else answers.y == c
     return (truth, order[known]) if truth.any() and not truth.all() else None
@@ -117,7 +118,9 @@ def truth_and_score(task: str, answers: Predictions, c: int) -> tuple[np.ndarray
 
 def _roc_points(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
     """[GRID]: sensitivity at each false positive rate, the steps taken at their upper end."""
-    false_positive_rate, sensitivity, _ = classification.roc_curve(score, truth)
+    from sklearn.metrics import roc_curve
+
+    false_positive_rate, sensitivity, _ = roc_curve(truth, score, drop_intermediate=False)
     return sensitivity[np.searchsorted(false_positive_rate, GRID + 1e-12, side="right") - 1]
 
 
@@ -150,7 +153,7 @@ def curve_figure(
         plot.line([(0, chance), (1, 1 if roc else chance)], "guide")
     keys = _draw_curves(plot, curves, run.classes, [(0.0, 0.0)] if roc else [])
     if roc and len(predictions) == 1 and len(keys) == len(pairs):
-        areas = [classification.auroc(score, truth) for _, ((truth, score),) in pairs]
+        areas = [auroc(score, truth) for _, ((truth, score),) in pairs]
         keys = [(style, f"{name}: AUROC {area:.3f}") for (style, name), area in zip(keys, areas, strict=True)]
     x, y = _operating_point(kind, measured or {})
     if x is not None and y is not None:
@@ -244,7 +247,7 @@ def training_figures(runs: Sequence[Run]) -> list[Figure]:
     several = f"The thick line is the first of {len(runs)} heads." if len(runs) > 1 else ""
     figures = [Figure("Training: loss", loss, several, keys)]
     if by != "val_loss" and by in history[0]:
-        title = classification.METRICS[chosen["by"]].title
+        title = METRICS[chosen["by"]].title
         plot = _history_plot(runs, (by,), f"val {title}", chosen["by"])
         figures.append(Figure(f"Training: {title} on val", plot, several, keys[1:]))
     return figures
@@ -276,7 +279,7 @@ def _path_figures(run: Run) -> list[Figure]:
     values = sorted((row[name], row[column]) for row in history)
     xs = [x for x, _ in values]
     log = xs[0] > 0 and xs[-1] > 20 * xs[0]
-    title = classification.METRICS[measure].title if measure != "loss" else "loss"
+    title = METRICS[measure].title if measure != "loss" else "loss"
     plot = Plot(name, f"val {title}", least=0.02, xlog=log)
     if len(set(xs)) == len(xs):  # with a second setting there are several values at one place
         plot.line(values)
@@ -318,7 +321,7 @@ def learning_figure(
 
 def pareto_figures(families: Sequence[dict[str, Any]], measure: str, higher: bool) -> list[Figure]:
     """Quality against each cost that differs between families; those that no other beats on both are joined."""
-    title = classification.METRICS[measure].title
+    title = METRICS[measure].title
     figures: list[Figure] = []
     both = len({is_of_pixels(f["output"]) for f in families}) == 2
     tested = [(f, test) for f in families if (test := (f["test"] or {}).get(measure)) and test["value"] is not None]

@@ -16,7 +16,7 @@ import numpy as np
 from featurecache.errors import FeatureCacheError
 from heads.explanations.explainer import TINY, Explainer, SourceImage, SourceImages, encoded, seen_part
 from heads.explanations.maps import Map, beside_words, small_overlay
-from heads.metrics import classification as ev
+from heads.metrics.calibration import predict_labels, probabilities
 from heads.reports.figures import TestPredictions
 from heads.runs.run import Run, is_pixels
 from heads.task import Predictions
@@ -98,8 +98,8 @@ def choose(
 
 
 def _items(number: int, run: Run, answers: Predictions) -> list[GalleryItem]:
-    p = ev.probabilities(run.task, answers.z)
-    predicted = ev.predict_labels(run.task, p, run.calibration.thresholds, run.positive)
+    p = probabilities(run.task, answers.z)
+    predicted = predict_labels(run.task, p, run.calibration.thresholds, run.positive)
     if run.task != "multilabel":
         rows = np.arange(len(p))
         columns = (predicted.tolist(), answers.y.tolist(), p[rows, predicted].tolist(), p[rows, answers.y].tolist())

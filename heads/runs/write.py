@@ -26,8 +26,7 @@ from featurecache import __version__
 from featurecache.errors import CannotWrite, RunError
 from featurecache.files.records import plain
 from featurecache.formatting import cell
-from heads.metrics import classification as ev
-from heads.metrics.calibration import Calibration
+from heads.metrics.calibration import Calibration, predict_labels, probabilities
 from heads.runs import run
 from heads.runs.run import BACKBONE, Run, load_run
 from heads.splits import splits_csv
@@ -217,8 +216,8 @@ def _predictions(contents: RunContents) -> tuple[list[str], list[list[Any]]]:
     rows: list[list[Any]] = []
     for split in contents.predictions:
         where, z = contents.calibrated(split)
-        p = ev.probabilities(kind, z)
-        called = ev.predict_labels(kind, p, cuts, positive)
+        p = probabilities(kind, z)
+        called = predict_labels(kind, p, cuts, positive)
         for i, row in enumerate(where.tolist()):
             if kind == "multilabel":
                 truth = ["" if math.isnan(v) else int(v) for v in contents.labels[row].tolist()]

@@ -11,17 +11,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from featurecache.errors import BadOption, ProtocolError
-from heads.metrics import classification
-from heads.metrics import classification as ev
-from heads.metrics.calibration import thresholds
-from heads.metrics.classification import METRICS
+from heads.metrics.calibration import CalibratedPredictions, thresholds
+from heads.metrics.classification import METRICS, evaluate, mean_auroc
 from heads.settings import Settings
 from heads.task import SplitData, Task
 from heads.training.batches import BalancedBatches, PlainBatches, sample_versions
@@ -146,8 +144,8 @@ def score_epoch(
             f"{settings.lr:g} or --standardize zscore helps."
         )
         return {}, False
-    val_loss = ev.nll(task.kind, z, y)
-    value = selection_score(select, task, z, y)
+    predictions = CalibratedPredictions(task.kind, z, y, task.positive)
+    val_loss, value = predictions.nll, selection_score(select, task, predictions)
     head.schedule.after(val_loss)
     goodness = (value if select != "loss" and METRICS[select].higher else -value, -val_loss)
     if better := goodness > head.best:
@@ -160,15 +158,15 @@ def score_epoch(
     return row, better
 
 
-def selection_score(select: str, task: Task, z: np.ndarray, y: np.ndarray) -> float:
-    """The measure that chooses, on val; z [n, C] with prior correction, before any temperature."""
+def selection_score(select: str, task: Task, predictions: CalibratedPredictions) -> float:
+    """The measure that chooses, on val; with prior correction, before any temperature."""
     if select == "loss":
-        return ev.nll(task.kind, z, y)
+        return predictions.nll
     if select == "auroc":
-        value = _auroc(task, z, y)
+        value = mean_auroc(predictions)
     else:
-        cuts = thresholds(task.kind, ev.probabilities(task.kind, z), y, task.positive)
-        measured = ev.evaluate(task.kind, task.classes, z, y, positive=task.positive, cuts=cuts)
+        cuts = thresholds(task.kind, predictions.p, predictions.y, task.positive)
+        measured = evaluate(replace(predictions, thresholds=cuts), task.classes)
         if select not in measured:
             fitting = ", ".join(name for name in METRICS if name in measured)
             raise BadOption(f"--select {select} is not measured for a {task.kind} task. Measures: loss, {fitting}.")
@@ -179,17 +177,3 @@ def selection_score(select: str, task: Task, z: np.ndarray, y: np.ndarray) -> fl
             "--select loss needs none."
         )
     return value
-
-
-def _auroc(task: Task, z: np.ndarray, y: np.ndarray) -> float:
-    """`evaluate`'s AUROC without the rest, which would take most of a small head's time."""
-    scores = ev.measure_scores(task.kind, z)
-    if task.kind == "binary":
-        assert task.positive is not None
-        return classification.auroc(scores[:, task.positive], y == task.positive)
-    if task.multilabel:
-        known = ~np.isnan(y)
-        each = [classification.auroc(scores[k, c], y[k, c] == 1) for c, k in enumerate(known.T)]
-    else:
-        each = [classification.auroc(scores[:, c], y == c) for c in range(z.shape[1])]
-    return classification.macro(np.array(each))

@@ -23,9 +23,8 @@ from torch import nn
 from featurecache.errors import ProtocolError
 from featurecache.formatting import device_title
 from heads.evaluation.controls import all_controls
-from heads.metrics import classification as ev
 from heads.metrics.calibration import Calibration, calibrate
-from heads.metrics.classification import METRICS
+from heads.metrics.classification import METRICS, evaluate
 from heads.models.catalogue import head_info
 from heads.models.common import count_parameters
 from heads.models.solvers import SOLVERS, path_logits
@@ -171,7 +170,7 @@ def _edge(path: Sequence[tuple[dict[str, float], nn.Module]], chosen: int) -> li
 
 def _judged(job: TrainingJob, heads: list[_Candidate], features: TrainingData) -> list[FittedHead | ProtocolError]:
     """Calibration and measures. Every choice is made: from here on nothing changes, and test is read."""
-    held, divided = features.val, job.divided
+    held, divided, task = features.val, job.divided, job.task
     kept = [head for head in heads if head.trained.failed is None]
     if not kept:
         return [head.trained.failed for head in heads if head.trained.failed is not None]
@@ -182,16 +181,15 @@ def _judged(job: TrainingJob, heads: list[_Candidate], features: TrainingData) -
     for head, *raw in zip(kept, z_val, z_test, strict=True):
         settings = head.trained.settings
         calibration, note = calibrate(
-            job.task.kind, raw[0], held.y.numpy(), head.correction, job.task.positive, settings.sensitivity
+            task.kind, raw[0], held.y.numpy(), head.correction, task.positive, settings.sensitivity
         )
         parts = {"val": (held, raw[0]), "test": (test, raw[1])}
         measured = {
-            name: ev.evaluate(
-                job.task.kind, job.task.classes, calibration(z), part.y.numpy(), positive=job.task.positive,
-                cuts=calibration.thresholds,
+            name: evaluate(
+                calibration.predictions(job.task.kind, z, part.y.numpy(), job.task.positive), job.task.classes
             )
             for name, (part, z) in parts.items()
-        }  # fmt: skip
+        }
         fits.append(
             FittedHead(
                 settings, head.model, features.train.scale, calibration, head.trained.history, head.trained.epoch,

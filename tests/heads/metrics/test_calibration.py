@@ -1,0 +1,170 @@
+"""Calibration against scikit-learn, scipy and numbers worked by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fake_view import toy_view
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+
+from featurecache.errors import BadOption
+from heads.metrics import calibration as cal
+from heads.settings import Settings
+from heads.training.job import prepare
+
+
+def sample(n=400, classes=4, seed=0):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, classes, n)
+    return rng.normal(size=(n, classes)) + 1.5 * np.eye(classes)[y], y
+
+
+def test_scores_keep_the_order_where_probabilities_run_into_one():
+    z = np.array([[0.0, 50.0], [0.0, 60.0], [0.0, 70.0], [0.0, -50.0]])
+    assert len(set(cal.probabilities("binary", z)[:, 1])) < 4
+    np.testing.assert_allclose(cal.measure_scores("binary", z)[:, 1], [50, 60, 70, -50])
+
+
+def test_scores_are_the_log_odds():
+    z, _ = sample(classes=5)
+    p = cal.probabilities("multiclass", z)
+    np.testing.assert_allclose(cal.measure_scores("multiclass", z), np.log(p / (1 - p)), rtol=1e-9)
+
+
+def test_youden_threshold_by_hand():
+    """At >= 0.6: sensitivity 1, specificity 2/3; no other cut is as good. Halfway to 0.3 is 0.45."""
+    p, truth = np.array([0.1, 0.3, 0.7, 0.6, 0.9]), np.array([False, False, False, True, True])
+    assert cal.youden_threshold(p, truth) == pytest.approx(0.45)
+    assert cal.youden_threshold(p, np.ones(5, dtype=bool)) == 0.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=40))
+def test_no_threshold_has_a_larger_youden_index(pairs):
+    p, truth = np.array([a for a, _ in pairs]), np.array([b for _, b in pairs])
+    if truth.all() or not truth.any():
+        return
+
+    def youden(cut):
+        return (p >= cut)[truth].mean() - (p >= cut)[~truth].mean()
+
+    best = youden(cal.youden_threshold(p, truth))
+    assert best >= max(youden(cut) for cut in [*p, 0.0, 1.0]) - 1e-12
+
+
+def test_prior_correction_by_hand():
+    """Balanced batches of two classes, 10 % in train: log(0.1/0.5), log(0.9/0.5)."""
+    got = cal.prior_correction(np.array([0.1, 0.9]), np.array([0.5, 0.5]))
+    np.testing.assert_allclose(got, [np.log(0.2), np.log(1.8)])
+    assert cal.prior_correction(np.array([0.5, 0.5, 0]), np.array([0.5, 0.5, 0])).tolist() == [0, 0, 0]
+
+
+def test_prior_correction_gives_the_posterior_of_the_true_prevalence():
+    """Two Gaussians at -1 and 1: trained balanced, the ideal logit is 2x; at prevalence 0.1 it is 2x + log(1/9)."""
+    x = np.linspace(-3, 3, 7)
+    z = np.stack([np.zeros(7), 2 * x], axis=1) + cal.prior_correction(np.array([0.9, 0.1]), np.array([0.5, 0.5]))
+    joint = np.stack([0.9 * np.exp(-((x + 1) ** 2) / 2), 0.1 * np.exp(-((x - 1) ** 2) / 2)], axis=1)
+    np.testing.assert_allclose(cal.probabilities("binary", z), joint / joint.sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+@pytest.mark.parametrize("factor", [0.3, 3.0])
+def test_temperature_is_that_of_the_smallest_nll(kind, factor):
+    z, y = sample()
+    z = z * factor
+    if kind == "multilabel":
+        y = np.eye(4)[y]
+        y[::3, 1] = np.nan
+
+    def nll(log_t):
+        return cal.CalibratedPredictions(kind, z / np.exp(log_t), y).nll
+
+    found = minimize_scalar(nll, bounds=(-3, 3), method="bounded", options={"xatol": 1e-9})
+    assert cal.temperature(kind, z, y) == pytest.approx(np.exp(found.x), rel=1e-5)
+
+
+def test_a_val_separated_without_error_leaves_the_temperature_at_one():
+    z, y = np.array([[3.0, 0.0], [0.0, 2.0]]), np.array([0, 1])
+    calibration, note = cal.calibrate("binary", z, y, np.zeros(2), 1)
+    assert calibration.temperature == 1.0
+    assert "separated without error" in note
+
+
+def test_calibration_goes_to_json_and_back():
+    calibration = cal.Calibration((0.1, -0.2), 1.5, (0.3,))
+    assert cal.Calibration.from_dict(calibration.to_dict()) == calibration
+    np.testing.assert_allclose(calibration(np.array([[1.0, 1.0]])), [[1.1 / 1.5, 0.8 / 1.5]])
+
+
+def test_binary_calls_by_the_threshold_and_others_by_the_largest():
+    p = np.array([[0.7, 0.3], [0.9, 0.1]])
+    assert cal.predict_labels("binary", p, (0.2,), 1).tolist() == [1, 0]
+    assert cal.predict_labels("binary", p, (0.8,), 0).tolist() == [1, 0]
+    assert cal.predict_labels("multiclass", p, (), None).tolist() == [0, 0]
+    assert cal.predict_labels("multilabel", p, (0.8, 0.2), None).tolist() == [[False, True], [True, False]]
+
+
+def test_the_threshold_for_a_wanted_sensitivity_by_hand():
+    """Positives at 0.9, 0.8, 0.6, 0.3: three of four need 0.6; the next below is the negative at 0.5."""
+    p = np.array([0.9, 0.8, 0.6, 0.3, 0.5, 0.1])
+    truth = np.array([True, True, True, True, False, False])
+    assert cal.sensitivity_threshold(p, truth, 0.75) == pytest.approx(0.55)
+    assert cal.sensitivity_threshold(p, truth, 0.76) == pytest.approx(0.2)
+    assert cal.sensitivity_threshold(p, truth, 1.0) == pytest.approx(0.2)
+    assert cal.sensitivity_threshold(p, np.zeros(6, dtype=bool), 0.9) == 0.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([0, 0.1, 0.3, 0.5, 0.9, 1]), st.booleans()), min_size=1), st.floats(0.01, 1))
+def test_no_higher_threshold_reaches_the_wanted_sensitivity(pairs, wanted):
+    p, truth = np.array([a for a, _ in pairs]), np.array([b for _, b in pairs])
+    if not truth.any():
+        return
+    cut = cal.sensitivity_threshold(p, truth, wanted)
+    assert (p >= cut)[truth].mean() >= wanted - 1e-9
+    assert all(
+        (p >= higher)[truth].mean() < wanted - 1e-9 for higher in p[p > cut] if (p >= higher).sum() < (p >= cut).sum()
+    )
+
+
+def test_a_wanted_sensitivity_is_reached_on_val_for_each_label_and_refused_for_several_classes():
+    rng = np.random.default_rng(0)
+    y = (rng.random((200, 2)) < 0.4).astype(np.float32)
+    y[:40, 0] = np.nan
+    z = rng.normal(size=(200, 2)) + np.nan_to_num(y)
+    calibration, _ = cal.calibrate("multilabel", z, y, np.zeros(2), None, 0.9)
+    p = cal.probabilities("multilabel", calibration(z))
+    for c in (0, 1):
+        found = (p[:, c] >= calibration.thresholds[c])[y[:, c] == 1].mean()
+        assert 0.9 <= found < 0.93
+    with pytest.raises(BadOption, match="of 3 classes the most probable is called"):
+        prepare(toy_view(classes=3), Settings("linear", sensitivity=0.9))
+
+
+def test_reliability_bins_equal_scikit_learns_quantile_bins():
+    from sklearn.calibration import calibration_curve
+
+    rng = np.random.default_rng(0)
+    p = rng.random(300)
+    truth = rng.random(300) < p**2
+    share, mean = calibration_curve(truth, p, n_bins=15, strategy="quantile")
+    found = cal.reliability(p, truth)
+    np.testing.assert_allclose([b["p"] for b in found], mean)
+    np.testing.assert_allclose([b["share"] for b in found], share)
+    assert [b["n"] for b in found] == [20] * 15
+
+
+def test_equal_probabilities_share_a_bin_whatever_the_order_of_the_rows():
+    p, truth = np.repeat([0.2, 0.7], [40, 20]), np.tile([1.0, 0.0], 30)
+    order = np.random.default_rng(0).permutation(60)
+    assert len(cal.reliability(p, truth)) == 2
+    assert (cal.mass_bins(p)[order] == cal.mass_bins(p[order])).all()
+
+
+def test_of_several_classes_the_surest_answer_is_judged():
+    predictions = cal.CalibratedPredictions("multiclass", *sample(classes=3))
+    sure, true = cal.confidence(predictions)
+    assert (sure == predictions.p.max(1)).all()
+    assert (true == (predictions.p.argmax(1) == predictions.y)).all()
