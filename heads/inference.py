@@ -60,7 +60,7 @@ def predict(
 
 def each_image(given: list[Image]) -> Iterator[tuple[str, Any]]:
     """(name, encoded bytes or array), or (name, reason) as str for what cannot be read; of DICOM each frame."""
-    from featurecache.sources.dicom_frames import images_of
+    from featurecache.sources.dicom_frames import images_in_file
 
     for number, image in enumerate(given, start=1):
         if isinstance(image, bytes | np.ndarray):
@@ -69,7 +69,7 @@ def each_image(given: list[Image]) -> Iterator[tuple[str, Any]]:
             yield from _source(image)
         else:
             data = _read(lambda path=image: Path(path).read_bytes())  # type: ignore[misc]
-            yield from images_of(str(image), data) if isinstance(data, bytes) else [(str(image), data)]
+            yield from images_in_file(str(image), data) if isinstance(data, bytes) else [(str(image), data)]
 
 
 def _source(data: str | Path) -> Iterator[tuple[str, bytes | np.ndarray | str]]:

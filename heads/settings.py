@@ -121,14 +121,16 @@ class Settings:
     def _check_pixels(self) -> None:
         """What a network from pixels takes, given to a head on features, would do nothing."""
         if self.augment is not None:
-            from featurecache.images.augmentation import parse
+            from featurecache.images.augmentation import parse_augmentation
 
             if "none" in (words := self.augment.split(",")) and len(words) > 1:
                 raise BadOption(
                     f"--augment {self.augment}: none stands alone, and these are steps of one augmentation. ablate "
                     "takes --augment once for each: --augment none --augment flip,rotate10."
                 )
-            object.__setattr__(self, "augment", None if self.augment in ("", "none") else str(parse(self.augment)))
+            object.__setattr__(
+                self, "augment", None if self.augment in ("", "none") else str(parse_augmentation(self.augment))
+            )
         plain = {f.name: f.default for f in fields(Settings)}
         kind = "finetune" if self.head.startswith("finetune:") else "baseline" if is_network(self.head) else "head"
         useless = {"finetune": (), "baseline": OF_FINETUNE, "head": OF_BASELINES}[kind] if self.head else ()

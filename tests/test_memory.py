@@ -25,7 +25,7 @@ from featurecache.extraction.digest_cache import STAT, DigestCache
 from featurecache.images import decoding
 from featurecache.sources import open_source
 from featurecache.sources.base import ImageFiles
-from featurecache.sources.medmnist import _Packed
+from featurecache.sources.medmnist import _PackedImages
 
 HOME = Path(featurecache.__file__).parent.parent
 
@@ -409,8 +409,8 @@ def test_an_unchanged_archive_is_not_unpacked_again(tmp_path: Path, monkeypatch)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8), np.uint8)
     np.savez(path, train_images=pixels, train_labels=np.arange(6) % 2)
     first = look(path, tmp_path / "c")
-    unpack = _Packed._unpack
-    monkeypatch.setattr(_Packed, "_unpack", lambda self: unpacked.append(1) or unpack(self))
+    unpack = _PackedImages._unpack
+    monkeypatch.setattr(_PackedImages, "_unpack", lambda self: unpacked.append(1) or unpack(self))
     second = look(path, tmp_path / "c")
     assert digests_of(second) == digests_of(first) == [decoding.digest(image) for image in pixels]
     assert unpacked == []

@@ -8,7 +8,7 @@ from its code is said by attributes of the network, its class or the factory:
     network.preprocess = {"image_size": 224, "resize": 256, "interpolation": "bilinear", "mean": […], "std": […]}
                           as torchvision's Resize, CenterCrop, ToTensor and Normalize treat a PIL image; "resize" is
                           "squash" (both sides to image_size) or the shortest edge in pixels before the centre is cut
-                          out. Or all fields of featurecache.preprocess.Preprocess.
+                          out. Or all fields of featurecache.images.preprocessing.Preprocess.
     network.keep        = "layer4"   the submodule whose output is kept; without it what the network returns. A map
                           [B,C,h,w] gives tokens, and gap (its average); [B,T,D] gives tokens; [B,D] gives pooler. Or
                           {"tokens": "norm", "pooler": "pool"}: each from its own submodule. A layer named in the

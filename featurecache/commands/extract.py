@@ -66,8 +66,6 @@ def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, A
 
 def _augmented_record(extraction: Extraction) -> dict[str, Any] | None:
     """The copies: how many of how many images, by what; None without any."""
-    from featurecache.images import augmentation
-
     copying = extraction.copying
     if copying is None:
         return None
@@ -79,7 +77,6 @@ def _augmented_record(extraction: Extraction) -> dict[str, Any] | None:
         "copies": len(copying),
         "kept": extraction.kept == made,
         "splits_drawn_later": not any(data.splits),
-        "warnings": augmentation.warnings(made.augmentation, data.classes, data.source),
         **extraction.counts(copies=True),
     }
 
@@ -96,7 +93,6 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
     ]
     if record["augmented"]:
         rows.insert(3, ("augment", _augmented_line(record["augmented"], extraction.name)))
-        rows += [("warning", text) for text in record["augmented"]["warnings"]]
     rows += [("warning", text) for text in _warnings(record["data"])]
     held, copies = record["images_in_cache"], (record["augmented"] or {}).get("in_cache", 0)
     if held or copies:
@@ -310,7 +306,10 @@ EXTRACTION = (  # which images, which backbone, which store: what `extract` and 
         "--views", type=int, metavar="K", help="Augmented copies of each training image. [default: as before]"
     ),
     click.option(
-        "--augment", metavar="STEPS", help="How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …)"
+        "--augment",
+        metavar="STEPS",
+        help="How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). "
+        "Labels stay: leave flips out where the side decides (organs, eyes, hands, writing).",
     ),
     click.option("--augment-seed", default=0, metavar="N", help="Of what --augment draws."),
     click.option("--hash-ids", is_flag=True, help="Keep images under keyed hashes of their names."),

@@ -4,27 +4,25 @@ What lies in a cache: records (``--json``) of stores and views, and the lines of
 
 Leaks as people read them: lines for a terminal, records for ``--json``, a CSV. Names in them come from strangers.
 
-The sheet of leaks: the images of each pair side by side, with names, splits and classes beneath.
+The contact sheet of leaks: the images of each pair side by side, with names, splits and classes beneath.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import BadOption, FeatureCacheError, UnreadableImage
 from featurecache.formatting import aligned, cell, columns, cost_line, one_line, shape_text, size_text
-from featurecache.sources.summary import CELL, GAP, LINE
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw
-
     from featurecache.images.headers import EncodedImage
     from featurecache.maintenance.leaks import LeakFinding, Leaks
     from featurecache.sources.base import Dataset
+    from featurecache.sources.summary import SheetCell
     from featurecache.store.store import Store
     from featurecache.store.view import View
 
@@ -378,9 +376,6 @@ def as_csv(view: View, leaks: Leaks) -> str:
 
 MOST = 24  # pairs of one kind and two splits
 ACROSS = 4  # pairs in a row
-BESIDE = 3  # pixels between the two of a pair
-_WIDTH = 2 * CELL + BESIDE
-_STRIP = CELL + 4 * LINE + GAP
 
 
 def images_of(view: View) -> Dataset:
@@ -395,71 +390,37 @@ def images_of(view: View) -> Dataset:
 
 def draw(view: View, leaks: Leaks, dataset: Dataset) -> bytes:
     """The sheet as the bytes of a PNG. Rows are found by their ids; an image that has gone is an empty frame."""
-    from PIL import Image, ImageDraw
+    from featurecache.sources.summary import SheetSection, grid_of_images
 
-    from featurecache.sources.summary import BETWEEN, FAINT, GAP, HEADING, INK, MARGIN, PAPER, write
-
-    place = {name: row for row, name in enumerate(dataset.ids)}
-    rows_down = [-(-min(len(finding.rows), MOST) // ACROSS) for finding in leaks.findings]
-    width = 2 * MARGIN + ACROSS * (_WIDTH + 2 * GAP) - 2 * GAP
-    height = 2 * MARGIN + 2 * HEADING + sum(HEADING + BETWEEN + down * _STRIP for down in rows_down)
-    sheet = Image.new("RGB", (width, height), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    write(pen, (MARGIN, MARGIN), view.label, 22, INK, width - 2 * MARGIN)
-    found = "what stands in two splits, or under two labels" if leaks.findings else "no leaks were found"
-    write(pen, (MARGIN, MARGIN + 30), found, 13, FAINT, width - 2 * MARGIN)
-    y = MARGIN + 2 * HEADING
-    for finding, down in zip(leaks.findings, rows_down, strict=True):
-        _title(pen, y, width, finding)
-        for number in range(min(len(finding.rows), MOST)):
-            corner = (MARGIN + number % ACROSS * (_WIDTH + 2 * GAP), y + HEADING + number // ACROSS * _STRIP)
-            _pair(sheet, pen, corner, view, finding, number, lambda row: _read(view, dataset, place, row))
-        y += HEADING + BETWEEN + down * _STRIP
-    encoded = io.BytesIO()
-    sheet.save(encoded, "PNG", optimize=True)
-    return encoded.getvalue()
+    row_of = {name: row for row, name in enumerate(dataset.ids)}
+    sections = []
+    for finding in leaks.findings:
+        cells = [_pair(view, finding, number, dataset, row_of) for number in range(min(len(finding.rows), MOST))]
+        rows = [(("", ""), cells[start : start + ACROSS]) for start in range(0, len(cells), ACROSS)]
+        cut = f", the first {MOST}" if finding.count > MOST else ""
+        sections.append(SheetSection(leak_title(finding), leak_size(finding) + cut, rows))
+    about = "what stands in two splits, or under two labels" if sections else "no leaks were found"
+    return grid_of_images(view.label, about, sections)
 
 
-def _title(pen: ImageDraw.ImageDraw, y: int, width: int, finding: LeakFinding) -> None:
-    from featurecache.sources.summary import FAINT, GAP, INK, MARGIN, font, write
+def _pair(view: View, finding: LeakFinding, number: int, dataset: Dataset, row_of: dict[str, int]) -> SheetCell:
+    from featurecache.sources.summary import SheetCell, short_name
 
-    pen.line([(MARGIN, y - 8), (width - MARGIN, y - 8)], "#d9d9d9")
-    shown = f", the first {MOST}" if finding.count > MOST else ""
-    count = leak_size(finding) + shown
-    right = pen.textlength(count, font(13))
-    write(pen, (width - MARGIN - right, y + 2), count, 13, FAINT, right + 1)
-    write(pen, (MARGIN, y), leak_title(finding), 16, INK, width - 2 * MARGIN - right - GAP)
-
-
-def _pair(
-    sheet: Image.Image,
-    pen: ImageDraw.ImageDraw,
-    corner: tuple[int, int],
-    view: View,
-    finding: LeakFinding,
-    number: int,
-    read: Callable[[int], EncodedImage],
-) -> None:
-    from featurecache.sources.summary import CELL, FAINT, INK, LINE, picture, write
-
-    x, y = corner
-    for side, row in enumerate(finding.rows[number].tolist()):
-        left = x + side * (CELL + BESIDE)
-        picture(sheet, pen, (left, y), lambda row=row: read(row))  # type: ignore[misc]
+    images = []
+    for row in finding.rows[number].tolist():
         name = view.ids[row]
-        short = name.rpartition(":")[2] if ":" in name else PurePosixPath(name).stem
+        short = name.rpartition(":")[2] if ":" in name else short_name(name)
         lines = [short, view.splits[row] or "no split", label_text(view, row)]
-        for line, text in enumerate(lines):
-            write(pen, (left, y + CELL + 2 + line * LINE), text, 11, FAINT, CELL)
-    write(pen, (x, y + CELL + 2 + 3 * LINE), pair_note(view, finding, number), 11, INK, _WIDTH)
+        images.append((partial(_read, view, dataset, row_of, row), lines))
+    return SheetCell(images, pair_note(view, finding, number))
 
 
-def _read(view: View, dataset: Dataset, place: dict[str, int], row: int) -> EncodedImage:
+def _read(view: View, dataset: Dataset, row_of: dict[str, int], row: int) -> EncodedImage:
     from featurecache.images.decoding import digest
 
-    if view.ids[row] not in place:
+    if view.ids[row] not in row_of:
         raise UnreadableImage("not among the images any more")
-    data = dataset.read(place[view.ids[row]])
+    data = dataset.read(row_of[view.ids[row]])
     if digest(data).encode() != bytes(view.digests[row]):
         raise UnreadableImage("another image now than when its features were computed")
     return data

@@ -24,7 +24,7 @@ from featurecache.formatting import columns, one_line, shape_text, size_text
 if TYPE_CHECKING:
     from featurecache.maintenance.collect import CollectResult, CompactResult, RemovedView, StoreGarbage
     from featurecache.maintenance.export import ExportResult
-    from featurecache.maintenance.import_features import Imported
+    from featurecache.maintenance.import_features import ImportResult
     from featurecache.maintenance.merge import MergedView, MergeResult
     from featurecache.maintenance.repair import Repair
     from featurecache.maintenance.verify import VerifyReport
@@ -318,7 +318,7 @@ def export_lines(done: ExportResult) -> str:
     return f"exported   {done.rows:,} rows of {', '.join(done.outputs)} to {done.path} ({size_text(done.bytes)})"
 
 
-def import_lines(done: Imported, label: str) -> str:
+def import_lines(done: ImportResult, label: str) -> str:
     kept = " + ".join(shape_text(name, shape) for name, shape in done.outputs.items())
     classes = f", {len(done.classes)} classes" if done.classes else ""
     copies = f", {done.copies:,} copies" if done.copies else ""

@@ -23,7 +23,7 @@ from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies, 
 from featurecache.outputs import Output, parse, parse_list
 from featurecache.sources import open_source
 from featurecache.sources.base import Dataset, may_be_trained_on
-from featurecache.sources.pseudonyms import hidden, load_secret
+from featurecache.sources.pseudonyms import load_secret, pseudonymise
 from featurecache.store.shards import Layout, find_by_digest
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store, cache_folder, find_store, latest_generation, missing_outputs, stores
@@ -64,9 +64,9 @@ def prepare(
     ``remember``: write the digests of files to the cache while they are read, so that even a look that is killed need
     not be repeated; otherwise `Extraction.run` writes them. ``hash_ids``, ``hash_groups``: see
     `featurecache.sources.pseudonyms`. ``views``: so many copies of each training image, made by ``augment``
-    ("flip,rotate10,shift0.1", the words of `augment.KINDS`) and drawn by ``augment_seed``. Where the data have no
-    splits every image gets copies: which of them are for training is decided later. None: those that a view of this
-    name has; 0: none.
+    ("flip,rotate10,shift0.1", the words of `augmentation.OPERATIONS`) and drawn by ``augment_seed``. Where the data
+    have no splits every image gets copies: which of them are for training is decided later. None: those that a view of
+    this name has; 0: none.
     """
     _check_options(on_error, batch_size, workers)
     augmented = augmentation_of(views, augment, augment_seed)
@@ -75,7 +75,7 @@ def prepare(
     folder = cache_folder(cache)
     secret = load_secret(folder) if hash_ids or hash_groups else None
     if secret:
-        dataset = hidden(dataset, secret, ids=hash_ids, groups=hash_groups)
+        dataset = pseudonymise(dataset, secret, ids=hash_ids, groups=hash_groups)
     picked = pick_device(device)
     network = load_backbone(
         backbone, weights=weights, random_weights=random_weights, seed=seed, image_size=image_size, fit=fit

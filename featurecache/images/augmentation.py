@@ -1,26 +1,18 @@
-"""Augmented copies, drawn from the digest; --views, --augment.
-
-Augmented copies of training images, drawn once and stored: ``--views 2 --augment flip,rotate10,shift0.1``.
+"""Augmentation: copies of training images, drawn once and stored, ``--views 2 --augment flip,rotate10,shift0.1``.
 
 An augmentation is a list of steps. They are done in their order by torchvision's operations on the decoded image,
 uint8 [3,H,W], before the backbone's own preprocessing. What a step leaves open (whether to flip, by how many degrees)
 is drawn from the digest of the copy alone: BLAKE2b-128 of the canonical JSON of [digest of the image, augmentation,
 number of the copy]. So a copy has the same pixels in any order, batch, thread or process, and may be made again years
-later.
-
-Where a flipped copy may mean something else than the image: a warning, never a refusal.
-
-Whether a label depends on the side can be guessed from names only: classes called left and right (OS and OD for eyes),
-or digits, letters and other writing. Where nothing is known of the images one general sentence is said.
+later. It keeps the label of its image: flips are to be left out where the side decides (organs, eyes, hands, writing).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +20,6 @@ import numpy as np
 
 from featurecache.errors import BadOption, CacheError, nearest
 from featurecache.files.records import canonical_json
-from featurecache.formatting import abbreviated
 from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
 
@@ -40,55 +31,49 @@ MOST_VIEWS = 10_000
 _DIGEST = np.dtype("S32")
 
 
-def _flip(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
+def _functional() -> Any:
     from torchvision.transforms.v2 import functional
 
-    return functional.horizontal_flip(image) if drawn[0] < 0.5 else image
+    return functional
 
 
-def _vflip(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
-    from torchvision.transforms.v2 import functional
-
-    return functional.vertical_flip(image) if drawn[0] < 0.5 else image
+def _flip(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
+    return _functional().horizontal_flip(image) if drawn[0] < 0.5 else image
 
 
-def _rotate(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
+def _vflip(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
+    return _functional().vertical_flip(image) if drawn[0] < 0.5 else image
+
+
+def _rotate(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
     """Without ``fill``, which is black too but darkens the border twice (torchvision 0.26, `_apply_grid_transform`)."""
     from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional
 
-    return functional.rotate(image, _around(0, amount, drawn[0]), interpolation=InterpolationMode.BILINEAR)
+    return _functional().rotate(image, _around(0, amount, drawn[0]), interpolation=InterpolationMode.BILINEAR)
 
 
-def _shift(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
+def _shift(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
     """By whole pixels, so nothing is interpolated: a crop that begins outside is filled with black."""
-    from torchvision.transforms.v2 import functional
-
     height, width = image.shape[-2:]
     down, right = (round(_around(0, amount * side, u)) for side, u in zip((height, width), drawn, strict=True))
-    return functional.crop(image, -down, -right, height, width)
+    return _functional().crop(image, -down, -right, height, width)
 
 
-def _scale(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
+def _scale(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
     from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional
 
     factor = _around(1, amount, drawn[0])
-    return functional.affine(
+    return _functional().affine(
         image, angle=0.0, translate=[0, 0], scale=factor, shear=[0.0, 0.0], interpolation=InterpolationMode.BILINEAR
     )
 
 
-def _brightness(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
-    from torchvision.transforms.v2 import functional
-
-    return functional.adjust_brightness(image, _around(1, amount, drawn[0]))
+def _brightness(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
+    return _functional().adjust_brightness(image, _around(1, amount, drawn[0]))
 
 
-def _contrast(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> torch.Tensor:
-    from torchvision.transforms.v2 import functional
-
-    return functional.adjust_contrast(image, _around(1, amount, drawn[0]))
+def _contrast(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
+    return _functional().adjust_contrast(image, _around(1, amount, drawn[0]))
 
 
 def _around(middle: float, amount: float, drawn: float) -> float:
@@ -111,7 +96,7 @@ class Operation:
 
 _BILINEAR = {"interpolation": "bilinear", "outside": "black"}
 # To add a step: a function and a line. Its words are in the key of every copy; a change of one raises RULES.
-KINDS: dict[str, Operation] = {
+OPERATIONS: dict[str, Operation] = {
     "flip": Operation(
         "flip", "left and right exchanged, in half of the copies", None, 0, {"probability": 0.5}, 1, _flip
     ),
@@ -134,11 +119,11 @@ class AugmentationStep:
     amount: float = 0.0  # 0 where the word takes none
 
     def __post_init__(self) -> None:
-        if self.word not in KINDS:
+        if self.word not in OPERATIONS:
             raise BadOption(
-                f'--augment: no step is called "{self.word}".{nearest(self.word, KINDS)} There are {_all()}.'
+                f'--augment: no step is called "{self.word}".{nearest(self.word, OPERATIONS)} There are {_all()}.'
             )
-        kind = KINDS[self.word]
+        kind = OPERATIONS[self.word]
         if kind.amount is None and self.amount:
             raise BadOption(f'--augment: "{self}": {self.word} takes no number.')
         if kind.amount and not (math.isfinite(self.amount) and 0 < self.amount <= kind.most):
@@ -151,12 +136,12 @@ class AugmentationStep:
         return self.word + (f"{self.amount:g}" if self.amount else "")
 
     def to_dict(self) -> dict[str, Any]:
-        kind = KINDS[self.word]
+        kind = OPERATIONS[self.word]
         return {"step": self.word, **({kind.amount: self.amount} if kind.amount else {}), **kind.settled}
 
 
 def _all() -> str:
-    return ", ".join(kind.form for kind in KINDS.values())
+    return ", ".join(kind.form for kind in OPERATIONS.values())
 
 
 @dataclass(frozen=True)
@@ -186,7 +171,7 @@ class Augmentation:
         """Raises CacheError for any other record than `to_dict` makes."""
         try:
             steps = tuple(
-                AugmentationStep(r["step"], float(r.get(KINDS[r["step"]].amount, 0))) for r in record["steps"]
+                AugmentationStep(r["step"], float(r.get(OPERATIONS[r["step"]].amount, 0))) for r in record["steps"]
             )
             made = cls(steps, record["seed"])
             same = canonical_json(made.to_dict()) == canonical_json(record)
@@ -208,7 +193,7 @@ class Augmentation:
     def made(self, image: torch.Tensor, digest: bytes) -> torch.Tensor:
         """uint8 [3,H,W] → the copy of that ``digest``, of the same shape, colours interleaved in memory."""
         for number, step in enumerate(self.steps):
-            kind = KINDS[step.word]
+            kind = OPERATIONS[step.word]
             image = kind.make(image, step.amount, uniform_draws(digest, number, kind.draws))
         return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
@@ -224,7 +209,7 @@ def uniform_draws(digest: bytes, step: int, count: int) -> list[float]:
     return [(int.from_bytes(found[k : k + 8], "little") >> 11) / (1 << 53) for k in range(0, 8 * count, 8)]
 
 
-def parse(text: str, seed: int = 0) -> Augmentation:
+def parse_augmentation(text: str, seed: int = 0) -> Augmentation:
     """``flip,rotate10,shift0.1`` as an Augmentation. Raises BadOption."""
     steps = []
     for word in filter(None, (part.strip() for part in text.split(","))):
@@ -271,7 +256,7 @@ def augmentation_of(views: int | None, augment: str | None, seed: int) -> Augmen
         raise BadOption(f"--views is {views}; a number from 0 to {MOST_VIEWS:,} is expected.")
     if augment is None:
         raise BadOption(f"--views {views} needs --augment: how the copies are to differ, some of {_all()}.")
-    return AugmentedCopies(parse(augment, seed), views)
+    return AugmentedCopies(parse_augmentation(augment, seed), views)
 
 
 @dataclass(frozen=True)
@@ -302,52 +287,3 @@ class AugmentationPlan:
         """S32 [first] continued by the digests of the copies."""
         made, of = self.augmented.augmentation, images[self.sources]
         return np.concatenate([images, *(made.digests(of, copy) for copy in range(1, self.augmented.views + 1))])
-
-
-# Words in the names of classes, lower case, and of which flip they mean something else afterwards. Eyes: OD and OS.
-SIDES = {
-    "flip": {
-        "left", "right", "l", "r", "os", "od", "lt", "rt", "lhs", "rhs", "sinistra", "dextra", "links", "rechts",
-        "gauche", "droite", "izquierda", "derecha", "clockwise", "counterclockwise", "anticlockwise", "cw", "ccw",
-    },
-    "vflip": {"top", "bottom", "upper", "lower", "up", "down", "superior", "inferior", "above", "below"},
-}  # fmt: skip
-# Words in the name of the folder or file. MedMNIST's names (pneumoniamnist) are none of them.
-WRITING = {
-    "digit", "digits", "mnist", "emnist", "kmnist", "qmnist", "svhn", "letter", "letters", "character", "characters",
-    "chars", "alphabet", "font", "fonts", "text", "ocr", "handwriting", "words", "plates", "signs", "gtsrb",
-}  # fmt: skip
-_CHARACTERS = 9  # classes of one character from which they are taken for writing; 0 and 1 alone are any two classes
-_HOW = {"flip": "left to right", "vflip": "upside down"}
-
-
-def warnings(augmentation: Augmentation, classes: Sequence[str], source: dict[str, Any]) -> list[str]:
-    """One sentence for each flip among the steps."""
-    words = [step.word for step in augmentation.steps]
-    return [_sentence(word, classes, str(source.get("data", ""))) for word in ("flip", "vflip") if word in words]
-
-
-def _sentence(word: str, classes: Sequence[str], data: str) -> str:
-    sided = [name for name in classes if SIDES[word] & set(_words_in(name))]
-    if sided:
-        return (
-            f"{word} mirrors images {_HOW[word]} and keeps their labels, but {abbreviated(sided, 4)} may depend on the "
-            f"side; leave {word} out if so"
-        )
-    if _is_writing(classes, data):
-        return f"{word} mirrors images {_HOW[word]}, and digits and letters are others then; leave {word} out"
-    return (
-        f"{word} mirrors images {_HOW[word]} and keeps their labels: leave it out where the side decides "
-        "(organs, eyes, hands, writing)"
-    )
-
-
-def _is_writing(classes: Sequence[str], data: str) -> bool:
-    single = sum(len(name.strip()) == 1 for name in classes)
-    return single >= _CHARACTERS or bool(WRITING & set(_words_in(os.path.basename(data.rstrip("/")))))
-
-
-def _words_in(name: str) -> Iterator[str]:
-    """``LeftLung``, ``left_lung`` and ``lung L`` hold the words left, lung, l."""
-    for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name):
-        yield part.lower()

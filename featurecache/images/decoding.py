@@ -1,11 +1,11 @@
 """Encoded bytes → uint8 RGB, by rules that fingerprints contain.
 
-From the encoded bytes of one image to uint8 [3, H, W], by rules that are written down here and have a version.
+Decoding: from the encoded bytes of one image to uint8 RGB [3, H, W], by written rules that have a version.
 
 The rules (``DECODING`` is their version; it is part of what a cache is keyed by):
 
-1. Formats: JPEG, PNG, TIFF, BMP, GIF, WebP, PNM and DICOM (its own rules: `featurecache.dicom`), told by their content,
-   never by the file's name.
+1. Formats: JPEG, PNG, TIFF, BMP, GIF, WebP, PNM and DICOM (its own rules: `featurecache.images.dicom`), told by their
+   content, never by the file's name.
 2. 8-bit grey is repeated into the three channels. 1-, 2- and 4-bit grey spans the full range first.
 3. 16-bit samples v, grey or RGB, become round(v / 257): the full scale of the format onto 0..255, never stretched to
    the values that occur (a 12-bit image in a 16-bit file comes out dark; a TIFF that declares 12 bits does not). A
@@ -21,6 +21,8 @@ The rules (``DECODING`` is their version; it is part of what a cache is keyed by
 JPEG goes through torchvision's operator, which gives Pillow's pixels to the bit in half the time and without the GIL.
 PNG does not: Pillow is as fast there, and torchvision 0.29 ends the interpreter with SIGSEGV on a PNG whose data are
 damaged.
+
+Encoded images: formats, decoding, preprocessing and augmentation.
 """
 
 from __future__ import annotations
@@ -30,17 +32,21 @@ import hashlib
 import io
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from featurecache.errors import UnreadableImage
 from featurecache.images import dicom, headers
 from featurecache.images.headers import MAX_PIXELS, EncodedFrame, EncodedImage, quiet_pillow, refuse_bombs
 
+if TYPE_CHECKING:
+    import torch
+
+
 DECODING = 1
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # others are not tried: EPS would run a program
+
 _NO_WHITE = "which have no fixed white; save it with 8 or 16 bits a sample"
 _WHITE_IS_ZERO = "featurecache: white is zero"
 _MODE_NAMES = {
@@ -135,6 +141,8 @@ def _plain_jpeg(data: bytes, orientation: int) -> torch.Tensor:
     operator = _jpeg_operator()
     if operator is None:
         return _by_pillow(data)
+    import torch
+
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     image: torch.Tensor = operator(encoded, 0, False)  # ImageReadMode.UNCHANGED, orientation as stored
     if image.shape[0] == 1:
@@ -148,6 +156,7 @@ def _jpeg_operator() -> Any:
 
     None in a torchvision without it: then Pillow decodes JPEG too, to the same pixels.
     """
+    import torch
     import torchvision.io  # noqa: F401  (defines the operator)
 
     return getattr(torch.ops.image, "decode_jpeg", None)
@@ -245,6 +254,8 @@ def _channels_first(pixels: np.ndarray) -> torch.Tensor:
 
     Colour stays interleaved in memory, as torchvision's JPEG operator has it and its resize wants it.
     """
+    import torch
+
     image = torch.from_numpy(np.array(pixels, order="C"))
     if image.ndim == 3 and image.shape[2] == 3:
         return image.permute(2, 0, 1)

@@ -1,6 +1,4 @@
-"""What the first bytes say: format, orientation, completeness, frames; limits against bombs.
-
-What the encoded bytes of an image say before anything is decoded.
+"""Image headers: what the encoded bytes say of format, orientation, completeness and number of images before decoding.
 
 Read by hand, because it runs for every image and beside the decoder: Pillow's ``open`` costs about as much as
 decoding a 64×64 JPEG (0.03 of 0.05 ms), and its answer to "how many images" changes with its version, which a digest
@@ -19,6 +17,15 @@ import numpy as np
 
 from featurecache.errors import UnreadableImage
 
+PNG = b"\x89PNG\r\n\x1a\n"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, each in two byte orders
+_ORIENTATION = 0x0112  # Exif 2.32, table 4
+_BASELINE_TO_PROGRESSIVE = (0xC0, 0xC1, 0xC2)  # the Huffman-coded DCT processes (ITU-T T.81, table B.1)
+_NOT_DICOM = (b"\xff\xd8\xff", PNG, b"GIF8", b"RIFF")
+MAX_PIXELS = 178_956_970  # where Pillow itself raises DecompressionBombError: a quarter GiB of 24-bit pixels, twice
+_PILLOW_MODULES = re.compile(r"PIL\.")
+_QUIET = ("ignore", None, Warning, _PILLOW_MODULES, 0)
+
 
 @dataclass(frozen=True)
 class EncodedFrame:
@@ -33,16 +40,6 @@ class EncodedFrame:
 
 
 EncodedImage = bytes | EncodedFrame | np.ndarray  # an image as its source has it: encoded, or an array
-MAX_PIXELS = 178_956_970  # where Pillow itself raises DecompressionBombError: a quarter GiB of 24-bit pixels, twice
-
-_PILLOW_MODULES = re.compile(r"PIL\.")
-_QUIET = ("ignore", None, Warning, _PILLOW_MODULES, 0)
-
-
-def quiet_pillow() -> None:
-    """In place: warnings.catch_warnings would exchange the process-wide list under the feet of other threads."""
-    if _QUIET not in warnings.filters:
-        warnings.filterwarnings("ignore", module=_PILLOW_MODULES.pattern)
 
 
 def refuse_bombs(width: int, height: int) -> None:
@@ -50,12 +47,10 @@ def refuse_bombs(width: int, height: int) -> None:
         raise UnreadableImage(f"{width:,}×{height:,} pixels; more than {MAX_PIXELS:,} are refused (decompression bomb)")
 
 
-PNG = b"\x89PNG\r\n\x1a\n"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, each in two byte orders
-_ORIENTATION = 0x0112  # Exif 2.32, table 4
-_BASELINE_TO_PROGRESSIVE = (0xC0, 0xC1, 0xC2)  # the Huffman-coded DCT processes (ITU-T T.81, table B.1)
-
-_NOT_DICOM = (b"\xff\xd8\xff", PNG, b"GIF8", b"RIFF")
+def quiet_pillow() -> None:
+    """In place: warnings.catch_warnings would exchange the process-wide list under the feet of other threads."""
+    if _QUIET not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_PILLOW_MODULES.pattern)
 
 
 def is_dicom(data: bytes) -> bool:

@@ -1,8 +1,8 @@
-"""Somebody's file of features as a view: of unknown origin, and called so wherever it is shown.
+"""Import of features made elsewhere: a view of unknown origin, and called so wherever it is shown.
 
 The store is that of the content. Its spec says "unknown" for all that decides a feature, and in place of the weights
 stands a digest of the rows: the same file imported twice is one store, whatever it was called. A sample's digest is
-that of its features, `images.digest` of the array (of several outputs one after the other, by name), so that copies
+that of its features, `decoding.digest` of the array (of several outputs one after the other, by name), so that copies
 are still found. The file is read in blocks: once to look at every value, then to store each output.
 """
 
@@ -25,9 +25,9 @@ from featurecache.files.atomic import FORMAT, check_room
 from featurecache.files.locks import shared_lock
 from featurecache.files.records import canonical_json
 from featurecache.formatting import byte_bar
-from featurecache.maintenance.feature_files import BLOCK, ArrayInfo, FeatureFile, open_foreign
+from featurecache.maintenance.feature_files import BLOCK, ArrayInfo, FeatureFile, open_feature_file
 from featurecache.maintenance.row_annotations import (
-    KNOWN,
+    ARRAY_ROLES,
     ImportOptions,
     RowAnnotations,
     annotate_rows,
@@ -43,11 +43,12 @@ from featurecache.store.spec import UNKNOWN, ExtractionSpec
 from featurecache.store.store import Store, cache_folder, create_store, rows_per_shard, stores
 from featurecache.store.write_view import ViewColumns, write_view
 
+_Grid = tuple[int, int]  # height and width in patches
 MOST_ROWS = 1 << 26  # ids and labels are in memory; an archive of kilobytes can declare any number
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportResult:
     """What an import made."""
 
     view: Path
@@ -64,7 +65,7 @@ class Imported:
 class _Source:
     """The features of a file, as they will be stored."""
 
-    foreign: FeatureFile
+    file: FeatureFile
     arrays: dict[str, ArrayInfo]  # by output, sorted
     layouts: dict[str, Layout]
 
@@ -94,61 +95,51 @@ def import_view(
     grid: tuple[int, int] | None = None,
     cache: str | Path | None = None,
     progress: bool = False,
-) -> Imported:
-    """Make a view ``name`` of the features in ``file``; the options are explained by `annotating.Asked`.
+) -> ImportResult:
+    """Make a view ``name`` of the features in ``file``; the options are explained by `ImportOptions`.
 
     ``output``: what to call them (default: `vector` for [N,D], `tokens` for [N,T,D]). ``prefix`` and ``grid``: which of
     the tokens are what, T = len(prefix) + h·w. Raises SourceError, BadOption, UnsafeFile, CannotWrite.
     """
     if safe_name(name) != name:
         raise BadOption(f'"{name[:60]}" cannot be the name of a view; "{safe_name(name)}" can.')
-    foreign = open_foreign(Path(file).expanduser())
-    source = _source(foreign, features_key, output, prefix, grid)
-    asked = ImportOptions(labels, ids_key, splits_key, groups_key, columns, classes, task)
-    said = annotate_rows(foreign, [array.name for array in source.arrays.values()], source.rows, asked)
+    opened = open_feature_file(Path(file).expanduser())
+    source = _source(opened, features_key, output, prefix, grid)
+    options = ImportOptions(labels, ids_key, splits_key, groups_key, columns, classes, task)
+    annotations = annotate_rows(opened, [array.name for array in source.arrays.values()], source.rows, options)
     folder = cache_folder(cache)
     with byte_bar(source.bytes, "look", progress) as bar:
-        digests = np.concatenate([each for _, each, _ in _looked(source, bar)])
+        digests = np.concatenate([each for _, each, _ in _blocks(source, bar)])
     spec = _spec(source, digests)
     _refuse_twin(folder, name, spec)
-    store = create_store(folder, "imported", spec, _provenance(foreign))
-    with shared_lock(store.path, f"the import of {foreign.path.name}"):
+    store = create_store(folder, "imported", spec, _provenance(opened))
+    with shared_lock(store.path, f"the import of {opened.path.name}"):
         new = _store_missing(store, source, digests, progress)
-        path = _write(store, name, source, said, digests)
+        path = _write(store, name, source, annotations, digests)
     copies = len(digests) - len(np.unique(digests))
     outputs = {key: layout.row_shape for key, layout in source.layouts.items()}
-    notes = tuple(_notes(source, said))
-    return Imported(path, outputs, source.rows, copies, said.task, said.classes, new, notes)
+    notes = tuple(_notes(source, annotations))
+    return ImportResult(path, outputs, source.rows, copies, annotations.task, annotations.classes, new, notes)
 
 
 def _source(
-    foreign: FeatureFile,
-    key: str | None,
-    output: str | None,
-    prefix: Sequence[str] | None,
-    grid: tuple[int, int] | None,
+    file: FeatureFile, key: str | None, output: str | None, prefix: Sequence[str] | None, grid: _Grid | None
 ) -> _Source:
-    if key is None and is_export(foreign):
-        arrays = {
-            name: array for name, array in sorted(foreign.arrays.items()) if array.is_features and _is_output(name)
-        }
+    if key is None and is_export(file):
+        arrays = {name: array for name, array in sorted(file.arrays.items()) if array.is_features and _is_output(name)}
         if arrays and (output or prefix is not None or grid):
-            raise BadOption(
-                f"{foreign.path.name} says itself what its features are; leave --output, --prefix, --grid out."
-            )
+            raise BadOption(f"{file.path.name} says what its features are; leave --output, --prefix, --grid out.")
     else:
-        chosen = _chosen(foreign, key)
+        chosen = _chosen(file, key)
         arrays = {_output_name(chosen, output): chosen}
     lengths = {array.shape[0] for array in arrays.values()}
     if len(lengths) != 1 or 0 in lengths or any(0 in array.shape for array in arrays.values()):
-        raise SourceError(
-            f"{foreign.path.name} has no rows of features, or not as many of each: {describe_arrays(foreign)}."
-        )
+        raise SourceError(f"{file.path.name} has no rows of features, or not as many of each: {describe_arrays(file)}.")
     if max(lengths) > MOST_ROWS:
-        raise SourceError(f"{foreign.path.name} has {max(lengths):,} rows; a view has at most {MOST_ROWS:,}.")
+        raise SourceError(f"{file.path.name} has {max(lengths):,} rows; a view has at most {MOST_ROWS:,}.")
     dtype = "float16" if all(array.dtype.itemsize == 2 for array in arrays.values()) else "float32"
-    layouts = {name: _layout(foreign, name, array, dtype, prefix, grid) for name, array in arrays.items()}
-    return _Source(foreign, arrays, layouts)
+    layouts = {name: _layout(file, name, array, dtype, prefix, grid) for name, array in arrays.items()}
+    return _Source(file, arrays, layouts)
 
 
 def _is_output(name: str) -> bool:
@@ -158,34 +149,31 @@ def _is_output(name: str) -> bool:
         return False
 
 
-def _chosen(foreign: FeatureFile, key: str | None) -> ArrayInfo:
+def _chosen(file: FeatureFile, key: str | None) -> ArrayInfo:
     if key is not None:
-        array = array_named(foreign, key, "--features-key")
+        array = array_named(file, key, "--features-key")
         if not array.is_features:
             raise SourceError(
-                f"{key} of {foreign.path.name} is {list(array.shape)} {array.dtype}; features are float16, float32 or "
+                f"{key} of {file.path.name} is {list(array.shape)} {array.dtype}; features are float16, float32 or "
                 "float64, [N,D] or [N,T,D]."
             )
         return array
-    others = {name for role, names in KNOWN.items() if role != "features" for name in names}
-    found = [a for a in foreign.arrays.values() if a.is_features and a.name.lower() not in others]
-    called = [array for array in found if array.name.lower() in KNOWN["features"]]
-    if len(found) == 1 or len(called) == 1:
-        return found[0] if len(found) == 1 else called[0]
-    if not found:
-        raise SourceError(
-            f"{foreign.path.name} has no features, [N,D] or [N,T,D] of floats; it holds {describe_arrays(foreign)}."
-        )
-    raise SourceError(
-        f"{foreign.path.name} holds {describe_arrays(foreign)}. Which are the features? --features-key {found[0].name}"
-    )
+    others = {name for role, names in ARRAY_ROLES.items() if role != "features" for name in names}
+    candidates = [a for a in file.arrays.values() if a.is_features and a.name.lower() not in others]
+    by_name = [array for array in candidates if array.name.lower() in ARRAY_ROLES["features"]]
+    if len(candidates) == 1 or len(by_name) == 1:
+        return candidates[0] if len(candidates) == 1 else by_name[0]
+    there = describe_arrays(file)
+    if not candidates:
+        raise SourceError(f"{file.path.name} has no features, [N,D] or [N,T,D] of floats; it holds {there}.")
+    raise SourceError(f"{file.path.name} holds {there}. Which are the features? --features-key {candidates[0].name}")
 
 
-def _output_name(array: ArrayInfo, asked: str | None) -> str:
+def _output_name(array: ArrayInfo, requested: str | None) -> str:
     vector = len(array.shape) == 2
-    if asked is None:
+    if requested is None:
         return "vector" if vector else "tokens"
-    name = parse(asked).name
+    name = parse(requested).name
     if name.startswith("tokens") == vector:
         kind = "a vector" if vector else "tokens"
         raise BadOption(
@@ -195,16 +183,11 @@ def _output_name(array: ArrayInfo, asked: str | None) -> str:
 
 
 def _layout(
-    foreign: FeatureFile,
-    name: str,
-    array: ArrayInfo,
-    dtype: str,
-    prefix: Sequence[str] | None,
-    grid: tuple[int, int] | None,
+    file: FeatureFile, name: str, array: ArrayInfo, dtype: str, prefix: Sequence[str] | None, grid: _Grid | None
 ) -> Layout:
-    kept = foreign.places.get(array.name) or {}
-    if prefix is None and grid is None and kept.get("grid") and kept.get("prefix") is not None:
-        prefix, grid = kept["prefix"], kept["grid"]
+    stated = file.places.get(array.name) or {}
+    if prefix is None and grid is None and stated.get("grid") and stated.get("prefix") is not None:
+        prefix, grid = stated["prefix"], stated["grid"]
     shape = array.shape[1:]
     if prefix is None and grid is None:
         return Layout(name, shape, dtype)
@@ -212,12 +195,12 @@ def _layout(
         raise BadOption(f"--prefix and --grid are for tokens [N,T,D], not for {name} {list(shape)}.")
     if grid is None or len(prefix or ()) + grid[0] * grid[1] != shape[0]:
         rest = shape[0] - len(prefix or ())
-        found = f"{len(prefix or ())} + {grid[0]}·{grid[1]}" if grid else "--prefix alone"
-        raise BadOption(f"{found} does not say what {shape[0]} tokens are; --grid HxW has to cover {rest} of them.")
+        tokens = f"{len(prefix or ())} + {grid[0]}·{grid[1]}" if grid else "--prefix alone"
+        raise BadOption(f"{tokens} does not say what {shape[0]} tokens are; --grid HxW has to cover {rest} of them.")
     return Layout(name, shape, dtype, tuple(prefix or ()), grid)
 
 
-def _looked(source: _Source, bar: tqdm) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
+def _blocks(source: _Source, bar: tqdm) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
     """(first row, digests [b], rows [b, ...] by output), all of one block; every value was looked at."""
     step = max(1, BLOCK // sum(max(a.row_bytes, source.layouts[k].row_bytes) for k, a in source.arrays.items()))
     start = 0
@@ -228,7 +211,7 @@ def _looked(source: _Source, bar: tqdm) -> Iterator[tuple[int, np.ndarray, dict[
         start += count
         bar.update(sum(block.nbytes for block in blocks.values()))
     if start != source.rows:
-        raise SourceError(f"{source.foreign.path.name} ends after {start:,} of {source.rows:,} rows.")
+        raise SourceError(f"{source.file.path.name} ends after {start:,} of {source.rows:,} rows.")
 
 
 def _stored(source: _Source, key: str, part: np.ndarray, start: int) -> np.ndarray:
@@ -241,16 +224,16 @@ def _stored(source: _Source, key: str, part: np.ndarray, start: int) -> np.ndarr
         row = int(np.argmin(fine))
         why = "does not fit float32" if np.isfinite(part[row]).all() else "is not finite (NaN or infinity)"
         name = source.arrays[key].name
-        raise SourceError(f"row {start + row:,} of {name} in {source.foreign.path.name} has a value that {why}.")
+        raise SourceError(f"row {start + row:,} of {name} in {source.file.path.name} has a value that {why}.")
     return block
 
 
 def _digest(rows: list[np.ndarray]) -> bytes:
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for row in rows:
-        found.update(f"{row.dtype.str} {list(row.shape)} ".encode())
-        found.update(row.data)
-    return found.hexdigest().encode()
+        digest.update(f"{row.dtype.str} {list(row.shape)} ".encode())
+        digest.update(row.data)
+    return digest.hexdigest().encode()
 
 
 def _spec(source: _Source, digests: np.ndarray) -> ExtractionSpec:
@@ -264,10 +247,10 @@ def _spec(source: _Source, digests: np.ndarray) -> ExtractionSpec:
     )  # fmt: skip
 
 
-def _provenance(foreign: FeatureFile) -> dict[str, Any]:
+def _provenance(file: FeatureFile) -> dict[str, Any]:
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    said = {"claims": foreign.attributes["fingerprint"][:64]} if is_export(foreign) else {}
-    origin = {"origin": "imported", "file": str(foreign.path.absolute()), "when": when, **said}
+    claims = {"claims": file.attributes["fingerprint"][:64]} if is_export(file) else {}
+    origin = {"origin": "imported", "file": str(file.path.absolute()), "when": when, **claims}
     return {"backbone": "imported", **origin, "versions": {"featurecache": __version__}}
 
 
@@ -302,10 +285,10 @@ def _store_rows(store: Store, source: _Source, key: str, digests: np.ndarray, to
     writer: ShardWriter | None = None
     done = 0
     try:
-        for start, found, blocks in _looked(source, bar):
-            stop = start + len(found)
-            if (found != digests[start:stop]).any():
-                raise SourceError(f"{source.foreign.path} changed while it was imported; import it again.")
+        for start, now, blocks in _blocks(source, bar):
+            stop = start + len(now)
+            if (now != digests[start:stop]).any():
+                raise SourceError(f"{source.file.path} changed while it was imported; import it again.")
             while done < len(todo) and todo[done] < stop:
                 writer = writer or ShardWriter(store.path, digests[todo[done : done + length]], layout, notes)
                 end = min(done - done % length + length, int(np.searchsorted(todo, stop)))
@@ -320,28 +303,30 @@ def _store_rows(store: Store, source: _Source, key: str, digests: np.ndarray, to
             writer.discard()
 
 
-def _write(store: Store, name: str, source: _Source, said: RowAnnotations, digests: np.ndarray) -> Path:
+def _write(store: Store, name: str, source: _Source, annotations: RowAnnotations, digests: np.ndarray) -> Path:
     attributes: dict[str, Any] = {
-        "classes": json.dumps(said.classes, ensure_ascii=False),
-        "task": said.task,
+        "classes": json.dumps(annotations.classes, ensure_ascii=False),
+        "task": annotations.task,
         "spec": canonical_json(store.spec.to_dict()),
         "fingerprint": store.fingerprint,
         "provenance": canonical_json(store.provenance),
         "format_version": FORMAT,
-        "source": canonical_json({"kind": "import", "data": str(source.foreign.path.absolute())}),
+        "source": canonical_json({"kind": "import", "data": str(source.file.path.absolute())}),
         "failed": "[]",
     }
-    rows = ViewColumns(said.ids, said.labels, said.splits, digests, said.groups, said.meta)
+    rows = ViewColumns(
+        annotations.ids, annotations.labels, annotations.splits, digests, annotations.groups, annotations.meta
+    )
     located = {layout: store.locate(layout, digests) for layout in source.layouts.values()}
     return write_view(store, name, rows, attributes, located)
 
 
-def _notes(source: _Source, said: RowAnnotations) -> Iterator[str]:
+def _notes(source: _Source, annotations: RowAnnotations) -> Iterator[str]:
     for key, array in source.arrays.items():
         yield f"{array.name} {list(array.shape)} {array.dtype} is kept as {key}, {source.layouts[key].dtype}."
-    if said.unused:
-        yield f"Left out: {', '.join(said.unused)}."
-    if said.task == "unlabelled":
+    if annotations.unused:
+        yield f"Left out: {', '.join(annotations.unused)}."
+    if annotations.task == "unlabelled":
         yield "There are no labels: --labels FILE or the name of an array in the file brings them."
     for key, layout in source.layouts.items():
         if len(layout.row_shape) == 2 and layout.grid is None and len(parse(key).size) != 1:

@@ -1,4 +1,4 @@
-"""Where images and their labels come from: ``open_source`` makes a ``Dataset`` of what ``--data`` names.
+"""Data sources: ``open_source`` makes a ``Dataset``, images and their labels, of what ``--data`` names.
 
 To add a source: a function that returns a Dataset, in a file of its own, and one line in ``SOURCES``.
 """
@@ -16,15 +16,14 @@ import numpy as np
 
 from featurecache.errors import NotFetched, SourceError, nearest
 from featurecache.sources import fetching, huggingface, medmnist, torchvision_datasets
-from featurecache.sources.base import Dataset, ImageArrays, resolve_task, source_record
+from featurecache.sources.base import Dataset, ImageArrays, source_record
 from featurecache.sources.dicom_frames import expand_frames
 from featurecache.sources.folders import open_folder
-from featurecache.sources.huggingface import is_saved_dataset
-from featurecache.sources.medmnist import open_npz
-from featurecache.sources.pseudonyms import hidden, known_secret
+from featurecache.sources.labels import resolve_labels
+from featurecache.sources.pseudonyms import pseudonymise, secret_of
 from featurecache.sources.published_layouts import is_chest_xray, is_tiny_imagenet, open_chest_xray, open_tiny_imagenet
 from featurecache.sources.summary import contact_sheet, describe
-from featurecache.sources.tables import open_table
+from featurecache.sources.tables import TABLES, open_table
 from featurecache.sources.webdataset import is_pattern, is_webdataset, open_webdataset
 
 __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe", "open_source", "reopen"]
@@ -52,21 +51,20 @@ def _digits(_: str, columns: Columns, task: str | None) -> Dataset:
     """
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = np.rint(found.images * (255 / 16)).astype(np.uint8)
-    classes = [str(digit) for digit in range(10)]
-    settled = resolve_task(task, classes, False, "digits")
-    labels = found.target.astype(np.int64)
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    numbers = [str(digit) for digit in range(10)]
+    labels, classes, resolved = resolve_labels(digits.target.astype(np.int64), numbers, task, "digits")
     return Dataset(
         name="digits",
         source=source_record("digits", "digits", None, task),
         ids=[f"digits:{row}" for row in range(len(images))],
-        labels=labels if settled != "unlabelled" else np.full_like(labels, -1),
+        labels=labels,
         splits=[""] * len(images),
         groups=None,
         meta={},
-        classes=classes if settled != "unlabelled" else [],
-        task=settled,
+        classes=classes,
+        task=resolved,
         images=ImageArrays([images]),
     )
 
@@ -94,16 +92,16 @@ SOURCES: dict[str, Source] = {
     ),
     "folder": Source(
         "a folder of images", "images, in class folders or not, with or without train/val/test above them",
-        lambda path: os.path.isdir(path) and not is_saved_dataset(path),
+        lambda path: os.path.isdir(path) and not huggingface.is_saved_dataset(path),
         lambda path, columns, task: open_folder(path, task),
     ),
     "table": Source(
         "a table (.csv, .tsv, .parquet)", "a path a row, with label or label columns, split, group",
-        lambda path: path.lower().endswith((".csv", ".tsv", ".parquet", ".pq")), open_table, columns=True,
+        lambda path: path.lower().endswith(TABLES), open_table, columns=True,
     ),
     "npz": Source(
         "an .npz of MedMNIST's form", "arrays train_images, train_labels, and the same of val and test",
-        lambda path: path.lower().endswith(".npz"), lambda path, columns, task: open_npz(path, task),
+        lambda path: path.lower().endswith(".npz"), lambda path, columns, task: medmnist.open_npz(path, task),
     ),
     "medmnist": Source(
         medmnist.FORM, "the twelve 2D sets, with their published classes and tasks (extra `medmnist`)",
@@ -117,10 +115,10 @@ SOURCES: dict[str, Source] = {
     ),
     "hf": Source(
         huggingface.FORM, "a dataset of the Hugging Face hub, or a folder of its `save_to_disk` (extra `hf`)",
-        is_saved_dataset, huggingface.open_hub, "hf:", huggingface.fetch_hub, columns=True,
+        huggingface.is_saved_dataset, huggingface.open_hub, "hf:", huggingface.fetch_hub, columns=True,
     ),
     "kaggle": Source(
-        fetching.FORM, "a data set of Kaggle, opened as the folder or table it is (extra `kaggle`)",
+        fetching.KAGGLE, "a data set of Kaggle, opened as the folder or table it is (extra `kaggle`)",
         _never, lambda words, columns, task: fetching.open_kaggle(words, columns, task, open_source),
         "kaggle:", fetching.fetch_kaggle, columns=True,
     ),
@@ -152,7 +150,7 @@ def reopen(source: Mapping[str, Any]) -> Dataset:
     kind, what = _find(source["data"])
     dataset = _open(kind, what, source["data"], source.get("columns"), source.get("task"))
     ids, groups = bool(source.get("hash_ids")), bool(source.get("hash_groups"))
-    return hidden(dataset, known_secret(source), ids=ids, groups=groups) if ids or groups else dataset
+    return pseudonymise(dataset, secret_of(source), ids=ids, groups=groups) if ids or groups else dataset
 
 
 def _open(kind: str, what: str, data: str | Path, columns: Columns, task: str | None) -> Dataset:

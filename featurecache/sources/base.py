@@ -1,6 +1,4 @@
-"""Dataset, ImageFiles, ImageArrays: names, labels, splits, groups, and how to read one image.
-
-One dataset: what each image is called, what it is labelled, and how to read it.
+"""Dataset: N labelled images, what each is called, and how its bytes or pixels are read.
 
 Every source (a folder, a table, an archive) makes one of these, and nothing after it knows which it was. Row i is the
 same image in every field. About 300 bytes an image: the images themselves stay where they are.
@@ -20,23 +18,10 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from featurecache.errors import SourceError, UnreadableImage
+from featurecache.errors import UnreadableImage
 from featurecache.images.headers import EncodedFrame, EncodedImage
+from featurecache.sources.labels import TASKS
 
-
-def may_be_trained_on(dataset: Dataset) -> np.ndarray:
-    """bool [N]: the samples that have augmented copies. Where the data have no splits, all: train is drawn later."""
-    if not any(dataset.splits):
-        return np.ones(len(dataset), bool)
-    return np.array(dataset.splits) == "train"
-
-
-# What people call their splits -> what we call them.
-SPLITS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
 # Opening a pipe must not wait for its other end.
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _LONGEST_NAME = 80  # characters: with .h5 behind it and four bytes each still a file name (255 bytes)
@@ -171,6 +156,13 @@ class ImageRows:
         return self.read_row(row)
 
 
+def may_be_trained_on(dataset: Dataset) -> np.ndarray:
+    """bool [N]: the samples that have augmented copies. Where the data have no splits, all: train is drawn later."""
+    if not any(dataset.splits):
+        return np.ones(len(dataset), bool)
+    return np.array(dataset.splits) == "train"
+
+
 def safe_name(text: str) -> str:
     """``text`` as the name of a view: letters of any script, digits, ``_``, ``-``, ``.``; no dot or dash in front."""
     name = re.sub(r"[^\w.-]+", "-", text).strip("-.")
@@ -181,50 +173,3 @@ def source_record(kind: str, data: str, columns: dict[str, str] | None, task: st
     """What ``sources.reopen`` needs: the arguments of ``open_source`` that were given."""
     given = {"kind": kind, "data": data, "columns": columns, "task": task}
     return {key: value for key, value in given.items() if value is not None}
-
-
-def resolve_task(asked: str | None, classes: Sequence[str], several: bool, where: str) -> str:
-    """The task of a dataset, as asked for or as its labels have it. Raises SourceError where they contradict."""
-    if asked is not None and asked not in TASKS:
-        raise SourceError(f"the task {asked!r} is unknown; it is one of {', '.join(TASKS)}.")
-    if several:
-        found = "multilabel"
-    else:
-        found = {0: "unlabelled", 2: "binary"}.get(len(classes), "multiclass")
-    if asked is None or asked == found or asked == "unlabelled":
-        return asked or found
-    fits = {"multiclass": ("binary",), "ordinal": ("binary", "multiclass")}
-    if found not in fits.get(asked, ()):
-        labels = f"{len(classes)} {'labels' if several else 'classes'}" if classes else "no labels"
-        raise SourceError(f"{where} has {labels}: its task is {found}, it cannot be {asked}.")
-    return asked
-
-
-def split_names(words: Sequence[str], wrong: Callable[[int, str], SourceError]) -> list[str]:
-    """train, val, test or nothing for each word that people use for them; raises what ``wrong`` makes of another."""
-    for row, word in enumerate(words):
-        if word and word.lower() not in SPLITS:
-            raise wrong(row, word)
-    return [SPLITS[word.lower()] if word else "" for word in words]
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """``names`` with a number behind each that stood there before: two classes may not share a name."""
-    seen: dict[str, int] = {}
-    found = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return found if len(set(found)) == len(found) else unique_names(found)
-
-
-def class_labels(values: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    """int64 [N]: the index of each name in ``classes``; -1 where the name is empty."""
-    index = {name: number for number, name in enumerate(classes)}
-    return np.fromiter((index[value] if value else -1 for value in values), np.int64, len(values))
-
-
-def abbreviated(words: Sequence[Any], most: int = 5) -> str:
-    """``a, b, c`` or ``a, b, c, … (12)``."""
-    shown = ", ".join(str(word) for word in words[:most])
-    return shown if len(words) <= most else f"{shown}, … ({len(words):,} in all)"

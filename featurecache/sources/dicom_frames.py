@@ -75,7 +75,7 @@ def may_be_dicom(name: str) -> bool:
     return ending in EXTENSIONS or ((not ending or ending[1:].isdigit()) and name.upper() != "DICOMDIR")
 
 
-def starts_like(path: str) -> bool:
+def is_dicom_file(path: str) -> bool:
     """Whether a file is DICOM by its content. One that cannot be opened is none."""
     try:
         with open_image_file(path) as (descriptor, _), as_unreadable(path):
@@ -84,7 +84,7 @@ def starts_like(path: str) -> bool:
         return False
 
 
-def images_of(name: str, data: bytes) -> list[tuple[str, bytes | EncodedFrame]]:
+def images_in_file(name: str, data: bytes) -> list[tuple[str, bytes | EncodedFrame]]:
     """The images of one file, by name: itself, or its frames."""
     try:
         frames = dicom.read_header(data).frames if is_dicom(data) else 1
@@ -122,7 +122,7 @@ def _is_one(root: str, name: str) -> bool:
     if number is not None:
         return True
     ending = os.path.splitext(file)[1].lower()
-    return ending in EXTENSIONS or (may_be_dicom(os.path.basename(file)) and starts_like(os.path.join(root, file)))
+    return ending in EXTENSIONS or (may_be_dicom(os.path.basename(file)) and is_dicom_file(os.path.join(root, file)))
 
 
 def _file_of(root: str, name: str) -> tuple[str, int | None]:

@@ -1,14 +1,13 @@
 """Downloads: folders, leftovers, kaggle:, one sentence per failure.
 
-``kaggle:<owner>/<set>[/versions/<n>][/inside]``: a data set of Kaggle, opened as the folder or table that it is.
-
-The copy that kagglehub (extra ``kaggle``) keeps on this machine is looked for first, without kagglehub; of several
-versions the newest. What is opened is the first folder, going down, that holds more than one other folder.
-
-What the sources that fetch have in common: where files go, packages that may be missing, and networks that are.
+Downloads: where files go, optional packages, networks that fail; and ``kaggle:``, which kagglehub downloads.
 
 A source first opens what is on this machine; only where nothing is does it fetch, and never when a view opens its
 images again. A failed fetch ends soon and with one sentence that says what to type where there is a network.
+
+``kaggle:<owner>/<set>[/versions/<n>][/inside]`` is opened as the folder or table that it is. The copy that kagglehub
+(extra ``kaggle``) keeps on this machine is looked for first, without kagglehub; of several versions the newest. What is
+opened is the first folder, going down, that holds more than one other folder.
 """
 
 from __future__ import annotations
@@ -27,120 +26,51 @@ from pathlib import Path
 from typing import Any
 
 from featurecache.errors import NotFetched, SourceError, first_line
-from featurecache.sources.base import Dataset, abbreviated, safe_name, source_record
+from featurecache.formatting import abbreviated
+from featurecache.sources.base import Dataset, safe_name, source_record
 from featurecache.sources.folders import is_image
+from featurecache.sources.tables import TABLES
 
-FORM = "kaggle:<owner>/<set>"
-_WORDS = re.compile(r"([\w.-]+)/([\w.-]+)(?:/versions/(\d+))?(?:/(.+))?")
-_TABLES = (".csv", ".tsv", ".parquet", ".pq")
+VARIABLE = "FEATURECACHE_DATA"
+PATIENCE = 15.0  # seconds without a byte after which a server counts as out of reach
+KAGGLE = "kaggle:<owner>/<set>"
+_KAGGLE = re.compile(r"([\w.-]+/[\w.-]+)(?:/versions/(\d+))?(?:/(.+))?")
 _DEPTH = 8
 
 
 @dataclass(frozen=True)
-class _Asked:
-    owner: str
+class SourceOptions:
+    """A published set as ``--data`` names it, ``kind:name[:variant][@version][@folder]``; `str` gives that again."""
+
+    kind: str
     name: str
-    version: int | None
-    inside: str
+    variant: str = ""
+    version: str = ""
+    folder: str | None = None  # absolute
 
-    @property
-    def handle(self) -> str:
-        return f"{self.owner}/{self.name}" + (f"/versions/{self.version}" if self.version else "")
+    @classmethod
+    def parse(cls, kind: str, text: str, *, with_folder: bool = True) -> SourceOptions:
+        """Of what stands behind ``kind:``. A folder has a ``/`` in its name, or is there."""
+        name, *words = text.split("@")
+        folder = None
+        for place, word in enumerate(words):
+            is_folder = "/" in word or word.startswith((".", "~")) or (os.path.isdir(word) and not word.isdigit())
+            if with_folder and is_folder:
+                folder = os.path.abspath(os.path.expanduser("@".join(words[place:])))
+                words = words[:place]
+                break
+        name, _, variant = name.partition(":")
+        return cls(kind, name, variant, "@".join(words), folder)
 
-    @property
-    def words(self) -> str:
-        return f"kaggle:{self.handle}" + (f"/{self.inside}" if self.inside else "")
-
-    @property
-    def place(self) -> Path:
-        """Where kagglehub keeps it: <n>.complete and versions/<n> for each version (kagglehub/cache.py)."""
-        cache = os.environ.get("KAGGLEHUB_CACHE") or Path.home() / ".cache" / "kagglehub"
-        return Path(cache).expanduser().absolute() / "datasets" / self.owner / self.name
-
-
-def open_kaggle(
-    words: str, columns: dict[str, str] | None, task: str | None, open_path: Callable[..., Dataset]
-) -> Dataset:
-    """The set of ``words`` from kagglehub's folder; ``open_path`` opens what lies there. Raises NotFetched."""
-    asked = _parse(words)
-    versions = _complete(asked)
-    if not versions:
-        raise _absent(asked)
-    asked = replace(asked, version=max(versions))
-    top = asked.place / "versions" / str(asked.version)
-    inner = top / asked.inside
-    if not inner.exists() or top.resolve() not in [inner.resolve(), *inner.resolve().parents]:
-        raise SourceError(
-            f"there is no {asked.inside} in {asked.handle} ({top}); it has {abbreviated(sorted(os.listdir(top)))}."
-        )
-    dataset = open_path(str(_down(asked, inner)), columns=columns, task=task)
-    return replace(dataset, name=safe_name(asked.name), source=source_record("kaggle", asked.words, columns, task))
-
-
-def fetch_kaggle(words: str) -> None:
-    """Let kagglehub download the set of ``words``. Raises SourceError."""
-    asked = _parse(words)
-    kagglehub = package("kagglehub", "kaggle", f"to fetch {asked.handle}")
-    with fetching(partial(_absent, asked)):
-        place = kagglehub.dataset_download(asked.handle)
-        if not _complete(asked):
-            raise SourceError(f"kagglehub mounts {asked.handle} at {place}, as in notebooks: give --data {place}")
-
-
-def _complete(asked: _Asked) -> list[int]:
-    """Versions that were unpacked to the end: those that kagglehub marked."""
-    marks = [path.stem for path in asked.place.glob("*.complete")]
-    found = [int(mark) for mark in marks if mark.isdigit() and (asked.place / "versions" / mark).is_dir()]
-    return [number for number in found if asked.version in (None, number)]
-
-
-def _down(asked: _Asked, folder: Path) -> Path:
-    """The folder, or the only table, that holds the data. Raises SourceError where that cannot be told."""
-    for _ in range(_DEPTH):
-        if folder.is_file():
-            return folder
-        names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "__MACOSX")
-        inner = [name for name in names if (folder / name).is_dir()]
-        tables = [name for name in names if name.lower().endswith((*_TABLES, ".npz"))]
-        if any(map(is_image, names)) or (len(inner) > 1 and not tables):
-            return folder
-        if len(inner) + len(tables) != 1:
-            choices = [f"kaggle:{asked.handle}/{_below(asked, folder / name)}" for name in [*inner, *tables]]
-            if not choices:
-                raise SourceError(f"{asked.handle} holds no folder of images and no table ({folder}).")
-            raise SourceError(
-                f"{asked.handle} holds {abbreviated([*inner, *tables])}: say which, such as {abbreviated(choices, 3)}."
-            )
-        folder = folder / [*inner, *tables][0]
-    return folder
-
-
-def _below(asked: _Asked, path: Path) -> str:
-    return path.relative_to(asked.place / "versions" / str(asked.version)).as_posix()
-
-
-def _parse(words: str) -> _Asked:
-    found = _WORDS.fullmatch(words.strip("/"))
-    if not found or ".." in words.split("/"):
-        raise SourceError(
-            f'kaggle:{words} is no name of a data set; expected {FORM}, such as "kaggle:owner/chest-xrays".'
-        )
-    owner, name, version, inside = found.groups()
-    return _Asked(owner, name, int(version) if version else None, inside or "")
-
-
-def _absent(asked: _Asked, why: str = "") -> NotFetched:
-    return not_here(asked.handle, asked.place, asked.words, "--data FOLDER, once it is unpacked", why)
-
-
-VARIABLE = "FEATURECACHE_DATA"
-PATIENCE = 15.0  # seconds without a byte after which a server counts as out of reach
+    def __str__(self) -> str:
+        signs = ((":", self.variant), ("@", self.version), ("@", self.folder))
+        return f"{self.kind}:{self.name}" + "".join(f"{sign}{word}" for sign, word in signs if word)
 
 
 def data_folder() -> Path:
     """Where published data sets are looked for and put: ``$FEATURECACHE_DATA``, else the user's cache folder."""
-    if given := os.environ.get(VARIABLE):
-        return Path(given).expanduser().absolute()
+    if folder := os.environ.get(VARIABLE):
+        return Path(folder).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featurecache" / "data"
 
 
@@ -153,16 +83,7 @@ def package(name: str, extra: str, what: str) -> Any:
         raise SourceError(f"{name.partition('.')[0]} is needed {what}: pip install 'featurecache[{extra}]'.") from error
 
 
-def at_place(words: str) -> tuple[list[str], str | None]:
-    """``name[@word…][@folder]`` → name and words; the folder, absolute. One without a ``/`` has to be there."""
-    first, *rest = words.split("@")
-    for place, word in enumerate(rest):
-        if "/" in word or word.startswith((".", "~")) or (os.path.isdir(word) and not word.isdigit()):
-            return [first, *rest[:place]], os.path.abspath(os.path.expanduser("@".join(rest[place:])))
-    return [first, *rest], None
-
-
-def not_here(what: str, where: str | Path, source: str, copy: str, why: str) -> NotFetched:
+def not_here(what: str, where: str | Path, source: object, copy: str, why: str) -> NotFetched:
     """The sentence about a data set that is not on this machine; ``copy``: how one that the user has is named; ``why``:
     the reason that it could not be fetched, where that was tried."""
     tried = f" and could not be fetched ({why})" if why else ""
@@ -213,3 +134,96 @@ def _move(draft: Path, folder: Path) -> None:
             _move(entry, place)
         else:
             entry.replace(place)
+
+
+# -- Kaggle
+
+
+@dataclass(frozen=True)
+class _KaggleSet:
+    name: str  # owner/set
+    version: int | None
+    inside: str
+
+    @property
+    def handle(self) -> str:
+        return self.name + (f"/versions/{self.version}" if self.version else "")
+
+    @property
+    def place(self) -> Path:
+        """Where kagglehub keeps it: <n>.complete and versions/<n> for each version (kagglehub/cache.py)."""
+        cache = os.environ.get("KAGGLEHUB_CACHE") or Path.home() / ".cache" / "kagglehub"
+        return Path(cache).expanduser().absolute() / "datasets" / self.name
+
+    def __str__(self) -> str:
+        return f"kaggle:{self.handle}" + (f"/{self.inside}" if self.inside else "")
+
+    def versions(self) -> list[int]:
+        """Those that were unpacked to the end, as kagglehub marks them."""
+        marks = [int(path.stem) for path in self.place.glob("*.complete") if path.stem.isdigit()]
+        there = [number for number in marks if (self.place / "versions" / str(number)).is_dir()]
+        return [number for number in there if self.version in (None, number)]
+
+
+def open_kaggle(
+    words: str, columns: dict[str, str] | None, task: str | None, open_path: Callable[..., Dataset]
+) -> Dataset:
+    """The set of ``words`` from kagglehub's folder; ``open_path`` opens what lies there. Raises NotFetched."""
+    options = _parse_kaggle(words)
+    versions = options.versions()
+    if not versions:
+        raise _absent(options)
+    options = replace(options, version=max(versions))
+    top = options.place / "versions" / str(options.version)
+    inner = top / options.inside
+    if not inner.exists() or top.resolve() not in [inner.resolve(), *inner.resolve().parents]:
+        there = abbreviated(sorted(os.listdir(top)))
+        raise SourceError(f"there is no {options.inside} in {options.handle} ({top}); it has {there}.")
+    dataset = open_path(str(_down(options, top, inner)), columns=columns, task=task)
+    name = safe_name(options.name.split("/")[1])
+    return replace(dataset, name=name, source=source_record("kaggle", str(options), columns, task))
+
+
+def fetch_kaggle(words: str) -> None:
+    """Let kagglehub download the set of ``words``. Raises SourceError."""
+    options = _parse_kaggle(words)
+    kagglehub = package("kagglehub", "kaggle", f"to fetch {options.handle}")
+    with fetching(partial(_absent, options)):
+        place = kagglehub.dataset_download(options.handle)
+        if not options.versions():
+            raise SourceError(f"kagglehub mounts {options.handle} at {place}, as in notebooks: give --data {place}")
+
+
+def _down(options: _KaggleSet, top: Path, folder: Path) -> Path:
+    """The folder, or the only table, that holds the data. Raises SourceError where that cannot be told."""
+    for _ in range(_DEPTH):
+        if folder.is_file():
+            return folder
+        names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "__MACOSX")
+        inner = [name for name in names if (folder / name).is_dir()]
+        tables = [name for name in names if name.lower().endswith((*TABLES, ".npz"))]
+        if any(map(is_image, names)) or (len(inner) > 1 and not tables):
+            return folder
+        if not inner and not tables:
+            raise SourceError(f"{options.handle} holds no folder of images and no table ({folder}).")
+        if len(inner) + len(tables) > 1:
+            choices = [
+                f"kaggle:{options.handle}/{(folder / name).relative_to(top).as_posix()}" for name in [*inner, *tables]
+            ]
+            there, such = abbreviated([*inner, *tables]), abbreviated(choices, 3)
+            raise SourceError(f"{options.handle} holds {there}: say which, such as {such}.")
+        folder = folder / [*inner, *tables][0]
+    return folder
+
+
+def _parse_kaggle(words: str) -> _KaggleSet:
+    match = _KAGGLE.fullmatch(words.strip("/"))
+    if not match or ".." in words.split("/"):
+        raise SourceError(
+            f'kaggle:{words} is no name of a data set; expected {KAGGLE}, such as "kaggle:owner/chest-xrays".'
+        )
+    return _KaggleSet(match[1], int(match[2]) if match[2] else None, match[3] or "")
+
+
+def _absent(options: _KaggleSet, why: str = "") -> NotFetched:
+    return not_here(options.handle, options.place, options, "--data FOLDER, once it is unpacked", why)

@@ -18,20 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from featurecache.errors import SourceError
-from featurecache.sources.base import (
-    SPLITS,
-    Dataset,
-    ImageFiles,
-    abbreviated,
-    class_labels,
-    resolve_task,
-    safe_name,
-    source_record,
-)
+from featurecache.formatting import abbreviated
+from featurecache.sources.base import Dataset, ImageFiles, safe_name, source_record
 from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
-from featurecache.sources.dicom_frames import may_be_dicom, starts_like
+from featurecache.sources.dicom_frames import is_dicom_file, may_be_dicom
+from featurecache.sources.labels import SPLITS, class_labels, resolve_labels
 
-# What the formats of featurecache.images are called on a disk.
+# What the formats of `images.decoding` are called on a disk.
 EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp",
     ".jpe", ".jfif", ".pgm", ".ppm", ".pbm", ".pnm", *DICOM,
@@ -49,8 +42,12 @@ class _Tree:
     ignored: Counter[str] = field(default_factory=Counter)  # by extension
     loops: list[str] = field(default_factory=list)
 
+    @property
+    def kinds(self) -> str:
+        return ", ".join(f"{kind or 'no extension'} {count:,}" for kind, count in self.ignored.most_common(4))
 
-def open_folder(data: str, asked: str | None, *, without: Sequence[str] = ()) -> Dataset:
+
+def open_folder(data: str, task: str | None, *, without: Sequence[str] = ()) -> Dataset:
     """The dataset in the folder ``data`` (an absolute path); ``without`` names entries of it that are left out."""
     tree = _Tree()
     _walk(data, "", (), tree, frozenset(without))
@@ -63,19 +60,17 @@ def open_folder(data: str, asked: str | None, *, without: Sequence[str] = ()) ->
     splits, names = _layout(data, tree)
     classes = sorted(set(names) - {""})
     notes = [*_notes(tree), *_class_notes(data, tree, splits, names, classes)]
-    task = resolve_task(asked, classes, False, data)
-    if task == "unlabelled":
-        names, classes = [""] * len(names), []
+    labels, classes, resolved = resolve_labels(class_labels(names, classes), classes, task, data)
     return Dataset(
         name=safe_name(os.path.basename(data)),
-        source=source_record("folder", data, None, asked),
+        source=source_record("folder", data, None, task),
         ids=tree.ids,
-        labels=class_labels(names, classes),
+        labels=labels,
         splits=splits,
         groups=None,
         meta={},
         classes=classes,
-        task=task,
+        task=resolved,
         images=ImageFiles(data, tree.ids),
         notes=tuple(notes),
     )
@@ -115,7 +110,7 @@ def _walk(
                 extension = name[dot:].lower() if dot > 0 else ""
                 if _is_folder(entry):
                     inner.append(name)
-                elif extension in _EXTENSIONS or (may_be_dicom(name) and starts_like(os.path.join(folder, name))):
+                elif extension in _EXTENSIONS or (may_be_dicom(name) and is_dicom_file(os.path.join(folder, name))):
                     tree.ids.append(below + name)
                 else:
                     tree.ignored[extension] += 1
@@ -172,8 +167,8 @@ def _refuse_loose(folder: str, loose: list[str], classes: list[str]) -> None:
 
 def _refuse_splits_below(data: str, ids: list[str], classes: list[str]) -> None:
     """Split folders below class folders, or one level too deep: taken for classes they would be lost."""
-    found = {tuple(image.split("/", 2)[:2]) for image in ids if image.count("/") >= 2}
-    below = sorted(pair for pair in found if pair[1].lower() in SPLITS)
+    pairs = {tuple(image.split("/", 2)[:2]) for image in ids if image.count("/") >= 2}
+    below = sorted(pair for pair in pairs if pair[1].lower() in SPLITS)
     if len(classes) == 1 and (inner := _above_splits(ids)):
         raise SourceError(f"the split folders are further down: give {data}/{inner}.")
     if below:
@@ -221,8 +216,7 @@ def _class_notes(data: str, tree: _Tree, splits: list[str], names: list[str], cl
 def _notes(tree: _Tree) -> list[str]:
     notes = []
     if tree.ignored:
-        kinds = ", ".join(f"{kind or 'no extension'} {count:,}" for kind, count in tree.ignored.most_common(4))
-        notes.append(f"{tree.ignored.total():,} files are no images by their names and were ignored ({kinds}).")
+        notes.append(f"{tree.ignored.total():,} files are no images by their names and were ignored ({tree.kinds}).")
     if tree.loops:
         notes.append(
             f"Links that lead back to a folder above them were not followed: {abbreviated(sorted(tree.loops), 3)}."
@@ -231,6 +225,5 @@ def _notes(tree: _Tree) -> list[str]:
 
 
 def _why_empty(data: str, tree: _Tree) -> str:
-    kinds = ", ".join(f"{kind or 'no extension'} {count:,}" for kind, count in tree.ignored.most_common(4))
-    found = f"only other files ({kinds})" if kinds else "empty folders" if tree.folders else "nothing"
-    return f"no images in {data}: found {found}, expected files ending in {abbreviated(EXTENSIONS, 8)}."
+    there = f"only other files ({tree.kinds})" if tree.ignored else "empty folders" if tree.folders else "nothing"
+    return f"no images in {data}: found {there}, expected files ending in {abbreviated(EXTENSIONS, 8)}."

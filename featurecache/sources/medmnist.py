@@ -1,28 +1,22 @@
-""".npz sets and medmnist:.
+"""MedMNIST: one ``.npz`` of its form, and ``medmnist:<name>``, the twelve 2D sets as their publishers have them.
 
-Images in one ``.npz`` of MedMNIST's form: arrays ``{train,val,test}_images`` and ``{train,val,test}_labels``.
-
-Images are uint8 or uint16 [n, H, W], [n, H, W, 1] or [n, H, W, 3]; labels whole numbers [n] or [n, 1] (-1: none), or
-[n, L] with 1, 0 and, where they are floats, NaN for unknown. Not every split has to be there. A file that bears the
-name of a MedMNIST set gets the published class names and task.
+The archive has arrays ``{train,val,test}_images`` and ``{train,val,test}_labels``. Images are uint8 or uint16
+[n, H, W], [n, H, W, 1] or [n, H, W, 3]; labels whole numbers [n] or [n, 1] (-1: none), or [n, L] with 1, 0 and, where
+they are floats, NaN for unknown. Not every split has to be there. A file that bears the name of a MedMNIST set gets the
+published class names and task.
 
 At opening only headers and labels are read. The images of a split are unpacked when the first of them is asked for:
 into memory up to 1 GiB, beyond that into an unnamed temporary file that is mapped (the 224 px sets have up to 16 GB).
 
-``medmnist:<name>[@28|64|128|224][@folder]``: the twelve 2D sets of MedMNIST v2, as their publishers have them.
-
-The file is looked for in the folder that was given, in ``$FEATURECACHE_DATA`` and in the package's own ``~/.medmnist``;
-only where it is in none of them does the package (extra ``medmnist``) say where it is to be had, and its MD5.
-
-What the publishers of MedMNIST call the classes of its twelve 2D sets, and what kind of task each is.
-
-Source: medmnist/info.py of MedMNIST/MedMNIST (version 2.1.0), where the index of a name is its label; Yang et al. 2023,
-"MedMNIST v2", Scientific Data 10:41. RetinaMNIST's five grades of diabetic retinopathy have numbers for names.
+The file of ``medmnist:<name>[@28|64|128|224][@folder]`` is looked for in that folder, in ``$FEATURECACHE_DATA`` and in
+the package's own ``~/.medmnist``; only where it is in none of them does the package (extra ``medmnist``) say where it
+is to be had, and its MD5.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -32,49 +26,119 @@ import zipfile
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from featurecache.errors import NotFetched, SourceError, nearest
-from featurecache.sources.base import (
-    Dataset,
-    ImageArrays,
-    abbreviated,
-    class_labels,
-    resolve_task,
-    safe_name,
-    source_record,
-)
-from featurecache.sources.fetching import VARIABLE, at_place, beside, fetching, not_here, package
+from featurecache.formatting import abbreviated
+from featurecache.sources.base import Dataset, ImageArrays, safe_name, source_record
+from featurecache.sources.fetching import VARIABLE, SourceOptions, beside, fetching, not_here, package
+from featurecache.sources.labels import labels_of_numbers, resolve_labels
 
+SIZES = ("28", "64", "128", "224")  # pixels; a file without a number in its name has 28
+FORM = "medmnist:<name>[@28|64|128|224][@folder]"
 _SPLITS = ("train", "val", "test")
 _IN_MEMORY = 1 << 30  # bytes of one array
 _LABELS = 1 << 30  # bytes of the labels of one split
 _DEFLATE = 1032  # bytes that one packed byte can give, at most
 
 
+# -- the published sets
+
+
+def open_medmnist(words: str, task: str | None) -> Dataset:
+    """The set of ``words``, from a file on this machine. Raises NotFetched where there is none."""
+    options = _parse(words)
+    for folder in _folders(options):
+        file = folder / f"{_stem(options)}.npz"
+        if file.is_file():
+            record = source_record("medmnist", str(options), None, task)
+            return replace(open_npz(str(file), task), name=safe_name(_stem(options)), source=record)
+    raise _absent(options)
+
+
+def fetch_medmnist(words: str) -> None:
+    """Download the file of ``words`` from where the package says. Raises SourceError."""
+    options = _parse(words)
+    infos = package("medmnist.info", "medmnist", f"to fetch {options.name}").INFO
+    if options.name not in infos:
+        raise SourceError(f"the installed medmnist does not know {options.name}: pip install --upgrade medmnist.")
+    info, size = infos[options.name], "" if options.version == "28" else f"_{options.version}"
+    if f"url{size}" not in info:
+        raise SourceError(
+            f"the installed medmnist has {options.name} at 28 px only: pip install --upgrade medmnist (3 or newer)."
+        )
+    from torchvision.datasets.utils import download_url
+
+    with fetching(partial(_absent, options)), beside(_folders(options)[0], _stem(options)) as draft:
+        download_url(info[f"url{size}"], str(draft), f"{_stem(options)}.npz", info[f"MD5{size}"])
+
+
+def _parse(words: str) -> SourceOptions:
+    options = SourceOptions.parse("medmnist", words)
+    name, size = options.name.lower(), options.version or "28"
+    if name not in MEDMNIST or options.variant:
+        raise SourceError(
+            f'MedMNIST has no 2D set called "{name}".{nearest(name, MEDMNIST)} It has {", ".join(sorted(MEDMNIST))}.'
+        )
+    if size not in SIZES:
+        raise SourceError(f'medmnist:{words}: "{size}" is no size; it is {", ".join(SIZES)} ({FORM}).')
+    return replace(options, name=name, version=size)
+
+
+def _stem(options: SourceOptions) -> str:
+    return options.name if options.version == "28" else f"{options.name}_{options.version}"
+
+
+def _folders(options: SourceOptions) -> list[Path]:
+    """Where the file may lie; it is fetched into the first."""
+    if options.folder:
+        return [Path(options.folder)]
+    data = os.environ.get(VARIABLE)
+    return [*([Path(data).expanduser().absolute()] if data else []), Path.home() / ".medmnist"]
+
+
+def _absent(options: SourceOptions, why: str = "") -> NotFetched:
+    folders = " and ".join(map(str, _folders(options)))
+    copy = f"--data {replace(options, folder='FOLDER')}"
+    return not_here(f"{_stem(options)}.npz", folders, options, copy, why)
+
+
+# -- the archive
+
+
 @dataclass(frozen=True)
-class _Header:
-    """What an array of the archive says of itself."""
+class NpyHeader:
+    """What an array in numpy's format says of itself."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     by_columns: bool
-    offset: int  # of the data in the unpacked member
+    offset: int  # of the data in the file
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_npy_header(file: IO[bytes]) -> NpyHeader:
+    """Raises ValueError where the bytes are no array."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"array format {version[0]}.{version[1]}, expected 1.0 or 2.0")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = read(file)
+    return NpyHeader(shape, dtype, by_columns, file.tell())
 
 
 @dataclass
-class _Packed:
+class _PackedImages:
     """The images of one split, unpacked at the first use."""
 
     file: str
     member: str
-    header: _Header
+    header: NpyHeader
     _lock: Any = field(default_factory=threading.Lock, repr=False)
     _array: np.ndarray | None = field(default=None, repr=False)
 
@@ -109,7 +173,7 @@ class _Packed:
             ) from error
 
 
-def open_npz(data: str, asked: str | None) -> Dataset:
+def open_npz(data: str, task: str | None) -> Dataset:
     """The dataset in the archive ``data`` (an absolute path)."""
     name = os.path.basename(data)
     arrays = _headers(data)
@@ -119,64 +183,53 @@ def open_npz(data: str, asked: str | None) -> Dataset:
             f"{name} has the arrays {abbreviated(list(arrays)) or '(none)'}; expected train_images, train_labels and "
             "the same of val and test."
         )
-    labels = [_labels_of(data, arrays, split) for split in splits]
-    if len({part.shape[1:] for part in labels}) > 1:
-        shapes = ", ".join(f"{split}_labels {list(part.shape)}" for split, part in zip(splits, labels, strict=True))
+    columns = [_label_column(data, arrays, split) for split in splits]
+    if len({column.shape[1:] for column in columns}) > 1:
+        shapes = ", ".join(f"{split}_labels {list(c.shape)}" for split, c in zip(splits, columns, strict=True))
         raise SourceError(f"the labels of {name} differ in their form: {shapes}.")
     known = published(name.rsplit(".", 1)[0])
-    values, classes = _classes(name, np.concatenate(labels), known)
-    task = resolve_task(asked or (known.task if known else None), classes, values.ndim == 2, name)
-    if task == "unlabelled":
-        values, classes = np.full(len(values), -1, np.int64), []
-    parts = [_Packed(data, f"{split}_images.npy", arrays[f"{split}_images"]) for split in splits]
+    values, names = _labels(name, np.concatenate(columns), known)
+    labels, classes, resolved = resolve_labels(values, names, task or (known.task if known else None), name)
+    parts = [_PackedImages(data, f"{split}_images.npy", arrays[f"{split}_images"]) for split in splits]
     return Dataset(
         name=safe_name(name.rsplit(".", 1)[0]),
-        source=source_record("npz", data, None, asked),
+        source=source_record("npz", data, None, task),
         ids=[f"{name}:{split}:{row}" for split, part in zip(splits, parts, strict=True) for row in range(len(part))],
-        labels=values,
+        labels=labels,
         splits=[split for split, part in zip(splits, parts, strict=True) for _ in range(len(part))],
         groups=None,
         meta={},
         classes=classes,
-        task=task,
+        task=resolved,
         images=ImageArrays(parts, data),
         notes=tuple(f"{name} has no {split} images." for split in _SPLITS if split not in splits),
     )
 
 
-def _headers(file: str) -> dict[str, _Header]:
+def _headers(file: str) -> dict[str, NpyHeader]:
     """Name -> header of every array in the archive. An array of objects is refused by its header, never unpickled."""
-    found = {}
+    headers = {}
     try:
         with zipfile.ZipFile(file) as archive:
-            for member in archive.namelist():
-                if member.endswith(".npy"):
+            for member in archive.infolist():
+                if member.filename.endswith(".npy"):
                     with archive.open(member) as packed:
-                        header = _header(packed)
+                        header = read_npy_header(packed)
                     if not header.dtype.hasobject:
-                        _refuse_bombs(archive.getinfo(member), header)
-                    found[member.removesuffix(".npy")] = header
+                        _refuse_bombs(member, header)
+                    headers[member.filename.removesuffix(".npy")] = header
     except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise SourceError(f"{file} cannot be read as an .npz ({error}).") from error
-    pickled = [name for name, header in found.items() if header.dtype.hasobject]
+    pickled = [name for name, header in headers.items() if header.dtype.hasobject]
     if pickled:
         raise SourceError(
             f"{os.path.basename(file)} holds pickled Python objects ({abbreviated(pickled)}), which could run code and "
             "are never loaded. Save plain arrays: np.savez(file, train_images=array of uint8, ...)."
         )
-    return found
+    return headers
 
 
-def _header(packed: Any) -> _Header:
-    version = np.lib.format.read_magic(packed)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"array format {version}, expected 1.0 or 2.0")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, by_columns, dtype = read(packed)
-    return _Header(shape, dtype, by_columns, packed.tell())
-
-
-def _refuse_bombs(member: zipfile.ZipInfo, header: _Header) -> None:
+def _refuse_bombs(member: zipfile.ZipInfo, header: NpyHeader) -> None:
     """An array that is not the size of its member, or larger than what it was packed into could ever give."""
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{member.filename} is packed in a way that numpy does not write")
@@ -188,7 +241,7 @@ def _refuse_bombs(member: zipfile.ZipInfo, header: _Header) -> None:
         raise ValueError(f"{member.filename} declares {member.file_size:,} bytes, packed in {member.compress_size:,}")
 
 
-def _labels_of(file: str, arrays: dict[str, _Header], split: str) -> np.ndarray:
+def _label_column(file: str, arrays: dict[str, NpyHeader], split: str) -> np.ndarray:
     """Labels [n] or [n, L] of a split, having checked that its images are what they have to be."""
     name = os.path.basename(file)
     for kind, other in (("images", "labels"), ("labels", "images")):
@@ -222,106 +275,28 @@ def _array(file: str, member: str) -> np.ndarray:
         raise SourceError(f"{member} of {file} is damaged ({error}); get the file again.") from error
 
 
-def _classes(name: str, values: np.ndarray, known: Published | None) -> tuple[np.ndarray, list[str]]:
+def _labels(name: str, values: np.ndarray, known: Published | None) -> tuple[np.ndarray, list[str]]:
     """Labels as a dataset has them, int64 [N] or float32 [N, L], and the names of the classes."""
-    if values.dtype.kind not in "iufb":
-        raise SourceError(f"the labels of {name} are {values.dtype}; expected whole numbers.")
-    if values.ndim == 2:
-        wrong = (values != 0) & (values != 1) & (values == values)  # NaN, unknown, is not equal to itself
-        if wrong.any():
-            raise SourceError(f"the labels of {name} hold {values[wrong][0]}; expected 1, 0 or, where unknown, NaN.")
-        classes = list(known.classes) if known else [str(place) for place in range(values.shape[1])]
-        _refuse_other(name, known, values.shape[1] == len(classes), f"{values.shape[1]} labels a row")
-        return values.astype(np.float32), classes
-    if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == np.round(values)).all()):
+    if values.ndim == 1 and values.dtype.kind == "f" and np.isnan(values).any():
         raise SourceError(f"the labels of {name} are not whole numbers ({values.dtype}); expected class numbers.")
-    numbers = values.astype(np.int64)
-    if (numbers < -1).any():
-        raise SourceError(f"the labels of {name} hold {numbers.min()}; expected class numbers from 0 (-1: none).")
-    if known:
-        _refuse_other(name, known, numbers.max(initial=-1) < len(known.classes), f"the label {numbers.max(initial=-1)}")
-        return numbers, list(known.classes)
-    classes = [str(number) for number in np.unique(numbers[numbers >= 0])]
-    return class_labels([str(number) if number >= 0 else "" for number in numbers], classes), classes
-
-
-def _refuse_other(name: str, known: Published | None, fits: bool, found: str) -> None:
-    if known and not fits:
+    labels, classes = labels_of_numbers(values, f"the labels of {name}")
+    if known is None:
+        return labels, classes
+    if labels.ndim == 2:
+        fits, there = labels.shape[1] == len(known.classes), f"{labels.shape[1]} labels a row"
+    else:
+        largest = values.astype(np.int64).max(initial=-1)
+        fits, there = largest < len(known.classes), f"the label {largest}"
+    if not fits:
         raise SourceError(
-            f"{name} bears the name of a MedMNIST set of {len(known.classes)} classes and has {found}: rename the file."
+            f"{name} bears the name of a MedMNIST set of {len(known.classes)} classes and has {there}: rename the file."
         )
+    return labels_of_numbers(values, f"the labels of {name}", known.classes)
 
 
-SIZES = ("28", "64", "128", "224")  # pixels; a file without a number in its name has 28
-FORM = "medmnist:<name>[@28|64|128|224][@folder]"
-
-
-@dataclass(frozen=True)
-class _Asked:
-    name: str
-    size: str
-    folder: str | None
-
-    @property
-    def stem(self) -> str:
-        return self.name if self.size == "28" else f"{self.name}_{self.size}"
-
-    @property
-    def words(self) -> str:
-        return f"medmnist:{self.name}@{self.size}" + (f"@{self.folder}" if self.folder else "")
-
-    @property
-    def places(self) -> list[Path]:
-        """Folders in which the file may lie; it is fetched into the first."""
-        if self.folder:
-            return [Path(self.folder)]
-        given = os.environ.get(VARIABLE)
-        return [*([Path(given).expanduser().absolute()] if given else []), Path.home() / ".medmnist"]
-
-
-def open_medmnist(words: str, asked_task: str | None) -> Dataset:
-    """The set of ``words``, from a file on this machine. Raises NotFetched where there is none."""
-    asked = _parse(words)
-    for folder in asked.places:
-        file = folder / f"{asked.stem}.npz"
-        if file.is_file():
-            record = source_record("medmnist", asked.words, None, asked_task)
-            return replace(open_npz(str(file), asked_task), name=safe_name(asked.stem), source=record)
-    raise _absent(asked)
-
-
-def fetch_medmnist(words: str) -> None:
-    """Download the file of ``words`` from where the package says. Raises SourceError."""
-    asked = _parse(words)
-    infos = package("medmnist.info", "medmnist", f"to fetch {asked.name}").INFO
-    if asked.name not in infos:
-        raise SourceError(f"the installed medmnist does not know {asked.name}: pip install --upgrade medmnist.")
-    info, size = infos[asked.name], "" if asked.size == "28" else f"_{asked.size}"
-    if f"url{size}" not in info:
-        raise SourceError(
-            f"the installed medmnist has {asked.name} at 28 px only: pip install --upgrade medmnist (3 or newer)."
-        )
-    from torchvision.datasets.utils import download_url
-
-    with fetching(partial(_absent, asked)), beside(asked.places[0], asked.stem) as draft:
-        download_url(info[f"url{size}"], str(draft), f"{asked.stem}.npz", info[f"MD5{size}"])
-
-
-def _parse(words: str) -> _Asked:
-    (name, *sizes), folder = at_place(words)
-    name = name.lower()
-    if name not in MEDMNIST:
-        raise SourceError(
-            f'MedMNIST has no 2D set called "{name}".{nearest(name, MEDMNIST)} It has {", ".join(sorted(MEDMNIST))}.'
-        )
-    if len(sizes) > 1 or (sizes and sizes[0] not in SIZES):
-        raise SourceError(f'medmnist:{words}: "{"@".join(sizes)}" is no size; it is {", ".join(SIZES)} ({FORM}).')
-    return _Asked(name, sizes[0] if sizes else "28", folder)
-
-
-def _absent(asked: _Asked, why: str = "") -> NotFetched:
-    places = " and ".join(map(str, asked.places))
-    return not_here(f"{asked.stem}.npz", places, asked.words, f"--data medmnist:{asked.name}@{asked.size}@FOLDER", why)
+# -- what the publishers call the classes of the twelve sets, and what kind of task each is: medmnist/info.py of
+# MedMNIST/MedMNIST (version 2.1.0), where the index of a name is its label; Yang et al. 2023, "MedMNIST v2", Scientific
+# Data 10:41. RetinaMNIST's five grades of diabetic retinopathy have numbers for names.
 
 
 @dataclass(frozen=True)

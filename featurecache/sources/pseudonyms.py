@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import BadOption, CannotWrite, SourceError
-from featurecache.sources.base import Dataset, abbreviated
+from featurecache.formatting import abbreviated
+from featurecache.sources.base import Dataset
 from featurecache.sources.dicom_frames import PLAIN_PATIENTS
 
 VARIABLE = "FEATURECACHE_SECRET"
@@ -110,7 +111,7 @@ def load_secret(cache: Path | None = None) -> Secret:
     return Secret(bytes.fromhex(text.strip()))
 
 
-def known_secret(source: Any) -> Secret:
+def secret_of(source: Any) -> Secret:
     """The secret that the hashes of a view's ``source`` were made with. Raises SourceError where it is another."""
     found = load_secret()
     if found.file is not None or found.check != source.get("secret"):
@@ -122,7 +123,7 @@ def known_secret(source: Any) -> Secret:
     return found
 
 
-def hidden(dataset: Dataset, secret: Secret, *, ids: bool, groups: bool) -> Dataset:
+def pseudonymise(dataset: Dataset, secret: Secret, *, ids: bool, groups: bool) -> Dataset:
     """``dataset`` with its ids, or its groups, or both as 32 hex; its images are read as before."""
     ids, groups = ids and not dataset.source.get("hash_ids"), groups and not dataset.source.get("hash_groups")
     if not (ids or groups):
@@ -141,7 +142,7 @@ def hidden(dataset: Dataset, secret: Secret, *, ids: bool, groups: bool) -> Data
     )  # fmt: skip
 
 
-def hashed_id(secret: Secret, name: str) -> str:
+def hash_id(secret: Secret, name: str) -> str:
     """What ``name`` is called where ids are hashed: 32 hex."""
     return _hash(secret.value, _ID, name)
 

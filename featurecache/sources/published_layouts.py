@@ -1,6 +1,18 @@
-"""Kermany's X-rays and Tiny ImageNet as unpacked.
+"""Published data sets as they are unpacked: the chest X-rays of Kermany et al. (2018), and Tiny ImageNet.
 
-Tiny ImageNet as it is unpacked (Stanford CS231n, 2015): 200 classes of ImageNet at 64×64 pixels.
+The chest X-rays of children, as Kaggle and Mendeley have them, by what the file names say:
+
+    train/NORMAL/IM-0115-0001.jpeg             train/NORMAL/NORMAL2-IM-0592-0001.jpeg
+    train/PNEUMONIA/person1_bacteria_1.jpeg    test/PNEUMONIA/person1_virus_6.jpeg        (Kaggle)
+    train/PNEUMONIA/BACTERIA-1049278-0001.jpeg                                            (Mendeley, version 2 and 3)
+
+Classes are the two folders; ``--column label=kind`` makes three of them, normal, bacteria and virus, by the names. In
+both cases the kind is also a further column. Groups are the numbers of persons (of the normal ones: of examinations),
+within a split and a kind. Whether person 1 of train and person 1 of test are the same child nobody has said, so such
+pairs are counted and called possible. Kaggle's archive holds everything twice, the second time in a folder of the same
+name: that one is left out.
+
+Tiny ImageNet (Stanford CS231n, 2015), 200 classes of ImageNet at 64×64 pixels:
 
     wnids.txt  words.txt                       the classes, and what WordNet calls them
     train/n01443537/images/n01443537_0.JPEG    500 of each class
@@ -11,20 +23,6 @@ Tiny ImageNet as it is unpacked (Stanford CS231n, 2015): 200 classes of ImageNet
 Nothing is moved or copied. Classes are in the order of their WordNet numbers, which is that of the class folders; their
 names are the first words of words.txt. The split val stays val: whoever uses it as the test set says so. Where a script
 has sorted val into class folders (val/n01443537/ or val/n01443537/images/), these say the classes.
-
-The chest X-rays of children of Kermany et al. (2018), as Kaggle and Mendeley have them: what the file names say.
-
-    train/NORMAL/IM-0115-0001.jpeg             train/NORMAL/NORMAL2-IM-0592-0001.jpeg
-    train/PNEUMONIA/person1_bacteria_1.jpeg    test/PNEUMONIA/person1_virus_6.jpeg        (Kaggle)
-    train/PNEUMONIA/BACTERIA-1049278-0001.jpeg                                            (Mendeley, version 2 and 3)
-
-Classes are the two folders; ``--column label=kind`` makes three of them, normal, bacteria and virus, by the names. In
-both cases the kind is also a further column.
-
-Groups are the numbers of persons (of the normal ones: of examinations), within a split and a kind. Whether person 1 of
-train and person 1 of test are the same child nobody has said, so such pairs are counted and called possible.
-
-Kaggle's archive holds everything twice, the second time in a folder of the same name: that one is left out.
 """
 
 from __future__ import annotations
@@ -36,20 +34,123 @@ from dataclasses import replace
 from itertools import combinations, islice
 
 from featurecache.errors import SourceError
-from featurecache.sources.base import (
-    SPLITS,
-    Dataset,
-    ImageFiles,
-    abbreviated,
-    class_labels,
-    resolve_task,
-    safe_name,
-    source_record,
-    unique_names,
-)
+from featurecache.formatting import abbreviated
+from featurecache.sources.base import Dataset, ImageFiles, safe_name, source_record
 from featurecache.sources.folders import is_image, open_folder, refuse_undecodable
+from featurecache.sources.labels import SPLITS, class_labels, resolve_labels, unique_names
 
+KINDS = ("normal", "bacteria", "virus")
+_CLASSES = {"normal", "pneumonia"}
+_NAMES = (
+    re.compile(r"(?P<number>person\d+)_(?P<kind>bacteria|virus)_\d+$", re.IGNORECASE),
+    re.compile(r"(?P<number>(NORMAL2-)?IM-\d+)-\d+(-\d+)*$", re.IGNORECASE),
+    re.compile(r"(?P<kind>NORMAL|BACTERIA|VIRUS)-(?P<number>\d+)-\d+$", re.IGNORECASE),
+)
+_TRIED = 50  # names of a folder
 _ANNOTATIONS = os.path.join("val", "val_annotations.txt")
+
+
+def _entries(folder: str) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise SourceError(f"the folder {folder} cannot be read ({error.strerror}).") from error
+
+
+# -- the chest X-rays
+
+
+def is_chest_xray(folder: str) -> bool:
+    """Class folders NORMAL and PNEUMONIA, with or without split folders above them, and names of this set in them."""
+    above = [folder, *(os.path.join(folder, name) for name in _entries(folder) if name.lower() in SPLITS)]
+    for place in above:
+        classes = {name.lower(): name for name in _entries(place)}
+        if classes.keys() >= _CLASSES:
+            names = islice(_entries(os.path.join(place, classes["pneumonia"])), _TRIED)
+            if any((parts := _read_name(name)) and parts[0] in ("bacteria", "virus") for name in names):
+                return True
+    return False
+
+
+def open_chest_xray(data: str, columns: dict[str, str] | None, task: str | None) -> Dataset:
+    """The dataset in the folder ``data`` (an absolute path)."""
+    by_kind = _by_kind(columns)
+    again = [name for name in _entries(data) if name in (os.path.basename(data), "chest_xray") and _splits(data)]
+    again = [name for name in again if _splits(os.path.join(data, name)) == _splits(data)]
+    plain = open_folder(data, None, without=again)
+    read = [_read_name(os.path.basename(name)) for name in plain.ids]
+    folders = [plain.classes[label].lower() if label >= 0 else "" for label in plain.labels.tolist()]
+    kinds = [_kind(folder, parts) for folder, parts in zip(folders, read, strict=True)]
+    groups = [
+        f"{split}/{kind}/{parts[1]}" if parts and kind else name
+        for split, kind, parts, name in zip(plain.splits, kinds, read, plain.ids, strict=True)
+    ]
+    names = list(KINDS) if by_kind else plain.classes
+    labels, classes, resolved = resolve_labels(
+        class_labels(kinds, KINDS) if by_kind else plain.labels, names, task, data
+    )
+    notes = [f"{name} inside {data} repeats its splits and was left out." for name in again]
+    unnamed = sum(parts is None for parts in read)
+    if unnamed:
+        missing = " and no label" if by_kind and "" in kinds else ""
+        notes.append(f"{unnamed:,} images have other names than this set's: they have no number of a person{missing}.")
+    return replace(
+        plain, source=source_record("chest-xray", data, columns, task), labels=labels, classes=classes,
+        task=resolved, groups=groups, meta={"kind": kinds}, notes=(*plain.notes, *notes, *_possible(groups, plain.ids)),
+    )  # fmt: skip
+
+
+def _kind(folder: str, parts: tuple[str, str] | None) -> str:
+    """normal by the folder, bacteria or virus by the name; nothing where neither says it."""
+    if folder == "pneumonia":
+        return parts[0] if parts and parts[0] != "normal" else ""
+    return "normal" if folder == "normal" else ""
+
+
+def _by_kind(columns: dict[str, str] | None) -> bool:
+    """Whether the label is the kind, as ``--column label=kind`` says; the folder is ``label=folder``, or nothing."""
+    wrong = {role: name for role, name in (columns or {}).items() if role != "label" or name not in ("kind", "folder")}
+    if wrong:
+        role, name = next(iter(wrong.items()))
+        raise SourceError(
+            f"a folder of chest X-rays has no column for {role}={name}; --column label=kind makes three classes "
+            "(normal, bacteria, virus), label=folder the two of the folders."
+        )
+    return (columns or {}).get("label") == "kind"
+
+
+def _read_name(name: str) -> tuple[str, str] | None:
+    """(kind, number of the person) as a file name has them."""
+    for pattern in _NAMES:
+        if match := pattern.match(os.path.splitext(name)[0]):
+            parts = match.groupdict()
+            return (parts.get("kind") or "normal").lower(), parts["number"].lower()
+    return None
+
+
+def _possible(groups: list[str], ids: list[str]) -> list[str]:
+    """One sentence for the persons of one kind whose number stands in two splits."""
+    named = {group for group, name in zip(groups, ids, strict=True) if group != name}
+    splits: dict[tuple[str, str], set[str]] = {}
+    for split, kind, number in (group.split("/", 2) for group in named):
+        splits.setdefault((kind, number), set()).add(split)
+    both = Counter(pair for several in splits.values() for pair in combinations(sorted(several), 2))
+    if not both:
+        return []
+    pairs = ", ".join(f"{first} and {second} {count:,}" for (first, second), count in sorted(both.items()))
+    return [
+        f"Persons of one kind with the same number in two splits: {pairs}. Possible leaks only: nobody has said "
+        "whether a number means the same child in both."
+    ]
+
+
+def _splits(folder: str) -> set[str]:
+    return {SPLITS[name.lower()] for name in _entries(folder) if name.lower() in SPLITS}
+
+
+# -- Tiny ImageNet
 
 
 def is_tiny_imagenet(folder: str) -> bool:
@@ -60,37 +161,33 @@ def is_tiny_imagenet(folder: str) -> bool:
     return by_wnid or os.path.isfile(os.path.join(folder, _ANNOTATIONS))
 
 
-def open_tiny_imagenet(data: str, asked: str | None) -> Dataset:
+def open_tiny_imagenet(data: str, task: str | None) -> Dataset:
     """The dataset in the folder ``data`` (an absolute path)."""
     wnids = sorted({line.strip() for line in _lines(data, "wnids.txt")} - {""})
-    names, notes = _names(data, wnids)
+    names, notes = _wordnet_names(data, wnids)
     train = _train(data, wnids)
     if not train:
         raise SourceError(f"train in {data} holds no image of the classes of wnids.txt; unpack the archive again.")
     val, more = _val(data, wnids)
-    left_out = len(_images(data, "test/images"))
-    if left_out:
+    if left_out := len(_images(data, "test/images")):
         notes += (
             f"The {left_out:,} images of test have no published labels and were left out: give {data}/test/images.",
         )
-    rows = sorted([*train.items(), *val.items()])
-    found = [wnid for _, wnid in rows]
-    task = resolve_task(asked, names, False, data)
-    labelled = task != "unlabelled"
-    ids = [name for name, _ in rows]
+    ids, wnid_of = map(list, zip(*sorted([*train.items(), *val.items()]), strict=True))
+    labels, classes, resolved = resolve_labels(class_labels(wnid_of, wnids), names, task, data)
     for name in ids:
         if not name.isascii():
             refuse_undecodable(data, name)
     return Dataset(
         name=safe_name(os.path.basename(data)),
-        source=source_record("tiny-imagenet", data, None, asked),
+        source=source_record("tiny-imagenet", data, None, task),
         ids=ids,
-        labels=class_labels(found if labelled else [""] * len(ids), wnids),
+        labels=labels,
         splits=[name.split("/", 1)[0] for name in ids],
         groups=None,
-        meta={"wnid": found},
-        classes=names if labelled else [],
-        task=task,
+        meta={"wnid": wnid_of},
+        classes=classes,
+        task=resolved,
         images=ImageFiles(data, ids),
         notes=(*notes, *more),
     )
@@ -104,7 +201,7 @@ def _lines(data: str, name: str) -> list[str]:
         raise SourceError(f"{name} of the Tiny ImageNet in {data} cannot be read ({error}).") from error
 
 
-def _names(data: str, wnids: list[str]) -> tuple[list[str], tuple[str, ...]]:
+def _wordnet_names(data: str, wnids: list[str]) -> tuple[list[str], tuple[str, ...]]:
     """What the classes are called: the first words of words.txt, where they are there."""
     if not wnids:
         raise SourceError(f"wnids.txt of the Tiny ImageNet in {data} is empty; unpack the archive again.")
@@ -175,124 +272,8 @@ def _annotated(data: str, wnids: set[str]) -> dict[str, str]:
 
 
 def _images(data: str, folder: str) -> list[str]:
-    return [f"{folder}/{entry}" for entry in _entries(data, folder) if is_image(entry)]
+    return [f"{folder}/{entry}" for entry in _entries(os.path.join(data, folder)) if is_image(entry)]
 
 
 def _folders(data: str, folder: str) -> list[str]:
-    return [entry for entry in _entries(data, folder) if os.path.isdir(os.path.join(data, folder, entry))]
-
-
-def _entries(data: str, folder: str) -> list[str]:
-    try:
-        return [name for name in os.listdir(os.path.join(data, folder)) if not name.startswith(".")]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise SourceError(f"the folder {data}/{folder} cannot be read ({error.strerror}).") from error
-
-
-KINDS = ("normal", "bacteria", "virus")
-_CLASSES = {"normal", "pneumonia"}
-_NAMES = (
-    re.compile(r"(?P<number>person\d+)_(?P<kind>bacteria|virus)_\d+$", re.IGNORECASE),
-    re.compile(r"(?P<number>(NORMAL2-)?IM-\d+)-\d+(-\d+)*$", re.IGNORECASE),
-    re.compile(r"(?P<kind>NORMAL|BACTERIA|VIRUS)-(?P<number>\d+)-\d+$", re.IGNORECASE),
-)
-_TRIED = 50  # names of a folder
-
-
-def is_chest_xray(folder: str) -> bool:
-    """Class folders NORMAL and PNEUMONIA, with or without split folders above them, and names of this set in them."""
-    above = [folder, *(os.path.join(folder, name) for name in _xray_entries(folder) if name.lower() in SPLITS)]
-    for place in above:
-        classes = {name.lower(): name for name in _xray_entries(place)}
-        if classes.keys() >= _CLASSES:
-            names = islice(_xray_entries(os.path.join(place, classes["pneumonia"])), _TRIED)
-            if any((found := _read_name(name)) and found[0] in ("bacteria", "virus") for name in names):
-                return True
-    return False
-
-
-def open_chest_xray(data: str, columns: dict[str, str] | None, asked: str | None) -> Dataset:
-    """The dataset in the folder ``data`` (an absolute path)."""
-    by_kind = _by_kind(columns)
-    again = [name for name in _xray_entries(data) if name in (os.path.basename(data), "chest_xray") and _splits(data)]
-    again = [name for name in again if _splits(os.path.join(data, name)) == _splits(data)]
-    plain = open_folder(data, None, without=again)
-    read = [_read_name(os.path.basename(name)) for name in plain.ids]
-    folders = [plain.classes[label].lower() if label >= 0 else "" for label in plain.labels.tolist()]
-    kinds = [_kind(folder, found) for folder, found in zip(folders, read, strict=True)]
-    groups = [
-        f"{split}/{kind}/{found[1]}" if found and kind else name
-        for split, kind, found, name in zip(plain.splits, kinds, read, plain.ids, strict=True)
-    ]
-    classes = list(KINDS) if by_kind else plain.classes
-    labels = class_labels(kinds, KINDS) if by_kind else plain.labels
-    task = resolve_task(asked, classes, False, data)
-    if task == "unlabelled":
-        classes, labels = [], class_labels([""] * len(plain), [])
-    notes = [f"{name} inside {data} repeats its splits and was left out." for name in again]
-    unnamed = sum(found is None for found in read)
-    if unnamed:
-        missing = " and no label" if by_kind and "" in kinds else ""
-        notes.append(f"{unnamed:,} images have other names than this set's: they have no number of a person{missing}.")
-    return replace(
-        plain, source=source_record("chest-xray", data, columns, asked), labels=labels, classes=classes, task=task,
-        groups=groups, meta={"kind": kinds}, notes=(*plain.notes, *notes, *_possible(groups, plain.ids)),
-    )  # fmt: skip
-
-
-def _kind(folder: str, found: tuple[str, str] | None) -> str:
-    """normal by the folder, bacteria or virus by the name; nothing where neither says it."""
-    if folder == "pneumonia":
-        return found[0] if found and found[0] != "normal" else ""
-    return "normal" if folder == "normal" else ""
-
-
-def _by_kind(columns: dict[str, str] | None) -> bool:
-    """Whether the label is the kind, as ``--column label=kind`` says; the folder is ``label=folder``, or nothing."""
-    wrong = {role: name for role, name in (columns or {}).items() if role != "label" or name not in ("kind", "folder")}
-    if wrong:
-        role, name = next(iter(wrong.items()))
-        raise SourceError(
-            f"a folder of chest X-rays has no column for {role}={name}; --column label=kind makes three classes "
-            "(normal, bacteria, virus), label=folder the two of the folders."
-        )
-    return (columns or {}).get("label") == "kind"
-
-
-def _read_name(name: str) -> tuple[str, str] | None:
-    """(kind, number of the person) as a file name has them."""
-    for pattern in _NAMES:
-        found = pattern.match(os.path.splitext(name)[0])
-        if found:
-            parts = found.groupdict()
-            return (parts.get("kind") or "normal").lower(), parts["number"].lower()
-    return None
-
-
-def _possible(groups: list[str], ids: list[str]) -> list[str]:
-    """One sentence for the persons of one kind whose number stands in two splits."""
-    named = {group for group, name in zip(groups, ids, strict=True) if group != name}
-    splits: dict[tuple[str, str], set[str]] = {}
-    for split, kind, number in (group.split("/", 2) for group in named):
-        splits.setdefault((kind, number), set()).add(split)
-    both = Counter(pair for found in splits.values() for pair in combinations(sorted(found), 2))
-    if not both:
-        return []
-    pairs = ", ".join(f"{first} and {second} {count:,}" for (first, second), count in sorted(both.items()))
-    return [
-        f"Persons of one kind with the same number in two splits: {pairs}. Possible leaks only: nobody has said "
-        "whether a number means the same child in both."
-    ]
-
-
-def _splits(folder: str) -> set[str]:
-    return {SPLITS[name.lower()] for name in _xray_entries(folder) if name.lower() in SPLITS}
-
-
-def _xray_entries(folder: str) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except OSError:
-        return []
+    return [entry for entry in _entries(os.path.join(data, folder)) if os.path.isdir(os.path.join(data, folder, entry))]

@@ -1,10 +1,7 @@
-"""What a dataset holds before anything is computed, in numbers and as a contact sheet.
+"""Dataset summary: classes and splits, sizes and kinds of pixels, duplicates, in numbers and as a contact sheet.
 
-What a dataset looks like before anything is computed: classes and splits, sizes and kinds of pixels, copies.
-
-The contact sheet: a few images of every class and split on one PNG, with their names beneath.
-
-`picture`, `write` and `font` draw other sheets too (`featurecache.pairs`).
+Both are made before anything is computed. `grid_of_images` draws every contact sheet: that of a dataset and that of
+`featurecache leaks`.
 """
 
 from __future__ import annotations
@@ -17,10 +14,9 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from featurecache.errors import UnreadableImage
 from featurecache.files.atomic import write_whole
@@ -29,9 +25,19 @@ from featurecache.images.decoding import decode, image_header
 from featurecache.images.headers import EncodedImage
 from featurecache.sources.base import Dataset
 
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
 LOOKED_AT = 200  # images whose headers are read for sizes and kinds of pixels
 _ROWS_SHOWN = 24  # classes in the printed table
 _ORDER = ("train", "val", "test", "")
+# Of a contact sheet, in pixels.
+CELL, GAP, MARGIN, HEADING, LINE, BETWEEN = 112, 10, 28, 34, 16, 18
+GUTTER = 84  # left of the images, for the names of the splits
+SIDE_BY_SIDE = 3  # between the images of a cell
+MOST_CLASSES = 40
+_LONGEST = 500  # characters of a name: more than fit on a sheet
+_PAPER, _INK, _FAINT, _MAT, _ALARM = "#ffffff", "#1a1a1a", "#6b6b6b", "#f0f0f0", "#b3261e"
 
 
 @dataclass(frozen=True)
@@ -124,13 +130,13 @@ def _look_at_some(dataset: Dataset) -> dict[int, tuple[int, int, str] | str]:
 
 def has_label(dataset: Dataset, number: int) -> np.ndarray:
     """bool [N]: the images of class ``number``, or with that label."""
-    found: np.ndarray = dataset.labels[:, number] == 1 if dataset.labels.ndim == 2 else dataset.labels == number
-    return found
+    mask: np.ndarray = dataset.labels[:, number] == 1 if dataset.labels.ndim == 2 else dataset.labels == number
+    return mask
 
 
 def is_unlabelled(dataset: Dataset) -> np.ndarray:
-    found: np.ndarray = np.isnan(dataset.labels).any(1) if dataset.labels.ndim == 2 else dataset.labels == -1
-    return found
+    mask: np.ndarray = np.isnan(dataset.labels).any(1) if dataset.labels.ndim == 2 else dataset.labels == -1
+    return mask
 
 
 def _by_split(chosen: np.ndarray, column: np.ndarray, splits: int) -> list[int]:
@@ -164,43 +170,42 @@ def _two_labels(labels: np.ndarray, image: np.ndarray) -> int:
     return len(np.unique(image[1:][again & differs.any(1)]))
 
 
-def _headline(found: Description) -> str:
-    kind = "labels" if found.task == "multilabel" else "classes"
-    what = f"{len(found.classes):,} {kind} ({found.task})" if found.classes else "no labels"
-    return f"{found.name}  {found.images:,} images, {what}"
+def _headline(summary: Description) -> str:
+    kind = "labels" if summary.task == "multilabel" else "classes"
+    what = f"{len(summary.classes):,} {kind} ({summary.task})" if summary.classes else "no labels"
+    return f"{summary.name}  {summary.images:,} images, {what}"
 
 
-def _table(found: Description) -> list[str]:
+def _table(summary: Description) -> list[str]:
     """The counts as aligned lines; many classes are cut, and it is said."""
-    names = [split or "no split" for split in found.splits]
-    rows = list(zip(found.classes, found.counts, strict=True))
+    names = [split or "no split" for split in summary.splits]
+    rows = list(zip(summary.classes, summary.counts, strict=True))
     lines = [(name, counts) for name, counts in rows[:_ROWS_SHOWN]]
     if len(rows) > _ROWS_SHOWN:
         rest = [counts for _, counts in rows[_ROWS_SHOWN:]]
         lines.append((f"({len(rest):,} more)", [sum(column) for column in zip(*rest, strict=True)]))
-    if any(found.unlabelled) and found.classes:
-        lines.append(("(a label unknown)" if found.task == "multilabel" else "(no label)", found.unlabelled))
-    lines.append(("images", found.totals))
-    cells = [["", *names, "all"]] + [
-        [name, *(f"{count:,}" for count in (*counts, sum(counts)))] for name, counts in lines
-    ]
+    if any(summary.unlabelled) and summary.classes:
+        lines.append(("(a label unknown)" if summary.task == "multilabel" else "(no label)", summary.unlabelled))
+    lines.append(("images", summary.totals))
+    cells = [["", *names, "all"]]
+    cells += [[name, *(f"{count:,}" for count in (*counts, sum(counts)))] for name, counts in lines]
     if len(names) == 1:
         cells = [row[:-1] for row in cells]
     return aligned(cells, indent=2)
 
 
-def _facts(found: Description) -> list[str]:
+def _facts(summary: Description) -> list[str]:
     facts = []
-    if found.sizes:
-        shown = list(dict.fromkeys(f"{width:,}×{height:,}" for width, height in found.sizes.values()))
+    if summary.sizes:
+        shown = list(dict.fromkeys(f"{width:,}×{height:,}" for width, height in summary.sizes.values()))
         names = "" if len(shown) == 1 else " (smallest, median, largest)" if len(shown) == 3 else " (smallest, largest)"
-        sample = "" if found.looked_at == found.images else f", in {found.looked_at:,} looked at"
+        sample = "" if summary.looked_at == summary.images else f", in {summary.looked_at:,} looked at"
         facts.append(("sizes", f"{' · '.join(shown)}{names}{sample}"))
-        facts.append(("pixels", " · ".join(f"{kind} {count:,}" for kind, count in found.kinds.items())))
-    facts += [("unreadable", f"{name}: {reason}") for name, reason in found.unreadable[:5]]
-    if found.copies is not None:
-        facts.append(("copies", copies_text(found.copies)))
-    facts += [("note", note) for note in found.notes]
+        facts.append(("pixels", " · ".join(f"{kind} {count:,}" for kind, count in summary.kinds.items())))
+    facts += [("unreadable", f"{name}: {reason}") for name, reason in summary.unreadable[:5]]
+    if summary.copies is not None:
+        facts.append(("copies", copies_text(summary.copies)))
+    facts += [("note", note) for note in summary.notes]
     return [f"{name:<12}{text}" for name, text in facts]
 
 
@@ -214,51 +219,63 @@ def copies_text(copies: Duplicates) -> str:
     return f"{copies.total:,} images repeat another" + (f" ({parts})" if parts else "")
 
 
-def contact_sheet(dataset: Dataset, path: str | Path, per_class: int = 8) -> None:
-    """A PNG with ``per_class`` images of each class and split, as a backbone will see them before resizing."""
-    write_whole(Path(path), draw(dataset, per_class))
+# -- contact sheets
 
 
-# Pixels.
-CELL, GAP, CAPTION, MARGIN, HEADING, LINE, BETWEEN = 112, 10, 18, 28, 34, 16, 18
-GUTTER = 84  # left of the images, for the names of the splits
-MOST_CLASSES = 40
-_LONGEST = 500  # characters of a name: more than fit on a sheet
-PAPER, INK, FAINT, MAT, ALARM = "#ffffff", "#1a1a1a", "#6b6b6b", "#f0f0f0", "#b3261e"
-_SPLITS = ("train", "val", "test", "")
+@dataclass(frozen=True)
+class SheetCell:
+    """Images side by side, each with what reads it and lines beneath; and a line beneath them all."""
+
+    images: Sequence[tuple[Callable[[], EncodedImage], Sequence[str]]]
+    remark: str = ""
 
 
-def draw(dataset: Dataset, per_class: int) -> bytes:
-    """The sheet as the bytes of a PNG."""
-    assert per_class > 0
-    sections = _sections(dataset)
-    shown = sections[:MOST_CLASSES]
-    columns = max(min(per_class, max(len(rows) for _, _, strips in shown for _, rows in strips)), 4)  # room for titles
-    strip = CELL + CAPTION + GAP
-    gutter = GUTTER if any(dataset.splits) else 0
-    width = 2 * MARGIN + gutter + columns * (CELL + GAP) - GAP
-    height = 2 * MARGIN + 2 * HEADING - BETWEEN + sum(HEADING + BETWEEN + len(strips) * strip for _, _, strips in shown)
-    sheet = Image.new("RGB", (width, height), PAPER)
+@dataclass(frozen=True)
+class SheetSection:
+    """A heading, a note at its right, and rows of cells, each with two words at its left."""
+
+    title: str
+    note: str
+    rows: Sequence[tuple[tuple[str, str], Sequence[SheetCell]]]
+
+
+def grid_of_images(title: str, about: str, sections: Sequence[SheetSection]) -> bytes:
+    """A contact sheet as the bytes of a PNG. An image that cannot be read is an empty frame with the reason."""
+    from PIL import Image, ImageDraw
+
+    rows = [row for section in sections for row in section.rows]
+    cells = [cell for _, row in rows for cell in row]
+    beside = max((len(cell.images) for cell in cells), default=1)
+    lines = max((len(text) for cell in cells for _, text in cell.images), default=1)
+    cell_width = beside * (CELL + SIDE_BY_SIDE) - SIDE_BY_SIDE
+    step = cell_width + beside * GAP
+    strip = CELL + 2 + (lines + any(cell.remark for cell in cells)) * LINE + GAP
+    gutter = GUTTER if any(words[0] for words, _ in rows) else 0
+    columns = max(4, *(len(row) for _, row in rows)) if rows else 4  # room for titles
+    width = 2 * MARGIN + gutter + columns * step - beside * GAP
+    height = 2 * MARGIN + 2 * HEADING + sum(HEADING + BETWEEN + len(section.rows) * strip for section in sections)
+    sheet = Image.new("RGB", (width, height), _PAPER)
     pen = ImageDraw.Draw(sheet)
-    write(pen, (MARGIN, MARGIN), dataset.name, 22, INK, width - 2 * MARGIN)
-    cut = f", the first {MOST_CLASSES} of {len(sections):,} classes" if len(sections) > MOST_CLASSES else ""
-    write(pen, (MARGIN, MARGIN + 30), f"{len(dataset):,} images, {dataset.task}{cut}", 13, FAINT, width - 2 * MARGIN)
+    _write(pen, (MARGIN, MARGIN), title, 22, _INK, width - 2 * MARGIN)
+    _write(pen, (MARGIN, MARGIN + 30), about, 13, _FAINT, width - 2 * MARGIN)
     y = MARGIN + 2 * HEADING
-    for title, count, strips in shown:
+    for section in sections:
         pen.line([(MARGIN, y - 8), (width - MARGIN, y - 8)], "#d9d9d9")
-        right = pen.textlength(count, font(13))
-        write(pen, (width - MARGIN - right, y + 2), count, 13, FAINT, right + 1)
-        write(pen, (MARGIN, y), title, 16, INK, width - 2 * MARGIN - right - GAP)
+        right = pen.textlength(section.note, _font(13))
+        _write(pen, (width - MARGIN - right, y + 2), section.note, 13, _FAINT, right + 1)
+        _write(pen, (MARGIN, y), section.title, 16, _INK, width - 2 * MARGIN - right - GAP)
         y += HEADING
-        for split, rows in strips:
-            if gutter:
-                write(pen, (MARGIN, y + CELL // 2 - LINE), split, 13, INK, gutter - GAP)
-                write(pen, (MARGIN, y + CELL // 2 + 2), f"{len(rows):,}", 13, FAINT, gutter - GAP)
-            rows = evenly_spaced(rows, per_class)
-            for place, (row, caption) in enumerate(zip(rows, _captions(pen, dataset, rows), strict=True)):
-                corner = (MARGIN + gutter + place * (CELL + GAP), y)
-                picture(sheet, pen, corner, partial(dataset.read, int(row)))
-                write(pen, (corner[0], y + CELL + 2), caption, 11, FAINT, CELL)
+        for words, row in section.rows:
+            _write(pen, (MARGIN, y + CELL // 2 - LINE), words[0], 13, _INK, GUTTER - GAP)
+            _write(pen, (MARGIN, y + CELL // 2 + 2), words[1], 13, _FAINT, GUTTER - GAP)
+            for place, cell in enumerate(row):
+                x = MARGIN + gutter + place * step
+                for side, (read, text) in enumerate(cell.images):
+                    left = x + side * (CELL + SIDE_BY_SIDE)
+                    _picture(sheet, pen, (left, y), read)
+                    for line, words_below in enumerate(text):
+                        _write(pen, (left, y + CELL + 2 + line * LINE), words_below, 11, _FAINT, CELL)
+                _write(pen, (x, y + CELL + 2 + lines * LINE), cell.remark, 11, _INK, cell_width)
             y += strip
         y += BETWEEN
     encoded = io.BytesIO()
@@ -266,57 +283,69 @@ def draw(dataset: Dataset, per_class: int) -> bytes:
     return encoded.getvalue()
 
 
-def _sections(dataset: Dataset) -> list[tuple[str, str, list[tuple[str, np.ndarray]]]]:
-    """(class, its count, [(split, its rows)]) for everything that has an image."""
-    split = np.asarray(dataset.splits)
-    chosen = [(name, has_label(dataset, number)) for number, name in enumerate(dataset.classes)]
+def contact_sheet(dataset: Dataset, path: str | Path, per_class: int = 8) -> None:
+    """A PNG with ``per_class`` images of each class and split, as a backbone will see them before resizing."""
+    assert per_class > 0
+    splits = np.asarray(dataset.splits)
+    groups = [(name, has_label(dataset, number)) for number, name in enumerate(dataset.classes)]
     if dataset.labels.ndim == 2:
-        chosen.append(("none positive", ~(dataset.labels == 1).any(1)))
+        groups.append(("none positive", ~(dataset.labels == 1).any(1)))
     else:
-        chosen.append(("no label", is_unlabelled(dataset)))
+        groups.append(("no label", is_unlabelled(dataset)))
+    groups = [(name, images) for name, images in groups if images.any()]
     sections = []
-    for name, images in chosen:
-        strips = [(word, np.flatnonzero(images & (split == word))) for word in _SPLITS]
-        strips = [(word or "no split", rows) for word, rows in strips if len(rows)]
-        if strips:
-            sections.append((name, f"{int(images.sum()):,} images", strips))
-    return sections
+    for name, images in groups[:MOST_CLASSES]:
+        strips = [(split, np.flatnonzero(images & (splits == split))) for split in _ORDER]
+        rows = [
+            ((split or "no split", f"{len(rows):,}") if any(dataset.splits) else ("", ""),
+             _cells(dataset, evenly_spaced(rows, per_class)))
+            for split, rows in strips if len(rows)
+        ]  # fmt: skip
+        sections.append(SheetSection(name, f"{int(images.sum()):,} images", rows))
+    cut = f", the first {MOST_CLASSES} of {len(groups):,} classes" if len(groups) > MOST_CLASSES else ""
+    about = f"{len(dataset):,} images, {dataset.task}{cut}"
+    write_whole(Path(path), grid_of_images(dataset.name, about, sections))
 
 
-def _captions(pen: ImageDraw.ImageDraw, dataset: Dataset, rows: np.ndarray) -> list[str]:
-    """Names of files without folder and ending; where they are too long, without what they begin with in common."""
+def _cells(dataset: Dataset, rows: np.ndarray) -> list[SheetCell]:
+    """Beneath each the name of the file without folder and ending; where they are too long, without what they begin
+    with in common."""
     ids = [_printable(dataset.ids[row]) for row in rows]
-    names = [_stem(name) if dataset.path(0) else name.rsplit(":", 1)[-1] for name in ids]
+    names = [short_name(name) if dataset.path(0) else name.rsplit(":", 1)[-1] for name in ids]
     common = len(os.path.commonprefix(names)) if len(names) > 1 else 0  # noqa: RUF071 (characters are meant)
-    if common > 1 and any(pen.textlength(name, font(11)) > CELL for name in names):
+    if common > 1 and any(_font(11).getlength(name) > CELL for name in names):
         names = [f"…{name[common:]}" for name in names]
-    return names
+    return [SheetCell([(partial(dataset.read, int(row)), [name])]) for row, name in zip(rows, names, strict=True)]
 
 
-def _stem(name: str) -> str:
-    """Of a frame of DICOM with its number."""
+def short_name(name: str) -> str:
+    """A file without folder and ending; of a frame of DICOM with its number."""
     file, _, frame = name.partition("#frame=")
     return PurePosixPath(file).stem + (f" {frame}" if frame else "")
 
 
-def picture(
+def _picture(
     sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], read: Callable[[], EncodedImage]
 ) -> None:
     """What ``read`` gives in a cell; where it raises UnreadableImage an empty frame with the reason."""
+    from PIL import Image
+
     x, y = corner
-    pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], MAT)
+    pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], _MAT)
     try:
         pixels = decode(read()).permute(1, 2, 0).numpy()
         image = _fitted(Image.fromarray(np.ascontiguousarray(pixels)))
         sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
     except UnreadableImage as error:
-        pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], outline=ALARM)
+        pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], outline=_ALARM)
         for line, words in enumerate(_wrapped(pen, str(error), CELL - 12)[:6]):
-            write(pen, (x + 6, y + 8 + line * LINE), words, 11, ALARM, CELL - 12)
+            _write(pen, (x + 6, y + 8 + line * LINE), words, 11, _ALARM, CELL - 12)
 
 
 def _fitted(image: Image.Image) -> Image.Image:
     """In the cell, whole: small ones enlarged by whole pixels, so that they show as what they are."""
+    from PIL import Image
+
     longest = max(image.size)
     if longest * 2 <= CELL:
         factor = CELL // longest
@@ -330,21 +359,21 @@ def _wrapped(pen: ImageDraw.ImageDraw, text: str, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if pen.textlength(longer, font(11)) <= width:
+        if pen.textlength(longer, _font(11)) <= width:
             lines[-1] = longer
         else:
             lines.append(word)
     return [line for line in lines if line]
 
 
-def write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: str, width: float) -> None:
+def _write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: str, width: float) -> None:
     """One line, cut in its middle with … where it is wider than ``width`` pixels (names differ at both ends)."""
     text = _printable(text)
     shown, keep = text, len(text)
-    while keep > 2 and pen.textlength(shown, font(size)) > width:
+    while keep > 2 and pen.textlength(shown, _font(size)) > width:
         keep -= 1
         shown = f"{text[: (keep + 1) // 2]}…{text[len(text) - keep // 2 :]}"
-    pen.text(at, shown, colour, font(size))
+    pen.text(at, shown, colour, _font(size))
 
 
 def _printable(text: str) -> str:
@@ -354,5 +383,7 @@ def _printable(text: str) -> str:
 
 
 @cache
-def font(size: int) -> Any:
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
     return ImageFont.load_default(size)

@@ -1,19 +1,9 @@
-"""CSV and Parquet tables that name images; annotations on top of another source; names without folder or ending.
+"""Tables that list images, CSV, TSV or Parquet, one row an image; and tables of labels for images that lie elsewhere.
 
-Images listed in a table: CSV, TSV or Parquet, one row an image.
-
-Columns are found by their names (``ROLES``) or told by ``columns={"path": ..., "label": ..., "split": ..., "group":
-...}``; an empty name says that there is none. All others go to ``meta``. Paths are relative to the folder of the
-table (bare names are looked for below it: `featurecache.sources.bare_names`); the id of an image is its path as the
-table writes it.
-
-Labels. One column: its distinct values are the classes, sorted (numbers as numbers); an empty cell is no label. Where
-there are splits, the classes are those of the train rows. Several columns, ``"label": "effusion,mass"``: each holds
-1, 0, or nothing where nobody knows. Nothing else is taken for unknown: what -1 means differs between data sets
-(CheXpert writes it for "uncertain"), so whoever has such a table decides and writes 0, 1 or nothing.
-
-The files that a table names. Published tables often name them from the folder above, or without their folders, or
-without their ending:
+Columns are found by their names (`labels.ROLES`) or told by ``columns={"path": ..., "label": ..., "split": ...,
+"group": ...}``; an empty name says that there is none. All others go to ``meta``. Paths are relative to the folder of
+the table, and the id of an image is its path as the table writes it. Published tables often name files from the folder
+above, or without their folders, or without their ending:
 
     CheXpert-v1.0-small/train.csv   CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg
     Data_Entry_2017.csv             00000001_000.png       of images_001/images/00000001_000.png
@@ -21,6 +11,11 @@ without their ending:
 
 Where none of the first names is beside the table, the folder above is tried; and names without a folder are looked for
 in those below. A name that is there twice is refused, one that is nowhere is a named failure when it is read.
+
+Labels. One column: its distinct values are the classes, sorted (numbers as numbers); an empty cell is no label. Where
+there are splits, the classes are those of the train rows. Several columns, ``"label": "effusion,mass"``: each holds
+1, 0, or nothing where nobody knows. Nothing else is taken for unknown: what -1 means differs between data sets
+(CheXpert writes it for "uncertain"), so whoever has such a table decides and writes 0, 1 or nothing.
 """
 
 from __future__ import annotations
@@ -28,34 +23,29 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from featurecache.errors import SourceError, nearest
-from featurecache.sources.base import (
-    Dataset,
-    ImageFiles,
-    abbreviated,
-    class_labels,
-    resolve_task,
-    safe_name,
-    source_record,
+from featurecache.formatting import abbreviated
+from featurecache.sources.base import Dataset, ImageFiles, safe_name, source_record
+from featurecache.sources.folders import is_image
+from featurecache.sources.labels import (
+    ROLES,
+    finite_number,
+    groups_or_ids,
+    labels_of_listed,
+    labels_of_text,
+    resolve_labels,
+    several_labels_of_text,
     split_names,
 )
-from featurecache.sources.folders import is_image
 
-# Role -> names it is known by, as compared: lower case, everything but letters and digits as "_".
-ROLES = {
-    "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_file",
-             "image_name", "image_index", "img", "img_path"),
-    "label": ("label", "class", "target", "finding", "diagnosis", "category", "class_name", "label_name"),
-    "split": ("split", "set", "fold", "subset", "partition"),
-    "group": ("group", "patient", "patient_id", "patientid", "subject", "subject_id", "group_id"),
-}  # fmt: skip
-_KNOWN = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0, "": np.nan, "nan": np.nan}
+TABLES = (".csv", ".tsv", ".parquet", ".pq")  # endings
 _CELLS = 1 << 30  # of a Parquet table: a few bytes of it can stand for any number
+_TRIED = 20  # paths tried at opening
 
 
 @dataclass
@@ -74,41 +64,9 @@ class Table:
         return f"{self.name} row {self.numbers[index]:,}"
 
 
-def open_table(data: str, columns: dict[str, str] | None, asked: str | None) -> Dataset:
-    """The dataset listed in the table ``data`` (an absolute path)."""
-    table = _read_table(data)
-    roles = _find_roles(table, columns or {})
-    ids = _paths(table, roles["path"][0])
-    splits = _splits(table, roles["split"])
-    notes = []
-    labels, classes = _labels(table, roles["label"], splits, asked)
-    task = resolve_task(asked, classes, labels.ndim == 2, table.name)
-    if task == "unlabelled":
-        labels, classes = np.full(len(ids), -1, np.int64), []
-    used = {name for names in roles.values() for name in names}
-    rest = [name for name in table.columns if name not in used]
-    if task == "unlabelled" and asked is None:
-        others = f" among {abbreviated(rest, 8)}" if rest else ""
-        notes.append(f"No column of labels was found{others}: --column label=NAME names one, or several: label=A,B,C.")
-    images, said = files_named(os.path.dirname(data), ids)
-    return Dataset(
-        name=safe_name(table.name.rsplit(".", 1)[0]),
-        source=source_record("table", data, columns, asked),
-        ids=ids,
-        labels=labels,
-        splits=splits,
-        groups=_groups(table, roles["group"], ids),
-        meta={name: _numbers_or_text(table.columns[name]) for name in rest},
-        classes=classes,
-        task=task,
-        images=images,
-        notes=(*notes, *said),
-    )
-
-
 @dataclass(frozen=True)
 class Annotations:
-    """What a table says of rows that lie elsewhere, in its order."""
+    """What a table says of images, in the order of its rows."""
 
     ids: list[str] | None  # None: it has no column of paths
     labels: np.ndarray
@@ -118,93 +76,114 @@ class Annotations:
     classes: list[str]
 
 
-def read_annotations(data: str, columns: dict[str, str] | None, asked: str | None) -> Annotations:
-    """Labels of features that are there already: a table as for images, in which the paths may be missing. Its only
-    column is the label, whatever it is called."""
+def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> Dataset:
+    """The dataset listed in the table ``data`` (an absolute path)."""
     table = _read_table(data)
-    given = {"label": next(iter(table.columns))} if len(table.columns) == 1 else {}
-    roles = _find_roles(table, columns or given, needs_path=False)
-    if not roles["label"]:
-        raise SourceError(
-            f"{table.name} has no column of labels among {abbreviated(list(table.columns), 8)}; "
-            "--column label=NAME names one."
+    roles = _find_roles(table, columns or {})
+    ids = _paths(table, roles["path"][0])
+    rows = _annotations(table, roles, task, ids)
+    labels, classes, resolved = resolve_labels(rows.labels, rows.classes, task, table.name)
+    images, notes = _image_files(os.path.dirname(data), ids)
+    if resolved == "unlabelled" and task is None:
+        others = f" among {abbreviated(list(rows.meta), 8)}" if rows.meta else ""
+        notes.insert(
+            0, f"No column of labels was found{others}: --column label=NAME names one, or several: label=A,B,C."
         )
-    ids = _paths(table, roles["path"][0]) if roles["path"] else None
-    alone = [f"{table.name}:{row}" for row in range(len(table.numbers))]  # one without a group is a group of its own
-    return replace(_annotations(table, roles, asked, ids or alone), ids=ids)
-
-
-def annotate(
-    table: Table, ids: list[str], columns: dict[str, str], asked: str | None, known: Sequence[str] = ()
-) -> Annotations:
-    """What columns say of images whose ids are known; labels may be missing. ``known``: the classes in their order, of
-    which the labels are names or numbers from 0."""
-    roles = _find_roles(table, {**columns, "path": ""}, needs_path=False)
-    if not known or len(roles["label"]) != 1 or asked in ("unlabelled", "multilabel"):
-        return _annotations(table, roles, asked, ids)
-    values = [_among(table.row(row), value, known) for row, value in enumerate(table.columns[roles["label"][0]])]
-    said = _annotations(table, roles, "unlabelled", ids)
-    return replace(said, labels=class_labels(values, known), classes=list(known))
-
-
-def _among(row: str, value: str, known: Sequence[str]) -> str:
-    if value.isascii() and value.isdigit() and int(value[:9]) < len(known):
-        return known[int(value[:9])]
-    if value in known or not value:
-        return value
-    raise SourceError(
-        f'the label of {row} is "{value}"; expected 0 to {len(known) - 1} or one of {abbreviated(known)}.'
+    return Dataset(
+        name=safe_name(table.name.rsplit(".", 1)[0]),
+        source=source_record("table", data, columns, task),
+        ids=ids,
+        labels=labels,
+        splits=rows.splits,
+        groups=rows.groups,
+        meta=rows.meta,
+        classes=classes,
+        task=resolved,
+        images=images,
+        notes=tuple(notes),
     )
 
 
-def _annotations(table: Table, roles: dict[str, list[str]], asked: str | None, ids: list[str]) -> Annotations:
-    splits = _splits(table, roles["split"])
-    labels, classes = _labels(table, roles["label"], splits, asked)
-    used = {name for names in roles.values() for name in names}
+def read_annotations(data: str, columns: dict[str, str] | None, task: str | None) -> Annotations:
+    """Labels of features that are there already: a table as for images, in which the paths may be missing. Its only
+    column is the label, whatever it is called."""
+    table = _read_table(data)
+    only = {"label": next(iter(table.columns))} if len(table.columns) == 1 else {}
+    roles = _find_roles(table, columns or only, needs_path=False)
+    if not roles["label"]:
+        raise SourceError(
+            f"{table.name} has no column of labels among {abbreviated(list(table.columns), 8)}; --column label=NAME "
+            "names one."
+        )
+    ids = _paths(table, roles["path"][0]) if roles["path"] else None
+    own = [f"{table.name}:{row}" for row in range(len(table.numbers))]  # one without a group is a group of its own
+    return replace(_annotations(table, roles, task, ids or own), ids=ids)
+
+
+def annotate(
+    table: Table, ids: list[str], columns: dict[str, str], task: str | None, classes: Sequence[str] = ()
+) -> Annotations:
+    """What columns say of images whose ``ids`` are there; labels may be missing. ``classes``, in their order: those of
+    which the labels are names, or numbers from 0."""
+    roles = _find_roles(table, {**columns, "path": ""}, needs_path=False)
+    if not classes or len(roles["label"]) != 1 or task in ("unlabelled", "multilabel"):
+        return _annotations(table, roles, task, ids)
+    labels, listed = labels_of_listed(table.columns[roles["label"][0]], classes, table.row)
+    return replace(_annotations(table, roles, "unlabelled", ids), labels=labels, classes=listed)
+
+
+def _annotations(table: Table, roles: dict[str, list[str]], task: str | None, ids: list[str]) -> Annotations:
+    splits = [""] * len(table.numbers)
+    if roles["split"]:
+        name, remedy = roles["split"][0], "If this column is no split: --column split= (with nothing behind it)."
+        splits = split_names(table.columns[name], lambda row: f"{table.row(row)}: {name!r}", remedy)
+    names, classes = roles["label"], list[str]()
+    if len(names) > 1 or (names and task == "multilabel"):
+        labels = several_labels_of_text({name: table.columns[name] for name in names}, table.row)
+        classes = names
+    elif names and task != "unlabelled":
+        labels, classes = labels_of_text(table.columns[names[0]], splits, table.row)
+    else:
+        labels = np.full(len(splits), -1, np.int64)
+    groups = groups_or_ids(table.columns[roles["group"][0]], ids) if roles["group"] else None
+    used = {name for columns in roles.values() for name in columns}
     meta = {name: _numbers_or_text(table.columns[name]) for name in table.columns if name not in used}
-    return Annotations(ids, labels, splits, _groups(table, roles["group"], ids), meta, classes)
+    return Annotations(ids, labels, splits, groups, meta, classes)
+
+
+# -- reading
 
 
 def _read_table(data: str) -> Table:
     return (_read_parquet if data.lower().endswith((".parquet", ".pq")) else _read_csv)(data)
 
 
-def _labels(table: Table, names: list[str], splits: list[str], asked: str | None) -> tuple[np.ndarray, list[str]]:
-    if len(names) > 1 or (names and asked == "multilabel"):
-        return _several_labels(table, names), names
-    return _one_label(table, names, splits, asked == "unlabelled")
-
-
 def _read_csv(file: str) -> Table:
-    rows, numbers = [], []
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             header = lines.readline()
             lines.seek(0)
             delimiter = "\t" if file.lower().endswith(".tsv") else max(",;\t|", key=header.count)
             reader = csv.reader(lines, delimiter=delimiter)
-            for row in reader:
-                if row:
-                    rows.append(row)
-                    numbers.append(reader.line_num)
+            rows = [(reader.line_num, row) for row in reader if row]
     except UnicodeDecodeError as error:
-        found = f"byte 0x{error.object[error.start]:02x}"
-        raise SourceError(f"{file} is not UTF-8 ({found}): save it as UTF-8 (Excel: CSV UTF-8).") from error
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise SourceError(f"{file} is not UTF-8 ({byte}): save it as UTF-8 (Excel: CSV UTF-8).") from error
     except (csv.Error, OSError) as error:
         raise SourceError(f"{file} cannot be read as a table ({error}).") from error
     if len(rows) < 2:
-        found = "a header only" if rows else "no rows"
-        raise SourceError(f"{file} has {found}; expected a header and a row for each image.")
-    names = [name.strip() or f"column {number}" for number, name in enumerate(rows[0], 1)]
+        there = "a header only" if rows else "no rows"
+        raise SourceError(f"{file} has {there}; expected a header and a row for each image.")
+    names = [name.strip() or f"column {number}" for number, name in enumerate(rows.pop(0)[1], 1)]
     _refuse_repeated(file, names)
-    for row, number in zip(rows[1:], numbers[1:], strict=True):
+    for number, row in rows:
         if len(row) != len(names):
             raise SourceError(
                 f"{os.path.basename(file)} row {number:,} has {len(row)} fields, the header {len(names)} "
                 f"({abbreviated(names)}): write a field that holds {delimiter!r} in quotes."
             )
-    columns = {name: [row[place].strip() for row in rows[1:]] for place, name in enumerate(names)}
-    return Table(file, columns, numbers[1:])
+    columns = {name: [row[place].strip() for _, row in rows] for place, name in enumerate(names)}
+    return Table(file, columns, [number for number, _ in rows])
 
 
 def _read_parquet(file: str) -> Table:
@@ -234,7 +213,9 @@ def _read_parquet(file: str) -> Table:
         )
     if not table.num_rows:
         raise SourceError(f"{file} has no rows; expected one for each image.")
-    columns = {name: [_text(value) for value in table[name].to_pylist()] for name in table.column_names}
+    columns = {name: table[name].to_pylist() for name in table.column_names}  # as the CSV of the same table has them
+    for name, values in columns.items():
+        columns[name] = ["" if value is None or value != value else str(value).strip() for value in values]
     return Table(file, columns, range(1, table.num_rows + 1))
 
 
@@ -246,29 +227,28 @@ def _is_plain(kind: object) -> bool:
     return not (types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def _text(value: object) -> str:
-    """A cell as the CSV of the same table would have it."""
-    return "" if value is None or value != value else str(value).strip()
-
-
 def _refuse_repeated(file: str, names: list[str]) -> None:
-    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if repeated:
-        raise SourceError(f"{file} has the column {repeated[0]!r} more than once; rename one.")
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise SourceError(f"{file} has the column {repeated!r} more than once; rename one.")
 
 
-def _find_roles(table: Table, asked: dict[str, str], *, needs_path: bool = True) -> dict[str, list[str]]:
-    """Role -> its columns: as asked for, else by name."""
-    unknown = [role for role in asked if role not in ROLES]
-    if unknown:
-        raise SourceError(f"columns cannot name a {unknown[0]!r}; they name {', '.join(ROLES)}.")
+# -- what each column is
+
+
+def _find_roles(table: Table, requested: dict[str, str], *, needs_path: bool = True) -> dict[str, list[str]]:
+    """Role -> its columns: as requested, else by name."""
+    unknown = next((role for role in requested if role not in ROLES), None)
+    if unknown is not None:
+        raise SourceError(f"columns cannot name a {unknown!r}; they name {', '.join(ROLES)}.")
+    elsewhere = {name for names in requested.values() for name in names.split(",")}
+    plain = {name: re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in table.columns}
     roles: dict[str, list[str]] = {}
-    for role, known in ROLES.items():
-        if role in asked:
-            roles[role] = _asked_columns(table, role, asked[role])
+    for role, names in ROLES.items():
+        if role in requested:
+            roles[role] = _requested_columns(table, role, requested[role])
         else:
-            told = {name for other in asked for name in asked[other].split(",")}
-            roles[role] = [name for name in table.columns if _plain(name) in known and name not in told]
+            roles[role] = [name for name in table.columns if plain[name] in names and name not in elsewhere]
             if len(roles[role]) > 1:
                 raise SourceError(
                     f"{table.name} has several columns that could be the {role}: {abbreviated(roles[role])}. "
@@ -279,20 +259,16 @@ def _find_roles(table: Table, asked: dict[str, str], *, needs_path: bool = True)
             f"{table.name} has no column of image paths among {abbreviated(list(table.columns), 8)}; expected one "
             f"called {abbreviated(ROLES['path'], 4)}, or --column path=NAME."
         )
-    taken = [name for names in roles.values() for name in names]
-    if len(taken) > len(set(taken)):
-        twice = next(name for name in taken if taken.count(name) > 1)
-        raise SourceError(f"the column {twice!r} of {table.name} cannot be two things at once ({asked}).")
+    used = [name for names in roles.values() for name in names]
+    twice = next((name for name in used if used.count(name) > 1), None)
+    if twice is not None:
+        raise SourceError(f"the column {twice!r} of {table.name} cannot be two things at once ({requested}).")
     return roles
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-
-
-def _asked_columns(table: Table, role: str, asked: str) -> list[str]:
-    """The columns of ``asked``; a name with a comma in it is one column where the table has it."""
-    names = [asked] if asked in table.columns else [name.strip() for name in asked.split(",") if name.strip()]
+def _requested_columns(table: Table, role: str, text: str) -> list[str]:
+    """The columns of ``A,B``; a name with a comma in it is one column where the table has it."""
+    names = [text] if text in table.columns else [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in table.columns:
             near = nearest(name, table.columns)
@@ -300,7 +276,7 @@ def _asked_columns(table: Table, role: str, asked: str) -> list[str]:
                 f"{table.name} has no column {name!r}; it has {abbreviated(list(table.columns), 8)}.{near}"
             )
     if len(names) > 1 and role != "label":
-        raise SourceError(f"the {role} is one column of {table.name}, not {len(names)} ({asked}).")
+        raise SourceError(f"the {role} is one column of {table.name}, not {len(names)} ({text}).")
     return names
 
 
@@ -319,107 +295,37 @@ def _paths(table: Table, name: str) -> list[str]:
     return ids
 
 
-def _splits(table: Table, names: list[str]) -> list[str]:
-    if not names:
-        return [""] * len(table.numbers)
-
-    def wrong(row: int, value: str) -> SourceError:
-        return SourceError(
-            f'{table.row(row)}: {names[0]!r} is "{value}", expected train, val or test (or nothing). '
-            "If this column is no split: --column split= (with nothing behind it)."
-        )
-
-    return split_names(table.columns[names[0]], wrong)
-
-
-def _groups(table: Table, names: list[str], ids: list[str]) -> list[str] | None:
-    """The group of each image; one without is a group of its own."""
-    return [group or image for group, image in zip(table.columns[names[0]], ids, strict=True)] if names else None
-
-
-def _one_label(table: Table, names: list[str], splits: list[str], unlabelled: bool) -> tuple[np.ndarray, list[str]]:
-    """int64 [N] and the classes. With splits, a class has to occur in train: a head cannot learn what it never sees."""
-    if not names or unlabelled:
-        return np.full(len(splits), -1, np.int64), []
-    values = _class_names(table.columns[names[0]])
-    has_train = "train" in splits
-    shown = [value for value, split in zip(values, splits, strict=True) if split == "train" or not has_train]
-    classes = sorted(set(shown) - {""}, key=_number_or_name)
-    known = {*classes, ""}
-    for row, value in enumerate(values):
-        if value not in known:
-            raise SourceError(
-                f'{table.row(row)}: the label "{value}" is in no train row (there: {abbreviated(classes) or "none"}). '
-                "Correct it, or put images of that class into train."
-            )
-    return class_labels(values, classes), classes
-
-
-def _class_names(values: list[str]) -> list[str]:
-    """Labels as names: "nan" is none, and 1.0 is 1 (what pandas makes of whole numbers beside an empty cell)."""
-    names = {value: "" if value.lower() == "nan" else re.sub(r"^(-?\d+)\.0+$", r"\1", value) for value in set(values)}
-    return [names[value] for value in values]
-
-
-def _number_or_name(name: str) -> tuple[bool, float, str]:
-    number = _number(name)
-    return number is None, number or 0.0, name
-
-
-def _several_labels(table: Table, names: list[str]) -> np.ndarray:
-    """float32 [N, L]: 1, 0, NaN for unknown."""
-    labels = np.empty((len(table.numbers), len(names)), np.float32)
-    for place, name in enumerate(names):
-        for row, value in enumerate(table.columns[name]):
-            known = _KNOWN.get(value.lower())
-            if known is None:
-                raise SourceError(
-                    f'{table.row(row)}: {name!r} is "{value}", expected 1, 0, or nothing where it is not known. '
-                    "If this value means uncertain, decide: write 1, 0 or nothing."
-                )
-            labels[row, place] = known
-    return labels
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if np.isfinite(number) else None
-
-
 def _numbers_or_text(values: list[str]) -> list[str] | np.ndarray:
     """A further column: int64 or float64 (empty: NaN) where every cell is a number, else the text."""
-    found: dict[str, float | None] = {value: _number(value) for value in set(values)}
-    missing = {value for value in found if not value or value.lower() == "nan"}
-    code = any(re.match(r"^[-+]?0\d", value) for value in found)  # 007 is a code: as a number it would lose its zeros
-    text = any(number is None for value, number in found.items() if value not in missing)
-    if code or text or len(missing) == len(found):
+    numbers = {value: finite_number(value) for value in set(values)}
+    missing = {value for value in numbers if not value or value.lower() == "nan"}
+    code = any(re.match(r"^[-+]?0\d", value) for value in numbers)  # 007 is a code: as a number it would lose zeros
+    text = any(number is None for value, number in numbers.items() if value not in missing)
+    if code or text or len(missing) == len(numbers):
         return values
     try:
         return np.array([int(value) for value in values], np.int64)
     except (ValueError, OverflowError):
-        return np.array([np.nan if value in missing else found[value] for value in values], np.float64)
+        return np.array([np.nan if value in missing else numbers[value] for value in values], np.float64)
 
 
-_LOOKED_AT = 20  # paths tried at opening
+# -- the files that the paths name
 
 
-def files_named(folder: str, names: list[str]) -> tuple[ImageFiles, list[str]]:
+def _image_files(folder: str, names: list[str]) -> tuple[ImageFiles, list[str]]:
     """The files of ``names``, relative to ``folder``; what to say where the first of them are not there. Raises
     SourceError."""
     images = ImageFiles(folder, names)
-    tried, above = range(min(_LOOKED_AT, len(names))), ImageFiles(os.path.dirname(folder), names)
+    tried, above = range(min(_TRIED, len(names))), ImageFiles(os.path.dirname(folder), names)
     if any(os.path.exists(images.path(row)) for row in tried):
         return images, []
     if "/" in names[0] and any(os.path.exists(above.path(row)) for row in tried):
         return above, [f"Paths are relative to {above.root}, the folder above that of the table."]
-    places = [] if any("/" in name for name in names) else _located(folder, names)
-    found = [place for place, name in zip(places, names, strict=False) if place != name]
-    if found:
-        counts = f"{len(found):,} of {len(names):,}"
-        return ImageFiles(folder, places), [f"The table gives bare names: {counts} were found in the folders below it."]
+    paths = names if any("/" in name for name in names) else _paths_below(folder, names)
+    located = sum(path != name for path, name in zip(paths, names, strict=True))
+    if located:
+        counts = f"{located:,} of {len(names):,}"
+        return ImageFiles(folder, paths), [f"The table gives bare names: {counts} were found in the folders below it."]
     first = images.path(0)
     stem = f"; {first}.png would be: the paths lack their ending" if os.path.exists(first + ".png") else ""
     return images, [
@@ -427,26 +333,19 @@ def files_named(folder: str, names: list[str]) -> tuple[ImageFiles, list[str]]:
     ]
 
 
-def _located(folder: str, names: Sequence[str]) -> list[str]:
+def _paths_below(folder: str, names: Sequence[str]) -> list[str]:
     """The path of each name below ``folder``; the name itself where it is nowhere. Raises SourceError."""
-    places: dict[str, list[str]] = {name: [] for name in names}
-    for path in _images_below(folder):
-        name = os.path.basename(path)
-        for word in (name, os.path.splitext(name)[0]):
-            if word in places:
-                places[word].append(path)
-    twice = next((name for name, found in places.items() if len(found) > 1), None)
-    if twice is not None:
-        raise SourceError(
-            f"{twice} stands for {abbreviated(sorted(places[twice]), 3)} in {folder}; expected one file of that name. "
-            "Remove the others, or write the paths with their folders."
-        )
-    return [found[0] if found else name for name, found in places.items()]
-
-
-def _images_below(folder: str) -> Iterator[str]:
+    paths: dict[str, list[str]] = {name: [] for name in names}
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        for name in files:
-            if is_image(name) and not name.startswith("."):
-                yield os.path.relpath(os.path.join(place, name), folder)
+        for file in files:
+            if is_image(file) and not file.startswith("."):
+                for word in {file, os.path.splitext(file)[0]} & paths.keys():
+                    paths[word].append(os.path.relpath(os.path.join(place, file), folder))
+    twice = next((name for name, several in paths.items() if len(several) > 1), None)
+    if twice is not None:
+        raise SourceError(
+            f"{twice} stands for {abbreviated(sorted(paths[twice]), 3)} in {folder}; expected one file of that name. "
+            "Remove the others, or write the paths with their folders."
+        )
+    return [several[0] if several else name for name, several in paths.items()]

@@ -1,26 +1,21 @@
-"""Torchvision:, CIFAR batches without running a pickle.
-
-``torchvision:<name>[:<variant>][@folder]``: the labelled sets of images in torchvision.datasets.
+"""torchvision.datasets: ``torchvision:<name>[:<variant>][@folder]``, its labelled sets of images.
 
 torchvision finds, checks and downloads the files; where they lie in files of their own they are taken as they are,
 encoded. Files are looked for in the folder that was given, else in ``$FEATURECACHE_DATA/torchvision`` or
 ``~/.cache/featurecache/data/torchvision``. Splits are the set's own; a set that has none says so by having none.
-CIFAR's batches, which are pickles, are read by `featurecache.sources.cifar`.
 
-The batches of CIFAR-10 and CIFAR-100 (Krizhevsky 2009), read without running anything that is in them.
-
-The published files are pickles, and a pickle is a program: who unpickles a file runs whatever its author wrote into it.
-So the unpickler here knows no function and no class: each name in the file stands for an inert `_Inert` that only
-keeps what it is given, names other than those that numpy's arrays need are refused, and the pixels are read from the
-bytes found. (torchvision's own loader unpickles, after comparing MD5 sums. Here no sum is needed, and smaller sets in
-the same format can be read too.)
+CIFAR-10 and CIFAR-100 (Krizhevsky 2009) are published as pickles, and a pickle is a program: who unpickles a file runs
+whatever its author wrote into it. So the unpickler here knows no function and no class: each name in the file stands
+for an inert object that only keeps what it is given, names other than those that numpy's arrays need are refused, and
+the pixels are read from the bytes. (torchvision's own loader unpickles, after comparing MD5 sums. Here no sum is
+needed, and smaller sets in the same format can be read too.)
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-from dataclasses import dataclass, replace
+import pickle  # only its parser; see above
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,24 +23,14 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import NotFetched, SourceError, first_line, nearest
-from featurecache.sources.base import (
-    Dataset,
-    ImageArrays,
-    ImageFiles,
-    ImageRows,
-    ImageSource,
-    abbreviated,
-    resolve_task,
-    safe_name,
-    source_record,
-    unique_names,
-)
-from featurecache.sources.fetching import at_place, beside, data_folder, fetching, not_here
+from featurecache.formatting import abbreviated
+from featurecache.sources.base import Dataset, ImageArrays, ImageFiles, ImageRows, ImageSource, safe_name, source_record
+from featurecache.sources.fetching import SourceOptions, beside, data_folder, fetching, not_here
+from featurecache.sources.labels import resolve_labels, unique_names
 from featurecache.sources.torchvision_catalogue import SETS, Split
 
 FORM = "torchvision:<name>[:<variant>][@folder]"
-
-# Read by `cifar` beside this: folder, files of either split, meta file; the variants are the keys of names and labels.
+# Read here: folder, files of either split, meta file; the variants are the keys of names and labels.
 _CIFAR = {
     "CIFAR10": ("cifar-10-batches-py", [f"data_batch_{n}" for n in range(1, 6)], ["test_batch"], "batches.meta"),
     "CIFAR100": ("cifar-100-python", ["train"], ["test"], "meta"),
@@ -57,84 +42,122 @@ _CIFAR_KEYS = {
 NAMES = sorted([*SETS, *_CIFAR], key=str.lower)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    name: str
-    variant: str
-    folder: str
-
-    @property
-    def words(self) -> str:
-        return f"torchvision:{self.name}" + (f":{self.variant}" if self.variant else "") + f"@{self.folder}"
-
-
-def open_torchvision(words: str, asked_task: str | None) -> Dataset:
+def open_torchvision(words: str, task: str | None) -> Dataset:
     """The set of ``words``, from files on this machine. Raises NotFetched where there are none."""
-    asked = _parse(words)
-    found = _cifar(asked) if asked.name in _CIFAR else _through_torchvision(asked)
-    parts, classes = list(found.values()), next(iter(found.values())).classes
-    if any(part.classes != classes for part in parts):
-        raise SourceError(f"the splits of {asked.name} in {asked.folder} have different classes; fetch it again.")
-    ids, images = _images(asked, found)
-    labels = np.concatenate([part.labels for part in parts])
-    names = unique_names(classes)
-    task = resolve_task(asked_task, names, labels.ndim == 2, asked.name)
-    if task == "unlabelled":
-        names, labels = [], np.full(len(ids), -1, np.int64)
+    options, folder = _parse(words)
+    splits = _cifar(options, folder) if options.name in _CIFAR else _through_torchvision(options, folder)
+    parts = list(splits.values())
+    if any(part.classes != parts[0].classes for part in parts):
+        raise SourceError(f"the splits of {options.name} in {folder} have different classes; fetch it again.")
+    ids, images = _images(options, folder, splits)
+    names = unique_names(parts[0].classes)
+    labels, classes, resolved = resolve_labels(np.concatenate([p.labels for p in parts]), names, task, options.name)
     grouped = all(part.groups for part in parts)
-    note = SETS[asked.name].note if asked.name in SETS else ""
+    note = SETS[options.name].note if options.name in SETS else ""
     return Dataset(
-        name=safe_name(asked.name.lower() + (f"-{asked.variant}" if asked.variant not in ("", "fine") else "")),
-        source=source_record("torchvision", asked.words, None, asked_task),
+        name=safe_name(options.name.lower() + (f"-{options.variant}" if options.variant not in ("", "fine") else "")),
+        source=source_record("torchvision", str(options), None, task),
         ids=ids,
         labels=labels,
-        splits=[split for split, part in found.items() for _ in range(len(part.images))],
+        splits=[split for split, part in splits.items() for _ in range(len(part.images))],
         groups=[group for part in parts for group in part.groups or ()] if grouped else None,
         meta={},
-        classes=names,
-        task=task,
+        classes=classes,
+        task=resolved,
         images=images,
         notes=(note,) if note else (),
     )
 
 
-def _images(asked: _Asked, found: dict[str, Split]) -> tuple[list[str], ImageSource]:
-    if all(isinstance(part.images, list) for part in found.values()):
-        paths = [os.path.relpath(path, asked.folder) for part in found.values() for path in part.images]
+def fetch_torchvision(words: str) -> None:
+    """Let torchvision download the set of ``words``. Raises SourceError."""
+    import torchvision.datasets
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    options, folder = _parse(words)
+    make = getattr(torchvision.datasets, options.name)
+    known = SETS.get(options.name)
+    if known and not known.fetches:
+        raise SourceError(
+            f"{options.name} is not in {folder}, and torchvision cannot download it: unpack it as the page of "
+            f"torchvision.datasets.{options.name} says, and name the folder: --data torchvision:{options.name}@FOLDER"
+        )
+    with fetching(partial(_absent, options)), beside(Path(folder), options.name) as draft:
+        if known is None:
+            download_and_extract_archive(make.url, str(draft), filename=make.filename, md5=make.tgz_md5)
+            return
+        for arguments in known.splits.values():
+            make(str(draft), download=True, **arguments, **known.variants.get(options.variant, {}))
+
+
+def _parse(words: str) -> tuple[SourceOptions, str]:
+    """The set and its folder. Raises SourceError."""
+    options = SourceOptions.parse("torchvision", words)
+    name = {word.lower(): word for word in NAMES}.get(options.name.lower())
+    if name is None or options.version:
+        import torchvision.datasets
+
+        if hasattr(torchvision.datasets, options.name) and not options.version:
+            raise SourceError(
+                f"torchvision's {options.name} is no set of labelled images. Those that are: {', '.join(NAMES)}."
+            )
+        wrong = options.name + (f"@{options.version}" if options.version else "")
+        raise SourceError(
+            f'torchvision has no labelled set called "{wrong}" ({FORM}).{nearest(options.name, NAMES)} '
+            f"It has {abbreviated(NAMES, 99)}."
+        )
+    variants = _CIFAR_KEYS[name] if name in _CIFAR else SETS[name].variants
+    choices = [word for word in variants if word]
+    if options.variant and options.variant not in choices:
+        raise SourceError(f'{name} has no "{options.variant}"; it has {", ".join(choices) or "no variants"}.')
+    if not options.variant and "" in variants and choices:
+        raise SourceError(f"say which {name}: {', '.join(f'torchvision:{name}:{word}' for word in choices)}.")
+    folder = options.folder or str(data_folder() / "torchvision")
+    return replace(options, name=name, variant=options.variant or next(iter(variants), ""), folder=folder), folder
+
+
+def _absent(options: SourceOptions, why: str = "") -> NotFetched:
+    copy = f"--data {replace(options, folder='FOLDER')}"
+    return not_here(options.name, str(options.folder), options, copy, why)
+
+
+def _images(options: SourceOptions, folder: str, splits: dict[str, Split]) -> tuple[list[str], ImageSource]:
+    if all(isinstance(part.images, list) for part in splits.values()):
+        paths = [os.path.relpath(path, folder) for part in splits.values() for path in part.images]
         ids = [path.replace(os.sep, "/") for path in paths]
-        return ids, ImageFiles(asked.folder, ids)
+        return ids, ImageFiles(folder, ids)
     ids = [
-        ":".join(word for word in (asked.name, split, str(row)) if word)
-        for split, part in found.items()
+        ":".join(word for word in (options.name, split, str(row)) if word)
+        for split, part in splits.items()
         for row in range(len(part.images))
     ]
-    arrays = ImageArrays([part.images for part in found.values()])
-    if all(part.files for part in found.values()):
-        return ids, ImageRows(arrays.read, tuple(file for part in found.values() for file in part.files))
+    arrays = ImageArrays([part.images for part in splits.values()])
+    if all(part.files for part in splits.values()):
+        return ids, ImageRows(arrays.read, tuple(file for part in splits.values() for file in part.files))
     return ids, arrays
 
 
-def _through_torchvision(asked: _Asked) -> dict[str, Split]:
-    """Split → what torchvision's class found, which is never asked to download. Raises NotFetched, SourceError."""
+def _through_torchvision(options: SourceOptions, folder: str) -> dict[str, Split]:
+    """Split → what torchvision's class finds, which is never asked to download. Raises NotFetched, SourceError."""
     import torchvision.datasets
 
-    known = SETS[asked.name]
-    make, variant = getattr(torchvision.datasets, asked.name), known.variants.get(asked.variant, {})
+    known = SETS[options.name]
+    make, variant = getattr(torchvision.datasets, options.name), known.variants.get(options.variant, {})
     quiet = {"download": False} if known.fetches else {}
-    if not os.path.isdir(asked.folder):
-        raise _absent(asked)
-    found = {}
+    if not os.path.isdir(folder):
+        raise _absent(options)
+    splits = {}
     for split, arguments in known.splits.items():
         try:
-            opened = make(asked.folder, **arguments, **variant, **quiet)
+            opened = make(folder, **arguments, **variant, **quiet)
         except (RuntimeError, FileNotFoundError) as error:  # what its classes raise where the files are not there
-            raise _absent(asked) from error
+            raise _absent(options) from error
         except Exception as error:
-            raise SourceError(f"{asked.name} in {asked.folder} cannot be read ({first_line(error)}).") from error
-        found[split] = _in_order(known.read(opened))
-        if not len(found[split].images):
-            raise SourceError(f"{asked.name} in {asked.folder} has no {split or ''} images; fetch it again.")
-    return found
+            raise SourceError(f"{options.name} in {folder} cannot be read ({first_line(error)}).") from error
+        splits[split] = _in_order(known.read(opened))
+        if not len(splits[split].images):
+            raise SourceError(f"{options.name} in {folder} has no {split or ''} images; fetch it again.")
+    return splits
 
 
 def _in_order(split: Split) -> Split:
@@ -146,74 +169,27 @@ def _in_order(split: Split) -> Split:
     return replace(split, images=[split.images[row] for row in order], labels=split.labels[order], groups=groups)
 
 
-def _cifar(asked: _Asked) -> dict[str, Split]:
-    name, train, test, meta = _CIFAR[asked.name]
-    folder = batch_folder(asked.folder, name, meta)
+# -- CIFAR
+
+
+def _cifar(options: SourceOptions, root: str) -> dict[str, Split]:
+    name, train, test, meta = _CIFAR[options.name]
+    folder = next((f for f in (os.path.join(root, name), root) if os.path.isfile(os.path.join(f, meta))), None)
     if folder is None:
-        raise _absent(asked)
-    names, labels = _CIFAR_KEYS[asked.name][asked.variant]
-    classes = read_names(os.path.join(folder, meta), names)
-    found = {}
-    for split, names_of_files in {"train": train, "test": test}.items():
-        files = [os.path.join(folder, file) for file in names_of_files]
+        raise _absent(options)
+    names, key = _CIFAR_KEYS[options.name][options.variant]
+    classes = _cifar_names(os.path.join(folder, meta), names)
+    splits = {}
+    for split, batches in {"train": train, "test": test}.items():
+        files = [os.path.join(folder, file) for file in batches]
         try:
-            batches = read_batches(files, labels)
+            pixels, labels = map(np.concatenate, zip(*(_batch(file, key) for file in files), strict=True))
         except OSError as error:
             raise SourceError(f"{error.filename} cannot be read ({error.strerror}); get the archive again.") from error
-        if len(batches.labels) and batches.labels.max() >= len(classes):
-            raise SourceError(f"{folder} has the label {batches.labels.max()} and {len(classes)} names of classes.")
-        found[split] = Split(batches.pixels, batches.labels, classes, files=tuple(files))
-    return found
-
-
-def fetch_torchvision(words: str) -> None:
-    """Let torchvision download the set of ``words``. Raises SourceError."""
-    import torchvision.datasets
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    asked = _parse(words)
-    make = getattr(torchvision.datasets, asked.name)
-    known = SETS.get(asked.name)
-    if known and not known.fetches:
-        raise SourceError(
-            f"{asked.name} is not in {asked.folder}, and torchvision cannot download it: unpack it as the page of "
-            f"torchvision.datasets.{asked.name} says, and name the folder: --data torchvision:{asked.name}@FOLDER"
-        )
-    variant = known.variants.get(asked.variant, {}) if known else {}
-    with fetching(partial(_absent, asked)), beside(Path(asked.folder), asked.name) as draft:
-        if known is None:
-            download_and_extract_archive(make.url, str(draft), filename=make.filename, md5=make.tgz_md5)
-        for arguments in known.splits.values() if known else []:
-            make(str(draft), download=True, **arguments, **variant)
-
-
-def _parse(words: str) -> _Asked:
-    (name, *more), folder = at_place(words)
-    name, _, variant = name.partition(":")
-    known = {word.lower(): word for word in NAMES}
-    if name.lower() not in known or more:
-        import torchvision.datasets
-
-        if hasattr(torchvision.datasets, name) and not more:
-            raise SourceError(f"torchvision's {name} is no set of labelled images. Those that are: {', '.join(NAMES)}.")
-        raise SourceError(
-            f'torchvision has no labelled set called "{"@".join([name, *more])}" ({FORM}).{nearest(name, NAMES)} '
-            f"It has {abbreviated(NAMES, 99)}."
-        )
-    name = known[name.lower()]
-    variants = _CIFAR_KEYS[name] if name in _CIFAR else SETS[name].variants
-    choices = [word for word in variants if word]
-    if variant and variant not in choices:
-        raise SourceError(f'{name} has no "{variant}"; it has {", ".join(choices) or "no variants"}.')
-    if not variant and "" in variants and choices:
-        raise SourceError(f"say which {name}: {', '.join(f'torchvision:{name}:{word}' for word in choices)}.")
-    variant = variant or next(iter(variants), "")
-    return _Asked(name, variant, folder or str(data_folder() / "torchvision"))
-
-
-def _absent(asked: _Asked, why: str = "") -> NotFetched:
-    word = f":{asked.variant}" if asked.variant else ""
-    return not_here(asked.name, asked.folder, asked.words, f"--data torchvision:{asked.name}{word}@FOLDER", why)
+        if len(labels) and labels.max() >= len(classes):
+            raise SourceError(f"{folder} has the label {labels.max()} and {len(classes)} names of classes.")
+        splits[split] = Split(pixels, labels, classes, files=tuple(files))
+    return splits
 
 
 _PIXELS = 3 * 32 * 32  # of a row: the red plane, the green, the blue
@@ -236,7 +212,7 @@ def _encode(text: str = "", coding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-_KNOWN = {
+_NEEDED = {
     ("numpy", "ndarray"): _Inert, ("numpy", "dtype"): _Inert, ("numpy.core.multiarray", "_reconstruct"): _Inert,
     ("numpy._core.multiarray", "_reconstruct"): _Inert, ("numpy._core.numeric", "_frombuffer"): _Inert,
     ("numpy.core.numeric", "_frombuffer"): _Inert, ("_codecs", "encode"): _encode, ("__builtin__", "bytes"): _encode,
@@ -245,26 +221,12 @@ _KNOWN = {
 
 class _Parser(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN:
+        if (module, name) not in _NEEDED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch of pixels needs")
-        return _KNOWN[module, name]
+        return _NEEDED[module, name]
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Pixels uint8 [n, 32, 32, 3] and labels int64 [n] of one split."""
-
-    pixels: np.ndarray
-    labels: np.ndarray
-
-
-def read_batches(files: list[str], key: str) -> Batches:
-    """The rows of ``files``, one after another; ``key`` names the labels. Raises SourceError, OSError."""
-    parts = [_batch(file, key) for file in files]
-    return Batches(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def read_names(file: str, key: str) -> list[str]:
+def _cifar_names(file: str, key: str) -> list[str]:
     """The names of the classes in ``batches.meta`` or ``meta``; index = label."""
     names = _record(file).get(key)
     if not isinstance(names, list) or not names or not all(isinstance(name, str | bytes) for name in names):
@@ -291,14 +253,14 @@ def _are_numbers(labels: Any) -> bool:
 def _record(file: str) -> dict[str, Any]:
     try:
         with open(file, "rb") as opened:
-            found = _Parser(opened, encoding="bytes").load()
+            record = _Parser(opened, encoding="bytes").load()
     except OSError:
         raise
     except Exception as error:  # a damaged pickle raises whatever its bytes make the parser do
         raise SourceError(f"{file} cannot be read as a batch of CIFAR ({error}); get the archive again.") from error
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise SourceError(f"{file} is no batch of CIFAR: it holds no dictionary.")
-    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in found.items()}
+    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in record.items()}
 
 
 def _bytes_of(array: Any) -> bytes | None:
@@ -314,11 +276,3 @@ def _bytes_of(array: Any) -> bytes | None:
     if fortran or not isinstance(dtype, _Inert) or dtype.arguments[:1] not in (("u1",), (b"u1",), ("|u1",)):
         return None
     return bytes(raw) if isinstance(raw, bytes | bytearray) else None
-
-
-def batch_folder(root: str, name: str, meta: str) -> str | None:
-    """The folder called ``name`` in ``root`` that holds ``meta``, or ``root`` itself where it does."""
-    for folder in (os.path.join(root, name), root):
-        if os.path.isfile(os.path.join(folder, meta)):
-            return folder
-    return None

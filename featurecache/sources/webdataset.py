@@ -1,6 +1,4 @@
-"""WebDataset tars, read by offset.
-
-WebDataset: images in tar files, a sample a few files of one name, read in place and never unpacked.
+"""WebDataset: images in tar files, a sample a few files of one name, read in place by offset and never unpacked.
 
     chest-{000..012}.tar    or chest-*.tar, one .tar, or a folder of them (also below train/, val/, test/)
 
@@ -15,15 +13,9 @@ key: ``p1/0001.jpg``, ``p1/0001.cls``, ``p1/0001.json``. What stands behind the 
 Without a split in the fields the names of the tars tell it (``train-000.tar``, ``val/000.tar``). The id of an image is
 ``chest-003.tar:p1/0001``.
 
-At opening the headers are walked and the small texts read; of an image its offset and size are kept. Nothing is ever
-extracted, so no name can lead anywhere; links and devices are left out and counted. A tar that is cut off, compressed,
-or goes on behind its end is refused, since what is behind that place would be missing.
-
-What lies in tar files, by offset: samples of a WebDataset found by their headers, and read in place.
-
-Nothing is ever extracted, so no name can lead anywhere. The headers are tarfile's to understand; what they claim is
-checked against the file, and a tar that ends without its end mark, or goes on behind it, is refused: what is behind
-that place would be missing.
+At opening the headers are walked and the small texts read; of an image its offset and size are kept. Nothing is
+extracted, so no name can lead anywhere; links and devices are left out and counted. What headers claim is checked: a
+tar that is cut off, compressed, or goes on behind its end is refused, since what is behind that place would be missing.
 """
 
 from __future__ import annotations
@@ -34,6 +26,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -43,35 +36,22 @@ from typing import ClassVar
 import numpy as np
 
 from featurecache.errors import SourceError, UnreadableImage
-from featurecache.sources.base import (
-    SPLITS,
-    Dataset,
-    ImageFiles,
-    abbreviated,
-    as_unreadable,
-    open_image_file,
-    resolve_task,
-    safe_name,
-    source_record,
-)
+from featurecache.formatting import abbreviated
+from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, safe_name, source_record
 from featurecache.sources.folders import EXTENSIONS, is_image, refuse_undecodable
+from featurecache.sources.labels import SPLITS, resolve_labels
 from featurecache.sources.tables import Table, annotate
 
 CLASSES = "classes.txt"
-_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+TEXTS = ("cls", "json", "txt")
+LONGEST = 1 << 20  # bytes of a text, and of a header with a long name
+_TAIL = 1 << 24  # bytes behind the end of a tar that are looked at
+_BLOCK = tarfile.BLOCKSIZE
+_COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zX", b"BZh")
+_TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 _PATTERN = re.compile(r"[*?\[]|\{[^{}]*(,|\.\.)[^{}]*\}")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MOST = 100_000  # tars of one pattern
-
-
-@dataclass
-class _Samples(Table):
-    """Their texts as columns, one row a sample."""
-
-    ids: list[str] = field(default_factory=list)
-
-    def row(self, index: int) -> str:
-        return self.ids[index]
 
 
 def is_webdataset(path: str) -> bool:
@@ -86,58 +66,50 @@ def is_pattern(path: str) -> bool:
     return bool(_PATTERN.search(path)) and _is_tar(path)
 
 
-def open_webdataset(data: str, columns: dict[str, str] | None, asked: str | None) -> Dataset:
+def open_webdataset(data: str, columns: dict[str, str] | None, task: str | None) -> Dataset:
     """The dataset in the tars that ``data`` (an absolute path) names."""
     root, tars = _tars(data)
-    found = TarIndex()
+    index = TarIndex()
     for number, tar in enumerate(tars):
-        walk(root, tar, number, found)
-    given = dict(columns or {})
-    image = given.pop("path", None)
-    images = [(sample, kind) for sample in found.samples if (kind := _image_of(sample, image)) is not None]
-    if not images:
-        raise SourceError(_why_empty(data, found, image))
-    table, notes = _texts(root, tars, [sample for sample, _ in images], given)
-    label = {"label": "cls"} if "cls" in table.columns and "label" not in given else {}
-    said = annotate(table, table.ids, {**given, **label}, asked, _class_list(os.path.join(root, CLASSES)))
-    classes = said.classes
-    task = resolve_task(asked, classes, said.labels.ndim == 2, table.name)
-    labels = said.labels if task != "unlabelled" else np.full(len(images), -1, np.int64)
-    places = [sample.files[kind] for sample, kind in images]
+        _walk(root, tar, number, index)
+    fields = dict(columns or {})
+    image = fields.pop("path", None)
+    samples = [(sample, kind) for sample in index.samples if (kind := _image_of(sample, image)) is not None]
+    if not samples:
+        raise SourceError(_why_empty(data, index, image))
+    table, notes = _texts(root, tars, [sample for sample, _ in samples], fields)
+    if "cls" in table.columns:
+        fields.setdefault("label", "cls")
+    rows = annotate(table, table.ids, fields, task, _class_list(os.path.join(root, CLASSES)))
+    labels, classes, resolved = resolve_labels(rows.labels, rows.classes, task, table.name)
+    places = np.array([(sample.tar, *sample.files[kind]) for sample, kind in samples], np.int64)
     return Dataset(
         name=safe_name(_name(data)),
-        source=source_record("webdataset", data, columns, asked),
+        source=source_record("webdataset", data, columns, task),
         ids=table.ids,
         labels=labels,
-        splits=said.splits if any(said.splits) else _splits(tars, [sample.tar for sample, _ in images]),
-        groups=said.groups,
-        meta=said.meta,
-        classes=classes if task != "unlabelled" else [],
-        task=task,
-        images=TarImages(
-            root, table.ids, tars, found.stamps, np.array([sample.tar for sample, _ in images], np.int32),
-            np.array([offset for offset, _ in places], np.int64), np.array([size for _, size in places], np.int64),
-        ),
-        notes=(*notes, *_notes(found, len(found.samples) - len(images), bool(classes))),
-    )  # fmt: skip
-
-
-# -- which tars
+        splits=rows.splits if any(rows.splits) else _splits(tars, places[:, 0].tolist()),
+        groups=rows.groups,
+        meta=rows.meta,
+        classes=classes,
+        task=resolved,
+        images=TarImages(root, table.ids, tars, index.stamps, places),
+        notes=(*notes, *_notes(index, len(index.samples) - len(samples), bool(rows.classes))),
+    )
 
 
 def _holds_tars_only(folder: str) -> bool:
     """Tars and no images, at its top or in folders that are all named for splits."""
     files, folders = _listed(folder)
-    if any(is_image(name) for name in files) or any(name.lower() not in SPLITS for name in folders):
+    if any(name.lower() not in SPLITS for name in folders):
         return False
-    below = [_listed(os.path.join(folder, name))[0] for name in folders]
-    everything = [name for names in (files, *below) for name in names]
-    return not any(map(is_image, everything)) and any(map(_is_tar, everything))
+    names = [*files, *(name for inner in folders for name in _listed(os.path.join(folder, inner))[0])]
+    return not any(map(is_image, names)) and any(map(_is_tar, names))
 
 
 def _is_tar(name: str) -> bool:
-    """Also one that is compressed: it is refused by name, where leaving it out would lose its images."""
-    return name.lower().endswith((".tar", *_PACKED))
+    """Also one that is compressed: it is refused, where leaving it out would lose its images."""
+    return name.lower().endswith(_TARS)
 
 
 def _listed(folder: str) -> tuple[list[str], list[str]]:
@@ -170,173 +142,58 @@ def _tars(data: str) -> tuple[str, list[str]]:
 
 def _expanded(pattern: str) -> list[str]:
     """``{000..012}`` counts with its zeros, ``{a,b}`` lists; all combinations."""
-    parts, counts = [], 1
+    parts: list[list[str]] = []
+    count = 1
     for place, text in enumerate(_BRACES.split(pattern)):
-        bounds = re.fullmatch(r"(\d+)\.\.(\d+)", text)
-        if place % 2 == 0:
-            parts.append([text])
-        elif bounds:
-            first, last = int(bounds[1]), int(bounds[2])
-            counts *= max(last - first + 1, 0)
-            _refuse_many(pattern, counts)
-            width = len(bounds[1])
-            parts.append([f"{number:0{width}d}" for number in range(first, last + 1)])
-        else:
-            parts.append(text.split(",") if "," in text else [f"{{{text}}}"])
-            counts *= len(parts[-1])
-            _refuse_many(pattern, counts)
-    return ["".join(chosen) for chosen in itertools.product(*parts)]
-
-
-def _refuse_many(pattern: str, count: int) -> None:
-    if not 0 < count <= _MOST:
-        raise SourceError(
-            f"{pattern} stands for {count:,} tars; expected 1 to {_MOST:,}, as in chest-{{000..012}}.tar."
-        )
+        bounds = re.fullmatch(r"(\d+)\.\.(\d+)", text) if place % 2 else None
+        numbers = range(int(bounds[1]), int(bounds[2]) + 1) if bounds else range(0)
+        words = text.split(",") if place % 2 and "," in text else [f"{{{text}}}" if place % 2 else text]
+        count *= max(numbers.stop - numbers.start, 0) if bounds else len(words)
+        if not 0 < count <= _MOST:
+            raise SourceError(
+                f"{pattern} stands for {count:,} tars; expected 1 to {_MOST:,}, as in chest-{{000..012}}.tar."
+            )
+        parts.append([f"{number:0{len(bounds[1])}d}" for number in numbers] if bounds else words)
+    return ["".join(words) for words in itertools.product(*parts)]
 
 
 def _name(data: str) -> str:
     """What a view is called: the name without braces, stars and numbers at its end."""
     name = os.path.basename(data)
-    for ending in (".tar", *_PACKED):
+    for ending in _TARS:
         name = name.removesuffix(ending)
     return re.sub(r"[-_.]*\d*(\{[^{}]*\}|[*?]|\[[^\]]*\])+", "", name) or os.path.basename(os.path.dirname(data))
 
 
-def _image_of(sample: TarSample, asked: str | None) -> str | None:
+def _image_of(sample: TarSample, requested: str | None) -> str | None:
     """What stands behind the dot of the sample's image; None where it has none."""
-    kinds = [kind for kind in sample.files if names_image(kind)]
-    if asked is not None:
-        return asked if asked in kinds else None
+    kinds = [kind for kind in sample.files if _names_image(kind)]
+    if requested is not None:
+        return requested if requested in kinds else None
     if len(kinds) > 1:
-        raise SourceError(
-            f"{sample.id} has several images ({abbreviated(kinds)}); --column path={kinds[0]} says which."
-        )
+        raise SourceError(f"{sample.id} has several images ({', '.join(kinds)}); --column path={kinds[0]} says which.")
     return kinds[0] if kinds else None
-
-
-# -- what is said of them
-
-
-def _texts(root: str, tars: list[str], samples: list[TarSample], columns: dict[str, str]) -> tuple[_Samples, list[str]]:
-    """The texts of samples as columns; and what to say about them."""
-    kinds = [kind for kind in TEXTS if kind != "txt" or "txt" in columns.values()]
-    cells: dict[str, list[str]] = {}
-    nested: set[str] = set()
-    known: dict[str, str] = {}  # each value once in memory
-    for number, group in itertools.groupby(enumerate(samples), key=lambda pair: pair[1].tar):
-        with open_image_file(os.path.join(root, tars[number])) as (descriptor, _):
-            for row, sample in group:
-                for kind in kinds:
-                    if kind in sample.files:
-                        for name, value in _fields(descriptor, sample, kind, nested):
-                            column = cells.setdefault(name, [""] * len(samples))
-                            column[row] = known.setdefault(value, value)
-    table = _Samples(root, cells, range(len(samples)), [sample.id for sample in samples])
-    skipped = f"Lists and objects in the JSON are left out: {abbreviated(sorted(nested))}."
-    return table, [skipped] if nested else []
-
-
-def _fields(descriptor: int, sample: TarSample, kind: str, nested: set[str]) -> Iterator[tuple[str, str]]:
-    """(column, value) of one text."""
-    offset, size = sample.files[kind]
-    if size > LONGEST:
-        raise SourceError(f"{sample.id}.{kind} has {size:,} bytes; expected at most {LONGEST:,}.")
-    try:
-        text = read_at(descriptor, offset, size).decode("utf-8-sig")
-        found = json.loads(text) if kind == "json" else {kind: text.strip()}
-    except (ValueError, RecursionError, UnreadableImage) as error:
-        what = "JSON" if kind == "json" else "UTF-8 text"
-        raise SourceError(f"{sample.id}.{kind} is no {what} ({str(error).splitlines()[0]}).") from error
-    if not isinstance(found, dict):
-        raise SourceError(f"{sample.id}.json holds {type(found).__name__}; expected an object with fields.")
-    for name, value in found.items():
-        if isinstance(value, dict | list):
-            nested.add(name)
-        elif kind != "json" or name not in sample.files:  # beside a .cls a field called cls is not asked
-            yield name, "" if value is None else str(value).strip()
-
-
-def _class_list(file: str) -> list[str]:
-    """The lines of ``classes.txt``; nothing where there is none."""
-    if not os.path.exists(file):
-        return []
-    try:
-        with open(file, encoding="utf-8-sig") as lines:
-            names = [line.strip() for line in lines.read(LONGEST).rstrip().split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{file} cannot be read as UTF-8 text ({error}).") from error
-    if "" in names or len(set(names)) < len(names):
-        raise SourceError(f"{file} has an empty line or a name twice; expected the name of a class on each line.")
-    return names
-
-
-def _splits(tars: list[str], numbers: list[int]) -> list[str]:
-    """The split that the name of each image's tar bears; none bears one, or all do."""
-    words = [{SPLITS[word] for word in re.split(r"[^a-z]+", tar.lower()) if word in SPLITS} for tar in tars]
-    several = [tar for tar, found in zip(tars, words, strict=True) if len(found) > 1]
-    without = [tar for tar, found in zip(tars, words, strict=True) if not found]
-    if several:
-        raise SourceError(f"the name {several[0]} stands for two splits; expected one of train, val, test.")
-    if without and len(without) < len(tars):
-        named = next(tar for tar, found in zip(tars, words, strict=True) if found)
-        raise SourceError(
-            f"{named} is named for a split and {abbreviated(without, 3)} for none; name all of them, or none."
-        )
-    return ["".join(words[number]) for number in numbers]
-
-
-def _why_empty(data: str, found: TarIndex, asked: str | None) -> str:
-    kinds = Counter(kind for sample in found.samples for kind in sample.files)
-    there = abbreviated([f".{kind} {count:,}" for kind, count in (kinds + found.ignored).most_common(5)]) or "nothing"
-    expected = f"a .{asked}, as --column path={asked} says" if asked else f"endings like {abbreviated(EXTENSIONS, 4)}"
-    return f"no images in {data}: found {there}, expected {expected}."
-
-
-def _notes(found: TarIndex, without: int, labelled: bool) -> list[str]:
-    notes = []
-    if without:
-        notes.append(f"{without:,} samples hold no image and were left out.")
-    if found.ignored:
-        kinds = ", ".join(f"{kind} {count:,}" for kind, count in found.ignored.most_common(4))
-        notes.append(
-            f"{found.ignored.total():,} entries of the tars are no images or labels and were ignored ({kinds})."
-        )
-    if not labelled:
-        notes.append(
-            "No labels were found: expected .cls files, or a field of the .json that --column label=NAME names."
-        )
-    return notes
-
-
-TEXTS = ("cls", "json", "txt")
-LONGEST = 1 << 20  # bytes of a text, and of a header with a long name
-_TAIL = 1 << 24  # bytes behind the end of a tar that are looked at
-_BLOCK = tarfile.BLOCKSIZE
-_COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zX", b"BZh")
 
 
 @dataclass(frozen=True)
 class TarImages(ImageFiles):
-    """Images in tars: ``ids`` are ``<tar>:<key>``; of each its tar, offset and size in bytes."""
+    """Images in tars: ``ids`` are ``<tar>:<key>``."""
 
     tars: list[str] = field(repr=False)  # relative to ``root``
     stamps: list[tuple[int, int]] = field(repr=False)  # size and time of change of each tar, as it was indexed
-    tar: np.ndarray = field(repr=False)  # int32 [N]
-    offset: np.ndarray = field(repr=False)  # int64 [N]
-    size: np.ndarray = field(repr=False)  # int64 [N]
+    places: np.ndarray = field(repr=False)  # int64 [N, 3]: of each its tar, offset and size in bytes
     archived: ClassVar[bool] = True
 
     def path(self, row: int) -> str:
-        return os.path.join(self.root, self.tars[self.tar[row]])
+        return os.path.join(self.root, self.tars[self.places[row, 0]])
 
     def read(self, row: int) -> bytes:
-        number = int(self.tar[row])
+        number, offset, size = self.places[row].tolist()
         with open_image_file(self.path(row)) as (descriptor, status):
             if (status.st_size, status.st_mtime_ns) != self.stamps[number]:
                 raise UnreadableImage(f"{self.tars[number]} has changed since it was opened; run the command again")
             with as_unreadable(self.path(row)):
-                return read_at(descriptor, int(self.offset[row]), int(self.size[row]))
+                return _read_at(descriptor, offset, size)
 
 
 @dataclass
@@ -348,7 +205,7 @@ class TarSample:
 
 @dataclass
 class TarIndex:
-    """What the walk through the tars has come by."""
+    """What the headers of the tars have told."""
 
     samples: list[TarSample] = field(default_factory=list)
     stamps: list[tuple[int, int]] = field(default_factory=list)
@@ -364,30 +221,29 @@ class _Headers(io.FileIO):
         return super().read(size) or b""
 
 
-def walk(root: str, tar: str, number: int, found: TarIndex) -> None:
-    """Add the samples of a tar to ``found``."""
+def _walk(root: str, tar: str, number: int, index: TarIndex) -> None:
+    """Add the samples of a tar to ``index``."""
     path = os.path.join(root, tar)
     refuse_undecodable(root, tar)
     samples: dict[str, TarSample] = {}
     try:
         with open_image_file(path) as (descriptor, status):
-            found.stamps.append((status.st_size, status.st_mtime_ns))
+            index.stamps.append((status.st_size, status.st_mtime_ns))
             with _Headers(os.dup(descriptor), "rb") as file:
                 for member in _members(file, path, status.st_size):
-                    _add(samples, member, tar, number, found)
+                    _add(samples, member, tar, number, index)
     except SourceError:
         raise
     except UnreadableImage as error:
         raise SourceError(f"{path} cannot be opened: {error}.") from error
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read as a tar ({error}).") from error
-    found.samples += samples.values()
+    index.samples += samples.values()
 
 
 def _members(file: _Headers, path: str, size: int) -> Iterator[tarfile.TarInfo]:
     """The entries of a tar up to its end, which has to be one."""
-    front = file.read(_BLOCK)
-    if front.startswith(_COMPRESSED):
+    if file.read(_BLOCK).startswith(_COMPRESSED):
         raise SourceError(f"{path} is compressed, and images are read in place: unpack it to a .tar first (gunzip).")
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
@@ -412,21 +268,16 @@ def _members(file: _Headers, path: str, size: int) -> Iterator[tarfile.TarInfo]:
             return
 
 
-def _add(samples: dict[str, TarSample], member: tarfile.TarInfo, tar: str, number: int, found: TarIndex) -> None:
+def _add(samples: dict[str, TarSample], member: tarfile.TarInfo, tar: str, number: int, index: TarIndex) -> None:
     name = re.sub(r"^(\./)+", "", member.name)
     last = name.rsplit("/", 1)[-1]
     if member.isdir() or last.startswith(".") or name.startswith("__MACOSX/"):
         return
-    if not member.isreg() or member.issparse():
-        found.ignored["links or devices"] += 1
-        return
-    key, dot, kind = last.partition(".")
-    if not dot or not kind:
-        found.ignored["no extension"] += 1
-        return
+    regular = member.isreg() and not member.issparse()
+    key, _, kind = last.partition(".")
     kind, key = kind.lower(), name[: len(name) - len(last)] + key
-    if not (kind in TEXTS or names_image(kind)):
-        found.ignored[f".{kind}"] += 1
+    if not regular or not (kind in TEXTS or _names_image(kind)):
+        index.ignored["links or devices" if not regular else f".{kind}" if kind else "no extension"] += 1
         return
     if key not in samples:
         refuse_undecodable(tar, key)
@@ -436,11 +287,11 @@ def _add(samples: dict[str, TarSample], member: tarfile.TarInfo, tar: str, numbe
     samples[key].files[kind] = member.offset_data, member.size
 
 
-def names_image(kind: str) -> bool:
+def _names_image(kind: str) -> bool:
     return f".{kind.rsplit('.', 1)[-1]}" in EXTENSIONS
 
 
-def read_at(descriptor: int, offset: int, size: int) -> bytes:
+def _read_at(descriptor: int, offset: int, size: int) -> bytes:
     parts, end = [], offset + size
     while offset < end:
         part = os.pread(descriptor, min(end - offset, 1 << 30), offset)
@@ -449,3 +300,99 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
         parts.append(part)
         offset += len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+# -- what is said of them
+
+
+@dataclass
+class _Samples(Table):
+    """Their texts as columns, one row a sample."""
+
+    ids: list[str] = field(default_factory=list)
+
+    def row(self, index: int) -> str:
+        return self.ids[index]
+
+
+def _texts(root: str, tars: list[str], samples: list[TarSample], columns: dict[str, str]) -> tuple[_Samples, list[str]]:
+    """The texts of samples as columns; and what to say about them."""
+    kinds = [kind for kind in TEXTS if kind != "txt" or "txt" in columns.values()]
+    cells: dict[str, list[str]] = {}
+    nested: set[str] = set()
+    for number, group in itertools.groupby(enumerate(samples), key=lambda pair: pair[1].tar):
+        with open_image_file(os.path.join(root, tars[number])) as (descriptor, _):
+            for row, sample in group:
+                for kind in filter(sample.files.__contains__, kinds):
+                    for name, value in _fields(descriptor, sample, kind, nested):
+                        column = cells.setdefault(name, [""] * len(samples))
+                        column[row] = sys.intern(value)  # each value once in memory
+    table = _Samples(root, cells, range(len(samples)), [sample.id for sample in samples])
+    skipped = f"Lists and objects in the JSON are left out: {abbreviated(sorted(nested))}."
+    return table, [skipped] if nested else []
+
+
+def _fields(descriptor: int, sample: TarSample, kind: str, nested: set[str]) -> Iterator[tuple[str, str]]:
+    """(column, value) of one text."""
+    offset, size = sample.files[kind]
+    if size > LONGEST:
+        raise SourceError(f"{sample.id}.{kind} has {size:,} bytes; expected at most {LONGEST:,}.")
+    try:
+        text = _read_at(descriptor, offset, size).decode("utf-8-sig")
+        record = json.loads(text) if kind == "json" else {kind: text.strip()}
+    except (ValueError, RecursionError, UnreadableImage) as error:
+        what = "JSON" if kind == "json" else "UTF-8 text"
+        raise SourceError(f"{sample.id}.{kind} is no {what} ({str(error).splitlines()[0]}).") from error
+    if not isinstance(record, dict):
+        raise SourceError(f"{sample.id}.json holds {type(record).__name__}; expected an object with fields.")
+    for name, value in record.items():
+        if isinstance(value, dict | list):
+            nested.add(name)
+        elif kind != "json" or name not in sample.files:  # beside a .cls a field called cls is not asked
+            yield name, "" if value is None else str(value).strip()
+
+
+def _class_list(file: str) -> list[str]:
+    """The lines of ``classes.txt``; nothing where there is none."""
+    if not os.path.exists(file):
+        return []
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            names = [line.strip() for line in lines.read(LONGEST).rstrip().split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{file} cannot be read as UTF-8 text ({error}).") from error
+    if "" in names or len(set(names)) < len(names):
+        raise SourceError(f"{file} has an empty line or a name twice; expected the name of a class on each line.")
+    return names
+
+
+def _splits(tars: list[str], numbers: list[int]) -> list[str]:
+    """The split that the name of each image's tar bears; none bears one, or all do."""
+    words = {tar: {SPLITS[word] for word in re.split(r"[^a-z]+", tar.lower()) if word in SPLITS} for tar in tars}
+    several = [tar for tar in tars if len(words[tar]) > 1]
+    named, without = [tar for tar in tars if words[tar]], [tar for tar in tars if not words[tar]]
+    if several:
+        raise SourceError(f"the name {several[0]} stands for two splits; expected one of train, val, test.")
+    if named and without:
+        raise SourceError(f"{named[0]} is named for a split and {without[0]} for none; name all of them, or none.")
+    return ["".join(words[tars[number]]) for number in numbers]
+
+
+def _why_empty(data: str, index: TarIndex, image: str | None) -> str:
+    kinds = Counter(kind for sample in index.samples for kind in sample.files)
+    there = abbreviated([f".{kind} {count:,}" for kind, count in (kinds + index.ignored).most_common(5)]) or "nothing"
+    expected = f"a .{image}, as --column path={image} says" if image else f"endings like {abbreviated(EXTENSIONS, 4)}"
+    return f"no images in {data}: found {there}, expected {expected}."
+
+
+def _notes(index: TarIndex, without: int, labelled: bool) -> list[str]:
+    notes = []
+    if without:
+        notes.append(f"{without:,} samples hold no image and were left out.")
+    if index.ignored:
+        many = index.ignored.total()
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in index.ignored.most_common(4))
+        notes.append(f"{many:,} entries of the tars are no images or labels and were ignored ({kinds}).")
+    if not labelled:
+        notes.append("No labels were found: expected .cls files, or a field of the .json that --column label= names.")
+    return notes

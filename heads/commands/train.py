@@ -117,7 +117,11 @@ def train_head(talk: Console, features: str | None, cache: str | None, no_images
 @click.option("--weight-decay", type=float, metavar="X", help="On weights only, not on biases.")
 @click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="sgd has momentum 0.9.")
 @click.option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate.")
-@click.option("--augment", metavar="WORDS", help="none, or flip,rotate10,shift0.1, drawn anew in every batch.")
+@click.option(
+    "--augment",
+    metavar="WORDS",
+    help="none, or flip,rotate10,shift0.1, drawn anew in every batch. Labels stay: no flips where the side decides.",
+)
 @click.option("--dropout", type=float, metavar="P")
 @click.option("--label-smoothing", type=float, metavar="X")
 @click.option("--batch-size", type=int, metavar="N")

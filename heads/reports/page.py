@@ -153,11 +153,11 @@ def _target(given: Sequence[Path], out: str | Path | None) -> Path:
 
 
 def hashed() -> Callable[[str], str]:
-    from featurecache.sources.pseudonyms import hashed_id, load_secret
+    from featurecache.sources.pseudonyms import hash_id, load_secret
 
     secret = load_secret()
     secret.keep()
-    return lambda name: hashed_id(secret, name)
+    return lambda name: hash_id(secret, name)
 
 
 def render(

@@ -11,7 +11,7 @@ Features that do not fit in memory are read from the mapped shards, where rows f
 how many rows may be in use at once, and a shuffle is one of blocks of ``BLOCK`` neighbouring rows first, and of the
 rows inside windows of that size after.
 
-Augmentation of batches in training: the words of `featurecache.augment`, drawn anew for every image.
+Augmentation of batches in training: the words of `featurecache.images.augmentation`, drawn anew for every image.
 
 What moves pixels (flip, vflip, rotate, shift, scale) is one affine map an image and one interpolation for all of them,
 so a batch costs about as much as one image does by the image operations that stored copies are made with; those move
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from featurecache.images.augmentation import parse
+from featurecache.images.augmentation import parse_augmentation
 
 BLOCK = 64  # neighbouring rows
 
@@ -120,7 +120,7 @@ class Augmenter:
     """x -> x of the same shape. Draws from torch's generator of the CPU."""
 
     def __init__(self, words: str) -> None:
-        self.steps = {step.word: step.amount for step in parse(words).steps}
+        self.steps = {step.word: step.amount for step in parse_augmentation(words).steps}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         count = len(x)

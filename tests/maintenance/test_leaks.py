@@ -22,7 +22,7 @@ from PIL import Image
 
 import cli
 from featurecache.commands import inspect
-from featurecache.errors import BadOption, NotInCache, ProtocolError, RunError, SourceError
+from featurecache.errors import BadOption, NotInCache, ProtocolError, RunError, SourceError, UnreadableImage
 from featurecache.images.decoding import digest
 from featurecache.maintenance.leaks import (
     SPLITS,
@@ -470,16 +470,16 @@ def test_the_sheet_shows_each_pair_and_an_empty_frame_for_what_has_gone(extracte
     shutil.copytree(extracted, tmp_path / "c")
     root, reasons = tmp_path / "c", []
     view = json.loads(leaks(root, "--json").stdout)["view"]
-    drawn = inspect.picture
+    read = inspect._read
 
-    def picture(sheet, pen, corner, read):
+    def noted(*arguments):
         try:
-            read()
-        except Exception as error:
+            return read(*arguments)
+        except UnreadableImage as error:
             reasons.append(str(error))
-        drawn(sheet, pen, corner, read)
+            raise
 
-    monkeypatch.setattr(inspect, "picture", picture)
+    monkeypatch.setattr(inspect, "_read", noted)
     source = extracted / "d"
     (source / "val/ill/gone.png").rename(tmp_path / "away.png")
     shutil.copy(source / "train/ill/002.png", tmp_path / "kept.png")
@@ -492,7 +492,7 @@ def test_the_sheet_shows_each_pair_and_an_empty_frame_for_what_has_gone(extracte
     assert done.exit_code == 0, (done.output, view)
     assert set(reasons) == {"not among the images any more", "another image now than when its features were computed"}
     with Image.open(tmp_path / "l.png") as sheet:
-        assert sheet.format == "PNG" and sheet.width == inspect.ACROSS * (inspect._WIDTH + 20) - 20 + 56
+        assert sheet.format == "PNG" and sheet.width == inspect.ACROSS * (2 * 112 + 3 + 20) - 20 + 56
         assert len(set(sheet.convert("L").resize((64, 64)).get_flattened_data())) > 10
 
 

@@ -148,11 +148,13 @@ def test_no_id_is_written_where_ids_are_hashed(lab, tmp_path):
 
 def test_the_hash_of_an_id_is_that_of_an_extraction_with_hashed_ids(cached, tmp_path):
     from featurecache import open_source
-    from featurecache.sources.pseudonyms import hidden, load_secret
+    from featurecache.sources.pseudonyms import load_secret, pseudonymise
 
     source = open_source(str(cached[0] / "data"))
     shown = page.hashed()
-    assert [shown(name) for name in source.ids[:5]] == hidden(source, load_secret(), ids=True, groups=False).ids[:5]
+    assert [shown(name) for name in source.ids[:5]] == pseudonymise(source, load_secret(), ids=True, groups=False).ids[
+        :5
+    ]
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from PIL import Image
 from featurecache.errors import CannotWrite, SourceError, UnreadableImage
 from featurecache.images import decoding
 from featurecache.images.decoding import digest
-from featurecache.sources import SOURCES, folders, medmnist, open_source, reopen
+from featurecache.sources import SOURCES, folders, medmnist, open_source, reopen, summary
 from featurecache.sources.base import safe_name
 from featurecache.sources.medmnist import MEDMNIST, published
 from featurecache.sources.summary import contact_sheet, describe
@@ -508,10 +508,10 @@ class _Evil:
         ({"train_images": shades(2, 4, 4), "train_labels": np.zeros(3, int)}, ["2 train_images", "shape [3]"]),
         ({"train_images": shades(2, 4, 4, 4), "train_labels": np.zeros(2, int)}, ["volumes are not images"]),
         ({"train_images": shades(2, 4, 4, dtype=np.float32), "train_labels": np.zeros(2, int)}, ["float32 [2, 4, 4]"]),
-        ({"train_images": shades(2, 4, 4), "train_labels": np.array([0.5, 1])}, ["not whole numbers"]),
-        ({"train_images": shades(2, 4, 4), "train_labels": np.array(["a", "b"])}, ["expected whole numbers"]),
-        ({"train_images": shades(2, 4, 4), "train_labels": np.array([-2, 1])}, ["hold -2"]),
-        ({"train_images": shades(2, 4, 4), "train_labels": np.array([[0, 2], [1, 1]])}, ["hold 2; expected 1, 0"]),
+        ({"train_images": shades(2, 4, 4), "train_labels": np.array([0.5, 1])}, ["row 0 is 0.5; a label"]),
+        ({"train_images": shades(2, 4, 4), "train_labels": np.array(["a", "b"])}, ["no column of labels"]),
+        ({"train_images": shades(2, 4, 4), "train_labels": np.array([-2, 1])}, ["row 0 is -2"]),
+        ({"train_images": shades(2, 4, 4), "train_labels": np.array([[0, 2], [1, 1]])}, ["label 1 is 2; expected"]),
         ({"train_images": shades(2, 4, 4), "train_labels": np.eye(2, dtype=int), "test_images": shades(2, 4, 4),
           "test_labels": np.zeros(2, int)}, ["differ in their form", "train_labels [2, 2], test_labels [2]"]),
     ],
@@ -678,7 +678,7 @@ def test_images_that_could_not_be_read_are_no_copies_of_each_other(tmp_path):
 
 def test_of_many_images_two_hundred_are_looked_at(tmp_path, monkeypatch):
     looked = []
-    monkeypatch.setattr(decoding, "image_header", lambda data: (looked.append(1), (8, 8, "grey"))[1])
+    monkeypatch.setattr(summary, "image_header", lambda data: (looked.append(1), (8, 8, "grey"))[1])
     found = describe(open_source("digits"))
     assert len(looked) == found.looked_at == 200
     assert "8×8, in 200 looked at" in str(found)

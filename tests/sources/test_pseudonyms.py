@@ -17,7 +17,7 @@ import featurecache
 from featurecache.errors import BadOption, CannotWrite, SourceError
 from featurecache.extraction import plan, scan
 from featurecache.sources import open_source, pseudonyms, reopen
-from featurecache.sources.pseudonyms import Secret, hidden, known_secret, load_secret
+from featurecache.sources.pseudonyms import Secret, load_secret, pseudonymise, secret_of
 from featurecache.store.view import View
 
 NAMES = ["Meier", "Garcia", "Nguyen", "Ørsted"]
@@ -90,7 +90,7 @@ def test_the_memory_of_files_is_keyed_with_the_secret_too(tmp_path: Path, table:
 
 
 def test_columns_that_hold_what_is_hashed_are_hashed_and_named(table: Path) -> None:
-    dataset = hidden(open_source(table), Secret(bytes(32)), ids=True, groups=True)
+    dataset = pseudonymise(open_source(table), Secret(bytes(32)), ids=True, groups=True)
     assert dataset.notes[-1].endswith("and are hashed too: portrait, remark.")
     assert set(dataset.meta) == {"portrait", "remark", "case", "age", "number"}
     assert dataset.meta["portrait"][-1] == ""
@@ -99,26 +99,26 @@ def test_columns_that_hold_what_is_hashed_are_hashed_and_named(table: Path) -> N
 def test_numbers_of_patients_in_a_further_column_are_hashed_and_other_numbers_are_not(tmp_path: Path) -> None:
     lines = ["path,patient,mrn,pulse", *(f"{k}.png,{4000 + k},{4000 + k},{4000 - k}" for k in range(5))]
     (tmp_path / "t.csv").write_text("\n".join(lines))
-    dataset = hidden(open_source(tmp_path / "t.csv"), Secret(bytes(32)), ids=False, groups=True)
+    dataset = pseudonymise(open_source(tmp_path / "t.csv"), Secret(bytes(32)), ids=False, groups=True)
     assert all(len(cell) == 32 for cell in dataset.meta["mrn"])
     assert dataset.meta["pulse"][1] == 3999
     assert dataset.ids == [f"{k}.png" for k in range(5)]
 
 
 def test_an_image_without_a_group_does_not_leave_its_name_as_one(table: Path) -> None:
-    dataset = hidden(open_source(table), Secret(bytes(32)), ids=True, groups=False)
+    dataset = pseudonymise(open_source(table), Secret(bytes(32)), ids=True, groups=False)
     assert dataset.groups is not None and dataset.groups[8] == dataset.ids[8] != "Weiss.png"
     assert dataset.groups[0] == "Meier Anna"
 
 
 def test_groups_stay_together_and_keep_their_hash_across_data_sets(table: Path) -> None:
     dataset = open_source(table)
-    one = hidden(dataset, Secret(bytes(32)), ids=True, groups=True)
+    one = pseudonymise(dataset, Secret(bytes(32)), ids=True, groups=True)
     assert one.groups is not None and one.groups[0] == one.groups[4] != one.groups[1]
     table.with_name("b.csv").write_text("path,patient\nMeier/Meier_Anna_0.png,Meier Anna\n")
-    two = hidden(open_source(table.with_name("b.csv")), Secret(bytes(32)), ids=True, groups=True)
+    two = pseudonymise(open_source(table.with_name("b.csv")), Secret(bytes(32)), ids=True, groups=True)
     assert (two.ids[0], two.groups) == (one.ids[0], [one.groups[0]])
-    other = hidden(dataset, Secret(b"\1" * 32), ids=True, groups=True)
+    other = pseudonymise(dataset, Secret(b"\1" * 32), ids=True, groups=True)
     assert not {*other.ids, *(other.groups or [])} & {*one.ids, *one.groups}
 
 
@@ -129,7 +129,7 @@ def test_the_same_images_are_found_again_through_the_view(tmp_path: Path, table:
     assert [name for name in dataset.ids if name in view.ids] == view.ids
     assert dataset.read(0) == (table.parent / "Meier" / "Meier_Anna_0.png").read_bytes()
     assert dataset.source == view.source
-    assert hidden(dataset, load_secret(), ids=True, groups=True) is dataset  # not once more
+    assert pseudonymise(dataset, load_secret(), ids=True, groups=True) is dataset  # not once more
     assert featurecache.extract(table, **options).computed == 0
     assert featurecache.extract(dataset, backbone=vit, cache=tmp_path / "c", outputs="cls").computed == 0
     assert "--hash-ids --hash-groups" in view.extract_command("pooler")
@@ -188,10 +188,10 @@ def test_groups_hashed_later_replace_those_that_were_there(tmp_path: Path, vit: 
 
 
 def test_ids_that_name_the_groups_are_pointed_out(table: Path) -> None:
-    dataset = hidden(open_source(table), Secret(bytes(32)), ids=False, groups=True)
+    dataset = pseudonymise(open_source(table), Secret(bytes(32)), ids=False, groups=True)
     assert not any("ids still name" in note for note in dataset.notes)  # the group is "Meier Anna", the id "Meier_Anna"
     table.write_text("path,patient\nMeier/Meier_Anna_0.png,Meier\n")
-    dataset = hidden(open_source(table), Secret(bytes(32)), ids=False, groups=True)
+    dataset = pseudonymise(open_source(table), Secret(bytes(32)), ids=False, groups=True)
     assert dataset.notes[-1] == "The ids still name the groups: --hash-ids hides them too."
 
 
@@ -239,7 +239,7 @@ def test_where_it_cannot_be_kept_nothing_is_extracted(tmp_path: Path, vit: str, 
 def test_a_secret_from_the_environment(monkeypatch, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv(pseudonyms.VARIABLE, "a long random text")
     secret = load_secret()
-    assert (len(secret.value), secret.file, known_secret({"secret": secret.check})) == (32, None, secret)
+    assert (len(secret.value), secret.file, secret_of({"secret": secret.check})) == (32, None, secret)
     assert "long" not in repr(secret)
     monkeypatch.setenv(pseudonyms.VARIABLE, "another")
     assert load_secret().check != secret.check

@@ -21,7 +21,7 @@ from featurecache.errors import SourceError, UnreadableImage
 from featurecache.images import dicom
 from featurecache.images.decoding import decode, digest, image_header
 from featurecache.sources import open_source, reopen
-from featurecache.sources.pseudonyms import hidden, load_secret
+from featurecache.sources.pseudonyms import load_secret, pseudonymise
 from featurecache.sources.summary import describe
 
 pydicom = pytest.importorskip("pydicom", minversion="3")
@@ -335,7 +335,9 @@ def test_the_patient_is_the_group_where_nobody_says_one_and_that_is_said(tmp_pat
     data = open_source(patients(tmp_path / "d", "p7", "p8", "p7", ""))
     assert data.groups == ["p7", "p8", "p7", "3.dcm"]
     assert any("PatientID" in note and "--hash-groups" in note for note in data.notes)
-    assert not any("--hash-groups" in note for note in hidden(data, load_secret(), ids=False, groups=True).notes[:2])
+    assert not any(
+        "--hash-groups" in note for note in pseudonymise(data, load_secret(), ids=False, groups=True).notes[:2]
+    )
 
 
 def test_a_table_with_groups_keeps_its_own(tmp_path):
@@ -366,7 +368,7 @@ def test_nothing_of_a_patient_but_the_group_reaches_the_cache_and_hashing_hides_
 
 def test_frames_of_a_file_without_a_patient_are_hidden_with_their_ids(tmp_path):
     (tmp_path / "doe.dcm").write_bytes(dicom_bytes(np.zeros((2, 4, 4), np.uint8)))
-    data = hidden(open_source(tmp_path), load_secret(), ids=True, groups=False)
+    data = pseudonymise(open_source(tmp_path), load_secret(), ids=True, groups=False)
     assert data.groups == [data.ids[0]] * 2
     assert "doe" not in "".join([*data.ids, *data.groups])
     raw = (tmp_path / "doe.dcm").read_bytes()

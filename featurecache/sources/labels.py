@@ -1,0 +1,215 @@
+"""Labels of foreign columns: class names, several labels a row, names of splits, groups, and the task they imply.
+
+Every source and every import of features asks here what its columns mean. Labels are int64 [N], the index of a class
+and -1 for none, or, where an image has L of them, float32 [N, L] of 1, 0 and NaN for unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from featurecache.errors import SourceError
+from featurecache.formatting import abbreviated
+
+TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
+# What people call their splits -> what we call them.
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+# Role of a column -> its names, as compared: lower case, everything but letters and digits as "_".
+ROLES = {
+    "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_file",
+             "image_name", "image_index", "img", "img_path"),
+    "label": ("label", "class", "target", "finding", "diagnosis", "category", "class_name", "label_name"),
+    "split": ("split", "set", "fold", "subset", "partition"),
+    "group": ("group", "patient", "patient_id", "patientid", "subject", "subject_id", "group_id"),
+}  # fmt: skip
+_YES_NO = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0, "": np.nan, "nan": np.nan}
+_LARGEST = 1 << 31  # a label; a file may hold any number
+
+
+def resolve_labels(
+    labels: np.ndarray, classes: Sequence[str], task: str | None, where: str
+) -> tuple[np.ndarray, list[str], str]:
+    """Labels, classes and task of a dataset: the task as requested, else as the labels have it. Raises SourceError
+    where they contradict."""
+    if task is not None and task not in TASKS:
+        raise SourceError(f"the task {task!r} is unknown; it is one of {', '.join(TASKS)}.")
+    several = labels.ndim == 2
+    implied = "multilabel" if several else {0: "unlabelled", 2: "binary"}.get(len(classes), "multiclass")
+    fits = {implied, "unlabelled", *{"binary": ("multiclass", "ordinal"), "multiclass": ("ordinal",)}.get(implied, ())}
+    if task is not None and task not in fits:
+        there = f"{len(classes)} {'labels' if several else 'classes'}" if classes else "no labels"
+        raise SourceError(f"{where} has {there}: its task is {implied}, it cannot be {task}.")
+    if "unlabelled" in (task, implied):
+        return np.full(len(labels), -1, np.int64), [], "unlabelled"
+    return labels, list(classes), task or implied
+
+
+def class_labels(names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """int64 [N]: the index of each name in ``classes``; -1 where the name is empty."""
+    index = {name: number for number, name in enumerate(classes)}
+    return np.fromiter((index[name] if name else -1 for name in names), np.int64, len(names))
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """``names`` with a number behind each that stood there before: two classes may not share a name."""
+    seen: dict[str, int] = {}
+    unique = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return unique if len(set(unique)) == len(unique) else unique_names(unique)
+
+
+def split_names(words: Sequence[str], row: Callable[[int], str], remedy: str) -> list[str]:
+    """train, val, test or nothing for each word that people use for them. Raises SourceError at another."""
+    for index, word in enumerate(words):
+        if word and word.lower() not in SPLITS:
+            raise SourceError(f'{row(index)} is "{word}", expected train, val or test (or nothing). {remedy}')
+    return [SPLITS[word.lower()] if word else "" for word in words]
+
+
+def groups_or_ids(groups: Sequence[Any], ids: Sequence[str]) -> list[str]:
+    """The group of each image; one without is a group of its own."""
+    return [own if group is None or group == "" else str(group) for group, own in zip(groups, ids, strict=True)]
+
+
+# -- columns of text; ``row`` says of a number what a person finds it by
+
+
+def labels_of_text(
+    cells: Sequence[str], splits: Sequence[str], row: Callable[[int], str]
+) -> tuple[np.ndarray, list[str]]:
+    """int64 [N] and the classes: the different cells, sorted, numbers as numbers. With splits, a class has to occur in
+    train: a head cannot learn what it never sees."""
+    # "nan" is none, and 1.0 is 1: what pandas makes of whole numbers beside an empty cell.
+    names = {cell: "" if cell.lower() == "nan" else re.sub(r"^(-?\d+)\.0+$", r"\1", cell) for cell in set(cells)}
+    values = [names[cell] for cell in cells]
+    has_train = "train" in splits
+    shown = {value for value, split in zip(values, splits, strict=True) if split == "train" or not has_train}
+    classes = sorted(shown - {""}, key=_number_or_name)
+    for index, value in enumerate(values):
+        if value and value not in shown:
+            raise SourceError(
+                f'{row(index)}: the label "{value}" is in no train row (there: {abbreviated(classes) or "none"}). '
+                "Correct it, or put images of that class into train."
+            )
+    return class_labels(values, classes), classes
+
+
+def labels_of_listed(
+    cells: Sequence[str], classes: Sequence[str], row: Callable[[int], str]
+) -> tuple[np.ndarray, list[str]]:
+    """int64 [N] of cells that are names of ``classes``, or numbers from 0; and the classes."""
+
+    def name(index: int, cell: str) -> str:
+        if cell.isascii() and cell.isdigit() and int(cell[:9]) < len(classes):
+            return classes[int(cell[:9])]
+        if cell in classes or not cell:
+            return cell
+        raise SourceError(
+            f'the label of {row(index)} is "{cell}"; expected 0 to {len(classes) - 1} or one of {abbreviated(classes)}.'
+        )
+
+    return class_labels([name(index, cell) for index, cell in enumerate(cells)], classes), list(classes)
+
+
+def several_labels_of_text(columns: Mapping[str, Sequence[str]], row: Callable[[int], str]) -> np.ndarray:
+    """float32 [N, L]: 1, 0, NaN for unknown. Nothing else is taken for unknown (see `featurecache.sources.tables`)."""
+    labels = []
+    for name, cells in columns.items():
+        for index, cell in enumerate(cells):
+            if cell.lower() not in _YES_NO:
+                raise SourceError(
+                    f'{row(index)}: {name!r} is "{cell}", expected 1, 0, or nothing where it is not known. '
+                    "If this value means uncertain, decide: write 1, 0 or nothing."
+                )
+        labels.append([_YES_NO[cell.lower()] for cell in cells])
+    return np.array(labels, np.float32).T.copy()
+
+
+def finite_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if np.isfinite(number) else None
+
+
+def _number_or_name(name: str) -> tuple[bool, float, str]:
+    number = finite_number(name)
+    return number is None, number or 0.0, name
+
+
+# -- columns of numbers and of Python's values; ``where`` names the column
+
+
+def labels_of_numbers(
+    values: np.ndarray, where: str, classes: Sequence[str] | None = None, unnamed: str = "{}"
+) -> tuple[np.ndarray, list[str]]:
+    """int64 [N] of whole numbers [N] or [N, 1] (-1 and NaN: none), or float32 [N, L] of 1, 0 and NaN [N, L]; and the
+    classes: those given, by number, else the numbers that occur; of several labels ``unnamed`` with a number."""
+    values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+    if values.ndim not in (1, 2) or values.dtype.kind not in "biuf":
+        raise SourceError(f"{where} {list(values.shape)} {values.dtype} is no column of labels.")
+    if values.ndim == 2:
+        several = values.astype(np.float32)
+        cells = np.argwhere((several != 0) & (several != 1) & ~np.isnan(several))
+        if len(cells):
+            row, column = cells[0].tolist()
+            raise SourceError(
+                f"{where} row {row:,}, label {column} is {values[row, column]}; expected 0, 1, or NaN for unknown."
+            )
+        names = list(classes or (unnamed.format(number) for number in range(values.shape[1])))
+        if len(names) != values.shape[1]:
+            raise SourceError(f"{where} has {values.shape[1]} labels a row, and there are {len(names)} classes.")
+        return several, names
+    plain = np.where(np.isnan(values), -1, values) if values.dtype.kind == "f" else values
+    wrong = np.flatnonzero((plain != np.rint(plain)) | (plain < -1) | (plain > _LARGEST))
+    if len(wrong):
+        raise SourceError(f"{where} row {wrong[0]:,} is {values[wrong[0]]}; a label is a whole number, or -1 for none.")
+    numbers = plain.astype(np.int64)
+    if classes:
+        if numbers.max(initial=-1) >= len(classes):
+            raise SourceError(f"{where} has the label {numbers.max()}, and there are {len(classes)} classes.")
+        return numbers, list(classes)
+    occurring = np.unique(numbers[numbers >= 0])
+    return np.where(numbers < 0, -1, np.searchsorted(occurring, numbers)), [str(k) for k in occurring.tolist()]
+
+
+def labels_of_values(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[str]]:
+    """int64 [N] of whole numbers or texts (None: none), and the classes: those that occur, sorted."""
+    words = ["" if value is None else str(value) for value in values]
+    numbered = all(type(value) is int for value in values if value is not None)
+    classes = sorted(set(words) - {""}, key=int if numbered else str)
+    if len(classes) > 2 and not numbered and 2 * len(classes) > len(words):
+        raise SourceError(f"{where} has {len(classes):,} values in {len(words):,} rows: no classes.")
+    return class_labels(words, classes), classes
+
+
+def labels_of_lists(values: Sequence[Any], names: list[str] | None, where: str) -> tuple[np.ndarray, list[str]]:
+    """Lists as labels [N, L]: of the classes that are there; or, as long as each other and of 0 and 1 alone, one
+    number for each label."""
+    lengths = {len(value) for value in values if value is not None}
+    flat = {entry for value in values if value is not None for entry in value}
+    ones = len(lengths) == 1 and flat <= {0, 1, None} and (not names or len(names) in (2, *lengths))
+    if ones and (not names or any(len(set(value)) < len(value) for value in values if value is not None)):
+        width = next(iter(lengths))
+        columns = names if names and len(names) == width else [str(place) for place in range(width)]
+        rows = [[np.nan if entry is None else entry for entry in (value or [None] * width)] for value in values]
+        return np.array(rows, np.float32).reshape(len(values), width), unique_names(columns)
+    if not names or any(not isinstance(entry, int) or not 0 <= entry < len(names) for entry in flat):
+        raise SourceError(
+            f"{where} holds lists that are neither numbers of classes nor 0 and 1 for each label: "
+            f"{abbreviated(sorted(map(str, flat)))}."
+        )
+    labels = np.zeros((len(values), len(names)), np.float32)
+    for row, value in enumerate(values):
+        labels[row, value if value is not None else slice(None)] = np.nan if value is None else 1
+    return labels, unique_names(names)
