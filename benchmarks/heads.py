@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, in which `heads` would be this file
 
-from benchmarks.reading import make_view
+from benchmarks.reading import token_view
 from heads.models.catalogue import make_head
 from heads.settings import Settings
 from heads.task import SplitData, load_features
@@ -106,7 +106,7 @@ def products(features, count: int, batch: int) -> None:
 
 def large(rounds: int, rows: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        view = make_view(Path(folder), rows, 2)
+        view = token_view(Path(folder), rows, 2)
         labels = np.arange(rows) % 2
         features = load_features(view, "tokens", np.arange(rows), labels)
         memory = features.x.float().transpose(1, 2)

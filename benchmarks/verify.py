@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 from reading import LAYOUT
 
-from featurecache.files.atomic import FORMAT
+from featurecache.files.directory import FORMAT
 from featurecache.maintenance.verify import check_store, hashed_files, verify
 from featurecache.store.schema import DIGEST
 from featurecache.store.shards import ShardWriter, notes_for

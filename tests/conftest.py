@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +13,6 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["FEATURECACHE_SECRET"] = "of the tests"  # none is made in the user's own configuration
-if "FEATURECACHE_STATE" not in os.environ:  # what is remembered of files lies elsewhere than the user's own
-    os.environ["FEATURECACHE_STATE"] = tempfile.mkdtemp(prefix="featurecache-state-")
-    atexit.register(shutil.rmtree, os.environ["FEATURECACHE_STATE"], ignore_errors=True)
 
 
 @pytest.fixture

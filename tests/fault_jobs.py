@@ -20,7 +20,6 @@ import featurecache
 from featurecache.errors import FeatureCacheError, NotInCache
 from featurecache.extraction import run
 from featurecache.extraction.canary import read_canary
-from featurecache.files import guard
 from featurecache.maintenance import collect, repair
 from featurecache.maintenance import merge as merging
 from featurecache.maintenance import verify as verification
@@ -177,15 +176,13 @@ def committed(cache: str) -> dict[str, str]:
 
 
 def leftovers(cache: str) -> list[str]:
-    """Drafts, marks, journals: what lies in a cache only while somebody works there."""
+    """Temporary files, marks, journals: what lies in a cache only while somebody works there."""
     found = Path(cache).rglob("*")
     return [str(path) for path in found if path.name.startswith(".") or path.suffix == ".sqlite-journal"]
 
 
 def copy(start: str, cache: str) -> None:
-    """As if our own runs had made ``cache`` on this machine."""
     shutil.copytree(start, cache, dirs_exist_ok=True)
-    guard.own(Path(cache).rglob("*.h5"))
 
 
 def warm(home: str) -> None:

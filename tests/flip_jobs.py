@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fault_jobs
-import h5py
 import xxhash
 
 from featurecache.errors import FeatureCacheError
-from featurecache.files import guard
-from featurecache.files.atomic import USER_BLOCK
 from featurecache.store.view import View
 
 
@@ -45,7 +38,6 @@ def damage(path: Path, how: str, place: int, more: int) -> None:
         path.unlink()
     else:
         path.write_bytes(data)
-        guard.own([path])
 
 
 def flips(
@@ -54,16 +46,13 @@ def flips(
     """Each of the ``changes`` (damages made together) in a fresh copy of the cache ``start``: what `verify` names and
     what can be read; then ``mend`` or ``extract``, and the same again."""
     found = []
-    os.environ["FEATURECACHE_STATE"] = f"{work}/state"  # two processes would wait for each other
     for number, together in enumerate(changes):
         cache = f"{work}/{number}"
         fault_jobs.copy(start, cache)
         for name, how, place, more in together:
             damage(Path(cache) / name, how, place, more)
-        with hdf5_sees_only_what_is_whole(shards=True):
-            seen = {"verify": fault_jobs.verify(cache), "read": rows(cache)}
-        with hdf5_sees_only_what_is_whole(shards=then == "mend"):
-            seen["done"] = _done(then, cache, extraction)
+        seen = {"verify": fault_jobs.verify(cache), "read": rows(cache)}
+        seen["done"] = _done(then, cache, extraction)
         if then or not together:
             seen |= {"after": rows(cache), "left": fault_jobs.verify(cache), "files": fault_jobs.committed(cache)}
         found.append({key: _without(value, cache) for key, value in seen.items()})
@@ -104,22 +93,3 @@ def _rows_of(view: View) -> dict[str, dict[str, str]]:
             except FeatureCacheError as error:
                 found[sample][output] = f"{type(error).__name__}: {error}"
     return found
-
-
-@contextlib.contextmanager
-def hdf5_sees_only_what_is_whole(*, shards: bool) -> Iterator[None]:
-    """A file whose hash is wrong explodes when h5py opens it: views always, ``shards`` too."""
-    real = h5py.File
-
-    def exploding(file: Any, mode: str = "r", **named: Any) -> Any:
-        if mode == "r" and (shards or isinstance(file, io.BytesIO)):
-            data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
-            words = data[:USER_BLOCK].split(b"\n")[0].split(b" ")
-            assert words[2].decode() == xxhash.xxh3_128_hexdigest(data[USER_BLOCK:]), f"HDF5 was given a damaged {file}"
-        return real(file, mode, **named)
-
-    h5py.File = exploding
-    try:
-        yield
-    finally:
-        h5py.File = real

@@ -1,107 +1,89 @@
-"""Mutants of HDF5 files that get past hashes: of the file, in its user block, and of HDF5's own structures.
-
-HDF5 guards the parts of a file with checksums (Jenkins' lookup3 over the part, the sum behind it). A mutant that does
-not recompute them dies at the first, and the code behind it is never reached; so here most of them are recomputed.
-"""
+"""Mutants of files of ours with right hashes: of the directory's JSON, of the bytes, and of where the line points."""
 
 from __future__ import annotations
 
-import struct
+import copy
+import json
+from random import Random
 from typing import Any
 
-from hypothesis import strategies as st
-from plant import seal
+from plant import sealed
 
-_SIGNATURES = (b"\x89HDF\r\n\x1a\n", b"OHDR", b"OCHK", b"BTHD", b"BTLF", b"BTIN", b"FRHP", b"FHIB", b"FSHD", b"FSSE")
-_LONGEST = 1200  # bytes of a guarded part that is looked for
-_WORD = 0xFFFFFFFF
+from featurecache.files.directory import USER_BLOCK
 
-
-def lookup3(data: bytes) -> int:
-    """Bob Jenkins' hashlittle with seed 0, as HDF5 uses it."""
-    a = b = c = (0xDEADBEEF + len(data)) & _WORD
-    padded = data + bytes(-len(data) % 12)
-    words = struct.unpack(f"<{len(padded) // 4}I", padded)
-    if not words:
-        return c
-    for k in range(0, len(words) - 3, 3):
-        a, b, c = (a + words[k]) & _WORD, (b + words[k + 1]) & _WORD, (c + words[k + 2]) & _WORD
-        for shift in (4, 6, 8, 16, 19, 4):
-            a = ((a - c) & _WORD) ^ _turned(c, shift)
-            c = (c + b) & _WORD
-            a, b, c = b, c, a
-    a, b, c = (a + words[-3]) & _WORD, (b + words[-2]) & _WORD, (c + words[-1]) & _WORD
-    for shift in (14, 11, 25, 16, 4, 14, 24):
-        c = ((c ^ b) - _turned(b, shift)) & _WORD
-        a, b, c = b, c, a
-    return b
+VALUES: list[Any] = [
+    0, 1, -1, 2, 63, 64, 512, 1 << 31, 1 << 40, (1 << 48) - 1, 1 << 48, (1 << 63) - 1, 1 << 63, 1 << 70, -64, 0.0, 1.5,
+    1e300, True, False, None, "", "a", "\u80ba", "\x00", "[]", "[1]", "{}", "null", "[2, 2]", [], {}, [1], [[]], [9, 4],
+    "<f2", "<f4", ">f2", "<i8", "<u8", "|S32", "|S9999", "|b1", "|u1", "|O", "<M8[s]", "|V8", "<c8",
+    [["path", "|S255"]], [["a", "<i8"], ["a", "<i8"]], {"dtype": "<f2", "shape": [1], "offset": 512, "attributes": {}},
+]  # fmt: skip
 
 
-def _turned(value: int, bits: int) -> int:
-    return ((value << bits) | (value >> (32 - bits))) & _WORD
+def mutant(data: bytes, random: Random) -> bytes:
+    """``data`` with one to three changes, sealed anew."""
+    words = data[:USER_BLOCK].split(b"\n")[0].split(b" ")
+    offset, length = int(words[4]), int(words[5])
+    body, text = bytearray(data[USER_BLOCK:]), data[offset : offset + length]
+    if random.random() < 0.5:
+        for _ in range(random.randint(1, 3)):
+            text = _changed_json(text, random)
+        body[offset - USER_BLOCK :] = text
+        length = len(text)
+    else:
+        for _ in range(random.randint(1, 3)):
+            _change_bytes(body, random, offset - USER_BLOCK if random.random() < 0.3 else 0)
+        if random.random() < 0.1:
+            offset, length = random.randrange(len(body)) + USER_BLOCK, random.randrange(length)
+    return sealed(bytes(body), offset, length)
 
 
-def guarded(data: bytes) -> list[tuple[int, int]]:
-    """(start, end) of the parts whose checksum stands at ``end``, found by trying."""
-    found = []
-    for signature in _SIGNATURES:
-        start = data.find(signature)
-        while start >= 0:
-            ends = range(start + 8, min(start + _LONGEST, len(data) - 4))
-            end = next((e for e in ends if struct.unpack_from("<I", data, e)[0] == lookup3(data[start:e])), None)
-            if end is not None:
-                found.append((start, end))
-            start = data.find(signature, start + 4)
-    return found
+def _change_bytes(body: bytearray, random: Random, first: int) -> None:
+    place = random.randrange(first, len(body) - 8)
+    kind = random.randrange(6)
+    if kind == 0:
+        body[place] ^= 1 << random.randrange(8)
+    elif kind == 1:
+        body[place] = random.randrange(256)
+    elif kind == 2:
+        number = random.choice([0, 1, 0xFF, 1 << 31, 1 << 40, (1 << 63) - 1, (1 << 64) - 1, random.randrange(1 << 16)])
+        body[place : place + 8] = number.to_bytes(8, "little")
+    elif kind == 3:
+        source = random.randrange(len(body) - 8)
+        body[place : place + 8] = body[source : source + 8]
+    elif kind == 4:
+        del body[max(64, len(body) - random.randrange(64)) :]
+    else:
+        body += bytes(random.randrange(64))
 
 
-NUMBERS = st.sampled_from([0, 1, 2, 0x7F, 0x80, 0xFF, 0xFFFF, 1 << 31, _WORD, 1 << 40, (1 << 63) - 1, (1 << 64) - 1])
-MUTATION = st.one_of(
-    st.tuples(st.just("flip"), st.floats(0, 1), st.integers(0, 7)),
-    st.tuples(st.just("byte"), st.floats(0, 1), st.integers(0, 255)),
-    st.tuples(st.sampled_from(["u16", "u32", "u64"]), st.floats(0, 1), NUMBERS | st.integers(0, 1 << 16)),
-    st.tuples(st.just("copy"), st.floats(0, 1), st.tuples(st.floats(0, 1), st.integers(1, 64))),
-    st.tuples(st.just("cut"), st.floats(0, 1), st.integers(0, 64)),
-    st.tuples(st.just("grow"), st.floats(0, 1), st.integers(1, 64)),
-)
-MUTANT = st.tuples(st.lists(MUTATION, min_size=1, max_size=4), st.booleans() | st.just(True), st.booleans())
+def _changed_json(text: bytes, random: Random) -> bytes:
+    try:
+        record = json.loads(text)
+    except ValueError:  # an earlier change has made it none
+        return text
+    kind = random.randrange(10)
+    if kind == 0:  # of the text itself
+        place = random.randrange(len(text))
+        return (
+            text[:place] + random.choice([b"NaN", b"[" * 99, b'"a":1,', b"\xff", b"1e999", b"0" * 5000]) + text[place:]
+        )
+    holder, key = _somewhere(record, random)
+    if kind == 1 and isinstance(holder, dict):
+        del holder[key]
+    elif kind == 2:
+        other, name = _somewhere(record, random)
+        holder[key] = copy.deepcopy(other[name])
+    elif kind == 3 and type(holder[key]) is int:
+        holder[key] += random.choice([-64, -1, 1, 64, 128])
+    else:
+        holder[key] = copy.deepcopy(random.choice(VALUES))
+    return json.dumps(record).encode()
 
 
-def mutate(data: bytes, parts: list[tuple[int, int]], mutant: tuple[list[Any], bool, bool]) -> bytes:
-    """``data`` changed and sealed anew. ``mutant``: what to do, whether HDF5's checksums are recomputed, and whether
-    only guarded parts (the structure) are aimed at."""
-    mutations, mend, aimed = mutant
-    changed = bytearray(data)
-    for kind, where, value in mutations:
-        place = _place(where, parts, len(changed)) if aimed else 512 + int(where * (len(changed) - 513))
-        if kind == "flip":
-            changed[place] ^= 1 << value
-        elif kind == "byte":
-            changed[place] = value
-        elif kind == "copy":
-            source = 512 + int(value[0] * (len(changed) - 513))
-            piece = changed[source : source + value[1]]
-            changed[place : place + len(piece)] = piece[: len(changed) - place]
-        elif kind == "cut":
-            del changed[max(600, len(changed) - value) :]
-        elif kind == "grow":
-            changed += bytes(value)
-        else:
-            width = {"u16": 2, "u32": 4, "u64": 8}[kind]
-            piece = (value & ((1 << 8 * width) - 1)).to_bytes(width, "little")
-            changed[place : place + width] = piece[: len(changed) - place]
-    if mend:
-        for start, end in parts:
-            if end + 4 <= len(changed) and changed[start:end] != data[start:end]:
-                struct.pack_into("<I", changed, end, lookup3(bytes(changed[start:end])))
-    return seal(bytes(changed))
-
-
-def _place(where: float, parts: list[tuple[int, int]], size: int) -> int:
-    """A byte of a guarded part, all bytes of all parts alike."""
-    rest = int(where * (sum(end - start for start, end in parts) - 1))
-    for start, end in parts:
-        if rest < end - start:
-            return min(start + rest, size - 1)
-        rest -= end - start
-    raise AssertionError
+def _somewhere(record: Any, random: Random) -> tuple[Any, Any]:
+    """(dict or list, key) of a value in it, at any depth."""
+    holder, key = record, random.choice(list(record))
+    while isinstance(holder[key], dict | list) and holder[key] and random.random() < 0.9:
+        holder = holder[key]
+        key = random.choice(list(holder)) if isinstance(holder, dict) else random.randrange(len(holder))
+    return holder, key

@@ -17,7 +17,6 @@ from forks import Answer
 from tiny_cache import CLS, TOKENS, add_shard, add_view, features, make_store, make_view
 
 from featurecache.errors import DamagedFile
-from featurecache.files import guard
 from featurecache.maintenance import verify as verification
 from featurecache.maintenance.collect import compact, remove_view
 from featurecache.store.view import View
@@ -239,11 +238,3 @@ def test_a_view_is_replaced_while_it_is_opened(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr(View, "_check_files", meanwhile)
     view = open_view("set", tmp_path)
     assert (view.array("cls") == features([3, 2], CLS)).all() and len(view.ids) == 2
-
-
-def test_the_files_of_a_compacted_view_are_known_to_be_ours(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """Its time is set back, which is a change after it was written."""
-    make_view(tmp_path, [5, 1, 0, 2, 4], per_shard=2)
-    compact("set", tmp_path)
-    monkeypatch.setattr(guard, "_examine", lambda paths, kind: pytest.fail(f"{paths} are not known"))
-    assert verification.verify(tmp_path).damages == ()

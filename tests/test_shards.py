@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,10 +14,10 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plant import cycle, elsewhere, external, soft
 
 from featurecache.errors import CannotWrite, DamagedFile, UnsafeFile
-from featurecache.files.atomic import USER_BLOCK, AtomicFile, WriteTrace, new_hdf5, read_user_block, remove_orphans
+from featurecache.files.atomic import AtomicFile, remove_orphans
+from featurecache.files.directory import USER_BLOCK, open_columns, read_user_block
 from featurecache.store.schema import DIGEST
 from featurecache.store.shards import Layout, ShardWriter, find_by_digest, map_rows, read_shard, shard_name
 
@@ -53,11 +54,15 @@ def test_a_shard_opens_with_plain_h5py_and_starts_at_a_multiple_of_64(tmp_path: 
         assert file["features"].attrs["prefix"] == '["cls"]'
 
 
-def test_the_first_line_says_format_hash_and_length(tmp_path: Path) -> None:
+def test_the_first_line_says_format_hash_length_and_where_the_directory_lies(tmp_path: Path) -> None:
     path = write(tmp_path, 7)
     data = path.read_bytes()
-    line = f"featurecache 1 {xxhash.xxh3_128_hexdigest(data[USER_BLOCK:])} {len(data)}\n"
-    assert data[:USER_BLOCK] == line.encode().ljust(USER_BLOCK, b"\0")
+    with h5py.File(path) as file:
+        offset, directory = file["directory"].id.get_offset(), file["directory"][...].tobytes()
+        places = {name: file[name].id.get_offset() for name in ("checksums", "digests", "errors", "features")}
+    line = f"featurecache 2 {xxhash.xxh3_128_hexdigest(data[USER_BLOCK:])} {len(data)} {offset} {len(directory)} "
+    assert data[:USER_BLOCK] == f"{line}{xxhash.xxh3_64_hexdigest(directory)}\n".encode().ljust(USER_BLOCK, b"\0")
+    assert {name: entry["offset"] for name, entry in json.loads(directory)["columns"].items()} == places
 
 
 @settings(max_examples=30, deadline=None)
@@ -120,28 +125,17 @@ def test_a_shard_of_another_shape_is_refused(tmp_path: Path) -> None:
         read_shard(path, Layout("tokens", (5, 4), "float16"))
 
 
-def hostile(path: Path, fill) -> Path:  # type: ignore[no-untyped-def]
-    """A file whose user block is right and whose content is not ours."""
-    frame = WriteTrace()
-    with new_hdf5(frame) as file:
-        file.create_dataset("digests", data=digests(2))
-        file.create_dataset("checksums", data=np.zeros(2, "u8"))
-        fill(file)
-    with AtomicFile(path) as draft:
-        draft.commit(frame)
-    return path
-
-
-def virtual(file: h5py.File) -> None:
-    layout = h5py.VirtualLayout((2, 5, 3), "f2")
-    layout[:] = h5py.VirtualSource("/etc/passwd", "x", (2, 5, 3), "f2")
-    file.create_virtual_dataset("features", layout)
-
-
-@pytest.mark.parametrize("fill", [external, virtual, soft, elsewhere, cycle])
-def test_references_out_of_a_shard_are_refused_before_anything_is_read(tmp_path: Path, fill) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(UnsafeFile):
-        read_shard(hostile(tmp_path / "a.h5", fill), LAYOUT)
+@pytest.mark.parametrize("place", ["line", "directory"])
+def test_a_flipped_bit_in_the_line_or_the_directory_is_noticed(tmp_path: Path, place: str) -> None:
+    path = write(tmp_path, 7)
+    block, data = read_user_block(path), bytearray(path.read_bytes())
+    places = range(len(data[:USER_BLOCK].split(b"\n")[0])) if place == "line" else range(block.offset, len(data), 7)
+    for number in places:
+        damaged = data.copy()
+        damaged[number] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFile), open_columns(path) as file:
+            file.check_bytes()
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_no_file(tmp_path: Path) -> None:
@@ -176,7 +170,7 @@ def test_a_failed_call_commits_nothing_and_leaves_nothing(tmp_path: Path, monkey
     assert [p for p in (tmp_path / "tokens").iterdir() if p.suffix == ".h5"] == []
 
 
-def test_drafts_that_nobody_holds_are_swept_and_those_of_the_living_kept(tmp_path: Path) -> None:
+def test_temporary_files_that_nobody_holds_are_removed_and_those_of_the_living_kept(tmp_path: Path) -> None:
     with AtomicFile(tmp_path / "a.h5") as ours:
         left = tmp_path / ".0123456789abcdef.01234567.tmp"  # of a killed run
         left.touch()
@@ -185,9 +179,9 @@ def test_drafts_that_nobody_holds_are_swept_and_those_of_the_living_kept(tmp_pat
         assert ours._temporary.exists()
 
 
-def test_a_draft_of_a_very_long_name_can_be_written(tmp_path: Path) -> None:
-    with AtomicFile(tmp_path / f"{'x' * 250}.h5") as draft:
-        draft.commit(WriteTrace.of(bytes(600)))
+def test_a_file_of_a_very_long_name_can_be_written(tmp_path: Path) -> None:
+    with AtomicFile(tmp_path / f"{'x' * 250}.h5") as file:
+        file.commit()
     assert [len(path.name) for path in tmp_path.iterdir()] == [253]
 
 
@@ -216,3 +210,13 @@ def test_the_length_in_the_first_line_is_checked(tmp_path: Path) -> None:
         file.write(b"\0")
     with pytest.raises(DamagedFile, match="was written with"):
         read_user_block(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("featurecache 1 ", "has format 1"), ("featurecache 2 x", "is not a file"), ("", "is not a file")],
+)
+def test_files_of_other_formats_are_named(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "a.h5").write_bytes(line.encode().ljust(700, b"\0"))
+    with pytest.raises(DamagedFile, match=words):
+        read_user_block(tmp_path / "a.h5")

@@ -109,6 +109,24 @@ def test_a_forked_child_of_a_fresh_view_opens_its_own(made: tuple[Path, str], tm
     assert (inherited, total) == ([], view.tensor("tokens").sum().item())
 
 
+def _open_in_child(path: Path, answer) -> None:  # type: ignore[no-untyped-def]
+    answer.send(View(path).tensor("tokens").sum().item())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+def test_eight_forked_workers_open_a_view_at_once(made: tuple[Path, str]) -> None:
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(8)]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_open_in_child, args=(made[0], send)) for _, send in pipes]
+    for child in children:
+        child.start()
+    sums = [receive.recv() for receive, _ in pipes if receive.poll(60)]
+    for child in children:
+        child.join(60)
+    assert sums == [View(made[0]).tensor("tokens").sum().item()] * 8
+    assert [child.exitcode for child in children] == [0] * 8
+
+
 LOCKER = """
 import fcntl, sys, time
 files = [open(path, "r+b") for path in sys.argv[1:]]
@@ -202,10 +220,7 @@ for number in range(100):
 """
 
 
-def test_a_view_replaced_again_and_again_while_it_is_opened(
-    made: tuple[Path, str], tmp_path: Path, monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("featurecache.files.guard.checked", lambda paths, kind: None)  # takes longer than a state lasts
+def test_a_view_replaced_again_and_again_while_it_is_opened(made: tuple[Path, str], tmp_path: Path) -> None:
     cache, data = tmp_path / "cache", image_folder(tmp_path / "data", 4)
     states, path = [], None
     for number in range(2):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featurecache.files.atomic import FORMAT
+from featurecache.files.directory import FORMAT
 from featurecache.files.records import canonical_json
 from featurecache.store.schema import DIGEST
 from featurecache.store.shards import Layout, ShardWriter, notes_for

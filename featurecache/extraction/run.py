@@ -39,7 +39,7 @@ from featurecache.extraction.pipeline import (
     run_local,
 )
 from featurecache.extraction.scan import ScanResult
-from featurecache.files.atomic import FORMAT
+from featurecache.files.directory import FORMAT
 from featurecache.files.locks import shared_lock
 from featurecache.files.records import canonical_json
 from featurecache.formatting import progress_bar, size_text

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from featurecache.errors import InUse
-from featurecache.files.atomic import NO_LOCKS, locked_draft, writing
+from featurecache.files.atomic import NO_LOCKS, locked_temporary, writing
 
 MARKS = SHARED, EXCLUSIVE = ".shared-", ".exclusive-"  # beginnings of the marks' names
 
@@ -68,7 +68,7 @@ def _mark(store: Path, kind: str, what: str) -> Iterator[Path]:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     record = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "what": what}
     with writing(path):
-        temporary, descriptor = locked_draft(path)
+        temporary, descriptor = locked_temporary(path)
     try:
         with writing(path):
             os.write(descriptor, json.dumps(record).encode())

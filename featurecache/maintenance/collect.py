@@ -25,7 +25,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, CacheError, FeatureCacheError
 from featurecache.extraction.canary import canary_path
-from featurecache.files.atomic import check_room, draft_path, orphaned_files, remove_orphans, sync_path, writing
+from featurecache.files.atomic import check_room, orphaned_files, remove_orphans, sync_path, temporary_path, writing
 from featurecache.files.locks import MARKS, exclusive_lock
 from featurecache.outputs import parse
 from featurecache.store.shards import (
@@ -152,7 +152,7 @@ def _collect(store: Store, delete: bool) -> StoreGarbage:
             with contextlib.suppress(OSError):  # not empty, or not there
                 store.folder(output.layout.output).rmdir()
         if garbage.folder:
-            hidden = draft_path(store.path)
+            hidden = temporary_path(store.path)
             with writing(store.path):
                 os.rename(store.path, hidden)  # out of sight at once, then away: half a store is never seen
                 sync_path(store.path.parent)

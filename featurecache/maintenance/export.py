@@ -1,8 +1,4 @@
-"""A view as HDF5, NPZ, Parquet, safetensors.
-
-Writing where a failed write must not be met by the writer: a sink for libraries that write a file themselves.
-
-Export a view as one plain file that needs neither the cache nor this package: HDF5, NPZ, Parquet or safetensors.
+"""Export a view as one plain file that needs neither the cache nor this package: HDF5, npz, Parquet or safetensors.
 
 .h5            as a view, without its index: `ids`, `labels`, `splits`, ..., the attributes, and each output as a
                real dataset [N, ...]
@@ -30,68 +26,14 @@ import h5py
 import numpy as np
 
 from featurecache.errors import BadOption, CannotWrite
-from featurecache.files.atomic import ALIGNMENT, AtomicFile, WriteTrace, check_room, remove_orphans
+from featurecache.files.atomic import AtomicFile, check_room, remove_orphans
+from featurecache.files.directory import ALIGNMENT
+from featurecache.files.hdf5 import Sink
 from featurecache.formatting import byte_bar
 from featurecache.outputs import parse
 from featurecache.store.schema import OutputInfo
 from featurecache.store.view import View
 from featurecache.store.write_view import columns_of, write_columns
-
-
-class Sink(WriteTrace):
-    """A file object that writes through a `Draft`, for writers that must not meet a failed write.
-
-    libhdf5 can take the interpreter down when a write fails at close, and zipfile complains again for every member.
-    So a failed write is remembered and looks like a good one; from then on everything is kept in memory (little: the
-    writers call `check` after each block, which raises CannotWrite).
-    """
-
-    def __init__(self, draft: AtomicFile) -> None:
-        super().__init__()
-        self._draft = draft
-        self._error: CannotWrite | None = None
-        self._held: dict[int, bytes] = {}  # what the disk did not take
-
-    def writable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        if self._error is None:
-            try:
-                self._draft.write(self._position, view)
-            except CannotWrite as error:
-                self._error = error
-        if self._error is not None:
-            self._held[self._position] = bytes(view)
-        self._position += len(view)
-        self.size = max(self.size, self._position)
-        return len(view)
-
-    def readinto(self, buffer: Any) -> int:
-        """HDF5 reads its own chunk index back."""
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self.size - self._position))
-        found = bytearray(self._draft.read(self._position, count).ljust(count, b"\0"))
-        for offset, data in self._held.items():
-            start, stop = max(offset, self._position), min(offset + len(data), self._position + count)
-            if start < stop:
-                found[start - self._position : stop - self._position] = data[start - offset : stop - offset]
-        view[:count] = found
-        self._position += count
-        return count
-
-    def check(self) -> None:
-        """Raises CannotWrite when a write failed."""
-        if self._error is not None:
-            raise self._error
-
 
 BLOCK = 16 << 20  # bytes of features in memory at a time
 CHUNK = 1 << 19  # bytes of a compressed chunk: of a vector some hundred rows, of tokens one
@@ -395,7 +337,8 @@ def export_view(
                 FORMATS[kind].write(sink, columns, compress, bar.update)
             sink.check()
             size = sink.size
-            draft.place(size)
+            draft.truncate(size)
+            draft.commit()
     except CannotWrite as error:
         why = os.strerror(error.errno) if error.errno else "it cannot be written"
         raise CannotWrite(

@@ -1,8 +1,9 @@
 """Feature files made elsewhere, `.npy`, `.npz`, `.h5` and `.safetensors`: their arrays, and the rows in blocks.
 
-Nothing is unpickled, no reference inside a file is followed, and no array is read whole unless it is a column. HDF5 can
-crash or hang on a hostile file, so another process looks at it first (`featurecache.files.guard`) and does with it what
-`open_feature_file` and `ArrayInfo.blocks` do here. Imports no torch.
+Nothing is unpickled, no reference inside a file is followed, and no array is read whole unless it is a column. What
+could lead HDF5 out of the file, or have it load code, is refused before any data are read: soft and external links,
+external storage, virtual datasets, filters that are plugins. A hostile file can still crash HDF5: import files of
+people you trust. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,16 +21,14 @@ from typing import IO, Any
 
 import h5py
 import numpy as np
-from h5py import h5d, h5g, h5l, h5o
+from h5py import h5d, h5g, h5l, h5o, h5z
 from safetensors import SafetensorError, safe_open
 
 from featurecache.errors import FeatureCacheError, SourceError, UnsafeFile
-from featurecache.files import guard
 from featurecache.files.records import parse
 from featurecache.sources.medmnist import read_npy_header
 
 ENDINGS = (".npy", ".npz", ".h5", ".hdf5", ".safetensors")
-FOREIGN = "file of features"  # what `guard` calls them
 BLOCK = 16 << 20  # bytes in memory at a time
 _COLUMN = 1 << 30  # bytes of an array that is read whole
 _ATTRIBUTE = 32 << 20  # bytes of an attribute of HDF5
@@ -246,13 +245,11 @@ def _in_memory(name: str, values: list[Any]) -> ArrayInfo:
 
 # -- HDF5
 
+_FILTERS = (h5z.FILTER_DEFLATE, h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32, h5z.FILTER_LZF)  # that come with h5py
+
 
 def _open_hdf5(path: Path) -> FeatureFile:
-    guard.checked([path], FOREIGN)
-    return _look(path)
-
-
-def _look(path: Path) -> FeatureFile:
+    """What is in a file. Raises UnsafeFile."""
     with h5py.File(path, "r", locking=False) as file:
         arrays = {name: _dataset(path, name, file[name]) for name in datasets_of(file, path)}
         attributes = _words_of(file)
@@ -308,6 +305,11 @@ def _refuse_references(dataset: h5d.DatasetID, name: str) -> None:
         raise UnsafeFile(f"{name} keeps its data in another file.")
     if creation.get_layout() == h5d.VIRTUAL:
         raise UnsafeFile(f"{name} refers to other files (a virtual dataset); featurecache export makes one plain file.")
+    for number in range(creation.get_nfilters()):
+        if creation.get_filter(number)[0] not in _FILTERS:
+            raise UnsafeFile(
+                f"{name} is packed by a filter for which HDF5 would load a plugin; save it plain, or with gzip or lzf."
+            )
 
 
 def _dataset(path: Path, name: str, dataset: h5py.Dataset) -> ArrayInfo:
@@ -325,11 +327,3 @@ def _dataset(path: Path, name: str, dataset: h5py.Dataset) -> ArrayInfo:
             raise SourceError(f"{name} of {path} cannot be read ({_first_line(error)}).") from error
 
     return ArrayInfo(name, shape, dataset.dtype, text, read)
-
-
-def read_all(path: Path) -> None:
-    """Read a strange HDF5 file from its beginning to its end, as an import does."""
-    for array in _look(path).arrays.values():
-        if array.text or array.dtype.kind in "biuf":
-            for _ in array.blocks():
-                pass

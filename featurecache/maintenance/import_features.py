@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from featurecache import __version__
 from featurecache.errors import BadOption, SourceError
-from featurecache.files.atomic import FORMAT, check_room
+from featurecache.files.atomic import check_room
+from featurecache.files.directory import FORMAT
 from featurecache.files.locks import shared_lock
 from featurecache.files.records import canonical_json
 from featurecache.formatting import byte_bar

@@ -23,8 +23,8 @@ from featurecache.extraction.canary import (
     relative_distance,
     write_canary,
 )
-from featurecache.files import guard
-from featurecache.files.atomic import USER_BLOCK, AtomicFile, check_room, open_regular, write_whole
+from featurecache.files.atomic import AtomicFile, check_room, open_regular, write_whole
+from featurecache.files.directory import USER_BLOCK
 from featurecache.files.locks import exclusive_lock
 from featurecache.formatting import byte_bar
 from featurecache.store.shards import Layout, Shard, find_by_digest
@@ -146,17 +146,16 @@ class _RowCopy:
 
     def plan(self) -> list[tuple[Layout, Shard, int]]:
         """Shards with the number of rows that are not here."""
-        paths = [path for name in self.source.outputs() for path in self.source.shard_paths(name)]
-        refused = guard.verdicts(paths, "shard")  # all at once
-        guard.verdicts(self.source.views(), "view")
-        self.left += [str(error) for error in refused.values()]
-        ours, wanted = self.mine.layouts(), []
-        for name, layout in self.source.layouts().items():
+        ours, layouts, wanted = self.mine.layouts(), self.source.layouts(), []
+        for name in self.source.outputs():
+            if name not in layouts:
+                self.left.append(f"{name} of {self.source.path} has no shard that can be read.")
+        for name, layout in layouts.items():
             if ours.get(name, layout) != layout:
                 self.left.append(f"{name} of {self.source.path} has rows of another shape than here.")
                 continue
             here = np.concatenate([np.zeros(0, "S32"), *(shard.digests for shard in self.mine.shards(layout))])
-            for path in (path for path in self.source.shard_paths(name) if path not in refused):
+            for path in self.source.shard_paths(name):
                 try:
                     shard = self.source.shard(path, layout)
                 except CacheError as error:
@@ -178,7 +177,6 @@ class _RowCopy:
                 else:
                     self.copied.append(shard)
                     self.rows += missing
-        guard.verdicts([self.mine.path / s.path.parent.name / s.path.name for s in self.copied], "shard")
 
 
 def copy_shard(shard: Shard, target: Path, advance: Callable[[int], object]) -> None:
@@ -194,7 +192,7 @@ def copy_shard(shard: Shard, target: Path, advance: Callable[[int], object]) -> 
             raise DamagedFile(
                 f"{shard.path} is damaged: its content does not match the hash in its first line. Not taken."
             )
-        draft.place()
+        draft.commit()
 
 
 def _take_view(mine: Store, source: Store, path: Path) -> MergedView:

@@ -1,6 +1,6 @@
 """Verify checksums of a cache: is every file what was written?
 
-Every shard and view is hashed and compared with its first line; no file whose hash does not match is given to HDF5.
+Every shard and view is hashed and compared with its first line; no file whose hash does not match is read.
 Which rows of a damaged shard are wrong follows from the views: they know place, digest and checksum of each row they
 name, and are hashed themselves. Of whole shards the digests are compared with the views' index, and the name with the
 digests.
@@ -21,8 +21,8 @@ import xxhash
 
 from featurecache.errors import CacheError, FeatureCacheError
 from featurecache.extraction.canary import canary_path, read_canary
-from featurecache.files import guard
-from featurecache.files.atomic import Stamp, file_stamp, hash_after_block, open_regular, read_user_block
+from featurecache.files.atomic import FileStamp, file_stamp, open_regular
+from featurecache.files.directory import hash_after_block, read_user_block
 from featurecache.store.schema import StoredOutput
 from featurecache.store.shards import Layout, Shard, layout_in, unmeasured
 from featurecache.store.store import Store, open_store, unreadable_stores
@@ -137,7 +137,7 @@ def check_store(store: Store, advance: Callable[[int], object] = int) -> VerifyR
     """Everything in one store's folder, while others may write there: what is found damaged is looked at again if a
     view was replaced meanwhile, for a view that was read before names shards that may have been removed since."""
     start = time.perf_counter()
-    hashed: dict[tuple[Path, Stamp | None], str | None] = {}  # a file as it was found → what is wrong with its bytes
+    hashed: dict[tuple[Path, FileStamp | None], str | None] = {}  # a file as it was found → what is wrong with it
     for _ in range(_ATTEMPTS):
         views = {path: file_stamp(path) for path in store.views()}
         damages = [*_small_files(store), *_damages(store, hashed, advance)]
@@ -148,7 +148,7 @@ def check_store(store: Store, advance: Callable[[int], object] = int) -> VerifyR
 
 
 def _damages(
-    store: Store, hashed: dict[tuple[Path, Stamp | None], str | None], advance: Callable[[int], object]
+    store: Store, hashed: dict[tuple[Path, FileStamp | None], str | None], advance: Callable[[int], object]
 ) -> Iterator[Damage]:
     def problems_of(paths: Iterable[Path]) -> dict[Path, str | None]:
         keys = {path: (path, file_stamp(path)) for path in paths}
@@ -163,7 +163,6 @@ def _damages(
     named = referenced_shards(view for view in views.values() if isinstance(view, View))
     problems |= problems_of(named.keys() - problems.keys())  # missing, or newer than the list of files
     shards = sorted(problems.keys() - views.keys())
-    guard.verdicts([path for path in shards if problems[path] is None], "shard")  # all at once
     yield from (damage for path in shards if (damage := _shard(store, path, problems[path], named.get(path))))
 
 
@@ -181,13 +180,13 @@ def _small_files(store: Store) -> Iterator[Damage]:
 def _hashed(path: Path, advance: Callable[[int], object]) -> str | None:
     """What is wrong with the bytes of a file, or None."""
     try:
-        digest, size = read_user_block(path)
+        block = read_user_block(path)
         with open_regular(path) as file:
             actual = hash_after_block(file.fileno())
     except (CacheError, OSError) as error:
         return str(error)
-    advance(size)
-    return None if actual == digest else "its content does not match the hash in its first line"
+    advance(block.size)
+    return None if actual == block.digest else "its content does not match the hash in its first line"
 
 
 def _view(path: Path, problem: str | None) -> View | str:

@@ -1,1 +1,1 @@
-"""featurecache.store"""
+"""How a cache lies on disk: what shards and views hold."""

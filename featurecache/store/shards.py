@@ -13,30 +13,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 import xxhash
 
 from featurecache.errors import CacheError, DamagedFile
-from featurecache.files import guard
-from featurecache.files.atomic import (
-    AGAIN,
-    ALIGNMENT,
-    AtomicFile,
-    WriteTrace,
-    file_stamp,
-    new_hdf5,
-    read_user_block,
-    refuse_links,
-)
-from featurecache.store.schema import DIGEST, ShardContent, check_inside, shard_content, token_layout
+from featurecache.files.atomic import AtomicFile, file_stamp, refuse_links
+from featurecache.files.directory import AGAIN, open_columns
+from featurecache.files.hdf5 import WriteTrace, create_unwritten, new_hdf5, seal
+from featurecache.store.schema import DIGEST, check_digests, token_layout
 
 _PLACES = ("prefix", "grid")  # attributes of token features
 _HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
@@ -69,9 +61,10 @@ def shard_name(digests: np.ndarray) -> str:
 
 
 class ShardWriter:
-    """Collects the rows of one shard in a draft on the disk and commits it.
+    """Collects the rows of one shard in a temporary file on the disk and commits it.
 
-    ``rows`` is how many at most; images that fail are left out, and the frame is then made for the rows there are.
+    ``rows`` is how many at most; images that fail are left out, and the rest of the file is made for the rows there
+    are.
     """
 
     def __init__(self, folder: Path, planned: np.ndarray, layout: Layout, notes: dict[str, str]) -> None:
@@ -80,15 +73,15 @@ class ShardWriter:
         self._digests: list[bytes] = []
         self._checksums: list[int] = []
         self._errors: list[np.ndarray] = []
-        self._offset = _frame(layout, planned, np.zeros(len(planned), "u8"), unmeasured(len(planned)), notes)[1]
-        self._draft = AtomicFile(self._folder / f"{shard_name(planned)}.h5", inside=folder)
+        self._offset = _trace(layout, planned, np.zeros(len(planned), "u8"), unmeasured(len(planned)), notes)[1]
+        self._file = AtomicFile(self._folder / f"{shard_name(planned)}.h5", inside=folder)
 
     def append(self, digests: list[bytes], rows: np.ndarray, errors: np.ndarray | None = None) -> None:
         """rows [k, ...] of the layout's shape and dtype, with the digests of their images and, where they were
         measured, the relative errors of their rounding, float32 [k]."""
         assert rows.shape == (len(digests), *self._layout.row_shape) and rows.dtype == self._layout.dtype
         rows = np.ascontiguousarray(rows)
-        self._draft.write(self._offset + len(self._digests) * self._layout.row_bytes, rows.data)
+        self._file.write(self._offset + len(self._digests) * self._layout.row_bytes, rows.data)
         self._digests += digests
         self._checksums += [_checksum(row) for row in rows]
         self._errors.append(unmeasured(len(digests)) if errors is None else errors)
@@ -97,24 +90,24 @@ class ShardWriter:
         """The shard's path; None when no row came. ``replace``: over a file of that name, which is damaged."""
         digests = np.array(self._digests, DIGEST)
         if not len(digests):
-            self._draft.discard()
+            self._file.discard()
             return None
         checksums, errors = np.array(self._checksums, "u8"), np.concatenate(self._errors)
-        frame, offset = _frame(self._layout, digests, checksums, errors, self._notes)
+        trace, offset = _trace(self._layout, digests, checksums, errors, self._notes)
         path = self._folder / f"{shard_name(digests)}.h5"
         if offset != self._offset:  # fewer rows than planned: a smaller frame, so the rows move
-            with AtomicFile(path, inside=self._folder.parent) as draft:
-                _copy(self._draft, self._offset, draft, offset, len(digests) * self._layout.row_bytes)
-                draft.commit(frame, replace=replace)
+            with AtomicFile(path, inside=self._folder.parent) as file:
+                _copy(self._file, self._offset, file, offset, len(digests) * self._layout.row_bytes)
+                _commit(file, trace, replace)
         else:
-            self._draft.path = path
-            self._draft.commit(frame, replace=replace)
-        self._draft.discard()
+            self._file.path = path
+            _commit(self._file, trace, replace)
+        self._file.discard()
         return path
 
     def discard(self) -> None:
         """Give up what is not committed, and the memory it took."""
-        self._draft.discard()
+        self._file.discard()
         self._digests, self._checksums, self._errors = [], [], []
 
 
@@ -122,38 +115,32 @@ def unmeasured(rows: int) -> np.ndarray:
     return np.full(rows, np.nan, np.float32)
 
 
+def _commit(file: AtomicFile, trace: WriteTrace, replace: bool) -> None:
+    seal(file, trace)
+    file.commit(replace=replace)
+
+
 def _copy(source: AtomicFile, start: int, target: AtomicFile, offset: int, size: int, step: int = 1 << 24) -> None:
     for done in range(0, size, step):
         target.write(offset + done, source.read(start + done, min(step, size - done)))
 
 
-def _frame(
+def _trace(
     layout: Layout, digests: np.ndarray, checksums: np.ndarray, errors: np.ndarray, notes: dict[str, str]
 ) -> tuple[WriteTrace, int]:
     """The file without its features, and where they go (bytes from the start). The same input gives the same bytes."""
-    frame = WriteTrace()
-    with new_hdf5(frame) as file:
+    trace = WriteTrace()
+    with new_hdf5(trace) as file:
         for key, value in sorted(notes.items()):
             file.attrs[key] = value
         file.create_dataset("digests", data=digests, dtype=DIGEST)
         file.create_dataset("checksums", data=checksums, dtype="u8")
         if layout.dtype == "float16":
             file.create_dataset("errors", data=errors, dtype="f4")
-        features = _features(file, (len(digests), *layout.row_shape), layout.dtype)
+        features = create_unwritten(file, "features", (len(digests), *layout.row_shape), layout.dtype)
         for key, value in layout.attributes().items():
             features.attrs[key] = value
-        return frame, features.id.get_offset()
-
-
-def _features(file: h5py.File, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
-    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    creation.set_obj_track_times(False)  # the same rows give the same file
-    creation.set_layout(h5py.h5d.CONTIGUOUS)
-    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # its place is known before a row is
-    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # and HDF5 never writes there
-    space = h5py.h5s.create_simple(shape)
-    kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
-    return h5py.Dataset(h5py.h5d.create(file.id, b"features", kind, space, creation))
+        return trace, features.id.get_offset()
 
 
 @dataclass(frozen=True)
@@ -174,54 +161,49 @@ _KNOWN: dict[tuple[Path, Layout], tuple[tuple[int, ...], Shard]] = {}  # opening
 
 
 def read_shard(path: Path, layout: Layout) -> Shard:
-    """All of a shard but its features. Refuses another size, shape or dtype, and references to elsewhere."""
+    """All of a shard but its features. Refuses another size, shape or dtype."""
     refuse_links(path.parent)
     stamp = file_stamp(path)
     stamped, shard = _KNOWN.get((path, layout), (None, None))
     if shard is None or stamped != stamp:
-        shard = _read_shard(path, layout)
+        actual, shard = _read(path)
+        if (actual.row_shape, actual.dtype) != (layout.row_shape, layout.dtype):
+            raise CacheError(
+                f"{path} holds rows of {actual.dtype} {actual.row_shape}; expected {layout.dtype} {layout.row_shape}."
+            )
         if stamp is not None:
             _KNOWN[path, layout] = stamp, shard
     return shard
 
 
-def _read_shard(path: Path, layout: Layout) -> Shard:
-    digest, size, content = _content(path)
-    found, expected = (content.shape[1:], content.dtype), (layout.row_shape, layout.dtype)
-    if found != expected:
-        raise CacheError(f"{path} holds rows of {found[1]} {found[0]}; expected {expected[1]} {expected[0]}.")
-    if content.offset % ALIGNMENT or content.offset + content.shape[0] * layout.row_bytes > size:
-        raise DamagedFile(f"{path} does not hold its {content.shape[0]:,} rows in one piece. {AGAIN}")
-    errors = unmeasured(len(content.digests)) if content.errors is None else content.errors
-    notes = {key: str(value) for key, value in content.notes.items()}
-    return Shard(path, size, content.offset, digest, content.digests, content.checksums, errors, notes)
-
-
-def _content(path: Path) -> tuple[str, int, ShardContent]:
-    """(hash, size, what is in it but the features) of a shard that HDF5 may be trusted with."""
+def _read(path: Path) -> tuple[Layout, Shard]:
     refuse_links(path.parent)
-    digest, size = read_user_block(path)
-    guard.checked([path], "shard")
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            check_inside(file, path, virtual=False)
-            return digest, size, shard_content(file, path)
-    except CacheError:
-        raise
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise DamagedFile(f"{path} cannot be read as a shard ({error}). {AGAIN}") from error
+    with open_columns(path) as file:
+        features = file.column("features")
+        dtype = str(features.dtype)
+        if dtype not in TORCH_DTYPE:
+            raise CacheError(f"{path} holds no features of float16 or float32.")
+        digests, checksums = file.array("digests", DIGEST), file.array("checksums", "u8")
+        errors = file.array("errors", "f4") if "errors" in file.columns else unmeasured(len(digests))
+        shapes = {digests.shape, checksums.shape, errors.shape}
+        if len(features.shape) < 2 or shapes != {features.shape[:1]}:
+            raise CacheError(f"{path}: its columns do not agree with each other.")
+        check_digests(digests, path)
+        layout = Layout(path.parent.name, features.shape[1:], dtype, *token_layout(features.attributes, path))
+        notes = {key: str(value) for key, value in file.attributes.items()}
+        size, hash_ = file.block.size, file.block.digest
+        return layout, Shard(path, size, features.offset, hash_, digests, checksums, errors, notes)
 
 
 def layout_in(path: Path) -> Layout:
     """The layout of a shard, as the shard has it. Raises DamagedFile, UnsafeFile."""
-    content = _content(path)[2]
-    return Layout(path.parent.name, content.shape[1:], content.dtype, *token_layout(content.places, path))
+    return _read(path)[0]
 
 
-def size_of(path: Path) -> int | None:
+def size_of(path: Path | str) -> int | None:
     """Bytes of a plain file; None where there is none."""
     try:
-        found = path.lstat()
+        found = os.lstat(path)
     except OSError:
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None

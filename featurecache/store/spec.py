@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from featurecache.errors import BadOption, CacheError, FeatureCacheError
-from featurecache.files.atomic import FORMAT
 from featurecache.files.records import canonical_json
 from featurecache.images.preprocessing import Preprocess
 
@@ -113,6 +112,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
+FORMAT = 1  # of the spec, which is hashed: raising it would make every feature another one
 PRECISIONS = ("fp32", "bf16", "fp16")
 DTYPES = ("float16", "float32")
 UNKNOWN = "unknown"  # precision, and every word on origin, of features that were imported

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import CacheError, CannotWrite, DamagedFile, UnsafeFile
-from featurecache.files import guard
-from featurecache.files.atomic import AGAIN, draft_folder, refuse_links, remove_orphans, sync_path, write_whole
+from featurecache.files.atomic import atomic_folder, refuse_links, remove_orphans, sync_path, write_whole
+from featurecache.files.directory import AGAIN
 from featurecache.files.locks import update_lock
 from featurecache.files.records import (
     check_provenance,
@@ -78,9 +78,7 @@ class Store:
         return shard
 
     def shards(self, layout: Layout) -> list[Shard]:
-        paths = self.shard_paths(layout.output)
-        guard.checked(paths, "shard")  # all at once
-        return [self.shard(path, layout) for path in paths]
+        return [self.shard(path, layout) for path in self.shard_paths(layout.output)]
 
     def layouts(self) -> dict[str, Layout]:
         """Of every output of which there are shards: what the first of them that can be read says of itself."""
@@ -227,7 +225,7 @@ def create_store(cache: Path, name: str, spec: ExtractionSpec, provenance: dict[
         return existing
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with draft_folder(cache / "store") as draft:
+        with atomic_folder(cache / "store") as draft:
             write_spec(draft, spec, provenance)
             for length in (8, 12, 32):  # longer where two fingerprints begin alike
                 folder = cache / f"{_safe(name)}-{spec.fingerprint[:length]}"

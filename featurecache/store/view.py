@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import glob
-import io
 import math
 import os
 import shlex
@@ -17,16 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 
 from featurecache import outputs as _outputs
-from featurecache.errors import CacheError, DamagedFile, NotInCache, UnsafeFile
-from featurecache.files import guard
-from featurecache.files.atomic import ALIGNMENT, USER_BLOCK, file_stamp, read_checked, refuse_links
+from featurecache.errors import CacheError, NotInCache, UnsafeFile
+from featurecache.files.atomic import refuse_links
+from featurecache.files.directory import ALIGNMENT, USER_BLOCK, open_columns
 from featurecache.images.augmentation import AugmentedCopies
-from featurecache.store.schema import MAX_VIEW, OutputInfo, StoredOutput, ViewContent, check_inside, view_content
+from featurecache.store.schema import MAX_VIEW, OutputInfo, StoredOutput, ViewContent, view_content
 from featurecache.store.shards import TORCH_DTYPE, Layout, damaged_rows, map_rows, size_of, wrong_rows
 from featurecache.store.store import cache_folder, open_store
 
@@ -122,18 +120,21 @@ class View:
         return True
 
     def _check_files(self) -> None:
-        for number in range(len(self._files)):
-            path, size = self._file(number)
-            refuse_links(path.parent, path)
-            found = size_of(path)
-            if found != size:
-                what = "is missing" if found is None else f"has {found:,} bytes, not {size:,}"
-                way = "Run" if found is None else "Delete it and run"
+        names, sizes = [name.decode() for name in self._files["path"].tolist()], self._files["size"].tolist()
+        for folder in {name.split("/")[0] for name in names}:
+            refuse_links(self.store / folder)
+        folder = f"{self.store}{os.sep}"
+        for name, size in zip(names, sizes, strict=True):
+            actual = size_of(folder + name)  # of ten thousand files a Path each would take longer than their sizes
+            if actual != size:
+                path = self.store / name
+                refuse_links(path)
+                what = "is missing" if actual is None else f"has {actual:,} bytes, not {size:,}"
+                way = "Run" if actual is None else "Delete it and run"
                 raise CacheError(
                     f"{path}, which the view {self.label} needs, {what}. "
                     f"{way} the extraction again: that computes what is not there."
                 )
-        guard.checked([self._file(number)[0] for number in range(len(self._files))], "shard")
 
     def _check_index(self) -> None:
         """Every row lies inside its file: the gather trusts these numbers with addresses."""
@@ -144,7 +145,9 @@ class View:
             fine = all(0 < side < 1 << 32 for side in shape) and ((0 <= file) & (file < len(files))).all()
             if fine and len(file):
                 row_bytes = math.prod(shape) * itemsize
-                last = [int(o) + int(n) * row_bytes for o, n in zip(files["offset"], files["rows"], strict=True)]
+                last = [
+                    o + n * row_bytes for o, n in zip(files["offset"].tolist(), files["rows"].tolist(), strict=True)
+                ]
                 inside = np.array([end <= size for end, size in zip(last, files["size"].tolist(), strict=True)])
                 placed = (files["offset"] >= USER_BLOCK) & (files["offset"] % ALIGNMENT == 0) & (files["rows"] > 0)
                 fine = ((0 <= row) & (row < files["rows"][file])).all() and (inside & placed)[np.unique(file)].all()
@@ -351,25 +354,14 @@ def _places(tokens: OutputInfo) -> tuple[tuple[str, ...], tuple[int, int]]:
 
 
 def read_view(path: Path) -> ViewContent:
-    """All of a view. Its bytes are checked before HDF5 sees them; of unknown origin, in another process first."""
+    """All of a view, of which every byte is checked first."""
     if not path.name.isprintable():
         raise UnsafeFile(f"{str(path)!a} has a name that a terminal would obey; rename it.")
-    for _ in range(5):  # a run may replace the view between two steps
-        before = file_stamp(path)
-        data = read_checked(path, MAX_VIEW)
-        guard.checked([path], "view")
-        if file_stamp(path) == before:
-            break
-    else:
-        raise DamagedFile(f"{path} changes again and again while it is read.")
-    try:
-        with h5py.File(io.BytesIO(data), "r") as file:
-            check_inside(file, path, virtual=True)
-            return view_content(file, path, data)
-    except CacheError:
-        raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise CacheError(f"{path} cannot be read as a view ({error}).") from error
+    with open_columns(path) as file:
+        if file.block.size > MAX_VIEW:
+            raise UnsafeFile(f"{path} has {file.block.size:,} bytes; at most {MAX_VIEW:,} are read into memory.")
+        file.check_bytes()
+        return view_content(file)
 
 
 class MappedRows:

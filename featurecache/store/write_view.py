@@ -4,34 +4,35 @@ At the root of ``<store>/<view>.h5``: `ids` [N], `labels` [N] int64 (−1 none; 
 `splits` [N], `groups` [N] where known, `digests` [N], `meta/*` [N], and one virtual dataset per output over the
 shards. Where augmented copies are in it `versions` [N] says which: 0 for the images, which come first, 1 … for copies,
 which carry the id of their image. `index/files` and `index/<output>` [N,2] say where each row lies,
-`checksums/<output>` [N] what its bytes hash to (xxh3_64), `errors/<output>` [N] what rounding to float16 did to it; our
-reader maps the shards by them and never reads a feature through HDF5.
+`checksums/<output>` [N] what its bytes hash to (xxh3_64), `errors/<output>` [N] what rounding to float16 did to it;
+`index/text/*` holds the texts once more, for readers without HDF5. Our reader maps the shards and never reads a feature
+through HDF5.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 
 from featurecache.errors import AmbiguousName, NotInCache, nearest
-from featurecache.files import guard
-from featurecache.files.atomic import AtomicFile, WriteTrace, new_hdf5
+from featurecache.files.atomic import AtomicFile
+from featurecache.files.hdf5 import WriteTrace, new_hdf5, seal, write_texts
 from featurecache.formatting import abbreviated
 from featurecache.store.schema import DIGEST, FILES
 from featurecache.store.shards import Layout, RowLocations
 from featurecache.store.store import Store, cache_folder, stores
 from featurecache.store.view import View
 
+if TYPE_CHECKING:  # it is loaded by whoever writes
+    import h5py
+
 MAX_MAPPINGS = 100_000  # virtual mappings of one dataset; 25 kB of memory each in HDF5
-_TEXT = h5py.string_dtype("utf-8")
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,13 @@ def write_view(
     ``located``: for each output where every row lies. Attributes are stored as they are (JSON where structured).
     """
     assert (rows.versions is None) == ("augmentation" not in attributes), "who has copies says how they were made"
-    buffer = io.BytesIO()
-    with new_hdf5(buffer) as file:
+    trace = WriteTrace()
+    with new_hdf5(trace) as file:
         for key, value in attributes.items():
             file.attrs[key] = value
-        write_columns(file, rows)
-        index, sums, errors = (file.create_group(name) for name in ("index", "checksums", "errors"))
+        for key, texts in write_columns(file, rows).items():
+            write_texts(file, key, texts)
+        index, sums, errors = (file.require_group(name) for name in ("index", "checksums", "errors"))
         files: list[tuple[Any, ...]] = []
         for layout, places in located.items():
             assert places.found.all()
@@ -71,7 +73,8 @@ def write_view(
         index.create_dataset("files", data=np.array(files, FILES))
     path = store.path / f"{name}.h5"
     with AtomicFile(path, inside=store.path) as draft:
-        draft.commit(WriteTrace.of(buffer.getvalue()), replace=True)
+        seal(draft, trace)
+        draft.commit()
     return path
 
 
@@ -95,7 +98,6 @@ def rewrite_view(
     attributes = {**view.attributes, **({"failed": failed} if reasons else {})}
     path = write_view(store, name or view.name, columns_of(view, rows), attributes, places)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    guard.own([path])  # it has another ctime now
     return path
 
 
@@ -135,22 +137,27 @@ def columns_of(view: View, rows: np.ndarray | None = None) -> ViewColumns:
     )  # fmt: skip
 
 
-def write_columns(file: h5py.File, rows: ViewColumns) -> None:
-    file.create_dataset("ids", data=rows.ids, dtype=_TEXT)
-    file.create_dataset("labels", data=rows.labels)
-    file.create_dataset("splits", data=rows.splits, dtype=_TEXT)
-    file.create_dataset("digests", data=rows.digests, dtype=DIGEST)
+def write_columns(file: h5py.File, rows: ViewColumns) -> dict[str, list[str]]:
+    """What every reader of HDF5 sees of the samples; the columns of text are returned by name."""
+    import h5py
+
+    texts = {"ids": rows.ids, "splits": rows.splits}
     if rows.groups is not None:
-        file.create_dataset("groups", data=rows.groups, dtype=_TEXT)
+        texts["groups"] = rows.groups
+    file.create_dataset("labels", data=rows.labels)
+    file.create_dataset("digests", data=rows.digests, dtype=DIGEST)
     if rows.versions is not None:
         file.create_dataset("versions", data=rows.versions, dtype="i4")
     meta = file.create_group("meta")
     for key, column in rows.meta.items():
-        values = np.asarray(column)
+        values, name = np.asarray(column), key.replace("/", "∕")  # a slash would make a group
         if values.dtype.kind in "biuf":
-            meta.create_dataset(key.replace("/", "∕"), data=values)  # a slash would make a group
+            meta.create_dataset(name, data=values.astype(values.dtype.newbyteorder("<"), copy=False))
         else:
-            meta.create_dataset(key.replace("/", "∕"), data=[str(value) for value in column], dtype=_TEXT)
+            texts[f"meta/{name}"] = [str(value) for value in column]
+    for name, column in texts.items():
+        file.create_dataset(name, data=column, dtype=h5py.string_dtype("utf-8"))
+    return texts
 
 
 def _write_output(
@@ -191,6 +198,8 @@ def _runs(places: RowLocations) -> np.ndarray:
 def _write_virtual(
     file: h5py.File, layout: Layout, places: RowLocations, starts: np.ndarray, store: Store
 ) -> h5py.Dataset:
+    import h5py
+
     virtual = h5py.VirtualLayout((len(places.file), *layout.row_shape), layout.dtype)
     stops = np.append(starts[1:], len(places.file))
     sources = {

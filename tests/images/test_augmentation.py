@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import image_folder, picture, save_picture
 from PIL import Image
+from plant import rewrite
 from torchvision.transforms import v2
 
 import cli
@@ -31,8 +31,7 @@ from featurecache.extraction import pipeline, recompute
 from featurecache.extraction import run as extraction_run
 from featurecache.extraction.cache_miss import explain
 from featurecache.extraction.run import ExtractionResult
-from featurecache.files import guard
-from featurecache.files.atomic import AtomicFile, WriteTrace, new_hdf5
+from featurecache.files.hdf5 import write_texts
 from featurecache.files.records import canonical_json
 from featurecache.images import augmentation
 from featurecache.images.augmentation import (
@@ -94,20 +93,6 @@ def home(undisturbed: Path, tmp_path: Path) -> Path:
             lambda file: file.attrs.modify("source", file.attrs["source"].replace(str(undisturbed), str(tmp_path))),
         )
     return tmp_path
-
-
-def rewrite(path: Path, change) -> None:  # type: ignore[no-untyped-def]
-    """A view with something changed, and a hash that fits."""
-    buffer = io.BytesIO()
-    with h5py.File(path) as old, new_hdf5(buffer) as new:
-        for key, value in old.attrs.items():
-            new.attrs[key] = value
-        for key in old:
-            old.copy(key, new)
-        change(new)
-    with AtomicFile(path, inside=path.parent) as draft:
-        draft.commit(WriteTrace.of(buffer.getvalue()), replace=True)
-    guard.own([path])
 
 
 def opened(home: Path, cache: str = "cache", name: str = "data", **options) -> View:  # type: ignore[no-untyped-def]
@@ -658,10 +643,12 @@ def changed(home: Path, key: str, values) -> View:  # type: ignore[no-untyped-de
     path = opened(home).path
 
     def change(file: h5py.File) -> None:
-        column = file[key][:]
-        del file[key]
-        kind = h5py.string_dtype("utf-8") if key == "ids" else column.dtype
-        file.create_dataset(key, data=values(column), dtype=kind)
+        column = file[key].asstr()[:] if key == "ids" else file[key][:]
+        del file[f"index/text/{key}" if key == "ids" else key]
+        if key == "ids":
+            write_texts(file, key, values(column))
+        else:
+            file.create_dataset(key, data=values(column))
 
     rewrite(path, change)
     return View(path, columns_only=True)

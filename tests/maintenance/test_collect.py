@@ -499,7 +499,7 @@ def test_a_damaged_shard_is_not_taken_nor_the_view_that_needs_it(two: tuple[Path
 def test_merge_interrupted_goes_on(two: tuple[Path, Path], monkeypatch, count: int) -> None:  # type: ignore[no-untyped-def]
     here, there = two
     with monkeypatch.context() as patch:
-        at(patch, featurecache.files.atomic.AtomicFile, "place", count, kill)
+        at(patch, featurecache.files.atomic.AtomicFile, "commit", count, kill)
         with pytest.raises(Killed):
             merge(there, here)
     is_whole(here, mine=range(8))
