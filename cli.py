@@ -109,13 +109,12 @@ def _features_line(view: Any, asked: str | None) -> str:
 
 def _info_head(talk: Console, head: str, options: dict[str, Any], cache: str | None) -> int:
     from featurecache.store.write_view import open_view
-    from heads.models.catalogue import describe_head
+    from heads.models.catalogue import describe_head, is_baseline
     from heads.models.common import Input
     from heads.reports.text import head_table
-    from heads.settings import is_network
     from heads.training.job import choose_output
 
-    if is_network(head):
+    if is_baseline(head):
         from heads.models.catalogue import describe_network
 
         record = describe_network(head, options["classes"], options["image_size"])

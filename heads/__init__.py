@@ -30,8 +30,8 @@ _LAZY = {
     "compare": "heads.evaluation.comparison",
     "families_of": "heads.evaluation.families",
     "evaluate_run": "heads.evaluation.external",
-    "run_study": "heads.studies.run",
-    "STUDIES": "heads.studies.spec",
+    "run_study": "heads.studies.runner",
+    "STUDIES": "heads.studies.recipes",
     "HEADS": "heads.models.catalogue",
 }
 __all__ = [*_LAZY]

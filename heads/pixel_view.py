@@ -112,11 +112,12 @@ def open_pixels(
     for name in baselines:
         info = baseline_info(name, weights=weights)
         alike.setdefault(info.preprocess(image_size or info.image_size), []).append(name)
-    dataset = _dataset(data)
+    dataset = open_dataset(data)
     return [PixelView(dataset, preprocess, names, progress=progress) for preprocess, names in alike.items()]
 
 
-def _dataset(data: Any) -> Dataset:
+def open_dataset(data: Any) -> Dataset:
+    """That of a source as ``--data`` names it, of a view, or itself."""
     from featurecache.sources import open_source, reopen
     from featurecache.sources.base import Dataset
 

@@ -1,155 +1,120 @@
-"""What decides a training run, as data: what is in config.json is what ran."""
+"""Training options: one table of names, defaults, help texts and allowed values for commands, checks and records.
+
+`Settings` is what decides a training run: what is in config.json is what ran. The click options of ``train-head``,
+``train-baseline`` and ``ablate``, the checks of values and the command line that a report gives are made of its fields.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from featurecache.errors import BadOption, nearest
 from heads.metrics.classification import METRICS
 
 STANDARDIZE = ("none", "zscore", "l2")
-OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("constant", "cosine", "plateau")
-PRECISIONS = ("fp32", "bf16")
-# What only networks that are trained from pixels take; the second line: only `finetune:<backbone>`.
-OF_BASELINES = (
-    "augment", "image_size", "device",
-    "lora", "rlrr", "weights", "random_weights",
-)  # fmt: skip
-OF_FINETUNE = OF_BASELINES[3:]
 # What heads that are trained together may differ in.
 VARIED = (
     "lr", "weight_decay", "seed", "dropout", "label_smoothing", "class_weights", "optimizer", "schedule", "augment",
 )  # fmt: skip
 
 
+def _option(default: Any, text: str, *, values: Any = None, of: str = "any", shown: str = "") -> Any:
+    """A field of `Settings`. ``values``: words, or an interval such as ``(0, 1]``. ``of``: "any"; "head" on features,
+    "network" from pixels or "finetune" for what only these take. ``shown``: what its value is called in help."""
+    return field(default=default, metadata={"help": text, "values": values, "for": of, "shown": shown})
+
+
 @dataclass(frozen=True)
 class Settings:
-    """The options of ``train-head`` and ``train-baseline``; ``head`` is a head, or the network of a baseline.
-
-    ``dropout``: None is the head's own. ``class_weights``: the loss is weighted by 1 / train prevalence, and batches
-    are not balanced besides. ``fraction``: of train, after val is taken. ``fold`` (0-based) of ``folds`` over train and
-    val: that part is only reported. ``sensitivity``: wanted on val, for the threshold; None: Youden's. ``ram``: GB that
-    features may take in memory; None: six tenths of what is free.
-
-    Of baselines: ``augment``: "flip,rotate10,shift0.1", drawn anew for every image of every batch. ``image_size``:
-    pixels; None: the network's own. Of ``finetune:<backbone>``: ``lora``: the rank of its adapters; ``rlrr``: low-rank
-    rescaling; ``weights``: a file or folder; ``random_weights``: the architecture from scratch.
-    """
+    """The options of ``train-head`` and ``train-baseline``; ``head`` is a head, or the network of a baseline."""
 
     head: str
-    output: str | None = None
-    epochs: int = 50
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    batch_size: int = 32
-    patience: int = 5  # epochs without a better one; 0: train all epochs
-    seed: int = 0  # initialisation, dropout
-    split_seed: int = 0  # splits, fractions, folds, batch order
-    select: str = "auroc"
-    balance: bool = True
-    standardize: str | None = None
-    resplit_val: bool = False
-    splits: str | None = None
-    classes: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-    train_per_class: int | None = None
-    pos_weight: bool = False
-    positive: str | None = None
-    drop_leaks: bool = False
-    optimizer: str = "adam"
-    schedule: str = "constant"
-    dropout: float | None = None
-    label_smoothing: float = 0.0
-    class_weights: bool = False
-    gated: bool = False
-    fraction: float = 1.0
-    folds: int | None = None
-    fold: int | None = None
-    sensitivity: float | None = None
-    precision: str = "fp32"
-    ram: float | None = None
-    augment: str | None = None
-    image_size: int | None = None
-    device: str = "cpu"
-    lora: int | None = None
-    rlrr: bool = False
-    weights: str | None = None
-    random_weights: bool = False
+    output: str | None = _option(
+        None, "cls, tokens, tokens-257, … [default: what the head was made for]", of="head", shown="NAME"
+    )
+    epochs: int = _option(50, "At most.", values="[1, inf)")
+    lr: float = _option(1e-3, "Learning rate.", values="(0, inf)")
+    weight_decay: float = _option(0.0, "On weights only, not on biases.", values="[0, inf)")
+    batch_size: int = _option(32, "Images in a step.", values="[1, inf)")
+    patience: int = _option(5, "Epochs without a better val before it stops; 0: never.", values="[0, inf)")
+    seed: int = _option(0, "Of initialisation, dropout and augmentation.", values="[0, inf)")
+    split_seed: int = _option(0, "Of splits, fractions, folds and batch order.", values="[0, inf)")
+    select: str = _option("auroc", "What chooses the epoch, on val: a metric's name or loss.", shown="NAME")
+    balance: bool = _option(True, "Batches draw the classes equally.")
+    standardize: str | None = _option(None, "[default: the head's own]", values=STANDARDIZE, of="head")
+    resplit_val: bool = _option(False, "Return val to train and draw a new one.")
+    splits: str | None = _option(None, "A splits.csv of another run.", shown="FILE")
+    classes: tuple[str, ...] = _option(
+        (), "Another task on the same images: classes kept or merged.", shown="NAME[=A,B]"
+    )
+    only: tuple[str, ...] = _option((), "Train and test on these classes only.", shown="A,B")
+    train_per_class: int | None = _option(
+        None, "N training images of each class; the rest are left out.", values="[1, inf)"
+    )
+    pos_weight: bool = _option(False, "Multi-label: weigh positives by their rarity.")
+    positive: str | None = _option(
+        None, "Binary: the class that counts as positive. [default: the second]", shown="CLASS"
+    )
+    drop_leaks: bool = _option(False, "Leave out of train what is also in val or test, of val what is also in test.")
+    optimizer: str = _option("adam", "sgd has momentum 0.9.", values=("adam", "adamw", "sgd"))
+    schedule: str = _option("constant", "Of the learning rate.", values=("constant", "cosine", "plateau"))
+    dropout: float | None = _option(None, "[default: the head's or network's own]", values="[0, 1)")
+    label_smoothing: float = _option(0.0, "Share of a label that goes to all classes.", values="[0, 1)")
+    class_weights: bool = _option(False, "Weigh the loss by 1 / prevalence instead of balancing batches.")
+    gated: bool = _option(False, "attention only: gated pooling.", of="head")
+    fraction: float = _option(
+        1.0, "Of train, after val is taken; smaller ones are parts of larger ones.", values="(0, 1]"
+    )
+    folds: int | None = _option(
+        None, "With --fold: train and val cut in N parts, of which one is tested.", values="[2, inf)", of="head"
+    )
+    fold: int | None = _option(None, "0 to N - 1.", values="[0, inf)", of="head")
+    sensitivity: float | None = _option(
+        None, "Threshold: the highest that reaches it on val. [default: Youden's]", values="(0, 1]"
+    )
+    precision: str = _option("fp32", "Of the head's products.", values=("fp32", "bf16"), of="head")
+    ram: float | None = _option(
+        None, "GB; features beyond it are read from the shards. [default: 60 % of what is free]", values="[0, inf)",
+        of="head",
+    )  # fmt: skip
+    augment: str | None = _option(
+        None, "none, or flip,rotate10,shift0.1, drawn anew in every batch.", of="network", shown="WORDS"
+    )
+    image_size: int | None = _option(
+        None, "Pixels of a side. [default: the network's own]", values="[1, inf)", of="network"
+    )
+    device: str = _option("cpu", "auto, cpu, cuda, mps.", of="network")
+    lora: int | None = _option(None, "Only adapters of this rank are trained.", of="finetune")
+    rlrr: bool = _option(False, "Only low-rank rescalings are trained.", of="finetune")
+    weights: str | None = _option(None, "A file or folder with the backbone's weights.", of="finetune", shown="PATH")
+    random_weights: bool = _option(False, "The architecture from scratch.", of="finetune")
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("patience", 0), ("seed", 0), ("split_seed", 0)):
-            if getattr(self, name) < least:
-                raise BadOption(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}.")
-        if not 0 < self.lr < float("inf") or not 0 <= self.weight_decay < float("inf"):
-            raise BadOption(f"--lr must be above 0 and --weight-decay not below (got {self.lr}, {self.weight_decay}).")
-        if self.train_per_class is not None and self.train_per_class < 1:
-            raise BadOption(f"--train-per-class is {self.train_per_class}; it must be at least 1.")
-        self._check_words()
-        self._check_parts()
-        self._check_pixels()
+        if self.augment is not None:
+            object.__setattr__(self, "augment", _augmentation(self.augment))
+        for each in TABLE.values():
+            _check_value(each, getattr(self, each.name))
+        if (self.folds is None) != (self.fold is None):
+            raise BadOption("--fold is one of --folds (at least 2); give both.")
+        if self.folds is not None and self.fold is not None and self.fold >= self.folds:
+            raise BadOption(f"--fold is {self.fold}; with --folds {self.folds} it is 0 to {self.folds - 1}.")
         if self.select not in (*METRICS, "loss"):
             raise BadOption(
                 f"--select {self.select} is no measure.{nearest(self.select, METRICS)} "
                 f"Measures: loss, {', '.join(METRICS)}."
             )
 
-    def _check_words(self) -> None:
-        known = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "precision": PRECISIONS}
-        for name, words in (known | {"standardize": (None, *STANDARDIZE)}).items():
-            if getattr(self, name) not in words:
-                raise BadOption(f"--{name} {getattr(self, name)}: it is one of {', '.join(filter(None, words))}.")
-
-    def _check_parts(self) -> None:
-        if not 0 <= self.label_smoothing < 1 or not 0 <= (self.dropout or 0.0) < 1:
-            raise BadOption(
-                f"--dropout and --label-smoothing are at least 0 and below 1 (got {self.dropout}, "
-                f"{self.label_smoothing})."
-            )
-        if not 0 < self.fraction <= 1:
-            raise BadOption(f"--fraction is {self.fraction:g}; it is above 0 and at most 1.")
-        if self.sensitivity is not None and not 0 < self.sensitivity <= 1:
-            raise BadOption(f"--sensitivity is {self.sensitivity:g}; it is above 0 and at most 1.")
-        if self.ram is not None and not self.ram >= 0:
-            raise BadOption(f"--ram is {self.ram:g}; it is a number of GB.")
-        if (self.folds is None) != (self.fold is None) or (self.folds is not None and self.folds < 2):
-            raise BadOption("--fold is one of --folds (at least 2); give both.")
-        if self.folds is not None and not 0 <= (self.fold or 0) < self.folds:
-            raise BadOption(f"--fold is {self.fold}; with --folds {self.folds} it is 0 to {self.folds - 1}.")
-
-    def _check_pixels(self) -> None:
-        """What a network from pixels takes, given to a head on features, would do nothing."""
-        if self.augment is not None:
-            from featurecache.images.augmentation import parse_augmentation
-
-            if "none" in (words := self.augment.split(",")) and len(words) > 1:
-                raise BadOption(
-                    f"--augment {self.augment}: none stands alone, and these are steps of one augmentation. ablate "
-                    "takes --augment once for each: --augment none --augment flip,rotate10."
-                )
-            object.__setattr__(
-                self, "augment", None if self.augment in ("", "none") else str(parse_augmentation(self.augment))
-            )
-        plain = {f.name: f.default for f in fields(Settings)}
-        kind = "finetune" if self.head.startswith("finetune:") else "baseline" if is_network(self.head) else "head"
-        useless = {"finetune": (), "baseline": OF_FINETUNE, "head": OF_BASELINES}[kind] if self.head else ()
-        for name in useless:
-            if getattr(self, name) != plain[name]:
-                way = " extract --views 2 --augment … stores augmented copies." if name == "augment" else ""
-                raise BadOption(f"--{name.replace('_', '-')} would do nothing: {self.head} does not take it.{way}")
-        if self.image_size is not None and self.image_size < 1:
-            raise BadOption(f"--image-size is {self.image_size}; it is a number of pixels.")
-
     @classmethod
     def of(cls, head: str, *, splits: Any = None, classes: Any = None, only: Any = None, **options: Any) -> Settings:
         """From options as people and the command line give them."""
-        unknown = options.keys() - {f.name for f in fields(cls)}
-        if unknown:
+        if unknown := options.keys() - TABLE.keys():
             raise BadOption(f"{', '.join(sorted(unknown))}: no such option of training a head.")
-        words = (only,) if isinstance(only, str) else tuple(only or ())
-        return cls(head, splits=None if splits is None else str(splits), classes=tuple(classes or ()), only=words,
-                   **options)  # fmt: skip
+        names = (only,) if isinstance(only, str) else tuple(only or ())
+        return cls(
+            head, splits=None if splits is None else str(splits), classes=tuple(classes or ()), only=names, **options
+        )
 
     def balanced(self, multilabel: bool) -> bool:
         """Whether batches draw their classes equally."""
@@ -160,15 +125,48 @@ class Settings:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Settings:
-        known = {f.name for f in fields(cls)}
-        given = {key: value for key, value in data.items() if key in known}
-        return cls(**given | {"classes": tuple(given["classes"]), "only": tuple(given["only"])})
+        own = {key: value for key, value in data.items() if key in TABLE or key == "head"}
+        return cls(**own | {"classes": tuple(own["classes"]), "only": tuple(own["only"])})
 
 
-def is_network(head: str) -> bool:
-    """Whether a name is that of a network from pixels: only names of that form load the module that knows them."""
-    if not head.startswith(("cnn-", "vit-", "finetune:")):
-        return False
-    from heads.models.catalogue import is_baseline as known
+TABLE: dict[str, Field[Any]] = {each.name: each for each in fields(Settings) if each.metadata}
 
-    return known(head)
+
+def options_for(*takers: str) -> tuple[str, ...]:
+    """Names of the options that only these take: "head", "network" from pixels, "finetune"; "any": that all take."""
+    return tuple(name for name, each in TABLE.items() if each.metadata["for"] in takers)
+
+
+def flag(name: str) -> str:
+    """How an option is spelt on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _augmentation(text: str) -> str | None:
+    """In its canonical form; None for none."""
+    from featurecache.images.augmentation import parse_augmentation
+
+    if "none" in (steps := text.split(",")) and len(steps) > 1:
+        raise BadOption(
+            f"--augment {text}: none stands alone, and these are steps of one augmentation. ablate "
+            "takes --augment once for each: --augment none --augment flip,rotate10."
+        )
+    return None if text in ("", "none") else str(parse_augmentation(text))
+
+
+def _check_value(option: Field[Any], value: Any) -> None:
+    """Raises BadOption where a value is none of the words, or outside the interval, of the table."""
+    values = option.metadata["values"]
+    if values is None or value is None:
+        return
+    if isinstance(values, tuple):
+        if value not in values:
+            raise BadOption(f"{flag(option.name)} {value}: it is one of {', '.join(values)}.")
+        return
+    low, high = (float(end) for end in values[1:-1].split(","))
+    closed = [end for end, bracket in ((low, values[0]), (high, values[-1])) if bracket in "[]"]
+    if not (low < value < high or value in closed):
+        bounds = [f"{'at least' if values[0] == '[' else 'above'} {low:g}"]
+        bounds += [] if math.isinf(high) else [f"{'at most' if values[-1] == ']' else 'below'} {high:g}"]
+        shown = f"{value:g}" if isinstance(value, float) else value
+        raise BadOption(f"{flag(option.name)} is {shown}; it must be {' and '.join(bounds)}.")

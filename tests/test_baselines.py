@@ -26,6 +26,7 @@ from heads.pixel_view import PixelView, open_pixels
 from heads.runs.run import pixels_of
 from heads.settings import Settings
 from heads.training.batches import Augmenter
+from heads.training.job import check_options
 from heads.training.network import Checkpoint, settings_of
 
 QUICK = {"epochs": 2, "image_size": 8, "batch_size": 16, "report": False, "augment": "none", "device": "cpu"}
@@ -288,7 +289,7 @@ def test_measures_by_a_column_of_the_data_decode_nothing(run, monkeypatch):
 )
 def test_an_option_that_would_do_nothing_is_refused(head, options, said):
     with pytest.raises(BadOption, match=said):
-        Settings(head, **options)
+        check_options(Settings(head, **options))
 
 
 def test_a_name_that_is_no_network_has_its_neighbours_named(tmp_path):

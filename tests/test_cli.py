@@ -60,7 +60,7 @@ def test_importing_heads_and_training_load_no_transformers_torchvision_or_pil(tm
     extract(image_folder(tmp_path / "d", 60))
     script = (
         "import sys, heads\n"
-        "import heads.training.train as t\n"
+        "import heads.api as t\n"
         "write = t.write_run\n"
         "def check(*a, **k):\n"
         "    print([m for m in ('transformers', 'torchvision', 'PIL', 'matplotlib') if m in sys.modules])\n"

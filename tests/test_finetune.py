@@ -23,6 +23,7 @@ from featurecache.backbones.processors import check_processor, from_processor
 from featurecache.backbones.wrappers import Tokens
 from featurecache.errors import BadOption, OutputRefused, RunError, UnknownBackbone, UnknownHead
 from featurecache.images.preprocessing import Preprocess
+from heads import api
 from heads.api import train_baseline
 from heads.models import finetune
 from heads.models.adapters import Rescaled, add_lora, add_rlrr, merged
@@ -37,7 +38,6 @@ from heads.models.finetune import (
 )
 from heads.runs.run import pixels_of
 from heads.settings import Settings
-from heads.training import network
 
 FOLDERS = {
     "vit": checkpoints.save_vit,
@@ -477,7 +477,7 @@ def logged(log: list[str], name: str, function: Any) -> Any:
 
 def test_what_a_training_begins_from_is_loaded_once_and_before_the_images(tmp_path: Path, monkeypatch: Any) -> None:
     folder, log = checkpoints.save_vit(tmp_path / "begin"), list[str]()
-    for module, name in ((finetune, "load_backbone"), (network, "open_pixels")):
+    for module, name in ((finetune, "load_backbone"), (api, "open_pixels")):
         monkeypatch.setattr(module, name, logged(log, name, getattr(module, name)))
     lines: list[str] = []
     options = {"epochs": 1, "rlrr": True, "report": False, "device": "cpu", "say": lines.append}

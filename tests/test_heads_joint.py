@@ -317,7 +317,7 @@ def test_a_learner_leaves_the_randomness_of_others_alone():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dropout": 1.0}, "below 1"), ({"label_smoothing": -0.1}, "at least 0"), ({"ram": -1.0}, "GB"),
+        ({"dropout": 1.0}, "below 1"), ({"label_smoothing": -0.1}, "at least 0"), ({"ram": -1.0}, "--ram is -1"),
         ({"fraction": 0.0}, "--fraction is 0"), ({"sensitivity": 1.5}, "--sensitivity is 1.5"),
         ({"folds": 3}, "give both"), ({"folds": 3, "fold": 3}, "0 to 2"),
         ({"optimizer": "rmsprop"}, "one of adam, adamw, sgd"), ({"schedule": "step"}, "one of constant"),

@@ -281,8 +281,8 @@ def test_tokens_that_are_not_stored_say_the_command_that_stores_them():
         ("linear", {"pos_weight": True}, "--pos-weight is for multi-label"),
         ("linear", {"standardize": "minmax"}, "one of none, zscore, l2"),
         ("linear", {"epochs": 0}, "--epochs is 0"),
-        ("linear", {"lr": -1.0}, "--lr must be above 0"),
-        ("linear", {"lr": float("nan")}, "--lr must be above 0"),
+        ("linear", {"lr": -1.0}, "--lr is -1; it must be above 0"),
+        ("linear", {"lr": float("nan")}, "--lr is nan; it must be above 0"),
         ("linear", {"train_per_class": 0}, "must be at least 1"),
     ],
 )

@@ -25,15 +25,6 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 
 
-def plain(data: Any) -> Any:
-    """The same with NaN and infinities as None: JSON has none."""
-    if isinstance(data, dict):
-        return {key: plain(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [plain(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
 MOST = 1 << 24  # bytes of a file
 DEEPEST = 64
 _CHECK = "check"
@@ -183,3 +174,12 @@ def check_provenance(provenance: Any, path: Path) -> None:
     words = [provenance.get(key) for key in ("backbone", "id", "revision", "licence")] if fine else []
     if not fine or not isinstance(versions, dict) or not all(w is None or isinstance(w, str) for w in words):
         raise CacheError(f"{path}: its provenance is not that of a store (a name, a request, versions).")
+
+
+def nan_to_none(data: Any) -> Any:
+    """A record with NaN and infinities as None: JSON has none."""
+    if isinstance(data, dict):
+        return {key: nan_to_none(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [nan_to_none(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -9,11 +9,31 @@ import click
 
 from featurecache.commands.extract import SOURCE_OPTIONS, named_images, options_of
 from featurecache.commands.terminal import Console, cache_option, command, features_option
-from heads.commands.train import sweep_options
+from heads.commands.train import page_options, training_options
 
 
 @command
-@sweep_options
+@click.option(
+    "--heads", required=True, metavar="A,B", help="linear, large, ridge, … (see info), cnn-cifar, finetune:resnet50, …"
+)
+@click.option("--features", metavar="V,W", help="Views of the same images. [default: that of the last extraction]")
+@click.option("--data", metavar="SOURCE", help="Images for networks from pixels, where no view has them.")
+@options_of(SOURCE_OPTIONS)
+@click.option("--outputs", metavar="A,B", help="cls,tokens,… each head takes those that fit it. [default: its own]")
+@click.option("--seeds", default=1, metavar="N", help="Initialisations 0 … N-1 of every setting.")
+@click.option("--fractions", default="1", metavar="GRID", help="Of train: 0.01,0.1,1; smaller ones are in larger.")
+@click.option("--repeats", default=1, metavar="N", help="Draws of splits and fractions.")
+@click.option("--folds", type=int, metavar="K", help="Cross-validate over train and val; a given test is left alone.")
+@click.option("--search", type=click.Choice(["optuna"]), help="Search in ranges a..b instead of a grid.")
+@click.option("--trials", type=int, metavar="N", help="With --search: of each head, output and view.")
+@training_options("ablate")
+@click.option("--controls/--no-controls", default=None, help="Chance, majority, pixels. [default: if untrained]")
+@click.option("--out", metavar="DIR", help="A new folder, or one to go on in. [default: runs/ablate-VIEW-N]")
+@click.option("--dry-run", is_flag=True, help="Say what would be trained; write nothing.")
+@click.option("--reference", metavar="NAME", help="A head of the table: the others against it, paired.")
+@click.option("--show-test", type=click.Choice(["chosen", "all"]), default="chosen", help="Test of which settings.")
+@page_options
+@cache_option
 def ablate(
     talk: Console, heads: str, features: str | None, data: str | None, columns: tuple[str, ...], task: str | None,
     reference: str | None, show_test: str, no_images: bool, hash_ids: bool, **options: Any,
@@ -24,7 +44,8 @@ def ablate(
     featurecache ablate --heads linear,large,attention --lr 1e-4..1e-2:5 --seeds 5
     featurecache ablate --heads linear --features vit-in21k/chest,resnet50/chest --fractions 0.01,0.1,1
 
-    The same command goes on where it was stopped; with more seeds or values only what is new is trained.
+    GRID is 1e-3, or 1e-3,1e-2, or 1e-4..1e-2:5. The same command goes on where it was stopped; with more seeds or
+    values only what is new is trained.
     """
     from heads import api
     from heads.evaluation.comparison import compare
@@ -70,7 +91,7 @@ def evaluate(
     from heads.evaluation.external import ExternalImages, evaluate_run
     from heads.reports.text import external_table, how_made
 
-    families = families_in(run, trust_code)
+    families = families_in(run, trust_code=trust_code)
     runs = [each for family in families for each in family.runs]
     images = ExternalImages(runs, features, named_images(data, columns, task), cache)
     view = images.of(runs[0])
@@ -97,8 +118,7 @@ def evaluate(
 @click.option("--by", metavar="COLUMN", help="Measures by site, sex, device: a further column of the data.")
 @click.option("--prevalence", type=float, metavar="P", help="PPV and NPV where this share is positive.")
 @click.option("--show-test", type=click.Choice(["chosen", "all"]), default="chosen", help="Test of which settings.")
-@click.option("--no-images", is_flag=True, help="Embed no image of the data.")
-@click.option("--hash-ids", is_flag=True, help="Write ids as keyed hashes.")
+@page_options
 def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any) -> int:
     """One page of a run, a sweep, or several side by side: report.html, metrics.csv, metrics.json.
 
@@ -181,8 +201,7 @@ def _written(report: Any) -> str:
 @click.option("--device", default="auto", help="auto, cpu, cuda, mps.")
 @click.option("--out", metavar="DIR", help="[default: studies/NAME; with --quick studies/NAME-quick]")
 @click.option("--dry-run", is_flag=True, help="Say the steps and about how long they take; compute nothing.")
-@click.option("--no-images", is_flag=True, help="Embed no image of the data in report.html.")
-@click.option("--hash-ids", is_flag=True, help="Write ids as keyed hashes in the report.")
+@page_options
 @cache_option
 def study(
     talk: Console, name: str | None, only: str | None, skip: str | None, no_images: bool, **options: Any
@@ -196,31 +215,26 @@ def study(
 
     The same command goes on where it was stopped; no step is done twice.
     """
-    from heads.studies.spec import STUDIES, studies_lines
-
     if name is None:
-        talk.result(f"studies:\n{studies_lines()}", {"studies": {key: words for key, (_, words) in STUDIES.items()}})
+        from heads.studies.recipes import STUDIES
+
+        width = max(map(len, STUDIES))
+        lines = "\n".join(f"  {key:<{width}}  {each.question}" for key, each in STUDIES.items())
+        talk.result(f"studies:\n{lines}", {"studies": {key: each.question for key, each in STUDIES.items()}})
         talk.next("featurecache study medical-mnist --quick")
         return 0
-    from heads.studies.run import run_study
-    from heads.studies.words import result_record, study_lines
+    from heads.studies.runner import result_lines, result_record, run_study
 
     options |= {"only": _words(only), "skip": _words(skip), "images": not no_images}
-    found = run_study(name, say=talk.say, progress=talk.progress, **options)
-    talk.result(study_lines(found), result_record(found))
-    talk.next(_next_of(found))
+    result = run_study(name, say=talk.say, progress=talk.progress, **options)
+    talk.result(result_lines(result), result_record(result))
+    following = "the same command without --dry-run"
+    if result.page:
+        following = f"featurecache predict --run {shlex.quote(str(result.tables[0].best.path))} IMAGE…"
+        following = f"featurecache study {name} --data DIR" if result.options.quick else following
+    talk.next(following)
     return 0
 
 
 def _words(text: str | None) -> tuple[str, ...]:
     return tuple(word.strip() for word in (text or "").split(",") if word.strip())
-
-
-def _next_of(found: Any) -> str:
-    from heads.studies.words import best_run
-
-    if found.report is None:
-        return "the same command without --dry-run"
-    if found.asked.quick:
-        return f"featurecache study {found.study.name} --data DIR"
-    return f"featurecache predict --run {shlex.quote(str(best_run(found.report.tables[0]).path))} IMAGE…"

@@ -2,8 +2,6 @@
 
 The commands of the second stage: heads on cached features.
 
-The options of ``featurecache ablate``.
-
 The whole of the tool in about a minute: digits, a small untrained ViT, three heads and the controls.
 """
 
@@ -11,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,59 @@ import click
 from featurecache.commands.extract import SOURCE_OPTIONS, named_images, options_of
 from featurecache.commands.terminal import Console, cache_option, command, features_option
 from featurecache.errors import BadOption
-from heads.settings import OPTIMIZERS, PRECISIONS, SCHEDULES, STANDARDIZE
 
 if TYPE_CHECKING:
     from heads.runs.run import Run
+
+_TAKERS = {
+    "train-head": ("any", "head"),
+    "train-baseline": ("any", "network", "finetune"),
+    "ablate": ("any", "head", "network", "finetune"),
+}
+_OF_ONE_HEAD = ("output", "seed", "fraction", "folds", "fold")  # of which a sweep has several: options of its own
+_NUMBERS: dict[str, tuple[type, str]] = {"int": (int, "N"), "float": (float, "X")}
+page_options = options_of(
+    (
+        click.option("--no-images", is_flag=True, help="Embed no image of the data in report.html."),
+        click.option("--hash-ids", is_flag=True, help="Write ids as keyed hashes in the report."),
+    )
+)
+
+
+def training_options(name: str) -> Callable[..., Any]:
+    """The options of `heads.settings.Settings` that a command has; without a value they are as published for networks
+    from pixels, and the defaults of the table for heads."""
+    from heads.settings import TABLE, options_for
+
+    names = [each for each in options_for(*_TAKERS[name]) if name != "ablate" or each not in _OF_ONE_HEAD]
+    return options_of(tuple(_training_option(TABLE[each], name) for each in names))
+
+
+def _training_option(option: Field[Any], name: str) -> Callable[..., Any]:
+    from heads.settings import VARIED, flag
+
+    values, text, taker = option.metadata["values"], option.metadata["help"], option.metadata["for"]
+    kind, word = option.type.split(" | ")[0], flag(option.name)  # annotations are text
+    default = "auto" if option.name == "device" else option.default if name == "train-head" else None
+    if name == "ablate":
+        of = {"network": "Of networks from pixels: ", "finetune": "Of finetune:…: "}.get(taker)
+        text = of + text[0].lower() + text[1:] if of else text
+        if option.default not in (None, ()) and option.default is not False and option.name != "device":
+            published = taker == "any" and option.name not in ("select", "split_seed")
+            usual = "on" if option.default is True else option.default
+            text += f" [default: {usual}{'; of networks as published' if published else ''}]"
+    if kind == "bool":
+        words = f"{word}/--no-{word[2:]}" if option.default else word
+        return click.option(words, is_flag=True, default=default, help=text)
+    varied = name == "ablate" and option.name in VARIED
+    if varied and option.name != "augment":
+        return click.option(word, metavar="GRID" if kind == "float" else "A,B", help=text)
+    if varied or option.name == "classes":
+        return click.option(word, multiple=True, metavar=option.metadata["shown"], help=text)
+    if isinstance(values, tuple):
+        return click.option(word, type=click.Choice(values), default=default, help=text)
+    number, shown = _NUMBERS.get(kind, (str, option.metadata["shown"] or None))
+    return click.option(word, type=number, metavar=shown, default=None if option.name == "only" else default, help=text)
 
 
 @command
@@ -30,59 +78,13 @@ if TYPE_CHECKING:
     "--head", required=True, metavar="NAME", help="linear, large, attention, ridge, … (see info); python:MODULE:CLASS."
 )
 @features_option
-@click.option("--output", metavar="NAME", help="cls, tokens, tokens-257, … [default: what the head was made for]")
-@click.option("--epochs", default=50)
-@click.option("--lr", default=1e-3)
-@click.option("--weight-decay", default=0.0, help="On weights only, not on biases.")
-@click.option("--optimizer", default="adam", type=click.Choice(OPTIMIZERS))
-@click.option("--schedule", default="constant", type=click.Choice(SCHEDULES), help="Of the learning rate.")
-@click.option("--dropout", type=float, metavar="P", help="[default: the head's own]")
-@click.option("--label-smoothing", default=0.0)
-@click.option("--batch-size", default=32)
-@click.option("--patience", default=5, help="Epochs without a better val before it stops.")
-@click.option("--seed", default=0, help="Of initialisation and dropout.")
-@click.option("--split-seed", default=0, help="Of splits and batch order.")
-@click.option("--select", default="auroc", help="What chooses the epoch, on val: a metric's name or loss.")
-@click.option("--balance/--no-balance", default=True, help="Batches draw the classes equally.")
-@click.option("--class-weights", is_flag=True, help="Weigh the loss by 1 / prevalence instead of balancing batches.")
-@click.option("--standardize", type=click.Choice(STANDARDIZE), help="[default: the head's own]")
-@click.option("--pos-weight", is_flag=True, help="Multi-label: weigh positives by their rarity.")
-@click.option("--positive", metavar="CLASS", help="Binary: the class that counts as positive. [default: the second]")
-@click.option(
-    "--classes", multiple=True, metavar="NAME[=A,B]", help="Another task on the same cache: classes kept or merged."
-)
-@click.option("--only", metavar="A,B", help="Train and test on these classes only.")
-@click.option(
-    "--train-per-class", type=int, metavar="N", help="N training images of each class; the rest are left out."
-)
-@click.option("--fraction", default=1.0, help="Of train, after val is taken; smaller ones are parts of larger ones.")
-@click.option(
-    "--folds", type=int, metavar="N", help="With --fold: train and val cut in N parts, of which one is tested."
-)
-@click.option("--fold", type=int, metavar="K", help="0 to N - 1.")
-@click.option("--resplit-val", is_flag=True, help="Return val to train and draw a new one.")
-@click.option("--splits", metavar="FILE", help="A splits.csv of another run.")
-@click.option(
-    "--drop-leaks", is_flag=True, help="Leave out of train what is also in val or test, of val what is also in test."
-)
-@click.option(
-    "--sensitivity", type=float, metavar="S", help="Threshold: the highest that reaches S on val. [default: Youden's]"
-)
-@click.option("--gated", is_flag=True, help="attention only: gated pooling.")
-@click.option("--precision", default="fp32", type=click.Choice(PRECISIONS), help="Of the head's products.")
-@click.option(
-    "--ram",
-    type=float,
-    metavar="GB",
-    help="Features beyond it are read from the shards. [default: 60 % of what is free]",
-)
+@training_options("train-head")
 @click.option(
     "--controls/--no-controls", default=None, help="Chance, majority, pixels beside it. [default: if untrained]"
 )
 @click.option("--out", metavar="DIR", help="Run folder. [default: runs/VIEW-HEAD-N]")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
-@click.option("--no-images", is_flag=True, help="Embed no image of the data in report.html.")
-@click.option("--hash-ids", is_flag=True, help="Write ids as keyed hashes in the report.")
+@page_options
 @cache_option
 def train_head(talk: Console, features: str | None, cache: str | None, no_images: bool, **options: Any) -> int:
     """Train a head on cached features; val chooses, test is read once afterwards.
@@ -111,47 +113,12 @@ def train_head(talk: Console, features: str | None, cache: str | None, no_images
 @click.option("--data", metavar="SOURCE", help="Images and labels, as for extract. [default: those of --features]")
 @options_of(SOURCE_OPTIONS)
 @features_option
-@click.option("--image-size", type=int, metavar="N", help="Pixels. [default: the network's own]")
-@click.option("--epochs", type=int, metavar="N")
-@click.option("--lr", type=float, metavar="X")
-@click.option("--weight-decay", type=float, metavar="X", help="On weights only, not on biases.")
-@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="sgd has momentum 0.9.")
-@click.option("--schedule", type=click.Choice(SCHEDULES), help="Of the learning rate.")
-@click.option(
-    "--augment",
-    metavar="WORDS",
-    help="none, or flip,rotate10,shift0.1, drawn anew in every batch. Labels stay: no flips where the side decides.",
-)
-@click.option("--dropout", type=float, metavar="P")
-@click.option("--label-smoothing", type=float, metavar="X")
-@click.option("--batch-size", type=int, metavar="N")
-@click.option("--patience", type=int, metavar="N", help="Epochs without a better val before it stops; 0: never.")
-@click.option("--seed", default=0, help="Of initialisation, dropout and augmentation.")
-@click.option("--split-seed", default=0, help="Of splits and batch order.")
-@click.option("--select", metavar="NAME", help="What chooses the epoch, on val: a metric's name or loss.")
-@click.option("--balance/--no-balance", default=None, help="Batches draw the classes equally.")
-@click.option("--class-weights", is_flag=True, default=None, help="Weigh the loss by 1 / prevalence.")
-@click.option("--pos-weight", is_flag=True, default=None, help="Multi-label: weigh positives by their rarity.")
-@click.option("--positive", metavar="CLASS", help="Binary: the class that counts as positive. [default: the second]")
-@click.option("--classes", multiple=True, metavar="NAME[=A,B]", help="Classes kept or merged.")
-@click.option("--only", metavar="A,B", help="Train and test on these classes only.")
-@click.option("--train-per-class", type=int, metavar="N", help="N training images of each class.")
-@click.option("--fraction", type=float, metavar="P", help="Of train, after val is taken.")
-@click.option("--resplit-val", is_flag=True, default=None, help="Return val to train and draw a new one.")
-@click.option("--splits", metavar="FILE", help="A splits.csv of another run.")
-@click.option("--drop-leaks", is_flag=True, default=None, help="Leave out of train what is also in val or test.")
-@click.option("--sensitivity", type=float, metavar="S", help="Threshold: the highest that reaches S on val.")
-@click.option("--lora", type=int, metavar="RANK", help="finetune: only adapters of this rank are trained.")
-@click.option("--rlrr", is_flag=True, default=None, help="finetune: only low-rank rescalings are trained.")
-@click.option("--weights", metavar="PATH", help="finetune: a file or folder with the backbone's weights.")
-@click.option("--random-weights", is_flag=True, default=None, help="finetune: the architecture from scratch.")
-@click.option("--device", default="auto", help="auto, cpu, cuda, mps.")
+@training_options("train-baseline")
 @click.option("--controls", is_flag=True, help="Chance, the majority class and raw pixels beside it.")
 @click.option("--out", metavar="DIR", help="Run folder. [default: runs/DATA-ARCH-N]")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted training of these settings.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out; begin an interrupted training anew.")
-@click.option("--no-images", is_flag=True, help="Embed no image of the data in report.html.")
-@click.option("--hash-ids", is_flag=True, help="Write ids as keyed hashes in the report.")
+@page_options
 @cache_option
 def train_baseline(
     talk: Console, arch: str, data: str | None, columns: tuple[str, ...], task: str | None, features: str | None,
@@ -246,76 +213,6 @@ def predict(
     return int(any("error" in record for record in records))
 
 
-_OPTIONS = (
-    click.option(
-        "--heads",
-        required=True,
-        metavar="A,B",
-        help="linear, large, ridge, … (see info), cnn-cifar, finetune:resnet50, …",
-    ),
-    click.option("--features", metavar="V,W", help="Views of the same images. [default: that of the last extraction]"),
-    click.option("--data", metavar="SOURCE", help="Images for networks from pixels, where no view has them."),
-    *SOURCE_OPTIONS,
-    click.option("--outputs", metavar="A,B", help="cls,tokens,… each head takes those that fit it. [default: its own]"),
-    click.option("--lr", metavar="GRID", help="1e-3, or 1e-3,1e-2, or 1e-4..1e-2:5. [default: 1e-3]"),
-    click.option("--weight-decay", metavar="GRID", help="On weights only, not on biases. [default: 0]"),
-    click.option("--dropout", metavar="GRID", help="Of heads that have it. [default: the head's own]"),
-    click.option("--label-smoothing", metavar="GRID", help="[default: 0]"),
-    click.option("--optimizer", metavar="A,B", help="adam, adamw, sgd. [default: adam]"),
-    click.option("--schedule", metavar="A,B", help="constant, cosine, plateau. [default: constant]"),
-    click.option(
-        "--augment", multiple=True, metavar="WORDS", help="Of networks from pixels; several times for several."
-    ),
-    click.option("--image-size", type=int, metavar="N", help="Of networks from pixels. [default: their own]"),
-    click.option("--lora", type=int, metavar="RANK", help="Of finetune:…: only adapters of this rank are trained."),
-    click.option("--rlrr", is_flag=True, default=None, help="Of finetune:…: only low-rank rescalings are trained."),
-    click.option("--weights", metavar="PATH", help="Of finetune:…: a file or folder with the backbone's weights."),
-    click.option("--random-weights", is_flag=True, default=None, help="Of finetune:…: the architecture from scratch."),
-    click.option("--device", default="auto", help="Of networks from pixels: auto, cpu, cuda, mps."),
-    click.option("--seeds", default=1, metavar="N", help="Initialisations 0 … N-1 of every setting."),
-    click.option("--fractions", default="1", metavar="GRID", help="Of train: 0.01,0.1,1; smaller ones are in larger."),
-    click.option("--repeats", default=1, metavar="N", help="Draws of splits and fractions."),
-    click.option(
-        "--folds", type=int, metavar="K", help="Cross-validate over train and val; a given test is left alone."
-    ),
-    click.option("--search", type=click.Choice(["optuna"]), help="Search in ranges a..b instead of a grid."),
-    click.option("--trials", type=int, metavar="N", help="With --search: of each head, output and view."),
-    click.option("--epochs", type=int, metavar="N", help="[default: 50; of networks from pixels as published]"),
-    click.option("--batch-size", type=int, metavar="N", help="[default: 32; of networks from pixels as published]"),
-    click.option("--patience", type=int, metavar="N", help="Epochs without a better val. [default: 5; as published]"),
-    click.option("--split-seed", default=0, help="Of splits, fractions, folds and batch order."),
-    click.option("--select", default="auroc", help="What chooses epoch and setting, on val: a metric's name or loss."),
-    click.option(
-        "--balance/--no-balance", default=None, help="Batches draw the classes equally. [default: on; as published]"
-    ),
-    click.option("--class-weights", is_flag=True, help="Weigh the loss instead of balancing batches."),
-    click.option("--standardize", type=click.Choice(STANDARDIZE), help="[default: each head's own]"),
-    click.option("--pos-weight", is_flag=True, help="Multi-label: weigh positives by their rarity."),
-    click.option(
-        "--positive", metavar="CLASS", help="Binary: the class that counts as positive. [default: the second]"
-    ),
-    click.option("--classes", multiple=True, metavar="NAME[=A,B]", help="Classes kept or merged."),
-    click.option("--only", metavar="A,B", help="Train and test on these classes only."),
-    click.option("--train-per-class", type=int, metavar="N", help="N training images of each class."),
-    click.option("--resplit-val", is_flag=True, help="Return val to train and draw a new one."),
-    click.option("--splits", metavar="FILE", help="A splits.csv of a run."),
-    click.option("--drop-leaks", is_flag=True, help="Leave out of train what is also in val or test."),
-    click.option("--sensitivity", type=float, metavar="S", help="Threshold: the highest that reaches S on val."),
-    click.option("--gated", is_flag=True, help="attention only: gated pooling."),
-    click.option("--precision", default="fp32", type=click.Choice(PRECISIONS), help="Of the heads' products."),
-    click.option("--ram", type=float, metavar="GB", help="Features beyond it are read from the shards."),
-    click.option("--controls/--no-controls", default=None, help="Chance, majority, pixels. [default: if untrained]"),
-    click.option("--out", metavar="DIR", help="A new folder, or one to go on in. [default: runs/ablate-VIEW-N]"),
-    click.option("--dry-run", is_flag=True, help="Say what would be trained; write nothing."),
-    click.option("--reference", metavar="NAME", help="A head of the table: the others against it, paired."),
-    click.option("--show-test", type=click.Choice(["chosen", "all"]), default="chosen", help="Test of which settings."),
-    click.option("--no-images", is_flag=True, help="Embed no image of the data in report.html."),
-    click.option("--hash-ids", is_flag=True, help="Write ids as keyed hashes in the report."),
-    cache_option,
-)
-
-sweep_options = options_of(_OPTIONS)
-
 BACKBONE = "vit-demo"
 OUTPUTS = ("cls", "tokens")
 # (head, output, epochs, patience): `linear` goes on until val stops improving; `large` is soon done
@@ -365,8 +262,6 @@ def run_demo(
 def _train(
     view: Any, head: str, output: str, epochs: int, patience: int, out: Path, *, first: bool, say: Callable[[str], None]
 ) -> Run:
-    from heads.api import train_head as run_training
-
     epoch = ""
 
     def brief(line: str) -> None:  # of a hundred epochs the last says enough; history.csv has them all
@@ -376,7 +271,9 @@ def _train(
             say(line)
 
     say("")
-    run = run_training(
+    from heads import api
+
+    run = api.train_head(
         view, head, output=output, epochs=epochs, patience=patience, controls=first, out=out / f"demo-{head}-{output}",
         overwrite=True, report=False, say=brief,
     )  # fmt: skip

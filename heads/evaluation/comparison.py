@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import BadOption, nearest
-from featurecache.files.records import plain
+from featurecache.files.records import nan_to_none
 from featurecache.formatting import abbreviated
 from heads.evaluation.costs import mean_cost
 from heads.evaluation.external import external_records
@@ -111,7 +111,7 @@ def compare(
         "by": None if by is None else {by: _by(entries, by, resampler)},
         "warnings": warnings,
     }
-    return Comparison(tuple(families), plain(record))
+    return Comparison(tuple(families), nan_to_none(record))
 
 
 def _find(reference: str, names: Sequence[str], families: Sequence[Family]) -> str:

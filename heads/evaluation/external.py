@@ -26,7 +26,7 @@ import torch
 
 from featurecache import __version__
 from featurecache.errors import BadOption, CacheError, CannotWrite, RunError, nearest
-from featurecache.files.records import plain, read_record
+from featurecache.files.records import nan_to_none, read_record
 from featurecache.formatting import abbreviated
 from heads.evaluation.families import Family, collect_predictions
 from heads.evaluation.operating_points import calibration_record, operating_points
@@ -34,8 +34,7 @@ from heads.evaluation.subgroups import list_images
 from heads.metrics.intervals import FamilyEstimates, SharedResamples
 from heads.models.common import pieces
 from heads.pixel_view import PixelView
-from heads.runs import run as runs_run
-from heads.runs.run import Run, is_pixels, pixels_of
+from heads.runs.run import Run, is_pixels, pixels_of, read_ids, read_tensors
 from heads.splits import read_splits
 from heads.task import Predictions, Say, clusters_of, has_label
 
@@ -86,8 +85,8 @@ def evaluate_run(
         "warnings": notes,
         **_measured([(run, answers)], SharedResamples(resamples)),
     }
-    path = _write(run, view.name + (f"-{split}" if split else ""), plain(record), answers)
-    return plain(record) | {"run": str(run.path), "written": str(path)}
+    path = _write(run, view.name + (f"-{split}" if split else ""), nan_to_none(record), answers)
+    return nan_to_none(record) | {"run": str(run.path), "written": str(path)}
 
 
 class ExternalImages:
@@ -173,7 +172,7 @@ def _trained_on(run: Run, view: FeatureView) -> set[bytes]:
     from featurecache.store.view import View as Opened
 
     path, file = Path(run.config["view"]["path"]), run.path / "splits.csv"
-    known = set(runs_run.read_ids(file))
+    known = set(read_ids(file))
     if Path(view.path).resolve() == path:
         own: Any = view
     else:
@@ -253,7 +252,7 @@ def _read_answers(run: Run, file: Path, grouped: bool) -> Predictions:
     source = file.with_suffix(".safetensors")
     if not source.is_file() or source.is_symlink():
         raise RunError(f"{source} is missing; evaluate the run on that view again.")
-    tensors = {k: v.numpy() for k, v in runs_run.read_tensors(source).items()}
+    tensors = {k: v.numpy() for k, v in read_tensors(source).items()}
     digests, ids = (tensors.get(name, np.zeros(0, np.uint8)) for name in ("digests", "ids"))
     try:
         names = json.loads(ids.tobytes())

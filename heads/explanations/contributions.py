@@ -44,8 +44,7 @@ from featurecache.errors import BadOption, FeatureCacheError
 from heads.explanations.maps import Map, class_margin_weights
 from heads.models.tokens import ClsMean, Conv, Large, MeanLinear
 from heads.models.vector import Linear, Mlp
-from heads.runs import run as runs_run
-from heads.runs.run import Run
+from heads.runs.run import Run, read_ids
 from heads.splits import read_splits
 from heads.task import Standardize
 
@@ -344,7 +343,7 @@ def mean_training_token(run: Run, places: TokenMap, view: View | None) -> tuple[
 def _train_rows(run: Run, view: View) -> np.ndarray:
     """Rows of the view that the run was trained on."""
     file = run.path / "splits.csv"
-    known = set(runs_run.read_ids(file))
+    known = set(read_ids(file))
     rows = np.array([i for i, name in enumerate(view.ids) if name in known], dtype=np.int64)
     if not len(rows):
         return rows

@@ -50,7 +50,7 @@ from heads.models.common import (
 from heads.models.published import CifarCnn, CifarVit, MedicalMnistCnn, MindlinaCnn, Normalised
 from heads.models.tokens import ClsMean, Conv, Large, MeanLinear, attention
 from heads.models.vector import KNearest, Linear, Mlp
-from heads.settings import Settings, is_network
+from heads.settings import Settings
 
 if TYPE_CHECKING:
     from featurecache.backbones.base import Backbone
@@ -105,7 +105,7 @@ def head_info(name: str) -> HeadInfo:
     nearest names."""
     if name in HEADS:
         return HEADS[name]
-    if is_network(name):
+    if is_baseline(name):
         found = BASELINES.get(name)  # a backbone is not loaded to say what it is
         return HeadInfo(found.what if found else "a pretrained network, trained on", "pixels", _no_head)
     if name.startswith("python:"):

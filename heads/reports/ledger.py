@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featurecache.files.atomic import write_whole
-from featurecache.files.records import plain
+from featurecache.files.records import nan_to_none
 from featurecache.formatting import cell, text_of
 from heads.evaluation.costs import COSTS
 
@@ -24,7 +24,7 @@ OWN = ["model", "split", "class", "metric", "value", "low", "high", "method"]
 
 def write_metrics_files(folder: Path, record: dict[str, Any]) -> None:
     """metrics.csv and metrics.json into ``folder``."""
-    record = plain(record)
+    record = nan_to_none(record)
     if (folder / "config.json").is_file():
         data = json.loads((folder / "metrics.json").read_text("utf-8"))
         write_whole(folder / "metrics.csv", _with_intervals((folder / "metrics.csv").read_text("utf-8"), record))

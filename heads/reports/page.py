@@ -24,11 +24,10 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
 from featurecache import __version__
-from featurecache.errors import BadOption, CannotWrite, RunError
-from featurecache.formatting import abbreviated
+from featurecache.errors import CannotWrite
 from heads.evaluation.comparison import Comparison
 from heads.evaluation.costs import devices_words, shown
-from heads.evaluation.families import Family, families_of
+from heads.evaluation.families import Family
 from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, named_by, title
 from heads.reports.drawing import Figure, plain, ticks
 from heads.reports.figures import (
@@ -56,9 +55,8 @@ from heads.reports.text import (
     title_words,
     unit_words,
 )
-from heads.runs.run import Run, load_run
+from heads.runs.run import Run
 from heads.splits import dropped_sentence, leaks_sentence
-from heads.sweeps.journal import load_sweep
 from heads.task import Leak
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -112,44 +110,6 @@ def write_report(
     except OSError as error:
         raise CannotWrite(error.errno, f"The report could not be written in {folder}: {error.strerror}.") from error
     return WrittenReport(folder / "report.html", count)
-
-
-def _families(given: Sequence[Path]) -> list[Family]:
-    """Those of sweeps as they chose them, then the plain runs, grouped."""
-    families: list[Family] = []
-    runs: list[Run] = []
-    for path in given:
-        if (path / "sweep.json").is_file():
-            found = load_sweep(path).families
-            if not found:
-                raise RunError(
-                    f"{path} is a sweep without a finished family yet: the command that began it continues it."
-                )
-            families += found
-        else:
-            runs.append(load_run(path))
-    return [*families, *(families_of(runs) if runs else [])]
-
-
-def _target(given: Sequence[Path], out: str | Path | None) -> Path:
-    """Where the page goes; a folder that holds other things than a report, or another run, is refused."""
-    if out is None:
-        if len(given) == 1:
-            return given[0]
-        number = 1
-        while (folder := given[0].resolve().parent / f"report-{number}").exists():
-            number += 1
-        return folder
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise BadOption(f"--out {out} is a file; it must be a folder, or a name that is free.")
-    mine = len(given) == 1 and folder.is_dir() and folder.resolve() == given[0].resolve()
-    others = [] if mine or not folder.is_dir() else sorted(path.name for path in folder.iterdir())
-    if others and set(others) - {"report.html", "metrics.csv", "metrics.json"}:
-        raise BadOption(
-            f"--out {out} holds other files ({abbreviated(others, 3)}); give an empty folder or a name that is free."
-        )
-    return folder
 
 
 def hashed() -> Callable[[str], str]:

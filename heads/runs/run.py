@@ -1,23 +1,6 @@
-"""Run: load, check, list; what made it, as words.
+"""Trained runs: load, list and check run folders, and say on a command line what made them.
 
-A run: one trained head with everything that says how it came about, as a folder.
-
-    runs/<view>-<head>-<n>/
-      config.json       settings, view, spec, task, splits in numbers, calibration, versions
-      metrics.json      all measures of val, test and the controls; an undefined one is null
-      metrics.csv       the same as model, split, class, metric, value
-      history.csv       a line per epoch
-      predictions.csv   val and test: id, split, label, what it was called, calibrated probabilities
-      splits.csv        every row of the view; train-head --splits takes it
-      answers.safetensors  raw logits of val and test with rows, labels, digests, clusters: what intervals are made of
-      head.safetensors  the state dict; with zscore also standardize.mean and standardize.std
-      backbone/         of a backbone that was tuned: what `extract` takes; head.safetensors is then the classifier
-      curves.png  confusion.png  roc.png
-
-Everything is written into a folder beside, whose name begins with a dot, and renamed at the end: a folder with a run's
-name is a finished run.
-
-Reading the records of a run folder, which may be somebody else's: bounded, and of the form that ours have.
+A run folder may be somebody else's: its records are bounded, and of the form that ours have, or refused.
 """
 
 from __future__ import annotations
@@ -47,103 +30,28 @@ from heads.metrics.classification import METRICS
 from heads.models.catalogue import load_baseline, load_head
 from heads.models.common import Input, pieces
 from heads.models.finetune import load_finetuned
-from heads.pixel_view import PixelView, _dataset
-from heads.settings import STANDARDIZE, Settings
+from heads.pixel_view import PixelView, open_dataset
+from heads.settings import STANDARDIZE, TABLE, Settings, flag
 from heads.task import SPLITS, Predictions, Standardize
 
 if TYPE_CHECKING:
     from featurecache.images.preprocessing import Preprocess
     from featurecache.sources.base import Dataset
 
-_DTYPES = {"rows": np.int64, "clusters": np.int64, "digests": np.uint8, "logits": np.float64}
-
-
-def read_answers(run: Run, split: str) -> Predictions:
-    """``run.answers``: the tensors of one split, checked against each other and against splits.csv."""
-    tensors = read_tensors(run.path / "answers.safetensors")
-    ids = read_ids(run.path / "splits.csv")
-    found = {name: tensors[key].numpy() for name in (*_DTYPES, "labels") if (key := f"{split}.{name}") in tensors}
-    if len(found) < 5 or not _fit(found, run, len(ids)):
-        raise RunError(
-            f"{run.path / 'answers.safetensors'} does not fit the run: what it says of {split} is not whole."
-        )
-    raw = found["logits"]
-    return Predictions(
-        [ids[i] for i in found["rows"]], np.array([row.tobytes().hex().encode() for row in found["digests"]], "S32"),
-        found["clusters"], bool(run.config["splits"].get("grouped")), found["labels"], raw, run.calibration(raw),
-    )  # fmt: skip
-
-
-def _fit(found: dict[str, np.ndarray], run: Run, ids: int) -> bool:
-    rows, y, classes = found["rows"], found["labels"], len(run.classes)
-    n = len(rows) if rows.ndim else -1
-    many = run.task == "multilabel"
-    shapes = {"rows": (n,), "clusters": (n,), "digests": (n, 16), "logits": (n, classes)}
-    return (
-        all(found[name].shape == shape and found[name].dtype == _DTYPES[name] for name, shape in shapes.items())
-        and (y.shape, y.dtype) == (((n, classes), np.float32) if many else ((n,), np.int64))
-        and bool(((rows >= 0) & (rows < ids)).all())
-        and (many or bool(((y >= 0) & (y < classes)).all()))
-    )
-
-
-def is_of_pixels(output: str) -> bool:
-    """Whether an output is that of a network from pixels: the images themselves."""
-    return output.startswith("pixels-")
-
-
-def name_of(head: str, output: str) -> str:
-    """``large on tokens``; of a network from pixels its name and theirs: ``cnn-cifar at 32 px``."""
-    side = output.removeprefix("pixels-")
-    return f"{head} on {output}" if side == output else f"{head} at {side} px"
-
-
-def pixels_of(run: Run, data: Any = None, *, progress: bool = False) -> PixelView:
-    """The images of a run on pixels, or ``data``, prepared as the run has it; RunError where that cannot be."""
-    preprocess = preprocess_of(run)
-    return PixelView(source_of(run) if data is None else _dataset(data), preprocess, progress=progress)
-
-
-def source_of(run: Run) -> Dataset:
-    """The images that a run on pixels was made of; RunError where they are gone."""
-    from featurecache.sources import reopen
-
-    try:
-        return reopen(run.config["view"].get("source") or {})
-    except (FeatureCacheError, KeyError, TypeError) as error:
-        raise RunError(f"the images of {run.path} cannot be had: {error}") from error
-
-
-def preprocess_of(run: Run) -> Preprocess:
-    """How a run on pixels resizes; RunError where its config is damaged."""
-    from featurecache.images.preprocessing import Preprocess
-
-    record = run.config["spec"].get("preprocess")
-    try:
-        return Preprocess.from_dict({key: value for key, value in record.items() if key != "decoding"})
-    except (FeatureCacheError, TypeError, AttributeError) as error:
-        raise RunError(f"{run.path} is damaged: it does not say how its images were resized ({error}).") from error
-
-
-def is_pixels(run: Run) -> bool:
-    return run.config["spec"].get("kind") == "pixels"
-
-
-def hash_of(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
+FORMAT = 1
+MOST = 1 << 28  # bytes of a record; a confusion matrix of 5,000 classes
+_VIEW = {"label": str, "path": str, "output": str, "shape": list, "untrained": bool}
+_CONFIG = {
+    "head": str, "view": dict, "task": str, "classes": list, "positive": (str, type(None)), "calibration": dict,
+    "standardize": str, "spec": dict, "provenance": dict, "parameters": int, "splits": dict, "chosen": dict,
+    "created": str, "settings": dict,
+}  # fmt: skip
+_COLUMNS = {"rows": "int64", "clusters": "int64", "digests": "uint8", "logits": "float64", "labels": ""}
 BACKBONE = "backbone"
 NEEDED = (
-    "config.json",
-    "metrics.json",
-    "metrics.csv",
-    "history.csv",
-    "predictions.csv",
-    "splits.csv",
-    "answers.safetensors",
-    "head.safetensors",
-)
+    "config.json", "metrics.json", "metrics.csv", "history.csv", "predictions.csv", "splits.csv",
+    "answers.safetensors", "head.safetensors",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -198,8 +106,18 @@ class Run:
         return read_tensors(self.path / "head.safetensors")
 
     def answers(self, split: str) -> Predictions:
-        """Of "val" or "test"; raises RunError where the file does not fit the run."""
-        return read_answers(self, split)
+        """What it said of "val" or "test", checked against splits.csv; raises RunError where the file does not fit."""
+        tensors, ids = read_tensors(self.path / "answers.safetensors"), read_ids(self.path / "splits.csv")
+        columns = {name: tensors[key].numpy() for name in _COLUMNS if (key := f"{split}.{name}") in tensors}
+        if len(columns) < len(_COLUMNS) or not _answers_fit(columns, self, len(ids)):
+            raise RunError(
+                f"{self.path / 'answers.safetensors'} does not fit the run: what it says of {split} is not whole."
+            )
+        raw, digests = columns["logits"], [row.tobytes().hex().encode() for row in columns["digests"]]
+        return Predictions(
+            [ids[row] for row in columns["rows"]], np.array(digests, "S32"), columns["clusters"],
+            bool(self.config["splits"].get("grouped")), columns["labels"], raw, self.calibration(raw),
+        )  # fmt: skip
 
     @cached_property
     def model(self) -> nn.Module:
@@ -210,29 +128,23 @@ class Run:
                 "load the run with trust_code=True."
             )
         state = {key: value for key, value in self._tensors.items() if not key.startswith("standardize.")}
-        view, settings = self.config["view"], self.config["settings"]
-        if self.config["spec"].get("kind") == "pixels":
-            return self._network(state)
-        grid = None if view.get("grid") is None else (view["grid"][0], view["grid"][1])
-        given = Input(tuple(view["shape"]), tuple(view.get("prefix") or ()), grid)
+        settings, kind = Settings.from_dict(self.config["settings"]), "network" if is_pixels(self) else "head"
         try:
-            return load_head(self.head, given, len(self.classes), state, gated=bool(settings.get("gated")))
-        except (BadOption, ValueError) as error:
-            raise RunError(f"{self.path / 'head.safetensors'} does not fit the head of config.json: {error}") from error
-
-    def _network(self, state: dict[str, torch.Tensor]) -> nn.Module:
-        """That of a baseline; of a backbone that was tuned and lies beside, ``state`` is the last layer alone."""
-        settings, size = Settings.from_dict(self.config["settings"]), self.config["view"]["shape"][-1]
-        folder = self.path / BACKBONE
-        try:
-            if folder.is_dir():
-                return load_finetuned(folder, state, classes=len(self.classes))
-            return load_baseline(
-                self.head, state, image_size=size, classes=len(self.classes), lora=settings.lora, rlrr=settings.rlrr
-            )
+            if is_pixels(self):
+                return self._network(state, settings)
+            return load_head(self.head, Input.of(self.config["view"]), len(self.classes), state, gated=settings.gated)
         except (BadOption, ValueError) as error:
             file = self.path / "head.safetensors"
-            raise RunError(f"{file} does not fit the network of config.json: {error}") from error
+            raise RunError(f"{file} does not fit the {kind} of config.json: {error}") from error
+
+    def _network(self, state: dict[str, torch.Tensor], settings: Settings) -> nn.Module:
+        """That of a baseline; of a backbone that was tuned and lies beside, ``state`` is the last layer alone."""
+        if (self.path / BACKBONE).is_dir():
+            return load_finetuned(self.path / BACKBONE, state, classes=len(self.classes))
+        size = self.config["view"]["shape"][-1]
+        return load_baseline(
+            self.head, state, image_size=size, classes=len(self.classes), lora=settings.lora, rlrr=settings.rlrr
+        )
 
     @property
     def standardize(self) -> Standardize:
@@ -278,18 +190,8 @@ def list_runs(folder: str | Path = "runs") -> list[Run]:
     return runs
 
 
-FORMAT = 1
-MOST = 1 << 28  # bytes of a record; a confusion matrix of 5,000 classes
-_VIEW = {"label": str, "path": str, "output": str, "shape": list, "untrained": bool}
-_CONFIG = {
-    "head": str, "view": dict, "task": str, "classes": list, "positive": (str, type(None)), "calibration": dict,
-    "standardize": str, "spec": dict, "provenance": dict, "parameters": int, "splits": dict, "chosen": dict,
-    "created": str, "settings": dict,
-}  # fmt: skip
-
-
 def read_config(path: Path) -> dict[str, Any]:
-    config = _record(path / "config.json")
+    config = read_json(path / "config.json")
     if config.get("format") != FORMAT:
         raise RunError(f"{path} has run format {str(config.get('format'))[:40]}; this featurecache reads {FORMAT}.")
     wrong = _wrong(config, _CONFIG) or [f"view {key}" for key in _wrong(config["view"], _VIEW)]
@@ -310,7 +212,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    metrics = _record(path / "metrics.json")
+    metrics = read_json(path / "metrics.json")
     controls = metrics.get("controls")
     parts = [metrics, *controls] if isinstance(controls, list) else [None]
     if not all(isinstance(part, dict) and all(_is_measured(part.get(s)) for s in ("val", "test")) for part in parts):
@@ -358,7 +260,8 @@ def read_ids(file: Path) -> list[str]:
         raise RunError(f"{file} is damaged: {error}.") from error
 
 
-def _record(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The record in a file of a folder of ours; RunError where it is damaged."""
     try:
         return read_record(file, MOST)
     except CacheError as error:
@@ -374,13 +277,11 @@ def _is_shape(shape: list[Any]) -> bool:
 
 
 def _are_places(view: dict[str, Any]) -> bool:
-    """Prefix and grid of tokens; runs of before have neither."""
-    prefix, grid = view.get("prefix") or [], view.get("grid")
+    """Prefix and grid of tokens."""
+    prefix, grid = view.get("prefix"), view.get("grid")
     fine = isinstance(prefix, list) and len(prefix) < 1000 and all(isinstance(word, str) for word in prefix)
-    return fine and (
-        grid is None
-        or (isinstance(grid, list) and len(grid) == 2 and all(type(n) is int and 0 < n < 1 << 20 for n in grid))
-    )
+    sides = grid if isinstance(grid, list) else [0]
+    return fine and (grid is None or (len(sides) == 2 and all(type(n) is int and 0 < n < 1 << 20 for n in sides)))
 
 
 def _is_calibration(record: dict[str, Any]) -> bool:
@@ -390,15 +291,14 @@ def _is_calibration(record: dict[str, Any]) -> bool:
 
 
 def _are_leaks(splits: dict[str, Any]) -> bool:
-    """What a table says of images and groups in two splits; runs of before have neither."""
-    leaks, dropped = splits.get("leaks", []), splits.get("dropped") or {"train": 0, "val": 0}
-    fine = isinstance(leaks, list) and all(isinstance(leak, dict) for leak in leaks) and isinstance(dropped, dict)
+    """What a table says of images and groups in two splits; ``dropped``: None where none were to be."""
+    leaks, dropped = splits.get("leaks"), splits.get("dropped") or {"train": 0, "val": 0}
     return (
-        fine
+        isinstance(leaks, list) and all(isinstance(leak, dict) for leak in leaks) and isinstance(dropped, dict)
         and all(leak.get("kind") in ("image", "group") and type(leak.get("count")) is int for leak in leaks)
         and all(leak.get("splits") in ([a, b] for a, b in combinations(SPLITS, 2)) for leak in leaks)
         and all(type(dropped.get(name)) is int for name in ("train", "val"))
-    )
+    )  # fmt: skip
 
 
 def _is_measured(measured: Any) -> bool:
@@ -407,3 +307,96 @@ def _is_measured(measured: Any) -> bool:
         return True
     shown = [measured[name] for name in METRICS if name in measured] if isinstance(measured, dict) else [""]
     return all(value is None or type(value) in (int, float) for value in shown)
+
+
+def _answers_fit(columns: dict[str, np.ndarray], run: Run, ids: int) -> bool:
+    """Shapes and types of the answers to n images, and rows and labels that there are."""
+    rows, y, n, classes = columns["rows"], columns["labels"], len(columns["digests"]), len(run.classes)
+    many = run.task == "multilabel"
+    shapes = {"rows": (n,), "clusters": (n,), "digests": (n, 16), "logits": (n, classes)}
+    return (
+        all(columns[name].shape == shape and columns[name].dtype == _COLUMNS[name] for name, shape in shapes.items())
+        and (y.shape, y.dtype) == (((n, classes), np.float32) if many else ((n,), np.int64))
+        and bool(((rows >= 0) & (rows < ids)).all())
+        and (many or bool(((y >= 0) & (y < classes)).all()))
+    )
+
+
+def pixels_of(run: Run, data: Any = None, *, progress: bool = False) -> PixelView:
+    """The images of a run on pixels, or ``data``, prepared as the run has it; RunError where that cannot be."""
+    preprocess = preprocess_of(run)
+    return PixelView(source_of(run) if data is None else open_dataset(data), preprocess, progress=progress)
+
+
+def source_of(run: Run) -> Dataset:
+    """The images that a run on pixels was made of; RunError where they are gone."""
+    from featurecache.sources import reopen
+
+    try:
+        return reopen(run.config["view"].get("source") or {})
+    except (FeatureCacheError, KeyError, TypeError) as error:
+        raise RunError(f"the images of {run.path} cannot be had: {error}") from error
+
+
+def preprocess_of(run: Run) -> Preprocess:
+    """How a run on pixels resizes; RunError where its config is damaged."""
+    from featurecache.images.preprocessing import Preprocess
+
+    record = run.config["spec"].get("preprocess")
+    try:
+        return Preprocess.from_dict({key: value for key, value in record.items() if key != "decoding"})
+    except (FeatureCacheError, TypeError, AttributeError) as error:
+        raise RunError(f"{run.path} is damaged: it does not say how its images were resized ({error}).") from error
+
+
+def is_pixels(run: Run) -> bool:
+    return run.config["spec"].get("kind") == "pixels"
+
+
+def is_of_pixels(output: str) -> bool:
+    """Whether an output is that of a network from pixels: the images themselves."""
+    return output.startswith("pixels-")
+
+
+def name_of(head: str, output: str) -> str:
+    """``large on tokens``; of a network from pixels its name and theirs: ``cnn-cifar at 32 px``."""
+    side = output.removeprefix("pixels-")
+    return f"{head} on {output}" if side == output else f"{head} at {side} px"
+
+
+def option_words(settings: dict[str, Any], published: dict[str, Any] | None = None) -> list[str]:
+    """The options of training that differ from their defaults, or from what was ``published`` of a network, as words of
+    a command line."""
+    words: list[str] = []
+    for name, option in TABLE.items():
+        value, usual = settings.get(name, option.default), (published or {}).get(name, option.default)
+        if published is not None and name == "augment" and value is None and usual is not None:
+            value = "none"
+        if name in ("output", "device") or value is None or value == usual:
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif isinstance(value, list | tuple):
+            each = [",".join(value)] if name == "only" and value else map(str, value)
+            words += [word for text in each for word in (flag(name), text)]
+        else:
+            words += [flag(name), f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
+
+
+def view_word(label: str, path: str | Path) -> str:
+    """How --features names a view: its label, or where it lies in no default cache its path."""
+    from featurecache.store.store import cache_folder
+
+    return label if Path(path).parent.parent.resolve() == cache_folder().resolve() else str(path)
+
+
+def source_words(source: dict[str, Any]) -> list[str]:
+    """Images as --data, --column and --task name them."""
+    from featurecache.store.view import source_options
+
+    return [str(word) for option in source_options(source) for word in option]
+
+
+def hash_of(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,7 +1,4 @@
-"""Write a run folder, or nothing.
-
-Writes the folder of a run: beside its place, and renamed into it when all is there.
-"""
+"""Write a run folder whole or not at all: beside its place, and renamed into it when all is there."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,28 +21,17 @@ import torch
 
 from featurecache import __version__
 from featurecache.errors import CannotWrite, RunError
-from featurecache.files.records import plain
+from featurecache.files.atomic import sync_path
+from featurecache.files.records import nan_to_none
 from featurecache.formatting import cell
 from heads.metrics.calibration import Calibration, predict_labels, probabilities
-from heads.runs import run
-from heads.runs.run import BACKBONE, Run, load_run
+from heads.runs.run import BACKBONE, FORMAT, Run, load_run
 from heads.splits import splits_csv
-
-
-def answer_tensors(contents: RunContents) -> dict[str, torch.Tensor]:
-    """The content of ``answers.safetensors``."""
-    tensors: dict[str, torch.Tensor] = {}
-    for split, (rows, raw) in contents.predictions.items():
-        digests = np.frombuffer(bytes.fromhex("".join(d.decode() for d in contents.digests[rows])), np.uint8)
-        found = {"rows": rows, "clusters": contents.clusters[rows], "labels": contents.labels[rows], "logits": raw}
-        found["digests"] = digests.reshape(-1, 16).copy()
-        tensors |= {f"{split}.{name}": torch.from_numpy(np.ascontiguousarray(v)) for name, v in found.items()}
-    return tensors
 
 
 @dataclass(frozen=True)
 class RunContents:
-    """What train_head hands over to be written."""
+    """What a training hands over to be written."""
 
     config: dict[str, Any]
     metrics: dict[str, Any]
@@ -74,19 +60,24 @@ class RunTarget:
     exact: Path | None = None
 
 
+def check_out(out: str | Path, record: str, kind: str, allowed: Sequence[str] = ()) -> Path:
+    """``--out`` as a folder that is empty, not there, or has a ``record``; raises RunError for any other."""
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"--out {out} is a file; it must be a folder, or a name that is free.")
+    others = {path.name for path in folder.iterdir()} - {*allowed} if folder.is_dir() else set()
+    if others and not (folder / record).is_file():
+        raise RunError(f"--out {out} holds other files and no {kind}; give a folder that is empty or not there.")
+    return folder
+
+
 def run_target(out: str | Path | None, view: str, head: str, overwrite: bool = False) -> RunTarget:
     """Checked before training starts: another run, or a folder that is no run, is not written over."""
     short = head.rpartition(":")[2] if head.startswith("python:") else head
-    stem = f"{view}-{re.sub(r'[^A-Za-z0-9._-]+', '_', short)}"
-    target = RunTarget(Path("runs"), stem)
+    target = RunTarget(Path("runs"), f"{view}-{re.sub(r'[^A-Za-z0-9._-]+', '_', short)}")
     if out is not None:
-        exact = Path(out).resolve()
-        if exact.exists() and not exact.is_dir():
-            raise RunError(f"--out {out} is a file; it must be a folder, or a name that is free.")
-        full = exact.is_dir() and any(exact.iterdir())
-        if full and not (exact / "config.json").is_file():
-            raise RunError(f"--out {out} holds other files and no run; give a folder that is empty or not there.")
-        if full and not overwrite:
+        exact = check_out(out, "config.json", "run").resolve()
+        if (exact / "config.json").is_file() and not overwrite:
             raise RunError(f"--out {out} holds a run already. --overwrite replaces it; another --out keeps it.")
         target = RunTarget(exact.parent, exact.name, exact)
     try:
@@ -119,8 +110,6 @@ def write_run(target: RunTarget, contents: RunContents, draw: Callable[[Path], A
 
     ``draw`` adds pictures of the run to the unfinished folder, which holds everything else by then.
     """
-    from featurecache.files.atomic import sync_path
-
     try:
         with _staging(target) as folder:
             _write_files(folder, contents)
@@ -158,26 +147,34 @@ def _write_files(folder: Path, contents: RunContents) -> None:
     from safetensors.torch import save
 
     stamp = {
-        "format": run.FORMAT,
+        "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"featurecache": __version__, "torch": torch.__version__, "numpy": np.__version__},
     }
-    _write_json(folder / "config.json", stamp | contents.config)
-    _write_json(folder / "metrics.json", contents.metrics)
+    for name, record in (("config.json", stamp | contents.config), ("metrics.json", contents.metrics)):
+        text = json.dumps(nan_to_none(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
     _write_csv(folder / "metrics.csv", ["model", "split", "class", "metric", "value"], _measures(contents))
     columns = list(contents.history[0])
     _write_csv(folder / "history.csv", columns, [[row[key] for key in columns] for row in contents.history])
     _write_csv(folder / "predictions.csv", *_predictions(contents))
     (folder / "splits.csv").write_bytes(splits_csv(contents.ids, contents.splits).encode())
-    (folder / "answers.safetensors").write_bytes(save(answer_tensors(contents), {"format": "pt"}))
+    (folder / "answers.safetensors").write_bytes(save(_answer_tensors(contents), {"format": "pt"}))
     # One word of metadata only: safetensors writes several in no fixed order, and equal heads shall be equal bytes.
     (folder / "head.safetensors").write_bytes(save(contents.tensors, {"format": "pt"}))
     if contents.beside:
         contents.beside(folder / BACKBONE)
 
 
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(plain(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+def _answer_tensors(contents: RunContents) -> dict[str, torch.Tensor]:
+    """The content of ``answers.safetensors``: raw logits beside rows, labels, digests and clusters of each split."""
+    tensors: dict[str, torch.Tensor] = {}
+    for split, (rows, raw) in contents.predictions.items():
+        digests = np.frombuffer(bytes.fromhex("".join(d.decode() for d in contents.digests[rows])), np.uint8)
+        columns = {"rows": rows, "clusters": contents.clusters[rows], "labels": contents.labels[rows], "logits": raw}
+        columns["digests"] = digests.reshape(-1, 16).copy()
+        tensors |= {f"{split}.{name}": torch.from_numpy(np.ascontiguousarray(v)) for name, v in columns.items()}
+    return tensors
 
 
 def _write_csv(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
@@ -195,10 +192,8 @@ def _measures(contents: RunContents) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for model, measured in models:
         for split in ("val", "test"):
-            for key, value in (measured[split] or {}).items():
-                if isinstance(value, int | float):
-                    rows.append([model, split, "", key, value])
-            for name, table in (measured[split] or {}).get("per_class", {}).items():
+            own = measured[split] or {}
+            for name, table in [("", own), *own.get("per_class", {}).items()]:
                 rows += [[model, split, name, key, v] for key, v in table.items() if isinstance(v, int | float)]
     return [["" if isinstance(v, float) and math.isnan(v) else v for v in row] for row in rows]
 
@@ -207,22 +202,19 @@ def _predictions(contents: RunContents) -> tuple[list[str], list[list[Any]]]:
     config = contents.config
     kind, classes = config["task"], config["classes"]
     positive = None if config["positive"] is None else classes.index(config["positive"])
-    cuts = tuple(config["calibration"]["thresholds"])
-    shown = (
-        ["label", "predicted"]
-        if kind != "multilabel"
-        else [*(f"label {name}" for name in classes), *(f"predicted {name}" for name in classes)]
-    )
+    columns = ["label", "predicted"]
+    if kind == "multilabel":
+        columns = [f"{word} {name}" for word in columns for name in classes]
     rows: list[list[Any]] = []
     for split in contents.predictions:
-        where, z = contents.calibrated(split)
-        p = probabilities(kind, z)
-        called = predict_labels(kind, p, cuts, positive)
+        where, logits = contents.calibrated(split)
+        p = probabilities(kind, logits)
+        predicted = predict_labels(kind, p, tuple(config["calibration"]["thresholds"]), positive)
         for i, row in enumerate(where.tolist()):
             if kind == "multilabel":
                 truth = ["" if math.isnan(v) else int(v) for v in contents.labels[row].tolist()]
-                words = [*truth, *(int(v) for v in called[i])]
+                cells = [*truth, *(int(v) for v in predicted[i])]
             else:
-                words = [classes[contents.labels[row]], classes[called[i]]]
-            rows.append([contents.ids[row], split, *words, *p[i].tolist()])
-    return ["id", "split", *shown, *(f"p {name}" for name in classes)], rows
+                cells = [classes[contents.labels[row]], classes[predicted[i]]]
+            rows.append([contents.ids[row], split, *cells, *p[i].tolist()])
+    return ["id", "split", *columns, *(f"p {name}" for name in classes)], rows

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import io
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featurecache.errors import BadOption, FeatureCacheError, SourceError
-from heads.studies.spec import Images, Study
+from featurecache.errors import BadOption, FeatureCacheError, SourceError, UnreadableImage
+from featurecache.files.atomic import write_whole, writing
+from heads.explanations.explainer import encoded
+from heads.studies.spec import ImageSet, OpenedSet, Study
 
 if TYPE_CHECKING:
     from featurecache.sources.base import Dataset
@@ -21,48 +24,25 @@ if TYPE_CHECKING:
 QUICK = {"train": 20, "val": 12, "test": 12, "": 44}  # images of a class, of each split, under --quick
 SIDE = 32  # pixels of drawn images
 MOST_CLASSES = 20  # under --quick
-OWN = "drawn"  # the source of what is drawn
-
-
-@dataclass(frozen=True)
-class Given:
-    """A set of images of a study, opened. ``source``: as ``--data`` has it; ``said``: what a trial takes or draws."""
-
-    images: Images
-    source: str
-    dataset: Dataset
-    said: str = ""
-
-    @cached_property
-    def mark(self) -> dict[str, Any]:
-        """What a later command recognises the images by; of a trial see `trials`."""
-        return signature(self)
-
-    @property
-    def few_in_val(self) -> list[str]:
-        """Classes with too few images in the val split to choose by, where there is such a split."""
-        from featurecache.commands.extract import FEW
-
-        if self.dataset.labels.ndim == 2 or "val" not in self.dataset.splits:
-            return []
-        val = np.array(self.dataset.splits) == "val"
-        counts = [int((val & (self.dataset.labels == c)).sum()) for c in range(len(self.dataset.classes))]
-        return [f"{n} of {name}" for name, n in zip(self.dataset.classes, counts, strict=True) if n < FEW]
+SAMPLED, SAMPLES = 12, 6  # classes of which pictures are shown, and how many of each
+ROWS = 40  # classes in the table of a set
+DRAWN = "drawn"  # the source of what is drawn
+_ENDINGS = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"BM": ".bmp", b"GI": ".gif", b"II": ".tif", b"MM": ".tif"}
 
 
 def sources_of(study: Study, data: Sequence[str]) -> dict[str, str]:
     """Set -> source, of what was given with ``--data`` ([SET=]SOURCE); {} where nothing was. Raises BadOption."""
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     names = [images.name for images in study.images]
-    for given in data:
-        name, sign, rest = given.partition("=")
+    for text in data:
+        name, sign, rest = text.partition("=")
         if sign and name in names:
-            found[name] = rest
-        elif len(study.images) == 1:
-            found[names[0]] = given
+            sources[name] = rest
+        elif len(names) == 1:
+            sources[names[0]] = text
         else:
-            found |= _recognised(study, given)
-    return found
+            sources |= _recognised(study, text)
+    return sources
 
 
 def names_of_sets(study: Study, data: Sequence[str]) -> set[str]:
@@ -70,77 +50,62 @@ def names_of_sets(study: Study, data: Sequence[str]) -> set[str]:
     return set(sources_of(study, data)) or {images.name for images in study.images if images.default}
 
 
-def _recognised(study: Study, given: str) -> dict[str, str]:
+def _recognised(study: Study, text: str) -> dict[str, str]:
     """By the names that the sets' files and folders have: the path itself, or what lies in it."""
-    path, found = Path(given).expanduser(), {}
+    path, sources = Path(text).expanduser(), {}
     for images in study.images:
-        itself = any(path.match(pattern) for pattern in images.known_as)
-        below = [] if itself or not path.is_dir() else [p for k in images.known_as for p in sorted(path.glob(k))]
-        there = [path] if itself else below
-        if there:
-            found[images.name] = images.local.format(path=there[0], folder=there[0].parent)
-        elif given.split("@")[0] == images.source:
-            found[images.name] = given
-    if not found:
+        itself = any(path.match(pattern) for pattern in images.aliases)
+        below = [p for alias in images.aliases for p in sorted(path.glob(alias))] if path.is_dir() else []
+        if match := [path] if itself else below:
+            sources[images.name] = images.local.format(path=match[0], folder=match[0].parent)
+        elif text.split("@")[0] == images.source:
+            sources[images.name] = text
+    if not sources:
         names = ", ".join(images.name for images in study.images)
-        raise BadOption(f"--data {given}: which set of {study.name} is it? Write --data SET={given}; sets: {names}.")
-    return found
+        raise BadOption(f"--data {text}: which set of {study.name} is it? Write --data SET={text}; sets: {names}.")
+    return sources
 
 
-def open_sets(study: Study, data: Sequence[str], quick: bool, folder: Path, wanted: Sequence[str]) -> dict[str, Given]:
+def open_sets(
+    study: Study, data: Sequence[str], quick: bool, folder: Path, wanted: Sequence[str]
+) -> dict[str, OpenedSet]:
     """The sets of ``wanted``, some of `names_of_sets`, opened. Raises SourceError and BadOption."""
     from featurecache.sources import open_source
-
-    sources = sources_of(study, data)
-    given: dict[str, Given] = {}
-    for images in study.images:
-        if images.name not in wanted:
-            continue
-        if quick and not data:
-            dataset = draw(images, folder / "drawn" / images.name)
-            said = f"images drawn for this trial: grey squares of {SIDE} pixels, a spot by its class, and noise"
-            given[images.name] = Given(images, OWN, dataset, said)
-            continue
-        source = sources.get(images.name, images.source)
-        try:
-            whole = open_source(source, columns=_columns(images, source), task=_task(images, source))
-        except FeatureCacheError as error:
-            raise _said_for(study, images, error, bool(data)) from error
-        given[images.name] = Given(images, source, whole)
-    return given
-
-
-def trials(given: dict[str, Given], folder: Path) -> dict[str, Given]:
-    """A few images of each set that was given; recognised by the whole of it."""
-    found = {}
-    for name, each in given.items():
-        found[name] = each
-        if not each.said:
-            dataset, said = few_of(each.dataset, folder / "few" / name)
-            found[name] = Given(each.images, each.source, dataset, said)
-            found[name].__dict__["mark"] = each.mark
-    return found
-
-
-def _columns(images: Images, source: str) -> dict[str, str] | None:
-    """Named where the source is of the kind that has them: a folder or table of one's own says its labels itself."""
     from featurecache.sources.published_layouts import is_chest_xray
 
-    return images.columns if source == images.source or is_chest_xray(os.path.expanduser(source)) else None
+    sources = sources_of(study, data)
+    opened: dict[str, OpenedSet] = {}
+    for images in (each for each in study.images if each.name in wanted):
+        if quick and not data:
+            dataset = draw(images, folder / "drawn" / images.name)
+            what = f"images drawn for this trial: grey squares of {SIDE} pixels, a spot by its class, and noise"
+            opened[images.name] = OpenedSet(images, DRAWN, dataset, what)
+            continue
+        source = sources.get(images.name, images.source)
+        own = source == images.source  # a folder or table of one's own says its labels itself
+        columns = images.columns if own or is_chest_xray(os.path.expanduser(source)) else None
+        try:
+            dataset = open_source(source, columns=columns, task=images.task if own else None)
+        except FeatureCacheError as error:
+            if data:
+                raise SourceError(str(error)) from error
+            name = f"{images.name}=" if len(study.images) > 1 else ""
+            raise SourceError(
+                f"{study.name} needs {images.source}: {error}\n"
+                f"       --data {name}DIR is a copy you have; --quick tries the study on images that it draws."
+            ) from error
+        opened[images.name] = OpenedSet(images, source, dataset)
+    return opened
 
 
-def _task(images: Images, source: str) -> str | None:
-    return images.task if source == images.source else None
-
-
-def _said_for(study: Study, images: Images, error: FeatureCacheError, given: bool) -> SourceError:
-    if given:
-        return SourceError(str(error))
-    name = f"{images.name}=" if len(study.images) > 1 else ""
-    return SourceError(
-        f"{study.name} needs {images.source}: {error}\n"
-        f"       --data {name}DIR is a copy you have; --quick tries the study on images that it draws."
-    )
+def trials(opened: dict[str, OpenedSet], folder: Path) -> dict[str, OpenedSet]:
+    """A few images of each set that was given."""
+    few = dict(opened)
+    for name, each in opened.items():
+        if not each.drawn:
+            dataset, what = few_of(each.dataset, folder / "few" / name)
+            few[name] = replace(each, dataset=dataset, drawn=what)
+    return few
 
 
 def few_of(dataset: Dataset, folder: Path) -> tuple[Dataset, str]:
@@ -151,16 +116,15 @@ def few_of(dataset: Dataset, folder: Path) -> tuple[Dataset, str]:
     rng, rows = np.random.default_rng(0), []
     for split in sorted(set(dataset.splits)):
         for c in np.unique(classes[classes >= 0])[:MOST_CLASSES]:
-            there = np.flatnonzero((names == split) & (classes == c))
-            rows += sorted(rng.permutation(there)[: QUICK[split]].tolist())
+            members = np.flatnonzero((names == split) & (classes == c))
+            rows += sorted(rng.permutation(members)[: QUICK[split]].tolist())
     cells = [_cells(dataset, row) for row in rows]
     columns = [*(["label"] if labels.ndim == 1 else dataset.classes), "split", "group"]
-    found = _write(folder, columns, cells, [dataset.read(row) for row in rows], dataset)
+    few = _write(folder, columns, cells, [dataset.read(row) for row in rows], dataset, dataset.task)
     count = len(dataset.classes)
     cut = "" if count <= MOST_CLASSES else f", the first {MOST_CLASSES} of {count} classes"
-    said = f"{len(rows):,} of {len(dataset):,} images{cut}: at most {QUICK['train']} of each class of train, "
-    said += f"{QUICK['val']} of val and {QUICK['test']} of test, drawn by seed 0"
-    return found, said
+    text = f"{len(rows):,} of {len(dataset):,} images{cut}: at most {QUICK['train']} of each class of train, "
+    return few, text + f"{QUICK['val']} of val and {QUICK['test']} of test, drawn by seed 0"
 
 
 def _cells(dataset: Dataset, row: int) -> list[Any]:
@@ -172,7 +136,7 @@ def _cells(dataset: Dataset, row: int) -> list[Any]:
     return [*truth, dataset.splits[row], group]
 
 
-def draw(images: Images, folder: Path) -> Dataset:
+def draw(images: ImageSet, folder: Path) -> Dataset:
     """Grey squares with a spot whose place tells the class, noise over it: enough to train on, and nothing to learn
     from."""
     rng, side = np.random.default_rng(len(images.classes)), np.arange(SIDE)
@@ -189,13 +153,10 @@ def draw(images: Images, folder: Path) -> Dataset:
 
 
 def _write(
-    folder: Path, columns: Sequence[str], cells: list[list[Any]], pictures: list[Any],
-    of: Dataset | None, task: str | None = None,
+    folder: Path, columns: Sequence[str], cells: list[list[Any]], pictures: list[Any], of: Dataset | None,
+    task: str | None,
 ) -> Dataset:  # fmt: skip
     """A table of images with the images beside it, opened; the table last. What is there and equal is not written."""
-    import csv
-
-    from featurecache.files.atomic import write_whole, writing
     from featurecache.sources import open_source
 
     text = io.StringIO()
@@ -204,16 +165,16 @@ def _write(
     with writing(folder):
         (folder / "images").mkdir(parents=True, exist_ok=True)
         for number, (row, picture) in enumerate(zip(cells, pictures, strict=True)):
-            data, ending = (picture, _ending(picture)) if isinstance(picture, bytes) else (_png(picture), ".png")
+            encoded = isinstance(picture, bytes)
+            data, ending = (picture, _ENDINGS.get(picture[:2], ".img")) if encoded else (_png(picture), ".png")
             path = f"images/{number:05}{ending}"
             if not (folder / path).is_file() or (folder / path).read_bytes() != data:
                 (folder / path).write_bytes(data)
             writer.writerow([path, *row])
         write_whole(folder / f"{folder.name}.csv", text.getvalue().encode())
-    several = of is not None and of.labels.ndim == 2
-    given = {"path": "path", "split": "split", "group": "group" if of is not None and of.groups else ""}
-    given["label"] = ",".join(columns[:-2]) if several else "label"
-    return open_source(folder / f"{folder.name}.csv", columns=given, task=task or (of.task if of else None))
+    named = {"path": "path", "split": "split", "group": "group" if of is not None and of.groups else ""}
+    named["label"] = ",".join(columns[:-2]) if of is not None and of.labels.ndim == 2 else "label"
+    return open_source(folder / f"{folder.name}.csv", columns=named, task=task)
 
 
 def _png(image: Any) -> bytes:
@@ -228,30 +189,81 @@ def _png(image: Any) -> bytes:
     return data.getvalue()
 
 
-def _ending(data: bytes) -> str:
-    kinds = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"BM": ".bmp", b"GI": ".gif", b"II": ".tif", b"MM": ".tif"}
-    return kinds.get(data[:2], ".img")
-
-
-def signature(given: Given) -> dict[str, Any]:
-    """What of a set decides the results, quickly had: its labels and splits by id, and its files' sizes and times."""
-    import hashlib
-
-    found, dataset = hashlib.blake2b(digest_size=16), given.dataset
+def signature(opened: OpenedSet) -> dict[str, Any]:
+    """What a later command recognises a set by, quickly had: labels and splits by id, and its files' sizes and times.
+    Of a trial it is that of the whole set."""
+    dataset, hashed = opened.dataset, hashlib.blake2b(digest_size=16)
     for row, name in enumerate(dataset.ids):
-        path = dataset.path(row)
-        found.update(
-            f"{name}\0{dataset.splits[row]}\0{dataset.labels[row].tolist()}\0".encode("utf-8", "surrogatepass")
-        )
-        found.update(_stamp(path).encode() if path else b"")
-    file = getattr(dataset.images, "file", None)
-    found.update(_stamp(file).encode() if file else b"")
-    return {"source": str(dataset.source.get("data")), "images": len(dataset), "digest": found.hexdigest()}
+        text = f"{name}\0{dataset.splits[row]}\0{dataset.labels[row].tolist()}\0"
+        hashed.update(text.encode("utf-8", "surrogatepass") + _stamp(dataset.path(row)))
+    hashed.update(_stamp(getattr(dataset.images, "file", None)))
+    return {"source": str(dataset.source.get("data")), "images": len(dataset), "digest": hashed.hexdigest()}
 
 
-def _stamp(path: str) -> str:
+def _stamp(path: str | None) -> bytes:
+    if not path:
+        return b""
     try:
         status = os.stat(path)
     except OSError:
-        return "gone"
-    return f"{status.st_size} {status.st_mtime_ns}"
+        return b"gone"
+    return f"{status.st_size} {status.st_mtime_ns}".encode()
+
+
+def set_context(opened: OpenedSet, digests: np.ndarray, images: bool) -> dict[str, Any]:
+    """What the page of a study shows of a set: counts by class and split, sizes, copies, and a few of the images.
+    ``digests``: S32 [N]."""
+    from featurecache.sources.summary import copies_text, describe
+
+    about = describe(opened.dataset, digests)
+    rows = [(label, [*counts, sum(counts)]) for label, counts in zip(about.classes, about.counts, strict=True)]
+    if len(rows) > ROWS:
+        rest = [sum(column) for column in zip(*(counts for _, counts in rows[ROWS:]), strict=True)]
+        rows = [*rows[:ROWS], (f"{len(rows) - ROWS} more", rest)]
+    if any(about.unlabelled):
+        rows.append(("without a label", [*about.unlabelled, sum(about.unlabelled)]))
+    sizes = list(dict.fromkeys(f"{w:,}×{h:,}" for w, h in about.sizes.values()))
+    kinds = {0: "", 1: "", 2: "smallest, largest", 3: "smallest, median, largest"}[len(sizes)]
+    notes = "; ".join(
+        filter(None, [kinds, "" if about.looked_at == about.images else f"{about.looked_at:,} looked at"])
+    )
+    facts = {
+        "task": about.task, "images": f"{about.images:,}",
+        "sizes": f"{' · '.join(sizes)} pixels{f' ({notes})' if notes else ''}" if sizes else None,
+        "pixels": " · ".join(f"{kind} {count:,}" for kind, count in about.kinds.items()),
+        "copies": "not counted" if about.copies is None else copies_text(about.copies),
+        "unreadable": f"{len(about.unreadable)} of those looked at" if about.unreadable else None,
+        "notes": " ".join(about.notes),
+    }  # fmt: skip
+    return {
+        "title": opened.images.name, "said": f"It ran on {opened.drawn or opened.source}.",
+        "kind": "label" if about.task == "multilabel" else "class",
+        "splits": [split or "no split" for split in about.splits],
+        "rows": [*rows, ("images", [*about.totals, about.images])],
+        "facts": [(word, value) for word, value in facts.items() if value],
+        "samples": _samples(opened.dataset) if images else [],
+    }  # fmt: skip
+
+
+def _samples(dataset: Dataset) -> list[tuple[str, list[tuple[str, int, int]]]]:
+    """(class, pictures as (data URI, width, height)): a few of each of the first classes, evenly spread over train."""
+    from featurecache.sources.summary import evenly_spaced, has_label
+
+    train, samples = np.array(dataset.splits) == "train", []
+    for c, name in enumerate(dataset.classes[:SAMPLED]):
+        members = has_label(dataset, c)
+        rows = np.flatnonzero(members & train) if (members & train).any() else np.flatnonzero(members)
+        pictures = list(_pictures(dataset, evenly_spaced(rows, SAMPLES).tolist() if len(rows) else []))
+        samples += [(name, pictures)] if pictures else []
+    return samples
+
+
+def _pictures(dataset: Dataset, rows: Sequence[int]) -> Iterator[tuple[str, int, int]]:
+    from featurecache.images.decoding import decode
+
+    for row in rows:
+        try:
+            uri, size = encoded(np.ascontiguousarray(decode(dataset.read(row)).permute(1, 2, 0).numpy()))
+        except UnreadableImage:
+            continue
+        yield uri, *size

@@ -1,39 +1,52 @@
-"""The page of a study: the images first, published numbers beside ours, the charts it asks for, then a comparison for
-each of its questions, as on the page of a report."""
+"""Page of a study, and what the terminal prints: the images, published numbers beside ours, charts of its own, then a
+comparison for each of its questions, as on the page of a report."""
 
 from __future__ import annotations
 
 import base64
 import shlex
-from dataclasses import dataclass
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from featurecache.errors import CannotWrite
+import numpy as np
+
+from featurecache import formatting
+from featurecache.errors import CannotWrite, UnreadableImage
+from featurecache.files.atomic import write_whole, writing
+from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
 from heads.evaluation.families import Family, families_of, fraction_of
+from heads.metrics.classification import METRICS, named_by, title
+from heads.models.common import FINETUNE
+from heads.reports.drawing import Figure, Plot, short, style_of
+from heads.reports.figures import learning_figure
 from heads.reports.gallery import ImageLoader
 from heads.reports.ledger import write_metrics_files
-from heads.reports.page import part_context, render_page, render_part
-from heads.reports.provenance import origins
+from heads.reports.page import hashed, part_context, ranked, render_page, render_part
+from heads.reports.provenance import origins, sweep_command
 from heads.reports.text import subtitle_words
-from heads.runs.run import Run, load_run
-from heads.studies.figures import FIGURES
-from heads.studies.numbers import grey_words, published_rows
-from heads.studies.sets import set_context
-from heads.studies.spec import STUDIES, Extract, Heads, Look, Network, Part
-
-if TYPE_CHECKING:
-    from heads.studies.run import Done
+from heads.runs.run import Run, load_run, name_of
+from heads.settings import flag
+from heads.studies.images import set_context
+from heads.studies.plan import StudyResult, call_text
+from heads.studies.spec import ExplainStep, Extract, Heads, Network, OpenedSet, Published, Question
+from heads.sweeps.journal import load_sweep
 
 RESAMPLES, QUICK_RESAMPLES = 2000, 200
+TOP = 3  # heads in the chart of the best
+Rows = Sequence[tuple[str, Family, dict[str, Any]]]  # (step, family, its record) of one question
+OTHERS = {"parameters": "parameters", "train_seconds": "seconds to train", "ms_per_image": "ms an image, with loading"}
 
 
 @dataclass(frozen=True)
-class Table:
-    """A part as compared. ``steps``: of each family, in their order, the step that made it."""
+class StudyTable:
+    """A question as compared. ``steps``: of each family, in their order, the step that made it."""
 
-    part: Part
+    question: Question
     families: list[Family]
     steps: list[str]
     record: dict[str, Any]
@@ -46,189 +59,329 @@ class Table:
     def runs(self) -> list[Run]:
         return [run for family in self.families for run in family.runs]
 
-
-@dataclass(frozen=True)
-class StudyReport:
-    """What was written: the page, how many images it embeds, the tables and the published rows on it."""
-
-    path: Path
-    images: int
-    tables: list[Table]
-    published: list[dict[str, Any]]
+    @property
+    def best(self) -> Run:
+        """Of the family that is best on val."""
+        run: Run = ranked(self.families, self.record)[0][0].runs[0]
+        return run
 
 
-def write_study(done: Done, *, images: bool = True, hash_ids: bool = False) -> StudyReport | None:
-    """report.html, and for each part its metrics.csv and metrics.json; None where no step with numbers is finished."""
-    from featurecache.files.atomic import write_whole, writing
-    from heads.reports.page import hashed
-
-    tables = [table for part in done.study.parts if (table := table_of(done, part))]
+def write_study(result: StudyResult, *, images: bool = True, hash_ids: bool = False) -> StudyResult:
+    """report.html, and for each question its metrics.csv and metrics.json; none where no step with numbers is finished.
+    The result with what was written."""
+    tables = [table for question in result.study.questions if (table := _table(result, question))]
     if not tables:
-        return None
-    published = [row for table in tables for row in published_rows(done, table)]
-    page, count = render_study(done, tables, published, ImageLoader(hashed() if hash_ids else str, images))
+        return result
+    published = [_published_row(result, table, each) for table in tables for each in table.question.published]
+    result = replace(result, tables=tables, published=published)
+    page, count = render_study(result, ImageLoader(hashed() if hash_ids else str, images))
     try:
         for table in tables:
-            with writing(done.folder):
-                (done.folder / table.part.name).mkdir(exist_ok=True)
-            write_metrics_files(done.folder / table.part.name, table.record)
-        write_whole(done.folder / "report.html", page.encode("utf-8", "backslashreplace"))
+            with writing(result.folder):
+                (result.folder / table.question.name).mkdir(exist_ok=True)
+            write_metrics_files(result.folder / table.question.name, table.record)
+        write_whole(result.folder / "report.html", page.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        why = f"The report could not be written in {done.folder}: {error.strerror}."
+        why = f"The report could not be written in {result.folder}: {error.strerror}."
         raise CannotWrite(error.errno, why) from error
-    return StudyReport(done.folder / "report.html", count, tables, published)
+    return replace(result, page=result.folder / "report.html", images=count)
 
 
-def table_of(done: Done, part: Part) -> Table | None:
-    from heads.sweeps.journal import load_sweep
-
-    found: list[tuple[str, Family]] = []
-    for step in done.study.steps:
-        if step.name in done.made and isinstance(step, Heads | Network) and step.part == part.name:
-            made = done.made[step.name]["made"]
+def _table(result: StudyResult, question: Question) -> StudyTable | None:
+    families: list[Family] = []
+    steps: list[str] = []
+    for step in result.study.steps:
+        if step.name in result.rows and isinstance(step, Heads | Network) and step.question == question.name:
+            made = result.rows[step.name]["made"]
             if isinstance(step, Heads):
-                families = load_sweep(done.folder / made["sweep"]).families
+                families += load_sweep(result.folder / made["sweep"]).families
             else:
-                families = families_of([load_run(done.folder / made["run"])])
-            found += [(step.name, family) for family in families]
-    if not found:
+                families += families_of([load_run(result.folder / made["run"])])
+            steps += [step.name] * (len(families) - len(steps))
+    if not families:
         return None
-    steps, families = [step for step, _ in found], [family for _, family in found]
-    reference = next((str(f.runs[0].path) for step, f in found if step == part.reference), None)
-    resamples = QUICK_RESAMPLES if done.asked.quick else RESAMPLES
+    pairs = zip(steps, families, strict=True)
+    reference = next((str(family.runs[0].path) for step, family in pairs if step == question.reference), None)
+    resamples = QUICK_RESAMPLES if result.options.quick else RESAMPLES
     record = compare(families, reference=reference, resamples=resamples).record
-    untrained = done.asked.quick or done.asked.random_weights
-    return Table(part, families, steps, {**record, "select": part.select, "untrained": untrained})
+    untrained = result.options.quick or result.options.random_weights
+    return StudyTable(question, families, steps, {**record, "select": question.select, "untrained": untrained})
 
 
-def render_study(
-    done: Done, tables: list[Table], published: list[dict[str, Any]], album: ImageLoader
-) -> tuple[str, int]:
+def render_study(result: StudyResult, album: ImageLoader) -> tuple[str, int]:
     """The page as text, and how many images it embeds."""
-    study, asked = done.study, done.asked
-    parts, count = [], 0
+    study, tables, parts, count = result.study, result.tables, [], 0
     for table in tables:
-        context, embedded = part_context(table.families, table.record, album, f"{table.part.name}-")
-        context["comparing"] = [f for f in context["comparing"] if not (study.figures and f.title == "Learning curves")]
+        name = table.question.name
+        part, embedded = part_context(table.families, table.record, album, f"{name}-")
+        part["comparing"] = [f for f in part["comparing"] if not (study.figures and f.title == "Learning curves")]
         of = {record["name"]: step for step, _, record in table.rows}
-        for row in context["board"]["rows"]:
+        for row in part["board"]["rows"]:
             row["setting"] = " · ".join(filter(None, [f"step {of[row['family']['name']]}", row["setting"]]))
         count += embedded
         parts.append(
-            {"title": table.part.title, "anchor": f"part-{table.part.name}", "page": render_part(context),
-             "subtitle": subtitle_words(table.record, table.runs), "warnings": context["warnings"]}
+            {"title": table.question.title, "anchor": f"part-{name}", "page": render_part(part),
+             "subtitle": subtitle_words(table.record, table.runs), "warnings": part["warnings"]}
         )  # fmt: skip
-    sets = [set_context(done, name, album.images) for name in done.given]
-    pictures = _pictures(done) if album.images else []
-    seconds = {name: record["seconds"] for name, record in done.made.items()}
-    figures = FIGURES[study.figures](tables[0].rows, seconds) if study.figures else []
-    count += len(pictures) + sum(len(found) for each in sets for _, found in each["samples"])
+    sets = [set_context(each, _digests(result, each), album.images) for each in result.sets.values()]
+    pictures = list(_maps(result)) if album.images else []
+    seconds = {name: row["seconds"] for name, row in result.rows.items()}
+    count += len(pictures) + sum(len(images) for each in sets for _, images in each["samples"])
+    runs = sorted((run for table in tables for run in table.runs), key=lambda run: -fraction_of(run))
     context = {
-        "record": tables[0].record, "title": f"{study.name}: {study.title}", "subtitle": STUDIES[study.name][1],
-        "source": study.source, "about": study.about, "differs": study.differs, "quick": asked.quick,
-        "ran_on": "; ".join(dict.fromkeys(given.said for given in done.given.values())),
-        "cautions": cautions(done), "changed": changed(done), "sets": sets, "published": published,
-        "other_sources": any(p.source for table in tables for p in table.part.published),
-        "greyed": grey_words(done) if any(row["grey"] for row in published) else "",
-        "notes": list(dict.fromkeys(t.part.note for t in tables if t.part.note)),
-        "figures": figures, "parts": parts, "pictures": pictures, "steps": step_rows(done),
-        "commands": [("The study:", command_of(done)), *_step_commands(tables)],
-        "origins": origins(sorted((r for t in tables for r in t.runs), key=lambda run: -fraction_of(run))),
-        "with_images": album.images,
-        "numbers_words": ", ".join(f"{t.part.name}/metrics.csv, {t.part.name}/metrics.json" for t in tables),
+        "record": tables[0].record, "title": f"{study.name}: {study.title}", "subtitle": study.question,
+        "source": study.source, "about": study.about, "differs": study.differs, "quick": result.options.quick,
+        "ran_on": "; ".join(dict.fromkeys(each.drawn for each in result.sets.values())),
+        "cautions": cautions(result), "changed": _changed(result), "sets": sets, "published": result.published,
+        "other_sources": any(each.source for table in tables for each in table.question.published),
+        "greyed": _grey_reasons(result) if any(row["grey"] for row in result.published) else "",
+        "notes": list(dict.fromkeys(t.question.note for t in tables if t.question.note)),
+        "figures": FIGURES[study.figures](tables[0].rows, seconds) if study.figures else [], "parts": parts,
+        "pictures": pictures, "steps": _step_rows(result), "commands": _commands(result),
+        "origins": origins(runs), "with_images": album.images,
+        "numbers_words": ", ".join(f"{t.question.name}/metrics.{kind}" for t in tables for kind in ("csv", "json")),
     }  # fmt: skip
     return render_page("study.html", context, count), count
 
 
-def cautions(done: Done) -> list[str]:
+def cautions(result: StudyResult) -> list[str]:
     """What a reader must know before the numbers: the study's own, and what these images show."""
-    found = list(done.study.cautions)
-    for name, given in done.given.items():
-        parts = [part for part in done.study.parts if part.images == name]
-        if (few := given.few_in_val) and any(part.splits(given.dataset) is None for part in parts):
+    study, sentences = result.study, list(result.study.cautions)
+    for name, opened in result.sets.items():
+        questions = [question for question in study.questions if question.images == name]
+        if (few := opened.few_in_val) and any(question.splits(opened.dataset) is None for question in questions):
             what = ", ".join(few[:4]) + (f" and {len(few) - 4} more" if len(few) > 4 else "")
-            found.append(
-                f"The val split of {given.images.name} has {what}: it cannot choose a model. It was returned to train, "
+            sentences.append(
+                f"The val split of {name} has {what}: it cannot choose a model. It was returned to train, "
                 "and 15 % of train were drawn anew."
             )
-    features = {step.name for step in done.study.steps if isinstance(step, Extract)}
-    return [*found, *(f"{name} is not here: {why}." for name, why in done.plan.left_out if name not in features)]
+    features = {step.name for step in study.steps if isinstance(step, Extract)}
+    left = [f"{name} is not here: {why}." for name, why in result.plan.left_out if name not in features]
+    return [*sentences, *left]
 
 
-def changed(done: Done) -> list[str]:
+def _changed(result: StudyResult) -> list[str]:
     """What was asked for otherwise than the study has it."""
-    asked = done.asked
-    words = {
-        "image_size": f"All networks see {asked.image_size} pixels instead of their own size.",
-        "epochs": f"No network and no head was trained for more than {asked.epochs} epochs.",
-        "train_per_class": f"Networks that are trained from pixels saw at most {asked.train_per_class} training images "
-        "of each class; heads on frozen features saw all.",
-    }
-    found = [text for name, text in words.items() if getattr(asked, name)]
-    if asked.quick:
-        stand_in = {step.asked["backbone"] for step in done.plan.steps if "backbone" in step.asked}
-        stand_in |= {s.asked["arch"].removeprefix("finetune:") for s in done.plan.steps if "arch" in s.asked}
-        found.append(f"Small networks at 32 pixels: {', '.join(sorted(stand_in))}.")
-    if asked.random_weights:
-        found.append("No pretrained weights: every backbone began from random ones (--random-weights).")
-    return found
+    options, sentences = result.options, []
+    if options.image_size:
+        sentences.append(f"All networks see {options.image_size} pixels instead of their own size.")
+    if options.epochs:
+        sentences.append(f"No network and no head was trained for more than {options.epochs} epochs.")
+    if options.train_per_class:
+        sentences.append(
+            f"Networks that are trained from pixels saw at most {options.train_per_class} training images of each "
+            "class; heads on frozen features saw all."
+        )
+    if options.quick:
+        calls = [step.call for step in result.plan.steps]
+        names = {c.get("backbone") or c.get("arch", "").removeprefix(FINETUNE) for c in calls} - {""}
+        sentences.append(f"Small networks at 32 pixels: {', '.join(sorted(names))}.")
+    if options.random_weights:
+        sentences.append("No pretrained weights: every backbone began from random ones (--random-weights).")
+    return sentences
 
 
-def step_rows(done: Done) -> list[dict[str, Any]]:
+def _step_rows(result: StudyResult) -> list[dict[str, Any]]:
     """Every step of the study that these images have: what it is, how long it took, or why it is not there."""
-    from heads.studies.words import what_of
-
-    planned, rows = {step.name: step for step in done.plan.steps}, []
-    why = dict(done.plan.left_out)
-    for step in done.study.steps:
-        if done.study.set_of(step) not in done.given and step.name not in done.made:
-            continue
-        made = done.made.get(step.name)
-        asked = made["asked"] if made else planned[step.name].asked if step.name in planned else None
-        left = why.get(step.name) or why.get(getattr(step, "part", "")) or "not run: left out by --only or --skip"
-        rows.append(
-            {"name": step.name, "what": what_of(asked) if asked else "–", "seconds": made["seconds"] if made else None,
-             "state": "done" if made else left}
-        )  # fmt: skip
+    calls = {step.name: step.call for step in result.plan.steps} | {n: r["asked"] for n, r in result.rows.items()}
+    why, rows = dict(result.plan.left_out), []
+    for step in result.study.steps:
+        if result.study.set_of(step) in result.sets or step.name in result.rows:
+            left = why.get(step.name) or why.get(getattr(step, "question", ""))
+            state = "done" if step.name in result.rows else left or "not run: left out by --only or --skip"
+            seconds = result.rows.get(step.name, {}).get("seconds")
+            what = call_text(calls[step.name]) if step.name in calls else "–"
+            rows.append({"name": step.name, "what": what, "seconds": seconds, "state": state})
     return rows
 
 
-def command_of(done: Done) -> str:
-    """The command line that makes all this again."""
-    asked = done.asked
-    words = ["featurecache", "study", done.study.name]
-    words += [word for data in asked.data for word in ("--data", data)]
-    words += ["--quick"] if asked.quick else ["--random-weights"] if asked.random_weights else []
-    words += [word for name, path in asked.weights.items() for word in ("--weights", f"{name}={path}")]
+def _commands(result: StudyResult) -> list[tuple[str, str]]:
+    """The command line that makes all this again, and those by which its sweeps can be made alone."""
+    options = result.options
+    words = ["featurecache", "study", result.study.name, *(w for data in options.data for w in ("--data", data))]
+    words += ["--quick"] if options.quick else ["--random-weights"] if options.random_weights else []
+    words += [word for name, path in options.weights.items() for word in ("--weights", f"{name}={path}")]
     for name in ("image_size", "epochs", "train_per_class"):
-        value = getattr(asked, name)
-        words += [f"--{name.replace('_', '-')}", str(value)] if value else []
-    return shlex.join([*words, "--out", str(done.folder)])
+        words += [flag(name), str(value)] if (value := getattr(options, name)) else []
+    commands = {"The study:": shlex.join([*words, "--out", str(result.folder)])}
+    for step, family, _ in (row for table in result.tables for row in table.rows):
+        if command := sweep_command(Path(family.runs[0].path).parent.parent):
+            commands[f"{step}:"] = command
+    return list(commands.items())
 
 
-def _step_commands(tables: list[Table]) -> list[tuple[str, str]]:
-    """Sweeps say in their record by which command they can be made alone."""
-    from heads.reports.provenance import sweep_command
-
-    found = []
-    for table in tables:
-        for step, family in zip(table.steps, table.families, strict=True):
-            folder = Path(family.runs[0].path).parent.parent
-            if command := sweep_command(folder):
-                found.append((f"{step}:", command))
-    return list(dict.fromkeys(found))
-
-
-def _pictures(done: Done) -> list[tuple[str, int, int, str]]:
+def _maps(result: StudyResult) -> Iterator[tuple[str, int, int, str]]:
     """(data URI, width, height, words) of the maps that were drawn."""
-    import struct
-
-    found = []
-    titles = {step.name: done.study.part(step.part).title for step in done.study.steps if isinstance(step, Look)}
-    for step, record in done.made.items():
-        for name in record["made"].get("pictures", []):
-            data = (done.folder / name).read_bytes()
+    titles = {step.name: step.question for step in result.study.steps if isinstance(step, ExplainStep)}
+    by_name = {question.name: question.title for question in result.study.questions}
+    for step, row in result.rows.items():
+        for name in row["made"].get("pictures", []):
+            data = (result.folder / name).read_bytes()
             width, height = struct.unpack(">II", data[16:24])  # of the header of a PNG
-            words = f"{titles[step]}, {Path(name).parent.name}"
-            found.append((f"data:image/png;base64,{base64.b64encode(data).decode()}", width, height, words))
-    return found
+            uri = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+            yield uri, width, height, f"{by_name[titles[step]]}, {Path(name).parent.name}"
+
+
+def _digests(result: StudyResult, opened: OpenedSet) -> np.ndarray:
+    """S32 [N]: of every image of the set, from the features of it where there are some, else read once more."""
+    from featurecache.images.decoding import digest
+
+    steps = [step for step in result.study.steps if isinstance(step, Extract) and step.images == opened.images.name]
+    views = [open_view(result.rows[step.name]["made"]["view"]) for step in steps if step.name in result.rows][:1]
+    cached = {i: d for view in views for i, d in zip(view.ids, view.digests.tolist(), strict=True)}
+    digests = np.zeros(len(opened.dataset), "S32")
+    for row, identity in enumerate(opened.dataset.ids):
+        try:
+            digests[row] = cached.get(identity) or digest(opened.dataset.read(row)).encode()
+        except UnreadableImage:
+            continue
+    return digests
+
+
+# --- published numbers beside ours
+
+
+def _published_row(result: StudyResult, table: StudyTable, published: Published) -> dict[str, Any]:
+    record, measure = _matching_family(table, published), published.measure
+    value, low, high = our_value(published, record) if record else (None, None, None)
+    absent = f"not run: {published.ours}" if published.ours else "none: this study trains none like it"
+    ends = [format_published(measure, end) for end in (low, high) if end is not None]
+    name = OTHERS.get(measure) or title(measure, table.record["task"])
+    return {
+        "what": published.what, "part": table.question.title,
+        "measure": f"{name}{' on val' if published.split == 'val' else ''}",
+        "published": published.value, "published_words": format_published(measure, published.value),
+        "here": value, "here_words": format_published(measure, value),
+        "range": f"[{', '.join(ends)}]" if len(ends) == 2 else None, "ours": record["name"] if record else absent,
+        "remark": "; ".join(filter(None, [published.remark, published.source])),
+        "grey": is_not_comparable(result, published),
+    }  # fmt: skip
+
+
+def _matching_family(table: StudyTable, published: Published) -> dict[str, Any] | None:
+    """The record of the family that a number stands beside: of its step the best on val, on all of train."""
+    rows = [
+        record
+        for step, family, record in table.rows
+        if step == published.ours and family.fraction == 1
+        and published.head in ("", name_of(family.head, family.output))
+    ]  # fmt: skip
+    lead = named_by(table.record["select"])
+    sign = -1 if METRICS[lead].higher else 1
+    return min(rows, key=lambda record: sign * (record["val"].get(lead) or 0.0), default=None)
+
+
+def our_value(published: Published, record: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """(value, low, high) of ours; an interval only of test."""
+    measure = published.measure
+    if measure in OTHERS:
+        return record["loaded_ms" if measure == "ms_per_image" else measure], None, None
+    if published.split == "val":
+        return record["val"].get(measure), None, None
+    test = record["test"].get(measure) or {}
+    return test.get("value"), test.get("low"), test.get("high")
+
+
+def format_published(measure: str, value: float | None) -> str:
+    """Shares as the studies write them, in percent; areas as they are."""
+    if value is None:
+        return "–"
+    if measure == "accuracy":
+        return f"{100 * value:.2f} %"
+    if measure in OTHERS:
+        return f"{value:,.3f}" if measure == "ms_per_image" else f"{value:,.0f}"
+    return formatting.number(value)
+
+
+def is_not_comparable(result: StudyResult, published: Published) -> bool:
+    """Whether what stands here is no answer to the number: a trial, random weights in the place of pretrained ones, or
+    fewer epochs or images than the study has."""
+    options = result.options
+    step = next((s for s in result.study.steps if s.name == published.ours), None)
+    if options.quick or step is None or published.measure == "parameters":
+        return options.quick
+    pretrained = not isinstance(step, Network) or step.arch.startswith(FINETUNE)
+    fewer = options.epochs or (isinstance(step, Network) and options.train_per_class)
+    return bool(fewer or (options.random_weights and pretrained))
+
+
+def _grey_reasons(result: StudyResult) -> str:
+    options = result.options
+    reasons = {
+        "a trial": options.quick,
+        "begun from random weights": options.random_weights,
+        "trained for fewer epochs than the study has": options.epochs,
+        "trained on fewer images than the study has": options.train_per_class,
+    }
+    return " or ".join(reason for reason, there in reasons.items() if there)
+
+
+# --- charts that a study asks for
+
+
+def pneumonia_figures(rows: Rows, seconds: dict[str, float]) -> list[Figure]:
+    """The best three with their cost, loss with and without augmentation, accuracy against time by optimiser, accuracy
+    against the share of the training images. ``seconds``: of every step, for the features that a head needs first."""
+    runs = {step: family.runs[0] for step, family, _ in rows}
+    figures = [_top_figure([row for row in rows if row[1].fraction == 1], seconds)]
+    plain, augmented = runs.get("resnet50-tuned"), runs.get("resnet50-augmented")
+    if plain and augmented:
+        figures.append(_loss_figure({"without augmentation": plain, "with": augmented}))
+    tuned = {"AdamW": plain, "Adam": runs.get("resnet50-adam"), "SGD": runs.get("resnet50-sgd")}
+    if len(named := {name: run for name, run in tuned.items() if run}) > 1:
+        figures.append(_time_figure(named))
+    series: dict[str, list[dict[str, Any]]] = {}
+    for _, family, record in (row for row in rows if row[0] == "fractions"):
+        name = f"{family.head} on {family.output} of {family.view}"
+        series.setdefault(name, []).append({"fraction": family.fraction, **record["test"]["accuracy"]})
+    if series:
+        whole = [family.runs[0] for step, family, _ in rows if step == "fractions" and family.fraction == 1]
+        total = whole[0].config["splits"]["images"]["train"] if whole else None
+        figure = learning_figure(list(series.items()), "accuracy", "accuracy", total)
+        figures.append(replace(figure, title="Accuracy against the share of the training images"))
+    return figures
+
+
+def _top_figure(rows: Rows, seconds: dict[str, float]) -> Figure:
+    """The ``TOP`` best by val accuracy, each with the seconds its training took."""
+    measured = [row for row in rows if row[2]["val"].get("accuracy") is not None]
+    best = sorted(measured, key=lambda row: -row[2]["val"]["accuracy"])[:TOP]
+    plot = Plot("seconds to train", "val accuracy", least=0.02, top=1.0)
+    keys = []
+    for number, (step, _, record) in enumerate(best):
+        time, value = record["train_seconds"] or 0.0, record["val"]["accuracy"]
+        plot.dot(time, value, style_of(number), f"{record['name']}: {value:.3f} after {time:.0f} s", radius=6)
+        keys.append((style_of(number), f"{short(record['name'], 60)} ({step}): {value:.3f}, {time:,.1f} s"))
+    before = sum(spent for name, spent in seconds.items() if name.endswith("-features"))
+    frozen = any(not family.from_pixels for _, family, _ in best)
+    more = f" Frozen heads need their features first: {before:,.0f} s for all of them together." if frozen else ""
+    return Figure("The best three on val", plot, f"Chosen on val.{more}", tuple(keys))
+
+
+def _loss_figure(runs: dict[str, Run]) -> Figure:
+    """Loss by epoch of several runs: val thick, train thin."""
+    last = max(row["epoch"] for run in runs.values() for row in run.history)
+    plot = Plot("epoch", "loss", x=(0.5, last + 0.5), y=(0.0, None), xwhole=True)
+    for number, run in enumerate(runs.values()):
+        for column in ("train_loss", "val_loss"):
+            points = [(row["epoch"], row[column]) for row in run.history]
+            plot.line(points, style_of(number), thin=column == "train_loss")
+    keys = tuple((style_of(number), name) for number, name in enumerate(runs))
+    return Figure("Loss, with and without augmentation", plot, "Thick: val. Thin: train.", keys)
+
+
+def _time_figure(runs: dict[str, Run]) -> Figure:
+    """Val accuracy against seconds of training, at the end of each epoch."""
+    spent = [list(accumulate(row["seconds"] for row in run.history)) for run in runs.values()]
+    plot = Plot("seconds of training", "val accuracy", x=(0.0, 1.05 * max(map(max, spent))), least=0.02, top=1.0)
+    for number, ((name, run), times) in enumerate(zip(runs.items(), spent, strict=True)):
+        points = [(s, row["val_accuracy"]) for s, row in zip(times, run.history, strict=True)]
+        plot.line(points, style_of(number))
+        for x, y in points:
+            plot.dot(x, y, style_of(number), f"{name}: {y:.3f} after {x:.0f} s", radius=2.4)
+    keys = tuple((style_of(number), name) for number, name in enumerate(runs))
+    caption = "A mark is the end of an epoch; each with its own usual learning rate."
+    return Figure("Accuracy against time, by optimiser", plot, caption, keys)
+
+
+FIGURES: dict[str, Callable[[Rows, dict[str, float]], list[Figure]]] = {"pneumonia": pneumonia_figures}

@@ -1,35 +1,53 @@
-"""What a study will do before it does it: its steps with every option settled, and about how long each takes.
+"""Plan of a study: its steps with every option resolved, about how long each takes, what is left out, what is missing.
 
-A settled step (`Planned`) is JSON: it is what a finished step is recognised by when the same command comes again.
+A planned step is JSON: it is what a finished step is recognised by when the same command comes again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import fnmatch
+import importlib.util
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from featurecache.errors import BadOption
-from heads.studies.images import QUICK, Given
-from heads.studies.minutes import epochs_of, minutes_of
-from heads.studies.spec import Extract, Heads, Look, Network, Part, Step, Study, chosen
+import numpy as np
+import torch
+
+from featurecache.errors import BadOption, UnknownStudy, WeightsNotFound, nearest
+from heads.models.catalogue import BASELINES
+from heads.models.common import FINETUNE
+from heads.settings import flag
+from heads.studies.images import QUICK
+from heads.studies.spec import ExplainStep, Extract, Heads, Network, OpenedSet, Question, Step, Study
 
 # Under --quick: small architectures that are quickly made, never trained, in the place of the study's.
 QUICK_BACKBONES = {
     "vit-in21k": "vit-demo", "vit-in1k": "vit-demo", "timm:vit_base_patch16_224": "vit-demo",
     "resnet50": "torchvision:resnet18", "densenet121": "torchvision:shufflenet_v2_x0_5",
 }  # fmt: skip
-QUICK_SIZES = {"vit-demo": 32}  # pixels; of every other network QUICK_SIZE
-QUICK_SIZE = 32
+QUICK_SIZE = 32  # pixels
 QUICK_EPOCHS = {"heads": 6, "network": 2}
 QUICK_TRIALS = 3
 QUICK_BATCH = 16
-FINETUNE = "finetune:"
+# 10^9 multiply-adds of an image and the side in pixels they are at; None: the same at any side. Dosovitskiy et al.
+# 2021, torchvision's table of weights; the others counted by hand from the layers.
+GMACS: dict[str, tuple[float, int | None]] = {
+    "vit-in21k": (17.6, 224), "vit-in1k": (17.6, 224), "timm:vit_base_patch16_224": (17.6, 224), "vit-demo": (0.03, 64),
+    "resnet50": (4.1, 224), "densenet121": (2.8, 224), "torchvision:resnet18": (1.8, 224),
+    "torchvision:shufflenet_v2_x0_5": (0.04, 224), "cnn-mindlina": (0.6, 256), "cnn-medical-mnist": (0.51, 224),
+    "cnn-cifar": (0.027, 32), "vit-cifar": (0.085, None),
+}  # fmt: skip
+HEAD_GMACS = {"large": 0.04}  # of tokens of a ViT-B; of others the steps around it, not the product
+AROUND = 0.05  # minutes of a step beside the products: loading, the first batch, measures, writing
+REACHED = 0.7  # of the speed of a large product of matrices, as ViT-B, ResNet-50 and DenseNet-121 reached it
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The options of ``featurecache study``. ``weights``: backbone -> file or folder (xx)."""
+class StudyOptions:
+    """The options of ``featurecache study``. ``weights``: backbone -> file or folder."""
 
     data: tuple[str, ...] = ()
     quick: bool = False
@@ -42,6 +60,24 @@ class Asked:
     skip: tuple[str, ...] = ()
     device: str = "auto"
 
+    @classmethod
+    def of(cls, study: Study, *, weights: Sequence[str] = (), **options: Any) -> StudyOptions:
+        """As people and the command line give them; raises BadOption."""
+        if unknown := options.keys() - {each.name for each in fields(cls)}:
+            raise BadOption(f"{', '.join(sorted(unknown))}: no such option of a study.")
+        listed = {name: tuple(value) for name, value in options.items() if name in ("data", "only", "skip")}
+        made = cls(weights=read_weights(weights, study), **{**options, **listed})
+        if made.quick and (made.weights or made.random_weights):
+            raise BadOption(
+                "--quick has a small untrained backbone of its own; leave --weights and --random-weights out."
+            )
+        if made.random_weights and made.weights:
+            raise BadOption("--random-weights and --weights contradict each other; give one of them.")
+        for name in ("image_size", "epochs", "train_per_class"):
+            if getattr(made, name) is not None and getattr(made, name) < 1:
+                raise BadOption(f"{flag(name)} is {getattr(made, name)}; it must be at least 1.")
+        return made
+
     def to_dict(self) -> dict[str, Any]:
         """What decides results; which steps are run, and where, does not."""
         names = ("quick", "random_weights", "weights", "image_size", "epochs", "train_per_class")
@@ -49,11 +85,12 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A step with every option settled. ``asked``: JSON; ``minutes``: about how long, None where it cannot be said."""
+class PlannedStep:
+    """A step with every option resolved: ``call`` is JSON, the function it calls, what on, and its options.
+    ``minutes``: about how long, None where it cannot be said."""
 
     step: Step
-    asked: dict[str, Any]
+    call: dict[str, Any]
     minutes: float | None
 
     @property
@@ -62,172 +99,283 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """``left_out``: (step or part, why) of what the images or the options do not allow."""
+class StudyPlan:
+    """``left_out``: (step or question, why) of what the images or the options do not allow."""
 
-    steps: list[Planned]
+    steps: list[PlannedStep]
     left_out: list[tuple[str, str]]
 
-    @property
-    def minutes(self) -> float:
-        return sum(step.minutes or 0.0 for step in self.steps)
+
+@dataclass(frozen=True)
+class StudyResult:
+    """A study as it lies in its folder. ``rows``: step -> its row of the journal, of those that are finished; ``page``:
+    None where it was only planned, or no step with numbers is finished; ``images``: that the page embeds."""
+
+    study: Study
+    options: StudyOptions
+    folder: Path
+    sets: dict[str, OpenedSet]
+    plan: StudyPlan
+    rows: dict[str, dict[str, Any]]
+    page: Path | None = None
+    images: int = 0
+    tables: Sequence[Any] = ()  # `heads.studies.page.StudyTable`
+    published: Sequence[dict[str, Any]] = ()
 
 
-def read_weights(words: Sequence[str], study: Study) -> dict[str, str]:
+def read_weights(texts: Sequence[str], study: Study) -> dict[str, str]:
     """--weights PATH, or BACKBONE=PATH of several. Raises BadOption."""
-    known, found = backbones_of(study.steps), {}
-    for word in words:
-        name, sign, path = word.partition("=")
-        if sign and name in known:
-            found[name] = path
-        elif len(known) == 1:
-            found[next(iter(known))] = word
+    backbones, weights = backbones_of(study.steps), {}
+    for text in texts:
+        name, sign, path = text.partition("=")
+        if sign and name in backbones:
+            weights[name] = path
+        elif len(backbones) == 1:
+            weights[backbones[0]] = text
         else:
-            raise BadOption(
-                f"--weights {word}: of which backbone? {study.name} has several: "
-                f"{', '.join(f'--weights {name}=PATH' for name in known)}."
-            )
-    return found
+            ways = ", ".join(f"--weights {name}=PATH" for name in backbones)
+            raise BadOption(f"--weights {text}: of which backbone? {study.name} has several: {ways}.")
+    return weights
 
 
-def backbones_of(steps: Sequence[Step]) -> dict[str, None]:
+def backbones_of(steps: Sequence[Step]) -> list[str]:
     """Those whose weights the steps need, in order."""
-    found: dict[str, None] = {}
+    names = []
     for step in steps:
         if isinstance(step, Extract) and not step.untrained:
-            found[step.backbone] = None
+            names.append(step.backbone)
         elif isinstance(step, Network) and step.arch.startswith(FINETUNE):
-            found[step.arch.removeprefix(FINETUNE)] = None
-    return found
+            names.append(step.arch.removeprefix(FINETUNE))
+    return list(dict.fromkeys(names))
 
 
-def wanted_steps(study: Study, asked: Asked) -> list[Step]:
-    """Those chosen by --only and --skip, with what they need before them, in the study's order."""
-    names = {step.name for step in chosen(study.steps, asked.only, asked.skip)}
+def wanted_steps(study: Study, options: StudyOptions) -> list[Step]:
+    """Those chosen by --only and --skip, names or patterns (``blood-*``), with what they need before them, in the
+    study's order; a word that chooses none is an error."""
     by_name = {step.name: step for step in study.steps}
-    todo = list(names)
-    while todo:
-        for needed in study.needs(by_name[todo.pop()]):
-            if needed not in names:
-                names.add(needed)
-                todo.append(needed)
+    for word in (*options.only, *options.skip):
+        if not fnmatch.filter(by_name, word):
+            there = ", ".join(by_name)
+            raise UnknownStudy(f'no step is called "{word}".{nearest(word, by_name)} There are {there}.')
+    only = options.only or ("*",)
+    names = {name for name in by_name if any(fnmatch.fnmatchcase(name, word) for word in only)}
+    names -= {name for name in by_name if any(fnmatch.fnmatchcase(name, word) for word in options.skip)}
+    for step in reversed(study.steps):  # what a step needs stands before it
+        names.update(study.needs(step) if step.name in names else ())
     return [step for step in study.steps if step.name in names]
 
 
-def make_plan(study: Study, asked: Asked, given: dict[str, Given], gflops: float) -> Plan:
+def check_packages(steps: Sequence[Step], quick: bool) -> None:
+    """Said before hours of work: which steps need what is not installed. Raises BadOption."""
+    missing = [(step.name, extra) for step in steps for extra in _extras(step, quick) if not _is_installed(extra)]
+    if not missing:
+        return
+    names, extras = (list(dict.fromkeys(words)) for words in zip(*missing, strict=True))
+    few = len(names) <= 3
+    skips = names if few else [f"'*{kind}'" for kind in dict.fromkeys(name.rpartition("-")[2] for name in names)]
+    way = "" if "timm" in extras else f", or {' '.join(f'--skip {word}' for word in skips)}"
+    raise BadOption(
+        f"{', '.join(names) if few else f'{names[0]} and {len(names) - 1} more'} need{'s' * (len(names) == 1)} what is "
+        f"not installed: pip install 'featurecache[{','.join(extras)}]'{way}."
+    )
+
+
+def _extras(step: Step, quick: bool) -> Iterator[str]:
+    """The extras that a step needs; those of data are said when they are opened."""
+    if isinstance(step, Heads) and step.options.get("search"):
+        yield "optuna"
+    if isinstance(step, Network) and step.options.get("lora"):
+        yield "peft"
+    if isinstance(step, ExplainStep):
+        yield "explain"
+    if not quick and any(name.startswith("timm:") for name in backbones_of([step])):
+        yield "timm"
+
+
+def _is_installed(extra: str) -> bool:
+    return importlib.util.find_spec({"explain": "pytorch_grad_cam"}.get(extra, extra)) is not None
+
+
+def check_weights(study: Study, options: StudyOptions, steps: Sequence[Step]) -> None:
+    """Every backbone is loaded once, so that it is fetched, or its absence said, before anything is computed."""
+    from featurecache.backbones import load_backbone
+
+    for name in [] if options.quick or options.random_weights else backbones_of(steps):
+        try:
+            load_backbone(name, weights=options.weights.get(name))
+        except WeightsNotFound as error:
+            first = str(error).splitlines()[0]
+            way = "PATH" if len(backbones_of(study.steps)) == 1 else f"{name}=PATH"
+            raise WeightsNotFound(
+                f"{first}\n       --weights {way}   a copy you have        HF_HOME=…, TORCH_HOME=…   an existing cache"
+                "        --random-weights   the study without them, which shows the tool and no backbone"
+            ) from error
+
+
+def make_plan(study: Study, options: StudyOptions, sets: dict[str, OpenedSet], gflops: float) -> StudyPlan:
     """``gflops``: 10^9 operations a second of this machine, for the minutes."""
-    steps: list[Planned] = []
+    steps: list[PlannedStep] = []
     left: dict[str, str] = {}
-    options: dict[str, dict[str, Any]] = {}
-    for step in wanted_steps(study, asked):
-        name = study.set_of(step)
-        if name not in given:
-            continue
-        if not isinstance(step, Extract) and step.part not in options:
-            found = task_options(study.part(step.part), given[name])
-            if isinstance(found, str):
-                left[step.part] = found
-            else:
-                options[step.part] = found
-        if _same_as_untrained(study, step, asked):
-            left[step.name] = "with random weights the frozen features are this control themselves"
-        elif isinstance(step, Extract) or step.part not in left:
-            part = {} if isinstance(step, Extract) else options[step.part]
-            settled = settle(study, step, asked, part)
-            steps.append(Planned(step, settled, minutes_of(settled, given[name], gflops)))
-    return Plan(steps, list(left.items()))
-
-
-def _same_as_untrained(study: Study, step: Step, asked: Asked) -> bool:
-    """A control with random weights beside features that have them too."""
+    tasks: dict[str, dict[str, Any] | str] = {"": {}}
     control = {s.name for s in study.steps if isinstance(s, Extract) and s.untrained}
-    return (asked.random_weights or asked.quick) and (step.name in control or bool(control & set(study.needs(step))))
+    for step in (each for each in wanted_steps(study, options) if study.set_of(each) in sets):
+        opened, question = sets[study.set_of(step)], study.question_of(step)
+        name = question.name if question else ""
+        if question and name not in tasks:
+            tasks[name] = task_options(question, opened)
+        task = tasks[name]
+        if isinstance(task, str):
+            left[name] = task
+        if (options.random_weights or options.quick) and control & {step.name, *study.needs(step)}:
+            left[step.name] = "with random weights the frozen features are this control themselves"
+        elif not isinstance(task, str):
+            call = resolve_options(study, step, options, task)
+            steps.append(PlannedStep(step, call, minutes_of(call, opened, gflops)))
+    return StudyPlan(steps, list(left.items()))
 
 
-def task_options(part: Part, given: Given) -> dict[str, Any] | str:
-    """The options of `Settings` that all steps of a part share, in the names that its images have for classes; or the
-    sentence that says why the images do not answer its question."""
-    found = {"drop_leaks": True, **part.options}
-    classes = given.dataset.classes
-    if given.few_in_val and part.splits(given.dataset) is None:
-        found["resplit_val"] = True
-    if "only" in found:
-        names = [_named(word, classes) for word in found["only"]]
+def task_options(question: Question, opened: OpenedSet) -> dict[str, Any] | str:
+    """The options of `Settings` that all steps of a question share, in the names that its images have for classes; or
+    the sentence that says why the images do not answer it."""
+    options = {"drop_leaks": True, **question.options}
+    classes = opened.dataset.classes
+    if opened.few_in_val and question.splits(opened.dataset) is None:
+        options["resplit_val"] = True
+    if "only" in options:
+        names = [_class_called(word, classes) for word in options["only"]]
         if None in names:
-            return f"{given.source} has no {' and no '.join(found['only'])}: its classes are {', '.join(classes)}"
-        found["only"] = names
-    if "classes" in found:
-        return _merged(found, classes, given)
-    return found
-
-
-def _merged(found: dict[str, Any], classes: Sequence[str], given: Given) -> dict[str, Any] | str:
-    """``("normal", "pneumonia=bacteria,virus")``, or nothing where the images are labelled so already."""
-    words, plain = [], []
-    for word in found["classes"]:
-        name, sign, parts = word.partition("=")
-        plain.append(_named(name, classes))
-        inner = [_named(part, classes) for part in (parts if sign else name).split(",")]
-        words.append(None if None in inner else f"{name}={','.join(str(part) for part in inner)}" if sign else inner[0])
-    if None not in words:
-        return {**found, "classes": words}
+            return f"{opened.source} has no {' and no '.join(options['only'])}: its classes are {', '.join(classes)}"
+        options["only"] = names
+    if "classes" not in options:
+        return options
+    merged, plain = [], []  # ("normal", "pneumonia=bacteria,virus"), or nothing where they are labelled so already
+    for text in options.pop("classes"):
+        name, sign, parts = text.partition("=")
+        plain.append(_class_called(name, classes))
+        inner = [_class_called(part, classes) for part in (parts if sign else name).split(",")]
+        merged.append(None if None in inner else f"{name}={','.join(map(str, inner))}" if sign else inner[0])
+    if None not in merged:
+        return {**options, "classes": merged}
     if None not in plain and len(plain) == len(classes):
-        return {key: value for key, value in found.items() if key != "classes"}
-    return f"{given.source} cannot tell {' from '.join(w.split('=')[0] for w in found['classes'])}"
+        return options
+    return f"{opened.source} cannot tell {' from '.join(w.split('=')[0] for w in question.options['classes'])}"
 
 
-def _named(word: str, classes: Sequence[str]) -> str | None:
-    """The class that is called so, in any case, or has the word in its name."""
+def _class_called(word: str, classes: Sequence[str]) -> str | None:
+    """The class that is called so, in any case, or alone has the word in its name."""
     exact = [name for name in classes if name.lower() == word.lower()]
     inside = [name for name in classes if word.lower() in name.lower()]
-    found = exact or (inside if len(inside) == 1 else [])
-    return found[0] if found else None
+    return exact[0] if exact else inside[0] if len(inside) == 1 else None
 
 
-def settle(study: Study, step: Step, asked: Asked, part: dict[str, Any]) -> dict[str, Any]:
+def resolve_options(study: Study, step: Step, options: StudyOptions, task: dict[str, Any]) -> dict[str, Any]:
+    """The call of a step. ``task``: the options that its question has for all."""
+    question = study.question_of(step)
     if isinstance(step, Extract):
-        return {"extract": step.images, "outputs": step.outputs, **_backbone(step.backbone, step.untrained, asked)}
-    if isinstance(step, Heads):
-        options = {"epochs": 50, **part, "select": study.part(step.part).select, **step.options}
-        if asked.quick:
-            options |= {"epochs": QUICK_EPOCHS["heads"]} | ({"trials": QUICK_TRIALS} if "trials" in options else {})
-        if asked.epochs:
-            options["epochs"] = min(options["epochs"], asked.epochs)
-        return {"ablate": list(step.features), "heads": step.heads, **options}
-    if isinstance(step, Look):
-        return {"explain": list(study.needs(step)), "images": 2 if asked.quick else step.images}
-    return {"train_baseline": study.part(step.part).images, **_network(step, asked, part)}
+        backbone = _backbone_options(step.backbone, step.untrained, options)
+        return {"extract": step.images, "outputs": step.outputs, **backbone}
+    if isinstance(step, ExplainStep):
+        return {"explain": list(study.needs(step)), "images": 2 if options.quick else step.images}
+    assert question is not None
+    if isinstance(step, Network):
+        return {"train_baseline": question.images, **_network_options(step, options, task)}
+    found = {"epochs": 50, **task, "select": question.select, **step.options}
+    if options.quick:
+        found |= {"epochs": QUICK_EPOCHS["heads"]} | ({"trials": QUICK_TRIALS} if "trials" in found else {})
+    found["epochs"] = min(found["epochs"], options.epochs or found["epochs"])
+    return {"ablate": list(step.features), "heads": step.heads, **found}
 
 
-def _network(step: Network, asked: Asked, part: dict[str, Any]) -> dict[str, Any]:
-    options = {**part, **step.options}
-    arch = step.arch
+def _network_options(step: Network, options: StudyOptions, task: dict[str, Any]) -> dict[str, Any]:
+    found, arch = {**task, **step.options}, step.arch
     if arch.startswith(FINETUNE):
-        made = _backbone(arch.removeprefix(FINETUNE), False, asked)
-        arch = FINETUNE + made.pop("backbone")
-        options |= made
-    else:
-        size = asked.image_size or (QUICK_SIZE if asked.quick else None)
-        options |= {"image_size": size} if size else {}
-    if asked.quick:
-        options["batch_size"] = QUICK_BATCH
-        if "train_per_class" in options:
-            options["train_per_class"] = min(options["train_per_class"], QUICK["train"])
-    caps = {"epochs": asked.epochs or (QUICK_EPOCHS["network"] if asked.quick else None)}
-    caps["train_per_class"] = asked.train_per_class
-    for name, cap in caps.items():
-        if cap is not None:
-            known = options[name] if name in options else cap if name == "train_per_class" else epochs_of(step.arch)
-            options[name] = min(known, cap)
-    return {"arch": arch, **options}
+        backbone = _backbone_options(arch.removeprefix(FINETUNE), False, options)
+        arch = FINETUNE + backbone.pop("backbone")
+        found |= backbone
+    elif size := options.image_size or (QUICK_SIZE if options.quick else None):
+        found["image_size"] = size
+    if options.quick:
+        found["batch_size"] = QUICK_BATCH
+        if "train_per_class" in found:
+            found["train_per_class"] = min(found["train_per_class"], QUICK["train"])
+    if epochs := options.epochs or (QUICK_EPOCHS["network"] if options.quick else None):
+        found["epochs"] = min(found.get("epochs") or _published_epochs(step.arch), epochs)
+    if options.train_per_class:
+        found["train_per_class"] = min(found.get("train_per_class", options.train_per_class), options.train_per_class)
+    return {"arch": arch, **found}
 
 
-def _backbone(name: str, untrained: bool, asked: Asked) -> dict[str, Any]:
-    quick = QUICK_BACKBONES.get(name, name) if asked.quick else name
-    size = asked.image_size or (QUICK_SIZES.get(quick, QUICK_SIZE) if asked.quick else None)
+def _backbone_options(name: str, untrained: bool, options: StudyOptions) -> dict[str, Any]:
+    quick = QUICK_BACKBONES.get(name, name) if options.quick else name
+    size = options.image_size or (QUICK_SIZE if options.quick else None)
     found: dict[str, Any] = {"backbone": quick, **({"image_size": size} if size else {})}
-    if asked.quick or asked.random_weights or untrained:
+    if options.quick or options.random_weights or untrained:
         found["random_weights"] = True
-    elif name in asked.weights:
-        found["weights"] = asked.weights[name]
+    elif name in options.weights:
+        found["weights"] = options.weights[name]
     return found
+
+
+def minutes_of(call: dict[str, Any], opened: OpenedSet, gflops: float) -> float | None:
+    """Multiply-adds twice, training three times a forward pass; a few seconds for each image that is looked into."""
+    if "explain" in call:
+        return AROUND * call["images"]
+    counts = _split_counts(opened, call)
+    if "ablate" in call:
+        each = sum(HEAD_GMACS.get(head, 0.0001) for head in call["heads"].split(",")) * call.get("trials", 1)
+        shares = sum(float(share) for share in str(call.get("fractions", "1")).split(","))
+        gmacs = 3 * each * counts["train"] * call["epochs"] * shares
+    else:
+        name = call.get("backbone") or call["arch"].removeprefix(FINETUNE)
+        if name not in GMACS:
+            return None
+        once, side = GMACS[name]
+        once *= (call["image_size"] / side) ** 2 if call.get("image_size") and side else 1
+        epochs = 0 if "extract" in call else call.get("epochs") or _published_epochs(call["arch"])
+        images = 3 * counts["train"] * epochs + counts["val"] * epochs + counts["test"]
+        gmacs = once * (images if epochs else sum(counts.values()))
+    return 2 * gmacs / (REACHED * gflops) / 60 + AROUND
+
+
+def _split_counts(opened: OpenedSet, call: dict[str, Any]) -> dict[str, int]:
+    """About how many images each split has; without splits in the data, 70/15/15."""
+    names, total = np.array(opened.dataset.splits), len(opened.dataset)
+    counts = {split: int((names == split).sum()) for split in ("train", "val", "test")}
+    if not any(counts.values()):
+        counts = {"train": total * 70 // 100, "val": total * 15 // 100, "test": total * 15 // 100}
+    if call.get("train_per_class"):
+        counts["train"] = min(counts["train"], call["train_per_class"] * max(len(opened.dataset.classes), 1))
+    return counts
+
+
+def _published_epochs(arch: str) -> int:
+    """Recipes name those of what they fine-tune."""
+    return int(BASELINES[arch].settings.get("epochs", 50))
+
+
+def machine_gflops(device: str = "cpu") -> float:
+    """10^9 operations a second of this machine, as it is now: the best product of two matrices of 1024 × 1024 in half
+    a second."""
+    x = torch.ones(1024, 1024, device=device)
+    best, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        begin = time.perf_counter()
+        float((x @ x)[0, 0])
+        best = min(best, time.perf_counter() - begin)
+    return 2 * 1024**3 / best / 1e9
+
+
+def call_text(call: dict[str, Any]) -> str:
+    """A planned step in a few words."""
+    size = f" at {call['image_size']} px" if call.get("image_size") else ""
+    random = ", random weights" if call.get("random_weights") else ""
+    if "extract" in call:
+        return f"{call['outputs']} of {call['backbone']}{size}{random}"
+    if "ablate" in call:
+        more = "".join(f", {key} {call[key]}" for key in ("fractions", "search") if key in call)
+        return f"heads {call['heads']} on {', '.join(call['ablate'])}{more}"
+    if "explain" in call:
+        return f"where {', '.join(call['explain'])} look"
+    shown = [key for key in ("epochs", "train_per_class", "optimizer", "augment", "rlrr") if call.get(key)]
+    more = "".join(f", {key.replace('_', ' ')}{'' if call[key] is True else f' {call[key]}'}" for key in shown)
+    return f"{call['arch']}{size}{more}{random}"

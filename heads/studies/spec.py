@@ -1,46 +1,32 @@
-"""The five studies as data: what each asked, on which images, by which steps, and what it reported.
+"""Study, its steps, published numbers: dataclasses.
 
-A study is one file, ``heads/studies/<name>.py``, that ends in a `Study`; ``STUDIES`` names the files. To add one: such
-a file and a line here. `heads.studies.run` runs any of them.
+What a study is, as data: sets of images, questions with published numbers, and steps in their order.
+
+Published studies again: recipes as data, the plan of their steps, running and resuming them, and one page.
+
+    studies/<name>/
+      study.json         what was asked, of which images
+      steps.jsonl        of every finished step: what it was asked, what it made, how long it took
+      runs/<step>/       the run of a network, the sweep of heads, or pictures
+      splits-<part>.csv  where the study has splits of its own
+      few/ drawn/        the images of --quick
+      report.html        the page; <part>/metrics.csv and metrics.json beside it
+
+A study is a list of calls of the public functions: `featurecache.prepare`, `heads.ablate`, `heads.train_baseline`,
+`heads.explain`, each resumable by itself. The same command goes on where it was stopped; asked for anything else, the
+folder is refused.
 """
 
 from __future__ import annotations
 
-import fnmatch
-import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from featurecache.errors import UnknownStudy, nearest
+import numpy as np
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from featurecache.sources.base import Dataset
-
-STUDIES: dict[str, tuple[str, str]] = {  # name -> (module, the question it answers)
-    "mindlina": (
-        "heads.studies.mindlina",
-        "chest X-rays: is a frozen ViT with a small head as good as a CNN that was trained on them?",
-    ),
-    "medical-mnist": (
-        "heads.studies.medical_mnist",
-        "six kinds of scan: a CNN from scratch, ResNet-50, and a ViT fine-tuned on 300 images",
-    ),
-    "medmnist": (
-        "heads.studies.medmnist",
-        "blood, breast, tissue, retina (MedMNIST v2): a fine-tuned ViT, and frozen features beside it",
-    ),
-    "pneumonia": (
-        "heads.studies.pneumonia",
-        "pneumonia on chest X-rays: ViT, ResNet-50 or DenseNet-121; how much data, augmentation and optimiser matter",
-    ),
-    "cifar-tinyimagenet": (
-        "heads.studies.cifar_tinyimagenet",
-        "CIFAR-10/100 and Tiny ImageNet: a small ViT against a small CNN, both from scratch",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -58,21 +44,21 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageSet:
     """A set of images. ``classes`` are those that ``--quick`` draws where no images are given."""
 
     name: str
     source: str  # what is fetched, or looked for, without --data
     classes: tuple[str, ...]
     task: str | None = None
-    known_as: tuple[str, ...] = ()  # what its file or folder is called, in a folder given with --data
+    aliases: tuple[str, ...] = ()  # what its file or folder is called, in a folder given with --data
     local: str = "{path}"  # how --data is spelt for what lies there; {folder}: that it lies in
     columns: dict[str, str] | None = None  # of `featurecache.open_source`
     default: bool = True  # whether it is part of the study when nothing is given
 
 
 @dataclass(frozen=True)
-class Part:
+class Question:
     """One question with one table: a set of images, a task on it, and what all steps on it have in common."""
 
     name: str
@@ -102,7 +88,7 @@ class Heads:
     """A sweep of heads on the features of one or several `Extract` steps."""
 
     name: str
-    part: str
+    question: str
     features: tuple[str, ...]
     heads: str
     options: dict[str, Any] = field(default_factory=dict)  # of `heads.ablate`
@@ -113,26 +99,26 @@ class Network:
     """A network that is trained from pixels: a baseline, or ``finetune:<backbone>``."""
 
     name: str
-    part: str
+    question: str
     arch: str
     options: dict[str, Any] = field(default_factory=dict)  # of `heads.train_baseline`
 
 
 @dataclass(frozen=True)
-class Look:
+class ExplainStep:
     """Maps of where networks look, on a few images of test: Grad-CAM of those of ``of`` (Network steps), attention of
     those of them with a class token and, where named, of the frozen backbone whose features (``backbone``, an Extract
     step) the Heads step ``attention`` was trained on."""
 
     name: str
-    part: str
+    question: str
     of: tuple[str, ...]
     attention: str = ""
     backbone: str = ""
     images: int = 4
 
 
-Step = Extract | Heads | Network | Look
+Step = Extract | Heads | Network | ExplainStep
 
 
 @dataclass(frozen=True)
@@ -141,49 +127,48 @@ class Study:
 
     name: str
     title: str
+    question: str  # that it answers, in a line
     source: str
     about: tuple[str, ...]
-    images: tuple[Images, ...]
-    parts: tuple[Part, ...]
+    images: tuple[ImageSet, ...]
+    questions: tuple[Question, ...]
     steps: tuple[Step, ...]
     differs: tuple[str, ...]
     cautions: tuple[str, ...] = ()
-    figures: str = ""  # a function of heads.studies.figures for charts of its own
+    figures: str = ""  # a function of heads.studies.page for charts of its own
 
-    def part(self, name: str) -> Part:
-        return next(part for part in self.parts if part.name == name)
+    def question_of(self, step: Step) -> Question | None:
+        """None of features, which belong to all questions on their images."""
+        return None if isinstance(step, Extract) else next(q for q in self.questions if q.name == step.question)
 
     def set_of(self, step: Step) -> str:
         """The name of the set of images that a step is about."""
-        return step.images if isinstance(step, Extract) else self.part(step.part).images
+        question = self.question_of(step)
+        return question.images if question else getattr(step, "images", "")
 
     def needs(self, step: Step) -> tuple[str, ...]:
         """Steps that must be finished before ``step``."""
-        if isinstance(step, Look):
+        if isinstance(step, ExplainStep):
             return (*step.of, *([step.attention] if step.attention else []))
         return step.features if isinstance(step, Heads) else ()
 
 
-def load_study(name: str) -> Study:
-    if name not in STUDIES:
-        raise UnknownStudy(f'no study is called "{name}".{nearest(name, STUDIES)} There are {", ".join(STUDIES)}.')
-    found: Study = importlib.import_module(STUDIES[name][0]).STUDY
-    return found
+@dataclass(frozen=True)
+class OpenedSet:
+    """A set of images of a study, opened. ``source``: as ``--data`` has it; ``drawn``: what a trial takes or draws."""
 
+    images: ImageSet
+    source: str
+    dataset: Dataset
+    drawn: str = ""
 
-def chosen(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> Iterator[Step]:
-    """The steps that names or patterns (``blood-*``) choose; a word that chooses none is an error."""
-    names = [step.name for step in steps]
-    for word in (*only, *skip):
-        if not fnmatch.filter(names, word):
-            raise UnknownStudy(f'no step is called "{word}".{nearest(word, names)} There are {", ".join(names)}.')
-    for step in steps:
-        wanted = not only or any(fnmatch.fnmatchcase(step.name, word) for word in only)
-        if wanted and not any(fnmatch.fnmatchcase(step.name, word) for word in skip):
-            yield step
+    @property
+    def few_in_val(self) -> list[str]:
+        """Classes with too few images in the val split to choose by, where there is such a split."""
+        from featurecache.commands.extract import FEW
 
-
-def studies_lines() -> str:
-    """A line for each study: its name and the question it answers."""
-    width = max(map(len, STUDIES))
-    return "\n".join(f"  {name:<{width}}  {question}" for name, (_, question) in STUDIES.items())
+        if self.dataset.labels.ndim == 2 or "val" not in self.dataset.splits:
+            return []
+        val = np.array(self.dataset.splits) == "val"
+        counts = [int((val & (self.dataset.labels == c)).sum()) for c in range(len(self.dataset.classes))]
+        return [f"{n} of {name}" for name, n in zip(self.dataset.classes, counts, strict=True) if n < FEW]

@@ -1,15 +1,13 @@
-"""1e-4..1e-1:7, lists, seeds, draws of splits: SweepSpec.
+"""Search space of a sweep: heads, outputs, grids of options, seeds, and how often splits are drawn.
 
-The little language of a sweep's options: lists with commas, and ``a..b:n`` for n values in equal ratios.
+Options are lists with commas, and ``a..b:n`` for n values in equal ratios; ``a..b`` alone is a range for a search.
 
 >>> numbers("lr", "1e-4..1e-2:3")
 (0.0001, 0.001, 0.01)
 >>> numbers("weight-decay", "0,1e-4")
 (0.0, 0.0001)
->>> space("lr", "1e-4..1e-2")
+>>> search_range("lr", "1e-4..1e-2")
 Range(low=0.0001, high=0.01)
-
-A sweep as it was asked for: heads, outputs, the grid of options, seeds, draws of splits.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, nearest
 from heads.evaluation.families import GRIDS
-from heads.settings import OPTIMIZERS, SCHEDULES, Settings
+from heads.settings import TABLE, Settings
 
 DIGITS = 6  # significant ones of a value within a range, so that 1e-4..1e-2:3 holds the 1e-3 that somebody types
 Numbers = str | float | Sequence[float]
@@ -38,25 +36,109 @@ class Range:
     high: float
 
 
+@dataclass(frozen=True)
+class Resplit:
+    """One drawing of splits: ``repeat`` counts up the split seed; ``fold`` of the folds, or None."""
+
+    repeat: int
+    fold: int | None
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """A sweep as it was asked for. ``grid``: the values of every option that is varied (with ``search`` also a
+    `Range`); ``base``: the others; ``given``: the options that were named."""
+
+    heads: tuple[str, ...]
+    outputs: tuple[str, ...]  # (): each head's own
+    grid: dict[str, Any]
+    base: Settings
+    seeds: int = 1
+    fractions: tuple[float, ...] = (1.0,)
+    repeats: int = 1
+    folds: int | None = None
+    search: str | None = None
+    trials: int | None = None
+    given: tuple[str, ...] = ()  # for the rest a network has its published settings
+
+    @classmethod
+    def of(
+        cls, heads: Any, *, outputs: Any = None, seeds: int = 1, fractions: Any = 1.0, repeats: int = 1,
+        folds: int | None = None, search: str | None = None, trials: int | None = None, **options: Any,
+    ) -> SweepSpec:  # fmt: skip
+        """From options as people and the command line give them; raises BadOption."""
+        options = {name: value for name, value in options.items() if value is not None and value not in ((), [])}
+        given = tuple(sorted(options))
+        if search not in (None, "optuna"):
+            raise BadOption(f"--search {search}: it is optuna, or left out for a grid.")
+        if (search is None) != (trials is None):
+            raise BadOption("--search optuna and --trials N go together.")
+        counts = (("seeds", seeds, 1), ("repeats", repeats, 1), ("trials", trials, 1), ("folds", folds, 2))
+        for name, value, low in counts:
+            if value is not None and value < low:
+                raise BadOption(f"--{name} is {value}; it must be at least {low}.")
+        for name in ("seed", "fraction", "fold"):
+            if name in options:
+                raise BadOption(f"--{name} is for one head; a sweep has --{name}s.")
+        grid = _grid(options, search is not None)
+        base = Settings.of("", **{name: value for name, value in options.items() if name not in grid})
+        parts = numbers("fractions", fractions)
+        for name, values in {**grid, "fraction": parts}.items():
+            for value in [] if isinstance(values, Range) else values:
+                replace(base, **{name: value})  # says at once what no head could be trained with
+        return cls(
+            choices("heads", heads), () if outputs is None else choices("outputs", outputs), grid, base, seeds, parts,
+            repeats, folds, search, trials, given,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"base": self.base.to_dict()}
+
+    def variants(self) -> list[dict[str, Any]]:
+        """Every combination of the grid, in the order given."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+    @property
+    def resplits(self) -> list[Resplit]:
+        folds = [None] if self.folds is None else list(range(self.folds))
+        return [Resplit(repeat, fold) for repeat in range(self.repeats) for fold in folds]
+
+
+def _grid(options: dict[str, Any], search: bool) -> dict[str, Any]:
+    """The values of those options that are varied."""
+    read = search_range if search else numbers
+    grid: dict[str, Any] = {name: read(name.replace("_", "-"), options[name]) for name in GRIDS if name in options}
+    for name in ("optimizer", "schedule"):
+        if name in options:
+            grid[name] = choices(name, options[name], TABLE[name].metadata["values"])
+    if augment := options.get("augment"):
+        several = [augment] if isinstance(augment, str) else list(augment)
+        grid["augment"] = tuple(dict.fromkeys(Settings("", augment=steps).augment for steps in several))
+    return grid
+
+
 def numbers(option: str, given: Numbers) -> tuple[float, ...]:
     """The values of an option such as ``lr``, each once, in the order given; raises BadOption."""
-    found = search_range(option, given)
-    if isinstance(found, Range):
+    values = search_range(option, given)
+    if isinstance(values, Range):
         raise BadOption(
             f"--{option} {given}: how many values? {given}:5 are five; without a number it is a range for --search."
         )
-    return found
+    return values
 
 
 def search_range(option: str, given: Numbers) -> tuple[float, ...] | Range:
     """`numbers`, or the one ``a..b`` that a search may take any number of."""
     if not isinstance(given, str):
-        values = [given] if isinstance(given, int | float) else list(given)
-        return _once(option, [_finite(option, str(value)) for value in values])
-    pieces = [piece.strip() for piece in given.split(",")]
-    if len(pieces) == 1 and ".." in given and ":" not in given:
-        return Range(*_ends(option, given))
-    return _once(option, [value for piece in pieces for value in _piece(option, piece)])
+        values = [_finite(option, str(value)) for value in ([given] if isinstance(given, int | float) else given)]
+    else:
+        pieces = [piece.strip() for piece in given.split(",")]
+        if len(pieces) == 1 and ".." in given and ":" not in given:
+            return Range(*_ends(option, given))
+        values = [value for piece in pieces for value in _piece(option, piece)]
+    if not values:
+        raise BadOption(f"--{option} is empty; it takes 1e-3, or 0,1e-4, or 1e-4..1e-2:5.")
+    return tuple(dict.fromkeys(values))
 
 
 def _piece(option: str, text: str) -> list[float]:
@@ -91,104 +173,13 @@ def _finite(option: str, text: str) -> float:
     return value
 
 
-def _once(option: str, values: list[float]) -> tuple[float, ...]:
-    if not values:
-        raise BadOption(f"--{option} is empty; it takes 1e-3, or 0,1e-4, or 1e-4..1e-2:5.")
-    return tuple(dict.fromkeys(values))
-
-
-def choices(option: str, given: str | Iterable[str], known: Iterable[str] | None = None) -> tuple[str, ...]:
-    """A list of words, each once, in the order given; ``known``: those that there are."""
+def choices(option: str, given: str | Iterable[str], allowed: Iterable[str] | None = None) -> tuple[str, ...]:
+    """A list of words, each once, in the order given; ``allowed``: those that there are."""
     words = given.split(",") if isinstance(given, str) else list(given)
-    found = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
-    if not found:
+    chosen = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
+    if not chosen:
         raise BadOption(f"--{option} is empty; it takes names with commas between them.")
-    known = None if known is None else list(known)
-    for word in found:
-        if known is not None and word not in known:
-            raise BadOption(f"--{option}: {word!r} is none of {', '.join(known)}.{nearest(word, known)}")
-    return found
-
-
-WORDS = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
-
-
-@dataclass(frozen=True)
-class SweepSpec:
-    """A sweep as it was asked for. ``grid``: the values of every option that is varied; ``base``: the others.
-
-    With ``search`` a value of ``grid`` may be a `grids.Range`.
-    """
-
-    heads: tuple[str, ...]
-    outputs: tuple[str, ...]  # (): each head's own
-    grid: dict[str, Any]
-    base: Settings
-    seeds: int = 1
-    fractions: tuple[float, ...] = (1.0,)
-    repeats: int = 1
-    folds: int | None = None
-    search: str | None = None
-    trials: int | None = None
-    given: tuple[str, ...] = ()  # what was asked for; for the rest a baseline has its published settings
-
-    @classmethod
-    def of(
-        cls, heads: Any, *, outputs: Any = None, seeds: int = 1, fractions: Any = 1.0, repeats: int = 1,
-        folds: int | None = None, search: str | None = None, trials: int | None = None, **options: Any,
-    ) -> SweepSpec:  # fmt: skip
-        """From options as people and the command line give them; raises BadOption."""
-        options = {name: value for name, value in options.items() if value is not None and value != ()}
-        given = tuple(sorted(options))
-        if search not in (None, "optuna"):
-            raise BadOption(f"--search {search}: it is optuna, or left out for a grid.")
-        if (search is None) != (trials is None):
-            raise BadOption("--search optuna and --trials N go together.")
-        for name, value, least in (("seeds", seeds, 1), ("repeats", repeats, 1), ("trials", trials or 1, 1)):
-            if value < least:
-                raise BadOption(f"--{name} is {value}; it must be at least {least}.")
-        if folds is not None and folds < 2:
-            raise BadOption(f"--folds is {folds}; it must be at least 2.")
-        read = numbers if search is None else search_range
-        grid: dict[str, Any] = {}
-        for name in GRIDS:
-            if (value := options.pop(name, None)) is not None:
-                grid[name] = read(name.replace("_", "-"), value)
-        for name, known in WORDS.items():
-            if name in options:
-                grid[name] = choices(name, options.pop(name), known)
-        if augment := options.pop("augment", ()):
-            several = [augment] if isinstance(augment, str) else list(augment)
-            grid["augment"] = tuple(dict.fromkeys(Settings("", augment=words).augment for words in several))
-        for name in ("seed", "fraction", "fold"):
-            if name in options:
-                raise BadOption(f"--{name} is for one head; a sweep has --{name}s.")
-        base = Settings.of("", **options)
-        parts = numbers("fractions", fractions)
-        for name, values in {**grid, "fraction": parts}.items():
-            for value in [] if isinstance(values, Range) else values:
-                replace(base, **{name: value})  # says at once what no head could be trained with
-        return cls(
-            choices("heads", heads), () if outputs is None else choices("outputs", outputs), grid, base,
-            seeds, parts, repeats, folds, search, trials, given,
-        )  # fmt: skip
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"base": self.base.to_dict()}
-
-    def variants(self) -> list[dict[str, Any]]:
-        """Every combination of the grid, in the order given."""
-        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
-
-    @property
-    def draws(self) -> list[Resplit]:
-        parts = [None] if self.folds is None else list(range(self.folds))
-        return [Resplit(repeat, fold) for repeat in range(self.repeats) for fold in parts]
-
-
-@dataclass(frozen=True)
-class Resplit:
-    """One drawing of splits: ``repeat`` counts up the split seed; ``fold`` of the folds, or None."""
-
-    repeat: int
-    fold: int | None
+    for word in chosen:
+        if allowed is not None and word not in allowed:
+            raise BadOption(f"--{option}: {word!r} is none of {', '.join(allowed)}.{nearest(word, allowed)}")
+    return chosen

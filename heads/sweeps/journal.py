@@ -1,17 +1,9 @@
-"""The sweep folder: record, rows.jsonl, staged runs; Sweep.
+"""Journals: append-only rows of what is finished, checked records, and staging, for folders that a killed command goes
+on in. Of a sweep also its record, its run folders and `Sweep`; studies keep their steps in a journal too.
 
-The folder of a sweep: which one, what its record says, and that nothing else is put into it.
-
-The table of a sweep on disk: a line of JSON for every finished head, in ``rows.jsonl``.
-
-Lines of heads that were trained together come in one write and carry ``together``: [place, number]. After a kill, what
-does not end with the last line of a complete set is as if it had never been written, so heads are always trained in
-the company they would have had.
-
-Finished heads that wait for the choice: a file each in a hidden folder of the sweep, until their family is decided.
-
-Only a help: what is missing or damaged here (after a power failure; nothing is synced) is trained again, in the same
-company, to the same bytes.
+Rows that belong together (heads that were trained together) come in one write and carry ``together``: [place, number].
+After a kill, what does not end with the last line of a complete set is as if it had never been written, so heads are
+always trained in the company they would have had.
 """
 
 from __future__ import annotations
@@ -19,11 +11,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,323 +25,132 @@ import xxhash
 
 from featurecache import __version__
 from featurecache.errors import CacheError, RunError
-from featurecache.files.atomic import sync_path, writing
-from featurecache.files.records import parse, plain, read_record
+from featurecache.files.atomic import sync_path, write_whole, writing
+from featurecache.files.locks import exclusive_lock
+from featurecache.files.records import nan_to_none, parse
 from heads.evaluation.families import Family, family_of, select_setting, selection_key
 from heads.metrics.classification import METRICS
 from heads.models.catalogue import head_info
-from heads.reports.provenance import option_words, source_words, view_word
-from heads.runs import run
-from heads.runs.run import Run, load_run
-from heads.runs.write import RunContents
-from heads.settings import is_network
+from heads.runs.run import Run, load_run, read_config, read_json
+from heads.runs.write import RunContents, check_out
 from heads.sweeps.plan import SweepPlan
 from heads.task import clusters_of, task_of
 from heads.training.job import TrainingJob
 
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep folder as it is. ``families``: those whose chosen heads are all there; ``unfinished``: the others."""
-
-    path: Path
-    record: dict[str, Any]
-    rows: list[Row]
-    families: list[Family]
-    unfinished: list[str]
-
-    @property
-    def best(self) -> Run:
-        """A run of the family that is best on val."""
-
-        def place(family: Family) -> tuple[float, float]:
-            return selection_key([{"val": run.metrics["val"]} for run in family.runs], self.record["select"])
-
-        return min(self.families, key=place).runs[0]
-
-
-def list_sweeps(folder: str | Path = "runs") -> list[Sweep]:
-    """The sweeps in a folder, by name; anything else in it is passed over."""
-    found = []
-    for path in sorted(Path(folder).glob("*/sweep.json")):
-        try:
-            found.append(load_sweep(path.parent))
-        except RunError:  # of another version; load_sweep on it says what is wrong
-            continue
-    return found
-
-
-def load_sweep(path: str | Path) -> Sweep:
-    """Open a sweep folder; raises RunError where it is none."""
-    path = Path(path)
-    if not (path / RECORD).is_file():
-        raise RunError(f"{path} is no sweep: it has no {RECORD}. featurecache ablate makes one.")
-    record, (rows, _) = read_sweep(path), read_rows(path)
-    families: dict[tuple[str, str, str, float], list[Row]] = {}
-    for row in rows:
-        families.setdefault(family_of(row), []).append(row)
-    found, unfinished = [], []
-    for family, own in families.items():
-        choice = select_setting(own, record["select"])
-        folders = [path / "heads" / slug(row) for row in choice.rows] if choice else []
-        if not choice or any(key_in(f) != row["key"] for f, row in zip(folders, choice.rows, strict=True)):
-            unfinished.append(" ".join(map(str, family[:3])))
-            continue
-        runs = tuple(load_run(folder) for folder in folders)
-        found.append(Family(*family, runs, tuple(own)))
-    return Sweep(path, record, rows, found, unfinished)
-
-
-RECORD = "sweep.json"
+RECORD, ROWS, STAGED = "sweep.json", "rows.jsonl", ".unchosen"
 FORMAT = 1
+MOST = 1 << 31  # bytes of a journal
 Row = dict[str, Any]
-
-
-def sweep_folder(out: str | Path | None, plan: SweepPlan) -> Path:
-    if out is not None:
-        folder = Path(out)
-        if folder.exists() and not folder.is_dir():
-            raise RunError(f"--out {out} is a file; it must be a folder, or a name that is free.")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
-            raise RunError(f"--out {out} holds other files and no sweep; give a folder that is empty or not there.")
-        return folder
-    number, stem = 1, f"ablate-{plan.matched.views[0].name}"
-    while True:
-        folder = Path("runs") / f"{stem}-{number}"
-        if not folder.exists():
-            return folder
-        if (folder / RECORD).is_file() and not _differences(read_sweep(folder)["frame"], _frame(plan)):
-            return folder
-        number += 1
-
-
-def read_sweep(folder: Path) -> dict[str, Any]:
-    try:
-        record = read_record(folder / RECORD)
-    except CacheError as error:
-        raise RunError(f"{folder} is damaged: {error}") from error
-    if record.get("format") != FORMAT:
-        raise RunError(f"{folder} has sweep format {str(record.get('format'))[:40]}; this featurecache reads {FORMAT}.")
-    kinds: dict[str, Any] = {"frame": dict, "views": dict, "asked": list, "ram": (int, float), "select": str}
-    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
-    if wrong or record["select"] not in (*METRICS, "loss"):
-        raise RunError(f"{folder} is damaged: {RECORD} has no proper {' and no '.join(wrong or ['select'])}.")
-    return record
-
-
-def _frame(plan: SweepPlan) -> dict[str, Any]:
-    """What the heads of one sweep must have in common for their numbers to compare."""
-    base, matched = plan.asked.base, plan.matched
-    names = ("select", "split_seed", "resplit_val", "train_per_class", "drop_leaks", "positive", "sensitivity")
-    first = plan.splits(0, 1.0, plan.asked.draws[0])
-    task = task_of(matched.views[0], classes=base.classes, only=base.only, positive=base.positive)
-    return {
-        "images": matched.digest(),
-        "number of images": len(matched.places[0]),
-        "classes": list(task.classes),
-        "folds": plan.asked.folds,
-        **{name: getattr(base, name) for name in names},
-        "splits": matched.digest(first.names),
-    }
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [key for key in new if old.get(key, ...) != new[key]]
-
-
-def check_frame(folder: Path, record: dict[str, Any], plan: SweepPlan) -> None:
-    old, new = record["frame"], _frame(plan)
-    if not (different := _differences(old, new)):
-        return
-    name = different[0]
-    if name == "images":
-        what = f"of other images or labels ({old.get('number of images')} there, {new['number of images']} here)"
-    elif name == "splits":
-        what = "with other splits: divided by another --splits, or by the rows of another first view in --features"
-    else:
-        what = f"with {name.replace('_', ' ')} {_word(old.get(name))}, not {_word(new[name])}"
-    raise RunError(f"{folder} holds a sweep {what}. Its numbers would not compare; give another --out.")
-
-
-def _word(value: Any) -> str:
-    return "none" if value is None else ", ".join(value) if isinstance(value, list) else str(value)
-
-
-@contextmanager
-def in_use(folder: Path) -> Iterator[None]:
-    from featurecache.files.atomic import writing
-    from featurecache.files.locks import exclusive_lock
-
-    with writing(folder):
-        (folder / "heads").mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(folder, "ablate"):
-        for torn in (folder / "heads").glob(".*.partial"):
-            shutil.rmtree(torn, ignore_errors=True)
-        yield
-
-
-def write_record(folder: Path, record: dict[str, Any] | None, plan: SweepPlan) -> None:
-    from featurecache.files.atomic import write_whole
-
-    asked = plan.asked.to_dict()
-    old = record or {"format": FORMAT, "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "asked": []}
-    labels = {plan.matched.views[e.number].fingerprint: e.view for e in plan.entries}
-    whole = json.loads(json.dumps(asked))
-    new = old | {
-        "select": plan.asked.base.select, "frame": _frame(plan), "ram": plan.ram, "featurecache": __version__,
-        "views": old.get("views", {}) | labels, "command": command_of(plan, folder),
-        "asked": [*(each for each in old["asked"] if each != whole), whole],
-    }  # fmt: skip
-    write_whole(folder / RECORD, (json.dumps(new, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def command_of(plan: SweepPlan, folder: Path) -> str:
-    """The command line that asks for this sweep."""
-    asked = plan.asked
-    options: dict[str, Any] = {"heads": ",".join(asked.heads)}
-    views = {e.view: plan.matched.views[e.number].path for e in plan.entries if not is_network(e.head)}
-    features = [view_word(label, path) for label, path in views.items()]
-    options |= {"features": ",".join(features)} if features else {}
-    options |= {"outputs": ",".join(asked.outputs)} if asked.outputs else {}
-    options |= {name.replace("_", "-"): _grid_word(values) for name, values in asked.grid.items() if name != "augment"}
-    options |= {"seeds": asked.seeds} if asked.seeds > 1 else {}
-    options |= {"fractions": _grid_word(asked.fractions)} if asked.fractions != (1.0,) else {}
-    options |= {"repeats": asked.repeats} if asked.repeats > 1 else {}
-    options |= {"folds": asked.folds} if asked.folds else {}
-    options |= {"search": asked.search, "trials": asked.trials} if asked.search else {}
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    words += [] if features else source_words(plan.matched.views[0].source)
-    words += [word for each in asked.grid.get("augment", ()) for word in ("--augment", each or "none")]
-    return f"featurecache ablate {shlex.join([*words, *option_words(asked.base.to_dict()), '--out', str(folder)])}"
-
-
-def _grid_word(values: Any) -> str:
-    if hasattr(values, "low"):
-        return f"{values.low:g}..{values.high:g}"
-    return ",".join(value if isinstance(value, str) else f"{value:g}" for value in values)
-
-
-def slug(row: Row) -> str:
-    """The folder of a head: unlike for every family, seed, repeat and fold."""
-    head = row["head"].rpartition(":")[2] if row["head"].startswith("python:") else row["head"]
-    words = [row["view"], row["output"], head, *([f"{row['fraction']:g}"] if row["fraction"] < 1 else [])]
-    if not _is_solved(row):
-        words.append(f"seed{row['settings']['seed']}")
-    words += [f"repeat{row['repeat']}"] if row["repeat"] else []
-    words += [] if row["fold"] is None else [f"fold{row['fold']}"]
-    return re.sub(r"[^A-Za-z0-9._+-]+", "_", "-".join(words)).lstrip(".")[:200]
-
-
-def _is_solved(row: Row) -> bool:
-    return not row["head"].startswith("python:") and head_info(row["head"]).solved
-
-
-def key_in(path: Path) -> str | None:
-    """Which head a run folder of the sweep holds."""
-    try:
-        return run.read_config(path).get("sweep", {}).get("key")
-    except RunError:
-        return None
-
-
-ROWS = "rows.jsonl"
-MOST = 1 << 31  # bytes
-_KINDS = {
+COLUMNS: dict[str, type] = {
     "key": str, "view": str, "output": str, "head": str, "fraction": float, "repeat": int, "settings": dict,
-    "together": list, "seconds": float,
+    "seconds": float,
 }  # fmt: skip
+_CHECKSUM = 16  # digits that a staged file begins with
 
 
-def read_rows(folder: Path) -> tuple[list[dict[str, Any]], int]:
+def read_rows(file: Path, columns: dict[str, type] = COLUMNS) -> tuple[list[Row], int]:
     """The rows of complete sets, and the length in bytes up to the last of them: what follows is torn. Raises RunError
     where a line before it is no row."""
-    file = folder / ROWS
     if not file.exists():
         return [], 0
     if file.is_symlink() or not file.is_file() or file.stat().st_size > MOST:
         raise RunError(f"{file} is not a table of ours: a link, no plain file, or too large.")
-    rows: list[dict[str, Any]] = []
-    group: list[dict[str, Any]] = []
+    rows: list[Row] = []
+    together: list[Row] = []
     position = end = torn = 0
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
         position += len(line) + 1
-        row = _row(line)
+        row = _row(line, columns)
         if row is None:
             torn = torn or number
             continue
         if torn:
             raise RunError(
-                f"{file} is damaged: line {torn} is none of its rows. Delete that line: it is trained again."
+                f"{file} is damaged: line {torn} is none of its rows. Delete that line to have it done again."
             )
         place, count = row["together"]
-        group = [*group, row] if place == len(group) else [row] if place == 0 else []
-        if len(group) == count:
-            rows.extend(group)
-            group, end = [], position
+        together = [*together, row] if place == len(together) else [row] if place == 0 else []
+        if len(together) == count:
+            rows.extend(together)
+            together, end = [], position
     return rows, end
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _row(line: bytes, columns: dict[str, type]) -> Row | None:
     try:
         row = parse(line.decode("utf-8"), ROWS)
     except (CacheError, UnicodeDecodeError):
         return None
-    fine = isinstance(row, dict) and all(isinstance(row.get(name), kind) for name, kind in _KINDS.items())
-    return row if fine and _is_place(row["together"]) else None
-
-
-def _is_place(together: list[Any]) -> bool:
-    return len(together) == 2 and all(type(n) is int for n in together) and 0 <= together[0] < together[1]
+    kinds = columns | {"together": list}
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
+        return None
+    place = row["together"]
+    fine = len(place) == 2 and all(type(n) is int for n in place) and 0 <= place[0] < place[1]
+    return row if fine else None
 
 
 class JournalFile:
-    """``rows.jsonl`` to be continued: what was torn is cut off, sets of rows are appended and on the disk at once."""
+    """A file of rows to be continued: what was torn is cut off, sets of rows are appended and on the disk at once."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ROWS
-        self.rows, end = read_rows(folder)
-        with writing(self.path):
-            if self.path.exists() and self.path.stat().st_size > end:
-                os.truncate(self.path, end)
-                sync_path(self.path)
-        self.by_key = {row["key"]: row for row in self.rows}
+    def __init__(self, path: Path, columns: dict[str, type] = COLUMNS, key: str = "key") -> None:
+        self.path, self.key = path, key
+        self.rows, end = read_rows(path, columns)
+        with writing(path):
+            if path.exists() and path.stat().st_size > end:
+                os.truncate(path, end)
+                sync_path(path)
+        self.by_key = {row[key]: row for row in self.rows}
 
-    def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Rows of heads that were trained together, in their order."""
-        told = [plain(row | {"together": [place, len(rows)]}) for place, row in enumerate(rows)]
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in told)
+    def append(self, rows: Sequence[Row]) -> None:
+        """Rows that belong together, in their order."""
+        rows = [nan_to_none(row | {"together": [place, len(rows)]}) for place, row in enumerate(rows)]
+        data = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
         with writing(self.path):
             new = not self.path.exists()
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             try:
-                _write_all(descriptor, text.encode())
+                while data:
+                    data = data[os.write(descriptor, data) :]
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             if new:
                 sync_path(self.path.parent)
-        self.rows += told
-        self.by_key |= {row["key"]: row for row in told}
+        self.rows += rows
+        self.by_key |= {row[self.key]: row for row in rows}
 
-    def together_with(self, key: str) -> list[dict[str, Any]]:
-        """The rows of the set that a row was trained in, in order."""
-        place = next(i for i, row in enumerate(self.rows) if row["key"] == key)
+    def together_with(self, key: str) -> list[Row]:
+        """The rows of the set that a row was written in, in order."""
+        place = next(i for i, row in enumerate(self.rows) if row[self.key] == key)
         start = place - self.rows[place]["together"][0]
         return self.rows[start : start + self.rows[place]["together"][1]]
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+def write_json(file: Path, record: dict[str, Any]) -> None:
+    write_whole(file, (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-FOLDER = ".unchosen"
-_DIGITS = 16  # of the checksum that a file begins with
+@contextmanager
+def in_use(folder: Path, by: str, *below: str) -> Iterator[None]:
+    """Make a folder and those ``below`` it, and keep every other process out. Unfinished run folders are removed."""
+    with writing(folder):
+        for name in below:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(folder, by):
+        for torn in (torn for name in below for torn in (folder / name).glob(".*.partial")):
+            shutil.rmtree(torn, ignore_errors=True)
+        yield
 
 
 class StagedRuns:
+    """Finished heads that wait for the choice: a file each in a hidden folder, until their family is decided.
+
+    Only a help: what is missing or damaged here (after a power failure; nothing is synced) is trained again, in the
+    same company, to the same bytes.
+    """
+
     def __init__(self, sweep: Path) -> None:
-        self.folder = sweep / FOLDER
+        self.folder = sweep / STAGED
         for torn in self.folder.glob(".*.tmp"):
             torn.unlink()
 
@@ -376,7 +176,7 @@ class StagedRuns:
             whole = self._path(key).read_bytes()
         except FileNotFoundError:
             return None
-        check, data = whole[:_DIGITS], whole[_DIGITS:]
+        check, data = whole[:_CHECKSUM], whole[_CHECKSUM:]
         if xxhash.xxh3_64_hexdigest(data).encode() != check:
             return None
         size = int.from_bytes(data[:8], "little")
@@ -398,3 +198,154 @@ class StagedRuns:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
+
+
+def open_sweep(out: str | Path | None, plan: SweepPlan) -> tuple[Path, dict[str, Any] | None]:
+    """The folder of a planned sweep and the record in it, by which the plan takes the names of views and the budget of
+    memory that it began with. Raises RunError where it holds another sweep, or anything else."""
+    folder = check_out(out, RECORD, "sweep") if out is not None else _free_folder(plan)
+    if not (folder / RECORD).exists():
+        return folder, None
+    record = _read_sweep(folder)
+    _check_frame(folder, record["frame"], _frame(plan))
+    names, views = record["views"], plan.matched.views
+    plan.families = [replace(f, view=names.get(views[f.number].fingerprint, f.view)) for f in plan.families]
+    plan.ram = record["ram"] if plan.spec.base.ram is None else plan.ram
+    return folder, record
+
+
+def _free_folder(plan: SweepPlan) -> Path:
+    """The first that is not there, or holds this sweep."""
+    number = 1
+    while (folder := Path("runs") / f"ablate-{plan.matched.views[0].name}-{number}").exists():
+        if (folder / RECORD).is_file() and not _differences(_read_sweep(folder)["frame"], _frame(plan)):
+            break
+        number += 1
+    return folder
+
+
+def _read_sweep(folder: Path) -> dict[str, Any]:
+    record = read_json(folder / RECORD)
+    if record.get("format") != FORMAT:
+        raise RunError(f"{folder} has sweep format {str(record.get('format'))[:40]}; this featurecache reads {FORMAT}.")
+    kinds: dict[str, Any] = {"frame": dict, "views": dict, "asked": list, "ram": (int, float), "select": str}
+    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
+    if wrong or record["select"] not in (*METRICS, "loss"):
+        raise RunError(f"{folder} is damaged: {RECORD} has no proper {' and no '.join(wrong or ['select'])}.")
+    return record
+
+
+def _frame(plan: SweepPlan) -> dict[str, Any]:
+    """What the heads of one sweep must have in common for their numbers to compare."""
+    base, matched = plan.spec.base, plan.matched
+    names = ("select", "split_seed", "resplit_val", "train_per_class", "drop_leaks", "positive", "sensitivity")
+    task = task_of(matched.views[0], classes=base.classes, only=base.only, positive=base.positive)
+    return {
+        "images": matched.digest(),
+        "number of images": len(matched.places[0]),
+        "classes": list(task.classes),
+        "folds": plan.spec.folds,
+        **{name: getattr(base, name) for name in names},
+        "splits": matched.digest(plan.splits(0, 1.0, plan.spec.resplits[0]).names),
+    }
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [key for key in new if old.get(key, ...) != new[key]]
+
+
+def _check_frame(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for name in _differences(old, new):
+        values = (old.get(name), new[name])
+        texts = [", ".join(v) if isinstance(v, list) else "none" if v is None else v for v in values]
+        counts = f"{old.get('number of images')} there, {new['number of images']} here"
+        what = {
+            "images": f"of other images or labels ({counts})",
+            "splits": "with other splits: divided by another --splits, or by the rows of another first view in "
+            "--features",
+        }.get(name, f"with {name.replace('_', ' ')} {texts[0]}, not {texts[1]}")
+        raise RunError(f"{folder} holds a sweep {what}. Its numbers would not compare; give another --out.")
+
+
+def write_sweep(folder: Path, record: dict[str, Any] | None, plan: SweepPlan) -> None:
+    """``record``: that of the sweep which goes on."""
+    asked = json.loads(json.dumps(plan.spec.to_dict()))
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    old: dict[str, Any] = record or {"format": FORMAT, "created": now, "asked": []}
+    labels = {plan.matched.views[f.number].fingerprint: f.view for f in plan.families}
+    new = {
+        "select": plan.spec.base.select, "frame": _frame(plan), "ram": plan.ram, "featurecache": __version__,
+        "views": old.get("views", {}) | labels, "command": plan.command(folder),
+        "asked": [*(each for each in old["asked"] if each != asked), asked],
+    }  # fmt: skip
+    write_json(folder / RECORD, old | new)
+
+
+def slug(row: Row) -> str:
+    """The folder of a head: unlike for every family, seed, repeat and fold."""
+    own = row["head"].startswith("python:")
+    words = [row["view"], row["output"], row["head"].rpartition(":")[2] if own else row["head"]]
+    words += [f"{row['fraction']:g}"] if row["fraction"] < 1 else []
+    words += [f"seed{row['settings']['seed']}"] if own or not head_info(row["head"]).solved else []
+    words += [f"repeat{row['repeat']}"] if row["repeat"] else []
+    words += [] if row["fold"] is None else [f"fold{row['fold']}"]
+    return re.sub(r"[^A-Za-z0-9._+-]+", "_", "-".join(words)).lstrip(".")[:200]
+
+
+def key_in(path: Path) -> str | None:
+    """Which head a run folder of the sweep holds."""
+    try:
+        return read_config(path).get("sweep", {}).get("key")
+    except RunError:
+        return None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep folder as it is. ``families``: those whose chosen heads are all there; ``unfinished``: the others."""
+
+    path: Path
+    record: dict[str, Any]
+    rows: list[Row]
+    families: list[Family]
+    unfinished: list[str]
+
+    @property
+    def best(self) -> Run:
+        """A run of the family that is best on val."""
+
+        def place(family: Family) -> tuple[float, float]:
+            return selection_key([{"val": run.metrics["val"]} for run in family.runs], self.record["select"])
+
+        return min(self.families, key=place).runs[0]
+
+
+def list_sweeps(folder: str | Path = "runs") -> list[Sweep]:
+    """The sweeps in a folder, by name; anything else in it is passed over."""
+    sweeps = []
+    for path in sorted(Path(folder).glob(f"*/{RECORD}")):
+        try:
+            sweeps.append(load_sweep(path.parent))
+        except RunError:  # of another version; load_sweep on it says what is wrong
+            continue
+    return sweeps
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Open a sweep folder; raises RunError where it is none."""
+    path = Path(path)
+    if not (path / RECORD).is_file():
+        raise RunError(f"{path} is no sweep: it has no {RECORD}. featurecache ablate makes one.")
+    record, (rows, _) = _read_sweep(path), read_rows(path / ROWS)
+    by_family: dict[tuple[str, str, str, float], list[Row]] = {}
+    for row in rows:
+        by_family.setdefault(family_of(row), []).append(row)
+    families, unfinished = [], []
+    for family, own in by_family.items():
+        choice = select_setting(own, record["select"])
+        folders = [path / "heads" / slug(row) for row in choice.rows] if choice else []
+        if not choice or any(key_in(f) != row["key"] for f, row in zip(folders, choice.rows, strict=True)):
+            unfinished.append(" ".join(map(str, family[:3])))
+            continue
+        families.append(Family(*family, tuple(load_run(folder) for folder in folders), tuple(own)))
+    return Sweep(path, record, rows, families, unfinished)

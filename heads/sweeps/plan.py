@@ -1,18 +1,18 @@
-"""What a sweep trains; what is already there by key.
+"""Plan of a sweep: the heads that fit the outputs, their settings, the splits drawn, and the key of every head.
 
-What a sweep trains, before it trains: the heads that fit the outputs, the settings, the draws of splits.
-
-An *entry* is one line of the table in the end: (view, output, head, fraction). For each entry every *draw* (repeat,
-fold) is trained with every setting and seed; what shares an entry and a draw shares its batches.
-
-What a trained head is known by: hashes of words, of the images of a job, of code.
+A *planned family* is one line of the table in the end: (view, output, head, fraction). For each of them every *resplit*
+(repeat, fold) is trained with every setting and seed; what shares both shares its batches. A *key* is a hash of
+everything that decides a row: what has one in the journal is not trained again.
 """
 
 from __future__ import annotations
 
 import inspect
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,14 +20,13 @@ import torch
 from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
 from heads.alignment import AlignedViews, same_images
-from heads.models.catalogue import HEADS, baseline_info, has_dropout, head_info, make_head
+from heads.models.catalogue import HEADS, baseline_info, has_dropout, head_info, is_baseline, make_head
 from heads.models.common import Input
 from heads.pixel_view import PixelView
-from heads.runs.run import hash_of, name_of
-from heads.settings import OF_BASELINES, OF_FINETUNE, VARIED, Settings, is_network
+from heads.runs.run import hash_of, name_of, option_words, source_words, view_word
+from heads.settings import VARIED, Settings, flag, options_for
 from heads.splits import Splits
-from heads.sweeps import grid
-from heads.sweeps.grid import Resplit, SweepSpec
+from heads.sweeps.grid import Range, Resplit, SweepSpec
 from heads.task import task_of
 from heads.training.job import TrainingJob, choose_output, images_of, memory_plan, prepare, splits_for
 
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the keys
 STEPPED = ("linear", "mlp")  # heads whose steps are one product for all of them
 TOGETHER, TOGETHER_STACKED = 16, 128  # heads in one training; what a kill can cost
+FROM_PIXELS = options_for("network", "finetune")
 OF_STEPS = (*VARIED, "epochs", "batch_size", "precision", "pos_weight", "gated")  # nothing to a solved head
 # What a key says in another way (the images with their labels and splits, the window), or what decides nothing.
 NOT_IN_KEY = ("splits", "ram", "device", "output", "classes", "only", "positive", "standardize")
@@ -53,7 +53,7 @@ class PlannedFamily:
     fraction: float
 
     @property
-    def family(self) -> tuple[str, str, str, float]:
+    def identity(self) -> tuple[str, str, str, float]:
         return self.view, self.output, self.head, self.fraction
 
     @property
@@ -62,7 +62,7 @@ class PlannedFamily:
 
     def __str__(self) -> str:
         part = f", {self.fraction * 100:.4g} % of train" if self.fraction < 1 else ""
-        if is_network(self.head):
+        if is_baseline(self.head):
             return f"{name_of(self.head, self.output)}{part}"
         return f"{self.view} {self.output} {self.head}{part}"
 
@@ -71,101 +71,126 @@ class PlannedFamily:
 class SweepPlan:
     """A sweep that can begin: everything the user can have mistaken is checked."""
 
-    asked: SweepSpec
+    spec: SweepSpec
     matched: AlignedViews
-    entries: list[PlannedFamily]
+    families: list[PlannedFamily]
     left_out: list[str]  # of each view the heads and outputs that do not fit
     ram: float  # GB
     _splits: dict[Any, Splits] = field(default_factory=dict)
     _images: dict[Any, str] = field(default_factory=dict)
     _keys: dict[Any, list[str]] = field(default_factory=dict)
 
-    def splits(self, number: int, fraction: float, draw: Resplit) -> Splits:
+    def splits(self, number: int, fraction: float, resplit: Resplit) -> Splits:
         """Drawn once, on the first view, and carried over to the others by image."""
-        key = (fraction, draw)
-        if key not in self._splits:
-            first, base = self.matched.views[0], self._settings(fraction, draw)
+        place = (fraction, resplit)
+        if place not in self._splits:
+            first, base = self.matched.views[0], self._settings(fraction, resplit)
             task = task_of(first, classes=base.classes, only=base.only, positive=base.positive)
-            self._splits[key] = splits_for(first, self.matched.common_task(task), base)
-        if (number, key) not in self._splits:
-            self._splits[number, key] = self.matched.carried(self._splits[key], number)
-        return self._splits[number, key]
+            self._splits[place] = splits_for(first, self.matched.common_task(task), base)
+        if (number, place) not in self._splits:
+            self._splits[number, place] = self.matched.carried(self._splits[place], number)
+        return self._splits[number, place]
 
-    def _settings(self, fraction: float, draw: Resplit) -> Settings:
-        base = self.asked.base
+    def _settings(self, fraction: float, resplit: Resplit) -> Settings:
+        base = self.spec.base
         return replace(
-            base, split_seed=base.split_seed + draw.repeat, fraction=fraction, folds=self.asked.folds, fold=draw.fold,
-            ram=self.ram,
+            base, split_seed=base.split_seed + resplit.repeat, fraction=fraction, folds=self.spec.folds,
+            fold=resplit.fold, ram=self.ram,
         )  # fmt: skip
 
     def settings(
-        self, entry: PlannedFamily, draw: Resplit, values: dict[str, Any] | None = None, seed: int = 0
+        self, family: PlannedFamily, resplit: Resplit, values: dict[str, Any] | None = None, seed: int = 0
     ) -> Settings:
         """Of one head, without the options that are nothing to it: a solved head takes none about steps."""
-        shared, asked = self._settings(entry.fraction, draw), self.asked
-        published = _published(entry.head, asked.base)
-        own = {name: value for name, value in published.items() if name not in asked.given}
-        record = {**vars(shared), **own, **(values or {}), "head": entry.head, "output": entry.output, "seed": seed}
-        needless = [name for name in ("dropout", "gated", *OF_BASELINES) if not has_option(entry.head, name)]
-        needless += OF_STEPS if entry.solved else []
-        plain = Settings(entry.head)
+        shared, spec = self._settings(family.fraction, resplit), self.spec
+        own = {name: v for name, v in _published(family.head, spec.base).items() if name not in spec.given}
+        record = {**vars(shared), **own, **(values or {}), "head": family.head, "output": family.output, "seed": seed}
+        needless = [name for name in ("dropout", "gated", *FROM_PIXELS) if not has_option(family.head, name)]
+        needless += OF_STEPS if family.solved else []
+        plain = Settings(family.head)
         return Settings(**record | {name: getattr(plain, name) for name in needless})
 
     def heads(
-        self, entry: PlannedFamily, draw: Resplit, variants: Sequence[dict[str, Any]] | None = None
+        self, family: PlannedFamily, resplit: Resplit, variants: Sequence[dict[str, Any]] | None = None
     ) -> list[Settings]:
         """Every setting (``variants``: the grid unless said otherwise) with every seed; a solved head has neither."""
-        if entry.solved:
-            return [self.settings(entry, draw)]
-        variants = self.asked.variants() if variants is None else variants
-        each = [self.settings(entry, draw, values, seed) for values in variants for seed in range(self.asked.seeds)]
-        return list(dict.fromkeys(each))
+        if family.solved:
+            return [self.settings(family, resplit)]
+        variants, seeds = self.spec.variants() if variants is None else variants, range(self.spec.seeds)
+        return list(dict.fromkeys(self.settings(family, resplit, values, s) for values in variants for s in seeds))
 
     def wanted(
-        self, entry: PlannedFamily, draw: Resplit, variants: Sequence[dict[str, Any]] | None = None
+        self, family: PlannedFamily, resplit: Resplit, variants: Sequence[dict[str, Any]] | None = None
     ) -> tuple[list[Settings], list[str]]:
-        """The heads of an entry on one draw, with their keys."""
-        settings = self.heads(entry, draw, variants)
-        place = (entry, draw, tuple(settings))
+        """The heads of a family on one resplit, with their keys."""
+        settings = self.heads(family, resplit, variants)
+        place = (family, resplit, tuple(settings))
         if place not in self._keys:
-            self._keys[place] = self.keys(self.job(entry, draw), entry, draw, settings)
+            self._keys[place] = self.keys(self.job(family, resplit), family, resplit, settings)
         return settings, self._keys[place]
 
-    def job(self, entry: PlannedFamily, draw: Resplit, settings: Settings | None = None) -> TrainingJob:
-        """``settings``: those of a head that was asked for before."""
-        wanted = settings or self.heads(entry, draw, [self.first_values])[0]
-        view = self.matched.views[entry.number]
-        return prepare(view, replace(wanted, ram=self.ram), self.splits(entry.number, entry.fraction, draw))
+    def job(self, family: PlannedFamily, resplit: Resplit, settings: Settings | None = None) -> TrainingJob:
+        """``settings``: those of a head that was trained before; else the first of the grid."""
+        first = {name: v.low if isinstance(v, Range) else v[0] for name, v in self.spec.grid.items()}
+        wanted = settings or self.heads(family, resplit, [first])[0]
+        splits = self.splits(family.number, family.fraction, resplit)
+        return prepare(self.matched.views[family.number], replace(wanted, ram=self.ram), splits)
 
-    @property
-    def first_values(self) -> dict[str, Any]:
-        """One value of everything that is varied, to check the others with."""
-        return {n: v.low if isinstance(v, grid.Range) else v[0] for n, v in self.asked.grid.items()}
-
-    def keys(self, job: TrainingJob, entry: PlannedFamily, draw: Resplit, settings: Sequence[Settings]) -> list[str]:
+    def keys(
+        self, job: TrainingJob, family: PlannedFamily, resplit: Resplit, settings: Sequence[Settings]
+    ) -> list[str]:
         """One word for everything that decides a row: never a path, a date or a count of threads."""
-        place = (entry.number, entry.fraction, draw)
+        place = (family.number, family.fraction, resplit)
         if place not in self._images:
             self._images[place] = images_of(job)
         shared = {
             "format": FORMAT, "fingerprint": job.view.fingerprint, "output": job.output, "images": self._images[place],
-            "window": memory_plan(job)[1], "code": source_hash(entry.head),
-            "standardize": job.settings.standardize or head_info(entry.head).standardize,
+            "window": memory_plan(job)[1], "code": source_hash(family.head),
+            "standardize": job.settings.standardize or head_info(family.head).standardize,
         }  # fmt: skip
         own = [{k: v for k, v in each.to_dict().items() if k not in NOT_IN_KEY} for each in settings]
         return [hash_of(canonical_json(shared | {"settings": record})) for record in own]
 
-    def chunk(self, entry: PlannedFamily) -> int:
+    def chunk(self, family: PlannedFamily) -> int:
         """How many heads are trained together, at most; of networks from pixels one, which is what memory holds."""
-        if is_network(entry.head):
+        if is_baseline(family.head):
             return 1
-        return TOGETHER_STACKED if entry.head in STEPPED else TOGETHER
+        return TOGETHER_STACKED if family.head in STEPPED else TOGETHER
+
+    def command(self, folder: Path) -> str:
+        """The command line that asks for this sweep."""
+        spec, views = self.spec, self.matched.views
+        labels = {f.view: views[f.number].path for f in self.families if not is_baseline(f.head)}
+        features = ",".join(view_word(label, path) for label, path in labels.items())
+        options = {"heads": ",".join(spec.heads), "features": features, "outputs": ",".join(spec.outputs)}
+        options |= {name: _values_text(values) for name, values in spec.grid.items() if name != "augment"}
+        options |= {"seeds": str(spec.seeds) if spec.seeds > 1 else ""}
+        options |= {"fractions": _values_text(spec.fractions) if spec.fractions != (1.0,) else ""}
+        options |= {"repeats": str(spec.repeats) if spec.repeats > 1 else "", "folds": str(spec.folds or "")}
+        options |= {"search": spec.search or "", "trials": str(spec.trials or "")}
+        words = [word for name, value in options.items() if value for word in (flag(name), value)]
+        words += [] if features else source_words(views[0].source)
+        words += [word for each in spec.grid.get("augment", ()) for word in ("--augment", each or "none")]
+        return f"featurecache ablate {shlex.join([*words, *option_words(spec.base.to_dict()), '--out', str(folder)])}"
+
+
+def _values_text(values: Any) -> str:
+    if isinstance(values, Range):
+        return f"{values.low:g}..{values.high:g}"
+    return ",".join(value if isinstance(value, str) else f"{value:g}" for value in values)
+
+
+def source_hash(head: str) -> str | None:
+    """Of the module of a head of one's own."""
+    if not head.startswith("python:"):
+        return None
+    return hash_of(inspect.getsource(sys.modules[head_info(head).make.__module__]))
 
 
 def has_option(head: str, option: str) -> bool:
-    if option in OF_BASELINES:
-        return is_network(head) and (option not in OF_FINETUNE or head.startswith("finetune:"))
-    if is_network(head):
+    if option in FROM_PIXELS:
+        return is_baseline(head) and (option in options_for("network") or head.startswith("finetune:"))
+    if is_baseline(head):
         return option == "dropout" and has_dropout(head)
     info = head_info(head)
     return not info.solved and option in inspect.signature(info.make).parameters
@@ -173,79 +198,68 @@ def has_option(head: str, option: str) -> bool:
 
 def _published(head: str, base: Settings) -> dict[str, Any]:
     """The published settings of a baseline, but for what all heads of a sweep are judged by."""
-    if not is_network(head):
+    if not is_baseline(head):
         return {}
     info = baseline_info(head, weights=base.weights, adapted=base.lora is not None or base.rlrr)
     return {name: value for name, value in info.settings.items() if name != "select"}
 
 
-def make_plan(views: Sequence[FeatureView], asked: SweepSpec, ram: float) -> SweepPlan:
+def make_plan(views: Sequence[FeatureView], spec: SweepSpec, ram: float) -> SweepPlan:
     """Check everything and draw the splits; raises before anything is trained or written."""
     matched = same_images(_each_once(views))
-    entries, left_out = _entries(matched.views, asked)
-    plan = SweepPlan(asked, matched, entries, left_out, ram)
+    families, left_out = _families(matched.views, spec)
+    plan = SweepPlan(spec, matched, families, left_out, ram)
     plain = Settings("")
-    wanted = [name for name in ("gated", *OF_BASELINES) if getattr(asked.base, name) != getattr(plain, name)]
-    wanted += [name for name in ("dropout", "augment") if asked.grid.get(name) not in (None, (0.0,), (None,))]
+    wanted = [name for name in ("gated", *FROM_PIXELS) if getattr(spec.base, name) != getattr(plain, name)]
+    wanted += [name for name in ("dropout", "augment") if spec.grid.get(name) not in (None, (0.0,), (None,))]
     for name in wanted:
-        if not any(has_option(head, name) for head in asked.heads):
-            option = name.replace("_", "-")
-            raise BadOption(f"--{option} would do nothing: none of --heads {','.join(asked.heads)} has it.")
-    for entry in entries:
-        plan.job(entry, asked.draws[0])
-    for draw in asked.draws[1:]:
-        for fraction in asked.fractions:
-            plan.splits(0, fraction, draw)
+        if not any(has_option(head, name) for head in spec.heads):
+            raise BadOption(f"{flag(name)} would do nothing: none of --heads {','.join(spec.heads)} has it.")
+    for family in families:
+        plan.job(family, spec.resplits[0])
+    for resplit in spec.resplits[1:]:
+        for fraction in spec.fractions:
+            plan.splits(0, fraction, resplit)
     return plan
 
 
 def _each_once(views: Sequence[FeatureView]) -> list[FeatureView]:
-    found: dict[str, FeatureView] = {}
+    by_fingerprint: dict[str, FeatureView] = {}
     for view in views:
-        same = found.setdefault(view.fingerprint, view)
+        same = by_fingerprint.setdefault(view.fingerprint, view)
         if str(same.path) != str(view.path):
             raise BadOption(f"--features {same.label} and {view.label} are of one store: the same features twice.")
-    return list(found.values())
+    return list(by_fingerprint.values())
 
 
-def _entries(views: Sequence[FeatureView], asked: SweepSpec) -> tuple[list[PlannedFamily], list[str]]:
+def _families(views: Sequence[FeatureView], spec: SweepSpec) -> tuple[list[PlannedFamily], list[str]]:
     """Each head on those of the outputs that fit it; raises BadOption for a head that fits none of a view's."""
-    entries, left_out = [], []
+    families, left_out = [], []
     for number, view in enumerate(views):
         unfit = []
-        for head in asked.heads:
-            if isinstance(view, PixelView) or is_network(head):
-                if isinstance(view, PixelView) and head in view.baselines:
-                    entries += [PlannedFamily(number, view.label, view.output, head, part) for part in asked.fractions]
-                continue
-            outputs = asked.outputs or (choose_output(view, head, None),)
-            reasons = {output: _why_not(view, head, output, asked) for output in outputs}
-            if all(reasons.values()):
-                raise BadOption(f"{head} fits none of --outputs {', '.join(outputs)}: {next(iter(reasons.values()))}")
-            if any(reasons.values()):
-                unfit.append(f"{head} on {', '.join(output for output, reason in reasons.items() if reason)}")
-            for output in (output for output, reason in reasons.items() if not reason):
-                entries += [PlannedFamily(number, view.label, output, head, fraction) for fraction in asked.fractions]
+        for head in spec.heads:
+            if isinstance(view, PixelView) or is_baseline(head):
+                outputs = [view.output] if isinstance(view, PixelView) and head in view.baselines else []
+            else:
+                reasons = {o: _why_not(view, head, o, spec) for o in spec.outputs or (choose_output(view, head, None),)}
+                outputs = [output for output, reason in reasons.items() if not reason]
+                if not outputs:
+                    why = next(iter(reasons.values()))
+                    raise BadOption(f"{head} fits none of --outputs {', '.join(reasons)}: {why}")
+                if len(outputs) < len(reasons):
+                    unfit.append(f"{head} on {', '.join(output for output, reason in reasons.items() if reason)}")
+            families += [PlannedFamily(number, view.label, o, head, part) for o in outputs for part in spec.fractions]
         left_out += [f"{view.label}: {'; '.join(unfit)}"] if unfit else []
-    return entries, left_out
+    return families, left_out
 
 
-def _why_not(view: FeatureView, head: str, output: str, asked: SweepSpec) -> str | None:
+def _why_not(view: FeatureView, head: str, output: str, spec: SweepSpec) -> str | None:
     choose_output(view, head, output)  # raises where the view has no such output
     info = view.info(output)
     fits = Input(tuple(info.shape), tuple(info.prefix or ()), info.grid)
     try:
         with torch.device("meta" if head in HEADS else "cpu"):
-            make_head(head, fits, 2, gated=asked.base.gated and has_option(head, "gated"))
+            make_head(head, fits, 2, gated=spec.base.gated and has_option(head, "gated"))
     except BadOption as error:
         return str(error)
     return None
-
-
-def source_hash(head: str) -> str | None:
-    """A hash of the module of a head of one's own."""
-    if not head.startswith("python:"):
-        return None
-    import sys
-
-    return hash_of(inspect.getsource(sys.modules[head_info(head).make.__module__]))

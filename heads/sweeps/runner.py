@@ -1,9 +1,4 @@
-"""Train what is missing, stacked where it can be.
-
-Running a plan: train what is missing, family by family; choose; keep what is chosen as runs.
-
-How long the steps of a sweep take, from a few of them.
-"""
+"""Run the plan of a sweep: train what is missing, family by family; choose on val; keep what is chosen as runs."""
 
 from __future__ import annotations
 
@@ -20,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from featurecache.errors import ProtocolError, Stopped
+from featurecache.formatting import duration
 from heads.evaluation.controls import all_controls
 from heads.evaluation.families import Selection, family_of, mean_of, select_setting, setting_of
 from heads.metrics.classification import METRICS
@@ -28,8 +24,9 @@ from heads.pixel_view import PixelView
 from heads.runs.write import RunContents, RunTarget, write_run
 from heads.settings import Settings
 from heads.sweeps.grid import Resplit
-from heads.sweeps.journal import JournalFile, Row, StagedRuns, key_in, slug
+from heads.sweeps.journal import ROWS, JournalFile, Row, StagedRuns, key_in, slug
 from heads.sweeps.plan import STEPPED, PlannedFamily, SweepPlan
+from heads.sweeps.search import search
 from heads.task import Say, task_of
 from heads.training import engine
 from heads.training.job import TrainingJob, make_model, split_line
@@ -42,136 +39,145 @@ class SweepRunner:
     """Trains what is missing, family by family, and keeps what is chosen."""
 
     def __init__(self, plan: SweepPlan, folder: Path, controls: bool | None, say: Say, progress: bool) -> None:
-        self.plan, self.folder, self.say = plan, folder, say
-        self.rows, self.shelf = JournalFile(folder), StagedRuns(folder)
+        self.plan, self.folder, self.say, self.progress = plan, folder, say, progress
+        self.journal, self.staged = JournalFile(folder / ROWS), StagedRuns(folder)
         untrained = any(view.untrained for view in plan.matched.views)
         self.controls = untrained if controls is None else controls
-        self._controls: dict[Any, list[dict[str, Any]]] = {}
-        self.progress = progress
-        self.select = plan.asked.base.select
+        self._controls: list[dict[str, Any]] | None = None
+        self.select = plan.spec.base.select
 
     def run(self) -> None:
-        todo = say_plan(self.plan, self.folder, self.rows.rows, self.say)
-        with _bar(sum(todo.values()), self.progress) as self.bar:
+        todo = say_plan(self.plan, self.folder, self.journal.rows, self.say)
+        style = "ablate {percentage:3.0f} % {bar} {n:,}/{total:,} heads  eta {remaining}"
+        with tqdm(
+            total=sum(todo.values()), disable=None if self.progress else True, bar_format=style, leave=False,
+            smoothing=0.1, dynamic_ncols=True,
+        ) as self.bar:  # fmt: skip
             try:
-                for entry in self.plan.entries:
-                    if self.plan.asked.search and not entry.solved:
-                        from heads.sweeps.search import search
-
-                        search(self, entry)
+                for family in self.plan.families:
+                    if self.plan.spec.search and not family.solved:
+                        self._search(family)
                     else:
-                        self.train(entry)
-                    self.finish(entry)
+                        self.train(family)
+                    self.finish(family)
                 for left in self.folder.glob(".network-*.checkpoint"):  # of settings that are asked for no more
                     left.unlink()
             except KeyboardInterrupt as error:
-                raise Stopped(
-                    f"stopped. {len(self.rows.rows):,} heads are safe; the same command continues."
-                ) from error
+                safe = f"{len(self.journal.rows):,} heads are safe"
+                raise Stopped(f"stopped. {safe}; the same command continues.") from error
 
-    def train(self, entry: PlannedFamily, variants: Sequence[dict[str, Any]] | None = None) -> int:
-        """Every head of these settings that is not there yet, on every draw; how many that were."""
+    def _search(self, family: PlannedFamily) -> None:
+        """Trials of settings, each trained with every seed on every resplit."""
+
+        def train(variants: Sequence[dict[str, Any]]) -> list[float | None]:
+            self.bar.update(len(variants) * heads - self.train(family, variants))
+            return [self.value(family, values) for values in variants]
+
+        heads = self.plan.spec.seeds * len(self.plan.spec.resplits)
+        before = search(self.plan, family, self.folder, train)
+        self.bar.update(before * heads)
+
+    def train(self, family: PlannedFamily, variants: Sequence[dict[str, Any]] | None = None) -> int:
+        """Every head of these settings that is not there yet, on every resplit; how many that were."""
         trained = 0
-        for draw in self.plan.asked.draws:
-            settings, keys = self.plan.wanted(entry, draw, variants)
-            missing = [(s, key) for s, key in zip(settings, keys, strict=True) if key not in self.rows.by_key]
-            size = self.plan.chunk(entry)
+        for resplit in self.plan.spec.resplits:
+            settings, keys = self.plan.wanted(family, resplit, variants)
+            missing = [(s, key) for s, key in zip(settings, keys, strict=True) if key not in self.journal.by_key]
+            size = self.plan.chunk(family)
             for start in range(0, len(missing), size):
                 chunk = missing[start : start + size]
-                self._train_set(self.plan.job(entry, draw), entry, draw, chunk)
+                self._train_set(self.plan.job(family, resplit), family, resplit, chunk)
                 self.bar.update(len(chunk))
             trained += len(missing)
         return trained
 
-    def value(self, entry: PlannedFamily, values: dict[str, Any]) -> float | None:
-        """The criterion of one setting, averaged over its seeds and draws; None where a head of it failed."""
-        keys = [key for draw in self.plan.asked.draws for key in self.plan.wanted(entry, draw, [values])[1]]
-        value = mean_of([self.rows.by_key[key] for key in keys], self.select)
+    def value(self, family: PlannedFamily, values: dict[str, Any]) -> float | None:
+        """The criterion of one setting, averaged over its seeds and resplits; None where a head of it failed."""
+        keys = [key for resplit in self.plan.spec.resplits for key in self.plan.wanted(family, resplit, [values])[1]]
+        value = mean_of([self.journal.by_key[key] for key in keys], self.select)
         return None if math.isnan(value) else value
 
     def _train_set(
-        self, job: TrainingJob, entry: PlannedFamily, draw: Resplit, chunk: Sequence[tuple[Settings, str]]
+        self, job: TrainingJob, family: PlannedFamily, resplit: Resplit, chunk: Sequence[tuple[Settings, str]]
     ) -> None:
-        """Heads that share their batches: to the shelf first, then their rows at once. A network is kept after every
-        epoch, too: it may take hours."""
-        kept = None
+        """Heads that share their batches: staged first, then their rows at once. A network is kept after every epoch,
+        too: it may take hours."""
+        checkpoint = None
         if isinstance(job.view, PixelView):
             ((settings, _),) = chunk
-            kept = Checkpoint.of(RunTarget(self.folder, "network"), replace(job, settings=settings))
-        fits = train_together(job, [settings for settings, _ in chunk], keeper=kept)
+            checkpoint = Checkpoint.of(RunTarget(self.folder, "network"), replace(job, settings=settings))
+        fits = train_together(job, [settings for settings, _ in chunk], keeper=checkpoint)
         rows = []
         for (settings, key), fit in zip(chunk, fits, strict=True):
             if isinstance(fit, FittedHead):
-                self.shelf.put(key, self._contents(job, fit, entry, draw, key))
-            rows.append(_row(self.plan, entry, draw, job, settings, key, fit))
-        self.rows.append(rows)
-        if kept:
-            kept.remove()
+                self.staged.put(key, self._contents(job, fit, family, resplit, key))
+            rows.append(_row(self.plan, family, resplit, job, settings, key, fit))
+        self.journal.append(rows)
+        if checkpoint:
+            checkpoint.remove()
 
     def _contents(
-        self, job: TrainingJob, fit: FittedHead, entry: PlannedFamily, draw: Resplit, key: str
+        self, job: TrainingJob, fit: FittedHead, family: PlannedFamily, resplit: Resplit, key: str
     ) -> RunContents:
-        contents = contents_of(job, replace(fit, settings=self._told(fit.settings, fit.window)), [])
-        mark = {"key": key, "repeat": draw.repeat, "family": list(entry.family)}
+        """A budget of memory that was never reached has decided nothing, and is not written."""
+        ram = self.plan.spec.base.ram if fit.window is None else fit.settings.ram
+        contents = contents_of(job, replace(fit, settings=replace(fit.settings, ram=ram)), [])
+        mark = {"key": key, "repeat": resplit.repeat, "family": list(family.identity)}
         return replace(contents, config=contents.config | {"sweep": mark})
 
-    def _told(self, settings: Settings, window: int | None) -> Settings:
-        """What is written of the settings: a budget of memory that was never reached has decided nothing."""
-        return replace(settings, ram=self.plan.asked.base.ram) if window is None else settings
-
-    def finish(self, entry: PlannedFamily) -> None:
+    def finish(self, family: PlannedFamily) -> None:
         """Choose the setting of a family, write its heads as runs, and say so."""
-        rows = [row for row in self.rows.rows if family_of(row) == entry.family]
+        rows = [row for row in self.journal.rows if family_of(row) == family.identity]
         choice = select_setting(rows, self.select)
         if choice is None:
             failed = next((row["failed"] for row in rows if row["failed"]), "no measure on val is defined")
-            self._line(f"warning    {entry}: no setting worked on every draw; {failed}")
+            self._line(f"warning    {family}: no setting worked on every draw; {failed}")
             return
         for row in choice.rows:
-            self._keep(entry, row)
-        self.shelf.clear(row["key"] for row in rows)
-        self._line(_family_line(entry, choice, rows, self.select))
+            self._keep(family, row)
+        self.staged.clear(row["key"] for row in rows)
+        self._line(_family_line(family, choice, rows, self.select))
 
-    def _keep(self, entry: PlannedFamily, row: Row) -> None:
+    def _keep(self, family: PlannedFamily, row: Row) -> None:
         """The run folder of a chosen head, unless it is there."""
         path = self.folder / "heads" / slug(row)
         if key_in(path) == row["key"]:
             return
-        draw = Resplit(row["repeat"], row["fold"])
-        job = self.plan.job(entry, draw, Settings.from_dict(row["settings"]))
-        contents = self.shelf.take(row["key"], job)
+        resplit = Resplit(row["repeat"], row["fold"])
+        job = self.plan.job(family, resplit, Settings.from_dict(row["settings"]))
+        contents = self.staged.take(row["key"], job)
         if contents is None:
-            self._again(entry, draw, job, row["key"])
-            contents = self.shelf.take(row["key"], job)
+            self._train_again(family, resplit, job, row["key"])
+            contents = self.staged.take(row["key"], job)
         assert contents is not None, "it was just put there"
-        if entry.head.startswith(FINETUNE):
+        if family.head.startswith(FINETUNE):
             tuned = make_model(job, job.settings).eval()  # a network that is none of the run's is needed no more
             tuned.load_state_dict(contents.tensors)
             contents = with_backbone(contents, tuned)
-        contents = replace(contents, metrics=contents.metrics | {"controls": self._beside(entry, draw)})
+        contents = replace(contents, metrics=contents.metrics | {"controls": self._controls_for(family, resplit)})
         write_run(RunTarget(path.parent, path.name, path), contents)
 
-    def _again(self, entry: PlannedFamily, draw: Resplit, job: TrainingJob, key: str) -> None:
+    def _train_again(self, family: PlannedFamily, resplit: Resplit, job: TrainingJob, key: str) -> None:
         """Train the whole set again that a head was trained in: alone it would differ in the last digits."""
-        rows = self.rows.together_with(key)
+        rows = self.journal.together_with(key)
         own = [Settings.from_dict(row["settings"]) for row in rows]
         settings = [replace(each, ram=job.settings.ram, splits=job.settings.splits) for each in own]
         for row, fit in zip(rows, train_together(job, settings), strict=True):
             if isinstance(fit, FittedHead):
-                self.shelf.put(row["key"], self._contents(job, fit, entry, draw, row["key"]))
+                self.staged.put(row["key"], self._contents(job, fit, family, resplit, row["key"]))
 
-    def _beside(self, entry: PlannedFamily, draw: Resplit) -> list[dict[str, Any]]:
-        """The controls, once: on the first draw with the most images. They look at pixels, so at no view."""
-        first = self.plan.asked.draws[0]
-        if not self.controls or draw != first or entry.fraction < max(self.plan.asked.fractions):
+    def _controls_for(self, family: PlannedFamily, resplit: Resplit) -> list[dict[str, Any]]:
+        """The controls, once: on the first resplit with the most images. They look at pixels, so at no view."""
+        spec, matched = self.plan.spec, self.plan.matched
+        if not self.controls or resplit != spec.resplits[0] or family.fraction < max(spec.fractions):
             return []
-        if draw not in self._controls:
+        if self._controls is None:
             self._line("controls   chance, the majority class, logistic regression on raw pixels")
-            view, base = self.plan.matched.views[0], self.plan.asked.base
+            view, base = matched.views[0], spec.base
             task = task_of(view, classes=base.classes, only=base.only, positive=base.positive)
-            divided = self.plan.splits(0, entry.fraction, draw)
-            self._controls[draw] = all_controls(view, self.plan.matched.common_task(task), divided)
-        return self._controls[draw]
+            splits = self.plan.splits(0, family.fraction, resplit)
+            self._controls = all_controls(view, matched.common_task(task), splits)
+        return self._controls
 
     def _line(self, line: str) -> None:
         self.bar.clear()
@@ -179,40 +185,26 @@ class SweepRunner:
         self.bar.refresh()
 
 
-def _bar(total: int, progress: bool) -> tqdm:
-    style = "ablate {percentage:3.0f} % {bar} {n:,}/{total:,} heads  eta {remaining}"
-    return tqdm(
-        total=total, disable=None if progress else True, bar_format=style, leave=False, smoothing=0.1,
-        dynamic_ncols=True,
-    )  # fmt: skip
-
-
 def _row(
-    plan: SweepPlan,
-    entry: PlannedFamily,
-    draw: Resplit,
-    job: TrainingJob,
-    settings: Settings,
-    key: str,
+    plan: SweepPlan, family: PlannedFamily, resplit: Resplit, job: TrainingJob, settings: Settings, key: str,
     fit: FittedHead | ProtocolError,
-) -> Row:
-    told = settings if plan.asked.base.ram is not None else replace(settings, ram=None)
-    row = {
-        "key": key, "view": entry.view, "fingerprint": job.view.fingerprint, "output": job.output, "head": entry.head,
-        "fraction": entry.fraction, "repeat": draw.repeat, "fold": draw.fold, "settings": told.to_dict(),
+) -> Row:  # fmt: skip
+    row: Row = {
+        "key": key, "view": family.view, "fingerprint": job.view.fingerprint, "output": job.output,
+        "head": family.head, "fraction": family.fraction, "repeat": resplit.repeat, "fold": resplit.fold,
+        "settings": replace(settings, ram=plan.spec.base.ram).to_dict(),
     }  # fmt: skip
     if isinstance(fit, ProtocolError):
         nothing = dict.fromkeys(("epoch", "val", "test", "parameters", "ms_per_image"))
         return row | nothing | {"failed": str(fit), "notes": [], "seconds": 0.0}
+    measures = {
+        split: {m: float(v) for m in METRICS if isinstance(v := fit.metrics[split].get(m), int | float | np.number)}
+        for split in ("val", "test")
+    }
     return row | {
-        "epoch": fit.epoch, "val": _scalars(fit.metrics["val"]), "test": _scalars(fit.metrics["test"]),
-        "parameters": fit.parameters, "ms_per_image": fit.ms_per_image, "failed": None, "notes": list(fit.notes),
-        "seconds": float(fit.seconds),
+        "epoch": fit.epoch, **measures, "parameters": fit.parameters, "ms_per_image": fit.ms_per_image,
+        "failed": None, "notes": list(fit.notes), "seconds": float(fit.seconds),
     }  # fmt: skip
-
-
-def _scalars(measured: dict[str, Any]) -> dict[str, float]:
-    return {name: float(measured[name]) for name in METRICS if isinstance(measured.get(name), int | float | np.number)}
 
 
 def say_plan(
@@ -224,82 +216,76 @@ def say_plan(
         say(f"left out   {sentence}: they do not fit")
     if plan.matched.left_out:
         say(f"images     {plan.matched.left_out:,} that not every view holds are left out of all")
-    for line in _about_draws(plan):
+    for line in _split_lines(plan):
         say(line)
-    if whole:
-        for entry in plan.entries:
-            say(f"family     {entry}: {_count(todo[entry], 'head')}")
+    for family in plan.families if whole else ():
+        say(f"family     {family}: {_count(todo[family], 'head')}")
     already = f"; {there:,} are there already" if there else ""
     say(f"plan       {_work(plan, todo)}, in {folder}/{already}")
     return todo
 
 
 def _missing(plan: SweepPlan, have: set[str]) -> tuple[dict[PlannedFamily, int], int]:
-    """Heads of each entry to be trained, and how many are there; a search finds what it has tried by itself."""
-    draws, todo, there = plan.asked.draws, {}, 0
-    for entry in plan.entries:
-        if plan.asked.trials is not None and not entry.solved:
-            todo[entry] = plan.asked.trials * plan.asked.seeds * len(draws)
+    """Heads of each family to be trained, and how many are there; a search finds what it has tried by itself."""
+    resplits, todo, there = plan.spec.resplits, {}, 0
+    for family in plan.families:
+        if plan.spec.trials is not None and not family.solved:
+            todo[family] = plan.spec.trials * plan.spec.seeds * len(resplits)
             continue
-        keys = [key for draw in draws for key in plan.wanted(entry, draw)[1]]
-        todo[entry] = sum(key not in have for key in keys)
-        there += len(keys) - todo[entry]
+        keys = [key for resplit in resplits for key in plan.wanted(family, resplit)[1]]
+        todo[family] = sum(key not in have for key in keys)
+        there += len(keys) - todo[family]
     return todo, there
 
 
 def _work(plan: SweepPlan, todo: dict[PlannedFamily, int]) -> str:
-    from featurecache.formatting import duration
-
-    asked, busy = plan.asked, [entry for entry in plan.entries if todo[entry]]
-    if asked.trials is not None:
-        heads = _count(asked.seeds * len(asked.draws), "head")
-        searched = _count(sum(not entry.solved for entry in plan.entries), "family", "families")
-        words = f"{_count(asked.trials, 'trial')} of {heads} each for {searched}"
+    spec, busy = plan.spec, [family for family in plan.families if todo[family]]
+    if spec.trials is not None:
+        heads = _count(spec.seeds * len(spec.resplits), "head")
+        searched = _count(sum(not family.solved for family in plan.families), "family", "families")
+        text = f"{_count(spec.trials, 'trial')} of {heads} each for {searched}"
     else:
-        words = f"{_count(sum(todo.values()), 'head')} in {_count(len(busy) * len(asked.draws), 'group')}"
+        text = f"{_count(sum(todo.values()), 'head')} in {_count(len(busy) * len(spec.resplits), 'group')}"
     seconds = seconds_at_most(plan, todo)
-    return words + (f", about {duration(seconds)} if none stops early" if seconds >= 1 else "")
+    return text + (f", about {duration(seconds)} if none stops early" if seconds >= 1 else "")
 
 
-def _about_draws(plan: SweepPlan) -> list[str]:
-    asked, draw = plan.asked, plan.asked.draws[0]
-    whole, *smaller = sorted(asked.fractions, reverse=True)
-    first = plan.splits(0, whole, draw)
-    lines = [f"splits     {split_line(first)} ({first.how})", *(f"warning    {words}" for words in first.warnings)]
+def _split_lines(plan: SweepPlan) -> list[str]:
+    spec, resplit = plan.spec, plan.spec.resplits[0]
+    whole, *smaller = sorted(spec.fractions, reverse=True)
+    first = plan.splits(0, whole, resplit)
+    lines = [f"splits     {split_line(first)} ({first.how})", *(f"warning    {text}" for text in first.warnings)]
     for fraction in smaller:
         own = f"{fraction:g} of train"
-        lines += [f"warning    {words}" for words in plan.splits(0, fraction, draw).warnings if words.startswith(own)]
-    if asked.repeats > 1 and asked.folds is None and not first.drawn:
-        varies = "the fraction and the order of batches" if min(asked.fractions) < 1 else "the order of batches"
+        lines += [f"warning    {t}" for t in plan.splits(0, fraction, resplit).warnings if t.startswith(own)]
+    if spec.repeats > 1 and spec.folds is None and not first.drawn:
+        varies = "the fraction and the order of batches" if min(spec.fractions) < 1 else "the order of batches"
         lines.append(
-            f"repeats    the splits are {first.how}, the same in all {asked.repeats}: only {varies} vary. "
+            f"repeats    the splits are {first.how}, the same in all {spec.repeats}: only {varies} vary. "
             "--folds varies what is trained on and what is tested"
         )
     return lines
 
 
-def _family_line(entry: PlannedFamily, choice: Selection, rows: Sequence[Row], select: str) -> str:
+def _family_line(family: PlannedFamily, choice: Selection, rows: Sequence[Row], select: str) -> str:
     title = "NLL" if select == "loss" else METRICS[select].title
     settings = [setting_of(row) for row in rows]
     varied = [n for n in choice.setting if len({str(each.get(n)) for each in settings}) > 1]
-    words = ", ".join(f"{n.replace('_', ' ')} {_value(choice.setting[n])}{_edge(choice, n)}" for n in varied)
-    heads = _count(len(choice.rows), "head")
-    among = f", the best of {choice.tried} settings: {words}" if choice.tried > 1 else ""
+    ends = {name: f" ({end} tried)" for name, end in choice.ends.items()}
+    text = ", ".join(f"{n.replace('_', ' ')} {_value_text(choice.setting[n])}{ends.get(n, '')}" for n in varied)
+    among = f", the best of {choice.tried} settings: {text}" if choice.tried > 1 else ""
     partly = f"; {choice.partly} settings with fewer draws or seeds are not compared" if choice.partly else ""
     failed = sum(row["failed"] is not None for row in rows)
     lost = f"; {failed} of {len(rows)} heads failed" if failed else ""
-    return f"family     {entry}: val {title} {choice.value:.3f}; {heads}{among}{partly}{lost}"
-
-
-def _edge(choice: Selection, name: str) -> str:
-    return f" ({choice.ends[name]} tried)" if name in choice.ends else ""
+    heads = _count(len(choice.rows), "head")
+    return f"family     {family}: val {title} {choice.value:.3f}; {heads}{among}{partly}{lost}"
 
 
 def _count(number: int, word: str, several: str | None = None) -> str:
     return f"{number:,} {word if number == 1 else several or word + 's'}"
 
 
-def _value(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
@@ -308,12 +294,12 @@ def seconds_at_most(plan: SweepPlan, todo: dict[PlannedFamily, int]) -> float:
     and the reading of features are not in it."""
     speed: dict[Any, float] = {}
     total = 0.0
-    for entry, count in todo.items():
-        if entry.solved or not count:
+    for family, count in todo.items():
+        if family.solved or not count:
             continue
-        job = plan.job(entry, plan.asked.draws[0])
-        kind = (entry.number, entry.output, entry.head)
-        together = min(plan.chunk(entry), count) if entry.head in STEPPED else 1
+        job = plan.job(family, plan.spec.resplits[0])
+        kind = (family.number, family.output, family.head)
+        together = min(plan.chunk(family), count) if family.head in STEPPED else 1
         if kind not in speed:
             speed[kind] = _seconds_of_a_step(job, together) / together
         batches = math.ceil(len(job.divided.rows("train")) / job.settings.batch_size)

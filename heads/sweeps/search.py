@@ -8,7 +8,7 @@ killed goes on exactly as it would have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,6 @@ from heads.metrics.classification import METRICS
 from heads.runs.run import hash_of
 from heads.sweeps.grid import DIGITS, Range
 from heads.sweeps.plan import PlannedFamily, SweepPlan, has_option
-from heads.sweeps.runner import SweepRunner
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -28,6 +27,7 @@ STORAGE = "search.db"
 BATCH = 8  # trials whose heads are trained together; proposed without each other's results
 OWN = ("dropout", "augment")  # options that not every head has
 Values = dict[str, Any]
+Train = Callable[[Sequence[Values]], Sequence[float | None]]  # settings -> criterion of each; None: a head of it failed
 
 
 def check_installed() -> None:
@@ -40,62 +40,58 @@ def check_installed() -> None:
 
 def check_search(plan: SweepPlan) -> None:
     """Raises BadOption where a head has nothing to choose."""
-    for entry in plan.entries:
-        if not entry.solved and not _space(entry, plan.asked.grid):
-            raise BadOption(f"--search has nothing to choose for {entry.head}; give a range, such as --lr 1e-4..1e-2.")
+    for family in plan.families:
+        if not family.solved and not _space(family, plan.spec.grid):
+            raise BadOption(f"--search has nothing to choose for {family.head}; give a range, such as --lr 1e-4..1e-2.")
 
 
-def search(runner: SweepRunner, entry: PlannedFamily) -> None:
-    """Run the trials of a family that are still to be run."""
-    asked = runner.plan.asked
-    space = _space(entry, asked.grid)
-    assert asked.trials is not None and space
-    fixed = {name: values[0] for name, values in asked.grid.items() if name not in space and isinstance(values, tuple)}
-    heads = asked.seeds * len(asked.draws)
-    with _study(runner, entry, space) as study:
-        runner.bar.update(min(_done(study), asked.trials) * heads)
-        while (done := _done(study)) < asked.trials:
-            start, proposed = _batch(study, space, done, asked.trials)
-            trained = runner.train(entry, [fixed | values for values in proposed])
-            for values in proposed[done - start :]:
-                _tell(study, space, values, runner.value(entry, fixed | values))
-            runner.bar.update((len(proposed) - done + start) * heads - trained)
+def search(plan: SweepPlan, family: PlannedFamily, folder: Path, train: Train) -> int:
+    """Run the trials of a family that are still to be run; how many were there that ``train`` is not asked for."""
+    spec, space = plan.spec, _space(family, plan.spec.grid)
+    assert spec.trials is not None and space
+    fixed = {name: values[0] for name, values in spec.grid.items() if name not in space and isinstance(values, tuple)}
+    before = None
+    with _study(plan, family, folder, space) as study:
+        while (done := _done(study)) < spec.trials:
+            start, proposed = _batch(study, space, done, spec.trials)
+            before = start if before is None else before
+            results = train([fixed | values for values in proposed])
+            for values, result in list(zip(proposed, results, strict=True))[done - start :]:
+                _tell(study, space, values, result)
+    return spec.trials if before is None else before
 
 
-def _space(entry: PlannedFamily, grid: dict[str, Any]) -> dict[str, Any]:
+def _space(family: PlannedFamily, grid: dict[str, Any]) -> dict[str, Any]:
     """What is searched: the options with several values, of those that mean something to the head."""
     several = {name: values for name, values in grid.items() if isinstance(values, Range) or len(values) > 1}
-    return {name: values for name, values in several.items() if name not in OWN or has_option(entry.head, name)}
+    return {name: values for name, values in several.items() if name not in OWN or has_option(family.head, name)}
 
 
 @contextmanager
-def _study(runner: SweepRunner, entry: PlannedFamily, space: dict[str, Any]) -> Iterator[Study]:
+def _study(plan: SweepPlan, family: PlannedFamily, folder: Path, space: dict[str, Any]) -> Iterator[Study]:
     """The study of a family in the sweep's storage: another one where anything but the number of trials is other."""
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
-    asked, path = runner.plan.asked, runner.folder / STORAGE
-    shared = {name: value for name, value in asked.to_dict().items() if name not in ("heads", "outputs", "trials")}
+    path, select = folder / STORAGE, plan.spec.base.select
+    shared = {k: value for k, value in plan.spec.to_dict().items() if k not in ("heads", "outputs", "trials")}
     shared |= {"fractions": None, "space": {name: repr(values) for name, values in space.items()}, "grid": None}
-    higher = asked.base.select != "loss" and METRICS[asked.base.select].higher
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         storage = optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}")
         study = optuna.create_study(
-            storage=storage, study_name=f"{entry} {hash_of(canonical_json(shared))}", load_if_exists=True,
-            direction="maximize" if higher else "minimize",
+            storage=storage, study_name=f"{family} {hash_of(canonical_json(shared))}", load_if_exists=True,
+            direction="maximize" if select != "loss" and METRICS[select].higher else "minimize",
         )  # fmt: skip
     except (SQLAlchemyError, ValueError) as error:
-        raise _damaged(path) from error
+        raise RunError(
+            f"{path} is damaged. Delete it: finished heads stay, and the search goes through them again."
+        ) from error
     try:
         yield study
     finally:
         storage.remove_session()
         storage.engine.dispose()
-
-
-def _damaged(path: Path) -> RunError:
-    return RunError(f"{path} is damaged. Delete it: finished heads stay, and the search goes through them again.")
 
 
 def _done(study: Study) -> int:

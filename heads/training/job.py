@@ -21,7 +21,7 @@ from heads.metrics.classification import METRICS
 from heads.models.catalogue import head_info, make_head, make_network, shape_of_network
 from heads.models.common import Input, count_parameters, pieces
 from heads.pixel_view import PixelView
-from heads.settings import VARIED, Settings
+from heads.settings import VARIED, Settings, flag, options_for
 from heads.splits import Splits, choose_splits, dropped_sentence
 from heads.task import Say, SplitData, Standardize, Task, load_features, memory_for_features, task_of
 from heads.training.engine import fixed_vectors
@@ -29,21 +29,6 @@ from heads.training.engine import fixed_vectors
 if TYPE_CHECKING:
     from featurecache.backbones.base import Backbone
     from heads.task import FeatureView
-
-
-def images_of(job: TrainingJob) -> str:
-    """One word for the images of a job with labels and splits, in the order of their rows, which is that of batches."""
-    view, task, names = job.view, job.task, job.divided.names
-    used = np.flatnonzero(names != "")
-    hashed = hashlib.blake2b(canonical_json([task.kind, task.classes, task.positive]).encode(), digest_size=16)
-    parts = [np.asarray(view.digests)[used], np.ascontiguousarray(task.labels[used]), names[used].astype("S5")]
-    if view.versions is not None:
-        hashed.update(canonical_json(view.augmented.to_dict() if view.augmented else None).encode())
-        parts.append(np.asarray(view.copies(used)))
-    for part in parts:
-        hashed.update(part.tobytes())
-    return hashed.hexdigest()
-
 
 VECTORS = ("cls", "pooler", "gap", "vector")  # what a head on vectors takes, the first that the view has
 
@@ -71,6 +56,7 @@ def prepare(view: FeatureView | str | Path, settings: Settings, divided: Splits 
         from featurecache.store.write_view import open_view
 
         view = open_view(view)
+    check_options(settings)
     output = choose_output(view, settings.head, settings.output)
     task = task_of(view, classes=settings.classes, only=settings.only, positive=settings.positive)
     if settings.pos_weight and not task.multilabel:
@@ -84,7 +70,6 @@ def prepare(view: FeatureView | str | Path, settings: Settings, divided: Splits 
         )
     if settings.precision == "bf16" and settings.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise BadOption("--precision bf16: this CPU has no fast products in bf16. Leave it out: fp32 is exact.")
-    _check_solved(settings)
     divided = divided or splits_for(view, task, settings)
     job = TrainingJob(view, settings, output, task, divided)
     if not isinstance(view, PixelView):
@@ -92,16 +77,32 @@ def prepare(view: FeatureView | str | Path, settings: Settings, divided: Splits 
     return job
 
 
-def _check_solved(settings: Settings) -> None:
-    """A solved head takes no option of stepping: one that did nothing would look as if it did."""
-    if not head_info(settings.head).solved:
-        return
-    plain = Settings(settings.head)
-    for name in (*VARIED, "epochs", "batch_size", "precision", "pos_weight", "gated"):
+def check_options(settings: Settings) -> None:
+    """An option that a head or network does not take is refused: one that did nothing would look as if it did."""
+    info, plain = head_info(settings.head), Settings(settings.head)
+    takers = ["finetune"] if info.takes == "pixels" else ["network", "finetune"]
+    useless = () if settings.head.startswith("finetune:") else options_for(*takers)
+    for name in (each for each in useless if getattr(settings, each) != getattr(plain, each)):
+        way = " extract --views 2 --augment … stores augmented copies." if name == "augment" else ""
+        raise BadOption(f"{flag(name)} would do nothing: {settings.head} does not take it.{way}")
+    steps = (*VARIED, "epochs", "batch_size", "precision", "pos_weight", "gated") if info.solved else ()
+    for name in steps:
         if name != "seed" and getattr(settings, name) != getattr(plain, name):
-            raise BadOption(
-                f"--{name.replace('_', '-')} is for heads that are trained in steps; {settings.head} is solved."
-            )
+            raise BadOption(f"{flag(name)} is for heads that are trained in steps; {settings.head} is solved.")
+
+
+def images_of(job: TrainingJob) -> str:
+    """One word for the images of a job with labels and splits, in the order of their rows, which is that of batches."""
+    view, task, names = job.view, job.task, job.divided.names
+    used = np.flatnonzero(names != "")
+    hashed = hashlib.blake2b(canonical_json([task.kind, task.classes, task.positive]).encode(), digest_size=16)
+    parts = [np.asarray(view.digests)[used], np.ascontiguousarray(task.labels[used]), names[used].astype("S5")]
+    if view.versions is not None:
+        hashed.update(canonical_json(view.augmented.to_dict() if view.augmented else None).encode())
+        parts.append(np.asarray(view.copies(used)))
+    for part in parts:
+        hashed.update(part.tobytes())
+    return hashed.hexdigest()
 
 
 def splits_for(view: FeatureView, task: Task, settings: Settings) -> Splits:

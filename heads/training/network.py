@@ -1,6 +1,6 @@
 """Networks from pixels: checkpoints, resume.
 
-Train a network from pixels, with the protocol of a head: the same splits, choice, calibration, measures and run.
+Parts of training a network from pixels by the protocol of a head: settings, checks, going on, its backbone kept.
 
 What an interrupted training goes on from: written after every epoch, gone when the run is there.
 
@@ -23,18 +23,17 @@ import torch
 
 from featurecache.errors import BadOption, ProtocolError, RunError, Stopped, UnknownHead
 from featurecache.files.records import canonical_json
-from heads.models.catalogue import baseline_info, shape_of_network
+from heads.models.catalogue import baseline_info, is_baseline, shape_of_network
 from heads.models.common import FINETUNE
 from heads.models.finetune import classifier_state, from_pretrained, save_backbone
-from heads.pixel_view import PixelView, open_pixels
 from heads.runs.run import hash_of
 from heads.runs.write import RunContents, RunTarget
-from heads.settings import Settings, is_network
+from heads.settings import Settings
 from heads.task import Say
 from heads.training.engine import Learner, SequentialTrainer, StackedTrainer
 from heads.training.job import TrainingJob, images_of
 from heads.training.loop import TrainedState
-from heads.training.train import train_together
+from heads.training.train import FittedHead, train_together
 
 if TYPE_CHECKING:
     from featurecache.backbones.base import Backbone
@@ -50,7 +49,7 @@ def with_backbone(contents: RunContents, tuned: Any) -> RunContents:
 
 def settings_of(arch: str, **options: Any) -> Settings:
     """The published settings of a network, and ``options`` in the place of some. None is as published."""
-    if not is_network(arch):
+    if not is_baseline(arch):
         try:
             baseline_info(arch)  # raises with the nearest names
         except UnknownHead as error:
@@ -70,11 +69,7 @@ def check_network(settings: Settings) -> Backbone | None:
     return from_pretrained(settings, size)
 
 
-def _images(data: Any, settings: Settings, progress: bool) -> PixelView:
-    return open_pixels(data, [settings.head], settings.image_size, weights=settings.weights, progress=progress)[0]
-
-
-def _check_kept(kept: Checkpoint, resume: bool, overwrite: bool) -> None:
+def check_checkpoint(kept: Checkpoint, resume: bool, overwrite: bool) -> None:
     """An interrupted training is neither gone over unseen nor taken for another."""
     if kept.there and not resume and not overwrite:
         raise RunError(
@@ -95,7 +90,8 @@ def _check_kept(kept: Checkpoint, resume: bool, overwrite: bool) -> None:
         raise RunError(f"--resume: no interrupted training of this lies in {kept.path.parent.resolve()}.")
 
 
-def _trained(job: TrainingJob, settings: Settings, say: Say, kept: Checkpoint) -> Any:
+def train_network(job: TrainingJob, settings: Settings, say: Say, kept: Checkpoint) -> FittedHead:
+    """After every epoch it is kept, to go on from."""
     try:
         (fit,) = train_together(job, [settings], say, kept)
     except KeyboardInterrupt as error:

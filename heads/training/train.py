@@ -1,6 +1,6 @@
 """The protocol: fit, choose on val, calibrate, read test once; what the run will say.
 
-Train heads on the features of a view, by the protocol: choice on val, test read once afterwards.
+Train heads together by the protocol: choice on val, calibration, test read once afterwards.
 
 A finished training as the run that will lie on disk.
 """

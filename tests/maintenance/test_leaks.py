@@ -384,14 +384,6 @@ def test_a_run_with_a_made_up_record_of_leaks_is_refused(trained, tmp_path, chan
         load_run(with_record(run, **changed))
 
 
-def test_a_run_from_before_leaks_were_recorded_is_read(trained, tmp_path):
-    run = shutil.copytree(trained, tmp_path / "run")
-    assert "stand in both" not in final_table(load_run(with_record(run, leaks=None, dropped=None)))
-
-
-# ---- the command
-
-
 def call(*words: object):
     return CliRunner().invoke(cli.main, [str(word) for word in words])
 

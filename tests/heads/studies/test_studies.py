@@ -17,26 +17,27 @@ from featurecache import open_source
 from featurecache.backbones.aliases import ALIASES
 from featurecache.errors import BadOption, SourceError, UnknownStudy, WeightsNotFound
 from heads.models.catalogue import BASELINES
-from heads.studies import mindlina as study_mindlina
-from heads.studies import run as study_run
-from heads.studies.figures import FIGURES
-from heads.studies.images import QUICK, Given, draw, few_of, open_sets, signature, sources_of
-from heads.studies.minutes import GMACS, minutes_of
-from heads.studies.page import cautions
+from heads.studies import recipes
+from heads.studies.images import QUICK, draw, few_of, open_sets, signature, sources_of
+from heads.studies.page import FIGURES, cautions
 from heads.studies.plan import (
+    GMACS,
     QUICK_BACKBONES,
-    Asked,
-    Plan,
+    StudyOptions,
+    StudyPlan,
+    StudyResult,
     backbones_of,
     make_plan,
+    minutes_of,
     read_weights,
     task_options,
     wanted_steps,
 )
-from heads.studies.run import run_study
-from heads.studies.spec import STUDIES, Extract, Heads, Images, Look, Network, load_study
+from heads.studies.recipes import STUDIES, load_study
+from heads.studies.runner import run_study
+from heads.studies.spec import ExplainStep, Extract, Heads, ImageSet, Network, OpenedSet
 
-ALL = [load_study(name) for name in STUDIES]
+ALL = [*STUDIES.values()]
 # Typed from the publications, not from the recipes: (study, part, measure, split, value).
 REPORTED = """
 mindlina pneumonia parameters test 1538
@@ -92,8 +93,8 @@ def folder_of(path: Path, counts: dict[str, dict[str, int]]) -> Path:
     return path
 
 
-def given(path: Path, name: str = "chest") -> Given:
-    return Given(Images(name, str(path), ()), str(path), open_source(path))
+def given(path: Path, name: str = "chest") -> OpenedSet:
+    return OpenedSet(ImageSet(name, str(path), ()), str(path), open_source(path))
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def given(path: Path, name: str = "chest") -> Given:
 def test_published_numbers_are_those_of_the_publications():
     found = {
         (study.name, part.name, p.measure, p.split, p.value, p.what)
-        for study in ALL for part in study.parts for p in part.published
+        for study in ALL for part in study.questions for p in part.published
     }  # fmt: skip
     wanted = [line.split() for line in REPORTED.split("\n") if line]
     assert sorted((*f[:4], float(f[4])) for f in found) == sorted((*w[:4], float(w[4])) for w in wanted)
@@ -111,13 +112,13 @@ def test_published_numbers_are_those_of_the_publications():
 @pytest.mark.parametrize("study", ALL, ids=lambda study: study.name)
 def test_steps_of_a_study_fit_together(study):
     names = [step.name for step in study.steps]
-    parts, sets = {part.name for part in study.parts}, {images.name for images in study.images}
-    assert len(set(names)) == len(names) and {part.images for part in study.parts} <= sets
+    parts, sets = {part.name for part in study.questions}, {images.name for images in study.images}
+    assert len(set(names)) == len(names) and {part.images for part in study.questions} <= sets
     for place, step in enumerate(study.steps):
         assert set(study.needs(step)) <= set(names[:place]), "what a step needs stands before it"
-        assert step.images in sets if isinstance(step, Extract) else step.part in parts
-    for part in study.parts:
-        of_part = {step.name for step in study.steps if not isinstance(step, Extract) and step.part == part.name}
+        assert step.images in sets if isinstance(step, Extract) else step.question in parts
+    for part in study.questions:
+        of_part = {step.name for step in study.steps if not isinstance(step, Extract) and step.question == part.name}
         assert {p.ours for p in part.published} <= of_part | {""}
         assert part.reference in of_part | {""}
     assert study.figures in {*FIGURES, ""} and study.differs and study.cautions is not None
@@ -142,8 +143,8 @@ def test_the_settings_of_what_is_fine_tuned_name_their_epochs():
 def test_study_without_a_name_lists_all_with_the_question_each_answers():
     result = CliRunner().invoke(cli.main, ["study"])
     assert result.exit_code == 0
-    for name, (_, question) in STUDIES.items():
-        assert f"{name} " in result.output and question in result.output
+    for name, study in STUDIES.items():
+        assert f"{name} " in result.output and study.question in result.output
     record = json.loads(CliRunner().invoke(cli.main, ["study", "--json"]).stdout)
     assert list(record["studies"]) == list(STUDIES)
 
@@ -155,15 +156,15 @@ def test_a_misspelt_study_or_step_is_named_with_its_neighbours():
     with pytest.raises(UnknownStudy, match="Near: pneumonia"):
         load_study("pneumona")
     with pytest.raises(UnknownStudy, match="Near: vit-tuned"):
-        wanted_steps(load_study("pneumonia"), Asked(only=("vit-tunde",)))
+        wanted_steps(load_study("pneumonia"), StudyOptions(only=("vit-tunde",)))
 
 
 def test_only_takes_what_a_step_needs_along_and_skip_leaves_out():
     study = load_study("medical-mnist")
-    assert [s.name for s in wanted_steps(study, Asked(only=("frozen-heads",)))] == [
+    assert [s.name for s in wanted_steps(study, StudyOptions(only=("frozen-heads",)))] == [
         "resnet-features", "vit-features", "frozen-heads",
     ]  # fmt: skip
-    left = {s.name for s in wanted_steps(study, Asked(skip=("*-tuned", "cnn")))}
+    left = {s.name for s in wanted_steps(study, StudyOptions(skip=("*-tuned", "cnn")))}
     assert left == {s.name for s in study.steps} - {"resnet-tuned", "vit-tuned", "cnn"}
 
 
@@ -260,7 +261,7 @@ def test_a_trial_of_several_labels_keeps_them(tmp_path):
 
 
 def test_what_is_drawn_is_drawn_alike_and_has_all_classes(tmp_path):
-    images = Images("x", "none:", ("one", "two", "three"), task="ordinal")
+    images = ImageSet("x", "none:", ("one", "two", "three"), task="ordinal")
     first, second = draw(images, tmp_path / "a" / "x"), draw(images, tmp_path / "b" / "x")
     assert [first.read(i) for i in range(len(first))] == [second.read(i) for i in range(len(second))]
     assert first.task == "ordinal" and len(first) == 3 * sum(QUICK[s] for s in ("train", "val", "test"))
@@ -291,17 +292,17 @@ def test_a_val_split_of_few_images_is_drawn_anew_by_all_steps(tmp_path):
     )
     study, sets = load_study("pneumonia"), {"chest": given(path)}
     assert sets["chest"].few_in_val == ["8 of NORMAL", "8 of PNEUMONIA"]
-    plan = make_plan(study, Asked(random_weights=True), sets, 100.0)
-    trained = [step.asked for step in plan.steps if isinstance(step.step, Heads | Network)]
+    plan = make_plan(study, StudyOptions(random_weights=True), sets, 100.0)
+    trained = [step.call for step in plan.steps if isinstance(step.step, Heads | Network)]
     assert trained and all(asked["resplit_val"] and asked["drop_leaks"] for asked in trained)
 
 
 def test_classes_are_found_by_their_names_and_merged():
-    part = load_study("mindlina").parts[0]
+    part = load_study("mindlina").questions[0]
 
     def options(*classes):
         data = replace(open_source("digits"), classes=list(classes))
-        return task_options(part, Given(Images("chest", "", ()), "x", data))
+        return task_options(part, OpenedSet(ImageSet("chest", "", ()), "x", data))
 
     assert options("BACTERIA", "NORMAL", "VIRUS")["classes"] == ["NORMAL", "pneumonia=BACTERIA,VIRUS"]
     assert "classes" not in options("normal", "pneumonia")
@@ -310,7 +311,7 @@ def test_classes_are_found_by_their_names_and_merged():
 
 def test_a_question_that_the_images_cannot_answer_is_left_out_and_said(tmp_path):
     path = folder_of(tmp_path / "data", {s: {"normal": 20, "pneumonia": 20} for s in ("train", "val", "test")})
-    plan = make_plan(load_study("mindlina"), Asked(quick=True), {"chest": given(path)}, 100.0)
+    plan = make_plan(load_study("mindlina"), StudyOptions(quick=True), {"chest": given(path)}, 100.0)
     assert [step.name for step in plan.steps] == ["features", "pneumonia-heads", "pneumonia-cnn"]
     ((part, why),) = plan.left_out
     assert part == "kind" and "no bacteria" in why
@@ -319,21 +320,21 @@ def test_a_question_that_the_images_cannot_answer_is_left_out_and_said(tmp_path)
 def test_with_random_weights_the_untrained_control_would_be_the_same_twice(tmp_path):
     path = folder_of(tmp_path / "data", {s: {"a": 12, "b": 12} for s in ("train", "val", "test")})
     study, sets = load_study("medical-mnist"), {"medical-mnist": given(path, "medical-mnist")}
-    names = {s.name for s in make_plan(study, Asked(), sets, 100.0).steps}
-    without = {s.name for s in make_plan(study, Asked(random_weights=True), sets, 100.0).steps}
+    names = {s.name for s in make_plan(study, StudyOptions(), sets, 100.0).steps}
+    without = {s.name for s in make_plan(study, StudyOptions(random_weights=True), sets, 100.0).steps}
     assert names - without == {"untrained-features", "untrained-heads"}
 
 
 def test_options_cap_what_the_study_has(tmp_path):
     path = folder_of(tmp_path / "data", {s: {"a": 12, "b": 12} for s in ("train", "val", "test")})
     study, sets = load_study("medical-mnist"), {"medical-mnist": given(path, "medical-mnist")}
-    asked = Asked(random_weights=True, image_size=64, epochs=3, train_per_class=4)
-    steps = {s.name: s.asked for s in make_plan(study, asked, sets, 100.0).steps}
+    asked = StudyOptions(random_weights=True, image_size=64, epochs=3, train_per_class=4)
+    steps = {s.name: s.call for s in make_plan(study, asked, sets, 100.0).steps}
     assert steps["vit-features"]["image_size"] == steps["cnn"]["image_size"] == steps["vit-tuned"]["image_size"] == 64
     assert steps["cnn"]["epochs"] == steps["vit-tuned"]["epochs"] == steps["frozen-heads"]["epochs"] == 3
     assert steps["cnn"]["train_per_class"] == steps["vit-tuned"]["train_per_class"] == 4
     assert "train_per_class" not in steps["frozen-heads"]
-    more = {s.name: s.asked for s in make_plan(study, replace(asked, train_per_class=500), sets, 100.0).steps}
+    more = {s.name: s.call for s in make_plan(study, replace(asked, train_per_class=500), sets, 100.0).steps}
     assert more["vit-tuned"]["train_per_class"] == 50, "a cap does not raise what the study has"
 
 
@@ -351,10 +352,10 @@ def test_minutes_by_hand(tmp_path):
 
 
 def test_a_thousand_of_each_class_train_and_the_rest_of_train_chooses(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_mindlina, "PER_CLASS", 6)
+    monkeypatch.setattr(recipes, "PER_CLASS", 6)
     path = folder_of(tmp_path / "data", {"train": {"a": 5, "b": 4}, "val": {"a": 2, "b": 2}, "test": {"a": 3, "b": 3}})
     data = open_source(path)
-    names = study_mindlina.a_thousand_of_each(data)
+    names = recipes.thousand_of_each(data)
     counts = {(s, c): int(((names == s) & (data.labels == c)).sum()) for s in ("train", "val", "test") for c in (0, 1)}
     # a: 7 beside test, 6 of them train; b: 6, which would leave none for val: two thirds of them
     assert counts == {("train", 0): 6, ("val", 0): 1, ("train", 1): 4, ("val", 1): 2, ("test", 0): 3, ("test", 1): 3}
@@ -362,11 +363,11 @@ def test_a_thousand_of_each_class_train_and_the_rest_of_train_chooses(tmp_path, 
 
 
 def test_without_a_test_split_the_rest_is_test_and_groups_stay_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_mindlina, "PER_CLASS", 8)
+    monkeypatch.setattr(recipes, "PER_CLASS", 8)
     data = open_source(folder_of(tmp_path / "data", {"a": {"x": 24}, "b": {"x": 24}}))
     groups = [f"{name[0]}{k // 3}" for k, name in enumerate(data.ids)]
     data = replace(data, groups=groups)
-    names = study_mindlina.a_thousand_of_each(data)
+    names = recipes.thousand_of_each(data)
     for group in set(groups):
         assert len({names[k] for k in range(48) if groups[k] == group}) == 1
     for c in (0, 1):
@@ -376,7 +377,7 @@ def test_without_a_test_split_the_rest_is_test_and_groups_stay_whole(tmp_path, m
 
 def test_val_of_tiny_imagenet_is_test_as_published_and_part_of_train_chooses(tmp_path):
     path = folder_of(tmp_path / "tiny", {"train": {"fish": 20, "newt": 20}, "val": {"fish": 5, "newt": 5}})
-    data, part = open_source(path), load_study("cifar-tinyimagenet").part("tinyimagenet")
+    data, part = open_source(path), load_study("cifar-tinyimagenet").questions[2]
     names = part.splits(data)
     assert ((names == "test") == (np.array(data.splits) == "val")).all()
     assert [int(((names == "val") & (data.labels == c)).sum()) for c in (0, 1)] == [3, 3]
@@ -388,17 +389,17 @@ def test_a_small_val_split_that_a_study_does_not_use_is_not_said_to_be_drawn_ane
     path = folder_of(
         tmp_path / "data", {s: {"NORMAL": n, "PNEUMONIA": n} for s, n in (("train", 30), ("val", 8), ("test", 8))}
     )
-    plan = Plan([], [])
+    plan = StudyPlan([], [])
     for name, said in (("pneumonia", True), ("mindlina", False)):
         study, sets = load_study(name), {"chest": given(path)}
-        done = study_run.Done(study, Asked(), tmp_path, sets, plan, {})
+        done = StudyResult(study, StudyOptions(), tmp_path, sets, plan, {})
         assert any("drawn anew" in words for words in cautions(done)) == said
 
 
 def test_every_study_names_a_look_only_at_its_own_networks():
     for study in ALL:
         for step in study.steps:
-            if isinstance(step, Look):
+            if isinstance(step, ExplainStep):
                 kinds = {s.name: type(s) for s in study.steps}
                 assert step.of and all(kinds[name] is Network for name in step.of)
                 assert not step.attention or (kinds[step.attention], kinds[step.backbone]) == (Heads, Extract)

@@ -158,7 +158,7 @@ def test_a_disk_that_fails_while_writing_leaves_nothing(monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("featurecache.files.atomic.sync_path", full)
+    monkeypatch.setattr("heads.runs.write.sync_path", full)
     with pytest.raises(CannotWrite, match="No space left on device"):
         quick()
     assert list(Path("runs").iterdir()) == []
@@ -175,7 +175,7 @@ def test_a_run_killed_while_writing_never_looks_finished():
         "from heads.api import train_head\n"
         "train_head(toy_view(), 'linear', epochs=1)\n"
     )
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[2]
     path = {**os.environ, "PYTHONPATH": str(tests.parent)}
     done = subprocess.run([sys.executable, "-c", code, str(tests)], env=path, capture_output=True)
     assert done.returncode == -signal.SIGKILL

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import cli
-from heads.studies.spec import STUDIES, load_study
+from heads.studies.recipes import STUDIES
 
 pytestmark = pytest.mark.slow
 
@@ -22,9 +22,9 @@ def run(*words: str) -> dict:
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_runs_whole_as_a_trial(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found, study = run(name, "--quick"), load_study(name)
+    found, study = run(name, "--quick"), STUDIES[name]
     default = {images.name for images in study.images if images.default}
-    assert set(found["parts"]) == {part.name for part in study.parts if part.images in default}
+    assert set(found["parts"]) == {part.name for part in study.questions if part.images in default}
     assert found["steps"] and all(step["done"] for step in found["steps"])
     page = (tmp_path / "studies" / f"{name}-quick" / "report.html").read_text()
     assert '<body class="untrained">' in page and "drawn for this trial" in page

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from dataclasses import replace
@@ -18,24 +17,24 @@ from featurecache import open_view
 from featurecache.errors import BadOption, RunError, StepFailed, Stopped
 from heads import api
 from heads.reports.provenance import origins, sweep_command, train_command
-from heads.studies import run as study_run
-from heads.studies import spec
-from heads.studies.numbers import greyed, words
-from heads.studies.plan import Asked
-from heads.studies.spec import Extract, Heads, Images, Network, Part, Published, Study
-from heads.studies.words import study_lines
-from heads.training import network
+from heads.studies import runner
+from heads.studies.page import format_published, is_not_comparable
+from heads.studies.plan import StudyOptions
+from heads.studies.spec import Extract, Heads, ImageSet, Network, Published, Question, Study
+from heads.sweeps.journal import read_rows
+from heads.training.network import Checkpoint
 
 CHROMIUM = "/usr/bin/chromium"
 EVIL = "</script><img src=x onerror=alert(1)>"
 SMALL = Study(
     name="small",
     title="Is it small?",
+    question="is it small?",
     source="a book",
     about=("It is about that.",),
-    images=(Images("set", "kaggle:nobody/nothing", ("one", "two")),),
-    parts=(
-        Part("part", "One or two", "set", select="accuracy", reference="cnn", note="In words: small.",
+    images=(ImageSet("set", "kaggle:nobody/nothing", ("one", "two")),),
+    questions=(
+        Question("part", "One or two", "set", select="accuracy", reference="cnn", note="In words: small.",
              published=(
                  Published("head", "accuracy", 0.875, "heads", "linear on cls"),
                  Published("network", "accuracy", 0.5, "cnn", split="val", remark="of 8"),
@@ -55,8 +54,7 @@ SMALL = Study(
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(study_run, "load_study", lambda name: SMALL)
-    monkeypatch.setitem(spec.STUDIES, "small", ("none", "is it small?"))
+    monkeypatch.setattr(runner, "load_study", lambda name: SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -76,79 +74,90 @@ def data(tmp_path_factory) -> Path:
 def done(data, tmp_path_factory):
     """The study, run once without a stop."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_run, "load_study", lambda name: SMALL)
-        patch.setitem(spec.STUDIES, "small", ("none", "is it small?"))
+        patch.setattr(runner, "load_study", lambda name: SMALL)
         out = tmp_path_factory.mktemp("studies") / "small"
-        return study_run.run_study("small", data=[str(data)], quick=True, out=out)
+        return runner.run_study("small", data=[str(data)], quick=True, out=out)
 
 
 def again(done, **options):
     heard: list[str] = []
     options = {"quick": True, "out": done.folder, **options}
-    return study_run.run_study("small", say=heard.append, **options), heard
+    return runner.run_study("small", say=heard.append, **options), heard
+
+
+def steps_in(folder: Path) -> dict[str, dict]:
+    return {row["step"]: row for row in read_rows(folder / runner.STEPS, runner.COLUMNS)[0]}
 
 
 def test_every_step_is_kept_with_what_it_was_asked_and_made(done):
-    assert {path.stem for path in (done.folder / "steps").glob("*.json")} == {"features", "heads", "cnn"}
-    record = json.loads((done.folder / "steps" / "cnn.json").read_text())
-    assert record["asked"]["arch"] == "cnn-cifar" and record["made"] == {"run": "runs/cnn"} and record["seconds"] > 0
+    assert list(steps_in(done.folder)) == ["features", "heads", "cnn"]
+    row = steps_in(done.folder)["cnn"]
+    assert row["asked"]["arch"] == "cnn-cifar" and row["made"] == {"run": "runs/cnn"} and row["seconds"] > 0
     assert (done.folder / "runs/cnn/head.safetensors").is_file() and (done.folder / "part/metrics.csv").is_file()
 
 
 def test_the_same_command_does_nothing_twice_and_need_not_name_the_images(done, monkeypatch):
-    for name in ("_extract", "_heads", "_network"):
-        monkeypatch.setattr(study_run.Runner, name, lambda *given: pytest.fail("done already"))
-    page = (done.folder / "report.html").read_text()
+    monkeypatch.setattr(runner.StudyRunner, "_call", lambda *given: pytest.fail("done already"))
+    page = done.page.read_text()
     found, heard = again(done)
-    assert [line for line in heard if line.startswith("step")] and all(
-        "done" in s for s in heard if s.startswith("step")
-    )
-    assert found.report.tables[0].record == done.report.tables[0].record
-    assert len((done.folder / "report.html").read_text()) == len(page)
+    steps = [line for line in heard if line.startswith("step")]
+    assert len(steps) == 3 and all(line.endswith("done") for line in steps)
+    assert found.tables[0].record == done.tables[0].record
+    assert len(done.page.read_text()) == len(page)
 
 
 @pytest.mark.slow
 def test_stopped_in_the_middle_it_goes_on_and_ends_as_if_it_had_not_been(done, data, tmp_path, monkeypatch):
-    out, whole = tmp_path / "s", study_run.Runner._network
+    out, whole = tmp_path / "s", api.train_baseline
 
-    def stop(*given):
+    def stop(*given, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study_run.Runner, "_network", stop)
+    monkeypatch.setattr(api, "train_baseline", stop)
     with pytest.raises(Stopped, match="the same command goes on"):
-        study_run.run_study("small", data=[str(data)], quick=True, out=out)
-    kept = (out / "steps" / "features.json").stat().st_mtime_ns
-    monkeypatch.setattr(study_run.Runner, "_network", whole)
-    found = study_run.run_study("small", data=[str(data)], quick=True, out=out)
-    assert (out / "steps" / "features.json").stat().st_mtime_ns == kept
-    mine, other = ((each.report.tables[0].record["families"]) for each in (found, done))
+        runner.run_study("small", data=[str(data)], quick=True, out=out)
+    kept = (out / runner.STEPS).read_bytes()
+    monkeypatch.setattr(api, "train_baseline", whole)
+    found = runner.run_study("small", data=[str(data)], quick=True, out=out)
+    assert (out / runner.STEPS).read_bytes().startswith(kept) and len(steps_in(out)) == 3
+    mine, other = (each.tables[0].record["families"] for each in (found, done))
     assert [(f["name"], f["val"], f["test"]) for f in mine] == [(f["name"], f["val"], f["test"]) for f in other]
 
 
 @pytest.mark.slow
 def test_a_network_stopped_between_two_epochs_goes_on_from_there(data, tmp_path, monkeypatch):
-    out, save = tmp_path / "s", network.Checkpoint.save
+    out, save = tmp_path / "s", Checkpoint.save
 
     def kill(self, *given):
         save(self, *given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(network.Checkpoint, "save", kill)
+    monkeypatch.setattr(Checkpoint, "save", kill)
     with pytest.raises(Stopped):
-        study_run.run_study("small", data=[str(data)], quick=True, only=["cnn"], out=out)
-    monkeypatch.setattr(network.Checkpoint, "save", save)
+        runner.run_study("small", data=[str(data)], quick=True, only=["cnn"], out=out)
+    monkeypatch.setattr(Checkpoint, "save", save)
     heard: list[str] = []
-    study_run.run_study("small", quick=True, only=["cnn"], out=out, say=heard.append)
+    runner.run_study("small", quick=True, only=["cnn"], out=out, say=heard.append)
     assert "resumed    after epoch 1" in heard and not list((out / "runs").glob(".*.checkpoint"))
 
 
 def test_a_run_that_was_finished_but_not_noted_is_not_trained_again(done, monkeypatch):
-    note = done.folder / "steps" / "cnn.json"
-    before = note.read_text()
-    note.unlink()
+    file, before = done.folder / runner.STEPS, steps_in(done.folder)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])  # a kill tore the last row
     monkeypatch.setattr(api, "train_baseline", lambda *a, **k: pytest.fail("it is there"))
     again(done)
-    assert json.loads(note.read_text())["made"] == json.loads(before)["made"]
+    assert steps_in(done.folder)["cnn"]["made"] == before["cnn"]["made"]
+    file.write_bytes(whole)
+
+
+def test_a_step_that_was_asked_otherwise_is_refused(done):
+    file = done.folder / runner.STEPS
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"cnn-cifar", b"vit-cifar"))
+    with pytest.raises(RunError, match="the step cnn was asked otherwise"):
+        again(done)
+    file.write_bytes(whole)
 
 
 @pytest.mark.parametrize(
@@ -175,23 +184,23 @@ def test_other_images_are_refused(done, tmp_path, data):
 def test_a_folder_of_something_else_and_a_damaged_one_are_refused(done, tmp_path, data):
     (tmp_path / "note.txt").touch()
     with pytest.raises(RunError, match="holds other files and no study"):
-        study_run.run_study("small", data=[str(data)], quick=True, out=tmp_path)
+        runner.run_study("small", data=[str(data)], quick=True, out=tmp_path)
     (tmp_path / "note.txt").unlink()
     (tmp_path / "study.json").write_text('{"format": 1, "study": "large", "asked": {}}')
     with pytest.raises(RunError, match="holds the study large"):
-        study_run.run_study("small", data=[str(data)], quick=True, out=tmp_path)
+        runner.run_study("small", data=[str(data)], quick=True, out=tmp_path)
     (tmp_path / "study.json").write_text('{"format": 1, "study"')
     with pytest.raises(RunError, match="is damaged"):
-        study_run.run_study("small", data=[str(data)], quick=True, out=tmp_path)
+        runner.run_study("small", data=[str(data)], quick=True, out=tmp_path)
 
 
 def test_a_step_that_fails_is_named_with_the_way_around_it(data, tmp_path, monkeypatch):
-    def fail(*given):
+    def fail(*given, **options):
         raise BadOption("it cannot be.")
 
-    monkeypatch.setattr(study_run.Runner, "_heads", fail)
+    monkeypatch.setattr(api, "ablate", fail)
     with pytest.raises(StepFailed, match=r"step heads: it cannot be\.\n +--skip heads goes on"):
-        study_run.run_study("small", data=[str(data)], quick=True, out=tmp_path / "s")
+        runner.run_study("small", data=[str(data)], quick=True, out=tmp_path / "s")
 
 
 def test_a_dry_run_says_the_steps_and_writes_nothing(data, tmp_path):
@@ -203,7 +212,7 @@ def test_a_dry_run_says_the_steps_and_writes_nothing(data, tmp_path):
 
 
 def test_a_row_of_the_printed_table_says_which_step_it_is_of(done):
-    lines = study_lines(done).splitlines()
+    lines = runner.result_lines(done).splitlines()
     assert lines[0].split() == ["One", "or", "two", "step", "val", "accuracy", "test", "accuracy", "s", "to", "train"]
     assert any(re.match(r"linear on cls of vit-demo +heads +[01]\.", line) for line in lines)
     assert any(re.match(r"cnn-cifar at 32 px +cnn +[01]\.", line) for line in lines)
@@ -212,7 +221,7 @@ def test_a_row_of_the_printed_table_says_which_step_it_is_of(done):
 
 
 def test_the_page_claims_no_weights_of_images_and_its_commands_find_the_features(done):
-    heads, network = done.report.tables[0].runs
+    heads, network = done.tables[0].runs
     features, pixels = (dict(each["facts"]) for each in origins([heads, network]))
     assert features["weights"] == "random: never trained" and features["seen by"] == "linear"
     assert not {"weights", "backbone"} & set(pixels) and pixels["seen by"] == "cnn-cifar"
@@ -226,8 +235,8 @@ def test_the_page_claims_no_weights_of_images_and_its_commands_find_the_features
 
 
 def test_numbers_stand_beside_the_published_ones_and_are_grey_in_a_trial(done):
-    record = {r["name"]: r for r in done.report.tables[0].record["families"]}
-    rows = done.report.published
+    record = {r["name"]: r for r in done.tables[0].record["families"]}
+    rows = done.published
     head, network, parameters, other = rows
     test = next(r for name, r in record.items() if name.startswith("linear"))["test"]["accuracy"]
     assert head["published_words"] == "87.50 %" and head["here_words"] == f"{100 * test['value']:.2f} %"
@@ -251,8 +260,8 @@ def test_numbers_stand_beside_the_published_ones_and_are_grey_in_a_trial(done):
     ],
 )
 def test_what_does_not_compare_is_grey(done, asked, grey):
-    other = replace(done, asked=Asked(**asked))
-    assert [greyed(other, each) for each in SMALL.parts[0].published] == grey
+    other = replace(done, options=StudyOptions(**asked))
+    assert [is_not_comparable(other, each) for each in SMALL.questions[0].published] == grey
 
 
 def test_the_page_says_what_it_ran_on_and_shows_the_images_first(done):
@@ -275,14 +284,14 @@ def test_the_command_on_the_page_is_the_one_that_made_it(done, data):
 
 def test_without_images_none_is_embedded(done):
     found, _ = again(done, images=False)
-    assert found.report.images == 0 and "<image" not in (done.folder / "report.html").read_text()
+    assert found.images == 0 and "<image" not in (done.folder / "report.html").read_text()
     again(done)
 
 
 def test_a_share_is_written_as_studies_write_it():
-    assert words("accuracy", 0.9969) == "99.69 %" and words("auroc", 0.944) == "0.944"
-    assert words("train_seconds", 443) == "443" and words("ms_per_image", 0.347) == "0.347"
-    assert words("parameters", 85_803_270) == "85,803,270" and words("accuracy", None) == "–"
+    assert format_published("accuracy", 0.9969) == "99.69 %" and format_published("auroc", 0.944) == "0.944"
+    assert format_published("train_seconds", 443) == "443" and format_published("ms_per_image", 0.347) == "0.347"
+    assert format_published("parameters", 85_803_270) == "85,803,270" and format_published("accuracy", None) == "–"
 
 
 @pytest.mark.slow
@@ -295,10 +304,8 @@ def test_names_that_are_html_stay_text(tmp_path, monkeypatch):
         split = "train" if k < 38 else "val" if k < 58 else "test"
         lines.append(f'{k}.png,"{EVIL if k % 2 else "b"}",{split}')
     (tmp_path / "d" / "t.csv").write_text("\n".join(lines))
-    found = study_run.run_study(
-        "small", data=[str(tmp_path / "d/t.csv")], quick=True, only=["heads"], out=tmp_path / "s"
-    )
-    page = found.report.path.read_text()
+    found = runner.run_study("small", data=[str(tmp_path / "d/t.csv")], quick=True, only=["heads"], out=tmp_path / "s")
+    page = found.page.read_text()
     assert page.count("<script>") == 1 and "<img" not in page and "&lt;img src=x" in page
 
 

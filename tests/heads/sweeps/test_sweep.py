@@ -30,7 +30,7 @@ from heads.evaluation.families import family_of
 from heads.settings import Settings
 from heads.splits import splits_csv
 from heads.sweeps import runner as sweep_run
-from heads.sweeps.journal import JournalFile, load_sweep
+from heads.sweeps.journal import ROWS, JournalFile, load_sweep
 from heads.training.job import prepare
 from heads.training.train import contents_of, train_together
 
@@ -585,7 +585,7 @@ def test_a_damaged_storage_says_what_to_delete(tmp_path):
 
 def test_rows_are_found_with_the_set_they_were_trained_in(tmp_path):
     found = sweep(view_of(), "linear", tmp_path / "s", lr="1e-3,1e-2", seeds=2, repeats=2)
-    rows = JournalFile(found.path)
+    rows = JournalFile(found.path / ROWS)
     for row in rows.rows:
         company = rows.together_with(row["key"])
         assert len(company) == 4
@@ -595,8 +595,9 @@ def test_rows_are_found_with_the_set_they_were_trained_in(tmp_path):
 KILLED = """
 import sys
 sys.path[:0] = [{tests!r}]
-from test_heads_sweep import sweep, view_of
-sweep(view_of(), "linear,large,ridge", sys.argv[1], **{options!r})
+from fake_view import toy_view
+from heads import ablate
+ablate(toy_view(n=150, noise=3.0), "linear,large,ridge", out=sys.argv[1], batch_size=16, **{options!r})
 """
 
 
@@ -605,7 +606,7 @@ sweep(view_of(), "linear,large,ridge", sys.argv[1], **{options!r})
 def test_killed_in_the_middle_goes_on_to_the_same_rows_and_bytes(tmp_path, lines):
     options = {"lr": "1e-3,1e-1", "repeats": 8, "epochs": 3, "seeds": 2}
     sweep(view_of(), "linear,large,ridge", tmp_path / "whole", **options)
-    code = KILLED.format(tests=str(Path(__file__).parent), options=options)
+    code = KILLED.format(tests=str(Path(__file__).parents[2]), options=options)
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "s")], env=os.environ)
     rows = tmp_path / "s" / "rows.jsonl"
     while child.poll() is None and (not rows.exists() or rows.read_bytes().count(b"\n") < lines):

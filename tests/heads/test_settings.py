@@ -1,0 +1,77 @@
+"""The table of training options: what commands offer, what values are allowed, and what a run can be told by."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+import cli
+from featurecache.errors import BadOption
+from heads.runs.run import option_words
+from heads.settings import TABLE, Settings, options_for
+from heads.training.job import check_options
+
+OWN = {  # options of the commands themselves
+    "train-head": "head features controls out overwrite no_images hash_ids cache",
+    "train-baseline": "arch data columns task features controls out resume overwrite no_images hash_ids cache",
+    "ablate": "heads features data columns task outputs seeds fractions repeats folds search trials controls out "
+    "dry_run reference show_test no_images hash_ids cache",
+}
+TAKERS = {
+    "train-head": ("any", "head"),
+    "train-baseline": ("any", "network", "finetune"),
+    "ablate": ("any", "head", "network", "finetune"),
+}
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_a_command_offers_the_options_of_the_table_and_its_own(command):
+    offered = {option.name for option in cli.main.commands[command].params} - {"as_json", "quiet", "debug"}
+    several = {"output", "seed", "fraction", "folds", "fold"} if command == "ablate" else set()
+    assert offered == {*options_for(*TAKERS[command])} - several | {*OWN[command].split()}
+
+
+def test_every_field_but_the_head_is_in_the_table_with_a_help_text():
+    assert [*TABLE] == [each.name for each in fields(Settings)][1:]
+    assert all(option.metadata["help"] for option in TABLE.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"fraction": 0.0}, "--fraction is 0; it must be above 0 and at most 1"),
+        ({"fraction": 1.1}, "--fraction is 1.1"),
+        ({"dropout": 1.0}, "--dropout is 1; it must be at least 0 and below 1"),
+        ({"weight_decay": float("inf")}, "--weight-decay is inf; it must be at least 0"),
+        ({"epochs": 0}, "--epochs is 0; it must be at least 1"),
+        ({"schedule": "step"}, "--schedule step: it is one of constant, cosine, plateau"),
+    ],
+)
+def test_a_value_outside_its_words_or_interval_is_refused(options, says):
+    with pytest.raises(BadOption, match=says):
+        Settings("linear", **options)
+
+
+def test_the_ends_of_an_interval_belong_to_it_as_its_brackets_say():
+    assert Settings("linear", fraction=1.0, dropout=0.0, weight_decay=0.0, patience=0, ram=0.0).fraction == 1
+
+
+def test_what_is_for_others_is_refused_where_the_name_is_resolved():
+    for head, taken in (("linear", ()), ("cnn-cifar", ("network",)), ("finetune:resnet50", ("network", "finetune"))):
+        for name in options_for("network", "finetune"):
+            value = {"augment": "flip", "device": "cuda", "weights": "/w"}.get(name, 1)
+            settings = Settings(head, **{name: value})
+            if name in options_for(*taken):
+                check_options(settings)
+            else:
+                with pytest.raises(BadOption, match=f"--{name.replace('_', '-')} would do nothing"):
+                    check_options(settings)
+
+
+def test_the_words_of_a_command_line_are_the_options_that_differ():
+    settings = Settings("linear", lr=0.01, balance=False, only=("a", "b"), classes=("c", "d=e,f"), gated=True)
+    said = "--lr 0.01 --no-balance --classes c --classes d=e,f --only a,b --gated"
+    assert " ".join(option_words(settings.to_dict())) == said
+    assert option_words(Settings("cnn-cifar").to_dict(), {"augment": "flip"}) == ["--augment", "none"]
+    assert Settings.from_dict(settings.to_dict()) == settings
