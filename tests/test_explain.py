@@ -16,7 +16,7 @@ from featurecache import extract, open_view
 from featurecache.errors import BadOption, NotInCache
 from heads.explanations.explainer import Explainer, SourceImages, original
 from heads.explanations.maps import Panel, draw, rgba
-from heads.reports.gallery import Album
+from heads.reports.gallery import ImageLoader
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +211,8 @@ def test_a_run_without_a_map_stands_there_with_its_reason():
 
 def test_the_gallery_names_its_maps_by_kind_and_has_the_control_beside(planted):
     run = run_of(planted, "large")
-    shown = Album(str).gallery([(run, run.answers("test"))])
-    pictures = [picture for shelf in shown.shelves for picture in shelf.pictures]
+    shown = ImageLoader(str).gallery([(run, run.answers("test"))])
+    pictures = [picture for row in shown.rows for picture in row.pictures]
     assert pictures and all(p.kind == "contribution" and p.map and p.control and p.map != p.control for p in pictures)
     (note,) = shown.notes
     assert note.startswith("Contribution, beside each image: exact change of the margin") and "control" in note
@@ -220,15 +220,15 @@ def test_the_gallery_names_its_maps_by_kind_and_has_the_control_beside(planted):
 
 def test_the_gallery_of_a_vector_without_places_says_so(planted):
     run = run_of(planted, "cls")
-    shown = Album(str).gallery([(run, run.answers("test"))])
-    assert "no places" in shown.notes[0] and not any(p.map for shelf in shown.shelves for p in shelf.pictures)
+    shown = ImageLoader(str).gallery([(run, run.answers("test"))])
+    assert "no places" in shown.notes[0] and not any(p.map for row in shown.rows for p in row.pictures)
 
 
 def test_the_gallery_of_a_head_that_is_occluded_has_a_few_maps_only(planted):
     run = run_of(planted, "attention")
-    shown = Album(str).gallery([(run, run.answers("test"))])
-    for shelf in shown.shelves:
-        with_maps = [picture.map is not None for picture in shelf.pictures]
+    shown = ImageLoader(str).gallery([(run, run.answers("test"))])
+    for row in shown.rows:
+        with_maps = [picture.map is not None for picture in row.pictures]
         assert with_maps == [True] * min(3, len(with_maps)) + [False] * (len(with_maps) - 3)
     assert "occlusion" in shown.notes[0]
 

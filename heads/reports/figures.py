@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from heads.evaluation.costs import CHARTED, COSTS, shown
+from heads.evaluation.families import Family
 from heads.metrics.calibration import CalibratedPredictions, measure_scores, predict_labels, probabilities
-from heads.metrics.classification import METRICS, auroc
+from heads.metrics.classification import METRICS, auroc, title
 from heads.reports.drawing import SERIES, SQUARE, Figure, Matrix, Plot, plain, save_png, short, style_of
 from heads.runs.run import Run, is_of_pixels, load_run
 from heads.task import Predictions
@@ -29,13 +30,18 @@ LABELS = {
 }
 GRID = np.linspace(0, 1, 201)
 MANY = 30  # classes above which single curves say less than where most of them run
+OVERLAID = 6  # families in the figures and tables that lay them over each other
 THIN = 20  # curves of single seeds or folds drawn behind their mean
+
+
+def page_predictions(runs: Sequence[Run]) -> TestPredictions:
+    return [(run, run.answers("test")) for run in runs]
 
 
 def save_pictures(folder: Path) -> None:
     """curves.png, confusion.png and roc.png of the run in ``folder``; the last two of test."""
     run = load_run(folder, trust_code=True)
-    predictions = [(run, run.answers("test"))]
+    predictions = page_predictions([run])
     note = "untrained backbone: shows the tool, nothing else" if run.untrained else ""
     chosen = range(len(run.classes)) if run.positive is None else [run.positive]
     measured = run.metrics["test"] if run.task == "binary" else None
@@ -79,7 +85,7 @@ def _folds(predictions: TestPredictions) -> set[Any]:
 def counts_figure(predictions: TestPredictions) -> Figure:
     """The confusion matrix; of labels what became of their positives and negatives."""
     classes, counts, folds = predictions[0][0].classes, confusion_counts(predictions), len(_folds(predictions))
-    labels = predictions[0][0].task == "multilabel"
+    labels, names = predictions[0][0].task == "multilabel", [short(name, 18) for name in classes]
     whole = counts.reshape(len(counts), -1, 2).sum(2).repeat(2, axis=1) if labels else counts.sum(1, keepdims=True)
     share = np.divide(counts, whole, out=np.zeros_like(counts), where=whole > 0)
     mean = f" Counts are the mean of {len(predictions) // folds} heads." if len(predictions) > folds else ""
@@ -87,11 +93,11 @@ def counts_figure(predictions: TestPredictions) -> Figure:
     if labels:
         columns = ("true\npositives", "false\nnegatives", "false\npositives", "true\nnegatives")
         cell = (62.0, min(24.0, max(3.0, 600 / len(classes))))
-        plot = Matrix(counts, share, classes, columns, "", "label", cell)
+        plot = Matrix(counts, share, names, columns, "", "label", cell)
         caption = "Shade: the share of a label's positives (left) and of its negatives (right); unknown labels are out."
         return Figure("Predictions by label", plot, caption + notes)
     side = max(min(76.0 if len(classes) < 5 else 44.0, 300 / len(classes)), 3.0)
-    plot = Matrix(counts, share, classes, classes, "predicted class", "true class", (side, side))
+    plot = Matrix(counts, share, names, names, "predicted class", "true class", (side, side))
     caption = "Shade: the share of the true class (row) that was predicted as each class; the number counts images."
     return Figure("Confusion matrix", plot, caption + notes)
 
@@ -293,6 +299,42 @@ def path_column(history: Sequence[dict[str, float]]) -> str | None:
     """The setting that varies along the path of a solved head, None where nothing does."""
     columns = [key for key in history[0] if not key.startswith("val") and key not in ("epoch", "best", "seconds")]
     return next((key for key in columns if len({row[key] for row in history}) > 1), None)
+
+
+def comparing_figures(pairs: Sequence[tuple[Family, dict[str, Any]]], lead: str, task: str) -> list[Figure]:
+    """What only several families can show: learning curves, quality against cost, ROC over each other. ``pairs``: each
+    with its record, best first."""
+    families, figures = [family for _, family in pairs], []
+    curves: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for family in families:
+        test = (family["test"] or {}).get(lead)
+        if test and test["value"] is not None:
+            key = (family["view"], family["output"], family["head"])
+            curves.setdefault(key, []).append({"fraction": family["fraction"], **test})
+    several = {key: points for key, points in curves.items() if len({p["fraction"] for p in points}) > 1}
+    if several:
+        views = len({view for view, _, _ in several}) > 1
+        names = [f"{head} on {output}" + (f" of {view}" if views else "") for view, output, head in several]
+        named = list(zip(names, several.values(), strict=True))[: len(SERIES)]
+        figures.append(learning_figure(named, lead, title(lead, task), _train_images(pairs)))
+    whole = max(family["fraction"] for family in families)
+    full = [family for family in families if family["fraction"] == whole]
+    figures += pareto_figures(full, lead, METRICS[lead].higher)
+    if len(pairs) > 1 and task == "binary":
+        best = [(numbers["name"], page_predictions(family.runs)) for family, numbers in pairs[:OVERLAID]]
+        figures.append(overlay_figure(best))
+    return figures
+
+
+def _train_images(pairs: Sequence[tuple[Family, dict[str, Any]]]) -> int | None:
+    """Images of train at fraction 1, where all views have the same number."""
+    found = {
+        run.config["splits"].get("images", {}).get("train")
+        for family, _ in pairs
+        if family.fraction == 1
+        for run in family.runs[:1]
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def learning_figure(

@@ -73,12 +73,8 @@ def _family_rows(family: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield same | dict(split="test", of="difference to the reference", metric=metric, **_numbers(found))
         for key in ("p", "p_holm"):
             if found.get(key) is not None:
-                yield same | {
-                    "split": "test",
-                    "of": f"difference to the reference, {key}",
-                    "metric": metric,
-                    "value": found[key],
-                }
+                of = f"difference to the reference, {key}"
+                yield same | {"split": "test", "of": of, "metric": metric, "value": found[key]}
     for part in family.get("external") or []:
         for metric, test in (part["test"] or {}).items():
             yield same | dict(split="external", of=part["view"], metric=metric, **_numbers(test))
@@ -111,11 +107,8 @@ def _with_intervals(text: str, record: dict[str, Any]) -> bytes:
         mine = row["model"] == family["head"] and row["split"] == "test" and not row["class"]
         found = (family["test"] or {}).get(row["metric"]) if mine else None
         value = float(row["value"]) if row["value"] else ""
-        rows.append(
-            [text_of(row[key]) for key in OWN[:4]]
-            + [value]
-            + [_numbers(found)[key] for key in ("low", "high", "method")]
-        )
+        ends = [_numbers(found)[key] for key in ("low", "high", "method")]
+        rows.append([*(text_of(row[key]) for key in OWN[:4]), value, *ends])
     return _csv(OWN, rows)
 
 

@@ -28,16 +28,16 @@ from featurecache.errors import CannotWrite
 from heads.evaluation.comparison import Comparison
 from heads.evaluation.costs import devices_words, shown
 from heads.evaluation.families import Family
-from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, named_by, title
+from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, named_by
 from heads.reports.drawing import Figure, plain, ticks
 from heads.reports.figures import (
+    OVERLAID,
     TestPredictions,
+    comparing_figures,
     counts_figure,
     curve_figure,
-    learning_figure,
     most_confused,
-    overlay_figure,
-    pareto_figures,
+    page_predictions,
     reliability_figure,
     top_of,
     training_figures,
@@ -62,8 +62,6 @@ from heads.task import Leak
 TEMPLATES = Path(__file__).parent / "templates"
 DETAILED = 3  # families that are shown in full; of the others every number, folded away
 SETTINGS = 400  # rows of the table of all settings
-LINES = 8  # series in one figure
-OVERLAID = 6  # families in the figures and tables that lay them over each other
 BAR = (6.0, 154.0)  # the inside of a row's interval, in units of its drawing
 
 
@@ -144,15 +142,15 @@ def part_context(
     for rank, (family, numbers) in enumerate(pairs, start=1):
         details.append(detail_of(rank, numbers, family.runs, loader if rank <= DETAILED else None, prefix))
     runs = [run for family in families for run in family.runs]
-    settings, left = settings_rows(record)
+    settings = record.get("rows") or []  # best on val first within the order of the record
     context = {
         "record": record, "p": prefix, "warnings": all_warnings(record, runs), "unit_words": unit_words(record),
         "chosen_words": chosen_words(record["task"], runs),
         "board": leaderboard(record, [numbers for _, numbers in pairs], prefix),
-        "comparing": comparing_figures(pairs, record),
+        "comparing": comparing_figures(pairs, lead_measure(record), record["task"]),
         "by": by_tables(record, pairs), "by_measures": shown_measures(record),
-        "details": details[:DETAILED], "rest": details[DETAILED:], "settings_left": left,
-        "settings": settings if len(settings) > len(pairs) else [], "with_images": loader.images,
+        "details": details[:DETAILED], "rest": details[DETAILED:], "settings_left": max(0, len(settings) - SETTINGS),
+        "settings": settings[:SETTINGS] if len(settings) > len(pairs) else [], "with_images": loader.images,
     }  # fmt: skip
     return context, sum(detail.gallery.images for detail in details if detail.gallery)
 
@@ -164,17 +162,13 @@ def render_part(context: dict[str, Any]) -> Markup:
 
 def render_page(template: str, context: dict[str, Any], count: int) -> str:
     """A whole page, with what all pages have: style, script, policy, when and with what it was made."""
-    css, js = (_own(name) for name in ("report.css", "report.js"))
+    css, js = (Markup((TEMPLATES / name).read_text("utf-8")) for name in ("report.css", "report.js"))
     own = {
         "version": __version__, "css": css, "js": js, "policy": content_security_policy(css, js),
         "untrained_words": UNTRAINED, "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "images_words": images_words(count, context["with_images"]),
     }  # fmt: skip
     return _environment(context["record"]["task"]).get_template(template).render(own | context)
-
-
-def _own(name: str) -> Markup:
-    return Markup((TEMPLATES / name).read_text("utf-8"))
 
 
 def content_security_policy(css: str, js: str) -> str:
@@ -266,47 +260,6 @@ def varied_settings(families: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in f["setting"].items() if not several or k not in same} for f in families]
 
 
-def comparing_figures(pairs: list[tuple[Any, dict[str, Any]]], record: dict[str, Any]) -> list[Figure]:
-    """What only several families can show: learning curves, cost beside quality, ROC over each other."""
-    lead, families = lead_measure(record), [family for _, family in pairs]
-    figures = []
-    curves: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for family in families:
-        test = (family["test"] or {}).get(lead)
-        if test and test["value"] is not None:
-            curves.setdefault((family["view"], family["output"], family["head"]), []).append(
-                {"fraction": family["fraction"], **test}
-            )
-    several = {key: points for key, points in curves.items() if len({p["fraction"] for p in points}) > 1}
-    if several:
-        views = len({key[0] for key in several}) > 1
-        named = [(_series_name(key, views), points) for key, points in list(several.items())[:LINES]]
-        figures.append(learning_figure(named, lead, title(lead, record["task"]), _train_images(pairs)))
-    full = [family for family in families if family["fraction"] == max(f["fraction"] for f in families)]
-    figures += pareto_figures(full, lead, METRICS[lead].higher)
-    return figures + overlay(pairs)
-
-
-def _series_name(key: tuple[Any, ...], views: bool) -> str:
-    view, output, head = key
-    return f"{head} on {output}" + (f" of {view}" if views else "")
-
-
-def _train_images(pairs: list[tuple[Any, dict[str, Any]]]) -> int | None:
-    """Images of train at fraction 1, where all views have the same number."""
-    found = {
-        run.config["splits"].get("images", {}).get("train")
-        for family, _ in pairs
-        if family.fraction == 1
-        for run in family.runs[:1]
-    }
-    return found.pop() if len(found) == 1 else None
-
-
-def page_predictions(runs: Sequence[Run]) -> TestPredictions:
-    return [(run, run.answers("test")) for run in runs]
-
-
 def detail_of(
     rank: int, family: dict[str, Any], runs: Sequence[Run], loader: ImageLoader | None, prefix: str = ""
 ) -> FamilyDetail:
@@ -352,13 +305,6 @@ def per_class(family: dict[str, Any], runs: Sequence[Run]) -> list[dict[str, Any
     return rows
 
 
-def overlay(pairs: list[tuple[Any, dict[str, Any]]]) -> list[Figure]:
-    """Binary, several families: the ROC of the best over each other."""
-    if len(pairs) < 2 or pairs[0][0].runs[0].task != "binary":
-        return []
-    return [overlay_figure([(numbers["name"], page_predictions(family.runs)) for family, numbers in pairs[:OVERLAID]])]
-
-
 def by_tables(
     record: dict[str, Any], pairs: list[tuple[Any, dict[str, Any]]]
 ) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -387,9 +333,3 @@ def all_warnings(record: dict[str, Any], runs: Sequence[Run]) -> list[str]:
     leaks = [f"{leaks_sentence(found)}: these numbers may be too good."] if found else []
     others = [*record["warnings"], *(w for family in record["families"] for w in family["warnings"]), *others]
     return [sentence(words, record) for words in dict.fromkeys([*leaks, *others])]
-
-
-def settings_rows(record: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-    """Every setting that was tried, best on val first within the order of the record; and how many are left out."""
-    rows = record.get("rows") or []
-    return rows[:SETTINGS], max(0, len(rows) - SETTINGS)

@@ -239,17 +239,9 @@ def runs_table(runs: Sequence[Run]) -> str:
         by = run.config["chosen"]["by"]
         key = named_by(by)
         where = f"{run.config['view']['label']} {run.output}" + (" (untrained)" if run.untrained else "")
-        rows.append(
-            [
-                str(run.path),
-                run.head,
-                where,
-                METRICS[key].title,
-                number(run.metrics["val"].get(key)),
-                number(run.metrics["test"].get(key)),
-                run.config["created"][:16].replace("T", " "),
-            ]
-        )
+        val, test = (number(run.metrics[split].get(key)) for split in ("val", "test"))
+        created = run.config["created"][:16].replace("T", " ")
+        rows.append([str(run.path), run.head, where, METRICS[key].title, val, test, created])
     return "\n".join(aligned(rows, right=4))
 
 
@@ -283,16 +275,9 @@ HEADS_HEADER = ["head", "what", "takes", "parameters", "from"]
 
 def heads_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The table of heads in words, from ``architectures.heads_table``; its header is ``HEADS_HEADER``."""
-    return [
-        [
-            record["head"],
-            record["what"],
-            record["takes"],
-            f"{record['parameters']:,}" if record["parameters"] else "none: it keeps train",
-            record["reference"],
-        ]
-        for record in records
-    ]
+    counts = [f"{each['parameters']:,}" if each["parameters"] else "none: it keeps train" for each in records]
+    named = zip(records, counts, strict=True)
+    return [[each["head"], each["what"], each["takes"], count, each["reference"]] for each, count in named]
 
 
 def heads_lines(records: Sequence[dict[str, Any]]) -> str:
