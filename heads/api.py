@@ -47,8 +47,8 @@ def train_head(
     overwrite: bool = False, controls: bool | None = None, report: bool = True, images: bool = True,
     hash_ids: bool = False, say: Say | None = None, **options: Any,
 ) -> Run:  # fmt: skip
-    """Train ``head`` on a view and write a run folder; ``options`` are the other fields of `Settings`, which are the
-    options of ``featurecache train-head``.
+    """Train ``head`` on a view and write a run folder; ``options`` are the other fields of `heads.settings.Settings`,
+    which are the options of ``featurecache train-head``.
 
     ``controls``: chance, majority class and logistic regression on pixels beside it; None: where the weights are
     untrained. ``report``: report.html in the folder, with or without ``images`` of the data in it, ids as keyed hashes

@@ -21,7 +21,7 @@ BILINEAR, BICUBIC = 2, 3  # PIL.Image.Resampling
 
 @dataclass(frozen=True)
 class Alias:
-    """One row of the README's table of backbones."""
+    """One row of the table of backbones."""
 
     id: str  # "hf:<repo>", "torchvision:<name>:<weights>" or "timm:<name>.<tag>"; empty: exists only untrained
     width: int  # of a token, and of the default vector

@@ -157,7 +157,8 @@ def _keeps_line(extraction: Extraction) -> str:
 
 def _machine_line(extraction: Extraction, rate: float | None) -> str:
     plan, device = extraction.plan, extraction.device
-    what = f"{plan['threads']} CPU threads" if device.type == "cpu" else _device_name(extraction)
+    threads = f"{plan['threads']} CPU thread{'s' * (plan['threads'] > 1)}"
+    what = threads if device.type == "cpu" else _device_name(extraction)
     precision = f"{extraction.spec.precision} ({extraction.precision_reason})"
     speed = f": {rate:.3g} images/s, about {duration(extraction.to_compute / rate)}" if rate else ""
     return f"{what}, {precision}, batches of {plan['batch_size']}{speed}"

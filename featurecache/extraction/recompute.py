@@ -115,7 +115,8 @@ def compute(
     """The features that ``like``'s store would hold of ``images``: same backbone, precision, batches and rounding.
 
     Encoded bytes or arrays uint8 [H,W] / [H,W,3] → ([n, ...] in the storage dtype, [(index, reason)] of those left
-    out). For the other arguments and what is raised see `Again`.
+    out). ``weights``: where the backbone's are now, if not where they were;
+    ``trust_code``: run the module of a ``python:`` backbone. Raises what ``featurecache.load_backbone`` raises.
     """
     found = backbone_of(like, device=device, weights=weights, trust_code=trust_code)
     return found.rows(images, parse(output))

@@ -115,7 +115,9 @@ class CollectResult:
 
 
 def collect(cache: str | Path | None = None, *, delete: bool = False) -> CollectResult:
-    """Find what no view names, and with ``delete`` free it. Rows that stay keep bytes, checksums and errors.
+    """Garbage collection: find rows that no view names, and with ``delete`` free them.
+
+    Rows that stay keep bytes, checksums and errors.
 
     A store is left alone while somebody works in it, and when one of its views or shards cannot be read: nobody knows
     then what that view names.

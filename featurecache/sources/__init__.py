@@ -36,7 +36,7 @@ class Source:
     """One kind of source: what a user writes, and what opens it."""
 
     form: str  # for messages
-    about: str  # for the README's table
+    about: str  # for the table of sources
     fits: Callable[[str], bool]  # of the path, absolute; never asked of a word
     open: Callable[[str, Columns, str | None], Dataset]  # path, or what stands behind the prefix; columns, task
     prefix: str = ""  # of a data set that is named and lies where its tool puts it

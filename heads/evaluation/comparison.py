@@ -77,7 +77,9 @@ def compare(
     by: str | None = None,
     show_test: str = "chosen",
 ) -> Comparison:
-    """``reference``: the name of a family (or the folder of one of its runs) that the others are compared with.
+    """Families side by side: measures with intervals, differences, calibration, as one record of plain values.
+
+    ``reference``: the name of a family (or the folder of one of its runs) that the others are compared with.
     ``prevalence``: for PPV and NPV elsewhere, one number or one for each label. ``by``: a column of the data, for
     measures of its values. ``show_test`` "all" shows the test of every row of a sweep. Raises BadOption, RunError."""
     if not families:

@@ -48,7 +48,7 @@ def explain(
     """Maps of ``runs`` over ``images`` (files, folders, tables, ids of the view), written into ``out`` (by default
     ``explain`` in the folder of the first run).
 
-    ``kinds``: of `maps.KINDS`; by default contribution, of networks on pixels grad-cam. ``classes``: which margins;
+    ``kinds``: by default contribution, of networks on pixels grad-cam. ``classes``: which margins;
     by default of each image that of the class called. ``method`` of contribution: replace, or gradient.
     Raises BadOption where no run has such a map, RunError, CannotWrite; the backbone's errors as predict.
     """
