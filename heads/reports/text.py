@@ -246,7 +246,7 @@ def runs_table(runs: Sequence[Run]) -> str:
 
 
 def sweeps_table(sweeps: Sequence[Any]) -> str:
-    """A line per sweep (`heads.sweeps.sweep.Sweep`): folder, how many heads, the one that is best on val."""
+    """A line per sweep (`heads.sweeps.journal.Sweep`): folder, how many heads, the one that is best on val."""
     rows = [["sweep", "heads", "best on val", "criterion", "val"]]
     for sweep in sweeps:
         by, name, value = sweep.record["select"], "none finished yet", None

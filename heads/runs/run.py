@@ -9,7 +9,6 @@ import csv
 import hashlib
 import io
 import math
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -24,6 +23,7 @@ from featurecache.errors import BadOption, CacheError, FeatureCacheError, RunErr
 from featurecache.files.atomic import open_regular
 from featurecache.files.records import read_record
 from featurecache.formatting import text_of
+from featurecache.images.preprocessing import Preprocess
 from featurecache.store.schema import MAX_VALUES, TASKS
 from heads.metrics.calibration import Calibration
 from heads.metrics.classification import METRICS
@@ -35,7 +35,6 @@ from heads.settings import STANDARDIZE, TABLE, Settings, flag
 from heads.task import SPLITS, Predictions, Standardize
 
 if TYPE_CHECKING:
-    from featurecache.images.preprocessing import Preprocess
     from featurecache.sources.base import Dataset
 
 FORMAT = 1
@@ -83,11 +82,10 @@ class Run:
     @property
     def positive(self) -> int | None:
         """Index of the positive class of a binary task."""
-        if self.config["positive"] is None:
-            return None
-        if self.config["positive"] not in self.classes:
+        name = self.config["positive"]
+        if name is not None and name not in self.classes:
             raise RunError(f"{self.path} is damaged: its positive class is none of its classes.")
-        return self.classes.index(self.config["positive"])
+        return None if name is None else self.classes.index(name)
 
     @property
     def untrained(self) -> bool:
@@ -181,12 +179,11 @@ def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
 def list_runs(folder: str | Path = "runs") -> list[Run]:
     """The finished runs in a folder, by name; anything else in it is passed over."""
     runs = []
-    for path in sorted(Path(folder).glob("*/config.json")):
-        if not path.parent.name.startswith("."):
-            try:
-                runs.append(load_run(path.parent))
-            except RunError:  # a folder of someone else's, or of another version; load_run on it says what is wrong
-                continue
+    for path in sorted(Path(folder).glob("[!.]*/config.json")):
+        try:
+            runs.append(load_run(path.parent))
+        except RunError:  # a folder of someone else's, or of another version; load_run on it says what is wrong
+            continue
     return runs
 
 
@@ -227,11 +224,10 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def read_history(path: Path) -> list[dict[str, float]]:
     """A record an epoch. Raises RunError."""
-    file = path / "history.csv"
     try:
-        with open_regular(file) as handle:
-            size = os.fstat(handle.fileno()).st_size
-            lines = handle.read(MOST + 1).decode("utf-8").splitlines() if size <= MOST else []
+        with open_regular(path / "history.csv") as handle:
+            data = handle.read(MOST + 1)
+        lines = data.decode("utf-8").splitlines() if len(data) <= MOST else []
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
     except (OSError, ValueError, TypeError, csv.Error, CacheError) as error:
         raise RunError(f"{path} is damaged: {error}.") from error
@@ -340,8 +336,6 @@ def source_of(run: Run) -> Dataset:
 
 def preprocess_of(run: Run) -> Preprocess:
     """How a run on pixels resizes; RunError where its config is damaged."""
-    from featurecache.images.preprocessing import Preprocess
-
     record = run.config["spec"].get("preprocess")
     try:
         return Preprocess.from_dict({key: value for key, value in record.items() if key != "decoding"})
