@@ -92,10 +92,10 @@ def info(
 
 
 def _info_backbone(talk: Console, backbone: str, weights: str | None, image_size: int | None) -> int:
-    from featurecache.backbones import describe
+    from featurecache.backbones import describe_backbone
     from featurecache.commands import extract
 
-    record = describe(backbone, weights=weights, image_size=image_size)
+    record = describe_backbone(backbone, weights=weights, image_size=image_size)
     talk.result(extract.backbone_lines(record), record)
     talk.next(f"featurecache extract --backbone {shlex.quote(backbone)} --data FOLDER")
     return 0

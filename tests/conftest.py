@@ -16,6 +16,16 @@ os.environ["FEATURECACHE_SECRET"] = "of the tests"  # none is made in the user's
 
 
 @pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty local cache of the Hugging Face hub, and no way to the hub."""
+    cache = tmp_path / "hub"
+    cache.mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return cache
+
+
+@pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB of its own: to be filled up, or mounted read-only (permissions alone do not stop root)."""
     folder = tmp_path / "mounted"

@@ -1,9 +1,11 @@
-"""A Hugging Face hub on this machine: one repository, the files of a folder, by the addresses its client asks for."""
+"""A Hugging Face hub on this machine: one repository, the files of a folder, by the addresses its client asks for; and
+its client's cache, as if somebody had fetched from it before."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-COMMIT = "c" * 40
+COMMIT = "c" * 40  # of the hub's one repository
+CACHED = "0123456789abcdef0123456789abcdef01234567"  # of what `put_in_cache` lays out
+
+
+def put_in_cache(cache: Path, folder: Path, repo: str, refs: tuple[str, ...] = ("main",), commit: str = CACHED) -> None:
+    """Lay a checkpoint out as huggingface_hub does: blobs, snapshots that link to them, refs."""
+    home = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = home / "snapshots" / commit
+    for part in (snapshot, home / "blobs", home / "refs"):
+        part.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copy(file, home / "blobs" / f"{number:040x}")
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"{number:040x}"))
+    for ref in refs:
+        (home / "refs" / ref).write_text(commit)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
+from featurecache.backbones.user_module import FeatureTap
 from featurecache.backbones.wrappers import Tokens
 from featurecache.errors import BadOption
 from featurecache.outputs import parse
@@ -283,6 +285,14 @@ def test_grad_cam_of_a_cnn_trained_here_peaks_on_the_square_that_decides():
     maps = grad_cam_maps(network, (network[4], "output"), x, class_margin_weights(called, 2, 1.0, False), None, 0)
     hits = sum(on_square(each.peak, (16, 16), corner) for each, corner in zip(maps, corners, strict=True))
     assert hits >= 45, hits
+
+
+def test_a_network_of_ones_own_is_looked_at_where_its_output_is_kept():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    backbone = replace(backbone_of(nn.Identity()), model=FeatureTap("python:nets:make", network, "1"))
+    assert layer_of(backbone, parse("gap")) == (network[1], "output")
+    with pytest.raises(BadOption, match="is not known"):
+        layer_of(backbone, parse("cls"))
 
 
 def test_grad_cam_without_its_package_says_what_to_install(monkeypatch):

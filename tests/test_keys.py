@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints as save
-import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -22,14 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import image_folder
 from safetensors.torch import load_file, save_file
-from test_backbones_found import COMMIT, put_in_cache
+from small_hub import CACHED, put_in_cache
 from torchvision import models
 
 import featurecache
 from featurecache.backbones import load_backbone
 from featurecache.backbones.aliases import ALIASES, Alias
 from featurecache.backbones.base import Backbone, BackboneRequest
-from featurecache.backbones.transformers_models import FAMILIES, plain
+from featurecache.backbones.transformers_models import FAMILIES, plain_config
 from featurecache.errors import BadOption
 from featurecache.extraction import plan
 from featurecache.extraction.pipeline import spec_of
@@ -145,7 +144,7 @@ def test_the_version_of_the_decoding_rules_makes_another_key(vit, monkeypatch):
 IN_KEY = {"architecture", "weights", "preprocess", "image_size", "position_embeddings"}
 BESIDE_KEY: dict[str, Any] = {  # what follows from the others, or says how and from where
     "name": "x", "model": None, "prefix": ("x",), "grid": (9, 9), "width": 9, "layers": 9, "vector": "x",
-    "channels_last": True, "parameters": 9, "provenance": {}, "refused": {"x": "y"},
+    "channels_last": True, "parameters": 9, "provenance": {}, "refusals": {"x": "y"},
 }  # fmt: skip
 
 
@@ -255,7 +254,7 @@ NOT_DECIDING = {  # of the configurations of transformers: names, versions, labe
 @pytest.mark.parametrize("kind", sorted({family.model for family in FAMILIES.values()}))
 def test_of_no_family_a_field_is_left_out_but_those_that_decide_nothing(kind):
     config = getattr(transformers, kind).config_class()
-    assert set(config.to_dict()) - set(plain(config)) <= NOT_DECIDING
+    assert set(config.to_dict()) - set(plain_config(config)) <= NOT_DECIDING
 
 
 @pytest.mark.parametrize(
@@ -343,10 +342,7 @@ class Cache:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    (tmp_path / "hub").mkdir()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+def cache(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     record = Alias(
         "hf:org/vit", 32, 17, 32, 0, "MIT", "", "vit", {**save.SIZE, "image_size": 32, "patch_size": 8}, SMALL
     )
@@ -354,18 +350,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     return Cache(tmp_path)
 
 
-def moved(cache: Cache) -> dict[str, Any]:
-    return {"backbone": cache.model.rename(cache.root / "renamed")}
+def from_the_hub(name: str) -> Callable[[Cache], dict[str, Any]]:
+    def prepare(cache: Cache) -> dict[str, Any]:
+        put_in_cache(cache.hub, cache.model, "org/vit")
+        return {"backbone": name}
 
-
-def from_the_hub(cache: Cache) -> dict[str, Any]:
-    put_in_cache(cache.hub, cache.model, "org/vit")
-    return {"backbone": "hf:org/vit"}
-
-
-def by_alias(cache: Cache) -> dict[str, Any]:
-    put_in_cache(cache.hub, cache.model, "org/vit")
-    return {"backbone": "short-name"}
+    return prepare
 
 
 def by_alias_and_file(cache: Cache) -> dict[str, Any]:
@@ -375,19 +365,20 @@ def by_alias_and_file(cache: Cache) -> dict[str, Any]:
 
 def another_readme(cache: Cache) -> dict[str, Any]:
     """A later revision that changed only its README."""
-    put_in_cache(cache.hub, cache.model, "org/vit")
-    old = cache.hub / "models--org--vit" / "snapshots" / COMMIT
-    new = Path(shutil.copytree(old, old.parent / COMMIT[::-1], symlinks=True))
+    settings = from_the_hub("hf:org/vit")(cache)
+    old = cache.hub / "models--org--vit" / "snapshots" / CACHED
+    new = Path(shutil.copytree(old, old.parent / CACHED[::-1], symlinks=True))
     (new / "README.md").write_text("now with a picture")
-    (old.parents[1] / "refs" / "main").write_text(COMMIT[::-1])
-    assert load_backbone("hf:org/vit").provenance["revision"] != COMMIT
-    return {"backbone": "hf:org/vit"}
+    (old.parents[1] / "refs" / "main").write_text(CACHED[::-1])
+    assert load_backbone("hf:org/vit").provenance["revision"] != CACHED
+    return settings
 
 
-def as_bin(cache: Cache) -> dict[str, Any]:
-    folder, weights = cache.copy("bin"), cache.weights
+def as_bin(cache: Cache, order: int = 1) -> dict[str, Any]:
+    """``order`` -1: with its tensors in another order."""
+    folder = cache.copy("bin")
     (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "pytorch_model.bin")
+    torch.save(dict(list(cache.weights.items())[::order]), folder / "pytorch_model.bin")
     return {"backbone": folder}
 
 
@@ -403,13 +394,6 @@ def in_shards(cache: Cache) -> dict[str, Any]:
 def tensors_that_nothing_uses(cache: Cache) -> dict[str, Any]:
     folder = cache.copy("more")
     save_file({**cache.weights, "ema_decay": torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"})
-    return {"backbone": folder}
-
-
-def tensors_in_another_order(cache: Cache) -> dict[str, Any]:
-    folder, weights = cache.copy("turned"), cache.weights
-    (folder / "model.safetensors").unlink()
-    torch.save(dict(reversed(list(weights.items()))), folder / "pytorch_model.bin")
     return {"backbone": folder}
 
 
@@ -465,20 +449,16 @@ def resplit(data: Path) -> None:
         (data / name).rmdir()
 
 
-def elsewhere(cache: Cache) -> dict[str, Any]:
-    return {"backbone": cache.model, "data": cache.data.rename(cache.root / "another name")}
-
-
 SAME: dict[str, Callable[[Cache], dict[str, Any]]] = {
-    "the model's folder renamed": moved,
-    "the model from the hub's cache": from_the_hub,
-    "an alias": by_alias,
+    "the model's folder renamed": lambda cache: {"backbone": cache.model.rename(cache.root / "renamed")},
+    "the model from the hub's cache": from_the_hub("hf:org/vit"),
+    "an alias": from_the_hub("short-name"),
     "an alias with a file of weights": by_alias_and_file,
     "a revision that changed only its README": another_readme,
     ".bin": as_bin,
     "several files": in_shards,
     "tensors that nothing uses": tensors_that_nothing_uses,
-    "tensors in another order": tensors_in_another_order,
+    "tensors in another order": lambda cache: as_bin(cache, order=-1),
     "bookkeeping of the configuration": other_bookkeeping,
     "a processor of older transformers": a_processor_saved_by_another_version,
     "attention implementation": another_attention,
@@ -492,7 +472,7 @@ SAME: dict[str, Callable[[Cache], dict[str, Any]]] = {
     "the same view": lambda cache: {"backbone": cache.model, "name": "d"},
     "outputs in another order": lambda cache: {"backbone": cache.model, "outputs": "tokens,cls"},
     "hashed ids": lambda cache: {"backbone": cache.model, "hash_ids": True},
-    "dataset moved and renamed": elsewhere,
+    "dataset moved and renamed": lambda cache: {"backbone": cache.model, "data": cache.data.rename(cache.root / "x y")},
     "images renamed": other_data(renamed_images),
     "dataset relabelled": other_data(relabelled),
     "dataset split": other_data(resplit),

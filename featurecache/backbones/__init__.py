@@ -1,11 +1,9 @@
-"""Load_backbone: from a name to a Backbone; what info --backbone shows.
+"""Loading a backbone by its name (`load_backbone`), and what ``info --backbone`` says of it (`describe_backbone`).
 
-A frozen network with its preprocessing, what it can give, and how it is found by name.
-
-Names: an alias (`aliases` beside this); ``hf:<repo or folder>[@revision]``; a folder written by ``save_pretrained``;
-``torchvision:<name>[:<weights>]``; ``timm:<name>``; ``python:<module>:<factory>``, a network of the user's own.
-
-Axis letters: B batch, T tokens = P prefix tokens + h·w patches, D width.
+Names: an alias (`featurecache.backbones.aliases`); ``hf:<repo or folder>[@revision]``; a folder written by
+``save_pretrained``; ``torchvision:<name>[:<weights>]``; ``timm:<name>``; ``python:<module>:<factory>``, a network of
+the user's own. To add one: a short name is an entry in ``ALIASES`` (`aliases`), a model type of transformers one in
+``FAMILIES`` (`transformers_models`); every model of torchvision and timm is there already.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from typing import Any
 from featurecache.backbones import timm_models, torchvision_models, transformers_models, user_module
 from featurecache.backbones.aliases import ALIASES
 from featurecache.backbones.base import OUTPUTS, Backbone, BackboneRequest
-from featurecache.backbones.timm_models import is_timm
+from featurecache.backbones.timm_models import timm_record
 from featurecache.errors import BadOption, UnknownBackbone, WeightsNotFound, nearest
 from featurecache.images.preprocessing import FITS
 
@@ -45,9 +43,8 @@ def load_backbone(
         raise BadOption("--weights and --random-weights contradict each other; give one of them")
     if fit not in FITS:
         raise BadOption(f'--fit "{fit}" is not one of {", ".join(FITS)}')
-    return _load(
-        BackboneRequest(name, str(weights) if weights is not None else None, random_weights, seed, image_size, fit)
-    )
+    weights = str(weights) if weights is not None else None
+    return _load(BackboneRequest(name, weights, random_weights, seed, image_size, fit))
 
 
 def _load(request: BackboneRequest) -> Backbone:
@@ -59,22 +56,15 @@ def _load(request: BackboneRequest) -> Backbone:
         return user_module.load(where.removeprefix("python:"), request)
     if where.startswith("torchvision:"):
         return torchvision_models.load(where.removeprefix("torchvision:"), request, alias)
-    if where.startswith(("timm:", "hf:timm/")) or _is_timm(where.removeprefix("hf:")):
-        return timm_models.load(where.removeprefix("hf:").removeprefix("timm:"), request, alias)
+    path = where.removeprefix("hf:")
+    if where.startswith(("timm:", "hf:timm/")) or (path and timm_record(Path(os.path.expanduser(path)))):
+        return timm_models.load(path.removeprefix("timm:"), request, alias)
     if where.startswith("hf:") or (alias and not where) or os.path.isdir(os.path.expanduser(where)):
-        return transformers_models.load(where.removeprefix("hf:"), request, alias)
-    raise unknown(where)
+        return transformers_models.load(path, request, alias)
+    raise _unknown(where)
 
 
-def _is_timm(folder: str) -> bool:
-    """A folder of weights with settings as timm writes them."""
-    path = Path(os.path.expanduser(folder))
-    if not folder or not path.is_dir():
-        return False
-    return is_timm(path)
-
-
-def unknown(name: str) -> UnknownBackbone:
+def _unknown(name: str) -> UnknownBackbone:
     """What to say of a name in none of the forms."""
     if os.path.isfile(os.path.expanduser(name)):
         return UnknownBackbone(f"{name} is a file of weights; say what they are of: --backbone NAME --weights {name}")
@@ -90,7 +80,7 @@ def load_without_weights(name: str, **options: Any) -> Backbone:
     return _load(BackboneRequest(name, meta=True, **options))
 
 
-def describe(backbone: Backbone | str, **options: Any) -> dict[str, Any]:
+def describe_backbone(backbone: Backbone | str, **options: Any) -> dict[str, Any]:
     """What ``info --backbone`` shows. A name needs no weights: an alias is built without any, in no memory."""
     if isinstance(backbone, str):
         backbone = load_without_weights(backbone, **options)
@@ -98,13 +88,12 @@ def describe(backbone: Backbone | str, **options: Any) -> dict[str, Any]:
     outputs: dict[str, dict[str, Any]] = {}
     for name in OUTPUTS:
         shape = [tokens, backbone.width] if name == "tokens" else [backbone.width]
-        outputs[name] = {"refused": backbone.refused[name]} if name in backbone.refused else {"shape": shape}
-    made_of = backbone.provenance
+        outputs[name] = {"refused": backbone.refusals[name]} if name in backbone.refusals else {"shape": shape}
     return {
         "name": backbone.name,
-        "id": made_of["id"],
-        "source": made_of["source"],
-        "licence": made_of["licence"],
+        "id": backbone.provenance["id"],
+        "source": backbone.provenance["source"],
+        "licence": backbone.provenance["licence"],
         "library": backbone.architecture["library"],
         "class": backbone.architecture["class"],
         "parameters": backbone.parameters,
@@ -114,7 +103,7 @@ def describe(backbone: Backbone | str, **options: Any) -> dict[str, Any]:
         "position_embeddings": backbone.position_embeddings,
         "prefix": list(backbone.prefix),
         "grid": list(backbone.grid),
-        "sees": f"{backbone.preprocess.line()} ({made_of['preprocessing']})",
+        "sees": f"{backbone.preprocess.line()} ({backbone.provenance['preprocessing']})",
         "vector": backbone.vector,
         "outputs": outputs,
     }

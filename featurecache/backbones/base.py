@@ -1,11 +1,17 @@
-"""Backbone, BackboneRequest; frozen, seeded, versions of libraries."""
+"""What a backbone is: `Backbone`, the request it is loaded by (`BackboneRequest`), and how a network is frozen.
+
+Every module of this folder that loads networks gives a `Backbone`, so that extraction knows one kind of them. Its
+``architecture``, ``weights``, ``preprocess``, ``image_size`` and ``position_embeddings`` are hashed into the
+fingerprint of a store: a value that reads differently there is another store. All else is for people, or follows.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +26,7 @@ OUTPUTS = ("cls", "pooler", "gap", "mean", "tokens")
 
 @dataclass(frozen=True)
 class BackboneRequest:
-    """What was asked for: the arguments of `load_backbone`. ``meta``: shapes only, without weights."""
+    """The arguments of `load_backbone`. ``meta``: shapes only, without weights."""
 
     name: str
     weights: str | None = None
@@ -34,16 +40,16 @@ class BackboneRequest:
     def untrained(self) -> bool:
         return self.random_weights or self.meta
 
-    def again(self, name: str) -> dict[str, Any]:
-        """The arguments that load the same backbone from any working directory."""
-        return {
-            "name": name,
-            "weights": str(Path(os.path.expanduser(self.weights)).resolve()) if self.weights else None,
-            "random_weights": self.random_weights,
-            "seed": self.seed,
-            "image_size": self.image_size,
-            "fit": self.fit,
-        }
+    @property
+    def weights_path(self) -> Path | None:
+        return Path(os.path.expanduser(self.weights)) if self.weights is not None else None
+
+    def portable_arguments(self, name: str) -> dict[str, Any]:
+        """The arguments that load the same backbone from any working directory, where ``name`` finds it."""
+        weights = str(self.weights_path.resolve()) if self.weights_path is not None else None
+        arguments = asdict(self) | {"name": name, "weights": weights}
+        del arguments["meta"]
+        return arguments
 
 
 @dataclass
@@ -65,7 +71,7 @@ class Backbone:
     channels_last: bool
     parameters: int
     provenance: dict[str, Any]  # beside the spec: provider, id, revision, licence, versions, the request
-    refused: dict[str, str]  # output -> why there is none
+    refusals: dict[str, str]  # output -> why there is none
 
     def offers(self, base: str) -> None:
         """Raise OutputRefused, with the reason, where there is no ``base`` (``cls``, ``tokens@-2``, ``mean@last4``)."""
@@ -73,15 +79,14 @@ class Backbone:
         kind = "tokens" if kind.startswith("tokens-") else kind
         if kind not in OUTPUTS:
             raise OutputRefused(f"{kind} is what an imported vector is called; {self.name} has {', '.join(OUTPUTS)}.")
-        if kind in self.refused:
-            others = [name for name in OUTPUTS if name not in self.refused]
-            raise OutputRefused(f"{self.name} has no {kind}: {self.refused[kind]}. It has {', '.join(others)}.")
+        if kind in self.refusals:
+            others = [name for name in OUTPUTS if name not in self.refusals]
+            raise OutputRefused(f"{self.name} has no {kind}: {self.refusals[kind]}. It has {', '.join(others)}.")
         if not layer:
             return
-        depth = int(layer.removeprefix("last").lstrip("-") or 0)
         if kind in ("pooler", "gap"):
             raise OutputRefused(f"{kind}@{layer} does not exist: {kind} is made from the last layer only")
-        if not 1 <= depth <= self.layers:
+        if not 1 <= int(layer.removeprefix("last").lstrip("-") or 0) <= self.layers:
             have = f"{self.layers} blocks, @-1 to @-{self.layers}" if self.layers else "no blocks of one width"
             raise OutputRefused(f"{self.name} has no {base}: it has {have}")
 
@@ -90,13 +95,13 @@ class Backbone:
         return self.model(pixels, want)
 
 
-def frozen(network: nn.Module) -> nn.Module:
+def freeze(network: nn.Module) -> nn.Module:
     """Eval mode (no dropout, no drop path), float32, no gradients."""
     return network.eval().requires_grad_(False)
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def torch_seed(seed: int) -> Iterator[None]:
     """torch's generator for an initialisation; put back afterwards as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -105,6 +110,4 @@ def seeded(seed: int) -> Iterator[None]:
 
 def versions(*libraries: str) -> dict[str, str]:
     """Versions of the libraries that compute features, for people and for the canary."""
-    from importlib.metadata import version
-
     return {name: version(name) for name in ("torch", *libraries)}

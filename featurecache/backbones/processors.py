@@ -1,7 +1,8 @@
-"""Read the settings of a library's image processor into a `Preprocess`, and hold the two against each other.
+"""A checkpoint's image processor as a `Preprocess`: its settings read, and its pixels compared.
 
-Reading goes by the processor's attributes; what they do not say (a class with rules of its own) shows in
-:func:`check`, which compares the pixels of probe images and refuses by name what is not reproduced exactly.
+Of transformers, torchvision's presets and timm's data configs. Reading goes by the processor's attributes; what they do
+not say (a class with rules of its own) shows in `check_preprocess`, which compares the pixels of probe images and
+refuses by name what is not reproduced exactly. What is read here is hashed into fingerprints.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from featurecache.backbones.aliases import Alias
 from featurecache.errors import PreprocessingRefused
 from featurecache.images.preprocessing import Preprocess
 
@@ -26,19 +28,16 @@ def from_processor(processor: Any) -> Preprocess:
     """Read the settings of a transformers image processor of the torchvision backend."""
     from transformers.image_utils import pil_torch_interpolation_mapping
 
-    name = type(processor).__name__
-    size = dict(getattr(processor, "size", None) or {}) if getattr(processor, "do_resize", False) else {}
-    crop = dict(getattr(processor, "crop_size", None) or {}) if getattr(processor, "do_center_crop", False) else None
-    mode, resize, crop_to = _geometry(name, size, crop, getattr(processor, "crop_pct", None))
+    mode, resize, crop = _geometry(processor)
     resample = getattr(processor, "resample", None)
-    mode_of = pil_torch_interpolation_mapping.get(2 if resample is None else resample, resample)
+    interpolation = pil_torch_interpolation_mapping.get(2 if resample is None else resample, resample)
     normalise = getattr(processor, "do_normalize", False)
     return Preprocess(
         mode=mode,
         resize=resize,
-        crop=crop_to,
+        crop=crop,
         kernel="torchvision",
-        interpolation=str(getattr(mode_of, "value", mode_of)),
+        interpolation=str(getattr(interpolation, "value", interpolation)),
         antialias=True,
         crop_rounding="down",
         scale=float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else None,
@@ -48,16 +47,16 @@ def from_processor(processor: Any) -> Preprocess:
     )
 
 
-def _geometry(
-    name: str, size: dict[str, int], crop: dict[str, int] | None, crop_pct: float | None
-) -> tuple[str, tuple[int, ...], tuple[int, int] | None]:
+def _geometry(processor: Any) -> tuple[str, tuple[int, ...], tuple[int, int] | None]:
     """(mode, resize, crop) of a processor's ``size`` and ``crop_size``.
 
     ConvNeXt's has a rule of its own: below 384 the shortest edge goes to ``size / crop_pct`` and the centre is cut
     out; from 384 on the image is squashed.
     """
+    size = dict(getattr(processor, "size", None) or {}) if getattr(processor, "do_resize", False) else {}
+    crop = dict(getattr(processor, "crop_size", None) or {}) if getattr(processor, "do_center_crop", False) else None
     cut = (crop["height"], crop["width"]) if crop else None
-    keys = set(size)
+    crop_pct, keys = getattr(processor, "crop_pct", None), set(size)
     if crop_pct is not None and keys == {"shortest_edge"}:
         n = size["shortest_edge"]
         return ("shortest", (int(n / crop_pct),), (n, n)) if n < 384 else ("squash", (n, n), cut)
@@ -67,7 +66,8 @@ def _geometry(
         return "shortest", (size["shortest_edge"],), cut
     if not keys:
         return "none", (), cut
-    raise PreprocessingRefused(f"{name} resizes by {sorted(keys)}; expected height and width, or the shortest edge")
+    kind = type(processor).__name__
+    raise PreprocessingRefused(f"{kind} resizes by {sorted(keys)}; expected height and width, or the shortest edge")
 
 
 def _three(values: Any) -> tuple[float, float, float]:
@@ -82,17 +82,25 @@ def from_transforms(transforms: Any) -> Preprocess:
     if type(transforms).__name__ != "ImageClassification":
         raise PreprocessingRefused(f"torchvision's {type(transforms).__name__} preset is not one for classification")
     (short,), (crop,) = transforms.resize_size, transforms.crop_size
+    constants = (_three(transforms.mean), _three(transforms.std))
+    return pil_preprocess("shortest", (short,), (crop, crop), transforms.interpolation.value, *constants)
+
+
+def pil_preprocess(
+    mode: str, resize: tuple[int, ...], crop: tuple[int, int] | None, interpolation: str, mean: Any, std: Any
+) -> Preprocess:
+    """As torchvision's Resize, CenterCrop, ToTensor and Normalize treat a PIL image."""
     return Preprocess(
-        mode="shortest",
-        resize=(short,),
-        crop=(crop, crop),
+        mode=mode,
+        resize=resize,
+        crop=crop,
         kernel="pil",
-        interpolation=transforms.interpolation.value,
+        interpolation=interpolation,
         antialias=True,
         crop_rounding="half even",
         scale=1 / 255,
-        mean=_three(transforms.mean),
-        std=_three(transforms.std),
+        mean=mean,
+        std=std,
         arithmetic="rescale first",
     )
 
@@ -109,19 +117,10 @@ def from_timm(config: dict[str, Any]) -> Preprocess:
             f"timm's crop_mode {mode!r} for images of {height}×{width} pixels is not one we can do: only squash, or "
             "center for squares"
         )
-    return Preprocess(
-        mode="squash" if mode == "squash" else "shortest",
-        resize=whole if mode == "squash" else whole[:1],
-        crop=None if mode == "squash" and whole == (height, width) else (height, width),
-        kernel="pil",
-        interpolation=config["interpolation"],
-        antialias=True,
-        crop_rounding="half even",
-        scale=1 / 255,
-        mean=_three(config["mean"]),
-        std=_three(config["std"]),
-        arithmetic="rescale first",
-    )
+    crop, constants = (height, width), (_three(config["mean"]), _three(config["std"]))
+    if mode == "squash":
+        return pil_preprocess(mode, whole, None if whole == crop else crop, config["interpolation"], *constants)
+    return pil_preprocess("shortest", whole[:1], crop, config["interpolation"], *constants)
 
 
 def probe(height: int, width: int) -> np.ndarray:
@@ -130,7 +129,7 @@ def probe(height: int, width: int) -> np.ndarray:
     return ((x * 3 + y * 5 + c * 67 + (x * y) % 97 + 120 * ((x // 9 + y // 7) % 2)) % 256).astype(np.uint8)
 
 
-def check(preprocess: Preprocess, real: Callable[[Image.Image], torch.Tensor], name: str) -> None:
+def check_preprocess(preprocess: Preprocess, real: Callable[[Image.Image], torch.Tensor], name: str) -> None:
     """Compare with what the library's own processor makes of a small, a wide and a tall picture of odd sizes."""
     from PIL import Image
 
@@ -149,13 +148,48 @@ def check(preprocess: Preprocess, real: Callable[[Image.Image], torch.Tensor], n
 
 
 def check_processor(preprocess: Preprocess, processor: Any, name: str) -> None:
-    """`check` against a transformers image processor."""
+    """`check_preprocess` against a transformers image processor."""
+    check_preprocess(preprocess, lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0], name)
 
-    def real(image: Image.Image) -> torch.Tensor:
-        pixels = processor(images=image, return_tensors="pt")["pixel_values"]
-        return pixels[0]
 
-    check(preprocess, real, name)
+def choose_processor(
+    folder: Path | None, title: str, published: Alias | None, default: tuple[str, int] | None
+) -> tuple[Any, str]:
+    """(image processor of transformers, where it comes from): the one saved in ``folder``, else that of a published
+    alias, else (class, pixels) of a model type, which goes with untrained weights only. Raises PreprocessingRefused."""
+    import transformers
+
+    if folder is not None and _has_processor(folder):
+        return _saved_processor(folder, title), "the checkpoint's own processor"
+    if published is not None:
+        settings = dict(published.processor)
+        processor = getattr(transformers, settings.pop("image_processor_type"))(**settings)
+        return processor, "as published with its weights" if published.id else "its own settings"
+    if default is not None:
+        return default_processor(*default), "the default of its model type"
+    raise PreprocessingRefused(
+        f"{title} has no preprocessor_config.json, so how its images were prepared is not known; expected "
+        "the file that belongs to the weights (processor.save_pretrained writes it)"
+    )
+
+
+def _has_processor(folder: Path) -> bool:
+    """Whether a preprocessor_config.json is there, or a processor_config.json that has the image processor in it."""
+    nested = folder / "processor_config.json"
+    return (folder / "preprocessor_config.json").is_file() or (
+        nested.is_file() and "image_processor" in json.loads(nested.read_text(encoding="utf-8"))
+    )
+
+
+def _saved_processor(folder: Path, title: str) -> Any:
+    """Never one that needs code from the repository."""
+    import transformers
+
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # bad JSON, unknown classes, settings of wrong types: no common root
+        reason = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}…"  # it may list all processors there are
+        raise PreprocessingRefused(f"the image processor of {title} cannot be read: {reason}") from error
 
 
 def default_processor(kind: str, n: int) -> Any:
@@ -168,22 +202,3 @@ def default_processor(kind: str, n: int) -> Any:
         return cls(size=dict.fromkeys(size, n))
     size = {key: round(value * n / crop["height"]) for key, value in size.items()}
     return cls(size=size, crop_size={"height": n, "width": n})
-
-
-def has_processor(folder: Path) -> bool:
-    """Whether a preprocessor_config.json is there, or a processor_config.json that has the image processor in it."""
-    if (folder / "preprocessor_config.json").is_file():
-        return True
-    nested = folder / "processor_config.json"
-    return nested.is_file() and "image_processor" in json.loads(nested.read_text(encoding="utf-8"))
-
-
-def own_processor(folder: Path, title: str) -> Any:
-    """The image processor that was saved with a checkpoint; never one that needs code from the repository."""
-    import transformers
-
-    try:
-        return transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # bad JSON, unknown classes, settings of wrong types: no common root
-        reason = str(error) if len(str(error)) < 200 else f"{str(error)[:200]}…"  # it may list all processors there are
-        raise PreprocessingRefused(f"the image processor of {title} cannot be read: {reason}") from error

@@ -1,16 +1,14 @@
-"""Networks of torchvision.
-
-Backbones of torchvision: its classification models, with the transforms that belong to their weights.
+"""Backbones of torchvision: its classification models, with the transforms that belong to their weights.
 
 A network runs its own forward. Of a CNN two things are read on the way: the map that its pooling receives (``tokens``,
 row by row) and the vector that the first Linear of its classifier receives (``gap``). When it is loaded, that vector
 through the rest of the classifier must give the network's own logits, and be as wide as the map has channels; AlexNet,
-VGG (a flattened 7×7 map) and SqueezeNet (no Linear at all) fail this and are refused by name.
+VGG (a flattened 7×7 map) and SqueezeNet (no Linear at all) fail this and are refused by name. So any model that
+torchvision lists works without an entry anywhere.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -20,12 +18,18 @@ import torch
 from torch import nn
 
 from featurecache.backbones.aliases import Alias
-from featurecache.backbones.base import Backbone, BackboneRequest, frozen, seeded, versions
-from featurecache.backbones.processors import check, from_transforms
-from featurecache.backbones.weights import digest, fetched, read_state_dict, unwrapped
+from featurecache.backbones.base import Backbone, BackboneRequest, freeze, torch_seed, versions
+from featurecache.backbones.processors import check_preprocess, from_transforms
+from featurecache.backbones.weights import (
+    download_weights,
+    first_names,
+    other_shapes,
+    read_state_dict,
+    weights_digest,
+    without_prefix,
+)
 from featurecache.backbones.wrappers import PooledMap, Tokens
 from featurecache.errors import BadOption, OutputRefused, UnknownBackbone, WeightsDoNotFit, nearest
-from featurecache.formatting import abbreviated
 from featurecache.images.preprocessing import Preprocess
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # classifiers for training; never part of the forward in eval
@@ -40,12 +44,14 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
     transformer = isinstance(model, Tokens)
     network: Any = model.network
     grid, width = _grid(name, model, preprocess.size)
-    refused = {"pooler": f"{name} has no pooled vector of its own beside its classifier"}
-    refused |= {"gap": "that is a CNN's"} if transformer else {"cls": f"{name} has no class token; gap is its vector"}
+    # of what a builder decides, what neither its name nor its weights show
+    config = {"transform_input": True} if getattr(network, "transform_input", False) else {}
+    refusals = {"pooler": f"{name} has no pooled vector of its own beside its classifier"}
+    refusals |= {"gap": "that is a CNN's"} if transformer else {"cls": f"{name} has no class token; gap is its vector"}
     return Backbone(
         name=request.name if alias else name,
-        model=frozen(model),
-        architecture={"library": "torchvision", "class": name, "config": _config(network)},
+        model=freeze(model),
+        architecture={"library": "torchvision", "class": name, "config": config},
         weights=weights,
         preprocess=preprocess,
         image_size=preprocess.size,
@@ -66,9 +72,9 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
             "preprocessing": f"the transforms of {enum}",
             "attention": None,
             "versions": versions("torchvision"),
-            "request": request.again(f"torchvision:{name}:{enum.name}"),
+            "request": request.portable_arguments(f"torchvision:{name}:{enum.name}"),
         },
-        refused=refused,
+        refusals=refusals,
     )
 
 
@@ -77,9 +83,9 @@ def _named(where: str) -> tuple[str, Any]:
     from torchvision import models
 
     name, _, version = where.partition(":")
-    known = models.list_models(module=models)
-    if name not in known:
-        raise UnknownBackbone(f'torchvision has no model "{name}" for classification.{nearest(name, known)}')
+    names = models.list_models(module=models)
+    if name not in names:
+        raise UnknownBackbone(f'torchvision has no model "{name}" for classification.{nearest(name, names)}')
     enum = models.get_model_weights(name)
     members = {**enum.__members__}
     if version and version not in members:
@@ -90,7 +96,7 @@ def _named(where: str) -> tuple[str, Any]:
 def _preprocess(name: str, enum: Any, request: BackboneRequest) -> Preprocess:
     transforms = enum.transforms()
     preprocess = from_transforms(transforms)
-    check(preprocess, transforms, f"torchvision:{name}")
+    check_preprocess(preprocess, transforms, f"torchvision:{name}")
     if request.image_size is not None:
         patch = re.fullmatch(r"vit_\w_(\d+)", name)
         preprocess = preprocess.scaled(request.image_size, int(patch[1]) if patch else 1)
@@ -99,15 +105,12 @@ def _preprocess(name: str, enum: Any, request: BackboneRequest) -> Preprocess:
 
 def _network(name: str, enum: Any, request: BackboneRequest, size: tuple[int, int]) -> tuple[Any, str, dict[str, Any]]:
     """(module, position embeddings, what identifies the weights)."""
-    if request.untrained:
-        network, weights = _built(name, enum, request), {"random_seed": request.seed}
-    else:
-        given = Path(os.path.expanduser(request.weights)) if request.weights else None
-        state = read_state_dict(given or fetched(enum.url, f"torchvision's {enum}"))
-        network = _built(name, enum, request)
-        state = unwrapped(f"torchvision:{name}", state, network.state_dict())
+    network, weights = _built(name, enum, request), {"random_seed": request.seed}
+    if not request.untrained:
+        state = read_state_dict(request.weights_path or download_weights(enum.url, f"torchvision's {enum}"))
+        state = without_prefix(f"torchvision:{name}", state, network.state_dict())
         weights = _fill(name, network, {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()})
-    frozen(network)
+    freeze(network)
     if type(network).__name__ != "VisionTransformer":
         return PooledMap(name, network, _tail(name, network)), "none", weights
     positions = _interpolated(network, size)
@@ -126,7 +129,7 @@ def _built(name: str, enum: Any, request: BackboneRequest) -> Any:
     if request.meta and not name.startswith("regnet"):  # a RegNet computes its widths with tensors
         with torch.device("meta"):
             return models.get_model(name, weights=None, **options)
-    with seeded(request.seed):
+    with torch_seed(request.seed):
         return models.get_model(name, weights=None, **options)
 
 
@@ -135,14 +138,14 @@ def _tail(name: str, network: nn.Module) -> list[str]:
     head, classifier = list(network.named_children())[-1]
     if isinstance(classifier, nn.Linear):
         return [head]
-    parts = list(classifier.named_children())
-    first = next((at for at, (_, part) in enumerate(parts) if isinstance(part, nn.Linear)), None)
+    layers = list(classifier.named_children())
+    first = next((k for k, (_, layer) in enumerate(layers) if isinstance(layer, nn.Linear)), None)
     if first is None:
         raise OutputRefused(
             f"torchvision:{name} cannot be a backbone here: its classifier has no Linear layer, so there is no pooled "
             "vector that it receives"
         )
-    return [f"{head}.{key}" for key, _ in parts[first:]]
+    return [f"{head}.{key}" for key, _ in layers[first:]]
 
 
 def _fill(name: str, network: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -153,22 +156,18 @@ def _fill(name: str, network: nn.Module, state: dict[str, torch.Tensor]) -> dict
     behind = (*(f"{path}." for path in _tail(name, network)), *_AUXILIARY)
     own = network.state_dict()
     deciding = {key: value for key, value in state.items() if not key.startswith(behind)}
-    shapes = [
-        f"{key} is {list(value.shape)}, expected {list(own[key].shape)}"
-        for key, value in deciding.items()
-        if key in own and value.shape != own[key].shape
-    ]
+    shapes = other_shapes(deciding, own)
     missing = [key for key in own if key not in state and not key.startswith(behind)]
     missing = [key for key in missing if own[key].is_floating_point()]  # counters of batches decide nothing
     extra = [key for key in deciding if key not in own]
     if shapes or missing or extra:
-        what = f"lack {abbreviated(missing, 3)}" if missing else f"hold {abbreviated(extra, 3)}, which it has not"
-        what = f"have other shapes: {abbreviated(shapes, 2)}" if shapes else what
+        what = f"lack {first_names(missing)}" if missing else f"hold {first_names(extra)}, which it has not"
+        what = f"have other shapes: {first_names(shapes, 2)}" if shapes else what
         raise WeightsDoNotFit(f"the weights given are not of torchvision's {name}: they {what}")
     fitting = OrderedDict((key, state[key]) for key in own if key in state and state[key].shape == own[key].shape)
     fitting._metadata = own._metadata  # type: ignore[attr-defined]  # MNASNet asks which version they are
     network.load_state_dict(fitting, strict=False)
-    return {"blake2b": digest({key: value for key, value in deciding.items() if value.is_floating_point()})}
+    return {"blake2b": weights_digest({key: value for key, value in deciding.items() if value.is_floating_point()})}
 
 
 def _interpolated(network: Any, size: tuple[int, int]) -> str:
@@ -184,11 +183,6 @@ def _interpolated(network: Any, size: tuple[int, int]) -> str:
     return "interpolated (bicubic, corners aligned)"
 
 
-def _config(network: Any) -> dict[str, Any]:
-    """What a builder decides beside its name, and the weights do not show."""
-    return {"transform_input": True} if getattr(network, "transform_input", False) else {}
-
-
 def _grid(name: str, model: Any, size: tuple[int, int]) -> tuple[tuple[int, int], int]:
     """(grid, width); of a CNN by a forward pass of a probe, which is also its logits test."""
     network = model.network
@@ -199,7 +193,7 @@ def _grid(name: str, model: Any, size: tuple[int, int]) -> tuple[tuple[int, int]
     pixels = torch.rand(1, 3, *size, generator=generator).to(device)
     try:
         with torch.no_grad():
-            feature_map, gap, logits = model.look(pixels)
+            feature_map, gap, logits = model.map_gap_logits(pixels)
             through = gap
             for path in model.tail:
                 through = network.get_submodule(path)(through)

@@ -1,14 +1,10 @@
-"""Weight files without pickle: reading, naming, digest, download, the sentence where there is none.
+"""Files of weights: find them on the hub, in a cache or a folder, read them without running code, know them by digest.
 
-Find weights on the hub, in its local cache or in a folder; read them without running code; know them by digest.
+``.safetensors``, or what ``torch.save`` wrote. torch's own reader (``weights_only``) refuses a file for every object
+that is no tensor: the ``argparse.Namespace`` and the numpy numbers that training scripts leave beside the weights. Here
+an inert placeholder takes the place of each; no class or function that a file names is ever looked up.
 
-``.safetensors``, or a PyTorch file by `featurecache.backbones.torch_files`. Never code from a repository.
-
-What ``torch.save`` wrote, read without running anything that is in it.
-
-torch's own reader (``weights_only``) refuses a file for every object that is no tensor: the ``argparse.Namespace`` and
-the numpy numbers that training scripts leave beside the weights. Here an inert stand-in takes the place of each: it
-drops what it is given, and no class or function that a file names is ever looked up.
+`weights_digest` is hashed into fingerprints: another order, spelling or selection of tensors is another store.
 """
 
 from __future__ import annotations
@@ -20,49 +16,47 @@ import pickle
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from featurecache.errors import FeatureCacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound, first_line
-from featurecache.formatting import abbreviated
 
-
-def unwrapped(title: str, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the prefix under which a training script keeps the network (``model.``, ``net.backbone.``)."""
-    if not own or any(name in own for name in state):
-        return state
-    first = max(own, key=len)
-    prefixes = [name.removesuffix(first) for name in state if name.endswith(f".{first}")]
-    if len(prefixes) > 1:
-        raise WeightsDoNotFit(
-            f"the weights hold {title} {len(prefixes)} times, as {abbreviated(prefixes, 3)}; expected it once"
-        )
-    if not prefixes:
-        return state
-    return {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
-
-
+REACH = 4.0  # seconds the hub has to answer before the local cache is used instead
 STALL = 10.0  # seconds a server may stay silent
+_SETTINGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
+_SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+_BIN = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
+_IN_FOLDER = (*_SAFE[:2], *_BIN[:2])  # in the order of preference
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # where training scripts put the state dict
 
 
-def fetched(url: str, title: str) -> Path:
+def weights_unavailable(what: str, *, copy: str = "FOLDER", cache: str = "HF_HOME") -> WeightsNotFound:
+    """The three ways out when weights are neither at hand nor to be had."""
+    return WeightsNotFound(
+        f"the weights of {what} are not on this machine and the hub cannot be reached.\n"
+        f"       --weights {copy:8} a copy you have        {cache}=…   an existing hub cache        "
+        "--random-weights   try the tool without them"
+    )
+
+
+def download_weights(url: str, title: str) -> Path:
     """A published file of weights, in torch.hub's folder or downloaded into it."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)
-            with _time_limit(STALL), contextlib.redirect_stdout(sys.stderr):
-                torch.hub.download_url_to_file(
-                    url, str(path), prefix[1] if prefix else None, progress=sys.stderr.isatty()
-                )
-        except RuntimeError as error:
-            raise WeightsNotFound(f"{url} came damaged ({error}); try again, or --weights FILE") from error
-        except OSError as error:
-            raise not_here(title, copy="FILE", cache="TORCH_HOME") from error
+    if path.is_file():
+        return path
+    prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _time_limit(STALL), contextlib.redirect_stdout(sys.stderr):
+            torch.hub.download_url_to_file(url, str(path), prefix[1] if prefix else None, progress=sys.stderr.isatty())
+    except RuntimeError as error:
+        raise WeightsNotFound(f"{url} came damaged ({error}); try again, or --weights FILE") from error
+    except OSError as error:
+        raise weights_unavailable(title, copy="FILE", cache="TORCH_HOME") from error
     return path
 
 
@@ -77,24 +71,6 @@ def _time_limit(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-REACH = 4.0  # seconds the hub has to answer before the local cache is used instead
-_SETTINGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
-_SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
-_BIN = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
-_IN_FOLDER = (_SAFE[0], _SAFE[1], _BIN[0], _BIN[1])  # in the order of preference
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # where training scripts put the state dict
-
-
-def not_here(what: str, *, copy: str = "FOLDER", cache: str = "HF_HOME") -> WeightsNotFound:
-    """The three ways out when weights are neither at hand nor to be had."""
-    return WeightsNotFound(
-        f"the weights of {what} are not on this machine and the hub cannot be reached.\n"
-        f"       --weights {copy:8} a copy you have        {cache}=…   an existing hub cache        "
-        "--random-weights   try the tool without them"
-    )
-
-
 def snapshot(repo: str, revision: str | None = None, *, weights: bool = True) -> tuple[Path, str]:
     """(folder, commit) of a repository of the hub, or of its local cache where the hub does not answer.
 
@@ -107,16 +83,17 @@ def snapshot(repo: str, revision: str | None = None, *, weights: bool = True) ->
     """
     from huggingface_hub import HfApi
 
-    cached = _fetch(repo, revision, weights, offline=True) if _is_commit(revision) else None
-    if cached is not None:
-        return cached, cached.name
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision or "") is not None
+    folder = _fetch(repo, revision, weights, offline=True) if is_commit else None
+    if folder is not None:
+        return folder, folder.name
     try:
         HfApi().repo_info(repo, revision=revision, timeout=REACH)
     except Exception as error:
-        cached = _fetch(repo, revision, weights, offline=True)
-        if cached is None:
-            raise _refusal(repo, revision, error) from error
-        return cached, cached.name
+        folder = _fetch(repo, revision, weights, offline=True)
+        if folder is None:
+            raise _hub_refusal(repo, revision, error) from error
+        return folder, folder.name
     try:
         folder = _fetch(repo, revision, weights, offline=False)  # by name: only so the cache knows what it stands for
     except Exception as error:
@@ -126,22 +103,15 @@ def snapshot(repo: str, revision: str | None = None, *, weights: bool = True) ->
     return folder, folder.name
 
 
-def _is_commit(revision: str | None) -> bool:
-    return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
-
-
 def _fetch(repo: str, revision: str | None, weights: bool, *, offline: bool) -> Path | None:
     """The snapshot's folder, complete; None where it holds not what is needed. ``.bin`` only without safetensors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
+    options = {"revision": revision, "local_files_only": offline, "etag_timeout": REACH}
     for patterns in [[*_SETTINGS, *_SAFE], [*_SETTINGS, *_BIN]] if weights else [_SETTINGS]:
         try:
-            folder = Path(
-                snapshot_download(
-                    repo, revision=revision, allow_patterns=patterns, local_files_only=offline, etag_timeout=REACH
-                )
-            )
+            folder = Path(snapshot_download(repo, allow_patterns=patterns, **options))
         except (EntryNotFoundError, HFValidationError):
             if offline:
                 return None
@@ -151,7 +121,7 @@ def _fetch(repo: str, revision: str | None, weights: bool, *, offline: bool) -> 
     return None
 
 
-def _refusal(repo: str, revision: str | None, error: Exception) -> FeatureCacheError:
+def _hub_refusal(repo: str, revision: str | None, error: Exception) -> FeatureCacheError:
     """What to say when the local cache has nothing and the hub answered with ``error``, or not at all."""
     from huggingface_hub import errors
 
@@ -163,9 +133,16 @@ def _refusal(repo: str, revision: str | None, error: Exception) -> FeatureCacheE
             "(hf auth login), or give a copy you have: --weights FOLDER"
         )
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
-        asked = f"{repo} at revision {revision}" if revision else repo
-        return UnknownBackbone(f"the hub has no {asked}; if it is private, log in with: hf auth login")
-    return not_here(repo)
+        what = f"{repo} at revision {revision}" if revision else repo
+        return UnknownBackbone(f"the hub has no {what}; if it is private, log in with: hf auth login")
+    return weights_unavailable(repo)
+
+
+def existing_weights(path: Path | None) -> Path | None:
+    """``path`` as it is. Raises WeightsNotFound."""
+    if path is not None and not path.exists():
+        raise WeightsNotFound(f"--weights {path}: there is no such file or folder")
+    return path
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -180,13 +157,12 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         WeightsNotFound: nothing there.
         WeightsDoNotFit: not a file of tensors.
     """
-    if path.is_dir():
-        path = weights_file(path) or _only_file(path)
+    path = _file_at(path)
     if not path.is_file():
         raise WeightsNotFound(f"no weights at {path}; expected a folder, or a file ending in {', '.join(_SUFFIXES)}")
     if path.name.endswith(".index.json"):
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        return {key: value for name in names for key, value in read_state_dict(path.parent / Path(name).name).items()}
+        names = sorted({Path(name).name for name in _index(path).values()})
+        return {key: value for name in names for key, value in read_state_dict(path.parent / name).items()}
     return _tensors(path)
 
 
@@ -194,21 +170,31 @@ def tensor_names(path: Path) -> list[str]:
     """The names in a folder of weights; of safetensors without reading the tensors."""
     from safetensors import safe_open
 
-    path = (weights_file(path) or _only_file(path)) if path.is_dir() else path
+    path = _file_at(path)
     if path.name.endswith(".index.json"):
-        return list(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        return list(_index(path))
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     return list(read_state_dict(path))
 
 
-def _only_file(folder: Path) -> Path:
-    files = sorted(f for f in folder.iterdir() if f.suffix in _SUFFIXES)
-    if len(files) == 1:
-        return files[0]
-    found = f"{len(files)} files of weights ({', '.join(f.name for f in files[:4])})" if files else "no file of weights"
-    raise WeightsNotFound(f"{folder} holds {found}; expected one, such as {_SAFE[0]}. --weights also takes one file")
+def _index(path: Path) -> dict[str, str]:
+    names: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    return names
+
+
+def _file_at(path: Path) -> Path:
+    """Of a folder its file of weights: one of the usual name, else the only one there is."""
+    if not path.is_dir():
+        return path
+    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+    file = weights_file(path) or (files[0] if len(files) == 1 else None)
+    if file is None:
+        names = ", ".join(file.name for file in files[:4])
+        what = f"{len(files)} files of weights ({names})" if files else "no file of weights"
+        raise WeightsNotFound(f"{path} holds {what}; expected one, such as {_SAFE[0]}. --weights also takes one file")
+    return file
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -221,53 +207,39 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
             f"{path} cannot be read as weights ({refusal_reason(error)}); expected .safetensors, or a PyTorch file of "
             "tensors (code in files is never run)"
         ) from error
-    inner = _inner(path, data)
-    if not isinstance(inner, Mapping) or not all(isinstance(k, str) for k in inner):
+    values = _state_dict_in(path, data)
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise WeightsDoNotFit(
-            f"{path} holds a {type(inner).__name__}; expected a state dict, name by name a tensor: "
+            f"{path} holds a {type(values).__name__}; expected a state dict, name by name a tensor: "
             "torch.save(network.state_dict(), FILE)"
         )
-    state = {key: value for key, value in inner.items() if isinstance(value, torch.Tensor)}
+    state = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
     if not state:
         raise WeightsDoNotFit(f"{path} holds no tensors; expected a state dict")
-    parallel = all(key.startswith("module.") for key in state)  # saved from DataParallel
-    return {key.removeprefix("module.") if parallel else key: value for key, value in state.items()}
+    parallel = all(name.startswith("module.") for name in state)  # saved from DataParallel
+    return {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
 
 
-def _inner(path: Path, data: Any) -> Any:
+def _state_dict_in(path: Path, data: Any) -> Any:
     """The state dict in what a training script has saved: under one of the usual names, else the only one there is."""
     if not isinstance(data, Mapping):
         return data
-    usual = [data[key] for key in _WRAPPERS if isinstance(data.get(key), Mapping)]
+    usual = [data[name] for name in _WRAPPERS if isinstance(data.get(name), Mapping)]
     if usual or _holds_tensors(data):
         return usual[0] if usual else data
-    held = [key for key, value in data.items() if isinstance(value, Mapping) and _holds_tensors(value)]
-    if len(held) > 1:
-        raise WeightsDoNotFit(
-            f"{path} holds {len(held)} state dicts ({abbreviated(map(str, held), 3)}); save the one you mean"
-        )
-    return data[held[0]] if held else data
+    names = [name for name, value in data.items() if isinstance(value, Mapping) and _holds_tensors(value)]
+    if len(names) > 1:
+        several = first_names(map(str, names))
+        raise WeightsDoNotFit(f"{path} holds {len(names)} state dicts ({several}); save the one you mean")
+    return data[names[0]] if names else data
 
 
 def _holds_tensors(values: Mapping[Any, Any]) -> bool:
     return any(isinstance(value, torch.Tensor) for value in values.values())
 
 
-def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """BLAKE2b-128 (hex) of names, dtypes, shapes and bytes, in the order of the names."""
-    h = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        h.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
-        h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return h.hexdigest()
-
-
 class PlaceholderClass:
     """For whatever a file names; a subclass for each, called as the file calls it."""
-
-    def __new__(cls, *arguments: Any) -> PlaceholderClass:
-        return super().__new__(cls)
 
     def __init__(self, *arguments: Any) -> None:
         pass
@@ -277,7 +249,7 @@ class PlaceholderClass:
 
 
 def read_torch_file(path: Path) -> Any:
-    """Tensors and what holds them, with stand-ins for all else. Raises whatever torch's reader does."""
+    """Tensors and what holds them, with placeholders for all else. Raises whatever torch's reader does."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -294,5 +266,45 @@ def read_torch_file(path: Path) -> Any:
 
 def refusal_reason(error: Exception) -> str:
     """The reason out of what torch's reader says, which begins with advice to run the file's code."""
-    found = re.search(r"(WeightsUnpickler error: |\n\n)([^\n]+?)(\. |\.?\n|$)", str(error).replace("\n\n\n", "\n\n"))
-    return found[2] if found else f"{type(error).__name__}: {error}".splitlines()[0]
+    match = re.search(r"(WeightsUnpickler error: |\n\n)([^\n]+?)(\. |\.?\n|$)", str(error).replace("\n\n\n", "\n\n"))
+    return match[2] if match else first_line(error)
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """BLAKE2b-128 (hex) of names, dtypes, shapes and bytes, in the order of the names."""
+    h = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        h.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{list(tensor.shape)}\0".encode())
+        h.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def without_prefix(title: str, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the prefix under which a training script keeps the network (``model.``, ``net.backbone.``)."""
+    if not own or any(name in own for name in state):
+        return state
+    longest = max(own, key=len)
+    prefixes = [name.removesuffix(longest) for name in state if name.endswith(f".{longest}")]
+    if len(prefixes) > 1:
+        several = first_names(prefixes)
+        raise WeightsDoNotFit(f"the weights hold {title} {len(prefixes)} times, as {several}; expected it once")
+    if not prefixes:
+        return state
+    return {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
+
+
+def other_shapes(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> list[str]:
+    """Tensors of ``state`` that the network has in another shape, as words."""
+    return [
+        f"{name} is {list(value.shape)}, expected {list(own[name].shape)}"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+
+
+def first_names(names: Iterable[str], n: int = 3) -> str:
+    """``a, b, c and 7 more``"""
+    ordered = sorted(names)
+    more = len(ordered) - n
+    return ", ".join(ordered[:n]) + (f" and {more} more" if more > 0 else "")

@@ -1,10 +1,14 @@
-"""How outputs are read from a network's own forward pass. Each module: forward(pixels, want) -> {output: tensor}.
+"""Reading outputs from a network's own forward pass: tokens, maps and pooled vectors under one interface.
+
+Each module here: forward(pixels [B,3,h,w], want) -> {output: tensor}, of ``tokens`` and ``tokens@-k`` [B,T,D],
+``pooler`` and ``gap`` [B,D] the wanted. The network itself runs as its library wrote it; hooks read on the way.
 
 Axis letters: B batch, T tokens, D width, C channels, h and w the sides of a map.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -25,28 +29,34 @@ class Tokens(nn.Module):
         self.network, self.blocks, self.norm, self.options, self.output = network, blocks, norm, options, output
 
     def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
-        """pixels [B,3,h,w] -> the wanted tensors. Only the blocks that are asked for are kept."""
+        """Only the blocks that are asked for are kept."""
         blocks: Any = self.network.get_submodule(self.blocks)
-        seen: dict[str, torch.Tensor] = {}
-        deeper = {name: int(name.removeprefix("tokens@")) for name in want if name.startswith("tokens@")}
-        hooks = [blocks[at].register_forward_hook(partial(_keep, seen, name)) for name, at in deeper.items()]
+        read = {name: blocks[index] for name, index in earlier_blocks(want).items()}
         if self.output:
-            last = self.network.get_submodule(self.output)
-            hooks.append(last.register_forward_hook(partial(_keep, seen, "tokens")))
-        try:
-            found = self.network(pixels, **self.options)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            read["tokens"] = self.network.get_submodule(self.output)
+        outputs: dict[str, torch.Tensor] = {}
+        with ExitStack() as hooks:
+            for name, module in read.items():
+                hooks.enter_context(module.register_forward_hook(partial(_store_output, outputs, name)))
+            last = self.network(pixels, **self.options)
         norm = self.network.get_submodule(self.norm) if self.norm else nn.Identity()
-        result = {name: norm(seen[name]) for name in deeper}
-        result["tokens"] = seen["tokens"] if self.output else found.last_hidden_state
+        result = {name: norm(outputs[name]) for name in read if name != "tokens"}
+        result["tokens"] = outputs["tokens"] if self.output else last.last_hidden_state
         if "pooler" in want:
-            result["pooler"] = found.pooler_output
+            result["pooler"] = last.pooler_output
         return {name: result["tokens" if name == "tokens@-1" else name] for name in want}
 
 
-class Map(nn.Module):
+def earlier_blocks(want: set[str]) -> dict[str, int]:
+    """``tokens@-k`` -> -k"""
+    return {name: int(name.removeprefix("tokens@")) for name in want if name.startswith("tokens@")}
+
+
+def _store_output(outputs: dict[str, torch.Tensor], name: str, _: nn.Module, __: Any, output: Any) -> None:
+    outputs[name] = output[0] if isinstance(output, tuple) else output
+
+
+class FeatureMap(nn.Module):
     """A CNN of transformers: ``tokens`` is its last map [B,h·w,C], row by row; ``gap`` its pooled vector [B,C]."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -54,61 +64,9 @@ class Map(nn.Module):
         self.network = network
 
     def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
-        found = self.network(pixels)
-        result = {"tokens": found.last_hidden_state.flatten(2).transpose(1, 2), "gap": found.pooler_output.flatten(1)}
+        last = self.network(pixels)
+        result = {"tokens": last.last_hidden_state.flatten(2).transpose(1, 2), "gap": last.pooler_output.flatten(1)}
         return {name: result[name] for name in want}
-
-
-class TimmTokens(Tokens):
-    """A transformer of timm: ``tokens`` is what its ``forward_features`` gives, ``pooler`` what its classifier would
-    receive, ``tokens@-k`` block -k's output after the final norm."""
-
-    def __init__(self, network: nn.Module, prefix: int) -> None:
-        super().__init__(network, "blocks", "norm", {})
-        self.prefix = prefix
-
-    def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
-        """pixels [B,3,h,w] -> the wanted tensors."""
-        network: Any = self.network
-        deeper = {name: int(name.removeprefix("tokens@")) for name in want if name.startswith("tokens@")}
-        result: dict[str, torch.Tensor] = {}
-        if deeper:
-            count = len(network.blocks)
-            places = sorted({count + at for at in deeper.values()})
-            options = {"return_prefix_tokens": True} if self.prefix else {}
-            last, between = network.forward_intermediates(
-                pixels, indices=places, norm=True, output_fmt="NLC", **options
-            )
-            between = [torch.cat([begin, rows], 1) for rows, begin in between] if self.prefix else between
-            result = {name: between[places.index(count + at)] for name, at in deeper.items()}
-        else:
-            last = network.forward_features(pixels)
-        result["tokens"] = last
-        if "pooler" in want:
-            result["pooler"] = network.forward_head(last, pre_logits=True).flatten(1)
-        return {name: result[name] for name in want}
-
-
-class TimmMap(nn.Module):
-    """A network of timm that gives a map: ``tokens`` [B,h·w,C] row by row, ``gap`` [B,D] what its classifier would
-    receive. ``nhwc``: the map is [B,h,w,C]."""
-
-    def __init__(self, network: nn.Module, nhwc: bool) -> None:
-        super().__init__()
-        self.network, self.nhwc = network, nhwc
-
-    def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
-        """pixels [B,3,h,w] -> the wanted tensors."""
-        network: Any = self.network
-        found = network.forward_features(pixels)
-        result = {"tokens": found.flatten(1, 2) if self.nhwc else found.flatten(2).transpose(1, 2)}
-        if "gap" in want:
-            result["gap"] = network.forward_head(found, pre_logits=True).flatten(1)
-        return {name: result[name] for name in want}
-
-
-def _keep(seen: dict[str, torch.Tensor], name: str, _: nn.Module, __: Any, output: Any) -> None:
-    seen[name] = output[0] if isinstance(output, tuple) else output
 
 
 class PooledMap(nn.Module):
@@ -125,40 +83,33 @@ class PooledMap(nn.Module):
             raise OutputRefused(f"torchvision:{name} cannot be a backbone here: the map that it pools was not found")
 
     def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
-        """pixels [B,3,h,w] -> the wanted tensors."""
-        feature_map, gap, _ = self.look(pixels)
+        feature_map, gap, _ = self.map_gap_logits(pixels)
         result = {"tokens": feature_map.flatten(2).transpose(1, 2), "gap": gap}
         return {name: result[name] for name in want}
 
-    def look(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def map_gap_logits(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(map [B,C,h,w], gap [B,·], logits [B,·]) of the network's own forward."""
-        seen: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
 
-        def keep_map(_: nn.Module, given: Any, output: Any = None) -> None:
-            seen["map"] = output if self.inside else given[0]
+        def keep_input(name: str, _: nn.Module, inputs: Any) -> None:
+            tensors[name] = inputs[0]
 
-        def keep_gap(_: nn.Module, given: Any) -> None:
-            seen["gap"] = given[0]
-
-        first = self.network.get_submodule(self.tail[0])
-        at = self.network.get_submodule(self.inside or self.pool)
-        hooks = [
-            at.register_forward_hook(keep_map) if self.inside else at.register_forward_pre_hook(keep_map),
-            first.register_forward_pre_hook(keep_gap),
-        ]
-        try:
+        with ExitStack() as hooks:
+            if self.inside:
+                module = self.network.get_submodule(self.inside)
+                hooks.enter_context(module.register_forward_hook(partial(_store_output, tensors, "map")))
+            for name, path in (("map", self.pool), ("gap", self.tail[0])):
+                if path:
+                    module = self.network.get_submodule(path)
+                    hooks.enter_context(module.register_forward_pre_hook(partial(keep_input, name)))
             logits = self.network(pixels)
-        finally:
-            for hook in hooks:
-                hook.remove()
         # DenseNet's ReLU comes after `features`, in place or not
-        feature_map = seen["map"].relu() if type(self.network).__name__ == "DenseNet" else seen["map"]
-        return feature_map, seen["gap"], logits
+        feature_map = tensors["map"].relu() if type(self.network).__name__ == "DenseNet" else tensors["map"]
+        return feature_map, tensors["gap"], logits
 
 
 def _pools(network: nn.Module, path: str, module: nn.Module) -> bool:
     """An AdaptiveAvgPool2d that is not the squeeze of a squeeze-and-excitation."""
-    if not isinstance(module, nn.AdaptiveAvgPool2d):
-        return False
     around = network.get_submodule(path.rpartition(".")[0])
-    return type(around).__name__ not in ("SqueezeExcitation", "SqueezeExcitation2d")
+    excites = type(around).__name__ in ("SqueezeExcitation", "SqueezeExcitation2d")
+    return isinstance(module, nn.AdaptiveAvgPool2d) and not excites

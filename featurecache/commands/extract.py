@@ -37,7 +37,7 @@ def data_of(extraction: Extraction) -> Description:
 
 def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, Any]:
     """What an extraction would do, for ``--dry-run`` and as the beginning of a run's record."""
-    from featurecache.backbones import describe as describe_backbone
+    from featurecache.backbones import describe_backbone
 
     images = extraction.counts(copies=False)
     return {

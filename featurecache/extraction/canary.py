@@ -181,7 +181,7 @@ def _measure(
     backbone: Backbone, compute: ForwardRunner, spec: ExtractionSpec, outputs: Sequence[Output], pixels: torch.Tensor
 ) -> Reference:
     """What this machine makes of the probes: always the tokens, or the vector where there are none, and ``outputs``."""
-    anchor = parse("tokens" if "tokens" not in backbone.refused else backbone.vector)
+    anchor = parse("tokens" if "tokens" not in backbone.refusals else backbone.vector)
     wanted = tuple(dict.fromkeys([anchor, *outputs]))
     parts: dict[str, list[torch.Tensor]] = {}
     for start in range(0, len(pixels), compute.batch_size):

@@ -83,7 +83,7 @@ def prepare(
     name = name or dataset.name
     _check_storable(dataset, name)
     workers = workers or default_workers(picked)
-    wanted = asked or parse_list([name for name in (network.vector, "tokens") if name not in network.refused])
+    wanted = asked or parse_list([name for name in (network.vector, "tokens") if name not in network.refusals])
     layouts = _layouts(network, wanted, dtype)  # refuses what the backbone has not, before anything is read
     if secret and remember:
         secret.keep()

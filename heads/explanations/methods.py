@@ -37,7 +37,9 @@ import torch
 from torch import nn
 
 from featurecache.backbones.base import Backbone
-from featurecache.backbones.wrappers import Tokens
+from featurecache.backbones.timm_outputs import TimmMap
+from featurecache.backbones.user_module import FeatureTap
+from featurecache.backbones.wrappers import FeatureMap, PooledMap, Tokens
 from featurecache.errors import BadOption
 from featurecache.outputs import Output, blocks, function_of
 from heads.explanations.maps import Map, words_of
@@ -220,17 +222,16 @@ def layer_of(backbone: Backbone, output: Output) -> Hook:
     """Where Grad-CAM looks. Raises BadOption where no layer of that network is known to show places."""
     model: Any = backbone.model
     network = getattr(model, "network", model)
-    kind = type(model).__name__
     if isinstance(model, Tokens):
         depth = max((int(part.lstrip("-") or 1) for part in blocks(output.layer)), default=1)
         return _first_norm(backbone, list(network.get_submodule(model.blocks))[-depth]), "output"
-    if kind == "PooledMap":
+    if isinstance(model, PooledMap):
         return network.get_submodule(model.inside or model.pool), "output" if model.inside else "input"
-    if kind == "TimmMap":
+    if isinstance(model, TimmMap):
         return network, "forward_features"
-    if kind == "Map":
+    if isinstance(model, FeatureMap):
         return network.encoder.stages[-1], "output"
-    if kind == "Kept" and output.source in model.keep and (output.base != "cls" and output.base != "pooler"):
+    if isinstance(model, FeatureTap) and output.source in model.keep and output.base not in ("cls", "pooler"):
         return network.get_submodule(model.keep[output.source]), "output"
     raise BadOption(
         f"which layer of {backbone.name} Grad-CAM should look at for {output.name} is not known. --kind contribution "

@@ -315,14 +315,14 @@ def _strip(model: nn.Module, vector: str) -> None:
 
 def unused(model: nn.Module, vector: str) -> list[str]:
     """Parameters that ``vector`` does not depend on: a mask token, CLIP's norm behind the class token."""
-    from featurecache.backbones.transformers_models import FAMILIES, pooled_names
+    from featurecache.backbones.transformers_models import FAMILIES
 
     names = [name for name, _ in model.named_parameters()]
     found = [name for name in names if name.endswith("mask_token")]
     family = FAMILIES.get(getattr(getattr(model.network, "config", None), "model_type", ""))
     if family is not None and vector != "pooler":
         inside = {name.removeprefix("network."): name for name in names}
-        found += [inside[name] for name in pooled_names(inside, family)]
+        found += [inside[name] for name in family.pooled_names(inside)]
     return found
 
 

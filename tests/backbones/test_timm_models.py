@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from backbone_checks import as_rows, assert_same, edit_json, key, outputs, refuses
 from pictures import image_folder, picture
 from safetensors.torch import load_file, save_file
-from test_backbones_found import hub, put_in_cache  # noqa: F401  (a fixture)
+from small_hub import put_in_cache
 
 import featurecache
-from featurecache.backbones import describe, load_backbone
+from featurecache.backbones import describe_backbone, load_backbone
 from featurecache.backbones.base import Backbone
 from featurecache.errors import (
     BadOption,
@@ -38,9 +39,9 @@ def network(name: str, seed: int = 0, **arguments: Any) -> Any:
     """timm's own, with wide random numbers, so that norms, biases and statistics matter."""
     made = timm.create_model(name, **arguments).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for key, value in made.state_dict().items():
+    for name, value in made.state_dict().items():
         if value.is_floating_point():
-            noise = torch.rand if key.endswith("running_var") else torch.randn
+            noise = torch.rand if name.endswith("running_var") else torch.randn
             value += 0.2 * noise(value.shape, generator=generator)
     return made
 
@@ -50,19 +51,23 @@ def save(folder: Path, made: Any, **arguments: Any) -> Path:
     return folder
 
 
+def both(
+    folder: Path, name: str, image_size: int | None = None, **arguments: Any
+) -> tuple[Any, Backbone, torch.Tensor]:
+    """(timm's network, the backbone of what it saves, images for both). Lists in ``arguments`` are saved as such."""
+    real = network(name, **{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})
+    backbone = load_backbone(str(save(folder / name, real, **arguments)), image_size=image_size)
+    return real, backbone, pixels(backbone)
+
+
+def with_settings(folder: Path, **change: Any) -> Path:
+    """The folder with other settings of its weights."""
+    settings = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    return edit_json(folder / "config.json", pretrained_cfg={**settings, **change})
+
+
 def pixels(backbone: Backbone, count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, *backbone.image_size, generator=torch.Generator().manual_seed(5))
-
-
-@torch.no_grad()
-def given(backbone: Backbone, x: torch.Tensor, *names: str) -> list[torch.Tensor]:
-    found = backbone.forward(x, set(names))
-    return [found[name] for name in names]
-
-
-def near(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Within float32's rounding of the largest number."""
-    return a.shape == b.shape and float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
 
 
 # what is kept
@@ -72,63 +77,53 @@ def near(a: torch.Tensor, b: torch.Tensor) -> bool:
     ("name", "prefix", "vector"), [("test_vit", ("cls",), "cls"), ("test_vit2", ("reg0",), "pooler")]
 )
 def test_tokens_and_vector_of_a_vit_are_those_of_timm(tmp_path, name, prefix, vector):
-    real = network(name)
-    backbone = load_backbone(str(save(tmp_path / "vit", real)))
+    real, backbone, x = both(tmp_path, name)
     assert (backbone.prefix, len(backbone.prefix), backbone.grid) == (prefix, real.num_prefix_tokens, (10, 10))
-    x = pixels(backbone)
-    features = real.forward_features(x)
-    (tokens,) = given(backbone, x, "tokens")
-    assert torch.equal(tokens, features) and backbone.vector == vector
-    kept = tokens[:, 0] if vector == "cls" else given(backbone, x, "pooler")[0]
-    assert near(real.get_classifier()(kept), real(x))
+    (tokens,) = outputs(backbone, x, "tokens")
+    assert torch.equal(tokens, real.forward_features(x)) and backbone.vector == vector
+    pooled = tokens[:, 0] if vector == "cls" else outputs(backbone, x, "pooler")[0]
+    assert_same(real.get_classifier()(pooled), real(x))
 
 
 def test_a_distilled_vit_has_two_tokens_before_the_patches_and_their_mean_as_its_vector(tmp_path):
-    real = network("deit_tiny_distilled_patch16_224", **SMALL_DEIT)
-    backbone = load_backbone(str(save(tmp_path / "deit", real, **SMALL_DEIT)), image_size=64)
-    tokens, pooler = given(backbone, pixels(backbone), "tokens", "pooler")
+    _, backbone, x = both(tmp_path, "deit_tiny_distilled_patch16_224", 64, **SMALL_DEIT)
+    tokens, pooler = outputs(backbone, x, "tokens", "pooler")
     assert (backbone.prefix, backbone.grid, backbone.vector) == (("cls", "dist"), (4, 4), "pooler")
     assert torch.allclose(pooler, tokens[:, :2].mean(1), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_coatnet"])
 def test_the_vector_of_a_cnn_gives_the_networks_own_logits(tmp_path, name):
-    real = network(name)
-    backbone = load_backbone(str(save(tmp_path / "cnn", real)))
-    x = pixels(backbone, 1)
-    tokens, gap = given(backbone, x.contiguous(memory_format=torch.channels_last), "tokens", "gap")
-    assert near(real.get_classifier()(gap), real(x))
-    assert near(tokens, real.forward_features(x).flatten(2).transpose(1, 2))
-    assert "cls" in backbone.refused and backbone.vector == "gap" and backbone.channels_last
+    real, backbone, x = both(tmp_path, name)
+    tokens, gap = outputs(backbone, x.contiguous(memory_format=torch.channels_last), "tokens", "gap")
+    assert_same(real.get_classifier()(gap), real(x))
+    assert_same(tokens, as_rows(real.forward_features(x)))
+    assert "cls" in backbone.refusals and backbone.vector == "gap" and backbone.channels_last
 
 
 def test_a_swins_map_has_its_channels_last_and_is_read_row_by_row(tmp_path):
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in SMALL_SWIN.items()}
-    real = network("swin_tiny_patch4_window7_224", **arguments)
-    backbone = load_backbone(str(save(tmp_path / "swin", real, **SMALL_SWIN)), image_size=64)
-    x = pixels(backbone)
-    tokens, gap = given(backbone, x, "tokens", "gap")
+    real, backbone, x = both(tmp_path, "swin_tiny_patch4_window7_224", 64, **SMALL_SWIN)
+    tokens, gap = outputs(backbone, x, "tokens", "gap")
     assert backbone.grid == (8, 8) and torch.equal(tokens[:, 9], real.forward_features(x)[:, 1, 1])
-    assert near(real.get_classifier()(gap), real(x)) and not backbone.channels_last
+    assert_same(real.get_classifier()(gap), real(x))
+    assert not backbone.channels_last
 
 
 def test_a_vector_wider_than_the_map_is_kept_and_the_map_refused():
     backbone = load_backbone("timm:mobilenetv3_small_050", random_weights=True)
-    (gap,) = given(backbone, pixels(backbone, 1), "gap")
+    (gap,) = outputs(backbone, pixels(backbone, 1), "gap")
     assert gap.shape == (1, backbone.width) == (1, 1024)
     with pytest.raises(OutputRefused, match="map has 288 channels, and the vector that its classifier receives 1,024"):
         backbone.offers("tokens")
 
 
 def test_earlier_blocks_are_timms_with_the_final_norm(tmp_path):
-    real = network("test_vit")
-    backbone = load_backbone(str(save(tmp_path / "vit", real)))
-    x, seen = pixels(backbone), {}
+    real, backbone, x = both(tmp_path, "test_vit")
+    seen: dict[str, torch.Tensor] = {}
     real.blocks[4].register_forward_hook(lambda module, inputs, output: seen.update(block=output))
-    (patches, begin), *_ = real.forward_intermediates(
-        x, [4], True, norm=True, output_fmt="NLC", intermediates_only=True
-    )
-    tokens, earlier = given(backbone, x, "tokens", "tokens@-2")
+    options = {"norm": True, "output_fmt": "NLC", "intermediates_only": True}
+    (patches, begin), *_ = real.forward_intermediates(x, [4], True, **options)
+    tokens, earlier = outputs(backbone, x, "tokens", "tokens@-2")
     assert backbone.layers == 6 and torch.equal(tokens, real.forward_features(x))
     assert torch.equal(earlier, real.norm(seen["block"])) and torch.equal(earlier, torch.cat([begin, patches], 1))
 
@@ -141,7 +136,7 @@ def test_a_class_token_that_the_classifier_receives_is_no_pooler_too():
 @pytest.mark.slow
 def test_a_network_that_gives_a_list_is_refused_by_name():
     with pytest.raises(OutputRefused, match=r"timm:crossvit_9_240.* gives a list; expected tokens \[B,T,D\] or a map"):
-        describe("timm:crossvit_9_240")
+        describe_backbone("timm:crossvit_9_240")
 
 
 # what it sees
@@ -157,12 +152,11 @@ def test_a_network_that_gives_a_list_is_refused_by_name():
     ],
 )
 def test_the_data_config_of_the_weights_is_what_timms_transform_does(tmp_path, change):
-    folder = save(tmp_path / "net", network("test_resnet"))
-    config = json.loads((folder / "config.json").read_text())
-    config["pretrained_cfg"] |= change
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = with_settings(save(tmp_path / "net", network("test_resnet")), **change)
     backbone = load_backbone(str(folder))
-    settings = timm.data.resolve_data_config(pretrained_cfg=config["pretrained_cfg"])
+    settings = timm.data.resolve_data_config(
+        pretrained_cfg=json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    )
     real = timm.data.create_transform(**settings)
     for width, height in ((53, 37), (301, 177), (90, 400)):
         image = picture(width, width, height)
@@ -175,15 +169,12 @@ def test_a_transform_that_does_something_else_is_noticed(monkeypatch):
     plain = timm.data.create_transform
     monkeypatch.setattr(timm.data, "create_transform", lambda **k: plain(**k | {"interpolation": "nearest"}))
     with pytest.raises(PreprocessingRefused, match=r"timm:test_resnet.* cannot be reproduced"):
-        describe("timm:test_resnet")
+        describe_backbone("timm:test_resnet")
 
 
 def test_a_border_of_the_mean_is_refused(tmp_path):
     folder = save(tmp_path / "net", network("test_resnet"))
-    text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(text.replace('"crop_mode": "center"', '"crop_mode": "border"'))
-    with pytest.raises(PreprocessingRefused, match="'border'"):
-        load_backbone(str(folder))
+    refuses(PreprocessingRefused, "'border'", with_settings(folder, crop_mode="border"))
 
 
 def test_another_image_size_is_timms_own_network_and_transform_for_it(tmp_path):
@@ -195,24 +186,21 @@ def test_another_image_size_is_timms_own_network_and_transform_for_it(tmp_path):
     ).eval()
     x = pixels(backbone)
     assert (backbone.grid, backbone.position_embeddings) == ((12, 12), "interpolated (as timm does)")
-    assert torch.equal(given(backbone, x, "tokens")[0], larger.forward_features(x))
+    assert torch.equal(outputs(backbone, x, "tokens")[0], larger.forward_features(x))
     assert backbone.weights == load_backbone(str(folder)).weights
-    with pytest.raises(BadOption, match="--image-size 190 is not a multiple of the patch of 16 pixels; try 176 or 192"):
-        load_backbone(str(folder), image_size=190)
+    says = "--image-size 190 is not a multiple of the patch of 16 pixels; try 176 or 192"
+    refuses(BadOption, says, folder, image_size=190)
 
 
 # weights
 
 
-def as_file(path: Path, state: dict[str, Any]) -> Path:
+def as_file(path: Path, state: dict[str, Any]) -> str:
     torch.save(state, path)
-    return path
+    return str(path)
 
 
 WRAPPED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "plain": lambda state: state,
-    "under state_dict": lambda state: {"state_dict": state, "epoch": 3},
-    "behind module.": lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
     "behind a name": lambda state: {"net.encoder." + key: value for key, value in state.items()},
     "without classifier": lambda state: {key: value for key, value in state.items() if not key.startswith("head.")},
     "of seven classes": lambda state: state | {"head.weight": torch.zeros(7, 64), "head.bias": torch.zeros(7)},
@@ -223,27 +211,27 @@ WRAPPED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 def test_a_checkpoint_of_ones_own_is_read_as_training_scripts_write_it(tmp_path, how):
     real = network("test_vit")
     file = as_file(tmp_path / "best.pt", WRAPPED[how](real.state_dict()))
-    backbone = load_backbone("timm:test_vit", weights=str(file))
+    backbone = load_backbone("timm:test_vit", weights=file)
     x = pixels(backbone)
-    assert torch.equal(given(backbone, x, "tokens")[0], real.forward_features(x))
+    assert torch.equal(outputs(backbone, x, "tokens")[0], real.forward_features(x))
     assert backbone.weights == load_backbone(str(save(tmp_path / "vit", real))).weights
 
 
-def test_a_name_the_hubs_cache_a_folder_and_a_file_are_one_key(tmp_path, hub):  # noqa: F811
+def test_a_name_the_hubs_cache_a_folder_and_a_file_are_one_key(tmp_path, hub):
     folder = save(tmp_path / "net", network("test_resnet"))
     put_in_cache(hub, folder, "timm/test_resnet.r160_in1k")
     names = ["timm:test_resnet", "timm:test_resnet.r160_in1k@main", "hf:timm/test_resnet.r160_in1k", f"hf:{folder}"]
-    found = [load_backbone(name) for name in [*names, f"timm:{folder}"]]
-    found.append(load_backbone("timm:test_resnet", weights=str(folder / "model.safetensors")))
-    keys = {json.dumps([b.architecture, b.weights, b.preprocess.to_dict()]) for b in found}
-    assert len(keys) == 1 and found[0].provenance["revision"] == found[1].provenance["revision"] != ""
-    again = load_backbone(**found[0].provenance["request"])
-    assert again.weights == found[0].weights and again.name == "test_resnet.r160_in1k"
+    backbones = [load_backbone(name) for name in [*names, f"timm:{folder}"]]
+    backbones.append(load_backbone("timm:test_resnet", weights=str(folder / "model.safetensors")))
+    assert len({key(backbone) for backbone in backbones}) == 1
+    first, second, *_ = (backbone.provenance for backbone in backbones)
+    assert first["revision"] == second["revision"] != ""
+    again = load_backbone(**first["request"])
+    assert again.weights == backbones[0].weights and again.name == "test_resnet.r160_in1k"
 
 
-def test_without_hub_and_weights_the_ways_out_are_said(hub):  # noqa: F811
-    with pytest.raises(WeightsNotFound, match=r"--weights FOLDER .*--random-weights"):
-        load_backbone("timm:test_vit")
+def test_without_hub_and_weights_the_ways_out_are_said(hub):
+    refuses(WeightsNotFound, r"--weights FOLDER .*--random-weights", "timm:test_vit")
 
 
 @pytest.mark.parametrize(
@@ -257,27 +245,24 @@ def test_without_hub_and_weights_the_ways_out_are_said(hub):  # noqa: F811
 )
 def test_weights_of_something_else_are_refused(tmp_path, change, says):
     file = as_file(tmp_path / "w.pt", change(network("test_vit").state_dict()))
-    with pytest.raises(WeightsDoNotFit, match=says):
-        load_backbone("timm:test_vit", weights=str(file))
+    refuses(WeightsDoNotFit, says, "timm:test_vit", weights=file)
 
 
 def test_code_in_weights_is_not_run_and_settings_lead_nowhere(tmp_path):
     folder = save(tmp_path / "net", network("test_resnet"))
-    config = json.loads((folder / "config.json").read_text())
-    config["model_args"] = {"checkpoint_path": "/nowhere", "pretrained": True, "cache_dir": str(tmp_path / "x")}
-    config["pretrained_cfg"] |= {"file": "/nowhere", "url": "http://127.0.0.1:9/x.pth", "custom_load": True}
-    (folder / "config.json").write_text(json.dumps(config))
+    arguments = {"checkpoint_path": "/nowhere", "pretrained": True, "cache_dir": str(tmp_path / "x")}
+    edit_json(folder / "config.json", model_args=arguments)
+    with_settings(folder, file="/nowhere", url="http://127.0.0.1:9/x.pth", custom_load=True)
     assert load_backbone(str(folder)).architecture["config"] == {}
     (folder / "model.safetensors").unlink()
     torch.save({"a": os.getcwd}, folder / "pytorch_model.bin")
-    with pytest.raises(WeightsDoNotFit, match="code in files is never run"):
-        load_backbone(str(folder))
+    refuses(WeightsDoNotFit, "code in files is never run", str(folder))
 
 
 def test_untrained_weights_are_those_of_the_seed_and_need_no_hub():
     first, second, third = (load_backbone("timm:test_vit", random_weights=True, seed=seed) for seed in (1, 1, 2))
     x = pixels(first)
-    a, b, c = (given(each, x, "tokens")[0] for each in (first, second, third))
+    a, b, c = (outputs(each, x, "tokens")[0] for each in (first, second, third))
     assert torch.equal(a, b) and not torch.equal(a, c) and first.weights == {"random_seed": 1}
 
 
@@ -293,23 +278,20 @@ def test_untrained_weights_are_those_of_the_seed_and_need_no_hub():
     ],
 )
 def test_names_that_are_nearly_right_are_answered(name, says):
-    with pytest.raises(UnknownBackbone, match=re.escape(says)):
-        load_backbone(name)
+    refuses(UnknownBackbone, re.escape(says), name)
 
 
 def test_weights_of_another_architecture_are_named(tmp_path):
     folder = save(tmp_path / "net", network("test_resnet"))
-    with pytest.raises(WeightsDoNotFit, match="are of timm's test_resnet, not of test_vit"):
-        load_backbone("timm:test_vit", weights=str(folder))
+    refuses(WeightsDoNotFit, "are of timm's test_resnet, not of test_vit", "timm:test_vit", weights=str(folder))
     (folder / "config.json").write_text('{"architecture": "resnet5000", "pretrained_cfg": {}}')
-    with pytest.raises(UnknownBackbone, match="'resnet5000', which this timm does not have"):
-        load_backbone(str(folder))
+    refuses(UnknownBackbone, "'resnet5000', which this timm does not have", str(folder))
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(BadOption, match=r"pip install 'featurecache\[timm\]'") as error:
-        describe("timm-vit-base")
+        describe_backbone("timm-vit-base")
     assert "\n" not in str(error.value)
 
 
@@ -335,5 +317,4 @@ def test_images_go_through_it_into_a_view_that_computes_the_same_again(tmp_path)
 def test_a_safetensors_file_of_part_of_a_network_says_what_is_missing(tmp_path):
     state = {key: value.clone() for key, value in network("test_vit").state_dict().items() if "blocks.5" not in key}
     save_file(state, tmp_path / "part.safetensors")
-    with pytest.raises(WeightsDoNotFit, match=r"Missing key\(s\).*blocks.5"):
-        load_backbone("timm:test_vit", weights=str(tmp_path / "part.safetensors"))
+    refuses(WeightsDoNotFit, r"Missing key\(s\).*blocks.5", "timm:test_vit", weights=str(tmp_path / "part.safetensors"))

@@ -15,7 +15,7 @@ from torchvision import models
 from torchvision.transforms import v2
 
 from featurecache.backbones.processors import (
-    check,
+    check_preprocess,
     check_processor,
     default_processor,
     from_processor,
@@ -96,49 +96,39 @@ def test_squash_shows_the_whole_image_to_a_processor_that_crops():
 
 
 def test_pad_keeps_proportions_and_fills_with_black_on_both_sides():
-    padded = from_processor(PROCESSORS["vit"]()).fitted("pad").resized(torch.full((3, 20, 80), 255, dtype=torch.uint8))
-    assert padded.shape == (3, 48, 48)
-    assert (padded[0].float().mean(1) == 255).nonzero().flatten().tolist() == list(range(18, 30))
-    assert padded[:, [*range(18), *range(30, 48)]].max() == 0
+    pad = from_processor(PROCESSORS["vit"]()).fitted("pad")
+    wide = pad.resized(torch.full((3, 20, 80), 255, dtype=torch.uint8))
+    assert wide.shape == (3, 48, 48)
+    assert (wide[0].float().mean(1) == 255).nonzero().flatten().tolist() == list(range(18, 30))
+    assert wide[:, [*range(18), *range(30, 48)]].max() == 0
+    line = pad.resized(torch.full((3, 1, 900), 255, dtype=torch.uint8))
+    assert (line[0, :, 0] == 255).sum() == 1
 
 
-def test_pad_of_a_line_one_pixel_high_still_has_it():
-    padded = from_processor(PROCESSORS["vit"]()).fitted("pad").resized(torch.full((3, 1, 900), 255, dtype=torch.uint8))
-    assert (padded[0, :, 0] == 255).sum() == 1
-
-
-def test_model_fit_changes_nothing():
+def test_model_fit_changes_nothing_and_an_unknown_one_is_named():
     preprocess = from_processor(PROCESSORS["clip"]())
     assert preprocess.fitted("model") == preprocess
-
-
-def test_an_unknown_fit_is_named():
     with pytest.raises(BadOption, match=r"stretch.*model, squash, pad"):
-        from_processor(PROCESSORS["clip"]()).fitted("stretch")
+        preprocess.fitted("stretch")
 
 
 def test_image_size_scales_resize_and_crop_in_their_ratio():
     scaled = from_transforms(models.get_weight("ResNet50_Weights.IMAGENET1K_V2").transforms()).scaled(448)
     assert (scaled.resize, scaled.crop, scaled.size) == ((464,), (448, 448), (448, 448))
-
-
-def test_image_size_of_a_squashing_processor():
     assert from_processor(PROCESSORS["vit"]()).scaled(64, 16).resize == (64, 64)
 
 
-def test_image_size_that_no_patches_fill_is_refused_with_those_that_do():
-    with pytest.raises(BadOption, match=r"250 is not a multiple of the patch of 16 pixels; try 240 or 256"):
-        from_processor(PROCESSORS["vit"]()).scaled(250, 16)
-
-
-def test_image_size_smaller_than_a_patch_is_refused():
-    with pytest.raises(BadOption, match=r"try 16$"):
-        from_processor(PROCESSORS["vit"]()).scaled(7, 16)
-
-
-def test_image_size_of_a_processor_that_is_not_square_is_refused():
-    with pytest.raises(BadOption, match=r"33×47"):
-        from_processor(PROCESSORS["vit, not square"]()).scaled(64)
+@pytest.mark.parametrize(
+    ("name", "size", "says"),
+    [
+        ("vit", 250, r"250 is not a multiple of the patch of 16 pixels; try 240 or 256"),
+        ("vit", 7, r"try 16$"),
+        ("vit, not square", 64, r"33×47"),
+    ],
+)
+def test_an_image_size_that_cannot_be_is_refused_with_those_that_can(name, size, says):
+    with pytest.raises(BadOption, match=says):
+        from_processor(PROCESSORS[name]()).scaled(size, 16)
 
 
 def test_a_processor_with_rules_of_its_own_is_refused_by_name():
@@ -147,7 +137,7 @@ def test_a_processor_with_rules_of_its_own_is_refused_by_name():
         check_processor(from_processor(processor), processor, "levit")
 
 
-def test_a_processor_that_differs_by_one_step_of_grey_is_refused():
+def test_a_processor_that_differs_by_one_step_of_grey_or_in_size_is_refused():
     processor = PROCESSORS["vit"]()
     preprocess = from_processor(processor)
 
@@ -156,31 +146,24 @@ def test_a_processor_that_differs_by_one_step_of_grey_is_refused():
         return processor(images=Image.fromarray(array), return_tensors="pt")["pixel_values"][0]
 
     with pytest.raises(PreprocessingRefused):
-        check(preprocess, brighter, "brighter")
-
-
-def test_a_processor_of_another_size_is_refused():
-    processor = PROCESSORS["vit"]()
+        check_preprocess(preprocess, brighter, "brighter")
     with pytest.raises(PreprocessingRefused, match=r"inf"):
-        check_processor(from_processor(processor).scaled(32), processor, "smaller")
+        check_processor(preprocess.scaled(32), processor, "smaller")
 
 
 @pytest.mark.parametrize(
-    "size", [{"longest_edge": 40}, {"shortest_edge": 30, "longest_edge": 40}, {"max_height": 30, "max_width": 40}]
+    ("settings", "says"),
+    [
+        ({"size": {"longest_edge": 40}}, r"resizes by \['longest_edge'\]"),
+        ({"size": {"shortest_edge": 30, "longest_edge": 40}}, r"resizes by"),
+        ({"size": {"max_height": 30, "max_width": 40}}, r"resizes by"),
+        ({"do_resize": False}, r"different sizes"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, r"1 channels"),
+    ],
 )
-def test_sizes_that_depend_on_the_image_are_refused(size):
-    with pytest.raises(PreprocessingRefused):
-        from_processor(transformers.ViTImageProcessor(size=size))
-
-
-def test_a_processor_that_leaves_sizes_as_they_are_is_refused():
-    with pytest.raises(PreprocessingRefused, match=r"different sizes"):
-        from_processor(transformers.ViTImageProcessor(do_resize=False))
-
-
-def test_normalising_one_channel_is_refused():
-    with pytest.raises(PreprocessingRefused, match=r"1 channels"):
-        from_processor(transformers.ViTImageProcessor(image_mean=[0.5], image_std=[0.5]))
+def test_settings_that_fit_no_network_are_refused(settings, says):
+    with pytest.raises(PreprocessingRefused, match=says):
+        from_processor(transformers.ViTImageProcessor(**settings))
 
 
 def test_transforms_for_video_are_refused():
