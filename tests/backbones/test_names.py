@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 
-import checkpoints as save
 import pytest
 import torch
-from backbone_checks import refuses
-from small_hub import put_in_cache
+from support import checkpoints as save
+from support.backbone_checks import refuses
+from support.small_hub import put_in_cache
 
 from featurecache.backbones import describe_backbone, load_backbone
 from featurecache.backbones.aliases import ALIASES

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from backbone_checks import as_rows, assert_same, edit_json, key, outputs, refuses
-from pictures import image_folder, picture
 from safetensors.torch import load_file, save_file
-from small_hub import put_in_cache
+from support.backbone_checks import as_rows, assert_same, edit_json, key, outputs, refuses
+from support.pictures import image_folder, picture
+from support.small_hub import put_in_cache
 
 import featurecache
 from featurecache.backbones import describe_backbone, load_backbone

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backbone_checks import as_rows, assert_same, key, outputs, refuses
 from PIL import Image
 from safetensors.torch import save_file
+from support.backbone_checks import as_rows, assert_same, key, outputs, refuses
 from torch import nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor

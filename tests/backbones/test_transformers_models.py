@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import checkpoints as save
 import numpy as np
 import pytest
 import torch
 import transformers
-from backbone_checks import as_rows, assert_same, edit_json, edit_tensors, outputs, refuses
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support import checkpoints as save
+from support.backbone_checks import as_rows, assert_same, edit_json, edit_tensors, outputs, refuses
 from torch import nn
 
 from featurecache.backbones import load_backbone

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backbone_checks import as_rows, outputs, refuses
-from pictures import image_folder, picture
 from safetensors.torch import save_file
+from support.backbone_checks import as_rows, outputs, refuses
+from support.pictures import image_folder, picture
 from torchvision import transforms
 
 import featurecache

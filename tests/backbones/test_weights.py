@@ -12,15 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoints as save
 import huggingface_hub
 import pytest
-import small_hub
 import torch
 import transformers
-from backbone_checks import edit_tensors, key, outputs, refuses
 from safetensors.torch import load_file, save_file
-from small_hub import CACHED, put_in_cache
+from support import checkpoints as save
+from support import small_hub
+from support.backbone_checks import edit_tensors, key, outputs, refuses
+from support.small_hub import CACHED, put_in_cache
 
 from featurecache.backbones import describe_backbone, load_backbone
 from featurecache.backbones.aliases import ALIASES, Alias

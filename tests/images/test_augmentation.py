@@ -15,13 +15,13 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from checkpoints import save_vit
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import image_folder, picture, save_picture
 from PIL import Image
-from plant import rewrite
+from support.checkpoints import save_vit
+from support.pictures import image_folder, picture, save_picture
+from support.plant import rewrite
 from torchvision.transforms import v2
 
 import cli

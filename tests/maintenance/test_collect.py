@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_cache import CLS, TOKENS, add_shard, add_view, digests, features, make_store, make_view
+from support.tiny_cache import CLS, TOKENS, add_shard, add_view, digests, features, make_store, make_view
 
 import cli
 import featurecache

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tiny_cache import CLS, TOKENS, features, make_view
+from support.tiny_cache import CLS, TOKENS, features, make_view
 
 import featurecache
 from featurecache.errors import BadOption, CannotWrite

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_cache import make_view
+from support.tiny_cache import make_view
 
 import cli
 import featurecache

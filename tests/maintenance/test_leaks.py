@@ -12,13 +12,13 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import torch
-from checkpoints import save_vit
 from click.testing import CliRunner
-from fake_view import FakeView, toy_view
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import image_folder, save_picture
 from PIL import Image
+from support.checkpoints import save_vit
+from support.fake_view import FakeView, toy_view
+from support.pictures import image_folder, save_picture
 
 import cli
 from featurecache.commands import inspect

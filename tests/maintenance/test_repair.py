@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import save_vit
 from click.testing import CliRunner
-from pictures import image_folder
-from tiny_cache import CLS, add_shard, make_store, make_view
+from support.checkpoints import save_vit
+from support.pictures import image_folder
+from support.tiny_cache import CLS, add_shard, make_store, make_view
 
 import cli
 import featurecache

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_vit
 from click.testing import CliRunner
-from pictures import save_picture
+from support.checkpoints import save_vit
+from support.pictures import save_picture
 
 import featurecache
 from featurecache.errors import BadOption, CannotWrite, SourceError

@@ -14,10 +14,10 @@ from socket import getaddrinfo
 
 import numpy as np
 import pytest
-from pictures import image_folder, picture
 from PIL import Image
-from published_sets import chest_xray, kaggle_copy
-from small_hub import small_hub
+from support.pictures import image_folder, picture
+from support.published_sets import chest_xray, kaggle_copy
+from support.small_hub import small_hub
 
 from featurecache.errors import NotFetched, SourceError, UnreadableImage
 from featurecache.extraction.digest_cache import DigestCache

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from pictures import save_picture
-from published_sets import CHEST, WNIDS, chest_xray, tiny_imagenet
+from support.pictures import save_picture
+from support.published_sets import CHEST, WNIDS, chest_xray, tiny_imagenet
 
 from featurecache.errors import SourceError, UnreadableImage
 from featurecache.sources import open_source, reopen

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torchvision.datasets as tv
 from PIL import Image
-from published_sets import CIFAR10, cifar10, cifar100, eurosat, flowers102, medmnist_file, mnist, noise
+from support.published_sets import CIFAR10, cifar10, cifar100, eurosat, flowers102, medmnist_file, mnist, noise
 
 from featurecache.errors import NotFetched, SourceError, UnreadableImage
 from featurecache.images import decoding

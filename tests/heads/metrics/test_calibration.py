@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fake_view import toy_view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
+from support.fake_view import toy_view
 
 from featurecache.errors import BadOption
 from heads.metrics import calibration as cal

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_view import label_view, toy_view
 from matplotlib.textpath import TextPath
+from support.fake_view import label_view, toy_view
 
 import heads
 from heads.reports import drawing, figures

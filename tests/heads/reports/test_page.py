@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from fake_view import label_view, toy_view
 from PIL import Image
+from support.fake_view import label_view, toy_view
 
 import heads
 from featurecache import open_view

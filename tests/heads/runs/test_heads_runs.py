@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 import torch
-from fake_view import FakeView, label_view, toy_view
 from safetensors.torch import load_file
+from support.fake_view import FakeView, label_view, toy_view
 
 from featurecache.errors import CannotWrite, RunError
 from heads.api import train_head
@@ -168,7 +168,7 @@ def test_a_disk_that_fails_while_writing_leaves_nothing(monkeypatch):
 def test_a_run_killed_while_writing_never_looks_finished():
     code = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from fake_view import toy_view\n"
+        "from support.fake_view import toy_view\n"
         "import heads.reports.figures\n"
         "def kill(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
         "heads.reports.figures.save_pictures = kill\n"

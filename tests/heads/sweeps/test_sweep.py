@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from fake_view import label_view, toy_view
 from safetensors.torch import load_file
-from tiny_cache import make_view
+from support.fake_view import label_view, toy_view
+from support.tiny_cache import make_view
 
 import cli
 import heads.sweeps.search
@@ -595,7 +595,7 @@ def test_rows_are_found_with_the_set_they_were_trained_in(tmp_path):
 KILLED = """
 import sys
 sys.path[:0] = [{tests!r}]
-from fake_view import toy_view
+from support.fake_view import toy_view
 from heads import ablate
 ablate(toy_view(n=150, noise=3.0), "linear,large,ridge", out=sys.argv[1], batch_size=16, **{options!r})
 """

@@ -1,0 +1,103 @@
+"""What reaches terminals and spreadsheets: nothing that they would obey."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.small_views import CLS, ORDER, make_view
+
+from featurecache.commands.terminal import Console
+from featurecache.formatting import cell, harmless, one_line, text_of
+
+# ---------------------------------------------------------------------------------------------- terminals
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("harmless – × é 肺炎\n\ttoo", "harmless – × é 肺炎\n\ttoo"),
+        ("\x1b[2Jgone", "\\x1b[2Jgone"),
+        ("a\x9b31mb\x07\r\x7f", "a\\x9b31mb\\x07\\r\\x7f"),
+        ("abc\u202ecod.exe", "abc\\u202ecod.exe"),
+        ("half \ud800", "half \\ud800"),
+        ("می\u200cخواهم\u00a0", "می\u200cخواهم\u00a0"),
+    ],
+)
+def test_nothing_raw_reaches_the_terminal(text: str, shown: str, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert harmless(text) == shown
+    Console(as_json=False, quiet=False).say(text)
+    Console(as_json=False, quiet=False).result(text, {})
+    assert capsys.readouterr() == (shown + "\n", shown + "\n")
+    Console(as_json=True, quiet=False).result("", {"a": text})
+    out = capsys.readouterr().out
+    assert out.strip().isprintable() or "\u200c" in out
+    assert json.loads(out) == {"a": text}
+
+
+def test_a_name_cannot_make_lines_of_its_own() -> None:
+    assert one_line({"a\nb": ["c\td", 3, None]}) == {"a\\nb": ["c\\td", 3, None]}
+
+
+def test_listing_and_describing_a_strangers_cache_shows_its_names_harmless(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    import cli
+
+    view = make_view(tmp_path / "cache", ORDER, layouts=(CLS,))
+    spec = view.store / "spec.json"
+    record = json.loads(spec.read_text())
+    del record["check"]
+    record["provenance"] = {"backbone": "vit\x1b]0;owned\x07\nnext       rm -rf", "request": {"name": "x"}}
+    spec.write_text(json.dumps(record))
+    for arguments in (["ls"], ["info", str(view.path)], ["ls", "--json"], ["info", "\x1b[2J"]):
+        done = CliRunner().invoke(cli.main, [*arguments, "--cache", str(tmp_path / "cache")])
+        assert "\x1b" not in done.output and "\x07" not in done.output
+        assert "\nnext       rm" not in done.output
+        assert "\\nnext       rm" in done.output or arguments[-1] == "\x1b[2J"
+
+
+# ---------------------------------------------------------------------------------------------- spreadsheets
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cmd", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "'=1", "＝1", '="a"&B1'])
+def test_no_cell_is_a_formula(text: str) -> None:
+    assert cell(text) == "'" + text
+    assert text_of(cell(text)) == text
+
+
+@pytest.mark.parametrize("text", ["a=1", "-1", "+0.5", "1e-3", "-1.5e+10", "", "'quoted'", 3, -1.5, None])
+def test_other_cells_stay_as_they_are(text) -> None:  # type: ignore[no-untyped-def]
+    assert cell(text) == text
+
+
+@given(st.text(alphabet="=+-@'\t\r\n01a", max_size=6) | st.text())
+def test_whatever_was_written_comes_back(text: str) -> None:
+    assert text_of(cell(text)) == text
+    assert cell(text)[:1] not in tuple("=@＝＋－＠\t\r\n")
+
+
+def test_splits_and_predictions_of_formulas_round_trip(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    from support.fake_view import toy_view
+
+    from heads.api import train_head
+    from heads.inference import as_csv
+    from heads.splits import read_splits
+
+    monkeypatch.chdir(tmp_path)
+    view = toy_view(n=200, splits="given", noise=2)
+    view.ids = [f"=HYPERLINK({i})" for i in range(100)] + [f"'-a{i}" for i in range(100)]
+    view.classes = ["=cmd|'/c calc'!A0", "<script>alert(1)</script>\x1b[2J"]
+    run = train_head(view, "linear", epochs=1)
+    for name in ("predictions.csv", "splits.csv", "metrics.csv", "history.csv"):
+        cells = [c for row in csv.reader(io.StringIO((run.path / name).read_text())) for c in row]
+        assert not [c for c in cells if c[:1] in "=+@\t\r" and c]
+    assert (read_splits(run.path / "splits.csv", view.ids, []) == np.array(view.splits)).all()
+    record = {"image": "=1+1", "class": "=cmd", "probability": 1.0, "probabilities": {"=cmd": 1.0}}
+    assert as_csv([record]).splitlines()[1] == '"\'=1+1","\'=cmd",1.0,1.0,""'

@@ -1,0 +1,62 @@
+"""What is decided before anything is computed, where the cache is not in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.checkpoints import save_vit
+from support.pictures import image_folder
+
+import featurecache
+from featurecache.errors import DamagedFile, OutputRefused
+from featurecache.extraction import plan
+from featurecache.store.view import View
+
+
+@pytest.fixture
+def vit(tmp_path: Path) -> str:
+    return str(save_vit(tmp_path / "vit"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return image_folder(tmp_path / "data", 5)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_a_cut_shard_of_another_output_stops_no_run(tmp_path: Path, data: Path, vit: str) -> None:
+    view = featurecache.extract(data, backbone=vit, cache=tmp_path / "c", outputs="cls,tokens", precision="bf16").view
+    cut(next(view.parent.glob("tokens/*.h5")))
+    prepared = plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls", name="other")
+    assert (prepared.spec.precision, prepared.to_compute) == ("bf16", 0)  # still that of the store with these images
+    assert len(View(prepared.run().view)) == 5
+
+
+def test_a_cut_shard_of_what_is_asked_for_counts_as_nothing_until_it_is_used(
+    tmp_path: Path, data: Path, vit: str
+) -> None:
+    options = {"backbone": vit, "cache": tmp_path / "c", "outputs": "cls", "name": "other"}
+    view = featurecache.extract(data, **options, precision="bf16").view
+    cut(next(view.parent.glob("cls/*.h5")))
+    assert plan.prepare(data, **options).spec.precision == "fp32"  # the device's own: nothing is known to be held
+    with pytest.raises(DamagedFile, match="cls"):
+        plan.prepare(data, **options, precision="bf16")
+
+
+def test_an_output_the_backbone_has_not_is_refused_before_an_image_is_read(
+    tmp_path: Path, monkeypatch, data: Path, vit: str
+) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("featurecache.sources.base.ImageFiles.read", lambda self, row: pytest.fail("was read"))
+    with pytest.raises(OutputRefused):
+        plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="gap")
+
+
+def test_a_zero_byte_in_a_column_is_refused_before_an_image_is_read(tmp_path: Path, data: Path, vit: str) -> None:
+    table = data / "list.csv"
+    table.write_text("path,remark\nill/000.png,fine\nwell/001.png,a\0b\n")
+    with pytest.raises(featurecache.FeatureCacheError, match=r"NUL"):
+        plan.prepare(table, backbone=vit, cache=tmp_path / "c")

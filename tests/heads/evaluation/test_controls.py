@@ -1,0 +1,141 @@
+"""The controls: chance and majority by hand, pixels against scikit-learn, and images that are gone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from support.fake_view import label_view, toy_view
+
+import featurecache.images.decoding
+import featurecache.sources
+from featurecache.errors import SourceError
+from heads.evaluation import controls
+from heads.splits import choose_splits
+from heads.task import task_of
+
+
+class Pictures:
+    """A source of grey arrays [4, 4], brighter for label 1."""
+
+    def __init__(self, view, seed=0):
+        rng = np.random.default_rng(seed)
+        bright = np.nan_to_num(view.labels if view.labels.ndim == 1 else view.labels[:, 0])
+        pixels = rng.integers(0, 200, (len(view), 4, 4)) + 30 * (bright[:, None, None] > 0)
+        self.arrays = pixels.clip(0, 255).astype(np.uint8)
+        self.ids = list(view.ids)
+        view.digests = np.array([featurecache.images.decoding.digest(a) for a in self.arrays], dtype="S32")
+
+    def read(self, i):
+        return self.arrays[i]
+
+
+@pytest.fixture
+def pictured(monkeypatch):
+    def make(view):
+        source = Pictures(view)
+        monkeypatch.setattr(featurecache.sources, "reopen", lambda given: source)
+        task = task_of(view)
+        return view, task, choose_splits(view, task), source
+
+    return make
+
+
+def named(view, task, divided):
+    return {control["name"]: control for control in controls.all_controls(view, task, divided)}
+
+
+def test_chance_and_majority_of_two_classes_by_hand(pictured):
+    view = toy_view(n=400, splits="given")
+    view.labels = (np.arange(400) % 20 < 5).astype(np.int64)  # a quarter is positive
+    view.splits = [("train", "train", "val", "test")[i // 20 % 4] for i in range(400)]
+    got = named(*pictured(view)[:3])
+    chance, most = got["chance"]["test"], got["majority class"]["test"]
+    assert {k: chance[k] for k in ("auroc", "sensitivity", "specificity", "accuracy")} == dict.fromkeys(
+        ("auroc", "sensitivity", "specificity", "accuracy"), 0.5
+    )
+    assert chance["ppv"] == chance["ap"] == most["ap"] == 0.25
+    assert chance["nll"] == pytest.approx(np.log(2))
+    assert (most["auroc"], most["accuracy"], most["sensitivity"], most["specificity"]) == (0.5, 0.75, 0.0, 1.0)
+    assert most["nll"] == pytest.approx(-(0.25 * np.log(0.25) + 0.75 * np.log(0.75)))
+    assert most["brier"] == pytest.approx(0.25 * 0.75)
+
+
+def test_chance_of_many_classes_by_hand(pictured):
+    got = named(*pictured(toy_view(n=2000, classes=20))[:3])["chance"]["test"]
+    assert got["accuracy"] == pytest.approx(0.05)
+    assert got["balanced_accuracy"] == pytest.approx(0.05)
+    assert got["top5"] == pytest.approx(0.25)
+    assert (got["auroc"], got["nll"]) == (0.5, pytest.approx(np.log(20)))
+
+
+def test_pixels_are_a_logistic_regression_on_scaled_pixels(pictured):
+    view, task, divided, source = pictured(toy_view(n=300, splits="given"))
+    x = source.arrays.reshape(300, -1).astype(np.float64)
+    train, test = divided.rows("train"), divided.rows("test")
+    x = (x - x[train].mean(0)) / x[train].std()
+    model = LogisticRegression(C=1.0, max_iter=300).fit(x[train], view.labels[train])
+    from sklearn.metrics import roc_auc_score
+
+    got = controls.pixels(view, task, divided)
+    want = roc_auc_score(view.labels[test], model.decision_function(x[test]))
+    assert got["test"]["auroc"] == pytest.approx(want, abs=2e-3)
+    assert got["test"]["auroc"] > 0.6
+    assert got["note"] == ""
+
+
+def test_pixels_of_several_labels(pictured):
+    got = controls.pixels(*pictured(label_view(n=400))[:3])
+    assert got["test"]["per_class"]["sign 0"]["auroc"] > 0.6
+    assert set(controls.run_controls.__annotations__) >= {"run", "view"}
+
+
+def test_images_that_are_gone_are_said(pictured, monkeypatch):
+    view, task, divided, _ = pictured(toy_view(n=200, splits="given"))
+
+    def gone(source):
+        raise SourceError("there is no folder toys.")
+
+    monkeypatch.setattr(featurecache.sources, "reopen", gone)
+    got = controls.pixels(view, task, divided)
+    assert (got["val"], got["test"]) == (None, None)
+    assert got["note"] == "the images cannot be had any more: there is no folder toys."
+
+
+def test_a_changed_image_of_test_is_not_measured_silently(pictured):
+    view, task, divided, source = pictured(toy_view(n=200, splits="given"))
+    source.arrays[divided.rows("test")[3]] += 1
+    assert controls.pixels(view, task, divided)["note"] == "1 of 40 images of test are gone or changed"
+
+
+def test_training_images_that_are_gone_are_left_out_and_said(pictured):
+    view, task, divided, source = pictured(toy_view(n=200, splits="given"))
+    source.ids[divided.rows("train")[0]] = "another name"
+    got = controls.pixels(view, task, divided)
+    assert got["note"] == "1 training images are gone or changed"
+    assert got["test"] is not None
+
+
+def test_large_images_are_made_small_with_antialiasing():
+    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    stripes[:, :, ::2] = 255
+    source = SimpleNamespace(read=lambda row: stripes.permute(1, 2, 0).numpy())
+    small = controls._small(source, [0]).resized(stripes).numpy()
+    assert small.shape == (3, 32, 32)
+    assert abs(int(small[:, 4:-4, 4:-4].mean()) - 127) <= 1
+    assert np.ptp(small[:, 4:-4, 4:-4]) <= 2
+
+
+def test_the_controls_of_a_finished_run_are_on_its_splits(pictured, tmp_path, monkeypatch):
+    from heads.api import train_head
+
+    monkeypatch.chdir(tmp_path)
+    view, *_ = pictured(toy_view(n=300, noise=2, untrained=True))
+    run = train_head(view, "linear", epochs=1, split_seed=3, report=False)
+    assert [c["name"] for c in run.metrics["controls"]] == [controls.CHANCE, controls.MAJORITY, controls.PIXELS]
+    again = controls.run_controls(run, view)
+    assert again[2]["test"] == run.metrics["controls"][2]["test"]
+    assert train_head(view, "linear", epochs=1, controls=False, report=False).metrics["controls"] == []

@@ -1,0 +1,241 @@
+"""A finished head on another view: nothing fitted, classes by name, features of the same backbone."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.fake_view import label_view, toy_view
+from support.tiny_cache import make_spec
+
+from featurecache.errors import BadOption, NotInCache, RunError
+from heads.api import families_in, train_head
+from heads.evaluation.comparison import compare
+from heads.evaluation.external import evaluate_run, read_external
+from heads.evaluation.families import families_of
+from heads.metrics.calibration import CalibratedPredictions
+from heads.metrics.classification import evaluate
+from heads.reports import text as tables
+from heads.runs.run import load_run
+
+train_head = partial(train_head, report=False)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def train(classes=2, **options):
+    view = toy_view(n=300, classes=classes, splits="given", noise=2.0)
+    return train_head(view, "linear", epochs=3, **options)
+
+
+def elsewhere(classes=2, names=None, n=200, seed=0, **more):
+    """Other images through the same backbone."""
+    view = toy_view(
+        n=n, classes=classes, seed=seed, noise=3.0, name="there", label="vit-toy/there", path=Path("there.h5"), **more
+    )
+    view.classes = names or view.classes
+    view.digests = np.array([f"{i + 10_000:032x}".encode() for i in range(n)], dtype="S32")
+    return view
+
+
+def measure(run, view, rows, y):
+    z = run.logits(view.features["cls"][rows])
+    predictions = CalibratedPredictions(run.task, z, y, run.positive, run.calibration.thresholds)
+    return evaluate(predictions, run.classes)
+
+
+def test_the_frozen_head_with_its_own_threshold_and_temperature():
+    run, view = train(), elsewhere()
+    before = {file.name: file.read_bytes() for file in run.path.iterdir() if file.is_file()}
+    found = evaluate_run(run, view, resamples=100)
+    want = measure(run, view, np.arange(200), view.labels)
+    for name, each in found["test"].items():
+        assert each["value"] == pytest.approx(want[name]), name
+    assert found["operating"][0]["threshold"] == run.calibration.thresholds[0]
+    assert {file.name: file.read_bytes() for file in run.path.iterdir() if file.is_file()} == before
+    assert json.loads((run.path / "external/there.json").read_text())["n"] == 200
+
+
+def test_it_is_shown_beside_the_internal_test():
+    run = train()
+    evaluate_run(run, elsewhere(), resamples=100)
+    record = compare(families_of([load_run(run.path)]), resamples=100).record
+    (family,) = record["families"]
+    (other,) = family["external"]
+    assert (other["view"], other["n"]) == ("vit-toy/there", 200)
+    assert other["test"]["auroc"]["value"] != family["test"]["auroc"]["value"]
+    text = tables.external_table(family, "vit-toy/there", "binary", record["n_test"])
+    assert f"{family['test']['auroc']['value']:.3f} [" in text
+    assert f"{other['test']['auroc']['value']:.3f} [" in text
+    assert "on vit-toy/there, 200 images: AUROC" in tables.lab_table(record)
+
+
+def test_classes_are_matched_by_name_wherever_they_stand():
+    run, view = train(classes=3), elsewhere(classes=4, names=["kind 2", "other", "kind 0", "kind 1"])
+    found = evaluate_run(run, view, resamples=50)
+    recode = np.array([2, -1, 0, 1])[view.labels]
+    rows = np.flatnonzero(recode >= 0)
+    want = measure(run, view, rows, recode[rows])
+    assert found["test"]["accuracy"]["value"] == pytest.approx(want["accuracy"])
+    assert found["n"] == 150
+    assert found["left_out"] == {"other": 50}
+    assert "50 images of classes that the head does not know are left out (other 50)" in found["warnings"]
+    assert [row["n"] for row in found["classes"]] == [50, 50, 50]
+
+
+def test_a_class_under_another_name_is_one_clear_sentence_and_can_be_named():
+    run, view = train(), elsewhere(names=["kind 0", "Kind 1"])
+    with pytest.raises(BadOption, match=r"has no class 'kind 1'.*it has kind 0, Kind 1\. Near: .*Kind 1"):
+        evaluate_run(run, view)
+    found = evaluate_run(run, view, classes=["kind 1=Kind 1"], resamples=50)
+    assert found["classes"][1] == {"class": "kind 1", "in_view": ["Kind 1"], "n": 100}
+
+
+def test_a_class_that_is_not_there_is_said_and_its_measures_are_undefined():
+    run, view = train(classes=3), elsewhere(names=["kind 0", "kind 1"])
+    with pytest.raises(BadOption, match="has no class 'kind 2'"):
+        evaluate_run(run, view)
+    found = evaluate_run(run, view, classes=["kind 2="], resamples=50)
+    assert "vit-toy/there has no kind 2: measures of that class are undefined" in found["warnings"]
+    assert found["per_class"]["kind 2"]["auroc"]["value"] is None
+    assert found["test"]["auroc"]["value"] is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("kind 9=kind 0", "a class of the run"),
+        ("kind 0", "expected NAME=A,B"),
+        ("kind 0=none", "has no class 'none'"),
+        ("kind 0=kind 1", "cannot be both"),
+        ("kind 0=", "fewer than two classes"),
+    ],
+)
+def test_mistaken_names(given, words):
+    with pytest.raises(BadOption, match=words):
+        evaluate_run(train(), elsewhere(), classes=[given])
+
+
+def test_merged_classes_are_merged_in_the_other_view_too():
+    view = toy_view(n=300, classes=3, splits="given", noise=2.0)
+    run = train_head(view, "linear", epochs=2, classes=["sick=kind 1,kind 2", "kind 0"])
+    there = elsewhere(classes=3)
+    found = evaluate_run(run, there, resamples=50)
+    sick = run.classes.index("sick")
+    y = np.where(there.labels > 0, sick, 1 - sick)
+    assert found["test"]["accuracy"]["value"] == pytest.approx(measure(run, there, np.arange(200), y)["accuracy"])
+
+
+def test_features_of_another_backbone_are_refused_with_the_fields_that_differ():
+    view = toy_view(n=300, splits="given")
+    spec, other = make_spec(), make_spec(image_size=(16, 16), precision="bf16")
+    view.spec, view.fingerprint = spec.to_dict(), spec.fingerprint
+    run, there = train_head(view, "linear", epochs=1), elsewhere()
+    there.spec, there.fingerprint = other.to_dict(), other.fingerprint
+    with pytest.raises(BadOption, match=r"image_size \(8 → 16\).*precision \(fp32 → bf16\)"):
+        evaluate_run(run, there)
+
+
+def test_an_output_the_view_does_not_hold_is_named_with_the_command_that_stores_it():
+    view = elsewhere()
+    del view.features["cls"]
+    with pytest.raises(NotInCache, match="featurecache extract"):
+        evaluate_run(train(), view)
+
+
+def test_a_split_alone_unlabelled_images_and_a_view_without_any():
+    run = train()
+    view = elsewhere(splits="given")
+    view.labels = np.where(np.arange(200) < 10, -1, view.labels)
+    found = evaluate_run(run, view, split="test", resamples=50)
+    test = np.array([s == "test" for s in view.splits])
+    assert found["n"] == (test & (view.labels >= 0)).sum()
+    assert "10 images carry no label and are left out" in found["warnings"]
+    (family,) = compare(families_of([run]), resamples=50).record["families"]
+    assert "on vit-toy/there (test): 10 images carry no label and are left out" in family["warnings"]
+    assert (run.path / "external/there-test.json").exists()
+    with pytest.raises(BadOption, match="one of train, val, test"):
+        evaluate_run(run, view, split="Test")
+    with pytest.raises(BadOption, match="no image in val"):
+        evaluate_run(run, elsewhere(), split="val")
+    view.task = "unlabelled"
+    with pytest.raises(BadOption, match="carries no labels"):
+        evaluate_run(run, view)
+
+
+def test_images_the_head_was_trained_on_are_said():
+    run = train()
+    again = toy_view(n=300, splits="given", noise=2.0, name="again", label="vit-toy/again", path=Path("again.h5"))
+    found = evaluate_run(run, again, resamples=50)  # val alone can be looked up: the view of training is gone
+    assert any("the view it was trained on is gone" in words for words in found["warnings"])
+    again.path = run.path / "x.h5"
+    config = json.loads((run.path / "config.json").read_text())
+    config["view"]["path"] = str((run.path / "x.h5").resolve())
+    (run.path / "config.json").write_text(json.dumps(config))
+    used = len(run.answers("val").ids) + config["splits"]["images"]["train"]
+    found = evaluate_run(load_run(run.path), again, resamples=50)
+    assert f"{used} of 300 images were also used to train or choose this head" in found["warnings"][-1]
+    fine = evaluate_run(load_run(run.path), again, split="test", resamples=50)
+    assert fine["warnings"] == []
+
+
+def test_labels_beside_each_other_are_matched_by_name_too():
+    run = train_head(label_view(), "linear", epochs=2)
+    there = label_view(labels=5, seed=1, name="there", label="vit-toy/there")
+    there.classes = ["sign 3", "sign 0", "more", "sign 2", "sign 1"]
+    there.digests = np.array([f"{i + 9_000:032x}".encode() for i in range(300)], dtype="S32")
+    found = evaluate_run(run, there, resamples=50)
+    want = measure(run, there, np.arange(300), there.labels[:, [1, 4, 3, 0]])
+    assert found["test"]["auroc"]["value"] == pytest.approx(want["auroc"])
+    with pytest.raises(BadOption, match="labels beside each other and classes that exclude"):
+        evaluate_run(train(), there)
+
+
+def test_groups_of_the_other_view_are_its_clusters():
+    run, view = train(), elsewhere(groups=[f"patient {i // 5}" for i in range(200)])
+    found = evaluate_run(run, view, resamples=50)
+    assert found["grouped"]
+    assert found["test"]["accuracy"]["method"] == "cluster bootstrap"
+    record = compare(families_of([load_run(run.path)]), resamples=50).record
+    assert record["families"][0]["external"][0]["test"]["accuracy"]["method"] == "cluster bootstrap"
+
+
+def test_several_seeds_are_averaged_elsewhere_too():
+    view = toy_view(n=300, splits="given", noise=2.0)
+    runs = [train_head(view, "linear", epochs=2, seed=s) for s in (0, 1)]
+    there = elsewhere()
+    values = [evaluate_run(run, there, resamples=50)["test"]["auroc"]["value"] for run in runs]
+    (other,) = compare(families_of(runs), resamples=50).record["families"][0]["external"]
+    assert (other["heads"], other["test"]["auroc"]["value"]) == (2, pytest.approx(np.mean(values)))
+
+
+def test_what_was_written_is_checked_when_it_is_read():
+    run = train()
+    evaluate_run(run, elsewhere(), resamples=50)
+    file = run.path / "external/there.safetensors"
+    whole = file.read_bytes()
+    ((_, answers),) = read_external(run)
+    assert answers.ids[0] == "img/0000.png"
+    file.write_bytes(whole[:-8])
+    with pytest.raises(RunError, match="damaged"):
+        read_external(run)
+    file.unlink()
+    with pytest.raises(RunError, match="is missing"):
+        read_external(run)
+    (run.path / "external/there.json").write_text('{"view": 1}')
+    with pytest.raises(RunError, match="no proper view"):
+        read_external(run)
+
+
+def test_a_run_is_a_family_of_its_own(tmp_path):
+    run = train()
+    (family,) = families_in(run.path)
+    assert family.runs[0].path == run.path
+    with pytest.raises(RunError, match="not a folder"):
+        families_in(tmp_path / "none")

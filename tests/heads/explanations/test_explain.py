@@ -1,0 +1,245 @@
+"""``explain`` from run and images to PNG files: which features are read, what is written, planted squares, the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from support.squares import on_square, squares
+
+import heads
+from featurecache import extract, open_view
+from featurecache.errors import BadOption, NotInCache
+from heads.explanations.explainer import Explainer, SourceImages, original
+from heads.explanations.maps import Panel, draw, rgba
+from heads.reports.gallery import ImageLoader
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """180 grey images with a red or a blue square, tokens of an untrained ViT, and five runs; the last 50 are test."""
+    folder = tmp_path_factory.mktemp("planted")
+    images, labels, corners = squares(180, 0)
+    np.savez(
+        folder / "squares.npz", train_images=images[:110], train_labels=labels[:110, None],
+        val_images=images[110:130], val_labels=labels[110:130, None], test_images=images[130:],
+        test_labels=labels[130:, None],
+    )  # fmt: skip
+    found = extract(
+        str(folder / "squares.npz"), backbone="vit-demo", random_weights=True, outputs="cls,tokens",
+        cache=folder / "cache",
+    )  # fmt: skip
+    view = open_view(found.view)
+    runs = {
+        name: heads.train_head(
+            view, head, output=output, epochs=n, out=folder / name, controls=False, report=False, patience=0
+        )
+        for name, head, output, n in (
+            ("large", "large", "tokens", 5), ("mean", "mean-linear", "tokens", 1), ("cls", "linear", "cls", 1),
+            ("resized", "large", "tokens-80", 5), ("attention", "attention", "tokens", 1),
+        )
+    }  # fmt: skip
+    return folder, view, runs, images, corners
+
+
+def run_of(planted, name):
+    """Read anew: a run remembers its model."""
+    return heads.load_run(planted[2][name].path)
+
+
+@pytest.mark.parametrize("name", ["large", "resized"])
+def test_the_map_of_a_trained_large_head_peaks_on_the_square_that_decides(planted, name):
+    _, _, _, images, corners = planted
+    run = run_of(planted, name)
+    explainer = Explainer(run, SourceImages())
+    shown = [original(str(i), images[i]) for i in range(130, 180)]
+    called = explainer.logits(shown).argmax(1)
+    maps = [each for (each,) in explainer.maps("contribution", shown, called)]
+    hits = sum(on_square(m.peak, m.values.shape, corner) for m, corner in zip(maps, corners[130:], strict=True))
+    assert hits >= 45, hits
+    controls = [np.unravel_index(m.control.argmax(), m.control.shape) for m in maps]
+    lost = sum(on_square(c, maps[0].control.shape, corner) for c, corner in zip(controls, corners[130:], strict=True))
+    assert lost < hits
+
+
+def test_stored_images_are_explained_without_the_backbone(planted, tmp_path, monkeypatch):
+    from featurecache.extraction import recompute
+
+    monkeypatch.setattr(recompute, "load_backbone", lambda **_: pytest.fail("the backbone was loaded"))
+    view = planted[1]
+    found = heads.explain(run_of(planted, "large"), [view.ids[0], view.ids[179]], out=tmp_path / "maps")
+    assert [record["image"] for record in found.records] == [view.ids[0], view.ids[179]]
+    assert all(record["kind"] == "contribution" for record in found.records)
+
+
+def test_a_new_image_goes_through_the_same_backbone(planted, tmp_path):
+    """The same pixels in a file of their own, with other bytes: the same map."""
+    _, view, _, images, _ = planted
+    Image.fromarray(images[179]).save(tmp_path / "new.png")
+    asked = [view.ids[179], str(tmp_path / "new.png")]
+    stored, new = heads.explain(run_of(planted, "large"), asked, out=tmp_path / "maps").records
+    assert new["margin"] == pytest.approx(stored["margin"], abs=1e-3)
+    assert np.array(new["values"]) == pytest.approx(np.array(stored["values"]), abs=1e-3)
+
+
+def test_runs_stand_side_by_side_and_what_is_written_is_what_was_found(planted, tmp_path):
+    view = planted[1]
+    found = heads.explain(
+        [run_of(planted, "large"), run_of(planted, "mean"), run_of(planted, "cls")], [view.ids[150]],
+        out=tmp_path / "maps", kinds="contribution,attention", classes="1",
+    )  # fmt: skip
+    assert [path.name.rpartition("-")[2] for path in found.files] == ["contribution.png", "attention.png"]
+    for path in found.files:
+        with Image.open(path) as image:
+            assert image.size[0] > 800
+    assert json.loads((tmp_path / "maps" / "explain.json").read_text()) == found.records
+    large, mean, cls = (r for r in found.records if r["kind"] == "contribution")
+    assert "no places" in cls["error"] and large["class"] == mean["class"] == "1"
+    total = np.sum(mean["values"]) + sum(mean["beside"].values())
+    assert mean["adds_up"] and total == pytest.approx(mean["margin"], abs=1e-4)
+    assert np.shape(large["control"]) == np.shape(large["values"]) == tuple(large["grid"])
+    attention = [r for r in found.records if r["kind"] == "attention"]
+    assert len(attention) == 6 and all(r["class"] is None and r["control"] is None for r in attention)
+
+
+def test_a_run_without_places_alone_is_refused_with_what_there_is(planted, tmp_path):
+    with pytest.raises(BadOption, match="--kind attention"):
+        heads.explain(run_of(planted, "cls"), [planted[1].ids[0]], out=tmp_path / "maps")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [({"kinds": "atention"}, "Near: attention"), ({"classes": "2"}, "no class '2'"), ({"method": "x"}, "--method"),
+     ({"out": __file__}, "is a file")],
+)  # fmt: skip
+def test_what_is_misspelt_is_named(planted, tmp_path, options, words):
+    with pytest.raises(BadOption, match=words):
+        heads.explain(run_of(planted, "large"), [planted[1].ids[0]], **{"out": tmp_path / "maps", **options})
+
+
+def test_tokens_that_are_not_stored_are_asked_for_by_the_command_that_stores_them(planted, tmp_path):
+    images, labels, _ = squares(60, 0)
+    parts = {"train": slice(0, 20), "val": slice(20, 40), "test": slice(40, 60)}
+    arrays = {f"{name}_images": images[part] for name, part in parts.items()}
+    np.savez(tmp_path / "few.npz", **arrays, **{f"{name}_labels": labels[part, None] for name, part in parts.items()})
+    found = extract(str(tmp_path / "few.npz"), backbone="vit-demo", random_weights=True, outputs="mean", cache=tmp_path)
+    run = heads.train_head(found.view, "linear", output="mean", epochs=1, out=tmp_path / "run", report=False)
+    with pytest.raises(NotInCache, match="--outputs tokens"):
+        heads.explain(run, ["few.npz:test:1"], out=tmp_path / "maps")
+
+
+def test_an_image_that_cannot_be_read_is_a_record_and_the_others_are_explained(planted, tmp_path):
+    (tmp_path / "no.png").write_bytes(b"<!DOCTYPE html>")
+    asked = [str(tmp_path / "no.png"), planted[1].ids[0], "gone.png"]
+    records = heads.explain(run_of(planted, "large"), asked, out=tmp_path / "maps").records
+    errors = {r["image"]: r["error"] for r in records if "error" in r}
+    assert set(errors) == {asked[0], "gone.png"} and "no such file" in errors["gone.png"]
+    assert len(records) == 3
+
+
+def test_the_mean_training_token_is_of_train_alone(planted):
+    from heads.explanations.contributions import mean_training_token, token_map
+
+    view, run = planted[1], run_of(planted, "large")
+    info = view.info("tokens")
+    mean, words = mean_training_token(run, token_map(run, info.prefix, info.grid), view)
+    train = view.array("tokens", view.split("train")).astype(np.float64)
+    assert mean[0].numpy() == pytest.approx(train[:, 0].mean(0), abs=1e-5)
+    assert mean[1].numpy() == pytest.approx(train[:, 1:].mean((0, 1)), abs=1e-5) and (mean[1:] == mean[1]).all()
+    assert "all 110 training images" in words
+
+
+def test_the_command_shows_a_line_for_each_map(planted, tmp_path):
+    from cli import main
+
+    words = ["explain", "--run", str(planted[2]["large"].path), "--out", str(tmp_path / "maps"), planted[1].ids[0]]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    assert "contribution: replacement" in result.output and "1 PNG files" in result.output
+    found = json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)
+    assert found["maps"][0]["kind"] == "contribution" and Path(found["files"][0]).is_file()
+
+
+@pytest.mark.slow
+def test_a_network_on_pixels_has_grad_cam_and_occlusion_and_no_attention(planted, tmp_path):
+    pytest.importorskip("pytorch_grad_cam")
+    folder, view, _, _, corners = planted
+    run = heads.train_baseline(
+        str(folder / "squares.npz"), "cnn-cifar", epochs=4, augment="none", out=tmp_path / "run", report=False,
+        device="cpu", patience=0,
+    )  # fmt: skip
+    found = heads.explain(run, [view.ids[179]], out=tmp_path / "maps", kinds="grad-cam,contribution")
+    cam, occlusion = found.records
+    assert (cam["kind"], cam["grid"]) == ("grad-cam", [8, 8]) and np.shape(cam["control"]) == (8, 8)
+    assert occlusion["map_of"] == "occlusion" and on_square(occlusion["peak"], (8, 8), corners[179])
+    assert heads.explain(run, [view.ids[179]], out=tmp_path / "maps").records[0]["kind"] == "grad-cam"
+    with pytest.raises(BadOption, match="no class token"):
+        heads.explain(run, [view.ids[179]], out=tmp_path / "maps", kinds="attention")
+
+
+# --- pictures and the page
+
+
+def test_every_kind_has_its_own_colours_and_opacity_is_size():
+    values = np.array([[2.0, -1.0, 0.0]])
+    assert rgba(values, "contribution")[0].tolist() == [[230, 97, 0, 185], [0, 114, 230, 92], [230, 97, 0, 0]]
+    assert len({tuple(rgba(values, kind)[0, 0, :3]) for kind in ("contribution", "attention", "grad-cam")}) == 3
+
+
+def test_what_stands_below_a_picture_is_not_cut_off(monkeypatch):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    draw(np.zeros((40, 20, 3), np.uint8), "grad-cam", [Panel("one")], untrained=True)
+    (figure,) = figures
+    (foot,) = figure.texts
+    ends = foot.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    assert foot.get_text().endswith("nothing else") and ends.x1 < figure.bbox.width
+
+
+def test_a_run_without_a_map_stands_there_with_its_reason():
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    png = draw(pixels, "contribution", [Panel("$one$\n雪", None, (), "no places: 100 %")])
+    assert png.startswith(b"\x89PNG")
+
+
+def test_the_gallery_names_its_maps_by_kind_and_has_the_control_beside(planted):
+    run = run_of(planted, "large")
+    shown = ImageLoader(str).gallery([(run, run.answers("test"))])
+    pictures = [picture for row in shown.rows for picture in row.pictures]
+    assert pictures and all(p.kind == "contribution" and p.map and p.control and p.map != p.control for p in pictures)
+    (note,) = shown.notes
+    assert note.startswith("Contribution, beside each image: exact change of the margin") and "control" in note
+
+
+def test_the_gallery_of_a_vector_without_places_says_so(planted):
+    run = run_of(planted, "cls")
+    shown = ImageLoader(str).gallery([(run, run.answers("test"))])
+    assert "no places" in shown.notes[0] and not any(p.map for row in shown.rows for p in row.pictures)
+
+
+def test_the_gallery_of_a_head_that_is_occluded_has_a_few_maps_only(planted):
+    run = run_of(planted, "attention")
+    shown = ImageLoader(str).gallery([(run, run.answers("test"))])
+    for row in shown.rows:
+        with_maps = [picture.map is not None for picture in row.pictures]
+        assert with_maps == [True] * min(3, len(with_maps)) + [False] * (len(with_maps) - 3)
+    assert "occlusion" in shown.notes[0]
+
+
+def test_runs_of_one_kind_are_told_apart_by_their_folders_and_long_names_leave_the_numbers():
+    from types import SimpleNamespace
+
+    from heads.explanations.explain import ExplainResult, _title
+
+    config = {"settings": {"random_weights": True}, "view": {"label": "pixels/blood"}}
+    run = SimpleNamespace(head="finetune:vit-demo", output="pixels-32", path=Path("studies/blood-tuned"), config=config)
+    lines = _title(ExplainResult(run, "grad-cam", "x" * 80, 0.125, 1.0, [])).split("\n")
+    assert lines[:3] == ["finetune:vit-demo at 32 px", "blood-tuned on pixels/blood", "begun from random weights"]
+    assert lines[3].startswith("p 0.12 of xxx")

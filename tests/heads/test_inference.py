@@ -1,0 +1,160 @@
+"""Prediction on new images: the records, what cannot be read, and the three renderings."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from support.fake_view import label_view, toy_view
+
+import featurecache
+from heads.api import train_head
+from heads.inference import answers, as_csv, as_json, as_table, predict
+
+train_head = partial(train_head, report=False)
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """A featurecache.compute of its own: the bytes b"3" are row 3 of the view, b"bad" cannot be read."""
+    monkeypatch.chdir(tmp_path)
+    view, calls = toy_view(n=200, splits="given", noise=2), []
+
+    def compute(images, *, like, output, device="auto", weights=None, trust_code=False):
+        calls.append((list(images), like, output, device))
+        failed = [(i, "truncated after 3 bytes") for i, data in enumerate(images) if bytes(data) == b"bad"]
+        rows = [int(bytes(data)) for data in images if bytes(data) != b"bad"]
+        return view.features[output][rows], failed
+
+    monkeypatch.setitem(featurecache.__dict__, "compute", compute)
+    view.spec = {"precision": "fp32"}
+    return view, calls
+
+
+def test_the_cache_and_predict_give_the_same_probabilities(asked):
+    view, calls = asked
+    run = train_head(view, "linear", epochs=2)
+    records = predict(run, [b"3", b"150"])
+    p = np.exp(run.logits(view.features["cls"][[3, 150]]))
+    p /= p.sum(1, keepdims=True)
+    got = [[record["probabilities"][c] for c in view.classes] for record in records]
+    np.testing.assert_allclose(got, p, rtol=1e-12)
+    images, like, output, device = calls[0]
+    assert (images, output, device) == ([b"3", b"150"], "cls", "auto")
+    assert (like.spec, like.provenance, like.label) == (view.spec, view.provenance, view.label)
+
+
+def test_what_cannot_be_read_is_named_and_the_others_keep_their_places(asked, tmp_path):
+    view, _ = asked
+    run = train_head(view, "linear", epochs=2)
+    for name, data in (("a.png", b"5"), ("b.png", b"bad"), ("c.png", b"6")):
+        (tmp_path / name).write_bytes(data)
+    records = predict(run.path, ["a.png", "b.png", "gone.png", "c.png"])
+    assert [record["image"] for record in records] == ["a.png", "b.png", "gone.png", "c.png"]
+    assert [record.get("error") for record in records] == [None, "truncated after 3 bytes", "no such file", None]
+    alone = predict(run, b"6")[0]  # another batch size: the last digit of a product in float32 may differ
+    assert records[3]["class"] == alone["class"]
+    assert records[3]["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-6)
+
+
+def test_a_binary_record_names_the_class_by_the_threshold_of_val(asked):
+    view, _ = asked
+    run = train_head(view, "linear", epochs=2)
+    cut = run.config["calibration"]["thresholds"][0]
+    z = np.array([[0.0, np.log(cut / (1 - cut)) + step] for step in (-0.01, 0.01)])
+    below, above = answers(run, z)
+    assert (below["class"], above["class"]) == ("kind 0", "kind 1")
+    assert above["probability"] == above["probabilities"]["kind 1"] == pytest.approx(cut, abs=0.01)
+
+
+def test_multilabel_records_have_all_labels_above_their_thresholds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = train_head(label_view(), "linear", epochs=1)
+    cuts = np.array(run.config["calibration"]["thresholds"])
+    z = np.log(cuts / (1 - cuts)) + np.array([[0.1, -0.1, 0.1, -0.1]])
+    assert answers(run, z)[0]["classes"] == ["sign 0", "sign 2"]
+
+
+def test_many_images_are_computed_in_pieces(asked, monkeypatch):
+    view, calls = asked
+    run = train_head(view, "linear", epochs=1)
+    monkeypatch.setattr("heads.inference.HELD", (5, 100))
+    records = predict(run, [str(i).encode() for i in range(10, 22)])
+    assert [len(images) for images, *_ in calls] == [3, 3, 3, 3]
+    whole = run.logits(view.features["cls"][10:22])
+    assert [r["class"] for r in records] == [a["class"] for a in answers(run, whole)]
+
+
+def test_a_folder_gives_all_its_images_and_an_array_is_an_image(asked, tmp_path, monkeypatch):
+    view, _ = asked
+    run = train_head(view, "linear", epochs=1)
+    (tmp_path / "new").mkdir()
+    for name in ("2.png", "1.png"):
+        (tmp_path / "new" / name).write_bytes(name[:1].encode())
+    records = predict(run, [tmp_path / "new", np.frombuffer(b"7", dtype=np.uint8)])
+    names = [record["image"].removeprefix(str(tmp_path)) for record in records]
+    assert names == ["/new/1.png", "/new/2.png", "image 2"]
+
+
+def test_nothing_to_predict_is_no_error(asked):
+    view, calls = asked
+    assert predict(train_head(view, "linear", epochs=1), []) == []
+    assert calls == []
+    assert as_table([]) == "no images"
+    assert as_csv([]).splitlines() == ['"image","class","probability","error"']
+
+
+RECORDS = [
+    {"image": "a,1.png", "class": "no", "probability": 0.25, "probabilities": {"no": 0.25, "yes": 0.75}},
+    {
+        "image": "evil\nname\x1b[2J\udcff\u2028.png",
+        "class": "yes",
+        "probability": 1.0,
+        "probabilities": {"no": 0.0, "yes": 1.0},
+    },
+    {"image": "b.png", "error": "truncated after 3 bytes"},
+]
+
+
+def test_csv_is_one_line_a_record_whatever_the_name():
+    text = as_csv(RECORDS)
+    assert len(text.splitlines()) == 4
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert rows[0] == {
+        "image": "a,1.png",
+        "class": "no",
+        "probability": "0.25",
+        "p no": "0.25",
+        "p yes": "0.75",
+        "error": "",
+    }
+    assert rows[1]["image"] == "evil\\nname\\x1b[2J\\udcff\\u2028.png"
+    assert (rows[2]["class"], rows[2]["error"]) == ("", "truncated after 3 bytes")
+    text.encode()
+
+
+def test_json_is_the_records():
+    assert json.loads(as_json(RECORDS)) == RECORDS
+    as_json(RECORDS).encode()
+
+
+def test_the_table_is_aligned_and_safe_for_a_terminal():
+    lines = as_table(RECORDS).splitlines()
+    assert len(lines) == 3
+    assert lines[0].split() == ["a,1.png", "no", "0.250"]
+    assert lines[0].index("no") == lines[1].index("yes")
+    assert "\x1b" not in as_table(RECORDS)
+    assert lines[2].split(maxsplit=1)[1] == "could not be read: truncated after 3 bytes"
+
+
+def test_features_of_any_storage_type_are_taken(asked):
+    view, _ = asked
+    run = train_head(view, "linear", epochs=1)
+    x = view.features["cls"][:4]
+    np.testing.assert_allclose(run.logits(x), run.logits(x.float()))
+    assert run.logits(torch.zeros(0, 8)).shape == (0, 2)

@@ -1,0 +1,404 @@
+"""Splits: drawn, completed, given; units stay whole; what is wrong is said."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.fake_view import FakeView, label_view, toy_view
+
+from featurecache.errors import BadOption, ProtocolError
+from heads.splits import choose_splits, class_counts, read_splits, splits_csv
+from heads.stratify import connected_units, nested_fraction, stratified_parts
+from heads.task import task_of
+
+
+def split(view, **options):
+    task = task_of(view)
+    return choose_splits(view, task, **options), task
+
+
+def counts(view, **options):
+    chosen, task = split(view, **options)
+    return class_counts(chosen.names, task)
+
+
+def with_splits(words, labels, **more):
+    view = toy_view(n=len(labels), splits=words, **more)
+    view.labels = np.array(labels)
+    return view
+
+
+def test_nothing_given_is_70_15_15_of_every_class():
+    view = with_splits([""] * 300, [0] * 200 + [1] * 100)
+    assert counts(view) == {"train": [140, 70], "val": [30, 15], "test": [30, 15]}
+
+
+def test_fractions_of_small_classes_add_up_over_classes():
+    """100 classes of 2: 70/15/15 of each is 1.4/0.3/0.3; carried on, the totals are 140/30/30."""
+    labels = np.repeat(np.arange(100), 2)
+    parts = stratified_parts(labels, np.arange(200), np.array([0.7, 0.15, 0.15]), 0)
+    assert np.bincount(parts).tolist() == [140, 30, 30]
+
+
+def test_missing_test_is_15_percent_of_train_and_val_stays():
+    words = ["train"] * 200 + ["val"] * 40
+    view = with_splits(words, [0, 1] * 120)
+    assert counts(view) == {"train": [85, 85], "val": [20, 20], "test": [15, 15]}
+    assert (split(view)[0].names[200:] == "val").all()
+
+
+def test_missing_val_is_15_percent_of_train_and_test_stays():
+    view = with_splits(["train"] * 200 + ["test"] * 40, [0, 1] * 120)
+    assert counts(view) == {"train": [85, 85], "val": [15, 15], "test": [20, 20]}
+
+
+def test_only_train_gives_15_percent_of_it_to_each():
+    assert counts(with_splits(["train"] * 200, [0, 1] * 100)) == {"train": [70, 70], "val": [15, 15], "test": [15, 15]}
+
+
+def test_small_val_is_named_and_resplit_val_draws_it_anew():
+    view = with_splits(["train"] * 200 + ["val"] * 16 + ["test"] * 20, [0, 1] * 118)
+    chosen, _ = split(view)
+    assert "val has 8 images of kind 0, 8 images of kind 1" in chosen.warnings[0]
+    assert "--resplit-val" in chosen.warnings[0]
+    again = counts(view, resplit_val=True)
+    assert sum(again["val"]) in (32, 33)  # 15 % of 216
+    assert again["test"] == [10, 10]
+
+
+def test_the_split_seed_decides_and_another_gives_another():
+    view = with_splits([""] * 300, [0, 1, 1] * 100)
+    first, same, other = (split(view, split_seed=s)[0].names for s in (0, 0, 1))
+    assert (first == same).all()
+    assert (first != other).any()
+
+
+def test_groups_and_copies_stay_together_directly_and_through_each_other():
+    digests = np.array([b"a", b"a", b"b", b"c", b"d", b"e"])
+    units = connected_units(digests, ["p1", "p2", "p2", "", "", "p3"])
+    assert units[0] == units[1] == units[2]  # a copy joins patients p1 and p2
+    assert len(set(units[2:])) == 4  # an empty group joins nothing
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 5))
+def test_no_group_is_ever_divided(seed, classes):
+    rng = np.random.default_rng(seed)
+    groups = rng.integers(0, 60, 300)
+    parts = stratified_parts(rng.integers(0, classes, 300), groups, np.array([0.7, 0.15, 0.15]), seed)
+    assert all(len(set(parts[groups == g])) == 1 for g in set(groups))
+    assert abs((parts == 0).mean() - 0.7) < 0.06
+
+
+def test_multilabel_is_stratified_by_every_label():
+    view = label_view(n=1000, labels=5, unknown=0.1)
+    view.labels[:, 4] = np.nan
+    view.labels[:20, 4] = 1  # a rare label
+    have = counts(view)
+    share = np.array([have[s] for s in ("train", "val", "test")]) / np.sum([have[s] for s in have], axis=0)
+    np.testing.assert_allclose(share[:, :4], np.repeat([[0.7], [0.15], [0.15]], 4, axis=1), atol=0.02)
+    assert have["val"][4] == have["test"][4] == 3
+
+
+def test_rows_without_label_or_split_are_left_out_and_counted():
+    view = with_splits(["train", "val", "test", ""] * 60, [0, 0, 0, 0, 1, 1, 1, 1] * 30)
+    view.labels[:8] = -1
+    chosen, _ = split(view)
+    assert {"8 images carry no label and are left out", "60 images have no split in the data and are left out"} <= set(
+        chosen.warnings
+    )
+    assert (chosen.names[:8] == "").all()
+
+
+@pytest.mark.parametrize("words", [[""] * 200, (["train"] * 12 + ["val"] * 4 + ["test"] * 4) * 10])
+def test_augmented_copies_are_not_used_unless_asked(words):
+    view = with_splits(words, [0, 1, 1, 0] * 50)
+    view.versions = np.array([0, 0, 1, 2] * 50, dtype=np.int32)
+    assert (split(view)[0].names[view.versions > 0] == "").all()
+
+
+def test_images_and_groups_in_two_splits_are_said():
+    view = toy_view(n=240, splits="given")
+    rows = {s: [i for i, name in enumerate(view.splits) if name == s] for s in ("train", "test")}
+    view.digests[rows["test"][:6]] = view.digests[rows["train"][:6]]
+    view.groups = ["p1" if i in (rows["train"][0], rows["test"][9]) else "" for i in range(240)]
+    assert split(view)[0].warnings == [
+        "6 images stand in both train and test, 1 group in both train and test "
+        "(featurecache leaks vit-toy/toy; --drop-leaks trains without them)"
+    ]
+
+
+def test_the_written_splits_are_given_back(tmp_path):
+    view = toy_view(n=240)
+    first, _ = split(view)
+    (tmp_path / "s.csv").write_text(splits_csv(view.ids, first.names))
+    view.splits = ["train"] * 240
+    second, _ = split(view, file=tmp_path / "s.csv", split_seed=9)
+    assert (second.names == first.names).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0")), unique=True))
+def test_any_id_survives_the_splits_file(tmp_path_factory, ids):
+    file = tmp_path_factory.mktemp("s") / "splits.csv"
+    names = np.array([("train", "val", "test", "")[i % 4] for i in range(len(ids))], dtype="<U5")
+    file.write_bytes(splits_csv(ids, names).encode())
+    assert (read_splits(file, ids, []) == names).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("id,split\nimg/0000.png,train\n", "no row for 239 of 240 images"),
+        ("id,split\nimg/0000.png,train\nimg/0000.png,test\n", "puts img/0000.png into"),
+        ("id,split\nimg/0000.png,training\n", "'training' is none of train, val, test"),
+        ("name,split\nimg/0000.png,train\n", "needs the columns id and split"),
+    ],
+)
+def test_a_bad_splits_file_is_refused(tmp_path, text, said):
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(BadOption, match=said):
+        split(toy_view(n=240), file=tmp_path / "s.csv")
+
+
+def test_a_splits_file_that_is_not_there_or_not_text(tmp_path):
+    with pytest.raises(BadOption, match="no such file"):
+        split(toy_view(), file=tmp_path / "none.csv")
+    (tmp_path / "s.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadOption, match="not a CSV file"):
+        split(toy_view(), file=tmp_path / "s.csv")
+
+
+def test_splits_and_resplit_val_contradict_each_other(tmp_path):
+    with pytest.raises(BadOption, match="Give one of them"):
+        split(toy_view(), file=tmp_path / "s.csv", resplit_val=True)
+
+
+def test_a_dataset_too_small_for_a_val_says_so():
+    with pytest.raises(ProtocolError, match="too few separate images"):
+        split(with_splits(["train"] * 2 + ["test"] * 4, [0, 1] * 3))
+
+
+def test_no_training_images_says_so():
+    with pytest.raises(ProtocolError, match="none to train on"):
+        split(with_splits(["val", "test"] * 20, [0, 1] * 20))
+
+
+def test_one_class_in_train_says_so():
+    words = ["train"] * 20 + ["val"] * 20 + ["test"] * 20
+    with pytest.raises(ProtocolError, match="train has images of kind 0 only"):
+        split(with_splits(words, [0] * 20 + [0, 1] * 20))
+
+
+def test_a_class_that_train_lacks_is_named():
+    view = toy_view(n=240, classes=3, splits="given")
+    view.labels[[i for i in range(240) if view.splits[i] == "train" and view.labels[i] == 2]] = 0
+    assert "train has no image of kind 2: no head can learn it" in split(view)[0].warnings
+
+
+def test_tasks_of_one_view_share_their_test_images():
+    view = toy_view(n=300, classes=3)
+    whole = choose_splits(view, task_of(view))
+    two = choose_splits(view, task_of(view, only=["kind 1,kind 2"]))
+    inside = view.labels > 0
+    assert (two.names[inside] == whole.names[inside]).all()
+    assert (two.names[~inside] == "").all()
+
+
+def test_train_per_class_keeps_that_many_of_each_and_drops_the_rest():
+    view = with_splits([""] * 300, [0] * 200 + [1] * 100)
+    chosen, task = split(view, train_per_class=50)
+    assert class_counts(chosen.names, task) == {"train": [50, 50], "val": [30, 15], "test": [30, 15]}
+    assert counts(view, train_per_class=100)["train"] == [100, 70]
+    assert any("fewer than --train-per-class 100" in w for w in split(view, train_per_class=100)[0].warnings)
+
+
+def test_train_per_class_is_refused_for_multilabel():
+    with pytest.raises(BadOption, match="not for multi-label"):
+        split(label_view(), train_per_class=5)
+
+
+def test_the_csv_is_two_plain_columns():
+    rows = list(csv.reader(splits_csv(['a,"b', "c\nd"], np.array(["train", ""])).splitlines(keepends=True)))
+    assert rows == [["id", "split"], ['a,"b', "train"], ["c\nd", ""]]
+
+
+def three_kinds(**more) -> FakeView:
+    view = toy_view(n=300, classes=3, **more)
+    view.classes = ["bacteria", "normal", "virus"]
+    return view
+
+
+def test_classes_are_merged_in_the_order_given():
+    task = task_of(three_kinds(), classes=["pneumonia=bacteria,virus", "normal"])
+    assert (task.kind, task.classes, task.positive) == ("binary", ("pneumonia", "normal"), 1)
+    assert task.labels[:3].tolist() == [0, 1, 0]
+
+
+def test_only_keeps_some_classes_in_the_order_of_the_data():
+    task = task_of(three_kinds(), only=["virus,bacteria"], positive="bacteria")
+    assert (task.classes, task.positive, task.labels[:3].tolist()) == (("bacteria", "virus"), 0, [0, -1, 1])
+
+
+def test_only_chooses_labels_of_multilabel_data():
+    view = label_view(labels=4)
+    task = task_of(view, only=["sign 1", "sign 3"])
+    np.testing.assert_array_equal(task.labels, view.labels[:, [1, 3]])
+
+
+def test_neighbouring_grades_stay_ordinal_and_others_do_not():
+    view = toy_view(n=300, classes=5, task="ordinal")
+    assert task_of(view, classes=["low=kind 0,kind 1", "mid=kind 2", "high=kind 3,kind 4"]).kind == "ordinal"
+    assert task_of(view, classes=["a=kind 0,kind 4", "b=kind 1", "c=kind 2"]).kind == "multiclass"
+
+
+def test_a_class_name_with_comma_or_equals_sign_is_taken_whole():
+    view = three_kinds()
+    view.classes = ["a,b", "c=d", "e"]
+    assert task_of(view, classes=["a,b", "c=d"]).classes == ("a,b", "c=d")
+    assert task_of(view, only=["a,b", "e"]).classes == ("a,b", "e")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"only": ["bacterium,virus"]}, "no class is called 'bacterium'. Near: bacteria"),
+        ({"classes": ["p=bacteria,virus", "q=virus,normal"]}, "puts virus into p and into q"),
+        ({"classes": ["p=bacteria", "p=virus"]}, "names p twice"),
+        ({"classes": ["normal", "virus"], "only": ["virus"]}, "either it or --only"),
+        ({"only": ["virus"]}, "one class for this task"),
+        ({"positive": "virus"}, "--positive is for two classes"),
+        ({"only": ["virus,normal"], "positive": "bacteria"}, "is not a class of this task"),
+    ],
+)
+def test_task_options_that_do_not_fit_are_refused(options, said):
+    with pytest.raises((BadOption, ProtocolError), match=said):
+        task_of(three_kinds(), **options)
+
+
+def test_unlabelled_and_multilabel_views_say_what_they_cannot_do():
+    with pytest.raises(ProtocolError, match="carries no labels"):
+        task_of(toy_view(task="unlabelled"))
+    with pytest.raises(BadOption, match="multi-label data have --only"):
+        task_of(label_view(), classes=["a=sign 0"])
+    with pytest.raises(BadOption, match="has its own positives"):
+        task_of(label_view(), positive="sign 0")
+
+
+def images(view, chosen, name):
+    return {view.digests[i] for i in chosen.rows(name)}
+
+
+FRACTIONS = (0.01, 0.05, 0.1, 0.33, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("make", [lambda: toy_view(n=400, classes=4), lambda: label_view(n=400)])
+def test_a_smaller_fraction_is_among_a_larger_one_and_val_and_test_stay(make):
+    view = make()
+    chosen = [split(view, fraction=f)[0] for f in FRACTIONS]
+    trained = [images(view, c, "train") for c in chosen]
+    assert all(a <= b for a, b in itertools.pairwise(trained))
+    assert [len(t) for t in trained] == sorted(len(t) for t in trained)
+    assert len({frozenset(images(view, c, s)) for c in chosen for s in ("val",)}) == 1
+    assert len({frozenset(images(view, c, s)) for c in chosen for s in ("test",)}) == 1
+    assert images(view, split(view, fraction=0.1, split_seed=1)[0], "train") != trained[2]
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=60, max_size=200), st.floats(0.02, 1.0), st.integers(0, 5), st.integers(1, 4)
+)
+@settings(max_examples=40, deadline=None)
+def test_a_fraction_takes_its_share_of_every_class_within_a_unit(labels, fraction, seed, largest):
+    labels = np.array(labels)
+    units = np.random.default_rng(seed).integers(0, len(labels) // largest, len(labels)) if largest > 1 else None
+    units = np.arange(len(labels)) if units is None else units + 1000 * labels  # of one class each
+    kept = nested_fraction(labels, units, fraction, seed)
+    assert all(len(set(kept[units == u])) == 1 for u in np.unique(units))
+    for c in np.unique(labels):
+        biggest = np.bincount(units[labels == c]).max()
+        assert kept[labels == c].any()
+        assert abs(kept[labels == c].sum() - fraction * (labels == c).sum()) <= biggest
+
+
+def test_a_fraction_of_many_classes_adds_up():
+    """100 classes of 15: 10 % are 1.5 of each and 150 of all."""
+    labels = np.repeat(np.arange(100), 15)
+    kept = nested_fraction(labels, np.arange(1500), 0.1, 0)
+    assert kept.sum() == 150
+    assert set(np.bincount(labels[kept])) == {1, 2}
+
+
+def test_one_image_of_a_rare_class_stays_and_that_is_said():
+    view = with_splits(["train"] * 208 + ["val"] * 20 + ["test"] * 20, [0] * 200 + [1] * 8 + [0, 1] * 20)
+    chosen, task = split(view, fraction=0.05)
+    assert class_counts(chosen.names, task)["train"] == [10, 1]
+    assert "0.05 of train has one image of kind 1, whose share is less than half of one" in chosen.warnings
+    assert chosen.how.endswith("5 % of train")
+
+
+def test_groups_and_copies_stay_whole_in_a_fraction():
+    groups = [f"patient {i // 7}" for i in range(420)]
+    digests = np.array([f"{i - (i % 10 == 1):032x}".encode() for i in range(420)])
+    view = toy_view(n=420, groups=groups, digests=digests)
+    chosen, _ = split(view, fraction=0.3)
+    units = connected_units(view.digests, groups)
+    for unit in np.unique(units):
+        assert len(set(chosen.names[units == unit].tolist())) == 1
+
+
+@pytest.mark.parametrize("make", [lambda: toy_view(n=200, classes=3), lambda: label_view(n=200)])
+def test_folds_part_all_that_is_no_given_test(make):
+    view = make()
+    folds = [split(view, fold=(k, 5))[0] for k in range(5)]
+    tested = [images(view, f, "test") for f in folds]
+    assert set().union(*tested) == set(view.digests)
+    assert sum(len(t) for t in tested) == 200
+    assert all(38 <= len(t) <= 42 for t in tested)
+    for chosen in folds:
+        used = [images(view, chosen, s) for s in ("train", "val", "test")]
+        assert sum(len(u) for u in used) == 200
+        assert 22 <= len(used[1]) <= 26  # 15 % of 160
+        assert "fold" in chosen.how
+
+
+def test_folds_leave_a_given_test_out_and_draw_val_anew():
+    view = toy_view(n=250, splits="given")
+    given = {view.digests[i] for i, s in enumerate(view.splits) if s == "test"}
+    folds = [split(view, fold=(k, 4))[0] for k in range(4)]
+    assert set().union(*(images(view, f, "test") for f in folds)) == set(view.digests) - given
+    assert all(images(view, f, s).isdisjoint(given) for f in folds for s in ("train", "val", "test"))
+    assert "the given test (50 images) is not touched" in folds[0].how
+    counts = [class_counts(f.names, task_of(view)) for f in folds]
+    assert {c["test"][0] for c in counts} == {25}
+
+
+def test_groups_stay_whole_over_folds():
+    view = toy_view(n=300, groups=[f"patient {i // 4}" for i in range(300)])
+    tested = np.stack([split(view, fold=(k, 3))[0].names == "test" for k in range(3)]).reshape(3, 75, 4)
+    assert (tested.any(2) == tested.all(2)).all()
+    inside = np.stack([split(view, fold=(k, 3))[0].names == "val" for k in range(3)]).reshape(3, 75, 4)
+    assert (inside.any(2) == inside.all(2)).all()
+
+
+def test_a_fraction_of_a_fold_leaves_its_val_and_test():
+    view = toy_view(n=300)
+    whole, part = (split(view, fold=(1, 3), fraction=f)[0] for f in (1.0, 0.1))
+    assert images(view, whole, "test") == images(view, part, "test")
+    assert images(view, whole, "val") == images(view, part, "val")
+    assert images(view, part, "train") < images(view, whole, "train")
+
+
+def test_more_folds_than_images_is_refused():
+    view = toy_view(n=40, groups=[f"patient {i // 20}" for i in range(40)])
+    with pytest.raises(ProtocolError, match=r"too few separate images or groups \(2\) for 5 folds"):
+        split(view, fold=(0, 5))
+
+
+def test_folds_draw_val_themselves():
+    with pytest.raises(BadOption, match="leave --resplit-val out"):
+        split(toy_view(), fold=(0, 5), resplit_val=True)

@@ -1,0 +1,344 @@
+"""Heads trained together: each is what it is alone; gradients, schedules and optimisers against torch's own."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from support.fake_view import label_view, toy_view
+from torch import nn
+
+from featurecache.errors import BadOption, ProtocolError
+from heads.api import train_head
+from heads.models.catalogue import make_head
+from heads.settings import VARIED, Settings
+from heads.task import SplitData, load_features, task_of
+from heads.training import engine, loop
+from heads.training.batches import BLOCK, BalancedBatches, PlainBatches, sample_versions, shuffled
+from heads.training.engine import Learner, SequentialTrainer, StackedTrainer
+from heads.training.job import prepare
+from heads.training.loop import Schedule, train_heads
+from heads.training.losses import BinaryCrossEntropy, CrossEntropy, StackedLoss, loss_and_prior
+from heads.training.train import train_together
+
+train_head = partial(train_head, report=False)
+
+NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def several(head: str, **more) -> list[Settings]:
+    """Settings that differ in everything that heads trained together may differ in."""
+    kinds = [
+        {"lr": 1e-2}, {"lr": 3e-4, "seed": 3}, {"weight_decay": 0.1}, {"weight_decay": 0.2, "optimizer": "adamw"},
+        {"dropout": 0.3, "seed": 1}, {"dropout": 0.0}, {"label_smoothing": 0.1}, {"schedule": "cosine"},
+        {"schedule": "plateau", "lr": 3e-2},
+    ]  # fmt: skip
+    return [Settings(head, **({"epochs": 6, "patience": 2, "split_seed": 5} | more | kind)) for kind in kinds]
+
+
+def trained(settings: list[Settings], dtype: torch.dtype, task=None, seed=0):
+    """States and histories of heads trained together by the stack, in float64 or float32."""
+    view = toy_view(n=160, classes=3, noise=2.0, seed=seed) if task is None else task
+    what = task_of(view)
+    rows = np.arange(160)
+    train, val = (load_features(view, "cls", part, what.labels) for part in (rows[:110], rows[110:]))
+    generators = [torch.Generator().manual_seed(each.seed) for each in settings]
+    size = len(what.classes)
+    models = [
+        make_head(each.head, (8,), size, own, dropout=each.dropout)
+        for each, own in zip(settings, generators, strict=True)
+    ]
+    prior = [loss_and_prior(what, train.y, each) for each in settings]
+    stack = StackedTrainer(models, [loss for loss, _ in prior], generators, settings, dtype)
+    return train_heads(stack, settings, train, val, [correction for _, correction in prior], what)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_a_head_of_a_stack_is_the_head_alone(head, dtype, close):
+    settings = several(head)
+    together = trained(settings, dtype)
+    assert len({each.epoch for each in together}) > 1, "heads that leave at different times are wanted here"
+    for one, each in zip(settings, together, strict=True):
+        (alone,) = trained([one], dtype)
+        assert alone.epoch == each.epoch
+        for name, weight in alone.state.items():
+            scale = float(weight.abs().max())
+            torch.testing.assert_close(each.state[name], weight, atol=close * scale, rtol=0)
+
+
+def test_labels_that_are_partly_unknown_stack_too():
+    view = label_view(n=160, labels=3, unknown=0.3)
+    settings = [Settings("linear", epochs=4, **more) for more in ({}, {"label_smoothing": 0.2}, {"lr": 1e-2})]
+    together = trained(settings, torch.float64, view)
+    for one, each in zip(settings, together, strict=True):
+        (alone,) = trained([one], torch.float64, view)
+        torch.testing.assert_close(each.state["fc.weight"], alone.state["fc.weight"], atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("head", ["large", "linear", "mlp"])
+def test_train_together_gives_what_train_head_gives(head):
+    view = toy_view(n=200, splits="given", noise=2.0)
+    settings = [Settings(head, epochs=3, **more) for more in ({}, {"seed": 2}, {"lr": 3e-3}, {"class_weights": True})]
+    fits = train_together(prepare(view, settings[0]), settings)
+    for one, fit in zip(settings, fits, strict=True):
+        given = {name: getattr(one, name) for name in VARIED}
+        run = train_head(view, head, epochs=3, **given)
+        assert run.config["chosen"]["epoch"] == fit.epoch
+        for name, weight in run.model.state_dict().items():
+            found = fit.model.state_dict()[name]
+            if head == "large":
+                assert torch.equal(found, weight)
+            else:
+                torch.testing.assert_close(found, weight, atol=1e-5 * float(weight.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_written_out_gradients_are_those_of_autograd(smoothing, weighted):
+    torch.manual_seed(0)
+    weight = torch.tensor([0.5, 2.0, 1.0]) if weighted else None
+    labels = torch.tensor([[1.0, NAN, 0.0], [NAN, 1.0, 1.0], [0.0, 0.0, NAN], [1.0, 1.0, 0.0]])
+    for loss, y in ((CrossEntropy, torch.tensor([0, 2, 1, 2])), (BinaryCrossEntropy, labels)):
+        one = loss(3, weight, smoothing)
+        z = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+        double = loss(3, None if weight is None else weight.double(), smoothing)
+        wanted = torch.stack([double(each, y.double() if y.is_floating_point() else y) for each in z])
+        (gradient,) = torch.autograd.grad(wanted.sum(), z)
+        losses, dz = StackedLoss([one, one], torch.float64)(z.detach(), y)
+        torch.testing.assert_close(losses, wanted.detach())
+        torch.testing.assert_close(dz, gradient)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_a_stack_steps_as_torch_does(head, optimizer):
+    """Twenty steps of three heads beside torch.optim on plain modules; decay on weights only, smoothing, no dropout."""
+    settings = [
+        Settings(head, lr=lr, weight_decay=0.1, optimizer=optimizer, label_smoothing=0.1) for lr in (1e-3, 1e-2, 0.1)
+    ]
+    own = [torch.Generator().manual_seed(k) for k in range(3)]
+    models = [make_head(head, (8,), 3, each, dropout=0.0) for each in own]
+    plain = [make_head(head, (8,), 3, torch.Generator().manual_seed(k), dropout=0.0).double() for k in range(3)]
+    stack = StackedTrainer(models, [CrossEntropy(3, None, 0.1)] * 3, own, settings, torch.float64)
+    kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.Adam
+    groups = [
+        [{"params": [p for p in m.parameters() if p.ndim == 2], "weight_decay": 0.1},
+         {"params": [p for p in m.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+        for m in plain
+    ]  # fmt: skip
+    optimizers = [kind(group, lr=s.lr) for group, s in zip(groups, settings, strict=True)]
+    rng = torch.Generator().manual_seed(9)
+    for _ in range(20):
+        x, y = torch.randn(7, 8, generator=rng, dtype=torch.float64), torch.randint(3, (7,), generator=rng)
+        stack.step(x, y)
+        for model, each in zip(plain, optimizers, strict=True):
+            each.zero_grad()
+            nn.functional.cross_entropy(model(x), y, label_smoothing=0.1).backward()
+            each.step()
+    for k, model in enumerate(plain):
+        for name, weight in model.state_dict().items():
+            torch.testing.assert_close(stack.state(k)[name], weight, atol=1e-12, rtol=1e-10)
+
+
+def test_schedules_are_those_of_torch():
+    parameter = [nn.Parameter(torch.zeros(1))]
+    for kind, make in (
+        ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 8)),
+        ("plateau", lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, "min", factor=0.5, patience=3)),
+    ):
+        optimizer = torch.optim.SGD(parameter, lr=0.4)
+        theirs, ours = make(optimizer), Schedule(Settings("linear", lr=0.4, epochs=8, schedule=kind))
+        losses = [1.0, 0.9, 0.95, 0.9, 0.89999, 0.91, 0.9, 0.95]
+        for epoch, loss in enumerate(losses, start=1):
+            assert ours.rate(epoch) == pytest.approx(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            theirs.step(loss) if kind == "plateau" else theirs.step()
+            ours.after(loss)
+        assert ours.rate(8) < 0.4
+
+
+def test_class_weights_are_torchs_and_are_taken_back_from_the_logits():
+    view = toy_view(n=200, splits="given", noise=2.0)
+    view.labels[:80] = 0
+    task = task_of(view)
+    y = torch.from_numpy(task.labels)
+    loss, correction = loss_and_prior(task, y, Settings("linear", class_weights=True))
+    share = np.bincount(task.labels) / len(y)
+    z = torch.randn(200, 2)
+    wanted = nn.functional.cross_entropy(z, y, weight=torch.from_numpy(1 / share).float())
+    torch.testing.assert_close(loss(z, y), wanted)
+    np.testing.assert_allclose(correction, np.log(share * 2))
+    assert not Settings("linear", class_weights=True).balanced(False)
+
+
+def test_a_head_that_fails_leaves_the_others_alone():
+    view = toy_view(n=200, splits="given", noise=2.0)
+    view.features["cls"] = view.features["cls"].float() * 1e3
+    settings = [Settings("linear", epochs=3, select="loss", lr=lr) for lr in (1e-3, 1e38, 1e-2)]
+    good, failed, fine = train_together(prepare(view, settings[0]), settings)
+    assert isinstance(failed, ProtocolError) and "not finite any more in epoch 1" in str(failed)
+    alone = train_head(view, "linear", epochs=3, select="loss", lr=1e-2)
+    torch.testing.assert_close(fine.model.fc.weight, alone.model.fc.weight)
+    assert good.epoch >= 1
+
+
+@pytest.mark.parametrize("head", ["mean-linear", "cls+mean"])
+def test_a_linear_head_on_fixed_vectors_is_trained_on_these(head):
+    """As stepped through all tokens one by one, and stacked."""
+    view = toy_view(n=200, splits="given", noise=2.0, tokens=5)
+    view.prefix, view.grid = ("cls",), (2, 2)
+    settings = [Settings(head, epochs=3, seed=k) for k in (0, 1)]
+    job = prepare(view, settings[0])
+    for one, fit in zip(settings, train_together(job, settings), strict=True):
+        own = torch.Generator().manual_seed(one.seed)
+        model = make_head(head, job.input, 2, own)
+        parts = [load_features(view, "tokens", job.divided.rows(s), job.task.labels) for s in ("train", "val")]
+        loss, correction = loss_and_prior(job.task, parts[0].y, one)
+        (slow,) = train_heads(
+            SequentialTrainer([Learner(model, loss, own, one)]), [one], *parts, [correction], job.task
+        )
+        assert slow.epoch == fit.epoch
+        torch.testing.assert_close(fit.model.fc.weight, slow.state["fc.weight"], atol=1e-5, rtol=0)
+
+
+def test_finished_heads_take_no_more_steps(monkeypatch):
+    sizes, step = [], StackedTrainer.step
+    monkeypatch.setattr(StackedTrainer, "step", lambda self, *a: sizes.append(len(self)) or step(self, *a))
+    settings = [Settings("linear", epochs=30, patience=2, lr=lr) for lr in (1e-2, 1e-9)]  # the second creeps on
+    fits = train_together(prepare(toy_view(n=200, splits="given", noise=3.0), settings[0]), settings)
+    assert sizes[0] == 2 and sizes[-1] == 1
+    assert len(fits[0].history) < len(fits[1].history) == 30
+
+
+def test_the_way_is_the_faster_one_for_each_kind_of_head():
+    from heads.training.engine import make_trainer
+
+    for head, shape, kind in (
+        ("linear", (8,), StackedTrainer),
+        ("mlp", (8,), StackedTrainer),
+        ("large", (5, 8), SequentialTrainer),
+    ):
+        own = torch.Generator()
+        assert type(make_trainer([make_head(head, shape, 2, own)], [CrossEntropy(2)], [own], [Settings(head)])) is kind
+
+
+def test_bf16_is_near_fp32_and_not_it(monkeypatch):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no products in bf16")
+    view = toy_view(n=200, splits="given", noise=2.0)
+    for head in ("linear", "large"):
+        exact, rough = (train_head(view, head, epochs=2, precision=p) for p in ("fp32", "bf16"))
+        a, b = (torch.cat([w.flatten() for w in run.model.state_dict().values()]) for run in (exact, rough))
+        assert 0 < float((a - b).norm() / a.norm()) < 0.05
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(BadOption, match="no fast products in bf16"):
+        train_head(view, "linear", precision="bf16")
+
+
+def test_features_beyond_the_budget_are_read_batch_by_batch_to_the_same_end():
+    view = toy_view(n=400, splits="given", noise=2.0)
+    view.reads.clear()
+    run = train_head(view, "large", epochs=2, ram=0.0)
+    assert len(view.reads) > 20 and run.config["reading"].startswith("from the shards, 32 rows")
+    kept = train_head(view, "large", epochs=2)
+    assert kept.config["reading"] == "from memory"
+    # the same order of batches from memory gives the same head, to the bit
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(loop, "_batches", lambda s, data, task, window: BalancedBatches(data.y.numpy(), 32, 0, 32))
+    again = train_head(view, "large", epochs=2)
+    monkey.undo()
+    assert (again.path / "head.safetensors").read_bytes() == (run.path / "head.safetensors").read_bytes()
+
+
+def test_a_shuffle_by_blocks_is_a_permutation_that_stays_near():
+    rows, rng = np.arange(64 * BLOCK), np.random.default_rng(0)
+    near = shuffled(rows, rng, 4 * BLOCK)
+    assert sorted(near) == list(rows) and (near != rows).mean() > 0.99
+    assert all(len(set(part // BLOCK)) <= 4 for part in near.reshape(-1, 4 * BLOCK))
+    everywhere = [len(set(part // BLOCK)) for part in shuffled(rows, rng, None).reshape(-1, 4 * BLOCK)]
+    assert min(everywhere) > 40
+    order = torch.cat(PlainBatches(len(rows), 32, 0, 4 * BLOCK).epoch())
+    assert sorted(order.tolist()) == list(rows)
+
+
+def test_every_image_shows_one_of_its_versions_in_an_epoch():
+    n, rng = 50, np.random.default_rng(0)
+    order = list(torch.arange(n).repeat(2).split(32))  # every image twice
+    places = torch.cat(sample_versions(order, n, 3, rng))
+    assert torch.equal(places % n, torch.cat(order))
+    assert torch.equal(places[:n], places[n:]), "one version an epoch"
+    assert set((places // n).tolist()) == {0, 1, 2}
+    again = torch.cat(sample_versions(order, n, 3, rng))
+    assert not torch.equal(places, again)
+    x = torch.arange(3 * n).float()[:, None]
+    features = SplitData(x, torch.arange(n), versions=3)
+    batch, y = features.batch(places)
+    assert torch.equal(batch[:, 0].long(), places) and torch.equal(y, places % n)
+    assert torch.equal(torch.cat(list(features.chunks()))[:, 0], x[:n, 0])
+
+
+def test_a_head_sees_copies_of_training_images_only_and_its_first_lines_say_so(monkeypatch):
+    """A view of 200 images with two copies of each training image behind them."""
+    view = toy_view(n=200, splits="given", noise=2.0)
+    train = np.array([i for i, split in enumerate(view.splits) if split == "train"])
+    place = {int(i): [int(i), 200 + k, 200 + len(train) + k] for k, i in enumerate(train)}
+    noise = torch.randn(2 * len(train), 8, generator=torch.Generator().manual_seed(1)).half()
+    view.features["cls"] = torch.cat([view.features["cls"], view.features["cls"][train].repeat(2, 1) + noise])
+    view.versions = np.zeros(200, np.int32)
+    view.copies = lambda rows: np.array([place[int(i)] for i in rows]).reshape(-1, 3)
+    asked, said = [], []
+    view.tensor = lambda output, rows: asked.append(np.asarray(rows)) or view.features[output][torch.from_numpy(rows)]
+    run = train_head(view, "linear", epochs=3, say=said.append)
+    assert "copies     2 augmented of each training image; each epoch shows one of the 3" in said
+    of_train, val, test = asked
+    assert sorted(of_train) == sorted({*train, *range(200, 200 + 2 * len(train))})
+    assert max(val.max(), test.max()) < 200
+    view.versions = None
+    assert not torch.equal(train_head(view, "linear", epochs=3).model.fc.weight, run.model.fc.weight)
+
+
+def test_a_learner_leaves_the_randomness_of_others_alone():
+    own = torch.Generator().manual_seed(0)
+    learner = Learner(make_head("mlp", (8,), 2, own), CrossEntropy(2), own, Settings("mlp"))
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    learner.step(torch.randn(4, 8, generator=torch.Generator()), torch.tensor([0, 1, 1, 0]))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dropout": 1.0}, "below 1"), ({"label_smoothing": -0.1}, "at least 0"), ({"ram": -1.0}, "--ram is -1"),
+        ({"fraction": 0.0}, "--fraction is 0"), ({"sensitivity": 1.5}, "--sensitivity is 1.5"),
+        ({"folds": 3}, "give both"), ({"folds": 3, "fold": 3}, "0 to 2"),
+        ({"optimizer": "rmsprop"}, "one of adam, adamw, sgd"), ({"schedule": "step"}, "one of constant"),
+        ({"precision": "fp16"}, "one of fp32, bf16"), ({"momentum": 0.9}, "momentum: no such option"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(options, said):
+    with pytest.raises(BadOption, match=said):
+        train_head(toy_view(), "linear", **options)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 8])  # of images; three go through at once
+def test_the_gradients_of_large_are_those_of_autograd(size, monkeypatch):
+    monkeypatch.setattr(engine, "AT_ONCE", 3 * 4 * 256 * 12)
+    own = torch.Generator().manual_seed(0)
+    model = make_head("large", (5, 12), 3, own)
+    x, y = torch.randn(size, 5, 12, generator=own), torch.randint(3, (size,), generator=own)
+    loss = CrossEntropy(3, torch.tensor([0.5, 2.0, 1.0]), 0.1)
+    wanted = loss(model(x), y)
+    gradients = torch.autograd.grad(wanted, list(model.parameters()))
+    found = engine.LargeSteps(model, loss)(x, y)
+    torch.testing.assert_close(found, wanted.detach())
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=2e-6 * float(gradient.abs().max()), rtol=0)

@@ -1,0 +1,333 @@
+"""Training by the protocol: against plain torch and scikit-learn, choice, seeds, and what cannot be trained."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from support.fake_view import label_view, toy_view
+from torch import nn
+
+from featurecache.errors import BadOption, NotInCache, ProtocolError
+from heads.api import train_head
+from heads.models.catalogue import make_head
+from heads.settings import Settings
+from heads.task import SplitData, Standardize, task_of
+from heads.training import engine
+from heads.training.batches import PlainBatches
+from heads.training.engine import make_trainer, run_epoch
+from heads.training.job import choose_output
+from heads.training.losses import BinaryCrossEntropy, CrossEntropy, loss_and_prior
+
+train_head = partial(train_head, report=False)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def learner(shape, classes, name="linear", seed=0, lr=1e-3, weight_decay=0.0):
+    own = torch.Generator().manual_seed(seed)
+    settings = Settings(name, lr=lr, weight_decay=weight_decay, seed=seed)
+    return make_trainer([make_head(name, shape, classes, own)], [CrossEntropy(classes)], [own], [settings])
+
+
+def objective(weight, bias, x, y, c):
+    """scikit-learn's, over C·N: mean loss + |W|² / (2 C N)."""
+    loss = nn.functional.cross_entropy(x @ weight.T + bias, y, reduction="mean")
+    return float(loss + weight.square().sum() / (2 * c * len(y)))
+
+
+@pytest.mark.parametrize(("classes", "their_c"), [(3, 0.1), (5, 0.1), (2, 0.2)])
+def test_linear_reaches_the_objective_of_logistic_regression(classes, their_c):
+    """Weight decay 1/(C·N) on the weights only; for two classes the two-column penalty is half of theirs: 2C."""
+    rng = np.random.default_rng(0)
+    y = np.arange(300) % classes
+    x = rng.normal(size=(300, 6)) + rng.normal(size=(classes, 6))[y] + 3.0  # overlapping, and a bias is needed
+    c, xt, yt = 0.1, torch.from_numpy(x).float(), torch.from_numpy(y)
+    ours = learner((6,), classes, lr=0.02, weight_decay=1 / (c * 300))
+    for _ in range(3000):
+        run_epoch(ours, SplitData(xt, yt), [torch.arange(300)])
+    theirs = LogisticRegression(C=their_c, max_iter=10_000, tol=1e-10).fit(x, y)
+    w, b = torch.from_numpy(theirs.coef_).float(), torch.from_numpy(theirs.intercept_).float()
+    if classes == 2:
+        w, b = torch.cat([-w / 2, w / 2]), torch.cat([-b / 2, b / 2])
+    state = ours.state(0)
+    got, want = objective(state["fc.weight"], state["fc.bias"], xt, yt, c), objective(w, b, xt, yt, c)
+    assert want * 0.9999 <= got <= want * 1.001
+
+
+@pytest.mark.parametrize("name", ["linear", "large"])
+def test_five_epochs_without_balancing_equal_a_plain_torch_loop(name):
+    view = toy_view(n=150, classes=3, noise=0.5)
+    output = "cls" if name == "linear" else "tokens"
+    run = train_head(
+        view, name, epochs=5, patience=0, balance=False, select="loss", seed=4, split_seed=7, batch_size=32
+    )
+    train = np.flatnonzero(run_splits(run) == "train")
+    x, y = view.features[output][train].float(), torch.from_numpy(view.labels[train])
+    torch.manual_seed(4)
+    if name == "linear":
+        plain = nn.Linear(8, 3)
+    else:
+        plain = nn.Sequential(nn.Linear(5, 256), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 256, 3))
+        x = x.transpose(1, 2)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3)
+    order = PlainBatches(len(y), 32, split_seed=7)
+    for _ in range(5):
+        for rows in order.epoch():
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(plain(x[rows]), y[rows]).backward()
+            optimizer.step()
+    assert run.config["chosen"]["epoch"] == 5
+    with torch.no_grad():
+        ours, theirs = run.model(view.features[output][train].float()), plain(x)
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
+    if name == "linear":  # in `large` single weights with gradients near Adam's epsilon follow the order of summation
+        torch.testing.assert_close(
+            list(run.model.state_dict().values()), list(plain.state_dict().values()), atol=1e-5, rtol=0
+        )
+
+
+def run_splits(run):
+    import csv
+
+    with (run.path / "splits.csv").open(newline="") as file:
+        return np.array([row["split"] for row in csv.DictReader(file)])
+
+
+def test_weight_decay_is_on_weights_only():
+    (ours,) = learner((5, 6), 3, name="large", weight_decay=0.5).learners
+    decay = {id(p): group["weight_decay"] for group in ours.optimizer.param_groups for p in group["params"]}
+    names = {name: decay[id(p)] for name, p in ours.model.named_parameters()}
+    assert names == {"fc1.weight": 0.5, "second": 0.5, "fc1.bias": 0.0, "second_bias": 0.0}
+
+
+def test_the_best_epoch_on_val_is_kept_and_test_is_read_after_the_choice(monkeypatch):
+    view = toy_view(n=200, splits="given", noise=1.5)
+    happened = view.reads
+    step = engine.StackedTrainer.step
+    monkeypatch.setattr(engine.StackedTrainer, "step", lambda *a: happened.append("step") or step(*a))
+    run = train_head(view, "linear", epochs=4)
+    last_step = max(i for i, what in enumerate(happened) if what == "step")
+    assert [what for what in happened if what != "step"] == ["train", "val", "test"]
+    assert happened.index("test") > last_step
+    best = max(run.history, key=lambda row: (row["val_auroc"], -row["val_loss"]))
+    assert run.config["chosen"] == {"by": "auroc", "on": "val", "epoch": int(best["epoch"])}
+
+
+def test_labels_of_test_change_nothing_of_the_head():
+    view = toy_view(n=200, splits="given", noise=2)
+    first = train_head(view, "linear", epochs=3)
+    test = [i for i, s in enumerate(view.splits) if s == "test"]
+    view.labels[test] = 1 - view.labels[test]
+    second = train_head(view, "linear", epochs=3)
+    assert (first.path / "head.safetensors").read_bytes() == (second.path / "head.safetensors").read_bytes()
+    assert first.config["calibration"] == second.config["calibration"]
+    assert first.metrics["test"]["auroc"] == pytest.approx(1 - second.metrics["test"]["auroc"])
+
+
+def test_the_same_seeds_give_the_same_bytes_and_others_do_not():
+    view = toy_view(n=200, splits="given", noise=2)
+    heads = {}
+    for name, options in (("a", {}), ("same", {}), ("seed", {"seed": 1}), ("split", {"split_seed": 1})):
+        torch.rand(3)  # whatever ran before must not matter
+        heads[name] = (train_head(view, "mlp", epochs=2, **options).path / "head.safetensors").read_bytes()
+    assert heads["a"] == heads["same"]
+    assert len(set(heads.values())) == 3
+
+
+def test_training_stops_when_val_is_no_better_and_says_so():
+    lines = []
+    view = toy_view(n=200, splits="given", noise=0.1)
+    view.labels = np.random.default_rng(0).permutation(view.labels)
+    run = train_head(view, "linear", patience=3, select="loss", lr=0.5, say=lines.append)
+    chosen = run.config["chosen"]["epoch"]
+    assert len(run.history) == chosen + 3 < 50
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert len(epochs) == len(run.history)
+    assert "stopped: no better for 3 epochs" in epochs[-1]
+    assert "best" in epochs[chosen - 1]
+
+
+def test_the_head_that_is_kept_is_that_of_the_chosen_epoch_not_the_last():
+    view = toy_view(n=200, splits="given", noise=3)
+    run = train_head(view, "linear", patience=3, lr=0.3)
+    assert run.config["chosen"]["epoch"] < len(run.history)
+    values = [row["val_auroc"] for row in run.history]
+    assert run.metrics["val"]["auroc"] == pytest.approx(max(values))
+    assert values[-1] < max(values)
+
+
+def test_equal_criteria_go_on_by_val_loss():
+    """Separable at once: AUROC is 1 from the start, and the loss still falls, so it is not time to stop."""
+    run = train_head(toy_view(n=200, splits="given", noise=0.05), "linear", epochs=12, patience=2)
+    assert [row["val_auroc"] for row in run.history[-6:]] == [1.0] * 6
+    assert run.config["chosen"]["epoch"] == 12
+
+
+def test_what_is_said_has_the_features_the_splits_and_the_head():
+    lines = []
+    train_head(toy_view(n=200), "linear", epochs=1, say=lines.append)
+    assert lines[0] == "features   vit-toy/toy cls [8]"
+    assert lines[1].startswith("splits     train 140 · val 30 · test 30 (70/15/15 drawn")
+    assert lines[2].startswith(
+        "head       linear: 18 parameters; balanced batches of 32; Adam 0.001; chosen by AUROC on val"
+    )
+    assert lines[3].startswith("epoch  1  train loss ")
+
+
+def test_balanced_training_is_corrected_to_the_prevalence():
+    view = toy_view(n=1000, splits="given", noise=3)
+    positives = np.flatnonzero(view.labels == 1)
+    view.labels[positives[np.random.default_rng(0).permutation(len(positives))[:450]]] = 0
+    view.features["cls"][torch.from_numpy(view.labels == 1)] += 1
+    run = train_head(view, "linear", epochs=10, lr=1e-2)
+    share = (view.labels[run_splits(run) == "train"] == 1).mean()
+    np.testing.assert_allclose(run.config["calibration"]["correction"], np.log([(1 - share) * 2, share * 2]))
+    p = np.exp(run.logits(view.features["cls"]))
+    assert (p[:, 1] / p.sum(1)).mean() == pytest.approx((view.labels == 1).mean(), abs=0.03)
+
+
+def test_a_multilabel_head_learns_with_unknown_labels_masked():
+    run = train_head(label_view(n=600), "linear", epochs=30, lr=1e-2)
+    assert run.task == "multilabel"
+    assert run.metrics["test"]["auroc"] > 0.85
+    assert run.config["calibration"]["correction"] == [0.0] * 4
+
+
+def test_masked_loss_is_that_of_the_known_entries():
+    logits, y = torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([[1.0, float("nan")], [0.0, 1.0]])
+    want = nn.functional.binary_cross_entropy_with_logits(torch.tensor([1.0, 0.5, 3.0]), torch.tensor([1.0, 0.0, 1.0]))
+    torch.testing.assert_close(BinaryCrossEntropy(2)(logits, y), want)
+    nothing = torch.full((2, 2), float("nan"))
+    assert float(BinaryCrossEntropy(2)(logits, nothing)) == 0.0
+
+
+def test_pos_weight_is_negatives_over_positives_and_taken_back_from_the_logits():
+    view = label_view(n=400, labels=2, unknown=0.3)
+    task = task_of(view)
+    loss, correction = loss_and_prior(task, torch.from_numpy(task.labels), Settings("linear", pos_weight=True))
+    weight = (view.labels == 0).sum(0) / (view.labels == 1).sum(0)
+    np.testing.assert_allclose(correction, -np.log(weight))
+    one = loss(torch.zeros(1, 2), torch.ones(1, 2))
+    assert float(one) == pytest.approx(weight.mean() * np.log(2), rel=1e-5)
+
+
+def test_zscore_is_by_train_only_and_kept_with_the_run():
+    view = toy_view(n=200, splits="given")
+    view.features["cls"][:, 3] = 7.0  # a constant channel is only centred
+    run = train_head(view, "linear", epochs=1, standardize="zscore")
+    x = view.features["cls"][[s == "train" for s in view.splits]].double()
+    np.testing.assert_allclose(run.standardize.mean, x.mean(0), rtol=1e-6)
+    want = x.std(0, unbiased=False)
+    want[3] = 1.0
+    np.testing.assert_allclose(run.standardize.std, want, rtol=1e-6)
+
+
+def test_standardize_of_tokens_is_per_channel_and_l2_per_token():
+    x = torch.randn(20, 4, 6).half()
+    scaled = Standardize.fitted("zscore", lambda: x.split(7))(x.float())
+    torch.testing.assert_close(scaled.mean((0, 1)), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scaled.std((0, 1), unbiased=False), torch.ones(6))
+    torch.testing.assert_close(Standardize("l2")(x.float()).norm(dim=-1), torch.ones(20, 4))
+
+
+def test_ordinal_and_many_class_tasks_run_and_can_choose_by_their_measures():
+    view = toy_view(n=400, classes=4, task="ordinal", splits="given", noise=2)
+    run = train_head(view, "linear", epochs=3, select="mae")
+    best = min(run.history, key=lambda row: (row["val_mae"], row["val_loss"]))
+    assert run.config["chosen"]["epoch"] == int(best["epoch"])
+
+
+def test_positive_names_the_class_that_the_measures_speak_of():
+    view = toy_view(n=200, splits="given", noise=3)
+    one, zero = (train_head(view, "linear", epochs=2, positive=p) for p in ("kind 1", "kind 0"))
+    assert (one.config["positive"], zero.config["positive"]) == ("kind 1", "kind 0")
+    assert one.metrics["test"]["auroc"] == pytest.approx(zero.metrics["test"]["auroc"])
+    assert one.metrics["test"]["ap"] != zero.metrics["test"]["ap"]
+
+
+def test_output_is_the_one_the_head_was_made_for():
+    view = toy_view()
+    assert (choose_output(view, "linear", None), choose_output(view, "large", None)) == ("cls", "tokens")
+    view.features["pooler"] = view.features.pop("cls")
+    assert choose_output(view, "linear", None) == "pooler"
+    assert choose_output(view, "linear", "tokens") == "tokens"
+
+
+def test_tokens_that_are_not_stored_say_the_command_that_stores_them():
+    view = toy_view()
+    del view.features["tokens"]
+    with pytest.raises(NotInCache, match="featurecache extract --backbone vit-toy --data toys --outputs tokens"):
+        train_head(view, "large")
+    del view.features["cls"]
+    view.features["mean"] = torch.zeros(240, 8)
+    with pytest.raises(NotInCache, match="holds mean and no vector for linear"):
+        train_head(view, "linear")
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "said"),
+    [
+        ("large", {"output": "cls"}, "large takes all tokens"),
+        ("linear", {"output": "runs/a"}, "Did you mean --out"),
+        ("linear", {"select": "auroch"}, "no measure. Near: auroc"),
+        ("linear", {"select": "mae"}, "not measured for a binary task"),
+        ("linear", {"pos_weight": True}, "--pos-weight is for multi-label"),
+        ("linear", {"standardize": "minmax"}, "one of none, zscore, l2"),
+        ("linear", {"epochs": 0}, "--epochs is 0"),
+        ("linear", {"lr": -1.0}, "--lr is -1; it must be above 0"),
+        ("linear", {"lr": float("nan")}, "--lr is nan; it must be above 0"),
+        ("linear", {"train_per_class": 0}, "must be at least 1"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(head, options, said):
+    with pytest.raises(BadOption, match=said):
+        train_head(toy_view(), head, **options)
+
+
+def test_a_val_without_a_class_says_what_can_be_done():
+    view = toy_view(n=200, splits="given")
+    view.labels[[s == "val" for s in view.splits]] = 0
+    with pytest.raises(ProtocolError, match=r"val AUROC is undefined.*--resplit-val"):
+        train_head(view, "linear", epochs=1)
+    assert train_head(view, "linear", epochs=1, select="loss").metrics["val"]["auroc"] is None
+
+
+def test_outputs_that_are_not_finite_end_the_run():
+    view = toy_view(n=200, splits="given")
+    view.features["cls"] = view.features["cls"].float() * 1e3
+    with pytest.raises(ProtocolError, match="not finite any more in epoch 1"):
+        train_head(view, "linear", lr=1e38, select="loss", balance=False)
+
+
+def test_small_heads_train_on_one_thread_and_give_the_others_back(monkeypatch):
+    seen, before = set(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    for kind in (engine.StackedTrainer, engine.SequentialTrainer):
+        step = kind.step
+        monkeypatch.setattr(kind, "step", lambda *a, step=step: seen.add(torch.get_num_threads()) or step(*a))
+    train_head(toy_view(n=200, splits="given"), "linear", epochs=1)
+    assert (seen, torch.get_num_threads()) == ({1}, 2)
+    seen.clear()
+    train_head(toy_view(n=200, splits="given", tokens=100, width=128), "large", epochs=1)
+    assert seen == {2}
+    torch.set_num_threads(before)
+
+
+def test_settings_go_to_json_and_back():
+    given = Settings("large", classes=("a=b,c", "d"), lr=3e-4, splits="s.csv", train_per_class=7)
+    assert Settings.from_dict(given.to_dict()) == given
+
+
+def test_predict_stays_a_function_after_its_module_is_imported():
+    import heads
+    import heads.inference
+
+    assert callable(heads.predict)
+    assert heads.predict is heads.inference.predict

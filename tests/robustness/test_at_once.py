@@ -1,0 +1,240 @@
+"""Several processes in one store: each comes to its end or says who is there; readers see old or new, never between."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.fault_home import Home, Scenario
+from support.fault_home import home as make_home
+from support.forks import Answer
+from support.tiny_cache import CLS, TOKENS, add_shard, add_view, features, make_store, make_view
+
+from featurecache.errors import DamagedFile
+from featurecache.maintenance import verify as verification
+from featurecache.maintenance.collect import compact, remove_view
+from featurecache.store.view import View
+from featurecache.store.write_view import open_view
+
+SEED = int(os.environ.get("FEATURECACHE_FAULT_SEED", "0"))
+
+
+@pytest.fixture(scope="module")
+def home() -> Home:
+    return make_home()
+
+
+@contextlib.contextmanager
+def held(home: Home, scenario: Scenario, cache: Path, at: int) -> Iterator[list[Answer]]:
+    """The operation stopped before one of its steps; it goes on at the end, and its answer is in the list then."""
+    beside, answers = cache.parent / f"{cache.name}-held", list[Answer]()
+    number = home.forks.start(
+        scenario.job, fault={"at": at, "do": "pause", "beside": str(beside)}, **scenario.on(cache)
+    )
+    end = time.monotonic() + 60
+    while not beside.exists() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert beside.exists()
+    try:
+        yield answers
+    finally:
+        beside.unlink()
+        answers.append(home.forks.wait(number))
+
+
+def steps_inside(scenario: Scenario, count: int) -> list[int]:
+    """Steps at shards and after: before, a file of the store may be held for which others wait their turn."""
+    marks = [n for n, (_, place, _) in enumerate(scenario.events) if "/.shared-" in place or "/.exclusive-" in place]
+    begun = next(n for n, (_, place, _) in enumerate(scenario.events) if place.count("/") == 2)
+    inside = range(begun + 1, marks[-1])
+    return sorted(random.Random(SEED).sample(inside, min(count, len(inside))))
+
+
+def is_in_use(answer: Answer, what: str) -> bool:
+    said = str(answer.error or answer.value)
+    return f"is in use: {what} by process" in said and "Try again when it has finished" in said
+
+
+def test_two_extractions_from_nothing(tmp_path: Path, home: Home) -> None:
+    scenario = home.scenario("new")
+    answers = home.forks.all("extract", [scenario.on(tmp_path / "cache"), scenario.on(tmp_path / "cache")])
+    assert [answer.error for answer in answers] == [None, None]
+    assert home.forks.done("state", cache=tmp_path / "cache") == scenario.end
+    assert home.forks.done("leftovers", cache=tmp_path / "cache") == []
+
+
+def beside_an_extraction(home: Home, folder: Path, name: str, steps: list[int]) -> None:
+    scenario = home.scenario(name)
+    for step in steps:
+        cache = folder / str(step)
+        with held(home, scenario, cache, step) as answers:
+            state = home.forks.done("state", cache=cache)
+            assert state["views"] in scenario.states and state["damaged"] == [], (step, state)
+            for job, more in (("mend", {}), ("gc_said", {})):
+                assert is_in_use(home.forks.run(job, cache=cache, **more), "extract"), (step, job)
+            if state["views"]:
+                assert is_in_use(home.forks.run("compact", cache=cache, name="set"), "extract"), step
+            home.forks.done("extract", cache=cache, **scenario.arguments)
+        assert answers[0].error is None and answers[0].code == 0, (step, answers)
+        assert home.forks.done("state", cache=cache) == scenario.end, step
+        assert home.forks.done("leftovers", cache=cache) == [], step
+
+
+@pytest.mark.parametrize("name", ["new", "grow"])
+def test_beside_an_extraction_others_read_verify_extract_and_remove_nothing(
+    tmp_path: Path, home: Home, name: str
+) -> None:
+    beside_an_extraction(home, tmp_path, name, steps_inside(home.scenario(name), 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["new", "grow"])
+def test_beside_an_extraction_at_many_steps(tmp_path: Path, home: Home, name: str) -> None:
+    beside_an_extraction(home, tmp_path, name, steps_inside(home.scenario(name), 8))
+
+
+def beside_one_that_is_alone(home: Home, folder: Path, name: str, what: str, steps: list[int]) -> None:
+    scenario = home.scenario(name)
+    for step in steps:
+        cache = folder / str(step)
+        with held(home, scenario, cache, step) as answers:
+            refused = home.forks.run("extract", cache=cache, **home.grow)
+            damaged = scenario.damaged and "DamagedFile" in str(refused.error)
+            assert is_in_use(refused, what) or damaged, (step, refused)
+            state = home.forks.done("state", cache=cache)
+            for rows in state["views"].values():
+                assert rows == scenario.result["set"] or "Error" in rows or "DamagedFile" in rows, (step, rows)
+            assert scenario.damaged or state["damaged"] == [], (step, state["damaged"])
+        assert answers[0].error is None and answers[0].code == 0, (step, answers)
+        assert home.forks.done("state", cache=cache) == scenario.end, step
+
+
+ALONE = [("mend", "repair"), ("gc", "gc"), ("compact", "compact set")]
+
+
+@pytest.mark.parametrize(("name", "what"), ALONE)
+def test_beside_one_that_removes_files_others_read_and_verify(tmp_path: Path, home: Home, name: str, what: str) -> None:
+    beside_one_that_is_alone(home, tmp_path, name, what, steps_inside(home.scenario(name), 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "what"), ALONE)
+def test_beside_one_that_removes_files_at_many_steps(tmp_path: Path, home: Home, name: str, what: str) -> None:
+    beside_one_that_is_alone(home, tmp_path, name, what, steps_inside(home.scenario(name), 8))
+
+
+def looked_at_while_others_write(home: Home, folder: Path, job: str, rounds: int) -> Any:
+    """What another process sees that reads (or verifies) all the time; the view changes with every step."""
+    cache, stop = folder / "cache", folder / "stop"
+    home.forks.done("copy", start=home.cache, cache=cache)
+    number = home.forks.start(job, cache=cache, stop=stop)
+    for _ in range(rounds):
+        home.forks.done("extract", cache=cache, **home.grow)
+        home.forks.done("compact", cache=cache, name="set")
+        home.forks.done("extract", cache=cache, **home.extract, outputs="cls,tokens,mean")
+        home.forks.done("gc", cache=cache)
+    stop.touch()
+    answer = home.forks.wait(number)
+    assert answer.code == 0 and answer.error is None, answer
+    return answer.value
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_a_reader_sees_the_old_view_or_the_new_one(tmp_path: Path, home: Home, rounds: int) -> None:
+    seen = looked_at_while_others_write(home, tmp_path, "read_again_and_again", rounds)
+    for state in seen:
+        assert isinstance(state["set"], dict), state
+        rows = {"set": {name: {k: v for k, v in row.items() if k != "mean"} for name, row in state["set"].items()}}
+        assert state == home.grown_rows or rows == home.rows, state
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_verify_calls_nothing_damaged_that_others_replace(tmp_path: Path, home: Home, rounds: int) -> None:
+    assert looked_at_while_others_write(home, tmp_path, "verify_again_and_again", rounds) == []
+
+
+# ---------------------------------------------------------------------------------------------- one guard each
+
+
+def between(monkeypatch, name: str, action) -> None:  # type: ignore[no-untyped-def]
+    """``action`` once, when `verify` comes to this step."""
+    real, done = getattr(verification, name), []
+
+    def wrapped(*arguments: Any) -> Any:
+        if not done:
+            done.append(1)
+            action()
+        return real(*arguments)
+
+    monkeypatch.setattr(verification, name, wrapped)
+
+
+@pytest.mark.parametrize("step", ["_hashed", "_view", "referenced_shards", "_shard"])
+def test_a_view_and_its_shards_appear_while_verify_looks(tmp_path: Path, monkeypatch, step: str) -> None:  # type: ignore[no-untyped-def]
+    view = make_view(tmp_path, [0, 1, 2], layouts=(CLS,))
+    store = make_store(tmp_path)
+
+    def extraction() -> None:
+        add_shard(store, [7, 8], CLS)
+        add_view(store, "set", [0, 1, 2, 7, 8], [CLS])
+        add_view(store, "new", [7, 8], [CLS])
+
+    between(monkeypatch, step, extraction)
+    assert verification.verify(tmp_path).damages == ()
+    assert len(View(view.path)) == 5
+
+
+@pytest.mark.parametrize("step", ["_hashed", "_view", "referenced_shards", "_shard"])
+def test_shards_and_views_are_replaced_while_verify_looks(tmp_path: Path, monkeypatch, step: str) -> None:  # type: ignore[no-untyped-def]
+    make_view(tmp_path, [5, 1, 0, 2, 4], per_shard=2, layouts=(CLS, TOKENS))
+    add_view(make_store(tmp_path), "other", [0, 1], [CLS])
+
+    def others() -> None:
+        compact("set", tmp_path)
+        remove_view("other", tmp_path)
+
+    between(monkeypatch, step, others)
+    assert verification.verify(tmp_path).damages == ()
+
+
+def test_a_view_that_is_open_follows_its_rows_to_other_shards(tmp_path: Path) -> None:
+    make_view(tmp_path, [5, 1, 0, 2, 4], per_shard=2, layouts=(CLS, TOKENS))
+    view = open_view("set", tmp_path)
+    before = view.array("cls")  # mapped, so it outlives its file; the tokens are not
+    compact("set", tmp_path)
+    assert (view.array("cls") == before).all()
+    assert (view.array("tokens") == features([5, 1, 0, 2, 4], TOKENS)).all()
+
+
+def test_a_view_that_is_open_does_not_follow_to_other_images(tmp_path: Path) -> None:
+    make_view(tmp_path, [0, 1, 2], per_shard=2, layouts=(CLS,))
+    view = open_view("set", tmp_path)
+    now = add_view(make_store(tmp_path), "set", [2, 2, 2], [CLS])
+    for path in set(view.files["path"].tolist()) - set(now.files["path"].tolist()):
+        (view.store / path.decode()).unlink()
+    with pytest.raises(DamagedFile, match="is missing"):
+        view.array("cls")
+
+
+def test_a_view_is_replaced_while_it_is_opened(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    made = make_view(tmp_path, [0, 1, 2, 3], per_shard=2, layouts=(CLS,))
+    real, done = View._check_files, []
+
+    def meanwhile(view: View) -> None:
+        if not done:
+            done.append(1)
+            now = add_view(make_store(tmp_path), "set", [3, 2], [CLS])
+            for path in set(made.files["path"].tolist()) - set(now.files["path"].tolist()):
+                (made.store / path.decode()).unlink()
+        real(view)
+
+    monkeypatch.setattr(View, "_check_files", meanwhile)
+    view = open_view("set", tmp_path)
+    assert (view.array("cls") == features([3, 2], CLS)).all() and len(view.ids) == 2

@@ -1,0 +1,257 @@
+"""Killed, out of disk, refused by the disk: nothing committed is lost, nothing wrong is read, the command completes.
+
+Every event is a call that changes the cache; `tests/failpoints.py` counts them and makes the fault at one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.fault_home import Home, all_is_well_after, disturbed
+from support.fault_home import home as make_home
+from support.forks import Answer
+
+SEED = int(os.environ.get("FEATURECACHE_FAULT_SEED", "0"))
+SECONDS = float(os.environ.get("FEATURECACHE_FAULT_SECONDS", "5"))  # of kills at random times
+OPERATIONS = ("new", "grow", "mend", "gc", "compact", "merge", "remove")
+WRITES = ("pwrite", "write", "ftruncate", "open", "mkdir", "link", "rename", "replace")
+MEMORY = ("sqlite BEGIN", "sqlite CREATE", "sqlite INSERT", "sqlite DELETE", "sqlite COMMIT")
+
+
+@pytest.fixture(scope="module")
+def home() -> Home:
+    return make_home()
+
+
+def one_sentence(answer: Answer) -> bool:
+    """It came to its end, or said why not; no traceback, no dead interpreter."""
+    assert answer.code == 0, answer
+    return answer.error is not None
+
+
+# ---------------------------------------------------------------------------------------------- killed
+
+
+def killed_at(home: Home, name: str, folder: Path, points: list[int], do: str = "kill") -> None:
+    scenario = home.scenario(name)
+    answers = disturbed(home.forks, scenario, folder, [{"fault": {"at": k, "do": do}} for k in points])
+    late = [k for k, answer in zip(points, answers, strict=True) if not answer.killed]
+    assert len(late) <= len(points) // 10, late  # threads: a run may have an event or two less
+    all_is_well_after(home.forks, scenario, folder, range(len(points)))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_killed_at_one_step_of_each_kind_the_same_command_finishes(tmp_path: Path, home: Home, name: str) -> None:
+    most = 12 if name in ("new", "mend") else 5
+    killed_at(home, name, tmp_path, home.scenario(name).one_of_each_kind(SEED, most))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_killed_at_every_step_the_same_command_finishes(tmp_path: Path, home: Home, name: str) -> None:
+    killed_at(home, name, tmp_path, list(range(len(home.scenario(name).events))))
+
+
+def test_killed_in_the_middle_of_a_write(tmp_path: Path, home: Home) -> None:
+    scenario = home.scenario("new")
+    writes = [n for kind, numbers in scenario.kinds().items() if "write" in kind for n in numbers]
+    killed_at(home, "new", tmp_path, sorted(random.Random(SEED).sample(writes, 6)), do="torn")
+
+
+def killed_at_random_times(home: Home, folder: Path, seconds: float) -> int:
+    rng, end, count = random.Random(SEED), time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        scenario = home.scenario(rng.choice(OPERATIONS))
+        moments = [{"after": rng.uniform(0, 1.2 * scenario.seconds)} for _ in range(4)]
+        disturbed(home.forks, scenario, folder / str(count), moments)
+        all_is_well_after(home.forks, scenario, folder / str(count), range(len(moments)))
+        shutil.rmtree(folder / str(count))
+        count += 1
+    return count
+
+
+def test_killed_at_random_times(tmp_path: Path, home: Home) -> None:
+    assert killed_at_random_times(home, tmp_path, SECONDS)
+
+
+@pytest.mark.slow
+def test_killed_at_random_times_for_long(tmp_path: Path, home: Home) -> None:
+    assert killed_at_random_times(home, tmp_path, 8 * SECONDS)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(home: Home) -> None:
+    """What a power cut needs beyond a kill: bytes are synced before the name is given, then the folder."""
+    checked = 0
+    for name in OPERATIONS:
+        unsynced: set[str] = set()
+        unnamed: dict[str, str] = {}
+        for call, place, source in home.scenario(name).events:
+            if call in ("pwrite", "write", "ftruncate"):
+                unsynced.add(place)
+            elif call == "fsync":
+                unsynced.discard(place)
+                unnamed = {path: folder for path, folder in unnamed.items() if folder != place}
+            elif call in ("link", "rename", "replace") and "/." not in f"/{place}":
+                assert source not in unsynced, (name, place)
+                unnamed[place] = os.path.dirname(place) or "."
+                checked += 1
+            elif call == "unlink" and place.endswith((".h5", ".json")):
+                assert not [path for path in unnamed if path.endswith(".h5")], (name, place, unnamed)
+        assert unnamed == {}, (name, unnamed)
+    assert checked > 20
+
+
+# ---------------------------------------------------------------------------------------------- a disk that fails
+
+
+def points_of(home: Home, name: str, calls: tuple[str, ...], most: int) -> list[int]:
+    """Places of the calls among those calls only, at most so many, one of each kind before a second."""
+    scenario, rng = home.scenario(name), random.Random(SEED)
+    numbers = [n for n, (call, *_) in enumerate(scenario.events) if call in calls]
+    kinds = [rng.sample(found, len(found)) for kind, found in scenario.kinds().items() if kind.startswith(calls)]
+    order = [k[depth] for depth in range(len(numbers)) for k in kinds if depth < len(k) and k[depth] in numbers]
+    return sorted(numbers.index(n) for n in order[:most])
+
+
+def failing(home: Home, folder: Path, name: str, calls: tuple[str, ...], do: str, most: int, on: bool) -> list[Answer]:
+    """The operation with an error at each of these points; then all is well."""
+    scenario = home.scenario(name)
+    points = points_of(home, name, calls, most)
+    faults = [{"fault": {"at": k, "do": do, "calls": calls, "on": on}, **_room(name)} for k in points]
+    answers = disturbed(home.forks, scenario, folder, faults)
+    for answer in answers:
+        one_sentence(answer)
+    all_is_well_after(home.forks, scenario, folder, range(len(points)))
+    return answers
+
+
+def _room(name: str) -> dict[str, bool]:
+    return {"room": True} if name in ("new", "grow") else {}
+
+
+EVERY = 10_000
+
+
+@pytest.mark.parametrize("name", ["new", "grow", "mend", "compact", "merge"])
+def test_a_disk_that_is_full_from_one_moment_on(tmp_path: Path, home: Home, name: str) -> None:
+    answers = failing(home, tmp_path, name, WRITES, "ENOSPC", 8 if name == "new" else 4, on=True)
+    told = [answer.error for answer in answers if answer.error]
+    assert len(told) >= len(answers) - 1
+    assert all("No space left on device" in error for error in told), told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["new", "grow", "mend", "gc", "compact", "merge"])
+def test_a_disk_that_is_full_from_any_write_on(tmp_path: Path, home: Home, name: str) -> None:
+    failing(home, tmp_path, name, WRITES, "ENOSPC", EVERY if name == "new" else 20, on=True)
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "link", "replace", "rename", "ftruncate"])
+def test_a_call_that_fails_once(tmp_path: Path, home: Home, call: str) -> None:
+    answers = failing(home, tmp_path, "grow" if call == "replace" else "new", (call,), "EIO", 4, on=False)
+    assert [answer.error for answer in answers if not answer.error or "Input/output error" not in answer.error] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grow", "mend", "gc", "compact", "merge"])
+def test_any_call_that_fails_once(tmp_path: Path, home: Home, name: str) -> None:
+    failing(home, tmp_path, name, (*WRITES, "fsync", "unlink", "rmdir", *MEMORY), "EIO", 24, on=False)
+
+
+def test_what_could_not_be_synced_is_thrown_away(tmp_path: Path, home: Home) -> None:
+    """After a failed fsync the bytes may be gone from memory though a second one succeeds."""
+    (answer,) = failing(home, tmp_path, "new", ("fsync",), "EIO", 1, on=False)
+    assert answer.error and answer.error.startswith("CannotWrite: cannot ")
+    names = [place for call, place, _ in answer.events[-1:]]
+    assert names and "fsync" == answer.events[-1][0]
+
+
+def test_a_file_system_without_hard_links(tmp_path: Path, home: Home) -> None:
+    for answer in failing(home, tmp_path, "new", ("link",), "EPERM", 2, on=True):
+        assert answer.error is None
+
+
+def test_writes_that_write_less_than_asked(tmp_path: Path, home: Home) -> None:
+    scenario = home.scenario("new")
+    fault = {"at": 0, "do": "short", "on": True, "calls": ("pwrite",)}
+    (answer,) = disturbed(home.forks, scenario, tmp_path, [{"fault": fault}])
+    assert answer.error is None
+    assert home.forks.done("state", cache=tmp_path / "0") == scenario.end
+
+
+def test_the_memory_of_digests_fails_and_nothing_else(tmp_path: Path, home: Home) -> None:
+    for answer in failing(home, tmp_path, "new", MEMORY, "ENOSPC", 3, on=True):
+        assert answer.error is None
+
+
+@pytest.mark.parametrize("most", [0, 100, 3000, 7000, 16_000, 17_000])
+def test_no_file_may_grow_beyond_a_limit(tmp_path: Path, home: Home, most: int) -> None:
+    scenario = home.scenario("new")
+    answer = home.forks.run("with_file_limit", job="extract", most=most, cache=tmp_path / "0", **scenario.arguments)
+    assert one_sentence(answer) and "File too large" in str(answer.error)
+    all_is_well_after(home.forks, scenario, tmp_path, [0])
+
+
+@pytest.mark.parametrize("what", ["tokens", "store", "cache"])
+def test_a_folder_is_removed_underneath(tmp_path: Path, home: Home, what: str) -> None:
+    scenario = home.scenario("new")
+    of_tokens = [n for n, (_, place, _) in enumerate(scenario.events) if "/tokens/" in place]
+    begun = max(n for n in of_tokens if scenario.events[n][0] == "open")
+    chosen = [begun - 1, begun, random.Random(SEED).choice(of_tokens), of_tokens[-1], of_tokens[-1] + 2]
+    for number, point in enumerate(chosen):
+        cache = tmp_path / str(number)
+        store = scenario.events[point][1].split("/")[0]
+        folder = {"tokens": cache / store / "tokens", "store": cache / store, "cache": cache}[what]
+        fault = {"at": point, "do": "remove", "what": str(folder)}
+        one_sentence(home.forks.run("extract", fault=fault, **scenario.on(cache)))
+        assert [path.parent.name for path in cache.glob("*/*.h5") if not (path.parent / "spec.json").exists()] == []
+        assert len(list(cache.glob("*/cls"))) == len(list(cache.glob("*/spec.json"))), "rows that belong to no store"
+    all_is_well_after(home.forks, replace(scenario, damaged=True), tmp_path, range(len(chosen)))
+
+
+# ---------------------------------------------------------------------------------------------- a small disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, whose size can be set."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if not shutil.which("mount") or not _mount(folder, "4k"):
+        pytest.skip("this user cannot mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def _mount(folder: Path, size: str, remount: str = "") -> bool:
+    words = ["mount", "-t", "tmpfs", "-o", f"{remount}size={size}", "tmpfs", str(folder)]
+    return subprocess.run(words, capture_output=True).returncode == 0
+
+
+def fills(home: Home, disk: Path, sizes: list[int]) -> None:
+    """The extraction on a disk of each of these sizes (kB), then on one that is large enough."""
+    scenario = home.scenario("new")
+    for size in sizes:
+        assert _mount(disk, f"{size}k", "remount,")
+        answer = home.forks.run("extract", cache=disk / "0", room=True, **scenario.arguments)
+        assert one_sentence(answer) and "No space left on device" in str(answer.error), (size, answer)
+        assert _mount(disk, "8m", "remount,")
+        all_is_well_after(home.forks, scenario, disk, [0])
+        shutil.rmtree(disk / "0")
+
+
+def test_a_disk_that_is_really_full(small_disk: Path, home: Home) -> None:
+    fills(home, small_disk, [16, 60, 72])
+
+
+@pytest.mark.slow
+def test_disks_of_every_size(small_disk: Path, home: Home) -> None:
+    fills(home, small_disk, list(range(8, 80, 4)))

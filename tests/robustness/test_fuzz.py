@@ -1,0 +1,167 @@
+"""Mutants of valid files, sealed anew so that they get past the hashes, through our public readers.
+
+Only a refusal of ours or an answer may come out: no other exception, no warning, no read outside of the file. Features
+that are given bear their checksums. FEATURECACHE_FUZZ_MUTANTS: how many of the long run; FEATURECACHE_FUZZ_SEED:
+another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+import xxhash
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support.fuzzing import mutant
+from support.small_views import CLS, ORDER, TOKENS, make_view
+
+from featurecache.commands.inspect import view_lines, view_record
+from featurecache.errors import CacheError, FeatureCacheError
+from featurecache.files import directory
+from featurecache.files.directory import read_user_block
+from featurecache.store.shards import layout_in, map_rows, read_shard
+from featurecache.store.store import open_store
+from featurecache.store.view import View
+
+LONG = int(os.environ.get("FEATURECACHE_FUZZ_MUTANTS", 12_000))
+SEED = int(os.environ.get("FEATURECACHE_FUZZ_SEED", 0))
+
+
+def read_view(path: Path) -> None:
+    view = View(path)
+    view_lines(view_record(view))
+    for output in view.outputs:
+        rows = view.array(output).reshape(len(view), -1)
+        sums = [xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows]
+        assert sums == view.stored(output).checksums.tolist()
+        view.tensor(output, [0] if len(view) else [])
+
+
+def read_one_shard(path: Path) -> None:
+    layout = layout_in(path)
+    shard = read_shard(path, layout)
+    rows = map_rows(path, shard.size, shard.offset, len(shard.digests), layout.row_shape, layout.dtype)
+    assert rows.shape == (len(shard.digests), *layout.row_shape)
+    rows.sum()
+
+
+@pytest.mark.parametrize("kind", ["view", "shard"])
+@pytest.mark.parametrize(
+    "count", [pytest.param(300, id="short"), pytest.param(LONG, id="long", marks=pytest.mark.slow)]
+)
+def test_mutants_are_refused_or_read(tmp_path: Path, monkeypatch, kind: str, count: int) -> None:  # type: ignore[no-untyped-def]
+    view = make_view(
+        tmp_path / "cache", ORDER, layouts=(CLS, TOKENS), meta={"age": list(range(9)), "site": list("aßcdefghi")}
+    )
+    target = view.path if kind == "view" else next((view.store / "tokens").iterdir())
+    read, real = read_view if kind == "view" else read_one_shard, directory._pread
+
+    def inside(path: Path, descriptor: int, offset: int, size: int) -> bytearray:
+        assert 0 <= offset and 0 <= size and offset + size <= os.fstat(descriptor).st_size
+        return real(path, descriptor, offset, size)
+
+    monkeypatch.setattr(directory, "_pread", inside)
+    original, random, outcomes = target.read_bytes(), Random(SEED), Counter[str]()
+    for number in range(count):
+        target.write_bytes(mutant(original, random))
+        try:
+            read(target)
+            outcomes["read"] += 1
+        except FeatureCacheError as error:
+            assert str(error)
+            outcomes["refused"] += 1
+        except BaseException as error:
+            raise AssertionError(f"mutant {number} of {kind}, seed {SEED}") from error
+    print(f"{kind}: {dict(outcomes)}")
+    assert outcomes["refused"] > count // 5 and outcomes["read"] > count // 20
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.binary(max_size=80), st.integers(0, 80))
+@example(b"featurecache 2 " + b"0" * 32 + b" 99999999999999999999999999 512 9 " + b"0" * 16 + b"\n", 0)
+@example("featurecache ٢ ".encode(), 0)
+def test_first_lines_are_read_or_refused(tmp_path_factory, data: bytes, at: int) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path_factory.getbasetemp() / "line.h5"
+    line = b"featurecache 2 " + b"0" * 32 + b" 600 512 88 " + b"0" * 16 + b"\n"
+    whole = bytearray(line.ljust(600, b"\0"))
+    whole[at : at + len(data)] = data
+    path.write_bytes(whole[:600])
+    try:
+        assert read_user_block(path).size == path.stat().st_size
+    except CacheError as error:
+        assert str(error)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda each: st.lists(each, max_size=4) | st.dictionaries(st.text(max_size=8), each, max_size=4), max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_records_are_read_or_refused(tmp_path_factory, data) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path_factory.getbasetemp() / "records"
+    if not folder.exists():
+        make_view(folder, ORDER, layouts=())
+    (source,) = (path for path in folder.iterdir() if path.name.startswith("tiny"))
+    record = json.loads((source / "spec.json").read_text())
+    del record["check"]  # made by hand
+    place = record
+    while True:  # somewhere in the record another value
+        key = data.draw(st.sampled_from(sorted(place)))
+        if not isinstance(place[key], dict) or not place[key] or data.draw(st.booleans()):
+            break
+        place = place[key]
+    place[key] = data.draw(JSON)
+    copy = folder / ".copy"
+    copy.mkdir(exist_ok=True)
+    (copy / "spec.json").write_text(json.dumps(record))
+    (copy / "plan.json").write_text(json.dumps({"cpu": data.draw(JSON)}))
+    for read in (lambda: open_store(copy), lambda: open_store(copy).plan):
+        try:
+            read()
+        except CacheError as error:
+            assert str(error)
+
+
+READ = ["config.json", "metrics.json", "head.safetensors", "history.csv", "answers.safetensors", "splits.csv"]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_runs_are_read_or_refused(tmp_path_factory, data) -> None:  # type: ignore[no-untyped-def]
+    from support.fake_view import toy_view
+
+    from heads.api import train_head
+    from heads.reports.text import final_table, runs_table
+    from heads.runs.run import load_run
+
+    folder = tmp_path_factory.getbasetemp() / "run"
+    view = toy_view(n=200, splits="given", noise=2)
+    if not folder.exists():
+        train_head(view, "linear", epochs=1, standardize="zscore", out=folder, report=False)
+    name = data.draw(st.sampled_from(READ))
+    whole = (folder / name).read_bytes()
+    changed = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    if name.endswith(".json") and data.draw(st.booleans()):
+        record = json.loads(whole)
+        record[data.draw(st.sampled_from(sorted(record)))] = data.draw(JSON)
+        changed = bytearray(json.dumps(record).encode())
+    (folder / name).write_bytes(changed)
+    try:
+        run = load_run(folder)
+        final_table(run)
+        runs_table([run])
+        run.logits(view.tensor("cls"))
+    except FeatureCacheError as error:
+        assert str(error)
+    finally:
+        (folder / name).write_bytes(whole)

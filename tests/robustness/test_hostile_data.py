@@ -1,0 +1,274 @@
+"""Images, archives and tables that are bombs, and runs made by strangers: a sentence, and nothing fills up."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save
+from support.fake_view import toy_view
+
+from featurecache.errors import RunError, SourceError, UnreadableImage
+from featurecache.images import decoding
+from featurecache.images.decoding import decode
+from featurecache.sources import medmnist, open_source, tables
+from heads.api import train_head
+from heads.reports.text import final_table, runs_table
+from heads.runs.run import Run, list_runs, load_run
+
+SIDE = 60_000
+
+
+def encoded(kind: str, **options) -> bytearray:  # type: ignore[no-untyped-def]
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, kind, **options)
+    return bytearray(buffer.getvalue())
+
+
+def png() -> bytes:
+    data = encoded("PNG")
+    data[16:24] = struct.pack(">II", SIDE, SIDE)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+def jpeg() -> bytes:
+    data = encoded("JPEG")
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", SIDE, SIDE)
+    return bytes(data)
+
+
+def gif() -> bytes:
+    data = encoded("GIF")
+    data[6:10] = struct.pack("<HH", SIDE, SIDE)
+    return bytes(data)
+
+
+def bmp() -> bytes:
+    data = encoded("BMP")
+    data[18:26] = struct.pack("<ii", SIDE, SIDE)
+    return bytes(data)
+
+
+def webp() -> bytes:
+    """The largest a WebP can be: 16,383 × 16,383 pixels in the header of its bit stream."""
+    data = encoded("WEBP", lossless=True)
+    at = data.index(b"VP8L") + 9
+    bits = struct.unpack("<I", data[at : at + 4])[0] & ~0xFFFFFFF
+    data[at : at + 4] = struct.pack("<I", bits | 16_382 | 16_382 << 14)
+    return bytes(data)
+
+
+def tiff() -> bytes:
+    data = encoded("TIFF")
+    (at,) = struct.unpack("<I", data[4:8])
+    (count,) = struct.unpack("<H", data[at : at + 2])
+    for entry in range(at + 2, at + 2 + 12 * count, 12):
+        if struct.unpack("<H", data[entry : entry + 2])[0] in (256, 257):  # width and height
+            data[entry + 2 : entry + 12] = struct.pack("<HII", 4, 1, SIDE)
+    return bytes(data)
+
+
+def pnm() -> bytes:
+    return b"P6 %d %d 255\n" % (SIDE, SIDE) + bytes(100)
+
+
+@pytest.mark.parametrize("bomb", [png, jpeg, gif, bmp, webp, tiff, pnm])
+def test_images_that_are_bombs_are_refused_by_their_header(bomb) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UnreadableImage, match=r"decompression bomb|truncated after"):
+        decode(bomb())
+
+
+def test_a_gif_whose_first_frame_is_larger_than_its_screen() -> None:
+    data = encoded("GIF")
+    at = data.index(b"\x2c", 13)
+    data[at + 5 : at + 9] = struct.pack("<HH", SIDE, SIDE)
+    with pytest.raises(UnreadableImage):
+        decode(bytes(data))
+
+
+# ---------------------------------------------------------------------------------------------- archives and tables
+
+
+def archive(path: Path, **arrays: np.ndarray) -> Path:
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+def lying(path: Path, name: str, header: np.ndarray, data: bytes) -> Path:
+    """An archive in which ``name`` has the header of one array and other bytes behind it."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(header))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(f"{name}.npy", buffer.getvalue() + data)
+    return path
+
+
+def test_an_array_that_declares_a_terabyte(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.npz", train_labels=np.zeros(2, int))
+    huge = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint8), (1 << 40, 1, 1), (0, 0, 0))
+    lying(path, "train_images", huge, bytes(100))
+    with pytest.raises(SourceError, match=r"declares 1,099,511,627,904 bytes and holds 228"):
+        open_source(path)
+
+
+def test_a_member_larger_than_its_packed_bytes_can_give(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(medmnist, "_DEFLATE", 10)
+    path = archive(tmp_path / "a.npz", train_images=np.zeros((9, 99, 99), np.uint8), train_labels=np.zeros(9, int))
+    with pytest.raises(SourceError, match=r"declares 88,337 bytes, packed in \d"):
+        open_source(path)
+
+
+def test_a_member_packed_in_another_way(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_BZIP2) as file:
+        buffer = io.BytesIO()
+        np.save(buffer, np.zeros((9, 8, 8), np.uint8))
+        file.writestr("train_images.npy", buffer.getvalue())
+    with pytest.raises(SourceError, match="packed in a way that numpy does not write"):
+        open_source(tmp_path / "a.npz")
+
+
+def test_labels_beyond_memory(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(medmnist, "_LABELS", 50)
+    path = archive(tmp_path / "a.npz", train_images=np.zeros((9, 8, 8), np.uint8), train_labels=np.zeros(9, int))
+    with pytest.raises(SourceError, match=r"train_labels of a\.npz declare 72 bytes; expected at most 50"):
+        open_source(path)
+
+
+def test_images_that_the_disk_cannot_hold_are_not_begun(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(medmnist, "_IN_MEMORY", 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))  # type: ignore[attr-defined]
+    path = archive(tmp_path / "a.npz", train_images=np.zeros((9, 8, 8), np.uint8), train_labels=np.zeros(9, int))
+    with pytest.raises(SourceError, match="No space left on device"):
+        open_source(path).read(0)
+
+
+def test_a_parquet_table_of_more_cells_than_memory(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(tables, "_CELLS", 1000)
+    parquet.write_table(pyarrow.table({"path": ["a.png"] * 600, "label": ["x"] * 600}), tmp_path / "a.parquet")
+    with pytest.raises(SourceError, match="declares 600 rows of 2 columns"):
+        open_source(tmp_path / "a.parquet")
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train_head(
+        toy_view(n=200, splits="given", noise=2), "linear", epochs=1, standardize="zscore", out=folder, report=False
+    )
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "runs" / "run"))
+
+
+def use(path: Path) -> None:
+    found = load_run(path)
+    final_table(found)
+    runs_table([found])
+    found.logits(torch.zeros(2, 8))
+
+
+def changed(path: Path, name: str, change) -> None:  # type: ignore[no-untyped-def]
+    record = json.loads((path / name).read_text())
+    change(record)
+    (path / name).write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["view"].update(shape=[1_000_000_000]), r"does not fit the head .* the head 2,000,000,002"),
+        (lambda c: c["view"].update(shape=[1 << 40]), "no proper shape"),
+        (lambda c: c["view"].update(shape=["8"]), "no proper shape"),
+        (lambda c: c["view"].update(label=7), "no proper view label"),
+        (lambda c: c.update(view=[]), "no proper view"),
+        (lambda c: c.update(classes=[1, 2]), "no proper classes"),
+        (lambda c: c.update(task="evil"), "no proper task"),
+        (lambda c: c.update(standardize="evil"), "statistics of train do not fit"),
+        (lambda c: c.update(standardize="none"), "statistics of train do not fit"),
+        (lambda c: c["chosen"].update(by="__class__"), "no proper chosen"),
+        (lambda c: c["calibration"].update(temperature=0), "no proper calibration"),
+        (lambda c: c["calibration"].update(correction=["a"]), "no proper calibration"),
+        (lambda c: c["calibration"].update(correction=[0.0]), "calibration is not that of 2 classes"),
+        (lambda c: c["calibration"].update(thresholds=[]), "calibration is not that of 2 classes"),
+        (lambda c: c["splits"].pop("digest"), "no proper splits"),
+        (lambda c: c.update(created=3), "no proper created"),
+    ],
+)
+def test_a_config_of_strangers_is_checked(run: Path, change, words: str) -> None:  # type: ignore[no-untyped-def]
+    changed(run, "config.json", change)
+    with pytest.raises(RunError, match=words):
+        use(run)
+
+
+def test_a_positive_class_that_is_none(run: Path) -> None:
+    changed(run, "config.json", lambda c: c.update(positive="\x1b[2J"))
+    with pytest.raises(RunError, match="positive class is none of its classes"):
+        _ = load_run(run).positive
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(val=None), lambda m: m.update(test=[]), lambda m: m.update(controls={}),
+        lambda m: m["test"].update(auroc="evil"), lambda m: m["val"].pop("auroc"), lambda m: m["val"].pop("nll"),
+        lambda m: m.update(controls=[{"val": {}, "test": {}}]),
+    ],
+)  # fmt: skip
+def test_metrics_of_strangers_are_checked(run: Path, change) -> None:  # type: ignore[no-untyped-def]
+    changed(run, "metrics.json", change)
+    with pytest.raises(RunError, match="is damaged"):
+        use(run)
+    assert list_runs(run.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("config.json", b"[" * 100_000, "deeper than 64"),
+        ("metrics.json", b'{"val": NaN}', "NaN is no number"),
+        ("history.csv", b"epoch\nevil\n", "could not convert"),
+        ("history.csv", b"epoch,a\n1\n", "is damaged"),
+        ("history.csv", b"epoch\n", "holds no epochs"),
+        ("history.csv", b'"' + b"x" * 200_000, "field larger than field limit"),
+        ("head.safetensors", b"\xff" * 8 + b"{}", "is damaged"),
+        ("head.safetensors", save({"fc.weight": torch.zeros(3, 6), "fc.bias": torch.zeros(0)}), "does not fit"),
+        ("head.safetensors", save({"fc.weight": torch.zeros(2, 8), "fc.bias": torch.zeros(2)}), "statistics of train"),
+    ],
+)
+def test_files_of_a_run_of_strangers(run: Path, name: str, data: bytes, words: str) -> None:
+    (run / name).write_bytes(data)
+    with pytest.raises(RunError, match=words):
+        use(run)
+
+
+def test_links_in_a_run_are_refused(run: Path, tmp_path: Path) -> None:
+    (run / "predictions.csv").unlink()
+    (run / "predictions.csv").symlink_to("/etc/passwd")
+    with pytest.raises(RunError, match=r"symbolic links \(predictions.csv\)"):
+        load_run(run)
+
+
+def test_a_sound_run_of_strangers_is_used(run: Path) -> None:
+    use(run)
+    assert isinstance(load_run(run), Run)
+    assert decoding.DECODING

@@ -1,0 +1,241 @@
+"""A view in many processes: workers of a DataLoader, locks of others, a read-only disk, a writer at work."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import save_vit
+from support.pictures import image_folder, save_picture
+from torch.utils.data import DataLoader, Dataset
+
+import featurecache
+from featurecache.store.shards import layout_in
+from featurecache.store.view import View
+
+HOME = Path(featurecache.__file__).parent.parent
+
+
+class Rows(Dataset):  # type: ignore[type-arg]
+    """What a user writes: a view, and one row of it at a time."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+    def __len__(self) -> int:
+        return len(self.view)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return self.view.tensor("tokens", [row])[0].clone(), os.getpid()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, str]:  # type: ignore[no-untyped-def]
+    """A view, and the backbone it was made with."""
+    home = tmp_path_factory.mktemp("workers")
+    vit = str(save_vit(home / "vit"))
+    data = image_folder(home / "data", 12)
+    return featurecache.extract(data, backbone=vit, cache=home / "cache", outputs="cls,tokens").view, vit
+
+
+def mapped(store: Path) -> list[str]:
+    """Files of the store this process has open or mapped."""
+    links = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if name.isdigit()
+             if os.path.islink(f"/proc/self/fd/{name}")]  # fmt: skip
+    maps = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    return [path for path in links + maps if path.startswith(str(store))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "used", "workers"), [("fork", False, 2), ("fork", True, 2), ("spawn", True, 1)])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")  # Python's own remark on every fork beside threads
+def test_workers_of_a_dataloader_get_the_right_rows(
+    made: tuple[Path, str], start: str, used: bool, workers: int
+) -> None:
+    view = View(made[0])
+    expected = View(made[0]).tensor("tokens")
+    if used:  # the parent has its shards mapped already
+        view.tensor("tokens")
+    loader = DataLoader(Rows(view), batch_size=5, num_workers=workers, multiprocessing_context=start, timeout=120)
+    batches = list(loader)
+    assert torch.equal(torch.cat([rows for rows, _ in batches]), expected)
+    assert os.getpid() not in {int(process) for _, processes in batches for process in processes}
+
+
+def test_a_pickled_view_carries_no_rows_and_opens_them_where_it_is_used(made: tuple[Path, str]) -> None:
+    view = View(made[0])
+    before = len(pickle.dumps(view))
+    rows = view.tensor("tokens")
+    carried = pickle.dumps(view)
+    assert len(carried) == before
+    again = pickle.loads(carried)
+    assert again._maps == {}
+    assert torch.equal(again.tensor("tokens"), rows)
+
+
+def test_an_open_view_holds_no_file_and_maps_what_was_asked_for_only(made: tuple[Path, str], tmp_path: Path) -> None:
+    store = shutil.copytree(made[0].parent, tmp_path / "cache" / made[0].parent.name)
+    view = View(store / made[0].name)
+    assert mapped(store) == []
+    view.tensor("cls")
+    assert mapped(store) and all("/cls/" in path for path in mapped(store))
+    assert not any(os.readlink(f"/proc/self/fd/{n}").startswith(str(store)) for n in os.listdir("/proc/self/fd")
+                   if os.path.islink(f"/proc/self/fd/{n}"))  # fmt: skip
+
+
+def _read_in_child(view: View, answer) -> None:  # type: ignore[no-untyped-def]
+    files = mapped(view.store)
+    answer.send((view.tensor("tokens").sum().item(), files))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+def test_a_forked_child_of_a_fresh_view_opens_its_own(made: tuple[Path, str], tmp_path: Path) -> None:
+    store = shutil.copytree(made[0].parent, tmp_path / "cache" / made[0].parent.name)
+    view = View(store / made[0].name)
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_read_in_child, args=(view, theirs))
+    child.start()
+    total, inherited = ours.recv()
+    child.join()
+    assert (inherited, total) == ([], view.tensor("tokens").sum().item())
+
+
+def _open_in_child(path: Path, answer) -> None:  # type: ignore[no-untyped-def]
+    answer.send(View(path).tensor("tokens").sum().item())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+def test_eight_forked_workers_open_a_view_at_once(made: tuple[Path, str]) -> None:
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(8)]
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_open_in_child, args=(made[0], send)) for _, send in pipes]
+    for child in children:
+        child.start()
+    sums = [receive.recv() for receive, _ in pipes if receive.poll(60)]
+    for child in children:
+        child.join(60)
+    assert sums == [View(made[0]).tensor("tokens").sum().item()] * 8
+    assert [child.exitcode for child in children] == [0] * 8
+
+
+LOCKER = """
+import fcntl, sys, time
+files = [open(path, "r+b") for path in sys.argv[1:]]
+for file in files:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_reading_waits_for_no_lock_and_takes_none(made: tuple[Path, str]) -> None:
+    files = [str(made[0]), *map(str, made[0].parent.glob("*/*.h5"))]
+    words = [sys.executable, "-c", LOCKER, *files]
+    other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == b"locked\n"
+    try:
+        start = time.monotonic()
+        view = View(made[0])
+        assert len(view.tensor("tokens")) == len(view.tensor("cls")) == 12
+        assert [layout_in(Path(path)).dtype for path in files[1:]] == ["float16"] * 2
+        assert time.monotonic() - start < 5
+    finally:
+        other.communicate()
+    view = View(made[0])
+    rows = view.tensor("tokens")
+    for path in files:  # with its rows in use
+        with open(path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert len(rows) == 12
+
+
+def test_a_cache_on_a_read_only_file_system_is_read(made: tuple[Path, str], mounted: Path) -> None:
+    store = shutil.copytree(made[0].parent, mounted / made[0].parent.name)
+    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+    rows = View(store / made[0].name).tensor("tokens")
+    assert torch.equal(rows, View(made[0]).tensor("tokens"))
+    assert len(featurecache.open_view("data", mounted)) == 12
+    del rows
+
+
+WRITER = """
+import shutil, sys
+from pathlib import Path
+import featurecache
+vit, data, cache, more = sys.argv[1:]
+featurecache.extract(data, backbone=vit, cache=cache, outputs="cls,tokens")
+print("ready", flush=True)
+for picture in sorted(Path(more).glob("*/*.png")):
+    shutil.copy(picture, Path(data) / "ill" / f"new-{picture.name}")
+    featurecache.extract(data, backbone=vit, cache=cache, outputs="cls,tokens")
+"""
+
+
+@pytest.mark.slow
+def test_a_view_read_while_another_process_rewrites_it_is_old_or_new(made: tuple[Path, str], tmp_path: Path) -> None:
+    cache, vit = tmp_path / "cache", made[1]
+    data, more = image_folder(tmp_path / "data", 6), tmp_path / "more"
+    for k in range(4):
+        save_picture(more / "x" / f"{k}.png", 100 + k)
+    path = featurecache.extract(data, backbone=vit, cache=cache, outputs="cls,tokens").view
+    first = View(path)
+    known = dict(zip(first.ids, first.tensor("tokens"), strict=True))
+    words = [sys.executable, "-c", WRITER, vit, str(data), str(cache), str(more)]
+    writer = subprocess.Popen(words, cwd=HOME, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
+    lengths, opened = set(), 0
+    while writer.poll() is None or not opened:
+        view = featurecache.open_view("data", cache)
+        rows = view.tensor("tokens")
+        lengths.add(len(view))
+        opened += 1
+        assert len(rows) == len(view) == len(view.digests)
+        for name, row in zip(view.ids, rows, strict=True):
+            if name in known:
+                assert torch.equal(row, known[name])
+    assert (writer.communicate()[0], writer.returncode) == (b"", 0)
+    assert len(lengths) > 1 and opened > 5
+
+
+REPLACER = """
+import os, sys, time
+from pathlib import Path
+path, states = Path(sys.argv[1]), [Path(name).read_bytes() for name in sys.argv[2:]]
+print("ready", flush=True)
+for number in range(100):
+    time.sleep(0.03)
+    path.with_name(".new").write_bytes(states[number % 2])
+    os.replace(path.with_name(".new"), path)
+"""
+
+
+def test_a_view_replaced_again_and_again_while_it_is_opened(made: tuple[Path, str], tmp_path: Path) -> None:
+    cache, data = tmp_path / "cache", image_folder(tmp_path / "data", 4)
+    states, path = [], None
+    for number in range(2):
+        path = featurecache.extract(data, backbone=made[1], cache=cache, outputs="cls").view
+        states.append(Path(shutil.copy(path, tmp_path / f"state{number}")))
+        save_picture(data / "ill" / "new.png", 50)
+    assert path is not None
+    words = [sys.executable, "-c", REPLACER, str(path), *map(str, states)]
+    other = subprocess.Popen(words, stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == b"ready\n"
+    lengths = []
+    try:
+        while other.poll() is None or not lengths:
+            lengths.append(len(View(path).tensor("cls")))
+    finally:
+        other.stdout.close()
+        other.wait()
+    assert set(lengths) == {4, 5} and len(lengths) > 20

@@ -1,0 +1,534 @@
+"""What makes another store and what does not: both lists, through the fingerprint and through extractions.
+
+The tables name every field there is, so that a new one fails here until somebody says on which list it stands.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from support import checkpoints as save
+from support.pictures import image_folder
+from support.small_hub import CACHED, put_in_cache
+from torchvision import models
+
+import featurecache
+from featurecache.backbones import load_backbone
+from featurecache.backbones.aliases import ALIASES, Alias
+from featurecache.backbones.base import Backbone, BackboneRequest
+from featurecache.backbones.transformers_models import FAMILIES, plain_config
+from featurecache.errors import BadOption
+from featurecache.extraction import plan
+from featurecache.extraction.pipeline import spec_of
+from featurecache.images import decoding
+from featurecache.images.preprocessing import Preprocess
+from featurecache.store.spec import ExtractionSpec
+from featurecache.store.store import stores
+
+
+def fingerprint(backbone: Backbone) -> str:
+    return spec_of(backbone, "fp32", "float16").fingerprint
+
+
+def of(name: str | Path, **options: Any) -> str:
+    return fingerprint(load_backbone(str(name), **options))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# every field of the records
+
+
+SPEC = ExtractionSpec(
+    {"library": "transformers", "class": "ViTModel", "config": {"a": 1}}, {"blake2b": "0" * 32}, {"mode": "squash"},
+    (224, 224), "as trained",
+)  # fmt: skip
+OTHER_SPEC: dict[str, list[Any]] = {
+    "architecture": [
+        {**SPEC.architecture, "library": "torchvision"},
+        {**SPEC.architecture, "class": "DeiTModel"},
+        {**SPEC.architecture, "config": {"a": 2}},
+        {**SPEC.architecture, "config": {"a": 1, "b": None}},
+        {**SPEC.architecture, "source": "0" * 32},
+    ],
+    "weights": [{"blake2b": "0" * 31 + "1"}, {"random_seed": 0}, {"random_seed": 1}],
+    "preprocess": [{"mode": "pad"}, {"mode": "squash", "decoding": 2}],
+    "image_size": [(224, 225), (225, 224), (256, 256)],
+    "position_embeddings": ["interpolated (bicubic)", "interpolated (bicubic, corners aligned)", "none"],
+    "precision": ["bf16", "fp16"],
+    "dtype": ["float32"],
+    "generation": [1, 2],
+    "format": [SPEC.format + 1],
+}
+
+
+def test_every_field_of_a_spec_makes_another_key():
+    assert set(OTHER_SPEC) == {field.name for field in fields(ExtractionSpec)}
+    others = [replace(SPEC, **{name: value}) for name, values in OTHER_SPEC.items() for value in values]
+    assert len({spec.fingerprint for spec in [SPEC, *others]}) == len(others) + 1
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.text(max_size=2), JSON, max_size=3), st.dictionaries(st.text(max_size=2), JSON, max_size=3))
+def test_two_configurations_have_one_key_only_where_they_are_one(first, second):
+    keys = [replace(SPEC, architecture=config).fingerprint for config in (first, second)]
+    assert (keys[0] == keys[1]) == (json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True))
+    turned = dict(reversed(list(first.items())))
+    assert replace(SPEC, architecture=turned).fingerprint == keys[0]
+    assert ExtractionSpec.from_dict(json.loads(json.dumps(SPEC.to_dict()))).fingerprint == SPEC.fingerprint
+
+
+PREPROCESS = Preprocess(
+    mode="squash", resize=(40, 40), crop=(32, 32), kernel="torchvision", interpolation="bilinear", antialias=True,
+    crop_rounding="down", scale=1 / 255, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), arithmetic="fused",
+)  # fmt: skip
+OTHER_PREPROCESS: dict[str, list[Any]] = {
+    "mode": ["pad"],
+    "resize": [(40, 41), (48, 48)],
+    "crop": [(32, 31), None],
+    "kernel": ["pil"],
+    "interpolation": ["bicubic", "nearest-exact"],
+    "antialias": [False],
+    "crop_rounding": ["half even"],
+    "scale": [1 / 256, None],
+    "mean": [(0.5, 0.5, 0.5 + 2e-16), (0.485, 0.456, 0.406)],
+    "std": [(0.5, 0.5, 0.25), (0.229, 0.224, 0.225)],
+    "arithmetic": ["rescale first"],
+}
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save.save_vit(tmp_path_factory.mktemp("vit") / "m")
+
+
+def test_every_field_of_the_preprocessing_makes_another_key(vit):
+    assert set(OTHER_PREPROCESS) == {field.name for field in fields(Preprocess)}
+    others = [replace(PREPROCESS, **{name: value}) for name, values in OTHER_PREPROCESS.items() for value in values]
+    backbone = load_backbone(str(vit))
+    keys = {fingerprint(replace(backbone, preprocess=preprocess)) for preprocess in [PREPROCESS, *others]}
+    assert len(keys) == len(others) + 1
+
+
+def test_the_version_of_the_decoding_rules_makes_another_key(vit, monkeypatch):
+    before = of(vit)
+    monkeypatch.setattr(decoding, "DECODING", decoding.DECODING + 1)
+    assert of(vit) != before
+
+
+IN_KEY = {"architecture", "weights", "preprocess", "image_size", "position_embeddings"}
+BESIDE_KEY: dict[str, Any] = {  # what follows from the others, or says how and from where
+    "name": "x", "model": None, "prefix": ("x",), "grid": (9, 9), "width": 9, "layers": 9, "vector": "x",
+    "channels_last": True, "parameters": 9, "provenance": {}, "refusals": {"x": "y"},
+}  # fmt: skip
+
+
+def test_of_a_backbone_the_key_knows_what_decides_and_nothing_else(vit):
+    assert IN_KEY | set(BESIDE_KEY) == {field.name for field in fields(Backbone)}
+    backbone = load_backbone(str(vit))
+    for name, value in BESIDE_KEY.items():
+        assert fingerprint(replace(backbone, **{name: value})) == fingerprint(backbone)
+    for name, value in [("architecture", {}), ("weights", {}), ("image_size", (9, 9)), ("position_embeddings", "x")]:
+        assert fingerprint(replace(backbone, **{name: value})) != fingerprint(backbone)
+
+
+ASKED = {"backbone", "weights", "random_weights", "seed", "image_size", "fit", "precision", "dtype"}
+NOT_ASKED = {
+    "data", "outputs", "name", "device", "batch_size", "workers", "on_error", "accept_drift", "cache", "columns",
+    "task", "hash_ids", "hash_groups", "remember", "progress", "views", "augment", "augment_seed",
+}  # fmt: skip
+
+
+def test_every_option_of_an_extraction_stands_on_one_of_the_lists():
+    assert ASKED | NOT_ASKED == set(inspect.signature(plan.prepare).parameters)
+    asked_of_backbone = {field.name for field in fields(BackboneRequest)} - {"meta"}
+    assert asked_of_backbone == (ASKED - {"backbone", "precision", "dtype"}) | {"name"}
+
+
+# what makes another store
+
+
+def flip(path: Path, name: str) -> None:
+    """One bit of one tensor."""
+    tensors = load_file(path)
+    tensors[name].view(-1).view(torch.uint8)[-1] ^= 1
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_one_bit_of_any_tensor_makes_another_key(vit, tmp_path):
+    names, keys = sorted(load_file(vit / "model.safetensors")), {of(vit)}
+    for name in names[:: max(1, len(names) // 12)]:
+        folder = Path(shutil.copytree(vit, tmp_path / name))
+        flip(folder / "model.safetensors", name)
+        assert of(folder) not in keys
+        keys.add(of(folder))
+
+
+def test_one_bit_of_a_torchvision_network_makes_another_key_one_of_its_classifier_does_not(tmp_path):
+    state = models.mnasnet0_5().state_dict()
+    keys = {}
+    for name in ("", "layers.0.weight", "layers.1.running_var", "classifier.1.weight"):
+        changed = {key: tensor.clone() for key, tensor in state.items()}
+        if name:
+            changed[name].view(-1).view(torch.uint8)[0] ^= 1
+        torch.save(changed, tmp_path / "w.pt")
+        keys[name] = of("torchvision:mnasnet0_5", weights=str(tmp_path / "w.pt"), image_size=64)
+    assert keys["classifier.1.weight"] == keys[""]
+    assert len(set(keys.values())) == 3
+
+
+NETWORK = """
+from torch import nn
+
+def make():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    network.preprocess = {"image_size": 16, "resize": "squash", "interpolation": "bilinear",
+                          "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    return network
+"""
+
+
+def test_the_source_of_a_factory_makes_another_key_though_its_weights_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({f"{n}.{kind}": torch.ones(shape) for n, shapes in ((0, ((4, 3, 3, 3), (4,))), (2, ((4, 4, 3, 3), (4,))))
+                for kind, shape in zip(("weight", "bias"), shapes, strict=True)}, "w.pt")  # fmt: skip
+    keys = set()
+    for text in (NETWORK, NETWORK.replace("nn.ReLU()", "nn.GELU()"), NETWORK + "# no more than a remark\n"):
+        (tmp_path / "keyed_net.py").write_text(text)
+        keys.add(of("python:keyed_net:make", weights="w.pt"))
+    assert len(keys) == 3
+
+
+OTHER_CONFIG: dict[str, Any] = {
+    "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 96, "hidden_act": "relu",
+    "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5, "initializer_range": 0.5, "layer_norm_eps": 1e-6,
+    "image_size": 64, "patch_size": 16, "num_channels": 3, "qkv_bias": False, "encoder_stride": 8,
+    "pooler_output_size": 16, "pooler_act": "relu",
+}  # fmt: skip
+
+
+def test_every_field_of_a_configuration_makes_another_key(vit, tmp_path):
+    known = load_backbone(str(vit)).architecture["config"]
+    assert set(known) == set(OTHER_CONFIG)
+    keys = {of(vit, random_weights=True, image_size=32)}
+    for name in set(known) - {"num_channels"}:  # images have three
+        folder = Path(shutil.copytree(vit, tmp_path / name))
+        edit(folder / "config.json", **{name: OTHER_CONFIG[name]})
+        keys.add(of(folder, random_weights=True, image_size=32))
+    assert len(keys) == len(known)
+
+
+NOT_DECIDING = {  # of the configurations of transformers: names, versions, labels, how the library is to be used
+    "_name_or_path", "architectures", "transformers_version", "model_type", "id2label", "label2id", "problem_type",
+    "dtype", "return_dict", "output_hidden_states", "output_attentions", "is_encoder_decoder",
+    "chunk_size_feed_forward", "stage_names", "out_features", "out_indices", "_out_features", "_out_indices",
+    "vision_use_head",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted({family.model for family in FAMILIES.values()}))
+def test_of_no_family_a_field_is_left_out_but_those_that_decide_nothing(kind):
+    config = getattr(transformers, kind).config_class()
+    assert set(config.to_dict()) - set(plain_config(config)) <= NOT_DECIDING
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_mean": [0.485, 0.456, 0.406]},
+        {"image_std": [0.229, 0.224, 0.225]},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 256},
+        {"do_rescale": False},
+        {"resample": 3},
+        {"size": {"shortest_edge": 32}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32},
+         "image_processor_type": "BitImageProcessor"},
+        {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}, "size": {"height": 40, "width": 40},
+         "image_processor_type": "DeiTImageProcessor"},
+    ],
+)  # fmt: skip
+def test_every_setting_of_a_processor_makes_another_key(change, vit, tmp_path):
+    folder = Path(shutil.copytree(vit, tmp_path / "m"))
+    edit(folder / "preprocessor_config.json", **change)
+    assert of(folder) != of(vit)
+
+
+def test_what_is_asked_for_makes_another_key(vit, tmp_path):
+    data = image_folder(tmp_path / "d", 2)
+    asked = [
+        {}, {"image_size": 64}, {"fit": "pad"}, {"precision": "bf16"}, {"precision": "fp16"}, {"dtype": "float32"},
+        {"random_weights": True}, {"random_weights": True, "seed": 1},
+    ]  # fmt: skip
+    found = [plan.prepare(data, backbone=str(vit), cache=tmp_path / "c", **options).spec for options in asked]
+    assert len({spec.fingerprint for spec in found}) == len(asked)
+
+
+# what makes no other store: by the fingerprint
+
+
+def test_names_of_torchvision_for_one_network_are_one_key():
+    names = ("resnet18", "torchvision:resnet18", "torchvision:resnet18:IMAGENET1K_V1")
+    assert len({of(name, random_weights=True, image_size=32) for name in names}) == 1
+
+
+def test_safetensors_of_a_torchvision_network_are_the_same_key(tmp_path):
+    state = models.mnasnet0_5().state_dict()
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "w.pt")
+    save_file(state, tmp_path / "w.safetensors")
+    files = [str(tmp_path / name) for name in ("w.pt", "w.safetensors")]
+    assert len({of("torchvision:mnasnet0_5", weights=file, image_size=64) for file in files}) == 1
+
+
+def test_the_text_tower_of_a_clip_is_not_in_the_key(tmp_path):
+    folder = save.save_clip(tmp_path)
+    before = of(folder)
+    for name in ("text_model.final_layer_norm.bias", "logit_scale", "visual_projection.weight"):
+        flip(folder / "model.safetensors", name)
+    assert of(folder) == before
+    flip(folder / "model.safetensors", "vision_model.pre_layrnorm.bias")
+    assert of(folder) != before
+
+
+# extractions into one cache
+
+
+SMALL = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
+
+
+class Cache:
+    """One checkpoint "m" of which the images "d" are in one cache already, and a hub's cache that is empty."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.hub, self.model, self.data = root, root / "hub", root / "m", root / "d"
+        save.save_vit(self.model)
+        image_folder(self.data, 4)
+        self.first = self.extract(self.model)
+
+    def extract(self, backbone: Any, data: Path | None = None, **options: Any) -> Any:
+        options = {"outputs": "cls,tokens", "workers": 1, **options}
+        return featurecache.extract(data or self.data, backbone=str(backbone), cache=self.root / "cache", **options)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.model / "model.safetensors")
+
+    def copy(self, name: str) -> Path:
+        return Path(shutil.copytree(self.model, self.root / name))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    record = Alias(
+        "hf:org/vit", 32, 17, 32, 0, "MIT", "", "vit", {**save.SIZE, "image_size": 32, "patch_size": 8}, SMALL
+    )
+    monkeypatch.setitem(ALIASES, "short-name", record)
+    return Cache(tmp_path)
+
+
+def from_the_hub(name: str) -> Callable[[Cache], dict[str, Any]]:
+    def prepare(cache: Cache) -> dict[str, Any]:
+        put_in_cache(cache.hub, cache.model, "org/vit")
+        return {"backbone": name}
+
+    return prepare
+
+
+def by_alias_and_file(cache: Cache) -> dict[str, Any]:
+    torch.save({"state_dict": cache.weights}, cache.root / "w.ckpt.pt")
+    return {"backbone": "short-name", "weights": str(cache.root / "w.ckpt.pt")}
+
+
+def another_readme(cache: Cache) -> dict[str, Any]:
+    """A later revision that changed only its README."""
+    settings = from_the_hub("hf:org/vit")(cache)
+    old = cache.hub / "models--org--vit" / "snapshots" / CACHED
+    new = Path(shutil.copytree(old, old.parent / CACHED[::-1], symlinks=True))
+    (new / "README.md").write_text("now with a picture")
+    (old.parents[1] / "refs" / "main").write_text(CACHED[::-1])
+    assert load_backbone("hf:org/vit").provenance["revision"] != CACHED
+    return settings
+
+
+def as_bin(cache: Cache, order: int = 1) -> dict[str, Any]:
+    """``order`` -1: with its tensors in another order."""
+    folder = cache.copy("bin")
+    (folder / "model.safetensors").unlink()
+    torch.save(dict(list(cache.weights.items())[::order]), folder / "pytorch_model.bin")
+    return {"backbone": folder}
+
+
+def in_shards(cache: Cache) -> dict[str, Any]:
+    folder = cache.copy("sharded")
+    (folder / "model.safetensors").unlink()
+    network = transformers.ViTModel.from_pretrained(cache.model)
+    network.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    return {"backbone": folder}
+
+
+def tensors_that_nothing_uses(cache: Cache) -> dict[str, Any]:
+    folder = cache.copy("more")
+    save_file({**cache.weights, "ema_decay": torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    return {"backbone": folder}
+
+
+def other_bookkeeping(cache: Cache) -> dict[str, Any]:
+    folder = cache.copy("edited")
+    edit(
+        folder / "config.json", _name_or_path="/elsewhere", transformers_version="4.0.0", torch_dtype="float16",
+        id2label={"0": "ill", "1": "well"}, label2id={"ill": 0, "well": 1}, architectures=["Other"],
+        problem_type="regression", output_attentions=False, note_of_a_training_script="x",
+    )  # fmt: skip
+    return {"backbone": folder}
+
+
+def another_attention(cache: Cache) -> dict[str, Any]:
+    folder = cache.copy("eager")
+    edit(folder / "config.json", attn_implementation="eager", _attn_implementation="eager")
+    return {"backbone": folder}
+
+
+def a_processor_saved_by_another_version(cache: Cache) -> dict[str, Any]:
+    folder = cache.copy("older")
+    constants = {"do_normalize": True, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    old = {**constants, "do_resize": True, "resample": 2, "size": 32, "feature_extractor_type": "ViTFeatureExtractor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(old))
+    return {"backbone": folder}
+
+
+def other_data(change: Callable[[Path], Any]) -> Callable[[Cache], dict[str, Any]]:
+    def prepare(cache: Cache) -> dict[str, Any]:
+        change(cache.data)
+        return {"backbone": cache.model}
+
+    return prepare
+
+
+def renamed_images(data: Path) -> None:
+    for path in sorted(data.rglob("*.png")):
+        path.rename(path.with_name(f"new-{path.name}"))
+
+
+def relabelled(data: Path) -> None:
+    (data / "ill").rename(data / "x")
+    (data / "well").rename(data / "ill")
+    (data / "x").rename(data / "well")
+
+
+def resplit(data: Path) -> None:
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        target = data / ("train", "test")[number % 2] / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    for name in ("ill", "well"):
+        (data / name).rmdir()
+
+
+SAME: dict[str, Callable[[Cache], dict[str, Any]]] = {
+    "the model's folder renamed": lambda cache: {"backbone": cache.model.rename(cache.root / "renamed")},
+    "the model from the hub's cache": from_the_hub("hf:org/vit"),
+    "an alias": from_the_hub("short-name"),
+    "an alias with a file of weights": by_alias_and_file,
+    "a revision that changed only its README": another_readme,
+    ".bin": as_bin,
+    "several files": in_shards,
+    "tensors that nothing uses": tensors_that_nothing_uses,
+    "tensors in another order": lambda cache: as_bin(cache, order=-1),
+    "bookkeeping of the configuration": other_bookkeeping,
+    "a processor of older transformers": a_processor_saved_by_another_version,
+    "attention implementation": another_attention,
+    "the image size it has anyway": lambda cache: {"backbone": cache.model, "image_size": 32},
+    "squashed as it is anyway": lambda cache: {"backbone": cache.model, "fit": "squash"},
+    "a seed for weights that are there": lambda cache: {"backbone": cache.model, "seed": 5},
+    "precision and dtype by name": lambda cache: {"backbone": cache.model, "precision": "fp32", "dtype": "float16"},
+    "batch size": lambda cache: {"backbone": cache.model, "batch_size": 3},
+    "workers": lambda cache: {"backbone": cache.model, "workers": 3},
+    "on error": lambda cache: {"backbone": cache.model, "on_error": "skip"},
+    "the same view": lambda cache: {"backbone": cache.model, "name": "d"},
+    "outputs in another order": lambda cache: {"backbone": cache.model, "outputs": "tokens,cls"},
+    "hashed ids": lambda cache: {"backbone": cache.model, "hash_ids": True},
+    "dataset moved and renamed": lambda cache: {"backbone": cache.model, "data": cache.data.rename(cache.root / "x y")},
+    "images renamed": other_data(renamed_images),
+    "dataset relabelled": other_data(relabelled),
+    "dataset split": other_data(resplit),
+}
+
+
+@pytest.mark.parametrize("what", SAME)
+def test_it_is_the_same_store_and_nothing_is_computed(what, cache):
+    result = cache.extract(**{"name": "again", **SAME[what](cache)})
+    assert (result.computed, result.derived, result.images) == (0, 0, 4)
+    assert len(list(stores(cache.root / "cache"))) == 1
+
+
+def test_other_outputs_and_layers_are_computed_into_the_same_store(cache):
+    result = cache.extract(cache.model, outputs="pooler,tokens@-2,mean,tokens-25")
+    assert result.computed == 4
+    assert len(list(stores(cache.root / "cache"))) == 1
+
+
+def test_another_batch_size_is_refused_only_where_something_is_computed(cache):
+    with pytest.raises(BadOption, match=r"Leave --batch-size out"):
+        cache.extract(cache.model, outputs="pooler", batch_size=3)
+
+
+def test_the_device_is_not_in_the_key(cache):
+    options = {"backbone": str(cache.model), "cache": cache.root / "cache", "precision": "fp32"}
+    here, there = (plan.prepare(cache.data, device=device, **options) for device in ("cpu", "meta"))
+    assert here.spec.fingerprint == there.spec.fingerprint and there.to_compute == 0
+
+
+def test_random_weights_of_one_seed_are_one_store_by_any_name(cache):
+    first = cache.extract(cache.model, random_weights=True)
+    (cache.model / "model.safetensors").unlink()
+    put_in_cache(cache.hub, cache.model, "org/vit")
+    again = [cache.extract(name, random_weights=True) for name in ("hf:org/vit", "short-name", cache.model)]
+    assert first.computed == 4 and [result.computed for result in again] == [0, 0, 0]
+
+
+def test_a_pooler_that_no_file_holds_is_not_in_the_key(tmp_path):
+    """A model saved without its pooler gets a new random one at every loading; a classifier never had one."""
+    alone = save.save_vit(tmp_path / "alone", pooler=False)
+    data = image_folder(tmp_path / "d", 3)
+    classifier = save.save_vit_classifier(tmp_path / "classifier")
+    tensors = {f"vit.{name}": tensor for name, tensor in load_file(alone / "model.safetensors").items()}
+    head = {n: t for n, t in load_file(classifier / "model.safetensors").items() if n.startswith("classifier")}
+    save_file({**tensors, **head}, classifier / "model.safetensors", metadata={"format": "pt"})
+    computed = []
+    for seed, folder in enumerate((alone, alone, classifier)):
+        torch.manual_seed(seed)
+        computed.append(featurecache.extract(data, backbone=str(folder), cache=tmp_path / "c", workers=1).computed)
+    assert computed == [3, 0, 0]
+
+
+def test_a_pooler_that_a_file_holds_is_weights(tmp_path):
+    with_pooler = save.save_vit(tmp_path / "with")
+    without = Path(shutil.copytree(with_pooler, tmp_path / "without"))
+    kept = {n: t for n, t in load_file(without / "model.safetensors").items() if not n.startswith("pooler")}
+    save_file(kept, without / "model.safetensors", metadata={"format": "pt"})
+    assert of(with_pooler) != of(without)

@@ -1,0 +1,222 @@
+"""Shards and the files they lie in: shape on disk, commits that are whole, reading back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from featurecache.errors import CannotWrite, DamagedFile, UnsafeFile
+from featurecache.files.atomic import AtomicFile, remove_orphans
+from featurecache.files.directory import USER_BLOCK, open_columns, read_user_block
+from featurecache.store.schema import DIGEST
+from featurecache.store.shards import Layout, ShardWriter, find_by_digest, map_rows, read_shard, shard_name
+
+LAYOUT = Layout("tokens", (5, 3), "float16", ("cls",), (2, 2))
+
+
+def digests(n: int, start: int = 0) -> np.ndarray:
+    return np.array([f"{k:032x}" for k in range(start, start + n)], DIGEST)
+
+
+def rows(n: int, layout: Layout = LAYOUT, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, *layout.row_shape)).astype(layout.dtype)
+
+
+def write(folder: Path, n: int, layout: Layout = LAYOUT, *, planned: int | None = None, start: int = 0) -> Path:
+    folder.mkdir(exist_ok=True)
+    writer = ShardWriter(folder, digests(planned or n, start), layout, {"plan": "{}"})
+    try:
+        writer.append([bytes(d) for d in digests(n, start)], rows(n, layout))
+        path = writer.commit()
+    finally:
+        writer.discard()
+    assert path is not None
+    return path
+
+
+def test_a_shard_opens_with_plain_h5py_and_starts_at_a_multiple_of_64(tmp_path: Path) -> None:
+    with h5py.File(write(tmp_path, 7)) as file:
+        assert np.array_equal(file["features"][...], rows(7))
+        assert file["digests"][...].tolist() == digests(7).tolist()
+        assert file["checksums"][...].tolist() == [xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows(7)]
+        assert file["features"].id.get_offset() % 64 == 0
+        assert file["features"].chunks is None
+        assert file["features"].attrs["prefix"] == '["cls"]'
+
+
+def test_the_first_line_says_format_hash_length_and_where_the_directory_lies(tmp_path: Path) -> None:
+    path = write(tmp_path, 7)
+    data = path.read_bytes()
+    with h5py.File(path) as file:
+        offset, directory = file["directory"].id.get_offset(), file["directory"][...].tobytes()
+        places = {name: file[name].id.get_offset() for name in ("checksums", "digests", "errors", "features")}
+    line = f"featurecache 2 {xxhash.xxh3_128_hexdigest(data[USER_BLOCK:])} {len(data)} {offset} {len(directory)} "
+    assert data[:USER_BLOCK] == f"{line}{xxhash.xxh3_64_hexdigest(directory)}\n".encode().ljust(USER_BLOCK, b"\0")
+    assert {name: entry["offset"] for name, entry in json.loads(directory)["columns"].items()} == places
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 40), lost=st.integers(0, 39), width=st.integers(1, 70),
+    dtype=st.sampled_from(["float16", "float32"]), tokens=st.booleans(),
+)  # fmt: skip
+def test_rows_come_back_as_they_were_given(tmp_path_factory, n, lost, width, dtype, tokens) -> None:  # type: ignore[no-untyped-def]
+    folder = tmp_path_factory.mktemp("store")
+    layout = Layout("x", (3, width) if tokens else (width,), dtype)
+    kept = max(1, n - lost)  # images that fail leave a shorter shard than planned
+    path = write(folder, kept, layout, planned=n)
+    shard = read_shard(path, layout)
+    mapped = map_rows(path, shard.size, shard.offset, kept, layout.row_shape, dtype)
+    assert path.stem == shard_name(digests(kept))
+    assert np.array_equal(mapped.numpy(), rows(kept, layout))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_the_same_rows_give_the_same_file(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a", 9), write(tmp_path / "b", 9, planned=12)
+    assert first.name == second.name
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_first_to_commit_a_name_wins(tmp_path: Path) -> None:
+    path = write(tmp_path, 4)
+    before = path.stat()
+    write(tmp_path, 4)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_shard_without_rows_leaves_nothing(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, digests(3), LAYOUT, {})
+    assert writer.commit() is None
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
+def test_rows_are_found_by_digest_and_the_first_shard_wins(tmp_path: Path) -> None:
+    paths = sorted([write(tmp_path, 4, start=0), write(tmp_path, 4, start=2)])
+    shards = [read_shard(path, LAYOUT) for path in paths]
+    found = find_by_digest(shards, np.array([*digests(1, 5), *digests(1, 99), *digests(1, 2)], DIGEST))
+    assert found.found.tolist() == [True, False, True]
+    for k, wanted in ((0, 5), (2, 2)):
+        assert shards[found.file[k]].digests[found.row[k]] == digests(1, wanted)[0]
+    assert found.file[2] == 0
+
+
+@pytest.mark.parametrize("size", [0, 100, USER_BLOCK, 700, -1])
+def test_a_cut_shard_is_refused(tmp_path: Path, size: int) -> None:
+    path = write(tmp_path, 7)
+    os.truncate(path, size if size >= 0 else path.stat().st_size - 1)
+    with pytest.raises(DamagedFile):
+        read_shard(path, LAYOUT)
+
+
+def test_a_shard_of_another_shape_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, 7)
+    with pytest.raises(ValueError, match="expected float16"):
+        read_shard(path, Layout("tokens", (5, 4), "float16"))
+
+
+@pytest.mark.parametrize("place", ["line", "directory"])
+def test_a_flipped_bit_in_the_line_or_the_directory_is_noticed(tmp_path: Path, place: str) -> None:
+    path = write(tmp_path, 7)
+    block, data = read_user_block(path), bytearray(path.read_bytes())
+    places = range(len(data[:USER_BLOCK].split(b"\n")[0])) if place == "line" else range(block.offset, len(data), 7)
+    for number in places:
+        damaged = data.copy()
+        damaged[number] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedFile), open_columns(path) as file:
+            file.check_bytes()
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_file(tmp_path: Path) -> None:
+    script = f"""
+import resource, sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
+from pathlib import Path
+from test_shards import *
+write(Path({str(tmp_path)!r}), 3)
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+try:
+    write(Path({str(tmp_path)!r}), 400)
+except CannotWrite as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "refused: cannot write" in done.stdout
+    assert "What was committed is safe" in done.stdout
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "link", "ftruncate"])
+def test_a_failed_call_commits_nothing_and_leaves_nothing(tmp_path: Path, monkeypatch, call: str) -> None:  # type: ignore[no-untyped-def]
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(CannotWrite, match="Input/output error"):
+        write(tmp_path, 7)
+    monkeypatch.undo()
+    assert [p for p in (tmp_path / "tokens").iterdir() if p.suffix == ".h5"] == []
+
+
+def test_temporary_files_that_nobody_holds_are_removed_and_those_of_the_living_kept(tmp_path: Path) -> None:
+    with AtomicFile(tmp_path / "a.h5") as ours:
+        left = tmp_path / ".0123456789abcdef.01234567.tmp"  # of a killed run
+        left.touch()
+        remove_orphans(tmp_path)
+        assert not left.exists()
+        assert ours._temporary.exists()
+
+
+def test_a_file_of_a_very_long_name_can_be_written(tmp_path: Path) -> None:
+    with AtomicFile(tmp_path / f"{'x' * 250}.h5") as file:
+        file.commit()
+    assert [len(path.name) for path in tmp_path.iterdir()] == [253]
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_symbolic_links_in_a_store_are_refused(tmp_path: Path, what: str) -> None:
+    path = write(tmp_path / "elsewhere", 4)
+    if what == "file":
+        (tmp_path / "tokens").mkdir()
+        (tmp_path / "tokens" / path.name).symlink_to(path)
+    else:
+        (tmp_path / "tokens").symlink_to(path.parent)
+    with pytest.raises(UnsafeFile, match="symbolic link"):
+        read_shard(tmp_path / "tokens" / path.name, LAYOUT)
+
+
+def test_a_read_only_folder_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(CannotWrite, match="cannot write"):
+        AtomicFile(file / "a.h5")
+
+
+def test_the_length_in_the_first_line_is_checked(tmp_path: Path) -> None:
+    path = write(tmp_path, 3)
+    with open(path, "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(DamagedFile, match="was written with"):
+        read_user_block(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("featurecache 1 ", "has format 1"), ("featurecache 2 x", "is not a file"), ("", "is not a file")],
+)
+def test_files_of_other_formats_are_named(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "a.h5").write_bytes(line.encode().ljust(700, b"\0"))
+    with pytest.raises(DamagedFile, match=words):
+        read_user_block(tmp_path / "a.h5")
