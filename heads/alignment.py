@@ -12,17 +12,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from featurecache.errors import ProtocolError
 from featurecache.maintenance.leaks import numbered
 from heads.splits import Splits
-from heads.task import Task
-
-if TYPE_CHECKING:
-    from heads.task import FeatureView
+from heads.task import FeatureView, Task
 
 
 @dataclass(frozen=True)

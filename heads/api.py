@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError
 from featurecache.formatting import abbreviated
@@ -25,7 +25,7 @@ from heads.sweeps.journal import RECORD, ROWS, Sweep, in_use, load_sweep, open_s
 from heads.sweeps.plan import has_option, make_plan
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search
-from heads.task import Say, memory_for_features
+from heads.task import FeatureView, Say, memory_for_features
 from heads.training.job import describe, prepare
 from heads.training.network import (
     Checkpoint,
@@ -36,9 +36,6 @@ from heads.training.network import (
     with_backbone,
 )
 from heads.training.train import contents_of, controls_beside, train_together
-
-if TYPE_CHECKING:
-    from heads.task import FeatureView
 
 
 def train_head(

@@ -18,17 +18,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from featurecache.errors import BadOption, ProtocolError
 from featurecache.formatting import abbreviated, cell, text_of
 from heads.stratify import connected_units, nested_fraction, stratified_parts
-from heads.task import SPLITS, Leak, Task, has_label
-
-if TYPE_CHECKING:
-    from heads.task import FeatureView
+from heads.task import SPLITS, FeatureView, Leak, Task, has_label
 
 SHARE = 0.15  # of train, for a val or a test that the data do not have
 FEW = 10  # images of one class below which a val split cannot choose a model

@@ -23,11 +23,10 @@ from heads.models.catalogue import HALF, squashed
 from heads.pixel_view import read_images
 from heads.runs.run import Run
 from heads.splits import Splits, read_splits
-from heads.task import SPLITS, Task, has_label, task_of
+from heads.task import SPLITS, FeatureView, Task, has_label, task_of
 
 if TYPE_CHECKING:
     from featurecache.images.preprocessing import Preprocess
-    from heads.task import FeatureView
 
 SIDE = 32  # pixels
 MOST = 5_000  # training images

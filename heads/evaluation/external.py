@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +36,7 @@ from heads.models.common import pieces
 from heads.pixel_view import PixelView
 from heads.runs.run import Run, is_pixels, pixels_of, read_ids, read_tensors
 from heads.splits import read_splits
-from heads.task import Predictions, Say, clusters_of, has_label
-
-if TYPE_CHECKING:
-    from heads.task import FeatureView
+from heads.task import FeatureView, Predictions, Say, clusters_of, has_label
 
 FOLDER = "external"
 FORMAT = 1

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -27,11 +27,8 @@ from heads.runs.run import hash_of, name_of, option_words, source_words, view_wo
 from heads.settings import VARIED, Settings, flag, options_for
 from heads.splits import Splits
 from heads.sweeps.grid import Range, Resplit, SweepSpec
-from heads.task import task_of
+from heads.task import FeatureView, task_of
 from heads.training.job import TrainingJob, choose_output, images_of, memory_plan, prepare, splits_for
-
-if TYPE_CHECKING:
-    from heads.task import FeatureView
 
 FORMAT = 1  # of the keys
 STEPPED = ("linear", "mlp")  # heads whose steps are one product for all of them

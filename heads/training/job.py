@@ -23,12 +23,11 @@ from heads.models.common import Input, count_parameters, pieces
 from heads.pixel_view import PixelView
 from heads.settings import VARIED, Settings, flag, options_for
 from heads.splits import Splits, choose_splits, dropped_sentence
-from heads.task import Say, SplitData, Standardize, Task, load_features, memory_for_features, task_of
+from heads.task import FeatureView, Say, SplitData, Standardize, Task, load_features, memory_for_features, task_of
 from heads.training.engine import fixed_vectors
 
 if TYPE_CHECKING:
     from featurecache.backbones.base import Backbone
-    from heads.task import FeatureView
 
 VECTORS = ("cls", "pooler", "gap", "vector")  # what a head on vectors takes, the first that the view has
 

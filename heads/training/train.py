@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +32,11 @@ from heads.pixel_view import PixelView
 from heads.runs.write import RunContents
 from heads.settings import VARIED, Settings
 from heads.splits import class_counts
-from heads.task import Say, SplitData, Standardize, Task, clusters_of
+from heads.task import FeatureView, Say, SplitData, Standardize, Task, clusters_of
 from heads.training.engine import logits_of, make_trainer, threads_for, work_of_a_step
 from heads.training.job import TrainingData, TrainingJob, make_model
 from heads.training.loop import CheckpointStore, Schedule, TrainedState, score_epoch, train_heads
 from heads.training.losses import loss_and_prior
-
-if TYPE_CHECKING:
-    from heads.task import FeatureView
 
 TIMED = 256  # images, at most, on which a head's time at prediction is measured
 OF_HISTORY = ("epoch", "best", "seconds")
