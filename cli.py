@@ -1,4 +1,4 @@
-"""The command line. Commands of one stage are declared with it; those that look at both, and the order, are here."""
+"""The command line `featurecache`: the order of its commands, and ls and info, which look at both packages."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click import argument, option
 
 from featurecache.commands import extract, maintain
 from featurecache.commands.terminal import CONTEXT, CommandGroup, Console, cache_option, command, features_option
 from featurecache.errors import BadOption, NotInCache
-from heads.commands import compare
-from heads.commands import train as head_commands
+from heads.commands import compare, train
 
 
 @click.group(cls=CommandGroup, context_settings=CONTEXT)
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 @command
-@click.option("--runs", default="runs", metavar="DIR", help="Folder of runs.")
+@option("--runs", default="runs", metavar="DIR", help="Folder of runs.")
 @cache_option
 def ls(talk: Console, runs: str, cache: str | None) -> int:
     """Stores, views and runs: what there is, how big, made from what."""
@@ -39,192 +39,135 @@ def ls(talk: Console, runs: str, cache: str | None) -> int:
     from featurecache.store.store import cache_folder
 
     folder = cache_folder(cache)
-    records = inspect.cache_record(folder)
-    found, sweeps = _runs(runs)
-    text = inspect.cache_lines(folder, records)
-    if found or sweeps:
+    stores = inspect.cache_record(folder)
+    blocks, trained, sweeps = [inspect.cache_lines(folder, stores)], [], []
+    if Path(runs).is_dir():
+        import heads
         from heads.reports.text import runs_table, sweeps_table
 
-        text += "\n\n" + "\n\n".join([runs_table(found)] * bool(found) + [sweeps_table(sweeps)] * bool(sweeps))
-    listed = [{"path": str(r.path), "head": r.head, "output": r.output, "metrics": r.metrics} for r in found]
-    lab = [{"path": str(s.path), "heads": len(s.rows), "families": len(s.families)} for s in sweeps]
-    talk.result(text, {"cache": str(folder), "stores": records, "runs": listed, "sweeps": lab})
-    views = [f"{store['backbone']}/{view['name']}" for store in records for view in store.get("views", [])]
+        trained, sweeps = heads.list_runs(runs), heads.list_sweeps(runs)
+        blocks += [runs_table(trained)] * bool(trained) + [sweeps_table(sweeps)] * bool(sweeps)
+    record = {
+        "cache": folder,
+        "stores": stores,
+        "runs": [{name: getattr(run, name) for name in ("path", "head", "output", "metrics")} for run in trained],
+        "sweeps": [{"path": s.path, "heads": len(s.rows), "families": len(s.families)} for s in sweeps],
+    }
+    talk.result("\n\n".join(blocks), record)
+    views = [f"{store['backbone']}/{view['name']}" for store in stores for view in store.get("views", [])]
     talk.next(f"featurecache info {views[0]}" if views else "featurecache extract --backbone NAME --data FOLDER", cache)
     return 0
 
 
-def _runs(folder: str) -> tuple[list[Any], list[Any]]:
-    """Runs and sweeps."""
-    if not Path(folder).is_dir():
-        return [], []
-    import heads
-
-    return heads.list_runs(folder), heads.list_sweeps(folder)
-
-
 @command
-@click.argument("name", required=False, metavar="[VIEW|RUN]")
-@click.option(
-    "--backbone", metavar="NAME", help="Layers, shapes, parameters, outputs of a backbone; no weights needed."
-)
-@click.option("--head", metavar="NAME", help="Layers, shapes and parameters of a head, or of a network from pixels.")
-@click.option("--output", metavar="NAME", help="With --head: the output it would take.")
-@click.option("--classes", default=2, metavar="C", help="With --head: number of classes.")
-@click.option("--weights", metavar="PATH", help="With --backbone.")
-@click.option("--image-size", type=int, metavar="N", help="With --backbone, or the --head of a network from pixels.")
+@argument("name", required=False, metavar="[VIEW|RUN]")
+@option("--backbone", metavar="NAME", help="Layers, shapes, parameters, outputs of a backbone; no weights needed.")
+@option("--head", metavar="NAME", help="Layers, shapes and parameters of a head, or of a network from pixels.")
+@option("--output", metavar="NAME", help="With --head: the output it would take.")
+@option("--classes", default=2, metavar="C", help="With --head: number of classes.")
+@option("--weights", metavar="PATH", help="With --backbone.")
+@option("--image-size", type=int, metavar="N", help="With --backbone, or the --head of a network from pixels.")
 @features_option
 @cache_option
 def info(
-    talk: Console, name: str | None, backbone: str | None, head: str | None, cache: str | None, **options: Any
-) -> int:
+    talk: Console, name: str | None, backbone: str | None, head: str | None, weights: str | None,
+    image_size: int | None, **options: Any,
+) -> int:  # fmt: skip
     """A view, a run, a backbone or a head in detail; without a name all backbones and heads there are."""
-    asked = [value for value in (name, backbone, head) if value]
-    if len(asked) > 1:
+    from featurecache.backbones import describe_backbone
+    from heads.models.catalogue import describe_network, is_baseline
+    from heads.reports.text import head_table
+
+    if sum(map(bool, (name, backbone, head))) > 1:
         raise BadOption("info shows one thing at a time: a view or run, --backbone NAME, or --head NAME.")
     if backbone:
-        return _info_backbone(talk, backbone, options["weights"], options["image_size"])
-    if head:
-        return _info_head(talk, head, options, cache)
-    if name:
-        return _info_thing(talk, name, cache)
-    return _info_all(talk)
-
-
-def _info_backbone(talk: Console, backbone: str, weights: str | None, image_size: int | None) -> int:
-    from featurecache.backbones import describe_backbone
-    from featurecache.commands import extract
-
-    record = describe_backbone(backbone, weights=weights, image_size=image_size)
-    talk.result(extract.backbone_lines(record), record)
-    talk.next(f"featurecache extract --backbone {shlex.quote(backbone)} --data FOLDER")
-    return 0
-
-
-def _features_line(view: Any, asked: str | None) -> str:
-    kept = ", ".join(view.outputs)
-    chosen = "" if asked else "   (the newest view; --features chooses)"
-    return f"features   {view.label}: {len(view):,} images, {kept}{chosen}"
-
-
-def _info_head(talk: Console, head: str, options: dict[str, Any], cache: str | None) -> int:
-    from featurecache.store.write_view import open_view
-    from heads.models.catalogue import describe_head, is_baseline
-    from heads.models.common import Input
-    from heads.reports.text import head_table
-    from heads.training.job import choose_output
-
-    if is_baseline(head):
-        from heads.models.catalogue import describe_network
-
-        record = describe_network(head, options["classes"], options["image_size"])
+        record = describe_backbone(backbone, weights=weights, image_size=image_size)
+        talk.result(extract.backbone_lines(record), record)
+        talk.next(f"featurecache extract --backbone {shlex.quote(backbone)} --data FOLDER")
+    elif head and is_baseline(head):
+        record = describe_network(head, options["classes"], image_size)
         talk.result(head_table(record), record)
         talk.next(f"featurecache train-baseline --arch {head} --data FOLDER")
-        return 0
-    try:
-        view = open_view(options["features"], cache)
-    except NotInCache:
-        if options["features"]:
-            raise
-        record = describe_head(head, _input_at_vit_b16(head, options["output"]), options["classes"])
-        talk.say("features   none extracted yet: shapes are those of a ViT-B/16 at 224 px")
+    elif head:
+        record = _head_record(talk, head, **options)
+        talk.result(head_table(record), record)
+        talk.next(f"featurecache train-head --head {head}", options["cache"])
+    elif name and (Path(name) / "config.json").exists():
+        _info_run(talk, name)
+    elif name:
+        _info_view(talk, name, options["cache"])
     else:
-        output = choose_output(view, head, options["output"])
-        talk.say(_features_line(view, options["features"]))
-        record = describe_head(head, Input.of(view.info(output)), options["classes"])
-    talk.result(head_table(record), record)
-    talk.next(f"featurecache train-head --head {head}", cache)
+        _info_all(talk)
     return 0
 
 
-def _input_at_vit_b16(head: str, output: str | None) -> Any:
+def _head_record(
+    talk: Console, head: str, *, output: str | None, classes: int, features: str | None, cache: str | None
+) -> dict[str, Any]:
+    """A head on an output of a view; where no view is there, on that of a ViT-B/16."""
     from featurecache.outputs import parse
-    from heads.models.catalogue import head_info
+    from featurecache.store.write_view import open_view
+    from heads.models.catalogue import describe_head, head_info
     from heads.models.common import VIT_B16, Input
+    from heads.training.job import choose_output
 
-    asked = parse(output or ("tokens" if head_info(head).takes == "tokens" else "cls"))
-    places = asked.layout(VIT_B16.prefix, (14, 14)) or ((), None)
-    return Input(asked.row_shape((197, 768), 1), *places)
+    try:
+        view = open_view(features, cache)
+    except NotInCache:
+        if features:
+            raise
+        talk.say("features   none extracted yet: shapes are those of a ViT-B/16 at 224 px")
+        chosen = parse(output or ("tokens" if head_info(head).takes == "tokens" else "cls"))
+        places = chosen.layout(VIT_B16.prefix, (14, 14)) or ((), None)
+        return describe_head(head, Input(chosen.row_shape((197, 768), 1), *places), classes)
+    name = choose_output(view, head, output)
+    newest = "" if features else "   (the newest view; --features chooses)"
+    talk.say(f"features   {view.label}: {len(view):,} images, {', '.join(view.outputs)}{newest}")
+    return describe_head(head, Input.of(view.info(name)), classes)
 
 
-def _info_thing(talk: Console, name: str, cache: str | None) -> int:
-    if (Path(name) / "config.json").exists():
-        import heads
-        from heads.reports.text import run_lines
+def _info_run(talk: Console, name: str) -> None:
+    import heads
+    from heads.reports.text import run_lines
 
-        run = heads.load_run(name)
-        talk.result(run_lines(run), {"run": str(run.path), "config": run.config, "metrics": run.metrics})
-        talk.next(f"featurecache report {shlex.quote(name)}")
-        return 0
+    run = heads.load_run(name)
+    talk.result(run_lines(run), {"run": run.path, "config": run.config, "metrics": run.metrics})
+    talk.next(f"featurecache report {shlex.quote(name)}")
+
+
+def _info_view(talk: Console, name: str, cache: str | None) -> None:
     from featurecache.commands import inspect
     from featurecache.store.write_view import open_view
 
     record = inspect.view_record(open_view(name, cache))
     talk.result(inspect.view_lines(record), record)
-    head = "large" if "tokens" in record["outputs"] else "linear"
-    talk.next(f"featurecache train-head --head {head} --features {shlex.quote(record['view'])}", cache)
-    return 0
+    talk.next(extract.training_of(record["outputs"], record["view"]), cache)
 
 
-def _info_all(talk: Console) -> int:
+def _info_all(talk: Console) -> None:
     from featurecache.backbones.aliases import ALIASES
     from featurecache.formatting import aligned
     from heads.models.catalogue import heads_table, networks_lines, networks_table
     from heads.reports.text import heads_lines
 
-    heads = heads_table()
-    forms = "hf:REPO[@REVISION], a folder written by save_pretrained, torchvision:NAME[:WEIGHTS], timm:NAME[.TAG], "
-    forms += "python:MODULE:FACTORY[:LAYER]"
+    heads, forms = heads_table(), "hf:REPO[@REVISION], a folder written by save_pretrained, "
+    forms += "torchvision:NAME[:WEIGHTS], timm:NAME[.TAG], python:MODULE:FACTORY[:LAYER]"
     lines = [f"backbones (also {forms}):"]
-    names = [[name, alias.id or "untrained only"] for name, alias in ALIASES.items()]
-    lines += aligned(names, right=2, indent=2)
+    lines += aligned([[name, alias.id or "untrained only"] for name, alias in ALIASES.items()], right=2, indent=2)
     lines += ["heads (also python:MODULE:CLASS; parameters for a ViT-B/16 and two classes):", heads_lines(heads)]
     lines += ["networks from pixels (train-baseline; also finetune:BACKBONE):", networks_lines()]
-    record = {
-        "backbones": list(ALIASES), "heads": [head["head"] for head in heads], "about_heads": heads,
-        "networks": networks_table(),
-    }  # fmt: skip
-    talk.result("\n".join(lines), record)
-    return 0
+    record = {"backbones": list(ALIASES), "heads": [head["head"] for head in heads], "about_heads": heads}
+    talk.result("\n".join(lines), record | {"networks": networks_table()})
 
 
-@command
-@click.option("--out", default="runs", metavar="DIR", help="Where the run folders go.")
-@cache_option
-def demo(talk: Console, out: str, cache: str | None) -> int:
-    """The whole of it in a minute, without network or data: digits, an untrained ViT, three heads, the controls."""
-    from heads.commands.train import run_demo
-
-    table, record = run_demo(cache=cache, out=out, say=talk.say, progress=talk.progress)
-    talk.result(table, record)
-    talk.next("featurecache extract --backbone vit-in21k --data FOLDER")
-    return 0
-
-
-for each in (
-    extract.extract,
-    extract.why,
-    head_commands.train_head,
-    head_commands.train_baseline,
-    compare.ablate,
-    compare.study,
-    compare.evaluate,
-    compare.report,
-    head_commands.predict,
-    compare.explain,
-    ls,
-    info,
-    maintain.verify,
-    maintain.repair,
-    maintain.leaks,
-    maintain.rm,
-    maintain.gc,
-    maintain.compact,
-    maintain.export,
-    maintain.import_,
-    maintain.merge,
-    demo,
-):
+COMMANDS = (
+    *(extract.extract, extract.why),
+    *(train.train_head, train.train_baseline, compare.ablate, compare.study, compare.evaluate, compare.report),
+    *(train.predict, compare.explain, ls, info),
+    *(maintain.verify, maintain.repair, maintain.leaks, maintain.rm, maintain.gc, maintain.compact),
+    *(maintain.export, maintain.import_, maintain.merge, train.demo),
+)
+for each in COMMANDS:
     main.add_command(each)
 
 

@@ -1,7 +1,6 @@
-"""Text for people: sizes, durations, aligned columns, a, b, … (12), escaping of foreign text and of CSV cells.
+"""Text for people: sizes, durations, shapes, aligned columns, "a, b, … (12)", progress bars, escaping of foreign text.
 
-Text for people: sizes, durations, shapes, aligned columns, "a, b, … (12)", progress bars; foreign text made harmless
-for a terminal, and for the spreadsheet that opens a CSV file of ours.
+Foreign text is made harmless for a terminal, and for the spreadsheet that opens a CSV file of ours.
 
 A CSV cell that begins with = + - @ (or their full-width forms), a tab or a line break gets an apostrophe in front,
 which spreadsheets take for "this is text". One that is a plain number does not. `text_of` takes it off again; for any
@@ -70,6 +69,12 @@ def aligned(rows: Sequence[Sequence[str]], right: int | Sequence[int] = 1, inden
     return [" " * indent + "  ".join(map(format, row, pads)).rstrip() for row in rows]
 
 
+def first_of(rows: Sequence[Sequence[str]], more: str = "more", most: int = 10) -> list[str]:
+    """The first rows of foreign names as indented columns, and how many ``more`` there are."""
+    lines = aligned(one_line(rows[:most]), right=2, indent=2)
+    return [*lines, f"  … and {len(rows) - most:,} {more}"] if len(rows) > most else lines
+
+
 def abbreviated(words: Iterable[Any], most: int = 5) -> str:
     """``a, b, c`` or ``a, b, c, … (12 in all)``; a set by name."""
     words = sorted(words) if isinstance(words, Set) else list(words)
@@ -84,16 +89,15 @@ def harmless(text: str) -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c in "\n\t" or is_harmless(c) else _escaped(c) for c in text)
+    escaped = (
+        c if c in "\n\t" or is_harmless(c) else c.encode("unicode_escape", "backslashreplace").decode() for c in text
+    )
+    return "".join(escaped)
 
 
 def is_harmless(character: str) -> bool:
     """What is seen as it is: also spaces of other widths, and the joiners that some scripts need to be spelt."""
     return character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "backslashreplace").decode()
 
 
 def one_line(value: Any) -> Any:
@@ -120,23 +124,22 @@ def text_of(written: str) -> str:
 
 
 def progress_bar(total: int, progress: bool, what: str = "extract") -> tqdm:
+    """A progress bar over images, on stderr; none where that is no terminal."""
     style = "{desc} {percentage:3.0f} % {bar} {n:,}/{total:,}  {rate_fmt}{postfix}  eta {remaining}"
-    return tqdm(
-        total=total, desc=what, disable=None if progress else True, unit=" img", bar_format=style, leave=False,
-        smoothing=0.1, dynamic_ncols=True,
-    )  # fmt: skip
+    return _bar(total, what, progress, bar_format=style, unit=" img", smoothing=0.1)
 
 
 def byte_bar(total: int, what: str, progress: bool) -> tqdm:
-    """A progress bar over bytes, on stderr; none where that is no terminal."""
+    """The same over bytes."""
     style = "{desc} {percentage:3.0f} % {bar} {n_fmt}/{total_fmt}  {rate_fmt}  eta {remaining}"
-    return tqdm(
-        total=total, desc=what, disable=None if progress else True, unit="B", unit_scale=True, bar_format=style,
-        leave=False, dynamic_ncols=True,
-    )  # fmt: skip
+    return _bar(total, what, progress, bar_format=style, unit="B", unit_scale=True)
 
 
-def cost_line(cost: dict[str, Any] | None) -> str:
+def _bar(total: int, what: str, progress: bool, **style: Any) -> tqdm:
+    return tqdm(total=total, desc=what, disable=None if progress else True, leave=False, dynamic_ncols=True, **style)
+
+
+def cost_per_image(cost: dict[str, Any] | None) -> str:
     """One line for people: ``12.3 ms/image forward (AMD EPYC, 2 threads, fp32), 0.81 ms loading``."""
     if cost is None:
         return "not measured"

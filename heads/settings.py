@@ -11,7 +11,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from featurecache.errors import BadOption, nearest
-from heads.metrics.classification import METRICS
+from heads.metrics import METRICS
 
 STANDARDIZE = ("none", "zscore", "l2")
 # What heads that are trained together may differ in.

@@ -1,32 +1,41 @@
-"""Extract, why: options, lines, records.
+"""Commands extract and why: their options, JSON records and aligned lines; also how any command opens images or a view.
 
-What the command line says of extractions: records (``--json``) and aligned lines made from them.
-
-The commands of the first stage: images and a backbone into the cache.
+The first screen of an extraction says what will happen before anything is computed; ``--dry-run`` stops behind it.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click import Choice, option
 
-from featurecache.commands.terminal import Console, cache_option, command
+from featurecache.commands.terminal import Console, cache_option, command, options_of, record_of
 from featurecache.errors import BadOption
-from featurecache.formatting import columns, cost_line, duration, one_line, shape_text, size_text
+from featurecache.formatting import (
+    columns,
+    cost_per_image,
+    device_title,
+    duration,
+    first_of,
+    one_line,
+    shape_text,
+    size_text,
+)
 
 if TYPE_CHECKING:
     from featurecache.extraction.run import Extraction, ExtractionResult
     from featurecache.sources.summary import Description
+    from featurecache.store.view import View
 
 FEW = 10  # images of a class in val below which it cannot choose a model
 
 
-def data_of(extraction: Extraction) -> Description:
+def description_of(extraction: Extraction) -> Description:
     import numpy as np
 
     from featurecache.sources.summary import describe as describe_dataset
@@ -39,23 +48,20 @@ def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, A
     """What an extraction would do, for ``--dry-run`` and as the beginning of a run's record."""
     from featurecache.backbones import describe_backbone
 
-    images = extraction.counts(copies=False)
     return {
         "backbone": describe_backbone(extraction.backbone),
         "untrained": extraction.spec.untrained,
-        "data": data_of(extraction).to_dict(),
+        "data": description_of(extraction).to_dict(),
         "source": extraction.dataset.source,
-        "unread": [[extraction.dataset.shown(k), reason] for k, reason in sorted(extraction.unread.items())],
-        "outputs": {o.name: list(extraction.layouts[o.name].row_shape) for o in extraction.outputs},
+        "unread": [(extraction.dataset.shown(k), reason) for k, reason in sorted(extraction.unread.items())],
+        "outputs": {o.name: extraction.layouts[o.name].row_shape for o in extraction.outputs},
         "dtype": extraction.spec.dtype,
         "precision": extraction.spec.precision,
         "device": str(extraction.device),
         "plan": extraction.plan,
-        "store": str(extraction.store.path) if extraction.store else None,
+        "store": extraction.store.path if extraction.store else None,
         "view": extraction.name,
-        "images_in_cache": images["in_cache"],
-        "images_to_compute": images["to_compute"],
-        "images_to_derive": images["to_derive"],
+        **{f"images_{key}": count for key, count in extraction.counts(copies=False).items()},
         "augmented": _augmented_record(extraction),
         "bytes": extraction.bytes_of(),
         "new_bytes": extraction.new_bytes,
@@ -69,15 +75,13 @@ def _augmented_record(extraction: Extraction) -> dict[str, Any] | None:
     copying = extraction.copying
     if copying is None:
         return None
-    made, data = copying.augmented, extraction.dataset
+    counted = {"images": len(copying.sources), "copies": len(copying), **extraction.counts(copies=True)}
     return {
-        **made.to_dict(),
-        "words": str(made.augmentation),
-        "images": len(copying.sources),
-        "copies": len(copying),
-        "kept": extraction.kept == made,
-        "splits_drawn_later": not any(data.splits),
-        **extraction.counts(copies=True),
+        **copying.augmented.to_dict(),
+        "words": str(copying.augmented.augmentation),
+        "kept": extraction.kept == copying.augmented,
+        "splits_drawn_later": not any(extraction.dataset.splits),
+        **counted,
     }
 
 
@@ -99,14 +103,9 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
         also = f" and {copies:,} of {record['augmented']['copies']:,} augmented copies" if record["augmented"] else ""
         rows.append(("cache", f"{held:,} of {extraction.plain:,} distinct images{also} are in it already"))
     if extraction.to_derive:
-        rows.append(
-            ("derives", f"{extraction.to_derive:,} {_noun(extraction)} from stored tokens, without the backbone")
-        )
+        what = "images and copies" if extraction.copying else "images"
+        rows.append(("derives", f"{extraction.to_derive:,} {what} from stored tokens, without the backbone"))
     return columns(rows)
-
-
-def _noun(extraction: Extraction) -> str:
-    return "images and copies" if extraction.copying else "images"
 
 
 def _augmented_line(made: dict[str, Any], view: str) -> str:
@@ -119,8 +118,8 @@ def _augmented_line(made: dict[str, Any], view: str) -> str:
     if made["splits_drawn_later"]:
         text += (
             "\nThe data have no splits, so every image gets copies; train-head draws the splits later and uses copies "
-            "of what is in train only."
         )
+        text += "of what is in train only."
     return text
 
 
@@ -133,9 +132,8 @@ def _backbone_line(record: dict[str, Any]) -> str:
 
 def _data_line(record: dict[str, Any]) -> str:
     data = record["data"]
-    splits = " · ".join(
-        f"{split or 'no split'} {sum_:,}" for split, sum_ in zip(data["splits"], data["totals"], strict=True)
-    )
+    totals = zip(data["splits"], data["totals"], strict=True)
+    splits = " · ".join(f"{split or 'no split'} {total:,}" for split, total in totals)
     classes = " · ".join(f"{name} {sum(row):,}" for name, row in zip(data["classes"][:6], data["counts"], strict=False))
     more = f" · {len(data['classes']) - 6} more classes" if len(data["classes"]) > 6 else ""
     copies = data["copies"]["total"] if data["copies"] else 0
@@ -158,54 +156,32 @@ def _keeps_line(extraction: Extraction) -> str:
 def _machine_line(extraction: Extraction, rate: float | None) -> str:
     plan, device = extraction.plan, extraction.device
     threads = f"{plan['threads']} CPU thread{'s' * (plan['threads'] > 1)}"
-    what = threads if device.type == "cpu" else _device_name(extraction)
+    what = threads if device.type == "cpu" else device_title(device)
     precision = f"{extraction.spec.precision} ({extraction.precision_reason})"
     speed = f": {rate:.3g} images/s, about {duration(extraction.to_compute / rate)}" if rate else ""
     return f"{what}, {precision}, batches of {plan['batch_size']}{speed}"
 
 
-def _device_name(extraction: Extraction) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(extraction.device) if extraction.device.type == "cuda" else str(extraction.device)
-
-
 def _warnings(data: dict[str, Any]) -> list[str]:
-    found = []
+    warnings = []
     if "val" in data["splits"] and data["task"] in ("binary", "multiclass", "ordinal"):
         k = data["splits"].index("val")
         few = [f"{row[k]} of {name}" for name, row in zip(data["classes"], data["counts"], strict=True) if row[k] < FEW]
-        if few:
-            found.append(
-                f"val has {', '.join(few[:3])}: too few to choose a model; train-head will ask for --resplit-val"
-            )
-    found += data["notes"]
-    copies = data["copies"]
-    if copies:
-        found += [
-            f"{n:,} image{'s stand' if n > 1 else ' stands'} in both {pair.replace('+', ' and ')}"
-            for pair, n in copies["across"].items()
-            if n
-        ]
+        words = f"val has {', '.join(few[:3])}: too few to choose a model; train-head will ask for --resplit-val"
+        warnings += [words] * bool(few)
+    warnings += data["notes"]
+    if copies := data["copies"]:
+        for pair, n in copies["across"].items():
+            where = f"in both {pair.replace('+', ' and ')}"
+            warnings += [f"{n:,} image{'s stand' if n > 1 else ' stands'} {where}"] * bool(n)
         if copies["two_labels"]:
-            found.append(f"{copies['two_labels']:,} images bear two different labels")
-    return found
+            warnings.append(f"{copies['two_labels']:,} images bear two different labels")
+    return warnings
 
 
 def result_record(result: ExtractionResult) -> dict[str, Any]:
-    return {
-        "view": str(result.view),
-        "outputs": list(result.outputs),
-        "images": result.images,
-        "copies": result.copies,
-        "computed": result.computed,
-        "derived": result.derived,
-        "seconds": round(result.seconds, 3),
-        "images_per_s": round(result.images_per_s, 3),
-        "shares": {key: round(share, 4) for key, share in result.shares.items()},
-        "cost": result.cost,
-        "failed": [{"id": name, "reason": reason} for name, reason in result.failed],
-    }
+    failed = [{"id": name, "reason": reason} for name, reason in result.failed]
+    return record_of(result) | {"images_per_s": result.images_per_s, "failed": failed}
 
 
 def result_lines(result: ExtractionResult, view_label: str) -> str:
@@ -218,13 +194,9 @@ def result_lines(result: ExtractionResult, view_label: str) -> str:
     unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""
     copies = f" and {result.copies:,} augmented copies" if result.copies else ""
     done = f"{result.images:,} images{copies}, {work}{unread}"
-    failed = one_line(result.failed[:10])
-    width = max((len(name) for name, _ in failed), default=0)
-    lines = [f"  {name:<{min(width, 60)}}  {reason}" for name, reason in failed]
-    if len(result.failed) > 10:
-        lines.append(f"  … and {len(result.failed) - 10:,} more; featurecache info {view_label} lists them")
-    cost = [("cost", cost_line(result.cost))] if result.computed else []
-    return columns([("done", "\n".join([done, *lines])), *cost, ("view", f"{view_label} in {result.view}")])
+    failed = first_of(result.failed, f"more; featurecache info {view_label} lists them")
+    cost = [("cost", cost_per_image(result.cost))] if result.computed else []
+    return columns([("done", "\n".join([done, *failed])), *cost, ("view", f"{view_label} in {result.view}")])
 
 
 def backbone_lines(record: dict[str, Any]) -> str:
@@ -238,13 +210,13 @@ def backbone_lines(record: dict[str, Any]) -> str:
         ("network", f"{record['class']} of {record['library']}: {record['parameters']:,} parameters, {layers}"),
         ("sees", record["sees"]),
         ("tokens", f"{tokens} = {prefix}{grid} grid; positions {record['position_embeddings']}" if tokens else "none"),
-    ]  # fmt: skip
+    ]
     for name, entry in record["outputs"].items():
         default = " (default)" if name in (record["vector"], "tokens") else ""
-        text = (
-            f"refused: {entry['refused']}" if "refused" in entry else shape_text(name, tuple(entry["shape"])) + default
+        refused = entry.get("refused")
+        rows.append(
+            (name, f"refused: {refused}") if refused else ("output", shape_text(name, entry["shape"]) + default)
         )
-        rows.append((name if "refused" in entry else "output", text))
     if record["source"]:
         rows.append(("source", record["source"]))
     return columns(rows)
@@ -259,85 +231,53 @@ class BatchSize(click.ParamType):
         return None if value in (None, "auto") else click.INT.convert(value, param, ctx)
 
 
-SOURCE_OPTIONS = (  # how the labels of --data are to be read
-    click.option(
-        "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of a table: path=…, label=…, split=…, group=…"
+TASKS = ("binary", "multiclass", "ordinal", "multilabel")
+BACKBONES = "An alias (see info), hf:REPO, a folder, torchvision:NAME, timm:NAME, python:MODULE:FACTORY[:LAYER]."
+SOURCES = "Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle:OWNER/SET, or digits."
+STEPS = """How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
+    side decides (organs, eyes, hands, writing)."""
+task_option = option("--task", type=Choice(TASKS), help="[default: by the labels]")
+source_options = options_of(  # how the labels of --data are to be read
+    option(
+        "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of tables: path=…, label=…, split=…, group=…"
     ),
-    click.option(
-        "--task", type=click.Choice(["binary", "multiclass", "ordinal", "multilabel"]), help="[default: by the labels]"
-    ),
+    task_option,
 )
-EXTRACTION = (  # which images, which backbone, which store: what `extract` and `why` are asked alike
-    click.option(
-        "--backbone",
-        required=True,
-        metavar="NAME",
-        help="An alias (see info), hf:REPO, a folder, torchvision:NAME, timm:NAME, python:MODULE:FACTORY[:LAYER].",
-    ),
-    click.option(
-        "--data",
-        default="digits",
-        metavar="SOURCE",
-        help="Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle:OWNER/SET, or digits.",
-    ),
-    click.option("--outputs", metavar="NAMES", help="cls,tokens,… [default: the backbone's vector and tokens]"),
-    click.option("--name", metavar="VIEW", help="Name of the view. [default: that of the data]"),
-    click.option("--weights", metavar="PATH", help="A folder or file with the backbone's weights."),
-    click.option(
-        "--random-weights", is_flag=True, help="The architecture untrained: shows the tool, not the backbone."
-    ),
-    click.option("--seed", default=0, help="Of --random-weights."),
-    click.option("--image-size", type=int, metavar="N", help="Pixels; resize and crop scale in the same ratio."),
-    click.option(
-        "--fit", type=click.Choice(["model", "squash", "pad"]), default="model", help="How an image becomes a square."
-    ),
-    click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto"),
-    click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", help="Of the stored rows."),
-    click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps."),
-    click.option(
-        "--batch-size", type=BatchSize(), default="auto", help="Rows of a forward pass; fixed by a store's first run."
-    ),
-    click.option("--engine", type=click.Choice(["local"]), default="local", help="Where it runs: on this machine."),
-    click.option("--workers", type=int, metavar="N", help="Decode threads, nothing else. [default: by the machine]"),
-    click.option(
-        "--on-error", type=click.Choice(["report", "skip", "fail"]), default="report", help="At an unreadable image."
-    ),
-    *SOURCE_OPTIONS,
-    click.option(
-        "--views", type=int, metavar="K", help="Augmented copies of each training image. [default: as before]"
-    ),
-    click.option(
-        "--augment",
-        metavar="STEPS",
-        help="How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). "
-        "Labels stay: leave flips out where the side decides (organs, eyes, hands, writing).",
-    ),
-    click.option("--augment-seed", default=0, metavar="N", help="Of what --augment draws."),
-    click.option("--hash-ids", is_flag=True, help="Keep images under keyed hashes of their names."),
-    click.option("--hash-groups", is_flag=True, help="The same for groups (patients)."),
+extraction_options = options_of(  # which images, which backbone, which store: what `extract` and `why` are asked alike
+    option("--backbone", required=True, metavar="NAME", help=BACKBONES),
+    option("--data", default="digits", metavar="SOURCE", help=SOURCES),
+    option("--outputs", metavar="NAMES", help="cls,tokens,… [default: the backbone's vector and tokens]"),
+    option("--name", metavar="VIEW", help="Name of the view. [default: that of the data]"),
+    option("--weights", metavar="PATH", help="A folder or file with the backbone's weights."),
+    option("--random-weights", is_flag=True, help="The architecture untrained: shows the tool, not the backbone."),
+    option("--seed", default=0, help="Of --random-weights."),
+    option("--image-size", type=int, metavar="N", help="Pixels; resize and crop scale in the same ratio."),
+    option("--fit", type=Choice(["model", "squash", "pad"]), default="model", help="How an image becomes a square."),
+    option("--precision", type=Choice(["auto", "fp32", "bf16", "fp16"]), default="auto"),
+    option("--dtype", type=Choice(["float16", "float32"]), default="float16", help="Of the stored rows."),
+    option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps."),
+    option("--batch-size", type=BatchSize(), default="auto", help="Of a forward pass; fixed by a store's first run."),
+    option("--engine", type=Choice(["local"]), default="local", help="Where it runs: on this machine."),
+    option("--workers", type=int, metavar="N", help="Decode threads, nothing else. [default: by the machine]"),
+    option("--on-error", type=Choice(["report", "skip", "fail"]), default="report", help="At an unreadable image."),
+    source_options,
+    option("--views", type=int, metavar="K", help="Augmented copies of each training image. [default: as before]"),
+    option("--augment", metavar="STEPS", help=STEPS),
+    option("--augment-seed", default=0, metavar="N", help="Of what --augment draws."),
+    option("--hash-ids", is_flag=True, help="Keep images under keyed hashes of their names."),
+    option("--hash-groups", is_flag=True, help="The same for groups (patients)."),
     cache_option,
 )
 
 
-def options_of(several: tuple[Callable[..., Any], ...]) -> Callable[..., Any]:
-    """Several options at once, in help in their order."""
-
-    def declare(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(several):
-            function = option(function)
-        return function
-
-    return declare
-
-
 @command
-@options_of(EXTRACTION)
-@click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
-@click.option("--sheet", metavar="FILE.png", help="Write a contact sheet of the images.")
-@click.option(
-    "--accept-drift", is_flag=True, help="If this machine computes other features than the store: a new generation."
+@extraction_options
+@option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
+@option("--sheet", metavar="FILE.png", help="Write a contact sheet of the images.")
+@option(
+    "--accept-drift", is_flag=True, help="A new generation, where this machine computes other features than the store."
 )
-@click.option("--yes", is_flag=True, help="Do not ask before keeping more than 20 GB.")
+@option("--yes", is_flag=True, help="Do not ask before keeping more than 20 GB.")
 def extract(
     talk: Console, dry_run: bool, sheet: str | None, yes: bool, columns: tuple[str, ...], engine: str, **options: Any
 ) -> int:  # fmt: skip
@@ -347,42 +287,51 @@ def extract(
     featurecache extract --backbone vit-in21k --data chest/ --outputs cls,tokens
     """
     from featurecache.extraction import plan
+    from featurecache.extraction.run import ASK_BYTES
+    from featurecache.sources.summary import contact_sheet
     from featurecache.store.view import View
 
     if options["data"] == "digits":
         talk.say("data       digits: scikit-learn's 1,797 handwritten digits; give your own with --data FOLDER")
     prepared = plan.prepare(
-        options.pop("data"), columns=_pairs(columns), remember=not dry_run, progress=talk.progress, **options
+        options.pop("data"), columns=pairs_of(columns), remember=not dry_run, progress=talk.progress, **options
     )
     if sheet:
-        from featurecache.sources.summary import contact_sheet
-
         contact_sheet(prepared.dataset, Path(sheet))
     rate = prepared.estimate()
     record = extraction_record(prepared, rate)
     if dry_run:
-        lines = [extraction_lines(prepared, record), "", str(data_of(prepared))]
+        lines = [extraction_lines(prepared, record), "", str(description_of(prepared))]
         talk.result("\n".join(lines), {**record, "sheet": sheet})
         talk.next("the same command without --dry-run")
         return 0
     talk.say(extraction_lines(prepared, record))
     if sheet:
         talk.say(f"sheet      {sheet}")
-    _ask(prepared, yes)
-    result = prepared.run(progress=talk.progress, rate=rate)
-    label = View(result.view, columns_only=True).label
-    talk.result(result_lines(result, label), result_record(result))
-    talk.next(f"featurecache train-head --head {'large' if 'tokens' in result.outputs else 'linear'}", options["cache"])
-    return int(bool(result.failed) and options["on_error"] != "skip")
-
-
-def _ask(prepared: Any, yes: bool) -> None:
-    from featurecache.extraction.run import ASK_BYTES
-    from featurecache.formatting import size_text
-
     prepared.check_disk()
     if prepared.new_bytes > ASK_BYTES and not yes and sys.stdin.isatty():
         click.confirm(f"keep {size_text(prepared.new_bytes)}?", abort=True, err=True)
+    result = prepared.run(progress=talk.progress, rate=rate)
+    label = View(result.view, columns_only=True).label
+    talk.result(result_lines(result, label), result_record(result))
+    talk.next(training_of(result.outputs), options["cache"])
+    return int(bool(result.failed) and options["on_error"] != "skip")
+
+
+def training_of(outputs: Iterable[str], view: str = "") -> str:
+    """The command that trains a head on these outputs (of ``view``, where that is not the newest)."""
+    features = f" --features {shlex.quote(view)}" if view else ""
+    return f"featurecache train-head --head {'large' if 'tokens' in outputs else 'linear'}{features}"
+
+
+def open_features(talk: Console, features: str | None, cache: str | None, way: str = "--features chooses") -> View:
+    """The view of this name, or the newest: then it is said which, and the ``way`` to another."""
+    from featurecache.store.write_view import open_view
+
+    view = open_view(features, cache)
+    if not features:
+        talk.say(f"view       {view.label}   (the newest; {way})")
+    return view
 
 
 def named_images(data: str | None, columns: tuple[str, ...], task: str | None) -> Any:
@@ -393,10 +342,10 @@ def named_images(data: str | None, columns: tuple[str, ...], task: str | None) -
         raise BadOption("--column and --task say how --data is read; give --data too.")
     from featurecache.sources import open_source
 
-    return open_source(data, columns=_pairs(columns), task=task)
+    return open_source(data, columns=pairs_of(columns), task=task)
 
 
-def _pairs(columns: tuple[str, ...]) -> dict[str, str] | None:
+def pairs_of(columns: tuple[str, ...]) -> dict[str, str] | None:
     for pair in columns:
         if "=" not in pair:
             raise BadOption(f'--column takes ROLE=NAME (--column label=finding), not "{pair}".')
@@ -410,7 +359,7 @@ _OF_IMAGES = (
 
 
 @command
-@options_of(EXTRACTION)
+@extraction_options
 def why(talk: Console, columns: tuple[str, ...], engine: str, cache: str | None, **options: Any) -> int:
     """Say what `extract` with these options would find, and which field of the key differs from the nearest store.
 
@@ -426,12 +375,11 @@ def why(talk: Console, columns: tuple[str, ...], engine: str, cache: str | None,
     if data is None and (needless := [name for name in _OF_IMAGES if name in given]):
         raise BadOption(f"{given[needless[0]][0]} is about the images; say which with --data.")
     if data is None:
-        for name in ("data", *_OF_IMAGES):
-            options.pop(name, None)
-        found = explain(cache=cache, **options)
+        options = {name: value for name, value in options.items() if name not in ("data", *_OF_IMAGES)}
+        reason = explain(cache=cache, **options)
     else:
-        found = explain(data, cache=cache, columns=_pairs(columns), progress=talk.progress, **options)
-    talk.result(str(found), found.record())
+        reason = explain(data, cache=cache, columns=pairs_of(columns), progress=talk.progress, **options)
+    talk.result(str(reason), reason.record())
     words = [word for name, part in given.items() for word in part]
     talk.next(shlex.join(["featurecache", "extract", *words, *([] if data else ["--data", "FOLDER"])]))
     return 0
@@ -439,11 +387,11 @@ def why(talk: Console, columns: tuple[str, ...], engine: str, cache: str | None,
 
 def _given() -> dict[str, list[str]]:
     """Option -> the words that give it again, of those that were typed."""
-    context, found = click.get_current_context(), {}
-    for option in context.command.params:
-        name, value = str(option.name), context.params.get(str(option.name))
+    context, given = click.get_current_context(), {}
+    for each in context.command.params:
+        name, value = str(each.name), context.params.get(str(each.name))
         typed = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if typed and name not in ("as_json", "quiet", "debug"):
-            flag, values = option.opts[0], value if isinstance(value, tuple) else (value,)
-            found[name] = [word for v in values for word in ([flag] if v is True else [flag, str(v)])]
-    return found
+            values = value if isinstance(value, tuple) else (value,)
+            given[name] = [word for v in values for word in each.opts[:1] + ([] if v is True else [str(v)])]
+    return given

@@ -1,10 +1,6 @@
-"""What ls, info and leaks print of a cache, a view, a pair.
+"""Contents of a cache as lines and JSON: stores and views (ls), one view (info), leaks with their CSV and sheet.
 
-What lies in a cache: records (``--json``) of stores and views, and the lines of ``ls`` and ``info``.
-
-Leaks as people read them: lines for a terminal, records for ``--json``, a CSV. Names in them come from strangers.
-
-The contact sheet of leaks: the images of each pair side by side, with names, splits and classes beneath.
+Names come from strangers: records go through `one_line` before they become lines, cells of the CSV through `cell`.
 """
 
 from __future__ import annotations
@@ -15,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featurecache.commands.terminal import record_of
 from featurecache.errors import BadOption, FeatureCacheError, UnreadableImage
-from featurecache.formatting import aligned, cell, columns, cost_line, one_line, shape_text, size_text
+from featurecache.formatting import aligned, cell, columns, cost_per_image, one_line, shape_text, size_text
 
 if TYPE_CHECKING:
     from featurecache.images.headers import EncodedImage
@@ -40,15 +37,12 @@ def _store_record(store: Store) -> dict[str, Any]:
     for folder in sorted(path for path in store.path.iterdir() if path.is_dir() and not path.is_symlink()):
         files = list(folder.glob("[0-9a-f]*.h5"))
         outputs[folder.name] = {"shards": len(files), "bytes": sum(path.lstat().st_size for path in files)}
+    names = ("untrained", "imported", "image_size", "precision", "dtype")
     return {
         "folder": str(store.path),
         "backbone": store.provenance.get("backbone", store.path.name),
         "fingerprint": store.fingerprint,
-        "untrained": store.spec.untrained,
-        "imported": store.spec.imported,
-        "image_size": list(store.spec.image_size),
-        "precision": store.spec.precision,
-        "dtype": store.spec.dtype,
+        **{name: getattr(store.spec, name) for name in names},
         "outputs": outputs,
         "views": [_view_line(path) for path in store.views()],
         "bytes": sum(entry["bytes"] for entry in outputs.values()),
@@ -110,6 +104,9 @@ def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+_AS_THEY_ARE = ("source", "failed", "untrained", "imported", "fingerprint", "spec", "provenance", "cost")
+
+
 def view_record(view: View) -> dict[str, Any]:
     import numpy as np
 
@@ -119,7 +116,7 @@ def view_record(view: View) -> dict[str, Any]:
         "path": str(view.path),
         "images": len(view),
         "distinct": len(np.unique(view.digests)),
-        "augmented": _view_copies(view),
+        "augmented": _augmented_record(view),
         "task": view.task,
         "classes": view.classes,
         "splits": splits,
@@ -127,18 +124,11 @@ def view_record(view: View) -> dict[str, Any]:
         "groups": None if view.groups is None else len(set(view.groups)),
         "meta": list(view.meta),
         "outputs": {name: _output_record(view, name) for name in view.outputs},
-        "source": view.source,
-        "failed": view.failed,
-        "untrained": view.untrained,
-        "imported": view.imported,
-        "fingerprint": view.fingerprint,
-        "spec": view.spec,
-        "provenance": view.provenance,
-        "cost": view.cost,
+        **{name: getattr(view, name) for name in _AS_THEY_ARE},
     }
 
 
-def _view_copies(view: View) -> dict[str, Any] | None:
+def _augmented_record(view: View) -> dict[str, Any] | None:
     if view.augmented is None:
         return None
     images = int((view.copies()[:, 1:] >= len(view)).any(axis=1).sum())
@@ -149,25 +139,15 @@ def _view_copies(view: View) -> dict[str, Any] | None:
 def _class_counts(view: View) -> tuple[list[str], list[list[int]]]:
     import numpy as np
 
-    order = ("train", "val", "test", "")
-    splits = [split for split in order if split in view.splits]
-    column = np.array(view.splits)
-    labels = view.labels
-    if view.task == "multilabel":
-        hits = [labels[:, k] == 1 for k in range(len(view.classes))]
-    else:
-        hits = [labels == k for k in range(len(view.classes))]
+    splits: list[str] = [split for split in ("train", "val", "test", "") if split in view.splits]
+    column, numbers = np.array(view.splits), range(len(view.classes))
+    hits = [view.labels[:, k] == 1 if view.task == "multilabel" else view.labels == k for k in numbers]
     return splits, [[int((hit & (column == split)).sum()) for split in splits] for hit in hits]
 
 
 def _output_record(view: View, name: str) -> dict[str, Any]:
-    info = view.outputs[name]
-    size = _bytes_of(view, name, view.rows)
-    return {
-        "shape": list(info.shape), "dtype": info.dtype, "bytes": size,
-        "prefix": info.prefix and list(info.prefix), "grid": info.grid and list(info.grid),
-        "rounding": _rounding(view, name),
-    }  # fmt: skip
+    size, rounding = _bytes_of(view, name, view.rows), _rounding(view, name)
+    return record_of(view.outputs[name]) | {"bytes": size, "rounding": rounding}
 
 
 def _rounding(view: View, name: str) -> dict[str, Any] | None:
@@ -177,9 +157,9 @@ def _rounding(view: View, name: str) -> dict[str, Any] | None:
     errors = view.stored(name).errors
     if errors is None:
         return None
-    known = errors[np.isfinite(errors)]
-    worst, mean = (float(known.max()), float(known.mean(dtype=np.float64))) if len(known) else (None, None)
-    return {"rows": len(known), "worst": worst, "mean": mean}
+    measured = errors[np.isfinite(errors)]
+    worst, mean = (float(measured.max()), float(measured.mean(dtype=np.float64))) if len(measured) else (None, None)
+    return {"rows": len(measured), "worst": worst, "mean": mean}
 
 
 def view_lines(record: dict[str, Any]) -> str:
@@ -190,17 +170,21 @@ def view_lines(record: dict[str, Any]) -> str:
     facts = f"{record['images']:,} images, {record['task']}" + (f", {copies:,} copies" if copies else "")
     if record["groups"] is not None:
         facts += f", {record['groups']:,} groups"
-    rows = [("view", f"{record['view']} in {record['path']}"), ("data", f"{record['source'].get('data')}  {facts}")]
-    rows.append(("classes", "\n".join(_count_table(record))))
+    header = ["", *(split or "no split" for split in record["splits"])]
+    counts = [[name, *(f"{n:,}" for n in row)] for name, row in zip(record["classes"], record["counts"], strict=True)]
+    rows = [
+        ("view", f"{record['view']} in {record['path']}"),
+        ("data", f"{record['source'].get('data')}  {facts}"),
+        ("classes", "\n".join(aligned([header, *counts]))),
+    ]
     if made_of := record["augmented"]:
         each = "one each" if made_of["views"] == 1 else f"{made_of['views']:,} each"
         counted = f"{made_of['copies']:,} augmented copies, {each} of {made_of['images']:,} images"
         rows.append(("augment", f"{counted}: {made_of['words']}, seed {made_of['augment']['seed']}"))
     for name, info in record["outputs"].items():
         tokens = f"; prefix {info['prefix']}, grid {info['grid']}" if info["prefix"] is not None else ""
-        rows.append(
-            ("keeps", f"{shape_text(name, tuple(info['shape']))} {info['dtype']}, {size_text(info['bytes'])}{tokens}")
-        )
+        shape = shape_text(name, info["shape"])
+        rows.append(("keeps", f"{shape} {info['dtype']}, {size_text(info['bytes'])}{tokens}"))
         if info["rounding"]:
             rows.append(("", _rounding_line(info["rounding"], record["images"])))
     trained = "untrained: random weights" if record["untrained"] else made.get("licence", "")
@@ -209,10 +193,12 @@ def view_lines(record: dict[str, Any]) -> str:
     key = f"{size} px, {spec['precision']}, positions {spec['position_embeddings']}"
     if record["imported"]:
         backbone, key = f"imported from {made.get('file')}, {made.get('when')}; origin unknown", "origin unknown"
-    rows.append(("backbone", backbone))
-    rows.append(("spec", f"{record['fingerprint']}  {key}"))
-    rows.append(("made by", ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())))
-    rows.append(("cost", cost_line(record["cost"])))
+    rows += [
+        ("backbone", backbone),
+        ("spec", f"{record['fingerprint']}  {key}"),
+        ("made by", ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())),
+        ("cost", cost_per_image(record["cost"])),
+    ]
     if record["failed"]:
         failed = [f"{entry['id']}  {entry['reason']}" for entry in record["failed"]]
         rows.append(("left out", "\n".join([f"{len(failed):,} images", *failed])))
@@ -227,12 +213,6 @@ def _rounding_line(rounding: dict[str, Any], rows: int) -> str:
     return f"rounding to float16 moved a row by {what}, relative to float32{some}"
 
 
-def _count_table(record: dict[str, Any]) -> list[str]:
-    header = ["", *(split or "no split" for split in record["splits"])]
-    body = [[name, *(f"{n:,}" for n in row)] for name, row in zip(record["classes"], record["counts"], strict=True)]
-    return aligned([header, *body])
-
-
 FIRST = 8  # pairs of a finding that are shown as lines
 _NOUNS = {"image": "image", "group": "group", "near": "pair", "labels": "image"}
 COLUMNS = (
@@ -240,37 +220,33 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def leak_title(finding: LeakFinding) -> str:
+def _title(finding: LeakFinding) -> str:
     """``same image, train and val``."""
     from featurecache.maintenance.leaks import KINDS
 
-    return f"{KINDS[finding.kind]}, {split_pair(finding)}"
+    return f"{KINDS[finding.kind]}, {_splits(finding)}"
 
 
-def split_pair(finding: LeakFinding) -> str:
+def _splits(finding: LeakFinding) -> str:
     a, b = (name or "no split" for name in finding.splits)
     return f"{a} and {b}" if a != b else f"within {a}" if finding.splits[0] else a
 
 
-def leak_size(finding: LeakFinding) -> str:
+def _size(finding: LeakFinding) -> str:
     """``8 images``."""
-    noun = _NOUNS[finding.kind]
-    return f"{finding.count:,} {noun}{'' if finding.count == 1 else 's'}"
+    return f"{finding.count:,} {_NOUNS[finding.kind]}{'' if finding.count == 1 else 's'}"
 
 
-def label_text(view: View, row: int) -> str:
+def _label(view: View, row: int) -> str:
     """The class of a row, or its positive labels; empty where none is known."""
     import numpy as np
 
     label = view.labels[row]
-    if view.labels.ndim == 2:
-        numbers = np.flatnonzero(label == 1).tolist()
-    else:
-        numbers = [int(label)]
+    numbers = np.flatnonzero(label == 1).tolist() if view.labels.ndim == 2 else [int(label)]
     return "; ".join(view.classes[number] for number in numbers if 0 <= number < len(view.classes))
 
 
-def pair_note(view: View, finding: LeakFinding, number: int) -> str:
+def _pair_note(view: View, finding: LeakFinding, number: int) -> str:
     """What else there is to say of a pair: its cosine, its group, how often it stands in each split."""
     parts = []
     if finding.cosines is not None:
@@ -284,34 +260,32 @@ def pair_note(view: View, finding: LeakFinding, number: int) -> str:
     return ", ".join(parts)
 
 
-def lines(view: View, leaks: Leaks) -> str:
+def leaks_lines(view: View, leaks: Leaks) -> str:
     """Counts of each kind and pair of splits, then the first pairs of each."""
     from featurecache.maintenance.leaks import KINDS
 
     rows = []
     for kind, title in KINDS.items():
-        found = leaks.of(kind)
-        rows += [(title, split_pair(finding), leak_size(finding), _note(view, leaks, finding)) for finding in found]
-        if not found:
-            rows.append((title, "none", "", _reason(view, leaks, kind)))
+        of_kind = [(title, _splits(each), _size(each), _note(leaks, each)) for each in leaks.of(kind)]
+        rows += of_kind or [(title, "none", "", _reason(view, leaks, kind))]
     text = _aligned(rows)
     if view.untrained and leaks.of("near"):
         text += ["The weights are untrained (random): what is near by their features is alike in light and shade only."]
     for finding in leaks.findings:
         shown = range(min(len(finding.rows), FIRST))
-        pairs = [(*(_one(view, row) for row in finding.rows[k].tolist()), pair_note(view, finding, k)) for k in shown]
-        text += ["", leak_title(finding), *(f"  {line}" for line in _aligned(pairs))]
+        pairs = [(*(_one(view, row) for row in finding.rows[k].tolist()), _pair_note(view, finding, k)) for k in shown]
+        text += ["", _title(finding), *(f"  {line}" for line in _aligned(pairs))]
         if finding.count > len(shown):
             text.append(f"  and {finding.count - len(shown):,} more (--csv FILE)")
     return "\n".join(text)
 
 
 def _one(view: View, row: int) -> str:
-    label = label_text(view, row)
+    label = _label(view, row)
     return view.ids[row] + (f" ({label})" if label else "")
 
 
-def _note(view: View, leaks: Leaks, finding: LeakFinding) -> str:
+def _note(leaks: Leaks, finding: LeakFinding) -> str:
     if finding.kind != "near":
         return ""
     kept = f"; the {len(finding.rows):,} closest are kept" if len(finding.rows) < finding.count else ""
@@ -337,34 +311,33 @@ def _aligned(rows: list[Any]) -> list[str]:
     return aligned(one_line(rows), right=len(rows[0]))  # a name must not steer a terminal
 
 
-def record(view: View, leaks: Leaks) -> dict[str, Any]:
+def leaks_record(view: View, leaks: Leaks) -> dict[str, Any]:
     """For ``--json``: counts, and all pairs that are kept."""
-    counts = [{"kind": f.kind, "splits": list(f.splits), "count": f.count} for f in leaks.findings]
-    pairs = [_record(view, finding, k) for finding in leaks.findings for k in range(len(finding.rows))]
-    return {
-        "view": view.label, "output": leaks.output, "threshold": leaks.threshold, "counts": counts, "pairs": pairs,
-    }  # fmt: skip
+    counts = [{"kind": f.kind, "splits": f.splits, "count": f.count} for f in leaks.findings]
+    pairs = [_pair_record(view, finding, k) for finding in leaks.findings for k in range(len(finding.rows))]
+    about = {"view": view.label, "output": leaks.output, "threshold": leaks.threshold}
+    return about | {"counts": counts, "pairs": pairs}
 
 
-def _record(view: View, finding: LeakFinding, number: int) -> dict[str, Any]:
+def _pair_record(view: View, finding: LeakFinding, number: int) -> dict[str, Any]:
     rows = finding.rows[number].tolist()
     return {
         "kind": finding.kind,
-        "splits": list(finding.splits),
+        "splits": finding.splits,
         "ids": [view.ids[row] for row in rows],
-        "labels": [label_text(view, row) for row in rows],
+        "labels": [_label(view, row) for row in rows],
         "rows": finding.copies[number].tolist(),
         "group": view.groups[rows[0]] if finding.kind == "group" and view.groups is not None else None,
         "cosine": None if finding.cosines is None else float(finding.cosines[number]),
     }
 
 
-def as_csv(view: View, leaks: Leaks) -> str:
+def leaks_csv(record: dict[str, Any]) -> str:
     """All pairs that are kept, a line each; ``rows``: how many rows of the split that image or group has."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(COLUMNS)
-    for pair in record(view, leaks)["pairs"]:
+    for pair in record["pairs"]:
         sides = zip(pair["splits"], pair["ids"], pair["labels"], pair["rows"], strict=True)
         values = [pair["kind"], *(value for side in sides for value in side), pair["group"] or "", pair["cosine"]]
         writer.writerow(["" if value is None else cell(value) for value in values])
@@ -375,7 +348,7 @@ MOST = 24  # pairs of one kind and two splits
 ACROSS = 4  # pairs in a row
 
 
-def images_of(view: View) -> Dataset:
+def open_images(view: View) -> Dataset:
     """The images a view was made of, opened again. Raises SourceError where they are not there any more, and BadOption
     for an imported view, which never had any."""
     from featurecache.sources import reopen
@@ -385,7 +358,7 @@ def images_of(view: View) -> Dataset:
     return reopen(view.source)
 
 
-def draw(view: View, leaks: Leaks, dataset: Dataset) -> bytes:
+def leaks_sheet(view: View, leaks: Leaks, dataset: Dataset) -> bytes:
     """The sheet as the bytes of a PNG. Rows are found by their ids; an image that has gone is an empty frame."""
     from featurecache.sources.summary import SheetSection, grid_of_images
 
@@ -395,7 +368,7 @@ def draw(view: View, leaks: Leaks, dataset: Dataset) -> bytes:
         cells = [_pair(view, finding, number, dataset, row_of) for number in range(min(len(finding.rows), MOST))]
         rows = [(("", ""), cells[start : start + ACROSS]) for start in range(0, len(cells), ACROSS)]
         cut = f", the first {MOST}" if finding.count > MOST else ""
-        sections.append(SheetSection(leak_title(finding), leak_size(finding) + cut, rows))
+        sections.append(SheetSection(_title(finding), _size(finding) + cut, rows))
     about = "what stands in two splits, or under two labels" if sections else "no leaks were found"
     return grid_of_images(view.label, about, sections)
 
@@ -407,9 +380,9 @@ def _pair(view: View, finding: LeakFinding, number: int, dataset: Dataset, row_o
     for row in finding.rows[number].tolist():
         name = view.ids[row]
         short = name.rpartition(":")[2] if ":" in name else short_name(name)
-        lines = [short, view.splits[row] or "no split", label_text(view, row)]
+        lines = [short, view.splits[row] or "no split", _label(view, row)]
         images.append((partial(_read, view, dataset, row_of, row), lines))
-    return SheetCell(images, pair_note(view, finding, number))
+    return SheetCell(images, _pair_note(view, finding, number))
 
 
 def _read(view: View, dataset: Dataset, row_of: dict[str, int], row: int) -> EncodedImage:

@@ -1,11 +1,12 @@
-"""What all commands share: how they are declared, how they talk, how errors become one or two sentences.
+"""Click commands: how they are declared, the options they share, text and JSON output, exit codes, errors as sentences.
 
-A command is a function that takes a `Talk` and its options, calls one library function and prints. Results go to
-stdout, talk and progress to stderr. ``cli`` gathers the commands.
+A command is a function that takes a `Console` and its options, calls one library function and prints. Results go to
+stdout, talk and progress to stderr. Modules of commands load nothing heavy before a command runs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -13,9 +14,11 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
+from click import option
 
 from featurecache.errors import BadOption, FeatureCacheError, UnknownName, nearest
 from featurecache.formatting import harmless, is_harmless, one_line
@@ -58,14 +61,10 @@ class Console:
     """Where lines go: results to stdout, talk to stderr; under --json one object is the result."""
 
     def __init__(self, as_json: bool, quiet: bool) -> None:
-        self.json, self.quiet = as_json, quiet
-
-    @property
-    def progress(self) -> bool:
-        return not self.quiet
+        self.json, self.progress = as_json, not quiet
 
     def say(self, line: str) -> None:
-        if not self.quiet:
+        if self.progress:
             click.echo(harmless(line), err=True)
 
     def line(self, line: str) -> None:
@@ -73,7 +72,7 @@ class Console:
         self.say(one_line(line))
 
     def result(self, text: str, record: Any) -> None:
-        """The command's result, as lines or as one JSON object."""
+        """The command's result, as lines or as one JSON object (see `record_of`)."""
         click.echo(_json(record) if self.json else harmless(text))
 
     def next(self, command: str, cache: str | None = None) -> None:
@@ -81,9 +80,16 @@ class Console:
             self.say(f"next       {one_line(command)}" + (f" --cache {shlex.quote(cache)}" if cache else ""))
 
 
+def record_of(value: Any) -> Any:
+    """What a command prints as JSON: the fields of a dataclass, without those of ``repr=False``; a path as text."""
+    if isinstance(value, Path):
+        return str(value)
+    return {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.repr}
+
+
 def _json(record: Any) -> str:
     """JSON with letters as they are; what a terminal would obey is escaped, which means the same in JSON."""
-    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, default=record_of)
     return "".join(c if is_harmless(c) else json.dumps(c)[1:-1] for c in text)
 
 
@@ -105,19 +111,16 @@ def command(function: Callable[..., Any]) -> click.Command:
             code = function(Console(as_json, quiet), **options)
         except FeatureCacheError as error:
             code = _report(error, debug)
-        except (click.ClickException, click.Abort, SystemExit):
+        except (click.ClickException, click.Abort):
             raise
-        except KeyboardInterrupt:
-            click.echo("stopped.", err=True)
-            code = 1
         except BrokenPipeError:  # `featurecache ls | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 0
         except Exception as error:
             if debug:
                 raise
-            said = f"error: {type(error).__name__}: {error} (a mistake of ours; --debug shows where)"
-            click.echo(harmless(said), err=True)
+            words = f"error: {type(error).__name__}: {error} (a mistake of ours; --debug shows where)"
+            click.echo(harmless(words), err=True)
             code = 1
         sys.exit(code or 0)
 
@@ -130,9 +133,18 @@ def command(function: Callable[..., Any]) -> click.Command:
     return made
 
 
-cache_option = click.option(
-    "--cache", metavar="DIR", help="Folder of the cache. [default: $FEATURECACHE_DIR, else ./cache]"
-)
-features_option = click.option(
+def options_of(*several: Callable[..., Any]) -> Callable[..., Any]:
+    """Several options at once, in help in their order."""
+    return lambda function: functools.reduce(lambda made, option: option(made), reversed(several), function)
+
+
+cache_option = option("--cache", metavar="DIR", help="Folder of the cache. [default: $FEATURECACHE_DIR, else ./cache]")
+features_option = option(
     "--features", metavar="VIEW", help="A view: path, STORE/VIEW or name. [default: that of the last extraction]"
 )
+device_option = option("--device", default="auto", help="auto, cpu, cuda, mps.")
+moved_weights = option(
+    "--weights", metavar="PATH", help="Where the backbone's weights are now, if not where they were."
+)
+trust_option = option("--trust-code", is_flag=True, help="Import the module of a python: head or backbone.")
+of_backbone_options = options_of(device_option, moved_weights, trust_option)

@@ -1,37 +1,48 @@
-"""The commands of the head lab: many heads compared, heads on other data, and the report of either."""
+"""Commands ablate, evaluate, report, explain and study: many heads compared, heads on other data, reports and maps."""
 
 from __future__ import annotations
 
 import shlex
 from typing import Any
 
-import click
+from click import Choice, argument, option
 
-from featurecache.commands.extract import SOURCE_OPTIONS, named_images, options_of
-from featurecache.commands.terminal import Console, cache_option, command, features_option
-from heads.commands.train import page_options, training_options
+from featurecache.commands.extract import named_images, source_options
+from featurecache.commands.terminal import (
+    Console,
+    cache_option,
+    command,
+    device_option,
+    features_option,
+    of_backbone_options,
+    trust_option,
+)
+from featurecache.formatting import aligned
+from heads.commands.train import page_options, prediction_by, training_options
+
+tested_option = option("--show-test", type=Choice(["chosen", "all"]), default="chosen", help="Test of which settings.")
 
 
 @command
-@click.option(
+@option(
     "--heads", required=True, metavar="A,B", help="linear, large, ridge, … (see info), cnn-cifar, finetune:resnet50, …"
 )
-@click.option("--features", metavar="V,W", help="Views of the same images. [default: that of the last extraction]")
-@click.option("--data", metavar="SOURCE", help="Images for networks from pixels, where no view has them.")
-@options_of(SOURCE_OPTIONS)
-@click.option("--outputs", metavar="A,B", help="cls,tokens,… each head takes those that fit it. [default: its own]")
-@click.option("--seeds", default=1, metavar="N", help="Initialisations 0 … N-1 of every setting.")
-@click.option("--fractions", default="1", metavar="GRID", help="Of train: 0.01,0.1,1; smaller ones are in larger.")
-@click.option("--repeats", default=1, metavar="N", help="Draws of splits and fractions.")
-@click.option("--folds", type=int, metavar="K", help="Cross-validate over train and val; a given test is left alone.")
-@click.option("--search", type=click.Choice(["optuna"]), help="Search in ranges a..b instead of a grid.")
-@click.option("--trials", type=int, metavar="N", help="With --search: of each head, output and view.")
+@option("--features", metavar="V,W", help="Views of the same images. [default: that of the last extraction]")
+@option("--data", metavar="SOURCE", help="Images for networks from pixels, where no view has them.")
+@source_options
+@option("--outputs", metavar="A,B", help="cls,tokens,… each head takes those that fit it. [default: its own]")
+@option("--seeds", default=1, metavar="N", help="Initialisations 0 … N-1 of every setting.")
+@option("--fractions", default="1", metavar="GRID", help="Of train: 0.01,0.1,1; smaller ones are in larger.")
+@option("--repeats", default=1, metavar="N", help="Draws of splits and fractions.")
+@option("--folds", type=int, metavar="K", help="Cross-validate over train and val; a given test is left alone.")
+@option("--search", type=Choice(["optuna"]), help="Search in ranges a..b instead of a grid.")
+@option("--trials", type=int, metavar="N", help="With --search: of each head, output and view.")
 @training_options("ablate")
-@click.option("--controls/--no-controls", default=None, help="Chance, majority, pixels. [default: if untrained]")
-@click.option("--out", metavar="DIR", help="A new folder, or one to go on in. [default: runs/ablate-VIEW-N]")
-@click.option("--dry-run", is_flag=True, help="Say what would be trained; write nothing.")
-@click.option("--reference", metavar="NAME", help="A head of the table: the others against it, paired.")
-@click.option("--show-test", type=click.Choice(["chosen", "all"]), default="chosen", help="Test of which settings.")
+@option("--controls/--no-controls", default=None, help="Chance, majority, pixels. [default: if untrained]")
+@option("--out", metavar="DIR", help="A new folder, or one to go on in. [default: runs/ablate-VIEW-N]")
+@option("--dry-run", is_flag=True, help="Say what would be trained; write nothing.")
+@option("--reference", metavar="NAME", help="A head of the table: the others against it, paired.")
+@tested_option
 @page_options
 @cache_option
 def ablate(
@@ -54,28 +65,28 @@ def ablate(
 
     views = features.split(",") if features else None
     images = named_images(data, columns, task)
-    found = api.ablate(views, heads, data=images, say=talk.line, progress=talk.progress, **options)
-    if found is None:
+    sweep = api.ablate(views, heads, data=images, say=talk.line, progress=talk.progress, **options)
+    if sweep is None:
         talk.next("the same command without --dry-run")
         return 0
-    comparison = compare(found.families, reference=reference, show_test=show_test)
-    written = write_report(found.path, found.families, comparison, images=not no_images, hash_ids=hash_ids)
-    lines = [lab_table(comparison.record), f"sweep      {found.path}/   rows: {len(found.rows):,}", _written(written)]
-    talk.result("\n".join(lines), {"sweep": str(found.path), "report": str(written.path), **comparison.record})
-    talk.next(f"featurecache predict --run {shlex.quote(str(found.best.path))} IMAGE…")
+    comparison = compare(sweep.families, reference=reference, show_test=show_test)
+    written = write_report(sweep.path, sweep.families, comparison, images=not no_images, hash_ids=hash_ids)
+    lines = [lab_table(comparison.record), f"sweep      {sweep.path}/   rows: {len(sweep.rows):,}", _written(written)]
+    talk.result("\n".join(lines), {"sweep": sweep.path, "report": written.path, **comparison.record})
+    talk.next(prediction_by(sweep.best))
     return 0
 
 
 @command
-@click.option("--run", "run", required=True, metavar="DIR", help="A run, or a sweep: its chosen heads.")
+@option("--run", "run", required=True, metavar="DIR", help="A run, or a sweep: its chosen heads.")
 @features_option
-@click.option("--data", metavar="SOURCE", help="Of a baseline: the images, where no view has them.")
-@options_of(SOURCE_OPTIONS)
-@click.option("--split", metavar="NAME", help="train, val or test of the view. [default: all its labelled images]")
-@click.option(
+@option("--data", metavar="SOURCE", help="Of a baseline: the images, where no view has them.")
+@source_options
+@option("--split", metavar="NAME", help="train, val or test of the view. [default: all its labelled images]")
+@option(
     "--classes", multiple=True, metavar="NAME=A,B", help="What the view calls a class of the run; NAME= for not there."
 )
-@click.option("--trust-code", is_flag=True, help="Import the module of a python: head.")
+@trust_option
 @cache_option
 def evaluate(
     talk: Console, run: str, features: str | None, data: str | None, columns: tuple[str, ...], task: str | None,
@@ -112,12 +123,12 @@ def evaluate(
 
 
 @command
-@click.argument("runs", nargs=-1, required=True, metavar="RUN…")
-@click.option("--out", metavar="DIR", help="[default: the folder itself; of several: report-N beside the first]")
-@click.option("--reference", metavar="NAME", help="A head of the table, or its folder: the others against it, paired.")
-@click.option("--by", metavar="COLUMN", help="Measures by site, sex, device: a further column of the data.")
-@click.option("--prevalence", type=float, metavar="P", help="PPV and NPV where this share is positive.")
-@click.option("--show-test", type=click.Choice(["chosen", "all"]), default="chosen", help="Test of which settings.")
+@argument("runs", nargs=-1, required=True, metavar="RUN…")
+@option("--out", metavar="DIR", help="[default: the folder itself; of several: report-N beside the first]")
+@option("--reference", metavar="NAME", help="A head of the table, or its folder: the others against it, paired.")
+@option("--by", metavar="COLUMN", help="Measures by site, sex, device: a further column of the data.")
+@option("--prevalence", type=float, metavar="P", help="PPV and NPV where this share is positive.")
+@tested_option
 @page_options
 def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any) -> int:
     """One page of a run, a sweep, or several side by side: report.html, metrics.csv, metrics.json.
@@ -129,12 +140,8 @@ def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any
     import heads
 
     written = heads.report(list(runs), images=not no_images, **options)
-    record = {
-        "report": str(written.path),
-        "images": written.images,
-        "metrics": str(written.path.parent / "metrics.json"),
-    }
-    talk.result(_written(written), record)
+    files = {"report": written.path, "metrics": written.path.parent / "metrics.json"}
+    talk.result(_written(written), files | {"images": written.images})
     if written.images:
         hides = "" if options["hash_ids"] else ", --hash-ids hides what they are called"
         talk.say(f"           before you send it: --no-images leaves them out{hides}")
@@ -143,23 +150,19 @@ def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any
 
 
 @command
-@click.option("--run", "runs", required=True, multiple=True, metavar="DIR", help="A run; several stand side by side.")
-@click.option("--out", metavar="DIR", help="Where the PNGs go. [default: explain in the folder of the first run]")
-@click.option(
+@option("--run", "runs", required=True, multiple=True, metavar="DIR", help="A run; several stand side by side.")
+@option("--out", metavar="DIR", help="Where the PNGs go. [default: explain in the folder of the first run]")
+@option(
     "--kind",
     "kinds",
     metavar="A,B",
-    help="contribution, attention, grad-cam. [default: contribution; grad-cam of a network on pixels]",
+    help="contribution, attention, grad-cam. [default: contribution; on pixels grad-cam]",
 )
-@click.option("--class", "classes", multiple=True, metavar="NAME", help="Whose margin. [default: the class called]")
-@click.option("--method", type=click.Choice(["replace", "gradient"]), default="replace", help="Of contribution.")
-@click.option("--device", default="auto", help="auto, cpu, cuda, mps.")
-@click.option("--weights", metavar="PATH", help="Where the backbone's weights are now, if not where they were.")
-@click.option("--trust-code", is_flag=True, help="Import the module of a python: head or backbone.")
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE…")
-def explain(
-    talk: Console, runs: tuple[str, ...], images: tuple[str, ...], classes: tuple[str, ...], **options: Any
-) -> int:  # fmt: skip
+@option("--class", "classes", multiple=True, metavar="NAME", help="Whose margin. [default: the predicted class]")
+@option("--method", type=Choice(["replace", "gradient"]), default="replace", help="Of contribution.")
+@of_backbone_options
+@argument("images", nargs=-1, required=True, metavar="IMAGE…")
+def explain(talk: Console, runs: tuple[str, ...], images: tuple[str, ...], **options: Any) -> int:
     """Maps over images: what a head makes of every place, where the backbone looks, or Grad-CAM.
 
     \b
@@ -172,13 +175,12 @@ def explain(
     import heads
     from heads.explanations.explain import as_table
 
-    found = heads.explain(list(runs), list(images), classes=list(classes) or None, **options)
-    failed = [record for record in found.records if "error" in record]
-    lines = [as_table(found.records), f"maps       {found.path}/   {len(found.files):,} PNG files, explain.json"]
-    record = {"explained": str(found.path), "files": [str(f) for f in found.files], "maps": found.records}
-    talk.result("\n".join(lines), record)
+    options["classes"] = options["classes"] or None
+    maps = heads.explain(list(runs), list(images), **options)
+    lines = [as_table(maps.records), f"maps       {maps.path}/   {len(maps.files):,} PNG files, explain.json"]
+    talk.result("\n".join(lines), {"explained": maps.path, "files": maps.files, "maps": maps.records})
     talk.next(f"featurecache report {shlex.join(runs)}")
-    return int(bool(failed))
+    return int(any("error" in record for record in maps.records))
 
 
 def _written(report: Any) -> str:
@@ -188,19 +190,19 @@ def _written(report: Any) -> str:
 
 
 @command
-@click.argument("name", required=False, metavar="[NAME]")
-@click.option("--data", multiple=True, metavar="[SET=]SOURCE", help="As extract takes it. [default: fetched]")
-@click.option("--quick", is_flag=True, help="A trial in about a minute: few images, small untrained networks.")
-@click.option("--random-weights", is_flag=True, help="Run it without pretrained weights; published numbers are greyed.")
-@click.option("--weights", multiple=True, metavar="[BACKBONE=]PATH", help="A copy of the weights that you have.")
-@click.option("--only", metavar="A,B", help="These steps, and what they need; * stands for anything.")
-@click.option("--skip", metavar="A,B", help="All steps but these.")
-@click.option("--image-size", type=int, metavar="N", help="Pixels that every network sees. [default: its own]")
-@click.option("--epochs", type=int, metavar="N", help="At most so many, of every network and head.")
-@click.option("--train-per-class", type=int, metavar="N", help="Of networks from pixels: at most N images of a class.")
-@click.option("--device", default="auto", help="auto, cpu, cuda, mps.")
-@click.option("--out", metavar="DIR", help="[default: studies/NAME; with --quick studies/NAME-quick]")
-@click.option("--dry-run", is_flag=True, help="Say the steps and about how long they take; compute nothing.")
+@argument("name", required=False, metavar="[NAME]")
+@option("--data", multiple=True, metavar="[SET=]SOURCE", help="As extract takes it. [default: fetched]")
+@option("--quick", is_flag=True, help="A trial in about a minute: few images, small untrained networks.")
+@option("--random-weights", is_flag=True, help="Run it without pretrained weights; published numbers are greyed.")
+@option("--weights", multiple=True, metavar="[BACKBONE=]PATH", help="A copy of the weights that you have.")
+@option("--only", metavar="A,B", help="These steps, and what they need; * stands for anything.")
+@option("--skip", metavar="A,B", help="All steps but these.")
+@option("--image-size", type=int, metavar="N", help="Pixels that every network sees. [default: its own]")
+@option("--epochs", type=int, metavar="N", help="At most so many, of every network and head.")
+@option("--train-per-class", type=int, metavar="N", help="Of networks from pixels: at most N images of a class.")
+@device_option
+@option("--out", metavar="DIR", help="[default: studies/NAME; with --quick studies/NAME-quick]")
+@option("--dry-run", is_flag=True, help="Say the steps and about how long they take; compute nothing.")
 @page_options
 @cache_option
 def study(
@@ -218,9 +220,9 @@ def study(
     if name is None:
         from heads.studies.recipes import STUDIES
 
-        width = max(map(len, STUDIES))
-        lines = "\n".join(f"  {key:<{width}}  {each.question}" for key, each in STUDIES.items())
-        talk.result(f"studies:\n{lines}", {"studies": {key: each.question for key, each in STUDIES.items()}})
+        questions = {key: each.question for key, each in STUDIES.items()}
+        lines = aligned(list(questions.items()), right=2, indent=2)
+        talk.result("\n".join(["studies:", *lines]), {"studies": questions})
         talk.next("featurecache study medical-mnist --quick")
         return 0
     from heads.studies.runner import result_lines, result_record, run_study
@@ -228,11 +230,12 @@ def study(
     options |= {"only": _words(only), "skip": _words(skip), "images": not no_images}
     result = run_study(name, say=talk.say, progress=talk.progress, **options)
     talk.result(result_lines(result), result_record(result))
-    following = "the same command without --dry-run"
-    if result.page:
-        following = f"featurecache predict --run {shlex.quote(str(result.tables[0].best.path))} IMAGE…"
-        following = f"featurecache study {name} --data DIR" if result.options.quick else following
-    talk.next(following)
+    if not result.page:
+        talk.next("the same command without --dry-run")
+    elif result.options.quick:
+        talk.next(f"featurecache study {name} --data DIR")
+    else:
+        talk.next(prediction_by(result.tables[0].best))
     return 0
 
 

@@ -24,42 +24,18 @@ Measures of a test set: classification measures under weights, calibration, boot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from heads.metrics import METRICS
 from heads.metrics.calibration import BINS, CalibratedPredictions, confidence, mass_bins
 
 Values = dict[str, np.ndarray]  # measure -> [R], or of every class [C, R]
 Segments = tuple[np.ndarray, np.ndarray, Any, np.ndarray]  # of a ranking: positive, below, tied [G, R]; negatives [R]
 
 
-@dataclass(frozen=True)
-class Metric:
-    title: str
-    higher: bool = True
-
-
-METRICS: dict[str, Metric] = {
-    "auroc": Metric("AUROC"),
-    "ap": Metric("AP"),
-    "accuracy": Metric("accuracy"),
-    "top5": Metric("top-5 accuracy"),
-    "balanced_accuracy": Metric("balanced acc."),
-    "macro_f1": Metric("macro F1"),
-    "quadratic_kappa": Metric("quadratic kappa"),
-    "mae": Metric("MAE (classes)", higher=False),
-    "sensitivity": Metric("sensitivity"),
-    "specificity": Metric("specificity"),
-    "ppv": Metric("PPV"),
-    "npv": Metric("NPV"),
-    "f1": Metric("F1"),
-    "nll": Metric("NLL", higher=False),
-    "brier": Metric("Brier", higher=False),
-    "ece": Metric("ECE", higher=False),
-}
 COMPARED = {  # measures of test in a comparison table
     "binary": ("auroc", "sensitivity", "specificity", "accuracy"),
     "multiclass": ("auroc", "accuracy", "macro_f1"),

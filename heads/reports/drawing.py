@@ -17,15 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import xxhash
 from markupsafe import Markup, escape
-from matplotlib import image
-from matplotlib.figure import Figure as Canvas
-from matplotlib.lines import Line2D
-from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b5559a", "#c08a00", "#3aa0dd", "#5b4bb5", "#7a5230")  # told apart
 GREY, INK, FAINT, GRID, HEAT, PAPER = "#9aa1a8", "#1c2024", "#5d656d", "#e9ebed", "#0b5a8f", "#ffffff"
@@ -45,6 +39,10 @@ SHADES = 10
 
 def ticks(low: float, high: float, wanted: int) -> list[float]:
     """Round numbers within low … high."""
+    from matplotlib.ticker import (
+        MaxNLocator,
+    )  # loaded when first something is drawn, as all of matplotlib: half a second
+
     room = 1e-9 * (high - low)
     return [float(v) for v in MaxNLocator(wanted, steps=STEPS).tick_values(low, high) if low - room <= v <= high + room]
 
@@ -67,6 +65,8 @@ def style_of(number: int) -> str:
 
 @contextmanager
 def _options() -> Iterator[None]:
+    import matplotlib
+
     options = {"svg.fonttype": "none", "svg.hashsalt": "featurecache", "text.parse_math": False}
     with matplotlib.rc_context(options), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # boxes in a PNG; a page has fonts
@@ -84,6 +84,8 @@ class Plot:
         xlog: bool = False, xwhole: bool = False, xticks: Sequence[float] | None = None,
         xformat: Callable[[float], str] = plain, height: float = HEIGHT,
     ) -> None:  # fmt: skip
+        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
         self._empty(WIDTH, height)
         self._labels, self._y, self._least, self._top = (xlabel, ylabel), y, least, top
         self.axes.margins(0.06)
@@ -99,6 +101,8 @@ class Plot:
             axis.set_major_formatter(FuncFormatter(lambda value, _, words=words: words(value)))
 
     def _empty(self, width: float, height: float) -> None:
+        from matplotlib.figure import Figure as Canvas
+
         self.hints: list[str] = []
         self.figure = Canvas(figsize=(width / 72, height / 72), dpi=72)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
@@ -121,6 +125,8 @@ class Plot:
             room = max((end / start) ** 0.08, 1.25)  # small differences of seconds shall look small
             self.axes.set_xlim(start / room, end * room)
         if self._xlog and self._xticks is None:
+            from matplotlib.ticker import LogLocator
+
             start, end = map(math.log10, self.axes.get_xlim())
             subs = (1,) if math.floor(end) > math.ceil(start) else (1, 2, 5)
             self.axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=7))
@@ -206,6 +212,8 @@ class Matrix(Plot):
                 self.axes.plot(xs, np.repeat(i + 0.5, 3), HEAT, clip_on=False, **options)
 
     def _numbers(self, counts: np.ndarray, share: np.ndarray, size: float) -> None:
+        from matplotlib.text import Text
+
         for (i, j), count in np.ndenumerate(counts):
             words = f"{count:,.0f}" if count == round(count) else f"{count:,.1f}"
             colour, alpha = (PAPER, 1) if share[i, j] > 0.55 else (INK, 1) if count else (FAINT, 0.6)
@@ -234,6 +242,9 @@ class Figure:
 
     def pixels(self, note: str) -> np.ndarray:
         """float [h, w, 4] with title, ``note`` and legend."""
+        from matplotlib import image
+        from matplotlib.lines import Line2D
+
         figure, data = self.plot.figure, io.BytesIO()
         names = [words for _, words in self.keys]
         with _options():
@@ -258,6 +269,8 @@ class Figure:
 
 def save_png(path: Path, figures: Sequence[Figure], note: str = "") -> None:
     """Figures side by side in one file."""
+    from matplotlib import image
+
     each = [figure.pixels(note) for figure in figures]
     height = max(len(pixels) for pixels in each)
     padded = [np.pad(p, ((0, height - len(p)), (0, 24), (0, 0)), constant_values=1.0) for p in each]

@@ -20,7 +20,7 @@ import featurecache
 from featurecache.backbones.base import Backbone
 from featurecache.errors import CacheError, Stopped
 from featurecache.extraction.pipeline import StageTimings
-from featurecache.formatting import cost_line, device_title
+from featurecache.formatting import cost_per_image, device_title
 from featurecache.images import decoding
 from featurecache.images.augmentation import Augmentation
 from heads.api import train_head
@@ -71,7 +71,7 @@ def test_where_nothing_is_computed_the_earlier_figures_stand(home):
     assert first is not None and extract(home).cost == first == extract(home, outputs="cls").cost
     again = extract(home, name="again")
     assert again.cost["forward_ms"] > 0 and again.cost["loading_ms"] is None  # another view of the same images
-    assert "loading not measured" in cost_line(again.cost)
+    assert "loading not measured" in cost_per_image(again.cost)
 
 
 def test_the_run_that_computed_more_images_is_believed(home, monkeypatch):

@@ -223,7 +223,7 @@ def test_the_output_compared_is_the_first_vector_the_view_has():
     assert find_leaks(view, output="mean").output == "mean"
     view.features = {"tokens-257": view.features["tokens"]}
     assert find_leaks(view).output is None
-    assert "not looked for: tokens-257 is no vector" in inspect.lines(view, find_leaks(view))
+    assert "not looked for: tokens-257 is no vector" in inspect.leaks_lines(view, find_leaks(view))
 
 
 @pytest.mark.parametrize(
@@ -430,13 +430,13 @@ def test_the_command_counts_lists_and_names_what_to_type(extracted):
 
 def test_nothing_found_is_said_as_none():
     clean = toy_view(n=40, splits="given")
-    text = inspect.lines(clean, find_leaks(clean, threshold=1.0)).splitlines()
+    text = inspect.leaks_lines(clean, find_leaks(clean, threshold=1.0)).splitlines()
     assert len(text) == 4 and all("none" in line for line in text)
 
 
 def test_a_view_without_splits_says_why_there_is_nothing():
     view = toy_view(n=40)
-    assert inspect.lines(view, find_leaks(view)).count("fewer than two splits in the data") == 3
+    assert inspect.leaks_lines(view, find_leaks(view)).count("fewer than two splits in the data") == 3
 
 
 def test_the_csv_has_every_pair_and_no_formula(extracted, tmp_path):
@@ -446,7 +446,7 @@ def test_the_csv_has_every_pair_and_no_formula(extracted, tmp_path):
     assert [(row["split a"], row["split b"]) for row in exact] == [(TRAIN, VAL), (TRAIN, VAL), (TRAIN, TEST)]
     assert exact[0]["id b"] == "val/w\x1b[2Jell/\nline.png"
     view = view_of([TRAIN, TEST], "xx", labels=[0, 1], ids=["=cmd()", "-1+1"])
-    text = inspect.as_csv(view, find_leaks(view, near=False))
+    text = inspect.leaks_csv(inspect.leaks_record(view, find_leaks(view, near=False)))
     cells = [value for row in csv.reader(io.StringIO(text)) for value in row]
     assert "'=cmd()" in cells and "'-1+1" in cells
     assert not any(value.startswith(("=", "-", "+", "@")) for value in cells)
@@ -498,9 +498,9 @@ def test_a_sheet_without_images_is_refused_before_anything_is_compared(extracted
     assert "there is no folder" in done.stderr
     view = view_of([TRAIN, TEST], "xx", source={"kind": "import", "data": "features.npy"})
     with pytest.raises(BadOption, match="imported as features: it has no images"):
-        inspect.images_of(view)
+        inspect.open_images(view)
     with pytest.raises(SourceError, match="there is no folder"):
-        inspect.images_of(view_of([TRAIN], "x", source={"kind": "folder", "data": str(tmp_path / "gone")}))
+        inspect.open_images(view_of([TRAIN], "x", source={"kind": "folder", "data": str(tmp_path / "gone")}))
 
 
 def test_pneumoniamnist_has_eight_images_in_train_and_val(real_data):
