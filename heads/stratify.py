@@ -45,12 +45,16 @@ def stratified_parts(
 def _parts_by_class(
     labels: np.ndarray, unit: np.ndarray, size: np.ndarray, shares: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Units of several rows first, largest first, each to the part that lacks its classes most; then row by row
-    what is still wanted of every class, the fractions carried from class to class so that the totals fit too."""
+    """Units of several rows first, largest first (equal ones in random order), each to the part that lacks its classes
+    most; then row by row what is still wanted of every class, the fractions carried from class to class so that the
+    totals fit too."""
     totals = np.bincount(labels)
     want = shares[:, None] * totals  # [S, C]
     part = np.zeros(len(labels), dtype=np.int64)
-    for rows in _rows_by_size(unit, size, rng):
+    order, ends = np.argsort(unit, kind="stable"), np.cumsum(size)
+    shuffled = rng.permutation(np.flatnonzero(size > 1))
+    for u in shuffled[np.argsort(-size[shuffled], kind="stable")]:
+        rows = order[ends[u] - size[u] : ends[u]]
         counts = np.bincount(labels[rows], minlength=len(totals))
         chosen = int(np.argmax(want @ (counts / np.maximum(totals, 1))))
         part[rows] = chosen
@@ -63,22 +67,15 @@ def _parts_by_class(
     return part
 
 
-def _rows_by_size(unit: np.ndarray, size: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    """The rows of each unit that holds several, largest unit first, equal ones in random order."""
-    rows, ends = np.argsort(unit, kind="stable"), np.cumsum(size)
-    shuffled = rng.permutation(np.flatnonzero(size > 1))
-    return [rows[ends[u] - size[u] : ends[u]] for u in shuffled[np.argsort(-size[shuffled], kind="stable")]]
-
-
 def _share_out(n: int, want: np.ndarray, carry: np.ndarray) -> np.ndarray:
     """int [S] with sum n in proportion to ``want``; ``carry`` keeps what rounding owes each part (changed in place)."""
     want = np.maximum(want, 0)
     exact = n * want / want.sum() if want.sum() > 0 else n * np.eye(len(want))[0]
-    given = np.floor(exact + 1e-9).astype(int)
-    owed = exact - given + carry
-    given[np.argsort(-owed, kind="stable")[: n - given.sum()]] += 1
-    carry += exact - given
-    return given
+    counts = np.floor(exact + 1e-9).astype(int)
+    owed = exact - counts + carry
+    counts[np.argsort(-owed, kind="stable")[: n - counts.sum()]] += 1
+    carry += exact - counts
+    return counts
 
 
 def _parts_by_label(
@@ -91,22 +88,19 @@ def _parts_by_label(
     np.add.at(counts, unit, positive)
     want, want_rows = shares[:, None] * counts.sum(0), shares * len(positive)
     part = np.full(len(size), -1)
-
-    def give(u: int, label: int | None) -> None:
-        wish = want_rows if label is None else want[:, label]
-        s = max(range(len(shares)), key=lambda s: (wish[s], want_rows[s]))
-        part[u] = s
-        want[s] -= counts[u]
-        want_rows[s] -= size[u]
-
     order = rng.permutation(len(size))
     order = order[np.argsort(-size[order], kind="stable")]
-    while (left := (counts[part < 0] > 0).sum(0)).any():
-        label = int(np.argmin(np.where(left > 0, left, np.iinfo(np.int64).max)))
-        for u in order[(part[order] < 0) & (counts[order, label] > 0)]:
-            give(u, label)
-    for u in order[part[order] < 0]:
-        give(u, None)
+    while (part < 0).any():
+        left = (counts[part < 0] > 0).sum(0)
+        units, wish = order[part[order] < 0], want_rows  # those without any label come last
+        if left.any():
+            label = int(np.argmin(np.where(left > 0, left, np.iinfo(np.int64).max)))
+            units, wish = units[counts[units, label] > 0], want[:, label]
+        for u in units:
+            s = -max((wish[s], want_rows[s], -s) for s in range(len(shares)))[2]
+            part[u] = s
+            want[s] -= counts[u]
+            want_rows[s] -= size[u]
     return part[unit]
 
 
@@ -121,21 +115,21 @@ def nested_fraction(labels: np.ndarray, units: np.ndarray, fraction: float, seed
     rng = np.random.default_rng([seed, 6])
     _, unit, size = np.unique(units, return_inverse=True, return_counts=True)
     stratum = _strata(labels, unit)
-    kept = np.zeros(len(size), dtype=bool)
+    keep = np.zeros(len(size), dtype=bool)
     names = np.unique(stratum)
     offsets = (rng.permutation(len(names)) + 0.5) / len(names)
     for name, offset in zip(names, offsets, strict=True):
         members = rng.permutation(np.flatnonzero(stratum == name))
         rows = size[members]
-        kept[members] = np.cumsum(rows) - rows + offset * rows <= fraction * rows.sum() + 1e-9
-        kept[members[0]] = True
-    return kept[unit]
+        keep[members] = np.cumsum(rows) - rows + offset * rows <= fraction * rows.sum() + 1e-9
+        keep[members[0]] = True
+    return keep[unit]
 
 
 def _strata(labels: np.ndarray, unit: np.ndarray) -> np.ndarray:
     """int [U]: the class of every unit that has fewest rows in all; -1 where it has none (no positive label)."""
-    there = labels == 1 if labels.ndim == 2 else labels[:, None] == np.arange(labels.max(initial=0) + 1)  # [N, C]
-    has = np.zeros((unit.max(initial=-1) + 1, there.shape[1]), dtype=bool)
-    np.logical_or.at(has, unit, there)
-    rare_first = np.argsort(there.sum(0), kind="stable")
+    positive = labels == 1 if labels.ndim == 2 else labels[:, None] == np.arange(labels.max(initial=0) + 1)  # [N, C]
+    has = np.zeros((unit.max(initial=-1) + 1, positive.shape[1]), dtype=bool)
+    np.logical_or.at(has, unit, positive)
+    rare_first = np.argsort(positive.sum(0), kind="stable")
     return np.where(has.any(1), rare_first[has[:, rare_first].argmax(1)], -1)

@@ -1,13 +1,10 @@
-"""Families side by side on the same test images; paired differences.
+"""Comparison of families on the same test images: val for all, test with intervals for what was chosen, paired
+differences; as one record that tables and reports are made of.
 
-Families side by side: val for all, test with intervals for what was chosen, as one record that tables and reports
-are made of. Nothing is chosen here, and nothing in it was not computed from the answers in the run folders.
-
-Differences of two families on the same test images.
-
-The interval is that of a paired bootstrap: both are measured on the same resamples, so what is hard for both cancels.
-p is exact where it can be (one head each, no clusters): McNemar's for proportions, DeLong's for the AUROC of two
-classes; else from the bootstrap. Where each was tested on several sets of images (folds, draws), the differences of
+Nothing is chosen here, and nothing in it was not computed from the answers in the run folders. The interval of a
+difference is that of a paired bootstrap: both families are measured on the same resamples, so what is hard for both
+cancels. p is exact where it can be (one head each, no clusters): McNemar's for proportions, DeLong's for the AUROC of
+two classes; else from the bootstrap. Where each was tested on several sets of images (folds, draws), the differences of
 these are taken: Nadeau and Bengio's t. p is corrected by Holm over the families, for each measure by itself.
 """
 
@@ -15,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,22 +28,21 @@ from heads.evaluation.families import (
     check_comparable,
     display_setting,
     names_of,
-    only_initialisation,
     path_edge_warnings,
     resample_key,
-    same_clusters,
+    run_setting,
+    seeds_only_warning,
     select_setting,
-    setting_shown,
     spread,
     test_predictions,
+    unify_clusters,
 )
 from heads.evaluation.operating_points import Prevalence, calibration_record, check_prevalence, operating_points
-from heads.evaluation.subgroups import values_of
+from heads.evaluation.subgroups import column_values
 from heads.metrics.calibration import measure_scores
 from heads.metrics.classification import METRICS, title
 from heads.metrics.intervals import FamilyEstimates, MeasureEstimate, SharedResamples, proportion_counts
 from heads.metrics.significance import LEVEL, corrected_t, delong, holm, mcnemar, percentiles, sign_share
-from heads.runs.run import Run
 
 FEW_CLUSTERS = 20
 
@@ -57,13 +53,13 @@ class Comparison:
     record: dict[str, Any]  # JSON
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     """One family on its way into the record."""
 
     name: str
     family: Family
-    heard: FamilyPredictions
+    predictions: FamilyPredictions
     estimates: FamilyEstimates
     difference: dict[str, MeasureDifference] | None = None
 
@@ -90,13 +86,13 @@ def compare(
     first = families[0].runs[0]
     check_prevalence(first, prevalence)
     names, resampler = names_of(families), SharedResamples(resamples)
-    chosen_reference = None if reference is None else _find(reference, names, families)
-    heard = same_clusters([test_predictions(family) for family in families])
+    chosen_reference = None if reference is None else _resolve_reference(reference, names, families)
+    predictions = unify_clusters([test_predictions(family) for family in families])
     entries = [
-        _Entry(name, family, each, FamilyEstimates(each.parts, first.classes, resampler))
-        for name, family, each in zip(names, families, heard, strict=True)
+        _Entry(name, family, each, FamilyEstimates(each.test_sets, first.classes, resampler))
+        for name, family, each in zip(names, families, predictions, strict=True)
     ]
-    warnings = _differ(entries, chosen_reference) + _warnings(entries)
+    warnings = _set_differences(entries, chosen_reference) + _warnings(entries)
     record = {
         "task": first.task,
         "classes": list(first.classes),
@@ -104,19 +100,19 @@ def compare(
         "select": first.config["chosen"]["by"],
         "measures": entries[0].estimates.names,
         "untrained": any(run.untrained for family in families for run in family.runs),
-        "controls": _controls(families),
-        **_of_test(entries),
+        "controls": next((c for family in families for run in family.runs if (c := run.metrics["controls"])), []),
+        **_test_images(entries),
         "reference": chosen_reference,
-        "test_seen": _seen(families) if show_test == "all" else None,
+        "test_seen": sum(max(len(f.tried), len(f.runs)) for f in families) if show_test == "all" else None,
         "families": [_family(entry, prevalence, resampler) for entry in entries],
-        "rows": [row for entry in entries for row in _rows(entry, show_test == "all")],
+        "rows": [row for entry in entries for row in _head_rows(entry, show_test == "all")],
         "by": None if by is None else {by: _by(entries, by, resampler)},
         "warnings": warnings,
     }
     return Comparison(tuple(families), nan_to_none(record))
 
 
-def _find(reference: str, names: Sequence[str], families: Sequence[Family]) -> str:
+def _resolve_reference(reference: str, names: Sequence[str], families: Sequence[Family]) -> str:
     folders = {str(run.path): name for name, family in zip(names, families, strict=True) for run in family.runs}
     if reference.rstrip("/") in folders:
         return folders[reference.rstrip("/")]
@@ -127,29 +123,29 @@ def _find(reference: str, names: Sequence[str], families: Sequence[Family]) -> s
     return reference
 
 
-def _differ(entries: Sequence[_Entry], reference: str | None) -> list[str]:
+def _set_differences(entries: Sequence[_Entry], reference: str | None) -> list[str]:
     """Set each entry's differences to the reference; sentences for what has none."""
     if reference is None:
         return []
     base = next(entry for entry in entries if entry.name == reference)
-    found, words = [], []
-    for entry in entries:
-        same = entry is not base and same_sets(entry.estimates, base.estimates)
-        found.append(differences(entry.estimates, base.estimates) if same else None)
-        if entry is not base and not same:
-            words.append(f"{entry.name} was not tested on the images of {reference}: no difference is given")
-    for entry, difference in zip(entries, with_holm(found), strict=True):
+    same = [entry for entry in entries if entry is not base and same_sets(entry.estimates, base.estimates)]
+    differences = with_holm([paired_differences(entry.estimates, base.estimates) for entry in same])
+    for entry, difference in zip(same, differences, strict=True):
         entry.difference = difference
-    return words
+    return [
+        f"{entry.name} was not tested on the images of {reference}: no difference is given"
+        for entry in entries
+        if entry is not base and entry not in same
+    ]
 
 
 def _warnings(entries: Sequence[_Entry]) -> list[str]:
     warnings = []
     if any(not same_sets(entry.estimates, entries[0].estimates) for entry in entries[1:]):
         warnings.append("not all of these were tested on the same images: their numbers do not compare")
-    if words := only_initialisation([entry.family for entry in entries]):
+    if words := seeds_only_warning([entry.family for entry in entries]):
         warnings.append(words)
-    test = _of_test(entries)["clusters"]
+    test = _test_images(entries)["clusters"]
     if test["few"]:
         warnings.append(
             f"test holds {test['n']} independent {test['unit']}s: with fewer than {FEW_CLUSTERS} every interval is a "
@@ -162,34 +158,24 @@ def _warnings(entries: Sequence[_Entry]) -> list[str]:
 
 def _rare(entry: _Entry) -> str:
     """Classes (or labels) that fewer than 20 clusters of test show."""
-    part, classes = entry.heard.parts[0], entry.estimates.classes
-    shown = [part.y[:, c] == 1 if part.y.ndim == 2 else part.y == c for c in range(len(classes))]
-    counts = {name: part.clusters.among(rows) for name, rows in zip(classes, shown, strict=True)}
-    words = [f"{name} ({n})" for name, n in sorted(counts.items(), key=lambda pair: pair[1]) if n < FEW_CLUSTERS]
-    return abbreviated(words, 4)
+    first = entry.predictions.test_sets[0]
+    positive = (first.y == 1 if first.y.ndim == 2 else first.y[:, None] == np.arange(len(entry.estimates.classes))).T
+    counts = [(first.clusters.among(rows), name) for rows, name in zip(positive, entry.estimates.classes, strict=True)]
+    counts.sort(key=lambda pair: pair[0])
+    return abbreviated([f"{name} ({n})" for n, name in counts if n < FEW_CLUSTERS], 4)
 
 
-def _of_test(entries: Sequence[_Entry]) -> dict[str, Any]:
+def _test_images(entries: Sequence[_Entry]) -> dict[str, Any]:
     """Images and clusters of the first family's test images; of several sets, all in them."""
-    heard = entries[0].heard
-    images = {name for answers in heard.answers for name in answers[0].ids}
-    clusters = {int(c) for part in heard.parts for c in part.cluster_ids}
-    n, unit = len(clusters), "group" if heard.grouped else "image"
+    predictions = entries[0].predictions
+    images = {name for answers in predictions.answers for name in answers[0].ids}
+    clusters = {int(c) for test_set in predictions.test_sets for c in test_set.cluster_ids}
+    n, unit = len(clusters), "group" if predictions.grouped else "image"
     return {"n_test": len(images), "clusters": {"n": n, "unit": unit, "few": n < FEW_CLUSTERS}}
 
 
-def _controls(families: Sequence[Family]) -> list[dict[str, Any]]:
-    found = (run.metrics["controls"] for family in families for run in family.runs)
-    return next((controls for controls in found if controls), [])
-
-
-def _seen(families: Sequence[Family]) -> int:
-    """How many heads' test results are shown."""
-    return sum(max(len(family.tried), len(family.runs)) for family in families)
-
-
-def _records(found: dict[str, MeasureEstimate]) -> dict[str, Any]:
-    return {name: each.record() for name, each in found.items()}
+def _records(by_measure: dict[str, MeasureEstimate] | dict[str, MeasureDifference]) -> dict[str, Any]:
+    return {name: each.record() for name, each in by_measure.items()}
 
 
 def _family(entry: _Entry, prevalence: Prevalence | None, resampler: SharedResamples) -> dict[str, Any]:
@@ -203,7 +189,7 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: SharedResam
         "output": family.output,
         "head": family.head,
         "fraction": family.fraction,
-        "setting": setting_shown(run),
+        "setting": run_setting(run),
         "tried": choice.tried if choice else 1,
         "edges": [*(choice.edges if choice else ()), *path_edge_warnings(family)],
         **{kind: family.vary(kind) for kind in ("seeds", "repeats")},
@@ -212,11 +198,11 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: SharedResam
         **mean_cost(family.runs),
         "val": _val(family, estimates.names),
         "test": _records(test),
-        "per_class": {name: _records(found) for name, found in estimates.of_classes().items()},
+        "per_class": {name: _records(measures) for name, measures in estimates.of_classes().items()},
         "spread": spread(family, estimates.names),
-        "calibration": calibration_record(entry.heard),
+        "calibration": calibration_record(entry.predictions),
         "operating": operating_points(run, estimates, prevalence),
-        "difference": None if entry.difference is None else {m: d.record() for m, d in entry.difference.items()},
+        "difference": None if entry.difference is None else _records(entry.difference),
         "external": external,
         "runs": [str(each.path) for each in family.runs],
         "warnings": [*_without_width(entry.name, family.runs[0].task, test), *elsewhere],
@@ -230,18 +216,26 @@ def _val(family: Family, names: Sequence[str]) -> dict[str, float | None]:
 
 
 def _without_width(name: str, task: str, test: dict[str, MeasureEstimate]) -> list[str]:
-    none = [m for m, each in test.items() if each.low == each.high and each.method and "bootstrap" in each.method]
-    flat = [title(m, task) for m in none]
-    if not flat:
-        return []
-    return [f"{name}: {', '.join(flat)} came out the same in every resample; an interval without width is no certainty"]
+    flat = [title(m, task) for m, e in test.items() if e.low == e.high and e.method and "bootstrap" in e.method]
+    words = f"{name}: {', '.join(flat)} came out the same in every resample; an interval without width is no certainty"
+    return [words] if flat else []
 
 
-def _rows(entry: _Entry, all_shown: bool) -> list[dict[str, Any]]:
+def _head_rows(entry: _Entry, all_shown: bool) -> list[dict[str, Any]]:
     """A line for each head that was trained: val always, test where its setting was chosen or all are shown."""
     family = entry.family
     if not family.tried:
-        return [_row_of_run(entry.name, run) for run in family.runs]
+        keys = ("seed", "repeat", "fold")
+        return [
+            {
+                "family": entry.name,
+                "setting": run_setting(run),
+                **dict(zip(keys, resample_key(run), strict=True)),
+                "chosen": True,
+                **{split: _scalars(run.metrics[split]) for split in ("val", "test")},
+            }
+            for run in family.runs
+        ]
     choice = select_setting(family.tried, family.runs[0].config["chosen"]["by"])
     chosen = {id(row) for row in choice.rows} if choice else set()
     return [
@@ -259,30 +253,22 @@ def _rows(entry: _Entry, all_shown: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _row_of_run(name: str, run: Run) -> dict[str, Any]:
-    seed, split_seed, fold = resample_key(run)
-    val, test = _scalars(run.metrics["val"]), _scalars(run.metrics["test"])
-    row = {"family": name, "setting": setting_shown(run), "seed": seed, "repeat": split_seed, "fold": fold}
-    return {**row, "chosen": True, "val": val, "test": test}
-
-
 def _scalars(measured: dict[str, Any] | None) -> dict[str, Any] | None:
     return None if measured is None else {k: v for k, v in measured.items() if isinstance(v, float | None)}
 
 
 def _by(entries: Sequence[_Entry], column: str, resampler: SharedResamples) -> list[dict[str, Any]]:
     """Measures of each family on the test images of each value of a column of the data."""
-    found = []
+    rows = []
     for entry in entries:
-        values = values_of(entry.heard, column)
+        values = column_values(entry.predictions, column)
         for value in sorted({v for each in values for v in each}):
             masks = [np.array([v == value for v in each]) for each in values]
-            parts = [p.where(m, f"{column}={value}") for p, m in zip(entry.heard.parts, masks, strict=True) if m.any()]
-            estimates = FamilyEstimates(parts, entry.estimates.classes, resampler)
-            n = sum(int(m.sum()) for m in masks)
-            test = _records(estimates.all())
-            found.append({"family": entry.name, "value": value, "n": n, "test": test})
-    return sorted(found, key=lambda row: row["value"])
+            masked = zip(entry.predictions.test_sets, masks, strict=True)
+            test_sets = [each.where(mask, f"{column}={value}") for each, mask in masked if mask.any()]
+            test = _records(FamilyEstimates(test_sets, entry.estimates.classes, resampler).all())
+            rows.append({"family": entry.name, "value": value, "n": sum(map(len, test_sets)), "test": test})
+    return sorted(rows, key=lambda row: row["value"])
 
 
 MCNEMAR = ("accuracy", "sensitivity", "specificity")
@@ -301,37 +287,38 @@ class MeasureDifference:
     p_holm: float = math.nan
 
     def record(self) -> dict[str, Any]:
-        numbers = {"value": self.value, "low": self.low, "high": self.high, "p": self.p, "p_holm": self.p_holm}
-        return {**numbers, "method": self.method, "words": self.words}
+        record = asdict(self) | {"words": self.words}
+        del record["measure"]
+        return record
 
     @property
     def words(self) -> str:
-        told = f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        numbers = f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
         if self.p_holm >= 1 - LEVEL or self.low <= 0 <= self.high:
-            return f"no difference shown: {told}"
+            return f"no difference shown: {numbers}"
         better = (self.value > 0) is METRICS[self.measure].higher
-        return f"{'better' if better else 'worse'}: {told}"
+        return f"{'better' if better else 'worse'}: {numbers}"
 
 
 def same_sets(a: FamilyEstimates, b: FamilyEstimates) -> bool:
-    return {part.key for part in a.test_sets} == {part.key for part in b.test_sets}
+    return {each.key for each in a.test_sets} == {each.key for each in b.test_sets}
 
 
-def differences(a: FamilyEstimates, b: FamilyEstimates) -> dict[str, MeasureDifference]:
+def paired_differences(a: FamilyEstimates, b: FamilyEstimates) -> dict[str, MeasureDifference]:
     """By measure, where both are defined; of families with the same sets of test images."""
-    found = [_over_sets(a, b, name) if len(a.test_sets) > 1 else _resampled(a, b, name) for name in a.names]
-    return {each.measure: each for each in found if each is not None}
+    difference = _over_sets if len(a.test_sets) > 1 else _resampled
+    return {name: each for name in a.names if (each := difference(a, b, name)) is not None}
 
 
 def _resampled(a: FamilyEstimates, b: FamilyEstimates, name: str) -> MeasureDifference | None:
     value = a.value(name) - b.value(name)
-    drawn = a.resampled(name) - b.resampled(name)
-    if math.isnan(value) or np.isnan(drawn).mean() > 0.5:
+    resampled = a.resampled(name) - b.resampled(name)
+    if math.isnan(value) or np.isnan(resampled).mean() > 0.5:
         return None
-    low, high = percentiles(drawn)
+    low, high = percentiles(resampled)
     exact = _exact(a, b, name)
-    words = "paired cluster bootstrap" if a.clustered else "paired bootstrap"
-    p, method = (sign_share(drawn), words) if exact is None else (exact[0], f"{words}, p by {exact[1]}")
+    method = "paired cluster bootstrap" if a.clustered else "paired bootstrap"
+    p, method = (sign_share(resampled), method) if exact is None else (exact[0], f"{method}, p by {exact[1]}")
     return MeasureDifference(name, value, low, high, p, method)
 
 
@@ -353,22 +340,21 @@ def _exact(a: FamilyEstimates, b: FamilyEstimates, name: str) -> tuple[float, st
 
 
 def _over_sets(a: FamilyEstimates, b: FamilyEstimates, name: str) -> MeasureDifference | None:
-    place = {part.key: j for j, part in enumerate(b.test_sets)}
-    values = a.by_test_set(name) - b.by_test_set(name)[[place[part.key] for part in a.test_sets]]
+    index = {each.key: j for j, each in enumerate(b.test_sets)}
+    values = a.by_test_set(name) - b.by_test_set(name)[[index[each.key] for each in a.test_sets]]
     values = values[~np.isnan(values)]
     if len(values) < 2:
         return None
     low, high, p = corrected_t(values, a.ratio)
-    return MeasureDifference(
-        name, float(values.mean()), low, high, p, f"corrected t, {len(values)} sets of test images"
-    )
+    method = f"corrected t, {len(values)} sets of test images"
+    return MeasureDifference(name, float(values.mean()), low, high, p, method)
 
 
-def with_holm(found: Sequence[dict[str, MeasureDifference] | None]) -> list[dict[str, MeasureDifference] | None]:
+def with_holm(families: Sequence[dict[str, MeasureDifference]]) -> list[dict[str, MeasureDifference]]:
     """Each measure's p over all families that were compared."""
-    corrected = [None if each is None else dict(each) for each in found]
-    for name in {name for each in found if each for name in each}:
-        mine = [each for each in corrected if each and name in each]
-        for each, p in zip(mine, holm([each[name].p for each in mine]), strict=True):
+    corrected = [dict(each) for each in families]
+    for name in {name for each in families for name in each}:
+        compared = [each for each in corrected if name in each]
+        for each, p in zip(compared, holm([each[name].p for each in compared]), strict=True):
             each[name] = replace(each[name], p_holm=p)
     return corrected

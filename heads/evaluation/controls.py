@@ -1,5 +1,5 @@
-"""What a head must be better than before its features mean anything: chance, the majority class, and logistic
-regression on raw pixels. Measured on the same val and test as the head.
+"""Controls (baselines that a head must beat before its features mean anything), on the same val and test as the head:
+chance, the majority class, and logistic regression on raw pixels.
 
 The pixels: every image decoded as for a backbone, squashed (antialiased) to 32x32 where the first training image is
 larger than that, one channel where all are grey, centred by train's mean image, over one overall standard deviation.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +20,8 @@ from heads.metrics.calibration import CalibratedPredictions, calibrate
 from heads.metrics.classification import evaluate
 from heads.models.catalogue import HALF, squashed
 from heads.pixel_view import read_images
-from heads.runs.run import Run
-from heads.splits import Splits, read_splits
-from heads.task import SPLITS, FeatureView, Task, has_label, task_of
+from heads.splits import Splits
+from heads.task import SPLITS, FeatureView, Task
 
 if TYPE_CHECKING:
     from featurecache.images.preprocessing import Preprocess
@@ -33,51 +31,38 @@ MOST = 5_000  # training images
 CHANCE, MAJORITY, PIXELS = "chance", "majority class", "pixels, logistic regression"
 
 
-def run_controls(run: Run, view: FeatureView) -> list[dict[str, Any]]:
-    """The controls of a finished run, on its own splits."""
-    settings = run.config["settings"]
-    task = task_of(view, classes=settings["classes"], only=settings["only"], positive=settings["positive"])
-    names = read_splits(run.path / "splits.csv", view.ids, [])
-    return all_controls(view, task, Splits(names, "as in the run"))
-
-
-def all_controls(view: FeatureView, task: Task, divided: Splits) -> list[dict[str, Any]]:
+def all_controls(view: FeatureView, task: Task, splits: Splits) -> list[dict[str, Any]]:
     """Each {"name", "val", "test", "note"}; val and test as ``evaluate`` gives them, None where it could not be had."""
-    labels = {name: task.labels[divided.rows(name)] for name in SPLITS}
+    train, *others = (task.labels[splits.rows(name)] for name in SPLITS)
+    chance = dict(zip(SPLITS[1:], (_chance(task, y) for y in others), strict=True))
+    majority = dict(zip(SPLITS[1:], (_majority(task, train, y) for y in others), strict=True))
     return [
-        _control(CHANCE, task, labels, _chance),
-        _control(MAJORITY, task, labels, _majority),
-        pixels(view, task, divided),
+        {"name": CHANCE, **chance, "note": ""},
+        {"name": MAJORITY, **majority, "note": ""},
+        pixel_control(view, task, splits),
     ]
 
 
-def _control(
-    name: str, task: Task, labels: dict[str, np.ndarray], measure: Callable[..., dict[str, Any]]
-) -> dict[str, Any]:
-    parts = {split: measure(task, labels["train"], labels[split]) for split in ("val", "test")}
-    return {"name": name, **parts, "note": ""}
-
-
-def _chance(task: Task, train: np.ndarray, y: np.ndarray) -> dict[str, Any]:
-    """The expectation when every class is called equally often, and given equal probability."""
+def _chance(task: Task, y: np.ndarray) -> dict[str, Any]:
+    """The expectation when every class is predicted equally often, and given equal probability."""
     count = len(task.classes)
     z = np.zeros((len(y), count))
     if task.multilabel:
-        there = np.stack([(y == 0).sum(0), (y == 1).sum(0)], axis=1)  # [L, 2]
-        calls = np.repeat(there[:, :, None] / 2, 2, axis=2)
+        truth = np.stack([(y == 0).sum(0), (y == 1).sum(0)], axis=1)  # [L, 2]
+        confusion = np.repeat(truth[:, :, None] / 2, 2, axis=2)
     else:
-        calls = np.repeat(np.bincount(y, minlength=count)[:, None] / count, count, axis=1)
-    result = evaluate(CalibratedPredictions(task.kind, z, y, task.positive, (0.5,) * count), task.classes, calls)
+        confusion = np.repeat(np.bincount(y, minlength=count)[:, None] / count, count, axis=1)
+    result = evaluate(CalibratedPredictions(task.kind, z, y, task.positive, (0.5,) * count), task.classes, confusion)
     if task.kind == "ordinal":
         distance = np.abs(np.subtract.outer(np.arange(count), np.arange(count)))
-        result |= {"mae": float((distance * calls).sum() / len(y)), "quadratic_kappa": 0.0}
+        result |= {"mae": float((distance * confusion).sum() / len(y)), "quadratic_kappa": 0.0}
     if "top5" in result:
         result["top5"] = 5 / count
     return result
 
 
 def _majority(task: Task, train: np.ndarray, y: np.ndarray) -> dict[str, Any]:
-    """Train's prevalences as the probabilities of every image; the most frequent class is what it calls."""
+    """Train's prevalences as the probabilities of every image; the most frequent class is what it predicts."""
     if task.multilabel:
         known = np.maximum((~np.isnan(train)).sum(0), 1)
         p = np.clip((train == 1).sum(0) / known, 1e-6, 1 - 1e-6)
@@ -89,12 +74,12 @@ def _majority(task: Task, train: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     return evaluate(CalibratedPredictions(task.kind, tiled, y, task.positive, cuts), task.classes)
 
 
-def pixels(view: FeatureView, task: Task, divided: Splits) -> dict[str, Any]:
+def pixel_control(view: FeatureView, task: Task, splits: Splits) -> dict[str, Any]:
     """Logistic regression on raw pixels; where the images are gone, the note says so."""
     import featurecache.sources
 
     nothing = {"name": PIXELS, "val": None, "test": None}
-    rows = {name: divided.rows(name) for name in SPLITS}
+    rows = {name: splits.rows(name) for name in SPLITS}
     notes = []
     if len(rows["train"]) > MOST:
         notes.append(f"on {MOST:,} of {len(rows['train']):,} training images")
@@ -105,31 +90,31 @@ def pixels(view: FeatureView, task: Task, divided: Splits) -> dict[str, Any]:
     except (FeatureCacheError, OSError) as error:
         return {**nothing, "note": f"the images cannot be had any more: {error}"}
     start = 0
-    parts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name in SPLITS:
-        there = read[start : start + len(rows[name])]
-        if not there.all() and (name != "train" or not there.any()):
-            gone = int((~there).sum())
-            return {**nothing, "note": f"{gone:,} of {len(there):,} images of {name} are gone or changed"}
-        if not there.all():
-            notes.append(f"{int((~there).sum()):,} training images are gone or changed")
-        parts[name] = images[start : start + len(rows[name])][there], task.labels[rows[name][there]]
-        start += len(rows[name])
-    return {**_fit_pixels(task, parts, notes), "note": "; ".join(notes)}
+    data: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, own in rows.items():
+        readable = read[start : start + len(own)]
+        gone = int((~readable).sum())
+        if gone and (name != "train" or gone == len(own)):
+            return {**nothing, "note": f"{gone:,} of {len(own):,} images of {name} are gone or changed"}
+        if gone:
+            notes.append(f"{gone:,} training images are gone or changed")
+        data[name] = images[start : start + len(own)][readable], task.labels[own[readable]]
+        start += len(own)
+    return {**_fit_pixels(task, data, notes), "note": "; ".join(notes)}
 
 
 def _read_images(view: FeatureView, dataset: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, 3, h, w] of rows of the view, and bool [n]: whether the very image of the view was there to read."""
-    where = {name: i for i, name in enumerate(dataset.ids)}
-    places = np.array([where.get(view.ids[row], -1) for row in rows])
-    found = places[places >= 0].tolist()
-    pixels, digests, failed, _ = read_images(dataset, found, _small(dataset, found))
-    if len(failed) == len(found):
+    index = {name: i for i, name in enumerate(dataset.ids)}
+    there = np.flatnonzero([view.ids[row] in index for row in rows])
+    own = [index[view.ids[row]] for row in rows[there]]
+    pixels, digests, failed, _ = read_images(dataset, own, _small(dataset, own))
+    if len(failed) == len(own):
         raise FileNotFoundError(f"none of {len(rows):,} can be read")
     images, read = np.zeros((len(rows), *pixels.shape[1:]), np.uint8), np.zeros(len(rows), bool)
-    images[places >= 0] = pixels.numpy()
-    read[places >= 0] = digests == np.asarray(view.digests)[rows[places >= 0]]
-    read[np.flatnonzero(places >= 0)[list(failed)]] = False
+    images[there] = pixels.numpy()
+    read[there] = digests == np.asarray(view.digests)[rows[there]]
+    read[there[list(failed)]] = False
     return images, read
 
 
@@ -147,19 +132,19 @@ def _small(dataset: Any, rows: list[int]) -> Preprocess:
     return replace(squashed(SIDE, HALF), resize=size)
 
 
-def _fit_pixels(task: Task, parts: dict[str, tuple[np.ndarray, np.ndarray]], notes: list[str]) -> dict[str, Any]:
-    grey = all((x[:, :1] == x).all() for x, _ in parts.values())
-    flat = {name: x[:, : 1 if grey else 3].reshape(len(x), -1).astype(np.float32) for name, (x, _) in parts.items()}
-    mean, scale = flat["train"].mean(0), flat["train"].std() or 1.0
-    scaled = {name: (x - mean) / scale for name, x in flat.items()}
-    y = {name: labels for name, (_, labels) in parts.items()}
-    z, finished = _logits(task, scaled["train"], y["train"], [scaled["val"], scaled["test"]])
+def _fit_pixels(task: Task, data: dict[str, tuple[np.ndarray, np.ndarray]], notes: list[str]) -> dict[str, Any]:
+    images, (y, *others) = zip(*data.values(), strict=True)
+    channels = 1 if all((x[:, :1] == x).all() for x in images) else 3
+    flat = [x[:, :channels].reshape(len(x), -1).astype(np.float32) for x in images]
+    mean, scale = flat[0].mean(0), flat[0].std() or 1.0
+    train, *scaled = ((x - mean) / scale for x in flat)
+    z, finished = _logits(task, train, y, scaled)
     if not finished:
         notes.append("stopped before it converged")
-    calibration, _ = calibrate(task.kind, z[0], y["val"], np.zeros(len(task.classes)), task.positive)
+    calibration, _ = calibrate(task.kind, z[0], others[0], np.zeros(len(task.classes)), task.positive)
     measured = {
-        name: evaluate(calibration.predictions(task.kind, values, y[name], task.positive), task.classes)
-        for name, values in zip(("val", "test"), z, strict=True)
+        name: evaluate(calibration.predictions(task.kind, values, labels, task.positive), task.classes)
+        for name, values, labels in zip(SPLITS[1:], z, others, strict=True)
     }
     return {"name": PIXELS, **measured}
 
@@ -170,12 +155,12 @@ def _logits(task: Task, x: np.ndarray, y: np.ndarray, others: list[np.ndarray]) 
     if not task.multilabel:
         model, finished = _regression(x, y)
         for values, other in zip(z, others, strict=True):
-            found = model.decision_function(other)
-            values[:, model.classes_] = found if found.ndim == 2 else np.stack([np.zeros_like(found), found], axis=1)
+            own = model.decision_function(other)
+            values[:, model.classes_] = own if own.ndim == 2 else np.stack([np.zeros_like(own), own], axis=1)
         return z, finished
     all_finished = True
     for c in range(y.shape[1]):
-        known = has_label(np.nan_to_num(y[:, c], nan=-1).astype(int))
+        known = ~np.isnan(y[:, c])
         truth = y[known, c] == 1
         if truth.any() and not truth.all():
             model, finished = _regression(x[known], truth.astype(int))

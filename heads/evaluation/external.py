@@ -1,14 +1,10 @@
-"""A run on other images; classes matched by name.
+"""External evaluation: a finished run on another view (another hospital, another scanner), classes matched by name.
 
-A finished run on another view: another hospital, another scanner. Nothing is fitted: head, standardisation, prior
-correction, temperature and threshold are those of the run.
-
-What is found lies in the run's folder, beside its internal test:
+Nothing is fitted: head, standardisation, prior correction, temperature and threshold are those of the run. Classes are
+matched by name, never by place and never by guess. The result lies in the run's folder, beside its internal test:
 
     external/<view>.json           what was evaluated, on how many images, all measures with their intervals
     external/<view>.safetensors    the answers: raw logits with labels, digests, clusters and ids
-
-The classes of a finished run in another view, matched by name: never by place, and never by guess.
 """
 
 from __future__ import annotations
@@ -17,30 +13,32 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors.torch import save
 
-from featurecache import __version__
 from featurecache.errors import BadOption, CacheError, CannotWrite, RunError, nearest
-from featurecache.files.records import nan_to_none, read_record
+from featurecache.files.atomic import write_whole
+from featurecache.files.records import nan_to_none
 from featurecache.formatting import abbreviated
+from featurecache.store.spec import ExtractionSpec, describe_differences
+from featurecache.store.view import View
+from featurecache.store.write_view import open_view
 from heads.evaluation.families import Family, collect_predictions
 from heads.evaluation.operating_points import calibration_record, operating_points
 from heads.evaluation.subgroups import list_images
 from heads.metrics.intervals import FamilyEstimates, SharedResamples
 from heads.models.common import pieces
 from heads.pixel_view import PixelView
-from heads.runs.run import Run, is_pixels, pixels_of, read_ids, read_tensors
+from heads.runs.run import FORMAT, Run, is_pixels, pixels_of, read_ids, read_json, read_tensors
+from heads.runs.write import answer_columns, json_bytes, record_stamp
 from heads.splits import read_splits
-from heads.task import FeatureView, Predictions, Say, clusters_of, has_label
+from heads.task import SPLITS, FeatureView, Predictions, Say, clusters_of, has_label
 
 FOLDER = "external"
-FORMAT = 1
-SPLITS = ("train", "val", "test")
 ROWS = 1024  # features in memory at once
 
 
@@ -53,7 +51,7 @@ def evaluate_run(
     resamples: int = 2000,
     say: Say | None = None,
 ) -> dict[str, Any]:
-    """Evaluate ``run`` on the labelled images of ``view``, all or those of one ``split``, and write what is found into
+    """Evaluate ``run`` on the labelled images of ``view``, all or those of one ``split``, and write the record into
     the run. ``classes``: ``NAME=A,B`` where the view calls a class of the run otherwise, ``NAME=`` where it has none of
     it. Raises BadOption and RunError; NotInCache with the command that stores what is missing."""
     say = say or (lambda line: None)
@@ -67,23 +65,22 @@ def evaluate_run(
         say(f"warning    {note}")
     answers = _answers(run, view, matched, rows)
     record = {
-        "format": FORMAT,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"featurecache": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        **record_stamp(),
         "view": view.label,
         "path": str(Path(view.path).resolve()),
         "fingerprint": view.fingerprint,
         "output": run.output,
         "split": split,
         "n": len(rows),
-        "classes": matched.told(run, rows),
+        "classes": matched.counts(run, rows),
         "left_out": matched.left_out,
         "grouped": answers.grouped,
         "warnings": notes,
         **_measured([(run, answers)], SharedResamples(resamples)),
     }
-    path = _write(run, view.name + (f"-{split}" if split else ""), nan_to_none(record), answers)
-    return nan_to_none(record) | {"run": str(run.path), "written": str(path)}
+    record = nan_to_none(record)
+    path = _write(run, view.name + (f"-{split}" if split else ""), record, answers)
+    return record | {"run": str(run.path), "written": str(path)}
 
 
 class ExternalImages:
@@ -91,8 +88,6 @@ class ExternalImages:
     ``data``, prepared as each of them has it."""
 
     def __init__(self, runs: Sequence[Run], features: str | None, data: Any, cache: str | Path | None) -> None:
-        from featurecache.store.write_view import open_view
-
         if data is not None and (features is not None or not all(is_pixels(run) for run in runs)):
             why = "--features is given too" if features is not None else "a head takes features: give --features VIEW"
             raise BadOption(f"--data gives images to baselines alone; {why}.")
@@ -111,10 +106,15 @@ class ExternalImages:
 def _check_features(run: Run, view: FeatureView) -> None:
     """The head means something on features of its own backbone only."""
     if view.fingerprint != run.config["view"]["fingerprint"]:
-        fields = _differing(run, view)
+        try:
+            specs = ExtractionSpec.from_dict(run.config["spec"]), ExtractionSpec.from_dict(view.spec)
+        except CacheError as error:
+            raise RunError(f"{run.path} is damaged: {error}") from error
+        changes = describe_differences(*specs, (run.config["provenance"], view.provenance))
+        fields = "; ".join(f"{name} ({change})" for name, change in changes) or "what the fingerprint is made of"
         raise BadOption(
             f"{view.label} was not made as the features that {run.path} was trained on, and to its head other features "
-            f"mean nothing. They differ in {'; '.join(fields)}. Extract these images as those were."
+            f"mean nothing. They differ in {fields}. Extract these images as those were."
         )
     shape = tuple(view.info(run.output).shape)
     if shape != tuple(run.config["view"]["shape"]):
@@ -124,19 +124,8 @@ def _check_features(run: Run, view: FeatureView) -> None:
         )
 
 
-def _differing(run: Run, view: FeatureView) -> list[str]:
-    from featurecache.store.spec import ExtractionSpec, describe_differences
-
-    try:
-        specs = ExtractionSpec.from_dict(run.config["spec"]), ExtractionSpec.from_dict(view.spec)
-    except CacheError as error:
-        raise RunError(f"{run.path} is damaged: {error}") from error
-    found = describe_differences(*specs, (run.config["provenance"], view.provenance))
-    return [f"{name} ({change})" for name, change in found] or ["what the fingerprint is made of"]
-
-
 def _rows(view: FeatureView, matched: MatchedClasses, split: str | None) -> np.ndarray:
-    usable = matched.usable.copy()
+    usable = has_label(matched.labels)
     if view.versions is not None:
         usable &= np.asarray(view.versions) == 0
     if split is not None:
@@ -152,29 +141,23 @@ def _overlap(run: Run, view: FeatureView, rows: np.ndarray) -> list[str]:
     """A sentence where images were also used to train or choose the head; or where that cannot be looked up."""
     used, notes = {bytes(d) for d in run.answers("val").digests}, []
     try:
-        used |= _trained_on(run, view)
+        used |= _training_digests(run, view)
     except (CacheError, OSError):
         path = run.config["view"]["path"]
         notes.append(f"the view it was trained on is gone ({path}): copies of training images cannot be found")
-    count = sum(bytes(d) in used for d in np.asarray(view.digests)[rows])
-    if count:
-        notes.append(
-            f"{count:,} of {len(rows):,} images were also used to train or choose this head: these numbers are too good"
-        )
+    if n := sum(bytes(d) in used for d in np.asarray(view.digests)[rows]):
+        words = f"{n:,} of {len(rows):,} images were also used to train or choose this head"
+        notes.append(f"{words}: these numbers are too good")
     return notes
 
 
-def _trained_on(run: Run, view: FeatureView) -> set[bytes]:
+def _training_digests(run: Run, view: FeatureView) -> set[bytes]:
     """Digests of the run's train and val."""
-    from featurecache.store.view import View as Opened
-
     path, file = Path(run.config["view"]["path"]), run.path / "splits.csv"
-    known = set(read_ids(file))
-    if Path(view.path).resolve() == path:
-        own: Any = view
-    else:
-        own = list_images(run, known) if is_pixels(run) else Opened(path, columns_only=True)
-    rows = np.array([i for i, name in enumerate(own.ids) if name in known], dtype=np.int64)
+    ids, own = set(read_ids(file)), cast(Any, view)
+    if Path(view.path).resolve() != path:
+        own = list_images(run, ids) if is_pixels(run) else View(path, columns_only=True)
+    rows = np.array([i for i, name in enumerate(own.ids) if name in ids], dtype=np.int64)
     names = read_splits(file, [own.ids[i] for i in rows], [])
     return {bytes(d) for d in np.asarray(own.digests)[rows[np.isin(names, ("train", "val"))]]}
 
@@ -186,105 +169,90 @@ def _answers(run: Run, view: FeatureView, matched: MatchedClasses, rows: np.ndar
     for start in range(0, len(rows), ROWS):
         features = view.tensor(run.output, rows[start : start + ROWS])
         logits += [model(scale(part.float())).double().numpy() for part in features.split(size)]
-    raw = np.concatenate(logits)
-    return Predictions(
-        [view.ids[i] for i in rows], np.asarray(view.digests)[rows], clusters_of(view)[rows], view.groups is not None,
-        matched.labels[rows], raw, run.calibration(raw),
-    )  # fmt: skip
+    raw, ids, digests = np.concatenate(logits), [view.ids[i] for i in rows], np.asarray(view.digests)[rows]
+    clusters, grouped = clusters_of(view)[rows], view.groups is not None
+    return Predictions(ids, digests, clusters, grouped, matched.labels[rows], raw, run.calibration(raw))
 
 
 def _measured(pairs: Sequence[tuple[Run, Predictions]], resampler: SharedResamples) -> dict[str, Any]:
-    run, heard = pairs[0][0], collect_predictions(pairs)
-    estimates = FamilyEstimates(heard.parts, run.classes, resampler)
+    run, predictions = pairs[0][0], collect_predictions(pairs)
+    estimates = FamilyEstimates(predictions.test_sets, run.classes, resampler)
     by_class = estimates.of_classes()
     return {
         "test": {name: each.record() for name, each in estimates.all().items()},
-        "per_class": {name: {m: e.record() for m, e in found.items()} for name, found in by_class.items()},
+        "per_class": {name: {m: e.record() for m, e in measures.items()} for name, measures in by_class.items()},
         "operating": operating_points(run, estimates, None),
-        "calibration": calibration_record(heard),
+        "calibration": calibration_record(predictions),
     }
 
 
 def _write(run: Run, name: str, record: dict[str, Any], answers: Predictions) -> Path:
-    from safetensors.torch import save
-
-    from featurecache.files.atomic import write_whole
-
-    digests = np.frombuffer(bytes.fromhex("".join(d.decode() for d in answers.digests)), np.uint8).reshape(-1, 16)
     ids = np.frombuffer(json.dumps(answers.ids).encode(), np.uint8)
-    found = {"digests": digests, "ids": ids, "clusters": answers.clusters, "labels": answers.y, "logits": answers.raw}
-    tensors = {key: torch.from_numpy(np.array(value)) for key, value in found.items()}
-    stem = run.path / FOLDER / re.sub(r"[^\w.-]+", "_", name)
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    columns = {"ids": ids, **answer_columns(answers.digests, answers.clusters, answers.y, answers.raw)}
+    folder, name = run.path / FOLDER, re.sub(r"[^\w.-]+", "_", name)
     try:
-        stem.parent.mkdir(exist_ok=True)
-        write_whole(stem.with_name(stem.name + ".safetensors"), save(tensors, {"format": "pt"}))
-        write_whole(stem.with_name(stem.name + ".json"), text.encode("utf-8", "backslashreplace"))
+        folder.mkdir(exist_ok=True)
+        tensors = {key: torch.from_numpy(np.array(value)) for key, value in columns.items()}
+        write_whole(folder / f"{name}.safetensors", save(tensors, {"format": "pt"}))
+        write_whole(folder / f"{name}.json", json_bytes(record))
     except OSError as error:
-        raise CannotWrite(f"Nothing can be written in {stem.parent}: {error.strerror or error}.") from error
-    return stem.with_name(stem.name + ".json")
+        raise CannotWrite(f"Nothing can be written in {folder}: {error.strerror or error}.") from error
+    return folder / f"{name}.json"
 
 
 def read_external(run: Run) -> list[tuple[dict[str, Any], Predictions]]:
     """What was evaluated on other views, by name. Raises RunError."""
-    found = []
+    evaluations = []
     for file in sorted((run.path / FOLDER).glob("*.json")):
-        try:
-            record = read_record(file)
-        except CacheError as error:
-            raise RunError(f"{run.path} is damaged: {error}") from error
-        kinds: dict[str, Any] = {
-            "view": str, "split": (str, type(None)), "grouped": bool, "format": int, "warnings": list,
-        }  # fmt: skip
-        wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key, ...), kind)]
-        if not wrong and not all(isinstance(words, str) for words in record["warnings"]):
-            wrong = ["warnings"]
-        if wrong or record["format"] != FORMAT:
-            raise RunError(f"{file} is damaged: it has no proper {' and no '.join(wrong or ['format'])}.")
-        found.append((record, _read_answers(run, file, record["grouped"])))
-    return found
+        record = read_json(file)
+        proper = {
+            "view": isinstance(record.get("view"), str),
+            "split": isinstance(record.get("split", ...), str | None),
+            "grouped": isinstance(record.get("grouped"), bool),
+            "format": record.get("format") == FORMAT,
+            "warnings": isinstance(record.get("warnings"), list)
+            and all(isinstance(words, str) for words in record["warnings"]),
+        }
+        if wrong := [key for key, fine in proper.items() if not fine]:
+            raise RunError(f"{file} is damaged: it has no proper {' and no '.join(wrong)}.")
+        evaluations.append((record, _read_answers(run, file, record["grouped"])))
+    return evaluations
 
 
 def _read_answers(run: Run, file: Path, grouped: bool) -> Predictions:
     source = file.with_suffix(".safetensors")
     if not source.is_file() or source.is_symlink():
         raise RunError(f"{source} is missing; evaluate the run on that view again.")
-    tensors = {k: v.numpy() for k, v in read_tensors(source).items()}
-    digests, ids = (tensors.get(name, np.zeros(0, np.uint8)) for name in ("digests", "ids"))
+    columns = {name: tensor.numpy() for name, tensor in read_tensors(source).items()}
     try:
-        names = json.loads(ids.tobytes())
+        ids = json.loads(columns.pop("ids", np.zeros(0, np.uint8)).tobytes())
     except ValueError:
-        names = None
-    n, classes = len(digests), len(run.classes)
-    many = run.task == "multilabel"
-    shapes = {"digests": (n, 16), "clusters": (n,), "labels": (n, classes) if many else (n,), "logits": (n, classes)}
-    dtypes = {"digests": "uint8", "clusters": "int64", "labels": "float32" if many else "int64", "logits": "float64"}
-    fine = isinstance(names, list) and len(names) == n and all(isinstance(name, str) for name in names)
-    fine = fine and all(
-        name in tensors and tensors[name].shape == shape and tensors[name].dtype == dtypes[name]
-        for name, shape in shapes.items()
-    )
-    if not fine or not (many or ((tensors["labels"] >= 0) & (tensors["labels"] < classes)).all()):
+        ids = None
+    answers = None
+    if isinstance(ids, list) and all(isinstance(name, str) for name in ids):
+        answers = run.checked_answers(ids, columns, grouped)
+    if answers is None:
         raise RunError(f"{source} is damaged: it does not fit the run.")
-    words = np.array([row.tobytes().hex().encode() for row in digests], "S32")
-    raw = tensors["logits"]
-    return Predictions(names, words, tensors["clusters"], grouped, tensors["labels"], raw, run.calibration(raw))
+    return answers
 
 
 def external_records(family: Family, resampler: SharedResamples) -> list[dict[str, Any]]:
     """For each other view: the measures of the family's heads that were evaluated on it, with intervals."""
-    found: dict[str, list[tuple[Run, Predictions]]] = {}
-    warnings: dict[str, dict[str, None]] = {}
+    views: dict[str, list[tuple[Run, dict[str, Any], Predictions]]] = {}
     for run in family.runs:
         for record, answers in read_external(run):
             name = record["view"] + (f" ({record['split']})" if record["split"] else "")
-            found.setdefault(name, []).append((run, answers))
-            warnings.setdefault(name, {}).update(dict.fromkeys(record["warnings"]))
+            views.setdefault(name, []).append((run, record, answers))
     return [
-        {"view": name, "n": len(pairs[0][1].ids), "heads": len(pairs), "warnings": list(warnings[name]),
-         **_measured(pairs, resampler)}
-        for name, pairs in found.items()
-    ]  # fmt: skip
+        {
+            "view": name,
+            "n": len(evaluations[0][2].ids),
+            "heads": len(evaluations),
+            "warnings": list(dict.fromkeys(words for _, record, _ in evaluations for words in record["warnings"])),
+            **_measured([(run, answers) for run, _, answers in evaluations], resampler),
+        }
+        for name, evaluations in views.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -293,22 +261,15 @@ class MatchedClasses:
     float32 [N, L], NaN for unknown. ``left_out``: images of each class that the head does not know."""
 
     labels: np.ndarray
-    members: dict[str, list[str]]  # class of the run -> what the view calls it
+    names: dict[str, list[str]]  # class of the run -> what the view calls it
     left_out: dict[str, int]
     notes: tuple[str, ...]
 
-    @property
-    def usable(self) -> np.ndarray:
-        return has_label(self.labels)
-
-    def told(self, run: Run, rows: np.ndarray) -> list[dict[str, Any]]:
+    def counts(self, run: Run, rows: np.ndarray) -> list[dict[str, Any]]:
         """For each class of the run what it is called in the view, and how many of these rows it has."""
         y = self.labels[rows]
-        counts = (y == 1).sum(axis=0) if y.ndim == 2 else np.bincount(y, minlength=len(run.classes))
-        return [
-            {"class": name, "in_view": self.members[name], "n": int(n)}
-            for name, n in zip(run.classes, counts, strict=True)
-        ]
+        n = (y == 1).sum(axis=0) if y.ndim == 2 else np.bincount(y, minlength=len(run.classes))
+        return [{"class": name, "in_view": self.names[name], "n": int(n[c])} for c, name in enumerate(run.classes)]
 
 
 def match_classes(run: Run, view: FeatureView, given: Sequence[str] = ()) -> MatchedClasses:
@@ -321,28 +282,30 @@ def match_classes(run: Run, view: FeatureView, given: Sequence[str] = ()) -> Mat
             f"{run.path} is a {run.task} head and the labels of {view.label} are {view.task}: labels beside each other "
             "and classes that exclude each other do not match."
         )
-    members = _members(run, view, _given(run, view, given))
-    taken: dict[str, str] = {}
-    for name, own in members.items():
+    names = _view_names(run, view, _parse_names(run, view, given))
+    run_class: dict[str, str] = {}
+    for name, own in names.items():
         for word in own:
-            if taken.setdefault(word, name) != name:
-                raise BadOption(f"{word} of {view.label} cannot be both {taken[word]} and {name} of the run.")
-    absent = [name for name, own in members.items() if not own]
-    if len(members) - len(absent) < 2 and run.task != "multilabel":
+            if run_class.setdefault(word, name) != name:
+                raise BadOption(f"{word} of {view.label} cannot be both {run_class[word]} and {name} of the run.")
+    absent = [name for name, own in names.items() if not own]
+    if len(names) - len(absent) < 2 and run.task != "multilabel":
         raise BadOption(f"{view.label} has fewer than two classes of the run; there is nothing to tell apart.")
-    labels = _labels(run, view, members)
-    left_out = _left_out(view, taken) if run.task != "multilabel" else {}
+    view_labels, left_out = np.asarray(view.labels), {}
+    if run.task != "multilabel":
+        n = np.bincount(view_labels[view_labels >= 0], minlength=len(view.classes))
+        left_out = {name: int(n[c]) for c, name in enumerate(view.classes) if name not in run_class and n[c]}
     notes = [f"{view.label} has no {name}: measures of that class are undefined" for name in absent]
     if left_out:
-        count = sum(left_out.values())
-        notes.append(f"{count:,} images of classes that the head does not know are left out ({_few(left_out)})")
-    if unlabelled := int((~has_label(np.asarray(view.labels))).sum()):
+        count, classes = sum(left_out.values()), abbreviated([f"{name} {n:,}" for name, n in left_out.items()], 6)
+        notes.append(f"{count:,} images of classes that the head does not know are left out ({classes})")
+    if unlabelled := int((~has_label(view_labels)).sum()):
         notes.append(f"{unlabelled:,} images carry no label and are left out")
-    return MatchedClasses(labels, members, left_out, tuple(notes))
+    return MatchedClasses(_recode(run, view, names), names, left_out, tuple(notes))
 
 
-def _given(run: Run, view: FeatureView, given: Sequence[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _parse_names(run: Run, view: FeatureView, given: Sequence[str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
     for text in given:
         name, equals, words = text.partition("=")
         if name not in run.classes or not equals:
@@ -355,57 +318,41 @@ def _given(run: Run, view: FeatureView, given: Sequence[str]) -> dict[str, list[
             raise BadOption(
                 f"--classes {text}: {view.label} has no class {unknown[0]!r}; it has {', '.join(view.classes[:12])}."
             )
-        found[name] = parts
-    return found
+        names[name] = parts
+    return names
 
 
-def _members(run: Run, view: FeatureView, given: dict[str, list[str]]) -> dict[str, list[str]]:
+def _view_names(run: Run, view: FeatureView, given: dict[str, list[str]]) -> dict[str, list[str]]:
     """Class of the run -> classes of the view: as given, of the same name, or those it was merged from in training."""
-    merged = {}
+    names = {name: [name] for name in run.classes if name in view.classes}
     for text in run.config["settings"].get("classes") or ():
         name, _, words = text.partition("=")
-        merged[name] = [word.strip() for word in words.split(",") if word.strip()]
-    found = {}
+        parts = [word.strip() for word in words.split(",") if word.strip() in view.classes]
+        if parts and name in run.classes:
+            names.setdefault(name, parts)
+    names |= given
     for name in run.classes:
-        parts = [word for word in merged.get(name, ()) if word in view.classes]
-        if name in given:
-            found[name] = given[name]
-        elif name in view.classes:
-            found[name] = [name]
-        elif parts:
-            found[name] = parts
-        else:
+        if name not in names:
             raise BadOption(
                 f"{view.label} has no class {name!r}, which {run.path} tells apart; it has "
                 f"{', '.join(view.classes[:12])}.{nearest(name, view.classes)} --classes '{name}=…' says what it is "
                 f"called there, --classes '{name}=' that there is none."
             )
-    return found
+    return {name: names[name] for name in run.classes}
 
 
-def _labels(run: Run, view: FeatureView, members: dict[str, list[str]]) -> np.ndarray:
+def _recode(run: Run, view: FeatureView, names: dict[str, list[str]]) -> np.ndarray:
+    """The labels of the view as the run counts its classes; of several merged labels any that is there makes it one."""
     labels = np.asarray(view.labels)
-    places = [[view.classes.index(word) for word in members[name]] for name in run.classes]
+    columns = [[view.classes.index(word) for word in names[name]] for name in run.classes]
     if run.task == "multilabel":
-        found = np.full((len(labels), len(places)), np.nan, dtype=np.float32)
-        for c, own in enumerate(places):
+        recoded = np.full((len(labels), len(columns)), np.nan, dtype=np.float32)
+        for c, own in enumerate(columns):
             if own:
-                column = labels[:, own]
-                known = ~np.isnan(column)
-                any_yes = (np.nan_to_num(column) == 1).any(axis=1)
-                found[:, c] = np.where(any_yes, 1.0, np.where(known.all(axis=1), 0.0, np.nan))
-        return found
+                absent = np.where(np.isnan(labels[:, own]).any(axis=1), np.nan, 0.0)
+                recoded[:, c] = np.where((labels[:, own] == 1).any(axis=1), 1.0, absent)
+        return recoded
     recode = np.full(len(view.classes) + 1, -1, dtype=np.int64)  # the last entry serves label -1
-    for c, own in enumerate(places):
+    for c, own in enumerate(columns):
         recode[own] = c
     return recode[labels.astype(np.int64)]
-
-
-def _left_out(view: FeatureView, taken: dict[str, str]) -> dict[str, int]:
-    labels = np.asarray(view.labels)
-    counts = np.bincount(labels[labels >= 0], minlength=len(view.classes))
-    return {name: int(n) for name, n in zip(view.classes, counts, strict=True) if name not in taken and n}
-
-
-def _few(counts: dict[str, int]) -> str:
-    return abbreviated([f"{name} {n:,}" for name, n in counts.items()], 6)

@@ -1,19 +1,12 @@
-"""Runs that differ in seed or split only: one family; its predictions; the choice on val.
-
-Families: the runs of one setting of one head on one output of one view at one fraction, and what varied among them.
+"""Families of runs: the runs of one setting, the choice of a setting on val, and their predictions for test images.
 
 Runs of a family differ in ``seed`` (initialisation), ``split_seed`` (repeats: other splits or another fraction of
-train) and ``fold``, and in nothing else.
+train) and ``fold``, and in nothing else. A *setting* is everything else that is decided before training. Shown is the
+one that is best on val, averaged over seeds, repeats and folds; settings are compared on the same draws: one that was
+trained on fewer of them than another is no candidate.
 
-Which setting of a family is shown: the best on val, averaged over seeds, repeats and folds.
-
-A *setting* is everything that is decided before training except what only repeats it: seed, split seed, fold. Settings
-are compared on the same draws: one that was trained on fewer of them than another is no candidate.
-
-What the heads of a family said of their test images, in an order that is the same for every head on those images.
-
-Rows are ordered by digest, labels and id, so heads on other views of the same images, extracted in any order by any
-backbone, can be compared image by image.
+Predictions are ordered by digest, labels and id, so heads on other views of the same images, extracted in any order by
+any backbone, can be compared image by image.
 """
 
 from __future__ import annotations
@@ -29,7 +22,7 @@ import numpy as np
 from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
 from heads.metrics.calibration import CalibratedPredictions
-from heads.metrics.classification import METRICS, named_by
+from heads.metrics.classification import METRICS, measure_name
 from heads.metrics.intervals import TestSet
 from heads.models.catalogue import HEADS
 from heads.runs.run import Run, is_of_pixels, name_of
@@ -69,15 +62,15 @@ def resample_key(run: Run) -> tuple[int, int, int | None]:
 
 def families_of(runs: Sequence[Run]) -> list[Family]:
     """Plain runs that differ only in seed, split seed and fold are one family; any other setting is one of its own."""
-    found: dict[str, list[Run]] = {}
+    groups: dict[str, list[Run]] = {}
     for run in runs:
         config = run.config
         view = [config["view"].get("fingerprint"), config["view"]["label"], run.output]
-        key = [view, setting_of({"settings": config["settings"]}), config["classes"], config["positive"]]
-        found.setdefault(canonical_json(key), []).append(run)
+        key = [view, setting_of(config), config["classes"], config["positive"]]
+        groups.setdefault(canonical_json(key), []).append(run)
     return [
-        Family(same[0].config["view"]["label"], same[0].output, same[0].head, fraction_of(same[0]), tuple(same))
-        for same in found.values()
+        Family(first.config["view"]["label"], first.output, first.head, fraction_of(first), (first, *others))
+        for first, *others in groups.values()
     ]
 
 
@@ -92,10 +85,12 @@ def check_comparable(families: Sequence[Family]) -> None:
         for run in family.runs:
             mine, other = ((r.task, list(r.classes), r.config["positive"]) for r in (first, run))
             if mine != other:
-                told = [f"{kind} of {', '.join(names[:8])}" + (f" (positive: {p})" if p else "") for kind, names, p in
-                        (mine, other)]  # fmt: skip
+                questions = "; ".join(
+                    f"{kind} of {', '.join(names[:8])}" + (f" (positive: {positive})" if positive else "")
+                    for kind, names, positive in (mine, other)
+                )
                 raise BadOption(
-                    f"{first.path} and {run.path} do not answer the same question: {told[0]}; {told[1]}. "
+                    f"{first.path} and {run.path} do not answer the same question: {questions}. "
                     "Compare runs of one task."
                 )
 
@@ -110,49 +105,42 @@ def names_of(families: Sequence[Family]) -> list[str]:
     )
     for word in words:
         names = [name + word(family) for name, family in zip(names, families, strict=True)]
-    shown = [setting_shown(family.runs[0]) for family in families]
+    settings = [run_setting(family.runs[0]) for family in families]
     plain = list(names)
     for k, name in enumerate(plain):
-        same = [i for i, other in enumerate(plain) if other == name]
-        if len(same) > 1:
-            varied = [key for key in shown[k] if len({repr(shown[i].get(key)) for i in same}) > 1]
-            told = ", ".join(_told(key.replace("_", " "), shown[k][key]) for key in varied)
-            names[k] = f"{name}, {told}" if told else name
+        same = [each for other, each in zip(plain, settings, strict=True) if other == name]
+        varied = [key for key in settings[k] if len({repr(each.get(key)) for each in same}) > 1]
+        names[k] = ", ".join([name, *(_option_text(key.replace("_", " "), settings[k][key]) for key in varied)])
     repeated = [name for name in names if names.count(name) > 1]
     return [f"{n} ({f.runs[0].path.name})" if n in repeated else n for n, f in zip(names, families, strict=True)]
 
 
-def _told(key: str, value: Any) -> str:
+def _option_text(key: str, value: Any) -> str:
     """``lr 0.001``, ``rlrr``, ``no balance``."""
     if isinstance(value, bool):
         return key if value else f"no {key}"
     return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
 
 
-def setting_shown(run: Run) -> dict[str, Any]:
+def run_setting(run: Run) -> dict[str, Any]:
     """Of a run's setting: the numbers that grids vary, what is not as by default, what a solver chose in its path."""
-    return display_setting(run.config["settings"]) | _solved(run)
+    line = next((row for row in run.history if row["epoch"] == run.config["chosen"]["epoch"]), {})
+    setting = display_setting(run.config["settings"])
+    if "train_loss" in line:  # trained in steps, not solved
+        return setting
+    others = ("epoch", "best", "seconds")
+    return setting | {key: value for key, value in line.items() if key not in others and not key.startswith("val_")}
 
 
 def display_setting(settings: dict[str, Any]) -> dict[str, Any]:
     plain = Settings(settings["head"]).to_dict()
     solved = settings["head"] in HEADS and HEADS[settings["head"]].solved
     always = () if solved else ("lr", "weight_decay")
-    own = setting_of({"settings": settings})
     return {
         key: value
-        for key, value in own.items()
+        for key, value in setting_of({"settings": settings}).items()
         if key not in NAMED and (value != plain.get(key) or key in always) and value is not None
     }
-
-
-def _solved(run: Run) -> dict[str, Any]:
-    """The chosen value of the path of a solved head; a head that was trained in steps has a training loss instead."""
-    line = next((row for row in run.history if row["epoch"] == run.config["chosen"]["epoch"]), {})
-    if "train_loss" in line:
-        return {}
-    known = ("epoch", "best", "seconds")
-    return {key: value for key, value in line.items() if key not in known and not key.startswith("val_")}
 
 
 def path_edge_warnings(family: Family) -> list[str]:
@@ -164,17 +152,17 @@ def path_edge_warnings(family: Family) -> list[str]:
 def spread(family: Family, names: Sequence[str]) -> dict[str, dict[str, float | None] | None]:
     """Standard deviations on test: over seeds within a split and fold (initialisation only), over repeats of the means
     of their seeds and folds, over folds within a repeat of the means of their seeds. None where only one is there."""
-    values = {m: {resample_key(run): _number(run.metrics["test"].get(m)) for run in family.runs} for m in names}
+    tests = {resample_key(run): run.metrics["test"] for run in family.runs}
+    values = {m: {key: _number(test.get(m)) for key, test in tests.items()} for m in names}
     kinds: dict[str, tuple[Callable[..., Hashable], Callable[..., Hashable]]] = {
         "seeds": (lambda seed, split, fold: (split, fold), lambda seed, split, fold: seed),
         "repeats": (lambda seed, split, fold: None, lambda seed, split, fold: split),
         "folds": (lambda seed, split, fold: split, lambda seed, split, fold: fold),
     }
-    found: dict[str, dict[str, float | None] | None] = {}
-    for kind, (within, over) in kinds.items():
-        several = family.vary(kind) > 1
-        found[kind] = {m: _deviation(values[m], within, over) for m in names} if several else None
-    return found
+    return {
+        kind: {m: _deviation(values[m], *keys) for m in names} if family.vary(kind) > 1 else None
+        for kind, keys in kinds.items()
+    }
 
 
 def _number(value: Any) -> float:
@@ -191,7 +179,7 @@ def _deviation(values: dict[Any, float], within: Callable[..., Hashable], over: 
     return float(np.sqrt(np.mean(variances))) if variances else math.nan
 
 
-def only_initialisation(families: Sequence[Family]) -> str | None:
+def seeds_only_warning(families: Sequence[Family]) -> str | None:
     """A sentence where seeds vary and splits do not."""
     seeds = max(family.vary("seeds") for family in families)
     others = max(max(family.vary("repeats"), family.vary("folds")) for family in families)
@@ -218,7 +206,7 @@ class Selection:
     value: float  # of the criterion on val, averaged
     ends: dict[str, str]  # option -> "smallest" or "largest" of those tried
     edges: tuple[str, ...]  # the same as sentences
-    partly: int  # settings left out because they have fewer draws or seeds
+    incomplete: int  # settings left out because they have fewer draws or seeds
 
 
 def family_of(row: Row) -> tuple[str, str, str, float]:
@@ -259,7 +247,7 @@ def selection_key(rows: Sequence[Row], select: str) -> tuple[float, float]:
 
 def mean_of(rows: Sequence[Row], select: str) -> float:
     """The criterion on val over the rows; NaN where one failed or has no such measure."""
-    key = named_by(select)
+    key = measure_name(select)
     values = [(row["val"] or {}).get(key) for row in rows]
     there = [value for value in values if value is not None]
     return math.fsum(there) / len(there) if len(there) == len(values) else math.nan
@@ -267,20 +255,20 @@ def mean_of(rows: Sequence[Row], select: str) -> float:
 
 def _ends(setting: dict[str, Any], tried: Sequence[dict[str, Any]]) -> dict[str, str]:
     """The numbers that were chosen at an end of what was tried; below 0 there is nothing to try."""
-    found = {}
+    ends = {}
     for name in GRIDS:
         values = sorted({v for each in tried if (v := each.get(name)) is not None})
         chosen = setting.get(name)
         if chosen and len(values) > 1 and chosen in (values[0], values[-1]):
-            found[name] = "smallest" if chosen == values[0] else "largest"
-    return found
+            ends[name] = "smallest" if chosen == values[0] else "largest"
+    return ends
 
 
 @dataclass(frozen=True)
 class FamilyPredictions:
     """The sets of test images of one family, and for each the runs with their answers in the common order."""
 
-    parts: tuple[TestSet, ...]
+    test_sets: tuple[TestSet, ...]
     runs: tuple[tuple[Run, ...], ...]
     answers: tuple[tuple[Predictions, ...], ...]
 
@@ -290,14 +278,14 @@ class FamilyPredictions:
 
 
 def in_common_order(answers: Predictions) -> tuple[Predictions, str]:
-    """The same in the common order, and a word that is equal for equal images with equal labels."""
+    """The same in the common order, and a key that is equal for equal images with equal labels."""
     y = answers.y.reshape(len(answers.ids), -1)
     columns = [np.array(answers.ids), *np.nan_to_num(y.T[::-1].astype(np.float64), nan=-1), answers.digests]
     order = np.lexsort(columns)
     text = answers.digests[order].tobytes() + y[order].astype(np.float64).tobytes()
     rows = {name: getattr(answers, name)[order] for name in ("digests", "clusters", "y", "raw", "z")}
-    word = hashlib.blake2b(text, digest_size=16).hexdigest()
-    return replace(answers, ids=[answers.ids[i] for i in order], **rows), word
+    key = hashlib.blake2b(text, digest_size=16).hexdigest()
+    return replace(answers, ids=[answers.ids[i] for i in order], **rows), key
 
 
 def predictions_of(run: Run, answers: Predictions) -> CalibratedPredictions:
@@ -306,31 +294,29 @@ def predictions_of(run: Run, answers: Predictions) -> CalibratedPredictions:
 
 def collect_predictions(pairs: Iterable[tuple[Run, Predictions]]) -> FamilyPredictions:
     """From runs and what each said of images it was not trained on."""
-    found: dict[str, list[tuple[Run, Predictions]]] = {}
+    groups: dict[str, list[tuple[Run, Predictions]]] = {}
     for run, answers in pairs:
-        mine, key = in_common_order(answers)
-        found.setdefault(key, []).append((run, mine))
-    parts = []
-    for key, same in found.items():
-        trained = float(np.mean([run.config["splits"]["images"]["train"] for run, _ in same]))
-        parts.append(TestSet(key, same[0][1].clusters, tuple(predictions_of(*pair) for pair in same), trained))
-    runs = tuple(tuple(run for run, _ in same) for same in found.values())
-    return FamilyPredictions(
-        tuple(parts), runs, tuple(tuple(answers for _, answers in same) for same in found.values())
-    )
+        ordered, key = in_common_order(answers)
+        groups.setdefault(key, []).append((run, ordered))
+    test_sets = []
+    for key, same in groups.items():
+        train = float(np.mean([run.config["splits"]["images"]["train"] for run, _ in same]))
+        test_sets.append(TestSet(key, same[0][1].clusters, tuple(predictions_of(*pair) for pair in same), train))
+    runs, ordered_answers = zip(*(zip(*same, strict=True) for same in groups.values()), strict=True)
+    return FamilyPredictions(tuple(test_sets), runs, ordered_answers)
 
 
 def test_predictions(family: Family) -> FamilyPredictions:
     return collect_predictions((run, run.answers("test")) for run in family.runs)
 
 
-def same_clusters(heard: Sequence[FamilyPredictions]) -> list[FamilyPredictions]:
+def unify_clusters(families: Sequence[FamilyPredictions]) -> list[FamilyPredictions]:
     """One division into clusters for each set of images: that with the fewest, where views know of groups or do not."""
-    best: dict[str, TestSet] = {}
-    for part in (part for each in heard for part in each.parts):
-        if part.key not in best or part.clusters.count < best[part.key].clusters.count:
-            best[part.key] = part
+    fewest: dict[str, TestSet] = {}
+    for test_set in (test_set for each in families for test_set in each.test_sets):
+        if test_set.clusters.count < fewest.setdefault(test_set.key, test_set).clusters.count:
+            fewest[test_set.key] = test_set
     return [
-        replace(each, parts=tuple(replace(part, cluster_ids=best[part.key].cluster_ids) for part in each.parts))
-        for each in heard
+        replace(each, test_sets=tuple(replace(s, cluster_ids=fewest[s.key].cluster_ids) for s in each.test_sets))
+        for each in families
     ]

@@ -51,22 +51,19 @@ def _point(
     cuts = [each.thresholds[place] for test_set in estimates.test_sets for each in test_set.predictions]
     reached = {m: estimates.estimate(m, c).record() for m in ("sensitivity", "specificity", "ppv", "npv")}
     share = prevalence.get(name) if isinstance(prevalence, dict) else prevalence
-    there = None
+    elsewhere = None
     if share is not None:
-        there = {m: each.record() for m, each in estimates.at_prevalence(share, c).items()} | {"prevalence": share}
+        elsewhere = {m: each.record() for m, each in estimates.at_prevalence(share, c).items()} | {"prevalence": share}
     wanted = run.config["settings"].get("sensitivity")
-    return {"class": name, "threshold": float(np.mean(cuts)), "wanted": wanted, **reached, "at_prevalence": there}
+    return {"class": name, "threshold": float(np.mean(cuts)), "wanted": wanted, **reached, "at_prevalence": elsewhere}
 
 
-def calibration_record(heard: FamilyPredictions) -> dict[str, Any]:
+def calibration_record(predictions: FamilyPredictions) -> dict[str, Any]:
     """On test, ``before`` (the head's own logits) and ``after`` prior correction and temperature: means over the runs
     of Brier, NLL and ECE, and bins of all their answers."""
-    after = [said for part in heard.parts for said in part.predictions]
-    before = [
-        replace(said, z=answers.raw)
-        for part, heads in zip(heard.parts, heard.answers, strict=True)
-        for said, answers in zip(part.predictions, heads, strict=True)
-    ]
+    after = [each for test_set in predictions.test_sets for each in test_set.predictions]
+    answers = [each for heads in predictions.answers for each in heads]
+    before = [replace(each, z=raw.raw) for each, raw in zip(after, answers, strict=True)]
     return {"before": calibration_of(before), "after": calibration_of(after)}
 
 

@@ -1,10 +1,5 @@
-"""Measures by a column of the data: site, sex, device.
-
-The further columns of the data (site, sex, device, ...) for the test images of runs, read from the view by id and
-digest.
-
-The images that a run on pixels was trained and tested on, for what asks which they are and not how they look.
-"""
+"""Subgroups of test images by a column of the data (site, sex, device, ...), read from the view by id and digest; for a
+run on pixels from its images, which are read for their digests and not decoded."""
 
 from __future__ import annotations
 
@@ -18,39 +13,39 @@ import numpy as np
 
 from featurecache.errors import BadOption, FeatureCacheError, RunError, UnreadableImage, nearest
 from heads.evaluation.families import FamilyPredictions
-from heads.runs.run import Run, is_pixels, source_of
+from heads.runs.run import Run, is_pixels, open_run_dataset
 from heads.task import Predictions
 
 MOST = 20  # different values: of more, the parts of test are too small to say anything
 
 
-def values_of(heard: FamilyPredictions, column: str) -> list[list[str]]:
+def column_values(predictions: FamilyPredictions, column: str) -> list[list[str]]:
     """For each set of test images the value of each image, in the common order; "" where it has none."""
-    found = [_values(runs[0], heads[0], column) for runs, heads in zip(heard.runs, heard.answers, strict=True)]
-    different = {value for each in found for value in each}
+    first = [(runs[0], answers[0]) for runs, answers in zip(predictions.runs, predictions.answers, strict=True)]
+    values = [_values(*pair, column) for pair in first]
+    different = {value for each in values for value in each}
     if len(different) > MOST:
         raise BadOption(
             f"--by {column} has {len(different):,} different values on test; expected at most {MOST}, such as a site, "
             "a sex or a device."
         )
-    return found
+    return values
 
 
 def _values(run: Run, answers: Predictions, column: str) -> list[str]:
     view = _view(run, answers)
     if column not in view.meta:
-        known = ", ".join(view.meta) or "none"
+        columns = ", ".join(view.meta) or "none"
         raise BadOption(
-            f"--by {column}: {view.label} has no such column; it has {known}.{nearest(column, view.meta)} Columns of a "
-            "table beside path, label, split and group come into the view."
+            f"--by {column}: {view.label} has no such column; it has {columns}.{nearest(column, view.meta)} Columns of "
+            "a table beside path, label, split and group come into the view."
         )
-    place = {(name, bytes(digest)): i for i, (name, digest) in enumerate(zip(view.ids, view.digests, strict=True))}
-    rows = [place.get((name, bytes(d))) for name, d in zip(answers.ids, answers.digests, strict=True)]
+    index = {(name, bytes(digest)): i for i, (name, digest) in enumerate(zip(view.ids, view.digests, strict=True))}
+    rows = [index.get((name, bytes(d))) for name, d in zip(answers.ids, answers.digests, strict=True)]
     if None in rows:
-        gone = answers.ids[rows.index(None)]
         raise RunError(
             f"{view.label} no longer holds {rows.count(None):,} of the images that {run.path} was tested on (the "
-            f"first: {gone}). Extract them again, or train again."
+            f"first: {answers.ids[rows.index(None)]}). Extract them again, or train again."
         )
     return [_text(view.meta[column][row]) for row in rows]
 
@@ -89,7 +84,7 @@ def list_images(run: Run, wanted: Collection[str]) -> ImageListing:
     """Those of these ids that can be read, in the order of the data. RunError where the data are gone."""
     from featurecache.images.decoding import digest
 
-    dataset, names = source_of(run), set(wanted)
+    dataset, names = open_run_dataset(run), set(wanted)
     rows, digests = [], []
     for row, name in enumerate(dataset.ids):
         if name in names:

@@ -1,15 +1,14 @@
-"""Every measure once, under weights; weights of one give the value.
+"""Classification measures (AUROC, AP, accuracy, sensitivity, Brier, ECE, …) of one head, also under sample weights.
 
-Classification measures (AUROC, AP, accuracy, sensitivity, Brier, ECE, …) under sample weights, each written once.
-
-A bootstrap resample is a weight for each row: how often it was drawn. Weights of one give the value. What does not
-depend on weights is prepared once: counts become products with a sparse matrix, a ranking becomes segments between
-distinct scores. Of one class, whose positives have G distinct scores, with p_g the weight of positives at score g, t_g
-that of negatives at the same score, and u_g that of negatives strictly below it,
+A bootstrap resample is a weight for each row: how often it was drawn. What does not depend on weights is prepared once:
+counts become products with a sparse matrix, a ranking becomes segments between distinct scores. Of one class, whose
+positives have G distinct scores, with p_g the weight of positives at score g, t_g that of negatives at the same score,
+and u_g that of negatives strictly below it,
 
     AUROC = sum_g p_g (u_g + t_g / 2) / (P N),     AP = sum_g p_g / P · (p_>=g / (p_>=g + n_>=g)).
 
-These are scikit-learn's numbers at a fraction of its time: they are asked for every class of every head of a sweep.
+Without weights the same sums are taken over the sorted rows: scikit-learn's numbers at a fraction of its time, as they
+are asked for every class of every head of a sweep, and AUROC after every epoch.
 
 A measure that is undefined (a class is missing, nothing was predicted positive) is NaN, in JSON null, never 0 or 1 by
 default. A mean over classes or labels is over those that are defined with all weights 1, and NaN where one of these is
@@ -17,8 +16,6 @@ not: another set of classes would be another measure.
 
 Notation: as in `heads.metrics.calibration`, R weightings. A confusion matrix counts rows of true class i that were
 predicted as j in row i and column j.
-
-Measures of a test set: classification measures under weights, calibration, bootstrap intervals, significance.
 """
 
 from __future__ import annotations
@@ -33,7 +30,6 @@ from heads.metrics import METRICS
 from heads.metrics.calibration import BINS, CalibratedPredictions, confidence, mass_bins
 
 Values = dict[str, np.ndarray]  # measure -> [R], or of every class [C, R]
-Segments = tuple[np.ndarray, np.ndarray, Any, np.ndarray]  # of a ranking: positive, below, tied [G, R]; negatives [R]
 
 
 COMPARED = {  # measures of test in a comparison table
@@ -50,7 +46,7 @@ def title(measure: str, task: str) -> str:
     return macro + (METRICS[measure].title if measure in METRICS else measure.upper())
 
 
-def named_by(select: str) -> str:
+def measure_name(select: str) -> str:
     """What ``--select`` is called among the measures of a run."""
     return "nll" if select == "loss" else select
 
@@ -105,16 +101,20 @@ class Ranking:
 
     def __call__(self, weights: np.ndarray | None) -> np.ndarray:
         """[2, R]"""
-        positive, below, tied, negatives = segments(self.score, self.truth) if weights is None else self._sum(weights)
-        area = _area(positive, below, tied, negatives)
+        if weights is None:
+            return np.array([[auroc(self.score, self.truth)], [average_precision(self.score, self.truth)]])
+        positive, below, tied, negatives = self._sum(weights)
+        pairs = np.einsum("gr,gr->r", positive, below + tied / 2, dtype=np.float64)
+        area = ratio(pairs, positive.sum(axis=0, dtype=np.float64) * negatives)
         above = np.cumsum(positive[::-1], axis=0)[::-1]  # positives at score g or above
         below -= negatives  # minus the negatives at score g or above
         precision = np.divide(above, above - below, out=np.zeros_like(above), where=positive > 0)
         recalled = np.einsum("gr,gr->r", positive, precision, dtype=np.float64)
         return np.stack([area, ratio(recalled, positive.sum(axis=0))])
 
-    def _sum(self, weights: np.ndarray) -> Segments:
-        """`segments` under weights: counts below 2^24, exact in float32."""
+    def _sum(self, weights: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Weights of positives at each of their G distinct scores, of negatives below it, of negatives tied with it
+        [G, R], and of all negatives [R]: counts below 2^24, exact in float32."""
         count, ties, sums = self._sums
         segment = sums(weights)
         positive, below = segment[:count], np.cumsum(segment[count : 2 * count + 1], axis=0)
@@ -139,30 +139,26 @@ class Ranking:
         return count, ties, WeightedSums(place, self.rows, np.ones(len(self.rows)), shape)
 
 
-def segments(score: np.ndarray, truth: np.ndarray) -> Segments:
-    """Positives at each of their G distinct scores, negatives below it, negatives tied with it [G, 1]; negatives."""
-    scores, others = np.sort(score[truth]), np.sort(score[~truth])
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))[: len(scores)]
-    below, upto = (np.searchsorted(others, scores[last], side) for side in ("left", "right"))
-    positive, low, tied = (v[:, None].astype(float) for v in (np.diff(last, prepend=-1), below, upto - below))
-    return positive, low, tied, np.array([len(others)])
-
-
-def _area(positive: np.ndarray, below: np.ndarray, tied: Any, negatives: np.ndarray) -> np.ndarray:
-    """AUROC [R]"""
-    pairs = np.einsum("gr,gr->r", positive, below + tied / 2, dtype=np.float64)
-    return ratio(pairs, positive.sum(axis=0, dtype=np.float64) * negatives)
-
-
 def auroc(score: np.ndarray, truth: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a positive scores above a negative, ties counting half."""
-    return float(_area(*segments(score, truth))[0])
+    positives, negatives = np.sort(score[truth]), np.sort(score[~truth])
+    pairs = len(positives) * len(negatives)
+    below, upto = (negatives.searchsorted(positives, side).sum() for side in ("left", "right"))
+    return float(below + upto) / (2 * pairs) if pairs else float("nan")
+
+
+def average_precision(score: np.ndarray, truth: np.ndarray) -> float:
+    """The mean over positives of the precision among all that score as high or higher."""
+    positives, everything = np.sort(score[truth]), np.sort(score)
+    hits, predicted = (len(ordered) - ordered.searchsorted(positives) for ordered in (positives, everything))
+    return float((hits / predicted).sum() / len(positives)) if len(positives) else float("nan")
 
 
 def mean_auroc(predictions: CalibratedPredictions) -> float:
     """AUROC alone, which chooses an epoch: of the positive class, or the mean over classes or labels."""
-    ranked = predictions.ranked if predictions.positive is None else predictions.ranked[predictions.positive :][:1]
-    return macro([auroc(score, truth) for score, truth, _ in ranked])
+    if predictions.positive is not None:
+        return auroc(*predictions.ranking(predictions.positive)[:2])
+    return macro([auroc(*predictions.ranking(c)[:2]) for c in range(predictions.z.shape[1])])
 
 
 class WeightedMeasures:
@@ -174,7 +170,7 @@ class WeightedMeasures:
     def __init__(self, predictions: CalibratedPredictions, confusion: np.ndarray | None = None) -> None:
         self.predictions = predictions
         n, self.width = predictions.z.shape
-        self.rankings = [Ranking(*each, n) for each in predictions.ranked]
+        self.rankings = [Ranking(*predictions.ranking(c), n) for c in range(self.width)]
         self._row_values = {"nll": predictions.losses, "brier": predictions.squared_errors}
         if self.width >= 20 and not predictions.multilabel:
             self._row_values["top5"] = predictions.top5.astype(float)
@@ -271,14 +267,10 @@ def counts_of(confusion: np.ndarray) -> np.ndarray:
 def rates_of(there: np.ndarray, predicted: np.ndarray, hit: np.ndarray, known: np.ndarray) -> Values:
     """Sensitivity, specificity, predictive values, F1, accuracy of each class against all others [C, R]."""
     right = known - there - predicted + hit
-    return {
-        "sensitivity": ratio(hit, there),
-        "specificity": ratio(right, known - there),
-        "ppv": ratio(hit, predicted),
-        "npv": ratio(right, known - predicted),
-        "f1": ratio(2 * hit, there + predicted),
-        "accuracy": ratio(hit + right, known),
-    }
+    parts = np.stack([hit, right, hit, right, 2 * hit, hit + right])
+    wholes = np.stack([there, known - there, predicted, known - predicted, there + predicted, known])
+    names = ("sensitivity", "specificity", "ppv", "npv", "f1", "accuracy")
+    return dict(zip(names, ratio(parts, wholes), strict=True))
 
 
 def class_rates(counts: np.ndarray, rates: Values) -> Values:

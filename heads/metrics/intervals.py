@@ -131,12 +131,12 @@ class BootstrapWeights:
 @dataclass(frozen=True)
 class TestSet:
     """One set of test images and the predictions of K heads for them; ``key``: equal for equal images with equal
-    labels; ``cluster_ids``: int [N], equal where images belong together; ``trained_on``: images of train."""
+    labels; ``cluster_ids``: int [N], equal where images belong together; ``train_images``: images of train."""
 
     key: str
     cluster_ids: np.ndarray
     predictions: tuple[CalibratedPredictions, ...]
-    trained_on: float = math.nan
+    train_images: float = math.nan
 
     def __len__(self) -> int:
         return len(self.cluster_ids)
@@ -152,7 +152,7 @@ class TestSet:
     def where(self, rows: np.ndarray, name: str) -> TestSet:
         """The same heads on some of the images, bool [N]."""
         predictions = tuple(replace(each, z=each.z[rows], y=each.y[rows]) for each in self.predictions)
-        return TestSet(f"{self.key}/{name}", self.cluster_ids[rows], predictions, self.trained_on)
+        return TestSet(f"{self.key}/{name}", self.cluster_ids[rows], predictions, self.train_images)
 
 
 @dataclass
@@ -297,7 +297,7 @@ class FamilyEstimates:
     @property
     def ratio(self) -> float:
         """Images tested / images trained on."""
-        tested, trained = zip(*((len(each), each.trained_on) for each in self.test_sets), strict=True)
+        tested, trained = zip(*((len(each), each.train_images) for each in self.test_sets), strict=True)
         return float(np.mean(tested) / np.mean(trained))
 
     def all(self) -> dict[str, MeasureEstimate]:

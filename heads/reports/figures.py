@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from heads.evaluation.costs import CHARTED, COSTS, shown
+from heads.evaluation.costs import CHARTED, COSTS, cost_columns
 from heads.evaluation.families import Family
 from heads.metrics.calibration import CalibratedPredictions, measure_scores, predict_labels, probabilities
 from heads.metrics.classification import METRICS, auroc, title
@@ -367,7 +367,7 @@ def pareto_figures(families: Sequence[dict[str, Any]], measure: str, higher: boo
     figures: list[Figure] = []
     both = len({is_of_pixels(f["output"]) for f in families}) == 2
     tested = [(f, test) for f in families if (test := (f["test"] or {}).get(measure)) and test["value"] is not None]
-    for cost in (key for key in shown(families) if key in CHARTED):
+    for cost in (key for key in cost_columns(families) if key in CHARTED):
         marks = [(f[cost], test, f["name"]) for f, test in tested if f.get(cost)]
         if len({c for c, _, _ in marks}) < 2:
             continue

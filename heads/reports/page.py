@@ -26,9 +26,9 @@ from markupsafe import Markup
 from featurecache import __version__
 from featurecache.errors import CannotWrite
 from heads.evaluation.comparison import Comparison
-from heads.evaluation.costs import devices_words, shown
+from heads.evaluation.costs import cost_columns, devices_words
 from heads.evaluation.families import Family
-from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, named_by
+from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, measure_name
 from heads.reports.drawing import Figure, plain, ticks
 from heads.reports.figures import (
     OVERLAID,
@@ -192,7 +192,7 @@ def _environment(task: str) -> Environment:
 
 def lead_measure(record: dict[str, Any]) -> str:
     """What the choice was made by, as a measure that is in the tables."""
-    return named_by(record["select"])
+    return measure_name(record["select"])
 
 
 def ranked(families: Sequence[Any], record: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
@@ -228,7 +228,7 @@ def leaderboard(record: dict[str, Any], families: list[dict[str, Any]], prefix: 
     spreads = [kind for kind in ("seeds", "repeats", "folds") if any((f["spread"] or {}).get(kind) for f in families)]
     return {
         "rows": rows, "controls": list(zip(record["controls"], strips[len(rows) :], strict=True)), "axis": axis,
-        "measures": shown_measures(record), "lead": lead, "spreads": spreads, "costs": shown(families),
+        "measures": shown_measures(record), "lead": lead, "spreads": spreads, "costs": cost_columns(families),
         "device": devices_words(families),
         "fractions": len({f["fraction"] for f in families}) > 1, "views": len({f["view"] for f in families}) > 1,
         "differences": any(f.get("difference") for f in families),

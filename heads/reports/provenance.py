@@ -5,41 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from featurecache.errors import FeatureCacheError
 from heads.evaluation.families import Family
 from heads.models.catalogue import baseline_info
-from heads.runs.run import Run, is_pixels
-from heads.settings import Settings
+from heads.runs.run import Run, is_pixels, option_words, source_words, view_word
 
 MOST = 12  # heads whose commands are written out
-_WORDS_OF = {"balance": "--no-balance"}  # flags that are on unless said otherwise
-
-
-def option_words(settings: dict[str, Any], published: dict[str, Any] | None = None) -> list[str]:
-    """The options of training that differ from their defaults, or from what was ``published`` of a network, as words of
-    a command line."""
-    words: list[str] = []
-    for field in fields(Settings):
-        value = settings.get(field.name, field.default)
-        usual = (published or {}).get(field.name, field.default)
-        if published is not None and field.name == "augment" and value is None and usual is not None:
-            value = "none"
-        if field.name in ("head", "output", "device") or value is None or value == usual:
-            continue
-        name = _WORDS_OF.get(field.name, f"--{field.name.replace('_', '-')}")
-        if isinstance(value, bool):
-            words.append(name if value != field.default else name.replace("--no-", "--"))
-        elif field.name == "only" and value:
-            words += [name, ",".join(value)]
-        elif isinstance(value, list | tuple):
-            words += [word for part in value for word in (name, str(part))]
-        else:
-            words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
-    return words
 
 
 def train_command(run: Run) -> str:
@@ -51,20 +25,6 @@ def train_command(run: Run) -> str:
     features = view_word(config["view"]["label"], config["view"]["path"])
     words = ["--head", run.head, "--features", features, "--output", run.output]
     return "featurecache train-head " + shlex.join(words + option_words(config.get("settings", {})))
-
-
-def view_word(label: str, path: str | Path) -> str:
-    """How --features names a view: its label, or where it lies in no default cache its path."""
-    from featurecache.store.store import cache_folder
-
-    return label if Path(path).parent.parent.resolve() == cache_folder().resolve() else str(path)
-
-
-def source_words(source: dict[str, Any]) -> list[str]:
-    """Images as --data, --column and --task name them."""
-    from featurecache.store.view import source_options
-
-    return [str(word) for option in source_options(source) for word in option]
 
 
 def _published(run: Run) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from featurecache.formatting import abbreviated, aligned, columns, number, one_line
 from heads.evaluation.comparison import compare
-from heads.evaluation.costs import COSTS, cost_line, cost_of, cost_rows, cost_text, devices_words
-from heads.evaluation.families import families_of, setting_shown
-from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, named_by, title
+from heads.evaluation.costs import COSTS, cost_rows, cost_text, devices_words, run_cost, run_cost_line
+from heads.evaluation.families import families_of, run_setting
+from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, measure_name, title
 from heads.reports.provenance import setting_words, train_command
 from heads.runs.run import Run, is_pixels, name_of
 from heads.splits import dropped_sentence, leaks_sentence
@@ -47,7 +47,7 @@ def final_table(run: Run, record: dict[str, Any] | None = None) -> str:
         cut = run.calibration.thresholds[0]
         at = next((i for i, row in enumerate(rows) if row[0] == "sensitivity"), 0)
         table[at] += f"   of {one_line(run.config['positive'])} at {cut:.3f}, the threshold chosen on val"
-    lines += [*table, how_made(record), f"Cost: {cost_line(cost_of(run))}."]
+    lines += [*table, how_made(record), f"Cost: {run_cost_line(run_cost(run))}."]
     lines += [one_line(sentence(words, record)) for words in [*record["warnings"], *family["warnings"]]]
     lines += _leak_lines(run)
     if run.untrained and not run.metrics["controls"]:
@@ -92,7 +92,7 @@ def lab_table(record: dict[str, Any]) -> str:
     """A `heads.evaluation.comparison.Comparison`: controls first, then the families, best on val first, ties by val
     NLL.
     """
-    task, lead = record["task"], named_by(record["select"])
+    task, lead = record["task"], measure_name(record["select"])
     shown = [m for m in dict.fromkeys([lead, *COMPARED[task]]) if m in record["measures"]]
     families = sorted(record["families"], key=lambda family: _place(family["val"], lead))
     spreads = [kind for kind in ("seeds", "repeats", "folds") if any(f["spread"][kind] for f in families)]
@@ -129,9 +129,9 @@ def cost_table(named: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
 
 def runs_cost(runs: Sequence[Run]) -> list[str]:
     """`cost_table` of runs, in the order of `comparison_table`."""
-    key = named_by(runs[0].config["chosen"]["by"])
+    key = measure_name(runs[0].config["chosen"]["by"])
     ordered = sorted(runs, key=lambda run: _place(run.metrics["val"], key))
-    return cost_table([(_name(run, runs), cost_of(run)) for run in ordered])
+    return cost_table([(_name(run, runs), run_cost(run)) for run in ordered])
 
 
 def _against(record: dict[str, Any], families: Sequence[dict[str, Any]], lead: str) -> list[str]:
@@ -194,7 +194,7 @@ def comparison_table(runs: Sequence[Run], controls: Sequence[dict[str, Any]] | N
     if controls is None:
         controls = next((run.metrics["controls"] for run in runs if run.metrics["controls"]), [])
     by = runs[0].config["chosen"]["by"]
-    key = named_by(by)
+    key = measure_name(by)
     shown = COMPARED[runs[0].task]
     task = runs[0].task
     rows = [["", "parameters", f"val {title(key, task)}", *(f"test {title(m, task)}" for m in shown)]]
@@ -237,7 +237,7 @@ def runs_table(runs: Sequence[Run]) -> str:
     rows = [["run", "head", "features", "criterion", "val", "test", "made"]]
     for run in runs:
         by = run.config["chosen"]["by"]
-        key = named_by(by)
+        key = measure_name(by)
         where = f"{run.config['view']['label']} {run.output}" + (" (untrained)" if run.untrained else "")
         val, test = (number(run.metrics[split].get(key)) for split in ("val", "test"))
         created = run.config["created"][:16].replace("T", " ")
@@ -250,7 +250,7 @@ def sweeps_table(sweeps: Sequence[Any]) -> str:
     rows = [["sweep", "heads", "best on val", "criterion", "val"]]
     for sweep in sweeps:
         by, name, value = sweep.record["select"], "none finished yet", None
-        key = named_by(by)
+        key = measure_name(by)
         if sweep.families:
             run = sweep.best
             name, value = f"{run.head} on {run.config['view']['label']} {run.output}", run.metrics["val"].get(key)
@@ -296,7 +296,7 @@ def run_lines(run: Run) -> str:
         ("run", f"{run.path}   {run.head}: {config['parameters']:,} parameters, made {_made(run)}"),
         ("images" if is_pixels(run) else "features", f"{view['label']} {run.output} [{shape}]"),
         ("classes", abbreviated(run.classes, 12)),
-        ("setting", setting_words(setting_shown(run))),
+        ("setting", setting_words(run_setting(run))),
         ("splits", f"{images} ({splits.get('how')})"),
         ("chosen", f"epoch {config['chosen']['epoch']}, {chosen_words(run.task, [run])} on val"),
         ("again", train_command(run)),

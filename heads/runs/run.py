@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from featurecache.errors import BadOption, CacheError, FeatureCacheError, RunError
@@ -25,6 +27,8 @@ from featurecache.files.records import read_record
 from featurecache.formatting import text_of
 from featurecache.images.preprocessing import Preprocess
 from featurecache.store.schema import MAX_VALUES, TASKS
+from featurecache.store.store import cache_folder
+from featurecache.store.view import source_options
 from heads.metrics.calibration import Calibration
 from heads.metrics.classification import METRICS
 from heads.models.catalogue import load_baseline, load_head
@@ -45,7 +49,7 @@ _CONFIG = {
     "standardize": str, "spec": dict, "provenance": dict, "parameters": int, "splits": dict, "chosen": dict,
     "created": str, "settings": dict,
 }  # fmt: skip
-_COLUMNS = {"rows": "int64", "clusters": "int64", "digests": "uint8", "logits": "float64", "labels": ""}
+_COLUMNS = ("digests", "clusters", "labels", "logits")
 BACKBONE = "backbone"
 NEEDED = (
     "config.json", "metrics.json", "metrics.csv", "history.csv", "predictions.csv", "splits.csv",
@@ -93,11 +97,11 @@ class Run:
 
     @property
     def calibration(self) -> Calibration:
-        found = Calibration.from_dict(self.config["calibration"])
+        calibration = Calibration.from_dict(self.config["calibration"])
         cuts = {"binary": 1, "multilabel": len(self.classes)}.get(self.task, 0)
-        if (len(found.correction), len(found.thresholds)) != (len(self.classes), cuts):
+        if (len(calibration.correction), len(calibration.thresholds)) != (len(self.classes), cuts):
             raise RunError(f"{self.path} is damaged: its calibration is not that of {len(self.classes)} classes.")
-        return found
+        return calibration
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -105,17 +109,30 @@ class Run:
 
     def answers(self, split: str) -> Predictions:
         """What it said of "val" or "test", checked against splits.csv; raises RunError where the file does not fit."""
-        tensors, ids = read_tensors(self.path / "answers.safetensors"), read_ids(self.path / "splits.csv")
+        file = self.path / "answers.safetensors"
+        tensors, ids = read_tensors(file), read_ids(self.path / "splits.csv")
         columns = {name: tensors[key].numpy() for name in _COLUMNS if (key := f"{split}.{name}") in tensors}
-        if len(columns) < len(_COLUMNS) or not _answers_fit(columns, self, len(ids)):
-            raise RunError(
-                f"{self.path / 'answers.safetensors'} does not fit the run: what it says of {split} is not whole."
-            )
-        raw, digests = columns["logits"], [row.tobytes().hex().encode() for row in columns["digests"]]
-        return Predictions(
-            [ids[row] for row in columns["rows"]], np.array(digests, "S32"), columns["clusters"],
-            bool(self.config["splits"].get("grouped")), columns["labels"], raw, self.calibration(raw),
-        )  # fmt: skip
+        rows, answers = tensors.get(f"{split}.rows", torch.zeros(0)).numpy(), None
+        if rows.dtype == np.int64 and rows.ndim == 1 and ((rows >= 0) & (rows < len(ids))).all():
+            names = [ids[row] for row in rows]
+            answers = self.checked_answers(names, columns, bool(self.config["splits"].get("grouped")))
+        if answers is None:
+            raise RunError(f"{file} does not fit the run: what it says of {split} is not whole.")
+        return answers
+
+    def checked_answers(self, ids: list[str], columns: dict[str, np.ndarray], grouped: bool) -> Predictions | None:
+        """From the columns of a file; None where their shapes, types or labels do not fit."""
+        n, classes = len(ids), len(self.classes)
+        labels = ((n, classes), "float32") if self.task == "multilabel" else ((n,), "int64")
+        wanted = {"digests": ((n, 16), "uint8"), "clusters": ((n,), "int64"), "logits": ((n, classes), "float64")}
+        kinds = {name: (values.shape, values.dtype.name) for name, values in columns.items()}
+        if kinds != wanted | {"labels": labels}:
+            return None
+        y, raw = columns["labels"], columns["logits"]
+        if self.task != "multilabel" and not ((y >= 0) & (y < classes)).all():
+            return None
+        digests = np.array([row.tobytes().hex().encode() for row in columns["digests"]], "S32")
+        return Predictions(ids, digests, columns["clusters"], grouped, y, raw, self.calibration(raw))
 
     @cached_property
     def model(self) -> nn.Module:
@@ -126,23 +143,17 @@ class Run:
                 "load the run with trust_code=True."
             )
         state = {key: value for key, value in self._tensors.items() if not key.startswith("standardize.")}
-        settings, kind = Settings.from_dict(self.config["settings"]), "network" if is_pixels(self) else "head"
+        settings, view, classes = Settings.from_dict(self.config["settings"]), self.config["view"], len(self.classes)
         try:
-            if is_pixels(self):
-                return self._network(state, settings)
-            return load_head(self.head, Input.of(self.config["view"]), len(self.classes), state, gated=settings.gated)
+            if not is_pixels(self):
+                return load_head(self.head, Input.of(view), classes, state, gated=settings.gated)
+            if (self.path / BACKBONE).is_dir():  # was tuned and lies beside; the state is the last layer alone
+                return load_finetuned(self.path / BACKBONE, state, classes=classes)
+            adapters = {"lora": settings.lora, "rlrr": settings.rlrr}
+            return load_baseline(self.head, state, image_size=view["shape"][-1], classes=classes, **adapters)
         except (BadOption, ValueError) as error:
-            file = self.path / "head.safetensors"
+            file, kind = self.path / "head.safetensors", "network" if is_pixels(self) else "head"
             raise RunError(f"{file} does not fit the {kind} of config.json: {error}") from error
-
-    def _network(self, state: dict[str, torch.Tensor], settings: Settings) -> nn.Module:
-        """That of a baseline; of a backbone that was tuned and lies beside, ``state`` is the last layer alone."""
-        if (self.path / BACKBONE).is_dir():
-            return load_finetuned(self.path / BACKBONE, state, classes=len(self.classes))
-        size = self.config["view"]["shape"][-1]
-        return load_baseline(
-            self.head, state, image_size=size, classes=len(self.classes), lora=settings.lora, rlrr=settings.rlrr
-        )
 
     @property
     def standardize(self) -> Standardize:
@@ -193,7 +204,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} has run format {str(config.get('format'))[:40]}; this featurecache reads {FORMAT}.")
     wrong = _wrong(config, _CONFIG) or [f"view {key}" for key in _wrong(config["view"], _VIEW)]
     if not wrong:
-        found = {
+        proper = {
             "shape": _is_shape(config["view"]["shape"]),
             "places of tokens": _are_places(config["view"]),
             "classes": bool(config["classes"]) and all(isinstance(name, str) for name in config["classes"]),
@@ -202,7 +213,7 @@ def read_config(path: Path) -> dict[str, Any]:
             "splits": isinstance(config["splits"].get("digest"), str) and _are_leaks(config["splits"]),
             "calibration": _is_calibration(config["calibration"]),
         }
-        wrong = [name for name, fine in found.items() if not fine]
+        wrong = [name for name, fine in proper.items() if not fine]
     if wrong:
         raise RunError(f"{path} is damaged: config.json has no proper {' and no '.join(wrong)}.")
     return config
@@ -237,9 +248,6 @@ def read_history(path: Path) -> list[dict[str, float]]:
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -305,26 +313,12 @@ def _is_measured(measured: Any) -> bool:
     return all(value is None or type(value) in (int, float) for value in shown)
 
 
-def _answers_fit(columns: dict[str, np.ndarray], run: Run, ids: int) -> bool:
-    """Shapes and types of the answers to n images, and rows and labels that there are."""
-    rows, y, n, classes = columns["rows"], columns["labels"], len(columns["digests"]), len(run.classes)
-    many = run.task == "multilabel"
-    shapes = {"rows": (n,), "clusters": (n,), "digests": (n, 16), "logits": (n, classes)}
-    return (
-        all(columns[name].shape == shape and columns[name].dtype == _COLUMNS[name] for name, shape in shapes.items())
-        and (y.shape, y.dtype) == (((n, classes), np.float32) if many else ((n,), np.int64))
-        and bool(((rows >= 0) & (rows < ids)).all())
-        and (many or bool(((y >= 0) & (y < classes)).all()))
-    )
-
-
-def pixels_of(run: Run, data: Any = None, *, progress: bool = False) -> PixelView:
+def pixels_of(run: Run, data: Any = None) -> PixelView:
     """The images of a run on pixels, or ``data``, prepared as the run has it; RunError where that cannot be."""
-    preprocess = preprocess_of(run)
-    return PixelView(source_of(run) if data is None else open_dataset(data), preprocess, progress=progress)
+    return PixelView(open_run_dataset(run) if data is None else open_dataset(data), preprocess_of(run))
 
 
-def source_of(run: Run) -> Dataset:
+def open_run_dataset(run: Run) -> Dataset:
     """The images that a run on pixels was made of; RunError where they are gone."""
     from featurecache.sources import reopen
 
@@ -380,15 +374,11 @@ def option_words(settings: dict[str, Any], published: dict[str, Any] | None = No
 
 def view_word(label: str, path: str | Path) -> str:
     """How --features names a view: its label, or where it lies in no default cache its path."""
-    from featurecache.store.store import cache_folder
-
     return label if Path(path).parent.parent.resolve() == cache_folder().resolve() else str(path)
 
 
 def source_words(source: dict[str, Any]) -> list[str]:
     """Images as --data, --column and --task name them."""
-    from featurecache.store.view import source_options
-
     return [str(word) for option in source_options(source) for word in option]
 
 

@@ -10,14 +10,17 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 
 from featurecache import __version__
 from featurecache.errors import CannotWrite, RunError
@@ -44,11 +47,6 @@ class RunContents:
     digests: np.ndarray  # S32 [N]
     clusters: np.ndarray  # int64 [N]
     beside: Callable[[Path], Any] | None = None  # writes more into a folder: the backbone of a network that was tuned
-
-    def calibrated(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Rows [n] and calibrated logits float64 [n, C]."""
-        rows, raw = self.predictions[split]
-        return rows, Calibration.from_dict(self.config["calibration"])(raw)
 
 
 @dataclass(frozen=True)
@@ -91,18 +89,15 @@ def run_target(out: str | Path | None, view: str, head: str, overwrite: bool = F
     return target
 
 
-class _staging:
+@contextmanager
+def _staging(target: RunTarget) -> Iterator[Path]:
     """A new folder beside the target; gone afterwards unless it was renamed into its place."""
-
-    def __init__(self, target: RunTarget) -> None:
-        self.path = target.parent / f".{target.stem[:100]}.{os.getpid()}-{secrets.token_hex(4)}.partial"
-
-    def __enter__(self) -> Path:
-        self.path.mkdir()
-        return self.path
-
-    def __exit__(self, *_: Any) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+    folder = target.parent / f".{target.stem[:100]}.{os.getpid()}-{secrets.token_hex(4)}.partial"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_run(target: RunTarget, contents: RunContents, draw: Callable[[Path], Any] | None = None) -> Run:
@@ -130,10 +125,8 @@ def write_run(target: RunTarget, contents: RunContents, draw: Callable[[Path], A
 
 def _put_in_place(folder: Path, target: RunTarget) -> Path:
     if target.exact is None:
-        number = 1
-        while (path := target.parent / f"{target.stem}-{number}").exists():
-            number += 1
-        return folder.rename(path)
+        paths = (target.parent / f"{target.stem}-{number}" for number in count(1))
+        return folder.rename(next(path for path in paths if not path.exists()))
     if not target.exact.exists():
         return folder.rename(target.exact)
     old = folder.with_suffix(".old")
@@ -144,16 +137,8 @@ def _put_in_place(folder: Path, target: RunTarget) -> Path:
 
 
 def _write_files(folder: Path, contents: RunContents) -> None:
-    from safetensors.torch import save
-
-    stamp = {
-        "format": FORMAT,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"featurecache": __version__, "torch": torch.__version__, "numpy": np.__version__},
-    }
-    for name, record in (("config.json", stamp | contents.config), ("metrics.json", contents.metrics)):
-        text = json.dumps(nan_to_none(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "config.json").write_bytes(json_bytes(record_stamp() | contents.config))
+    (folder / "metrics.json").write_bytes(json_bytes(contents.metrics))
     _write_csv(folder / "metrics.csv", ["model", "split", "class", "metric", "value"], _measures(contents))
     columns = list(contents.history[0])
     _write_csv(folder / "history.csv", columns, [[row[key] for key in columns] for row in contents.history])
@@ -166,20 +151,38 @@ def _write_files(folder: Path, contents: RunContents) -> None:
         contents.beside(folder / BACKBONE)
 
 
+def record_stamp() -> dict[str, Any]:
+    """Format, time and versions, which a record of a run begins with."""
+    return {
+        "format": FORMAT,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"featurecache": __version__, "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def json_bytes(record: dict[str, Any]) -> bytes:
+    text = json.dumps(nan_to_none(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
+
+
+def answer_columns(digests: np.ndarray, clusters: np.ndarray, y: np.ndarray, raw: np.ndarray) -> dict[str, np.ndarray]:
+    """Raw logits of n images beside their labels, digests (uint8 [n, 16]) and clusters, as they lie in a file."""
+    octets = np.frombuffer(bytes.fromhex("".join(d.decode() for d in digests)), np.uint8).reshape(-1, 16)
+    return {"digests": octets, "clusters": clusters, "labels": y, "logits": raw}
+
+
 def _answer_tensors(contents: RunContents) -> dict[str, torch.Tensor]:
-    """The content of ``answers.safetensors``: raw logits beside rows, labels, digests and clusters of each split."""
+    """The content of ``answers.safetensors``: the answers of each split and the rows they are of."""
     tensors: dict[str, torch.Tensor] = {}
     for split, (rows, raw) in contents.predictions.items():
-        digests = np.frombuffer(bytes.fromhex("".join(d.decode() for d in contents.digests[rows])), np.uint8)
-        columns = {"rows": rows, "clusters": contents.clusters[rows], "labels": contents.labels[rows], "logits": raw}
-        columns["digests"] = digests.reshape(-1, 16).copy()
-        tensors |= {f"{split}.{name}": torch.from_numpy(np.ascontiguousarray(v)) for name, v in columns.items()}
+        own = contents.digests[rows], contents.clusters[rows], contents.labels[rows]
+        columns = {"rows": rows, **answer_columns(*own, raw)}
+        tensors |= {f"{split}.{name}": torch.from_numpy(np.array(values)) for name, values in columns.items()}
     return tensors
 
 
 def _write_csv(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
-    """Words are quoted, so that a comma, a quote or a line break in a file name stays inside its cell, and none of
-    them is a formula (`featurecache.formatting`)."""
+    """Words are quoted, so that a comma, a quote or a line break stays inside its cell, and none is a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(map(cell, columns))
@@ -194,22 +197,22 @@ def _measures(contents: RunContents) -> list[list[Any]]:
         for split in ("val", "test"):
             own = measured[split] or {}
             for name, table in [("", own), *own.get("per_class", {}).items()]:
-                rows += [[model, split, name, key, v] for key, v in table.items() if isinstance(v, int | float)]
-    return [["" if isinstance(v, float) and math.isnan(v) else v for v in row] for row in rows]
+                numbers = {key: value for key, value in table.items() if isinstance(value, int | float)}
+                rows += [[model, split, name, key, "" if math.isnan(v) else v] for key, v in numbers.items()]
+    return rows
 
 
 def _predictions(contents: RunContents) -> tuple[list[str], list[list[Any]]]:
     config = contents.config
-    kind, classes = config["task"], config["classes"]
+    kind, classes, calibration = config["task"], config["classes"], Calibration.from_dict(config["calibration"])
     positive = None if config["positive"] is None else classes.index(config["positive"])
     columns = ["label", "predicted"]
     if kind == "multilabel":
         columns = [f"{word} {name}" for word in columns for name in classes]
     rows: list[list[Any]] = []
-    for split in contents.predictions:
-        where, logits = contents.calibrated(split)
-        p = probabilities(kind, logits)
-        predicted = predict_labels(kind, p, tuple(config["calibration"]["thresholds"]), positive)
+    for split, (where, raw) in contents.predictions.items():
+        p = probabilities(kind, calibration(raw))
+        predicted = predict_labels(kind, p, calibration.thresholds, positive)
         for i, row in enumerate(where.tolist()):
             if kind == "multilabel":
                 truth = ["" if math.isnan(v) else int(v) for v in contents.labels[row].tolist()]

@@ -20,7 +20,7 @@ from featurecache.files.atomic import write_whole, writing
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
 from heads.evaluation.families import Family, families_of, fraction_of
-from heads.metrics.classification import METRICS, named_by, title
+from heads.metrics.classification import METRICS, measure_name, title
 from heads.models.common import FINETUNE
 from heads.reports.drawing import Figure, Plot, short, style_of
 from heads.reports.figures import learning_figure
@@ -266,7 +266,7 @@ def _matching_family(table: StudyTable, published: Published) -> dict[str, Any] 
         if step == published.ours and family.fraction == 1
         and published.head in ("", name_of(family.head, family.output))
     ]  # fmt: skip
-    lead = named_by(table.record["select"])
+    lead = measure_name(table.record["select"])
     sign = -1 if METRICS[lead].higher else 1
     return min(rows, key=lambda record: sign * (record["val"].get(lead) or 0.0), default=None)
 

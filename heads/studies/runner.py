@@ -19,7 +19,7 @@ from featurecache.store.write_view import open_view
 from heads import api
 from heads.explanations.explain import explain
 from heads.explanations.methods import Transformer, has_class_token
-from heads.metrics.classification import UNTRAINED, named_by, title
+from heads.metrics.classification import UNTRAINED, measure_name, title
 from heads.reports.page import ranked
 from heads.reports.text import interval
 from heads.runs.run import Run, load_run, name_of, read_json
@@ -322,7 +322,7 @@ def result_lines(result: StudyResult) -> str:
 def _table_lines(table: StudyTable) -> list[str]:
     """The controls, then the heads that are best on val; which is which the step says."""
     record, steps = table.record, {id(family): step for step, family, _ in table.rows}
-    lead, task = named_by(record["select"]), record["task"]
+    lead, task = measure_name(record["select"]), record["task"]
     over = [f"val {title(lead, task)}", f"test {title(lead, task)}", "s to train"]
     rows = [[one_line(table.question.title), "step", *over]]
     for control in record["controls"]:

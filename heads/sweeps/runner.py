@@ -274,7 +274,7 @@ def _family_line(family: PlannedFamily, choice: Selection, rows: Sequence[Row], 
     ends = {name: f" ({end} tried)" for name, end in choice.ends.items()}
     text = ", ".join(f"{n.replace('_', ' ')} {_value_text(choice.setting[n])}{ends.get(n, '')}" for n in varied)
     among = f", the best of {choice.tried} settings: {text}" if choice.tried > 1 else ""
-    partly = f"; {choice.partly} settings with fewer draws or seeds are not compared" if choice.partly else ""
+    partly = f"; {choice.incomplete} settings with fewer draws or seeds are not compared" if choice.incomplete else ""
     failed = sum(row["failed"] is not None for row in rows)
     lost = f"; {failed} of {len(rows)} heads failed" if failed else ""
     heads = _count(len(choice.rows), "head")

@@ -220,7 +220,7 @@ def _folder(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("_folder")
 def test_an_image_costs_backbone_and_head_and_with_loading_that_too():
     run = trained(MEASURED, parameters=86_389_248)
-    cost, head = costs.cost_of(run), run.config["cost"]["ms_per_image"]
+    cost, head = costs.run_cost(run), run.config["cost"]["ms_per_image"]
     assert cost["inference_ms"] == pytest.approx(12 + head) and cost["loaded_ms"] == pytest.approx(15 + head)
     assert (cost["device"], cost["backbone_parameters"]) == ("AMD EPYC", 86_389_248)
     assert 0 < cost["seconds_to_best"] <= cost["train_seconds"]
@@ -247,13 +247,13 @@ def test_the_table_of_a_comparison_names_the_device_once():
 def test_what_was_not_measured_is_a_dash_and_a_run_of_before_still_opens():
     run = trained(None)
     text = reports_text.final_table(run, compare(families_of([run]), resamples=50).record)
-    assert costs.cost_of(run)["inference_ms"] is None and "the backbone's not measured" in text
+    assert costs.run_cost(run)["inference_ms"] is None and "the backbone's not measured" in text
     run.config["cost"] = {"train_seconds": 1.5, "ms_per_image": 0.25, "device": "cpu", "bytes_per_image": 16}
-    before = costs.cost_of(run)
+    before = costs.run_cost(run)
     assert (before["train_seconds"], before["seconds_to_best"], before["device"]) == (1.5, None, None)
     del run.config["cost"]
     assert costs.mean_cost([run])["train_seconds"] is None
-    both = costs.cost_rows([("a", before), ("b", costs.cost_of(run))])
+    both = costs.cost_rows([("a", before), ("b", costs.run_cost(run))])
     assert both == [["what it costs", "s to train"], ["a", "1.5"], ["b", "–"]]
 
 

@@ -148,8 +148,8 @@ def test_images_in_another_order_are_compared_image_by_image():
     other.splits, other.ids, other.label = [of.splits[i] for i in order], [of.ids[i] for i in order], "vit-two/toy"
     a, b = run(of), run(other)
     found = (
-        families.test_predictions(families_of([a])[0]).parts[0],
-        families.test_predictions(families_of([b])[0]).parts[0],
+        families.test_predictions(families_of([a])[0]).test_sets[0],
+        families.test_predictions(families_of([b])[0]).test_sets[0],
     )
     assert found[0].key == found[1].key
     assert (found[0].y == found[1].y).all()

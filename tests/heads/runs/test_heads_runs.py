@@ -259,7 +259,7 @@ def untrained(control_rows=3) -> FakeView:
 
 def test_untrained_weights_bring_the_controls_first_and_one_sentence(monkeypatch):
     monkeypatch.setattr(
-        "heads.evaluation.controls.pixels",
+        "heads.evaluation.controls.pixel_control",
         lambda *a: {"name": "pixels, logistic regression", "val": None, "test": None, "note": "gone"},
     )
     run = quick(untrained())
