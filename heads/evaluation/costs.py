@@ -40,7 +40,8 @@ MEASURED = ("forward_ms", "loading_ms", *(key for key in COSTS if key not in ("p
 def run_cost(run: Run) -> dict[str, Any]:
     """The measured costs of a run, its ``device`` and the parameters of its backbone; None where nobody knows."""
     record = run.config.get("cost") or {}
-    cost: dict[str, Any] = {key: float(v) if type(v := record.get(key)) in (int, float) else None for key in MEASURED}
+    measured = {key: record.get(key) for key in MEASURED}
+    cost: dict[str, Any] = {key: float(v) if isinstance(v, int | float) else None for key, v in measured.items()}
     cost["inference_ms"] = _sum(cost["forward_ms"], cost["ms_per_image"])
     cost["loaded_ms"] = _sum(cost["inference_ms"], cost["loading_ms"])
     backbone = (run.config.get("provenance") or {}).get("parameters")

@@ -149,7 +149,7 @@ class Run:
                 return load_head(self.head, Input.of(view), classes, state, gated=settings.gated)
             if (self.path / BACKBONE).is_dir():  # was tuned and lies beside; the state is the last layer alone
                 return load_finetuned(self.path / BACKBONE, state, classes=classes)
-            adapters = {"lora": settings.lora, "rlrr": settings.rlrr}
+            adapters: dict[str, Any] = {"lora": settings.lora, "rlrr": settings.rlrr}
             return load_baseline(self.head, state, image_size=view["shape"][-1], classes=classes, **adapters)
         except (BadOption, ValueError) as error:
             file, kind = self.path / "head.safetensors", "network" if is_pixels(self) else "head"
