@@ -21,8 +21,8 @@ from heads.runs.run import Run, load_run
 from heads.runs.write import run_target, write_run
 from heads.settings import Settings, options_for
 from heads.sweeps.grid import SweepSpec
-from heads.sweeps.journal import RECORD, ROWS, Sweep, in_use, load_sweep, open_sweep, read_rows, write_sweep
-from heads.sweeps.plan import has_option, make_plan
+from heads.sweeps.journal import RECORD, ROWS, Sweep, in_use, load_sweep, open_sweep, read_journal, write_sweep
+from heads.sweeps.plan import has_option, plan_sweep
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search
 from heads.task import FeatureView, Say, memory_for_features
@@ -44,8 +44,8 @@ def train_head(
     overwrite: bool = False, controls: bool | None = None, report: bool = True, images: bool = True,
     hash_ids: bool = False, say: Say | None = None, **options: Any,
 ) -> Run:  # fmt: skip
-    """Train ``head`` on a view and write a run folder; ``options`` are the other fields of `heads.settings.Settings`,
-    which are the options of ``featurecache train-head``.
+    """Train a head on the features of a view and write a run folder. ``options``: the other fields of
+    `heads.settings.Settings`, which are the options of ``featurecache train-head``.
 
     ``controls``: chance, majority class and logistic regression on pixels beside it; None: where the weights are
     untrained. ``report``: report.html in the folder, with or without ``images`` of the data in it, ids as keyed hashes
@@ -61,8 +61,8 @@ def train_head(
     (fit,) = train_together(job, [settings], say)
     if isinstance(fit, ProtocolError):
         raise fit
-    beside = controls_beside(job, say) if (job.view.untrained if controls is None else controls) else []
-    run = write_run(target, contents_of(job, fit, beside), save_pictures if report else None)
+    baselines = controls_beside(job, say) if (job.view.untrained if controls is None else controls) else []
+    run = write_run(target, contents_of(job, fit, baselines), save_pictures if report else None)
     return _with_report(run, images, hash_ids) if report else run
 
 
@@ -72,12 +72,12 @@ def train_baseline(
     resume: bool = False, controls: bool = False, report: bool = True, images: bool = True, hash_ids: bool = False,
     device: str = "auto", say: Say | None = None, progress: bool = False, **options: Any,
 ) -> Run:  # fmt: skip
-    """Train ``arch`` (a name of `heads.models.catalogue.BASELINES`, or ``finetune:<backbone>``) on images and write
-    a run.
+    """Train a network from pixels and write a run folder. ``arch``: a name of `heads.models.catalogue.BASELINES`, or
+    ``finetune:<backbone>``.
 
     ``data``: a source as ``--data`` names it, a dataset, a view (its images) or a `PixelView`. ``options`` are fields
-    of `Settings`; those not given are as published. After every epoch the training is kept beside the run to be;
-    ``resume`` goes on with it. Raises what `train_head` raises, before anything is trained.
+    of `Settings`; without them they are as published. A checkpoint is written after every epoch, with which ``resume``
+    goes on. Raises what `train_head` raises, before anything is trained.
     """
     from featurecache.extraction.pipeline import pick_device
 
@@ -134,12 +134,12 @@ def ablate(
         check_installed()
     views = _open_views(features, cache, spec, data, progress)
     ram = memory_for_features() / 1e9 if spec.base.ram is None else spec.base.ram
-    plan = make_plan(views, spec, ram)
+    plan = plan_sweep(views, spec, ram)
     if spec.search:
         check_search(plan)
     folder, record = open_sweep(out, plan)
     if dry_run:
-        say_plan(plan, folder, read_rows(folder / ROWS)[0], say, whole=True)
+        say_plan(plan, folder, read_journal(folder / ROWS)[0], say, whole=True)
         return None
     with in_use(folder, "ablate", "heads"):
         write_sweep(folder, record, plan)
@@ -211,7 +211,7 @@ def report(
     except OSError as error:
         raise CannotWrite(error.errno, f"No report can be written in {folder}: {error.strerror}.") from error
     names = [str(path) for path in folders]
-    return write_report(folder, families, comparison, images=images, hash_ids=hash_ids, given=names)
+    return write_report(folder, families, comparison, images=images, hash_ids=hash_ids, paths=names)
 
 
 def families_in(*paths: str | Path, trust_code: bool = False) -> list[Family]:

@@ -2,7 +2,8 @@
 
 All is drawn in one palette, the page's by daylight. In the SVG its colours become variables of the page's style sheet,
 so that dark screens and paper are the style sheet's business, and text stays text in the page's font. Without pyplot:
-no window, no global state. Lengths are units of the SVG, about a CSS pixel.
+no window, no global state. matplotlib is imported when the first figure is drawn, since training loads none. Lengths
+are units of the SVG, about a CSS pixel.
 """
 
 from __future__ import annotations
@@ -39,9 +40,7 @@ SHADES = 10
 
 def ticks(low: float, high: float, wanted: int) -> list[float]:
     """Round numbers within low … high."""
-    from matplotlib.ticker import (
-        MaxNLocator,
-    )  # loaded when first something is drawn, as all of matplotlib: half a second
+    from matplotlib.ticker import MaxNLocator
 
     room = 1e-9 * (high - low)
     return [float(v) for v in MaxNLocator(wanted, steps=STEPS).tick_values(low, high) if low - room <= v <= high + room]
@@ -242,7 +241,7 @@ class Figure:
 
     def pixels(self, note: str) -> np.ndarray:
         """float [h, w, 4] with title, ``note`` and legend."""
-        from matplotlib import image
+        from matplotlib.image import imread
         from matplotlib.lines import Line2D
 
         figure, data = self.plot.figure, io.BytesIO()
@@ -251,30 +250,25 @@ class Figure:
             self.plot.finish()
             figure.text(0, 1 + 12 / (figure.get_figheight() * 72), short(self.title, 60), fontsize=11, color=INK)
             figure.text(0, 1, note, fontsize=8, color=FAINT)
-            lines = [
-                Line2D([], [], color=COLOURS.get(key, SERIES[1]), ls=DASHES.get(key, "-"), lw=1.8)
-                for key, _ in self.keys
-            ]
-            place = {
-                "loc": "upper center",
-                "bbox_to_anchor": (0.5, 0),
-                "ncols": 1 if max(map(len, names), default=0) > 24 else 2,
-            }
-            if lines:
+            if names:
+                styles = [(COLOURS.get(key, SERIES[1]), DASHES.get(key, "-")) for key, _ in self.keys]
+                lines = [Line2D([], [], color=colour, ls=dash, lw=1.8) for colour, dash in styles]
+                place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
+                place["ncols"] = 1 if max(map(len, names)) > 24 else 2
                 figure.legend(lines, names, frameon=False, fontsize=9, labelcolor=INK, **place)
             figure.savefig(data, format="png", dpi=140, bbox_inches="tight", facecolor=PAPER)
         data.seek(0)
-        return image.imread(data)
+        return imread(data)
 
 
 def save_png(path: Path, figures: Sequence[Figure], note: str = "") -> None:
     """Figures side by side in one file."""
-    from matplotlib import image
+    from matplotlib.image import imsave
 
     each = [figure.pixels(note) for figure in figures]
     height = max(len(pixels) for pixels in each)
     padded = [np.pad(p, ((0, height - len(p)), (0, 24), (0, 0)), constant_values=1.0) for p in each]
-    image.imsave(path, np.concatenate(padded, axis=1))
+    imsave(path, np.concatenate(padded, axis=1))
 
 
 _TAG = re.compile(r"\s*<(/?)([\w:]+)([^>]*)>\s*")
@@ -293,14 +287,14 @@ def _page_svg(text: str, title: str, hints: Sequence[str]) -> Markup:
         close, name, rest = match.groups()
         if close:
             return closing.pop()
-        given = dict(_ATTRIBUTE.findall(rest))
-        hint = re.fullmatch(r"hint-(\d+)", given.get("id", ""))
-        kept = {
-            "svg": f'<svg viewBox="{given.get("viewBox")}" role="img" aria-label="{escape(title)}" class="chart"',
+        attributes = dict(_ATTRIBUTE.findall(rest))
+        hint = re.fullmatch(r"hint-(\d+)", attributes.get("id", ""))
+        beginnings = {
+            "svg": f'<svg viewBox="{attributes.get("viewBox")}" role="img" aria-label="{escape(title)}" class="chart"',
             "g": f"<g><title>{escape(hints[int(hint[1])])}</title" if hint else "",
             "defs": "<defs",
         }
-        begin = kept[name] if name in kept else f"<{name}{_attributes(given, prefix)}"
+        begin = beginnings[name] if name in beginnings else f"<{name}{_attributes(attributes, prefix)}"
         if rest.endswith("/"):
             return f"{begin}/>"
         closing.append(f"</{name}>" if begin else "")
@@ -309,20 +303,20 @@ def _page_svg(text: str, title: str, hints: Sequence[str]) -> Markup:
     return Markup(_TAG.sub(clean, text).replace("<defs></defs>", ""))
 
 
-def _attributes(given: dict[str, str], prefix: str) -> str:
-    found = {key: value for part in given.pop("style", "").split(";") if part for key, value in [part.split(": ", 1)]}
-    found = {key.strip(): VARIABLES.get(value, value.removesuffix("px")) for key, value in found.items()}
-    found.pop("font-family", None)
-    for key, value in given.items():
+def _attributes(original: dict[str, str], prefix: str) -> str:
+    style = dict(part.strip().split(": ", 1) for part in original.pop("style", "").split(";") if part.strip())
+    style.pop("font-family", None)
+    attributes = {key: VARIABLES.get(value, value.removesuffix("px")) for key, value in style.items()}
+    for key, value in original.items():
         if key == "id":
-            found["id"] = prefix + value
+            attributes["id"] = prefix + value
         elif key == "xlink:href":
-            found["href"] = f"#{prefix}{value[1:]}"
+            attributes["href"] = f"#{prefix}{value[1:]}"
         elif key == "d":
-            found["d"] = _short_path(value)
+            attributes["d"] = _short_path(value)
         elif key != "clip-path" and not value.startswith("rotate(-0 "):
-            found[key] = _rounded(value)
-    return "".join(f' {key}="{value}"' for key, value in found.items())
+            attributes[key] = _rounded(value)
+    return "".join(f' {key}="{value}"' for key, value in attributes.items())
 
 
 def _rounded(text: str, digits: int = 1) -> str:

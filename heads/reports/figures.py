@@ -117,9 +117,9 @@ def most_confused(predictions: TestPredictions, most: int = 12) -> list[dict[str
 def truth_and_score(task: str, answers: Predictions, c: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Of class or label c: bool [m] over images where it is known, and the score; None where one side is missing."""
     order = measure_scores(task, answers.z)[:, c]
-    known = ~np.isnan(answers.y[:, c]) if task == "multilabel" else np.ones(len(answers.y), bool)
-    truth = answers.y[known, c] == 1 if task == "multilabel" else answers.y == c
-    return (truth, order[known]) if truth.any() and not truth.all() else None
+    labelled = ~np.isnan(answers.y[:, c]) if task == "multilabel" else np.ones(len(answers.y), bool)
+    truth = answers.y[labelled, c] == 1 if task == "multilabel" else answers.y == c
+    return (truth, order[labelled]) if truth.any() and not truth.all() else None
 
 
 def _roc_points(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
@@ -328,13 +328,13 @@ def comparing_figures(pairs: Sequence[tuple[Family, dict[str, Any]]], lead: str,
 
 def _train_images(pairs: Sequence[tuple[Family, dict[str, Any]]]) -> int | None:
     """Images of train at fraction 1, where all views have the same number."""
-    found = {
+    counts = {
         run.config["splits"].get("images", {}).get("train")
         for family, _ in pairs
         if family.fraction == 1
         for run in family.runs[:1]
     }
-    return found.pop() if len(found) == 1 else None
+    return counts.pop() if len(counts) == 1 else None
 
 
 def learning_figure(

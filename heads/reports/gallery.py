@@ -1,4 +1,4 @@
-"""The worst mistakes and the most confident correct predictions of a head on test, with their images.
+"""Gallery of a report: the worst mistakes and the most confident correct predictions of a head on test, with images.
 
 Images are read back from the source of the view by id and shown only if their digest is the one that was computed
 with. What is embedded is a new, small encoding of the pixels: no metadata of the file comes along.
@@ -190,18 +190,18 @@ class ImageLoader:
         gallery.notes.append(_map_words(maps[0], run, len(predictions)))
 
 
-def _with_map(picture: GalleryPicture, found: Map | None) -> GalleryPicture:
-    if found is None:
+def _with_map(picture: GalleryPicture, each: Map | None) -> GalleryPicture:
+    if each is None:
         return picture
-    sums = f"{found.unit} {found.margin:+.2f}" if found.margin is not None else ""
-    parts = f"patches {found.values.sum():+.2f}, " if found.adds_up else ""
-    numbers = [sums + (f": {parts}{beside_words(found)}" if found.beside else "")] if sums else []
-    numbers.append(f"strongest {np.abs(found.values).max():.2g}")
-    if found.likeness is not None:
-        numbers.append(f"like its control {found.likeness:+.2f}")
-    assert found.control is not None
+    sums = f"{each.unit} {each.margin:+.2f}" if each.margin is not None else ""
+    parts = f"patches {each.values.sum():+.2f}, " if each.adds_up else ""
+    numbers = [sums + (f": {parts}{beside_words(each)}" if each.beside else "")] if sums else []
+    numbers.append(f"strongest {np.abs(each.values).max():.2g}")
+    if each.likeness is not None:
+        numbers.append(f"like its control {each.likeness:+.2f}")
+    assert each.control is not None
     return replace(
-        picture, map=_uri(found.values, found.kind), control=_uri(found.control, found.kind), kind=found.kind,
+        picture, map=_uri(each.values, each.kind), control=_uri(each.control, each.kind), kind=each.kind,
         sums="; ".join(numbers).replace(" -", " −"),
     )  # fmt: skip
 

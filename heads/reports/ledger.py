@@ -1,4 +1,4 @@
-"""metrics.csv and metrics.json beside a report: the numbers of the page, all of them, for a program.
+"""Metrics files of a report, metrics.csv and metrics.json: every number of the page, for a program.
 
 In a folder of their own they hold the comparison. In the folder of a run they are the run's own files, to which the
 intervals are added: ``comparison`` in metrics.json, the columns low, high and method in metrics.csv.
@@ -30,7 +30,7 @@ def write_metrics_files(folder: Path, record: dict[str, Any]) -> None:
         write_whole(folder / "metrics.csv", _with_intervals((folder / "metrics.csv").read_text("utf-8"), record))
         write_whole(folder / "metrics.json", _json(data | {"comparison": record}))
         return
-    write_whole(folder / "metrics.csv", as_csv(record))
+    write_whole(folder / "metrics.csv", comparison_csv(record))
     write_whole(folder / "metrics.json", _json(record))
 
 
@@ -38,7 +38,7 @@ def _json(data: Any) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def as_csv(record: dict[str, Any]) -> bytes:
+def comparison_csv(record: dict[str, Any]) -> bytes:
     """A line for every number of the comparison."""
     rows = [row for family in record["families"] for row in _family_rows(family)]
     for control in record["controls"]:
@@ -69,12 +69,12 @@ def _family_rows(family: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for kind, spread in (family["spread"] or {}).items():
         for metric, value in (spread or {}).items():
             yield same | {"split": "test", "of": f"standard deviation over {kind}", "metric": metric, "value": value}
-    for metric, found in (family.get("difference") or {}).items():
-        yield same | dict(split="test", of="difference to the reference", metric=metric, **_numbers(found))
+    for metric, difference in (family.get("difference") or {}).items():
+        yield same | dict(split="test", of="difference to the reference", metric=metric, **_numbers(difference))
         for key in ("p", "p_holm"):
-            if found.get(key) is not None:
+            if difference.get(key) is not None:
                 of = f"difference to the reference, {key}"
-                yield same | {"split": "test", "of": of, "metric": metric, "value": found[key]}
+                yield same | {"split": "test", "of": of, "metric": metric, "value": difference[key]}
     for part in family.get("external") or []:
         for metric, test in (part["test"] or {}).items():
             yield same | dict(split="external", of=part["view"], metric=metric, **_numbers(test))
@@ -94,9 +94,9 @@ def _operating_rows(same: dict[str, Any], point: dict[str, Any]) -> Iterator[dic
     yield same | {"split": "val", "of": of, "metric": "threshold", "value": point["threshold"]}
     for metric in ("sensitivity", "specificity", "ppv", "npv"):
         yield same | dict(split="test", of=of, metric=metric, **_numbers(point.get(metric)))
-    for metric, found in (point.get("at_prevalence") or {}).items():
-        known = _numbers(found) if isinstance(found, dict) else {"value": found}
-        yield same | dict(split="test", of=f"{of}, at another prevalence", metric=metric, **known)
+    for metric, value in (point.get("at_prevalence") or {}).items():
+        numbers = _numbers(value) if isinstance(value, dict) else {"value": value}
+        yield same | dict(split="test", of=f"{of}, at another prevalence", metric=metric, **numbers)
 
 
 def _with_intervals(text: str, record: dict[str, Any]) -> bytes:
@@ -105,9 +105,9 @@ def _with_intervals(text: str, record: dict[str, Any]) -> bytes:
     rows = []
     for row in csv.DictReader(io.StringIO(text, newline="")):
         mine = row["model"] == family["head"] and row["split"] == "test" and not row["class"]
-        found = (family["test"] or {}).get(row["metric"]) if mine else None
+        test = (family["test"] or {}).get(row["metric"]) if mine else None
         value = float(row["value"]) if row["value"] else ""
-        ends = [_numbers(found)[key] for key in ("low", "high", "method")]
+        ends = [_numbers(test)[key] for key in ("low", "high", "method")]
         rows.append([*(text_of(row[key]) for key in OWN[:4]), value, *ends])
     return _csv(OWN, rows)
 

@@ -1,11 +1,9 @@
-"""Report.html: context, template, content policy.
+"""Report page: one HTML file that shows a run, a sweep or several runs side by side and asks no network for anything.
 
-report.html: one file that shows a run, a sweep or several runs side by side, and asks no network for anything.
-
-Made from a `heads.comparison.Comparison` and the runs it was made of: every number comes from its record; curves,
-confusion matrix and gallery from the runs themselves. ``record`` is that record, ``family`` one of
-``record["families"]``. Text comes in escaped (Jinja2 autoescape); the page's own policy forbids it any request and any
-script or style but its own two, which it names by their hashes.
+Every number comes from the ``record`` of a `heads.evaluation.comparison.Comparison` (``family``: one of its
+``"families"``); curves, confusion matrix and gallery from the runs themselves. Text comes in escaped (Jinja2
+autoescape); the page's own policy forbids it any request and any script or style but its own two, which it names by
+their hashes.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ from featurecache import __version__
 from featurecache.errors import CannotWrite
 from heads.evaluation.comparison import Comparison
 from heads.evaluation.costs import cost_columns, devices_words
-from heads.evaluation.families import Family
-from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, measure_name
+from heads.evaluation.families import Family, selection_key
+from heads.metrics.classification import UNTRAINED, measure_name
 from heads.reports.drawing import Figure, plain, ticks
 from heads.reports.figures import (
     OVERLAID,
@@ -51,6 +49,8 @@ from heads.reports.text import (
     filters_for,
     images_words,
     sentence,
+    shown_measures,
+    shown_spreads,
     subtitle_words,
     title_words,
     unit_words,
@@ -90,7 +90,7 @@ class WrittenReport:
 
 def write_report(
     folder: str | Path, families: Sequence[Family], comparison: Comparison, *, images: bool = True,
-    hash_ids: bool = False, given: Sequence[str] = (),
+    hash_ids: bool = False, paths: Sequence[str] = (),
 ) -> WrittenReport:  # fmt: skip
     """report.html, metrics.csv and metrics.json into ``folder``, which is there. Raises CannotWrite.
 
@@ -101,7 +101,7 @@ def write_report(
 
     folder = Path(folder)
     loader = ImageLoader(hashed() if hash_ids else str, images)
-    page, count = render(folder, families, comparison.record, loader, given)
+    page, count = render(folder, families, comparison.record, loader, paths)
     try:
         write_whole(folder / "report.html", page.encode("utf-8", "backslashreplace"))
         write_metrics_files(folder, comparison.record)
@@ -119,14 +119,14 @@ def hashed() -> Callable[[str], str]:
 
 
 def render(
-    folder: Path, families: Sequence[Family], record: dict[str, Any], loader: ImageLoader, given: Sequence[str] = ()
+    folder: Path, families: Sequence[Family], record: dict[str, Any], loader: ImageLoader, paths: Sequence[str] = ()
 ) -> tuple[str, int]:
     """The page as text, and how many images it embeds. ``given``: what `report` was asked for."""
     runs = [run for family in families for run in family.runs]
     part, count = part_context(families, record, loader)
     context = part | {
         "title": title_words(record, runs), "subtitle": subtitle_words(record, runs),
-        "commands": commands_of(folder, given, families, record, loader.images, loader.shown is not str),
+        "commands": commands_of(folder, paths, families, record, loader.images, loader.shown is not str),
         "origins": origins(runs), "numbers_words": "metrics.csv, metrics.json",
     }  # fmt: skip
     return render_page("report.html", context, count), count
@@ -138,16 +138,17 @@ def part_context(
     """What ``part.html`` shows of one comparison, and how many images that embeds. ``prefix``: of its anchors, where
     several stand on one page."""
     pairs = ranked(families, record)
-    details: list[FamilyDetail] = []
-    for rank, (family, numbers) in enumerate(pairs, start=1):
-        details.append(detail_of(rank, numbers, family.runs, loader if rank <= DETAILED else None, prefix))
+    details = [
+        detail_of(rank, numbers, family.runs, loader if rank <= DETAILED else None, prefix)
+        for rank, (family, numbers) in enumerate(pairs, start=1)
+    ]
     runs = [run for family in families for run in family.runs]
     settings = record.get("rows") or []  # best on val first within the order of the record
     context = {
         "record": record, "p": prefix, "warnings": all_warnings(record, runs), "unit_words": unit_words(record),
         "chosen_words": chosen_words(record["task"], runs),
         "board": leaderboard(record, [numbers for _, numbers in pairs], prefix),
-        "comparing": comparing_figures(pairs, lead_measure(record), record["task"]),
+        "comparing": comparing_figures(pairs, measure_name(record["select"]), record["task"]),
         "by": by_tables(record, pairs), "by_measures": shown_measures(record),
         "details": details[:DETAILED], "rest": details[DETAILED:], "settings_left": max(0, len(settings) - SETTINGS),
         "settings": settings[:SETTINGS] if len(settings) > len(pairs) else [], "with_images": loader.images,
@@ -182,40 +183,23 @@ def content_security_policy(css: str, js: str) -> str:
 
 @functools.cache  # with the compiled templates
 def _environment(task: str) -> Environment:
-    found = Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=ChainableUndefined,
     )  # fmt: skip
-    found.filters.update(filters_for(task))
-    return found
-
-
-def lead_measure(record: dict[str, Any]) -> str:
-    """What the choice was made by, as a measure that is in the tables."""
-    return measure_name(record["select"])
+    environment.filters.update(filters_for(task))
+    return environment
 
 
 def ranked(families: Sequence[Any], record: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
     """(Family, its record), best on val first, ties by val NLL."""
-    lead = lead_measure(record)
-    sign = -1 if METRICS[lead].higher else 1
-
-    def key(pair: tuple[Any, dict[str, Any]]) -> tuple[float, float]:
-        value, nll = pair[1]["val"].get(lead), pair[1]["val"].get("nll")
-        return (np.inf if value is None else sign * value, np.inf if nll is None else nll)
-
-    return sorted(zip(families, record["families"], strict=True), key=key)
-
-
-def shown_measures(record: dict[str, Any]) -> list[str]:
-    """Columns of the leaderboard: what was chosen by, then what the task is judged by."""
-    wanted = dict.fromkeys([lead_measure(record), *COMPARED[record["task"]]])
-    return [m for m in wanted if m in record["measures"]]
+    pairs = zip(families, record["families"], strict=True)
+    return sorted(pairs, key=lambda pair: selection_key([pair[1]], record["select"]))
 
 
 def leaderboard(record: dict[str, Any], families: list[dict[str, Any]], prefix: str = "") -> dict[str, Any]:
     """Rows with their intervals, all on one scale; ``axis`` stands over them. ``prefix``: of their anchors."""
-    lead = lead_measure(record)
+    lead = measure_name(record["select"])
     tests = [(family["test"] or {}).get(lead) or {} for family in families]
     controls = [{"value": (control["test"] or {}).get(lead)} for control in record["controls"]]
     best = tests[0].get("value") if len(tests) + len(controls) > 1 else None
@@ -225,11 +209,10 @@ def leaderboard(record: dict[str, Any], families: list[dict[str, Any]], prefix: 
         {"family": family, "strip": strip, "anchor": f"{prefix}f{i + 1}", "setting": setting_words(varied[i])}
         for i, (family, strip) in enumerate(zip(families, strips, strict=False))
     ]
-    spreads = [kind for kind in ("seeds", "repeats", "folds") if any((f["spread"] or {}).get(kind) for f in families)]
     return {
         "rows": rows, "controls": list(zip(record["controls"], strips[len(rows) :], strict=True)), "axis": axis,
-        "measures": shown_measures(record), "lead": lead, "spreads": spreads, "costs": cost_columns(families),
-        "device": devices_words(families),
+        "measures": shown_measures(record), "lead": lead, "spreads": shown_spreads(families),
+        "costs": cost_columns(families), "device": devices_words(families),
         "fractions": len({f["fraction"] for f in families}) > 1, "views": len({f["view"] for f in families}) > 1,
         "differences": any(f.get("difference") for f in families),
     }  # fmt: skip
@@ -289,10 +272,10 @@ def detail_of(
 
 def one_of_each_fold(predictions: TestPredictions) -> TestPredictions:
     """The first run of each fold: no image twice, every call by a head that exists."""
-    found: dict[Any, tuple[Run, Any]] = {}
+    first: dict[Any, tuple[Run, Any]] = {}
     for run, answers in predictions:
-        found.setdefault((run.config["splits"].get("fold") or [0])[0], (run, answers))
-    return list(found.values())
+        first.setdefault((run.config["splits"].get("fold") or [0])[0], (run, answers))
+    return list(first.values())
 
 
 def per_class(family: dict[str, Any], runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -329,7 +312,7 @@ def all_warnings(record: dict[str, Any], runs: Sequence[Run]) -> list[str]:
         if any((splits.get("dropped") or {}).values()):
             others.append(f"{dropped_sentence(splits['dropped'])}.")
         others += [w for w in run.config.get("warnings") or [] if "stand" not in w or " in both " not in w]
-    found = [Leak(kind, splits, count) for (kind, splits), count in worst.items()]
-    leaks = [f"{leaks_sentence(found)}: these numbers may be too good."] if found else []
+    worst_leaks = [Leak(kind, splits, count) for (kind, splits), count in worst.items()]
+    leaks = [f"{leaks_sentence(worst_leaks)}: these numbers may be too good."] if worst_leaks else []
     others = [*record["warnings"], *(w for family in record["families"] for w in family["warnings"]), *others]
     return [sentence(words, record) for words in dict.fromkeys([*leaks, *others])]

@@ -1,4 +1,4 @@
-"""Where the numbers of a report come from: the commands that make them again, versions, weights, preprocessing."""
+"""Provenance of a report's numbers: the commands that make them again, versions, weights, preprocessing."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ def _published(run: Run) -> dict[str, Any]:
 def sweep_command(folder: Path) -> str | None:
     """Of a folder with a sweep.json the command that made it."""
     try:
-        asked = json.loads((folder / "sweep.json").read_text("utf-8"))
+        record = json.loads((folder / "sweep.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    command = asked.get("command") if isinstance(asked, dict) else None
+    command = record.get("command") if isinstance(record, dict) else None
     return command if isinstance(command, str) else None
 
 
 def commands_of(
-    folder: Path, given: Sequence[str], families: Sequence[Family], record: dict[str, Any], images: bool, hashed: bool
+    folder: Path, paths: Sequence[str], families: Sequence[Family], record: dict[str, Any], images: bool, hashed: bool
 ) -> list[tuple[str, str]]:
     """(what it makes, command): the sweep or the heads, and the page itself."""
     runs = [str(run.path) for family in families for run in family.runs]
     own = (folder / "sweep.json").is_file() or (folder / "config.json").is_file()
-    words = list(given) or ([str(folder)] if own else runs)
-    found = [(f"{path}:", made) for path in words if (made := sweep_command(Path(path)))]
-    if not found:
+    words = list(paths) or ([str(folder)] if own else runs)
+    commands = [(f"{each}:", made) for each in words if (made := sweep_command(Path(each)))]
+    if not commands:
         named = zip(record["families"], families, strict=True)
-        found = [(f"{numbers['name']}:", train_command(family.runs[0])) for numbers, family in list(named)[:MOST]]
+        commands = [(f"{numbers['name']}:", train_command(family.runs[0])) for numbers, family in list(named)[:MOST]]
     options: list[tuple[str, Any]] = [("--reference", record["reference"])]
     options += [("--by", column) for column in record.get("by") or {}]
     there = (point["at_prevalence"] for family in record["families"] for point in family["operating"])
@@ -66,7 +66,7 @@ def commands_of(
     options.append(("--out", None if words == [str(folder)] else str(folder)))
     words += [word for option, value in options if value is not None for word in (option, value)]
     words += ([] if images else ["--no-images"]) + (["--hash-ids"] if hashed else [])
-    return [*found, ("This page:", f"featurecache report {shlex.join(words)}")]
+    return [*commands, ("This page:", f"featurecache report {shlex.join(words)}")]
 
 
 def extract_command(run: Run) -> str | None:
@@ -97,12 +97,12 @@ def _word(value: Any) -> str:
 
 def origins(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For every view that runs were trained on: what it is, and its spec and provenance as JSON."""
-    found: dict[tuple[Any, str], dict[str, Any]] = {}
+    by_view: dict[tuple[Any, str], dict[str, Any]] = {}
     for run in runs:
         config = run.config
         view = config["view"]
         key = _view_key(run)
-        if key in found:
+        if key in by_view:
             continue
         splits, source = config["splits"], view.get("source") or {}
         pixels = is_pixels(run)
@@ -120,14 +120,14 @@ def origins(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "versions": " · ".join(f"{k} {v}" for k, v in (config.get("versions") or {}).items()),
             "made": config["created"][:19].replace("T", " "),
         }
-        found[key] = {
+        by_view[key] = {
             "label": view["label"],
             "facts": [(name, value) for name, value in facts.items() if value],
             "extract": extract_command(run),
             "spec": _json(config["spec"]),
             "provenance": _json(config["provenance"]),
         }
-    return list(found.values())
+    return list(by_view.values())
 
 
 def _view_key(run: Run) -> tuple[Any, str]:

@@ -1,8 +1,6 @@
-"""The same numbers as aligned text; the words for them.
+"""Tables of text: the numbers of runs, comparisons and sweeps in aligned columns, and the words for them on a page.
 
-The numbers of runs and comparisons as aligned text, and the words for them on a page.
-
-What the measures of a task are called, which of them are compared, and the sentence for untrained weights.
+Every value comes from a record or a run; nothing is measured here. Runs and families stand best on val first.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from typing import Any
 from featurecache.formatting import abbreviated, aligned, columns, number, one_line
 from heads.evaluation.comparison import compare
 from heads.evaluation.costs import COSTS, cost_rows, cost_text, devices_words, run_cost, run_cost_line
-from heads.evaluation.families import families_of, run_setting
+from heads.evaluation.families import families_of, run_setting, selection_key
 from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, measure_name, title
 from heads.reports.provenance import setting_words, train_command
 from heads.runs.run import Run, is_pixels, name_of
@@ -89,13 +87,10 @@ def sentence(words: str, record: dict[str, Any]) -> str:
 
 
 def lab_table(record: dict[str, Any]) -> str:
-    """A `heads.evaluation.comparison.Comparison`: controls first, then the families, best on val first, ties by val
-    NLL.
-    """
-    task, lead = record["task"], measure_name(record["select"])
-    shown = [m for m in dict.fromkeys([lead, *COMPARED[task]]) if m in record["measures"]]
-    families = sorted(record["families"], key=lambda family: _place(family["val"], lead))
-    spreads = [kind for kind in ("seeds", "repeats", "folds") if any(f["spread"][kind] for f in families)]
+    """A comparison's record: controls first, then the families, best on val first, ties by val NLL."""
+    task, lead, shown = record["task"], measure_name(record["select"]), shown_measures(record)
+    families = sorted(record["families"], key=lambda family: selection_key([family], record["select"]))
+    spreads = shown_spreads(families)
     rows = [["", "parameters", f"val {title(lead, task)}", *(f"test {title(m, task)}" for m in shown)]]
     rows[0] += [f"± over {kind}" for kind in spreads]
     for control in record["controls"]:
@@ -120,6 +115,17 @@ def lab_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def shown_measures(record: dict[str, Any]) -> list[str]:
+    """Columns of a comparison: what was chosen by, then what the task is judged by."""
+    ordered = dict.fromkeys([measure_name(record["select"]), *COMPARED[record["task"]]])
+    return [m for m in ordered if m in record["measures"]]
+
+
+def shown_spreads(families: Sequence[dict[str, Any]]) -> list[str]:
+    """Columns of standard deviations: over what any family was repeated."""
+    return [kind for kind in ("seeds", "repeats", "folds") if any((f["spread"] or {}).get(kind) for f in families)]
+
+
 def cost_table(named: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     """Lines behind a comparison, in its order: what each costs, and once on what that was measured."""
     rows = cost_rows([(one_line(name), cost) for name, cost in named])
@@ -129,21 +135,29 @@ def cost_table(named: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
 
 def runs_cost(runs: Sequence[Run]) -> list[str]:
     """`cost_table` of runs, in the order of `comparison_table`."""
-    key = measure_name(runs[0].config["chosen"]["by"])
-    ordered = sorted(runs, key=lambda run: _place(run.metrics["val"], key))
-    return cost_table([(_name(run, runs), run_cost(run)) for run in ordered])
+    return cost_table([(_name(run, runs), cost_of(run)) for run in _best_first(runs)])
+
+
+def _best_first(runs: Sequence[Run]) -> list[Run]:
+    """By the first run's criterion on val, ties by NLL."""
+    return sorted(runs, key=lambda run: selection_key([run.metrics], runs[0].config["chosen"]["by"]))
 
 
 def _against(record: dict[str, Any], families: Sequence[dict[str, Any]], lead: str) -> list[str]:
     """A line for each difference to the reference."""
-    compared = [(family, found) for family in families if (found := (family["difference"] or {}).get(lead))]
+    compared = [(family, difference) for family in families if (difference := (family["difference"] or {}).get(lead))]
     if not compared:
         return []
     against = f"{title(lead, record['task'])} against {one_line(record['reference'])}"
     head = f"{against} (paired; p by Holm over {len(compared)}):"
     rows = [
-        [f"  {one_line(family['name'])}", found["words"], f"p {found['p_holm']:.2g}", f"({found['method']})"]
-        for family, found in compared
+        [
+            f"  {one_line(family['name'])}",
+            difference["words"],
+            f"p {difference['p_holm']:.2g}",
+            f"({difference['method']})",
+        ]
+        for family, difference in compared
     ]
     return ["", head, *aligned(rows, right=9)]
 
@@ -193,15 +207,12 @@ def comparison_table(runs: Sequence[Run], controls: Sequence[dict[str, Any]] | N
     """
     if controls is None:
         controls = next((run.metrics["controls"] for run in runs if run.metrics["controls"]), [])
-    by = runs[0].config["chosen"]["by"]
-    key = measure_name(by)
-    shown = COMPARED[runs[0].task]
-    task = runs[0].task
+    task, key = runs[0].task, measure_name(runs[0].config["chosen"]["by"])
+    shown = COMPARED[task]
     rows = [["", "parameters", f"val {title(key, task)}", *(f"test {title(m, task)}" for m in shown)]]
     for control in controls:
         rows.append([control["name"], "", *_cells(control, key, shown)])
-    ordered = sorted(runs, key=lambda run: _place(run.metrics["val"], key))
-    for run in ordered:
+    for run in _best_first(runs):
         rows.append([_name(run, runs), f"{run.config['parameters']:,}", *_cells(run.metrics, key, shown)])
     lines = aligned(rows)
     lines += [f"{control['name']}: {one_line(control['note'])}" for control in controls if control["note"]]
@@ -217,13 +228,6 @@ def _cells(measured: dict[str, Any], key: str, shown: Sequence[str]) -> list[str
     return [number(val.get(key)), *(number(test.get(m)) for m in shown)]
 
 
-def _place(val: dict[str, Any], key: str) -> tuple[float, float]:
-    """Smaller is better."""
-    value, loss = val.get(key), val.get("nll")
-    sign = -1 if METRICS[key].higher else 1
-    return (float("inf") if value is None else sign * value, float("inf") if loss is None else loss)
-
-
 def _name(run: Run, runs: Sequence[Run]) -> str:
     view = run.config["view"]["label"]
     where = f" of {view}" if len({r.config["view"]["label"] for r in runs}) > 1 else ""
@@ -236,8 +240,7 @@ def runs_table(runs: Sequence[Run]) -> str:
         return "no runs yet; featurecache train-head makes one"
     rows = [["run", "head", "features", "criterion", "val", "test", "made"]]
     for run in runs:
-        by = run.config["chosen"]["by"]
-        key = measure_name(by)
+        key = measure_name(run.config["chosen"]["by"])
         where = f"{run.config['view']['label']} {run.output}" + (" (untrained)" if run.untrained else "")
         val, test = (number(run.metrics[split].get(key)) for split in ("val", "test"))
         created = run.config["created"][:16].replace("T", " ")
@@ -249,8 +252,7 @@ def sweeps_table(sweeps: Sequence[Any]) -> str:
     """A line per sweep (`heads.sweeps.journal.Sweep`): folder, how many heads, the one that is best on val."""
     rows = [["sweep", "heads", "best on val", "criterion", "val"]]
     for sweep in sweeps:
-        by, name, value = sweep.record["select"], "none finished yet", None
-        key = measure_name(by)
+        key, name, value = measure_name(sweep.record["select"]), "none finished yet", None
         if sweep.families:
             run = sweep.best
             name, value = f"{run.head} on {run.config['view']['label']} {run.output}", run.metrics["val"].get(key)
@@ -261,8 +263,8 @@ def sweeps_table(sweeps: Sequence[Any]) -> str:
 def head_table(described: dict[str, Any]) -> str:
     """The layers of a head, from ``architectures.describe_head``."""
     shape = "×".join(str(n) for n in described["shape"])
-    given = "images" if described["takes"] == "pixels" else "features"
-    rows = [["layer", "", "gives", "parameters"], ["input", given, f"[{shape}]", "0"]]
+    takes = "images" if described["takes"] == "pixels" else "features"
+    rows = [["layer", "", "gives", "parameters"], ["input", takes, f"[{shape}]", "0"]]
     for layer in described["layers"]:
         rows.append([layer["name"], layer["layer"], layer["gives"], f"{layer['parameters']:,}"])
     rows.append(["", "", "", f"{described['parameters']:,}"])
@@ -360,8 +362,8 @@ def subtitle_words(record: dict[str, Any], runs: Sequence[Run]) -> str:
 
 def chosen_words(task: str, runs: Sequence[Run]) -> str:
     """By which criteria epochs and settings were chosen."""
-    found = dict.fromkeys(run.config["chosen"]["by"] for run in runs)
-    return "by " + " or ".join("loss" if by == "loss" else title(by, task) for by in found)
+    criteria = dict.fromkeys(run.config["chosen"]["by"] for run in runs)
+    return "by " + " or ".join("loss" if by == "loss" else title(by, task) for by in criteria)
 
 
 def unit_words(record: dict[str, Any]) -> str:

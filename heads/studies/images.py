@@ -1,4 +1,4 @@
-"""The images of a study: what ``--data`` names, what is fetched without it, and what ``--quick`` takes or draws."""
+"""Images of a study: what ``--data`` names, what is fetched without it, and the few that ``--quick`` takes or draws."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ SIDE = 32  # pixels of drawn images
 MOST_CLASSES = 20  # under --quick
 SAMPLED, SAMPLES = 12, 6  # classes of which pictures are shown, and how many of each
 ROWS = 40  # classes in the table of a set
-DRAWN = "drawn"  # the source of what is drawn
 _ENDINGS = {b"\xff\xd8": ".jpg", b"\x89P": ".png", b"BM": ".bmp", b"GI": ".gif", b"II": ".tif", b"MM": ".tif"}
 
 
@@ -77,9 +76,9 @@ def open_sets(
     opened: dict[str, OpenedSet] = {}
     for images in (each for each in study.images if each.name in wanted):
         if quick and not data:
-            dataset = draw(images, folder / "drawn" / images.name)
+            dataset = draw_images(images, folder / "drawn" / images.name)
             what = f"images drawn for this trial: grey squares of {SIDE} pixels, a spot by its class, and noise"
-            opened[images.name] = OpenedSet(images, DRAWN, dataset, what)
+            opened[images.name] = OpenedSet(images, "drawn", dataset, what)
             continue
         source = sources.get(images.name, images.source)
         own = source == images.source  # a folder or table of one's own says its labels itself
@@ -136,7 +135,7 @@ def _cells(dataset: Dataset, row: int) -> list[Any]:
     return [*truth, dataset.splits[row], group]
 
 
-def draw(images: ImageSet, folder: Path) -> Dataset:
+def draw_images(images: ImageSet, folder: Path) -> Dataset:
     """Grey squares with a spot whose place tells the class, noise over it: enough to train on, and nothing to learn
     from."""
     rng, side = np.random.default_rng(len(images.classes)), np.arange(SIDE)
@@ -165,8 +164,8 @@ def _write(
     with writing(folder):
         (folder / "images").mkdir(parents=True, exist_ok=True)
         for number, (row, picture) in enumerate(zip(cells, pictures, strict=True)):
-            encoded = isinstance(picture, bytes)
-            data, ending = (picture, _ENDINGS.get(picture[:2], ".img")) if encoded else (_png(picture), ".png")
+            data = picture if isinstance(picture, bytes) else _png(picture)
+            ending = _ENDINGS.get(data[:2], ".img")
             path = f"images/{number:05}{ending}"
             if not (folder / path).is_file() or (folder / path).read_bytes() != data:
                 (folder / path).write_bytes(data)
@@ -201,13 +200,11 @@ def signature(opened: OpenedSet) -> dict[str, Any]:
 
 
 def _stamp(path: str | None) -> bytes:
-    if not path:
-        return b""
     try:
-        status = os.stat(path)
+        status = os.stat(path) if path else None
     except OSError:
         return b"gone"
-    return f"{status.st_size} {status.st_mtime_ns}".encode()
+    return f"{status.st_size} {status.st_mtime_ns}".encode() if status else b""
 
 
 def set_context(opened: OpenedSet, digests: np.ndarray, images: bool) -> dict[str, Any]:
@@ -236,7 +233,7 @@ def set_context(opened: OpenedSet, digests: np.ndarray, images: bool) -> dict[st
         "notes": " ".join(about.notes),
     }  # fmt: skip
     return {
-        "title": opened.images.name, "said": f"It ran on {opened.drawn or opened.source}.",
+        "title": opened.images.name, "ran_on": f"It ran on {opened.drawn or opened.source}.",
         "kind": "label" if about.task == "multilabel" else "class",
         "splits": [split or "no split" for split in about.splits],
         "rows": [*rows, ("images", [*about.totals, about.images])],

@@ -1,5 +1,5 @@
-"""Page of a study, and what the terminal prints: the images, published numbers beside ours, charts of its own, then a
-comparison for each of its questions, as on the page of a report."""
+"""Page of a study: its images, published numbers beside ours, charts of its own, then a comparison for each of its
+questions, as on the page of a report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from heads.runs.run import Run, load_run, name_of
 from heads.settings import flag
 from heads.studies.images import set_context
 from heads.studies.plan import StudyResult, call_text
-from heads.studies.spec import ExplainStep, Extract, Heads, Network, OpenedSet, Published, Question
+from heads.studies.spec import ExplainStep, Extract, Heads, Network, OpenedSet, PublishedNumber, Question
 from heads.sweeps.journal import load_sweep
 
 RESAMPLES, QUICK_RESAMPLES = 2000, 200
@@ -241,7 +241,7 @@ def _digests(result: StudyResult, opened: OpenedSet) -> np.ndarray:
 # --- published numbers beside ours
 
 
-def _published_row(result: StudyResult, table: StudyTable, published: Published) -> dict[str, Any]:
+def _published_row(result: StudyResult, table: StudyTable, published: PublishedNumber) -> dict[str, Any]:
     record, measure = _matching_family(table, published), published.measure
     value, low, high = our_value(published, record) if record else (None, None, None)
     absent = f"not run: {published.ours}" if published.ours else "none: this study trains none like it"
@@ -258,7 +258,7 @@ def _published_row(result: StudyResult, table: StudyTable, published: Published)
     }  # fmt: skip
 
 
-def _matching_family(table: StudyTable, published: Published) -> dict[str, Any] | None:
+def _matching_family(table: StudyTable, published: PublishedNumber) -> dict[str, Any] | None:
     """The record of the family that a number stands beside: of its step the best on val, on all of train."""
     rows = [
         record
@@ -271,7 +271,7 @@ def _matching_family(table: StudyTable, published: Published) -> dict[str, Any] 
     return min(rows, key=lambda record: sign * (record["val"].get(lead) or 0.0), default=None)
 
 
-def our_value(published: Published, record: dict[str, Any]) -> tuple[Any, Any, Any]:
+def our_value(published: PublishedNumber, record: dict[str, Any]) -> tuple[Any, Any, Any]:
     """(value, low, high) of ours; an interval only of test."""
     measure = published.measure
     if measure in OTHERS:
@@ -293,7 +293,7 @@ def format_published(measure: str, value: float | None) -> str:
     return formatting.number(value)
 
 
-def is_not_comparable(result: StudyResult, published: Published) -> bool:
+def is_not_comparable(result: StudyResult, published: PublishedNumber) -> bool:
     """Whether what stands here is no answer to the number: a trial, random weights in the place of pretrained ones, or
     fewer epochs or images than the study has."""
     options = result.options

@@ -1,6 +1,6 @@
-"""Plan of a study: its steps with every option resolved, about how long each takes, what is left out, what is missing.
+"""Plan of a study: its steps with every option resolved, about how long each takes, what is left out and why.
 
-A planned step is JSON: it is what a finished step is recognised by when the same command comes again.
+The call of a planned step is JSON, by which a finished step is recognised when the same command comes again.
 """
 
 from __future__ import annotations
@@ -65,18 +65,19 @@ class StudyOptions:
         """As people and the command line give them; raises BadOption."""
         if unknown := options.keys() - {each.name for each in fields(cls)}:
             raise BadOption(f"{', '.join(sorted(unknown))}: no such option of a study.")
-        listed = {name: tuple(value) for name, value in options.items() if name in ("data", "only", "skip")}
-        made = cls(weights=read_weights(weights, study), **{**options, **listed})
-        if made.quick and (made.weights or made.random_weights):
+        lists = {name: tuple(value) for name, value in options.items() if name in ("data", "only", "skip")}
+        return cls(weights=read_weights(weights, study), **{**options, **lists})
+
+    def __post_init__(self) -> None:
+        if self.quick and (self.weights or self.random_weights):
             raise BadOption(
                 "--quick has a small untrained backbone of its own; leave --weights and --random-weights out."
             )
-        if made.random_weights and made.weights:
+        if self.random_weights and self.weights:
             raise BadOption("--random-weights and --weights contradict each other; give one of them.")
         for name in ("image_size", "epochs", "train_per_class"):
-            if getattr(made, name) is not None and getattr(made, name) < 1:
-                raise BadOption(f"{flag(name)} is {getattr(made, name)}; it must be at least 1.")
-        return made
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise BadOption(f"{flag(name)} is {value}; it must be at least 1.")
 
     def to_dict(self) -> dict[str, Any]:
         """What decides results; which steps are run, and where, does not."""
@@ -212,7 +213,7 @@ def check_weights(study: Study, options: StudyOptions, steps: Sequence[Step]) ->
             ) from error
 
 
-def make_plan(study: Study, options: StudyOptions, sets: dict[str, OpenedSet], gflops: float) -> StudyPlan:
+def plan_study(study: Study, options: StudyOptions, sets: dict[str, OpenedSet], gflops: float) -> StudyPlan:
     """``gflops``: 10^9 operations a second of this machine, for the minutes."""
     steps: list[PlannedStep] = []
     left: dict[str, str] = {}
@@ -279,41 +280,41 @@ def resolve_options(study: Study, step: Step, options: StudyOptions, task: dict[
     assert question is not None
     if isinstance(step, Network):
         return {"train_baseline": question.images, **_network_options(step, options, task)}
-    found = {"epochs": 50, **task, "select": question.select, **step.options}
+    call = {"epochs": 50, **task, "select": question.select, **step.options}
     if options.quick:
-        found |= {"epochs": QUICK_EPOCHS["heads"]} | ({"trials": QUICK_TRIALS} if "trials" in found else {})
-    found["epochs"] = min(found["epochs"], options.epochs or found["epochs"])
-    return {"ablate": list(step.features), "heads": step.heads, **found}
+        call |= {"epochs": QUICK_EPOCHS["heads"]} | ({"trials": QUICK_TRIALS} if "trials" in call else {})
+    call["epochs"] = min(call["epochs"], options.epochs or call["epochs"])
+    return {"ablate": list(step.features), "heads": step.heads, **call}
 
 
 def _network_options(step: Network, options: StudyOptions, task: dict[str, Any]) -> dict[str, Any]:
-    found, arch = {**task, **step.options}, step.arch
+    call, arch = {**task, **step.options}, step.arch
     if arch.startswith(FINETUNE):
         backbone = _backbone_options(arch.removeprefix(FINETUNE), False, options)
         arch = FINETUNE + backbone.pop("backbone")
-        found |= backbone
+        call |= backbone
     elif size := options.image_size or (QUICK_SIZE if options.quick else None):
-        found["image_size"] = size
+        call["image_size"] = size
     if options.quick:
-        found["batch_size"] = QUICK_BATCH
-        if "train_per_class" in found:
-            found["train_per_class"] = min(found["train_per_class"], QUICK["train"])
+        call["batch_size"] = QUICK_BATCH
+        if "train_per_class" in call:
+            call["train_per_class"] = min(call["train_per_class"], QUICK["train"])
     if epochs := options.epochs or (QUICK_EPOCHS["network"] if options.quick else None):
-        found["epochs"] = min(found.get("epochs") or _published_epochs(step.arch), epochs)
+        call["epochs"] = min(call.get("epochs") or _published_epochs(step.arch), epochs)
     if options.train_per_class:
-        found["train_per_class"] = min(found.get("train_per_class", options.train_per_class), options.train_per_class)
-    return {"arch": arch, **found}
+        call["train_per_class"] = min(call.get("train_per_class", options.train_per_class), options.train_per_class)
+    return {"arch": arch, **call}
 
 
 def _backbone_options(name: str, untrained: bool, options: StudyOptions) -> dict[str, Any]:
     quick = QUICK_BACKBONES.get(name, name) if options.quick else name
     size = options.image_size or (QUICK_SIZE if options.quick else None)
-    found: dict[str, Any] = {"backbone": quick, **({"image_size": size} if size else {})}
+    call: dict[str, Any] = {"backbone": quick, **({"image_size": size} if size else {})}
     if options.quick or options.random_weights or untrained:
-        found["random_weights"] = True
+        call["random_weights"] = True
     elif name in options.weights:
-        found["weights"] = options.weights[name]
-    return found
+        call["weights"] = options.weights[name]
+    return call
 
 
 def minutes_of(call: dict[str, Any], opened: OpenedSet, gflops: float) -> float | None:

@@ -13,7 +13,7 @@ from featurecache.errors import UnknownStudy, nearest
 from featurecache.sources.medmnist import MEDMNIST
 from heads.splits import SHARE
 from heads.stratify import stratified_parts
-from heads.studies.spec import ExplainStep, Extract, Heads, ImageSet, Network, Published, Question, Step, Study
+from heads.studies.spec import ExplainStep, Extract, Heads, ImageSet, Network, PublishedNumber, Question, Step, Study
 
 if TYPE_CHECKING:
     from featurecache.sources.base import Dataset
@@ -31,7 +31,7 @@ def thousand_of_each(dataset: Dataset) -> np.ndarray:
     Whole groups are drawn, so that a part may be larger by the rest of one.
     """
     names = np.array(dataset.splits, dtype="<U5")
-    given = bool((names == "test").any())
+    has_test = bool((names == "test").any())
     pool = (names != "test") & (dataset.labels >= 0)
     names[pool] = ""
     groups = np.array(dataset.groups if dataset.groups is not None else [""] * len(names))
@@ -40,12 +40,12 @@ def thousand_of_each(dataset: Dataset) -> np.ndarray:
     for c in range(len(dataset.classes)):
         rows = np.flatnonzero(pool & (dataset.labels == c))
         train = PER_CLASS if len(rows) >= PER_CLASS * 1.1 else len(rows) * 2 // 3
-        val = len(rows) if given else train + max(len(rows) // 8, 1)
-        taken = 0
+        val = len(rows) if has_test else train + max(len(rows) // 8, 1)
+        drawn = 0
         for unit in rng.permutation(np.unique(units[rows])):
             of_it = rows[units[rows] == unit]
-            names[of_it] = "train" if taken < train else "val" if taken < val else "test"
-            taken += len(of_it)
+            names[of_it] = "train" if drawn < train else "val" if drawn < val else "test"
+            drawn += len(of_it)
     return names
 
 
@@ -55,10 +55,10 @@ _MINDLINA_WORDS = (
     "resolution are more noticeable far from 224."
 )
 _MINDLINA = (
-    Published("model 1: the class token into a linear layer", "parameters", 1538, "pneumonia-heads", "linear on cls"),
-    Published("model 2: all tokens into two layers", "parameters", 443_906, "pneumonia-heads", "large on tokens"),
-    Published("model 3: tokens resized to 257", "parameters", 459_266, "pneumonia-heads", "large on tokens-257"),
-    Published(
+    PublishedNumber("model 1: class token into a linear layer", "parameters", 1538, "pneumonia-heads", "linear on cls"),
+    PublishedNumber("model 2: all tokens into two layers", "parameters", 443_906, "pneumonia-heads", "large on tokens"),
+    PublishedNumber("model 3: tokens resized to 257", "parameters", 459_266, "pneumonia-heads", "large on tokens-257"),
+    PublishedNumber(
         "three-block CNN", "parameters", 348_050, "pneumonia-cnn",
         remark="its layers are not published: ours is a stand-in",
     ),
@@ -150,14 +150,14 @@ MEDICAL_MNIST = Study(
             "medical-mnist",
             select="accuracy",
             published=(
-                Published("CNN from scratch", "accuracy", 0.9969, "cnn", split="val",
+                PublishedNumber("CNN from scratch", "accuracy", 0.9969, "cnn", split="val",
                           remark="after epoch 1; interrupted in epoch 2"),
-                Published("CNN from scratch", "parameters", 3_438_342, "cnn"),
-                Published("ViT, fine-tuned on 300 images", "accuracy", 1.0, "vit-tuned", split="val",
+                PublishedNumber("CNN from scratch", "parameters", 3_438_342, "cnn"),
+                PublishedNumber("ViT, fine-tuned on 300 images", "accuracy", 1.0, "vit-tuned", split="val",
                           remark="50 val images"),
-                Published("ViT, fine-tuned on 300 images", "accuracy", 1.0, "vit-tuned",
+                PublishedNumber("ViT, fine-tuned on 300 images", "accuracy", 1.0, "vit-tuned",
                           remark="100 random test images"),
-                Published("ViT, all weights trained", "parameters", 85_803_270, "vit-tuned"),
+                PublishedNumber("ViT, all weights trained", "parameters", 85_803_270, "vit-tuned"),
             ),
         ),
     ),
@@ -189,14 +189,14 @@ MEDICAL_MNIST = Study(
 _MEDMNIST_DEFAULT = ("bloodmnist", "breastmnist", "pathmnist", "retinamnist")
 _MEDMNIST_NAMES = (*_MEDMNIST_DEFAULT, *(name for name in MEDMNIST if name not in _MEDMNIST_DEFAULT))
 _V2 = "MedMNIST v2 (Yang et al. 2023)"
-_MEDMNIST_PUBLISHED: dict[str, tuple[Published, ...]] = {
-    "bloodmnist": (Published("ViT, fine-tuned", "accuracy", 0.9790, "bloodmnist-tuned"),),
-    "breastmnist": (Published("ViT, fine-tuned", "accuracy", 0.9038, "breastmnist-tuned"),),
-    "pathmnist": (Published("ViT, fine-tuned", "accuracy", 0.9462, "pathmnist-tuned"),),
-    "retinamnist": (Published("ViT, fine-tuned", "accuracy", 0.570, "retinamnist-tuned"),),
+_MEDMNIST_PUBLISHED: dict[str, tuple[PublishedNumber, ...]] = {
+    "bloodmnist": (PublishedNumber("ViT, fine-tuned", "accuracy", 0.9790, "bloodmnist-tuned"),),
+    "breastmnist": (PublishedNumber("ViT, fine-tuned", "accuracy", 0.9038, "breastmnist-tuned"),),
+    "pathmnist": (PublishedNumber("ViT, fine-tuned", "accuracy", 0.9462, "pathmnist-tuned"),),
+    "retinamnist": (PublishedNumber("ViT, fine-tuned", "accuracy", 0.570, "retinamnist-tuned"),),
     "pneumoniamnist": (
-        Published("ResNet-18 at 28 px", "accuracy", 0.854, source=_V2),
-        Published("ResNet-18 at 28 px", "auroc", 0.944, source=_V2),
+        PublishedNumber("ResNet-18 at 28 px", "accuracy", 0.854, source=_V2),
+        PublishedNumber("ResNet-18 at 28 px", "auroc", 0.944, source=_V2),
     ),
 }
 
@@ -317,9 +317,11 @@ _SMALL_MEASURES = ("accuracy", "train_seconds", "ms_per_image", "parameters")
 _SMALL_NAMES = {"vit": "small ViT", "cnn": "small residual CNN"}
 
 
-def _small_published(name: str) -> tuple[Published, ...]:
+def _small_published(name: str) -> tuple[PublishedNumber, ...]:
     return tuple(
-        Published(_SMALL_NAMES[arch], measure, value, f"{name}-{arch}", remark="" if "_" not in measure else "one GPU")
+        PublishedNumber(
+            _SMALL_NAMES[arch], measure, value, f"{name}-{arch}", remark="" if "_" not in measure else "one GPU"
+        )
         for arch in _SMALL_NAMES
         for measure, value in zip(_SMALL_MEASURES, _SMALL_REPORTED[name, arch], strict=True)
     )

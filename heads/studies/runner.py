@@ -1,4 +1,4 @@
-"""Run a study: its steps one after another, each in the journal when it is finished, none done twice; then its page."""
+"""Runner of a study: its steps one after another, each in the journal once it is finished; then its page."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from heads.studies.plan import (
     check_packages,
     check_weights,
     machine_gflops,
-    make_plan,
+    plan_study,
     wanted_steps,
 )
 from heads.studies.recipes import load_study
 from heads.studies.spec import ExplainStep, Extract, Heads, Network, OpenedSet, Study
-from heads.sweeps.journal import JournalFile, in_use, load_sweep, read_rows, write_json
+from heads.sweeps.journal import JournalFile, in_use, load_sweep, read_journal, write_json
 
 FORMAT = 1
 LONG = 8 * 60.0  # minutes; beyond it the ways to a shorter run are said
@@ -74,7 +74,7 @@ def run_study(
     if record.get("data") and not chosen.data:  # need not be said again
         say(f"data       {', '.join(record['data'])}   (as before)")
         chosen = replace(chosen, data=tuple(record["data"]))
-    finished = {row["step"] for row in read_rows(folder / STEPS, COLUMNS)[0]}
+    finished = {row["step"] for row in read_journal(folder / STEPS, COLUMNS)[0]}
     sets = names_of_sets(study, chosen.data)
     wanted = [step for step in wanted_steps(study, chosen) if study.set_of(step) in sets]
     missing = [step for step in wanted if step.name not in finished]
@@ -87,7 +87,7 @@ def run_study(
         marks = {name: signature(each) for name, each in opened.items()}
         _check_images(folder, record, marks)
         opened = trials(opened, place) if chosen.quick else opened
-    plan = make_plan(study, chosen, opened, machine_gflops(pick_device(chosen.device).type))
+    plan = plan_study(study, chosen, opened, machine_gflops(pick_device(chosen.device).type))
     for line in plan_lines(study, chosen, opened, plan, finished):
         say(line)
     runner = StudyRunner(study, chosen, folder, opened, Path(cache) if cache else None, say, progress)
@@ -136,7 +136,7 @@ def _check_images(folder: Path, record: dict[str, Any], marks: dict[str, dict[st
 
 @dataclass
 class StudyRunner:
-    """Runs the steps that are not finished, and keeps what they made."""
+    """Runs the steps of a plan that are not in the journal."""
 
     study: Study
     options: StudyOptions
@@ -162,9 +162,13 @@ class StudyRunner:
 
     def _write_record(self, record: dict[str, Any], marks: dict[str, Any]) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        old = record or {
-            "format": FORMAT, "study": self.study.name, "created": now, "asked": self.options.to_dict(),
-        }  # fmt: skip
+        first: dict[str, Any] = {
+            "format": FORMAT,
+            "study": self.study.name,
+            "created": now,
+            "asked": self.options.to_dict(),
+        }
+        old = record or first
         images = old.get("images", {}) | marks
         new = {"featurecache": __version__, "data": list(self.options.data), "images": images}
         write_json(self.folder / RECORD, old | new)
@@ -293,20 +297,14 @@ def plan_lines(
 
 def result_record(result: StudyResult) -> dict[str, Any]:
     """A study as JSON."""
-    steps = [
-        {"step": s.name, "minutes": s.minutes, "done": s.name in result.rows,
-         "seconds": result.rows.get(s.name, {}).get("seconds")}
-        for s in result.plan.steps
-    ]  # fmt: skip
-    record = {
-        "study": result.study.name, "folder": str(result.folder), "steps": steps, "left_out": result.plan.left_out,
-    }  # fmt: skip
-    if not result.page:
-        return record
-    tables = {table.question.name: table.record for table in result.tables}
-    return record | {
-        "report": str(result.page), "images": result.images, "published": result.published, "parts": tables,
-    }  # fmt: skip
+    rows, tables = result.rows, {table.question.name: table.record for table in result.tables}
+    done = [(step, step.name in rows, rows.get(step.name, {}).get("seconds")) for step in result.plan.steps]
+    keys = ("step", "minutes", "done", "seconds")
+    steps = [dict(zip(keys, (step.name, step.minutes, *state), strict=True)) for step, *state in done]
+    record = {"study": result.study.name, "folder": str(result.folder), "steps": steps}
+    record |= {"left_out": result.plan.left_out}
+    report = {"report": str(result.page), "images": result.images, "published": result.published, "parts": tables}
+    return record | report if result.page else record
 
 
 def result_lines(result: StudyResult) -> str:
@@ -340,8 +338,13 @@ def _table_lines(table: StudyTable) -> list[str]:
 
 def _published_lines(published: Sequence[dict[str, Any]]) -> list[str]:
     several = len({row["part"] for row in published}) > 1
-    columns = {"what": "published", **({"part": "question"} if several else {}), "measure": "number", "ours": "of"}
-    rows = [[*columns.values(), "published", "here"]]
+    columns = {
+        "what": "published",
+        **({"part": "question"} if several else {}),
+        "measure": "number",
+        "ours": "our head",
+    }
+    rows = [[*columns.values(), "published", "ours"]]
     for row in published:
         rows.append([*(one_line(row[key]) for key in columns), row["published_words"], row["here_words"]])
     grey = ["Beside a trial, random weights, or fewer epochs or images a published number does not compare."]

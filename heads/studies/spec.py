@@ -1,20 +1,18 @@
-"""Study, its steps, published numbers: dataclasses.
+"""Study as data: sets of images, questions with published numbers, and steps in their order.
 
-What a study is, as data: sets of images, questions with published numbers, and steps in their order.
-
-Published studies again: recipes as data, the plan of their steps, running and resuming them, and one page.
+Published studies are run again from such a recipe, in a folder:
 
     studies/<name>/
-      study.json         what was asked, of which images
-      steps.jsonl        of every finished step: what it was asked, what it made, how long it took
+      study.json         its options and images
+      steps.jsonl        of every finished step: its call, what it made, how long it took
       runs/<step>/       the run of a network, the sweep of heads, or pictures
       splits-<part>.csv  where the study has splits of its own
       few/ drawn/        the images of --quick
       report.html        the page; <part>/metrics.csv and metrics.json beside it
 
-A study is a list of calls of the public functions: `featurecache.prepare`, `heads.ablate`, `heads.train_baseline`,
-`heads.explain`, each resumable by itself. The same command goes on where it was stopped; asked for anything else, the
-folder is refused.
+Its steps are calls of public functions: `featurecache.prepare`, `heads.ablate`, `heads.train_baseline`,
+`heads.explain`, each resumable by itself. The same command goes on where it was stopped; with other options the folder
+is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedNumber:
     """One number as it was reported, and the step of ours that it stands beside."""
 
     what: str
@@ -67,7 +65,7 @@ class Question:
     select: str = "auroc"
     options: dict[str, Any] = field(default_factory=dict)  # of `heads.settings.Settings`
     splits: Callable[[Dataset], np.ndarray | None] = lambda _: None  # [N] split names; None: the protocol's
-    published: tuple[Published, ...] = ()
+    published: tuple[PublishedNumber, ...] = ()
     reference: str = ""  # the step that the others are compared with, paired
     note: str = ""
 

@@ -1,12 +1,12 @@
 """Sweeps: many heads at once. The search space, the plan, training together, a journal that a killed one goes on from.
 
     <sweep>/
-      sweep.json        what was asked, and which images, labels and splits it is about
+      sweep.json        its options, and which images, labels and splits it is about
       rows.jsonl        a line for every finished head
       heads/<name>/     run folders: of each family the chosen setting, one for every seed, repeat and fold
       search.db         with --search optuna: its trials
       report.html …     written by the command
 
-A killed sweep continues where it was; one that is asked for more computes only what is new. Another sweep, of other
+A killed sweep continues where it was; the same one with more options computes only what is new. Another sweep, of other
 images or with another protocol, is refused.
 """

@@ -117,24 +117,24 @@ def _grid(options: dict[str, Any], search: bool) -> dict[str, Any]:
     return grid
 
 
-def numbers(option: str, given: Numbers) -> tuple[float, ...]:
+def numbers(option: str, value: Numbers) -> tuple[float, ...]:
     """The values of an option such as ``lr``, each once, in the order given; raises BadOption."""
-    values = search_range(option, given)
+    values = search_range(option, value)
     if isinstance(values, Range):
         raise BadOption(
-            f"--{option} {given}: how many values? {given}:5 are five; without a number it is a range for --search."
+            f"--{option} {value}: how many values? {value}:5 are five; without a number it is a range for --search."
         )
     return values
 
 
-def search_range(option: str, given: Numbers) -> tuple[float, ...] | Range:
+def search_range(option: str, value: Numbers) -> tuple[float, ...] | Range:
     """`numbers`, or the one ``a..b`` that a search may take any number of."""
-    if not isinstance(given, str):
-        values = [_finite(option, str(value)) for value in ([given] if isinstance(given, int | float) else given)]
+    if not isinstance(value, str):
+        values = [_finite(option, str(each)) for each in ([value] if isinstance(value, int | float) else value)]
     else:
-        pieces = [piece.strip() for piece in given.split(",")]
-        if len(pieces) == 1 and ".." in given and ":" not in given:
-            return Range(*_ends(option, given))
+        pieces = [piece.strip() for piece in value.split(",")]
+        if len(pieces) == 1 and ".." in value and ":" not in value:
+            return Range(*_ends(option, value))
         values = [value for piece in pieces for value in _piece(option, piece)]
     if not values:
         raise BadOption(f"--{option} is empty; it takes 1e-3, or 0,1e-4, or 1e-4..1e-2:5.")
@@ -173,9 +173,9 @@ def _finite(option: str, text: str) -> float:
     return value
 
 
-def choices(option: str, given: str | Iterable[str], allowed: Iterable[str] | None = None) -> tuple[str, ...]:
+def choices(option: str, value: str | Iterable[str], allowed: Iterable[str] | None = None) -> tuple[str, ...]:
     """A list of words, each once, in the order given; ``allowed``: those that there are."""
-    words = given.split(",") if isinstance(given, str) else list(given)
+    words = value.split(",") if isinstance(value, str) else list(value)
     chosen = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
     if not chosen:
         raise BadOption(f"--{option} is empty; it takes names with commas between them.")

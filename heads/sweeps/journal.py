@@ -1,5 +1,6 @@
-"""Journals: append-only rows of what is finished, checked records, and staging, for folders that a killed command goes
-on in. Of a sweep also its record, its run folders and `Sweep`; studies keep their steps in a journal too.
+"""Journal of a resumable folder: append-only rows of finished heads, checked records, staged runs; the sweep folder.
+
+A killed command goes on where its journal ends; studies keep their steps in one, too.
 
 Rows that belong together (heads that were trained together) come in one write and carry ``together``: [place, number].
 After a kill, what does not end with the last line of a complete set is as if it had never been written, so heads are
@@ -48,7 +49,7 @@ COLUMNS: dict[str, type] = {
 _CHECKSUM = 16  # digits that a staged file begins with
 
 
-def read_rows(file: Path, columns: dict[str, type] = COLUMNS) -> tuple[list[Row], int]:
+def read_journal(file: Path, columns: dict[str, type] = COLUMNS) -> tuple[list[Row], int]:
     """The rows of complete sets, and the length in bytes up to the last of them: what follows is torn. Raises RunError
     where a line before it is no row."""
     if not file.exists():
@@ -57,16 +58,16 @@ def read_rows(file: Path, columns: dict[str, type] = COLUMNS) -> tuple[list[Row]
         raise RunError(f"{file} is not a table of ours: a link, no plain file, or too large.")
     rows: list[Row] = []
     together: list[Row] = []
-    position = end = torn = 0
+    position = end = damaged = 0
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
         position += len(line) + 1
         row = _row(line, columns)
         if row is None:
-            torn = torn or number
+            damaged = damaged or number
             continue
-        if torn:
+        if damaged:
             raise RunError(
-                f"{file} is damaged: line {torn} is none of its rows. Delete that line to have it done again."
+                f"{file} is damaged: line {damaged} is none of its rows. Delete that line to have it done again."
             )
         place, count = row["together"]
         together = [*together, row] if place == len(together) else [row] if place == 0 else []
@@ -85,8 +86,8 @@ def _row(line: bytes, columns: dict[str, type]) -> Row | None:
     if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
         return None
     place = row["together"]
-    fine = len(place) == 2 and all(type(n) is int for n in place) and 0 <= place[0] < place[1]
-    return row if fine else None
+    whole = len(place) == 2 and all(type(n) is int for n in place) and 0 <= place[0] < place[1]
+    return row if whole else None
 
 
 class JournalFile:
@@ -94,9 +95,9 @@ class JournalFile:
 
     def __init__(self, path: Path, columns: dict[str, type] = COLUMNS, key: str = "key") -> None:
         self.path, self.key = path, key
-        self.rows, end = read_rows(path, columns)
-        with writing(path):
-            if path.exists() and path.stat().st_size > end:
+        self.rows, end = read_journal(path, columns)
+        if path.exists() and path.stat().st_size > end:
+            with writing(path):
                 os.truncate(path, end)
                 sync_path(path)
         self.by_key = {row[key]: row for row in self.rows}
@@ -137,8 +138,8 @@ def in_use(folder: Path, by: str, *below: str) -> Iterator[None]:
         for name in below:
             (folder / name).mkdir(parents=True, exist_ok=True)
     with exclusive_lock(folder, by):
-        for torn in (torn for name in below for torn in (folder / name).glob(".*.partial")):
-            shutil.rmtree(torn, ignore_errors=True)
+        for unfinished in (path for name in below for path in (folder / name).glob(".*.partial")):
+            shutil.rmtree(unfinished, ignore_errors=True)
         yield
 
 
@@ -151,8 +152,8 @@ class StagedRuns:
 
     def __init__(self, sweep: Path) -> None:
         self.folder = sweep / STAGED
-        for torn in self.folder.glob(".*.tmp"):
-            torn.unlink()
+        for unfinished in self.folder.glob(".*.tmp"):
+            unfinished.unlink()
 
     def put(self, key: str, contents: RunContents) -> None:
         """All of ``contents`` that is not the view's or the splits'."""
@@ -268,15 +269,15 @@ def _check_frame(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None
 
 
 def write_sweep(folder: Path, record: dict[str, Any] | None, plan: SweepPlan) -> None:
-    """``record``: that of the sweep which goes on."""
-    asked = json.loads(json.dumps(plan.spec.to_dict()))
+    """Write what the sweep is; ``record``: that of the sweep which goes on."""
+    spec = json.loads(json.dumps(plan.spec.to_dict()))
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     old: dict[str, Any] = record or {"format": FORMAT, "created": now, "asked": []}
     labels = {plan.matched.views[f.number].fingerprint: f.view for f in plan.families}
     new = {
         "select": plan.spec.base.select, "frame": _frame(plan), "ram": plan.ram, "featurecache": __version__,
         "views": old.get("views", {}) | labels, "command": plan.command(folder),
-        "asked": [*(each for each in old["asked"] if each != asked), asked],
+        "asked": [*(each for each in old["asked"] if each != spec), spec],
     }  # fmt: skip
     write_json(folder / RECORD, old | new)
 
@@ -313,11 +314,8 @@ class Sweep:
     @property
     def best(self) -> Run:
         """A run of the family that is best on val."""
-
-        def place(family: Family) -> tuple[float, float]:
-            return selection_key([{"val": run.metrics["val"]} for run in family.runs], self.record["select"])
-
-        return min(self.families, key=place).runs[0]
+        keys = [selection_key([run.metrics for run in family.runs], self.record["select"]) for family in self.families]
+        return self.families[keys.index(min(keys))].runs[0]
 
 
 def list_sweeps(folder: str | Path = "runs") -> list[Sweep]:
@@ -336,7 +334,7 @@ def load_sweep(path: str | Path) -> Sweep:
     path = Path(path)
     if not (path / RECORD).is_file():
         raise RunError(f"{path} is no sweep: it has no {RECORD}. featurecache ablate makes one.")
-    record, (rows, _) = _read_sweep(path), read_rows(path / ROWS)
+    record, (rows, _) = _read_sweep(path), read_journal(path / ROWS)
     by_family: dict[tuple[str, str, str, float], list[Row]] = {}
     for row in rows:
         by_family.setdefault(family_of(row), []).append(row)

@@ -179,12 +179,12 @@ def _values_text(values: Any) -> str:
 
 def source_hash(head: str) -> str | None:
     """Of the module of a head of one's own."""
-    if not head.startswith("python:"):
-        return None
-    return hash_of(inspect.getsource(sys.modules[head_info(head).make.__module__]))
+    own = head.startswith("python:")
+    return hash_of(inspect.getsource(sys.modules[head_info(head).make.__module__])) if own else None
 
 
 def has_option(head: str, option: str) -> bool:
+    """Whether an option that not every head has means something to this one."""
     if option in FROM_PIXELS:
         return is_baseline(head) and (option in options_for("network") or head.startswith("finetune:"))
     if is_baseline(head):
@@ -201,9 +201,9 @@ def _published(head: str, base: Settings) -> dict[str, Any]:
     return {name: value for name, value in info.settings.items() if name != "select"}
 
 
-def make_plan(views: Sequence[FeatureView], spec: SweepSpec, ram: float) -> SweepPlan:
+def plan_sweep(views: Sequence[FeatureView], spec: SweepSpec, ram: float) -> SweepPlan:
     """Check everything and draw the splits; raises before anything is trained or written."""
-    matched = same_images(_each_once(views))
+    matched = same_images(_different_views(views))
     families, left_out = _families(matched.views, spec)
     plan = SweepPlan(spec, matched, families, left_out, ram)
     plain = Settings("")
@@ -220,7 +220,7 @@ def make_plan(views: Sequence[FeatureView], spec: SweepSpec, ram: float) -> Swee
     return plan
 
 
-def _each_once(views: Sequence[FeatureView]) -> list[FeatureView]:
+def _different_views(views: Sequence[FeatureView]) -> list[FeatureView]:
     by_fingerprint: dict[str, FeatureView] = {}
     for view in views:
         same = by_fingerprint.setdefault(view.fingerprint, view)

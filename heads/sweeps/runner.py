@@ -1,4 +1,4 @@
-"""Run the plan of a sweep: train what is missing, family by family; choose on val; keep what is chosen as runs."""
+"""Runner of a sweep: train what is missing, family by family, choose on val, write the chosen heads as runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from heads.training.train import FittedHead, contents_of, train_together
 
 
 class SweepRunner:
-    """Trains what is missing, family by family, and keeps what is chosen."""
+    """Trains the heads of a plan that are not in the journal, and writes the chosen ones."""
 
     def __init__(self, plan: SweepPlan, folder: Path, controls: bool | None, say: Say, progress: bool) -> None:
         self.plan, self.folder, self.say, self.progress = plan, folder, say, progress

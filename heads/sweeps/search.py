@@ -52,7 +52,7 @@ def search(plan: SweepPlan, family: PlannedFamily, folder: Path, train: Train) -
     fixed = {name: values[0] for name, values in spec.grid.items() if name not in space and isinstance(values, tuple)}
     before = None
     with _study(plan, family, folder, space) as study:
-        while (done := _done(study)) < spec.trials:
+        while (done := len(study.get_trials(deepcopy=False))) < spec.trials:
             start, proposed = _batch(study, space, done, spec.trials)
             before = start if before is None else before
             results = train([fixed | values for values in proposed])
@@ -94,10 +94,6 @@ def _study(plan: SweepPlan, family: PlannedFamily, folder: Path, space: dict[str
         storage.engine.dispose()
 
 
-def _done(study: Study) -> int:
-    return len(study.get_trials(deepcopy=False))
-
-
 def _distributions(space: dict[str, Any]) -> dict[str, Any]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
@@ -128,15 +124,14 @@ def _proposed(study: Study, space: dict[str, Any], done: int, count: int) -> lis
     for number in range(done, done + count):
         copy.sampler = optuna.samplers.TPESampler(seed=number, constant_liar=True)
         trial = copy.ask(_distributions(space))
-        proposed.append({name: _shorter(value, space[name]) for name, value in trial.params.items()})
+        proposed.append({name: _rounded(value, space[name]) for name, value in trial.params.items()})
     return proposed
 
 
-def _shorter(value: Any, values: Any) -> Any:
+def _rounded(value: Any, values: Any) -> Any:
     """A number of a range as people would type it."""
-    if not isinstance(values, Range):
-        return value
-    return min(max(float(f"{value:.{DIGITS}g}"), values.low), values.high)
+    within = isinstance(values, Range)
+    return min(max(float(f"{value:.{DIGITS}g}"), values.low), values.high) if within else value
 
 
 def _tell(study: Study, space: dict[str, Any], values: Values, value: float | None) -> None:

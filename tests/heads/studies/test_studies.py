@@ -18,7 +18,7 @@ from featurecache.backbones.aliases import ALIASES
 from featurecache.errors import BadOption, SourceError, UnknownStudy, WeightsNotFound
 from heads.models.catalogue import BASELINES
 from heads.studies import recipes
-from heads.studies.images import QUICK, draw, few_of, open_sets, signature, sources_of
+from heads.studies.images import QUICK, draw_images, few_of, open_sets, signature, sources_of
 from heads.studies.page import FIGURES, cautions
 from heads.studies.plan import (
     GMACS,
@@ -27,8 +27,8 @@ from heads.studies.plan import (
     StudyPlan,
     StudyResult,
     backbones_of,
-    make_plan,
     minutes_of,
+    plan_study,
     read_weights,
     task_options,
     wanted_steps,
@@ -262,7 +262,7 @@ def test_a_trial_of_several_labels_keeps_them(tmp_path):
 
 def test_what_is_drawn_is_drawn_alike_and_has_all_classes(tmp_path):
     images = ImageSet("x", "none:", ("one", "two", "three"), task="ordinal")
-    first, second = draw(images, tmp_path / "a" / "x"), draw(images, tmp_path / "b" / "x")
+    first, second = draw_images(images, tmp_path / "a" / "x"), draw_images(images, tmp_path / "b" / "x")
     assert [first.read(i) for i in range(len(first))] == [second.read(i) for i in range(len(second))]
     assert first.task == "ordinal" and len(first) == 3 * sum(QUICK[s] for s in ("train", "val", "test"))
 
@@ -292,7 +292,7 @@ def test_a_val_split_of_few_images_is_drawn_anew_by_all_steps(tmp_path):
     )
     study, sets = load_study("pneumonia"), {"chest": given(path)}
     assert sets["chest"].few_in_val == ["8 of NORMAL", "8 of PNEUMONIA"]
-    plan = make_plan(study, StudyOptions(random_weights=True), sets, 100.0)
+    plan = plan_study(study, StudyOptions(random_weights=True), sets, 100.0)
     trained = [step.call for step in plan.steps if isinstance(step.step, Heads | Network)]
     assert trained and all(asked["resplit_val"] and asked["drop_leaks"] for asked in trained)
 
@@ -311,7 +311,7 @@ def test_classes_are_found_by_their_names_and_merged():
 
 def test_a_question_that_the_images_cannot_answer_is_left_out_and_said(tmp_path):
     path = folder_of(tmp_path / "data", {s: {"normal": 20, "pneumonia": 20} for s in ("train", "val", "test")})
-    plan = make_plan(load_study("mindlina"), StudyOptions(quick=True), {"chest": given(path)}, 100.0)
+    plan = plan_study(load_study("mindlina"), StudyOptions(quick=True), {"chest": given(path)}, 100.0)
     assert [step.name for step in plan.steps] == ["features", "pneumonia-heads", "pneumonia-cnn"]
     ((part, why),) = plan.left_out
     assert part == "kind" and "no bacteria" in why
@@ -320,8 +320,8 @@ def test_a_question_that_the_images_cannot_answer_is_left_out_and_said(tmp_path)
 def test_with_random_weights_the_untrained_control_would_be_the_same_twice(tmp_path):
     path = folder_of(tmp_path / "data", {s: {"a": 12, "b": 12} for s in ("train", "val", "test")})
     study, sets = load_study("medical-mnist"), {"medical-mnist": given(path, "medical-mnist")}
-    names = {s.name for s in make_plan(study, StudyOptions(), sets, 100.0).steps}
-    without = {s.name for s in make_plan(study, StudyOptions(random_weights=True), sets, 100.0).steps}
+    names = {s.name for s in plan_study(study, StudyOptions(), sets, 100.0).steps}
+    without = {s.name for s in plan_study(study, StudyOptions(random_weights=True), sets, 100.0).steps}
     assert names - without == {"untrained-features", "untrained-heads"}
 
 
@@ -329,12 +329,12 @@ def test_options_cap_what_the_study_has(tmp_path):
     path = folder_of(tmp_path / "data", {s: {"a": 12, "b": 12} for s in ("train", "val", "test")})
     study, sets = load_study("medical-mnist"), {"medical-mnist": given(path, "medical-mnist")}
     asked = StudyOptions(random_weights=True, image_size=64, epochs=3, train_per_class=4)
-    steps = {s.name: s.call for s in make_plan(study, asked, sets, 100.0).steps}
+    steps = {s.name: s.call for s in plan_study(study, asked, sets, 100.0).steps}
     assert steps["vit-features"]["image_size"] == steps["cnn"]["image_size"] == steps["vit-tuned"]["image_size"] == 64
     assert steps["cnn"]["epochs"] == steps["vit-tuned"]["epochs"] == steps["frozen-heads"]["epochs"] == 3
     assert steps["cnn"]["train_per_class"] == steps["vit-tuned"]["train_per_class"] == 4
     assert "train_per_class" not in steps["frozen-heads"]
-    more = {s.name: s.call for s in make_plan(study, replace(asked, train_per_class=500), sets, 100.0).steps}
+    more = {s.name: s.call for s in plan_study(study, replace(asked, train_per_class=500), sets, 100.0).steps}
     assert more["vit-tuned"]["train_per_class"] == 50, "a cap does not raise what the study has"
 
 

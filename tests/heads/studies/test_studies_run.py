@@ -20,8 +20,8 @@ from heads.reports.provenance import origins, sweep_command, train_command
 from heads.studies import runner
 from heads.studies.page import format_published, is_not_comparable
 from heads.studies.plan import StudyOptions
-from heads.studies.spec import Extract, Heads, ImageSet, Network, Published, Question, Study
-from heads.sweeps.journal import read_rows
+from heads.studies.spec import Extract, Heads, ImageSet, Network, PublishedNumber, Question, Study
+from heads.sweeps.journal import read_journal
 from heads.training.network import Checkpoint
 
 CHROMIUM = "/usr/bin/chromium"
@@ -36,10 +36,10 @@ SMALL = Study(
     questions=(
         Question("part", "One or two", "set", select="accuracy", reference="cnn", note="In words: small.",
              published=(
-                 Published("head", "accuracy", 0.875, "heads", "linear on cls"),
-                 Published("network", "accuracy", 0.5, "cnn", split="val", remark="of 8"),
-                 Published("network", "parameters", 174_738, "cnn"),
-                 Published("another", "auroc", 0.9, source="another book"),
+                 PublishedNumber("head", "accuracy", 0.875, "heads", "linear on cls"),
+                 PublishedNumber("network", "accuracy", 0.5, "cnn", split="val", remark="of 8"),
+                 PublishedNumber("network", "parameters", 174_738, "cnn"),
+                 PublishedNumber("another", "auroc", 0.9, source="another book"),
              )),
     ),
     steps=(
@@ -86,7 +86,7 @@ def again(done, **options):
 
 
 def steps_in(folder: Path) -> dict[str, dict]:
-    return {row["step"]: row for row in read_rows(folder / runner.STEPS, runner.COLUMNS)[0]}
+    return {row["step"]: row for row in read_journal(folder / runner.STEPS, runner.COLUMNS)[0]}
 
 
 def test_every_step_is_kept_with_what_it_was_asked_and_made(done):

@@ -73,13 +73,13 @@ def test_pixels_are_those_of_the_preprocessing_in_the_order_of_the_data():
 def test_pixels_beyond_memory_lie_in_a_file_and_are_the_same(monkeypatch):
     data = digits(20)
     (memory,) = open_pixels(data, ["cnn-cifar"], 8)
-    monkeypatch.setattr("heads.task.memory_for_features", lambda: 100)
+    monkeypatch.setattr("heads.pixel_view.memory_for_features", lambda: 100)
     (mapped,) = open_pixels(data, ["cnn-cifar"], 8)
     assert torch.equal(memory.tensor("pixels-8"), mapped.tensor("pixels-8"))
 
 
 def test_pixels_that_neither_memory_nor_disk_holds_are_refused_before_any_is_read(monkeypatch):
-    monkeypatch.setattr("heads.task.memory_for_features", lambda: 100)
+    monkeypatch.setattr("heads.pixel_view.memory_for_features", lambda: 100)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=101))
     monkeypatch.setattr(Dataset, "read", None)
     with pytest.raises(CannotWrite, match=r"20 images of 8×8 pixels.*TMPDIR=.*--image-size"):
@@ -398,6 +398,6 @@ def test_quality_is_charted_against_seconds_to_the_best_epoch():
     assert list(found) == [f"AUROC and {words}" for words in (
         "seconds to train", "seconds to the best epoch", "ms an image, backbone and head")]  # fmt: skip
     best = found["AUROC and seconds to the best epoch"]
-    assert "extraction" in best.caption and "cnn: 0.700 at 9" in best.svg
+    assert "extraction" in best.caption and "cnn: 0.700 at 9" in best.svg()
     alone = pareto_figures([rows[0], rows[2]], "auroc", higher=True)[1]
     assert not alone.caption  # nothing beside heads on features
