@@ -1,4 +1,4 @@
-"""Several views of the same images, one for each backbone: matched image by image, so that all are divided alike.
+"""Several views of the same images, one for each backbone: matched image by image, so that all are splits alike.
 
 Rows are matched by digest, never by place: a view may have another order, and lack images that could not be read. Only
 images that every view holds are used. Rows of one digest are told apart by id, or, where ids are hashed, by order.
@@ -24,29 +24,29 @@ from heads.task import FeatureView, Task
 
 @dataclass(frozen=True)
 class AlignedViews:
-    """``places``: for every view int64 [M], its rows of the common images, in the first view's order; ``left_out``: how
+    """``rows``: for every view int64 [M], its rows of the common images, in the first view's order; ``left_out``: how
     many images only some of the views hold."""
 
     views: tuple[FeatureView, ...]
-    places: tuple[np.ndarray, ...]
+    rows: tuple[np.ndarray, ...]
     left_out: int = 0
 
     def common_task(self, task: Task) -> Task:
         """A task of the first view without the images that another view lacks."""
         labels = np.full_like(task.labels, np.nan if task.multilabel else -1)
-        labels[self.places[0]] = task.labels[self.places[0]]
+        labels[self.rows[0]] = task.labels[self.rows[0]]
         return replace(task, labels=labels)
 
-    def carried(self, divided: Splits, number: int) -> Splits:
+    def carry_splits(self, splits: Splits, number: int) -> Splits:
         """Splits of the first view as splits of view ``number``."""
-        names = np.full(len(self.views[number].ids), "", dtype=divided.names.dtype)
-        names[self.places[number]] = divided.names[self.places[0]]
-        return replace(divided, names=names)
+        names = np.full(len(self.views[number].ids), "", dtype=splits.names.dtype)
+        names[self.rows[number]] = splits.names[self.rows[0]]
+        return replace(splits, names=names)
 
     def digest(self, names: np.ndarray | None = None) -> str:
         """One word for images, labels and what else is said of them, in whatever order they lie; ``names`` [N]: with
         these splits of the first view instead of those in the data."""
-        view, rows = self.views[0], self.places[0]
+        view, rows = self.views[0], self.rows[0]
         words = np.asarray(view.splits, dtype=str) if names is None else names
         table = sorted(
             zip(np.asarray(view.digests)[rows].tolist(), _label_texts(view, rows), words[rows].tolist(), strict=True)
@@ -63,10 +63,10 @@ def same_images(views: Sequence[FeatureView]) -> AlignedViews:
     for view, own in zip(others, keys[1:], strict=True):
         _same_set(first, view, keys[0], own)
     order = [key for key in keys[0] if key in common]
-    places = tuple(np.array([own[key] for key in order], dtype=np.int64) for own in keys)
-    for view, rows in zip(others, places[1:], strict=True):
-        _same_record(first, view, places[0], rows)
-    return AlignedViews(tuple(views), places, len(set().union(*keys)) - len(common))
+    rows = tuple(np.array([own[key] for key in order], dtype=np.int64) for own in keys)
+    for view, own_rows in zip(others, rows[1:], strict=True):
+        _same_record(first, view, rows[0], own_rows)
+    return AlignedViews(tuple(views), rows, len(set().union(*keys)) - len(common))
 
 
 def plain_rows(view: FeatureView) -> np.ndarray:

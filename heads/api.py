@@ -26,7 +26,7 @@ from heads.sweeps.plan import has_option, plan_sweep
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search
 from heads.task import FeatureView, Say, memory_for_features
-from heads.training.job import describe, prepare
+from heads.training.job import describe_training, prepare_training
 from heads.training.network import (
     Checkpoint,
     check_checkpoint,
@@ -35,7 +35,7 @@ from heads.training.network import (
     train_network,
     with_backbone,
 )
-from heads.training.train import contents_of, controls_beside, train_together
+from heads.training.train import measure_controls, run_contents, train_together
 
 
 def train_head(
@@ -55,14 +55,14 @@ def train_head(
     """
     say = say or _silent
     settings = Settings.of(head, splits=splits, classes=classes, only=only, **options)
-    job = prepare(view, settings)
+    job = prepare_training(view, settings)
     target = run_target(out, job.view.name, head, overwrite)
-    describe(job, say)
+    describe_training(job, say)
     (fit,) = train_together(job, [settings], say)
     if isinstance(fit, ProtocolError):
         raise fit
-    baselines = controls_beside(job, say) if (job.view.untrained if controls is None else controls) else []
-    run = write_run(target, contents_of(job, fit, baselines), save_pictures if report else None)
+    baselines = measure_controls(job, say) if (job.view.untrained if controls is None else controls) else []
+    run = write_run(target, run_contents(job, fit, baselines), save_pictures if report else None)
     return _with_report(run, images, hash_ids) if report else run
 
 
@@ -83,21 +83,21 @@ def train_baseline(
 
     say = say or _silent
     settings = settings_of(arch, splits=splits, classes=classes, only=only, device=pick_device(device).type, **options)
-    begun = check_network(settings)
+    pretrained = check_network(settings)
     view: PixelView = data
     if not isinstance(data, PixelView):
         (view,) = open_pixels(data, [arch], settings.image_size, weights=settings.weights, progress=progress)
     for failure in view.failed:
         say(f"warning    {failure['id']} could not be read and is left out: {failure['reason']}")
-    job = dataclasses.replace(prepare(view, settings), begun=begun)
+    job = dataclasses.replace(prepare_training(view, settings), pretrained=pretrained)
     target = run_target(out, view.name, arch, overwrite)
     checkpoint = Checkpoint.of(target, job)
     check_checkpoint(checkpoint, resume, overwrite)
-    describe(job, say)
-    if checkpoint.there:
+    describe_training(job, say)
+    if checkpoint.exists:
         say(f"resumed    after epoch {checkpoint.epoch}")
     fit = train_network(job, settings, say, checkpoint)
-    contents = contents_of(job, fit, controls_beside(job, say) if controls else [])
+    contents = run_contents(job, fit, measure_controls(job, say) if controls else [])
     if arch.startswith(FINETUNE):
         contents = with_backbone(contents, fit.model.cpu())
     run = write_run(target, contents, save_pictures if report else None)

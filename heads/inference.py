@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,9 +47,9 @@ def predict(
     if is_pixels(run) and weights:
         raise BadOption("--weights is for a backbone; the network of this run lies in its folder. Leave it out.")
     run.model  # noqa: B018  a head that does not load is found before the backbone is
-    given = [images] if isinstance(images, str | Path | bytes | np.ndarray) else list(images)
+    images = [images] if isinstance(images, str | Path | bytes | np.ndarray) else list(images)
     records: list[dict[str, Any]] = []
-    for part in _parts(each_image(given)):
+    for part in _parts(iterate_images(images)):
         records += _predict_part(run, part, device, weights)
     if say:
         failed = sum("error" in record for record in records)
@@ -58,11 +57,11 @@ def predict(
     return records
 
 
-def each_image(given: list[Image]) -> Iterator[tuple[str, Any]]:
+def iterate_images(images: list[Image]) -> Iterator[tuple[str, Any]]:
     """(name, encoded bytes or array), or (name, reason) as str for what cannot be read; of DICOM each frame."""
     from featurecache.sources.dicom_frames import images_in_file
 
-    for number, image in enumerate(given, start=1):
+    for number, image in enumerate(images, start=1):
         if isinstance(image, bytes | np.ndarray):
             yield f"image {number}", image
         elif Path(image).is_dir() or Path(image).suffix.lower() in TABLES:
@@ -94,13 +93,13 @@ def _read(reader: Callable[[], bytes | np.ndarray]) -> bytes | np.ndarray | str:
 def _parts(each: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
     """In pieces of at most about ``HELD``."""
     part: list[tuple[str, Any]] = []
-    held = 0
+    size = 0
     for name, data in each:
         part.append((name, data))
-        held += data.nbytes if isinstance(data, np.ndarray) else len(data)
-        if held >= HELD[0] or len(part) >= HELD[1]:
+        size += data.nbytes if isinstance(data, np.ndarray) else len(data)
+        if size >= HELD[0] or len(part) >= HELD[1]:
             yield part
-            part, held = [], 0
+            part, size = [], 0
     if part:
         yield part
 
@@ -109,16 +108,14 @@ def _predict_part(run: Run, part: list[tuple[str, Any]], device: str, weights: s
     records: list[dict[str, Any]] = [
         {"image": name, "error": data} if isinstance(data, str) else {"image": name} for name, data in part
     ]
-    wanted = [i for i, (_, data) in enumerate(part) if not isinstance(data, str)]
-    if not wanted:
+    readable = [i for i, (_, data) in enumerate(part) if not isinstance(data, str)]
+    if not readable:
         return records
-    features, reasons = _features(run, [part[i][1] for i in wanted], device, weights)
-    assert len(features) == len(wanted) - len(reasons), "a row for every image that is not a failure"
-    for place, reason in reasons.items():
-        records[wanted[place]]["error"] = reason
-    computed = [i for place, i in enumerate(wanted) if place not in reasons]
-    for i, answer in zip(computed, answers(run, run.logits(features, _device(run, device))), strict=True):
-        records[i] |= answer
+    features, reasons = _features(run, [part[i][1] for i in readable], device, weights)
+    assert len(features) == len(readable) - len(reasons), "a row for every image that is not a failure"
+    computed = iter(prediction_records(run, run.logits(features, _device(run, device))))
+    for place, i in enumerate(readable):
+        records[i] |= {"error": reasons[place]} if place in reasons else next(computed)
     return records
 
 
@@ -137,36 +134,37 @@ def _features(run: Run, images: list[Any], device: str, weights: str | None) -> 
         return resize_all(images, preprocess_of(run))
     import featurecache
 
-    where = Path(run.config["view"]["path"]).parent  # the store, for its plan and canary; it need not be there any more
-    like = SimpleNamespace(
-        spec=run.config["spec"], provenance=run.config["provenance"], label=run.config["view"]["label"], store=where
-    )
     features, failed = featurecache.compute(
-        images, like=like, output=run.output, device=device, weights=weights, trust_code=run.trust_code
+        images, like=store_of(run), output=run.output, device=device, weights=weights, trust_code=run.trust_code
     )
     return features, dict(failed)
 
 
-def answers(run: Run, z: np.ndarray) -> list[dict[str, Any]]:
+def store_of(run: Run) -> SimpleNamespace:
+    """What new images are computed like: the store of a run, which need not be there any more."""
+    config = run.config
+    where = Path(config["view"]["path"]).parent  # for its plan and canary
+    return SimpleNamespace(
+        spec=config["spec"], provenance=config["provenance"], label=config["view"]["label"], store=where
+    )
+
+
+def prediction_records(run: Run, logits: np.ndarray) -> list[dict[str, Any]]:
     """What is said of each image, from calibrated logits [n, C]."""
-    p = probabilities(run.task, z)
-    called = predict_labels(run.task, p, run.calibration.thresholds, run.positive)
-    found: list[dict[str, Any]] = []
-    for row, what in zip(p.tolist(), called, strict=True):
+    p = probabilities(run.task, logits)
+    labels = predict_labels(run.task, p, run.calibration.thresholds, run.positive)
+    records: list[dict[str, Any]] = []
+    for row, label in zip(p.tolist(), labels, strict=True):
         each = dict(zip(run.classes, row, strict=True))
         if run.task == "multilabel":
-            yes = [c for c, is_it in zip(run.classes, what, strict=True) if is_it]
-            found.append({"classes": yes, "probabilities": each})
+            positive = [name for name, is_positive in zip(run.classes, label, strict=True) if is_positive]
+            records.append({"classes": positive, "probabilities": each})
         else:
-            found.append({"class": run.classes[what], "probability": row[what], "probabilities": each})
-    return found
+            records.append({"class": run.classes[label], "probability": row[label], "probabilities": each})
+    return records
 
 
-def as_json(records: list[dict[str, Any]]) -> str:
-    return json.dumps(records, indent=2, ensure_ascii=True, allow_nan=False)
-
-
-def as_csv(records: list[dict[str, Any]]) -> str:
+def predictions_csv(records: list[dict[str, Any]]) -> str:
     """image, class, probability, a column of probability per class, error. Control characters are written as escapes,
     so that one record is one line."""
     classes = next((list(r["probabilities"]) for r in records if "probabilities" in r), [])
@@ -175,19 +173,13 @@ def as_csv(records: list[dict[str, Any]]) -> str:
     writer.writerow(["image", "class", "probability", *(f"p {one_line(c)}" for c in classes), "error"])
     for record in records:
         p = record.get("probabilities", {})
-        writer.writerow(
-            [
-                cell(one_line(record["image"])),
-                cell(one_line(_called(record))),
-                record.get("probability", ""),
-                *(p.get(c, "") for c in classes),
-                cell(one_line(record.get("error", ""))),
-            ]
-        )
+        columns = [p.get(c, "") for c in classes]
+        image, label, error = (cell(one_line(t)) for t in (record["image"], _label(record), record.get("error", "")))
+        writer.writerow([image, label, record.get("probability", ""), *columns, error])
     return text.getvalue()
 
 
-def as_table(records: list[dict[str, Any]]) -> str:
+def predictions_table(records: list[dict[str, Any]]) -> str:
     """Aligned columns for a terminal: image, class, probability, or the reason why there is none."""
     rows = []
     for record in records:
@@ -195,8 +187,12 @@ def as_table(records: list[dict[str, Any]]) -> str:
             rows.append((one_line(record["image"]), "could not be read: " + one_line(record["error"]), ""))
         else:
             p = record.get("probability")
-            shown = f"{p:.3f}" if p is not None else ", ".join(f"{v:.3f}" for v in _values(record))
-            rows.append((one_line(record["image"]), one_line(_called(record)) or "none", shown))
+            shown = (
+                f"{p:.3f}"
+                if p is not None
+                else ", ".join(f"{record['probabilities'][c]:.3f}" for c in record["classes"])
+            )
+            rows.append((one_line(record["image"]), one_line(_label(record)) or "none", shown))
     if not rows:
         return "no images"
     first = max(len(image) for image, _, _ in rows)
@@ -204,9 +200,5 @@ def as_table(records: list[dict[str, Any]]) -> str:
     return "\n".join(f"{image:<{first}}  {what:<{second}}  {shown}".rstrip() for image, what, shown in rows)
 
 
-def _called(record: dict[str, Any]) -> str:
+def _label(record: dict[str, Any]) -> str:
     return record["class"] if "class" in record else "; ".join(record.get("classes", []))
-
-
-def _values(record: dict[str, Any]) -> list[float]:
-    return [record["probabilities"][c] for c in record["classes"]]

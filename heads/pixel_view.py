@@ -1,12 +1,8 @@
-"""PixelView: images as a view, for networks from pixels.
+"""Images as a view (`PixelView`) for networks that are trained from pixels: resized once and held as uint8.
 
-Images as a view: what a baseline is trained on, resized once and kept as uint8.
-
-A `PixelView` has what the engine and the protocol ask of a view of features (ids, labels, splits, digests, one output
-of so many numbers a row), so a network that is trained from pixels has the splits, the batches, the calibration, the
-measures and the run folder of a head. Its output is called ``pixels-<height>``.
-
-Notation: N images, h and w the height and width in pixels that the network sees.
+It has what the engine and the protocol ask of a view of features (ids, labels, splits, digests, one output of so many
+numbers a row), so such a network has the splits, the batches, the calibration, the measures and the run folder of a
+head. Its output is called ``pixels-<height>``. N images, h and w height and width in pixels that the network sees.
 """
 
 from __future__ import annotations
@@ -47,10 +43,12 @@ class PixelView:
         self, dataset: Dataset, preprocess: Preprocess, baselines: Sequence[str] = (), *, progress: bool = False
     ) -> None:
         """``baselines``: the networks that take images prepared so."""
+        from featurecache.images.decoding import DECODING
+
         self.preprocess, self.baselines, self.source = preprocess, tuple(baselines), dataset.source
         self.output = f"pixels-{preprocess.size[0]}"
         self.path, self.name, self.label = Path(str(dataset.source["data"])), dataset.name, f"pixels/{dataset.name}"
-        self.spec = {"kind": "pixels", "preprocess": _record(preprocess)}
+        self.spec = {"kind": "pixels", "preprocess": preprocess.to_dict() | {"decoding": DECODING}}
         self.provenance = {"backbone": self.output}
         self.fingerprint = hashlib.blake2b(canonical_json(self.spec).encode(), digest_size=16).hexdigest()
         self._pixels, digests, reasons, self.loading_ms = read_images(
@@ -58,15 +56,15 @@ class PixelView:
         )
         self.failed = [{"id": dataset.ids[row], "reason": reasons[row]} for row in sorted(reasons)]
         gone = {failure["id"] for failure in self.failed}
-        self._places = kept = np.array([i for i, name in enumerate(dataset.ids) if name not in gone], dtype=np.int64)
-        if not len(kept):
+        self._rows = rows = np.array([i for i, name in enumerate(dataset.ids) if name not in gone], dtype=np.int64)
+        if not len(rows):
             reason = self.failed[0]["reason"] if self.failed else "it has none"
             raise ProtocolError(f"{dataset.source['data']}: no image can be read ({reason}).")
-        self.classes, self.task, self.labels = list(dataset.classes), dataset.task, dataset.labels[kept]
-        self.ids, self.digests = [dataset.ids[i] for i in kept], digests[kept]
-        self.splits = [dataset.splits[i] for i in kept]
-        self.groups = None if dataset.groups is None else [dataset.groups[i] for i in kept]
-        self.meta = {name: np.asarray(column)[kept] for name, column in dataset.meta.items()}
+        self.classes, self.task, self.labels = list(dataset.classes), dataset.task, dataset.labels[rows]
+        self.ids, self.digests = [dataset.ids[i] for i in rows], digests[rows]
+        self.splits = [dataset.splits[i] for i in rows]
+        self.groups = None if dataset.groups is None else [dataset.groups[i] for i in rows]
+        self.meta = {name: np.asarray(column)[rows] for name, column in dataset.meta.items()}
 
     @property
     def cost(self) -> dict[str, Any]:
@@ -98,8 +96,7 @@ class PixelView:
     def tensor(self, output: str, rows: Any = None) -> torch.Tensor:
         """uint8 [n,3,h,w] in the order asked."""
         self.info(output)
-        picked = self._places if rows is None else self._places[rows]
-        return self._pixels.index_select(0, torch.from_numpy(picked))
+        return self._pixels.index_select(0, torch.from_numpy(self._rows if rows is None else self._rows[rows]))
 
 
 def open_pixels(
@@ -138,12 +135,6 @@ def resize_all(images: Sequence[EncodedImage], preprocess: Preprocess) -> tuple[
         else:
             ready.append(pixels)
     return torch.stack(ready) if ready else torch.zeros(0, 3, *preprocess.size, dtype=torch.uint8), failed
-
-
-def _record(preprocess: Preprocess) -> dict[str, Any]:
-    from featurecache.images.decoding import DECODING
-
-    return preprocess.to_dict() | {"decoding": DECODING}
 
 
 def _threads() -> int:

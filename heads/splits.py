@@ -1,13 +1,10 @@
-"""Which rows train, which choose, which test; persons together; folds.
+"""Train, val and test splits, folds and fractions: which rows train, which choose, which test.
 
-Which rows train, which choose, which test.
-
-Given splits are kept. What is missing is drawn: nothing given: 70/15/15; no test: 15 % of train; no val: 15 % of
-train (both missing: 15 % each of what there was). Stratified by the labels of the view, so that every task made from
-one view has the same test images; rows that share a group or a digest stay together (`heads.stratify`).
-
-Folds are drawn over what is no given test: in fold k of n that part is called test, and val is 15 % of the others; a
-given test is not used at all. A fraction is taken of train at the very end, when val and test are settled.
+Given splits stay. What is missing is drawn: nothing given: 70/15/15; no test: 15 % of train; no val: 15 % of train
+(both missing: 15 % each of what there was). Stratified by the labels of the view, so that every task made from one view
+has the same test images; rows that share a group or a digest stay together (`heads.stratify`). Folds are drawn over
+what is no given test: in fold k of n that part is called test, and val is 15 % of the others; a given test is not used
+at all. A fraction is taken of train at the very end, when val and test are settled.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ import numpy as np
 from featurecache.errors import BadOption, ProtocolError
 from featurecache.formatting import abbreviated, cell, text_of
 from heads.stratify import connected_units, nested_fraction, stratified_parts
-from heads.task import SPLITS, FeatureView, Leak, Task, has_label
+from heads.task import SPLITS, FeatureView, Leak, Task, is_labelled
 
 SHARE = 0.15  # of train, for a val or a test that the data do not have
 FEW = 10  # images of one class below which a val split cannot choose a model
@@ -48,23 +45,18 @@ class Splits:
 
 
 def choose_splits(
-    view: FeatureView,
-    task: Task,
-    *,
-    split_seed: int = 0,
-    resplit_val: bool = False,
-    file: str | Path | None = None,
-    train_per_class: int | None = None,
-    drop_leaks: bool = False,
-    fraction: float = 1.0,
+    view: FeatureView, task: Task, *, split_seed: int = 0, resplit_val: bool = False, file: str | Path | None = None,
+    train_per_class: int | None = None, drop_leaks: bool = False, fraction: float = 1.0,
     fold: tuple[int, int] | None = None,
-) -> Splits:
+) -> Splits:  # fmt: skip
     """The protocol's splits of a view for one task; raises ProtocolError where the data do not allow them.
 
     ``drop_leaks``: rows of train whose image or group is also in val or test, and rows of val for which it is also in
     test, are not used; every row of test is. ``fraction``: of train, nested for one split seed. ``fold``: (k, n), k
     from 0.
     """
+    from featurecache.maintenance.leaks import exact_leaks
+
     warnings: list[str] = []
     drawn: tuple[str, ...] = ()
     if file is not None:
@@ -76,7 +68,7 @@ def choose_splits(
         names, how, drawn = _drawn(view, split_seed, resplit_val, warnings, whole=fold is None)
     if fold is not None:
         how, drawn = _fold(view, names, fold, split_seed, resplit_val), ("val", "test")
-    unlabelled = int((~task.usable & ~_copies(view) & ~has_label(np.asarray(view.labels))).sum())
+    unlabelled = int((~task.usable & ~_copies(view) & ~is_labelled(np.asarray(view.labels))).sum())
     if unlabelled:
         warnings.append(f"{unlabelled:,} images carry no label and are left out")
     names[~task.usable] = ""
@@ -87,7 +79,7 @@ def choose_splits(
         how += f", {fraction * 100:.4g} % of train"
         _fraction(view, names, task, fraction, split_seed, warnings)
     _check(names, task, drawn, warnings, dropped)
-    leaks = _leaks(view, names)
+    leaks = tuple(Leak(leak.kind, leak.splits, leak.count) for leak in exact_leaks(view, names))  # no near-duplicates
     if leaks:
         where = f"featurecache leaks {shlex.quote(view.label)}; " if file is None else ""
         warnings.append(f"{leaks_sentence(leaks)} ({where}--drop-leaks trains without them)")
@@ -107,12 +99,12 @@ def _drawn(
     """``whole``: a split that the data do not have is drawn from train."""
     labels = np.asarray(view.labels)
     names = np.array(list(view.splits), dtype="<U5").reshape(-1)
-    names[~has_label(labels) | _copies(view)] = ""
+    names[~is_labelled(labels) | _copies(view)] = ""
     if resplit_val:
         names[names == "val"] = "train"
     have = {s for s in SPLITS if (names == s).any()}
     if not have:
-        names[has_label(labels) & ~_copies(view)] = "train"
+        names[is_labelled(labels) & ~_copies(view)] = "train"
     elif "train" not in have:
         raise ProtocolError(f"{view.label} has {' and '.join(sorted(have))} images but none to train on.")
     elif left := int((np.array(list(view.splits)) == "").sum()):
@@ -149,7 +141,7 @@ def _fold(view: FeatureView, names: np.ndarray, fold: tuple[int, int], seed: int
     if resplit_val:
         raise BadOption("--folds draws val anew in every fold; leave --resplit-val out.")
     number, count = fold
-    labels, given = np.asarray(view.labels), int((names == "test").sum())
+    labels, tests = np.asarray(view.labels), int((names == "test").sum())
     names[names == "test"] = ""
     pool = np.flatnonzero(names != "")
     units = _units(view, pool)
@@ -162,10 +154,10 @@ def _fold(view: FeatureView, names: np.ndarray, fold: tuple[int, int], seed: int
     names[pool[parts == number]] = "test"
     rest = np.flatnonzero(parts != number)
     names[pool[rest]] = "train"
-    held = stratified_parts(labels[pool[rest]], units[rest], np.array([1 - SHARE, SHARE]), seed, (5, number)) == 1
-    names[pool[rest[held]]] = "val"
-    kept = f"; the given test ({given:,} images) is not touched" if given else ""
-    return f"fold {number + 1} of {count}, val 15 % of the others{kept}, split seed {seed}"
+    val = stratified_parts(labels[pool[rest]], units[rest], np.array([1 - SHARE, SHARE]), seed, (5, number)) == 1
+    names[pool[rest[val]]] = "val"
+    note = f"; the given test ({tests:,} images) is not touched" if tests else ""
+    return f"fold {number + 1} of {count}, val 15 % of the others{note}, split seed {seed}"
 
 
 def _fraction(
@@ -177,8 +169,8 @@ def _fraction(
         return
     share = np.array(class_counts(names, task)["train"]) * fraction
     names[rows[~nested_fraction(task.labels[rows], _units(view, rows), fraction, seed)]] = ""
-    kept = class_counts(names, task)["train"]
-    if least := [name for name, n, now in zip(task.classes, share, kept, strict=True) if now == 1 and n < 0.5]:
+    counts = class_counts(names, task)["train"]
+    if least := [name for name, n, now in zip(task.classes, share, counts, strict=True) if now == 1 and n < 0.5]:
         warnings.append(
             f"{fraction:g} of train has one image of {abbreviated(least, 4)}, whose share is less than half of one"
         )
@@ -208,10 +200,10 @@ def _check(
                 )
             raise ProtocolError(f"No image of this task is in {split}. Splits that fit: --splits FILE.")
     counts = class_counts(names, task)
-    present = [n for n, count in zip(task.classes, counts["train"], strict=True) if count]
-    absent = [n for n, count in zip(task.classes, counts["train"], strict=True) if not count]
-    if len(present) < 2 and not task.multilabel:
-        raise ProtocolError(f"train has images of {present[0]} only; two classes are needed to tell apart.")
+    absent = [name for name, count in zip(task.classes, counts["train"], strict=True) if not count]
+    if len(absent) > len(task.classes) - 2 and not task.multilabel:
+        (present,) = set(task.classes) - set(absent)
+        raise ProtocolError(f"train has images of {present} only; two classes are needed to tell apart.")
     if absent:
         warnings.append(f"train has no image of {abbreviated(absent, 4)}: no head can learn it")
     if few := [f"{n:,} images of {c}" for c, n in zip(task.classes, counts["val"], strict=True) if n < FEW]:
@@ -233,17 +225,10 @@ def _drop(view: FeatureView, names: np.ndarray) -> dict[str, int]:
     """Take the rows that leak out of train and val (``names`` is changed); how many of each."""
     from featurecache.maintenance.leaks import leaking
 
-    found = leaking(view, names)
-    for rows in found.values():
+    leaks = leaking(view, names)
+    for rows in leaks.values():
         names[rows] = ""
-    return {name: int(rows.sum()) for name, rows in found.items()}
-
-
-def _leaks(view: FeatureView, names: np.ndarray) -> tuple[Leak, ...]:
-    """What stands in two splits (only given splits can have such); near-duplicates are not looked for."""
-    from featurecache.maintenance.leaks import exact_leaks
-
-    return tuple(Leak(found.kind, found.splits, found.count) for found in exact_leaks(view, names))
+    return {name: int(rows.sum()) for name, rows in leaks.items()}
 
 
 def leaks_sentence(leaks: Sequence[Leak]) -> str:
@@ -258,8 +243,8 @@ def leaks_sentence(leaks: Sequence[Leak]) -> str:
 
 def dropped_sentence(dropped: dict[str, int]) -> str:
     """What ``--drop-leaks`` did."""
-    parts = [f"{dropped['train']:,} of train (also in val or test)", f"{dropped['val']:,} of val (also in test)"]
-    lost = [part for part, count in zip(parts, (dropped["train"], dropped["val"]), strict=True) if count]
+    where = {"train": "also in val or test", "val": "also in test"}
+    lost = [f"{dropped[name]:,} of {name} ({others})" for name, others in where.items() if dropped[name]]
     if not lost:
         return "--drop-leaks found nothing to leave out: no image or group stands in two splits"
     return f"--drop-leaks left out {' and '.join(lost)}: images or groups of other splits"
@@ -284,20 +269,20 @@ def read_splits(file: str | Path, ids: list[str], warnings: list[str]) -> np.nda
             table = list(csv.DictReader(handle, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadOption(f"--splits {path} is not a CSV file: {error}") from error
-    given: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for line, row in enumerate(table, start=2):
         if row.get("id") is None or row.get("split") is None:
             raise BadOption(f"--splits {path} needs the columns id and split; row {line} has them not.")
         if row["split"] not in (*SPLITS, ""):
             raise BadOption(f"--splits {path}, row {line}: {row['split']!r} is none of train, val, test or empty.")
         name = text_of(row["id"])
-        if given.setdefault(name, row["split"]) != row["split"]:
-            raise BadOption(f"--splits {path} puts {name} into {given[name]!r} and into {row['split']!r}.")
-    missing = [i for i in ids if i not in given]
+        if split_of.setdefault(name, row["split"]) != row["split"]:
+            raise BadOption(f"--splits {path} puts {name} into {split_of[name]!r} and into {row['split']!r}.")
+    missing = [i for i in ids if i not in split_of]
     if missing:
         raise BadOption(
             f"--splits {path} has no row for {len(missing):,} of {len(ids):,} images (the first: {missing[0]})."
         )
-    if others := len(given.keys() - set(ids)):
+    if others := len(split_of.keys() - set(ids)):
         warnings.append(f"{path} names {others:,} images that are not in this view")
-    return np.array([given[i] for i in ids], dtype="<U5")
+    return np.array([split_of[i] for i in ids], dtype="<U5")

@@ -1,12 +1,8 @@
-"""Task, Standardize, Features, Predictions; the FeatureView that both kinds of views satisfy.
+"""What a head trains on: task and labels, standardized features of a split, and predictions for its images.
 
-From a view to what a head trains on: the task, and the features of the rows that are asked for.
-
-A view holds one labelled dataset. The same cache serves several tasks: classes may be merged and left out
-(``--classes pneumonia=bacteria,virus --classes normal``) or only some kept (``--only bacteria,virus``).
-
-What a head said of the images of val and of test: raw logits beside labels, digests and clusters, so that any
-measure, interval or comparison can be made of a run folder alone.
+A view holds one labelled dataset and serves several tasks: classes may be merged and left out
+(``--classes pneumonia=bacteria,virus --classes normal``) or only some taken (``--only bacteria,virus``). `Predictions`
+are logits beside labels, digests and clusters, so that any measure, interval or comparison can be made of them alone.
 """
 
 from __future__ import annotations
@@ -28,11 +24,6 @@ from heads.stratify import connected_units
 
 if TYPE_CHECKING:
     from featurecache.store.schema import OutputInfo
-
-
-def clusters_of(view: FeatureView) -> np.ndarray:
-    """int64 [N]: rows that share a digest or a group share a number."""
-    return connected_units(np.asarray(view.digests), view.groups).astype(np.int64)
 
 
 Say = Callable[[str], None]
@@ -119,10 +110,15 @@ class Task:
     @property
     def usable(self) -> np.ndarray:
         """bool [N]: rows of which at least one label is known."""
-        return has_label(self.labels)
+        return is_labelled(self.labels)
 
 
-def has_label(labels: np.ndarray) -> np.ndarray:
+def clusters_of(view: FeatureView) -> np.ndarray:
+    """int64 [N]: rows that share a digest or a group share a number."""
+    return connected_units(np.asarray(view.digests), view.groups).astype(np.int64)
+
+
+def is_labelled(labels: np.ndarray) -> np.ndarray:
     """bool [N]: rows that carry a label (multi-label [N, L]: at least one known)."""
     return ~np.isnan(labels).all(axis=1) if labels.ndim == 2 else labels >= 0
 
@@ -138,15 +134,13 @@ def task_of(
         )
     if classes and only:
         raise BadOption("--classes already leaves out every class it does not name; give either it or --only.")
-    known = list(view.classes)
+    names = list(view.classes)
     if view.task == "multilabel":
-        return _labels_chosen(view, known, classes, only, positive)
-    groups = [(name, [name]) for name in known]
-    if classes:
-        groups = _merged(classes, known)
+        return _multilabel(view, names, classes, only, positive)
+    groups = _merge_classes(classes, names) if classes else [(name, [name]) for name in names]
     if only:
-        kept = _names(only, known, "--only")
-        groups = [(name, members) for name, members in groups if name in kept]
+        selected = _class_names(only, names, "--only")
+        groups = [(name, members) for name, members in groups if name in selected]
     return _single_label(view, groups, positive)
 
 
@@ -165,58 +159,52 @@ def _single_label(view: FeatureView, groups: list[tuple[str, list[str]]], positi
         kind = "multiclass"  # merged or reordered so that the new classes have no order any more
     if positive is not None and kind != "binary":
         raise BadOption(f"--positive is for two classes; this task has {len(names)}.")
-    index = _positive(names, positive) if kind == "binary" else None
+    if positive is not None and positive not in names:
+        raise BadOption(f"--positive {positive} is not a class of this task: {', '.join(names)}.")
+    index = None if kind != "binary" else 1 if positive is None else names.index(positive)
     return Task(kind, names, recode[np.asarray(view.labels, dtype=np.int64)], index)
 
 
-def _positive(names: tuple[str, ...], positive: str | None) -> int:
-    if positive is None:
-        return 1
-    if positive not in names:
-        raise BadOption(f"--positive {positive} is not a class of this task: {', '.join(names)}.")
-    return names.index(positive)
-
-
-def _labels_chosen(
-    view: FeatureView, known: list[str], classes: Sequence[str], only: Sequence[str], positive: str | None
+def _multilabel(
+    view: FeatureView, names: list[str], classes: Sequence[str], only: Sequence[str], positive: str | None
 ) -> Task:
     if classes:
         raise BadOption("--classes merges classes that exclude each other; multi-label data have --only.")
     if positive is not None:
         raise BadOption("--positive is for two classes; every label of multi-label data has its own positives.")
-    kept = _names(only, known, "--only") if only else known
-    columns = [i for i, name in enumerate(known) if name in kept]
-    return Task("multilabel", tuple(known[i] for i in columns), np.asarray(view.labels, dtype=np.float32)[:, columns])
+    selected = _class_names(only, names, "--only") if only else names
+    columns = [i for i, name in enumerate(names) if name in selected]
+    return Task("multilabel", tuple(names[i] for i in columns), np.asarray(view.labels, dtype=np.float32)[:, columns])
 
 
-def _merged(classes: Sequence[str], known: list[str]) -> list[tuple[str, list[str]]]:
-    groups: list[tuple[str, list[str]]] = []
-    taken: dict[str, str] = {}
+def _merge_classes(classes: Sequence[str], names: list[str]) -> list[tuple[str, list[str]]]:
+    groups: dict[str, list[str]] = {}
+    group_of: dict[str, str] = {}
     for text in classes:
-        name, _, members = (text, "", "") if text in known else text.partition("=")
-        found = _names([members or name], known, "--classes")
-        for member in found:
-            if member in taken:
-                raise BadOption(f"--classes puts {member} into {taken[member]} and into {name}; one of them.")
-            taken[member] = name
-        if name in [n for n, _ in groups]:
+        name, _, members = (text, "", "") if text in names else text.partition("=")
+        group = _class_names([members or name], names, "--classes")
+        for member in group:
+            if member in group_of:
+                raise BadOption(f"--classes puts {member} into {group_of[member]} and into {name}; one of them.")
+            group_of[member] = name
+        if name in groups:
             raise BadOption(f"--classes names {name} twice; put all its members in one: {name}=A,B.")
-        groups.append((name, found))
-    return groups
+        groups[name] = group
+    return list(groups.items())
 
 
-def _names(words: Sequence[str], known: list[str], option: str) -> list[str]:
+def _class_names(texts: Sequence[str], names: list[str], option: str) -> list[str]:
     """Class names out of ``a,b`` or a list; a name that itself holds a comma is taken whole."""
-    names: list[str] = []
-    for word in words:
-        names += [word] if word in known else [part.strip() for part in word.split(",")]
-    for name in names:
-        if name not in known:
+    selected: list[str] = []
+    for text in texts:
+        selected += [text] if text in names else [part.strip() for part in text.split(",")]
+    for name in selected:
+        if name not in names:
             raise BadOption(
-                f"{option}: no class is called {name!r}.{nearest(name, known)} "
-                f"The classes are {abbreviated(known, 12)}."
+                f"{option}: no class is called {name!r}.{nearest(name, names)} "
+                f"The classes are {abbreviated(names, 12)}."
             )
-    return names
+    return selected
 
 
 @dataclass(frozen=True)
@@ -246,7 +234,7 @@ class Standardize:
         return {"standardize.mean": self.mean, "standardize.std": self.std}
 
     @classmethod
-    def fitted(cls, kind: str, chunks: Callable[[], Iterable[torch.Tensor]]) -> Standardize:
+    def fit(cls, kind: str, chunks: Callable[[], Iterable[torch.Tensor]]) -> Standardize:
         """``chunks()``: training features in parts [n, ..., D], unscaled; gone through twice."""
         if kind != "zscore":
             return cls(kind)
@@ -268,7 +256,7 @@ class SplitData:
     they would not fit; no loader, no workers.
 
     ``x``: [n·V, D] or [n·V, T, D] in storage dtype, version by version: the n plain images, then (where augmented
-    copies are in the view) the first copy of each, and so on; None where ``read`` gives rows by place. y: int64 [n] or
+    copies are in the view) the first copy of each, and so on; None where ``read`` gives rows by number. y: int64 [n] or
     float32 [n, L] with NaN for unknown.
     """
 
@@ -283,47 +271,41 @@ class SplitData:
     def __len__(self) -> int:
         return len(self.y)
 
-    def take(self, places: torch.Tensor) -> torch.Tensor:
-        """places: int64 [B] in 0 … n·V - 1 -> [B, ...] in storage dtype."""
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows: int64 [B] in 0 … n·V - 1 -> [B, ...] in storage dtype."""
         if self.x is not None:
-            return self.x.index_select(0, places)
+            return self.x.index_select(0, rows)
         assert self.read is not None
-        return self.read(places.numpy())
+        return self.read(rows.numpy())
 
-    def batch(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """places: int64 [B] -> float32 [B, ...], labels [B, ...]."""
-        y = self.y.index_select(0, places if self.versions == 1 else places % len(self))
-        return self.scale(self.take(places).to(self.device).float()), y.to(self.device)
+    def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """rows: int64 [B] -> float32 [B, ...], labels [B, ...]."""
+        y = self.y.index_select(0, rows if self.versions == 1 else rows % len(self))
+        return self.scale(self.take(rows).to(self.device).float()), y.to(self.device)
 
-    def mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SplitData:
+    def map_features(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SplitData:
         """What ``function`` makes of the scaled features of all versions, float32, in memory."""
         parts = torch.arange(len(self) * self.versions).split(256)
-        x = torch.cat([function(self.scale(self.take(places).float())) for places in parts])
+        x = torch.cat([function(self.scale(self.take(rows).float())) for rows in parts])
         return SplitData(x, self.y, versions=self.versions)
 
     def chunks(self, size: int | None = None) -> Iterator[torch.Tensor]:
         """float32 [<=size, ...] of the plain images in row order, for evaluation."""
-        for places in torch.arange(len(self)).split(size or self.piece):
-            part = self.take(places) if self.x is None else self.x[places[0] : places[-1] + 1]
+        for rows in torch.arange(len(self)).split(size or self.piece):
+            part = self.take(rows) if self.x is None else self.x[rows[0] : rows[-1] + 1]
             yield self.scale(part.to(self.device).float())
 
 
 def load_features(
-    view: Any,
-    output: str,
-    rows: np.ndarray,
-    labels: np.ndarray,
-    scale: Standardize | None = None,
-    *,
-    resident: bool = True,
-    copies: bool = False,
-) -> SplitData:
+    view: FeatureView, output: str, rows: np.ndarray, labels: np.ndarray, scale: Standardize | None = None, *,
+    resident: bool = True, copies: bool = False,
+) -> SplitData:  # fmt: skip
     """The features of ``rows`` (indices into the view) with their labels; ``copies``: with their augmented copies."""
     table = rows[None] if not copies or view.versions is None else np.asarray(view.copies(rows)).T  # [V, n]
     flat, y = table.reshape(-1), torch.from_numpy(labels[rows])
     scale = scale or Standardize()
     if not resident:
-        return SplitData(None, y, scale, len(table), lambda places: view.tensor(output, flat[places]))
+        return SplitData(None, y, scale, len(table), lambda rows: view.tensor(output, flat[rows]))
     x = view.tensor(output, flat)
     assert len(x) == len(flat), "a view gives a row for every row asked"
     return SplitData(x, y, scale, len(table))
@@ -350,5 +332,5 @@ class Predictions:
     clusters: np.ndarray  # int64 [n]
     grouped: bool  # whether the data name groups
     y: np.ndarray
-    raw: np.ndarray  # float64 [n, C]: logits as the head gives them
-    z: np.ndarray  # float64 [n, C]: with prior correction and temperature
+    logits: np.ndarray  # float64 [n, C]: as the head gives them
+    calibrated_logits: np.ndarray  # float64 [n, C]: with prior correction and temperature

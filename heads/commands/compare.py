@@ -173,11 +173,11 @@ def explain(talk: Console, runs: tuple[str, ...], images: tuple[str, ...], **opt
     file, a folder, a table, or the id of an image of the run's data.
     """
     import heads
-    from heads.explanations.explain import as_table
+    from heads.explanations.explain import explanations_table
 
     options["classes"] = options["classes"] or None
     maps = heads.explain(list(runs), list(images), **options)
-    lines = [as_table(maps.records), f"maps       {maps.path}/   {len(maps.files):,} PNG files, explain.json"]
+    lines = [explanations_table(maps.records), f"maps       {maps.path}/   {len(maps.files):,} PNG files, explain.json"]
     talk.result("\n".join(lines), {"explained": maps.path, "files": maps.files, "maps": maps.records})
     talk.next(f"featurecache report {shlex.join(runs)}")
     return int(any("error" in record for record in maps.records))

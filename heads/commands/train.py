@@ -154,7 +154,7 @@ def train_baseline(
     several values of an option.
     """
     import heads
-    from heads.models.finetune import extract_words
+    from heads.models.finetune import extract_options
     from heads.runs.run import BACKBONE
 
     if data is not None and features is not None:
@@ -166,7 +166,7 @@ def train_baseline(
     run = heads.train_baseline(images, arch, say=talk.line, **options)
     _show_run(talk, run)
     backbone = run.path / BACKBONE
-    extraction = f"featurecache extract {extract_words(backbone)} --data FOLDER" if backbone.is_dir() else None
+    extraction = f"featurecache extract {extract_options(backbone)} --data FOLDER" if backbone.is_dir() else None
     talk.next(extraction or prediction_by(run))
     return 0
 
@@ -194,14 +194,14 @@ def predict(
     if csv_file and csv_file != "-":
         from featurecache.files.atomic import write_whole
 
-        write_whole(Path(csv_file), inference.as_csv(records).encode())
+        write_whole(Path(csv_file), inference.predictions_csv(records).encode())
         talk.say(f"predictions {csv_file}")
     if talk.json:
         talk.result("", {"run": loaded.path, "predictions": records})
     elif csv_file == "-":
-        click.echo(inference.as_csv(records), nl=False)
+        click.echo(inference.predictions_csv(records), nl=False)
     elif not csv_file:
-        click.echo(inference.as_table(records))
+        click.echo(inference.predictions_table(records))
     talk.next(f"featurecache info {shlex.quote(run)}")
     return int(any("error" in record for record in records))
 

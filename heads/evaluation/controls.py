@@ -18,7 +18,7 @@ import numpy as np
 from featurecache.errors import FeatureCacheError
 from heads.metrics.calibration import CalibratedPredictions, calibrate
 from heads.metrics.classification import evaluate
-from heads.models.catalogue import HALF, squashed
+from heads.models.catalogue import HALF, squash_preprocess
 from heads.pixel_view import read_images
 from heads.splits import Splits
 from heads.task import SPLITS, FeatureView, Task
@@ -129,7 +129,7 @@ def _small(dataset: Any, rows: list[int]) -> Preprocess:
             _, height, width = decode(dataset.read(row)).shape
             size = (height, width) if max(height, width) <= SIDE else size
             break
-    return replace(squashed(SIDE, HALF), resize=size)
+    return replace(squash_preprocess(SIDE, HALF), resize=size)
 
 
 def _fit_pixels(task: Task, data: dict[str, tuple[np.ndarray, np.ndarray]], notes: list[str]) -> dict[str, Any]:

@@ -31,12 +31,12 @@ from heads.evaluation.families import Family, collect_predictions
 from heads.evaluation.operating_points import calibration_record, operating_points
 from heads.evaluation.subgroups import list_images
 from heads.metrics.intervals import FamilyEstimates, SharedResamples
-from heads.models.common import pieces
+from heads.models.common import rows_at_once
 from heads.pixel_view import PixelView
 from heads.runs.run import FORMAT, Run, is_pixels, pixels_of, read_ids, read_json, read_tensors
 from heads.runs.write import answer_columns, json_bytes, record_stamp
 from heads.splits import read_splits
-from heads.task import SPLITS, FeatureView, Predictions, Say, clusters_of, has_label
+from heads.task import SPLITS, FeatureView, Predictions, Say, clusters_of, is_labelled
 
 FOLDER = "external"
 ROWS = 1024  # features in memory at once
@@ -125,7 +125,7 @@ def _check_features(run: Run, view: FeatureView) -> None:
 
 
 def _rows(view: FeatureView, matched: MatchedClasses, split: str | None) -> np.ndarray:
-    usable = has_label(matched.labels)
+    usable = is_labelled(matched.labels)
     if view.versions is not None:
         usable &= np.asarray(view.versions) == 0
     if split is not None:
@@ -164,7 +164,7 @@ def _training_digests(run: Run, view: FeatureView) -> set[bytes]:
 
 @torch.no_grad()
 def _answers(run: Run, view: FeatureView, matched: MatchedClasses, rows: np.ndarray) -> Predictions:
-    model, scale, size = run.model, run.standardize, pieces(view.info(run.output).shape)
+    model, scale, size = run.model, run.standardize, rows_at_once(view.info(run.output).shape)
     logits = []
     for start in range(0, len(rows), ROWS):
         features = view.tensor(run.output, rows[start : start + ROWS])
@@ -188,7 +188,7 @@ def _measured(pairs: Sequence[tuple[Run, Predictions]], resampler: SharedResampl
 
 def _write(run: Run, name: str, record: dict[str, Any], answers: Predictions) -> Path:
     ids = np.frombuffer(json.dumps(answers.ids).encode(), np.uint8)
-    columns = {"ids": ids, **answer_columns(answers.digests, answers.clusters, answers.y, answers.raw)}
+    columns = {"ids": ids, **answer_columns(answers.digests, answers.clusters, answers.y, answers.logits)}
     folder, name = run.path / FOLDER, re.sub(r"[^\w.-]+", "_", name)
     try:
         folder.mkdir(exist_ok=True)
@@ -299,7 +299,7 @@ def match_classes(run: Run, view: FeatureView, given: Sequence[str] = ()) -> Mat
     if left_out:
         count, classes = sum(left_out.values()), abbreviated([f"{name} {n:,}" for name, n in left_out.items()], 6)
         notes.append(f"{count:,} images of classes that the head does not know are left out ({classes})")
-    if unlabelled := int((~has_label(view_labels)).sum()):
+    if unlabelled := int((~is_labelled(view_labels)).sum()):
         notes.append(f"{unlabelled:,} images carry no label and are left out")
     return MatchedClasses(_recode(run, view, names), names, left_out, tuple(notes))
 

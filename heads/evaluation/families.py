@@ -283,13 +283,15 @@ def in_common_order(answers: Predictions) -> tuple[Predictions, str]:
     columns = [np.array(answers.ids), *np.nan_to_num(y.T[::-1].astype(np.float64), nan=-1), answers.digests]
     order = np.lexsort(columns)
     text = answers.digests[order].tobytes() + y[order].astype(np.float64).tobytes()
-    rows = {name: getattr(answers, name)[order] for name in ("digests", "clusters", "y", "raw", "z")}
+    rows = {name: getattr(answers, name)[order] for name in ("digests", "clusters", "y", "logits", "calibrated_logits")}
     key = hashlib.blake2b(text, digest_size=16).hexdigest()
     return replace(answers, ids=[answers.ids[i] for i in order], **rows), key
 
 
 def predictions_of(run: Run, answers: Predictions) -> CalibratedPredictions:
-    return CalibratedPredictions(run.task, answers.z, answers.y, run.positive, run.calibration.thresholds)
+    return CalibratedPredictions(
+        run.task, answers.calibrated_logits, answers.y, run.positive, run.calibration.thresholds
+    )
 
 
 def collect_predictions(pairs: Iterable[tuple[Run, Predictions]]) -> FamilyPredictions:

@@ -63,7 +63,7 @@ def calibration_record(predictions: FamilyPredictions) -> dict[str, Any]:
     of Brier, NLL and ECE, and bins of all their answers."""
     after = [each for test_set in predictions.test_sets for each in test_set.predictions]
     answers = [each for heads in predictions.answers for each in heads]
-    before = [replace(each, z=raw.raw) for each, raw in zip(after, answers, strict=True)]
+    before = [replace(each, z=raw.logits) for each, raw in zip(after, answers, strict=True)]
     return {"before": calibration_of(before), "after": calibration_of(after)}
 
 

@@ -1,6 +1,4 @@
-"""Explain: which runs, images, kinds; files and records.
-
-``explain``: maps over images of one or several runs, as PNG files with colour bars and as numbers.
+"""``explain``: maps over images of one or several runs, as PNG files with colour bars and as numbers.
 
 <out>/001-chest7-contribution.png    the image; for each run its map, and below it the control
 <out>/explain.json                   every map, its control and the numbers beside it
@@ -12,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ import numpy as np
 
 from featurecache.errors import BadOption, CannotWrite, UnreadableImage, nearest
 from featurecache.formatting import aligned, one_line
-from heads.explanations.explainer import Explainer, SourceImage, SourceImages, original, seen_part
-from heads.explanations.maps import KINDS, Map, Panel, class_margin_weights, draw
-from heads.inference import Image, each_image
+from heads.explanations.explainer import Explainer, SourceImage, SourceImages, read_source_image, visible_box
+from heads.explanations.maps import KINDS, Panel, SaliencyMap, class_margin_weights, draw_maps
+from heads.inference import Image, iterate_images
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.runs.run import Run, is_pixels, load_run, name_of
 from heads.task import Say
@@ -52,27 +51,27 @@ def explain(
     by default of each image that of the class called. ``method`` of contribution: replace, or gradient.
     Raises BadOption where no run has such a map, RunError, CannotWrite; the backbone's errors as predict.
     """
-    given = [runs] if isinstance(runs, Run | str | Path) else list(runs)
-    opened = [run if isinstance(run, Run) else load_run(run, trust_code=trust_code) for run in given]
+    folders = [runs] if isinstance(runs, Run | str | Path) else list(runs)
+    opened = [run if isinstance(run, Run) else load_run(run, trust_code=trust_code) for run in folders]
     if not opened:
         raise BadOption("explain needs a run folder, such as runs/chest-large-1.")
     originals = SourceImages()
-    options = {"device": device, "weights": weights, "trust_code": trust_code}
-    explainers = [Explainer(run, originals, **options) for run in opened]  # type: ignore[arg-type]
-    asked = _Asked(explainers, _kinds(kinds, explainers), _classes(classes), method)
+    explainers = [Explainer(run, originals, device=device, weights=weights, trust_code=trust_code) for run in opened]
+    names: list[str | None] = [classes] if classes is None or isinstance(classes, str) else [*classes] or [None]
+    request = _Request(explainers, _kinds(kinds, explainers), names, method)
     folder = _folder(Path(out) if out is not None else opened[0].path / "explain")
     records, files, number = [], [], 0
-    for part in _parts(_images(images, opened, originals)):
+    stream = iter(_images(images, opened, originals))
+    while part := list(islice(stream, PART)):
         readable = [image for image in part if isinstance(image, SourceImage)]
         records += [{"image": name, "error": why} for name, why in (p for p in part if not isinstance(p, SourceImage))]
-        found = asked.of(readable) if readable else []
-        for image, results in zip(readable, found, strict=True):
+        for image, results in zip(readable, request.results(readable) if readable else [], strict=True):
             number += 1
-            drawn, told = _written(folder, number, image, results)
-            files += drawn
-            records += told
+            paths, numbers = _write_image(folder, number, image, results)
+            files += paths
+            records += numbers
             if say:
-                say(f"explained  {image.name}: {', '.join(path.name for path in drawn)}")
+                say(f"explained  {image.name}: {', '.join(path.name for path in paths)}")
     if not files and not records:
         raise BadOption("explain needs an image: a file, a folder, a table, or the id of an image of the view.")
     _write(folder / "explain.json", (json.dumps(records, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode())
@@ -88,65 +87,63 @@ class ExplainResult:
     called: str  # the class explained, "" where a map is of none
     probability: float | None
     margin: float | None  # of that class, as `heads.explanations.maps` has it
-    maps: list[Map]
+    maps: list[SaliencyMap]
     why: str = ""
 
 
 @dataclass
-class _Asked:
+class _Request:
     explainers: list[Explainer]
     kinds: list[list[str]]  # of each run
     classes: list[str | None]
     method: str
 
-    def of(self, images: list[SourceImage]) -> list[list[ExplainResult]]:
+    def results(self, images: list[SourceImage]) -> list[list[ExplainResult]]:
         """For every image its results. Raises BadOption where no run has any map."""
-        found: list[list[ExplainResult]] = [[] for _ in images]
+        by_image: list[list[ExplainResult]] = [[] for _ in images]
         for explainer, kinds in zip(self.explainers, self.kinds, strict=True):
-            z = explainer.logits(images)
+            logits = explainer.logits(images)
             for kind in kinds:
                 for name in self.classes if kind != "attention" else [None]:
-                    chosen = _chosen(explainer.run, z, name)
-                    for place, result in enumerate(self._results(explainer, kind, images, chosen, z)):
-                        found[place].append(result)
-        results = [result for each in found for result in each]
-        if results and all(result.why for result in results):
-            raise BadOption("; ".join(dict.fromkeys(result.why for result in results)))
-        return found
+                    chosen = _chosen_classes(explainer.run, logits, name)
+                    results = self._of_kind(explainer, kind, images, chosen, logits)
+                    for image_results, result in zip(by_image, results, strict=True):
+                        image_results.append(result)
+        reasons = [result.why for results in by_image for result in results]
+        if reasons and all(reasons):
+            raise BadOption("; ".join(dict.fromkeys(reasons)))
+        return by_image
 
-    def _results(
-        self, explainer: Explainer, kind: str, images: list[SourceImage], chosen: np.ndarray, z: np.ndarray
+    def _of_kind(
+        self, explainer: Explainer, kind: str, images: list[SourceImage], chosen: np.ndarray, logits: np.ndarray
     ) -> list[ExplainResult]:
-        run = explainer.run
+        run, why = explainer.run, ""
         try:
             maps = explainer.maps(kind, images, chosen, self.method)
-            why = ""
         except BadOption as error:
             if len(self.explainers) == 1 and len(self.kinds[0]) == 1:
                 raise
             maps, why = [[] for _ in images], str(error)
         if kind == "attention":
             return [ExplainResult(run, kind, "", None, None, each, why) for each in maps]
-        p, toward = (
-            probabilities(run.task, z),
-            class_margin_weights(chosen, len(run.classes), 1.0, run.task == "multilabel"),
-        )
-        margins = (z * toward.double().numpy()).sum(1)  # z has its temperature already
-        found = zip(chosen, p, margins, maps, strict=True)
+        toward = class_margin_weights(chosen, len(run.classes), 1.0, run.task == "multilabel")
+        margins = (logits * toward.double().numpy()).sum(1)  # these logits have their temperature already
+        rows = zip(chosen, probabilities(run.task, logits), margins, maps, strict=True)
         return [
-            ExplainResult(run, kind, run.classes[c], float(row[c]), float(m), each, why) for c, row, m, each in found
+            ExplainResult(run, kind, run.classes[c], float(p[c]), float(margin), each, why)
+            for c, p, margin, each in rows
         ]
 
 
-def _chosen(run: Run, z: np.ndarray, name: str | None) -> np.ndarray:
+def _chosen_classes(run: Run, logits: np.ndarray, name: str | None) -> np.ndarray:
     """int64 [n]: the class called, of multi-label the likeliest label, or the one that was named."""
     if name is not None:
         if name not in run.classes:
             raise BadOption(
                 f"{run.path} has no class {name!r}.{nearest(name, run.classes)} Its classes: {', '.join(run.classes)}."
             )
-        return np.full(len(z), run.classes.index(name))
-    p = probabilities(run.task, z)
+        return np.full(len(logits), run.classes.index(name))
+    p = probabilities(run.task, logits)
     if run.task == "multilabel":
         return p.argmax(axis=1)
     return predict_labels(run.task, p, run.calibration.thresholds, run.positive).astype(np.int64)
@@ -163,23 +160,17 @@ def _kinds(kinds: str | Sequence[str] | None, explainers: Sequence[Explainer]) -
     return [named for _ in explainers]
 
 
-def _classes(classes: str | Sequence[str] | None) -> list[str | None]:
-    if classes is None or isinstance(classes, str):
-        return [classes]
-    return list(classes) or [None]
-
-
 def _images(
     images: Image | Iterable[Image], runs: Sequence[Run], originals: SourceImages
 ) -> Iterable[SourceImage | tuple[str, str]]:
     """What can be read, and (name, reason) of what cannot; a word that is no path may be an id of a run's view."""
     for image in [images] if isinstance(images, str | Path | bytes | np.ndarray) else images:
         if isinstance(image, str) and not Path(image).exists():
-            found = [originals.find(run, image) for run in runs]
-            reason = f"no such file, nor an image of the run's data ({found[0]})"
-            yield next((each for each in found if isinstance(each, SourceImage)), (image, reason))
+            matches = [originals.find(run, image) for run in runs]
+            reason = f"no such file, nor an image of the run's data ({matches[0]})"
+            yield next((each for each in matches if isinstance(each, SourceImage)), (image, reason))
             continue
-        for name, data in each_image([image]):
+        for name, data in iterate_images([image]):
             yield _read(name, data)
 
 
@@ -187,23 +178,12 @@ def _read(name: str, data: bytes | np.ndarray | str) -> SourceImage | tuple[str,
     if isinstance(data, str):
         return name, data
     try:
-        return original(name, data)
+        return read_source_image(name, data)
     except UnreadableImage as error:
         return name, str(error)
 
 
-def _parts(images: Iterable[SourceImage | tuple[str, str]]) -> Iterable[list[SourceImage | tuple[str, str]]]:
-    part: list[SourceImage | tuple[str, str]] = []
-    for image in images:
-        part.append(image)
-        if len(part) == PART:
-            yield part
-            part = []
-    if part:
-        yield part
-
-
-def _written(
+def _write_image(
     folder: Path, number: int, image: SourceImage, results: list[ExplainResult]
 ) -> tuple[list[Path], list[dict[str, Any]]]:
     """A PNG for every kind, and the records."""
@@ -212,18 +192,19 @@ def _written(
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[-60:]
     for kind in dict.fromkeys(result.kind for result in results):
         of_kind = [result for result in results if result.kind == kind]
-        panels = [_panel(result, image.pixels) for result in of_kind]
+        panels = [
+            Panel(
+                _title(result), visible_box(result.run.config["spec"], image.pixels), result.maps, result.why,
+                is_pixels(result.run),
+            )
+            for result in of_kind
+        ]  # fmt: skip
         untrained = any(result.run.untrained for result in of_kind)
         path = folder / f"{number:03d}-{stem}-{kind}.png"
-        _write(path, draw(image.pixels, kind, panels, untrained))
+        _write(path, draw_maps(image.pixels, kind, panels, untrained))
         files.append(path)
         records += [record for result in of_kind for record in _records(image.name, result, path)]
     return files, records
-
-
-def _panel(result: ExplainResult, pixels: np.ndarray) -> Panel:
-    run = result.run
-    return Panel(_title(result), seen_part(run.config["spec"], pixels), result.maps, result.why, is_pixels(run))
 
 
 def _title(result: ExplainResult) -> str:
@@ -245,26 +226,19 @@ def _records(name: str, result: ExplainResult, path: Path) -> list[dict[str, Any
     return [about | _numbers(each) | {"png": path.name} for each in result.maps]
 
 
-def _numbers(each: Map) -> dict[str, Any]:
+def _numbers(each: SaliencyMap) -> dict[str, Any]:
     return {
-        "map_of": each.small,
-        "how": each.how,
-        "unit": each.unit,
-        "adds_up": each.adds_up,
-        "beside": each.beside,
-        "peak": None if each.peak is None else list(each.peak),
-        "grid": list(each.values.shape),
-        "values": _rounded(each.values),
-        "control": _rounded(each.control),
-        "likeness_to_control": each.likeness,
-    }
+        "map_of": each.small, "how": each.how, "unit": each.unit, "adds_up": each.adds_up, "beside": each.beside,
+        "peak": None if each.peak is None else list(each.peak), "grid": list(each.values.shape),
+        "values": _rounded(each.values), "control": _rounded(each.control), "likeness_to_control": each.likeness,
+    }  # fmt: skip
 
 
 def _rounded(values: np.ndarray | None) -> list[Any] | None:
     return None if values is None else [[float(f"{v:.6g}") for v in row] for row in values.tolist()]
 
 
-def as_table(records: Sequence[dict[str, Any]]) -> str:
+def explanations_table(records: Sequence[dict[str, Any]]) -> str:
     """For a terminal: a line for each map, places counted from 1 at the upper left; errors below."""
     rows = [["image", "map", "run", "class", "margin", "strongest at", "beside it", "like its control"]]
     for r in records:

@@ -1,27 +1,21 @@
-"""One run: its images read back, its maps made.
-
-Maps of one run over images: which tokens or pixels are needed, where they are had, and each map with its control.
+"""Saliency maps of one run over images, each with its control; the images of a run read back from their source.
 
 Features of images that are in the view of the run are read from it, found by digest; those of new images go through the
-same backbone, precision and rounding as the store has (`featurecache.again`). A run on pixels has no backbone: its own
-network is asked, by Grad-CAM and by occlusion of squares.
-
-Back from a run to the images it is of: read from their source by id, and only the very ones it was computed with.
-
-An image as it is embedded in a page: small, newly encoded, without metadata; and what of it the backbone saw.
+same backbone, precision and rounding as the store has (`featurecache.extraction.recompute`). A run on pixels has no
+backbone: its own network is asked, by Grad-CAM and by occlusion of squares. Images are read by id, and only the very
+ones a run was computed with are shown: in a page small, newly encoded, without metadata.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,17 +23,19 @@ import torch
 from torch import nn
 
 from featurecache.errors import BadOption, FeatureCacheError, NotInCache
+from featurecache.images.preprocessing import Preprocess
 from heads.explanations.contributions import (
     FAST,
     TokenMap,
     check_gap,
     contribution_maps,
     mean_training_token,
-    source_of,
     token_map,
+    token_source,
 )
-from heads.explanations.maps import KINDS, Map, class_margin_weights, shuffled, with_controls
+from heads.explanations.maps import KINDS, SaliencyMap, class_margin_weights, with_controls, with_shuffled_weights
 from heads.explanations.methods import EndToEnd, Transformer, attention_maps, check_extra, grad_cam_maps, layer_of
+from heads.inference import store_of
 from heads.runs.run import Run, is_pixels, preprocess_of
 
 if TYPE_CHECKING:
@@ -76,13 +72,11 @@ class Explainer:
     def control(self) -> nn.Module:
         """The run's head, of a network on pixels its last linear layer, with shuffled weights."""
         if not self.on_pixels:
-            return shuffled(self.run.model)
-        import copy
-
+            return with_shuffled_weights(self.run.model)
         network = copy.deepcopy(self.run.model)
         name = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
         parent, _, own = name.rpartition(".")
-        setattr(network.get_submodule(parent), own, shuffled(network.get_submodule(name)))
+        setattr(network.get_submodule(parent), own, with_shuffled_weights(network.get_submodule(name)))
         return network
 
     def logits(self, images: Sequence[SourceImage]) -> np.ndarray:
@@ -94,73 +88,77 @@ class Explainer:
 
     def maps(
         self, kind: str, images: Sequence[SourceImage], classes: np.ndarray, method: str = "replace"
-    ) -> list[list[Map]]:
+    ) -> list[list[SaliencyMap]]:
         """The maps of every image, of the margins of ``classes`` [n]. Raises BadOption where this run has no such."""
         if kind not in KINDS:
             raise BadOption(f'--kind "{kind}" is not one of {", ".join(KINDS)}.')
         if kind == "attention":
             return self._attention(images)
         make = {"contribution": self._contributions, "grad-cam": self._grad_cam}[kind]
-        found, controls = (make(images, classes, model, method) for model in (self.run.model, self.control))
-        return [[each] for each in with_controls(found, controls)]
+        maps, controls = (make(images, classes, model, method) for model in (self.run.model, self.control))
+        return [[each] for each in with_controls(maps, controls)]
 
     # --- contribution
 
     def _contributions(
         self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, method: str
-    ) -> list[Map]:
+    ) -> list[SaliencyMap]:
         if self.on_pixels:
             return self._squares(images, classes, model, method)
-        places = self._places
-        x = self.features(images, places.source).float().clone()  # outside inference mode
+        tokens = self._token_map
+        x = self.features(images, tokens.source).float().clone()  # outside inference mode
         if self.run.output == "gap":
-            check_gap(self.run, places, x, self.features(images, "gap"))
-        mean, said = None, ""
+            check_gap(self.run, tokens, x, self.features(images, "gap"))
+        mean, description = None, ""
         if method == "replace":
-            self._mean = self._mean or mean_training_token(self.run, places, self.view)
-            mean, said = self._mean
-        return contribution_maps(self.run, places, x, classes, method, mean, said, model)
+            self._mean = self._mean or mean_training_token(self.run, tokens, self.view)
+            mean, description = self._mean
+        return contribution_maps(self.run, tokens, x, classes, method, mean, description, model)
 
     @cached_property
-    def _places(self) -> TokenMap:
-        source = source_of(self.run)
+    def _token_map(self) -> TokenMap:
+        source = token_source(self.run)
         if self.view is not None and self.view.has(source):
             info = self.view.info(source)
             return token_map(self.run, info.prefix, info.grid)
         if self.view is not None:
             self.view.info(source)  # raises with the command that stores it
-        backbone = self._again.backbone
+        backbone = self._backbone.backbone
         return token_map(self.run, backbone.prefix, backbone.grid)
 
-    @torch.no_grad()
-    def _squares(self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, method: str) -> list[Map]:
+    def _squares(
+        self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, method: str
+    ) -> list[SaliencyMap]:
         """Of a network on pixels: squares of them replaced by the colour that normalising makes zero."""
         if method != "replace":
             raise BadOption("--method gradient is for heads on tokens; a network on pixels has --method replace.")
-        with self._there(model) as device:
+        with torch.no_grad(), self._there(model) as device:
             return self._occluded(images, classes, model, device)
 
-    def _occluded(self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, device: str) -> list[Map]:
+    def _occluded(
+        self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, device: str
+    ) -> list[SaliencyMap]:
         preprocess, pixels = preprocess_of(self.run), self._pixels(images).float().to(device)
         height, width = preprocess.size
         count = SQUARES if min(height, width) >= 8 * SQUARES else 8
         colour = 255 * torch.tensor(preprocess.mean or (0.0, 0.0, 0.0), device=device).view(3, 1, 1)
         toward = self._toward(classes).to(device)
         rows, columns = (np.linspace(0, side, count + 1).round().astype(int) for side in (height, width))
-        places = [(slice(rows[i], rows[i + 1]), slice(columns[j], columns[j + 1])) for i, j in np.ndindex(count, count)]
+        squares = [(slice(*rows[i : i + 2]), slice(*columns[j : j + 2])) for i, j in np.ndindex(count, count)]
         some = max(1, AT_ONCE // (3 * height * width))
-        found = []
+        values = []
         for image, way in zip(pixels, toward, strict=True):
             margin = float((model(image[None]) * way).sum())
-            parts: list[float] = []
-            for start in range(0, len(places), some):
-                copies = image.repeat(len(places[start : start + some]), 1, 1, 1)
-                for copy, (down, across) in zip(copies, places[start : start + some], strict=True):
-                    copy[:, down, across] = colour
-                parts += (margin - (model(copies) * way).sum(1).double()).tolist()
-            found.append(np.array(parts).reshape(count, count))
+            changes: list[float] = []
+            for start in range(0, len(squares), some):
+                replaced = squares[start : start + some]
+                copies = image.repeat(len(replaced), 1, 1, 1)
+                for one, (down, across) in zip(copies, replaced, strict=True):
+                    one[:, down, across] = colour
+                changes += (margin - (model(copies) * way).sum(1).double()).tolist()
+            values.append(np.array(changes).reshape(count, count))
         how = "change of the margin when this square is replaced by the mean colour (occlusion)"
-        return [Map("contribution", how, each, self._unit, small="occlusion") for each in found]
+        return [SaliencyMap("contribution", how, each, self._unit, small="occlusion") for each in values]
 
     @property
     def _unit(self) -> str:
@@ -172,43 +170,38 @@ class Explainer:
 
     # --- through a network
 
-    def _attention(self, images: Sequence[SourceImage]) -> list[list[Map]]:
+    def _attention(self, images: Sequence[SourceImage]) -> list[list[SaliencyMap]]:
         if self.on_pixels:
             own: Any = self.run.model
             with self._there(own) as device:
                 pixels = own.preprocess.normalised(self._pixels(images).to(device))
                 return attention_maps(Transformer.of_run(self.run.head, own), pixels)
-        with self._in_float32() as again:
-            return attention_maps(Transformer.of_backbone(again.backbone), self._normalised(again, images))
+        with self._in_float32() as recompute:
+            return attention_maps(Transformer.of_backbone(recompute.backbone), self._normalised(recompute, images))
 
-    def _grad_cam(self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, _: str) -> list[Map]:
+    def _grad_cam(
+        self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, _: str
+    ) -> list[SaliencyMap]:
         check_extra()
         if self.on_pixels:
             network: Any = model
             grid = network.cam_grid
-            first, places = (0, None) if grid is None else (grid[0], (grid[1], grid[2]))
+            first, patches = (0, None) if grid is None else (grid[0], (grid[1], grid[2]))
             with self._there(network) as device:
-                given, toward = self._pixels(images).float().to(device), self._toward(classes)
-                return grad_cam_maps(network, (network.cam_layer, "output"), given, toward, places, first)
+                pixels, toward = self._pixels(images).float().to(device), self._toward(classes)
+                return grad_cam_maps(network, (network.cam_layer, "output"), pixels, toward, patches, first)
         from featurecache.outputs import parse
 
         output = parse(self.run.output)
-        with self._in_float32() as again:
-            backbone = again.backbone
-            pixels = self._normalised(again, images)
+        with self._in_float32() as recompute:
+            backbone = recompute.backbone
+            pixels = self._normalised(recompute, images)
             whole = EndToEnd(backbone, output, _on(self.run.standardize, pixels.device), model.to(pixels.device))
             try:
-                maps = grad_cam_maps(
-                    whole,
-                    layer_of(backbone, output),
-                    pixels,
-                    self._toward(classes),
-                    backbone.grid,
-                    len(backbone.prefix),
-                )
+                layer, prefix = layer_of(backbone, output), len(backbone.prefix)
+                return grad_cam_maps(whole, layer, pixels, self._toward(classes), backbone.grid, prefix)
             finally:
                 model.cpu()
-            return maps
 
     # --- what they are made of
 
@@ -223,10 +216,10 @@ class Explainer:
         stored = list(self.view.tensor(output, old)) if self.view is not None and len(old) else []
         made: list[torch.Tensor] = []
         if new:
-            found, failed = self._again.rows([image.data for image in new], parse(output))
+            computed, failed = self._backbone.rows([image.data for image in new], parse(output))
             if failed:
                 raise BadOption(f"{new[failed[0][0]].name} cannot be read: {failed[0][1]}.")
-            made = list(found)
+            made = list(computed)
         return torch.stack([(made if row is None else stored).pop(0) for row in rows])
 
     @cached_property
@@ -248,11 +241,10 @@ class Explainer:
 
     def _pixels(self, images: Sequence[SourceImage]) -> torch.Tensor:
         """uint8 [n,3,h,w] as a network on pixels sees them."""
-        preprocess = preprocess_of(self.run)
-        return torch.stack([preprocess.resized(torch.from_numpy(image.pixels).permute(2, 0, 1)) for image in images])
+        return _resized(preprocess_of(self.run), images)
 
     @cached_property
-    def _again(self) -> StoreBackbone:
+    def _backbone(self) -> StoreBackbone:
         from featurecache.extraction.recompute import backbone_of
 
         config = self.run.config
@@ -261,30 +253,30 @@ class Explainer:
                 f"{config['view']['label']} was imported, and its backbone is not known: there are maps of images "
                 "whose tokens it holds, and no others."
             )
-        where = Path(config["view"]["path"]).parent  # the store, for its plan; it need not be there any more
-        like = SimpleNamespace(
-            spec=config["spec"], provenance=config["provenance"], label=config["view"]["label"], store=where
-        )
         options = {**self._options, "trust_code": self._options["trust_code"] or self.run.trust_code}
-        return backbone_of(like, **options)  # type: ignore[arg-type]
+        return backbone_of(store_of(self.run), **options)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def _in_float32(self) -> Iterator[StoreBackbone]:
         """The backbone with the store's weights, computing in float32."""
-        again = self._again
-        model = again.backbone.model
+        recompute = self._backbone
+        model = recompute.backbone.model
         before = next(model.parameters()).dtype
         model.float()
         try:
-            yield again
+            yield recompute
         finally:
             model.to(before)
 
-    def _normalised(self, again: StoreBackbone, images: Sequence[SourceImage]) -> torch.Tensor:
+    def _normalised(self, recompute: StoreBackbone, images: Sequence[SourceImage]) -> torch.Tensor:
         """float32 [n,3,h,w] on the backbone's device."""
-        preprocess = again.backbone.preprocess
-        pixels = torch.stack([preprocess.resized(torch.from_numpy(i.pixels).permute(2, 0, 1)) for i in images])
-        return preprocess.normalised(pixels.to(next(again.backbone.model.parameters()).device))
+        preprocess = recompute.backbone.preprocess
+        device = next(recompute.backbone.model.parameters()).device
+        return preprocess.normalised(_resized(preprocess, images).to(device))
+
+
+def _resized(preprocess: Preprocess, images: Sequence[SourceImage]) -> torch.Tensor:
+    return torch.stack([preprocess.resized(torch.from_numpy(image.pixels).permute(2, 0, 1)) for image in images])
 
 
 def _on(scale: Any, device: torch.device) -> Any:
@@ -303,7 +295,7 @@ class SourceImage:
     digest: bytes
 
 
-def original(name: str, data: bytes | np.ndarray) -> SourceImage:
+def read_source_image(name: str, data: bytes | np.ndarray) -> SourceImage:
     """Raises UnreadableImage."""
     from featurecache.images.decoding import decode, digest
 
@@ -325,10 +317,10 @@ class SourceImages:
         if name not in where:
             return "no longer in the source"
         try:
-            found = original(name, dataset.read(where[name]))
+            image = read_source_image(name, dataset.read(where[name]))
         except (FeatureCacheError, OSError) as error:
             return str(error)
-        return found if digest in (None, found.digest) else "changed since it was computed with"
+        return image if digest in (None, image.digest) else "changed since it was computed with"
 
     def _dataset(self, source: dict[str, Any]) -> tuple[Any, dict[str, int]]:
         import featurecache.sources
@@ -349,8 +341,8 @@ class SourceImages:
         path = run.config["view"]["path"]
         if path not in self._views:
             try:
-                found = open_view(path)
-                self._views[path] = found if found.fingerprint == run.config["view"].get("fingerprint") else None
+                view = open_view(path)
+                self._views[path] = view if view.fingerprint == run.config["view"].get("fingerprint") else None
             except (FeatureCacheError, OSError):
                 self._views[path] = None
         return self._views[path]
@@ -360,7 +352,7 @@ SIDE = 208  # pixels of the longer side of what is embedded
 TINY = 64  # images up to this side are embedded pixel by pixel
 
 
-def encoded(pixels: np.ndarray) -> tuple[str, tuple[int, int]]:
+def encode_image(pixels: np.ndarray) -> tuple[str, tuple[int, int]]:
     """(data URI, (width, height)) of uint8 [H, W, 3]: small images as they are, others as JPEG of ``SIDE`` pixels."""
     from PIL import Image
 
@@ -377,20 +369,13 @@ def encoded(pixels: np.ndarray) -> tuple[str, tuple[int, int]]:
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", image.size
 
 
-def seen_part(spec: dict[str, Any], pixels: np.ndarray) -> tuple[float, float, float, float] | None:
+def visible_box(spec: dict[str, Any], pixels: np.ndarray) -> tuple[float, float, float, float] | None:
     """What of an image the backbone saw, in parts of its width and height: x, y, width, height (padding: beyond it);
     None where the spec does not say."""
-    from featurecache.images.preprocessing import Preprocess
-
     try:
         fields = {key: value for key, value in spec["preprocess"].items() if key != "decoding"}
         preprocess = Preprocess.from_dict(fields)
-    except (
-        FeatureCacheError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # imported features, or a backbone with its own way
+    except (FeatureCacheError, KeyError, TypeError, AttributeError):  # imported, or a backbone with its own way
         return None
     height, width = pixels.shape[:2]
     rows, columns = resized_size(preprocess.mode, preprocess.resize, height, width)

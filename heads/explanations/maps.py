@@ -1,12 +1,4 @@
-"""Map with its shuffled control; overlays.
-
-Maps as pictures: PNG files with colour bars for people, and small transparent ones for the page of a report.
-
-Every kind has its colours: a contribution is orange for and blue against, attention green, Grad-CAM magenta. Opacity is
-the size, the strongest of a picture nearly opaque; nothing is smoothed. Drawn without pyplot; matplotlib is imported
-here only.
-
-What a map over an image is: its kind, how it was made, its values and the numbers that stand beside it.
+"""Saliency maps of an image: kinds, values with a shuffled control, and their drawing as PNG overlays.
 
 There are three kinds, and they answer different questions:
 
@@ -20,6 +12,9 @@ The margin of class c is (z_c − mean of the other z) / temperature, of the cal
 log-odds; of multi-label z_c / temperature. The control of a map is the same map of the same head with the numbers of
 every weight tensor shuffled: a map that looks like its control says nothing about what was learned (Adebayo et al.
 2018, arXiv:1810.03292).
+
+A contribution is orange for and blue against, attention green, Grad-CAM magenta. Opacity is the size, the strongest of
+a picture nearly opaque; nothing is smoothed. Drawn without pyplot; matplotlib is imported here only.
 """
 
 from __future__ import annotations
@@ -30,7 +25,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -62,7 +57,7 @@ class Panel:
 
     title: str
     box: Box | None = None
-    maps: Sequence[Map] = ()
+    maps: Sequence[SaliencyMap] = ()
     why: str = ""
     from_pixels: bool = False
 
@@ -85,7 +80,7 @@ def small_overlay(values: np.ndarray, kind: str) -> bytes:
     return encoded.getvalue()
 
 
-def draw(pixels: np.ndarray, kind: str, panels: Sequence[Panel], untrained: bool = False) -> bytes:
+def draw_maps(pixels: np.ndarray, kind: str, panels: Sequence[Panel], untrained: bool = False) -> bytes:
     """A PNG: the image, uint8 [H, W, 3], and for every run its maps over it, controls below."""
     from matplotlib.figure import Figure
 
@@ -95,12 +90,12 @@ def draw(pixels: np.ndarray, kind: str, panels: Sequence[Panel], untrained: bool
     foot = _foot(kind, panels, untrained, int((across - 2 * GAP) / LETTER))
     size = (across, rows * (SIDE + HEAD) + LINE * len(foot) + 0.16)
     figure = Figure(figsize=size)
-    place = _Grid(figure, size, width)
+    sheet = _Sheet(figure, size, width, pixels)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # boxes in a title must not end it
-        _show(place.axes(0, 0), pixels, None)
+        sheet.draw_image(sheet.axes(0, 0), None)
         for column, panel in enumerate(panels, start=1):
-            _panel(place, column, panel, pixels)
+            sheet.draw_panel(column, panel)
         figure.text(GAP / size[0], 0.1 / size[1], "\n".join(foot), fontsize=8, color="#606060")
         encoded = io.BytesIO()
         figure.savefig(encoded, format="png", dpi=110)
@@ -109,109 +104,106 @@ def draw(pixels: np.ndarray, kind: str, panels: Sequence[Panel], untrained: bool
 
 def _foot(kind: str, panels: Sequence[Panel], untrained: bool, letters: int) -> list[str]:
     """What the maps show, in lines of so many letters."""
-    words = " · ".join(dict.fromkeys(words_of(kind, panel.from_pixels) for panel in panels))
+    words = " · ".join(dict.fromkeys(kind_text(kind, panel.from_pixels) for panel in panels))
     lines = textwrap.wrap(f"{kind}: {words}", letters)
     return lines + ["untrained backbone: shows the tool, nothing else"] * untrained
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """Places in inches. (matplotlib's own layout engine takes two thirds of the time of such a picture.)"""
+class _Sheet:
+    """Axes in inches. (matplotlib's own layout engine takes two thirds of the time of such a picture.)"""
 
     figure: Figure
     size: tuple[float, float]
     width: float  # of a picture
+    pixels: np.ndarray  # uint8 [H, W, 3]
 
     def axes(self, row: int, column: int, bar: bool = False) -> Axes:
         left = GAP + (column * (self.width + BAR) - (BAR - GAP if column else 0))
-        bottom = self.size[1] - (row + 1) * (SIDE + HEAD)
-        box = (
-            (left + self.width + 0.08, bottom + 0.1 * SIDE, 0.12, 0.8 * SIDE)
-            if bar
-            else (left, bottom, self.width, SIDE)
-        )
-        across, up = self.size
+        bottom, (across, up) = self.size[1] - (row + 1) * (SIDE + HEAD), self.size
+        box = (left, bottom, self.width, SIDE)
+        if bar:
+            box = (left + self.width + 0.08, bottom + 0.1 * SIDE, 0.12, 0.8 * SIDE)
         return self.figure.add_axes((box[0] / across, box[1] / up, box[2] / across, box[3] / up))
 
-
-def _panel(place: _Grid, column: int, panel: Panel, pixels: np.ndarray) -> None:
-    if not panel.maps:
-        axes = place.axes(0, column)
-        axes.set_axis_off()
-        axes.set_title(_text(panel.title), fontsize=8)
-        axes.text(0.5, 0.5, _wrapped(panel.why, 34), ha="center", va="center", fontsize=7, transform=axes.transAxes)
-        return
-    row = 0
-    for number, each in enumerate(panel.maps):
-        title = _text(panel.title) + f"\n{each.small}" if number == 0 else each.small
-        _map(place, row, column, each.values, each, title + _beside(each), pixels, panel.box)
-        row += 1
-        if each.control is not None:
-            like = "" if each.likeness is None else f"\nrank correlation with the map {each.likeness:+.2f}"
-            shuffled = "shuffled weights of its last layer" if panel.from_pixels else "shuffled head weights"
-            words = f"control: {shuffled}{like}".replace("-", "−")
-            _map(place, row, column, each.control, each, words, pixels, panel.box)
+    def draw_panel(self, column: int, panel: Panel) -> None:
+        if not panel.maps:
+            axes = self.axes(0, column)
+            axes.set_axis_off()
+            axes.set_title(_text(panel.title), fontsize=8)
+            axes.text(0.5, 0.5, _wrapped(panel.why, 34), ha="center", va="center", fontsize=7, transform=axes.transAxes)
+            return
+        row = 0
+        for number, each in enumerate(panel.maps):
+            title = _text(panel.title) + f"\n{each.small}" if number == 0 else each.small
+            if text := extra_values_text(each):
+                title += "\n" + _wrapped(text, 44)
+            self.draw_map(row, column, each.values, each, title, panel.box)
             row += 1
+            if each.control is not None:
+                like = "" if each.likeness is None else f"\nrank correlation with the map {each.likeness:+.2f}"
+                weights = "shuffled weights of its last layer" if panel.from_pixels else "shuffled head weights"
+                title = f"control: {weights}{like}".replace("-", "−")
+                self.draw_map(row, column, each.control, each, title, panel.box)
+                row += 1
+
+    def draw_map(
+        self, row: int, column: int, values: np.ndarray, each: SaliencyMap, title: str, box: Box | None
+    ) -> None:
+        axes, bar = self.axes(row, column), self.axes(row, column, bar=True)
+        self.draw_image(axes, box)
+        largest = float(np.abs(values).max())
+        axes.set_title(title if largest else f"{title}\nzero everywhere", fontsize=8)
+        x, y, w, h = self.in_pixels(box)
+        axes.imshow(rgba(values, each.kind, largest), interpolation="nearest", extent=(x, x + w, y + h, y), zorder=2)
+        self.limit(axes)
+        if not largest:
+            bar.set_axis_off()
+            return
+        low = -largest if each.signed else 0.0
+        ramp = rgba(np.linspace(low, largest, 101)[:, None], each.kind, largest)
+        bar.imshow(ramp, origin="lower", aspect="auto", extent=(0, 1, low, largest))
+        bar.set_xticks([])
+        bar.set_yticks([low, (low + largest) / 2, largest])
+        bar.set_yticklabels([f"{v:.2g}".replace("-", "−") for v in bar.get_yticks()])
+        bar.yaxis.tick_right()
+        bar.tick_params(labelsize=7, length=2)
+        bar.set_title(each.unit.replace(" × ", " ×\n"), fontsize=7, loc="left")
+
+    def draw_image(self, axes: Axes, box: Box | None) -> None:
+        """The image, whatever of the map lies beyond it (padding), with ``box`` dashed."""
+        from matplotlib.patches import Rectangle
+
+        height, width = self.pixels.shape[:2]
+        interpolation = "nearest" if max(height, width) < 128 else None
+        axes.imshow(self.pixels, extent=(0, width, height, 0), interpolation=interpolation)
+        if box is not None and box != (0, 0, 1, 1):
+            x, y, w, h = self.in_pixels(box)
+            frame: dict[str, Any] = {
+                "fill": False,
+                "edgecolor": "white",
+                "linewidth": 0.8,
+                "linestyle": "--",
+                "zorder": 3,
+            }
+            axes.add_patch(Rectangle((x, y), w, h, **frame))
+        axes.set_axis_off()
+        self.limit(axes)
+
+    def limit(self, axes: Axes) -> None:
+        axes.set_xlim(0, self.pixels.shape[1])
+        axes.set_ylim(self.pixels.shape[0], 0)
+
+    def in_pixels(self, box: Box | None) -> Box:
+        height, width = self.pixels.shape[:2]
+        x, y, w, h = box or (0, 0, 1, 1)
+        return x * width, y * height, w * width, h * height
 
 
-def _map(
-    place: _Grid, row: int, column: int, values: np.ndarray, each: Map, title: str, pixels: np.ndarray, box: Box | None
-) -> None:
-    axes, bar = place.axes(row, column), place.axes(row, column, bar=True)
-    _show(axes, pixels, box)
-    largest = float(np.abs(values).max())
-    axes.set_title(title if largest else f"{title}\nzero everywhere", fontsize=8)
-    x, y, w, h = _in_pixels(box, pixels)
-    over = rgba(values, each.kind, largest)
-    axes.imshow(over, interpolation="nearest", extent=(x, x + w, y + h, y), zorder=2)
-    _limits(axes, pixels)
-    if not largest:
-        bar.set_axis_off()
-        return
-    low = -largest if each.signed else 0.0
-    ramp = rgba(np.linspace(low, largest, 101)[:, None], each.kind, largest)
-    bar.imshow(ramp, origin="lower", aspect="auto", extent=(0, 1, low, largest))
-    bar.set_xticks([])
-    bar.set_yticks([low, (low + largest) / 2, largest])
-    bar.set_yticklabels([f"{v:.2g}".replace("-", "−") for v in bar.get_yticks()])
-    bar.yaxis.tick_right()
-    bar.tick_params(labelsize=7, length=2)
-    bar.set_title(each.unit.replace(" × ", " ×\n"), fontsize=7, loc="left")
-
-
-def _show(axes: Axes, pixels: np.ndarray, box: Box | None) -> None:
-    from matplotlib.patches import Rectangle
-
-    height, width = pixels.shape[:2]
-    axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest" if max(height, width) < 128 else None)
-    if box is not None and box != (0, 0, 1, 1):
-        x, y, w, h = _in_pixels(box, pixels)
-        axes.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor="white", linewidth=0.8, linestyle="--", zorder=3))
-    axes.set_axis_off()
-    _limits(axes, pixels)
-
-
-def _limits(axes: Axes, pixels: np.ndarray) -> None:
-    """The image, whatever of the map lies beyond it (padding)."""
-    axes.set_xlim(0, pixels.shape[1])
-    axes.set_ylim(pixels.shape[0], 0)
-
-
-def _in_pixels(box: Box | None, pixels: np.ndarray) -> Box:
-    height, width = pixels.shape[:2]
-    x, y, w, h = box or (0, 0, 1, 1)
-    return x * width, y * height, w * width, h * height
-
-
-def beside_words(each: Map) -> str:
+def extra_values_text(each: SaliencyMap) -> str:
     """The numbers beside a map: ``class token +0.31, mean tokens everywhere −0.52``."""
     sign = "+" if each.signed else ""
     return ", ".join(f"{name} {part:{sign}.2f}" for name, part in each.beside.items()).replace("-", "−")
-
-
-def _beside(each: Map) -> str:
-    words = beside_words(each)
-    return "\n" + _wrapped(words, 44) if words else ""
 
 
 def _text(words: str, longest: int = 56) -> str:
@@ -238,12 +230,12 @@ KINDS: dict[str, tuple[str, str]] = {  # kind -> what it shows of a head on a ba
 }
 
 
-def words_of(kind: str, from_pixels: bool) -> str:
+def kind_text(kind: str, from_pixels: bool) -> str:
     return KINDS[kind][from_pixels]
 
 
 @dataclass(frozen=True)
-class Map:
+class SaliencyMap:
     """Of one image. ``values``: float64 [h, w] over what the network saw. ``beside``: numbers that have no place."""
 
     kind: str
@@ -275,11 +267,11 @@ class Map:
         return float(spearmanr(self.values.ravel(), self.control.ravel()).statistic)
 
 
-def with_controls(maps: Sequence[Map], controls: Sequence[Map]) -> list[Map]:
+def with_controls(maps: Sequence[SaliencyMap], controls: Sequence[SaliencyMap]) -> list[SaliencyMap]:
     return [replace(one, control=other.values) for one, other in zip(maps, controls, strict=True)]
 
 
-def shuffled(model: nn.Module, seed: int = 0) -> nn.Module:
+def with_shuffled_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of a head in which the numbers of every parameter stand in another order; of k-NN the labels."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     tensors = [other.labels] if isinstance(other, KNearest) else list(other.parameters())

@@ -1,28 +1,23 @@
-"""Attention rollout, Grad-CAM.
+"""Attention rollout and Grad-CAM: maps through a backbone and its head, or through a network trained on pixels.
 
-Where a transformer looks: the attention of its class token, in the last block and rolled out over all.
-
-Of a frozen backbone it is the same for every head and class; of a network that was trained from pixels (tuned, or from
-scratch) it is that network's own, the same for every class.
-
-Notation: n images, T tokens of which P stand before the patches (class token first), L blocks, K heads. Block l's
-attention A_l [T, T], a row for each query, averaged over its K heads; rows sum to 1.
+Attention of the class token: of a frozen backbone it is the same for every head and class; of a network that was
+trained from pixels (tuned, or from scratch) it is that network's own, the same for every class.
 
     last block    the class token's row of A_L
     rollout       the class token's row of Ã_L ··· Ã_1 with Ã = (A + I) / 2, where I stands for the residual connection
                   (Abnar & Zuidema 2020, arXiv:2005.00928). Registers take part in the product and are left off the map.
 
-The weights are read from the network's own forward pass, with attention that computes them ("eager"): transformers
-returns them; torch's MultiheadAttention and timm's Attention are asked for them.
+Block l's attention A_l [T, T] has a row for each query, averaged over its K heads; rows sum to 1. The weights are read
+from the network's own forward pass, with attention that computes them ("eager"): transformers returns them; torch's
+MultiheadAttention and timm's Attention are asked for them.
 
-Grad-CAM through backbone and head, and through networks trained on pixels; by the package ``grad-cam``.
+Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391; by the package ``grad-cam``): of a layer's output the channels
+weighted by the mean gradient of the margin, summed, its positive part. The layer: of a CNN the map that its pooling
+receives; of a transformer the first norm of its last block, since behind that block the gradient of a class token has
+left the patches (the package's own advice). The layer's output is passed through an `ActivationTap`, on which the
+package puts its hooks: layers may return tuples, and what is behind them may write into their output.
 
-Selvaraju et al. 2017, arXiv:1610.02391: of a layer's output the channels weighted by the mean gradient of the margin,
-summed, its positive part. The layer: of a CNN the map that its pooling receives; of a transformer the first norm of its
-last block, since behind that block the gradient of a class token has left the patches (the package's own advice).
-
-The layer's output is passed through a `Seen`, on which the package puts its hooks: layers may return tuples, and what
-is behind them may write into their output.
+n images, T tokens of which P stand before the patches (class token first), L blocks, K heads.
 """
 
 from __future__ import annotations
@@ -42,7 +37,8 @@ from featurecache.backbones.user_module import FeatureTap
 from featurecache.backbones.wrappers import FeatureMap, PooledMap, Tokens
 from featurecache.errors import BadOption
 from featurecache.outputs import Output, blocks, function_of
-from heads.explanations.maps import Map, words_of
+from heads.explanations.maps import SaliencyMap, kind_text
+from heads.models.adapters import is_norm
 from heads.models.finetune import FineTuned
 from heads.task import Standardize
 
@@ -82,40 +78,38 @@ class Transformer:
         return cls(name, inner, lambda x: model(x, {"tokens"}), prefix, grid, options, trained)
 
 
-def attention_maps(asked: Transformer, pixels: torch.Tensor) -> list[list[Map]]:
+def attention_maps(transformer: Transformer, pixels: torch.Tensor) -> list[list[SaliencyMap]]:
     """[last block, rollout] of every image; pixels float32 [n,3,h,w], normalised. Raises BadOption where there is no
     class token, or its attention cannot be read."""
-    check_class_token(asked)
-    layers = attention_of(asked, pixels)
-    first, grid, words = len(asked.prefix), asked.grid, words_of("attention", asked.trained)
-    rows = {"last block": layers[-1][:, 0], "rollout": rollout(layers)[:, 0]}
-    hows = {
-        "last block": "attention of the class token in the last block, mean of its heads",
-        "rollout": "attention rolled out over all blocks",
+    check_class_token(transformer)
+    layers = attention_of(transformer, pixels)
+    first, grid = len(transformer.prefix), transformer.grid
+    of = kind_text("attention", transformer.trained)
+    rows = {
+        "last block": ("attention of the class token in the last block, mean of its heads", layers[-1][:, 0]),
+        "rollout": ("attention rolled out over all blocks", rollout(layers)[:, 0]),
     }
-    found = []
-    for i in range(len(pixels)):
-        found.append(
-            [_map(name, f"{hows[name]}: {words}", row[i].double().numpy(), first, grid) for name, row in rows.items()]
-        )
-    return found
+    return [
+        [_map(name, f"{how}: {of}", row[i].double().numpy(), first, grid) for name, (how, row) in rows.items()]
+        for i in range(len(pixels))
+    ]
 
 
-def _map(name: str, how: str, row: np.ndarray, first: int, grid: tuple[int, int]) -> Map:
+def _map(name: str, how: str, row: np.ndarray, first: int, grid: tuple[int, int]) -> SaliencyMap:
     beside = {"class token": float(row[0])}
     if first > 1:
         beside["tokens beside it"] = float(row[1:first].sum())
-    return Map("attention", how, row[first:].reshape(grid), "share", False, beside, small=name)
+    return SaliencyMap("attention", how, row[first:].reshape(grid), "share", False, beside, small=name)
 
 
-def has_class_token(asked: Transformer) -> bool:
-    return asked.prefix[:1] == ("cls",)
+def has_class_token(transformer: Transformer) -> bool:
+    return transformer.prefix[:1] == ("cls",)
 
 
-def check_class_token(asked: Transformer) -> None:
-    if not has_class_token(asked):
+def check_class_token(transformer: Transformer) -> None:
+    if not has_class_token(transformer):
         raise BadOption(
-            f"{asked.name} has no class token, and these maps are of its attention. --kind contribution and "
+            f"{transformer.name} has no class token, and these maps are of its attention. --kind contribution and "
             "--kind grad-cam need none."
         )
 
@@ -129,19 +123,19 @@ def rollout(layers: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def attention_of(asked: Transformer, pixels: torch.Tensor) -> list[torch.Tensor]:
+def attention_of(transformer: Transformer, pixels: torch.Tensor) -> list[torch.Tensor]:
     """A_1 … A_L, each float32 [n, T, T] on the CPU."""
-    if hasattr(asked.network, "set_attn_implementation"):
-        with _eager(asked.network):
-            options = {**asked.options, "output_attentions": True}
-            found = list(asked.network(pixels, **options).attentions or ())
+    if hasattr(transformer.network, "set_attn_implementation"):
+        with _eager(transformer.network):
+            options = {**transformer.options, "output_attentions": True}
+            attentions = list(transformer.network(pixels, **options).attentions or ())
     else:
-        found = _overheard(asked, pixels)
-    layers = [attention.float().mean(1).cpu() for attention in found]
-    tokens = len(asked.prefix) + asked.grid[0] * asked.grid[1]
+        attentions = _hooked_attentions(transformer, pixels)
+    layers = [attention.float().mean(1).cpu() for attention in attentions]
+    tokens = len(transformer.prefix) + transformer.grid[0] * transformer.grid[1]
     if not layers or any(layer.shape[1:] != (tokens, tokens) for layer in layers):
         raise BadOption(
-            f"the attention of {asked.name} cannot be read: expected torch's MultiheadAttention, or timm's or "
+            f"the attention of {transformer.name} cannot be read: expected torch's MultiheadAttention, or timm's or "
             f"transformers' attention over its {tokens} tokens. --kind grad-cam needs no attention weights."
         )
     return layers
@@ -157,21 +151,21 @@ def _eager(network: Any) -> Iterator[None]:
         network.set_attn_implementation(before)
 
 
-def _overheard(asked: Transformer, pixels: torch.Tensor) -> list[torch.Tensor]:
+def _hooked_attentions(transformer: Transformer, pixels: torch.Tensor) -> list[torch.Tensor]:
     """[n, K, T, T] of each block in the order they run, of torch's and timm's modules."""
-    found: list[torch.Tensor] = []
+    attentions: list[torch.Tensor] = []
 
     def ask(_: nn.Module, args: Any, options: dict[str, Any]) -> Any:
         return args, {**options, "need_weights": True, "average_attn_weights": False}
 
     def keep_second(_: nn.Module, __: Any, output: Any) -> None:
-        found.append(output[1])
+        attentions.append(output[1])
 
     def keep_input(_: nn.Module, args: Any) -> None:
-        found.append(args[0])
+        attentions.append(args[0])
 
     with ExitStack() as stack:
-        for module in asked.network.modules():
+        for module in transformer.network.modules():
             if isinstance(module, nn.MultiheadAttention):
                 stack.callback(module.register_forward_pre_hook(ask, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(keep_second).remove)
@@ -179,8 +173,8 @@ def _overheard(asked: Transformer, pixels: torch.Tensor) -> list[torch.Tensor]:
                 stack.callback(setattr, module, "fused_attn", module.fused_attn)
                 module.fused_attn = False
                 stack.callback(module.attn_drop.register_forward_pre_hook(keep_input).remove)
-        asked.forward(pixels)
-    return found
+        transformer.forward(pixels)
+    return attentions
 
 
 Hook = tuple[nn.Module, str]  # a module, and where it has the map: its "input", its "output", or a method's result
@@ -211,8 +205,8 @@ class EndToEnd(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         base, _, layer = self.output.source.partition("@")
         parts = [f"{base}@{part}" if part else base for part in blocks(layer)]
-        found = self.backbone.forward(pixels, set(parts))
-        x = torch.cat([found[part] for part in parts], -1)
+        outputs = self.backbone.forward(pixels, set(parts))
+        x = torch.cat([outputs[part] for part in parts], -1)
         if self.output.derived:
             x = function_of(self.output, x, len(self.backbone.prefix), self.backbone.grid)
         return self.head(self.scale(x))
@@ -224,7 +218,11 @@ def layer_of(backbone: Backbone, output: Output) -> Hook:
     network = getattr(model, "network", model)
     if isinstance(model, Tokens):
         depth = max((int(part.lstrip("-") or 1) for part in blocks(output.layer)), default=1)
-        return _first_norm(backbone, list(network.get_submodule(model.blocks))[-depth]), "output"
+        block = list(network.get_submodule(model.blocks))[-depth]
+        norms = [part for part in block.modules() if is_norm(part) and not list(part.children())]
+        if not norms:
+            raise BadOption(f"the blocks of {backbone.name} have no norm, before which Grad-CAM would look.")
+        return norms[0], "output"
     if isinstance(model, PooledMap):
         return network.get_submodule(model.inside or model.pool), "output" if model.inside else "input"
     if isinstance(model, TimmMap):
@@ -239,62 +237,51 @@ def layer_of(backbone: Backbone, output: Output) -> Hook:
     )
 
 
-def _first_norm(backbone: Backbone, block: nn.Module) -> nn.Module:
-    norms = [m for m in block.modules() if "norm" in type(m).__name__.lower() and not list(m.children())]
-    if not norms:
-        raise BadOption(f"the blocks of {backbone.name} have no norm, before which Grad-CAM would look.")
-    return norms[0]
-
-
 def grad_cam_maps(
     whole: nn.Module, layer: Hook, pixels: torch.Tensor, toward: torch.Tensor, grid: tuple[int, int] | None, first: int
-) -> list[Map]:
+) -> list[SaliencyMap]:
     """One map an image. ``whole``: pixels [n,3,h,w] -> logits [n,C]; toward [n,C]: the margin in the logits. ``grid``
     and ``first`` (P): which tokens are patches, where the layer gives tokens; None: it gives maps [n,C,h,w]."""
     check_extra()
     from pytorch_grad_cam import GradCAM
 
-    seen = ActivationTap()
-    with _through(seen, layer), torch.enable_grad():
-        given = pixels.clone().requires_grad_(True)  # the network's own weights may be frozen
-        cam = GradCAM(whole, [seen], reshape_transform=lambda x: _as_map(x, grid, first))
-        hooked = (
-            cam.activations_and_grads
-        )  # calling ``cam`` itself would also stretch each map to 0…1 and to the pixels
+    tap = ActivationTap()
+    with _through(tap, layer), torch.enable_grad():
+        x = pixels.clone().requires_grad_(True)  # the network's own weights may be frozen
+        cam = GradCAM(whole, [tap], reshape_transform=lambda activations: _as_map(activations, grid, first))
+        hooks = cam.activations_and_grads  # calling ``cam`` would also stretch each map to 0…1 and to the pixels
         try:
-            logits = hooked(given)
-            torch.autograd.grad((logits * toward.to(logits.device)).sum(), given, allow_unused=True)
-            if not hooked.gradients:
+            logits = hooks(x)
+            torch.autograd.grad((logits * toward.to(logits.device)).sum(), x, allow_unused=True)
+            if not hooks.gradients:
                 raise BadOption("the margin does not depend on the layer that Grad-CAM looks at, so there is no map.")
-            activations, gradients = hooked.activations[0].numpy(), hooked.gradients[0].numpy()
-            values = cam.get_cam_image(given, seen, None, activations, gradients)
+            values = cam.get_cam_image(x, tap, None, hooks.activations[0].numpy(), hooks.gradients[0].numpy())
         finally:
-            hooked.release()
+            hooks.release()
     how = "positive part of the channels weighted by the mean gradient of the margin"
     maps = np.maximum(values, 0).astype(np.float64)
-    return [Map("grad-cam", how, each, "margin × activation", False, small="Grad-CAM") for each in maps]
+    return [SaliencyMap("grad-cam", how, each, "margin × activation", False, small="Grad-CAM") for each in maps]
 
 
 @contextmanager
-def _through(seen: ActivationTap, layer: Hook) -> Iterator[None]:
+def _through(tap: ActivationTap, layer: Hook) -> Iterator[None]:
     module, side = layer
 
-    def output(_: nn.Module, __: Any, given: Any) -> Any:
-        return (seen(given[0]), *given[1:]) if isinstance(given, tuple) else seen(given)
+    def tap_first(values: Any) -> Any:
+        return (tap(values[0]), *values[1:]) if isinstance(values, tuple) else tap(values)
 
-    def before(_: nn.Module, given: Any) -> Any:
-        return (seen(given[0]), *given[1:])
-
-    hook: Callable[..., Any] = output if side == "output" else before
     if side not in ("output", "input"):
         method = getattr(module, side)
-        setattr(module, side, lambda *given: seen(method(*given)))
+        setattr(module, side, lambda *arguments: tap(method(*arguments)))
         try:
             yield
         finally:
             delattr(module, side)  # the class's own is there again
         return
-    handle = (module.register_forward_hook if side == "output" else module.register_forward_pre_hook)(hook)
+    if side == "output":
+        handle = module.register_forward_hook(lambda _, __, output: tap_first(output))
+    else:
+        handle = module.register_forward_pre_hook(lambda _, arguments: tap_first(arguments))
     try:
         yield
     finally:

@@ -95,7 +95,7 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merge_adapters(model: nn.Module) -> nn.Module:
     """A copy of the network with every addition worked into the weights it belongs to: plain layers, as they were."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):

@@ -1,25 +1,13 @@
-"""HEADS and NETWORKS: name → model; info --head.
+"""The tables of models: heads on frozen features (``HEADS``) and networks from pixels (``BASELINES``), by name.
 
-The table of heads: what stands between frozen features and logits.
+A head is a torch module made from the shape of one row of its output ((D,) or (T, D)) and C; it maps float32
+[B, *shape] to logits [B, C]. Its keywords ``dropout``, ``gated``, ``prefix`` and ``grid`` are given to it if its
+signature names them. How the solved ones come to their weights is in `solvers`. One record says what a network from
+pixels is, the pixels it sees, how it is made and the settings it was published with; ``finetune:<backbone>`` is a
+pretrained network with a new classifier (`finetune`).
 
-Notation: N samples, B batch, T tokens, D width, C classes, H hidden. A head is a torch module made from the shape of
-one row of its output ((D,) or (T, D)) and C; it maps float32 [B, *shape] to logits [B, C]. Stepped heads are in
-``vector_heads``, ``token_heads`` and ``attention_heads``; how the solved ones come to their weights is in ``solvers``.
-
-To add one: a class there and a line in ``HEADS`` here. Its keywords ``dropout``, ``gated``, ``prefix`` and ``grid`` are
-given to it if its signature names them.
-
-The table of baselines: networks that are trained from pixels, to be compared with heads on frozen features.
-
-One record says what a network is, the pixels it sees, how it is made and the settings it was published with. To add
-one: a class in ``networks`` and a line in ``BASELINES``. ``finetune:<backbone>`` is a pretrained network with a new
-classifier (``finetune``).
-
-Notation: B batch, C classes, h and w the height and width in pixels.
-
-What networks from pixels are, as data: for ``info``, and the README's table.
-
-The network from pixels that settings ask for.
+To add a head: a class in `vector` or `tokens` and a line in ``HEADS``; a network: a class in `published` and a line in
+``BASELINES``. N samples, B batch, T tokens, D width, C classes, H hidden; h and w height and width in pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +16,8 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +36,7 @@ from heads.models.common import (
     layers_of,
     own_randomness,
 )
+from heads.models.finetune import finetune_info, from_configuration
 from heads.models.published import CifarCnn, CifarVit, MedicalMnistCnn, MindlinaCnn, Normalised
 from heads.models.tokens import ClsMean, Conv, Large, MeanLinear, attention
 from heads.models.vector import KNearest, Linear, Mlp
@@ -57,46 +47,34 @@ if TYPE_CHECKING:
 
 HEADS: dict[str, HeadInfo] = {
     "linear": HeadInfo(
-        "one linear layer on the vector (the article's model 1)", "vector", Linear, reference="Mindlina 2024"
-    ),
+        "one linear layer on the vector (the article's model 1)", "vector", Linear, reference="Mindlina 2024"),
     "large": HeadInfo(
-        "two linear layers on all tokens (the article's models 2 and 3)", "tokens", Large, reference="Mindlina 2024"
-    ),
+        "two linear layers on all tokens (the article's models 2 and 3)", "tokens", Large, reference="Mindlina 2024"),
     "mlp": HeadInfo(
-        "one hidden layer of 256 with dropout on the vector", "vector", Mlp, reference="Srivastava et al. 2014"
-    ),
+        "one hidden layer of 256 with dropout on the vector", "vector", Mlp, reference="Srivastava et al. 2014"),
     "mean-linear": HeadInfo(
         "one linear layer on the mean of the patch tokens", "tokens", MeanLinear,
-        reference="Lin et al. 2014, arXiv:1312.4400",
-    ),
+        reference="Lin et al. 2014, arXiv:1312.4400"),
     "cls+mean": HeadInfo(
         "one linear layer on the class token beside the mean of the patch tokens", "tokens", ClsMean,
-        reference="Oquab et al. 2023, arXiv:2304.07193",
-    ),
+        reference="Oquab et al. 2023, arXiv:2304.07193"),
     "attention": HeadInfo(
         "the attentive probe: a learned query over all tokens, multi-head (--gated: gated attention MIL)", "tokens",
         attention, "zscore",
-        reference="El-Nouby et al. 2024, arXiv:2401.08541; gated: Ilse et al. 2018, arXiv:1802.04712",
-    ),
+        reference="El-Nouby et al. 2024, arXiv:2401.08541; gated: Ilse et al. 2018, arXiv:1802.04712"),
     "conv": HeadInfo(
         "a small 3×3 convolution over the patch grid, averaged", "tokens", Conv,
-        reference="He et al. 2016, arXiv:1512.03385",
-    ),
+        reference="He et al. 2016, arXiv:1512.03385"),
     "ridge": HeadInfo(
-        "least squares on ±1 targets, 45 penalties at once", "vector", Linear, "zscore", True,
-        "Hoerl & Kennard 1970",
-    ),
+        "least squares on ±1 targets, 45 penalties at once", "vector", Linear, "zscore", True, "Hoerl & Kennard 1970"),
     "logreg": HeadInfo(
         "logistic regression by L-BFGS, 10 penalties, each started from the last", "vector", Linear, "zscore", True,
-        "Liu & Nocedal 1989; scikit-learn",
-    ),
+        "Liu & Nocedal 1989; scikit-learn"),
     "knn": HeadInfo(
         "k nearest training vectors by cosine, weighted votes", "vector", KNearest, "l2", True,
-        "Wu et al. 2018, arXiv:1805.01978; Caron et al. 2021, arXiv:2104.14294",
-    ),
+        "Wu et al. 2018, arXiv:1805.01978; Caron et al. 2021, arXiv:2104.14294"),
     "centroid": HeadInfo(
-        "the nearest class mean", "vector", Linear, "zscore", True, "Snell et al. 2017, arXiv:1703.05175"
-    ),
+        "the nearest class mean", "vector", Linear, "zscore", True, "Snell et al. 2017, arXiv:1703.05175"),
 }  # fmt: skip
 
 
@@ -106,8 +84,8 @@ def head_info(name: str) -> HeadInfo:
     if name in HEADS:
         return HEADS[name]
     if is_baseline(name):
-        found = BASELINES.get(name)  # a backbone is not loaded to say what it is
-        return HeadInfo(found.what if found else "a pretrained network, trained on", "pixels", _no_head)
+        what = BASELINES[name].what if name in BASELINES else "a pretrained network, trained on"  # nothing is loaded
+        return HeadInfo(what, "pixels", _no_head)
     if name.startswith("python:"):
         return _own_head(name)
     raise UnknownHead(
@@ -127,19 +105,15 @@ def _own_head(name: str) -> HeadInfo:
         raise UnknownHead(f"{name!r} is not python:<module>:<class>, for example python:my_heads:Gated.")
     sys.path.insert(0, os.getcwd())  # a console script does not look where it is started
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
+        head = getattr(importlib.import_module(module), attribute, None)
     except ImportError as error:
         raise UnknownHead(f"{name}: the module {module} cannot be imported ({error}).") from error
     finally:
         sys.path.remove(os.getcwd())
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    if not (isinstance(head, type) and issubclass(head, nn.Module)):
         raise UnknownHead(f"{name}: {module} has no torch module class called {attribute}.")
-    return HeadInfo(
-        (found.__doc__ or attribute).strip().splitlines()[0],
-        getattr(found, "takes", "any"),
-        found,
-        getattr(found, "standardize", "none"),
-    )
+    what = (head.__doc__ or attribute).strip().splitlines()[0]
+    return HeadInfo(what, getattr(head, "takes", "any"), head, getattr(head, "standardize", "none"))
 
 
 def make_head(
@@ -158,37 +132,46 @@ def make_head(
     _check_takes(name, info.takes, given.shape)
     options = _options(name, info, given, dropout, gated)
     with own_randomness(generator or torch.Generator().manual_seed(0)):
-        model = info.make(given.shape, classes, **options)
-    return model
+        return info.make(given.shape, classes, **options)
 
 
 def _options(name: str, info: HeadInfo, given: Input, dropout: float | None, gated: bool) -> dict[str, Any]:
     """The keywords of a head, of those that its signature names; raises BadOption for one that would do nothing."""
     named = inspect.signature(info.make).parameters
-    places: dict[str, Any] = {"prefix": given.prefix, "grid": given.grid}
-    options = {key: value for key, value in places.items() if key in named}
-    if dropout is not None and "dropout" in named and not info.solved:
-        if not 0 <= dropout < 1:
-            raise BadOption(f"--dropout is {dropout:g}; it is at least 0 and below 1.")
-        options["dropout"] = dropout
-    elif dropout:
-        raise BadOption(f"{name} has no dropout, so --dropout {dropout:g} would do nothing. Leave it out.")
+    options = {key: value for key, value in (("prefix", given.prefix), ("grid", given.grid)) if key in named}
     if gated and "gated" not in named:
         raise BadOption(f"{name} has no gate; --gated is for attention.")
-    return options | ({"gated": True} if gated else {})
+    return (
+        options | _dropout(name, dropout, "dropout" in named and not info.solved) | ({"gated": True} if gated else {})
+    )
+
+
+def _dropout(name: str, dropout: float | None, has_any: bool) -> dict[str, float]:
+    """The keyword for a model that has any; 0 is what one without has."""
+    if dropout and not has_any:
+        raise BadOption(f"{name} has no dropout, so --dropout {dropout:g} would do nothing. Leave it out.")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise BadOption(f"--dropout is {dropout:g}; it is at least 0 and below 1.")
+    return {} if dropout is None or not has_any else {"dropout": dropout}
 
 
 def load_head(
     name: str, given: Input | Sequence[int], classes: int, state: dict[str, torch.Tensor], *, gated: bool = False
 ) -> nn.Module:
     """A head with the weights of a state dict, for evaluation; raises ValueError where they are not this head's."""
-    if name in HEADS and HEADS[name].make is not KNearest:
+    known_size = name in HEADS and HEADS[name].make is not KNearest
+    return _with_state(lambda: make_head(name, given, classes, gated=gated), state, "head", known_size)
+
+
+def _with_state(
+    make: Callable[[], nn.Module], state: dict[str, torch.Tensor], what: str, known_size: bool
+) -> nn.Module:
+    if known_size:
         with torch.device("meta"):  # a size that no file of weights stands for would fill the memory
-            wanted = count_parameters(make_head(name, given, classes, gated=gated))
-        there = sum(tensor.numel() for tensor in state.values())
-        if wanted != there:
-            raise ValueError(f"it holds {there:,} numbers, the head {wanted:,}.")
-    model = make_head(name, given, classes, gated=gated)
+            expected = sum(tensor.numel() for tensor in make().state_dict().values())
+        if expected != (size := sum(tensor.numel() for tensor in state.values())):
+            raise ValueError(f"it holds {size:,} numbers, the {what} {expected:,}.")
+    model = make()
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -197,10 +180,10 @@ def load_head(
 
 
 def _check_takes(name: str, takes: str, shape: tuple[int, ...]) -> None:
-    given = "vector" if len(shape) == 1 else "tokens"
-    if takes in ("any", given):
+    kind = "vector" if len(shape) == 1 else "tokens"
+    if takes in ("any", kind):
         return
-    fitting = ", ".join(n for n, info in HEADS.items() if info.takes == given)
+    fitting = ", ".join(n for n, info in HEADS.items() if info.takes == kind)
     size = "×".join(str(n) for n in shape)
     want = "all tokens [T×D], such as --output tokens" if takes == "tokens" else "one vector [D], such as --output cls"
     raise BadOption(f"{name} takes {want}, and this output is [{size}] an image. Heads for that: {fitting}.")
@@ -210,25 +193,23 @@ def describe_head(
     name: str, given: Input | Sequence[int], classes: int, *, dropout: float | None = None, gated: bool = False
 ) -> dict[str, Any]:
     """Layers, shapes and parameters of a head for one output, as data (``info --head NAME --output …``)."""
-    info, given = head_info(name), Input.of(given)
+    given = Input.of(given)
     model = make_head(name, given, classes, dropout=dropout, gated=gated)
-    layers = [
-        {"name": n, "layer": what, "gives": gives, "parameters": count} for n, what, gives, count in layers_of(model)
-    ]
-    tensors = {key: list(value.shape) for key, value in model.state_dict().items()}
+    return _model_record(name, head_info(name), given.shape, classes, model)
+
+
+def _model_record(name: str, info: HeadInfo, shape: Sequence[int], classes: int, model: nn.Module) -> dict[str, Any]:
+    layers = [dict(zip(("name", "layer", "gives", "parameters"), layer, strict=True)) for layer in layers_of(model)]
     return {
-        "head": name,
-        "what": info.what,
-        "takes": info.takes,
-        "standardize": info.standardize,
-        "solved": info.solved,
-        "reference": info.reference,
-        "shape": list(given.shape),
-        "classes": classes,
-        "layers": layers,
-        "state_dict": tensors,
+        "head": name, **_about(info, "what", "takes", "standardize", "solved", "reference"), "shape": list(shape),
+        "classes": classes, "layers": layers,
+        "state_dict": {key: list(value.shape) for key, value in model.state_dict().items()},
         "parameters": count_parameters(model),
-    }
+    }  # fmt: skip
+
+
+def _about(info: HeadInfo, *fields: str) -> dict[str, Any]:
+    return {field: getattr(info, field) for field in fields}
 
 
 def heads_table(classes: int = 2) -> list[dict[str, Any]]:
@@ -238,25 +219,17 @@ def heads_table(classes: int = 2) -> list[dict[str, Any]]:
         given = Input(VIT_B16.shape[1:]) if info.takes == "vector" else VIT_B16
         with torch.device("meta"):
             count = count_parameters(make_head(name, given, classes))
-        records.append(
-            {
-                "head": name,
-                "what": info.what,
-                "takes": info.takes,
-                "solved": info.solved,
-                "standardize": info.standardize,
-                "parameters": count,
-                "reference": info.reference,
-            }
-        )
+        about = _about(info, "what", "takes", "solved", "standardize", "reference")
+        records.append({"head": name, **about, "parameters": count})
     return records
 
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+Constants = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std
+IMAGENET: Constants = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF: Constants = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def squashed(size: int, constants: tuple[tuple[float, float, float], tuple[float, float, float]]) -> Preprocess:
+def squash_preprocess(size: int, constants: Constants) -> Preprocess:
     """The whole image to size×size pixels, bilinear and antialiased, then x / 255, mean and std."""
     return Preprocess(
         mode="squash", resize=(size, size), crop=None, kernel="torchvision", interpolation="bilinear", antialias=True,
@@ -264,17 +237,9 @@ def squashed(size: int, constants: tuple[tuple[float, float, float], tuple[float
     )  # fmt: skip
 
 
-def _imagenet(size: int) -> Preprocess:
-    return squashed(size, IMAGENET)
-
-
-def _half(size: int) -> Preprocess:
-    return squashed(size, HALF)
-
-
 def _cifar(size: int) -> Preprocess:
     """The study has 0.5 for CIFAR's 32 pixels, and ImageNet's constants for Tiny ImageNet's 64."""
-    return squashed(size, HALF if size < 64 else IMAGENET)
+    return squash_preprocess(size, HALF if size < 64 else IMAGENET)
 
 
 _CIFAR = {
@@ -284,11 +249,13 @@ _CIFAR = {
 
 BASELINES: dict[str, Baseline] = {
     "cnn-mindlina": Baseline(
-        "a stand-in of the same size for the article's three-block CNN, whose layers are not published", 256, _half,
-        MindlinaCnn, {"optimizer": "adam", "lr": 1e-3}, "after Mindlina 2024",
+        "a stand-in of the same size for the article's three-block CNN, whose layers are not published", 256,
+        partial(squash_preprocess, constants=HALF), MindlinaCnn, {"optimizer": "adam", "lr": 1e-3},
+        "after Mindlina 2024",
     ),
     "cnn-medical-mnist": Baseline(
-        "three convolutions and three linear layers with dropout", 224, _imagenet, MedicalMnistCnn,
+        "three convolutions and three linear layers with dropout", 224,
+        partial(squash_preprocess, constants=IMAGENET), MedicalMnistCnn,
         {"optimizer": "adam", "lr": 1e-3, "weight_decay": 1e-4, "schedule": "plateau", "epochs": 20, "patience": 5,
          "batch_size": 32, "balance": False, "select": "loss"},
         "Medical MNIST notebook",
@@ -314,8 +281,6 @@ def baseline_info(name: str, *, weights: str | None = None, adapted: bool = Fals
     """The record of a baseline, also of ``finetune:<backbone>`` (``weights``: where its own are, as for ``extract``;
     ``adapted``: its settings for ``lora`` or ``rlrr``); raises UnknownHead with the nearest names."""
     if name.startswith(FINETUNE):
-        from heads.models.finetune import finetune_info
-
         return finetune_info(name.removeprefix(FINETUNE), weights, adapted)
     if name in BASELINES:
         return BASELINES[name]
@@ -326,19 +291,10 @@ def baseline_info(name: str, *, weights: str | None = None, adapted: bool = Fals
 
 
 def make_baseline(
-    name: str,
-    *,
-    image_size: int,
-    classes: int,
-    generator: torch.Generator | None = None,
-    dropout: float | None = None,
-    lora: int | None = None,
-    rlrr: bool = False,
-    weights: str | None = None,
-    random_weights: bool = False,
-    seed: int = 0,
-    backbone: Backbone | None = None,
-) -> nn.Module:
+    name: str, *, image_size: int, classes: int, generator: torch.Generator | None = None,
+    dropout: float | None = None, lora: int | None = None, rlrr: bool = False, weights: str | None = None,
+    random_weights: bool = False, seed: int = 0, backbone: Backbone | None = None,
+) -> nn.Module:  # fmt: skip
     """Pixels [B,3,h,w] with values 0 to 255 -> logits [B,C], initialised from ``generator``.
 
     ``weights``, ``random_weights``, ``seed`` say which weights ``finetune:<backbone>`` begins with, as for ``extract``;
@@ -346,36 +302,24 @@ def make_baseline(
     its outline, to count parameters. Raises BadOption for an option that would do nothing.
     """
     info = baseline_info(name, weights=weights)
-    if dropout is not None and not 0 <= dropout < 1:
-        raise BadOption(f"--dropout is {dropout:g}; it is at least 0 and below 1.")
+    keywords = _dropout(name, dropout, has_dropout(name))
     generator = generator or torch.Generator().manual_seed(0)
     if name.startswith(FINETUNE):
         return info.make(
-            image_size, classes, generator=generator, dropout=dropout, lora=lora, rlrr=rlrr,
+            image_size, classes, generator=generator, lora=lora, rlrr=rlrr, **keywords,
             random_weights=random_weights, seed=seed, backbone=backbone,
         )  # fmt: skip
-    given = {"lora": lora is not None, "rlrr": rlrr, "weights": weights is not None, "random-weights": random_weights}
-    for option in (key for key, there in given.items() if there):
+    options = {"lora": lora is not None, "rlrr": rlrr, "weights": weights is not None, "random-weights": random_weights}
+    for option in (key for key, value in options.items() if value):
         raise BadOption(f"--{option} is for finetune:<backbone>; {name} begins from nothing.")
-    return _from_nothing(name, info, image_size, classes, generator, dropout)
+    with own_randomness(generator):
+        network = info.make(image_size, classes, **keywords)
+    return Normalised(info.preprocess(image_size), network, channels_last=isinstance(network, _CONVOLUTIONAL))
 
 
 def has_dropout(name: str) -> bool:
     """Whether ``dropout`` means something to a baseline: to ``finetune:<backbone>`` that before its classifier."""
     return name.startswith(FINETUNE) or "dropout" in inspect.signature(BASELINES[name].make).parameters
-
-
-def _from_nothing(
-    name: str, info: Baseline, image_size: int, classes: int, generator: torch.Generator, dropout: float | None
-) -> nn.Module:
-    options = {} if dropout is None else {"dropout": dropout}
-    if options and "dropout" not in inspect.signature(info.make).parameters:
-        if dropout:
-            raise BadOption(f"{name} has no dropout, so --dropout {dropout:g} would do nothing. Leave it out.")
-        options = {}
-    with own_randomness(generator):
-        network = info.make(image_size, classes, **options)
-    return Normalised(info.preprocess(image_size), network, channels_last=isinstance(network, _CONVOLUTIONAL))
 
 
 def load_baseline(
@@ -384,20 +328,10 @@ def load_baseline(
 ) -> nn.Module:  # fmt: skip
     """A network with the whole state dict of one, for evaluation; raises ValueError where it is not this network's.
     (What ``finetune:`` wrote as a folder is read by `heads.models.finetune.load_finetuned`.)"""
+    pretrained = name.startswith(FINETUNE)  # its random weights are all replaced by ``state``
     options: dict[str, Any] = {"image_size": image_size, "classes": classes, "lora": lora, "rlrr": rlrr}
-    if name.startswith(FINETUNE):
-        options["random_weights"] = True  # every one of them comes from ``state``
-    else:
-        with torch.device("meta"):  # a size that no file of weights stands for would fill the memory
-            wanted = sum(tensor.numel() for tensor in make_baseline(name, **options).state_dict().values())
-        if wanted != (there := sum(tensor.numel() for tensor in state.values())):
-            raise ValueError(f"it holds {there:,} numbers, the network {wanted:,}.")
-    model = make_baseline(name, **options)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
-    return model.eval()
+    make = partial(make_baseline, name, random_weights=pretrained, **options)
+    return _with_state(make, state, "network", not pretrained)
 
 
 # Classes and pixels that the parameters are counted for: those of the studies.
@@ -409,11 +343,11 @@ SETTINGS = ("optimizer", "lr", "weight_decay", "schedule", "epochs", "batch_size
 
 
 def networks_table() -> list[dict[str, Any]]:
-    """A record for every network: pixels, parameters by (classes, pixels), published settings, where it comes from."""
+    """A record for every network: pixels, parameters by (classes, pixels), published settings, reference."""
     return [
         {
             "network": name, "what": info.what, "image_size": info.image_size,
-            "parameters": [[classes, size, _count(name, classes, size)] for classes, size in COUNTED[name]],
+            "parameters": [[classes, size, _count(info, classes, size)] for classes, size in COUNTED[name]],
             "settings": {key: info.settings[key] for key in SETTINGS if key in info.settings},
             "reference": info.reference,
         }
@@ -421,9 +355,9 @@ def networks_table() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _count(name: str, classes: int, size: int) -> int:
+def _count(info: Baseline, classes: int, size: int) -> int:
     with torch.device("meta"):
-        return count_parameters(BASELINES[name].make(size, classes))
+        return count_parameters(info.make(size, classes))
 
 
 def networks_lines() -> str:
@@ -441,13 +375,12 @@ def describe_network(name: str, classes: int, image_size: int | None = None) -> 
     info = baseline_info(name)
     size = image_size or info.image_size
     model = make_baseline(name, image_size=size, classes=classes, random_weights=name.startswith(FINETUNE))
-    layers = [{"name": n, "layer": what, "gives": gives, "parameters": k} for n, what, gives, k in layers_of(model)]
-    return {
-        "head": name, "what": info.what, "takes": "pixels", "standardize": "none", "solved": False,
-        "reference": info.reference, "shape": [3, *info.preprocess(size).size], "classes": classes, "layers": layers,
-        "state_dict": {key: list(value.shape) for key, value in model.state_dict().items()},
-        "parameters": count_parameters(model), "settings": info.settings,
-    }  # fmt: skip
+    head = HeadInfo(info.what, "pixels", info.make, reference=info.reference)
+    record = _model_record(name, head, [3, *info.preprocess(size).size], classes, model)
+    return record | {"settings": info.settings}
+
+
+NETWORK_OPTIONS = ("dropout", "lora", "rlrr", "weights", "random_weights", "seed")
 
 
 def make_network(
@@ -455,18 +388,13 @@ def make_network(
     backbone: Backbone | None = None,
 ) -> nn.Module:  # fmt: skip
     """The network from pixels that these settings ask for. ``backbone``: as `make_baseline` takes it."""
+    options = {name: getattr(settings, name) for name in NETWORK_OPTIONS}
     return make_baseline(
-        settings.head, image_size=image_size, classes=classes, generator=generator, dropout=settings.dropout,
-        lora=settings.lora, rlrr=settings.rlrr, weights=settings.weights, random_weights=settings.random_weights,
-        seed=settings.seed, backbone=backbone,
-    )  # fmt: skip
+        settings.head, image_size=image_size, classes=classes, generator=generator, backbone=backbone, **options
+    )
 
 
 def shape_of_network(settings: Settings, image_size: int, classes: int) -> nn.Module:
     """The network, for its parameters to be counted: what `finetune:` begins from is not loaded for that."""
-    backbone = None
-    if settings.head.startswith(FINETUNE):
-        from heads.models.finetune import from_configuration
-
-        backbone = from_configuration(settings, image_size)
+    backbone = from_configuration(settings, image_size) if settings.head.startswith(FINETUNE) else None
     return make_network(settings, image_size, classes, backbone=backbone)

@@ -107,9 +107,9 @@ class Baseline:
     reference: str = ""
 
 
-AT_ONCE = 2**23  # numbers in memory as float32 where images go through a network in pieces
+AT_ONCE = 2**23  # numbers in memory as float32 where images go through a network in rows_at_once
 
 
-def pieces(shape: Sequence[int]) -> int:
+def rows_at_once(shape: Sequence[int]) -> int:
     """How many rows of ``shape`` go through a network at once when it is judged."""
     return max(8, min(256, AT_ONCE // int(np.prod(shape))))

@@ -1,6 +1,6 @@
-"""A whole pretrained network with a new classifier; saved so that extract takes it.
+"""Fine-tuning: a whole pretrained network with a new linear layer on its vector, saved so that ``extract`` takes it.
 
-``finetune:<backbone>``: how such a network is made, written as files that ``extract`` takes, and read back.
+``finetune:<backbone>``: all that leads to the vector the network was made for, its own preprocessing and dropout.
 
     config.json, model.safetensors, preprocessor_config.json   of transformers: what ``--backbone hf:FOLDER`` reads
     model.safetensors                                          of torchvision and timm: what ``--weights`` reads
@@ -8,11 +8,7 @@
 
 Additions (`adapters`) are worked into the weights. The classifier is not among them: it is the head of the run.
 
-A pretrained network that is trained on: all that leads to the vector it was made for, then a new linear layer.
-
-What its preprocessing makes of an image is the checkpoint's own; its dropout, if it has any, is too.
-
-Notation: B batch, C classes, T tokens of which the first P are no patches, D width, h and w in pixels or patches.
+B batch, C classes, T tokens of which the first P are no patches, D width, h and w in pixels or patches.
 """
 
 from __future__ import annotations
@@ -33,7 +29,7 @@ from featurecache.backbones.wrappers import PooledMap, Tokens
 from featurecache.errors import BadOption, CacheError, FeatureCacheError, OutputRefused, RunError, UnknownHead
 from featurecache.files.records import read_record
 from featurecache.images.preprocessing import Preprocess
-from heads.models.adapters import add_lora, add_rlrr, check_adapters, is_norm, merged
+from heads.models.adapters import add_lora, add_rlrr, check_adapters, is_norm, merge_adapters
 from heads.models.common import FINETUNE, Baseline, own_randomness
 from heads.models.published import Grid
 from heads.settings import Settings
@@ -53,18 +49,12 @@ _KINDS = {"format": int, "provider": str, "name": str, "vector": str, "image_siz
 
 def _origin(backbone: Backbone, sized: bool) -> dict[str, Any]:
     """What a network began as, as data. ``sized``: at another image size than the checkpoint's own."""
-    made_of = backbone.provenance
+    provenance = backbone.provenance
     return {
-        "provider": made_of["provider"],
-        "name": made_of["request"]["name"],
-        "id": made_of["id"],
-        "revision": made_of["revision"],
-        "licence": made_of["licence"],
-        "weights": backbone.weights,
-        "vector": backbone.vector,
-        "image_size": backbone.image_size[0],
-        "sized": sized,
-    }
+        "provider": provenance["provider"], "name": provenance["request"]["name"],
+        **{key: provenance[key] for key in ("id", "revision", "licence")}, "weights": backbone.weights,
+        "vector": backbone.vector, "image_size": backbone.image_size[0], "sized": sized,
+    }  # fmt: skip
 
 
 def finetune_info(name: str, weights: str | None = None, adapted: bool = False) -> Baseline:
@@ -74,14 +64,14 @@ def finetune_info(name: str, weights: str | None = None, adapted: bool = False) 
             f"{FINETUNE}{name}: expected {FINETUNE}<backbone>, such as {FINETUNE}vit-in21k or {FINETUNE}resnet50; a "
             "network of your own is trained by your own code."
         )
-    found = _outline(name, weights, None, _stamp(name, weights))
+    outline = _outline(name, weights, None, _stamp(name, weights))
     return Baseline(
-        f"{name} from its published weights, with a new linear layer on its {found.vector}",
-        found.image_size[0],
+        f"{name} from its published weights, with a new linear layer on its {outline.vector}",
+        outline.image_size[0],
         lambda size: _outline(name, weights, size, _stamp(name, weights)).preprocess,
         partial(with_new_classifier, name, weights),
         PUBLISHED | (ADAPTED if adapted else {}),
-        found.provenance["source"],
+        outline.provenance["source"],
     )
 
 
@@ -138,9 +128,11 @@ def with_new_classifier(
 def save_backbone(module: FineTuned, folder: Path) -> str:
     """Write the network without its classifier; return what to give ``extract`` so that it takes it."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = merged(module.network) if module.adapted else module.network
+    model = merge_adapters(module.network) if module.adapted else module.network
     network: Any = model.network
-    left_out = {name.removeprefix("network.") for name in unused(model, module.vector) if "mask_token" not in name}
+    left_out = {
+        name.removeprefix("network.") for name in unused_parameters(model, module.vector) if "mask_token" not in name
+    }
     state = {
         key: value.detach().cpu().contiguous() for key, value in network.state_dict().items() if key not in left_out
     }
@@ -152,7 +144,7 @@ def save_backbone(module: FineTuned, folder: Path) -> str:
         save_file(state, folder / WEIGHTS, {"format": "pt"})
     record = {"format": FORMAT, **module.origin}
     (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return extract_words(folder)
+    return extract_options(folder)
 
 
 def _save_hf(network: Any, state: dict[str, torch.Tensor], preprocess: Preprocess, folder: Path) -> None:
@@ -167,6 +159,7 @@ def _save_hf(network: Any, state: dict[str, torch.Tensor], preprocess: Preproces
 def processor_of(preprocess: Preprocess) -> Any:
     """An image processor of transformers that does just this."""
     import transformers
+    from PIL import Image
 
     from featurecache.backbones.processors import from_processor
 
@@ -182,25 +175,20 @@ def processor_of(preprocess: Preprocess) -> Any:
         settings["rescale_factor"] = preprocess.scale
     if preprocess.mean is not None and preprocess.std is not None:
         settings |= {"image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
-    processor = transformers.CLIPImageProcessor(resample=_resample(preprocess.interpolation), **settings)
+    resample = int(Image.Resampling[preprocess.interpolation.removesuffix("-exact").upper()])
+    processor = transformers.CLIPImageProcessor(resample=resample, **settings)
     assert from_processor(processor) == preprocess
     return processor
 
 
-def _resample(interpolation: str) -> int:
-    from PIL import Image
-
-    return int(Image.Resampling[interpolation.removesuffix("-exact").upper()])
-
-
-def extract_words(folder: Path) -> str:
+def extract_options(folder: Path) -> str:
     """The options of ``extract`` for what `save_backbone` wrote into ``folder``."""
     record = _record(folder)
     if record["provider"] == "hf":
-        words = f"--backbone {shlex.quote(f'hf:{folder}')}"
+        options = f"--backbone {shlex.quote(f'hf:{folder}')}"
     else:
-        words = f"--backbone {shlex.quote(record['name'])} --weights {shlex.quote(str(folder / WEIGHTS))}"
-    return words + (f" --image-size {record['image_size']}" if record["sized"] else "")
+        options = f"--backbone {shlex.quote(record['name'])} --weights {shlex.quote(str(folder / WEIGHTS))}"
+    return options + (f" --image-size {record['image_size']}" if record["sized"] else "")
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -212,9 +200,8 @@ def _record(folder: Path) -> dict[str, Any]:
     wrong = [key for key, kind in _KINDS.items() if not isinstance(record.get(key), kind)]
     if not wrong:
         alias = ALIASES.get(record["name"])
-        place = alias.id if alias else record["name"]
-        known = record["provider"] == "hf" or place.startswith(f"{record['provider']}:")
-        if record["provider"] not in ("hf", "torchvision", "timm") or not known:
+        name, provider = alias.id if alias else record["name"], record["provider"]
+        if provider != "hf" and not (provider in ("torchvision", "timm") and name.startswith(f"{provider}:")):
             wrong.append("provider")
     if wrong or record["format"] != FORMAT:
         raise RunError(f"{folder / RECORD} is damaged: it has no proper {' and no '.join(wrong or ['format'])}.")
@@ -270,7 +257,7 @@ class FineTuned(nn.Module):
         nn.init.zeros_(self.classifier.bias)
         _strip(self.network, self.vector)
         self.requires_grad_(True).train()
-        for name in unused(self.network, self.vector):
+        for name in unused_parameters(self.network, self.vector):
             self.network.get_parameter(name).requires_grad_(False)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -281,10 +268,10 @@ class FineTuned(nn.Module):
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         source = "tokens" if self.vector in ("cls", "mean") else self.vector
-        found = self.network(x, {source})[source]
+        values = self.network(x, {source})[source]
         if self.vector == "cls":
-            return found[:, 0]
-        return found[:, len(self.prefix) :].mean(1) if self.vector == "mean" else found
+            return values[:, 0]
+        return values[:, len(self.prefix) :].mean(1) if self.vector == "mean" else values
 
     @property
     def cam_grid(self) -> Grid | None:
@@ -313,25 +300,30 @@ def _strip(model: nn.Module, vector: str) -> None:
         network.pooler = None
 
 
-def unused(model: nn.Module, vector: str) -> list[str]:
+def unused_parameters(model: nn.Module, vector: str) -> list[str]:
     """Parameters that ``vector`` does not depend on: a mask token, CLIP's norm behind the class token."""
     from featurecache.backbones.transformers_models import FAMILIES
 
     names = [name for name, _ in model.named_parameters()]
-    found = [name for name in names if name.endswith("mask_token")]
+    without_use = [name for name in names if name.endswith("mask_token")]
     family = FAMILIES.get(getattr(getattr(model.network, "config", None), "model_type", ""))
     if family is not None and vector != "pooler":
         inside = {name.removeprefix("network."): name for name in names}
-        found += [inside[name] for name in family.pooled_names(inside)]
-    return found
+        without_use += [inside[name] for name in family.pooled_names(inside)]
+    return without_use
 
 
 def _gives_map(module: FineTuned) -> str:
     """The name of the module of the network whose output is the last map [B,D,h,w]; found on an image of noise."""
     pixels = 255 * torch.rand(1, 3, *module.preprocess.size, generator=torch.Generator().manual_seed(0))
     x = module.preprocess.normalised(pixels.to(module.classifier.weight.device))
-    given: dict[str, torch.Tensor] = {}
-    hooks = [part.register_forward_hook(partial(_keep, given, name)) for name, part in module.network.named_modules()]
+    maps: dict[str, torch.Tensor] = {}
+
+    def store(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.ndim == 4:
+            maps[name] = output
+
+    hooks = [part.register_forward_hook(partial(store, name)) for name, part in module.network.named_modules()]
     was = module.training
     try:
         with torch.no_grad():
@@ -340,12 +332,7 @@ def _gives_map(module: FineTuned) -> str:
         module.train(was)
         for hook in hooks:
             hook.remove()
-    same = [n for n, found in given.items() if torch.equal(found.flatten(2).transpose(1, 2), tokens)]
+    same = [name for name, each in maps.items() if torch.equal(each.flatten(2).transpose(1, 2), tokens)]
     if not same:
         raise OutputRefused("no layer of this network gives its last map, so there is no Grad-CAM of it.")
     return min(same, key=len)
-
-
-def _keep(given: dict[str, torch.Tensor], name: str, _: nn.Module, __: Any, output: Any) -> None:
-    if isinstance(output, torch.Tensor) and output.ndim == 4:
-        given[name] = output

@@ -29,17 +29,15 @@ class Normalised(nn.Module):
         self.preprocess, self.network, self.channels_last = preprocess, network, channels_last
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        found = self.preprocess.normalised(pixels)
+        x = self.preprocess.normalised(pixels)
         if self.channels_last:  # the activations alone: weights stay as they are saved
-            found = found.contiguous(memory_format=torch.channels_last)
-        return self.network(found)
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.network(x)
 
     @property
     def cam_layer(self) -> nn.Module:
         """The module whose output Grad-CAM takes."""
-        found = self.network.cam_layer
-        assert isinstance(found, nn.Module)
-        return found
+        return self.network.cam_layer  # type: ignore[return-value]
 
     @property
     def cam_grid(self) -> Grid | None:

@@ -3,7 +3,7 @@
 Notation: N training rows, D width, C classes or labels, X [N, D], y int64 [N] or, multi-label, [N, L] with NaN where
 unknown. A label's unknown rows are left out for that label alone. A class that train has not (a label without
 positives) gets the constant logit ``LOW``; a label without negatives ``-LOW``. They see the prevalence of train, so no
-prior correction belongs to them. To add one: a function here, a line in ``SOLVERS`` and one in ``architectures.HEADS``.
+prior correction belongs to them. To add one: a function here, a line in ``SOLVERS`` and one in `catalogue.HEADS`.
 """
 
 from __future__ import annotations
@@ -94,14 +94,11 @@ def _ridges(x: np.ndarray, y: np.ndarray, penalties: np.ndarray) -> tuple[np.nda
     return weight, level - weight @ mean
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # at each of hundreds of small steps two threads would wait
 def _shifted(matrix: np.ndarray, right: np.ndarray, penalties: np.ndarray, width: int) -> np.ndarray:
     """(matrix + lambda m I)⁻¹ right [K, r, c] for every lambda > 0; matrix [r, r] symmetric, without negative
     eigenvalues, m = trace / D (1 where X is constant)."""
-    with threadpool_limits(1, "blas"):  # at each of hundreds of small steps two threads would wait for each other
-        return _shifted_alone(matrix, right, penalties * (np.trace(matrix) / width or 1.0))
-
-
-def _shifted_alone(matrix: np.ndarray, right: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    shifts = penalties * (np.trace(matrix) / width or 1.0)
     if len(matrix) < 3:
         return np.stack([np.linalg.solve(matrix + shift * np.eye(len(matrix)), right) for shift in shifts])
     reduced, diagonal, off, tau, info = lapack.dsytrd(matrix, lower=1, lwork=64 * len(matrix))
@@ -150,9 +147,10 @@ def logreg(
             weight[k, there] = np.concatenate([-w, w]) / 2 if both else w
             bias[k, there] = np.concatenate([-b, b]) / 2 if both else b
     if late:
-        given = ", ".join(f"{value:g}" for value in sorted(set(late)))
+        late_values = ", ".join(f"{value:g}" for value in sorted(set(late)))
         note(
-            f"logreg has not converged in {STEPS:,} steps at C = {given}; its weights there are those of the last step"
+            f"logreg has not converged in {STEPS:,} steps at C = {late_values}; "
+            "its weights there are those of the last step"
         )
     return _linears([{"C": float(value)} for value in strengths], weight, bias, constant)
 
@@ -167,10 +165,10 @@ def _regressions(
     model = LogisticRegression(warm_start=True, max_iter=STEPS)
     for value in strengths:
         model.set_params(C=float(value))
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
             model.fit(x, y)
-        if any(issubclass(each.category, ConvergenceWarning) for each in said):
+        if any(issubclass(each.category, ConvergenceWarning) for each in caught):
             late.append(float(value))
         yield model.coef_.copy(), model.intercept_.copy()
 
@@ -184,8 +182,8 @@ def path_logits(path: Path, chunks: Iterable[torch.Tensor]) -> np.ndarray:
     assert len(path) in (len(searching), len(linear))
     if searching:
         most = max(searching, key=lambda model: int(model.k))
-        found = (most.search(part, int(most.k)) for x in chunks for part in x.split(QUERIES))
-        parts = [torch.stack([model.votes(*each) for model in searching]) for each in found]
+        nearest = (most.search(part, int(most.k)) for x in chunks for part in x.split(QUERIES))
+        parts = [torch.stack([model.votes(*each) for model in searching]) for each in nearest]
     else:
         weight = torch.stack([fc.weight for fc in linear])  # [K, C, D]
         bias = torch.stack([fc.bias for fc in linear])[:, None]
@@ -197,7 +195,7 @@ def knn(
     x: torch.Tensor, y: np.ndarray, kind: str, classes: int, seed: int = 0, note: Note = _quiet,
     neighbours: tuple[int, ...] = NEIGHBOURS, temperatures: tuple[float, ...] = TEMPERATURES,
 ) -> Path:  # fmt: skip
-    """`Neighbours` for every k up to N and every temperature; with k = 1 one is enough: it does nothing."""
+    """`KNearest` for every k up to N and every temperature; with k = 1 one is enough: it does nothing."""
     vectors = nn.functional.normalize(x.float(), dim=1)
     labels = torch.from_numpy(np.asarray(y, dtype=np.float32 if kind == "multilabel" else np.int64))
     counts = [k for k in neighbours if k <= len(x)]
@@ -266,9 +264,7 @@ def _constants(y: np.ndarray, kind: str, classes: int) -> np.ndarray:
     return np.where(np.bincount(y, minlength=classes) > 0, np.nan, LOW)
 
 
-def _linears(
-    settings: list[dict[str, float]], weight: np.ndarray, bias: np.ndarray, constant: np.ndarray
-) -> Path:  # fmt: skip
+def _linears(settings: list[dict[str, float]], weight: np.ndarray, bias: np.ndarray, constant: np.ndarray) -> Path:
     """A head for each of weight [K, C, D] and bias [K, C], in which a class that has a constant has that alone."""
     learnt = np.isnan(constant)
     weights = torch.from_numpy((weight * learnt[:, None]).astype(np.float32))

@@ -1,12 +1,10 @@
-"""Mean, CLS+mean, conv, Mindlina's large, (gated) attention on tokens.
+"""Heads on all tokens of an image: mean, class token + mean, convolution, Mindlina's large, (gated) attention.
 
-Heads on all tokens of an image, as they are stored: [B, T, D], nothing transposed.
+Tokens stay as they are stored, [B, T, D]; nothing is transposed. Heads that attend take a weighted mean of all tokens,
+prefix tokens too, by weights that are learned.
 
-B batch, T tokens, P of them prefix tokens (class, registers), h·w = T - P patches, D width, C classes, H hidden.
-
-Heads that attend to tokens: a weighted mean of them, by weights that are learned.
-
-B batch, T tokens, D width, C classes, H hidden, K attention heads. All tokens are attended to, prefix tokens too.
+B batch, T tokens, P of them prefix tokens (class, registers), h·w = T - P patches, D width, C classes, H hidden,
+K attention heads.
 """
 
 from __future__ import annotations

@@ -109,16 +109,15 @@ class KNearest(nn.Module):
         G = 1, or L where labels are known for different rows; rows that do not count have a cosine of -inf.
         """
         x = nn.functional.normalize(x, dim=1)
-        best: list[tuple[torch.Tensor, torch.Tensor]] = []
-        masks = self._masks()
+        best, masks = list[tuple[torch.Tensor, torch.Tensor]](), self._masks()
         for start in range(0, len(self.vectors), ROWS):
             cosines = x @ self.vectors[start : start + ROWS].T
-            found = [_top(cosines, mask[start : start + ROWS], start, k) for mask in masks]
-            best = [_merged(*pair, k) for pair in zip(best, found, strict=True)] if best else found
+            top = [_top(cosines, mask[start : start + ROWS], start, k) for mask in masks]
+            best = [_merge_top(*pair, k) for pair in zip(best, top, strict=True)] if best else top
         return torch.stack([s for s, _ in best]), torch.stack([i for _, i in best])
 
     def votes(self, cosines: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [B, C] by the first k of what ``search`` found."""
+        """Logits float32 [B, C] by the first k of what `search` gives."""
         k = int(self.k)
         cosines, rows = cosines[..., :k], rows[..., :k]
         weight = (cosines.double() / self.temperature).softmax(2).nan_to_num(0.0)  # NaN: no row counts
@@ -152,7 +151,7 @@ def _top(cosines: torch.Tensor, mask: torch.Tensor, start: int, k: int) -> tuple
     return values, rows + start
 
 
-def _merged(
+def _merge_top(
     a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     values, rows = torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]], 1)
@@ -161,7 +160,7 @@ def _merged(
 
 
 def _take_sizes(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Before loading: as many training vectors as the state dict has, where it is one of ``Neighbours``."""
+    """Before loading: as many training vectors as the state dict has, where it is one of `KNearest`."""
     assert isinstance(module, KNearest)
     problem = _problem(module, {key: state.get(prefix + key) for key in ("vectors", "labels", "k", "temperature")})
     if problem:
@@ -176,9 +175,8 @@ def _problem(module: KNearest, state: dict[str, torch.Tensor | None]) -> str:
     if vectors is None or labels is None or k is None or temperature is None:
         return "it needs vectors, labels, k and temperature"
     if vectors.shape[1:] != module.shape or len(vectors) != len(labels) or vectors.dtype != torch.float32:
-        return (
-            f"vectors {list(vectors.shape)} and labels {list(labels.shape)} are not those of {module.shape[0]} numbers"
-        )
+        shapes = f"vectors {list(vectors.shape)} and labels {list(labels.shape)}"
+        return f"{shapes} are not those of {module.shape[0]} numbers"
     if k.numel() != 1 or k.is_floating_point() or not 1 <= int(k) <= len(vectors):
         return f"k is not between 1 and the {len(vectors)} training vectors"
     if temperature.numel() != 1 or not 0 < float(temperature) < float("inf"):

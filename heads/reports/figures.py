@@ -70,8 +70,12 @@ def confusion_counts(predictions: TestPredictions) -> np.ndarray:
 def _counts(run: Run, answers: Predictions) -> np.ndarray:
     thresholds = run.calibration.thresholds
     if run.task != "multilabel":
-        return CalibratedPredictions(run.task, answers.z, answers.y, run.positive, thresholds).confusion().astype(float)
-    p, y = probabilities(run.task, answers.z), answers.y
+        return (
+            CalibratedPredictions(run.task, answers.calibrated_logits, answers.y, run.positive, thresholds)
+            .confusion()
+            .astype(float)
+        )
+    p, y = probabilities(run.task, answers.calibrated_logits), answers.y
     predicted = predict_labels(run.task, p, thresholds, run.positive)
     cells = [(y == 1) & (predicted == 1), (y == 1) & (predicted == 0), (y == 0) & (predicted == 1),
              (y == 0) & (predicted == 0)]  # fmt: skip
@@ -116,7 +120,7 @@ def most_confused(predictions: TestPredictions, most: int = 12) -> list[dict[str
 
 def truth_and_score(task: str, answers: Predictions, c: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Of class or label c: bool [m] over images where it is known, and the score; None where one side is missing."""
-    order = measure_scores(task, answers.z)[:, c]
+    order = measure_scores(task, answers.calibrated_logits)[:, c]
     labelled = ~np.isnan(answers.y[:, c]) if task == "multilabel" else np.ones(len(answers.y), bool)
     truth = answers.y[labelled, c] == 1 if task == "multilabel" else answers.y == c
     return (truth, order[labelled]) if truth.any() and not truth.all() else None

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from featurecache.errors import FeatureCacheError
-from heads.explanations.explainer import TINY, Explainer, SourceImage, SourceImages, encoded, seen_part
-from heads.explanations.maps import Map, beside_words, small_overlay
+from heads.explanations.explainer import TINY, Explainer, SourceImage, SourceImages, encode_image, visible_box
+from heads.explanations.maps import SaliencyMap, extra_values_text, small_overlay
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.reports.figures import TestPredictions
 from heads.runs.run import Run, is_pixels
@@ -98,7 +98,7 @@ def choose(
 
 
 def _items(number: int, run: Run, answers: Predictions) -> list[GalleryItem]:
-    p = probabilities(run.task, answers.z)
+    p = probabilities(run.task, answers.calibrated_logits)
     predicted = predict_labels(run.task, p, run.calibration.thresholds, run.positive)
     if run.task != "multilabel":
         rows = np.arange(len(p))
@@ -159,8 +159,8 @@ class ImageLoader:
         if isinstance(original, str):
             return replace(picture, why=original)
         originals[item] = original
-        uri, size = encoded(original.pixels)
-        tiny, box = max(original.pixels.shape[:2]) <= TINY, seen_part(run.config["spec"], original.pixels)
+        uri, size = encode_image(original.pixels)
+        tiny, box = max(original.pixels.shape[:2]) <= TINY, visible_box(run.config["spec"], original.pixels)
         return replace(picture, image=uri, size=size, tiny=tiny, box=box)
 
     def _add_maps(
@@ -190,12 +190,12 @@ class ImageLoader:
         gallery.notes.append(_map_words(maps[0], run, len(predictions)))
 
 
-def _with_map(picture: GalleryPicture, each: Map | None) -> GalleryPicture:
+def _with_map(picture: GalleryPicture, each: SaliencyMap | None) -> GalleryPicture:
     if each is None:
         return picture
     sums = f"{each.unit} {each.margin:+.2f}" if each.margin is not None else ""
     parts = f"patches {each.values.sum():+.2f}, " if each.adds_up else ""
-    numbers = [sums + (f": {parts}{beside_words(each)}" if each.beside else "")] if sums else []
+    numbers = [sums + (f": {parts}{extra_values_text(each)}" if each.beside else "")] if sums else []
     numbers.append(f"strongest {np.abs(each.values).max():.2g}")
     if each.likeness is not None:
         numbers.append(f"like its control {each.likeness:+.2f}")
@@ -210,7 +210,7 @@ def _uri(values: np.ndarray, kind: str) -> str:
     return "data:image/png;base64," + base64.b64encode(small_overlay(values, kind)).decode()
 
 
-def _map_words(each: Map, run: Run, runs: int) -> str:
+def _map_words(each: SaliencyMap, run: Run, runs: int) -> str:
     of = f" Of the first of {runs} heads." if runs > 1 else ""
     what = "the label being present" if run.task == "multilabel" else "the predicted class"
     colours = f"Orange speaks for {what}, blue against; each" if each.signed else f"Of {what}; each"

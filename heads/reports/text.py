@@ -135,7 +135,7 @@ def cost_table(named: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
 
 def runs_cost(runs: Sequence[Run]) -> list[str]:
     """`cost_table` of runs, in the order of `comparison_table`."""
-    return cost_table([(_name(run, runs), cost_of(run)) for run in _best_first(runs)])
+    return cost_table([(_name(run, runs), run_cost(run)) for run in _best_first(runs)])
 
 
 def _best_first(runs: Sequence[Run]) -> list[Run]:

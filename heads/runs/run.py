@@ -32,7 +32,7 @@ from featurecache.store.view import source_options
 from heads.metrics.calibration import Calibration
 from heads.metrics.classification import METRICS
 from heads.models.catalogue import load_baseline, load_head
-from heads.models.common import Input, pieces
+from heads.models.common import Input, rows_at_once
 from heads.models.finetune import load_finetuned
 from heads.pixel_view import PixelView, open_dataset
 from heads.settings import STANDARDIZE, TABLE, Settings, flag
@@ -169,7 +169,10 @@ class Run:
         """Calibrated logits float64 [n, C] of features [n, ...] in storage dtype, or of images uint8 [n,3,h,w]."""
         if not len(features):
             return self.calibration(np.zeros((0, len(self.classes))))
-        model, parts = self.model.to(device), features.split(256 if features.ndim < 4 else pieces(features.shape[1:]))
+        model, parts = (
+            self.model.to(device),
+            features.split(256 if features.ndim < 4 else rows_at_once(features.shape[1:])),
+        )
         z = [model(self.standardize(x.to(device).float())).cpu() for x in parts]
         return self.calibration(torch.cat(z).double().numpy())
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, FeatureCacheError, SourceError, UnreadableImage
 from featurecache.files.atomic import write_whole, writing
-from heads.explanations.explainer import encoded
+from heads.explanations.explainer import encode_image
 from heads.studies.spec import ImageSet, OpenedSet, Study
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def _pictures(dataset: Dataset, rows: Sequence[int]) -> Iterator[tuple[str, int,
 
     for row in rows:
         try:
-            uri, size = encoded(np.ascontiguousarray(decode(dataset.read(row)).permute(1, 2, 0).numpy()))
+            uri, size = encode_image(np.ascontiguousarray(decode(dataset.read(row)).permute(1, 2, 0).numpy()))
         except UnreadableImage:
             continue
         yield uri, *size

@@ -186,8 +186,8 @@ class StagedRuns:
         return RunContents(
             record["config"], record["metrics"], record["history"],
             {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")},
-            list(job.view.ids), job.divided.names, job.task.labels,
-            {split: (job.divided.rows(split), tensors[split].numpy()) for split in ("val", "test")},
+            list(job.view.ids), job.splits.names, job.task.labels,
+            {split: (job.splits.rows(split), tensors[split].numpy()) for split in ("val", "test")},
             np.asarray(job.view.digests), clusters_of(job.view),
         )  # fmt: skip
 
@@ -243,7 +243,7 @@ def _frame(plan: SweepPlan) -> dict[str, Any]:
     task = task_of(matched.views[0], classes=base.classes, only=base.only, positive=base.positive)
     return {
         "images": matched.digest(),
-        "number of images": len(matched.places[0]),
+        "number of images": len(matched.rows[0]),
         "classes": list(task.classes),
         "folds": plan.spec.folds,
         **{name: getattr(base, name) for name in names},

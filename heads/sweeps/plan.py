@@ -28,7 +28,14 @@ from heads.settings import VARIED, Settings, flag, options_for
 from heads.splits import Splits
 from heads.sweeps.grid import Range, Resplit, SweepSpec
 from heads.task import FeatureView, task_of
-from heads.training.job import TrainingJob, choose_output, images_of, memory_plan, prepare, splits_for
+from heads.training.job import (
+    TrainingJob,
+    choose_output,
+    memory_plan,
+    prepare_training,
+    splits_for,
+    training_images_hash,
+)
 
 FORMAT = 1  # of the keys
 STEPPED = ("linear", "mlp")  # heads whose steps are one product for all of them
@@ -85,7 +92,7 @@ class SweepPlan:
             task = task_of(first, classes=base.classes, only=base.only, positive=base.positive)
             self._splits[place] = splits_for(first, self.matched.common_task(task), base)
         if (number, place) not in self._splits:
-            self._splits[number, place] = self.matched.carried(self._splits[place], number)
+            self._splits[number, place] = self.matched.carry_splits(self._splits[place], number)
         return self._splits[number, place]
 
     def _settings(self, fraction: float, resplit: Resplit) -> Settings:
@@ -131,7 +138,7 @@ class SweepPlan:
         first = {name: v.low if isinstance(v, Range) else v[0] for name, v in self.spec.grid.items()}
         wanted = settings or self.heads(family, resplit, [first])[0]
         splits = self.splits(family.number, family.fraction, resplit)
-        return prepare(self.matched.views[family.number], replace(wanted, ram=self.ram), splits)
+        return prepare_training(self.matched.views[family.number], replace(wanted, ram=self.ram), splits)
 
     def keys(
         self, job: TrainingJob, family: PlannedFamily, resplit: Resplit, settings: Sequence[Settings]
@@ -139,7 +146,7 @@ class SweepPlan:
         """One word for everything that decides a row: never a path, a date or a count of threads."""
         place = (family.number, family.fraction, resplit)
         if place not in self._images:
-            self._images[place] = images_of(job)
+            self._images[place] = training_images_hash(job)
         shared = {
             "format": FORMAT, "fingerprint": job.view.fingerprint, "output": job.output, "images": self._images[place],
             "window": memory_plan(job)[1], "code": source_hash(family.head),

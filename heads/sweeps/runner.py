@@ -32,7 +32,7 @@ from heads.training import engine
 from heads.training.job import TrainingJob, make_model, split_line
 from heads.training.losses import loss_and_prior
 from heads.training.network import Checkpoint, with_backbone
-from heads.training.train import FittedHead, contents_of, train_together
+from heads.training.train import FittedHead, run_contents, train_together
 
 
 class SweepRunner:
@@ -106,7 +106,7 @@ class SweepRunner:
         if isinstance(job.view, PixelView):
             ((settings, _),) = chunk
             checkpoint = Checkpoint.of(RunTarget(self.folder, "network"), replace(job, settings=settings))
-        fits = train_together(job, [settings for settings, _ in chunk], keeper=checkpoint)
+        fits = train_together(job, [settings for settings, _ in chunk], checkpoint=checkpoint)
         rows = []
         for (settings, key), fit in zip(chunk, fits, strict=True):
             if isinstance(fit, FittedHead):
@@ -121,7 +121,7 @@ class SweepRunner:
     ) -> RunContents:
         """A budget of memory that was never reached has decided nothing, and is not written."""
         ram = self.plan.spec.base.ram if fit.window is None else fit.settings.ram
-        contents = contents_of(job, replace(fit, settings=replace(fit.settings, ram=ram)), [])
+        contents = run_contents(job, replace(fit, settings=replace(fit.settings, ram=ram)), [])
         mark = {"key": key, "repeat": resplit.repeat, "family": list(family.identity)}
         return replace(contents, config=contents.config | {"sweep": mark})
 
@@ -302,13 +302,13 @@ def seconds_at_most(plan: SweepPlan, todo: dict[PlannedFamily, int]) -> float:
         together = min(plan.chunk(family), count) if family.head in STEPPED else 1
         if kind not in speed:
             speed[kind] = _seconds_of_a_step(job, together) / together
-        batches = math.ceil(len(job.divided.rows("train")) / job.settings.batch_size)
+        batches = math.ceil(len(job.splits.rows("train")) / job.settings.batch_size)
         total += speed[kind] * batches * job.settings.epochs * count
     return total
 
 
 def _seconds_of_a_step(job: TrainingJob, together: int) -> float:
-    rows = job.divided.rows("train")
+    rows = job.splits.rows("train")
     y = torch.from_numpy(job.task.labels[rows])
     loss, _ = loss_and_prior(job.task, y, job.settings)
     generators = [torch.Generator().manual_seed(k) for k in range(together)]

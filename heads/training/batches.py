@@ -1,23 +1,20 @@
-"""Plain and balanced batches; augmentation of a batch.
+"""Plain and balanced batches of training rows, and the augmentation of batches of images.
 
-The order in which training rows are seen: a function of ``split_seed`` alone, so that heads can share batches.
-
-Notation: N training rows, B rows a batch, C classes that train has. An epoch is N draws, so ceil(N / B) batches, the
-last one short. Balanced batches (the article's): B = qC + r gives every class q rows and r classes one more; who gets
-one more goes round, so that over the batches all classes are drawn equally. Every class is cycled through its own
-shuffle: no image of it comes again before all of them have come, across epochs too.
+The order of rows is a function of ``split_seed`` alone, so that heads can share batches. An epoch is N draws, so
+ceil(N / B) batches, the last one short. Balanced batches (the article's): B = qC + r gives every class q rows and r
+classes one more; who gets one more goes round, so that over the batches all classes are drawn equally. Every class is
+cycled through its own shuffle: no image of it comes again before all of them have come, across epochs too.
 
 Features that do not fit in memory are read from the mapped shards, where rows far apart are slow: ``window`` then says
 how many rows may be in use at once, and a shuffle is one of blocks of ``BLOCK`` neighbouring rows first, and of the
 rows inside windows of that size after.
 
-Augmentation of batches in training: the words of `featurecache.images.augmentation`, drawn anew for every image.
+Augmentation has the words of `featurecache.images.augmentation`, drawn anew for every image. What moves pixels (flip,
+vflip, rotate, shift, scale) is one affine map an image and one interpolation for all of them, so a batch costs about as
+much as one image does by the operations that stored copies are made with; those move by whole pixels where these
+interpolate. Outside is black. Brightness and contrast are as torchvision's.
 
-What moves pixels (flip, vflip, rotate, shift, scale) is one affine map an image and one interpolation for all of them,
-so a batch costs about as much as one image does by the image operations that stored copies are made with; those move
-by whole pixels where these interpolate. Outside is black. Brightness and contrast are as torchvision's.
-
-Notation: B images, h and w their height and width; x float32 [B,3,h,w] with values 0 … 255.
+N training rows, B rows a batch, C classes that train has; images x float32 [B,3,h,w] with values 0 … 255.
 """
 
 from __future__ import annotations
@@ -34,7 +31,7 @@ from featurecache.images.augmentation import parse_augmentation
 BLOCK = 64  # neighbouring rows
 
 
-def shuffled(rows: np.ndarray, rng: np.random.Generator, window: int | None) -> np.ndarray:
+def shuffle_rows(rows: np.ndarray, rng: np.random.Generator, window: int | None) -> np.ndarray:
     """A permutation of ``rows`` [n], which are in the order they are stored in."""
     if window is None or window >= len(rows):
         return rng.permutation(rows)
@@ -48,11 +45,11 @@ class _Cycle:
 
     def __init__(self, rows: np.ndarray, rng: np.random.Generator, window: int | None) -> None:
         self.rows, self.rng, self.window = rows, rng, window
-        self.queue = shuffled(rows, rng, window)
+        self.queue = shuffle_rows(rows, rng, window)
 
     def take(self, n: int) -> np.ndarray:
         while len(self.queue) < n:
-            self.queue = np.concatenate([self.queue, shuffled(self.rows, self.rng, self.window)])
+            self.queue = np.concatenate([self.queue, shuffle_rows(self.rows, self.rng, self.window)])
         taken, self.queue = self.queue[:n], self.queue[n:]
         return taken
 
@@ -66,7 +63,7 @@ class PlainBatches:
 
     def epoch(self) -> list[torch.Tensor]:
         """int64 [B] row numbers, batch by batch."""
-        order = shuffled(np.arange(self.n), self.rng, self.window)
+        order = shuffle_rows(np.arange(self.n), self.rng, self.window)
         return list(torch.from_numpy(order).split(self.batch_size))
 
 
@@ -84,32 +81,31 @@ class BalancedBatches:
     def epoch(self) -> list[torch.Tensor]:
         """int64 [B] row numbers, batch by batch."""
         sizes = [min(self.batch_size, self.n - start) for start in range(0, self.n, self.batch_size)]
-        which = np.concatenate([self._classes_of_batch(size) for size in sizes])
+        which = np.concatenate([part for size in sizes for part in self._classes_of_batch(size)])
         rows = np.empty(self.n, dtype=np.int64)
         for c, cycle in enumerate(self.cycles):
-            places = np.flatnonzero(which == c)
-            rows[places] = cycle.take(len(places))
+            drawn = np.flatnonzero(which == c)
+            rows[drawn] = cycle.take(len(drawn))
         return list(torch.from_numpy(rows).split(sizes))
 
-    def _classes_of_batch(self, size: int) -> np.ndarray:
-        count = len(self.classes)
-        each, more = divmod(size, count)
-        return np.concatenate([np.repeat(np.arange(count), each), self._extra(more)])
+    def _classes_of_batch(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        each, more = divmod(size, len(self.classes))
+        return np.repeat(np.arange(len(self.classes)), each), self._extra(more)
 
     def _extra(self, n: int) -> np.ndarray:
         """n different classes, in turn; a new round begins with those that this batch has not had."""
         if len(self.turn) < n:
-            again = self.rng.permutation(len(self.classes))
-            had = np.isin(again, self.turn)
-            self.turn = np.concatenate([self.turn, again[~had], again[had]])
+            order = self.rng.permutation(len(self.classes))
+            had = np.isin(order, self.turn)
+            self.turn = np.concatenate([self.turn, order[~had], order[had]])
         taken, self.turn = self.turn[:n], self.turn[n:]
         return taken
 
 
 def sample_versions(order: list[torch.Tensor], n: int, versions: int, rng: np.random.Generator) -> list[torch.Tensor]:
-    """Every image's version for this epoch, drawn anew: places in 0 … n - 1 become places in 0 … n·V - 1."""
+    """Every image's version for this epoch, drawn anew: rows in 0 … n - 1 become rows in 0 … n·V - 1."""
     drawn = torch.from_numpy(rng.integers(versions, size=n)) * n
-    return [places + drawn[places] for places in order]
+    return [rows + drawn[rows] for rows in order]
 
 
 GREY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale

@@ -1,32 +1,18 @@
-"""Stacked training: one head per option in one batched step; the sequential one beside it.
+"""The engine of training: steps of K heads on the same batches, stacked in one product or one head after another.
 
-The engine: step K heads on the same batches of features that lie in memory as they are stored.
+Features lie in memory as they are stored; a batch is one ``index_select`` and one conversion to float32, without a
+loader and without a gradient of the input. Heads that are trained together differ in nothing that touches the batches:
+the order belongs to the data (`batches`). Two ways, the faster for each kind (measured, `benchmarks/heads.py`):
 
-A batch is one ``index_select`` and one conversion to float32; there is no loader and no gradient of the input. Heads
-that are trained together differ in nothing that touches the batches: the order belongs to the data
-(``heads.batches``). Two ways, the faster for each kind (measured, `benchmarks/heads.py`):
-
-- `Stack`: the first layers of K ``linear`` or ``mlp`` heads are one matrix, so a step is one large product for all of
-  them, with the gradient written out; Adam works on the stack in one call. A head that is one linear layer on a fixed
-  vector of the tokens (``mean-linear``, ``cls+mean``) is a ``linear`` head on these.
-- `Loop`: any other module, one after another on the shared batch. (``large`` heads are bound by their products;
-  stacking them takes 1.5 times as long. Theirs has its gradient written out too: `heads.large_steps`.)
+- `StackedTrainer`: the first layers of K ``linear`` or ``mlp`` heads are one matrix, so a step is one large product for
+  all of them, with the gradient written out; Adam works on the stack in one call. A head that is one linear layer on a
+  fixed vector of the tokens (``mean-linear``, ``cls+mean``) is a ``linear`` head on these.
+- `SequentialTrainer`: any other module, one after another on the shared batch. ``large`` heads are bound by their
+  products (stacking them takes 1.5 times as long); `LargeSteps` has their gradient written out.
 
 Each head has a generator of its own for initialisation and dropout, so head k is what it is alone.
 
-Notation: K heads, B batch, D width, H hidden, C classes or labels, n rows.
-
-The steps of the ``large`` head, with the gradient written out.
-
-Notation: B batch, S images at once, T tokens, D width, H = 256 hidden, C classes.
-
-    h_b = relu(W1 x_b + b1) [H, D];  z_b = W2 · h_b + b2 [C];  loss of z and its gradient dz [B, C]
-    dW2 = sum_b dz_b h_b;  dh_b = (dz_b W2) where h_b > 0;  dW1 = sum_b dh_b x_bT;  db1 = sum_b,d dh_b
-
-Nearly all of it is the two products with x. What autograd adds are passes over arrays of the size of h for the whole
-batch (25 MB for B=32, D=768), in memory that is new every time. Here some images at a time go through all of it in
-memory that is kept: 60 against 85 ms a step, of which the products are 40. (Tried: two images at a time, 68 ms; a
-Python thread for each half of the images, 75 ms; numpy's products, as fast, but with threads that wait for torch's.)
+K heads, B batch, S images at once, T tokens, D width, H hidden, C classes or labels, n rows.
 """
 
 from __future__ import annotations
@@ -103,7 +89,7 @@ class SequentialTrainer:
     def __len__(self) -> int:
         return len(self.learners)
 
-    def rates(self, lr: Sequence[float]) -> None:
+    def set_rates(self, lr: Sequence[float]) -> None:
         """The learning rate of each head from here on."""
         for learner, rate in zip(self.learners, lr, strict=True):
             for group in learner.optimizer.param_groups:
@@ -122,7 +108,7 @@ class SequentialTrainer:
         state = self.learners[k].model.state_dict()
         return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
 
-    def leave(self, staying: list[int]) -> None:
+    def retain(self, staying: list[int]) -> None:
         self.learners = [self.learners[k] for k in staying]
 
 
@@ -161,10 +147,10 @@ class StackedTrainer:
         self.coupled = coupled if bool(coupled.any()) else None
         self.apart = 1 - apart if bool(apart.any()) else None
 
-    def rates(self, lr: Sequence[float]) -> None:
-        wanted = torch.tensor(lr, dtype=self.lr.dtype)
-        if not torch.equal(wanted, self.lr):
-            self.lr = wanted
+    def set_rates(self, lr: Sequence[float]) -> None:
+        rates = torch.tensor(lr, dtype=self.lr.dtype)
+        if not torch.equal(rates, self.lr):
+            self.lr = rates
             self._scale()
 
     @torch.inference_mode()
@@ -176,16 +162,13 @@ class StackedTrainer:
                 g.addcmul_(w, self.coupled.view(-1, 1, 1))
             if w.ndim == 3 and self.apart is not None:
                 u.mul_(self.apart.view(-1, 1, 1))
-        self._adam(gradients)
-        for w, u, f in zip(self.w, self.u, self.factor, strict=True):
-            torch.mul(u, f, out=w)
-        return losses
-
-    def _adam(self, gradients: list[torch.Tensor]) -> None:
         adam(
             self.u, gradients, self.mean, self.square, [], self.steps, fused=True, amsgrad=False, beta1=BETAS[0],
             beta2=BETAS[1], lr=1.0, weight_decay=0.0, eps=EPSILON, maximize=False,
         )  # fmt: skip
+        for w, u, f in zip(self.w, self.u, self.factor, strict=True):
+            torch.mul(u, f, out=w)
+        return losses
 
     def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         if self.hidden:
@@ -203,8 +186,8 @@ class StackedTrainer:
         hidden = self._first(w1, b1, x).relu_()  # [K, B, H]
         mask = (hidden > 0).to(hidden.dtype)
         if any(self.dropout):
-            kept = torch.stack([self._mask(k, hidden.shape[1:], hidden.dtype) for k in range(len(self))])
-            hidden, mask = hidden.mul_(kept), mask.mul_(kept)
+            dropped = torch.stack([self._mask(k, hidden.shape[1:], hidden.dtype) for k in range(len(self))])
+            hidden, mask = hidden.mul_(dropped), mask.mul_(dropped)
         losses, dz = self.loss(torch.baddbmm(b2[:, None], hidden, w2.transpose(1, 2)), y)
         below = torch.bmm(dz, w2).mul_(mask)  # [K, B, H]
         first = self._product(below.transpose(1, 2).flatten(0, 1), x.T).view_as(w1)
@@ -238,13 +221,13 @@ class StackedTrainer:
     def state(self, k: int) -> dict[str, torch.Tensor]:
         return {name: w[k].clone() for name, w in zip(self.names, self.w, strict=True)}
 
-    def leave(self, staying: list[int]) -> None:
+    def retain(self, staying: list[int]) -> None:
         for stacks in (self.w, self.u, self.mean, self.square, self.factor):
             stacks[:] = [stack[staying] for stack in stacks]
         self.lr, self.decay, self.decoupled = self.lr[staying], self.decay[staying], self.decoupled[staying]
         self.generators = [self.generators[k] for k in staying]
         self.dropout = [self.dropout[k] for k in staying]
-        self.loss.leave(staying)
+        self.loss.retain(staying)
         self.coupled = None if self.coupled is None else self.coupled[staying]
         self.apart = None if self.apart is None else self.apart[staying]
 
@@ -301,17 +284,26 @@ def logits_of(models: Sequence[nn.Module], data: SplitData) -> np.ndarray:
 def run_epoch(heads: StackedTrainer | SequentialTrainer, data: SplitData, order: Sequence[torch.Tensor]) -> np.ndarray:
     """One pass over the batches; the mean training loss per row of each head, float64 [K]."""
     total = torch.zeros(len(heads), dtype=torch.float64)
-    for places in order:
-        x, y = data.batch(places)
-        total += heads.step(x, y).double() * len(places)
-    return (total / sum(len(places) for places in order)).numpy()
+    for rows in order:
+        x, y = data.batch(rows)
+        total += heads.step(x, y).double() * len(rows)
+    return (total / sum(map(len, order))).numpy()
 
 
 AT_ONCE = 8 << 20  # bytes of h: ten images for D=768
 
 
 class LargeSteps:
-    """Gradients of one `Large` head without dropout."""
+    """Gradients of one `Large` head without dropout.
+
+        h_b = relu(W1 x_b + b1) [H, D];  z_b = W2 · h_b + b2 [C];  loss of z and its gradient dz [B, C]
+        dW2 = sum_b dz_b h_b;  dh_b = (dz_b W2) where h_b > 0;  dW1 = sum_b dh_b x_bT;  db1 = sum_b,d dh_b
+
+    Nearly all of it is the two products with x. What autograd adds are passes over arrays of the size of h for the
+    whole batch (25 MB for B=32, D=768), in memory that is new every time. Here S images at a time go through all of it
+    in memory that stays: 60 against 85 ms a step, of which the products are 40. (Tried: two images at a time, 68 ms; a
+    Python thread for each half of the images, 75 ms; numpy, as fast, but with threads that wait for torch's.)
+    """
 
     def __init__(self, model: Large, loss: Loss) -> None:
         self.model, self.loss = model, StackedLoss([loss], torch.float32)
@@ -321,12 +313,9 @@ class LargeSteps:
         self.below = torch.empty(self.size, hidden, width)
         self.first = torch.empty(self.size, hidden, model.fc1.in_features)
 
+    @torch.inference_mode()
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Sets ``grad`` of every parameter for a batch x float32 [B, T, D]; the loss, a scalar tensor."""
-        with torch.inference_mode():
-            return self._gradients(x, y)
-
-    def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         w1, b1, w2, b2 = self.model.fc1.weight, self.model.fc1.bias, self.model.second, self.model.second_bias
         flat = w2.flatten(1)  # [C, H·D]
         if len(self.hidden) < len(x):

@@ -1,7 +1,4 @@
-"""TrainingJob: features, splits, model, memory, before anything is trained.
-
-What a training is before it begins: the task, the output, the splits and the features, with every mistake named.
-"""
+"""A training before it begins: task, output, splits, model and features, with every mistake of the user named."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from featurecache.errors import BadOption, NotInCache
 from featurecache.files.records import canonical_json
 from heads.metrics.classification import METRICS
 from heads.models.catalogue import head_info, make_head, make_network, shape_of_network
-from heads.models.common import Input, count_parameters, pieces
+from heads.models.common import Input, count_parameters, rows_at_once
 from heads.pixel_view import PixelView
 from heads.settings import VARIED, Settings, flag, options_for
 from heads.splits import Splits, choose_splits, dropped_sentence
@@ -40,8 +37,8 @@ class TrainingJob:
     settings: Settings
     output: str
     task: Task
-    divided: Splits
-    begun: Backbone | None = None  # what the one network of `finetune:` begins from, loaded before the images were
+    splits: Splits
+    pretrained: Backbone | None = None  # what the one network of `finetune:` begins from, loaded before the images were
 
     @property
     def input(self) -> Input:
@@ -49,8 +46,8 @@ class TrainingJob:
         return Input(tuple(info.shape), tuple(info.prefix or ()), info.grid)
 
 
-def prepare(view: FeatureView | str | Path, settings: Settings, divided: Splits | None = None) -> TrainingJob:
-    """The task, the output and the splits of a training, checked. ``divided``: splits that are given from elsewhere."""
+def prepare_training(view: FeatureView | str | Path, settings: Settings, splits: Splits | None = None) -> TrainingJob:
+    """The task, the output and the splits of a training, checked. ``splits``: splits that are given from elsewhere."""
     if isinstance(view, str | Path):
         from featurecache.store.write_view import open_view
 
@@ -69,8 +66,7 @@ def prepare(view: FeatureView | str | Path, settings: Settings, divided: Splits 
         )
     if settings.precision == "bf16" and settings.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise BadOption("--precision bf16: this CPU has no fast products in bf16. Leave it out: fp32 is exact.")
-    divided = divided or splits_for(view, task, settings)
-    job = TrainingJob(view, settings, output, task, divided)
+    job = TrainingJob(view, settings, output, task, splits or splits_for(view, task, settings))
     if not isinstance(view, PixelView):
         make_model(job, settings)  # says at once that a head and an output do not fit
     return job
@@ -90,18 +86,18 @@ def check_options(settings: Settings) -> None:
             raise BadOption(f"{flag(name)} is for heads that are trained in steps; {settings.head} is solved.")
 
 
-def images_of(job: TrainingJob) -> str:
+def training_images_hash(job: TrainingJob) -> str:
     """One word for the images of a job with labels and splits, in the order of their rows, which is that of batches."""
-    view, task, names = job.view, job.task, job.divided.names
+    view, task, names = job.view, job.task, job.splits.names
     used = np.flatnonzero(names != "")
-    hashed = hashlib.blake2b(canonical_json([task.kind, task.classes, task.positive]).encode(), digest_size=16)
+    state = hashlib.blake2b(canonical_json([task.kind, task.classes, task.positive]).encode(), digest_size=16)
     parts = [np.asarray(view.digests)[used], np.ascontiguousarray(task.labels[used]), names[used].astype("S5")]
     if view.versions is not None:
-        hashed.update(canonical_json(view.augmented.to_dict() if view.augmented else None).encode())
+        state.update(canonical_json(view.augmented.to_dict() if view.augmented else None).encode())
         parts.append(np.asarray(view.copies(used)))
     for part in parts:
-        hashed.update(part.tobytes())
-    return hashed.hexdigest()
+        state.update(part.tobytes())
+    return state.hexdigest()
 
 
 def splits_for(view: FeatureView, task: Task, settings: Settings) -> Splits:
@@ -116,7 +112,7 @@ def splits_for(view: FeatureView, task: Task, settings: Settings) -> Splits:
 def make_model(job: TrainingJob, settings: Settings, generator: torch.Generator | None = None) -> nn.Module:
     classes = len(job.task.classes)
     if isinstance(job.view, PixelView):
-        return make_network(settings, job.input.shape[1], classes, generator, job.begun)
+        return make_network(settings, job.input.shape[1], classes, generator, job.pretrained)
     return make_head(settings.head, job.input, classes, generator, dropout=settings.dropout, gated=settings.gated)
 
 
@@ -140,7 +136,7 @@ def choose_output(view: FeatureView, head: str, output: str | None) -> str:
         view.info("tokens")
         return "tokens"
     for name in VECTORS:
-        if _offers(view, name):
+        if view.has(name):
             return name
     raise NotInCache(
         f"{view.label} holds {', '.join(view.outputs)} and no vector for {head}. "
@@ -148,33 +144,25 @@ def choose_output(view: FeatureView, head: str, output: str | None) -> str:
     )
 
 
-def _offers(view: FeatureView, output: str) -> bool:
-    try:
-        view.info(output)
-    except NotInCache:
-        return False
-    return True
-
-
-def describe(job: TrainingJob, say: Say) -> None:
+def describe_training(job: TrainingJob, say: Say) -> None:
     """What is trained on what, before it is."""
     size = "×".join(str(n) for n in job.input.shape)
     kind = "images  " if isinstance(job.view, PixelView) else "features"
     say(f"{kind}   {job.view.label} {job.output} [{size}]")
-    say(f"splits     {split_line(job.divided)} ({job.divided.how})")
+    say(f"splits     {split_line(job.splits)} ({job.splits.how})")
     if (copies := versions_in(job.view) - 1) > 0:
         say(f"copies     {copies} augmented of each training image; each epoch shows one of the {copies + 1}")
-    if job.divided.dropped is not None:
-        say(f"leaks      {dropped_sentence(job.divided.dropped)}")
-    for warning in job.divided.warnings:
+    if job.splits.dropped is not None:
+        say(f"leaks      {dropped_sentence(job.splits.dropped)}")
+    for warning in job.splits.warnings:
         say(f"warning    {warning}")
     if job.settings.augment:
         say(f"augment    {job.settings.augment}, drawn anew for every image of every batch")
     say(f"{'network ' if isinstance(job.view, PixelView) else 'head    '}   {_head_line(job)}")
 
 
-def split_line(divided: Splits) -> str:
-    return " · ".join(f"{name} {len(divided.rows(name)):,}" for name in ("train", "val", "test"))
+def split_line(splits: Splits) -> str:
+    return " · ".join(f"{name} {len(splits.rows(name)):,}" for name in ("train", "val", "test"))
 
 
 def _head_line(job: TrainingJob) -> str:
@@ -215,27 +203,31 @@ class TrainingData:
         kind = job.settings.standardize or head_info(job.settings.head).standardize
         train = self._load("train", None, copies=True)
         plain = replace(train, scale=Standardize())
-        self.train = replace(train, scale=Standardize.fitted(kind, plain.chunks))
+        self.train = replace(train, scale=Standardize.fit(kind, plain.chunks))
         self.val = self._load("val", self.train.scale)
 
     def _load(self, split: str, scale: Standardize | None, copies: bool = False) -> SplitData:
-        job, rows = self.job, self.job.divided.rows(split)
-        found = load_features(job.view, job.output, rows, job.task.labels, scale, resident=self.resident, copies=copies)
+        job, rows = self.job, self.job.splits.rows(split)
+        data = load_features(job.view, job.output, rows, job.task.labels, scale, resident=self.resident, copies=copies)
         if isinstance(job.view, PixelView):
-            return replace(found, piece=pieces(job.input.shape), device=job.settings.device)
-        return found
+            return replace(data, piece=rows_at_once(job.input.shape), device=job.settings.device)
+        return data
 
     def all_of_train(self) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 [N·V, ...] scaled, and their labels: augmented copies are images like others to a solver."""
-        places = torch.arange(len(self.train) * self.train.versions)
-        parts = [self.train.batch(part) for part in places.split(4096)]
+        rows = torch.arange(len(self.train) * self.train.versions).split(4096)
+        parts = [self.train.batch(some) for some in rows]
         return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
-    def given_to(self, model: nn.Module) -> tuple[SplitData, SplitData]:
+    def for_model(self, model: nn.Module) -> tuple[SplitData, SplitData]:
         """Train and val as training sees them: the vectors of a head that only sees tokens through some fixed vector
         are computed once, and it is trained as the linear head it is on these."""
         vectors = fixed_vectors(model)
-        return (self.train, self.val) if vectors is None else (self.train.mapped(vectors), self.val.mapped(vectors))
+        return (
+            (self.train, self.val)
+            if vectors is None
+            else (self.train.map_features(vectors), self.val.map_features(vectors))
+        )
 
     def test(self) -> SplitData:
         return self._load("test", self.train.scale)
@@ -246,7 +238,7 @@ def memory_plan(job: TrainingJob) -> tuple[bool, int | None]:
     are, and any of them are quickly had."""
     if isinstance(job.view, PixelView):
         return False, None
-    info, names = job.view.info(job.output), job.divided.names
+    info, names = job.view.info(job.output), job.splits.names
     row = math.prod(info.shape) * np.dtype(info.dtype).itemsize
     rows = int((names == "train").sum()) * versions_in(job.view) + int(np.isin(names, ("val", "test")).sum())
     budget = memory_for_features() if job.settings.ram is None else int(job.settings.ram * 1e9)

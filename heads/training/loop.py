@@ -3,7 +3,7 @@
 A head that is no better on val for ``patience`` epochs leaves; the others go on without its cost. What a head becomes
 does not depend on what it is trained with.
 
-Notation: K heads, E epochs, n rows of val, C classes or labels, z logits.
+Notation: K heads, E epochs, n rows of val, C classes or labels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from heads.training.batches import BalancedBatches, PlainBatches, sample_version
 from heads.training.engine import SequentialTrainer, StackedTrainer, run_epoch
 
 PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_LEAST = 0.5, 3, 1e-4  # epochs; torch's ReduceLROnPlateau, its threshold
-Said = Callable[[int, dict[str, float], bool], None]  # head, the line of its history, whether it stops here
+EpochCallback = Callable[[int, dict[str, float], bool], None]  # head, the line of its history, whether it stops here
 
 
 class CheckpointStore(Protocol):
@@ -76,46 +76,48 @@ class TrainedState:
 
 
 def train_heads(
-    heads: StackedTrainer | SequentialTrainer, settings: Sequence[Settings], data: SplitData, held: SplitData,
-    corrections: Sequence[np.ndarray], task: Task, *, window: int | None = None, said: Said | None = None,
-    keeper: CheckpointStore | None = None,
+    heads: StackedTrainer | SequentialTrainer, settings: Sequence[Settings], data: SplitData, val: SplitData,
+    corrections: Sequence[np.ndarray], task: Task, *, window: int | None = None, on_epoch: EpochCallback | None = None,
+    checkpoint: CheckpointStore | None = None,
 ) -> list[TrainedState]:  # fmt: skip
     """``corrections``: what is added to each head's logits [C] before val is judged. A head whose outputs are not
-    finite any more ends with ``failed``; the others go on. ``keeper``: where one network is kept after every epoch, and
-    what it goes on from."""
+    finite any more ends with ``failed``; the others go on. ``checkpoint``: where one network is kept after every
+    epoch, and what it goes on from."""
     first = settings[0]
     batches = _batches(first, data, task, window)
     versions = np.random.default_rng([first.split_seed, 3])
     trained = [TrainedState(each, Schedule(each)) for each in settings]
     active = list(range(len(settings)))
-    done = keeper.restore(heads, trained[0]) if keeper else 0
+    done = checkpoint.restore(heads, trained[0]) if checkpoint else 0
     for _ in range(done):
         batches.epoch()
     for epoch in range(done + 1, first.epochs + 1):
         begin = time.perf_counter()
         rates = [trained[k].schedule.rate(epoch) for k in active]
-        heads.rates(rates)
+        heads.set_rates(rates)
         order = batches.epoch()
-        losses = run_epoch(heads, data, order if data.versions == 1 else _versions(order, data, versions))
-        z = heads.logits(held)
+        if data.versions > 1:
+            order = sample_versions(order, len(data), data.versions, versions)
+        losses = run_epoch(heads, data, order)
+        logits = heads.logits(val)
         seconds = (time.perf_counter() - begin) / len(active)
         staying = []
         for place, k in enumerate(active):
             lines = {"epoch": epoch, "lr": rates[place], "train_loss": float(losses[place]), "seconds": seconds}
-            row, better = score_epoch(trained[k], lines, z[place] + corrections[k], held.y.numpy(), task)
+            row, better = score_epoch(trained[k], lines, logits[place] + corrections[k], val.y.numpy(), task)
             if better:
                 trained[k].epoch, trained[k].state = epoch, heads.state(place)
             stop = trained[k].failed is not None or 0 < first.patience <= epoch - trained[k].epoch
-            if said and row:
-                said(k, row, stop)
+            if on_epoch and row:
+                on_epoch(k, row, stop)
             if not stop:
                 staying.append(place)
-                if keeper:
-                    keeper.save(heads, trained[k], epoch)
+                if checkpoint:
+                    checkpoint.save(heads, trained[k], epoch)
         if not staying:
             break
         if len(staying) < len(active):
-            heads.leave(staying)
+            heads.retain(staying)
             active = [active[place] for place in staying]
     return trained
 
@@ -126,25 +128,21 @@ def _batches(settings: Settings, data: SplitData, task: Task, window: int | None
     return PlainBatches(len(data), settings.batch_size, settings.split_seed, window)
 
 
-def _versions(order: list[torch.Tensor], data: SplitData, rng: np.random.Generator) -> list[torch.Tensor]:
-    return sample_versions(order, len(data), data.versions, rng)
-
-
 def score_epoch(
-    head: TrainedState, line: dict[str, float], z: np.ndarray, y: np.ndarray, task: Task
+    head: TrainedState, line: dict[str, float], logits: np.ndarray, y: np.ndarray, task: Task
 ) -> tuple[dict[str, float], bool]:
-    """Enter a line of the history with what val says of logits z [n, C]: the line, and whether it is the best so far.
+    """Enter a line of the history with what val says of logits [n, C]: the line, and whether it is the best so far.
     Outputs that are not finite end the head: an empty line."""
     settings, select = head.settings, head.settings.select
     seconds = line.pop("seconds", 0.0)
     head.seconds += seconds
-    if not (np.isfinite(z).all() and np.isfinite(line.get("train_loss", 0.0))):
+    if not (np.isfinite(logits).all() and np.isfinite(line.get("train_loss", 0.0))):
         head.failed = ProtocolError(
             f"the head's outputs are not finite any more in epoch {line['epoch']}. A smaller --lr than "
             f"{settings.lr:g} or --standardize zscore helps."
         )
         return {}, False
-    predictions = CalibratedPredictions(task.kind, z, y, task.positive)
+    predictions = CalibratedPredictions(task.kind, logits, y, task.positive)
     val_loss, value = predictions.nll, selection_score(select, task, predictions)
     head.schedule.after(val_loss)
     goodness = (value if select != "loss" and METRICS[select].higher else -value, -val_loss)
@@ -152,7 +150,7 @@ def score_epoch(
         head.best = goodness
     row = line | {"val_loss": val_loss, f"val_{select}": value}
     if not task.multilabel:
-        row["val_top1"] = float((z.argmax(1) == y).mean())
+        row["val_top1"] = float((logits.argmax(1) == y).mean())
     row |= {"best": int(better), "seconds": seconds}
     head.history.append(row)
     return row, better

@@ -72,7 +72,7 @@ class StackedLoss:
             self.q = torch.stack([q for q, _ in tables]).to(dtype)  # [K, C, C]
             self.w = torch.stack([w for _, w in tables]).to(dtype)  # [K, C]
 
-    def leave(self, staying: list[int]) -> None:
+    def retain(self, staying: list[int]) -> None:
         self.w = self.w[staying]
         if self.binary:
             self.e = self.e[staying]

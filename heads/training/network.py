@@ -1,21 +1,16 @@
-"""Networks from pixels: checkpoints, resume.
+"""Training a network from pixels by the protocol of a head: settings, checks, and checkpoints to resume from.
 
-Parts of training a network from pixels by the protocol of a head: settings, checks, going on, its backbone kept.
-
-What an interrupted training goes on from: written after every epoch, gone when the run is there.
-
-One safetensors file, hidden, beside the run to be or in the folder of a sweep, named after what is trained: the network
-now and at its best, the optimiser, the generator; in its header, as JSON, the epoch, the history and the schedule. The
-order of batches needs no keeping: it follows from the split seed. A training that goes on gives what it would have
-given without the stop.
+A checkpoint is written after every epoch and gone when the run is there: one hidden safetensors file beside the run to
+be or in the folder of a sweep, named after what is trained. It holds the network now and at its best, the optimiser,
+the generator; in its header, as JSON, the epoch, the history and the schedule. The order of batches follows from the
+split seed. A training that goes on gives what it would have given without the stop.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +26,7 @@ from heads.runs.write import RunContents, RunTarget
 from heads.settings import Settings
 from heads.task import Say
 from heads.training.engine import Learner, SequentialTrainer, StackedTrainer
-from heads.training.job import TrainingJob, images_of
+from heads.training.job import TrainingJob, training_images_hash
 from heads.training.loop import TrainedState
 from heads.training.train import FittedHead, train_together
 
@@ -40,11 +35,8 @@ if TYPE_CHECKING:
 
 
 def with_backbone(contents: RunContents, tuned: Any) -> RunContents:
-    """A tuned network as its run keeps it: a folder that ``extract`` takes, and the classifier in head.safetensors.
-    ``tuned``: the `heads.models.finetune.FineTuned` that ``contents`` are of."""
-    return dataclasses.replace(
-        contents, tensors=classifier_state(tuned), beside=functools.partial(save_backbone, tuned)
-    )
+    """The contents of the run of a `FineTuned`: a folder that ``extract`` takes, the classifier in head.safetensors."""
+    return replace(contents, tensors=classifier_state(tuned), beside=partial(save_backbone, tuned))
 
 
 def settings_of(arch: str, **options: Any) -> Settings:
@@ -64,65 +56,63 @@ def check_network(settings: Settings) -> Backbone | None:
     What `finetune:` begins from, so that it is loaded once."""
     size = settings.image_size or baseline_info(settings.head, weights=settings.weights).image_size
     shape_of_network(settings, size, classes=2)
-    if not settings.head.startswith(FINETUNE):
-        return None
-    return from_pretrained(settings, size)
+    return from_pretrained(settings, size) if settings.head.startswith(FINETUNE) else None
 
 
-def check_checkpoint(kept: Checkpoint, resume: bool, overwrite: bool) -> None:
+def check_checkpoint(checkpoint: Checkpoint, resume: bool, overwrite: bool) -> None:
     """An interrupted training is neither gone over unseen nor taken for another."""
-    if kept.there and not resume and not overwrite:
+    if checkpoint.exists and not resume and not overwrite:
         raise RunError(
-            f"A training with these very settings was interrupted after epoch {kept.epoch} ({kept.path.name}). "
-            "--resume goes on with it; --overwrite begins anew."
+            f"A training with these very settings was interrupted after epoch {checkpoint.epoch} "
+            f"({checkpoint.path.name}). --resume goes on with it; --overwrite begins anew."
         )
     if resume and overwrite:
         raise BadOption("--resume goes on with an interrupted training, --overwrite begins anew; give one of them.")
     if overwrite:
-        kept.remove()
-    others = sorted(kept.path.parent.glob(f"{kept.path.name.rpartition('-')[0]}-*.checkpoint"))
-    if resume and not kept.there and others:
+        checkpoint.remove()
+    others = sorted(checkpoint.path.parent.glob(f"{checkpoint.path.name.rpartition('-')[0]}-*.checkpoint"))
+    if resume and not checkpoint.exists and others:
         raise RunError(
             f"--resume: the interrupted training that lies there ({others[0].name}) has other settings or images: "
-            f"{', '.join(kept.differing(others[0]))}. Give the same command again, with --resume."
+            f"{', '.join(checkpoint.differences_from(others[0]))}. Give the same command again, with --resume."
         )
-    if resume and not kept.there:
-        raise RunError(f"--resume: no interrupted training of this lies in {kept.path.parent.resolve()}.")
+    if resume and not checkpoint.exists:
+        raise RunError(f"--resume: no interrupted training of this lies in {checkpoint.path.parent.resolve()}.")
 
 
-def train_network(job: TrainingJob, settings: Settings, say: Say, kept: Checkpoint) -> FittedHead:
+def train_network(job: TrainingJob, settings: Settings, say: Say, checkpoint: Checkpoint) -> FittedHead:
     """After every epoch it is kept, to go on from."""
     try:
-        (fit,) = train_together(job, [settings], say, kept)
+        (fit,) = train_together(job, [settings], say, checkpoint)
     except KeyboardInterrupt as error:
-        if not kept.there:
+        if not checkpoint.exists:
             raise Stopped("stopped in the first epoch. Nothing was kept.") from error
-        safe = "1 epoch is safe" if kept.epoch == 1 else f"{kept.epoch} epochs are safe"
+        safe = "1 epoch is safe" if checkpoint.epoch == 1 else f"{checkpoint.epoch} epochs are safe"
         raise Stopped(f"stopped. {safe}; the same command with --resume goes on.") from error
     if isinstance(fit, ProtocolError):
-        kept.remove()
+        checkpoint.remove()
         raise fit
     return fit
 
 
-NOTHING = ("ram", "device")  # settings that decide nothing of the result
+RESULT_INDEPENDENT = ("ram", "device")  # settings that decide nothing of the result
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file of one training; ``asked`` is all that decides what comes out."""
+    """The file of one training; ``request`` is all that decides what comes out."""
 
     path: Path
-    asked: dict[str, Any]
+    request: dict[str, Any]
 
     @classmethod
     def of(cls, target: RunTarget, job: TrainingJob) -> Checkpoint:
-        settings = {key: value for key, value in job.settings.to_dict().items() if key not in NOTHING}
-        asked = {"settings": settings, "images": images_of(job), "pixels": job.view.fingerprint}
-        return cls(target.parent / f".{target.stem[:100]}-{hash_of(canonical_json(asked))[:12]}.checkpoint", asked)
+        settings = {key: value for key, value in job.settings.to_dict().items() if key not in RESULT_INDEPENDENT}
+        request = {"settings": settings, "images": training_images_hash(job), "pixels": job.view.fingerprint}
+        return cls(target.parent / f".{target.stem[:100]}-{hash_of(canonical_json(request))[:12]}.checkpoint", request)
 
     @property
-    def there(self) -> bool:
+    def exists(self) -> bool:
         return self.path.exists()
 
     @property
@@ -143,7 +133,7 @@ class Checkpoint:
                     if isinstance(v, torch.Tensor)}  # fmt: skip
         tensors["generator"] = learner.generator.get_state()
         record = {
-            "asked": self.asked, "epoch": epoch, "history": trained.history, "best_epoch": trained.epoch,
+            "asked": self.request, "epoch": epoch, "history": trained.history, "best_epoch": trained.epoch,
             "best": trained.best, "seconds": trained.seconds,
             "schedule": [trained.schedule.lr, trained.schedule.best, trained.schedule.bad],
         }  # fmt: skip
@@ -152,18 +142,18 @@ class Checkpoint:
 
     def restore(self, heads: SequentialTrainer | StackedTrainer, trained: TrainedState) -> int:
         """Put everything back as it was; the epochs that are done. Raises RunError where the file is damaged."""
-        if not self.there:
+        if not self.exists:
             return 0
         tensors, record = self._read()
         learner = _only(heads)
         try:
             learner.model.load_state_dict(_below("model", tensors))
             own = learner.optimizer.state_dict()
-            kept: dict[int, dict[str, torch.Tensor]] = {}
+            state: dict[int, dict[str, torch.Tensor]] = {}
             for name, value in _below("optimizer", tensors).items():
                 number, _, what = name.partition(".")
-                kept.setdefault(int(number), {})[what] = value
-            learner.optimizer.load_state_dict({"state": kept, "param_groups": own["param_groups"]})
+                state.setdefault(int(number), {})[what] = value
+            learner.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
             learner.generator.set_state(tensors["generator"])
             trained.state, trained.history = _below("best", tensors), record["history"]
             trained.epoch, trained.seconds = record["best_epoch"], record["seconds"]
@@ -173,10 +163,10 @@ class Checkpoint:
             raise self._damaged(error) from error
         return int(record["epoch"])
 
-    def differing(self, other: Path) -> list[str]:
+    def differences_from(self, other: Path) -> list[str]:
         """What another checkpoint was asked for that this one is not."""
         theirs = Checkpoint(other, {})._read()[1].get("asked", {})
-        pairs = [(self.asked["settings"], theirs.get("settings", {})), (self.asked, theirs)]
+        pairs = [(self.request["settings"], theirs.get("settings", {})), (self.request, theirs)]
         return [
             name for mine, their in pairs for name in mine
             if name != "settings" and json.loads(json.dumps(mine[name])) != their.get(name)

@@ -1,9 +1,4 @@
-"""The protocol: fit, choose on val, calibrate, read test once; what the run will say.
-
-Train heads together by the protocol: choice on val, calibration, test read once afterwards.
-
-A finished training as the run that will lie on disk.
-"""
+"""The protocol of training: fit, choose on val, calibrate, read test once; and the run that comes of it."""
 
 from __future__ import annotations
 
@@ -39,7 +34,7 @@ from heads.training.loop import CheckpointStore, Schedule, TrainedState, score_e
 from heads.training.losses import loss_and_prior
 
 TIMED = 256  # images, at most, on which a head's time at prediction is measured
-OF_HISTORY = ("epoch", "best", "seconds")
+HISTORY_FIELDS = ("epoch", "best", "seconds")
 
 
 @dataclass
@@ -72,19 +67,19 @@ class FittedHead:
 
 
 def train_together(
-    job: TrainingJob, settings: Sequence[Settings], say: Say | None = None, keeper: CheckpointStore | None = None
+    job: TrainingJob, settings: Sequence[Settings], say: Say | None = None, checkpoint: CheckpointStore | None = None
 ) -> list[FittedHead | ProtocolError]:
     """One head for each of ``settings``, which differ from the job's in `VARIED` only; each is what it is alone. A head
-    whose outputs do not stay finite is the error that says so. ``keeper``: of one network, see `train_heads`."""
+    whose outputs do not stay finite is the error that says so. ``checkpoint``: of one network, see `train_heads`."""
     shared = {f: v for f, v in asdict(job.settings).items() if f not in VARIED}
     assert all({f: asdict(each)[f] for f in shared} == shared for each in settings)
     features = TrainingData(job)
-    found: dict[int, FittedHead | ProtocolError] = {}
+    fits: dict[int, FittedHead | ProtocolError] = {}
     with _threads(job, len(settings)):
-        for places in _same_batches(settings, job.task):
-            trained = _trained(job, [settings[k] for k in places], features, say or (lambda line: None), keeper)
-            found |= dict(zip(places, _judged(job, trained, features), strict=True))
-    return [found[k] for k in range(len(settings))]
+        for numbers in _same_batches(settings, job.task):
+            heads = _train(job, [settings[k] for k in numbers], features, say or (lambda line: None), checkpoint)
+            fits |= dict(zip(numbers, _calibrate_and_test(job, heads, features), strict=True))
+    return [fits[k] for k in range(len(settings))]
 
 
 def _threads(job: TrainingJob, count: int) -> AbstractContextManager[None]:
@@ -111,24 +106,32 @@ class _Candidate:
     notes: tuple[str, ...] = ()
 
 
-def _trained(
-    job: TrainingJob, settings: list[Settings], features: TrainingData, say: Say, keeper: CheckpointStore | None
+def _train(
+    job: TrainingJob, settings: list[Settings], features: TrainingData, say: Say, checkpoint: CheckpointStore | None
 ) -> list[_Candidate]:
     if head_info(job.settings.head).solved:
-        return [_solved(job, each, features, say) for each in settings]
+        return [_solve(job, each, features, say) for each in settings]
     prior = [loss_and_prior(job.task, features.train.y, each) for each in settings]
     generators = [torch.Generator().manual_seed(each.seed) for each in settings]
     models = [make_model(job, s, own).to(s.device) for s, own in zip(settings, generators, strict=True)]
     heads = make_trainer(models, [loss for loss, _ in prior], generators, settings)
-    train, val = features.given_to(models[0])
+    train, val = features.for_model(models[0])
 
-    def said(k: int, row: dict[str, float], stop: bool) -> None:
+    def on_epoch(k: int, row: dict[str, float], stop: bool) -> None:
         if len(settings) == 1:
             say(_epoch_line(row, settings[k], stop))
 
     corrections = [correction for _, correction in prior]
     trained = train_heads(
-        heads, settings, train, val, corrections, job.task, window=features.window, said=said, keeper=keeper
+        heads,
+        settings,
+        train,
+        val,
+        corrections,
+        job.task,
+        window=features.window,
+        on_epoch=on_epoch,
+        checkpoint=checkpoint,
     )
     for model, each in zip(models, trained, strict=True):
         if each.failed is None:
@@ -136,18 +139,18 @@ def _trained(
     return [_Candidate(m.eval(), t, c) for m, t, c in zip(models, trained, corrections, strict=True)]
 
 
-def _solved(job: TrainingJob, settings: Settings, features: TrainingData, say: Say) -> _Candidate:
+def _solve(job: TrainingJob, settings: Settings, features: TrainingData, say: Say) -> _Candidate:
     """Every value of a solver's own path is solved; val chooses one. A line of the history is a value."""
     begin, count = time.perf_counter(), len(job.task.classes)
     x, y = features.all_of_train()
     notes: list[str] = []
     path = SOLVERS[settings.head].solve(x, y.numpy(), job.task.kind, count, settings.seed, notes.append)
-    z = path_logits(path, features.val.chunks())
+    logits = path_logits(path, features.val.chunks())
     trained = TrainedState(settings, Schedule(settings))
     for place, (values, _) in enumerate(path):
         line = {"epoch": place + 1, **values}
-        judged, better = score_epoch(trained, line, z[place], features.val.y.numpy(), job.task)
-        say(_epoch_line(judged, settings, False))
+        row, better = score_epoch(trained, line, logits[place], features.val.y.numpy(), job.task)
+        say(_epoch_line(row, settings, False))
         trained.epoch = place + 1 if better else trained.epoch
     trained.seconds = time.perf_counter() - begin
     return _Candidate(
@@ -165,38 +168,34 @@ def _edge(path: Sequence[tuple[dict[str, float], nn.Module]], chosen: int) -> li
     return notes
 
 
-def _judged(job: TrainingJob, heads: list[_Candidate], features: TrainingData) -> list[FittedHead | ProtocolError]:
+def _calibrate_and_test(
+    job: TrainingJob, heads: list[_Candidate], features: TrainingData
+) -> list[FittedHead | ProtocolError]:
     """Calibration and measures. Every choice is made: from here on nothing changes, and test is read."""
-    held, divided, task = features.val, job.divided, job.task
-    kept = [head for head in heads if head.trained.failed is None]
-    if not kept:
+    models = [head.model for head in heads if head.trained.failed is None]
+    if not models:
         return [head.trained.failed for head in heads if head.trained.failed is not None]
-    z_val = logits_of([head.model for head in kept], held)
-    test = features.test()
-    z_test = logits_of([head.model for head in kept], test)
-    fits = []
-    for head, *raw in zip(kept, z_val, z_test, strict=True):
-        settings = head.trained.settings
-        calibration, note = calibrate(
-            task.kind, raw[0], held.y.numpy(), head.correction, task.positive, settings.sensitivity
-        )
-        parts = {"val": (held, raw[0]), "test": (test, raw[1])}
-        measured = {
-            name: evaluate(
-                calibration.predictions(job.task.kind, z, part.y.numpy(), job.task.positive), job.task.classes
-            )
-            for name, (part, z) in parts.items()
-        }
-        fits.append(
-            FittedHead(
-                settings, head.model, features.train.scale, calibration, head.trained.history, head.trained.epoch,
-                measured, {name: (divided.rows(name), z) for name, (_, z) in parts.items()},
-                [*head.notes, *([f"calibration: {note}"] if note else [])], head.trained.seconds,
-                _ms_per_image(head.model, test), features.window,
-            )
-        )  # fmt: skip
-    given = iter(fits)
-    return [next(given) if head.trained.failed is None else head.trained.failed for head in heads]
+    val_logits, test = logits_of(models, features.val), features.test()
+    logits = zip(val_logits, logits_of(models, test), strict=True)
+    return [head.trained.failed or _fitted_head(job, head, features, test, *next(logits)) for head in heads]
+
+
+def _fitted_head(
+    job: TrainingJob, head: _Candidate, features: TrainingData, test: SplitData, val_logits: np.ndarray,
+    test_logits: np.ndarray,
+) -> FittedHead:  # fmt: skip
+    task, trained, y_val = job.task, head.trained, features.val.y.numpy()
+    sensitivity = trained.settings.sensitivity
+    calibration, note = calibrate(task.kind, val_logits, y_val, head.correction, task.positive, sensitivity)
+    logits, y = {"val": val_logits, "test": test_logits}, {"val": y_val, "test": test.y.numpy()}
+    return FittedHead(
+        trained.settings, head.model, features.train.scale, calibration, trained.history, trained.epoch,
+        {name: evaluate(calibration.predictions(task.kind, each, y[name], task.positive), task.classes)
+         for name, each in logits.items()},
+        {name: (job.splits.rows(name), each) for name, each in logits.items()},
+        [*head.notes, *([f"calibration: {note}"] if note else [])], trained.seconds,
+        _ms_per_image(head.model, test), features.window,
+    )  # fmt: skip
 
 
 def _ms_per_image(model: nn.Module, data: SplitData) -> float:
@@ -212,7 +211,9 @@ def _epoch_line(row: dict[str, float], settings: Settings, stop: bool) -> str:
     by = settings.select
     measure = "" if by == "loss" else f"  val {METRICS[by].title} {row[f'val_{by}']:.3f}"
     if "train_loss" not in row:
-        values = ", ".join(f"{name} {v:g}" for name, v in row.items() if name not in OF_HISTORY and name[:4] != "val_")
+        values = ", ".join(
+            f"{name} {v:g}" for name, v in row.items() if name not in HISTORY_FIELDS and name[:4] != "val_"
+        )
         return f"{values}  val loss {row['val_loss']:.3f}{measure}{'  best' if row['best'] else ''}"
     tail = "  best" if row["best"] else f"  stopped: no better for {settings.patience} epochs" if stop else ""
     return (
@@ -221,14 +222,14 @@ def _epoch_line(row: dict[str, float], settings: Settings, stop: bool) -> str:
     )
 
 
-def controls_beside(job: TrainingJob, say: Say) -> list[dict[str, Any]]:
+def measure_controls(job: TrainingJob, say: Say) -> list[dict[str, Any]]:
     say("controls   chance, the majority class, logistic regression on raw pixels")
-    return all_controls(job.view, job.task, job.divided)
+    return all_controls(job.view, job.task, job.splits)
 
 
-def contents_of(job: TrainingJob, fit: FittedHead, controls: list[dict[str, Any]]) -> RunContents:
+def run_contents(job: TrainingJob, fit: FittedHead, controls: list[dict[str, Any]]) -> RunContents:
     """The run as it will lie on disk."""
-    view, info, task, divided = job.view, job.view.info(job.output), job.task, job.divided
+    view, info, task, splits = job.view, job.view.info(job.output), job.task, job.splits
     config = {
         "settings": fit.settings.to_dict(),
         "head": fit.settings.head,
@@ -243,34 +244,34 @@ def contents_of(job: TrainingJob, fit: FittedHead, controls: list[dict[str, Any]
         "task": task.kind,
         "classes": list(task.classes),
         "positive": None if task.positive is None else task.classes[task.positive],
-        "splits": {"how": divided.how, "drawn": list(divided.drawn), "counts": class_counts(divided.names, task),
-                   "images": {s: len(divided.rows(s)) for s in ("train", "val", "test")},
-                   "digest": test_digest(job), "leaks": [asdict(leak) for leak in divided.leaks],
-                   "dropped": divided.dropped, "fraction": divided.fraction,
-                   "fold": None if divided.fold is None else list(divided.fold), "grouped": view.groups is not None},
+        "splits": {"how": splits.how, "drawn": list(splits.drawn), "counts": class_counts(splits.names, task),
+                   "images": {s: len(splits.rows(s)) for s in ("train", "val", "test")},
+                   "digest": test_digest(job), "leaks": [asdict(leak) for leak in splits.leaks],
+                   "dropped": splits.dropped, "fraction": splits.fraction,
+                   "fold": None if splits.fold is None else list(splits.fold), "grouped": view.groups is not None},
         "chosen": {"by": fit.settings.select, "on": "val", "epoch": fit.epoch},
         "calibration": fit.calibration.to_dict(),
-        "warnings": divided.warnings + fit.notes,
+        "warnings": splits.warnings + fit.notes,
         "seconds": fit.seconds,
-        "cost": cost_of(job, fit),
+        "cost": training_cost(job, fit),
         "reading": "from memory" if fit.window is None else f"from the shards, {fit.window:,} rows at a time",
     }  # fmt: skip
     tensors = {**fit.model.state_dict(), **fit.scale.tensors()}
     return RunContents(
         config, {**fit.metrics, "controls": controls}, fit.history,
         tensors={key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-        ids=list(view.ids), splits=divided.names, labels=task.labels, predictions=fit.predictions,
+        ids=list(view.ids), splits=splits.names, labels=task.labels, predictions=fit.predictions,
         digests=np.asarray(view.digests), clusters=clusters_of(view),
     )  # fmt: skip
 
 
 def test_digest(job: TrainingJob) -> str:
     """Which images are tested, in one word: equal for two runs only if it is the same images."""
-    rows = job.divided.rows("test")
+    rows = job.splits.rows("test")
     return hashlib.blake2b(b"".join(sorted(np.asarray(job.view.digests)[rows].tolist())), digest_size=16).hexdigest()
 
 
-def cost_of(job: TrainingJob, fit: FittedHead) -> dict[str, Any]:
+def training_cost(job: TrainingJob, fit: FittedHead) -> dict[str, Any]:
     """Training in seconds; an image at prediction in milliseconds: ``ms_per_image`` of the head, or of the network of a
     baseline, ``forward_ms`` of the backbone before it and ``loading_ms`` of reading and resizing, both as the view
     measured them (None: it did not). ``device``: of backbone or network."""

@@ -87,7 +87,7 @@ def test_splits_and_predictions_of_formulas_round_trip(tmp_path: Path, monkeypat
     from support.fake_view import toy_view
 
     from heads.api import train_head
-    from heads.inference import as_csv
+    from heads.inference import predictions_csv
     from heads.splits import read_splits
 
     monkeypatch.chdir(tmp_path)
@@ -100,4 +100,4 @@ def test_splits_and_predictions_of_formulas_round_trip(tmp_path: Path, monkeypat
         assert not [c for c in cells if c[:1] in "=+@\t\r" and c]
     assert (read_splits(run.path / "splits.csv", view.ids, []) == np.array(view.splits)).all()
     record = {"image": "=1+1", "class": "=cmd", "probability": 1.0, "probabilities": {"=cmd": 1.0}}
-    assert as_csv([record]).splitlines()[1] == '"\'=1+1","\'=cmd",1.0,1.0,""'
+    assert predictions_csv([record]).splitlines()[1] == '"\'=1+1","\'=cmd",1.0,1.0,""'

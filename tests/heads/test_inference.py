@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from functools import partial
 
 import numpy as np
@@ -14,7 +13,7 @@ from support.fake_view import label_view, toy_view
 
 import featurecache
 from heads.api import train_head
-from heads.inference import answers, as_csv, as_json, as_table, predict
+from heads.inference import predict, prediction_records, predictions_csv, predictions_table
 
 train_head = partial(train_head, report=False)
 
@@ -67,7 +66,7 @@ def test_a_binary_record_names_the_class_by_the_threshold_of_val(asked):
     run = train_head(view, "linear", epochs=2)
     cut = run.config["calibration"]["thresholds"][0]
     z = np.array([[0.0, np.log(cut / (1 - cut)) + step] for step in (-0.01, 0.01)])
-    below, above = answers(run, z)
+    below, above = prediction_records(run, z)
     assert (below["class"], above["class"]) == ("kind 0", "kind 1")
     assert above["probability"] == above["probabilities"]["kind 1"] == pytest.approx(cut, abs=0.01)
 
@@ -77,7 +76,7 @@ def test_multilabel_records_have_all_labels_above_their_thresholds(tmp_path, mon
     run = train_head(label_view(), "linear", epochs=1)
     cuts = np.array(run.config["calibration"]["thresholds"])
     z = np.log(cuts / (1 - cuts)) + np.array([[0.1, -0.1, 0.1, -0.1]])
-    assert answers(run, z)[0]["classes"] == ["sign 0", "sign 2"]
+    assert prediction_records(run, z)[0]["classes"] == ["sign 0", "sign 2"]
 
 
 def test_many_images_are_computed_in_pieces(asked, monkeypatch):
@@ -87,7 +86,7 @@ def test_many_images_are_computed_in_pieces(asked, monkeypatch):
     records = predict(run, [str(i).encode() for i in range(10, 22)])
     assert [len(images) for images, *_ in calls] == [3, 3, 3, 3]
     whole = run.logits(view.features["cls"][10:22])
-    assert [r["class"] for r in records] == [a["class"] for a in answers(run, whole)]
+    assert [r["class"] for r in records] == [a["class"] for a in prediction_records(run, whole)]
 
 
 def test_a_folder_gives_all_its_images_and_an_array_is_an_image(asked, tmp_path, monkeypatch):
@@ -105,8 +104,8 @@ def test_nothing_to_predict_is_no_error(asked):
     view, calls = asked
     assert predict(train_head(view, "linear", epochs=1), []) == []
     assert calls == []
-    assert as_table([]) == "no images"
-    assert as_csv([]).splitlines() == ['"image","class","probability","error"']
+    assert predictions_table([]) == "no images"
+    assert predictions_csv([]).splitlines() == ['"image","class","probability","error"']
 
 
 RECORDS = [
@@ -122,7 +121,7 @@ RECORDS = [
 
 
 def test_csv_is_one_line_a_record_whatever_the_name():
-    text = as_csv(RECORDS)
+    text = predictions_csv(RECORDS)
     assert len(text.splitlines()) == 4
     rows = list(csv.DictReader(io.StringIO(text)))
     assert rows[0] == {
@@ -138,17 +137,12 @@ def test_csv_is_one_line_a_record_whatever_the_name():
     text.encode()
 
 
-def test_json_is_the_records():
-    assert json.loads(as_json(RECORDS)) == RECORDS
-    as_json(RECORDS).encode()
-
-
 def test_the_table_is_aligned_and_safe_for_a_terminal():
-    lines = as_table(RECORDS).splitlines()
+    lines = predictions_table(RECORDS).splitlines()
     assert len(lines) == 3
     assert lines[0].split() == ["a,1.png", "no", "0.250"]
     assert lines[0].index("no") == lines[1].index("yes")
-    assert "\x1b" not in as_table(RECORDS)
+    assert "\x1b" not in predictions_table(RECORDS)
     assert lines[2].split(maxsplit=1)[1] == "could not be read: truncated after 3 bytes"
 
 

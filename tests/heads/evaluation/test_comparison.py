@@ -41,7 +41,7 @@ def record(runs, **options):
 
 def scores(each):
     answers = each.answers("test")
-    return answers.y, answers.z[:, 1] - answers.z[:, 0]
+    return answers.y, answers.calibrated_logits[:, 1] - answers.calibrated_logits[:, 0]
 
 
 def test_runs_that_differ_in_seed_and_split_seed_only_are_a_family():
@@ -82,7 +82,7 @@ def test_what_is_reported_is_what_the_run_measured():
         assert found["value"] == pytest.approx(each.metrics["test"][name]), name
     assert family["val"]["auroc"] == each.metrics["val"]["auroc"]
     answers, calibration = each.answers("test"), family["calibration"]
-    p = 1 / (1 + np.exp(-(answers.raw[:, 1] - answers.raw[:, 0])))
+    p = 1 / (1 + np.exp(-(answers.logits[:, 1] - answers.logits[:, 0])))
     assert calibration["before"]["nll"] == pytest.approx(sk.log_loss(answers.y, p))
     assert calibration["before"]["brier"] == pytest.approx(sk.brier_score_loss(answers.y, p))
     assert calibration["after"]["nll"] == pytest.approx(each.metrics["test"]["nll"])
@@ -103,7 +103,7 @@ def test_single_heads_without_clusters_have_exact_tests_beside_the_paired_bootst
 
 
 def _p(each):
-    z = each.answers("test").z
+    z = each.answers("test").calibrated_logits
     return 1 / (1 + np.exp(z[:, 0] - z[:, 1]))
 
 

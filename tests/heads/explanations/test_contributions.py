@@ -12,8 +12,8 @@ import torch
 from featurecache.errors import BadOption
 from featurecache.outputs import function_of, parse
 from heads.explanations import contributions
-from heads.explanations.contributions import MarginModel, TokenMap, gradient_times_input, replaced
-from heads.explanations.maps import Map, class_margin_weights, shuffled
+from heads.explanations.contributions import MarginModel, TokenMap, gradient_times_input, replacement_contributions
+from heads.explanations.maps import SaliencyMap, class_margin_weights, with_shuffled_weights
 from heads.models.catalogue import make_head
 from heads.models.common import Input
 from heads.task import Standardize
@@ -32,7 +32,7 @@ def reader_for(
     head: str, output: str = "tokens", scale: Standardize | None = None, width: int = WIDTH, **at
 ) -> MarginModel:
     where = places_for(output, **at)
-    shape = tuple(where.input(torch.zeros(1, where.tokens, width)).shape[1:])
+    shape = tuple(where.input(torch.zeros(1, where.count, width)).shape[1:])
     known = parse(output).layout(where.prefix, where.grid) if len(shape) == 2 else None
     given = Input(shape, *(known or ((), None)))
     model = make_head(head, given, CLASSES, torch.Generator().manual_seed(1)).eval()
@@ -76,7 +76,7 @@ def test_the_rank_one_update_is_what_brute_force_gives(output, kind):
     scale = zscore() if kind == "zscore" else Standardize()
     reader = reader_for("large", output, scale)
     x, mean = some_tokens(), some_tokens(5).mean(0)
-    parts = replaced(reader, reader.scaled(x), reader.scaled(mean), np.array([2, 0]))
+    parts = replacement_contributions(reader, reader.scaled(x), reader.scaled(mean), np.array([2, 0]))
     assert "exact change" in parts.how
     for i, c in ((0, 2), (1, 0)):
         assert parts.tokens[i] == pytest.approx(by_force(reader.model, x[i], mean, c, output, scale), abs=1e-5)
@@ -90,7 +90,7 @@ def test_all_places_of_a_vit_b_in_tens_of_milliseconds_and_right():
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        parts = replaced(reader, x, mean, np.array([1]))
+        parts = replacement_contributions(reader, x, mean, np.array([1]))
         seconds.append(time.perf_counter() - start)
     print(f"197 places: {1000 * min(seconds):.1f} ms")
     assert parts.tokens[0] == pytest.approx(by_force(reader.model, x[0], mean, 1, "tokens", Standardize()), abs=1e-5)
@@ -100,7 +100,7 @@ def test_all_places_of_a_vit_b_in_tens_of_milliseconds_and_right():
 def test_the_parts_of_a_linear_head_add_up_to_its_margin(head, output):
     reader = reader_for(head, output, zscore())
     x, mean, classes = some_tokens(), some_tokens(5).mean(0), np.array([1, 2])
-    parts = replaced(reader, reader.scaled(x), reader.scaled(mean), classes)
+    parts = replacement_contributions(reader, reader.scaled(x), reader.scaled(mean), classes)
     seen = parts.tokens.sum(1) + parts.beside["mean tokens everywhere"]
     u = (x - reader.scale.mean) / reader.scale.std
     z = reader.model(u[:, P:].mean(1) if output == "mean" else u).detach() + reader.correction
@@ -114,7 +114,7 @@ def test_linear_on_a_gap_is_class_activation_mapping():
     model = make_head("linear", (WIDTH,), CLASSES)
     reader = MarginModel(model, where, Standardize(), torch.zeros(CLASSES), 1.0, False)
     x, mean = some_tokens(1, 12), some_tokens(5, 12).mean((0, 1)).expand(12, -1)
-    parts = replaced(reader, x, mean, np.array([1]))
+    parts = replacement_contributions(reader, x, mean, np.array([1]))
     weight = (class_margin_weights(np.array([1]), CLASSES, 1.0, False) @ model.fc.weight)[0].detach()
     assert parts.tokens[0] == pytest.approx(((x[0] - mean) @ weight / 12).numpy(), abs=1e-6)
 
@@ -128,7 +128,7 @@ def test_other_heads_are_asked_again_with_each_token_replaced(head, output):
         reader.model.vectors = torch.nn.functional.normalize(some_tokens(9).mean(1), dim=1)
         reader.model.labels = torch.arange(9) % CLASSES
     x, mean = some_tokens(1), torch.zeros(TOKENS, WIDTH)
-    parts = replaced(reader, x, mean, np.array([0]))
+    parts = replacement_contributions(reader, x, mean, np.array([0]))
     assert "occlusion" in parts.how
     other = x.clone()
     other[0, 7] = 0
@@ -142,7 +142,7 @@ def test_other_heads_are_asked_again_with_each_token_replaced(head, output):
 def test_tokens_scaled_to_length_one_after_a_resize_are_occluded_before_it():
     reader = reader_for("large", "tokens-17", Standardize("l2"))
     x, mean = some_tokens(1), torch.ones(TOKENS, WIDTH)
-    parts = replaced(reader, reader.scaled(x), reader.scaled(mean), np.array([0]))
+    parts = replacement_contributions(reader, reader.scaled(x), reader.scaled(mean), np.array([0]))
     other = x.clone()
     other[0, 3] = 1
     z = [reader.model(torch.nn.functional.normalize(resized(u, 17), dim=2))[0].detach() for u in (x, other)]
@@ -199,7 +199,7 @@ def test_the_class_tokens_part_is_a_number_beside_the_map():
     x, mean = some_tokens(1), torch.zeros(TOKENS, WIDTH)
     run = run_of("tokens")
     (found,) = contributions.contribution_maps(run, places_for("tokens"), x, np.array([0]), "replace", mean, "zeros")
-    parts = replaced(MarginModel.of(run, places_for("tokens")), x, mean, np.array([0]))
+    parts = replacement_contributions(MarginModel.of(run, places_for("tokens")), x, mean, np.array([0]))
     assert found.values.shape == GRID and "against zeros" in found.how
     assert found.beside["class token"] == pytest.approx(parts.tokens[0, 0])
     assert found.values.ravel() == pytest.approx(parts.tokens[0, 1:])
@@ -208,7 +208,7 @@ def test_the_class_tokens_part_is_a_number_beside_the_map():
 @pytest.mark.parametrize("output, words", [("cls", "no places"), ("pooler", "no places")])
 def test_a_vector_without_places_is_refused_with_what_there_is(output, words):
     with pytest.raises(BadOption, match=f"{words}.*--kind attention"):
-        contributions.source_of(run_of(output))
+        contributions.token_source(run_of(output))
 
 
 def test_a_gap_with_a_norm_behind_it_is_no_sum_of_places():
@@ -235,19 +235,19 @@ def test_without_the_view_only_a_head_that_keeps_its_statistics_has_a_mean_token
 
 def test_a_control_has_the_same_numbers_in_another_order():
     model = make_head("large", (TOKENS, WIDTH), CLASSES)
-    other = shuffled(model)
+    other = with_shuffled_weights(model)
     for name, value in model.state_dict().items():
         there = other.state_dict()[name]
         assert sorted(there.flatten().tolist()) == sorted(value.flatten().tolist())
     assert not torch.equal(other.fc1.weight, model.fc1.weight)
-    assert torch.equal(shuffled(model).fc1.weight, other.fc1.weight), "always the same order"
+    assert torch.equal(with_shuffled_weights(model).fc1.weight, other.fc1.weight), "always the same order"
 
 
 def test_how_like_its_control_a_map_is_goes_by_ranks():
     values = np.arange(6.0).reshape(2, 3)
-    assert Map("contribution", "", values, "", control=values**3).likeness == pytest.approx(1)
-    assert Map("contribution", "", values, "", control=-values).likeness == pytest.approx(-1)
-    assert Map("contribution", "", values, "", control=np.zeros((2, 3))).likeness is None
+    assert SaliencyMap("contribution", "", values, "", control=values**3).likeness == pytest.approx(1)
+    assert SaliencyMap("contribution", "", values, "", control=-values).likeness == pytest.approx(-1)
+    assert SaliencyMap("contribution", "", values, "", control=np.zeros((2, 3))).likeness is None
 
 
 def test_of_many_labels_the_margin_is_the_logit_itself():

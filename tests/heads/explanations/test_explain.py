@@ -14,8 +14,8 @@ from support.squares import on_square, squares
 import heads
 from featurecache import extract, open_view
 from featurecache.errors import BadOption, NotInCache
-from heads.explanations.explainer import Explainer, SourceImages, original
-from heads.explanations.maps import Panel, draw, rgba
+from heads.explanations.explainer import Explainer, SourceImages, read_source_image
+from heads.explanations.maps import Panel, draw_maps, rgba
 from heads.reports.gallery import ImageLoader
 
 
@@ -56,7 +56,7 @@ def test_the_map_of_a_trained_large_head_peaks_on_the_square_that_decides(plante
     _, _, _, images, corners = planted
     run = run_of(planted, name)
     explainer = Explainer(run, SourceImages())
-    shown = [original(str(i), images[i]) for i in range(130, 180)]
+    shown = [read_source_image(str(i), images[i]) for i in range(130, 180)]
     called = explainer.logits(shown).argmax(1)
     maps = [each for (each,) in explainer.maps("contribution", shown, called)]
     hits = sum(on_square(m.peak, m.values.shape, corner) for m, corner in zip(maps, corners[130:], strict=True))
@@ -196,7 +196,7 @@ def test_what_stands_below_a_picture_is_not_cut_off(monkeypatch):
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
-    draw(np.zeros((40, 20, 3), np.uint8), "grad-cam", [Panel("one")], untrained=True)
+    draw_maps(np.zeros((40, 20, 3), np.uint8), "grad-cam", [Panel("one")], untrained=True)
     (figure,) = figures
     (foot,) = figure.texts
     ends = foot.get_window_extent(FigureCanvasAgg(figure).get_renderer())
@@ -205,7 +205,7 @@ def test_what_stands_below_a_picture_is_not_cut_off(monkeypatch):
 
 def test_a_run_without_a_map_stands_there_with_its_reason():
     pixels = np.zeros((20, 40, 3), np.uint8)
-    png = draw(pixels, "contribution", [Panel("$one$\n雪", None, (), "no places: 100 %")])
+    png = draw_maps(pixels, "contribution", [Panel("$one$\n雪", None, (), "no places: 100 %")])
     assert png.startswith(b"\x89PNG")
 
 

@@ -12,7 +12,7 @@ from support.fake_view import toy_view
 from featurecache.errors import BadOption
 from heads.metrics import calibration as cal
 from heads.settings import Settings
-from heads.training.job import prepare
+from heads.training.job import prepare_training
 
 
 def sample(n=400, classes=4, seed=0):
@@ -140,7 +140,7 @@ def test_a_wanted_sensitivity_is_reached_on_val_for_each_label_and_refused_for_s
         found = (p[:, c] >= calibration.thresholds[c])[y[:, c] == 1].mean()
         assert 0.9 <= found < 0.93
     with pytest.raises(BadOption, match="of 3 classes the most probable is called"):
-        prepare(toy_view(classes=3), Settings("linear", sensitivity=0.9))
+        prepare_training(toy_view(classes=3), Settings("linear", sensitivity=0.9))
 
 
 def test_reliability_bins_equal_scikit_learns_quantile_bins():

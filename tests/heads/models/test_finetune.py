@@ -26,12 +26,12 @@ from featurecache.images.preprocessing import Preprocess
 from heads import api
 from heads.api import train_baseline
 from heads.models import finetune
-from heads.models.adapters import Rescaled, add_lora, add_rlrr, merged
+from heads.models.adapters import Rescaled, add_lora, add_rlrr, merge_adapters
 from heads.models.catalogue import baseline_info, make_baseline
 from heads.models.finetune import (
     FineTuned,
     classifier_state,
-    extract_words,
+    extract_options,
     load_finetuned,
     processor_of,
     save_backbone,
@@ -298,7 +298,7 @@ def test_torchs_own_attention_takes_both_additions() -> None:
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
         x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         model.eval()
-        plain = merged(model)
+        plain = merge_adapters(model)
         assert {type(part) for part in plain.network.modules()} == {
             type(part) for part in VisionTransformer(32, 8, 2, 2, 16, 32).modules()
         }
@@ -446,7 +446,7 @@ def test_a_classifier_of_another_network_or_none_is_refused(tmp_path: Path) -> N
     with pytest.raises(RunError, match="of 3 classes; expected 4"):
         load_finetuned(tmp_path / "tuned", state, classes=4)
     with pytest.raises(RunError, match="no fine-tuned network"):
-        extract_words(tmp_path / "begin")
+        extract_options(tmp_path / "begin")
 
 
 @pytest.mark.parametrize(
@@ -505,4 +505,4 @@ def test_the_tuned_network_that_a_sweep_chose_needs_no_longer_what_it_began_from
     images = pixels_of(again)
     rows = [row for row, name in enumerate(images.ids) if name in run.answers("test").ids]
     z = again.logits(images.tensor(run.output, rows))
-    close(torch.from_numpy(z), torch.from_numpy(run.calibration(run.answers("test").raw)))
+    close(torch.from_numpy(z), torch.from_numpy(run.calibration(run.answers("test").logits)))

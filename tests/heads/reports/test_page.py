@@ -276,7 +276,9 @@ def test_what_the_backbone_saw_of_an_image_is_where_its_pixels_come_from(mode, r
     )  # fmt: skip
     ramp = torch.arange(240, dtype=torch.uint8).expand(3, 80, 240)  # value = column, of an 80×240 image
     seen = made.resized(ramp)[0].float()
-    x, y, width, height = explainer.seen_part({"preprocess": {**made.to_dict(), "decoding": 1}}, np.zeros((80, 240, 3)))
+    x, y, width, height = explainer.visible_box(
+        {"preprocess": {**made.to_dict(), "decoding": 1}}, np.zeros((80, 240, 3))
+    )
     for column in (2, 8, 13):
         at = (x + width * (column + 0.5) / 16) * 240 - 0.5
         assert seen[8, column] == pytest.approx(at, abs=3)

@@ -31,8 +31,8 @@ from heads.settings import Settings
 from heads.splits import splits_csv
 from heads.sweeps import runner as sweep_run
 from heads.sweeps.journal import ROWS, JournalFile, load_sweep
-from heads.training.job import prepare
-from heads.training.train import contents_of, train_together
+from heads.training.job import prepare_training
+from heads.training.train import run_contents, train_together
 
 TIMES = ("seconds", "ms_per_image")
 
@@ -82,9 +82,9 @@ def stopped_after(monkeypatch, calls):
 
 def trained_alone(view, settings):
     """As ``train_head`` trains, without writing and drawing."""
-    job = prepare(view, settings)
+    job = prepare_training(view, settings)
     (fit,) = train_together(job, [settings])
-    return contents_of(job, fit, [])
+    return run_contents(job, fit, [])
 
 
 def test_each_row_is_what_train_head_gives_alone(tmp_path):

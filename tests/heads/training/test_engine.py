@@ -16,9 +16,9 @@ from heads.models.catalogue import make_head
 from heads.settings import VARIED, Settings
 from heads.task import SplitData, load_features, task_of
 from heads.training import engine, loop
-from heads.training.batches import BLOCK, BalancedBatches, PlainBatches, sample_versions, shuffled
+from heads.training.batches import BLOCK, BalancedBatches, PlainBatches, sample_versions, shuffle_rows
 from heads.training.engine import Learner, SequentialTrainer, StackedTrainer
-from heads.training.job import prepare
+from heads.training.job import prepare_training
 from heads.training.loop import Schedule, train_heads
 from heads.training.losses import BinaryCrossEntropy, CrossEntropy, StackedLoss, loss_and_prior
 from heads.training.train import train_together
@@ -87,7 +87,7 @@ def test_labels_that_are_partly_unknown_stack_too():
 def test_train_together_gives_what_train_head_gives(head):
     view = toy_view(n=200, splits="given", noise=2.0)
     settings = [Settings(head, epochs=3, **more) for more in ({}, {"seed": 2}, {"lr": 3e-3}, {"class_weights": True})]
-    fits = train_together(prepare(view, settings[0]), settings)
+    fits = train_together(prepare_training(view, settings[0]), settings)
     for one, fit in zip(settings, fits, strict=True):
         given = {name: getattr(one, name) for name in VARIED}
         run = train_head(view, head, epochs=3, **given)
@@ -183,7 +183,7 @@ def test_a_head_that_fails_leaves_the_others_alone():
     view = toy_view(n=200, splits="given", noise=2.0)
     view.features["cls"] = view.features["cls"].float() * 1e3
     settings = [Settings("linear", epochs=3, select="loss", lr=lr) for lr in (1e-3, 1e38, 1e-2)]
-    good, failed, fine = train_together(prepare(view, settings[0]), settings)
+    good, failed, fine = train_together(prepare_training(view, settings[0]), settings)
     assert isinstance(failed, ProtocolError) and "not finite any more in epoch 1" in str(failed)
     alone = train_head(view, "linear", epochs=3, select="loss", lr=1e-2)
     torch.testing.assert_close(fine.model.fc.weight, alone.model.fc.weight)
@@ -196,11 +196,11 @@ def test_a_linear_head_on_fixed_vectors_is_trained_on_these(head):
     view = toy_view(n=200, splits="given", noise=2.0, tokens=5)
     view.prefix, view.grid = ("cls",), (2, 2)
     settings = [Settings(head, epochs=3, seed=k) for k in (0, 1)]
-    job = prepare(view, settings[0])
+    job = prepare_training(view, settings[0])
     for one, fit in zip(settings, train_together(job, settings), strict=True):
         own = torch.Generator().manual_seed(one.seed)
         model = make_head(head, job.input, 2, own)
-        parts = [load_features(view, "tokens", job.divided.rows(s), job.task.labels) for s in ("train", "val")]
+        parts = [load_features(view, "tokens", job.splits.rows(s), job.task.labels) for s in ("train", "val")]
         loss, correction = loss_and_prior(job.task, parts[0].y, one)
         (slow,) = train_heads(
             SequentialTrainer([Learner(model, loss, own, one)]), [one], *parts, [correction], job.task
@@ -213,7 +213,7 @@ def test_finished_heads_take_no_more_steps(monkeypatch):
     sizes, step = [], StackedTrainer.step
     monkeypatch.setattr(StackedTrainer, "step", lambda self, *a: sizes.append(len(self)) or step(self, *a))
     settings = [Settings("linear", epochs=30, patience=2, lr=lr) for lr in (1e-2, 1e-9)]  # the second creeps on
-    fits = train_together(prepare(toy_view(n=200, splits="given", noise=3.0), settings[0]), settings)
+    fits = train_together(prepare_training(toy_view(n=200, splits="given", noise=3.0), settings[0]), settings)
     assert sizes[0] == 2 and sizes[-1] == 1
     assert len(fits[0].history) < len(fits[1].history) == 30
 
@@ -260,10 +260,10 @@ def test_features_beyond_the_budget_are_read_batch_by_batch_to_the_same_end():
 
 def test_a_shuffle_by_blocks_is_a_permutation_that_stays_near():
     rows, rng = np.arange(64 * BLOCK), np.random.default_rng(0)
-    near = shuffled(rows, rng, 4 * BLOCK)
+    near = shuffle_rows(rows, rng, 4 * BLOCK)
     assert sorted(near) == list(rows) and (near != rows).mean() > 0.99
     assert all(len(set(part // BLOCK)) <= 4 for part in near.reshape(-1, 4 * BLOCK))
-    everywhere = [len(set(part // BLOCK)) for part in shuffled(rows, rng, None).reshape(-1, 4 * BLOCK)]
+    everywhere = [len(set(part // BLOCK)) for part in shuffle_rows(rows, rng, None).reshape(-1, 4 * BLOCK)]
     assert min(everywhere) > 40
     order = torch.cat(PlainBatches(len(rows), 32, 0, 4 * BLOCK).epoch())
     assert sorted(order.tolist()) == list(rows)

@@ -231,7 +231,7 @@ def test_zscore_is_by_train_only_and_kept_with_the_run():
 
 def test_standardize_of_tokens_is_per_channel_and_l2_per_token():
     x = torch.randn(20, 4, 6).half()
-    scaled = Standardize.fitted("zscore", lambda: x.split(7))(x.float())
+    scaled = Standardize.fit("zscore", lambda: x.split(7))(x.float())
     torch.testing.assert_close(scaled.mean((0, 1)), torch.zeros(6), atol=1e-5, rtol=0)
     torch.testing.assert_close(scaled.std((0, 1), unbiased=False), torch.ones(6))
     torch.testing.assert_close(Standardize("l2")(x.float()).norm(dim=-1), torch.ones(20, 4))
