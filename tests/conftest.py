@@ -1,4 +1,7 @@
-"""Shared by all tests: nothing is downloaded, and the real images are found through an environment variable."""
+"""Fixtures of all tests, and the tier of each test: nothing is downloaded, every process has a state of its own.
+
+Unmarked tests take less than a second, start no process, load no transformers model and train no network.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,54 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["FEATURECACHE_SECRET"] = "of the tests"  # none is made in the user's own configuration
+
+TIERS = ("integration", "slow")
+INTEGRATION = {  # whole files: they load models, train or start processes; single tests elsewhere carry the mark
+    "backbones": "certificate transformers_models weights",
+    "commands": "cli",
+    "extraction": "cache_miss canary cost digest_cache extraction incremental plan",
+    "heads": "inference",
+    "heads/evaluation": "comparison external",
+    "heads/explanations": "explain explain_backbones",
+    "heads/models": "finetune",
+    "heads/reports": "page",
+    "heads/runs": "heads_runs",
+    "heads/studies": "studies studies_run",
+    "heads/sweeps": "sweep",
+    "heads/training": "engine networks train",
+    "images": "augmentation",
+    "maintenance": "repair",
+    "robustness": "at_once faults flips fuzz real_images workers",
+    "sources": "pseudonyms sources_commands",
+    "store": "keys",
+}
+ALONE = ("test_at_once.py", "test_faults.py", "test_flips.py")  # use two cores themselves: one process of pytest -n
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    files = {here / folder / f"test_{name}.py" for folder, names in INTEGRATION.items() for name in names.split()}
+    for item in items:
+        if item.path in files:
+            item.add_marker("integration")
+        if item.path.name in ALONE:
+            item.add_marker(pytest.mark.xdist_group("faults"))
+
+
+@pytest.fixture(autouse=True)
+def _no_process_in_the_first_tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not any(map(request.node.get_closest_marker, TIERS)):
+        for call in ("subprocess.Popen", "os.fork"):
+            monkeypatch.setattr(call, lambda *_, **__: pytest.fail("starts a process: mark it integration"))
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small ViT as transformers saves it: a backbone for tests that do not change it."""
+    from support.checkpoints import save_vit
+
+    return str(save_vit(tmp_path_factory.mktemp("checkpoint") / "vit"))
 
 
 @pytest.fixture

@@ -40,12 +40,14 @@ def test_a_file_of_weights_is_not_a_name(tmp_path):
     refuses(UnknownBackbone, r"--backbone NAME --weights", tmp_path / "mine.pt")
 
 
+@pytest.mark.integration
 def test_options_that_make_no_sense_are_refused_before_anything_is_looked_for():
     refuses(BadOption, r"contradict", "vit-in21k", weights="x", random_weights=True)
     refuses(BadOption, r"model, squash, pad", "vit-in21k", fit="stretch")
     refuses(WeightsNotFound, r"--random-weights", "vit-demo")
 
 
+@pytest.mark.integration
 def test_names_of_stores_come_from_folders_and_repositories(tmp_path, hub):
     folder = save.save_vit(tmp_path / "my vit")
     put_in_cache(hub, folder, "org/their-vit")
@@ -71,6 +73,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ALIASES)
 def test_an_aliass_record_agrees_with_the_network_it_builds(name):
     alias, shape = ALIASES[name], describe_backbone(name)
@@ -82,6 +85,7 @@ def test_an_aliass_record_agrees_with_the_network_it_builds(name):
     assert ("refused" in shape["outputs"]["pooler"]) == (not alias.pooler or not alias.model_type)
 
 
+@pytest.mark.integration
 def test_a_description_says_what_is_seen_and_why_an_output_is_missing():
     shape = describe_backbone("siglip-base")
     assert shape["sees"] == "224×224 squashed, bicubic, mean 0.5, std 0.5 (as published with its weights)"
@@ -91,17 +95,20 @@ def test_a_description_says_what_is_seen_and_why_an_output_is_missing():
     json.dumps(shape)
 
 
+@pytest.mark.integration
 def test_a_description_of_a_folder_knows_that_its_pooler_was_not_saved(tmp_path):
     with_pooler, without = save.save_vit(tmp_path / "a"), save.save_vit(tmp_path / "b", pooler=False)
     assert "shape" in describe_backbone(str(with_pooler))["outputs"]["pooler"]
     assert "refused" in describe_backbone(str(without))["outputs"]["pooler"]
 
 
+@pytest.mark.integration
 def test_a_loaded_backbone_is_described_as_its_name_is(tmp_path):
     folder = str(save.save_deit(tmp_path))
     assert describe_backbone(load_backbone(folder)) == describe_backbone(folder)
 
 
+@pytest.mark.integration
 def test_untrained_weights_follow_the_seed_and_leave_torchs_generator_alone():
     torch.manual_seed(5)
     before = torch.rand(1)
@@ -112,6 +119,7 @@ def test_untrained_weights_follow_the_seed_and_leave_torchs_generator_alone():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.integration
 def test_vit_demo_is_small_and_sees_small_images():
     backbone = load_backbone("vit-demo", random_weights=True)
     assert (backbone.image_size, backbone.grid, backbone.weights) == ((64, 64), (8, 8), {"random_seed": 0})

@@ -48,6 +48,7 @@ def test_gap_through_the_networks_own_classifier_gives_its_logits(name):
         assert_same(tokens.mean(1), gap)
 
 
+@pytest.mark.integration
 def test_resnet50_gives_what_torchvisions_own_feature_extraction_gives_for_one_pil_image_at_a_time():
     backbone = load_backbone("resnet50", random_weights=True, seed=3)
     torch.manual_seed(3)
@@ -146,6 +147,7 @@ def test_weights_come_from_torch_hubs_folder(torch_home):
     assert backbone.provenance["revision"] == "resnet18-f37072fd.pth"
 
 
+@pytest.mark.integration
 def test_fine_tuned_to_other_classes_cut_off_or_inside_another_network_it_is_the_same_backbone(tmp_path):
     state = models.resnet18().state_dict()
     files = [
@@ -176,6 +178,7 @@ def test_weights_of_another_network_are_refused(of, says, tmp_path):
     refuses(WeightsDoNotFit, says, "torchvision:resnet18", weights=tmp_path / "w.pt")
 
 
+@pytest.mark.integration
 def test_densenet_weights_with_the_names_of_their_publication_are_read(tmp_path):
     state = models.densenet121().state_dict()
     old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)\.", r"\1.\2.", name): t for name, t in state.items()}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.small_views import CLS, ORDER, make_view
+from support.builders import CLS, ORDER, make_view
 
 from featurecache.commands.terminal import Console
 from featurecache.formatting import cell, harmless, one_line, text_of
@@ -83,6 +83,7 @@ def test_whatever_was_written_comes_back(text: str) -> None:
     assert cell(text)[:1] not in tuple("=@＝＋－＠\t\r\n")
 
 
+@pytest.mark.integration
 def test_splits_and_predictions_of_formulas_round_trip(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     from support.fake_view import toy_view
 

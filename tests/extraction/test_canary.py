@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from support.checkpoints import save_convnext, save_vit
 from support.pictures import image_folder, save_picture
+from support.plant import flip
 from torchvision.transforms.v2 import functional
 
 import featurecache
@@ -235,10 +236,7 @@ def test_a_cnn_has_one_too(tmp_path: Path) -> None:
 def test_a_damaged_reference_is_no_drift_and_repair_makes_it_again(home: Path, place: int) -> None:
     extract(home)
     path = canary.canary_path(store_of(home))
-    whole = path.read_bytes()
-    data = bytearray(whole)
-    data[place] ^= 1
-    path.write_bytes(data)
+    flip(path, place)
     save_picture(home / "data" / "ill" / "new.png", 99)
     with pytest.raises(DamagedFile, match=r"canary\.safetensors .*featurecache repair"):
         extract(home)

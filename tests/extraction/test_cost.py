@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from support.builders import CLS, add_shard, add_view, make_store
 from support.checkpoints import save_vit
 from support.fake_view import toy_view
 from support.pictures import image_folder, save_picture
-from support.tiny_cache import CLS, add_shard, add_view, make_store
 
 import cli
 import featurecache

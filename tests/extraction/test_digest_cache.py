@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from support.checkpoints import save_vit
 from support.pictures import image_folder, save_picture
 
 import featurecache
@@ -42,11 +41,6 @@ def reads(monkeypatch) -> list[str]:  # type: ignore[no-untyped-def]
     seen, read = [], ImageFiles.read
     monkeypatch.setattr(ImageFiles, "read", lambda self, row: seen.append(self.path(row)) or read(self, row))
     return seen
-
-
-@pytest.fixture
-def vit(tmp_path: Path) -> str:
-    return str(save_vit(tmp_path / "vit"))
 
 
 @pytest.fixture

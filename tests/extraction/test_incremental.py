@@ -8,18 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import save_vit
 from support.pictures import image_folder, save_picture
 
 import featurecache
 from featurecache.extraction import scan
 from featurecache.extraction.run import ExtractionResult
 from featurecache.store.view import View
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory) -> str:  # type: ignore[no-untyped-def]
-    return str(save_vit(tmp_path_factory.mktemp("vit")))
 
 
 @pytest.fixture(autouse=True)

@@ -5,18 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.checkpoints import save_vit
 from support.pictures import image_folder
 
 import featurecache
 from featurecache.errors import DamagedFile, OutputRefused
 from featurecache.extraction import plan
 from featurecache.store.view import View
-
-
-@pytest.fixture
-def vit(tmp_path: Path) -> str:
-    return str(save_vit(tmp_path / "vit"))
 
 
 @pytest.fixture

@@ -44,6 +44,7 @@ def marks(store: Path) -> list[Path]:
     return [path for path in store.iterdir() if path.name != "spec.json"]
 
 
+@pytest.mark.integration
 def test_many_extractions_work_in_one_store(store: Path) -> None:
     with shared_lock(store, "extract"), shared_lock(store, "extract"):
         assert len(marks(store)) == 2
@@ -63,6 +64,7 @@ def test_who_removes_files_is_alone(store: Path, first, second) -> None:  # type
         pass
 
 
+@pytest.mark.integration
 def test_another_process_is_named_and_its_death_noticed(store: Path, holder: subprocess.Popen[str]) -> None:
     said = f"gc by process {holder.pid} on .*Try again when it has finished"
     with pytest.raises(InUse, match=said), shared_lock(store, "x"):
@@ -98,6 +100,7 @@ def no_locks(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(locks.fcntl, "flock", flock)
 
 
+@pytest.mark.integration
 def test_without_file_locks_a_dead_process_of_this_host_is_recognised(store: Path, no_locks: None) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
@@ -109,6 +112,7 @@ def test_without_file_locks_a_dead_process_of_this_host_is_recognised(store: Pat
         pass
 
 
+@pytest.mark.integration
 def test_without_file_locks_another_hosts_mark_counts_and_is_named(store: Path, no_locks: None) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()

@@ -21,14 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.checkpoints import save_vit
 from support.pictures import image_folder, picture, save_picture
-from support.plant import rewrite
+from support.plant import flip, rewrite
 from torchvision.transforms import v2
 
 import cli
 import featurecache
 from featurecache.errors import BadOption, CacheError, SourceError
 from featurecache.extraction import pipeline, recompute
-from featurecache.extraction import run as extraction_run
 from featurecache.extraction.cache_miss import explain
 from featurecache.extraction.run import ExtractionResult
 from featurecache.files.hdf5 import write_texts
@@ -412,9 +411,7 @@ def test_size_and_disk_count_the_copies(home: Path, monkeypatch) -> None:  # typ
     row = plain.bytes_of() // N
     assert (found.bytes_of(), found.new_bytes, found.to_compute) == (row * (N + 2 * TRAIN),) * 2 + (N + 2 * TRAIN,)
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(
-        extraction_run.shutil, "disk_usage", lambda path: usage(0, 0, plain.new_bytes + (1 << 20) + 999)
-    )
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(0, 0, plain.new_bytes + (1 << 20) + 999))
     plain.check_disk()
     with pytest.raises(OSError, match="are to be written"):
         found.check_disk()
@@ -553,10 +550,7 @@ def damage(view: View, row: int, output: str) -> None:
     """One bit of the features of a row."""
     file, number = View(view.path, copies=True).stored(output).index[row]
     entry = view.files[file]
-    path = view.store / entry["path"].decode()
-    data = bytearray(path.read_bytes())
-    data[int(entry["offset"]) + int(number) * view.layout(output).row_bytes] ^= 1
-    path.write_bytes(data)
+    flip(view.store / entry["path"].decode(), int(entry["offset"]) + int(number) * view.layout(output).row_bytes)
 
 
 def test_repair_computes_a_copy_again(home: Path) -> None:

@@ -343,6 +343,7 @@ def test_large_images_below_the_limit_do_not_warn(monkeypatch):
         decode(encoded(GREY, "PNG"))
 
 
+@pytest.mark.integration
 def test_png_with_damaged_data_is_a_failure_and_not_the_end_of_the_interpreter():
     data = bytearray(encoded(COLOUR, "PNG"))
     data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)

@@ -355,6 +355,7 @@ def test_one_patient_in_all_files_says_nothing(tmp_path):
     assert "ANON" not in str(data)
 
 
+@pytest.mark.integration
 def test_nothing_of_a_patient_but_the_group_reaches_the_cache_and_hashing_hides_that(tmp_path):
     folder = patients(tmp_path / "d", "SECRET-7", "SECRET-8", "SECRET-9")
     text = dicom_bytes(RAMP.astype(np.uint8), NumberOfFrames="12345678").replace(b"12345678", b"DOE^JANE")
@@ -517,6 +518,7 @@ def test_threads_decode_what_one_thread_decodes_and_no_warning_escapes():
 # -- a whole extraction
 
 
+@pytest.mark.integration
 def test_frames_extracted_and_found_again_by_name(tmp_path):
     frames = np.random.default_rng(1).integers(0, 256, (3, 20, 20)).astype(np.uint8)
     (tmp_path / "d").mkdir()

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from support.tiny_cache import CLS, TOKENS, add_shard, add_view, digests, features, make_store, make_view
+from support.builders import CLS, TOKENS, add_shard, add_view, digests, features, make_store, make_view
+from support.plant import flip
 
 import cli
 import featurecache
@@ -21,7 +22,6 @@ from featurecache.errors import BadOption, CacheError, CannotWrite, DamagedFile,
 from featurecache.extraction import canary
 from featurecache.files.locks import shared_lock
 from featurecache.maintenance import collect as collecting
-from featurecache.maintenance import export
 from featurecache.maintenance.collect import collect, compact, remove_view
 from featurecache.maintenance.merge import merge
 from featurecache.maintenance.verify import verify
@@ -196,6 +196,7 @@ def test_a_store_in_which_something_cannot_be_read_is_left_alone(tmp_path: Path,
     assert garbage.left and files(tmp_path) == before
 
 
+@pytest.mark.integration
 def test_a_damaged_row_is_not_given_a_new_checksum(tmp_path: Path) -> None:
     view = make_view(tmp_path, range(8), layouts=[CLS])
     add_view(open_store(view.store), "part", [0, 5], [CLS])
@@ -208,12 +209,7 @@ def test_a_damaged_row_is_not_given_a_new_checksum(tmp_path: Path) -> None:
     assert garbage.left and "damaged" in garbage.left and files(tmp_path) == before
 
 
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-
-
+@pytest.mark.integration
 def test_of_two_copies_none_goes_while_the_one_that_stays_is_damaged(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     whole, other = add_shard(store, [0, 1], CLS), add_shard(store, [0, 1, 2], CLS)
@@ -287,6 +283,7 @@ def test_drafts_of_the_dead_are_listed_and_those_of_the_living_stay(tmp_path: Pa
     writer.discard()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("owner", "name", "count"),
     [
@@ -367,6 +364,7 @@ def test_compact_puts_the_rows_in_the_order_of_the_view(scattered: Store) -> Non
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.h5")} == again
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("owner", "name", "count"),
     [
@@ -421,7 +419,7 @@ def test_compact_of_a_view_whose_rows_are_gone_says_so(scattered: Store) -> None
 
 
 def test_compact_asks_for_the_space_first(scattered: Store, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
     before = files(scattered.path.parent)
     with pytest.raises(CannotWrite, match="Free some space; nothing was changed"):
         compact("set", scattered.path.parent)
@@ -485,6 +483,7 @@ def test_caches_whose_canaries_differ_are_not_mixed(two: tuple[Path, Path], what
     assert before.items() <= files(here).items() and len(rows_in(open_store(next(here.glob("tiny-*"))), "cls")) == 8
 
 
+@pytest.mark.integration
 def test_a_damaged_shard_is_not_taken_nor_the_view_that_needs_it(two: tuple[Path, Path]) -> None:
     here, there = two
     victim = next(p for p in shards(there / "vit-of-their-own", "cls") if digests([9])[0] in read_shard(p, CLS).digests)
@@ -495,6 +494,7 @@ def test_a_damaged_shard_is_not_taken_nor_the_view_that_needs_it(two: tuple[Path
     is_whole(here, mine=range(8))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("count", [2, 4])
 def test_merge_interrupted_goes_on(two: tuple[Path, Path], monkeypatch, count: int) -> None:  # type: ignore[no-untyped-def]
     here, there = two

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from support.tiny_cache import CLS, TOKENS, features, make_view
+from support.builders import CLS, TOKENS, features, make_view
 
 import featurecache
 from featurecache.errors import BadOption, CannotWrite
@@ -149,7 +149,7 @@ def test_columns_too_long_for_the_header_of_a_safetensors_file_are_refused(
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path, view: View, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(maintenance_export.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(CannotWrite, match=r"are to be written and .* has 100 B free"):
         export_view(view, tmp_path / "set.h5")
     assert list(tmp_path.glob("*set*")) == []
@@ -206,12 +206,14 @@ def disturbed(tmp_path_factory) -> tuple[View, Path, subprocess.CompletedProcess
     return view, folder, subprocess.run(words, capture_output=True, text=True, cwd=root)
 
 
+@pytest.mark.integration
 def test_a_full_disk_is_one_sentence_and_leaves_the_file_that_was_there(disturbed) -> None:  # type: ignore[no-untyped-def]
     lines = disturbed[2].stdout.splitlines()
     assert disturbed[2].stderr == "" and len(lines) == 12
     assert [line for line in lines if not line.endswith("CannotWrite fine")] == []
 
 
+@pytest.mark.integration
 def test_killed_the_old_file_stays_and_the_next_export_clears_up(disturbed) -> None:  # type: ignore[no-untyped-def]
     view, folder, done = disturbed
     assert done.returncode == -9

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from support.tiny_cache import make_view
+from support.builders import make_view
 
 import cli
 import featurecache
@@ -48,6 +48,7 @@ def bring(tmp_path: Path):  # type: ignore[no-untyped-def]
     return bring
 
 
+@pytest.mark.integration
 @pytest.mark.slow
 def test_an_npy_with_labels_beside_it_trains_a_head(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     import heads
@@ -446,6 +447,7 @@ def call(*words: object):  # type: ignore[no-untyped-def]
     return result
 
 
+@pytest.mark.integration
 def test_the_command_says_that_the_origin_is_unknown(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     npy(tmp_path, X), npy(tmp_path, Y, "y.npy")
@@ -474,6 +476,7 @@ def test_tokens_by_the_command_line(tmp_path: Path, monkeypatch) -> None:  # typ
     assert call("import", "feats.npy", "--name", "x", "--column", "label").exit_code == 2
 
 
+@pytest.mark.integration
 def test_an_extraction_makes_no_vector(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     done = call("extract", "--backbone", "vit-demo", "--random-weights", "--outputs", "vector")

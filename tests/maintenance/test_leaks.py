@@ -268,6 +268,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.integration
 def test_training_warns_in_one_line_and_the_run_and_its_table_say_it_too(here):
     said = []
     run = train_head(leaky(), "linear", epochs=1, say=said.append)
@@ -276,6 +277,7 @@ def test_training_warns_in_one_line_and_the_run_and_its_table_say_it_too(here):
     assert f"{WARNING}: these numbers may be too good." in final_table(load_run(run.path))
 
 
+@pytest.mark.integration
 def test_drop_leaks_leaves_out_train_then_val_never_test_and_says_so(here):
     said, view = [], leaky()
     run = train_head(view, "linear", epochs=1, drop_leaks=True, say=said.append)
@@ -294,6 +296,7 @@ def test_drop_leaks_leaves_out_train_then_val_never_test_and_says_so(here):
     assert not any("stand in both" in line for line in said)
 
 
+@pytest.mark.integration
 def test_drop_leaks_says_when_there_is_nothing_to_leave_out(here):
     said = []
     run = train_head(toy_view(), "linear", epochs=1, drop_leaks=True, say=said.append)
@@ -313,6 +316,7 @@ def test_drop_leaks_with_a_val_drawn_anew():
     assert (chosen.names == "test").sum() == 48
 
 
+@pytest.mark.integration
 def test_drop_leaks_looks_only_at_the_rows_of_the_task():
     """An image of train under class 0 that stands in test under class 1 is no leak where class 1 is not tested."""
     view = toy_view(n=240, classes=3, splits="given")
@@ -366,6 +370,7 @@ def trained(tmp_path_factory):
     return train_head(leaky(), "linear", epochs=1, out=tmp_path_factory.mktemp("r") / "run").path
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "changed",
     [
@@ -413,6 +418,7 @@ def leaks(root, *words):
     return call("leaks", "d", "--cache", root / "cache", *words)
 
 
+@pytest.mark.integration
 def test_the_command_counts_lists_and_names_what_to_type(extracted):
     done = leaks(extracted, "--threshold", "0.9999")
     assert done.exit_code == 0, done.output
@@ -439,6 +445,7 @@ def test_a_view_without_splits_says_why_there_is_nothing():
     assert inspect.leaks_lines(view, find_leaks(view)).count("fewer than two splits in the data") == 3
 
 
+@pytest.mark.integration
 def test_the_csv_has_every_pair_and_no_formula(extracted, tmp_path):
     assert leaks(extracted, "--threshold", "0.9999", "--csv", tmp_path / "l.csv").exit_code == 0
     rows = list(csv.DictReader(io.StringIO((tmp_path / "l.csv").read_text(), newline="")))
@@ -452,12 +459,14 @@ def test_the_csv_has_every_pair_and_no_formula(extracted, tmp_path):
     assert not any(value.startswith(("=", "-", "+", "@")) for value in cells)
 
 
+@pytest.mark.integration
 def test_json_is_one_object_with_the_pairs(extracted):
     record = json.loads(leaks(extracted, "--json", "--threshold", "0.9999").stdout)
     assert {"kind": "image", "splits": ["train", "test"], "count": 1} in record["counts"]
     assert record["pairs"][0]["ids"][0].startswith("train/ill/")
 
 
+@pytest.mark.integration
 def test_the_sheet_shows_each_pair_and_an_empty_frame_for_what_has_gone(extracted, tmp_path, monkeypatch):
     shutil.copytree(extracted, tmp_path / "c")
     root, reasons = tmp_path / "c", []
@@ -488,6 +497,7 @@ def test_the_sheet_shows_each_pair_and_an_empty_frame_for_what_has_gone(extracte
         assert len(set(sheet.convert("L").resize((64, 64)).get_flattened_data())) > 10
 
 
+@pytest.mark.integration
 def test_a_sheet_without_images_is_refused_before_anything_is_compared(extracted, tmp_path):
     (extracted / "d").rename(extracted / "moved")
     try:
@@ -503,6 +513,7 @@ def test_a_sheet_without_images_is_refused_before_anything_is_compared(extracted
         inspect.open_images(view_of([TRAIN], "x", source={"kind": "folder", "data": str(tmp_path / "gone")}))
 
 
+@pytest.mark.integration
 def test_pneumoniamnist_has_eight_images_in_train_and_val(real_data):
     """By digests, against the bytes of the arrays themselves."""
     data = open_source(real_data / "pneumoniamnist.npz")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from support.builders import CLS, add_shard, make_store, make_view
 from support.checkpoints import save_vit
 from support.pictures import image_folder
-from support.tiny_cache import CLS, add_shard, make_store, make_view
+from support.plant import flip
 
 import cli
 import featurecache
@@ -53,12 +54,6 @@ def shard(home: Path, output: str = "tokens") -> Path:
 
 def view(home: Path) -> View:
     return featurecache.open_view("data", home / "cache")
-
-
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
 
 
 def place_of(home: Path, row: int, output: str = "tokens") -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.builders import CLS, TOKENS, add_shard, add_view, features, make_store, make_view
 from support.fault_home import Home, Scenario
 from support.fault_home import home as make_home
 from support.forks import Answer
-from support.tiny_cache import CLS, TOKENS, add_shard, add_view, features, make_store, make_view
 
 from featurecache.errors import DamagedFile
 from featurecache.maintenance import verify as verification
@@ -69,10 +69,14 @@ def test_two_extractions_from_nothing(tmp_path: Path, home: Home) -> None:
     assert home.forks.done("leftovers", cache=tmp_path / "cache") == []
 
 
-def beside_an_extraction(home: Home, folder: Path, name: str, steps: list[int]) -> None:
+@pytest.mark.parametrize("name", ["new", "grow"])
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_beside_an_extraction_others_read_verify_extract_and_remove_nothing(
+    tmp_path: Path, home: Home, name: str, count: int
+) -> None:
     scenario = home.scenario(name)
-    for step in steps:
-        cache = folder / str(step)
+    for step in steps_inside(scenario, count):
+        cache = tmp_path / str(step)
         with held(home, scenario, cache, step) as answers:
             state = home.forks.done("state", cache=cache)
             assert state["views"] in scenario.states and state["damaged"] == [], (step, state)
@@ -86,23 +90,14 @@ def beside_an_extraction(home: Home, folder: Path, name: str, steps: list[int]) 
         assert home.forks.done("leftovers", cache=cache) == [], step
 
 
-@pytest.mark.parametrize("name", ["new", "grow"])
-def test_beside_an_extraction_others_read_verify_extract_and_remove_nothing(
-    tmp_path: Path, home: Home, name: str
+@pytest.mark.parametrize(("name", "what"), [("mend", "repair"), ("gc", "gc"), ("compact", "compact set")])
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_beside_one_that_removes_files_others_read_and_verify(
+    tmp_path: Path, home: Home, name: str, what: str, count: int
 ) -> None:
-    beside_an_extraction(home, tmp_path, name, steps_inside(home.scenario(name), 2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["new", "grow"])
-def test_beside_an_extraction_at_many_steps(tmp_path: Path, home: Home, name: str) -> None:
-    beside_an_extraction(home, tmp_path, name, steps_inside(home.scenario(name), 8))
-
-
-def beside_one_that_is_alone(home: Home, folder: Path, name: str, what: str, steps: list[int]) -> None:
     scenario = home.scenario(name)
-    for step in steps:
-        cache = folder / str(step)
+    for step in steps_inside(scenario, count):
+        cache = tmp_path / str(step)
         with held(home, scenario, cache, step) as answers:
             refused = home.forks.run("extract", cache=cache, **home.grow)
             damaged = scenario.damaged and "DamagedFile" in str(refused.error)
@@ -113,20 +108,6 @@ def beside_one_that_is_alone(home: Home, folder: Path, name: str, what: str, ste
             assert scenario.damaged or state["damaged"] == [], (step, state["damaged"])
         assert answers[0].error is None and answers[0].code == 0, (step, answers)
         assert home.forks.done("state", cache=cache) == scenario.end, step
-
-
-ALONE = [("mend", "repair"), ("gc", "gc"), ("compact", "compact set")]
-
-
-@pytest.mark.parametrize(("name", "what"), ALONE)
-def test_beside_one_that_removes_files_others_read_and_verify(tmp_path: Path, home: Home, name: str, what: str) -> None:
-    beside_one_that_is_alone(home, tmp_path, name, what, steps_inside(home.scenario(name), 2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "what"), ALONE)
-def test_beside_one_that_removes_files_at_many_steps(tmp_path: Path, home: Home, name: str, what: str) -> None:
-    beside_one_that_is_alone(home, tmp_path, name, what, steps_inside(home.scenario(name), 8))
 
 
 def looked_at_while_others_write(home: Home, folder: Path, job: str, rounds: int) -> Any:

@@ -1,6 +1,6 @@
 """Killed, out of disk, refused by the disk: nothing committed is lost, nothing wrong is read, the command completes.
 
-Every event is a call that changes the cache; `tests/failpoints.py` counts them and makes the fault at one of them.
+Every event is a call that changes the cache; `support/failpoints.py` counts them and makes the fault at one of them.
 """
 
 from __future__ import annotations
@@ -49,15 +49,11 @@ def killed_at(home: Home, name: str, folder: Path, points: list[int], do: str = 
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_killed_at_one_step_of_each_kind_the_same_command_finishes(tmp_path: Path, home: Home, name: str) -> None:
-    most = 12 if name in ("new", "mend") else 5
-    killed_at(home, name, tmp_path, home.scenario(name).one_of_each_kind(SEED, most))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_killed_at_every_step_the_same_command_finishes(tmp_path: Path, home: Home, name: str) -> None:
-    killed_at(home, name, tmp_path, list(range(len(home.scenario(name).events))))
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_at_one_step_of_each_kind_or_at_every_step(tmp_path: Path, home: Home, name: str, every: bool) -> None:
+    scenario, most = home.scenario(name), 12 if name in ("new", "mend") else 5
+    steps = list(range(len(scenario.events))) if every else scenario.one_of_each_kind(SEED, most)
+    killed_at(home, name, tmp_path, steps)
 
 
 def test_killed_in_the_middle_of_a_write(tmp_path: Path, home: Home) -> None:
@@ -66,25 +62,17 @@ def test_killed_in_the_middle_of_a_write(tmp_path: Path, home: Home) -> None:
     killed_at(home, "new", tmp_path, sorted(random.Random(SEED).sample(writes, 6)), do="torn")
 
 
-def killed_at_random_times(home: Home, folder: Path, seconds: float) -> int:
+@pytest.mark.parametrize("seconds", [SECONDS, pytest.param(8 * SECONDS, marks=pytest.mark.slow)])
+def test_killed_at_random_times(tmp_path: Path, home: Home, seconds: float) -> None:
     rng, end, count = random.Random(SEED), time.monotonic() + seconds, 0
     while time.monotonic() < end:
         scenario = home.scenario(rng.choice(OPERATIONS))
         moments = [{"after": rng.uniform(0, 1.2 * scenario.seconds)} for _ in range(4)]
-        disturbed(home.forks, scenario, folder / str(count), moments)
-        all_is_well_after(home.forks, scenario, folder / str(count), range(len(moments)))
-        shutil.rmtree(folder / str(count))
+        disturbed(home.forks, scenario, tmp_path / str(count), moments)
+        all_is_well_after(home.forks, scenario, tmp_path / str(count), range(len(moments)))
+        shutil.rmtree(tmp_path / str(count))
         count += 1
-    return count
-
-
-def test_killed_at_random_times(tmp_path: Path, home: Home) -> None:
-    assert killed_at_random_times(home, tmp_path, SECONDS)
-
-
-@pytest.mark.slow
-def test_killed_at_random_times_for_long(tmp_path: Path, home: Home) -> None:
-    assert killed_at_random_times(home, tmp_path, 8 * SECONDS)
+    assert count
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(home: Home) -> None:
@@ -236,9 +224,10 @@ def _mount(folder: Path, size: str, remount: str = "") -> bool:
     return subprocess.run(words, capture_output=True).returncode == 0
 
 
-def fills(home: Home, disk: Path, sizes: list[int]) -> None:
+@pytest.mark.parametrize("sizes", [[16, 60, 72], pytest.param([*range(8, 80, 4)], marks=pytest.mark.slow)])
+def test_a_disk_that_is_really_full(small_disk: Path, home: Home, sizes: list[int]) -> None:
     """The extraction on a disk of each of these sizes (kB), then on one that is large enough."""
-    scenario = home.scenario("new")
+    scenario, disk = home.scenario("new"), small_disk
     for size in sizes:
         assert _mount(disk, f"{size}k", "remount,")
         answer = home.forks.run("extract", cache=disk / "0", room=True, **scenario.arguments)
@@ -246,12 +235,3 @@ def fills(home: Home, disk: Path, sizes: list[int]) -> None:
         assert _mount(disk, "8m", "remount,")
         all_is_well_after(home.forks, scenario, disk, [0])
         shutil.rmtree(disk / "0")
-
-
-def test_a_disk_that_is_really_full(small_disk: Path, home: Home) -> None:
-    fills(home, small_disk, [16, 60, 72])
-
-
-@pytest.mark.slow
-def test_disks_of_every_size(small_disk: Path, home: Home) -> None:
-    fills(home, small_disk, list(range(8, 80, 4)))

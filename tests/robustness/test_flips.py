@@ -15,10 +15,10 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from support.builders import CLS, add_shard, add_view, digests, features, make_store
 from support.fault_home import Home
 from support.fault_home import home as make_home
 from support.flip_jobs import damaged
-from support.tiny_cache import CLS, add_shard, add_view, digests, features, make_store
 
 from featurecache.maintenance.repair import repair
 from featurecache.maintenance.verify import verify
@@ -140,23 +140,15 @@ def random_damages(whole: Whole, seed: int, count: int, names: list[str]) -> lis
 # ---------------------------------------------------------------------------------------------- found, never wrong
 
 
-def each_is_found_and_harmless(whole: Whole, folder: Path, seed: int, count: int) -> None:
+@pytest.mark.parametrize(("seed", "count"), [(SEED, 100), pytest.param(SEED + 1, 600, marks=pytest.mark.slow)])
+def test_random_damages_are_found_and_harmless(whole: Whole, tmp_path: Path, seed: int, count: int) -> None:
     damages = random_damages(whole, seed, count, whole.paths)
-    for one, found in zip(damages, whole.make(folder, [[d] for d in damages], ""), strict=True):
+    for one, found in zip(damages, whole.make(tmp_path, [[d] for d in damages], ""), strict=True):
         assert found["verify"] == [one[0]], (one, found["verify"])
         whole.check_read(found["read"], one)
         if one[0] in whole.shards and one[1] in ("bit", "ones", "swap"):
             touched = whole.rows_lost(one[0], [one])
             assert whole.unreadable(found["read"]) == touched, one
-
-
-def test_a_hundred_random_damages(whole: Whole, tmp_path: Path) -> None:
-    each_is_found_and_harmless(whole, tmp_path, SEED, 100)
-
-
-@pytest.mark.slow
-def test_hundreds_of_random_damages(whole: Whole, tmp_path: Path) -> None:
-    each_is_found_and_harmless(whole, tmp_path, SEED + 1, 600)
 
 
 @pytest.mark.slow
@@ -169,28 +161,20 @@ def test_every_byte_of_the_first_line_and_every_length(whole: Whole, tmp_path: P
         whole.check_read(found["read"], one)
 
 
-def extracted_on_top(whole: Whole, folder: Path, seed: int, count: int) -> None:
+@pytest.mark.parametrize(("seed", "count"), [(SEED, 16), pytest.param(SEED + 1, 120, marks=pytest.mark.slow)])
+def test_an_extraction_on_top_of_damage(whole: Whole, tmp_path: Path, seed: int, count: int) -> None:
     """An extraction for other outputs and images on damaged shards and views: its view has right rows or none."""
     names = [name for name in whole.paths if name.endswith(".h5")]
     more = {**whole.home.extract, "outputs": "cls,tokens,mean,tokens-9"}
-    (clean,) = whole.make(folder / "clean", [[]], "extract", **more)
+    (clean,) = whole.make(tmp_path / "clean", [[]], "extract", **more)
     damages = random_damages(whole, seed, count, names)
     heads = [one for one in damages if one[0] not in whole.shards or one[2] not in whole.shards[one[0]].places()]
     assert len(heads) > count // 10
-    for one, found in zip(damages, whole.make(folder, [[d] for d in damages], "extract", **more), strict=True):
+    for one, found in zip(damages, whole.make(tmp_path, [[d] for d in damages], "extract", **more), strict=True):
         told = isinstance(found["done"], str)
         whole.check_read(found["after"], one, {} if told and found["after"] != clean["after"] else clean["after"])
         assert not told or _is_error(found["done"]), (one, found["done"])
         assert one[0] in found["left"], one
-
-
-def test_an_extraction_on_top_of_damage(whole: Whole, tmp_path: Path) -> None:
-    extracted_on_top(whole, tmp_path, SEED, 16)
-
-
-@pytest.mark.slow
-def test_extractions_on_top_of_damage(whole: Whole, tmp_path: Path) -> None:
-    extracted_on_top(whole, tmp_path, SEED + 1, 120)
 
 
 # ---------------------------------------------------------------------------------------------- repaired
@@ -225,13 +209,9 @@ def several(whole: Whole, seed: int, count: int) -> list[list[Damage]]:
     return [list({one[0]: one for one in together}.values()) for together in sets]  # one for each file
 
 
-def test_random_damages_are_repaired(whole: Whole, tmp_path: Path) -> None:
-    mended(whole, tmp_path, several(whole, SEED, 20))
-
-
-@pytest.mark.slow
-def test_hundreds_of_random_damages_are_repaired(whole: Whole, tmp_path: Path) -> None:
-    mended(whole, tmp_path, several(whole, SEED + 1, 150))
+@pytest.mark.parametrize(("seed", "count"), [(SEED, 20), pytest.param(SEED + 1, 150, marks=pytest.mark.slow)])
+def test_random_damages_are_repaired(whole: Whole, tmp_path: Path, seed: int, count: int) -> None:
+    mended(whole, tmp_path, several(whole, seed, count))
 
 
 def test_shards_that_are_gone_all_of_them(whole: Whole, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ import pytest
 import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.builders import CLS, ORDER, TOKENS, make_view
 from support.fuzzing import mutant
-from support.small_views import CLS, ORDER, TOKENS, make_view
 
 from featurecache.commands.inspect import view_lines, view_record
 from featurecache.errors import CacheError, FeatureCacheError

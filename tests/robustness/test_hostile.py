@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from support.plant import Content, changed, digests, laid_out, plant, sealed
-from support.small_views import ORDER, make_spec, make_view
+from support.builders import ORDER, digests, make_spec, make_view
+from support.plant import Content, changed, laid_out, plant, sealed
 
 from featurecache.errors import CacheError, DamagedFile, UnsafeFile
 from featurecache.files.directory import USER_BLOCK, UserBlock
@@ -39,7 +39,7 @@ def refused(path: Path, words: str, error: type[Exception] = CacheError) -> None
 
 def shard(**columns: np.ndarray | None) -> Content:
     whole = {
-        "features": np.ones((2, 5, 3), "f2"), "digests": digests(2), "checksums": np.zeros(2, "u8"),
+        "features": np.ones((2, 5, 3), "f2"), "digests": digests(range(2)), "checksums": np.zeros(2, "u8"),
         "errors": np.zeros(2, "f4"), **columns,
     }  # fmt: skip
     return Content({}, {key: values for key, values in whole.items() if values is not None})
@@ -133,7 +133,7 @@ def test_a_line_that_points_outside_its_file_or_to_gigabytes_is_refused(
 
 
 SHARDS = [
-    ({"digests": digests(3)}, "columns do not agree"),
+    ({"digests": digests(range(3))}, "columns do not agree"),
     ({"checksums": np.zeros((2, 2), "u8")}, "expected 1 dimensions"),
     ({"digests": np.array([b"../" * 10] * 2, "S32")}, "not 32 hexadecimal digits"),
     ({"errors": np.zeros(2, "f8")}, "errors has the type float64"),
@@ -237,6 +237,7 @@ def view(sound: Path, tmp_path: Path) -> Path:
     return tmp_path / "cache" / sound.parent.name / sound.name
 
 
+@pytest.mark.integration
 def test_views_of_strangers_are_refused_in_a_sentence(view: Path) -> None:
     whole = view.read_bytes()
     for _, change, words in VIEWS:
@@ -255,10 +256,11 @@ def test_a_view_that_is_larger_than_memory_should_hold(view: Path) -> None:
 
 def test_a_result_beyond_the_memory_of_this_machine_is_refused(view: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("featurecache.store.view._memory_bytes", lambda: 50)
-    with pytest.raises(CacheError, match=r"9 rows of \[5, 4\] take 720 bytes .* this machine has 50"):
+    with pytest.raises(CacheError, match=r"9 rows of \[5, 4\] take 360 bytes .* this machine has 50"):
         View(view).tensor("tokens")
 
 
+@pytest.mark.integration
 def test_a_copied_cache_reads_and_trains_like_the_original(sound: Path, view: Path) -> None:
     assert np.array_equal(open_view("set", view.parents[1]).array("tokens"), View(sound).array("tokens"))
 

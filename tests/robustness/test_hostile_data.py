@@ -193,6 +193,7 @@ def changed(path: Path, name: str, change) -> None:  # type: ignore[no-untyped-d
     (path / name).write_text(json.dumps(record))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -220,12 +221,14 @@ def test_a_config_of_strangers_is_checked(run: Path, change, words: str) -> None
         use(run)
 
 
+@pytest.mark.integration
 def test_a_positive_class_that_is_none(run: Path) -> None:
     changed(run, "config.json", lambda c: c.update(positive="\x1b[2J"))
     with pytest.raises(RunError, match="positive class is none of its classes"):
         _ = load_run(run).positive
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "change",
     [
@@ -241,6 +244,7 @@ def test_metrics_of_strangers_are_checked(run: Path, change) -> None:  # type: i
     assert list_runs(run.parent) == []
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "data", "words"),
     [
@@ -261,6 +265,7 @@ def test_files_of_a_run_of_strangers(run: Path, name: str, data: bytes, words: s
         use(run)
 
 
+@pytest.mark.integration
 def test_links_in_a_run_are_refused(run: Path, tmp_path: Path) -> None:
     (run / "predictions.csv").unlink()
     (run / "predictions.csv").symlink_to("/etc/passwd")
@@ -268,6 +273,7 @@ def test_links_in_a_run_are_refused(run: Path, tmp_path: Path) -> None:
         load_run(run)
 
 
+@pytest.mark.integration
 def test_a_sound_run_of_strangers_is_used(run: Path) -> None:
     use(run)
     assert isinstance(load_run(run), Run)

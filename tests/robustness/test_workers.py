@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import save_vit
 from support.pictures import image_folder, save_picture
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,10 +38,9 @@ class Rows(Dataset):  # type: ignore[type-arg]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> tuple[Path, str]:  # type: ignore[no-untyped-def]
+def made(tmp_path_factory, vit: str) -> tuple[Path, str]:  # type: ignore[no-untyped-def]
     """A view, and the backbone it was made with."""
     home = tmp_path_factory.mktemp("workers")
-    vit = str(save_vit(home / "vit"))
     data = image_folder(home / "data", 12)
     return featurecache.extract(data, backbone=vit, cache=home / "cache", outputs="cls,tokens").view, vit
 

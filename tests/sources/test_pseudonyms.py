@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from support.checkpoints import save_vit
 from support.pictures import save_picture
 
 import featurecache
@@ -29,11 +28,6 @@ def _config(tmp_path: Path, monkeypatch) -> Path:  # type: ignore[no-untyped-def
     monkeypatch.delenv(pseudonyms.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return tmp_path / "config"
-
-
-@pytest.fixture
-def vit(tmp_path: Path) -> str:
-    return str(save_vit(tmp_path / "vit"))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.plant import flip
 
 from featurecache.errors import CannotWrite, SourceError, UnreadableImage
 from featurecache.images import decoding
@@ -530,9 +531,7 @@ def test_archives_that_are_none_or_damaged(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"nonsense")
     refused(tmp_path / "a.npz", "cannot be read as an .npz")
     file = arrays(tmp_path / "b.npz", train_images=shades(3, 40, 40), train_labels=np.arange(3))
-    data = bytearray(file.read_bytes())
-    data[2000] ^= 1
-    file.write_bytes(data)
+    flip(file, 2000)
     with pytest.raises(SourceError, match="is damaged"):
         open_source(file).read(0)
 
@@ -615,6 +614,7 @@ def test_a_source_that_has_gone_says_so(tmp_path):
         reopen(record)
 
 
+@pytest.mark.integration
 def test_importing_sources_and_reading_a_folder_needs_no_torch(tmp_path):
     pictures(tmp_path, "a/1.png", "b/1.png")
     script = (
@@ -739,6 +739,7 @@ def test_pneumoniamnist_has_its_published_counts_and_known_copies(real):
     assert found.copies.two_labels == 0
 
 
+@pytest.mark.integration
 def test_medical_mnist_is_six_thousand_small_grey_jpegs(real, tmp_path):
     with tarfile.open(real / "medical-mnist.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")

@@ -346,6 +346,7 @@ def test_a_tar_that_did_not_change_is_not_read_again(tmp_path, monkeypatch):
     assert again.digests.tolist()[:10] == first.digests.tolist()
 
 
+@pytest.mark.integration
 def test_extracted_as_the_same_images_in_a_folder_are(tmp_path):
     for number, name in enumerate(("ill/a", "well/b", "ill/c")):
         (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from support.forks import Answer, Forks, shared
+from support.plant import flip
 
 IMAGES = 8  # in shards of four and batches of four
 Views = dict[str, Any]  # name → rows
@@ -127,12 +128,6 @@ class Home:
         assert (found["views"], found["damaged"]) == (scenario.result, [])
         events = [tuple(event) for event in answer.events]
         return replace(scenario, events=events, seconds=answer.seconds, records=found["records"])  # type: ignore[arg-type]
-
-
-def flip(path: Path, place: int, bit: int = 0) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1 << bit
-    path.write_bytes(data)
 
 
 @functools.cache

@@ -166,8 +166,8 @@ def records(cache: str) -> list[Any]:
     for place in stores(Path(cache)):
         kept = read_canary(place)
         tokens = kept and xxhash.xxh3_64_hexdigest(kept.rows["tokens"].numpy().tobytes())
-        plan = {device: {**how, "cost": None} for device, how in (store.plan or {}).items()}
-        found.append([store.fingerprint, plan, tokens])
+        plan = {device: {**how, "cost": None} for device, how in (place.plan or {}).items()}
+        found.append([place.fingerprint, plan, tokens])
     return found
 
 

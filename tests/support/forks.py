@@ -69,7 +69,9 @@ class Forks:
 
     def _said(self) -> Any:
         assert self._server.stdout
-        return json.loads(self._server.stdout.readline())
+        line = self._server.stdout.readline()
+        assert line, "the server of the forks ended; run `python tests/support/forks.py` to see why"
+        return json.loads(line)
 
     def _ask(self, **request: Any) -> Any:
         assert self._server.stdin

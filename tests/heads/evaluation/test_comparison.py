@@ -313,7 +313,7 @@ def test_the_table_is_ordered_by_val_and_its_intervals_are_of_test():
 
 
 def tiny_view(tmp_path, **change):
-    from support.tiny_cache import CLS, add_shard, add_view, make_store
+    from support.builders import CLS, add_shard, add_view, make_store
 
     store = make_store(tmp_path / "cache")
     add_shard(store, range(120), CLS)
@@ -339,7 +339,7 @@ def test_measures_by_a_column_of_the_data(tmp_path):
 
 
 def test_a_column_of_a_view_that_is_gone_or_changed_is_an_error(tmp_path):
-    from support.tiny_cache import CLS, add_shard, add_view
+    from support.builders import CLS, add_shard, add_view
 
     from featurecache.store.store import open_store
 

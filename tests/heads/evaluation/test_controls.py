@@ -128,6 +128,7 @@ def test_large_images_are_made_small_with_antialiasing():
     assert np.ptp(small[:, 4:-4, 4:-4]) <= 2
 
 
+@pytest.mark.integration
 def test_the_controls_are_in_the_measures_of_a_run(pictured, tmp_path, monkeypatch):
     from heads.api import train_head
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.builders import make_spec
 from support.fake_view import label_view, toy_view
-from support.tiny_cache import make_spec
 
 from featurecache.errors import BadOption, NotInCache, RunError
 from heads.api import families_in, train_head

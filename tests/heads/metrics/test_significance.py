@@ -71,6 +71,7 @@ def test_delong_on_the_data_of_its_paper():
     assert significance.delong(albumin, 2 * albumin, truth)[2] == 1.0
 
 
+@pytest.mark.integration
 def test_holm_equals_statsmodels():
     from statsmodels.stats.multitest import multipletests
 

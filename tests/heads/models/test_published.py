@@ -208,6 +208,7 @@ def test_grad_cam_finds_a_layer_whose_places_all_have_a_gradient(name: str) -> N
         assert output.shape[1] == prefix + h * w and output.grad.abs().sum(2).min() > 0
 
 
+@pytest.mark.integration
 def test_a_network_learns_sixteen_images() -> None:
     model, x, y = make_baseline("cnn-mindlina", image_size=16, classes=2), pixels(16, 16), torch.arange(16) % 2
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -267,6 +268,7 @@ def test_a_name_that_is_none_is_met_with_the_nearest() -> None:
         baseline_info("cnn-cifer")
 
 
+@pytest.mark.integration
 @pytest.mark.slow
 def test_the_table_and_its_networks_load_no_library_of_images() -> None:
     code = (

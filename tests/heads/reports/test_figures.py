@@ -30,6 +30,7 @@ def numbers(svg: str) -> list[float]:
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_the_confusion_matrix_is_that_of_scikit_learn(tmp_path):
     from sklearn.metrics import confusion_matrix
 
@@ -43,6 +44,7 @@ def test_the_confusion_matrix_is_that_of_scikit_learn(tmp_path):
     assert pairs[0]["count"] == off.max() and len(pairs) == min(12, (off > 0).sum())
 
 
+@pytest.mark.integration
 def test_predictions_by_label_are_the_measured_counts(tmp_path):
     run, answers = train(label_view(n=300), tmp_path / "run")
     cells = [run.metrics["test"]["per_class"][name]["confusion"] for name in run.classes]
@@ -50,12 +52,14 @@ def test_predictions_by_label_are_the_measured_counts(tmp_path):
     assert figures.confusion_counts([(run, answers)]).tolist() == expected
 
 
+@pytest.mark.integration
 def test_folds_are_counted_together_and_seeds_averaged(tmp_path):
     view = toy_view(n=200, noise=4.0)
     runs = [train(view, tmp_path / f"{s}{f}", seed=s, folds=2, fold=f) for s in (0, 1) for f in (0, 1)]
     assert figures.confusion_counts(runs).sum() == sum(len(answers.y) for _, answers in runs[:2])
 
 
+@pytest.mark.integration
 def test_the_roc_curve_goes_through_the_points_of_scikit_learn(tmp_path):
     from sklearn.metrics import roc_auc_score
 

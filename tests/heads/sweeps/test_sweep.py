@@ -18,8 +18,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from support.builders import make_view
 from support.fake_view import label_view, toy_view
-from support.tiny_cache import make_view
 
 import cli
 import heads.sweeps.search

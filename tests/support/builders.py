@@ -1,10 +1,11 @@
-"""A cache of a few rows without a backbone: every row says which image it is of."""
+"""Builders of specs, stores, shards and views without a backbone: every row says which image it is of."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from featurecache.store.write_view import ViewColumns, write_view
 
 CLS = Layout("cls", (4,), "float16")
 TOKENS = Layout("tokens", (5, 4), "float16", ("cls",), (2, 2))
+ORDER = [7, 3, 3, 0, 11, 10, 9, 1, 2]  # images of a view, one of them twice
 
 
 def make_spec(**change) -> ExtractionSpec:  # type: ignore[no-untyped-def]
@@ -62,10 +64,12 @@ def add_view(store: Store, name: str, order: Sequence[int], layouts: Sequence[La
     return View(write_view(store, name, rows, attributes, located))  # type: ignore[arg-type]
 
 
-def make_view(cache: Path, order: Sequence[int], *, per_shard: int = 4, layouts: Sequence[Layout] = (CLS, TOKENS),
-              name: str = "set", **change) -> View:  # type: ignore[no-untyped-def]  # fmt: skip
+def make_view(
+    cache: Path, order: Sequence[int], *, per_shard: int = 4, layouts: Sequence[Layout] = (CLS, TOKENS),
+    name: str = "set", spec: dict[str, Any] | None = None, **change: Any,
+) -> View:  # fmt: skip
     """A store with the distinct images of ``order``, ascending, in shards of ``per_shard`` rows, and a view of them."""
-    store, distinct = make_store(cache), sorted(set(order))
+    store, distinct = make_store(cache, **(spec or {})), sorted(set(order))
     for layout in layouts:
         for start in range(0, len(distinct), per_shard):
             add_shard(store, distinct[start : start + per_shard], layout)
