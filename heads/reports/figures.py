@@ -257,9 +257,9 @@ def training_figures(runs: Sequence[Run]) -> list[Figure]:
     several = f"The thick line is the first of {len(runs)} heads." if len(runs) > 1 else ""
     figures = [Figure("Training: loss", loss, several, keys)]
     if by != "val_loss" and by in history[0]:
-        title = METRICS[chosen["by"]].title
-        plot = _history_plot(runs, (by,), f"val {title}", chosen["by"])
-        figures.append(Figure(f"Training: {title} on val", plot, several, keys[1:]))
+        criterion = title(chosen["by"], runs[0].task)
+        plot = _history_plot(runs, (by,), f"val {criterion}", chosen["by"])
+        figures.append(Figure(f"Training: {criterion} on val", plot, several, keys[1:]))
     return figures
 
 
@@ -289,14 +289,14 @@ def _path_figures(run: Run) -> list[Figure]:
     values = sorted((row[name], row[column]) for row in history)
     xs = [x for x, _ in values]
     log = xs[0] > 0 and xs[-1] > 20 * xs[0]
-    title = METRICS[measure].title if measure != "loss" else "loss"
-    plot = Plot(name, f"val {title}", least=0.02, xlog=log)
+    criterion = title(measure, run.task) if measure != "loss" else "loss"
+    plot = Plot(name, f"val {criterion}", least=0.02, xlog=log)
     if len(set(xs)) == len(xs):  # with a second setting there are several values at one place
         plot.line(values)
     for row in history:
         style = "s1" if row["epoch"] == chosen["epoch"] else "s0"
         plot.dot(row[name], row[column], style, f"{name} {row[name]:g}: {row[column]:.3f}")
-    return [Figure(f"Path of solutions: {title} on val", plot, "", (("s0", "val"), ("s1", "chosen")))]
+    return [Figure(f"Path of solutions: {criterion} on val", plot, "", (("s0", "val"), ("s1", "chosen")))]
 
 
 def path_column(history: Sequence[dict[str, float]]) -> str | None:
@@ -323,7 +323,7 @@ def comparing_figures(pairs: Sequence[tuple[Family, dict[str, Any]]], lead: str,
         figures.append(learning_figure(named, lead, title(lead, task), _train_images(pairs)))
     whole = max(family["fraction"] for family in families)
     full = [family for family in families if family["fraction"] == whole]
-    figures += pareto_figures(full, lead, METRICS[lead].higher)
+    figures += pareto_figures(full, lead, task)
     if len(pairs) > 1 and task == "binary":
         best = [(numbers["name"], page_predictions(family.runs)) for family, numbers in pairs[:OVERLAID]]
         figures.append(overlay_figure(best))
@@ -365,9 +365,9 @@ def learning_figure(
     return Figure("Learning curves", plot, caption, tuple(keys[: len(SERIES)]))
 
 
-def pareto_figures(families: Sequence[dict[str, Any]], measure: str, higher: bool) -> list[Figure]:
+def pareto_figures(families: Sequence[dict[str, Any]], measure: str, task: str) -> list[Figure]:
     """Quality against each cost that differs between families; those that no other beats on both are joined."""
-    title = METRICS[measure].title
+    quality, higher = title(measure, task), METRICS[measure].higher
     figures: list[Figure] = []
     both = len({is_of_pixels(f["output"]) for f in families}) == 2
     tested = [(f, test) for f in families if (test := (f["test"] or {}).get(measure)) and test["value"] is not None]
@@ -375,7 +375,7 @@ def pareto_figures(families: Sequence[dict[str, Any]], measure: str, higher: boo
         marks = [(f[cost], test, f["name"]) for f, test in tested if f.get(cost)]
         if len({c for c, _, _ in marks}) < 2:
             continue
-        plot = Plot(COSTS[cost].words, f"test {title}", top=top_of(measure), xlog=True)
+        plot = Plot(COSTS[cost].words, f"test {quality}", top=top_of(measure), xlog=True)
         front = _front([(c, t["value"]) for c, t, _ in marks], higher)
         corners = [(c, front[i - 1][1]) for i, (c, _) in enumerate(front) if i]
         plot.line(sorted([*front, *corners], key=lambda p: (p[0], p[1] if higher else -p[1])), "s1")
@@ -386,7 +386,7 @@ def pareto_figures(families: Sequence[dict[str, Any]], measure: str, higher: boo
         extraction = "Of heads on features without the seconds of extraction, which all of them share."
         caption = extraction if both and cost in ("train_seconds", "seconds_to_best") else ""
         keys = () if figures else (("s1", "no other is both cheaper and better"), ("s0", "the others"))
-        figures.append(Figure(f"{title} and {COSTS[cost].words}", plot, caption, keys))
+        figures.append(Figure(f"{quality[0].upper()}{quality[1:]} and {COSTS[cost].words}", plot, caption, keys))
     return figures
 
 

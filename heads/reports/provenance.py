@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from featurecache.errors import FeatureCacheError
-from heads.evaluation.families import Family
+from featurecache.store.write_view import open_view
+from heads.evaluation.families import Family, fraction_of
 from heads.models.catalogue import baseline_info
 from heads.runs.run import Run, is_pixels, option_words, source_words, view_word
 
@@ -69,16 +70,15 @@ def commands_of(
     return [*commands, ("This page:", f"featurecache report {shlex.join(words)}")]
 
 
-def extract_command(run: Run) -> str | None:
-    """The command that stores the features again, while the view is there to say it."""
-    from featurecache.store.write_view import open_view
-
+def _view_facts(run: Run) -> tuple[str | None, str | None]:
+    """The command that stores the features again, and which augmented copies they have; while the view is there."""
     if is_pixels(run):
-        return None
+        return None, None
     try:
-        return open_view(run.config["view"]["path"]).extract_command(run.output)
+        view = open_view(run.config["view"]["path"])
     except (FeatureCacheError, OSError):
-        return None
+        return None, None
+    return view.extract_command(run.output), str(view.augmented) if view.augmented else None
 
 
 def setting_words(setting: dict[str, Any]) -> str:
@@ -96,24 +96,28 @@ def _word(value: Any) -> str:
 
 
 def origins(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """For every view that runs were trained on: what it is, and its spec and provenance as JSON."""
+    """For every view that runs were trained on: what it is, its splits at the largest fraction of train, and its spec
+    and provenance as JSON."""
     by_view: dict[tuple[Any, str], dict[str, Any]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: -fraction_of(run)):
         config = run.config
         view = config["view"]
         key = _view_key(run)
         if key in by_view:
             continue
         splits, source = config["splits"], view.get("source") or {}
-        pixels = is_pixels(run)
+        pixels, (extract, copies) = is_pixels(run), _view_facts(run)
         facts = {
             "view": view["label"],
-            "seen by": ", ".join(dict.fromkeys(each.head for each in runs if _view_key(each) == key)),
+            "networks" if pixels else "heads": ", ".join(
+                dict.fromkeys(each.head for each in runs if _view_key(each) == key)
+            ),
             f"fingerprint of the {'pixels' if pixels else 'features'}": view.get("fingerprint"),
             "backbone": None if pixels else _backbone(config["provenance"]),
             "weights": None if pixels else "random: never trained" if view["untrained"] else "trained",
             "licence of the weights": None if view["untrained"] else config["provenance"].get("licence"),
             "data": source.get("data"),
+            "augmented copies": copies,
             "splits": splits.get("how"),
             "images": " · ".join(f"{name} {n:,}" for name, n in (splits.get("images") or {}).items()),
             "the test images": f"BLAKE2b-128 of their digests: {splits['digest']}",
@@ -123,7 +127,7 @@ def origins(runs: Sequence[Run]) -> list[dict[str, Any]]:
         by_view[key] = {
             "label": view["label"],
             "facts": [(name, value) for name, value in facts.items() if value],
-            "extract": extract_command(run),
+            "extract": extract,
             "spec": _json(config["spec"]),
             "provenance": _json(config["provenance"]),
         }

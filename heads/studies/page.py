@@ -19,7 +19,7 @@ from featurecache.errors import CannotWrite, UnreadableImage
 from featurecache.files.atomic import write_whole, writing
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
-from heads.evaluation.families import Family, families_of, fraction_of
+from heads.evaluation.families import Family, families_of
 from heads.metrics.classification import METRICS, measure_name, title
 from heads.models.common import FINETUNE
 from heads.reports.drawing import Figure, Plot, short, style_of
@@ -127,7 +127,6 @@ def render_study(result: StudyResult, album: ImageLoader) -> tuple[str, int]:
     pictures = list(_maps(result)) if album.images else []
     seconds = {name: row["seconds"] for name, row in result.rows.items()}
     count += len(pictures) + sum(len(images) for each in sets for _, images in each["samples"])
-    runs = sorted((run for table in tables for run in table.runs), key=lambda run: -fraction_of(run))
     context = {
         "record": tables[0].record, "title": f"{study.name}: {study.title}", "subtitle": study.question,
         "source": study.source, "about": study.about, "differs": study.differs, "quick": result.options.quick,
@@ -138,7 +137,7 @@ def render_study(result: StudyResult, album: ImageLoader) -> tuple[str, int]:
         "notes": list(dict.fromkeys(t.question.note for t in tables if t.question.note)),
         "figures": FIGURES[study.figures](tables[0].rows, seconds) if study.figures else [], "parts": parts,
         "pictures": pictures, "steps": _step_rows(result), "commands": _commands(result),
-        "origins": origins(runs), "with_images": album.images,
+        "origins": origins([run for table in tables for run in table.runs]), "with_images": album.images,
         "numbers_words": ", ".join(f"{t.question.name}/metrics.{kind}" for t in tables for kind in ("csv", "json")),
     }  # fmt: skip
     return render_page("study.html", context, count), count

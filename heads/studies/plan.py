@@ -168,7 +168,9 @@ def wanted_steps(study: Study, options: StudyOptions) -> list[Step]:
 
 def check_packages(steps: Sequence[Step], quick: bool) -> None:
     """Said before hours of work: which steps need what is not installed. Raises BadOption."""
-    missing = [(step.name, extra) for step in steps for extra in _extras(step, quick) if not _is_installed(extra)]
+    modules = {"explain": "pytorch_grad_cam"}
+    pairs = [(step.name, extra) for step in steps for extra in _extras(step, quick)]
+    missing = [(name, extra) for name, extra in pairs if not importlib.util.find_spec(modules.get(extra, extra))]
     if not missing:
         return
     names, extras = (list(dict.fromkeys(words)) for words in zip(*missing, strict=True))
@@ -191,10 +193,6 @@ def _extras(step: Step, quick: bool) -> Iterator[str]:
         yield "explain"
     if not quick and any(name.startswith("timm:") for name in backbones_of([step])):
         yield "timm"
-
-
-def _is_installed(extra: str) -> bool:
-    return importlib.util.find_spec({"explain": "pytorch_grad_cam"}.get(extra, extra)) is not None
 
 
 def check_weights(study: Study, options: StudyOptions, steps: Sequence[Step]) -> None:

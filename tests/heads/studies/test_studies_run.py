@@ -223,8 +223,8 @@ def test_a_row_of_the_printed_table_says_which_step_it_is_of(done):
 def test_the_page_claims_no_weights_of_images_and_its_commands_find_the_features(done):
     heads, network = done.tables[0].runs
     features, pixels = (dict(each["facts"]) for each in origins([heads, network]))
-    assert features["weights"] == "random: never trained" and features["seen by"] == "linear"
-    assert not {"weights", "backbone"} & set(pixels) and pixels["seen by"] == "cnn-cifar"
+    assert features["weights"] == "random: never trained" and features["heads"] == "linear"
+    assert not {"weights", "backbone"} & set(pixels) and pixels["networks"] == "cnn-cifar"
     words = shlex.split(train_command(heads))
     assert open_view(words[words.index("--features") + 1]).label == "vit-demo/set"
     assert str(heads.config["view"]["path"]) in sweep_command(done.folder / "runs" / "heads")

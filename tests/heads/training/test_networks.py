@@ -394,10 +394,10 @@ def test_quality_is_charted_against_seconds_to_the_best_epoch():
         return {"name": name, "output": output, "test": {"auroc": {"value": value, "low": None, "high": None}}, **cost}
 
     rows = [family("linear", "cls", 1.0, 0.8), family("cnn", "pixels-32", 9.0, 0.7), family("ridge", "cls", 4.0, 0.9)]
-    found = {figure.title: figure for figure in pareto_figures(rows, "auroc", higher=True)}
+    found = {figure.title: figure for figure in pareto_figures(rows, "auroc", "binary")}
     assert list(found) == [f"AUROC and {words}" for words in (
         "seconds to train", "seconds to the best epoch", "ms an image, backbone and head")]  # fmt: skip
     best = found["AUROC and seconds to the best epoch"]
     assert "extraction" in best.caption and "cnn: 0.700 at 9" in best.svg()
-    alone = pareto_figures([rows[0], rows[2]], "auroc", higher=True)[1]
+    alone = pareto_figures([rows[0], rows[2]], "auroc", "binary")[1]
     assert not alone.caption  # nothing beside heads on features
