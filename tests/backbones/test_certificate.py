@@ -8,13 +8,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 from support.checkpoints import save_vit
+from support.command import call
 from support.pictures import image_folder
 from transformers import AutoImageProcessor, ViTModel
 
-import cli
 import featurecache
 
 
@@ -57,14 +56,14 @@ def test_shards_keep_it_row_by_row_for_plain_h5py(home: Path, tmp_path: Path) ->
 def test_a_float32_store_has_none(home: Path, tmp_path: Path) -> None:
     view = extract(home, tmp_path, dtype="float32")
     assert view.stored("tokens").errors is None
-    assert "rounding" not in CliRunner().invoke(cli.main, ["info", "data", "--cache", str(tmp_path)]).output
+    assert "rounding" not in call("info", "data", "--cache", str(tmp_path)).output
 
 
 def test_what_is_derived_later_was_not_measured_and_info_says_so(home: Path, tmp_path: Path) -> None:
     extract(home, tmp_path, outputs="tokens")
     view = extract(home, tmp_path, outputs="mean")
     assert np.isnan(view.stored("mean").errors).all()  # type: ignore[arg-type]
-    shown = CliRunner().invoke(cli.main, ["info", "data", "--cache", str(tmp_path)]).output
+    shown = call("info", "data", "--cache", str(tmp_path)).output
     assert "rounding to float16 was not measured" in shown
     worst, mean = view.stored("tokens").errors.max(), view.stored("tokens").errors.mean()  # type: ignore[union-attr]
     assert f"moved a row by {worst:.1e} at worst, {mean:.1e} on average, relative to float32" in shown

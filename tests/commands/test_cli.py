@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from support.checkpoints import save_vit
+from support.command import call
 from support.pictures import image_folder, save_picture
 
 import cli
@@ -26,10 +27,6 @@ from featurecache.commands.terminal import Console
 def _in_a_fresh_folder(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FEATURECACHE_DIR", raising=False)
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(cli.main, [str(word) for word in words])
 
 
 def fails(code: int, *words: object) -> str:

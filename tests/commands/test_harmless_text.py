@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.builders import CLS, ORDER, make_view
+from support.command import call
 
 from featurecache.commands.terminal import Console
 from featurecache.formatting import cell, harmless, one_line, text_of
@@ -46,9 +47,6 @@ def test_a_name_cannot_make_lines_of_its_own() -> None:
 
 
 def test_listing_and_describing_a_strangers_cache_shows_its_names_harmless(tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    import cli
 
     view = make_view(tmp_path / "cache", ORDER, layouts=(CLS,))
     spec = view.store / "spec.json"
@@ -57,7 +55,7 @@ def test_listing_and_describing_a_strangers_cache_shows_its_names_harmless(tmp_p
     record["provenance"] = {"backbone": "vit\x1b]0;owned\x07\nnext       rm -rf", "request": {"name": "x"}}
     spec.write_text(json.dumps(record))
     for arguments in (["ls"], ["info", str(view.path)], ["ls", "--json"], ["info", "\x1b[2J"]):
-        done = CliRunner().invoke(cli.main, [*arguments, "--cache", str(tmp_path / "cache")])
+        done = call(*arguments, "--cache", str(tmp_path / "cache"))
         assert "\x1b" not in done.output and "\x07" not in done.output
         assert "\nnext       rm" not in done.output
         assert "\\nnext       rm" in done.output or arguments[-1] == "\x1b[2J"

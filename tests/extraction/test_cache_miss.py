@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import load_file, save_file
 from support import checkpoints as save
+from support.command import call
 from support.pictures import image_folder, save_picture
 
 import featurecache
-from cli import main
 from featurecache.errors import BadOption, OutputRefused
 from featurecache.extraction import canary
 from featurecache.extraction.cache_miss import _nearest, explain
@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def why(*words: Any) -> Result:
-    result = CliRunner().invoke(main, ["why", *map(str, words)])
+    result = call("why", *map(str, words))
     assert result.exit_code == 0, result.output
     return result
 
@@ -161,7 +161,7 @@ def test_auto_precision_is_that_of_the_store_there_is(folder):
 
 
 def test_options_about_images_need_images(folder):
-    result = CliRunner().invoke(main, ["why", "--backbone", "m", "--workers", "2"])
+    result = call("why", "--backbone", "m", "--workers", "2")
     assert result.exit_code == 2 and result.output == "error: --workers is about the images; say which with --data.\n"
 
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from support.builders import CLS, add_shard, add_view, make_store
 from support.checkpoints import save_vit
+from support.command import call
 from support.fake_view import toy_view
 from support.pictures import image_folder, save_picture
 
-import cli
 import featurecache
 from featurecache.backbones.base import Backbone
 from featurecache.errors import CacheError, Stopped
@@ -121,7 +120,7 @@ def test_views_of_before_and_imported_ones_say_that_it_was_not_measured(tmp_path
     add_shard(store, range(6), CLS)
     view = add_view(store, "set", range(6), [CLS])
     assert view.cost is None
-    shown = CliRunner().invoke(cli.main, ["info", "tiny/set", "--cache", str(tmp_path / "cache")])
+    shown = call("info", "tiny/set", "--cache", str(tmp_path / "cache"))
     assert "cost       not measured" in shown.stdout
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from support.command import call
 from support.pictures import image_folder, save_picture
 
 import featurecache
@@ -166,16 +166,15 @@ def test_a_look_that_is_killed_need_not_be_repeated(tmp_path: Path, monkeypatch,
 def test_preparing_and_a_dry_run_write_nothing_and_the_run_remembers(
     tmp_path: Path, data: Path, vit: str, reads: list[str]
 ) -> None:
-    from cli import main
 
     words = ["extract", "--backbone", vit, "--data", str(data), "--cache", str(tmp_path / "c"), "--outputs", "cls"]
-    assert CliRunner().invoke(main, [*words, "--dry-run"]).exit_code == 0
+    assert call(*words, "--dry-run").exit_code == 0
     prepared = plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls")
     assert not (tmp_path / "c").exists()
     prepared.run()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")}
     reads.clear()
-    assert CliRunner().invoke(main, [*words, "--dry-run"]).exit_code == 0
+    assert call(*words, "--dry-run").exit_code == 0
     assert reads == []
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")} == before
 
@@ -184,13 +183,12 @@ def test_preparing_and_a_dry_run_write_nothing_and_the_run_remembers(
 def test_what_the_command_saw_is_remembered_with_the_headers(
     tmp_path: Path, data: Path, vit: str, reads: list[str]
 ) -> None:
-    from cli import main
 
     words = ["extract", "--backbone", vit, "--data", str(data), "--cache", str(tmp_path / "c"), "--outputs", "cls"]
-    first = CliRunner().invoke(main, words)
+    first = call(*words)
     assert first.exit_code == 0, first.output
     reads.clear()
-    second = CliRunner().invoke(main, [*words, "--json", "--dry-run"])
+    second = call(*words, "--json", "--dry-run")
     assert reads == []
     assert json.loads(second.stdout)["data"]["looked_at"] == 9
 

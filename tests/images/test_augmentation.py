@@ -15,16 +15,15 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from support.checkpoints import save_vit
+from support.command import call
 from support.pictures import image_folder, picture, save_picture
 from support.plant import flip, rewrite
 from torchvision.transforms import v2
 
-import cli
 import featurecache
 from featurecache.errors import BadOption, CacheError, SourceError
 from featurecache.extraction import pipeline, recompute
@@ -123,7 +122,7 @@ def assert_alike(one: View, other: View) -> None:
 
 
 def run(*words: object) -> tuple[int, str]:
-    done = CliRunner().invoke(cli.main, [str(word) for word in words])
+    done = call(*words)
     return done.exit_code, done.output
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support.builders import CLS, TOKENS, add_shard, add_view, digests, features, make_store, make_view
+from support.command import call
 from support.plant import flip
 
 import cli
@@ -554,12 +555,6 @@ def test_a_store_in_use_here_is_left(two: tuple[Path, Path]) -> None:
 
 
 # --- the command line
-
-
-def call(*words: object):  # type: ignore[no-untyped-def]
-    result = CliRunner().invoke(cli.main, [str(word) for word in words])
-    assert "Traceback" not in result.stderr
-    return result
 
 
 def test_from_rm_to_gc_by_the_command_line(tmp_path: Path) -> None:

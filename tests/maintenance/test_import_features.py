@@ -10,10 +10,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from support.builders import make_view
+from support.command import call
 
-import cli
 import featurecache
 from featurecache.errors import BadOption, NotInCache, SourceError, UnsafeFile
 from featurecache.images import decoding
@@ -439,12 +438,6 @@ def test_names_that_no_file_may_have_are_refused(tmp_path: Path, bring, name: st
 
 
 # --- the command line
-
-
-def call(*words: object):  # type: ignore[no-untyped-def]
-    result = CliRunner().invoke(cli.main, [str(word) for word in words])
-    assert "Traceback" not in result.stderr
-    return result
 
 
 @pytest.mark.integration

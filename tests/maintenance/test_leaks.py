@@ -12,15 +12,14 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.checkpoints import save_vit
+from support.command import call
 from support.fake_view import FakeView, toy_view
 from support.pictures import image_folder, save_picture
 
-import cli
 from featurecache.commands import inspect
 from featurecache.errors import BadOption, NotInCache, ProtocolError, RunError, SourceError, UnreadableImage
 from featurecache.images.decoding import digest
@@ -387,10 +386,6 @@ def test_a_run_with_a_made_up_record_of_leaks_is_refused(trained, tmp_path, chan
     run = shutil.copytree(trained, tmp_path / "run")
     with pytest.raises(RunError, match="no proper splits"):
         load_run(with_record(run, **changed))
-
-
-def call(*words: object):
-    return CliRunner().invoke(cli.main, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

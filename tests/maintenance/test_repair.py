@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from support.builders import CLS, add_shard, make_store, make_view
 from support.checkpoints import save_vit
+from support.command import call
 from support.pictures import image_folder
 from support.plant import flip
 
-import cli
 import featurecache
 from featurecache.errors import DamagedFile, InUse
 from featurecache.extraction import recompute
@@ -74,7 +73,7 @@ def whole(home: Path, undisturbed: Path) -> bool:
 
 
 def run(home: Path, *words: str) -> tuple[int, str, str]:
-    result = CliRunner().invoke(cli.main, [*words, "--cache", str(home / "cache")])
+    result = call(*words, "--cache", home / "cache")
     return result.exit_code, result.stdout, result.stderr
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from support.command import call
 from support.pictures import save_picture
 
 import featurecache
@@ -144,17 +144,16 @@ def test_another_secret_or_none_is_said_and_not_taken_for_other_images(
 
 
 def test_the_command_hashes_and_its_lines_show_the_files(tmp_path: Path, table: Path, vit: str) -> None:
-    from cli import main
 
     words = ["extract", "--backbone", vit, "--data", str(table), "--cache", str(tmp_path / "c"), "--outputs", "cls"]
-    dry = CliRunner().invoke(main, [*words, "--hash-ids", "--hash-groups", "--dry-run"])
+    dry = call(*words, "--hash-ids", "--hash-groups", "--dry-run")
     assert dry.exit_code == 0, dry.output
     assert not (tmp_path / "config").exists() and not (tmp_path / "c").exists()
-    run = CliRunner().invoke(main, [*words, "--hash-ids", "--hash-groups", "--json"])
+    run = call(*words, "--hash-ids", "--hash-groups", "--json")
     record = json.loads(run.stdout)
     assert [Path(entry["id"]).name for entry in record["failed"]] == ["Weiss.png", "Schwarz.png"]
     assert found_in(tmp_path / "c", *EVERYBODY) == []
-    stopped = CliRunner().invoke(main, [*words, "--hash-ids", "--on-error", "fail", "--name", "x"])
+    stopped = call(*words, "--hash-ids", "--on-error", "fail", "--name", "x")
     assert "Schwarz.png: no such file" in stopped.output
 
 
