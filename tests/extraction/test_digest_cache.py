@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -64,9 +63,7 @@ def truth(data: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("aged")
-def test_a_second_run_reads_no_file_and_one_more_image_is_read_alone(
-    tmp_path: Path, monkeypatch, data: Path, vit: str, reads: list[str]
-) -> None:  # type: ignore[no-untyped-def]
+def test_a_second_run_reads_no_file_and_one_more_image_is_read_alone(tmp_path, monkeypatch, data, vit, reads):
     monkeypatch.setattr(scan, "LOOKED_AT", 4)  # headers of some only, as of 100,000
     featurecache.extract(data, backbone=vit, cache=tmp_path / "c", outputs="cls")
     reads.clear()
@@ -99,9 +96,7 @@ def test_a_file_that_changed_just_before_is_read_again(tmp_path: Path, data: Pat
 
 @pytest.mark.usefixtures("aged")
 @pytest.mark.parametrize("back", [False, True])
-def test_replaced_under_the_same_name_with_size_and_mtime_set_back(
-    tmp_path: Path, data: Path, reads: list[str], back: bool
-) -> None:
+def test_replaced_under_the_same_name_with_size_and_mtime_set_back(tmp_path, data, reads, back):
     victim = data / "ill" / "000.png"
     look(data, tmp_path / "c")
     before, old = victim.stat(), victim.read_bytes()
@@ -163,9 +158,7 @@ def test_a_look_that_is_killed_need_not_be_repeated(tmp_path: Path, monkeypatch,
 
 
 @pytest.mark.usefixtures("aged")
-def test_preparing_and_a_dry_run_write_nothing_and_the_run_remembers(
-    tmp_path: Path, data: Path, vit: str, reads: list[str]
-) -> None:
+def test_preparing_and_a_dry_run_write_nothing_and_the_run_remembers(tmp_path, data, vit, reads):
 
     words = ["extract", "--backbone", vit, "--data", str(data), "--cache", str(tmp_path / "c"), "--outputs", "cls"]
     assert call(*words, "--dry-run").exit_code == 0
@@ -180,9 +173,7 @@ def test_preparing_and_a_dry_run_write_nothing_and_the_run_remembers(
 
 
 @pytest.mark.usefixtures("aged")
-def test_what_the_command_saw_is_remembered_with_the_headers(
-    tmp_path: Path, data: Path, vit: str, reads: list[str]
-) -> None:
+def test_what_the_command_saw_is_remembered_with_the_headers(tmp_path, data, vit, reads):
 
     words = ["extract", "--backbone", vit, "--data", str(data), "--cache", str(tmp_path / "c"), "--outputs", "cls"]
     first = call(*words)
@@ -254,9 +245,7 @@ SPOILS = [_garbage, _cut, _no_header, _newer, _foreign, _trigger, _view, _log, _
 
 @pytest.mark.usefixtures("aged")
 @pytest.mark.parametrize("spoil", SPOILS)
-def test_a_damaged_foreign_or_newer_file_is_made_anew_without_failing(
-    tmp_path: Path, data: Path, reads: list[str], spoil: Any
-) -> None:
+def test_a_damaged_foreign_or_newer_file_is_made_anew_without_failing(tmp_path, data, reads, spoil):
     look(data, tmp_path / "c")
     path = tmp_path / "c" / digest_cache.NAME
     spoil(path)
@@ -325,9 +314,7 @@ def test_a_remembered_header_that_is_none_is_looked_at_again(tmp_path: Path, dat
 
 
 @pytest.mark.usefixtures("aged")
-def test_without_a_lock_the_run_goes_on_without_memory_and_says_so(
-    tmp_path: Path, monkeypatch, data: Path, vit: str
-) -> None:  # type: ignore[no-untyped-def]
+def test_without_a_lock_the_run_goes_on_without_memory_and_says_so(tmp_path, monkeypatch, data, vit):
     monkeypatch.setattr(digest_cache, "_PATIENCE", 0.05)
     look(data, tmp_path / "c")
     with contextlib.closing(sqlite3.connect(tmp_path / "c" / digest_cache.NAME, isolation_level=None)) as other:
@@ -338,9 +325,7 @@ def test_without_a_lock_the_run_goes_on_without_memory_and_says_so(
 
 
 @pytest.mark.usefixtures("aged")
-def test_a_read_only_cache_is_asked_and_not_written(
-    tmp_path: Path, mounted: Path, data: Path, reads: list[str]
-) -> None:
+def test_a_read_only_cache_is_asked_and_not_written(tmp_path, mounted, data, reads):
     look(data, mounted)
     subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
     save_picture(data / "well" / "new.png", 50)

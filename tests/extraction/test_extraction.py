@@ -98,9 +98,7 @@ def images(tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_stored_rows_are_what_the_library_gives_one_image_at_a_time(
-    tmp_path: Path, images: Path, name: str, dtype: str
-) -> None:
+def test_stored_rows_are_what_the_library_gives_one_image_at_a_time(tmp_path, images, name, dtype):
     save, reference = CHECKPOINTS[name]
     folder = save(tmp_path / name)
     expected = [
@@ -135,9 +133,7 @@ def test_the_articles_lines_for_vit_cls_tokens_and_257(tmp_path: Path, images: P
 
 
 @pytest.mark.parametrize("name", ["resnet50", "densenet121"])
-def test_torchvision_networks_untrained_give_their_own_features_and_logits(
-    tmp_path: Path, images: Path, name: str
-) -> None:
+def test_torchvision_networks_untrained_give_their_own_features_and_logits(tmp_path, images, name):
     view = run(images, f"torchvision:{name}", tmp_path, random_weights=True, dtype="float32", image_size=64)
     network = featurecache.load_backbone(f"torchvision:{name}", random_weights=True, image_size=64)
     library = network.model.network
@@ -201,18 +197,14 @@ def test_earlier_blocks_have_the_final_norm_and_last2_is_concatenated(tmp_path: 
         (save_resnet, "tokens@-2", "blocks"),
     ],
 )
-def test_outputs_that_would_mean_nothing_are_refused(
-    tmp_path: Path, images: Path, save, output: str, reason: str
-) -> None:  # type: ignore[no-untyped-def]
+def test_outputs_that_would_mean_nothing_are_refused(tmp_path, images, save, output, reason):
     with pytest.raises(OutputRefused, match=reason):
         run(images, save(tmp_path / "x"), tmp_path / "cache", outputs=output)
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_decode_workers_and_their_order_do_not_change_a_byte(
-    tmp_path: Path, monkeypatch, images: Path, workers: int
-) -> None:  # type: ignore[no-untyped-def]
+def test_decode_workers_and_their_order_do_not_change_a_byte(tmp_path, monkeypatch, images, workers):
     import random
     import time
 
@@ -372,9 +364,7 @@ def test_preparing_writes_nothing(tmp_path: Path, images: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_what_the_disk_cannot_hold_is_refused_before_anything_is_computed(
-    tmp_path: Path, monkeypatch, images: Path
-) -> None:  # type: ignore[no-untyped-def]
+def test_what_the_disk_cannot_hold_is_refused_before_anything_is_computed(tmp_path, monkeypatch, images):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(CannotWrite, match=r"has 1 kB free.*--outputs"):
         run(images, save_vit(tmp_path / "vit"), tmp_path / "c")

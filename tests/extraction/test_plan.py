@@ -30,9 +30,7 @@ def test_a_cut_shard_of_another_output_stops_no_run(tmp_path: Path, data: Path, 
     assert len(View(prepared.run().view)) == 5
 
 
-def test_a_cut_shard_of_what_is_asked_for_counts_as_nothing_until_it_is_used(
-    tmp_path: Path, data: Path, vit: str
-) -> None:
+def test_a_cut_shard_of_what_is_asked_for_counts_as_nothing_until_it_is_used(tmp_path, data, vit):
     options = {"backbone": vit, "cache": tmp_path / "c", "outputs": "cls", "name": "other"}
     view = featurecache.extract(data, **options, precision="bf16").view
     cut(next(view.parent.glob("cls/*.h5")))
@@ -41,9 +39,7 @@ def test_a_cut_shard_of_what_is_asked_for_counts_as_nothing_until_it_is_used(
         plan.prepare(data, **options, precision="bf16")
 
 
-def test_an_output_the_backbone_has_not_is_refused_before_an_image_is_read(
-    tmp_path: Path, monkeypatch, data: Path, vit: str
-) -> None:  # type: ignore[no-untyped-def]
+def test_an_output_the_backbone_has_not_is_refused_before_an_image_is_read(tmp_path, monkeypatch, data, vit):
     monkeypatch.setattr("featurecache.sources.base.ImageFiles.read", lambda self, row: pytest.fail("was read"))
     with pytest.raises(OutputRefused):
         plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="gap")

@@ -292,9 +292,7 @@ def test_drafts_of_the_dead_are_listed_and_those_of_the_living_stay(tmp_path: Pa
         (collecting, "rewrite_view", 2), (Path, "unlink", 1), (Path, "unlink", 2), (collecting, "sync_path", 1),
     ],
 )  # fmt: skip
-def test_gc_killed_between_two_steps_loses_nothing_and_finishes_again(
-    tmp_path: Path, monkeypatch, owner: object, name: str, count: int
-) -> None:  # type: ignore[no-untyped-def]
+def test_gc_killed_between_two_steps_loses_nothing_and_finishes_again(tmp_path, monkeypatch, owner, name, count):
     view = make_view(tmp_path, range(12))
     store = open_store(view.store)
     add_view(store, "part", [9, 0, 1, 5], [CLS, TOKENS])
@@ -374,9 +372,7 @@ def test_compact_puts_the_rows_in_the_order_of_the_view(scattered: Store) -> Non
         *((Path, "unlink", k) for k in (1, 3, 6)),
     ],
 )
-def test_compact_killed_between_two_steps_loses_nothing_and_finishes_again(
-    scattered: Store, monkeypatch, owner: object, name: str, count: int
-) -> None:  # type: ignore[no-untyped-def]
+def test_compact_killed_between_two_steps_loses_nothing_and_finishes_again(scattered, monkeypatch, owner, name, count):
     cache = scattered.path.parent
     with monkeypatch.context() as patch:
         at(patch, owner, name, count, kill)

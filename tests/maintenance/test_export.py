@@ -73,9 +73,7 @@ def test_the_npz_is_read_by_numpy_without_pickle(tmp_path: Path, view: View, com
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_the_parquet_has_a_row_an_image_and_vectors_as_lists_of_fixed_size(
-    tmp_path: Path, view: View, compress: bool
-) -> None:
+def test_the_parquet_has_a_row_an_image_and_vectors_as_lists_of_fixed_size(tmp_path, view, compress):
     from pyarrow import parquet
 
     done = export_view(view, tmp_path / "set.parquet", outputs="cls,mean", compress=compress)
@@ -139,9 +137,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path: Path, view: View, nam
     assert (tmp_path / "old.h5").read_text() == "mine" and not (tmp_path / "set.h5").exists()
 
 
-def test_columns_too_long_for_the_header_of_a_safetensors_file_are_refused(
-    tmp_path: Path, view: View, monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
+def test_columns_too_long_for_the_header_of_a_safetensors_file_are_refused(tmp_path, view, monkeypatch):
     monkeypatch.setattr(export, "_HEADER", 500)
     with pytest.raises(BadOption, match="too long for the header"):
         export_view(view, tmp_path / "set.safetensors")

@@ -353,9 +353,7 @@ def test_an_h5_for_which_hdf5_would_load_a_plugin_is_refused(tmp_path: Path, bri
         ("a.csv", b"1,2", "has an ending that is not read here"),
     ],
 )
-def test_files_that_are_none_are_refused_in_a_sentence(
-    tmp_path: Path, bring, name: str, content: bytes, said: str
-) -> None:  # type: ignore[no-untyped-def]
+def test_files_that_are_none_are_refused_in_a_sentence(tmp_path, bring, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises((SourceError, featurecache.FeatureCacheError), match=said):
         bring(tmp_path / name)
@@ -422,9 +420,7 @@ def test_text_that_cannot_be_stored_is_refused(tmp_path: Path, bring) -> None:  
         bring(tmp_path / "a.npz")
 
 
-def test_more_rows_than_a_view_can_have_are_refused_before_they_are_looked_at(
-    tmp_path: Path, bring, monkeypatch
-) -> None:  # type: ignore[no-untyped-def]
+def test_more_rows_than_a_view_can_have_are_refused_before_they_are_looked_at(tmp_path, bring, monkeypatch):
     monkeypatch.setattr(import_features, "MOST_ROWS", 39)
     monkeypatch.setattr(import_features, "annotate_rows", None)
     with pytest.raises(SourceError, match=r"feats\.npy has 40 rows; a view has at most 39"):

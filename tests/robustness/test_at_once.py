@@ -71,9 +71,7 @@ def test_two_extractions_from_nothing(tmp_path: Path, home: Home) -> None:
 
 @pytest.mark.parametrize("name", ["new", "grow"])
 @pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_beside_an_extraction_others_read_verify_extract_and_remove_nothing(
-    tmp_path: Path, home: Home, name: str, count: int
-) -> None:
+def test_beside_an_extraction_others_read_verify_extract_and_remove_nothing(tmp_path, home, name, count):
     scenario = home.scenario(name)
     for step in steps_inside(scenario, count):
         cache = tmp_path / str(step)
@@ -92,9 +90,7 @@ def test_beside_an_extraction_others_read_verify_extract_and_remove_nothing(
 
 @pytest.mark.parametrize(("name", "what"), [("mend", "repair"), ("gc", "gc"), ("compact", "compact set")])
 @pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
-def test_beside_one_that_removes_files_others_read_and_verify(
-    tmp_path: Path, home: Home, name: str, what: str, count: int
-) -> None:
+def test_beside_one_that_removes_files_others_read_and_verify(tmp_path, home, name, what, count):
     scenario = home.scenario(name)
     for step in steps_inside(scenario, count):
         cache = tmp_path / str(step)

@@ -123,9 +123,7 @@ def test_a_directory_that_is_no_json_of_ours_is_refused(tmp_path: Path, text: by
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 10), (513, 1 << 40), (1 << 50, 10), (512, (64 << 20) + 1)])
-def test_a_line_that_points_outside_its_file_or_to_gigabytes_is_refused(
-    tmp_path: Path, offset: int, length: int
-) -> None:
+def test_a_line_that_points_outside_its_file_or_to_gigabytes_is_refused(tmp_path, offset, length):
     block = UserBlock("0" * 32, 1 << 30, offset, length, "0" * 16)
     path = plant(tmp_path / "tokens" / "0a.h5", block.to_bytes())
     os.truncate(path, 1 << 30)  # a hole

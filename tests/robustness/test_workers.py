@@ -56,9 +56,7 @@ def mapped(store: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("start", "used", "workers"), [("fork", False, 2), ("fork", True, 2), ("spawn", True, 1)])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")  # Python's own remark on every fork beside threads
-def test_workers_of_a_dataloader_get_the_right_rows(
-    made: tuple[Path, str], start: str, used: bool, workers: int
-) -> None:
+def test_workers_of_a_dataloader_get_the_right_rows(made, start, used, workers):
     view = View(made[0])
     expected = View(made[0]).tensor("tokens")
     if used:  # the parent has its shards mapped already

@@ -129,9 +129,7 @@ def test_the_same_images_are_found_again_through_the_view(tmp_path: Path, table:
     assert "--hash-ids --hash-groups" in view.extract_command("pooler")
 
 
-def test_another_secret_or_none_is_said_and_not_taken_for_other_images(
-    tmp_path: Path, monkeypatch, table: Path, vit: str
-) -> None:  # type: ignore[no-untyped-def]
+def test_another_secret_or_none_is_said_and_not_taken_for_other_images(tmp_path, monkeypatch, table, vit):
     view = View(featurecache.extract(table, backbone=vit, outputs="cls", cache=tmp_path / "c", hash_ids=True).view)
     monkeypatch.setenv(pseudonyms.VARIABLE, "of somebody else")
     with pytest.raises(SourceError, match="a secret that is another one"):

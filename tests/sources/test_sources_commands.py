@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +61,7 @@ def kaggle(root: Path) -> str:
         pytest.param(lambda root: str(chest_xray(root / "chest")), 12, marks=pytest.mark.slow),
     ],
 )
-def test_dry_run_sheet_extraction_and_info(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], str], images: int
-) -> None:
+def test_dry_run_sheet_extraction_and_info(tmp_path, monkeypatch, make, images):
     monkeypatch.setenv("KAGGLEHUB_CACHE", str(tmp_path / "kagglehub"))
     monkeypatch.chdir(tmp_path)
     data = make(tmp_path)
