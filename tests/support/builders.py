@@ -45,8 +45,11 @@ def add_shard(store: Store, numbers: Sequence[int], layout: Layout) -> Path:
     """Rows of images ``numbers``; the rounding error of image k is k thousandths."""
     writer = ShardWriter(store.path, digests(numbers), layout, notes_for(store.fingerprint, "cpu", {"threads": 1}))
     errors = np.array([k / 1000 for k in numbers], np.float32)
-    writer.append([bytes(d) for d in digests(numbers)], features(numbers, layout), errors)
-    path = writer.commit()
+    try:
+        writer.append([bytes(d) for d in digests(numbers)], features(numbers, layout), errors)
+        path = writer.commit()
+    finally:
+        writer.discard()
     assert path is not None
     return path
 
