@@ -79,7 +79,7 @@ def train_baseline(
     of `Settings`; without them they are as published. A checkpoint is written after every epoch, with which ``resume``
     goes on. Raises what `train_head` raises, before anything is trained.
     """
-    from featurecache.extraction.pipeline import pick_device
+    from featurecache.extraction.forward import pick_device
 
     say = say or _silent
     settings = settings_of(arch, splits=splits, classes=classes, only=only, device=pick_device(device).type, **options)
@@ -183,7 +183,7 @@ def _device(heads: str | Sequence[str], device: str | None) -> str | None:
     names = heads.split(",") if isinstance(heads, str) else heads
     if not any(is_baseline(name.strip()) for name in names):
         return None if device in (None, "auto") else device
-    from featurecache.extraction.pipeline import pick_device
+    from featurecache.extraction.forward import pick_device
 
     return pick_device(device or "auto").type
 

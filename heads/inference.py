@@ -123,7 +123,7 @@ def _device(run: Run, device: str) -> str:
     """Where the head is computed: a network from pixels where it is asked for, others on the CPU."""
     if not is_pixels(run):
         return "cpu"
-    from featurecache.extraction.pipeline import pick_device
+    from featurecache.extraction.forward import pick_device
 
     return pick_device(device).type
 

@@ -40,8 +40,8 @@ def description_of(extraction: Extraction) -> Description:
 
     from featurecache.sources.summary import describe as describe_dataset
 
-    digests = np.append(extraction.digests, b"")[extraction.sample_image]  # -1, unread: the empty one
-    return describe_dataset(extraction.dataset, digests, extraction.looked.headers if extraction.looked else None)
+    digests = np.append(extraction.digests, b"")[extraction.scan.sample_image]  # -1, unread: the empty one
+    return describe_dataset(extraction.dataset, digests, extraction.scan.headers)
 
 
 def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, A
         "untrained": extraction.spec.untrained,
         "data": description_of(extraction).to_dict(),
         "source": extraction.dataset.source,
-        "unread": [(extraction.dataset.shown(k), reason) for k, reason in sorted(extraction.unread.items())],
+        "unread": [(extraction.dataset.shown(k), reason) for k, reason in sorted(extraction.scan.unread.items())],
         "outputs": {o.name: extraction.layouts[o.name].row_shape for o in extraction.outputs},
         "dtype": extraction.spec.dtype,
         "precision": extraction.spec.precision,
@@ -79,7 +79,7 @@ def _augmented_record(extraction: Extraction) -> dict[str, Any] | None:
     return {
         **copying.augmented.to_dict(),
         "words": str(copying.augmented.augmentation),
-        "kept": extraction.kept == copying.augmented,
+        "kept": extraction.view_copies == copying.augmented,
         "splits_drawn_later": not any(extraction.dataset.splits),
         **counted,
     }
@@ -368,7 +368,7 @@ def why(talk: Console, columns: tuple[str, ...], engine: str, cache: str | None,
 
     Without --data the key alone is looked up.
     """
-    from featurecache.extraction.cache_miss import explain
+    from featurecache.extraction.cache_miss import explain_miss
 
     given = _given()
     data = options.pop("data") if "data" in given else None
@@ -376,9 +376,9 @@ def why(talk: Console, columns: tuple[str, ...], engine: str, cache: str | None,
         raise BadOption(f"{given[needless[0]][0]} is about the images; say which with --data.")
     if data is None:
         options = {name: value for name, value in options.items() if name not in ("data", *_OF_IMAGES)}
-        reason = explain(cache=cache, **options)
+        reason = explain_miss(cache=cache, **options)
     else:
-        reason = explain(data, cache=cache, columns=pairs_of(columns), progress=talk.progress, **options)
+        reason = explain_miss(data, cache=cache, columns=pairs_of(columns), progress=talk.progress, **options)
     talk.result(str(reason), reason.record())
     words = [word for name, part in given.items() for word in part]
     talk.next(shlex.join(["featurecache", "extract", *words, *([] if data else ["--data", "FOLDER"])]))

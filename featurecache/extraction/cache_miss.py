@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,23 @@ from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
 from featurecache.errors import CacheError, Drift
 from featurecache.extraction import canary
-from featurecache.extraction.pipeline import exact_arithmetic, output_layout, pick_device, spec_of
+from featurecache.extraction.forward import exact_arithmetic, output_layout, pick_device, spec_of
 from featurecache.extraction.plan import choose_precision, prepare
 from featurecache.extraction.run import Extraction
 from featurecache.formatting import aligned
 from featurecache.outputs import parse_list
 from featurecache.sources.base import Dataset
 from featurecache.store.schema import DIGEST
-from featurecache.store.spec import ExtractionSpec, SpecDifference, describe_differences, differences
-from featurecache.store.store import Store, cache_folder, find_store, latest_generation, stores, unreadable_stores
+from featurecache.store.spec import ExtractionSpec, SpecDifference, describe_differences, spec_differences
+from featurecache.store.store import (
+    ImageGroups,
+    Store,
+    cache_folder,
+    find_store,
+    latest_generation,
+    stores,
+    unreadable_stores,
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Explanation:
             "fingerprint": self.spec.fingerprint,
             "store": str(self.store.path) if self.store else None,
             "nearest": str(self.nearest.path) if self.nearest else None,
-            "differs": [{"field": d.field, "stored": d.stored, "asked": d.asked} for d in self.differs],
+            "differs": [asdict(difference) for difference in self.differs],
             "images": self.images,
             "augmented_copies": self.copies,
             "notes": list(self.notes),
@@ -65,12 +73,12 @@ class Explanation:
         return "\n".join([*lines, *counted, *(f"note: {note}" for note in self.notes)])
 
 
-def explain(
+def explain_miss(
     data: str | Path | Dataset | None = None, *, backbone: str, cache: str | Path | None = None, **options: Any
 ) -> Explanation:
     """What `prepare` with the same arguments would find. Without ``data`` the key alone is looked up.
 
-    >>> print(explain(backbone="vit-in21k", image_size=256))                                     # doctest: +SKIP
+    >>> print(explain_miss(backbone="vit-in21k", image_size=256))                                # doctest: +SKIP
     no store has this key. Nearest: vit-in21k-4f2a91c0, which differs in
       image_size           224 → 256
       position_embeddings  as trained → interpolated (bicubic)
@@ -84,7 +92,7 @@ def explain(
         network, spec = _key(folder, backbone, **options)
         store = find_store(folder, spec)
     nearest = None if store else _nearest(folder, spec)
-    differs = tuple(differences(nearest.spec, spec)) if nearest else ()
+    differs = tuple(spec_differences(nearest.spec, spec)) if nearest else ()
     notes = [*_generations(folder, spec), *_drift(planned), *_other_copies(planned)]
     notes += [str(error) for _, error in unreadable_stores(folder)]
     counted = _count(planned, copies=False) if planned else None
@@ -121,14 +129,14 @@ def _nearest(cache: Path, spec: ExtractionSpec) -> Store | None:
         network = [{key: spec["architecture"].get(key) for key in ("library", "class")} for spec in (kept, asked)]
         kind = 0 if kept["architecture"] == asked["architecture"] else 1 if network[0] == network[1] else 2
         fields = sum(kept[name] != asked[name] for name in asked)
-        return kind, fields, len(list(differences(store.spec, spec))), -_made(store)
+        return kind, fields, len(list(spec_differences(store.spec, spec))), -_made(store)
 
     known = [store for store in stores(cache) if not store.spec.imported]  # nobody knows what made those
     return min(known, key=distance, default=None)
 
 
 def _count(planned: Extraction, copies: bool) -> dict[str, dict[str, int]]:
-    def among(groups: list[tuple[np.ndarray, tuple[Any, ...]]], output: Any) -> int:
+    def among(groups: ImageGroups, output: Any) -> int:
         return sum(int(((rows >= planned.plain) == copies).sum()) for rows, outputs in groups if output in outputs)
 
     total, counted = len(planned.digests) - planned.plain if copies else planned.plain, {}
@@ -140,16 +148,16 @@ def _count(planned: Extraction, copies: bool) -> dict[str, dict[str, int]]:
 
 def _other_copies(planned: Extraction | None) -> Iterator[str]:
     """Why no copy is found where a view of this name has some."""
-    if planned is None or planned.kept is None or planned.copying is None:
+    if planned is None or planned.view_copies is None or planned.copying is None:
         return
-    asked = planned.copying.augmented
-    if asked.augmentation != planned.kept.augmentation:
+    stored, requested = planned.view_copies, planned.copying.augmented
+    if requested.augmentation != stored.augmentation:
         yield (
-            f"the view {planned.name} has {planned.kept} of an image, asked for is {asked}: other steps, numbers or "
+            f"the view {planned.name} has {stored} of an image, asked for is {requested}: other steps, numbers or "
             "another seed are other copies"
         )
-    elif asked.views != planned.kept.views:
-        yield f"the view {planned.name} has {planned.kept} of an image; those with the same number are the same"
+    elif requested.views != stored.views:
+        yield f"the view {planned.name} has {stored} of an image; those with the same number are the same"
 
 
 def _image_lines(images: dict[str, dict[str, int]], what: str = "distinct images") -> Iterator[str]:
@@ -195,6 +203,6 @@ def _drift(planned: Extraction | None) -> Iterator[str]:
     try:
         with exact_arithmetic(planned.plan["threads"]):
             compute = planned.compute() if planned.forward else None
-            canary.check(planned.store, planned.backbone, compute, list(dict.fromkeys(outputs)), write=False)
+            canary.check_canary(planned.store, planned.backbone, compute, list(dict.fromkeys(outputs)), write=False)
     except Drift as error:
         yield " ".join(str(error).split())

@@ -26,7 +26,8 @@ import xxhash
 
 from featurecache.backbones.base import Backbone, versions
 from featurecache.errors import DamagedFile, Drift
-from featurecache.extraction.pipeline import ForwardRunner, decode_many
+from featurecache.extraction.forward import ForwardRunner
+from featurecache.extraction.pipeline import decode_many
 from featurecache.files.atomic import refuse_links, write_whole
 from featurecache.files.locks import update_lock
 from featurecache.outputs import Output, derive, parse
@@ -94,7 +95,7 @@ def write_canary(store: Store, reference: Reference) -> None:
     write_whole(canary_path(store), save(tensors, notes), inside=store.path)
 
 
-def check(
+def check_canary(
     store: Store, backbone: Backbone, compute: ForwardRunner | None, outputs: Sequence[Output], *, write: bool = True
 ) -> None:
     """Compare this machine with the store; keep what the store had no reference for yet (``write``).
@@ -130,7 +131,7 @@ def rewrite_canary(store: Store, backbone: Backbone, compute: ForwardRunner, out
 def matches_this_machine(store: Store, backbone: Backbone, compute: ForwardRunner) -> bool:
     """Whether the store has a reference and this machine computes it."""
     try:
-        check(store, backbone, compute, [], write=False)
+        check_canary(store, backbone, compute, [], write=False)
     except (Drift, DamagedFile):
         return False
     return read_canary(store) is not None

@@ -1,4 +1,4 @@
-"""Digests of files, remembered between runs in ``<cache>/files.sqlite``: an unchanged file is not read again.
+"""Digest cache: digests of files in ``<cache>/files.sqlite``, so that an unchanged file is not read again.
 
     files   key → size, mtime, ctime, inode, digest, check       looks   digest → width, height, kind of pixels
 
@@ -49,7 +49,7 @@ _NOT_NOW = ("locked", "readonly", "I/O", "full", "unable to open", "permission",
 # Closing any descriptor of a file drops all locks this process has on it (POSIX): one thread at a time.
 _TURN = threading.Lock()
 
-Look = tuple[int, int, str]  # width, height, kind of pixels
+HeaderSummary = tuple[int, int, str]  # width, height, kind of pixels
 _Answer = TypeVar("_Answer")
 
 
@@ -68,7 +68,7 @@ class DigestCache:
         self.writes = writes
         self.trouble: str | None = None
 
-    def recall(self, keys: np.ndarray, stats: np.ndarray) -> np.ndarray:
+    def get(self, keys: np.ndarray, stats: np.ndarray) -> np.ndarray:
         """Digests S32 [N] of files with ``keys`` int64 [N] and ``stats`` STAT [N]; empty where not known."""
         digests = np.zeros(len(keys), DIGEST)
         order = np.argsort(keys)
@@ -81,7 +81,7 @@ class DigestCache:
         self._use(ask, None)
         return digests
 
-    def remember(self, keys: np.ndarray, stats: np.ndarray, digests: np.ndarray) -> None:
+    def put(self, keys: np.ndarray, stats: np.ndarray, digests: np.ndarray) -> None:
         """Keep digests S32 [n] of files. A kill loses at most the last transaction."""
         order = np.argsort(keys)
         for start in range(0, len(order), _IN_ONE):
@@ -89,21 +89,21 @@ class DigestCache:
             entries = zip(keys[rows].tolist(), _entries(keys[rows], stats[rows], digests[rows]), strict=True)
             self._change("INSERT OR REPLACE INTO files VALUES (?, ?)", entries)
 
-    def forget(self, keys: np.ndarray) -> None:
+    def drop(self, keys: np.ndarray) -> None:
         self._change("DELETE FROM files WHERE key = ?", [(key,) for key in keys.tolist()])
 
-    def looks(self, digests: Iterable[bytes]) -> dict[bytes, Look]:
+    def get_headers(self, digests: Iterable[bytes]) -> dict[bytes, HeaderSummary]:
         """What is known of the headers of images."""
 
-        def ask(database: sqlite3.Connection) -> dict[bytes, Look]:
+        def ask(database: sqlite3.Connection) -> dict[bytes, HeaderSummary]:
             question = "SELECT look FROM looks WHERE digest = ? AND typeof(look) = 'blob' AND length(look) < 100"
             answers = {digest: database.execute(question, (digest,)).fetchone() for digest in digests}
-            return {digest: look for digest, row in answers.items() if row and (look := _look(row[0]))}
+            return {digest: header for digest, row in answers.items() if row and (header := _header(row[0]))}
 
         return self._use(ask, {})
 
-    def remember_looks(self, looks: dict[bytes, Look]) -> None:
-        rows = [(digest, json.dumps(look).encode()) for digest, look in looks.items()]
+    def put_headers(self, headers: dict[bytes, HeaderSummary]) -> None:
+        rows = [(digest, json.dumps(header).encode()) for digest, header in headers.items()]
         self._change("INSERT OR REPLACE INTO looks VALUES (?, ?)", rows)
 
     def _change(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
@@ -233,10 +233,10 @@ def _entries(keys: np.ndarray, stats: np.ndarray, digests: np.ndarray) -> list[b
     return [sealed[start : start + _SIZE] for start in range(0, len(sealed), _SIZE)]
 
 
-def _look(found: bytes) -> Look | None:
-    """A stored look, if it is one: its words are shown at a terminal."""
+def _header(stored: bytes) -> HeaderSummary | None:
+    """A stored header, if it is one: its words are shown at a terminal."""
     try:
-        width, height, kind = json.loads(found)
+        width, height, kind = json.loads(stored)
     except (ValueError, TypeError):
         return None
     if type(width) is type(height) is int and 0 < width < 1 << 31 and 0 < height < 1 << 31 and isinstance(kind, str):

@@ -1,11 +1,8 @@
-"""Decode threads → forward pass → writer thread; precision, batches of exactly B.
+"""The extraction pipeline on one machine: decode threads → forward pass → writer thread; what each stage takes.
 
-The extraction pipeline on one machine: decode threads → forward pass → writer thread.
-
-Order never depends on who finishes first: decoded images are taken in the order they were asked for, every forward
-pass has exactly B rows (a short batch is padded and the padding dropped), and the writer handles batches one by one.
-
-Forward passes as a store makes them: one device, one precision, batches of exactly B rows; and what they give.
+Order never depends on who finishes first: decoded images are taken in the order they were requested, every forward pass
+has exactly B rows (`featurecache.extraction.forward`), and the writer handles batches one by one. `decode_many` is the
+one way in which images are read, decoded and resized in threads, also where no shard is written.
 """
 
 from __future__ import annotations
@@ -23,15 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurecache.backbones.base import Backbone
-from featurecache.errors import BadOption, UnreadableImage
+from featurecache.errors import UnreadableImage
+from featurecache.extraction.forward import ForwardRunner, exact_arithmetic
 from featurecache.formatting import device_title
 from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
 from featurecache.images.preprocessing import Preprocess
-from featurecache.outputs import Output, blocks, derive, function_of, parse
-from featurecache.store.shards import TORCH_DTYPE, Layout, RowLocations, ShardWriter, read_rows
-from featurecache.store.spec import ExtractionSpec
+from featurecache.outputs import Output, derive
+from featurecache.store.shards import Layout, RowLocations, ShardWriter, read_feature_rows
 from featurecache.store.store import Store, rows_per_shard
 
 CHANGED = "the file changed while the extraction ran; run it again"
@@ -61,7 +57,7 @@ class ShardJob:
 
 @dataclass(kw_only=True)
 class ExtractionJob(ShardJob):
-    """What the engine needs to know of an extraction; ``timings`` are filled while it runs."""
+    """What the pipeline needs to know of an extraction; ``timings`` are filled while it runs."""
 
     read: Callable[[int], EncodedImage]  # by number: the image of this digest; raises UnreadableImage
     preprocess: Preprocess
@@ -108,19 +104,34 @@ LAST_TIMINGS = 1 << 16  # so many batches and images the medians are of, the las
 
 @dataclass
 class StageTimings:
-    """Milliseconds an image, by the clock of a run: of forward passes over ``batch`` rows, and of loading an image.
+    """What the stages of a run take: seconds of its main loop, and milliseconds an image.
 
-    Both are medians of what the run really did: normalising, the network and rounding, per row of the B that every pass
-    computes; reading, decoding and resizing in one decode thread. The store's plan keeps them, not the views: the same
-    images give the same files, whatever a run took.
+    The latter are medians of what the run really did: normalising, the network and rounding, per row of the B that
+    every pass computes; reading, decoding and resizing in one decode thread. The store's plan keeps them, not the
+    views: the same images give the same files, whatever a run took.
     """
 
     device: torch.device
     batch: int
     images: int = 0  # that were computed
+    seconds: dict[str, float] = field(default_factory=lambda: {"computing": 0.0, "decoding": 0.0, "writing": 0.0})
     passes: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_TIMINGS))  # seconds
     loads: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_TIMINGS))  # seconds
     _pending: deque[tuple[Any, Any]] = field(default_factory=deque)  # events of a GPU, which runs behind
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """While the main loop computes, or waits for decoded images or for the writer."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def shares(self) -> dict[str, float]:
+        """Fractions of the main loop's time, summing to 1."""
+        total = sum(self.seconds.values()) or 1.0
+        return {name: seconds / total for name, seconds in self.seconds.items()}
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
@@ -155,30 +166,6 @@ class StageTimings:
         forward = 1000 * statistics.median(self.passes) / self.batch
         title = device_title(self.device)
         return {"forward_ms": forward, "loading_ms": loading, "device": title, "images": self.images}
-
-
-@dataclass
-class StageTimer:
-    """Seconds the main loop spent waiting for decoded images, computing, and waiting for the writer."""
-
-    reading: float = 0.0
-    computing: float = 0.0
-    writing: float = 0.0
-    images: int = 0
-
-    @contextlib.contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, what, getattr(self, what) + time.perf_counter() - start)
-
-    def shares(self) -> dict[str, float]:
-        """Fractions of the time, summing to 1."""
-        parts = {"computing": self.computing, "decoding": self.reading, "writing": self.writing}
-        total = sum(parts.values()) or 1.0
-        return {key: value / total for key, value in parts.items()}
 
 
 class _Shards:
@@ -239,23 +226,23 @@ def worker_threads(count: int, name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
 
 
-class _Behind:
+class _Writer:
     """One writer thread, a bounded number of batches behind the forward pass. Errors surface at the next call."""
 
-    def __init__(self, clock: StageTimer, most: int = 8) -> None:
+    def __init__(self, timings: StageTimings, most: int = 8) -> None:
         self._pool = worker_threads(1, "write")
-        self._clock, self._most = clock, most
+        self._timings, self._most = timings, most
         self._pending: deque[Future[Any]] = deque()
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        with self._clock.on("writing"):
+        with self._timings.stage("writing"):
             self._pending.append(self._pool.submit(function, *arguments))
             while len(self._pending) > self._most:
                 self._pending.popleft().result()
 
     def finish(self) -> None:
         """Wait for all that was handed over; raises the first error."""
-        with self._clock.on("writing"):
+        with self._timings.stage("writing"):
             while self._pending:
                 self._pending.popleft().result()
 
@@ -269,73 +256,64 @@ def _why_not_finite(source: str, row: torch.Tensor) -> str:
     return f"{source} has values that are not finite; try --precision fp32 and --dtype float32"
 
 
-def run_local(job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int, StageTimer], Any]) -> StageTimer:
-    """Compute the units in order and commit their shards. ``advance(images, clock)`` is called after every batch.
+def run_local(job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int], Any]) -> None:
+    """Compute the units in order and commit their shards. ``advance(images)`` is called after every batch.
 
     Interrupted (Ctrl-C, or an unreadable image under ``fail_fast``), what was computed is committed first.
     """
-    clock = StageTimer()
-    behind = _Behind(clock)
+    writer = _Writer(job.timings)
     numbers = (int(number) for unit in units for number in unit.rows)
-    upcoming = decode_many(job.read, numbers, job.preprocess, job.workers, 2 * job.compute.batch_size + job.workers)
+    images = decode_many(job.read, numbers, job.preprocess, job.workers, 2 * job.compute.batch_size + job.workers)
     open_shards: list[_Shards] = []
     try:
         with exact_arithmetic(job.threads):
             for unit in units:
                 open_shards.append(_Shards(job, unit))
                 try:
-                    _run_unit(job, unit, open_shards[-1], upcoming, behind, clock, advance)
+                    _run_unit(job, unit, open_shards[-1], images, writer, advance)
                 finally:  # also when interrupted: what was computed is kept
-                    behind(open_shards[-1].commit)
-        behind.finish()
+                    writer(open_shards[-1].commit)
+        writer.finish()
     except (KeyboardInterrupt, UnreadableImage):
-        behind.finish()
+        writer.finish()
         raise
     finally:
-        upcoming.close()
-        behind.close()
+        images.close()
+        writer.close()
         for shards in open_shards:
             shards.discard()
-    return clock
+
+
+_Decoded = tuple[int, torch.Tensor | str, float]  # what `decode_many` gives
 
 
 def _run_unit(
-    job: ExtractionJob,
-    unit: ShardPlan,
-    shards: _Shards,
-    upcoming: Iterator[tuple[int, torch.Tensor | str, float]],
-    behind: _Behind,
-    clock: StageTimer,
-    advance: Callable[[int, StageTimer], Any],
-) -> None:
+    job: ExtractionJob, unit: ShardPlan, shards: _Shards, images: Iterator[_Decoded], writer: _Writer,
+    advance: Callable[[int], Any],
+) -> None:  # fmt: skip
     dtype = job.layouts[unit.outputs[0].name].dtype
-    for numbers, images in _batches(job, unit, upcoming, clock, advance):
-        with clock.on("computing"), job.timings.forward():
-            rows, errors = job.compute(images, unit.outputs, dtype)
-        behind(shards.write, numbers, rows, errors)
+    for numbers, pixels in _batches(job, unit, images, advance):
+        with job.timings.stage("computing"), job.timings.forward():
+            rows, errors = job.compute(pixels, unit.outputs, dtype)
+        writer(shards.write, numbers, rows, errors)
         if job.fail_fast and job.failures:
             raise UnreadableImage(next(iter(job.failures.values())))
-        clock.images += len(numbers)
         job.timings.images += len(numbers)
-        advance(len(numbers), clock)
+        advance(len(numbers))
 
 
 def _batches(
-    job: ExtractionJob,
-    unit: ShardPlan,
-    upcoming: Iterator[tuple[int, torch.Tensor | str, float]],
-    clock: StageTimer,
-    advance: Callable[[int, StageTimer], Any],
+    job: ExtractionJob, unit: ShardPlan, images: Iterator[_Decoded], advance: Callable[[int], Any]
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Batches of up to B readable images of one unit."""
     numbers: list[int] = []
     pixels: list[torch.Tensor] = []
     for _ in range(len(unit.rows)):
-        with clock.on("reading"):
-            number, image, seconds = next(upcoming)
+        with job.timings.stage("decoding"):
+            number, image, seconds = next(images)
         if isinstance(image, str):
             job.failures[number] = image
-            advance(1, clock)
+            advance(1)
             if job.fail_fast:
                 raise UnreadableImage(image)
             continue
@@ -375,7 +353,7 @@ def forward_units(
 
 
 def derive_shards(
-    job: ShardJob, groups: Sequence[tuple[np.ndarray, tuple[Output, ...]]], advance: Callable[[int, StageTimer], Any]
+    job: ShardJob, groups: Sequence[tuple[np.ndarray, tuple[Output, ...]]], advance: Callable[[int], Any]
 ) -> None:
     """Compute outputs that are functions of stored tokens."""
     for rows, outputs in groups:
@@ -388,132 +366,15 @@ def derive_shards(
 
 
 def _derive_unit(
-    job: ShardJob, unit: ShardPlan, tokens: dict[str, RowLocations], advance: Callable[[int, StageTimer], Any]
+    job: ShardJob, unit: ShardPlan, tokens: dict[str, RowLocations], advance: Callable[[int], Any]
 ) -> None:
     shards = _Shards(job, unit)
     try:
         for start in range(0, len(unit.rows), 64):
             part = slice(start, min(start + 64, len(unit.rows)))
-            rows = {source: read_rows(places[part], job.layouts[source]) for source, places in tokens.items()}
+            rows = {source: read_feature_rows(places[part], job.layouts[source]) for source, places in tokens.items()}
             shards.write(unit.rows[part].tolist(), rows, {})
-            advance(len(unit.rows[part]), StageTimer())
+            advance(len(unit.rows[part]))
         shards.commit()
     finally:
         shards.discard()
-
-
-_PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """``auto``: CUDA, then MPS, then CPU."""
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        picked = torch.device(device)
-        torch.empty(0, device=picked)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BadOption(f'no device "{device}" on this machine. --device auto takes what is there.') from error
-    return picked
-
-
-@contextlib.contextmanager
-def exact_arithmetic(threads: int) -> Iterator[None]:
-    """No TF32, no autotuned kernels, a fixed number of CPU threads; the caller's settings come back afterwards."""
-    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    torch.set_float32_matmul_precision("highest")
-    torch.set_num_threads(threads)
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.set_num_threads(before[1])
-
-
-class ForwardRunner:
-    """A backbone on a device, in one precision, in batches of exactly ``batch_size`` rows."""
-
-    def __init__(self, backbone: Backbone, precision: str, device: torch.device, batch_size: int) -> None:
-        self.backbone, self.device, self.batch_size = backbone, device, batch_size
-        self._dtype = _PRECISION[precision]
-        self._format = torch.channels_last if backbone.channels_last else torch.contiguous_format
-        backbone.model.to(device=device, dtype=self._dtype)
-        if backbone.channels_last:
-            backbone.model.to(memory_format=torch.channels_last)
-
-    @torch.no_grad()
-    def __call__(
-        self, images: torch.Tensor, outputs: Sequence[Output], dtype: str
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """uint8 images [b,3,h,w], b ≤ B, to what ``outputs`` are made of, on the device.
-
-        Returns rows [b, ...] in the storage dtype for each source and, where that is float16, for each output what
-        rounding did to it: |stored − float32|₂ / |float32|₂, float32 [b].
-        """
-        count = len(images)
-        if count < self.batch_size:
-            images = torch.cat([images, images.new_zeros(self.batch_size - count, *images.shape[1:])])
-        pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
-        sources = {output.source: _parts(output.source) for output in outputs}
-        wanted = {part for parts in sources.values() for part in parts}
-        found = self.backbone.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), wanted)
-        exact = {key: torch.cat([found[part][:count].float() for part in parts], -1) for key, parts in sources.items()}
-        rows = {key: tensor.to(TORCH_DTYPE[dtype]) for key, tensor in exact.items()}
-        if dtype != "float16":
-            return rows, {}
-        return rows, {o.name: self._rounding(o, exact[o.source], rows[o.source]) for o in outputs}
-
-    def _rounding(self, output: Output, exact: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
-        """Relative error [b] of an output as it is stored, against the one that would be without any rounding."""
-        rounded = stored.float()
-        if output.derived:
-            prefix, grid = len(self.backbone.prefix), self.backbone.grid
-            exact = function_of(output, exact, prefix, grid)
-            rounded = function_of(output, rounded, prefix, grid).to(stored.dtype).float()
-        size = exact.flatten(1).norm(dim=1)
-        return (rounded - exact).flatten(1).norm(dim=1) / size.clamp_min(torch.finfo(torch.float32).tiny)
-
-    def device_name(self) -> str:
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return self.device.type
-
-    def seconds_per_batch(self, outputs: Sequence[Output]) -> float:
-        """A short probe: the second of two passes over black images."""
-        images = torch.zeros(self.batch_size, 3, *self.backbone.image_size, dtype=torch.uint8)
-        for _ in range(2):
-            start = time.perf_counter()
-            for rows in self(images, outputs, "float32")[0].values():
-                rows.cpu()
-        return time.perf_counter() - start
-
-
-def _parts(source: str) -> list[str]:
-    """ "tokens@last2" → ["tokens@-2", "tokens"]: what the backbone gives, to be concatenated."""
-    base, _, layer = source.partition("@")
-    return [f"{base}@{part}" if part else base for part in blocks(layer)]
-
-
-def output_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
-    """Shape and dtype of an output's rows. Raises OutputRefused where the backbone has none."""
-    backbone.offers(output.base if not output.layer else f"{output.base.split('-')[0]}@{output.layer}")
-    length = len(backbone.prefix) + backbone.grid[0] * backbone.grid[1]
-    width = backbone.width * len(blocks(output.layer))
-    shape = output.row_shape((length, width), len(backbone.prefix))
-    prefix, grid = output.layout(backbone.prefix, backbone.grid) or (None, None)
-    return Layout(output.name, shape, dtype, prefix, grid)
-
-
-def source_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
-    """The layout of the tokens an output is derived from."""
-    return output_layout(backbone, parse(output.source), dtype)
-
-
-def spec_of(backbone: Backbone, precision: str, dtype: str) -> ExtractionSpec:
-    preprocess = {**backbone.preprocess.to_dict(), "decoding": _images.DECODING}
-    return ExtractionSpec(
-        backbone.architecture, backbone.weights, preprocess, backbone.image_size, backbone.position_embeddings,
-        precision, dtype,
-    )  # fmt: skip

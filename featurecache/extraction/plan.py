@@ -1,4 +1,8 @@
-"""Before anything is computed: the images, the backbone, the cache, and what is missing."""
+"""Planning an extraction: from options to the images, the backbone, the store, and what is missing of them.
+
+`prepare` reads and compares and computes nothing; `extract` is it and `Extraction.run`. What would fail only after
+hours, a name that cannot be stored or another dataset's view of the same name, is refused here.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, CacheError, SourceError
 from featurecache.extraction.digest_cache import DigestCache
-from featurecache.extraction.pipeline import output_layout, pick_device, source_layout, spec_of
+from featurecache.extraction.forward import output_layout, pick_device, source_layout, spec_of
 from featurecache.extraction.run import Extraction, ExtractionResult
 from featurecache.extraction.scan import ScanResult, scan
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies, augmentation_of
@@ -70,7 +74,7 @@ def prepare(
     """
     _check_options(on_error, batch_size, workers)
     augmented = augmentation_of(views, augment, augment_seed)
-    asked = parse_list(outputs) if outputs is not None else None
+    requested = parse_list(outputs) if outputs is not None else None
     dataset = data if isinstance(data, Dataset) else open_source(data, columns=columns, task=task)
     folder = cache_folder(cache)
     secret = load_secret(folder) if hash_ids or hash_groups else None
@@ -83,35 +87,34 @@ def prepare(
     name = name or dataset.name
     _check_storable(dataset, name)
     workers = workers or default_workers(picked)
-    wanted = asked or parse_list([name for name in (network.vector, "tokens") if name not in network.refusals])
+    wanted = requested or parse_list([name for name in (network.vector, "tokens") if name not in network.refusals])
     layouts = _layouts(network, wanted, dtype)  # refuses what the backbone has not, before anything is read
     if secret and remember:
         secret.keep()
-    memory, threads, fail = DigestCache(folder, writes=remember), max(workers, 4), on_error == "fail"
-    looked = scan(dataset, memory, secret.value if secret else b"", threads, progress=progress, fail=fail)
-    if looked.seen.memory.trouble:
-        dataset = replace(dataset, notes=(*dataset.notes, looked.seen.memory.trouble))
+    digest_cache, threads, fail = DigestCache(folder, writes=remember), max(workers, 4), on_error == "fail"
+    result = scan(dataset, digest_cache, secret.value if secret else b"", threads, progress=progress, fail=fail)
+    if trouble := result.files.cache.trouble:
+        dataset = replace(dataset, notes=(*dataset.notes, trouble))
     spec = spec_of(network, "fp32", dtype)
-    spec, reason = choose_precision(spec, precision, picked, folder, layouts, looked.digests)
+    spec, reason = choose_precision(spec, precision, picked, folder, layouts, result.digests)
     spec = latest_generation(folder, spec)
     store = find_store(folder, spec)
-    there = _view_there(store, name, dataset)
-    wanted = tuple(dict.fromkeys([*wanted, *(parse(output) for output in (there.outputs if there else ()))]))
+    existing = _existing_view(store, name, dataset)
+    wanted = tuple(dict.fromkeys([*wanted, *(parse(output) for output in (existing.outputs if existing else ()))]))
     layouts = _layouts(network, wanted, dtype)
-    kept = there.augmented if there else None
-    copying = _copying(dataset, kept if views is None else augmented, looked)
-    images, digests = looked.images, looked.digests
+    view_copies = existing.augmented if existing else None
+    copying = _copying(dataset, view_copies if views is None else augmented, result)
+    images, digests = result.images, result.digests
     if copying:
         images, digests = copying.with_copies(images), copying.digests(digests)
     forward, derived = missing_outputs(wanted, layouts, store, digests)
     return Extraction(
         dataset, network, spec, wanted, name, folder, picked, on_error, workers, batch_size, store, images, digests,
-        looked.sample_image, looked.unread, layouts, forward, derived, reason, accept_drift, looked, secret, copying,
-        kept,
+        layouts, forward, derived, result, reason, accept_drift, secret, copying, view_copies,
     )  # fmt: skip
 
 
-def _copying(dataset: Dataset, augmented: AugmentedCopies | None, looked: ScanResult) -> AugmentationPlan | None:
+def _copying(dataset: Dataset, augmented: AugmentedCopies | None, images: ScanResult) -> AugmentationPlan | None:
     if augmented is None:
         return None
     may = may_be_trained_on(dataset)
@@ -120,8 +123,8 @@ def _copying(dataset: Dataset, augmented: AugmentedCopies | None, looked: ScanRe
             f"augmented copies are made of training images, and {dataset.source.get('data')} has none: its splits are "
             f"{', '.join(sorted(set(dataset.splits) - {''}))}. --views 0 goes on without copies."
         )
-    sources = np.unique(looked.sample_image[may & (looked.sample_image >= 0)])
-    return AugmentationPlan(augmented, sources, len(looked.digests))
+    sources = np.unique(images.sample_image[may & (images.sample_image >= 0)])
+    return AugmentationPlan(augmented, sources, len(images.digests))
 
 
 def _layouts(network: Backbone, wanted: Sequence[Output], dtype: str) -> dict[str, Layout]:
@@ -145,13 +148,13 @@ def choose_precision(
     """``auto``: that of an existing store of this backbone that holds these images, else the device's own."""
     if precision != "auto":
         return replace(spec, precision=precision), "as asked"
-    held: dict[str, int] = {}
+    stored: dict[str, int] = {}
     for store in stores(cache):
         if replace(store.spec, precision="fp32", generation=0) == spec:
-            known = held.get(store.spec.precision, 0)  # of another generation
-            held[store.spec.precision] = max(known, _held(store, layouts, digests))
-    if held and max(held.values()) > 0:
-        best = max(held, key=lambda key: held[key])
+            other = stored.get(store.spec.precision, 0)  # of another generation
+            stored[store.spec.precision] = max(other, _stored_images(store, layouts, digests))
+    if stored and max(stored.values()) > 0:
+        best = max(stored, key=lambda key: stored[key])
         return replace(spec, precision=best), "as these images are stored already"
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -160,7 +163,7 @@ def choose_precision(
     return spec, "exact"
 
 
-def _held(store: Store, layouts: dict[str, Layout], digests: np.ndarray) -> int:
+def _stored_images(store: Store, layouts: dict[str, Layout], digests: np.ndarray) -> int:
     """Most images that the store has one output of; a shard that cannot be read holds none (using it says so)."""
     most = 0
     for layout in layouts.values():
@@ -172,7 +175,7 @@ def _held(store: Store, layouts: dict[str, Layout], digests: np.ndarray) -> int:
     return most
 
 
-def _view_there(store: Store | None, name: str, dataset: Dataset) -> View | None:
+def _existing_view(store: Store | None, name: str, dataset: Dataset) -> View | None:
     """The view of this name, whose outputs and copies are kept; refuses to replace another dataset's view."""
     path = store.path / f"{name}.h5" if store else None
     if path is None or not path.exists():

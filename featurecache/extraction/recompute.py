@@ -11,14 +11,8 @@ import torch
 from featurecache.backbones import load_backbone
 from featurecache.errors import NotInCache, UnsafeFile
 from featurecache.extraction import canary
-from featurecache.extraction.pipeline import (
-    ForwardRunner,
-    decode_many,
-    exact_arithmetic,
-    output_layout,
-    pick_device,
-    spec_of,
-)
+from featurecache.extraction.forward import ForwardRunner, exact_arithmetic, output_layout, pick_device, spec_of
+from featurecache.extraction.pipeline import decode_many
 from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output, derive, parse
 from featurecache.store.shards import TORCH_DTYPE
@@ -66,7 +60,7 @@ class StoreBackbone:
         """Compare this machine with the store's reference, once. Raises Drift."""
         if output not in self._checked:
             with exact_arithmetic(self.threads):
-                canary.check(self.store, self.backbone, self.compute, [output], write=False)
+                canary.check_canary(self.store, self.backbone, self.compute, [output], write=False)
             self._checked.add(output)
 
     def renew_canary(self, output: Output) -> None:
@@ -82,8 +76,7 @@ class StoreBackbone:
         if check:
             self.check(output)
         shape, dtype = output_layout(self.backbone, output, self.store.spec.dtype).row_shape, self.store.spec.dtype
-        rows, failed = [torch.empty(0, *shape, dtype=TORCH_DTYPE[dtype])], []
-        pixels: list[torch.Tensor] = []
+        rows, failed, pixels = [torch.empty(0, *shape, dtype=TORCH_DTYPE[dtype])], [], []
         for index, image, _ in decode_many(images.__getitem__, range(len(images)), self.backbone.preprocess, THREADS):
             if isinstance(image, str):
                 failed.append((index, image))
@@ -101,7 +94,7 @@ class StoreBackbone:
 def backbone_of(
     like: View, *, device: str = "auto", weights: str | None = None, trust_code: bool = False
 ) -> StoreBackbone:
-    """`Again` for the store of ``like``, of which only spec, provenance and path are asked: its plan and canary,
+    """`StoreBackbone` for the store of ``like``, of which only spec, provenance and path are read: its plan and canary,
     and the store itself, may be gone."""
     spec = ExtractionSpec.from_dict(like.spec)
     store = Store(like.store, spec, spec.fingerprint, like.provenance)
@@ -118,5 +111,4 @@ def compute(
     out). ``weights``: where the backbone's are now, if not where they were;
     ``trust_code``: run the module of a ``python:`` backbone. Raises what ``featurecache.load_backbone`` raises.
     """
-    found = backbone_of(like, device=device, weights=weights, trust_code=trust_code)
-    return found.rows(images, parse(output))
+    return backbone_of(like, device=device, weights=weights, trust_code=trust_code).rows(images, parse(output))

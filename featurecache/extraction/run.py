@@ -1,20 +1,16 @@
-"""One extraction from lock to view; failures, interruption, resume.
+"""One extraction from lock to view: compute what is missing, write the view; interruption, failures, drift.
 
-Extraction: what is asked for, what is there already, and computing the difference.
-
-    extraction = prepare("chest/", backbone="vit-in21k")     # looks, computes nothing, writes nothing
+    extraction = prepare("chest/", backbone="vit-in21k")     # reads and compares, computes nothing, writes nothing
     result = extraction.run()                                # shards, then the view
 
 A feature is looked up by (fingerprint, output, digest): the same image in two datasets is computed once, and a run that
-was killed continues where its last shard was committed.
-
-The view of an extraction: which of its samples and copies have rows, and what the file says of itself.
+was killed continues where its last shard was committed. Before anything is computed the canary says whether this
+machine still makes what the store holds.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -23,26 +19,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from featurecache.backbones.base import Backbone
-from featurecache.errors import BadOption, CacheError, CannotWrite, Drift, SourceError, Stopped, UnreadableImage
+from featurecache.errors import BadOption, CacheError, Drift, SourceError, Stopped, UnreadableImage
 from featurecache.extraction import canary
+from featurecache.extraction.forward import ForwardRunner, default_batch, exact_arithmetic
 from featurecache.extraction.pipeline import (
     CHANGED,
     ExtractionJob,
-    ForwardRunner,
-    StageTimer,
+    StageTimings,
     derive_shards,
-    exact_arithmetic,
     forward_units,
     run_local,
 )
 from featurecache.extraction.scan import ScanResult
+from featurecache.files.atomic import check_room
 from featurecache.files.directory import FORMAT
 from featurecache.files.locks import shared_lock
 from featurecache.files.records import canonical_json
-from featurecache.formatting import progress_bar, size_text
+from featurecache.formatting import progress_bar
 from featurecache.images import decoding as _images
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
 from featurecache.images.headers import EncodedImage
@@ -51,7 +46,7 @@ from featurecache.sources.base import Dataset, may_be_trained_on
 from featurecache.sources.pseudonyms import Secret, plain_reason
 from featurecache.store.shards import Layout, RowLocations, notes_for
 from featurecache.store.spec import ExtractionSpec
-from featurecache.store.store import Store, create_store, missing_outputs, stores
+from featurecache.store.store import ImageGroups, Store, create_store, missing_outputs, stores
 from featurecache.store.write_view import ViewColumns, copy_failed, write_view
 
 ASK_BYTES = 20 * 10**9  # the command asks before it keeps more than this
@@ -94,17 +89,15 @@ class Extraction:
     store: Store | None
     images: np.ndarray  # [images] first sample of each distinct image; then the same for the augmented copies
     digests: np.ndarray  # [images] S32, and of the copies
-    sample_image: np.ndarray  # [N] number of the distinct image, -1 where the file could not be read
-    unread: dict[int, str]  # sample → reason
     layouts: dict[str, Layout]
-    forward: list[tuple[np.ndarray, tuple[Output, ...]]]  # groups of images and what a pass must give of them
-    derived: list[tuple[np.ndarray, tuple[Output, ...]]]  # ... and what follows from stored tokens
+    forward: ImageGroups  # groups of images and what a pass must give of them
+    derived: ImageGroups  # ... and what follows from stored tokens
+    scan: ScanResult  # which sample is which image, and what the cache is to remember of the files
     precision_reason: str = ""
     accept_drift: bool = False
-    looked: ScanResult | None = None  # what of it the cache is to remember
     secret: Secret | None = None  # of hashed ids and groups
     copying: AugmentationPlan | None = None  # the augmented copies
-    kept: AugmentedCopies | None = None  # those that the view of this name has
+    view_copies: AugmentedCopies | None = None  # those that the view of this name has
     _compute: ForwardRunner | None = field(default=None, repr=False)
 
     @property
@@ -115,7 +108,7 @@ class Extraction:
     def counts(self, copies: bool) -> dict[str, int]:
         """Of the distinct images, or of their augmented copies: how many are in the cache, and what the others need."""
 
-        def among(groups: list[tuple[np.ndarray, tuple[Output, ...]]]) -> int:
+        def among(groups: ImageGroups) -> int:
             return sum(int(((rows >= self.plain) == copies).sum()) for rows, _ in groups)
 
         all_ = len(self.digests) - self.plain if copies else self.plain
@@ -180,12 +173,9 @@ class Extraction:
         folder = self.cache
         while not folder.exists():
             folder = folder.absolute().parent
-        free, needed = shutil.disk_usage(folder).free, int(self.new_bytes * 1.01) + (1 << 20)
-        if self.new_bytes and needed > free:
-            raise CannotWrite(
-                28, f"{size_text(self.new_bytes)} are to be written and {folder} has {size_text(free)} free. "
-                "Keep fewer outputs (--outputs), or choose another disk with --cache.",
-            )  # fmt: skip
+        if self.new_bytes:
+            way = "Keep fewer outputs (--outputs), or choose another disk with --cache."
+            check_room(folder, int(self.new_bytes * 1.01) + (1 << 20), way)
 
     def run(self, *, progress: bool = False, rate: float | None = None) -> ExtractionResult:
         """Compute what is missing, then write the view. ``rate`` (images/s) sizes the shards; probed when not given.
@@ -195,8 +185,7 @@ class Extraction:
         self.check_disk()
         if self.secret:
             self.secret.keep()
-        if self.looked:
-            self.looked.seen.keep()
+        self.scan.files.save()
         try:
             return self._run(progress, rate)
         except Drift:
@@ -211,39 +200,46 @@ class Extraction:
         store = self._open_store()
         store.sweep()
         with shared_lock(store.path, "extract"):
-            self._turn_to(self.spec, store)  # another process may have been here since the images were looked at
-            plan, clock = self._fix_plan(rate), StageTimer()
+            self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
+            plan = self._fix_plan(rate)
             self._check_canary()
-            failures: dict[int, str] = {}
-            job: ExtractionJob | None = None
-            bar = progress_bar(self.to_compute + self.to_derive, progress)
+            job = self._job(plan) if self.to_compute or self.to_derive else None
+            failures = job.failures if job else {}
             try:
-                if self.to_compute or self.to_derive:
-                    job = self._job(plan)
-                    failures = job.failures
-                    derive_shards(job, self._apart(self.derived), lambda n, _: bar.update(n))
-                    if self.forward:
-                        units = forward_units(self._apart(self.forward), self.layouts, plan)
-                        clock = run_local(job, units, lambda n, clock: _advance(bar, n, clock))
-                    if failures and self.on_error == "fail":  # found by the writer, behind the last batch
-                        raise UnreadableImage(next(iter(failures.values())))
+                if job:
+                    self._compute_missing(job, plan, progress)
             except KeyboardInterrupt as error:
                 self._keep_timings(job)
                 safe = sum(int(self.locate(o).found.sum()) for o in self.outputs[:1])
                 what = "images and copies" if self.copying else "images"
                 raise Stopped(f"stopped. {safe:,} {what} are safe; the same command continues.") from error
             except UnreadableImage as error:
-                raise SourceError(f"{self._first_failure(failures)} (--on-error report goes on without it)") from error
-            finally:
-                bar.close()
+                number, reason = next(iter(failures.items()))
+                image = self.dataset.shown(int(self.images[number]))
+                raise SourceError(f"{image}: {reason} (--on-error report goes on without it)") from error
             self._keep_timings(job)
             path, images, copies, failed = write_view_of(self, failures)
-        seconds = time.perf_counter() - start
+        seconds, timings = time.perf_counter() - start, job.timings if job else StageTimings(self.device, batch=0)
         names = tuple(output.name for output in self.outputs)
         return ExtractionResult(
-            path, names, images, clock.images, self.to_derive, seconds, clock.shares(), failed, copies,
+            path, names, images, timings.images, self.to_derive, seconds, timings.shares(), failed, copies,
             store.cost(self.name),
         )  # fmt: skip
+
+    def _compute_missing(self, job: ExtractionJob, plan: dict[str, Any], progress: bool) -> None:
+        """Write the shards. Raises UnreadableImage under ``--on-error fail``."""
+        with progress_bar(self.to_compute + self.to_derive, progress) as bar:
+
+            def advance(images: int) -> None:
+                shares = job.timings.shares().items()
+                bar.set_postfix_str("  ".join(f"{stage} {share:.0%}" for stage, share in shares), refresh=False)
+                bar.update(images)
+
+            derive_shards(job, self._apart(self.derived), bar.update)
+            if self.forward:
+                run_local(job, forward_units(self._apart(self.forward), self.layouts, plan), advance)
+        if job.failures and self.on_error == "fail":  # seen by the writer, behind the last batch
+            raise UnreadableImage(next(iter(job.failures.values())))
 
     def _open_store(self) -> Store:
         if self.store is None:
@@ -260,7 +256,7 @@ class Extraction:
             return
         compute = self.compute() if self.forward else None
         with exact_arithmetic(self.plan["threads"]):
-            canary.check(self.store, self.backbone, compute, list(dict.fromkeys(wanted)))
+            canary.check_canary(self.store, self.backbone, compute, list(dict.fromkeys(wanted)))
 
     def _next_generation(self) -> None:
         """Turn to the generation of the store that agrees with this machine; to a new one where none does."""
@@ -310,67 +306,44 @@ class Extraction:
             return data
         return self.copying.augmented.augmentation.copy_of(data, bytes(self.digests[number]))
 
-    def _apart(
-        self, groups: list[tuple[np.ndarray, tuple[Output, ...]]]
-    ) -> list[tuple[np.ndarray, tuple[Output, ...]]]:
+    def _apart(self, groups: ImageGroups) -> ImageGroups:
         """Images and copies in shards of their own: those of the images are the same with copies and without."""
         parts = [
             (rows[(rows >= self.plain) == copies], outputs) for rows, outputs in groups for copies in (False, True)
         ]
         return [(part, outputs) for part, outputs in parts if len(part)]
 
-    def locate(self, output: Output, rows: np.ndarray | None = None) -> RowLocations:
+    def locate(self, output: Output) -> RowLocations:
         assert self.store is not None
-        digests = self.digests if rows is None else self.digests[rows]
-        return self.store.locate(self.layouts[output.name], digests)
+        return self.store.locate(self.layouts[output.name], self.digests)
 
     def _keep_timings(self, job: ExtractionJob | None) -> None:
-        if job is not None and (measured := job.timings.record()):
+        if job and (measured := job.timings.record()):
             job.store.write_cost(self.device.type, self.name, measured)
-
-    def _first_failure(self, failures: dict[int, str]) -> str:
-        number, reason = next(iter(failures.items()))
-        return f"{self.dataset.shown(int(self.images[number]))}: {reason}"
-
-
-def _advance(bar: tqdm, images: int, clock: StageTimer) -> None:
-    bar.set_postfix_str("  ".join(f"{key} {share:.0%}" for key, share in clock.shares().items()), refresh=False)
-    bar.update(images)
-
-
-def default_batch(backbone: Backbone, device: torch.device) -> int:
-    """Rows of a forward pass. On a CPU the activations of 8 images stay in the cache; a small ViT fills it with 32."""
-    if device.type != "cpu":
-        return 64
-    return 8 if backbone.channels_last or backbone.parameters > 10e6 else 32
 
 
 def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Path, int, int, list[tuple[str, str]]]:
-    """The view's path, how many images and copies are in it, and what is not, by the names that a person here finds
-    it by."""
+    """The view's path, how many images and copies are in it, and (id, reason) of what is not."""
     assert extraction.store is not None
-    samples = np.flatnonzero(np.isin(extraction.sample_image, list(failures)))
-    reasons = {**extraction.unread, **{k: failures[int(extraction.sample_image[k])] for k in samples.tolist()}}
-    kept = np.delete(np.arange(len(extraction.dataset)), list(reasons))
+    dataset, sample_image = extraction.dataset, extraction.scan.sample_image
+    samples = np.flatnonzero(np.isin(sample_image, list(failures)))
+    reasons = extraction.scan.unread | {k: failures[int(sample_image[k])] for k in samples.tolist()}
+    kept = np.delete(np.arange(len(dataset)), list(reasons))
     copied, lost = _copies_of(extraction, kept, failures)
-    if extraction.looked:
-        changed = [k for k, reason in [*reasons.items(), *((k, r) for k, _, r in lost)] if reason == CHANGED]
-        extraction.looked.seen.forget(np.unique(np.array(changed, np.int64)))
-    located = {extraction.layouts[o.name]: extraction.locate(o) for o in extraction.outputs}
+    changed = [k for k, reason in [*reasons.items(), *((k, r) for k, _, r in lost)] if reason == CHANGED]
+    extraction.scan.files.drop(np.unique(np.array(changed, np.int64)))
     missing = [*sorted(reasons.items()), *((k, copy_failed(copy, reason)) for k, copy, reason in lost)]
-    failed = [(extraction.dataset.shown(sample), reason) for sample, reason in missing]
+    failed = [(dataset.shown(sample), reason) for sample, reason in missing]
     if not len(kept):
-        raise SourceError(
-            f"none of {len(extraction.dataset):,} images could be read. The first, {failed[0][0]}: {failed[0][1]}."
-        )
-    images = np.concatenate([extraction.sample_image[kept], *(numbers for _, numbers in copied)])
-    places = {layout: everywhere[images] for layout, everywhere in located.items()}
+        raise SourceError(f"none of {len(dataset):,} images could be read. The first, {failed[0][0]}: {failed[0][1]}.")
+    images = np.concatenate([sample_image[kept], *(numbers for _, numbers in copied)])
+    places = {extraction.layouts[o.name]: extraction.locate(o)[images] for o in extraction.outputs}
     if not all(each.found.all() for each in places.values()):
         raise CacheError(
             f"rows that were in {extraction.store.path} are gone: somebody removes files there. "
             "The same command computes them again."
         )
-    rows = _rows_of(extraction.dataset, np.concatenate([kept, *(of for of, _ in copied)]), extraction.digests[images])
+    rows = _rows_of(dataset, np.concatenate([kept, *(of for of, _ in copied)]), extraction.digests[images])
     if extraction.copying:
         copy = [np.full(len(of), 1 + number, np.int32) for number, (of, _) in enumerate(copied)]
         rows = replace(rows, versions=np.concatenate([np.zeros(len(kept), np.int32), *copy]))
@@ -387,7 +360,7 @@ def _copies_of(
     may = kept[may_be_trained_on(extraction.dataset)[kept]]
     copied, lost = [], []
     for copy in range(1, extraction.copying.augmented.views + 1):
-        numbers = extraction.copying.numbers(extraction.sample_image[may], copy)
+        numbers = extraction.copying.numbers(extraction.scan.sample_image[may], copy)
         fine = ~np.isin(numbers, list(failures))
         copied.append((may[fine], numbers[fine]))
         lost += [(int(may[k]), copy, failures[int(numbers[k])]) for k in np.flatnonzero(~fine)]
@@ -395,29 +368,28 @@ def _copies_of(
 
 
 def _attributes(extraction: Extraction, missing: list[tuple[int, str]]) -> dict[str, Any]:
-    failed = [(extraction.dataset.ids[sample], reason) for sample, reason in missing]
-    if "secret" in extraction.dataset.source:
+    dataset = extraction.dataset
+    failed = [(dataset.ids[sample], reason) for sample, reason in missing]
+    if "secret" in dataset.source:
         failed = [(name, plain_reason(reason)) for name, reason in failed]
     return {
-        "classes": json.dumps(extraction.dataset.classes, ensure_ascii=False),
-        "task": extraction.dataset.task,
+        "classes": json.dumps(dataset.classes, ensure_ascii=False),
+        "task": dataset.task,
         "spec": canonical_json(extraction.spec.to_dict()),
         "fingerprint": extraction.spec.fingerprint,
         "provenance": canonical_json(extraction.store.provenance if extraction.store else {}),
         "format_version": FORMAT,
-        "source": canonical_json(extraction.dataset.source),
+        "source": canonical_json(dataset.source),
         "failed": json.dumps(failed, ensure_ascii=False),
         **({"augmentation": canonical_json(extraction.copying.augmented.to_dict())} if extraction.copying else {}),
     }
 
 
-def _rows_of(dataset: Dataset, kept: np.ndarray, digests: np.ndarray) -> ViewColumns:
-    places = None if np.array_equal(kept, np.arange(len(dataset))) else kept.tolist()
-
+def _rows_of(dataset: Dataset, samples: np.ndarray, digests: np.ndarray) -> ViewColumns:
     def pick(column: Any) -> Any:
-        if places is None:
+        if np.array_equal(samples, np.arange(len(dataset))):
             return column
-        return column[kept] if isinstance(column, np.ndarray) else [column[sample] for sample in places]
+        return column[samples] if isinstance(column, np.ndarray) else [column[sample] for sample in samples.tolist()]
 
     groups = None if dataset.groups is None else pick(dataset.groups)
     meta = {key: pick(column) for key, column in dataset.meta.items()}

@@ -1,7 +1,7 @@
-"""The look at a dataset before anything is computed: which images are the same, and which have to be read to know it.
+"""Scanning a dataset before anything is computed: the digest of every image, so which are the same.
 
-A file that the cache remembers by its path and stat is not read; the rest is read once, in threads. From the bytes in
-its hands the look also takes the headers of some images, for sizes and kinds of pixels.
+A file that the digest cache knows by its path and stat is not read; the rest is read once, in threads. From the bytes
+in its hands the scan also takes the headers of some images, for sizes and kinds of pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import SourceError, UnreadableImage
-from featurecache.extraction.digest_cache import STAT, YOUNG, DigestCache, Look
+from featurecache.extraction.digest_cache import STAT, YOUNG, DigestCache, HeaderSummary
 from featurecache.extraction.pipeline import prefetch
 from featurecache.formatting import progress_bar
 from featurecache.images import decoding as _images
@@ -31,41 +31,41 @@ from featurecache.store.schema import DIGEST
 _STRETCH = 16  # images of one task: a task for each would cost more than reading a small file
 _STATS = 500  # files of one task that asks for stats
 _PROBE = 4  # tasks before it is known how long one takes
-_KEEP_EVERY = 20.0  # seconds between writes to the memory: what a kill may cost
+_KEEP_EVERY = 20.0  # seconds between writes to the cache: what a kill may cost
 
-_Found = tuple[np.ndarray, dict[int, str], dict[int, Look | str]]  # digests [n]; row → why not; row → header
+_Found = tuple[np.ndarray, dict[int, str], dict[int, HeaderSummary | str]]  # digests [n]; row → why not; row → header
 
 
 @dataclass
 class FileRecords:
     """The files of a dataset as they were found, and what the cache is to remember of them."""
 
-    memory: DigestCache
+    cache: DigestCache
     keys: np.ndarray = field(repr=False)  # int64 [N]; empty where images lie in no file
     stats: np.ndarray = field(repr=False)  # STAT [N]
     settled: np.ndarray = field(repr=False)  # bool [N]: had not changed for a while when it was looked at
     new: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)  # rows [n], digests [n]; to keep
-    looks: dict[bytes, Look] = field(default_factory=dict, repr=False)  # digest → header; to keep
+    headers: dict[bytes, HeaderSummary] = field(default_factory=dict, repr=False)  # digest → header; to keep
 
-    def learn(self, rows: np.ndarray, digests: np.ndarray) -> None:
+    def add(self, rows: np.ndarray, digests: np.ndarray) -> None:
         if len(self.keys):
             known = self.settled[rows] & (digests != b"")
             self.new.append((rows[known], digests[known]))
 
-    def keep(self) -> None:
-        """Write what was learned. Where that cannot be, ``memory.trouble`` says so."""
-        if not self.memory.writes:
-            self.memory = DigestCache(self.memory.path.parent, writes=True)
+    def save(self) -> None:
+        """Write what is new into the digest cache. Where that cannot be, ``cache.trouble`` says so."""
+        if not self.cache.writes:
+            self.cache = DigestCache(self.cache.path.parent, writes=True)
         if self.new:
             rows, digests = (np.concatenate(parts) for parts in zip(*self.new, strict=True))
-            self.memory.remember(self.keys[rows], self.stats[rows], digests)
-        self.memory.remember_looks(self.looks)
-        self.new, self.looks = [], {}
+            self.cache.put(self.keys[rows], self.stats[rows], digests)
+        self.cache.put_headers(self.headers)
+        self.new, self.headers = [], {}
 
-    def forget(self, rows: np.ndarray) -> None:
-        """What the memory said of these files has turned out wrong."""
+    def drop(self, rows: np.ndarray) -> None:
+        """What the digest cache said of these files has turned out wrong."""
         if len(self.keys):
-            DigestCache(self.memory.path.parent, writes=True).forget(self.keys[rows])
+            DigestCache(self.cache.path.parent, writes=True).drop(self.keys[rows])
 
 
 @dataclass
@@ -76,20 +76,20 @@ class ScanResult:
     digests: np.ndarray  # [images] S32
     sample_image: np.ndarray  # [N] number of the distinct image, -1 where the file could not be read
     unread: dict[int, str]  # sample → reason
-    headers: dict[int, Look | str]  # of some samples: what the header says, or why it cannot be read
-    seen: FileRecords
+    headers: dict[int, HeaderSummary | str]  # of some samples: what the header says, or why it cannot be read
+    files: FileRecords
 
 
 def scan(
-    dataset: Dataset, memory: DigestCache, secret: bytes, workers: int, *, progress: bool = False, fail: bool = False
+    dataset: Dataset, cache: DigestCache, secret: bytes, workers: int, *, progress: bool = False, fail: bool = False
 ) -> ScanResult:
-    """Know every image by its digest, reading those that ``memory`` does not know; what is learned is kept now and then
-    if the memory may write. ``fail``: raise SourceError at the first image that cannot be read."""
+    """Know every image by its digest, reading those that ``cache`` does not know; what is new is saved now and then if
+    it may write. ``fail``: raise SourceError at the first image that cannot be read."""
     with ThreadPoolExecutor(workers) as pool:
-        seen = _see(dataset, memory, secret, pool)
-        digests = memory.recall(seen.keys, seen.stats) if len(seen.keys) else np.zeros(len(dataset), DIGEST)
-        wanted = _header_rows(dataset, seen.keys)
-        headers = _remembered_headers(memory, wanted, digests)
+        files = _file_records(dataset, cache, secret, pool)
+        digests = cache.get(files.keys, files.stats) if len(files.keys) else np.zeros(len(dataset), DIGEST)
+        wanted = _header_rows(dataset, files.keys)
+        headers = _cached_headers(cache, wanted, digests)
         unread: dict[int, str] = {}
         missing = digests == b""
         missing[[row for row in wanted.tolist() if row not in headers]] = True
@@ -106,16 +106,16 @@ def scan(
                 digests[stretch] = found
                 unread |= failures
                 headers |= looks
-                seen.learn(stretch, found)
-                seen.looks |= {bytes(digests[row]): header for row, header in looks.items() if type(header) is tuple}
+                files.add(stretch, found)
+                files.headers |= {bytes(digests[row]): header for row, header in looks.items() if type(header) is tuple}
                 bar.update(len(stretch))
-                if memory.writes and time.monotonic() - kept > _KEEP_EVERY:
-                    seen.keep()
+                if cache.writes and time.monotonic() - kept > _KEEP_EVERY:
+                    files.save()
                     kept = time.monotonic()
-        if memory.writes:
-            seen.keep()
-            seen.stats = seen.stats[:0]  # 32 bytes an image that nobody needs any more
-    return ScanResult(*_distinct(digests), unread, headers, seen)
+        if cache.writes:
+            files.save()
+            files.stats = files.stats[:0]  # 32 bytes an image that nobody needs any more
+    return ScanResult(*_distinct(digests), unread, headers, files)
 
 
 def _in_turn(
@@ -149,7 +149,7 @@ class _Reading:
         """Digests S32 [n], empty where an image cannot be read; why not; and headers."""
         digests = np.zeros(len(rows), DIGEST)
         failures: dict[int, str] = {}
-        headers: dict[int, Look | str] = {}
+        headers: dict[int, HeaderSummary | str] = {}
         for k, row in enumerate(rows.tolist()):
             try:
                 data = self._dataset.read(row)
@@ -164,7 +164,7 @@ class _Reading:
         return digests, failures, headers
 
 
-def _header(data: EncodedImage) -> Look | str:
+def _header(data: EncodedImage) -> HeaderSummary | str:
     try:
         return _images.image_header(data)
     except UnreadableImage as error:
@@ -179,8 +179,8 @@ def _header_rows(dataset: Dataset, keys: np.ndarray) -> np.ndarray:
     return evenly_spaced(np.arange(len(dataset)), LOOKED_AT)
 
 
-def _remembered_headers(memory: DigestCache, rows: np.ndarray, digests: np.ndarray) -> dict[int, Look | str]:
-    known = memory.looks({bytes(digest) for digest in digests[rows]} - {b""})
+def _cached_headers(cache: DigestCache, rows: np.ndarray, digests: np.ndarray) -> dict[int, HeaderSummary | str]:
+    known = cache.get_headers({bytes(digest) for digest in digests[rows]} - {b""})
     return {row: known[bytes(digests[row])] for row in rows.tolist() if bytes(digests[row]) in known}
 
 
@@ -206,7 +206,7 @@ def _distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return images, digests[images] if len(images) < len(digests) else digests, sample_image
 
 
-def _see(dataset: Dataset, memory: DigestCache, secret: bytes, pool: ThreadPoolExecutor) -> FileRecords:
+def _file_records(dataset: Dataset, cache: DigestCache, secret: bytes, pool: ThreadPoolExecutor) -> FileRecords:
     """Keys and stats of the files of a dataset. Rows of an archive share its stat."""
     images = dataset.images
     if isinstance(images, ImageFiles):
@@ -222,7 +222,7 @@ def _see(dataset: Dataset, memory: DigestCache, secret: bytes, pool: ThreadPoolE
         stats, settled = (np.repeat(column, len(dataset)) for column in _stats_of_all(files))
     else:
         keys, stats, settled = np.zeros(0, np.int64), np.zeros(0, STAT), np.zeros(0, bool)
-    return FileRecords(memory, keys, stats, settled)
+    return FileRecords(cache, keys, stats, settled)
 
 
 def _holders(images: ImageArrays | ImageRows) -> tuple[str, ...]:

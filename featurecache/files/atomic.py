@@ -1,12 +1,8 @@
-"""Whole files or none: temporary beside final, fsync, rename, leftovers of dead processes; opening without
-following links.
-
-Atomic files: whole or not there. Written beside and renamed, fsynced, opened without following links.
+"""Atomic files and folders: whole or not there; written beside, fsynced, renamed; what dead processes left behind.
 
 `AtomicFile` knows bytes only. It writes a temporary file in the same folder, fsyncs it, gives it its final name and
-fsyncs the folder; what dead processes left unfinished is found by a lock that nobody holds.
-
-Files on disk: whole or not there, and the container of shards and views.
+fsyncs the folder. A temporary file is locked while somebody writes it: what can be locked is a dead process's and may
+be removed. `open_regular` reads without following links and without waiting at a pipe.
 """
 
 from __future__ import annotations

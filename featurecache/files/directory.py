@@ -24,7 +24,7 @@ import xxhash
 
 from featurecache.errors import CacheError, DamagedFile, UnsafeFile
 from featurecache.files.atomic import open_regular
-from featurecache.files.records import parse
+from featurecache.files.records import parse_json
 
 FORMAT = 2
 USER_BLOCK = 512  # bytes; the smallest HDF5 allows
@@ -188,7 +188,7 @@ def _directory(path: Path, block: UserBlock, text: bytes) -> tuple[dict[str, Any
     if xxhash.xxh3_64_hexdigest(text) != block.check:
         raise DamagedFile(f"{path} is damaged: its directory does not match the hash in its first line. {AGAIN}")
     try:
-        record = parse(text.decode(), f"the directory of {path}")
+        record = parse_json(text.decode(), f"the directory of {path}")
     except UnicodeDecodeError as error:
         raise CacheError(f"the directory of {path} cannot be read: {error.reason}.") from error
     if type(record) is not dict or set(record) != {"attributes", "columns"} or type(record["columns"]) is not dict:

@@ -32,7 +32,7 @@ class WriteTrace(io.RawIOBase):
     """What h5py writes of a file and where, in memory: a file object for its ``fileobj`` driver."""
 
     def __init__(self) -> None:
-        self._extents: list[tuple[int, bytes]] = []
+        self.extents: list[tuple[int, bytes]] = []  # (offset, bytes) as written; later ones lie over earlier ones
         self._position = 0
         self.size = 0
         self.directory = b""
@@ -47,7 +47,7 @@ class WriteTrace(io.RawIOBase):
         return self._position
 
     def write(self, data: Any) -> int:
-        self._extents.append((self._position, bytes(data)))
+        self.extents.append((self._position, bytes(data)))
         self._advance(len(data))
         return len(data)
 
@@ -63,10 +63,6 @@ class WriteTrace(io.RawIOBase):
         self.size = self._position if size is None else size
         return self.size
 
-    def extents(self) -> Iterator[tuple[int, bytes]]:
-        """(offset, bytes) in the order they were written; later ones lie over earlier ones."""
-        return iter(self._extents)
-
     def _advance(self, count: int) -> None:
         self._position += count
         self.size = max(self.size, self._position)
@@ -77,7 +73,7 @@ class WriteTrace(io.RawIOBase):
     def _laid_over(self, data: bytearray) -> bytearray:
         """What was written over ``data``, which begins at the position."""
         begin, end = self._position, self._position + len(data)
-        for offset, piece in self._extents:
+        for offset, piece in self.extents:
             start, stop = max(offset, begin), min(offset + len(piece), end)
             if start < stop:
                 data[start - begin : stop - begin] = piece[start - offset : stop - offset]
@@ -137,15 +133,15 @@ def new_hdf5(trace: WriteTrace) -> Iterator[h5py.File]:
         alignment_threshold=1, alignment_interval=ALIGNMENT,
     ) as file:  # fmt: skip
         yield file
-        trace.directory = canonical_json({"attributes": _attributes(file), "columns": columns_of(file)}).encode()
+        trace.directory = canonical_json({"attributes": _attributes(file), "columns": _columns(file)}).encode()
         dataset = file.create_dataset(DIRECTORY, data=np.frombuffer(trace.directory, np.uint8))
         trace.directory_offset = dataset.id.get_offset()
 
 
-def columns_of(file: h5py.File) -> dict[str, dict[str, Any]]:
+def _columns(file: h5py.File) -> dict[str, dict[str, Any]]:
+    """Where each dataset lies that is stored in one piece; not virtual ones, and not texts of variable length."""
     import h5py
 
-    """Where each dataset lies that is stored in one piece; not virtual ones, and not texts of variable length."""
     file.flush()  # before, some have no place
     found: dict[str, dict[str, Any]] = {}
 
@@ -190,7 +186,7 @@ def create_unwritten(file: h5py.File, name: str, shape: tuple[int, ...], dtype: 
 
 def seal(file: AtomicFile, trace: WriteTrace) -> None:
     """Lay what HDF5 wrote around what is in ``file``, and write the line by which all of it can be checked."""
-    for offset, data in trace.extents():
+    for offset, data in trace.extents:
         file.write(offset, data)
     file.truncate(trace.size)
     check = xxhash.xxh3_64_hexdigest(trace.directory)

@@ -6,10 +6,11 @@ mark into the store, a hidden file with its process, host and time, and holds it
 then it looks for marks of the other kind. A mark that can be locked, or whose process is gone, is a dead one's: it is
 removed. On a file system without locks a mark from another host counts as alive, and the error names the file.
 
-By hand and not by the package filelock (4.3 was tried): its ReadWriteLock is an SQLite database, which locks only where
-SQLite does, and a cache on a network file system is filled by many nodes; neither it nor SoftReadWriteLock says who
-holds the lock, and the latter takes a holder for dead that was suspended for longer than its heartbeat. What would
-remain here, the marks that say who and the fallback without locks, is all of this but two calls of flock.
+By hand and not by the package filelock (version 4.3 was read, not tried): its ReadWriteLock is an SQLite database,
+which locks only where SQLite does, and a cache on a network file system is filled by many nodes; neither it nor
+SoftReadWriteLock says who holds the lock, and the latter takes a holder for dead that was suspended for longer than its
+heartbeat. What would remain here, the marks that say who and the fallback without locks, is all of this but two calls
+of flock.
 """
 
 from __future__ import annotations

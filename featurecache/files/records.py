@@ -1,9 +1,8 @@
-"""Checked JSON: canonical form, checksummed write and read, type checks, provenance.
+"""Checked JSON: canonical form, text with a checksum, reading with care, the types of plan and provenance.
 
-JSON from files and attributes, read with care: it may have been written by anybody.
-
-Bounded in size and depth; refused: a key that stands twice, NaN and infinities, numbers beyond 64 bits, half characters
-(lone surrogates, which nothing can write or print). What a record means is checked by whoever asked for it.
+What is read may have been written by anybody: bounded in size and depth; refused are a key that stands twice, NaN and
+infinities, numbers beyond 64 bits, and half characters (lone surrogates, which nothing can write or print). What a
+record means is checked by whoever reads it.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ def write_checked_json(record: dict[str, Any]) -> bytes:
 
 
 def read_checked_json(path: Path) -> tuple[dict[str, Any], bool]:
-    """(the record without its check, whether it is the text that was sealed). One without a check, made by hand, is
-    taken as it is."""
+    """(the record without its check, whether it is the text that was written). One without a check, made by hand,
+    is taken as it is."""
     text = _read(path, MOST)
     record = _object(text, path)
     check = record.pop(_CHECK, None)
@@ -74,13 +73,13 @@ def _read(path: Path, most: int) -> str:
 
 
 def _object(text: str, path: Path) -> dict[str, Any]:
-    record = parse(text, str(path))
+    record = parse_json(text, str(path))
     if not isinstance(record, dict):
         raise CacheError(f"{path} holds {type(record).__name__}, not a record.")
     return record
 
 
-def parse(text: Any, where: str) -> Any:
+def parse_json(text: Any, where: str) -> Any:
     """The value of JSON text; ``where`` names it in the CacheError."""
     if not isinstance(text, str):
         raise CacheError(f"{where} cannot be read: it is {type(text).__name__}, not text.")

@@ -34,7 +34,7 @@ from featurecache.store.shards import (
     Shard,
     ShardWriter,
     find_by_key,
-    read_rows,
+    read_feature_rows,
     row_keys,
     shard_name,
 )
@@ -365,7 +365,7 @@ def verify_rows(places: RowLocations, layout: Layout) -> None:
     """Raises DamagedFile when one of the rows does not have its checksum."""
     step = max(1, STRETCH // layout.row_bytes)
     for start in range(0, len(places.row), step):
-        read_rows(places[start : start + step], layout)
+        read_feature_rows(places[start : start + step], layout)
 
 
 def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | None:
@@ -385,7 +385,7 @@ def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | Non
         step = max(1, STRETCH // layout.row_bytes)
         for start in range(0, len(digests), step):
             part = places[start : start + step]
-            writer.append(part.digests.tolist(), read_rows(part, layout).numpy(), part.errors)
+            writer.append(part.digests.tolist(), read_feature_rows(part, layout).numpy(), part.errors)
         written = writer.commit()
     finally:
         writer.discard()

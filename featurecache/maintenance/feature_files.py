@@ -25,7 +25,7 @@ from h5py import h5d, h5g, h5l, h5o, h5z
 from safetensors import SafetensorError, safe_open
 
 from featurecache.errors import FeatureCacheError, SourceError, UnsafeFile
-from featurecache.files.records import parse
+from featurecache.files.records import parse_json
 from featurecache.sources.medmnist import read_npy_header
 
 ENDINGS = (".npy", ".npz", ".h5", ".hdf5", ".safetensors")
@@ -142,10 +142,10 @@ def _open_npz(path: Path) -> FeatureFile:
                 arrays[name] = _npy_array(name, partial(_member, path, entry.filename), entry.file_size)
     if "attributes" not in arrays or not arrays["attributes"].text or arrays["attributes"].shape != ():
         return FeatureFile(path, arrays, {}, {})
-    record = parse(str(arrays.pop("attributes").whole()), str(path))  # of one of our own exports
+    record = parse_json(str(arrays.pop("attributes").whole()), str(path))  # of one of our own exports
     record = record if isinstance(record, dict) else {}
     attributes = {key: value for key, value in record.items() if isinstance(value, str)}
-    outputs = parse(attributes["outputs"], str(path)) if "outputs" in attributes else {}
+    outputs = parse_json(attributes["outputs"], str(path)) if "outputs" in attributes else {}
     return FeatureFile(path, arrays, attributes, _layouts(outputs))
 
 
@@ -203,12 +203,12 @@ def _open_safetensors(path: Path) -> FeatureFile:
         arrays = {
             name: _tensor(path, name, piece.get_dtype(), tuple(piece.get_shape())) for name, piece in slices.items()
         }
-    outputs = parse(attributes["outputs"], str(path)) if "outputs" in attributes else {}
+    outputs = parse_json(attributes["outputs"], str(path)) if "outputs" in attributes else {}
     # Columns that one of our exports keeps as JSON lists.
     columns: dict[str, Any] = {
-        key: parse(attributes[key], str(path)) for key in ("ids", "splits", "groups") if key in attributes
+        key: parse_json(attributes[key], str(path)) for key in ("ids", "splits", "groups") if key in attributes
     }
-    further = parse(attributes["meta"], str(path)) if "meta" in attributes else {}
+    further = parse_json(attributes["meta"], str(path)) if "meta" in attributes else {}
     columns |= {f"meta/{key}": values for key, values in further.items()}
     arrays |= {key: _in_memory(key, values) for key, values in columns.items() if isinstance(values, list)}
     return FeatureFile(path, arrays, attributes, _layouts(outputs))
@@ -255,7 +255,7 @@ def _open_hdf5(path: Path) -> FeatureFile:
         attributes = _words_of(file)
         words = {name: _words_of(file[name]) for name in arrays}
     layouts = {
-        name: _token_layout(*(parse(said[key], str(path)) if key in said else None for key in ("prefix", "grid")))
+        name: _token_layout(*(parse_json(said[key], str(path)) if key in said else None for key in ("prefix", "grid")))
         for name, said in words.items()
     }
     return FeatureFile(path, arrays, attributes, layouts)

@@ -20,25 +20,19 @@ import xxhash
 
 from featurecache.errors import CacheError, DamagedFile, Drift, FeatureCacheError, SourceError, UnreadableImage
 from featurecache.extraction import canary
-from featurecache.extraction.pipeline import (
-    ExtractionJob,
-    ShardJob,
-    derive_shards,
-    forward_units,
-    run_local,
-    source_layout,
-)
+from featurecache.extraction.forward import source_layout
+from featurecache.extraction.pipeline import ExtractionJob, ShardJob, derive_shards, forward_units, run_local
 from featurecache.extraction.recompute import THREADS, StoreBackbone
 from featurecache.files.atomic import open_regular, writing
 from featurecache.files.locks import exclusive_lock
-from featurecache.files.records import check_provenance, checked_plan
-from featurecache.files.records import parse as parse_json
+from featurecache.files.records import check_provenance, checked_plan, parse_json
 from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
 from featurecache.maintenance.verify import Damage, ReferencedShard, check_store, referenced_shards
 from featurecache.outputs import parse
 from featurecache.sources import reopen
 from featurecache.sources.base import Dataset
+from featurecache.store.schema import read_view
 from featurecache.store.shards import (
     Layout,
     RowLocations,
@@ -46,12 +40,12 @@ from featurecache.store.shards import (
     find_by_digest,
     find_by_key,
     notes_for,
-    read_rows,
+    read_feature_rows,
     row_keys,
 )
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store, missing_outputs, stores, unreadable_stores, write_spec
-from featurecache.store.view import View, read_view
+from featurecache.store.view import View
 from featurecache.store.write_view import rewrite_view
 
 _STRETCH = 64  # rows in hand at a time
@@ -136,7 +130,7 @@ class DamagedShard:
                     rows[k] = np.frombuffer(data, layout.dtype).reshape(layout.row_shape)
         if not whole.all():
             other = elsewhere[part[~whole]]
-            rows[~whole] = read_rows(other, layout).numpy()
+            rows[~whole] = read_feature_rows(other, layout).numpy()
             same = other.checksums == self.checksums[part[~whole]]
             errors[~whole] = np.where(same, errors[~whole], other.errors)
         return rows, errors

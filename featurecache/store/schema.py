@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import CacheError, UnsafeFile
-from featurecache.files.directory import FORMAT, TEXTS, ColumnFile
-from featurecache.files.records import parse
+from featurecache.files.directory import FORMAT, TEXTS, ColumnFile, open_columns
+from featurecache.files.records import parse_json
 from featurecache.images.augmentation import AugmentedCopies
 
 DIGEST = np.dtype("S32")
@@ -95,16 +95,43 @@ class ViewContent:
         groups = None if self.groups is None else self.groups[:n]
         return dataclasses.replace(self, **cut, groups=groups, meta={key: c[:n] for key, c in self.meta.items()})
 
+    def copies(self, path: Path) -> np.ndarray:
+        """int64 [N, 1+k] of `View.copies`. A copy belongs to the image whose id it has, and its digest says so too."""
+        n, k = self.plain_rows, self.augmented.views if self.augmented else 0
+        table = np.repeat(np.arange(n)[:, None], 1 + k, axis=1)
+        if self.versions is None or self.augmented is None:
+            return table
+        first: dict[str, int] = {}
+        same = np.array([first.setdefault(name, row) for row, name in enumerate(self.ids[:n])], np.int64)
+        of = np.array([first[name] for name in self.ids[n:]], np.int64)
+        for copy in range(1, k + 1):
+            rows = n + np.flatnonzero(self.versions[n:] == copy)
+            expected = self.augmented.augmentation.digests(self.digests[of[rows - n]], copy)
+            if (self.digests[rows] != expected).any():
+                raise CacheError(f"{path}: its augmented copies are of other images than it says. Extract it again.")
+            table[of[rows - n], copy] = rows
+        table[:, 1:] = table[same, 1:]  # one image may have several rows of one id
+        return table
 
-def view_content(file: ColumnFile) -> ViewContent:
-    try:
-        content = _view_content(file)
-    except CacheError:
-        raise
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise CacheError(f"{file.path} is not a view as featurecache writes them: {error}.") from error
-    _check_columns(content, file.path)
-    _check_shard_paths(content, file.path)
+
+def read_view(path: Path) -> ViewContent:
+    """All of a view, of which every byte is checked first."""
+    if not path.name.isprintable():
+        raise UnsafeFile(f"{str(path)!a} has a name that a terminal would obey; rename it.")
+    with open_columns(path) as file:
+        if file.block.size > MAX_VIEW:
+            raise UnsafeFile(f"{path} has {file.block.size:,} bytes; at most {MAX_VIEW:,} are read into memory.")
+        file.check_bytes()
+        try:
+            content = _view_content(file)
+        except CacheError:
+            raise
+        except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise CacheError(f"{path} is not a view as featurecache writes them: {error}.") from error
+    _check_columns(content, path)
+    for entry in content.files["path"].tolist():
+        if not _SHARD.fullmatch(entry):
+            raise UnsafeFile(f"{path} refers to {entry.decode(errors='backslashreplace')!a}, outside its store.")
     return content
 
 
@@ -154,7 +181,7 @@ def _meta(file: ColumnFile) -> dict[str, np.ndarray]:
 
 
 def _attribute(attributes: dict[str, Any], key: str, name: Path, kind: type = list) -> Any:
-    value = parse(attributes[key], f"{name}: {key}")
+    value = parse_json(attributes[key], f"{name}: {key}")
     if not isinstance(value, kind):
         raise CacheError(f"{name}: {key} is {type(value).__name__}, not {kind.__name__}.")
     return value
@@ -236,10 +263,3 @@ def _labels_fit(view: ViewContent) -> bool:
         fits = labels.dtype == np.float32 and labels.ndim == 2 and labels.shape[1] == classes
         return bool(fits) and bool(((labels == 0) | (labels == 1) | np.isnan(labels)).all())
     return labels.dtype == np.int64 and labels.ndim == 1 and bool(((labels >= -1) & (labels < classes)).all())
-
-
-def _check_shard_paths(view: ViewContent, name: Path) -> None:
-    """The index names shards below the store."""
-    for entry in view.files["path"].tolist():
-        if not _SHARD.fullmatch(entry):
-            raise UnsafeFile(f"{name} refers to {entry.decode(errors='backslashreplace')!a}, outside its store.")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -200,7 +201,7 @@ def layout_in(path: Path) -> Layout:
     return _read(path)[0]
 
 
-def size_of(path: Path | str) -> int | None:
+def file_size(path: Path | str) -> int | None:
     """Bytes of a plain file; None where there is none."""
     try:
         found = os.lstat(path)
@@ -215,7 +216,7 @@ def map_rows(path: Path, size: int, offset: int, rows: int, row_shape: tuple[int
     Private mapping: writing to the tensor does not reach the file. Raises DamagedFile when it is gone or cut.
     """
     refuse_links(path.parent, path)
-    found = size_of(path)
+    found = file_size(path)
     if found != size:
         raise DamagedFile(
             f"{path} is missing. Run the extraction again."
@@ -266,7 +267,22 @@ class RowLocations:
         return np.concatenate([np.zeros(0, dtype), *columns])[starts[self.file] + self.row]
 
 
-def read_rows(places: RowLocations, layout: Layout) -> torch.Tensor:
+def empty_rows(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for rows [n, ...]. An index can name one large row a million times, so the sum is looked at first."""
+    size = math.prod(shape) * dtype.itemsize
+    if size > _memory_bytes():
+        raise CacheError(
+            f"{shape[0]:,} rows of {list(shape[1:])} take {size:,} bytes and this machine has {_memory_bytes():,}; "
+            "ask for fewer rows at a time."
+        )
+    return torch.empty(shape, dtype=dtype)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def read_feature_rows(places: RowLocations, layout: Layout) -> torch.Tensor:
     """Stored rows [n, ...] in the order of ``places``, each checked against its checksum. Raises DamagedFile."""
     result = torch.empty((len(places.file), *layout.row_shape), dtype=TORCH_DTYPE[layout.dtype])
     for number in np.unique(places.file):

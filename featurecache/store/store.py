@@ -1,16 +1,14 @@
-"""A folder of shards and views for one spec: open, find, create; which outputs of which images it lacks.
+"""Stores: folders of shards and views, each for one ExtractionSpec; open, find, create; which outputs are missing.
 
-Stores: the folder of one ExtractionSpec. The cache is a folder of stores.
+A cache is a folder of stores.
 
     cache/vit-in21k-4f2a91c0/spec.json    {"fingerprint", "spec", "provenance", "check": a hash of this text}
                              plan.json    how this store computes: batch size, threads, memory format; what it takes
-                             canary.safetensors    what it made of the probe images (see featurecache.canary)
+                             canary.safetensors    what it made of the probe images (see featurecache.extraction.canary)
                              cls/ tokens/ shards
                              chest.h5     a view
 
 The folder's name is for people; a store is found by the whole fingerprint in its spec.json.
-
-What of the wanted outputs a store does not have, and how much of it goes into a shard.
 """
 
 from __future__ import annotations
@@ -39,6 +37,8 @@ from featurecache.files.records import (
 from featurecache.outputs import Output
 from featurecache.store.shards import Layout, RowLocations, Shard, find_by_digest, layout_in, read_shard, shard_name
 from featurecache.store.spec import ExtractionSpec
+
+ImageGroups = list[tuple[np.ndarray, tuple[Output, ...]]]  # numbers of images [n], and outputs that all of them lack
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
@@ -151,13 +151,9 @@ class Store:
 
     def sweep(self) -> None:
         """Throw away what dead processes left unfinished."""
-        for folder in [self.path.parent, self.path, *(path for path in self.path.iterdir() if _is_folder(path))]:
+        inside = [path for path in self.path.iterdir() if path.is_dir() and not path.is_symlink()]
+        for folder in [self.path.parent, self.path, *inside]:
             remove_orphans(folder)
-
-
-def _is_folder(path: Path) -> bool:
-    """One that lies here, and is not a link to elsewhere."""
-    return path.is_dir() and not path.is_symlink()
 
 
 def stores(cache: Path) -> Iterator[Store]:
@@ -220,8 +216,7 @@ def find_store(cache: Path, spec: ExtractionSpec) -> Store | None:
 
 def create_store(cache: Path, name: str, spec: ExtractionSpec, provenance: dict[str, Any]) -> Store:
     """The store of ``spec``, made if it is not there. Its folder appears with spec.json in it, or not at all."""
-    existing = find_store(cache, spec)
-    if existing:
+    if existing := find_store(cache, spec):
         return existing
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -269,7 +264,7 @@ SHARD_SECONDS = 120.0  # on a slow machine: what a kill may cost
 
 def missing_outputs(
     wanted: tuple[Output, ...], layouts: dict[str, Layout], store: Store | None, digests: np.ndarray
-) -> tuple[list[tuple[np.ndarray, tuple[Output, ...]]], list[tuple[np.ndarray, tuple[Output, ...]]]]:
+) -> tuple[ImageGroups, ImageGroups]:
     """Images grouped by what is missing of them: (needs the backbone, follows from stored tokens)."""
     assert len(layouts) < 63
     there = {output.name: _found(store, layouts[output.name], digests) for output in wanted}

@@ -1,8 +1,7 @@
-"""View: a dataset through one store; lazy rows, slices, gather, dataframe.
+"""View: a dataset through one store; columns as numpy, features as tensors gathered from the mapped shards.
 
-The reader of views: columns as numpy, features as tensors gathered from mapped shards.
-
-Rows of features out of mapped shards, in any order, each checked when it is first read.
+Opening one reads its index and looks at the sizes of the shards, never at a feature. Rows come in any order, each
+checked against its checksum when it is first read; outputs that are functions of stored tokens are derived on the way.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ import torch
 from featurecache import outputs as _outputs
 from featurecache.errors import CacheError, NotInCache, UnsafeFile
 from featurecache.files.atomic import refuse_links
-from featurecache.files.directory import ALIGNMENT, USER_BLOCK, open_columns
+from featurecache.files.directory import ALIGNMENT, USER_BLOCK
 from featurecache.images.augmentation import AugmentedCopies
-from featurecache.store.schema import MAX_VIEW, OutputInfo, StoredOutput, ViewContent, view_content
-from featurecache.store.shards import TORCH_DTYPE, Layout, damaged_rows, map_rows, size_of, wrong_rows
+from featurecache.store.schema import OutputInfo, StoredOutput, ViewContent, read_view
+from featurecache.store.shards import TORCH_DTYPE, Layout, damaged_rows, empty_rows, file_size, map_rows, wrong_rows
 from featurecache.store.store import cache_folder, open_store
 
 
@@ -125,7 +124,7 @@ class View:
             refuse_links(self.store / folder)
         folder = f"{self.store}{os.sep}"
         for name, size in zip(names, sizes, strict=True):
-            actual = size_of(folder + name)  # of ten thousand files a Path each would take longer than their sizes
+            actual = file_size(folder + name)  # of ten thousand files a Path each would take longer than their sizes
             if actual != size:
                 path = self.store / name
                 refuse_links(path)
@@ -218,7 +217,7 @@ class View:
         for `tensor` and `take`; those of copies are beyond the last image. k is 0 where the view has no copies. In the
         place of a copy that an image has not (only those that may be trained on have some) stands the image itself."""
         if self._copies is None:
-            self._copies = _copies_in(self._all, self.path)
+            self._copies = self._all.copies(self.path)
         picked = self._rows(rows) if rows is not None else np.arange(len(self._copies))
         return self._copies[picked]
 
@@ -329,39 +328,9 @@ class View:
         return picked
 
 
-def _copies_in(content: ViewContent, path: Path) -> np.ndarray:
-    """int64 [N, 1+k] of `View.copies`. A copy belongs to the image whose id it has, and its digest says so too."""
-    n, k = content.plain_rows, content.augmented.views if content.augmented else 0
-    table = np.repeat(np.arange(n)[:, None], 1 + k, axis=1)
-    if content.versions is None or content.augmented is None:
-        return table
-    first: dict[str, int] = {}
-    same = np.array([first.setdefault(name, row) for row, name in enumerate(content.ids[:n])], np.int64)
-    of = np.array([first[name] for name in content.ids[n:]], np.int64)
-    for copy in range(1, k + 1):
-        rows = n + np.flatnonzero(content.versions[n:] == copy)
-        expected = content.augmented.augmentation.digests(content.digests[of[rows - n]], copy)
-        if (content.digests[rows] != expected).any():
-            raise CacheError(f"{path}: its augmented copies are of other images than it says. Extract it again.")
-        table[of[rows - n], copy] = rows
-    table[:, 1:] = table[same, 1:]  # one image may have several rows of one id
-    return table
-
-
 def _places(tokens: OutputInfo) -> tuple[tuple[str, ...], tuple[int, int]]:
     """(prefix, grid) of stored tokens; where they are unknown, one row of patches."""
     return tokens.prefix or (), tokens.grid or (1, tokens.shape[0])
-
-
-def read_view(path: Path) -> ViewContent:
-    """All of a view, of which every byte is checked first."""
-    if not path.name.isprintable():
-        raise UnsafeFile(f"{str(path)!a} has a name that a terminal would obey; rename it.")
-    with open_columns(path) as file:
-        if file.block.size > MAX_VIEW:
-            raise UnsafeFile(f"{path} has {file.block.size:,} bytes; at most {MAX_VIEW:,} are read into memory.")
-        file.check_bytes()
-        return view_content(file)
 
 
 class MappedRows:
@@ -423,18 +392,3 @@ class MappedRows:
             out = empty_rows((len(places), *self._info.shape), self._buffer.dtype)
         assert out.shape == (len(places), *self._info.shape) and out.dtype == self._buffer.dtype
         return torch.index_select(self._buffer, 0, index, out=out) if len(places) else out
-
-
-def empty_rows(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Memory for rows [n, ...]. An index can name one large row a million times, so the sum is looked at first."""
-    size = math.prod(shape) * dtype.itemsize
-    if size > _memory_bytes():
-        raise CacheError(
-            f"{shape[0]:,} rows of {list(shape[1:])} take {size:,} bytes and this machine has {_memory_bytes():,}; "
-            "ask for fewer rows at a time."
-        )
-    return torch.empty(shape, dtype=dtype)
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -230,7 +230,7 @@ class Explainer:
     @contextlib.contextmanager
     def _there(self, network: nn.Module) -> Iterator[str]:
         """A network on pixels, on the device that was asked for; back on the CPU afterwards, where a run's is."""
-        from featurecache.extraction.pipeline import pick_device
+        from featurecache.extraction.forward import pick_device
 
         device = str(pick_device(self._options["device"]))
         network.to(device)

@@ -61,7 +61,7 @@ def run_study(
     Raises UnknownStudy, BadOption, WeightsNotFound (before anything is computed), SourceError, RunError (a folder in
     the way), StepFailed (which step, and why).
     """
-    from featurecache.extraction.pipeline import pick_device
+    from featurecache.extraction.forward import pick_device
 
     say = say or (lambda line: None)
     study = load_study(name)

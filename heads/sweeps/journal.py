@@ -28,7 +28,7 @@ from featurecache import __version__
 from featurecache.errors import CacheError, RunError
 from featurecache.files.atomic import sync_path, write_whole, writing
 from featurecache.files.locks import exclusive_lock
-from featurecache.files.records import nan_to_none, parse
+from featurecache.files.records import nan_to_none, parse_json
 from heads.evaluation.families import Family, family_of, select_setting, selection_key
 from heads.metrics.classification import METRICS
 from heads.models.catalogue import head_info
@@ -79,7 +79,7 @@ def read_journal(file: Path, columns: dict[str, type] = COLUMNS) -> tuple[list[R
 
 def _row(line: bytes, columns: dict[str, type]) -> Row | None:
     try:
-        row = parse(line.decode("utf-8"), ROWS)
+        row = parse_json(line.decode("utf-8"), ROWS)
     except (CacheError, UnicodeDecodeError):
         return None
     kinds = columns | {"together": list}

@@ -31,7 +31,7 @@ from featurecache.errors import (
     WeightsDoNotFit,
     WeightsNotFound,
 )
-from featurecache.extraction.pipeline import spec_of
+from featurecache.extraction.forward import spec_of
 from featurecache.images.decoding import decode
 
 SAYS = '{"image_size": 32, "resize": 40, "interpolation": "bilinear", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.2]}'

@@ -18,8 +18,8 @@ from support.pictures import image_folder, save_picture
 import featurecache
 from featurecache.errors import BadOption, OutputRefused
 from featurecache.extraction import canary
-from featurecache.extraction.cache_miss import _nearest, explain
-from featurecache.store.spec import ExtractionSpec, describe_differences, differences
+from featurecache.extraction.cache_miss import _nearest, explain_miss
+from featurecache.store.spec import ExtractionSpec, describe_differences, spec_differences
 from featurecache.store.store import create_store, open_store, stores
 
 
@@ -93,11 +93,11 @@ def test_other_weights_are_named_by_digest_and_where_they_came_from(folder):
     tensors["layernorm.bias"] += 1
     save_file(tensors, folder / "w.safetensors", metadata={"format": "pt"})
     old = next(stores(Path("cache"))).spec.weights["blake2b"][:8]
-    found = explain(backbone="m", weights="w.safetensors", cache="cache")
+    found = explain_miss(backbone="m", weights="w.safetensors", cache="cache")
     row = str(found).splitlines()[1]
     new = found.spec.weights["blake2b"][:8]
     assert row == f"  weights  {old} (m) → {new} ({str(folder / 'w.safetensors')[-60:]})"
-    row = str(explain(backbone="m", random_weights=True, seed=3, cache="cache")).splitlines()[1]
+    row = str(explain_miss(backbone="m", random_weights=True, seed=3, cache="cache")).splitlines()[1]
     assert row == f"  weights  {old} (m) → untrained, seed 3"
 
 
@@ -107,7 +107,7 @@ def test_a_field_of_the_configuration_and_of_the_preprocessing_is_named(folder):
     processor = json.loads((folder / "m" / "preprocessor_config.json").read_text())
     changed = {"image_mean": [0.485, 0.456, 0.406], "resample": 3}
     (folder / "m" / "preprocessor_config.json").write_text(json.dumps({**processor, **changed}))
-    found = explain(backbone="m", cache="cache", fit="pad")
+    found = explain_miss(backbone="m", cache="cache", fit="pad")
     assert str(found).splitlines()[1:] == [
         "  config.layer_norm_eps  1e-12 → 1e-06",
         "  mode                   squash → pad",
@@ -120,7 +120,7 @@ def test_a_field_of_the_configuration_and_of_the_preprocessing_is_named(folder):
 
 def test_another_architecture_is_one_line(folder):
     save.save_resnet(folder / "r")
-    lines = str(explain(backbone="r", cache="cache")).splitlines()
+    lines = str(explain_miss(backbone="r", cache="cache")).splitlines()
     assert "  architecture         ViTModel of transformers → ResNetModel of transformers" in lines
     assert not any("config" in line for line in lines)
 
@@ -129,15 +129,17 @@ def test_the_nearest_is_of_the_same_architecture_then_of_fewest_fields_then_the_
     save.save_resnet(folder / "r")
     featurecache.extract("d", backbone="r", cache="cache", outputs="gap", workers=2)
     featurecache.extract("d", backbone="m", cache="cache", outputs="cls", workers=2, dtype="float32", fit="pad")
-    assert explain(backbone="m", cache="cache", dtype="float32").nearest.spec.dtype == "float32"
-    assert explain(backbone="m", cache="cache", image_size=64).nearest.spec.preprocess["mode"] == "squash"
-    found = explain(backbone="r", cache="cache", dtype="float32")  # the ViT of float32 has as many fields in common
+    assert explain_miss(backbone="m", cache="cache", dtype="float32").nearest.spec.dtype == "float32"
+    assert explain_miss(backbone="m", cache="cache", image_size=64).nearest.spec.preprocess["mode"] == "squash"
+    found = explain_miss(
+        backbone="r", cache="cache", dtype="float32"
+    )  # the ViT of float32 has as many fields in common
     assert found.nearest.spec.architecture["class"] == "ResNetModel"
     for seed in (1, 2):
         featurecache.extract("d", backbone="m", cache="t", outputs="cls", workers=2, random_weights=True, seed=seed)
     for number, store in enumerate(stores(Path("t"))):
         os.utime(store.path / "spec.json", (number, number))
-    assert explain(backbone="m", cache="t", random_weights=True, seed=9).nearest.path == store.path
+    assert explain_miss(backbone="m", cache="t", random_weights=True, seed=9).nearest.path == store.path
 
 
 def test_an_empty_cache_says_so(folder):
@@ -154,9 +156,9 @@ def test_a_store_that_cannot_be_read_is_named(folder):
 
 def test_auto_precision_is_that_of_the_store_there_is(folder):
     featurecache.extract("d", backbone="m", cache="b", outputs="cls", workers=2, precision="bf16")
-    assert explain(backbone="m", cache="b").store is not None
-    assert explain("d", backbone="m", cache="b").store is not None
-    found = explain(backbone="m", cache="b", precision="fp32")
+    assert explain_miss(backbone="m", cache="b").store is not None
+    assert explain_miss("d", backbone="m", cache="b").store is not None
+    found = explain_miss(backbone="m", cache="b", precision="fp32")
     assert str(found).splitlines()[1:] == ["  precision  bf16 → fp32"]
 
 
@@ -167,9 +169,9 @@ def test_options_about_images_need_images(folder):
 
 def test_an_output_that_there_is_not_is_refused_without_images_too(folder):
     with pytest.raises(OutputRefused, match=r"has no gap"):
-        explain(backbone="m", cache="cache", outputs="gap")
+        explain_miss(backbone="m", cache="cache", outputs="gap")
     with pytest.raises(BadOption, match=r"stretch"):
-        explain(backbone="m", cache="cache", fit="stretch")
+        explain_miss(backbone="m", cache="cache", fit="stretch")
 
 
 def test_a_run_that_drift_would_stop_is_foretold(folder):
@@ -230,7 +232,7 @@ def test_the_same_architecture_comes_before_fewer_fields_and_fewer_fields_before
 
 def test_a_field_that_only_one_has_is_a_dash():
     new = spec(architecture={"library": "l", "class": "c", "config": {"a": 1, "b": None, "c": [1, 2]}})
-    assert [(d.field, d.stored, d.asked) for d in differences(spec(), new)] == [
+    assert [(d.field, d.stored, d.asked) for d in spec_differences(spec(), new)] == [
         ("architecture.config.b", "—", None),
         ("architecture.config.c", "—", [1, 2]),
     ]
@@ -251,5 +253,5 @@ def test_sizes_that_do_not_only_follow_from_the_image_size_are_shown(folder):
     (folder / "m" / "preprocessor_config.json").write_text(
         json.dumps({**changed, "image_processor_type": "BitImageProcessor"})
     )
-    rows = str(explain(backbone="m", cache="cache", image_size=64)).splitlines()
+    rows = str(explain_miss(backbone="m", cache="cache", image_size=64)).splitlines()
     assert any(row.split() == ["resize", "32×32", "→", "80"] for row in rows)

@@ -220,8 +220,8 @@ def test_batch_size_and_device_threads_are_no_drift(home: Path) -> None:
     store = store_of(home)
     backbone = load_backbone(str(home / "vit"))
     for size in (1, 4, 7):
-        compute = featurecache.extraction.pipeline.ForwardRunner(backbone, "fp32", torch.device("cpu"), size)  # type: ignore[attr-defined]
-        canary.check(store, backbone, compute, [parse("cls")], write=False)
+        compute = featurecache.extraction.forward.ForwardRunner(backbone, "fp32", torch.device("cpu"), size)  # type: ignore[attr-defined]
+        canary.check_canary(store, backbone, compute, [parse("cls")], write=False)
 
 
 def test_a_cnn_has_one_too(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def look(data: Path, cache: Path, remember: bool = True) -> plan.Extraction:
 
 
 def digests_of(prepared: plan.Extraction) -> list[str]:
-    return [prepared.digests[k].decode() for k in prepared.sample_image]
+    return [prepared.digests[k].decode() for k in prepared.scan.sample_image]
 
 
 def truth(data: Path) -> list[str]:
@@ -118,10 +118,10 @@ def test_a_digest_is_given_back_only_where_the_whole_stat_agrees(tmp_path: Path,
     stats = np.array([(5, 10**18, 10**18 + 1, 2**64 - 1)], STAT)
     found, keys = DigestCache(tmp_path, writes=True), np.array([-(2**63)])
     digest = np.array([b"0123456789abcdef" * 2], "S32")
-    found.remember(keys, stats, digest)
-    assert found.recall(keys, stats) == digest
+    found.put(keys, stats, digest)
+    assert found.get(keys, stats) == digest
     stats[field] -= 1
-    assert found.recall(keys, stats) == b""
+    assert found.get(keys, stats) == b""
 
 
 def test_many_are_remembered_found_and_forgotten(tmp_path: Path) -> None:
@@ -130,9 +130,9 @@ def test_many_are_remembered_found_and_forgotten(tmp_path: Path) -> None:
     stats = np.zeros(n, STAT)
     stats["size"] = np.arange(n)
     digests = np.frombuffer(rng.bytes(16 * n).hex().encode(), "S32")
-    DigestCache(tmp_path, writes=True).remember(keys[: n - 5], stats[: n - 5], digests[: n - 5])
-    DigestCache(tmp_path, writes=True).forget(keys[:7])
-    found = DigestCache(tmp_path, writes=False).recall(keys, stats)
+    DigestCache(tmp_path, writes=True).put(keys[: n - 5], stats[: n - 5], digests[: n - 5])
+    DigestCache(tmp_path, writes=True).drop(keys[:7])
+    found = DigestCache(tmp_path, writes=False).get(keys, stats)
     assert (found[7 : n - 5] == digests[7 : n - 5]).all()
     assert (found[:7] == b"").all() and (found[n - 5 :] == b"").all()
 
@@ -310,7 +310,7 @@ def test_a_remembered_header_that_is_none_is_looked_at_again(tmp_path: Path, dat
     look(data, tmp_path / "c")
     _execute(tmp_path / "c" / digest_cache.NAME, f"UPDATE looks SET look = CAST('{said}' AS BLOB)")
     prepared = look(data, tmp_path / "c")
-    assert all(header[2] in ("RGB", "grey") and header[0] > 20 for header in prepared.looked.headers.values())  # type: ignore
+    assert all(header[2] in ("RGB", "grey") and header[0] > 20 for header in prepared.scan.headers.values())  # type: ignore
 
 
 @pytest.mark.usefixtures("aged")
@@ -352,7 +352,7 @@ from featurecache.extraction.digest_cache import STAT, DigestCache
 print("ready", flush=True)
 stats, digests = np.zeros(50, STAT), np.full(50, b"ab" * 16)
 for part in range(8):
-    DigestCache(Path(sys.argv[1]), writes=True).remember(np.arange(50) * 20 + part, stats, digests)
+    DigestCache(Path(sys.argv[1]), writes=True).put(np.arange(50) * 20 + part, stats, digests)
 """
 
 
@@ -362,18 +362,18 @@ def test_two_processes_remember_at_once(tmp_path: Path) -> None:
     assert other.stdout is not None and other.stdout.readline() == b"ready\n"
     stats, digests = np.zeros(1000, STAT), np.full(50, b"ab" * 16)
     for part in range(8, 16):
-        DigestCache(tmp_path, writes=True).remember(np.arange(50) * 20 + part, stats[:50], digests)
+        DigestCache(tmp_path, writes=True).put(np.arange(50) * 20 + part, stats[:50], digests)
     other.stdout.close()
     assert other.wait() == 0
-    found = DigestCache(tmp_path, writes=False).recall(np.arange(1000), stats)
+    found = DigestCache(tmp_path, writes=False).get(np.arange(1000), stats)
     assert (found.reshape(50, 20)[:, :16] == b"ab" * 16).all()
 
 
 @pytest.mark.usefixtures("aged")
 def test_a_remembered_digest_that_proves_wrong_is_forgotten(tmp_path: Path, monkeypatch, data: Path, vit: str) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(scan, "_header_rows", lambda dataset, keys: np.arange(0))  # looking would find it out
-    seen = plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls").looked.seen  # type: ignore[union-attr]
-    DigestCache(tmp_path / "c", writes=True).remember(seen.keys[:1], seen.stats[:1], np.array([b"ab" * 16]))
+    seen = plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls").scan.files  # type: ignore[union-attr]
+    DigestCache(tmp_path / "c", writes=True).put(seen.keys[:1], seen.stats[:1], np.array([b"ab" * 16]))
     first = featurecache.extract(data, backbone=vit, cache=tmp_path / "c", outputs="cls")
     assert [(name, "changed" in reason) for name, reason in first.failed] == [("ill/000.png", True)]
     second = featurecache.extract(data, backbone=vit, cache=tmp_path / "c", outputs="cls")
@@ -398,7 +398,7 @@ def test_an_unchanged_archive_is_not_unpacked_again(tmp_path: Path, monkeypatch)
 def test_files_that_are_no_files_are_read_every_time_and_named(tmp_path: Path, data: Path) -> None:
     (data / "ill" / "gone.png").symlink_to("nowhere")
     os.mkfifo(data / "ill" / "pipe.png")
-    assert sorted(look(data, tmp_path / "c").unread.values()) == ["a link to a file that is gone", "not a file"]
+    assert sorted(look(data, tmp_path / "c").scan.unread.values()) == ["a link to a file that is gone", "not a file"]
 
 
 def test_a_file_longer_than_its_stat_said_is_read_to_its_end(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

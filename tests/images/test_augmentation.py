@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 import featurecache
 from featurecache.errors import BadOption, CacheError, SourceError
 from featurecache.extraction import pipeline, recompute
-from featurecache.extraction.cache_miss import explain
+from featurecache.extraction.cache_miss import explain_miss
 from featurecache.extraction.run import ExtractionResult
 from featurecache.files.hdf5 import write_texts
 from featurecache.files.records import canonical_json
@@ -505,13 +505,13 @@ def test_first_screen_and_record_say_what_is_copied(home: Path) -> None:
 
 def test_why_counts_copies_and_says_why_there_are_none(home: Path) -> None:
     options = {"backbone": str(home / "vit"), "cache": home / "cache", "outputs": "cls"}
-    more = explain(home / "data", views=3, augment=STEPS, **options)
+    more = explain_miss(home / "data", views=3, augment=STEPS, **options)
     assert more.images == {"cls": {"there": N, "to_derive": 0, "to_compute": 0}, "tokens": more.images["tokens"]}
     assert more.copies is not None and more.copies["cls"] == {"there": 12, "to_derive": 0, "to_compute": 6}
     assert "12 of 18 augmented copies are there for cls, tokens; 6 are to be computed" in str(more)
-    other = explain(home / "data", views=1, augment="flip", **options)
+    other = explain_miss(home / "data", views=1, augment="flip", **options)
     assert "0 of 6 augmented copies are there" in str(other) and "another seed are other copies" in str(other)
-    assert "augmented" not in str(explain(home / "data", views=0, **options))
+    assert "augmented" not in str(explain_miss(home / "data", views=0, **options))
 
 
 # what a cache goes through

@@ -77,10 +77,10 @@ def test_no_byte_of_the_cache_holds_a_name(tmp_path: Path, table: Path, vit: str
 
 def test_the_memory_of_files_is_keyed_with_the_secret_too(tmp_path: Path, table: Path) -> None:
     options = {"backbone": "vit-demo", "random_weights": True, "cache": tmp_path / "c", "remember": True}
-    hashed = plan.prepare(table, **options, hash_ids=True).looked
-    plain = plan.prepare(table, **options).looked
+    hashed = plan.prepare(table, **options, hash_ids=True).scan
+    plain = plan.prepare(table, **options).scan
     assert hashed is not None and plain is not None
-    assert not set(hashed.seen.keys.tolist()) & set(plain.seen.keys.tolist())
+    assert not set(hashed.files.keys.tolist()) & set(plain.files.keys.tolist())
 
 
 def test_columns_that_hold_what_is_hashed_are_hashed_and_named(table: Path) -> None:

@@ -31,7 +31,7 @@ from featurecache.backbones.base import Backbone, BackboneRequest
 from featurecache.backbones.transformers_models import FAMILIES, plain_config
 from featurecache.errors import BadOption
 from featurecache.extraction import plan
-from featurecache.extraction.pipeline import spec_of
+from featurecache.extraction.forward import spec_of
 from featurecache.images import decoding
 from featurecache.images.preprocessing import Preprocess
 from featurecache.store.spec import ExtractionSpec

@@ -172,12 +172,12 @@ def test_a_network_from_pixels_is_explained_where_it_is_asked_for_and_is_back_af
     """A device that only renames: what is sent there, and what comes back, is written down."""
     from types import SimpleNamespace
 
-    from featurecache.extraction import pipeline
+    from featurecache.extraction import forward
     from heads.explanations.explainer import Explainer
     from heads.models.catalogue import make_baseline
 
     model, asked = make_baseline("vit-cifar", image_size=32, classes=2).eval(), []
-    monkeypatch.setattr(pipeline, "pick_device", lambda name: asked.append(name) or torch.device("meta"))
+    monkeypatch.setattr(forward, "pick_device", lambda name: asked.append(name) or torch.device("meta"))
     config = {"spec": {"kind": "pixels"}, "view": {}}
     explainer = Explainer(SimpleNamespace(model=model, config=config), None, device="cuda:1")
     monkeypatch.setattr(nn.Module, "to", lambda self, device: asked.append(device))

@@ -1,0 +1,144 @@
+"""Forward passes of a backbone as a store makes them: device, precision, batches of exactly B rows, shapes of outputs.
+
+A pass always has B rows: a short batch is padded and the padding dropped, since another number of rows may give other
+bits. `ForwardRunner` computes, `output_layout` says what the rows of an output look like, `spec_of` what they are a
+function of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from featurecache.backbones.base import Backbone
+from featurecache.errors import BadOption
+from featurecache.images import decoding as _images
+from featurecache.outputs import Output, blocks, function_of, parse
+from featurecache.store.shards import TORCH_DTYPE, Layout
+from featurecache.store.spec import ExtractionSpec
+
+_PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """``auto``: CUDA, then MPS, then CPU."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadOption(f'no device "{device}" on this machine. --device auto takes what is there.') from error
+    return picked
+
+
+def default_batch(backbone: Backbone, device: torch.device) -> int:
+    """Rows of a forward pass. On a CPU the activations of 8 images stay in the cache; a small ViT fills it with 32."""
+    if device.type != "cpu":
+        return 64
+    return 8 if backbone.channels_last or backbone.parameters > 10e6 else 32
+
+
+@contextlib.contextmanager
+def exact_arithmetic(threads: int) -> Iterator[None]:
+    """No TF32, no autotuned kernels, a fixed number of CPU threads; the caller's settings come back afterwards."""
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(threads)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.set_num_threads(before[1])
+
+
+class ForwardRunner:
+    """A backbone on a device, in one precision, in batches of exactly ``batch_size`` rows."""
+
+    def __init__(self, backbone: Backbone, precision: str, device: torch.device, batch_size: int) -> None:
+        self.backbone, self.device, self.batch_size = backbone, device, batch_size
+        self._dtype = _PRECISION[precision]
+        self._format = torch.channels_last if backbone.channels_last else torch.contiguous_format
+        backbone.model.to(device=device, dtype=self._dtype)
+        if backbone.channels_last:
+            backbone.model.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def __call__(
+        self, images: torch.Tensor, outputs: Sequence[Output], dtype: str
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """uint8 images [b,3,h,w], b ≤ B, to what ``outputs`` are made of, on the device.
+
+        Returns rows [b, ...] in the storage dtype for each source and, where that is float16, for each output what
+        rounding did to it: |stored − float32|₂ / |float32|₂, float32 [b].
+        """
+        count = len(images)
+        if count < self.batch_size:
+            images = torch.cat([images, images.new_zeros(self.batch_size - count, *images.shape[1:])])
+        pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
+        sources = {output.source: _parts(output.source) for output in outputs}
+        wanted = {part for parts in sources.values() for part in parts}
+        found = self.backbone.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), wanted)
+        exact = {key: torch.cat([found[part][:count].float() for part in parts], -1) for key, parts in sources.items()}
+        rows = {key: tensor.to(TORCH_DTYPE[dtype]) for key, tensor in exact.items()}
+        if dtype != "float16":
+            return rows, {}
+        return rows, {o.name: self._rounding(o, exact[o.source], rows[o.source]) for o in outputs}
+
+    def _rounding(self, output: Output, exact: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """Relative error [b] of an output as it is stored, against the one that would be without any rounding."""
+        rounded = stored.float()
+        if output.derived:
+            prefix, grid = len(self.backbone.prefix), self.backbone.grid
+            exact = function_of(output, exact, prefix, grid)
+            rounded = function_of(output, rounded, prefix, grid).to(stored.dtype).float()
+        size = exact.flatten(1).norm(dim=1)
+        return (rounded - exact).flatten(1).norm(dim=1) / size.clamp_min(torch.finfo(torch.float32).tiny)
+
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type
+
+    def seconds_per_batch(self, outputs: Sequence[Output]) -> float:
+        """A short probe: the second of two passes over black images."""
+        images = torch.zeros(self.batch_size, 3, *self.backbone.image_size, dtype=torch.uint8)
+        for _ in range(2):
+            start = time.perf_counter()
+            for rows in self(images, outputs, "float32")[0].values():
+                rows.cpu()
+        return time.perf_counter() - start
+
+
+def _parts(source: str) -> list[str]:
+    """ "tokens@last2" → ["tokens@-2", "tokens"]: what the backbone gives, to be concatenated."""
+    base, _, layer = source.partition("@")
+    return [f"{base}@{part}" if part else base for part in blocks(layer)]
+
+
+def output_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
+    """Shape and dtype of an output's rows. Raises OutputRefused where the backbone has none."""
+    backbone.offers(output.base if not output.layer else f"{output.base.split('-')[0]}@{output.layer}")
+    length = len(backbone.prefix) + backbone.grid[0] * backbone.grid[1]
+    width = backbone.width * len(blocks(output.layer))
+    shape = output.row_shape((length, width), len(backbone.prefix))
+    prefix, grid = output.layout(backbone.prefix, backbone.grid) or (None, None)
+    return Layout(output.name, shape, dtype, prefix, grid)
+
+
+def source_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
+    """The layout of the tokens an output is derived from."""
+    return output_layout(backbone, parse(output.source), dtype)
+
+
+def spec_of(backbone: Backbone, precision: str, dtype: str) -> ExtractionSpec:
+    preprocess = {**backbone.preprocess.to_dict(), "decoding": _images.DECODING}
+    return ExtractionSpec(
+        backbone.architecture, backbone.weights, preprocess, backbone.image_size, backbone.position_embeddings,
+        precision, dtype,
+    )  # fmt: skip
