@@ -38,7 +38,7 @@ FEW = 10  # images of a class in val below which it cannot choose a model
 def description_of(extraction: Extraction) -> Description:
     import numpy as np
 
-    from featurecache.sources.summary import describe as describe_dataset
+    from featurecache.sources.summary import describe_dataset
 
     digests = np.append(extraction.digests, b"")[extraction.scan.sample_image]  # -1, unread: the empty one
     return describe_dataset(extraction.dataset, digests, extraction.scan.headers)

@@ -79,7 +79,7 @@ def verify(talk: Console, names: tuple[str, ...], cache: str | None) -> int:
 
     folder = cache_folder(cache)
     only = verification.stores_called(names, folder) if names else None
-    with byte_bar(verification.size_of(folder, only), "verify", talk.progress) as bar:
+    with byte_bar(verification.bytes_to_verify(folder, only), "verify", talk.progress) as bar:
         report = verification.verify(folder, only, advance=bar.update)
     talk.result(verification_lines(report), report)
     talk.next("featurecache repair" if report.damages else "featurecache ls", cache)

@@ -1,1 +1,1 @@
-"""featurecache.images"""
+"""Encoded images: headers and limits, decoding to uint8 RGB, DICOM, preprocessing, augmentation."""

@@ -1,6 +1,4 @@
-"""Encoded bytes → uint8 RGB, by rules that fingerprints contain.
-
-Decoding: from the encoded bytes of one image to uint8 RGB [3, H, W], by written rules that have a version.
+"""Decoding of one encoded image to uint8 RGB [3, H, W], by written rules.
 
 The rules (``DECODING`` is their version; it is part of what a cache is keyed by):
 
@@ -21,8 +19,6 @@ The rules (``DECODING`` is their version; it is part of what a cache is keyed by
 JPEG goes through torchvision's operator, which gives Pillow's pixels to the bit in half the time and without the GIL.
 PNG does not: Pillow is as fast there, and torchvision 0.29 ends the interpreter with SIGSEGV on a PNG whose data are
 damaged.
-
-Encoded images: formats, decoding, preprocessing and augmentation.
 """
 
 from __future__ import annotations
@@ -43,7 +39,6 @@ from featurecache.images.headers import MAX_PIXELS, EncodedFrame, EncodedImage, 
 if TYPE_CHECKING:
     import torch
 
-
 DECODING = 1
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # others are not tried: EPS would run a program
 
@@ -58,11 +53,9 @@ _MAGIC = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF"
 
 
 def digest(data: EncodedImage, frame: int | None = None) -> str:
-    """The identity of an image: 32 hex digits, BLAKE2b-128.
-
-    Of the encoded bytes and, where a file holds several images, the number of the ``frame`` (default: the first, 0);
-    of an array of dtype, shape and bytes. Raises UnreadableImage for DICOM whose header cannot be read.
-    """
+    """The identity of an image: 32 hex digits, BLAKE2b-128. Of the encoded bytes and, where a file holds several
+    images, the number of the ``frame`` (default: the first, 0); of an array of dtype, shape and bytes. Raises
+    UnreadableImage for DICOM whose header cannot be read."""
     if isinstance(data, np.ndarray):
         plain = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("<"))
         found = hashlib.blake2b(f"{plain.dtype.str} {list(plain.shape)} ".encode(), digest_size=16)
@@ -85,19 +78,16 @@ def _holds_several(data: bytes) -> bool:
 
 
 def decode(data: EncodedImage) -> torch.Tensor:
-    """One image as uint8 [3, H, W], RGB, by the rules above; of any memory layout.
-
-    Raises UnreadableImage with the reason alone ("truncated after 12,288 bytes"). May be called from many threads at
-    once.
-    """
+    """One image as uint8 [3, H, W], RGB, by the rules above; of any memory layout. Raises UnreadableImage with the
+    reason alone ("truncated after 12,288 bytes"). May be called from many threads at once."""
     if isinstance(data, np.ndarray):
         return _channels_first(_eight_bits(_checked(data)))
     if isinstance(data, EncodedFrame):
-        return _channels_first(dicom.decode(data.data, data.number))
+        return _channels_first(dicom.decode_dicom(data.data, data.number))
     if not data:
         raise UnreadableImage("zero bytes")
     if headers.is_dicom(data):
-        return _channels_first(dicom.decode(data))
+        return _channels_first(dicom.decode_dicom(data))
     header = headers.jpeg(data)
     try:
         if header is None:
@@ -122,7 +112,7 @@ def image_header(data: EncodedImage) -> tuple[int, int, str]:
     if not data:
         raise UnreadableImage("zero bytes")
     if headers.is_dicom(data):
-        return dicom.image_header(data)
+        return dicom.dicom_image_header(data)
     try:
         image = _open(data)
     except Exception as error:  # as in decode
@@ -138,11 +128,11 @@ def image_header(data: EncodedImage) -> tuple[int, int, str]:
 
 def _plain_jpeg(data: bytes, orientation: int) -> torch.Tensor:
     """8-bit grey or three-component JPEG to uint8 [3, H, W]."""
+    import torch
+
     operator = _jpeg_operator()
     if operator is None:
         return _by_pillow(data)
-    import torch
-
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     image: torch.Tensor = operator(encoded, 0, False)  # ImageReadMode.UNCHANGED, orientation as stored
     if image.shape[0] == 1:
@@ -152,10 +142,8 @@ def _plain_jpeg(data: bytes, orientation: int) -> torch.Tensor:
 
 @functools.cache
 def _jpeg_operator() -> Any:
-    """The operator under torchvision.io.decode_image, a function that warns at every call since 0.29 and is to go.
-
-    None in a torchvision without it: then Pillow decodes JPEG too, to the same pixels.
-    """
+    """The operator under torchvision.io.decode_image, which warns at every call since 0.29 and is to go; None in a
+    torchvision without it: then Pillow decodes JPEG too, to the same pixels."""
     import torch
     import torchvision.io  # noqa: F401  (defines the operator)
 
@@ -219,10 +207,8 @@ def _grey_16(image: Any) -> np.ndarray:
 
 
 def _colour_16(data: bytes, image: Any) -> np.ndarray:
-    """uint8 [H, W, 3] of 16-bit colour, of which Pillow keeps the upper byte.
-
-    So it is read twice, the second time with the byte order turned round: that gives the lower byte.
-    """
+    """uint8 [H, W, 3] of 16-bit colour, of which Pillow keeps the upper byte. So it is read twice, the second time with
+    the byte order turned round: that gives the lower byte."""
     rawmode = _rawmode(image) or ""
     swapped = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
     if rawmode == "LA;16B":  # PNG, grey and alpha: as four bytes they are the two halves of either
@@ -236,9 +222,8 @@ def _colour_16(data: bytes, image: Any) -> np.ndarray:
 
 def _reopened(data: bytes, rawmode: str) -> Any:
     image = _open(data)
-    image.tile = [
-        tile._replace(args=rawmode if isinstance(tile.args, str) else (rawmode, *tile.args[1:])) for tile in image.tile
-    ]
+    arguments = [rawmode if isinstance(tile.args, str) else (rawmode, *tile.args[1:]) for tile in image.tile]
+    image.tile = [tile._replace(args=each) for tile, each in zip(image.tile, arguments, strict=True)]
     return image
 
 
@@ -250,10 +235,8 @@ def _eight_bits(values: np.ndarray, white: int = 65535) -> np.ndarray:
 
 
 def _channels_first(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 [H, W], [H, W, 1] or [H, W, 3] to uint8 [3, H, W] of its own memory; grey is repeated.
-
-    Colour stays interleaved in memory, as torchvision's JPEG operator has it and its resize wants it.
-    """
+    """uint8 [H, W], [H, W, 1] or [H, W, 3] to uint8 [3, H, W] of its own memory; grey is repeated. Colour stays
+    interleaved in memory, as torchvision's JPEG operator has it and its resize wants it."""
     import torch
 
     image = torch.from_numpy(np.array(pixels, order="C"))
@@ -290,21 +273,21 @@ def _reason(data: bytes, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS:,} pixels are refused (decompression bomb)"
     if not isinstance(error, Image.UnidentifiedImageError):
-        said = (str(error).splitlines() or [""])[0]
-        said = re.sub(r"^\w+, \S+:\d+, ", "", said)  # torch puts the operator and the line of its source in front
-        return f"cannot be decoded ({said.strip() or type(error).__name__})"
-    if tiff := headers.tiff(data):
-        return _reason_of_tiff(tiff, len(data))
+        # torch puts the operator and the line of its source in front
+        message = re.sub(r"^\w+, \S+:\d+, ", "", (str(error).splitlines() or [""])[0])
+        return f"cannot be decoded ({message.strip() or type(error).__name__})"
+    if (tiff := headers.tiff(data)) and (reason := _reason_of_tiff(tiff)):
+        return reason
     for magic, name in _MAGIC.items():
         if data.startswith(magic):
             return f"a {name} file whose header cannot be read ({len(data):,} bytes)"
-    start = data.split(maxsplit=1)[0][:16] if data.split(maxsplit=1) else data[:16]
+    start = (data.split(maxsplit=1) or [data])[0][:16]
     if start.isascii() and start.decode("ascii", "replace").isprintable():
         return f'not an image (starts with "{start.decode("ascii")}")'
     return f"not an image this reads (starts with the bytes {data[:8].hex(' ')})"
 
 
-def _reason_of_tiff(tiff: headers.Tiff, size: int) -> str:
+def _reason_of_tiff(tiff: headers.Tiff) -> str | None:
     """Why a TIFF that has a directory is not read all the same."""
     if tiff.format != 1 or tiff.bits > 16:
         kind = "floating-point" if tiff.format == 3 else "32-bit or signed integer"
@@ -313,4 +296,4 @@ def _reason_of_tiff(tiff: headers.Tiff, size: int) -> str:
         return "a BigTIFF of big-endian byte order, which Pillow does not read; save it little-endian"
     if tiff.bits not in (1, 2, 4, 8, 16) or tiff.samples > 1:
         return f"a TIFF of {tiff.samples} × {tiff.bits} bits a pixel, which Pillow does not read; save it as PNG"
-    return f"a TIFF file whose header cannot be read ({size:,} bytes)"
+    return None

@@ -90,13 +90,18 @@ class Header:
 
 
 def read_header(data: bytes | Any, also: tuple[str, ...] = ()) -> Header:
-    """Of a file's bytes, or of an open file that may be read from, whose pixels are not touched.
+    """The elements of ``_TAGS`` and ``also`` of a file's bytes, or of an open file, whose pixels are not touched.
+    Raises UnreadableImage, for a file without an image, too."""
+    if not installed():
+        raise UnreadableImage(MISSING)
+    import pydicom
 
-    Raises UnreadableImage, for a file without an image, too.
-    """
+    if _QUIET not in warnings.filters:  # in place, as in `quiet_pillow`
+        warnings.filterwarnings("ignore", module=_MODULES.pattern)
     file = io.BytesIO(data) if isinstance(data, bytes) else data
-    settings = _read(file, also)
     with _named_damage(_HEADER):
+        _refuse_deflate_bomb(file)
+        settings = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_TAGS, *also])
         header = Header(settings, int(settings.get("Columns") or 0), int(settings.get("Rows") or 0))
         header = replace(header, frames=header.number("NumberOfFrames", 1), end=file.tell())
     if header.width < 1 or header.height < 1:
@@ -107,7 +112,7 @@ def read_header(data: bytes | Any, also: tuple[str, ...] = ()) -> Header:
     return header
 
 
-def decode(data: bytes, frame: int = 0) -> np.ndarray:
+def decode_dicom(data: bytes, frame: int = 0) -> np.ndarray:
     """One frame (from 0) as uint8 [H, W] or [H, W, 3]. Raises UnreadableImage with the reason alone."""
     header = read_header(data)
     if frame >= header.frames:
@@ -137,7 +142,7 @@ def _named_damage(what: str) -> Iterator[None]:
         raise UnreadableImage(f"{what} ({type(error).__name__})") from error
 
 
-def image_header(data: bytes) -> tuple[int, int, str]:
+def dicom_image_header(data: bytes) -> tuple[int, int, str]:
     """(width, height in pixels, kind of pixels) from the header alone. Raises UnreadableImage."""
     header = read_header(data)
     with _named_damage(_HEADER):
@@ -145,19 +150,6 @@ def image_header(data: bytes) -> tuple[int, int, str]:
     palette = header.settings.PhotometricInterpretation == "PALETTE COLOR"
     kind = "palette" if palette else "RGB" if samples == 3 else "grey"
     return header.width, header.height, f"{kind} (DICOM)" if bits == 8 else f"{bits}-bit {kind} (DICOM)"
-
-
-def _read(file: Any, also: tuple[str, ...]) -> Any:
-    """The elements of ``_TAGS`` and ``also`` in front of the pixels."""
-    if not installed():
-        raise UnreadableImage(MISSING)
-    import pydicom
-
-    if _QUIET not in warnings.filters:  # in place, as in `quiet_pillow`
-        warnings.filterwarnings("ignore", module=_MODULES.pattern)
-    with _named_damage(_HEADER):
-        _refuse_deflate_bomb(file)
-        return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_TAGS, *also])
 
 
 def _refuse_deflate_bomb(file: Any) -> None:
@@ -204,8 +196,7 @@ def _refuse_cut_off(data: bytes, header: Header, syntax: Any) -> None:
     long = len(element) == 12 and element[4:6].isalpha() and not syntax.is_implicit_VR
     size = struct.unpack(order + "L", element[8:12] if long else element[4:8])[0] if len(element) == 12 else 0
     start = header.end + (12 if long else 8)
-    encapsulated = size == 0xFFFFFFFF
-    if encapsulated:
+    if size == 0xFFFFFFFF:  # encapsulated
         whole = data.find(struct.pack(order + "HHL", 0xFFFE, 0xE0DD, 0), start) >= 0
     else:
         whole = len(element) == 12 and start + size <= len(data)
@@ -219,12 +210,16 @@ def _stored(data: bytes, header: Header, syntax: Any, frame: int) -> np.ndarray:
     from pydicom.pixels import get_decoder, pixel_array
 
     quiet_pillow()  # pydicom decodes JPEG with it
+    full = str(syntax.name)
+    name = full.split(" (")[0] if re.fullmatch(r"[\w .,()&/\[\]:-]+", full) else "(unknown)"
+    packages = next((what for family, what in _DECODERS.items() if family in full), None)
+    install = f": pip install {packages}" if packages else ""
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError as error:
-        raise UnreadableImage(f"its transfer syntax {_syntax_name(syntax)} is none that pydicom decodes") from error
+        raise UnreadableImage(f"its transfer syntax {name} is none that pydicom decodes") from error
     if syntax.is_compressed and not decoder.is_available:
-        raise UnreadableImage(f"its {_syntax_name(syntax)} data need another decoder{_to_install(syntax)}")
+        raise UnreadableImage(f"its {name} data need another decoder{install}")
     try:
         if syntax.is_deflated:
             return np.asarray(decoder.as_array(pydicom.dcmread(io.BytesIO(data)), index=frame)[0])
@@ -232,25 +227,13 @@ def _stored(data: bytes, header: Header, syntax: Any, frame: int) -> np.ndarray:
     except RuntimeError as error:  # every decoder that is installed has failed
         if not syntax.is_compressed:
             raise
-        reason = f"its {_syntax_name(syntax)} data are damaged or need another decoder{_to_install(syntax)}"
-        raise UnreadableImage(reason) from error
-
-
-def _syntax_name(syntax: Any) -> str:
-    name = str(syntax.name)
-    return name.split(" (")[0] if re.fullmatch(r"[\w .,()&/\[\]:-]+", name) else "(unknown)"
-
-
-def _to_install(syntax: Any) -> str:
-    packages = next((what for family, what in _DECODERS.items() if family in str(syntax.name)), None)
-    return f": pip install {packages}" if packages else ""
+        raise UnreadableImage(f"its {name} data are damaged or need another decoder{install}") from error
 
 
 def _to_eight(values: np.ndarray, bits: int) -> np.ndarray:
-    if bits == 8:
-        return values.astype(np.uint8)
     white = 2**bits - 1
-    return np.rint(np.minimum(values.astype(np.float64), white) * (255 / white)).astype(np.uint8)
+    exact = values if bits == 8 else np.rint(np.minimum(values.astype(np.float64), white) * (255 / white))
+    return exact.astype(np.uint8)
 
 
 def _palette(stored: np.ndarray, settings: Any) -> np.ndarray:

@@ -54,10 +54,8 @@ def quiet_pillow() -> None:
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether bytes are a DICOM file (PS3.10, 7.1: 128 bytes for anybody's use, then "DICM").
-
-    Some scanners and slides make use of them to be a TIFF at once: that is DICOM, and `is_dicom_and_tiff`.
-    """
+    """Whether bytes are a DICOM file (PS3.10, 7.1: 128 bytes for anybody's use, then "DICM"). Some scanners and slides
+    make use of them to be a TIFF at once: that is DICOM, and `is_dicom_and_tiff`."""
     return data[128:132] == b"DICM" and not data.startswith(_NOT_DICOM)
 
 
@@ -115,23 +113,16 @@ def exif_orientation(tiff: bytes) -> int:
     return 1
 
 
-def png_is_complete(data: bytes) -> bool:
-    """Whether the chunks of a PNG run up to IEND (a decoder may be content without the last ones)."""
-    at = len(PNG)
-    while at + 12 <= len(data):
-        if data[at + 4 : at + 8] == b"IEND":
-            return True
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
-    return False
-
-
 def is_cut_off(data: bytes) -> bool:
     """Whether an encoded image stops before its format says it ends; JPEG, PNG and WebP say it."""
     if data[:2] == b"\xff\xd8":
         header = jpeg(data)
         return header is None or not header.complete
-    if data[:8] == PNG[: len(data)]:
-        return not png_is_complete(data)
+    if data[:8] == PNG[: len(data)]:  # its chunks run up to IEND; a decoder may be content without the last ones
+        at = len(PNG)
+        while at + 12 <= len(data) and data[at + 4 : at + 8] != b"IEND":
+            at += 12 + int.from_bytes(data[at : at + 4], "big")
+        return at + 12 > len(data)
     return data[:4] == b"RIFF" and len(data) < 8 + int.from_bytes(data[4:8], "little")
 
 
@@ -146,17 +137,18 @@ def holds_several(data: bytes) -> bool:
     return data[:4] in _TIFF and _tiff_has_second(data)
 
 
-def _tiff_has_second(data: bytes) -> bool:
+def _tiff_directory(data: bytes) -> tuple[str, bool, int, int]:
+    """(byte order, whether BigTIFF, place of the first entry, number of entries) of the first directory."""
     order, big = ("<" if data[:2] == b"II" else ">"), data[2:4] in (b"+\0", b"\0+")
+    (at,) = struct.unpack_from(order + ("Q" if big else "L"), data, 8 if big else 4)
+    (entries,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
+    return order, big, at + (8 if big else 2), entries
+
+
+def _tiff_has_second(data: bytes) -> bool:
     try:
-        if big:
-            (first,) = struct.unpack_from(order + "Q", data, 8)
-            (entries,) = struct.unpack_from(order + "Q", data, first)
-            (second,) = struct.unpack_from(order + "Q", data, first + 8 + 20 * entries)
-        else:
-            (first,) = struct.unpack_from(order + "L", data, 4)
-            (entries,) = struct.unpack_from(order + "H", data, first)
-            (second,) = struct.unpack_from(order + "L", data, first + 2 + 12 * entries)
+        order, big, at, entries = _tiff_directory(data)
+        (second,) = struct.unpack_from(order + ("Q" if big else "L"), data, at + (20 if big else 12) * entries)
     except (struct.error, OverflowError):
         return False
     return bool(second)
@@ -178,15 +170,12 @@ def tiff(data: bytes) -> Tiff | None:
     """None where the bytes are no TIFF, or its first directory cannot be read."""
     if data[:4] not in _TIFF:
         return None
-    order, big = ("<" if data[:2] == b"II" else ">"), data[2:4] in (b"+\0", b"\0+")
-    count, width, entry = ("Q", 8, 20) if big else ("H", 2, 12)
     found = {258: 1, 277: 1, 262: 1, 339: 1, 0: 0}
     try:
-        (at,) = struct.unpack_from(order + ("Q" if big else "L"), data, 8 if big else 4)
-        (entries,) = struct.unpack_from(order + count, data, at)
-        for place in range(at + width, at + width + entry * min(entries, 4096), entry):
-            tag, kind = struct.unpack_from(order + "HH", data, place)
-            (length,) = struct.unpack_from(order + ("Q" if big else "L"), data, place + 4)
+        order, big, at, entries = _tiff_directory(data)
+        entry = 20 if big else 12
+        for place in range(at, at + entry * min(entries, 4096), entry):
+            tag, kind, length = struct.unpack_from(order + ("HHQ" if big else "HHL"), data, place)
             if tag in found and kind == 3:  # SHORT: beside the tag as long as they fit
                 value_at = place + (12 if big else 8)
                 if length > (4 if big else 2):

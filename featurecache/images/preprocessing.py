@@ -149,7 +149,7 @@ class Preprocess:
         """One line for people: what the network sees of an image."""
         height, width = self.size
         how = {
-            "squash": "squashed" + (f" to {_by(self.resize)}, centre crop" if self.crop else ""),
+            "squash": "squashed" + (f" to {'×'.join(map(str, self.resize))}, centre crop" if self.crop else ""),
             "shortest": f"from the centre, shortest edge resized to {self.resize[0] if self.resize else ''}",
             "pad": "padded with black",
             "none": "cut from the centre without resizing",
@@ -157,10 +157,6 @@ class Preprocess:
         kernel = "" if self.mode == "none" else f", {self.interpolation}"
         norm = "" if self.mean is None else f", mean {_numbers(self.mean)}, std {_numbers(self.std or ())}"
         return f"{height}×{width} {how}{kernel}{norm}"
-
-
-def _by(sizes: tuple[int, ...]) -> str:
-    return "×".join(str(n) for n in sizes)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -1,1 +1,1 @@
-"""Looking after a cache: verify, repair, remove and collect, compact, merge, export, and leaks between splits."""
+"""Looking after a cache: verify, repair, garbage collection, merge, export, import, leaks between splits."""

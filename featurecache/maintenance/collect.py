@@ -43,6 +43,7 @@ from featurecache.store.view import View
 from featurecache.store.write_view import find_view, rewrite_view
 
 STRETCH = 16 << 20  # bytes of rows in hand at a time
+_ROOM = "Free some space; nothing was changed."
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,9 @@ class CollectResult:
 
 
 def collect(cache: str | Path | None = None, *, delete: bool = False) -> CollectResult:
-    """Garbage collection: find rows that no view names, and with ``delete`` free them.
-
-    Rows that stay keep bytes, checksums and errors.
-
-    A store is left alone while somebody works in it, and when one of its views or shards cannot be read: nobody knows
-    then what that view names.
-    """
+    """Garbage collection: find rows that no view names, and with ``delete`` free them; all others keep bytes,
+    checksums and errors. A store is left alone while somebody works in it, and when one of its views or shards cannot
+    be read: nobody knows then what that view names."""
     cache = cache_folder(cache)
     drafts = [path for folder in _folders(cache) for path in orphaned_files(folder)]
     files = [file for path in drafts for file in (path.rglob("*") if path.is_dir() else [path]) if not file.is_dir()]
@@ -184,13 +181,13 @@ def _keys(view: View, output: str) -> np.ndarray:
 
 
 def _garbage(store: Store, outputs: list[OutputRelocation], views: list[View]) -> StoreGarbage:
-    kept = {name: parse(name) for view in views for name in view.outputs}
+    viewed = [parse(name) for name in sorted({name for view in views for name in view.outputs})]
     unused = []
     for output in outputs:
-        name = output.layout.output
-        derived = sorted(key for key, made in kept.items() if key != name and made.derived and made.source == name)
-        if output.unused_rows:
-            unused.append(UnusedRows(name, len(output.drop), output.unused_rows, output.unused_bytes, tuple(derived)))
+        name, (rows, size) = output.layout.output, output.unused
+        derived = tuple(other.name for other in viewed if other.name != name and other.derived and other.source == name)
+        if rows:
+            unused.append(UnusedRows(name, len(output.drop), rows, size, derived))
     empty = not views and not any(output.keep or output.split for output in outputs)
     others = _strange_files(store) if empty else ()
     return StoreGarbage(store.path, tuple(unused), empty and not others, others)
@@ -198,15 +195,14 @@ def _garbage(store: Store, outputs: list[OutputRelocation], views: list[View]) -
 
 def _strange_files(store: Store) -> tuple[str, ...]:
     """Files in a store that featurecache did not put there."""
-    ours = {"spec.json", "plan.json", canary_path(store).name}
-    found = []
+    ours = {store.path / "spec.json", store.path / "plan.json", canary_path(store)}
+    ours |= {path for output in store.outputs() for path in store.shard_paths(output)}
+    strange = []
     for path in sorted(store.path.rglob("*")):
-        relative = path.relative_to(store.path)
-        shard = len(relative.parts) == 2 and path in store.shard_paths(relative.parts[0])
-        hidden = relative.name.startswith(MARKS) or relative.suffix == ".tmp"
-        if not (path.is_dir() or shard or hidden or str(relative) in ours) or path.is_symlink():
-            found.append(str(relative))
-    return tuple(found)
+        hidden = path.name.startswith(MARKS) or path.suffix == ".tmp"
+        if not (path.is_dir() or hidden or path in ours) or path.is_symlink():
+            strange.append(str(path.relative_to(store.path)))
+    return tuple(strange)
 
 
 @dataclass(frozen=True)
@@ -221,9 +217,7 @@ class CompactResult:
 
 def compact(name: str | Path | None = None, cache: str | Path | None = None) -> CompactResult:
     """Put the rows of a view into shards in its order. Other views of the store get the same bytes from there too.
-
-    Raises InUse, DamagedFile (before anything is removed), CannotWrite. Killed, the same command finishes.
-    """
+    Raises InUse, DamagedFile (before anything is removed), CannotWrite. Killed, the same command finishes."""
     view = View(find_view(name, cache), copies=True)
     store = open_store(view.store)
     with exclusive_lock(store.path, f"compact {view.name}"):
@@ -238,16 +232,12 @@ def compact(name: str | Path | None = None, cache: str | Path | None = None) -> 
         written = _shard_bytes(store) - size
         outputs = []
         for layout in layouts:  # all rows of an output stay, those of ``first`` there
-            mine = [shard for shard in first if shard.path.parent.name == layout.output]
-            shards = {shard.path: shard for shard in [*mine, *store.shards(layout)]}.values()
+            shards = _in_turn(layout, first, store.shards(layout))
             rows = np.concatenate([row_keys(shard.digests, shard.checksums) for shard in shards])
-            outputs.append(plan_relocation(layout, list(shards), rows))
+            outputs.append(plan_relocation(layout, shards, rows))
         relocate(store, outputs, views, first)
         after = _pieces(View(view.path, copies=True))
     return CompactResult(view.label, (before[0], after[0]), (before[1], after[1]), written)
-
-
-_ROOM = "Free some space; nothing was changed."
 
 
 def _pieces(view: View) -> tuple[int, int]:
@@ -287,15 +277,11 @@ class OutputRelocation:
         return sum(len(rows.row) for rows in self.split) * self.layout.row_bytes
 
     @property
-    def unused_rows(self) -> int:
+    def unused(self) -> tuple[int, int]:
+        """(rows, bytes) that are freed: of whole shards the files, of others the rows."""
         lost = sum(len(rows.shards[0].digests) - len(rows.row) for rows in self.split)
-        return sum(len(shard.digests) for shard in self.drop) + lost
-
-    @property
-    def unused_bytes(self) -> int:
-        """Of whole shards the files, of others the rows."""
-        lost = sum(len(rows.shards[0].digests) - len(rows.row) for rows in self.split)
-        return sum(shard.size for shard in self.drop) + lost * self.layout.row_bytes
+        rows = sum(len(shard.digests) for shard in self.drop) + lost
+        return rows, sum(shard.size for shard in self.drop) + lost * self.layout.row_bytes
 
 
 def plan_relocation(layout: Layout, shards: Sequence[Shard], wanted: np.ndarray) -> OutputRelocation:
@@ -332,10 +318,8 @@ def _rows_of(shard: Shard, rows: np.ndarray) -> RowLocations:
 def relocate(
     store: Store, outputs: Sequence[OutputRelocation], views: Iterable[View], first: Sequence[Shard] = ()
 ) -> None:
-    """New shards, views on them, old files away. ``first``: shards whose copies of rows the views shall take.
-
-    Raises DamagedFile before anything is removed when a row that is to stay does not have its checksum.
-    """
+    """New shards, views on them, old files away. ``first``: shards whose copies of rows the views shall take. Raises
+    DamagedFile before anything is removed when a row that is to stay does not have its checksum."""
     check_room(store.path, sum(output.new_bytes for output in outputs), _ROOM)
     homes: dict[str, list[Shard]] = {}
     gone: set[Path] = set()
@@ -343,10 +327,9 @@ def relocate(
         for rows in output.trusted:
             verify_rows(rows, output.layout)
         stay = [copy_rows(store, rows, output.layout) or rows.shards[0] for rows in output.split]
-        chosen = [shard for shard in first if shard.path.parent.name == output.layout.output]
-        shards = {shard.path: shard for shard in [*chosen, *stay, *output.keep]}
-        homes[output.layout.output] = list(shards.values())
-        gone |= {shard.path for shard in [*output.drop, *(rows.shards[0] for rows in output.split)]} - shards.keys()
+        homes[output.layout.output] = shards = _in_turn(output.layout, first, [*stay, *output.keep])
+        gone |= {shard.path for shard in [*output.drop, *(rows.shards[0] for rows in output.split)]}
+        gone -= {shard.path for shard in shards}
     for view in views:
         if gone & {view.store / entry["path"].decode() for entry in view.files}:
             layouts = [view.layout(name) for name in view.outputs]
@@ -361,6 +344,12 @@ def relocate(
             sync_path(folder)
 
 
+def _in_turn(layout: Layout, first: Iterable[Shard], others: Iterable[Shard]) -> list[Shard]:
+    """Those of ``first`` that hold the output, then the others, each once."""
+    mine = [shard for shard in first if shard.path.parent.name == layout.output]
+    return list({shard.path: shard for shard in [*mine, *others]}.values())
+
+
 def verify_rows(places: RowLocations, layout: Layout) -> None:
     """Raises DamagedFile when one of the rows does not have its checksum."""
     step = max(1, STRETCH // layout.row_bytes)
@@ -370,9 +359,7 @@ def verify_rows(places: RowLocations, layout: Layout) -> None:
 
 def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | None:
     """Write rows that lie anywhere into one new shard, in the order of ``places``, with their bytes, errors and notes.
-
-    A file that has its name and these bytes is taken for it. None where one with other bytes has the name.
-    """
+    A file that has its name and these bytes is taken for it. None where one with other bytes has the name."""
     digests, path = places.digests, _path(store, layout, places)
     if path.exists():
         there = store.shard(path, layout)
@@ -380,7 +367,11 @@ def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | Non
             return None
         verify_rows(_rows_of(there, np.arange(len(digests))), layout)
         return there
-    writer = ShardWriter(store.path, digests, layout, _notes([places.shards[k].notes for k in np.unique(places.file)]))
+    notes = [places.shards[k].notes for k in np.unique(places.file)]
+    values = {key: list(dict.fromkeys(n[key] for n in notes if key in n)) for each in notes for key in each}
+    # Of rows of several shards what these say, all of it as a JSON list where they differ.
+    notes_of_all = {key: each[0] if len(each) == 1 else json.dumps(each) for key, each in values.items()}
+    writer = ShardWriter(store.path, digests, layout, notes_of_all)
     try:
         step = max(1, STRETCH // layout.row_bytes)
         for start in range(0, len(digests), step):
@@ -396,9 +387,3 @@ def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | Non
 def _path(store: Store, layout: Layout, places: RowLocations) -> Path:
     """Where a shard of these rows has its place."""
     return store.folder(layout.output) / f"{shard_name(places.digests)}.h5"
-
-
-def _notes(several: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Attributes of a shard with rows of several: where they differ, all of them as a JSON list."""
-    values = {key: list(dict.fromkeys(n[key] for n in several if key in n)) for notes in several for key in notes}
-    return {key: each[0] if len(each) == 1 else json.dumps(each) for key, each in values.items()}

@@ -13,7 +13,6 @@ kill leaves the file that was there, or none. Memory is that of one block and of
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import zipfile
@@ -46,10 +45,6 @@ class Columns:
 
     view: View
     outputs: dict[str, OutputInfo]
-
-    @classmethod
-    def of(cls, view: View, names: tuple[str, ...]) -> Columns:
-        return cls(view, {name: view.info(name) for name in names})
 
     @property
     def bytes(self) -> int:
@@ -161,11 +156,9 @@ def _write_member(
 ) -> None:
     entry = zipfile.ZipInfo(f"{name}.npy")  # without a date: the same view gives the same file
     entry.compress_type = archive.compression
-    header = io.BytesIO()
     described = dtype.str  # without the notes that h5py hangs on a dtype
-    np.lib.format.write_array_header_1_0(header, {"descr": described, "fortran_order": False, "shape": shape})
     with archive.open(entry, "w", force_zip64=True) as member:
-        member.write(header.getvalue())
+        np.lib.format.write_array_header_1_0(member, {"descr": described, "fortran_order": False, "shape": shape})
         for block in blocks:
             member.write(np.ascontiguousarray(block).data.cast("B") if block.size else b"")
 
@@ -318,18 +311,19 @@ def export_view(
     overwrite: bool = False,
     progress: bool = False,
 ) -> ExportResult:
-    """Write ``view`` to one file; the format is that of its ending (`FORMATS`).
-
-    ``outputs``: those to write, also what follows from stored tokens (default: all that the view has).
-    Raises BadOption, NotInCache, CannotWrite.
-    """
+    """Write ``view`` to one file; the format is that of its ending (`FORMATS`). ``outputs``: those to write, also what
+    follows from stored tokens (default: all that the view has). Raises BadOption, NotInCache, CannotWrite."""
     path = Path(file).expanduser()
     kind = _format_of(path)
-    names = _names(outputs) if outputs is not None else tuple(view.outputs)
-    columns = Columns.of(view, names)
+    words = outputs.split(",") if isinstance(outputs, str) else list(view.outputs) if outputs is None else outputs
+    names = tuple(dict.fromkeys(parse(word.strip()).name for word in words if word.strip()))
+    if not names:
+        raise BadOption("--outputs names no output.")
+    columns = Columns(view, {name: view.info(name) for name in names})
     FORMATS[kind].refuse(columns, compress)
     _refuse_place(path, overwrite)
-    _check_room(path, columns, compress)
+    folder = next(place for place in path.absolute().parents if place.exists())
+    check_room(folder, columns.bytes // 2 if compress else columns.bytes, "Choose another disk, or fewer --outputs.")
     remove_orphans(path.parent, path.name)
     try:
         with AtomicFile(path) as draft, Sink(draft) as sink:
@@ -347,14 +341,6 @@ def export_view(
     return ExportResult(path, kind, names, len(view), size)
 
 
-def _names(outputs: str | Sequence[str]) -> tuple[str, ...]:
-    words = outputs.split(",") if isinstance(outputs, str) else outputs
-    names = tuple(dict.fromkeys(parse(word.strip()).name for word in words if word.strip()))
-    if not names:
-        raise BadOption("--outputs names no output.")
-    return names
-
-
 def _format_of(path: Path) -> str:
     for kind, entry in FORMATS.items():
         if path.suffix.lower() in entry.endings:
@@ -370,10 +356,3 @@ def _refuse_place(path: Path, overwrite: bool) -> None:
         raise BadOption(f"{path} is a folder; name a file in it.")
     if path.exists() and not overwrite:
         raise BadOption(f"{path} exists; --overwrite replaces it.")
-
-
-def _check_room(path: Path, columns: Columns, compress: bool) -> None:
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    check_room(folder, columns.bytes // 2 if compress else columns.bytes, "Choose another disk, or fewer --outputs.")

@@ -99,16 +99,28 @@ def open_feature_file(path: Path) -> FeatureFile:
     if kind not in ENDINGS:
         raise SourceError(f"{path.name} has an ending that is not read here; it may be {', '.join(ENDINGS)}.")
     openers = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}
-    try:
+    with _as_source_error(f"{path} cannot be read as {kind[1:]}"):
         return openers.get(kind, _open_hdf5)(path)
+
+
+@contextlib.contextmanager
+def _as_source_error(what: str) -> Iterator[None]:
+    """What the libraries raise of a file that is none of theirs, or damaged, as SourceError."""
+    try:
+        yield
     except FeatureCacheError:
         raise
     except _WRONG as error:
-        raise SourceError(f"{path} cannot be read as {kind[1:]} ({_first_line(error)}).") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise SourceError(f"{what} ({reason}).") from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+def _pieces(values: Any, shape: tuple[int, ...], rows: int) -> Iterator[np.ndarray]:
+    """``values`` [N, ...], so many rows at a time; a single value as it is."""
+    if not shape:
+        yield np.asarray(values[()])
+    for start in range(0, shape[0] if shape else 0, rows):
+        yield np.asarray(values[start : min(start + rows, shape[0])])
 
 
 def _token_layout(prefix: Any, grid: Any) -> dict[str, Any]:
@@ -177,7 +189,7 @@ def _npy_array(name: str, opened: Callable[[], AbstractContextManager[IO[bytes]]
                         f"{name} is stored by columns (Fortran order): save it with np.ascontiguousarray."
                     )
                 whole = np.frombuffer(_exactly(file, header.size, name), dtype).reshape(shape, order="F")
-                yield from (whole[start : start + rows] for start in range(0, len(whole), rows))
+                yield from _pieces(whole, shape, rows)
                 return
             for start in range(0, shape[0] if shape else 1, rows):
                 part = (min(rows, shape[0] - start), *shape[1:]) if shape else ()
@@ -203,12 +215,9 @@ def _open_safetensors(path: Path) -> FeatureFile:
         arrays = {
             name: _tensor(path, name, piece.get_dtype(), tuple(piece.get_shape())) for name, piece in slices.items()
         }
-    outputs = parse_json(attributes["outputs"], str(path)) if "outputs" in attributes else {}
-    # Columns that one of our exports keeps as JSON lists.
-    columns: dict[str, Any] = {
-        key: parse_json(attributes[key], str(path)) for key in ("ids", "splits", "groups") if key in attributes
-    }
-    further = parse_json(attributes["meta"], str(path)) if "meta" in attributes else {}
+    keys = ("outputs", "ids", "splits", "groups", "meta")  # what one of our exports keeps as JSON
+    columns: dict[str, Any] = {key: parse_json(attributes[key], str(path)) for key in keys if key in attributes}
+    outputs, further = columns.pop("outputs", {}), columns.pop("meta", {})
     columns |= {f"meta/{key}": values for key, values in further.items()}
     arrays |= {key: _in_memory(key, values) for key, values in columns.items() if isinstance(values, list)}
     return FeatureFile(path, arrays, attributes, _layouts(outputs))
@@ -219,14 +228,8 @@ def _tensor(path: Path, name: str, kind: str, shape: tuple[int, ...]) -> ArrayIn
         raise SourceError(f"{name} of {path.name} is {kind}, which numpy cannot hold; save it as F16 or F32.")
 
     def read(rows: int) -> Iterator[np.ndarray]:
-        try:
-            with safe_open(path, "numpy") as file:
-                if not shape:
-                    yield np.asarray(file.get_tensor(name))
-                for start in range(0, shape[0] if shape else 0, rows):
-                    yield np.asarray(file.get_slice(name)[start : min(start + rows, shape[0])])
-        except (OSError, SafetensorError) as error:
-            raise SourceError(f"{name} of {path} cannot be read ({_first_line(error)}).") from error
+        with _as_source_error(f"{name} of {path} cannot be read"), safe_open(path, "numpy") as file:
+            yield from _pieces(file.get_slice(name) if shape else file.get_tensor(name), shape, rows)
 
     return ArrayInfo(name, shape, np.dtype(_SAFE[kind]), False, read)
 
@@ -237,10 +240,7 @@ def _in_memory(name: str, values: list[Any]) -> ArrayInfo:
     if not words and array.dtype == object:  # numbers with a null among them
         array = np.array([math.nan if value is None else value for value in values], np.float64)
 
-    def read(rows: int) -> Iterator[np.ndarray]:
-        return (array[start : start + rows] for start in range(0, len(array), rows))
-
-    return ArrayInfo(name, array.shape, array.dtype, words, read)
+    return ArrayInfo(name, array.shape, array.dtype, words, partial(_pieces, array, array.shape))
 
 
 # -- HDF5
@@ -316,14 +316,7 @@ def _dataset(path: Path, name: str, dataset: h5py.Dataset) -> ArrayInfo:
     text, shape = h5py.check_string_dtype(dataset.dtype) is not None, dataset.shape or ()
 
     def read(rows: int) -> Iterator[np.ndarray]:
-        try:
-            with h5py.File(path, "r", locking=False) as file:
-                values = file[name].asstr() if text else file[name]
-                if not shape:
-                    yield np.asarray(values[()])
-                for start in range(0, shape[0] if shape else 0, rows):
-                    yield np.asarray(values[start : start + rows])
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise SourceError(f"{name} of {path} cannot be read ({_first_line(error)}).") from error
+        with _as_source_error(f"{name} of {path} cannot be read"), h5py.File(path, "r", locking=False) as file:
+            yield from _pieces(file[name].asstr() if text else file[name], shape, rows)
 
     return ArrayInfo(name, shape, dataset.dtype, text, read)

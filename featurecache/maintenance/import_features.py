@@ -97,11 +97,9 @@ def import_view(
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> ImportResult:
-    """Make a view ``name`` of the features in ``file``; the options are explained by `ImportOptions`.
-
-    ``output``: what to call them (default: `vector` for [N,D], `tokens` for [N,T,D]). ``prefix`` and ``grid``: which of
-    the tokens are what, T = len(prefix) + h·w. Raises SourceError, BadOption, UnsafeFile, CannotWrite.
-    """
+    """Make a view ``name`` of the features in ``file``; the options are explained by `ImportOptions`. ``output``: what
+    to call them (default: `vector` for [N,D], `tokens` for [N,T,D]). ``prefix`` and ``grid``: which of the tokens are
+    what, T = len(prefix) + h·w. Raises SourceError, BadOption, UnsafeFile, CannotWrite."""
     if safe_name(name) != name:
         raise BadOption(f'"{name[:60]}" cannot be the name of a view; "{safe_name(name)}" can.')
     opened = open_feature_file(Path(file).expanduser())

@@ -96,13 +96,10 @@ def find_leaks(
     near: bool = True,
     progress: bool = False,
 ) -> Leaks:
-    """All leaks of a view.
-
-    ``names`` [N]: splits other than the view's own. ``output``: a vector; by default cls, else pooler, gap or mean
-    (where a view has none of them, near-duplicates are not looked for, and ``Leaks.output`` is None). ``most``: the
-    near-duplicates kept for each pair of splits; all are counted. ``near=False``: exact leaks only, which need no
-    features. Raises BadOption, NotInCache.
-    """
+    """All leaks of a view. ``names`` [N]: splits other than the view's own. ``output``: a vector; by default cls, else
+    pooler, gap or mean (where a view has none of them, near-duplicates are not looked for, and ``Leaks.output`` is
+    None). ``most``: the near-duplicates kept for each pair of splits; all are counted. ``near=False``: exact leaks
+    only, which need no features. Raises BadOption, NotInCache."""
     if not 0 < threshold <= 1:
         raise BadOption(f"--threshold is {threshold:g}; a cosine above 0 and up to 1 is expected.")
     if most < 1:
@@ -181,11 +178,9 @@ def shared_keys(kind: str, keys: np.ndarray, codes: np.ndarray) -> list[LeakFind
 
 
 def label_conflicts(images: np.ndarray, labels: np.ndarray, codes: np.ndarray, plain: np.ndarray) -> list[LeakFinding]:
-    """One image under two labels; of several labels the least and the greatest, of multi-label data the first that
-    is both given and denied. Unknown labels contradict nothing.
-
-    images, codes int64 [N]; labels int64 [N] (-1 none) or float [N,L] (NaN unknown); plain bool [N].
-    """
+    """One image under two labels; of several labels the least and the greatest, of multi-label data the first that is
+    both given and denied. Unknown labels contradict nothing. images, codes int64 [N]; labels int64 [N] (-1 none) or
+    float [N,L] (NaN unknown); plain bool [N]."""
     values = labels.astype(np.float64) if labels.ndim == 2 else np.where(labels < 0, np.nan, labels)[:, None]
     rows = np.flatnonzero(plain & (images >= 0))
     rows = rows[(np.bincount(images[rows]) > 1)[images[rows]]]
@@ -319,11 +314,9 @@ def nearest_pairs(
     features: CentredUnitRows, first: np.ndarray, second: np.ndarray, *, threshold: float, most: int,
     same: np.ndarray, what: str = "",
 ) -> NearPairs:  # fmt: skip
-    """The pairs of a row of ``first`` and one of ``second`` with a cosine of at least ``threshold``.
-
-    Rows with one number in ``same`` [N] are copies and no pair. ``what``: name of a progress bar, "" for none. Memory:
-    a tile of rows, a block of products, and ``most`` pairs.
-    """
+    """The pairs of a row of ``first`` and one of ``second`` with a cosine of at least ``threshold``. Rows with one
+    number in ``same`` [N] are copies and no pair. ``what``: name of a progress bar, "" for none. Memory: a tile of
+    rows, a block of products, and ``most`` pairs."""
     error = (len(features.mean) + 2) * 2.0**-24
     cut = np.float32(threshold - 0.5 * 10**-_DECIMALS - 1.01 * error / (1 - error) - 2.0**-22)
     pairs = NearPairs(most)

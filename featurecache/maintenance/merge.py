@@ -7,7 +7,7 @@ shard was written with; of a row that both have ours stays. Interrupted, the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -65,10 +65,8 @@ class MergeResult:
 
 
 def merge(other: str | Path, cache: str | Path | None = None, *, progress: bool = False) -> list[MergeResult]:
-    """Take over what the cache ``other`` holds and ``cache`` does not; one record for each of its stores.
-
-    Raises BadOption, NotInCache, CannotWrite, InUse.
-    """
+    """Take over what the cache ``other`` holds and ``cache`` does not; one record for each of its stores. Raises
+    BadOption, NotInCache, CannotWrite, InUse."""
     theirs, folder = Path(other).expanduser(), cache_folder(cache)
     if (theirs / "spec.json").exists():
         raise BadOption(f"{theirs} is one store; give the folder of the cache it lies in, {theirs.absolute().parent}.")
@@ -112,26 +110,24 @@ def _agree(mine: Store, source: Store) -> None:
     ours, theirs = read_canary(mine), read_canary(source)
     if ours is None or theirs is None:
         return
+    here, there = ours.made_by, theirs.made_by
+    differ = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+    words = [f"{name} {here.get(name, 'none')} here, {there.get(name, 'none')} there" for name in differ]
+    why = f"They differ in {'; '.join(words)}." if words else "Both were made with the same versions."
     same_size = ours.pixels.shape == theirs.pixels.shape
     shift = int((ours.pixels.int() - theirs.pixels.int()).abs().max()) if same_size else 255
     if shift > 1:
         raise Drift(
             f"{source.path} saw other pixels of the probe images than {mine.path} (by {shift} of 255). Its rows are "
-            f"not taken. {_made_by(ours.made_by, theirs.made_by)}"
+            f"not taken. {why}"
         )
     for name in sorted(ours.rows.keys() & theirs.rows.keys()):
         if not is_within_tolerance(mine.spec, theirs.rows[name], ours.rows[name]):
             far = relative_distance(theirs.rows[name], ours.rows[name])
             raise Drift(
                 f"{source.path} made another {name} of the probe images than {mine.path} (distance {far:.1g}). "
-                f"Its rows are not taken. {_made_by(ours.made_by, theirs.made_by)}"
+                f"Its rows are not taken. {why}"
             )
-
-
-def _made_by(ours: dict[str, str], theirs: dict[str, str]) -> str:
-    differ = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
-    words = [f"{name} {ours.get(name, 'none')} here, {theirs.get(name, 'none')} there" for name in differ]
-    return f"They differ in {'; '.join(words)}." if words else "Both were made with the same versions."
 
 
 @dataclass
@@ -222,10 +218,9 @@ def _take_view(mine: Store, source: Store, path: Path) -> MergedView:
 
 def _same(a: View, b: View) -> bool:
     """Whether two views say the same of the same images; where the images lay does not count."""
-    plain = (a.ids, a.splits, a.groups, a.classes, a.task, a.failed, a.augmented, dict(a.outputs), list(a.meta))
-    if plain != (b.ids, b.splits, b.groups, b.classes, b.task, b.failed, b.augmented, dict(b.outputs), list(b.meta)):
-        return False
-    columns: Sequence[tuple[np.ndarray, np.ndarray]] = [
-        (a.labels, b.labels), (a.digests, b.digests), *((a.meta[key], b.meta[key]) for key in a.meta)
-    ]  # fmt: skip
-    return all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in columns)
+    plain, other = (
+        (v.ids, v.splits, v.groups, v.classes, v.task, v.failed, v.augmented, dict(v.outputs), list(v.meta))
+        for v in (a, b)
+    )
+    pairs = zip((a.labels, a.digests, *a.meta.values()), (b.labels, b.digests, *b.meta.values()), strict=False)
+    return plain == other and all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in pairs)

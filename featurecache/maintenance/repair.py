@@ -9,7 +9,8 @@ no view names are not brought back. Killed in the middle, the same command finis
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,9 @@ def repair(
     cache: Path, only: Iterable[Store] | None = None, *, drop: bool = False, device: str = "auto",
     weights: str | None = None, trust_code: bool = False, say: Callable[[str], object] = str,
 ) -> list[Repair]:  # fmt: skip
-    """Mend the stores of a cache, or those in ``only``; one record for each in which something was damaged.
-
-    Rows whose images are gone stop the repair of their store before anything is changed, unless ``drop``: then they
-    leave the views and are listed there among what could not be read. For the others see `Again`.
-    """
+    """Mend the stores of a cache, or those in ``only``; one record for each in which something was damaged. Rows whose
+    images are gone stop the repair of their store before anything is changed, unless ``drop``: then they leave the
+    views and are listed there among what could not be read. For the others see `StoreBackbone`."""
     found = []
     if only is None:
         found += [_restore_spec(folder, error) for folder, error in list(unreadable_stores(cache))]
@@ -142,9 +141,11 @@ class StoreRepair:
     def __init__(
         self, store: Store, damages: tuple[Damage, ...], load: Callable[[], StoreBackbone], say: Callable[[str], object]
     ) -> None:
-        self._store, self._damages, self._load, self._say = store, damages, load, say
-        self._again: StoreBackbone | None = None
-        self._views = list(_readable_views(store))
+        self._store, self._damages, self._backbone, self._say = store, damages, functools.cache(load), say
+        self._views: list[View] = []
+        for path in store.views():
+            with contextlib.suppress(FeatureCacheError):
+                self._views.append(View(path, columns_only=True, copies=True))
         self._known = referenced_shards(self._views)
         self._layouts = {known.layout.output: known.layout for known in self._known.values()}
         self._broken = {damage.path for damage in damages if damage.path.parent.parent == store.path}
@@ -162,11 +163,13 @@ class StoreRepair:
 
     def run(self, drop: bool) -> Repair:
         # First: what is computed below goes by the plan, and is checked by the reference of the probe images.
-        small = [damage.path for damage in self._damages if self._mend_small(damage.path)]
+        mend = {self._store.path / "plan.json": self._mend_plan, canary.canary_path(self._store): self._mend_canary}
+        small = [damage.path for damage in self._damages if damage.path in mend and mend[damage.path]()]
         damages = [damage for damage in self._damages if damage.path not in small]
         damaged = set(self._broken)
         gone = self._gone()
-        named = self._named(gone)
+        samples = ((name, d) for view in self._views for name, d in zip(view.ids, view.digests.tolist(), strict=True))
+        named = tuple(dict.fromkeys((name, gone[digest]) for name, digest in samples if digest in gone))
         if gone and not drop:
             return Repair(self._store.path, tuple(small), gone=named, left=tuple(damages))
         new = [path for shard in self._bad if (path := self._write(shard, gone)) is not None]
@@ -180,18 +183,14 @@ class StoreRepair:
         removed = [path for path in sorted(self._broken) if path.exists() and not (unsure and path not in self._known)]
         _remove(removed)
         left = tuple(d for d in damages if d.path not in damaged or (d.path in self._broken and d.path.exists()))
-        return Repair(
-            self._store.path, (*new, *small), tuple(removed), self._kept, self._computed, named, left
-        )  # fmt: skip
+        return Repair(self._store.path, (*new, *small), tuple(removed), self._kept, self._computed, named, left)
 
     def _located(self, view: View, output: str, first: list[Path]) -> RowLocations:
         """The rows of a view [N] in whole shards, those in ``first`` before others: the copy with the same bytes where
         there is one (another machine may have computed other last bits), else any."""
         shards = sorted(self._whole.shards(view.layout(output)), key=lambda shard: shard.path not in first)
-        same, other = (
-            find_by_key(shards, row_keys(view.digests, view.stored(output).checksums)),
-            find_by_digest(shards, view.digests),
-        )
+        same = find_by_key(shards, row_keys(view.digests, view.stored(output).checksums))
+        other = find_by_digest(shards, view.digests)
         file, row = np.where(same.found, same.file, other.file), np.where(same.found, same.row, other.row)
         return RowLocations(other.shards, file, row)
 
@@ -224,10 +223,6 @@ class StoreRepair:
                     gone[digest] = str(error)
                     mine.discard(digest)
         return gone
-
-    def _named(self, gone: dict[bytes, str]) -> tuple[tuple[str, str], ...]:
-        samples = ((name, d) for view in self._views for name, d in zip(view.ids, view.digests.tolist(), strict=True))
-        return tuple(dict.fromkeys((name, gone[digest]) for name, digest in samples if digest in gone))
 
     def _image(self, digest: bytes) -> EncodedImage:
         """The image of a digest, found by the ids that views have for it. Raises UnreadableImage with the reason."""
@@ -307,17 +302,12 @@ class StoreRepair:
             work = [(np.arange(len(forward)), (output,))]
             run_local(job, forward_units(work, layouts, {"batch_size": again.compute.batch_size}), lambda *_: None)
             jobs.append(job)
-        for reason in (reason for job in jobs for reason in job.failures.values()):
-            raise SourceError(f"an image that was read before cannot be read now: {reason}.")
+        if reasons := [reason for job in jobs for reason in job.failures.values()]:
+            raise SourceError(f"an image that was read before cannot be read now: {reasons[0]}.")
         written = [path for job in jobs for path in job.written]
         self._broken -= set(written)
         self._computed += len(derived) + len(forward)
         return written
-
-    def _backbone(self) -> StoreBackbone:
-        if self._again is None:
-            self._again = self._load()
-        return self._again
 
     def _notes(self, layout: Layout) -> dict[str, str]:
         """What a whole shard of this output says of how it was computed; else what the plan says."""
@@ -327,11 +317,6 @@ class StoreRepair:
             for device, plan in (self._store.plan or {}).items():
                 return notes_for(self._store.fingerprint, device, plan)
         return {"fingerprint": self._store.fingerprint}
-
-    def _mend_small(self, path: Path) -> bool:
-        if path == self._store.path / "plan.json":
-            return self._mend_plan()
-        return path == canary.canary_path(self._store) and self._mend_canary()
 
     def _mend_plan(self) -> bool:
         """The plan as whole shards have it noted; without any the next run makes one."""
@@ -366,12 +351,6 @@ class StoreRepair:
             self._backbone().renew_canary(output)
             return True
         return False
-
-
-def _readable_views(store: Store) -> Iterator[View]:
-    for path in store.views():
-        with contextlib.suppress(FeatureCacheError):
-            yield View(path, columns_only=True, copies=True)
 
 
 def _as_named(view: View, row: int, data: EncodedImage) -> EncodedImage | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +46,13 @@ class ImportOptions:
     task: str | None = None
 
 
-@dataclass
-class RowAnnotations:
-    """Columns [N], and what the file holds beside them."""
+@dataclass(frozen=True)
+class RowAnnotations(Annotations):
+    """Columns [N] of the features' rows, and what the file holds beside them."""
 
     ids: list[str]
-    labels: np.ndarray
-    splits: list[str]
-    groups: list[str] | None
-    meta: dict[str, Any]
-    classes: list[str]
     task: str
-    unused: list[str] = field(default_factory=list)
+    unused: list[str]
 
 
 def annotate_rows(file: FeatureFile, features: Sequence[str], rows: int, options: ImportOptions) -> RowAnnotations:
@@ -67,8 +62,12 @@ def annotate_rows(file: FeatureFile, features: Sequence[str], rows: int, options
             f"{file.path.name} was exported with augmented copies, and an import takes every row for an image. "
             "Export it without --copies."
         )
-    table = _table(options)
-    if options.columns and table is None:
+    table = None
+    if options.labels and options.labels.lower().endswith(TABLES):
+        if not Path(options.labels).is_file():
+            raise SourceError(f"there is no file {options.labels}.")
+        table = read_annotations(options.labels, options.columns, options.task)
+    elif options.columns:
         raise BadOption("--column names columns of a table: --labels FILE.csv.")
     keys = {"ids": options.ids_key, "splits": options.splits_key, "groups": options.groups_key}
     columns = {role: _column(file, role, key, rows) for role, key in keys.items()}
@@ -114,14 +113,6 @@ def _shape_text(array: ArrayInfo) -> str:
     return f"{array.name} {list(array.shape)} {'text' if array.text else array.dtype}"
 
 
-def _table(options: ImportOptions) -> Annotations | None:
-    if not options.labels or not options.labels.lower().endswith(TABLES):
-        return None
-    if not Path(options.labels).is_file():
-        raise SourceError(f"there is no file {options.labels}.")
-    return read_annotations(options.labels, options.columns, options.task)
-
-
 def _column(file: FeatureFile, role: str, key: str | None, rows: int) -> ArrayInfo | None:
     """The array of a role: as requested, else by its name; of as many rows as the features."""
     if key is not None:
@@ -148,12 +139,11 @@ def _ids(file: FeatureFile, array: ArrayInfo | None, rows: int) -> list[str]:
     ids = array.texts()
     seen: dict[str, int] = {}
     for row, name in enumerate(ids):
-        if name in seen:
+        if (first := seen.setdefault(name, row)) != row:
             raise SourceError(
-                f"{array.name} of {file.path.name} names {name!r} twice (rows {seen[name]:,} and {row:,}); ids "
-                f"are different. --ids-key '' leaves them out."
+                f"{array.name} of {file.path.name} names {name!r} twice (rows {first:,} and {row:,}); ids are "
+                "different. --ids-key '' leaves them out."
             )
-        seen[name] = row
     return ids
 
 
@@ -163,8 +153,7 @@ def _order(table: Annotations | None, ids: list[str] | None, rows: int) -> np.nd
         return np.arange(rows)
     if table.ids is not None and ids is not None:
         row_of = {name: row for row, name in enumerate(table.ids)}
-        missing = [name for name in ids if name not in row_of]
-        if missing:
+        if missing := [name for name in ids if name not in row_of]:
             raise SourceError(
                 f"{len(missing):,} ids of the features are not in the table of labels: {abbreviated(missing, 3)}."
             )
@@ -185,9 +174,9 @@ def _labels(
     file: FeatureFile, table: Annotations | None, order: np.ndarray, rows: int, options: ImportOptions
 ) -> tuple[np.ndarray, list[str], str, str]:
     """(labels, classes, task, name of the array they lie in)."""
-    stated = _stated(file)
-    classes = list(options.classes) if options.classes else stated.get("classes")
-    task, key = options.task or stated.get("task"), ""
+    stated, key = _stated_classes(file), ""
+    classes = list(options.classes) if options.classes else stated
+    task = options.task or (file.attributes["task"] if stated is not None else None)
     if table is not None:
         labels, names = table.labels[order], table.classes
         if options.classes:
@@ -200,17 +189,17 @@ def _labels(
     return *resolve_labels(labels, names, task, file.path.name), key
 
 
-def _stated(file: FeatureFile) -> dict[str, Any]:
-    """Classes and task that one of our own exports states."""
+def _stated_classes(file: FeatureFile) -> list[str] | None:
+    """The classes that one of our own exports states."""
     if not is_export(file):
-        return {}
+        return None
     try:
         classes = json.loads(file.attributes["classes"])
     except (ValueError, RecursionError):
         classes = None
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise SourceError(f"{file.path.name}: its classes are no list of names.")
-    return {"classes": classes, "task": file.attributes["task"]}
+    return classes
 
 
 def _labels_array(file: FeatureFile, key: str | None, rows: int) -> ArrayInfo | None:

@@ -24,7 +24,7 @@ from featurecache.extraction.canary import canary_path, read_canary
 from featurecache.files.atomic import FileStamp, file_stamp, open_regular
 from featurecache.files.directory import hash_after_block, read_user_block
 from featurecache.store.schema import StoredOutput
-from featurecache.store.shards import Layout, Shard, layout_in, unmeasured
+from featurecache.store.shards import Layout, layout_in, unmeasured
 from featurecache.store.store import Store, open_store, unreadable_stores
 from featurecache.store.store import stores as all_stores
 from featurecache.store.view import View
@@ -86,11 +86,6 @@ class ReferencedShard:
     def errors(self) -> np.ndarray:
         return self.column(lambda view, stored: unmeasured(len(view)) if stored.errors is None else stored.errors)
 
-    def ids(self, digests: set[bytes]) -> list[str]:
-        """Samples of these images, in any view."""
-        found = [view.ids[row] for view, rows in self.parts for row in rows if view.digests[row] in digests]
-        return list(dict.fromkeys(found))
-
     def is_whole(self) -> np.ndarray:
         """bool, one for each of ``numbers``: whether the bytes in the file, if there is one, have the checksum."""
         numbers, sums = self.numbers.tolist(), self.checksums.tolist()
@@ -123,7 +118,7 @@ def verify(cache: Path, only: Iterable[Store] | None = None, *, advance: Callabl
     return VerifyReport(files, size, time.perf_counter() - start, tuple(damages))
 
 
-def size_of(cache: Path, only: Iterable[Store] | None = None) -> int:
+def bytes_to_verify(cache: Path, only: Iterable[Store] | None = None) -> int:
     """Bytes that `verify` will read."""
     chosen = all_stores(cache) if only is None else only
     return sum(stamp[1] for store in chosen for path in hashed_files(store) if (stamp := file_stamp(path)))
@@ -167,14 +162,12 @@ def _damages(
 
 
 def _small_files(store: Store) -> Iterator[Damage]:
-    try:
-        _ = store.plan
-    except CacheError as error:
-        yield Damage(store.path / "plan.json", str(error))
-    try:
-        read_canary(store)
-    except CacheError as error:
-        yield Damage(canary_path(store), str(error))
+    readers = {store.path / "plan.json": lambda: store.plan, canary_path(store): lambda: read_canary(store)}
+    for path, read in readers.items():
+        try:
+            read()
+        except CacheError as error:
+            yield Damage(path, str(error))
 
 
 def _hashed(path: Path, advance: Callable[[int], object]) -> str | None:
@@ -225,20 +218,19 @@ def _shard(store: Store, path: Path, problem: str | None, known: ReferencedShard
         return Damage(path, f"{problem}; no view names its rows") if file_stamp(path) else None
     wrong = set(known.digests[~known.is_whole()].tolist())
     count = len(set(known.digests.tolist()))
-    rows = tuple((sample, path.parent.name) for sample in known.ids(wrong))
-    return Damage(path, f"{problem}; {len(wrong):,} of the {count:,} rows that views name are wrong", rows)
+    ids = [view.ids[row] for view, rows in known.parts for row in rows if view.digests[row] in wrong]
+    samples = tuple((name, path.parent.name) for name in dict.fromkeys(ids))
+    return Damage(path, f"{problem}; {len(wrong):,} of the {count:,} rows that views name are wrong", samples)
 
 
 def _content(store: Store, path: Path, known: ReferencedShard | None) -> str | None:
+    """What a shard says of itself, and what views and shard say of the same rows."""
     try:
         shard = store.shard(path, known.layout if known else layout_in(path))
     except CacheError as error:
         return str(error)
-    return _disagreement(shard, known) if known else None
-
-
-def _disagreement(shard: Shard, known: ReferencedShard) -> str | None:
-    """Views and shard about the same rows."""
+    if known is None:
+        return None
     if any(fact[:3] != (shard.size, shard.offset, len(shard.digests)) for fact in known.facts):
         return "the views' index has another size, offset or number of rows for it"
     if any(fact[3] != shard.hash for fact in known.facts):

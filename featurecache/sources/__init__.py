@@ -22,11 +22,11 @@ from featurecache.sources.folders import open_folder
 from featurecache.sources.labels import resolve_labels
 from featurecache.sources.pseudonyms import pseudonymise, secret_of
 from featurecache.sources.published_layouts import is_chest_xray, is_tiny_imagenet, open_chest_xray, open_tiny_imagenet
-from featurecache.sources.summary import contact_sheet, describe
+from featurecache.sources.summary import contact_sheet, describe_dataset
 from featurecache.sources.tables import TABLES, open_table
 from featurecache.sources.webdataset import is_pattern, is_webdataset, open_webdataset
 
-__all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe", "open_source", "reopen"]
+__all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe_dataset", "open_source", "reopen"]
 
 Columns = dict[str, str] | None  # role -> column
 
@@ -45,24 +45,20 @@ class Source:
 
 
 def _digits(_: str, columns: Columns, task: str | None) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8×8: v of 0..16 becomes round(v·255/16), no splits.
-
-    The test set of Alpaydin and Kaynak (1998), UCI repository, "Optical recognition of handwritten digits".
-    """
+    """scikit-learn's 1,797 handwritten digits, 8×8: v of 0..16 becomes round(v·255/16), no splits. The test set of
+    Alpaydin and Kaynak (1998), UCI repository, "Optical recognition of handwritten digits"."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    numbers = [str(digit) for digit in range(10)]
-    labels, classes, resolved = resolve_labels(digits.target.astype(np.int64), numbers, task, "digits")
+    numbers = digits.target.astype(np.int64)
+    labels, classes, resolved = resolve_labels(numbers, [str(digit) for digit in range(10)], task, "digits")
     return Dataset(
         name="digits",
         source=source_record("digits", "digits", None, task),
         ids=[f"digits:{row}" for row in range(len(images))],
         labels=labels,
         splits=[""] * len(images),
-        groups=None,
-        meta={},
         classes=classes,
         task=resolved,
         images=ImageArrays([images]),
@@ -128,10 +124,8 @@ SOURCES: dict[str, Source] = {
 def open_source(data: str | Path, *, columns: Columns = None, task: str | None = None) -> Dataset:
     """The dataset that ``data`` names: a folder, a table, an ``.npz``, the word ``digits`` (``./digits`` is a folder),
     or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine.
-
     ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say. Raises
-    SourceError.
-    """
+    SourceError."""
     kind, what = _find(data)
     source = SOURCES[kind]
     try:
@@ -149,8 +143,8 @@ def reopen(source: Mapping[str, Any]) -> Dataset:
         raise SourceError(f"{source.get('data')} was imported as features; nobody knows its images.")
     kind, what = _find(source["data"])
     dataset = _open(kind, what, source["data"], source.get("columns"), source.get("task"))
-    ids, groups = bool(source.get("hash_ids")), bool(source.get("hash_groups"))
-    return pseudonymise(dataset, secret_of(source), ids=ids, groups=groups) if ids or groups else dataset
+    hashed = {name: bool(source.get(f"hash_{name}")) for name in ("ids", "groups")}
+    return pseudonymise(dataset, secret_of(source), **hashed) if any(hashed.values()) else dataset
 
 
 def _open(kind: str, what: str, data: str | Path, columns: Columns, task: str | None) -> Dataset:
@@ -161,34 +155,24 @@ def _open(kind: str, what: str, data: str | Path, columns: Columns, task: str | 
 
 def _find(data: str | Path) -> tuple[str, str]:
     """The kind of a source, and what its ``open`` is given. Raises SourceError."""
-    if isinstance(data, str):
-        if data == "digits":
-            return "digits", data
-        for kind, source in SOURCES.items():
-            if source.prefix and data.startswith(source.prefix):
-                return kind, data.removeprefix(source.prefix)
-    path = os.path.abspath(os.path.expanduser(data)) if str(data) else ""
-    return _kind_of(str(data), path), path
-
-
-def _kind_of(data: str, path: str) -> str:
-    forms = _forms()
-    if not data:
+    if data == "digits":
+        return "digits", "digits"
+    text, path = str(data), os.path.abspath(os.path.expanduser(data))
+    for kind, source in SOURCES.items():
+        if source.prefix and isinstance(data, str) and data.startswith(source.prefix):
+            return kind, data.removeprefix(source.prefix)
+    short = [source.form.split("[")[0] for source in SOURCES.values()]
+    forms = ", ".join(dict.fromkeys("a folder of images" if form.startswith("a folder") else form for form in short))
+    if not text:
         raise SourceError(f"--data is empty; expected {forms}.")
     if not os.path.lexists(path) and not is_pattern(path):
-        if re.match(r"^[a-zA-Z]{2,}:", data):
-            raise SourceError(f"{data}: this version has no source called {data.split(':')[0]}. It has {forms}.")
+        if re.match(r"^[a-zA-Z]{2,}:", text):
+            raise SourceError(f"{data}: this version has no source called {text.split(':')[0]}. It has {forms}.")
         raise SourceError(f"there is no folder or file {data}.{_near(path)}")
     for kind, source in SOURCES.items():
         if source.fits(path):
-            return kind
+            return kind, path
     raise SourceError(f"{data} is {'a file' if os.path.exists(path) else 'a broken link'}; expected {forms}.")
-
-
-def _forms() -> str:
-    """What ``--data`` may be, in short."""
-    short = [source.form.split("[")[0] for source in SOURCES.values()]
-    return ", ".join(dict.fromkeys("a folder of images" if form.startswith("a folder") else form for form in short))
 
 
 def _near(path: str) -> str:

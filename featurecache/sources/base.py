@@ -33,7 +33,7 @@ class ImageSource(Protocol):
     def read(self, row: int) -> EncodedImage: ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Dataset:
     """N labelled images. Made by ``open_source``."""
 
@@ -42,8 +42,8 @@ class Dataset:
     ids: list[str]  # stable, relative to the source
     labels: np.ndarray  # int64 [N], -1 none; several labels: float32 [N, L], NaN unknown
     splits: list[str]  # train, val, test, or empty
-    groups: list[str] | None  # patients; None where not known
-    meta: dict[str, list[str] | np.ndarray]  # further columns [N]
+    groups: list[str] | None = None  # patients; None where not known
+    meta: dict[str, list[str] | np.ndarray] = field(default_factory=dict)  # further columns [N]
     classes: list[str]  # index = label; several labels: their names
     task: str
     images: ImageSource = field(repr=False)
@@ -165,8 +165,7 @@ def may_be_trained_on(dataset: Dataset) -> np.ndarray:
 
 def safe_name(text: str) -> str:
     """``text`` as the name of a view: letters of any script, digits, ``_``, ``-``, ``.``; no dot or dash in front."""
-    name = re.sub(r"[^\w.-]+", "-", text).strip("-.")
-    return name[:_LONGEST_NAME] or "data"
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:_LONGEST_NAME] or "data"
 
 
 def source_record(kind: str, data: str, columns: dict[str, str] | None, task: str | None) -> dict[str, Any]:

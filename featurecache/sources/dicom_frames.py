@@ -1,6 +1,6 @@
 """DICOM files in a dataset: a file of several frames is several images, and whose they are is known.
 
-``with_frames`` takes a dataset of files (a folder, a table) and looks into the headers of those that are DICOM. The
+``expand_frames`` takes a dataset of files (a folder, a table) and looks into the headers of those that are DICOM. The
 images of a file of several frames are called ``chest/a.dcm#frame=0``, ``#frame=1``, … in their order; all have the
 label and split of the file. A table may also list single frames by such names.
 
@@ -38,7 +38,7 @@ _last = threading.local()  # of each thread the file it read last: its frames ar
 
 @dataclass(frozen=True)
 class DicomFiles(ImageFiles):
-    """``Files`` of which some ids name a frame of a file."""
+    """``ImageFiles`` of which some ids name a frame of a file."""
 
     def path(self, row: int) -> str:
         return os.path.join(self.root, split_frame(self.ids[row])[0])
@@ -55,7 +55,7 @@ class DicomFiles(ImageFiles):
 
 
 @dataclass(frozen=True)
-class _Known:
+class _FileHeader:
     """What the header of a file says; of one that cannot be read nothing, it is a named failure when it is."""
 
     frames: int = 1
@@ -101,12 +101,13 @@ def expand_frames(dataset: Dataset) -> Dataset:
     if type(dataset.images) is not ImageFiles:
         return dataset
     root, names = dataset.images.root, dataset.images.ids
-    file_of = {row: _file_of(root, name) for row, name in enumerate(names) if _is_one(root, name)}
+    file_of = {row: found for row, name in enumerate(names) if (found := _dicom_of(root, name)) is not None}
     if not file_of:
         return dataset
     if not dicom.installed():
         raise SourceError(f"{len(file_of):,} images of {dataset.source['data']} are DICOM. {dicom.MISSING}.")
-    files = {file: _known(os.path.join(root, file)) for file in dict.fromkeys(file for file, _ in file_of.values())}
+    distinct = dict.fromkeys(file for file, _ in file_of.values())
+    files = {file: _header_of(os.path.join(root, file)) for file in distinct}
     repeats = np.ones(len(names), np.int64)
     for row, (file, number) in file_of.items():
         repeats[row] = files[file].frames if number is None else 1
@@ -117,42 +118,37 @@ def expand_frames(dataset: Dataset) -> Dataset:
     )  # fmt: skip
 
 
-def _is_one(root: str, name: str) -> bool:
-    file, number = _file_of(root, name)
-    if number is not None:
-        return True
-    ending = os.path.splitext(file)[1].lower()
-    return ending in EXTENSIONS or (may_be_dicom(os.path.basename(file)) and is_dicom_file(os.path.join(root, file)))
-
-
-def _file_of(root: str, name: str) -> tuple[str, int | None]:
-    """A file of that very name comes first."""
+def _dicom_of(root: str, name: str) -> tuple[str, int | None] | None:
+    """The DICOM file that a name stands for, and its frame if it names one; a file of that very name comes first."""
     file, number = split_frame(name) if "#" in name else (name, None)
-    return (name, None) if number is not None and os.path.lexists(os.path.join(root, name)) else (file, number)
+    if number is not None and not os.path.lexists(os.path.join(root, name)):
+        return file, number
+    ending, plain = os.path.splitext(name)[1].lower(), os.path.basename(name)
+    dicom_file = ending in EXTENSIONS or (may_be_dicom(plain) and is_dicom_file(os.path.join(root, name)))
+    return (name, None) if dicom_file else None
 
 
-def _known(path: str) -> _Known:
+def _header_of(path: str) -> _FileHeader:
     stamp = _stamp(path)
     try:
-        return _Known() if stamp is None else _of_header(stamp)
+        return _FileHeader() if stamp is None else _read_header(stamp)
     except UnreadableImage:
-        return _Known()
+        return _FileHeader()
 
 
 @functools.lru_cache(_REMEMBERED)
-def _of_header(stamp: tuple[Any, ...]) -> _Known:
+def _read_header(stamp: tuple[Any, ...]) -> _FileHeader:
     """Of the file of this `_stamp`. In the memory of the process alone: a PatientID is to stand on no disk."""
     with open_image_file(stamp[0]) as (descriptor, _), os.fdopen(os.dup(descriptor), "rb") as file:
-        front = file.read(_FRONT)
-        if not is_dicom(front):
-            return _Known()
+        if not is_dicom(file.read(_FRONT)):
+            return _FileHeader()
         file.seek(0)
         header = dicom.read_header(file, ("PatientID",))
     try:
         patient = str(header.settings.get("PatientID") or "").strip().replace("\0", "")
-        return _Known(header.frames, patient, _windows(header.settings))
+        return _FileHeader(header.frames, patient, _windows(header.settings))
     except Exception:  # a value that pydicom cannot make text of
-        return _Known(header.frames)
+        return _FileHeader(header.frames)
 
 
 def _windows(settings: Any) -> int | None:
@@ -182,11 +178,13 @@ def _numbered(names: Sequence[str], repeats: np.ndarray) -> list[str]:
     return [f"{name}#frame={k}" if count > 1 else name for name, count in pairs for k in range(count)]
 
 
-def _patients(ids: list[str], file_of: dict[int, tuple[str, int | None]], files: dict[str, _Known]) -> list[str] | None:
+def _patients(
+    ids: list[str], file_of: dict[int, tuple[str, int | None]], files: dict[str, _FileHeader]
+) -> list[str] | None:
     """The group of each row before frames are told apart: a patient, else the first id of its file."""
-    patients = {known.patient for known in files.values()} - {""}
+    patients = {header.patient for header in files.values()} - {""}
     told = patients if len(patients) > 1 else set()
-    if not told and not any(known.frames > 1 for known in files.values()):
+    if not told and not any(header.frames > 1 for header in files.values()):
         return None
     firsts: dict[str, str] = {}
     groups = []
@@ -213,13 +211,12 @@ def _stamp(path: str) -> tuple[Any, ...] | None:
     return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _notes(dataset: Dataset, files: dict[str, _Known], groups: list[str] | None) -> list[str]:
+def _notes(dataset: Dataset, files: dict[str, _FileHeader], groups: list[str] | None) -> list[str]:
     notes = []
-    several = sum(known.frames > 1 for known in files.values())
-    if several:
-        frames = sum(known.frames for known in files.values() if known.frames > 1)
-        notes.append(f"{several:,} DICOM files hold {frames:,} frames, each an image (#frame=0, #frame=1, …).")
-    patients = {known.patient for known in files.values()} - {""}
+    if several := [header.frames for header in files.values() if header.frames > 1]:
+        count = f"{len(several):,} DICOM files hold {sum(several):,} frames"
+        notes.append(f"{count}, each an image (#frame=0, #frame=1, …).")
+    patients = {header.patient for header in files.values()} - {""}
     if dataset.groups is None and groups is not None and len(patients & set(groups)):
         notes.append(
             f"The groups are the PatientID of the DICOM files ({len(patients):,} patients), so that nobody stands in "
@@ -228,11 +225,9 @@ def _notes(dataset: Dataset, files: dict[str, _Known], groups: list[str] | None)
         notes.append(PLAIN_PATIENTS)
     elif dataset.groups is None and patients and len(files) > 1:
         notes.append("All DICOM files bear one PatientID, which tells nobody apart: it is not taken for groups.")
-    more = sum((known.windows or 0) > 1 for known in files.values())
-    none = sum(known.windows == 0 for known in files.values())
-    if more:
+    if more := sum((header.windows or 0) > 1 for header in files.values()):
         notes.append(f"{more:,} DICOM files hold several windows; the first is used.")
-    if none:
+    if none := sum(header.windows == 0 for header in files.values()):
         notes.append(
             f"{none:,} DICOM files have no window: the full range of their stored bits is shown, which may look flat."
         )

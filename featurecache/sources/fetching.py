@@ -1,6 +1,4 @@
-"""Downloads: folders, leftovers, kaggle:, one sentence per failure.
-
-Downloads: where files go, optional packages, networks that fail; and ``kaggle:``, which kagglehub downloads.
+"""Downloads of data sets: where files go, optional packages, networks that fail; and Kaggle's, by kagglehub.
 
 A source first opens what is on this machine; only where nothing is does it fetch, and never when a view opens its
 images again. A failed fetch ends soon and with one sentence that says what to type where there is a network.
@@ -161,8 +159,8 @@ class _KaggleSet:
     def versions(self) -> list[int]:
         """Those that were unpacked to the end, as kagglehub marks them."""
         marks = [int(path.stem) for path in self.place.glob("*.complete") if path.stem.isdigit()]
-        there = [number for number in marks if (self.place / "versions" / str(number)).is_dir()]
-        return [number for number in there if self.version in (None, number)]
+        wanted = [number for number in marks if self.version in (None, number)]
+        return [number for number in wanted if (self.place / "versions" / str(number)).is_dir()]
 
 
 def open_kaggle(
@@ -204,15 +202,14 @@ def _down(options: _KaggleSet, top: Path, folder: Path) -> Path:
         tables = [name for name in names if name.lower().endswith((*TABLES, ".npz"))]
         if any(map(is_image, names)) or (len(inner) > 1 and not tables):
             return folder
-        if not inner and not tables:
+        there = [*inner, *tables]
+        if not there:
             raise SourceError(f"{options.handle} holds no folder of images and no table ({folder}).")
-        if len(inner) + len(tables) > 1:
-            choices = [
-                f"kaggle:{options.handle}/{(folder / name).relative_to(top).as_posix()}" for name in [*inner, *tables]
-            ]
-            there, such = abbreviated([*inner, *tables]), abbreviated(choices, 3)
-            raise SourceError(f"{options.handle} holds {there}: say which, such as {such}.")
-        folder = folder / [*inner, *tables][0]
+        if len(there) > 1:
+            choices = [f"kaggle:{options.handle}/{(folder / name).relative_to(top).as_posix()}" for name in there]
+            such = abbreviated(choices, 3)
+            raise SourceError(f"{options.handle} holds {abbreviated(there)}: say which, such as {such}.")
+        folder = folder / there[0]
     return folder
 
 

@@ -52,14 +52,21 @@ def open_folder(data: str, task: str | None, *, without: Sequence[str] = ()) -> 
     tree = _Tree()
     _walk(data, "", (), tree, frozenset(without))
     if not tree.ids:
-        raise SourceError(_why_empty(data, tree))
+        there = f"only other files ({tree.kinds})" if tree.ignored else "empty folders" if tree.folders else "nothing"
+        raise SourceError(f"no images in {data}: found {there}, expected files ending in {abbreviated(EXTENSIONS, 8)}.")
     for image in tree.ids:
         if not image.isascii():
             refuse_undecodable(data, image)
     tree.ids.sort()  # by code points, which for UTF-8 is the order of the bytes
     splits, names = _layout(data, tree)
     classes = sorted(set(names) - {""})
-    notes = [*_notes(tree), *_class_notes(data, tree, splits, names, classes)]
+    notes = _class_notes(data, tree, splits, names, classes)
+    if tree.loops:
+        back = abbreviated(sorted(tree.loops), 3)
+        notes.insert(0, f"Links that lead back to a folder above them were not followed: {back}.")
+    if tree.ignored:
+        many = tree.ignored.total()
+        notes.insert(0, f"{many:,} files are no images by their names and were ignored ({tree.kinds}).")
     labels, classes, resolved = resolve_labels(class_labels(names, classes), classes, task, data)
     return Dataset(
         name=safe_name(os.path.basename(data)),
@@ -67,8 +74,6 @@ def open_folder(data: str, task: str | None, *, without: Sequence[str] = ()) -> 
         ids=tree.ids,
         labels=labels,
         splits=splits,
-        groups=None,
-        meta={},
         classes=classes,
         task=resolved,
         images=ImageFiles(data, tree.ids),
@@ -130,15 +135,16 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _layout(data: str, tree: _Tree) -> tuple[list[str], list[str]]:
     """The split and the class of each image; empty strings where there is none."""
-    tops = {image.split("/", 1)[0] for image in tree.ids if "/" in image}
+    none, tops_of = [""] * len(tree.ids), [sys.intern(image.split("/", 1)[0]) for image in tree.ids]
     loose = [image for image in tree.ids if "/" not in image]
+    tops = set(tops_of) - set(loose)
     if not tops:
-        return [""] * len(tree.ids), [""] * len(tree.ids)
+        return none, none
     above = sorted(top for top in tops if top.lower() in SPLITS)
     if not above:
         _refuse_loose(data, loose, sorted(tops))
         _refuse_splits_below(data, tree.ids, sorted(tops))
-        return [""] * len(tree.ids), [sys.intern(image.split("/", 1)[0]) for image in tree.ids]
+        return none, tops_of
     beside = [*sorted(tops - set(above)), *loose]
     if beside:
         raise SourceError(
@@ -146,14 +152,12 @@ def _layout(data: str, tree: _Tree) -> tuple[list[str], list[str]]:
             "belong to no split. Move those away, or list the images you mean in a CSV (columns path, label, split)."
         )
     names = [sys.intern(image.split("/", 2)[1]) if image.count("/") > 1 else "" for image in tree.ids]
-    tops_of = [sys.intern(image.split("/", 1)[0]) for image in tree.ids]
-    classes: dict[str, set[str]] = {top: set() for top in above}
-    for top, name in zip(tops_of, names, strict=True):
-        classes[top].add(name)
+    pairs = set(zip(tops_of, names, strict=True))
     for top in above:
-        if "" in classes[top] and len(classes[top]) > 1:
+        classes = sorted(name for split, name in pairs if split == top and name)
+        if classes and (top, "") in pairs:
             loose = [image for image in tree.ids if image.startswith(f"{top}/") and image.count("/") == 1]
-            _refuse_loose(f"{data}/{top}", [image.split("/")[1] for image in loose], sorted(classes[top] - {""}))
+            _refuse_loose(f"{data}/{top}", [image.split("/")[1] for image in loose], classes)
     return [SPLITS[top.lower()] for top in tops_of], names
 
 
@@ -211,19 +215,3 @@ def _class_notes(data: str, tree: _Tree, splits: list[str], names: list[str], cl
         elif split and absent:
             notes.append(f"{split} has no images of {abbreviated(absent)}.")
     return notes
-
-
-def _notes(tree: _Tree) -> list[str]:
-    notes = []
-    if tree.ignored:
-        notes.append(f"{tree.ignored.total():,} files are no images by their names and were ignored ({tree.kinds}).")
-    if tree.loops:
-        notes.append(
-            f"Links that lead back to a folder above them were not followed: {abbreviated(sorted(tree.loops), 3)}."
-        )
-    return notes
-
-
-def _why_empty(data: str, tree: _Tree) -> str:
-    there = f"only other files ({tree.kinds})" if tree.ignored else "empty folders" if tree.folders else "nothing"
-    return f"no images in {data}: found {there}, expected files ending in {abbreviated(EXTENSIONS, 8)}."

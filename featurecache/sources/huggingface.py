@@ -87,13 +87,9 @@ def _snapshot(options: SourceOptions, **arguments: Any) -> str:
     """Of the converted branch, which has a folder for each configuration, that folder alone."""
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{options.variant}/*"] if options.variant and options.version == "refs/convert/parquet" else None
-    return str(
-        snapshot_download(
-            options.name, repo_type="dataset", revision=options.version or None, allow_patterns=patterns,
-            ignore_patterns=_LEFT, **arguments,
-        )
-    )  # fmt: skip
+    wanted = [f"{options.variant}/*"] if options.variant and options.version == "refs/convert/parquet" else None
+    arguments |= {"repo_type": "dataset", "revision": options.version or None, "allow_patterns": wanted}
+    return str(snapshot_download(options.name, ignore_patterns=_LEFT, **arguments))
 
 
 def _local_copy(options: SourceOptions) -> Path | None:
@@ -170,11 +166,8 @@ def _hub_splits(loaded: Any, name: str) -> tuple[list[HubSplit], list[str]]:
         return [HubSplit("", "", loaded)], []
     ours = [HubSplit(SPLITS[word.lower()], word, rows) for word, rows in loaded.items() if word.lower() in SPLITS]
     other = [word for word in loaded if word.lower() not in SPLITS]
-    twice = [part.word for part in ours if sum(part.split == again.split for again in ours) > 1]
-    if twice:
-        raise SourceError(
-            f"{name} has the splits {abbreviated(twice)}, which mean the same; save the one you mean alone."
-        )
+    if twice := abbreviated([part.word for part in ours if sum(part.split == again.split for again in ours) > 1]):
+        raise SourceError(f"{name} has the splits {twice}, which mean the same; save the one you mean alone.")
     parts = [part for part in ours if len(part.rows)] or [HubSplit("", word, loaded[word]) for word in other]
     if not any(len(part.rows) for part in parts):
         raise SourceError(f"{name} has no rows; expected one for each image.")
@@ -192,9 +185,8 @@ def _find_roles(features: Any, columns: dict[str, str], name: str) -> dict[str, 
         raise SourceError(f"columns of {name} cannot name a {unknown!r}; they name image, label, group.")
     for role, column in columns.items():
         if column not in features:
-            raise SourceError(
-                f"{name} has no column {column!r} for the {role}; it has {abbreviated(list(features), 8)}."
-            )
+            there = abbreviated(list(features), 8)
+            raise SourceError(f"{name} has no column {column!r} for the {role}; it has {there}.")
     pictures = [key for key, kind in features.items() if type(kind).__name__ == "Image"]
     classes = [key for key, kind in features.items() if _class_names(kind)]
     by_name = [key for key in features if key.lower() in (*_LABELS, *ROLES["label"])]

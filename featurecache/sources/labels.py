@@ -93,7 +93,7 @@ def labels_of_text(
     values = [names[cell] for cell in cells]
     has_train = "train" in splits
     shown = {value for value, split in zip(values, splits, strict=True) if split == "train" or not has_train}
-    classes = sorted(shown - {""}, key=_number_or_name)
+    classes = sorted(shown - {""}, key=lambda name: (finite_number(name) is None, finite_number(name) or 0.0, name))
     for index, value in enumerate(values):
         if value and value not in shown:
             raise SourceError(
@@ -140,11 +140,6 @@ def finite_number(text: str) -> float | None:
     except ValueError:
         return None
     return number if np.isfinite(number) else None
-
-
-def _number_or_name(name: str) -> tuple[bool, float, str]:
-    number = finite_number(name)
-    return number is None, number or 0.0, name
 
 
 # -- columns of numbers and of Python's values; ``where`` names the column

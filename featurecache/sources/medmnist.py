@@ -150,8 +150,7 @@ class _PackedImages:
             with self._lock:
                 if self._array is None:
                     self._array = self._unpack()
-        image: np.ndarray = self._array[row]
-        return image
+        return np.asarray(self._array[row])
 
     def _unpack(self) -> np.ndarray:
         if self.header.size <= _IN_MEMORY or self.header.by_columns:
@@ -183,22 +182,21 @@ def open_npz(data: str, task: str | None) -> Dataset:
             f"{name} has the arrays {abbreviated(list(arrays)) or '(none)'}; expected train_images, train_labels and "
             "the same of val and test."
         )
-    columns = [_label_column(data, arrays, split) for split in splits]
-    if len({column.shape[1:] for column in columns}) > 1:
-        shapes = ", ".join(f"{split}_labels {list(c.shape)}" for split, c in zip(splits, columns, strict=True))
+    columns = {split: _label_column(data, arrays, split) for split in splits}
+    if len({column.shape[1:] for column in columns.values()}) > 1:
+        shapes = ", ".join(f"{split}_labels {list(column.shape)}" for split, column in columns.items())
         raise SourceError(f"the labels of {name} differ in their form: {shapes}.")
-    known = published(name.rsplit(".", 1)[0])
-    values, names = _labels(name, np.concatenate(columns), known)
+    stem = name.rsplit(".", 1)[0]
+    known = MEDMNIST.get(re.sub(r"_(28|64|128|224)$", "", stem.lower()))
+    values, names = _labels(name, np.concatenate(list(columns.values())), known)
     labels, classes, resolved = resolve_labels(values, names, task or (known.task if known else None), name)
     parts = [_PackedImages(data, f"{split}_images.npy", arrays[f"{split}_images"]) for split in splits]
     return Dataset(
-        name=safe_name(name.rsplit(".", 1)[0]),
+        name=safe_name(stem),
         source=source_record("npz", data, None, task),
-        ids=[f"{name}:{split}:{row}" for split, part in zip(splits, parts, strict=True) for row in range(len(part))],
+        ids=[f"{name}:{split}:{row}" for split, column in columns.items() for row in range(len(column))],
         labels=labels,
-        splits=[split for split, part in zip(splits, parts, strict=True) for _ in range(len(part))],
-        groups=None,
-        meta={},
+        splits=[split for split, column in columns.items() for _ in range(len(column))],
         classes=classes,
         task=resolved,
         images=ImageArrays(parts, data),
@@ -263,27 +261,26 @@ def _label_column(file: str, arrays: dict[str, NpyHeader], split: str) -> np.nda
     if labels.size > _LABELS:
         raise SourceError(f"{split}_labels of {name} declare {labels.size:,} bytes; expected at most {_LABELS:,}.")
     values = _array(file, f"{split}_labels.npy")
-    return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+    return values[:, 0] if values.shape[1:] == (1,) else values
 
 
 def _array(file: str, member: str) -> np.ndarray:
     try:
         with np.load(file, allow_pickle=False) as archive:
-            array: np.ndarray = archive[member.removesuffix(".npy")]
-            return array
+            return np.asarray(archive[member.removesuffix(".npy")])
     except (OSError, zipfile.BadZipFile, ValueError, EOFError, zipfile.LargeZipFile, MemoryError) as error:
         raise SourceError(f"{member} of {file} is damaged ({error}); get the file again.") from error
 
 
-def _labels(name: str, values: np.ndarray, known: Published | None) -> tuple[np.ndarray, list[str]]:
+def _labels(name: str, values: np.ndarray, known: MedMnistSet | None) -> tuple[np.ndarray, list[str]]:
     """Labels as a dataset has them, int64 [N] or float32 [N, L], and the names of the classes."""
     if values.ndim == 1 and values.dtype.kind == "f" and np.isnan(values).any():
         raise SourceError(f"the labels of {name} are not whole numbers ({values.dtype}); expected class numbers.")
-    labels, classes = labels_of_numbers(values, f"the labels of {name}")
+    labels = labels_of_numbers(values, f"the labels of {name}")
     if known is None:
-        return labels, classes
-    if labels.ndim == 2:
-        fits, there = labels.shape[1] == len(known.classes), f"{labels.shape[1]} labels a row"
+        return labels
+    if values.ndim == 2:
+        fits, there = values.shape[1] == len(known.classes), f"{values.shape[1]} labels a row"
     else:
         largest = values.astype(np.int64).max(initial=-1)
         fits, there = largest < len(known.classes), f"the label {largest}"
@@ -300,59 +297,51 @@ def _labels(name: str, values: np.ndarray, known: Published | None) -> tuple[np.
 
 
 @dataclass(frozen=True)
-class Published:
+class MedMnistSet:
     """Task and class names of one set; index = label."""
 
     task: str
     classes: tuple[str, ...]
 
 
-_ORGANS = Published(
+_ORGANS = MedMnistSet(
     "multiclass",
     ("bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left", "lung-right",
      "pancreas", "spleen"),
 )  # fmt: skip
-
-MEDMNIST: dict[str, Published] = {
-    "pathmnist": Published(
+MEDMNIST: dict[str, MedMnistSet] = {
+    "pathmnist": MedMnistSet(
         "multiclass",
         ("adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
          "cancer-associated stroma", "colorectal adenocarcinoma epithelium"),
     ),
-    "chestmnist": Published(
+    "chestmnist": MedMnistSet(
         "multilabel",
         ("atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia", "pneumothorax",
          "consolidation", "edema", "emphysema", "fibrosis", "pleural", "hernia"),
     ),
-    "dermamnist": Published(
+    "dermamnist": MedMnistSet(
         "multiclass",
         ("actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma", "benign keratosis-like lesions",
          "dermatofibroma", "melanoma", "melanocytic nevi", "vascular lesions"),
     ),
-    "octmnist": Published(
+    "octmnist": MedMnistSet(
         "multiclass", ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal")
     ),
-    "pneumoniamnist": Published("binary", ("normal", "pneumonia")),
-    "retinamnist": Published("ordinal", ("0", "1", "2", "3", "4")),
-    "breastmnist": Published("binary", ("malignant", "normal, benign")),
-    "bloodmnist": Published(
+    "pneumoniamnist": MedMnistSet("binary", ("normal", "pneumonia")),
+    "retinamnist": MedMnistSet("ordinal", ("0", "1", "2", "3", "4")),
+    "breastmnist": MedMnistSet("binary", ("malignant", "normal, benign")),
+    "bloodmnist": MedMnistSet(
         "multiclass",
         ("basophil", "eosinophil", "erythroblast",
          "immature granulocytes(myelocytes, metamyelocytes and promyelocytes)", "lymphocyte", "monocyte", "neutrophil",
          "platelet"),
     ),
-    "tissuemnist": Published(
+    "tissuemnist": MedMnistSet(
         "multiclass",
         ("Collecting Duct, Connecting Tubule", "Distal Convoluted Tubule", "Glomerular endothelial cells",
          "Interstitial endothelial cells", "Leukocytes", "Podocytes", "Proximal Tubule Segments",
          "Thick Ascending Limb"),
     ),
-    "organamnist": _ORGANS,
-    "organcmnist": _ORGANS,
-    "organsmnist": _ORGANS,
+    **dict.fromkeys(("organamnist", "organcmnist", "organsmnist"), _ORGANS),
 }  # fmt: skip
-
-
-def published(stem: str) -> Published | None:
-    """The record of a file called ``stem``: the name of a set, alone or with its size (``pneumoniamnist_224``)."""
-    return MEDMNIST.get(re.sub(r"_(28|64|128|224)$", "", stem.lower()))

@@ -113,14 +113,14 @@ def load_secret(cache: Path | None = None) -> Secret:
 
 def secret_of(source: Any) -> Secret:
     """The secret that the hashes of a view's ``source`` were made with. Raises SourceError where it is another."""
-    found = load_secret()
-    if found.file is not None or found.check != source.get("secret"):
-        what = "is not here" if found.file is not None else "is another one"
+    secret = load_secret()
+    if secret.file is not None or secret.check != source.get("secret"):
+        what = "is not here" if secret.file is not None else "is another one"
         raise SourceError(
             f"the ids of this view were hashed with a secret that {what}. Bring the file {secret_file()} of whoever "
             f"extracted it, or set {VARIABLE}."
         )
-    return found
+    return secret
 
 
 def pseudonymise(dataset: Dataset, secret: Secret, *, ids: bool, groups: bool) -> Dataset:
@@ -128,18 +128,16 @@ def pseudonymise(dataset: Dataset, secret: Secret, *, ids: bool, groups: bool) -
     ids, groups = ids and not dataset.source.get("hash_ids"), groups and not dataset.source.get("hash_groups")
     if not (ids or groups):
         return dataset
-    names = [_hash(secret.value, _ID, name) for name in dataset.ids] if ids else dataset.ids
+    names = [hash_id(secret, name) for name in dataset.ids] if ids else dataset.ids
     meta, changed = _hidden_columns(dataset, secret, ids, groups)
     notes = [f"Further columns hold what is hashed and are hashed too: {abbreviated(changed)}."] if changed else []
     if groups and not ids and _tells(_own_groups(dataset), dataset.ids, False):
         notes.append("The ids still name the groups: --hash-ids hides them too.")
-    said = [note for note in dataset.notes if not groups or note != PLAIN_PATIENTS]
-    flags = {"hash_ids": ids, "hash_groups": groups}
-    kept = {key: True for key, yes in flags.items() if yes}
-    return replace(
-        dataset, ids=names, groups=_hidden_groups(dataset, secret, names, ids, groups), meta=meta,
-        source={**dataset.source, **kept, "secret": secret.check}, notes=(*said, *notes),
-    )  # fmt: skip
+    notes = [*(note for note in dataset.notes if not groups or note != PLAIN_PATIENTS), *notes]
+    flags = {key: True for key, yes in {"hash_ids": ids, "hash_groups": groups}.items() if yes}
+    source = {**dataset.source, **flags, "secret": secret.check}
+    hidden = _hidden_groups(dataset, secret, names, ids, groups)
+    return replace(dataset, ids=names, groups=hidden, meta=meta, source=source, notes=tuple(notes))
 
 
 def hash_id(secret: Secret, name: str) -> str:
@@ -190,15 +188,13 @@ def _cells(column: list[str] | np.ndarray) -> list[str]:
 
 def _tells(names: list[str], cells: list[str], numbers: bool, paths: bool = False) -> bool:
     """Whether cells give away the names of their rows: by holding one whatever its case, or, of paths, by being a part.
-
-    Numbers do when half of them are the name: a pulse of 120 is sometimes the number of the patient, too.
-    """
+    Numbers do when half of them are the name: a pulse of 120 is sometimes the number of the patient, too."""
     rows = [(name, cell) for name, cell in zip(names, cells, strict=True) if name and cell]
     if numbers:
         return 2 * sum(cell in _parts(name, paths) for name, cell in rows) >= len(rows) > 0
     for name, cell in rows:
-        known, found = _parts(name.casefold(), paths), cell.casefold()
-        if found in known or (len(known[-1]) >= _SHORTEST and known[-1] in found):
+        parts, text = _parts(name.casefold(), paths), cell.casefold()
+        if text in parts or (len(parts[-1]) >= _SHORTEST and parts[-1] in text):
             return True
     return False
 

@@ -31,7 +31,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations, islice
+from itertools import combinations
 
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
@@ -40,7 +40,6 @@ from featurecache.sources.folders import is_image, open_folder, refuse_undecodab
 from featurecache.sources.labels import SPLITS, class_labels, resolve_labels, unique_names
 
 KINDS = ("normal", "bacteria", "virus")
-_CLASSES = {"normal", "pneumonia"}
 _NAMES = (
     re.compile(r"(?P<number>person\d+)_(?P<kind>bacteria|virus)_\d+$", re.IGNORECASE),
     re.compile(r"(?P<number>(NORMAL2-)?IM-\d+)-\d+(-\d+)*$", re.IGNORECASE),
@@ -67,9 +66,9 @@ def is_chest_xray(folder: str) -> bool:
     above = [folder, *(os.path.join(folder, name) for name in _entries(folder) if name.lower() in SPLITS)]
     for place in above:
         classes = {name.lower(): name for name in _entries(place)}
-        if classes.keys() >= _CLASSES:
-            names = islice(_entries(os.path.join(place, classes["pneumonia"])), _TRIED)
-            if any((parts := _read_name(name)) and parts[0] in ("bacteria", "virus") for name in names):
+        if classes.keys() >= {"normal", "pneumonia"}:
+            names = _entries(os.path.join(place, classes["pneumonia"]))[:_TRIED]
+            if any((parts := _read_name(name)) and parts[0] != "normal" for name in names):
                 return True
     return False
 
@@ -87,10 +86,8 @@ def open_chest_xray(data: str, columns: dict[str, str] | None, task: str | None)
         f"{split}/{kind}/{parts[1]}" if parts and kind else name
         for split, kind, parts, name in zip(plain.splits, kinds, read, plain.ids, strict=True)
     ]
-    names = list(KINDS) if by_kind else plain.classes
-    labels, classes, resolved = resolve_labels(
-        class_labels(kinds, KINDS) if by_kind else plain.labels, names, task, data
-    )
+    numbers, names = (class_labels(kinds, KINDS), list(KINDS)) if by_kind else (plain.labels, plain.classes)
+    labels, classes, resolved = resolve_labels(numbers, names, task, data)
     notes = [f"{name} inside {data} repeats its splits and was left out." for name in again]
     unnamed = sum(parts is None for parts in read)
     if unnamed:
@@ -111,13 +108,12 @@ def _kind(folder: str, parts: tuple[str, str] | None) -> str:
 
 def _by_kind(columns: dict[str, str] | None) -> bool:
     """Whether the label is the kind, as ``--column label=kind`` says; the folder is ``label=folder``, or nothing."""
-    wrong = {role: name for role, name in (columns or {}).items() if role != "label" or name not in ("kind", "folder")}
-    if wrong:
-        role, name = next(iter(wrong.items()))
-        raise SourceError(
-            f"a folder of chest X-rays has no column for {role}={name}; --column label=kind makes three classes "
-            "(normal, bacteria, virus), label=folder the two of the folders."
-        )
+    for role, name in (columns or {}).items():
+        if role != "label" or name not in ("kind", "folder"):
+            raise SourceError(
+                f"a folder of chest X-rays has no column for {role}={name}; --column label=kind makes three classes "
+                "(normal, bacteria, virus), label=folder the two of the folders."
+            )
     return (columns or {}).get("label") == "kind"
 
 
@@ -170,8 +166,8 @@ def open_tiny_imagenet(data: str, task: str | None) -> Dataset:
         raise SourceError(f"train in {data} holds no image of the classes of wnids.txt; unpack the archive again.")
     val, more = _val(data, wnids)
     if left_out := len(_images(data, "test/images")):
-        notes += (
-            f"The {left_out:,} images of test have no published labels and were left out: give {data}/test/images.",
+        notes.append(
+            f"The {left_out:,} images of test have no published labels and were left out: give {data}/test/images."
         )
     ids, wnid_of = map(list, zip(*sorted([*train.items(), *val.items()]), strict=True))
     labels, classes, resolved = resolve_labels(class_labels(wnid_of, wnids), names, task, data)
@@ -184,7 +180,6 @@ def open_tiny_imagenet(data: str, task: str | None) -> Dataset:
         ids=ids,
         labels=labels,
         splits=[name.split("/", 1)[0] for name in ids],
-        groups=None,
         meta={"wnid": wnid_of},
         classes=classes,
         task=resolved,
@@ -201,25 +196,21 @@ def _lines(data: str, name: str) -> list[str]:
         raise SourceError(f"{name} of the Tiny ImageNet in {data} cannot be read ({error}).") from error
 
 
-def _wordnet_names(data: str, wnids: list[str]) -> tuple[list[str], tuple[str, ...]]:
+def _wordnet_names(data: str, wnids: list[str]) -> tuple[list[str], list[str]]:
     """What the classes are called: the first words of words.txt, where they are there."""
     if not wnids:
         raise SourceError(f"wnids.txt of the Tiny ImageNet in {data} is empty; unpack the archive again.")
     if not os.path.exists(os.path.join(data, "words.txt")):
-        return wnids, ("words.txt is missing: the classes bear their WordNet numbers.",)
-    wanted = set(wnids)
+        return wnids, ["words.txt is missing: the classes bear their WordNet numbers."]
     pairs = (line.partition("\t") for line in _lines(data, "words.txt"))
-    words = {wnid: names.split(",")[0].strip() for wnid, _, names in pairs if wnid in wanted}
-    return unique_names([words.get(wnid) or wnid for wnid in wnids]), ()
+    words = {wnid: names.split(",")[0].strip() for wnid, _, names in pairs}
+    return unique_names([words.get(wnid) or wnid for wnid in wnids]), []
 
 
 def _in_class_folders(data: str, split: str, wnids: list[str]) -> dict[str, str]:
     """id → class; a class may have its images in ``images`` or directly."""
-    found: dict[str, str] = {}
-    for wnid in wnids:
-        for folder in (f"{split}/{wnid}/images", f"{split}/{wnid}"):
-            found |= dict.fromkeys(_images(data, folder), wnid)
-    return found
+    folders = [(f"{split}/{wnid}{inner}", wnid) for wnid in wnids for inner in ("/images", "")]
+    return {image: wnid for folder, wnid in folders for image in _images(data, folder)}
 
 
 def _train(data: str, wnids: list[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -73,24 +74,28 @@ class Description:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join([_headline(self), *_table(self), *_facts(self)])
+        kind = "labels" if self.task == "multilabel" else "classes"
+        what = f"{len(self.classes):,} {kind} ({self.task})" if self.classes else "no labels"
+        return "\n".join([f"{self.name}  {self.images:,} images, {what}", *_table(self), *_facts(self)])
 
 
-def describe(
+def describe_dataset(
     dataset: Dataset,
     digests: Sequence[str | bytes | None] | np.ndarray | None = None,
     headers: Mapping[int, tuple[int, int, str] | str] | None = None,
 ) -> Description:
-    """Count, and look at the headers of at most ``LOOKED_AT`` images spread over the dataset.
-
-    ``digests`` [N], where they are known (empty for an image that could not be read), give the copies; ``headers``,
-    where some were looked at before (row → width, height and kind of pixels, or why not), are not looked at again.
-    """
+    """Count, and look at the headers of at most ``LOOKED_AT`` images spread over the dataset. ``digests`` [N], where
+    they are known (empty for an image that could not be read), give the copies; ``headers``, where some were looked at
+    before (row → width, height and kind of pixels, or why not), are not looked at again."""
     present = set(dataset.splits)
     splits = [split for split in _ORDER if split in present]
-    number_of = {split: number for number, split in enumerate(splits)}
-    column = np.fromiter((number_of[split] for split in dataset.splits), np.int64, len(dataset))
+    column = np.fromiter(map(splits.index, dataset.splits), np.int64, len(dataset))
     headers = _look_at_some(dataset) if headers is None else headers
+
+    def by_split(rows: np.ndarray) -> list[int]:
+        counts: list[int] = np.bincount(column[rows], minlength=len(splits)).tolist()
+        return counts
+
     looks = [header for header in headers.values() if not isinstance(header, str)]
     unreadable = [(dataset.shown(row), header) for row, header in headers.items() if isinstance(header, str)]
     areas = sorted(looks, key=lambda look: (look[0] * look[1], look[:2]))
@@ -101,9 +106,9 @@ def describe(
         images=len(dataset),
         splits=splits,
         classes=list(dataset.classes),
-        counts=[_by_split(has_label(dataset, number), column, len(splits)) for number in range(len(dataset.classes))],
-        unlabelled=_by_split(is_unlabelled(dataset), column, len(splits)),
-        totals=_by_split(np.ones(len(dataset), bool), column, len(splits)),
+        counts=[by_split(in_class(dataset, number)) for number in range(len(dataset.classes))],
+        unlabelled=by_split(is_unlabelled(dataset)),
+        totals=by_split(np.ones(len(dataset), bool)),
         looked_at=len(looks) + len(unreadable),
         sizes={name: [width, height] for name, (width, height, _) in sizes.items()},
         kinds=dict(Counter(kind for _, _, kind in looks).most_common()),
@@ -128,7 +133,7 @@ def _look_at_some(dataset: Dataset) -> dict[int, tuple[int, int, str] | str]:
     return headers
 
 
-def has_label(dataset: Dataset, number: int) -> np.ndarray:
+def in_class(dataset: Dataset, number: int) -> np.ndarray:
     """bool [N]: the images of class ``number``, or with that label."""
     mask: np.ndarray = dataset.labels[:, number] == 1 if dataset.labels.ndim == 2 else dataset.labels == number
     return mask
@@ -139,16 +144,12 @@ def is_unlabelled(dataset: Dataset) -> np.ndarray:
     return mask
 
 
-def _by_split(chosen: np.ndarray, column: np.ndarray, splits: int) -> list[int]:
-    return [int(count) for count in np.bincount(column[chosen], minlength=splits)]
-
-
 def _copies(dataset: Dataset, digests: Sequence[str | bytes | None] | np.ndarray) -> Duplicates:
     assert len(digests) == len(dataset), (len(digests), len(dataset))
-    plain = digests if isinstance(digests, np.ndarray) else [d.decode() if isinstance(d, bytes) else d for d in digests]
-    text = np.array([digest or "" for digest in plain]) if not isinstance(plain, np.ndarray) else plain
-    known = np.flatnonzero(text != text.dtype.type())
-    distinct, image = np.unique(text[known], return_inverse=True)
+    if not isinstance(digests, np.ndarray):
+        digests = np.array([d.decode() if isinstance(d, bytes) else d or "" for d in digests])
+    known = np.flatnonzero(digests != digests.dtype.type())
+    distinct, image = np.unique(digests[known], return_inverse=True)
     splits = np.array(dataset.splits)[known]
     by_split = {split: image[splits == split] for split in _ORDER if (splits == split).any()}
     images = {split: np.unique(rows) for split, rows in by_split.items()}
@@ -170,19 +171,11 @@ def _two_labels(labels: np.ndarray, image: np.ndarray) -> int:
     return len(np.unique(image[1:][again & differs.any(1)]))
 
 
-def _headline(summary: Description) -> str:
-    kind = "labels" if summary.task == "multilabel" else "classes"
-    what = f"{len(summary.classes):,} {kind} ({summary.task})" if summary.classes else "no labels"
-    return f"{summary.name}  {summary.images:,} images, {what}"
-
-
 def _table(summary: Description) -> list[str]:
     """The counts as aligned lines; many classes are cut, and it is said."""
     names = [split or "no split" for split in summary.splits]
-    rows = list(zip(summary.classes, summary.counts, strict=True))
-    lines = [(name, counts) for name, counts in rows[:_ROWS_SHOWN]]
-    if len(rows) > _ROWS_SHOWN:
-        rest = [counts for _, counts in rows[_ROWS_SHOWN:]]
+    lines = list(zip(summary.classes, summary.counts, strict=True))[:_ROWS_SHOWN]
+    if rest := summary.counts[_ROWS_SHOWN:]:
         lines.append((f"({len(rest):,} more)", [sum(column) for column in zip(*rest, strict=True)]))
     if any(summary.unlabelled) and summary.classes:
         lines.append(("(a label unknown)" if summary.task == "multilabel" else "(no label)", summary.unlabelled))
@@ -212,11 +205,10 @@ def _facts(summary: Description) -> list[str]:
 def copies_text(copies: Duplicates) -> str:
     if not copies.total:
         return "none"
-    within = [f"{count:,} within {split}" for split, count in copies.within.items() if count and split]
-    across = [f"{count:,} in both {pair.replace('+', ' and ')}" for pair, count in copies.across.items() if count]
-    labels = [f"{copies.two_labels:,} under two labels"] if copies.two_labels else []
-    parts = ", ".join([*within, *across, *labels])
-    return f"{copies.total:,} images repeat another" + (f" ({parts})" if parts else "")
+    parts = [f"{count:,} within {split}" for split, count in copies.within.items() if count and split]
+    parts += [f"{count:,} in both {pair.replace('+', ' and ')}" for pair, count in copies.across.items() if count]
+    parts += [f"{copies.two_labels:,} under two labels"] if copies.two_labels else []
+    return f"{copies.total:,} images repeat another" + (f" ({', '.join(parts)})" if parts else "")
 
 
 # -- contact sheets
@@ -286,13 +278,10 @@ def grid_of_images(title: str, about: str, sections: Sequence[SheetSection]) -> 
 def contact_sheet(dataset: Dataset, path: str | Path, per_class: int = 8) -> None:
     """A PNG with ``per_class`` images of each class and split, as a backbone will see them before resizing."""
     assert per_class > 0
-    splits = np.asarray(dataset.splits)
-    groups = [(name, has_label(dataset, number)) for number, name in enumerate(dataset.classes)]
-    if dataset.labels.ndim == 2:
-        groups.append(("none positive", ~(dataset.labels == 1).any(1)))
-    else:
-        groups.append(("no label", is_unlabelled(dataset)))
-    groups = [(name, images) for name, images in groups if images.any()]
+    splits, several = np.asarray(dataset.splits), dataset.labels.ndim == 2
+    groups = [(name, in_class(dataset, number)) for number, name in enumerate(dataset.classes)]
+    others = ("none positive", ~(dataset.labels == 1).any(1)) if several else ("no label", is_unlabelled(dataset))
+    groups = [(name, images) for name, images in (*groups, others) if images.any()]
     sections = []
     for name, images in groups[:MOST_CLASSES]:
         strips = [(split, np.flatnonzero(images & (splits == split))) for split in _ORDER]
@@ -338,7 +327,7 @@ def _picture(
         sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
     except UnreadableImage as error:
         pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], outline=_ALARM)
-        for line, words in enumerate(_wrapped(pen, str(error), CELL - 12)[:6]):
+        for line, words in enumerate(textwrap.wrap(str(error), 16)[:6]):
             _write(pen, (x + 6, y + 8 + line * LINE), words, 11, _ALARM, CELL - 12)
 
 
@@ -347,23 +336,9 @@ def _fitted(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     longest = max(image.size)
-    if longest * 2 <= CELL:
-        factor = CELL // longest
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    scale = CELL / longest
+    scale = CELL // longest if longest * 2 <= CELL else CELL / longest
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _wrapped(pen: ImageDraw.ImageDraw, text: str, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if pen.textlength(longer, _font(11)) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return [line for line in lines if line]
+    return image.resize(size, Image.Resampling.NEAREST if longest * 2 <= CELL else Image.Resampling.LANCZOS)
 
 
 def _write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: str, width: float) -> None:

@@ -86,9 +86,8 @@ def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> D
     images, notes = _image_files(os.path.dirname(data), ids)
     if resolved == "unlabelled" and task is None:
         others = f" among {abbreviated(list(rows.meta), 8)}" if rows.meta else ""
-        notes.insert(
-            0, f"No column of labels was found{others}: --column label=NAME names one, or several: label=A,B,C."
-        )
+        note = f"No column of labels was found{others}: --column label=NAME names one, or several: label=A,B,C."
+        notes.insert(0, note)
     return Dataset(
         name=safe_name(table.name.rsplit(".", 1)[0]),
         source=source_record("table", data, columns, task),
@@ -205,17 +204,17 @@ def _read_parquet(file: str) -> Table:
     except (pyarrow.ArrowException, OSError) as error:
         raise SourceError(f"{file} cannot be read as Parquet ({str(error).splitlines()[0]}).") from error
     _refuse_repeated(file, table.column_names)
-    nested = [field.name for field in table.schema if not _is_plain(field.type)]
-    if nested:
+    if nested := [field.name for field in table.schema if not _is_plain(field.type)]:
         raise SourceError(
             f"{os.path.basename(file)} holds other than text and numbers in {abbreviated(nested)}; expected paths of "
             "image files. Leave those columns out."
         )
     if not table.num_rows:
         raise SourceError(f"{file} has no rows; expected one for each image.")
-    columns = {name: table[name].to_pylist() for name in table.column_names}  # as the CSV of the same table has them
-    for name, values in columns.items():
-        columns[name] = ["" if value is None or value != value else str(value).strip() for value in values]
+    columns = {  # as the CSV of the same table has them
+        name: ["" if value is None or value != value else str(value).strip() for value in table[name].to_pylist()]
+        for name in table.column_names
+    }
     return Table(file, columns, range(1, table.num_rows + 1))
 
 
@@ -271,10 +270,8 @@ def _requested_columns(table: Table, role: str, text: str) -> list[str]:
     names = [text] if text in table.columns else [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in table.columns:
-            near = nearest(name, table.columns)
-            raise SourceError(
-                f"{table.name} has no column {name!r}; it has {abbreviated(list(table.columns), 8)}.{near}"
-            )
+            there = f"{abbreviated(list(table.columns), 8)}.{nearest(name, table.columns)}"
+            raise SourceError(f"{table.name} has no column {name!r}; it has {there}")
     if len(names) > 1 and role != "label":
         raise SourceError(f"the {role} is one column of {table.name}, not {len(names)} ({text}).")
     return names
@@ -286,12 +283,11 @@ def _paths(table: Table, name: str) -> list[str]:
     for row, path in enumerate(ids):
         if not path:
             raise SourceError(f"{table.row(row)} has no path in its column {name!r}.")
-        if path in seen:
+        if (first := seen.setdefault(path, row)) != row:
             raise SourceError(
-                f"{table.name} lists {path} twice (rows {table.numbers[seen[path]]:,} and {table.numbers[row]:,}); "
+                f"{table.name} lists {path} twice (rows {table.numbers[first]:,} and {table.numbers[row]:,}); "
                 "expected one row for each image."
             )
-        seen[path] = row
     return ids
 
 

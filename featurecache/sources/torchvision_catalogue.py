@@ -28,11 +28,9 @@ class Split:
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """How torchvision's class is asked for each split, and where in it the images and labels are.
-
-    ``splits``: ours (empty: none) → its arguments. ``variants``: word → arguments; the first is the default, unless it
-    is empty: then one has to be named.
-    """
+    """How torchvision's class is asked for each split, and where in it the images and labels are. ``splits``: ours
+    (empty: none) → its arguments. ``variants``: word → arguments; the first is the default, unless it is empty: then
+    one has to be named."""
 
     splits: dict[str, dict[str, Any]]
     read: Callable[[Any], Split]
@@ -86,18 +84,14 @@ def _clevr(found: Any) -> Split:
     return Split([str(path) for path in found._image_files], np.where(labels < 0, -1, labels - 3), counts)
 
 
-def _caltech101(found: Any) -> Split:
-    rows = zip(found.y, found.index, strict=True)
-    folder = os.path.join(found.root, "101_ObjectCategories")
-    paths = [os.path.join(folder, found.categories[label], f"image_{number:04d}.jpg") for label, number in rows]
-    return Split(paths, _numbers(found.y), found.categories)
+def _caltech(folder: str, form: str) -> Callable[[Any], Split]:
+    """A folder for each class; ``form`` of the files' names, of the class from 1 and the number of the image."""
 
+    def read(found: Any) -> Split:
+        rows = [(found.categories[y], form.format(y + 1, k)) for y, k in zip(found.y, found.index, strict=True)]
+        return Split([os.path.join(found.root, folder, *row) for row in rows], _numbers(found.y), found.categories)
 
-def _caltech256(found: Any) -> Split:
-    rows = zip(found.y, found.index, strict=True)
-    folder = os.path.join(found.root, "256_ObjectCategories")
-    paths = [os.path.join(folder, found.categories[y], f"{y + 1:03d}_{number:04d}.jpg") for y, number in rows]
-    return Split(paths, _numbers(found.y), found.categories)
+    return read
 
 
 def _omniglot(found: Any) -> Split:
@@ -113,10 +107,6 @@ def _inaturalist(found: Any) -> Split:
 
 def _lfw(found: Any) -> Split:
     return Split(found.data, _numbers(found.targets), list(found.class_to_idx))
-
-
-def _places(found: Any) -> Split:
-    return Split([path for path, _ in found.imgs], _numbers(found.targets), found.classes)
 
 
 def _celeba(found: Any) -> Split:
@@ -210,8 +200,8 @@ SETS: dict[str, TorchvisionSet] = {
     "OxfordIIITPet": TorchvisionSet(
         {"train": {"split": "trainval"}, "test": {"split": "test"}}, _files("_images", "_labels")
     ),
-    "Caltech101": TorchvisionSet(_NONE, _caltech101),
-    "Caltech256": TorchvisionSet(_NONE, _caltech256),
+    "Caltech101": TorchvisionSet(_NONE, _caltech("101_ObjectCategories", "image_{1:04d}.jpg")),
+    "Caltech256": TorchvisionSet(_NONE, _caltech("256_ObjectCategories", "{0:03d}_{1:04d}.jpg")),
     "Omniglot": TorchvisionSet(
         _NONE, _omniglot, {"background": {"background": True}, "evaluation": {"background": False}}
     ),
@@ -225,7 +215,7 @@ SETS: dict[str, TorchvisionSet] = {
         _NONE, _lfw, {word: {"image_set": word} for word in ("funneled", "deepfunneled", "original")}, fetches=False
     ),
     "Places365": TorchvisionSet(
-        {"train": {"split": "train-standard"}, "val": {"split": "val"}}, _places,
+        {"train": {"split": "train-standard"}, "val": {"split": "val"}}, _samples("imgs"),
         {"small": {"small": True}, "large": {"small": False}}, note="Its unlabelled test images are left out.",
     ),
 }  # fmt: skip

@@ -61,7 +61,6 @@ def open_torchvision(words: str, task: str | None) -> Dataset:
         labels=labels,
         splits=[split for split, part in splits.items() for _ in range(len(part.images))],
         groups=[group for part in parts for group in part.groups or ()] if grouped else None,
-        meta={},
         classes=classes,
         task=resolved,
         images=images,
@@ -126,11 +125,8 @@ def _images(options: SourceOptions, folder: str, splits: dict[str, Split]) -> tu
         paths = [os.path.relpath(path, folder) for part in splits.values() for path in part.images]
         ids = [path.replace(os.sep, "/") for path in paths]
         return ids, ImageFiles(folder, ids)
-    ids = [
-        ":".join(word for word in (options.name, split, str(row)) if word)
-        for split, part in splits.items()
-        for row in range(len(part.images))
-    ]
+    fronts = {f"{options.name}:{split}" if split else options.name: part for split, part in splits.items()}
+    ids = [f"{front}:{row}" for front, part in fronts.items() for row in range(len(part.images))]
     arrays = ImageArrays([part.images for part in splits.values()])
     if all(part.files for part in splits.values()):
         return ids, ImageRows(arrays.read, tuple(file for part in splits.values() for file in part.files))
@@ -238,16 +234,13 @@ def _batch(file: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     record = _record(file)
     labels: Any = record.get(key)
     pixels = _bytes_of(record.get("data"))
-    if pixels is None or not _are_numbers(labels) or len(pixels) != len(labels) * _PIXELS:
+    numbers = isinstance(labels, list) and all(type(label) is int and 0 <= label < 1000 for label in labels)
+    if pixels is None or not numbers or len(pixels) != len(labels) * _PIXELS:
         raise SourceError(
             f"{file} is no batch of CIFAR: expected 'data' of {_PIXELS:,} bytes a row and a list of as many {key!r}."
         )
     planes = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32)
     return planes.transpose(0, 2, 3, 1), np.array(labels, np.int64)
-
-
-def _are_numbers(labels: Any) -> bool:
-    return isinstance(labels, list) and all(type(label) is int and 0 <= label < 1000 for label in labels)
 
 
 def _record(file: str) -> dict[str, Any]:

@@ -55,10 +55,15 @@ _MOST = 100_000  # tars of one pattern
 
 
 def is_webdataset(path: str) -> bool:
-    """Whether ``path`` names tars: one, a pattern, or a folder that holds nothing else."""
+    """Whether ``path`` names tars: one, a pattern, or a folder of tars and no images, which may lie in folders that are
+    all named for splits."""
     if _is_tar(path) and not os.path.isdir(path):
         return os.path.lexists(path) or is_pattern(path)
-    return _holds_tars_only(path)
+    files, folders = _listed(path)
+    if any(name.lower() not in SPLITS for name in folders):
+        return False
+    names = [*files, *(name for inner in folders for name in _listed(os.path.join(path, inner))[0])]
+    return not any(map(is_image, names)) and any(map(_is_tar, names))
 
 
 def is_pattern(path: str) -> bool:
@@ -76,7 +81,12 @@ def open_webdataset(data: str, columns: dict[str, str] | None, task: str | None)
     image = fields.pop("path", None)
     samples = [(sample, kind) for sample in index.samples if (kind := _image_of(sample, image)) is not None]
     if not samples:
-        raise SourceError(_why_empty(data, index, image))
+        kinds = Counter(kind for sample in index.samples for kind in sample.files) + index.ignored
+        there = abbreviated([f".{kind} {count:,}" for kind, count in kinds.most_common(5)]) or "nothing"
+        expected = (
+            f"a .{image}, as --column path={image} says" if image else f"endings like {abbreviated(EXTENSIONS, 4)}"
+        )
+        raise SourceError(f"no images in {data}: found {there}, expected {expected}.")
     table, notes = _texts(root, tars, [sample for sample, _ in samples], fields)
     if "cls" in table.columns:
         fields.setdefault("label", "cls")
@@ -96,15 +106,6 @@ def open_webdataset(data: str, columns: dict[str, str] | None, task: str | None)
         images=TarImages(root, table.ids, tars, index.stamps, places),
         notes=(*notes, *_notes(index, len(index.samples) - len(samples), bool(rows.classes))),
     )
-
-
-def _holds_tars_only(folder: str) -> bool:
-    """Tars and no images, at its top or in folders that are all named for splits."""
-    files, folders = _listed(folder)
-    if any(name.lower() not in SPLITS for name in folders):
-        return False
-    names = [*files, *(name for inner in folders for name in _listed(os.path.join(folder, inner))[0])]
-    return not any(map(is_image, names)) and any(map(_is_tar, names))
 
 
 def _is_tar(name: str) -> bool:
@@ -150,9 +151,8 @@ def _expanded(pattern: str) -> list[str]:
         words = text.split(",") if place % 2 and "," in text else [f"{{{text}}}" if place % 2 else text]
         count *= max(numbers.stop - numbers.start, 0) if bounds else len(words)
         if not 0 < count <= _MOST:
-            raise SourceError(
-                f"{pattern} stands for {count:,} tars; expected 1 to {_MOST:,}, as in chest-{{000..012}}.tar."
-            )
+            expected = f"expected 1 to {_MOST:,}, as in chest-{{000..012}}.tar"
+            raise SourceError(f"{pattern} stands for {count:,} tars; {expected}.")
         parts.append([f"{number:0{len(bounds[1])}d}" for number in numbers] if bounds else words)
     return ["".join(words) for words in itertools.product(*parts)]
 
@@ -328,8 +328,7 @@ def _texts(root: str, tars: list[str], samples: list[TarSample], columns: dict[s
                         column = cells.setdefault(name, [""] * len(samples))
                         column[row] = sys.intern(value)  # each value once in memory
     table = _Samples(root, cells, range(len(samples)), [sample.id for sample in samples])
-    skipped = f"Lists and objects in the JSON are left out: {abbreviated(sorted(nested))}."
-    return table, [skipped] if nested else []
+    return table, [f"Lists and objects in the JSON are left out: {abbreviated(sorted(nested))}."] if nested else []
 
 
 def _fields(descriptor: int, sample: TarSample, kind: str, nested: set[str]) -> Iterator[tuple[str, str]]:
@@ -369,28 +368,17 @@ def _class_list(file: str) -> list[str]:
 def _splits(tars: list[str], numbers: list[int]) -> list[str]:
     """The split that the name of each image's tar bears; none bears one, or all do."""
     words = {tar: {SPLITS[word] for word in re.split(r"[^a-z]+", tar.lower()) if word in SPLITS} for tar in tars}
-    several = [tar for tar in tars if len(words[tar]) > 1]
     named, without = [tar for tar in tars if words[tar]], [tar for tar in tars if not words[tar]]
-    if several:
+    if several := [tar for tar in tars if len(words[tar]) > 1]:
         raise SourceError(f"the name {several[0]} stands for two splits; expected one of train, val, test.")
     if named and without:
         raise SourceError(f"{named[0]} is named for a split and {without[0]} for none; name all of them, or none.")
     return ["".join(words[tars[number]]) for number in numbers]
 
 
-def _why_empty(data: str, index: TarIndex, image: str | None) -> str:
-    kinds = Counter(kind for sample in index.samples for kind in sample.files)
-    there = abbreviated([f".{kind} {count:,}" for kind, count in (kinds + index.ignored).most_common(5)]) or "nothing"
-    expected = f"a .{image}, as --column path={image} says" if image else f"endings like {abbreviated(EXTENSIONS, 4)}"
-    return f"no images in {data}: found {there}, expected {expected}."
-
-
 def _notes(index: TarIndex, without: int, labelled: bool) -> list[str]:
-    notes = []
-    if without:
-        notes.append(f"{without:,} samples hold no image and were left out.")
-    if index.ignored:
-        many = index.ignored.total()
+    notes = [f"{without:,} samples hold no image and were left out."] if without else []
+    if many := index.ignored.total():
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in index.ignored.most_common(4))
         notes.append(f"{many:,} entries of the tars are no images or labels and were ignored ({kinds}).")
     if not labelled:

@@ -210,9 +210,9 @@ def _stamp(path: str | None) -> bytes:
 def set_context(opened: OpenedSet, digests: np.ndarray, images: bool) -> dict[str, Any]:
     """What the page of a study shows of a set: counts by class and split, sizes, copies, and a few of the images.
     ``digests``: S32 [N]."""
-    from featurecache.sources.summary import copies_text, describe
+    from featurecache.sources.summary import copies_text, describe_dataset
 
-    about = describe(opened.dataset, digests)
+    about = describe_dataset(opened.dataset, digests)
     rows = [(label, [*counts, sum(counts)]) for label, counts in zip(about.classes, about.counts, strict=True)]
     if len(rows) > ROWS:
         rest = [sum(column) for column in zip(*(counts for _, counts in rows[ROWS:]), strict=True)]
@@ -244,11 +244,11 @@ def set_context(opened: OpenedSet, digests: np.ndarray, images: bool) -> dict[st
 
 def _samples(dataset: Dataset) -> list[tuple[str, list[tuple[str, int, int]]]]:
     """(class, pictures as (data URI, width, height)): a few of each of the first classes, evenly spread over train."""
-    from featurecache.sources.summary import evenly_spaced, has_label
+    from featurecache.sources.summary import evenly_spaced, in_class
 
     train, samples = np.array(dataset.splits) == "train", []
     for c, name in enumerate(dataset.classes[:SAMPLED]):
-        members = has_label(dataset, c)
+        members = in_class(dataset, c)
         rows = np.flatnonzero(members & train) if (members & train).any() else np.flatnonzero(members)
         pictures = list(_pictures(dataset, evenly_spaced(rows, SAMPLES).tolist() if len(rows) else []))
         samples += [(name, pictures)] if pictures else []

@@ -22,7 +22,7 @@ from featurecache.images import dicom
 from featurecache.images.decoding import decode, digest, image_header
 from featurecache.sources import open_source, reopen
 from featurecache.sources.pseudonyms import load_secret, pseudonymise
-from featurecache.sources.summary import describe
+from featurecache.sources.summary import describe_dataset
 
 pydicom = pytest.importorskip("pydicom", minversion="3")
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
@@ -221,7 +221,7 @@ def test_windows_of_enhanced_files_stand_with_the_frame_or_are_shared():
     frames = np.tile(np.array([[10, 20, 30]], np.uint8), (2, 1, 1))
     data = dicom_bytes(frames, PerFrameFunctionalGroupsSequence=[group(0, 20), group(10, None)],
                        SharedFunctionalGroupsSequence=[group(0, 40)])  # fmt: skip
-    assert [dicom.decode(data, k).tolist() for k in (0, 1)] == [[[0, 255, 255]], [[0, 0, 255]]]
+    assert [dicom.decode_dicom(data, k).tolist() for k in (0, 1)] == [[[0, 255, 255]], [[0, 0, 255]]]
 
 
 # -- frames
@@ -252,7 +252,7 @@ def test_the_digest_of_a_frame_is_of_the_bytes_and_its_number(tmp_path):
 def test_compressed_frames_are_found_by_their_number():
     path = EXAMPLES / "SC_rgb_rle_16bit_2frame.dcm"
     for frame in range(2):
-        np.testing.assert_array_equal(dicom.decode(path.read_bytes(), frame), by_pydicom(path, frame))
+        np.testing.assert_array_equal(dicom.decode_dicom(path.read_bytes(), frame), by_pydicom(path, frame))
 
 
 def test_frames_in_class_folders_bear_the_label_and_splits_of_their_file(tmp_path):
@@ -389,7 +389,7 @@ def test_which_window_was_taken_is_said(tmp_path):
 
 def test_info_tells_bits_and_kinds(tmp_path):
     (tmp_path / "a.dcm").write_bytes(dicom_bytes(RAMP.astype(np.uint16), BitsStored=12))
-    assert describe(open_source(tmp_path)).kinds == {"12-bit grey (DICOM)": 1}
+    assert describe_dataset(open_source(tmp_path)).kinds == {"12-bit grey (DICOM)": 1}
 
 
 def test_without_pydicom_one_line_says_what_to_install(tmp_path, monkeypatch):

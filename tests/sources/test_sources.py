@@ -23,8 +23,8 @@ from featurecache.images import decoding
 from featurecache.images.decoding import digest
 from featurecache.sources import SOURCES, folders, medmnist, open_source, reopen, summary
 from featurecache.sources.base import safe_name
-from featurecache.sources.medmnist import MEDMNIST, published
-from featurecache.sources.summary import contact_sheet, describe
+from featurecache.sources.medmnist import MEDMNIST
+from featurecache.sources.summary import contact_sheet, describe_dataset
 
 
 def picture(path: Path, shade: int = 0) -> Path:
@@ -316,7 +316,7 @@ def test_bare_names_are_found_in_the_folders_below_the_table(tmp_path, ending):
     assert data.ids == [f"a{ending}", f"b{ending}", f"gone{ending}"]
     assert data.read(1) == (tmp_path / "part_2/b.png").read_bytes()
     assert data.notes == ("The table gives bare names: 2 of 3 were found in the folders below it.",)
-    assert dict(describe(data).unreadable) == {f"gone{ending}": "no such file"}
+    assert dict(describe_dataset(data).unreadable) == {f"gone{ending}": "no such file"}
     assert reopen(data.source).read(0) == data.read(0)
 
 
@@ -329,7 +329,7 @@ def test_paths_from_the_folder_above_that_of_the_table(tmp_path):
     pictures(tmp_path, "chest/train/p1/a.png", "chest/train/p2/a.png")
     listed = table(tmp_path / "chest", "path,label\nchest/train/p1/a.png,x\nchest/train/p2/a.png,y\n")
     data = open_source(listed)
-    assert not describe(data).unreadable and data.notes == (
+    assert not describe_dataset(data).unreadable and data.notes == (
         f"Paths are relative to {tmp_path}, the folder above that of the table.",
     )
 
@@ -337,7 +337,7 @@ def test_paths_from_the_folder_above_that_of_the_table(tmp_path):
 def test_names_beside_the_table_come_before_those_below_it(tmp_path):
     pictures(tmp_path, "a.png", "old/a.png", "old/b.png")
     data = open_source(table(tmp_path, "path,label\na.png,x\nb.png,y\n"))
-    assert dict(describe(data).unreadable) == {"b.png": "no such file"} and not data.notes
+    assert dict(describe_dataset(data).unreadable) == {"b.png": "no such file"} and not data.notes
 
 
 def test_a_table_without_labels_says_how_to_name_them(tmp_path):
@@ -470,8 +470,7 @@ def test_npz_beyond_memory_is_mapped_from_a_temporary_file(tmp_path, monkeypatch
 @pytest.mark.parametrize("name", sorted(MEDMNIST))
 @pytest.mark.parametrize("size", ["", "_64", "_128", "_224"])
 def test_a_medmnist_name_brings_published_classes_and_task(tmp_path, name, size):
-    record = published(name + size)
-    assert record is MEDMNIST[name]
+    record = MEDMNIST[name]
     several = record.task == "multilabel"
     labels = np.eye(len(record.classes), dtype=np.uint8) if several else np.arange(len(record.classes))[:, None]
     file = arrays(tmp_path / f"{name}{size}.npz", train_images=shades(len(labels), 4, 4), train_labels=labels)
@@ -649,7 +648,7 @@ def test_the_table_counts_classes_splits_and_copies(tmp_path):
     ]:
         (root / copy).write_bytes((root / of).read_bytes())
     data = open_source(root)
-    found = describe(data, [digest(data.read(row)) for row in range(len(data))])
+    found = describe_dataset(data, [digest(data.read(row)) for row in range(len(data))])
     assert (found.splits, found.counts, found.totals) == (["train", "test"], [[3, 2], [1, 2]], [4, 4])
     assert found.copies.total == 3
     assert found.copies.within == {"train": 1, "test": 1}
@@ -663,7 +662,7 @@ def test_the_table_counts_classes_splits_and_copies(tmp_path):
 
 def test_the_table_of_several_labels_counts_positives_and_unknowns(tmp_path):
     file = table(tmp_path, "path,x,y\na,1,0\nb,,1\nc,0,1\n")
-    found = describe(open_source(file, columns={"label": "x,y"}))
+    found = describe_dataset(open_source(file, columns={"label": "x,y"}))
     assert (found.counts, found.unlabelled, found.copies) == ([[1], [2]], [1], None)
     assert found.unreadable == [("a", "no such file"), ("b", "no such file"), ("c", "no such file")]
     assert "(a label unknown)" in str(found)
@@ -671,22 +670,22 @@ def test_the_table_of_several_labels_counts_positives_and_unknowns(tmp_path):
 
 def test_images_that_could_not_be_read_are_no_copies_of_each_other(tmp_path):
     data = open_source(pictures(tmp_path, "1.png", "2.png", "3.png"))
-    assert describe(data, [None, None, "ab"]).copies.total == 0
-    assert describe(data, np.array([b"", b"", b"ab"], "S32")).copies.total == 0
-    assert describe(data, np.array([b"", b"ab", b"ab"], "S32")).copies.total == 1
+    assert describe_dataset(data, [None, None, "ab"]).copies.total == 0
+    assert describe_dataset(data, np.array([b"", b"", b"ab"], "S32")).copies.total == 0
+    assert describe_dataset(data, np.array([b"", b"ab", b"ab"], "S32")).copies.total == 1
 
 
 def test_of_many_images_two_hundred_are_looked_at(tmp_path, monkeypatch):
     looked = []
     monkeypatch.setattr(summary, "image_header", lambda data: (looked.append(1), (8, 8, "grey"))[1])
-    found = describe(open_source("digits"))
+    found = describe_dataset(open_source("digits"))
     assert len(looked) == found.looked_at == 200
     assert "8×8, in 200 looked at" in str(found)
 
 
 def test_of_many_classes_the_first_are_shown_and_the_rest_are_counted(tmp_path):
     data = open_source(pictures(tmp_path, *[f"{number:03d}/x.png" for number in range(60)]))
-    lines = str(describe(data)).splitlines()
+    lines = str(describe_dataset(data)).splitlines()
     assert any(line.split() == ["(36", "more)", "36"] for line in lines)
     assert len(lines) < 40
 
@@ -729,7 +728,7 @@ def real() -> Path:
 
 def test_pneumoniamnist_has_its_published_counts_and_known_copies(real):
     data = open_source(real / "pneumoniamnist.npz")
-    found = describe(data, [digest(data.read(row)) for row in range(len(data))])
+    found = describe_dataset(data, [digest(data.read(row)) for row in range(len(data))])
     assert (found.classes, found.task) == (["normal", "pneumonia"], "binary")
     assert (found.splits, found.totals) == (["train", "val", "test"], [4708, 524, 624])
     assert found.counts == [[1214, 135, 234], [3494, 389, 390]]
@@ -744,7 +743,7 @@ def test_medical_mnist_is_six_thousand_small_grey_jpegs(real, tmp_path):
     with tarfile.open(real / "medical-mnist.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     data = open_source(tmp_path / "medical-mnist")
-    found = describe(data)
+    found = describe_dataset(data)
     assert found.classes == ["AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT"]
     assert found.counts == [[800, 100, 100]] * 6
     assert (found.sizes["smallest"], found.sizes["largest"], found.kinds) == ([64, 64], [64, 64], {"grey": 200})

@@ -13,7 +13,7 @@ from support.published_sets import CHEST, WNIDS, chest_xray, tiny_imagenet
 
 from featurecache.errors import SourceError, UnreadableImage
 from featurecache.sources import open_source, reopen
-from featurecache.sources.summary import describe
+from featurecache.sources.summary import describe_dataset
 
 
 def refused(data: object, *words: str, **options) -> None:  # type: ignore[no-untyped-def]
@@ -52,7 +52,7 @@ def test_an_unreadable_image_of_tiny_imagenet_is_a_failure_by_name(tmp_path):
     (root / "train/n01443537/images/n01443537_1.JPEG").write_bytes(b"\xff\xd8\xff broken")
     data = open_source(root)
     assert len(data) == 20
-    found = dict(describe(data).unreadable)
+    found = dict(describe_dataset(data).unreadable)
     assert found["val/images/val_3.JPEG"] == "no such file"
     assert "n01443537_1.JPEG" in str(found) and len(found) == 2
     with pytest.raises(UnreadableImage):
@@ -81,7 +81,7 @@ def test_val_that_a_script_has_sorted_into_class_folders(tmp_path, inside, annot
     data = open_source(root)
     pictures = {Path(name).name: label for name, label in zip(data.ids, data.labels.tolist(), strict=True)}
     assert pictures == {Path(name).name: label for name, label in zip(plain.ids, plain.labels.tolist(), strict=True)}
-    assert data.classes == plain.classes and not describe(data).unreadable
+    assert data.classes == plain.classes and not describe_dataset(data).unreadable
     save_picture(root / "val/images/val_0.JPEG", 1)
     assert "the 1 images of val/images were left out" in " ".join(open_source(root).notes)
 

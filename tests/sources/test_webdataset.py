@@ -22,7 +22,7 @@ from featurecache.extraction.digest_cache import DigestCache
 from featurecache.extraction.scan import scan as scan_dataset
 from featurecache.images.decoding import decode, digest
 from featurecache.sources import open_source, reopen, webdataset
-from featurecache.sources.summary import describe
+from featurecache.sources.summary import describe_dataset
 
 
 def png(shade: int) -> bytes:
@@ -192,7 +192,9 @@ def test_a_folder_of_images_with_a_tar_in_it_stays_a_folder_of_images(tmp_path):
 
 
 def test_describe_and_a_damaged_image_in_a_tar(tmp_path):
-    found = describe(open_source(tar(tmp_path / "a.tar", *samples(("a", 0)), ("b.png", b"no png"), ("b.cls", b"1"))))
+    found = describe_dataset(
+        open_source(tar(tmp_path / "a.tar", *samples(("a", 0)), ("b.png", b"no png"), ("b.cls", b"1")))
+    )
     assert found.unreadable == [("a.tar:b", 'not an image (starts with "no")')]
 
 

@@ -45,9 +45,9 @@ def digits(n=72, classes=3, broken=()):
             return b"nothing" if row in broken else super().read(row)
 
     return Dataset(
-        "digits", {"kind": "digits", "data": "digits"}, [f"digits:{row}" for row in rows],
-        found.target[rows].astype(np.int64), [""] * n, None, {"place": np.arange(n)},
-        [str(c) for c in range(classes)], "multiclass", Some([images]),
+        name="digits", source={"kind": "digits", "data": "digits"}, ids=[f"digits:{row}" for row in rows],
+        labels=found.target[rows].astype(np.int64), splits=[""] * n, meta={"place": np.arange(n)},
+        classes=[str(c) for c in range(classes)], task="multiclass", images=Some([images]),
     )  # fmt: skip
 
 
