@@ -43,14 +43,26 @@ def test_every_field_but_the_head_is_in_the_table_with_a_help_text():
         ({"fraction": 0.0}, "--fraction is 0; it must be above 0 and at most 1"),
         ({"fraction": 1.1}, "--fraction is 1.1"),
         ({"dropout": 1.0}, "--dropout is 1; it must be at least 0 and below 1"),
+        ({"label_smoothing": -0.1}, "at least 0"),
+        ({"sensitivity": 1.5}, "--sensitivity is 1.5"),
         ({"weight_decay": float("inf")}, "--weight-decay is inf; it must be at least 0"),
+        ({"lr": -1.0}, "--lr is -1; it must be above 0"),
+        ({"lr": float("nan")}, "--lr is nan; it must be above 0"),
+        ({"ram": -1.0}, "--ram is -1"),
         ({"epochs": 0}, "--epochs is 0; it must be at least 1"),
+        ({"train_per_class": 0}, "must be at least 1"),
+        ({"folds": 3}, "give both"),
+        ({"folds": 3, "fold": 3}, "0 to 2"),
         ({"schedule": "step"}, "--schedule step: it is one of constant, cosine, plateau"),
+        ({"optimizer": "rmsprop"}, "one of adam, adamw, sgd"),
+        ({"precision": "fp16"}, "one of fp32, bf16"),
+        ({"standardize": "minmax"}, "one of none, zscore, l2"),
+        ({"momentum": 0.9}, "momentum: no such option"),
     ],
 )
 def test_a_value_outside_its_words_or_interval_is_refused(options, says):
     with pytest.raises(BadOption, match=says):
-        Settings("linear", **options)
+        Settings.of("linear", **options)
 
 
 def test_the_ends_of_an_interval_belong_to_it_as_its_brackets_say():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,41 +158,34 @@ def test_any_id_survives_the_splits_file(tmp_path_factory, ids):
         ("id,split\nimg/0000.png,train\nimg/0000.png,test\n", "puts img/0000.png into"),
         ("id,split\nimg/0000.png,training\n", "'training' is none of train, val, test"),
         ("name,split\nimg/0000.png,train\n", "needs the columns id and split"),
+        ("\x80\udcff\x00", "not a CSV file"),
+        (None, "no such file"),
     ],
 )
 def test_a_bad_splits_file_is_refused(tmp_path, text, said):
-    (tmp_path / "s.csv").write_text(text)
+    if text is not None:
+        (tmp_path / "s.csv").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(BadOption, match=said):
         split(toy_view(n=240), file=tmp_path / "s.csv")
 
 
-def test_a_splits_file_that_is_not_there_or_not_text(tmp_path):
-    with pytest.raises(BadOption, match="no such file"):
-        split(toy_view(), file=tmp_path / "none.csv")
-    (tmp_path / "s.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(BadOption, match="not a CSV file"):
-        split(toy_view(), file=tmp_path / "s.csv")
-
-
-def test_splits_and_resplit_val_contradict_each_other(tmp_path):
-    with pytest.raises(BadOption, match="Give one of them"):
-        split(toy_view(), file=tmp_path / "s.csv", resplit_val=True)
-
-
-def test_a_dataset_too_small_for_a_val_says_so():
-    with pytest.raises(ProtocolError, match="too few separate images"):
-        split(with_splits(["train"] * 2 + ["test"] * 4, [0, 1] * 3))
-
-
-def test_no_training_images_says_so():
-    with pytest.raises(ProtocolError, match="none to train on"):
-        split(with_splits(["val", "test"] * 20, [0, 1] * 20))
-
-
-def test_one_class_in_train_says_so():
-    words = ["train"] * 20 + ["val"] * 20 + ["test"] * 20
-    with pytest.raises(ProtocolError, match="train has images of kind 0 only"):
-        split(with_splits(words, [0] * 20 + [0, 1] * 20))
+@pytest.mark.parametrize(
+    ("view", "options", "said"),
+    [
+        (toy_view(), {"file": "s.csv", "resplit_val": True}, "Give one of them"),
+        (toy_view(), {"fold": (0, 5), "resplit_val": True}, "leave --resplit-val out"),
+        (label_view(), {"train_per_class": 5}, "not for multi-label"),
+        (with_splits(["train"] * 2 + ["test"] * 4, [0, 1] * 3), {}, "too few separate images"),
+        (with_splits(["val", "test"] * 20, [0, 1] * 20), {}, "none to train on"),
+        (toy_view(), {"file": "without_test.csv"}, "No image of this task is in test"),
+        (with_splits(["train"] * 20 + ["val", "test"] * 20, [0] * 20 + [0, 0, 1, 1] * 10), {}, "of kind 0 only"),
+        (toy_view(n=40, groups=["a", "b"] * 20), {"fold": (0, 5)}, r"too few .* images or groups \(2\) for 5 folds"),
+    ],
+)
+def test_what_cannot_be_divided_says_why(here, view, options, said):
+    Path("without_test.csv").write_text(splits_csv(toy_view().ids, np.array(["train", "train", "val", "val"] * 60)))
+    with pytest.raises((BadOption, ProtocolError), match=said):
+        split(view, **options)
 
 
 def test_a_class_that_train_lacks_is_named():
@@ -216,16 +209,6 @@ def test_train_per_class_keeps_that_many_of_each_and_drops_the_rest():
     assert class_counts(chosen.names, task) == {"train": [50, 50], "val": [30, 15], "test": [30, 15]}
     assert counts(view, train_per_class=100)["train"] == [100, 70]
     assert any("fewer than --train-per-class 100" in w for w in split(view, train_per_class=100)[0].warnings)
-
-
-def test_train_per_class_is_refused_for_multilabel():
-    with pytest.raises(BadOption, match="not for multi-label"):
-        split(label_view(), train_per_class=5)
-
-
-def test_the_csv_is_two_plain_columns():
-    rows = list(csv.reader(splits_csv(['a,"b', "c\nd"], np.array(["train", ""])).splitlines(keepends=True)))
-    assert rows == [["id", "split"], ['a,"b', "train"], ["c\nd", ""]]
 
 
 def three_kinds(**more) -> FakeView:
@@ -274,20 +257,15 @@ def test_a_class_name_with_comma_or_equals_sign_is_taken_whole():
         ({"only": ["virus"]}, "one class for this task"),
         ({"positive": "virus"}, "--positive is for two classes"),
         ({"only": ["virus,normal"], "positive": "bacteria"}, "is not a class of this task"),
+        ({"view": toy_view(task="unlabelled")}, "carries no labels"),
+        ({"view": label_view(), "classes": ["a=sign 0"]}, "multi-label data have --only"),
+        ({"view": label_view(), "positive": "sign 0"}, "has its own positives"),
     ],
 )
 def test_task_options_that_do_not_fit_are_refused(options, said):
+    options = {"view": three_kinds(), **options}
     with pytest.raises((BadOption, ProtocolError), match=said):
-        task_of(three_kinds(), **options)
-
-
-def test_unlabelled_and_multilabel_views_say_what_they_cannot_do():
-    with pytest.raises(ProtocolError, match="carries no labels"):
-        task_of(toy_view(task="unlabelled"))
-    with pytest.raises(BadOption, match="multi-label data have --only"):
-        task_of(label_view(), classes=["a=sign 0"])
-    with pytest.raises(BadOption, match="has its own positives"):
-        task_of(label_view(), positive="sign 0")
+        task_of(options.pop("view"), **options)
 
 
 def images(view, chosen, name):
@@ -304,8 +282,7 @@ def test_a_smaller_fraction_is_among_a_larger_one_and_val_and_test_stay(make):
     trained = [images(view, c, "train") for c in chosen]
     assert all(a <= b for a, b in itertools.pairwise(trained))
     assert [len(t) for t in trained] == sorted(len(t) for t in trained)
-    assert len({frozenset(images(view, c, s)) for c in chosen for s in ("val",)}) == 1
-    assert len({frozenset(images(view, c, s)) for c in chosen for s in ("test",)}) == 1
+    assert all(len({frozenset(images(view, c, s)) for c in chosen}) == 1 for s in ("val", "test"))
     assert images(view, split(view, fraction=0.1, split_seed=1)[0], "train") != trained[2]
 
 
@@ -315,8 +292,7 @@ def test_a_smaller_fraction_is_among_a_larger_one_and_val_and_test_stay(make):
 @settings(max_examples=40, deadline=None)
 def test_a_fraction_takes_its_share_of_every_class_within_a_unit(labels, fraction, seed, largest):
     labels = np.array(labels)
-    units = np.random.default_rng(seed).integers(0, len(labels) // largest, len(labels)) if largest > 1 else None
-    units = np.arange(len(labels)) if units is None else units + 1000 * labels  # of one class each
+    units = np.random.default_rng(seed).integers(0, len(labels) // largest, len(labels)) + 1000 * labels  # of one class
     kept = nested_fraction(labels, units, fraction, seed)
     assert all(len(set(kept[units == u])) == 1 for u in np.unique(units))
     for c in np.unique(labels):
@@ -341,14 +317,12 @@ def test_one_image_of_a_rare_class_stays_and_that_is_said():
     assert chosen.how.endswith("5 % of train")
 
 
-def test_groups_and_copies_stay_whole_in_a_fraction():
+@pytest.mark.parametrize("options", [{"fraction": 0.3}, *({"fold": (k, 3)} for k in range(3))])
+def test_groups_and_copies_stay_whole_in_fractions_and_folds(options):
     groups = [f"patient {i // 7}" for i in range(420)]
-    digests = np.array([f"{i - (i % 10 == 1):032x}".encode() for i in range(420)])
-    view = toy_view(n=420, groups=groups, digests=digests)
-    chosen, _ = split(view, fraction=0.3)
-    units = connected_units(view.digests, groups)
-    for unit in np.unique(units):
-        assert len(set(chosen.names[units == unit].tolist())) == 1
+    view = toy_view(n=420, groups=groups, digests=np.array([f"{i - (i % 10 == 1):032x}".encode() for i in range(420)]))
+    names, units = split(view, **options)[0].names, connected_units(view.digests, groups)
+    assert all(len(set(names[units == unit].tolist())) == 1 for unit in np.unique(units))
 
 
 @pytest.mark.parametrize("make", [lambda: toy_view(n=200, classes=3), lambda: label_view(n=200)])
@@ -377,28 +351,9 @@ def test_folds_leave_a_given_test_out_and_draw_val_anew():
     assert {c["test"][0] for c in counts} == {25}
 
 
-def test_groups_stay_whole_over_folds():
-    view = toy_view(n=300, groups=[f"patient {i // 4}" for i in range(300)])
-    tested = np.stack([split(view, fold=(k, 3))[0].names == "test" for k in range(3)]).reshape(3, 75, 4)
-    assert (tested.any(2) == tested.all(2)).all()
-    inside = np.stack([split(view, fold=(k, 3))[0].names == "val" for k in range(3)]).reshape(3, 75, 4)
-    assert (inside.any(2) == inside.all(2)).all()
-
-
 def test_a_fraction_of_a_fold_leaves_its_val_and_test():
     view = toy_view(n=300)
     whole, part = (split(view, fold=(1, 3), fraction=f)[0] for f in (1.0, 0.1))
     assert images(view, whole, "test") == images(view, part, "test")
     assert images(view, whole, "val") == images(view, part, "val")
     assert images(view, part, "train") < images(view, whole, "train")
-
-
-def test_more_folds_than_images_is_refused():
-    view = toy_view(n=40, groups=[f"patient {i // 20}" for i in range(40)])
-    with pytest.raises(ProtocolError, match=r"too few separate images or groups \(2\) for 5 folds"):
-        split(view, fold=(0, 5))
-
-
-def test_folds_draw_val_themselves():
-    with pytest.raises(BadOption, match="leave --resplit-val out"):
-        split(toy_view(), fold=(0, 5), resplit_val=True)

@@ -59,7 +59,11 @@ class Forks:
             [sys.executable, str(here)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
             env={**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"), "PYTHONPATH": path},
         )  # fmt: skip
-        assert self._said() == "ready"
+        try:
+            assert self._said() == "ready"
+        except BaseException:  # else it ends as a warning in whichever test runs when it is collected
+            self.close()
+            raise
 
     def close(self) -> None:
         assert self._server.stdin and self._server.stdout

@@ -11,6 +11,7 @@ import sklearn.metrics as sk
 from support.fake_view import label_view, toy_view
 
 from featurecache.errors import BadOption, RunError
+from featurecache.store.store import open_store
 from heads.api import train_head
 from heads.evaluation import comparison, families
 from heads.evaluation.comparison import compare
@@ -20,11 +21,6 @@ from heads.reports import text as tables
 from heads.runs.run import load_run
 
 train_head = partial(train_head, report=False)
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def view(n=400, classes=2, **more):
@@ -91,7 +87,9 @@ def test_what_is_reported_is_what_the_run_measured():
 def test_single_heads_without_clusters_have_exact_tests_beside_the_paired_bootstrap():
     of = view(noise=3)
     a, b = run(of), run(of, "large")
-    found = record([a, b], reference="linear on cls")["families"][1]["difference"]
+    made = record([a, b], reference=str(a.path))  # a folder names it too
+    found = made["families"][1]["difference"]
+    assert made["reference"] == "linear on cls"
     (y, one), (_, two) = scores(a), scores(b)
     assert found["auroc"]["p"] == pytest.approx(significance.delong(two, one, y == 1)[2])
     assert found["auroc"]["method"] == "paired bootstrap, p by DeLong"
@@ -177,30 +175,20 @@ def test_runs_of_other_questions_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("classes", "options", "words"),
     [
-        ({"reference": "linear"}, "none of what is compared: linear on cls. Near"),
-        ({"prevalence": 1.5}, "above 0 and below 1"),
-        ({"prevalence": {"kind 0": 0.1}}, "the positives of this task are kind 1"),
-        ({"show_test": "some"}, '"chosen" or "all"'),
+        (2, {"reference": "linear"}, "none of what is compared: linear on cls. Near"),
+        (2, {"prevalence": 1.5}, "above 0 and below 1"),
+        (2, {"prevalence": {"kind 0": 0.1}}, "the positives of this task are kind 1"),
+        (2, {"show_test": "some"}, '"chosen" or "all"'),
+        (3, {"prevalence": 0.1}, "a multiclass task has none"),
+        (0, {}, "nothing to compare"),
     ],
 )
-def test_mistaken_options(options, words):
+def test_mistaken_options(classes, options, words):
+    runs = [run(view(classes=classes))] if classes else []
     with pytest.raises(BadOption, match=words):
-        record([run(view())], **options)
-
-
-def test_prevalence_is_refused_where_several_classes_exclude_each_other():
-    with pytest.raises(BadOption, match="a multiclass task has none"):
-        record([run(view(classes=3))], prevalence=0.1)
-    with pytest.raises(BadOption, match="nothing to compare"):
-        compare([])
-
-
-def test_a_folder_names_the_reference_too():
-    of = view()
-    a, b = run(of), run(of, "large")
-    assert record([a, b], reference=str(a.path))["reference"] == "linear on cls"
+        record(runs, **options)
 
 
 def test_spreads_are_named_for_what_varied():
@@ -340,8 +328,6 @@ def test_measures_by_a_column_of_the_data(tmp_path):
 
 def test_a_column_of_a_view_that_is_gone_or_changed_is_an_error(tmp_path):
     from support.builders import CLS, add_shard, add_view
-
-    from featurecache.store.store import open_store
 
     of = tiny_view(tmp_path, meta={"site": ["a", "b"] * 60})
     each = run(of)

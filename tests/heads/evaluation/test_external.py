@@ -24,11 +24,6 @@ from heads.runs.run import load_run
 train_head = partial(train_head, report=False)
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def train(classes=2, **options):
     view = toy_view(n=300, classes=classes, splits="given", noise=2.0)
     return train_head(view, "linear", epochs=3, **options)
@@ -36,9 +31,8 @@ def train(classes=2, **options):
 
 def elsewhere(classes=2, names=None, n=200, seed=0, **more):
     """Other images through the same backbone."""
-    view = toy_view(
-        n=n, classes=classes, seed=seed, noise=3.0, name="there", label="vit-toy/there", path=Path("there.h5"), **more
-    )
+    more |= {"name": "there", "label": "vit-toy/there", "path": Path("there.h5")}
+    view = toy_view(n=n, classes=classes, seed=seed, noise=3.0, **more)
     view.classes = names or view.classes
     view.digests = np.array([f"{i + 10_000:032x}".encode() for i in range(n)], dtype="S32")
     return view
@@ -147,6 +141,8 @@ def test_an_output_the_view_does_not_hold_is_named_with_the_command_that_stores_
     del view.features["cls"]
     with pytest.raises(NotInCache, match="featurecache extract"):
         evaluate_run(train(), view)
+    with pytest.raises(BadOption, match=r"has the shape \[9\], and the head of .* takes \[8\]"):
+        evaluate_run(train(), elsewhere(width=9))
 
 
 def test_a_split_alone_unlabelled_images_and_a_view_without_any():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -83,19 +82,6 @@ def test_the_rank_one_update_is_what_brute_force_gives(output, kind):
         reader.model.float()
 
 
-@pytest.mark.slow
-def test_all_places_of_a_vit_b_in_tens_of_milliseconds_and_right():
-    reader = reader_for("large", width=768, grid=(14, 14))
-    x, mean = some_tokens(1, 197, 768), torch.zeros(197, 768)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        parts = replacement_contributions(reader, x, mean, np.array([1]))
-        seconds.append(time.perf_counter() - start)
-    print(f"197 places: {1000 * min(seconds):.1f} ms")
-    assert parts.tokens[0] == pytest.approx(by_force(reader.model, x[0], mean, 1, "tokens", Standardize()), abs=1e-5)
-
-
 @pytest.mark.parametrize("head, output", [("mean-linear", "tokens"), ("cls+mean", "tokens"), ("linear", "mean")])
 def test_the_parts_of_a_linear_head_add_up_to_its_margin(head, output):
     reader = reader_for(head, output, zscore())
@@ -162,9 +148,18 @@ def test_gradient_times_input_and_the_bias_term_add_up_to_the_logit(head):
     assert np.abs(parts.beside["bias term"]).max() > 1e-3
 
 
-def test_gradient_times_input_of_attention_is_refused():
-    with pytest.raises(BadOption, match="adds up to nothing"):
-        gradient_times_input(reader_for("attention"), some_tokens(), np.array([0, 0]))
+@pytest.mark.parametrize(
+    ("explain", "said"),
+    [
+        (lambda: gradient_times_input(reader_for("attention"), some_tokens(), np.array([0, 0])), "adds up to nothing"),
+        (lambda: contributions.source_of(run_of("cls")), "no places.*--kind attention"),
+        (lambda: contributions.source_of(run_of("pooler")), "no places.*--kind attention"),
+        (lambda: contributions.token_map(run_of("tokens"), None, None), "--prefix and --grid"),
+    ],
+)
+def test_what_has_no_parts_or_places_is_refused_with_what_there_is(explain, said):
+    with pytest.raises(BadOption, match=said):
+        explain()
 
 
 def test_parts_of_resized_tokens_come_back_through_the_transposed_resize():
@@ -217,11 +212,6 @@ def test_a_gap_with_a_norm_behind_it_is_no_sum_of_places():
     contributions.check_gap(run, where, x, x.mean(1).half())
     with pytest.raises(BadOption, match="not the mean of its map"):
         contributions.check_gap(run, where, x, torch.nn.functional.layer_norm(x.mean(1), (WIDTH,)))
-
-
-def test_places_that_nobody_knows_are_refused():
-    with pytest.raises(BadOption, match="--prefix and --grid"):
-        contributions.token_map(run_of("tokens"), None, None)
 
 
 def test_without_the_view_only_a_head_that_keeps_its_statistics_has_a_mean_token():

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from support.squares import on_square, squares
 
 import heads
+from cli import main
 from featurecache import extract, open_view
 from featurecache.errors import BadOption, NotInCache
+from featurecache.extraction import recompute
+from heads.explanations.contributions import mean_training_token, token_map
+from heads.explanations.explain import ExplainResult, _title
 from heads.explanations.explainer import Explainer, SourceImages, read_source_image
 from heads.explanations.maps import Panel, draw_maps, rgba
 from heads.reports.gallery import ImageLoader
@@ -67,8 +74,6 @@ def test_the_map_of_a_trained_large_head_peaks_on_the_square_that_decides(plante
 
 
 def test_stored_images_are_explained_without_the_backbone(planted, tmp_path, monkeypatch):
-    from featurecache.extraction import recompute
-
     monkeypatch.setattr(recompute, "load_backbone", lambda **_: pytest.fail("the backbone was loaded"))
     view = planted[1]
     found = heads.explain(run_of(planted, "large"), [view.ids[0], view.ids[179]], out=tmp_path / "maps")
@@ -116,7 +121,9 @@ def test_a_run_without_places_alone_is_refused_with_what_there_is(planted, tmp_p
     [({"kinds": "atention"}, "Near: attention"), ({"classes": "2"}, "no class '2'"), ({"method": "x"}, "--method"),
      ({"out": __file__}, "is a file")],
 )  # fmt: skip
-def test_what_is_misspelt_is_named(planted, tmp_path, options, words):
+def test_what_is_misspelt_is_named_and_without_an_image_nothing_is_explained(planted, tmp_path, options, words):
+    with pytest.raises(BadOption, match="explain needs an image"):
+        heads.explain(run_of(planted, "large"), [], out=tmp_path / "none")
     with pytest.raises(BadOption, match=words):
         heads.explain(run_of(planted, "large"), [planted[1].ids[0]], **{"out": tmp_path / "maps", **options})
 
@@ -142,8 +149,6 @@ def test_an_image_that_cannot_be_read_is_a_record_and_the_others_are_explained(p
 
 
 def test_the_mean_training_token_is_of_train_alone(planted):
-    from heads.explanations.contributions import mean_training_token, token_map
-
     view, run = planted[1], run_of(planted, "large")
     info = view.info("tokens")
     mean, words = mean_training_token(run, token_map(run, info.prefix, info.grid), view)
@@ -154,8 +159,6 @@ def test_the_mean_training_token_is_of_train_alone(planted):
 
 
 def test_the_command_shows_a_line_for_each_map(planted, tmp_path):
-    from cli import main
-
     words = ["explain", "--run", str(planted[2]["large"].path), "--out", str(tmp_path / "maps"), planted[1].ids[0]]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
@@ -191,9 +194,6 @@ def test_every_kind_has_its_own_colours_and_opacity_is_size():
 
 
 def test_what_stands_below_a_picture_is_not_cut_off(monkeypatch):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
     draw_maps(np.zeros((40, 20, 3), np.uint8), "grad-cam", [Panel("one")], untrained=True)
@@ -234,10 +234,6 @@ def test_the_gallery_of_a_head_that_is_occluded_has_a_few_maps_only(planted):
 
 
 def test_runs_of_one_kind_are_told_apart_by_their_folders_and_long_names_leave_the_numbers():
-    from types import SimpleNamespace
-
-    from heads.explanations.explain import ExplainResult, _title
-
     config = {"settings": {"random_weights": True}, "view": {"label": "pixels/blood"}}
     run = SimpleNamespace(head="finetune:vit-demo", output="pixels-32", path=Path("studies/blood-tuned"), config=config)
     lines = _title(ExplainResult(run, "grad-cam", "x" * 80, 0.125, 1.0, [])).split("\n")

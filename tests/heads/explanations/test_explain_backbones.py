@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,16 @@ import torch
 from support.checkpoints import save_dinov2
 from support.squares import on_square, squares
 from torch import nn
+from transformers import AutoModel
 
 from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
 from featurecache.backbones.user_module import FeatureTap
 from featurecache.backbones.wrappers import Tokens
 from featurecache.errors import BadOption
+from featurecache.extraction import forward
 from featurecache.outputs import parse
+from heads.explanations.explainer import Explainer
 from heads.explanations.maps import class_margin_weights
 from heads.explanations.methods import (
     EndToEnd,
@@ -30,6 +34,8 @@ from heads.explanations.methods import (
     layer_of,
     rollout,
 )
+from heads.models.catalogue import make_baseline
+from heads.models.finetune import save_backbone, with_new_classifier
 from heads.task import Standardize
 
 
@@ -97,8 +103,6 @@ def test_the_class_token_looks_at_the_patch_that_is_like_it():
 
 
 def test_registers_take_part_in_the_product_and_are_left_off_the_map(tmp_path):
-    from transformers import AutoModel
-
     folder = save_dinov2(tmp_path, registers=2)
     backbone = load_backbone(f"hf:{folder}")
     x = torch.rand(1, 3, 42, 42)
@@ -131,10 +135,6 @@ def test_attention_of_timm_is_that_of_its_queries_and_keys():
 
 
 def test_attention_of_a_tuned_network_is_that_of_the_backbone_it_was_saved_as(tmp_path):
-    from transformers import AutoModel
-
-    from heads.models.finetune import save_backbone, with_new_classifier
-
     model = with_new_classifier(
         f"hf:{save_dinov2(tmp_path, registers=2)}", None, 42, 3, generator=torch.Generator().manual_seed(0), rlrr=True
     ).eval()
@@ -153,8 +153,6 @@ def test_attention_of_a_tuned_network_is_that_of_the_backbone_it_was_saved_as(tm
 
 
 def test_attention_of_the_small_vit_trained_from_scratch_is_that_of_its_queries_and_keys():
-    from heads.models.catalogue import make_baseline
-
     model = make_baseline("vit-cifar", image_size=32, classes=2).eval()
     seen = {}
     block = model.network.blocks[-1]
@@ -170,12 +168,6 @@ def test_attention_of_the_small_vit_trained_from_scratch_is_that_of_its_queries_
 
 def test_a_network_from_pixels_is_explained_where_it_is_asked_for_and_is_back_afterwards(monkeypatch):
     """A device that only renames: what is sent there, and what comes back, is written down."""
-    from types import SimpleNamespace
-
-    from featurecache.extraction import forward
-    from heads.explanations.explainer import Explainer
-    from heads.models.catalogue import make_baseline
-
     model, asked = make_baseline("vit-cifar", image_size=32, classes=2).eval(), []
     monkeypatch.setattr(forward, "pick_device", lambda name: asked.append(name) or torch.device("meta"))
     config = {"spec": {"kind": "pixels"}, "view": {}}
@@ -189,8 +181,6 @@ def test_a_network_from_pixels_is_explained_where_it_is_asked_for_and_is_back_af
 
 
 def test_a_cnn_trained_from_pixels_has_no_attention():
-    from heads.models.catalogue import make_baseline
-
     model = make_baseline("cnn-cifar", image_size=32, classes=2)
     with pytest.raises(BadOption, match="cnn-cifar has no class token"):
         attention_maps(Transformer.of_run("cnn-cifar", model), torch.rand(1, 3, 32, 32))

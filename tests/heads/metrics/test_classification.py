@@ -187,10 +187,3 @@ def test_a_class_that_test_does_not_have_is_left_out_of_every_mean():
     overall, _ = WeightedMeasures(one)(np.ones((160, 2), dtype=np.float32))
     for name in ("auroc", "ap", "balanced_accuracy"):
         assert overall[name][0] == pytest.approx(evaluated(one)[name]), name
-
-
-def test_calibration_error_by_hand():
-    """26 rows at 0.1 share a bin, 2 at 0.2 the next, none is true; of the last 2, at 0.9, one is: off by 0.8."""
-    p, y = np.repeat([0.1, 0.2, 0.9], [26, 2, 2]), np.repeat([0, 0, 1, 0], [26, 2, 1, 1])
-    z = np.stack([np.zeros(30), np.log(p / (1 - p))], axis=1)
-    assert evaluated(CalibratedPredictions("binary", z, y, 1, (0.5,)))["ece"] == pytest.approx((2.6 + 0.4 + 0.8) / 30)

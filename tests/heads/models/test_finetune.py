@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from support import checkpoints
+from support.gradients import check_cam_layer
 from support.pictures import image_folder
 from torch import nn
 from torch.nn import functional
@@ -22,6 +23,7 @@ from featurecache.backbones import load_backbone, load_without_weights
 from featurecache.backbones.processors import check_processor, from_processor
 from featurecache.backbones.wrappers import Tokens
 from featurecache.errors import BadOption, OutputRefused, RunError, UnknownBackbone, UnknownHead
+from featurecache.images.decoding import decode
 from featurecache.images.preprocessing import Preprocess
 from heads import api
 from heads.api import train_baseline
@@ -39,16 +41,10 @@ from heads.models.finetune import (
 from heads.runs.run import pixels_of
 from heads.settings import Settings
 
-FOLDERS = {
-    "vit": checkpoints.save_vit,
-    "deit": checkpoints.save_deit,
-    "dinov2": checkpoints.save_dinov2,
-    "clip": checkpoints.save_clip_vision,
-    "siglip": checkpoints.save_siglip,
-    "beit": checkpoints.save_beit,
-    "resnet": checkpoints.save_resnet,
-    "convnext": checkpoints.save_convnext,
-}
+KINDS = ("vit", "deit", "dinov2", "clip_vision", "siglip", "beit", "resnet", "convnext")
+FOLDERS = {kind: getattr(checkpoints, f"save_{kind}") for kind in KINDS}
+
+
 SELDOM = ("beit", "convnext")
 
 
@@ -104,22 +100,8 @@ def test_a_backbone_whose_features_were_computed_before_can_be_trained_on(tmp_pa
 @pytest.mark.parametrize("kind", ["deit", "dinov2", "siglip", "resnet"])
 def test_grad_cam_finds_a_layer_whose_places_all_have_a_gradient(kind: str, tmp_path: Path) -> None:
     model = made(f"finetune:hf:{FOLDERS[kind](tmp_path)}").eval()
-    seen: list[Any] = []
-
-    def keep(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-        output.retain_grad()
-        seen.append(output)
-
-    hook = model.cam_layer.register_forward_hook(keep)
-    model(pixels(model, 2))[:, 1].sum().backward()
-    hook.remove()
-    (output,) = seen
-    if kind == "resnet":
-        assert model.cam_grid is None and output.shape[1:] == (24, *model.grid)
-        assert output.grad.abs().sum((1, 2, 3)).min() > 0
-    else:
-        prefix, h, w = model.cam_grid
-        assert output.shape[1] == prefix + h * w and output.grad.abs().sum(2).min() > 0
+    shape = check_cam_layer(model, pixels(model, 2))
+    assert (model.cam_grid is None) == (kind == "resnet") == (shape[1:] == (24, *model.grid))
 
 
 def test_transformers_own_classifier_gives_the_same_logits(tmp_path: Path) -> None:
@@ -153,66 +135,35 @@ def test_extract_takes_the_folder_and_stores_the_features_of_the_tuned_network(t
     featurecache.extract(str(data), backbone=words[1], cache=tmp_path / "cache", name="set", **options)
     view = featurecache.open_view("set", cache=tmp_path / "cache")
     source = featurecache.open_source(str(data))
-    from featurecache.images.decoding import decode
-
     images = torch.stack([model.preprocess.resized(decode(source.read(row))) for row in range(6)])
     close(view.tensor("cls"), model.vectors(model.preprocess.normalised(images)).detach())
     logits = view.tensor("cls") @ model.classifier.weight.T + model.classifier.bias
     close(logits, model(images.float()))
 
 
-def test_a_network_of_torchvision_is_kept_as_a_file_of_weights(tmp_path: Path) -> None:
-    model = made("finetune:torchvision:shufflenet_v2_x0_5", random_weights=True, image_size=64)
-    norm = model.network.network.conv1[1]
-    before = norm.running_mean.clone()
-    trained(model)
-    assert not torch.equal(norm.running_mean, before)  # BatchNorm was in training
-    assert not [name for name, _ in model.named_parameters() if ".fc." in name]
-    words = save_backbone(model, tmp_path / "tuned").split()
-    again = load_finetuned(tmp_path / "tuned", classifier_state(model))
-    x = pixels(model, seed=2)
-    close(again(x), model(x))
-    assert words[::2] == ["--backbone", "--weights", "--image-size"] and words[5] == "64"
-    backbone = load_backbone(words[1], weights=words[3], image_size=64)
-    close(
-        backbone.forward(model.preprocess.normalised(x), {"gap"})["gap"], model.vectors(model.preprocess.normalised(x))
-    )
-    assert model.cam_layer is model.network.network.conv5
+SLOW = ("densenet121", "resnet50", "timm:test_vit", "timm:test_resnet")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["densenet121", "resnet50"])
-def test_the_cnns_of_the_studies_are_trained_kept_and_read_back(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["torchvision:shufflenet_v2_x0_5", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
+def test_a_network_of_a_library_is_trained_and_kept_as_a_file_of_weights(name: str, tmp_path: Path) -> None:
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
     model = trained(made(f"finetune:{name}", random_weights=True, image_size=64), 1)
-    words = save_backbone(model, tmp_path / "tuned")
-    x = pixels(model, seed=2)
-    close(load_finetuned(tmp_path / "tuned", classifier_state(model))(x), model(x))
-    assert f"--weights {tmp_path / 'tuned' / 'model.safetensors'}" in words
-    assert model.cam_layer(x[:0].new_zeros(1, *_given(model))).ndim == 4
-
-
-def _given(model: Any) -> tuple[int, ...]:
-    """The shape of what the layer of Grad-CAM takes."""
-    shapes: list[tuple[int, ...]] = []
-    hook = model.cam_layer.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape[1:])))
-    model(pixels(model, 1))
-    hook.remove()
-    return shapes[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
-def test_networks_of_timm_are_trained_kept_and_read_back(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("timm")
-    model = trained(made(f"finetune:timm:{name}", random_weights=True, image_size=64))
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert not [key for key, _ in model.named_parameters() if ".fc." in key]
+    norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
+    assert all(norm.running_mean.any() for norm in norms), "BatchNorm was in training"
     words = save_backbone(model, tmp_path / "tuned").split()
+    assert words[::2] == ["--backbone", "--weights", "--image-size"] and words[5] == "64"
     x = pixels(model, seed=2)
+    given = model.preprocess.normalised(x)
     close(load_finetuned(tmp_path / "tuned", classifier_state(model))(x), model(x))
-    backbone = load_backbone(words[1], weights=words[3], image_size=int(words[5]))
-    found = backbone.forward(model.preprocess.normalised(x), {"tokens", model.vector} - {"cls"})
-    vector = found["tokens"][:, 0] if model.vector == "cls" else found[model.vector]
-    close(vector, model.vectors(model.preprocess.normalised(x)))
+    backbone = load_backbone(words[1], weights=words[3], image_size=64)
+    found = backbone.forward(given, {"tokens", model.vector} - {"cls"})
+    close(found["tokens"][:, 0] if model.vector == "cls" else found[model.vector], model.vectors(given))
+    check_cam_layer(model, x)
 
 
 def test_another_image_size_is_said_to_extract(tmp_path: Path) -> None:
@@ -253,7 +204,7 @@ def states_of(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", ["vit", "clip"])
+@pytest.mark.parametrize("kind", ["vit", "clip_vision"])
 def test_lora_trains_its_adapters_and_the_classifier_alone(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     folder = FOLDERS[kind](tmp_path / "begin")

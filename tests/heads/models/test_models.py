@@ -77,16 +77,6 @@ def test_large_starts_from_the_weights_that_the_articles_class_draws():
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 
 
-def test_large_has_the_articles_gradients():
-    ours, theirs = make_head("large", (6, 10), 4, generator()), ArticleLarge(4, tokens=6, width=10)
-    theirs.load_state_dict(ours.state_dict())
-    x, y = torch.randn(8, 6, 10), torch.randint(0, 4, (8,))
-    for model, given in ((ours, x), (theirs, x.transpose(1, 2))):
-        nn.functional.cross_entropy(model(given), y).backward()
-    torch.testing.assert_close(ours.fc1.weight.grad, theirs.fc1.weight.grad)
-    torch.testing.assert_close(ours.second.grad.transpose(1, 2).reshape(4, -1), theirs.fc2.weight.grad)
-
-
 def test_a_state_dict_of_another_shape_is_refused():
     with pytest.raises(RuntimeError, match="fc"):
         make_head("large", (6, 10), 4).load_state_dict(make_head("large", (6, 11), 4).state_dict())
@@ -94,9 +84,10 @@ def test_a_state_dict_of_another_shape_is_refused():
 
 @pytest.mark.parametrize("name", HEADS)
 def test_every_head_maps_its_shape_to_logits_and_its_layers_add_up(name):
-    given = input_of(name)
+    given, before = input_of(name), torch.get_rng_state()
     for more in [{}, {"gated": True}] if name == "attention" else [{}]:
-        model = make_head(name, given, 3, **more)
+        model = make_head(name, given, 3, generator(), **more)
+        assert torch.equal(before, torch.get_rng_state()), "torch's own generator is left as it was"
         assert model(torch.ones(2, *given.shape)).shape == (2, 3)
         described = describe_head(name, given, 3, **more)
         assert sum(layer["parameters"] for layer in described["layers"]) == described["parameters"]
@@ -134,18 +125,18 @@ def test_the_table_of_heads_gives_parameters_at_a_vit_b16():
 REGISTERS = Input((8, 3), ("reg0", "cls"), (2, 3))  # the class token is not always first
 
 
-def test_mean_linear_is_linear_on_the_mean_of_the_patches_alone():
-    ours, linear = make_head("mean-linear", REGISTERS, 4), make_head("linear", (3,), 4)
-    linear.load_state_dict(ours.state_dict())
+@pytest.mark.parametrize(
+    ("name", "vector"),
+    [
+        ("mean-linear", lambda x: x[:, 2:].mean(1)),
+        ("cls+mean", lambda x: torch.cat([x[:, 1], x[:, 2:].mean(1)], 1)),
+    ],
+)
+def test_heads_on_the_mean_of_the_patches_are_linear_on_it(name, vector):
     x = torch.randn(6, 8, 3)
-    torch.testing.assert_close(ours(x), linear(x[:, 2:].mean(1)))
-
-
-def test_cls_mean_is_linear_on_the_class_token_beside_the_mean():
-    ours, linear = make_head("cls+mean", REGISTERS, 4), make_head("linear", (6,), 4)
+    ours, linear = make_head(name, REGISTERS, 4), make_head("linear", (vector(x).shape[1],), 4)
     linear.load_state_dict(ours.state_dict())
-    x = torch.randn(6, 8, 3)
-    torch.testing.assert_close(ours(x), linear(torch.cat([x[:, 1], x[:, 2:].mean(1)], 1)))
+    torch.testing.assert_close(ours(x), linear(vector(x)))
 
 
 def test_attention_has_the_numbers_and_gradients_of_keys_and_values_of_every_token():
@@ -300,12 +291,10 @@ def test_a_head_comes_back_from_its_state_dict_and_one_of_another_size_is_refuse
 
 
 def test_a_gated_head_comes_back_as_one():
-    model = make_head("attention", TOKENS, 3, gated=True)
-    assert (
-        load_head("attention", TOKENS, 3, model.state_dict(), gated=True).attention(torch.ones(1, 5, 7)).shape[1] == 1
-    )
+    state = make_head("attention", TOKENS, 3, gated=True).state_dict()
+    assert load_head("attention", TOKENS, 3, state, gated=True).attention(torch.ones(1, 5, 7)).shape[1] == 1
     with pytest.raises(ValueError, match="numbers, the head"):
-        load_head("attention", TOKENS, 3, model.state_dict())
+        load_head("attention", TOKENS, 3, state)
 
 
 @pytest.mark.parametrize("name", [name for name, info in HEADS.items() if not info.solved])
@@ -333,12 +322,6 @@ def test_a_head_and_an_output_that_do_not_fit_are_refused_with_a_way_out():
         make_head("large", (768,), 2)
     with pytest.raises(BadOption, match=r"linear takes one vector \[D\].*\[197×768\].*large"):
         make_head("linear", (197, 768), 2)
-
-
-def test_the_global_generator_is_left_as_it_was():
-    before = torch.get_rng_state()
-    make_head("mlp", (7,), 3, generator())
-    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_heads_randomness_goes_on_where_it_stopped_whatever_happens_outside():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.gradients import check_cam_layer
 from torch import nn
 from torch.nn import functional
 
@@ -189,23 +190,7 @@ def test_settings_of_the_studies() -> None:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_grad_cam_finds_a_layer_whose_places_all_have_a_gradient(name: str) -> None:
-    model: Any = make_baseline(name, image_size=64, classes=3).eval()
-    seen: list[torch.Tensor] = []
-
-    def keep(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-        output.retain_grad()
-        seen.append(output)
-
-    hook = model.cam_layer.register_forward_hook(keep)
-    model(pixels(2, 64))[:, 1].sum().backward()
-    hook.remove()
-    (output,) = seen
-    assert output.grad is not None
-    if model.cam_grid is None:
-        assert output.ndim == 4 and output.grad.abs().sum((1, 2, 3)).min() > 0
-    else:
-        prefix, h, w = model.cam_grid
-        assert output.shape[1] == prefix + h * w and output.grad.abs().sum(2).min() > 0
+    check_cam_layer(make_baseline(name, image_size=64, classes=3).eval(), pixels(2, 64))
 
 
 @pytest.mark.integration

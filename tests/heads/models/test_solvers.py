@@ -51,26 +51,22 @@ def alpha(setting, x):
     return setting["lambda"] * len(x) * x.double().numpy().var(0).mean()
 
 
-@pytest.mark.parametrize(("n", "width"), [(120, 9), (14, 40), (10, 10), (50, 1), (5, 2), (2, 3)])
-def test_ridge_is_scikit_learns_ridge_classifier_at_every_penalty(n, width, monkeypatch):
+SHAPES = [(120, 9), (14, 40), (10, 10), (50, 1), (5, 2), (2, 3)]
+
+
+@pytest.mark.parametrize(("n", "width", "exact", "rtol"), [*((*s, None, 1e-4) for s in SHAPES), (120, 9, 0, 1e-3)])
+def test_ridge_is_scikit_learns_ridge_classifier_at_every_penalty(n, width, exact, rtol, monkeypatch):
+    """Of many images (more than ``EXACT``) the sums are in float32."""
     monkeypatch.setattr(solvers, "ROWS", 50)
+    monkeypatch.setattr(solvers, "EXACT", solvers.EXACT if exact is None else exact)
     x, y = toy(n, width, 3 if n > 2 else 2)
     for setting, model in solve("ridge", x, y):
         theirs = RidgeClassifier(alpha=alpha(setting, x), solver="svd").fit(x.numpy().astype(np.float64), y)
         w, b = weights(model)
         if n == 2:
             w, b = w[1:], b[1:]
-        np.testing.assert_allclose(w, np.atleast_2d(theirs.coef_), rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(b, theirs.intercept_, rtol=1e-4, atol=1e-5)
-
-
-def test_ridge_of_many_images_sums_in_float32_and_stays_near_scikit_learn(monkeypatch):
-    monkeypatch.setattr(solvers, "EXACT", 0)
-    monkeypatch.setattr(solvers, "ROWS", 50)
-    x, y = toy()
-    for setting, model in solve("ridge", x, y):
-        theirs = RidgeClassifier(alpha=alpha(setting, x), solver="svd").fit(x.numpy().astype(np.float64), y)
-        np.testing.assert_allclose(weights(model)[0], theirs.coef_, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(w, np.atleast_2d(theirs.coef_), rtol=rtol, atol=1e-5 if exact == 0 else 1e-6)
+        np.testing.assert_allclose(b, theirs.intercept_, rtol=rtol, atol=1e-5)
 
 
 def test_ridge_of_channels_that_are_copies_of_each_other_is_finite(monkeypatch):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from matplotlib.textpath import TextPath
+from sklearn.metrics import confusion_matrix, roc_auc_score
 from support.fake_view import label_view, toy_view
 
 import heads
@@ -32,8 +33,6 @@ def numbers(svg: str) -> list[float]:
 
 @pytest.mark.integration
 def test_the_confusion_matrix_is_that_of_scikit_learn(tmp_path):
-    from sklearn.metrics import confusion_matrix
-
     run, answers = train(toy_view(n=400, classes=5, noise=3.0), tmp_path / "run")
     with (run.path / "predictions.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
@@ -61,8 +60,6 @@ def test_folds_are_counted_together_and_seeds_averaged(tmp_path):
 
 @pytest.mark.integration
 def test_the_roc_curve_goes_through_the_points_of_scikit_learn(tmp_path):
-    from sklearn.metrics import roc_auc_score
-
     run, answers = train(toy_view(n=600, noise=6.0), tmp_path / "run")
     truth, score = figures.truth_and_score("binary", answers, 1)
     area = np.trapezoid(figures._roc_points(truth, score), figures.GRID)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from support.fake_view import FakeView, label_view, toy_view
+from support.fake_view import label_view, toy_view
 
 from featurecache.errors import CannotWrite, RunError
 from heads.api import train_head
@@ -28,12 +29,6 @@ FILES = {
     "answers.safetensors", "head.safetensors", "report.html",
     "curves.png", "confusion.png", "roc.png",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def quick(view=None, head="linear", **options):
@@ -93,31 +88,22 @@ def test_metrics_csv_says_what_metrics_json_says():
     assert float(values["linear", "val", "kind 0", "recall"]) == run.metrics["val"]["per_class"]["kind 0"]["recall"]
 
 
-def test_names_with_commas_quotes_and_line_breaks_stay_in_their_cells():
+@pytest.mark.parametrize("classes", [['no, "none"', "yes\n$x_1$"], ["正常", "肺炎"]])
+def test_names_in_any_script_with_commas_quotes_and_line_breaks_stay_in_their_cells(classes):
     view = toy_view(n=200, splits="given", noise=2)
-    view.ids = [f'a,"{i}"\nb\r;=1' for i in range(200)]
-    view.classes = ['no, "none"', "yes\n$x_1$"]
-    rows = table(quick(view).path / "predictions.csv")
-    assert {row["id"] for row in rows} < set(view.ids)
-    assert {row["label"] for row in rows} == set(view.classes)
+    view.ids, view.classes = [f'a,"{i}"\nb\r;=1' for i in range(200)], classes
+    run = quick(view)
+    rows = table(run.path / "predictions.csv")
+    assert {row["id"] for row in rows} < set(view.ids) and {row["label"] for row in rows} == set(classes)
+    assert load_run(run.path).config["positive"] == classes[1]
 
 
-def test_class_names_in_any_script_are_no_reason_to_fail():
-    view = toy_view(n=200, splits="given")
-    view.classes = ["正常", "肺炎"]
-    assert load_run(quick(view).path).config["positive"] == "肺炎"
-
-
-def test_undefined_measures_are_null_in_json():
+def test_undefined_measures_are_null_in_json_and_the_head_file_is_a_plain_state_dict():
     view = toy_view(n=300, classes=3, splits="given")
     view.labels[[s == "test" and y == 2 for s, y in zip(view.splits, view.labels, strict=True)]] = 1
-    run = quick(view)
+    run = quick(view, head="large")
     assert run.metrics["test"]["per_class"]["kind 2"]["auroc"] is None
     assert "NaN" not in (run.path / "metrics.json").read_text()
-
-
-def test_the_head_file_is_a_plain_state_dict():
-    run = quick(head="large")
     assert list(load_file(run.path / "head.safetensors")) == ["fc1.bias", "fc1.weight", "fc2.bias", "fc2.weight"]
 
 
@@ -132,19 +118,16 @@ def test_a_folder_with_another_run_is_refused_and_overwrite_replaces_it():
     assert [p.name for p in Path().iterdir()] == ["mine"]
 
 
-def test_a_folder_of_other_files_is_never_replaced():
+def test_a_folder_of_other_files_is_never_replaced_and_an_empty_one_may_be_given():
     Path("photos").mkdir()
-    Path("photos/cat.jpg").write_text("x")
+    assert quick(out="photos").path.resolve() == Path("photos").resolve()
+    Path("others").mkdir()
+    Path("others/cat.jpg").write_text("x")
     with pytest.raises(RunError, match="holds other files and no run"):
-        quick(out="photos", overwrite=True)
+        quick(out="others", overwrite=True)
     with pytest.raises(RunError, match="is a file"):
-        quick(out="photos/cat.jpg")
-    assert Path("photos/cat.jpg").read_text() == "x"
-
-
-def test_an_empty_folder_may_be_given():
-    Path("empty").mkdir()
-    assert quick(out="empty").path.resolve() == Path("empty").resolve()
+        quick(out="others/cat.jpg")
+    assert Path("others/cat.jpg").read_text() == "x"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
@@ -199,6 +182,10 @@ def test_a_damaged_run_is_refused():
     (run.path / "head.safetensors").write_bytes(whole[:-7])
     with pytest.raises(RunError, match="damaged"):
         load_run(run.path).model  # noqa: B018
+    splits = (run.path / "splits.csv").read_text()
+    (run.path / "splits.csv").write_text("".join(splits.splitlines(keepends=True)[:9]))
+    with pytest.raises(RunError, match="what it says of val is not whole"):
+        load_run(run.path).answers("val")
     config = json.loads((run.path / "config.json").read_text())
     (run.path / "head.safetensors").write_bytes(whole)
     (run.path / "config.json").write_text(json.dumps({**config, "classes": ["a", "b", "c"]}))
@@ -210,9 +197,6 @@ def test_a_damaged_run_is_refused():
     (run.path / "config.json").write_text("{")
     with pytest.raises(RunError, match="is damaged"):
         load_run(run.path)
-
-
-def test_what_is_no_folder_is_no_run():
     with pytest.raises(RunError, match="is not a folder"):
         load_run("runs/nothing")
 
@@ -253,16 +237,12 @@ def test_the_final_table_has_val_and_test_and_names_the_positive_class():
     assert "untrained" not in text
 
 
-def untrained(control_rows=3) -> FakeView:
-    return toy_view(n=300, splits="given", noise=2, untrained=True)
-
-
 def test_untrained_weights_bring_the_controls_first_and_one_sentence(monkeypatch):
     monkeypatch.setattr(
         "heads.evaluation.controls.pixel_control",
         lambda *a: {"name": "pixels, logistic regression", "val": None, "test": None, "note": "gone"},
     )
-    run = quick(untrained())
+    run = quick(toy_view(n=300, splits="given", noise=2, untrained=True))
     lines = tables.final_table(run).splitlines()
     assert [line.split("  ")[0] for line in lines[1:4]] == ["chance", "majority class", "pixels, logistic regression"]
     assert lines[4].startswith("linear on cls")
@@ -285,8 +265,6 @@ def test_a_comparison_of_different_test_sets_says_so():
 
 
 def test_pictures_of_many_classes_and_of_labels_are_drawn():
-    from PIL import Image
-
     for view in (toy_view(n=720, classes=24), toy_view(n=400, classes=12), label_view(labels=6)):
         run = quick(view)
         for name in ("curves.png", "confusion.png", "roc.png"):

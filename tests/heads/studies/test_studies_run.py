@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from heads.studies.spec import Extract, Heads, ImageSet, Network, PublishedNumbe
 from heads.sweeps.journal import read_journal
 from heads.training.network import Checkpoint
 
-CHROMIUM = "/usr/bin/chromium"
 EVIL = "</script><img src=x onerror=alert(1)>"
 SMALL = Study(
     name="small",
@@ -170,8 +170,6 @@ def test_asked_for_otherwise_the_folder_is_refused(done, options, says):
 
 
 def test_other_images_are_refused(done, tmp_path, data):
-    import shutil
-
     other = tmp_path / "set"
     shutil.copytree(data, other)
     (other / "train/one/00.png").rename(other / "train/two/90.png")
@@ -188,6 +186,9 @@ def test_a_folder_of_something_else_and_a_damaged_one_are_refused(done, tmp_path
     (tmp_path / "note.txt").unlink()
     (tmp_path / "study.json").write_text('{"format": 1, "study": "large", "asked": {}}')
     with pytest.raises(RunError, match="holds the study large"):
+        runner.run_study("small", data=[str(data)], quick=True, out=tmp_path)
+    (tmp_path / "study.json").write_text('{"format": 99, "study": "small", "asked": {}}')
+    with pytest.raises(RunError, match="is not what featurecache"):
         runner.run_study("small", data=[str(data)], quick=True, out=tmp_path)
     (tmp_path / "study.json").write_text('{"format": 1, "study"')
     with pytest.raises(RunError, match="is damaged"):
@@ -311,33 +312,19 @@ def test_names_that_are_html_stay_text(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "colours"), [(1200, "light"), (400, "dark")])
-def test_in_a_browser_it_asks_for_nothing_sorts_and_does_not_scroll_sideways(done, width, colours):
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not Path(CHROMIUM).exists():
-        pytest.skip(f"there is no {CHROMIUM}")
-    heard: list[str] = []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=colours)
-        tab = context.new_page()
-        tab.on("console", lambda message: heard.append(message.text))
-        tab.on("pageerror", lambda error: heard.append(str(error)))
-        tab.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else heard.append(r.url))
-        tab.goto((done.folder / "report.html").resolve().as_uri())
-        tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        dead = "a => !document.getElementById(a.getAttribute('href').slice(1))"
-        assert tab.evaluate(f"[...document.querySelectorAll('a[href^=\"#\"]')].filter({dead}).length") == 0
-        ids = tab.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
-        assert len(ids) == len(set(ids))
-        table = tab.locator('table[aria-label="Images of set"]')
-        table.locator("th").nth(1).locator("button").click()
-        assert table.locator("th").nth(1).get_attribute("aria-sort") == "descending"
-        grey = tab.evaluate("getComputedStyle(document.querySelector('tr.greyed td')).color")
-        ink = tab.evaluate("getComputedStyle(document.body).color")
-        assert grey != ink
-        marked = "e => getComputedStyle(document.querySelector(e), '::after').content"
-        assert "untrained" in tab.evaluate(marked, "#part-leaderboard .sheet")
-        assert "untrained" not in tab.evaluate(marked, "#images .sheet")
-        browser.close()
-    assert heard == []
+def test_in_a_browser_it_asks_for_nothing_sorts_and_does_not_scroll_sideways(done, opened, width, colours):
+    tab = opened(done.folder / "report.html", width, colours)
+    tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    dead = "a => !document.getElementById(a.getAttribute('href').slice(1))"
+    assert tab.evaluate(f"[...document.querySelectorAll('a[href^=\"#\"]')].filter({dead}).length") == 0
+    ids = tab.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    head = tab.locator('table[aria-label="Images of set"] th').nth(1)
+    head.locator("button").click()
+    assert head.get_attribute("aria-sort") == "descending"
+    grey = tab.evaluate("getComputedStyle(document.querySelector('tr.greyed td')).color")
+    assert grey != tab.evaluate("getComputedStyle(document.body).color")
+    marked = "e => getComputedStyle(document.querySelector(e), '::after').content"
+    assert "untrained" in tab.evaluate(marked, "#part-leaderboard .sheet")
+    assert "untrained" not in tab.evaluate(marked, "#images .sheet")

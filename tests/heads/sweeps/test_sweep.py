@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -55,29 +56,18 @@ def content(folder):
     return rows, {(path.name, name): (path / name).read_bytes() for path in runs for name in names}
 
 
-def trained(monkeypatch):
-    """Which settings are handed to training from here on."""
-    asked = []
-    whole = sweep_run.train_together
+def trained(patch, stop=None):
+    """Which settings are handed to training from here on; Ctrl-C in the training after ``stop`` calls."""
+    asked, whole, calls = [], sweep_run.train_together, iter(range(10**6))
 
     def counted(job, settings, **more):
+        if next(calls) == stop:
+            raise KeyboardInterrupt
         asked.extend(settings)
         return whole(job, settings, **more)
 
-    monkeypatch.setattr(sweep_run, "train_together", counted)
+    patch.setattr(sweep_run, "train_together", counted)
     return asked
-
-
-def stopped_after(monkeypatch, calls):
-    """Ctrl-C in the training after so many."""
-    whole, count = sweep_run.train_together, iter(range(10**6))
-
-    def stopping(job, settings, **more):
-        if next(count) >= calls:
-            raise KeyboardInterrupt
-        return whole(job, settings, **more)
-
-    monkeypatch.setattr(sweep_run, "train_together", stopping)
 
 
 def trained_alone(view, settings):
@@ -158,16 +148,28 @@ def test_choice_at_the_end_of_the_grid_is_said(tmp_path):
     assert "weight decay 0 (" not in said[-1]
 
 
-@pytest.mark.parametrize("calls", [0, 1, 3])
-def test_a_stopped_sweep_goes_on_to_the_same_rows_and_the_same_bytes(tmp_path, calls):
-    options = {"lr": "1e-3,1e-1", "repeats": 2}
-    sweep(view_of(), "linear,large", tmp_path / "whole", **options)
+SEARCH = {"lr": "1e-4..1e-1", "search": "optuna", "epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("heads", "options", "calls"),
+    [
+        *(("linear,large", {"lr": "1e-3,1e-1", "repeats": 2}, calls) for calls in (0, 1, 3)),
+        ("linear,ridge", {**SEARCH, "weight_decay": "0,1e-3", "trials": 18}, 2),
+    ],
+)
+def test_a_stopped_sweep_goes_on_to_the_same_rows_and_the_same_bytes(tmp_path, heads, options, calls):
+    sweep(view_of(), heads, tmp_path / "whole", **options)
     with pytest.MonkeyPatch.context() as patch:
-        stopped_after(patch, calls)
+        trained(patch, stop=calls)
         with pytest.raises(sweep_run.Stopped, match="the same command continues"):
-            sweep(view_of(), "linear,large", tmp_path / "s", **options)
-    sweep(view_of(), "linear,large", tmp_path / "s", **options)
+            sweep(view_of(), heads, tmp_path / "s", **options)
+    sweep(view_of(), heads, tmp_path / "s", **options)
     assert content(tmp_path / "s") == content(tmp_path / "whole")
+    if "search" in options:
+        rows = load_sweep(tmp_path / "whole").rows
+        lrs = {row["settings"]["lr"] for row in rows if row["head"] == "linear"}
+        assert len(lrs) == 18 and all(1e-4 <= lr <= 1e-1 for lr in lrs)
 
 
 def test_a_torn_line_or_set_is_trained_again(tmp_path):
@@ -180,18 +182,6 @@ def test_a_torn_line_or_set_is_trained_again(tmp_path):
         (tmp_path / "whole" / "rows.jsonl").write_bytes(data[:cut])
         sweep(view_of(), "linear,mlp", tmp_path / "whole", **options)
         assert content(tmp_path / "whole") == wanted
-
-
-def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
-    found = sweep(view_of(), "linear", tmp_path / "s", lr="1e-3,1e-2,1e-1")
-    file = found.path / "rows.jsonl"
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join([lines[0], lines[1][:40], lines[2], ""]))
-    with pytest.raises(RunError, match="line 2 is none of its rows"):
-        sweep(view_of(), "linear", tmp_path / "s", lr="1e-3,1e-2,1e-1")
-    file.write_text("\n".join([lines[0], lines[2], ""]))
-    again = sweep(view_of(), "linear", tmp_path / "s", lr="1e-3,1e-2,1e-1")
-    assert {r["key"] for r in again.rows} == {r["key"] for r in found.rows}
 
 
 def test_a_chosen_run_that_was_lost_is_trained_again_to_the_same_bytes(tmp_path):
@@ -207,7 +197,7 @@ def test_a_chosen_run_that_was_lost_is_trained_again_to_the_same_bytes(tmp_path)
 def test_a_damaged_head_on_the_shelf_is_not_believed(tmp_path):
     sweep(view_of(), "linear", tmp_path / "whole", lr="1e-3,1e-2", repeats=2)
     with pytest.MonkeyPatch.context() as patch:
-        stopped_after(patch, 1)
+        trained(patch, stop=1)
         with pytest.raises(sweep_run.Stopped):
             sweep(view_of(), "linear", tmp_path / "s", lr="1e-3,1e-2", repeats=2)
     for file in (tmp_path / "s" / ".unchosen").iterdir():
@@ -295,8 +285,7 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path):
         sweep(view_of(), "linear", tmp_path / "s", seeds=2)
 
 
-def test_without_out_the_same_sweep_goes_on_and_another_gets_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_without_out_the_same_sweep_goes_on_and_another_gets_a_folder_of_its_own():
     first = ablate(view_of(), "linear", epochs=1)
     assert ablate(view_of(), "linear", epochs=1, seeds=2).path == first.path
     assert ablate(view_of(n=140), "linear", epochs=1).path.name == "ablate-toy-2"
@@ -314,21 +303,16 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(tmp_path):
 
 
 def test_fractions_are_nested_and_share_val_and_test(tmp_path):
-    found = sweep(view_of(), "linear", tmp_path / "s", fractions="0.1,0.5,1", repeats=2)
-    parts = defaultdict(dict)
-    for family in found.families:
+    parts = {}
+    for family in sweep(view_of(), "linear", tmp_path / "s", fractions="0.1,0.5,1", repeats=2).families:
         for run in family.runs:
-            names = (run.path / "splits.csv").read_text().splitlines()[1:]
-            split = [line.split(",")[1].strip('"') for line in names]
-            repeat = run.config["sweep"]["repeat"]
-            parts[repeat][family.fraction] = {
-                s: {i for i, x in enumerate(split) if x == s} for s in ("train", "val", "test")
-            }
-    for by_fraction in parts.values():
-        assert by_fraction[0.1]["train"] < by_fraction[0.5]["train"] < by_fraction[1.0]["train"]
-        assert by_fraction[0.1]["val"] == by_fraction[1.0]["val"]
-        assert by_fraction[0.1]["test"] == by_fraction[1.0]["test"]
-    assert parts[0][1.0]["test"] != parts[1][1.0]["test"]
+            used, repeat = division(run), run.config["sweep"]["repeat"]
+            for s in ("train", "val", "test"):
+                parts[repeat, family.fraction, s] = {i for i, split in used.items() if split == s}
+    for repeat in (0, 1):
+        assert parts[repeat, 0.1, "train"] < parts[repeat, 0.5, "train"] < parts[repeat, 1.0, "train"]
+        assert all(parts[repeat, 0.1, s] == parts[repeat, 1.0, s] for s in ("val", "test"))
+    assert parts[0, 1.0, "test"] != parts[1, 1.0, "test"]
 
 
 def test_folds_test_every_image_once_and_leave_the_given_test_alone(tmp_path):
@@ -349,39 +333,35 @@ def test_repeats_of_given_splits_say_what_varies(tmp_path):
     assert any("only the fraction and the order of batches vary" in line for line in said)
 
 
-def other_view(view, order, failed=(), **more):
-    """The same images through another backbone: other features, another order, some not readable."""
+def rows_of(view, order, failed=(), **more):
+    """The view with its rows in another order, without those that could not be read."""
     keep = np.array([i for i in order if i not in failed])
-    rng = np.random.default_rng(9)
-    features = {
-        name: (x[keep].float() @ torch.from_numpy(rng.normal(size=(8, 6))).float()).half()
-        for name, x in view.features.items()
-    }
-    changed = {
-        "features": features, "labels": view.labels[keep], "splits": [view.splits[i] for i in keep],
-        "ids": [view.ids[i] for i in keep], "digests": view.digests[keep], "fingerprint": "b" * 64,
-        "label": "resnet-toy/toy", "failed": [{"id": view.ids[i], "reason": "torn"} for i in failed],
-    }  # fmt: skip
+    lists = {name: getattr(view, name) for name in ("ids", "splits", "groups")}
+    changed = {name: values and [values[i] for i in keep] for name, values in lists.items()}
+    changed |= {"features": {name: x[torch.from_numpy(keep)] for name, x in view.features.items()}}
+    changed |= {"labels": view.labels[keep], "digests": view.digests[keep]}
+    changed |= {"failed": [{"id": view.ids[i], "reason": "torn"} for i in failed]}
     return replace(view, **changed | more)
 
 
-def without(view, row):
-    """The view as it would be if this image could not be read."""
-    keep = np.delete(np.arange(len(view)), row)
-    columns = {name: [getattr(view, name)[i] for i in keep] for name in ("ids", "splits", "groups")}
-    features = {name: x[torch.from_numpy(keep)] for name, x in view.features.items()}
-    failed = [{"id": view.ids[row], "reason": "torn"}]
-    return replace(
-        view, features=features, labels=view.labels[keep], digests=view.digests[keep], failed=failed, **columns
-    )
+def other_view(view, order, failed=(), **more):
+    """The same images through another backbone: other features, another order, some not readable."""
+    weight = torch.from_numpy(np.random.default_rng(9).normal(size=(8, 6))).float()
+    other = rows_of(view, order, failed, fingerprint="b" * 64, label="resnet-toy/toy")
+    return replace(other, features={name: (x.float() @ weight).half() for name, x in other.features.items()}, **more)
+
+
+def division(run):
+    """Image → split, of those that the run used."""
+    with (run.path / "splits.csv").open(newline="") as file:
+        return {row["id"]: row["split"] for row in csv.DictReader(file) if row["split"]}
 
 
 def test_views_in_other_orders_that_lack_images_are_divided_alike(tmp_path):
     first = view_of(groups=[f"patient {i // 3}" for i in range(150)])
     order = np.random.default_rng(1).permutation(150)
     second = other_view(first, order, failed=(3, 77))
-    second.groups = [first.groups[i] for i in order if i not in (3, 77)]
-    first = without(first, 40)
+    first = rows_of(first, range(150), failed=(40,))
     said = []
     found = sweep(
         [first, second], "linear", tmp_path / "s", lr="1e-3,1e-1", fractions="0.4,1", repeats=2, say=said.append
@@ -391,10 +371,7 @@ def test_views_in_other_orders_that_lack_images_are_divided_alike(tmp_path):
     names = {}
     for family in found.families:
         for run in family.runs:
-            table = dict(
-                line.replace('"', "").split(",") for line in (run.path / "splits.csv").read_text().splitlines()[1:]
-            )
-            used = {k: v for k, v in table.items() if v}
+            used = division(run)
             assert names.setdefault((family.fraction, run.config["sweep"]["repeat"]), used) == used
 
 
@@ -460,6 +437,8 @@ def test_a_head_that_does_not_stay_finite_is_a_row_that_says_so_and_no_candidate
     assert {row["settings"]["lr"] for row in failed} == {1e30}
     assert all(row["val"] is None for row in failed)
     assert found.families[0].runs[0].config["settings"]["lr"] == 1e-3
+    with pytest.raises(ProtocolError, match=r"No setting of any head worked.*rows\.jsonl says why"):
+        sweep(view, "mlp", tmp_path / "none", lr="1e30")
 
 
 def test_multilabel_sweeps_over_folds_and_fractions(tmp_path):
@@ -499,6 +478,7 @@ def test_the_record_says_what_was_asked_each_time(tmp_path):
         ({"seed": 3}, "--seed is for one head"),
         ({"search": "optuna"}, "go together"),
         ({"trials": 3}, "go together"),
+        ({"search": "grid", "trials": 3}, "it is optuna, or left out"),
         ({"lr": "1e-4..1e-2"}, "for --search"),
         ({"search": "optuna", "trials": 3}, "nothing to choose for linear"),
         ({"lrr": 3}, "no such option"),
@@ -510,22 +490,8 @@ def test_a_mistaken_option_is_named_before_anything_is_written(tmp_path, options
     assert not (tmp_path / "s").exists()
 
 
-def test_a_search_that_was_stopped_goes_on_as_it_would_have(tmp_path):
-    options = {"lr": "1e-4..1e-1", "weight_decay": "0,1e-3", "search": "optuna", "trials": 18, "epochs": 1}
-    sweep(view_of(), "linear,ridge", tmp_path / "whole", **options)
-    with pytest.MonkeyPatch.context() as patch:
-        stopped_after(patch, 2)
-        with pytest.raises(sweep_run.Stopped):
-            sweep(view_of(), "linear,ridge", tmp_path / "s", **options)
-    sweep(view_of(), "linear,ridge", tmp_path / "s", **options)
-    assert content(tmp_path / "s") == content(tmp_path / "whole")
-    lrs = [row["settings"]["lr"] for row in load_sweep(tmp_path / "whole").rows if row["head"] == "linear"]
-    assert len(set(lrs)) == 18
-    assert all(1e-4 <= lr <= 1e-1 for lr in lrs)
-
-
 def test_a_search_stopped_between_results_of_a_batch_goes_on_with_that_batch(tmp_path, monkeypatch):
-    options = {"lr": "1e-4..1e-1", "search": "optuna", "trials": 11, "epochs": 1}
+    options = SEARCH | {"trials": 11}
     sweep(view_of(), "linear", tmp_path / "whole", **options)
     begun, told, proposed, tell = [], iter(range(100)), heads.sweeps.search._proposed, heads.sweeps.search._tell
 
@@ -548,39 +514,30 @@ def test_a_search_stopped_between_results_of_a_batch_goes_on_with_that_batch(tmp
 
 
 def test_a_search_is_enlarged_by_more_trials(tmp_path, monkeypatch):
-    options = {"lr": "1e-4..1e-1", "search": "optuna", "epochs": 1}
-    sweep(view_of(), "linear", tmp_path / "s", trials=3, **options)
+    sweep(view_of(), "linear", tmp_path / "s", trials=3, **SEARCH)
     asked = trained(monkeypatch)
-    sweep(view_of(), "linear", tmp_path / "s", trials=5, **options)
+    sweep(view_of(), "linear", tmp_path / "s", trials=5, **SEARCH)
     assert len(asked) == 2
 
 
 def test_a_search_never_looks_at_test(tmp_path):
     """Its labels may be anything: the same settings are tried and chosen."""
-    options = {"lr": "1e-4..1e-1", "search": "optuna", "trials": 9, "epochs": 1}
     chosen = []
     for flip in (False, True):
         view = view_of(splits="given")
         if flip:
             test = np.array(view.splits) == "test"
             view.labels[test] = 1 - view.labels[test]
-        found = sweep(view, "linear", tmp_path / str(flip), **options)
+        found = sweep(view, "linear", tmp_path / str(flip), trials=9, **SEARCH)
         chosen.append(([r["settings"]["lr"] for r in found.rows], found.families[0].runs[0].config["settings"]["lr"]))
     assert chosen[0] == chosen[1]
 
 
-def test_a_search_without_its_package_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(BadOption, match=r"pip install 'featurecache\[optuna\]'"):
-        sweep(view_of(), "linear", tmp_path / "s", lr="1e-4..1e-1", search="optuna", trials=3)
-
-
 def test_a_damaged_storage_says_what_to_delete(tmp_path):
-    options = {"lr": "1e-4..1e-1", "search": "optuna", "trials": 2, "epochs": 1}
-    found = sweep(view_of(), "linear", tmp_path / "s", **options)
+    found = sweep(view_of(), "linear", tmp_path / "s", trials=2, **SEARCH)
     (found.path / "search.db").write_bytes(b"x" * 5000)
     with pytest.raises(RunError, match="Delete it"):
-        sweep(view_of(), "linear", tmp_path / "s", **options | {"trials": 3})
+        sweep(view_of(), "linear", tmp_path / "s", trials=3, **SEARCH)
 
 
 def test_rows_are_found_with_the_set_they_were_trained_in(tmp_path):
@@ -621,7 +578,6 @@ def test_killed_in_the_middle_goes_on_to_the_same_rows_and_bytes(tmp_path, lines
 
 def cached(tmp_path, monkeypatch):
     """A cache with a view of 60 images; runs and reports go into tmp_path."""
-    monkeypatch.chdir(tmp_path)
     make_view(tmp_path / "cache", range(60), per_shard=60)
     monkeypatch.setenv("FEATURECACHE_DIR", str(tmp_path / "cache"))
 
@@ -639,18 +595,11 @@ def test_the_command_trains_compares_and_writes_the_page(tmp_path, monkeypatch):
     assert "sweep      runs/ablate-set-1/   rows: 4" in done.stdout
     assert (tmp_path / "runs" / "ablate-set-1" / "report.html").is_file()
     assert done.stderr.splitlines()[-1].startswith("next       featurecache predict --run runs/ablate-set-1/heads/")
-    again = run("--heads", "linear,large", "--lr", "1e-3,1e-2", "--features", "tiny/set", "--no-controls", "--json")
-    record = json.loads(again.stdout)
+    words = ("--heads", "linear,large", "--lr", "1e-3,1e-2", "--features", "tiny/set", "--no-controls", "--json")
+    record = json.loads(run(*words, "--show-test", "all").stdout)
+    assert all(row["test"] for row in record["rows"])
     assert record["sweep"] == "runs/ablate-set-1"
     assert {family["head"] for family in record["families"]} == {"linear", "large"}
-
-
-def test_test_is_shown_for_chosen_rows_unless_all_are_asked_for(tmp_path, monkeypatch):
-    cached(tmp_path, monkeypatch)
-    words = ("--heads", "linear", "--lr", "1e-3,1e-2,1e-1", "--features", "tiny/set", "--no-controls", "--json")
-    shown = [json.loads(run(*words, *more).stdout)["rows"] for more in ((), ("--show-test", "all"))]
-    assert [sum(row["test"] is not None for row in rows) for rows in shown] == [1, 3]
-    assert all(row["val"] is not None for rows in shown for row in rows)
 
 
 def test_the_command_says_what_it_would_do_and_what_it_cannot(tmp_path, monkeypatch):

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 import heads
-from featurecache.errors import BadOption, CannotWrite, RunError, Stopped, UnknownHead
+from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError, Stopped, UnknownHead
 from featurecache.extraction.plan import extract
 from featurecache.images.preprocessing import Preprocess
 from featurecache.sources.base import Dataset, ImageArrays
@@ -21,10 +22,13 @@ from featurecache.store.write_view import open_view
 from heads.api import train_baseline
 from heads.evaluation.comparison import compare
 from heads.evaluation.external import evaluate_run
-from heads.evaluation.families import families_of
+from heads.evaluation.families import families_of, names_of
 from heads.pixel_view import PixelView, open_pixels
+from heads.reports.figures import pareto_figures
+from heads.reports.provenance import train_command
 from heads.runs.run import pixels_of
 from heads.settings import Settings
+from heads.sweeps.grid import SweepSpec
 from heads.training.batches import Augmenter
 from heads.training.job import check_options
 from heads.training.network import Checkpoint, settings_of
@@ -34,8 +38,6 @@ QUICK = {"epochs": 2, "image_size": 8, "batch_size": 16, "report": False, "augme
 
 def digits(n=72, classes=3, broken=()):
     """The first n of scikit-learn's digits of so many classes; ``broken``: rows that are no images."""
-    from sklearn.datasets import load_digits
-
     found = load_digits()
     rows = np.flatnonzero(found.target < classes)[:n]
     images = np.rint(found.images[rows] * (255 / 16)).astype(np.uint8)
@@ -67,15 +69,19 @@ def test_pixels_are_those_of_the_preprocessing_in_the_order_of_the_data():
     expected = [view.preprocess.resized(torch.from_numpy(data.read(row))[None].expand(3, -1, -1)) for row in (6, 0)]
     assert torch.equal(images, torch.stack(expected))
     assert view.failed == [{"id": data.ids[3], "reason": view.failed[0]["reason"]}] and len(view) == 29
+    with pytest.raises(ProtocolError, match=r"digits: no image can be read \(.+\)"):
+        open_pixels(digits(5, broken=range(5)), ["cnn-cifar"], 12)
     assert view.ids == data.ids[:3] + data.ids[4:] and view.meta["place"].tolist()[2:4] == [2, 4]
 
 
 def test_pixels_beyond_memory_lie_in_a_file_and_are_the_same(monkeypatch):
     data = digits(20)
     (memory,) = open_pixels(data, ["cnn-cifar"], 8)
+    files, memmap = [], np.memmap
+    monkeypatch.setattr(np, "memmap", lambda *given, **more: files.append(given) or memmap(*given, **more))
     monkeypatch.setattr("heads.pixel_view.memory_for_features", lambda: 100)
     (mapped,) = open_pixels(data, ["cnn-cifar"], 8)
-    assert torch.equal(memory.tensor("pixels-8"), mapped.tensor("pixels-8"))
+    assert torch.equal(memory.tensor("pixels-8"), mapped.tensor("pixels-8")) and len(files) == 1
 
 
 def test_pixels_that_neither_memory_nor_disk_holds_are_refused_before_any_is_read(monkeypatch):
@@ -115,12 +121,6 @@ def test_a_run_predicts_what_its_network_says_of_the_same_pixels(run):
     assert "error" in heads.predict(run, [b"nothing"])[0]
 
 
-def test_a_run_says_what_it_cost_and_what_it_saw(run):
-    assert run.config["parameters"] == 174_803 and run.config["spec"]["kind"] == "pixels"
-    cost = run.config["cost"]
-    assert cost["forward_ms"] == 0 and cost["loading_ms"] > 0 and 0 < cost["seconds_to_best"] <= cost["train_seconds"]
-
-
 def test_a_training_ends_with_the_weights_of_its_best_epoch(tmp_path):
     worse = {"lr": 0.3, "select": "loss"}
     long = trained(tmp_path / "long", epochs=3, **worse)
@@ -129,17 +129,23 @@ def test_a_training_ends_with_the_weights_of_its_best_epoch(tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in long.model.state_dict().items())
 
 
+def stopped_in(epoch):
+    def say(line):
+        if line.startswith(f"epoch  {epoch}"):
+            raise KeyboardInterrupt
+
+    return say
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_an_interrupted_training_goes_on_to_the_same_bytes(tmp_path, optimizer):
     more = {"epochs": 4, "optimizer": optimizer, "augment": "flip,rotate10", "schedule": "plateau", "seed": 3}
     trained(tmp_path / "whole", **more)
 
-    def stop(line):
-        if line.startswith("epoch  3"):
-            raise KeyboardInterrupt
-
+    with pytest.raises(Stopped, match=r"in the first epoch\. Nothing was kept"):
+        trained(tmp_path / "parts", say=stopped_in(1), **more)
     with pytest.raises(Stopped, match=r"2 epochs are safe.*--resume"):
-        trained(tmp_path / "parts", say=stop, **more)
+        trained(tmp_path / "parts", say=stopped_in(3), **more)
     with pytest.raises(RunError, match=r"interrupted after epoch 2.*--resume.*--overwrite"):
         trained(tmp_path / "parts", **more)
     with pytest.raises(RunError, match="other settings or images: lr"):
@@ -172,12 +178,8 @@ def test_a_sweep_stopped_within_a_network_goes_on_in_it_to_the_same_bytes(tmp_pa
 
 
 def test_a_damaged_checkpoint_is_said_and_overwritten_when_asked(tmp_path):
-    def stop(line):
-        if line.startswith("epoch  2"):
-            raise KeyboardInterrupt
-
     with pytest.raises(Stopped):
-        trained(tmp_path / "run", say=stop)
+        trained(tmp_path / "run", say=stopped_in(2))
     (file,) = tmp_path.glob("*.checkpoint")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(RunError, match=r"damaged.*--overwrite"):
@@ -227,8 +229,6 @@ def test_a_sweep_keeps_the_published_settings_of_what_was_not_asked(tmp_path):
 
 def test_what_the_command_line_leaves_out_is_not_asked_of_a_sweep():
     """An option that may be given several times is () where it was not."""
-    from heads.sweeps.grid import SweepSpec
-
     assert SweepSpec.of("cnn-cifar", augment=(), classes=(), lr="1e-3").given == ("lr",)
     assert SweepSpec.of("cnn-cifar", augment=("none",)).given == ("augment",)
 
@@ -279,9 +279,6 @@ def test_measures_by_a_column_of_the_data_decode_nothing(run, monkeypatch):
     ("head", "options", "said"),
     [
         ("linear", {"augment": "flip"}, "--augment would do nothing.*extract --views"),
-        ("linear", {"image_size": 32}, "--image-size would do nothing"),
-        ("cnn-cifar", {"lora": 4}, "--lora would do nothing"),
-        ("cnn-cifar", {"random_weights": True}, "--random-weights would do nothing"),
         ("cnn-cifar", {"augment": "spin"}, "no step is called"),
         ("cnn-cifar", {"augment": "flip,none"}, "none stands alone.*--augment none --augment"),
         ("cnn-cifar", {"image_size": 0}, "--image-size is 0"),
@@ -352,10 +349,18 @@ def test_two_images_of_a_batch_are_drawn_apart():
     assert len({tuple(each.flatten().tolist()) for each in made}) == 4
 
 
-def test_history_has_the_accuracy_of_every_epoch(run):
+def test_a_run_says_what_it_cost_and_saw_and_by_which_command(run):
+    assert run.config["parameters"] == 174_803 and run.config["spec"]["kind"] == "pixels"
+    cost = run.config["cost"]
+    assert cost["forward_ms"] == 0 and cost["loading_ms"] > 0 and 0 < cost["seconds_to_best"] <= cost["train_seconds"]
     with open(run.path / "history.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"] and all(0 <= float(row["val_top1"]) <= 1 for row in rows)
+    assert names_of(families_of([run])) == ["cnn-cifar at 8 px"]
+    assert train_command(run) == (
+        "featurecache train-baseline --arch cnn-cifar --data digits --epochs 2 --batch-size 16 --augment none "
+        "--image-size 8"
+    )
 
 
 def test_a_preprocessing_that_is_damaged_is_said(run):
@@ -366,31 +371,12 @@ def test_a_preprocessing_that_is_damaged_is_said(run):
     assert Preprocess.from_dict({k: v for k, v in run.config["spec"]["preprocess"].items() if k != "decoding"})
 
 
-def test_the_command_of_a_run_trains_it_again(run):
-    from heads.reports.provenance import train_command
-
-    assert train_command(run) == (
-        "featurecache train-baseline --arch cnn-cifar --data digits --epochs 2 --batch-size 16 --augment none "
-        "--image-size 8"
-    )
-
-
-def test_a_network_is_named_by_its_pixels(run):
-    from heads.evaluation.families import names_of
-
-    assert names_of(families_of([run])) == ["cnn-cifar at 8 px"]
+COSTS = ("seconds_to_best", "inference_ms", "ms_per_image")
 
 
 def test_quality_is_charted_against_seconds_to_the_best_epoch():
-    from heads.reports.figures import pareto_figures
-
     def family(name, output, seconds, value):
-        cost = {
-            "train_seconds": 2 * seconds,
-            "seconds_to_best": seconds,
-            "inference_ms": seconds,
-            "ms_per_image": seconds,
-        }
+        cost = {"train_seconds": 2 * seconds, **dict.fromkeys(COSTS, seconds)}
         return {"name": name, "output": output, "test": {"auroc": {"value": value, "low": None, "high": None}}, **cost}
 
     rows = [family("linear", "cls", 1.0, 0.8), family("cnn", "pixels-32", 9.0, 0.7), family("ridge", "cls", 4.0, 0.9)]
