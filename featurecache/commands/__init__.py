@@ -1,1 +1,1 @@
-"""featurecache.commands"""
+"""Commands of the cache: their options, what they print as text and as JSON."""

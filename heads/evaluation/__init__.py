@@ -1,1 +1,1 @@
-"""heads.evaluation"""
+"""Evaluation: families of runs, comparisons with intervals, other data, subgroups, controls, costs."""

@@ -1,1 +1,1 @@
-"""heads.models"""
+"""Models: heads on features, solved heads, networks from pixels, fine-tuned backbones, and their catalogue."""
