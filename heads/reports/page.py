@@ -11,6 +11,8 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -169,7 +171,22 @@ def render_page(template: str, context: dict[str, Any], count: int) -> str:
         "untrained_words": UNTRAINED, "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "images_words": images_words(count, context["with_images"]),
     }  # fmt: skip
-    return _environment(context["record"]["task"]).get_template(template).render(own | context)
+    return _with_distinct_ids(_environment(context["record"]["task"]).get_template(template).render(own | context))
+
+
+def _with_distinct_ids(page: str) -> str:
+    """A figure that stands twice on a page has other ids the second time: they are made of what it shows."""
+    seen: Counter[str] = Counter()
+
+    def renamed(figure: re.Match[str]) -> str:
+        first = re.search(r'id="([0-9a-f]{6})', figure[0])
+        if first is None:
+            return figure[0]
+        seen[first[1]] += 1
+        times = "" if seen[first[1]] == 1 else f"-{seen[first[1]]}-"
+        return re.sub(rf'((?:id="|href="#){first[1]})', rf"\1{times}", figure[0])
+
+    return re.sub(r'<svg [^>]*class="chart".*?</svg>', renamed, page, flags=re.DOTALL)
 
 
 def content_security_policy(css: str, js: str) -> str:

@@ -477,3 +477,10 @@ def test_in_a_browser_hostile_names_run_nothing_and_are_readable(opened, tmp_pat
     tab = opened(written.path)
     assert EVIL in tab.locator("body").inner_text()
     assert tab.locator("img").count() == 0
+
+
+def test_a_figure_that_stands_twice_on_a_page_has_ids_of_its_own():
+    figure = '<svg viewBox="0" class="chart"><path id="0a1b2cm1" d="M0 0"/><use href="#0a1b2cm1"/></svg>'
+    first, second = page._with_distinct_ids(f"{figure}<p>{figure}").split("<p>")
+    assert first == figure
+    assert second == figure.replace("0a1b2c", "0a1b2c-2-")
