@@ -152,8 +152,8 @@ def test_gradient_times_input_and_the_bias_term_add_up_to_the_logit(head):
     ("explain", "said"),
     [
         (lambda: gradient_times_input(reader_for("attention"), some_tokens(), np.array([0, 0])), "adds up to nothing"),
-        (lambda: contributions.source_of(run_of("cls")), "no places.*--kind attention"),
-        (lambda: contributions.source_of(run_of("pooler")), "no places.*--kind attention"),
+        (lambda: contributions.token_source(run_of("cls")), "no places.*--kind attention"),
+        (lambda: contributions.token_source(run_of("pooler")), "no places.*--kind attention"),
         (lambda: contributions.token_map(run_of("tokens"), None, None), "--prefix and --grid"),
     ],
 )
@@ -198,12 +198,6 @@ def test_the_class_tokens_part_is_a_number_beside_the_map():
     assert found.values.shape == GRID and "against zeros" in found.how
     assert found.beside["class token"] == pytest.approx(parts.tokens[0, 0])
     assert found.values.ravel() == pytest.approx(parts.tokens[0, 1:])
-
-
-@pytest.mark.parametrize("output, words", [("cls", "no places"), ("pooler", "no places")])
-def test_a_vector_without_places_is_refused_with_what_there_is(output, words):
-    with pytest.raises(BadOption, match=f"{words}.*--kind attention"):
-        contributions.token_source(run_of(output))
 
 
 def test_a_gap_with_a_norm_behind_it_is_no_sum_of_places():
