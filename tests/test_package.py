@@ -16,7 +16,12 @@ import pytest
 
 pytestmark = pytest.mark.slow
 TOP = Path(__file__).parent.parent
-LEFT_OUT = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "_build", "build", "dist", "cache", "runs")
+LEFT_OUT = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "_build", "build", "dist")
+
+
+def left_out(folder: str, names: list[str]) -> set[str]:
+    """What is no source: hidden files and what is built, and at the top what commands write."""
+    return LEFT_OUT(folder, names) | ({"cache", "runs"} if Path(folder) == TOP else set())
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -41,7 +46,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     """(sdist, wheel) of the working tree."""
     pytest.importorskip("build", reason="build is not installed")
     folder = tmp_path_factory.mktemp("package")
-    shutil.copytree(TOP, folder / "source", ignore=LEFT_OUT)
+    shutil.copytree(TOP, folder / "source", ignore=left_out)
     wheel, sdist = built(folder / "source", folder / "dist", "--sdist", "--wheel")
     return (sdist, wheel) if sdist.name.endswith(".tar.gz") else (wheel, sdist)
 
