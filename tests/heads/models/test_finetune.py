@@ -162,7 +162,10 @@ def test_a_network_of_a_library_is_trained_and_kept_as_a_file_of_weights(name: s
     close(load_finetuned(tmp_path / "tuned", classifier_state(model))(x), model(x))
     backbone = load_backbone(words[1], weights=words[3], image_size=64)
     found = backbone.forward(given, {"tokens", model.vector} - {"cls"})
-    close(found["tokens"][:, 0] if model.vector == "cls" else found[model.vector], model.vectors(given))
+    vectors = found["tokens"][:, 0] if model.vector == "cls" else found[model.vector]
+    # extract computes a deep CNN in another memory format, and untrained layers magnify the last bits
+    bound = 1e-3 if name in ("densenet121", "resnet50") else 1e-5
+    assert torch.linalg.norm(vectors - model.vectors(given)) < bound * torch.linalg.norm(vectors)
     check_cam_layer(model, x)
 
 
