@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,7 +77,8 @@ def _source(data: str | Path) -> Iterator[tuple[str, bytes | np.ndarray | str]]:
 
     dataset = open_source(data)
     for i, name in enumerate(dataset.ids):
-        yield f"{data}/{name}" if Path(data).is_dir() else name, _read(lambda i=i: dataset.read(i))  # type: ignore[misc]
+        shown = os.path.join(data, name) if Path(data).is_dir() else name
+        yield shown, _read(lambda i=i: dataset.read(i))  # type: ignore[misc]
 
 
 def _read(reader: Callable[[], bytes | np.ndarray]) -> bytes | np.ndarray | str:

@@ -40,7 +40,7 @@ def main(session: Path) -> None:
         page.goto((session / "runs/ablate-chest-1/report.html").resolve().as_uri())
         write("report", crop(page, "h1", "#leaderboard"))
         write("charts", crop(page, "#f1 .charts", "#f1 .charts"))
-        write("mistakes", crop(page, "#f1 .shelf", "#f1 .shelf"), colours=128)
+        write("mistakes", crop(page, "#f1 .pictures", "#f1 .pictures"), colours=128)
         browser.close()
     maps = Image.open(session / "runs/chest-large-1/explain/001-a-contribution.png")
     write("explain", maps, colours=128)

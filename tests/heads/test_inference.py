@@ -96,6 +96,9 @@ def test_a_folder_gives_all_its_images_and_an_array_is_an_image(asked, tmp_path,
     records = predict(run, [tmp_path / "new", np.frombuffer(b"7", dtype=np.uint8)])
     names = [record["image"].removeprefix(str(tmp_path)) for record in records]
     assert names == ["/new/1.png", "/new/2.png", "image 2"]
+    assert [record["image"] for record in predict(run, [f"{tmp_path}/new/"])] == [
+        record["image"] for record in records[:2]
+    ]
 
 
 def test_nothing_to_predict_is_no_error(asked):
