@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process: pytest -n has one for every core
 os.environ["FEATURECACHE_SECRET"] = "of the tests"  # none is made in the user's own configuration
 
 TIERS = ("integration", "slow")

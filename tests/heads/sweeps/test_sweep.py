@@ -551,7 +551,7 @@ def test_rows_are_found_with_the_set_they_were_trained_in(tmp_path):
 
 KILLED = """
 import sys
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = [{top!r}, {tests!r}]
 from support.fake_view import toy_view
 from heads import ablate
 ablate(toy_view(n=150, noise=3.0), "linear,large,ridge", out=sys.argv[1], batch_size=16, **{options!r})
@@ -563,7 +563,8 @@ ablate(toy_view(n=150, noise=3.0), "linear,large,ridge", out=sys.argv[1], batch_
 def test_killed_in_the_middle_goes_on_to_the_same_rows_and_bytes(tmp_path, lines):
     options = {"lr": "1e-3,1e-1", "repeats": 8, "epochs": 3, "seeds": 2}
     sweep(view_of(), "linear,large,ridge", tmp_path / "whole", **options)
-    code = KILLED.format(tests=str(Path(__file__).parents[2]), options=options)
+    top, tests = Path(__file__).parents[3], Path(__file__).parents[2]
+    code = KILLED.format(top=str(top), tests=str(tests), options=options)
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "s")], env=os.environ)
     rows = tmp_path / "s" / "rows.jsonl"
     while child.poll() is None and (not rows.exists() or rows.read_bytes().count(b"\n") < lines):
