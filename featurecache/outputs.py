@@ -49,7 +49,7 @@ class Output:
         return f"tokens@{self.layer}" if self.layer else "tokens"
 
     @property
-    def derived(self) -> bool:
+    def is_derived(self) -> bool:
         return self.name != self.source
 
     def row_shape(self, tokens: tuple[int, int], prefix: int) -> tuple[int, ...]:

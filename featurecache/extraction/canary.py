@@ -198,7 +198,7 @@ def _measure(
 
 
 def _derived(backbone: Backbone, outputs: Sequence[Output], rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    chosen = [output for output in outputs if output.derived and output.source in rows]
+    chosen = [output for output in outputs if output.is_derived and output.source in rows]
     return {o.name: derive(o, rows[o.source], len(backbone.prefix), backbone.grid) for o in chosen}
 
 

@@ -93,7 +93,7 @@ class ForwardRunner:
     def _rounding(self, output: Output, exact: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
         """Relative error [b] of an output as it is stored, against the one that would be without any rounding."""
         rounded = stored.float()
-        if output.derived:
+        if output.is_derived:
             prefix, grid = len(self.backbone.prefix), self.backbone.grid
             exact = function_of(output, exact, prefix, grid)
             rounded = function_of(output, rounded, prefix, grid).to(stored.dtype).float()

@@ -191,7 +191,7 @@ class _Shards:
         digests = [bytes(self._job.digests[numbers[k]]) for k in good]
         for output, writer in self._writers.items():
             tensor = kept[output.source][good] if len(good) < len(numbers) else kept[output.source]
-            if output.derived:
+            if output.is_derived:
                 tokens = self._job.layouts[output.source]
                 assert tokens.prefix is not None and tokens.grid is not None
                 tensor = derive(output, tensor, len(tokens.prefix), tokens.grid)

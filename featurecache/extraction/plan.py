@@ -129,7 +129,7 @@ def _copying(dataset: Dataset, augmented: AugmentedCopies | None, images: ScanRe
 
 def _layouts(network: Backbone, wanted: Sequence[Output], dtype: str) -> dict[str, Layout]:
     layouts = {output.name: output_layout(network, output, dtype) for output in wanted}
-    return layouts | {o.source: source_layout(network, o, dtype) for o in wanted if o.derived}
+    return layouts | {o.source: source_layout(network, o, dtype) for o in wanted if o.is_derived}
 
 
 def extract(data: str | Path | Dataset = "digits", *, progress: bool = False, **options: Any) -> ExtractionResult:
@@ -171,7 +171,7 @@ def _stored_images(store: Store, layouts: dict[str, Layout], digests: np.ndarray
         for path in store.shard_paths(layout.output):
             with contextlib.suppress(CacheError):
                 readable.append(store.shard(path, layout))
-        most = max(most, int(find_by_digest(readable, digests).found.sum()))
+        most = max(most, int(find_by_digest(readable, digests).mask.sum()))
     return most
 
 

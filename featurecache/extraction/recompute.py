@@ -87,7 +87,7 @@ class StoreBackbone:
             for start in range(0, len(pixels), self.compute.batch_size):
                 batch = torch.stack(pixels[start : start + self.compute.batch_size])
                 made = self.compute(batch, [output], dtype)[0][output.source].cpu()
-                rows.append(derive(output, made, prefix, grid) if output.derived else made)
+                rows.append(derive(output, made, prefix, grid) if output.is_derived else made)
         return torch.cat(rows), failed
 
 

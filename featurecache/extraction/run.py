@@ -210,7 +210,7 @@ class Extraction:
                     self._compute_missing(job, plan, progress)
             except KeyboardInterrupt as error:
                 self._keep_timings(job)
-                safe = sum(int(self.locate(o).found.sum()) for o in self.outputs[:1])
+                safe = sum(int(self.locate(o).mask.sum()) for o in self.outputs[:1])
                 what = "images and copies" if self.copying else "images"
                 raise Stopped(f"stopped. {safe:,} {what} are safe; the same command continues.") from error
             except UnreadableImage as error:
@@ -338,7 +338,7 @@ def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Pat
         raise SourceError(f"none of {len(dataset):,} images could be read. The first, {failed[0][0]}: {failed[0][1]}.")
     images = np.concatenate([sample_image[kept], *(numbers for _, numbers in copied)])
     places = {extraction.layouts[o.name]: extraction.locate(o)[images] for o in extraction.outputs}
-    if not all(each.found.all() for each in places.values()):
+    if not all(each.mask.all() for each in places.values()):
         raise CacheError(
             f"rows that were in {extraction.store.path} are gone: somebody removes files there. "
             "The same command computes them again."

@@ -185,7 +185,9 @@ def _garbage(store: Store, outputs: list[OutputRelocation], views: list[View]) -
     unused = []
     for output in outputs:
         name, (rows, size) = output.layout.output, output.unused
-        derived = tuple(other.name for other in viewed if other.name != name and other.derived and other.source == name)
+        derived = tuple(
+            other.name for other in viewed if other.name != name and other.is_derived and other.source == name
+        )
         if rows:
             unused.append(UnusedRows(name, len(output.drop), rows, size, derived))
     empty = not views and not any(output.keep or output.split for output in outputs)
@@ -256,7 +258,7 @@ def _in_order(store: Store, view: View, layout: Layout) -> list[RowLocations]:
     wanted = _keys(view, layout.output)
     _, first = np.unique(wanted, return_index=True)
     places = find_by_key(store.shards(layout), wanted[np.sort(first)])
-    if not places.found.all():
+    if not places.mask.all():
         raise CacheError(f"{view.label} names rows of {layout.output} that lie in no shard. featurecache repair helps.")
     length = rows_per_shard(len(first), layout.row_bytes)
     return [places[start : start + length] for start in range(0, len(first), length)]
@@ -289,9 +291,9 @@ def plan_relocation(layout: Layout, shards: Sequence[Shard], wanted: np.ndarray)
     lies nowhere."""
     wanted = np.unique(wanted)
     places = find_by_key(shards, wanted)
-    if not places.found.all():
+    if not places.mask.all():
         raise CacheError(
-            f"{int((~places.found).sum()):,} rows of {layout.output} that views name lie in no shard. "
+            f"{int((~places.mask).sum()):,} rows of {layout.output} that views name lie in no shard. "
             "featurecache verify lists what is damaged, featurecache repair computes it again."
         )
     stored = [row_keys(shard.digests, shard.checksums) for shard in shards]

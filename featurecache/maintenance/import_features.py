@@ -267,7 +267,7 @@ def _store_missing(store: Store, source: _Source, digests: np.ndarray, progress:
     store.sweep()
     _, first = np.unique(digests, return_index=True)
     first = np.sort(first)
-    todo = {key: first[~store.locate(layout, digests[first]).found] for key, layout in source.layouts.items()}
+    todo = {key: first[~store.locate(layout, digests[first]).mask] for key, layout in source.layouts.items()}
     needed = sum(len(rows) * source.layouts[key].row_bytes for key, rows in todo.items())
     check_room(store.path, needed, "Choose another disk with --cache.")
     for key, rows in todo.items():

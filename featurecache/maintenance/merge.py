@@ -207,7 +207,7 @@ def _take_view(mine: Store, source: Store, path: Path) -> MergedView:
             theirs = {path.name for path in source.shard_paths(layout.output)}
             shards = sorted(mine.shards(layout), key=lambda shard: shard.path.name in theirs)
             located[layout] = places = find_by_digest(shards, view.digests)
-            if missing := int((~places.found).sum()):
+            if missing := int((~places.mask).sum()):
                 reason = f"{view.path} is not taken: {missing:,} of its rows of {layout.output} could not be copied."
                 return MergedView(path.stem, "", "left", reason)
         rewrite_view(view, mine, located, name=name)

@@ -151,7 +151,7 @@ class StoreRepair:
         self._broken = {damage.path for damage in damages if damage.path.parent.parent == store.path}
         self._bad = [DamagedShard.of(self._known[path]) for path in sorted(self._broken & self._known.keys())]
         # Tokens first: others follow from them; then the small ones, that the larger may have their rows from them.
-        self._bad.sort(key=lambda shard: (parse(shard.known.layout.output).derived, len(shard.digests)))
+        self._bad.sort(key=lambda shard: (parse(shard.known.layout.output).is_derived, len(shard.digests)))
         self._datasets: dict[Path, tuple[Dataset, dict[str, int]] | str] = {}
         self._orders = {view.path: np.argsort(view.digests, kind="stable") for view in self._views}
         self._kept = self._computed = 0
@@ -159,7 +159,7 @@ class StoreRepair:
     @property
     def _whole(self) -> Store:
         """The store without its damaged shards."""
-        return replace(self._store, damaged=frozenset(self._broken))
+        return replace(self._store, damaged_shards=frozenset(self._broken))
 
     def run(self, drop: bool) -> Repair:
         # First: what is computed below goes by the plan, and is checked by the reference of the probe images.
@@ -191,14 +191,14 @@ class StoreRepair:
         shards = sorted(self._whole.shards(view.layout(output)), key=lambda shard: shard.path not in first)
         same = find_by_key(shards, row_keys(view.digests, view.stored(output).checksums))
         other = find_by_digest(shards, view.digests)
-        file, row = np.where(same.found, same.file, other.file), np.where(same.found, same.row, other.row)
+        file, row = np.where(same.mask, same.file, other.file), np.where(same.mask, same.row, other.row)
         return RowLocations(other.shards, file, row)
 
     def _missing(self, shard: DamagedShard, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of images [n]: (digests that need the backbone, digests that follow from stored tokens); others are there."""
         output, layouts = parse(shard.known.layout.output), {shard.known.layout.output: shard.known.layout}
         tokens = self._layouts.get(output.source)
-        if output.derived and tokens is not None and tokens.grid is not None:
+        if output.is_derived and tokens is not None and tokens.grid is not None:
             layouts[output.source] = tokens
         groups = missing_outputs((output,), layouts, self._whole, digests)
         forward, derived = ([rows for rows, _ in group] for group in groups)
@@ -211,7 +211,7 @@ class StoreRepair:
         coming: dict[str, set[bytes]] = {}  # by output: what will be there when the shards before are written
         for shard in self._bad:
             output = parse(shard.known.layout.output)
-            follow = coming.get(output.source, set()) if output.derived else set()
+            follow = coming.get(output.source, set()) if output.is_derived else set()
             mine = coming.setdefault(output.name, set())
             mine.update(shard.digests.tolist())
             for digest in self._missing(shard, shard.digests[~shard.whole])[0].tolist():
@@ -268,7 +268,7 @@ class StoreRepair:
         notes = self._notes(layout)
         extracted = self._extract(shard, shard.digests[lost], notes)
         elsewhere = find_by_digest(self._whole.shards(layout), shard.digests)
-        assert elsewhere.found[lost].all()
+        assert elsewhere.mask[lost].all()
         writer = ShardWriter(self._store.path, shard.digests[chosen], layout, notes)
         try:
             for start in range(0, len(chosen), _STRETCH):

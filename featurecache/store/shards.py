@@ -244,7 +244,8 @@ class RowLocations:
         return RowLocations(self.shards, self.file[rows], self.row[rows])
 
     @property
-    def found(self) -> np.ndarray:
+    def mask(self) -> np.ndarray:
+        """bool [N]: which rows lie somewhere."""
         return self.file >= 0
 
     @property

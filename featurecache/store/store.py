@@ -52,7 +52,7 @@ class Store:
     spec: ExtractionSpec
     fingerprint: str
     provenance: dict[str, Any]  # beside the spec, not hashed: backbone name, request, revision, licence, versions
-    damaged: frozenset[Path] = frozenset()  # shards that are not looked at
+    damaged_shards: frozenset[Path] = frozenset()  # shards that are not looked at
 
     def folder(self, output: str) -> Path:
         return self.path / output
@@ -60,7 +60,7 @@ class Store:
     def shard_paths(self, output: str) -> list[Path]:
         """Committed shards of an output, by name."""
         refuse_links(self.folder(output))
-        return sorted(path for path in self.folder(output).glob("[0-9a-f]*.h5") if path not in self.damaged)
+        return sorted(path for path in self.folder(output).glob("[0-9a-f]*.h5") if path not in self.damaged_shards)
 
     def outputs(self) -> list[str]:
         """Outputs of which there are shards."""
@@ -269,7 +269,7 @@ def missing_outputs(
     assert len(layouts) < 63
     there = {output.name: _found(store, layouts[output.name], digests) for output in wanted}
     for output in wanted:  # tokens that nothing is to be derived from are not even looked for: they may be damaged
-        known = output.derived and output.source in layouts
+        known = output.is_derived and output.source in layouts
         if known and output.source not in there and not there[output.name].all():
             there[output.source] = _found(store, layouts[output.source], digests)
     forward, derived = [], []
@@ -278,7 +278,7 @@ def missing_outputs(
         rows = np.flatnonzero(pattern == number)
         stored = {name for k, name in enumerate(there) if number >> k & 1}
         missing = [output for output in wanted if output.name not in stored]
-        follow = tuple(output for output in missing if output.derived and output.source in stored)
+        follow = tuple(output for output in missing if output.is_derived and output.source in stored)
         need = tuple(output for output in missing if output not in follow)
         if need:
             forward.append((rows, need))
@@ -288,7 +288,7 @@ def missing_outputs(
 
 
 def _found(store: Store | None, layout: Layout, digests: np.ndarray) -> np.ndarray:
-    return store.locate(layout, digests).found if store else np.zeros(len(digests), bool)
+    return store.locate(layout, digests).mask if store else np.zeros(len(digests), bool)
 
 
 def rows_per_shard(rows: int, row_bytes: int, rate: float | None = None, batch: int = 1) -> int:

@@ -246,7 +246,7 @@ class View:
                 "computed: import a file that has it."
             )
         if parsed.source not in self._stored:
-            command = self.extract_command(parsed.name if not parsed.derived or parsed.size == () else parsed.source)
+            command = self.extract_command(parsed.name if not parsed.is_derived or parsed.size == () else parsed.source)
             raise NotInCache(f"{self.label} holds {', '.join(self._stored)}, not {output}. Store it with: {command}")
         if (why := self._why_underivable(parsed)) is not None:
             raise NotInCache(why)

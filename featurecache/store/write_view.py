@@ -65,7 +65,7 @@ def write_view(
         index, sums, errors = (file.require_group(name) for name in ("index", "checksums", "errors"))
         files: list[tuple[Any, ...]] = []
         for layout, places in located.items():
-            assert places.found.all()
+            assert places.mask.all()
             _write_output(file, index, store, layout, places, files)
             sums.create_dataset(layout.output, data=places.checksums, dtype="u8")
             if layout.dtype == "float16":
@@ -92,8 +92,8 @@ def rewrite_view(
     rows, stat = np.flatnonzero(here), view.path.stat()
     places = {layout: everywhere[rows] for layout, everywhere in located.items()}
     for layout, each in places.items():
-        if not each.found.all():
-            raise NotInCache(f"{int((~each.found).sum()):,} rows of {layout.output} of {view.label} lie in no shard.")
+        if not each.mask.all():
+            raise NotInCache(f"{int((~each.mask).sum()):,} rows of {layout.output} of {view.label} lie in no shard.")
     failed = json.dumps([*([f["id"], f["reason"]] for f in view.failed), *reasons], ensure_ascii=False)
     attributes = {**view.attributes, **({"failed": failed} if reasons else {})}
     path = write_view(store, name or view.name, columns_of(view, rows), attributes, places)

@@ -288,7 +288,7 @@ def token_map(run: Run, prefix: Sequence[str] | None, grid: Sequence[int] | None
     matrix = None
     if output.base == "gap":
         matrix = torch.full((count,), 1 / (size[0] * size[1]))
-    elif output.derived:
+    elif output.is_derived:
         matrix = function_of(output, torch.eye(count)[None], len(prefix), size)[0]
     return TokenMap(source, tuple(prefix), size, matrix)
 

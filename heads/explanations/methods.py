@@ -207,7 +207,7 @@ class EndToEnd(nn.Module):
         parts = [f"{base}@{part}" if part else base for part in blocks(layer)]
         outputs = self.backbone.forward(pixels, set(parts))
         x = torch.cat([outputs[part] for part in parts], -1)
-        if self.output.derived:
+        if self.output.is_derived:
             x = function_of(self.output, x, len(self.backbone.prefix), self.backbone.grid)
         return self.head(self.scale(x))
 

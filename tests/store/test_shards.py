@@ -105,7 +105,7 @@ def test_rows_are_found_by_digest_and_the_first_shard_wins(tmp_path: Path) -> No
     paths = sorted([write(tmp_path, 4, start=0), write(tmp_path, 4, start=2)])
     shards = [read_shard(path, LAYOUT) for path in paths]
     found = find_by_digest(shards, np.array([*digests(1, 5), *digests(1, 99), *digests(1, 2)], DIGEST))
-    assert found.found.tolist() == [True, False, True]
+    assert found.mask.tolist() == [True, False, True]
     for k, wanted in ((0, 5), (2, 2)):
         assert shards[found.file[k]].digests[found.row[k]] == digests(1, wanted)[0]
     assert found.file[2] == 0

@@ -23,7 +23,7 @@ TOKENS = P + GRID[0] * GRID[1]
 
 def places_for(output: str, prefix: int = P, grid: tuple[int, int] = GRID) -> TokenMap:
     count, parsed = prefix + grid[0] * grid[1], parse(output)
-    matrix = function_of(parsed, torch.eye(count)[None], prefix, grid)[0] if parsed.derived else None
+    matrix = function_of(parsed, torch.eye(count)[None], prefix, grid)[0] if parsed.is_derived else None
     return TokenMap("tokens", ("cls",)[:prefix], grid, matrix)
 
 
