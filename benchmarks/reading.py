@@ -24,12 +24,12 @@ import numpy as np
 import torch
 
 from featurecache.files.directory import FORMAT
-from featurecache.store.schema import DIGEST
+from featurecache.store.schema import DIGEST, ViewColumns
 from featurecache.store.shards import Layout, RowLocations, Shard, ShardWriter
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store, create_store
 from featurecache.store.view import View
-from featurecache.store.write_view import ViewColumns, write_view
+from featurecache.store.write_view import write_view
 
 LAYOUT = Layout("tokens", (197, 768), "float16", ("cls",), (14, 14))
 SMALL = Layout("cls", (4,), "float16")

@@ -24,11 +24,11 @@ from reading import LAYOUT
 
 from featurecache.files.directory import FORMAT
 from featurecache.maintenance.verify import check_store, hashed_files, verify
-from featurecache.store.schema import DIGEST
+from featurecache.store.schema import DIGEST, ViewColumns
 from featurecache.store.shards import ShardWriter, notes_for
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store, create_store
-from featurecache.store.write_view import ViewColumns, write_view
+from featurecache.store.write_view import write_view
 
 PIECE = 1 << 20  # bytes
 

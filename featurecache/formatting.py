@@ -156,15 +156,8 @@ def device_title(device: Any) -> str:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = _processor()
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux; other systems tell `platform`
+    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
+    match = re.search(r"^model name[ \t]*:[ \t]*(\S.*)", text, re.MULTILINE)
+    name = " ".join(match[1].split()) if match else platform.processor() or platform.machine() or "CPU"
     return name if device.type == "cpu" else f"{name} ({device.type})"
-
-
-def _processor() -> str:
-    """Linux names it in /proc/cpuinfo, other systems by `platform`."""
-    listed = Path("/proc/cpuinfo")
-    for line in listed.read_text(encoding="utf-8", errors="replace").splitlines() if listed.exists() else ():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name" and value.strip():
-            return " ".join(value.split())
-    return platform.processor() or platform.machine() or "CPU"

@@ -17,6 +17,7 @@ years later, or in batches of another size. (A matrix product does not promise t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,9 +58,9 @@ class Output:
         length, width = tokens
         if not self.base.startswith("tokens"):
             return (width,)
-        if len(self.size) == 1:
-            return (self.size[0], width)
-        return (prefix + self.size[0] * self.size[1], width) if self.size else (length, width)
+        if self.size:
+            length = math.prod(self.size) + (prefix if len(self.size) == 2 else 0)
+        return (length, width)
 
     def layout(self, prefix: tuple[str, ...], grid: tuple[int, int]) -> tuple[tuple[str, ...], tuple[int, int]] | None:
         """(prefix, grid) of a token output: which rows are what. Of tokens-N none: its rows are mixtures."""
@@ -78,7 +79,7 @@ def parse(name: str) -> Output:
         )
     base, first, second, layer = match[1], match[2], match[3], match[4] or ""
     size = tuple(int(part) for part in (first, second) if part)
-    if size and not 0 < _product(size) <= _MAX_TOKENS:
+    if size and not 0 < math.prod(size) <= _MAX_TOKENS:
         raise UnknownOutput(f'"{name}": the number of tokens must lie between 1 and {_MAX_TOKENS:,}.')
     if layer in ("-0", "last0") or (layer and base in _OF_THE_NETWORK):
         raise OutputRefused(
@@ -91,8 +92,8 @@ def parse(name: str) -> Output:
 
 def parse_list(names: str | Iterable[str]) -> tuple[Output, ...]:
     """Comma-separated or a sequence; each once, in the order given."""
-    words = names.split(",") if isinstance(names, str) else list(names)
-    parsed = [parse(word.strip()) for word in words if word.strip()]
+    parts = names.split(",") if isinstance(names, str) else names
+    parsed = [parse(part.strip()) for part in parts if part.strip()]
     if not parsed:
         raise UnknownOutput(f"no output was named. There are {', '.join(NAMES)}.")
     return tuple(dict.fromkeys(parsed))
@@ -121,7 +122,10 @@ def function_of(output: Output, x: torch.Tensor, prefix: int, grid: tuple[int, i
     if output.base == "cls":
         return x[:, 0]
     if output.base == "mean":
-        return _mean(x[:, prefix:])
+        total = x[:, prefix].clone()  # one token after the other: torch may split a reduction by rows and threads
+        for k in range(prefix + 1, x.shape[1]):
+            total += x[:, k]
+        return total / (x.shape[1] - prefix)
     if len(output.size) == 1:
         return _apply(_taps(x.shape[1], output.size[0]), x)
     height, width = output.size
@@ -131,14 +135,6 @@ def function_of(output: Output, x: torch.Tensor, prefix: int, grid: tuple[int, i
     return torch.cat([x[:, :prefix], patches], dim=1)
 
 
-def _mean(patches: torch.Tensor) -> torch.Tensor:
-    # One token after the other: torch may split a reduction by the number of rows and threads.
-    total = patches[:, 0].clone()
-    for k in range(1, patches.shape[1]):
-        total += patches[:, k]
-    return total / patches.shape[1]
-
-
 @lru_cache(maxsize=32)
 def _taps(length: int, size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
     """Bilinear, antialiased resampling of ``length`` points to ``size`` as (source index [size], weight [size]) pairs.
@@ -146,9 +142,8 @@ def _taps(length: int, size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ..
     torch's own weights, read off by resizing the identity; a row has 2 taps upwards, more downwards.
     """
     eye = torch.eye(length)[None, None]
-    matrix = torch.nn.functional.interpolate(eye, (length, size), mode="bilinear", antialias=True)[
-        0, 0
-    ].T  # [size,length]
+    resized = torch.nn.functional.interpolate(eye, (length, size), mode="bilinear", antialias=True)
+    matrix = resized[0, 0].T  # [size,length]
     count = int((matrix != 0).sum(1).max())
     first = (matrix != 0).float().argmax(1).clamp(max=length - count)
     index = first[:, None] + torch.arange(count)
@@ -164,7 +159,3 @@ def _apply(taps: tuple[tuple[torch.Tensor, torch.Tensor], ...], x: torch.Tensor)
     for term in terms:
         total += term
     return total
-
-
-def _product(size: tuple[int, ...]) -> int:
-    return size[0] * size[1] if len(size) == 2 else size[0]

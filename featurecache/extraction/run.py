@@ -44,10 +44,11 @@ from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output, parse
 from featurecache.sources.base import Dataset, may_be_trained_on
 from featurecache.sources.pseudonyms import Secret, plain_reason
+from featurecache.store.schema import ViewColumns
 from featurecache.store.shards import Layout, RowLocations, notes_for
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import ImageGroups, Store, create_store, missing_outputs, stores
-from featurecache.store.write_view import ViewColumns, copy_failed, write_view
+from featurecache.store.write_view import copy_failed, write_view
 
 ASK_BYTES = 20 * 10**9  # the command asks before it keeps more than this
 

@@ -109,8 +109,21 @@ class AtomicFile:
         (both hold the same rows)."""
         with writing(self.path):
             os.fsync(self._descriptor)
-            _give_name(self._temporary, self.path, replace)
+            if replace or not self._link():
+                os.replace(self._temporary, self.path)
             sync_path(self.path.parent)
+
+    def _link(self) -> bool:
+        """Give it the name unless a file has it; False on a file system without hard links."""
+        try:
+            os.link(self._temporary, self.path)  # unlike rename, never over a file that has just been committed
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES):
+                raise
+            return False
+        return True
 
     def discard(self) -> None:
         if self._descriptor >= 0:
@@ -125,20 +138,6 @@ def write_whole(path: Path, data: bytes, *, inside: Path | None = None) -> None:
     with AtomicFile(path, inside=inside) as file:
         file.write(0, data)
         file.commit()
-
-
-def _give_name(temporary: Path, path: Path, replace: bool) -> None:
-    if replace:
-        os.replace(temporary, path)
-        return
-    try:
-        os.link(temporary, path)  # unlike rename, never over a file that another process has just committed
-    except FileExistsError:
-        pass
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES):
-            raise
-        os.replace(temporary, path)  # a file system without hard links
 
 
 def sync_path(path: Path) -> None:
@@ -163,9 +162,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def temporary_path(path: Path) -> Path:
     """A temporary name beside ``path``, of a length that every file system takes."""
-    return path.with_name(
-        f".{hashlib.blake2b(path.name.encode(), digest_size=8).hexdigest()}.{secrets.token_hex(4)}.tmp"
-    )
+    name = hashlib.blake2b(path.name.encode(), digest_size=8).hexdigest()
+    return path.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager

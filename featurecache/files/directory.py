@@ -117,8 +117,7 @@ class ColumnFile:
             if not begins[stops].all():
                 raise CacheError(f"{self.path}: a text of {name} ends within a character.")
             stops = (np.cumsum(begins) - 1)[stops]
-        places = stops.tolist()
-        return [text[start:stop] for start, stop in pairwise(places)]
+        return [text[start:stop] for start, stop in pairwise(stops.tolist())]
 
 
 def read_user_block(path: Path) -> UserBlock:
@@ -195,9 +194,8 @@ def _directory(path: Path, block: UserBlock, text: bytes) -> tuple[dict[str, Any
         raise CacheError(f"the directory of {path} does not list attributes and columns.")
     columns = {name: _column(entry, f"{path}: {name[:80]!a}") for name, entry in record["columns"].items()}
     last = USER_BLOCK
-    for start, end in sorted(
-        [(block.offset, block.offset + block.length), *((c.offset, c.end) for c in columns.values())]
-    ):
+    extents = [(block.offset, block.offset + block.length), *((c.offset, c.end) for c in columns.values())]
+    for start, end in sorted(extents):
         if start < last or end > block.size:
             raise UnsafeFile(f"{path} does not hold its columns one behind the other, each inside it.")
         last = end
@@ -208,13 +206,10 @@ def _column(entry: Any, where: str) -> Column:
     if type(entry) is not dict or set(entry) != {"dtype", "shape", "offset", "attributes"}:
         raise CacheError(f"{where} is no column: it has other fields than dtype, shape, offset and attributes.")
     shape, offset = entry["shape"], entry["offset"]
-    if (
-        type(shape) is not list
-        or not 1 <= len(shape) <= 3
-        or not all(type(side) is int and side >= 0 for side in shape)
-    ):
+    sides = shape if type(shape) is list else []
+    if not 1 <= len(sides) <= 3 or not all(type(side) is int and side >= 0 for side in sides):
         raise CacheError(f"{where} is no column: {str(shape)[:80]} is not its shape.")
-    if math.prod(max(1, side) for side in shape) >= _MOST:
+    if math.prod(max(1, side) for side in sides) >= _MOST:
         raise UnsafeFile(f"{where} declares more than a file can hold.")
     if type(offset) is not int or offset % ALIGNMENT:
         raise CacheError(f"{where} is no column: it does not begin at a multiple of {ALIGNMENT} bytes.")
@@ -229,13 +224,9 @@ def _dtype(word: Any, where: str) -> np.dtype[Any]:
     names = [field[0] for field in fields if type(field) is list and len(field) == 2 and type(field[0]) is str]
     if not fields or len(set(names)) != len(fields) or not all(name.isidentifier() for name in names):
         raise CacheError(f"{where} is no column: it holds other things than numbers and text ({str(word)[:80]!a}).")
-    return np.dtype([(name, _plain(kind, where)) for name, kind in fields])
-
-
-def _plain(word: Any, where: str) -> np.dtype[Any]:
-    if type(word) is not str:
+    if not all(type(kind) is str for _, kind in fields):
         raise CacheError(f"{where} is no column: {str(word)[:80]!a} is no type of a field.")
-    return _dtype(word, where)
+    return np.dtype([(name, _dtype(kind, where)) for name, kind in fields])
 
 
 def _attributes(record: Any, where: str) -> dict[str, Any]:

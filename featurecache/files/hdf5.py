@@ -48,8 +48,7 @@ class WriteTrace(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         self.extents.append((self._position, bytes(data)))
-        self._advance(len(data))
-        return len(data)
+        return self._advance(len(data))
 
     def readinto(self, buffer: Any) -> int:
         """HDF5 reads back the heaps of texts and the chunk index."""
@@ -63,21 +62,24 @@ class WriteTrace(io.RawIOBase):
         self.size = self._position if size is None else size
         return self.size
 
-    def _advance(self, count: int) -> None:
+    def _advance(self, count: int) -> int:
         self._position += count
         self.size = max(self.size, self._position)
+        return count
 
-    def _read(self, count: int) -> bytes | bytearray:
-        return self._laid_over(bytearray(count))
-
-    def _laid_over(self, data: bytearray) -> bytearray:
-        """What was written over ``data``, which begins at the position."""
+    def _read(self, count: int) -> bytearray:
+        """Bytes from the position on."""
+        data = self._base(count)
         begin, end = self._position, self._position + len(data)
         for offset, piece in self.extents:
             start, stop = max(offset, begin), min(offset + len(piece), end)
             if start < stop:
                 data[start - begin : stop - begin] = piece[start - offset : stop - offset]
         return data
+
+    def _base(self, count: int) -> bytearray:
+        """What the extents lie over, from the position on."""
+        return bytearray(count)
 
 
 class Sink(WriteTrace):
@@ -111,11 +113,10 @@ class Sink(WriteTrace):
                 self._error = error
         if self._error is not None:  # the disk did not take it
             return super().write(view)
-        self._advance(len(view))
-        return len(view)
+        return self._advance(len(view))
 
-    def _read(self, count: int) -> bytearray:
-        return self._laid_over(bytearray(self._file.read(self._position, count).ljust(count, b"\0")))
+    def _base(self, count: int) -> bytearray:
+        return bytearray(self._file.read(self._position, count).ljust(count, b"\0"))
 
     def check(self) -> None:
         """Raises CannotWrite when a write failed."""
@@ -143,12 +144,12 @@ def _columns(file: h5py.File) -> dict[str, dict[str, Any]]:
     import h5py
 
     file.flush()  # before, some have no place
-    found: dict[str, dict[str, Any]] = {}
+    columns: dict[str, dict[str, Any]] = {}
 
     def add(name: str, thing: h5py.HLObject) -> None:
         if isinstance(thing, h5py.Dataset) and not thing.is_virtual and thing.dtype.kind != "O":
             kind = thing.dtype
-            found[name] = {
+            columns[name] = {
                 "dtype": [[field, kind[field].str] for field in kind.names] if kind.names else kind.str,
                 "shape": list(thing.shape),
                 "offset": thing.id.get_offset() if thing.size else USER_BLOCK,
@@ -156,7 +157,7 @@ def _columns(file: h5py.File) -> dict[str, dict[str, Any]]:
             }
 
     file.visititems(add)
-    return found
+    return columns
 
 
 def _attributes(thing: h5py.HLObject) -> dict[str, Any]:

@@ -114,11 +114,10 @@ def _holder(path: Path) -> dict[str, Any] | None:
 
 
 def _read_record(descriptor: int) -> dict[str, Any]:
-    try:
-        record = json.loads(os.pread(descriptor, 4096, 0))
-    except (ValueError, RecursionError):
-        record = None
-    return record if isinstance(record, dict) else {"what": "something"}
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(record := json.loads(os.pread(descriptor, 4096, 0)), dict):
+            return record
+    return {"what": "something"}
 
 
 def _is_dead(descriptor: int, record: dict[str, Any]) -> bool:
@@ -135,12 +134,10 @@ def _is_dead(descriptor: int, record: dict[str, Any]) -> bool:
 
 
 def _lives(pid: Any) -> bool:
-    if not isinstance(pid, int) or pid <= 0:
-        return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, TypeError, OverflowError):
         return False
-    except OSError:
-        return True  # another user's
-    return True
+    except OSError:  # another user's
+        pass
+    return pid > 0

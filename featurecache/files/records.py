@@ -31,7 +31,7 @@ _CHECK = "check"
 
 def read_record(path: Path, most: int = MOST) -> dict[str, Any]:
     """The object in a JSON file. Raises CacheError, which says what is wrong with it."""
-    return _object(_read(path, most), path)
+    return _parsed(path, most)[0]
 
 
 def write_checked_json(record: dict[str, Any]) -> bytes:
@@ -42,10 +42,9 @@ def write_checked_json(record: dict[str, Any]) -> bytes:
 def read_checked_json(path: Path) -> tuple[dict[str, Any], bool]:
     """(the record without its check, whether it is the text that was written). One without a check, made by hand,
     is taken as it is."""
-    text = _read(path, MOST)
-    record = _object(text, path)
+    record, text = _parsed(path, MOST)
     check = record.pop(_CHECK, None)
-    return record, check is None or text.encode() == write_checked_json(record)
+    return record, check is None or text == write_checked_json(record)
 
 
 def refuse_broken(path: Path) -> DamagedFile:
@@ -59,24 +58,22 @@ def _text(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _read(path: Path, most: int) -> str:
+def _parsed(path: Path, most: int) -> tuple[dict[str, Any], bytes]:
+    """(the object in a JSON file, its text)."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
                 raise CacheError(f"{path} has {size:,} bytes; a record has at most {most:,}.")
-            return file.read(most).decode("utf-8")
+            text = file.read(most)
+        record = parse_json(text.decode(), str(path))
     except FileNotFoundError as error:
         raise CacheError(f"{path} is missing.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise CacheError(f"{path} cannot be read: {error}.") from error
-
-
-def _object(text: str, path: Path) -> dict[str, Any]:
-    record = parse_json(text, str(path))
     if not isinstance(record, dict):
         raise CacheError(f"{path} holds {type(record).__name__}, not a record.")
-    return record
+    return record, text
 
 
 def parse_json(text: Any, where: str) -> Any:
@@ -89,8 +86,12 @@ def parse_json(text: Any, where: str) -> Any:
         raise CacheError(f"{where} cannot be read: it is nested deeper than {DEEPEST} levels.") from error
     except ValueError as error:
         raise CacheError(f"{where} cannot be read: {error}.") from error
-    _check(value, where)
-    return value
+    level = [value]  # depth and leaves, without recursion
+    for _ in range(DEEPEST):
+        level = [part for whole in level for part in _parts(whole, where)]
+        if not level:
+            return value
+    raise CacheError(f"{where} cannot be read: it is nested deeper than {DEEPEST} levels.")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -103,16 +104,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(word: str) -> None:
     raise ValueError(f"{word} is no number of JSON")
-
-
-def _check(value: Any, where: str) -> None:
-    """Depth and leaves, without recursion."""
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [part for whole in level for part in _parts(whole, where)]
-        if not level:
-            return
-    raise CacheError(f"{where} cannot be read: it is nested deeper than {DEEPEST} levels.")
 
 
 def _parts(value: Any, where: str) -> list[Any]:
@@ -140,11 +131,10 @@ def is_text(value: str) -> bool:
 
 def checked_plan(plan: dict[str, Any], path: Path) -> dict[str, Any]:
     """The plan of a store, of which the numbers steer a forward pass."""
+    bounds = {"batch_size": 1 << 16, "threads": 1 << 12}
     for device, how in plan.items():
-        bounds = {"batch_size": 1 << 16, "threads": 1 << 12}
-        if not isinstance(how, dict) or not all(
-            type(how.get(key)) is int and 0 < how[key] <= most for key, most in bounds.items()
-        ):
+        numbers = [(how.get(key), most) for key, most in bounds.items()] if isinstance(how, dict) else [(None, 0)]
+        if not all(type(number) is int and 0 < number <= most for number, most in numbers):
             raise CacheError(f"{path} has no batch_size and threads for {device[:40]!a}. Delete it to plan anew.")
         if "cost" in how and not _is_cost(how["cost"]):
             raise CacheError(f"{path} does not say what an image costs on {device[:40]!a}. Delete it to plan anew.")
@@ -168,10 +158,10 @@ def check_provenance(provenance: Any, path: Path) -> None:
         isinstance(request, dict)
         and ("name" in request or not request)
         and all(key in _REQUEST and (value is None or type(value) is _REQUEST[key]) for key, value in request.items())
+        and isinstance(provenance.get("versions", {}), dict)
+        and all(isinstance(provenance.get(key), str | None) for key in ("backbone", "id", "revision", "licence"))
     )
-    versions = provenance.get("versions", {}) if fine else {}
-    words = [provenance.get(key) for key in ("backbone", "id", "revision", "licence")] if fine else []
-    if not fine or not isinstance(versions, dict) or not all(w is None or isinstance(w, str) for w in words):
+    if not fine:
         raise CacheError(f"{path}: its provenance is not that of a store (a name, a request, versions).")
 
 

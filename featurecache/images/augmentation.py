@@ -9,8 +9,8 @@ later. It keeps the label of its image: flips are to be left out where the side 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, CacheError, nearest
 from featurecache.files.records import canonical_json
-from featurecache.images import decoding as _images
+from featurecache.images import decoding
 from featurecache.images.headers import EncodedImage
 
 if TYPE_CHECKING:
@@ -28,52 +28,6 @@ if TYPE_CHECKING:
 
 RULES = 1  # raised when a step makes other pixels than before
 MOST_VIEWS = 10_000
-_DIGEST = np.dtype("S32")
-
-
-def _functional() -> Any:
-    from torchvision.transforms.v2 import functional
-
-    return functional
-
-
-def _flip(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
-    return _functional().horizontal_flip(image) if drawn[0] < 0.5 else image
-
-
-def _vflip(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
-    return _functional().vertical_flip(image) if drawn[0] < 0.5 else image
-
-
-def _rotate(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
-    """Without ``fill``, which is black too but darkens the border twice (torchvision 0.26, `_apply_grid_transform`)."""
-    from torchvision.transforms import InterpolationMode
-
-    return _functional().rotate(image, _around(0, amount, drawn[0]), interpolation=InterpolationMode.BILINEAR)
-
-
-def _shift(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
-    """By whole pixels, so nothing is interpolated: a crop that begins outside is filled with black."""
-    height, width = image.shape[-2:]
-    down, right = (round(_around(0, amount * side, u)) for side, u in zip((height, width), drawn, strict=True))
-    return _functional().crop(image, -down, -right, height, width)
-
-
-def _scale(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
-    from torchvision.transforms import InterpolationMode
-
-    factor = _around(1, amount, drawn[0])
-    return _functional().affine(
-        image, angle=0.0, translate=[0, 0], scale=factor, shear=[0.0, 0.0], interpolation=InterpolationMode.BILINEAR
-    )
-
-
-def _brightness(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
-    return _functional().adjust_brightness(image, _around(1, amount, drawn[0]))
-
-
-def _contrast(image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
-    return _functional().adjust_contrast(image, _around(1, amount, drawn[0]))
 
 
 def _around(middle: float, amount: float, drawn: float) -> float:
@@ -81,9 +35,27 @@ def _around(middle: float, amount: float, drawn: float) -> float:
     return middle + amount * (2 * drawn - 1)
 
 
+def _rotate(tv: Any, image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
+    """Without ``fill``, which is black too but darkens the border twice (torchvision 0.26, `_apply_grid_transform`)."""
+    return tv.rotate(image, _around(0, amount, drawn[0]), interpolation=tv.InterpolationMode.BILINEAR)
+
+
+def _shift(tv: Any, image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
+    """By whole pixels, so nothing is interpolated: a crop that begins outside is filled with black."""
+    height, width = image.shape[-2:]
+    down, right = (round(_around(0, amount * side, u)) for side, u in zip((height, width), drawn, strict=True))
+    return tv.crop(image, -down, -right, height, width)
+
+
+def _scale(tv: Any, image: torch.Tensor, amount: float, drawn: Sequence[float]) -> Any:
+    how = {"angle": 0.0, "translate": [0, 0], "scale": _around(1, amount, drawn[0]), "shear": [0.0, 0.0]}
+    return tv.affine(image, **how, interpolation=tv.InterpolationMode.BILINEAR)
+
+
 @dataclass(frozen=True)
 class Operation:
-    """One word of ``--augment``. ``make`` takes the image, the amount and the numbers drawn, in [0, 1)."""
+    """One word of ``--augment``. ``make`` takes torchvision's functional operations, the image uint8 [3,H,W], the
+    amount and the numbers drawn, in [0, 1)."""
 
     form: str  # as it is typed
     about: str
@@ -91,26 +63,34 @@ class Operation:
     most: float  # the number is above 0 and at most this
     settled: dict[str, Any]  # what else decides the pixels
     draws: int
-    make: Callable[[torch.Tensor, float, Sequence[float]], torch.Tensor]
+    make: Callable[[Any, torch.Tensor, float, Sequence[float]], torch.Tensor]
 
 
-_BILINEAR = {"interpolation": "bilinear", "outside": "black"}
-# To add a step: a function and a line. Its words are in the key of every copy; a change of one raises RULES.
+_HALF, _BLACK = {"probability": 0.5}, {"outside": "black"}
+_BILINEAR = {"interpolation": "bilinear", **_BLACK}
+# To add a step: an entry. Its words are in the key of every copy; a change of one raises RULES.
 OPERATIONS: dict[str, Operation] = {
     "flip": Operation(
-        "flip", "left and right exchanged, in half of the copies", None, 0, {"probability": 0.5}, 1, _flip
+        "flip", "left and right exchanged, in half of the copies", None, 0, _HALF, 1,
+        lambda tv, image, amount, drawn: tv.horizontal_flip(image) if drawn[0] < 0.5 else image,
     ),
     "vflip": Operation(
-        "vflip", "top and bottom exchanged, in half of the copies", None, 0, {"probability": 0.5}, 1, _vflip
+        "vflip", "top and bottom exchanged, in half of the copies", None, 0, _HALF, 1,
+        lambda tv, image, amount, drawn: tv.vertical_flip(image) if drawn[0] < 0.5 else image,
     ),
     "rotate": Operation("rotate10", "turned by up to 10 degrees either way", "degrees", 180, _BILINEAR, 1, _rotate),
-    "shift": Operation(
-        "shift0.1", "moved by up to a tenth of height and width", "fraction", 0.99, {"outside": "black"}, 2, _shift
-    ),
+    "shift": Operation("shift0.1", "moved by up to a tenth of height and width", "fraction", 0.99, _BLACK, 2, _shift),
     "scale": Operation("scale0.1", "enlarged or made smaller by up to a tenth", "fraction", 0.9, _BILINEAR, 1, _scale),
-    "brightness": Operation("brightness0.2", "times 0.8 to 1.2", "fraction", 1, {}, 1, _brightness),
-    "contrast": Operation("contrast0.2", "contrast times 0.8 to 1.2", "fraction", 1, {}, 1, _contrast),
-}
+    "brightness": Operation(
+        "brightness0.2", "times 0.8 to 1.2", "fraction", 1, {}, 1,
+        lambda tv, image, amount, drawn: tv.adjust_brightness(image, _around(1, amount, drawn[0])),
+    ),
+    "contrast": Operation(
+        "contrast0.2", "contrast times 0.8 to 1.2", "fraction", 1, {}, 1,
+        lambda tv, image, amount, drawn: tv.adjust_contrast(image, _around(1, amount, drawn[0])),
+    ),
+}  # fmt: skip
+_FORMS = ", ".join(kind.form for kind in OPERATIONS.values())
 
 
 @dataclass(frozen=True)
@@ -121,12 +101,12 @@ class AugmentationStep:
     def __post_init__(self) -> None:
         if self.word not in OPERATIONS:
             raise BadOption(
-                f'--augment: no step is called "{self.word}".{nearest(self.word, OPERATIONS)} There are {_all()}.'
+                f'--augment: no step is called "{self.word}".{nearest(self.word, OPERATIONS)} There are {_FORMS}.'
             )
         kind = OPERATIONS[self.word]
         if kind.amount is None and self.amount:
             raise BadOption(f'--augment: "{self}": {self.word} takes no number.')
-        if kind.amount and not (math.isfinite(self.amount) and 0 < self.amount <= kind.most):
+        if kind.amount and not 0 < self.amount <= kind.most:
             raise BadOption(
                 f'--augment: "{self}": behind {self.word} stands a number ({kind.amount}) above 0 and at most '
                 f"{kind.most:g}, such as {kind.form}."
@@ -138,10 +118,6 @@ class AugmentationStep:
     def to_dict(self) -> dict[str, Any]:
         kind = OPERATIONS[self.word]
         return {"step": self.word, **({kind.amount: self.amount} if kind.amount else {}), **kind.settled}
-
-
-def _all() -> str:
-    return ", ".join(kind.form for kind in OPERATIONS.values())
 
 
 @dataclass(frozen=True)
@@ -156,7 +132,7 @@ class Augmentation:
         twice = next((word for word in words if words.count(word) > 1), None)
         if not words or twice:
             what = f"{twice} stands there twice" if twice else "it names no step"
-            raise BadOption(f"--augment: {what}; expected some of {_all()}, each once.")
+            raise BadOption(f"--augment: {what}; expected some of {_FORMS}, each once.")
         if not 0 <= self.seed < 1 << 63:
             raise BadOption(f"--augment-seed is {self.seed}; a whole number from 0 on is expected.")
 
@@ -169,54 +145,48 @@ class Augmentation:
     @classmethod
     def from_dict(cls, record: Any) -> Augmentation:
         """Raises CacheError for any other record than `to_dict` makes."""
-        try:
-            steps = tuple(
-                AugmentationStep(r["step"], float(r.get(OPERATIONS[r["step"]].amount, 0))) for r in record["steps"]
-            )
-            made = cls(steps, record["seed"])
-            same = canonical_json(made.to_dict()) == canonical_json(record)
-        except (BadOption, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
-            same = False
-        if not same:
-            raise CacheError(f"its copies were made by steps that this featurecache has not ({str(record)[:200]!a}).")
-        return made
+        with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
+            amounts = [(r["step"], r.get(OPERATIONS[r["step"]].amount, 0)) for r in record["steps"]]
+            augmentation = cls(tuple(AugmentationStep(word, float(n)) for word, n in amounts), record["seed"])
+            if canonical_json(augmentation.to_dict()) == canonical_json(record):
+                return augmentation
+        raise CacheError(f"its copies were made by steps that this featurecache has not ({str(record)[:200]!a}).")
 
     def digests(self, images: np.ndarray, copy: int) -> np.ndarray:
         """Of images S32 [n] the digests of copy number ``copy`` (1 …), S32 [n]."""
-        behind = f",{canonical_json(self.to_dict())},{copy}]"
-        found = [
-            hashlib.blake2b(f'["{digest.decode()}"{behind}'.encode(), digest_size=16).hexdigest().encode()
-            for digest in images.tolist()
-        ]
-        return np.array(found, _DIGEST)
+        behind = f'",{canonical_json(self.to_dict())},{copy}]'.encode()
+        keys = (b'["' + digest + behind for digest in images.tolist())
+        return np.array([hashlib.blake2b(key, digest_size=16).hexdigest() for key in keys], "S32")
 
-    def made(self, image: torch.Tensor, digest: bytes) -> torch.Tensor:
+    def apply(self, image: torch.Tensor, digest: bytes) -> torch.Tensor:
         """uint8 [3,H,W] → the copy of that ``digest``, of the same shape, colours interleaved in memory."""
+        from torchvision.transforms.v2 import functional
+
         for number, step in enumerate(self.steps):
             kind = OPERATIONS[step.word]
-            image = kind.make(image, step.amount, uniform_draws(digest, number, kind.draws))
+            image = kind.make(functional, image, step.amount, uniform_draws(digest, number, kind.draws))
         return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
     def copy_of(self, data: EncodedImage, digest: bytes) -> np.ndarray:
         """An image as its source has it → its copy of that ``digest``, uint8 [H,W,3]."""
-        return self.made(_images.decode(data), digest).permute(1, 2, 0).numpy()
+        return self.apply(decoding.decode(data), digest).permute(1, 2, 0).numpy()
 
 
 def uniform_draws(digest: bytes, step: int, count: int) -> list[float]:
     """``count`` numbers in [0, 1) for step number ``step`` of a copy: 53 bits each of BLAKE2b, so of no library's
     generator, whose stream may change."""
-    found = hashlib.blake2b(b"%s %d" % (digest, step), digest_size=8 * count, person=b"augment").digest()
-    return [(int.from_bytes(found[k : k + 8], "little") >> 11) / (1 << 53) for k in range(0, 8 * count, 8)]
+    drawn = hashlib.blake2b(b"%s %d" % (digest, step), digest_size=8 * count, person=b"augment").digest()
+    return [(value >> 11) / (1 << 53) for value in np.frombuffer(drawn, "<u8").tolist()]
 
 
 def parse_augmentation(text: str, seed: int = 0) -> Augmentation:
     """``flip,rotate10,shift0.1`` as an Augmentation. Raises BadOption."""
     steps = []
     for word in filter(None, (part.strip() for part in text.split(","))):
-        found = re.fullmatch(r"([A-Za-z]+)(\d+\.?\d*|\.\d+)?", word)
-        if found is None:
-            raise BadOption(f'--augment: "{word}" is no step. There are {_all()}.')
-        steps.append(AugmentationStep(found[1].lower(), float(found[2] or 0)))
+        match = re.fullmatch(r"([A-Za-z]+)(\d+\.?\d*|\.\d+)?", word)
+        if match is None:
+            raise BadOption(f'--augment: "{word}" is no step. There are {_FORMS}.')
+        steps.append(AugmentationStep(match[1].lower(), float(match[2] or 0)))
     return Augmentation(tuple(steps), seed)
 
 
@@ -255,7 +225,7 @@ def augmentation_of(views: int | None, augment: str | None, seed: int) -> Augmen
     if not 0 < views <= MOST_VIEWS:
         raise BadOption(f"--views is {views}; a number from 0 to {MOST_VIEWS:,} is expected.")
     if augment is None:
-        raise BadOption(f"--views {views} needs --augment: how the copies are to differ, some of {_all()}.")
+        raise BadOption(f"--views {views} needs --augment: how the copies are to differ, some of {_FORMS}.")
     return AugmentedCopies(parse_augmentation(augment, seed), views)
 
 
@@ -285,5 +255,5 @@ class AugmentationPlan:
 
     def digests(self, images: np.ndarray) -> np.ndarray:
         """S32 [first] continued by the digests of the copies."""
-        made, of = self.augmented.augmentation, images[self.sources]
-        return np.concatenate([images, *(made.digests(of, copy) for copy in range(1, self.augmented.views + 1))])
+        of, numbers = self.augmented.augmentation, range(1, self.augmented.views + 1)
+        return np.concatenate([images, *(of.digests(images[self.sources], copy) for copy in numbers)])

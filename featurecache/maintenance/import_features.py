@@ -38,11 +38,11 @@ from featurecache.maintenance.row_annotations import (
 )
 from featurecache.outputs import parse
 from featurecache.sources.base import safe_name
-from featurecache.store.schema import DIGEST
+from featurecache.store.schema import DIGEST, ViewColumns
 from featurecache.store.shards import Layout, ShardWriter, notes_for
 from featurecache.store.spec import UNKNOWN, ExtractionSpec
 from featurecache.store.store import Store, cache_folder, create_store, rows_per_shard, stores
-from featurecache.store.write_view import ViewColumns, write_view
+from featurecache.store.write_view import write_view
 
 _Grid = tuple[int, int]  # height and width in patches
 MOST_ROWS = 1 << 26  # ids and labels are in memory; an archive of kilobytes can declare any number

@@ -6,10 +6,9 @@ columns are compared with each other. Everything may have been written by anybod
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +59,33 @@ class StoredOutput:
         return StoredOutput(self.info, self.index[:rows], self.checksums[:rows], errors)
 
 
-@dataclass
-class ViewContent:
+@dataclass(eq=False)
+class ViewColumns:
+    """What a view says of its samples, in the order of the source."""
+
+    ids: list[str]
+    labels: np.ndarray
+    splits: list[str]
+    digests: np.ndarray
+    groups: list[str] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    versions: np.ndarray | None = None  # 0 for images, which come first, 1 … for augmented copies; None: no copies
+
+    def at(self, rows: np.ndarray | slice) -> dict[str, Any]:
+        """The columns by name, each of some ``rows`` only."""
+        names = ("ids", "labels", "splits", "digests", "groups", "versions")
+        meta = {key: column[rows] for key, column in self.meta.items()}
+        return {name: _pick(getattr(self, name), rows) for name in names} | {"meta": meta}
+
+
+def _pick(column: Any, rows: np.ndarray | slice) -> Any:
+    if isinstance(column, list) and not isinstance(rows, slice):
+        return [column[row] for row in rows.tolist()]
+    return None if column is None else column[rows]
+
+
+@dataclass(eq=False, kw_only=True)
+class ViewContent(ViewColumns):
     """All of a view: what `View` shows, and its index."""
 
     attributes: dict[str, Any]
@@ -69,16 +93,9 @@ class ViewContent:
     classes: list[str]
     task: str
     source: dict[str, Any]
-    failed: list[dict[str, str]]
-    ids: list[str]
-    labels: np.ndarray
-    splits: list[str]
-    groups: list[str] | None
-    digests: np.ndarray
-    versions: np.ndarray | None
-    meta: dict[str, np.ndarray]
-    files: np.ndarray
-    stored: dict[str, StoredOutput]
+    failed: list[dict[str, str]]  # {"id", "reason"} of images that are not in it
+    files: np.ndarray  # FILES: the shards its rows lie in; the path is relative to the store
+    index: dict[str, StoredOutput]
     augmented: AugmentedCopies | None  # how the rows whose version is not 0 were made
 
     @property
@@ -87,15 +104,11 @@ class ViewContent:
         return len(self.ids) if self.versions is None else int((self.versions == 0).sum())
 
     def plain(self) -> ViewContent:
-        """The same with the columns of plain rows only; ``stored`` keeps all."""
+        """The same with the columns of plain rows only; ``index`` keeps all."""
         n = self.plain_rows
-        if n == len(self.ids):
-            return self
-        cut = {name: getattr(self, name)[:n] for name in ("ids", "labels", "splits", "digests", "versions")}
-        groups = None if self.groups is None else self.groups[:n]
-        return dataclasses.replace(self, **cut, groups=groups, meta={key: c[:n] for key, c in self.meta.items()})
+        return self if n == len(self.ids) else replace(self, **self.at(slice(n)))
 
-    def copies(self, path: Path) -> np.ndarray:
+    def copy_rows(self, path: Path) -> np.ndarray:
         """int64 [N, 1+k] of `View.copies`. A copy belongs to the image whose id it has, and its digest says so too."""
         n, k = self.plain_rows, self.augmented.views if self.augmented else 0
         table = np.repeat(np.arange(n)[:, None], 1 + k, axis=1)
@@ -142,6 +155,9 @@ def _view_content(file: ColumnFile) -> ViewContent:
     failed = _attribute(attributes, "failed", name)
     if not all(isinstance(pair, list) and len(pair) == 2 and _all_text(pair) for pair in failed):
         raise CacheError(f"{name}: its list of failed images is not one of ids and reasons.")
+    augmented = None
+    if "augmentation" in attributes:
+        augmented = AugmentedCopies.from_dict(_attribute(attributes, "augmentation", name, dict))
     return ViewContent(
         attributes=attributes,
         fingerprint=str(attributes["fingerprint"]),
@@ -157,10 +173,8 @@ def _view_content(file: ColumnFile) -> ViewContent:
         versions=file.array("versions", "i4") if "versions" in file.columns else None,
         meta=_meta(file),
         files=file.array("index/files", FILES),
-        stored={key: _stored(file, key) for key in _below("index/", file) if key != "files"},
-        augmented=AugmentedCopies.from_dict(_attribute(attributes, "augmentation", name, dict))
-        if "augmentation" in attributes
-        else None,
+        index={key: _stored(file, key) for key in _below("index/", file) if key != "files"},
+        augmented=augmented,
     )
 
 
@@ -173,11 +187,11 @@ def _below(folder: str, file: ColumnFile) -> list[str]:
 def _meta(file: ColumnFile) -> dict[str, np.ndarray]:
     """Further columns of the source: numbers, or text."""
     texts = [name.split("/")[3] for name in file.columns if re.fullmatch(f"{TEXTS}meta/[^/]+/ends", name)]
-    found = {key: file.array(f"meta/{key}") for key in _below("meta/", file)}
-    if not all(column.dtype.kind in "biuf" for column in found.values()):
+    columns = {key: file.array(f"meta/{key}") for key in _below("meta/", file)}
+    if not all(column.dtype.kind in "biuf" for column in columns.values()):
         raise CacheError(f"{file.path}: further columns hold other things than numbers and text.")
-    found |= {key: np.array(file.texts(f"meta/{key}"), object) for key in texts}
-    return dict(sorted(found.items()))
+    columns |= {key: np.array(file.texts(f"meta/{key}"), object) for key in texts}
+    return dict(sorted(columns.items()))
 
 
 def _attribute(attributes: dict[str, Any], key: str, name: Path, kind: type = list) -> Any:
@@ -224,10 +238,9 @@ def _sides(shape: list[Any], name: Path) -> tuple[int, ...]:
 def _check_columns(view: ViewContent, name: Path) -> None:
     """Columns of one length and of the values that they may have."""
     columns: list[Any] = [view.labels, view.splits, view.digests, *view.meta.values()]
-    columns += [column for column in (view.groups, view.versions) if column is not None]
-    columns += [column for stored in view.stored.values() for column in (stored.index, stored.checksums)]
-    columns += [stored.errors for stored in view.stored.values() if stored.errors is not None]
-    if view.task not in TASKS or {len(column) for column in columns} != {len(view.ids)}:
+    columns += [view.groups, view.versions]
+    columns += [column for s in view.index.values() for column in (s.index, s.checksums, s.errors)]
+    if view.task not in TASKS or {len(column) for column in columns if column is not None} != {len(view.ids)}:
         raise CacheError(f"{name}: its columns do not agree with each other.")
     if not _all_text(view.classes) or len(set(view.classes)) != len(view.classes):
         raise CacheError(f"{name}: its classes are not different names.")
@@ -238,7 +251,7 @@ def _check_columns(view: ViewContent, name: Path) -> None:
         raise CacheError(f"{name}: its labels do not fit its {len(view.classes):,} classes ({view.task}).")
     if not _copies_fit(view):
         raise CacheError(f"{name}: its augmented copies are not those of its images.")
-    for output, stored in view.stored.items():
+    for output, stored in view.index.items():
         info = stored.info
         rows = info.grid and info.prefix is not None and len(info.prefix) + info.grid[0] * info.grid[1]
         if not _OUTPUT.fullmatch(output) or (rows and info.shape[0] != rows):
@@ -250,11 +263,9 @@ def _copies_fit(view: ViewContent) -> bool:
     if view.versions is None or view.augmented is None:
         return view.versions is None and view.augmented is None
     n = view.plain_rows
-    copies = view.versions[n:]
-    fine = n > 0 and not view.versions[:n].any()
-    return bool(fine and ((copies > 0) & (copies <= view.augmented.views)).all()) and set(view.ids[n:]) <= set(
-        view.ids[:n]
-    )
+    copies, names = view.versions[n:], view.ids
+    fine = n > 0 and not view.versions[:n].any() and ((copies > 0) & (copies <= view.augmented.views)).all()
+    return bool(fine) and set(names[n:]) <= set(names[:n])
 
 
 def _labels_fit(view: ViewContent) -> bool:

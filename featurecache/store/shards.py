@@ -31,7 +31,7 @@ from featurecache.files.directory import AGAIN, open_columns
 from featurecache.files.hdf5 import WriteTrace, create_unwritten, new_hdf5, seal
 from featurecache.store.schema import DIGEST, check_digests, token_layout
 
-_PLACES = ("prefix", "grid")  # attributes of token features
+_STEP = 1 << 24  # bytes copied at a time
 _HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}
 
@@ -51,9 +51,10 @@ class Layout:
         return int(np.prod(self.row_shape)) * np.dtype(self.dtype).itemsize
 
     def attributes(self) -> dict[str, str]:
+        """Of token features: which rows are what."""
         if self.prefix is None or self.grid is None:
             return {}
-        return dict(zip(_PLACES, (json.dumps(list(self.prefix)), json.dumps(list(self.grid))), strict=True))
+        return {"prefix": json.dumps(self.prefix), "grid": json.dumps(self.grid)}
 
 
 def shard_name(digests: np.ndarray) -> str:
@@ -96,14 +97,17 @@ class ShardWriter:
         checksums, errors = np.array(self._checksums, "u8"), np.concatenate(self._errors)
         trace, offset = _trace(self._layout, digests, checksums, errors, self._notes)
         path = self._folder / f"{shard_name(digests)}.h5"
-        if offset != self._offset:  # fewer rows than planned: a smaller frame, so the rows move
-            with AtomicFile(path, inside=self._folder.parent) as file:
-                _copy(self._file, self._offset, file, offset, len(digests) * self._layout.row_bytes)
-                _commit(file, trace, replace)
-        else:
-            self._file.path = path
-            _commit(self._file, trace, replace)
-        self._file.discard()
+        if offset == self._offset:
+            file, self._file.path = self._file, path
+        else:  # fewer rows than planned: a smaller frame, so the rows move
+            file = AtomicFile(path, inside=self._folder.parent)
+        with file, self._file:
+            if file is not self._file:
+                size = len(digests) * self._layout.row_bytes
+                for done in range(0, size, _STEP):
+                    file.write(offset + done, self._file.read(self._offset + done, min(_STEP, size - done)))
+            seal(file, trace)
+            file.commit(replace=replace)
         return path
 
     def discard(self) -> None:
@@ -116,31 +120,19 @@ def unmeasured(rows: int) -> np.ndarray:
     return np.full(rows, np.nan, np.float32)
 
 
-def _commit(file: AtomicFile, trace: WriteTrace, replace: bool) -> None:
-    seal(file, trace)
-    file.commit(replace=replace)
-
-
-def _copy(source: AtomicFile, start: int, target: AtomicFile, offset: int, size: int, step: int = 1 << 24) -> None:
-    for done in range(0, size, step):
-        target.write(offset + done, source.read(start + done, min(step, size - done)))
-
-
 def _trace(
     layout: Layout, digests: np.ndarray, checksums: np.ndarray, errors: np.ndarray, notes: dict[str, str]
 ) -> tuple[WriteTrace, int]:
     """The file without its features, and where they go (bytes from the start). The same input gives the same bytes."""
     trace = WriteTrace()
     with new_hdf5(trace) as file:
-        for key, value in sorted(notes.items()):
-            file.attrs[key] = value
+        file.attrs.update(sorted(notes.items()))
         file.create_dataset("digests", data=digests, dtype=DIGEST)
         file.create_dataset("checksums", data=checksums, dtype="u8")
         if layout.dtype == "float16":
             file.create_dataset("errors", data=errors, dtype="f4")
         features = create_unwritten(file, "features", (len(digests), *layout.row_shape), layout.dtype)
-        for key, value in layout.attributes().items():
-            features.attrs[key] = value
+        features.attrs.update(layout.attributes())
         return trace, features.id.get_offset()
 
 
@@ -158,14 +150,14 @@ class Shard:
     notes: dict[str, str] = field(repr=False)  # attributes: which store, computed how
 
 
-_KNOWN: dict[tuple[Path, Layout], tuple[tuple[int, ...], Shard]] = {}  # opening one takes milliseconds
+_OPENED: dict[tuple[Path, Layout], tuple[tuple[int, ...], Shard]] = {}  # opening one takes milliseconds
 
 
 def read_shard(path: Path, layout: Layout) -> Shard:
     """All of a shard but its features. Refuses another size, shape or dtype."""
     refuse_links(path.parent)
     stamp = file_stamp(path)
-    stamped, shard = _KNOWN.get((path, layout), (None, None))
+    stamped, shard = _OPENED.get((path, layout), (None, None))
     if shard is None or stamped != stamp:
         actual, shard = _read(path)
         if (actual.row_shape, actual.dtype) != (layout.row_shape, layout.dtype):
@@ -173,7 +165,7 @@ def read_shard(path: Path, layout: Layout) -> Shard:
                 f"{path} holds rows of {actual.dtype} {actual.row_shape}; expected {layout.dtype} {layout.row_shape}."
             )
         if stamp is not None:
-            _KNOWN[path, layout] = stamp, shard
+            _OPENED[path, layout] = stamp, shard
     return shard
 
 
@@ -204,10 +196,10 @@ def layout_in(path: Path) -> Layout:
 def file_size(path: Path | str) -> int | None:
     """Bytes of a plain file; None where there is none."""
     try:
-        found = os.lstat(path)
+        entry = os.lstat(path)
     except OSError:
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return entry.st_size if stat.S_ISREG(entry.st_mode) else None
 
 
 def map_rows(path: Path, size: int, offset: int, rows: int, row_shape: tuple[int, ...], dtype: str) -> torch.Tensor:
@@ -216,13 +208,11 @@ def map_rows(path: Path, size: int, offset: int, rows: int, row_shape: tuple[int
     Private mapping: writing to the tensor does not reach the file. Raises DamagedFile when it is gone or cut.
     """
     refuse_links(path.parent, path)
-    found = file_size(path)
-    if found != size:
-        raise DamagedFile(
-            f"{path} is missing. Run the extraction again."
-            if found is None
-            else f"{path} has {found:,} bytes, not {size:,}. {AGAIN}"
-        )
+    actual = file_size(path)
+    if actual is None:
+        raise DamagedFile(f"{path} is missing. Run the extraction again.")
+    if actual != size:
+        raise DamagedFile(f"{path} has {actual:,} bytes, not {size:,}. {AGAIN}")
     itemsize = np.dtype(dtype).itemsize
     try:
         whole = torch.from_file(str(path), shared=False, size=size // itemsize, dtype=TORCH_DTYPE[dtype])
@@ -270,10 +260,10 @@ class RowLocations:
 
 def empty_rows(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory for rows [n, ...]. An index can name one large row a million times, so the sum is looked at first."""
-    size = math.prod(shape) * dtype.itemsize
-    if size > _memory_bytes():
+    size, memory = math.prod(shape) * dtype.itemsize, _memory_bytes()
+    if size > memory:
         raise CacheError(
-            f"{shape[0]:,} rows of {list(shape[1:])} take {size:,} bytes and this machine has {_memory_bytes():,}; "
+            f"{shape[0]:,} rows of {list(shape[1:])} take {size:,} bytes and this machine has {memory:,}; "
             "ask for fewer rows at a time."
         )
     return torch.empty(shape, dtype=dtype)
@@ -319,13 +309,11 @@ def _checksum(row: np.ndarray) -> int:
 
 def find_by_digest(shards: list[Shard], digests: np.ndarray) -> RowLocations:
     """Find ``digests`` [N] in shards; of several copies of a row the shard that comes first is taken."""
-    missing = np.full(len(digests), -1, np.int64)
-    if not shards or not len(digests):
-        return RowLocations(tuple(shards), missing, missing.copy())
-    stored = np.concatenate([shard.digests for shard in shards])
     lengths = [len(shard.digests) for shard in shards]
-    file = np.repeat(np.arange(len(shards)), lengths)
-    row = np.concatenate([np.arange(n) for n in lengths])
+    if not sum(lengths) or not len(digests):
+        return RowLocations(tuple(shards), *np.full((2, len(digests)), -1, np.int64))
+    stored = np.concatenate([shard.digests for shard in shards])
+    file, row = np.repeat(np.arange(len(shards)), lengths), np.concatenate([np.arange(n) for n in lengths])
     order = np.argsort(stored, kind="stable")
     position = np.minimum(np.searchsorted(stored[order], digests), len(stored) - 1)
     pick = order[position]
@@ -335,19 +323,17 @@ def find_by_digest(shards: list[Shard], digests: np.ndarray) -> RowLocations:
 
 def row_keys(digests: np.ndarray, checksums: np.ndarray) -> np.ndarray:
     """S48 [n]: digest and checksum of each row, in hexadecimal digits."""
-    count = len(digests)
-    found = np.empty((count, 48), np.uint8)
-    found[:, :32] = np.ascontiguousarray(digests, "S32").view(np.uint8).reshape(count, 32)
-    sums = np.ascontiguousarray(checksums, ">u8").view(np.uint8).reshape(count, 8)
-    found[:, 32::2], found[:, 33::2] = _HEX[sums >> 4], _HEX[sums & 15]
-    return found.reshape(-1).view("S48")
+    keys = np.empty((len(digests), 48), np.uint8)
+    keys[:, :32] = np.ascontiguousarray(digests, "S32").view(np.uint8).reshape(-1, 32)
+    sums = np.ascontiguousarray(checksums, ">u8").view(np.uint8).reshape(-1, 8)
+    keys[:, 32::2], keys[:, 33::2] = _HEX[sums >> 4], _HEX[sums & 15]
+    return keys.reshape(-1).view("S48")
 
 
 def find_by_key(shards: Sequence[Shard], wanted: np.ndarray) -> RowLocations:
     """Where rows of these keys lie; of several copies that in the first shard."""
     keyed = [replace(shard, digests=row_keys(shard.digests, shard.checksums)) for shard in shards]
-    found = find_by_digest(keyed, wanted)
-    return RowLocations(tuple(shards), found.file, found.row)
+    return replace(find_by_digest(keyed, wanted), shards=tuple(shards))
 
 
 def notes_for(fingerprint: str, device: str, plan: dict[str, Any]) -> dict[str, str]:

@@ -64,10 +64,6 @@ class ExtractionSpec:
     def untrained(self) -> bool:
         return "random_seed" in self.weights
 
-    @property
-    def itemsize(self) -> int:
-        return {"float16": 2, "float32": 4}[self.dtype]
-
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "image_size": list(self.image_size)}
 
@@ -75,8 +71,10 @@ class ExtractionSpec:
     def from_dict(cls, record: dict[str, Any]) -> ExtractionSpec:
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(record, dict) or set(record) != names:
-            found = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise CacheError(f"an extraction spec has the fields {', '.join(sorted(names))}; found {str(found)[:200]}.")
+            actual = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise CacheError(
+                f"an extraction spec has the fields {', '.join(sorted(names))}; found {str(actual)[:200]}."
+            )
         kinds = {"architecture": dict, "weights": dict, "preprocess": dict, "image_size": list, "generation": int}
         wrong = [name for name in names if type(record[name]) is not kinds.get(name, int if name == "format" else str)]
         sides = record["image_size"]
@@ -113,10 +111,10 @@ def spec_differences(stored: ExtractionSpec, asked: ExtractionSpec) -> Iterator[
 
 
 def _flat(record: dict[str, Any], path: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in record.items():
-        found |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return found
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return flat
 
 
 def describe_differences(
@@ -126,9 +124,9 @@ def describe_differences(
     only follows from another field. ``origins``: the provenance of both."""
     rows: dict[str, str] = {}
     follow = _following(old, new)
-    found = list(spec_differences(old, new))
-    other = any(each.field in ("architecture.library", "architecture.class") for each in found)
-    for each in found:
+    differences = list(spec_differences(old, new))
+    other = any(each.field in ("architecture.library", "architecture.class") for each in differences)
+    for each in differences:
         name = each.field
         if name.startswith("weights."):
             made = _weights(old, origins[0]), _weights(new, origins[1])
@@ -157,10 +155,10 @@ def _following(stored: ExtractionSpec, asked: ExtractionSpec) -> set[str]:
 def _weights(spec: ExtractionSpec, provenance: dict[str, Any]) -> str:
     if spec.untrained:
         return f"untrained, seed {spec.weights['random_seed']}"
-    given = (provenance.get("request") or {}).get("weights")
     revision = str(provenance.get("revision") or "")
-    came = given or "@".join(filter(None, [str(provenance.get("id", "")), revision[:8]]))
-    return f"{_text('', spec.weights.get('blake2b'))} ({_cut(came[-_LONGEST:])})"
+    origin = "@".join(filter(None, [str(provenance.get("id", "")), revision[:8]]))
+    origin = (provenance.get("request") or {}).get("weights") or origin
+    return f"{_text('', spec.weights.get('blake2b'))} ({_cut(origin[-_LONGEST:])})"
 
 
 def _text(name: str, value: Any) -> str:

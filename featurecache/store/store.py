@@ -82,13 +82,13 @@ class Store:
 
     def layouts(self) -> dict[str, Layout]:
         """Of every output of which there are shards: what the first of them that can be read says of itself."""
-        found = {}
+        layouts = {}
         for output in self.outputs():
             for path in self.shard_paths(output):
                 with contextlib.suppress(CacheError):
-                    found[output] = layout_in(path)
+                    layouts[output] = layout_in(path)
                     break
-        return found
+        return layouts
 
     def locate(self, layout: Layout, digests: np.ndarray) -> RowLocations:
         return find_by_digest(self.shards(layout), digests)
@@ -110,24 +110,27 @@ class Store:
     def write_plan(self, device: str, plan: dict[str, Any]) -> dict[str, Any]:
         """Fix how this store computes on a kind of device; the plan that holds, which is the first one written."""
         with update_lock(self.path):
-            known = self.plan or {}
-            if device not in known or "images_per_s" not in known[device]:
-                known[device] = {**plan, **known.get(device, {})}
-                write_whole(self.path / "plan.json", write_checked_json(known), inside=self.path)
-        return dict(known[device])
+            plans = self.plan or {}
+            if "images_per_s" not in plans.get(device, {}):
+                plans[device] = {**plan, **plans.get(device, {})}
+                self._write_plans(plans)
+        return dict(plans[device])
+
+    def _write_plans(self, plans: dict[str, Any]) -> None:
+        write_whole(self.path / "plan.json", write_checked_json(plans), inside=self.path)
 
     def write_cost(self, device: str, view: str, measured: dict[str, Any]) -> None:
         """Keep in the plan what an image took in a run, unless that of a run of more images is there; of loading also
         where nothing is known of this view."""
         with update_lock(self.path):
-            known = self.plan or {}
-            cost = known.setdefault(device, {}).setdefault("cost", {"images": 0, "loading_ms": {}})
+            plans = self.plan or {}
+            cost = plans.setdefault(device, {}).setdefault("cost", {"images": 0, "loading_ms": {}})
             more = measured["images"] >= cost["images"]
             if measured["loading_ms"] is not None and (more or view not in cost["loading_ms"]):
                 cost["loading_ms"][view] = measured["loading_ms"]
             if more:
                 cost |= {key: measured[key] for key in ("forward_ms", "device", "images")}
-            write_whole(self.path / "plan.json", write_checked_json(known), inside=self.path)
+            self._write_plans(plans)
 
     def cost(self, view: str) -> dict[str, Any] | None:
         """What an image of a view costs, as extractions measured it: {"forward_ms": 12.3, "loading_ms": 0.8, "device":
@@ -141,11 +144,11 @@ class Store:
         made = {"device": cost["device"], "precision": self.spec.precision, "threads": threads}
         return {"forward_ms": cost["forward_ms"], "loading_ms": cost["loading_ms"].get(view), **made}
 
-    def replace_plan(self, known: dict[str, Any]) -> None:
+    def replace_plan(self, plans: dict[str, Any]) -> None:
         """Another plan in the place of one that is damaged, or none."""
         with update_lock(self.path):
-            if known:
-                write_whole(self.path / "plan.json", write_checked_json(known), inside=self.path)
+            if plans:
+                self._write_plans(plans)
             else:
                 (self.path / "plan.json").unlink(missing_ok=True)
 
@@ -200,35 +203,42 @@ def open_store(folder: Path) -> Store:
 def latest_generation(cache: Path, spec: ExtractionSpec) -> ExtractionSpec:
     """``spec`` in the newest generation that has a store; 0 where there is none."""
     plain = replace(spec, generation=0)
-    found = [store.spec.generation for store in stores(cache) if replace(store.spec, generation=0) == plain]
-    return replace(spec, generation=max(found, default=0))
+    generations = [store.spec.generation for store in stores(cache) if replace(store.spec, generation=0) == plain]
+    return replace(spec, generation=max(generations, default=0))
 
 
 def find_store(cache: Path, spec: ExtractionSpec) -> Store | None:
     """Raises CacheError where the folder that should be it cannot be read: its features would be computed again."""
-    found = next((store for store in stores(cache) if store.fingerprint == spec.fingerprint), None)
-    if found is None:
-        for folder, error in unreadable_stores(cache):
-            if folder.name.endswith(f"-{spec.fingerprint[:8]}"):
-                raise error
-    return found
+    for store in stores(cache):
+        if store.fingerprint == spec.fingerprint:
+            return store
+    for folder, error in unreadable_stores(cache):
+        if folder.name.endswith(f"-{spec.fingerprint[:8]}"):
+            raise error
+    return None
 
 
 def create_store(cache: Path, name: str, spec: ExtractionSpec, provenance: dict[str, Any]) -> Store:
     """The store of ``spec``, made if it is not there. Its folder appears with spec.json in it, or not at all."""
     if existing := find_store(cache, spec):
         return existing
+    label = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.") or "backbone"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with atomic_folder(cache / "store") as draft:
             write_spec(draft, spec, provenance)
             for length in (8, 12, 32):  # longer where two fingerprints begin alike
-                folder = cache / f"{_safe(name)}-{spec.fingerprint[:length]}"
-                if _take(draft, folder):
+                folder = cache / f"{label}-{spec.fingerprint[:length]}"
+                try:
+                    os.rename(draft, folder)  # fails where a folder that is not empty has the name
+                except OSError:
+                    if not folder.exists():
+                        raise
+                    if existing := find_store(cache, spec):
+                        return existing  # another process made it meanwhile
+                else:
                     sync_path(cache)
                     return open_store(folder)
-                if folder.exists() and (existing := find_store(cache, spec)):
-                    return existing  # another process made it meanwhile
     except CannotWrite:
         raise
     except OSError as error:
@@ -243,20 +253,6 @@ def write_spec(folder: Path, spec: ExtractionSpec, provenance: dict[str, Any]) -
     write_whole(folder / "spec.json", write_checked_json(record), inside=folder)
 
 
-def _take(draft: Path, folder: Path) -> bool:
-    try:
-        os.rename(draft, folder)  # fails where a folder that is not empty has the name
-    except OSError:
-        if folder.exists():
-            return False
-        raise
-    return True
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.") or "backbone"
-
-
 SHARD_BYTES, SHARD_ROWS = 256 << 20, 16_384
 MOST_BYTES, MOST_SHARDS = 4 << 30, 500  # a shard grows up to MOST_BYTES so that an output has at most about MOST_SHARDS
 SHARD_SECONDS = 120.0  # on a slow machine: what a kill may cost
@@ -266,17 +262,20 @@ def missing_outputs(
     wanted: tuple[Output, ...], layouts: dict[str, Layout], store: Store | None, digests: np.ndarray
 ) -> tuple[ImageGroups, ImageGroups]:
     """Images grouped by what is missing of them: (needs the backbone, follows from stored tokens)."""
-    assert len(layouts) < 63
-    there = {output.name: _found(store, layouts[output.name], digests) for output in wanted}
+
+    def is_stored(name: str) -> np.ndarray:
+        return store.locate(layouts[name], digests).mask if store else np.zeros(len(digests), bool)
+
+    masks = {output.name: is_stored(output.name) for output in wanted}
     for output in wanted:  # tokens that nothing is to be derived from are not even looked for: they may be damaged
-        known = output.is_derived and output.source in layouts
-        if known and output.source not in there and not there[output.name].all():
-            there[output.source] = _found(store, layouts[output.source], digests)
+        if output.is_derived and output.source in layouts.keys() - masks.keys() and not masks[output.name].all():
+            masks[output.source] = is_stored(output.source)
     forward, derived = [], []
-    pattern = sum((found.astype(np.int64) << k for k, found in enumerate(there.values())), np.zeros(len(digests), int))
+    assert len(masks) < 63
+    pattern = sum((mask.astype(np.int64) << k for k, mask in enumerate(masks.values())), np.zeros(len(digests), int))
     for number in np.unique(pattern).tolist():
         rows = np.flatnonzero(pattern == number)
-        stored = {name for k, name in enumerate(there) if number >> k & 1}
+        stored = {name for k, name in enumerate(masks) if number >> k & 1}
         missing = [output for output in wanted if output.name not in stored]
         follow = tuple(output for output in missing if output.is_derived and output.source in stored)
         need = tuple(output for output in missing if output not in follow)
@@ -285,10 +284,6 @@ def missing_outputs(
         if follow:
             derived.append((rows, follow))
     return forward, derived
-
-
-def _found(store: Store | None, layout: Layout, digests: np.ndarray) -> np.ndarray:
-    return store.locate(layout, digests).mask if store else np.zeros(len(digests), bool)
 
 
 def rows_per_shard(rows: int, row_bytes: int, rate: float | None = None, batch: int = 1) -> int:

@@ -22,7 +22,6 @@ from featurecache import outputs as _outputs
 from featurecache.errors import CacheError, NotInCache, UnsafeFile
 from featurecache.files.atomic import refuse_links
 from featurecache.files.directory import ALIGNMENT, USER_BLOCK
-from featurecache.images.augmentation import AugmentedCopies
 from featurecache.store.schema import OutputInfo, StoredOutput, ViewContent, read_view
 from featurecache.store.shards import TORCH_DTYPE, Layout, damaged_rows, empty_rows, file_size, map_rows, wrong_rows
 from featurecache.store.store import cache_folder, open_store
@@ -35,7 +34,18 @@ def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return options + ([("--task", source["task"])] if source.get("task") else [])
 
 
-class View:
+def _changed(settings: Mapping[str, Any], *keys: str) -> list[tuple[str, Any]]:
+    """The options of settings that are not as they are without one; a switch has no value."""
+    usual = {"fit": "model", "precision": "fp32", "dtype": "float16"}
+    values = [(key, settings.get(key)) for key in keys]
+    return [
+        (f"--{key}".replace("_", "-"), "" if value is True else value)
+        for key, value in values
+        if value and value != usual.get(key)
+    ]
+
+
+class View(ViewContent):
     """A dataset's features, opened for reading. Holds no open file; may be pickled and survives a fork.
 
     >>> view = featurecache.open_view("vit-in21k/chest")            # doctest: +SKIP
@@ -56,7 +66,7 @@ class View:
         self.spec: dict[str, Any] = store.spec.to_dict()
         self.provenance = store.provenance
         self.untrained, self.imported = store.spec.untrained, store.spec.imported
-        self._take(read_view(path))
+        self._show(read_view(path))
         if self.fingerprint != store.fingerprint:
             raise CacheError(
                 f"{path} belongs to the store {self.fingerprint}, but lies in that of {store.fingerprint}."
@@ -66,25 +76,10 @@ class View:
         if not columns_only:
             self._check(opening=True)
 
-    def _take(self, content: ViewContent) -> None:
-        self._files, self._stored = content.files, content.stored
+    def _show(self, content: ViewContent) -> None:
         self._all = content
         self._copies: np.ndarray | None = None
-        self.augmented: AugmentedCopies | None = content.augmented
-        content = content if self.with_copies else content.plain()
-        self.attributes: dict[str, Any] = content.attributes
-        self.fingerprint = content.fingerprint
-        self.classes: list[str] = content.classes
-        self.task = content.task
-        self.source: dict[str, Any] = content.source
-        self.failed: list[dict[str, str]] = content.failed
-        self.ids: list[str] = content.ids
-        self.labels: np.ndarray = content.labels
-        self.splits: list[str] = content.splits
-        self.groups: list[str] | None = content.groups
-        self.digests: np.ndarray = content.digests
-        self.versions: np.ndarray | None = content.versions
-        self.meta: dict[str, np.ndarray] = content.meta
+        vars(self).update(vars(content if self.with_copies else content.plain()))
 
     def _check(self, opening: bool = False) -> None:
         while not self._checked:
@@ -102,24 +97,23 @@ class View:
         repair): take over where they lie now. False where nothing has changed, or, unless ``opening``, where other
         images or other bytes have come."""
         now = read_view(self.path)
-        if now.fingerprint != self.fingerprint or np.array_equal(now.files, self._files):
+        if now.fingerprint != self.fingerprint or np.array_equal(now.files, self.files):
             return False
-        known = self._all
-        same = (now.ids, now.digests.tolist()) == (known.ids, known.digests.tolist()) and all(
-            name in now.stored and np.array_equal(now.stored[name].checksums, stored.checksums)
-            for name, stored in self._stored.items()
+        same = (now.ids, now.digests.tolist()) == (self._all.ids, self._all.digests.tolist()) and all(
+            name in now.index and np.array_equal(now.index[name].checksums, stored.checksums)
+            for name, stored in self.index.items()
         )
-        if not (opening or same):
-            return False
         if opening:
-            self._take(now)
+            self._show(now)
+        elif same:
+            self.files, self.index = now.files, {name: now.index[name] for name in self.index}
         else:
-            self._files, self._stored = now.files, {name: now.stored[name] for name in self._stored}
+            return False
         self._checked = False
         return True
 
     def _check_files(self) -> None:
-        names, sizes = [name.decode() for name in self._files["path"].tolist()], self._files["size"].tolist()
+        names, sizes = [name.decode() for name in self.files["path"].tolist()], self.files["size"].tolist()
         for folder in {name.split("/")[0] for name in names}:
             refuse_links(self.store / folder)
         folder = f"{self.store}{os.sep}"
@@ -137,39 +131,32 @@ class View:
 
     def _check_index(self) -> None:
         """Every row lies inside its file: the gather trusts these numbers with addresses."""
-        files = self._files
-        for name, stored in self._stored.items():
+        files = self.files
+        places = [files[key].tolist() for key in ("offset", "rows", "size")]  # whole numbers without bounds
+        placed = (files["offset"] >= USER_BLOCK) & (files["offset"] % ALIGNMENT == 0) & (files["rows"] > 0)
+        for name, stored in self.index.items():
             file, row = stored.index[:, 0], stored.index[:, 1]
-            shape, itemsize = stored.info.shape, np.dtype(stored.info.dtype).itemsize
-            fine = all(0 < side < 1 << 32 for side in shape) and ((0 <= file) & (file < len(files))).all()
+            fine = ((0 <= file) & (file < len(files))).all()
             if fine and len(file):
-                row_bytes = math.prod(shape) * itemsize
-                last = [
-                    o + n * row_bytes for o, n in zip(files["offset"].tolist(), files["rows"].tolist(), strict=True)
-                ]
-                inside = np.array([end <= size for end, size in zip(last, files["size"].tolist(), strict=True)])
-                placed = (files["offset"] >= USER_BLOCK) & (files["offset"] % ALIGNMENT == 0) & (files["rows"] > 0)
+                row_bytes = math.prod(stored.info.shape) * np.dtype(stored.info.dtype).itemsize
+                inside = np.array(
+                    [offset + rows * row_bytes <= size for offset, rows, size in zip(*places, strict=True)]
+                )
                 fine = ((0 <= row) & (row < files["rows"][file])).all() and (inside & placed)[np.unique(file)].all()
             if not fine:
                 raise UnsafeFile(f"{self.path}: its index of {name} points outside the shards.")
 
-    @property
-    def files(self) -> np.ndarray:
-        """The shards the rows lie in: path (relative to the store), size, offset, rows, hash."""
-        return self._files
-
     def stored(self, output: str) -> StoredOutput:
         """Where the rows of a stored output lie, and what their bytes hash to."""
-        found = self._stored[output]
-        return found if len(self) == self.rows else found.first(len(self))
+        return self.index[output].first(len(self))
 
     def layout(self, output: str) -> Layout:
         """What the shards of a stored output have in common."""
-        info = self._stored[output].info
+        info = self.index[output].info
         return Layout(output, info.shape, info.dtype, info.prefix, info.grid)
 
     def _file(self, number: int) -> tuple[Path, int]:
-        entry = self._files[number]
+        entry = self.files[number]
         return self.store / entry["path"].decode(), int(entry["size"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -189,8 +176,8 @@ class View:
         return len(np.unique(self._all.digests))
 
     def __repr__(self) -> str:
-        kept = ", ".join(f"{name} {list(info.shape)}" for name, info in self.outputs.items())
-        return f"<View {self.label}: {len(self):,} × ({kept})>"
+        outputs = ", ".join(f"{name} {list(info.shape)}" for name, info in self.outputs.items())
+        return f"<View {self.label}: {len(self):,} × ({outputs})>"
 
     @property
     def label(self) -> str:
@@ -201,7 +188,7 @@ class View:
 
     @property
     def outputs(self) -> dict[str, OutputInfo]:
-        return {name: stored.info for name, stored in self._stored.items()}
+        return {name: stored.info for name, stored in self.index.items()}
 
     @property
     def cost(self) -> dict[str, Any] | None:
@@ -217,21 +204,20 @@ class View:
         for `tensor` and `take`; those of copies are beyond the last image. k is 0 where the view has no copies. In the
         place of a copy that an image has not (only those that may be trained on have some) stands the image itself."""
         if self._copies is None:
-            self._copies = self._all.copies(self.path)
-        picked = self._rows(rows) if rows is not None else np.arange(len(self._copies))
-        return self._copies[picked]
+            self._copies = self._all.copy_rows(self.path)
+        return self._copies if rows is None else self._copies[self._rows(rows)]
 
     def has(self, output: str) -> bool:
         """Stored here, or a function of tokens stored here."""
-        if output in self._stored:
+        if output in self.index:
             return True
         parsed = _outputs.parse(output)
-        return parsed.source in self._stored and self._why_underivable(parsed) is None
+        return parsed.source in self.index and self._why_underivable(parsed) is None
 
     def info(self, output: str) -> OutputInfo:
         """Raises NotInCache when it is neither stored nor derivable, with the command that stores it."""
-        if output in self._stored:
-            return self._stored[output].info
+        if output in self.index:
+            return self.index[output].info
         parsed, tokens = self._derivation(output)
         begin, patches = _places(tokens)
         prefix, grid = parsed.layout(begin, patches) or (None, None)
@@ -240,21 +226,21 @@ class View:
 
     def _derivation(self, output: str) -> tuple[_outputs.Output, OutputInfo]:
         parsed = _outputs.parse(output)
-        if parsed.source not in self._stored and self.imported:
+        if parsed.source not in self.index and self.imported:
             raise NotInCache(
-                f"{self.label} holds {', '.join(self._stored)}, not {output}. It was imported, so nothing more can be "
+                f"{self.label} holds {', '.join(self.index)}, not {output}. It was imported, so nothing more can be "
                 "computed: import a file that has it."
             )
-        if parsed.source not in self._stored:
+        if parsed.source not in self.index:
             command = self.extract_command(parsed.name if not parsed.is_derived or parsed.size == () else parsed.source)
-            raise NotInCache(f"{self.label} holds {', '.join(self._stored)}, not {output}. Store it with: {command}")
+            raise NotInCache(f"{self.label} holds {', '.join(self.index)}, not {output}. Store it with: {command}")
         if (why := self._why_underivable(parsed)) is not None:
             raise NotInCache(why)
-        return parsed, self._stored[parsed.source].info
+        return parsed, self.index[parsed.source].info
 
     def _why_underivable(self, parsed: _outputs.Output) -> str | None:
         """Why an output does not follow from tokens that are stored here; None when it does."""
-        tokens = self._stored[parsed.source].info
+        tokens = self.index[parsed.source].info
         if tokens.prefix is None and len(parsed.size) != 1:  # tokens-N mixes them all alike
             return (
                 f"{parsed.name} does not follow from the {parsed.source} of {self.label}: which of them are patches is "
@@ -266,17 +252,11 @@ class View:
 
     def extract_command(self, output: str) -> str:
         """The command line that adds ``output`` to this view: the same backbone, settings, images and cache."""
-        asked, spec, source = self.provenance.get("request", {}), self.spec, self.source
-        options: list[tuple[str, Any]] = [("--backbone", asked.get("name", self.provenance.get("backbone")))]
-        options += [("--random-weights", "")] if asked.get("random_weights") else []
-        options += [("--seed", asked["seed"])] if asked.get("seed") else []
-        options += [("--weights", asked["weights"])] if asked.get("weights") else []
-        options += [("--image-size", asked["image_size"])] if asked.get("image_size") else []
-        options += [("--fit", asked["fit"])] if asked.get("fit", "model") != "model" else []
-        options += [("--precision", spec["precision"])] if spec["precision"] != "fp32" else []
-        options += [("--dtype", spec["dtype"])] if spec["dtype"] != "float16" else []
-        options += source_options(source)
-        options += [(f"--{word}".replace("_", "-"), "") for word in ("hash_ids", "hash_groups") if source.get(word)]
+        request = self.provenance.get("request", {})
+        options: list[tuple[str, Any]] = [("--backbone", request.get("name", self.provenance.get("backbone")))]
+        options += _changed(request, "random_weights", "seed", "weights", "image_size", "fit")
+        options += _changed(self.spec, "precision", "dtype")
+        options += source_options(self.source) + _changed(self.source, "hash_ids", "hash_groups")
         options += [("--outputs", output), ("--name", self.name)]
         if self.store.parent.resolve() != cache_folder().resolve():
             options.append(("--cache", self.store.parent))
@@ -286,7 +266,7 @@ class View:
     def tensor(self, output: str, rows: Any = None) -> torch.Tensor:
         """Rows of an output in memory, [n, ...] in the storage dtype, in the order asked; all rows by default."""
         picked = self._rows(rows)
-        if output in self._stored:
+        if output in self.index:
             return self.take(output, picked)
         parsed, tokens = self._derivation(output)
         prefix, grid = _places(tokens)
@@ -302,12 +282,12 @@ class View:
 
     def take(self, output: str, rows: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of a *stored* output, [n, ...], in the order asked; ``out`` is filled when given."""
-        self._stored[output]
+        self.index[output]
         while output not in self._maps:
             self._check()
             try:
-                paths = [self._file(number)[0] for number in range(len(self._files))]
-                self._maps[output] = MappedRows(self._stored[output], paths, self._map)
+                paths = [self._file(number)[0] for number in range(len(self.files))]
+                self._maps[output] = MappedRows(self.index[output], paths, self._map)
             except CacheError:
                 if not self._follow():
                     raise
@@ -315,7 +295,7 @@ class View:
 
     def _map(self, number: int, info: OutputInfo) -> torch.Tensor:
         path, size = self._file(number)
-        entry = self._files[number]
+        entry = self.files[number]
         return map_rows(path, size, int(entry["offset"]), int(entry["rows"]), info.shape, info.dtype)
 
     def _rows(self, rows: Any) -> np.ndarray:

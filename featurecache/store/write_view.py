@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from featurecache.errors import AmbiguousName, NotInCache, nearest
 from featurecache.files.atomic import AtomicFile
 from featurecache.files.hdf5 import WriteTrace, new_hdf5, seal, write_texts
 from featurecache.formatting import abbreviated
-from featurecache.store.schema import DIGEST, FILES
+from featurecache.store.schema import DIGEST, FILES, ViewColumns
 from featurecache.store.shards import Layout, RowLocations
 from featurecache.store.store import Store, cache_folder, stores
 from featurecache.store.view import View
@@ -33,19 +32,6 @@ if TYPE_CHECKING:  # it is loaded by whoever writes
     import h5py
 
 MAX_MAPPINGS = 100_000  # virtual mappings of one dataset; 25 kB of memory each in HDF5
-
-
-@dataclass(frozen=True)
-class ViewColumns:
-    """What a view says of its samples, in the order of the source."""
-
-    ids: list[str]
-    labels: np.ndarray
-    splits: list[str]
-    digests: np.ndarray
-    groups: list[str] | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-    versions: np.ndarray | None = None  # 0 for images, which come first, 1 … for augmented copies; None: no copies
 
 
 def write_view(
@@ -58,15 +44,14 @@ def write_view(
     assert (rows.versions is None) == ("augmentation" not in attributes), "who has copies says how they were made"
     trace = WriteTrace()
     with new_hdf5(trace) as file:
-        for key, value in attributes.items():
-            file.attrs[key] = value
+        file.attrs.update(attributes)
         for key, texts in write_columns(file, rows).items():
             write_texts(file, key, texts)
         index, sums, errors = (file.require_group(name) for name in ("index", "checksums", "errors"))
         files: list[tuple[Any, ...]] = []
         for layout, places in located.items():
             assert places.mask.all()
-            _write_output(file, index, store, layout, places, files)
+            _write_output(file, store, layout, places, files)
             sums.create_dataset(layout.output, data=places.checksums, dtype="u8")
             if layout.dtype == "float16":
                 errors.create_dataset(layout.output, data=places.errors, dtype="f4")
@@ -88,8 +73,7 @@ def rewrite_view(
     ``lost`` leave the view and are listed in its ``failed`` with the reason given there. ``view`` is open with its
     copies. Raises NotInCache where another row lies nowhere.
     """
-    here, reasons = _without(view, lost or {})
-    rows, stat = np.flatnonzero(here), view.path.stat()
+    (rows, reasons), stat = _without(view, lost or {}), view.path.stat()
     places = {layout: everywhere[rows] for layout, everywhere in located.items()}
     for layout, each in places.items():
         if not each.mask.all():
@@ -102,20 +86,18 @@ def rewrite_view(
 
 
 def _without(view: View, lost: Mapping[bytes, str]) -> tuple[np.ndarray, list[list[str]]]:
-    """(bool [N] which rows of a view stay, [id, reason] of the others). Without its image no copy stays."""
-    here = np.array([digest not in lost for digest in view.digests.tolist()], bool)
-    versions = np.zeros(len(view), int) if view.versions is None else view.versions
-    gone = {view.ids[row] for row in np.flatnonzero(~here & (versions == 0)).tolist()}
+    """(rows of a view that stay, [id, reason] of the others). Without its image no copy stays."""
+    versions = [0] * len(view) if view.versions is None else view.versions.tolist()
+    digests = view.digests.tolist()
+    leaving = [row for row, digest in enumerate(digests) if digest in lost]
+    gone = {view.ids[row] for row in leaving if not versions[row]}
     reasons = []
-    for row in np.flatnonzero(~here).tolist():
-        name, reason = view.ids[row], lost[view.digests[row]]
-        if not versions[row]:
-            reasons.append([name, reason])
-        elif name not in gone:
-            reasons.append([name, copy_failed(int(versions[row]), reason)])
-    if gone:
-        here &= np.array([name not in gone for name in view.ids])
-    return here, reasons
+    for row in leaving:
+        name, version, reason = view.ids[row], versions[row], lost[digests[row]]
+        if not version or name not in gone:
+            reasons.append([name, copy_failed(version, reason) if version else reason])
+    stays = [digest not in lost and name not in gone for name, digest in zip(view.ids, digests, strict=True)]
+    return np.flatnonzero(stays), reasons
 
 
 def copy_failed(version: int, reason: str) -> str:
@@ -125,16 +107,8 @@ def copy_failed(version: int, reason: str) -> str:
 
 def columns_of(view: View, rows: np.ndarray | None = None) -> ViewColumns:
     """What a view says of its samples, or of some ``rows`` of them; of copies only if it was opened with them."""
-    rows = np.arange(len(view)) if rows is None else rows
-
-    def pick(column: list[str]) -> list[str]:
-        return [column[row] for row in rows]
-
-    return ViewColumns(
-        pick(view.ids), view.labels[rows], pick(view.splits), view.digests[rows],
-        None if view.groups is None else pick(view.groups), {key: values[rows] for key, values in view.meta.items()},
-        view.versions[rows] if view.versions is not None and view.with_copies else None,
-    )  # fmt: skip
+    columns = view.at(np.arange(len(view)) if rows is None else rows)
+    return ViewColumns(**columns if view.with_copies else {**columns, "versions": None})
 
 
 def write_columns(file: h5py.File, rows: ViewColumns) -> dict[str, list[str]]:
@@ -161,58 +135,35 @@ def write_columns(file: h5py.File, rows: ViewColumns) -> dict[str, list[str]]:
 
 
 def _write_output(
-    file: h5py.File, index: h5py.Group, store: Store, layout: Layout, places: RowLocations, files: list[tuple[Any, ...]]
+    file: h5py.File, store: Store, layout: Layout, places: RowLocations, files: list[tuple[Any, ...]]
 ) -> None:
-    used = np.unique(places.file)
-    number = np.full(len(places.shards), -1, np.int64)
+    """The index of an output and, where it is of few pieces, its virtual dataset; its shards are added to ``files``."""
+    import h5py
+
+    used, number = np.unique(places.file, return_inverse=True)
+    entry = file.create_dataset(f"index/{layout.output}", data=np.stack([len(files) + number, places.row], 1))
+    sources = {}
     for k in used:
         shard = places.shards[k]
-        number[k] = len(files)
-        path = shard.path.relative_to(store.path).as_posix()
+        path, shape = shard.path.relative_to(store.path).as_posix(), (len(shard.digests), *layout.row_shape)
         files.append((path.encode(), shard.size, shard.offset, len(shard.digests), shard.hash))
-    entry = index.create_dataset(layout.output, data=np.stack([number[places.file], places.row], 1))
-    starts = _runs(places)
-    virtual = len(starts) <= MAX_MAPPINGS
-    if virtual:
-        target = _write_virtual(file, layout, places, starts, store)
-        for key, value in layout.attributes().items():
-            target.attrs[key] = value
-    entry.attrs["shape"] = json.dumps(list(layout.row_shape))
-    entry.attrs["dtype"] = layout.dtype
-    entry.attrs["virtual"] = virtual
-    if not virtual:
+        sources[k] = h5py.VirtualSource(path, "features", shape, layout.dtype)
+    breaks = (np.diff(places.file) != 0) | (np.diff(places.row) != 1)  # between rows that do not follow each other
+    starts = np.flatnonzero(np.append(True, breaks)[: len(places.file)])
+    entry.attrs.update(shape=json.dumps(layout.row_shape), dtype=layout.dtype, virtual=len(starts) <= MAX_MAPPINGS)
+    if len(starts) <= MAX_MAPPINGS:
+        virtual = h5py.VirtualLayout((len(places.file), *layout.row_shape), layout.dtype)
+        for start, stop in zip(starts, [*starts[1:], len(places.file)], strict=True):
+            first = places.row[start]
+            virtual[start:stop] = sources[places.file[start]][first : first + stop - start]
+        target = file.create_virtual_dataset(layout.output, virtual, fillvalue=np.nan)  # a lost shard is not zeros
+        target.attrs.update(layout.attributes())
+    else:
         entry.attrs["note"] = (
             f"{layout.output} lies in {len(starts):,} pieces, too many for a virtual dataset; "
             "featurecache.open_view reads it."
         )
-    for key, value in layout.attributes().items():
-        entry.attrs[key] = value
-
-
-def _runs(places: RowLocations) -> np.ndarray:
-    """Starts of the stretches of rows that follow each other in one shard."""
-    step = (np.diff(places.file) != 0) | (np.diff(places.row) != 1)
-    return np.concatenate([[0], np.flatnonzero(step) + 1]) if len(places.file) else np.zeros(0, np.int64)
-
-
-def _write_virtual(
-    file: h5py.File, layout: Layout, places: RowLocations, starts: np.ndarray, store: Store
-) -> h5py.Dataset:
-    import h5py
-
-    virtual = h5py.VirtualLayout((len(places.file), *layout.row_shape), layout.dtype)
-    stops = np.append(starts[1:], len(places.file))
-    sources = {
-        k: h5py.VirtualSource(
-            places.shards[k].path.relative_to(store.path).as_posix(), "features",
-            (len(places.shards[k].digests), *layout.row_shape), layout.dtype,
-        )
-        for k in np.unique(places.file)
-    }  # fmt: skip
-    for start, stop in zip(starts, stops, strict=True):
-        first = places.row[start]
-        virtual[start:stop] = sources[places.file[start]][first : first + stop - start]
-    return file.create_virtual_dataset(layout.output, virtual, fillvalue=np.nan)  # a lost shard must not read as zeros
+    entry.attrs.update(layout.attributes())
 
 
 def open_view(name: str | Path | None = None, cache: str | Path | None = None, *, copies: bool = False) -> View:
@@ -229,25 +180,23 @@ def find_view(name: str | Path | None = None, cache: str | Path | None = None) -
     if name is not None and "/" in str(name) and Path(f"{name}.h5").is_file():
         return Path(f"{name}.h5")
     folder = cache_folder(cache)
-    found = [(store, path) for store in stores(folder) for path in store.views()]
-    if not found:
+    views = [(store, path) for store in stores(folder) for path in store.views()]
+    if not views:
         raise NotInCache(
             f"there is no view in {folder}. Make one with: featurecache extract --backbone NAME --data FOLDER"
         )
     if name is None:
-        return max(found, key=lambda item: item[1].lstat().st_mtime_ns)[1]
+        return max(views, key=lambda item: item[1].lstat().st_mtime_ns)[1]
     store_word, _, view_word = str(name).rpartition("/")
-    hits = [(s, p) for s, p in found if p.stem == view_word and _is_called(s, store_word)]
-    if len(hits) == 1:
-        return hits[0][1]
+    hits = [(s, p) for s, p in views if p.stem == view_word and _is_called(s, store_word)]
+    if len(hits) > 1:
+        labels = abbreviated([f"{s.path.name}/{p.stem}" for s, p in hits], 8)
+        raise AmbiguousName(f'"{name}" is in {len(hits)} stores: {labels}. Say which with --features STORE/VIEW.')
     if not hits:
-        known = [f"{s.provenance.get('backbone', s.path.name)}/{p.stem}" for s, p in found]
-        near = nearest(str(name), [*known, *(p.stem for _, p in found)])
-        raise NotInCache(f'there is no view "{name}" in {folder}.{near} There are {abbreviated(known, 8)}.')
-    labels = [f"{s.path.name}/{p.stem}" for s, p in hits]
-    raise AmbiguousName(
-        f'"{name}" is in {len(hits)} stores: {abbreviated(labels, 8)}. Say which with --features STORE/VIEW.'
-    )
+        names = [f"{s.provenance.get('backbone', s.path.name)}/{p.stem}" for s, p in views]
+        near = nearest(str(name), [*names, *(p.stem for _, p in views)])
+        raise NotInCache(f'there is no view "{name}" in {folder}.{near} There are {abbreviated(names, 8)}.')
+    return hits[0][1]
 
 
 def _is_called(store: Store, word: str) -> bool:

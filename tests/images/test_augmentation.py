@@ -192,7 +192,7 @@ def test_each_step_is_torchvisions(word: str) -> None:
     seen = set()
     for number in range(6):
         digest, made = f"{number:032x}".encode(), parse_augmentation(word)
-        copy = made.made(IMAGE, digest)
+        copy = made.apply(IMAGE, digest)
         expected = REFERENCE[word](uniform_draws(digest, 0, OPERATIONS[made.steps[0].word].draws))(IMAGE)
         assert torch.equal(copy, expected) and copy.dtype == torch.uint8
         seen.add(copy.numpy().tobytes())
@@ -214,8 +214,8 @@ def test_what_is_drawn_is_spread_evenly_and_each_copy_its_own() -> None:
 def test_steps_are_done_in_their_order() -> None:
     digest = b"1" * 32
     assert not torch.equal(
-        parse_augmentation("rotate45,shift0.3").made(IMAGE, digest),
-        parse_augmentation("shift0.3,rotate45").made(IMAGE, digest),
+        parse_augmentation("rotate45,shift0.3").apply(IMAGE, digest),
+        parse_augmentation("shift0.3,rotate45").apply(IMAGE, digest),
     )
 
 

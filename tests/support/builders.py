@@ -11,12 +11,12 @@ import numpy as np
 
 from featurecache.files.directory import FORMAT
 from featurecache.files.records import canonical_json
-from featurecache.store.schema import DIGEST
+from featurecache.store.schema import DIGEST, ViewColumns
 from featurecache.store.shards import Layout, ShardWriter, notes_for
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store, create_store
 from featurecache.store.view import View
-from featurecache.store.write_view import ViewColumns, write_view
+from featurecache.store.write_view import write_view
 
 CLS = Layout("cls", (4,), "float16")
 TOKENS = Layout("tokens", (5, 4), "float16", ("cls",), (2, 2))
