@@ -92,7 +92,7 @@ def fill_store(extraction: Extraction) -> None:
     for start in range(0, len(extraction.digests), 16_384):
         digests = extraction.digests[start : start + 16_384].astype(DIGEST)
         writer = ShardWriter(store.path, digests, layout, {"fingerprint": extraction.spec.fingerprint})
-        writer.append([bytes(d) for d in digests], np.zeros((len(digests), *layout.row_shape), layout.dtype))
+        writer.append([bytes(d) for d in digests], np.zeros((len(digests), *layout.shape), layout.dtype))
         writer.commit()
         writer.discard()
 

@@ -67,7 +67,7 @@ def numbered(rows: int) -> np.ndarray:
 
 def token_view(folder: Path, rows: int, shards: int) -> View:
     store, digests = new_store(folder), numbered(rows)
-    values = np.random.default_rng(0).normal(size=(rows, *LAYOUT.row_shape)).astype("float16")
+    values = np.random.default_rng(0).normal(size=(rows, *LAYOUT.shape)).astype("float16")
     for part in np.array_split(np.arange(rows), shards):
         add_shard(store, LAYOUT, digests[part], values[part])
     return make_view(store, LAYOUT, store.locate(LAYOUT, digests), digests)
@@ -146,7 +146,7 @@ def main() -> None:
         memory = view.tensor("tokens")
         epoch = np.random.default_rng(2).permutation(given.rows)
         once = [epoch[start : start + given.batch] for start in range(0, given.rows, given.batch)]
-        out = torch.empty((given.batch, *LAYOUT.row_shape), dtype=torch.float16)
+        out = torch.empty((given.batch, *LAYOUT.shape), dtype=torch.float16)
         rng = np.random.default_rng(1)
         batches = [rng.choice(given.rows, given.batch, replace=False) for _ in range(100)]
         ways: dict[str, Callable[[np.ndarray], object]] = {

@@ -39,7 +39,7 @@ def make_store(folder: Path, size: float, shards: int) -> Store:
     store = create_store(folder, "benchmark", spec, {"backbone": "benchmark"})
     count = int(size / LAYOUT.row_bytes / shards)
     digests = np.array([f"{k:032x}" for k in range(count * shards)], DIGEST)
-    values = np.random.default_rng(0).normal(size=(count, *LAYOUT.row_shape)).astype("float16")
+    values = np.random.default_rng(0).normal(size=(count, *LAYOUT.shape)).astype("float16")
     for part in np.split(np.arange(len(digests)), shards):
         writer = ShardWriter(store.path, digests[part], LAYOUT, notes_for(store.fingerprint, "cpu", {"threads": 1}))
         values[:, 0, 0] = part

@@ -21,7 +21,7 @@ import torch
 from featurecache.errors import CannotWrite, NotInCache, ProtocolError
 from featurecache.files.records import canonical_json
 from featurecache.formatting import device_title
-from featurecache.store.schema import OutputInfo
+from featurecache.store.schema import Layout
 from heads.models.catalogue import baseline_info
 from heads.task import memory_for_features
 
@@ -72,10 +72,10 @@ class PixelView:
         return {"forward_ms": 0.0, "loading_ms": self.loading_ms, "device": device_title("cpu"), "threads": 1}
 
     @property
-    def outputs(self) -> dict[str, OutputInfo]:
-        return {self.output: OutputInfo((3, *self.preprocess.size), "uint8", None, None)}
+    def outputs(self) -> dict[str, Layout]:
+        return {self.output: Layout(self.output, (3, *self.preprocess.size), "uint8")}
 
-    def info(self, output: str) -> OutputInfo:
+    def info(self, output: str) -> Layout:
         if output != self.output:
             raise NotInCache(f"{self.label} holds {self.output}, which are images and no features; not {output}.")
         return self.outputs[output]

@@ -23,7 +23,7 @@ from featurecache.formatting import abbreviated
 from heads.stratify import connected_units
 
 if TYPE_CHECKING:
-    from featurecache.store.schema import OutputInfo
+    from featurecache.store.schema import Layout
 
 
 Say = Callable[[str], None]
@@ -62,9 +62,9 @@ class FeatureView(Protocol):
     def cost(self) -> dict[str, Any] | None: ...
 
     @property
-    def outputs(self) -> dict[str, OutputInfo]: ...
+    def outputs(self) -> dict[str, Layout]: ...
 
-    def info(self, output: str) -> OutputInfo: ...
+    def info(self, output: str) -> Layout: ...
 
     def has(self, output: str) -> bool: ...
 

@@ -54,7 +54,7 @@ def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, A
         "data": description_of(extraction).to_dict(),
         "source": extraction.dataset.source,
         "unread": [(extraction.dataset.shown(k), reason) for k, reason in sorted(extraction.scan.unread.items())],
-        "outputs": {o.name: extraction.layouts[o.name].row_shape for o in extraction.outputs},
+        "outputs": {o.name: extraction.layouts[o.name].shape for o in extraction.outputs},
         "dtype": extraction.spec.dtype,
         "precision": extraction.spec.precision,
         "device": str(extraction.device),
@@ -142,7 +142,7 @@ def _data_line(record: dict[str, Any]) -> str:
 
 
 def _keeps_line(extraction: Extraction) -> str:
-    kept = " + ".join(shape_text(o.name, extraction.layouts[o.name].row_shape) for o in extraction.outputs)
+    kept = " + ".join(shape_text(o.name, extraction.layouts[o.name].shape) for o in extraction.outputs)
     where = extraction.store.path if extraction.store else extraction.cache / f"{extraction.backbone.name}-…"
     each = f" for {extraction.plain:,} images and {len(extraction.copying):,} copies" if extraction.copying else ""
     text = f"{kept}, {extraction.spec.dtype}{each}: {size_text(extraction.bytes_of())} in {where}"

@@ -75,7 +75,7 @@ class StoreBackbone:
         left out). ``check``: see there, first."""
         if check:
             self.check(output)
-        shape, dtype = output_layout(self.backbone, output, self.store.spec.dtype).row_shape, self.store.spec.dtype
+        shape, dtype = output_layout(self.backbone, output, self.store.spec.dtype).shape, self.store.spec.dtype
         rows, failed, pixels = [torch.empty(0, *shape, dtype=TORCH_DTYPE[dtype])], [], []
         for index, image, _ in decode_many(images.__getitem__, range(len(images)), self.backbone.preprocess, THREADS):
             if isinstance(image, str):

@@ -162,7 +162,7 @@ def _collect(store: Store, delete: bool) -> StoreGarbage:
 def _plan_store(store: Store) -> tuple[list[OutputRelocation], list[View]]:
     """What becomes of each output, and the views. Raises CacheError where something cannot be read."""
     views = [View(path, columns_only=True, copies=True) for path in store.views()]
-    layouts = {**store.layouts(), **{name: view.layout(name) for view in views for name in view.outputs}}
+    layouts = {**store.layouts(), **{name: view.info(name) for view in views for name in view.outputs}}
     if unread := [name for name in store.outputs() if name not in layouts]:
         raise CacheError(f"no shard of {unread[0]} in {store.path} can be read. featurecache verify says why.")
     outputs = []
@@ -226,7 +226,7 @@ def compact(name: str | Path | None = None, cache: str | Path | None = None) -> 
         store.sweep()
         views = [View(path, columns_only=True, copies=True) for path in store.views()]
         before, size = _pieces(view), _shard_bytes(store)
-        layouts = [view.layout(output) for output in view.outputs]
+        layouts = [view.info(output) for output in view.outputs]
         units = [(layout, rows) for layout in layouts for rows in _in_order(store, view, layout)]
         new = [(layout, rows) for layout, rows in units if not _path(store, layout, rows).exists()]
         check_room(store.path, sum(len(rows.file) * layout.row_bytes for layout, rows in new), _ROOM)
@@ -334,7 +334,7 @@ def relocate(
         gone -= {shard.path for shard in shards}
     for view in views:
         if gone & {view.store / entry["path"].decode() for entry in view.files}:
-            layouts = [view.layout(name) for name in view.outputs]
+            layouts = [view.info(name) for name in view.outputs]
             shards_of = {layout: homes.get(layout.output) or store.shards(layout) for layout in layouts}
             located = {layout: find_by_key(shards, _keys(view, layout.output)) for layout, shards in shards_of.items()}
             rewrite_view(view, store, located)

@@ -30,7 +30,7 @@ from featurecache.files.directory import ALIGNMENT
 from featurecache.files.hdf5 import Sink
 from featurecache.formatting import byte_bar
 from featurecache.outputs import parse
-from featurecache.store.schema import OutputInfo
+from featurecache.store.schema import Layout
 from featurecache.store.view import View
 from featurecache.store.write_view import columns_of, write_columns
 
@@ -44,15 +44,15 @@ class Columns:
     """What is exported: a view and the names of the outputs, stored or derived."""
 
     view: View
-    outputs: dict[str, OutputInfo]
+    outputs: dict[str, Layout]
 
     @property
     def bytes(self) -> int:
-        return sum(len(self.view) * _row_bytes(info) for info in self.outputs.values())
+        return sum(len(self.view) * info.row_bytes for info in self.outputs.values())
 
     def blocks(self, name: str, step: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows [b, ...]) in the order of the view."""
-        size = step or max(1, BLOCK // _row_bytes(self.outputs[name]))
+        size = step or max(1, BLOCK // self.outputs[name].row_bytes)
         for start in range(0, len(self.view), size):
             yield start, self.view.array(name, np.arange(start, min(start + size, len(self.view))))
 
@@ -80,10 +80,6 @@ class Columns:
         return {**plain, "outputs": json.dumps(about)}
 
 
-def _row_bytes(info: OutputInfo) -> int:
-    return int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize
-
-
 Advance = Callable[[int], Any]  # told how many bytes of features were written
 
 
@@ -95,13 +91,13 @@ def write_hdf5(sink: Sink, columns: Columns, compress: bool, advance: Advance) -
             file.attrs[key] = value
         write_columns(file, columns_of(columns.view))
         for name, info in columns.outputs.items():
-            rows = max(1, min(CHUNK // _row_bytes(info), len(columns.view)))
+            rows = max(1, min(CHUNK // info.row_bytes, len(columns.view)))
             packed = {"chunks": (rows, *info.shape), "compression": "gzip", "shuffle": True} if compress else {}
             features = file.create_dataset(name, (len(columns.view), *info.shape), info.dtype, **packed)
             for key in ("prefix", "grid"):
                 if (found := getattr(info, key)) is not None:
                     features.attrs[key] = json.dumps(list(found))
-            step = max(1, BLOCK // (rows * _row_bytes(info))) * rows  # whole chunks: each is compressed once
+            step = max(1, BLOCK // (rows * info.row_bytes)) * rows  # whole chunks: each is compressed once
             for start, block in columns.blocks(name, step):
                 features[start : start + len(block)] = block
                 sink.check()
@@ -211,7 +207,7 @@ def write_safetensors(sink: Sink, columns: Columns, compress: bool, advance: Adv
     small = {"labels": view.labels} | ({} if columns.versions is None else {"versions": columns.versions})
     tensors = {key: (array.dtype, array.shape, array.nbytes) for key, array in small.items()}
     for name, info in columns.outputs.items():
-        tensors[name] = np.dtype(info.dtype), (len(view), *info.shape), len(view) * _row_bytes(info)
+        tensors[name] = np.dtype(info.dtype), (len(view), *info.shape), len(view) * info.row_bytes
     order = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)  # so that each begins at a multiple of its own
     header: dict[str, Any] = {"__metadata__": _metadata(columns)}
     end = 0

@@ -116,7 +116,7 @@ def import_view(
         new = _store_missing(store, source, digests, progress)
         path = _write(store, name, source, annotations, digests)
     copies = len(digests) - len(np.unique(digests))
-    outputs = {key: layout.row_shape for key, layout in source.layouts.items()}
+    outputs = {key: layout.shape for key, layout in source.layouts.items()}
     notes = tuple(_notes(source, annotations))
     return ImportResult(path, outputs, source.rows, copies, annotations.task, annotations.classes, new, notes)
 
@@ -328,5 +328,5 @@ def _notes(source: _Source, annotations: RowAnnotations) -> Iterator[str]:
     if annotations.task == "unlabelled":
         yield "There are no labels: --labels FILE or the name of an array in the file brings them."
     for key, layout in source.layouts.items():
-        if len(layout.row_shape) == 2 and layout.grid is None and len(parse(key).size) != 1:
-            yield f"Which of the {layout.row_shape[0]} tokens are patches is not known: --prefix and --grid say it."
+        if len(layout.shape) == 2 and layout.grid is None and len(parse(key).size) != 1:
+            yield f"Which of the {layout.shape[0]} tokens are patches is not known: --prefix and --grid say it."

@@ -203,7 +203,7 @@ def _take_view(mine: Store, source: Store, path: Path) -> MergedView:
             if _same(view, View(target, columns_only=True, copies=True)):
                 return MergedView(view.name, name, "here")
         located = {}
-        for layout in map(view.layout, view.outputs):
+        for layout in view.outputs.values():
             theirs = {path.name for path in source.shard_paths(layout.output)}
             shards = sorted(mine.shards(layout), key=lambda shard: shard.path.name in theirs)
             located[layout] = places = find_by_digest(shards, view.digests)

@@ -119,14 +119,14 @@ class DamagedShard:
         """Rows ``part`` [k] with their bytes [k, ...] and errors [k]: saved from the file, or from where they lie
         ``elsewhere`` [n]. The same bytes have the same error, which was measured when it could be."""
         layout, whole = self.known.layout, self.whole[part]
-        rows, errors = np.zeros((len(part), *layout.row_shape), layout.dtype), self.errors[part].astype(np.float32)
+        rows, errors = np.zeros((len(part), *layout.shape), layout.dtype), self.errors[part].astype(np.float32)
         if whole.any():
             with open_regular(self.known.path) as file:
                 for k in np.flatnonzero(whole).tolist():
                     data = self.known.read(file, int(self.numbers[part[k]]))
                     if xxhash.xxh3_64_intdigest(data) != self.checksums[part[k]]:
                         raise DamagedFile(f"{self.known.path} has other bytes than a moment ago; is its disk failing?")
-                    rows[k] = np.frombuffer(data, layout.dtype).reshape(layout.row_shape)
+                    rows[k] = np.frombuffer(data, layout.dtype).reshape(layout.shape)
         if not whole.all():
             other = elsewhere[part[~whole]]
             rows[~whole] = read_feature_rows(other, layout).numpy()
@@ -175,7 +175,7 @@ class StoreRepair:
         new = [path for shard in self._bad if (path := self._write(shard, gone)) is not None]
         for view in self._views:
             if damaged & {view.store / entry["path"].decode() for entry in view.files}:
-                located = {view.layout(name): self._located(view, name, new) for name in view.outputs}
+                located = {view.info(name): self._located(view, name, new) for name in view.outputs}
                 rewrite_view(view, self._store, located, lost=gone)
         # Damaged files whose rows are elsewhere now go. One that no view names stays while a view is damaged, which
         # may name it.
@@ -188,7 +188,7 @@ class StoreRepair:
     def _located(self, view: View, output: str, first: list[Path]) -> RowLocations:
         """The rows of a view [N] in whole shards, those in ``first`` before others: the copy with the same bytes where
         there is one (another machine may have computed other last bits), else any."""
-        shards = sorted(self._whole.shards(view.layout(output)), key=lambda shard: shard.path not in first)
+        shards = sorted(self._whole.shards(view.info(output)), key=lambda shard: shard.path not in first)
         same = find_by_key(shards, row_keys(view.digests, view.stored(output).checksums))
         other = find_by_digest(shards, view.digests)
         file, row = np.where(same.mask, same.file, other.file), np.where(same.mask, same.row, other.row)
@@ -342,7 +342,7 @@ class StoreRepair:
             now, failed = self._backbone().rows(images, output, check=False)
             with open_regular(path) as file:
                 data = b"".join(known.read(file, number) for number in known.numbers[whole].tolist())
-            stored = np.frombuffer(bytearray(data), known.layout.dtype).reshape(-1, *known.layout.row_shape)
+            stored = np.frombuffer(bytearray(data), known.layout.dtype).reshape(-1, *known.layout.shape)
             if failed or not canary.is_within_tolerance(self._store.spec, now, torch.from_numpy(stored)):
                 raise Drift(
                     f"{path} holds other rows than this machine computes of the same images, so "

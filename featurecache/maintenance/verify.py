@@ -198,7 +198,7 @@ def referenced_shards(views: Iterable[View]) -> dict[Path, ReferencedShard]:
     found: dict[Path, ReferencedShard] = {}
     for view in views:
         for output in view.outputs:
-            stored, layout = view.stored(output), view.layout(output)
+            stored, layout = view.stored(output), view.info(output)
             for number in np.unique(stored.index[:, 0]).tolist():
                 entry = view.files[number]
                 path = view.store / entry["path"].decode()

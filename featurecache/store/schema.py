@@ -6,6 +6,7 @@ columns are compared with each other. Everything may have been written by anybod
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -36,20 +37,31 @@ def check_digests(digests: np.ndarray, name: Path) -> None:
 
 
 @dataclass(frozen=True)
-class OutputInfo:
-    """Of one output of a view: shape of a row, storage dtype, and of token outputs which rows are what."""
+class Layout:
+    """What the rows of one output have in common."""
 
-    shape: tuple[int, ...]
-    dtype: str
-    prefix: tuple[str, ...] | None
-    grid: tuple[int, int] | None
+    output: str
+    shape: tuple[int, ...]  # of a row
+    dtype: str  # in which it is stored
+    prefix: tuple[str, ...] | None = None  # of token outputs: what the first rows are
+    grid: tuple[int, int] | None = None  # of token outputs: the patch grid (h, w)
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def attributes(self) -> dict[str, str]:
+        """Of token features: which rows are what."""
+        if self.prefix is None or self.grid is None:
+            return {}
+        return {"prefix": json.dumps(self.prefix), "grid": json.dumps(self.grid)}
 
 
 @dataclass
 class StoredOutput:
     """One output of a view: what it is, where its rows lie, what their bytes hash to."""
 
-    info: OutputInfo
+    info: Layout
     index: np.ndarray  # [N,2] int64 (file, row)
     checksums: np.ndarray  # [N] uint64, xxh3_64 of the row's bytes
     errors: np.ndarray | None  # [N] float32: relative error of the row's rounding, NaN not measured; None: none rounded
@@ -213,7 +225,8 @@ def _stored(file: ColumnFile, output: str) -> StoredOutput:
     index = file.array(f"index/{output}", "i8", ndim=2)
     if index.shape[1] != 2:
         raise CacheError(f"{name}: {output!a} has no index (file, row).")
-    info = OutputInfo(_sides(_attribute(attributes, "shape", name), name), dtype, *token_layout(attributes, name))
+    shape = _sides(_attribute(attributes, "shape", name), name)
+    info = Layout(output, shape, dtype, *token_layout(attributes, name))
     errors = file.array(f"errors/{output}", "f4") if f"errors/{output}" in file.columns else None
     return StoredOutput(info, index, file.array(f"checksums/{output}", "u8"), errors)
 

@@ -29,32 +29,11 @@ from featurecache.errors import CacheError, DamagedFile
 from featurecache.files.atomic import AtomicFile, file_stamp, refuse_links
 from featurecache.files.directory import AGAIN, open_columns
 from featurecache.files.hdf5 import WriteTrace, create_unwritten, new_hdf5, seal
-from featurecache.store.schema import DIGEST, check_digests, token_layout
+from featurecache.store.schema import DIGEST, Layout, check_digests, token_layout
 
 _STEP = 1 << 24  # bytes copied at a time
 _HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What every shard of one output has in common."""
-
-    output: str
-    row_shape: tuple[int, ...]
-    dtype: str
-    prefix: tuple[str, ...] | None = None  # of token outputs: what the first rows are
-    grid: tuple[int, int] | None = None  # of token outputs: the patch grid (h, w)
-
-    @property
-    def row_bytes(self) -> int:
-        return int(np.prod(self.row_shape)) * np.dtype(self.dtype).itemsize
-
-    def attributes(self) -> dict[str, str]:
-        """Of token features: which rows are what."""
-        if self.prefix is None or self.grid is None:
-            return {}
-        return {"prefix": json.dumps(self.prefix), "grid": json.dumps(self.grid)}
 
 
 def shard_name(digests: np.ndarray) -> str:
@@ -81,7 +60,7 @@ class ShardWriter:
     def append(self, digests: list[bytes], rows: np.ndarray, errors: np.ndarray | None = None) -> None:
         """rows [k, ...] of the layout's shape and dtype, with the digests of their images and, where they were
         measured, the relative errors of their rounding, float32 [k]."""
-        assert rows.shape == (len(digests), *self._layout.row_shape) and rows.dtype == self._layout.dtype
+        assert rows.shape == (len(digests), *self._layout.shape) and rows.dtype == self._layout.dtype
         rows = np.ascontiguousarray(rows)
         self._file.write(self._offset + len(self._digests) * self._layout.row_bytes, rows.data)
         self._digests += digests
@@ -131,7 +110,7 @@ def _trace(
         file.create_dataset("checksums", data=checksums, dtype="u8")
         if layout.dtype == "float16":
             file.create_dataset("errors", data=errors, dtype="f4")
-        features = create_unwritten(file, "features", (len(digests), *layout.row_shape), layout.dtype)
+        features = create_unwritten(file, "features", (len(digests), *layout.shape), layout.dtype)
         features.attrs.update(layout.attributes())
         return trace, features.id.get_offset()
 
@@ -160,9 +139,9 @@ def read_shard(path: Path, layout: Layout) -> Shard:
     stamped, shard = _OPENED.get((path, layout), (None, None))
     if shard is None or stamped != stamp:
         actual, shard = _read(path)
-        if (actual.row_shape, actual.dtype) != (layout.row_shape, layout.dtype):
+        if (actual.shape, actual.dtype) != (layout.shape, layout.dtype):
             raise CacheError(
-                f"{path} holds rows of {actual.dtype} {actual.row_shape}; expected {layout.dtype} {layout.row_shape}."
+                f"{path} holds rows of {actual.dtype} {actual.shape}; expected {layout.dtype} {layout.shape}."
             )
         if stamp is not None:
             _OPENED[path, layout] = stamp, shard
@@ -202,7 +181,7 @@ def file_size(path: Path | str) -> int | None:
     return entry.st_size if stat.S_ISREG(entry.st_mode) else None
 
 
-def map_rows(path: Path, size: int, offset: int, rows: int, row_shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+def map_rows(path: Path, size: int, offset: int, rows: int, layout: Layout) -> torch.Tensor:
     """The rows of a shard [rows, ...] as a tensor over the mapped file; no file stays open.
 
     Private mapping: writing to the tensor does not reach the file. Raises DamagedFile when it is gone or cut.
@@ -213,13 +192,12 @@ def map_rows(path: Path, size: int, offset: int, rows: int, row_shape: tuple[int
         raise DamagedFile(f"{path} is missing. Run the extraction again.")
     if actual != size:
         raise DamagedFile(f"{path} has {actual:,} bytes, not {size:,}. {AGAIN}")
-    itemsize = np.dtype(dtype).itemsize
+    itemsize = np.dtype(layout.dtype).itemsize
     try:
-        whole = torch.from_file(str(path), shared=False, size=size // itemsize, dtype=TORCH_DTYPE[dtype])
+        whole = torch.from_file(str(path), shared=False, size=size // itemsize, dtype=TORCH_DTYPE[layout.dtype])
     except RuntimeError as error:  # cut meanwhile, or larger than the address space
         raise DamagedFile(f"{path} cannot be mapped ({str(error).splitlines()[0]}).") from error
-    count = rows * int(np.prod(row_shape))
-    return whole[offset // itemsize : offset // itemsize + count].view(rows, *row_shape)
+    return whole[offset // itemsize :][: rows * math.prod(layout.shape)].view(rows, *layout.shape)
 
 
 @dataclass(frozen=True)
@@ -275,10 +253,10 @@ def _memory_bytes() -> int:
 
 def read_feature_rows(places: RowLocations, layout: Layout) -> torch.Tensor:
     """Stored rows [n, ...] in the order of ``places``, each checked against its checksum. Raises DamagedFile."""
-    result = torch.empty((len(places.file), *layout.row_shape), dtype=TORCH_DTYPE[layout.dtype])
+    result = torch.empty((len(places.file), *layout.shape), dtype=TORCH_DTYPE[layout.dtype])
     for number in np.unique(places.file):
         shard = places.shards[number]
-        mapped = map_rows(shard.path, shard.size, shard.offset, len(shard.digests), layout.row_shape, layout.dtype)
+        mapped = map_rows(shard.path, shard.size, shard.offset, len(shard.digests), layout)
         chosen = np.flatnonzero(places.file == number)
         rows = places.row[chosen]
         result[torch.from_numpy(chosen)] = mapped[torch.from_numpy(rows)]

@@ -11,7 +11,7 @@ import glob
 import math
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from featurecache import outputs as _outputs
 from featurecache.errors import CacheError, NotInCache, UnsafeFile
 from featurecache.files.atomic import refuse_links
 from featurecache.files.directory import ALIGNMENT, USER_BLOCK
-from featurecache.store.schema import OutputInfo, StoredOutput, ViewContent, read_view
-from featurecache.store.shards import TORCH_DTYPE, Layout, damaged_rows, empty_rows, file_size, map_rows, wrong_rows
+from featurecache.store.schema import Layout, StoredOutput, ViewContent, read_view
+from featurecache.store.shards import TORCH_DTYPE, damaged_rows, empty_rows, file_size, map_rows, wrong_rows
 from featurecache.store.store import cache_folder, open_store
 
 
@@ -150,15 +150,6 @@ class View(ViewContent):
         """Where the rows of a stored output lie, and what their bytes hash to."""
         return self.index[output].first(len(self))
 
-    def layout(self, output: str) -> Layout:
-        """What the shards of a stored output have in common."""
-        info = self.index[output].info
-        return Layout(output, info.shape, info.dtype, info.prefix, info.grid)
-
-    def _file(self, number: int) -> tuple[Path, int]:
-        entry = self.files[number]
-        return self.store / entry["path"].decode(), int(entry["size"])
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}
 
@@ -187,7 +178,7 @@ class View(ViewContent):
         return f"{self.store.name if len(twins) > 1 else kin}/{self.name}"
 
     @property
-    def outputs(self) -> dict[str, OutputInfo]:
+    def outputs(self) -> dict[str, Layout]:
         return {name: stored.info for name, stored in self.index.items()}
 
     @property
@@ -214,7 +205,7 @@ class View(ViewContent):
         parsed = _outputs.parse(output)
         return parsed.source in self.index and self._why_underivable(parsed) is None
 
-    def info(self, output: str) -> OutputInfo:
+    def info(self, output: str) -> Layout:
         """Raises NotInCache when it is neither stored nor derivable, with the command that stores it."""
         if output in self.index:
             return self.index[output].info
@@ -222,9 +213,9 @@ class View(ViewContent):
         begin, patches = _places(tokens)
         prefix, grid = parsed.layout(begin, patches) or (None, None)
         shape = parsed.row_shape((tokens.shape[0], tokens.shape[1]), len(begin))
-        return OutputInfo(shape, tokens.dtype, prefix, grid)
+        return Layout(parsed.name, shape, tokens.dtype, prefix, grid)
 
-    def _derivation(self, output: str) -> tuple[_outputs.Output, OutputInfo]:
+    def _derivation(self, output: str) -> tuple[_outputs.Output, Layout]:
         parsed = _outputs.parse(output)
         if parsed.source not in self.index and self.imported:
             raise NotInCache(
@@ -286,17 +277,11 @@ class View(ViewContent):
         while output not in self._maps:
             self._check()
             try:
-                paths = [self._file(number)[0] for number in range(len(self.files))]
-                self._maps[output] = MappedRows(self.index[output], paths, self._map)
+                self._maps[output] = MappedRows(self.index[output], self.store, self.files)
             except CacheError:
                 if not self._follow():
                     raise
         return self._maps[output].take(self._rows(rows), out)
-
-    def _map(self, number: int, info: OutputInfo) -> torch.Tensor:
-        path, size = self._file(number)
-        entry = self.files[number]
-        return map_rows(path, size, int(entry["offset"]), int(entry["rows"]), info.shape, info.dtype)
 
     def _rows(self, rows: Any) -> np.ndarray:
         if rows is None:
@@ -308,7 +293,7 @@ class View(ViewContent):
         return picked
 
 
-def _places(tokens: OutputInfo) -> tuple[tuple[str, ...], tuple[int, int]]:
+def _places(tokens: Layout) -> tuple[tuple[str, ...], tuple[int, int]]:
     """(prefix, grid) of stored tokens; where they are unknown, one row of patches."""
     return tokens.prefix or (), tokens.grid or (1, tokens.shape[0])
 
@@ -322,15 +307,17 @@ class MappedRows:
     order asked. Of the range only rows of shards are ever touched.
     """
 
-    def __init__(
-        self, stored: StoredOutput, paths: Sequence[Path], mapped: Callable[[int, OutputInfo], torch.Tensor]
-    ) -> None:
-        """``paths`` of the shards by number; ``mapped`` gives the rows of one."""
-        self._info, self._index, self._checksums, self._paths = stored.info, stored.index, stored.checksums, paths
+    def __init__(self, stored: StoredOutput, store: Path, files: np.ndarray) -> None:
+        """``files``: the shards of ``store`` by number, as a view has them."""
+        self._info, self._index, self._checksums = stored.info, stored.index, stored.checksums
+        self._bytes = stored.info.row_bytes
         self._unchecked = np.ones(len(stored.index), bool)  # rows whose bytes nobody has looked at in this process
-        used = np.unique(stored.index[:, 0])
-        self._shards = {int(number): mapped(int(number), stored.info) for number in used}  # keeps them mapped
-        self._bytes = int(np.prod(stored.info.shape)) * np.dtype(stored.info.dtype).itemsize
+        used = np.unique(stored.index[:, 0]).tolist()
+        self._paths = {number: store / files["path"][number].decode() for number in used}
+        self._shards = {}  # which keeps them mapped
+        for number, path in self._paths.items():
+            size, offset, rows = (int(files[key][number]) for key in ("size", "offset", "rows"))
+            self._shards[number] = map_rows(path, size, offset, rows, stored.info)
         self._unit = math.gcd(ALIGNMENT, self._bytes)
         starts = {number: rows.data_ptr() for number, rows in self._shards.items()}
         first = min(starts.values(), default=0)
@@ -338,9 +325,7 @@ class MappedRows:
         for number, address in starts.items():
             assert (address - first) % self._unit == 0
             self._start[number] = (address - first) // self._unit
-        span = (
-            max((rows.data_ptr() + rows.numel() * rows.itemsize for rows in self._shards.values()), default=0) - first
-        )
+        span = max((rows.data_ptr() + rows.nbytes for rows in self._shards.values()), default=0) - first
         self._buffer = self._over(first, span)
 
     def _over(self, first: int, span: int) -> torch.Tensor:

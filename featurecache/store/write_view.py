@@ -145,14 +145,14 @@ def _write_output(
     sources = {}
     for k in used:
         shard = places.shards[k]
-        path, shape = shard.path.relative_to(store.path).as_posix(), (len(shard.digests), *layout.row_shape)
+        path, shape = shard.path.relative_to(store.path).as_posix(), (len(shard.digests), *layout.shape)
         files.append((path.encode(), shard.size, shard.offset, len(shard.digests), shard.hash))
         sources[k] = h5py.VirtualSource(path, "features", shape, layout.dtype)
     breaks = (np.diff(places.file) != 0) | (np.diff(places.row) != 1)  # between rows that do not follow each other
     starts = np.flatnonzero(np.append(True, breaks)[: len(places.file)])
-    entry.attrs.update(shape=json.dumps(layout.row_shape), dtype=layout.dtype, virtual=len(starts) <= MAX_MAPPINGS)
+    entry.attrs.update(shape=json.dumps(layout.shape), dtype=layout.dtype, virtual=len(starts) <= MAX_MAPPINGS)
     if len(starts) <= MAX_MAPPINGS:
-        virtual = h5py.VirtualLayout((len(places.file), *layout.row_shape), layout.dtype)
+        virtual = h5py.VirtualLayout((len(places.file), *layout.shape), layout.dtype)
         for start, stop in zip(starts, [*starts[1:], len(places.file)], strict=True):
             first = places.row[start]
             virtual[start:stop] = sources[places.file[start]][first : first + stop - start]

@@ -549,7 +549,7 @@ def damage(view: View, row: int, output: str) -> None:
     """One bit of the features of a row."""
     file, number = View(view.path, copies=True).stored(output).index[row]
     entry = view.files[file]
-    flip(view.store / entry["path"].decode(), int(entry["offset"]) + int(number) * view.layout(output).row_bytes)
+    flip(view.store / entry["path"].decode(), int(entry["offset"]) + int(number) * view.info(output).row_bytes)
 
 
 def test_repair_computes_a_copy_again(home: Path) -> None:

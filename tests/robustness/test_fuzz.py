@@ -45,8 +45,8 @@ def read_view(path: Path) -> None:
 def read_one_shard(path: Path) -> None:
     layout = layout_in(path)
     shard = read_shard(path, layout)
-    rows = map_rows(path, shard.size, shard.offset, len(shard.digests), layout.row_shape, layout.dtype)
-    assert rows.shape == (len(shard.digests), *layout.row_shape)
+    rows = map_rows(path, shard.size, shard.offset, len(shard.digests), layout)
+    assert rows.shape == (len(shard.digests), *layout.shape)
     rows.sum()
 
 

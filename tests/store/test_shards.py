@@ -29,7 +29,7 @@ def digests(n: int, start: int = 0) -> np.ndarray:
 
 
 def rows(n: int, layout: Layout = LAYOUT, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(n, *layout.row_shape)).astype(layout.dtype)
+    return np.random.default_rng(seed).normal(size=(n, *layout.shape)).astype(layout.dtype)
 
 
 def write(folder: Path, n: int, layout: Layout = LAYOUT, *, planned: int | None = None, start: int = 0) -> Path:
@@ -76,7 +76,7 @@ def test_rows_come_back_as_they_were_given(tmp_path_factory, n, lost, width, dty
     kept = max(1, n - lost)  # images that fail leave a shorter shard than planned
     path = write(folder, kept, layout, planned=n)
     shard = read_shard(path, layout)
-    mapped = map_rows(path, shard.size, shard.offset, kept, layout.row_shape, dtype)
+    mapped = map_rows(path, shard.size, shard.offset, kept, layout)
     assert path.stem == shard_name(digests(kept))
     assert np.array_equal(mapped.numpy(), rows(kept, layout))
     assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -37,8 +37,8 @@ def digests(numbers: Sequence[int]) -> np.ndarray:
 
 
 def features(numbers: Sequence[int], layout: Layout) -> np.ndarray:
-    values = np.asarray(list(numbers), layout.dtype).reshape(-1, *(1 for _ in layout.row_shape))
-    return values + np.linspace(0, 0.5, int(np.prod(layout.row_shape)), dtype=layout.dtype).reshape(layout.row_shape)
+    values = np.asarray(list(numbers), layout.dtype).reshape(-1, *(1 for _ in layout.shape))
+    return values + np.linspace(0, 0.5, int(np.prod(layout.shape)), dtype=layout.dtype).reshape(layout.shape)
 
 
 def add_shard(store: Store, numbers: Sequence[int], layout: Layout) -> Path:
