@@ -43,9 +43,6 @@ class WriteTrace(io.RawIOBase):
         self._position = base + offset
         return self._position
 
-    def tell(self) -> int:
-        return self._position
-
     def write(self, data: Any) -> int:
         self.extents.append((self._position, bytes(data)))
         return self._advance(len(data))
@@ -98,11 +95,7 @@ class Sink(WriteTrace):
     def writable(self) -> bool:
         return True
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+    readable = seekable = writable
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -176,13 +169,9 @@ def create_unwritten(file: h5py.File, name: str, shape: tuple[int, ...], dtype: 
     import h5py
 
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    creation.set_obj_track_times(False)  # the same rows give the same file
-    creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    space = h5py.h5s.create_simple(shape)
-    kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
-    return h5py.Dataset(h5py.h5d.create(file.id, name.encode(), kind, space, creation))
+    return file.create_dataset(name, shape, dtype, dcpl=creation)
 
 
 def seal(file: AtomicFile, trace: WriteTrace) -> None:

@@ -33,20 +33,14 @@ from featurecache.files.atomic import NO_LOCKS, locked_temporary, writing
 MARKS = SHARED, EXCLUSIVE = ".shared-", ".exclusive-"  # beginnings of the marks' names
 
 
-@contextlib.contextmanager
-def shared_lock(store: Path, what: str) -> Iterator[None]:
+def shared_lock(store: Path, what: str) -> contextlib.AbstractContextManager[None]:
     """While rows are added to ``store``. Raises InUse where somebody holds the exclusive lock."""
-    with _mark(store, SHARED, what):
-        _refuse_others(store, (EXCLUSIVE,), None)
-        yield
+    return _lock(store, SHARED, what, (EXCLUSIVE,))
 
 
-@contextlib.contextmanager
-def exclusive_lock(store: Path, what: str) -> Iterator[None]:
+def exclusive_lock(store: Path, what: str) -> contextlib.AbstractContextManager[None]:
     """While files of ``store`` are removed or replaced. Raises InUse where anybody holds a lock."""
-    with _mark(store, EXCLUSIVE, what) as mine:
-        _refuse_others(store, MARKS, mine)
-        yield
+    return _lock(store, EXCLUSIVE, what, MARKS)
 
 
 @contextlib.contextmanager
@@ -63,8 +57,8 @@ def update_lock(store: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _mark(store: Path, kind: str, what: str) -> Iterator[Path]:
-    """A mark under its final name, complete and locked before anybody can see it."""
+def _lock(store: Path, kind: str, what: str, others: tuple[str, ...]) -> Iterator[None]:
+    """A mark of a kind under its final name, complete and locked before anybody can see it; no other of ``others``."""
     path = store / f"{kind}{secrets.token_hex(8)}"
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     record = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "what": what}
@@ -74,7 +68,8 @@ def _mark(store: Path, kind: str, what: str) -> Iterator[Path]:
         with writing(path):
             os.write(descriptor, json.dumps(record).encode())
             os.rename(temporary, path)
-        yield path
+        _refuse_others(store, others, path)
+        yield
     finally:
         for name in (path, temporary):
             with contextlib.suppress(OSError):  # the store itself may be gone
@@ -82,7 +77,7 @@ def _mark(store: Path, kind: str, what: str) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _refuse_others(store: Path, kinds: tuple[str, ...], mine: Path | None) -> None:
+def _refuse_others(store: Path, kinds: tuple[str, ...], mine: Path) -> None:
     """Marks of the dead go, of whatever kind."""
     for path in sorted(path for kind in MARKS for path in store.glob(f"{kind}*")):
         if path == mine or path.suffix:

@@ -42,7 +42,10 @@ if TYPE_CHECKING:
 DECODING = 1
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # others are not tried: EPS would run a program
 
-_NO_WHITE = "which have no fixed white; save it with 8 or 16 bits a sample"
+_NO_WHITE = [  # by whether they are floating-point
+    f"{kind} pixels, which have no fixed white; save it with 8 or 16 bits a sample"
+    for kind in ("32-bit or signed integer", "floating-point")
+]
 _WHITE_IS_ZERO = "featurecache: white is zero"
 _MODE_NAMES = {
     "1": "1-bit", "L": "grey", "LA": "grey + alpha", "P": "palette", "PA": "palette + alpha", "RGB": "RGB",
@@ -58,17 +61,17 @@ def digest(data: EncodedImage, frame: int | None = None) -> str:
     UnreadableImage for DICOM whose header cannot be read."""
     if isinstance(data, np.ndarray):
         plain = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("<"))
-        found = hashlib.blake2b(f"{plain.dtype.str} {list(plain.shape)} ".encode(), digest_size=16)
-        found.update(plain.data)
-        return found.hexdigest()
+        hashed = hashlib.blake2b(f"{plain.dtype.str} {list(plain.shape)} ".encode(), digest_size=16)
+        hashed.update(plain.data)
+        return hashed.hexdigest()
     if isinstance(data, EncodedFrame):
-        found, frame = data.hashed.copy(), data.number
+        hashed, frame = data.hashed.copy(), data.number
     else:
-        found = hashlib.blake2b(data, digest_size=16)
+        hashed = hashlib.blake2b(data, digest_size=16)
         frame = 0 if frame is None and _holds_several(data) else frame
     if frame is not None:
-        found.update(b" frame %d" % frame)
-    return found.hexdigest()
+        hashed.update(b" frame %d" % frame)
+    return hashed.hexdigest()
 
 
 def _holds_several(data: bytes) -> bool:
@@ -159,8 +162,7 @@ def _by_pillow(data: bytes) -> torch.Tensor:
     if image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I"):  # PNM above 8 bits: scaled to 16
         pixels = _grey_16(image)
     elif image.mode in ("I", "F") or (image.format == "TIFF" and 2 in image.tag_v2.get(339, ())):  # SampleFormat
-        kind = "floating-point" if image.mode == "F" else "32-bit or signed integer"
-        raise UnreadableImage(f"{kind} pixels, {_NO_WHITE}")
+        raise UnreadableImage(_NO_WHITE[image.mode == "F"])
     elif _bits(image) == 16:
         pixels = _colour_16(data, image)
     else:
@@ -242,8 +244,7 @@ def _channels_first(pixels: np.ndarray) -> torch.Tensor:
     image = torch.from_numpy(np.array(pixels, order="C"))
     if image.ndim == 3 and image.shape[2] == 3:
         return image.permute(2, 0, 1)
-    plane = image.reshape(1, *image.shape[:2])
-    return torch.cat((plane, plane, plane))
+    return torch.cat([image.reshape(1, *image.shape[:2])] * 3)
 
 
 def _upright(image: torch.Tensor, orientation: int) -> torch.Tensor:
@@ -273,27 +274,19 @@ def _reason(data: bytes, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS:,} pixels are refused (decompression bomb)"
     if not isinstance(error, Image.UnidentifiedImageError):
-        # torch puts the operator and the line of its source in front
-        message = re.sub(r"^\w+, \S+:\d+, ", "", (str(error).splitlines() or [""])[0])
+        message = str(error).partition("\n")[0]
+        message = re.sub(r"^\w+, \S+:\d+, ", "", message)  # torch puts the operator and a line of its source in front
         return f"cannot be decoded ({message.strip() or type(error).__name__})"
-    if (tiff := headers.tiff(data)) and (reason := _reason_of_tiff(tiff)):
-        return reason
-    for magic, name in _MAGIC.items():
-        if data.startswith(magic):
-            return f"a {name} file whose header cannot be read ({len(data):,} bytes)"
+    if tiff := headers.tiff(data):  # which has a directory and is not read all the same
+        if tiff.format != 1 or tiff.bits > 16:
+            return _NO_WHITE[tiff.format == 3]
+        if tiff.big and tiff.big_endian:
+            return "a BigTIFF of big-endian byte order, which Pillow does not read; save it little-endian"
+        if tiff.bits not in (1, 2, 4, 8, 16) or tiff.samples > 1:
+            return f"a TIFF of {tiff.samples} × {tiff.bits} bits a pixel, which Pillow does not read; save it as PNG"
+    if name := _MAGIC.get(data[:4]):
+        return f"a {name} file whose header cannot be read ({len(data):,} bytes)"
     start = (data.split(maxsplit=1) or [data])[0][:16]
     if start.isascii() and start.decode("ascii", "replace").isprintable():
         return f'not an image (starts with "{start.decode("ascii")}")'
     return f"not an image this reads (starts with the bytes {data[:8].hex(' ')})"
-
-
-def _reason_of_tiff(tiff: headers.Tiff) -> str | None:
-    """Why a TIFF that has a directory is not read all the same."""
-    if tiff.format != 1 or tiff.bits > 16:
-        kind = "floating-point" if tiff.format == 3 else "32-bit or signed integer"
-        return f"{kind} pixels, {_NO_WHITE}"
-    if tiff.big and tiff.big_endian:
-        return "a BigTIFF of big-endian byte order, which Pillow does not read; save it little-endian"
-    if tiff.bits not in (1, 2, 4, 8, 16) or tiff.samples > 1:
-        return f"a TIFF of {tiff.samples} × {tiff.bits} bits a pixel, which Pillow does not read; save it as PNG"
-    return None

@@ -36,7 +36,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,8 @@ _TAGS = (
     "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit",
     "PixelRepresentation", "NumberOfFrames", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
     "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence", "RedPaletteColorLookupTableDescriptor", "RedPaletteColorLookupTableData",
-    "GreenPaletteColorLookupTableDescriptor", "GreenPaletteColorLookupTableData",
-    "BluePaletteColorLookupTableDescriptor", "BluePaletteColorLookupTableData",
-    "SegmentedRedPaletteColorLookupTableData",
+    "PerFrameFunctionalGroupsSequence", "SegmentedRedPaletteColorLookupTableData",
+    *(f"{name}PaletteColorLookupTable{part}" for name in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")),
 )  # fmt: skip
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _DECODERS = {  # in the name of a transfer syntax -> what to install
@@ -78,15 +76,19 @@ def installed() -> bool:
 class Header:
     """What is known of a file before its pixels are read."""
 
-    settings: Any = None  # pydicom's Dataset of _TAGS and of what was asked for beside
-    width: int = 0
-    height: int = 0
-    frames: int = 1
-    end: int = 0  # bytes of the file in front of the pixels
+    settings: Any  # pydicom's Dataset of _TAGS and of what was asked for beside
+    width: int
+    height: int
+    frames: int
+    end: int  # bytes of the file in front of the pixels
 
     def number(self, name: str, default: int) -> int:
-        value = self.settings.get(name)
-        return default if value in (None, "") else int(value)
+        return _whole(self.settings, name, default)
+
+
+def _whole(settings: Any, name: str, default: int) -> int:
+    value = settings.get(name)
+    return default if value in (None, "") else int(value)
 
 
 def read_header(data: bytes | Any, also: tuple[str, ...] = ()) -> Header:
@@ -102,13 +104,13 @@ def read_header(data: bytes | Any, also: tuple[str, ...] = ()) -> Header:
     with _named_damage(_HEADER):
         _refuse_deflate_bomb(file)
         settings = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_TAGS, *also])
-        header = Header(settings, int(settings.get("Columns") or 0), int(settings.get("Rows") or 0))
-        header = replace(header, frames=header.number("NumberOfFrames", 1), end=file.tell())
-    if header.width < 1 or header.height < 1:
+        width, height, frames = (_whole(settings, *tag) for tag in (("Columns", 0), ("Rows", 0), ("NumberOfFrames", 1)))
+        header = Header(settings, width, height, frames, file.tell())
+    if width < 1 or height < 1:
         raise UnreadableImage("a DICOM file without an image")
     size = len(data) if isinstance(data, bytes) else os.fstat(file.fileno()).st_size
-    if not 1 <= header.frames <= size:  # a frame has a byte at least; a row is made for each
-        raise UnreadableImage(f"a DICOM file that declares {header.frames:,} frames in {size:,} bytes")
+    if not 1 <= frames <= size:  # a frame has a byte at least; a row is made for each
+        raise UnreadableImage(f"a DICOM file that declares {frames:,} frames in {size:,} bytes")
     return header
 
 
@@ -154,17 +156,16 @@ def dicom_image_header(data: bytes) -> tuple[int, int, str]:
 
 def _refuse_deflate_bomb(file: Any) -> None:
     """pydicom unpacks a deflated file (PS3.5 A.5) whole, however large it becomes."""
-    start = file.tell()
-    front = file.read(4096)
-    if b"1.2.840.10008.1.2.1.99" in front and front[132:136] == b"\x02\0\0\0":
+    start, front = file.tell(), file.read(4096)
+    if b"1.2.840.10008.1.2.1.99" in front:
+        if front[132:136] != b"\x02\0\0\0":
+            raise UnreadableImage("a deflated DICOM file without the length of its first group")
         file.seek(start + 144 + int.from_bytes(front[140:144], "little"))  # behind the group whose length this is
         unpacker, unpacked = zlib.decompressobj(-zlib.MAX_WBITS), 0
         while packed := unpacker.unconsumed_tail or file.read(1 << 20):
             unpacked += len(unpacker.decompress(packed, 1 << 24))
             if unpacked > _INFLATED:
                 raise UnreadableImage(f"more than {_INFLATED:,} bytes when unpacked are refused (decompression bomb)")
-    elif b"1.2.840.10008.1.2.1.99" in front:
-        raise UnreadableImage("a deflated DICOM file without the length of its first group")
     file.seek(start)
 
 
@@ -179,7 +180,7 @@ def _checked(header: Header) -> tuple[int, int]:
     if header.number("HighBit", bits - 1) != bits - 1:
         raise UnreadableImage("pixels that do not begin at the lowest bit, which the standard has retired")
     grey = samples == 1 and photometric in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
-    if not grey and not (samples == 3 and photometric in _COLOURS):
+    if not (grey or (samples == 3 and photometric in _COLOURS)):
         shown = photometric if re.fullmatch(r"[A-Z0-9_ ]{1,16}", photometric) else "(unknown)"
         raise UnreadableImage(f"{samples} samples a pixel of {shown}; grey, palette, RGB and YBR are read")
     return bits, samples
@@ -192,14 +193,13 @@ def _refuse_cut_off(data: bytes, header: Header, syntax: Any) -> None:
     if syntax.is_deflated:
         return
     order = "<" if syntax.is_little_endian else ">"
-    element = data[header.end : header.end + 12]
-    long = len(element) == 12 and element[4:6].isalpha() and not syntax.is_implicit_VR
-    size = struct.unpack(order + "L", element[8:12] if long else element[4:8])[0] if len(element) == 12 else 0
-    start = header.end + (12 if long else 8)
-    if size == 0xFFFFFFFF:  # encapsulated
-        whole = data.find(struct.pack(order + "HHL", 0xFFFE, 0xE0DD, 0), start) >= 0
-    else:
-        whole = len(element) == 12 and start + size <= len(data)
+    element, whole = data[header.end : header.end + 12], False
+    if len(element) == 12:
+        place = 8 if element[4:6].isalpha() and not syntax.is_implicit_VR else 4  # of the length, behind tag and VR
+        (size,) = struct.unpack_from(order + "L", element, place)
+        start = header.end + place + 4
+        end_mark = struct.pack(order + "HHL", 0xFFFE, 0xE0DD, 0)
+        whole = data.find(end_mark, start) >= 0 if size == 0xFFFFFFFF else start + size <= len(data)  # encapsulated?
     if not whole:
         raise UnreadableImage(f"truncated after {len(data):,} bytes")
 
@@ -212,8 +212,7 @@ def _stored(data: bytes, header: Header, syntax: Any, frame: int) -> np.ndarray:
     quiet_pillow()  # pydicom decodes JPEG with it
     full = str(syntax.name)
     name = full.split(" (")[0] if re.fullmatch(r"[\w .,()&/\[\]:-]+", full) else "(unknown)"
-    packages = next((what for family, what in _DECODERS.items() if family in full), None)
-    install = f": pip install {packages}" if packages else ""
+    install = next((f": pip install {what}" for family, what in _DECODERS.items() if family in full), "")
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError as error:
@@ -284,8 +283,7 @@ def _group(settings: Any, frame: int, sequence: str, *names: str) -> Any:
 def _float(settings: Any, name: str, default: float) -> float:
     """A number, of several the first."""
     value = settings.get(name)
-    if value in (None, ""):
-        return default
+    value = default if value in (None, "") else value
     return float(value if isinstance(value, int | float | str) else value[0])
 
 

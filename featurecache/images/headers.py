@@ -170,46 +170,46 @@ def tiff(data: bytes) -> Tiff | None:
     """None where the bytes are no TIFF, or its first directory cannot be read."""
     if data[:4] not in _TIFF:
         return None
-    found = {258: 1, 277: 1, 262: 1, 339: 1, 0: 0}
+    values, photometric_at = {258: 1, 277: 1, 262: 1, 339: 1}, 0  # of the tags, where they are not there
     try:
         order, big, at, entries = _tiff_directory(data)
         entry = 20 if big else 12
         for place in range(at, at + entry * min(entries, 4096), entry):
             tag, kind, length = struct.unpack_from(order + ("HHQ" if big else "HHL"), data, place)
-            if tag in found and kind == 3:  # SHORT: beside the tag as long as they fit
+            if tag in values and kind == 3:  # SHORT: beside the tag as long as they fit
                 value_at = place + (12 if big else 8)
                 if length > (4 if big else 2):
                     (value_at,) = struct.unpack_from(order + ("Q" if big else "L"), data, value_at)
-                (found[tag],) = struct.unpack_from(order + "H", data, value_at)
-                found[0] = value_at if tag == 262 else found[0]
+                (values[tag],) = struct.unpack_from(order + "H", data, value_at)
+                photometric_at = value_at if tag == 262 else photometric_at
     except (struct.error, OverflowError):
         return None
-    return Tiff(found[258], found[277], found[262], found[339], order == ">", big, found[0])
+    return Tiff(values[258], values[277], values[262], values[339], order == ">", big, photometric_at)
 
 
 def black_is_zero(data: bytes) -> bytes | None:
     """A grey TIFF whose 0 is white with a header that says the opposite; None where it is no such thing."""
-    found = tiff(data)
-    if found is None or found.photometric != 0 or not found.photometric_at or found.samples != 1:
+    header = tiff(data)
+    if header is None or header.photometric != 0 or not header.photometric_at or header.samples != 1:
         return None
-    value = struct.pack(">H" if found.big_endian else "<H", 1)
-    return data[: found.photometric_at] + value + data[found.photometric_at + 2 :]
+    value = struct.pack(">H" if header.big_endian else "<H", 1)
+    return data[: header.photometric_at] + value + data[header.photometric_at + 2 :]
 
 
 def _gif_images(data: bytes) -> int:
     """Images of a GIF, counted up to two (GIF89a specification, appendix A)."""
     if len(data) < 13:
         return 0
-    at, found = 13 + _palette_bytes(data[10]), 0
-    while at < len(data) and found < 2:
+    at, images = 13 + _palette_bytes(data[10]), 0
+    while at < len(data) and images < 2:
         if data[at] == 0x2C and at + 10 < len(data):  # image: descriptor, palette, code size, blocks
-            found += 1
+            images += 1
             at = _after_blocks(data, at + 11 + _palette_bytes(data[at + 9]))
         elif data[at] == 0x21:  # extension: label, blocks
             at = _after_blocks(data, at + 2)
         else:
             break
-    return found
+    return images
 
 
 def _palette_bytes(flags: int) -> int:

@@ -96,9 +96,10 @@ class Preprocess:
         if target[0] * target[1] > MAX_PIXELS:
             shape = f"{image.shape[-1]:,}×{image.shape[-2]:,}"
             raise UnreadableImage(f"{shape} pixels are too long a strip to be resized by the shortest edge")
-        image = _resize(image, target, self.kernel, self.interpolation, self.antialias)
+        if tuple(image.shape[-2:]) != target:
+            image = self._resize(image, target)
         if self.mode == "pad" or self.crop is not None:
-            image = _centre(image, self.size, half_even=self.crop_rounding == "half even")
+            image = self._centre(image)
         return image.contiguous()
 
     def _target(self, height: int, width: int) -> tuple[int, int]:
@@ -110,6 +111,33 @@ class Preprocess:
             ratio = min(self.resize[0] / height, self.resize[1] / width)
             return max(1, round(height * ratio)), max(1, round(width * ratio))
         return (self.resize[0], self.resize[1]) if self.mode == "squash" else (height, width)
+
+    def _resize(self, image: torch.Tensor, target: tuple[int, int]) -> torch.Tensor:
+        """uint8 [3,H,W] -> uint8 [3,*target]; Pillow always antialiases."""
+        if self.kernel == "torchvision":
+            from torchvision.transforms import InterpolationMode
+            from torchvision.transforms.v2 import functional
+
+            interpolation = InterpolationMode(self.interpolation)
+            return functional.resize(image, list(target), interpolation=interpolation, antialias=self.antialias)
+        from PIL import Image
+
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        picture = picture.resize((target[1], target[0]), Image.Resampling[self.interpolation.upper()])
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+    def _centre(self, image: torch.Tensor) -> torch.Tensor:
+        """[3,H,W] -> [3,*size]: the centre; black where the image is smaller, the odd pixel of it right and below."""
+        for axis, n in zip((-2, -1), self.size, strict=True):
+            have = image.shape[axis]
+            if have < n:
+                before = (n - have) // 2
+                sides = (0, 0, before, n - have - before) if axis == -2 else (before, n - have - before)
+                image = torch.nn.functional.pad(image, sides)
+            elif have > n:
+                start = round((have - n) / 2) if self.crop_rounding == "half even" else (have - n) // 2
+                image = image.narrow(axis, start, n)
+        return image
 
     def normalised(self, batch: torch.Tensor) -> torch.Tensor:
         """uint8 [B,3,h,w] on any device -> float32 [B,3,h,w], in the processor's own order of operations."""
@@ -162,37 +190,3 @@ class Preprocess:
 def _numbers(values: tuple[float, ...]) -> str:
     short = [f"{v:.4g}" for v in values]
     return short[0] if len(set(short)) == 1 else " ".join(short)
-
-
-def _resize(
-    image: torch.Tensor, target: tuple[int, int], kernel: str, interpolation: str, antialias: bool
-) -> torch.Tensor:
-    """uint8 [3,H,W] -> uint8 [3,*target]; Pillow always antialiases."""
-    if tuple(image.shape[-2:]) == target:
-        return image
-    if kernel == "torchvision":
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms.v2 import functional
-
-        return functional.resize(
-            image, list(target), interpolation=InterpolationMode(interpolation), antialias=antialias
-        )
-    from PIL import Image
-
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    picture = picture.resize((target[1], target[0]), Image.Resampling[interpolation.upper()])
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def _centre(image: torch.Tensor, size: tuple[int, int], half_even: bool) -> torch.Tensor:
-    """[3,H,W] -> [3,*size]: the centre; black where the image is smaller, the odd pixel of it right and below."""
-    for axis, n in ((-2, size[0]), (-1, size[1])):
-        have = image.shape[axis]
-        if have < n:
-            before = (n - have) // 2
-            sides = (0, 0, before, n - have - before) if axis == -2 else (before, n - have - before)
-            image = torch.nn.functional.pad(image, sides)
-        elif have > n:
-            start = round((have - n) / 2.0) if half_even else (have - n) // 2
-            image = image.narrow(axis, start, n)
-    return image

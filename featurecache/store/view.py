@@ -200,10 +200,11 @@ class View(ViewContent):
 
     def has(self, output: str) -> bool:
         """Stored here, or a function of tokens stored here."""
-        if output in self.index:
-            return True
-        parsed = _outputs.parse(output)
-        return parsed.source in self.index and self._why_underivable(parsed) is None
+        try:
+            self.info(output)
+        except NotInCache:
+            return False
+        return True
 
     def info(self, output: str) -> Layout:
         """Raises NotInCache when it is neither stored nor derivable, with the command that stores it."""
@@ -216,30 +217,25 @@ class View(ViewContent):
         return Layout(parsed.name, shape, tokens.dtype, prefix, grid)
 
     def _derivation(self, output: str) -> tuple[_outputs.Output, Layout]:
+        """Of an output that is not stored: what it is, and the stored tokens that it is derived from."""
         parsed = _outputs.parse(output)
-        if parsed.source not in self.index and self.imported:
-            raise NotInCache(
-                f"{self.label} holds {', '.join(self.index)}, not {output}. It was imported, so nothing more can be "
-                "computed: import a file that has it."
-            )
         if parsed.source not in self.index:
-            command = self.extract_command(parsed.name if not parsed.is_derived or parsed.size == () else parsed.source)
-            raise NotInCache(f"{self.label} holds {', '.join(self.index)}, not {output}. Store it with: {command}")
-        if (why := self._why_underivable(parsed)) is not None:
-            raise NotInCache(why)
-        return parsed, self.index[parsed.source].info
-
-    def _why_underivable(self, parsed: _outputs.Output) -> str | None:
-        """Why an output does not follow from tokens that are stored here; None when it does."""
+            missing = f"{self.label} holds {', '.join(self.index)}, not {output}."
+            if self.imported:
+                raise NotInCache(
+                    f"{missing} It was imported, so nothing more can be computed: import a file that has it."
+                )
+            name = parsed.name if not parsed.is_derived or not parsed.size else parsed.source
+            raise NotInCache(f"{missing} Store it with: {self.extract_command(name)}")
         tokens = self.index[parsed.source].info
         if tokens.prefix is None and len(parsed.size) != 1:  # tokens-N mixes them all alike
-            return (
+            raise NotInCache(
                 f"{parsed.name} does not follow from the {parsed.source} of {self.label}: which of them are patches is "
                 "not known. Import the file again with --prefix and --grid."
             )
         if parsed.base == "cls" and "cls" not in (tokens.prefix or ()):
-            return f"{self.label} has no class token: its tokens begin with {list(tokens.prefix or ())}."
-        return None
+            raise NotInCache(f"{self.label} has no class token: its tokens begin with {list(tokens.prefix or ())}.")
+        return parsed, tokens
 
     def extract_command(self, output: str) -> str:
         """The command line that adds ``output`` to this view: the same backbone, settings, images and cache."""

@@ -188,7 +188,12 @@ def find_view(name: str | Path | None = None, cache: str | Path | None = None) -
     if name is None:
         return max(views, key=lambda item: item[1].lstat().st_mtime_ns)[1]
     store_word, _, view_word = str(name).rpartition("/")
-    hits = [(s, p) for s, p in views if p.stem == view_word and _is_called(s, store_word)]
+    hits = []
+    for store, path in views:
+        folder_name = store.path.name
+        called = ("", folder_name, store.provenance.get("backbone"), folder_name.rpartition("-")[0])
+        if path.stem == view_word and store_word in called:
+            hits.append((store, path))
     if len(hits) > 1:
         labels = abbreviated([f"{s.path.name}/{p.stem}" for s, p in hits], 8)
         raise AmbiguousName(f'"{name}" is in {len(hits)} stores: {labels}. Say which with --features STORE/VIEW.')
@@ -197,7 +202,3 @@ def find_view(name: str | Path | None = None, cache: str | Path | None = None) -
         near = nearest(str(name), [*names, *(p.stem for _, p in views)])
         raise NotInCache(f'there is no view "{name}" in {folder}.{near} There are {abbreviated(names, 8)}.')
     return hits[0][1]
-
-
-def _is_called(store: Store, word: str) -> bool:
-    return not word or word in (store.path.name, store.provenance.get("backbone"), store.path.name.rpartition("-")[0])
