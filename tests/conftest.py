@@ -31,7 +31,7 @@ INTEGRATION = {  # whole files: they load models, train or start processes; sing
     "heads/studies": "studies studies_run",
     "heads/sweeps": "sweep",
     "heads/training": "engine networks train",
-    "images": "augmentation",
+    "images": "copies",
     "maintenance": "repair",
     "robustness": "at_once faults flips fuzz real_images workers",
     "sources": "pseudonyms sources_commands",
