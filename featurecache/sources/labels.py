@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from featurecache.errors import SourceError
+from featurecache.errors import SourceError, nearest
 from featurecache.formatting import abbreviated
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
@@ -33,9 +33,15 @@ _YES_NO = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0
 _LARGEST = 1 << 31  # a label; a file may hold any number
 
 
-def resolve_labels(
-    labels: np.ndarray, classes: Sequence[str], task: str | None, where: str
-) -> tuple[np.ndarray, list[str], str]:
+class Labels(NamedTuple):
+    """Labels of N images, what they mean, and what a head is to make of them: three fields of a Dataset."""
+
+    labels: np.ndarray
+    classes: list[str]
+    task: str
+
+
+def resolve_labels(labels: np.ndarray, classes: Sequence[str], task: str | None, where: str) -> Labels:
     """Labels, classes and task of a dataset: the task as requested, else as the labels have it. Raises SourceError
     where they contradict."""
     if task is not None and task not in TASKS:
@@ -47,8 +53,42 @@ def resolve_labels(
         there = f"{len(classes)} {'labels' if several else 'classes'}" if classes else "no labels"
         raise SourceError(f"{where} has {there}: its task is {implied}, it cannot be {task}.")
     if "unlabelled" in (task, implied):
-        return np.full(len(labels), -1, np.int64), [], "unlabelled"
-    return labels, list(classes), task or implied
+        return Labels(np.full(len(labels), -1, np.int64), [], "unlabelled")
+    return Labels(labels, list(classes), task or implied)
+
+
+def find_roles(
+    name: str,
+    columns: Sequence[str],
+    requested: Mapping[str, str],
+    candidates: Mapping[str, Sequence[str]],
+    *,
+    several_labels: bool = False,
+) -> dict[str, list[str]]:
+    """Role → its columns of the table ``name``: as requested (``A,B``: several labels; empty: none), else the one of
+    its ``candidates``. Raises SourceError."""
+    if unknown := [role for role in requested if role not in candidates]:
+        raise SourceError(f"columns of {name} cannot name a {unknown[0]!r}; they name {', '.join(candidates)}.")
+    roles = {}
+    for role, text in requested.items():  # a name with a comma in it is one column where the table has it
+        roles[role] = [text] if text in columns else [word for part in text.split(",") if (word := part.strip())]
+        if missing := [word for word in roles[role] if word not in columns]:
+            there = f"{abbreviated(columns, 8)}.{nearest(missing[0], columns)}"
+            raise SourceError(f"{name} has no column {missing[0]!r} for the {role}; it has {there}")
+        if len(roles[role]) > 1 and not (several_labels and role == "label"):
+            raise SourceError(f"the {role} is one column of {name}, not {len(roles[role])} ({text}).")
+    elsewhere = [column for several in roles.values() for column in several]
+    for role, names in candidates.items():
+        roles.setdefault(role, [column for column in names if column not in elsewhere])
+        if role not in requested and len(roles[role]) > 1:
+            raise SourceError(
+                f"{name} has several columns that could be the {role}: {abbreviated(roles[role])}. "
+                f"Say which: --column {role}={roles[role][0]}."
+            )
+    used = [column for several in roles.values() for column in several]
+    if twice := [column for column in used if used.count(column) > 1]:
+        raise SourceError(f"the column {twice[0]!r} of {name} cannot be two things at once ({dict(requested)}).")
+    return roles
 
 
 def class_labels(names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
