@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import numpy as np
 
 from featurecache.errors import NotFetched, SourceError, nearest
 from featurecache.sources import fetching, huggingface, medmnist, torchvision_datasets
-from featurecache.sources.base import Dataset, ImageArrays, source_record
+from featurecache.sources.base import Dataset, ImageArrays, safe_name
 from featurecache.sources.dicom_frames import expand_frames
-from featurecache.sources.folders import open_folder
+from featurecache.sources.folders import list_folder, open_folder
 from featurecache.sources.labels import resolve_labels
 from featurecache.sources.pseudonyms import pseudonymise, secret_of
 from featurecache.sources.published_layouts import is_chest_xray, is_tiny_imagenet, open_chest_xray, open_tiny_imagenet
@@ -38,7 +39,7 @@ class Source:
     form: str  # for messages
     about: str  # for the table of sources
     fits: Callable[[str], bool]  # of the path, absolute; never asked of a word
-    open: Callable[..., Dataset]  # path, or what stands behind the prefix; where it has ``columns``, these; task
+    open: Callable[..., Dataset]  # path, or what stands behind the prefix; columns where it has them; task
     columns: bool = False  # whether --column says something about it
     prefix: str = ""  # of a data set that is named and lies where its tool puts it
     fetch: Callable[[str], None] | None = None  # asked once, where ``open`` raised NotFetched
@@ -54,7 +55,6 @@ def _digits(_: str, task: str | None) -> Dataset:
     labels = digits.target.astype(np.int64)
     return Dataset(
         name="digits",
-        source=source_record("digits", "digits", None, task),
         ids=[f"digits:{row}" for row in range(len(images))],
         **resolve_labels(labels, [str(digit) for digit in range(10)], task, "digits")._asdict(),
         splits=[""] * len(images),
@@ -146,12 +146,14 @@ def _open(kind: str, what: str, data: str | Path, columns: Columns, task: str | 
     if columns and not source.columns:
         raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
     dataset = source.open(what, columns or None, task) if source.columns else source.open(what, task)
+    record = {"kind": kind, "data": dataset.source.get("data", what), "columns": columns or None, "task": task}
+    record = {key: value for key, value in record.items() if value is not None}
     for name in dataset.ids:
         try:
             name.encode()
         except UnicodeEncodeError:
             raise SourceError(f"the name of {name!r} in {data} is not UTF-8; rename it.") from None
-    return expand_frames(dataset)
+    return expand_frames(replace(dataset, name=safe_name(dataset.name), source=record))
 
 
 def _find(data: str | Path) -> tuple[str, str]:
@@ -169,18 +171,12 @@ def _find(data: str | Path) -> tuple[str, str]:
     if not os.path.lexists(path) and not is_pattern(path):
         if re.match(r"^[a-zA-Z]{2,}:", text):
             raise SourceError(f"{data}: this version has no source called {text.split(':')[0]}. It has {forms}.")
-        raise SourceError(f"there is no folder or file {data}.{_near(path)}")
+        folder, name = os.path.split(path)
+        near = nearest(name, [*chain(*list_folder(folder)), *SOURCES])
+        raise SourceError(
+            f"there is no folder or file {data}.{near if os.path.isdir(folder) else f' Nor is there {folder}.'}"
+        )
     for kind, source in SOURCES.items():
         if source.fits(path):
             return kind, path
     raise SourceError(f"{data} is {'a file' if os.path.exists(path) else 'a broken link'}; expected {forms}.")
-
-
-def _near(path: str) -> str:
-    """Names like it in the folder it was looked for in, as a person would type them."""
-    folder = os.path.dirname(path)
-    try:
-        beside = [name for name in os.listdir(folder) if not name.startswith(".")]
-    except OSError:
-        return f" Nor is there {folder}."
-    return nearest(os.path.basename(path), [*beside, *SOURCES])

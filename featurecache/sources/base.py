@@ -40,7 +40,7 @@ class Dataset:
     """N labelled images. Made by ``open_source``."""
 
     name: str  # of the view made of it: the folder's or file's, made safe for a file name
-    source: dict[str, Any]  # JSON; ``sources.reopen`` makes the same dataset of it
+    source: dict[str, Any] = field(default_factory=dict)  # JSON; ``sources.reopen`` makes the same dataset of it
     ids: list[str]  # stable, relative to the source
     labels: np.ndarray  # int64 [N], -1 none; several labels: float32 [N, L], NaN unknown
     splits: list[str]  # train, val, test, or empty
@@ -151,12 +151,6 @@ def may_be_trained_on(dataset: Dataset) -> np.ndarray:
 def safe_name(text: str) -> str:
     """``text`` as the name of a view: letters of any script, digits, ``_``, ``-``, ``.``; no dot or dash in front."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:_LONGEST_NAME] or "data"
-
-
-def source_record(kind: str, data: str, columns: dict[str, str] | None, task: str | None) -> dict[str, Any]:
-    """What ``sources.reopen`` needs: the arguments of ``open_source`` that were given."""
-    given = {"kind": kind, "data": data, "columns": columns, "task": task}
-    return {key: value for key, value in given.items() if value is not None}
 
 
 def package(name: str, extra: str, what: str) -> Any:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from featurecache.errors import NotFetched, SourceError, first_line
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, package, safe_name, source_record
+from featurecache.sources.base import Dataset, package
 from featurecache.sources.folders import is_image, list_folder
 from featurecache.sources.tables import TABLES
 
@@ -160,8 +160,7 @@ def open_kaggle(
         there = abbreviated(sorted(os.listdir(top)))
         raise SourceError(f"there is no {options.inside} in {options.handle} ({top}); it has {there}.")
     dataset = open_path(str(_down(options, top, inner)), columns=columns, task=task)
-    name = safe_name(options.name.split("/")[1])
-    return replace(dataset, name=name, source=source_record("kaggle", str(options), columns, task))
+    return replace(dataset, name=options.name.split("/")[1], source={"data": str(options)})
 
 
 def fetch_kaggle(words: str) -> None:

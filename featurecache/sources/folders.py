@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles, safe_name, source_record
+from featurecache.sources.base import Dataset, ImageFiles
 from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
 from featurecache.sources.dicom_frames import is_dicom_file, may_be_dicom
 from featurecache.sources.labels import SPLITS, class_labels, resolve_labels
@@ -60,8 +60,7 @@ def open_folder(data: str, task: str | None, *, without: Sequence[str] = ()) -> 
     if many := tree.ignored.total():
         notes.insert(0, f"{many:,} files are no images by their names and were ignored ({kinds_text(tree.ignored)}).")
     return Dataset(
-        name=safe_name(os.path.basename(data)),
-        source=source_record("folder", data, None, task),
+        name=os.path.basename(data),
         ids=tree.ids,
         **resolve_labels(class_labels(names, classes), classes, task, data)._asdict(),
         splits=splits,

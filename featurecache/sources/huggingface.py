@@ -24,7 +24,7 @@ import numpy as np
 
 from featurecache.errors import SourceError, UnreadableImage, first_line
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageArrays, ImageFiles, package, read_file, safe_name, source_record
+from featurecache.sources.base import Dataset, ImageArrays, ImageFiles, package, read_file, safe_name
 from featurecache.sources.fetching import SourceOptions, not_here
 from featurecache.sources.labels import (
     ROLES,
@@ -122,7 +122,7 @@ def _open(folder: str, data: str, name: str, config: str, columns: dict[str, str
     used = set(chain(*roles.values()))
     return Dataset(
         name=name,
-        source=source_record("hf", data, columns, task),
+        source={"data": data},
         ids=ids,
         **resolve_labels(*_labels(parts, roles["label"], name), task, name)._asdict(),
         splits=[part.split for part in parts for _ in range(len(part.rows))],

@@ -147,17 +147,14 @@ def labels_of_listed(
     cells: Sequence[str], classes: Sequence[str], row: Callable[[int], str]
 ) -> tuple[np.ndarray, list[str]]:
     """int64 [N] of cells that are names of ``classes``, or numbers from 0; and the classes."""
-
-    def name(index: int, cell: str) -> str:
+    names = list(cells)
+    for index, cell in enumerate(cells):
         if cell.isascii() and cell.isdigit() and int(cell[:9]) < len(classes):
-            return classes[int(cell[:9])]
-        if cell in classes or not cell:
-            return cell
-        raise SourceError(
-            f'the label of {row(index)} is "{cell}"; expected 0 to {len(classes) - 1} or one of {abbreviated(classes)}.'
-        )
-
-    return class_labels([name(index, cell) for index, cell in enumerate(cells)], classes), list(classes)
+            names[index] = classes[int(cell[:9])]
+        elif cell and cell not in classes:
+            there = f"0 to {len(classes) - 1} or one of {abbreviated(classes)}"
+            raise SourceError(f'the label of {row(index)} is "{cell}"; expected {there}.')
+    return class_labels(names, classes), list(classes)
 
 
 def several_labels_of_text(columns: Mapping[str, Sequence[str]], row: Callable[[int], str]) -> np.ndarray:

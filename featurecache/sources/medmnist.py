@@ -31,7 +31,7 @@ import numpy as np
 
 from featurecache.errors import SourceError, nearest
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageArrays, package, safe_name, source_record
+from featurecache.sources.base import Dataset, ImageArrays, package
 from featurecache.sources.fetching import SourceOptions, beside, data_folder, not_here
 from featurecache.sources.labels import labels_of_numbers, resolve_labels
 
@@ -51,8 +51,7 @@ def open_medmnist(words: str, task: str | None) -> Dataset:
     options, stem, folders = _parse(words)
     for folder in folders:
         if (file := folder / f"{stem}.npz").is_file():
-            record = source_record("medmnist", str(options), None, task)
-            return replace(open_npz(str(file), task), name=safe_name(stem), source=record)
+            return replace(open_npz(str(file), task), name=stem, source={"data": str(options)})
     where = " and ".join(map(str, folders))
     raise not_here(f"{stem}.npz", where, options, f"--data {replace(options, folder='FOLDER')}")
 
@@ -169,8 +168,7 @@ def open_npz(data: str, task: str | None) -> Dataset:
     labels, classes = _labels(name, np.concatenate(list(columns.values())), published)
     parts = [_PackedImages(data, f"{split}_images.npy", arrays[f"{split}_images"]) for split in splits]
     return Dataset(
-        name=safe_name(stem),
-        source=source_record("npz", data, None, task),
+        name=stem,
         ids=[f"{name}:{split}:{row}" for split, column in columns.items() for row in range(len(column))],
         **resolve_labels(labels, classes, task or (published.task if published else None), name)._asdict(),
         splits=[split for split, column in columns.items() for _ in range(len(column))],
@@ -221,7 +219,7 @@ def _label_column(file: str, arrays: dict[str, NpyHeader], split: str) -> np.nda
         if f"{split}_{kind}" not in arrays:
             raise SourceError(f"{name} has {split}_{other} and no {split}_{kind}; expected both.")
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    flat = len(images.shape) == 3 or (len(images.shape) == 4 and images.shape[3] in (1, 3))
+    flat = len(images.shape) == 3 or images.shape[3:] in ((1,), (3,))
     if not flat or images.dtype not in (np.uint8, np.uint16):
         deep = " (volumes are not images: save slices)" if len(images.shape) == 4 else ""
         raise SourceError(
@@ -263,52 +261,39 @@ def _labels(name: str, values: np.ndarray, published: MedMnistSet | None) -> tup
 # Data 10:41. RetinaMNIST's five grades of diabetic retinopathy have numbers for names.
 
 
-@dataclass(frozen=True)
-class MedMnistSet:
+class MedMnistSet(NamedTuple):
     """Task and class names of one set; index = label."""
 
     task: str
     classes: tuple[str, ...]
 
 
-_ORGANS = MedMnistSet(
-    "multiclass",
-    ("bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left", "lung-right",
-     "pancreas", "spleen"),
+_ORGANS = (
+    "bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left", "lung-right",
+    "pancreas", "spleen",
 )  # fmt: skip
 MEDMNIST: dict[str, MedMnistSet] = {
-    "pathmnist": MedMnistSet(
-        "multiclass",
-        ("adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
-         "cancer-associated stroma", "colorectal adenocarcinoma epithelium"),
-    ),
-    "chestmnist": MedMnistSet(
-        "multilabel",
-        ("atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia", "pneumothorax",
-         "consolidation", "edema", "emphysema", "fibrosis", "pleural", "hernia"),
-    ),
-    "dermamnist": MedMnistSet(
-        "multiclass",
-        ("actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma", "benign keratosis-like lesions",
-         "dermatofibroma", "melanoma", "melanocytic nevi", "vascular lesions"),
-    ),
-    "octmnist": MedMnistSet(
-        "multiclass", ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal")
-    ),
+    "pathmnist": MedMnistSet("multiclass", (
+        "adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
+        "cancer-associated stroma", "colorectal adenocarcinoma epithelium")),
+    "chestmnist": MedMnistSet("multilabel", (
+        "atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia", "pneumothorax",
+        "consolidation", "edema", "emphysema", "fibrosis", "pleural", "hernia")),
+    "dermamnist": MedMnistSet("multiclass", (
+        "actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma", "benign keratosis-like lesions",
+        "dermatofibroma", "melanoma", "melanocytic nevi", "vascular lesions")),
+    "octmnist": MedMnistSet("multiclass", (
+        "choroidal neovascularization", "diabetic macular edema", "drusen", "normal")),
     "pneumoniamnist": MedMnistSet("binary", ("normal", "pneumonia")),
     "retinamnist": MedMnistSet("ordinal", ("0", "1", "2", "3", "4")),
     "breastmnist": MedMnistSet("binary", ("malignant", "normal, benign")),
-    "bloodmnist": MedMnistSet(
-        "multiclass",
-        ("basophil", "eosinophil", "erythroblast",
-         "immature granulocytes(myelocytes, metamyelocytes and promyelocytes)", "lymphocyte", "monocyte", "neutrophil",
-         "platelet"),
-    ),
-    "tissuemnist": MedMnistSet(
-        "multiclass",
-        ("Collecting Duct, Connecting Tubule", "Distal Convoluted Tubule", "Glomerular endothelial cells",
-         "Interstitial endothelial cells", "Leukocytes", "Podocytes", "Proximal Tubule Segments",
-         "Thick Ascending Limb"),
-    ),
-    **dict.fromkeys(("organamnist", "organcmnist", "organsmnist"), _ORGANS),
+    "bloodmnist": MedMnistSet("multiclass", (
+        "basophil", "eosinophil", "erythroblast",
+        "immature granulocytes(myelocytes, metamyelocytes and promyelocytes)", "lymphocyte", "monocyte", "neutrophil",
+        "platelet")),
+    "tissuemnist": MedMnistSet("multiclass", (
+        "Collecting Duct, Connecting Tubule", "Distal Convoluted Tubule", "Glomerular endothelial cells",
+        "Interstitial endothelial cells", "Leukocytes", "Podocytes", "Proximal Tubule Segments",
+        "Thick Ascending Limb")),
+    **{name: MedMnistSet("multiclass", _ORGANS) for name in ("organamnist", "organcmnist", "organsmnist")},
 }  # fmt: skip

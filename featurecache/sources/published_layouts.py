@@ -35,7 +35,7 @@ from itertools import combinations
 
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles, safe_name, source_record
+from featurecache.sources.base import Dataset, ImageFiles
 from featurecache.sources.folders import is_image, list_folder, open_folder
 from featurecache.sources.labels import SPLITS, class_labels, resolve_labels, unique_names
 
@@ -70,33 +70,27 @@ def open_chest_xray(data: str, columns: dict[str, str] | None, task: str | None)
     inner = [name for name in list_folder(data)[1] if splits and name in (os.path.basename(data), "chest_xray")]
     again = [name for name in inner if _split_folders(os.path.join(data, name)).keys() == splits]
     plain = open_folder(data, None, without=again)
-    read = [_read_name(os.path.basename(name)) for name in plain.ids]
-    folders = [plain.classes[label].lower() if label >= 0 else "" for label in plain.labels.tolist()]
-    kinds = [_kind(folder, parts) for folder, parts in zip(folders, read, strict=True)]
-    groups = [
-        f"{split}/{kind}/{parts[1]}" if parts and kind else name
-        for split, kind, parts, name in zip(plain.splits, kinds, read, plain.ids, strict=True)
-    ]
+    kinds, groups, unnamed = list[str](), list[str](), 0
+    for name, split, label in zip(plain.ids, plain.splits, plain.labels.tolist(), strict=True):
+        folder = plain.classes[label].lower() if label >= 0 else ""
+        kind, person = _read_name(os.path.basename(name)) or ("", "")
+        unnamed += not person
+        if folder == "normal" or kind == "normal" or folder != "pneumonia":  # normal is said by the folder
+            kind = folder if folder == "normal" else ""
+        kinds.append(kind)
+        groups.append(f"{split}/{kind}/{person}" if person and kind else name)
     numbers, names = (class_labels(kinds, KINDS), KINDS) if by_kind else (plain.labels, plain.classes)
     notes = [f"{name} inside {data} repeats its splits and was left out." for name in again]
-    if unnamed := read.count(None):
+    if unnamed:
         missing = " and no label" if by_kind and "" in kinds else ""
         notes.append(f"{unnamed:,} images have other names than this set's: they have no number of a person{missing}.")
     return replace(
         plain,
-        source=source_record("chest-xray", data, columns, task),
         **resolve_labels(numbers, names, task, data)._asdict(),
         groups=groups,
         meta={"kind": kinds},
         notes=(*plain.notes, *notes, *_possible(groups, plain.ids)),
     )
-
-
-def _kind(folder: str, parts: tuple[str, str] | None) -> str:
-    """normal by the folder, bacteria or virus by the name; nothing where neither says it."""
-    if folder == "pneumonia":
-        return parts[0] if parts and parts[0] != "normal" else ""
-    return "normal" if folder == "normal" else ""
 
 
 def _by_kind(columns: dict[str, str]) -> bool:
@@ -165,8 +159,7 @@ def open_tiny_imagenet(data: str, task: str | None) -> Dataset:
         )
     ids, wnid_of = map(list, zip(*sorted([*train.items(), *val.items()]), strict=True))
     return Dataset(
-        name=safe_name(os.path.basename(data)),
-        source=source_record("tiny-imagenet", data, None, task),
+        name=os.path.basename(data),
         ids=ids,
         **resolve_labels(class_labels(wnid_of, wnids), names, task, data)._asdict(),
         splits=[name.split("/", 1)[0] for name in ids],

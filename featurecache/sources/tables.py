@@ -31,7 +31,7 @@ import numpy as np
 
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles, package, safe_name, source_record
+from featurecache.sources.base import Dataset, ImageFiles, package
 from featurecache.sources.folders import is_image
 from featurecache.sources.labels import (
     ROLES,
@@ -92,8 +92,7 @@ def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> D
         note = f"No column of labels was found{others}: --column label=NAME names one, or several: label=A,B,C."
         notes.insert(0, note)
     return Dataset(
-        name=safe_name(table.name.rsplit(".", 1)[0]),
-        source=source_record("table", data, columns, task),
+        name=table.name.rsplit(".", 1)[0],
         ids=ids,
         **labelled._asdict(),
         splits=rows.splits,

@@ -23,7 +23,7 @@ import numpy as np
 
 from featurecache.errors import NotFetched, SourceError, first_line, nearest
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageArrays, ImageFiles, safe_name, source_record
+from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
 from featurecache.sources.fetching import SourceOptions, beside, data_folder, not_here
 from featurecache.sources.labels import resolve_labels, unique_names
 from featurecache.sources.torchvision_catalogue import SETS, Split
@@ -52,8 +52,8 @@ def open_torchvision(words: str, task: str | None) -> Dataset:
     labels, names = np.concatenate([part.labels for part in parts]), unique_names(parts[0].classes)
     note = SETS[options.name].note if options.name in SETS else ""
     return Dataset(
-        name=safe_name(options.name.lower() + (f"-{options.variant}" if options.variant not in ("", "fine") else "")),
-        source=source_record("torchvision", str(options), None, task),
+        name=options.name.lower() + (f"-{options.variant}" if options.variant not in ("", "fine") else ""),
+        source={"data": str(options)},
         ids=ids,
         **resolve_labels(labels, names, task, options.name)._asdict(),
         splits=[split for split, part in splits.items() for _ in range(len(part.images))],

@@ -37,7 +37,7 @@ import numpy as np
 
 from featurecache.errors import SourceError, UnreadableImage
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, safe_name, source_record
+from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file
 from featurecache.sources.folders import EXTENSIONS, is_image, kinds_text, list_folder
 from featurecache.sources.labels import SPLITS, resolve_labels
 from featurecache.sources.tables import Table, annotate
@@ -78,9 +78,9 @@ def open_webdataset(data: str, columns: dict[str, str] | None, task: str | None)
         _walk(root, tar, number, index)
     fields = dict(columns or {})
     image = fields.pop("path", None)
-    samples = [(sample, kind) for sample in index.samples if (kind := _image_of(sample, image)) is not None]
+    samples = [(sample, kind) for sample in index.samples.values() if (kind := _image_of(sample, image)) is not None]
     if not samples:
-        kinds = Counter(f".{kind}" for sample in index.samples for kind in sample.files) + index.ignored
+        kinds = Counter(f".{kind}" for sample in index.samples.values() for kind in sample.files) + index.ignored
         endings = f"endings like {abbreviated(EXTENSIONS, 4)}"
         expected = f"a .{image}, as --column path={image} says" if image else endings
         raise SourceError(f"no images in {data}: found {kinds_text(kinds) or 'nothing'}, expected {expected}.")
@@ -91,8 +91,7 @@ def open_webdataset(data: str, columns: dict[str, str] | None, task: str | None)
     rows = annotate(table, ids, fields, task, _class_list(os.path.join(root, CLASSES)))
     places = np.array([(sample.tar, *sample.files[kind]) for sample, kind in samples], np.int64)
     return Dataset(
-        name=safe_name(_name(data)),
-        source=source_record("webdataset", data, columns, task),
+        name=_name(data),
         ids=ids,
         **resolve_labels(rows.labels, rows.classes, task, table.name)._asdict(),
         splits=rows.splits if any(rows.splits) else _splits(tars, places[:, 0].tolist()),
@@ -123,10 +122,9 @@ def _tars(data: str) -> tuple[str, list[str]]:
     root = os.path.dirname(data[: _PATTERN.search(data).start()])  # type: ignore[union-attr]
     paths = []
     for name in _expanded(data):
-        there = sorted(glob.glob(name)) if re.search(r"[*?\[]", name) else [name]
-        missing = [path for path in there if not os.path.exists(path)]
-        if missing or not there:
-            raise SourceError(f"there is no {missing[0] if missing else name}, which {data} stands for.")
+        there = sorted(glob.glob(name)) or [name]
+        if missing := [path for path in there if not os.path.exists(path)]:
+            raise SourceError(f"there is no {missing[0]}, which {data} stands for.")
         paths += there
     return root, sorted(os.path.relpath(path, root) for path in dict.fromkeys(paths))
 
@@ -157,7 +155,7 @@ def _name(data: str) -> str:
 
 def _image_of(sample: TarSample, requested: str | None) -> str | None:
     """What stands behind the dot of the sample's image; None where it has none."""
-    kinds = [kind for kind in sample.files if _names_image(kind)]
+    kinds = [kind for kind in sample.files if is_image(f"{sample.id}.{kind}")]
     if requested is not None:
         return requested if requested in kinds else None
     if len(kinds) > 1:
@@ -197,7 +195,7 @@ class TarSample:
 class TarIndex:
     """What the headers of the tars have told."""
 
-    samples: list[TarSample] = field(default_factory=list)
+    samples: dict[str, TarSample] = field(default_factory=dict)  # by id
     stamps: list[tuple[int, int]] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)  # by kind
 
@@ -214,20 +212,18 @@ class _Headers(io.FileIO):
 def _walk(root: str, tar: str, number: int, index: TarIndex) -> None:
     """Add the samples of a tar to ``index``."""
     path = os.path.join(root, tar)
-    samples: dict[str, TarSample] = {}
     try:
         with open_image_file(path) as (descriptor, status):
             index.stamps.append((status.st_size, status.st_mtime_ns))
             with _Headers(os.dup(descriptor), "rb") as file:
                 for member in _members(file, path, status.st_size):
-                    _add(samples, member, tar, number, index)
+                    _add(member, tar, number, index)
     except SourceError:
         raise
     except UnreadableImage as error:
         raise SourceError(f"{path} cannot be opened: {error}.") from error
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read as a tar ({error}).") from error
-    index.samples += samples.values()
 
 
 def _members(file: _Headers, path: str, size: int) -> Iterator[tarfile.TarInfo]:
@@ -257,7 +253,7 @@ def _members(file: _Headers, path: str, size: int) -> Iterator[tarfile.TarInfo]:
             return
 
 
-def _add(samples: dict[str, TarSample], member: tarfile.TarInfo, tar: str, number: int, index: TarIndex) -> None:
+def _add(member: tarfile.TarInfo, tar: str, number: int, index: TarIndex) -> None:
     name = re.sub(r"^(\./)+", "", member.name)
     folder, slash, last = name.rpartition("/")
     if member.isdir() or last.startswith(".") or name.startswith("__MACOSX/"):
@@ -266,17 +262,13 @@ def _add(samples: dict[str, TarSample], member: tarfile.TarInfo, tar: str, numbe
     key, kind = folder + slash + stem, kind.lower()
     if not member.isreg() or member.issparse():
         index.ignored["links or devices"] += 1
-    elif kind not in TEXTS and not _names_image(kind):
+    elif kind not in TEXTS and not is_image(last):
         index.ignored[dot + kind if kind else ""] += 1
     else:
-        files = samples.setdefault(key, TarSample(f"{tar}:{key}", number)).files
+        files = index.samples.setdefault(f"{tar}:{key}", TarSample(f"{tar}:{key}", number)).files
         if kind in files:
             raise SourceError(f"{tar} holds {key}.{kind} twice; expected a key for each sample.")
         files[kind] = member.offset_data, member.size
-
-
-def _names_image(kind: str) -> bool:
-    return is_image(f"image.{kind}")
 
 
 def _read_at(descriptor: int, offset: int, size: int) -> bytes:
