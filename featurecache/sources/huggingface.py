@@ -26,17 +26,7 @@ from featurecache.errors import SourceError, UnreadableImage, first_line
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles, package, read_file, safe_name
 from featurecache.sources.fetching import SourceOptions, not_here
-from featurecache.sources.labels import (
-    ROLES,
-    SPLITS,
-    find_roles,
-    groups_or_ids,
-    labels_of_lists,
-    labels_of_numbers,
-    labels_of_values,
-    resolve_labels,
-    unique_names,
-)
+from featurecache.sources.labels import ROLES, SPLITS, find_roles, groups_or_ids, labels_of_values, resolve_labels
 
 FORM = "hf:<dataset>[:config][@revision]"
 _REPOSITORY, _REVISION, _COMMIT = r"[\w.-]+(/[\w.-]+)?", r"[\w./-]*", "[0-9a-f]{40}"
@@ -120,11 +110,15 @@ def _open(folder: str, data: str, name: str, config: str, columns: dict[str, str
     roles = _find_roles(features, columns or {}, name)
     images, ids = _images(parts, roles["image"][0], folder, name)
     used = set(chain(*roles.values()))
+    labels, classes = np.full(len(ids), -1, np.int64), list[str]()
+    for key in roles["label"]:
+        names, where = _class_names(features[key]), f"the column {key} of {name}"
+        labels, classes = labels_of_values(_column(parts, key), names, where)
     return Dataset(
         name=name,
         source={"data": data},
         ids=ids,
-        **resolve_labels(*_labels(parts, roles["label"], name), task, name)._asdict(),
+        **resolve_labels(labels, classes, task, name)._asdict(),
         splits=[part.split for part in parts for _ in range(len(part.rows))],
         groups=groups_or_ids(_column(parts, roles["group"][0]), ids) if roles["group"] else None,
         meta={key: _meta(parts, key) for key, kind in features.items() if key not in used and _is_plain(kind)},
@@ -200,20 +194,6 @@ def _is_plain(kind: Any) -> bool:
 
 def _column(parts: Sequence[HubSplit], key: str) -> list[Any]:
     return [value for part in parts for value in part.rows.select_columns([key])[:][key]]
-
-
-def _labels(parts: Sequence[HubSplit], keys: list[str], name: str) -> tuple[np.ndarray, list[str]]:
-    """int64 [N], or float32 [N, L] of lists of classes, and their names."""
-    if not keys:
-        return np.full(sum(len(part.rows) for part in parts), -1, np.int64), []
-    where = f"the column {keys[0]} of {name}"
-    values, names = _column(parts, keys[0]), _class_names(parts[0].rows.features[keys[0]])
-    if any(isinstance(value, list) for value in values):
-        return labels_of_lists(values, names, where)
-    if not names:
-        return labels_of_values(values, where)
-    numbers = np.array([-1 if value is None else int(value) for value in values], np.int64)
-    return labels_of_numbers(numbers, where, unique_names(names))
 
 
 def _meta(parts: Sequence[HubSplit], key: str) -> list[str] | np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,6 +124,45 @@ def groups_or_ids(groups: Sequence[Any], ids: Sequence[str]) -> list[str]:
 # -- columns of text; ``row`` says of a number what a person finds it by
 
 
+@dataclass(frozen=True)
+class Annotations:
+    """What a table says of N images, in the order of its rows."""
+
+    ids: list[str] | None  # None: it has no column of paths
+    labels: np.ndarray
+    splits: list[str]
+    groups: list[str] | None
+    meta: dict[str, list[str] | np.ndarray]
+    classes: list[str]
+
+
+def annotations_of_text(
+    columns: Mapping[str, list[str]],
+    roles: Mapping[str, list[str]],
+    ids: list[str],
+    task: str | None,
+    row: Callable[[int], str],
+    listed: Sequence[str] = (),
+) -> Annotations:
+    """What the columns of a table with these ``roles`` say of the images ``ids``. ``listed``, in their order: the
+    classes of which the labels are names, or numbers from 0. Raises SourceError."""
+    splits = [""] * len(ids)
+    if roles["split"]:
+        name, remedy = roles["split"][0], "If this column is no split: --column split= (with nothing behind it)."
+        splits = split_names(columns[name], lambda index: f"{row(index)}: {name!r}", remedy)
+    cells = {name: columns[name] for name in roles["label"]}
+    labels, classes = np.full(len(ids), -1, np.int64), list[str]()
+    if len(cells) > 1 or (cells and task == "multilabel"):
+        labels, classes = several_labels_of_text(cells, row), list(cells)
+    elif cells and task != "unlabelled":
+        (only,) = cells.values()
+        labels, classes = labels_of_listed(only, listed, row) if listed else labels_of_text(only, splits, row)
+    groups = groups_or_ids(columns[roles["group"][0]], ids) if roles["group"] else None
+    used = {name for several in roles.values() for name in several}
+    meta = {name: numbers_or_text(columns[name]) for name in columns if name not in used}
+    return Annotations(ids, labels, splits, groups, meta, classes)
+
+
 def labels_of_text(
     cells: Sequence[str], splits: Sequence[str], row: Callable[[int], str]
 ) -> tuple[np.ndarray, list[str]]:
@@ -171,6 +211,20 @@ def several_labels_of_text(columns: Mapping[str, Sequence[str]], row: Callable[[
     return np.array(labels, np.float32).T.copy()
 
 
+def numbers_or_text(values: list[str]) -> list[str] | np.ndarray:
+    """A further column: int64 or float64 (empty: NaN) where every cell is a number, else the text."""
+    numbers = {value: finite_number(value) for value in set(values)}
+    missing = {value for value in numbers if not value or value.lower() == "nan"}
+    code = any(re.match(r"^[-+]?0\d", value) for value in numbers)  # 007 is a code: as a number it would lose zeros
+    text = any(number is None for value, number in numbers.items() if value not in missing)
+    if code or text or len(missing) == len(numbers):
+        return values
+    try:
+        return np.array([int(value) for value in values], np.int64)
+    except (ValueError, OverflowError):
+        return np.array([np.nan if value in missing else numbers[value] for value in values], np.float64)
+
+
 def finite_number(text: str) -> float | None:
     try:
         number = float(text)
@@ -215,8 +269,14 @@ def labels_of_numbers(
     return np.where(numbers < 0, -1, np.searchsorted(occurring, numbers)), [str(k) for k in occurring.tolist()]
 
 
-def labels_of_values(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[str]]:
-    """int64 [N] of whole numbers or texts (None: none), and the classes: those that occur, sorted."""
+def labels_of_values(values: Sequence[Any], names: list[str] | None, where: str) -> tuple[np.ndarray, list[str]]:
+    """Labels and classes of numbers that index ``names``, of lists (see `labels_of_lists`), or of whole numbers or
+    texts: those that occur, sorted. None is none."""
+    if any(isinstance(value, list) for value in values):
+        return labels_of_lists(values, names, where)
+    if names:
+        numbers = np.array([-1 if value is None else int(value) for value in values], np.int64)
+        return labels_of_numbers(numbers, where, unique_names(names))
     words = ["" if value is None else str(value) for value in values]
     numbered = all(type(value) is int for value in values if value is not None)
     classes = sorted(set(words) - {""}, key=int if numbered else str)

@@ -75,8 +75,8 @@ def open_chest_xray(data: str, columns: dict[str, str] | None, task: str | None)
         folder = plain.classes[label].lower() if label >= 0 else ""
         kind, person = _read_name(os.path.basename(name)) or ("", "")
         unnamed += not person
-        if folder == "normal" or kind == "normal" or folder != "pneumonia":  # normal is said by the folder
-            kind = folder if folder == "normal" else ""
+        if folder != "pneumonia" or kind == "normal":  # what is normal the folder says alone
+            kind = "normal" if folder == "normal" else ""
         kinds.append(kind)
         groups.append(f"{split}/{kind}/{person}" if person and kind else name)
     numbers, names = (class_labels(kinds, KINDS), KINDS) if by_kind else (plain.labels, plain.classes)

@@ -27,23 +27,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageFiles, package
 from featurecache.sources.folders import is_image
-from featurecache.sources.labels import (
-    ROLES,
-    find_roles,
-    finite_number,
-    groups_or_ids,
-    labels_of_listed,
-    labels_of_text,
-    resolve_labels,
-    several_labels_of_text,
-    split_names,
-)
+from featurecache.sources.labels import ROLES, Annotations, annotations_of_text, find_roles, resolve_labels
 
 TABLES = (".csv", ".tsv", ".parquet", ".pq")  # endings
 _CELLS = 1 << 30  # of a Parquet table: a few bytes of it can stand for any number
@@ -67,24 +55,12 @@ class Table:
         return place if isinstance(place, str) else f"{self.name} row {place:,}"
 
 
-@dataclass(frozen=True)
-class Annotations:
-    """What a table says of images, in the order of its rows."""
-
-    ids: list[str] | None  # None: it has no column of paths
-    labels: np.ndarray
-    splits: list[str]
-    groups: list[str] | None
-    meta: dict[str, list[str] | np.ndarray]
-    classes: list[str]
-
-
 def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> Dataset:
     """The dataset listed in the table ``data`` (an absolute path)."""
     table = _read_table(data)
     roles = _find_roles(table, columns or {})
     ids = _paths(table, roles["path"][0])
-    rows = _annotations(table, roles, task, ids)
+    rows = annotations_of_text(table.columns, roles, ids, task, table.row)
     labelled = resolve_labels(rows.labels, rows.classes, task, table.name)
     images, notes = _image_files(os.path.dirname(data), ids)
     if labelled.task == "unlabelled" and task is None:
@@ -116,7 +92,7 @@ def read_annotations(data: str, columns: dict[str, str] | None, task: str | None
         )
     ids = _paths(table, roles["path"][0]) if roles["path"] else None
     own = [f"{table.name}:{row}" for row in range(len(table.places))]  # one without a group is a group of its own
-    return replace(_annotations(table, roles, task, ids or own), ids=ids)
+    return replace(annotations_of_text(table.columns, roles, ids or own, task, table.row), ids=ids)
 
 
 def annotate(
@@ -124,28 +100,8 @@ def annotate(
 ) -> Annotations:
     """What columns say of images whose ``ids`` are there; labels may be missing. ``classes``, in their order: those of
     which the labels are names, or numbers from 0."""
-    return _annotations(table, _find_roles(table, {**columns, "path": ""}, needs_path=False), task, ids, classes)
-
-
-def _annotations(
-    table: Table, roles: dict[str, list[str]], task: str | None, ids: list[str], listed: Sequence[str] = ()
-) -> Annotations:
-    splits = [""] * len(table.places)
-    if roles["split"]:
-        name, remedy = roles["split"][0], "If this column is no split: --column split= (with nothing behind it)."
-        splits = split_names(table.columns[name], lambda row: f"{table.row(row)}: {name!r}", remedy)
-    columns = {name: table.columns[name] for name in roles["label"]}
-    labels, classes = np.full(len(splits), -1, np.int64), list[str]()
-    if len(columns) > 1 or (columns and task == "multilabel"):
-        labels, classes = several_labels_of_text(columns, table.row), list(columns)
-    elif task != "unlabelled":
-        row = table.row
-        for cells in columns.values():
-            labels, classes = labels_of_listed(cells, listed, row) if listed else labels_of_text(cells, splits, row)
-    groups = groups_or_ids(table.columns[roles["group"][0]], ids) if roles["group"] else None
-    used = {name for columns in roles.values() for name in columns}
-    meta = {name: _numbers_or_text(table.columns[name]) for name in table.columns if name not in used}
-    return Annotations(ids, labels, splits, groups, meta, classes)
+    roles = _find_roles(table, {**columns, "path": ""}, needs_path=False)
+    return annotations_of_text(table.columns, roles, ids, task, table.row, classes)
 
 
 # -- reading
@@ -249,20 +205,6 @@ def _paths(table: Table, name: str) -> list[str]:
             rows = f"rows {table.places[first]:,} and {table.places[row]:,}"
             raise SourceError(f"{table.name} lists {path} twice ({rows}); expected one row for each image.")
     return ids
-
-
-def _numbers_or_text(values: list[str]) -> list[str] | np.ndarray:
-    """A further column: int64 or float64 (empty: NaN) where every cell is a number, else the text."""
-    numbers = {value: finite_number(value) for value in set(values)}
-    missing = {value for value in numbers if not value or value.lower() == "nan"}
-    code = any(re.match(r"^[-+]?0\d", value) for value in numbers)  # 007 is a code: as a number it would lose zeros
-    text = any(number is None for value, number in numbers.items() if value not in missing)
-    if code or text or len(missing) == len(numbers):
-        return values
-    try:
-        return np.array([int(value) for value in values], np.int64)
-    except (ValueError, OverflowError):
-        return np.array([np.nan if value in missing else numbers[value] for value in values], np.float64)
 
 
 # -- the files that the paths name
