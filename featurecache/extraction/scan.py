@@ -24,7 +24,7 @@ from featurecache.extraction.pipeline import prefetch
 from featurecache.formatting import progress_bar
 from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
-from featurecache.sources.base import Dataset, ImageArrays, ImageFiles, ImageRows
+from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
 from featurecache.sources.summary import LOOKED_AT, evenly_spaced
 from featurecache.store.schema import DIGEST
 
@@ -217,19 +217,12 @@ def _file_records(dataset: Dataset, cache: DigestCache, secret: bytes, pool: Thr
         for part, found in _in_turn(ask, parts, pool, 64, _STATS * 20e-6):
             keys[part] = _keys(images.root, images.ids[part], secret)
             stats[part], settled[part] = found
-    elif isinstance(images, ImageArrays | ImageRows) and (files := _holders(images)):
-        keys = _keys("\0".join(files), [str(row) for row in range(len(dataset))], secret)
-        stats, settled = (np.repeat(column, len(dataset)) for column in _stats_of_all(files))
+    elif isinstance(images, ImageArrays) and images.files:
+        keys = _keys("\0".join(images.files), [str(row) for row in range(len(dataset))], secret)
+        stats, settled = (np.repeat(column, len(dataset)) for column in _stats_of_all(images.files))
     else:
         keys, stats, settled = np.zeros(0, np.int64), np.zeros(0, STAT), np.zeros(0, bool)
     return FileRecords(cache, keys, stats, settled)
-
-
-def _holders(images: ImageArrays | ImageRows) -> tuple[str, ...]:
-    """The files that hold the rows of all images; none where nobody knows."""
-    if isinstance(images, ImageRows):
-        return images.files
-    return () if images.file is None else (images.file,)
 
 
 def _stats_of_all(files: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

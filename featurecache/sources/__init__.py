@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import numpy as np
 
 from featurecache.errors import NotFetched, SourceError, nearest
 from featurecache.sources import fetching, huggingface, medmnist, torchvision_datasets
-from featurecache.sources.base import Dataset, ImageArrays, source_record
+from featurecache.sources.base import Dataset, ImageArrays, safe_name
 from featurecache.sources.dicom_frames import expand_frames
-from featurecache.sources.folders import open_folder
+from featurecache.sources.folders import list_folder, open_folder
 from featurecache.sources.labels import resolve_labels
 from featurecache.sources.pseudonyms import pseudonymise, secret_of
 from featurecache.sources.published_layouts import is_chest_xray, is_tiny_imagenet, open_chest_xray, open_tiny_imagenet
@@ -38,29 +39,25 @@ class Source:
     form: str  # for messages
     about: str  # for the table of sources
     fits: Callable[[str], bool]  # of the path, absolute; never asked of a word
-    open: Callable[[str, Columns, str | None], Dataset]  # path, or what stands behind the prefix; columns, task
+    open: Callable[..., Dataset]  # path, or what stands behind the prefix; columns where it has them; task
+    columns: bool = False  # whether --column says something about it
     prefix: str = ""  # of a data set that is named and lies where its tool puts it
     fetch: Callable[[str], None] | None = None  # asked once, where ``open`` raised NotFetched
-    columns: bool = False  # whether --column says something about it
 
 
-def _digits(_: str, columns: Columns, task: str | None) -> Dataset:
+def _digits(_: str, task: str | None) -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8×8: v of 0..16 becomes round(v·255/16), no splits. The test set of
     Alpaydin and Kaynak (1998), UCI repository, "Optical recognition of handwritten digits"."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    numbers = digits.target.astype(np.int64)
-    labels, classes, resolved = resolve_labels(numbers, [str(digit) for digit in range(10)], task, "digits")
+    labels = digits.target.astype(np.int64)
     return Dataset(
         name="digits",
-        source=source_record("digits", "digits", None, task),
         ids=[f"digits:{row}" for row in range(len(images))],
-        labels=labels,
+        **resolve_labels(labels, [str(digit) for digit in range(10)], task, "digits")._asdict(),
         splits=[""] * len(images),
-        classes=classes,
-        task=resolved,
         images=ImageArrays([images]),
     )
 
@@ -71,52 +68,49 @@ def _never(path: str) -> bool:
 
 SOURCES: dict[str, Source] = {
     "digits": Source(
-        "the word digits", "scikit-learn's 1,797 handwritten digits: needs nothing", _never, _digits,
+        "the word digits", "scikit-learn's 1,797 handwritten digits: needs nothing", _never, _digits
     ),
     "tiny-imagenet": Source(
         "a folder of Tiny ImageNet", "as it is unpacked: val by `val_annotations.txt`, names by `words.txt`",
-        is_tiny_imagenet, lambda path, columns, task: open_tiny_imagenet(path, task),
+        is_tiny_imagenet, open_tiny_imagenet,
     ),
     "chest-xray": Source(
         "a folder of Kermany's chest X-rays",
         "`NORMAL`, `PNEUMONIA`; persons as groups; `--column label=kind`: normal, bacteria, virus",
-        is_chest_xray, open_chest_xray, columns=True,
+        is_chest_xray, open_chest_xray, True,
     ),
     "webdataset": Source(
         "WebDataset tars", "`chest-{000..012}.tar`, `*.tar` or a folder of tars: samples by key, read in place",
-        is_webdataset, open_webdataset, columns=True,
+        is_webdataset, open_webdataset, True,
     ),
     "folder": Source(
         "a folder of images", "images, in class folders or not, with or without train/val/test above them",
-        lambda path: os.path.isdir(path) and not huggingface.is_saved_dataset(path),
-        lambda path, columns, task: open_folder(path, task),
+        lambda path: os.path.isdir(path) and not huggingface.is_saved_dataset(path), open_folder,
     ),
     "table": Source(
         "a table (.csv, .tsv, .parquet)", "a path a row, with label or label columns, split, group",
-        lambda path: path.lower().endswith(TABLES), open_table, columns=True,
+        lambda path: path.lower().endswith(TABLES), open_table, True,
     ),
     "npz": Source(
         "an .npz of MedMNIST's form", "arrays train_images, train_labels, and the same of val and test",
-        lambda path: path.lower().endswith(".npz"), lambda path, columns, task: medmnist.open_npz(path, task),
+        lambda path: path.lower().endswith(".npz"), medmnist.open_npz,
     ),
     "medmnist": Source(
         medmnist.FORM, "the twelve 2D sets, with their published classes and tasks (extra `medmnist`)",
-        _never, lambda words, columns, task: medmnist.open_medmnist(words, task),
-        "medmnist:", medmnist.fetch_medmnist,
+        _never, medmnist.open_medmnist, False, "medmnist:", medmnist.fetch_medmnist,
     ),
     "torchvision": Source(
         torchvision_datasets.FORM, "its labelled sets (CIFAR10, MNIST, EuroSAT, Flowers102, …) with their own splits",
-        _never, lambda words, columns, task: torchvision_datasets.open_torchvision(words, task),
-        "torchvision:", torchvision_datasets.fetch_torchvision,
+        _never, torchvision_datasets.open_torchvision, False, "torchvision:", torchvision_datasets.fetch_torchvision,
     ),
     "hf": Source(
         huggingface.FORM, "a dataset of the Hugging Face hub, or a folder of its `save_to_disk` (extra `hf`)",
-        huggingface.is_saved_dataset, huggingface.open_hub, "hf:", huggingface.fetch_hub, columns=True,
+        huggingface.is_saved_dataset, huggingface.open_hub, True, "hf:", huggingface.fetch_hub,
     ),
     "kaggle": Source(
         fetching.KAGGLE, "a data set of Kaggle, opened as the folder or table it is (extra `kaggle`)",
-        _never, lambda words, columns, task: fetching.open_kaggle(words, columns, task, open_source),
-        "kaggle:", fetching.fetch_kaggle, columns=True,
+        _never, lambda words, columns, task: fetching.open_kaggle(words, columns, task, open_source), True,
+        "kaggle:", fetching.fetch_kaggle,
     ),
 }  # fmt: skip
 
@@ -127,13 +121,13 @@ def open_source(data: str | Path, *, columns: Columns = None, task: str | None =
     ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say. Raises
     SourceError."""
     kind, what = _find(data)
-    source = SOURCES[kind]
     try:
         return _open(kind, what, data, columns, task)
-    except NotFetched:
-        if source.fetch is None:
+    except NotFetched as absent:
+        if (fetch := SOURCES[kind].fetch) is None:
             raise
-        source.fetch(what)
+        with fetching.fetching(absent):
+            fetch(what)
     return _open(kind, what, data, columns, task)
 
 
@@ -148,9 +142,18 @@ def reopen(source: Mapping[str, Any]) -> Dataset:
 
 
 def _open(kind: str, what: str, data: str | Path, columns: Columns, task: str | None) -> Dataset:
-    if columns and not SOURCES[kind].columns:
+    source = SOURCES[kind]
+    if columns and not source.columns:
         raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
-    return expand_frames(SOURCES[kind].open(what, columns or None, task))
+    dataset = source.open(what, columns or None, task) if source.columns else source.open(what, task)
+    record = {"kind": kind, "data": dataset.source.get("data", what), "columns": columns or None, "task": task}
+    record = {key: value for key, value in record.items() if value is not None}
+    for name in dataset.ids:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise SourceError(f"the name of {name!r} in {data} is not UTF-8; rename it.") from None
+    return expand_frames(replace(dataset, name=safe_name(dataset.name), source=record))
 
 
 def _find(data: str | Path) -> tuple[str, str]:
@@ -168,18 +171,12 @@ def _find(data: str | Path) -> tuple[str, str]:
     if not os.path.lexists(path) and not is_pattern(path):
         if re.match(r"^[a-zA-Z]{2,}:", text):
             raise SourceError(f"{data}: this version has no source called {text.split(':')[0]}. It has {forms}.")
-        raise SourceError(f"there is no folder or file {data}.{_near(path)}")
+        folder, name = os.path.split(path)
+        near = nearest(name, [*chain(*list_folder(folder)), *SOURCES])
+        raise SourceError(
+            f"there is no folder or file {data}.{near if os.path.isdir(folder) else f' Nor is there {folder}.'}"
+        )
     for kind, source in SOURCES.items():
         if source.fits(path):
             return kind, path
     raise SourceError(f"{data} is {'a file' if os.path.exists(path) else 'a broken link'}; expected {forms}.")
-
-
-def _near(path: str) -> str:
-    """Names like it in the folder it was looked for in, as a person would type them."""
-    folder = os.path.dirname(path)
-    try:
-        beside = [name for name in os.listdir(folder) if not name.startswith(".")]
-    except OSError:
-        return f" Nor is there {folder}."
-    return nearest(os.path.basename(path), [*beside, *SOURCES])

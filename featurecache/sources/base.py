@@ -6,19 +6,21 @@ same image in every field. About 300 bytes an image: the images themselves stay 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import re
 import stat
+import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from featurecache.errors import UnreadableImage
+from featurecache.errors import SourceError, UnreadableImage
 from featurecache.images.headers import EncodedFrame, EncodedImage
 from featurecache.sources.labels import TASKS
 
@@ -38,7 +40,7 @@ class Dataset:
     """N labelled images. Made by ``open_source``."""
 
     name: str  # of the view made of it: the folder's or file's, made safe for a file name
-    source: dict[str, Any]  # JSON; ``sources.reopen`` makes the same dataset of it
+    source: dict[str, Any] = field(default_factory=dict)  # JSON; ``sources.reopen`` makes the same dataset of it
     ids: list[str]  # stable, relative to the source
     labels: np.ndarray  # int64 [N], -1 none; several labels: float32 [N, L], NaN unknown
     splits: list[str]  # train, val, test, or empty
@@ -90,10 +92,14 @@ class ImageFiles:
 def read_file(path: str) -> bytes:
     """A file's bytes. Raises UnreadableImage."""
     with open_image_file(path) as (descriptor, status), as_unreadable(path):
-        return _whole(descriptor, status.st_size)
+        # to its end, which may have moved since it had this size; half the time of open().read()
+        parts = [os.read(descriptor, status.st_size + 1)]
+        while parts[-1] and len(parts[0]) != status.st_size:
+            parts.append(os.read(descriptor, 1 << 24))
+        return b"".join(parts)
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_image_file(path: str) -> Iterator[tuple[int, os.stat_result]]:
     """The descriptor and the stat of a regular file; nothing else is opened. Raises UnreadableImage."""
     with as_unreadable(path):
@@ -108,7 +114,7 @@ def open_image_file(path: str) -> Iterator[tuple[int, os.stat_result]]:
         os.close(descriptor)
 
 
-@contextmanager
+@contextlib.contextmanager
 def as_unreadable(path: str) -> Iterator[None]:
     """What the system says of a file, as UnreadableImage."""
     try:
@@ -121,39 +127,18 @@ def as_unreadable(path: str) -> Iterator[None]:
         raise UnreadableImage(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _whole(descriptor: int, size: int) -> bytes:
-    """A file to its end, which may have moved since it had ``size`` bytes. (Half the time of open().read().)"""
-    data = os.read(descriptor, size + 1)
-    if len(data) == size:
-        return data
-    parts = [data]
-    while parts[-1]:
-        parts.append(os.read(descriptor, 1 << 24))
-    return b"".join(parts)
-
-
 @dataclass(frozen=True)
 class ImageArrays:
-    """Images in arrays [n, H, W(, 3)], one array after another."""
+    """Images as the elements of arrays or of Arrow's tables, one after another."""
 
-    parts: Sequence[Any] = field(repr=False)  # each: len() and [row]
-    file: str | None = None  # the archive they lie in: while it is unchanged, so is every row
-
-    def read(self, row: int) -> np.ndarray:
-        starts = [0, *accumulate(len(part) for part in self.parts)]
-        part = bisect_right(starts, row) - 1
-        return np.asarray(self.parts[part][row - starts[part]])
-
-
-@dataclass(frozen=True)
-class ImageRows:
-    """Images inside other files, read one by one by ``read_row``; ``files`` are those that hold all of them."""
-
-    read_row: Callable[[int], EncodedImage] = field(repr=False)
-    files: tuple[str, ...]  # while they are unchanged, so is every row
+    parts: Sequence[Any] = field(repr=False)  # each: len() and [row], an image as `Dataset.read` gives it
+    files: tuple[str, ...] = ()  # those that hold all of them, where it is known: unchanged, so is every row
 
     def read(self, row: int) -> EncodedImage:
-        return self.read_row(row)
+        starts = [0, *accumulate(len(part) for part in self.parts)]
+        part = bisect_right(starts, row) - 1
+        image: EncodedImage = self.parts[part][row - starts[part]]
+        return image
 
 
 def may_be_trained_on(dataset: Dataset) -> np.ndarray:
@@ -168,7 +153,10 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:_LONGEST_NAME] or "data"
 
 
-def source_record(kind: str, data: str, columns: dict[str, str] | None, task: str | None) -> dict[str, Any]:
-    """What ``sources.reopen`` needs: the arguments of ``open_source`` that were given."""
-    given = {"kind": kind, "data": data, "columns": columns, "task": task}
-    return {key: value for key, value in given.items() if value is not None}
+def package(name: str, extra: str, what: str) -> Any:
+    """An optional package. Raises SourceError where it is not installed."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # some keep the stdout they find for their log
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise SourceError(f"{name.partition('.')[0]} is needed {what}: pip install 'featurecache[{extra}]'.") from error

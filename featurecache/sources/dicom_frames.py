@@ -17,7 +17,6 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,8 +64,8 @@ class _FileHeader:
 
 def split_frame(name: str) -> tuple[str, int | None]:
     """``a.dcm#frame=3`` → ``a.dcm``, 3."""
-    found = _FRAME.match(name)
-    return (found[1], int(found[2])) if found else (name, None)
+    match = _FRAME.match(name)
+    return (match[1], int(match[2])) if match else (name, None)
 
 
 def may_be_dicom(name: str) -> bool:
@@ -101,26 +100,43 @@ def expand_frames(dataset: Dataset) -> Dataset:
     if type(dataset.images) is not ImageFiles:
         return dataset
     root, names = dataset.images.root, dataset.images.ids
-    file_of = {row: found for row, name in enumerate(names) if (found := _dicom_of(root, name)) is not None}
+    file_of = {row: place for row, name in enumerate(names) if (place := _dicom_of(root, name)) is not None}
     if not file_of:
         return dataset
     if not dicom.installed():
         raise SourceError(f"{len(file_of):,} images of {dataset.source['data']} are DICOM. {dicom.MISSING}.")
-    distinct = dict.fromkeys(file for file, _ in file_of.values())
-    files = {file: _header_of(os.path.join(root, file)) for file in distinct}
-    repeats = np.ones(len(names), np.int64)
-    for row, (file, number) in file_of.items():
-        repeats[row] = files[file].frames if number is None else 1
+    distinct = {file: os.path.join(root, file) for file, _ in file_of.values()}
+    files = {file: _read_header(path, _stamp(path)) for file, path in distinct.items()}
+    rows, marks = list[int](), list[str]()
+    for row in range(len(names)):
+        file, number = file_of.get(row, ("", 0))
+        count = files[file].frames if number is None else 1
+        rows += [row] * count
+        marks += [f"#frame={k}" for k in range(count)] if count > 1 else [""]
+
+    def taken(column: Any) -> Any:
+        return column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows]
+
+    ids = [name + mark for name, mark in zip(taken(dataset.ids), marks, strict=True)]
     groups = dataset.groups if dataset.groups is not None else _patients(dataset.ids, file_of, files)
+    if groups is not None:  # what is a group of its own bears the id of its first image, by which it is hidden too
+        first = dict(zip(reversed(taken(dataset.ids)), reversed(ids), strict=True))
+        groups = [first.get(group, group) for group in taken(groups)]
     return replace(
-        _expanded(dataset, repeats), groups=_groups(groups, dataset.ids, repeats),
-        images=DicomFiles(root, _numbered(names, repeats)), notes=(*dataset.notes, *_notes(dataset, files, groups)),
-    )  # fmt: skip
+        dataset,
+        ids=ids,
+        labels=taken(dataset.labels),
+        splits=taken(dataset.splits),
+        groups=groups,
+        meta={name: taken(column) for name, column in dataset.meta.items()},
+        images=DicomFiles(root, [name + mark for name, mark in zip(taken(names), marks, strict=True)]),
+        notes=(*dataset.notes, *_notes(dataset.groups is not None, list(files.values()))),
+    )
 
 
 def _dicom_of(root: str, name: str) -> tuple[str, int | None] | None:
     """The DICOM file that a name stands for, and its frame if it names one; a file of that very name comes first."""
-    file, number = split_frame(name) if "#" in name else (name, None)
+    file, number = split_frame(name)
     if number is not None and not os.path.lexists(os.path.join(root, name)):
         return file, number
     ending, plain = os.path.splitext(name)[1].lower(), os.path.basename(name)
@@ -128,22 +144,17 @@ def _dicom_of(root: str, name: str) -> tuple[str, int | None] | None:
     return (name, None) if dicom_file else None
 
 
-def _header_of(path: str) -> _FileHeader:
-    stamp = _stamp(path)
+@functools.lru_cache(_REMEMBERED)
+def _read_header(path: str, stamp: tuple[Any, ...] | None) -> _FileHeader:
+    """Of the file of this `_stamp`. In the memory of the process alone: a PatientID is to stand on no disk."""
     try:
-        return _FileHeader() if stamp is None else _read_header(stamp)
+        with open_image_file(path) as (descriptor, _), os.fdopen(os.dup(descriptor), "rb") as file:
+            if not is_dicom(file.read(_FRONT)):
+                return _FileHeader()
+            file.seek(0)
+            header = dicom.read_header(file, ("PatientID",))
     except UnreadableImage:
         return _FileHeader()
-
-
-@functools.lru_cache(_REMEMBERED)
-def _read_header(stamp: tuple[Any, ...]) -> _FileHeader:
-    """Of the file of this `_stamp`. In the memory of the process alone: a PatientID is to stand on no disk."""
-    with open_image_file(stamp[0]) as (descriptor, _), os.fdopen(os.dup(descriptor), "rb") as file:
-        if not is_dicom(file.read(_FRONT)):
-            return _FileHeader()
-        file.seek(0)
-        header = dicom.read_header(file, ("PatientID",))
     try:
         patient = str(header.settings.get("PatientID") or "").strip().replace("\0", "")
         return _FileHeader(header.frames, patient, _windows(header.settings))
@@ -154,28 +165,10 @@ def _read_header(stamp: tuple[Any, ...]) -> _FileHeader:
 def _windows(settings: Any) -> int | None:
     grey = str(settings.get("PhotometricInterpretation", "")).startswith("MONOCHROME")
     own = "PerFrameFunctionalGroupsSequence" in settings or "SharedFunctionalGroupsSequence" in settings
-    if not grey or settings.get("VOILUTSequence") or (own and settings.get("WindowCenter") in (None, "")):
-        return None
     value = settings.get("WindowCenter")
+    if not grey or settings.get("VOILUTSequence") or (own and value in (None, "")):
+        return None
     return 0 if value in (None, "") else 1 if isinstance(value, int | float | str) else len(value)
-
-
-def _expanded(dataset: Dataset, repeats: np.ndarray) -> Dataset:
-    """Row i ``repeats[i]`` times; without groups."""
-    rows = np.repeat(np.arange(len(repeats)), repeats)
-
-    def taken(column: Sequence[Any] | np.ndarray) -> Any:
-        return column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows.tolist()]
-
-    meta = {name: taken(column) for name, column in dataset.meta.items()}
-    ids, labels, splits = _numbered(dataset.ids, repeats), taken(dataset.labels), taken(dataset.splits)
-    return replace(dataset, ids=ids, labels=labels, splits=splits, groups=None, meta=meta)
-
-
-def _numbered(names: Sequence[str], repeats: np.ndarray) -> list[str]:
-    """Names, with the number of the frame where there are several."""
-    pairs = zip(names, repeats.tolist(), strict=True)
-    return [f"{name}#frame={k}" if count > 1 else name for name, count in pairs for k in range(count)]
 
 
 def _patients(
@@ -195,14 +188,6 @@ def _patients(
     return groups
 
 
-def _groups(groups: list[str] | None, ids: list[str], repeats: np.ndarray) -> list[str] | None:
-    """Groups of all frames. What is a group of its own bears the id of its first image, by which it is hidden too."""
-    if groups is None:
-        return None
-    first = {name: _numbered([name], count)[0] for name, count in zip(ids, repeats.reshape(-1, 1), strict=True)}
-    return [first.get(groups[row], groups[row]) for row in np.repeat(np.arange(len(repeats)), repeats)]
-
-
 def _stamp(path: str) -> tuple[Any, ...] | None:
     try:
         status = os.stat(path)
@@ -211,23 +196,23 @@ def _stamp(path: str) -> tuple[Any, ...] | None:
     return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _notes(dataset: Dataset, files: dict[str, _FileHeader], groups: list[str] | None) -> list[str]:
+def _notes(grouped: bool, files: list[_FileHeader]) -> list[str]:
     notes = []
-    if several := [header.frames for header in files.values() if header.frames > 1]:
+    if several := [header.frames for header in files if header.frames > 1]:
         count = f"{len(several):,} DICOM files hold {sum(several):,} frames"
         notes.append(f"{count}, each an image (#frame=0, #frame=1, …).")
-    patients = {header.patient for header in files.values()} - {""}
-    if dataset.groups is None and groups is not None and len(patients & set(groups)):
-        notes.append(
+    patients = {header.patient for header in files} - {""}
+    if not grouped and len(patients) > 1:
+        notes += [
             f"The groups are the PatientID of the DICOM files ({len(patients):,} patients), so that nobody stands in "
-            "train and test."
-        )
-        notes.append(PLAIN_PATIENTS)
-    elif dataset.groups is None and patients and len(files) > 1:
+            "train and test.",
+            PLAIN_PATIENTS,
+        ]
+    elif not grouped and patients and len(files) > 1:
         notes.append("All DICOM files bear one PatientID, which tells nobody apart: it is not taken for groups.")
-    if more := sum((header.windows or 0) > 1 for header in files.values()):
+    if more := sum((header.windows or 0) > 1 for header in files):
         notes.append(f"{more:,} DICOM files hold several windows; the first is used.")
-    if none := sum(header.windows == 0 for header in files.values()):
+    if none := sum(header.windows == 0 for header in files):
         notes.append(
             f"{none:,} DICOM files have no window: the full range of their stored bits is shown, which may look flat."
         )

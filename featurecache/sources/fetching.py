@@ -11,7 +11,6 @@ opened is the first folder, going down, that holds more than one other folder.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import re
 import shutil
@@ -19,21 +18,20 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from featurecache.errors import NotFetched, SourceError, first_line
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, safe_name, source_record
-from featurecache.sources.folders import is_image
+from featurecache.sources.base import Dataset, package
+from featurecache.sources.folders import is_image, list_folder
 from featurecache.sources.tables import TABLES
 
 VARIABLE = "FEATURECACHE_DATA"
 PATIENCE = 15.0  # seconds without a byte after which a server counts as out of reach
 KAGGLE = "kaggle:<owner>/<set>"
-_KAGGLE = re.compile(r"([\w.-]+/[\w.-]+)(?:/versions/(\d+))?(?:/(.+))?")
+_KAGGLE = re.compile(r"([\w.-]+/[\w.-]+(?:/versions/\d+)?)(?:/(.+))?")
 _DEPTH = 8
+_REMEDY = ". Where there is a network this fetches it: "
 
 
 @dataclass(frozen=True)
@@ -65,37 +63,21 @@ class SourceOptions:
         return f"{self.kind}:{self.name}" + "".join(f"{sign}{word}" for sign, word in signs if word)
 
 
-def data_folder() -> Path:
-    """Where published data sets are looked for and put: ``$FEATURECACHE_DATA``, else the user's cache folder."""
-    if folder := os.environ.get(VARIABLE):
-        return Path(folder).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featurecache" / "data"
+def data_folder(default: Path) -> Path:
+    """Where published data sets are looked for and put: ``$FEATURECACHE_DATA``, else ``default``."""
+    return Path(os.environ.get(VARIABLE) or default).expanduser().absolute()
 
 
-def package(name: str, extra: str, what: str) -> Any:
-    """An optional package. Raises SourceError where it is not installed."""
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # some keep the stdout they find for their log
-            return importlib.import_module(name)
-    except ImportError as error:
-        raise SourceError(f"{name.partition('.')[0]} is needed {what}: pip install 'featurecache[{extra}]'.") from error
-
-
-def not_here(what: str, where: str | Path, source: object, copy: str, why: str) -> NotFetched:
-    """The sentence about a data set that is not on this machine; ``copy``: how one that the user has is named; ``why``:
-    the reason that it could not be fetched, where that was tried."""
-    tried = f" and could not be fetched ({why})" if why else ""
+def not_here(what: str, where: str | Path, source: object, copy: str) -> NotFetched:
+    """The sentence about a data set that is not on this machine; ``copy``: how one that the user has is named."""
     fetch = f"python -c \"import featurecache; featurecache.open_source('{source}')\""
-    return NotFetched(
-        f"{what} is not on this machine (looked in {where}){tried}. Where there is a network this fetches it: {fetch} "
-        f"  A copy you have: {copy}"
-    )
+    return NotFetched(f"{what} is not on this machine (looked in {where}){_REMEDY}{fetch}   A copy you have: {copy}")
 
 
 @contextlib.contextmanager
-def fetching(absent: Callable[[str], NotFetched]) -> Iterator[None]:
-    """Whatever goes wrong inside becomes what ``absent`` makes of the reason. Talk goes to stderr, and a server that
-    is silent for ``PATIENCE`` is given up (most loaders wait for ever)."""
+def fetching(absent: NotFetched) -> Iterator[None]:
+    """Whatever goes wrong inside is said in the sentence of `not_here`. Talk goes to stderr, and a server that is
+    silent for ``PATIENCE`` is given up (most loaders wait for ever)."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE)
     try:
@@ -104,7 +86,8 @@ def fetching(absent: Callable[[str], NotFetched]) -> Iterator[None]:
     except SourceError:
         raise
     except Exception as error:  # loaders raise whatever their HTTP library does
-        raise absent(first_line(error)) from error
+        tried = f" and could not be fetched ({first_line(error)}){_REMEDY}"
+        raise NotFetched(str(absent).replace(_REMEDY, tried, 1)) from error
     finally:
         socket.setdefaulttimeout(before)
 
@@ -139,13 +122,12 @@ def _move(draft: Path, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _KaggleSet:
-    name: str  # owner/set
-    version: int | None
+    handle: str  # owner/set, or owner/set/versions/n
     inside: str
 
     @property
-    def handle(self) -> str:
-        return self.name + (f"/versions/{self.version}" if self.version else "")
+    def name(self) -> str:
+        return self.handle.partition("/versions/")[0]
 
     @property
     def place(self) -> Path:
@@ -159,7 +141,7 @@ class _KaggleSet:
     def versions(self) -> list[int]:
         """Those that were unpacked to the end, as kagglehub marks them."""
         marks = [int(path.stem) for path in self.place.glob("*.complete") if path.stem.isdigit()]
-        wanted = [number for number in marks if self.version in (None, number)]
+        wanted = [number for number in marks if self.handle in (self.name, f"{self.name}/versions/{number}")]
         return [number for number in wanted if (self.place / "versions" / str(number)).is_dir()]
 
 
@@ -170,26 +152,23 @@ def open_kaggle(
     options = _parse_kaggle(words)
     versions = options.versions()
     if not versions:
-        raise _absent(options)
-    options = replace(options, version=max(versions))
-    top = options.place / "versions" / str(options.version)
+        raise not_here(options.handle, options.place, options, "--data FOLDER, once it is unpacked")
+    options = replace(options, handle=f"{options.name}/versions/{max(versions)}")
+    top = options.place / "versions" / str(max(versions))
     inner = top / options.inside
     if not inner.exists() or top.resolve() not in [inner.resolve(), *inner.resolve().parents]:
         there = abbreviated(sorted(os.listdir(top)))
         raise SourceError(f"there is no {options.inside} in {options.handle} ({top}); it has {there}.")
     dataset = open_path(str(_down(options, top, inner)), columns=columns, task=task)
-    name = safe_name(options.name.split("/")[1])
-    return replace(dataset, name=name, source=source_record("kaggle", str(options), columns, task))
+    return replace(dataset, name=options.name.split("/")[1], source={"data": str(options)})
 
 
 def fetch_kaggle(words: str) -> None:
     """Let kagglehub download the set of ``words``. Raises SourceError."""
     options = _parse_kaggle(words)
-    kagglehub = package("kagglehub", "kaggle", f"to fetch {options.handle}")
-    with fetching(partial(_absent, options)):
-        place = kagglehub.dataset_download(options.handle)
-        if not options.versions():
-            raise SourceError(f"kagglehub mounts {options.handle} at {place}, as in notebooks: give --data {place}")
+    place = package("kagglehub", "kaggle", f"to fetch {options.handle}").dataset_download(options.handle)
+    if not options.versions():
+        raise SourceError(f"kagglehub mounts {options.handle} at {place}, as in notebooks: give --data {place}")
 
 
 def _down(options: _KaggleSet, top: Path, folder: Path) -> Path:
@@ -197,10 +176,9 @@ def _down(options: _KaggleSet, top: Path, folder: Path) -> Path:
     for _ in range(_DEPTH):
         if folder.is_file():
             return folder
-        names = sorted(name for name in os.listdir(folder) if not name.startswith(".") and name != "__MACOSX")
-        inner = [name for name in names if (folder / name).is_dir()]
-        tables = [name for name in names if name.lower().endswith((*TABLES, ".npz"))]
-        if any(map(is_image, names)) or (len(inner) > 1 and not tables):
+        files, inner = list_folder(str(folder))
+        tables = [name for name in files if name.lower().endswith((*TABLES, ".npz"))]
+        if any(map(is_image, files)) or (len(inner) > 1 and not tables):
             return folder
         there = [*inner, *tables]
         if not there:
@@ -219,8 +197,4 @@ def _parse_kaggle(words: str) -> _KaggleSet:
         raise SourceError(
             f'kaggle:{words} is no name of a data set; expected {KAGGLE}, such as "kaggle:owner/chest-xrays".'
         )
-    return _KaggleSet(match[1], int(match[2]) if match[2] else None, match[3] or "")
-
-
-def _absent(options: _KaggleSet, why: str = "") -> NotFetched:
-    return not_here(options.handle, options.place, options, "--data FOLDER, once it is unpacked", why)
+    return _KaggleSet(match[1], match[2] or "")

@@ -14,12 +14,12 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles, safe_name, source_record
+from featurecache.sources.base import Dataset, ImageFiles
 from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
 from featurecache.sources.dicom_frames import is_dicom_file, may_be_dicom
 from featurecache.sources.labels import SPLITS, class_labels, resolve_labels
@@ -29,8 +29,7 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp",
     ".jpe", ".jfif", ".pgm", ".ppm", ".pbm", ".pnm", *DICOM,
 )  # fmt: skip
-_EXTENSIONS = frozenset(EXTENSIONS)
-_NOT_DATA = ("__MACOSX",)  # beside what begins with a dot
+_NOT_DATA = "__MACOSX"  # beside what begins with a dot
 
 
 @dataclass
@@ -38,92 +37,60 @@ class _Tree:
     """What was found below a folder."""
 
     ids: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)  # visible ones, with or without images
+    folders: dict[str, int] = field(default_factory=dict)  # visible ones → images in them, however deep
     ignored: Counter[str] = field(default_factory=Counter)  # by extension
     loops: list[str] = field(default_factory=list)
 
-    @property
-    def kinds(self) -> str:
-        return ", ".join(f"{kind or 'no extension'} {count:,}" for kind, count in self.ignored.most_common(4))
-
 
 def open_folder(data: str, task: str | None, *, without: Sequence[str] = ()) -> Dataset:
-    """The dataset in the folder ``data`` (an absolute path); ``without`` names entries of it that are left out."""
+    """The dataset in the folder ``data`` (an absolute path); ``without`` names folders in it that are left out."""
     tree = _Tree()
-    _walk(data, "", (), tree, frozenset(without))
+    _walk(data, "", (), tree, without)
     if not tree.ids:
-        there = f"only other files ({tree.kinds})" if tree.ignored else "empty folders" if tree.folders else "nothing"
+        others = f"only other files ({kinds_text(tree.ignored)})"
+        there = others if tree.ignored else "empty folders" if tree.folders else "nothing"
         raise SourceError(f"no images in {data}: found {there}, expected files ending in {abbreviated(EXTENSIONS, 8)}.")
-    for image in tree.ids:
-        if not image.isascii():
-            refuse_undecodable(data, image)
     tree.ids.sort()  # by code points, which for UTF-8 is the order of the bytes
-    splits, names = _layout(data, tree)
+    splits, names = _layout(data, tree.ids)
     classes = sorted(set(names) - {""})
     notes = _class_notes(data, tree, splits, names, classes)
     if tree.loops:
         back = abbreviated(sorted(tree.loops), 3)
         notes.insert(0, f"Links that lead back to a folder above them were not followed: {back}.")
-    if tree.ignored:
-        many = tree.ignored.total()
-        notes.insert(0, f"{many:,} files are no images by their names and were ignored ({tree.kinds}).")
-    labels, classes, resolved = resolve_labels(class_labels(names, classes), classes, task, data)
+    if many := tree.ignored.total():
+        notes.insert(0, f"{many:,} files are no images by their names and were ignored ({kinds_text(tree.ignored)}).")
     return Dataset(
-        name=safe_name(os.path.basename(data)),
-        source=source_record("folder", data, None, task),
+        name=os.path.basename(data),
         ids=tree.ids,
-        labels=labels,
+        **resolve_labels(class_labels(names, classes), classes, task, data)._asdict(),
         splits=splits,
-        classes=classes,
-        task=resolved,
         images=ImageFiles(data, tree.ids),
         notes=tuple(notes),
     )
 
 
-def refuse_undecodable(data: str, image: str) -> None:
-    try:
-        image.encode()
-    except UnicodeEncodeError:
-        raise SourceError(f"the name of {image!r} in {data} is not UTF-8; rename it.") from None
-
-
 def is_image(name: str) -> bool:
     """By its ending."""
-    dot = name.rfind(".")
-    return dot > 0 and name[dot:].lower() in _EXTENSIONS
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _walk(
-    folder: str, below: str, parents: tuple[tuple[int, int], ...], tree: _Tree, without: frozenset[str] = frozenset()
-) -> None:
-    """Add what lies in ``folder`` to ``tree``. No file is opened; where the listing tells files from folders, none is
-    even looked at (a second or so for 100,000)."""
-    inner = []
+def kinds_text(counts: Mapping[str, int]) -> str:
+    """The most frequent kinds of files with their numbers."""
+    return ", ".join(f"{kind or 'no extension'} {count:,}" for kind, count in Counter(counts).most_common(4))
+
+
+def list_folder(folder: str) -> tuple[list[str], list[str]]:
+    """Names of the visible files and of the folders in ``folder``, sorted; none where there is no such folder. No file
+    is opened; where the listing tells files from folders, none is even looked at (a second or so for 100,000)."""
     try:
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in parents:  # a symbolic link to a folder above
-            tree.loops.append(below.rstrip("/"))
-            return
         with os.scandir(folder) as entries:
-            for entry in entries:
-                name = entry.name
-                if name.startswith(".") or name in _NOT_DATA or name in without:
-                    continue
-                dot = name.rfind(".")
-                extension = name[dot:].lower() if dot > 0 else ""
-                if _is_folder(entry):
-                    inner.append(name)
-                elif extension in _EXTENSIONS or (may_be_dicom(name) and is_dicom_file(os.path.join(folder, name))):
-                    tree.ids.append(below + name)
-                else:
-                    tree.ignored[extension] += 1
+            visible = [entry for entry in entries if not entry.name.startswith((".", _NOT_DATA))]
+            inner = {entry.name for entry in visible if _is_folder(entry)}
+    except (FileNotFoundError, NotADirectoryError):
+        return [], []
     except OSError as error:
         raise SourceError(f"the folder {folder} cannot be read ({error.strerror}).") from error
-    for name in inner:
-        tree.folders.append(below + name)
-        _walk(os.path.join(folder, name), f"{below}{name}/", (*parents, here), tree)
+    return sorted(entry.name for entry in visible if entry.name not in inner), sorted(inner)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -133,31 +100,54 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _layout(data: str, tree: _Tree) -> tuple[list[str], list[str]]:
+def _walk(
+    folder: str, below: str, parents: tuple[tuple[int, int], ...], tree: _Tree, without: Sequence[str] = ()
+) -> None:
+    """Add what lies in ``folder`` to ``tree``."""
+    files, inner = list_folder(folder)
+    if not files and not inner:
+        return
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in parents:  # a symbolic link to a folder above
+        tree.loops.append(below.rstrip("/"))
+        return
+    for name in files:
+        if is_image(name) or (may_be_dicom(name) and is_dicom_file(os.path.join(folder, name))):
+            tree.ids.append(below + name)
+        else:
+            tree.ignored[os.path.splitext(name)[1].lower()] += 1
+    for name in inner:
+        if name not in without:
+            before = len(tree.ids)
+            _walk(os.path.join(folder, name), f"{below}{name}/", (*parents, here), tree)
+            tree.folders[below + name] = len(tree.ids) - before
+
+
+def _layout(data: str, ids: list[str]) -> tuple[list[str], list[str]]:
     """The split and the class of each image; empty strings where there is none."""
-    none, tops_of = [""] * len(tree.ids), [sys.intern(image.split("/", 1)[0]) for image in tree.ids]
-    loose = [image for image in tree.ids if "/" not in image]
-    tops = set(tops_of) - set(loose)
+    none, tops_of = [""] * len(ids), [sys.intern(image.split("/", 1)[0]) for image in ids]
+    loose = [image for image in ids if "/" not in image]
+    tops = sorted(set(tops_of) - set(loose))
     if not tops:
         return none, none
-    above = sorted(top for top in tops if top.lower() in SPLITS)
+    above = [top for top in tops if top.lower() in SPLITS]
     if not above:
-        _refuse_loose(data, loose, sorted(tops))
-        _refuse_splits_below(data, tree.ids, sorted(tops))
+        _refuse_loose(data, loose, tops)
+        _refuse_splits_below(data, ids, tops)
         return none, tops_of
-    beside = [*sorted(tops - set(above)), *loose]
-    if beside:
+    if beside := [*(top for top in tops if top not in above), *loose]:
         raise SourceError(
             f"{data} has split folders ({abbreviated(above)}) and beside them images in {abbreviated(beside)}, which "
             "belong to no split. Move those away, or list the images you mean in a CSV (columns path, label, split)."
         )
-    names = [sys.intern(image.split("/", 2)[1]) if image.count("/") > 1 else "" for image in tree.ids]
+    names = [sys.intern(image.split("/", 2)[1]) if image.count("/") > 1 else "" for image in ids]
     pairs = set(zip(tops_of, names, strict=True))
     for top in above:
         classes = sorted(name for split, name in pairs if split == top and name)
-        if classes and (top, "") in pairs:
-            loose = [image for image in tree.ids if image.startswith(f"{top}/") and image.count("/") == 1]
-            _refuse_loose(f"{data}/{top}", [image.split("/")[1] for image in loose], classes)
+        loose = [image.split("/")[1] for image in ids if image.startswith(f"{top}/") and image.count("/") == 1]
+        if classes:
+            _refuse_loose(f"{data}/{top}", loose, classes)
     return [SPLITS[top.lower()] for top in tops_of], names
 
 
@@ -171,11 +161,10 @@ def _refuse_loose(folder: str, loose: list[str], classes: list[str]) -> None:
 
 def _refuse_splits_below(data: str, ids: list[str], classes: list[str]) -> None:
     """Split folders below class folders, or one level too deep: taken for classes they would be lost."""
-    pairs = {tuple(image.split("/", 2)[:2]) for image in ids if image.count("/") >= 2}
-    below = sorted(pair for pair in pairs if pair[1].lower() in SPLITS)
     if len(classes) == 1 and (inner := _above_splits(ids)):
         raise SourceError(f"the split folders are further down: give {data}/{inner}.")
-    if below:
+    pairs = {tuple(image.split("/", 2)[:2]) for image in ids if image.count("/") >= 2}
+    if below := sorted(pair for pair in pairs if pair[1].lower() in SPLITS):
         raise SourceError(
             f"{data} has split folders below class folders ({'/'.join(below[0])}); they are expected above: "
             f"{below[0][1]}/{below[0][0]}. Move them, or list the images in a CSV (columns path, label, split)."
@@ -192,19 +181,14 @@ def _above_splits(ids: list[str]) -> str:
 
 def _class_notes(data: str, tree: _Tree, splits: list[str], names: list[str], classes: list[str]) -> list[str]:
     """Refuses class folders without any image; says which splits lack a class."""
-    with_images = {image.rsplit("/", 1)[0] for image in tree.ids if "/" in image}
-    with_images |= {folder[:at] for folder in with_images for at, sign in enumerate(folder) if sign == "/"}
-    depth = 1 if any(splits) else 0
-    empty = sorted(folder for folder in tree.folders if folder not in with_images and folder.count("/") == depth)
-    empty = [folder for folder in empty if folder.lower() not in SPLITS] if classes else []
-    gone = [folder for folder in empty if folder.split("/")[-1] not in classes]
-    if gone:
+    empty = sorted(folder for folder, images in tree.folders.items() if not images)
+    at_depth = [folder for folder in empty if folder.count("/") == any(splits) and folder.lower() not in SPLITS]
+    if gone := [folder for folder in at_depth if classes and folder.split("/")[-1] not in classes]:
         raise SourceError(
             f"the class folder {data}/{gone[0]} holds no image ({abbreviated(EXTENSIONS, 3)}). "
             "Put its images there, or remove it."
         )
-    notes = [f"The folder {folder} is empty." for folder in sorted(tree.folders) if "/" not in folder
-             and folder.lower() in SPLITS and folder not in with_images]  # fmt: skip
+    notes = [f"The folder {folder} is empty." for folder in empty if folder.lower() in SPLITS]
     if len(classes) == 1:
         notes.append(f"There is one class only, {classes[0]}; if the classes lie deeper, give the folder above them.")
     pairs = set(zip(splits, names, strict=True))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from featurecache.errors import SourceError
+from featurecache.errors import SourceError, nearest
 from featurecache.formatting import abbreviated
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
@@ -33,9 +34,15 @@ _YES_NO = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0
 _LARGEST = 1 << 31  # a label; a file may hold any number
 
 
-def resolve_labels(
-    labels: np.ndarray, classes: Sequence[str], task: str | None, where: str
-) -> tuple[np.ndarray, list[str], str]:
+class Labels(NamedTuple):
+    """Labels of N images, what they mean, and what a head is to make of them: three fields of a Dataset."""
+
+    labels: np.ndarray
+    classes: list[str]
+    task: str
+
+
+def resolve_labels(labels: np.ndarray, classes: Sequence[str], task: str | None, where: str) -> Labels:
     """Labels, classes and task of a dataset: the task as requested, else as the labels have it. Raises SourceError
     where they contradict."""
     if task is not None and task not in TASKS:
@@ -47,8 +54,42 @@ def resolve_labels(
         there = f"{len(classes)} {'labels' if several else 'classes'}" if classes else "no labels"
         raise SourceError(f"{where} has {there}: its task is {implied}, it cannot be {task}.")
     if "unlabelled" in (task, implied):
-        return np.full(len(labels), -1, np.int64), [], "unlabelled"
-    return labels, list(classes), task or implied
+        return Labels(np.full(len(labels), -1, np.int64), [], "unlabelled")
+    return Labels(labels, list(classes), task or implied)
+
+
+def find_roles(
+    name: str,
+    columns: Sequence[str],
+    requested: Mapping[str, str],
+    candidates: Mapping[str, Sequence[str]],
+    *,
+    several_labels: bool = False,
+) -> dict[str, list[str]]:
+    """Role → its columns of the table ``name``: as requested (``A,B``: several labels; empty: none), else the one of
+    its ``candidates``. Raises SourceError."""
+    if unknown := [role for role in requested if role not in candidates]:
+        raise SourceError(f"columns of {name} cannot name a {unknown[0]!r}; they name {', '.join(candidates)}.")
+    roles = {}
+    for role, text in requested.items():  # a name with a comma in it is one column where the table has it
+        roles[role] = [text] if text in columns else [word for part in text.split(",") if (word := part.strip())]
+        if missing := [word for word in roles[role] if word not in columns]:
+            there = f"{abbreviated(columns, 8)}.{nearest(missing[0], columns)}"
+            raise SourceError(f"{name} has no column {missing[0]!r} for the {role}; it has {there}")
+        if len(roles[role]) > 1 and not (several_labels and role == "label"):
+            raise SourceError(f"the {role} is one column of {name}, not {len(roles[role])} ({text}).")
+    elsewhere = [column for several in roles.values() for column in several]
+    for role, names in candidates.items():
+        roles.setdefault(role, [column for column in names if column not in elsewhere])
+        if role not in requested and len(roles[role]) > 1:
+            raise SourceError(
+                f"{name} has several columns that could be the {role}: {abbreviated(roles[role])}. "
+                f"Say which: --column {role}={roles[role][0]}."
+            )
+    used = [column for several in roles.values() for column in several]
+    if twice := [column for column in used if used.count(column) > 1]:
+        raise SourceError(f"the column {twice[0]!r} of {name} cannot be two things at once ({dict(requested)}).")
+    return roles
 
 
 def class_labels(names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
@@ -83,6 +124,45 @@ def groups_or_ids(groups: Sequence[Any], ids: Sequence[str]) -> list[str]:
 # -- columns of text; ``row`` says of a number what a person finds it by
 
 
+@dataclass(frozen=True)
+class Annotations:
+    """What a table says of N images, in the order of its rows."""
+
+    ids: list[str] | None  # None: it has no column of paths
+    labels: np.ndarray
+    splits: list[str]
+    groups: list[str] | None
+    meta: dict[str, list[str] | np.ndarray]
+    classes: list[str]
+
+
+def annotations_of_text(
+    columns: Mapping[str, list[str]],
+    roles: Mapping[str, list[str]],
+    ids: list[str],
+    task: str | None,
+    row: Callable[[int], str],
+    listed: Sequence[str] = (),
+) -> Annotations:
+    """What the columns of a table with these ``roles`` say of the images ``ids``. ``listed``, in their order: the
+    classes of which the labels are names, or numbers from 0. Raises SourceError."""
+    splits = [""] * len(ids)
+    if roles["split"]:
+        name, remedy = roles["split"][0], "If this column is no split: --column split= (with nothing behind it)."
+        splits = split_names(columns[name], lambda index: f"{row(index)}: {name!r}", remedy)
+    cells = {name: columns[name] for name in roles["label"]}
+    labels, classes = np.full(len(ids), -1, np.int64), list[str]()
+    if len(cells) > 1 or (cells and task == "multilabel"):
+        labels, classes = several_labels_of_text(cells, row), list(cells)
+    elif cells and task != "unlabelled":
+        (only,) = cells.values()
+        labels, classes = labels_of_listed(only, listed, row) if listed else labels_of_text(only, splits, row)
+    groups = groups_or_ids(columns[roles["group"][0]], ids) if roles["group"] else None
+    used = {name for several in roles.values() for name in several}
+    meta = {name: numbers_or_text(columns[name]) for name in columns if name not in used}
+    return Annotations(ids, labels, splits, groups, meta, classes)
+
+
 def labels_of_text(
     cells: Sequence[str], splits: Sequence[str], row: Callable[[int], str]
 ) -> tuple[np.ndarray, list[str]]:
@@ -107,17 +187,14 @@ def labels_of_listed(
     cells: Sequence[str], classes: Sequence[str], row: Callable[[int], str]
 ) -> tuple[np.ndarray, list[str]]:
     """int64 [N] of cells that are names of ``classes``, or numbers from 0; and the classes."""
-
-    def name(index: int, cell: str) -> str:
+    names = list(cells)
+    for index, cell in enumerate(cells):
         if cell.isascii() and cell.isdigit() and int(cell[:9]) < len(classes):
-            return classes[int(cell[:9])]
-        if cell in classes or not cell:
-            return cell
-        raise SourceError(
-            f'the label of {row(index)} is "{cell}"; expected 0 to {len(classes) - 1} or one of {abbreviated(classes)}.'
-        )
-
-    return class_labels([name(index, cell) for index, cell in enumerate(cells)], classes), list(classes)
+            names[index] = classes[int(cell[:9])]
+        elif cell and cell not in classes:
+            there = f"0 to {len(classes) - 1} or one of {abbreviated(classes)}"
+            raise SourceError(f'the label of {row(index)} is "{cell}"; expected {there}.')
+    return class_labels(names, classes), list(classes)
 
 
 def several_labels_of_text(columns: Mapping[str, Sequence[str]], row: Callable[[int], str]) -> np.ndarray:
@@ -132,6 +209,20 @@ def several_labels_of_text(columns: Mapping[str, Sequence[str]], row: Callable[[
                 )
         labels.append([_YES_NO[cell.lower()] for cell in cells])
     return np.array(labels, np.float32).T.copy()
+
+
+def numbers_or_text(values: list[str]) -> list[str] | np.ndarray:
+    """A further column: int64 or float64 (empty: NaN) where every cell is a number, else the text."""
+    numbers = {value: finite_number(value) for value in set(values)}
+    missing = {value for value in numbers if not value or value.lower() == "nan"}
+    code = any(re.match(r"^[-+]?0\d", value) for value in numbers)  # 007 is a code: as a number it would lose zeros
+    text = any(number is None for value, number in numbers.items() if value not in missing)
+    if code or text or len(missing) == len(numbers):
+        return values
+    try:
+        return np.array([int(value) for value in values], np.int64)
+    except (ValueError, OverflowError):
+        return np.array([np.nan if value in missing else numbers[value] for value in values], np.float64)
 
 
 def finite_number(text: str) -> float | None:
@@ -178,8 +269,14 @@ def labels_of_numbers(
     return np.where(numbers < 0, -1, np.searchsorted(occurring, numbers)), [str(k) for k in occurring.tolist()]
 
 
-def labels_of_values(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[str]]:
-    """int64 [N] of whole numbers or texts (None: none), and the classes: those that occur, sorted."""
+def labels_of_values(values: Sequence[Any], names: list[str] | None, where: str) -> tuple[np.ndarray, list[str]]:
+    """Labels and classes of numbers that index ``names``, of lists (see `labels_of_lists`), or of whole numbers or
+    texts: those that occur, sorted. None is none."""
+    if any(isinstance(value, list) for value in values):
+        return labels_of_lists(values, names, where)
+    if names:
+        numbers = np.array([-1 if value is None else int(value) for value in values], np.int64)
+        return labels_of_numbers(numbers, where, unique_names(names))
     words = ["" if value is None else str(value) for value in values]
     numbered = all(type(value) is int for value in values if value is not None)
     classes = sorted(set(words) - {""}, key=int if numbered else str)

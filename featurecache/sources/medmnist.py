@@ -24,16 +24,15 @@ import tempfile
 import threading
 import zipfile
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from featurecache.errors import NotFetched, SourceError, nearest
+from featurecache.errors import SourceError, nearest
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageArrays, safe_name, source_record
-from featurecache.sources.fetching import VARIABLE, SourceOptions, beside, fetching, not_here, package
+from featurecache.sources.base import Dataset, ImageArrays, package
+from featurecache.sources.fetching import SourceOptions, beside, data_folder, not_here
 from featurecache.sources.labels import labels_of_numbers, resolve_labels
 
 SIZES = ("28", "64", "128", "224")  # pixels; a file without a number in its name has 28
@@ -49,33 +48,30 @@ _DEFLATE = 1032  # bytes that one packed byte can give, at most
 
 def open_medmnist(words: str, task: str | None) -> Dataset:
     """The set of ``words``, from a file on this machine. Raises NotFetched where there is none."""
-    options = _parse(words)
-    for folder in _folders(options):
-        file = folder / f"{_stem(options)}.npz"
-        if file.is_file():
-            record = source_record("medmnist", str(options), None, task)
-            return replace(open_npz(str(file), task), name=safe_name(_stem(options)), source=record)
-    raise _absent(options)
+    options, stem, folders = _parse(words)
+    for folder in folders:
+        if (file := folder / f"{stem}.npz").is_file():
+            return replace(open_npz(str(file), task), name=stem, source={"data": str(options)})
+    where = " and ".join(map(str, folders))
+    raise not_here(f"{stem}.npz", where, options, f"--data {replace(options, folder='FOLDER')}")
 
 
 def fetch_medmnist(words: str) -> None:
     """Download the file of ``words`` from where the package says. Raises SourceError."""
-    options = _parse(words)
-    infos = package("medmnist.info", "medmnist", f"to fetch {options.name}").INFO
-    if options.name not in infos:
-        raise SourceError(f"the installed medmnist does not know {options.name}: pip install --upgrade medmnist.")
-    info, size = infos[options.name], "" if options.version == "28" else f"_{options.version}"
+    options, stem, folders = _parse(words)
+    info = package("medmnist.info", "medmnist", f"to fetch {options.name}").INFO.get(options.name, {})
+    size = stem.removeprefix(options.name)
     if f"url{size}" not in info:
-        raise SourceError(
-            f"the installed medmnist has {options.name} at 28 px only: pip install --upgrade medmnist (3 or newer)."
-        )
+        lacks = f"has {options.name} at 28 px only" if info else f"does not know {options.name}"
+        raise SourceError(f"the installed medmnist {lacks}: pip install --upgrade medmnist (3 or newer).")
     from torchvision.datasets.utils import download_url
 
-    with fetching(partial(_absent, options)), beside(_folders(options)[0], _stem(options)) as draft:
-        download_url(info[f"url{size}"], str(draft), f"{_stem(options)}.npz", info[f"MD5{size}"])
+    with beside(folders[0], stem) as draft:
+        download_url(info[f"url{size}"], str(draft), f"{stem}.npz", info[f"MD5{size}"])
 
 
-def _parse(words: str) -> SourceOptions:
+def _parse(words: str) -> tuple[SourceOptions, str, list[Path]]:
+    """The set, the name of its file, and where that may lie; it is fetched into the first."""
     options = SourceOptions.parse("medmnist", words)
     name, size = options.name.lower(), options.version or "28"
     if name not in MEDMNIST or options.variant:
@@ -84,37 +80,20 @@ def _parse(words: str) -> SourceOptions:
         )
     if size not in SIZES:
         raise SourceError(f'medmnist:{words}: "{size}" is no size; it is {", ".join(SIZES)} ({FORM}).')
-    return replace(options, name=name, version=size)
-
-
-def _stem(options: SourceOptions) -> str:
-    return options.name if options.version == "28" else f"{options.name}_{options.version}"
-
-
-def _folders(options: SourceOptions) -> list[Path]:
-    """Where the file may lie; it is fetched into the first."""
-    if options.folder:
-        return [Path(options.folder)]
-    data = os.environ.get(VARIABLE)
-    return [*([Path(data).expanduser().absolute()] if data else []), Path.home() / ".medmnist"]
-
-
-def _absent(options: SourceOptions, why: str = "") -> NotFetched:
-    folders = " and ".join(map(str, _folders(options)))
-    copy = f"--data {replace(options, folder='FOLDER')}"
-    return not_here(f"{_stem(options)}.npz", folders, options, copy, why)
+    own = Path.home() / ".medmnist"
+    folders = [Path(options.folder)] if options.folder else list(dict.fromkeys([data_folder(own), own]))
+    return replace(options, name=name, version=size), name if size == "28" else f"{name}_{size}", folders
 
 
 # -- the archive
 
 
-@dataclass(frozen=True)
-class NpyHeader:
+class NpyHeader(NamedTuple):
     """What an array in numpy's format says of itself."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
     by_columns: bool
+    dtype: np.dtype[Any]
     offset: int  # of the data in the file
 
     @property
@@ -128,8 +107,7 @@ def read_npy_header(file: IO[bytes]) -> NpyHeader:
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"array format {version[0]}.{version[1]}, expected 1.0 or 2.0")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, by_columns, dtype = read(file)
-    return NpyHeader(shape, dtype, by_columns, file.tell())
+    return NpyHeader(*read(file), file.tell())
 
 
 @dataclass
@@ -146,10 +124,9 @@ class _PackedImages:
         return self.header.shape[0]
 
     def __getitem__(self, row: int) -> np.ndarray:
-        if self._array is None:
-            with self._lock:
-                if self._array is None:
-                    self._array = self._unpack()
+        with self._lock:
+            if self._array is None:
+                self._array = self._unpack()
         return np.asarray(self._array[row])
 
     def _unpack(self) -> np.ndarray:
@@ -187,19 +164,15 @@ def open_npz(data: str, task: str | None) -> Dataset:
         shapes = ", ".join(f"{split}_labels {list(column.shape)}" for split, column in columns.items())
         raise SourceError(f"the labels of {name} differ in their form: {shapes}.")
     stem = name.rsplit(".", 1)[0]
-    known = MEDMNIST.get(re.sub(r"_(28|64|128|224)$", "", stem.lower()))
-    values, names = _labels(name, np.concatenate(list(columns.values())), known)
-    labels, classes, resolved = resolve_labels(values, names, task or (known.task if known else None), name)
+    published = MEDMNIST.get(re.sub(r"_(28|64|128|224)$", "", stem.lower()))
+    labels, classes = _labels(name, np.concatenate(list(columns.values())), published)
     parts = [_PackedImages(data, f"{split}_images.npy", arrays[f"{split}_images"]) for split in splits]
     return Dataset(
-        name=safe_name(stem),
-        source=source_record("npz", data, None, task),
+        name=stem,
         ids=[f"{name}:{split}:{row}" for split, column in columns.items() for row in range(len(column))],
-        labels=labels,
+        **resolve_labels(labels, classes, task or (published.task if published else None), name)._asdict(),
         splits=[split for split, column in columns.items() for _ in range(len(column))],
-        classes=classes,
-        task=resolved,
-        images=ImageArrays(parts, data),
+        images=ImageArrays(parts, (data,)),
         notes=tuple(f"{name} has no {split} images." for split in _SPLITS if split not in splits),
     )
 
@@ -246,7 +219,7 @@ def _label_column(file: str, arrays: dict[str, NpyHeader], split: str) -> np.nda
         if f"{split}_{kind}" not in arrays:
             raise SourceError(f"{name} has {split}_{other} and no {split}_{kind}; expected both.")
     images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
-    flat = len(images.shape) == 3 or (len(images.shape) == 4 and images.shape[3] in (1, 3))
+    flat = len(images.shape) == 3 or images.shape[3:] in ((1,), (3,))
     if not flat or images.dtype not in (np.uint8, np.uint16):
         deep = " (volumes are not images: save slices)" if len(images.shape) == 4 else ""
         raise SourceError(
@@ -272,23 +245,15 @@ def _array(file: str, member: str) -> np.ndarray:
         raise SourceError(f"{member} of {file} is damaged ({error}); get the file again.") from error
 
 
-def _labels(name: str, values: np.ndarray, known: MedMnistSet | None) -> tuple[np.ndarray, list[str]]:
+def _labels(name: str, values: np.ndarray, published: MedMnistSet | None) -> tuple[np.ndarray, list[str]]:
     """Labels as a dataset has them, int64 [N] or float32 [N, L], and the names of the classes."""
     if values.ndim == 1 and values.dtype.kind == "f" and np.isnan(values).any():
         raise SourceError(f"the labels of {name} are not whole numbers ({values.dtype}); expected class numbers.")
     labels = labels_of_numbers(values, f"the labels of {name}")
-    if known is None:
+    if published is None:
         return labels
-    if values.ndim == 2:
-        fits, there = values.shape[1] == len(known.classes), f"{values.shape[1]} labels a row"
-    else:
-        largest = values.astype(np.int64).max(initial=-1)
-        fits, there = largest < len(known.classes), f"the label {largest}"
-    if not fits:
-        raise SourceError(
-            f"{name} bears the name of a MedMNIST set of {len(known.classes)} classes and has {there}: rename the file."
-        )
-    return labels_of_numbers(values, f"the labels of {name}", known.classes)
+    where = f"{name} bears the name of a MedMNIST set (rename the file if it is another): it"
+    return labels_of_numbers(values, where, published.classes)
 
 
 # -- what the publishers call the classes of the twelve sets, and what kind of task each is: medmnist/info.py of
@@ -296,52 +261,39 @@ def _labels(name: str, values: np.ndarray, known: MedMnistSet | None) -> tuple[n
 # Data 10:41. RetinaMNIST's five grades of diabetic retinopathy have numbers for names.
 
 
-@dataclass(frozen=True)
-class MedMnistSet:
+class MedMnistSet(NamedTuple):
     """Task and class names of one set; index = label."""
 
     task: str
     classes: tuple[str, ...]
 
 
-_ORGANS = MedMnistSet(
-    "multiclass",
-    ("bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left", "lung-right",
-     "pancreas", "spleen"),
+_ORGANS = (
+    "bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right", "liver", "lung-left", "lung-right",
+    "pancreas", "spleen",
 )  # fmt: skip
 MEDMNIST: dict[str, MedMnistSet] = {
-    "pathmnist": MedMnistSet(
-        "multiclass",
-        ("adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
-         "cancer-associated stroma", "colorectal adenocarcinoma epithelium"),
-    ),
-    "chestmnist": MedMnistSet(
-        "multilabel",
-        ("atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia", "pneumothorax",
-         "consolidation", "edema", "emphysema", "fibrosis", "pleural", "hernia"),
-    ),
-    "dermamnist": MedMnistSet(
-        "multiclass",
-        ("actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma", "benign keratosis-like lesions",
-         "dermatofibroma", "melanoma", "melanocytic nevi", "vascular lesions"),
-    ),
-    "octmnist": MedMnistSet(
-        "multiclass", ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal")
-    ),
+    "pathmnist": MedMnistSet("multiclass", (
+        "adipose", "background", "debris", "lymphocytes", "mucus", "smooth muscle", "normal colon mucosa",
+        "cancer-associated stroma", "colorectal adenocarcinoma epithelium")),
+    "chestmnist": MedMnistSet("multilabel", (
+        "atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia", "pneumothorax",
+        "consolidation", "edema", "emphysema", "fibrosis", "pleural", "hernia")),
+    "dermamnist": MedMnistSet("multiclass", (
+        "actinic keratoses and intraepithelial carcinoma", "basal cell carcinoma", "benign keratosis-like lesions",
+        "dermatofibroma", "melanoma", "melanocytic nevi", "vascular lesions")),
+    "octmnist": MedMnistSet("multiclass", (
+        "choroidal neovascularization", "diabetic macular edema", "drusen", "normal")),
     "pneumoniamnist": MedMnistSet("binary", ("normal", "pneumonia")),
     "retinamnist": MedMnistSet("ordinal", ("0", "1", "2", "3", "4")),
     "breastmnist": MedMnistSet("binary", ("malignant", "normal, benign")),
-    "bloodmnist": MedMnistSet(
-        "multiclass",
-        ("basophil", "eosinophil", "erythroblast",
-         "immature granulocytes(myelocytes, metamyelocytes and promyelocytes)", "lymphocyte", "monocyte", "neutrophil",
-         "platelet"),
-    ),
-    "tissuemnist": MedMnistSet(
-        "multiclass",
-        ("Collecting Duct, Connecting Tubule", "Distal Convoluted Tubule", "Glomerular endothelial cells",
-         "Interstitial endothelial cells", "Leukocytes", "Podocytes", "Proximal Tubule Segments",
-         "Thick Ascending Limb"),
-    ),
-    **dict.fromkeys(("organamnist", "organcmnist", "organsmnist"), _ORGANS),
+    "bloodmnist": MedMnistSet("multiclass", (
+        "basophil", "eosinophil", "erythroblast",
+        "immature granulocytes(myelocytes, metamyelocytes and promyelocytes)", "lymphocyte", "monocyte", "neutrophil",
+        "platelet")),
+    "tissuemnist": MedMnistSet("multiclass", (
+        "Collecting Duct, Connecting Tubule", "Distal Convoluted Tubule", "Glomerular endothelial cells",
+        "Interstitial endothelial cells", "Leukocytes", "Podocytes", "Proximal Tubule Segments",
+        "Thick Ascending Limb")),
+    **{name: MedMnistSet("multiclass", _ORGANS) for name in ("organamnist", "organcmnist", "organsmnist")},
 }  # fmt: skip

@@ -13,7 +13,6 @@ their cells hold what is hashed, the order of the images (mostly that of their n
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import BadOption, CannotWrite, SourceError
+from featurecache.files.atomic import AtomicFile
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset
 from featurecache.sources.dicom_frames import PLAIN_PATIENTS
@@ -61,34 +61,15 @@ class Secret:
             return
         try:
             self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _create(self.file, self.value.hex().encode() + b"\n")
+            with AtomicFile(self.file) as file:
+                os.fchmod(file.fileno(), 0o600)
+                file.write(0, self.value.hex().encode() + b"\n")
+                file.commit(replace=False)  # one that is there already stays
         except OSError as error:
-            raise CannotWrite(
-                error.errno, f"cannot keep the secret of --hash-ids in {self.file}: {error.strerror}. "
-                f"Choose one yourself: {VARIABLE}=LONG_RANDOM_TEXT.",
-            ) from error  # fmt: skip
+            why = f"cannot keep the secret of --hash-ids in {self.file}: {os.strerror(error.errno or 0)}. "
+            raise CannotWrite(error.errno, f"{why}Choose one yourself: {VARIABLE}=LONG_RANDOM_TEXT.") from error
         if load_secret().value != self.value:
             raise BadOption(f"another process has just made the secret {self.file}: run the command again.")
-
-
-def _create(path: Path, data: bytes) -> None:
-    """A file of mode 0600 with all its bytes, or none; one that is there already stays."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.write(descriptor, data)
-        os.fsync(descriptor)
-        if not path.exists():
-            os.link(draft, path)
-    except FileExistsError:  # another process was quicker
-        pass
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        os.replace(draft, path)  # a file system without hard links
-    finally:
-        os.close(descriptor)
-        draft.unlink(missing_ok=True)
 
 
 def load_secret(cache: Path | None = None) -> Secret:
@@ -128,16 +109,24 @@ def pseudonymise(dataset: Dataset, secret: Secret, *, ids: bool, groups: bool) -
     ids, groups = ids and not dataset.source.get("hash_ids"), groups and not dataset.source.get("hash_groups")
     if not (ids or groups):
         return dataset
-    names = [hash_id(secret, name) for name in dataset.ids] if ids else dataset.ids
+    names = {name: hash_id(secret, name) for name in dataset.ids} if ids else {}
     meta, changed = _hidden_columns(dataset, secret, ids, groups)
-    notes = [f"Further columns hold what is hashed and are hashed too: {abbreviated(changed)}."] if changed else []
+    notes = [note for note in dataset.notes if not groups or note != PLAIN_PATIENTS]
+    notes += [f"Further columns hold what is hashed and are hashed too: {abbreviated(changed)}."] if changed else []
     if groups and not ids and _tells(_own_groups(dataset), dataset.ids, False):
         notes.append("The ids still name the groups: --hash-ids hides them too.")
-    notes = [*(note for note in dataset.notes if not groups or note != PLAIN_PATIENTS), *notes]
     flags = {key: True for key, yes in {"hash_ids": ids, "hash_groups": groups}.items() if yes}
-    source = {**dataset.source, **flags, "secret": secret.check}
-    hidden = _hidden_groups(dataset, secret, names, ids, groups)
-    return replace(dataset, ids=names, groups=hidden, meta=meta, source=source, notes=tuple(notes))
+    hidden = dataset.groups
+    if hidden is not None:  # an image without a group is one of its own, under its id: that one is hashed with the ids
+        hidden = [_hash(secret.value, _GROUP, name) if groups else names.get(name, name) for name in hidden]
+    return replace(
+        dataset,
+        ids=[names.get(name, name) for name in dataset.ids],
+        groups=hidden,
+        meta=meta,
+        source={**dataset.source, **flags, "secret": secret.check},
+        notes=tuple(notes),
+    )
 
 
 def hash_id(secret: Secret, name: str) -> str:
@@ -147,16 +136,6 @@ def hash_id(secret: Secret, name: str) -> str:
 
 def _hash(secret: bytes, purpose: bytes, name: str) -> str:
     return hashlib.blake2b(name.encode(), digest_size=16, key=secret, person=purpose).hexdigest()
-
-
-def _hidden_groups(dataset: Dataset, secret: Secret, names: list[str], ids: bool, groups: bool) -> list[str] | None:
-    """An image without a group is one of its own, under its id: that one is hashed with the ids."""
-    if dataset.groups is None:
-        return None
-    if groups:
-        return [_hash(secret.value, _GROUP, group) for group in dataset.groups]
-    hashed = dict(zip(dataset.ids, names, strict=True))  # frames of a file without a patient bear the id of the first
-    return [hashed.get(group, group) for group in dataset.groups]
 
 
 def _hidden_columns(dataset: Dataset, secret: Secret, ids: bool, groups: bool) -> tuple[dict[str, Any], list[str]]:

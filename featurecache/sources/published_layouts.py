@@ -35,8 +35,8 @@ from itertools import combinations
 
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles, safe_name, source_record
-from featurecache.sources.folders import is_image, open_folder, refuse_undecodable
+from featurecache.sources.base import Dataset, ImageFiles
+from featurecache.sources.folders import is_image, list_folder, open_folder
 from featurecache.sources.labels import SPLITS, class_labels, resolve_labels, unique_names
 
 KINDS = ("normal", "bacteria", "virus")
@@ -49,25 +49,15 @@ _TRIED = 50  # names of a folder
 _ANNOTATIONS = os.path.join("val", "val_annotations.txt")
 
 
-def _entries(folder: str) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise SourceError(f"the folder {folder} cannot be read ({error.strerror}).") from error
-
-
 # -- the chest X-rays
 
 
 def is_chest_xray(folder: str) -> bool:
     """Class folders NORMAL and PNEUMONIA, with or without split folders above them, and names of this set in them."""
-    above = [folder, *(os.path.join(folder, name) for name in _entries(folder) if name.lower() in SPLITS)]
-    for place in above:
-        classes = {name.lower(): name for name in _entries(place)}
+    for above in (folder, *(os.path.join(folder, name) for name in _split_folders(folder).values())):
+        classes = {name.lower(): name for name in list_folder(above)[1]}
         if classes.keys() >= {"normal", "pneumonia"}:
-            names = _entries(os.path.join(place, classes["pneumonia"]))[:_TRIED]
+            names = list_folder(os.path.join(above, classes["pneumonia"]))[0][:_TRIED]
             if any((parts := _read_name(name)) and parts[0] != "normal" for name in names):
                 return True
     return False
@@ -75,46 +65,43 @@ def is_chest_xray(folder: str) -> bool:
 
 def open_chest_xray(data: str, columns: dict[str, str] | None, task: str | None) -> Dataset:
     """The dataset in the folder ``data`` (an absolute path)."""
-    by_kind = _by_kind(columns)
-    again = [name for name in _entries(data) if name in (os.path.basename(data), "chest_xray") and _splits(data)]
-    again = [name for name in again if _splits(os.path.join(data, name)) == _splits(data)]
+    by_kind = _by_kind(columns or {})
+    splits = _split_folders(data).keys()
+    inner = [name for name in list_folder(data)[1] if splits and name in (os.path.basename(data), "chest_xray")]
+    again = [name for name in inner if _split_folders(os.path.join(data, name)).keys() == splits]
     plain = open_folder(data, None, without=again)
-    read = [_read_name(os.path.basename(name)) for name in plain.ids]
-    folders = [plain.classes[label].lower() if label >= 0 else "" for label in plain.labels.tolist()]
-    kinds = [_kind(folder, parts) for folder, parts in zip(folders, read, strict=True)]
-    groups = [
-        f"{split}/{kind}/{parts[1]}" if parts and kind else name
-        for split, kind, parts, name in zip(plain.splits, kinds, read, plain.ids, strict=True)
-    ]
-    numbers, names = (class_labels(kinds, KINDS), list(KINDS)) if by_kind else (plain.labels, plain.classes)
-    labels, classes, resolved = resolve_labels(numbers, names, task, data)
+    kinds, groups, unnamed = list[str](), list[str](), 0
+    for name, split, label in zip(plain.ids, plain.splits, plain.labels.tolist(), strict=True):
+        folder = plain.classes[label].lower() if label >= 0 else ""
+        kind, person = _read_name(os.path.basename(name)) or ("", "")
+        unnamed += not person
+        if folder != "pneumonia" or kind == "normal":  # what is normal the folder says alone
+            kind = "normal" if folder == "normal" else ""
+        kinds.append(kind)
+        groups.append(f"{split}/{kind}/{person}" if person and kind else name)
+    numbers, names = (class_labels(kinds, KINDS), KINDS) if by_kind else (plain.labels, plain.classes)
     notes = [f"{name} inside {data} repeats its splits and was left out." for name in again]
-    unnamed = sum(parts is None for parts in read)
     if unnamed:
         missing = " and no label" if by_kind and "" in kinds else ""
         notes.append(f"{unnamed:,} images have other names than this set's: they have no number of a person{missing}.")
     return replace(
-        plain, source=source_record("chest-xray", data, columns, task), labels=labels, classes=classes,
-        task=resolved, groups=groups, meta={"kind": kinds}, notes=(*plain.notes, *notes, *_possible(groups, plain.ids)),
-    )  # fmt: skip
+        plain,
+        **resolve_labels(numbers, names, task, data)._asdict(),
+        groups=groups,
+        meta={"kind": kinds},
+        notes=(*plain.notes, *notes, *_possible(groups, plain.ids)),
+    )
 
 
-def _kind(folder: str, parts: tuple[str, str] | None) -> str:
-    """normal by the folder, bacteria or virus by the name; nothing where neither says it."""
-    if folder == "pneumonia":
-        return parts[0] if parts and parts[0] != "normal" else ""
-    return "normal" if folder == "normal" else ""
-
-
-def _by_kind(columns: dict[str, str] | None) -> bool:
+def _by_kind(columns: dict[str, str]) -> bool:
     """Whether the label is the kind, as ``--column label=kind`` says; the folder is ``label=folder``, or nothing."""
-    for role, name in (columns or {}).items():
+    for role, name in columns.items():
         if role != "label" or name not in ("kind", "folder"):
             raise SourceError(
                 f"a folder of chest X-rays has no column for {role}={name}; --column label=kind makes three classes "
                 "(normal, bacteria, virus), label=folder the two of the folders."
             )
-    return (columns or {}).get("label") == "kind"
+    return columns.get("label") == "kind"
 
 
 def _read_name(name: str) -> tuple[str, str] | None:
@@ -142,8 +129,9 @@ def _possible(groups: list[str], ids: list[str]) -> list[str]:
     ]
 
 
-def _splits(folder: str) -> set[str]:
-    return {SPLITS[name.lower()] for name in _entries(folder) if name.lower() in SPLITS}
+def _split_folders(folder: str) -> dict[str, str]:
+    """Split → its folder."""
+    return {SPLITS[name.lower()]: name for name in list_folder(folder)[1] if name.lower() in SPLITS}
 
 
 # -- Tiny ImageNet
@@ -153,36 +141,29 @@ def is_tiny_imagenet(folder: str) -> bool:
     """Its list of classes, and either the one of val or the class folders of train."""
     if not os.path.isfile(os.path.join(folder, "wnids.txt")):
         return False
-    by_wnid = any(re.fullmatch(r"n\d{8}", name) for name in _folders(folder, "train"))
+    by_wnid = any(re.fullmatch(r"n\d{8}", name) for name in list_folder(os.path.join(folder, "train"))[1])
     return by_wnid or os.path.isfile(os.path.join(folder, _ANNOTATIONS))
 
 
 def open_tiny_imagenet(data: str, task: str | None) -> Dataset:
     """The dataset in the folder ``data`` (an absolute path)."""
     wnids = sorted({line.strip() for line in _lines(data, "wnids.txt")} - {""})
+    if not wnids:
+        raise SourceError(f"wnids.txt of the Tiny ImageNet in {data} is empty; unpack the archive again.")
     names, notes = _wordnet_names(data, wnids)
     train = _train(data, wnids)
-    if not train:
-        raise SourceError(f"train in {data} holds no image of the classes of wnids.txt; unpack the archive again.")
     val, more = _val(data, wnids)
     if left_out := len(_images(data, "test/images")):
         notes.append(
             f"The {left_out:,} images of test have no published labels and were left out: give {data}/test/images."
         )
     ids, wnid_of = map(list, zip(*sorted([*train.items(), *val.items()]), strict=True))
-    labels, classes, resolved = resolve_labels(class_labels(wnid_of, wnids), names, task, data)
-    for name in ids:
-        if not name.isascii():
-            refuse_undecodable(data, name)
     return Dataset(
-        name=safe_name(os.path.basename(data)),
-        source=source_record("tiny-imagenet", data, None, task),
+        name=os.path.basename(data),
         ids=ids,
-        labels=labels,
+        **resolve_labels(class_labels(wnid_of, wnids), names, task, data)._asdict(),
         splits=[name.split("/", 1)[0] for name in ids],
         meta={"wnid": wnid_of},
-        classes=classes,
-        task=resolved,
         images=ImageFiles(data, ids),
         notes=(*notes, *more),
     )
@@ -198,13 +179,15 @@ def _lines(data: str, name: str) -> list[str]:
 
 def _wordnet_names(data: str, wnids: list[str]) -> tuple[list[str], list[str]]:
     """What the classes are called: the first words of words.txt, where they are there."""
-    if not wnids:
-        raise SourceError(f"wnids.txt of the Tiny ImageNet in {data} is empty; unpack the archive again.")
     if not os.path.exists(os.path.join(data, "words.txt")):
         return wnids, ["words.txt is missing: the classes bear their WordNet numbers."]
     pairs = (line.partition("\t") for line in _lines(data, "words.txt"))
     words = {wnid: names.split(",")[0].strip() for wnid, _, names in pairs}
     return unique_names([words.get(wnid) or wnid for wnid in wnids]), []
+
+
+def _images(data: str, folder: str) -> list[str]:
+    return [f"{folder}/{name}" for name in list_folder(os.path.join(data, folder))[0] if is_image(name)]
 
 
 def _in_class_folders(data: str, split: str, wnids: list[str]) -> dict[str, str]:
@@ -215,56 +198,48 @@ def _in_class_folders(data: str, split: str, wnids: list[str]) -> dict[str, str]
 
 def _train(data: str, wnids: list[str]) -> dict[str, str]:
     """id → class of the training images."""
-    found = _in_class_folders(data, "train", wnids)
-    strange = sorted(set(_folders(data, "train")) - set(wnids))
+    train = _in_class_folders(data, "train", wnids)
+    strange = [name for name in list_folder(os.path.join(data, "train"))[1] if name not in wnids]
+    absent = sorted(set(wnids) - set(train.values()))
+    again = "; unpack the archive again."
     if strange:
         raise SourceError(
             f"train holds the class folders {abbreviated(strange, 3)}, which wnids.txt in {data} does not name."
         )
-    absent = sorted(set(wnids) - set(found.values()))
-    if found and absent:
-        raise SourceError(
-            f"wnids.txt in {data} names {abbreviated(absent, 3)}, of which train has no image; unpack the archive "
-            "again."
-        )
-    return found
+    if not train:
+        raise SourceError(f"train in {data} holds no image of the classes of wnids.txt{again}")
+    if absent:
+        raise SourceError(f"wnids.txt in {data} names {abbreviated(absent, 3)}, of which train has no image{again}")
+    return train
 
 
 def _val(data: str, wnids: list[str]) -> tuple[dict[str, str], list[str]]:
     """id → class of the images of val, and what to say of them."""
     together = _images(data, "val/images")
-    if found := _in_class_folders(data, "val", wnids):
+    if sorted_in := _in_class_folders(data, "val", wnids):
         again = f"val is sorted into class folders: the {len(together):,} images of val/images were left out."
-        return found, [again] if together else []
+        return sorted_in, [again] if together else []
     if not together and not os.path.exists(os.path.join(data, _ANNOTATIONS)):
         return {}, [f"There are no images of val in {data}."]
-    found = _annotated(data, set(wnids))
-    extra = [name for name in together if name not in found]
+    annotated = _annotated(data, wnids)
+    extra = [name for name in together if name not in annotated]
     notes = [f"{len(extra):,} images of val are not in val_annotations.txt and have no label."] if extra else []
-    return found | dict.fromkeys(extra, ""), notes
+    return annotated | dict.fromkeys(extra, ""), notes
 
 
-def _annotated(data: str, wnids: set[str]) -> dict[str, str]:
+def _annotated(data: str, wnids: list[str]) -> dict[str, str]:
     """id → class of the images that val_annotations.txt lists, whether they are there or not (one that is not is a
     named failure when it is read)."""
-    found: dict[str, str] = {}
+    annotated: dict[str, str] = {}
     for number, line in enumerate(_lines(data, _ANNOTATIONS), 1):
         if not line.strip():
             continue
         name, _, rest = line.partition("\t")
         wnid = rest.split("\t")[0].strip()
-        if wnid not in wnids or "/" in name or f"val/images/{name}" in found:
+        if wnid not in wnids or "/" in name or f"val/images/{name}" in annotated:
             raise SourceError(
                 f"line {number:,} of {_ANNOTATIONS} in {data} is {line[:60]!r}; expected a file's name, a tab and one "
                 "of the classes of wnids.txt, each name once."
             )
-        found[f"val/images/{name}"] = wnid
-    return found
-
-
-def _images(data: str, folder: str) -> list[str]:
-    return [f"{folder}/{entry}" for entry in _entries(os.path.join(data, folder)) if is_image(entry)]
-
-
-def _folders(data: str, folder: str) -> list[str]:
-    return [entry for entry in _entries(os.path.join(data, folder)) if os.path.isdir(os.path.join(data, folder, entry))]
+        annotated[f"val/images/{name}"] = wnid
+    return annotated

@@ -87,17 +87,14 @@ def describe_dataset(
     """Count, and look at the headers of at most ``LOOKED_AT`` images spread over the dataset. ``digests`` [N], where
     they are known (empty for an image that could not be read), give the copies; ``headers``, where some were looked at
     before (row → width, height and kind of pixels, or why not), are not looked at again."""
-    present = set(dataset.splits)
-    splits = [split for split in _ORDER if split in present]
+    splits = [split for split in _ORDER if split in set(dataset.splits)]
     column = np.fromiter(map(splits.index, dataset.splits), np.int64, len(dataset))
     headers = _look_at_some(dataset) if headers is None else headers
 
     def by_split(rows: np.ndarray) -> list[int]:
-        counts: list[int] = np.bincount(column[rows], minlength=len(splits)).tolist()
-        return counts
+        return [int(count) for count in np.bincount(column[rows], minlength=len(splits))]
 
     looks = [header for header in headers.values() if not isinstance(header, str)]
-    unreadable = [(dataset.shown(row), header) for row, header in headers.items() if isinstance(header, str)]
     areas = sorted(looks, key=lambda look: (look[0] * look[1], look[:2]))
     sizes = {"smallest": areas[0], "median": areas[len(areas) // 2], "largest": areas[-1]} if areas else {}
     return Description(
@@ -109,10 +106,10 @@ def describe_dataset(
         counts=[by_split(in_class(dataset, number)) for number in range(len(dataset.classes))],
         unlabelled=by_split(is_unlabelled(dataset)),
         totals=by_split(np.ones(len(dataset), bool)),
-        looked_at=len(looks) + len(unreadable),
+        looked_at=len(headers),
         sizes={name: [width, height] for name, (width, height, _) in sizes.items()},
         kinds=dict(Counter(kind for _, _, kind in looks).most_common()),
-        unreadable=unreadable,
+        unreadable=[(dataset.shown(row), header) for row, header in headers.items() if isinstance(header, str)],
         copies=None if digests is None else _copies(dataset, digests),
         notes=list(dataset.notes),
     )
@@ -135,40 +132,34 @@ def _look_at_some(dataset: Dataset) -> dict[int, tuple[int, int, str] | str]:
 
 def in_class(dataset: Dataset, number: int) -> np.ndarray:
     """bool [N]: the images of class ``number``, or with that label."""
-    mask: np.ndarray = dataset.labels[:, number] == 1 if dataset.labels.ndim == 2 else dataset.labels == number
-    return mask
+    return np.asarray(dataset.labels[:, number] == 1 if dataset.labels.ndim == 2 else dataset.labels == number)
 
 
 def is_unlabelled(dataset: Dataset) -> np.ndarray:
-    mask: np.ndarray = np.isnan(dataset.labels).any(1) if dataset.labels.ndim == 2 else dataset.labels == -1
-    return mask
+    """bool [N]: the images without a label, or with an unknown one of several."""
+    return np.asarray(np.isnan(dataset.labels).any(1) if dataset.labels.ndim == 2 else dataset.labels == -1)
 
 
 def _copies(dataset: Dataset, digests: Sequence[str | bytes | None] | np.ndarray) -> Duplicates:
     assert len(digests) == len(dataset), (len(digests), len(dataset))
     if not isinstance(digests, np.ndarray):
         digests = np.array([d.decode() if isinstance(d, bytes) else d or "" for d in digests])
-    known = np.flatnonzero(digests != digests.dtype.type())
-    distinct, image = np.unique(digests[known], return_inverse=True)
-    splits = np.array(dataset.splits)[known]
+    readable = np.flatnonzero(digests != digests.dtype.type())
+    distinct, image = np.unique(digests[readable], return_inverse=True)
+    splits = np.array(dataset.splits)[readable]
     by_split = {split: image[splits == split] for split in _ORDER if (splits == split).any()}
     images = {split: np.unique(rows) for split, rows in by_split.items()}
-    both = {(a, b): np.intersect1d(images[a], images[b], True) for a, b in combinations(images, 2) if a and b}
-    return Duplicates(
-        total=len(known) - len(distinct),
-        within={split: len(rows) - len(images[split]) for split, rows in by_split.items()},
-        across={f"{a}+{b}": len(rows) for (a, b), rows in both.items()},
-        two_labels=_two_labels(dataset.labels[known], image),
-    )
-
-
-def _two_labels(labels: np.ndarray, image: np.ndarray) -> int:
-    """Of images [n] that bear labels [n] or [n, L]: how many distinct ones bear different labels (NaN is one)."""
+    pairs = [(a, b) for a, b in combinations(images, 2) if a and b]
     order = np.argsort(image, kind="stable")
-    labels, image = labels.reshape(len(labels), -1)[order], image[order]
-    again = image[1:] == image[:-1]  # the same image as the row before
-    differs = (labels[1:] != labels[:-1]) & ((labels[1:] == labels[1:]) | (labels[:-1] == labels[:-1]))
-    return len(np.unique(image[1:][again & differs.any(1)]))
+    ordered, labels = image[order], dataset.labels[readable].reshape(len(readable), -1)[order]
+    labels = np.nan_to_num(labels, nan=-1)  # unknown is a label of its own
+    contradicts = (ordered[1:] == ordered[:-1]) & (labels[1:] != labels[:-1]).any(1)
+    return Duplicates(
+        total=len(readable) - len(distinct),
+        within={split: len(rows) - len(images[split]) for split, rows in by_split.items()},
+        across={f"{a}+{b}": len(np.intersect1d(images[a], images[b], True)) for a, b in pairs},
+        two_labels=len(np.unique(ordered[1:][contradicts])),
+    )
 
 
 def _table(summary: Description) -> list[str]:
@@ -279,17 +270,17 @@ def contact_sheet(dataset: Dataset, path: str | Path, per_class: int = 8) -> Non
     """A PNG with ``per_class`` images of each class and split, as a backbone will see them before resizing."""
     assert per_class > 0
     splits, several = np.asarray(dataset.splits), dataset.labels.ndim == 2
-    groups = [(name, in_class(dataset, number)) for number, name in enumerate(dataset.classes)]
     others = ("none positive", ~(dataset.labels == 1).any(1)) if several else ("no label", is_unlabelled(dataset))
+    groups = [(name, in_class(dataset, number)) for number, name in enumerate(dataset.classes)]
     groups = [(name, images) for name, images in (*groups, others) if images.any()]
     sections = []
     for name, images in groups[:MOST_CLASSES]:
-        strips = [(split, np.flatnonzero(images & (splits == split))) for split in _ORDER]
-        rows = [
-            ((split or "no split", f"{len(rows):,}") if any(dataset.splits) else ("", ""),
-             _cells(dataset, evenly_spaced(rows, per_class)))
-            for split, rows in strips if len(rows)
-        ]  # fmt: skip
+        rows = []
+        for split in _ORDER:
+            chosen = np.flatnonzero(images & (splits == split))
+            words = (split or "no split", f"{len(chosen):,}") if any(dataset.splits) else ("", "")
+            if len(chosen):
+                rows.append((words, _cells(dataset, evenly_spaced(chosen, per_class))))
         sections.append(SheetSection(name, f"{int(images.sum()):,} images", rows))
     cut = f", the first {MOST_CLASSES} of {len(groups):,} classes" if len(groups) > MOST_CLASSES else ""
     about = f"{len(dataset):,} images, {dataset.task}{cut}"
@@ -316,29 +307,24 @@ def short_name(name: str) -> str:
 def _picture(
     sheet: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int], read: Callable[[], EncodedImage]
 ) -> None:
-    """What ``read`` gives in a cell; where it raises UnreadableImage an empty frame with the reason."""
+    """What ``read`` gives in a cell, whole: small ones enlarged by whole pixels, so that they show as what they are.
+    Where it raises UnreadableImage an empty frame with the reason."""
     from PIL import Image
 
     x, y = corner
     pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], _MAT)
     try:
-        pixels = decode(read()).permute(1, 2, 0).numpy()
-        image = _fitted(Image.fromarray(np.ascontiguousarray(pixels)))
+        image = Image.fromarray(np.ascontiguousarray(decode(read()).permute(1, 2, 0).numpy()))
+        longest = max(image.size)
+        small = longest * 2 <= CELL
+        scale = CELL // longest if small else CELL / longest
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        image = image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
         sheet.paste(image, (x + (CELL - image.width) // 2, y + (CELL - image.height) // 2))
     except UnreadableImage as error:
         pen.rectangle([x, y, x + CELL - 1, y + CELL - 1], outline=_ALARM)
         for line, words in enumerate(textwrap.wrap(str(error), 16)[:6]):
             _write(pen, (x + 6, y + 8 + line * LINE), words, 11, _ALARM, CELL - 12)
-
-
-def _fitted(image: Image.Image) -> Image.Image:
-    """In the cell, whole: small ones enlarged by whole pixels, so that they show as what they are."""
-    from PIL import Image
-
-    longest = max(image.size)
-    scale = CELL // longest if longest * 2 <= CELL else CELL / longest
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Image.Resampling.NEAREST if longest * 2 <= CELL else Image.Resampling.LANCZOS)
 
 
 def _write(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int, colour: str, width: float) -> None:

@@ -25,55 +25,34 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
-
-from featurecache.errors import SourceError, nearest
+from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles, safe_name, source_record
+from featurecache.sources.base import Dataset, ImageFiles, package
 from featurecache.sources.folders import is_image
-from featurecache.sources.labels import (
-    ROLES,
-    finite_number,
-    groups_or_ids,
-    labels_of_listed,
-    labels_of_text,
-    resolve_labels,
-    several_labels_of_text,
-    split_names,
-)
+from featurecache.sources.labels import ROLES, Annotations, annotations_of_text, find_roles, resolve_labels
 
 TABLES = (".csv", ".tsv", ".parquet", ".pq")  # endings
 _CELLS = 1 << 30  # of a Parquet table: a few bytes of it can stand for any number
 _TRIED = 20  # paths tried at opening
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
-    """Columns of text, and the number by which a person finds a row (a CSV's line; of Parquet the row, from 1)."""
+    """Columns of text, and by what a person finds a row: a CSV's line, of Parquet the row from 1, a name."""
 
     file: str
     columns: dict[str, list[str]]
-    numbers: Sequence[int]
+    places: Sequence[int] | Sequence[str]
 
     @property
     def name(self) -> str:
         return os.path.basename(self.file)
 
     def row(self, index: int) -> str:
-        return f"{self.name} row {self.numbers[index]:,}"
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """What a table says of images, in the order of its rows."""
-
-    ids: list[str] | None  # None: it has no column of paths
-    labels: np.ndarray
-    splits: list[str]
-    groups: list[str] | None
-    meta: dict[str, list[str] | np.ndarray]
-    classes: list[str]
+        place = self.places[index]
+        return place if isinstance(place, str) else f"{self.name} row {place:,}"
 
 
 def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> Dataset:
@@ -81,23 +60,20 @@ def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> D
     table = _read_table(data)
     roles = _find_roles(table, columns or {})
     ids = _paths(table, roles["path"][0])
-    rows = _annotations(table, roles, task, ids)
-    labels, classes, resolved = resolve_labels(rows.labels, rows.classes, task, table.name)
+    rows = annotations_of_text(table.columns, roles, ids, task, table.row)
+    labelled = resolve_labels(rows.labels, rows.classes, task, table.name)
     images, notes = _image_files(os.path.dirname(data), ids)
-    if resolved == "unlabelled" and task is None:
+    if labelled.task == "unlabelled" and task is None:
         others = f" among {abbreviated(list(rows.meta), 8)}" if rows.meta else ""
         note = f"No column of labels was found{others}: --column label=NAME names one, or several: label=A,B,C."
         notes.insert(0, note)
     return Dataset(
-        name=safe_name(table.name.rsplit(".", 1)[0]),
-        source=source_record("table", data, columns, task),
+        name=table.name.rsplit(".", 1)[0],
         ids=ids,
-        labels=labels,
+        **labelled._asdict(),
         splits=rows.splits,
         groups=rows.groups,
         meta=rows.meta,
-        classes=classes,
-        task=resolved,
         images=images,
         notes=tuple(notes),
     )
@@ -115,8 +91,8 @@ def read_annotations(data: str, columns: dict[str, str] | None, task: str | None
             "names one."
         )
     ids = _paths(table, roles["path"][0]) if roles["path"] else None
-    own = [f"{table.name}:{row}" for row in range(len(table.numbers))]  # one without a group is a group of its own
-    return replace(_annotations(table, roles, task, ids or own), ids=ids)
+    own = [f"{table.name}:{row}" for row in range(len(table.places))]  # one without a group is a group of its own
+    return replace(annotations_of_text(table.columns, roles, ids or own, task, table.row), ids=ids)
 
 
 def annotate(
@@ -125,39 +101,21 @@ def annotate(
     """What columns say of images whose ``ids`` are there; labels may be missing. ``classes``, in their order: those of
     which the labels are names, or numbers from 0."""
     roles = _find_roles(table, {**columns, "path": ""}, needs_path=False)
-    if not classes or len(roles["label"]) != 1 or task in ("unlabelled", "multilabel"):
-        return _annotations(table, roles, task, ids)
-    labels, listed = labels_of_listed(table.columns[roles["label"][0]], classes, table.row)
-    return replace(_annotations(table, roles, "unlabelled", ids), labels=labels, classes=listed)
-
-
-def _annotations(table: Table, roles: dict[str, list[str]], task: str | None, ids: list[str]) -> Annotations:
-    splits = [""] * len(table.numbers)
-    if roles["split"]:
-        name, remedy = roles["split"][0], "If this column is no split: --column split= (with nothing behind it)."
-        splits = split_names(table.columns[name], lambda row: f"{table.row(row)}: {name!r}", remedy)
-    names, classes = roles["label"], list[str]()
-    if len(names) > 1 or (names and task == "multilabel"):
-        labels = several_labels_of_text({name: table.columns[name] for name in names}, table.row)
-        classes = names
-    elif names and task != "unlabelled":
-        labels, classes = labels_of_text(table.columns[names[0]], splits, table.row)
-    else:
-        labels = np.full(len(splits), -1, np.int64)
-    groups = groups_or_ids(table.columns[roles["group"][0]], ids) if roles["group"] else None
-    used = {name for columns in roles.values() for name in columns}
-    meta = {name: _numbers_or_text(table.columns[name]) for name in table.columns if name not in used}
-    return Annotations(ids, labels, splits, groups, meta, classes)
+    return annotations_of_text(table.columns, roles, ids, task, table.row, classes)
 
 
 # -- reading
 
 
-def _read_table(data: str) -> Table:
-    return (_read_parquet if data.lower().endswith((".parquet", ".pq")) else _read_csv)(data)
+def _read_table(file: str) -> Table:
+    read = _read_parquet if file.lower().endswith((".parquet", ".pq")) else _read_csv
+    names, columns, places = read(file)
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise SourceError(f"{file} has the column {repeated[0]!r} more than once; rename one.")
+    return Table(file, dict(zip(names, columns, strict=True)), places)
 
 
-def _read_csv(file: str) -> Table:
+def _read_csv(file: str) -> tuple[list[str], list[list[str]], Sequence[int]]:
     try:
         with open(file, encoding="utf-8-sig", newline="") as lines:
             header = lines.readline()
@@ -174,36 +132,31 @@ def _read_csv(file: str) -> Table:
         there = "a header only" if rows else "no rows"
         raise SourceError(f"{file} has {there}; expected a header and a row for each image.")
     names = [name.strip() or f"column {number}" for number, name in enumerate(rows.pop(0)[1], 1)]
-    _refuse_repeated(file, names)
     for number, row in rows:
         if len(row) != len(names):
             raise SourceError(
                 f"{os.path.basename(file)} row {number:,} has {len(row)} fields, the header {len(names)} "
                 f"({abbreviated(names)}): write a field that holds {delimiter!r} in quotes."
             )
-    columns = {name: [row[place].strip() for _, row in rows] for place, name in enumerate(names)}
-    return Table(file, columns, [number for number, _ in rows])
+    columns = [[row[place].strip() for _, row in rows] for place in range(len(names))]
+    return names, columns, [number for number, _ in rows]
 
 
-def _read_parquet(file: str) -> Table:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise SourceError(
-            f"{file} needs pyarrow to be read: pip install 'featurecache[parquet]', or save the table as CSV."
-        ) from error
+def _read_parquet(file: str) -> tuple[list[str], list[list[str]], Sequence[int]]:
+    """As the CSV of the same table has it."""
+    arrow = package("pyarrow", "parquet", f"to read {file} (or save the table as CSV)")
+    from pyarrow import parquet
+
     try:
         with parquet.ParquetFile(file) as opened:
-            rows, columns_there = opened.metadata.num_rows, opened.metadata.num_columns
-        if rows * max(columns_there, 1) > _CELLS:
+            rows, width = opened.metadata.num_rows, opened.metadata.num_columns
+        if rows * max(width, 1) > _CELLS:
             raise SourceError(
-                f"{file} declares {rows:,} rows of {columns_there:,} columns; more than {_CELLS:,} cells are not read."
+                f"{file} declares {rows:,} rows of {width:,} columns; more than {_CELLS:,} cells are not read."
             )
         table = parquet.read_table(file)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError) as error:
         raise SourceError(f"{file} cannot be read as Parquet ({str(error).splitlines()[0]}).") from error
-    _refuse_repeated(file, table.column_names)
     if nested := [field.name for field in table.schema if not _is_plain(field.type)]:
         raise SourceError(
             f"{os.path.basename(file)} holds other than text and numbers in {abbreviated(nested)}; expected paths of "
@@ -211,70 +164,35 @@ def _read_parquet(file: str) -> Table:
         )
     if not table.num_rows:
         raise SourceError(f"{file} has no rows; expected one for each image.")
-    columns = {  # as the CSV of the same table has them
-        name: ["" if value is None or value != value else str(value).strip() for value in table[name].to_pylist()]
-        for name in table.column_names
-    }
-    return Table(file, columns, range(1, table.num_rows + 1))
+
+    def text(value: Any) -> str:
+        return "" if value is None or value != value else str(value).strip()
+
+    columns = [[text(value) for value in column.to_pylist()] for column in table.columns]
+    return table.column_names, columns, range(1, table.num_rows + 1)
 
 
-def _is_plain(kind: object) -> bool:
+def _is_plain(kind: Any) -> bool:
     from pyarrow import types
 
-    if types.is_dictionary(kind):
-        kind = kind.value_type  # type: ignore[attr-defined]
+    kind = kind.value_type if types.is_dictionary(kind) else kind
     return not (types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind))
-
-
-def _refuse_repeated(file: str, names: list[str]) -> None:
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise SourceError(f"{file} has the column {repeated!r} more than once; rename one.")
 
 
 # -- what each column is
 
 
 def _find_roles(table: Table, requested: dict[str, str], *, needs_path: bool = True) -> dict[str, list[str]]:
-    """Role -> its columns: as requested, else by name."""
-    unknown = next((role for role in requested if role not in ROLES), None)
-    if unknown is not None:
-        raise SourceError(f"columns cannot name a {unknown!r}; they name {', '.join(ROLES)}.")
-    elsewhere = {name for names in requested.values() for name in names.split(",")}
+    """Role → its columns: as requested, else by name."""
     plain = {name: re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in table.columns}
-    roles: dict[str, list[str]] = {}
-    for role, names in ROLES.items():
-        if role in requested:
-            roles[role] = _requested_columns(table, role, requested[role])
-        else:
-            roles[role] = [name for name in table.columns if plain[name] in names and name not in elsewhere]
-            if len(roles[role]) > 1:
-                raise SourceError(
-                    f"{table.name} has several columns that could be the {role}: {abbreviated(roles[role])}. "
-                    f"Say which: --column {role}={roles[role][0]}."
-                )
+    candidates = {role: [name for name in plain if plain[name] in names] for role, names in ROLES.items()}
+    roles = find_roles(table.name, list(plain), requested, candidates, several_labels=True)
     if needs_path and not roles["path"]:
         raise SourceError(
-            f"{table.name} has no column of image paths among {abbreviated(list(table.columns), 8)}; expected one "
+            f"{table.name} has no column of image paths among {abbreviated(list(plain), 8)}; expected one "
             f"called {abbreviated(ROLES['path'], 4)}, or --column path=NAME."
         )
-    used = [name for names in roles.values() for name in names]
-    twice = next((name for name in used if used.count(name) > 1), None)
-    if twice is not None:
-        raise SourceError(f"the column {twice!r} of {table.name} cannot be two things at once ({requested}).")
     return roles
-
-
-def _requested_columns(table: Table, role: str, text: str) -> list[str]:
-    """The columns of ``A,B``; a name with a comma in it is one column where the table has it."""
-    names = [text] if text in table.columns else [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in table.columns:
-            there = f"{abbreviated(list(table.columns), 8)}.{nearest(name, table.columns)}"
-            raise SourceError(f"{table.name} has no column {name!r}; it has {there}")
-    if len(names) > 1 and role != "label":
-        raise SourceError(f"the {role} is one column of {table.name}, not {len(names)} ({text}).")
-    return names
 
 
 def _paths(table: Table, name: str) -> list[str]:
@@ -284,25 +202,9 @@ def _paths(table: Table, name: str) -> list[str]:
         if not path:
             raise SourceError(f"{table.row(row)} has no path in its column {name!r}.")
         if (first := seen.setdefault(path, row)) != row:
-            raise SourceError(
-                f"{table.name} lists {path} twice (rows {table.numbers[first]:,} and {table.numbers[row]:,}); "
-                "expected one row for each image."
-            )
+            rows = f"rows {table.places[first]:,} and {table.places[row]:,}"
+            raise SourceError(f"{table.name} lists {path} twice ({rows}); expected one row for each image.")
     return ids
-
-
-def _numbers_or_text(values: list[str]) -> list[str] | np.ndarray:
-    """A further column: int64 or float64 (empty: NaN) where every cell is a number, else the text."""
-    numbers = {value: finite_number(value) for value in set(values)}
-    missing = {value for value in numbers if not value or value.lower() == "nan"}
-    code = any(re.match(r"^[-+]?0\d", value) for value in numbers)  # 007 is a code: as a number it would lose zeros
-    text = any(number is None for value, number in numbers.items() if value not in missing)
-    if code or text or len(missing) == len(numbers):
-        return values
-    try:
-        return np.array([int(value) for value in values], np.int64)
-    except (ValueError, OverflowError):
-        return np.array([np.nan if value in missing else numbers[value] for value in values], np.float64)
 
 
 # -- the files that the paths name
@@ -311,22 +213,20 @@ def _numbers_or_text(values: list[str]) -> list[str] | np.ndarray:
 def _image_files(folder: str, names: list[str]) -> tuple[ImageFiles, list[str]]:
     """The files of ``names``, relative to ``folder``; what to say where the first of them are not there. Raises
     SourceError."""
-    images = ImageFiles(folder, names)
-    tried, above = range(min(_TRIED, len(names))), ImageFiles(os.path.dirname(folder), names)
+    images, above = ImageFiles(folder, names), ImageFiles(os.path.dirname(folder), names)
+    tried = range(min(_TRIED, len(names)))
     if any(os.path.exists(images.path(row)) for row in tried):
         return images, []
     if "/" in names[0] and any(os.path.exists(above.path(row)) for row in tried):
         return above, [f"Paths are relative to {above.root}, the folder above that of the table."]
     paths = names if any("/" in name for name in names) else _paths_below(folder, names)
-    located = sum(path != name for path, name in zip(paths, names, strict=True))
-    if located:
+    if located := sum(path != name for path, name in zip(paths, names, strict=True)):
         counts = f"{located:,} of {len(names):,}"
         return ImageFiles(folder, paths), [f"The table gives bare names: {counts} were found in the folders below it."]
     first = images.path(0)
     stem = f"; {first}.png would be: the paths lack their ending" if os.path.exists(first + ".png") else ""
-    return images, [
-        f"None of the first {len(tried):,} images is there (looked for {first}{stem}). Paths are relative to {folder}."
-    ]
+    looked = f"looked for {first}{stem}"
+    return images, [f"None of the first {len(tried):,} images is there ({looked}). Paths are relative to {folder}."]
 
 
 def _paths_below(folder: str, names: Sequence[str]) -> list[str]:
@@ -338,10 +238,9 @@ def _paths_below(folder: str, names: Sequence[str]) -> list[str]:
             if is_image(file) and not file.startswith("."):
                 for word in {file, os.path.splitext(file)[0]} & paths.keys():
                     paths[word].append(os.path.relpath(os.path.join(place, file), folder))
-    twice = next((name for name, several in paths.items() if len(several) > 1), None)
-    if twice is not None:
+    if twice := [name for name, several in paths.items() if len(several) > 1]:
         raise SourceError(
-            f"{twice} stands for {abbreviated(sorted(paths[twice]), 3)} in {folder}; expected one file of that name. "
-            "Remove the others, or write the paths with their folders."
+            f"{twice[0]} stands for {abbreviated(sorted(paths[twice[0]]), 3)} in {folder}; expected one file of that "
+            "name. Remove the others, or write the paths with their folders."
         )
     return [several[0] if several else name for name, several in paths.items()]

@@ -39,95 +39,85 @@ class TorchvisionSet:
     note: str = ""
 
 
+def _split(images: Any, labels: Any, classes: Sequence[Any], **more: Any) -> Split:
+    """Paths as text; labels that are None, as in a test set without any, as -1; where torchvision has several words for
+    a class, all of them."""
+    images = [str(path) for path in images] if isinstance(images, list) else images
+    numbers = np.array([-1 if value is None else int(value) for value in labels], np.int64)
+    return Split(images, numbers, [name if isinstance(name, str) else ", ".join(name) for name in classes], **more)
+
+
 def _files(paths: str, labels: str) -> Callable[[Any], Split]:
     """Attributes that hold the paths, and the labels as numbers."""
-    return lambda found: Split(
-        [str(path) for path in getattr(found, paths)], _numbers(getattr(found, labels)), _names(found.classes)
-    )
+    return lambda opened: _split(list(getattr(opened, paths)), getattr(opened, labels), opened.classes)
 
 
 def _samples(attribute: str = "samples", classes: Sequence[str] = ()) -> Callable[[Any], Split]:
     """An attribute that holds pairs of a path and a number."""
-    return lambda found: Split(
-        [path for path, _ in getattr(found, attribute)],
-        _numbers([label for _, label in getattr(found, attribute)]),
-        list(classes) or _names(found.classes),
-    )
+
+    def read(opened: Any) -> Split:
+        pairs = getattr(opened, attribute)
+        return _split([path for path, _ in pairs], [label for _, label in pairs], classes or opened.classes)
+
+    return read
 
 
 def _arrays(labels: str = "targets", classes: Sequence[str] = (), planes: bool = False) -> Callable[[Any], Split]:
     """Pixels in ``data`` ([n, H, W] or, as ``planes``, [n, 3, H, W]) and numbers in another attribute."""
 
-    def read(found: Any) -> Split:
-        pixels = np.asarray(found.data)
-        numbers = np.asarray(getattr(found, labels))
-        pixels = pixels.transpose(0, 2, 3, 1) if planes else pixels
-        return Split(pixels, _numbers(numbers if numbers.ndim == 1 else numbers[:, 0]), list(classes) or found.classes)
+    def read(opened: Any) -> Split:
+        pixels, numbers = np.asarray(opened.data), np.asarray(getattr(opened, labels))
+        numbers = numbers if numbers.ndim == 1 else numbers[:, 0]
+        return _split(pixels.transpose(0, 2, 3, 1) if planes else pixels, numbers, classes or opened.classes)
 
     return read
 
 
-def _numbers(values: Any) -> np.ndarray:
-    """int64 [n]; None, as in a test set without labels, is -1."""
-    return np.array([-1 if value is None else int(value) for value in values], np.int64)
-
-
-def _names(classes: Sequence[Any]) -> list[str]:
-    """Where torchvision has several words for a class, all of them."""
-    return [name if isinstance(name, str) else ", ".join(name) for name in classes]
-
-
-def _clevr(found: Any) -> Split:
+def _clevr(opened: Any) -> Split:
     """The class is the number of things in the scene, 3 to 10 (Zhai et al. 2019, VTAB)."""
-    counts = [str(number) for number in range(3, 11)]
-    labels = _numbers(found._labels)
-    return Split([str(path) for path in found._image_files], np.where(labels < 0, -1, labels - 3), counts)
+    labels = [None if count is None else count - 3 for count in opened._labels]
+    return _split(list(opened._image_files), labels, [str(count) for count in range(3, 11)])
 
 
 def _caltech(folder: str, form: str) -> Callable[[Any], Split]:
     """A folder for each class; ``form`` of the files' names, of the class from 1 and the number of the image."""
 
-    def read(found: Any) -> Split:
-        rows = [(found.categories[y], form.format(y + 1, k)) for y, k in zip(found.y, found.index, strict=True)]
-        return Split([os.path.join(found.root, folder, *row) for row in rows], _numbers(found.y), found.categories)
+    def read(opened: Any) -> Split:
+        rows = [(opened.categories[y], form.format(y + 1, k)) for y, k in zip(opened.y, opened.index, strict=True)]
+        return _split([os.path.join(opened.root, folder, *row) for row in rows], opened.y, opened.categories)
 
     return read
 
 
-def _omniglot(found: Any) -> Split:
-    rows = found._flat_character_images
-    paths = [os.path.join(found.target_folder, found._characters[label], name) for name, label in rows]
-    return Split(paths, _numbers([label for _, label in rows]), found._characters)
+def _omniglot(opened: Any) -> Split:
+    rows, classes = opened._flat_character_images, opened._characters
+    paths = [os.path.join(opened.target_folder, classes[label], name) for name, label in rows]
+    return _split(paths, [label for _, label in rows], classes)
 
 
-def _inaturalist(found: Any) -> Split:
-    paths = [os.path.join(found.root, found.all_categories[label], name) for label, name in found.index]
-    return Split(paths, _numbers([label for label, _ in found.index]), found.all_categories)
+def _inaturalist(opened: Any) -> Split:
+    paths = [os.path.join(opened.root, opened.all_categories[label], name) for label, name in opened.index]
+    return _split(paths, [label for label, _ in opened.index], opened.all_categories)
 
 
-def _lfw(found: Any) -> Split:
-    return Split(found.data, _numbers(found.targets), list(found.class_to_idx))
-
-
-def _celeba(found: Any) -> Split:
+def _celeba(opened: Any) -> Split:
     """Forty attributes; the group is the person."""
-    folder = os.path.join(found.root, found.base_folder, "img_align_celeba")
-    names = [name for name in found.attr_names if name]
-    people = [str(person) for person in found.identity[:, 0].tolist()]
-    paths = [os.path.join(folder, name) for name in found.filename]
-    return Split(paths, found.attr.numpy().astype(np.float32), names, people)
+    folder = os.path.join(opened.root, opened.base_folder, "img_align_celeba")
+    people = [str(person) for person in opened.identity[:, 0].tolist()]
+    paths = [os.path.join(folder, name) for name in opened.filename]
+    return Split(paths, opened.attr.numpy().astype(np.float32), [name for name in opened.attr_names if name], people)
 
 
-def _emnist(found: Any) -> Split:
+def _emnist(opened: Any) -> Split:
     """The letters begin at 1; the class 0, which nothing has, is left out."""
-    split = _arrays()(found)
+    split = _arrays()(opened)
     return replace(split, labels=split.labels - 1, classes=split.classes[1:]) if split.classes[0] == "N/A" else split
 
 
-def _fer(found: Any) -> Split:
+def _fer(opened: Any) -> Split:
     words = ["angry", "disgust", "fear", "happy", "sad", "surprise", "neutral"]
-    pixels = np.stack([image.numpy() for image, _ in found._samples])
-    return Split(pixels, _numbers([label for _, label in found._samples]), words)
+    pixels = np.stack([image.numpy() for image, _ in opened._samples])
+    return _split(pixels, [label for _, label in opened._samples], words)
 
 
 @dataclass(frozen=True)
@@ -148,14 +138,18 @@ class _H5Rows:
             return image
 
 
-def _pcam(found: Any) -> Split:
+def _pcam(opened: Any) -> Split:
     import h5py
 
-    names = found._FILES[found._split]
-    with h5py.File(found._base_folder / names["targets"][0]) as opened:
-        labels = opened["y"][:].reshape(-1)
-    file = str(found._base_folder / names["images"][0])
-    return Split(_H5Rows(file, len(found)), _numbers(labels), ["no tumour", "tumour"], files=(file,))
+    names = opened._FILES[opened._split]
+    with h5py.File(opened._base_folder / names["targets"][0]) as targets:
+        labels = targets["y"][:].reshape(-1)
+    file = str(opened._base_folder / names["images"][0])
+    return _split(_H5Rows(file, len(opened)), labels, ["no tumour", "tumour"], files=(file,))
+
+
+def _variants(argument: str, *words: str) -> dict[str, dict[str, Any]]:
+    return {word: {argument: word} for word in words}
 
 
 _NONE: dict[str, dict[str, Any]] = {"": {}}
@@ -164,14 +158,16 @@ _TWO = {"train": {"split": "train"}, "test": {"split": "test"}}
 _THREE = {"train": {"split": "train"}, "val": {"split": "val"}, "test": {"split": "test"}}
 _VALID = {"train": {"split": "train"}, "val": {"split": "valid"}, "test": {"split": "test"}}
 _DIGITS = [str(digit) for digit in range(10)]
-_EMNIST = ("balanced", "byclass", "bymerge", "letters", "digits", "mnist")
+_EMNIST: dict[str, dict[str, Any]] = {"": {}} | _variants(
+    "split", "balanced", "byclass", "bymerge", "letters", "digits", "mnist"
+)
 
 SETS: dict[str, TorchvisionSet] = {
     "MNIST": TorchvisionSet(_TRAIN, _arrays()),
     "FashionMNIST": TorchvisionSet(_TRAIN, _arrays()),
     "KMNIST": TorchvisionSet(_TRAIN, _arrays()),
     "QMNIST": TorchvisionSet(_TRAIN, _arrays()),
-    "EMNIST": TorchvisionSet(_TRAIN, _emnist, {"": {}} | {word: {"split": word} for word in _EMNIST}),
+    "EMNIST": TorchvisionSet(_TRAIN, _emnist, _EMNIST),
     "SVHN": TorchvisionSet(_TWO, _arrays("labels", _DIGITS, planes=True), note="Its extra split is left out."),
     "STL10": TorchvisionSet(_TWO, _arrays("labels", planes=True), note="Its 100,000 unlabelled images are left out."),
     "USPS": TorchvisionSet(_TRAIN, _arrays("targets", _DIGITS)),
@@ -186,20 +182,18 @@ SETS: dict[str, TorchvisionSet] = {
     "StanfordCars": TorchvisionSet(_TWO, _samples("_samples"), fetches=False),
     "Imagenette": TorchvisionSet(
         {"train": {"split": "train"}, "val": {"split": "val"}}, _samples("_samples"),
-        {"full": {"size": "full"}, "320px": {"size": "320px"}, "160px": {"size": "160px"}},
+        _variants("size", "full", "320px", "160px"),
     ),
     "Flowers102": TorchvisionSet(_THREE, _files("_image_files", "_labels")),
     "Food101": TorchvisionSet(_TWO, _files("_image_files", "_labels")),
     "DTD": TorchvisionSet(_THREE, _files("_image_files", "_labels")),
     "FGVCAircraft": TorchvisionSet(
         _THREE, _files("_image_files", "_labels"),
-        {word: {"annotation_level": word} for word in ("variant", "family", "manufacturer")},
+        _variants("annotation_level", "variant", "family", "manufacturer"),
     ),
     "SUN397": TorchvisionSet(_NONE, _files("_image_files", "_labels")),
     "CLEVRClassification": TorchvisionSet(_THREE, _clevr),
-    "OxfordIIITPet": TorchvisionSet(
-        {"train": {"split": "trainval"}, "test": {"split": "test"}}, _files("_images", "_labels")
-    ),
+    "OxfordIIITPet": TorchvisionSet({**_TWO, "train": {"split": "trainval"}}, _files("_images", "_labels")),
     "Caltech101": TorchvisionSet(_NONE, _caltech("101_ObjectCategories", "image_{1:04d}.jpg")),
     "Caltech256": TorchvisionSet(_NONE, _caltech("256_ObjectCategories", "{0:03d}_{1:04d}.jpg")),
     "Omniglot": TorchvisionSet(
@@ -208,11 +202,11 @@ SETS: dict[str, TorchvisionSet] = {
     "CelebA": TorchvisionSet(_VALID, _celeba),
     "INaturalist": TorchvisionSet(
         _NONE, _inaturalist,
-        {"2021_valid": {"version": "2021_valid"}}
-        | {word: {"version": word} for word in ("2021_train_mini", "2021_train", "2019", "2018", "2017")},
+        _variants("version", "2021_valid", "2021_train_mini", "2021_train", "2019", "2018", "2017"),
     ),
     "LFWPeople": TorchvisionSet(
-        _NONE, _lfw, {word: {"image_set": word} for word in ("funneled", "deepfunneled", "original")}, fetches=False
+        _NONE, lambda opened: _split(opened.data, opened.targets, opened.class_to_idx),
+        _variants("image_set", "funneled", "deepfunneled", "original"), fetches=False,
     ),
     "Places365": TorchvisionSet(
         {"train": {"split": "train-standard"}, "val": {"split": "val"}}, _samples("imgs"),

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import pickle  # only its parser; see above
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ import numpy as np
 
 from featurecache.errors import NotFetched, SourceError, first_line, nearest
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageArrays, ImageFiles, ImageRows, ImageSource, safe_name, source_record
-from featurecache.sources.fetching import SourceOptions, beside, data_folder, fetching, not_here
+from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
+from featurecache.sources.fetching import SourceOptions, beside, data_folder, not_here
 from featurecache.sources.labels import resolve_labels, unique_names
 from featurecache.sources.torchvision_catalogue import SETS, Split
 
@@ -50,19 +49,15 @@ def open_torchvision(words: str, task: str | None) -> Dataset:
     if any(part.classes != parts[0].classes for part in parts):
         raise SourceError(f"the splits of {options.name} in {folder} have different classes; fetch it again.")
     ids, images = _images(options, folder, splits)
-    names = unique_names(parts[0].classes)
-    labels, classes, resolved = resolve_labels(np.concatenate([p.labels for p in parts]), names, task, options.name)
-    grouped = all(part.groups for part in parts)
+    labels, names = np.concatenate([part.labels for part in parts]), unique_names(parts[0].classes)
     note = SETS[options.name].note if options.name in SETS else ""
     return Dataset(
-        name=safe_name(options.name.lower() + (f"-{options.variant}" if options.variant not in ("", "fine") else "")),
-        source=source_record("torchvision", str(options), None, task),
+        name=options.name.lower() + (f"-{options.variant}" if options.variant not in ("", "fine") else ""),
+        source={"data": str(options)},
         ids=ids,
-        labels=labels,
+        **resolve_labels(labels, names, task, options.name)._asdict(),
         splits=[split for split, part in splits.items() for _ in range(len(part.images))],
-        groups=[group for part in parts for group in part.groups or ()] if grouped else None,
-        classes=classes,
-        task=resolved,
+        groups=[group for part in parts for group in part.groups or ()] or None,
         images=images,
         notes=(note,) if note else (),
     )
@@ -75,18 +70,18 @@ def fetch_torchvision(words: str) -> None:
 
     options, folder = _parse(words)
     make = getattr(torchvision.datasets, options.name)
-    known = SETS.get(options.name)
-    if known and not known.fetches:
+    entry = SETS.get(options.name)
+    if entry and not entry.fetches:
         raise SourceError(
             f"{options.name} is not in {folder}, and torchvision cannot download it: unpack it as the page of "
             f"torchvision.datasets.{options.name} says, and name the folder: --data torchvision:{options.name}@FOLDER"
         )
-    with fetching(partial(_absent, options)), beside(Path(folder), options.name) as draft:
-        if known is None:
+    with beside(Path(folder), options.name) as draft:
+        if entry is None:
             download_and_extract_archive(make.url, str(draft), filename=make.filename, md5=make.tgz_md5)
             return
-        for arguments in known.splits.values():
-            make(str(draft), download=True, **arguments, **known.variants.get(options.variant, {}))
+        for arguments in entry.splits.values():
+            make(str(draft), download=True, **arguments, **entry.variants.get(options.variant, {}))
 
 
 def _parse(words: str) -> tuple[SourceOptions, str]:
@@ -111,46 +106,47 @@ def _parse(words: str) -> tuple[SourceOptions, str]:
         raise SourceError(f'{name} has no "{options.variant}"; it has {", ".join(choices) or "no variants"}.')
     if not options.variant and "" in variants and choices:
         raise SourceError(f"say which {name}: {', '.join(f'torchvision:{name}:{word}' for word in choices)}.")
-    folder = options.folder or str(data_folder() / "torchvision")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featurecache" / "data"
+    folder = options.folder or str(data_folder(cache) / "torchvision")
     return replace(options, name=name, variant=options.variant or next(iter(variants), ""), folder=folder), folder
 
 
-def _absent(options: SourceOptions, why: str = "") -> NotFetched:
-    copy = f"--data {replace(options, folder='FOLDER')}"
-    return not_here(options.name, str(options.folder), options, copy, why)
+def _absent(options: SourceOptions) -> NotFetched:
+    return not_here(options.name, str(options.folder), options, f"--data {replace(options, folder='FOLDER')}")
 
 
-def _images(options: SourceOptions, folder: str, splits: dict[str, Split]) -> tuple[list[str], ImageSource]:
-    if all(isinstance(part.images, list) for part in splits.values()):
-        paths = [os.path.relpath(path, folder) for part in splits.values() for path in part.images]
-        ids = [path.replace(os.sep, "/") for path in paths]
+def _images(
+    options: SourceOptions, folder: str, splits: dict[str, Split]
+) -> tuple[list[str], ImageArrays | ImageFiles]:
+    parts = list(splits.values())
+    if all(isinstance(part.images, list) for part in parts):
+        ids = [os.path.relpath(path, folder).replace(os.sep, "/") for part in parts for path in part.images]
         return ids, ImageFiles(folder, ids)
     fronts = {f"{options.name}:{split}" if split else options.name: part for split, part in splits.items()}
     ids = [f"{front}:{row}" for front, part in fronts.items() for row in range(len(part.images))]
-    arrays = ImageArrays([part.images for part in splits.values()])
-    if all(part.files for part in splits.values()):
-        return ids, ImageRows(arrays.read, tuple(file for part in splits.values() for file in part.files))
-    return ids, arrays
+    files = [file for part in parts for file in part.files] if all(part.files for part in parts) else []
+    return ids, ImageArrays([part.images for part in parts], tuple(files))
 
 
 def _through_torchvision(options: SourceOptions, folder: str) -> dict[str, Split]:
     """Split → what torchvision's class finds, which is never asked to download. Raises NotFetched, SourceError."""
     import torchvision.datasets
 
-    known = SETS[options.name]
-    make, variant = getattr(torchvision.datasets, options.name), known.variants.get(options.variant, {})
-    quiet = {"download": False} if known.fetches else {}
+    entry = SETS[options.name]
+    make, arguments = getattr(torchvision.datasets, options.name), dict(entry.variants.get(options.variant, {}))
+    if entry.fetches:
+        arguments["download"] = False
     if not os.path.isdir(folder):
         raise _absent(options)
     splits = {}
-    for split, arguments in known.splits.items():
+    for split, own in entry.splits.items():
         try:
-            opened = make(folder, **arguments, **variant, **quiet)
+            opened = make(folder, **own, **arguments)
         except (RuntimeError, FileNotFoundError) as error:  # what its classes raise where the files are not there
             raise _absent(options) from error
         except Exception as error:
             raise SourceError(f"{options.name} in {folder} cannot be read ({first_line(error)}).") from error
-        splits[split] = _in_order(known.read(opened))
+        splits[split] = _in_order(entry.read(opened))
         if not len(splits[split].images):
             raise SourceError(f"{options.name} in {folder} has no {split or ''} images; fetch it again.")
     return splits
@@ -170,21 +166,19 @@ def _in_order(split: Split) -> Split:
 
 def _cifar(options: SourceOptions, root: str) -> dict[str, Split]:
     name, train, test, meta = _CIFAR[options.name]
-    folder = next((f for f in (os.path.join(root, name), root) if os.path.isfile(os.path.join(f, meta))), None)
+    folders = (os.path.join(root, name), root)
+    folder = next((folder for folder in folders if os.path.isfile(os.path.join(folder, meta))), None)
     if folder is None:
         raise _absent(options)
     names, key = _CIFAR_KEYS[options.name][options.variant]
     classes = _cifar_names(os.path.join(folder, meta), names)
     splits = {}
     for split, batches in {"train": train, "test": test}.items():
-        files = [os.path.join(folder, file) for file in batches]
-        try:
-            pixels, labels = map(np.concatenate, zip(*(_batch(file, key) for file in files), strict=True))
-        except OSError as error:
-            raise SourceError(f"{error.filename} cannot be read ({error.strerror}); get the archive again.") from error
+        files = tuple(os.path.join(folder, file) for file in batches)
+        pixels, labels = map(np.concatenate, zip(*(_batch(file, key) for file in files), strict=True))
         if len(labels) and labels.max() >= len(classes):
             raise SourceError(f"{folder} has the label {labels.max()} and {len(classes)} names of classes.")
-        splits[split] = Split(pixels, labels, classes, files=tuple(files))
+        splits[split] = Split(pixels, labels, classes, files=files)
     return splits
 
 
@@ -247,8 +241,6 @@ def _record(file: str) -> dict[str, Any]:
     try:
         with open(file, "rb") as opened:
             record = _Parser(opened, encoding="bytes").load()
-    except OSError:
-        raise
     except Exception as error:  # a damaged pickle raises whatever its bytes make the parser do
         raise SourceError(f"{file} cannot be read as a batch of CIFAR ({error}); get the archive again.") from error
     if not isinstance(record, dict):
@@ -258,14 +250,12 @@ def _record(file: str) -> dict[str, Any]:
 
 def _bytes_of(array: Any) -> bytes | None:
     """The bytes of a pickled array of uint8 in the order of its rows; None where it is something else."""
-    if not isinstance(array, _Inert):
-        return None
-    if array.state is None and len(array.arguments) == 4:  # protocol 5: _frombuffer(bytes, dtype, shape, order)
-        raw, dtype, fortran = array.arguments[0], array.arguments[1], array.arguments[3] != "C"
-    elif isinstance(array.state, tuple) and len(array.state) == 5:  # version, shape, dtype, whether by columns, bytes
-        _, _, dtype, fortran, raw = array.state
-    else:
-        return None
-    if fortran or not isinstance(dtype, _Inert) or dtype.arguments[:1] not in (("u1",), (b"u1",), ("|u1",)):
-        return None
-    return bytes(raw) if isinstance(raw, bytes | bytearray) else None
+    match array:
+        case _Inert(state=None, arguments=(raw, _Inert(arguments=(kind, *_)), _, order)):  # _frombuffer of protocol 5
+            by_columns = order != "C"
+        case _Inert(state=(_version, _shape, _Inert(arguments=(kind, *_)), by_columns, raw)):
+            pass
+        case _:
+            return None
+    plain = kind in ("u1", b"u1", "|u1") and not by_columns and isinstance(raw, bytes | bytearray)
+    return bytes(raw) if plain else None

@@ -37,8 +37,8 @@ import numpy as np
 
 from featurecache.errors import SourceError, UnreadableImage
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, safe_name, source_record
-from featurecache.sources.folders import EXTENSIONS, is_image, refuse_undecodable
+from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file
+from featurecache.sources.folders import EXTENSIONS, is_image, kinds_text, list_folder
 from featurecache.sources.labels import SPLITS, resolve_labels
 from featurecache.sources.tables import Table, annotate
 
@@ -59,10 +59,9 @@ def is_webdataset(path: str) -> bool:
     all named for splits."""
     if _is_tar(path) and not os.path.isdir(path):
         return os.path.lexists(path) or is_pattern(path)
-    files, folders = _listed(path)
-    if any(name.lower() not in SPLITS for name in folders):
+    if any(name.lower() not in SPLITS for name in list_folder(path)[1]):
         return False
-    names = [*files, *(name for inner in folders for name in _listed(os.path.join(path, inner))[0])]
+    names = _files_below(path)
     return not any(map(is_image, names)) and any(map(_is_tar, names))
 
 
@@ -79,31 +78,26 @@ def open_webdataset(data: str, columns: dict[str, str] | None, task: str | None)
         _walk(root, tar, number, index)
     fields = dict(columns or {})
     image = fields.pop("path", None)
-    samples = [(sample, kind) for sample in index.samples if (kind := _image_of(sample, image)) is not None]
+    samples = [(sample, kind) for sample in index.samples.values() if (kind := _image_of(sample, image)) is not None]
     if not samples:
-        kinds = Counter(kind for sample in index.samples for kind in sample.files) + index.ignored
-        there = abbreviated([f".{kind} {count:,}" for kind, count in kinds.most_common(5)]) or "nothing"
-        expected = (
-            f"a .{image}, as --column path={image} says" if image else f"endings like {abbreviated(EXTENSIONS, 4)}"
-        )
-        raise SourceError(f"no images in {data}: found {there}, expected {expected}.")
+        kinds = Counter(f".{kind}" for sample in index.samples.values() for kind in sample.files) + index.ignored
+        endings = f"endings like {abbreviated(EXTENSIONS, 4)}"
+        expected = f"a .{image}, as --column path={image} says" if image else endings
+        raise SourceError(f"no images in {data}: found {kinds_text(kinds) or 'nothing'}, expected {expected}.")
     table, notes = _texts(root, tars, [sample for sample, _ in samples], fields)
     if "cls" in table.columns:
         fields.setdefault("label", "cls")
-    rows = annotate(table, table.ids, fields, task, _class_list(os.path.join(root, CLASSES)))
-    labels, classes, resolved = resolve_labels(rows.labels, rows.classes, task, table.name)
+    ids = [sample.id for sample, _ in samples]
+    rows = annotate(table, ids, fields, task, _class_list(os.path.join(root, CLASSES)))
     places = np.array([(sample.tar, *sample.files[kind]) for sample, kind in samples], np.int64)
     return Dataset(
-        name=safe_name(_name(data)),
-        source=source_record("webdataset", data, columns, task),
-        ids=table.ids,
-        labels=labels,
+        name=_name(data),
+        ids=ids,
+        **resolve_labels(rows.labels, rows.classes, task, table.name)._asdict(),
         splits=rows.splits if any(rows.splits) else _splits(tars, places[:, 0].tolist()),
         groups=rows.groups,
         meta=rows.meta,
-        classes=classes,
-        task=resolved,
-        images=TarImages(root, table.ids, tars, index.stamps, places),
+        images=TarImages(root, ids, tars, index.stamps, places),
         notes=(*notes, *_notes(index, len(index.samples) - len(samples), bool(rows.classes))),
     )
 
@@ -113,30 +107,24 @@ def _is_tar(name: str) -> bool:
     return name.lower().endswith(_TARS)
 
 
-def _listed(folder: str) -> tuple[list[str], list[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            visible = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
-    except OSError:
-        return [], []
-    return [name for name, is_folder in visible if not is_folder], [name for name, is_folder in visible if is_folder]
+def _files_below(folder: str) -> list[str]:
+    """Those in a folder and in the folders in it."""
+    files, folders = list_folder(folder)
+    return files + [f"{inner}/{name}" for inner in folders for name in list_folder(os.path.join(folder, inner))[0]]
 
 
 def _tars(data: str) -> tuple[str, list[str]]:
     """The folder they are named from, and the tars, sorted."""
     if os.path.isdir(data):
-        files, folders = _listed(data)
-        below = [f"{folder}/{name}" for folder in folders for name in _listed(os.path.join(data, folder))[0]]
-        return data, sorted(filter(_is_tar, [*files, *below]))
+        return data, sorted(filter(_is_tar, _files_below(data)))
     if os.path.lexists(data):
         return os.path.dirname(data), [os.path.basename(data)]
     root = os.path.dirname(data[: _PATTERN.search(data).start()])  # type: ignore[union-attr]
     paths = []
     for name in _expanded(data):
-        there = sorted(glob.glob(name)) if re.search(r"[*?\[]", name) else [name]
-        missing = [path for path in there if not os.path.exists(path)]
-        if missing or not there:
-            raise SourceError(f"there is no {missing[0] if missing else name}, which {data} stands for.")
+        there = sorted(glob.glob(name)) or [name]
+        if missing := [path for path in there if not os.path.exists(path)]:
+            raise SourceError(f"there is no {missing[0]}, which {data} stands for.")
         paths += there
     return root, sorted(os.path.relpath(path, root) for path in dict.fromkeys(paths))
 
@@ -167,7 +155,7 @@ def _name(data: str) -> str:
 
 def _image_of(sample: TarSample, requested: str | None) -> str | None:
     """What stands behind the dot of the sample's image; None where it has none."""
-    kinds = [kind for kind in sample.files if _names_image(kind)]
+    kinds = [kind for kind in sample.files if is_image(f"{sample.id}.{kind}")]
     if requested is not None:
         return requested if requested in kinds else None
     if len(kinds) > 1:
@@ -207,7 +195,7 @@ class TarSample:
 class TarIndex:
     """What the headers of the tars have told."""
 
-    samples: list[TarSample] = field(default_factory=list)
+    samples: dict[str, TarSample] = field(default_factory=dict)  # by id
     stamps: list[tuple[int, int]] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)  # by kind
 
@@ -224,21 +212,18 @@ class _Headers(io.FileIO):
 def _walk(root: str, tar: str, number: int, index: TarIndex) -> None:
     """Add the samples of a tar to ``index``."""
     path = os.path.join(root, tar)
-    refuse_undecodable(root, tar)
-    samples: dict[str, TarSample] = {}
     try:
         with open_image_file(path) as (descriptor, status):
             index.stamps.append((status.st_size, status.st_mtime_ns))
             with _Headers(os.dup(descriptor), "rb") as file:
                 for member in _members(file, path, status.st_size):
-                    _add(samples, member, tar, number, index)
+                    _add(member, tar, number, index)
     except SourceError:
         raise
     except UnreadableImage as error:
         raise SourceError(f"{path} cannot be opened: {error}.") from error
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
         raise SourceError(f"{path} cannot be read as a tar ({error}).") from error
-    index.samples += samples.values()
 
 
 def _members(file: _Headers, path: str, size: int) -> Iterator[tarfile.TarInfo]:
@@ -268,55 +253,39 @@ def _members(file: _Headers, path: str, size: int) -> Iterator[tarfile.TarInfo]:
             return
 
 
-def _add(samples: dict[str, TarSample], member: tarfile.TarInfo, tar: str, number: int, index: TarIndex) -> None:
+def _add(member: tarfile.TarInfo, tar: str, number: int, index: TarIndex) -> None:
     name = re.sub(r"^(\./)+", "", member.name)
-    last = name.rsplit("/", 1)[-1]
+    folder, slash, last = name.rpartition("/")
     if member.isdir() or last.startswith(".") or name.startswith("__MACOSX/"):
         return
-    regular = member.isreg() and not member.issparse()
-    key, _, kind = last.partition(".")
-    kind, key = kind.lower(), name[: len(name) - len(last)] + key
-    if not regular or not (kind in TEXTS or _names_image(kind)):
-        index.ignored["links or devices" if not regular else f".{kind}" if kind else "no extension"] += 1
-        return
-    if key not in samples:
-        refuse_undecodable(tar, key)
-        samples[key] = TarSample(f"{tar}:{key}", number)
-    if kind in samples[key].files:
-        raise SourceError(f"{tar} holds {key}.{kind} twice; expected a key for each sample.")
-    samples[key].files[kind] = member.offset_data, member.size
-
-
-def _names_image(kind: str) -> bool:
-    return f".{kind.rsplit('.', 1)[-1]}" in EXTENSIONS
+    stem, dot, kind = last.partition(".")
+    key, kind = folder + slash + stem, kind.lower()
+    if not member.isreg() or member.issparse():
+        index.ignored["links or devices"] += 1
+    elif kind not in TEXTS and not is_image(last):
+        index.ignored[dot + kind if kind else ""] += 1
+    else:
+        files = index.samples.setdefault(f"{tar}:{key}", TarSample(f"{tar}:{key}", number)).files
+        if kind in files:
+            raise SourceError(f"{tar} holds {key}.{kind} twice; expected a key for each sample.")
+        files[kind] = member.offset_data, member.size
 
 
 def _read_at(descriptor: int, offset: int, size: int) -> bytes:
-    parts, end = [], offset + size
+    parts, end = list[bytes](), offset + size
     while offset < end:
-        part = os.pread(descriptor, min(end - offset, 1 << 30), offset)
-        if not part:
+        parts.append(os.pread(descriptor, min(end - offset, 1 << 30), offset))
+        offset += len(parts[-1])
+        if not parts[-1]:
             raise UnreadableImage("its tar ends before it does")
-        parts.append(part)
-        offset += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    return b"".join(parts)
 
 
 # -- what is said of them
 
 
-@dataclass
-class _Samples(Table):
-    """Their texts as columns, one row a sample."""
-
-    ids: list[str] = field(default_factory=list)
-
-    def row(self, index: int) -> str:
-        return self.ids[index]
-
-
-def _texts(root: str, tars: list[str], samples: list[TarSample], columns: dict[str, str]) -> tuple[_Samples, list[str]]:
-    """The texts of samples as columns; and what to say about them."""
+def _texts(root: str, tars: list[str], samples: list[TarSample], columns: dict[str, str]) -> tuple[Table, list[str]]:
+    """The texts of samples as columns, one row a sample; and what to say about them."""
     kinds = [kind for kind in TEXTS if kind != "txt" or "txt" in columns.values()]
     cells: dict[str, list[str]] = {}
     nested: set[str] = set()
@@ -327,8 +296,8 @@ def _texts(root: str, tars: list[str], samples: list[TarSample], columns: dict[s
                     for name, value in _fields(descriptor, sample, kind, nested):
                         column = cells.setdefault(name, [""] * len(samples))
                         column[row] = sys.intern(value)  # each value once in memory
-    table = _Samples(root, cells, range(len(samples)), [sample.id for sample in samples])
-    return table, [f"Lists and objects in the JSON are left out: {abbreviated(sorted(nested))}."] if nested else []
+    notes = [f"Lists and objects in the JSON are left out: {abbreviated(sorted(nested))}."] if nested else []
+    return Table(root, cells, [sample.id for sample in samples]), notes
 
 
 def _fields(descriptor: int, sample: TarSample, kind: str, nested: set[str]) -> Iterator[tuple[str, str]]:
@@ -379,7 +348,7 @@ def _splits(tars: list[str], numbers: list[int]) -> list[str]:
 def _notes(index: TarIndex, without: int, labelled: bool) -> list[str]:
     notes = [f"{without:,} samples hold no image and were left out."] if without else []
     if many := index.ignored.total():
-        kinds = ", ".join(f"{kind} {count:,}" for kind, count in index.ignored.most_common(4))
+        kinds = kinds_text(index.ignored)
         notes.append(f"{many:,} entries of the tars are no images or labels and were ignored ({kinds}).")
     if not labelled:
         notes.append("No labels were found: expected .cls files, or a field of the .json that --column label= names.")

@@ -523,7 +523,7 @@ def test_archives_that_are_wrong_get_their_sentence(tmp_path, parts, words):
 
 def test_a_medmnist_name_on_other_labels_is_refused(tmp_path):
     file = arrays(tmp_path / "pneumoniamnist.npz", train_images=shades(3, 4, 4), train_labels=np.arange(3))
-    refused(file, "bears the name of a MedMNIST set of 2 classes and has the label 2")
+    refused(file, "bears the name of a MedMNIST set (rename the file", "it has the label 2, and there are 2 classes")
 
 
 def test_archives_that_are_none_or_damaged(tmp_path):
