@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process: pytest -n has one for every core
 os.environ["FEATURECACHE_SECRET"] = "of the tests"  # none is made in the user's own configuration
 
 TIERS = ("integration", "slow")
@@ -38,6 +37,11 @@ INTEGRATION = {  # whole files: they load models, train or start processes; sing
     "store": "keys",
 }
 ALONE = ("test_at_once.py", "test_faults.py", "test_flips.py")  # use two cores themselves: one process of pytest -n
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Two threads compute, as at a user's; one in each process of pytest -n, which starts one for every core."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1" if getattr(config.option, "numprocesses", None) else "2")
 
 
 @pytest.hookimpl(tryfirst=True)

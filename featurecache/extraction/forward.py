@@ -1,8 +1,10 @@
 """Forward passes of a backbone as a store makes them: device, precision, batches of exactly B rows, shapes of outputs.
 
 A pass always has B rows: a short batch is padded and the padding dropped, since another number of rows may give other
-bits. `ForwardRunner` computes, `output_layout` says what the rows of an output look like, `spec_of` what they are a
-function of.
+bits. What stands in the other rows makes no difference; the place in the batch can: a matrix product of MKL that is not
+a whole number of blocks of rows gives the last ones of each thread to a kernel which adds in another order (measured
+with AVX2 instructions and any number of threads; none with AVX-512). `ForwardRunner` computes, `output_layout` says
+what the rows of an output look like, `spec_of` what they are a function of.
 """
 
 from __future__ import annotations
@@ -70,21 +72,25 @@ class ForwardRunner:
 
     @torch.no_grad()
     def __call__(
-        self, images: torch.Tensor, outputs: Sequence[Output], dtype: str
+        self, images: torch.Tensor, outputs: Sequence[Output], dtype: str, places: Sequence[int] | None = None
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """uint8 images [b,3,h,w], b ≤ B, to what ``outputs`` are made of, on the device.
+        """uint8 images [b,3,h,w], b ≤ B, to what ``outputs`` are made of, on the device. ``places`` [b]: the rows of
+        the batch that they take, distinct and ascending; the first ones if not given.
 
         Returns rows [b, ...] in the storage dtype for each source and, where that is float16, for each output what
         rounding did to it: |stored − float32|₂ / |float32|₂, float32 [b].
         """
-        count = len(images)
-        if count < self.batch_size:
-            images = torch.cat([images, images.new_zeros(self.batch_size - count, *images.shape[1:])])
+        chosen: slice | list[int] = slice(None)
+        if len(images) < self.batch_size:
+            chosen = list(range(len(images)) if places is None else places)
+            batch = images.new_zeros(self.batch_size, *images.shape[1:])
+            batch[chosen] = images
+            images = batch
         pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
         sources = {output.source: _parts(output.source) for output in outputs}
         wanted = {part for parts in sources.values() for part in parts}
         found = self.backbone.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), wanted)
-        exact = {key: torch.cat([found[part][:count].float() for part in parts], -1) for key, parts in sources.items()}
+        exact = {key: torch.cat([found[part][chosen].float() for part in parts], -1) for key, parts in sources.items()}
         rows = {key: tensor.to(TORCH_DTYPE[dtype]) for key, tensor in exact.items()}
         if dtype != "float16":
             return rows, {}

@@ -39,6 +39,7 @@ class ShardPlan:
 
     rows: np.ndarray  # [n] numbers of distinct images and of their copies
     outputs: tuple[Output, ...]
+    places: np.ndarray | None = None  # [n] ascending: rows in a shard that was, whose places in their batches they keep
 
 
 @dataclass
@@ -292,9 +293,11 @@ def _run_unit(
     advance: Callable[[int], Any],
 ) -> None:  # fmt: skip
     dtype = job.layouts[unit.outputs[0].name].dtype
-    for numbers, pixels in _batches(job, unit, images, advance):
+    for batch in _batches(job, unit, images, advance):
+        numbers, places, pixels = (list(column) for column in zip(*batch, strict=True))
+        stacked = torch.stack(pixels)
         with job.timings.stage("computing"), job.timings.forward():
-            rows, errors = job.compute(pixels, unit.outputs, dtype)
+            rows, errors = job.compute(stacked, unit.outputs, dtype, places)
         writer(shards.write, numbers, rows, errors)
         if job.fail_fast and job.failures:
             raise UnreadableImage(next(iter(job.failures.values())))
@@ -304,11 +307,11 @@ def _run_unit(
 
 def _batches(
     job: ExtractionJob, unit: ShardPlan, images: Iterator[_Decoded], advance: Callable[[int], Any]
-) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Batches of up to B readable images of one unit."""
-    numbers: list[int] = []
-    pixels: list[torch.Tensor] = []
-    for _ in range(len(unit.rows)):
+) -> Iterator[list[tuple[int, int, torch.Tensor]]]:
+    """Up to B readable images of one unit: (number, place in the batch, pixels)."""
+    size = job.compute.batch_size
+    batch: list[tuple[int, int, torch.Tensor]] = []
+    for k in range(len(unit.rows)):
         with job.timings.stage("decoding"):
             number, image, seconds = next(images)
         if isinstance(image, str):
@@ -319,13 +322,16 @@ def _batches(
             continue
         if job.plain is None or number < job.plain:
             job.timings.loads.append(seconds)
-        numbers.append(number)
-        pixels.append(image)
-        if len(numbers) == job.compute.batch_size:
-            yield numbers, torch.stack(pixels)
-            numbers, pixels = [], []
-    if numbers:
-        yield numbers, torch.stack(pixels)
+        place = len(batch) if unit.places is None else int(unit.places[k]) % size
+        if batch and place <= batch[-1][1]:
+            yield batch
+            batch = []
+        batch.append((number, place, image))
+        if place == size - 1:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def prefetch(

@@ -22,7 +22,7 @@ import xxhash
 from featurecache.errors import CacheError, DamagedFile, Drift, FeatureCacheError, SourceError, UnreadableImage
 from featurecache.extraction import canary
 from featurecache.extraction.forward import source_layout
-from featurecache.extraction.pipeline import ExtractionJob, ShardJob, derive_shards, forward_units, run_local
+from featurecache.extraction.pipeline import ExtractionJob, ShardJob, ShardPlan, derive_shards, run_local
 from featurecache.extraction.recompute import THREADS, StoreBackbone
 from featurecache.files.atomic import open_regular, writing
 from featurecache.files.locks import exclusive_lock
@@ -194,16 +194,16 @@ class StoreRepair:
         file, row = np.where(same.mask, same.file, other.file), np.where(same.mask, same.row, other.row)
         return RowLocations(other.shards, file, row)
 
-    def _missing(self, shard: DamagedShard, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of images [n]: (digests that need the backbone, digests that follow from stored tokens); others are there."""
+    def _missing(self, shard: DamagedShard, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of rows [n]: (those that need the backbone, those that follow from stored tokens); others are there."""
         output, layouts = parse(shard.known.layout.output), {shard.known.layout.output: shard.known.layout}
         tokens = self._layouts.get(output.source)
         if output.is_derived and tokens is not None and tokens.grid is not None:
             layouts[output.source] = tokens
-        groups = missing_outputs((output,), layouts, self._whole, digests)
-        forward, derived = ([rows for rows, _ in group] for group in groups)
+        groups = missing_outputs((output,), layouts, self._whole, shard.digests[rows])
+        forward, derived = ([part for part, _ in group] for group in groups)
         none = np.zeros(0, np.int64)
-        return digests[np.concatenate([none, *forward])], digests[np.concatenate([none, *derived])]
+        return rows[np.concatenate([none, *forward])], rows[np.concatenate([none, *derived])]
 
     def _gone(self) -> dict[bytes, str]:
         """Damaged rows that can be had from nowhere, and why. Looks at the images, computes nothing."""
@@ -214,7 +214,7 @@ class StoreRepair:
             follow = coming.get(output.source, set()) if output.is_derived else set()
             mine = coming.setdefault(output.name, set())
             mine.update(shard.digests.tolist())
-            for digest in self._missing(shard, shard.digests[~shard.whole])[0].tolist():
+            for digest in shard.digests[self._missing(shard, np.flatnonzero(~shard.whole))[0]].tolist():
                 if digest in follow or digest in gone:
                     continue
                 try:
@@ -266,7 +266,7 @@ class StoreRepair:
         self._say(f"{shard.known.path}: {len(lost):,} of {len(chosen):,} rows are made again")
         self._kept += len(chosen) - len(lost)
         notes = self._notes(layout)
-        extracted = self._extract(shard, shard.digests[lost], notes)
+        extracted = self._extract(shard, lost, notes)
         elsewhere = find_by_digest(self._whole.shards(layout), shard.digests)
         assert elsewhere.mask[lost].all()
         writer = ShardWriter(self._store.path, shard.digests[chosen], layout, notes)
@@ -282,25 +282,25 @@ class StoreRepair:
         _remove([each for each in extracted if each != path])  # it has all of their rows
         return path
 
-    def _extract(self, shard: DamagedShard, digests: np.ndarray, notes: dict[str, str]) -> list[Path]:
+    def _extract(self, shard: DamagedShard, rows: np.ndarray, notes: dict[str, str]) -> list[Path]:
         """Shards with those of the rows [n] that no whole shard has: an extraction of this output alone."""
         output, layout = parse(shard.known.layout.output), shard.known.layout
         layouts = {**self._layouts, output.name: layout}
-        forward, derived = self._missing(shard, digests)
+        forward, derived = self._missing(shard, rows)
         jobs: list[ShardJob] = []
         if len(derived):
-            jobs.append(ShardJob(self._whole, layouts, derived, notes, replace=True))
+            jobs.append(ShardJob(self._whole, layouts, shard.digests[derived], notes, replace=True))
             derive_shards(jobs[0], [(np.arange(len(derived)), (output,))], lambda *_: None)
         if len(forward):
             again = self._backbone()
             again.check(output)
             layouts[output.source] = source_layout(again.backbone, output, self._store.spec.dtype)
+            digests = shard.digests[forward]
             job = ExtractionJob(
-                self._whole, layouts, forward, notes, replace=True, read=lambda number: self._image(forward[number]),
+                self._whole, layouts, digests, notes, replace=True, read=lambda number: self._image(digests[number]),
                 preprocess=again.backbone.preprocess, compute=again.compute, workers=THREADS, threads=again.threads,
             )  # fmt: skip
-            work = [(np.arange(len(forward)), (output,))]
-            run_local(job, forward_units(work, layouts, {"batch_size": again.compute.batch_size}), lambda *_: None)
+            run_local(job, [ShardPlan(np.arange(len(forward)), (output,), shard.numbers[forward])], lambda *_: None)
             jobs.append(job)
         if reasons := [reason for job in jobs for reason in job.failures.values()]:
             raise SourceError(f"an image that was read before cannot be read now: {reasons[0]}.")

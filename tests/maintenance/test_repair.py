@@ -16,6 +16,7 @@ from support.pictures import image_folder
 from support.plant import flip
 
 import featurecache
+from featurecache.backbones.base import Backbone
 from featurecache.errors import DamagedFile, InUse
 from featurecache.extraction import recompute
 from featurecache.files import locks
@@ -93,6 +94,20 @@ def test_a_flipped_bit_in_a_row_is_that_rows_and_one_row_is_computed(home: Path,
     (done,) = repair(home / "cache")
     assert (done.computed, done.kept, done.replaced, done.left) == (1, N - 1, (shard(home),), ())
     assert whole(home, undisturbed)
+
+
+def test_a_row_is_computed_at_the_place_in_its_batch_that_it_had(home: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    at, batches, forward = view(home).stored("tokens").index[:, 1].tolist(), [], Backbone.forward
+    for place in (1, 3, 6):
+        flip(shard(home), place_of(home, at.index(place)))
+
+    def spy(self: Backbone, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
+        batches.append(torch.nonzero(pixels.flatten(1).std(1) > 1e-3).flatten().tolist())
+        return forward(self, pixels, want)
+
+    monkeypatch.setattr(Backbone, "forward", spy)
+    assert repair(home / "cache")[0].computed == 3
+    assert batches[-2:] == [[1, 3], [2]]
 
 
 def test_a_flip_that_harms_no_row_is_found_and_nothing_computed(home: Path, undisturbed: Path) -> None:
