@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click import argument, option
 
-from featurecache.commands import extract, maintain
+from featurecache.commands import extract, inspect, maintain
 from featurecache.commands.terminal import CONTEXT, CommandGroup, Console, cache_option, command, features_option
 from featurecache.errors import BadOption, NotInCache
 from heads.commands import compare, train
@@ -35,7 +35,6 @@ def main() -> None:
 @cache_option
 def ls(talk: Console, runs: str, cache: str | None) -> int:
     """Stores, views and runs: what there is, how big, made from what."""
-    from featurecache.commands import inspect
     from featurecache.store.store import cache_folder
 
     folder = cache_folder(cache)
@@ -74,10 +73,13 @@ def info(
     image_size: int | None, **options: Any,
 ) -> int:  # fmt: skip
     """A view, a run, a backbone or a head in detail; without a name all backbones and heads there are."""
+    import heads
     from featurecache.backbones import describe_backbone
+    from featurecache.store.write_view import open_view
     from heads.models.catalogue import describe_network, is_baseline
-    from heads.reports.text import head_table
+    from heads.reports.text import head_table, run_lines
 
+    cache = options["cache"]
     if sum(map(bool, (name, backbone, head))) > 1:
         raise BadOption("info shows one thing at a time: a view or run, --backbone NAME, or --head NAME.")
     if backbone:
@@ -91,11 +93,15 @@ def info(
     elif head:
         record = _head_record(talk, head, **options)
         talk.result(head_table(record), record)
-        talk.next(f"featurecache train-head --head {head}", options["cache"])
+        talk.next(f"featurecache train-head --head {head}", cache)
     elif name and (Path(name) / "config.json").exists():
-        _info_run(talk, name)
+        run = heads.load_run(name)
+        talk.result(run_lines(run), {"run": run.path, "config": run.config, "metrics": run.metrics})
+        talk.next(f"featurecache report {shlex.quote(name)}")
     elif name:
-        _info_view(talk, name, options["cache"])
+        record = inspect.view_record(open_view(name, cache))
+        talk.result(inspect.view_lines(record), record)
+        talk.next(extract.training_of(record["outputs"], record["view"]), cache)
     else:
         _info_all(talk)
     return 0
@@ -124,24 +130,6 @@ def _head_record(
     newest = "" if features else "   (the newest view; --features chooses)"
     talk.say(f"features   {view.label}: {len(view):,} images, {', '.join(view.outputs)}{newest}")
     return describe_head(head, Input.of(view.info(name)), classes)
-
-
-def _info_run(talk: Console, name: str) -> None:
-    import heads
-    from heads.reports.text import run_lines
-
-    run = heads.load_run(name)
-    talk.result(run_lines(run), {"run": run.path, "config": run.config, "metrics": run.metrics})
-    talk.next(f"featurecache report {shlex.quote(name)}")
-
-
-def _info_view(talk: Console, name: str, cache: str | None) -> None:
-    from featurecache.commands import inspect
-    from featurecache.store.write_view import open_view
-
-    record = inspect.view_record(open_view(name, cache))
-    talk.result(inspect.view_lines(record), record)
-    talk.next(extract.training_of(record["outputs"], record["view"]), cache)
 
 
 def _info_all(talk: Console) -> None:

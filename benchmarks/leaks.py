@@ -71,7 +71,7 @@ def main() -> None:
     print(f"exact leaks of {2 * n:,} images: {seconds(lambda: exact_leaks(view, np.array(view.splits))):.1f} s")
 
     def search() -> None:
-        features = CentredUnitRows.of(view, "cls", np.arange(2 * n))
+        features = CentredUnitRows(view, "cls", np.arange(2 * n))
         first, second, same = np.arange(n), np.arange(n, 2 * n), np.arange(2 * n)
         found = nearest_pairs(features, first, second, threshold=THRESHOLD, most=given.planted, same=same)
         assert found.count == given.planted and (found.rows[:, 1] - found.rows[:, 0] == n).all()

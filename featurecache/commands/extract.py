@@ -16,23 +16,12 @@ from click import Choice, option
 
 from featurecache.commands.terminal import Console, cache_option, command, options_of, record_of
 from featurecache.errors import BadOption
-from featurecache.formatting import (
-    columns,
-    cost_per_image,
-    device_title,
-    duration,
-    first_of,
-    one_line,
-    shape_text,
-    size_text,
-)
+from featurecache.formatting import columns, device_title, duration, one_line, shape_text, size_text
 
 if TYPE_CHECKING:
     from featurecache.extraction.run import Extraction, ExtractionResult
     from featurecache.sources.summary import Description
     from featurecache.store.view import View
-
-FEW = 10  # images of a class in val below which it cannot choose a model
 
 
 def description_of(extraction: Extraction) -> Description:
@@ -163,13 +152,14 @@ def _machine_line(extraction: Extraction, rate: float | None) -> str:
 
 
 def _warnings(data: dict[str, Any]) -> list[str]:
-    warnings = []
+    from featurecache.sources.summary import FEW_IN_VAL
+
+    warnings = list(data["notes"])
     if "val" in data["splits"] and data["task"] in ("binary", "multiclass", "ordinal"):
-        k = data["splits"].index("val")
-        few = [f"{row[k]} of {name}" for name, row in zip(data["classes"], data["counts"], strict=True) if row[k] < FEW]
+        val = [row[data["splits"].index("val")] for row in data["counts"]]
+        few = [f"{n} of {name}" for name, n in zip(data["classes"], val, strict=True) if n < FEW_IN_VAL]
         words = f"val has {', '.join(few[:3])}: too few to choose a model; train-head will ask for --resplit-val"
-        warnings += [words] * bool(few)
-    warnings += data["notes"]
+        warnings = [words] * bool(few) + warnings
     if copies := data["copies"]:
         for pair, n in copies["across"].items():
             where = f"in both {pair.replace('+', ' and ')}"
@@ -182,21 +172,6 @@ def _warnings(data: dict[str, Any]) -> list[str]:
 def result_record(result: ExtractionResult) -> dict[str, Any]:
     failed = [{"id": name, "reason": reason} for name, reason in result.failed]
     return record_of(result) | {"images_per_s": result.images_per_s, "failed": failed}
-
-
-def result_lines(result: ExtractionResult, view_label: str) -> str:
-    """The last lines of ``extract``; unreadable images are named, at most ten."""
-    work = "nothing left to compute"
-    if result.computed:
-        work = f"{result.computed:,} computed in {duration(result.seconds)} ({result.images_per_s:.3g} images/s)"
-    elif result.derived:
-        work = f"{result.derived:,} derived from stored tokens in {duration(result.seconds)}"
-    unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""
-    copies = f" and {result.copies:,} augmented copies" if result.copies else ""
-    done = f"{result.images:,} images{copies}, {work}{unread}"
-    failed = first_of(result.failed, f"more; featurecache info {view_label} lists them")
-    cost = [("cost", cost_per_image(result.cost))] if result.computed else []
-    return columns([("done", "\n".join([done, *failed])), *cost, ("view", f"{view_label} in {result.view}")])
 
 
 def backbone_lines(record: dict[str, Any]) -> str:
@@ -222,13 +197,8 @@ def backbone_lines(record: dict[str, Any]) -> str:
     return columns(rows)
 
 
-class BatchSize(click.ParamType):
-    """A number, or auto."""
-
-    name = "N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        return None if value in (None, "auto") else click.INT.convert(value, param, ctx)
+def _number_or_auto(context: click.Context, parameter: click.Parameter, value: Any) -> int | None:
+    return None if value == "auto" else click.INT.convert(value, parameter, context)
 
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel")
@@ -256,7 +226,13 @@ extraction_options = options_of(  # which images, which backbone, which store: w
     option("--precision", type=Choice(["auto", "fp32", "bf16", "fp16"]), default="auto"),
     option("--dtype", type=Choice(["float16", "float32"]), default="float16", help="Of the stored rows."),
     option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps."),
-    option("--batch-size", type=BatchSize(), default="auto", help="Of a forward pass; fixed by a store's first run."),
+    option(
+        "--batch-size",
+        default="auto",
+        metavar="N",
+        callback=_number_or_auto,
+        help="Of a forward pass; fixed by a store's first run.",
+    ),
     option("--engine", type=Choice(["local"]), default="local", help="Where it runs: on this machine."),
     option("--workers", type=int, metavar="N", help="Decode threads, nothing else. [default: by the machine]"),
     option("--on-error", type=Choice(["report", "skip", "fail"]), default="report", help="At an unreadable image."),
@@ -313,7 +289,7 @@ def extract(
         click.confirm(f"keep {size_text(prepared.new_bytes)}?", abort=True, err=True)
     result = prepared.run(progress=talk.progress, rate=rate)
     label = View(result.view, columns_only=True).label
-    talk.result(result_lines(result, label), result_record(result))
+    talk.result(plan.extraction_summary(result, label), result_record(result))
     talk.next(training_of(result.outputs), options["cache"])
     return int(bool(result.failed) and options["on_error"] != "skip")
 

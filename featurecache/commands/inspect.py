@@ -64,15 +64,8 @@ def _view_line(path: Path) -> dict[str, Any]:
         "classes": len(view.classes),
         "outputs": list(view.outputs),
         "failed": len(view.failed),
-        "bytes": sum(_bytes_of(view, name, view.distinct) for name in view.outputs),
+        "bytes": sum(view.info(name).row_bytes for name in view.outputs) * view.distinct,
     }
-
-
-def _bytes_of(view: View, output: str, rows: int) -> int:
-    import numpy as np
-
-    info = view.outputs[output]
-    return int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize * rows
 
 
 def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
@@ -146,8 +139,8 @@ def _class_counts(view: View) -> tuple[list[str], list[list[int]]]:
 
 
 def _output_record(view: View, name: str) -> dict[str, Any]:
-    size, rounding = _bytes_of(view, name, view.rows), _rounding(view, name)
-    return record_of(view.outputs[name]) | {"bytes": size, "rounding": rounding}
+    size = view.info(name).row_bytes * view.rows
+    return record_of(view.outputs[name]) | {"bytes": size, "rounding": _rounding(view, name)}
 
 
 def _rounding(view: View, name: str) -> dict[str, Any] | None:
@@ -214,10 +207,6 @@ def _rounding_line(rounding: dict[str, Any], rows: int) -> str:
 
 
 FIRST = 8  # pairs of a finding that are shown as lines
-_NOUNS = {"image": "image", "group": "group", "near": "pair", "labels": "image"}
-COLUMNS = (
-    "kind", "split a", "id a", "label a", "rows a", "split b", "id b", "label b", "rows b", "group", "cosine"
-)  # fmt: skip
 
 
 def _title(finding: LeakFinding) -> str:
@@ -234,7 +223,8 @@ def _splits(finding: LeakFinding) -> str:
 
 def _size(finding: LeakFinding) -> str:
     """``8 images``."""
-    return f"{finding.count:,} {_NOUNS[finding.kind]}{'' if finding.count == 1 else 's'}"
+    noun = {"group": "group", "near": "pair"}.get(finding.kind, "image")
+    return f"{finding.count:,} {noun}{'s' * (finding.count != 1)}"
 
 
 def _label(view: View, row: int) -> str:
@@ -246,17 +236,30 @@ def _label(view: View, row: int) -> str:
     return "; ".join(view.classes[number] for number in numbers if 0 <= number < len(view.classes))
 
 
-def _pair_note(view: View, finding: LeakFinding, number: int) -> str:
+def _pairs(view: View, finding: LeakFinding, most: int | None = None) -> list[dict[str, Any]]:
+    """The first pairs of a finding as records."""
+    groups = view.groups if finding.kind == "group" else None
+    return [
+        {
+            "kind": finding.kind,
+            "splits": finding.splits,
+            "ids": [view.ids[row] for row in rows],
+            "labels": [_label(view, row) for row in rows],
+            "rows": finding.copies[number].tolist(),
+            "group": None if groups is None else groups[rows[0]],
+            "cosine": None if finding.cosines is None else float(finding.cosines[number]),
+        }
+        for number, rows in enumerate(finding.rows[:most].tolist())
+    ]
+
+
+def _pair_note(pair: dict[str, Any]) -> str:
     """What else there is to say of a pair: its cosine, its group, how often it stands in each split."""
-    parts = []
-    if finding.cosines is not None:
-        parts.append(f"cosine {finding.cosines[number]:.4f}")
-    if finding.kind == "group":
-        assert view.groups is not None
-        parts.append(f"group {view.groups[finding.rows[number, 0]]}")
-    a, b = finding.copies[number].tolist()
-    if max(a, b) > 1:
-        parts.append(f"{a:,} and {b:,} {'images' if finding.kind == 'group' else 'times'}")
+    parts = [] if pair["cosine"] is None else [f"cosine {pair['cosine']:.4f}"]
+    parts += [] if pair["group"] is None else [f"group {pair['group']}"]
+    if max(pair["rows"]) > 1:
+        a, b = pair["rows"]
+        parts.append(f"{a:,} and {b:,} {'images' if pair['kind'] == 'group' else 'times'}")
     return ", ".join(parts)
 
 
@@ -266,26 +269,23 @@ def leaks_lines(view: View, leaks: Leaks) -> str:
 
     rows = []
     for kind, title in KINDS.items():
-        of_kind = [(title, _splits(each), _size(each), _note(leaks, each)) for each in leaks.of(kind)]
+        of_kind = [(title, _splits(each), _size(each), _near_note(leaks, each)) for each in leaks.of(kind)]
         rows += of_kind or [(title, "none", "", _reason(view, leaks, kind))]
     text = _aligned(rows)
     if view.untrained and leaks.of("near"):
         text += ["The weights are untrained (random): what is near by their features is alike in light and shade only."]
     for finding in leaks.findings:
-        shown = range(min(len(finding.rows), FIRST))
-        pairs = [(*(_one(view, row) for row in finding.rows[k].tolist()), _pair_note(view, finding, k)) for k in shown]
-        text += ["", _title(finding), *(f"  {line}" for line in _aligned(pairs))]
+        shown = []
+        for pair in _pairs(view, finding, FIRST):
+            sides = zip(pair["ids"], pair["labels"], strict=True)
+            shown.append([*(f"{name} ({label})" if label else name for name, label in sides), _pair_note(pair)])
+        text += ["", _title(finding), *(f"  {line}" for line in _aligned(shown))]
         if finding.count > len(shown):
             text.append(f"  and {finding.count - len(shown):,} more (--csv FILE)")
     return "\n".join(text)
 
 
-def _one(view: View, row: int) -> str:
-    label = _label(view, row)
-    return view.ids[row] + (f" ({label})" if label else "")
-
-
-def _note(leaks: Leaks, finding: LeakFinding) -> str:
+def _near_note(leaks: Leaks, finding: LeakFinding) -> str:
     if finding.kind != "near":
         return ""
     kept = f"; the {len(finding.rows):,} closest are kept" if len(finding.rows) < finding.count else ""
@@ -296,15 +296,13 @@ def _reason(view: View, leaks: Leaks, kind: str) -> str:
     """Why there are none, where the reason is not that all is well."""
     if kind != "labels" and len(set(view.splits) - {""}) < 2:
         return "fewer than two splits in the data (those that train-head draws keep copies and groups together)"
+    if kind == "near" and leaks.output is None:
+        return f"not looked for: {', '.join(view.outputs)} is no vector"
+    if kind == "near":
+        return f"cosine of {leaks.output} ≥ {leaks.threshold:g}"
     if kind == "group" and view.groups is None:
         return "no groups are known"
-    if kind == "near":
-        if leaks.output is None:
-            return f"not looked for: {', '.join(view.outputs)} is no vector"
-        return f"cosine of {leaks.output} ≥ {leaks.threshold:g}"
-    if kind == "labels" and view.task == "unlabelled":
-        return "no labels are known"
-    return ""
+    return "no labels are known" if kind == "labels" and view.task == "unlabelled" else ""
 
 
 def _aligned(rows: list[Any]) -> list[str]:
@@ -314,32 +312,20 @@ def _aligned(rows: list[Any]) -> list[str]:
 def leaks_record(view: View, leaks: Leaks) -> dict[str, Any]:
     """For ``--json``: counts, and all pairs that are kept."""
     counts = [{"kind": f.kind, "splits": f.splits, "count": f.count} for f in leaks.findings]
-    pairs = [_pair_record(view, finding, k) for finding in leaks.findings for k in range(len(finding.rows))]
+    pairs = [pair for finding in leaks.findings for pair in _pairs(view, finding)]
     about = {"view": view.label, "output": leaks.output, "threshold": leaks.threshold}
     return about | {"counts": counts, "pairs": pairs}
-
-
-def _pair_record(view: View, finding: LeakFinding, number: int) -> dict[str, Any]:
-    rows = finding.rows[number].tolist()
-    return {
-        "kind": finding.kind,
-        "splits": finding.splits,
-        "ids": [view.ids[row] for row in rows],
-        "labels": [_label(view, row) for row in rows],
-        "rows": finding.copies[number].tolist(),
-        "group": view.groups[rows[0]] if finding.kind == "group" and view.groups is not None else None,
-        "cosine": None if finding.cosines is None else float(finding.cosines[number]),
-    }
 
 
 def leaks_csv(record: dict[str, Any]) -> str:
     """All pairs that are kept, a line each; ``rows``: how many rows of the split that image or group has."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerow(COLUMNS)
+    sides = [f"{name} {side}" for side in "ab" for name in ("split", "id", "label", "rows")]
+    writer.writerow(["kind", *sides, "group", "cosine"])
     for pair in record["pairs"]:
-        sides = zip(pair["splits"], pair["ids"], pair["labels"], pair["rows"], strict=True)
-        values = [pair["kind"], *(value for side in sides for value in side), pair["group"] or "", pair["cosine"]]
+        both = zip(pair["splits"], pair["ids"], pair["labels"], pair["rows"], strict=True)
+        values = [pair["kind"], *(value for side in both for value in side), pair["group"] or "", pair["cosine"]]
         writer.writerow(["" if value is None else cell(value) for value in values])
     return text.getvalue()
 
@@ -365,7 +351,8 @@ def leaks_sheet(view: View, leaks: Leaks, dataset: Dataset) -> bytes:
     row_of = {name: row for row, name in enumerate(dataset.ids)}
     sections = []
     for finding in leaks.findings:
-        cells = [_pair(view, finding, number, dataset, row_of) for number in range(min(len(finding.rows), MOST))]
+        pairs = zip(finding.rows.tolist(), _pairs(view, finding, MOST), strict=False)
+        cells = [_cell(view, dataset, row_of, rows, pair) for rows, pair in pairs]
         rows = [(("", ""), cells[start : start + ACROSS]) for start in range(0, len(cells), ACROSS)]
         cut = f", the first {MOST}" if finding.count > MOST else ""
         sections.append(SheetSection(_title(finding), _size(finding) + cut, rows))
@@ -373,16 +360,14 @@ def leaks_sheet(view: View, leaks: Leaks, dataset: Dataset) -> bytes:
     return grid_of_images(view.label, about, sections)
 
 
-def _pair(view: View, finding: LeakFinding, number: int, dataset: Dataset, row_of: dict[str, int]) -> SheetCell:
+def _cell(view: View, dataset: Dataset, row_of: dict[str, int], rows: list[int], pair: dict[str, Any]) -> SheetCell:
     from featurecache.sources.summary import SheetCell, short_name
 
     images = []
-    for row in finding.rows[number].tolist():
-        name = view.ids[row]
+    for row, name, label in zip(rows, pair["ids"], pair["labels"], strict=True):
         short = name.rpartition(":")[2] if ":" in name else short_name(name)
-        lines = [short, view.splits[row] or "no split", _label(view, row)]
-        images.append((partial(_read, view, dataset, row_of, row), lines))
-    return SheetCell(images, _pair_note(view, finding, number))
+        images.append((partial(_read, view, dataset, row_of, row), [short, view.splits[row] or "no split", label]))
+    return SheetCell(images, _pair_note(pair))
 
 
 def _read(view: View, dataset: Dataset, row_of: dict[str, int], row: int) -> EncodedImage:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click import argument, option
 
+from featurecache.commands import inspect
 from featurecache.commands.extract import open_features, pairs_of, task_option, training_of
 from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, record_of
 from featurecache.errors import BadOption
 from featurecache.formatting import byte_bar, columns, first_of, one_line, shape_text, size_text
 
 if TYPE_CHECKING:
-    from featurecache.maintenance.collect import CollectResult, CompactResult, RemovedView
-    from featurecache.maintenance.import_features import ImportResult
+    from featurecache.maintenance.collect import CollectResult
     from featurecache.maintenance.merge import MergeResult
     from featurecache.maintenance.repair import Repair
     from featurecache.maintenance.verify import VerifyReport
@@ -39,7 +39,6 @@ def leaks(
     \b
     featurecache leaks chest --csv leaks.csv --sheet leaks.png
     """
-    from featurecache.commands import inspect
     from featurecache.files.atomic import write_whole
     from featurecache.maintenance.leaks import find_leaks
 
@@ -55,10 +54,10 @@ def leaks(
         write_whole(Path(sheet), inspect.leaks_sheet(opened, found, images))
         talk.say(f"sheet      {sheet}")
     exact = bool(found.of("image") or found.of("group"))
-    following = training_of(opened.outputs, opened.label) + " --drop-leaks" * exact
+    way = training_of(opened.outputs, opened.label) + " --drop-leaks" * exact
     if found.of("near") and not sheet and not exact:
-        following = f"featurecache leaks {shlex.quote(opened.label)} --sheet leaks.png"
-    talk.next(following, cache)
+        way = f"featurecache leaks {shlex.quote(opened.label)} --sheet leaks.png"
+    talk.next(way, cache)
     return 0
 
 
@@ -104,7 +103,12 @@ def repair(talk: Console, names: tuple[str, ...], cache: str | None, **options: 
     folder = cache_folder(cache)
     only = stores_called(names, folder) if names else None
     repairs = mending.repair(folder, only, say=talk.say, **options)
-    talk.result(repair_lines(repairs), [repair_record(each) for each in repairs])
+    records = []
+    for each in repairs:
+        record = record_of(each)
+        rows = {"rows_kept": record.pop("kept"), "rows_computed": record.pop("computed")}
+        records.append(record | rows | {"gone": [{"id": sample, "reason": reason} for sample, reason in each.gone]})
+    talk.result(repair_lines(repairs), records)
     gone = any(each.gone for each in repairs) and not options["drop"]
     talk.next("featurecache repair --drop" if gone else "featurecache verify", cache)
     return int(any(each.left for each in repairs))
@@ -126,7 +130,10 @@ def rm(talk: Console, view: str, yes: bool, cache: str | None) -> int:
     if not yes and sys.stdin.isatty():
         click.confirm(f"remove {find_view(view, cache)}?", abort=True, err=True)
     done = collect.remove_view(view, cache)
-    talk.result(removed_lines(done), done)
+    images = "" if done.images is None else f" ({done.images:,} images)"
+    others = f"the store still has {', '.join(done.others)}" if done.others else "it was the store's last view"
+    rows = [("removed", f"{done.label}{images}; {others}"), ("remains", "its rows, until featurecache gc")]
+    talk.result(columns(rows), done)
     talk.next("featurecache gc", cache)
     return 0
 
@@ -161,7 +168,11 @@ def compact(talk: Console, view: str | None, cache: str | None) -> int:
     from featurecache.maintenance import collect
 
     done = collect.compact(view, cache)
-    talk.result(compact_lines(done), done)
+    what = f"{done.view} is in order already: {done.shards[1]:,} shards"
+    if done.written or done.shards[0] != done.shards[1]:
+        shards = f"{done.shards[0]:,} → {done.shards[1]:,} shards, {done.pieces[0]:,} → {done.pieces[1]:,} pieces"
+        what = f"{done.view}: {shards}; {size_text(done.written)} written, the old files removed"
+    talk.result(f"compact    {what}", done)
     talk.next(f"featurecache verify {shlex.quote(done.view)}", cache)
     return 0
 
@@ -225,7 +236,14 @@ def import_(talk: Console, file: str, name: str, cache: str | None, **options: A
     options |= {"prefix": _prefix(options["prefix"]), "grid": _grid(options["grid"])}
     done = import_view(file, name, cache=cache, progress=talk.progress, **options)
     label = View(done.view, columns_only=True).label
-    talk.result(import_lines(done, label), done)
+    classes = f", {len(done.classes)} classes" if done.classes else ""
+    copies = f", {done.copies:,} copies" if done.copies else ""
+    rows = [
+        ("imported", f"{done.rows:,} rows, {done.task}{classes}{copies}; {done.new_rows:,} new to the cache"),
+        ("keeps", " + ".join(shape_text(name, shape) for name, shape in done.outputs.items())),
+        ("view", f"{label} in {done.view}; of unknown origin"),
+    ]
+    talk.result(columns([*rows, *(("note", one_line(note)) for note in done.notes)]), done)
     look = f"featurecache info {shlex.quote(label)}"
     talk.next(look if done.task == "unlabelled" else training_of(done.outputs, label), cache)
     return 0
@@ -271,37 +289,21 @@ def merge(talk: Console, other: str, cache: str | None) -> int:
     return int(not all(merged.complete for merged in results))
 
 
-def import_lines(done: ImportResult, label: str) -> str:
-    kept = " + ".join(shape_text(name, shape) for name, shape in done.outputs.items())
-    classes = f", {len(done.classes)} classes" if done.classes else ""
-    copies = f", {done.copies:,} copies" if done.copies else ""
-    rows = [
-        ("imported", f"{done.rows:,} rows, {done.task}{classes}{copies}; {done.new_rows:,} new to the cache"),
-        ("keeps", kept), ("view", f"{label} in {done.view}; of unknown origin"),
-    ]  # fmt: skip
-    return columns([*rows, *(("note", one_line(note)) for note in done.notes)])
-
-
-def removed_lines(done: RemovedView) -> str:
-    images = "" if done.images is None else f" ({done.images:,} images)"
-    others = f"the store still has {', '.join(done.others)}" if done.others else "it was the store's last view"
-    return columns([("removed", f"{done.label}{images}; {others}"), ("remains", "its rows, until featurecache gc")])
-
-
 def garbage_lines(done: CollectResult) -> str:
     """A block a store; what is kept in spite of it, and why."""
     lines: list[str] = []
     for store in done.stores:
-        what = "the whole store" if store.folder else "rows that no view names"
         if store.left:
             lines.append(one_line(f"{store.store}  left alone: {store.left}"))
-        elif store.outputs or store.folder or store.others:
+            continue
+        if store.outputs or store.folder or store.others:
+            what = "the whole store" if store.folder else "rows that no view names"
             lines.append(f"{store.store}  {what}{' removed' if done.deleted else ''}")
-        for rows in () if store.left else store.outputs:
+        for rows in store.outputs:
             whole = f", {rows.shards:,} shards as a whole" if rows.shards else ""
             kept = f" ({', '.join(rows.derived)} made of them is kept and needs none)" if rows.derived else ""
             lines.append(f"  {rows.output:<14} {size_text(rows.bytes):>9} in {rows.rows:,} rows{whole}{kept}")
-        if store.others and not store.left:
+        if store.others:
             others = one_line(", ".join(store.others[:5]))
             lines.append(f"  the folder stays: it holds {others}, which featurecache did not put there")
     if done.drafts:
@@ -311,23 +313,14 @@ def garbage_lines(done: CollectResult) -> str:
         return "every row is named by a view; nothing to free"
     lines.append(f"{'freed' if done.deleted else 'to free':<16} {size_text(done.bytes):>9}")
     if not done.deleted and any(store.outputs for store in done.stores):
-        stopped = (
-            "Rows that no view names may also be those of an extraction that was stopped: finishing it keeps them."
-        )
-        lines.append(stopped)
+        what = "Rows that no view names may also be those of an extraction that was stopped: finishing it keeps them."
+        lines.append(what)
     return "\n".join(lines)
 
 
-def compact_lines(done: CompactResult) -> str:
-    if not done.written and done.shards[0] == done.shards[1]:
-        return f"compact    {done.view} is in order already: {done.shards[1]:,} shards"
-    shards = f"{done.shards[0]:,} → {done.shards[1]:,} shards, {done.pieces[0]:,} → {done.pieces[1]:,} pieces"
-    return f"compact    {done.view}: {shards}; {size_text(done.written)} written, the old files removed"
-
-
-def merge_lines(found: list[MergeResult]) -> str:
+def merge_lines(results: list[MergeResult]) -> str:
     lines = []
-    for each in found:
+    for each in results:
         where = f" → {each.store}{' (new)' if each.new else ''}" if each.store else ""
         taken = f"{each.rows:,} rows, {each.shards:,} shards, {size_text(each.bytes)}" if each.rows else "no new rows"
         lines.append(f"{each.source}{where}  {taken if each.store else 'left'}")
@@ -353,12 +346,6 @@ def verification_lines(report: VerifyReport) -> str:
         shown = first_of([(sample, f"({output})") for sample, output in damage.rows], "more rows")
         rows.append(("damaged", "\n".join([str(damage), *shown])))
     return columns(rows)
-
-
-def repair_record(done: Repair) -> dict[str, Any]:
-    record = record_of(done)
-    record |= {"rows_kept": record.pop("kept"), "rows_computed": record.pop("computed")}
-    return record | {"gone": [{"id": sample, "reason": reason} for sample, reason in done.gone]}
 
 
 def repair_lines(done: list[Repair]) -> str:

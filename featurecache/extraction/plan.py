@@ -23,6 +23,7 @@ from featurecache.extraction.digest_cache import DigestCache
 from featurecache.extraction.forward import output_layout, pick_device, source_layout, spec_of
 from featurecache.extraction.run import Extraction, ExtractionResult
 from featurecache.extraction.scan import ScanResult, scan
+from featurecache.formatting import columns, cost_per_image, duration, first_of
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies, augmentation_of
 from featurecache.outputs import Output, parse, parse_list
 from featurecache.sources import open_source
@@ -229,3 +230,18 @@ def _holds_nul(values: list[str] | np.ndarray) -> bool:
         return False
     stretches = (values[start : start + 10_000] for start in range(0, len(values), 10_000))
     return any("\0" in "".join(map(str, stretch)) for stretch in stretches)
+
+
+def extraction_summary(result: ExtractionResult, view_label: str) -> str:
+    """What an extraction did, as lines for people; unreadable images are named, at most ten."""
+    work = "nothing left to compute"
+    if result.computed:
+        work = f"{result.computed:,} computed in {duration(result.seconds)} ({result.images_per_s:.3g} images/s)"
+    elif result.derived:
+        work = f"{result.derived:,} derived from stored tokens in {duration(result.seconds)}"
+    unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""
+    copies = f" and {result.copies:,} augmented copies" if result.copies else ""
+    done = f"{result.images:,} images{copies}, {work}{unread}"
+    failed = first_of(result.failed, f"more; featurecache info {view_label} lists them")
+    cost = [("cost", cost_per_image(result.cost))] if result.computed else []
+    return columns([("done", "\n".join([done, *failed])), *cost, ("view", f"{view_label} in {result.view}")])

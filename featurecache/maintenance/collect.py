@@ -17,7 +17,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,15 +123,15 @@ def collect(cache: str | Path | None = None, *, delete: bool = False) -> Collect
     drafts = [path for folder in _folders(cache) for path in orphaned_files(folder)]
     files = [file for path in drafts for file in (path.rglob("*") if path.is_dir() else [path]) if not file.is_dir()]
     size = sum(file.lstat().st_size for file in files)
-    found = [StoreGarbage(path, left=str(error)) for path, error in unreadable_stores(cache)]
+    garbage = [StoreGarbage(path, left=str(error)) for path, error in unreadable_stores(cache)]
     for store in list(stores(cache)):
         try:
-            found.append(_collect(store, delete))
+            garbage.append(_collect(store) if delete else _plan_collection(store)[0])
         except CacheError as error:
-            found.append(StoreGarbage(store.path, left=str(error)))
+            garbage.append(StoreGarbage(store.path, left=str(error)))
     for folder in _folders(cache) if delete else ():
         remove_orphans(folder)
-    return CollectResult(delete, tuple(found), tuple(drafts), size)
+    return CollectResult(delete, tuple(garbage), tuple(drafts), size)
 
 
 def _folders(cache: Path) -> list[Path]:
@@ -140,12 +140,9 @@ def _folders(cache: Path) -> list[Path]:
     return [cache, *(path for path in within if path.is_dir() and not path.is_symlink())] if cache.is_dir() else []
 
 
-def _collect(store: Store, delete: bool) -> StoreGarbage:
-    if not delete:
-        return _garbage(store, *_plan_store(store))
+def _collect(store: Store) -> StoreGarbage:
     with exclusive_lock(store.path, "gc"):
-        outputs, views = _plan_store(store)
-        garbage = _garbage(store, outputs, views)
+        garbage, outputs, views = _plan_collection(store)
         relocate(store, outputs, views)
         for output in outputs:
             with contextlib.suppress(OSError):  # not empty, or not there
@@ -159,40 +156,31 @@ def _collect(store: Store, delete: bool) -> StoreGarbage:
     return garbage
 
 
-def _plan_store(store: Store) -> tuple[list[OutputRelocation], list[View]]:
-    """What becomes of each output, and the views. Raises CacheError where something cannot be read."""
+def _plan_collection(store: Store) -> tuple[StoreGarbage, list[OutputRelocation], list[View]]:
+    """What is freed, what becomes of each output, and the views. Raises CacheError where something cannot be read."""
     views = [View(path, columns_only=True, copies=True) for path in store.views()]
     layouts = {**store.layouts(), **{name: view.info(name) for view in views for name in view.outputs}}
     if unread := [name for name in store.outputs() if name not in layouts]:
         raise CacheError(f"no shard of {unread[0]} in {store.path} can be read. featurecache verify says why.")
-    outputs = []
+    outputs, unused = [], []
+    viewed = [parse(name) for name in sorted({name for view in views for name in view.outputs})]
     for name, layout in sorted(layouts.items()):
         rows = np.unique(np.concatenate([np.zeros(0, "S48"), *(_keys(v, name) for v in views if name in v.outputs)]))
         shards = store.shards(layout)
         needed = {shard.path: np.isin(row_keys(shard.digests, shard.checksums), rows) for shard in shards}
         # Shards that may stay as they are come before those that would lose rows.
         shards.sort(key=lambda shard: (-needed[shard.path].mean(), -needed[shard.path].sum(), shard.path))
-        outputs.append(plan_relocation(layout, shards, rows))
-    return outputs, views
+        outputs.append(output := plan_relocation(layout, shards, rows))
+        if output.unused_rows:
+            derived = tuple(o.name for o in viewed if o.name != name and o.is_derived and o.source == name)
+            unused.append(UnusedRows(name, len(output.drop), output.unused_rows, output.unused_bytes, derived))
+    empty = not views and not any(output.keep or output.split for output in outputs)
+    others = _strange_files(store) if empty else ()
+    return StoreGarbage(store.path, tuple(unused), empty and not others, others), outputs, views
 
 
 def _keys(view: View, output: str) -> np.ndarray:
     return row_keys(view.digests, view.stored(output).checksums)
-
-
-def _garbage(store: Store, outputs: list[OutputRelocation], views: list[View]) -> StoreGarbage:
-    viewed = [parse(name) for name in sorted({name for view in views for name in view.outputs})]
-    unused = []
-    for output in outputs:
-        name, (rows, size) = output.layout.output, output.unused
-        derived = tuple(
-            other.name for other in viewed if other.name != name and other.is_derived and other.source == name
-        )
-        if rows:
-            unused.append(UnusedRows(name, len(output.drop), rows, size, derived))
-    empty = not views and not any(output.keep or output.split for output in outputs)
-    others = _strange_files(store) if empty else ()
-    return StoreGarbage(store.path, tuple(unused), empty and not others, others)
 
 
 def _strange_files(store: Store) -> tuple[str, ...]:
@@ -225,20 +213,20 @@ def compact(name: str | Path | None = None, cache: str | Path | None = None) -> 
     with exclusive_lock(store.path, f"compact {view.name}"):
         store.sweep()
         views = [View(path, columns_only=True, copies=True) for path in store.views()]
-        before, size = _pieces(view), _shard_bytes(store)
-        layouts = [view.info(output) for output in view.outputs]
+        before, layouts = _pieces(view), [view.info(output) for output in view.outputs]
+        there = {path for output in store.outputs() for path in store.shard_paths(output)}
         units = [(layout, rows) for layout in layouts for rows in _in_order(store, view, layout)]
-        new = [(layout, rows) for layout, rows in units if not _path(store, layout, rows).exists()]
+        new = [(layout, rows) for layout, rows in units if _path(store, layout, rows) not in there]
         check_room(store.path, sum(len(rows.file) * layout.row_bytes for layout, rows in new), _ROOM)
-        first = [shard for layout, rows in units if (shard := copy_rows(store, rows, layout)) is not None]
-        written = _shard_bytes(store) - size
+        sizes = {shard.path: shard.size for layout, rows in units if (shard := copy_rows(store, rows, layout))}
         outputs = []
-        for layout in layouts:  # all rows of an output stay, those of ``first`` there
-            shards = _in_turn(layout, first, store.shards(layout))
+        for layout in layouts:  # all rows of an output stay, those of the view in its own shards
+            shards = sorted(store.shards(layout), key=lambda shard: shard.path not in sizes)
             rows = np.concatenate([row_keys(shard.digests, shard.checksums) for shard in shards])
             outputs.append(plan_relocation(layout, shards, rows))
-        relocate(store, outputs, views, first)
+        relocate(store, outputs, views)
         after = _pieces(View(view.path, copies=True))
+    written = sum(size for path, size in sizes.items() if path not in there)
     return CompactResult(view.label, (before[0], after[0]), (before[1], after[1]), written)
 
 
@@ -247,10 +235,6 @@ def _pieces(view: View) -> tuple[int, int]:
     indexes = [view.stored(name).index for name in view.outputs]
     pieces = sum(int(((np.diff(index[:, 0]) != 0) | (np.diff(index[:, 1]) != 1)).sum()) + 1 for index in indexes)
     return len(view.files), pieces
-
-
-def _shard_bytes(store: Store) -> int:
-    return sum(path.stat().st_size for output in store.outputs() for path in store.shard_paths(output))
 
 
 def _in_order(store: Store, view: View, layout: Layout) -> list[RowLocations]:
@@ -274,16 +258,8 @@ class OutputRelocation:
     split: list[RowLocations] = field(default_factory=list)  # of one shard each: the rows that stay, ascending
     trusted: list[RowLocations] = field(default_factory=list)  # rows of which another copy goes
 
-    @property
-    def new_bytes(self) -> int:
-        return sum(len(rows.row) for rows in self.split) * self.layout.row_bytes
-
-    @property
-    def unused(self) -> tuple[int, int]:
-        """(rows, bytes) that are freed: of whole shards the files, of others the rows."""
-        lost = sum(len(rows.shards[0].digests) - len(rows.row) for rows in self.split)
-        rows = sum(len(shard.digests) for shard in self.drop) + lost
-        return rows, sum(shard.size for shard in self.drop) + lost * self.layout.row_bytes
+    unused_rows: int = 0
+    unused_bytes: int = 0  # of whole shards the files, of others the rows
 
 
 def plan_relocation(layout: Layout, shards: Sequence[Shard], wanted: np.ndarray) -> OutputRelocation:
@@ -306,8 +282,11 @@ def plan_relocation(layout: Layout, shards: Sequence[Shard], wanted: np.ndarray)
             result.keep.append(shard)
         elif len(rows):
             result.split.append(_rows_of(shard, rows))
+            result.unused_bytes += (len(shard.digests) - len(rows)) * layout.row_bytes
         else:
             result.drop.append(shard)
+            result.unused_bytes += shard.size
+        result.unused_rows += len(shard.digests) - len(rows)
         if len(rows := rows[np.isin(stored[number][rows], several)]):
             result.trusted.append(_rows_of(shard, rows))
     return result
@@ -317,19 +296,17 @@ def _rows_of(shard: Shard, rows: np.ndarray) -> RowLocations:
     return RowLocations((shard,), np.zeros(len(rows), np.int64), rows)
 
 
-def relocate(
-    store: Store, outputs: Sequence[OutputRelocation], views: Iterable[View], first: Sequence[Shard] = ()
-) -> None:
-    """New shards, views on them, old files away. ``first``: shards whose copies of rows the views shall take. Raises
-    DamagedFile before anything is removed when a row that is to stay does not have its checksum."""
-    check_room(store.path, sum(output.new_bytes for output in outputs), _ROOM)
+def relocate(store: Store, outputs: Sequence[OutputRelocation], views: Iterable[View]) -> None:
+    """New shards, views on them, old files away. Raises DamagedFile before anything is removed when a row that is to
+    stay does not have its checksum."""
+    check_room(store.path, sum(len(rows.row) * o.layout.row_bytes for o in outputs for rows in o.split), _ROOM)
     homes: dict[str, list[Shard]] = {}
     gone: set[Path] = set()
     for output in outputs:
         for rows in output.trusted:
-            verify_rows(rows, output.layout)
+            _verify_rows(rows, output.layout)
         stay = [copy_rows(store, rows, output.layout) or rows.shards[0] for rows in output.split]
-        homes[output.layout.output] = shards = _in_turn(output.layout, first, [*stay, *output.keep])
+        homes[output.layout.output] = shards = [*output.keep, *stay]  # in this order: one that could not be split last
         gone |= {shard.path for shard in [*output.drop, *(rows.shards[0] for rows in output.split)]}
         gone -= {shard.path for shard in shards}
     for view in views:
@@ -346,17 +323,15 @@ def relocate(
             sync_path(folder)
 
 
-def _in_turn(layout: Layout, first: Iterable[Shard], others: Iterable[Shard]) -> list[Shard]:
-    """Those of ``first`` that hold the output, then the others, each once."""
-    mine = [shard for shard in first if shard.path.parent.name == layout.output]
-    return list({shard.path: shard for shard in [*mine, *others]}.values())
-
-
-def verify_rows(places: RowLocations, layout: Layout) -> None:
+def _verify_rows(places: RowLocations, layout: Layout) -> None:
     """Raises DamagedFile when one of the rows does not have its checksum."""
+    for part in _stretches(places, layout):
+        read_feature_rows(part, layout)
+
+
+def _stretches(places: RowLocations, layout: Layout) -> Iterator[RowLocations]:
     step = max(1, STRETCH // layout.row_bytes)
-    for start in range(0, len(places.row), step):
-        read_feature_rows(places[start : start + step], layout)
+    return (places[start : start + step] for start in range(0, len(places.row), step))
 
 
 def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | None:
@@ -367,7 +342,7 @@ def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | Non
         there = store.shard(path, layout)
         if not np.array_equal(there.checksums, places.checksums):
             return None
-        verify_rows(_rows_of(there, np.arange(len(digests))), layout)
+        _verify_rows(_rows_of(there, np.arange(len(digests))), layout)
         return there
     notes = [places.shards[k].notes for k in np.unique(places.file)]
     values = {key: list(dict.fromkeys(n[key] for n in notes if key in n)) for each in notes for key in each}
@@ -375,9 +350,7 @@ def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | Non
     notes_of_all = {key: each[0] if len(each) == 1 else json.dumps(each) for key, each in values.items()}
     writer = ShardWriter(store.path, digests, layout, notes_of_all)
     try:
-        step = max(1, STRETCH // layout.row_bytes)
-        for start in range(0, len(digests), step):
-            part = places[start : start + step]
+        for part in _stretches(places, layout):
             writer.append(part.digests.tolist(), read_feature_rows(part, layout).numpy(), part.errors)
         written = writer.commit()
     finally:

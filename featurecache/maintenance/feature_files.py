@@ -28,7 +28,7 @@ from featurecache.errors import FeatureCacheError, SourceError, UnsafeFile
 from featurecache.files.records import parse_json
 from featurecache.sources.medmnist import read_npy_header
 
-ENDINGS = (".npy", ".npz", ".h5", ".hdf5", ".safetensors")
+TokenLayout = tuple[tuple[str, ...], tuple[int, int]]  # what the first tokens are, and the grid (h, w) of the others
 BLOCK = 16 << 20  # bytes in memory at a time
 _COLUMN = 1 << 30  # bytes of an array that is read whole
 _ATTRIBUTE = 32 << 20  # bytes of an attribute of HDF5
@@ -59,14 +59,11 @@ class ArrayInfo:
     def row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        return self.read(max(1, BLOCK // max(1, self.row_bytes)))
-
     def whole(self) -> np.ndarray:
         """All of a column. Raises SourceError where it is too large to be one."""
         if math.prod(self.shape) * self.dtype.itemsize > _COLUMN:
             raise SourceError(f"{self.name} {list(self.shape)} is too large for a column.")
-        parts = list(self.blocks())
+        parts = list(self.read(max(1, BLOCK // max(1, self.row_bytes))))
         if not self.shape:
             return parts[0]
         return np.concatenate(parts) if parts else np.zeros(self.shape, self.dtype)
@@ -88,7 +85,7 @@ class FeatureFile:
     path: Path
     arrays: dict[str, ArrayInfo]
     attributes: dict[str, str]  # of the file
-    places: dict[str, dict[str, Any]]  # prefix and grid of token arrays, where the file says them
+    token_layouts: dict[str, TokenLayout]  # of the arrays of which the file says it
 
 
 def open_feature_file(path: Path) -> FeatureFile:
@@ -96,11 +93,10 @@ def open_feature_file(path: Path) -> FeatureFile:
     kind = path.suffix.lower()
     if not path.is_file():
         raise SourceError(f"there is no file {path}.")
-    if kind not in ENDINGS:
-        raise SourceError(f"{path.name} has an ending that is not read here; it may be {', '.join(ENDINGS)}.")
-    openers = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}
+    if kind not in FORMATS:
+        raise SourceError(f"{path.name} has an ending that is not read here; it may be {', '.join(FORMATS)}.")
     with _as_source_error(f"{path} cannot be read as {kind[1:]}"):
-        return openers.get(kind, _open_hdf5)(path)
+        return FORMATS[kind](path)
 
 
 @contextlib.contextmanager
@@ -123,18 +119,18 @@ def _pieces(values: Any, shape: tuple[int, ...], rows: int) -> Iterator[np.ndarr
         yield np.asarray(values[start : min(start + rows, shape[0])])
 
 
-def _token_layout(prefix: Any, grid: Any) -> dict[str, Any]:
-    """prefix and grid of one output; both, or neither. Raises ValueError."""
-    if prefix is None or grid is None:
-        return {"prefix": None, "grid": None}
-    lists = isinstance(prefix, list) and isinstance(grid, list) and len(grid) == 2
-    if not lists or any(type(side) is not int or side < 1 for side in grid) or any(type(w) is not str for w in prefix):
-        raise ValueError("its prefix and grid do not say which tokens are what")
-    return {"prefix": tuple(prefix), "grid": (grid[0], grid[1])}
-
-
-def _layouts(outputs: Any) -> dict[str, dict[str, Any]]:
-    return {name: _token_layout(entry["prefix"], entry["grid"]) for name, entry in outputs.items()}
+def _token_layouts(outputs: Any) -> dict[str, TokenLayout]:
+    """(prefix, grid) of each output that says both. Raises ValueError."""
+    layouts = {}
+    for name, entry in outputs.items():
+        prefix, grid = entry.get("prefix"), entry.get("grid")
+        if prefix is None or grid is None:
+            continue
+        lists = isinstance(prefix, list) and isinstance(grid, list) and len(grid) == 2
+        if not lists or any(type(n) is not int or n < 1 for n in grid) or any(type(w) is not str for w in prefix):
+            raise ValueError("its prefix and grid do not say which tokens are what")
+        layouts[name] = tuple(prefix), (grid[0], grid[1])
+    return layouts
 
 
 # -- numpy's format
@@ -158,7 +154,7 @@ def _open_npz(path: Path) -> FeatureFile:
     record = record if isinstance(record, dict) else {}
     attributes = {key: value for key, value in record.items() if isinstance(value, str)}
     outputs = parse_json(attributes["outputs"], str(path)) if "outputs" in attributes else {}
-    return FeatureFile(path, arrays, attributes, _layouts(outputs))
+    return FeatureFile(path, arrays, attributes, _token_layouts(outputs))
 
 
 @contextlib.contextmanager
@@ -179,30 +175,23 @@ def _npy_array(name: str, opened: Callable[[], AbstractContextManager[IO[bytes]]
         )
     if header.offset + header.size != size:
         raise ValueError(f"{name} declares {header.size:,} bytes and has {size - header.offset:,}")
+    by_columns = header.by_columns and len(shape) > 1  # read as a whole, for a row lies everywhere
 
     def read(rows: int) -> Iterator[np.ndarray]:
+        if by_columns and header.size > _COLUMN:
+            raise SourceError(f"{name} is stored by columns (Fortran order): save it with np.ascontiguousarray.")
+        step = max(1, shape[0]) if by_columns else rows
         with opened() as file:
             file.seek(header.offset)
-            if header.by_columns and len(shape) > 1:
-                if header.size > _COLUMN:
-                    raise SourceError(
-                        f"{name} is stored by columns (Fortran order): save it with np.ascontiguousarray."
-                    )
-                whole = np.frombuffer(_exactly(file, header.size, name), dtype).reshape(shape, order="F")
-                yield from _pieces(whole, shape, rows)
-                return
-            for start in range(0, shape[0] if shape else 1, rows):
-                part = (min(rows, shape[0] - start), *shape[1:]) if shape else ()
-                yield np.frombuffer(_exactly(file, math.prod(part) * dtype.itemsize, name), dtype).reshape(part)
+            for start in range(0, shape[0] if shape else 1, step):
+                part = (min(step, shape[0] - start), *shape[1:]) if shape else ()
+                data = file.read(math.prod(part) * dtype.itemsize)
+                if len(data) != math.prod(part) * dtype.itemsize:
+                    raise SourceError(f"{name} ends too early.")
+                block = np.frombuffer(data, dtype).reshape(part, order="F" if by_columns else "C")
+                yield from _pieces(block, part, rows)
 
     return ArrayInfo(name, shape, dtype, dtype.kind in "US", read)
-
-
-def _exactly(file: IO[bytes], size: int, name: str) -> bytes:
-    data = file.read(size)
-    if len(data) != size:
-        raise SourceError(f"{name} ends too early.")
-    return data
 
 
 # -- safetensors
@@ -220,7 +209,7 @@ def _open_safetensors(path: Path) -> FeatureFile:
     outputs, further = columns.pop("outputs", {}), columns.pop("meta", {})
     columns |= {f"meta/{key}": values for key, values in further.items()}
     arrays |= {key: _in_memory(key, values) for key, values in columns.items() if isinstance(values, list)}
-    return FeatureFile(path, arrays, attributes, _layouts(outputs))
+    return FeatureFile(path, arrays, attributes, _token_layouts(outputs))
 
 
 def _tensor(path: Path, name: str, kind: str, shape: tuple[int, ...]) -> ArrayInfo:
@@ -238,8 +227,7 @@ def _in_memory(name: str, values: list[Any]) -> ArrayInfo:
     words = any(isinstance(value, str) for value in values)
     array = np.array(values, object if words else None)
     if not words and array.dtype == object:  # numbers with a null among them
-        array = np.array([math.nan if value is None else value for value in values], np.float64)
-
+        array = np.array(values, np.float64)
     return ArrayInfo(name, array.shape, array.dtype, words, partial(_pieces, array, array.shape))
 
 
@@ -254,11 +242,11 @@ def _open_hdf5(path: Path) -> FeatureFile:
         arrays = {name: _dataset(path, name, file[name]) for name in datasets_of(file, path)}
         attributes = _words_of(file)
         words = {name: _words_of(file[name]) for name in arrays}
-    layouts = {
-        name: _token_layout(*(parse_json(said[key], str(path)) if key in said else None for key in ("prefix", "grid")))
-        for name, said in words.items()
+    parsed = {
+        name: {key: parse_json(text, str(path)) for key, text in each.items() if key in ("prefix", "grid")}
+        for name, each in words.items()
     }
-    return FeatureFile(path, arrays, attributes, layouts)
+    return FeatureFile(path, arrays, attributes, _token_layouts(parsed))
 
 
 def _words_of(thing: h5py.HLObject) -> dict[str, str]:
@@ -320,3 +308,12 @@ def _dataset(path: Path, name: str, dataset: h5py.Dataset) -> ArrayInfo:
             yield from _pieces(file[name].asstr() if text else file[name], shape, rows)
 
     return ArrayInfo(name, shape, dataset.dtype, text, read)
+
+
+FORMATS = {
+    ".npy": _open_npy,
+    ".npz": _open_npz,
+    ".h5": _open_hdf5,
+    ".hdf5": _open_hdf5,
+    ".safetensors": _open_safetensors,
+}

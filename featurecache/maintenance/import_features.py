@@ -29,7 +29,6 @@ from featurecache.formatting import byte_bar
 from featurecache.maintenance.feature_files import BLOCK, ArrayInfo, FeatureFile, open_feature_file
 from featurecache.maintenance.row_annotations import (
     ARRAY_ROLES,
-    ImportOptions,
     RowAnnotations,
     annotate_rows,
     array_named,
@@ -39,12 +38,11 @@ from featurecache.maintenance.row_annotations import (
 from featurecache.outputs import parse
 from featurecache.sources.base import safe_name
 from featurecache.store.schema import DIGEST, ViewColumns
-from featurecache.store.shards import Layout, ShardWriter, notes_for
+from featurecache.store.shards import Layout, ShardWriter, notes_for, shard_name
 from featurecache.store.spec import UNKNOWN, ExtractionSpec
 from featurecache.store.store import Store, cache_folder, create_store, rows_per_shard, stores
 from featurecache.store.write_view import write_view
 
-_Grid = tuple[int, int]  # height and width in patches
 MOST_ROWS = 1 << 26  # ids and labels are in memory; an archive of kilobytes can declare any number
 
 
@@ -69,10 +67,7 @@ class _Source:
     file: FeatureFile
     arrays: dict[str, ArrayInfo]  # by output, sorted
     layouts: dict[str, Layout]
-
-    @property
-    def rows(self) -> int:
-        return next(iter(self.arrays.values())).shape[0]
+    rows: int
 
     @property
     def bytes(self) -> int:
@@ -97,15 +92,17 @@ def import_view(
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> ImportResult:
-    """Make a view ``name`` of the features in ``file``; the options are explained by `ImportOptions`. ``output``: what
-    to call them (default: `vector` for [N,D], `tokens` for [N,T,D]). ``prefix`` and ``grid``: which of the tokens are
-    what, T = len(prefix) + h·w. Raises SourceError, BadOption, UnsafeFile, CannotWrite."""
+    """Make a view ``name`` of the features in ``file``. ``labels``: a file, or the name of an array in ``file``; the
+    keys name arrays too, an empty one says that there is none. ``columns``: those of a table of labels. ``output``:
+    what to call the features (default: `vector` for [N,D], `tokens` for [N,T,D]). ``prefix`` and ``grid``: which of the
+    tokens are what, T = len(prefix) + h·w. Raises SourceError, BadOption, UnsafeFile, CannotWrite."""
     if safe_name(name) != name:
         raise BadOption(f'"{name[:60]}" cannot be the name of a view; "{safe_name(name)}" can.')
     opened = open_feature_file(Path(file).expanduser())
     source = _source(opened, features_key, output, prefix, grid)
-    options = ImportOptions(labels, ids_key, splits_key, groups_key, columns, classes, task)
-    annotations = annotate_rows(opened, [array.name for array in source.arrays.values()], source.rows, options)
+    keys = {"labels": labels, "ids": ids_key, "splits": splits_key, "groups": groups_key}
+    features = [array.name for array in source.arrays.values()]
+    annotations = annotate_rows(opened, features, source.rows, keys, columns, classes, task)
     folder = cache_folder(cache)
     with byte_bar(source.bytes, "look", progress) as bar:
         digests = np.concatenate([each for _, each, _ in _blocks(source, bar)])
@@ -122,23 +119,27 @@ def import_view(
 
 
 def _source(
-    file: FeatureFile, key: str | None, output: str | None, prefix: Sequence[str] | None, grid: _Grid | None
+    file: FeatureFile, key: str | None, output: str | None, prefix: Sequence[str] | None, grid: tuple[int, int] | None
 ) -> _Source:
     if key is None and is_export(file):
         arrays = {name: array for name, array in sorted(file.arrays.items()) if array.is_features and _is_output(name)}
         if arrays and (output or prefix is not None or grid):
             raise BadOption(f"{file.path.name} says what its features are; leave --output, --prefix, --grid out.")
     else:
-        chosen = _chosen(file, key)
-        arrays = {_output_name(chosen, output): chosen}
+        array = _features(file, key)
+        arrays = {_output_name(array, output): array}
     lengths = {array.shape[0] for array in arrays.values()}
-    if len(lengths) != 1 or 0 in lengths or any(0 in array.shape for array in arrays.values()):
+    if len(lengths) != 1 or any(0 in array.shape for array in arrays.values()):
         raise SourceError(f"{file.path.name} has no rows of features, or not as many of each: {describe_arrays(file)}.")
-    if max(lengths) > MOST_ROWS:
-        raise SourceError(f"{file.path.name} has {max(lengths):,} rows; a view has at most {MOST_ROWS:,}.")
+    (rows,) = lengths
+    if rows > MOST_ROWS:
+        raise SourceError(f"{file.path.name} has {rows:,} rows; a view has at most {MOST_ROWS:,}.")
     dtype = "float16" if all(array.dtype.itemsize == 2 for array in arrays.values()) else "float32"
-    layouts = {name: _layout(file, name, array, dtype, prefix, grid) for name, array in arrays.items()}
-    return _Source(file, arrays, layouts)
+    layouts = {}
+    for name, array in arrays.items():
+        own = file.token_layouts.get(array.name) if prefix is None and grid is None else None
+        layouts[name] = _layout(name, array.shape[1:], dtype, *(own or (prefix, grid)))
+    return _Source(file, arrays, layouts, rows)
 
 
 def _is_output(name: str) -> bool:
@@ -148,7 +149,8 @@ def _is_output(name: str) -> bool:
         return False
 
 
-def _chosen(file: FeatureFile, key: str | None) -> ArrayInfo:
+def _features(file: FeatureFile, key: str | None) -> ArrayInfo:
+    """The array of this key, else the only one that can be features."""
     if key is not None:
         array = array_named(file, key, "--features-key")
         if not array.is_features:
@@ -160,8 +162,9 @@ def _chosen(file: FeatureFile, key: str | None) -> ArrayInfo:
     others = {name for role, names in ARRAY_ROLES.items() if role != "features" for name in names}
     candidates = [a for a in file.arrays.values() if a.is_features and a.name.lower() not in others]
     by_name = [array for array in candidates if array.name.lower() in ARRAY_ROLES["features"]]
-    if len(candidates) == 1 or len(by_name) == 1:
-        return candidates[0] if len(candidates) == 1 else by_name[0]
+    for arrays in (candidates, by_name):
+        if len(arrays) == 1:
+            return arrays[0]
     there = describe_arrays(file)
     if not candidates:
         raise SourceError(f"{file.path.name} has no features, [N,D] or [N,T,D] of floats; it holds {there}.")
@@ -169,34 +172,29 @@ def _chosen(file: FeatureFile, key: str | None) -> ArrayInfo:
 
 
 def _output_name(array: ArrayInfo, requested: str | None) -> str:
-    vector = len(array.shape) == 2
+    kind, axes = ("vector", "N,D") if len(array.shape) == 2 else ("tokens", "N,T,D")
     if requested is None:
-        return "vector" if vector else "tokens"
+        return kind
     name = parse(requested).name
-    if name.startswith("tokens") == vector:
-        kind = "a vector" if vector else "tokens"
-        raise BadOption(
-            f"--output {name} does not fit features [{','.join('NTD' if not vector else 'ND')}]: they are {kind}."
-        )
+    if name.startswith("tokens") != (kind == "tokens"):
+        kind = "a vector" if kind == "vector" else kind
+        raise BadOption(f"--output {name} does not fit features [{axes}]: they are {kind}.")
     return name
 
 
 def _layout(
-    file: FeatureFile, name: str, array: ArrayInfo, dtype: str, prefix: Sequence[str] | None, grid: _Grid | None
+    name: str, shape: tuple[int, ...], dtype: str, prefix: Sequence[str] | None, grid: tuple[int, int] | None
 ) -> Layout:
-    stated = file.places.get(array.name) or {}
-    if prefix is None and grid is None and stated.get("grid") and stated.get("prefix") is not None:
-        prefix, grid = stated["prefix"], stated["grid"]
-    shape = array.shape[1:]
     if prefix is None and grid is None:
         return Layout(name, shape, dtype)
     if len(shape) != 2 or len(parse(name).size) == 1:
         raise BadOption(f"--prefix and --grid are for tokens [N,T,D], not for {name} {list(shape)}.")
-    if grid is None or len(prefix or ()) + grid[0] * grid[1] != shape[0]:
-        rest = shape[0] - len(prefix or ())
-        tokens = f"{len(prefix or ())} + {grid[0]}·{grid[1]}" if grid else "--prefix alone"
+    prefix = tuple(prefix or ())
+    rest = shape[0] - len(prefix)
+    if grid is None or grid[0] * grid[1] != rest:
+        tokens = f"{len(prefix)} + {grid[0]}·{grid[1]}" if grid else "--prefix alone"
         raise BadOption(f"{tokens} does not say what {shape[0]} tokens are; --grid HxW has to cover {rest} of them.")
-    return Layout(name, shape, dtype, tuple(prefix or ()), grid)
+    return Layout(name, shape, dtype, prefix, grid)
 
 
 def _blocks(source: _Source, bar: tqdm) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
@@ -215,9 +213,8 @@ def _blocks(source: _Source, bar: tqdm) -> Iterator[tuple[int, np.ndarray, dict[
 
 def _stored(source: _Source, key: str, part: np.ndarray, start: int) -> np.ndarray:
     """A block in the dtype that is stored. Raises SourceError at the first value that is not finite in it."""
-    dtype = np.dtype(source.layouts[key].dtype)
     with np.errstate(over="ignore"):
-        block = np.ascontiguousarray(part.astype(dtype.newbyteorder("<")))
+        block = np.ascontiguousarray(part.astype(np.dtype(source.layouts[key].dtype).newbyteorder("<")))
     fine = np.isfinite(block.reshape(len(block), -1)).all(1)
     if not fine.all():
         row = int(np.argmin(fine))
@@ -236,14 +233,11 @@ def _digest(rows: list[np.ndarray]) -> bytes:
 
 
 def _spec(source: _Source, digests: np.ndarray) -> ExtractionSpec:
-    layouts = source.layouts.values()
+    layouts = list(source.layouts.values())
     places = {layout.output: layout.attributes() for layout in layouts if layout.grid is not None}
-    content = hashlib.blake2b(np.ascontiguousarray(digests, DIGEST).tobytes(), digest_size=16).hexdigest()
     architecture = {"origin": UNKNOWN, **({"tokens": places} if places else {})}
-    dtype = next(iter(layouts)).dtype
-    return ExtractionSpec(
-        architecture, {"features_blake2b": content}, {"origin": UNKNOWN}, (0, 0), UNKNOWN, UNKNOWN, dtype
-    )  # fmt: skip
+    weights, dtype = {"features_blake2b": shard_name(digests)}, layouts[0].dtype
+    return ExtractionSpec(architecture, weights, {"origin": UNKNOWN}, (0, 0), UNKNOWN, UNKNOWN, dtype)
 
 
 def _provenance(file: FeatureFile) -> dict[str, Any]:
@@ -292,7 +286,7 @@ def _store_rows(store: Store, source: _Source, key: str, digests: np.ndarray, to
                 writer = writer or ShardWriter(store.path, digests[todo[done : done + length]], layout, notes)
                 end = min(done - done % length + length, int(np.searchsorted(todo, stop)))
                 rows = todo[done:end]
-                writer.append([bytes(digest) for digest in digests[rows]], blocks[key][rows - start])
+                writer.append(digests[rows].tolist(), blocks[key][rows - start])
                 done = end
                 if done % length == 0 or done == len(todo):
                     writer.commit()
@@ -302,10 +296,10 @@ def _store_rows(store: Store, source: _Source, key: str, digests: np.ndarray, to
             writer.discard()
 
 
-def _write(store: Store, name: str, source: _Source, annotations: RowAnnotations, digests: np.ndarray) -> Path:
+def _write(store: Store, name: str, source: _Source, rows: RowAnnotations, digests: np.ndarray) -> Path:
     attributes: dict[str, Any] = {
-        "classes": json.dumps(annotations.classes, ensure_ascii=False),
-        "task": annotations.task,
+        "classes": json.dumps(rows.classes, ensure_ascii=False),
+        "task": rows.task,
         "spec": canonical_json(store.spec.to_dict()),
         "fingerprint": store.fingerprint,
         "provenance": canonical_json(store.provenance),
@@ -313,11 +307,9 @@ def _write(store: Store, name: str, source: _Source, annotations: RowAnnotations
         "source": canonical_json({"kind": "import", "data": str(source.file.path.absolute())}),
         "failed": "[]",
     }
-    rows = ViewColumns(
-        annotations.ids, annotations.labels, annotations.splits, digests, annotations.groups, annotations.meta
-    )
+    columns = ViewColumns(rows.ids, rows.labels, rows.splits, digests, rows.groups, rows.meta)
     located = {layout: store.locate(layout, digests) for layout in source.layouts.values()}
-    return write_view(store, name, rows, attributes, located)
+    return write_view(store, name, columns, attributes, located)
 
 
 def _notes(source: _Source, annotations: RowAnnotations) -> Iterator[str]:

@@ -22,7 +22,7 @@ Notation: N rows of the view, K different images or groups, S = 3 splits, n find
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from featurecache.errors import BadOption, NotInCache
+from featurecache.errors import BadOption
 from featurecache.store.view import View
 
 SPLITS = ("train", "val", "test")
@@ -43,7 +43,6 @@ VECTORS = ("cls", "pooler", "gap", "mean")  # compared by default: the first tha
 # other, 21,521 reach 0.99.
 THRESHOLD = 0.99
 TILE, BLOCK = 16_384, 2_048  # rows of the first split held at a time; rows on each side of one product
-_DENSE = 1 / 100  # share of a block from which on one product of the block is faster than its pairs (an estimate)
 _DECIMALS = 9
 
 
@@ -105,35 +104,36 @@ def find_leaks(
     if most < 1:
         raise BadOption(f"--most is {most}; it must be at least 1.")
     chosen = comparison_vector(view, output) if near else None
-    codes = split_codes(view, names)
-    images = numbered(np.asarray(view.digests).tolist())
-    found = [*shared_keys("image", images, codes), *_groups(view, codes)]
+    codes, keys = split_codes(view, names), _exact_keys(view)
+    findings = [leak for kind, numbers in keys.items() for leak in shared_keys(kind, numbers, codes)]
     if chosen is not None:
-        found += _near(view, chosen, images, codes, threshold, most, progress)
-    found += label_conflicts(images, np.asarray(view.labels), codes, _plain(view))
-    return Leaks(tuple(found), chosen, threshold)
+        findings += _near(view, chosen, keys["image"], codes, threshold, most, progress)
+    findings += label_conflicts(keys["image"], np.asarray(view.labels), codes, _plain(view))
+    return Leaks(tuple(findings), chosen, threshold)
 
 
 def exact_leaks(view: LeakInput, names: np.ndarray) -> list[LeakFinding]:
     """Images and groups that stand in two of the splits ``names`` [N]: no features are read."""
     codes = split_codes(view, names)
-    return shared_keys("image", numbered(np.asarray(view.digests).tolist()), codes) + _groups(view, codes)
+    return [leak for kind, numbers in _exact_keys(view).items() for leak in shared_keys(kind, numbers, codes)]
 
 
 def leaking(view: LeakInput, names: np.ndarray) -> dict[str, np.ndarray]:
     """bool [N] for train and for val: rows of it whose image or group also stands in a later split."""
     codes = split_codes(view, names)
-    keys = [numbered(np.asarray(view.digests).tolist())]
-    if view.groups is not None:
-        keys.append(numbered(view.groups))
-    later = np.zeros((2, len(codes)), dtype=bool)
-    for key in keys:
-        used = (codes >= 0) & (key >= 0)
-        there = np.zeros((key.max(initial=-1) + 1, len(SPLITS)), dtype=bool)
-        there[key[used], codes[used]] = True
-        later[0][used] |= there[key[used], 1] | there[key[used], 2]
-        later[1][used] |= there[key[used], 2]
-    return {name: (codes == code) & later[code] for code, name in enumerate(("train", "val"))}
+    later = np.zeros(len(codes), bool)
+    for numbers in _exact_keys(view).values():
+        used = (codes >= 0) & (numbers >= 0)
+        last = np.full(numbers.max(initial=-1) + 1, -1)  # split of each image or group
+        np.maximum.at(last, numbers[used], codes[used])
+        later[used] |= last[numbers[used]] > codes[used]
+    return {name: (codes == code) & later for code, name in enumerate(("train", "val"))}
+
+
+def _exact_keys(view: LeakInput) -> dict[str, np.ndarray]:
+    """Kind of leak -> int64 [N]: which image a row is, and where groups are known which group it belongs to."""
+    groups = {} if view.groups is None else {"group": numbered(view.groups)}
+    return {"image": numbered(np.asarray(view.digests).tolist()), **groups}
 
 
 def numbered(values: Iterable[Any]) -> np.ndarray:
@@ -156,10 +156,6 @@ def _plain(view: LeakInput) -> np.ndarray:
     return np.ones(len(view.ids), bool) if view.versions is None else np.asarray(view.versions) == 0
 
 
-def _groups(view: LeakInput, codes: np.ndarray) -> list[LeakFinding]:
-    return [] if view.groups is None else shared_keys("group", numbered(view.groups), codes)
-
-
 def shared_keys(kind: str, keys: np.ndarray, codes: np.ndarray) -> list[LeakFinding]:
     """A finding for each pair of splits that share a key. keys, codes: int64 [N], -1 takes no part."""
     rows = np.flatnonzero((keys >= 0) & (codes >= 0))
@@ -167,14 +163,14 @@ def shared_keys(kind: str, keys: np.ndarray, codes: np.ndarray) -> list[LeakFind
     first = np.full((keys.max(initial=-1) + 1, 3), -1)
     count = np.zeros_like(first)
     first.reshape(-1)[cells], count.reshape(-1)[cells] = rows[place], number
-    found = []
+    findings = []
     for a, b in _PAIRS:
         both = np.flatnonzero((count[:, a] > 0) & (count[:, b] > 0))
         both = both[np.argsort(first[both, a])]
         if len(both):
-            pair = (SPLITS[a], SPLITS[b])
-            found.append(LeakFinding(kind, pair, len(both), first[both][:, [a, b]], count[both][:, [a, b]]))
-    return found
+            splits = (SPLITS[a], SPLITS[b])
+            findings.append(LeakFinding(kind, splits, len(both), first[both][:, [a, b]], count[both][:, [a, b]]))
+    return findings
 
 
 def label_conflicts(images: np.ndarray, labels: np.ndarray, codes: np.ndarray, plain: np.ndarray) -> list[LeakFinding]:
@@ -207,29 +203,22 @@ def _by_splits(rows: np.ndarray, copies: np.ndarray, codes: np.ndarray) -> list[
     order = np.where(codes < 0, len(SPLITS), codes)
     swap = (order[rows[:, 0]] * len(order) + rows[:, 0]) > (order[rows[:, 1]] * len(order) + rows[:, 1])
     rows, copies = (np.where(swap[:, None], pairs[:, ::-1], pairs) for pairs in (rows, copies))
-    words = (*SPLITS, "")
-    found = []
+    words, findings = (*SPLITS, ""), []
     for a, b in np.unique(order[rows], axis=0).tolist():
         here = np.flatnonzero((order[rows] == (a, b)).all(axis=1))
         here = here[np.argsort(rows[here, 0])]
-        found.append(LeakFinding("labels", (words[a], words[b]), len(here), rows[here], copies[here]))
-    return found
+        findings.append(LeakFinding("labels", (words[a], words[b]), len(here), rows[here], copies[here]))
+    return findings
 
 
 def comparison_vector(view: View, output: str | None) -> str | None:
-    """The output whose vectors are compared. Raises BadOption where the one asked for has many vectors an image."""
-    if output is not None:
-        if len(shape := view.info(output).shape) != 1:
-            size = "×".join(str(side) for side in shape)
-            raise BadOption(f"--output {output} has [{size}] numbers an image; one vector is compared: cls or mean.")
-        return output
-    for name in VECTORS:
-        try:
-            view.info(name)
-        except NotInCache:
-            continue
-        return name
-    return None
+    """The output whose vectors are compared. Raises NotInCache, and BadOption where it has many vectors an image."""
+    if output is None:
+        return next((name for name in VECTORS if view.has(name)), None)
+    if len(shape := view.info(output).shape) != 1:
+        size = "×".join(map(str, shape))
+        raise BadOption(f"--output {output} has [{size}] numbers an image; one vector is compared: cls or mean.")
+    return output
 
 
 def _near(
@@ -239,7 +228,7 @@ def _near(
     _, place, again, number = np.unique(cells, return_index=True, return_inverse=True, return_counts=True)
     once = [np.sort(place[codes[place] == code]) for code in range(len(SPLITS))]  # of copies in a split the first
     copies = number[again.reshape(-1)]
-    features = CentredUnitRows.of(view, output, np.flatnonzero(_plain(view)))
+    features = CentredUnitRows(view, output, np.flatnonzero(_plain(view)))
     findings = []
     for a, b in _PAIRS:
         what = f"{SPLITS[a]} and {SPLITS[b]}" if progress else ""
@@ -250,36 +239,28 @@ def _near(
     return findings
 
 
-@dataclass(frozen=True)
 class CentredUnitRows:
     """The rows of one output as unit vectors from their mean."""
 
-    read: Callable[[np.ndarray], torch.Tensor]  # rows [n] -> [n,D], as stored
-    mean: np.ndarray  # float64 [D]
-    tiny: float  # a distance from the mean that is only rounding
-
-    @classmethod
-    def of(cls, view: View, output: str, rows: np.ndarray) -> CentredUnitRows:
-        """The mean is that of ``rows``; rows that are not finite are not in it. An output that is made of tokens is
+    def __init__(self, view: View, output: str, rows: np.ndarray) -> None:
+        """``mean`` [D] is that of ``rows``; rows that are not finite are not in it. An output that is made of tokens is
         made once and kept in memory, a stored one is read block by block."""
-        read: Callable[[np.ndarray], torch.Tensor] = lambda picked: view.tensor(output, picked)  # noqa: E731
-        if output not in view.outputs:
-            whole = view.tensor(output)
-            read = lambda picked: whole[torch.from_numpy(picked)]  # noqa: E731
+        whole = None if output in view.outputs else view.tensor(output)
+        self._read = lambda rows: view.tensor(output, rows) if whole is None else whole[torch.from_numpy(rows)]
         total, number = np.zeros(view.info(output).shape), 0
         for part in _parts(rows, BLOCK):
-            x = _double(read(part))
+            x = _double(self._read(part))
             x = x[np.isfinite(x).all(axis=1)]
             total += x.sum(axis=0)
             number += len(x)
-        mean = total / max(number, 1)
-        return cls(read, mean, 1e-9 * float(np.linalg.norm(mean)))
+        self.mean = total / max(number, 1)
+        self._tiny = 1e-9 * float(np.linalg.norm(self.mean))  # a distance from the mean that is only rounding
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """float64 [n,D]; zero where a row has no direction."""
-        x = _double(self.read(rows)) - self.mean
+        x = _double(self._read(rows)) - self.mean
         length = np.sqrt(np.einsum("nd,nd->n", x, x))
-        none = ~((length > self.tiny) & np.isfinite(length))
+        none = ~((length > self._tiny) & np.isfinite(length))
         length[none], x[none] = 1, 0
         x /= length[:, None]
         return x
@@ -333,24 +314,16 @@ def nearest_pairs(
                     if near.max() < cut:
                         continue
                     a, b = np.nonzero(near >= cut)
-                    other = same[rows[a]] != same[columns[b]]
-                    a, b = a[other], b[other]
-                    cosines = exact_cosines(features, rows, columns, a, b)
+                    candidates = np.stack([rows[a], columns[b]], 1)
+                    candidates = candidates[same[candidates[:, 0]] != same[candidates[:, 1]]]
+                    cosines = exact_cosines(features, *candidates.T)
                     here = cosines >= threshold
-                    pairs.add(np.stack([rows[a[here]], columns[b[here]]], 1), cosines[here])
+                    pairs.add(candidates[here], cosines[here])
     return pairs
 
 
-def exact_cosines(
-    features: CentredUnitRows, rows: np.ndarray, columns: np.ndarray, a: np.ndarray, b: np.ndarray
-) -> np.ndarray:
-    """Cosines float64 [h] of rows[a] and columns[b], from the stored numbers, to nine decimals."""
+def exact_cosines(features: CentredUnitRows, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosines float64 [h] of rows a [h] and b [h], from the stored numbers, to nine decimals."""
     left, a = np.unique(a, return_inverse=True)
     right, b = np.unique(b, return_inverse=True)
-    u, v = features[rows[left]], features[columns[right]]
-    if len(a) > _DENSE * len(u) * len(v):
-        cosines = (u @ v.T)[a, b]
-    else:
-        alone = [np.einsum("hd,hd->h", u[a[part]], v[b[part]]) for part in _parts(np.arange(len(a)), BLOCK)]
-        cosines = np.concatenate([np.zeros(0), *alone])
-    return np.round(cosines, _DECIMALS)
+    return np.round((features[left] @ features[right].T)[a, b], _DECIMALS)

@@ -8,7 +8,7 @@ shard was written with; of a row that both have ours stays. Interrupted, the sam
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -72,16 +72,15 @@ def merge(other: str | Path, cache: str | Path | None = None, *, progress: bool 
         raise BadOption(f"{theirs} is one store; give the folder of the cache it lies in, {theirs.absolute().parent}.")
     if folder.exists() and theirs.exists() and folder.samefile(theirs):
         raise BadOption(f"{theirs} is this cache itself; --cache names the one to merge into.")
-    found = [MergeResult(path, None, left=(str(error),)) for path, error in unreadable_stores(theirs)]
-    sources = list(stores(theirs))
-    if not sources and not found:
-        raise NotInCache(f"there is no store in {theirs}.")
-    for source in sources:
+    results = [MergeResult(path, None, left=(str(error),)) for path, error in unreadable_stores(theirs)]
+    for source in list(stores(theirs)):
         try:
-            found.append(_merge(source, folder, progress))
+            results.append(_merge(source, folder, progress))
         except (CacheError, NotInCache) as error:
-            found.append(MergeResult(source.path, None, left=(str(error),)))
-    return found
+            results.append(MergeResult(source.path, None, left=(str(error),)))
+    if not results:
+        raise NotInCache(f"there is no store in {theirs}.")
+    return results
 
 
 def _merge(source: Store, folder: Path, progress: bool) -> MergeResult:
@@ -92,17 +91,24 @@ def _merge(source: Store, folder: Path, progress: bool) -> MergeResult:
     with exclusive_lock(mine.path, f"merge of {source.path}"):
         mine.sweep()
         _agree(mine, source)
-        rows = _RowCopy(mine, source)
-        wanted = rows.plan()
-        check_room(mine.path, sum(shard.size for _, shard, _ in wanted), "Choose another disk with --cache.")
+        wanted, left = _missing_shards(mine, source)
+        needed = sum(shard.size for _, shard, _ in wanted)
+        check_room(mine.path, needed, "Choose another disk with --cache.")
         if mine.plan is None and source.plan is not None:  # where there are a plan and a reference here, ours stay
             write_whole(mine.path / "plan.json", (source.path / "plan.json").read_bytes())
         if (theirs := read_canary(source)) is not None and not canary_path(mine).exists():
             write_canary(mine, theirs)
-        rows.copy(wanted, progress)
+        shards = rows = size = 0
+        with byte_bar(needed, source.path.name, progress) as bar:
+            for layout, shard, missing in wanted:
+                try:
+                    copy_shard(shard, mine.folder(layout.output) / shard.path.name, bar.update)
+                except DamagedFile as error:
+                    left.append(str(error))
+                else:
+                    shards, rows, size = shards + 1, rows + missing, size + shard.size
         views = tuple(_take_view(mine, source, path) for path in source.views())
-    size = sum(shard.size for shard in rows.copied)
-    return MergeResult(source.path, mine.path, new, len(rows.copied), rows.rows, size, views, tuple(rows.left))
+    return MergeResult(source.path, mine.path, new, shards, rows, size, views, tuple(left))
 
 
 def _agree(mine: Store, source: Store) -> None:
@@ -130,49 +136,27 @@ def _agree(mine: Store, source: Store) -> None:
             )
 
 
-@dataclass
-class _RowCopy:
-    """The shards of a store of which rows are not here, and what became of them."""
-
-    mine: Store
-    source: Store
-    left: list[str] = field(default_factory=list)
-    copied: list[Shard] = field(default_factory=list)
-    rows: int = 0
-
-    def plan(self) -> list[tuple[Layout, Shard, int]]:
-        """Shards with the number of rows that are not here."""
-        ours, layouts, wanted = self.mine.layouts(), self.source.layouts(), []
-        for name in self.source.outputs():
-            if name not in layouts:
-                self.left.append(f"{name} of {self.source.path} has no shard that can be read.")
-        for name, layout in layouts.items():
-            if ours.get(name, layout) != layout:
-                self.left.append(f"{name} of {self.source.path} has rows of another shape than here.")
+def _missing_shards(mine: Store, source: Store) -> tuple[list[tuple[Layout, Shard, int]], list[str]]:
+    """Shards of ``source`` with the number of rows that are not in ``mine``; and what cannot be taken, and why."""
+    ours, layouts, wanted = mine.layouts(), source.layouts(), []
+    unread = [name for name in source.outputs() if name not in layouts]
+    left = [f"{name} of {source.path} has no shard that can be read." for name in unread]
+    for name, layout in layouts.items():
+        if ours.get(name, layout) != layout:
+            left.append(f"{name} of {source.path} has rows of another shape than here.")
+            continue
+        here = np.concatenate([np.zeros(0, "S32"), *(shard.digests for shard in mine.shards(layout))])
+        for path in source.shard_paths(name):
+            try:
+                shard = source.shard(path, layout)
+            except CacheError as error:
+                left.append(str(error))
                 continue
-            here = np.concatenate([np.zeros(0, "S32"), *(shard.digests for shard in self.mine.shards(layout))])
-            for path in self.source.shard_paths(name):
-                try:
-                    shard = self.source.shard(path, layout)
-                except CacheError as error:
-                    self.left.append(str(error))
-                    continue
-                missing = np.setdiff1d(shard.digests, here)
-                if len(missing):
-                    wanted.append((layout, shard, len(missing)))
-                    here = np.concatenate([here, missing])
-        return wanted
-
-    def copy(self, wanted: list[tuple[Layout, Shard, int]], progress: bool) -> None:
-        with byte_bar(sum(shard.size for _, shard, _ in wanted), self.source.path.name, progress) as bar:
-            for layout, shard, missing in wanted:
-                try:
-                    copy_shard(shard, self.mine.folder(layout.output) / shard.path.name, bar.update)
-                except DamagedFile as error:
-                    self.left.append(str(error))
-                else:
-                    self.copied.append(shard)
-                    self.rows += missing
+            missing = np.setdiff1d(shard.digests, here)
+            if len(missing):
+                wanted.append((layout, shard, len(missing)))
+                here = np.concatenate([here, missing])
+    return wanted, left
 
 
 def copy_shard(shard: Shard, target: Path, advance: Callable[[int], object]) -> None:

@@ -34,19 +34,6 @@ _OURS = ("digests", "classes")  # in our own exports, and not needed
 
 
 @dataclass(frozen=True)
-class ImportOptions:
-    """What the user says about the rows. Keys name arrays of the file; an empty one says that there is none."""
-
-    labels: str | None = None  # a file, or a key
-    ids_key: str | None = None
-    splits_key: str | None = None
-    groups_key: str | None = None
-    columns: dict[str, str] | None = None  # of a table of labels
-    classes: Sequence[str] | None = None
-    task: str | None = None
-
-
-@dataclass(frozen=True)
 class RowAnnotations(Annotations):
     """Columns [N] of the features' rows, and what the file holds beside them."""
 
@@ -55,42 +42,60 @@ class RowAnnotations(Annotations):
     unused: list[str]
 
 
-def annotate_rows(file: FeatureFile, features: Sequence[str], rows: int, options: ImportOptions) -> RowAnnotations:
-    """Raises SourceError and BadOption where something does not fit the ``rows`` of the features."""
+def annotate_rows(
+    file: FeatureFile,
+    features: Sequence[str],
+    rows: int,
+    keys: dict[str, str | None],
+    columns: dict[str, str] | None,
+    classes: Sequence[str] | None,
+    task: str | None,
+) -> RowAnnotations:
+    """What is known of the ``rows`` of the arrays ``features``. ``keys``: names of the arrays of labels (or a file),
+    ids, splits and groups; for the others see `import_view`. Raises SourceError and BadOption where something does not
+    fit."""
     if is_export(file) and "versions" in file.arrays:
         raise SourceError(
             f"{file.path.name} was exported with augmented copies, and an import takes every row for an image. "
             "Export it without --copies."
         )
-    table = None
-    if options.labels and options.labels.lower().endswith(TABLES):
-        if not Path(options.labels).is_file():
-            raise SourceError(f"there is no file {options.labels}.")
-        table = read_annotations(options.labels, options.columns, options.task)
-    elif options.columns:
-        raise BadOption("--column names columns of a table: --labels FILE.csv.")
-    keys = {"ids": options.ids_key, "splits": options.splits_key, "groups": options.groups_key}
-    columns = {role: _column(file, role, key, rows) for role, key in keys.items()}
-    ids = _ids(file, columns["ids"], rows)
-    order = _order(table, ids if columns["ids"] else None, rows)
-    labels, classes, task, labels_key = _labels(file, table, order, rows, options)
-    groups = columns["groups"].texts() if columns["groups"] else None
-    meta, splits = dict[str, Any](), [""] * rows
-    if table is None and (array := columns["splits"]):
-        splits = split_names(array.texts(), lambda row: f"{array.name} row {row:,}", "--splits-key '' leaves them out.")
-    elif table is not None:
-        ids = _picked(table.ids, order) if table.ids and not columns["ids"] else ids
+    table = _open_table(keys["labels"], columns, task)
+    arrays = {role: _column(file, role, keys[role], rows) for role in ("ids", "splits", "groups")}
+    arrays["labels"] = None if table is not None else _labels_array(file, keys["labels"], rows)
+    ids = _ids(file, arrays["ids"], rows)
+    stated = _stated_classes(file)
+    task = task or (file.attributes["task"] if stated is not None else None)
+    groups = arrays["groups"].texts() if arrays["groups"] else None
+    labels, names, splits, meta = np.full(rows, -1, np.int64), list[str](), [""] * rows, dict[str, Any]()
+    if table is not None:
+        order = _order(table, ids if arrays["ids"] else None, rows)
+        labels, names = _reordered(table.labels[order], table.classes, classes)
+        ids = _picked(table.ids, order) if table.ids and not arrays["ids"] else ids
         splits = _picked(table.splits, order)
         groups = _picked(table.groups, order) if table.groups and groups is None else groups
         meta = {name: _picked(values, order) for name, values in table.meta.items()}
+    if array := arrays["labels"]:
+        labels, names = _labels_of(array, classes or stated, task)
+    if table is None and (named := arrays["splits"]):
+        splits = split_names(named.texts(), lambda row: f"{named.name} row {row:,}", "--splits-key '' leaves them out.")
     if is_export(file):
-        further = {name: array for name, array in file.arrays.items() if name.startswith("meta/")}
-        meta |= {name.removeprefix("meta/"): _further(array, rows) for name, array in further.items()}
-    used = {*features, *(a.name for a in columns.values() if a), labels_key, *_OURS, *(f"meta/{name}" for name in meta)}
+        further = {name.removeprefix("meta/"): a for name, a in file.arrays.items() if name.startswith("meta/")}
+        meta |= {name: _further(values, rows) for name, values in further.items()}
+    labels, names, task = resolve_labels(labels, names, task, file.path.name)
+    _check_text({"ids": ids, "groups": groups or [], "classes": names, **meta})
+    used = {*features, *_OURS, *(a.name for a in arrays.values() if a), *(f"meta/{name}" for name in meta)}
     unused = [name for name in file.arrays if name not in used]
-    annotations = RowAnnotations(ids, labels, splits, groups, meta, classes, task, unused)
-    _check_text(annotations)
-    return annotations
+    return RowAnnotations(ids, labels, splits, groups, meta, names, task, unused)
+
+
+def _open_table(labels: str | None, columns: dict[str, str] | None, task: str | None) -> Annotations | None:
+    if labels and labels.lower().endswith(TABLES):
+        if not Path(labels).is_file():
+            raise SourceError(f"there is no file {labels}.")
+        return read_annotations(labels, columns, task)
+    if columns:
+        raise BadOption("--column names columns of a table: --labels FILE.csv.")
+    return None
 
 
 def is_export(file: FeatureFile) -> bool:
@@ -147,10 +152,8 @@ def _ids(file: FeatureFile, array: ArrayInfo | None, rows: int) -> list[str]:
     return ids
 
 
-def _order(table: Annotations | None, ids: list[str] | None, rows: int) -> np.ndarray:
+def _order(table: Annotations, ids: list[str] | None, rows: int) -> np.ndarray:
     """For each row of the features that of the table."""
-    if table is None:
-        return np.arange(rows)
     if table.ids is not None and ids is not None:
         row_of = {name: row for row, name in enumerate(table.ids)}
         if missing := [name for name in ids if name not in row_of]:
@@ -168,25 +171,6 @@ def _picked(values: Any, order: np.ndarray) -> Any:
 
 
 # -- labels
-
-
-def _labels(
-    file: FeatureFile, table: Annotations | None, order: np.ndarray, rows: int, options: ImportOptions
-) -> tuple[np.ndarray, list[str], str, str]:
-    """(labels, classes, task, name of the array they lie in)."""
-    stated, key = _stated_classes(file), ""
-    classes = list(options.classes) if options.classes else stated
-    task = options.task or (file.attributes["task"] if stated is not None else None)
-    if table is not None:
-        labels, names = table.labels[order], table.classes
-        if options.classes:
-            labels, names = _reordered(labels, names, list(options.classes))
-    elif array := _labels_array(file, options.labels, rows):
-        key = array.name
-        labels, names = _labels_of(array, classes, task)
-    else:
-        labels, names = np.full(rows, -1, np.int64), []
-    return *resolve_labels(labels, names, task, file.path.name), key
 
 
 def _stated_classes(file: FeatureFile) -> list[str] | None:
@@ -216,13 +200,13 @@ def _labels_array(file: FeatureFile, key: str | None, rows: int) -> ArrayInfo | 
     return _column(file, "labels", key, rows)
 
 
-def _labels_of(array: ArrayInfo, classes: list[str] | None, task: str | None) -> tuple[np.ndarray, list[str]]:
+def _labels_of(array: ArrayInfo, classes: Sequence[str] | None, task: str | None) -> tuple[np.ndarray, list[str]]:
     """int64 [N] or float32 [N,L], and the classes."""
     if array.text:
         words = array.texts()
         names = sorted(set(words) - {""})
         labels = class_labels(words, names)
-        return _reordered(labels, names, classes) if classes else (labels, names)
+        return _reordered(labels, names, classes)
     labels, names = labels_of_numbers(array.whole(), array.name, classes, "label {}")
     if labels.ndim == 2 and task in ("binary", "multiclass", "ordinal"):
         if not (labels.sum(1) == 1).all():
@@ -231,15 +215,17 @@ def _labels_of(array: ArrayInfo, classes: list[str] | None, task: str | None) ->
     return labels, names
 
 
-def _reordered(labels: np.ndarray, names: list[str], classes: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels of the classes ``names`` in the order of ``classes``."""
+def _reordered(labels: np.ndarray, names: list[str], classes: Sequence[str] | None) -> tuple[np.ndarray, list[str]]:
+    """Labels of the classes ``names`` in the order of ``classes``, if there is one."""
+    if not classes:
+        return labels, names
     unknown = [name for name in names if name not in classes]
     if unknown or len(set(classes)) < len(classes):
         raise BadOption(f"--classes {','.join(classes)}: the labels are {abbreviated(names, 8)}; name each once.")
     if labels.ndim == 2:
-        return labels[:, [names.index(name) for name in classes if name in names]], classes
+        return labels[:, [names.index(name) for name in classes if name in names]], list(classes)
     place = np.array([*(classes.index(name) for name in names), -1], np.int64)
-    return place[labels], classes
+    return place[labels], list(classes)
 
 
 def _further(array: ArrayInfo, rows: int) -> Any:
@@ -249,9 +235,8 @@ def _further(array: ArrayInfo, rows: int) -> Any:
     return values
 
 
-def _check_text(rows: RowAnnotations) -> None:
+def _check_text(columns: dict[str, Any]) -> None:
     """HDF5 stores no NUL and no half characters."""
-    columns: dict[str, Any] = {"ids": rows.ids, "groups": rows.groups or [], "classes": rows.classes, **rows.meta}
     for name, values in columns.items():
         for value in values if not isinstance(values, np.ndarray) or values.dtype == object else []:
             if "\0" in value or not is_text(value):

@@ -103,18 +103,16 @@ class ReferencedShard:
 
 def verify(cache: Path, only: Iterable[Store] | None = None, *, advance: Callable[[int], object] = int) -> VerifyReport:
     """Check every file of a cache, or of the stores in ``only``. ``advance(bytes)`` is told of the progress."""
-    start, files, size, damages = time.perf_counter(), 0, 0, []
-    if only is None:
-        damages += [Damage(folder / "spec.json", str(error)) for folder, error in unreadable_stores(cache)]
+    start, reports, unreadable = time.perf_counter(), [], unreadable_stores(cache) if only is None else ()
+    damages = [Damage(folder / "spec.json", str(error)) for folder, error in unreadable]
     for store in all_stores(cache) if only is None else only:
         try:
-            found = check_store(store, advance)
+            reports.append(check_store(store, advance))
         except FileNotFoundError:
-            if store.path.exists():
+            if store.path.exists():  # else it was removed meanwhile
                 raise
-            continue  # removed meanwhile
-        files, size = files + found.files, size + found.bytes
-        damages += found.damages
+    damages += [damage for report in reports for damage in report.damages]
+    files, size = sum(report.files for report in reports), sum(report.bytes for report in reports)
     return VerifyReport(files, size, time.perf_counter() - start, tuple(damages))
 
 
@@ -154,7 +152,7 @@ def _damages(
 
     problems = problems_of(hashed_files(store))
     views = {path: _view(path, problems[path]) for path in problems if path.parent == store.path}
-    yield from (Damage(path, found) for path, found in views.items() if isinstance(found, str) and file_stamp(path))
+    yield from (Damage(path, wrong) for path, wrong in views.items() if isinstance(wrong, str) and file_stamp(path))
     named = referenced_shards(view for view in views.values() if isinstance(view, View))
     problems |= problems_of(named.keys() - problems.keys())  # missing, or newer than the list of files
     shards = sorted(problems.keys() - views.keys())
@@ -195,59 +193,59 @@ def _view(path: Path, problem: str | None) -> View | str:
 
 def referenced_shards(views: Iterable[View]) -> dict[Path, ReferencedShard]:
     """All shards that views name, with the rows that they name of them."""
-    found: dict[Path, ReferencedShard] = {}
+    shards: dict[Path, ReferencedShard] = {}
     for view in views:
         for output in view.outputs:
-            stored, layout = view.stored(output), view.info(output)
-            for number in np.unique(stored.index[:, 0]).tolist():
+            files, layout = view.stored(output).index[:, 0], view.info(output)
+            for number in np.unique(files).tolist():
                 entry = view.files[number]
                 path = view.store / entry["path"].decode()
                 facts = int(entry["size"]), int(entry["offset"]), int(entry["rows"]), entry["hash"].decode()
-                shard = found.setdefault(path, ReferencedShard(path, layout, facts[1], facts[2]))
+                shard = shards.setdefault(path, ReferencedShard(path, layout, facts[1], facts[2]))
                 shard.facts.add(facts)
-                shard.parts.append((view, np.flatnonzero(stored.index[:, 0] == number)))
-    return found
+                shard.parts.append((view, np.flatnonzero(files == number)))
+    return shards
 
 
-def _shard(store: Store, path: Path, problem: str | None, known: ReferencedShard | None) -> Damage | None:
+def _shard(store: Store, path: Path, problem: str | None, named: ReferencedShard | None) -> Damage | None:
     """What is wrong with a shard, by its bytes, by its content, or by what the views say of it."""
-    problem = problem or _content(store, path, known)
+    problem = problem or _content(store, path, named)
     if problem is None:
         return None
-    if known is None:  # one that is gone meanwhile is missed by nobody
+    if named is None:  # one that is gone meanwhile is missed by nobody
         return Damage(path, f"{problem}; no view names its rows") if file_stamp(path) else None
-    wrong = set(known.digests[~known.is_whole()].tolist())
-    count = len(set(known.digests.tolist()))
-    ids = [view.ids[row] for view, rows in known.parts for row in rows if view.digests[row] in wrong]
+    wrong = set(named.digests[~named.is_whole()].tolist())
+    count = len(set(named.digests.tolist()))
+    ids = [view.ids[row] for view, rows in named.parts for row in rows if view.digests[row] in wrong]
     samples = tuple((name, path.parent.name) for name in dict.fromkeys(ids))
     return Damage(path, f"{problem}; {len(wrong):,} of the {count:,} rows that views name are wrong", samples)
 
 
-def _content(store: Store, path: Path, known: ReferencedShard | None) -> str | None:
+def _content(store: Store, path: Path, named: ReferencedShard | None) -> str | None:
     """What a shard says of itself, and what views and shard say of the same rows."""
     try:
-        shard = store.shard(path, known.layout if known else layout_in(path))
+        shard = store.shard(path, named.layout if named else layout_in(path))
     except CacheError as error:
         return str(error)
-    if known is None:
+    if named is None:
         return None
-    if any(fact[:3] != (shard.size, shard.offset, len(shard.digests)) for fact in known.facts):
+    if any(fact[:3] != (shard.size, shard.offset, len(shard.digests)) for fact in named.facts):
         return "the views' index has another size, offset or number of rows for it"
-    if any(fact[3] != shard.hash for fact in known.facts):
+    if any(fact[3] != shard.hash for fact in named.facts):
         return "the views' index has another hash for it"
-    numbers = known.numbers
-    if numbers.max(initial=-1) >= known.count or (shard.digests[numbers] != known.digests).any():
+    numbers = named.numbers
+    if numbers.max(initial=-1) >= named.count or (shard.digests[numbers] != named.digests).any():
         return "its rows are of other images than the views say"
-    if (shard.checksums[numbers] != known.checksums).any():
+    if (shard.checksums[numbers] != named.checksums).any():
         return "its rows have other checksums than the views say"
     return None
 
 
 def stores_called(names: Iterable[str], cache: Path) -> list[Store]:
     """Stores by folder, or that of a view by its name."""
-    found: dict[Path, Store] = {}
+    named: dict[Path, Store] = {}
     for name in names:
         folder = next((path for path in (Path(name), cache / name) if (path / "spec.json").exists()), None)
         store = open_store(folder if folder is not None else find_view(name, cache).parent)
-        found[store.path] = store
-    return list(found.values())
+        named[store.path] = store
+    return list(named.values())

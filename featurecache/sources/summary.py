@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
 LOOKED_AT = 200  # images whose headers are read for sizes and kinds of pixels
+FEW_IN_VAL = 10  # images of a class in val below which it cannot choose a model
 _ROWS_SHOWN = 24  # classes in the printed table
 _ORDER = ("train", "val", "test", "")
 # Of a contact sheet, in pixels.

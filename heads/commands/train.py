@@ -228,7 +228,7 @@ def demo(talk: Console, out: str, cache: str | None) -> int:
     )
     say(extract.extraction_lines(prepared, extract.extraction_record(prepared, None)))
     result = prepared.run(progress=talk.progress)
-    say(extract.result_lines(result, "vit-demo/digits"))
+    say(plan.extraction_summary(result, "vit-demo/digits"))
     view, folder = open_view(result.view), Path(out)
     runs = [_train_briefly(say, view, *entry, folder, controls=entry == _DEMO_HEADS[0]) for entry in _DEMO_HEADS]
     page = heads.report([run.path for run in runs], out=folder / "demo-report")

@@ -216,7 +216,6 @@ class StudyRunner:
         return self.sets[self.study.set_of(step)]
 
     def _extract(self, step: Extract, options: dict[str, Any]) -> dict[str, Any]:
-        from featurecache.commands import extract
         from featurecache.extraction import plan
 
         dataset = self._set(step).dataset
@@ -228,7 +227,7 @@ class StudyRunner:
         )  # fmt: skip
         result = prepared.run(progress=self.progress)
         label = open_view(result.view).label
-        self.say(extract.result_lines(result, label))
+        self.say(plan.extraction_summary(result, label))
         return {"view": str(Path(result.view).resolve()), "label": label, "failed": len(result.failed)}
 
     def _explain(self, step: ExplainStep, count: int, done: dict[str, Row]) -> dict[str, Any]:

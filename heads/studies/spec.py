@@ -163,10 +163,10 @@ class OpenedSet:
     @property
     def few_in_val(self) -> list[str]:
         """Classes with too few images in the val split to choose by, where there is such a split."""
-        from featurecache.commands.extract import FEW
+        from featurecache.sources.summary import FEW_IN_VAL
 
         if self.dataset.labels.ndim == 2 or "val" not in self.dataset.splits:
             return []
         val = np.array(self.dataset.splits) == "val"
         counts = [int((val & (self.dataset.labels == c)).sum()) for c in range(len(self.dataset.classes))]
-        return [f"{n} of {name}" for name, n in zip(self.dataset.classes, counts, strict=True) if n < FEW]
+        return [f"{n} of {name}" for name, n in zip(self.dataset.classes, counts, strict=True) if n < FEW_IN_VAL]
