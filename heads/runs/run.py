@@ -30,12 +30,11 @@ from featurecache.store.schema import MAX_VALUES, TASKS
 from featurecache.store.store import cache_folder
 from featurecache.store.view import source_options
 from heads.metrics.calibration import Calibration
-from heads.metrics.classification import METRICS
 from heads.models.catalogue import load_baseline, load_head
 from heads.models.common import Input, rows_at_once
 from heads.models.finetune import load_finetuned
 from heads.pixel_view import PixelView, open_dataset
-from heads.settings import STANDARDIZE, TABLE, Settings, flag
+from heads.settings import METRICS, STANDARDIZE, TABLE, Settings, flag
 from heads.task import SPLITS, Predictions, Standardize
 
 if TYPE_CHECKING:

@@ -18,11 +18,10 @@ from featurecache.errors import ProtocolError, Stopped
 from featurecache.formatting import duration
 from heads.evaluation.controls import all_controls
 from heads.evaluation.families import Selection, family_of, mean_of, select_setting, setting_of
-from heads.metrics.classification import METRICS
 from heads.models.common import FINETUNE
 from heads.pixel_view import PixelView
 from heads.runs.write import RunContents, RunTarget, write_run
-from heads.settings import Settings
+from heads.settings import METRICS, Settings
 from heads.sweeps.grid import Resplit
 from heads.sweeps.journal import ROWS, JournalFile, Row, StagedRuns, key_in, slug
 from heads.sweeps.plan import STEPPED, PlannedFamily, SweepPlan

@@ -14,11 +14,10 @@ from torch import nn
 
 from featurecache.errors import BadOption, NotInCache
 from featurecache.files.records import canonical_json
-from heads.metrics.classification import METRICS
 from heads.models.catalogue import head_info, make_head, make_network, shape_of_network
 from heads.models.common import Input, count_parameters, rows_at_once
 from heads.pixel_view import PixelView
-from heads.settings import VARIED, Settings, flag, options_for
+from heads.settings import METRICS, VARIED, Settings, flag, options_for
 from heads.splits import Splits, choose_splits, dropped_sentence
 from heads.task import FeatureView, Say, SplitData, Standardize, Task, load_features, memory_for_features, task_of
 from heads.training.engine import fixed_vectors

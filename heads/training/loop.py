@@ -19,8 +19,8 @@ import torch
 
 from featurecache.errors import BadOption, ProtocolError
 from heads.metrics.calibration import CalibratedPredictions, thresholds
-from heads.metrics.classification import METRICS, evaluate, mean_auroc
-from heads.settings import Settings
+from heads.metrics.classification import evaluate, mean_auroc
+from heads.settings import METRICS, Settings
 from heads.task import SplitData, Task
 from heads.training.batches import BalancedBatches, PlainBatches, sample_versions
 from heads.training.engine import SequentialTrainer, StackedTrainer, run_epoch

@@ -19,13 +19,13 @@ from featurecache.errors import ProtocolError
 from featurecache.formatting import device_title
 from heads.evaluation.controls import all_controls
 from heads.metrics.calibration import Calibration, calibrate
-from heads.metrics.classification import METRICS, evaluate
+from heads.metrics.classification import evaluate
 from heads.models.catalogue import head_info
 from heads.models.common import count_parameters
 from heads.models.solvers import SOLVERS, path_logits
 from heads.pixel_view import PixelView
 from heads.runs.write import RunContents
-from heads.settings import VARIED, Settings
+from heads.settings import METRICS, VARIED, Settings
 from heads.splits import class_counts
 from heads.task import FeatureView, Say, SplitData, Standardize, Task, clusters_of
 from heads.training.engine import logits_of, make_trainer, threads_for, work_of_a_step
