@@ -136,10 +136,8 @@ class KNearest(nn.Module):
         """bool [N]: the training rows that count, once for all classes or for each label."""
         if self.labels.ndim == 1:
             return [torch.ones(len(self.labels), dtype=torch.bool)]
-        known = ~self.labels.isnan()
-        if (known == known[:, :1]).all():
-            return [known[:, 0]]
-        return list(known.T)
+        label_mask = ~self.labels.isnan()
+        return [label_mask[:, 0]] if (label_mask == label_mask[:, :1]).all() else list(label_mask.T)
 
     def layers(self) -> list[tuple[str, str, str, int]]:
         return [("", "k nearest training vectors", "[k]", 0), ("", "log of their votes", f"[{self.classes}]", 0)]
@@ -193,6 +191,5 @@ def dropout_layer(dropout: nn.Dropout, width: int) -> list[tuple[str, str, str, 
 
 
 def linear_layer(name: str, layer: nn.Linear) -> tuple[str, str, str, int]:
-    inside, outside = layer.in_features, layer.out_features
     count = sum(p.numel() for p in layer.parameters())
-    return (name, f"Linear({inside}, {outside})", f"[{outside}]", count)
+    return (name, f"Linear({layer.in_features}, {layer.out_features})", f"[{layer.out_features}]", count)

@@ -28,7 +28,7 @@ from torch import nn
 from torch.optim.adam import adam
 
 from heads.models.common import own_randomness
-from heads.models.tokens import ClsMean, Large, MeanLinear
+from heads.models.tokens import FixedVectorLinear, Large
 from heads.models.vector import Linear, Mlp
 from heads.settings import Settings
 from heads.task import SplitData
@@ -245,7 +245,7 @@ def make_trainer(
 
 def fixed_vectors(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """What turns the tokens [B, T, D] that a head is given into the vectors it trains on; None for most heads."""
-    return model.vectors if isinstance(model, MeanLinear | ClsMean) else None
+    return model.vectors if isinstance(model, FixedVectorLinear) else None
 
 
 def work_of_a_step(model: nn.Module, heads: int, batch_size: int, shape: Sequence[int]) -> int:

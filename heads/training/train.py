@@ -144,7 +144,7 @@ def _solve(job: TrainingJob, settings: Settings, features: TrainingData, say: Sa
     begin, count = time.perf_counter(), len(job.task.classes)
     x, y = features.all_of_train()
     notes: list[str] = []
-    path = SOLVERS[settings.head].solve(x, y.numpy(), job.task.kind, count, settings.seed, notes.append)
+    path = SOLVERS[settings.head](x, y.numpy(), job.task.kind, count, notes.append)
     logits = path_logits(path, features.val.chunks())
     trained = TrainedState(settings, Schedule(settings))
     for place, (values, _) in enumerate(path):
