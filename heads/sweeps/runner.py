@@ -30,7 +30,7 @@ from heads.task import Say, task_of
 from heads.training import engine
 from heads.training.job import TrainingJob, make_model, split_line
 from heads.training.losses import loss_and_prior
-from heads.training.network import Checkpoint, with_backbone
+from heads.training.network import checkpoint_of, with_backbone
 from heads.training.train import FittedHead, run_contents, train_together
 
 
@@ -104,7 +104,7 @@ class SweepRunner:
         checkpoint = None
         if isinstance(job.view, PixelView):
             ((settings, _),) = chunk
-            checkpoint = Checkpoint.of(RunTarget(self.folder, "network"), replace(job, settings=settings))
+            checkpoint = checkpoint_of(RunTarget(self.folder, "network"), replace(job, settings=settings))
         fits = train_together(job, [settings for settings, _ in chunk], checkpoint=checkpoint)
         rows = []
         for (settings, key), fit in zip(chunk, fits, strict=True):

@@ -232,10 +232,13 @@ class StackedTrainer:
         self.apart = None if self.apart is None else self.apart[staying]
 
 
+Trainer = StackedTrainer | SequentialTrainer
+
+
 def make_trainer(
     models: Sequence[nn.Module], losses: Sequence[Loss], generators: Sequence[torch.Generator],
     settings: Sequence[Settings],
-) -> StackedTrainer | SequentialTrainer:  # fmt: skip
+) -> Trainer:  # fmt: skip
     """The faster way to train these heads, which have one architecture and one batch order."""
     stacked = isinstance(models[0], Linear | Mlp) or fixed_vectors(models[0])
     if stacked and all(each.optimizer != "sgd" for each in settings):
@@ -281,7 +284,7 @@ def logits_of(models: Sequence[nn.Module], data: SplitData) -> np.ndarray:
     return torch.cat(parts, 1).numpy()
 
 
-def run_epoch(heads: StackedTrainer | SequentialTrainer, data: SplitData, order: Sequence[torch.Tensor]) -> np.ndarray:
+def run_epoch(heads: Trainer, data: SplitData, order: Sequence[torch.Tensor]) -> np.ndarray:
     """One pass over the batches; the mean training loss per row of each head, float64 [K]."""
     total = torch.zeros(len(heads), dtype=torch.float64)
     for rows in order:
