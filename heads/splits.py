@@ -20,6 +20,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, ProtocolError
 from featurecache.formatting import abbreviated, cell, text_of
+from heads.settings import Settings
 from heads.stratify import nested_fraction, stratified_parts
 from heads.task import SPLITS, FeatureView, Leak, Task, clusters_of, is_labelled, plain_rows
 
@@ -44,43 +45,39 @@ class Splits:
         return np.flatnonzero(self.names == name)
 
 
-def choose_splits(
-    view: FeatureView, task: Task, *, split_seed: int = 0, resplit_val: bool = False, file: str | Path | None = None,
-    train_per_class: int | None = None, drop_leaks: bool = False, fraction: float = 1.0,
-    fold: tuple[int, int] | None = None,
-) -> Splits:  # fmt: skip
+def choose_splits(view: FeatureView, task: Task, settings: Settings) -> Splits:
     """The protocol's splits of a view for one task; raises ProtocolError where the data do not allow them.
 
     ``drop_leaks``: rows of train whose image or group is also in val or test, and rows of val for which it is also in
-    test, are not used; every row of test is. ``fraction``: of train, nested for one split seed. ``fold``: (k, n), k
-    from 0.
-    """
+    test, are not used; every row of test is. ``fraction``: of train, nested for one split seed."""
     from featurecache.maintenance.leaks import exact_leaks, leaking
 
     warnings: list[str] = []
     drawn: tuple[str, ...] = ()
+    file, seed, resplit_val, fraction = settings.splits, settings.split_seed, settings.resplit_val, settings.fraction
+    fold = None if settings.fold is None or settings.folds is None else (settings.fold, settings.folds)
     if file is not None:
         if resplit_val:
             raise BadOption("--splits says which images are val; --resplit-val draws them anew. Give one of them.")
         names, how = read_splits(file, view.ids, warnings), f"as in {file}"
         names[~plain_rows(view)] = ""
     else:
-        names, how, drawn = _drawn(view, split_seed, resplit_val, warnings, whole=fold is None)
+        names, how, drawn = _drawn(view, seed, resplit_val, warnings, whole=fold is None)
     if fold is not None:
-        how, drawn = _fold(view, names, fold, split_seed, resplit_val), ("val", "test")
+        how, drawn = _fold(view, names, fold, seed, resplit_val), ("val", "test")
     unlabelled = int((~task.usable & plain_rows(view) & ~is_labelled(np.asarray(view.labels))).sum())
     if unlabelled:
         warnings.append(f"{unlabelled:,} images carry no label and are left out")
     names[~task.usable] = ""
-    leaks_of = leaking(view, names) if drop_leaks else {}
+    leaks_of = leaking(view, names) if settings.drop_leaks else {}
     for rows in leaks_of.values():
         names[rows] = ""
-    dropped = {name: int(rows.sum()) for name, rows in leaks_of.items()} if drop_leaks else None
-    if train_per_class is not None:
-        _thin(names, task, train_per_class, split_seed, warnings)
+    dropped = {name: int(rows.sum()) for name, rows in leaks_of.items()} if settings.drop_leaks else None
+    if settings.train_per_class is not None:
+        _thin(names, task, settings.train_per_class, seed, warnings)
     if fraction < 1:
         how += f", {fraction * 100:.4g} % of train"
-        _fraction(view, names, task, fraction, split_seed, warnings)
+        _fraction(view, names, task, fraction, seed, warnings)
     _check(names, task, drawn, warnings, dropped)
     leaks = tuple(Leak(leak.kind, leak.splits, leak.count) for leak in exact_leaks(view, names))  # no near-duplicates
     if leaks:

@@ -184,19 +184,14 @@ class Calibration:
 
 
 def calibrate(
-    kind: str,
-    logits: np.ndarray,
-    y: np.ndarray,
-    correction: np.ndarray,
-    positive: int | None,
-    sensitivity: float | None = None,
+    kind: str, logits: np.ndarray, y: np.ndarray, prior: np.ndarray, positive: int | None, sensitivity: float | None
 ) -> tuple[Calibration, str | None]:
-    """Calibration by val, and a sentence where val could not set the temperature."""
-    z = np.asarray(logits, dtype=np.float64) + correction
+    """Calibration by val, and a sentence where val could not set the temperature. ``prior`` [C]: its correction."""
+    z = np.asarray(logits, dtype=np.float64) + prior
     t = temperature(kind, z, y)
     undecided = "no temperature has a smallest NLL on val (it is separated without error, or not at all): 1 is kept"
     cuts = thresholds(kind, probabilities(kind, z / (t or 1.0)), y, positive, sensitivity)
-    return Calibration(tuple(correction.tolist()), t or 1.0, cuts), None if t else undecided
+    return Calibration(tuple(prior.tolist()), t or 1.0, cuts), None if t else undecided
 
 
 def prior_correction(train: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -190,19 +190,10 @@ class FamilyEstimates:
     def __init__(self, test_sets: Sequence[TestSet], classes: Sequence[str], resamples: SharedResamples) -> None:
         self.test_sets, self.classes, self.resamples = tuple(test_sets), tuple(classes), resamples
         self.values = [[evaluate(each, self.classes) for each in test_set.predictions] for test_set in test_sets]
-
-    @property
-    def kind(self) -> str:
-        return self.test_sets[0].predictions[0].kind
-
-    @property
-    def clustered(self) -> bool:
-        return any(test_set.clusters.clustered for test_set in self.test_sets)
-
-    @property
-    def names(self) -> list[str]:
-        """The measures, in the order of ``METRICS``."""
-        return [name for name in METRICS if name in self.values[0][0]]
+        self.names = [name for name in METRICS if name in self.values[0][0]]
+        self.kind = self.test_sets[0].predictions[0].kind
+        self.clustered = any(test_set.clusters.clustered for test_set in self.test_sets)
+        self._method = "cluster bootstrap" if self.clustered else "bootstrap"
 
     def by_test_set(self, name: str, c: int | None = None) -> np.ndarray:
         """[J]: means over the heads; of a measure, or of that of class or label c."""
@@ -238,10 +229,6 @@ class FamilyEstimates:
         if name in proportions and (by_wilson := self._wilson(value, name, c)) is not None:
             return by_wilson
         return bootstrap_estimate(value, self.resampled(name, c), self._method, centre=name == "ece")
-
-    @property
-    def _method(self) -> str:
-        return "cluster bootstrap" if self.clustered else "bootstrap"
 
     def _wilson(self, value: float, name: str, c: int | None) -> MeasureEstimate | None:
         """Wilson's interval where it is the one to take."""

@@ -192,15 +192,15 @@ def describe_head(
 def _model_record(name: str, info: HeadInfo, shape: Sequence[int], classes: int, model: nn.Module) -> dict[str, Any]:
     layers = [dict(zip(("name", "layer", "gives", "parameters"), layer, strict=True)) for layer in layers_of(model)]
     return {
-        "head": name, **_about(info, "what", "takes", "standardize", "solved", "reference"), "shape": list(shape),
+        "head": name, **_about(info), "shape": list(shape),
         "classes": classes, "layers": layers,
         "state_dict": {key: list(value.shape) for key, value in model.state_dict().items()},
         "parameters": count_parameters(model),
     }  # fmt: skip
 
 
-def _about(info: HeadInfo, *fields: str) -> dict[str, Any]:
-    return {field: getattr(info, field) for field in fields}
+def _about(info: HeadInfo) -> dict[str, Any]:
+    return {name: getattr(info, name) for name in ("what", "takes", "standardize", "solved", "reference")}
 
 
 def heads_table(classes: int = 2) -> list[dict[str, Any]]:
@@ -210,8 +210,7 @@ def heads_table(classes: int = 2) -> list[dict[str, Any]]:
         given = Input(VIT_B16.shape[1:]) if info.takes == "vector" else VIT_B16
         with torch.device("meta"):
             count = count_parameters(make_head(name, given, classes))
-        about = _about(info, "what", "takes", "solved", "standardize", "reference")
-        records.append({"head": name, **about, "parameters": count})
+        records.append({"head": name, **_about(info), "parameters": count})
     return records
 
 
@@ -328,20 +327,14 @@ SETTINGS = ("optimizer", "lr", "weight_decay", "schedule", "epochs", "batch_size
 
 def networks_table() -> list[dict[str, Any]]:
     """A record for every network: pixels, parameters by (classes, pixels), published settings, reference."""
-    return [
-        {
-            "network": name, "what": info.what, "image_size": info.image_size,
-            "parameters": [[classes, size, _count(info, classes, size)] for classes, size in COUNTED[name]],
-            "settings": {key: info.settings[key] for key in SETTINGS if key in info.settings},
-            "reference": info.reference,
-        }
-        for name, info in BASELINES.items()
-    ]  # fmt: skip
-
-
-def _count(info: Baseline, classes: int, size: int) -> int:
-    with torch.device("meta"):
-        return count_parameters(info.make(size, classes))
+    records = []
+    for name, info in BASELINES.items():
+        with torch.device("meta"):
+            counts = [[c, size, count_parameters(info.make(size, c))] for c, size in COUNTED[name]]
+        settings = {key: info.settings[key] for key in SETTINGS if key in info.settings}
+        about = {"network": name, "what": info.what, "image_size": info.image_size, "parameters": counts}
+        records.append(about | {"settings": settings, "reference": info.reference})
+    return records
 
 
 def networks_lines() -> str:

@@ -47,16 +47,6 @@ RECORD, WEIGHTS = "finetuned.json", "model.safetensors"
 _KINDS = {"format": int, "provider": str, "name": str, "vector": str, "image_size": int, "sized": bool}
 
 
-def _origin(backbone: Backbone, sized: bool) -> dict[str, Any]:
-    """What a network began as, as data. ``sized``: at another image size than the checkpoint's own."""
-    provenance = backbone.provenance
-    return {
-        "provider": provenance["provider"], "name": provenance["request"]["name"],
-        **{key: provenance[key] for key in ("id", "revision", "licence")}, "weights": backbone.weights,
-        "vector": backbone.vector, "image_size": backbone.image_size[0], "sized": sized,
-    }  # fmt: skip
-
-
 def finetune_info(name: str, weights: str | None = None, adapted: bool = False) -> Baseline:
     """The record of ``finetune:<name>``, without loading its weights."""
     if not name or name.startswith("python:"):
@@ -114,9 +104,14 @@ def with_new_classifier(
             f"--image-size {image_size}: a ViT of torchvision that was tuned so could not be loaded again, for its "
             "builder has the position embeddings of one size. Leave it out, or take a ViT of hf: or timm:."
         )
+    provenance, sized = backbone.provenance, image_size != finetune_info(name, settings.weights).image_size
+    origin = {
+        "provider": provenance["provider"], "name": provenance["request"]["name"],
+        **{key: provenance[key] for key in ("id", "revision", "licence")}, "weights": backbone.weights,
+        "vector": backbone.vector, "image_size": backbone.image_size[0], "sized": sized,
+    }  # fmt: skip
     with own_randomness(generator):
-        sized = image_size != finetune_info(name, settings.weights).image_size
-        module = FineTuned(backbone, classes, _origin(backbone, sized), settings.dropout or 0.0)
+        module = FineTuned(backbone, classes, origin, settings.dropout or 0.0)
         if isinstance(module.network, Tokens) and (settings.lora is not None or settings.rlrr):
             add_rlrr(module.network) if settings.lora is None else add_lora(module.network, settings.lora)
             module.adapted = True
@@ -234,7 +229,8 @@ SPREAD = 0.02  # standard deviation of a new classifier's weights; that of trans
 
 class FineTuned(nn.Module):
     """Pixels [B,3,h,w] with values 0 to 255 -> logits [B,C]: ``network`` with all that its vector does not need taken
-    away, then ``classifier``. ``origin``: what it began as."""
+    away, then ``classifier``. ``origin``: what it began as, as data; ``sized``: at another image size than the
+    checkpoint's own."""
 
     def __init__(self, backbone: Backbone, classes: int, origin: dict[str, Any], dropout: float = 0.0) -> None:
         super().__init__()

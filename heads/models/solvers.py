@@ -52,9 +52,13 @@ def ridge(x: torch.Tensor, y: np.ndarray, kind: str, classes: int, note: Note) -
     targets = 2.0 * (y if kind == "multilabel" else y[:, None] == np.arange(classes)) - 1  # ±1 [N, C], NaN unknown
     weight = np.zeros((len(PENALTIES), classes, values.shape[1]))
     bias = np.zeros((len(PENALTIES), classes))
-    for columns, rows in _alike(targets):
+    alike: dict[bytes, list[int]] = {}  # columns that are known for the same rows
+    for column in np.flatnonzero(~np.isnan(targets).all(axis=0)).tolist():
+        alike.setdefault(np.isnan(targets[:, column]).tobytes(), []).append(column)
+    for columns in alike.values():
+        rows = np.flatnonzero(~np.isnan(targets[:, columns[0]]))
         part = values if len(rows) == len(values) else values[rows]
-        weight[:, columns], bias[:, columns] = _ridges(part, targets[np.ix_(rows, columns)])
+        weight[:, columns], bias[:, columns] = _ridges(part, targets[np.ix_(rows, np.array(columns))])
     return _linears([{"lambda": float(value)} for value in PENALTIES], weight, bias, _constants(y, kind, classes))
 
 
@@ -210,15 +214,6 @@ def _means(x: np.ndarray, y: np.ndarray, values: tuple[int, ...]) -> tuple[np.nd
     inside = sum(((part - m) ** 2).sum() for part, m in zip(parts, mean, strict=True))
     variance = inside / sum(map(len, parts)) / x.shape[1] or x.var(0).mean() or 1.0
     return mean, float(variance * np.sqrt(x.shape[1]))
-
-
-def _alike(targets: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(columns, rows) of the columns that are known for the same rows; such without rows are left out."""
-    label_mask, alike = ~np.isnan(targets), dict[bytes, list[int]]()
-    for column in np.flatnonzero(label_mask.any(axis=0)).tolist():
-        alike.setdefault(label_mask[:, column].tobytes(), []).append(column)
-    for columns in alike.values():
-        yield np.array(columns), np.flatnonzero(label_mask[:, columns[0]])
 
 
 def _constants(y: np.ndarray, kind: str, classes: int) -> np.ndarray:

@@ -116,11 +116,7 @@ class FixedVectorLinear(nn.Module):
 
     def layers(self) -> list[tuple[str, str, str, int]]:
         width = self.fc.in_features
-        return [
-            ("", self.what, f"[{width}]", 0),
-            *dropout_layer(self.dropout, width),
-            linear_layer("fc", self.fc),
-        ]
+        return [("", self.what, f"[{width}]", 0), *dropout_layer(self.dropout, width), linear_layer("fc", self.fc)]
 
 
 class MeanLinear(FixedVectorLinear):

@@ -66,7 +66,7 @@ def prepare_training(view: FeatureView | str | Path, settings: Settings, splits:
         )
     if settings.precision == "bf16" and settings.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise BadOption("--precision bf16: this CPU has no fast products in bf16. Leave it out: fp32 is exact.")
-    job = TrainingJob(view, settings, output, task, splits or splits_for(view, task, settings))
+    job = TrainingJob(view, settings, output, task, splits or choose_splits(view, task, settings))
     if not isinstance(view, PixelView):
         make_model(job, settings)  # says at once that a head and an output do not fit
     return job
@@ -98,15 +98,6 @@ def training_images_hash(job: TrainingJob) -> str:
     for part in parts:
         state.update(part.tobytes())
     return state.hexdigest()
-
-
-def splits_for(view: FeatureView, task: Task, settings: Settings) -> Splits:
-    """The protocol's splits of a view for these settings."""
-    return choose_splits(
-        view, task, split_seed=settings.split_seed, resplit_val=settings.resplit_val, file=settings.splits,
-        train_per_class=settings.train_per_class, drop_leaks=settings.drop_leaks, fraction=settings.fraction,
-        fold=None if settings.folds is None or settings.fold is None else (settings.fold, settings.folds),
-    )  # fmt: skip
 
 
 def make_model(job: TrainingJob, settings: Settings, generator: torch.Generator | None = None) -> nn.Module:

@@ -87,7 +87,7 @@ def test_temperature_is_that_of_the_smallest_nll(kind, factor):
 
 def test_a_val_separated_without_error_leaves_the_temperature_at_one():
     z, y = np.array([[3.0, 0.0], [0.0, 2.0]]), np.array([0, 1])
-    calibration, note = cal.calibrate("binary", z, y, np.zeros(2), 1)
+    calibration, note = cal.calibrate("binary", z, y, np.zeros(2), 1, None)
     assert calibration.temperature == 1.0
     assert "separated without error" in note
 
