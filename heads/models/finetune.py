@@ -304,18 +304,17 @@ def _gives_map(module: FineTuned) -> str:
     pixels = 255 * torch.rand(1, 3, *module.preprocess.size, generator=torch.Generator().manual_seed(0))
     x = module.preprocess.normalised(pixels.to(module.classifier.weight.device))
     maps: dict[str, torch.Tensor] = {}
+    assert not module.training, "it would change what BatchNorm holds"
 
     def store(name: str, _: nn.Module, __: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.ndim == 4:
             maps[name] = output
 
     hooks = [part.register_forward_hook(partial(store, name)) for name, part in module.network.named_modules()]
-    was = module.training
     try:
         with torch.no_grad():
-            tokens = module.eval().network(x, {"tokens"})["tokens"]
+            tokens = module.network(x, {"tokens"})["tokens"]
     finally:
-        module.train(was)
         for hook in hooks:
             hook.remove()
     same = [name for name, each in maps.items() if torch.equal(each.flatten(2).transpose(1, 2), tokens)]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 MLP_HIDDEN = 256
+Nearest = tuple[torch.Tensor, torch.Tensor]  # cosines, row numbers
 FLOOR = 1e-6  # the least share of votes that k-NN gives: a class without any has a logit, and a low one
 QUERIES, ROWS = 1024, 16384  # similarities are computed in blocks of 1,024 × 16,384: 64 MB in float32
 
@@ -103,13 +104,13 @@ class KNearest(nn.Module):
         parts = [self.votes(*self.search(part, int(self.k))) for part in x.float().split(QUERIES)]
         return torch.cat(parts)
 
-    def search(self, x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, x: torch.Tensor, k: int) -> Nearest:
         """The k nearest of x [B, D], largest cosine first: cosines and row numbers [G, B, k].
 
         G = 1, or L where labels are known for different rows; rows that do not count have a cosine of -inf.
         """
         x = nn.functional.normalize(x, dim=1)
-        best, masks = list[tuple[torch.Tensor, torch.Tensor]](), self._masks()
+        best, masks = list[Nearest](), self._masks()
         for start in range(0, len(self.vectors), ROWS):
             cosines = x @ self.vectors[start : start + ROWS].T
             top = [_top(cosines, mask[start : start + ROWS], start, k) for mask in masks]
@@ -143,15 +144,13 @@ class KNearest(nn.Module):
         return [("", "k nearest training vectors", "[k]", 0), ("", "log of their votes", f"[{self.classes}]", 0)]
 
 
-def _top(cosines: torch.Tensor, mask: torch.Tensor, start: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _top(cosines: torch.Tensor, mask: torch.Tensor, start: int, k: int) -> Nearest:
     counted = cosines if mask.all() else cosines.masked_fill(~mask, -torch.inf)
     values, rows = counted.topk(min(k, cosines.shape[1]), dim=1)
     return values, rows + start
 
 
-def _merge_top(
-    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _merge_top(a: Nearest, b: Nearest, k: int) -> Nearest:
     values, rows = torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]], 1)
     values, order = values.topk(min(k, values.shape[1]), dim=1)
     return values, rows.gather(1, order)

@@ -19,6 +19,7 @@ from featurecache.formatting import duration
 from heads.evaluation.controls import all_controls
 from heads.evaluation.families import Selection, family_of, mean_of, select_setting, setting_of
 from heads.models.common import FINETUNE
+from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
 from heads.runs.write import RunContents, RunTarget, write_run
 from heads.settings import METRICS, Settings
@@ -315,8 +316,8 @@ def _seconds_of_a_step(job: TrainingJob, together: int) -> float:
     heads = engine.make_trainer(models, [loss] * together, generators, [job.settings] * together)
     size = min(job.settings.batch_size, len(rows))
     x, y = torch.full((size, *job.input.shape), 0.1).to(job.settings.device), y.to(job.settings.device)
-    if (vectors := engine.fixed_vectors(models[0])) is not None:
-        x = vectors(x)
+    if isinstance(models[0], FixedVectorLinear):
+        x = models[0].vectors(x)
     work = engine.work_of_a_step(models[0], together, size, job.input.shape)
     with nullcontext() if isinstance(job.view, PixelView) else engine.threads_for(work):
         heads.step(x, y[:size])

@@ -17,11 +17,11 @@ from featurecache.files.records import canonical_json
 from heads.metrics.classification import title
 from heads.models.catalogue import head_info, make_head, make_network, shape_of_network
 from heads.models.common import Input, count_parameters, rows_at_once
+from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
 from heads.settings import VARIED, Settings, flag, options_for
 from heads.splits import Splits, choose_splits, dropped_sentence
 from heads.task import FeatureView, Say, SplitData, Standardize, Task, load_features, memory_for_features, task_of
-from heads.training.engine import fixed_vectors
 
 if TYPE_CHECKING:
     from featurecache.backbones.base import Backbone
@@ -212,10 +212,9 @@ class TrainingData:
     def for_model(self, model: nn.Module) -> tuple[SplitData, SplitData]:
         """Train and val as training sees them: the vectors of a head that only sees tokens through some fixed vector
         are computed once, and it is trained as the linear head it is on these."""
-        vectors = fixed_vectors(model)
-        if vectors is None:
+        if not isinstance(model, FixedVectorLinear):
             return self.train, self.val
-        return self.train.map_features(vectors), self.val.map_features(vectors)
+        return self.train.map_features(model.vectors), self.val.map_features(model.vectors)
 
     def test(self) -> SplitData:
         return self._load("test", self.train.scale)

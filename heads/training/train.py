@@ -6,7 +6,6 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,21 +73,17 @@ def train_together(
     assert all({f: asdict(each)[f] for f in shared} == shared for each in settings)
     features = TrainingData(job)
     fits: dict[int, FittedHead | ProtocolError] = {}
-    with _threads(job, len(settings)):
+    work = math.inf  # an image through a network is always worth dividing
+    if not isinstance(job.view, PixelView):
+        model = make_model(job, job.settings)
+        work = work_of_a_step(model, len(settings), job.settings.batch_size, job.input.shape)
+    with threads_for(work):
         for balanced in (False, True):  # class weights go without balanced batches, so those heads see others
             numbers = [k for k, each in enumerate(settings) if each.balanced(job.task.multilabel) is balanced]
             if numbers:
                 heads = _train(job, [settings[k] for k in numbers], features, say or (lambda line: None), checkpoint)
                 fits |= dict(zip(numbers, _calibrate_and_test(job, heads, features), strict=True))
     return [fits[k] for k in range(len(settings))]
-
-
-def _threads(job: TrainingJob, count: int) -> AbstractContextManager[None]:
-    """An image through a network is always worth dividing."""
-    if isinstance(job.view, PixelView):
-        return nullcontext()
-    model = make_model(job, job.settings)
-    return threads_for(work_of_a_step(model, count, job.settings.batch_size, job.input.shape))
 
 
 Trained = tuple[nn.Module, TrainedState]  # a head before it is calibrated
