@@ -58,14 +58,14 @@ def show(medians: dict[str, float], beside: str) -> None:
 
 def ridge(x: np.ndarray, y: np.ndarray, classes: int, rounds: int) -> None:
     given = torch.from_numpy(x)
-    path = SOLVERS["ridge"].solve(given, y, "multiclass", classes)
+    path = SOLVERS["ridge"](given, y, "multiclass", classes, print)
     mean_eigenvalue = len(x) * float(x.var(0, dtype=np.float64).mean())
     penalties = [setting["lambda"] * mean_eigenvalue for setting, _ in path]
     beside = f"RidgeClassifier {len(penalties)} times"
     medians, gave = in_turn(
         {
             beside: lambda: [RidgeClassifier(alpha=value).fit(x, y) for value in penalties],
-            f"ridge, {len(penalties)} penalties": lambda: SOLVERS["ridge"].solve(given, y, "multiclass", classes),
+            f"ridge, {len(penalties)} penalties": lambda: SOLVERS["ridge"](given, y, "multiclass", classes, print),
             "XᵀX in float32 (the limit)": lambda: x.T @ x,
         },
         rounds,
@@ -88,7 +88,7 @@ def logreg(x: np.ndarray, y: np.ndarray, classes: int, rounds: int) -> None:
         return [LogisticRegression(C=value, max_iter=STEPS).fit(x[train], y[train]) for value in STRENGTHS]
 
     medians, gave = in_turn(
-        {beside: cold, ours: lambda: SOLVERS["logreg"].solve(given[train], y[train], "multiclass", classes)}, rounds
+        {beside: cold, ours: lambda: SOLVERS["logreg"](given[train], y[train], "multiclass", classes, print)}, rounds
     )
     show(medians, beside)
     rest = slice(train.stop, None)

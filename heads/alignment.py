@@ -19,7 +19,7 @@ import numpy as np
 from featurecache.errors import ProtocolError
 from featurecache.maintenance.leaks import numbered
 from heads.splits import Splits
-from heads.task import FeatureView, Task
+from heads.task import FeatureView, Task, plain_rows
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,11 @@ def same_images(views: Sequence[FeatureView]) -> AlignedViews:
     return AlignedViews(tuple(views), rows, len(set().union(*keys)) - len(common))
 
 
-def plain_rows(view: FeatureView) -> np.ndarray:
-    """bool [N]: rows that are no augmented copies."""
-    return np.ones(len(view.ids), bool) if view.versions is None else np.asarray(view.versions) == 0
-
-
 def _keys(view: FeatureView, by_id: bool) -> dict[tuple[Any, ...], int]:
     """What tells an image from all others of its view -> its row."""
-    rows = np.flatnonzero(plain_rows(view)).tolist()
     seen: Counter[Any] = Counter()
     keys: dict[tuple[Any, ...], int] = {}
-    for row in rows:
+    for row in np.flatnonzero(plain_rows(view)).tolist():
         digest = bytes(view.digests[row])
         name = view.ids[row] if by_id else seen[digest]
         seen[digest] += 1
@@ -94,12 +88,12 @@ def _same_set(
     for there, lacking, a, b in ((first, view, keys, own), (view, first, own, keys)):
         missing = [row for key, row in a.items() if key not in b]
         unread = {failure["id"] for failure in lacking.failed}
-        known = bool(set(there.ids) & (set(lacking.ids) | unread))
-        unsaid = [row for row in missing if there.ids[row] not in unread] if known else missing[len(unread) :]
-        if unsaid:
+        same_ids = bool(set(there.ids) & (set(lacking.ids) | unread))
+        other = [row for row in missing if there.ids[row] not in unread] if same_ids else missing[len(unread) :]
+        if other:
             raise ProtocolError(
-                f"{there.label} and {lacking.label} are not of the same images: {len(unsaid):,} of {there.label} "
-                f"are not in {lacking.label} (the first: {there.ids[unsaid[0]]}). Extract the same --data with both."
+                f"{there.label} and {lacking.label} are not of the same images: {len(other):,} of {there.label} "
+                f"are not in {lacking.label} (the first: {there.ids[other[0]]}). Extract the same --data with both."
             )
 
 

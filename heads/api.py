@@ -28,9 +28,9 @@ from heads.sweeps.search import check_installed, check_search
 from heads.task import FeatureView, Say, memory_for_features
 from heads.training.job import describe_training, prepare_training
 from heads.training.network import (
-    Checkpoint,
     check_checkpoint,
     check_network,
+    checkpoint_of,
     settings_of,
     train_network,
     with_backbone,
@@ -91,7 +91,7 @@ def train_baseline(
         say(f"warning    {failure['id']} could not be read and is left out: {failure['reason']}")
     job = dataclasses.replace(prepare_training(view, settings), pretrained=pretrained)
     target = run_target(out, view.name, arch, overwrite)
-    checkpoint = Checkpoint.of(target, job)
+    checkpoint = checkpoint_of(target, job)
     check_checkpoint(checkpoint, resume, overwrite)
     describe_training(job, say)
     if checkpoint.exists:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from featurecache.images.preprocessing import Preprocess
     from featurecache.sources.base import Dataset
 
-MOST_WORKERS = 16  # threads that read and resize
+THREADS = min(16, os.cpu_count() or 1)  # that read and resize; nothing else computes meanwhile
 
 
 class PixelView:
@@ -127,19 +127,10 @@ def resize_all(images: Sequence[EncodedImage], preprocess: Preprocess) -> tuple[
     """uint8 [n,3,h,w] of those that can be read, and why the others cannot, by place."""
     from featurecache.extraction.pipeline import decode_many
 
-    ready: list[torch.Tensor] = []
-    failed: dict[int, str] = {}
-    for place, pixels, _ in decode_many(images.__getitem__, range(len(images)), preprocess, _threads()):
-        if isinstance(pixels, str):
-            failed[place] = pixels
-        else:
-            ready.append(pixels)
-    return torch.stack(ready) if ready else torch.zeros(0, 3, *preprocess.size, dtype=torch.uint8), failed
-
-
-def _threads() -> int:
-    """Nothing else computes meanwhile."""
-    return min(MOST_WORKERS, os.cpu_count() or 1)
+    decoded = {k: pixels for k, pixels, _ in decode_many(images.__getitem__, range(len(images)), preprocess, THREADS)}
+    failed = {place: pixels for place, pixels in decoded.items() if isinstance(pixels, str)}
+    none = torch.zeros(0, 3, *preprocess.size, dtype=torch.uint8)
+    return torch.cat([none, *(pixels[None] for pixels in decoded.values() if not isinstance(pixels, str))]), failed
 
 
 def read_images(
@@ -162,7 +153,7 @@ def read_images(
         return data
 
     with progress_bar(count, progress, "images") as bar:
-        for place, image, took in decode_many(read, range(count), preprocess, _threads()):
+        for place, image, took in decode_many(read, range(count), preprocess, THREADS):
             if isinstance(image, str):
                 reasons[place] = image
             else:

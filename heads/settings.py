@@ -1,4 +1,5 @@
-"""Training options: one table of names, defaults, help texts and allowed values for commands, checks and records.
+"""Training options: one table of names, defaults, help texts and allowed values for commands, checks and records; and
+the table of measures, of which one chooses. Commands read both without numpy.
 
 `Settings` is what decides a training run: what is in config.json is what ran. The click options of ``train-head``,
 ``train-baseline`` and ``ablate``, the checks of values and the command line that a report gives are made of its fields.
@@ -11,8 +12,32 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from featurecache.errors import BadOption, nearest
-from heads.metrics import METRICS
 
+
+@dataclass(frozen=True)
+class Metric:
+    title: str
+    higher: bool = True
+
+
+METRICS: dict[str, Metric] = {  # measures of a test set, by what --select calls them
+    "auroc": Metric("AUROC"),
+    "ap": Metric("AP"),
+    "accuracy": Metric("accuracy"),
+    "top5": Metric("top-5 accuracy"),
+    "balanced_accuracy": Metric("balanced acc."),
+    "macro_f1": Metric("macro F1"),
+    "quadratic_kappa": Metric("quadratic kappa"),
+    "mae": Metric("MAE (classes)", higher=False),
+    "sensitivity": Metric("sensitivity"),
+    "specificity": Metric("specificity"),
+    "ppv": Metric("PPV"),
+    "npv": Metric("NPV"),
+    "f1": Metric("F1"),
+    "nll": Metric("NLL", higher=False),
+    "brier": Metric("Brier", higher=False),
+    "ece": Metric("ECE", higher=False),
+}
 STANDARDIZE = ("none", "zscore", "l2")
 # What heads that are trained together may differ in.
 VARIED = (

@@ -20,8 +20,9 @@ import numpy as np
 
 from featurecache.errors import BadOption, ProtocolError
 from featurecache.formatting import abbreviated, cell, text_of
-from heads.stratify import connected_units, nested_fraction, stratified_parts
-from heads.task import SPLITS, FeatureView, Leak, Task, is_labelled
+from heads.settings import Settings
+from heads.stratify import nested_fraction, stratified_parts
+from heads.task import SPLITS, FeatureView, Leak, Task, clusters_of, is_labelled, plain_rows
 
 SHARE = 0.15  # of train, for a val or a test that the data do not have
 FEW = 10  # images of one class below which a val split cannot choose a model
@@ -44,40 +45,39 @@ class Splits:
         return np.flatnonzero(self.names == name)
 
 
-def choose_splits(
-    view: FeatureView, task: Task, *, split_seed: int = 0, resplit_val: bool = False, file: str | Path | None = None,
-    train_per_class: int | None = None, drop_leaks: bool = False, fraction: float = 1.0,
-    fold: tuple[int, int] | None = None,
-) -> Splits:  # fmt: skip
+def choose_splits(view: FeatureView, task: Task, settings: Settings) -> Splits:
     """The protocol's splits of a view for one task; raises ProtocolError where the data do not allow them.
 
     ``drop_leaks``: rows of train whose image or group is also in val or test, and rows of val for which it is also in
-    test, are not used; every row of test is. ``fraction``: of train, nested for one split seed. ``fold``: (k, n), k
-    from 0.
-    """
-    from featurecache.maintenance.leaks import exact_leaks
+    test, are not used; every row of test is. ``fraction``: of train, nested for one split seed."""
+    from featurecache.maintenance.leaks import exact_leaks, leaking
 
     warnings: list[str] = []
     drawn: tuple[str, ...] = ()
+    file, seed, resplit_val, fraction = settings.splits, settings.split_seed, settings.resplit_val, settings.fraction
+    fold = None if settings.fold is None or settings.folds is None else (settings.fold, settings.folds)
     if file is not None:
         if resplit_val:
             raise BadOption("--splits says which images are val; --resplit-val draws them anew. Give one of them.")
         names, how = read_splits(file, view.ids, warnings), f"as in {file}"
-        names[_copies(view)] = ""
+        names[~plain_rows(view)] = ""
     else:
-        names, how, drawn = _drawn(view, split_seed, resplit_val, warnings, whole=fold is None)
+        names, how, drawn = _drawn(view, seed, resplit_val, warnings, whole=fold is None)
     if fold is not None:
-        how, drawn = _fold(view, names, fold, split_seed, resplit_val), ("val", "test")
-    unlabelled = int((~task.usable & ~_copies(view) & ~is_labelled(np.asarray(view.labels))).sum())
+        how, drawn = _fold(view, names, fold, seed, resplit_val), ("val", "test")
+    unlabelled = int((~task.usable & plain_rows(view) & ~is_labelled(np.asarray(view.labels))).sum())
     if unlabelled:
         warnings.append(f"{unlabelled:,} images carry no label and are left out")
     names[~task.usable] = ""
-    dropped = _drop(view, names) if drop_leaks else None
-    if train_per_class is not None:
-        _thin(names, task, train_per_class, split_seed, warnings)
+    leaks_of = leaking(view, names) if settings.drop_leaks else {}
+    for rows in leaks_of.values():
+        names[rows] = ""
+    dropped = {name: int(rows.sum()) for name, rows in leaks_of.items()} if settings.drop_leaks else None
+    if settings.train_per_class is not None:
+        _thin(names, task, settings.train_per_class, seed, warnings)
     if fraction < 1:
         how += f", {fraction * 100:.4g} % of train"
-        _fraction(view, names, task, fraction, split_seed, warnings)
+        _fraction(view, names, task, fraction, seed, warnings)
     _check(names, task, drawn, warnings, dropped)
     leaks = tuple(Leak(leak.kind, leak.splits, leak.count) for leak in exact_leaks(view, names))  # no near-duplicates
     if leaks:
@@ -86,25 +86,18 @@ def choose_splits(
     return Splits(names, how, drawn, warnings, leaks, dropped, fraction, fold)
 
 
-def _copies(view: FeatureView) -> np.ndarray:
-    """bool [N]: augmented copies, which a reader that does not ask for them does not get."""
-    if view.versions is None:
-        return np.zeros(len(view.ids), dtype=bool)
-    return np.asarray(view.versions) != 0
-
-
 def _drawn(
     view: FeatureView, seed: int, resplit_val: bool, warnings: list[str], whole: bool
 ) -> tuple[np.ndarray, str, tuple[str, ...]]:
     """``whole``: a split that the data do not have is drawn from train."""
     labels = np.asarray(view.labels)
     names = np.array(list(view.splits), dtype="<U5").reshape(-1)
-    names[~is_labelled(labels) | _copies(view)] = ""
+    names[~is_labelled(labels) | ~plain_rows(view)] = ""
     if resplit_val:
         names[names == "val"] = "train"
     have = {s for s in SPLITS if (names == s).any()}
     if not have:
-        names[is_labelled(labels) & ~_copies(view)] = "train"
+        names[is_labelled(labels) & plain_rows(view)] = "train"
     elif "train" not in have:
         raise ProtocolError(f"{view.label} has {' and '.join(sorted(have))} images but none to train on.")
     elif left := int((np.array(list(view.splits)) == "").sum()):
@@ -114,7 +107,7 @@ def _drawn(
         return names, "as in the data", ()
     pool = np.flatnonzero(names == "train")
     shares = np.array([1 - SHARE * len(missing)] + [SHARE] * len(missing))
-    parts = stratified_parts(labels[pool], _units(view, pool), shares, seed)
+    parts = stratified_parts(labels[pool], clusters_of(view, pool), shares, seed)
     for part, name in enumerate(missing, start=1):
         names[pool[parts == part]] = name
         if not (parts == part).any():
@@ -131,11 +124,6 @@ def _drawn(
     return names, f"{how}, split seed {seed}", missing
 
 
-def _units(view: FeatureView, rows: np.ndarray) -> np.ndarray:
-    groups = None if view.groups is None else [view.groups[i] for i in rows]
-    return connected_units(np.asarray(view.digests)[rows], groups)
-
-
 def _fold(view: FeatureView, names: np.ndarray, fold: tuple[int, int], seed: int, resplit_val: bool) -> str:
     """Part k of n becomes test, 15 % of the rest val (``names`` is changed); a given test is taken out."""
     if resplit_val:
@@ -144,7 +132,7 @@ def _fold(view: FeatureView, names: np.ndarray, fold: tuple[int, int], seed: int
     labels, tests = np.asarray(view.labels), int((names == "test").sum())
     names[names == "test"] = ""
     pool = np.flatnonzero(names != "")
-    units = _units(view, pool)
+    units = clusters_of(view, pool)
     parts = stratified_parts(labels[pool], units, np.full(count, 1 / count), seed, (4,))
     if (few := len(np.unique(parts))) < count:
         raise ProtocolError(
@@ -168,7 +156,7 @@ def _fraction(
     if not len(rows):
         return
     share = np.array(class_counts(names, task)["train"]) * fraction
-    names[rows[~nested_fraction(task.labels[rows], _units(view, rows), fraction, seed)]] = ""
+    names[rows[~nested_fraction(task.labels[rows], clusters_of(view, rows), fraction, seed)]] = ""
     counts = class_counts(names, task)["train"]
     if least := [name for name, n, now in zip(task.classes, share, counts, strict=True) if now == 1 and n < 0.5]:
         warnings.append(
@@ -191,14 +179,13 @@ def _thin(names: np.ndarray, task: Task, per_class: int, seed: int, warnings: li
 def _check(
     names: np.ndarray, task: Task, drawn: tuple[str, ...], warnings: list[str], dropped: dict[str, int] | None
 ) -> None:
-    for split in SPLITS:
-        if not (names == split).any():
-            if dropped and dropped.get(split):
-                raise ProtocolError(
-                    f"--drop-leaks leaves no image in {split}: all {dropped[split]:,} are, themselves or by their "
-                    "group, also in another split. Splits that fit: --splits FILE."
-                )
-            raise ProtocolError(f"No image of this task is in {split}. Splits that fit: --splits FILE.")
+    for split in (split for split in SPLITS if not (names == split).any()):
+        if dropped and dropped.get(split):
+            raise ProtocolError(
+                f"--drop-leaks leaves no image in {split}: all {dropped[split]:,} are, themselves or by their "
+                "group, also in another split. Splits that fit: --splits FILE."
+            )
+        raise ProtocolError(f"No image of this task is in {split}. Splits that fit: --splits FILE.")
     counts = class_counts(names, task)
     absent = [name for name, count in zip(task.classes, counts["train"], strict=True) if not count]
     if len(absent) > len(task.classes) - 2 and not task.multilabel:
@@ -207,28 +194,17 @@ def _check(
     if absent:
         warnings.append(f"train has no image of {abbreviated(absent, 4)}: no head can learn it")
     if few := [f"{n:,} images of {c}" for c, n in zip(task.classes, counts["val"], strict=True) if n < FEW]:
-        way = "they were drawn from train, which has few"
-        if "val" not in drawn:
-            way = "--resplit-val returns them to train and draws 15 % anew"
+        again = "--resplit-val returns them to train and draws 15 % anew"
+        way = "they were drawn from train, which has few" if "val" in drawn else again
         warnings.append(f"val has {abbreviated(few, 4)}: too few to choose a model ({way})")
 
 
 def class_counts(names: np.ndarray, task: Task) -> dict[str, list[int]]:
     """Images of every class in every split (multi-label: known positives of every label)."""
-    y = task.labels
+    of_split = {split: task.labels[names == split] for split in SPLITS}
     if task.multilabel:
-        return {s: [int(v) for v in (y[names == s] == 1).sum(0)] for s in SPLITS}
-    return {s: [int(v) for v in np.bincount(y[names == s], minlength=len(task.classes))] for s in SPLITS}
-
-
-def _drop(view: FeatureView, names: np.ndarray) -> dict[str, int]:
-    """Take the rows that leak out of train and val (``names`` is changed); how many of each."""
-    from featurecache.maintenance.leaks import leaking
-
-    leaks = leaking(view, names)
-    for rows in leaks.values():
-        names[rows] = ""
-    return {name: int(rows.sum()) for name, rows in leaks.items()}
+        return {split: (y == 1).sum(0).tolist() for split, y in of_split.items()}
+    return {split: np.bincount(y, minlength=len(task.classes)).tolist() for split, y in of_split.items()}
 
 
 def leaks_sentence(leaks: Sequence[Leak]) -> str:

@@ -113,9 +113,16 @@ class Task:
         return is_labelled(self.labels)
 
 
-def clusters_of(view: FeatureView) -> np.ndarray:
-    """int64 [N]: rows that share a digest or a group share a number."""
-    return connected_units(np.asarray(view.digests), view.groups).astype(np.int64)
+def clusters_of(view: FeatureView, rows: np.ndarray | None = None) -> np.ndarray:
+    """int64 [N]: rows (all, or only ``rows``) that share a digest or a group share a number."""
+    rows = np.arange(len(view.ids)) if rows is None else rows
+    groups = None if view.groups is None else [view.groups[i] for i in rows]
+    return connected_units(np.asarray(view.digests)[rows], groups).astype(np.int64)
+
+
+def plain_rows(view: FeatureView) -> np.ndarray:
+    """bool [N]: rows that are no augmented copies, which a reader that does not ask for them does not get."""
+    return np.ones(len(view.ids), dtype=bool) if view.versions is None else np.asarray(view.versions) == 0
 
 
 def is_labelled(labels: np.ndarray) -> np.ndarray:

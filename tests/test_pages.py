@@ -109,7 +109,7 @@ def studies() -> str:
 
 
 def metrics() -> str:
-    from heads.metrics.classification import METRICS
+    from heads.settings import METRICS
 
     rows = [[f"`{key}`", metric.title, "higher" if metric.higher else "lower"] for key, metric in METRICS.items()]
     return markdown(["`--select`", "metric", "better"], rows)

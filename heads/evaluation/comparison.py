@@ -39,10 +39,11 @@ from heads.evaluation.families import (
 )
 from heads.evaluation.operating_points import Prevalence, calibration_record, check_prevalence, operating_points
 from heads.evaluation.subgroups import column_values
-from heads.metrics.calibration import measure_scores
-from heads.metrics.classification import METRICS, title
+from heads.metrics.calibration import log_odds
+from heads.metrics.classification import title
 from heads.metrics.intervals import FamilyEstimates, MeasureEstimate, SharedResamples, proportion_counts
 from heads.metrics.significance import LEVEL, corrected_t, delong, holm, mcnemar, percentiles, sign_share
+from heads.settings import METRICS
 
 FEW_CLUSTERS = 20
 
@@ -331,7 +332,7 @@ def _exact(a: FamilyEstimates, b: FamilyEstimates, name: str) -> tuple[float, st
         truth = one.y == one.positive
         if min(truth.sum(), (~truth).sum()) < 2:
             return None
-        first_score, second_score = (measure_scores(s.kind, s.z)[:, s.positive] for s in (one, other))
+        first_score, second_score = (log_odds(s.kind, s.z)[:, s.positive] for s in (one, other))
         return delong(first_score, second_score, truth)[2], "DeLong"
     if name in MCNEMAR and not one.multilabel:
         right, of = proportion_counts(one, name, None)

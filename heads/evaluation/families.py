@@ -22,11 +22,11 @@ import numpy as np
 from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
 from heads.metrics.calibration import CalibratedPredictions
-from heads.metrics.classification import METRICS, measure_name
+from heads.metrics.classification import measure_name
 from heads.metrics.intervals import TestSet
 from heads.models.catalogue import HEADS
 from heads.runs.run import Run, is_of_pixels, name_of
-from heads.settings import Settings
+from heads.settings import METRICS, Settings
 from heads.task import Predictions
 
 NAMED = ("head", "output", "fraction", "folds")  # what a family's own columns say

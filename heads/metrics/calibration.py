@@ -35,7 +35,7 @@ def probabilities(kind: str, z: np.ndarray) -> np.ndarray:
     return np.exp(log_probabilities(kind, z))
 
 
-def measure_scores(kind: str, z: np.ndarray) -> np.ndarray:
+def log_odds(kind: str, z: np.ndarray) -> np.ndarray:
     """Log-odds of each class against all others [N, C], which rankings (ROC, AP) are made of: the order of the
     probabilities, which does not run into 1.0. Only a row's largest class can be near 1, so only there is 1 - p summed
     from the others."""
@@ -79,7 +79,7 @@ class CalibratedPredictions:
         return self.kind == "multilabel"
 
     @cached_property
-    def known(self) -> np.ndarray:
+    def label_mask(self) -> np.ndarray:
         """bool, as y: all but unknown labels."""
         return ~np.isnan(self.y) if self.multilabel else np.ones(len(self.y), dtype=bool)
 
@@ -92,7 +92,7 @@ class CalibratedPredictions:
         return np.exp(self.log_p)
 
     @cached_property
-    def predicted(self) -> np.ndarray:
+    def predicted_labels(self) -> np.ndarray:
         return predict_labels(self.kind, self.p, self.thresholds, self.positive)
 
     @cached_property
@@ -101,29 +101,29 @@ class CalibratedPredictions:
         if not self.multilabel:
             return -np.maximum(self.log_p[np.arange(len(self.y)), self.y], np.log(EPS))
         loss = np.logaddexp(0, np.where(self.y == 1, -self.z, self.z))
-        return np.where(self.known, np.minimum(loss, -np.log(EPS)), 0.0).sum(axis=1)
+        return np.where(self.label_mask, np.minimum(loss, -np.log(EPS)), 0.0).sum(axis=1)
 
     @cached_property
-    def scores(self) -> np.ndarray:
-        return measure_scores(self.kind, self.z)
+    def log_odds(self) -> np.ndarray:
+        return log_odds(self.kind, self.z)
 
     def ranking(self, c: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of class c, or of label c over its known rows: score, whether it is the true one, row."""
         if not self.multilabel:
-            return self.scores[:, c], self.y == c, np.arange(len(self.y))
-        rows = np.flatnonzero(self.known[:, c])
-        return self.scores[rows, c], self.y[rows, c] == 1, rows
+            return self.log_odds[:, c], self.y == c, np.arange(len(self.y))
+        rows = np.flatnonzero(self.label_mask[:, c])
+        return self.log_odds[rows, c], self.y[rows, c] == 1, rows
 
     @property
     def nll(self) -> float:
         """Mean negative log-likelihood: per row, for multi-label per known label."""
-        return float(self.losses.sum() / np.count_nonzero(self.known))
+        return float(self.losses.sum() / np.count_nonzero(self.label_mask))
 
     @property
     def squared_errors(self) -> np.ndarray:
         """Brier score of each row [N]: summed over classes or known labels, of two classes that of the positive."""
         if self.multilabel:
-            return np.where(self.known, (self.p - self.y) ** 2, 0.0).sum(axis=1)
+            return np.where(self.label_mask, (self.p - self.y) ** 2, 0.0).sum(axis=1)
         if self.kind == "binary":
             return (self.p[:, self.positive] - (self.y == self.positive)) ** 2
         return ((self.p - np.eye(self.p.shape[1])[self.y]) ** 2).sum(axis=1)
@@ -138,10 +138,11 @@ class CalibratedPredictions:
         """Confusion matrix [C, C]; for multi-label one of absent and present for each label, [C, 2, 2]."""
         width = self.z.shape[1]
         if not self.multilabel:
-            counts = np.bincount(self.y * width + self.predicted, minlength=width**2)
+            counts = np.bincount(self.y * width + self.predicted_labels, minlength=width**2)
             return counts.reshape(width, width).astype(float)
-        label, truth, predicted = np.nonzero(self.known)[1], self.y[self.known] == 1, self.predicted[self.known]
-        return np.bincount(4 * label + 2 * truth + predicted, minlength=4 * width).reshape(width, 2, 2).astype(float)
+        rows, label = np.nonzero(self.label_mask)
+        cell = 4 * label + 2 * (self.y[rows, label] == 1) + self.predicted_labels[rows, label]
+        return np.bincount(cell, minlength=4 * width).reshape(width, 2, 2).astype(float)
 
 
 def confidence(predictions: CalibratedPredictions) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +150,7 @@ def confidence(predictions: CalibratedPredictions) -> tuple[np.ndarray, np.ndarr
     most probable one, which is true or not (Guo et al. 2017); of labels all that are known, label by label."""
     p, y = predictions.p, predictions.y
     if predictions.multilabel:
-        return p.T[predictions.known.T], y.T[predictions.known.T].astype(float)
+        return p.T[predictions.label_mask.T], y.T[predictions.label_mask.T].astype(float)
     if predictions.kind == "binary":
         return p[:, predictions.positive], (y == predictions.positive).astype(float)
     return p.max(axis=1), (p.argmax(axis=1) == y).astype(float)
@@ -183,21 +184,14 @@ class Calibration:
 
 
 def calibrate(
-    kind: str,
-    logits: np.ndarray,
-    y: np.ndarray,
-    correction: np.ndarray,
-    positive: int | None,
-    sensitivity: float | None = None,
+    kind: str, logits: np.ndarray, y: np.ndarray, prior: np.ndarray, positive: int | None, sensitivity: float | None
 ) -> tuple[Calibration, str | None]:
-    """Calibration by val, and a sentence where val could not set the temperature."""
-    z = np.asarray(logits, dtype=np.float64) + correction
-    t, note = temperature(kind, z, y), None
-    if t is None:
-        note = "no temperature has a smallest NLL on val (it is separated without error, or not at all): 1 is kept"
-        t = 1.0
-    cuts = thresholds(kind, probabilities(kind, z / t), y, positive, sensitivity)
-    return Calibration(tuple(float(v) for v in correction), t, cuts), note
+    """Calibration by val, and a sentence where val could not set the temperature. ``prior`` [C]: its correction."""
+    z = np.asarray(logits, dtype=np.float64) + prior
+    t = temperature(kind, z, y)
+    undecided = "no temperature has a smallest NLL on val (it is separated without error, or not at all): 1 is kept"
+    cuts = thresholds(kind, probabilities(kind, z / (t or 1.0)), y, positive, sensitivity)
+    return Calibration(tuple(prior.tolist()), t or 1.0, cuts), None if t else undecided
 
 
 def prior_correction(train: np.ndarray, seen: np.ndarray) -> np.ndarray:
@@ -212,12 +206,11 @@ def temperature(kind: str, z: np.ndarray, y: np.ndarray) -> float | None:
     With b = 1/T, NLL(b) is convex and its derivative is the mean of sum_c p_c z_c - z_y (multi-label: (p - y) z over
     known entries): bisection on log b. There is none if val is separated without error (NLL falls for ever).
     """
-    known = ~np.isnan(y)
 
     def slope(b: float) -> float:
         p = probabilities(kind, b * z)
         if kind == "multilabel":
-            return float(((p - y) * z)[known].mean())
+            return float(((p - y) * z)[~np.isnan(y)].mean())
         return float(((p * z).sum(1) - z[np.arange(len(y)), y]).mean())
 
     low, high = np.log(1 / TEMPERATURES[1]), np.log(1 / TEMPERATURES[0])
@@ -234,17 +227,12 @@ def thresholds(
 ) -> tuple[float, ...]:
     """On val, for the positive class, or for each label over its known entries: Youden's, or the highest that reaches
     the wanted ``sensitivity`` (above 0, at most 1)."""
-
-    def threshold(probability: np.ndarray, truth: np.ndarray) -> float:
-        if sensitivity is None:
-            return youden_threshold(probability, truth)
-        return sensitivity_threshold(probability, truth, sensitivity)
-
+    threshold = functools.partial(sensitivity_threshold, wanted=sensitivity) if sensitivity else youden_threshold
     if kind == "binary":
         return (threshold(p[:, positive], y == positive),)
     if kind == "multilabel":
-        known = ~np.isnan(y)
-        return tuple(threshold(p[known[:, c], c], y[known[:, c], c] == 1) for c in range(y.shape[1]))
+        label_mask = ~np.isnan(y)
+        return tuple(threshold(p[rows, c], y[rows, c] == 1) for c, rows in enumerate(label_mask.T))
     assert sensitivity is None, "of several classes the most probable is predicted: there is no threshold"
     return ()
 
@@ -259,9 +247,9 @@ def youden_threshold(probability: np.ndarray, truth: np.ndarray) -> float:
     curve = roc_curve(truth, probability, drop_intermediate=False)
     false_rate, true_rate, values = (column[1:] for column in curve)  # without "none is positive"
     youden = true_rate - false_rate
-    below = np.append(values[1:], 0.0)
-    best = np.flatnonzero(youden >= youden.max() - 1e-12)
-    middle = np.clip((values[best] + below[best]) / 2, np.nextafter(below[best], 1), values[best])
+    best = youden >= youden.max() - 1e-12
+    value, below = values[best], np.append(values[1:], 0.0)[best]
+    middle = np.clip((value + below) / 2, np.nextafter(below, 1), value)
     return float(middle[np.argmin(np.abs(middle - 0.5))])
 
 

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from heads.metrics import METRICS
 from heads.metrics.calibration import BINS, CalibratedPredictions, confidence, mass_bins
+from heads.settings import METRICS
 
 Values = dict[str, np.ndarray]  # measure -> [R], or of every class [C, R]
 
@@ -103,7 +103,14 @@ class Ranking:
         """[2, R]"""
         if weights is None:
             return np.array([[auroc(self.score, self.truth)], [average_precision(self.score, self.truth)]])
-        positive, below, tied, negatives = self._sum(weights)
+        count, ties, sums = self._sums
+        segment, tied = sums(weights), np.float32(0)  # counts below 2^24: exact in float32
+        positive, below = segment[:count], np.cumsum(segment[count : 2 * count + 1], axis=0)  # [G, R], [G + 1, R]
+        negatives, below = below[-1], below[:-1]
+        if ties:
+            tied = segment[2 * count + 1 :]
+            below += np.cumsum(tied, axis=0) - tied
+            negatives = negatives + tied.sum(axis=0)
         pairs = np.einsum("gr,gr->r", positive, below + tied / 2, dtype=np.float64)
         area = ratio(pairs, positive.sum(axis=0, dtype=np.float64) * negatives)
         above = np.cumsum(positive[::-1], axis=0)[::-1]  # positives at score g or above
@@ -111,19 +118,6 @@ class Ranking:
         precision = np.divide(above, above - below, out=np.zeros_like(above), where=positive > 0)
         recalled = np.einsum("gr,gr->r", positive, precision, dtype=np.float64)
         return np.stack([area, ratio(recalled, positive.sum(axis=0))])
-
-    def _sum(self, weights: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Weights of positives at each of their G distinct scores, of negatives below it, of negatives tied with it
-        [G, R], and of all negatives [R]: counts below 2^24, exact in float32."""
-        count, ties, sums = self._sums
-        segment = sums(weights)
-        positive, below = segment[:count], np.cumsum(segment[count : 2 * count + 1], axis=0)
-        negatives, below = below[-1], below[:-1]
-        if not ties:
-            return positive, below, np.float32(0), negatives
-        tied = segment[2 * count + 1 :]
-        below += np.cumsum(tied, axis=0) - tied
-        return positive, below, tied, negatives + tied.sum(axis=0)
 
     @cached_property
     def _sums(self) -> tuple[int, bool, WeightedSums]:
@@ -175,7 +169,7 @@ class WeightedMeasures:
         if self.width >= 20 and not predictions.multilabel:
             self._row_values["top5"] = predictions.top5.astype(float)
         if predictions.kind == "ordinal":
-            self._row_values["mae"] = np.abs(predictions.predicted - predictions.y).astype(float)
+            self._row_values["mae"] = np.abs(predictions.predicted_labels - predictions.y).astype(float)
         self._defined: dict[str, np.ndarray] = {}
         self.confusion = predictions.confusion() if confusion is None else confusion
         self.counts = counts_of(self.confusion)
@@ -185,8 +179,8 @@ class WeightedMeasures:
         """(measures [R], measures of every class [C, R]); weights float32 [N, R], whole numbers."""
         counts = self._counts(weights).astype(np.float64).reshape(-1, self.width, weights.shape[1])
         if not self.predictions.multilabel:
-            known = np.broadcast_to(weights.sum(axis=0, dtype=np.float64), counts.shape[1:])
-            counts = np.concatenate([counts, known[None]])
+            total = np.broadcast_to(weights.sum(axis=0, dtype=np.float64), counts.shape[1:])
+            counts = np.concatenate([counts, total[None]])
         return self._measure(weights, counts)
 
     def _measure(self, weights: np.ndarray | None, counts: np.ndarray) -> tuple[Values, Values]:
@@ -207,8 +201,7 @@ class WeightedMeasures:
             overall = {"accuracy": ratio(counts[2].sum(axis=0), total)}
             columns = {"auroc": "auroc", "ap": "ap", "balanced_accuracy": "recall", "macro_f1": "f1"}
             overall |= {name: self._macro(name, of_class[column]) for name, column in columns.items()}
-        sums = {name: _product(column, weights) for name, column in self._row_values.items()}
-        overall |= {name: ratio(values, total) for name, values in sums.items()}
+        overall |= {name: ratio(_product(column, weights), total) for name, column in self._row_values.items()}
         if kind == "ordinal":
             overall["quadratic_kappa"] = _kappa(_product(self._row_values["mae"] ** 2, weights), counts)
         gaps = np.abs(self._gaps(weights).astype(np.float64)).reshape(-1, BINS, counts.shape[2]).sum(axis=1)
@@ -222,10 +215,10 @@ class WeightedMeasures:
     @cached_property
     def _counts(self) -> WeightedSums:
         """[3 C, N], of labels [4 C, N]: what `counts_of` counts."""
-        y, predicted, n = self.predictions.y, self.predictions.predicted, len(self.predictions.y)
+        y, predicted, n = self.predictions.y, self.predictions.predicted_labels, len(self.predictions.y)
         if self.predictions.multilabel:
-            known = self.predictions.known
-            pairs = [np.nonzero(mask) for mask in (y == 1, predicted & known, predicted & (y == 1), known)]
+            label_mask = self.predictions.label_mask
+            pairs = [np.nonzero(mask) for mask in (y == 1, predicted & label_mask, predicted & (y == 1), label_mask)]
         else:
             rows, hit = np.arange(n), predicted == y
             pairs = [(rows, y), (rows, predicted), (rows[hit], y[hit])]
@@ -245,7 +238,7 @@ class WeightedMeasures:
         n = len(self.predictions.y)
         if not self.predictions.multilabel:
             return WeightedSums(mass_bins(p), np.arange(n), p - truth, (BINS, n))
-        label, rows = np.nonzero(self.predictions.known.T)
+        label, rows = np.nonzero(self.predictions.label_mask.T)
         place = label * BINS + np.concatenate([mass_bins(p[label == c]) for c in range(self.width)])
         return WeightedSums(place, rows, p - truth, (self.width * BINS, n))
 
@@ -260,15 +253,15 @@ def counts_of(confusion: np.ndarray) -> np.ndarray:
     if confusion.ndim == 3:
         there, predicted = confusion[:, 1].sum(axis=1), confusion[:, :, 1].sum(axis=1)
         return np.stack([there, predicted, confusion[:, 1, 1], confusion.sum(axis=(1, 2))])[..., None]
-    known = np.full(len(confusion), confusion.sum())
-    return np.stack([confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion), known])[..., None]
+    total = np.full(len(confusion), confusion.sum())
+    return np.stack([confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion), total])[..., None]
 
 
-def rates_of(there: np.ndarray, predicted: np.ndarray, hit: np.ndarray, known: np.ndarray) -> Values:
+def rates_of(there: np.ndarray, predicted: np.ndarray, hit: np.ndarray, total: np.ndarray) -> Values:
     """Sensitivity, specificity, predictive values, F1, accuracy of each class against all others [C, R]."""
-    right = known - there - predicted + hit
+    right = total - there - predicted + hit
     parts = np.stack([hit, right, hit, right, 2 * hit, hit + right])
-    wholes = np.stack([there, known - there, predicted, known - predicted, there + predicted, known])
+    wholes = np.stack([there, total - there, predicted, total - predicted, there + predicted, total])
     names = ("sensitivity", "specificity", "ppv", "npv", "f1", "accuracy")
     return dict(zip(names, ratio(parts, wholes), strict=True))
 
@@ -284,11 +277,11 @@ def _kappa(squared: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Cohen's kappa with weights (i - j)² [R], from their sum and the marginals: were truth and prediction independent,
     E (i - j)² would be E i² + E j² - 2 E i E j. Whole numbers are exact up to the division; NaN where truth and
     predictions are all of one and the same class."""
-    there, predicted, _, known = counts
+    there, predicted, _, total = counts
     i = np.arange(len(there))[:, None]
-    chance = known[0] * (i**2 * (there + predicted)).sum(axis=0)
+    chance = total[0] * (i**2 * (there + predicted)).sum(axis=0)
     chance -= 2 * (i * there).sum(axis=0) * (i * predicted).sum(axis=0)
-    return 1 - ratio(squared * known[0], chance)
+    return 1 - ratio(squared * total[0], chance)
 
 
 def evaluate(
@@ -301,14 +294,14 @@ def evaluate(
     """
     measures = WeightedMeasures(predictions, confusion)
     overall, of_class = measures.value
-    there, _, _, known = np.rint(measures.counts[:, :, 0]).astype(int).tolist()
+    there, _, _, total = np.rint(measures.counts[:, :, 0]).astype(int).tolist()
     columns: dict[str, list[Any]] = {name: values[:, 0].tolist() for name, values in of_class.items()}
+    confusion_record = {"confusion": measures.confusion.tolist()}
     if predictions.multilabel:
-        counts = {"n_known": known, "n_positive": there}
-        columns = counts | columns | {"confusion": measures.confusion.tolist()}
+        columns = {"n_known": total, "n_positive": there} | columns | confusion_record
     else:
         columns |= {"n": there}
     result: dict[str, Any] = {"n": len(predictions.y)}
     result |= {name: float(overall[name][0]) for name in METRICS if name in overall}
     result["per_class"] = {name: {m: column[c] for m, column in columns.items()} for c, name in enumerate(classes)}
-    return result if predictions.multilabel else result | {"confusion": measures.confusion.tolist()}
+    return result if predictions.multilabel else result | confusion_record

@@ -28,16 +28,17 @@ Notation: N images of a test set, U clusters, K heads on it, J test sets, R resa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from heads.metrics.calibration import CalibratedPredictions
-from heads.metrics.classification import METRICS, Values, WeightedMeasures, evaluate, macro, predictive_values
+from heads.metrics.classification import Values, WeightedMeasures, evaluate, macro, predictive_values
 from heads.metrics.significance import corrected_t, percentiles, wilson
+from heads.settings import METRICS
 
 PROPORTIONS = ("sensitivity", "specificity", "ppv", "npv", "accuracy", "top5")
 OF_CLASS = ("recall", "precision", "specificity")  # proportions, where classes exclude each other
@@ -81,10 +82,10 @@ class Clusters:
 
 def _by_class(of_row: np.ndarray, y: np.ndarray) -> np.ndarray:
     count = int(y.max(initial=0)) + 1
-    held = np.zeros((int(of_row.max(initial=-1)) + 1, count), dtype=np.int64)
-    np.add.at(held, (of_row, y), 1)
+    rows_of = np.zeros((int(of_row.max(initial=-1)) + 1, count), dtype=np.int64)
+    np.add.at(rows_of, (of_row, y), 1)
     rare_first = np.argsort(np.bincount(y, minlength=count), kind="stable")
-    return rare_first[held[:, rare_first].argmax(axis=1)]
+    return rare_first[rows_of[:, rare_first].argmax(axis=1)]
 
 
 def _by_pattern(of_row: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -94,38 +95,18 @@ def _by_pattern(of_row: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.unique(pattern, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-@dataclass
-class BootstrapWeights:
-    """R resamples of clusters as weights of rows. Iterating twice gives the same weights."""
-
-    clusters: Clusters
-    resamples: int
-    seed: int = 0
-    _blocks: list[np.ndarray] = field(default_factory=list, repr=False)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Blocks of weights float32 [N, R]; counts, so they are exact."""
-        if self._blocks:
-            yield from self._blocks
-            return
-        blocks = []
-        for block in self._draw():
-            if len(self.clusters.of_row) * self.resamples * 4 <= RETAINED:
-                blocks.append(block)
-            yield block
-        self._blocks = blocks
-
-    def _draw(self) -> Iterator[np.ndarray]:
-        width = max(16, CELLS // max(len(self.clusters.of_row), 1))
-        members = [np.flatnonzero(self.clusters.strata == s) for s in np.unique(self.clusters.strata)]
-        for number, start in enumerate(range(0, self.resamples, width)):
-            rng = np.random.default_rng([self.seed, number])
-            r = min(width, self.resamples - start)
-            weights = np.empty((self.clusters.count, r), dtype=np.float32)
-            for own in members:
-                drawn = rng.integers(0, len(own), (r, len(own))) + len(own) * np.arange(r)[:, None]
-                weights[own] = np.bincount(drawn.reshape(-1), minlength=r * len(own)).reshape(r, -1).T
-            yield weights[self.clusters.of_row]
+def bootstrap_weights(clusters: Clusters, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Resamples of clusters as weights of rows, in blocks float32 [N, R]; counts, so they are exact."""
+    width = max(16, CELLS // max(len(clusters.of_row), 1))
+    members = [np.flatnonzero(clusters.strata == s) for s in np.unique(clusters.strata)]
+    for number, start in enumerate(range(0, resamples, width)):
+        rng = np.random.default_rng([seed, number])
+        r = min(width, resamples - start)
+        weights = np.empty((clusters.count, r), dtype=np.float32)
+        for own in members:
+            drawn = rng.integers(0, len(own), (r, len(own))) + len(own) * np.arange(r)[:, None]
+            weights[own] = np.bincount(drawn.reshape(-1), minlength=r * len(own)).reshape(r, -1).T
+        yield weights[clusters.of_row]
 
 
 @dataclass(frozen=True)
@@ -161,14 +142,17 @@ class SharedResamples:
 
     resamples: int = 2000
     seed: int = 0
-    _weights: dict[str, BootstrapWeights] = field(default_factory=dict, repr=False)
+    _blocks: dict[str, list[np.ndarray]] = field(default_factory=dict, repr=False)
 
-    def weights(self, test_set: TestSet) -> BootstrapWeights:
-        if test_set.key not in self._weights:
-            if len(self._weights) > 8:  # each may hold 256 MB; they can be drawn again
-                self._weights.clear()
-            self._weights[test_set.key] = BootstrapWeights(test_set.clusters, self.resamples, self.seed)
-        return self._weights[test_set.key]
+    def weights(self, test_set: TestSet) -> Iterable[np.ndarray]:
+        if test_set.key not in self._blocks:
+            blocks = bootstrap_weights(test_set.clusters, self.resamples, self.seed)
+            if len(test_set) * self.resamples * 4 > RETAINED:
+                return blocks
+            if len(self._blocks) > 8:  # each may hold 256 MB; they can be drawn again
+                self._blocks.clear()
+            self._blocks[test_set.key] = list(blocks)
+        return self._blocks[test_set.key]
 
 
 @dataclass(frozen=True)
@@ -206,19 +190,10 @@ class FamilyEstimates:
     def __init__(self, test_sets: Sequence[TestSet], classes: Sequence[str], resamples: SharedResamples) -> None:
         self.test_sets, self.classes, self.resamples = tuple(test_sets), tuple(classes), resamples
         self.values = [[evaluate(each, self.classes) for each in test_set.predictions] for test_set in test_sets]
-
-    @property
-    def kind(self) -> str:
-        return self.test_sets[0].predictions[0].kind
-
-    @property
-    def clustered(self) -> bool:
-        return any(test_set.clusters.clustered for test_set in self.test_sets)
-
-    @property
-    def names(self) -> list[str]:
-        """The measures, in the order of ``METRICS``."""
-        return [name for name in METRICS if name in self.values[0][0]]
+        self.names = [name for name in METRICS if name in self.values[0][0]]
+        self.kind = self.test_sets[0].predictions[0].kind
+        self.clustered = any(test_set.clusters.clustered for test_set in self.test_sets)
+        self._method = "cluster bootstrap" if self.clustered else "bootstrap"
 
     def by_test_set(self, name: str, c: int | None = None) -> np.ndarray:
         """[J]: means over the heads; of a measure, or of that of class or label c."""
@@ -232,20 +207,11 @@ class FamilyEstimates:
     def _resampled(self) -> tuple[Values, Values]:
         """Means over the heads: measures [R], of classes [C, R]. Of one test set only."""
         (test_set,) = self.test_sets
-        heads = [self._of_head(each, test_set) for each in test_set.predictions]
-        overall, of_class = (
-            {name: np.mean([each[name] for each in values], axis=0) for name in values[0]}
-            for values in zip(*heads, strict=True)
-        )
-        return overall, of_class
-
-    def _of_head(self, predictions: CalibratedPredictions, test_set: TestSet) -> list[Values]:
-        measures = WeightedMeasures(predictions)
-        blocks = [measures(weights) for weights in self.resamples.weights(test_set)]
-        return [
-            {name: np.concatenate([each[name] for each in values], axis=-1) for name in values[0]}
-            for values in zip(*blocks, strict=True)
-        ]
+        heads = []
+        for measures in map(WeightedMeasures, test_set.predictions):
+            blocks = [measures(weights) for weights in self.resamples.weights(test_set)]
+            heads.append(_combine(partial(np.concatenate, axis=-1), blocks))
+        return _combine(partial(np.mean, axis=0), heads)
 
     def resampled(self, name: str, c: int | None = None) -> np.ndarray:
         """[R]"""
@@ -258,18 +224,11 @@ class FamilyEstimates:
             return MeasureEstimate(value, method="undefined here")
         if len(self.test_sets) > 1:
             return self._over_test_sets(value, name, c)
-        if self._is_proportion(name, c) and (counted := self._wilson(value, name, c)) is not None:
-            return counted
+        multilabel = self.kind == "multilabel"
+        proportions = () if c is None and multilabel else PROPORTIONS if c is None or multilabel else OF_CLASS
+        if name in proportions and (by_wilson := self._wilson(value, name, c)) is not None:
+            return by_wilson
         return bootstrap_estimate(value, self.resampled(name, c), self._method, centre=name == "ece")
-
-    @property
-    def _method(self) -> str:
-        return "cluster bootstrap" if self.clustered else "bootstrap"
-
-    def _is_proportion(self, name: str, c: int | None) -> bool:
-        if c is None:
-            return name in PROPORTIONS and self.kind != "multilabel"
-        return name in (PROPORTIONS if self.kind == "multilabel" else OF_CLASS)
 
     def _wilson(self, value: float, name: str, c: int | None) -> MeasureEstimate | None:
         """Wilson's interval where it is the one to take."""
@@ -328,15 +287,23 @@ class FamilyEstimates:
         return {m: bootstrap_estimate(float(value[m]), resampled[m], self._method) for m in value}
 
 
+def _combine(function: Callable[..., Any], tables: Sequence[tuple[Values, Values]]) -> tuple[Values, Values]:
+    """``function`` of what several tables have under one name, name by name."""
+    overall, of_class = (
+        {name: function([each[name] for each in values]) for name in values[0]} for values in zip(*tables, strict=True)
+    )
+    return overall, of_class
+
+
 def proportion_counts(predictions: CalibratedPredictions, name: str, c: int | None) -> tuple[np.ndarray, np.ndarray]:
     """bool [N] each: the rows that a proportion counts, and those it counts them among."""
-    predicted, known = predictions.predicted, predictions.known
+    predicted, label_mask = predictions.predicted_labels, predictions.label_mask
     if name == "top5":
-        return predictions.top5, known
+        return predictions.top5, label_mask
     if name == "accuracy" and not predictions.multilabel:
-        return predicted == predictions.y, known
+        return predicted == predictions.y, label_mask
     if predictions.multilabel:
-        truth, predicted, known = predictions.y[:, c] == 1, predicted[:, c], known[:, c]
+        truth, predicted, label_mask = predictions.y[:, c] == 1, predicted[:, c], label_mask[:, c]
     else:
         c = predictions.positive if c is None else c
         truth, predicted = predictions.y == c, predicted == c
@@ -347,6 +314,6 @@ def proportion_counts(predictions: CalibratedPredictions, name: str, c: int | No
         "ppv": (truth, predicted),
         "precision": (truth, predicted),
         "npv": (~truth, ~predicted),
-        "accuracy": (predicted == truth, known),
+        "accuracy": (predicted == truth, label_mask),
     }[name]
-    return hit & of & known, of & known
+    return hit & of & label_mask, of & label_mask

@@ -18,8 +18,8 @@ def wilson(hits: int, n: int) -> Interval:
     """Of a proportion, hits of n (Wilson 1927; Newcombe 1998, method 3). NaN where there is nothing to count."""
     if not n:
         return np.nan, np.nan
-    found = stats.binomtest(hits, n).proportion_ci(LEVEL, "wilson")
-    return float(found.low), float(found.high)
+    interval = stats.binomtest(hits, n).proportion_ci(LEVEL, "wilson")
+    return float(interval.low), float(interval.high)
 
 
 def percentiles(values: np.ndarray) -> Interval:

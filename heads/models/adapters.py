@@ -79,12 +79,10 @@ def add_rlrr(model: Tokens) -> None:
     """Freeze the network and rescale every linear layer of its blocks; torch's randomness draws."""
     model.requires_grad_(False)
     for _, layer in list(_linears(model)):
-        for part in ("weight", "in_proj_weight"):
-            if isinstance(weight := getattr(layer, part, None), torch.Tensor):
-                parametrize.register_parametrization(layer, part, Rescaled(weight))
-        for part in ("bias", "in_proj_bias"):
-            if isinstance(bias := getattr(layer, part, None), torch.Tensor):
-                parametrize.register_parametrization(layer, part, Shifted(bias))
+        for part in ("weight", "in_proj_weight", "bias", "in_proj_bias"):
+            if isinstance(value := getattr(layer, part, None), torch.Tensor):
+                addition = Rescaled(value) if part.endswith("weight") else Shifted(value)
+                parametrize.register_parametrization(layer, part, addition)
     for name, module in model.named_modules():
         if is_norm(module) and (name.startswith(_blocks(model)) or name == f"network.{model.norm}"):
             module.requires_grad_(True)

@@ -36,11 +36,11 @@ from heads.models.common import (
     layers_of,
     own_randomness,
 )
-from heads.models.finetune import finetune_info, from_configuration
+from heads.models.finetune import finetune_info, from_configuration, with_new_classifier
 from heads.models.published import CifarCnn, CifarVit, MedicalMnistCnn, MindlinaCnn, Normalised
 from heads.models.tokens import ClsMean, Conv, Large, MeanLinear, attention
 from heads.models.vector import KNearest, Linear, Mlp
-from heads.settings import Settings
+from heads.settings import Settings, flag, options_for
 
 if TYPE_CHECKING:
     from featurecache.backbones.base import Backbone
@@ -85,17 +85,13 @@ def head_info(name: str) -> HeadInfo:
         return HEADS[name]
     if is_baseline(name):
         what = BASELINES[name].what if name in BASELINES else "a pretrained network, trained on"  # nothing is loaded
-        return HeadInfo(what, "pixels", _no_head)
+        return HeadInfo(what, "pixels", nn.Module)
     if name.startswith("python:"):
         return _own_head(name)
     raise UnknownHead(
         f"no head is called {name!r}.{nearest(name, HEADS)} "
         f"Heads: {', '.join(HEADS)}; your own: python:<module>:<class>. Networks from pixels: train-baseline --help."
     )
-
-
-def _no_head(*_: Any, **__: Any) -> nn.Module:
-    raise BadOption("a network from pixels is no head on features: featurecache train-baseline trains it.")
 
 
 def _own_head(name: str) -> HeadInfo:
@@ -130,20 +126,13 @@ def make_head(
     """
     info, given = head_info(name), Input.of(given)
     _check_takes(name, info.takes, given.shape)
-    options = _options(name, info, given, dropout, gated)
-    with own_randomness(generator or torch.Generator().manual_seed(0)):
-        return info.make(given.shape, classes, **options)
-
-
-def _options(name: str, info: HeadInfo, given: Input, dropout: float | None, gated: bool) -> dict[str, Any]:
-    """The keywords of a head, of those that its signature names; raises BadOption for one that would do nothing."""
     named = inspect.signature(info.make).parameters
-    options = {key: value for key, value in (("prefix", given.prefix), ("grid", given.grid)) if key in named}
     if gated and "gated" not in named:
         raise BadOption(f"{name} has no gate; --gated is for attention.")
-    return (
-        options | _dropout(name, dropout, "dropout" in named and not info.solved) | ({"gated": True} if gated else {})
-    )
+    options: dict[str, Any] = {key: getattr(given, key) for key in ("prefix", "grid") if key in named}
+    options |= _dropout(name, dropout, "dropout" in named and not info.solved) | ({"gated": True} if gated else {})
+    with own_randomness(generator or torch.Generator().manual_seed(0)):
+        return info.make(given.shape, classes, **options)
 
 
 def _dropout(name: str, dropout: float | None, has_any: bool) -> dict[str, float]:
@@ -159,14 +148,14 @@ def load_head(
     name: str, given: Input | Sequence[int], classes: int, state: dict[str, torch.Tensor], *, gated: bool = False
 ) -> nn.Module:
     """A head with the weights of a state dict, for evaluation; raises ValueError where they are not this head's."""
-    known_size = name in HEADS and HEADS[name].make is not KNearest
-    return _with_state(lambda: make_head(name, given, classes, gated=gated), state, "head", known_size)
+    fixed_size = name in HEADS and HEADS[name].make is not KNearest
+    return _with_state(lambda: make_head(name, given, classes, gated=gated), state, "head", fixed_size)
 
 
 def _with_state(
-    make: Callable[[], nn.Module], state: dict[str, torch.Tensor], what: str, known_size: bool
+    make: Callable[[], nn.Module], state: dict[str, torch.Tensor], what: str, fixed_size: bool = True
 ) -> nn.Module:
-    if known_size:
+    if fixed_size:
         with torch.device("meta"):  # a size that no file of weights stands for would fill the memory
             expected = sum(tensor.numel() for tensor in make().state_dict().values())
         if expected != (size := sum(tensor.numel() for tensor in state.values())):
@@ -183,6 +172,8 @@ def _check_takes(name: str, takes: str, shape: tuple[int, ...]) -> None:
     kind = "vector" if len(shape) == 1 else "tokens"
     if takes in ("any", kind):
         return
+    if takes == "pixels":
+        raise BadOption(f"{name} is no head on features: featurecache train-baseline trains it on images.")
     fitting = ", ".join(n for n, info in HEADS.items() if info.takes == kind)
     size = "×".join(str(n) for n in shape)
     want = "all tokens [T×D], such as --output tokens" if takes == "tokens" else "one vector [D], such as --output cls"
@@ -201,15 +192,15 @@ def describe_head(
 def _model_record(name: str, info: HeadInfo, shape: Sequence[int], classes: int, model: nn.Module) -> dict[str, Any]:
     layers = [dict(zip(("name", "layer", "gives", "parameters"), layer, strict=True)) for layer in layers_of(model)]
     return {
-        "head": name, **_about(info, "what", "takes", "standardize", "solved", "reference"), "shape": list(shape),
+        "head": name, **_about(info), "shape": list(shape),
         "classes": classes, "layers": layers,
         "state_dict": {key: list(value.shape) for key, value in model.state_dict().items()},
         "parameters": count_parameters(model),
     }  # fmt: skip
 
 
-def _about(info: HeadInfo, *fields: str) -> dict[str, Any]:
-    return {field: getattr(info, field) for field in fields}
+def _about(info: HeadInfo) -> dict[str, Any]:
+    return {name: getattr(info, name) for name in ("what", "takes", "standardize", "solved", "reference")}
 
 
 def heads_table(classes: int = 2) -> list[dict[str, Any]]:
@@ -219,8 +210,7 @@ def heads_table(classes: int = 2) -> list[dict[str, Any]]:
         given = Input(VIT_B16.shape[1:]) if info.takes == "vector" else VIT_B16
         with torch.device("meta"):
             count = count_parameters(make_head(name, given, classes))
-        about = _about(info, "what", "takes", "solved", "standardize", "reference")
-        records.append({"head": name, **about, "parameters": count})
+        records.append({"head": name, **_about(info), "parameters": count})
     return records
 
 
@@ -290,31 +280,30 @@ def baseline_info(name: str, *, weights: str | None = None, adapted: bool = Fals
     )
 
 
-def make_baseline(
-    name: str, *, image_size: int, classes: int, generator: torch.Generator | None = None,
-    dropout: float | None = None, lora: int | None = None, rlrr: bool = False, weights: str | None = None,
-    random_weights: bool = False, seed: int = 0, backbone: Backbone | None = None,
+def make_network(
+    settings: Settings, image_size: int, classes: int, generator: torch.Generator | None = None,
+    backbone: Backbone | None = None,
 ) -> nn.Module:  # fmt: skip
-    """Pixels [B,3,h,w] with values 0 to 255 -> logits [B,C], initialised from ``generator``.
-
-    ``weights``, ``random_weights``, ``seed`` say which weights ``finetune:<backbone>`` begins with, as for ``extract``;
-    ``lora`` (a rank) and ``rlrr`` train a small addition to them; ``backbone``: what these load, where that is done, or
-    its outline, to count parameters. Raises BadOption for an option that would do nothing.
+    """The network from pixels of these settings: [B,3,h,w] with values 0 to 255 -> logits [B,C], initialised from
+    ``generator``. ``backbone``: what ``finetune:`` begins from, where that is loaded, or its outline, to count
+    parameters. Raises BadOption for an option that would do nothing.
     """
-    info = baseline_info(name, weights=weights)
-    keywords = _dropout(name, dropout, has_dropout(name))
-    generator = generator or torch.Generator().manual_seed(0)
+    name, generator = settings.head, generator or torch.Generator().manual_seed(0)
     if name.startswith(FINETUNE):
-        return info.make(
-            image_size, classes, generator=generator, lora=lora, rlrr=rlrr, **keywords,
-            random_weights=random_weights, seed=seed, backbone=backbone,
-        )  # fmt: skip
-    options = {"lora": lora is not None, "rlrr": rlrr, "weights": weights is not None, "random-weights": random_weights}
-    for option in (key for key, value in options.items() if value):
-        raise BadOption(f"--{option} is for finetune:<backbone>; {name} begins from nothing.")
+        return with_new_classifier(settings, image_size, classes, generator, backbone)
+    for option in options_for("finetune"):
+        if getattr(settings, option) not in (None, False):
+            raise BadOption(f"{flag(option)} is for finetune:<backbone>; {name} begins from nothing.")
+    info = baseline_info(name)
     with own_randomness(generator):
-        network = info.make(image_size, classes, **keywords)
+        network = info.make(image_size, classes, **_dropout(name, settings.dropout, has_dropout(name)))
     return Normalised(info.preprocess(image_size), network, channels_last=isinstance(network, _CONVOLUTIONAL))
+
+
+def shape_of_network(settings: Settings, image_size: int, classes: int) -> nn.Module:
+    """The network, for its parameters to be counted: what `finetune:` begins from is not loaded for that."""
+    backbone = from_configuration(settings, image_size) if settings.head.startswith(FINETUNE) else None
+    return make_network(settings, image_size, classes, backbone=backbone)
 
 
 def has_dropout(name: str) -> bool:
@@ -322,16 +311,10 @@ def has_dropout(name: str) -> bool:
     return name.startswith(FINETUNE) or "dropout" in inspect.signature(BASELINES[name].make).parameters
 
 
-def load_baseline(
-    name: str, state: dict[str, torch.Tensor], *, image_size: int, classes: int, lora: int | None = None,
-    rlrr: bool = False,
-) -> nn.Module:  # fmt: skip
-    """A network with the whole state dict of one, for evaluation; raises ValueError where it is not this network's.
-    (What ``finetune:`` wrote as a folder is read by `heads.models.finetune.load_finetuned`.)"""
-    pretrained = name.startswith(FINETUNE)  # its random weights are all replaced by ``state``
-    options: dict[str, Any] = {"image_size": image_size, "classes": classes, "lora": lora, "rlrr": rlrr}
-    make = partial(make_baseline, name, random_weights=pretrained, **options)
-    return _with_state(make, state, "network", not pretrained)
+def load_network(name: str, state: dict[str, torch.Tensor], *, image_size: int, classes: int) -> nn.Module:
+    """A network with the state dict of one, for evaluation; raises ValueError where it is not this network's. (What
+    ``finetune:`` wrote as a folder is read by `heads.models.finetune.load_finetuned`.)"""
+    return _with_state(partial(make_network, Settings(name), image_size, classes), state, "network")
 
 
 # Classes and pixels that the parameters are counted for: those of the studies.
@@ -344,20 +327,14 @@ SETTINGS = ("optimizer", "lr", "weight_decay", "schedule", "epochs", "batch_size
 
 def networks_table() -> list[dict[str, Any]]:
     """A record for every network: pixels, parameters by (classes, pixels), published settings, reference."""
-    return [
-        {
-            "network": name, "what": info.what, "image_size": info.image_size,
-            "parameters": [[classes, size, _count(info, classes, size)] for classes, size in COUNTED[name]],
-            "settings": {key: info.settings[key] for key in SETTINGS if key in info.settings},
-            "reference": info.reference,
-        }
-        for name, info in BASELINES.items()
-    ]  # fmt: skip
-
-
-def _count(info: Baseline, classes: int, size: int) -> int:
-    with torch.device("meta"):
-        return count_parameters(info.make(size, classes))
+    records = []
+    for name, info in BASELINES.items():
+        with torch.device("meta"):
+            counts = [[c, size, count_parameters(info.make(size, c))] for c, size in COUNTED[name]]
+        settings = {key: info.settings[key] for key in SETTINGS if key in info.settings}
+        about = {"network": name, "what": info.what, "image_size": info.image_size, "parameters": counts}
+        records.append(about | {"settings": settings, "reference": info.reference})
+    return records
 
 
 def networks_lines() -> str:
@@ -374,27 +351,7 @@ def describe_network(name: str, classes: int, image_size: int | None = None) -> 
     """Layers and parameters, in the form of `heads.models.catalogue.describe_head`; no weights are needed."""
     info = baseline_info(name)
     size = image_size or info.image_size
-    model = make_baseline(name, image_size=size, classes=classes, random_weights=name.startswith(FINETUNE))
+    model = make_network(Settings(name, random_weights=name.startswith(FINETUNE)), size, classes)
     head = HeadInfo(info.what, "pixels", info.make, reference=info.reference)
     record = _model_record(name, head, [3, *info.preprocess(size).size], classes, model)
     return record | {"settings": info.settings}
-
-
-NETWORK_OPTIONS = ("dropout", "lora", "rlrr", "weights", "random_weights", "seed")
-
-
-def make_network(
-    settings: Settings, image_size: int, classes: int, generator: torch.Generator | None = None,
-    backbone: Backbone | None = None,
-) -> nn.Module:  # fmt: skip
-    """The network from pixels that these settings ask for. ``backbone``: as `make_baseline` takes it."""
-    options = {name: getattr(settings, name) for name in NETWORK_OPTIONS}
-    return make_baseline(
-        settings.head, image_size=image_size, classes=classes, generator=generator, backbone=backbone, **options
-    )
-
-
-def shape_of_network(settings: Settings, image_size: int, classes: int) -> nn.Module:
-    """The network, for its parameters to be counted: what `finetune:` begins from is not loaded for that."""
-    backbone = from_configuration(settings, image_size) if settings.head.startswith(FINETUNE) else None
-    return make_network(settings, image_size, classes, backbone=backbone)

@@ -47,16 +47,6 @@ RECORD, WEIGHTS = "finetuned.json", "model.safetensors"
 _KINDS = {"format": int, "provider": str, "name": str, "vector": str, "image_size": int, "sized": bool}
 
 
-def _origin(backbone: Backbone, sized: bool) -> dict[str, Any]:
-    """What a network began as, as data. ``sized``: at another image size than the checkpoint's own."""
-    provenance = backbone.provenance
-    return {
-        "provider": provenance["provider"], "name": provenance["request"]["name"],
-        **{key: provenance[key] for key in ("id", "revision", "licence")}, "weights": backbone.weights,
-        "vector": backbone.vector, "image_size": backbone.image_size[0], "sized": sized,
-    }  # fmt: skip
-
-
 def finetune_info(name: str, weights: str | None = None, adapted: bool = False) -> Baseline:
     """The record of ``finetune:<name>``, without loading its weights."""
     if not name or name.startswith("python:"):
@@ -69,7 +59,7 @@ def finetune_info(name: str, weights: str | None = None, adapted: bool = False) 
         f"{name} from its published weights, with a new linear layer on its {outline.vector}",
         outline.image_size[0],
         lambda size: _outline(name, weights, size, _stamp(name, weights)).preprocess,
-        partial(with_new_classifier, name, weights),
+        with_new_classifier,
         PUBLISHED | (ADAPTED if adapted else {}),
         outline.provenance["source"],
     )
@@ -102,25 +92,28 @@ def _stamp(name: str, weights: str | None) -> tuple[int, ...]:
 
 
 def with_new_classifier(
-    name: str, weights: str | None, image_size: int, classes: int, *, generator: torch.Generator,
-    dropout: float | None = None, lora: int | None = None, rlrr: bool = False, random_weights: bool = False,
-    seed: int = 0, backbone: Backbone | None = None,
-) -> FineTuned:  # fmt: skip
-    """The network ``name`` with a new classifier of ``dropout``; its additions are drawn from ``generator``.
-    ``backbone``: the one these options load, which becomes a part of it."""
-    if backbone is None:
-        backbone = load_backbone(name, weights=weights, random_weights=random_weights, seed=seed, image_size=image_size)
-    check_adapters(name, backbone.model, lora, rlrr)
+    settings: Settings, image_size: int, classes: int, generator: torch.Generator, backbone: Backbone | None = None
+) -> FineTuned:
+    """The network of ``finetune:<backbone>`` with a new classifier; its additions are drawn from ``generator``.
+    ``backbone``: the one these settings begin from, which becomes a part of it."""
+    name = settings.head.removeprefix(FINETUNE)
+    backbone = backbone or from_pretrained(settings, image_size)
+    check_adapters(name, backbone.model, settings.lora, settings.rlrr)
     if backbone.provenance["provider"] == "torchvision" and backbone.position_embeddings.startswith("interpolated"):
         raise BadOption(
             f"--image-size {image_size}: a ViT of torchvision that was tuned so could not be loaded again, for its "
             "builder has the position embeddings of one size. Leave it out, or take a ViT of hf: or timm:."
         )
+    provenance, sized = backbone.provenance, image_size != finetune_info(name, settings.weights).image_size
+    origin = {
+        "provider": provenance["provider"], "name": provenance["request"]["name"],
+        **{key: provenance[key] for key in ("id", "revision", "licence")}, "weights": backbone.weights,
+        "vector": backbone.vector, "image_size": backbone.image_size[0], "sized": sized,
+    }  # fmt: skip
     with own_randomness(generator):
-        sized = image_size != finetune_info(name, weights).image_size
-        module = FineTuned(backbone, classes, _origin(backbone, sized), dropout or 0.0)
-        if isinstance(module.network, Tokens) and (lora is not None or rlrr):
-            add_rlrr(module.network) if lora is None else add_lora(module.network, lora)
+        module = FineTuned(backbone, classes, origin, settings.dropout or 0.0)
+        if isinstance(module.network, Tokens) and (settings.lora is not None or settings.rlrr):
+            add_rlrr(module.network) if settings.lora is None else add_lora(module.network, settings.lora)
             module.adapted = True
     return module
 
@@ -137,7 +130,12 @@ def save_backbone(module: FineTuned, folder: Path) -> str:
         key: value.detach().cpu().contiguous() for key, value in network.state_dict().items() if key not in left_out
     }
     if module.origin["provider"] == "hf":
-        _save_hf(network, state, module.preprocess, folder)
+        from featurecache.backbones.transformers_models import quiet
+
+        processor = processor_of(module.preprocess)
+        with quiet():
+            network.save_pretrained(folder, state_dict=state)
+            processor.save_pretrained(folder)
     else:
         from safetensors.torch import save_file
 
@@ -147,15 +145,6 @@ def save_backbone(module: FineTuned, folder: Path) -> str:
     return extract_options(folder)
 
 
-def _save_hf(network: Any, state: dict[str, torch.Tensor], preprocess: Preprocess, folder: Path) -> None:
-    from featurecache.backbones.transformers_models import quiet
-
-    processor = processor_of(preprocess)
-    with quiet():
-        network.save_pretrained(folder, state_dict=state)
-        processor.save_pretrained(folder)
-
-
 def processor_of(preprocess: Preprocess) -> Any:
     """An image processor of transformers that does just this."""
     import transformers
@@ -163,20 +152,16 @@ def processor_of(preprocess: Preprocess) -> Any:
 
     from featurecache.backbones.processors import from_processor
 
-    settings: dict[str, Any] = {"do_resize": preprocess.mode != "none", "do_center_crop": preprocess.crop is not None}
-    if preprocess.mode == "shortest":
-        settings["size"] = {"shortest_edge": preprocess.resize[0]}
-    elif preprocess.mode == "squash":
-        settings["size"] = dict(zip(("height", "width"), preprocess.resize, strict=True))
-    if preprocess.crop is not None:
-        settings["crop_size"] = dict(zip(("height", "width"), preprocess.crop, strict=True))
-    settings |= {"do_rescale": preprocess.scale is not None, "do_normalize": preprocess.mean is not None}
-    if preprocess.scale is not None:
-        settings["rescale_factor"] = preprocess.scale
-    if preprocess.mean is not None and preprocess.std is not None:
-        settings |= {"image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
-    resample = int(Image.Resampling[preprocess.interpolation.removesuffix("-exact").upper()])
-    processor = transformers.CLIPImageProcessor(resample=resample, **settings)
+    sides = ("shortest_edge",) if preprocess.mode == "shortest" else ("height", "width")
+    settings = {
+        "do_resize": preprocess.mode != "none", "size": dict(zip(sides, preprocess.resize, strict=False)) or None,
+        "do_center_crop": preprocess.crop is not None,
+        "crop_size": dict(zip(("height", "width"), preprocess.crop or (), strict=False)) or None,
+        "do_rescale": preprocess.scale is not None, "rescale_factor": preprocess.scale,
+        "do_normalize": preprocess.mean is not None, "image_mean": preprocess.mean, "image_std": preprocess.std,
+        "resample": int(Image.Resampling[preprocess.interpolation.removesuffix("-exact").upper()]),
+    }  # fmt: skip
+    processor = transformers.CLIPImageProcessor(**{key: value for key, value in settings.items() if value is not None})
     assert from_processor(processor) == preprocess
     return processor
 
@@ -244,7 +229,8 @@ SPREAD = 0.02  # standard deviation of a new classifier's weights; that of trans
 
 class FineTuned(nn.Module):
     """Pixels [B,3,h,w] with values 0 to 255 -> logits [B,C]: ``network`` with all that its vector does not need taken
-    away, then ``classifier``. ``origin``: what it began as."""
+    away, then ``classifier``. ``origin``: what it began as, as data; ``sized``: at another image size than the
+    checkpoint's own."""
 
     def __init__(self, backbone: Backbone, classes: int, origin: dict[str, Any], dropout: float = 0.0) -> None:
         super().__init__()
@@ -318,18 +304,17 @@ def _gives_map(module: FineTuned) -> str:
     pixels = 255 * torch.rand(1, 3, *module.preprocess.size, generator=torch.Generator().manual_seed(0))
     x = module.preprocess.normalised(pixels.to(module.classifier.weight.device))
     maps: dict[str, torch.Tensor] = {}
+    assert not module.training, "it would change what BatchNorm holds"
 
     def store(name: str, _: nn.Module, __: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.ndim == 4:
             maps[name] = output
 
     hooks = [part.register_forward_hook(partial(store, name)) for name, part in module.network.named_modules()]
-    was = module.training
     try:
         with torch.no_grad():
-            tokens = module.eval().network(x, {"tokens"})["tokens"]
+            tokens = module.network(x, {"tokens"})["tokens"]
     finally:
-        module.train(was)
         for hook in hooks:
             hook.remove()
     same = [name for name, each in maps.items() if torch.equal(each.flatten(2).transpose(1, 2), tokens)]

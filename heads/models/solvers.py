@@ -4,13 +4,15 @@ Notation: N training rows, D width, C classes or labels, X [N, D], y int64 [N] o
 unknown. A label's unknown rows are left out for that label alone. A class that train has not (a label without
 positives) gets the constant logit ``LOW``; a label without negatives ``-LOW``. They see the prevalence of train, so no
 prior correction belongs to them. To add one: a function here, a line in ``SOLVERS`` and one in `catalogue.HEADS`.
+
+A solver takes x float32 [N, D] standardised, y, the kind of the task and C, and gives every value of its path as
+(setting, module), in order; ``note`` receives a sentence where something is to be said. Nothing is drawn at random.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,23 +36,7 @@ Path = list[tuple[dict[str, float], nn.Module]]
 Note = Callable[[str], None]
 
 
-def _quiet(note: str) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Solver:
-    """``solve(x, y, kind, classes, seed, note)``: x float32 [N, D] standardised, y as above, kind of the task; every
-    value of the path as (setting, module), in order. ``note`` receives a sentence where something is to be said;
-    nothing is drawn at random, so every ``seed`` gives the same."""
-
-    solve: Callable[..., Path]
-
-
-def ridge(
-    x: torch.Tensor, y: np.ndarray, kind: str, classes: int, seed: int = 0, note: Note = _quiet,
-    penalties: np.ndarray = PENALTIES,
-) -> Path:  # fmt: skip
+def ridge(x: torch.Tensor, y: np.ndarray, kind: str, classes: int, note: Note) -> Path:
     """min |Y - XWᵀ - b|² + lambda m |W|² with targets of ±1 and b free, for all lambda at once: what scikit-learn's
     RidgeClassifier(alpha=lambda m) gives for each (of two classes its one column, and its negative). m is the mean
     eigenvalue of XᵀX of centred X, N for standardised features, so one path fits any N and any scale.
@@ -63,22 +49,26 @@ def ridge(
     least lambda is 1e-5 (126 against 62 ms for 10,000 × 768).
     """
     values = x.numpy()
-    targets = _targets(y, kind, classes)
-    weight = np.zeros((len(penalties), classes, values.shape[1]))
-    bias = np.zeros((len(penalties), classes))
-    for columns, rows in _alike(targets):
+    targets = 2.0 * (y if kind == "multilabel" else y[:, None] == np.arange(classes)) - 1  # ±1 [N, C], NaN unknown
+    weight = np.zeros((len(PENALTIES), classes, values.shape[1]))
+    bias = np.zeros((len(PENALTIES), classes))
+    alike: dict[bytes, list[int]] = {}  # columns that are known for the same rows
+    for column in np.flatnonzero(~np.isnan(targets).all(axis=0)).tolist():
+        alike.setdefault(np.isnan(targets[:, column]).tobytes(), []).append(column)
+    for columns in alike.values():
+        rows = np.flatnonzero(~np.isnan(targets[:, columns[0]]))
         part = values if len(rows) == len(values) else values[rows]
-        weight[:, columns], bias[:, columns] = _ridges(part, targets[np.ix_(rows, columns)], penalties)
-    return _linears([{"lambda": float(value)} for value in penalties], weight, bias, _constants(y, kind, classes))
+        weight[:, columns], bias[:, columns] = _ridges(part, targets[np.ix_(rows, np.array(columns))])
+    return _linears([{"lambda": float(value)} for value in PENALTIES], weight, bias, _constants(y, kind, classes))
 
 
-def _ridges(x: np.ndarray, y: np.ndarray, penalties: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ridges(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights [K, c, D] and biases [K, c] of targets y [n, c]."""
     n, width = x.shape
     mean, level = x.mean(0, dtype=np.float64), y.mean(0)
     if n < width:
         centred = x - mean  # float64
-        solved = _shifted(centred @ centred.T, y - level, penalties, width)
+        solved = _shifted(centred @ centred.T, y - level, width)
         weight = solved.transpose(0, 2, 1) @ centred
     else:
         both = np.zeros((width + y.shape[1],) * 2)  # XᵀX and XᵀY in one product
@@ -90,15 +80,15 @@ def _ridges(x: np.ndarray, y: np.ndarray, penalties: np.ndarray) -> tuple[np.nda
             centred[:, :width], centred[:, width:] = x[start : start + ROWS], y[start : start + ROWS]
             centred -= middle
             both += np.matmul(centred.T, centred, out=product)
-        weight = _shifted(both[:width, :width], both[:width, width:], penalties, width).transpose(0, 2, 1)
+        weight = _shifted(both[:width, :width], both[:width, width:], width).transpose(0, 2, 1)
     return weight, level - weight @ mean
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")  # at each of hundreds of small steps two threads would wait
-def _shifted(matrix: np.ndarray, right: np.ndarray, penalties: np.ndarray, width: int) -> np.ndarray:
+def _shifted(matrix: np.ndarray, right: np.ndarray, width: int) -> np.ndarray:
     """(matrix + lambda m I)⁻¹ right [K, r, c] for every lambda > 0; matrix [r, r] symmetric, without negative
     eigenvalues, m = trace / D (1 where X is constant)."""
-    shifts = penalties * (np.trace(matrix) / width or 1.0)
+    shifts = PENALTIES * (np.trace(matrix) / width or 1.0)
     if len(matrix) < 3:
         return np.stack([np.linalg.solve(matrix + shift * np.eye(len(matrix)), right) for shift in shifts])
     reduced, diagonal, off, tau, info = lapack.dsytrd(matrix, lower=1, lwork=64 * len(matrix))
@@ -120,10 +110,7 @@ def _shifted(matrix: np.ndarray, right: np.ndarray, penalties: np.ndarray, width
     return back.reshape(len(matrix), len(shifts), -1).transpose(1, 0, 2)
 
 
-def logreg(
-    x: torch.Tensor, y: np.ndarray, kind: str, classes: int, seed: int = 0, note: Note = _quiet,
-    strengths: np.ndarray = STRENGTHS,
-) -> Path:  # fmt: skip
+def logreg(x: torch.Tensor, y: np.ndarray, kind: str, classes: int, note: Note) -> Path:
     """Multinomial logistic regression (of two classes binary; multi-label: one a label) with an L2 penalty, by
     scikit-learn's L-BFGS (Liu & Nocedal 1989), for each C of a path.
 
@@ -131,39 +118,35 @@ def logreg(
     (scikit-learn's tol of 1e-4 on the largest gradient). One that has not stopped after 1,000 steps is used, and said.
     """
     values = x.numpy()
-    weight = np.zeros((len(strengths), classes, values.shape[1]))
-    bias = np.zeros((len(strengths), classes))
+    weight = np.zeros((len(STRENGTHS), classes, values.shape[1]))
+    bias = np.zeros((len(STRENGTHS), classes))
     constant = _constants(y, kind, classes)
-    late: list[float] = []
+    learnt, late = np.flatnonzero(np.isnan(constant)), list[float]()
     if kind == "multilabel":
-        for label in np.flatnonzero(np.isnan(constant)):
+        for label in learnt:
             rows = np.flatnonzero(~np.isnan(y[:, label]))
-            for k, (w, b) in enumerate(_regressions(values[rows], y[rows, label] == 1, strengths, late)):
+            for k, (w, b) in enumerate(_regressions(values[rows], y[rows, label] == 1, late)):
                 weight[k, label], bias[k, label] = w[0], b[0]
-    elif np.isnan(constant).sum() > 1:
-        there = np.flatnonzero(np.isnan(constant))
-        for k, (w, b) in enumerate(_regressions(values, y, strengths, late)):
-            both = len(there) == 2  # scikit-learn's one column: the log-odds of the second
-            weight[k, there] = np.concatenate([-w, w]) / 2 if both else w
-            bias[k, there] = np.concatenate([-b, b]) / 2 if both else b
+    elif len(learnt) > 1:
+        for k, (w, b) in enumerate(_regressions(values, y, late)):
+            both = len(learnt) == 2  # scikit-learn's one column: the log-odds of the second
+            weight[k, learnt] = np.concatenate([-w, w]) / 2 if both else w
+            bias[k, learnt] = np.concatenate([-b, b]) / 2 if both else b
     if late:
-        late_values = ", ".join(f"{value:g}" for value in sorted(set(late)))
+        where = ", ".join(f"{value:g}" for value in sorted(set(late)))
         note(
-            f"logreg has not converged in {STEPS:,} steps at C = {late_values}; "
-            "its weights there are those of the last step"
+            f"logreg has not converged in {STEPS:,} steps at C = {where}; its weights there are those of the last step"
         )
-    return _linears([{"C": float(value)} for value in strengths], weight, bias, constant)
+    return _linears([{"C": float(value)} for value in STRENGTHS], weight, bias, constant)
 
 
-def _regressions(
-    x: np.ndarray, y: np.ndarray, strengths: np.ndarray, late: list[float]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _regressions(x: np.ndarray, y: np.ndarray, late: list[float]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Coefficients [C or 1, D] and intercepts along the path; a C that did not converge is added to ``late``."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(warm_start=True, max_iter=STEPS)
-    for value in strengths:
+    for value in STRENGTHS:
         model.set_params(C=float(value))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
@@ -191,22 +174,17 @@ def path_logits(path: Path, chunks: Iterable[torch.Tensor]) -> np.ndarray:
     return torch.cat(parts, 1).double().numpy()
 
 
-def knn(
-    x: torch.Tensor, y: np.ndarray, kind: str, classes: int, seed: int = 0, note: Note = _quiet,
-    neighbours: tuple[int, ...] = NEIGHBOURS, temperatures: tuple[float, ...] = TEMPERATURES,
-) -> Path:  # fmt: skip
+def knn(x: torch.Tensor, y: np.ndarray, kind: str, classes: int, note: Note) -> Path:
     """`KNearest` for every k up to N and every temperature; with k = 1 one is enough: it does nothing."""
     vectors = nn.functional.normalize(x.float(), dim=1)
     labels = torch.from_numpy(np.asarray(y, dtype=np.float32 if kind == "multilabel" else np.int64))
-    counts = [k for k in neighbours if k <= len(x)]
+    pairs = [(k, t) for k in NEIGHBOURS if k <= len(x) for t in (TEMPERATURES if k > 1 else (0.07,))]
     return [
-        ({"k": float(k), "temperature": t}, KNearest.of(vectors, labels, classes, k=k, temperature=t))
-        for k in counts
-        for t in (temperatures if k > 1 else (0.07,))
+        ({"k": float(k), "temperature": t}, KNearest.of(vectors, labels, classes, k=k, temperature=t)) for k, t in pairs
     ]
 
 
-def centroid(x: torch.Tensor, y: np.ndarray, kind: str, classes: int, seed: int = 0, note: Note = _quiet) -> Path:
+def centroid(x: torch.Tensor, y: np.ndarray, kind: str, classes: int, note: Note) -> Path:
     """The nearest class mean: Snell et al. 2017, arXiv:1703.05175 (section 2.4: it is linear).
 
     z_c = -|x - m_c|² / (2 s² sqrt(D)) + |x|² / (2 s² sqrt(D)), the second term the same for all classes; s² is the mean
@@ -238,24 +216,6 @@ def _means(x: np.ndarray, y: np.ndarray, values: tuple[int, ...]) -> tuple[np.nd
     return mean, float(variance * np.sqrt(x.shape[1]))
 
 
-def _targets(y: np.ndarray, kind: str, classes: int) -> np.ndarray:
-    """±1, float64 [N, C], NaN where unknown."""
-    if kind == "multilabel":
-        return 2.0 * y - 1
-    return 2.0 * (y[:, None] == np.arange(classes)) - 1
-
-
-def _alike(targets: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(columns, rows) of the columns that are known for the same rows; such without rows are left out."""
-    known, alike = ~np.isnan(targets), dict[bytes, list[int]]()
-    for column in range(targets.shape[1]):
-        alike.setdefault(known[:, column].tobytes(), []).append(column)
-    for columns in alike.values():
-        rows = np.flatnonzero(known[:, columns[0]])
-        if len(rows):
-            yield np.array(columns), rows
-
-
 def _constants(y: np.ndarray, kind: str, classes: int) -> np.ndarray:
     """The logit of a class or label about which train says nothing, [C]; NaN for the others."""
     if kind == "multilabel":
@@ -277,9 +237,9 @@ def _linears(settings: list[dict[str, float]], weight: np.ndarray, bias: np.ndar
     return list(zip(settings, models, strict=True))
 
 
-SOLVERS: dict[str, Solver] = {
-    "ridge": Solver(ridge),
-    "logreg": Solver(logreg),
-    "knn": Solver(knn),
-    "centroid": Solver(centroid),
+SOLVERS: dict[str, Callable[[torch.Tensor, np.ndarray, str, int, Note], Path]] = {
+    "ridge": ridge,
+    "logreg": logreg,
+    "knn": knn,
+    "centroid": centroid,
 }

@@ -81,7 +81,45 @@ def _from_article(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
         state[prefix + "second_bias"] = state.pop(prefix + "fc2.bias")
 
 
-class MeanLinear(nn.Module):
+class FixedVectorLinear(nn.Module):
+    """One linear layer on a vector that is computed from the tokens and that no training changes. State dict: fc.*"""
+
+    name, what, with_cls = "", "", False
+
+    def __init__(
+        self, shape: tuple[int, ...], classes: int, *, prefix: tuple[str, ...] = (), grid: Grid = None,
+        dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if grid is None:
+            raise BadOption(
+                f"{self.name} averages the patch tokens, and which rows of this output they are is not known "
+                "(tokens-257 mixes them): --output tokens or tokens-16x16 says it."
+            )
+        if self.with_cls and "cls" not in prefix:
+            raise BadOption(
+                f"{self.name} needs a class token, and these tokens have none "
+                f"(prefix: {', '.join(prefix) or 'empty'}). mean-linear does without."
+            )
+        self.prefix = prefix
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear((1 + self.with_cls) * shape[1], classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [B, T, D] -> [B, C]."""
+        return self.fc(self.dropout(self.vectors(x)))
+
+    def vectors(self, x: torch.Tensor) -> torch.Tensor:
+        """What the layer sees: float32 [B, T, D] -> [B, D], with the class token [B, 2D]."""
+        mean = x[:, len(self.prefix) :].mean(1)
+        return torch.cat([x[:, self.prefix.index("cls")], mean], dim=1) if self.with_cls else mean
+
+    def layers(self) -> list[tuple[str, str, str, int]]:
+        width = self.fc.in_features
+        return [("", self.what, f"[{width}]", 0), *dropout_layer(self.dropout, width), linear_layer("fc", self.fc)]
+
+
+class MeanLinear(FixedVectorLinear):
     """The mean of the patch tokens, without any prefix token, into one linear layer.
 
     Global average pooling: Lin et al. 2014, Network In Network, arXiv:1312.4400. The same function as ``linear`` on the
@@ -89,70 +127,17 @@ class MeanLinear(nn.Module):
     tokens alone. State dict: fc.*.
     """
 
-    def __init__(
-        self, shape: tuple[int, ...], classes: int, *, prefix: tuple[str, ...] = (), grid: Grid = None,
-        dropout: float = 0.0,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        _check_places("mean-linear", grid)
-        self.first = len(prefix)
-        self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(shape[1], classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [B, T, D] -> [B, C]."""
-        return self.fc(self.dropout(self.vectors(x)))
-
-    def vectors(self, x: torch.Tensor) -> torch.Tensor:
-        """What the layer sees, which no training changes: float32 [B, T, D] -> [B, D]."""
-        return x[:, self.first :].mean(1)
-
-    def layers(self) -> list[tuple[str, str, str, int]]:
-        width = self.fc.in_features
-        return [
-            ("", "mean of the patches", f"[{width}]", 0),
-            *dropout_layer(self.dropout, width),
-            linear_layer("fc", self.fc),
-        ]
+    name, what = "mean-linear", "mean of the patches"
 
 
-class ClsMean(nn.Module):
+class ClsMean(FixedVectorLinear):
     """The class token and the mean of the patch tokens, concatenated, into one linear layer.
 
     DINOv2's linear evaluation offers its probes both: Oquab et al. 2023, arXiv:2304.07193. State dict: fc.* with the
     class token's D columns first.
     """
 
-    def __init__(
-        self, shape: tuple[int, ...], classes: int, *, prefix: tuple[str, ...] = (), grid: Grid = None,
-        dropout: float = 0.0,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        _check_places("cls+mean", grid)
-        if "cls" not in prefix:
-            raise BadOption(
-                "cls+mean needs a class token, and these tokens have none "
-                f"(prefix: {', '.join(prefix) or 'empty'}). mean-linear does without."
-            )
-        self.cls, self.first = prefix.index("cls"), len(prefix)
-        self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(2 * shape[1], classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float32 [B, T, D] -> [B, C]."""
-        return self.fc(self.dropout(self.vectors(x)))
-
-    def vectors(self, x: torch.Tensor) -> torch.Tensor:
-        """What the layer sees, which no training changes: float32 [B, T, D] -> [B, 2D]."""
-        return torch.cat([x[:, self.cls], x[:, self.first :].mean(1)], dim=1)
-
-    def layers(self) -> list[tuple[str, str, str, int]]:
-        width = self.fc.in_features
-        return [
-            ("", "class token, mean of the patches", f"[{width}]", 0),
-            *dropout_layer(self.dropout, width),
-            linear_layer("fc", self.fc),
-        ]
+    name, what, with_cls = "cls+mean", "class token, mean of the patches", True
 
 
 class Conv(nn.Module):
@@ -195,14 +180,6 @@ class Conv(nn.Module):
             *dropout_layer(self.dropout, hidden),
             linear_layer("fc", self.fc),
         ]
-
-
-def _check_places(head: str, grid: Grid) -> None:
-    if grid is None:
-        raise BadOption(
-            f"{head} averages the patch tokens, and which rows of this output they are is not known (tokens-257 mixes "
-            "them): --output tokens or tokens-16x16 says it."
-        )
 
 
 HEAD_WIDTH = 64  # of an attention head, as in ViT-S, -B, -L: 12 heads for D=768

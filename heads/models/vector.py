@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 MLP_HIDDEN = 256
+Nearest = tuple[torch.Tensor, torch.Tensor]  # cosines, row numbers
 FLOOR = 1e-6  # the least share of votes that k-NN gives: a class without any has a logit, and a low one
 QUERIES, ROWS = 1024, 16384  # similarities are computed in blocks of 1,024 × 16,384: 64 MB in float32
 
@@ -103,13 +104,13 @@ class KNearest(nn.Module):
         parts = [self.votes(*self.search(part, int(self.k))) for part in x.float().split(QUERIES)]
         return torch.cat(parts)
 
-    def search(self, x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(self, x: torch.Tensor, k: int) -> Nearest:
         """The k nearest of x [B, D], largest cosine first: cosines and row numbers [G, B, k].
 
         G = 1, or L where labels are known for different rows; rows that do not count have a cosine of -inf.
         """
         x = nn.functional.normalize(x, dim=1)
-        best, masks = list[tuple[torch.Tensor, torch.Tensor]](), self._masks()
+        best, masks = list[Nearest](), self._masks()
         for start in range(0, len(self.vectors), ROWS):
             cosines = x @ self.vectors[start : start + ROWS].T
             top = [_top(cosines, mask[start : start + ROWS], start, k) for mask in masks]
@@ -136,24 +137,20 @@ class KNearest(nn.Module):
         """bool [N]: the training rows that count, once for all classes or for each label."""
         if self.labels.ndim == 1:
             return [torch.ones(len(self.labels), dtype=torch.bool)]
-        known = ~self.labels.isnan()
-        if (known == known[:, :1]).all():
-            return [known[:, 0]]
-        return list(known.T)
+        label_mask = ~self.labels.isnan()
+        return [label_mask[:, 0]] if (label_mask == label_mask[:, :1]).all() else list(label_mask.T)
 
     def layers(self) -> list[tuple[str, str, str, int]]:
         return [("", "k nearest training vectors", "[k]", 0), ("", "log of their votes", f"[{self.classes}]", 0)]
 
 
-def _top(cosines: torch.Tensor, mask: torch.Tensor, start: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _top(cosines: torch.Tensor, mask: torch.Tensor, start: int, k: int) -> Nearest:
     counted = cosines if mask.all() else cosines.masked_fill(~mask, -torch.inf)
     values, rows = counted.topk(min(k, cosines.shape[1]), dim=1)
     return values, rows + start
 
 
-def _merge_top(
-    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _merge_top(a: Nearest, b: Nearest, k: int) -> Nearest:
     values, rows = torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]], 1)
     values, order = values.topk(min(k, values.shape[1]), dim=1)
     return values, rows.gather(1, order)
@@ -193,6 +190,5 @@ def dropout_layer(dropout: nn.Dropout, width: int) -> list[tuple[str, str, str, 
 
 
 def linear_layer(name: str, layer: nn.Linear) -> tuple[str, str, str, int]:
-    inside, outside = layer.in_features, layer.out_features
     count = sum(p.numel() for p in layer.parameters())
-    return (name, f"Linear({inside}, {outside})", f"[{outside}]", count)
+    return (name, f"Linear({layer.in_features}, {layer.out_features})", f"[{layer.out_features}]", count)

@@ -13,10 +13,11 @@ import numpy as np
 
 from heads.evaluation.costs import CHARTED, COSTS, cost_columns
 from heads.evaluation.families import Family
-from heads.metrics.calibration import CalibratedPredictions, measure_scores, predict_labels, probabilities
-from heads.metrics.classification import METRICS, auroc, title
+from heads.metrics.calibration import CalibratedPredictions, log_odds, predict_labels, probabilities
+from heads.metrics.classification import auroc, title
 from heads.reports.drawing import SERIES, SQUARE, Figure, Matrix, Plot, plain, save_png, short, style_of
 from heads.runs.run import Run, is_of_pixels, load_run
+from heads.settings import METRICS
 from heads.task import Predictions
 
 TestPredictions = Sequence[tuple[Run, Predictions]]
@@ -120,7 +121,7 @@ def most_confused(predictions: TestPredictions, most: int = 12) -> list[dict[str
 
 def truth_and_score(task: str, answers: Predictions, c: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Of class or label c: bool [m] over images where it is known, and the score; None where one side is missing."""
-    order = measure_scores(task, answers.calibrated_logits)[:, c]
+    order = log_odds(task, answers.calibrated_logits)[:, c]
     labelled = ~np.isnan(answers.y[:, c]) if task == "multilabel" else np.ones(len(answers.y), bool)
     truth = answers.y[labelled, c] == 1 if task == "multilabel" else answers.y == c
     return (truth, order[labelled]) if truth.any() and not truth.all() else None

@@ -12,9 +12,10 @@ from featurecache.formatting import abbreviated, aligned, columns, number, one_l
 from heads.evaluation.comparison import compare
 from heads.evaluation.costs import COSTS, cost_rows, cost_text, devices_words, run_cost, run_cost_line
 from heads.evaluation.families import families_of, run_setting, selection_key
-from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, measure_name, title
+from heads.metrics.classification import COMPARED, UNTRAINED, measure_name, title
 from heads.reports.provenance import setting_words, train_command
 from heads.runs.run import Run, is_pixels, name_of
+from heads.settings import METRICS
 from heads.splits import dropped_sentence, leaks_sentence
 from heads.task import Leak
 

@@ -30,12 +30,11 @@ from featurecache.store.schema import MAX_VALUES, TASKS
 from featurecache.store.store import cache_folder
 from featurecache.store.view import source_options
 from heads.metrics.calibration import Calibration
-from heads.metrics.classification import METRICS
-from heads.models.catalogue import load_baseline, load_head
-from heads.models.common import Input, rows_at_once
+from heads.models.catalogue import load_head, load_network
+from heads.models.common import FINETUNE, Input, rows_at_once
 from heads.models.finetune import load_finetuned
 from heads.pixel_view import PixelView, open_dataset
-from heads.settings import STANDARDIZE, TABLE, Settings, flag
+from heads.settings import METRICS, STANDARDIZE, TABLE, Settings, flag
 from heads.task import SPLITS, Predictions, Standardize
 
 if TYPE_CHECKING:
@@ -147,10 +146,9 @@ class Run:
         try:
             if not is_pixels(self):
                 return load_head(self.head, Input.of(view), classes, state, gated=settings.gated)
-            if (self.path / BACKBONE).is_dir():  # was tuned and lies beside; the state is the last layer alone
+            if self.head.startswith(FINETUNE):  # lies beside; the state is the last layer alone
                 return load_finetuned(self.path / BACKBONE, state, classes=classes)
-            adapters: dict[str, Any] = {"lora": settings.lora, "rlrr": settings.rlrr}
-            return load_baseline(self.head, state, image_size=view["shape"][-1], classes=classes, **adapters)
+            return load_network(self.head, state, image_size=view["shape"][-1], classes=classes)
         except (BadOption, ValueError) as error:
             file, kind = self.path / "head.safetensors", "network" if is_pixels(self) else "head"
             raise RunError(f"{file} does not fit the {kind} of config.json: {error}") from error

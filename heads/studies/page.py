@@ -20,7 +20,7 @@ from featurecache.files.atomic import write_whole, writing
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
 from heads.evaluation.families import Family, families_of
-from heads.metrics.classification import METRICS, measure_name, title
+from heads.metrics.classification import measure_name, title
 from heads.models.common import FINETUNE
 from heads.reports.drawing import Figure, Plot, short, style_of
 from heads.reports.figures import learning_figure
@@ -30,7 +30,7 @@ from heads.reports.page import hashed, part_context, ranked, render_page, render
 from heads.reports.provenance import origins, sweep_command
 from heads.reports.text import subtitle_words
 from heads.runs.run import Run, load_run, name_of
-from heads.settings import flag
+from heads.settings import METRICS, flag
 from heads.studies.images import set_context
 from heads.studies.plan import StudyResult, call_text
 from heads.studies.spec import ExplainStep, Extract, Heads, Network, OpenedSet, PublishedNumber, Question

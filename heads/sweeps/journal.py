@@ -30,10 +30,10 @@ from featurecache.files.atomic import sync_path, write_whole, writing
 from featurecache.files.locks import exclusive_lock
 from featurecache.files.records import nan_to_none, parse_json
 from heads.evaluation.families import Family, family_of, select_setting, selection_key
-from heads.metrics.classification import METRICS
 from heads.models.catalogue import head_info
 from heads.runs.run import Run, load_run, read_config, read_json
 from heads.runs.write import RunContents, check_out
+from heads.settings import METRICS
 from heads.sweeps.plan import SweepPlan
 from heads.task import clusters_of, task_of
 from heads.training.job import TrainingJob

@@ -25,17 +25,10 @@ from heads.models.common import Input
 from heads.pixel_view import PixelView
 from heads.runs.run import hash_of, name_of, option_words, source_words, view_word
 from heads.settings import VARIED, Settings, flag, options_for
-from heads.splits import Splits
+from heads.splits import Splits, choose_splits
 from heads.sweeps.grid import Range, Resplit, SweepSpec
 from heads.task import FeatureView, task_of
-from heads.training.job import (
-    TrainingJob,
-    choose_output,
-    memory_plan,
-    prepare_training,
-    splits_for,
-    training_images_hash,
-)
+from heads.training.job import TrainingJob, choose_output, memory_plan, prepare_training, training_images_hash
 
 FORMAT = 1  # of the keys
 STEPPED = ("linear", "mlp")  # heads whose steps are one product for all of them
@@ -90,7 +83,7 @@ class SweepPlan:
         if place not in self._splits:
             first, base = self.matched.views[0], self._settings(fraction, resplit)
             task = task_of(first, classes=base.classes, only=base.only, positive=base.positive)
-            self._splits[place] = splits_for(first, self.matched.common_task(task), base)
+            self._splits[place] = choose_splits(first, self.matched.common_task(task), base)
         if (number, place) not in self._splits:
             self._splits[number, place] = self.matched.carry_splits(self._splits[place], number)
         return self._splits[number, place]

@@ -18,11 +18,11 @@ from featurecache.errors import ProtocolError, Stopped
 from featurecache.formatting import duration
 from heads.evaluation.controls import all_controls
 from heads.evaluation.families import Selection, family_of, mean_of, select_setting, setting_of
-from heads.metrics.classification import METRICS
 from heads.models.common import FINETUNE
+from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
 from heads.runs.write import RunContents, RunTarget, write_run
-from heads.settings import Settings
+from heads.settings import METRICS, Settings
 from heads.sweeps.grid import Resplit
 from heads.sweeps.journal import ROWS, JournalFile, Row, StagedRuns, key_in, slug
 from heads.sweeps.plan import STEPPED, PlannedFamily, SweepPlan
@@ -31,7 +31,7 @@ from heads.task import Say, task_of
 from heads.training import engine
 from heads.training.job import TrainingJob, make_model, split_line
 from heads.training.losses import loss_and_prior
-from heads.training.network import Checkpoint, with_backbone
+from heads.training.network import checkpoint_of, with_backbone
 from heads.training.train import FittedHead, run_contents, train_together
 
 
@@ -105,7 +105,7 @@ class SweepRunner:
         checkpoint = None
         if isinstance(job.view, PixelView):
             ((settings, _),) = chunk
-            checkpoint = Checkpoint.of(RunTarget(self.folder, "network"), replace(job, settings=settings))
+            checkpoint = checkpoint_of(RunTarget(self.folder, "network"), replace(job, settings=settings))
         fits = train_together(job, [settings for settings, _ in chunk], checkpoint=checkpoint)
         rows = []
         for (settings, key), fit in zip(chunk, fits, strict=True):
@@ -316,8 +316,8 @@ def _seconds_of_a_step(job: TrainingJob, together: int) -> float:
     heads = engine.make_trainer(models, [loss] * together, generators, [job.settings] * together)
     size = min(job.settings.batch_size, len(rows))
     x, y = torch.full((size, *job.input.shape), 0.1).to(job.settings.device), y.to(job.settings.device)
-    if (vectors := engine.fixed_vectors(models[0])) is not None:
-        x = vectors(x)
+    if isinstance(models[0], FixedVectorLinear):
+        x = models[0].vectors(x)
     work = engine.work_of_a_step(models[0], together, size, job.input.shape)
     with nullcontext() if isinstance(job.view, PixelView) else engine.threads_for(work):
         heads.step(x, y[:size])

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import BadOption, RunError
 from featurecache.files.records import canonical_json
-from heads.metrics.classification import METRICS
 from heads.runs.run import hash_of
+from heads.settings import METRICS
 from heads.sweeps.grid import DIGITS, Range
 from heads.sweeps.plan import PlannedFamily, SweepPlan, has_option
 

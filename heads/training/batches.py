@@ -20,7 +20,6 @@ N training rows, B rows a batch, C classes that train has; images x float32 [B,3
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -81,16 +80,15 @@ class BalancedBatches:
     def epoch(self) -> list[torch.Tensor]:
         """int64 [B] row numbers, batch by batch."""
         sizes = [min(self.batch_size, self.n - start) for start in range(0, self.n, self.batch_size)]
-        which = np.concatenate([part for size in sizes for part in self._classes_of_batch(size)])
+        classes, which = len(self.classes), list[np.ndarray]()
+        for size in sizes:
+            which += [np.repeat(np.arange(classes), size // classes), self._extra(size % classes)]
         rows = np.empty(self.n, dtype=np.int64)
+        class_of = np.concatenate(which)
         for c, cycle in enumerate(self.cycles):
-            drawn = np.flatnonzero(which == c)
+            drawn = np.flatnonzero(class_of == c)
             rows[drawn] = cycle.take(len(drawn))
         return list(torch.from_numpy(rows).split(sizes))
-
-    def _classes_of_batch(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        each, more = divmod(size, len(self.classes))
-        return np.repeat(np.arange(len(self.classes)), each), self._extra(more)
 
     def _extra(self, n: int) -> np.ndarray:
         """n different classes, in turn; a new round begins with those that this batch has not had."""
@@ -109,7 +107,7 @@ def sample_versions(order: list[torch.Tensor], n: int, versions: int, rng: np.ra
 
 
 GREY = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
-Drawn = Callable[[], torch.Tensor]  # [B] even in [0, 1)
+SHADES = ("brightness", "contrast")  # all other steps move pixels
 
 
 class Augmenter:
@@ -119,67 +117,36 @@ class Augmenter:
         self.steps = {step.word: step.amount for step in parse_augmentation(words).steps}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        count = len(x)
-        maps = torch.eye(3).repeat(count, 1, 1)
-        for word, amount in self.steps.items():
-            if word in MAPS:
-                maps = maps @ MAPS[word](amount, x.shape[-2] / x.shape[-1], lambda: torch.rand(count))
-        if any(word in MAPS for word in self.steps):
+        moves = [step for step in self.steps.items() if step[0] not in SHADES]
+        if moves:
+            maps = torch.eye(3).repeat(len(x), 1, 1)
+            for word, amount in moves:
+                maps = maps @ _draw_map(word, amount, x.shape[-2] / x.shape[-1], len(x))
             grid = nn.functional.affine_grid(maps[:, :2].to(x.device), list(x.shape), align_corners=False)
             x = nn.functional.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        for word, amount in self.steps.items():
-            if word in SHADES:
-                factor = 1 + amount * (2 * torch.rand(count, 1, 1, 1) - 1)
-                x = SHADES[word](x, factor.to(x.device)).clamp(0, 255)
+        for word in (word for word in self.steps if word in SHADES):
+            factor = (1 + self.steps[word] * (2 * torch.rand(len(x), 1, 1, 1) - 1)).to(x.device)
+            grey = (x * torch.tensor(GREY, device=x.device).view(3, 1, 1)).sum(1, keepdim=True)
+            middle = grey.mean((2, 3), keepdim=True) if word == "contrast" else 0.0
+            x = (middle + factor * (x - middle)).clamp(0, 255)
         return x
 
 
-def _map(*entries: torch.Tensor) -> torch.Tensor:
-    """[B,3,3] from the six entries [B] of its first two rows, in parts of half the height or width."""
-    a, b, c, d, e, f = entries
-    zero, one = torch.zeros_like(a), torch.ones_like(a)
-    return torch.stack([torch.stack([a, b, c], 1), torch.stack([d, e, f], 1), torch.stack([zero, zero, one], 1)], 1)
-
-
-def _turned(degrees: float, ratio: float, drawn: Drawn) -> torch.Tensor:
-    """``ratio``: height by width; a turn is one of pixels, not of parts of the sides."""
-    angle = math.radians(degrees) * (2 * drawn() - 1)
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    return _map(cos, sin * ratio, zero, -sin / ratio, cos, zero)
-
-
-def _moved(share: float, ratio: float, drawn: Drawn) -> torch.Tensor:
-    right, down = (2 * share * (2 * drawn() - 1) for _ in range(2))
-    one, zero = torch.ones_like(right), torch.zeros_like(right)
-    return _map(one, zero, -right, zero, one, -down)
-
-
-def _scaled(share: float, ratio: float, drawn: Drawn) -> torch.Tensor:
-    factor = 1 / (1 + share * (2 * drawn() - 1))
-    zero = torch.zeros_like(factor)
-    return _map(factor, zero, zero, zero, factor, zero)
-
-
-def _flipped(across: bool) -> Callable[[float, float, Drawn], torch.Tensor]:
-    def made(amount: float, ratio: float, drawn: Drawn) -> torch.Tensor:
-        sign = torch.where(drawn() < 0.5, -1.0, 1.0)
-        one, zero = torch.ones_like(sign), torch.zeros_like(sign)
-        return _map(sign, zero, zero, zero, one, zero) if across else _map(one, zero, zero, zero, sign, zero)
-
-    return made
-
-
-def _contrasted(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    weights = torch.tensor(GREY, device=x.device).view(3, 1, 1)
-    middle = (x * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    return middle + factor * (x - middle)
-
-
-# Where a pixel of the new image is looked up in the old one.
-MAPS: dict[str, Callable[[float, float, Drawn], torch.Tensor]] = {
-    "flip": _flipped(across=True), "vflip": _flipped(across=False), "rotate": _turned, "shift": _moved,
-    "scale": _scaled,
-}  # fmt: skip
-SHADES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "brightness": lambda x, factor: x * factor, "contrast": _contrasted,
-}  # fmt: skip
+def _draw_map(word: str, amount: float, ratio: float, count: int) -> torch.Tensor:
+    """Where the pixels of new images are looked up in the old ones, in parts of half the height or width: float32
+    [B,3,3]. ``ratio``: height by width; a turn is one of pixels, not of parts of the sides."""
+    drawn, maps = torch.rand(count), torch.eye(3).repeat(count, 1, 1)
+    even = 2 * drawn - 1  # in [-1, 1)
+    if word in ("flip", "vflip"):
+        side = int(word == "vflip")
+        maps[:, side, side] = torch.where(drawn < 0.5, -1.0, 1.0)
+    elif word == "rotate":
+        angle = math.radians(amount) * even
+        maps[:, 0, 0] = maps[:, 1, 1] = angle.cos()
+        maps[:, 0, 1], maps[:, 1, 0] = angle.sin() * ratio, -angle.sin() / ratio
+    elif word == "shift":
+        maps[:, 0, 2], maps[:, 1, 2] = -2 * amount * even, -2 * amount * (2 * torch.rand(count) - 1)
+    else:
+        assert word == "scale", "all words of `featurecache.images.augmentation` are here"
+        maps[:, 0, 0] = maps[:, 1, 1] = 1 / (1 + amount * even)
+    return maps

@@ -28,7 +28,7 @@ from torch import nn
 from torch.optim.adam import adam
 
 from heads.models.common import own_randomness
-from heads.models.tokens import ClsMean, Large, MeanLinear
+from heads.models.tokens import FixedVectorLinear, Large
 from heads.models.vector import Linear, Mlp
 from heads.settings import Settings
 from heads.task import SplitData
@@ -128,7 +128,7 @@ class StackedTrainer:
         self.w = [stack.to(dtype) for stack in stacks]  # [K, ...] each
         self.mean, self.square = [torch.zeros_like(w) for w in self.w], [torch.zeros_like(w) for w in self.w]
         self.steps = [torch.zeros(()) for _ in self.w]
-        self.loss, self.generators = StackedLoss(list(losses), dtype), list(generators)
+        self.loss, self.generators = StackedLoss(losses, dtype), list(generators)
         self.hidden = isinstance(models[0], Mlp)
         self.dropout = [float(getattr(getattr(m, "dropout", None), "p", 0.0)) for m in models]
         self.decay = torch.tensor([s.weight_decay for s in settings], dtype=dtype)
@@ -232,31 +232,28 @@ class StackedTrainer:
         self.apart = None if self.apart is None else self.apart[staying]
 
 
+Trainer = StackedTrainer | SequentialTrainer
+
+
 def make_trainer(
     models: Sequence[nn.Module], losses: Sequence[Loss], generators: Sequence[torch.Generator],
     settings: Sequence[Settings],
-) -> StackedTrainer | SequentialTrainer:  # fmt: skip
+) -> Trainer:  # fmt: skip
     """The faster way to train these heads, which have one architecture and one batch order."""
-    stacked = isinstance(models[0], Linear | Mlp) or fixed_vectors(models[0])
-    if stacked and all(each.optimizer != "sgd" for each in settings):
+    if isinstance(models[0], Linear | Mlp | FixedVectorLinear) and all(each.optimizer != "sgd" for each in settings):
         return StackedTrainer(models, losses, generators, settings)
     return SequentialTrainer([Learner(*each) for each in zip(models, losses, generators, settings, strict=True)])
 
 
-def fixed_vectors(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What turns the tokens [B, T, D] that a head is given into the vectors it trains on; None for most heads."""
-    return model.vectors if isinstance(model, MeanLinear | ClsMean) else None
-
-
 def work_of_a_step(model: nn.Module, heads: int, batch_size: int, shape: Sequence[int]) -> int:
     """Multiply-adds of one step of so many heads, roughly: what decides how many threads are worth while."""
-    if len(shape) == 1 or fixed_vectors(model):
+    if len(shape) == 1 or isinstance(model, FixedVectorLinear):
         return heads * batch_size * sum(p.numel() for p in model.parameters())
     return heads * batch_size * math.prod(shape) * 64
 
 
 @contextmanager
-def threads_for(work: int) -> Iterator[None]:
+def threads_for(work: float) -> Iterator[None]:
     """One thread inside, where a step has too little ``work`` (multiply-adds) to be worth dividing: two threads wait
     for each other longer than a linear head's step takes, and on a busy machine a hundred times as long (tried: 1 ms a
     step became 60 ms)."""
@@ -281,7 +278,7 @@ def logits_of(models: Sequence[nn.Module], data: SplitData) -> np.ndarray:
     return torch.cat(parts, 1).numpy()
 
 
-def run_epoch(heads: StackedTrainer | SequentialTrainer, data: SplitData, order: Sequence[torch.Tensor]) -> np.ndarray:
+def run_epoch(heads: Trainer, data: SplitData, order: Sequence[torch.Tensor]) -> np.ndarray:
     """One pass over the batches; the mean training loss per row of each head, float64 [K]."""
     total = torch.zeros(len(heads), dtype=torch.float64)
     for rows in order:

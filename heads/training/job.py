@@ -14,14 +14,14 @@ from torch import nn
 
 from featurecache.errors import BadOption, NotInCache
 from featurecache.files.records import canonical_json
-from heads.metrics.classification import METRICS
+from heads.metrics.classification import title
 from heads.models.catalogue import head_info, make_head, make_network, shape_of_network
 from heads.models.common import Input, count_parameters, rows_at_once
+from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
 from heads.settings import VARIED, Settings, flag, options_for
 from heads.splits import Splits, choose_splits, dropped_sentence
 from heads.task import FeatureView, Say, SplitData, Standardize, Task, load_features, memory_for_features, task_of
-from heads.training.engine import fixed_vectors
 
 if TYPE_CHECKING:
     from featurecache.backbones.base import Backbone
@@ -66,7 +66,7 @@ def prepare_training(view: FeatureView | str | Path, settings: Settings, splits:
         )
     if settings.precision == "bf16" and settings.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise BadOption("--precision bf16: this CPU has no fast products in bf16. Leave it out: fp32 is exact.")
-    job = TrainingJob(view, settings, output, task, splits or splits_for(view, task, settings))
+    job = TrainingJob(view, settings, output, task, splits or choose_splits(view, task, settings))
     if not isinstance(view, PixelView):
         make_model(job, settings)  # says at once that a head and an output do not fit
     return job
@@ -98,15 +98,6 @@ def training_images_hash(job: TrainingJob) -> str:
     for part in parts:
         state.update(part.tobytes())
     return state.hexdigest()
-
-
-def splits_for(view: FeatureView, task: Task, settings: Settings) -> Splits:
-    """The protocol's splits of a view for these settings."""
-    return choose_splits(
-        view, task, split_seed=settings.split_seed, resplit_val=settings.resplit_val, file=settings.splits,
-        train_per_class=settings.train_per_class, drop_leaks=settings.drop_leaks, fraction=settings.fraction,
-        fold=None if settings.folds is None or settings.fold is None else (settings.fold, settings.folds),
-    )  # fmt: skip
 
 
 def make_model(job: TrainingJob, settings: Settings, generator: torch.Generator | None = None) -> nn.Module:
@@ -167,12 +158,11 @@ def split_line(splits: Splits) -> str:
 
 def _head_line(job: TrainingJob) -> str:
     settings, task, info = job.settings, job.task, head_info(job.settings.head)
-    select = "loss" if settings.select == "loss" else METRICS[settings.select].title
-    macro = "macro " if settings.select in ("auroc", "ap") and task.kind != "binary" else ""
+    select = "loss" if settings.select == "loss" else title(settings.select, task.kind)
     kind = settings.standardize or info.standardize
     scaled = "" if kind == "none" else f"; {kind} by train"
     if info.solved:
-        return f"{settings.head}: solved{scaled}; chosen by {macro}{select} on val"
+        return f"{settings.head}: solved{scaled}; chosen by {select} on val"
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
     optimizer = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD with momentum 0.9,"}[settings.optimizer]
     schedule = "" if settings.schedule == "constant" else f", {settings.schedule}"
@@ -190,7 +180,7 @@ def _head_line(job: TrainingJob) -> str:
     return (
         f"{settings.head}: {count_parameters(model):,} parameters{partly}; {balanced}batches of "
         f"{settings.batch_size}{weighted}{dropped}{smoothed}; {optimizer} {settings.lr:g}{schedule}{decay}{scaled}"
-        f"{bf16}; chosen by {macro}{select} on val"
+        f"{bf16}; chosen by {select} on val"
     )
 
 
@@ -216,18 +206,15 @@ class TrainingData:
     def all_of_train(self) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 [N·V, ...] scaled, and their labels: augmented copies are images like others to a solver."""
         rows = torch.arange(len(self.train) * self.train.versions).split(4096)
-        parts = [self.train.batch(some) for some in rows]
-        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+        x, y = zip(*map(self.train.batch, rows), strict=True)
+        return torch.cat(x), torch.cat(y)
 
     def for_model(self, model: nn.Module) -> tuple[SplitData, SplitData]:
         """Train and val as training sees them: the vectors of a head that only sees tokens through some fixed vector
         are computed once, and it is trained as the linear head it is on these."""
-        vectors = fixed_vectors(model)
-        return (
-            (self.train, self.val)
-            if vectors is None
-            else (self.train.map_features(vectors), self.val.map_features(vectors))
-        )
+        if not isinstance(model, FixedVectorLinear):
+            return self.train, self.val
+        return self.train.map_features(model.vectors), self.val.map_features(model.vectors)
 
     def test(self) -> SplitData:
         return self._load("test", self.train.scale)

@@ -8,33 +8,27 @@ Notation: K heads, E epochs, n rows of val, C classes or labels.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from featurecache.errors import BadOption, ProtocolError
+from featurecache.errors import BadOption, ProtocolError, RunError
 from heads.metrics.calibration import CalibratedPredictions, thresholds
-from heads.metrics.classification import METRICS, evaluate, mean_auroc
-from heads.settings import Settings
+from heads.metrics.classification import evaluate, mean_auroc
+from heads.settings import METRICS, Settings
 from heads.task import SplitData, Task
 from heads.training.batches import BalancedBatches, PlainBatches, sample_versions
-from heads.training.engine import SequentialTrainer, StackedTrainer, run_epoch
+from heads.training.engine import Learner, SequentialTrainer, Trainer, run_epoch
 
 PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_LEAST = 0.5, 3, 1e-4  # epochs; torch's ReduceLROnPlateau, its threshold
 EpochCallback = Callable[[int, dict[str, float], bool], None]  # head, the line of its history, whether it stops here
-
-
-class CheckpointStore(Protocol):
-    """`heads.training.network.Checkpoint`."""
-
-    def save(self, heads: StackedTrainer | SequentialTrainer, trained: TrainedState, epoch: int) -> None: ...
-
-    def restore(self, heads: StackedTrainer | SequentialTrainer, trained: TrainedState) -> int: ...
 
 
 class Schedule:
@@ -67,26 +61,134 @@ class TrainedState:
 
     settings: Settings
     schedule: Schedule
+    correction: np.ndarray  # [C], which is added to its logits
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     failed: ProtocolError | None = None
     best: tuple[float, float] = (-math.inf, -math.inf)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a training of one network goes on from, written after every epoch and gone when the run is there: one hidden
+    safetensors file beside the run to be or in the folder of a sweep, named after what is trained. It holds the network
+    now and at its best, the optimiser, the generator; in its header, as JSON, the epoch, the history and the schedule.
+    The order of batches follows from the split seed. A training that goes on gives what it would have given without the
+    stop. ``request`` is all that decides what comes out."""
+
+    path: Path
+    request: dict[str, Any]
+
+    @property
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    @property
+    def epoch(self) -> int:
+        """The epochs that are done."""
+        return self._read()[1]["epoch"]
+
+    def save(self, heads: Trainer, trained: TrainedState, epoch: int) -> None:
+        from safetensors.torch import save
+
+        from featurecache.files.atomic import write_whole
+
+        learner = _learner_of(heads)
+        state = learner.optimizer.state_dict()["state"]
+        tensors = {f"model.{name}": value for name, value in heads.state(0).items()}
+        tensors |= {f"best.{name}": value for name, value in trained.state.items()}
+        tensors |= {f"optimizer.{k}.{name}": v.cpu() for k, each in state.items() for name, v in each.items()
+                    if isinstance(v, torch.Tensor)}  # fmt: skip
+        tensors["generator"] = learner.generator.get_state()
+        record = {
+            "asked": self.request, "epoch": epoch, "history": trained.history, "best_epoch": trained.epoch,
+            "best": trained.best, "seconds": trained.seconds,
+            "schedule": [trained.schedule.lr, trained.schedule.best, trained.schedule.bad],
+        }  # fmt: skip
+        contiguous = {name: value.contiguous() for name, value in tensors.items()}
+        write_whole(self.path, save(contiguous, {"record": json.dumps(record)}))
+
+    def restore(self, heads: Trainer, trained: TrainedState) -> int:
+        """Put everything back as it was; the epochs that are done. Raises RunError where the file is damaged."""
+        if not self.exists:
+            return 0
+        tensors, record = self._read()
+        learner = _learner_of(heads)
+        try:
+            learner.model.load_state_dict(_below("model", tensors))
+            own = learner.optimizer.state_dict()
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name, value in _below("optimizer", tensors).items():
+                number, _, what = name.partition(".")
+                state.setdefault(int(number), {})[what] = value
+            learner.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+            learner.generator.set_state(tensors["generator"])
+            trained.state, trained.history = _below("best", tensors), record["history"]
+            trained.epoch, trained.seconds = record["best_epoch"], record["seconds"]
+            trained.best = (record["best"][0], record["best"][1])
+            trained.schedule.lr, trained.schedule.best, trained.schedule.bad = record["schedule"]
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise self._damaged(error) from error
+        return int(record["epoch"])
+
+    def differences_from(self, other: Path) -> list[str]:
+        """What another checkpoint was asked for that this one is not."""
+        theirs = replace(self, path=other)._read()[1].get("asked", {})
+        pairs = [(self.request["settings"], theirs.get("settings", {})), (self.request, theirs)]
+        return [
+            name for mine, their in pairs for name in mine
+            if name != "settings" and json.loads(json.dumps(mine[name])) != their.get(name)
+        ]  # fmt: skip
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            whole = self.path.read_bytes()
+            tensors = load(whole)
+            size = int.from_bytes(whole[:8], "little")
+            record = json.loads(json.loads(whole[8 : 8 + size])["__metadata__"]["record"])
+            record["epoch"] = int(record["epoch"])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from error
+        return tensors, record
+
+    def _damaged(self, error: Exception) -> RunError:
+        return RunError(
+            f"{self.path} is damaged ({error}). --overwrite, or in a sweep removing it, begins the training anew."
+        )
+
+
+def _learner_of(heads: Trainer) -> Learner:
+    assert isinstance(heads, SequentialTrainer) and len(heads) == 1, "a checkpoint is of one network"
+    return heads.learners[0]
+
+
+def _below(word: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(f"{word}."): value for name, value in tensors.items() if name.startswith(f"{word}.")}
 
 
 def train_heads(
-    heads: StackedTrainer | SequentialTrainer, settings: Sequence[Settings], data: SplitData, val: SplitData,
+    heads: Trainer, settings: Sequence[Settings], data: SplitData, val: SplitData,
     corrections: Sequence[np.ndarray], task: Task, *, window: int | None = None, on_epoch: EpochCallback | None = None,
-    checkpoint: CheckpointStore | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[TrainedState]:  # fmt: skip
     """``corrections``: what is added to each head's logits [C] before val is judged. A head whose outputs are not
     finite any more ends with ``failed``; the others go on. ``checkpoint``: where one network is kept after every
     epoch, and what it goes on from."""
     first = settings[0]
-    batches = _batches(first, data, task, window)
+    batches: BalancedBatches | PlainBatches = PlainBatches(len(data), first.batch_size, first.split_seed, window)
+    if first.balanced(task.multilabel):
+        batches = BalancedBatches(data.y.numpy(), first.batch_size, first.split_seed, window)
     versions = np.random.default_rng([first.split_seed, 3])
-    trained = [TrainedState(each, Schedule(each)) for each in settings]
+    trained = [TrainedState(each, Schedule(each), c) for each, c in zip(settings, corrections, strict=True)]
     active = list(range(len(settings)))
     done = checkpoint.restore(heads, trained[0]) if checkpoint else 0
     for _ in range(done):
@@ -104,7 +206,7 @@ def train_heads(
         staying = []
         for place, k in enumerate(active):
             lines = {"epoch": epoch, "lr": rates[place], "train_loss": float(losses[place]), "seconds": seconds}
-            row, better = score_epoch(trained[k], lines, logits[place] + corrections[k], val.y.numpy(), task)
+            row, better = score_epoch(trained[k], lines, logits[place], val.y.numpy(), task)
             if better:
                 trained[k].epoch, trained[k].state = epoch, heads.state(place)
             stop = trained[k].failed is not None or 0 < first.patience <= epoch - trained[k].epoch
@@ -122,18 +224,12 @@ def train_heads(
     return trained
 
 
-def _batches(settings: Settings, data: SplitData, task: Task, window: int | None) -> BalancedBatches | PlainBatches:
-    if settings.balanced(task.multilabel):
-        return BalancedBatches(data.y.numpy(), settings.batch_size, settings.split_seed, window)
-    return PlainBatches(len(data), settings.batch_size, settings.split_seed, window)
-
-
 def score_epoch(
     head: TrainedState, line: dict[str, float], logits: np.ndarray, y: np.ndarray, task: Task
 ) -> tuple[dict[str, float], bool]:
     """Enter a line of the history with what val says of logits [n, C]: the line, and whether it is the best so far.
     Outputs that are not finite end the head: an empty line."""
-    settings, select = head.settings, head.settings.select
+    settings, select, logits = head.settings, head.settings.select, logits + head.correction
     seconds = line.pop("seconds", 0.0)
     head.seconds += seconds
     if not (np.isfinite(logits).all() and np.isfinite(line.get("train_loss", 0.0))):

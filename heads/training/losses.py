@@ -9,6 +9,7 @@ t = y (1 - e) + e / 2: loss = mean of -(w t log s(z) + (1 - t) log s(-z)), so dz
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,82 +22,71 @@ from heads.task import Task
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
-    """Mean over the batch; logits [B, C], y int64 [B]."""
-
+class _Weighted:
     classes: int
     weight: torch.Tensor | None = None  # float32 [C]
     smoothing: float = 0.0
 
+    def weight_on(self, logits: torch.Tensor) -> torch.Tensor | None:
+        return None if self.weight is None else self.weight.to(logits.device)
+
+
+class CrossEntropy(_Weighted):
+    """Mean over the batch; logits [B, C], y int64 [B]."""
+
     def __call__(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        weight = None if self.weight is None else self.weight.to(logits.device)
+        weight = self.weight_on(logits)
         return nn.functional.cross_entropy(logits, y, weight=weight, label_smoothing=self.smoothing)
 
     def table(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Q by class of the image [C, C], and w [C]; float64."""
+        """w [C], and Q by class of the image [C, C]; float64."""
         w = torch.ones(self.classes, dtype=torch.float64) if self.weight is None else self.weight.double()
-        return torch.diag(w) * (1 - self.smoothing) + self.smoothing * w / self.classes, w
+        return w, torch.diag(w) * (1 - self.smoothing) + self.smoothing * w / self.classes
 
 
-@dataclass(frozen=True)
-class BinaryCrossEntropy:
-    """Mean over the known entries of y [B, L] (NaN = unknown); ``weight`` [L] of the positives."""
-
-    classes: int
-    weight: torch.Tensor | None = None  # float32 [L]
-    smoothing: float = 0.0
+class BinaryCrossEntropy(_Weighted):
+    """Mean over the known entries of y [B, L] (NaN = unknown); ``weight`` of the positives."""
 
     def __call__(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        known = ~y.isnan()
+        label_mask, weight = ~y.isnan(), self.weight_on(logits)
         target = y.nan_to_num() * (1 - self.smoothing) + self.smoothing / 2
-        weight = None if self.weight is None else self.weight.to(logits.device)
         each = nn.functional.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
-        return (each * known).sum() / known.sum().clamp_min(1)
+        return (each * label_mask).sum() / label_mask.sum().clamp_min(1)
+
+    def table(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """w [L], and e []; float64."""
+        w = torch.ones(self.classes) if self.weight is None else self.weight
+        return w.double(), torch.tensor(self.smoothing, dtype=torch.float64)
 
 
 Loss = CrossEntropy | BinaryCrossEntropy
 
 
 class StackedLoss:
-    """The losses of K heads and the gradients of their logits at once."""
+    """The losses of K heads of one kind and the gradients of their logits at once."""
 
-    def __init__(self, losses: list[Loss], dtype: torch.dtype) -> None:
-        self.binary = isinstance(losses[0], BinaryCrossEntropy)
-        assert all(isinstance(loss, BinaryCrossEntropy) == self.binary for loss in losses)
-        if self.binary:
-            one = torch.ones(losses[0].classes)
-            self.w = torch.stack([one if loss.weight is None else loss.weight for loss in losses]).to(dtype)
-            self.e = torch.tensor([loss.smoothing for loss in losses], dtype=dtype)
-        else:
-            tables = [loss.table() for loss in losses if isinstance(loss, CrossEntropy)]
-            self.q = torch.stack([q for q, _ in tables]).to(dtype)  # [K, C, C]
-            self.w = torch.stack([w for _, w in tables]).to(dtype)  # [K, C]
+    def __init__(self, losses: Sequence[Loss], dtype: torch.dtype) -> None:
+        (kind,) = {type(loss) for loss in losses}
+        self.binary = kind is BinaryCrossEntropy
+        self.tables = [torch.stack(parts).to(dtype) for parts in zip(*(loss.table() for loss in losses), strict=True)]
 
     def retain(self, staying: list[int]) -> None:
-        self.w = self.w[staying]
-        if self.binary:
-            self.e = self.e[staying]
-        else:
-            self.q = self.q[staying]
+        self.tables = [table[staying] for table in self.tables]
 
     def __call__(self, z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """z [K, B, C], y [B] or [B, L] -> losses [K], dz [K, B, C]."""
-        return self._labels(z, y) if self.binary else self._classes(z, y)
-
-    def _classes(self, z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logp = z.log_softmax(-1)
-        q, s = self.q[:, y], self.w[:, y].sum(1)  # [K, B, C], [K]
-        losses = -(q * logp).sum((1, 2)) / s
-        return losses, logp.exp_().mul_(q.sum(-1, keepdim=True)).sub_(q).div_(s[:, None, None])
-
-    def _labels(self, z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        known = ~y.isnan()
-        e = self.e[:, None, None]
+        if not self.binary:
+            w, q = self.tables  # [K, C], [K, C, C]
+            logp = z.log_softmax(-1)
+            q, s = q[:, y], w[:, y].sum(1)  # [K, B, C], [K]
+            losses = -(q * logp).sum((1, 2)) / s
+            return losses, logp.exp_().mul_(q.sum(-1, keepdim=True)).sub_(q).div_(s[:, None, None])
+        w, e = self.tables[0][:, None], self.tables[1][:, None, None]
+        label_mask = ~y.isnan()
         target = y.nan_to_num().to(z.dtype) * (1 - e) + e / 2  # [K, B, L]
-        positive = self.w[:, None] * target
-        count = known.sum().clamp_min(1)
-        losses = (positive * nn.functional.softplus(-z) + (1 - target) * nn.functional.softplus(z)) * known
-        return losses.sum((1, 2)) / count, ((positive + 1 - target) * z.sigmoid() - positive) * known / count
+        positive, count = w * target, label_mask.sum().clamp_min(1)
+        losses = (positive * nn.functional.softplus(-z) + (1 - target) * nn.functional.softplus(z)) * label_mask
+        return losses.sum((1, 2)) / count, ((positive + 1 - target) * z.sigmoid() - positive) * label_mask / count
 
 
 def loss_and_prior(task: Task, y: torch.Tensor, settings: Settings) -> tuple[Loss, np.ndarray]:

@@ -1,20 +1,10 @@
-"""Training a network from pixels by the protocol of a head: settings, checks, and checkpoints to resume from.
-
-A checkpoint is written after every epoch and gone when the run is there: one hidden safetensors file beside the run to
-be or in the folder of a sweep, named after what is trained. It holds the network now and at its best, the optimiser,
-the generator; in its header, as JSON, the epoch, the history and the schedule. The order of batches follows from the
-split seed. A training that goes on gives what it would have given without the stop.
-"""
+"""Training a network from pixels by the protocol of a head: settings, checks, and what it goes on from."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from featurecache.errors import BadOption, ProtocolError, RunError, Stopped, UnknownHead
 from featurecache.files.records import canonical_json
@@ -25,9 +15,8 @@ from heads.runs.run import hash_of
 from heads.runs.write import RunContents, RunTarget
 from heads.settings import Settings
 from heads.task import Say
-from heads.training.engine import Learner, SequentialTrainer, StackedTrainer
 from heads.training.job import TrainingJob, training_images_hash
-from heads.training.loop import TrainedState
+from heads.training.loop import Checkpoint
 from heads.training.train import FittedHead, train_together
 
 if TYPE_CHECKING:
@@ -98,107 +87,10 @@ def train_network(job: TrainingJob, settings: Settings, say: Say, checkpoint: Ch
 RESULT_INDEPENDENT = ("ram", "device")  # settings that decide nothing of the result
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The file of one training; ``request`` is all that decides what comes out."""
-
-    path: Path
-    request: dict[str, Any]
-
-    @classmethod
-    def of(cls, target: RunTarget, job: TrainingJob) -> Checkpoint:
-        settings = {key: value for key, value in job.settings.to_dict().items() if key not in RESULT_INDEPENDENT}
-        request = {"settings": settings, "images": training_images_hash(job), "pixels": job.view.fingerprint}
-        return cls(target.parent / f".{target.stem[:100]}-{hash_of(canonical_json(request))[:12]}.checkpoint", request)
-
-    @property
-    def exists(self) -> bool:
-        return self.path.exists()
-
-    @property
-    def epoch(self) -> int:
-        """The epochs that are done."""
-        return self._read()[1]["epoch"]
-
-    def save(self, heads: SequentialTrainer | StackedTrainer, trained: TrainedState, epoch: int) -> None:
-        from safetensors.torch import save
-
-        from featurecache.files.atomic import write_whole
-
-        learner = _only(heads)
-        state = learner.optimizer.state_dict()["state"]
-        tensors = {f"model.{name}": value for name, value in heads.state(0).items()}
-        tensors |= {f"best.{name}": value for name, value in trained.state.items()}
-        tensors |= {f"optimizer.{k}.{name}": v.cpu() for k, each in state.items() for name, v in each.items()
-                    if isinstance(v, torch.Tensor)}  # fmt: skip
-        tensors["generator"] = learner.generator.get_state()
-        record = {
-            "asked": self.request, "epoch": epoch, "history": trained.history, "best_epoch": trained.epoch,
-            "best": trained.best, "seconds": trained.seconds,
-            "schedule": [trained.schedule.lr, trained.schedule.best, trained.schedule.bad],
-        }  # fmt: skip
-        contiguous = {name: value.contiguous() for name, value in tensors.items()}
-        write_whole(self.path, save(contiguous, {"record": json.dumps(record)}))
-
-    def restore(self, heads: SequentialTrainer | StackedTrainer, trained: TrainedState) -> int:
-        """Put everything back as it was; the epochs that are done. Raises RunError where the file is damaged."""
-        if not self.exists:
-            return 0
-        tensors, record = self._read()
-        learner = _only(heads)
-        try:
-            learner.model.load_state_dict(_below("model", tensors))
-            own = learner.optimizer.state_dict()
-            state: dict[int, dict[str, torch.Tensor]] = {}
-            for name, value in _below("optimizer", tensors).items():
-                number, _, what = name.partition(".")
-                state.setdefault(int(number), {})[what] = value
-            learner.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
-            learner.generator.set_state(tensors["generator"])
-            trained.state, trained.history = _below("best", tensors), record["history"]
-            trained.epoch, trained.seconds = record["best_epoch"], record["seconds"]
-            trained.best = (record["best"][0], record["best"][1])
-            trained.schedule.lr, trained.schedule.best, trained.schedule.bad = record["schedule"]
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise self._damaged(error) from error
-        return int(record["epoch"])
-
-    def differences_from(self, other: Path) -> list[str]:
-        """What another checkpoint was asked for that this one is not."""
-        theirs = Checkpoint(other, {})._read()[1].get("asked", {})
-        pairs = [(self.request["settings"], theirs.get("settings", {})), (self.request, theirs)]
-        return [
-            name for mine, their in pairs for name in mine
-            if name != "settings" and json.loads(json.dumps(mine[name])) != their.get(name)
-        ]  # fmt: skip
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-    def _read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        try:
-            whole = self.path.read_bytes()
-            tensors = load(whole)
-            size = int.from_bytes(whole[:8], "little")
-            record = json.loads(json.loads(whole[8 : 8 + size])["__metadata__"]["record"])
-            record["epoch"] = int(record["epoch"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(error) from error
-        return tensors, record
-
-    def _damaged(self, error: Exception) -> RunError:
-        return RunError(
-            f"{self.path} is damaged ({error}). --overwrite, or in a sweep removing it, begins the training anew."
-        )
-
-
-def _only(heads: SequentialTrainer | StackedTrainer) -> Learner:
-    assert isinstance(heads, SequentialTrainer) and len(heads) == 1, "a checkpoint is of one network"
-    return heads.learners[0]
-
-
-def _below(word: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(f"{word}."): value for name, value in tensors.items() if name.startswith(f"{word}.")}
+def checkpoint_of(target: RunTarget, job: TrainingJob) -> Checkpoint:
+    """That of a training whose run is to lie at ``target``."""
+    settings = {key: value for key, value in job.settings.to_dict().items() if key not in RESULT_INDEPENDENT}
+    request = {"settings": settings, "images": training_images_hash(job), "pixels": job.view.fingerprint}
+    return Checkpoint(
+        target.parent / f".{target.stem[:100]}-{hash_of(canonical_json(request))[:12]}.checkpoint", request
+    )

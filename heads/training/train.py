@@ -6,7 +6,6 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,21 @@ from featurecache.errors import ProtocolError
 from featurecache.formatting import device_title
 from heads.evaluation.controls import all_controls
 from heads.metrics.calibration import Calibration, calibrate
-from heads.metrics.classification import METRICS, evaluate
+from heads.metrics.classification import evaluate
 from heads.models.catalogue import head_info
 from heads.models.common import count_parameters
 from heads.models.solvers import SOLVERS, path_logits
 from heads.pixel_view import PixelView
 from heads.runs.write import RunContents
-from heads.settings import VARIED, Settings
+from heads.settings import METRICS, VARIED, Settings
 from heads.splits import class_counts
-from heads.task import FeatureView, Say, SplitData, Standardize, Task, clusters_of
+from heads.task import FeatureView, Say, SplitData, Standardize, clusters_of
 from heads.training.engine import logits_of, make_trainer, threads_for, work_of_a_step
 from heads.training.job import TrainingData, TrainingJob, make_model
-from heads.training.loop import CheckpointStore, Schedule, TrainedState, score_epoch, train_heads
+from heads.training.loop import Checkpoint, Schedule, TrainedState, score_epoch, train_heads
 from heads.training.losses import loss_and_prior
 
 TIMED = 256  # images, at most, on which a head's time at prediction is measured
-HISTORY_FIELDS = ("epoch", "best", "seconds")
 
 
 @dataclass
@@ -67,7 +65,7 @@ class FittedHead:
 
 
 def train_together(
-    job: TrainingJob, settings: Sequence[Settings], say: Say | None = None, checkpoint: CheckpointStore | None = None
+    job: TrainingJob, settings: Sequence[Settings], say: Say | None = None, checkpoint: Checkpoint | None = None
 ) -> list[FittedHead | ProtocolError]:
     """One head for each of ``settings``, which differ from the job's in `VARIED` only; each is what it is alone. A head
     whose outputs do not stay finite is the error that says so. ``checkpoint``: of one network, see `train_heads`."""
@@ -75,126 +73,96 @@ def train_together(
     assert all({f: asdict(each)[f] for f in shared} == shared for each in settings)
     features = TrainingData(job)
     fits: dict[int, FittedHead | ProtocolError] = {}
-    with _threads(job, len(settings)):
-        for numbers in _same_batches(settings, job.task):
-            heads = _train(job, [settings[k] for k in numbers], features, say or (lambda line: None), checkpoint)
-            fits |= dict(zip(numbers, _calibrate_and_test(job, heads, features), strict=True))
+    work = math.inf  # an image through a network is always worth dividing
+    if not isinstance(job.view, PixelView):
+        model = make_model(job, job.settings)
+        work = work_of_a_step(model, len(settings), job.settings.batch_size, job.input.shape)
+    with threads_for(work):
+        for balanced in (False, True):  # class weights go without balanced batches, so those heads see others
+            numbers = [k for k, each in enumerate(settings) if each.balanced(job.task.multilabel) is balanced]
+            if numbers:
+                heads = _train(job, [settings[k] for k in numbers], features, say or (lambda line: None), checkpoint)
+                fits |= dict(zip(numbers, _calibrate_and_test(job, heads, features), strict=True))
     return [fits[k] for k in range(len(settings))]
 
 
-def _threads(job: TrainingJob, count: int) -> AbstractContextManager[None]:
-    """An image through a network is always worth dividing."""
-    if isinstance(job.view, PixelView):
-        return nullcontext()
-    model = make_model(job, job.settings)
-    return threads_for(work_of_a_step(model, count, job.settings.batch_size, job.input.shape))
-
-
-def _same_batches(settings: Sequence[Settings], task: Task) -> list[list[int]]:
-    """Class weights go without balanced batches, so those heads see others."""
-    kinds = [each.balanced(task.multilabel) for each in settings]
-    return [[k for k, kind in enumerate(kinds) if kind is wanted] for wanted in sorted(set(kinds))]
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A trained head before it is calibrated; ``correction`` [C] is added to its logits."""
-
-    model: nn.Module
-    trained: TrainedState
-    correction: np.ndarray
-    notes: tuple[str, ...] = ()
+Trained = tuple[nn.Module, TrainedState]  # a head before it is calibrated
 
 
 def _train(
-    job: TrainingJob, settings: list[Settings], features: TrainingData, say: Say, checkpoint: CheckpointStore | None
-) -> list[_Candidate]:
+    job: TrainingJob, settings: list[Settings], features: TrainingData, say: Say, checkpoint: Checkpoint | None
+) -> list[Trained]:
     if head_info(job.settings.head).solved:
         return [_solve(job, each, features, say) for each in settings]
-    prior = [loss_and_prior(job.task, features.train.y, each) for each in settings]
+    losses, corrections = zip(*(loss_and_prior(job.task, features.train.y, each) for each in settings), strict=True)
     generators = [torch.Generator().manual_seed(each.seed) for each in settings]
     models = [make_model(job, s, own).to(s.device) for s, own in zip(settings, generators, strict=True)]
-    heads = make_trainer(models, [loss for loss, _ in prior], generators, settings)
+    heads = make_trainer(models, losses, generators, settings)
     train, val = features.for_model(models[0])
 
     def on_epoch(k: int, row: dict[str, float], stop: bool) -> None:
         if len(settings) == 1:
             say(_epoch_line(row, settings[k], stop))
 
-    corrections = [correction for _, correction in prior]
     trained = train_heads(
-        heads,
-        settings,
-        train,
-        val,
-        corrections,
-        job.task,
-        window=features.window,
-        on_epoch=on_epoch,
-        checkpoint=checkpoint,
-    )
+        heads, settings, train, val, corrections, job.task,
+        window=features.window, on_epoch=on_epoch, checkpoint=checkpoint,
+    )  # fmt: skip
     for model, each in zip(models, trained, strict=True):
         if each.failed is None:
             model.load_state_dict(each.state)
-    return [_Candidate(m.eval(), t, c) for m, t, c in zip(models, trained, corrections, strict=True)]
+    return [(model.eval(), each) for model, each in zip(models, trained, strict=True)]
 
 
-def _solve(job: TrainingJob, settings: Settings, features: TrainingData, say: Say) -> _Candidate:
+def _solve(job: TrainingJob, settings: Settings, features: TrainingData, say: Say) -> Trained:
     """Every value of a solver's own path is solved; val chooses one. A line of the history is a value."""
     begin, count = time.perf_counter(), len(job.task.classes)
     x, y = features.all_of_train()
-    notes: list[str] = []
-    path = SOLVERS[settings.head].solve(x, y.numpy(), job.task.kind, count, settings.seed, notes.append)
+    trained = TrainedState(settings, Schedule(settings), np.zeros(count))
+    path = SOLVERS[settings.head](x, y.numpy(), job.task.kind, count, trained.notes.append)
     logits = path_logits(path, features.val.chunks())
-    trained = TrainedState(settings, Schedule(settings))
     for place, (values, _) in enumerate(path):
         line = {"epoch": place + 1, **values}
         row, better = score_epoch(trained, line, logits[place], features.val.y.numpy(), job.task)
         say(_epoch_line(row, settings, False))
         trained.epoch = place + 1 if better else trained.epoch
     trained.seconds = time.perf_counter() - begin
-    return _Candidate(
-        path[trained.epoch - 1][1].eval(), trained, np.zeros(count), (*notes, *_edge(path, trained.epoch))
-    )
-
-
-def _edge(path: Sequence[tuple[dict[str, float], nn.Module]], chosen: int) -> list[str]:
-    """A sentence for each setting that was chosen at an end of its path."""
-    notes = []
-    for name, value in path[chosen - 1][0].items():
-        values = sorted({setting[name] for setting, _ in path})
-        if len(values) > 2 and value in (values[0], values[-1]):
-            notes.append(f"{name} {value:g} is at the edge of what was tried ({values[0]:g} to {values[-1]:g})")
-    return notes
+    chosen, model = path[trained.epoch - 1]
+    for name, value in chosen.items():
+        tried = sorted({setting[name] for setting, _ in path})
+        if len(tried) > 2 and value in (tried[0], tried[-1]):
+            trained.notes.append(f"{name} {value:g} is at the edge of what was tried ({tried[0]:g} to {tried[-1]:g})")
+    return model.eval(), trained
 
 
 def _calibrate_and_test(
-    job: TrainingJob, heads: list[_Candidate], features: TrainingData
+    job: TrainingJob, heads: list[Trained], features: TrainingData
 ) -> list[FittedHead | ProtocolError]:
     """Calibration and measures. Every choice is made: from here on nothing changes, and test is read."""
-    models = [head.model for head in heads if head.trained.failed is None]
+    models = [model for model, trained in heads if trained.failed is None]
     if not models:
-        return [head.trained.failed for head in heads if head.trained.failed is not None]
-    val_logits, test = logits_of(models, features.val), features.test()
-    logits = zip(val_logits, logits_of(models, test), strict=True)
-    return [head.trained.failed or _fitted_head(job, head, features, test, *next(logits)) for head in heads]
+        return [trained.failed for _, trained in heads if trained.failed is not None]
+    data = {"val": features.val, "test": features.test()}
+    logits = {name: iter(logits_of(models, each)) for name, each in data.items()}
+    return [
+        trained.failed or _fitted_head(job, model, trained, features, data, {n: next(z) for n, z in logits.items()})
+        for model, trained in heads
+    ]
 
 
 def _fitted_head(
-    job: TrainingJob, head: _Candidate, features: TrainingData, test: SplitData, val_logits: np.ndarray,
-    test_logits: np.ndarray,
+    job: TrainingJob, model: nn.Module, trained: TrainedState, features: TrainingData, data: dict[str, SplitData],
+    logits: dict[str, np.ndarray],
 ) -> FittedHead:  # fmt: skip
-    task, trained, y_val = job.task, head.trained, features.val.y.numpy()
-    sensitivity = trained.settings.sensitivity
-    calibration, note = calibrate(task.kind, val_logits, y_val, head.correction, task.positive, sensitivity)
-    logits, y = {"val": val_logits, "test": test_logits}, {"val": y_val, "test": test.y.numpy()}
+    task, y, sensitivity = job.task, {name: each.y.numpy() for name, each in data.items()}, trained.settings.sensitivity
+    calibration, note = calibrate(task.kind, logits["val"], y["val"], trained.correction, task.positive, sensitivity)
     return FittedHead(
-        trained.settings, head.model, features.train.scale, calibration, trained.history, trained.epoch,
+        trained.settings, model, features.train.scale, calibration, trained.history, trained.epoch,
         {name: evaluate(calibration.predictions(task.kind, each, y[name], task.positive), task.classes)
          for name, each in logits.items()},
         {name: (job.splits.rows(name), each) for name, each in logits.items()},
-        [*head.notes, *([f"calibration: {note}"] if note else [])], trained.seconds,
-        _ms_per_image(head.model, test), features.window,
+        [*trained.notes, *([f"calibration: {note}"] if note else [])], trained.seconds,
+        _ms_per_image(model, data["test"]), features.window,
     )  # fmt: skip
 
 
@@ -211,9 +179,8 @@ def _epoch_line(row: dict[str, float], settings: Settings, stop: bool) -> str:
     by = settings.select
     measure = "" if by == "loss" else f"  val {METRICS[by].title} {row[f'val_{by}']:.3f}"
     if "train_loss" not in row:
-        values = ", ".join(
-            f"{name} {v:g}" for name, v in row.items() if name not in HISTORY_FIELDS and name[:4] != "val_"
-        )
+        own = [name for name in row if name not in ("epoch", "best", "seconds") and not name.startswith("val_")]
+        values = ", ".join(f"{name} {row[name]:g}" for name in own)
         return f"{values}  val loss {row['val_loss']:.3f}{measure}{'  best' if row['best'] else ''}"
     tail = "  best" if row["best"] else f"  stopped: no better for {settings.patience} epochs" if stop else ""
     return (
@@ -230,6 +197,7 @@ def measure_controls(job: TrainingJob, say: Say) -> list[dict[str, Any]]:
 def run_contents(job: TrainingJob, fit: FittedHead, controls: list[dict[str, Any]]) -> RunContents:
     """The run as it will lie on disk."""
     view, info, task, splits = job.view, job.view.info(job.output), job.task, job.splits
+    tested = sorted(np.asarray(view.digests)[splits.rows("test")].tolist())  # the same for the same images only
     config = {
         "settings": fit.settings.to_dict(),
         "head": fit.settings.head,
@@ -246,8 +214,9 @@ def run_contents(job: TrainingJob, fit: FittedHead, controls: list[dict[str, Any
         "positive": None if task.positive is None else task.classes[task.positive],
         "splits": {"how": splits.how, "drawn": list(splits.drawn), "counts": class_counts(splits.names, task),
                    "images": {s: len(splits.rows(s)) for s in ("train", "val", "test")},
-                   "digest": test_digest(job), "leaks": [asdict(leak) for leak in splits.leaks],
-                   "dropped": splits.dropped, "fraction": splits.fraction,
+                   "digest": hashlib.blake2b(b"".join(tested), digest_size=16).hexdigest(),
+                   "leaks": [asdict(leak) for leak in splits.leaks], "dropped": splits.dropped,
+                   "fraction": splits.fraction,
                    "fold": None if splits.fold is None else list(splits.fold), "grouped": view.groups is not None},
         "chosen": {"by": fit.settings.select, "on": "val", "epoch": fit.epoch},
         "calibration": fit.calibration.to_dict(),
@@ -263,12 +232,6 @@ def run_contents(job: TrainingJob, fit: FittedHead, controls: list[dict[str, Any
         ids=list(view.ids), splits=splits.names, labels=task.labels, predictions=fit.predictions,
         digests=np.asarray(view.digests), clusters=clusters_of(view),
     )  # fmt: skip
-
-
-def test_digest(job: TrainingJob) -> str:
-    """Which images are tested, in one word: equal for two runs only if it is the same images."""
-    rows = job.splits.rows("test")
-    return hashlib.blake2b(b"".join(sorted(np.asarray(job.view.digests)[rows].tolist())), digest_size=16).hexdigest()
 
 
 def training_cost(job: TrainingJob, fit: FittedHead) -> dict[str, Any]:

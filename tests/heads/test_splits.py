@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.fake_view import FakeView, label_view, toy_view
 
 from featurecache.errors import BadOption, ProtocolError
+from heads.settings import Settings
 from heads.splits import choose_splits, class_counts, read_splits, splits_csv
 from heads.stratify import connected_units, nested_fraction, stratified_parts
 from heads.task import task_of
@@ -19,7 +20,7 @@ from heads.task import task_of
 
 def split(view, **options):
     task = task_of(view)
-    return choose_splits(view, task, **options), task
+    return choose_splits(view, task, Settings("linear", **options)), task
 
 
 def counts(view, **options):
@@ -138,7 +139,7 @@ def test_the_written_splits_are_given_back(tmp_path):
     first, _ = split(view)
     (tmp_path / "s.csv").write_text(splits_csv(view.ids, first.names))
     view.splits = ["train"] * 240
-    second, _ = split(view, file=tmp_path / "s.csv", split_seed=9)
+    second, _ = split(view, splits=str(tmp_path / "s.csv"), split_seed=9)
     assert (second.names == first.names).all()
 
 
@@ -166,20 +167,20 @@ def test_a_bad_splits_file_is_refused(tmp_path, text, said):
     if text is not None:
         (tmp_path / "s.csv").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(BadOption, match=said):
-        split(toy_view(n=240), file=tmp_path / "s.csv")
+        split(toy_view(n=240), splits=str(tmp_path / "s.csv"))
 
 
 @pytest.mark.parametrize(
     ("view", "options", "said"),
     [
-        (toy_view(), {"file": "s.csv", "resplit_val": True}, "Give one of them"),
-        (toy_view(), {"fold": (0, 5), "resplit_val": True}, "leave --resplit-val out"),
+        (toy_view(), {"splits": "s.csv", "resplit_val": True}, "Give one of them"),
+        (toy_view(), {"fold": 0, "folds": 5, "resplit_val": True}, "leave --resplit-val out"),
         (label_view(), {"train_per_class": 5}, "not for multi-label"),
         (with_splits(["train"] * 2 + ["test"] * 4, [0, 1] * 3), {}, "too few separate images"),
         (with_splits(["val", "test"] * 20, [0, 1] * 20), {}, "none to train on"),
-        (toy_view(), {"file": "without_test.csv"}, "No image of this task is in test"),
+        (toy_view(), {"splits": "without_test.csv"}, "No image of this task is in test"),
         (with_splits(["train"] * 20 + ["val", "test"] * 20, [0] * 20 + [0, 0, 1, 1] * 10), {}, "of kind 0 only"),
-        (toy_view(n=40, groups=["a", "b"] * 20), {"fold": (0, 5)}, r"too few .* images or groups \(2\) for 5 folds"),
+        (toy_view(n=40, groups=["a", "b"] * 20), {"fold": 0, "folds": 5}, r"images or groups \(2\) for 5 folds"),
     ],
 )
 def test_what_cannot_be_divided_says_why(here, view, options, said):
@@ -196,8 +197,8 @@ def test_a_class_that_train_lacks_is_named():
 
 def test_tasks_of_one_view_share_their_test_images():
     view = toy_view(n=300, classes=3)
-    whole = choose_splits(view, task_of(view))
-    two = choose_splits(view, task_of(view, only=["kind 1,kind 2"]))
+    whole = choose_splits(view, task_of(view), Settings("linear"))
+    two = choose_splits(view, task_of(view, only=["kind 1,kind 2"]), Settings("linear"))
     inside = view.labels > 0
     assert (two.names[inside] == whole.names[inside]).all()
     assert (two.names[~inside] == "").all()
@@ -317,7 +318,7 @@ def test_one_image_of_a_rare_class_stays_and_that_is_said():
     assert chosen.how.endswith("5 % of train")
 
 
-@pytest.mark.parametrize("options", [{"fraction": 0.3}, *({"fold": (k, 3)} for k in range(3))])
+@pytest.mark.parametrize("options", [{"fraction": 0.3}, *({"fold": k, "folds": 3} for k in range(3))])
 def test_groups_and_copies_stay_whole_in_fractions_and_folds(options):
     groups = [f"patient {i // 7}" for i in range(420)]
     view = toy_view(n=420, groups=groups, digests=np.array([f"{i - (i % 10 == 1):032x}".encode() for i in range(420)]))
@@ -328,7 +329,7 @@ def test_groups_and_copies_stay_whole_in_fractions_and_folds(options):
 @pytest.mark.parametrize("make", [lambda: toy_view(n=200, classes=3), lambda: label_view(n=200)])
 def test_folds_part_all_that_is_no_given_test(make):
     view = make()
-    folds = [split(view, fold=(k, 5))[0] for k in range(5)]
+    folds = [split(view, fold=k, folds=5)[0] for k in range(5)]
     tested = [images(view, f, "test") for f in folds]
     assert set().union(*tested) == set(view.digests)
     assert sum(len(t) for t in tested) == 200
@@ -343,7 +344,7 @@ def test_folds_part_all_that_is_no_given_test(make):
 def test_folds_leave_a_given_test_out_and_draw_val_anew():
     view = toy_view(n=250, splits="given")
     given = {view.digests[i] for i, s in enumerate(view.splits) if s == "test"}
-    folds = [split(view, fold=(k, 4))[0] for k in range(4)]
+    folds = [split(view, fold=k, folds=4)[0] for k in range(4)]
     assert set().union(*(images(view, f, "test") for f in folds)) == set(view.digests) - given
     assert all(images(view, f, s).isdisjoint(given) for f in folds for s in ("train", "val", "test"))
     assert "the given test (50 images) is not touched" in folds[0].how
@@ -353,7 +354,7 @@ def test_folds_leave_a_given_test_out_and_draw_val_anew():
 
 def test_a_fraction_of_a_fold_leaves_its_val_and_test():
     view = toy_view(n=300)
-    whole, part = (split(view, fold=(1, 3), fraction=f)[0] for f in (1.0, 0.1))
+    whole, part = (split(view, fold=1, folds=3, fraction=f)[0] for f in (1.0, 0.1))
     assert images(view, whole, "test") == images(view, part, "test")
     assert images(view, whole, "val") == images(view, part, "val")
     assert images(view, part, "train") < images(view, whole, "train")

@@ -36,6 +36,7 @@ from featurecache.sources import open_source
 from heads.api import train_head
 from heads.reports.text import final_table
 from heads.runs.run import load_run
+from heads.settings import Settings
 from heads.splits import choose_splits
 from heads.task import task_of
 
@@ -293,7 +294,7 @@ def test_drop_leaks_says_when_there_is_nothing_to_leave_out(here):
 
 
 def used(view, task=None, **options):
-    return choose_splits(view, task or task_of(view), drop_leaks=True, **options)
+    return choose_splits(view, task or task_of(view), Settings("linear", drop_leaks=True, **options))
 
 
 def test_drop_leaks_with_a_val_drawn_anew():
@@ -324,9 +325,9 @@ def test_drop_leaks_with_splits_from_a_file(tmp_path):
         *(f"{name},{('test', 'train', 'val', 'train', 'train')[i % 5]}" for i, name in enumerate(view.ids)),
     ]
     (tmp_path / "s.csv").write_text("\n".join(lines))
-    plain = choose_splits(view, task_of(view), file=tmp_path / "s.csv")
+    plain = choose_splits(view, task_of(view), Settings("linear", splits=str(tmp_path / "s.csv")))
     assert plain.warnings == ["1 image stands in both train and test (--drop-leaks trains without them)"]
-    assert used(view, file=tmp_path / "s.csv").dropped == {"train": 1, "val": 0}
+    assert used(view, splits=str(tmp_path / "s.csv")).dropped == {"train": 1, "val": 0}
 
 
 def test_leaks_are_left_out_before_train_is_thinned():

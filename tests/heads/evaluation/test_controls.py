@@ -14,6 +14,7 @@ import featurecache.images.decoding
 import featurecache.sources
 from featurecache.errors import SourceError
 from heads.evaluation import controls
+from heads.settings import Settings
 from heads.splits import choose_splits
 from heads.task import task_of
 
@@ -39,7 +40,7 @@ def pictured(monkeypatch):
         source = Pictures(view)
         monkeypatch.setattr(featurecache.sources, "reopen", lambda given: source)
         task = task_of(view)
-        return view, task, choose_splits(view, task), source
+        return view, task, choose_splits(view, task, Settings("linear")), source
 
     return make
 

@@ -34,8 +34,9 @@ from heads.explanations.methods import (
     layer_of,
     rollout,
 )
-from heads.models.catalogue import make_baseline
-from heads.models.finetune import save_backbone, with_new_classifier
+from heads.models.catalogue import make_network
+from heads.models.finetune import save_backbone
+from heads.settings import Settings
 from heads.task import Standardize
 
 
@@ -135,9 +136,7 @@ def test_attention_of_timm_is_that_of_its_queries_and_keys():
 
 
 def test_attention_of_a_tuned_network_is_that_of_the_backbone_it_was_saved_as(tmp_path):
-    model = with_new_classifier(
-        f"hf:{save_dinov2(tmp_path, registers=2)}", None, 42, 3, generator=torch.Generator().manual_seed(0), rlrr=True
-    ).eval()
+    model = make_network(Settings(f"finetune:hf:{save_dinov2(tmp_path, registers=2)}", rlrr=True), 42, 3).eval()
     with torch.no_grad():
         for weight in model.network.parameters():
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
@@ -153,7 +152,7 @@ def test_attention_of_a_tuned_network_is_that_of_the_backbone_it_was_saved_as(tm
 
 
 def test_attention_of_the_small_vit_trained_from_scratch_is_that_of_its_queries_and_keys():
-    model = make_baseline("vit-cifar", image_size=32, classes=2).eval()
+    model = make_network(Settings("vit-cifar"), 32, 2).eval()
     seen = {}
     block = model.network.blocks[-1]
     handle = block.norm1.register_forward_hook(lambda m, i, out: seen.update(x=out))
@@ -168,7 +167,7 @@ def test_attention_of_the_small_vit_trained_from_scratch_is_that_of_its_queries_
 
 def test_a_network_from_pixels_is_explained_where_it_is_asked_for_and_is_back_afterwards(monkeypatch):
     """A device that only renames: what is sent there, and what comes back, is written down."""
-    model, asked = make_baseline("vit-cifar", image_size=32, classes=2).eval(), []
+    model, asked = make_network(Settings("vit-cifar"), 32, 2).eval(), []
     monkeypatch.setattr(forward, "pick_device", lambda name: asked.append(name) or torch.device("meta"))
     config = {"spec": {"kind": "pixels"}, "view": {}}
     explainer = Explainer(SimpleNamespace(model=model, config=config), None, device="cuda:1")
@@ -181,7 +180,7 @@ def test_a_network_from_pixels_is_explained_where_it_is_asked_for_and_is_back_af
 
 
 def test_a_cnn_trained_from_pixels_has_no_attention():
-    model = make_baseline("cnn-cifar", image_size=32, classes=2)
+    model = make_network(Settings("cnn-cifar"), 32, 2)
     with pytest.raises(BadOption, match="cnn-cifar has no class token"):
         attention_maps(Transformer.of_run("cnn-cifar", model), torch.rand(1, 3, 32, 32))
 

@@ -24,13 +24,13 @@ def sample(n=400, classes=4, seed=0):
 def test_scores_keep_the_order_where_probabilities_run_into_one():
     z = np.array([[0.0, 50.0], [0.0, 60.0], [0.0, 70.0], [0.0, -50.0]])
     assert len(set(cal.probabilities("binary", z)[:, 1])) < 4
-    np.testing.assert_allclose(cal.measure_scores("binary", z)[:, 1], [50, 60, 70, -50])
+    np.testing.assert_allclose(cal.log_odds("binary", z)[:, 1], [50, 60, 70, -50])
 
 
 def test_scores_are_the_log_odds():
     z, _ = sample(classes=5)
     p = cal.probabilities("multiclass", z)
-    np.testing.assert_allclose(cal.measure_scores("multiclass", z), np.log(p / (1 - p)), rtol=1e-9)
+    np.testing.assert_allclose(cal.log_odds("multiclass", z), np.log(p / (1 - p)), rtol=1e-9)
 
 
 def test_youden_threshold_by_hand():
@@ -87,7 +87,7 @@ def test_temperature_is_that_of_the_smallest_nll(kind, factor):
 
 def test_a_val_separated_without_error_leaves_the_temperature_at_one():
     z, y = np.array([[3.0, 0.0], [0.0, 2.0]]), np.array([0, 1])
-    calibration, note = cal.calibrate("binary", z, y, np.zeros(2), 1)
+    calibration, note = cal.calibrate("binary", z, y, np.zeros(2), 1, None)
     assert calibration.temperature == 1.0
     assert "separated without error" in note
 

@@ -10,7 +10,7 @@ import sklearn.metrics as sk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heads.metrics.calibration import CalibratedPredictions, measure_scores
+from heads.metrics.calibration import CalibratedPredictions, log_odds
 from heads.metrics.classification import WeightedMeasures, auroc, evaluate, mean_auroc
 
 KINDS = ["binary", "multiclass", "ordinal", "many", "multilabel"]
@@ -72,7 +72,7 @@ def error(p, truth):
 def written_out(one):
     """(measures, per class) of rows, each by scikit-learn or a definition of its own."""
     z, y, classes = one.z, one.y, range(one.z.shape[1])
-    score = measure_scores(one.kind, z)
+    score = log_odds(one.kind, z)
     if one.kind == "multilabel":
         p, known = one.p, ~np.isnan(y)
         np.testing.assert_allclose(p, 1 / (1 + np.exp(-z)))
@@ -126,7 +126,7 @@ def test_counts_and_the_confusion_matrix_are_those_of_the_rows():
     assert [row["n"] for row in got["per_class"].values()] == np.bincount(one.y).tolist()
     first, known = evaluated(labels)["per_class"]["c0"], ~np.isnan(labels.y[:, 0])
     assert (first["n_known"], first["n_positive"]) == (known.sum(), np.nansum(labels.y[:, 0]))
-    assert first["confusion"] == sk.confusion_matrix(labels.y[known, 0], labels.predicted[known, 0]).tolist()
+    assert first["confusion"] == sk.confusion_matrix(labels.y[known, 0], labels.predicted_labels[known, 0]).tolist()
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -29,7 +29,7 @@ from heads import api
 from heads.api import train_baseline
 from heads.models import finetune
 from heads.models.adapters import Rescaled, add_lora, add_rlrr, merge_adapters
-from heads.models.catalogue import baseline_info, make_baseline
+from heads.models.catalogue import baseline_info, make_network
 from heads.models.finetune import (
     FineTuned,
     classifier_state,
@@ -49,8 +49,8 @@ SELDOM = ("beit", "convnext")
 
 
 def made(name: str, classes: int = 3, **options: Any) -> Any:
-    side = options.pop("image_size", None) or baseline_info(name).image_size
-    return make_baseline(name, image_size=side, classes=classes, **options)
+    side, generator = options.pop("image_size", None) or baseline_info(name).image_size, options.pop("generator", None)
+    return make_network(Settings(name, **options), side, classes, generator)
 
 
 def vit(folder: Path, **options: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from featurecache.errors import BadOption, UnknownHead
-from heads.models.catalogue import BASELINES, baseline_info, is_baseline, load_baseline, make_baseline
+from heads.models.catalogue import BASELINES, baseline_info, is_baseline, load_network, make_network
 from heads.settings import Settings
 
 PUBLISHED = [
@@ -36,9 +36,13 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def make(name: str, side: int = 32, classes: int = 3, seed: int = 0, **options: Any) -> Any:
+    return make_network(Settings(name, **options), side, classes, torch.Generator().manual_seed(seed))
+
+
 def stirred(name: str, side: int, classes: int) -> nn.Module:
     """Away from its beginning: no parameter at zero, statistics of BatchNorm that are some."""
-    model = make_baseline(name, image_size=side, classes=classes)
+    model = make(name, side, classes)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -50,13 +54,13 @@ def stirred(name: str, side: int, classes: int) -> nn.Module:
 
 @pytest.mark.parametrize(("name", "side", "classes", "published"), PUBLISHED)
 def test_parameters_are_as_many_as_published(name: str, side: int, classes: int, published: int) -> None:
-    model = make_baseline(name, image_size=side, classes=classes)
+    model = make(name, side, classes)
     assert count(model) == published
     assert all(key.startswith("network.") for key in model.state_dict())  # normalising is no part of the weights
 
 
 def test_the_stand_in_is_of_about_the_articles_size_and_says_what_it_is() -> None:
-    model, info = make_baseline("cnn-mindlina", image_size=256, classes=2), BASELINES["cnn-mindlina"]
+    model, info = make("cnn-mindlina", 256, 2), BASELINES["cnn-mindlina"]
     assert count(model) == 348_230 and abs(count(model) / 348_050 - 1) < 0.001
     assert "stand-in" in info.what and info.image_size == 256
 
@@ -131,7 +135,7 @@ def test_the_cifar_vit_is_six_pre_norm_blocks_on_65_tokens(side: int) -> None:
 
 
 def test_the_vit_begins_with_zero_token_and_positions_and_six_different_blocks() -> None:
-    network: Any = make_baseline("vit-cifar", image_size=32, classes=10).network
+    network: Any = make("vit-cifar").network
     assert not network.token.any() and not network.positions.any()
     first = [one.linear1.weight for one in network.blocks]
     assert not any(torch.equal(first[0], other) for other in first[1:])
@@ -153,8 +157,7 @@ def test_the_stand_ins_layers_are_three_blocks_and_two_linear_layers() -> None:
 
 def test_a_generator_decides_the_weights_and_torchs_own_is_left_alone() -> None:
     def made(seed: int) -> torch.Tensor:
-        model = make_baseline("cnn-cifar", image_size=32, classes=3, generator=torch.Generator().manual_seed(seed))
-        return torch.cat([p.flatten() for p in model.parameters()])
+        return torch.cat([p.flatten() for p in make("cnn-cifar", seed=seed).parameters()])
 
     before = torch.get_rng_state()
     assert torch.equal(made(1), made(1)) and not torch.equal(made(1), made(2))
@@ -163,7 +166,7 @@ def test_a_generator_decides_the_weights_and_torchs_own_is_left_alone() -> None:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_bytes_and_floats_give_the_same_and_the_pixels_given_stay_as_they_were(name: str) -> None:
-    model, x = make_baseline(name, image_size=32, classes=3).eval(), pixels(2, 32)
+    model, x = make(name).eval(), pixels(2, 32)
     before = x.clone()
     with torch.no_grad():
         assert torch.equal(model(x), model(x.to(torch.uint8)))
@@ -190,12 +193,12 @@ def test_settings_of_the_studies() -> None:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_grad_cam_finds_a_layer_whose_places_all_have_a_gradient(name: str) -> None:
-    check_cam_layer(make_baseline(name, image_size=64, classes=3).eval(), pixels(2, 64))
+    check_cam_layer(make(name, 64).eval(), pixels(2, 64))
 
 
 @pytest.mark.integration
 def test_a_network_learns_sixteen_images() -> None:
-    model, x, y = make_baseline("cnn-mindlina", image_size=16, classes=2), pixels(16, 16), torch.arange(16) % 2
+    model, x, y = make("cnn-mindlina", 16, 2), pixels(16, 16), torch.arange(16) % 2
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(25):
         loss = functional.cross_entropy(model(x), y)
@@ -207,19 +210,19 @@ def test_a_network_learns_sixteen_images() -> None:
 
 def test_a_state_dict_is_read_back_and_another_networks_is_refused() -> None:
     model, x = stirred("vit-cifar", 32, 3), pixels(2, 32)
-    again = load_baseline("vit-cifar", model.state_dict(), image_size=32, classes=3)
+    again = load_network("vit-cifar", model.state_dict(), image_size=32, classes=3)
     assert not again.training and torch.equal(again(x), model(x))
     for wrong in ({"image_size": 64, "classes": 3}, {"image_size": 32, "classes": 4}):
         with pytest.raises(ValueError, match="numbers"):
-            load_baseline("vit-cifar", model.state_dict(), **wrong)
+            load_network("vit-cifar", model.state_dict(), **wrong)
     renamed = {key.replace("token", "taken"): value for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="taken"):
-        load_baseline("vit-cifar", renamed, image_size=32, classes=3)
+        load_network("vit-cifar", renamed, image_size=32, classes=3)
 
 
 def test_sizes_that_no_file_stands_for_take_no_memory() -> None:
     with pytest.raises(ValueError, match=r"the network 26[\d,]+"):
-        load_baseline("cnn-cifar", {"a": torch.zeros(3)}, image_size=32, classes=4_000_000_000)
+        load_network("cnn-cifar", {"a": torch.zeros(3)}, image_size=32, classes=4_000_000_000)
 
 
 @pytest.mark.parametrize(
@@ -227,9 +230,9 @@ def test_sizes_that_no_file_stands_for_take_no_memory() -> None:
     [
         ("cnn-cifar", {"dropout": 0.5}, "no dropout"),
         ("cnn-medical-mnist", {"dropout": 1.0}, "below 1"),
-        ("vit-cifar", {"image_size": 36}, "multiple of 8"),
-        ("vit-cifar", {"image_size": 4}, "multiple of 8"),
-        ("cnn-mindlina", {"image_size": 7}, "at least 8"),
+        ("vit-cifar", {"side": 36}, "multiple of 8"),
+        ("vit-cifar", {"side": 4}, "multiple of 8"),
+        ("cnn-mindlina", {"side": 7}, "at least 8"),
         ("cnn-cifar", {"lora": 4}, "--lora is for finetune"),
         ("cnn-cifar", {"rlrr": True}, "--rlrr is for finetune"),
         ("vit-cifar", {"weights": "a.pt"}, "--weights is for finetune"),
@@ -238,13 +241,13 @@ def test_sizes_that_no_file_stands_for_take_no_memory() -> None:
 )
 def test_an_option_that_would_do_nothing_is_refused(name: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(BadOption, match=said):
-        make_baseline(name, **{"image_size": 32, "classes": 3, **options})
+        make(name, **options)
 
 
 def test_dropout_reaches_the_network() -> None:
-    model = make_baseline("vit-cifar", image_size=32, classes=3, dropout=0.3)
+    model = make("vit-cifar", dropout=0.3)
     assert {part.p for part in model.modules() if isinstance(part, nn.Dropout)} == {0.3}
-    make_baseline("cnn-cifar", image_size=32, classes=3, dropout=0.0)  # none is what it has
+    make("cnn-cifar", dropout=0.0)  # none is what it has
 
 
 def test_a_name_that_is_none_is_met_with_the_nearest() -> None:
@@ -257,7 +260,7 @@ def test_a_name_that_is_none_is_met_with_the_nearest() -> None:
 @pytest.mark.slow
 def test_the_table_and_its_networks_load_no_library_of_images() -> None:
     code = (
-        "import sys, heads.models.catalogue as b; b.make_baseline('cnn-cifar', image_size=32, classes=2)\n"
+        "import sys, heads.models.catalogue as b; b.make_network(b.Settings('cnn-cifar'), 32, 2)\n"
         "print([name for name in ('torchvision', 'transformers', 'PIL', 'timm', 'peft') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

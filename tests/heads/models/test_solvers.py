@@ -33,8 +33,8 @@ def signs(n=150, width=6, labels=3, seed=0, unknown=0.3):
     return torch.from_numpy(x), y
 
 
-def solve(name, x, y, kind="multiclass", classes=None, **more):
-    return SOLVERS[name].solve(x, y, kind, classes or (y.max() + 1 if y.ndim == 1 else y.shape[1]), 0, **more)
+def solve(name, x, y, kind="multiclass", classes=None, note=print):
+    return SOLVERS[name](x, y, kind, classes or (y.max() + 1 if y.ndim == 1 else y.shape[1]), note)
 
 
 def weights(model):
@@ -84,10 +84,10 @@ def test_ridge_of_two_classes_is_scikit_learns_one_column_and_its_negative():
         np.testing.assert_allclose(w, np.stack([-theirs.coef_.ravel(), theirs.coef_.ravel()]), rtol=1e-4, atol=1e-6)
 
 
-def test_ridge_by_hand():
+def test_ridge_by_hand(monkeypatch):
     """x = -1, 1 with targets -1, 1; the eigenvalue of XᵀX is 2, so the weight is 2 / (2 + 2 lambda)."""
-    x, y = torch.tensor([[-1.0], [1.0]]), np.array([0, 1])
-    path = solve("ridge", x, y, "binary", penalties=np.array([1e-8, 1.0, 3.0]))
+    monkeypatch.setattr(solvers, "PENALTIES", np.array([1e-8, 1.0, 3.0]))
+    path = solve("ridge", torch.tensor([[-1.0], [1.0]]), np.array([0, 1]), "binary")
     assert [round(float(weights(model)[0][1, 0]), 5) for _, model in path] == [1.0, 0.5, 0.25]
     assert all(abs(weights(model)[1][1]) < 1e-6 for _, model in path)
 
@@ -149,10 +149,19 @@ def test_knn_is_scikit_learns_by_cosine_with_the_votes_of_wu_et_al(monkeypatch):
         np.testing.assert_allclose(logits(model, query), np.log(np.maximum(want, FLOOR)), atol=2e-3)
 
 
+def knn(x, y, k, temperature, kind="multiclass", classes=None):
+    """With one k and one temperature."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solvers, "NEIGHBOURS", (k,))
+        patch.setattr(solvers, "TEMPERATURES", (temperature,))
+        ((_, model),) = solve("knn", x, y, kind, classes)
+    return model
+
+
 def test_knn_by_hand():
     """Cosines 1, 0.8, 0 with (1, 0); k = 2, temperature 0.1: the second class has 1 / (1 + e^-2) of the votes."""
     x, y = torch.tensor([[5.0, 0.0], [4.0, 3.0], [0.0, 1.0]]), np.array([1, 0, 2])
-    ((_, model),) = solve("knn", x, y, classes=4, neighbours=(2,), temperatures=(0.1,))
+    model = knn(x, y, 2, 0.1, classes=4)
     share = 1 / (1 + math.exp(-2))
     want = [[math.log(1 - share), math.log(share), math.log(FLOOR), math.log(FLOOR)]]
     np.testing.assert_allclose(logits(model, torch.tensor([[0.2, 0.0]])), want, rtol=1e-4)
@@ -166,7 +175,7 @@ def test_knn_takes_no_more_neighbours_than_train_has():
 def test_knn_of_a_label_counts_the_nearest_whose_label_is_known():
     x, y = signs()
     query = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
-    ((_, model),) = solve("knn", x, y, "multilabel", neighbours=(7,), temperatures=(0.1,))
+    model = knn(x, y, 7, 0.1, "multilabel")
     for label in range(3):
         rows = ~np.isnan(y[:, label])
         theirs = KNeighborsClassifier(7, metric="cosine", weights=lambda d: np.exp(-d / 0.1), algorithm="brute")
@@ -177,8 +186,7 @@ def test_knn_of_a_label_counts_the_nearest_whose_label_is_known():
 
 def test_knn_with_fewer_known_labels_than_k_counts_those():
     x, y = torch.eye(4), np.array([[1, np.nan], [np.nan, 0], [np.nan, np.nan], [0, np.nan]], np.float32)
-    ((_, model),) = solve("knn", x, y, "multilabel", neighbours=(3,), temperatures=(1e9,))
-    z = logits(model, torch.ones(1, 4))
+    z = logits(knn(x, y, 3, 1e9, "multilabel"), torch.ones(1, 4))
     np.testing.assert_allclose(z, [[0.0, math.log(FLOOR)]], atol=1e-4)
 
 

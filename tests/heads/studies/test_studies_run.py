@@ -23,7 +23,7 @@ from heads.studies.page import format_published, is_not_comparable
 from heads.studies.plan import StudyOptions
 from heads.studies.spec import Extract, Heads, ImageSet, Network, PublishedNumber, Question, Study
 from heads.sweeps.journal import read_journal
-from heads.training.network import Checkpoint
+from heads.training.loop import Checkpoint
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 SMALL = Study(

@@ -245,7 +245,7 @@ def test_features_beyond_the_budget_are_read_batch_by_batch_to_the_same_end():
     assert kept.config["reading"] == "from memory"
     # the same order of batches from memory gives the same head, to the bit
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(loop, "_batches", lambda s, data, task, window: BalancedBatches(data.y.numpy(), 32, 0, 32))
+    monkey.setattr(loop, "BalancedBatches", lambda labels, *_: BalancedBatches(labels, 32, 0, 32))
     again = train_head(view, "large", epochs=2)
     monkey.undo()
     assert (again.path / "head.safetensors").read_bytes() == (run.path / "head.safetensors").read_bytes()

@@ -31,7 +31,8 @@ from heads.settings import Settings
 from heads.sweeps.grid import SweepSpec
 from heads.training.batches import Augmenter
 from heads.training.job import check_options
-from heads.training.network import Checkpoint, settings_of
+from heads.training.loop import Checkpoint
+from heads.training.network import settings_of
 
 QUICK = {"epochs": 2, "image_size": 8, "batch_size": 16, "report": False, "augment": "none", "device": "cpu"}
 
