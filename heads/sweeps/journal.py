@@ -35,7 +35,7 @@ from heads.models.catalogue import head_info
 from heads.runs.run import Run, load_run, read_config, read_json
 from heads.runs.write import RunContents, check_out
 from heads.sweeps.plan import SweepPlan
-from heads.task import clusters_of, task_of
+from heads.task import clusters_of
 from heads.training.job import TrainingJob
 
 RECORD, ROWS, STAGED = "sweep.json", "rows.jsonl", ".unchosen"
@@ -240,15 +240,11 @@ def _frame(plan: SweepPlan) -> dict[str, Any]:
     """What the heads of one sweep must have in common for their numbers to compare."""
     base, matched = plan.spec.base, plan.matched
     names = ("select", "split_seed", "resplit_val", "train_per_class", "drop_leaks", "positive", "sensitivity")
-    task = task_of(matched.views[0], classes=base.classes, only=base.only, positive=base.positive)
     return {
-        "images": matched.digest(),
-        "number of images": len(matched.rows[0]),
-        "classes": list(task.classes),
-        "folds": plan.spec.folds,
-        **{name: getattr(base, name) for name in names},
+        "images": matched.digest(), "number of images": len(matched.rows[0]), "classes": list(plan.task.classes),
+        "folds": plan.spec.folds, **{name: getattr(base, name) for name in names},
         "splits": matched.digest(plan.splits(0, 1.0, plan.spec.resplits[0]).names),
-    }
+    }  # fmt: skip
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
