@@ -132,12 +132,12 @@ def ablate(
     plan = plan_sweep(views, spec, ram)
     if spec.search:
         check_search(plan)
-    folder, record = open_sweep(out, plan)
+    folder = open_sweep(out, plan)
     if dry_run:
         say_plan(plan, folder, read_journal(folder / ROWS)[0], say, whole=True)
         return None
     with in_use(folder, "ablate", "heads"):
-        write_sweep(folder, record, plan)
+        write_sweep(folder, plan)
         SweepRunner(plan, folder, controls, say, progress).run()
     sweep = load_sweep(folder)
     if not sweep.families:

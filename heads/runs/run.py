@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -193,10 +194,8 @@ def list_runs(folder: str | Path = "runs") -> list[Run]:
     """The finished runs in a folder, by name; anything else in it is passed over."""
     runs = []
     for path in sorted(Path(folder).glob("[!.]*/config.json")):
-        try:
+        with suppress(RunError):  # a folder of someone else's, or of another version; load_run on it says what is wrong
             runs.append(load_run(path.parent))
-        except RunError:  # a folder of someone else's, or of another version; load_run on it says what is wrong
-            continue
     return runs
 
 
