@@ -26,15 +26,8 @@ from heads.sweeps.plan import has_option, plan_sweep
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search
 from heads.task import FeatureView, Say, memory_for_features
+from heads.training import network
 from heads.training.job import describe_training, prepare_training
-from heads.training.network import (
-    check_checkpoint,
-    check_network,
-    checkpoint_of,
-    settings_of,
-    train_network,
-    with_backbone,
-)
 from heads.training.train import measure_controls, run_contents, train_together
 
 
@@ -82,8 +75,10 @@ def train_baseline(
     from featurecache.extraction.forward import pick_device
 
     say = say or _silent
-    settings = settings_of(arch, splits=splits, classes=classes, only=only, device=pick_device(device).type, **options)
-    pretrained = check_network(settings)
+    settings = network.settings_of(
+        arch, splits=splits, classes=classes, only=only, device=pick_device(device).type, **options
+    )
+    pretrained = network.check_network(settings)
     view: PixelView = data
     if not isinstance(data, PixelView):
         (view,) = open_pixels(data, [arch], settings.image_size, weights=settings.weights, progress=progress)
@@ -91,15 +86,15 @@ def train_baseline(
         say(f"warning    {failure['id']} could not be read and is left out: {failure['reason']}")
     job = dataclasses.replace(prepare_training(view, settings), pretrained=pretrained)
     target = run_target(out, view.name, arch, overwrite)
-    checkpoint = checkpoint_of(target, job)
-    check_checkpoint(checkpoint, resume, overwrite)
+    checkpoint = network.checkpoint_of(target, job)
+    network.check_checkpoint(checkpoint, resume, overwrite)
     describe_training(job, say)
     if checkpoint.exists:
         say(f"resumed    after epoch {checkpoint.epoch}")
-    fit = train_network(job, settings, say, checkpoint)
+    fit = network.train_network(job, settings, say, checkpoint)
     contents = run_contents(job, fit, measure_controls(job, say) if controls else [])
     if arch.startswith(FINETUNE):
-        contents = with_backbone(contents, fit.model.cpu())
+        contents = network.with_backbone(contents, fit.model.cpu())
     run = write_run(target, contents, save_pictures if report else None)
     checkpoint.remove()
     return _with_report(run, images, hash_ids) if report else run
@@ -137,12 +132,12 @@ def ablate(
     plan = plan_sweep(views, spec, ram)
     if spec.search:
         check_search(plan)
-    folder, record = open_sweep(out, plan)
+    folder = open_sweep(out, plan)
     if dry_run:
         say_plan(plan, folder, read_journal(folder / ROWS)[0], say, whole=True)
         return None
     with in_use(folder, "ablate", "heads"):
-        write_sweep(folder, record, plan)
+        write_sweep(folder, plan)
         SweepRunner(plan, folder, controls, say, progress).run()
     sweep = load_sweep(folder)
     if not sweep.families:
@@ -168,7 +163,7 @@ def _open_views(
     base, plain = spec.base, Settings("")
     for name in baselines:
         useless = [option for option in options_for("network", "finetune") if not has_option(name, option)]
-        check_network(
+        network.check_network(
             dataclasses.replace(base, **{option: getattr(plain, option) for option in useless}, head=name)
         )  # fmt: skip
     images: list[FeatureView] = []

@@ -6,8 +6,6 @@ The pixels go through the same backbone, precision and rounding as the store tha
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,10 +16,11 @@ import numpy as np
 import torch
 
 from featurecache.errors import BadOption, FeatureCacheError
-from featurecache.formatting import cell, one_line
+from featurecache.formatting import one_line
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.pixel_view import resize_all
 from heads.runs.run import Run, is_pixels, load_run, preprocess_of
+from heads.runs.write import csv_bytes
 
 TABLES = (".npz", ".csv", ".tsv", ".parquet", ".tar")  # arguments that hold many images; every other file is one image
 HELD = 512 * 2**20, 2_048  # bytes and number of images in memory before they are computed
@@ -92,11 +91,11 @@ def _read(reader: Callable[[], bytes | np.ndarray]) -> bytes | np.ndarray | str:
         return str(error)
 
 
-def _parts(each: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+def _parts(images: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
     """In pieces of at most about ``HELD``."""
     part: list[tuple[str, Any]] = []
     size = 0
-    for name, data in each:
+    for name, data in images:
         part.append((name, data))
         size += data.nbytes if isinstance(data, np.ndarray) else len(data)
         if size >= HELD[0] or len(part) >= HELD[1]:
@@ -107,27 +106,22 @@ def _parts(each: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
 
 
 def _predict_part(run: Run, part: list[tuple[str, Any]], device: str, weights: str | None) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = [
-        {"image": name, "error": data} if isinstance(data, str) else {"image": name} for name, data in part
-    ]
-    readable = [i for i, (_, data) in enumerate(part) if not isinstance(data, str)]
+    records = [{"image": name, **({"error": data} if isinstance(data, str) else {})} for name, data in part]
+    readable = [(record, data) for record, (_, data) in zip(records, part, strict=True) if "error" not in record]
     if not readable:
         return records
-    features, reasons = _features(run, [part[i][1] for i in readable], device, weights)
+    features, reasons = _features(run, [data for _, data in readable], device, weights)
     assert len(features) == len(readable) - len(reasons), "a row for every image that is not a failure"
-    computed = iter(prediction_records(run, run.logits(features, _device(run, device))))
-    for place, i in enumerate(readable):
-        records[i] |= {"error": reasons[place]} if place in reasons else next(computed)
+    if is_pixels(run):  # heads on features are computed on the CPU
+        from featurecache.extraction.forward import pick_device
+
+        logits = run.logits(features, pick_device(device).type)
+    else:
+        logits = run.logits(features)
+    computed = iter(prediction_records(run, logits))
+    for place, (record, _) in enumerate(readable):
+        record.update({"error": reasons[place]} if place in reasons else next(computed))
     return records
-
-
-def _device(run: Run, device: str) -> str:
-    """Where the head is computed: a network from pixels where it is asked for, others on the CPU."""
-    if not is_pixels(run):
-        return "cpu"
-    from featurecache.extraction.forward import pick_device
-
-    return pick_device(device).type
 
 
 def _features(run: Run, images: list[Any], device: str, weights: str | None) -> tuple[torch.Tensor, dict[int, str]]:
@@ -144,11 +138,9 @@ def _features(run: Run, images: list[Any], device: str, weights: str | None) -> 
 
 def store_of(run: Run) -> SimpleNamespace:
     """What new images are computed like: the store of a run, which need not be there any more."""
-    config = run.config
-    where = Path(config["view"]["path"]).parent  # for its plan and canary
-    return SimpleNamespace(
-        spec=config["spec"], provenance=config["provenance"], label=config["view"]["label"], store=where
-    )
+    view = run.config["view"]
+    own = {name: run.config[name] for name in ("spec", "provenance")}
+    return SimpleNamespace(**own, label=view["label"], store=Path(view["path"]).parent)  # for its plan and canary
 
 
 def prediction_records(run: Run, logits: np.ndarray) -> list[dict[str, Any]]:
@@ -170,36 +162,30 @@ def predictions_csv(records: list[dict[str, Any]]) -> str:
     """image, class, probability, a column of probability per class, error. Control characters are written as escapes,
     so that one record is one line."""
     classes = next((list(r["probabilities"]) for r in records if "probabilities" in r), [])
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerow(["image", "class", "probability", *(f"p {one_line(c)}" for c in classes), "error"])
+    rows = []
     for record in records:
-        p = record.get("probabilities", {})
-        columns = [p.get(c, "") for c in classes]
-        image, label, error = (cell(one_line(t)) for t in (record["image"], _label(record), record.get("error", "")))
-        writer.writerow([image, label, record.get("probability", ""), *columns, error])
-    return text.getvalue()
+        each = [record.get("probabilities", {}).get(c, "") for c in classes]
+        label, error = one_line(_label(record)), one_line(record.get("error", ""))
+        rows.append([one_line(record["image"]), label, record.get("probability", ""), *each, error])
+    columns = ["image", "class", "probability", *(f"p {one_line(c)}" for c in classes), "error"]
+    return csv_bytes(columns, rows).decode()
 
 
 def predictions_table(records: list[dict[str, Any]]) -> str:
     """Aligned columns for a terminal: image, class, probability, or the reason why there is none."""
     rows = []
     for record in records:
+        what, shown = one_line(_label(record)) or "none", ""
         if "error" in record:
-            rows.append((one_line(record["image"]), "could not be read: " + one_line(record["error"]), ""))
+            what = "could not be read: " + one_line(record["error"])
         else:
-            p = record.get("probability")
-            shown = (
-                f"{p:.3f}"
-                if p is not None
-                else ", ".join(f"{record['probabilities'][c]:.3f}" for c in record["classes"])
-            )
-            rows.append((one_line(record["image"]), one_line(_label(record)) or "none", shown))
-    if not rows:
-        return "no images"
-    first = max(len(image) for image, _, _ in rows)
+            p, every = record.get("probability"), record["probabilities"]
+            shown = ", ".join(f"{each:.3f}" for each in ([every[c] for c in record["classes"]] if p is None else [p]))
+        rows.append((one_line(record["image"]), what, shown))
+    first = max((len(image) for image, _, _ in rows), default=0)
     second = max((len(what) for _, what, shown in rows if shown), default=0)
-    return "\n".join(f"{image:<{first}}  {what:<{second}}  {shown}".rstrip() for image, what, shown in rows)
+    lines = [f"{image:<{first}}  {what:<{second}}  {shown}".rstrip() for image, what, shown in rows]
+    return "\n".join(lines) or "no images"
 
 
 def _label(record: dict[str, Any]) -> str:

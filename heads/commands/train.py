@@ -26,7 +26,6 @@ from featurecache.commands.terminal import (
 from featurecache.errors import BadOption
 
 if TYPE_CHECKING:
-    from featurecache.store.view import View
     from heads.runs.run import Run
 
 _TAKERS = {
@@ -230,7 +229,21 @@ def demo(talk: Console, out: str, cache: str | None) -> int:
     result = prepared.run(progress=talk.progress)
     say(plan.extraction_summary(result, "vit-demo/digits"))
     view, folder = open_view(result.view), Path(out)
-    runs = [_train_briefly(say, view, *entry, folder, controls=entry == _DEMO_HEADS[0]) for entry in _DEMO_HEADS]
+    lines: list[str] = []
+    runs: list[Run] = []
+
+    def brief(line: str) -> None:
+        """Of a hundred epochs the last says enough; history.csv has them all."""
+        lines.append(line)
+        if not line.startswith(("epoch", "features", "splits")):
+            say(line)
+
+    for head, output, epochs, patience in _DEMO_HEADS:
+        say("")
+        options = {"output": output, "epochs": epochs, "patience": patience, "controls": not runs, "report": False}
+        place = folder / f"demo-{head}-{output}"
+        runs.append(heads.train_head(view, head, out=place, overwrite=True, say=brief, **options))
+        say([line for line in lines if line.startswith("epoch")][-1])
     page = heads.report([run.path for run in runs], out=folder / "demo-report")
     lines = [comparison_table(runs), *runs_cost(runs), ""]
     lines += [f"run        {folder / run.path.name}/  {run.head} on {run.output}" for run in runs]
@@ -240,30 +253,3 @@ def demo(talk: Console, out: str, cache: str | None) -> int:
     talk.result("\n".join(lines), record)
     talk.next("featurecache extract --backbone vit-in21k --data FOLDER")
     return 0
-
-
-def _train_briefly(
-    say: Callable[[str], None],
-    view: View,
-    head: str,
-    output: str,
-    epochs: int,
-    patience: int,
-    out: Path,
-    **options: Any,
-) -> Run:
-    """Of a hundred epochs the last says enough; history.csv has them all."""
-    import heads
-
-    told: list[str] = []
-
-    def brief(line: str) -> None:
-        told.append(line)
-        if not line.startswith(("epoch", "features", "splits")):
-            say(line)
-
-    say("")
-    options |= {"epochs": epochs, "patience": patience, "out": out / f"demo-{head}-{output}", "overwrite": True}
-    run = heads.train_head(view, head, output=output, report=False, say=brief, **options)
-    say([line for line in told if line.startswith("epoch")][-1])
-    return run

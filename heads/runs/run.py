@@ -9,11 +9,13 @@ import csv
 import hashlib
 import io
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +42,7 @@ from heads.task import SPLITS, Predictions, Standardize
 if TYPE_CHECKING:
     from featurecache.sources.base import Dataset
 
+T = TypeVar("T")
 FORMAT = 1
 MOST = 1 << 28  # bytes of a record; a confusion matrix of 5,000 classes
 _VIEW = {"label": str, "path": str, "output": str, "shape": list, "untrained": bool}
@@ -167,11 +170,8 @@ class Run:
         """Calibrated logits float64 [n, C] of features [n, ...] in storage dtype, or of images uint8 [n,3,h,w]."""
         if not len(features):
             return self.calibration(np.zeros((0, len(self.classes))))
-        model, parts = (
-            self.model.to(device),
-            features.split(256 if features.ndim < 4 else rows_at_once(features.shape[1:])),
-        )
-        z = [model(self.standardize(x.to(device).float())).cpu() for x in parts]
+        model, rows = self.model.to(device), 256 if features.ndim < 4 else rows_at_once(features.shape[1:])
+        z = [model(self.standardize(x.to(device).float())).cpu() for x in features.split(rows)]
         return self.calibration(torch.cat(z).double().numpy())
 
 
@@ -192,10 +192,8 @@ def list_runs(folder: str | Path = "runs") -> list[Run]:
     """The finished runs in a folder, by name; anything else in it is passed over."""
     runs = []
     for path in sorted(Path(folder).glob("[!.]*/config.json")):
-        try:
+        with suppress(RunError):  # a folder of someone else's, or of another version; load_run on it says what is wrong
             runs.append(load_run(path.parent))
-        except RunError:  # a folder of someone else's, or of another version; load_run on it says what is wrong
-            continue
     return runs
 
 
@@ -236,16 +234,27 @@ def read_metrics(path: Path) -> dict[str, Any]:
 
 def read_history(path: Path) -> list[dict[str, float]]:
     """A record an epoch. Raises RunError."""
-    try:
-        with open_regular(path / "history.csv") as handle:
-            data = handle.read(MOST + 1)
-        lines = data.decode("utf-8").splitlines() if len(data) <= MOST else []
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(lines)]
-    except (OSError, ValueError, TypeError, csv.Error, CacheError) as error:
-        raise RunError(f"{path} is damaged: {error}.") from error
+    rows = _read_csv(path / "history.csv", lambda row: {key: float(value) for key, value in row.items()})
     if not rows or not all({"epoch", "val_loss", "best"} <= row.keys() for row in rows):
         raise RunError(f"{path} is damaged: history.csv holds no epochs.")
     return rows
+
+
+def read_ids(file: Path) -> list[str]:
+    """The ids of a run's splits.csv: one for every row of the view, in its order. Raises RunError."""
+    return _read_csv(file, lambda row: text_of(row["id"]))
+
+
+def _read_csv(file: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
+    try:
+        with open_regular(file) as handle:
+            data = handle.read(MOST + 1)
+        if len(data) > MOST:
+            raise ValueError("it is too large")
+        text = io.StringIO(data.decode("utf-8"), newline="")
+        return [parse(row) for row in csv.DictReader(text, strict=True)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, CacheError) as error:
+        raise RunError(f"{file} is damaged: {error}.") from error
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -253,16 +262,6 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise RunError(f"{file} is damaged ({error}).") from error
-
-
-def read_ids(file: Path) -> list[str]:
-    """The ids of a run's splits.csv: one for every row of the view, in its order."""
-    try:
-        with open_regular(file) as handle:
-            lines = handle.read(MOST).decode("utf-8")
-        return [text_of(row["id"]) for row in csv.DictReader(io.StringIO(lines, newline=""), strict=True)]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error, CacheError) as error:
-        raise RunError(f"{file} is damaged: {error}.") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

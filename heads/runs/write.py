@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -139,10 +139,12 @@ def _put_in_place(folder: Path, target: RunTarget) -> Path:
 def _write_files(folder: Path, contents: RunContents) -> None:
     (folder / "config.json").write_bytes(json_bytes(record_stamp() | contents.config))
     (folder / "metrics.json").write_bytes(json_bytes(contents.metrics))
-    _write_csv(folder / "metrics.csv", ["model", "split", "class", "metric", "value"], _measures(contents))
+    measures = csv_bytes(["model", "split", "class", "metric", "value"], _measures(contents))
+    (folder / "metrics.csv").write_bytes(measures)
     columns = list(contents.history[0])
-    _write_csv(folder / "history.csv", columns, [[row[key] for key in columns] for row in contents.history])
-    _write_csv(folder / "predictions.csv", *_predictions(contents))
+    history = csv_bytes(columns, [[row[key] for key in columns] for row in contents.history])
+    (folder / "history.csv").write_bytes(history)
+    (folder / "predictions.csv").write_bytes(csv_bytes(*_predictions(contents)))
     (folder / "splits.csv").write_bytes(splits_csv(contents.ids, contents.splits).encode())
     (folder / "answers.safetensors").write_bytes(save(_answer_tensors(contents), {"format": "pt"}))
     # One word of metadata only: safetensors writes several in no fixed order, and equal heads shall be equal bytes.
@@ -181,13 +183,12 @@ def _answer_tensors(contents: RunContents) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _write_csv(path: Path, columns: list[str], rows: list[list[Any]]) -> None:
+def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     """Words are quoted, so that a comma, a quote or a line break stays inside its cell, and none is a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerow(map(cell, columns))
-    writer.writerows([map(cell, row) for row in rows])
-    path.write_bytes(text.getvalue().encode())
+    writer.writerows([map(cell, row) for row in (columns, *rows)])
+    return text.getvalue().encode()
 
 
 def _measures(contents: RunContents) -> list[list[Any]]:

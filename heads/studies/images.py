@@ -6,7 +6,8 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +45,6 @@ def sources_of(study: Study, data: Sequence[str]) -> dict[str, str]:
     return sources
 
 
-def names_of_sets(study: Study, data: Sequence[str]) -> set[str]:
-    """Those that are given with ``--data``, else those that are part of the study when nothing is."""
-    return set(sources_of(study, data)) or {images.name for images in study.images if images.default}
-
-
 def _recognised(study: Study, text: str) -> dict[str, str]:
     """By the names that the sets' files and folders have: the path itself, or what lies in it."""
     path, sources = Path(text).expanduser(), {}
@@ -66,16 +62,15 @@ def _recognised(study: Study, text: str) -> dict[str, str]:
 
 
 def open_sets(
-    study: Study, data: Sequence[str], quick: bool, folder: Path, wanted: Sequence[str]
+    study: Study, sources: dict[str, str], quick: bool, folder: Path, wanted: Sequence[str]
 ) -> dict[str, OpenedSet]:
-    """The sets of ``wanted``, some of `names_of_sets`, opened. Raises SourceError and BadOption."""
+    """The sets of ``wanted``, of ``sources`` where these were given. Raises SourceError and BadOption."""
     from featurecache.sources import open_source
     from featurecache.sources.published_layouts import is_chest_xray
 
-    sources = sources_of(study, data)
     opened: dict[str, OpenedSet] = {}
     for images in (each for each in study.images if each.name in wanted):
-        if quick and not data:
+        if quick and not sources:
             dataset = draw_images(images, folder / "drawn" / images.name)
             what = f"images drawn for this trial: grey squares of {SIDE} pixels, a spot by its class, and noise"
             opened[images.name] = OpenedSet(images, "drawn", dataset, what)
@@ -86,7 +81,7 @@ def open_sets(
         try:
             dataset = open_source(source, columns=columns, task=images.task if own else None)
         except FeatureCacheError as error:
-            if data:
+            if sources:
                 raise SourceError(str(error)) from error
             name = f"{images.name}=" if len(study.images) > 1 else ""
             raise SourceError(
@@ -97,42 +92,28 @@ def open_sets(
     return opened
 
 
-def trials(opened: dict[str, OpenedSet], folder: Path) -> dict[str, OpenedSet]:
-    """A few images of each set that was given."""
-    few = dict(opened)
-    for name, each in opened.items():
-        if not each.drawn:
-            dataset, what = few_of(each.dataset, folder / "few" / name)
-            few[name] = replace(each, dataset=dataset, drawn=what)
-    return few
-
-
-def few_of(dataset: Dataset, folder: Path) -> tuple[Dataset, str]:
-    """A stratified part of a dataset, ``QUICK`` images of each class and split drawn by seed 0, as a table in
-    ``folder`` with copies of those images beside it; and what to say of it. Groups are kept, further columns not."""
-    names, labels = np.array(dataset.splits), np.asarray(dataset.labels)
-    classes = np.where(np.isnan(labels).any(1), 0, labels.argmax(1)) if labels.ndim == 2 else labels
+def few_of(opened: OpenedSet, folder: Path) -> OpenedSet:
+    """A stratified part of a set, ``QUICK`` images of each class and split drawn by seed 0, as a table in ``folder``
+    with copies of those images beside it. Groups are kept, further columns not."""
+    dataset, labels, splits = opened.dataset, opened.dataset.labels, np.array(opened.dataset.splits)
+    several, classes, groups = labels.ndim == 2, list(dataset.classes), dataset.groups
+    first = np.where(np.isnan(labels).any(1), 0, labels.argmax(1)) if several else labels
     rng, rows = np.random.default_rng(0), []
     for split in sorted(set(dataset.splits)):
-        for c in np.unique(classes[classes >= 0])[:MOST_CLASSES]:
-            members = np.flatnonzero((names == split) & (classes == c))
+        for c in np.unique(first[first >= 0])[:MOST_CLASSES]:
+            members = np.flatnonzero((splits == split) & (first == c))
             rows += sorted(rng.permutation(members)[: QUICK[split]].tolist())
-    cells = [_cells(dataset, row) for row in rows]
-    columns = [*(["label"] if labels.ndim == 1 else dataset.classes), "split", "group"]
-    few = _write(folder, columns, cells, [dataset.read(row) for row in rows], dataset, dataset.task)
-    count = len(dataset.classes)
-    cut = "" if count <= MOST_CLASSES else f", the first {MOST_CLASSES} of {count} classes"
+    cells: list[list[Any]] = []
+    for row in rows:
+        truth = ["" if np.isnan(v) else int(v) for v in labels[row]] if several else [classes[int(labels[row])]]
+        cells.append([*truth, dataset.splits[row], groups[row] if groups else ""])
+    pictures = [dataset.read(row) for row in rows]
+    few = _write(folder, classes if several else ["label"], cells, pictures, dataset.task, bool(groups))
+    cut = "" if len(classes) <= MOST_CLASSES else f", the first {MOST_CLASSES} of {len(classes)} classes"
     text = f"{len(rows):,} of {len(dataset):,} images{cut}: at most {QUICK['train']} of each class of train, "
-    return few, text + f"{QUICK['val']} of val and {QUICK['test']} of test, drawn by seed 0"
-
-
-def _cells(dataset: Dataset, row: int) -> list[Any]:
-    group = dataset.groups[row] if dataset.groups else ""
-    if dataset.labels.ndim == 2:
-        truth = ["" if np.isnan(v) else int(v) for v in dataset.labels[row]]
-    else:
-        truth = [dataset.classes[int(dataset.labels[row])]]
-    return [*truth, dataset.splits[row], group]
+    return replace(
+        opened, dataset=few, drawn=text + f"{QUICK['val']} of val and {QUICK['test']} of test, drawn by seed 0"
+    )
 
 
 def draw_images(images: ImageSet, folder: Path) -> Dataset:
@@ -148,43 +129,45 @@ def draw_images(images: ImageSet, folder: Path) -> Dataset:
                 spot = 90 * np.exp(-((side[:, None] - y) ** 2 + (side[None] - x) ** 2) / 18)
                 pictures.append(np.clip(60 + spot + rng.normal(0, 35, (SIDE, SIDE)), 0, 255).astype(np.uint8))
                 cells.append([name, split, ""])
-    return _write(folder, ["label", "split", "group"], cells, pictures, None, images.task)
+    return _write(folder, ["label"], cells, pictures, images.task, False)
 
 
 def _write(
-    folder: Path, columns: Sequence[str], cells: list[list[Any]], pictures: list[Any], of: Dataset | None,
-    task: str | None,
-) -> Dataset:  # fmt: skip
+    folder: Path, labels: Sequence[str], cells: list[list[Any]], pictures: list[Any], task: str | None, grouped: bool
+) -> Dataset:
     """A table of images with the images beside it, opened; the table last. What is there and equal is not written."""
     from featurecache.sources import open_source
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", *columns])
+    writer.writerow(["path", *labels, "split", "group"])
     with writing(folder):
         (folder / "images").mkdir(parents=True, exist_ok=True)
         for number, (row, picture) in enumerate(zip(cells, pictures, strict=True)):
             data = picture if isinstance(picture, bytes) else _png(picture)
-            ending = _ENDINGS.get(data[:2], ".img")
-            path = f"images/{number:05}{ending}"
+            path = f"images/{number:05}{_ENDINGS.get(data[:2], '.img')}"
             if not (folder / path).is_file() or (folder / path).read_bytes() != data:
                 (folder / path).write_bytes(data)
             writer.writerow([path, *row])
         write_whole(folder / f"{folder.name}.csv", text.getvalue().encode())
-    named = {"path": "path", "split": "split", "group": "group" if of is not None and of.groups else ""}
-    named["label"] = ",".join(columns[:-2]) if of is not None and of.labels.ndim == 2 else "label"
-    return open_source(folder / f"{folder.name}.csv", columns=named, task=task)
+    columns = {"path": "path", "split": "split", "group": "group" if grouped else "", "label": ",".join(labels)}
+    return open_source(folder / f"{folder.name}.csv", columns=columns, task=task)
+
+
+def _pixels(image: Any) -> np.ndarray:
+    """uint8 [H, W, 3], decoded as for a backbone."""
+    from featurecache.images.decoding import decode
+
+    return np.ascontiguousarray(decode(image).permute(1, 2, 0).numpy())
 
 
 def _png(image: Any) -> bytes:
-    """What is no encoded file of its own (an array, a frame), decoded as for a backbone."""
+    """What is no encoded file of its own (an array, a frame)."""
     from PIL import Image
 
-    from featurecache.images.decoding import decode
-
-    pixels, data = decode(image).permute(1, 2, 0).numpy(), io.BytesIO()
+    pixels, data = _pixels(image), io.BytesIO()
     grey = bool((pixels[..., :1] == pixels).all())
-    Image.fromarray(np.ascontiguousarray(pixels[..., 0] if grey else pixels)).save(data, "PNG")
+    Image.fromarray(np.ascontiguousarray(pixels[..., 0]) if grey else pixels).save(data, "PNG")
     return data.getvalue()
 
 
@@ -213,22 +196,19 @@ def set_context(opened: OpenedSet, digests: np.ndarray, images: bool) -> dict[st
     from featurecache.sources.summary import copies_text, describe_dataset
 
     about = describe_dataset(opened.dataset, digests)
-    rows = [(label, [*counts, sum(counts)]) for label, counts in zip(about.classes, about.counts, strict=True)]
-    if len(rows) > ROWS:
-        rest = [sum(column) for column in zip(*(counts for _, counts in rows[ROWS:]), strict=True)]
-        rows = [*rows[:ROWS], (f"{len(rows) - ROWS} more", rest)]
-    if any(about.unlabelled):
-        rows.append(("without a label", [*about.unlabelled, sum(about.unlabelled)]))
+    rows = list(zip(about.classes, about.counts, strict=True))
+    if rest := about.counts[ROWS:]:
+        rows = [*rows[:ROWS], (f"{len(rest)} more", [sum(column) for column in zip(*rest, strict=True)])]
+    rows += [("without a label", about.unlabelled)] if any(about.unlabelled) else []
     sizes = list(dict.fromkeys(f"{w:,}×{h:,}" for w, h in about.sizes.values()))
-    kinds = {0: "", 1: "", 2: "smallest, largest", 3: "smallest, median, largest"}[len(sizes)]
-    notes = "; ".join(
-        filter(None, [kinds, "" if about.looked_at == about.images else f"{about.looked_at:,} looked at"])
-    )
+    notes = [{2: "smallest, largest", 3: "smallest, median, largest"}.get(len(sizes), "")]
+    notes += ["" if about.looked_at == about.images else f"{about.looked_at:,} looked at"]
+    note = f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
     facts = {
         "task": about.task, "images": f"{about.images:,}",
-        "sizes": f"{' · '.join(sizes)} pixels{f' ({notes})' if notes else ''}" if sizes else None,
+        "sizes": f"{' · '.join(sizes)} pixels{note}" if sizes else None,
         "pixels": " · ".join(f"{kind} {count:,}" for kind, count in about.kinds.items()),
-        "copies": "not counted" if about.copies is None else copies_text(about.copies),
+        "copies": about.copies and copies_text(about.copies),
         "unreadable": f"{len(about.unreadable)} of those looked at" if about.unreadable else None,
         "notes": " ".join(about.notes),
     }  # fmt: skip
@@ -236,7 +216,7 @@ def set_context(opened: OpenedSet, digests: np.ndarray, images: bool) -> dict[st
         "title": opened.images.name, "ran_on": f"It ran on {opened.drawn or opened.source}.",
         "kind": "label" if about.task == "multilabel" else "class",
         "splits": [split or "no split" for split in about.splits],
-        "rows": [*rows, ("images", [*about.totals, about.images])],
+        "rows": [*((name, [*counts, sum(counts)]) for name, counts in rows), ("images", [*about.totals, about.images])],
         "facts": [(word, value) for word, value in facts.items() if value],
         "samples": _samples(opened.dataset) if images else [],
     }  # fmt: skip
@@ -248,19 +228,11 @@ def _samples(dataset: Dataset) -> list[tuple[str, list[tuple[str, int, int]]]]:
 
     train, samples = np.array(dataset.splits) == "train", []
     for c, name in enumerate(dataset.classes[:SAMPLED]):
-        members = in_class(dataset, c)
-        rows = np.flatnonzero(members & train) if (members & train).any() else np.flatnonzero(members)
-        pictures = list(_pictures(dataset, evenly_spaced(rows, SAMPLES).tolist() if len(rows) else []))
+        members, pictures = in_class(dataset, c), []
+        rows = np.flatnonzero(members & train if (members & train).any() else members)
+        for row in evenly_spaced(rows, SAMPLES).tolist():
+            with suppress(UnreadableImage):
+                uri, size = encode_image(_pixels(dataset.read(row)))
+                pictures.append((uri, *size))
         samples += [(name, pictures)] if pictures else []
     return samples
-
-
-def _pictures(dataset: Dataset, rows: Sequence[int]) -> Iterator[tuple[str, int, int]]:
-    from featurecache.images.decoding import decode
-
-    for row in rows:
-        try:
-            uri, size = encode_image(np.ascontiguousarray(decode(dataset.read(row)).permute(1, 2, 0).numpy()))
-        except UnreadableImage:
-            continue
-        yield uri, *size

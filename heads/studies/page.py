@@ -16,10 +16,11 @@ import numpy as np
 
 from featurecache import formatting
 from featurecache.errors import CannotWrite, UnreadableImage
-from featurecache.files.atomic import write_whole, writing
+from featurecache.files.atomic import write_whole
 from featurecache.store.write_view import open_view
+from heads.api import families_in
 from heads.evaluation.comparison import compare
-from heads.evaluation.families import Family, families_of
+from heads.evaluation.families import Family
 from heads.metrics.classification import measure_name, title
 from heads.models.common import FINETUNE
 from heads.reports.drawing import Figure, Plot, short, style_of
@@ -29,12 +30,11 @@ from heads.reports.ledger import write_metrics_files
 from heads.reports.page import hashed, part_context, ranked, render_page, render_part
 from heads.reports.provenance import origins, sweep_command
 from heads.reports.text import subtitle_words
-from heads.runs.run import Run, load_run, name_of
+from heads.runs.run import Run, name_of
 from heads.settings import METRICS, flag
 from heads.studies.images import set_context
-from heads.studies.plan import StudyResult, call_text
-from heads.studies.spec import ExplainStep, Extract, Heads, Network, OpenedSet, PublishedNumber, Question
-from heads.sweeps.journal import load_sweep
+from heads.studies.plan import NUMBERS, PlannedStep, StudyOptions, call_text
+from heads.studies.spec import ExplainStep, Extract, Heads, Network, OpenedSet, PublishedNumber, Question, Study
 
 RESAMPLES, QUICK_RESAMPLES = 2000, 200
 TOP = 3  # heads in the chart of the best
@@ -44,16 +44,15 @@ OTHERS = {"parameters": "parameters", "train_seconds": "seconds to train", "ms_p
 
 @dataclass(frozen=True)
 class StudyTable:
-    """A question as compared. ``steps``: of each family, in their order, the step that made it."""
+    """A question as compared."""
 
     question: Question
-    families: list[Family]
-    steps: list[str]
+    rows: Rows
     record: dict[str, Any]
 
     @property
-    def rows(self) -> list[tuple[str, Family, dict[str, Any]]]:
-        return list(zip(self.steps, self.families, self.record["families"], strict=True))
+    def families(self) -> list[Family]:
+        return [family for _, family, _ in self.rows]
 
     @property
     def runs(self) -> list[Run]:
@@ -66,6 +65,25 @@ class StudyTable:
         return run
 
 
+@dataclass(frozen=True)
+class StudyResult:
+    """A study as it lies in its folder. ``steps``, ``left_out``: as planned; ``rows``: step -> its row of the journal,
+    of those that are finished; ``page``: None where it was only planned, or no step with numbers is finished;
+    ``images``: that the page embeds."""
+
+    study: Study
+    options: StudyOptions
+    folder: Path
+    sets: dict[str, OpenedSet]
+    steps: Sequence[PlannedStep]
+    left_out: dict[str, str]
+    rows: dict[str, dict[str, Any]]
+    page: Path | None = None
+    images: int = 0
+    tables: Sequence[StudyTable] = ()
+    published: Sequence[dict[str, Any]] = ()
+
+
 def write_study(result: StudyResult, *, images: bool = True, hash_ids: bool = False) -> StudyResult:
     """report.html, and for each question its metrics.csv and metrics.json; none where no step with numbers is finished.
     The result with what was written."""
@@ -74,38 +92,34 @@ def write_study(result: StudyResult, *, images: bool = True, hash_ids: bool = Fa
         return result
     published = [_published_row(result, table, each) for table in tables for each in table.question.published]
     result = replace(result, tables=tables, published=published)
-    page, count = render_study(result, ImageLoader(hashed() if hash_ids else str, images))
+    text, count = render_study(result, ImageLoader(hashed() if hash_ids else str, images))
+    page = result.folder / "report.html"
     try:
         for table in tables:
-            with writing(result.folder):
-                (result.folder / table.question.name).mkdir(exist_ok=True)
+            (result.folder / table.question.name).mkdir(exist_ok=True)
             write_metrics_files(result.folder / table.question.name, table.record)
-        write_whole(result.folder / "report.html", page.encode("utf-8", "backslashreplace"))
+        write_whole(page, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         why = f"The report could not be written in {result.folder}: {error.strerror}."
         raise CannotWrite(error.errno, why) from error
-    return replace(result, page=result.folder / "report.html", images=count)
+    return replace(result, page=page, images=count)
 
 
 def _table(result: StudyResult, question: Question) -> StudyTable | None:
-    families: list[Family] = []
-    steps: list[str] = []
-    for step in result.study.steps:
-        if step.name in result.rows and isinstance(step, Heads | Network) and step.question == question.name:
-            made = result.rows[step.name]["made"]
-            if isinstance(step, Heads):
-                families += load_sweep(result.folder / made["sweep"]).families
-            else:
-                families += families_of([load_run(result.folder / made["run"])])
-            steps += [step.name] * (len(families) - len(steps))
-    if not families:
+    made = [
+        (step.name, family)
+        for step in result.study.steps
+        if step.name in result.rows and isinstance(step, Heads | Network) and step.question == question.name
+        for path in result.rows[step.name]["made"].values()
+        for family in families_in(result.folder / path)
+    ]
+    if not made:
         return None
-    pairs = zip(steps, families, strict=True)
-    reference = next((str(family.runs[0].path) for step, family in pairs if step == question.reference), None)
+    reference = next((str(family.runs[0].path) for step, family in made if step == question.reference), None)
     resamples = QUICK_RESAMPLES if result.options.quick else RESAMPLES
-    record = compare(families, reference=reference, resamples=resamples).record
-    untrained = result.options.quick or result.options.random_weights
-    return StudyTable(question, families, steps, {**record, "select": question.select, "untrained": untrained})
+    record = compare([family for _, family in made], reference=reference, resamples=resamples).record
+    rows = [(*pair, own) for pair, own in zip(made, record["families"], strict=True)]
+    return StudyTable(question, rows, {**record, "select": question.select, "untrained": result.options.untrained})
 
 
 def render_study(result: StudyResult, album: ImageLoader) -> tuple[str, int]:
@@ -127,13 +141,14 @@ def render_study(result: StudyResult, album: ImageLoader) -> tuple[str, int]:
     pictures = list(_maps(result)) if album.images else []
     seconds = {name: row["seconds"] for name, row in result.rows.items()}
     count += len(pictures) + sum(len(images) for each in sets for _, images in each["samples"])
+    reasons = [reason for table in tables for each in table.question.published for reason in grey_reasons(result, each)]
     context = {
         "record": tables[0].record, "title": f"{study.name}: {study.title}", "subtitle": study.question,
         "source": study.source, "about": study.about, "differs": study.differs, "quick": result.options.quick,
         "ran_on": "; ".join(dict.fromkeys(each.drawn for each in result.sets.values())),
         "cautions": cautions(result), "changed": _changed(result), "sets": sets, "published": result.published,
         "other_sources": any(each.source for table in tables for each in table.question.published),
-        "greyed": _grey_reasons(result) if any(row["grey"] for row in result.published) else "",
+        "greyed": " or ".join(dict.fromkeys(reasons)),
         "notes": list(dict.fromkeys(t.question.note for t in tables if t.question.note)),
         "figures": FIGURES[study.figures](tables[0].rows, seconds) if study.figures else [], "parts": parts,
         "pictures": pictures, "steps": _step_rows(result), "commands": _commands(result),
@@ -147,50 +162,46 @@ def cautions(result: StudyResult) -> list[str]:
     """What a reader must know before the numbers: the study's own, and what these images show."""
     study, sentences = result.study, list(result.study.cautions)
     for name, opened in result.sets.items():
-        questions = [question for question in study.questions if question.images == name]
-        if (few := opened.few_in_val) and any(question.splits(opened.dataset) is None for question in questions):
+        protocol = any(each.images == name and each.splits(opened.dataset) is None for each in study.questions)
+        if protocol and (few := opened.few_in_val):
             what = ", ".join(few[:4]) + (f" and {len(few) - 4} more" if len(few) > 4 else "")
             sentences.append(
                 f"The val split of {name} has {what}: it cannot choose a model. It was returned to train, "
                 "and 15 % of train were drawn anew."
             )
     features = {step.name for step in study.steps if isinstance(step, Extract)}
-    left = [f"{name} is not here: {why}." for name, why in result.plan.left_out if name not in features]
+    left = [f"{name} is not here: {why}." for name, why in result.left_out.items() if name not in features]
     return [*sentences, *left]
 
 
 def _changed(result: StudyResult) -> list[str]:
     """What was asked for otherwise than the study has it."""
-    options, sentences = result.options, []
-    if options.image_size:
-        sentences.append(f"All networks see {options.image_size} pixels instead of their own size.")
-    if options.epochs:
-        sentences.append(f"No network and no head was trained for more than {options.epochs} epochs.")
-    if options.train_per_class:
-        sentences.append(
-            f"Networks that are trained from pixels saw at most {options.train_per_class} training images of each "
-            "class; heads on frozen features saw all."
-        )
-    if options.quick:
-        calls = [step.call for step in result.plan.steps]
-        names = {c.get("backbone") or c.get("arch", "").removeprefix(FINETUNE) for c in calls} - {""}
-        sentences.append(f"Small networks at 32 pixels: {', '.join(sorted(names))}.")
-    if options.random_weights:
-        sentences.append("No pretrained weights: every backbone began from random ones (--random-weights).")
-    return sentences
+    options, calls = result.options, [call for _, call, _ in result.steps]
+    names = {call.get("backbone") or call.get("arch", "").removeprefix(FINETUNE) for call in calls} - {""}
+    sentences = {
+        f"All networks see {options.image_size} pixels instead of their own size.": options.image_size,
+        f"No network and no head was trained for more than {options.epochs} epochs.": options.epochs,
+        f"Networks that are trained from pixels saw at most {options.train_per_class} training images of each class; "
+        "heads on frozen features saw all.": options.train_per_class,
+        f"Small networks at 32 pixels: {', '.join(sorted(names))}.": options.quick,
+        "No pretrained weights: every backbone began from random ones (--random-weights).": options.random_weights,
+    }
+    return [sentence for sentence, applies in sentences.items() if applies]
 
 
 def _step_rows(result: StudyResult) -> list[dict[str, Any]]:
     """Every step of the study that these images have: what it is, how long it took, or why it is not there."""
-    calls = {step.name: step.call for step in result.plan.steps} | {n: r["asked"] for n, r in result.rows.items()}
-    why, rows = dict(result.plan.left_out), []
+    calls = {step.name: call for step, call, _ in result.steps} | {
+        name: row["asked"] for name, row in result.rows.items()
+    }
+    rows = []
     for step in result.study.steps:
-        if result.study.set_of(step) in result.sets or step.name in result.rows:
-            left = why.get(step.name) or why.get(getattr(step, "question", ""))
-            state = "done" if step.name in result.rows else left or "not run: left out by --only or --skip"
-            seconds = result.rows.get(step.name, {}).get("seconds")
-            what = call_text(calls[step.name]) if step.name in calls else "–"
-            rows.append({"name": step.name, "what": what, "seconds": seconds, "state": state})
+        name, row = step.name, result.rows.get(step.name)
+        if result.study.set_of(step) in result.sets or row:
+            left = result.left_out.get(name) or result.left_out.get(getattr(step, "question", ""))
+            state = "done" if row else left or "not run: left out by --only or --skip"
+            what = call_text(calls[name]) if name in calls else "–"
+            rows.append({"name": name, "what": what, "seconds": row and row["seconds"], "state": state})
     return rows
 
 
@@ -200,8 +211,7 @@ def _commands(result: StudyResult) -> list[tuple[str, str]]:
     words = ["featurecache", "study", result.study.name, *(w for data in options.data for w in ("--data", data))]
     words += ["--quick"] if options.quick else ["--random-weights"] if options.random_weights else []
     words += [word for name, path in options.weights.items() for word in ("--weights", f"{name}={path}")]
-    for name in ("image_size", "epochs", "train_per_class"):
-        words += [flag(name), str(value)] if (value := getattr(options, name)) else []
+    words += [word for name in NUMBERS if (n := getattr(options, name)) for word in (flag(name), str(n))]
     commands = {"The study:": shlex.join([*words, "--out", str(result.folder)])}
     for step, family, _ in (row for table in result.tables for row in table.rows):
         if command := sweep_command(Path(family.runs[0].path).parent.parent):
@@ -211,14 +221,14 @@ def _commands(result: StudyResult) -> list[tuple[str, str]]:
 
 def _maps(result: StudyResult) -> Iterator[tuple[str, int, int, str]]:
     """(data URI, width, height, words) of the maps that were drawn."""
-    titles = {step.name: step.question for step in result.study.steps if isinstance(step, ExplainStep)}
-    by_name = {question.name: question.title for question in result.study.questions}
-    for step, row in result.rows.items():
-        for name in row["made"].get("pictures", []):
+    for step in result.study.steps:
+        question = result.study.question_of(step)
+        made = result.rows[step.name]["made"] if isinstance(step, ExplainStep) and step.name in result.rows else {}
+        for name in made.get("pictures", []):
             data = (result.folder / name).read_bytes()
             width, height = struct.unpack(">II", data[16:24])  # of the header of a PNG
             uri = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-            yield uri, width, height, f"{by_name[titles[step]]}, {Path(name).parent.name}"
+            yield uri, width, height, f"{question and question.title}, {Path(name).parent.name}"
 
 
 def _digests(result: StudyResult, opened: OpenedSet) -> np.ndarray:
@@ -244,16 +254,16 @@ def _published_row(result: StudyResult, table: StudyTable, published: PublishedN
     record, measure = _matching_family(table, published), published.measure
     value, low, high = our_value(published, record) if record else (None, None, None)
     absent = f"not run: {published.ours}" if published.ours else "none: this study trains none like it"
-    ends = [format_published(measure, end) for end in (low, high) if end is not None]
     name = OTHERS.get(measure) or title(measure, table.record["task"])
+    ends = ", ".join(format_published(measure, end) for end in (low, high))
     return {
         "what": published.what, "part": table.question.title,
         "measure": f"{name}{' on val' if published.split == 'val' else ''}",
         "published": published.value, "published_words": format_published(measure, published.value),
         "here": value, "here_words": format_published(measure, value),
-        "range": f"[{', '.join(ends)}]" if len(ends) == 2 else None, "ours": record["name"] if record else absent,
+        "range": None if low is None or high is None else f"[{ends}]", "ours": record["name"] if record else absent,
         "remark": "; ".join(filter(None, [published.remark, published.source])),
-        "grey": is_not_comparable(result, published),
+        "grey": bool(grey_reasons(result, published)),
     }  # fmt: skip
 
 
@@ -292,27 +302,20 @@ def format_published(measure: str, value: float | None) -> str:
     return formatting.number(value)
 
 
-def is_not_comparable(result: StudyResult, published: PublishedNumber) -> bool:
-    """Whether what stands here is no answer to the number: a trial, random weights in the place of pretrained ones, or
-    fewer epochs or images than the study has."""
+def grey_reasons(result: StudyResult, published: PublishedNumber) -> list[str]:
+    """Why what stands here is no answer to a number, if it is none: what our head was."""
     options = result.options
-    step = next((s for s in result.study.steps if s.name == published.ours), None)
-    if options.quick or step is None or published.measure == "parameters":
-        return options.quick
+    step = next((step for step in result.study.steps if step.name == published.ours), None)
+    trained = step is not None and published.measure != "parameters"
+    network = isinstance(step, Network)
     pretrained = not isinstance(step, Network) or step.arch.startswith(FINETUNE)
-    fewer = options.epochs or (isinstance(step, Network) and options.train_per_class)
-    return bool(fewer or (options.random_weights and pretrained))
-
-
-def _grey_reasons(result: StudyResult) -> str:
-    options = result.options
     reasons = {
         "a trial": options.quick,
-        "begun from random weights": options.random_weights,
-        "trained for fewer epochs than the study has": options.epochs,
-        "trained on fewer images than the study has": options.train_per_class,
+        "begun from random weights": trained and pretrained and options.random_weights,
+        "trained for fewer epochs than the study has": trained and options.epochs,
+        "trained on fewer images than the study has": trained and network and options.train_per_class,
     }
-    return " or ".join(reason for reason, there in reasons.items() if there)
+    return [reason for reason, applies in reasons.items() if applies]
 
 
 # --- charts that a study asks for

@@ -8,12 +8,10 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from featurecache.errors import BadOption, UnknownStudy, WeightsNotFound, nearest
@@ -29,9 +27,8 @@ QUICK_BACKBONES = {
     "resnet50": "torchvision:resnet18", "densenet121": "torchvision:shufflenet_v2_x0_5",
 }  # fmt: skip
 QUICK_SIZE = 32  # pixels
-QUICK_EPOCHS = {"heads": 6, "network": 2}
-QUICK_TRIALS = 3
-QUICK_BATCH = 16
+QUICK_HEADS = {"epochs": 6, "trials": 3}  # in the place of those that a step has
+QUICK_EPOCHS, QUICK_BATCH = 2, 16  # of networks
 # 10^9 multiply-adds of an image and the side in pixels they are at; None: the same at any side. Dosovitskiy et al.
 # 2021, torchvision's table of weights; the others counted by hand from the layers.
 GMACS: dict[str, tuple[float, int | None]] = {
@@ -43,6 +40,8 @@ GMACS: dict[str, tuple[float, int | None]] = {
 HEAD_GMACS = {"large": 0.04}  # of tokens of a ViT-B; of others the steps around it, not the product
 AROUND = 0.05  # minutes of a step beside the products: loading, the first batch, measures, writing
 REACHED = 0.7  # of the speed of a large product of matrices, as ViT-B, ResNet-50 and DenseNet-121 reached it
+NUMBERS = ("image_size", "epochs", "train_per_class")  # options that are one; None: as the study has it
+PACKAGES = {"explain": "pytorch_grad_cam"}  # of an extra, where it is not called as the extra
 
 
 @dataclass(frozen=True)
@@ -75,53 +74,27 @@ class StudyOptions:
             )
         if self.random_weights and self.weights:
             raise BadOption("--random-weights and --weights contradict each other; give one of them.")
-        for name in ("image_size", "epochs", "train_per_class"):
+        for name in NUMBERS:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise BadOption(f"{flag(name)} is {value}; it must be at least 1.")
 
+    @property
+    def untrained(self) -> bool:
+        """Whether backbones that the study has with pretrained weights have random ones."""
+        return self.quick or self.random_weights
+
     def to_dict(self) -> dict[str, Any]:
         """What decides results; which steps are run, and where, does not."""
-        names = ("quick", "random_weights", "weights", "image_size", "epochs", "train_per_class")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("quick", "random_weights", "weights", *NUMBERS)}
 
 
-@dataclass(frozen=True)
-class PlannedStep:
+class PlannedStep(NamedTuple):
     """A step with every option resolved: ``call`` is JSON, the function it calls, what on, and its options.
     ``minutes``: about how long, None where it cannot be said."""
 
     step: Step
     call: dict[str, Any]
     minutes: float | None
-
-    @property
-    def name(self) -> str:
-        return self.step.name
-
-
-@dataclass(frozen=True)
-class StudyPlan:
-    """``left_out``: (step or question, why) of what the images or the options do not allow."""
-
-    steps: list[PlannedStep]
-    left_out: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """A study as it lies in its folder. ``rows``: step -> its row of the journal, of those that are finished; ``page``:
-    None where it was only planned, or no step with numbers is finished; ``images``: that the page embeds."""
-
-    study: Study
-    options: StudyOptions
-    folder: Path
-    sets: dict[str, OpenedSet]
-    plan: StudyPlan
-    rows: dict[str, dict[str, Any]]
-    page: Path | None = None
-    images: int = 0
-    tables: Sequence[Any] = ()  # `heads.studies.page.StudyTable`
-    published: Sequence[dict[str, Any]] = ()
 
 
 def read_weights(texts: Sequence[str], study: Study) -> dict[str, str]:
@@ -158,9 +131,8 @@ def wanted_steps(study: Study, options: StudyOptions) -> list[Step]:
         if not fnmatch.filter(by_name, word):
             there = ", ".join(by_name)
             raise UnknownStudy(f'no step is called "{word}".{nearest(word, by_name)} There are {there}.')
-    only = options.only or ("*",)
-    names = {name for name in by_name if any(fnmatch.fnmatchcase(name, word) for word in only)}
-    names -= {name for name in by_name if any(fnmatch.fnmatchcase(name, word) for word in options.skip)}
+    names = {name for word in options.only or ("*",) for name in fnmatch.filter(by_name, word)}
+    names -= {name for word in options.skip for name in fnmatch.filter(by_name, word)}
     for step in reversed(study.steps):  # what a step needs stands before it
         names.update(study.needs(step) if step.name in names else ())
     return [step for step in study.steps if step.name in names]
@@ -168,9 +140,8 @@ def wanted_steps(study: Study, options: StudyOptions) -> list[Step]:
 
 def check_packages(steps: Sequence[Step], quick: bool) -> None:
     """Said before hours of work: which steps need what is not installed. Raises BadOption."""
-    modules = {"explain": "pytorch_grad_cam"}
     pairs = [(step.name, extra) for step in steps for extra in _extras(step, quick)]
-    missing = [(name, extra) for name, extra in pairs if not importlib.util.find_spec(modules.get(extra, extra))]
+    missing = [(name, extra) for name, extra in pairs if not importlib.util.find_spec(PACKAGES.get(extra, extra))]
     if not missing:
         return
     names, extras = (list(dict.fromkeys(words)) for words in zip(*missing, strict=True))
@@ -183,40 +154,39 @@ def check_packages(steps: Sequence[Step], quick: bool) -> None:
     )
 
 
-def _extras(step: Step, quick: bool) -> Iterator[str]:
+def _extras(step: Step, quick: bool) -> list[str]:
     """The extras that a step needs; those of data are said when they are opened."""
-    if isinstance(step, Heads) and step.options.get("search"):
-        yield "optuna"
-    if isinstance(step, Network) and step.options.get("lora"):
-        yield "peft"
-    if isinstance(step, ExplainStep):
-        yield "explain"
-    if not quick and any(name.startswith("timm:") for name in backbones_of([step])):
-        yield "timm"
+    timm = not quick and any(name.startswith("timm:") for name in backbones_of([step]))
+    searches = isinstance(step, Heads) and "search" in step.options
+    needed = {"optuna": searches, "explain": isinstance(step, ExplainStep), "timm": timm}
+    return [extra for extra in needed if needed[extra]]
 
 
 def check_weights(study: Study, options: StudyOptions, steps: Sequence[Step]) -> None:
     """Every backbone is loaded once, so that it is fetched, or its absence said, before anything is computed."""
     from featurecache.backbones import load_backbone
 
-    for name in [] if options.quick or options.random_weights else backbones_of(steps):
+    for name in [] if options.untrained else backbones_of(steps):
         try:
             load_backbone(name, weights=options.weights.get(name))
         except WeightsNotFound as error:
-            first = str(error).splitlines()[0]
             way = "PATH" if len(backbones_of(study.steps)) == 1 else f"{name}=PATH"
             raise WeightsNotFound(
-                f"{first}\n       --weights {way}   a copy you have        HF_HOME=…, TORCH_HOME=…   an existing cache"
+                f"{str(error).splitlines()[0]}\n"
+                f"       --weights {way}   a copy you have        HF_HOME=…, TORCH_HOME=…   an existing cache"
                 "        --random-weights   the study without them, which shows the tool and no backbone"
             ) from error
 
 
-def plan_study(study: Study, options: StudyOptions, sets: dict[str, OpenedSet], gflops: float) -> StudyPlan:
-    """``gflops``: 10^9 operations a second of this machine, for the minutes."""
+def plan_study(
+    study: Study, options: StudyOptions, sets: dict[str, OpenedSet], gflops: float
+) -> tuple[list[PlannedStep], dict[str, str]]:
+    """The steps, and of each step or question that the images or the options do not allow why. ``gflops``: 10^9
+    operations a second of this machine, for the minutes."""
     steps: list[PlannedStep] = []
-    left: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     tasks: dict[str, dict[str, Any] | str] = {"": {}}
-    control = {s.name for s in study.steps if isinstance(s, Extract) and s.untrained}
+    control = {step.name for step in study.steps if isinstance(step, Extract) and step.untrained}
     for step in (each for each in wanted_steps(study, options) if study.set_of(each) in sets):
         opened, question = sets[study.set_of(step)], study.question_of(step)
         name = question.name if question else ""
@@ -224,13 +194,13 @@ def plan_study(study: Study, options: StudyOptions, sets: dict[str, OpenedSet], 
             tasks[name] = task_options(question, opened)
         task = tasks[name]
         if isinstance(task, str):
-            left[name] = task
-        if (options.random_weights or options.quick) and control & {step.name, *study.needs(step)}:
-            left[step.name] = "with random weights the frozen features are this control themselves"
+            left_out[name] = task
+        if options.untrained and control & {step.name, *study.needs(step)}:
+            left_out[step.name] = "with random weights the frozen features are this control themselves"
         elif not isinstance(task, str):
             call = resolve_options(study, step, options, task)
             steps.append(PlannedStep(step, call, minutes_of(call, opened, gflops)))
-    return StudyPlan(steps, list(left.items()))
+    return steps, left_out
 
 
 def task_options(question: Question, opened: OpenedSet) -> dict[str, Any] | str:
@@ -269,50 +239,48 @@ def _class_called(word: str, classes: Sequence[str]) -> str | None:
 
 def resolve_options(study: Study, step: Step, options: StudyOptions, task: dict[str, Any]) -> dict[str, Any]:
     """The call of a step. ``task``: the options that its question has for all."""
-    question = study.question_of(step)
+    question, quick, most = study.question_of(step), options.quick, options.train_per_class
     if isinstance(step, Extract):
         backbone = _backbone_options(step.backbone, step.untrained, options)
         return {"extract": step.images, "outputs": step.outputs, **backbone}
     if isinstance(step, ExplainStep):
-        return {"explain": list(study.needs(step)), "images": 2 if options.quick else step.images}
+        return {"explain": list(study.needs(step)), "images": 2 if quick else step.images}
     assert question is not None
-    if isinstance(step, Network):
-        return {"train_baseline": question.images, **_network_options(step, options, task)}
-    call = {"epochs": 50, **task, "select": question.select, **step.options}
-    if options.quick:
-        call |= {"epochs": QUICK_EPOCHS["heads"]} | ({"trials": QUICK_TRIALS} if "trials" in call else {})
-    call["epochs"] = min(call["epochs"], options.epochs or call["epochs"])
-    return {"ablate": list(step.features), "heads": step.heads, **call}
-
-
-def _network_options(step: Network, options: StudyOptions, task: dict[str, Any]) -> dict[str, Any]:
-    call, arch = {**task, **step.options}, step.arch
-    if arch.startswith(FINETUNE):
-        backbone = _backbone_options(arch.removeprefix(FINETUNE), False, options)
-        arch = FINETUNE + backbone.pop("backbone")
-        call |= backbone
-    elif size := options.image_size or (QUICK_SIZE if options.quick else None):
+    if isinstance(step, Heads):
+        call = {"ablate": list(step.features), "heads": step.heads, "epochs": 50, **task, "select": question.select}
+        call |= step.options
+        if quick:
+            call |= {name: value for name, value in QUICK_HEADS.items() if name in call}
+        return call | {"epochs": min(call["epochs"], options.epochs or call["epochs"])}
+    call = {"train_baseline": question.images, "arch": step.arch, **task, **step.options}
+    if step.arch.startswith(FINETUNE):
+        backbone = _backbone_options(step.arch.removeprefix(FINETUNE), False, options)
+        call |= {"arch": FINETUNE + backbone.pop("backbone")} | backbone
+    elif size := _image_size(options):
         call["image_size"] = size
-    if options.quick:
+    if quick:
         call["batch_size"] = QUICK_BATCH
-        if "train_per_class" in call:
-            call["train_per_class"] = min(call["train_per_class"], QUICK["train"])
-    if epochs := options.epochs or (QUICK_EPOCHS["network"] if options.quick else None):
+    if epochs := options.epochs or (QUICK_EPOCHS if quick else None):
         call["epochs"] = min(call.get("epochs") or _published_epochs(step.arch), epochs)
-    if options.train_per_class:
-        call["train_per_class"] = min(call.get("train_per_class", options.train_per_class), options.train_per_class)
-    return {"arch": arch, **call}
+    if most or "train_per_class" in call:
+        caps = (call.get("train_per_class"), most, QUICK["train"] if quick and "train_per_class" in call else None)
+        call["train_per_class"] = min(cap for cap in caps if cap)
+    return call
 
 
 def _backbone_options(name: str, untrained: bool, options: StudyOptions) -> dict[str, Any]:
-    quick = QUICK_BACKBONES.get(name, name) if options.quick else name
-    size = options.image_size or (QUICK_SIZE if options.quick else None)
-    call: dict[str, Any] = {"backbone": quick, **({"image_size": size} if size else {})}
-    if options.quick or options.random_weights or untrained:
+    call: dict[str, Any] = {"backbone": QUICK_BACKBONES.get(name, name) if options.quick else name}
+    if size := _image_size(options):
+        call["image_size"] = size
+    if options.untrained or untrained:
         call["random_weights"] = True
     elif name in options.weights:
         call["weights"] = options.weights[name]
     return call
+
+
+def _image_size(options: StudyOptions) -> int | None:
+    return options.image_size or (QUICK_SIZE if options.quick else None)
 
 
 def minutes_of(call: dict[str, Any], opened: OpenedSet, gflops: float) -> float | None:
@@ -338,8 +306,8 @@ def minutes_of(call: dict[str, Any], opened: OpenedSet, gflops: float) -> float 
 
 def _split_counts(opened: OpenedSet, call: dict[str, Any]) -> dict[str, int]:
     """About how many images each split has; without splits in the data, 70/15/15."""
-    names, total = np.array(opened.dataset.splits), len(opened.dataset)
-    counts = {split: int((names == split).sum()) for split in ("train", "val", "test")}
+    names, total = list(opened.dataset.splits), len(opened.dataset)
+    counts = {split: names.count(split) for split in ("train", "val", "test")}
     if not any(counts.values()):
         counts = {"train": total * 70 // 100, "val": total * 15 // 100, "test": total * 15 // 100}
     if call.get("train_per_class"):

@@ -58,26 +58,9 @@ _MINDLINA = (
     PublishedNumber("model 1: class token into a linear layer", "parameters", 1538, "pneumonia-heads", "linear on cls"),
     PublishedNumber("model 2: all tokens into two layers", "parameters", 443_906, "pneumonia-heads", "large on tokens"),
     PublishedNumber("model 3: tokens resized to 257", "parameters", 459_266, "pneumonia-heads", "large on tokens-257"),
-    PublishedNumber(
-        "three-block CNN", "parameters", 348_050, "pneumonia-cnn",
-        remark="its layers are not published: ours is a stand-in",
-    ),
+    PublishedNumber("three-block CNN", "parameters", 348_050, "pneumonia-cnn",
+                    remark="its layers are not published: ours is a stand-in"),
 )  # fmt: skip
-
-
-_MINDLINA_QUESTIONS = (
-    Question(
-        "pneumonia", "Normal or pneumonia", "chest", splits=thousand_of_each, published=_MINDLINA,
-        options={"classes": ("normal", "pneumonia=bacteria,virus")}, reference="pneumonia-cnn",
-        note=_MINDLINA_WORDS,
-    ),
-    Question(
-        "kind", "Bacteria or virus", "chest", splits=thousand_of_each,
-        options={"only": ("bacteria", "virus")}, reference="kind-cnn",
-        note=_MINDLINA_WORDS,
-    ),
-)  # fmt: skip
-
 MINDLINA = Study(
     name="mindlina",
     title="A frozen ViT with a small head, or a CNN?",
@@ -89,23 +72,25 @@ MINDLINA = Study(
         "Model 3's first layer acts on a fixed linear map of the tokens: it can express nothing that model 2 cannot.",
     ),
     images=(
-        ImageSet(
-            "chest",
-            "kaggle:paultimothymooney/chest-xray-pneumonia",
-            ("bacteria", "normal", "virus"),
-            columns={"label": "kind"},
-        ),
+        ImageSet("chest", "kaggle:paultimothymooney/chest-xray-pneumonia", ("bacteria", "normal", "virus"),
+                 columns={"label": "kind"}),
     ),
-    questions=_MINDLINA_QUESTIONS,
+    questions=(
+        Question("pneumonia", "Normal or pneumonia", "chest", splits=thousand_of_each, published=_MINDLINA,
+                 options={"classes": ("normal", "pneumonia=bacteria,virus")}, reference="pneumonia-cnn",
+                 note=_MINDLINA_WORDS),
+        Question("kind", "Bacteria or virus", "chest", splits=thousand_of_each, options={"only": ("bacteria", "virus")},
+                 reference="kind-cnn", note=_MINDLINA_WORDS),
+    ),
     steps=(
         Extract("features", "chest", "vit-in21k", "cls,tokens,tokens-257"),
         *(
             step
-            for part in _MINDLINA_QUESTIONS
+            for name in ("pneumonia", "kind")
             for step in (
-                Heads(f"{part.name}-heads", part.name, ("features",), "linear,large",
+                Heads(f"{name}-heads", name, ("features",), "linear,large",
                       {"outputs": "cls,tokens,tokens-257", "lr": 1e-3}),
-                Network(f"{part.name}-cnn", part.name, "cnn-mindlina", {"lr": 1e-3}),
+                Network(f"{name}-cnn", name, "cnn-mindlina", {"lr": 1e-3}),
             )
         ),
     ),
@@ -137,18 +122,12 @@ MEDICAL_MNIST = Study(
         "google/vit-base-patch16-224 fine-tuned on 300 images; ResNet-50 and the ViT also frozen.",
     ),
     images=(
-        ImageSet(
-            "medical-mnist",
-            "kaggle:gennadiimanzhos/medical-mnist-train-test-val",
-            ("AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT"),
-        ),
+        ImageSet("medical-mnist", "kaggle:gennadiimanzhos/medical-mnist-train-test-val",
+                 ("AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT")),
     ),
     questions=(
         Question(
-            "scans",
-            "Which kind of scan",
-            "medical-mnist",
-            select="accuracy",
+            "scans", "Which kind of scan", "medical-mnist", select="accuracy",
             published=(
                 PublishedNumber("CNN from scratch", "accuracy", 0.9969, "cnn", split="val",
                           remark="after epoch 1; interrupted in epoch 2"),
@@ -180,7 +159,7 @@ MEDICAL_MNIST = Study(
     ),
     cautions=(
         "This set cannot tell good models apart: logistic regression on the features of a ViT that was never trained "
-        "(untrained-heads, the control below) reached 99.5 % of 2,000 test images.",
+        "(the step untrained-heads) reached 99.5 % of 2,000 test images.",
     ),
 )  # fmt: skip
 
@@ -201,14 +180,16 @@ _MEDMNIST_PUBLISHED: dict[str, tuple[PublishedNumber, ...]] = {
 }
 
 
-def _medmnist_question(name: str) -> Question:
-    return Question(name, name.replace("mnist", "MNIST").capitalize().replace("mnist", "MNIST"), name,
-                select="auroc" if MEDMNIST[name].task == "multilabel" else "accuracy",
-                published=_MEDMNIST_PUBLISHED.get(name, ()))  # fmt: skip
+_MEDMNIST_QUESTIONS = tuple(
+    Question(name, name.replace("mnist", "-mnist").title().replace("-Mnist", "MNIST"), name,
+             select="auroc" if MEDMNIST[name].task == "multilabel" else "accuracy",
+             published=_MEDMNIST_PUBLISHED.get(name, ()))
+    for name in _MEDMNIST_NAMES
+)  # fmt: skip
 
 
-def _medmnist_steps(name: str) -> tuple[Step, ...]:
-    tuned = {"epochs": 20, "select": _medmnist_question(name).select}
+def _medmnist_steps(question: Question) -> tuple[Step, ...]:
+    name, tuned = question.name, {"epochs": 20, "select": question.select}
     return (
         Extract(f"{name}-features", name, "vit-in1k", "cls"),
         Heads(f"{name}-frozen", name, (f"{name}-features",), "linear,knn"),
@@ -228,12 +209,12 @@ MEDMNIST_STUDY = Study(
         "Dong et al., CVPR 2024), and frozen with a linear probe and k-NN (after Doerrich et al. 2025, MedMNIST+).",
     ),
     images=tuple(
-        ImageSet(name, f"medmnist:{name}", published.classes, published.task, (f"{name}.npz", f"{name}_[0-9]*.npz"),
-               default=name in _MEDMNIST_DEFAULT)
-        for name, published in ((name, MEDMNIST[name]) for name in _MEDMNIST_NAMES)
+        ImageSet(name, f"medmnist:{name}", MEDMNIST[name].classes, MEDMNIST[name].task,
+                 (f"{name}.npz", f"{name}_[0-9]*.npz"), default=name in _MEDMNIST_DEFAULT)
+        for name in _MEDMNIST_NAMES
     ),
-    questions=tuple(_medmnist_question(name) for name in _MEDMNIST_NAMES),
-    steps=tuple(step for name in _MEDMNIST_NAMES for step in _medmnist_steps(name)),
+    questions=_MEDMNIST_QUESTIONS,
+    steps=tuple(step for question in _MEDMNIST_QUESTIONS for step in _medmnist_steps(question)),
     differs=(
         "How its epoch and learning rate were chosen is not known here; in this study val chooses, and test is read "
         "once.",
@@ -261,13 +242,7 @@ PNEUMONIA = Study(
         "timm's vit_base_patch16_224, ResNet-50 and DenseNet-121, fine-tuned and frozen. Asked: which is best and how "
         "long it takes; how few images do; what augmentation and the optimiser change; where the networks look.",
     ),
-    images=(
-        ImageSet(
-            "chest",
-            "kaggle:paultimothymooney/chest-xray-pneumonia",
-            ("NORMAL", "PNEUMONIA"),
-        ),
-    ),
+    images=(ImageSet("chest", "kaggle:paultimothymooney/chest-xray-pneumonia", ("NORMAL", "PNEUMONIA")),),
     questions=(Question("pneumonia", "Normal or pneumonia", "chest", select="accuracy"),),
     steps=(
         *(Extract(f"{name}-features", "chest", *backbone) for name, backbone in _BACKBONES.items()),
@@ -301,28 +276,25 @@ PNEUMONIA = Study(
 
 # --- cifar-tinyimagenet: a notebook; a small ViT against a small CNN
 
-# per set: what the notebook augmented with, the batch, the side in pixels, and accuracy, train seconds, ms an image
-_SMALL_SETS: dict[str, dict[str, Any]] = {
-    "cifar10": {"augment": "flip,rotate10,shift0.1", "batch_size": 128, "image_size": 32},
-    "cifar100": {"augment": "flip,rotate10,shift0.1", "batch_size": 128, "image_size": 32},
-    "tinyimagenet": {"augment": "flip,rotate15,shift0.15", "batch_size": 64, "image_size": 64},
+# per set: what it is called, and what the notebook augmented with, the batch, the side in pixels
+_SMALL_SETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cifar10": ("CIFAR-10", {"augment": "flip,rotate10,shift0.1", "batch_size": 128, "image_size": 32}),
+    "cifar100": ("CIFAR-100", {"augment": "flip,rotate10,shift0.1", "batch_size": 128, "image_size": 32}),
+    "tinyimagenet": ("Tiny ImageNet", {"augment": "flip,rotate15,shift0.15", "batch_size": 64, "image_size": 64}),
 }
-_SMALL_TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tinyimagenet": "Tiny ImageNet"}
-_SMALL_REPORTED = {  # one GPU; inference includes loading
+_SMALL_NAMES = {"vit": "small ViT", "cnn": "small residual CNN"}
+_SMALL_MEASURES = {"accuracy": "", "train_seconds": "one GPU", "ms_per_image": "one GPU", "parameters": ""}
+_SMALL_REPORTED = {  # the measures; inference includes loading
     ("cifar10", "vit"): (0.6292, 443, 0.347, 1_205_642), ("cifar10", "cnn"): (0.8004, 323, 0.286, 175_258),
     ("cifar100", "vit"): (0.3677, 439, 0.349, 1_217_252), ("cifar100", "cnn"): (0.4287, 326, 0.246, 181_108),
     ("tinyimagenet", "vit"): (0.3115, 884, 0.555, 1_248_584), ("tinyimagenet", "cnn"): (0.2985, 839, 0.492, 187_608),
 }  # fmt: skip
-_SMALL_MEASURES = ("accuracy", "train_seconds", "ms_per_image", "parameters")
-_SMALL_NAMES = {"vit": "small ViT", "cnn": "small residual CNN"}
 
 
 def _small_published(name: str) -> tuple[PublishedNumber, ...]:
     return tuple(
-        PublishedNumber(
-            _SMALL_NAMES[arch], measure, value, f"{name}-{arch}", remark="" if "_" not in measure else "one GPU"
-        )
-        for arch in _SMALL_NAMES
+        PublishedNumber(title, measure, value, f"{name}-{arch}", remark=_SMALL_MEASURES[measure])
+        for arch, title in _SMALL_NAMES.items()
         for measure, value in zip(_SMALL_MEASURES, _SMALL_REPORTED[name, arch], strict=True)
     )
 
@@ -350,20 +322,20 @@ CIFAR_TINYIMAGENET = Study(
     ),
     images=(
         ImageSet("cifar10", "torchvision:CIFAR10", tuple(f"c{k}" for k in range(10)), aliases=("cifar-10-batches-py",),
-               local="torchvision:CIFAR10@{folder}"),
-        ImageSet("cifar100", "torchvision:CIFAR100", tuple(f"c{k}" for k in range(8)),
-               aliases=("cifar-100-python",), local="torchvision:CIFAR100@{folder}"),
+                 local="torchvision:CIFAR10@{folder}"),
+        ImageSet("cifar100", "torchvision:CIFAR100", tuple(f"c{k}" for k in range(8)), aliases=("cifar-100-python",),
+                 local="torchvision:CIFAR100@{folder}"),
         ImageSet("tinyimagenet", "kaggle:akash2sharma/tiny-imagenet", tuple(f"n{k}" for k in range(8)),
-               aliases=("tiny-imagenet-200",)),
+                 aliases=("tiny-imagenet-200",)),
     ),
     questions=tuple(
-        Question(name, _SMALL_TITLES[name], name, select="accuracy", published=_small_published(name),
-                 reference=f"{name}-cnn", splits=val_as_test)
-        for name in _SMALL_SETS
+        Question(name, title, name, select="accuracy", published=_small_published(name), reference=f"{name}-cnn",
+                 splits=val_as_test)
+        for name, (title, _) in _SMALL_SETS.items()
     ),
     steps=tuple(
         Network(f"{name}-{arch}", name, f"{arch}-cifar", {**options, "epochs": 10, "lr": 1e-3})
-        for name, options in _SMALL_SETS.items()
+        for name, (_, options) in _SMALL_SETS.items()
         for arch in _SMALL_NAMES
     ),
     differs=(

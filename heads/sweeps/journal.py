@@ -14,9 +14,10 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from heads.runs.run import Run, load_run, read_config, read_json
 from heads.runs.write import RunContents, check_out
 from heads.settings import METRICS
 from heads.sweeps.plan import SweepPlan
-from heads.task import clusters_of, task_of
+from heads.task import clusters_of
 from heads.training.job import TrainingJob
 
 RECORD, ROWS, STAGED = "sweep.json", "rows.jsonl", ".unchosen"
@@ -69,9 +70,9 @@ def read_journal(file: Path, columns: dict[str, type] = COLUMNS) -> tuple[list[R
             raise RunError(
                 f"{file} is damaged: line {damaged} is none of its rows. Delete that line to have it done again."
             )
-        place, count = row["together"]
+        place, number_together = row["together"]
         together = [*together, row] if place == len(together) else [row] if place == 0 else []
-        if len(together) == count:
+        if len(together) == number_together:
             rows.extend(together)
             together, end = [], position
     return rows, end
@@ -201,27 +202,28 @@ class StagedRuns:
         return self.folder / f"{key}.safetensors"
 
 
-def open_sweep(out: str | Path | None, plan: SweepPlan) -> tuple[Path, dict[str, Any] | None]:
-    """The folder of a planned sweep and the record in it, by which the plan takes the names of views and the budget of
-    memory that it began with. Raises RunError where it holds another sweep, or anything else."""
-    folder = check_out(out, RECORD, "sweep") if out is not None else _free_folder(plan)
-    if not (folder / RECORD).exists():
-        return folder, None
-    record = _read_sweep(folder)
-    _check_frame(folder, record["frame"], _frame(plan))
-    names, views = record["views"], plan.matched.views
-    plan.families = [replace(f, view=names.get(views[f.number].fingerprint, f.view)) for f in plan.families]
-    plan.ram = record["ram"] if plan.spec.base.ram is None else plan.ram
-    return folder, record
+def open_sweep(out: str | Path | None, plan: SweepPlan) -> Path:
+    """The folder of a planned sweep; where one lies in it, the plan takes the names of views and the budget of memory
+    that it began with. Raises RunError where it holds another sweep, or anything else."""
+    frame = _frame(plan)
+    folder = check_out(out, RECORD, "sweep") if out is not None else _free_folder(plan.matched.views[0].name, frame)
+    if (folder / RECORD).exists():
+        record = _read_sweep(folder)
+        if difference := _difference(record["frame"], frame):
+            raise RunError(f"{folder} holds a sweep {difference}. Its numbers would not compare; give another --out.")
+        names, views = record["views"], plan.matched.views
+        plan.families = [replace(f, view=names.get(views[f.number].fingerprint, f.view)) for f in plan.families]
+        plan.ram = record["ram"] if plan.spec.base.ram is None else plan.ram
+    return folder
 
 
-def _free_folder(plan: SweepPlan) -> Path:
+def _free_folder(view: str, frame: dict[str, Any]) -> Path:
     """The first that is not there, or holds this sweep."""
-    number = 1
-    while (folder := Path("runs") / f"ablate-{plan.matched.views[0].name}-{number}").exists():
-        if (folder / RECORD).is_file() and not _differences(_read_sweep(folder)["frame"], _frame(plan)):
+    for number in count(1):
+        folder = Path("runs") / f"ablate-{view}-{number}"
+        same = (folder / RECORD).is_file() and not _difference(_read_sweep(folder)["frame"], frame)
+        if same or not folder.exists():
             break
-        number += 1
     return folder
 
 
@@ -240,39 +242,32 @@ def _frame(plan: SweepPlan) -> dict[str, Any]:
     """What the heads of one sweep must have in common for their numbers to compare."""
     base, matched = plan.spec.base, plan.matched
     names = ("select", "split_seed", "resplit_val", "train_per_class", "drop_leaks", "positive", "sensitivity")
-    task = task_of(matched.views[0], classes=base.classes, only=base.only, positive=base.positive)
     return {
-        "images": matched.digest(),
-        "number of images": len(matched.rows[0]),
-        "classes": list(task.classes),
-        "folds": plan.spec.folds,
-        **{name: getattr(base, name) for name in names},
+        "images": matched.digest(), "number of images": len(matched.rows[0]), "classes": list(plan.task.classes),
+        "folds": plan.spec.folds, **{name: getattr(base, name) for name in names},
         "splits": matched.digest(plan.splits(0, 1.0, plan.spec.resplits[0]).names),
-    }
+    }  # fmt: skip
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [key for key in new if old.get(key, ...) != new[key]]
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What of a frame is other, in words; "" where nothing is."""
+    name = next((key for key in new if old.get(key, ...) != new[key]), "")
+    values = (old.get(name), new.get(name))
+    there, here = (", ".join(v) if isinstance(v, list) else "none" if v is None else v for v in values)
+    counts = f"{old.get('number of images')} there, {new['number of images']} here"
+    words = {
+        "": "", "images": f"of other images or labels ({counts})",
+        "splits": "with other splits: divided by another --splits, or by the rows of another first view in --features",
+    }  # fmt: skip
+    return words.get(name, f"with {name.replace('_', ' ')} {there}, not {here}")
 
 
-def _check_frame(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    for name in _differences(old, new):
-        values = (old.get(name), new[name])
-        texts = [", ".join(v) if isinstance(v, list) else "none" if v is None else v for v in values]
-        counts = f"{old.get('number of images')} there, {new['number of images']} here"
-        what = {
-            "images": f"of other images or labels ({counts})",
-            "splits": "with other splits: divided by another --splits, or by the rows of another first view in "
-            "--features",
-        }.get(name, f"with {name.replace('_', ' ')} {texts[0]}, not {texts[1]}")
-        raise RunError(f"{folder} holds a sweep {what}. Its numbers would not compare; give another --out.")
-
-
-def write_sweep(folder: Path, record: dict[str, Any] | None, plan: SweepPlan) -> None:
-    """Write what the sweep is; ``record``: that of the sweep which goes on."""
+def write_sweep(folder: Path, plan: SweepPlan) -> None:
+    """Write what the sweep is, or what it is now."""
     spec = json.loads(json.dumps(plan.spec.to_dict()))
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    old: dict[str, Any] = record or {"format": FORMAT, "created": now, "asked": []}
+    first: dict[str, Any] = {"format": FORMAT, "created": now, "asked": []}
+    old = _read_sweep(folder) if (folder / RECORD).exists() else first
     labels = {plan.matched.views[f.number].fingerprint: f.view for f in plan.families}
     new = {
         "select": plan.spec.base.select, "frame": _frame(plan), "ram": plan.ram, "featurecache": __version__,
@@ -303,13 +298,12 @@ def key_in(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep folder as it is. ``families``: those whose chosen heads are all there; ``unfinished``: the others."""
+    """A sweep folder as it is. ``families``: those whose chosen heads are all there."""
 
     path: Path
     record: dict[str, Any]
     rows: list[Row]
     families: list[Family]
-    unfinished: list[str]
 
     @property
     def best(self) -> Run:
@@ -322,10 +316,8 @@ def list_sweeps(folder: str | Path = "runs") -> list[Sweep]:
     """The sweeps in a folder, by name; anything else in it is passed over."""
     sweeps = []
     for path in sorted(Path(folder).glob(f"*/{RECORD}")):
-        try:
+        with suppress(RunError):  # of another version; load_sweep on it says what is wrong
             sweeps.append(load_sweep(path.parent))
-        except RunError:  # of another version; load_sweep on it says what is wrong
-            continue
     return sweeps
 
 
@@ -338,12 +330,10 @@ def load_sweep(path: str | Path) -> Sweep:
     by_family: dict[tuple[str, str, str, float], list[Row]] = {}
     for row in rows:
         by_family.setdefault(family_of(row), []).append(row)
-    families, unfinished = [], []
+    families = []
     for family, own in by_family.items():
         choice = select_setting(own, record["select"])
-        folders = [path / "heads" / slug(row) for row in choice.rows] if choice else []
-        if not choice or any(key_in(f) != row["key"] for f, row in zip(folders, choice.rows, strict=True)):
-            unfinished.append(" ".join(map(str, family[:3])))
-            continue
-        families.append(Family(*family, tuple(load_run(folder) for folder in folders), tuple(own)))
-    return Sweep(path, record, rows, families, unfinished)
+        folders = [(path / "heads" / slug(row), row["key"]) for row in choice.rows] if choice else []
+        if folders and all(key_in(folder) == key for folder, key in folders):
+            families.append(Family(*family, tuple(load_run(folder) for folder, _ in folders), tuple(own)))
+    return Sweep(path, record, rows, families)

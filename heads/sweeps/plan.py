@@ -27,7 +27,7 @@ from heads.runs.run import hash_of, name_of, option_words, source_words, view_wo
 from heads.settings import VARIED, Settings, flag, options_for
 from heads.splits import Splits, choose_splits
 from heads.sweeps.grid import Range, Resplit, SweepSpec
-from heads.task import FeatureView, task_of
+from heads.task import FeatureView, Task, task_of
 from heads.training.job import TrainingJob, choose_output, memory_plan, prepare_training, training_images_hash
 
 FORMAT = 1  # of the keys
@@ -57,6 +57,11 @@ class PlannedFamily:
     def solved(self) -> bool:
         return head_info(self.head).solved
 
+    @property
+    def together(self) -> int:
+        """How many heads are trained together, at most; of networks from pixels one, which is what memory holds."""
+        return 1 if is_baseline(self.head) else TOGETHER_STACKED if self.head in STEPPED else TOGETHER
+
     def __str__(self) -> str:
         part = f", {self.fraction * 100:.4g} % of train" if self.fraction < 1 else ""
         if is_baseline(self.head):
@@ -77,13 +82,18 @@ class SweepPlan:
     _images: dict[Any, str] = field(default_factory=dict)
     _keys: dict[Any, list[str]] = field(default_factory=dict)
 
+    @property
+    def task(self) -> Task:
+        """Of the first view, without the images that another lacks."""
+        base = self.spec.base
+        own = task_of(self.matched.views[0], classes=base.classes, only=base.only, positive=base.positive)
+        return self.matched.common_task(own)
+
     def splits(self, number: int, fraction: float, resplit: Resplit) -> Splits:
         """Drawn once, on the first view, and carried over to the others by image."""
         place = (fraction, resplit)
         if place not in self._splits:
-            first, base = self.matched.views[0], self._settings(fraction, resplit)
-            task = task_of(first, classes=base.classes, only=base.only, positive=base.positive)
-            self._splits[place] = choose_splits(first, self.matched.common_task(task), base)
+            self._splits[place] = choose_splits(self.matched.views[0], self.task, self._settings(fraction, resplit))
         if (number, place) not in self._splits:
             self._splits[number, place] = self.matched.carry_splits(self._splits[place], number)
         return self._splits[number, place]
@@ -95,64 +105,50 @@ class SweepPlan:
             fold=resplit.fold, ram=self.ram,
         )  # fmt: skip
 
-    def settings(
-        self, family: PlannedFamily, resplit: Resplit, values: dict[str, Any] | None = None, seed: int = 0
-    ) -> Settings:
-        """Of one head, without the options that are nothing to it: a solved head takes none about steps."""
-        shared, spec = self._settings(family.fraction, resplit), self.spec
-        own = {name: v for name, v in _published(family.head, spec.base).items() if name not in spec.given}
-        record = {**vars(shared), **own, **(values or {}), "head": family.head, "output": family.output, "seed": seed}
-        needless = [name for name in ("dropout", "gated", *FROM_PIXELS) if not has_option(family.head, name)]
-        needless += OF_STEPS if family.solved else []
-        plain = Settings(family.head)
-        return Settings(**record | {name: getattr(plain, name) for name in needless})
-
     def heads(
         self, family: PlannedFamily, resplit: Resplit, variants: Sequence[dict[str, Any]] | None = None
     ) -> list[Settings]:
-        """Every setting (``variants``: the grid unless said otherwise) with every seed; a solved head has neither."""
+        """Every setting (``variants``: the grid unless said otherwise) with every seed, without the options that are
+        nothing to the head; a solved one has one setting, and takes no option about steps."""
+        spec, plain = self.spec, Settings(family.head)
+        needless = [name for name in ("dropout", "gated", *FROM_PIXELS) if not has_option(family.head, name)]
         if family.solved:
-            return [self.settings(family, resplit)]
-        variants, seeds = self.spec.variants() if variants is None else variants, range(self.spec.seeds)
-        return list(dict.fromkeys(self.settings(family, resplit, values, s) for values in variants for s in seeds))
+            needless, variants, seeds = [*needless, *OF_STEPS], [{}], 1
+        else:
+            variants, seeds = spec.variants() if variants is None else variants, spec.seeds
+        published = {k: v for k, v in _published(family.head, spec.base).items() if k not in spec.given}
+        shared = vars(self._settings(family.fraction, resplit)) | published
+        own = {"head": family.head, "output": family.output}
+        nothing = {name: getattr(plain, name) for name in needless}
+        each = [shared | values | own | {"seed": seed} | nothing for values in variants for seed in range(seeds)]
+        return list(dict.fromkeys(Settings(**record) for record in each))
 
     def wanted(
         self, family: PlannedFamily, resplit: Resplit, variants: Sequence[dict[str, Any]] | None = None
     ) -> tuple[list[Settings], list[str]]:
-        """The heads of a family on one resplit, with their keys."""
+        """The heads of a family on one resplit, with their keys: one word for everything that decides a row, never a
+        path, a date or a count of threads."""
         settings = self.heads(family, resplit, variants)
         place = (family, resplit, tuple(settings))
         if place not in self._keys:
-            self._keys[place] = self.keys(self.job(family, resplit), family, resplit, settings)
+            job, drawn = self.job(family, resplit), (family.number, family.fraction, resplit)
+            if drawn not in self._images:
+                self._images[drawn] = training_images_hash(job)
+            shared = {
+                "format": FORMAT, "fingerprint": job.view.fingerprint, "output": job.output,
+                "images": self._images[drawn], "window": memory_plan(job)[1], "code": source_hash(family.head),
+                "standardize": job.settings.standardize or head_info(family.head).standardize,
+            }  # fmt: skip
+            own = [{k: v for k, v in each.to_dict().items() if k not in NOT_IN_KEY} for each in settings]
+            self._keys[place] = [hash_of(canonical_json(shared | {"settings": record})) for record in own]
         return settings, self._keys[place]
 
     def job(self, family: PlannedFamily, resplit: Resplit, settings: Settings | None = None) -> TrainingJob:
         """``settings``: those of a head that was trained before; else the first of the grid."""
         first = {name: v.low if isinstance(v, Range) else v[0] for name, v in self.spec.grid.items()}
-        wanted = settings or self.heads(family, resplit, [first])[0]
+        settings = settings or self.heads(family, resplit, [first])[0]
         splits = self.splits(family.number, family.fraction, resplit)
-        return prepare_training(self.matched.views[family.number], replace(wanted, ram=self.ram), splits)
-
-    def keys(
-        self, job: TrainingJob, family: PlannedFamily, resplit: Resplit, settings: Sequence[Settings]
-    ) -> list[str]:
-        """One word for everything that decides a row: never a path, a date or a count of threads."""
-        place = (family.number, family.fraction, resplit)
-        if place not in self._images:
-            self._images[place] = training_images_hash(job)
-        shared = {
-            "format": FORMAT, "fingerprint": job.view.fingerprint, "output": job.output, "images": self._images[place],
-            "window": memory_plan(job)[1], "code": source_hash(family.head),
-            "standardize": job.settings.standardize or head_info(family.head).standardize,
-        }  # fmt: skip
-        own = [{k: v for k, v in each.to_dict().items() if k not in NOT_IN_KEY} for each in settings]
-        return [hash_of(canonical_json(shared | {"settings": record})) for record in own]
-
-    def chunk(self, family: PlannedFamily) -> int:
-        """How many heads are trained together, at most; of networks from pixels one, which is what memory holds."""
-        if is_baseline(family.head):
-            return 1
-        return TOGETHER_STACKED if family.head in STEPPED else TOGETHER
+        return prepare_training(self.matched.views[family.number], replace(settings, ram=self.ram), splits)
 
     def command(self, folder: Path) -> str:
         """The command line that asks for this sweep."""

@@ -27,7 +27,7 @@ from heads.sweeps.grid import Resplit
 from heads.sweeps.journal import ROWS, JournalFile, Row, StagedRuns, key_in, slug
 from heads.sweeps.plan import STEPPED, PlannedFamily, SweepPlan
 from heads.sweeps.search import search
-from heads.task import Say, task_of
+from heads.task import Say
 from heads.training import engine
 from heads.training.job import TrainingJob, make_model, split_line
 from heads.training.losses import loss_and_prior
@@ -68,14 +68,20 @@ class SweepRunner:
 
     def _search(self, family: PlannedFamily) -> None:
         """Trials of settings, each trained with every seed on every resplit."""
+        resplits = self.plan.spec.resplits
+        heads = self.plan.spec.seeds * len(resplits)
+
+        def criterion(values: dict[str, Any]) -> float | None:
+            """Averaged over seeds and resplits; None where a head failed."""
+            keys = [key for resplit in resplits for key in self.plan.wanted(family, resplit, [values])[1]]
+            value = mean_of([self.journal.by_key[key] for key in keys], self.select)
+            return None if math.isnan(value) else value
 
         def train(variants: Sequence[dict[str, Any]]) -> list[float | None]:
             self.bar.update(len(variants) * heads - self.train(family, variants))
-            return [self.value(family, values) for values in variants]
+            return [criterion(values) for values in variants]
 
-        heads = self.plan.spec.seeds * len(self.plan.spec.resplits)
-        before = search(self.plan, family, self.folder, train)
-        self.bar.update(before * heads)
+        self.bar.update(heads * search(self.plan, family, self.folder, train))
 
     def train(self, family: PlannedFamily, variants: Sequence[dict[str, Any]] | None = None) -> int:
         """Every head of these settings that is not there yet, on every resplit; how many that were."""
@@ -83,36 +89,33 @@ class SweepRunner:
         for resplit in self.plan.spec.resplits:
             settings, keys = self.plan.wanted(family, resplit, variants)
             missing = [(s, key) for s, key in zip(settings, keys, strict=True) if key not in self.journal.by_key]
-            size = self.plan.chunk(family)
-            for start in range(0, len(missing), size):
-                chunk = missing[start : start + size]
+            for start in range(0, len(missing), family.together):
+                chunk = missing[start : start + family.together]
                 self._train_set(self.plan.job(family, resplit), family, resplit, chunk)
                 self.bar.update(len(chunk))
             trained += len(missing)
         return trained
 
-    def value(self, family: PlannedFamily, values: dict[str, Any]) -> float | None:
-        """The criterion of one setting, averaged over its seeds and resplits; None where a head of it failed."""
-        keys = [key for resplit in self.plan.spec.resplits for key in self.plan.wanted(family, resplit, [values])[1]]
-        value = mean_of([self.journal.by_key[key] for key in keys], self.select)
-        return None if math.isnan(value) else value
-
     def _train_set(
-        self, job: TrainingJob, family: PlannedFamily, resplit: Resplit, chunk: Sequence[tuple[Settings, str]]
-    ) -> None:
-        """Heads that share their batches: staged first, then their rows at once. A network is kept after every epoch,
-        too: it may take hours."""
-        checkpoint = None
+        self, job: TrainingJob, family: PlannedFamily, resplit: Resplit, chunk: Sequence[tuple[Settings, str]],
+        again: bool = False,
+    ) -> None:  # fmt: skip
+        """Heads that share their batches: staged first, then their rows at once (``again``: they are there). A network
+        is kept after every epoch, too: it may take hours."""
+        checkpoint, rows = None, []
         if isinstance(job.view, PixelView):
             ((settings, _),) = chunk
             checkpoint = checkpoint_of(RunTarget(self.folder, "network"), replace(job, settings=settings))
         fits = train_together(job, [settings for settings, _ in chunk], checkpoint=checkpoint)
-        rows = []
         for (settings, key), fit in zip(chunk, fits, strict=True):
             if isinstance(fit, FittedHead):
                 self.staged.put(key, self._contents(job, fit, family, resplit, key))
-            rows.append(_row(self.plan, family, resplit, job, settings, key, fit))
-        self.journal.append(rows)
+            own = replace(settings, ram=self.plan.spec.base.ram).to_dict()
+            place = {"view": family.view, "fingerprint": job.view.fingerprint, "output": job.output}
+            drawn = {"fraction": family.fraction, "repeat": resplit.repeat, "fold": resplit.fold}
+            rows.append({"key": key, **place, "head": family.head, **drawn, "settings": own, **_measured(fit)})
+        if not again:
+            self.journal.append(rows)
         if checkpoint:
             checkpoint.remove()
 
@@ -146,8 +149,11 @@ class SweepRunner:
         resplit = Resplit(row["repeat"], row["fold"])
         job = self.plan.job(family, resplit, Settings.from_dict(row["settings"]))
         contents = self.staged.take(row["key"], job)
-        if contents is None:
-            self._train_again(family, resplit, job, row["key"])
+        if contents is None:  # the whole set that it was trained in: alone it would differ in the last digits
+            rows, ram, splits = self.journal.together_with(row["key"]), job.settings.ram, job.settings.splits
+            settings = [replace(Settings.from_dict(each["settings"]), ram=ram, splits=splits) for each in rows]
+            chunk = [(own, each["key"]) for own, each in zip(settings, rows, strict=True)]
+            self._train_set(job, family, resplit, chunk, again=True)
             contents = self.staged.take(row["key"], job)
         assert contents is not None, "it was just put there"
         if family.head.startswith(FINETUNE):
@@ -157,26 +163,15 @@ class SweepRunner:
         contents = replace(contents, metrics=contents.metrics | {"controls": self._controls_for(family, resplit)})
         write_run(RunTarget(path.parent, path.name, path), contents)
 
-    def _train_again(self, family: PlannedFamily, resplit: Resplit, job: TrainingJob, key: str) -> None:
-        """Train the whole set again that a head was trained in: alone it would differ in the last digits."""
-        rows = self.journal.together_with(key)
-        own = [Settings.from_dict(row["settings"]) for row in rows]
-        settings = [replace(each, ram=job.settings.ram, splits=job.settings.splits) for each in own]
-        for row, fit in zip(rows, train_together(job, settings), strict=True):
-            if isinstance(fit, FittedHead):
-                self.staged.put(row["key"], self._contents(job, fit, family, resplit, row["key"]))
-
     def _controls_for(self, family: PlannedFamily, resplit: Resplit) -> list[dict[str, Any]]:
         """The controls, once: on the first resplit with the most images. They look at pixels, so at no view."""
-        spec, matched = self.plan.spec, self.plan.matched
-        if not self.controls or resplit != spec.resplits[0] or family.fraction < max(spec.fractions):
+        plan = self.plan
+        if not self.controls or resplit != plan.spec.resplits[0] or family.fraction < max(plan.spec.fractions):
             return []
         if self._controls is None:
             self._line("controls   chance, the majority class, logistic regression on raw pixels")
-            view, base = matched.views[0], spec.base
-            task = task_of(view, classes=base.classes, only=base.only, positive=base.positive)
-            splits = self.plan.splits(0, family.fraction, resplit)
-            self._controls = all_controls(view, matched.common_task(task), splits)
+            splits = plan.splits(0, family.fraction, resplit)
+            self._controls = all_controls(plan.matched.views[0], plan.task, splits)
         return self._controls
 
     def _line(self, line: str) -> None:
@@ -185,23 +180,16 @@ class SweepRunner:
         self.bar.refresh()
 
 
-def _row(
-    plan: SweepPlan, family: PlannedFamily, resplit: Resplit, job: TrainingJob, settings: Settings, key: str,
-    fit: FittedHead | ProtocolError,
-) -> Row:  # fmt: skip
-    row: Row = {
-        "key": key, "view": family.view, "fingerprint": job.view.fingerprint, "output": job.output,
-        "head": family.head, "fraction": family.fraction, "repeat": resplit.repeat, "fold": resplit.fold,
-        "settings": replace(settings, ram=plan.spec.base.ram).to_dict(),
-    }  # fmt: skip
+def _measured(fit: FittedHead | ProtocolError) -> Row:
+    """What a row says of a training beside what it was of."""
     if isinstance(fit, ProtocolError):
         nothing = dict.fromkeys(("epoch", "val", "test", "parameters", "ms_per_image"))
-        return row | nothing | {"failed": str(fit), "notes": [], "seconds": 0.0}
+        return {**nothing, "failed": str(fit), "notes": [], "seconds": 0.0}
     measures = {
         split: {m: float(v) for m in METRICS if isinstance(v := fit.metrics[split].get(m), int | float | np.number)}
         for split in ("val", "test")
     }
-    return row | {
+    return {
         "epoch": fit.epoch, **measures, "parameters": fit.parameters, "ms_per_image": fit.ms_per_image,
         "failed": None, "notes": list(fit.notes), "seconds": float(fit.seconds),
     }  # fmt: skip
@@ -211,7 +199,14 @@ def say_plan(
     plan: SweepPlan, folder: Path, rows: Sequence[Row], say: Say, whole: bool = False
 ) -> dict[PlannedFamily, int]:
     """The plan in a line or two; ``whole``: a line for each family. Returns how many heads of each are missing."""
-    todo, there = _missing(plan, {row["key"] for row in rows})
+    have, resplits, todo, there = {row["key"] for row in rows}, plan.spec.resplits, {}, 0
+    for family in plan.families:
+        if plan.spec.trials is not None and not family.solved:  # a search finds what it has tried by itself
+            todo[family] = plan.spec.trials * plan.spec.seeds * len(resplits)
+            continue
+        keys = [key for resplit in resplits for key in plan.wanted(family, resplit)[1]]
+        todo[family] = sum(key not in have for key in keys)
+        there += len(keys) - todo[family]
     for sentence in plan.left_out:
         say(f"left out   {sentence}: they do not fit")
     if plan.matched.left_out:
@@ -223,19 +218,6 @@ def say_plan(
     already = f"; {there:,} are there already" if there else ""
     say(f"plan       {_work(plan, todo)}, in {folder}/{already}")
     return todo
-
-
-def _missing(plan: SweepPlan, have: set[str]) -> tuple[dict[PlannedFamily, int], int]:
-    """Heads of each family to be trained, and how many are there; a search finds what it has tried by itself."""
-    resplits, todo, there = plan.spec.resplits, {}, 0
-    for family in plan.families:
-        if plan.spec.trials is not None and not family.solved:
-            todo[family] = plan.spec.trials * plan.spec.seeds * len(resplits)
-            continue
-        keys = [key for resplit in resplits for key in plan.wanted(family, resplit)[1]]
-        todo[family] = sum(key not in have for key in keys)
-        there += len(keys) - todo[family]
-    return todo, there
 
 
 def _work(plan: SweepPlan, todo: dict[PlannedFamily, int]) -> str:
@@ -299,7 +281,7 @@ def seconds_at_most(plan: SweepPlan, todo: dict[PlannedFamily, int]) -> float:
             continue
         job = plan.job(family, plan.spec.resplits[0])
         kind = (family.number, family.output, family.head)
-        together = min(plan.chunk(family), count) if family.head in STEPPED else 1
+        together = min(family.together, count) if family.head in STEPPED else 1
         if kind not in speed:
             speed[kind] = _seconds_of_a_step(job, together) / together
         batches = math.ceil(len(job.splits.rows("train")) / job.settings.batch_size)

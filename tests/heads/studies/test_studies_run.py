@@ -15,11 +15,11 @@ from PIL import Image
 
 import cli
 from featurecache import open_view
-from featurecache.errors import BadOption, RunError, StepFailed, Stopped
+from featurecache.errors import BadOption, CannotWrite, RunError, StepFailed, Stopped
 from heads import api
 from heads.reports.provenance import origins, sweep_command, train_command
 from heads.studies import runner
-from heads.studies.page import format_published, is_not_comparable
+from heads.studies.page import format_published, grey_reasons
 from heads.studies.plan import StudyOptions
 from heads.studies.spec import Extract, Heads, ImageSet, Network, PublishedNumber, Question, Study
 from heads.sweeps.journal import read_journal
@@ -27,11 +27,7 @@ from heads.training.loop import Checkpoint
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 SMALL = Study(
-    name="small",
-    title="Is it small?",
-    question="is it small?",
-    source="a book",
-    about=("It is about that.",),
+    name="small", title="Is it small?", question="is it small?", source="a book", about=("It is about that.",),
     images=(ImageSet("set", "kaggle:nobody/nothing", ("one", "two")),),
     questions=(
         Question("part", "One or two", "set", select="accuracy", reference="cnn", note="In words: small.",
@@ -47,14 +43,15 @@ SMALL = Study(
         Heads("heads", "part", ("features",), "linear"),
         Network("cnn", "part", "cnn-cifar", {"select": "accuracy"}),
     ),
-    differs=("It looked at test.",),
-    cautions=("Small sets say little.",),
+    differs=("It looked at test.",), cautions=("Small sets say little.",),
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(runner, "load_study", lambda name: SMALL)
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "load_study", lambda name: SMALL)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,22 +68,35 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def done(data, tmp_path_factory):
+def done(small, data, tmp_path_factory):
     """The study, run once without a stop."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "load_study", lambda name: SMALL)
-        out = tmp_path_factory.mktemp("studies") / "small"
-        return runner.run_study("small", data=[str(data)], quick=True, out=out)
+    return study(tmp_path_factory.mktemp("studies") / "small", data)
 
 
-def again(done, **options):
-    heard: list[str] = []
-    options = {"quick": True, "out": done.folder, **options}
-    return runner.run_study("small", say=heard.append, **options), heard
+def study(out, data=None, **options):
+    """The study as a trial; without ``data`` those that it was run on before."""
+    named = {} if data is None else {"data": [str(data)]}
+    return runner.run_study("small", **{"quick": True, "out": out, **named, **options})
 
 
 def steps_in(folder: Path) -> dict[str, dict]:
     return {row["step"]: row for row in read_journal(folder / runner.STEPS, runner.COLUMNS)[0]}
+
+
+def fail(error):
+    def raising(*given, **options):
+        raise error
+
+    return raising
+
+
+@pytest.fixture
+def journal(done):
+    """The rows of the finished study, to be damaged."""
+    file = done.folder / runner.STEPS
+    whole = file.read_bytes()
+    yield file
+    file.write_bytes(whole)
 
 
 def test_every_step_is_kept_with_what_it_was_asked_and_made(done):
@@ -97,67 +107,55 @@ def test_every_step_is_kept_with_what_it_was_asked_and_made(done):
 
 
 def test_the_same_command_does_nothing_twice_and_need_not_name_the_images(done, monkeypatch):
-    monkeypatch.setattr(runner.StudyRunner, "_call", lambda *given: pytest.fail("done already"))
-    page = done.page.read_text()
-    found, heard = again(done)
-    steps = [line for line in heard if line.startswith("step")]
+    monkeypatch.setattr(runner.StudyRunner, "_call", fail(AssertionError("done already")))
+    lines, page = [], done.page.read_text()
+    result = study(done.folder, say=lines.append)
+    steps = [line for line in lines if line.startswith("step")]
     assert len(steps) == 3 and all(line.endswith("done") for line in steps)
-    assert found.tables[0].record == done.tables[0].record
-    assert len(done.page.read_text()) == len(page)
+    assert lines[-1] == "time       every step is done; what is left is the page"
+    assert result.tables[0].record == done.tables[0].record and len(done.page.read_text()) == len(page)
 
 
 @pytest.mark.slow
 def test_stopped_in_the_middle_it_goes_on_and_ends_as_if_it_had_not_been(done, data, tmp_path, monkeypatch):
-    out, whole = tmp_path / "s", api.train_baseline
-
-    def stop(*given, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(api, "train_baseline", stop)
-    with pytest.raises(Stopped, match="the same command goes on"):
-        runner.run_study("small", data=[str(data)], quick=True, out=out)
-    kept = (out / runner.STEPS).read_bytes()
-    monkeypatch.setattr(api, "train_baseline", whole)
-    found = runner.run_study("small", data=[str(data)], quick=True, out=out)
-    assert (out / runner.STEPS).read_bytes().startswith(kept) and len(steps_in(out)) == 3
-    mine, other = (each.tables[0].record["families"] for each in (found, done))
+    out = tmp_path / "s"
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="the same command goes on"):
+        patch.setattr(api, "train_baseline", fail(KeyboardInterrupt()))
+        study(out, data)
+    finished = (out / runner.STEPS).read_bytes()
+    result = study(out, data)
+    assert (out / runner.STEPS).read_bytes().startswith(finished) and len(steps_in(out)) == 3
+    mine, other = (each.tables[0].record["families"] for each in (result, done))
     assert [(f["name"], f["val"], f["test"]) for f in mine] == [(f["name"], f["val"], f["test"]) for f in other]
 
 
 @pytest.mark.slow
 def test_a_network_stopped_between_two_epochs_goes_on_from_there(data, tmp_path, monkeypatch):
-    out, save = tmp_path / "s", Checkpoint.save
+    out, save, lines = tmp_path / "s", Checkpoint.save, []
 
     def kill(self, *given):
         save(self, *given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Checkpoint, "save", kill)
-    with pytest.raises(Stopped):
-        runner.run_study("small", data=[str(data)], quick=True, only=["cnn"], out=out)
-    monkeypatch.setattr(Checkpoint, "save", save)
-    heard: list[str] = []
-    runner.run_study("small", quick=True, only=["cnn"], out=out, say=heard.append)
-    assert "resumed    after epoch 1" in heard and not list((out / "runs").glob(".*.checkpoint"))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Checkpoint, "save", kill)
+        study(out, data, only=["cnn"])
+    study(out, only=["cnn"], say=lines.append)
+    assert "resumed    after epoch 1" in lines and not list((out / "runs").glob(".*.checkpoint"))
 
 
-def test_a_run_that_was_finished_but_not_noted_is_not_trained_again(done, monkeypatch):
-    file, before = done.folder / runner.STEPS, steps_in(done.folder)
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-9])  # a kill tore the last row
-    monkeypatch.setattr(api, "train_baseline", lambda *a, **k: pytest.fail("it is there"))
-    again(done)
+def test_a_run_that_was_finished_but_not_noted_is_not_trained_again(done, journal, monkeypatch):
+    before = steps_in(done.folder)
+    journal.write_bytes(journal.read_bytes()[:-9])  # a kill tore the last row
+    monkeypatch.setattr(api, "train_baseline", fail(AssertionError("it is there")))
+    study(done.folder)
     assert steps_in(done.folder)["cnn"]["made"] == before["cnn"]["made"]
-    file.write_bytes(whole)
 
 
-def test_a_step_that_was_asked_otherwise_is_refused(done):
-    file = done.folder / runner.STEPS
-    whole = file.read_bytes()
-    file.write_bytes(whole.replace(b"cnn-cifar", b"vit-cifar"))
+def test_a_step_that_was_asked_otherwise_is_refused(done, journal):
+    journal.write_bytes(journal.read_bytes().replace(b"cnn-cifar", b"vit-cifar"))
     with pytest.raises(RunError, match="the step cnn was asked otherwise"):
-        again(done)
-    file.write_bytes(whole)
+        study(done.folder)
 
 
 @pytest.mark.parametrize(
@@ -166,42 +164,38 @@ def test_a_step_that_was_asked_otherwise_is_refused(done):
 )
 def test_asked_for_otherwise_the_folder_is_refused(done, options, says):
     with pytest.raises(RunError, match=says):
-        again(done, **options)
+        study(done.folder, **options)
 
 
 def test_other_images_are_refused(done, tmp_path, data):
-    other = tmp_path / "set"
+    other, few = tmp_path / "set", done.folder / "few/set/images"
     shutil.copytree(data, other)
     (other / "train/one/00.png").rename(other / "train/two/90.png")
-    few = {path.name: path.read_bytes() for path in (done.folder / "few/set/images").iterdir()}
+    before = {path.name: path.read_bytes() for path in few.iterdir()}
     with pytest.raises(RunError, match="of other images"):
-        again(done, data=[str(other)])
-    assert {path.name: path.read_bytes() for path in (done.folder / "few/set/images").iterdir()} == few
+        study(done.folder, other)
+    assert {path.name: path.read_bytes() for path in few.iterdir()} == before
 
 
-def test_a_folder_of_something_else_and_a_damaged_one_are_refused(done, tmp_path, data):
-    (tmp_path / "note.txt").touch()
-    with pytest.raises(RunError, match="holds other files and no study"):
-        runner.run_study("small", data=[str(data)], quick=True, out=tmp_path)
-    (tmp_path / "note.txt").unlink()
-    (tmp_path / "study.json").write_text('{"format": 1, "study": "large", "asked": {}}')
-    with pytest.raises(RunError, match="holds the study large"):
-        runner.run_study("small", data=[str(data)], quick=True, out=tmp_path)
-    (tmp_path / "study.json").write_text('{"format": 99, "study": "small", "asked": {}}')
-    with pytest.raises(RunError, match="is not what featurecache"):
-        runner.run_study("small", data=[str(data)], quick=True, out=tmp_path)
-    (tmp_path / "study.json").write_text('{"format": 1, "study"')
-    with pytest.raises(RunError, match="is damaged"):
-        runner.run_study("small", data=[str(data)], quick=True, out=tmp_path)
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("note.txt", "", "holds other files and no study"),
+        ("study.json", '{"format": 1, "study": "large", "asked": {}}', "holds the study large"),
+        ("study.json", '{"format": 99, "study": "small", "asked": {}}', "is not what featurecache"),
+        ("study.json", '{"format": 1, "study"', "is damaged"),
+    ],
+)
+def test_a_folder_of_something_else_and_a_damaged_one_are_refused(file, text, says, tmp_path, data):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(RunError, match=says):
+        study(tmp_path, data)
 
 
 def test_a_step_that_fails_is_named_with_the_way_around_it(data, tmp_path, monkeypatch):
-    def fail(*given, **options):
-        raise BadOption("it cannot be.")
-
-    monkeypatch.setattr(api, "ablate", fail)
+    monkeypatch.setattr(api, "ablate", fail(BadOption("it cannot be.")))
     with pytest.raises(StepFailed, match=r"step heads: it cannot be\.\n +--skip heads goes on"):
-        runner.run_study("small", data=[str(data)], quick=True, out=tmp_path / "s")
+        study(tmp_path / "s", data)
 
 
 def test_a_dry_run_says_the_steps_and_writes_nothing(data, tmp_path):
@@ -212,13 +206,19 @@ def test_a_dry_run_says_the_steps_and_writes_nothing(data, tmp_path):
     assert "cnn-cifar" in result.output and "time       about" in result.output
 
 
+def test_a_dry_run_of_a_trial_that_drew_its_images_finds_its_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner.StudyRunner, "_call", lambda self, step, call, done: {})
+    out = tmp_path / "s"
+    study(out, only=["features"])
+    (out / "drawn/set/images/00000.png").touch()
+    assert study(out, only=["features"], dry_run=True).rows.keys() == {"features"}
+
+
 def test_a_row_of_the_printed_table_says_which_step_it_is_of(done):
     lines = runner.result_lines(done).splitlines()
     assert lines[0].split() == ["One", "or", "two", "step", "val", "accuracy", "test", "accuracy", "s", "to", "train"]
     assert any(re.match(r"linear on cls of vit-demo +heads +[01]\.", line) for line in lines)
     assert any(re.match(r"cnn-cifar at 32 px +cnn +[01]\.", line) for line in lines)
-    _, heard = again(done)
-    assert heard[-1] == "time       every step is done; what is left is the page"
 
 
 def test_the_page_claims_no_weights_of_images_and_its_commands_find_the_features(done):
@@ -236,22 +236,19 @@ def test_the_page_claims_no_weights_of_images_and_its_commands_find_the_features
 
 
 def test_numbers_stand_beside_the_published_ones_and_are_grey_in_a_trial(done):
-    record = {r["name"]: r for r in done.tables[0].record["families"]}
-    rows = done.published
-    head, network, parameters, other = rows
-    test = next(r for name, r in record.items() if name.startswith("linear"))["test"]["accuracy"]
+    head, network, parameters, other = done.published
+    records = {step: record for step, _, record in done.tables[0].rows}
+    test, val = records["heads"]["test"]["accuracy"], records["cnn"]["val"]["accuracy"]
     assert head["published_words"] == "87.50 %" and head["here_words"] == f"{100 * test['value']:.2f} %"
     assert head["range"] == f"[{100 * test['low']:.2f} %, {100 * test['high']:.2f} %]"
-    val = next(r for name, r in record.items() if name.startswith("cnn"))["val"]["accuracy"]
     assert network["here"] == val and network["range"] is None and network["measure"] == "accuracy on val"
     assert parameters["here_words"] == "174,738"
     assert other["here"] is None and other["remark"] == "another book" and "none like it" in other["ours"]
-    page = (done.folder / "report.html").read_text()
-    assert all(row["grey"] for row in rows) and page.count('<tr class="greyed">') == len(rows)
+    assert all(row["grey"] for row in done.published) and done.page.read_text().count('<tr class="greyed">') == 4
 
 
 @pytest.mark.parametrize(
-    ("asked", "grey"),
+    ("options", "grey"),
     [
         ({"quick": True}, [True, True, True, True]),
         ({"random_weights": True}, [True, False, False, False]),
@@ -260,33 +257,34 @@ def test_numbers_stand_beside_the_published_ones_and_are_grey_in_a_trial(done):
         ({}, [False, False, False, False]),
     ],
 )
-def test_what_does_not_compare_is_grey(done, asked, grey):
-    other = replace(done, options=StudyOptions(**asked))
-    assert [is_not_comparable(other, each) for each in SMALL.questions[0].published] == grey
+def test_what_does_not_compare_is_grey(done, options, grey):
+    other = replace(done, options=StudyOptions(**options))
+    assert [bool(grey_reasons(other, each)) for each in SMALL.questions[0].published] == grey
 
 
-def test_the_page_says_what_it_ran_on_and_shows_the_images_first(done):
-    page = (done.folder / "report.html").read_text()
-    assert '<body class="untrained">' in page
-    assert "It ran on 80 of 84 images: at most 20 of each class of train" in page
-    order = [
-        page.index(part) for part in ('id="images"', 'id="published"', 'id="part-part"', 'id="steps"', 'id="origin"')
-    ]
-    assert order == sorted(order)
-    assert "It looked at test." in page and "Small sets say little." in page and "Small networks at 32 pixels" in page
+def test_the_page_says_what_it_ran_on_and_shows_the_images_first(done, data):
+    page = done.page.read_text()
+    order = [page.index(f'id="{part}"') for part in ("images", "published", "part-part", "steps", "origin")]
+    assert order == sorted(order) and '<body class="untrained">' in page
+    for words in (
+        "It ran on 80 of 84 images: at most 20 of each class of train", "It looked at test.", "Small sets say little.",
+        "Small networks at 32 pixels", f"featurecache study small --data {data} --quick --out {done.folder}",
+    ):  # fmt: skip
+        assert words in page
     cells = re.search(r'aria-label="Images of set".*?</table>', page, re.S)[0]
     assert re.findall(r'data-v="(\d+)"', cells)[:4] == ["20", "10", "10", "40"]
 
 
-def test_the_command_on_the_page_is_the_one_that_made_it(done, data):
-    page = (done.folder / "report.html").read_text()
-    assert f"featurecache study small --data {data} --quick --out {done.folder}" in page
-
-
 def test_without_images_none_is_embedded(done):
-    found, _ = again(done, images=False)
-    assert found.images == 0 and "<image" not in (done.folder / "report.html").read_text()
-    again(done)
+    result = study(done.folder, images=False)
+    assert result.images == 0 and "<image" not in done.page.read_text()
+    study(done.folder)
+
+
+def test_a_page_that_cannot_be_written_says_where(done, monkeypatch):
+    monkeypatch.setattr("heads.studies.page.write_whole", fail(OSError(28, "No space left on device")))
+    with pytest.raises(CannotWrite, match=r"report could not be written in .*small: No space left on device"):
+        study(done.folder)
 
 
 def test_a_share_is_written_as_studies_write_it():
@@ -296,7 +294,7 @@ def test_a_share_is_written_as_studies_write_it():
 
 
 @pytest.mark.slow
-def test_names_that_are_html_stay_text(tmp_path, monkeypatch):
+def test_names_that_are_html_stay_text(tmp_path):
     rng = np.random.default_rng(0)
     (tmp_path / "d").mkdir()
     lines = ["path,label,split"]
@@ -305,8 +303,7 @@ def test_names_that_are_html_stay_text(tmp_path, monkeypatch):
         split = "train" if k < 38 else "val" if k < 58 else "test"
         lines.append(f'{k}.png,"{EVIL if k % 2 else "b"}",{split}')
     (tmp_path / "d" / "t.csv").write_text("\n".join(lines))
-    found = runner.run_study("small", data=[str(tmp_path / "d/t.csv")], quick=True, only=["heads"], out=tmp_path / "s")
-    page = found.page.read_text()
+    page = study(tmp_path / "s", tmp_path / "d/t.csv", only=["heads"]).page.read_text()
     assert page.count("<script>") == 1 and "<img" not in page and "&lt;img src=x" in page
 
 
