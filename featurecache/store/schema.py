@@ -40,7 +40,7 @@ def check_digests(digests: np.ndarray, name: Path) -> None:
 class Layout:
     """What the rows of one output have in common."""
 
-    output: str
+    output: str = field(repr=False)
     shape: tuple[int, ...]  # of a row
     dtype: str  # in which it is stored
     prefix: tuple[str, ...] | None = None  # of token outputs: what the first rows are
