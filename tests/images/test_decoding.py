@@ -29,7 +29,7 @@ DEEP = RANDOM.integers(0, 65536, (24, 40, 3), dtype=np.uint16)
 
 
 def encoded(pixels: np.ndarray | Image.Image, kind: str, **options) -> bytes:
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -113,10 +113,6 @@ def test_a_torchvision_without_its_jpeg_operator_changes_no_pixel(monkeypatch):
     np.testing.assert_array_equal(decoded(data), expected)
 
 
-def test_the_name_says_nothing_a_png_called_jpg_is_a_png():
-    np.testing.assert_array_equal(decoded(encoded(COLOUR, "PNG")), COLOUR)
-
-
 # the rules
 
 
@@ -144,11 +140,6 @@ def test_sixteen_bit_png_is_rounded_to_eight_not_cut(colour_type, channels):
     expected = expected[..., :3] if channels > 2 else expected[..., [0, 0, 0]]
     np.testing.assert_array_equal(decoded(png(samples, colour_type)), expected)
     assert not np.array_equal(expected[..., :1], samples[..., :1] >> 8)  # what Pillow alone gives for colour
-
-
-def test_sixteen_bit_values_are_scaled_by_the_full_range_not_by_what_occurs():
-    faint = np.array([[0, 128, 129, 4095]], np.uint16)
-    assert decoded(encoded(faint, "PNG"))[0, :, 0].tolist() == [0, 0, 1, 16]
 
 
 @pytest.mark.parametrize(
@@ -182,10 +173,6 @@ def test_of_a_tiff_of_several_pages_the_first_is_taken_and_a_look_says_so():
     data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     np.testing.assert_array_equal(decoded(data)[..., 0], np.rint(DEEP[..., 0] / 257))
     assert image_header(data) == (40, 24, "16-bit grey, the first of several")
-
-
-def test_sixteen_bit_pnm_is_rounded_to_eight():
-    np.testing.assert_array_equal(decoded(encoded(DEEP[..., 0].copy(), "PPM"))[..., 0], np.rint(DEEP[..., 0] / 257))
 
 
 def test_one_bit_spans_the_range():
@@ -321,18 +308,17 @@ def test_arrays_are_images_too(shape):
     np.testing.assert_array_equal(decoded(pixels), np.broadcast_to(pixels.reshape(24, 40, -1), (24, 40, 3)))
 
 
-def test_sixteen_bit_arrays_follow_the_rule_of_sixteen_bits():
-    np.testing.assert_array_equal(decoded(DEEP), np.rint(DEEP / 257))
-    np.testing.assert_array_equal(decoded(DEEP.astype(">u2")), np.rint(DEEP / 257))
+@pytest.mark.parametrize(
+    "image", [DEEP, DEEP.astype(">u2"), encoded(DEEP[..., 0], "PNG"), encoded(DEEP[..., 0], "PPM")]
+)
+def test_sixteen_bits_are_rounded_to_eight_by_the_full_range_not_by_what_occurs(image):
+    expected = np.rint(DEEP / 257) if isinstance(image, np.ndarray) else np.rint(DEEP[..., :1] / 257).repeat(3, 2)
+    np.testing.assert_array_equal(decoded(image), expected)
 
 
 @pytest.mark.parametrize(
     ("array", "word"),
-    [
-        (np.zeros((4, 4), np.float32), "float32"),
-        (np.zeros((3, 4, 4), np.uint8), "3×4×4"),
-        (np.zeros((0, 4), "u1"), "0×4"),
-    ],
+    [(np.zeros((4, 4), "f4"), "float32"), (np.zeros((3, 4, 4), "u1"), "3×4×4"), (np.zeros((0, 4), "u1"), "0×4")],
 )
 def test_other_arrays_are_refused_with_their_shape(array, word):
     assert word in reason(array)
@@ -341,12 +327,9 @@ def test_other_arrays_are_refused_with_their_shape(array, word):
 # digests
 
 
-def test_digest_is_blake2b_of_the_bytes():
+def test_digest_is_blake2b_of_the_bytes_and_of_an_array_of_dtype_shape_and_bytes():
     data = encoded(COLOUR, "JPEG")
     assert digest(data) == hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def test_digest_of_an_array_knows_dtype_shape_and_bytes():
     plain = np.arange(16, dtype=np.uint8).reshape(4, 4)
     others = [plain.reshape(2, 8), plain.reshape(4, 4, 1), plain.astype(np.uint16), plain + np.uint8(1)]
     assert len({digest(array) for array in [plain, *others]}) == 5
@@ -354,22 +337,12 @@ def test_digest_of_an_array_knows_dtype_shape_and_bytes():
     assert digest(plain.astype("<u2")) == digest(plain.astype(">u2"))
 
 
-@given(st.integers(1, 3))
-def test_an_animated_gif_is_counted_without_pillow(frames):
-    pictures = [Image.fromarray(np.roll(COLOUR, 7 * number, 0)) for number in range(frames)]
-    data = encoded(pictures[0], "GIF", save_all=True, append_images=pictures[1:])
-    assert headers.holds_several(data) == (frames > 1)
-
-
 # threads, warnings, a look
 
 
 def test_threads_decode_what_one_thread_decodes_and_no_warning_escapes():
-    kinds = [
-        encoded(COLOUR, "JPEG"),
-        png(DEEP, 2),
-        encoded(Image.fromarray(COLOUR).convert("P"), "PNG", transparency=b"\0"),
-    ]
+    palette = encoded(Image.fromarray(COLOUR).convert("P"), "PNG", transparency=b"\0")
+    kinds = [encoded(COLOUR, "JPEG"), png(DEEP, 2), palette]
     expected = [decoded(data) for data in kinds]
     with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
         warnings.simplefilter("error")
@@ -380,15 +353,10 @@ def test_threads_decode_what_one_thread_decodes_and_no_warning_escapes():
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
-        (encoded(COLOUR, "JPEG"), "RGB"),
-        (encoded(GREY, "JPEG"), "grey"),
-        (png(DEEP, 2), "16-bit RGB"),
-        (encoded(DEEP[..., 0].copy(), "PNG"), "16-bit grey"),
-        (encoded(DEEP[..., 0].copy(), "PPM"), "16-bit grey"),
-        (encoded(Image.fromarray(COLOUR).convert("P"), "PNG"), "palette"),
-        (GREY, "grey"),
-        (DEEP, "16-bit RGB"),
+        (encoded(COLOUR, "JPEG"), "RGB"), (encoded(GREY, "JPEG"), "grey"), (png(DEEP, 2), "16-bit RGB"),
+        (encoded(DEEP[..., 0], "PNG"), "16-bit grey"), (encoded(DEEP[..., 0], "PPM"), "16-bit grey"),
+        (encoded(Image.fromarray(COLOUR).convert("P"), "PNG"), "palette"), (GREY, "grey"), (DEEP, "16-bit RGB"),
     ],
-)
+)  # fmt: skip
 def test_a_look_tells_size_and_kind_of_pixels(data, kind):
     assert image_header(data) == (40, 24, kind)
