@@ -31,10 +31,10 @@ INTEGRATION = {  # whole files: they load models, train or start processes; sing
     "heads/sweeps": "sweep",
     "heads/training": "engine networks train",
     "images": "copies",
-    "maintenance": "repair",
+    "maintenance": "copies repair",
     "robustness": "at_once faults flips fuzz real_images workers",
     "sources": "pseudonyms sources_commands",
-    "store": "keys",
+    "store": "keys same_store",
 }
 ALONE = ("test_at_once.py", "test_faults.py", "test_flips.py")  # use two cores themselves: one process of pytest -n
 

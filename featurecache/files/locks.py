@@ -7,10 +7,8 @@ then it looks for marks of the other kind. A mark that can be locked, or whose p
 removed. On a file system without locks a mark from another host counts as alive, and the error names the file.
 
 By hand and not by the package filelock (version 4.3 was read, not tried): its ReadWriteLock is an SQLite database,
-which locks only where SQLite does, and a cache on a network file system is filled by many nodes; neither it nor
-SoftReadWriteLock says who holds the lock, and the latter takes a holder for dead that was suspended for longer than its
-heartbeat. What would remain here, the marks that say who and the fallback without locks, is all of this but two calls
-of flock.
+which locks only where SQLite does (many nodes fill a cache on a network file system), its SoftReadWriteLock takes a
+holder for dead that was suspended for longer than its heartbeat, and neither says who holds it.
 """
 
 from __future__ import annotations
@@ -119,20 +117,19 @@ def _is_dead(descriptor: int, record: dict[str, Any]) -> bool:
     """Whether nobody holds the mark: it can be locked; without locks, its process on this host is gone."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
         if error.errno not in NO_LOCKS:
             raise
-        return record.get("host") == socket.gethostname() and not _lives(record.get("pid"))
-    return True
-
-
-def _lives(pid: Any) -> bool:
+    pid = record.get("pid")
+    if record.get("host") != socket.gethostname():
+        return False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, TypeError, OverflowError):
-        return False
+        return True
     except OSError:  # another user's
         pass
-    return pid > 0
+    return pid <= 0

@@ -45,7 +45,7 @@ def marks(store: Path) -> list[Path]:
 
 
 @pytest.mark.integration
-def test_many_extractions_work_in_one_store(store: Path) -> None:
+def test_many_extractions_work_in_one_store(store: Path):
     with shared_lock(store, "extract"), shared_lock(store, "extract"):
         assert len(marks(store)) == 2
     assert marks(store) == []
@@ -54,7 +54,7 @@ def test_many_extractions_work_in_one_store(store: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "second"), [(shared_lock, exclusive_lock), (exclusive_lock, shared_lock), (exclusive_lock,) * 2]
 )
-def test_who_removes_files_is_alone(store: Path, first, second) -> None:  # type: ignore[no-untyped-def]
+def test_who_removes_files_is_alone(store: Path, first, second):
     with first(store, "gc"):
         said = rf"gc by process {os.getpid()} on {socket.gethostname()} since 20"
         with pytest.raises(InUse, match=said), second(store, "x"):
@@ -65,7 +65,7 @@ def test_who_removes_files_is_alone(store: Path, first, second) -> None:  # type
 
 
 @pytest.mark.integration
-def test_another_process_is_named_and_its_death_noticed(store: Path, holder: subprocess.Popen[str]) -> None:
+def test_another_process_is_named_and_its_death_noticed(store: Path, holder: subprocess.Popen[str]):
     said = f"gc by process {holder.pid} on .*Try again when it has finished"
     with pytest.raises(InUse, match=said), shared_lock(store, "x"):
         pass
@@ -77,7 +77,7 @@ def test_another_process_is_named_and_its_death_noticed(store: Path, holder: sub
     assert marks(store) == []
 
 
-def test_the_mark_goes_when_the_work_fails(store: Path) -> None:
+def test_the_mark_goes_when_the_work_fails(store: Path):
     with pytest.raises(KeyboardInterrupt), exclusive_lock(store, "gc"):
         raise KeyboardInterrupt
     assert marks(store) == []
@@ -101,7 +101,7 @@ def no_locks(monkeypatch) -> None:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.integration
-def test_without_file_locks_a_dead_process_of_this_host_is_recognised(store: Path, no_locks: None) -> None:
+def test_without_file_locks_a_dead_process_of_this_host_is_recognised(store: Path, no_locks: None):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     leave_mark(store, pid=child.pid)
@@ -113,7 +113,7 @@ def test_without_file_locks_a_dead_process_of_this_host_is_recognised(store: Pat
 
 
 @pytest.mark.integration
-def test_without_file_locks_another_hosts_mark_counts_and_is_named(store: Path, no_locks: None) -> None:
+def test_without_file_locks_another_hosts_mark_counts_and_is_named(store: Path, no_locks: None):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     path = leave_mark(store, host="node7", pid=child.pid)  # a number that says nothing about another host
@@ -126,13 +126,13 @@ def test_without_file_locks_another_hosts_mark_counts_and_is_named(store: Path, 
 
 
 @pytest.mark.parametrize("content", [b"", b"[" * 4000, b"[1]", b"\xff\xfe"])
-def test_a_mark_that_nobody_holds_is_removed_whatever_it_says(store: Path, content: bytes) -> None:
+def test_a_mark_that_nobody_holds_is_removed_whatever_it_says(store: Path, content: bytes):
     leave_mark(store).write_bytes(content)
     with exclusive_lock(store, "gc"):
         assert len(marks(store)) == 1
 
 
-def test_a_link_or_a_folder_in_a_marks_place_is_not_followed(store: Path, tmp_path: Path) -> None:
+def test_a_link_or_a_folder_in_a_marks_place_is_not_followed(store: Path, tmp_path: Path):
     target = tmp_path / "precious"
     target.write_text("kept")
     (store / ".exclusive-feedfeedfeedfeed").symlink_to(target)
@@ -141,7 +141,7 @@ def test_a_link_or_a_folder_in_a_marks_place_is_not_followed(store: Path, tmp_pa
     assert target.read_text() == "kept"
 
 
-def test_changes_of_a_small_file_wait_for_each_other(store: Path) -> None:
+def test_changes_of_a_small_file_wait_for_each_other(store: Path):
     import threading
 
     order = []

@@ -1,9 +1,8 @@
-"""Augmented copies in a cache: who has them, who meets them, and that they survive what a cache goes through."""
+"""Augmented copies: which images have them, that they are always the same, and who meets them."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -14,91 +13,30 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from support.checkpoints import save_vit
 from support.command import call
+from support.copied_home import STEPS, TRAIN, N, by_digest, copy_home, extract, make_home, opened, run, shards
 from support.pictures import image_folder, save_picture
-from support.plant import flip, rewrite
 
 import featurecache
-from featurecache.errors import BadOption, CacheError, SourceError
+from featurecache.errors import BadOption
 from featurecache.extraction import pipeline, recompute
 from featurecache.extraction.cache_miss import explain_miss
-from featurecache.extraction.run import ExtractionResult
-from featurecache.files.hdf5 import write_texts
-from featurecache.images.augmentation import AugmentedCopies, parse_augmentation
-from featurecache.maintenance.collect import collect, compact, remove_view
+from featurecache.images.augmentation import parse_augmentation
 from featurecache.maintenance.leaks import find_leaks
-from featurecache.maintenance.merge import merge
-from featurecache.maintenance.repair import repair
-from featurecache.maintenance.verify import verify
 from featurecache.store import store
 from featurecache.store.shards import ShardWriter
 from featurecache.store.view import View
 from heads.task import load_features
 
-STEPS = "flip,rotate10,shift0.1"
-TRAIN, VAL, TEST = 6, 2, 2
-N = TRAIN + VAL + TEST
-
-
-def extract(home: Path, cache: str = "cache", data: str = "data", **options) -> ExtractionResult:
-    options = {"outputs": "cls,tokens", "batch_size": 4, "workers": 1, **options}
-    return featurecache.extract(home / data, backbone=str(home / "vit"), cache=home / cache, **options)
-
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """A backbone, images, every one another, and their view with two copies of each training image."""
-    home = tmp_path_factory.mktemp("whole")
-    save_vit(home / "vit")
-    for number, (split, count) in enumerate({"test": TEST, "train": TRAIN, "val": VAL}.items()):
-        for k in range(count):
-            save_picture(home / "data" / split / ("ill", "well")[k % 2] / f"{k}.png", 10 * number + k, width=30 + k)
-    extract(home, views=2, augment=STEPS)
-    return home
+    return make_home(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture
-def home(undisturbed: Path, tmp_path: Path) -> Path:
-    """The same, to be changed; the backbone stays where it was."""
-    os.symlink(undisturbed / "vit", tmp_path / "vit")
-    for name in ("data", "cache"):
-        shutil.copytree(undisturbed / name, tmp_path / name)
-
-    def move(file: h5py.File) -> None:  # the images of the copied view are the copied images
-        file.attrs["source"] = file.attrs["source"].replace(str(undisturbed), str(tmp_path))
-
-    rewrite(view_path(tmp_path), move)
-    return tmp_path
-
-
-def view_path(home: Path) -> Path:
-    return next((home / "cache").glob("*/data.h5"))
-
-
-def opened(home: Path, cache: str = "cache", name: str = "data", **options) -> View:
-    return featurecache.open_view(name, home / cache, **options)
-
-
-def shards(cache: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(cache)): p.read_bytes() for p in sorted(cache.glob("*/*/*.h5"))}
-
-
-def by_digest(view: View | Path, output: str = "tokens") -> dict[bytes, bytes]:
-    """The bytes of every row, of images and copies."""
-    everything = View(getattr(view, "path", view), copies=True)
-    rows = everything.array(output, np.arange(everything.rows))
-    return dict(zip(everything.digests.tolist(), (row.tobytes() for row in rows), strict=True))
-
-
-def run(*arguments: object) -> str:
-    done = call(*arguments)
-    assert done.exit_code == 0
-    return done.output
-
-
-def damages(home: Path) -> tuple:
-    return verify(home / "cache").damages
+def home(undisturbed, tmp_path) -> Path:
+    return copy_home(undisturbed, tmp_path)
 
 
 # the same copies always
@@ -118,6 +56,8 @@ def test_a_copy_has_the_features_of_its_pixels(home):
         stored = view.tensor("tokens", view.copies([row])[:, copy]).float()
         assert float((stored - expected).norm() / expected.norm()) < 2.0**-11  # one rounding to float16
         assert float((view.tensor("tokens", [row]).float() - expected).norm() / expected.norm()) > 0.01
+    rows, failed = recompute.compute([(home / "data" / view.ids[row]).read_bytes()], like=view, output="cls")
+    assert not failed and torch.equal(rows, view.tensor("cls", [row]))
 
 
 def test_images_have_the_same_shards_with_copies_and_without(home):
@@ -300,21 +240,13 @@ def test_copies_stand_behind_the_images_and_only_who_asks_sees_them(home):
     assert everything.ids == view.ids + [view.ids[row] for row in train] * 2
     assert everything.labels.tolist() == [*view.labels, *view.labels[train], *view.labels[train]]
     assert everything.splits == view.splits + ["train"] * 2 * TRAIN
-
-
-def test_h5py_alone_finds_images_by_versions(home):
-    view = opened(home)
-    with h5py.File(view.path) as file:
-        assert np.array_equal(file["tokens"][:][file["versions"][:] == 0], view.array("tokens"))
-        assert len(file["tokens"]) == N + 2 * TRAIN and json.loads(file.attrs["augmentation"])["views"] == 2
-
-
-def test_rows_beyond_the_copies_are_refused(home):
-    view = opened(home)
     with pytest.raises(IndexError, match="has rows 0 to 21"):
         view.tensor("cls", [N + 2 * TRAIN])
     with pytest.raises(IndexError):
         view.copies([N])
+    with h5py.File(view.path) as file:  # without us
+        assert np.array_equal(file["tokens"][:][file["versions"][:] == 0], view.array("tokens"))
+        assert len(file["tokens"]) == N + 2 * TRAIN and json.loads(file.attrs["augmentation"])["views"] == 2
 
 
 def test_copies_are_no_leaks_and_no_images(home):
@@ -360,167 +292,3 @@ def test_a_head_trains_on_copies_of_its_training_images_only(home):
     assert features.versions == 3 and features.x is not None and features.x.shape == (3 * TRAIN, 32)
     assert torch.equal(features.x[TRAIN : 2 * TRAIN], view.tensor("cls", view.copies(train)[:, 1]))
     assert load_features(view, "cls", train, view.labels).versions == 1
-
-
-def test_a_copied_view_computes_new_images_like_any_other(home):
-    view = opened(home)
-    rows, failed = recompute.compute([(home / "data" / view.ids[0]).read_bytes()], like=view, output="cls")
-    assert not failed and torch.equal(rows, view.tensor("cls", [0]))
-
-
-# what a cache goes through
-
-
-def test_gc_and_compact_keep_copies_and_free_them_when_nobody_names_them(home):
-    rows = by_digest(opened(home))
-    assert collect(home / "cache", delete=True).bytes == 0
-    compact("data", home / "cache")
-    assert by_digest(opened(home)) == rows and damages(home) == ()
-    assert opened(home).augmented == AugmentedCopies(parse_augmentation(STEPS), 2)
-    extract(home, views=1, augment=STEPS)
-    freed = collect(home / "cache", delete=True)
-    assert {unused.output: unused.rows for unused in freed.stores[0].outputs} == {"cls": TRAIN, "tokens": TRAIN}
-    assert by_digest(opened(home)).items() < rows.items() and damages(home) == ()
-
-
-def test_a_removed_view_comes_back_without_computing(home):
-    rows = by_digest(opened(home))
-    remove_view("data", home / "cache")
-    result = extract(home, views=2, augment=STEPS)
-    assert result.computed == 0 and by_digest(result.view) == rows
-
-
-def test_merge_takes_copies_along_and_tells_views_apart_by_them(home):
-    extract(home, "here", views=1, augment=STEPS)
-    (first,) = merge(home / "cache", home / "here")
-    assert [(view.what, view.here) for view in first.views] == [("renamed", "data-2")] and first.rows == 2 * TRAIN
-    assert by_digest(opened(home, "here", "data-2")) == by_digest(opened(home))
-    (second,) = merge(home / "cache", home / "here")
-    assert [view.what for view in second.views] == ["here"] and second.rows == 0
-
-
-def damage(home: Path, copy: int, output: str = "tokens") -> tuple[str, int]:
-    """One bit of the features of a training image (0) or a copy of it; the name and row of the image."""
-    view = opened(home)
-    row = int(view.split("train")[2])
-    file, number = View(view.path, copies=True).stored(output).index[view.copies([row])[0, copy]]
-    entry = view.files[file]
-    flip(view.store / entry["path"].decode(), int(entry["offset"]) + int(number) * view.info(output).row_bytes)
-    return view.ids[row], row
-
-
-def test_repair_computes_a_copy_again(home):
-    rows = by_digest(opened(home))
-    name, _ = damage(home, copy=1)
-    assert [damaged.rows for damaged in damages(home)] == [((name, "tokens"),)]
-    (done,) = repair(home / "cache")
-    assert (done.computed, done.gone, done.left) == (1, (), ()) and damages(home) == ()
-    assert by_digest(opened(home)) == rows
-
-
-def test_repair_leaves_out_a_copy_whose_image_is_gone_and_says_which(home):
-    name, row = damage(home, copy=1)
-    (home / "data" / name).unlink()
-    (stopped,) = repair(home / "cache")
-    assert stopped.gone == ((name, f"{home}/data has no image of this name any more"),) and stopped.left
-    (done,) = repair(home / "cache", drop=True)
-    view = opened(home)
-    assert done.left == () and len(view) == N and view.rows == N + 2 * TRAIN - 1
-    assert view.failed == [{"id": name, "reason": f"its augmented copy 1: {stopped.gone[0][1]}"}]
-    assert (view.copies([row])[0] == row).tolist() == [True, True, False]
-    assert damages(home) == ()
-
-
-def test_repair_leaves_no_copy_of_an_image_that_left(home):
-    name, _ = damage(home, copy=0)
-    (home / "data" / name).unlink()
-    repair(home / "cache", drop=True)
-    view = opened(home, copies=True)
-    assert name not in view.ids and [entry["id"] for entry in view.failed] == [name]
-    assert len(view) == N - 1 + 2 * (TRAIN - 1) and damages(home) == ()
-
-
-def test_a_view_read_while_compact_moves_its_rows(home):
-    (home / "data" / "test" / "ill" / "0.png").unlink()
-    extract(home)
-    view = opened(home)
-    copies = view.copies(view.split("train")).ravel()
-    compact("data", home / "cache")
-    assert torch.equal(view.tensor("cls", copies), opened(home).tensor("cls", copies))
-
-
-@pytest.mark.parametrize("ending", [".h5", ".npz", ".parquet", ".safetensors"])
-def test_an_export_has_the_images_and_asked_for_the_copies(home, ending):
-    plain, all_ = home / f"plain{ending}", home / f"all{ending}"
-    options = ["--outputs", "cls", "--cache", home / "cache"]
-    text = run("export", "data", plain, *options)
-    assert "10 rows" in text and "12 augmented copies; --copies exports them too" in text
-    assert "22 rows" in run("export", "data", all_, "--copies", *options)
-    if ending == ".parquet":
-        return
-    done = featurecache.import_view(plain, "back", cache=home / "imported")
-    assert done.rows == N and torch.equal(View(done.view).tensor("cls"), opened(home).tensor("cls"))
-    with pytest.raises(SourceError, match="was exported with augmented copies"):
-        featurecache.import_view(all_, "back2", cache=home / "imported")
-
-
-# files that lie
-
-
-def change_column(home: Path, key: str, values) -> View:
-    def change(file: h5py.File) -> None:
-        column = file[key].asstr()[:] if key == "ids" else file[key][:]
-        del file[f"index/text/{key}" if key == "ids" else key]
-        if key == "ids":
-            write_texts(file, key, values(column))
-        else:
-            file.create_dataset(key, data=values(column))
-
-    rewrite(view_path(home), change)
-    return View(view_path(home), columns_only=True)
-
-
-def last(value: object):
-    return lambda column: [*column[:-1], type(column[0])(value)]
-
-
-@pytest.mark.parametrize(
-    ("key", "values"),
-    [
-        ("versions", lambda column: column[::-1]), ("versions", last(3)), ("versions", last(-1)),
-        ("versions", np.ones_like), ("ids", last("elsewhere.png")),
-    ],
-    ids=["copies first", "more than said", "negative", "no images", "copy of nothing"],
-)  # fmt: skip
-def test_a_view_whose_copies_do_not_fit_is_refused(home, key, values):
-    with pytest.raises(CacheError, match="its augmented copies are not those of its images"):
-        change_column(home, key, values)
-
-
-def test_copies_of_other_images_than_said_are_found(home):
-    view = change_column(home, "ids", lambda column: np.concatenate([column[:N], column[N:][::-1]]))
-    with pytest.raises(CacheError, match="of other images than it says"):
-        view.copies()
-    assert [damaged.path for damaged in damages(home)] == [view.path]
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        "[]", "{}", '{"views": 2}', '{"views": 0, "augment": {}}', '{"views": true, "augment": {}}',
-        '{"views": 2, "augment": {"rules": 9, "seed": 0, "steps": [{"step": "flip", "probability": 0.5}]}}',
-        '{"views": 2, "augment": {"rules": 1, "seed": 0, "steps": [{"step": "flip", "probability": 0.4}]}}',
-        '{"views": 2, "augment": {"rules": 1, "seed": -1, "steps": [{"step": "flip", "probability": 0.5}]}}',
-        '{"views": 2, "augment": {"rules": 1, "seed": 0, "steps": [{"step": "melt"}]}}',
-        '{"views": 2, "augment": {"rules": 1, "seed": 0, "steps": 5}}', None,
-    ],
-)  # fmt: skip
-def test_a_record_of_copies_that_is_missing_or_that_nobody_here_could_make_is_refused(home, record):
-    def change(file: h5py.File) -> None:
-        del file.attrs["augmentation"]
-        if record:
-            file.attrs["augmentation"] = record
-
-    rewrite(view_path(home), change)
-    with pytest.raises(CacheError):
-        View(view_path(home), columns_only=True)

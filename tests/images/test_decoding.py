@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch  # noqa: F401  (its first import starts ldconfig, and a test here may start nothing)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -28,7 +29,7 @@ DEEP = RANDOM.integers(0, 65536, (24, 40, 3), dtype=np.uint16)
 
 
 def encoded(pixels: np.ndarray | Image.Image, kind: str, **options) -> bytes:
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -44,6 +45,18 @@ def decoded(data: bytes | np.ndarray) -> np.ndarray:
     return decode(data).permute(1, 2, 0).numpy()
 
 
+def reason(data: bytes | np.ndarray, ask=decode) -> str:
+    with pytest.raises(UnreadableImage) as caught:
+        ask(data)
+    return str(caught.value)
+
+
+def by_tifffile(samples: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    pytest.importorskip("tifffile").imwrite(buffer, samples, **options)
+    return buffer.getvalue()
+
+
 def png(samples: np.ndarray, colour_type: int) -> bytes:
     """A 16-bit PNG of uint16 [H, W, channels] (Pillow writes grey only)."""
     height, width = samples.shape[:2]
@@ -56,37 +69,31 @@ def png(samples: np.ndarray, colour_type: int) -> bytes:
     return headers.PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
-def tiff(samples: bytes, height: int, width: int, channels: int, *, bits=16, photometric=2, order="<", deflate=False):
-    """A TIFF of one strip, tag by tag (TIFF 6.0, section 2)."""
-    body = zlib.compress(samples) if deflate else samples
-    count = struct.pack(order + "H", bits) * channels
-    entries = 9
-    behind = 8 + 2 + 12 * entries + 4
-    bits_at, body_at = (behind, behind + len(count)) if channels > 2 else (None, behind)
-    values = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, bits_at), (259, 3, 1, 8 if deflate else 1),
-              (262, 3, 1, photometric), (273, 4, 1, body_at), (277, 3, 1, channels), (278, 4, 1, height),
-              (279, 4, 1, len(body))]  # fmt: skip
-    directory = struct.pack(order + "H", entries)
-    for tag, kind, length, value in values:
-        cell = count if value is None else struct.pack(order + ("L" if kind == 4 or length > 2 else "H"), value)
-        directory += struct.pack(order + "HHL", tag, kind, length) + cell.ljust(4, b"\0")
+def tiff(samples: bytes, width: int, photometric: int, bits: int = 16, order: str = "<") -> bytes:
+    """A grey TIFF of one line, tag by tag (TIFF 6.0, section 2)."""
+    values = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 122, 277: 1, 278: 1, 279: len(samples)}
+    entries = [struct.pack(order + "HHLHH", tag, 3, 1, value, 0) for tag, value in values.items()]
     magic = b"II*\0" if order == "<" else b"MM\0*"
-    return magic + struct.pack(order + "L", 8) + directory + bytes(4) + (count if channels > 2 else b"") + body
+    return magic + struct.pack(order + "LH", 8, len(entries)) + b"".join(entries) + bytes(4) + samples
 
 
-# -- plain images
+# plain images
+
+KINDS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM")
+PLAIN = [
+    *((pixels, kind, {}) for pixels in (COLOUR, GREY) for kind in KINDS),
+    *((COLOUR, "JPEG", {name: value}) for name, value in (("progressive", True), ("subsampling", 0), ("quality", 30))),
+    (COLOUR, "JPEG", {"subsampling": 2}),
+    *((Image.fromarray(COLOUR).convert(mode), "PNG", {}) for mode in ("P", "LA", "RGBA")),
+    (Image.fromarray(COLOUR).convert("P"), "PNG", {"transparency": b"\x00\x80\xff"}),  # which Pillow may warn of
+    *((Image.fromarray(COLOUR).convert(mode), "TIFF", {}) for mode in ("CMYK", "YCbCr")),
+    (Image.fromarray(COLOUR).convert("CMYK"), "JPEG", {}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM"])
-@pytest.mark.parametrize("pixels", [COLOUR, GREY], ids=["colour", "grey"])
-def test_plain_eight_bit_images_are_what_pillow_reads(kind, pixels):
-    data = encoded(pixels, kind)
-    np.testing.assert_array_equal(decoded(data), by_pillow(data))
-
-
-@pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 0}, {"subsampling": 2}, {"quality": 30}])
-def test_jpegs_of_all_kinds_are_what_pillow_reads(options):
-    data = encoded(COLOUR, "JPEG", **options)
+@pytest.mark.parametrize(("pixels", "kind", "options"), PLAIN)
+def test_eight_bit_images_are_what_pillow_reads(pixels, kind, options):
+    data = encoded(pixels, kind, **options)
     np.testing.assert_array_equal(decoded(data), by_pillow(data))
 
 
@@ -106,11 +113,7 @@ def test_a_torchvision_without_its_jpeg_operator_changes_no_pixel(monkeypatch):
     np.testing.assert_array_equal(decoded(data), expected)
 
 
-def test_the_name_says_nothing_a_png_called_jpg_is_a_png():
-    np.testing.assert_array_equal(decoded(encoded(COLOUR, "PNG")), COLOUR)
-
-
-# -- the rules
+# the rules
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -139,59 +142,30 @@ def test_sixteen_bit_png_is_rounded_to_eight_not_cut(colour_type, channels):
     assert not np.array_equal(expected[..., :1], samples[..., :1] >> 8)  # what Pillow alone gives for colour
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("deflate", [False, True])
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_sixteen_bit_tiff_is_rounded_to_eight_not_cut(order, deflate, channels):
-    samples = RANDOM.integers(0, 65536, (24, 40, channels), dtype=np.uint16)
-    data = tiff(samples.astype(order + "u2").tobytes(), 24, 40, channels, photometric=2 if channels > 1 else 1,
-                order=order, deflate=deflate)  # fmt: skip
-    expected = np.rint(samples / 257).astype(np.uint8)
-    np.testing.assert_array_equal(decoded(data), expected[..., :3] if channels > 1 else expected[..., [0, 0, 0]])
-
-
-def test_sixteen_bit_values_are_scaled_by_the_full_range_not_by_what_occurs():
-    faint = np.array([[0, 128, 129, 4095]], np.uint16)
-    assert decoded(encoded(faint, "PNG"))[0, :, 0].tolist() == [0, 0, 1, 16]
-
-
-def test_tiff_whose_zero_is_white_is_turned_over():
-    samples = np.array([[0, 65535, 257]], np.uint16)
-    assert decoded(tiff(samples.tobytes(), 1, 3, 1, photometric=0))[0, :, 0].tolist() == [255, 0, 254]
-
-
-def test_tiff_that_declares_twelve_bits_has_4095_for_white():
-    packed = bytes.fromhex("000fff800100")  # 000 fff 800 100
-    assert decoded(tiff(packed, 1, 4, 1, bits=12, photometric=1))[0, :, 0].tolist() == [0, 255, 128, 16]
-
-
 @pytest.mark.parametrize(
-    ("bits", "order", "samples", "expected"),
+    ("bits", "order", "photometric", "samples", "expected"),
     [
-        (16, "<", "0000ffff0101fefe", [255, 0, 254, 1]), (16, ">", "0000ffff0101fefe", [255, 0, 254, 1]),
-        (12, "<", "000fff800100", [255, 0, 127, 239]),
+        (16, "<", 0, "0000ffff0101fefe", [255, 0, 254, 1]), (16, ">", 0, "0000ffff0101fefe", [255, 0, 254, 1]),
+        (12, "<", 1, "000fff800100", [0, 255, 128, 16]), (12, "<", 0, "000fff800100", [255, 0, 127, 239]),
     ],
 )  # fmt: skip
-def test_deep_tiff_whose_zero_is_white_in_either_byte_order(bits, order, samples, expected):
+def test_deep_tiff_has_its_own_white_which_may_be_zero(bits, order, photometric, samples, expected):
     """Pillow reads some of these only where 0 is black; the values are turned over all the same."""
-    data = tiff(bytes.fromhex(samples), 1, 4, 1, bits=bits, photometric=0, order=order)
-    assert decoded(data)[0, :, 0].tolist() == expected
+    assert decoded(tiff(bytes.fromhex(samples), 4, photometric, bits, order))[0, :, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize(("big", "order"), [(False, "<"), (False, ">"), (True, "<")])
 @pytest.mark.parametrize("tile", [None, (16, 16)])
 @pytest.mark.parametrize("compression", [None, "deflate"])
 @pytest.mark.parametrize(("photometric", "channels"), [("minisblack", 1), ("miniswhite", 1), ("rgb", 3), ("rgb", 4)])
-def test_sixteen_bit_tiff_tiled_compressed_and_big(big, tile, compression, photometric, channels):
-    tifffile = pytest.importorskip("tifffile")
+def test_sixteen_bit_tiff_is_rounded_to_eight_not_cut(big, order, tile, compression, photometric, channels):
     samples = RANDOM.integers(0, 65536, (24, 40, channels) if channels > 1 else (24, 40), dtype=np.uint16)
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, samples, photometric=photometric, bigtiff=big, tile=tile, compression=compression,
-                     predictor=2 if compression else None,
-                     extrasamples=["unassalpha"] if channels == 4 else None)  # fmt: skip
-    values = 65535 - samples if photometric == "miniswhite" else samples
-    expected = np.rint(values / 257)[..., :3] if channels > 1 else np.rint(values / 257)[..., None].repeat(3, 2)
-    np.testing.assert_array_equal(decoded(buffer.getvalue()), expected)
+    data = by_tifffile(samples, photometric=photometric, bigtiff=big, tile=tile, compression=compression,
+                       predictor=2 if compression else None, byteorder=order,
+                       extrasamples=["unassalpha"] if channels == 4 else None)  # fmt: skip
+    values = np.rint((65535 - samples if photometric == "miniswhite" else samples) / 257)
+    expected = values[..., :3] if channels > 1 else values[..., None].repeat(3, 2)
+    np.testing.assert_array_equal(decoded(data), expected)
 
 
 def test_of_a_tiff_of_several_pages_the_first_is_taken_and_a_look_says_so():
@@ -201,35 +175,14 @@ def test_of_a_tiff_of_several_pages_the_first_is_taken_and_a_look_says_so():
     assert image_header(data) == (40, 24, "16-bit grey, the first of several")
 
 
-def test_sixteen_bit_pnm_is_rounded_to_eight():
-    np.testing.assert_array_equal(decoded(encoded(DEEP[..., 0].copy(), "PPM"))[..., 0], np.rint(DEEP[..., 0] / 257))
-
-
 def test_one_bit_spans_the_range():
     data = encoded(Image.fromarray(GREY > 127), "PNG")
     np.testing.assert_array_equal(decoded(data)[..., 0], np.where(GREY > 127, 255, 0))
 
 
-@pytest.mark.parametrize("mode", ["P", "LA", "RGBA"])
-def test_palette_is_looked_up_and_alpha_dropped(mode):
-    data = encoded(Image.fromarray(COLOUR).convert(mode), "PNG")
-    np.testing.assert_array_equal(decoded(data), by_pillow(data))
-
-
 def test_colour_beneath_full_transparency_is_kept():
     pixels = np.dstack([COLOUR, np.zeros_like(GREY)])
     np.testing.assert_array_equal(decoded(encoded(pixels, "PNG")), COLOUR)
-
-
-def test_palette_with_transparent_entries_does_not_warn():
-    data = encoded(Image.fromarray(COLOUR).convert("P"), "PNG", transparency=b"\x00\x80\xff")
-    np.testing.assert_array_equal(decoded(data), by_pillow(data))
-
-
-@pytest.mark.parametrize(("mode", "kind"), [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "TIFF")])
-def test_cmyk_and_ycbcr_are_what_pillow_makes_of_them(mode, kind):
-    data = encoded(Image.fromarray(COLOUR).convert(mode), kind)
-    np.testing.assert_array_equal(decoded(data), by_pillow(data))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
@@ -244,13 +197,12 @@ def test_of_several_images_the_first_is_taken_and_its_number_is_in_the_digest(ki
     assert digest(several) != hashlib.blake2b(several, digest_size=16).hexdigest()
 
 
-# -- what is refused
+# what is refused
 
 
 @pytest.mark.parametrize(("mode", "word"), [("I", "32-bit"), ("F", "floating-point")])
 def test_pixels_without_a_known_white_are_refused_by_name(mode, word):
-    with pytest.raises(UnreadableImage, match=word):
-        decode(encoded(Image.fromarray(GREY).convert(mode), "TIFF"))
+    assert word in reason(encoded(Image.fromarray(GREY).convert(mode), "TIFF"))
 
 
 @pytest.mark.parametrize(
@@ -263,52 +215,35 @@ def test_pixels_without_a_known_white_are_refused_by_name(mode, word):
 )  # fmt: skip
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_tiff_of_other_samples_is_refused_by_name(dtype, channels, words, order):
-    tifffile = pytest.importorskip("tifffile")
-    buffer = io.BytesIO()
     samples = np.zeros((4, 6, channels) if channels > 1 else (4, 6), dtype)
-    tifffile.imwrite(buffer, samples, photometric="rgb" if channels == 3 else "minisblack", byteorder=order,
-                     planarconfig="contig" if channels > 1 else None)  # fmt: skip
-    with pytest.raises(UnreadableImage, match=words):
-        decode(buffer.getvalue())
+    photometric, planar = "rgb" if channels == 3 else "minisblack", "contig" if channels > 1 else None
+    assert words in reason(by_tifffile(samples, photometric=photometric, byteorder=order, planarconfig=planar))
 
 
 def test_tiff_that_pillow_does_not_read_is_told_by_what_it_is():
-    with pytest.raises(UnreadableImage, match="1 × 10 bits a pixel"):
-        decode(tiff(bytes(5), 1, 4, 1, bits=10, photometric=1))
-    with pytest.raises(UnreadableImage, match="1 × 12 bits a pixel"):
-        decode(tiff(bytes(6), 1, 4, 1, bits=12, photometric=0, order=">"))
-    tifffile = pytest.importorskip("tifffile")
-    buffer = io.BytesIO()
-    tifffile.imwrite(buffer, GREY, photometric="minisblack", bigtiff=True, byteorder=">")
-    with pytest.raises(UnreadableImage, match="big-endian"):
-        decode(buffer.getvalue())
+    assert "1 × 10 bits a pixel" in reason(tiff(bytes(5), 4, 1, 10))
+    assert "1 × 12 bits a pixel" in reason(tiff(bytes(6), 4, 0, 12, ">"))
+    assert "big-endian" in reason(by_tifffile(GREY, photometric="minisblack", bigtiff=True, byteorder=">"))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
 def test_truncated_images_say_after_how_many_bytes(kind, share):
     whole = encoded(COLOUR, kind)
     data = whole[: min(int(len(whole) * share), len(whole) - 1)]
-    with pytest.raises(UnreadableImage, match=f"^truncated after {len(data):,} bytes$"):
-        decode(data)
+    assert reason(data) == f"truncated after {len(data):,} bytes"
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpeg_whose_tail_was_never_downloaded_is_truncated(mode):
     data = encoded(Image.fromarray(COLOUR).convert(mode), "JPEG")
-    with pytest.raises(UnreadableImage, match="truncated"):
-        decode(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
-
-
-def test_zero_bytes():
-    for ask in (decode, image_header):
-        with pytest.raises(UnreadableImage, match=r"^zero bytes$"):
-            ask(b"")
+    assert "truncated" in reason(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"),
+    ("data", "message"),
     [
+        (b"", "zero bytes"),
         (b"<!DOCTYPE html><html>", 'not an image (starts with "<!DOCTYPE")'),
         (b"PK\x03\x04" + bytes(60), "not an image this reads (starts with the bytes 50 4b 03 04 00 00 00 00)"),
         (b"   \n", "not an image this reads (starts with the bytes 20 20 20 0a)"),
@@ -316,11 +251,8 @@ def test_zero_bytes():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 'not an image (starts with "%!PS-Adobe-3.0")'),
     ],
 )
-def test_what_is_no_image_is_shown_by_its_start(data, reason):
-    for ask in (decode, image_header):
-        with pytest.raises(UnreadableImage) as caught:
-            ask(data)
-        assert str(caught.value) == reason
+def test_what_is_no_image_is_shown_by_its_start(data, message):
+    assert reason(data) == reason(data, image_header) == message
 
 
 def test_decompression_bombs_are_refused_before_they_are_decoded():
@@ -331,16 +263,14 @@ def test_decompression_bombs_are_refused_before_they_are_decoded():
     bomb = bomb[:16] + struct.pack(">II", 60_000, 60_000) + bomb[24:]
     crc = struct.pack(">I", zlib.crc32(bomb[12:29]))
     for data in (bytes(jpeg), bomb[:29] + crc + bomb[33:]):
-        with pytest.raises(UnreadableImage, match="decompression bomb"):
-            decode(data)
+        assert "decompression bomb" in reason(data)
 
 
 def test_large_images_below_the_limit_do_not_warn(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # GREY has 960: Pillow warns
     assert decode(encoded(GREY, "PNG")).shape == (3, 24, 40)
     monkeypatch.setattr(headers, "MAX_PIXELS", 900)
-    with pytest.raises(UnreadableImage, match="40×24 pixels"):
-        decode(encoded(GREY, "PNG"))
+    assert "40×24 pixels" in reason(encoded(GREY, "PNG"))
 
 
 @pytest.mark.integration
@@ -368,7 +298,7 @@ def test_damaged_bytes_give_pixels_or_a_named_failure(which, changes, cut):
         assert str(error)
 
 
-# -- arrays
+# arrays
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (24, 40, 1), (24, 40, 3)])
@@ -378,33 +308,28 @@ def test_arrays_are_images_too(shape):
     np.testing.assert_array_equal(decoded(pixels), np.broadcast_to(pixels.reshape(24, 40, -1), (24, 40, 3)))
 
 
-def test_sixteen_bit_arrays_follow_the_rule_of_sixteen_bits():
-    np.testing.assert_array_equal(decoded(DEEP), np.rint(DEEP / 257))
-    np.testing.assert_array_equal(decoded(DEEP.astype(">u2")), np.rint(DEEP / 257))
+@pytest.mark.parametrize(
+    "image", [DEEP, DEEP.astype(">u2"), encoded(DEEP[..., 0], "PNG"), encoded(DEEP[..., 0], "PPM")]
+)
+def test_sixteen_bits_are_rounded_to_eight_by_the_full_range_not_by_what_occurs(image):
+    expected = np.rint(DEEP / 257) if isinstance(image, np.ndarray) else np.rint(DEEP[..., :1] / 257).repeat(3, 2)
+    np.testing.assert_array_equal(decoded(image), expected)
 
 
 @pytest.mark.parametrize(
     ("array", "word"),
-    [
-        (np.zeros((4, 4), np.float32), "float32"),
-        (np.zeros((3, 4, 4), np.uint8), "3×4×4"),
-        (np.zeros((0, 4), "u1"), "0×4"),
-    ],
+    [(np.zeros((4, 4), "f4"), "float32"), (np.zeros((3, 4, 4), "u1"), "3×4×4"), (np.zeros((0, 4), "u1"), "0×4")],
 )
 def test_other_arrays_are_refused_with_their_shape(array, word):
-    with pytest.raises(UnreadableImage, match=word):
-        decode(array)
+    assert word in reason(array)
 
 
-# -- digests
+# digests
 
 
-def test_digest_is_blake2b_of_the_bytes():
+def test_digest_is_blake2b_of_the_bytes_and_of_an_array_of_dtype_shape_and_bytes():
     data = encoded(COLOUR, "JPEG")
     assert digest(data) == hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def test_digest_of_an_array_knows_dtype_shape_and_bytes():
     plain = np.arange(16, dtype=np.uint8).reshape(4, 4)
     others = [plain.reshape(2, 8), plain.reshape(4, 4, 1), plain.astype(np.uint16), plain + np.uint8(1)]
     assert len({digest(array) for array in [plain, *others]}) == 5
@@ -412,22 +337,12 @@ def test_digest_of_an_array_knows_dtype_shape_and_bytes():
     assert digest(plain.astype("<u2")) == digest(plain.astype(">u2"))
 
 
-@given(st.integers(1, 3))
-def test_an_animated_gif_is_counted_without_pillow(frames):
-    pictures = [Image.fromarray(np.roll(COLOUR, 7 * number, 0)) for number in range(frames)]
-    data = encoded(pictures[0], "GIF", save_all=True, append_images=pictures[1:])
-    assert headers.holds_several(data) == (frames > 1)
-
-
-# -- threads, warnings, a look
+# threads, warnings, a look
 
 
 def test_threads_decode_what_one_thread_decodes_and_no_warning_escapes():
-    kinds = [
-        encoded(COLOUR, "JPEG"),
-        png(DEEP, 2),
-        encoded(Image.fromarray(COLOUR).convert("P"), "PNG", transparency=b"\0"),
-    ]
+    palette = encoded(Image.fromarray(COLOUR).convert("P"), "PNG", transparency=b"\0")
+    kinds = [encoded(COLOUR, "JPEG"), png(DEEP, 2), palette]
     expected = [decoded(data) for data in kinds]
     with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
         warnings.simplefilter("error")
@@ -438,15 +353,10 @@ def test_threads_decode_what_one_thread_decodes_and_no_warning_escapes():
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
-        (encoded(COLOUR, "JPEG"), "RGB"),
-        (encoded(GREY, "JPEG"), "grey"),
-        (png(DEEP, 2), "16-bit RGB"),
-        (encoded(DEEP[..., 0].copy(), "PNG"), "16-bit grey"),
-        (encoded(DEEP[..., 0].copy(), "PPM"), "16-bit grey"),
-        (encoded(Image.fromarray(COLOUR).convert("P"), "PNG"), "palette"),
-        (GREY, "grey"),
-        (DEEP, "16-bit RGB"),
+        (encoded(COLOUR, "JPEG"), "RGB"), (encoded(GREY, "JPEG"), "grey"), (png(DEEP, 2), "16-bit RGB"),
+        (encoded(DEEP[..., 0], "PNG"), "16-bit grey"), (encoded(DEEP[..., 0], "PPM"), "16-bit grey"),
+        (encoded(Image.fromarray(COLOUR).convert("P"), "PNG"), "palette"), (GREY, "grey"), (DEEP, "16-bit RGB"),
     ],
-)
+)  # fmt: skip
 def test_a_look_tells_size_and_kind_of_pixels(data, kind):
     assert image_header(data) == (40, 24, kind)
