@@ -105,8 +105,7 @@ def open_image_file(path: str) -> Iterator[tuple[int, os.stat_result]]:
     with as_unreadable(path):
         descriptor = os.open(path, _READ)
     try:
-        with as_unreadable(path):
-            status = os.fstat(descriptor)
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage("not a file")
         yield descriptor, status

@@ -213,7 +213,6 @@ def _notes(grouped: bool, files: list[_FileHeader]) -> list[str]:
     if more := sum((header.windows or 0) > 1 for header in files):
         notes.append(f"{more:,} DICOM files hold several windows; the first is used.")
     if none := sum(header.windows == 0 for header in files):
-        notes.append(
-            f"{none:,} DICOM files have no window: the full range of their stored bits is shown, which may look flat."
-        )
+        shown = "the full range of their stored bits is shown, which may look flat"
+        notes.append(f"{none:,} DICOM files have no window: {shown}.")
     return notes

@@ -103,7 +103,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _walk(
     folder: str, below: str, parents: tuple[tuple[int, int], ...], tree: _Tree, without: Sequence[str] = ()
 ) -> None:
-    """Add what lies in ``folder`` to ``tree``."""
     files, inner = list_folder(folder)
     if not files and not inner:
         return
@@ -161,22 +160,16 @@ def _refuse_loose(folder: str, loose: list[str], classes: list[str]) -> None:
 
 def _refuse_splits_below(data: str, ids: list[str], classes: list[str]) -> None:
     """Split folders below class folders, or one level too deep: taken for classes they would be lost."""
-    if len(classes) == 1 and (inner := _above_splits(ids)):
-        raise SourceError(f"the split folders are further down: give {data}/{inner}.")
+    shared = os.path.commonpath([os.path.dirname(image) for image in ids]).split("/")
+    inner = next((depth for depth, name in enumerate(shared) if name.lower() in SPLITS), len(shared))
+    if len(classes) == 1 and any(image.split("/", inner + 1)[inner].lower() in SPLITS for image in ids):
+        raise SourceError(f"the split folders are further down: give {data}/{'/'.join(shared[:inner])}.")
     pairs = {tuple(image.split("/", 2)[:2]) for image in ids if image.count("/") >= 2}
     if below := sorted(pair for pair in pairs if pair[1].lower() in SPLITS):
         raise SourceError(
             f"{data} has split folders below class folders ({'/'.join(below[0])}); they are expected above: "
             f"{below[0][1]}/{below[0][0]}. Move them, or list the images in a CSV (columns path, label, split)."
         )
-
-
-def _above_splits(ids: list[str]) -> str:
-    """The folder that all images share and that has split folders in it; nothing where there is none."""
-    shared = os.path.commonpath([os.path.dirname(image) for image in ids]).split("/")
-    inner = next((depth for depth, name in enumerate(shared) if name.lower() in SPLITS), len(shared))
-    below = (image.split("/", inner + 1)[inner] for image in ids)
-    return "/".join(shared[:inner]) if any(name.lower() in SPLITS for name in below) else ""
 
 
 def _class_notes(data: str, tree: _Tree, splits: list[str], names: list[str], classes: list[str]) -> list[str]:

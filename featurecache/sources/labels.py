@@ -17,6 +17,7 @@ from featurecache.errors import SourceError, nearest
 from featurecache.formatting import abbreviated
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
+SPLIT_ORDER = ("train", "val", "test")
 # What people call their splits -> what we call them.
 SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -82,10 +83,8 @@ def find_roles(
     for role, names in candidates.items():
         roles.setdefault(role, [column for column in names if column not in elsewhere])
         if role not in requested and len(roles[role]) > 1:
-            raise SourceError(
-                f"{name} has several columns that could be the {role}: {abbreviated(roles[role])}. "
-                f"Say which: --column {role}={roles[role][0]}."
-            )
+            several = f"several columns that could be the {role}: {abbreviated(roles[role])}"
+            raise SourceError(f"{name} has {several}. Say which: --column {role}={roles[role][0]}.")
     used = [column for several in roles.values() for column in several]
     if twice := [column for column in used if used.count(column) > 1]:
         raise SourceError(f"the column {twice[0]!r} of {name} cannot be two things at once ({dict(requested)}).")
@@ -176,10 +175,8 @@ def labels_of_text(
     classes = sorted(shown - {""}, key=lambda name: (finite_number(name) is None, finite_number(name) or 0.0, name))
     for index, value in enumerate(values):
         if value and value not in shown:
-            raise SourceError(
-                f'{row(index)}: the label "{value}" is in no train row (there: {abbreviated(classes) or "none"}). '
-                "Correct it, or put images of that class into train."
-            )
+            wrong = f'the label "{value}" is in no train row (there: {abbreviated(classes) or "none"})'
+            raise SourceError(f"{row(index)}: {wrong}. Correct it, or put images of that class into train.")
     return class_labels(values, classes), classes
 
 
@@ -203,10 +200,8 @@ def several_labels_of_text(columns: Mapping[str, Sequence[str]], row: Callable[[
     for name, cells in columns.items():
         for index, cell in enumerate(cells):
             if cell.lower() not in _YES_NO:
-                raise SourceError(
-                    f'{row(index)}: {name!r} is "{cell}", expected 1, 0, or nothing where it is not known. '
-                    "If this value means uncertain, decide: write 1, 0 or nothing."
-                )
+                wrong = f'{row(index)}: {name!r} is "{cell}", expected 1, 0, or nothing where it is not known'
+                raise SourceError(f"{wrong}. If this value means uncertain, decide: write 1, 0 or nothing.")
         labels.append([_YES_NO[cell.lower()] for cell in cells])
     return np.array(labels, np.float32).T.copy()
 
@@ -249,9 +244,8 @@ def labels_of_numbers(
         cells = np.argwhere((several != 0) & (several != 1) & ~np.isnan(several))
         if len(cells):
             row, column = cells[0].tolist()
-            raise SourceError(
-                f"{where} row {row:,}, label {column} is {values[row, column]}; expected 0, 1, or NaN for unknown."
-            )
+            cell = f"{where} row {row:,}, label {column} is {values[row, column]}"
+            raise SourceError(f"{cell}; expected 0, 1, or NaN for unknown.")
         names = list(classes or (unnamed.format(number) for number in range(values.shape[1])))
         if len(names) != values.shape[1]:
             raise SourceError(f"{where} has {values.shape[1]} labels a row, and there are {len(names)} classes.")
@@ -297,9 +291,9 @@ def labels_of_lists(values: Sequence[Any], names: list[str] | None, where: str) 
         rows = [[np.nan if entry is None else entry for entry in (value or [None] * width)] for value in values]
         return np.array(rows, np.float32).reshape(len(values), width), unique_names(columns)
     if not names or any(not isinstance(entry, int) or not 0 <= entry < len(names) for entry in flat):
+        there = abbreviated(sorted(map(str, flat)))
         raise SourceError(
-            f"{where} holds lists that are neither numbers of classes nor 0 and 1 for each label: "
-            f"{abbreviated(sorted(map(str, flat)))}."
+            f"{where} holds lists that are neither numbers of classes nor 0 and 1 for each label: {there}."
         )
     labels = np.zeros((len(values), len(names)), np.float32)
     for row, value in enumerate(values):

@@ -150,13 +150,19 @@ def open_tiny_imagenet(data: str, task: str | None) -> Dataset:
     wnids = sorted({line.strip() for line in _lines(data, "wnids.txt")} - {""})
     if not wnids:
         raise SourceError(f"wnids.txt of the Tiny ImageNet in {data} is empty; unpack the archive again.")
-    names, notes = _wordnet_names(data, wnids)
+    notes = []
+    if os.path.exists(os.path.join(data, "words.txt")):
+        pairs = (line.partition("\t") for line in _lines(data, "words.txt"))
+        words = {wnid: names.split(",")[0].strip() for wnid, _, names in pairs}
+        names = unique_names([words.get(wnid) or wnid for wnid in wnids])
+    else:
+        names = wnids
+        notes.append("words.txt is missing: the classes bear their WordNet numbers.")
     train = _train(data, wnids)
     val, more = _val(data, wnids)
     if left_out := len(_images(data, "test/images")):
-        notes.append(
-            f"The {left_out:,} images of test have no published labels and were left out: give {data}/test/images."
-        )
+        left = f"The {left_out:,} images of test have no published labels and were left out"
+        notes.append(f"{left}: give {data}/test/images.")
     ids, wnid_of = map(list, zip(*sorted([*train.items(), *val.items()]), strict=True))
     return Dataset(
         name=os.path.basename(data),
@@ -177,15 +183,6 @@ def _lines(data: str, name: str) -> list[str]:
         raise SourceError(f"{name} of the Tiny ImageNet in {data} cannot be read ({error}).") from error
 
 
-def _wordnet_names(data: str, wnids: list[str]) -> tuple[list[str], list[str]]:
-    """What the classes are called: the first words of words.txt, where they are there."""
-    if not os.path.exists(os.path.join(data, "words.txt")):
-        return wnids, ["words.txt is missing: the classes bear their WordNet numbers."]
-    pairs = (line.partition("\t") for line in _lines(data, "words.txt"))
-    words = {wnid: names.split(",")[0].strip() for wnid, _, names in pairs}
-    return unique_names([words.get(wnid) or wnid for wnid in wnids]), []
-
-
 def _images(data: str, folder: str) -> list[str]:
     return [f"{folder}/{name}" for name in list_folder(os.path.join(data, folder))[0] if is_image(name)]
 
@@ -203,9 +200,8 @@ def _train(data: str, wnids: list[str]) -> dict[str, str]:
     absent = sorted(set(wnids) - set(train.values()))
     again = "; unpack the archive again."
     if strange:
-        raise SourceError(
-            f"train holds the class folders {abbreviated(strange, 3)}, which wnids.txt in {data} does not name."
-        )
+        there = abbreviated(strange, 3)
+        raise SourceError(f"train holds the class folders {there}, which wnids.txt in {data} does not name.")
     if not train:
         raise SourceError(f"train in {data} holds no image of the classes of wnids.txt{again}")
     if absent:

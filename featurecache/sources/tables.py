@@ -65,8 +65,8 @@ def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> D
     images, notes = _image_files(os.path.dirname(data), ids)
     if labelled.task == "unlabelled" and task is None:
         others = f" among {abbreviated(list(rows.meta), 8)}" if rows.meta else ""
-        note = f"No column of labels was found{others}: --column label=NAME names one, or several: label=A,B,C."
-        notes.insert(0, note)
+        way = "--column label=NAME names one, or several: label=A,B,C"
+        notes.insert(0, f"No column of labels was found{others}: {way}.")
     return Dataset(
         name=table.name.rsplit(".", 1)[0],
         ids=ids,
@@ -86,10 +86,8 @@ def read_annotations(data: str, columns: dict[str, str] | None, task: str | None
     only = {"label": next(iter(table.columns))} if len(table.columns) == 1 else {}
     roles = _find_roles(table, columns or only, needs_path=False)
     if not roles["label"]:
-        raise SourceError(
-            f"{table.name} has no column of labels among {abbreviated(list(table.columns), 8)}; --column label=NAME "
-            "names one."
-        )
+        there = abbreviated(list(table.columns), 8)
+        raise SourceError(f"{table.name} has no column of labels among {there}; --column label=NAME names one.")
     ids = _paths(table, roles["path"][0]) if roles["path"] else None
     own = [f"{table.name}:{row}" for row in range(len(table.places))]  # one without a group is a group of its own
     return replace(annotations_of_text(table.columns, roles, ids or own, task, table.row), ids=ids)
@@ -134,10 +132,8 @@ def _read_csv(file: str) -> tuple[list[str], list[list[str]], Sequence[int]]:
     names = [name.strip() or f"column {number}" for number, name in enumerate(rows.pop(0)[1], 1)]
     for number, row in rows:
         if len(row) != len(names):
-            raise SourceError(
-                f"{os.path.basename(file)} row {number:,} has {len(row)} fields, the header {len(names)} "
-                f"({abbreviated(names)}): write a field that holds {delimiter!r} in quotes."
-            )
+            there = f"{os.path.basename(file)} row {number:,} has {len(row)} fields, the header {len(names)}"
+            raise SourceError(f"{there} ({abbreviated(names)}): write a field that holds {delimiter!r} in quotes.")
     columns = [[row[place].strip() for _, row in rows] for place in range(len(names))]
     return names, columns, [number for number, _ in rows]
 
@@ -151,17 +147,14 @@ def _read_parquet(file: str) -> tuple[list[str], list[list[str]], Sequence[int]]
         with parquet.ParquetFile(file) as opened:
             rows, width = opened.metadata.num_rows, opened.metadata.num_columns
         if rows * max(width, 1) > _CELLS:
-            raise SourceError(
-                f"{file} declares {rows:,} rows of {width:,} columns; more than {_CELLS:,} cells are not read."
-            )
+            there = f"{rows:,} rows of {width:,} columns"
+            raise SourceError(f"{file} declares {there}; more than {_CELLS:,} cells are not read.")
         table = parquet.read_table(file)
     except (arrow.ArrowException, OSError) as error:
         raise SourceError(f"{file} cannot be read as Parquet ({str(error).splitlines()[0]}).") from error
     if nested := [field.name for field in table.schema if not _is_plain(field.type)]:
-        raise SourceError(
-            f"{os.path.basename(file)} holds other than text and numbers in {abbreviated(nested)}; expected paths of "
-            "image files. Leave those columns out."
-        )
+        there = f"{os.path.basename(file)} holds other than text and numbers in {abbreviated(nested)}"
+        raise SourceError(f"{there}; expected paths of image files. Leave those columns out.")
     if not table.num_rows:
         raise SourceError(f"{file} has no rows; expected one for each image.")
 
@@ -188,10 +181,8 @@ def _find_roles(table: Table, requested: dict[str, str], *, needs_path: bool = T
     candidates = {role: [name for name in plain if plain[name] in names] for role, names in ROLES.items()}
     roles = find_roles(table.name, list(plain), requested, candidates, several_labels=True)
     if needs_path and not roles["path"]:
-        raise SourceError(
-            f"{table.name} has no column of image paths among {abbreviated(list(plain), 8)}; expected one "
-            f"called {abbreviated(ROLES['path'], 4)}, or --column path=NAME."
-        )
+        expected = f"expected one called {abbreviated(ROLES['path'], 4)}, or --column path=NAME"
+        raise SourceError(f"{table.name} has no column of image paths among {abbreviated(list(plain), 8)}; {expected}.")
     return roles
 
 

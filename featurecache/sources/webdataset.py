@@ -108,7 +108,6 @@ def _is_tar(name: str) -> bool:
 
 
 def _files_below(folder: str) -> list[str]:
-    """Those in a folder and in the folders in it."""
     files, folders = list_folder(folder)
     return files + [f"{inner}/{name}" for inner in folders for name in list_folder(os.path.join(folder, inner))[0]]
 
@@ -210,7 +209,6 @@ class _Headers(io.FileIO):
 
 
 def _walk(root: str, tar: str, number: int, index: TarIndex) -> None:
-    """Add the samples of a tar to ``index``."""
     path = os.path.join(root, tar)
     try:
         with open_image_file(path) as (descriptor, status):
