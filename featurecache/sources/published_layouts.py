@@ -35,7 +35,7 @@ from itertools import combinations
 
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles
+from featurecache.sources.base import Dataset, ImageFiles, read_text
 from featurecache.sources.folders import is_image, list_folder, open_folder
 from featurecache.sources.labels import SPLITS, class_labels, resolve_labels, unique_names
 
@@ -176,11 +176,7 @@ def open_tiny_imagenet(data: str, task: str | None) -> Dataset:
 
 
 def _lines(data: str, name: str) -> list[str]:
-    try:
-        with open(os.path.join(data, name), encoding="utf-8") as file:
-            return file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{name} of the Tiny ImageNet in {data} cannot be read ({error}).") from error
+    return read_text(os.path.join(data, name), " of the Tiny ImageNet").splitlines()
 
 
 def _images(data: str, folder: str) -> list[str]:

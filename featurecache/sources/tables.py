@@ -24,35 +24,18 @@ import csv
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageFiles, package
 from featurecache.sources.folders import is_image
-from featurecache.sources.labels import ROLES, Annotations, annotations_of_text, find_roles, resolve_labels
+from featurecache.sources.labels import ROLES, Annotations, Table, annotations_of_text, find_roles, resolve_labels
 
 TABLES = (".csv", ".tsv", ".parquet", ".pq")  # endings
 _CELLS = 1 << 30  # of a Parquet table: a few bytes of it can stand for any number
 _TRIED = 20  # paths tried at opening
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns of text, and by what a person finds a row: a CSV's line, of Parquet the row from 1, a name."""
-
-    file: str
-    columns: dict[str, list[str]]
-    places: Sequence[int] | Sequence[str]
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.file)
-
-    def row(self, index: int) -> str:
-        place = self.places[index]
-        return place if isinstance(place, str) else f"{self.name} row {place:,}"
 
 
 def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> Dataset:
@@ -60,7 +43,7 @@ def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> D
     table = _read_table(data)
     roles = _find_roles(table, columns or {})
     ids = _paths(table, roles["path"][0])
-    rows = annotations_of_text(table.columns, roles, ids, task, table.row)
+    rows = annotations_of_text(table, roles, ids, task)
     labelled = resolve_labels(rows.labels, rows.classes, task, table.name)
     images, notes = _image_files(os.path.dirname(data), ids)
     if labelled.task == "unlabelled" and task is None:
@@ -90,7 +73,7 @@ def read_annotations(data: str, columns: dict[str, str] | None, task: str | None
         raise SourceError(f"{table.name} has no column of labels among {there}; --column label=NAME names one.")
     ids = _paths(table, roles["path"][0]) if roles["path"] else None
     own = [f"{table.name}:{row}" for row in range(len(table.places))]  # one without a group is a group of its own
-    return replace(annotations_of_text(table.columns, roles, ids or own, task, table.row), ids=ids)
+    return replace(annotations_of_text(table, roles, ids or own, task), ids=ids)
 
 
 def annotate(
@@ -99,7 +82,7 @@ def annotate(
     """What columns say of images whose ``ids`` are there; labels may be missing. ``classes``, in their order: those of
     which the labels are names, or numbers from 0."""
     roles = _find_roles(table, {**columns, "path": ""}, needs_path=False)
-    return annotations_of_text(table.columns, roles, ids, task, table.row, classes)
+    return annotations_of_text(table, roles, ids, task, classes)
 
 
 # -- reading
@@ -179,7 +162,7 @@ def _find_roles(table: Table, requested: dict[str, str], *, needs_path: bool = T
     """Role → its columns: as requested, else by name."""
     plain = {name: re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in table.columns}
     candidates = {role: [name for name in plain if plain[name] in names] for role, names in ROLES.items()}
-    roles = find_roles(table.name, list(plain), requested, candidates, several_labels=True)
+    roles = find_roles(table.name, list(plain), requested, candidates, several="label")
     if needs_path and not roles["path"]:
         expected = f"expected one called {abbreviated(ROLES['path'], 4)}, or --column path=NAME"
         raise SourceError(f"{table.name} has no column of image paths among {abbreviated(list(plain), 8)}; {expected}.")

@@ -37,10 +37,10 @@ import numpy as np
 
 from featurecache.errors import SourceError, UnreadableImage
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file
+from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, read_text
 from featurecache.sources.folders import EXTENSIONS, is_image, kinds_text, list_folder
-from featurecache.sources.labels import SPLITS, resolve_labels
-from featurecache.sources.tables import Table, annotate
+from featurecache.sources.labels import SPLITS, Table, resolve_labels
+from featurecache.sources.tables import annotate
 
 CLASSES = "classes.txt"
 TEXTS = ("cls", "json", "txt")
@@ -322,11 +322,7 @@ def _class_list(file: str) -> list[str]:
     """The lines of ``classes.txt``; nothing where there is none."""
     if not os.path.exists(file):
         return []
-    try:
-        with open(file, encoding="utf-8-sig") as lines:
-            names = [line.strip() for line in lines.read(LONGEST).rstrip().split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{file} cannot be read as UTF-8 text ({error}).") from error
+    names = [line.strip() for line in read_text(file).rstrip().split("\n")]
     if "" in names or len(set(names)) < len(names):
         raise SourceError(f"{file} has an empty line or a name twice; expected the name of a class on each line.")
     return names
