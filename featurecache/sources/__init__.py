@@ -63,9 +63,7 @@ def _digits(_: str, task: str | None) -> Dataset:
 
 
 SOURCES: dict[str, Source] = {
-    "digits": Source(
-        "the word digits", "scikit-learn's 1,797 handwritten digits: needs nothing", None, _digits
-    ),
+    "digits": Source("the word digits", "scikit-learn's 1,797 handwritten digits: needs nothing", None, _digits),
     "tiny-imagenet": Source(
         "a folder of Tiny ImageNet", "as it is unpacked: val by `val_annotations.txt`, names by `words.txt`",
         is_tiny_imagenet, open_tiny_imagenet,

@@ -203,11 +203,8 @@ def _notes(grouped: bool, files: list[_FileHeader]) -> list[str]:
         notes.append(f"{count}, each an image (#frame=0, #frame=1, …).")
     patients = {header.patient for header in files} - {""}
     if not grouped and len(patients) > 1:
-        notes += [
-            f"The groups are the PatientID of the DICOM files ({len(patients):,} patients), so that nobody stands in "
-            "train and test.",
-            PLAIN_PATIENTS,
-        ]
+        groups = f"The groups are the PatientID of the DICOM files ({len(patients):,} patients)"
+        notes += [f"{groups}, so that nobody stands in train and test.", PLAIN_PATIENTS]
     elif not grouped and patients and len(files) > 1:
         notes.append("All DICOM files bear one PatientID, which tells nobody apart: it is not taken for groups.")
     if more := sum((header.windows or 0) > 1 for header in files):

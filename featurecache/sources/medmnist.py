@@ -188,10 +188,9 @@ def _headers(file: str) -> dict[str, NpyHeader]:
     except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise SourceError(f"{file} cannot be read as an .npz ({error}).") from error
     if pickled := [name for name, header in headers.items() if header.dtype.hasobject]:
-        raise SourceError(
-            f"{os.path.basename(file)} holds pickled Python objects ({abbreviated(pickled)}), which could run code and "
-            "are never loaded. Save plain arrays: np.savez(file, train_images=array of uint8, ...)."
-        )
+        there = f"{os.path.basename(file)} holds pickled Python objects ({abbreviated(pickled)})"
+        way = "Save plain arrays: np.savez(file, train_images=array of uint8, ...)"
+        raise SourceError(f"{there}, which could run code and are never loaded. {way}.")
     return headers
 
 

@@ -97,10 +97,10 @@ def _by_kind(columns: dict[str, str]) -> bool:
     """Whether the label is the kind, as ``--column label=kind`` says; the folder is ``label=folder``, or nothing."""
     for role, name in columns.items():
         if role != "label" or name not in ("kind", "folder"):
-            raise SourceError(
-                f"a folder of chest X-rays has no column for {role}={name}; --column label=kind makes three classes "
-                "(normal, bacteria, virus), label=folder the two of the folders."
+            ways = (
+                "--column label=kind makes three classes (normal, bacteria, virus), label=folder those of the folders"
             )
+            raise SourceError(f"a folder of chest X-rays has no column for {role}={name}; {ways}.")
     return columns.get("label") == "kind"
 
 
@@ -229,9 +229,7 @@ def _annotated(data: str, wnids: list[str]) -> dict[str, str]:
         name, _, rest = line.partition("\t")
         wnid = rest.split("\t")[0].strip()
         if wnid not in wnids or "/" in name or f"val/images/{name}" in annotated:
-            raise SourceError(
-                f"line {number:,} of {_ANNOTATIONS} in {data} is {line[:60]!r}; expected a file's name, a tab and one "
-                "of the classes of wnids.txt, each name once."
-            )
+            expected = "expected a file's name, a tab and one of the classes of wnids.txt, each name once"
+            raise SourceError(f"line {number:,} of {_ANNOTATIONS} in {data} is {line[:60]!r}; {expected}.")
         annotated[f"val/images/{name}"] = wnid
     return annotated

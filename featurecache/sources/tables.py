@@ -213,8 +213,6 @@ def _paths_below(folder: str, names: Sequence[str]) -> list[str]:
                 for word in {file, os.path.splitext(file)[0]} & paths.keys():
                     paths[word].append(os.path.relpath(os.path.join(place, file), folder))
     if twice := [name for name, several in paths.items() if len(several) > 1]:
-        raise SourceError(
-            f"{twice[0]} stands for {abbreviated(sorted(paths[twice[0]]), 3)} in {folder}; expected one file of that "
-            "name. Remove the others, or write the paths with their folders."
-        )
+        there = f"{abbreviated(sorted(paths[twice[0]]), 3)} in {folder}; expected one file of that name"
+        raise SourceError(f"{twice[0]} stands for {there}. Remove the others, or write the paths with their folders.")
     return [several[0] if several else name for name, several in paths.items()]

@@ -69,8 +69,7 @@ def fetch_torchvision(words: str) -> None:
     from torchvision.datasets.utils import download_and_extract_archive
 
     options = _parse(words)
-    make = getattr(torchvision.datasets, options.name)
-    entry = SETS.get(options.name)
+    make, entry = getattr(torchvision.datasets, options.name), SETS.get(options.name)
     if entry and not entry.fetches:
         raise SourceError(
             f"{options.name} is not in {options.folder}, and torchvision cannot download it: unpack it as the page of "

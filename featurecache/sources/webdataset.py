@@ -243,10 +243,9 @@ def _members(file: _Headers, path: str, size: int) -> Iterator[tarfile.TarInfo]:
         raise SourceError(f"{path} is cut off: it has no end mark after {end:,} bytes. Get it again.")
     for _ in range(_TAIL // _BLOCK):
         if block.strip(b"\0"):
-            raise SourceError(
-                f"{path} goes on behind byte {end:,} with what is no entry of this tar (damaged, or one tar behind "
-                "another). Get it again, or give each as a file of its own."
-            )
+            what = "what is no entry of this tar (damaged, or one tar behind another)"
+            way = "Get it again, or give each as a file of its own"
+            raise SourceError(f"{path} goes on behind byte {end:,} with {what}. {way}.")
         if not (block := file.read(_BLOCK)):
             return
 
