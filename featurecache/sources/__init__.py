@@ -38,7 +38,7 @@ class Source:
 
     form: str  # for messages
     about: str  # for the table of sources
-    fits: Callable[[str], bool]  # of the path, absolute; never asked of a word
+    fits: Callable[[str], bool] | None  # of the path, absolute; None: it is named by a word
     open: Callable[..., Dataset]  # path, or what stands behind the prefix; columns where it has them; task
     columns: bool = False  # whether --column says something about it
     prefix: str = ""  # of a data set that is named and lies where its tool puts it
@@ -62,14 +62,8 @@ def _digits(_: str, task: str | None) -> Dataset:
     )
 
 
-def _never(path: str) -> bool:
-    return False
-
-
 SOURCES: dict[str, Source] = {
-    "digits": Source(
-        "the word digits", "scikit-learn's 1,797 handwritten digits: needs nothing", _never, _digits
-    ),
+    "digits": Source("the word digits", "scikit-learn's 1,797 handwritten digits: needs nothing", None, _digits),
     "tiny-imagenet": Source(
         "a folder of Tiny ImageNet", "as it is unpacked: val by `val_annotations.txt`, names by `words.txt`",
         is_tiny_imagenet, open_tiny_imagenet,
@@ -97,11 +91,11 @@ SOURCES: dict[str, Source] = {
     ),
     "medmnist": Source(
         medmnist.FORM, "the twelve 2D sets, with their published classes and tasks (extra `medmnist`)",
-        _never, medmnist.open_medmnist, False, "medmnist:", medmnist.fetch_medmnist,
+        None, medmnist.open_medmnist, False, "medmnist:", medmnist.fetch_medmnist,
     ),
     "torchvision": Source(
         torchvision_datasets.FORM, "its labelled sets (CIFAR10, MNIST, EuroSAT, Flowers102, …) with their own splits",
-        _never, torchvision_datasets.open_torchvision, False, "torchvision:", torchvision_datasets.fetch_torchvision,
+        None, torchvision_datasets.open_torchvision, False, "torchvision:", torchvision_datasets.fetch_torchvision,
     ),
     "hf": Source(
         huggingface.FORM, "a dataset of the Hugging Face hub, or a folder of its `save_to_disk` (extra `hf`)",
@@ -109,7 +103,7 @@ SOURCES: dict[str, Source] = {
     ),
     "kaggle": Source(
         fetching.KAGGLE, "a data set of Kaggle, opened as the folder or table it is (extra `kaggle`)",
-        _never, lambda words, columns, task: fetching.open_kaggle(words, columns, task, open_source), True,
+        None, lambda words, columns, task: fetching.open_kaggle(words, columns, task, open_source), True,
         "kaggle:", fetching.fetch_kaggle,
     ),
 }  # fmt: skip
@@ -177,6 +171,6 @@ def _find(data: str | Path) -> tuple[str, str]:
             f"there is no folder or file {data}.{near if os.path.isdir(folder) else f' Nor is there {folder}.'}"
         )
     for kind, source in SOURCES.items():
-        if source.fits(path):
+        if source.fits and source.fits(path):
             return kind, path
     raise SourceError(f"{data} is {'a file' if os.path.exists(path) else 'a broken link'}; expected {forms}.")

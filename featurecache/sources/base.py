@@ -99,14 +99,22 @@ def read_file(path: str) -> bytes:
         return b"".join(parts)
 
 
+def read_text(file: str, of: str = "") -> str:
+    """A file that belongs to a data set (``of``: which). Raises SourceError where it is no UTF-8 text."""
+    try:
+        with open(file, encoding="utf-8-sig") as opened:
+            return opened.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{file}{of} cannot be read as UTF-8 text ({error}).") from error
+
+
 @contextlib.contextmanager
 def open_image_file(path: str) -> Iterator[tuple[int, os.stat_result]]:
     """The descriptor and the stat of a regular file; nothing else is opened. Raises UnreadableImage."""
     with as_unreadable(path):
         descriptor = os.open(path, _READ)
     try:
-        with as_unreadable(path):
-            status = os.fstat(descriptor)
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage("not a file")
         yield descriptor, status

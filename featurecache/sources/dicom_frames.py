@@ -203,17 +203,13 @@ def _notes(grouped: bool, files: list[_FileHeader]) -> list[str]:
         notes.append(f"{count}, each an image (#frame=0, #frame=1, …).")
     patients = {header.patient for header in files} - {""}
     if not grouped and len(patients) > 1:
-        notes += [
-            f"The groups are the PatientID of the DICOM files ({len(patients):,} patients), so that nobody stands in "
-            "train and test.",
-            PLAIN_PATIENTS,
-        ]
+        groups = f"The groups are the PatientID of the DICOM files ({len(patients):,} patients)"
+        notes += [f"{groups}, so that nobody stands in train and test.", PLAIN_PATIENTS]
     elif not grouped and patients and len(files) > 1:
         notes.append("All DICOM files bear one PatientID, which tells nobody apart: it is not taken for groups.")
     if more := sum((header.windows or 0) > 1 for header in files):
         notes.append(f"{more:,} DICOM files hold several windows; the first is used.")
     if none := sum(header.windows == 0 for header in files):
-        notes.append(
-            f"{none:,} DICOM files have no window: the full range of their stored bits is shown, which may look flat."
-        )
+        shown = "the full range of their stored bits is shown, which may look flat"
+        notes.append(f"{none:,} DICOM files have no window: {shown}.")
     return notes

@@ -42,13 +42,13 @@ class SourceOptions:
     name: str
     variant: str = ""
     version: str = ""
-    folder: str | None = None  # absolute
+    folder: str = ""  # absolute
 
     @classmethod
     def parse(cls, kind: str, text: str, *, with_folder: bool = True) -> SourceOptions:
         """Of what stands behind ``kind:``. A folder has a ``/`` in its name, or is there."""
         name, *words = text.split("@")
-        folder = None
+        folder = ""
         for place, word in enumerate(words):
             is_folder = "/" in word or word.startswith((".", "~")) or (os.path.isdir(word) and not word.isdigit())
             if with_folder and is_folder:
@@ -184,8 +184,9 @@ def _down(options: _KaggleSet, top: Path, folder: Path) -> Path:
         if not there:
             raise SourceError(f"{options.handle} holds no folder of images and no table ({folder}).")
         if len(there) > 1:
-            choices = [f"kaggle:{options.handle}/{(folder / name).relative_to(top).as_posix()}" for name in there]
-            such = abbreviated(choices, 3)
+            such = abbreviated(
+                [str(replace(options, inside=str((folder / name).relative_to(top)))) for name in there], 3
+            )
             raise SourceError(f"{options.handle} holds {abbreviated(there)}: say which, such as {such}.")
         folder = folder / there[0]
     return folder
@@ -194,7 +195,6 @@ def _down(options: _KaggleSet, top: Path, folder: Path) -> Path:
 def _parse_kaggle(words: str) -> _KaggleSet:
     match = _KAGGLE.fullmatch(words.strip("/"))
     if not match or ".." in words.split("/"):
-        raise SourceError(
-            f'kaggle:{words} is no name of a data set; expected {KAGGLE}, such as "kaggle:owner/chest-xrays".'
-        )
+        expected = f'expected {KAGGLE}, such as "kaggle:owner/chest-xrays"'
+        raise SourceError(f"kaggle:{words} is no name of a data set; {expected}.")
     return _KaggleSet(match[1], match[2] or "")

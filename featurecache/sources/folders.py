@@ -30,6 +30,7 @@ EXTENSIONS = (
     ".jpe", ".jfif", ".pgm", ".ppm", ".pbm", ".pnm", *DICOM,
 )  # fmt: skip
 _NOT_DATA = "__MACOSX"  # beside what begins with a dot
+_CSV = "or list the images you mean in a CSV (columns path, label, split)"
 
 
 @dataclass
@@ -103,7 +104,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _walk(
     folder: str, below: str, parents: tuple[tuple[int, int], ...], tree: _Tree, without: Sequence[str] = ()
 ) -> None:
-    """Add what lies in ``folder`` to ``tree``."""
     files, inner = list_folder(folder)
     if not files and not inner:
         return
@@ -137,10 +137,8 @@ def _layout(data: str, ids: list[str]) -> tuple[list[str], list[str]]:
         _refuse_splits_below(data, ids, tops)
         return none, tops_of
     if beside := [*(top for top in tops if top not in above), *loose]:
-        raise SourceError(
-            f"{data} has split folders ({abbreviated(above)}) and beside them images in {abbreviated(beside)}, which "
-            "belong to no split. Move those away, or list the images you mean in a CSV (columns path, label, split)."
-        )
+        there = f"split folders ({abbreviated(above)}) and beside them images in {abbreviated(beside)}"
+        raise SourceError(f"{data} has {there}, which belong to no split. Move those away, {_CSV}.")
     names = [sys.intern(image.split("/", 2)[1]) if image.count("/") > 1 else "" for image in ids]
     pairs = set(zip(tops_of, names, strict=True))
     for top in above:
@@ -153,30 +151,20 @@ def _layout(data: str, ids: list[str]) -> tuple[list[str], list[str]]:
 
 def _refuse_loose(folder: str, loose: list[str], classes: list[str]) -> None:
     if loose:
-        raise SourceError(
-            f"{folder} holds images ({abbreviated(loose, 3)}) beside class folders ({abbreviated(classes, 3)}): of "
-            "which class are they? Move them, or list the images you mean in a CSV (columns path, label)."
-        )
+        there = f"images ({abbreviated(loose, 3)}) beside class folders ({abbreviated(classes, 3)})"
+        raise SourceError(f"{folder} holds {there}: of which class are they? Move them, {_CSV}.")
 
 
 def _refuse_splits_below(data: str, ids: list[str], classes: list[str]) -> None:
     """Split folders below class folders, or one level too deep: taken for classes they would be lost."""
-    if len(classes) == 1 and (inner := _above_splits(ids)):
-        raise SourceError(f"the split folders are further down: give {data}/{inner}.")
-    pairs = {tuple(image.split("/", 2)[:2]) for image in ids if image.count("/") >= 2}
-    if below := sorted(pair for pair in pairs if pair[1].lower() in SPLITS):
-        raise SourceError(
-            f"{data} has split folders below class folders ({'/'.join(below[0])}); they are expected above: "
-            f"{below[0][1]}/{below[0][0]}. Move them, or list the images in a CSV (columns path, label, split)."
-        )
-
-
-def _above_splits(ids: list[str]) -> str:
-    """The folder that all images share and that has split folders in it; nothing where there is none."""
     shared = os.path.commonpath([os.path.dirname(image) for image in ids]).split("/")
     inner = next((depth for depth, name in enumerate(shared) if name.lower() in SPLITS), len(shared))
-    below = (image.split("/", inner + 1)[inner] for image in ids)
-    return "/".join(shared[:inner]) if any(name.lower() in SPLITS for name in below) else ""
+    if len(classes) == 1 and any(image.split("/", inner + 1)[inner].lower() in SPLITS for image in ids):
+        raise SourceError(f"the split folders are further down: give {data}/{'/'.join(shared[:inner])}.")
+    pairs = {tuple(image.split("/", 2)[:2]) for image in ids if image.count("/") >= 2}
+    if below := sorted(pair for pair in pairs if pair[1].lower() in SPLITS):
+        there = f"split folders below class folders ({'/'.join(below[0])})"
+        raise SourceError(f"{data} has {there}; expected above: {below[0][1]}/{below[0][0]}. Move them, {_CSV}.")
 
 
 def _class_notes(data: str, tree: _Tree, splits: list[str], names: list[str], classes: list[str]) -> list[str]:
@@ -184,10 +172,8 @@ def _class_notes(data: str, tree: _Tree, splits: list[str], names: list[str], cl
     empty = sorted(folder for folder, images in tree.folders.items() if not images)
     at_depth = [folder for folder in empty if folder.count("/") == any(splits) and folder.lower() not in SPLITS]
     if gone := [folder for folder in at_depth if classes and folder.split("/")[-1] not in classes]:
-        raise SourceError(
-            f"the class folder {data}/{gone[0]} holds no image ({abbreviated(EXTENSIONS, 3)}). "
-            "Put its images there, or remove it."
-        )
+        none = f"holds no image ({abbreviated(EXTENSIONS, 3)})"
+        raise SourceError(f"the class folder {data}/{gone[0]} {none}. Put its images there, or remove it.")
     notes = [f"The folder {folder} is empty." for folder in empty if folder.lower() in SPLITS]
     if len(classes) == 1:
         notes.append(f"There is one class only, {classes[0]}; if the classes lie deeper, give the folder above them.")

@@ -173,10 +173,8 @@ def _find_roles(features: Any, requested: dict[str, str], name: str) -> dict[str
     roles = find_roles(name, list(features), requested, candidates)
     if not set(roles["image"]) & set(pictures):
         called = f" called {requested['image']}" if "image" in requested else ""
-        raise SourceError(
-            f"{name} has no column of images{called} among {abbreviated(list(features), 8)}; cast it: "
-            "dataset.cast_column(NAME, datasets.Image())."
-        )
+        cast = "cast it: dataset.cast_column(NAME, datasets.Image())"
+        raise SourceError(f"{name} has no column of images{called} among {abbreviated(list(features), 8)}; {cast}.")
     return roles
 
 

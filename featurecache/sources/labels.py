@@ -6,6 +6,7 @@ and -1 for none, or, where an image has L of them, float32 [N, L] of 1, 0 and Na
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from featurecache.errors import SourceError, nearest
 from featurecache.formatting import abbreviated
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
+SPLIT_ORDER = ("train", "val", "test")
 # What people call their splits -> what we call them.
 SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -59,15 +61,10 @@ def resolve_labels(labels: np.ndarray, classes: Sequence[str], task: str | None,
 
 
 def find_roles(
-    name: str,
-    columns: Sequence[str],
-    requested: Mapping[str, str],
-    candidates: Mapping[str, Sequence[str]],
-    *,
-    several_labels: bool = False,
+    name: str, columns: list[str], requested: Mapping[str, str], candidates: Mapping[str, list[str]], several: str = ""
 ) -> dict[str, list[str]]:
-    """Role → its columns of the table ``name``: as requested (``A,B``: several labels; empty: none), else the one of
-    its ``candidates``. Raises SourceError."""
+    """Role → its columns of the table ``name``: as requested (empty: none), else the one of its ``candidates``; the
+    role ``several`` may have some, ``A,B``. Raises SourceError."""
     if unknown := [role for role in requested if role not in candidates]:
         raise SourceError(f"columns of {name} cannot name a {unknown[0]!r}; they name {', '.join(candidates)}.")
     roles = {}
@@ -76,17 +73,15 @@ def find_roles(
         if missing := [word for word in roles[role] if word not in columns]:
             there = f"{abbreviated(columns, 8)}.{nearest(missing[0], columns)}"
             raise SourceError(f"{name} has no column {missing[0]!r} for the {role}; it has {there}")
-        if len(roles[role]) > 1 and not (several_labels and role == "label"):
+        if len(roles[role]) > 1 and role != several:
             raise SourceError(f"the {role} is one column of {name}, not {len(roles[role])} ({text}).")
-    elsewhere = [column for several in roles.values() for column in several]
+    elsewhere = [column for listed in roles.values() for column in listed]
     for role, names in candidates.items():
         roles.setdefault(role, [column for column in names if column not in elsewhere])
         if role not in requested and len(roles[role]) > 1:
-            raise SourceError(
-                f"{name} has several columns that could be the {role}: {abbreviated(roles[role])}. "
-                f"Say which: --column {role}={roles[role][0]}."
-            )
-    used = [column for several in roles.values() for column in several]
+            there = f"several columns that could be the {role}: {abbreviated(roles[role])}"
+            raise SourceError(f"{name} has {there}. Say which: --column {role}={roles[role][0]}.")
+    used = [column for listed in roles.values() for column in listed]
     if twice := [column for column in used if used.count(column) > 1]:
         raise SourceError(f"the column {twice[0]!r} of {name} cannot be two things at once ({dict(requested)}).")
     return roles
@@ -125,6 +120,23 @@ def groups_or_ids(groups: Sequence[Any], ids: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Columns of text, and by what a person finds a row: a CSV's line, of Parquet the row from 1, a name."""
+
+    file: str
+    columns: dict[str, list[str]]
+    places: Sequence[int] | Sequence[str]
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.file)
+
+    def row(self, index: int) -> str:
+        place = self.places[index]
+        return place if isinstance(place, str) else f"{self.name} row {place:,}"
+
+
+@dataclass(frozen=True)
 class Annotations:
     """What a table says of N images, in the order of its rows."""
 
@@ -137,16 +149,11 @@ class Annotations:
 
 
 def annotations_of_text(
-    columns: Mapping[str, list[str]],
-    roles: Mapping[str, list[str]],
-    ids: list[str],
-    task: str | None,
-    row: Callable[[int], str],
-    listed: Sequence[str] = (),
+    table: Table, roles: Mapping[str, list[str]], ids: list[str], task: str | None, listed: Sequence[str] = ()
 ) -> Annotations:
     """What the columns of a table with these ``roles`` say of the images ``ids``. ``listed``, in their order: the
     classes of which the labels are names, or numbers from 0. Raises SourceError."""
-    splits = [""] * len(ids)
+    columns, row, splits = table.columns, table.row, [""] * len(ids)
     if roles["split"]:
         name, remedy = roles["split"][0], "If this column is no split: --column split= (with nothing behind it)."
         splits = split_names(columns[name], lambda index: f"{row(index)}: {name!r}", remedy)
@@ -176,10 +183,8 @@ def labels_of_text(
     classes = sorted(shown - {""}, key=lambda name: (finite_number(name) is None, finite_number(name) or 0.0, name))
     for index, value in enumerate(values):
         if value and value not in shown:
-            raise SourceError(
-                f'{row(index)}: the label "{value}" is in no train row (there: {abbreviated(classes) or "none"}). '
-                "Correct it, or put images of that class into train."
-            )
+            wrong = f'the label "{value}" is in no train row (there: {abbreviated(classes) or "none"})'
+            raise SourceError(f"{row(index)}: {wrong}. Correct it, or put images of that class into train.")
     return class_labels(values, classes), classes
 
 
@@ -203,10 +208,8 @@ def several_labels_of_text(columns: Mapping[str, Sequence[str]], row: Callable[[
     for name, cells in columns.items():
         for index, cell in enumerate(cells):
             if cell.lower() not in _YES_NO:
-                raise SourceError(
-                    f'{row(index)}: {name!r} is "{cell}", expected 1, 0, or nothing where it is not known. '
-                    "If this value means uncertain, decide: write 1, 0 or nothing."
-                )
+                wrong = f'{row(index)}: {name!r} is "{cell}", expected 1, 0, or nothing where it is not known'
+                raise SourceError(f"{wrong}. If this value means uncertain, decide: write 1, 0 or nothing.")
         labels.append([_YES_NO[cell.lower()] for cell in cells])
     return np.array(labels, np.float32).T.copy()
 
@@ -249,9 +252,8 @@ def labels_of_numbers(
         cells = np.argwhere((several != 0) & (several != 1) & ~np.isnan(several))
         if len(cells):
             row, column = cells[0].tolist()
-            raise SourceError(
-                f"{where} row {row:,}, label {column} is {values[row, column]}; expected 0, 1, or NaN for unknown."
-            )
+            cell = f"{where} row {row:,}, label {column} is {values[row, column]}"
+            raise SourceError(f"{cell}; expected 0, 1, or NaN for unknown.")
         names = list(classes or (unnamed.format(number) for number in range(values.shape[1])))
         if len(names) != values.shape[1]:
             raise SourceError(f"{where} has {values.shape[1]} labels a row, and there are {len(names)} classes.")
@@ -297,9 +299,9 @@ def labels_of_lists(values: Sequence[Any], names: list[str] | None, where: str) 
         rows = [[np.nan if entry is None else entry for entry in (value or [None] * width)] for value in values]
         return np.array(rows, np.float32).reshape(len(values), width), unique_names(columns)
     if not names or any(not isinstance(entry, int) or not 0 <= entry < len(names) for entry in flat):
+        there = abbreviated(sorted(map(str, flat)))
         raise SourceError(
-            f"{where} holds lists that are neither numbers of classes nor 0 and 1 for each label: "
-            f"{abbreviated(sorted(map(str, flat)))}."
+            f"{where} holds lists that are neither numbers of classes nor 0 and 1 for each label: {there}."
         )
     labels = np.zeros((len(values), len(names)), np.float32)
     for row, value in enumerate(values):

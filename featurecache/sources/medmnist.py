@@ -33,11 +33,10 @@ from featurecache.errors import SourceError, nearest
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageArrays, package
 from featurecache.sources.fetching import SourceOptions, beside, data_folder, not_here
-from featurecache.sources.labels import labels_of_numbers, resolve_labels
+from featurecache.sources.labels import SPLIT_ORDER, labels_of_numbers, resolve_labels
 
 SIZES = ("28", "64", "128", "224")  # pixels; a file without a number in its name has 28
 FORM = "medmnist:<name>[@28|64|128|224][@folder]"
-_SPLITS = ("train", "val", "test")
 _IN_MEMORY = 1 << 30  # bytes of one array
 _LABELS = 1 << 30  # bytes of the labels of one split
 _DEFLATE = 1032  # bytes that one packed byte can give, at most
@@ -103,11 +102,10 @@ class NpyHeader(NamedTuple):
 
 def read_npy_header(file: IO[bytes]) -> NpyHeader:
     """Raises ValueError where the bytes are no array."""
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if (version := np.lib.format.read_magic(file)) not in readers:
         raise ValueError(f"array format {version[0]}.{version[1]}, expected 1.0 or 2.0")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return NpyHeader(*read(file), file.tell())
+    return NpyHeader(*readers[version](file), file.tell())
 
 
 @dataclass
@@ -143,21 +141,19 @@ class _PackedImages:
                 mapped = np.memmap(unpacked, self.header.dtype, "r", self.header.offset, self.header.shape)
                 return mapped.view(np.ndarray)  # the mapping lives on when the file is closed
         except (OSError, zipfile.BadZipFile, ValueError) as error:
-            raise SourceError(
-                f"{self.member} of {self.file} cannot be unpacked ({error}); it needs {gib:.1f} GiB in {folder} "
-                "(TMPDIR chooses another folder)."
-            ) from error
+            needs = f"it needs {gib:.1f} GiB in {folder} (TMPDIR chooses another folder)"
+            raise SourceError(f"{self.member} of {self.file} cannot be unpacked ({error}); {needs}.") from error
 
 
 def open_npz(data: str, task: str | None) -> Dataset:
     """The dataset in the archive ``data`` (an absolute path)."""
     name = os.path.basename(data)
     arrays = _headers(data)
-    splits = [split for split in _SPLITS if f"{split}_images" in arrays or f"{split}_labels" in arrays]
+    splits = [split for split in SPLIT_ORDER if f"{split}_images" in arrays or f"{split}_labels" in arrays]
     if not splits:
+        there = abbreviated(list(arrays)) or "(none)"
         raise SourceError(
-            f"{name} has the arrays {abbreviated(list(arrays)) or '(none)'}; expected train_images, train_labels and "
-            "the same of val and test."
+            f"{name} has the arrays {there}; expected train_images, train_labels, the same of val and test."
         )
     columns = {split: _label_column(data, arrays, split) for split in splits}
     if len({column.shape[1:] for column in columns.values()}) > 1:
@@ -173,7 +169,7 @@ def open_npz(data: str, task: str | None) -> Dataset:
         **resolve_labels(labels, classes, task or (published.task if published else None), name)._asdict(),
         splits=[split for split, column in columns.items() for _ in range(len(column))],
         images=ImageArrays(parts, (data,)),
-        notes=tuple(f"{name} has no {split} images." for split in _SPLITS if split not in splits),
+        notes=tuple(f"{name} has no {split} images." for split in SPLIT_ORDER if split not in splits),
     )
 
 
@@ -191,12 +187,10 @@ def _headers(file: str) -> dict[str, NpyHeader]:
                     headers[member.filename.removesuffix(".npy")] = header
     except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise SourceError(f"{file} cannot be read as an .npz ({error}).") from error
-    pickled = [name for name, header in headers.items() if header.dtype.hasobject]
-    if pickled:
-        raise SourceError(
-            f"{os.path.basename(file)} holds pickled Python objects ({abbreviated(pickled)}), which could run code and "
-            "are never loaded. Save plain arrays: np.savez(file, train_images=array of uint8, ...)."
-        )
+    if pickled := [name for name, header in headers.items() if header.dtype.hasobject]:
+        there = f"{os.path.basename(file)} holds pickled Python objects ({abbreviated(pickled)})"
+        way = "Save plain arrays: np.savez(file, train_images=array of uint8, ...)"
+        raise SourceError(f"{there}, which could run code and are never loaded. {way}.")
     return headers
 
 
@@ -204,10 +198,9 @@ def _refuse_bombs(member: zipfile.ZipInfo, header: NpyHeader) -> None:
     """An array that is not the size of its member, or larger than what it was packed into could ever give."""
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{member.filename} is packed in a way that numpy does not write")
-    if header.offset + header.size != member.file_size:
-        raise ValueError(
-            f"{member.filename} declares {header.offset + header.size:,} bytes and holds {member.file_size:,}"
-        )
+    declared = header.offset + header.size
+    if declared != member.file_size:
+        raise ValueError(f"{member.filename} declares {declared:,} bytes and holds {member.file_size:,}")
     if member.file_size > _DEFLATE * member.compress_size + 4096:
         raise ValueError(f"{member.filename} declares {member.file_size:,} bytes, packed in {member.compress_size:,}")
 
@@ -222,15 +215,11 @@ def _label_column(file: str, arrays: dict[str, NpyHeader], split: str) -> np.nda
     flat = len(images.shape) == 3 or images.shape[3:] in ((1,), (3,))
     if not flat or images.dtype not in (np.uint8, np.uint16):
         deep = " (volumes are not images: save slices)" if len(images.shape) == 4 else ""
-        raise SourceError(
-            f"{split}_images of {name} is {images.dtype} {list(images.shape)}; expected uint8 [n, H, W] or "
-            f"[n, H, W, 3]{deep}."
-        )
+        there = f"{images.dtype} {list(images.shape)}"
+        raise SourceError(f"{split}_images of {name} is {there}; expected uint8 [n, H, W] or [n, H, W, 3]{deep}.")
     if not labels.shape or len(labels.shape) > 2 or images.shape[0] != labels.shape[0]:
-        raise SourceError(
-            f"{name} has {images.shape[0]:,} {split}_images and {split}_labels of shape {list(labels.shape)}; expected "
-            "one row of labels for each image."
-        )
+        there = f"{images.shape[0]:,} {split}_images and {split}_labels of shape {list(labels.shape)}"
+        raise SourceError(f"{name} has {there}; expected one row of labels for each image.")
     if labels.size > _LABELS:
         raise SourceError(f"{split}_labels of {name} declare {labels.size:,} bytes; expected at most {_LABELS:,}.")
     values = _array(file, f"{split}_labels.npy")

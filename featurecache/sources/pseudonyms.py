@@ -97,10 +97,8 @@ def secret_of(source: Any) -> Secret:
     secret = load_secret()
     if secret.file is not None or secret.check != source.get("secret"):
         what = "is not here" if secret.file is not None else "is another one"
-        raise SourceError(
-            f"the ids of this view were hashed with a secret that {what}. Bring the file {secret_file()} of whoever "
-            f"extracted it, or set {VARIABLE}."
-        )
+        bring = f"Bring the file {secret_file()} of whoever extracted it, or set {VARIABLE}"
+        raise SourceError(f"the ids of this view were hashed with a secret that {what}. {bring}.")
     return secret
 
 

@@ -35,7 +35,7 @@ from itertools import combinations
 
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles
+from featurecache.sources.base import Dataset, ImageFiles, read_text
 from featurecache.sources.folders import is_image, list_folder, open_folder
 from featurecache.sources.labels import SPLITS, class_labels, resolve_labels, unique_names
 
@@ -97,10 +97,10 @@ def _by_kind(columns: dict[str, str]) -> bool:
     """Whether the label is the kind, as ``--column label=kind`` says; the folder is ``label=folder``, or nothing."""
     for role, name in columns.items():
         if role != "label" or name not in ("kind", "folder"):
-            raise SourceError(
-                f"a folder of chest X-rays has no column for {role}={name}; --column label=kind makes three classes "
-                "(normal, bacteria, virus), label=folder the two of the folders."
+            ways = (
+                "--column label=kind makes three classes (normal, bacteria, virus), label=folder those of the folders"
             )
+            raise SourceError(f"a folder of chest X-rays has no column for {role}={name}; {ways}.")
     return columns.get("label") == "kind"
 
 
@@ -150,13 +150,19 @@ def open_tiny_imagenet(data: str, task: str | None) -> Dataset:
     wnids = sorted({line.strip() for line in _lines(data, "wnids.txt")} - {""})
     if not wnids:
         raise SourceError(f"wnids.txt of the Tiny ImageNet in {data} is empty; unpack the archive again.")
-    names, notes = _wordnet_names(data, wnids)
+    notes = []
+    if os.path.exists(os.path.join(data, "words.txt")):
+        pairs = (line.partition("\t") for line in _lines(data, "words.txt"))
+        words = {wnid: names.split(",")[0].strip() for wnid, _, names in pairs}
+        names = unique_names([words.get(wnid) or wnid for wnid in wnids])
+    else:
+        names = wnids
+        notes.append("words.txt is missing: the classes bear their WordNet numbers.")
     train = _train(data, wnids)
     val, more = _val(data, wnids)
     if left_out := len(_images(data, "test/images")):
-        notes.append(
-            f"The {left_out:,} images of test have no published labels and were left out: give {data}/test/images."
-        )
+        left = f"The {left_out:,} images of test have no published labels and were left out"
+        notes.append(f"{left}: give {data}/test/images.")
     ids, wnid_of = map(list, zip(*sorted([*train.items(), *val.items()]), strict=True))
     return Dataset(
         name=os.path.basename(data),
@@ -170,20 +176,7 @@ def open_tiny_imagenet(data: str, task: str | None) -> Dataset:
 
 
 def _lines(data: str, name: str) -> list[str]:
-    try:
-        with open(os.path.join(data, name), encoding="utf-8") as file:
-            return file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{name} of the Tiny ImageNet in {data} cannot be read ({error}).") from error
-
-
-def _wordnet_names(data: str, wnids: list[str]) -> tuple[list[str], list[str]]:
-    """What the classes are called: the first words of words.txt, where they are there."""
-    if not os.path.exists(os.path.join(data, "words.txt")):
-        return wnids, ["words.txt is missing: the classes bear their WordNet numbers."]
-    pairs = (line.partition("\t") for line in _lines(data, "words.txt"))
-    words = {wnid: names.split(",")[0].strip() for wnid, _, names in pairs}
-    return unique_names([words.get(wnid) or wnid for wnid in wnids]), []
+    return read_text(os.path.join(data, name), " of the Tiny ImageNet").splitlines()
 
 
 def _images(data: str, folder: str) -> list[str]:
@@ -203,9 +196,8 @@ def _train(data: str, wnids: list[str]) -> dict[str, str]:
     absent = sorted(set(wnids) - set(train.values()))
     again = "; unpack the archive again."
     if strange:
-        raise SourceError(
-            f"train holds the class folders {abbreviated(strange, 3)}, which wnids.txt in {data} does not name."
-        )
+        there = abbreviated(strange, 3)
+        raise SourceError(f"train holds the class folders {there}, which wnids.txt in {data} does not name.")
     if not train:
         raise SourceError(f"train in {data} holds no image of the classes of wnids.txt{again}")
     if absent:
@@ -237,9 +229,7 @@ def _annotated(data: str, wnids: list[str]) -> dict[str, str]:
         name, _, rest = line.partition("\t")
         wnid = rest.split("\t")[0].strip()
         if wnid not in wnids or "/" in name or f"val/images/{name}" in annotated:
-            raise SourceError(
-                f"line {number:,} of {_ANNOTATIONS} in {data} is {line[:60]!r}; expected a file's name, a tab and one "
-                "of the classes of wnids.txt, each name once."
-            )
+            expected = "expected a file's name, a tab and one of the classes of wnids.txt, each name once"
+            raise SourceError(f"line {number:,} of {_ANNOTATIONS} in {data} is {line[:60]!r}; {expected}.")
         annotated[f"val/images/{name}"] = wnid
     return annotated

@@ -25,6 +25,7 @@ from featurecache.formatting import aligned
 from featurecache.images.decoding import decode, image_header
 from featurecache.images.headers import EncodedImage
 from featurecache.sources.base import Dataset
+from featurecache.sources.labels import SPLIT_ORDER
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 LOOKED_AT = 200  # images whose headers are read for sizes and kinds of pixels
 FEW_IN_VAL = 10  # images of a class in val below which it cannot choose a model
 _ROWS_SHOWN = 24  # classes in the printed table
-_ORDER = ("train", "val", "test", "")
+_ORDER = (*SPLIT_ORDER, "")
 # Of a contact sheet, in pixels.
 CELL, GAP, MARGIN, HEADING, LINE, BETWEEN = 112, 10, 28, 34, 16, 18
 GUTTER = 84  # left of the images, for the names of the splits

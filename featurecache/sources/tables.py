@@ -24,35 +24,18 @@ import csv
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageFiles, package
 from featurecache.sources.folders import is_image
-from featurecache.sources.labels import ROLES, Annotations, annotations_of_text, find_roles, resolve_labels
+from featurecache.sources.labels import ROLES, Annotations, Table, annotations_of_text, find_roles, resolve_labels
 
 TABLES = (".csv", ".tsv", ".parquet", ".pq")  # endings
 _CELLS = 1 << 30  # of a Parquet table: a few bytes of it can stand for any number
 _TRIED = 20  # paths tried at opening
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns of text, and by what a person finds a row: a CSV's line, of Parquet the row from 1, a name."""
-
-    file: str
-    columns: dict[str, list[str]]
-    places: Sequence[int] | Sequence[str]
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.file)
-
-    def row(self, index: int) -> str:
-        place = self.places[index]
-        return place if isinstance(place, str) else f"{self.name} row {place:,}"
 
 
 def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> Dataset:
@@ -60,13 +43,13 @@ def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> D
     table = _read_table(data)
     roles = _find_roles(table, columns or {})
     ids = _paths(table, roles["path"][0])
-    rows = annotations_of_text(table.columns, roles, ids, task, table.row)
+    rows = annotations_of_text(table, roles, ids, task)
     labelled = resolve_labels(rows.labels, rows.classes, task, table.name)
     images, notes = _image_files(os.path.dirname(data), ids)
     if labelled.task == "unlabelled" and task is None:
         others = f" among {abbreviated(list(rows.meta), 8)}" if rows.meta else ""
-        note = f"No column of labels was found{others}: --column label=NAME names one, or several: label=A,B,C."
-        notes.insert(0, note)
+        way = "--column label=NAME names one, or several: label=A,B,C"
+        notes.insert(0, f"No column of labels was found{others}: {way}.")
     return Dataset(
         name=table.name.rsplit(".", 1)[0],
         ids=ids,
@@ -86,13 +69,11 @@ def read_annotations(data: str, columns: dict[str, str] | None, task: str | None
     only = {"label": next(iter(table.columns))} if len(table.columns) == 1 else {}
     roles = _find_roles(table, columns or only, needs_path=False)
     if not roles["label"]:
-        raise SourceError(
-            f"{table.name} has no column of labels among {abbreviated(list(table.columns), 8)}; --column label=NAME "
-            "names one."
-        )
+        there = abbreviated(list(table.columns), 8)
+        raise SourceError(f"{table.name} has no column of labels among {there}; --column label=NAME names one.")
     ids = _paths(table, roles["path"][0]) if roles["path"] else None
     own = [f"{table.name}:{row}" for row in range(len(table.places))]  # one without a group is a group of its own
-    return replace(annotations_of_text(table.columns, roles, ids or own, task, table.row), ids=ids)
+    return replace(annotations_of_text(table, roles, ids or own, task), ids=ids)
 
 
 def annotate(
@@ -101,7 +82,7 @@ def annotate(
     """What columns say of images whose ``ids`` are there; labels may be missing. ``classes``, in their order: those of
     which the labels are names, or numbers from 0."""
     roles = _find_roles(table, {**columns, "path": ""}, needs_path=False)
-    return annotations_of_text(table.columns, roles, ids, task, table.row, classes)
+    return annotations_of_text(table, roles, ids, task, classes)
 
 
 # -- reading
@@ -134,10 +115,8 @@ def _read_csv(file: str) -> tuple[list[str], list[list[str]], Sequence[int]]:
     names = [name.strip() or f"column {number}" for number, name in enumerate(rows.pop(0)[1], 1)]
     for number, row in rows:
         if len(row) != len(names):
-            raise SourceError(
-                f"{os.path.basename(file)} row {number:,} has {len(row)} fields, the header {len(names)} "
-                f"({abbreviated(names)}): write a field that holds {delimiter!r} in quotes."
-            )
+            there = f"{os.path.basename(file)} row {number:,} has {len(row)} fields, the header {len(names)}"
+            raise SourceError(f"{there} ({abbreviated(names)}): write a field that holds {delimiter!r} in quotes.")
     columns = [[row[place].strip() for _, row in rows] for place in range(len(names))]
     return names, columns, [number for number, _ in rows]
 
@@ -151,17 +130,14 @@ def _read_parquet(file: str) -> tuple[list[str], list[list[str]], Sequence[int]]
         with parquet.ParquetFile(file) as opened:
             rows, width = opened.metadata.num_rows, opened.metadata.num_columns
         if rows * max(width, 1) > _CELLS:
-            raise SourceError(
-                f"{file} declares {rows:,} rows of {width:,} columns; more than {_CELLS:,} cells are not read."
-            )
+            there = f"{rows:,} rows of {width:,} columns"
+            raise SourceError(f"{file} declares {there}; more than {_CELLS:,} cells are not read.")
         table = parquet.read_table(file)
     except (arrow.ArrowException, OSError) as error:
         raise SourceError(f"{file} cannot be read as Parquet ({str(error).splitlines()[0]}).") from error
     if nested := [field.name for field in table.schema if not _is_plain(field.type)]:
-        raise SourceError(
-            f"{os.path.basename(file)} holds other than text and numbers in {abbreviated(nested)}; expected paths of "
-            "image files. Leave those columns out."
-        )
+        there = f"{os.path.basename(file)} holds other than text and numbers in {abbreviated(nested)}"
+        raise SourceError(f"{there}; expected paths of image files. Leave those columns out.")
     if not table.num_rows:
         raise SourceError(f"{file} has no rows; expected one for each image.")
 
@@ -186,12 +162,10 @@ def _find_roles(table: Table, requested: dict[str, str], *, needs_path: bool = T
     """Role → its columns: as requested, else by name."""
     plain = {name: re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in table.columns}
     candidates = {role: [name for name in plain if plain[name] in names] for role, names in ROLES.items()}
-    roles = find_roles(table.name, list(plain), requested, candidates, several_labels=True)
+    roles = find_roles(table.name, list(plain), requested, candidates, several="label")
     if needs_path and not roles["path"]:
-        raise SourceError(
-            f"{table.name} has no column of image paths among {abbreviated(list(plain), 8)}; expected one "
-            f"called {abbreviated(ROLES['path'], 4)}, or --column path=NAME."
-        )
+        expected = f"expected one called {abbreviated(ROLES['path'], 4)}, or --column path=NAME"
+        raise SourceError(f"{table.name} has no column of image paths among {abbreviated(list(plain), 8)}; {expected}.")
     return roles
 
 
@@ -239,8 +213,6 @@ def _paths_below(folder: str, names: Sequence[str]) -> list[str]:
                 for word in {file, os.path.splitext(file)[0]} & paths.keys():
                     paths[word].append(os.path.relpath(os.path.join(place, file), folder))
     if twice := [name for name, several in paths.items() if len(several) > 1]:
-        raise SourceError(
-            f"{twice[0]} stands for {abbreviated(sorted(paths[twice[0]]), 3)} in {folder}; expected one file of that "
-            "name. Remove the others, or write the paths with their folders."
-        )
+        there = f"{abbreviated(sorted(paths[twice[0]]), 3)} in {folder}; expected one file of that name"
+        raise SourceError(f"{twice[0]} stands for {there}. Remove the others, or write the paths with their folders.")
     return [several[0] if several else name for name, several in paths.items()]

@@ -120,24 +120,6 @@ def _fer(opened: Any) -> Split:
     return _split(pixels, [label for _, label in opened._samples], words)
 
 
-@dataclass(frozen=True)
-class _H5Rows:
-    """Pixels of PatchCamelyon, read when they are asked for: its train split has 7 GB."""
-
-    file: str
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        import h5py
-
-        with h5py.File(self.file) as opened:
-            image: np.ndarray = opened["x"][row]
-            return image
-
-
 def _pcam(opened: Any) -> Split:
     import h5py
 
@@ -145,7 +127,8 @@ def _pcam(opened: Any) -> Split:
     with h5py.File(opened._base_folder / names["targets"][0]) as targets:
         labels = targets["y"][:].reshape(-1)
     file = str(opened._base_folder / names["images"][0])
-    return _split(_H5Rows(file, len(opened)), labels, ["no tumour", "tumour"], files=(file,))
+    pixels = h5py.File(file)["x"]  # open for as long as they are used, and read row by row: train has 7 GB
+    return _split(pixels, labels, ["no tumour", "tumour"], files=(file,))
 
 
 def _variants(argument: str, *words: str) -> dict[str, dict[str, Any]]:

@@ -43,12 +43,12 @@ NAMES = sorted([*SETS, *_CIFAR], key=str.lower)
 
 def open_torchvision(words: str, task: str | None) -> Dataset:
     """The set of ``words``, from files on this machine. Raises NotFetched where there are none."""
-    options, folder = _parse(words)
-    splits = _cifar(options, folder) if options.name in _CIFAR else _through_torchvision(options, folder)
+    options = _parse(words)
+    splits = _cifar(options) if options.name in _CIFAR else _through_torchvision(options)
     parts = list(splits.values())
     if any(part.classes != parts[0].classes for part in parts):
-        raise SourceError(f"the splits of {options.name} in {folder} have different classes; fetch it again.")
-    ids, images = _images(options, folder, splits)
+        raise SourceError(f"the splits of {options.name} in {options.folder} have different classes; fetch it again.")
+    ids, images = _images(options, splits)
     labels, names = np.concatenate([part.labels for part in parts]), unique_names(parts[0].classes)
     note = SETS[options.name].note if options.name in SETS else ""
     return Dataset(
@@ -68,15 +68,14 @@ def fetch_torchvision(words: str) -> None:
     import torchvision.datasets
     from torchvision.datasets.utils import download_and_extract_archive
 
-    options, folder = _parse(words)
-    make = getattr(torchvision.datasets, options.name)
-    entry = SETS.get(options.name)
+    options = _parse(words)
+    make, entry = getattr(torchvision.datasets, options.name), SETS.get(options.name)
     if entry and not entry.fetches:
         raise SourceError(
-            f"{options.name} is not in {folder}, and torchvision cannot download it: unpack it as the page of "
+            f"{options.name} is not in {options.folder}, and torchvision cannot download it: unpack it as the page of "
             f"torchvision.datasets.{options.name} says, and name the folder: --data torchvision:{options.name}@FOLDER"
         )
-    with beside(Path(folder), options.name) as draft:
+    with beside(Path(options.folder), options.name) as draft:
         if entry is None:
             download_and_extract_archive(make.url, str(draft), filename=make.filename, md5=make.tgz_md5)
             return
@@ -84,22 +83,18 @@ def fetch_torchvision(words: str) -> None:
             make(str(draft), download=True, **arguments, **entry.variants.get(options.variant, {}))
 
 
-def _parse(words: str) -> tuple[SourceOptions, str]:
-    """The set and its folder. Raises SourceError."""
+def _parse(words: str) -> SourceOptions:
+    """The set, its variant and its folder. Raises SourceError."""
     options = SourceOptions.parse("torchvision", words)
     name = {word.lower(): word for word in NAMES}.get(options.name.lower())
     if name is None or options.version:
         import torchvision.datasets
 
+        there = f"{nearest(options.name, NAMES)} It has {abbreviated(NAMES, 99)}."
         if hasattr(torchvision.datasets, options.name) and not options.version:
-            raise SourceError(
-                f"torchvision's {options.name} is no set of labelled images. Those that are: {', '.join(NAMES)}."
-            )
+            raise SourceError(f"torchvision's {options.name} is no set of labelled images.{there}")
         wrong = options.name + (f"@{options.version}" if options.version else "")
-        raise SourceError(
-            f'torchvision has no labelled set called "{wrong}" ({FORM}).{nearest(options.name, NAMES)} '
-            f"It has {abbreviated(NAMES, 99)}."
-        )
+        raise SourceError(f'torchvision has no labelled set called "{wrong}" ({FORM}).{there}')
     variants = _CIFAR_KEYS[name] if name in _CIFAR else SETS[name].variants
     choices = [word for word in variants if word]
     if options.variant and options.variant not in choices:
@@ -108,27 +103,25 @@ def _parse(words: str) -> tuple[SourceOptions, str]:
         raise SourceError(f"say which {name}: {', '.join(f'torchvision:{name}:{word}' for word in choices)}.")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featurecache" / "data"
     folder = options.folder or str(data_folder(cache) / "torchvision")
-    return replace(options, name=name, variant=options.variant or next(iter(variants), ""), folder=folder), folder
+    return replace(options, name=name, variant=options.variant or next(iter(variants), ""), folder=folder)
 
 
 def _absent(options: SourceOptions) -> NotFetched:
-    return not_here(options.name, str(options.folder), options, f"--data {replace(options, folder='FOLDER')}")
+    return not_here(options.name, options.folder, options, f"--data {replace(options, folder='FOLDER')}")
 
 
-def _images(
-    options: SourceOptions, folder: str, splits: dict[str, Split]
-) -> tuple[list[str], ImageArrays | ImageFiles]:
+def _images(options: SourceOptions, splits: dict[str, Split]) -> tuple[list[str], ImageArrays | ImageFiles]:
     parts = list(splits.values())
     if all(isinstance(part.images, list) for part in parts):
-        ids = [os.path.relpath(path, folder).replace(os.sep, "/") for part in parts for path in part.images]
-        return ids, ImageFiles(folder, ids)
+        ids = [os.path.relpath(path, options.folder).replace(os.sep, "/") for part in parts for path in part.images]
+        return ids, ImageFiles(options.folder, ids)
     fronts = {f"{options.name}:{split}" if split else options.name: part for split, part in splits.items()}
     ids = [f"{front}:{row}" for front, part in fronts.items() for row in range(len(part.images))]
     files = [file for part in parts for file in part.files] if all(part.files for part in parts) else []
     return ids, ImageArrays([part.images for part in parts], tuple(files))
 
 
-def _through_torchvision(options: SourceOptions, folder: str) -> dict[str, Split]:
+def _through_torchvision(options: SourceOptions) -> dict[str, Split]:
     """Split → what torchvision's class finds, which is never asked to download. Raises NotFetched, SourceError."""
     import torchvision.datasets
 
@@ -136,19 +129,19 @@ def _through_torchvision(options: SourceOptions, folder: str) -> dict[str, Split
     make, arguments = getattr(torchvision.datasets, options.name), dict(entry.variants.get(options.variant, {}))
     if entry.fetches:
         arguments["download"] = False
-    if not os.path.isdir(folder):
+    if not os.path.isdir(options.folder):
         raise _absent(options)
     splits = {}
     for split, own in entry.splits.items():
         try:
-            opened = make(folder, **own, **arguments)
+            opened = make(options.folder, **own, **arguments)
         except (RuntimeError, FileNotFoundError) as error:  # what its classes raise where the files are not there
             raise _absent(options) from error
         except Exception as error:
-            raise SourceError(f"{options.name} in {folder} cannot be read ({first_line(error)}).") from error
+            raise SourceError(f"{options.name} in {options.folder} cannot be read ({first_line(error)}).") from error
         splits[split] = _in_order(entry.read(opened))
         if not len(splits[split].images):
-            raise SourceError(f"{options.name} in {folder} has no {split or ''} images; fetch it again.")
+            raise SourceError(f"{options.name} in {options.folder} has no {split or ''} images; fetch it again.")
     return splits
 
 
@@ -164,14 +157,18 @@ def _in_order(split: Split) -> Split:
 # -- CIFAR
 
 
-def _cifar(options: SourceOptions, root: str) -> dict[str, Split]:
+def _cifar(options: SourceOptions) -> dict[str, Split]:
     name, train, test, meta = _CIFAR[options.name]
-    folders = (os.path.join(root, name), root)
+    folders = (os.path.join(options.folder, name), options.folder)
     folder = next((folder for folder in folders if os.path.isfile(os.path.join(folder, meta))), None)
     if folder is None:
         raise _absent(options)
     names, key = _CIFAR_KEYS[options.name][options.variant]
-    classes = _cifar_names(os.path.join(folder, meta), names)
+    file = os.path.join(folder, meta)
+    classes = _record(file).get(names)
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str | bytes) for name in classes):
+        raise SourceError(f"{file} has no list of names {names!r}; expected the file of the published archive.")
+    classes = [name if isinstance(name, str) else name.decode("latin1") for name in classes]
     splits = {}
     for split, batches in {"train": train, "test": test}.items():
         files = tuple(os.path.join(folder, file) for file in batches)
@@ -216,23 +213,14 @@ class _Parser(pickle.Unpickler):
         return _NEEDED[module, name]
 
 
-def _cifar_names(file: str, key: str) -> list[str]:
-    """The names of the classes in ``batches.meta`` or ``meta``; index = label."""
-    names = _record(file).get(key)
-    if not isinstance(names, list) or not names or not all(isinstance(name, str | bytes) for name in names):
-        raise SourceError(f"{file} has no list of names {key!r}; expected the file of the published archive.")
-    return [name if isinstance(name, str) else name.decode("latin1") for name in names]
-
-
 def _batch(file: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     record = _record(file)
     labels: Any = record.get(key)
     pixels = _bytes_of(record.get("data"))
     numbers = isinstance(labels, list) and all(type(label) is int and 0 <= label < 1000 for label in labels)
     if pixels is None or not numbers or len(pixels) != len(labels) * _PIXELS:
-        raise SourceError(
-            f"{file} is no batch of CIFAR: expected 'data' of {_PIXELS:,} bytes a row and a list of as many {key!r}."
-        )
+        expected = f"expected 'data' of {_PIXELS:,} bytes a row and a list of as many {key!r}"
+        raise SourceError(f"{file} is no batch of CIFAR: {expected}.")
     planes = np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32)
     return planes.transpose(0, 2, 3, 1), np.array(labels, np.int64)
 

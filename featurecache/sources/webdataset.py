@@ -37,10 +37,10 @@ import numpy as np
 
 from featurecache.errors import SourceError, UnreadableImage
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file
+from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, read_text
 from featurecache.sources.folders import EXTENSIONS, is_image, kinds_text, list_folder
-from featurecache.sources.labels import SPLITS, resolve_labels
-from featurecache.sources.tables import Table, annotate
+from featurecache.sources.labels import SPLITS, Table, resolve_labels
+from featurecache.sources.tables import annotate
 
 CLASSES = "classes.txt"
 TEXTS = ("cls", "json", "txt")
@@ -108,7 +108,6 @@ def _is_tar(name: str) -> bool:
 
 
 def _files_below(folder: str) -> list[str]:
-    """Those in a folder and in the folders in it."""
     files, folders = list_folder(folder)
     return files + [f"{inner}/{name}" for inner in folders for name in list_folder(os.path.join(folder, inner))[0]]
 
@@ -210,7 +209,6 @@ class _Headers(io.FileIO):
 
 
 def _walk(root: str, tar: str, number: int, index: TarIndex) -> None:
-    """Add the samples of a tar to ``index``."""
     path = os.path.join(root, tar)
     try:
         with open_image_file(path) as (descriptor, status):
@@ -245,10 +243,9 @@ def _members(file: _Headers, path: str, size: int) -> Iterator[tarfile.TarInfo]:
         raise SourceError(f"{path} is cut off: it has no end mark after {end:,} bytes. Get it again.")
     for _ in range(_TAIL // _BLOCK):
         if block.strip(b"\0"):
-            raise SourceError(
-                f"{path} goes on behind byte {end:,} with what is no entry of this tar (damaged, or one tar behind "
-                "another). Get it again, or give each as a file of its own."
-            )
+            what = "what is no entry of this tar (damaged, or one tar behind another)"
+            way = "Get it again, or give each as a file of its own"
+            raise SourceError(f"{path} goes on behind byte {end:,} with {what}. {way}.")
         if not (block := file.read(_BLOCK)):
             return
 
@@ -324,11 +321,7 @@ def _class_list(file: str) -> list[str]:
     """The lines of ``classes.txt``; nothing where there is none."""
     if not os.path.exists(file):
         return []
-    try:
-        with open(file, encoding="utf-8-sig") as lines:
-            names = [line.strip() for line in lines.read(LONGEST).rstrip().split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{file} cannot be read as UTF-8 text ({error}).") from error
+    names = [line.strip() for line in read_text(file).rstrip().split("\n")]
     if "" in names or len(set(names)) < len(names):
         raise SourceError(f"{file} has an empty line or a name twice; expected the name of a class on each line.")
     return names

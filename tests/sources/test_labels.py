@@ -77,5 +77,5 @@ def test_an_image_without_a_group_is_a_group_of_its_own():
 
 @given(WORD, st.just("") | WORD, st.just("") | st.from_regex(r"[0-9]{1,3}", fullmatch=True), st.none() | WORD)
 def test_the_name_of_a_published_set_is_read_as_it_is_written(name, variant, version, folder):
-    options = SourceOptions("kind", name, variant, version, f"/{folder}" if folder else None)
+    options = SourceOptions("kind", name, variant, version, f"/{folder}" if folder else "")
     assert SourceOptions.parse("kind", str(options).removeprefix("kind:")) == options

@@ -15,7 +15,7 @@ from support.pictures import save_picture
 import featurecache
 from featurecache.errors import BadOption, CannotWrite, SourceError
 from featurecache.extraction import plan, scan
-from featurecache.sources import open_source, pseudonyms, reopen
+from featurecache.sources import Dataset, open_source, pseudonyms, reopen
 from featurecache.sources.pseudonyms import Secret, load_secret, pseudonymise, secret_of
 from featurecache.store.view import View
 
@@ -49,13 +49,17 @@ def found_in(cache: Path, *words: str) -> list[str]:
     files = [path for path in cache.rglob("*") if path.is_file()]
     content = b"\0".join(str(path.relative_to(cache)).encode() + path.read_bytes() for path in files)
 
-    def spelt(word: str) -> list[bytes]:
-        cases = (word, word.lower(), word.upper())
+    def forms(word: str) -> list[bytes]:
+        cases = {word, word.lower(), word.upper()}
         return [
             form for case in cases for form in (case.encode(), case.encode("utf-16-le"), ascii(case)[1:-1].encode())
         ]
 
-    return [word for word in words if any(form in content for form in spelt(word))]
+    return [word for word in words if any(form in content for form in forms(word))]
+
+
+def hidden(data: Path, ids: bool = True, groups: bool = True, key: bytes = bytes(32)) -> Dataset:
+    return pseudonymise(open_source(data), Secret(key), ids=ids, groups=groups)
 
 
 EVERYBODY = [*NAMES, "Weiss", "Schwarz", "Anna"]
@@ -84,7 +88,7 @@ def test_the_memory_of_files_is_keyed_with_the_secret_too(tmp_path: Path, table:
 
 
 def test_columns_that_hold_what_is_hashed_are_hashed_and_named(table: Path) -> None:
-    dataset = pseudonymise(open_source(table), Secret(bytes(32)), ids=True, groups=True)
+    dataset = hidden(table)
     assert dataset.notes[-1].endswith("and are hashed too: portrait, remark.")
     assert set(dataset.meta) == {"portrait", "remark", "case", "age", "number"}
     assert dataset.meta["portrait"][-1] == ""
@@ -93,26 +97,23 @@ def test_columns_that_hold_what_is_hashed_are_hashed_and_named(table: Path) -> N
 def test_numbers_of_patients_in_a_further_column_are_hashed_and_other_numbers_are_not(tmp_path: Path) -> None:
     lines = ["path,patient,mrn,pulse", *(f"{k}.png,{4000 + k},{4000 + k},{4000 - k}" for k in range(5))]
     (tmp_path / "t.csv").write_text("\n".join(lines))
-    dataset = pseudonymise(open_source(tmp_path / "t.csv"), Secret(bytes(32)), ids=False, groups=True)
+    dataset = hidden(tmp_path / "t.csv", ids=False)
     assert all(len(cell) == 32 for cell in dataset.meta["mrn"])
-    assert dataset.meta["pulse"][1] == 3999
-    assert dataset.ids == [f"{k}.png" for k in range(5)]
+    assert (dataset.meta["pulse"][1], dataset.ids) == (3999, [f"{k}.png" for k in range(5)])
 
 
 def test_an_image_without_a_group_does_not_leave_its_name_as_one(table: Path) -> None:
-    dataset = pseudonymise(open_source(table), Secret(bytes(32)), ids=True, groups=False)
+    dataset = hidden(table, groups=False)
     assert dataset.groups is not None and dataset.groups[8] == dataset.ids[8] != "Weiss.png"
     assert dataset.groups[0] == "Meier Anna"
 
 
 def test_groups_stay_together_and_keep_their_hash_across_data_sets(table: Path) -> None:
-    dataset = open_source(table)
-    one = pseudonymise(dataset, Secret(bytes(32)), ids=True, groups=True)
+    one, other = hidden(table), hidden(table, key=b"\1" * 32)
     assert one.groups is not None and one.groups[0] == one.groups[4] != one.groups[1]
     table.with_name("b.csv").write_text("path,patient\nMeier/Meier_Anna_0.png,Meier Anna\n")
-    two = pseudonymise(open_source(table.with_name("b.csv")), Secret(bytes(32)), ids=True, groups=True)
+    two = hidden(table.with_name("b.csv"))
     assert (two.ids[0], two.groups) == (one.ids[0], [one.groups[0]])
-    other = pseudonymise(dataset, Secret(b"\1" * 32), ids=True, groups=True)
     assert not {*other.ids, *(other.groups or [])} & {*one.ids, *one.groups}
 
 
@@ -142,17 +143,14 @@ def test_another_secret_or_none_is_said_and_not_taken_for_other_images(tmp_path,
 
 
 def test_the_command_hashes_and_its_lines_show_the_files(tmp_path: Path, table: Path, vit: str) -> None:
-
     words = ["extract", "--backbone", vit, "--data", str(table), "--cache", str(tmp_path / "c"), "--outputs", "cls"]
     dry = call(*words, "--hash-ids", "--hash-groups", "--dry-run")
     assert dry.exit_code == 0, dry.output
     assert not (tmp_path / "config").exists() and not (tmp_path / "c").exists()
-    run = call(*words, "--hash-ids", "--hash-groups", "--json")
-    record = json.loads(run.stdout)
+    record = json.loads(call(*words, "--hash-ids", "--hash-groups", "--json").stdout)
     assert [Path(entry["id"]).name for entry in record["failed"]] == ["Weiss.png", "Schwarz.png"]
     assert found_in(tmp_path / "c", *EVERYBODY) == []
-    stopped = call(*words, "--hash-ids", "--on-error", "fail", "--name", "x")
-    assert "Schwarz.png: no such file" in stopped.output
+    assert "Schwarz.png: no such file" in call(*words, "--hash-ids", "--on-error", "fail", "--name", "x").output
 
 
 def test_a_view_with_names_is_not_replaced_by_one_without(tmp_path: Path, table: Path, vit: str) -> None:
@@ -169,21 +167,20 @@ def test_a_view_with_names_is_not_replaced_by_one_without(tmp_path: Path, table:
 def test_groups_hashed_later_replace_those_that_were_there(tmp_path: Path, vit: str) -> None:
     lines = ["path,patient", *(f"{k}.png,{name} Anna" for k, name in enumerate(NAMES))]
     for k in range(len(NAMES)):
-        save_picture(tmp_path / "g" / f"{k}.png", k)
-    (tmp_path / "g" / "list.csv").write_text("\n".join(lines), "utf-8")
+        save_picture(tmp_path / f"{k}.png", k)
+    (tmp_path / "list.csv").write_text("\n".join(lines), "utf-8")
     options = {"backbone": vit, "outputs": "cls", "cache": tmp_path / "c"}
-    featurecache.extract(tmp_path / "g" / "list.csv", **options)
+    featurecache.extract(tmp_path / "list.csv", **options)
     assert found_in(tmp_path / "c", *NAMES) == NAMES
-    view = View(featurecache.extract(tmp_path / "g" / "list.csv", **options, hash_groups=True).view)
+    view = View(featurecache.extract(tmp_path / "list.csv", **options, hash_groups=True).view)
     assert (found_in(tmp_path / "c", *NAMES), view.ids[0]) == ([], "0.png")
 
 
 def test_ids_that_name_the_groups_are_pointed_out(table: Path) -> None:
-    dataset = pseudonymise(open_source(table), Secret(bytes(32)), ids=False, groups=True)
-    assert not any("ids still name" in note for note in dataset.notes)  # the group is "Meier Anna", the id "Meier_Anna"
+    note = "The ids still name the groups: --hash-ids hides them too."
+    assert note not in hidden(table, ids=False).notes  # the group is "Meier Anna", the id "Meier_Anna"
     table.write_text("path,patient\nMeier/Meier_Anna_0.png,Meier\n")
-    dataset = pseudonymise(open_source(table), Secret(bytes(32)), ids=False, groups=True)
-    assert dataset.notes[-1] == "The ids still name the groups: --hash-ids hides them too."
+    assert hidden(table, ids=False).notes[-1] == note
 
 
 def test_the_secret_is_made_once_for_this_user_alone(tmp_path: Path) -> None:
@@ -199,18 +196,19 @@ def test_the_secret_is_made_once_for_this_user_alone(tmp_path: Path) -> None:
         Secret(bytes(32), path).keep()
 
 
-def test_a_secret_that_others_can_read_or_that_is_none_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "mode", "words"),
+    [
+        (b"0" * 64, 0o644, "can be read by others; close it: chmod 600"),
+        (b"password", 0o600, "is not a secret of featurecache"),
+        (b"\xff", 0o600, "cannot be read"),
+    ],
+)
+def test_a_secret_that_others_can_read_or_that_is_none_is_refused(tmp_path, content, mode, words) -> None:
     load_secret().keep()
-    path = pseudonyms.secret_file()
-    path.chmod(0o644)
-    with pytest.raises(BadOption, match="can be read by others; close it: chmod 600"):
-        load_secret()
-    path.chmod(0o600)
-    path.write_text("password")
-    with pytest.raises(BadOption, match="is not a secret of featurecache"):
-        load_secret()
-    path.write_bytes(b"\xff")
-    with pytest.raises(BadOption, match="cannot be read"):
+    pseudonyms.secret_file().write_bytes(content)
+    pseudonyms.secret_file().chmod(mode)
+    with pytest.raises(BadOption, match=words):
         load_secret()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,16 +9,10 @@ from pathlib import Path
 import pytest
 from support.pictures import save_picture
 from support.published_sets import CHEST, WNIDS, chest_xray, tiny_imagenet
+from support.small_sets import refused, reopened
 
-from featurecache.errors import SourceError, UnreadableImage
-from featurecache.sources import open_source, reopen
+from featurecache.sources import open_source
 from featurecache.sources.summary import describe_dataset
-
-
-def refused(data: object, *words: str, **options) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(SourceError) as caught:
-        open_source(data, **options)  # type: ignore[arg-type]
-    assert all(word in str(caught.value) for word in words), caught.value
 
 
 def entries(root: Path) -> list[str]:
@@ -42,29 +35,19 @@ def test_tiny_imagenet_as_it_is_unpacked_and_nothing_is_moved(tmp_path):
     assert data.notes == (f"The 2 images of test have no published labels and were left out: give {root}/test/images.",)
     assert open_source(root / "test/images").task == "unlabelled"
     assert entries(root) == before
-    again = reopen(json.loads(json.dumps(data.source)))
-    assert again.ids == data.ids and again.labels.tolist() == data.labels.tolist()
+    reopened(data)
+    (root / "words.txt").unlink()
+    assert open_source(root).classes == sorted(WNIDS)
 
 
-def test_an_unreadable_image_of_tiny_imagenet_is_a_failure_by_name(tmp_path):
-    root = tiny_imagenet(tmp_path)
-    (root / "val/images/val_3.JPEG").unlink()
-    (root / "train/n01443537/images/n01443537_1.JPEG").write_bytes(b"\xff\xd8\xff broken")
-    data = open_source(root)
-    assert len(data) == 20
-    found = dict(describe_dataset(data).unreadable)
-    assert found["val/images/val_3.JPEG"] == "no such file"
-    assert "n01443537_1.JPEG" in str(found) and len(found) == 2
-    with pytest.raises(UnreadableImage):
-        data.read(data.ids.index("val/images/val_3.JPEG"))
-
-
-def test_an_image_that_the_annotations_do_not_name_has_no_label_and_is_counted(tmp_path):
+def test_images_of_val_that_are_gone_or_that_the_annotations_do_not_name(tmp_path):
     root = tiny_imagenet(tmp_path, test=0)
+    (root / "val/images/val_3.JPEG").unlink()
     save_picture(root / "val/images/stray.JPEG", 1)
     data = open_source(root)
-    assert data.labels[data.ids.index("val/images/stray.JPEG")] == -1
+    assert (len(data), data.labels[data.ids.index("val/images/stray.JPEG")]) == (21, -1)
     assert "1 images of val are not in val_annotations.txt" in data.notes[0]
+    assert describe_dataset(data).unreadable == [("val/images/val_3.JPEG", "no such file")]
 
 
 @pytest.mark.parametrize("inside", ["", "images/"])
@@ -79,29 +62,28 @@ def test_val_that_a_script_has_sorted_into_class_folders(tmp_path, inside, annot
     if not annotations:
         (root / "val/val_annotations.txt").unlink()
     data = open_source(root)
-    pictures = {Path(name).name: label for name, label in zip(data.ids, data.labels.tolist(), strict=True)}
-    assert pictures == {Path(name).name: label for name, label in zip(plain.ids, plain.labels.tolist(), strict=True)}
-    assert data.classes == plain.classes and not describe_dataset(data).unreadable
+    one, other = (
+        {Path(name).name: label for name, label in zip(one.ids, one.labels.tolist(), strict=True)}
+        for one in (data, plain)
+    )
+    assert one == other and data.classes == plain.classes and not describe_dataset(data).unreadable
     save_picture(root / "val/images/val_0.JPEG", 1)
     assert "the 1 images of val/images were left out" in " ".join(open_source(root).notes)
 
 
-def test_tiny_imagenet_without_the_labels_of_val_or_without_val(tmp_path):
+def test_tiny_imagenet_without_the_labels_of_val_or_without_val_or_train(tmp_path):
     root = tiny_imagenet(tmp_path)
     (root / "val/val_annotations.txt").unlink()
-    refused(root, "val_annotations.txt of the Tiny ImageNet", "cannot be read")
+    refused(root, "val_annotations.txt of the Tiny ImageNet cannot be read")
     shutil.rmtree(root / "val")
     assert f"There are no images of val in {root}." in open_source(root).notes
-
-
-def test_without_words_the_classes_bear_their_numbers(tmp_path):
-    root = tiny_imagenet(tmp_path)
-    (root / "words.txt").unlink()
-    assert open_source(root).classes == sorted(WNIDS)
+    for wnid in WNIDS:
+        shutil.rmtree(root / "train" / wnid / "images")
+    refused(root, f"train in {root} holds no image of the classes of wnids.txt")
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "said"),
+    ("file", "text", "words"),
     [
         ("val/val_annotations.txt", "val_0.JPEG\tn99999999\t0\n", ["line 1", "n99999999"]),
         ("val/val_annotations.txt", "val_0.JPEG\tn01443537\nval_0.JPEG\tn01443537\n", ["line 2", "each name once"]),
@@ -111,17 +93,18 @@ def test_without_words_the_classes_bear_their_numbers(tmp_path):
         ("wnids.txt", "n00000001\n" + "\n".join(WNIDS), ["n00000001", "has no image"]),
     ],
 )
-def test_lists_of_tiny_imagenet_that_contradict_the_folders(tmp_path, file, text, said):
+def test_lists_of_tiny_imagenet_that_contradict_the_folders(tmp_path, file, text, words):
     root = tiny_imagenet(tmp_path)
     (root / file).write_text(text)
-    refused(root, *said)
+    refused(root, *words)
 
 
 # -- chest X-rays
 
 
 def test_chest_xrays_have_two_classes_and_persons_as_groups_within_split_and_kind(tmp_path):
-    data = open_source(chest_xray(tmp_path / "chest_xray"))
+    root = chest_xray(tmp_path / "chest_xray")
+    data = reopened(open_source(root))
     assert (data.source["kind"], data.classes, data.task) == ("chest-xray", ["NORMAL", "PNEUMONIA"], "binary")
     assert Counter(data.splits) == {"train": 7, "val": 2, "test": 3}
     groups = dict(zip(data.ids, data.groups, strict=True))
@@ -131,21 +114,14 @@ def test_chest_xrays_have_two_classes_and_persons_as_groups_within_split_and_kin
     assert groups[CHEST[5]] == "train/virus/person1"
     assert groups["test/PNEUMONIA/person1_virus_12.jpeg"] == "test/virus/person1"
     assert Counter(data.meta["kind"]) == {"normal": 5, "bacteria": 4, "virus": 3}
-    again = reopen(json.loads(json.dumps(data.source)))
-    assert (again.ids, again.groups) == (data.ids, data.groups)
-
-
-def test_the_kind_makes_three_classes_of_it(tmp_path):
-    data = open_source(chest_xray(tmp_path), columns={"label": "kind"})
-    assert (data.classes, data.task) == (["normal", "bacteria", "virus"], "multiclass")
-    assert [data.classes[label] for label in data.labels] == data.meta["kind"]
-    again = reopen(json.loads(json.dumps(data.source)))
-    assert again.labels.tolist() == data.labels.tolist()
+    three = reopened(open_source(root, columns={"label": "kind"}))
+    assert (three.classes, three.task) == (["normal", "bacteria", "virus"], "multiclass")
+    assert [three.classes[label] for label in three.labels] == data.meta["kind"]
+    refused(root, "no column for label=person", columns={"label": "person"})
 
 
 def test_the_same_number_in_two_splits_is_called_possible(tmp_path):
-    data = open_source(chest_xray(tmp_path))
-    (note,) = [note for note in data.notes if "two splits" in note]
+    (note,) = [note for note in open_source(chest_xray(tmp_path)).notes if "two splits" in note]
     assert "test and train 1. Possible leaks only" in note
     alone = chest_xray(tmp_path / "alone", [name for name in CHEST if "person1_virus_12" not in name])
     assert not any("two splits" in note for note in open_source(alone).notes)
@@ -173,12 +149,5 @@ def test_a_name_that_says_nothing_has_no_kind_and_is_a_group_of_its_own(tmp_path
     row = data.ids.index("train/PNEUMONIA/scan.jpeg")
     assert (data.labels[row], data.groups[row], data.meta["kind"][row]) == (-1, data.ids[row], "")
     assert any("1 images have other names" in note and "no label" in note for note in data.notes)
-
-
-def test_ones_own_normal_and_pneumonia_is_an_ordinary_folder(tmp_path):
-    data = open_source(chest_xray(tmp_path, ["NORMAL/a.png", "PNEUMONIA/b.png"]))
-    assert (data.source["kind"], data.groups) == ("folder", None)
-
-
-def test_columns_that_a_folder_of_chest_xrays_has_not(tmp_path):
-    refused(chest_xray(tmp_path), "no column for label=person", columns={"label": "person"})
+    own = open_source(chest_xray(tmp_path / "own", ["NORMAL/a.png", "PNEUMONIA/b.png"]))
+    assert (own.source["kind"], own.groups) == ("folder", None)

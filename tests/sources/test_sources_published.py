@@ -4,64 +4,40 @@ from __future__ import annotations
 
 import inspect
 import io
-import json
 import pickle
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torchvision.datasets as tv
 from PIL import Image
 from support.published_sets import CIFAR10, cifar10, cifar100, eurosat, flowers102, medmnist_file, mnist, noise
+from support.small_sets import refused, reopened
 
-from featurecache.errors import NotFetched, SourceError, UnreadableImage
-from featurecache.images import decoding
+from featurecache.errors import NotFetched, UnreadableImage
 from featurecache.sources import SOURCES, fetching, open_source, reopen
 from featurecache.sources.medmnist import MEDMNIST
 from featurecache.sources.torchvision_catalogue import SETS
 from featurecache.sources.torchvision_datasets import NAMES
 
-
-@pytest.fixture(autouse=True)
-def _nobody_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No copy in the user's own folders, and no network."""
-
-    def offline(*_: object, **__: object) -> None:
-        raise OSError("Name or service not known")
-
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv(fetching.VARIABLE, raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr("socket.getaddrinfo", offline)
-
-
-def refused(data: str, *words: str, error: type[SourceError] = SourceError) -> str:
-    with pytest.raises(error) as caught:
-        open_source(data)
-    assert all(word in str(caught.value) for word in words), caught.value
-    return str(caught.value)
-
-
-def same_again(data) -> None:  # type: ignore[no-untyped-def]
-    again = reopen(json.loads(json.dumps(data.source)))
-    assert (again.ids, again.splits, again.classes, again.task) == (data.ids, data.splits, data.classes, data.task)
-    np.testing.assert_array_equal(again.labels, data.labels)
-    assert decoding.digest(again.read(3)) == decoding.digest(data.read(3))
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 # -- MedMNIST
 
 
 def test_a_file_in_the_packages_own_folder_is_used_without_the_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "medmnist", None)
+    monkeypatch.setitem(sys.modules, "medmnist", None)
     medmnist_file(tmp_path / "home/.medmnist", "bloodmnist", np.arange(8), channels=3)
     data = open_source("medmnist:BloodMNIST")
     assert (data.name, data.classes, data.task) == ("bloodmnist", list(MEDMNIST["bloodmnist"].classes), "multiclass")
     assert data.ids[8] == "bloodmnist.npz:val:0"
     assert data.read(0).shape == (28, 28, 3)
-    same_again(data)
+    reopened(data)
 
 
 @pytest.mark.parametrize("place", ["given", "variable"])
@@ -74,7 +50,7 @@ def test_a_size_and_a_folder_of_ones_own(tmp_path, monkeypatch, place):
     assert (data.name, data.task, data.read(0).shape) == ("retinamnist_64", "ordinal", (64, 64))
     monkeypatch.setenv(fetching.VARIABLE, str(tmp_path / "sets"))
     monkeypatch.chdir("/")
-    same_again(data)
+    reopened(data)
 
 
 def test_chest_has_fourteen_labels(tmp_path):
@@ -95,12 +71,17 @@ def test_the_package_says_the_same_of_every_2d_set(name):
     assert all(f"url{size}" in info and f"MD5{size}" in info for size in ("", "_64", "_128", "_224"))
 
 
-def test_a_set_that_is_nowhere_says_where_it_was_looked_for_and_what_fetches_it(tmp_path):
+def test_a_set_that_is_nowhere_says_where_it_was_looked_for_and_what_fetches_it(tmp_path, monkeypatch):
     pytest.importorskip("medmnist")
     message = refused("medmnist:breastmnist@128", "breastmnist_128.npz", str(tmp_path / "home/.medmnist"),
                       "service not known", "open_source('medmnist:breastmnist@128')", error=NotFetched)  # fmt: skip
     assert message.count(". ") <= 3
     assert not list((tmp_path / "home/.medmnist").iterdir())
+    for info, words in (({}, "does not know breastmnist"), ({"breastmnist": {"url": "-"}}, "at 28 px only")):
+        monkeypatch.setattr("medmnist.info.INFO", info)
+        refused("medmnist:breastmnist@128", f"the installed medmnist {'has breastmnist ' * bool(info)}{words}")
+    monkeypatch.setitem(sys.modules, "medmnist.info", None)
+    refused("medmnist:bloodmnist", "pip install 'featurecache[medmnist]'")
 
 
 def test_what_is_fetched_has_the_right_bytes_or_no_name(tmp_path, monkeypatch):
@@ -122,23 +103,6 @@ def test_what_is_fetched_has_the_right_bytes_or_no_name(tmp_path, monkeypatch):
     assert len(data) == 12
 
 
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        ("medmnist:blodmnist", ["no 2D set", "Near: bloodmnist"]),
-        ("medmnist:bloodmnist@32", ['"32" is no size', "28, 64, 128, 224"]),
-        ("medmnist:organmnist3d", ["no 2D set"]),
-    ],
-)
-def test_names_that_medmnist_has_not(word, said):
-    refused(word, *said)
-
-
-def test_a_missing_package_is_one_line(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "medmnist.info", None)
-    refused("medmnist:bloodmnist", "pip install 'featurecache[medmnist]'")
-
-
 # -- CIFAR
 
 
@@ -149,7 +113,7 @@ def test_cifar_has_the_pixels_and_labels_of_torchvisions_own_loader(tmp_path, mo
     assert (len(data), data.classes, Counter(data.splits)) == (60, CIFAR10, {"train": 50, "test": 10})
     assert data.ids[50] == "CIFAR10:test:0"
     np.testing.assert_array_equal(np.stack([data.read(row) for row in range(60)]), pixels)
-    same_again(data)
+    reopened(data)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     theirs = tv.CIFAR10(str(tmp_path), train=False)
     np.testing.assert_array_equal(np.stack([data.read(row) for row in range(50, 60)]), theirs.data)
@@ -182,20 +146,22 @@ def test_a_batch_that_would_run_code_is_refused_and_runs_nothing(tmp_path, where
 
 
 @pytest.mark.parametrize(
-    "batch",
+    ("file", "record", "words"),
     [
-        {"labels": [0], "data": noise(1, 3072).astype(np.float32)},
-        {"labels": [0, 1], "data": noise(1, 3072)},
-        {"labels": ["a"], "data": noise(1, 3072)},
-        {"labels": [0, 1], "data": np.asfortranarray(noise(2, 3072))},
-        {"labels": [0]},
-        [1, 2],
+        ("test_batch", {"labels": [0], "data": noise(1, 3072).astype(np.float32)}, "no batch of CIFAR"),
+        ("test_batch", {"labels": [0, 1], "data": noise(1, 3072)}, "no batch of CIFAR"),
+        ("test_batch", {"labels": ["a"], "data": noise(1, 3072)}, "no batch of CIFAR"),
+        ("test_batch", {"labels": [0, 1], "data": np.asfortranarray(noise(2, 3072))}, "no batch of CIFAR"),
+        ("test_batch", {"labels": [0]}, "no batch of CIFAR"),
+        ("test_batch", [1, 2], "it holds no dictionary"),
+        ("test_batch", {"labels": [10], "data": noise(1, 3072)}, "has the label 10 and 10 names of classes"),
+        ("batches.meta", {"label_names": "airplane"}, "has no list of names 'label_names'"),
     ],
 )
-def test_batches_that_are_none(tmp_path, batch):
+def test_batches_that_are_none(tmp_path, file, record, words):
     cifar10(tmp_path)
-    (tmp_path / "cifar-10-batches-py/test_batch").write_bytes(pickle.dumps(batch, 2))
-    refused(f"torchvision:CIFAR10@{tmp_path}", "no batch of CIFAR")
+    (tmp_path / "cifar-10-batches-py" / file).write_bytes(pickle.dumps(record, 2))
+    refused(f"torchvision:CIFAR10@{tmp_path}", words)
 
 
 def test_a_batch_cut_short_and_one_that_is_missing(tmp_path):
@@ -228,7 +194,7 @@ def test_mnist_by_the_real_loader(tmp_path):
     )  # fmt: skip
     np.testing.assert_array_equal(data.read(7), pixels[7])
     assert data.labels.tolist() == [*range(10)] * 3
-    same_again(data)
+    reopened(data)
 
 
 def test_eurosat_is_read_from_its_files_without_decoding(tmp_path):
@@ -238,7 +204,7 @@ def test_eurosat_is_read_from_its_files_without_decoding(tmp_path):
     assert (data.classes, set(data.splits)) == (["AnnualCrop", "Forest", "River"], {""})
     assert data.read(4) == (tmp_path / data.ids[4]).read_bytes()
     assert data.path(4) == str(tmp_path / data.ids[4])
-    same_again(data)
+    reopened(data)
 
 
 def test_flowers_by_its_matlab_files_and_a_picture_that_is_gone_is_named(tmp_path, monkeypatch):
@@ -256,25 +222,21 @@ def test_flowers_by_its_matlab_files_and_a_picture_that_is_gone_is_named(tmp_pat
 
 
 def test_letters_of_emnist_begin_with_a(tmp_path):
-    source, folder = tmp_path / "MNIST/raw", tmp_path / "EMNIST/raw"
+    (tmp_path / "EMNIST/raw").mkdir(parents=True)
     mnist(tmp_path)
-    folder.mkdir(parents=True)
-    for word in ("balanced", "byclass", "bymerge", "digits", "letters", "mnist"):
-        for file in source.iterdir():
-            split = "train" if file.name.startswith("train") else "test"
-            rest = file.name.split("-", 1)[1]
-            data = bytearray(file.read_bytes())
-            if "labels" in rest:
-                data[8:] = bytes(1 + value for value in data[8:])
-            (folder / f"emnist-{word}-{split}-{rest}").write_bytes(data)
+    for file in (tmp_path / "MNIST/raw").iterdir():
+        data = bytearray(file.read_bytes())
+        if "labels" in file.name:
+            data[8:] = bytes(1 + value for value in data[8:])
+        split, rest = file.name.replace("t10k", "test").split("-", 1)
+        for word in ("balanced", "byclass", "bymerge", "digits", "letters", "mnist"):
+            (tmp_path / f"EMNIST/raw/emnist-{word}-{split}-{rest}").write_bytes(data)
     data = open_source(f"torchvision:EMNIST:letters@{tmp_path}")
     assert (data.classes[0], len(data.classes), data.labels.min(), data.name) == ("a", 26, 0, "emnist-letters")
     refused(f"torchvision:EMNIST@{tmp_path}", "say which EMNIST", "torchvision:EMNIST:letters")
 
 
 def test_patchcamelyon_is_read_row_by_row_out_of_hdf5(tmp_path):
-    import h5py
-
     pixels = noise(4, 96, 96, 3)
     (tmp_path / "pcam").mkdir()
     for split in ("train", "valid", "test"):
@@ -312,13 +274,16 @@ def test_celeba_has_forty_attributes_and_persons_as_groups(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("word", "said"),
     [
+        ("medmnist:blodmnist", ["no 2D set", "Near: bloodmnist"]),
+        ("medmnist:bloodmnist@32", ['"32" is no size', "28, 64, 128, 224"]),
+        ("medmnist:organmnist3d", ["no 2D set"]),
         ("torchvision:CIFR10", ["no labelled set called", "Near: CIFAR10"]),
         ("torchvision:Kinetics", ["is no set of labelled images"]),
         ("torchvision:Imagenette:640px", ['has no "640px"', "full, 320px, 160px"]),
         ("torchvision:StanfordCars", ["cannot download it", "--data torchvision:StanfordCars@FOLDER"]),
     ],
 )
-def test_names_that_torchvision_has_not(word, said):
+def test_names_that_medmnist_and_torchvision_have_not(word, said):
     refused(word, *said)
 
 
@@ -356,4 +321,5 @@ def test_opening_again_never_fetches(tmp_path, monkeypatch):
 
 
 def test_every_source_that_is_named_can_be_fetched():
-    assert all(bool(source.prefix) == bool(source.fetch) for source in SOURCES.values())
+    assert all(bool(source.prefix) == bool(source.fetch) == (source.fits is None) or kind in ("hf", "digits")
+               for kind, source in SOURCES.items())  # fmt: skip

@@ -1,0 +1,110 @@
+"""What a dataset holds before anything is computed: in numbers, and as a contact sheet."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.small_sets import pictures, table
+
+from featurecache.errors import CannotWrite
+from featurecache.images import decoding
+from featurecache.images.decoding import digest
+from featurecache.sources import open_source, summary
+from featurecache.sources.summary import contact_sheet, describe_dataset
+
+
+def test_the_table_counts_classes_splits_and_copies(tmp_path):
+    pictures(tmp_path, "train/a/1.png", "train/a/2.png", "train/b/3.png", "test/a/4.png", "test/b/5.png")
+    for copy, of in [("train/a/6", "train/a/1"), ("test/a/7", "train/a/1"), ("test/b/8", "test/a/4")]:
+        (tmp_path / f"{copy}.png").write_bytes((tmp_path / f"{of}.png").read_bytes())
+    data = open_source(tmp_path)
+    about = describe_dataset(data, [digest(data.read(row)) for row in range(len(data))])
+    assert (about.splits, about.counts, about.totals) == (["train", "test"], [[3, 2], [1, 2]], [4, 4])
+    assert (about.copies.total, about.copies.within) == (3, {"train": 1, "test": 1})
+    assert (about.copies.across, about.copies.two_labels) == ({"train+test": 1}, 1)
+    assert (about.sizes["largest"], about.kinds) == ([6, 4], {"grey": 8})
+    assert "  a           3     2    5" in str(about)
+    assert "3 images repeat another (1 within train, 1 within test, 1 in both train and test, 1 under two" in str(about)
+    assert json.loads(json.dumps(about.to_dict()))["copies"]["total"] == 3
+
+
+def test_the_table_of_several_labels_counts_positives_and_unknowns(tmp_path):
+    data = open_source(table(tmp_path, "path,x,y\na,1,0\nb,,1\nc,0,1\n"), columns={"label": "x,y"})
+    about = describe_dataset(data)
+    assert (about.counts, about.unlabelled, about.copies) == ([[1], [2]], [1], None)
+    assert about.unreadable == [("a", "no such file"), ("b", "no such file"), ("c", "no such file")]
+    assert "(a label unknown)" in str(about)
+    assert describe_dataset(data, ["d", "d", "e"]).copies.two_labels == 1
+    data.labels[:2] = np.nan
+    assert describe_dataset(data, ["d", "d", "e"]).copies.two_labels == 0
+
+
+@pytest.mark.parametrize(
+    ("digests", "copies"),
+    [([None, None, "ab"], 0), (np.array([b"", b"", b"ab"], "S32"), 0), (np.array([b"", b"ab", b"ab"], "S32"), 1)],
+)
+def test_images_that_could_not_be_read_are_no_copies_of_each_other(tmp_path, digests, copies):
+    data = open_source(pictures(tmp_path, "1.png", "2.png", "3.png"))
+    assert describe_dataset(data, digests).copies.total == copies
+
+
+def test_of_many_images_two_hundred_are_looked_at_and_of_many_classes_the_first_are_shown(tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr(summary, "image_header", lambda data: (looked.append(1), (8, 8, "grey"))[1])
+    about = describe_dataset(open_source("digits"))
+    assert len(looked) == about.looked_at == 200
+    assert "8×8, in 200 looked at" in str(about)
+    data = open_source(pictures(tmp_path, *[f"{number:03d}/x.png" for number in range(60)]))
+    lines = str(describe_dataset(data)).splitlines()
+    assert any(line.split() == ["(36", "more)", "36"] for line in lines)
+    assert len(lines) < 40
+
+
+def test_contact_sheet_shows_images_of_every_class_and_the_unreadable_too(tmp_path):
+    names = [f"train/{name}/{number}.png" for name in "ab" for number in range(5)]
+    root = pictures(tmp_path / "set", *names, "test/a/9.png")
+    (root / "test/a/broken.jpg").write_text("<html>")
+    contact_sheet(open_source(root), tmp_path / "sheet.png", per_class=3)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        colours = {colour for _, colour in sheet.getcolors(1 << 20)}
+    assert {(shade, shade, shade) for shade in (0, 2, 4, 5, 7, 9, 10)} <= colours
+    assert (0xB3, 0x26, 0x1E) in colours
+
+
+def test_contact_sheet_of_several_labels_and_of_none(tmp_path):
+    pictures(tmp_path, "a.png", "b.png")
+    file = table(tmp_path, "path,x,y\na.png,1,\nb.png,0,0\n")
+    contact_sheet(open_source(file, columns={"label": "x,y"}), tmp_path / "1.png")
+    contact_sheet(open_source(file, task="unlabelled"), tmp_path / "2.png")
+    assert (tmp_path / "1.png").stat().st_size > 500 < (tmp_path / "2.png").stat().st_size
+    with pytest.raises(CannotWrite):
+        contact_sheet(open_source(file), tmp_path / "1.png" / "below-a-file.png")
+
+
+def test_pneumoniamnist_has_its_published_counts_and_known_copies(real_data):
+    data = open_source(real_data / "pneumoniamnist.npz")
+    about = describe_dataset(data, [digest(data.read(row)) for row in range(len(data))])
+    assert (about.classes, about.task) == (["normal", "pneumonia"], "binary")
+    assert (about.splits, about.totals) == (["train", "val", "test"], [4708, 524, 624])
+    assert about.counts == [[1214, 135, 234], [3494, 389, 390]]
+    assert (about.copies.total, about.copies.two_labels) == (29, 0)
+    assert about.copies.within == {"train": 18, "val": 0, "test": 3}
+    assert about.copies.across == {"train+val": 8, "train+test": 0, "val+test": 0}
+
+
+@pytest.mark.integration
+def test_medical_mnist_is_six_thousand_small_grey_jpegs(real_data, tmp_path):
+    with tarfile.open(real_data / "medical-mnist.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    data = open_source(tmp_path / "medical-mnist")
+    about = describe_dataset(data)
+    assert about.classes == ["AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT"]
+    assert about.counts == [[800, 100, 100]] * 6
+    assert (about.sizes["smallest"], about.sizes["largest"], about.kinds) == ([64, 64], [64, 64], {"grey": 200})
+    row = data.ids.index("train/CXR/000017.jpeg")
+    expected = np.asarray(Image.open(tmp_path / "medical-mnist/train/CXR/000017.jpeg").convert("RGB"))
+    np.testing.assert_array_equal(decoding.decode(data.read(row)).permute(1, 2, 0).numpy(), expected)
