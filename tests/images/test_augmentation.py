@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 
 import featurecache
 from featurecache.errors import BadOption, CacheError, SourceError
-from featurecache.extraction import pipeline, recompute
+from featurecache.extraction import canary, pipeline
 from featurecache.extraction.cache_miss import explain_miss
 from featurecache.extraction.run import ExtractionResult
 from featurecache.files.hdf5 import write_texts
@@ -625,7 +625,7 @@ def test_there_are_no_copies_to_export(home: Path) -> None:
 def test_a_copied_view_computes_new_images_like_any_other(home: Path) -> None:
     view = opened(home)
     data = (home / "data" / view.ids[0]).read_bytes()
-    rows, failed = recompute.compute([data], like=view, output="cls")
+    rows, failed = canary.compute([data], like=view, output="cls")
     assert not failed and torch.equal(rows, view.tensor("cls", [0]))
 
 
