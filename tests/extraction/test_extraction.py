@@ -23,7 +23,7 @@ from torchvision import transforms
 
 import featurecache
 from featurecache.backbones.base import Backbone
-from featurecache.errors import BadOption, CannotWrite, NotInCache, OutputRefused, SourceError
+from featurecache.errors import BadOption, CannotWrite, NotInCache, SourceError
 from featurecache.extraction import plan
 from featurecache.extraction import run as extraction_run
 from featurecache.store import store
@@ -157,23 +157,6 @@ def test_earlier_blocks_have_the_final_norm_and_last2_is_concatenated(tmp_path: 
         assert error(view.tensor("tokens@last2", [k]), both) <= 1e-5
         assert error(view.tensor("cls@-2", [k]), before[:, 0]) <= 1e-5
         assert error(view.tensor("mean@last2", [k]), both[:, 1:].mean(1)) <= 1e-5
-
-
-@pytest.mark.parametrize(
-    ("save", "output", "reason"),
-    [
-        (save_siglip, "cls", "class token"),
-        (save_resnet, "cls", "class token"),
-        (lambda vit: save_vit(vit, pooler=False), "pooler", "pooler"),
-        (save_vit, "gap", "gap"),
-        (save_vit, "tokens@-9", "blocks"),
-        (save_resnet, "tokens@-2", "blocks"),
-    ],
-)
-def test_outputs_that_would_mean_nothing_are_refused(tmp_path, images, save, output, reason):
-    with pytest.raises(OutputRefused, match=reason):
-        run(images, save(tmp_path / "x"), tmp_path / "cache", outputs=output)
-    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
