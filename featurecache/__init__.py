@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "extract": "featurecache.extraction.plan",
     "prepare": "featurecache.extraction.plan",
-    "compute": "featurecache.extraction.recompute",
+    "compute": "featurecache.extraction.canary",
     "open_view": "featurecache.store.write_view",
     "View": "featurecache.store.view",
     "export_view": "featurecache.maintenance.export",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,20 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
     from support.checkpoints import save_vit
 
     return str(save_vit(tmp_path_factory.mktemp("checkpoint") / "vit"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of the user's with nets.py in it, as the current folder; afterwards its modules are forgotten."""
+    from support.user_nets import CNN, write
+
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    write(CNN)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.fixture

@@ -11,10 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-CLIP = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
+CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 BILINEAR, BICUBIC = 2, 3  # PIL.Image.Resampling
 
@@ -37,15 +34,12 @@ class Alias:
 
 
 def _size(width: int, depth: int, heads: int) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-    }
+    mlp = 4 * width
+    return {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": mlp}
 
 
 TINY, SMALL, BASE, LARGE = _size(192, 12, 3), _size(384, 12, 6), _size(768, 12, 12), _size(1024, 24, 16)
+P16 = {"image_size": 224, "patch_size": 16}
 
 
 def _squash(kind: str, resample: int, constants: dict[str, Any], n: int = 224) -> dict[str, Any]:
@@ -59,80 +53,38 @@ def _crop(kind: str, size: dict[str, int], constants: dict[str, Any]) -> dict[st
 
 
 def _vit(repo: str, size: dict[str, Any], parameters: int, pooler: bool) -> Alias:
-    return Alias(
-        id=f"hf:google/{repo}",
-        width=size["hidden_size"],
-        tokens=197,
-        input=224,
-        parameters=parameters,
-        licence="Apache-2.0",
-        source="Dosovitskiy et al. 2021, arXiv:2010.11929",
-        model_type="vit",
-        config={**size, "image_size": 224, "patch_size": 16},
-        processor=_squash("ViTImageProcessor", BILINEAR, HALF),
-        pooler=pooler,
-    )
+    source = "Dosovitskiy et al. 2021, arXiv:2010.11929"
+    row = (f"hf:google/{repo}", size["hidden_size"], 197, 224, parameters, "Apache-2.0", source)
+    return Alias(*row, "vit", size | P16, _squash("ViTImageProcessor", BILINEAR, HALF), pooler)
 
 
 def _deit(repo: str, size: dict[str, Any], parameters: int) -> Alias:
     """The distilled ones, which have a distillation token beside the class token."""
-    return Alias(
-        id=f"hf:facebook/{repo}",
-        width=size["hidden_size"],
-        tokens=198,
-        input=224,
-        parameters=parameters,
-        licence="Apache-2.0",
-        source="Touvron et al. 2021, arXiv:2012.12877 (distilled)",
-        model_type="deit",
-        config={**size, "image_size": 224, "patch_size": 16},
-        processor=_crop("DeiTImageProcessor", {"height": 256, "width": 256}, IMAGENET),
-        pooler=False,
-    )
+    source = "Touvron et al. 2021, arXiv:2012.12877 (distilled)"
+    row = (f"hf:facebook/{repo}", size["hidden_size"], 198, 224, parameters, "Apache-2.0", source)
+    processor = _crop("DeiTImageProcessor", {"height": 256, "width": 256}, IMAGENET)
+    return Alias(*row, "deit", size | P16, processor, pooler=False)
 
 
 def _dinov2(repo: str, size: dict[str, Any], parameters: int, registers: int = 0) -> Alias:
     shape = {key: value for key, value in size.items() if key != "intermediate_size"}  # its config has mlp_ratio 4
     config = {**shape, "mlp_ratio": 4, "image_size": 518, "patch_size": 14}
-    return Alias(
-        id=f"hf:facebook/{repo}",
-        width=size["hidden_size"],
-        tokens=257 + registers,
-        input=224,
-        parameters=parameters,
-        licence="Apache-2.0",
-        source="Oquab et al. 2023, arXiv:2304.07193" + (" (registers: arXiv:2309.16588)" if registers else ""),
-        model_type="dinov2_with_registers" if registers else "dinov2",
-        config={**config, "num_register_tokens": registers} if registers else config,
-        processor=_crop("BitImageProcessor", {"shortest_edge": 256}, IMAGENET),
-    )
+    config |= {"num_register_tokens": registers} if registers else {}
+    source = "Oquab et al. 2023, arXiv:2304.07193" + (" (registers: arXiv:2309.16588)" if registers else "")
+    row = (f"hf:facebook/{repo}", size["hidden_size"], 257 + registers, 224, parameters, "Apache-2.0", source)
+    processor = _crop("BitImageProcessor", {"shortest_edge": 256}, IMAGENET)
+    return Alias(*row, "dinov2_with_registers" if registers else "dinov2", config, processor)
 
 
 def _clip(repo: str, size: dict[str, Any], patch: int, projection: int, parameters: int) -> Alias:
-    return Alias(
-        id=f"hf:openai/{repo}",
-        width=size["hidden_size"],
-        tokens=(224 // patch) ** 2 + 1,
-        input=224,
-        parameters=parameters,
-        licence="MIT",
-        source="Radford et al. 2021, arXiv:2103.00020",
-        model_type="clip_vision_model",
-        config={**size, "image_size": 224, "patch_size": patch, "projection_dim": projection},
-        processor=_crop("CLIPImageProcessor", {"shortest_edge": 224}, CLIP),
-    )
+    source, tokens = "Radford et al. 2021, arXiv:2103.00020", (224 // patch) ** 2 + 1
+    row = (f"hf:openai/{repo}", size["hidden_size"], tokens, 224, parameters, "MIT", source)
+    config = {**size, "image_size": 224, "patch_size": patch, "projection_dim": projection}
+    return Alias(*row, "clip_vision_model", config, _crop("CLIPImageProcessor", {"shortest_edge": 224}, CLIP))
 
 
 def _cnn(name: str, weights: str, width: int, grid: int, parameters: int, source: str) -> Alias:
-    return Alias(
-        id=f"torchvision:{name}:{weights}",
-        width=width,
-        tokens=grid * grid,
-        input=224,
-        parameters=parameters,
-        licence="BSD-3-Clause",
-        source=source,
-    )
+    return Alias(f"torchvision:{name}:{weights}", width, grid * grid, 224, parameters, "BSD-3-Clause", source)
 
 
 _RESNET, _CONVNEXT = "He et al. 2016, arXiv:1512.03385", "Liu et al. 2022, arXiv:2201.03545"
@@ -154,27 +106,14 @@ ALIASES: dict[str, Alias] = {
     "clip-vit-b32": _clip("clip-vit-base-patch32", BASE, 32, 512, 87_456_000),
     "clip-vit-l14": _clip("clip-vit-large-patch14", LARGE, 14, 768, 303_179_776),
     "beit-base": Alias(
-        id="hf:microsoft/beit-base-patch16-224",
-        width=768,
-        tokens=197,
-        input=224,
-        parameters=85_761_984,
-        licence="Apache-2.0",
-        source="Bao et al. 2022, arXiv:2106.08254 (fine-tuned on ImageNet-22k, then 1k)",
-        model_type="beit",
-        config={**BASE, "image_size": 224, "patch_size": 16, "use_relative_position_bias": True},
+        *("hf:microsoft/beit-base-patch16-224", 768, 197, 224, 85_761_984, "Apache-2.0"),
+        "Bao et al. 2022, arXiv:2106.08254 (fine-tuned on ImageNet-22k, then 1k)",
+        *("beit", {**BASE, **P16, "use_relative_position_bias": True}),
         processor=_squash("BeitImageProcessor", BILINEAR, HALF),
     ),
     "siglip-base": Alias(
-        id="hf:google/siglip-base-patch16-224",
-        width=768,
-        tokens=196,
-        input=224,
-        parameters=92_884_224,
-        licence="Apache-2.0",
-        source="Zhai et al. 2023, arXiv:2303.15343",
-        model_type="siglip_vision_model",
-        config={**BASE, "image_size": 224, "patch_size": 16},
+        *("hf:google/siglip-base-patch16-224", 768, 196, 224, 92_884_224, "Apache-2.0"),
+        *("Zhai et al. 2023, arXiv:2303.15343", "siglip_vision_model", {**BASE, **P16}),
         processor=_squash("SiglipImageProcessor", BICUBIC, HALF),
     ),
     "resnet18": _cnn("resnet18", "IMAGENET1K_V1", 512, 7, 11_689_512, _RESNET),
@@ -184,26 +123,14 @@ ALIASES: dict[str, Alias] = {
     "convnext-small": _cnn("convnext_small", "IMAGENET1K_V1", 768, 7, 50_223_688, _CONVNEXT),
     "convnext-base": _cnn("convnext_base", "IMAGENET1K_V1", 1024, 7, 88_591_464, _CONVNEXT),
     "timm-vit-base": Alias(
-        id="timm:vit_base_patch16_224.augreg2_in21k_ft_in1k",
-        width=768,
-        tokens=197,
-        input=224,
-        parameters=85_798_656,
-        licence="Apache-2.0",
-        source="Steiner et al. 2021, arXiv:2106.10270 (timm's vit_base_patch16_224)",
+        *("timm:vit_base_patch16_224.augreg2_in21k_ft_in1k", 768, 197, 224, 85_798_656, "Apache-2.0"),
+        "Steiner et al. 2021, arXiv:2106.10270 (timm's vit_base_patch16_224)",
         pooler=False,
     ),
     "efficientnet-b0": _cnn("efficientnet_b0", "IMAGENET1K_V1", 1280, 7, 5_288_548, "Tan & Le 2019, arXiv:1905.11946"),
     "vit-demo": Alias(
-        id="",
-        width=96,
-        tokens=65,
-        input=64,
-        parameters=472_416,
-        licence="none needed",
-        source="made for `featurecache demo`: no weights were ever trained",
-        model_type="vit",
-        config={**_size(96, 4, 3), "image_size": 64, "patch_size": 8},
+        *("", 96, 65, 64, 472_416, "none needed", "made for `featurecache demo`: no weights were ever trained"),
+        *("vit", {**_size(96, 4, 3), "image_size": 64, "patch_size": 8}),
         processor=_squash("ViTImageProcessor", BILINEAR, HALF, n=64),
         pooler=False,
     ),

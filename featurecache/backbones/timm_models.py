@@ -1,8 +1,10 @@
 """Backbones of timm: any of its image models, with the data config that belongs to the weights.
 
 A name is timm's own (``vit_base_patch16_224``, with or without a tag of its weights), ``<owner>/<repo>`` of the hub,
-each with or without @revision, or a folder with a config.json as timm writes it. No model needs an entry anywhere:
-`featurecache.backbones.timm_outputs` reads off a network what it gives, before there are weights.
+each with or without @revision, or a folder with a config.json as timm writes it. No model needs an entry anywhere: what
+a network gives is inferred from its own attributes and shapes, before there are weights. A map [B,C,h,w] is a CNN's:
+``tokens`` row by row, and ``gap``. [B,T,D] is a transformer's: ``tokens``, and ``pooler`` where its vector is neither
+the class token nor the mean of the patches. One that does not say which rows are patches keeps its vector only.
 
 Weights are read without running code, then renamed and loaded by timm itself, strictly. Settings saved with them lead
 nowhere: no address, no file, no code of theirs is followed. The classifier is taken away.
@@ -10,18 +12,20 @@ nowhere: no address, no file, no code of theirs is followed. The classifier is t
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_preprocess, from_timm
-from featurecache.backbones.timm_outputs import OutputTraits, TimmMap, TimmTokens, identifying_traits, infer_outputs
 from featurecache.backbones.weights import (
     download_weights,
     existing_weights,
@@ -30,6 +34,7 @@ from featurecache.backbones.weights import (
     weights_digest,
     without_prefix,
 )
+from featurecache.backbones.wrappers import TimmMap, TimmTokens
 from featurecache.errors import (
     BadOption,
     CacheError,
@@ -70,11 +75,6 @@ class TimmModel:
         return f"timm:{self.id}"
 
     @property
-    def native_size(self) -> tuple[int, int]:
-        _, height, width = self.settings.input_size
-        return height, width
-
-    @property
     def takes_size(self) -> bool:
         """Whether the network is built for one size of images."""
         return bool(self.settings.fixed_input_size) or "img_size" in self.arguments
@@ -83,7 +83,7 @@ class TimmModel:
         """The network as timm makes it for images of ``size``."""
         import timm
 
-        sized = {"img_size": size} if size != self.native_size and self.takes_size else {}
+        sized = {"img_size": size} if size != tuple(self.settings.input_size[1:]) and self.takes_size else {}
         settings = replace(self.settings, architecture=self.architecture, **_NOWHERE)
         return timm.create_model(self.architecture, pretrained_cfg=settings, **{**self.arguments, **sized}, **options)
 
@@ -96,30 +96,25 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
         raise BadOption("a backbone of timm needs a package: pip install 'featurecache[timm]'.") from error
     with warnings.catch_warnings():  # of names that timm renamed and of layers that it moved
         warnings.simplefilter("ignore")
-        model = find_model(where, request)
+        model = _find(where, request)
         preprocess = _preprocess(model, request)
-        network, traits, config = _outline(model, request, preprocess)
+        network, traits, nhwc, config = _outline(model, request, preprocess)
         weights: dict[str, Any] = {"random_seed": request.seed}
         if not request.meta:
             network, weights = _network(model, request, network.state_dict(), preprocess.size)
             network.reset_classifier(0)  # no output uses it
-    positions = "none" if traits.map else "as trained"
-    if preprocess.size != model.native_size and (model.takes_size or not traits.map):
+    positions = "as trained" if nhwc is None else "none"
+    if preprocess.size != tuple(model.settings.input_size[1:]) and (model.takes_size or nhwc is None):
         positions = "interpolated (as timm does)"
     return Backbone(
         name=request.name if alias else model.id.rpartition("/")[2],
-        model=freeze(TimmMap(network, traits.nhwc) if traits.map else TimmTokens(network, len(traits.prefix))),
+        model=freeze(TimmTokens(network, len(traits["prefix"])) if nhwc is None else TimmMap(network, nhwc)),
         architecture={"library": "timm", "class": model.architecture, "config": config},
         weights=weights,
         preprocess=preprocess.fitted(request.fit),
         image_size=preprocess.size,
         position_embeddings=positions,
-        prefix=traits.prefix,
-        grid=traits.grid,
-        width=traits.width,
-        layers=traits.layers,
-        vector=traits.vector,
-        channels_last=traits.map and not traits.nhwc,
+        channels_last=nhwc is False,
         parameters=sum(p.numel() for p in network.parameters()),
         provenance={
             "provider": "timm",
@@ -128,15 +123,15 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
             "licence": (alias.licence if alias else model.settings.license) or "not known; see where it came from",
             "source": alias.source if alias else model.settings.origin_url or "",
             "preprocessing": "timm's transform by the data config of the weights",
-            "attention": None if traits.map else "timm's own",
+            "attention": "timm's own" if nhwc is None else None,
             "versions": versions("timm", "torchvision"),
             "request": request.portable_arguments(model.portable_name),
         },
-        refusals=traits.refusals,
+        **traits,
     )
 
 
-def find_model(where: str, request: BackboneRequest) -> TimmModel:
+def _find(where: str, request: BackboneRequest) -> TimmModel:
     """Which of timm's architectures a name means. Raises UnknownBackbone, WeightsNotFound, WeightsDoNotFit."""
     folder, weights = Path(os.path.expanduser(where)), existing_weights(request.weights_path)
     if folder.is_dir():
@@ -188,8 +183,7 @@ def _of_folder(folder: Path, name: str, portable_name: str, **fields: Any) -> Ti
         side = arguments["img_size"]
         settings["input_size"] = (3, *(side if isinstance(side, tuple) else (side, side)))
     fields_of_timm = PretrainedCfg.__dataclass_fields__.keys() - _IGNORED_SETTINGS
-    values: dict[str, Any] = {name: _tuple(settings[name]) for name in fields_of_timm & settings.keys()}
-    config = PretrainedCfg(**values)
+    config = PretrainedCfg(**{name: _tuple(settings[name]) for name in fields_of_timm & settings.keys()})
     sizes = config.input_size
     if not (isinstance(sizes, tuple) and len(sizes) == 3 and all(type(n) is int and 0 < n < 1 << 16 for n in sizes)):
         raise WeightsDoNotFit(f"{path} has an input_size of {str(sizes)[:80]}; expected (3, h, w)")
@@ -210,11 +204,10 @@ def _of_name(name: str) -> TimmModel:
     try:
         settings = get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
-        tags = [each.partition(".")[2] for each in timm.list_models(f"{architecture}.*", pretrained=True)]
-        have = f"there are {', '.join(tags)}" if tags else "it was published without any"
+        tags = ", ".join(each.partition(".")[2] for each in timm.list_models(f"{architecture}.*", pretrained=True))
+        have = f"there are {tags}" if tags else "it was published without any"
         raise UnknownBackbone(f'timm has no weights "{tag}" of {architecture}; {have}') from error
-    assert settings is not None
-    tagged = f"{architecture}.{settings.tag}" if settings.tag else architecture
+    tagged = f"{architecture}.{settings.tag}" if settings and settings.tag else architecture
     return TimmModel(architecture, settings, tagged, f"timm:{tagged}")
 
 
@@ -248,9 +241,9 @@ def _preprocess(model: TimmModel, request: BackboneRequest) -> Preprocess:
 
 def _outline(
     model: TimmModel, request: BackboneRequest, preprocess: Preprocess
-) -> tuple[Any, OutputTraits, dict[str, Any]]:
-    """The network without numbers, in no memory; what it gives; what of the arguments saved with it makes it another
-    than timm makes by the name alone. Raises BadOption, OutputRefused."""
+) -> tuple[Any, dict[str, Any], bool | None, dict[str, Any]]:
+    """The network without numbers, in no memory; what it gives (`_output_traits`); what of the arguments saved with it
+    makes it another than timm makes by the name alone. Raises BadOption, OutputRefused."""
     from timm.models import get_pretrained_cfg
 
     size, config = preprocess.size, {}
@@ -258,15 +251,16 @@ def _outline(
         with torch.device("meta"), torch.no_grad():
             network: Any = freeze(model.build(size))
             if request.image_size is not None:
-                sides = getattr(getattr(network, "patch_embed", None), "patch_size", 1)
-                patch = sides[0] if isinstance(sides, tuple | list) else sides
+                patch = _tuple(getattr(getattr(network, "patch_embed", None), "patch_size", 1))
+                patch = patch[0] if isinstance(patch, tuple) else patch
                 preprocess.scaled(request.image_size, int(patch or 1))  # refuses what is not a multiple of it
-            traits = infer_outputs(model.title, network, network.forward_features(torch.zeros(1, 3, *size)), size)
+            features = network.forward_features(torch.zeros(1, 3, *size))
+            traits, nhwc = _output_traits(model.title, network, features, size)
             if model.arguments:
                 published = get_pretrained_cfg(model.architecture)
                 settings = replace(model.settings, fixed_input_size=bool(published and published.fixed_input_size))
                 plain = replace(model, arguments={}, settings=settings).build(size)
-                if identifying_traits(network) != identifying_traits(freeze(plain)):
+                if _identity(network) != _identity(freeze(plain)):
                     config = {name: [*v] if isinstance(v, tuple) else v for name, v in model.arguments.items()}
             network.reset_classifier(0)  # no output uses it
     except (BadOption, OutputRefused):
@@ -274,7 +268,7 @@ def _outline(
     except Exception as error:  # whatever a network of timm's raises
         made = f"images of {size[0]}×{size[1]} pixels"
         raise BadOption(f"{model.title} cannot be made for {made}: {first_line(error)}") from error
-    return network, traits, config
+    return network, traits, nhwc, config
 
 
 def _network(
@@ -285,7 +279,7 @@ def _network(
         with torch_seed(request.seed):
             return model.build(size), {"random_seed": request.seed}
     assert model.weights is not None
-    state, overlay = read_state_dict(model.weights), {}
+    state, options = read_state_dict(model.weights), {}
     classifiers = _tuple(model.settings.classifier or ())
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     if request.weights is not None:
@@ -299,14 +293,9 @@ def _network(
         counts = {len(state[f"{name}.weight"]) for name in classifiers if f"{name}.weight" in state}
         if not counts and own.keys() & state.keys():  # cut off, and else of timm's own names
             counts = {0}
-        overlay = {"num_classes": counts.pop()} if len(counts) == 1 else {}
+        options = {"num_classes": counts.pop()} if len(counts) == 1 else {}
     head = tuple(f"{name}." for name in classifiers)
     deciding = {key: v for key, v in state.items() if not key.startswith(head) and v.is_floating_point()}
-    return _filled(model, size, state, overlay), {"blake2b": weights_digest(deciding)}
-
-
-def _filled(model: TimmModel, size: tuple[int, int], state: dict[str, torch.Tensor], options: dict[str, Any]) -> Any:
-    """The network with the tensors of ``state``, as timm loads them."""
     overlay = {"state_dict": dict(state)} | ({**options, "label_offset": None} if options else {})
     try:
         with torch_seed(0):
@@ -318,4 +307,94 @@ def _filled(model: TimmModel, size: tuple[int, int], state: dict[str, torch.Tens
             f"the weights {model.weights} are not of timm's {model.architecture}: {why[:200]}"
         ) from error
     network.pretrained_cfg.pop("state_dict", None)
-    return network
+    return network, {"blake2b": weights_digest(deciding)}
+
+
+def _output_traits(
+    title: str, network: Any, features: Any, size: tuple[int, int]
+) -> tuple[dict[str, Any], bool | None]:
+    """(fields of a `Backbone`, whether its map is [B,h,w,C], None of tokens): of a network with its classifier, and of
+    what its ``forward_features`` made of one image of ``size``. Raises OutputRefused."""
+    tensor = isinstance(features, torch.Tensor)
+    if not tensor or features.dim() not in (3, 4):
+        what = list(features.shape) if tensor else f"a {type(features).__name__}"
+        raise OutputRefused(
+            f"{title} cannot be a backbone here: its forward_features gives {what}; expected tokens [B,T,D] or a "
+            "map [B,C,h,w]"
+        )
+    applied: list[nn.Module] = []  # what has parameters and comes between the features and the vector
+    with ExitStack() as hooks:
+        for module in network.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                hooks.enter_context(module.register_forward_pre_hook(lambda module, _: applied.append(module)))
+        wide = network.forward_head(features, pre_logits=True).flatten(1).shape[1]
+    if features.dim() == 3:
+        return _token_traits(title, network, features.shape[1:], size, bool(applied), wide), None
+    output_fmt = getattr(network, "output_fmt", "")
+    nhwc = str(getattr(output_fmt, "value", output_fmt)) == "NHWC"
+    height, width, channels = features.shape[1:] if nhwc else (*features.shape[2:], features.shape[1])
+    refusals = {"cls": f"{title} has no class token; gap is its vector"}
+    refusals["pooler"] = "the vector of a network that gives a map is gap"
+    if channels != wide:
+        why = f"its map has {channels:,} channels, and the vector that its classifier receives {wide:,}"
+        refusals |= {"tokens": why, "mean": why}
+    return _traits((), (height, width) if channels == wide else (0, 0), wide, "gap", refusals, 0), nhwc
+
+
+def _token_traits(
+    title: str, network: Any, shape: torch.Size, size: tuple[int, int], trained: bool, wide: int
+) -> dict[str, Any]:
+    """``trained``: parameters come between the tokens and the vector, of ``wide`` numbers."""
+    count, width = shape
+    refusals = {"gap": "that is a CNN's; mean is the average of its patch tokens"}
+    layout = _token_layout(network, count, size) if width == wide else None
+    if layout is None:
+        why = f"which of the {count} rows of {title} are patches is not known"
+        why = why if width == wide else f"its tokens have {width:,} numbers, and the vector of its classifier {wide:,}"
+        refusals |= dict.fromkeys(("tokens", "cls", "mean"), why)
+        return _traits((), (0, 0), wide, "pooler", refusals, 0)
+    prefix, grid = layout
+    if prefix[:1] != ("cls",):
+        refusals["cls"] = f"{title} has no class token"
+    vector = "pooler" if trained else _pooled_output(network, prefix)
+    if vector != "pooler":
+        refusals["pooler"] = f"what its classifier receives is {vector}"
+    options = inspect.signature(getattr(network, "forward_intermediates", _pooled_output)).parameters
+    layers = len(network.blocks) if {"return_prefix_tokens", "norm"} <= set(options) else 0
+    return _traits(prefix, grid, width, vector, refusals, layers)
+
+
+def _traits(*values: Any) -> dict[str, Any]:
+    return dict(zip(("prefix", "grid", "width", "vector", "refusals", "layers"), values, strict=True))
+
+
+def _token_layout(network: Any, count: int, size: tuple[int, int]) -> tuple[tuple[str, ...], tuple[int, int]] | None:
+    """(prefix, grid) of ``count`` tokens; None where nothing says so."""
+    stride = (getattr(network, "feature_info", None) or [{}])[-1].get("reduction") or 1
+    grid = (size[0] // stride, size[1] // stride)
+    begin = count - grid[0] * grid[1]
+    names = [name for name in ("cls", "dist") if getattr(network, f"{name}_token", None) is not None]
+    names = names or (["cls"] if getattr(network, "global_pool", "") == "token" else [])
+    registers = begin - len(names)
+    if registers < 0 or getattr(network, "num_prefix_tokens", len(names)) != begin:
+        return None
+    return (*names, *(f"reg{k}" for k in range(registers))), grid
+
+
+def _pooled_output(network: Any, prefix: tuple[str, ...]) -> str:
+    """The output that a pooling without parameters gives."""
+    pool, whole = getattr(network, "global_pool", ""), getattr(network, "pool_include_prefix", False)
+    if pool == "token" and prefix[:1] == ("cls",) and "dist" not in prefix:
+        return "cls"
+    return "mean" if pool == "avg" and not (prefix and whole) else "pooler"
+
+
+def _identity(network: nn.Module) -> list[Any]:
+    """All that tells two networks of one architecture apart, besides their weights: modules, their plain attributes and
+    the shapes of their parameters."""
+    identity: list[Any] = []
+    for name, module in network.named_modules():
+        plain = {key: v for key, v in vars(module).items() if isinstance(v, bool | int | float | str | tuple)}
+        shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
+        identity.append((name, type(module).__name__, plain, shapes))
+    return identity

@@ -189,12 +189,11 @@ def _file_at(path: Path) -> Path:
     if not path.is_dir():
         return path
     files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
-    file = weights_file(path) or (files[0] if len(files) == 1 else None)
-    if file is None:
-        names = ", ".join(file.name for file in files[:4])
-        what = f"{len(files)} files of weights ({names})" if files else "no file of weights"
-        raise WeightsNotFound(f"{path} holds {what}; expected one, such as {_SAFE[0]}. --weights also takes one file")
-    return file
+    if file := weights_file(path) or (files[0] if len(files) == 1 else None):
+        return file
+    names = ", ".join(file.name for file in files[:4])
+    what = f"{len(files)} files of weights ({names})" if files else "no file of weights"
+    raise WeightsNotFound(f"{path} holds {what}; expected one, such as {_SAFE[0]}. --weights also takes one file")
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -241,11 +240,9 @@ def _holds_tensors(values: Mapping[Any, Any]) -> bool:
 class PlaceholderClass:
     """For whatever a file names; a subclass for each, called as the file calls it."""
 
-    def __init__(self, *arguments: Any) -> None:
-        pass
+    def __init__(self, *arguments: Any) -> None: ...
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    def __setstate__(self, state: Any) -> None: ...
 
 
 def read_torch_file(path: Path) -> Any:

@@ -69,6 +69,51 @@ class FeatureMap(nn.Module):
         return {name: result[name] for name in want}
 
 
+class TimmTokens(Tokens):
+    """A transformer of timm: ``tokens`` is what its ``forward_features`` gives, ``pooler`` what its classifier would
+    receive, ``tokens@-k`` block -k's output after the final norm."""
+
+    def __init__(self, network: nn.Module, prefix: int) -> None:
+        super().__init__(network, "blocks", "norm", {})
+        self.prefix = prefix
+
+    def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
+        network: Any = self.network
+        result: dict[str, torch.Tensor] = {}
+        earlier = {name: len(network.blocks) + index for name, index in earlier_blocks(want).items()}
+        if earlier:
+            indices = sorted(set(earlier.values()))
+            options = {"return_prefix_tokens": True} if self.prefix else {}
+            last, outputs = network.forward_intermediates(
+                pixels, indices=indices, norm=True, output_fmt="NLC", **options
+            )
+            outputs = [torch.cat([prefix, rows], 1) for rows, prefix in outputs] if self.prefix else outputs
+            result = {name: outputs[indices.index(index)] for name, index in earlier.items()}
+        else:
+            last = network.forward_features(pixels)
+        result["tokens"] = last
+        if "pooler" in want:
+            result["pooler"] = network.forward_head(last, pre_logits=True).flatten(1)
+        return {name: result[name] for name in want}
+
+
+class TimmMap(nn.Module):
+    """A network of timm that gives a map: ``tokens`` [B,h·w,C] row by row, ``gap`` [B,D] what its classifier would
+    receive. ``nhwc``: the map is [B,h,w,C]."""
+
+    def __init__(self, network: nn.Module, nhwc: bool) -> None:
+        super().__init__()
+        self.network, self.nhwc = network, nhwc
+
+    def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
+        network: Any = self.network
+        last = network.forward_features(pixels)
+        result = {"tokens": last.flatten(1, 2) if self.nhwc else last.flatten(2).transpose(1, 2)}
+        if "gap" in want:
+            result["gap"] = network.forward_head(last, pre_logits=True).flatten(1)
+        return {name: result[name] for name in want}
+
+
 class PooledMap(nn.Module):
     """A CNN of torchvision, read while it runs its own forward: ``tokens`` [B,h·w,C] is the map that its pooling
     receives, row by row, and ``gap`` [B,C] what the first Linear of its classifier (``tail[0]``) receives."""

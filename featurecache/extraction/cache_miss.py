@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -14,7 +15,7 @@ from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
 from featurecache.errors import CacheError, Drift
 from featurecache.extraction import canary
-from featurecache.extraction.forward import exact_arithmetic, output_layout, pick_device, spec_of
+from featurecache.extraction.forward import output_layout, pick_device, spec_of
 from featurecache.extraction.plan import choose_precision, prepare
 from featurecache.extraction.run import Extraction
 from featurecache.formatting import aligned
@@ -23,10 +24,10 @@ from featurecache.sources.base import Dataset
 from featurecache.store.schema import DIGEST
 from featurecache.store.spec import ExtractionSpec, SpecDifference, describe_differences, spec_differences
 from featurecache.store.store import (
-    ImageGroups,
     Store,
     cache_folder,
     find_store,
+    generations,
     latest_generation,
     stores,
     unreadable_stores,
@@ -95,8 +96,8 @@ def explain_miss(
     differs = tuple(spec_differences(nearest.spec, spec)) if nearest else ()
     notes = [*_generations(folder, spec), *_drift(planned), *_other_copies(planned)]
     notes += [str(error) for _, error in unreadable_stores(folder)]
-    counted = _count(planned, copies=False) if planned else None
-    copies = _count(planned, copies=True) if planned and planned.copying else None
+    counted = _counts(planned, copies=False) if planned else None
+    copies = _counts(planned, copies=True) if planned and planned.copying else None
     return Explanation(folder, spec, network.provenance, store, nearest, differs, counted, copies, tuple(notes))
 
 
@@ -135,15 +136,9 @@ def _nearest(cache: Path, spec: ExtractionSpec) -> Store | None:
     return min(known, key=distance, default=None)
 
 
-def _count(planned: Extraction, copies: bool) -> dict[str, dict[str, int]]:
-    def among(groups: ImageGroups, output: Any) -> int:
-        return sum(int(((rows >= planned.plain) == copies).sum()) for rows, outputs in groups if output in outputs)
-
-    total, counted = len(planned.digests) - planned.plain if copies else planned.plain, {}
-    for output in planned.outputs:
-        new, follow = among(planned.forward, output), among(planned.derived, output)
-        counted[output.name] = {"there": total - new - follow, "to_derive": follow, "to_compute": new}
-    return counted
+def _counts(planned: Extraction, copies: bool) -> dict[str, dict[str, int]]:
+    counts = {output.name: planned.counts(copies, output) for output in planned.outputs}
+    return {name: {"there": count.pop("in_cache"), **dict(reversed(count.items()))} for name, count in counts.items()}
 
 
 def _other_copies(planned: Extraction | None) -> Iterator[str]:
@@ -174,10 +169,7 @@ def _image_lines(images: dict[str, dict[str, int]], what: str = "distinct images
 
 def _generations(cache: Path, spec: ExtractionSpec) -> Iterator[str]:
     """What changed from one generation of this key to the next."""
-    plain = replace(spec, generation=0)
-    known = [store for store in stores(cache) if replace(store.spec, generation=0) == plain]
-    known.sort(key=lambda store: store.spec.generation)
-    for old, new in pairwise(known):
+    for old, new in pairwise(generations(cache, spec)):
         before, after = _made_by(old), _made_by(new)
         changed = [f"{key} {before.get(key, '—')} → {v}" for key, v in after.items() if before.get(key) != v]
         yield (
@@ -188,21 +180,15 @@ def _generations(cache: Path, spec: ExtractionSpec) -> Iterator[str]:
 
 
 def _made_by(store: Store) -> dict[str, str]:
-    try:
-        kept = canary.read_canary(store)
-    except CacheError:
-        return {}
-    return kept.made_by if kept else {}
+    with contextlib.suppress(CacheError):
+        return reference.made_by if (reference := canary.read_canary(store)) else {}
+    return {}
 
 
 def _drift(planned: Extraction | None) -> Iterator[str]:
     """What `extract` would stop at before it computes anything."""
-    if planned is None or planned.store is None or not (planned.forward or planned.derived):
-        return
-    outputs = [output for _, group in planned.forward + planned.derived for output in group]
     try:
-        with exact_arithmetic(planned.plan["threads"]):
-            compute = planned.compute() if planned.forward else None
-            canary.check_canary(planned.store, planned.backbone, compute, list(dict.fromkeys(outputs)), write=False)
+        if planned is not None:
+            planned.check_canary(write=False)
     except Drift as error:
         yield " ".join(str(error).split())

@@ -40,6 +40,7 @@ _SCHEMA = {
     "files": "CREATE TABLE files (key INTEGER PRIMARY KEY, entry BLOB NOT NULL)",
     "looks": "CREATE TABLE looks (digest BLOB PRIMARY KEY, look BLOB NOT NULL) WITHOUT ROWID",
 }
+_CREATE = (*_SCHEMA.values(), f"PRAGMA application_id = {_APPLICATION}", f"PRAGMA user_version = {_VERSION}")
 _AT_ONCE = 10_000  # keys in one question
 _IN_ONE = 100_000  # entries in one transaction: a second, for which another process has to wait
 _PATIENCE = 10.0  # seconds to wait for another process's transaction
@@ -146,7 +147,10 @@ class DigestCache:
             for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "mmap_size = 0", "cache_size = -8192"):
                 database.execute(f"PRAGMA {pragma}")
             if make and not _schema(database):
-                _make(database)
+                database.execute("BEGIN IMMEDIATE")
+                for statement in _CREATE if not _schema(database) else ():  # another process may have been quicker
+                    database.execute(statement)
+                database.execute("COMMIT")
             if _schema(database) != {**_SCHEMA, "": f"{_APPLICATION} {_VERSION}"}:
                 raise _Foreign("another schema")
         except BaseException:
@@ -185,16 +189,6 @@ def _schema(database: sqlite3.Connection) -> dict[str, str]:
     return found
 
 
-def _make(database: sqlite3.Connection) -> None:
-    database.execute("BEGIN IMMEDIATE")
-    if not _schema(database):  # another process may have been quicker
-        for statement in _SCHEMA.values():
-            database.execute(statement)
-        database.execute(f"PRAGMA application_id = {_APPLICATION}")
-        database.execute(f"PRAGMA user_version = {_VERSION}")
-    database.execute("COMMIT")
-
-
 def _is_passing(error: sqlite3.Error) -> bool:
     """Locked, read-only, disk full, ...: nothing is wrong with the file itself."""
     return isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in _NOT_NOW)
@@ -203,15 +197,13 @@ def _is_passing(error: sqlite3.Error) -> bool:
 def _ask(database: sqlite3.Connection, keys: np.ndarray, stats: np.ndarray) -> np.ndarray:
     """Digests S32 [n] for sorted ``keys`` [n]; an entry counts only where its stat and its checksum agree."""
     digests = np.zeros(len(keys), DIGEST)
-    numbers = ",".join(map(str, keys.tolist()))
-    found = database.execute(
-        f"SELECT key, entry FROM files WHERE key IN ({numbers}) AND typeof(entry) = 'blob' AND length(entry) = {_SIZE}"
-    ).fetchall()
-    if not found:
+    chosen = f"key IN ({','.join(map(str, keys.tolist()))}) AND typeof(entry) = 'blob' AND length(entry) = {_SIZE}"
+    rows = database.execute(f"SELECT key, entry FROM files WHERE {chosen}").fetchall()
+    if not rows:
         return digests
-    place = np.searchsorted(keys, np.array([key for key, _ in found], np.int64))
-    entries = np.frombuffer(b"".join([entry for _, entry in found]), _ENTRY)
-    checks = np.array([_check(key, entry) for key, entry in found], np.uint64)
+    place = np.searchsorted(keys, np.array([key for key, _ in rows], np.int64))
+    entries = np.frombuffer(b"".join([entry for _, entry in rows]), _ENTRY)
+    checks = np.array([_check(key, entry) for key, entry in rows], np.uint64)
     good = (entries["check"] == checks) & (entries["stat"] == stats[place]) & (stats["size"][place] >= 0)
     hexadecimal = np.frombuffer(entries["digest"].tobytes().hex().encode(), DIGEST)
     digests[place[good]] = hexadecimal[good]

@@ -47,7 +47,7 @@ from featurecache.sources.pseudonyms import Secret, plain_reason
 from featurecache.store.schema import ViewColumns
 from featurecache.store.shards import Layout, RowLocations, notes_for
 from featurecache.store.spec import ExtractionSpec
-from featurecache.store.store import ImageGroups, Store, create_store, missing_outputs, stores
+from featurecache.store.store import ImageGroups, Store, create_store, generations, missing_outputs
 from featurecache.store.write_view import copy_failed, write_view
 
 ASK_BYTES = 20 * 10**9  # the command asks before it keeps more than this
@@ -106,11 +106,13 @@ class Extraction:
         """Distinct images, without copies: those with the first numbers."""
         return self.copying.first if self.copying else len(self.digests)
 
-    def counts(self, copies: bool) -> dict[str, int]:
-        """Of the distinct images, or of their augmented copies: how many are in the cache, and what the others need."""
+    def counts(self, copies: bool, only: Output | None = None) -> dict[str, int]:
+        """Of the distinct images, or of their augmented copies: how many are in the cache, and what the others need;
+        for all outputs, or one."""
 
         def among(groups: ImageGroups) -> int:
-            return sum(int(((rows >= self.plain) == copies).sum()) for rows, _ in groups)
+            chosen = [rows for rows, outputs in groups if only is None or only in outputs]
+            return sum(int(((rows >= self.plain) == copies).sum()) for rows in chosen)
 
         all_ = len(self.digests) - self.plain if copies else self.plain
         compute, derive = among(self.forward), among(self.derived)
@@ -203,7 +205,7 @@ class Extraction:
         with shared_lock(store.path, "extract"):
             self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
             plan = self._fix_plan(rate)
-            self._check_canary()
+            self.check_canary(write=True)
             job = self._job(plan) if self.to_compute or self.to_derive else None
             failures = job.failures if job else {}
             try:
@@ -249,28 +251,24 @@ class Extraction:
             self.store = create_store(self.cache, self.backbone.name, self.spec, provenance)
         return self.store
 
-    def _check_canary(self) -> None:
-        """Before anything is written: does this machine compute what the store holds?"""
-        assert self.store is not None
-        wanted = [output for _, outputs in self.forward + self.derived for output in outputs]
-        if not wanted:
-            return
-        compute = self.compute() if self.forward else None
-        with exact_arithmetic(self.plan["threads"]):
-            canary.check_canary(self.store, self.backbone, compute, list(dict.fromkeys(wanted)))
+    def check_canary(self, *, write: bool) -> None:
+        """Before anything is written: does this machine compute what the store holds? Raises Drift."""
+        wanted = list(dict.fromkeys(output for _, outputs in self.forward + self.derived for output in outputs))
+        if self.store is not None and wanted:
+            compute = self.compute() if self.forward else None
+            with exact_arithmetic(self.plan["threads"]):
+                canary.check_canary(self.store, self.backbone, compute, wanted, write=write)
 
     def _next_generation(self) -> None:
         """Turn to the generation of the store that agrees with this machine; to a new one where none does."""
-        generation = self.spec.generation
-        plain = replace(self.spec, generation=0)
-        known = [store for store in stores(self.cache) if replace(store.spec, generation=0) == plain]
+        known = generations(self.cache, self.spec)
         with exact_arithmetic(self.plan["threads"]):
-            for store in sorted(known, key=lambda store: -store.spec.generation):
-                generation = max(generation, store.spec.generation)
+            for store in reversed(known):
                 if canary.matches_this_machine(store, self.backbone, self.compute()):
                     self._turn_to(store.spec, store)
                     return
-        self._turn_to(replace(self.spec, generation=generation + 1), None)
+        newest = max([self.spec.generation, *(store.spec.generation for store in known)])
+        self._turn_to(replace(self.spec, generation=newest + 1), None)
 
     def _turn_to(self, spec: ExtractionSpec, store: Store | None) -> None:
         self.spec, self.store = spec, store

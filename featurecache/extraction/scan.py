@@ -23,7 +23,6 @@ from featurecache.extraction.digest_cache import STAT, YOUNG, DigestCache, Heade
 from featurecache.extraction.pipeline import prefetch
 from featurecache.formatting import progress_bar
 from featurecache.images import decoding as _images
-from featurecache.images.headers import EncodedImage
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
 from featurecache.sources.summary import LOOKED_AT, evenly_spaced
 from featurecache.store.schema import DIGEST
@@ -89,11 +88,14 @@ def scan(
         files = _file_records(dataset, cache, secret, pool)
         digests = cache.get(files.keys, files.stats) if len(files.keys) else np.zeros(len(dataset), DIGEST)
         wanted = _header_rows(dataset, files.keys)
-        headers = _cached_headers(cache, wanted, digests)
+        cached = cache.get_headers({bytes(digest) for digest in digests[wanted]} - {b""})
+        headers: dict[int, HeaderSummary | str] = {
+            row: cached[bytes(digests[row])] for row in wanted.tolist() if bytes(digests[row]) in cached
+        }
         unread: dict[int, str] = {}
         missing = digests == b""
         missing[[row for row in wanted.tolist() if row not in headers]] = True
-        look = _Reading(dataset, set(wanted.tolist()) - set(headers))
+        look = partial(_read, dataset, set(wanted.tolist()) - set(headers))
         rows = np.flatnonzero(missing)
         stretches = [rows[start : start + _STRETCH] for start in range(0, len(rows), _STRETCH)]
         kept = time.monotonic()
@@ -139,36 +141,23 @@ def _in_turn(
         yield part, found
 
 
-class _Reading:
-    """Reads images, for their digests and some headers; called in threads."""
-
-    def __init__(self, dataset: Dataset, headers: set[int]) -> None:
-        self._dataset, self._headers = dataset, headers
-
-    def __call__(self, rows: np.ndarray) -> _Found:
-        """Digests S32 [n], empty where an image cannot be read; why not; and headers."""
-        digests = np.zeros(len(rows), DIGEST)
-        failures: dict[int, str] = {}
-        headers: dict[int, HeaderSummary | str] = {}
-        for k, row in enumerate(rows.tolist()):
+def _read(dataset: Dataset, header_rows: set[int], rows: np.ndarray) -> _Found:
+    """Read images, in a thread: digests S32 [n], empty where an image cannot be read; why not; headers of some."""
+    digests = np.zeros(len(rows), DIGEST)
+    failures: dict[int, str] = {}
+    headers: dict[int, HeaderSummary | str] = {}
+    for k, row in enumerate(rows.tolist()):
+        try:
+            data = dataset.read(row)
+            digests[k] = _images.digest(data).encode()
+        except UnreadableImage as error:
+            failures[row] = str(error)
+        if row in header_rows:
             try:
-                data = self._dataset.read(row)
-                digests[k] = _images.digest(data).encode()
+                headers[row] = failures[row] if row in failures else _images.image_header(data)
             except UnreadableImage as error:
-                failures[row] = str(error)
-                if row in self._headers:
-                    headers[row] = str(error)
-                continue
-            if row in self._headers:
-                headers[row] = _header(data)
-        return digests, failures, headers
-
-
-def _header(data: EncodedImage) -> HeaderSummary | str:
-    try:
-        return _images.image_header(data)
-    except UnreadableImage as error:
-        return str(error)
+                headers[row] = str(error)
+    return digests, failures, headers
 
 
 def _header_rows(dataset: Dataset, keys: np.ndarray) -> np.ndarray:
@@ -177,11 +166,6 @@ def _header_rows(dataset: Dataset, keys: np.ndarray) -> np.ndarray:
     if len(keys) > LOOKED_AT:
         return np.sort(np.argpartition(keys, LOOKED_AT)[:LOOKED_AT])
     return evenly_spaced(np.arange(len(dataset)), LOOKED_AT)
-
-
-def _cached_headers(cache: DigestCache, rows: np.ndarray, digests: np.ndarray) -> dict[int, HeaderSummary | str]:
-    known = cache.get_headers({bytes(digest) for digest in digests[rows]} - {b""})
-    return {row: known[bytes(digests[row])] for row in rows.tolist() if bytes(digests[row]) in known}
 
 
 def _distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -213,10 +197,10 @@ def _file_records(dataset: Dataset, cache: DigestCache, secret: bytes, pool: Thr
         parts = [slice(start, start + _STATS) for start in range(0, len(dataset), _STATS)]
         keys = np.empty(len(dataset), np.int64)
         stats, settled = np.empty(len(dataset), STAT), np.empty(len(dataset), bool)
-        ask = partial(_stats_of, images)
-        for part, found in _in_turn(ask, parts, pool, 64, _STATS * 20e-6):
+        ask = lambda part: _stats([images.path(row) for row in range(*part.indices(len(images.ids)))])  # noqa: E731
+        for part, answer in _in_turn(ask, parts, pool, 64, _STATS * 20e-6):
             keys[part] = _keys(images.root, images.ids[part], secret)
-            stats[part], settled[part] = found
+            stats[part], settled[part] = answer
     elif isinstance(images, ImageArrays) and images.files:
         keys = _keys("\0".join(images.files), [str(row) for row in range(len(dataset))], secret)
         stats, settled = (np.repeat(column, len(dataset)) for column in _stats_of_all(images.files))
@@ -227,7 +211,7 @@ def _file_records(dataset: Dataset, cache: DigestCache, secret: bytes, pool: Thr
 
 def _stats_of_all(files: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """One stat, STAT [1], for files that hold images together: another as soon as one of them has another."""
-    stats, settled = _stats("", files)
+    stats, settled = _stats(files)
     if len(files) > 1 and (stats["size"] >= 0).all():
         together = int.from_bytes(hashlib.blake2b(stats.tobytes(), digest_size=8).digest(), "little")
         sums = (stats["size"].sum(), stats["mtime"].max(), stats["ctime"].max(), together)
@@ -247,20 +231,16 @@ def _keys(root: str, names: Sequence[str], secret: bytes) -> np.ndarray:
     return np.frombuffer(b"".join(hashes), "<i8").astype(np.int64)
 
 
-def _stats_of(images: ImageFiles, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-    return _stats("", [images.path(row) for row in range(rows.start, min(rows.stop, len(images.ids)))])
-
-
-def _stats(root: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _stats(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """STAT [n] of files, size -1 where there is none, and bool [n]: unchanged for ``YOUNG`` before now."""
     now = time.time_ns()
-    found = []
-    for name in names:
+    rows = []
+    for path in paths:
         try:
-            status = os.stat(os.path.join(root, name))
+            status = os.stat(path)
             size = status.st_size if stat.S_ISREG(status.st_mode) else -1
-            found.append((size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+            rows.append((size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
         except (OSError, ValueError):  # gone; a zero byte in its name
-            found.append((-1, 0, 0, 0))
-    stats = np.array(found, STAT)
+            rows.append((-1, 0, 0, 0))
+    stats = np.array(rows, STAT)
     return stats, np.maximum(stats["mtime"], stats["ctime"]) < now - YOUNG

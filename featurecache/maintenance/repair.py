@@ -21,9 +21,9 @@ import xxhash
 
 from featurecache.errors import CacheError, DamagedFile, Drift, FeatureCacheError, SourceError, UnreadableImage
 from featurecache.extraction import canary
+from featurecache.extraction.canary import StoreBackbone
 from featurecache.extraction.forward import source_layout
 from featurecache.extraction.pipeline import ExtractionJob, ShardJob, ShardPlan, derive_shards, run_local
-from featurecache.extraction.recompute import THREADS, StoreBackbone
 from featurecache.files.atomic import open_regular, writing
 from featurecache.files.locks import exclusive_lock
 from featurecache.files.records import check_provenance, checked_plan, parse_json
@@ -45,7 +45,7 @@ from featurecache.store.shards import (
     row_keys,
 )
 from featurecache.store.spec import ExtractionSpec
-from featurecache.store.store import Store, missing_outputs, stores, unreadable_stores, write_spec
+from featurecache.store.store import ImageGroups, Store, missing_outputs, stores, unreadable_stores, write_spec
 from featurecache.store.view import View
 from featurecache.store.write_view import rewrite_view
 
@@ -98,38 +98,27 @@ def _restore_spec(folder: Path, error: CacheError) -> Repair:
     return Repair(folder, left=(Damage(folder / "spec.json", f"{error} No whole view is there to restore it from."),))
 
 
-@dataclass
 class DamagedShard:
-    """A shard to be written anew: its rows in order, each once."""
+    """A shard to be written anew: its rows [n] in order, each once, by their numbers in the damaged file."""
 
-    known: ReferencedShard
-    digests: np.ndarray  # [n] S32
-    numbers: np.ndarray  # [n] row in the damaged file
-    checksums: np.ndarray  # [n] of the rows as they were
-    errors: np.ndarray  # [n] of rounding
-    whole: np.ndarray  # [n] bool: the damaged file still has the row's bytes
-
-    @classmethod
-    def of(cls, known: ReferencedShard) -> DamagedShard:
-        numbers, first = np.unique(known.numbers, return_index=True)
-        whole = known.is_whole()[first]
-        return cls(known, known.digests[first], numbers, known.checksums[first], known.errors[first], whole)
+    def __init__(self, known: ReferencedShard) -> None:
+        self.known, self.layout, self.output = known, known.layout, parse(known.layout.output)
+        self.numbers, first = np.unique(known.numbers, return_index=True)
+        self.digests, self.checksums, self.errors = known.digests[first], known.checksums[first], known.errors[first]
+        self.whole = known.is_whole()[first]  # bool: the damaged file still has the row's bytes
 
     def rows(self, part: np.ndarray, elsewhere: RowLocations) -> tuple[np.ndarray, np.ndarray]:
         """Rows ``part`` [k] with their bytes [k, ...] and errors [k]: saved from the file, or from where they lie
         ``elsewhere`` [n]. The same bytes have the same error, which was measured when it could be."""
-        layout, whole = self.known.layout, self.whole[part]
-        rows, errors = np.zeros((len(part), *layout.shape), layout.dtype), self.errors[part].astype(np.float32)
+        whole = self.whole[part]
+        rows, errors = np.zeros((len(part), *self.layout.shape), self.layout.dtype), self.errors[part].astype("f4")
         if whole.any():
-            with open_regular(self.known.path) as file:
-                for k in np.flatnonzero(whole).tolist():
-                    data = self.known.read(file, int(self.numbers[part[k]]))
-                    if xxhash.xxh3_64_intdigest(data) != self.checksums[part[k]]:
-                        raise DamagedFile(f"{self.known.path} has other bytes than a moment ago; is its disk failing?")
-                    rows[k] = np.frombuffer(data, layout.dtype).reshape(layout.shape)
+            rows[whole] = _stored_rows(self.known, self.numbers[part[whole]])
+            if any(xxhash.xxh3_64_intdigest(rows[k].data) != self.checksums[part[k]] for k in np.flatnonzero(whole)):
+                raise DamagedFile(f"{self.known.path} has other bytes than a moment ago; is its disk failing?")
         if not whole.all():
             other = elsewhere[part[~whole]]
-            rows[~whole] = read_feature_rows(other, layout).numpy()
+            rows[~whole] = read_feature_rows(other, self.layout).numpy()
             same = other.checksums == self.checksums[part[~whole]]
             errors[~whole] = np.where(same, errors[~whole], other.errors)
         return rows, errors
@@ -149,9 +138,9 @@ class StoreRepair:
         self._known = referenced_shards(self._views)
         self._layouts = {known.layout.output: known.layout for known in self._known.values()}
         self._broken = {damage.path for damage in damages if damage.path.parent.parent == store.path}
-        self._bad = [DamagedShard.of(self._known[path]) for path in sorted(self._broken & self._known.keys())]
+        self._bad = [DamagedShard(self._known[path]) for path in sorted(self._broken & self._known.keys())]
         # Tokens first: others follow from them; then the small ones, that the larger may have their rows from them.
-        self._bad.sort(key=lambda shard: (parse(shard.known.layout.output).is_derived, len(shard.digests)))
+        self._bad.sort(key=lambda shard: (shard.output.is_derived, len(shard.digests)))
         self._datasets: dict[Path, tuple[Dataset, dict[str, int]] | str] = {}
         self._orders = {view.path: np.argsort(view.digests, kind="stable") for view in self._views}
         self._kept = self._computed = 0
@@ -194,27 +183,26 @@ class StoreRepair:
         file, row = np.where(same.mask, same.file, other.file), np.where(same.mask, same.row, other.row)
         return RowLocations(other.shards, file, row)
 
-    def _missing(self, shard: DamagedShard, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of rows [n]: (those that need the backbone, those that follow from stored tokens); others are there."""
-        output, layouts = parse(shard.known.layout.output), {shard.known.layout.output: shard.known.layout}
-        tokens = self._layouts.get(output.source)
-        if output.is_derived and tokens is not None and tokens.grid is not None:
-            layouts[output.source] = tokens
-        groups = missing_outputs((output,), layouts, self._whole, shard.digests[rows])
-        forward, derived = ([part for part, _ in group] for group in groups)
-        none = np.zeros(0, np.int64)
-        return rows[np.concatenate([none, *forward])], rows[np.concatenate([none, *derived])]
+    def _missing(self, shard: DamagedShard, rows: np.ndarray) -> tuple[ImageGroups, ImageGroups]:
+        """Of rows [n] that no whole shard has: (those that need the backbone, those that follow from stored tokens)."""
+        layouts, tokens = {shard.output.name: shard.layout}, self._layouts.get(shard.output.source)
+        if shard.output.is_derived and tokens is not None and tokens.grid is not None:
+            layouts[shard.output.source] = tokens
+        forward, derived = missing_outputs((shard.output,), layouts, self._whole, shard.digests[rows])
+        return [(rows[part], outputs) for part, outputs in forward], [
+            (rows[part], outputs) for part, outputs in derived
+        ]
 
     def _gone(self) -> dict[bytes, str]:
         """Damaged rows that can be had from nowhere, and why. Looks at the images, computes nothing."""
         gone: dict[bytes, str] = {}
         coming: dict[str, set[bytes]] = {}  # by output: what will be there when the shards before are written
         for shard in self._bad:
-            output = parse(shard.known.layout.output)
-            follow = coming.get(output.source, set()) if output.is_derived else set()
-            mine = coming.setdefault(output.name, set())
+            follow = coming.get(shard.output.source, set()) if shard.output.is_derived else set()
+            mine = coming.setdefault(shard.output.name, set())
             mine.update(shard.digests.tolist())
-            for digest in shard.digests[self._missing(shard, np.flatnonzero(~shard.whole))[0]].tolist():
+            forward, _ = self._missing(shard, np.flatnonzero(~shard.whole))
+            for digest in [digest for rows, _ in forward for digest in shard.digests[rows].tolist()]:
                 if digest in follow or digest in gone:
                     continue
                 try:
@@ -244,32 +232,30 @@ class StoreRepair:
     def _read(self, view: View, sample: str) -> EncodedImage:
         if view.path not in self._datasets:
             try:
-                opened = reopen(view.source)
-                self._datasets[view.path] = opened, {name: k for k, name in enumerate(opened.ids)}
+                dataset = reopen(view.source)
+                self._datasets[view.path] = dataset, {name: k for k, name in enumerate(dataset.ids)}
             except (SourceError, KeyError) as error:
                 self._datasets[view.path] = str(error)
-        found = self._datasets[view.path]
-        if isinstance(found, str):
-            raise UnreadableImage(found)
-        dataset, positions = found
-        if sample not in positions:
+        opened = self._datasets[view.path]
+        if isinstance(opened, str):
+            raise UnreadableImage(opened)
+        if sample not in opened[1]:
             raise UnreadableImage(f"{view.source.get('data')} has no image of this name any more")
-        return dataset.read(positions[sample])
+        return opened[0].read(opened[1][sample])
 
     def _write(self, shard: DamagedShard, gone: dict[bytes, str]) -> Path | None:
         """The shard anew without rows that are ``gone``. None when nothing of it is left."""
-        layout = shard.known.layout
         chosen = np.flatnonzero([digest not in gone for digest in shard.digests.tolist()])
         if not len(chosen):
             return None
         lost = chosen[~shard.whole[chosen]]
         self._say(f"{shard.known.path}: {len(lost):,} of {len(chosen):,} rows are made again")
         self._kept += len(chosen) - len(lost)
-        notes = self._notes(layout)
+        notes = self._notes(shard.layout)
         extracted = self._extract(shard, lost, notes)
-        elsewhere = find_by_digest(self._whole.shards(layout), shard.digests)
+        elsewhere = find_by_digest(self._whole.shards(shard.layout), shard.digests)
         assert elsewhere.mask[lost].all()
-        writer = ShardWriter(self._store.path, shard.digests[chosen], layout, notes)
+        writer = ShardWriter(self._store.path, shard.digests[chosen], shard.layout, notes)
         try:
             for start in range(0, len(chosen), _STRETCH):
                 part = chosen[start : start + _STRETCH]
@@ -284,29 +270,26 @@ class StoreRepair:
 
     def _extract(self, shard: DamagedShard, rows: np.ndarray, notes: dict[str, str]) -> list[Path]:
         """Shards with those of the rows [n] that no whole shard has: an extraction of this output alone."""
-        output, layout = parse(shard.known.layout.output), shard.known.layout
-        layouts = {**self._layouts, output.name: layout}
         forward, derived = self._missing(shard, rows)
-        jobs: list[ShardJob] = []
-        if len(derived):
-            jobs.append(ShardJob(self._whole, layouts, shard.digests[derived], notes, replace=True))
-            derive_shards(jobs[0], [(np.arange(len(derived)), (output,))], lambda *_: None)
-        if len(forward):
+        layouts = {**self._layouts, shard.output.name: shard.layout}
+        jobs = [ShardJob(self._whole, layouts, shard.digests, notes, replace=True)]
+        derive_shards(jobs[0], derived, str)
+        if forward:
             again = self._backbone()
-            again.check(output)
-            layouts[output.source] = source_layout(again.backbone, output, self._store.spec.dtype)
-            digests = shard.digests[forward]
+            again.check(shard.output)
+            layouts[shard.output.source] = source_layout(again.backbone, shard.output, self._store.spec.dtype)
             job = ExtractionJob(
-                self._whole, layouts, digests, notes, replace=True, read=lambda number: self._image(digests[number]),
-                preprocess=again.backbone.preprocess, compute=again.compute, workers=THREADS, threads=again.threads,
+                self._whole, layouts, shard.digests, notes, replace=True, preprocess=again.backbone.preprocess,
+                read=lambda row: self._image(shard.digests[row]), compute=again.compute, workers=canary.THREADS,
+                threads=again.threads,
             )  # fmt: skip
-            run_local(job, [ShardPlan(np.arange(len(forward)), (output,), shard.numbers[forward])], lambda *_: None)
+            run_local(job, [ShardPlan(part, outputs, shard.numbers[part]) for part, outputs in forward], str)
             jobs.append(job)
         if reasons := [reason for job in jobs for reason in job.failures.values()]:
             raise SourceError(f"an image that was read before cannot be read now: {reasons[0]}.")
         written = [path for job in jobs for path in job.written]
         self._broken -= set(written)
-        self._computed += len(derived) + len(forward)
+        self._computed += sum(len(part) for part, _ in forward + derived)
         return written
 
     def _notes(self, layout: Layout) -> dict[str, str]:
@@ -324,8 +307,8 @@ class StoreRepair:
         for shard in (shard for layout in self._layouts.values() for shard in self._whole.shards(layout)):
             with contextlib.suppress(CacheError, KeyError):  # it came from elsewhere and has several
                 device = shard.notes["device"]
-                found = checked_plan({device: parse_json(shard.notes["plan"], f"{shard.path}: plan")}, shard.path)
-                plan.setdefault(device, found[device])
+                noted = checked_plan({device: parse_json(shard.notes["plan"], f"{shard.path}: plan")}, shard.path)
+                plan.setdefault(device, noted[device])
         self._store.replace_plan(plan)
         return True
 
@@ -340,10 +323,8 @@ class StoreRepair:
             if not images:
                 continue
             now, failed = self._backbone().rows(images, output, check=False)
-            with open_regular(path) as file:
-                data = b"".join(known.read(file, number) for number in known.numbers[whole].tolist())
-            stored = np.frombuffer(bytearray(data), known.layout.dtype).reshape(-1, *known.layout.shape)
-            if failed or not canary.is_within_tolerance(self._store.spec, now, torch.from_numpy(stored)):
+            stored = torch.from_numpy(_stored_rows(known, known.numbers[whole]))
+            if failed or not canary.is_within_tolerance(self._store.spec, now, stored):
                 raise Drift(
                     f"{path} holds other rows than this machine computes of the same images, so "
                     f"{canary.canary_path(self._store)} cannot be made again here."
@@ -351,6 +332,14 @@ class StoreRepair:
             self._backbone().renew_canary(output)
             return True
         return False
+
+
+def _stored_rows(known: ReferencedShard, numbers: np.ndarray) -> np.ndarray:
+    """Rows [n, ...] as they lie in the file, zeros behind its end."""
+    with open_regular(known.path) as file:
+        size = known.layout.row_bytes
+        data = b"".join(known.read(file, number).ljust(size, b"\0") for number in numbers.tolist())
+    return np.frombuffer(bytearray(data), known.layout.dtype).reshape(-1, *known.layout.shape)
 
 
 def _as_named(view: View, row: int, data: EncodedImage) -> EncodedImage | None:

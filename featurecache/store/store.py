@@ -200,11 +200,16 @@ def open_store(folder: Path) -> Store:
     return Store(folder, spec, fingerprint, provenance)
 
 
+def generations(cache: Path, spec: ExtractionSpec) -> list[Store]:
+    """The stores of ``spec`` in any generation, the oldest first."""
+    plain = replace(spec, generation=0)
+    same = [store for store in stores(cache) if replace(store.spec, generation=0) == plain]
+    return sorted(same, key=lambda store: store.spec.generation)
+
+
 def latest_generation(cache: Path, spec: ExtractionSpec) -> ExtractionSpec:
     """``spec`` in the newest generation that has a store; 0 where there is none."""
-    plain = replace(spec, generation=0)
-    generations = [store.spec.generation for store in stores(cache) if replace(store.spec, generation=0) == plain]
-    return replace(spec, generation=max(generations, default=0))
+    return replace(spec, generation=max((store.spec.generation for store in generations(cache, spec)), default=0))
 
 
 def find_store(cache: Path, spec: ExtractionSpec) -> Store | None:

@@ -1,7 +1,7 @@
 """Saliency maps of one run over images, each with its control; the images of a run read back from their source.
 
 Features of images that are in the view of the run are read from it, found by digest; those of new images go through the
-same backbone, precision and rounding as the store has (`featurecache.extraction.recompute`). A run on pixels has no
+same backbone, precision and rounding as the store has (`featurecache.extraction.canary`). A run on pixels has no
 backbone: its own network is asked, by Grad-CAM and by occlusion of squares. Images are read by id, and only the very
 ones a run was computed with are shown: in a page small, newly encoded, without metadata.
 """
@@ -39,7 +39,7 @@ from heads.inference import store_of
 from heads.runs.run import Run, is_pixels, preprocess_of
 
 if TYPE_CHECKING:
-    from featurecache.extraction.recompute import StoreBackbone
+    from featurecache.extraction.canary import StoreBackbone
     from featurecache.store.view import View
 
 SQUARES = 14  # squares a side that a network on pixels is occluded with; of images below 112 pixels 8
@@ -245,7 +245,7 @@ class Explainer:
 
     @cached_property
     def _backbone(self) -> StoreBackbone:
-        from featurecache.extraction.recompute import backbone_of
+        from featurecache.extraction.canary import backbone_of
 
         config = self.run.config
         if "request" not in config["provenance"]:

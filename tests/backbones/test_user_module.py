@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import py_compile
-import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from support.backbone_checks import as_rows, outputs, refuses
 from support.pictures import image_folder, picture
+from support.user_nets import CNN, PIXELS, SAYS, VIT, both, by_hand, fingerprint, mine, untrained, write
 from torchvision import transforms
 
 import featurecache
 from featurecache.backbones import describe_backbone, load_backbone
-from featurecache.backbones.base import Backbone
 from featurecache.errors import (
     BadOption,
     OutputRefused,
@@ -31,101 +28,9 @@ from featurecache.errors import (
     WeightsDoNotFit,
     WeightsNotFound,
 )
-from featurecache.extraction.forward import spec_of
 from featurecache.images.decoding import decode
 
-SAYS = '{"image_size": 32, "resize": 40, "interpolation": "bilinear", "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.2]}'
-CNN = f"""
-import torch
-from torch import nn
-
-class Cnn(nn.Module):
-    def __init__(self, classes=3):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3))
-        self.act = nn.ReLU(inplace=True)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.drop = nn.Dropout(0.5)
-        self.fc = nn.Linear(12, classes)
-
-    def forward(self, x):
-        return self.fc(self.drop(self.pool(self.act(self.body(x))).flatten(1)))
-
-def make():
-    network = Cnn()
-    network.preprocess = {SAYS}
-    network.keep = "act"
-    return network
-"""
-VIT = f"""
-import torch
-from torch import nn
-
-class Vit(nn.Module):
-    preprocess = {SAYS}
-    keep = "norm"
-    prefix = ["cls"]
-
-    def __init__(self):
-        super().__init__()
-        self.patches = nn.Conv2d(3, 16, 8, stride=8)
-        self.cls = nn.Parameter(torch.randn(1, 1, 16))
-        self.positions = nn.Parameter(torch.randn(1, 17, 16))
-        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        self.norm = nn.LayerNorm(16)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, x):
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.positions
-        return self.head(self.norm(self.block(x))[:, 0])
-"""
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A folder of the user's with nets.py in it, as the current folder; afterwards its modules are forgotten."""
-    monkeypatch.chdir(tmp_path)
-    before = set(sys.modules)
-    write(CNN)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
-            del sys.modules[name]
-
-
-def write(source: str) -> None:
-    Path("nets.py").write_text(source)
-
-
-@torch.no_grad()
-def by_hand(source: str = CNN, make: str = "make", seed: int = 1) -> Any:
-    """The network of a module's text with weights drawn wide, made without us; its state dict is in w.pt."""
-    space: dict[str, Any] = {}
-    exec(source, space)
-    torch.manual_seed(seed)
-    network = space[make]().eval().requires_grad_(False)
-    for tensor in [*network.parameters(), *(b for b in network.buffers() if b.is_floating_point())]:
-        tensor += 0.6 * (torch.rand(tensor.shape) - 0.5)
-    torch.save(network.state_dict(), "w.pt")
-    return network
-
-
-def mine(make: str = "make", **options: Any) -> Backbone:
-    return load_backbone(f"python:nets:{make}", **({"weights": "w.pt"} | options))
-
-
-def untrained(**options: Any) -> Backbone:
-    return load_backbone("python:nets:make", random_weights=True, **options)
-
-
-def both(source: str = CNN, make: str = "make", **options: Any) -> tuple[Any, Backbone]:
-    """(the network by hand, its backbone) of a module's text."""
-    write(source)
-    return by_hand(source, make), mine(make, **options)
-
-
-PIXELS = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+pytestmark = pytest.mark.usefixtures("here")
 same = torch.testing.assert_close
 
 
@@ -154,6 +59,7 @@ def test_tokens_of_a_vit_as_a_class_with_its_class_token():
     assert not backbone.channels_last and set(backbone.refusals) == {"pooler", "gap"}
 
 
+@pytest.mark.integration  # asks the system for the name of its processor
 def test_a_network_that_returns_a_vector_gives_it_as_its_pooler_and_needs_no_outputs_named(here):
     network, backbone = both(CNN.replace('network.keep = "act"', "pass"))
     same(outputs(backbone, PIXELS, "pooler")[0], network(PIXELS))
@@ -211,6 +117,7 @@ def test_a_network_that_views_its_maps_runs_in_the_usual_memory_format():
     same(outputs(backbone, PIXELS, "gap")[0], network.body(PIXELS).relu().mean((2, 3)))
 
 
+@pytest.mark.integration  # asks the system for the name of its processor
 def test_images_go_through_it_into_a_view_that_computes_the_same_again(here):
     network, backbone = both()
     data = image_folder(here / "data", 6)
@@ -226,6 +133,7 @@ def test_images_go_through_it_into_a_view_that_computes_the_same_again(here):
     assert torch.equal(rows, view.tensor("gap"))
 
 
+@pytest.mark.integration  # asks the system for the name of its processor
 def test_half_precision_is_computed_or_refused_with_what_to_type(here):
     by_hand()
     options = {"backbone": "python:nets:make", "weights": "w.pt", "cache": "c", "precision": "bf16"}
@@ -359,100 +267,6 @@ def test_untrained_weights_that_a_factory_reads_from_a_file_are_in_the_key():
     assert len(keys) == 2
 
 
-# the key follows the code
-
-
-def fingerprint(backbone: Backbone) -> str:
-    return spec_of(backbone, "fp32", "float16").fingerprint
-
-
-def test_the_source_of_the_module_is_in_the_key_and_runs_as_it_is_now():
-    by_hand()
-    keys, values = [], []
-    for text in (CNN, CNN.replace("self.act(self.body(x))", "self.act(9*self.body(x))"), CNN):
-        write(text)
-        backbone = mine()
-        keys.append(fingerprint(backbone))
-        values.append(outputs(backbone, PIXELS, "gap")[0])
-    assert keys[0] == keys[2] != keys[1] and torch.equal(values[0], values[2]) and not torch.equal(values[0], values[1])
-
-
-def test_bytecode_that_looks_as_old_as_the_source_is_not_run(here):
-    file = here / "nets.py"
-    os.utime(file, (1_000_000_000, 1_000_000_000))
-    py_compile.compile(str(file))
-    write(CNN.replace("stride=2", "stride=1"))  # the same length, and then the same second
-    os.utime(file, (1_000_000_000, 1_000_000_000))
-    assert untrained().grid == (28, 28)
-
-
-@pytest.mark.parametrize(
-    "how", ["from parts import WIDTH", "import parts; WIDTH = parts.WIDTH", "from deep.er import WIDTH"]
-)
-def test_the_source_of_what_the_module_imports_is_in_the_key(how, here):
-    write(CNN.replace("class Cnn", f"{how}\n\nclass Cnn").replace("12", "WIDTH"))
-    (here / "deep").mkdir()
-    (here / "deep" / "er.py").write_text("from . import est\nWIDTH = est.WIDTH\n")
-    widths, keys = [], set()
-    for number in (12, 14):
-        for path in ("parts.py", "deep/est.py"):
-            (here / path).write_text(f"WIDTH = {number}\n")
-        backbone = untrained()
-        widths.append(backbone.width)
-        keys.add(str(backbone.architecture))
-    assert widths == [12, 14] and len(keys) == 2
-
-
-@pytest.mark.parametrize(
-    ("source", "path", "name"),
-    [  # an import inside a function; a package that is run before what lies in it
-        (CNN.replace("    network = Cnn()", "    from parts import X\n    network = Cnn()"), "parts.py", "parts"),
-        (CNN.replace("class Cnn", "from pack.part import Y\n\nclass Cnn"), "pack/__init__.py", "pack"),
-    ],
-)
-def test_whatever_is_run_of_the_users_own_is_in_the_key(source, path, name, here):
-    (here / "pack").mkdir()
-    (here / "pack" / "part.py").write_text("Y = 1\n")
-    write(source)
-    digests = set()
-    for number in (1, 2):
-        (here / path).write_text(f"X = {number}\n")
-        digests.add(untrained().architecture["imports"][name])
-    assert len(digests) == 2
-
-
-def test_libraries_are_not_hashed():
-    assert untrained().architecture["imports"] == {}
-
-
-def test_the_module_may_be_renamed_and_its_folder_moved(here, tmp_path_factory, monkeypatch):
-    _, before = both()
-    moved = tmp_path_factory.mktemp("moved")
-    (moved / "renamed.py").write_text(CNN)
-    (moved / "w.pt").write_bytes((here / "w.pt").read_bytes())
-    monkeypatch.chdir(moved)
-    assert fingerprint(load_backbone("python:renamed:make", weights="w.pt")) == fingerprint(before)
-
-
-def test_a_module_of_the_same_name_in_another_folder_is_another(tmp_path_factory, monkeypatch):
-    assert untrained().width == 12
-    monkeypatch.chdir(tmp_path_factory.mktemp("other"))
-    write(CNN.replace("12", "20"))
-    assert untrained().width == 20
-
-
-@pytest.mark.parametrize("what", ['network.keep = "body"', 'network.preprocess["mean"] = [0.1, 0.1, 0.1]'])
-def test_what_the_network_says_is_in_the_key_even_where_the_source_is_the_same(what, here):
-    runs = '    exec(__import__("pathlib").Path("more.txt").read_text())\n    return network\n'
-    write(CNN.replace("    return network\n", runs))
-    by_hand()
-    keys = set()
-    for text in ("", what):
-        (here / "more.txt").write_text(text)
-        keys.add(fingerprint(mine()))
-    assert len(keys) == 2
-
-
 # refusals
 
 
@@ -523,11 +337,3 @@ def test_code_that_fails_or_says_too_little_is_refused_with_what_to_write(error,
 def test_a_vector_that_is_kept_needs_no_other_output():
     write(CNN.replace("return self.fc", "return self.fc.weight.sum() + self.fc").replace('"act"', '"fc"'))
     assert untrained().vector == "pooler"
-
-
-def test_another_networks_modules_and_the_path_are_left_as_they_were():
-    path, finders = list(sys.path), list(sys.meta_path)
-    with pytest.raises(UnknownBackbone):
-        load_backbone("python:nowhere:make", random_weights=True)
-    untrained()
-    assert (sys.path, sys.meta_path) == (path, finders)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from featurecache.errors import BadOption, OutputRefused
 from featurecache.extraction import canary
 from featurecache.extraction.cache_miss import _nearest, explain_miss
 from featurecache.store.spec import ExtractionSpec, describe_differences, spec_differences
-from featurecache.store.store import create_store, open_store, stores
+from featurecache.store.store import Store, create_store, open_store, stores
 
 
 @pytest.fixture
@@ -41,6 +42,17 @@ def why(*words: Any) -> Result:
 
 def store_name() -> str:
     return next(stores(Path("cache"))).path.name
+
+
+def drift(folder: Path, **made_by: str) -> Store:
+    """The store, as if another machine had made its reference."""
+    store = open_store(folder / "cache" / store_name())
+    kept = canary.read_canary(store)
+    assert kept is not None
+    rows = {name: row * 1.5 for name, row in kept.rows.items()}
+    canary.write_canary(store, replace(kept, rows=rows, made_by={**kept.made_by, **made_by}))
+    save_picture(folder / "d" / "ill" / "new.png", 77)
+    return store
 
 
 def test_another_image_size_is_said_in_two_lines(folder):
@@ -131,9 +143,7 @@ def test_the_nearest_is_of_the_same_architecture_then_of_fewest_fields_then_the_
     featurecache.extract("d", backbone="m", cache="cache", outputs="cls", workers=2, dtype="float32", fit="pad")
     assert explain_miss(backbone="m", cache="cache", dtype="float32").nearest.spec.dtype == "float32"
     assert explain_miss(backbone="m", cache="cache", image_size=64).nearest.spec.preprocess["mode"] == "squash"
-    found = explain_miss(
-        backbone="r", cache="cache", dtype="float32"
-    )  # the ViT of float32 has as many fields in common
+    found = explain_miss(backbone="r", cache="cache", dtype="float32")  # that ViT has as many fields in common
     assert found.nearest.spec.architecture["class"] == "ResNetModel"
     for seed in (1, 2):
         featurecache.extract("d", backbone="m", cache="t", outputs="cls", workers=2, random_weights=True, seed=seed)
@@ -175,29 +185,19 @@ def test_an_output_that_there_is_not_is_refused_without_images_too(folder):
 
 
 def test_a_run_that_drift_would_stop_is_foretold(folder):
-    store = open_store(folder / "cache" / store_name())
-    kept = canary.read_canary(store)
-    assert kept is not None
-    rows = {name: row * 1.5 for name, row in kept.rows.items()}
-    canary.write_canary(store, replace(kept, rows=rows))
-    save_picture(folder / "d" / "ill" / "new.png", 77)
+    drift(folder)
     text = why("--backbone", "m", "--data", "d", "--outputs", "cls").stdout
     assert "note: this machine does not compute the features that" in text and "--accept-drift" in text
 
 
 def test_generations_are_explained_by_what_changed_between_them(folder):
-    store = open_store(folder / "cache" / store_name())
-    kept = canary.read_canary(store)
-    assert kept is not None
-    rows = {name: row * 1.5 for name, row in kept.rows.items()}
-    canary.write_canary(store, replace(kept, rows=rows, made_by={**kept.made_by, "torch": "1.0"}))
-    save_picture(folder / "d" / "ill" / "new.png", 77)
+    store = drift(folder, torch="1.0")
     featurecache.extract("d", backbone="m", cache="cache", outputs="cls", workers=2, accept_drift=True)
     text = why("--backbone", "m").stdout
     newest = max(stores(folder / "cache"), key=lambda store: store.spec.generation)
     assert newest.spec.generation == 1 and text.startswith(f"{newest.path.name} has this key.")
     assert f"is generation 1: another machine or other versions computed something else than {store.path.name}" in text
-    assert f"torch 1.0 → {kept.made_by['torch']}" in text
+    assert f"torch 1.0 → {version('torch')}" in text
 
 
 # the two specs side by side
@@ -217,12 +217,8 @@ def test_the_same_architecture_comes_before_fewer_fields_and_fewer_fields_before
     one = replace(asked, preprocess={"a": 9, "b": 9, "c": 9})
     resized = replace(asked, architecture={"library": "l", "class": "c", "config": {"a": 2}})
     other = replace(asked, architecture={"library": "l", "class": "d", "config": {"a": 1}})
-    for expected, known in [
-        (many, (other, many)),
-        (one, (one, two)),
-        (two, (resized, two)),
-        (resized, (other, resized)),
-    ]:
+    stored = [(many, (other, many)), (one, (one, two)), (two, (resized, two)), (resized, (other, resized))]
+    for expected, known in stored:
         cache = tmp_path / expected.fingerprint
         for each in known:
             create_store(cache, "s", each, {})

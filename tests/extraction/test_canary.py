@@ -66,11 +66,8 @@ def perturb_model(monkeypatch: pytest.MonkeyPatch, relative: float) -> None:
 def perturb_resize(monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
     """As a new torchvision would: for the checkpoint's own processor too, so that loading notices nothing."""
     resize = functional.resize
-    monkeypatch.setattr(
-        functional,
-        "resize",
-        lambda image, *a, **k: (resize(image, *a, **k).int() + shift).clamp(0, 255).to(image.dtype),
-    )
+    shifted = lambda image, *a, **k: (resize(image, *a, **k).int() + shift).clamp(0, 255).to(image.dtype)  # noqa: E731
+    monkeypatch.setattr(functional, "resize", shifted)
 
 
 def test_the_probes_are_a_jpeg_a_png_sixteen_bits_and_an_odd_size() -> None:

@@ -28,8 +28,8 @@ from featurecache.sources.medmnist import _PackedImages
 HOME = Path(featurecache.__file__).parent.parent
 
 
-@pytest.fixture
-def aged(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+@pytest.fixture(autouse=True)
+def _aged(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """Files just made count as old."""
     monkeypatch.setattr(scan, "YOUNG", 0)
 
@@ -62,7 +62,6 @@ def truth(data: Path) -> list[str]:
     return [decoding.digest(path.read_bytes()) for path in sorted(data.rglob("*.png"))]
 
 
-@pytest.mark.usefixtures("aged")
 def test_a_second_run_reads_no_file_and_one_more_image_is_read_alone(tmp_path, monkeypatch, data, vit, reads):
     monkeypatch.setattr(scan, "LOOKED_AT", 4)  # headers of some only, as of 100,000
     featurecache.extract(data, backbone=vit, cache=tmp_path / "c", outputs="cls")
@@ -77,7 +76,6 @@ def test_a_second_run_reads_no_file_and_one_more_image_is_read_alone(tmp_path, m
     assert set(reads) == {str(new)}
 
 
-@pytest.mark.usefixtures("aged")
 def test_one_image_more_changes_at_most_one_of_those_whose_header_is_looked_at() -> None:
     keys = np.random.default_rng(0).integers(-(2**62), 2**62, 1000)
     dataset = ImageFiles("/", [])  # only its length would be asked for
@@ -87,14 +85,14 @@ def test_one_image_more_changes_at_most_one_of_those_whose_header_is_looked_at()
     assert len(set(after.tolist()) - set(before.tolist())) == 1
 
 
-def test_a_file_that_changed_just_before_is_read_again(tmp_path: Path, data: Path, reads: list[str]) -> None:
+def test_a_file_that_changed_just_before_is_read_again(tmp_path, monkeypatch, data, reads):
+    monkeypatch.setattr(scan, "YOUNG", digest_cache.YOUNG)
     look(data, tmp_path / "c")
     reads.clear()
     look(data, tmp_path / "c")
     assert len(reads) == 9
 
 
-@pytest.mark.usefixtures("aged")
 @pytest.mark.parametrize("back", [False, True])
 def test_replaced_under_the_same_name_with_size_and_mtime_set_back(tmp_path, data, reads, back):
     victim = data / "ill" / "000.png"
@@ -137,7 +135,6 @@ def test_many_are_remembered_found_and_forgotten(tmp_path: Path) -> None:
     assert (found[:7] == b"").all() and (found[n - 5 :] == b"").all()
 
 
-@pytest.mark.usefixtures("aged")
 def test_a_look_that_is_killed_need_not_be_repeated(tmp_path: Path, monkeypatch, data: Path, reads: list[str]) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(scan, "_KEEP_EVERY", 0.0)
     monkeypatch.setattr(scan, "_STRETCH", 2)
@@ -157,9 +154,7 @@ def test_a_look_that_is_killed_need_not_be_repeated(tmp_path: Path, monkeypatch,
     assert len(reads) == 3
 
 
-@pytest.mark.usefixtures("aged")
 def test_preparing_and_a_dry_run_write_nothing_and_the_run_remembers(tmp_path, data, vit, reads):
-
     words = ["extract", "--backbone", vit, "--data", str(data), "--cache", str(tmp_path / "c"), "--outputs", "cls"]
     assert call(*words, "--dry-run").exit_code == 0
     prepared = plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls")
@@ -172,36 +167,19 @@ def test_preparing_and_a_dry_run_write_nothing_and_the_run_remembers(tmp_path, d
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")} == before
 
 
-@pytest.mark.usefixtures("aged")
 def test_what_the_command_saw_is_remembered_with_the_headers(tmp_path, data, vit, reads):
-
     words = ["extract", "--backbone", vit, "--data", str(data), "--cache", str(tmp_path / "c"), "--outputs", "cls"]
-    first = call(*words)
-    assert first.exit_code == 0, first.output
+    assert call(*words).exit_code == 0
     reads.clear()
-    second = call(*words, "--json", "--dry-run")
+    assert json.loads(call(*words, "--json", "--dry-run").stdout)["data"]["looked_at"] == 9
     assert reads == []
-    assert json.loads(second.stdout)["data"]["looked_at"] == 9
 
 
-@pytest.mark.usefixtures("aged")
 def test_no_path_and_no_name_is_written_into_the_memory(tmp_path: Path, data: Path) -> None:
     data.rename(tmp_path / "Meier_Hans")
     look(tmp_path / "Meier_Hans", tmp_path / "c")
     content = (tmp_path / "c" / digest_cache.NAME).read_bytes()
     assert b"Meier" not in content and b"000.png" not in content and str(tmp_path).encode() not in content
-
-
-def _garbage(path: Path) -> None:
-    path.write_bytes(b"SQLite format 3\0\x10\0\1\1" + bytes(range(256)) * 40)
-
-
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:5000])
-
-
-def _no_header(path: Path) -> None:
-    path.write_text("not a database, but a note somebody put there")
 
 
 def _execute(path: Path, *statements: str) -> None:
@@ -210,29 +188,9 @@ def _execute(path: Path, *statements: str) -> None:
             database.execute(statement)
 
 
-def _newer(path: Path) -> None:
-    _execute(path, "PRAGMA user_version = 99")
-
-
 def _foreign(path: Path) -> None:
     path.unlink()
     _execute(path, "CREATE TABLE films (title TEXT)")
-
-
-def _trigger(path: Path) -> None:
-    _execute(path, "CREATE TRIGGER t AFTER INSERT ON files BEGIN DELETE FROM files; END")
-
-
-def _view(path: Path) -> None:
-    _execute(path, "DROP TABLE looks", "CREATE VIEW looks AS SELECT key AS digest, entry AS look FROM files")
-
-
-def _log(path: Path) -> None:
-    _execute(path, "PRAGMA journal_mode = WAL")
-
-
-def _stray_log(path: Path) -> None:
-    path.with_name(path.name + "-wal").write_bytes(bytes(100))
 
 
 def _symlink(path: Path) -> None:
@@ -240,11 +198,22 @@ def _symlink(path: Path) -> None:
     path.symlink_to(path.with_name("elsewhere"))
 
 
-SPOILS = [_garbage, _cut, _no_header, _newer, _foreign, _trigger, _view, _log, _stray_log, _symlink]
+LOOKS_AS_A_VIEW = "CREATE VIEW looks AS SELECT key AS digest, entry AS look FROM files"
+SPOILS = {
+    "garbage": lambda path: path.write_bytes(b"SQLite format 3\0\x10\0\1\1" + bytes(range(256)) * 40),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:5000]),
+    "no header": lambda path: path.write_text("not a database, but a note somebody put there"),
+    "newer": lambda path: _execute(path, "PRAGMA user_version = 99"),
+    "foreign": _foreign,
+    "trigger": lambda path: _execute(path, "CREATE TRIGGER t AFTER INSERT ON files BEGIN DELETE FROM files; END"),
+    "view": lambda path: _execute(path, "DROP TABLE looks", LOOKS_AS_A_VIEW),
+    "log": lambda path: _execute(path, "PRAGMA journal_mode = WAL"),
+    "stray log": lambda path: path.with_name(path.name + "-wal").write_bytes(bytes(100)),
+    "symlink": _symlink,
+}
 
 
-@pytest.mark.usefixtures("aged")
-@pytest.mark.parametrize("spoil", SPOILS)
+@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
 def test_a_damaged_foreign_or_newer_file_is_made_anew_without_failing(tmp_path, data, reads, spoil):
     look(data, tmp_path / "c")
     path = tmp_path / "c" / digest_cache.NAME
@@ -263,7 +232,6 @@ def test_a_damaged_foreign_or_newer_file_is_made_anew_without_failing(tmp_path, 
     assert not path.is_symlink()
 
 
-@pytest.mark.usefixtures("aged")
 def test_a_strangers_journal_deletes_no_file_of_mine(tmp_path: Path, data: Path) -> None:
     """A journal may name a "super-journal", which SQLite removes after it has played the journal back."""
     look(data, tmp_path / "c")
@@ -280,7 +248,6 @@ def test_a_strangers_journal_deletes_no_file_of_mine(tmp_path: Path, data: Path)
     assert thesis.read_text() == "three years"
 
 
-@pytest.mark.usefixtures("aged")
 def test_a_flipped_bit_of_an_entry_is_noticed(tmp_path: Path, monkeypatch, data: Path) -> None:  # type: ignore[no-untyped-def]
     look(data, tmp_path / "c")
     monkeypatch.setattr(scan, "_header_rows", lambda dataset, keys: np.arange(0))  # looking would find it out
@@ -294,17 +261,14 @@ def test_a_flipped_bit_of_an_entry_is_noticed(tmp_path: Path, monkeypatch, data:
     assert digests_of(look(data, tmp_path / "c")) == truth(data)
 
 
-@pytest.mark.usefixtures("aged")
 def test_values_of_other_kinds_in_our_own_tables_are_passed_over(tmp_path: Path, data: Path) -> None:
     look(data, tmp_path / "c")
     path = tmp_path / "c" / digest_cache.NAME
-    _execute(
-        path, "UPDATE files SET entry = 'text' WHERE key % 2", "UPDATE files SET entry = zeroblob(9) WHERE key % 2 = 0"
-    )  # fmt: skip
+    odd, even = "entry = 'text' WHERE key % 2", "entry = zeroblob(9) WHERE key % 2 = 0"
+    _execute(path, f"UPDATE files SET {odd}", f"UPDATE files SET {even}")
     assert digests_of(look(data, tmp_path / "c")) == truth(data)
 
 
-@pytest.mark.usefixtures("aged")
 @pytest.mark.parametrize("said", ['[8, 8, "\\u001b[2J"]', '[1e999, 8, "RGB"]', '[8, -8, "RGB"]', '{"a": 1}', "[[", "7"])
 def test_a_remembered_header_that_is_none_is_looked_at_again(tmp_path: Path, data: Path, said: str) -> None:
     look(data, tmp_path / "c")
@@ -313,7 +277,6 @@ def test_a_remembered_header_that_is_none_is_looked_at_again(tmp_path: Path, dat
     assert all(header[2] in ("RGB", "grey") and header[0] > 20 for header in prepared.scan.headers.values())  # type: ignore
 
 
-@pytest.mark.usefixtures("aged")
 def test_without_a_lock_the_run_goes_on_without_memory_and_says_so(tmp_path, monkeypatch, data, vit):
     monkeypatch.setattr(digest_cache, "_PATIENCE", 0.05)
     look(data, tmp_path / "c")
@@ -324,7 +287,6 @@ def test_without_a_lock_the_run_goes_on_without_memory_and_says_so(tmp_path, mon
         assert prepared.run().computed == 9
 
 
-@pytest.mark.usefixtures("aged")
 def test_a_read_only_cache_is_asked_and_not_written(tmp_path, mounted, data, reads):
     look(data, mounted)
     subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
@@ -336,7 +298,6 @@ def test_a_read_only_cache_is_asked_and_not_written(tmp_path, mounted, data, rea
     assert "readonly" in prepared.dataset.notes[0]
 
 
-@pytest.mark.usefixtures("aged")
 def test_a_full_disk_takes_the_memory_and_not_the_run(mounted: Path, data: Path, reads: list[str]) -> None:
     (mounted / "ballast").write_bytes(bytes(8 << 20)[: shutil.disk_usage(mounted).free])
     prepared = look(data, mounted / "c")
@@ -369,7 +330,6 @@ def test_two_processes_remember_at_once(tmp_path: Path) -> None:
     assert (found.reshape(50, 20)[:, :16] == b"ab" * 16).all()
 
 
-@pytest.mark.usefixtures("aged")
 def test_a_remembered_digest_that_proves_wrong_is_forgotten(tmp_path: Path, monkeypatch, data: Path, vit: str) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(scan, "_header_rows", lambda dataset, keys: np.arange(0))  # looking would find it out
     seen = plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="cls").scan.files  # type: ignore[union-attr]
@@ -380,7 +340,6 @@ def test_a_remembered_digest_that_proves_wrong_is_forgotten(tmp_path: Path, monk
     assert (second.computed, second.images, second.failed) == (1, 9, [])
 
 
-@pytest.mark.usefixtures("aged")
 def test_an_unchanged_archive_is_not_unpacked_again(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     path, unpacked = tmp_path / "set.npz", []
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 8), np.uint8)

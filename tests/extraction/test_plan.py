@@ -43,6 +43,7 @@ def test_an_output_the_backbone_has_not_is_refused_before_an_image_is_read(tmp_p
     monkeypatch.setattr("featurecache.sources.base.ImageFiles.read", lambda self, row: pytest.fail("was read"))
     with pytest.raises(OutputRefused):
         plan.prepare(data, backbone=vit, cache=tmp_path / "c", outputs="gap")
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_zero_byte_in_a_column_is_refused_before_an_image_is_read(tmp_path: Path, data: Path, vit: str) -> None:

@@ -19,7 +19,7 @@ from support.pictures import image_folder, save_picture
 
 import featurecache
 from featurecache.errors import BadOption
-from featurecache.extraction import pipeline, recompute
+from featurecache.extraction import canary, pipeline
 from featurecache.extraction.cache_miss import explain_miss
 from featurecache.images.augmentation import parse_augmentation
 from featurecache.maintenance.leaks import find_leaks
@@ -56,7 +56,7 @@ def test_a_copy_has_the_features_of_its_pixels(home):
         stored = view.tensor("tokens", view.copies([row])[:, copy]).float()
         assert float((stored - expected).norm() / expected.norm()) < 2.0**-11  # one rounding to float16
         assert float((view.tensor("tokens", [row]).float() - expected).norm() / expected.norm()) > 0.01
-    rows, failed = recompute.compute([(home / "data" / view.ids[row]).read_bytes()], like=view, output="cls")
+    rows, failed = canary.compute([(home / "data" / view.ids[row]).read_bytes()], like=view, output="cls")
     assert not failed and torch.equal(rows, view.tensor("cls", [row]))
 
 

@@ -18,7 +18,7 @@ from support.plant import flip
 import featurecache
 from featurecache.backbones.base import Backbone
 from featurecache.errors import DamagedFile, InUse
-from featurecache.extraction import recompute
+from featurecache.extraction import canary
 from featurecache.files import locks
 from featurecache.maintenance import verify as verification
 from featurecache.maintenance.repair import repair
@@ -132,14 +132,14 @@ def test_a_missing_shard_and_a_cut_one(home: Path, undisturbed: Path) -> None:
 
 
 def test_what_follows_from_stored_tokens_needs_no_backbone(home: Path, undisturbed: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(recompute, "load_backbone", lambda **_: pytest.fail("the tokens are there"))
+    monkeypatch.setattr(canary, "load_backbone", lambda **_: pytest.fail("the tokens are there"))
     shard(home, "cls").unlink()
     (done,) = repair(home / "cache")
     assert done.computed == N and whole(home, undisturbed)
 
 
 def test_a_row_that_another_shard_has_is_copied(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(recompute, "load_backbone", lambda **_: pytest.fail("another shard has the rows"))
+    monkeypatch.setattr(canary, "load_backbone", lambda **_: pytest.fail("another shard has the rows"))
     made = make_view(tmp_path, [0, 1, 2], layouts=(CLS,))
     before, victim = made.array("cls"), made.store / made.files[0]["path"].decode()
     add_shard(make_store(tmp_path), [2, 1, 0, 5], CLS)

@@ -18,7 +18,7 @@ import heads
 from cli import main
 from featurecache import extract, open_view
 from featurecache.errors import BadOption, NotInCache
-from featurecache.extraction import recompute
+from featurecache.extraction import canary
 from heads.explanations.contributions import mean_training_token, token_map
 from heads.explanations.explain import ExplainResult, _title
 from heads.explanations.explainer import Explainer, SourceImages, read_source_image
@@ -74,7 +74,7 @@ def test_the_map_of_a_trained_large_head_peaks_on_the_square_that_decides(plante
 
 
 def test_stored_images_are_explained_without_the_backbone(planted, tmp_path, monkeypatch):
-    monkeypatch.setattr(recompute, "load_backbone", lambda **_: pytest.fail("the backbone was loaded"))
+    monkeypatch.setattr(canary, "load_backbone", lambda **_: pytest.fail("the backbone was loaded"))
     view = planted[1]
     found = heads.explain(run_of(planted, "large"), [view.ids[0], view.ids[179]], out=tmp_path / "maps")
     assert [record["image"] for record in found.records] == [view.ids[0], view.ids[179]]
