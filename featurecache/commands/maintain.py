@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from click import argument, option
 
-from featurecache.commands import inspect
 from featurecache.commands.extract import open_features, pairs_of, task_option, training_of
 from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, record_of
 from featurecache.errors import BadOption
@@ -39,6 +38,7 @@ def leaks(
     \b
     featurecache leaks chest --csv leaks.csv --sheet leaks.png
     """
+    from featurecache.commands import inspect
     from featurecache.files.atomic import write_whole
     from featurecache.maintenance.leaks import find_leaks
 
