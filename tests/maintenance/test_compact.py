@@ -120,6 +120,7 @@ def test_compact_export_and_merge_by_the_command_line(scattered, tmp_path_factor
     done = json.loads(call("export", "set", away / "set.npz", "--outputs", "cls", "--json", "--cache", cache).stdout)
     assert done["rows"] == 8 and done["outputs"] == ["cls"] and (away / "set.npz").stat().st_size == done["bytes"]
     assert call("export", "set", away / "set.npz", "--cache", cache).exit_code == 2
+    assert "has no augmented copies" in call("export", "set", away / "a.h5", "--copies", "--cache", cache).stderr
     (merged,) = json.loads(call("merge", cache, "--cache", away / "cache", "--json").stdout)
     assert merged["new"] and merged["rows"] == 24 and {v["what"] for v in merged["views"]} == {"copied"}
     again = call("merge", cache, "--cache", away / "cache")

@@ -132,6 +132,12 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path: Path, view: View, nam
     assert (tmp_path / "old.h5").read_text() == "mine" and not (tmp_path / "set.h5").exists()
 
 
+def test_parquet_without_its_library_says_what_to_install(tmp_path, view, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(BadOption, match=r"Parquet needs pyarrow: pip install 'featurecache\[parquet\]'"):
+        export_view(view, tmp_path / "set.parquet", outputs="cls")
+
+
 def test_columns_too_long_for_the_header_of_a_safetensors_file_are_refused(tmp_path, view, monkeypatch):
     monkeypatch.setattr(export, "_HEADER", 500)
     with pytest.raises(BadOption, match="too long for the header"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.foreign import X, Y, h5, npy, refused
+from support.foreign import TOKENS, X, Y, h5, npy, refused
 
 from featurecache.errors import BadOption, SourceError, UnsafeFile
 from featurecache.maintenance import import_features
@@ -31,6 +31,23 @@ def test_a_value_that_cannot_be_kept_names_its_row(monkeypatch, value, why):
     bad[23, 2] = value
     refused(f"row 23 of feats in feats.npy has a value that {why}", npy(bad))
     assert not Path("cache").exists()
+
+
+CLAIMS = {"fingerprint": "0" * 32, "classes": '["a", "b"]', "task": "binary"}  # of one of our exports
+
+
+@pytest.mark.parametrize(
+    ("arrays", "attributes", "said"),
+    [
+        ({"features": X[:0]}, {}, "feats.h5 has no rows of features, or not as many of each"),
+        ({"cls": X, "tokens": TOKENS}, CLAIMS, "not as many of each"),
+        ({"cls": X}, CLAIMS | {"classes": "7"}, "feats.h5: its classes are no list of names"),
+        ({"cls": X, "meta__age": X}, CLAIMS, r"meta/age \[40, 6\] float32 is no further column"),
+        ({"features": X, "ids": X}, {}, r"ids has the shape \[40, 6\]; expected one value a row"),
+    ],
+)
+def test_what_does_not_hold_together_is_refused(arrays, attributes, said):
+    refused(said, h5(attributes=attributes, **arrays))
 
 
 class Bomb:
@@ -125,7 +142,7 @@ def test_a_file_that_changes_while_it_is_imported_is_refused(monkeypatch):
         ("_COLUMN", 100, lambda: h5(features=X, labels=Y), r"labels \[40\] is too large for a column"),
         ("_COLUMN", 500, lambda: npy(np.asfortranarray(X)), r"feats is stored by columns \(Fortran order\)"),
         ("_OBJECTS", 3, lambda: h5(a=X, b=X, c=X), "holds more than 3 datasets"),
-        ("_ATTRIBUTE", 3, lambda: h5(a=X, note="x" * 9), "has an attribute of 16 bytes"),
+        ("_ATTRIBUTE", 3, lambda: h5(a=X, attributes={"note": "x" * 9}), "has an attribute of 16 bytes"),
     ],
 )
 def test_what_would_fill_the_memory_is_refused(monkeypatch, limit, value, make, said):

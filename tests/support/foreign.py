@@ -21,11 +21,11 @@ def npy(array, name="feats.npy"):
     return name
 
 
-def h5(name="feats.h5", *, note="", **arrays):
+def h5(name="feats.h5", *, attributes=(), **arrays):
     with h5py.File(name, "w") as file:
         for key, values in arrays.items():
             file.create_dataset(key.replace("__", "/"), data=values)
-        file.attrs["note"] = note
+        file.attrs.update(dict(attributes))
     return name
 
 
