@@ -258,9 +258,9 @@ def _names(text: str | None) -> list[str] | None:
 
 def _prefix(text: str | None) -> list[str] | None:
     """Names, or a number of tokens without one."""
-    if text is None or not text.isdecimal():
-        return _names(text) if text else None if text is None else []
-    return [f"prefix{number}" for number in range(min(int(text), 1 << 16))]
+    if text and text.isdecimal():
+        return [f"prefix{number}" for number in range(min(int(text), 1 << 16))]
+    return [] if text == "" else _names(text)
 
 
 def _grid(text: str | None) -> tuple[int, int] | None:
