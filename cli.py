@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click import argument, option
 
-from featurecache.commands import extract, inspect, maintain
+from featurecache.commands import extract, maintain
 from featurecache.commands.terminal import CONTEXT, CommandGroup, Console, cache_option, command, features_option
 from featurecache.errors import BadOption, NotInCache
 from heads.commands import compare, train
@@ -35,6 +35,7 @@ def main() -> None:
 @cache_option
 def ls(talk: Console, runs: str, cache: str | None) -> int:
     """Stores, views and runs: what there is, how big, made from what."""
+    from featurecache.commands import inspect
     from featurecache.store.store import cache_folder
 
     folder = cache_folder(cache)
@@ -75,6 +76,7 @@ def info(
     """A view, a run, a backbone or a head in detail; without a name all backbones and heads there are."""
     import heads
     from featurecache.backbones import describe_backbone
+    from featurecache.commands import inspect
     from featurecache.store.write_view import open_view
     from heads.models.catalogue import describe_network, is_baseline
     from heads.reports.text import head_table, run_lines

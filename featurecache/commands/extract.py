@@ -369,5 +369,6 @@ def _given() -> dict[str, list[str]]:
         typed = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
         if typed and name not in ("as_json", "quiet", "debug"):
             values = value if isinstance(value, tuple) else (value,)
-            given[name] = [word for v in values for word in each.opts[:1] + ([] if v is True else [str(v)])]
+            texts = [[] if v is True else ["auto" if v is None else str(v)] for v in values]
+            given[name] = [word for text in texts for word in each.opts[:1] + text]
     return given

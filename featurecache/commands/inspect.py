@@ -1,6 +1,7 @@
 """Contents of a cache as lines and JSON: stores and views (ls), one view (info), leaks with their CSV and sheet.
 
 Names come from strangers: records go through `one_line` before they become lines, cells of the CSV through `cell`.
+A command loads this when it runs, and numpy and torch with it.
 """
 
 from __future__ import annotations
@@ -9,25 +10,25 @@ import csv
 import io
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from featurecache.commands.terminal import record_of
 from featurecache.errors import BadOption, FeatureCacheError, UnreadableImage
 from featurecache.formatting import aligned, cell, columns, cost_per_image, one_line, shape_text, size_text
-
-if TYPE_CHECKING:
-    from featurecache.images.headers import EncodedImage
-    from featurecache.maintenance.leaks import LeakFinding, Leaks
-    from featurecache.sources.base import Dataset
-    from featurecache.sources.summary import SheetCell
-    from featurecache.store.store import Store
-    from featurecache.store.view import View
+from featurecache.images.decoding import digest
+from featurecache.images.headers import EncodedImage
+from featurecache.maintenance.leaks import KINDS, LeakFinding, Leaks
+from featurecache.sources import reopen
+from featurecache.sources.base import Dataset
+from featurecache.sources.summary import SheetCell, SheetSection, grid_of_images, short_name
+from featurecache.store.store import Store, stores, unreadable_stores
+from featurecache.store.view import View
 
 
 def cache_record(cache: Path) -> list[dict[str, Any]]:
     """Stores with their outputs (shards, rows, bytes) and views. A store that cannot be read says why."""
-    from featurecache.store.store import stores, unreadable_stores
-
     broken = [{"folder": str(folder), "error": str(error), "bytes": 0} for folder, error in unreadable_stores(cache)]
     return [_store_record(store) for store in stores(cache)] + broken
 
@@ -50,8 +51,6 @@ def _store_record(store: Store) -> dict[str, Any]:
 
 
 def _view_line(path: Path) -> dict[str, Any]:
-    from featurecache.store.view import View
-
     try:
         view = View(path)
     except FeatureCacheError as error:
@@ -101,8 +100,6 @@ _AS_THEY_ARE = ("source", "failed", "untrained", "imported", "fingerprint", "spe
 
 
 def view_record(view: View) -> dict[str, Any]:
-    import numpy as np
-
     splits, counts = _class_counts(view)
     return {
         "view": view.label,
@@ -116,7 +113,11 @@ def view_record(view: View) -> dict[str, Any]:
         "counts": counts,
         "groups": None if view.groups is None else len(set(view.groups)),
         "meta": list(view.meta),
-        "outputs": {name: _output_record(view, name) for name in view.outputs},
+        "outputs": {
+            name: record_of(info)
+            | {"bytes": view.info(name).row_bytes * view.rows, "rounding": _rounding(view, name)}
+            for name, info in view.outputs.items()
+        },
         **{name: getattr(view, name) for name in _AS_THEY_ARE},
     }
 
@@ -130,23 +131,14 @@ def _augmented_record(view: View) -> dict[str, Any] | None:
 
 
 def _class_counts(view: View) -> tuple[list[str], list[list[int]]]:
-    import numpy as np
-
     splits: list[str] = [split for split in ("train", "val", "test", "") if split in view.splits]
     column, numbers = np.array(view.splits), range(len(view.classes))
     hits = [view.labels[:, k] == 1 if view.task == "multilabel" else view.labels == k for k in numbers]
     return splits, [[int((hit & (column == split)).sum()) for split in splits] for hit in hits]
 
 
-def _output_record(view: View, name: str) -> dict[str, Any]:
-    size = view.info(name).row_bytes * view.rows
-    return record_of(view.outputs[name]) | {"bytes": size, "rounding": _rounding(view, name)}
-
-
 def _rounding(view: View, name: str) -> dict[str, Any] | None:
     """The certificate of half precision, |stored − float32|₂ / |float32|₂ over the rows; None: none were rounded."""
-    import numpy as np
-
     errors = view.stored(name).errors
     if errors is None:
         return None
@@ -211,8 +203,6 @@ FIRST = 8  # pairs of a finding that are shown as lines
 
 def _title(finding: LeakFinding) -> str:
     """``same image, train and val``."""
-    from featurecache.maintenance.leaks import KINDS
-
     return f"{KINDS[finding.kind]}, {_splits(finding)}"
 
 
@@ -229,8 +219,6 @@ def _size(finding: LeakFinding) -> str:
 
 def _label(view: View, row: int) -> str:
     """The class of a row, or its positive labels; empty where none is known."""
-    import numpy as np
-
     label = view.labels[row]
     numbers = np.flatnonzero(label == 1).tolist() if view.labels.ndim == 2 else [int(label)]
     return "; ".join(view.classes[number] for number in numbers if 0 <= number < len(view.classes))
@@ -265,8 +253,6 @@ def _pair_note(pair: dict[str, Any]) -> str:
 
 def leaks_lines(view: View, leaks: Leaks) -> str:
     """Counts of each kind and pair of splits, then the first pairs of each."""
-    from featurecache.maintenance.leaks import KINDS
-
     rows = []
     for kind, title in KINDS.items():
         of_kind = [(title, _splits(each), _size(each), _near_note(leaks, each)) for each in leaks.of(kind)]
@@ -337,8 +323,6 @@ ACROSS = 4  # pairs in a row
 def open_images(view: View) -> Dataset:
     """The images a view was made of, opened again. Raises SourceError where they are not there any more, and BadOption
     for an imported view, which never had any."""
-    from featurecache.sources import reopen
-
     if view.source.get("kind") == "import":
         raise BadOption(f"{view.label} was imported as features: it has no images for a sheet. Leave out --sheet.")
     return reopen(view.source)
@@ -346,8 +330,6 @@ def open_images(view: View) -> Dataset:
 
 def leaks_sheet(view: View, leaks: Leaks, dataset: Dataset) -> bytes:
     """The sheet as the bytes of a PNG. Rows are found by their ids; an image that has gone is an empty frame."""
-    from featurecache.sources.summary import SheetSection, grid_of_images
-
     row_of = {name: row for row, name in enumerate(dataset.ids)}
     sections = []
     for finding in leaks.findings:
@@ -361,8 +343,6 @@ def leaks_sheet(view: View, leaks: Leaks, dataset: Dataset) -> bytes:
 
 
 def _cell(view: View, dataset: Dataset, row_of: dict[str, int], rows: list[int], pair: dict[str, Any]) -> SheetCell:
-    from featurecache.sources.summary import SheetCell, short_name
-
     images = []
     for row, name, label in zip(rows, pair["ids"], pair["labels"], strict=True):
         short = name.rpartition(":")[2] if ":" in name else short_name(name)
@@ -371,8 +351,6 @@ def _cell(view: View, dataset: Dataset, row_of: dict[str, int], rows: list[int],
 
 
 def _read(view: View, dataset: Dataset, row_of: dict[str, int], row: int) -> EncodedImage:
-    from featurecache.images.decoding import digest
-
     if view.ids[row] not in row_of:
         raise UnreadableImage("not among the images any more")
     data = dataset.read(row_of[view.ids[row]])

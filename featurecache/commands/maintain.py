@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from click import argument, option
 
-from featurecache.commands import inspect
 from featurecache.commands.extract import open_features, pairs_of, task_option, training_of
 from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, record_of
 from featurecache.errors import BadOption
@@ -39,6 +38,7 @@ def leaks(
     \b
     featurecache leaks chest --csv leaks.csv --sheet leaks.png
     """
+    from featurecache.commands import inspect
     from featurecache.files.atomic import write_whole
     from featurecache.maintenance.leaks import find_leaks
 
@@ -258,9 +258,9 @@ def _names(text: str | None) -> list[str] | None:
 
 def _prefix(text: str | None) -> list[str] | None:
     """Names, or a number of tokens without one."""
-    if text is None or not text.isdecimal():
-        return _names(text) if text else None if text is None else []
-    return [f"prefix{number}" for number in range(min(int(text), 1 << 16))]
+    if text and text.isdecimal():
+        return [f"prefix{number}" for number in range(min(int(text), 1 << 16))]
+    return [] if text == "" else _names(text)
 
 
 def _grid(text: str | None) -> tuple[int, int] | None:

@@ -11,22 +11,21 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from support.builders import CLS, TOKENS, features, make_view
+from support.builders import CLS, ORDER, TOKENS, features, make_view
 
 import featurecache
 from featurecache.errors import BadOption, CannotWrite
 from featurecache.files.atomic import AtomicFile
 from featurecache.maintenance import export
-from featurecache.maintenance import export as maintenance_export
 from featurecache.maintenance.export import export_view
 from featurecache.store.view import View
 
-ORDER = [7, 3, 3, 0, 11, 10, 9, 1, 2]
 IDS = [f"é/{k}.png" for k in range(len(ORDER))]
+PLACES = {"prefix": ["cls"], "grid": [2, 2]}
 
 
 @pytest.fixture
-def view(tmp_path: Path, monkeypatch) -> View:  # type: ignore[no-untyped-def]
+def view(tmp_path: Path, monkeypatch) -> View:
     """With groups and further columns; two rows a block, so that every writer writes several."""
     monkeypatch.setattr(export, "BLOCK", 80)
     site = np.array(["a/b", "ö", *"cdefghi"], object)
@@ -35,7 +34,7 @@ def view(tmp_path: Path, monkeypatch) -> View:  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_the_h5_opens_in_plain_h5py_without_the_cache(tmp_path: Path, view: View, compress: bool) -> None:
+def test_the_h5_opens_in_plain_h5py_without_the_cache(tmp_path: Path, view: View, compress: bool):
     done = export_view(view, tmp_path / "set.h5", compress=compress)
     expected = {name: view.array(name) for name in view.outputs}
     view.store.rename(tmp_path / "gone")
@@ -48,28 +47,22 @@ def test_the_h5_opens_in_plain_h5py_without_the_cache(tmp_path: Path, view: View
         assert "index" not in file and "checksums" not in file
         for name, layout in (("cls", CLS), ("tokens", TOKENS)):
             data = file[name]
-            assert not data.is_virtual and (data.compression, data.shuffle) == (
-                ("gzip", True) if compress else (None, False)
-            )
+            packed = ("gzip", True) if compress else (None, False)
+            assert not data.is_virtual and (data.compression, data.shuffle) == packed
             assert np.array_equal(data[...], features(ORDER, layout)) and np.array_equal(data[...], expected[name])
-        assert json.loads(file["tokens"].attrs["prefix"]) == ["cls"] and json.loads(file["tokens"].attrs["grid"]) == [
-            2,
-            2,
-        ]
+        assert {key: json.loads(text) for key, text in file["tokens"].attrs.items()} == PLACES
     assert (done.rows, done.bytes, done.format) == (9, done.path.stat().st_size, "hdf5")
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_the_npz_is_read_by_numpy_without_pickle(tmp_path: Path, view: View, compress: bool) -> None:
+def test_the_npz_is_read_by_numpy_without_pickle(tmp_path: Path, view: View, compress: bool):
     with np.load(export_view(view, tmp_path / "set.npz", compress=compress).path, allow_pickle=False) as file:
         assert file["ids"].tolist() == IDS and file["meta/site"][0] == "a/b"
         assert file["labels"].tolist() == view.labels.tolist() and file["classes"].tolist() == ["no", "yes"]
-        assert np.array_equal(file["cls"], features(ORDER, CLS)) and np.array_equal(
-            file["tokens"], features(ORDER, TOKENS)
-        )
-        assert file["cls"].dtype == np.float16 and file["tokens"].dtype == np.float16
+        for name, layout in (("cls", CLS), ("tokens", TOKENS)):
+            assert np.array_equal(file[name], features(ORDER, layout)) and file[name].dtype == np.float16
         about = json.loads(str(file["attributes"]))
-    assert json.loads(about["outputs"])["tokens"] == {"prefix": ["cls"], "grid": [2, 2]} and about["task"] == "binary"
+    assert json.loads(about["outputs"])["tokens"] == PLACES and about["task"] == "binary"
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -87,7 +80,7 @@ def test_the_parquet_has_a_row_an_image_and_vectors_as_lists_of_fixed_size(tmp_p
     assert codec == ("ZSTD" if compress else "UNCOMPRESSED")
 
 
-def test_the_safetensors_is_read_by_its_library(tmp_path: Path, view: View) -> None:
+def test_the_safetensors_is_read_by_its_library(tmp_path: Path, view: View):
     from safetensors import safe_open
 
     with safe_open(export_view(view, tmp_path / "set.safetensors").path, "pt") as file:
@@ -100,7 +93,7 @@ def test_the_safetensors_is_read_by_its_library(tmp_path: Path, view: View) -> N
 
 
 @pytest.mark.parametrize("ending", ["h5", "npz", "safetensors"])
-def test_what_follows_from_stored_tokens_may_be_exported(tmp_path: Path, view: View, ending: str) -> None:
+def test_what_follows_from_stored_tokens_may_be_exported(tmp_path: Path, view: View, ending: str):
     path = export_view(view, tmp_path / f"set.{ending}", outputs="tokens-7,tokens-3x3").path
     for name in ("tokens-7", "tokens-3x3"):
         assert np.array_equal(read_output(path, name), view.array(name))
@@ -127,14 +120,22 @@ def read_output(path: Path, name: str) -> np.ndarray:
         ("old.h5", {}, "exists; --overwrite replaces it"),
         ("cache/tiny.h5", {}, "belongs to a cache"),
         ("set.h5", {"outputs": ","}, "names no output"),
+        ("folder.h5", {}, "is a folder; name a file in it"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(tmp_path: Path, view: View, name: str, options, said: str) -> None:  # type: ignore[no-untyped-def]
+def test_what_cannot_be_is_refused_in_a_sentence(tmp_path: Path, view: View, name: str, options, said: str):
     (tmp_path / "old.h5").write_text("mine")
+    (tmp_path / "folder.h5").mkdir()
     target = view.store / "x.h5" if name.startswith("cache") else tmp_path / name
     with pytest.raises(BadOption, match=said):
         export_view(view, target, **options)
     assert (tmp_path / "old.h5").read_text() == "mine" and not (tmp_path / "set.h5").exists()
+
+
+def test_parquet_without_its_library_says_what_to_install(tmp_path, view, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(BadOption, match=r"Parquet needs pyarrow: pip install 'featurecache\[parquet\]'"):
+        export_view(view, tmp_path / "set.parquet", outputs="cls")
 
 
 def test_columns_too_long_for_the_header_of_a_safetensors_file_are_refused(tmp_path, view, monkeypatch):
@@ -144,7 +145,7 @@ def test_columns_too_long_for_the_header_of_a_safetensors_file_are_refused(tmp_p
     assert list(tmp_path.glob("*set*")) == []
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path, view: View, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path, view: View, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(CannotWrite, match=r"are to be written and .* has 100 B free"):
         export_view(view, tmp_path / "set.h5")
@@ -193,7 +194,7 @@ export_view(view, folder / "killed.h5", overwrite=True)
 
 
 @pytest.fixture(scope="module")
-def disturbed(tmp_path_factory) -> tuple[View, Path, subprocess.CompletedProcess[str]]:  # type: ignore[no-untyped-def]
+def disturbed(tmp_path_factory) -> tuple[View, Path, subprocess.CompletedProcess[str]]:
     home = tmp_path_factory.mktemp("disturbed")
     view, folder = make_view(home / "cache", range(600), per_shard=600), home / "out"
     folder.mkdir()
@@ -203,14 +204,14 @@ def disturbed(tmp_path_factory) -> tuple[View, Path, subprocess.CompletedProcess
 
 
 @pytest.mark.integration
-def test_a_full_disk_is_one_sentence_and_leaves_the_file_that_was_there(disturbed) -> None:  # type: ignore[no-untyped-def]
+def test_a_full_disk_is_one_sentence_and_leaves_the_file_that_was_there(disturbed):
     lines = disturbed[2].stdout.splitlines()
     assert disturbed[2].stderr == "" and len(lines) == 12
     assert [line for line in lines if not line.endswith("CannotWrite fine")] == []
 
 
 @pytest.mark.integration
-def test_killed_the_old_file_stays_and_the_next_export_clears_up(disturbed) -> None:  # type: ignore[no-untyped-def]
+def test_killed_the_old_file_stays_and_the_next_export_clears_up(disturbed):
     view, folder, done = disturbed
     assert done.returncode == -9
     target, somebodys = folder / "killed.h5", folder / ".editor.abc.tmp"
@@ -221,7 +222,7 @@ def test_killed_the_old_file_stays_and_the_next_export_clears_up(disturbed) -> N
     assert list(folder.glob(".*.tmp")) == [somebodys]
 
 
-def test_a_chunk_index_that_hdf5_reads_back_is_the_one_it_wrote(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_chunk_index_that_hdf5_reads_back_is_the_one_it_wrote(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(export, "CHUNK", 16)  # 3,000 chunks: their index is far larger than HDF5's cache of it
     view = make_view(tmp_path / "cache", range(3000), per_shard=3000, layouts=[CLS])
     path = export_view(view, tmp_path / "set.h5", compress=True).path
@@ -231,10 +232,10 @@ def test_a_chunk_index_that_hdf5_reads_back_is_the_one_it_wrote(tmp_path: Path, 
 class Full:
     """A draft on a disk that takes ten bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.data = bytearray()
 
-    def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: memoryview):
         if offset + len(data) > 10:
             raise CannotWrite(28, "full")
         self.data[offset : offset + len(data)] = data
@@ -243,8 +244,8 @@ class Full:
         return bytes(self.data[offset : offset + size])
 
 
-def test_the_writer_never_meets_a_failed_write_and_reads_back_what_it_wrote() -> None:
-    sink = maintenance_export.Sink(Full())  # type: ignore[arg-type]
+def test_the_writer_never_meets_a_failed_write_and_reads_back_what_it_wrote():
+    sink = export.Sink(Full())
     assert sink.write(b"12345678") == 8
     assert sink.write(b"abcdef") == 6
     sink.seek(2)
@@ -257,14 +258,14 @@ def test_the_writer_never_meets_a_failed_write_and_reads_back_what_it_wrote() ->
 
 @pytest.mark.parametrize("ending", ["h5", "npz", "safetensors"])
 @pytest.mark.parametrize("number", [1, 3, -1])
-def test_one_write_that_fails_is_enough(tmp_path: Path, view: View, monkeypatch, ending: str, number: int) -> None:  # type: ignore[no-untyped-def]
+def test_one_write_that_fails_is_enough(tmp_path: Path, view: View, monkeypatch, ending: str, number: int):
     target, seen, real = tmp_path / f"set.{ending}", [0], AtomicFile.write
     if number < 0:  # the last: written when all rows are
         monkeypatch.setattr(AtomicFile, "write", lambda *words: seen.__setitem__(0, seen[0] + 1) or real(*words))
         export_view(view, target)
         number, seen[0] = seen[0], 0
 
-    def write(*words):  # type: ignore[no-untyped-def]
+    def write(*words):
         seen[0] += 1
         if seen[0] == number:
             raise CannotWrite(28, "full")

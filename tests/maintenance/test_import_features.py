@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import h5py
@@ -12,49 +11,30 @@ import pytest
 import torch
 from support.builders import make_view
 from support.command import call
+from support.foreign import TOKENS, X, Y, bring, h5, npy, refused
 
 import featurecache
-from featurecache.errors import BadOption, NotInCache, SourceError, UnsafeFile
+from featurecache.errors import BadOption, NotInCache, SourceError
 from featurecache.images import decoding
-from featurecache.maintenance import feature_files, import_features
+from featurecache.maintenance import import_features
 from featurecache.maintenance.export import export_view
 from featurecache.maintenance.import_features import import_view
 from featurecache.store.store import open_store
 from featurecache.store.view import View
 
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(40, 6)).astype(np.float32)
-Y = np.arange(40) % 3
 
-
-def npy(folder: Path, array: np.ndarray, name: str = "feats.npy") -> Path:
-    np.save(folder / name, array, allow_pickle=True)
-    return folder / name
-
-
-def h5(folder: Path, name: str = "feats.h5", **arrays: object) -> Path:
-    with h5py.File(folder / name, "w") as file:
-        for key, values in arrays.items():
-            file.create_dataset(key.replace("__", "/"), data=values)
-    return folder / name
-
-
-@pytest.fixture
-def bring(tmp_path: Path):  # type: ignore[no-untyped-def]
-    def bring(file: Path, name: str = "mine", **options) -> View:  # type: ignore[no-untyped-def]
-        return View(import_view(file, name, cache=tmp_path / "cache", **options).view)
-
-    return bring
+@pytest.fixture(autouse=True)
+def _in_a_fresh_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.integration
 @pytest.mark.slow
-def test_an_npy_with_labels_beside_it_trains_a_head(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_an_npy_with_labels_beside_it_trains_a_head():
     import heads
 
-    monkeypatch.chdir(tmp_path)
     far = (X + 5 * np.eye(6, dtype=np.float32)[Y]).repeat(3, 0)
-    view = bring(npy(tmp_path, far), labels=str(npy(tmp_path, Y.repeat(3), "y.npy")))
+    view = bring(npy(far), labels=npy(Y.repeat(3), "y.npy"))
     assert torch.equal(view.tensor("vector"), torch.from_numpy(far)) and view.label == "imported/mine"
     assert (view.labels.tolist(), view.classes, view.task) == (Y.repeat(3).tolist(), ["0", "1", "2"], "multiclass")
     assert view.ids[:2] == ["feats.npy:0", "feats.npy:1"] and set(view.splits) == {""}
@@ -63,13 +43,13 @@ def test_an_npy_with_labels_beside_it_trains_a_head(tmp_path: Path, bring, monke
         heads.predict(run, [np.zeros((8, 8), np.uint8)])
 
 
-def test_it_is_marked_as_of_unknown_origin(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    view = bring(npy(tmp_path, X))
+def test_it_is_marked_as_of_unknown_origin():
+    view = bring(npy(X))
     store = open_store(view.store)
     assert store.spec.imported and view.imported and not view.untrained
     assert store.spec.precision == store.spec.position_embeddings == "unknown"
     assert store.spec.architecture == store.spec.preprocess == {"origin": "unknown"}
-    assert store.provenance["origin"] == "imported" and store.provenance["file"] == str(tmp_path / "feats.npy")
+    assert store.provenance["origin"] == "imported" and store.provenance["file"] == str(Path("feats.npy").absolute())
     assert store.provenance["when"].startswith("20") and "request" not in store.provenance
     for output in ("tokens", "cls", "tokens-257", "gap"):
         with pytest.raises(NotInCache, match="It was imported, so nothing more can be computed"):
@@ -78,56 +58,49 @@ def test_it_is_marked_as_of_unknown_origin(tmp_path: Path, bring) -> None:  # ty
         featurecache.sources.reopen(view.source)
 
 
-def test_the_digest_of_a_row_is_that_of_an_array_and_copies_are_stored_once(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
+def test_the_digest_of_a_row_is_that_of_an_array_and_copies_are_stored_once():
     twice = np.concatenate([X[:5], X[2:4]])
-    view = bring(npy(tmp_path, twice))
+    view = bring(npy(twice))
     assert view.digests.tolist() == [decoding.digest(row).encode() for row in twice]
     assert np.array_equal(view.array("vector"), twice)
     with h5py.File(next(view.store.glob("vector/*.h5"))) as file:
         assert len(file["digests"]) == 5
 
 
-def test_the_same_file_imported_twice_is_one_store_and_is_relabelled(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    first = bring(npy(tmp_path, X))
+def test_the_same_file_imported_twice_is_one_store_and_another_under_its_name_is_refused():
+    first = bring(npy(X))
     before = {p: p.stat().st_mtime_ns for p in first.store.glob("vector/*.h5")}
-    again = bring(npy(tmp_path, X, "renamed.npy"), labels=str(npy(tmp_path, Y, "y.npy")))
-    other = bring(npy(tmp_path, X), "other")
+    again, other = bring(npy(X, "renamed.npy"), labels=npy(Y, "y.npy")), bring(npy(X), "other")
     assert first.store == again.store == other.store and again.task == "multiclass" and other.task == "unlabelled"
     assert {p: p.stat().st_mtime_ns for p in first.store.glob("vector/*.h5")} == before
+    refused(r"imported-\w+/mine was imported from .*feats.npy", npy(X + 1, "new.npy"), error=BadOption)
 
 
-def test_another_file_under_the_name_of_an_imported_view_is_refused(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    bring(npy(tmp_path, X))
-    with pytest.raises(BadOption, match=r"imported/mine|imported-\w+/mine was imported from .*feats.npy"):
-        bring(npy(tmp_path, X + 1, "new.npy"))
-
-
-def test_shards_are_cut_and_an_import_that_was_stopped_continues(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_shards_are_cut_and_an_import_that_was_stopped_continues(monkeypatch):
     monkeypatch.setattr("featurecache.store.store.SHARD_ROWS", 16)
     monkeypatch.setattr(import_features, "BLOCK", 5 * 48)
-    seen, real = [], import_features.ShardWriter.commit
+    calls, real = [], import_features.ShardWriter.commit
 
-    def commit(self):  # type: ignore[no-untyped-def]
-        seen.append(self)
-        if len(seen) == 2:
+    def commit(self):
+        calls.append(self)
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return real(self)
 
     monkeypatch.setattr(import_features.ShardWriter, "commit", commit)
     with pytest.raises(KeyboardInterrupt):
-        bring(npy(tmp_path, X))
-    assert len(list(tmp_path.glob("cache/*/vector/*"))) == 1  # and no draft
-    view = bring(npy(tmp_path, X))
-    assert len(seen) == 4 and np.array_equal(view.array("vector"), X)
+        bring(npy(X))
+    assert len(list(Path().glob("cache/*/vector/*"))) == 1  # and no draft
+    view = bring(npy(X))
+    assert len(calls) == 4 and np.array_equal(view.array("vector"), X)
 
 
 @pytest.mark.parametrize("ending", ["h5", "npz", "safetensors"])
 @pytest.mark.parametrize("outputs", [None, "cls", "tokens-3x3"])
-def test_our_own_export_comes_back_without_options(tmp_path: Path, bring, ending: str, outputs: str | None) -> None:  # type: ignore[no-untyped-def]
-    order = [7, 3, 3, 0, 11, 10]
+def test_our_own_export_comes_back_without_options(ending, outputs):
     meta = {"age": np.array([1.5, np.nan, 3, 4, 5, 6]), "site": np.array([*"abcdeé"], object)}
-    view = make_view(tmp_path / "ours", order, groups=[*"ppqrst"], meta=meta)
-    path = export_view(view, tmp_path / f"set.{ending}", outputs=outputs, compress=ending != "safetensors").path
+    view = make_view(Path("ours"), [7, 3, 3, 0, 11, 10], groups=[*"ppqrst"], meta=meta)
+    path = export_view(view, f"set.{ending}", outputs=outputs, compress=ending != "safetensors").path
     back = bring(path)
     assert (back.ids, back.splits, back.groups, back.classes) == (view.ids, view.splits, view.groups, view.classes)
     assert back.labels.tolist() == view.labels.tolist() and back.task == "binary"
@@ -136,13 +109,14 @@ def test_our_own_export_comes_back_without_options(tmp_path: Path, bring, ending
         assert np.array_equal(back.array(name), view.array(name)) and back.info(name) == view.info(name)
     assert open_store(back.store).provenance["claims"] == view.fingerprint
     assert back.digests[1] == back.digests[2] != back.digests[0]
+    refused("says what its features are", path, output="pooler", error=BadOption)
 
 
-def test_an_h5_by_the_names_people_use(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    words = np.array([["cat", "dog"][k % 2] for k in range(40)], object)
-    file = h5(tmp_path, embeddings=X.astype(np.float64), targets=words, filenames=[f"a/{k}.png" for k in range(40)],
+def test_an_h5_by_the_names_people_use():
+    words = np.array(["cat", "dog"] * 20, object)
+    file = h5(embeddings=X.astype(np.float64), targets=words, filenames=[f"a/{k}.png" for k in range(40)],
               split=["Train", "valid"] * 20, patient=np.arange(40) // 4, coords=np.zeros((40, 2), int))  # fmt: skip
-    done = import_view(file, "mine", cache=tmp_path / "cache")
+    done = import_view(file, "mine", cache="cache")
     view = View(done.view)
     assert view.ids[3] == "a/3.png" and view.splits[:2] == ["train", "val"] and view.groups[4] == "1"
     assert (view.classes, view.labels[:3].tolist()) == (["cat", "dog"], [0, 1, 0])
@@ -150,37 +124,33 @@ def test_an_h5_by_the_names_people_use(tmp_path: Path, bring) -> None:  # type: 
     assert "Left out: coords." in done.notes and any("float64 is kept as vector, float32" in n for n in done.notes)
 
 
-def test_arrays_are_chosen_by_their_keys(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    file = h5(tmp_path, test__a=X, test__b=X + 1, test__which=Y, labels=Y[::-1].copy())
-    with pytest.raises(
-        SourceError, match=r"holds labels \[40\] int64, test/a \[40, 6\] float32, .*--features-key test/a"
-    ):
-        bring(file)
+def test_arrays_are_chosen_by_their_keys():
+    file = h5(test__a=X, test__b=X + 1, test__which=Y, labels=Y[::-1].copy())
+    refused(r"holds labels \[40\] int64, test/a \[40, 6\] float32, .*--features-key test/a", file)
     view = bring(file, features_key="test/b", labels="test/which", output="pooler")
     assert np.array_equal(view.array("pooler"), X + 1) and view.labels.tolist() == Y.tolist()
-    with pytest.raises(SourceError, match=r"has no 'test/c'\. Near: test/"):
-        bring(file, features_key="test/c")
+    refused(r"has no 'test/c'\. Near: test/", file, features_key="test/c")
+    refused(r"test/which of feats\.h5 is \[40\] int64; features are float16", file, features_key="test/which")
 
 
-def test_an_npz_is_read_in_blocks_and_by_its_names(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_an_npz_is_read_in_blocks_and_by_its_names(monkeypatch):
     monkeypatch.setattr(import_features, "BLOCK", 7 * 48)
-    np.savez_compressed(tmp_path / "a.npz", X=X.astype(np.float16), y=Y.astype(np.float32)[:, None])
-    view = bring(tmp_path / "a.npz")
+    np.savez_compressed("a.npz", X=X.astype(np.float16), y=Y.astype(np.float32)[:, None])
+    view = bring("a.npz")
     assert np.array_equal(view.array("vector"), X.astype(np.float16)) and view.labels.tolist() == Y.tolist()
 
 
 @pytest.mark.parametrize("array", [np.asfortranarray(X), X.astype(">f4"), X[:, ::-1]])
-def test_orders_of_memory_and_of_bytes(tmp_path: Path, bring, array: np.ndarray) -> None:  # type: ignore[no-untyped-def]
-    assert np.array_equal(bring(npy(tmp_path, array)).array("vector"), array)
+def test_orders_of_memory_and_of_bytes(array):
+    assert np.array_equal(bring(npy(array)).array("vector"), array)
 
 
 # --- tokens
 
 
-def test_tokens_without_a_grid_give_what_needs_none(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    tokens = RNG.normal(size=(8, 5, 6)).astype(np.float16)
-    view = bring(npy(tmp_path, tokens))
-    assert np.array_equal(view.array("tokens"), tokens) and view.info("tokens").grid is None
+def test_tokens_without_a_grid_give_what_needs_none():
+    view = bring(npy(TOKENS))
+    assert np.array_equal(view.array("tokens"), TOKENS) and view.info("tokens").grid is None
     assert view.has("tokens-7") and view.array("tokens-7").shape == (8, 7, 6)
     for output in ("cls", "mean", "tokens-3x3"):
         assert not view.has(output)
@@ -188,17 +158,13 @@ def test_tokens_without_a_grid_give_what_needs_none(tmp_path: Path, bring) -> No
             view.tensor(output)
 
 
-def test_tokens_with_prefix_and_grid_give_all_that_follows(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    tokens = RNG.normal(size=(8, 5, 6)).astype(np.float32)
-    view = bring(npy(tmp_path, tokens), prefix=("cls",), grid=(2, 2))
-    assert np.array_equal(view.array("cls"), tokens[:, 0])
-    assert np.allclose(view.array("mean"), tokens[:, 1:].mean(1), atol=1e-6)
-    other = bring(npy(tmp_path, tokens), "other", grid=(1, 5))
-    assert (
-        other.store != view.store
-        and not other.has("cls")
-        and np.allclose(other.array("mean"), tokens.mean(1), atol=1e-6)
-    )
+def test_tokens_with_prefix_and_grid_give_all_that_follows():
+    view = bring(npy(TOKENS), prefix=("cls",), grid=(2, 2))
+    assert np.array_equal(view.array("cls"), TOKENS[:, 0])
+    assert np.allclose(view.array("mean"), TOKENS[:, 1:].mean(1), atol=1e-6)
+    other = bring(npy(TOKENS), "other", grid=(1, 5))
+    assert other.store != view.store and not other.has("cls")
+    assert np.allclose(other.array("mean"), TOKENS.mean(1), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -210,48 +176,42 @@ def test_tokens_with_prefix_and_grid_give_all_that_follows(tmp_path: Path, bring
         ({"output": "tokens-5", "grid": (1, 5)}, "--prefix and --grid are for tokens"),
     ],
 )
-def test_tokens_that_do_not_add_up_are_refused(tmp_path: Path, bring, options, said: str) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(BadOption, match=said):
-        bring(npy(tmp_path, np.zeros((8, 5, 6), np.float32)), **options)
+def test_tokens_that_do_not_add_up_are_refused(options, said):
+    refused(said, npy(TOKENS), error=BadOption, **options)
 
 
 # --- labels
 
 
-def test_a_table_with_paths_is_joined_by_id_and_not_by_order(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    file = h5(tmp_path, features=X[:3], ids=["b.png", "a.png", "c.png"])
-    table = tmp_path / "t.csv"
-    table.write_text(
-        "path,finding,split,age\na.png,ill,test,3\nb.png,well,train,4\nc.png,ill,train,5\nd.png,ill,train,6\n"
-    )
-    view = bring(file, labels=str(table), columns={"label": "finding"})
+def test_a_table_with_paths_is_joined_by_id_and_not_by_order():
+    file, table = h5(features=X[:3], ids=["b.png", "a.png", "c.png"]), Path("t.csv")
+    table.write_text("path,finding,split,age\na.png,ill,test,3\nb.png,well,train,4\nc.png,ill,train,5\nd.png,ill,,6\n")
+    view = bring(file, labels="t.csv", columns={"label": "finding"})
     assert [view.classes[k] for k in view.labels] == ["well", "ill", "ill"]
     assert view.splits == ["train", "test", "train"] and view.meta["age"].tolist() == [4, 3, 5]
     table.write_text("path,label\na.png,ill\nc.png,well\n")
-    with pytest.raises(SourceError, match=r"1 ids of the features are not in the table of labels: b.png"):
-        bring(file, labels=str(table))
+    refused(r"1 ids of the features are not in the table of labels: b.png", file, labels="t.csv")
 
 
-def test_a_table_without_paths_is_taken_in_order_and_its_only_column_is_the_label(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    (tmp_path / "t.csv").write_text("whatever\n" + "\n".join(["no", "yes"] * 20) + "\n")
-    view = bring(npy(tmp_path, X), labels=str(tmp_path / "t.csv"), classes=["yes", "no"])
+def test_a_table_without_paths_is_taken_in_order_and_its_only_column_is_the_label():
+    Path("t.csv").write_text("whatever\n" + "\n".join(["no", "yes"] * 20) + "\n")
+    view = bring(npy(X), labels="t.csv", classes=["yes", "no"])
     assert view.classes == ["yes", "no"] and view.labels[:2].tolist() == [1, 0]
-    with pytest.raises(SourceError, match="table of labels has 40 rows, the features have 39"):
-        bring(npy(tmp_path, X[:39]), labels=str(tmp_path / "t.csv"))
+    refused("table of labels has 40 rows, the features have 39", npy(X[:39]), labels="t.csv")
 
 
-def test_several_labels_and_one_hot_ones(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
+def test_several_labels_and_one_hot_ones():
     hot = np.eye(3)[Y]
-    view = bring(h5(tmp_path, features=X, labels=hot), task="multiclass", classes=["a", "b", "c"])
+    view = bring(h5(features=X, labels=hot), task="multiclass", classes=["a", "b", "c"])
     assert view.labels.tolist() == Y.tolist() and view.classes == ["a", "b", "c"]
     hot[0] = [1, np.nan, 1]
-    several = bring(h5(tmp_path, features=X, labels=hot), "two")
+    several = bring(h5(features=X, labels=hot), "two")
     assert several.task == "multilabel" and several.classes == ["label 0", "label 1", "label 2"]
     assert np.array_equal(several.labels, hot.astype(np.float32), equal_nan=True)
 
 
-def test_numbers_without_names_keep_their_own_and_minus_one_is_none(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    view = bring(h5(tmp_path, features=X[:4], labels=[-1, 2, 1, 2]))
+def test_numbers_without_names_keep_their_own_and_minus_one_is_none():
+    view = bring(h5(features=X[:4], labels=[-1, 2, 1, 2]))
     assert (view.classes, view.labels.tolist()) == (["1", "2"], [-1, 1, 0, 1])
 
 
@@ -262,199 +222,48 @@ def test_numbers_without_names_keep_their_own_and_minus_one_is_none(tmp_path: Pa
         ({"labels": np.full(40, -2)}, {}, "row 0 is -2"),
         ({"labels": Y[:9]}, {}, "labels of feats.h5 has 9 rows, the features have 40"),
         ({"labels": Y}, {"classes": ["a", "b"]}, "has the label 2, and there are 2 classes"),
+        ({"labels": ["x", "y"] * 20}, {"classes": ["x", "z"]}, "--classes x,z: the labels are x, y; name each once"),
         ({"labels": np.full((40, 2), 3)}, {}, "row 0, label 0 is 3; expected 0, 1, or NaN"),
         ({"labels": np.ones((40, 2))}, {"task": "multiclass"}, "has rows with other than one 1"),
         ({"labels": Y}, {"labels": "nowhere.csv"}, "there is no file nowhere.csv"),
         ({"labels": Y}, {"labels": "y.txt"}, "--labels y.txt: expected a table"),
+        ({"labels": Y}, {"columns": {"label": "x"}}, "--column names columns of a table"),
         ({"labels": Y, "y": Y}, {}, "several arrays that could be the labels: labels, y"),
         ({"ids": ["a"] * 40}, {}, "names 'a' twice .rows 0 and 1."),
         ({"splits": ["fold 1"] * 40}, {}, 'splits row 0 is "fold 1", expected train, val or test'),
     ],
 )
-def test_columns_that_do_not_fit_are_refused(tmp_path: Path, bring, arrays, options, said: str) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises((SourceError, BadOption), match=said):
-        bring(h5(tmp_path, features=X, **arrays), **options)
-    assert not (tmp_path / "cache").exists()
+def test_columns_that_do_not_fit_are_refused(arrays, options, said):
+    refused(said, h5(features=X, **arrays), error=(SourceError, BadOption), **options)
+    assert not Path("cache").exists()
 
 
-def test_an_empty_key_leaves_a_column_out(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    view = bring(h5(tmp_path, features=X, ids=["a"] * 40, split=["x"] * 40), ids_key="", splits_key="")
+def test_an_empty_key_leaves_a_column_out():
+    view = bring(h5(features=X, ids=["a"] * 40, split=["x"] * 40), ids_key="", splits_key="")
     assert view.ids[1] == "feats.h5:1" and set(view.splits) == {""}
-
-
-# --- what is refused
-
-
-@pytest.mark.parametrize(
-    ("value", "why"), [(np.nan, "is not finite"), (-np.inf, "is not finite"), (1e300, "does not fit float32")]
-)
-def test_a_value_that_cannot_be_kept_names_its_row(tmp_path: Path, bring, monkeypatch, value: float, why: str) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(import_features, "BLOCK", 7 * 48)
-    bad = X.astype(np.float64)
-    bad[23, 2] = value
-    with pytest.raises(SourceError, match=f"row 23 of feats in feats.npy has a value that {why}"):
-        bring(npy(tmp_path, bad))
-    assert not (tmp_path / "cache").exists()
-
-
-def test_pickled_arrays_are_refused_and_run_nothing(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    class Bomb:
-        def __reduce__(self):  # type: ignore[no-untyped-def]
-            return os.mkdir, (str(tmp_path / "owned"),)
-
-    for file in (npy(tmp_path, np.array([[Bomb()]], object)), tmp_path / "a.npz"):
-        if file.suffix == ".npz":
-            np.savez(file, x=np.array([[Bomb()]], object))
-        with pytest.raises(SourceError, match="holds Python objects, which only pickle reads"):
-            bring(file)
-    with pytest.raises(SourceError, match="holds Python objects"):
-        bring(npy(tmp_path, X), labels=str(npy(tmp_path, np.array([Bomb()] * 40, object), "y.npy")))
-    assert not (tmp_path / "owned").exists()
-
-
-@pytest.mark.parametrize("link", ["soft", "external", "virtual", "storage"])
-def test_an_h5_that_leads_elsewhere_is_not_followed(tmp_path: Path, bring, link: str) -> None:  # type: ignore[no-untyped-def]
-    secret = h5(tmp_path, "secret.h5", x=X)
-    (tmp_path / "raw").write_bytes(X.tobytes())
-    with h5py.File(tmp_path / "bad.h5", "w") as file:
-        if link == "soft":
-            file["features"] = h5py.SoftLink("/elsewhere")
-        elif link == "external":
-            file["features"] = h5py.ExternalLink(str(secret), "x")
-        elif link == "virtual":
-            layout = h5py.VirtualLayout((40, 6), "f4")
-            layout[:] = h5py.VirtualSource(str(secret), "x", (40, 6))
-            file.create_virtual_dataset("features", layout)
-        else:
-            file.create_dataset("features", (40, 6), "f4", external=[(str(tmp_path / "raw"), 0, 960)])
-    with pytest.raises((UnsafeFile, SourceError), match=r"leads elsewhere|virtual dataset|in another file"):
-        bring(tmp_path / "bad.h5")
-
-
-def test_an_h5_for_which_hdf5_would_load_a_plugin_is_refused(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    with h5py.File(tmp_path / "bad.h5", "w") as file:
-        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        creation.set_chunk((40, 6))
-        creation.set_filter(32_015, h5py.h5z.FLAG_OPTIONAL)  # zstandard
-        space = h5py.h5s.create_simple((40, 6))
-        h5py.h5d.create(file.id, b"features", h5py.h5t.IEEE_F32LE, space, creation)
-    with pytest.raises(UnsafeFile, match="would load a plugin; save it plain, or with gzip"):
-        bring(tmp_path / "bad.h5")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("a.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': oops}  ", "cannot be read as npy"),
-        ("a.npz", b"PK\x03\x04 no archive", "cannot be read as npz"),
-        ("a.h5", b"\x89HDF\r\n\x1a\n" + bytes(90), "cannot be read"),
-        ("a.safetensors", b"\xff" * 20, "header too large"),
-        ("a.safetensors", b"\x02\0\0\0\0\0\0\0[]", "cannot be read as safetensors|no features"),
-        ("a.csv", b"1,2", "has an ending that is not read here"),
-    ],
-)
-def test_files_that_are_none_are_refused_in_a_sentence(tmp_path, bring, name, content, said):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises((SourceError, featurecache.FeatureCacheError), match=said):
-        bring(tmp_path / name)
-
-
-def test_a_shape_beyond_the_file_is_refused_before_memory_is_asked_for(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    path = npy(tmp_path, X)
-    path.write_bytes(path.read_bytes().replace(b"(40, 6), }            ", b"(400000000000, 6), }  "))
-    with pytest.raises(SourceError, match="declares 9,600,000,000,000 bytes"):
-        bring(path)
-    header = json.dumps({"x": {"dtype": "F32", "shape": [1 << 40, 6], "data_offsets": [0, 24 << 40]}}).encode()
-    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(96))
-    with pytest.raises(SourceError, match="not fully covered"):
-        bring(tmp_path / "a.safetensors")
-
-
-def test_a_file_that_changes_while_it_is_imported_is_refused(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    path = npy(tmp_path, X)
-    real = import_features.create_store
-
-    def change(*words):  # type: ignore[no-untyped-def]
-        npy(tmp_path, X[::-1])
-        return real(*words)
-
-    monkeypatch.setattr(import_features, "create_store", change)
-    with pytest.raises(SourceError, match="changed while it was imported"):
-        bring(path)
-
-
-def test_a_column_of_gigabytes_is_not_read_into_memory(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(feature_files, "_COLUMN", 100)
-    with pytest.raises(SourceError, match=r"labels \[40\] is too large for a column"):
-        bring(h5(tmp_path, features=X, labels=Y))
-
-
-def test_an_export_says_itself_what_its_features_are(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    path = export_view(make_view(tmp_path / "ours", range(4)), tmp_path / "set.npz").path
-    with pytest.raises(BadOption, match="says what its features are"):
-        bring(path, output="pooler")
-
-
-def test_tensors_that_numpy_cannot_hold_are_refused(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    from safetensors.torch import save_file
-
-    save_file({"x": torch.zeros(4, 2, dtype=torch.bfloat16)}, tmp_path / "a.safetensors")
-    with pytest.raises(
-        SourceError, match=r"x of a\.safetensors is BF16, which numpy cannot hold; save it as F16 or F32"
-    ):
-        bring(tmp_path / "a.safetensors")
-
-
-def test_large_arrays_by_columns_and_files_of_a_thousand_datasets(tmp_path: Path, bring, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(feature_files, "_COLUMN", 500)
-    with pytest.raises(SourceError, match=r"feats is stored by columns \(Fortran order\)"):
-        bring(npy(tmp_path, np.asfortranarray(X)))
-    monkeypatch.setattr(feature_files, "_OBJECTS", 3)
-    with pytest.raises(UnsafeFile, match="holds more than 3 datasets"):
-        bring(h5(tmp_path, a=X, b=X, c=X))
-
-
-def test_text_that_cannot_be_stored_is_refused(tmp_path: Path, bring) -> None:  # type: ignore[no-untyped-def]
-    np.savez(tmp_path / "a.npz", x=X[:2], ids=np.array(["a", "b\0c"]))
-    with pytest.raises(SourceError, match=r"ids has 'b\\x00c', which cannot be stored as text"):
-        bring(tmp_path / "a.npz")
-
-
-def test_more_rows_than_a_view_can_have_are_refused_before_they_are_looked_at(tmp_path, bring, monkeypatch):
-    monkeypatch.setattr(import_features, "MOST_ROWS", 39)
-    monkeypatch.setattr(import_features, "annotate_rows", None)
-    with pytest.raises(SourceError, match=r"feats\.npy has 40 rows; a view has at most 39"):
-        bring(npy(tmp_path, X))
-
-
-@pytest.mark.parametrize("name", ["../x", ".x", "a/b", "", "x" * 300])
-def test_names_that_no_file_may_have_are_refused(tmp_path: Path, bring, name: str) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(BadOption, match="cannot be the name of a view"):
-        bring(npy(tmp_path, X), name)
 
 
 # --- the command line
 
 
 @pytest.mark.integration
-def test_the_command_says_that_the_origin_is_unknown(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.chdir(tmp_path)
-    npy(tmp_path, X), npy(tmp_path, Y, "y.npy")
+def test_the_command_says_that_the_origin_is_unknown(tmp_path):
+    npy(X), npy(Y, "y.npy")
     done = call("import", "feats.npy", "--labels", "y.npy", "--classes", "a,b,c", "--name", "mine")
-    assert (
-        done.exit_code == 0 and "imported/mine in cache/imported-" in done.stdout and "of unknown origin" in done.stdout
-    )
+    assert done.exit_code == 0
+    assert "imported/mine in cache/imported-" in done.stdout and "of unknown origin" in done.stdout
     assert done.stderr.splitlines()[-1] == "next       featurecache train-head --head linear --features imported/mine"
     assert "imported, origin unknown, float32" in call("ls").stdout
     shown = call("info", "mine").stdout
     assert f"imported from {tmp_path}/feats.npy, 20" in shown and "0×0" not in shown
     nearest = call("why", "--backbone", "vit-demo", "--random-weights")
     assert "imported" not in nearest.stdout + nearest.stderr
+    none = call("extract", "--backbone", "vit-demo", "--random-weights", "--outputs", "vector")
+    assert none.exit_code == 1 and "vector is what an imported vector is called; vit-demo has cls" in none.stderr
 
 
-def test_tokens_by_the_command_line(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.chdir(tmp_path)
-    npy(tmp_path, RNG.normal(size=(8, 5, 6)))
+def test_tokens_by_the_command_line():
+    npy(TOKENS)
     words = ("import", "feats.npy", "--name", "mine", "--json")
     done = json.loads(call(*words, "--prefix", "1", "--grid", "2x2").stdout)
     assert done["outputs"] == {"tokens": [5, 6]} and done["new_rows"] == 8
@@ -463,10 +272,3 @@ def test_tokens_by_the_command_line(tmp_path: Path, monkeypatch) -> None:  # typ
         bad = call(*words, "--grid", wrong)
         assert bad.exit_code == 2 and said in bad.stderr and bad.stdout == ""
     assert call("import", "feats.npy", "--name", "x", "--column", "label").exit_code == 2
-
-
-@pytest.mark.integration
-def test_an_extraction_makes_no_vector(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.chdir(tmp_path)
-    done = call("extract", "--backbone", "vit-demo", "--random-weights", "--outputs", "vector")
-    assert done.exit_code == 1 and "vector is what an imported vector is called; vit-demo has cls" in done.stderr
