@@ -73,21 +73,23 @@ def trained(model: Any, steps: int = 2) -> Any:
     return model.eval()
 
 
+def saved(model: Any, tmp_path: Path) -> Any:
+    """Written into the folder ``tuned`` and read again."""
+    assert save_backbone(model, tmp_path / "tuned") == extract_options(tmp_path / "tuned")
+    return load_finetuned(tmp_path / "tuned", classifier_state(model), classes=3)
+
+
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [k if k not in SELDOM else pytest.param(k, marks=pytest.mark.slow) for k in FOLDERS])
-def test_every_weight_that_is_trained_gets_a_gradient_and_the_folder_gives_the_same_logits(
-    kind: str, tmp_path: Path
-) -> None:
+def test_every_trained_weight_gets_a_gradient_and_the_folder_gives_the_same_logits(kind: str, tmp_path: Path) -> None:
     model = trained(made(f"finetune:hf:{FOLDERS[kind](tmp_path / 'begin')}"))
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    words = save_backbone(model, tmp_path / "tuned")
-    again = load_finetuned(tmp_path / "tuned", classifier_state(model), classes=3)
-    x = pixels(model, seed=2)
+    again, x = saved(model, tmp_path), pixels(model, seed=2)
     close(again(x), model(x))
-    assert words == f"--backbone hf:{tmp_path / 'tuned'}"
+    assert extract_options(tmp_path / "tuned") == f"--backbone hf:{tmp_path / 'tuned'}"
 
 
 def test_a_backbone_whose_features_were_computed_before_can_be_trained_on(tmp_path: Path) -> None:
@@ -170,9 +172,9 @@ def test_a_network_of_a_library_is_trained_and_kept_as_a_file_of_weights(name: s
 
 
 def test_another_image_size_is_said_to_extract(tmp_path: Path) -> None:
-    model = vit(tmp_path / "begin", image_size=48)
-    assert save_backbone(model.eval(), tmp_path / "tuned").endswith(" --image-size 48")
-    again, x = load_finetuned(tmp_path / "tuned", classifier_state(model)), pixels(model)
+    model = vit(tmp_path / "begin", image_size=48).eval()
+    again, x = saved(model, tmp_path), pixels(model)
+    assert extract_options(tmp_path / "tuned").endswith(" --image-size 48")
     assert x.shape[2:] == (48, 48) and model.cam_grid == (1, 6, 6)
     close(again(x), model(x))
 
@@ -227,8 +229,7 @@ def test_lora_worked_into_the_weights_gives_the_same_logits_in_plain_layers(tmp_
     model = trained(vit(tmp_path / "begin", lora=2))
     x = pixels(model, seed=2)
     before = model(x)
-    save_backbone(model, tmp_path / "tuned")
-    again = load_finetuned(tmp_path / "tuned", classifier_state(model))
+    again = saved(model, tmp_path)
     close(again(x), before)
     close(model(x), before)  # and the network itself is as it was
     state, parts = again.state_dict(), dict(model.network.named_modules())
@@ -259,20 +260,10 @@ def test_torchs_own_attention_takes_both_additions() -> None:
         close(plain(x, {"tokens"})["tokens"], model(x, {"tokens"})["tokens"])
 
 
-def test_low_rank_rescaling_by_hand() -> None:
-    """W + s_left s_rightᵀ ∘ W with W = [[1, 2], [3, 4]], s_left = (1/2, −1), s_right = (2, 1/10)."""
-    rescaled = Rescaled(torch.zeros(2, 2))
-    with torch.no_grad():
-        rescaled.left.copy_(torch.tensor([[0.5], [-1.0]]))
-        rescaled.right.copy_(torch.tensor([[2.0, 0.1]]))
-    close(rescaled(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), torch.tensor([[2.0, 2.1], [-3.0, 3.6]]))
-
-
 def test_low_rank_rescaling_of_a_network_is_the_published_formula_in_every_linear_layer(tmp_path: Path) -> None:
     name = f"finetune:hf:{checkpoints.save_vit(tmp_path / 'begin')}"
     model, own = trained(made(name, rlrr=True)), made(name).network.state_dict()
-    save_backbone(model, tmp_path / "tuned")
-    again, state = load_finetuned(tmp_path / "tuned", classifier_state(model)), model.network.state_dict()
+    again, state = saved(model, tmp_path), model.network.state_dict()
     tuned = again.network.state_dict()
     layers = [key.removesuffix(".parametrizations.weight.0.left") for key in state if key.endswith("weight.0.left")]
     assert len(layers) == 3 * 6  # of three blocks: query, key, value, output and two of the MLP
@@ -309,23 +300,19 @@ def test_the_published_beginning_of_low_rank_rescaling() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("kind", "options", "said"),
     [
-        ({"lora": 0}, "at least 1"),
-        ({"lora": 4, "rlrr": True}, "give one of them"),
-        ({"dropout": 1.0}, "below 1"),
-        ({"image_size": 33}, "multiple of the patch"),
+        ("vit", {"lora": 0}, "at least 1"),
+        ("vit", {"lora": 4, "rlrr": True}, "give one of them"),
+        ("vit", {"dropout": 1.0}, "below 1"),
+        ("vit", {"image_size": 33}, "multiple of the patch"),
+        ("resnet", {"lora": 4}, "plain transformers.*is none"),
+        ("resnet", {"rlrr": True}, "plain transformers.*is none"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_options_that_cannot_be_are_refused(kind: str, options: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(BadOption, match=said):
-        vit(tmp_path, **options)
-
-
-@pytest.mark.parametrize("options", [{"lora": 4}, {"rlrr": True}])
-def test_a_cnn_takes_no_addition_of_transformers(options: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(BadOption, match=r"plain transformers.*is none"):
-        made(f"finetune:hf:{checkpoints.save_resnet(tmp_path)}", **options)
+        made(f"finetune:hf:{FOLDERS[kind](tmp_path)}", **options)
 
 
 def test_without_peft_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +366,7 @@ def test_a_folder_that_holds_another_checkpoint_by_now_is_read_anew(tmp_path: Pa
 )
 def test_a_record_that_was_changed_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     model = vit(tmp_path / "begin")
-    save_backbone(model, tmp_path / "tuned")
+    saved(model, tmp_path)
     record = tmp_path / "tuned" / "finetuned.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | change))
     with pytest.raises(RunError, match=said):
@@ -390,15 +377,14 @@ def test_a_classifier_of_another_network_or_none_is_refused(tmp_path: Path) -> N
     model = vit(tmp_path / "begin")
     save_backbone(model, tmp_path / "tuned")
     state = classifier_state(model)
-    for wrong, said in (
-        ({}, "is missing"),
-        ({**state, "classifier.bias": torch.zeros(2)}, "a bias for each"),
-        ({**state, "classifier.weight": torch.zeros(3, 7)}, "takes a cls of 7"),
+    for wrong, classes, said in (
+        ({}, None, "is missing"),
+        ({**state, "classifier.bias": torch.zeros(2)}, None, "a bias for each"),
+        ({**state, "classifier.weight": torch.zeros(3, 7)}, None, "takes a cls of 7"),
+        (state, 4, "of 3 classes; expected 4"),
     ):
         with pytest.raises(RunError, match=said):
-            load_finetuned(tmp_path / "tuned", wrong)
-    with pytest.raises(RunError, match="of 3 classes; expected 4"):
-        load_finetuned(tmp_path / "tuned", state, classes=4)
+            load_finetuned(tmp_path / "tuned", wrong, classes=classes)
     with pytest.raises(RunError, match="no fine-tuned network"):
         extract_options(tmp_path / "begin")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -16,29 +17,15 @@ from heads.models.common import Input, count_parameters, own_randomness
 from heads.reports.text import HEADS_HEADER, head_table, heads_lines, heads_rows
 
 
-class Small(nn.Module):
+def article_small(classes):
     """The article's model 1, on the class token."""
-
-    def __init__(self, classes):
-        super().__init__()
-        self.fc = nn.Linear(768, classes)
-
-    def forward(self, x):
-        return self.fc(x)
+    return nn.Sequential(OrderedDict(fc=nn.Linear(768, classes)))
 
 
-class ArticleLarge(nn.Module):
+def article_large(classes, tokens=197, width=768):
     """The article's model 2 (tokens=197) and 3 (257), on the transposed hidden state [768, tokens]."""
-
-    def __init__(self, classes, tokens=197, width=768):
-        super().__init__()
-        self.fc1 = nn.Linear(tokens, 256)
-        self.relu = nn.ReLU()
-        self.flatten = nn.Flatten()
-        self.fc2 = nn.Linear(width * 256, classes)
-
-    def forward(self, x):
-        return self.fc2(self.flatten(self.relu(self.fc1(x))))
+    fc1, fc2 = nn.Linear(tokens, 256), nn.Linear(width * 256, classes)
+    return nn.Sequential(OrderedDict(fc1=fc1, relu=nn.ReLU(), flatten=nn.Flatten(), fc2=fc2))
 
 
 def generator(seed=0):
@@ -48,9 +35,9 @@ def generator(seed=0):
 @pytest.mark.parametrize(
     ("name", "shape", "theirs", "parameters"),
     [
-        ("linear", (768,), Small(2), 1_538),
-        ("large", (197, 768), ArticleLarge(2), 443_906),
-        ("large", (257, 768), ArticleLarge(2, 257), 459_266),
+        ("linear", (768,), article_small(2), 1_538),
+        ("large", (197, 768), article_large(2), 443_906),
+        ("large", (257, 768), article_large(2, 257), 459_266),
     ],
 )
 def test_the_articles_classes_load_our_state_dict_and_give_our_logits(name, shape, theirs, parameters):
@@ -72,7 +59,7 @@ def test_ours_loads_the_articles_state_dict_and_a_sequential_in_order():
 
 def test_large_starts_from_the_weights_that_the_articles_class_draws():
     torch.manual_seed(3)
-    theirs = ArticleLarge(4, tokens=6, width=10)
+    theirs = article_large(4, tokens=6, width=10)
     ours = make_head("large", (6, 10), 4, generator(3))
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 
@@ -268,12 +255,19 @@ def test_a_solved_head_refuses_a_dropout_that_would_do_nothing(name):
     make_head(name, (7,), 3, dropout=0.0)
 
 
-def test_options_outside_their_range_or_for_another_head_are_refused():
-    for value in (1.0, -0.1, float("nan")):
-        with pytest.raises(BadOption, match="at least 0 and below 1"):
-            make_head("linear", (7,), 3, dropout=value)
-    with pytest.raises(BadOption, match="large has no gate; --gated is for attention"):
-        make_head("large", (5, 7), 3, gated=True)
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "said"),
+    [
+        *(("linear", (7,), {"dropout": value}, "at least 0 and below 1") for value in (1.0, -0.1, float("nan"))),
+        ("large", (5, 7), {"gated": True}, "large has no gate; --gated is for attention"),
+        ("large", (768,), {}, r"large takes all tokens \[T×D\].* this output is \[768\].*linear, mlp"),
+        ("linear", (197, 768), {}, r"linear takes one vector \[D\].*\[197×768\].*large"),
+        ("cnn-cifar", (768,), {}, "no head on features: featurecache train-baseline"),
+    ],
+)
+def test_what_does_not_fit_a_head_is_refused_with_a_way_out(name, shape, options, said):
+    with pytest.raises(BadOption, match=said):
+        make_head(name, shape, 2, **options)
 
 
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "knn"])
@@ -315,13 +309,6 @@ def test_info_shows_layers_shapes_and_parameters():
 def test_an_unknown_head_names_the_nearest():
     with pytest.raises(UnknownHead, match=r"no head is called 'linaer'\. Near: linear.*Heads: linear, large"):
         head_info("linaer")
-
-
-def test_a_head_and_an_output_that_do_not_fit_are_refused_with_a_way_out():
-    with pytest.raises(BadOption, match=r"large takes all tokens \[T×D\].* this output is \[768\].*linear, mlp"):
-        make_head("large", (768,), 2)
-    with pytest.raises(BadOption, match=r"linear takes one vector \[D\].*\[197×768\].*large"):
-        make_head("linear", (197, 768), 2)
 
 
 def test_a_heads_randomness_goes_on_where_it_stopped_whatever_happens_outside():
