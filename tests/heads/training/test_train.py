@@ -308,11 +308,3 @@ def test_small_heads_train_on_one_thread_and_give_the_others_back(monkeypatch):
     train_head(toy_view(n=200, splits="given", tokens=100, width=128), "large", epochs=1)
     assert seen == {2}
     torch.set_num_threads(before)
-
-
-def test_predict_stays_a_function_after_its_module_is_imported():
-    import heads
-    import heads.inference
-
-    assert callable(heads.predict)
-    assert heads.predict is heads.inference.predict
