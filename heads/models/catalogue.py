@@ -286,8 +286,7 @@ def make_network(
 ) -> nn.Module:  # fmt: skip
     """The network from pixels of these settings: [B,3,h,w] with values 0 to 255 -> logits [B,C], initialised from
     ``generator``. ``backbone``: what ``finetune:`` begins from, where that is loaded, or its outline, to count
-    parameters. Raises BadOption for an option that would do nothing.
-    """
+    parameters. Raises BadOption for an option that would do nothing."""
     name, generator = settings.head, generator or torch.Generator().manual_seed(0)
     if name.startswith(FINETUNE):
         return with_new_classifier(settings, image_size, classes, generator, backbone)
@@ -341,8 +340,7 @@ def networks_lines() -> str:
     """A line per network."""
     rows = []
     for row in networks_table():
-        counts = " / ".join(f"{count:,}" for _, _, count in row["parameters"])
-        classes = " / ".join(str(c) for c, _, _ in row["parameters"])
+        classes, _, counts = (" / ".join(f"{n:,}" for n in column) for column in zip(*row["parameters"], strict=True))
         rows.append([row["network"], f"{row['image_size']} px", f"{counts} (C = {classes})", row["what"]])
     return "\n".join(aligned(rows, right=(), indent=2))
 
