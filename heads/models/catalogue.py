@@ -180,13 +180,10 @@ def _check_takes(name: str, takes: str, shape: tuple[int, ...]) -> None:
     raise BadOption(f"{name} takes {want}, and this output is [{size}] an image. Heads for that: {fitting}.")
 
 
-def describe_head(
-    name: str, given: Input | Sequence[int], classes: int, *, dropout: float | None = None, gated: bool = False
-) -> dict[str, Any]:
+def describe_head(name: str, given: Input | Sequence[int], classes: int) -> dict[str, Any]:
     """Layers, shapes and parameters of a head for one output, as data (``info --head NAME --output …``)."""
     given = Input.of(given)
-    model = make_head(name, given, classes, dropout=dropout, gated=gated)
-    return _model_record(name, head_info(name), given.shape, classes, model)
+    return _model_record(name, head_info(name), given.shape, classes, make_head(name, given, classes))
 
 
 def _model_record(name: str, info: HeadInfo, shape: Sequence[int], classes: int, model: nn.Module) -> dict[str, Any]:
