@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from featurecache.backbones import load_without_weights
 from featurecache.errors import BadOption, UnknownHead, nearest
 from featurecache.formatting import aligned
 from featurecache.images.preprocessing import Preprocess
@@ -36,7 +37,7 @@ from heads.models.common import (
     layers_of,
     own_randomness,
 )
-from heads.models.finetune import finetune_info, from_configuration, with_new_classifier
+from heads.models.finetune import finetune_info, with_new_classifier
 from heads.models.published import CifarCnn, CifarVit, MedicalMnistCnn, MindlinaCnn, Normalised
 from heads.models.tokens import ClsMean, Conv, Large, MeanLinear, attention
 from heads.models.vector import KNearest, Linear, Mlp
@@ -298,7 +299,10 @@ def make_network(
 
 def shape_of_network(settings: Settings, image_size: int, classes: int) -> nn.Module:
     """The network, for its parameters to be counted: what `finetune:` begins from is not loaded for that."""
-    backbone = from_configuration(settings, image_size) if settings.head.startswith(FINETUNE) else None
+    backbone = None
+    if settings.head.startswith(FINETUNE):
+        name, weights = settings.head.removeprefix(FINETUNE), settings.weights
+        backbone = load_without_weights(name, weights=weights, image_size=image_size)
     return make_network(settings, image_size, classes, backbone=backbone)
 
 

@@ -65,11 +65,6 @@ def finetune_info(name: str, weights: str | None = None, adapted: bool = False) 
     )
 
 
-def from_configuration(settings: Settings, image_size: int) -> Backbone:
-    """What these settings begin from without its weights, in no memory: to check options and to count parameters."""
-    return load_without_weights(settings.head.removeprefix(FINETUNE), weights=settings.weights, image_size=image_size)
-
-
 def from_pretrained(settings: Settings, image_size: int) -> Backbone:
     """What these settings begin from; raises what `load_backbone` does where its weights are missing or do not fit."""
     return load_backbone(
