@@ -110,8 +110,7 @@ def nested_fraction(labels: np.ndarray, units: np.ndarray, fraction: float, seed
     Every unit lies in the stratum of its rarest class (multi-label: rarest positive label), units of a stratum in
     random order. One is kept where, with m rows of it before and s its own, m + o·s <= fraction · (rows of the
     stratum); the offsets o lie evenly in (0, 1), one for each stratum, so that what rounding takes from one class it
-    gives to another. The first unit of a stratum is always kept.
-    """
+    gives to another. The first unit of a stratum is always kept."""
     rng = np.random.default_rng([seed, 6])
     _, unit, size = np.unique(units, return_inverse=True, return_counts=True)
     stratum = _strata(labels, unit)

@@ -95,8 +95,7 @@ class Task:
     """What is to be told apart.
 
     ``labels`` has one entry for every row of the view: int64 [N], -1 where the row is not part of the task;
-    for ``multilabel`` float32 [N, L], NaN where unknown. ``positive`` is the index that binary measures speak of.
-    """
+    for ``multilabel`` float32 [N, L], NaN where unknown. ``positive`` is the index that binary measures speak of."""
 
     kind: str
     classes: tuple[str, ...]
@@ -152,16 +151,16 @@ def task_of(
 
 
 def _single_label(view: FeatureView, groups: list[tuple[str, list[str]]], positive: str | None) -> Task:
+    spans = [sorted(view.classes.index(member) for member in members) for _, members in groups]
     recode = np.full(len(view.classes) + 1, -1, dtype=np.int64)  # the last entry serves label -1
-    for new, (_, members) in enumerate(groups):
-        recode[[view.classes.index(m) for m in members]] = new
+    for new, old in enumerate(spans):
+        recode[old] = new
     names = tuple(name for name, _ in groups)
     if len(names) < 2:
         raise ProtocolError(
             f"{view.label} has one class for this task ({', '.join(names) or 'none'}); two are needed to tell apart."
         )
     kind = "binary" if len(names) == 2 else view.task if view.task != "binary" else "multiclass"
-    spans = [sorted(view.classes.index(m) for m in members) for _, members in groups]
     if kind == "ordinal" and any(a[-1] > b[0] for a, b in pairwise(spans)):
         kind = "multiclass"  # merged or reordered so that the new classes have no order any more
     if positive is not None and kind != "binary":
@@ -219,8 +218,7 @@ class Standardize:
     """How features are scaled before a head sees them; the statistics come from train and stay with the run.
 
     ``zscore``: (x - mean) / std per channel, for tokens over all tokens of all images; a constant channel is only
-    centred. ``l2``: every vector (for tokens: every token) divided by its length.
-    """
+    centred. ``l2``: every vector (for tokens: every token) divided by its length."""
 
     kind: str = "none"
     mean: torch.Tensor | None = None  # float32 [D]
@@ -264,8 +262,7 @@ class SplitData:
 
     ``x``: [n·V, D] or [n·V, T, D] in storage dtype, version by version: the n plain images, then (where augmented
     copies are in the view) the first copy of each, and so on; None where ``read`` gives rows by number. y: int64 [n] or
-    float32 [n, L] with NaN for unknown.
-    """
+    float32 [n, L] with NaN for unknown."""
 
     x: torch.Tensor | None
     y: torch.Tensor
@@ -331,8 +328,7 @@ class Predictions:
     """Of the n images of one split, C classes or labels.
 
     ``clusters``: images of one group, or of one digest, share a number; the numbering is that of the whole view.
-    ``y``: int64 [n], or float32 [n, L] with NaN for unknown.
-    """
+    ``y``: int64 [n], or float32 [n, L] with NaN for unknown."""
 
     ids: list[str]
     digests: np.ndarray  # S32 [n]

@@ -25,7 +25,7 @@ INTEGRATION = {  # whole files: they load models, train or start processes; sing
     "heads": "inference",
     "heads/evaluation": "comparison external",
     "heads/explanations": "explain explain_backbones",
-    "heads/models": "finetune",
+    "heads/models": "adapters finetune",
     "heads/reports": "page",
     "heads/runs": "heads_runs",
     "heads/studies": "studies studies_run",

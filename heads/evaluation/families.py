@@ -302,7 +302,7 @@ def unify_clusters(families: Sequence[FamilyPredictions]) -> list[FamilyPredicti
     """One division into clusters for each set of images: that with the fewest, where views know of groups or do not."""
     fewest: dict[str, TestSet] = {}
     for test_set in (test_set for each in families for test_set in each.test_sets):
-        if test_set.clusters.count < fewest.setdefault(test_set.key, test_set).clusters.count:
+        if test_set.clusters.strata.size < fewest.setdefault(test_set.key, test_set).clusters.strata.size:
             fewest[test_set.key] = test_set
     return [
         replace(each, test_sets=tuple(replace(s, cluster_ids=fewest[s.key].cluster_ids) for s in each.test_sets))

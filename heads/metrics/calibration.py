@@ -161,8 +161,7 @@ class Calibration:
     """What turns raw logits into probabilities and predicted labels: chosen on val, kept with the run.
 
     ``thresholds``: of the positive class (binary, one) or of each label (multi-label); () where the largest
-    probability decides.
-    """
+    probability decides."""
 
     correction: tuple[float, ...]
     temperature: float = 1.0
@@ -204,8 +203,7 @@ def temperature(kind: str, z: np.ndarray, y: np.ndarray) -> float | None:
     """The temperature of the smallest NLL on val, or None where there is none within ``TEMPERATURES``.
 
     With b = 1/T, NLL(b) is convex and its derivative is the mean of sum_c p_c z_c - z_y (multi-label: (p - y) z over
-    known entries): bisection on log b. There is none if val is separated without error (NLL falls for ever).
-    """
+    known entries): bisection on log b. There is none if val is separated without error (NLL falls for ever)."""
 
     def slope(b: float) -> float:
         p = probabilities(kind, b * z)

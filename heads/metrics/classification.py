@@ -75,8 +75,7 @@ def predictive_values(sensitivity: Any, specificity: Any, prevalence: float) -> 
 class WeightedSums:
     """Sums of ``values`` [M] by ``place`` [M] in 0 … P-1, each times the weight of its row (``rows`` [M]): [P, R].
 
-    Of weights a product with a sparse matrix, made when it is first needed; without them a bincount in float64.
-    """
+    Of weights a product with a sparse matrix, made when it is first needed; without them a bincount in float64."""
 
     def __init__(self, place: np.ndarray, rows: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> None:
         self.place, self.rows, self.values, self.shape = place, rows, values, shape
@@ -158,8 +157,7 @@ def mean_auroc(predictions: CalibratedPredictions) -> float:
 class WeightedMeasures:
     """All measures of one head's predictions, prepared; called with weights [N, R] it gives them under each weighting.
 
-    ``value``: the same with all weights 1. ``confusion`` replaces that of the predictions in it.
-    """
+    ``value``: the same with all weights 1. ``confusion`` replaces that of the predictions in it."""
 
     def __init__(self, predictions: CalibratedPredictions, confusion: np.ndarray | None = None) -> None:
         self.predictions = predictions
@@ -232,8 +230,7 @@ class WeightedMeasures:
         their absolute sum (Naeini, Cooper & Hauskrecht 2015) over bins of equal mass (Nixon et al. 2019, section 4).
 
         The bins are those of the whole sample: what is resampled is how far off each of them is. Biased upwards: also a
-        perfect model has an ECE above 0.
-        """
+        perfect model has an ECE above 0."""
         p, truth = confidence(self.predictions)
         n = len(self.predictions.y)
         if not self.predictions.multilabel:
@@ -290,8 +287,7 @@ def evaluate(
     """All measures of the task as plain numbers: ``n``, the measures by name, ``per_class``, and ``confusion``.
 
     ``confusion`` replaces that of the predictions: a guess predicts every class equally often, which no prediction of
-    single rows can show.
-    """
+    single rows can show."""
     measures = WeightedMeasures(predictions, confusion)
     overall, of_class = measures.value
     there, _, _, total = np.rint(measures.counts[:, :, 0]).astype(int).tolist()

@@ -67,13 +67,9 @@ class Clusters:
         return cls(of_row, np.where(size[own] < FEW, len(size), own))
 
     @property
-    def count(self) -> int:
-        return len(self.strata)
-
-    @property
     def clustered(self) -> bool:
         """Whether some cluster holds several images."""
-        return self.count < len(self.of_row)
+        return len(self.strata) < len(self.of_row)
 
     def among(self, rows: np.ndarray) -> int:
         """Clusters that have one of these rows (bool [N])."""
@@ -102,7 +98,7 @@ def bootstrap_weights(clusters: Clusters, resamples: int, seed: int = 0) -> Iter
     for number, start in enumerate(range(0, resamples, width)):
         rng = np.random.default_rng([seed, number])
         r = min(width, resamples - start)
-        weights = np.empty((clusters.count, r), dtype=np.float32)
+        weights = np.empty((len(clusters.strata), r), dtype=np.float32)
         for own in members:
             drawn = rng.integers(0, len(own), (r, len(own))) + len(own) * np.arange(r)[:, None]
             weights[own] = np.bincount(drawn.reshape(-1), minlength=r * len(own)).reshape(r, -1).T
@@ -266,16 +262,14 @@ class FamilyEstimates:
         """By class or label: every measure that is one of a class."""
         first = self.values[0][0]["per_class"][self.classes[0]]
         names = [name for name, value in first.items() if isinstance(value, float)]
-        if self.kind == "binary":  # the ranking of one class is that of the other
-            names = [name for name in names if name not in ("auroc", "ap")]
+        names = [name for name in names if self.kind != "binary" or name not in ("auroc", "ap")]  # equal for both
         return {name: {m: self.estimate(m, c) for m in names} for c, name in enumerate(self.classes)}
 
     def at_prevalence(self, prevalence: float, c: int | None = None) -> dict[str, MeasureEstimate]:
         """PPV and NPV where that share of the images is positive, by Bayes from sensitivity and specificity.
 
         Both grow with both, so where one of the two has no width in a bootstrap, the ends of its Wilson interval and of
-        the other's give an interval that is rather too wide.
-        """
+        the other's give an interval that is rather too wide."""
         hits, rejections = self.estimate("sensitivity", c), self.estimate("specificity", c)
         value = predictive_values(hits.value, rejections.value, prevalence)
         if len(self.test_sets) > 1 or {hits.value, rejections.value} & {0.0, 1.0}:

@@ -48,8 +48,7 @@ def delong(first: np.ndarray, second: np.ndarray, truth: np.ndarray) -> tuple[fl
     By ranks (Sun & Xu 2014): of m positives and n negatives, the share of negatives below positive i is
     V_i = (rank among all - rank among positives) / n, that of positives above negative j
     W_j = 1 - (rank among all - rank among negatives) / m; the AUROC is mean V, its variance var V / m + var W / n.
-    ``truth`` bool, with at least two of each.
-    """
+    ``truth`` bool, with at least two of each."""
     m, n = int(truth.sum()), int((~truth).sum())
     above, below = [], []
     for score in (first, second):

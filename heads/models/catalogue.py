@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from featurecache.backbones import load_without_weights
 from featurecache.errors import BadOption, UnknownHead, nearest
 from featurecache.formatting import aligned
 from featurecache.images.preprocessing import Preprocess
@@ -36,7 +37,7 @@ from heads.models.common import (
     layers_of,
     own_randomness,
 )
-from heads.models.finetune import finetune_info, from_configuration, with_new_classifier
+from heads.models.finetune import finetune_info, with_new_classifier
 from heads.models.published import CifarCnn, CifarVit, MedicalMnistCnn, MindlinaCnn, Normalised
 from heads.models.tokens import ClsMean, Conv, Large, MeanLinear, attention
 from heads.models.vector import KNearest, Linear, Mlp
@@ -180,13 +181,10 @@ def _check_takes(name: str, takes: str, shape: tuple[int, ...]) -> None:
     raise BadOption(f"{name} takes {want}, and this output is [{size}] an image. Heads for that: {fitting}.")
 
 
-def describe_head(
-    name: str, given: Input | Sequence[int], classes: int, *, dropout: float | None = None, gated: bool = False
-) -> dict[str, Any]:
+def describe_head(name: str, given: Input | Sequence[int], classes: int) -> dict[str, Any]:
     """Layers, shapes and parameters of a head for one output, as data (``info --head NAME --output …``)."""
     given = Input.of(given)
-    model = make_head(name, given, classes, dropout=dropout, gated=gated)
-    return _model_record(name, head_info(name), given.shape, classes, model)
+    return _model_record(name, head_info(name), given.shape, classes, make_head(name, given, classes))
 
 
 def _model_record(name: str, info: HeadInfo, shape: Sequence[int], classes: int, model: nn.Module) -> dict[str, Any]:
@@ -286,8 +284,7 @@ def make_network(
 ) -> nn.Module:  # fmt: skip
     """The network from pixels of these settings: [B,3,h,w] with values 0 to 255 -> logits [B,C], initialised from
     ``generator``. ``backbone``: what ``finetune:`` begins from, where that is loaded, or its outline, to count
-    parameters. Raises BadOption for an option that would do nothing.
-    """
+    parameters. Raises BadOption for an option that would do nothing."""
     name, generator = settings.head, generator or torch.Generator().manual_seed(0)
     if name.startswith(FINETUNE):
         return with_new_classifier(settings, image_size, classes, generator, backbone)
@@ -302,7 +299,10 @@ def make_network(
 
 def shape_of_network(settings: Settings, image_size: int, classes: int) -> nn.Module:
     """The network, for its parameters to be counted: what `finetune:` begins from is not loaded for that."""
-    backbone = from_configuration(settings, image_size) if settings.head.startswith(FINETUNE) else None
+    backbone = None
+    if settings.head.startswith(FINETUNE):
+        name, weights = settings.head.removeprefix(FINETUNE), settings.weights
+        backbone = load_without_weights(name, weights=weights, image_size=image_size)
     return make_network(settings, image_size, classes, backbone=backbone)
 
 
@@ -341,8 +341,7 @@ def networks_lines() -> str:
     """A line per network."""
     rows = []
     for row in networks_table():
-        counts = " / ".join(f"{count:,}" for _, _, count in row["parameters"])
-        classes = " / ".join(str(c) for c, _, _ in row["parameters"])
+        classes, _, counts = (" / ".join(f"{n:,}" for n in column) for column in zip(*row["parameters"], strict=True))
         rows.append([row["network"], f"{row['image_size']} px", f"{counts} (C = {classes})", row["what"]])
     return "\n".join(aligned(rows, right=(), indent=2))
 

@@ -20,8 +20,7 @@ class Input:
     """What a head is given of one image: ``shape`` (D,) or (T, D), and of tokens which rows are what.
 
     ``prefix``: names of the P tokens before the patches; ``grid``: (h, w) with T = P + h·w, None where it is not known
-    which rows are patches.
-    """
+    which rows are patches."""
 
     shape: tuple[int, ...]
     prefix: tuple[str, ...] = ()

@@ -65,11 +65,6 @@ def finetune_info(name: str, weights: str | None = None, adapted: bool = False) 
     )
 
 
-def from_configuration(settings: Settings, image_size: int) -> Backbone:
-    """What these settings begin from without its weights, in no memory: to check options and to count parameters."""
-    return load_without_weights(settings.head.removeprefix(FINETUNE), weights=settings.weights, image_size=image_size)
-
-
 def from_pretrained(settings: Settings, image_size: int) -> Backbone:
     """What these settings begin from; raises what `load_backbone` does where its weights are missing or do not fit."""
     return load_backbone(
@@ -211,9 +206,8 @@ def load_finetuned(folder: Path, state: dict[str, torch.Tensor], *, classes: int
     if weight is None or weight.ndim != 2 or set(state) != {"classifier.weight", "classifier.bias"}:
         raise RunError(f"{folder}: its classifier is missing; expected a weight [C,D] and a bias [C].")
     if state["classifier.bias"].shape != weight.shape[:1] or classes not in (None, len(weight)):
-        raise RunError(
-            f"{folder}: its classifier is of {len(weight)} classes; expected {classes or 'a bias for each'}."
-        )
+        wanted = classes or "a bias for each"
+        raise RunError(f"{folder}: its classifier is of {len(weight)} classes; expected {wanted}.")
     if backbone.vector != record["vector"] or weight.shape[1] != backbone.width:
         raise RunError(
             f"{folder} gives a {backbone.vector} of {backbone.width} numbers, and its classifier takes a "
@@ -290,13 +284,12 @@ def unused_parameters(model: nn.Module, vector: str) -> list[str]:
     """Parameters that ``vector`` does not depend on: a mask token, CLIP's norm behind the class token."""
     from featurecache.backbones.transformers_models import FAMILIES
 
-    names = [name for name, _ in model.named_parameters()]
-    without_use = [name for name in names if name.endswith("mask_token")]
+    inside = {name.removeprefix("network."): name for name, _ in model.named_parameters()}
+    unused = [name for name in inside.values() if name.endswith("mask_token")]
     family = FAMILIES.get(getattr(getattr(model.network, "config", None), "model_type", ""))
     if family is not None and vector != "pooler":
-        inside = {name.removeprefix("network."): name for name in names}
-        without_use += [inside[name] for name in family.pooled_names(inside)]
-    return without_use
+        unused += [inside[name] for name in family.pooled_names(inside)]
+    return unused
 
 
 def _gives_map(module: FineTuned) -> str:

@@ -21,8 +21,7 @@ Grid = tuple[int, int, int]
 class Normalised(nn.Module):
     """A network on pixels as they are stored: [B,3,h,w] with values 0 to 255, of any dtype, -> logits [B,C].
 
-    Scale, mean and std are constants of ``preprocess``: no parameters, and not in the state dict.
-    """
+    Scale, mean and std are constants of ``preprocess``: no parameters, and not in the state dict."""
 
     def __init__(self, preprocess: Preprocess, network: nn.Module, *, channels_last: bool = False) -> None:
         super().__init__()
@@ -145,8 +144,7 @@ class CifarVit(nn.Module):
     norm at the end, a Linear on the class token. Class token and positions begin at zero.
 
     1,204,352 + 129 C parameters at 32 pixels, 1,222,784 + 129 C at 64. The blocks begin different: torch's
-    ``TransformerEncoder`` would begin with six copies of one.
-    """
+    ``TransformerEncoder`` would begin with six copies of one."""
 
     def __init__(self, image_size: int, classes: int, dropout: float = 0.1) -> None:
         super().__init__()

@@ -46,8 +46,7 @@ def ridge(x: torch.Tensor, y: np.ndarray, kind: str, classes: int, note: Note) -
     by which big_vision's few-shot evaluation does this (evaluators/fewshot_lsr.py) need not be known (30 against 93 ms
     for D=768). All in float64, but for the products of a large XᵀX, which are summed in float32 by blocks of 4,096
     rows: that moves its eigenvalues by 4e-7 m, where features stored as float16 already move them by 1e-4 m and the
-    least lambda is 1e-5 (126 against 62 ms for 10,000 × 768).
-    """
+    least lambda is 1e-5 (126 against 62 ms for 10,000 × 768)."""
     values = x.numpy()
     targets = 2.0 * (y if kind == "multilabel" else y[:, None] == np.arange(classes)) - 1  # ±1 [N, C], NaN unknown
     weight = np.zeros((len(PENALTIES), classes, values.shape[1]))
@@ -190,8 +189,7 @@ def centroid(x: torch.Tensor, y: np.ndarray, kind: str, classes: int, note: Note
     z_c = -|x - m_c|² / (2 s² sqrt(D)) + |x|² / (2 s² sqrt(D)), the second term the same for all classes; s² is the mean
     variance of a channel within the classes. (With D for sqrt(D) it is a Gaussian classifier's log-likelihood, which
     takes the channels for independent; the temperature finds the scale, from 1/20 to 20 times this one.) Multi-label:
-    for each label the log-odds of the mean of its positives against that of its negatives.
-    """
+    for each label the log-odds of the mean of its positives against that of its negatives."""
     values = x.numpy().astype(np.float64)
     constant = _constants(y, kind, classes)
     weight, bias = np.zeros((classes, values.shape[1])), np.zeros(classes)

@@ -31,8 +31,7 @@ class Large(nn.Module):
 
     Inside, tokens stay as they are stored, [T, D]: W1 @ x gives [H, D] for every image by one baddbmm, and the second
     weight is kept as [C, H, D] so that nothing is transposed in training (1.22 against 1.52 s an epoch in bf16, 3.27
-    against 3.73 in float32, for 3,000 x 197 x 768). Adam works element by element, so the order changes no result.
-    """
+    against 3.73 in float32, for 3,000 x 197 x 768). Adam works element by element, so the order changes no result."""
 
     def __init__(self, shape: tuple[int, ...], classes: int, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -124,8 +123,7 @@ class MeanLinear(FixedVectorLinear):
 
     Global average pooling: Lin et al. 2014, Network In Network, arXiv:1312.4400. The same function as ``linear`` on the
     output ``mean`` (up to the rounding of what is stored), which reads T times less; this one is for views that hold
-    tokens alone. State dict: fc.*.
-    """
+    tokens alone. State dict: fc.*."""
 
     name, what = "mean-linear", "mean of the patches"
 
@@ -134,8 +132,7 @@ class ClsMean(FixedVectorLinear):
     """The class token and the mean of the patch tokens, concatenated, into one linear layer.
 
     DINOv2's linear evaluation offers its probes both: Oquab et al. 2023, arXiv:2304.07193. State dict: fc.* with the
-    class token's D columns first.
-    """
+    class token's D columns first."""
 
     name, what, with_cls = "cls+mean", "class token, mean of the patches", True
 
@@ -146,8 +143,7 @@ class Conv(nn.Module):
 
     The first two layers of ResNet's bottleneck (He et al. 2016, arXiv:1512.03385, figure 5), so that the convolution is
     narrow; then global average pooling (Lin et al. 2014, arXiv:1312.4400). Tokens [B, h·w, 128] are an image of 128
-    channels in channels-last order as they lie. State dict: reduce.*, conv.*, fc.*.
-    """
+    channels in channels-last order as they lie. State dict: reduce.*, conv.*, fc.*."""
 
     def __init__(
         self, shape: tuple[int, ...], classes: int, *, prefix: tuple[str, ...] = (), grid: Grid = None,
@@ -199,13 +195,13 @@ class Attention(nn.Module):
         score_kt = q_k · W_k x_t / sqrt(d) = (W_kᵀ q_k) · x_t / sqrt(d)
         head_k   = sum_t softmax_t(score)_kt V_k x_t = V_k (sum_t softmax_t(score)_kt x_t).
     So keys and values of the single tokens are never computed: T·K·D products an image instead of T·D·D, the same
-    numbers and gradients. State dict: query [K, d], key.weight [D, D], value.weight [D, D], fc.*.
-    """
+    numbers and gradients. State dict: query [K, d], key.weight [D, D], value.weight [D, D], fc.*."""
 
     def __init__(self, shape: tuple[int, ...], classes: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         width = shape[1]
-        self.heads = attention_heads(width)
+        most = max(1, width // HEAD_WIDTH)
+        self.heads = max(k for k in range(1, most + 1) if width % k == 0)  # D/64, or the next smaller that divides D
         self.query = nn.Parameter(torch.empty(self.heads, width // self.heads))
         if not self.query.is_meta:  # there torch would import sympy first, for seconds
             nn.init.normal_(self.query, std=0.02)
@@ -241,8 +237,7 @@ class GatedAttention(nn.Module):
     """Gated attention MIL: Ilse et al. 2018, Attention-based Deep Multiple Instance Learning, arXiv:1802.04712, eq. 9.
 
     a_t = softmax_t(w · (tanh(V x_t) * sigmoid(U x_t))), z = sum_t a_t x_t, Linear(D, C); H = 128. State dict:
-    gate.weight [2H, D], gate.bias [2H] (V above U), score.weight [1, H] (its bias would cancel), fc.*.
-    """
+    gate.weight [2H, D], gate.bias [2H] (V above U), score.weight [1, H] (its bias would cancel), fc.*."""
 
     def __init__(self, shape: tuple[int, ...], classes: int, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -276,8 +271,3 @@ def attention(
     shape: tuple[int, ...], classes: int, *, dropout: float = 0.0, gated: bool = False
 ) -> Attention | GatedAttention:
     return (GatedAttention if gated else Attention)(shape, classes, dropout=dropout)
-
-
-def attention_heads(width: int) -> int:
-    """D/64; where that does not divide D, the next smaller number that does."""
-    return max(k for k in range(1, max(1, width // HEAD_WIDTH) + 1) if width % k == 0)

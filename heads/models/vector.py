@@ -16,8 +16,7 @@ QUERIES, ROWS = 1024, 16384  # similarities are computed in blocks of 1,024 × 1
 class Linear(nn.Module):
     """Mindlina 2024, model 1: D·C + C parameters (1,538 for D=768, C=2). State dict: fc.weight [C, D], fc.bias [C].
 
-    ``dropout`` is on the input. What ``ridge``, ``logreg`` and ``centroid`` solve has this form too.
-    """
+    ``dropout`` is on the input. What ``ridge``, ``logreg`` and ``centroid`` solve has this form too."""
 
     def __init__(self, shape: tuple[int, ...], classes: int, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -37,8 +36,7 @@ class Mlp(nn.Module):
     """Linear(D, 256), ReLU, Dropout(0.5), Linear(256, C). State dict: fc1.*, fc2.*.
 
     One hidden layer with dropout: Srivastava et al. 2014, Dropout: A Simple Way to Prevent Neural Networks from
-    Overfitting (0.5 for hidden units).
-    """
+    Overfitting (0.5 for hidden units)."""
 
     def __init__(self, shape: tuple[int, ...], classes: int, *, dropout: float = 0.5) -> None:
         super().__init__()
@@ -71,8 +69,7 @@ class KNearest(nn.Module):
     share of positives. Exact: every training vector is compared, in blocks.
 
     State dict: vectors float32 [N, D] of length 1, labels int64 [N] (multi-label float32 [N, L], NaN unknown), k and
-    temperature. A module made without them is filled by ``load_state_dict``, whatever N is.
-    """
+    temperature. A module made without them is filled by ``load_state_dict``, whatever N is."""
 
     vectors: torch.Tensor
     labels: torch.Tensor
@@ -107,8 +104,7 @@ class KNearest(nn.Module):
     def search(self, x: torch.Tensor, k: int) -> Nearest:
         """The k nearest of x [B, D], largest cosine first: cosines and row numbers [G, B, k].
 
-        G = 1, or L where labels are known for different rows; rows that do not count have a cosine of -inf.
-        """
+        G = 1, or L where labels are known for different rows; rows that do not count have a cosine of -inf."""
         x = nn.functional.normalize(x, dim=1)
         best, masks = list[Nearest](), self._masks()
         for start in range(0, len(self.vectors), ROWS):

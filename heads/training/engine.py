@@ -116,8 +116,7 @@ class StackedTrainer:
     """K heads of ``linear`` or ``mlp`` in stacked parameters.
 
     ``w``: [K, C, D] and [K, C], or for mlp also those of the second layer. Adam with K learning rates in one call: it
-    steps u = w / lr with lr 1, for its step depends on the gradients alone, and w = lr u.
-    """
+    steps u = w / lr with lr 1, for its step depends on the gradients alone, and w = lr u."""
 
     def __init__(
         self, models: Sequence[nn.Module], losses: Sequence[Loss], generators: Sequence[torch.Generator],
@@ -212,11 +211,12 @@ class StackedTrainer:
     @torch.inference_mode()
     def logits(self, data: SplitData) -> np.ndarray:
         """float64 [K, n, C], without dropout."""
-        return torch.cat([self._forward(x.to(self.lr.dtype)) for x in data.chunks()], 1).double().numpy()
-
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        first = (x @ self.w[0].flatten(0, 1).T).view(len(x), len(self), -1).transpose(0, 1) + self.w[1][:, None]
-        return torch.baddbmm(self.w[3][:, None], first.relu(), self.w[2].transpose(1, 2)) if self.hidden else first
+        parts = []
+        for x in data.chunks():
+            z = x.to(self.lr.dtype) @ self.w[0].flatten(0, 1).T
+            z = z.view(len(x), len(self), -1).transpose(0, 1) + self.w[1][:, None]
+            parts.append(torch.baddbmm(self.w[3][:, None], z.relu(), self.w[2].transpose(1, 2)) if self.hidden else z)
+        return torch.cat(parts, 1).double().numpy()
 
     def state(self, k: int) -> dict[str, torch.Tensor]:
         return {name: w[k].clone() for name, w in zip(self.names, self.w, strict=True)}
@@ -299,8 +299,7 @@ class LargeSteps:
     Nearly all of it is the two products with x. What autograd adds are passes over arrays of the size of h for the
     whole batch (25 MB for B=32, D=768), in memory that is new every time. Here S images at a time go through all of it
     in memory that stays: 60 against 85 ms a step, of which the products are 40. (Tried: two images at a time, 68 ms; a
-    Python thread for each half of the images, 75 ms; numpy, as fast, but with threads that wait for torch's.)
-    """
+    Python thread for each half of the images, 75 ms; numpy, as fast, but with threads that wait for torch's.)"""
 
     def __init__(self, model: Large, loss: Loss) -> None:
         self.model, self.loss = model, StackedLoss([loss], torch.float32)

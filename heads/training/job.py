@@ -126,13 +126,10 @@ def choose_output(view: FeatureView, head: str, output: str | None) -> str:
     if takes != "vector":
         view.info("tokens")
         return "tokens"
-    for name in VECTORS:
-        if view.has(name):
-            return name
-    raise NotInCache(
-        f"{view.label} holds {', '.join(view.outputs)} and no vector for {head}. "
-        "--output chooses another, such as mean."
-    )
+    if vectors := [name for name in VECTORS if view.has(name)]:
+        return vectors[0]
+    have = ", ".join(view.outputs)
+    raise NotInCache(f"{view.label} holds {have} and no vector for {head}. --output chooses another, such as mean.")
 
 
 def describe_training(job: TrainingJob, say: Say) -> None:

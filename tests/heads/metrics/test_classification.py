@@ -16,9 +16,9 @@ from heads.metrics.classification import WeightedMeasures, auroc, evaluate, mean
 KINDS = ["binary", "multiclass", "ordinal", "many", "multilabel"]
 
 
-def predictions(kind, n=160, ties=False, lacking=False):
+def predictions(kind, ties=False, lacking=False):
     """``lacking``: a class that no row is, a label that no row has."""
-    rng = np.random.default_rng(0)
+    rng, n = np.random.default_rng(0), 160
     count = {"binary": 2, "multiclass": 4, "ordinal": 5, "many": 21, "multilabel": 3}[kind]
     y = rng.integers(0, count - lacking, n)
     z = rng.normal(size=(n, count)) + 1.5 * np.eye(count)[y]
@@ -129,10 +129,10 @@ def test_counts_and_the_confusion_matrix_are_those_of_the_rows():
     assert first["confusion"] == sk.confusion_matrix(labels.y[known, 0], labels.predicted_labels[known, 0]).tolist()
 
 
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("ties", "lacking"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_weight_is_as_good_as_that_many_copies_of_the_row(kind, ties):
-    one, rng = predictions(kind, ties=ties and kind != "many"), np.random.default_rng(1)
+def test_a_weight_is_as_good_as_that_many_copies_of_the_row(kind, ties, lacking):
+    one, rng = predictions(kind, ties and kind != "many", lacking and kind != "binary"), np.random.default_rng(1)
     weights = np.stack([np.ones(160), rng.integers(0, 4, 160), rng.integers(1, 3, 160)], axis=1)
     overall, of_class = WeightedMeasures(one)(weights.astype(np.float32))
     for column in range(3):
@@ -140,7 +140,7 @@ def test_a_weight_is_as_good_as_that_many_copies_of_the_row(kind, ties):
         want, table = written_out(replace(one, z=one.z[rows], y=one.y[rows]))
         assert set(overall) == set(want)
         for name in set(want) - {"ece"}:  # its bins stay those of the whole sample
-            assert overall[name][column] == pytest.approx(want[name], abs=1e-6), name
+            assert overall[name][column] == pytest.approx(want[name], abs=1e-6, nan_ok=True), name
         for name, values in of_class.items():
             np.testing.assert_allclose(values[:, column], [row[name] for row in table], atol=1e-6)
     assert overall["ece"][0] == pytest.approx(written_out(one)[0]["ece"], abs=1e-6)
@@ -180,10 +180,3 @@ def test_a_class_missing_in_a_resample_makes_its_mean_undefined_there():
         assert np.isnan(overall[name][1]), name
     assert np.isnan(of_class["recall"][2, 1])
     assert np.isfinite(overall["accuracy"]).all()
-
-
-def test_a_class_that_test_does_not_have_is_left_out_of_every_mean():
-    one = predictions("multiclass", lacking=True)
-    overall, _ = WeightedMeasures(one)(np.ones((160, 2), dtype=np.float32))
-    for name in ("auroc", "ap", "balanced_accuracy"):
-        assert overall[name][0] == pytest.approx(evaluated(one)[name]), name

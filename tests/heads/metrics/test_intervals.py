@@ -13,12 +13,10 @@ from heads.metrics.calibration import CalibratedPredictions
 from heads.metrics.intervals import Clusters, FamilyEstimates, SharedResamples, bootstrap_estimate, bootstrap_weights
 
 
-def predictions(kind, n=160, seed=0):
+def predictions(seed=0):
     rng = np.random.default_rng(seed)
-    count = {"binary": 2, "multiclass": 4}[kind]
-    y = rng.integers(0, count, n)
-    z = rng.normal(size=(n, count)) + 1.5 * np.eye(count)[y]
-    return CalibratedPredictions(kind, z, y, *((1, (0.4,)) if kind == "binary" else ()))
+    y = rng.integers(0, 2, 160)
+    return CalibratedPredictions("binary", rng.normal(size=(160, 2)) + 1.5 * np.eye(2)[y], y, 1, (0.4,))
 
 
 def binary(z, y, threshold=0.5):
@@ -60,9 +58,8 @@ def test_the_same_seed_draws_the_same_and_another_another():
 
 
 def test_each_row_is_drawn_once_on_average_with_the_variance_of_a_multinomial():
-    weights = np.concatenate(
-        list(bootstrap_weights(Clusters.of(np.arange(50), np.zeros(50, dtype=int)), 20_000)), axis=1
-    )
+    units = Clusters.of(np.arange(50), np.zeros(50, dtype=int))
+    weights = np.concatenate(list(bootstrap_weights(units, 20_000)), axis=1)
     np.testing.assert_allclose(weights.mean(axis=1), 1, atol=0.05)
     np.testing.assert_allclose(weights.var(axis=1), 1 - 1 / 50, atol=0.06)
 
@@ -78,15 +75,11 @@ def estimates(one, clusters=None, resamples=400, heads=1):
 
 
 def test_proportions_are_wilsons_and_everything_else_a_bootstrap():
-    found = estimates(predictions("binary")).all()
-    one = predictions("binary")
-    called, truth = one.predicted_labels == 1, one.y == 1
-    assert (found["sensitivity"].low, found["sensitivity"].high) == pytest.approx(
-        significance.wilson(int((called & truth).sum()), int(truth.sum()))
-    )
-    assert (found["ppv"].low, found["ppv"].high) == pytest.approx(
-        significance.wilson(int((called & truth).sum()), int(called.sum()))
-    )
+    one = predictions()
+    found, called, truth = estimates(one).all(), one.predicted_labels == 1, one.y == 1
+    for name, of in (("sensitivity", truth), ("ppv", called)):
+        expected = significance.wilson(int((called & truth).sum()), int(of.sum()))
+        assert (found[name].low, found[name].high) == pytest.approx(expected)
     assert {m: e.method for m, e in found.items()} == {
         **dict.fromkeys(("sensitivity", "specificity", "ppv", "npv", "accuracy"), "Wilson"),
         **dict.fromkeys(("auroc", "ap", "f1", "nll", "brier"), "bootstrap"),
@@ -96,13 +89,10 @@ def test_proportions_are_wilsons_and_everything_else_a_bootstrap():
 
 
 def test_the_bootstrap_is_the_one_written_out():
-    one = predictions("binary")
+    one = predictions()
     found = estimates(one, resamples=100)
-    rows = [
-        np.repeat(np.arange(160), w.astype(int))
-        for block in bootstrap_weights(one_part(one).clusters, 100)
-        for w in block.T
-    ]  # fmt: skip
+    weights = np.concatenate(list(bootstrap_weights(one_part(one).clusters, 100)), axis=1)
+    rows = [np.repeat(np.arange(160), w.astype(int)) for w in weights.T]
     areas = [sk.roc_auc_score(one.y[r], one.z[r, 1] - one.z[r, 0]) for r in rows]
     assert (found.estimate("auroc").low, found.estimate("auroc").high) == pytest.approx(
         tuple(np.quantile(areas, [0.025, 0.975])), abs=1e-6
@@ -132,7 +122,7 @@ def test_clusters_make_proportions_a_cluster_bootstrap_and_wider():
 
 def test_several_seeds_are_averaged_within_each_resample():
     """What is hard for all of them stays: three equal heads have the interval of one; 3 of different errors less."""
-    one = predictions("binary")
+    one = predictions()
     alone, thrice = (estimates(one, heads=k).estimate("auroc") for k in (1, 3))
     assert (alone.low, alone.high) == pytest.approx((thrice.low, thrice.high))
     other = [replace(one, z=one.z + np.random.default_rng(s).normal(size=one.z.shape)) for s in (1, 2)]
@@ -166,7 +156,7 @@ def test_folds_are_averaged_and_never_pooled():
     """Two folds whose scores lie at other heights: pooled, the AUROC would be far from either."""
     parts = []
     for fold, shift in enumerate((0.0, 50.0)):
-        one = predictions("binary", seed=fold)
+        one = predictions(fold)
         shifted = replace(one, z=one.z + np.array([0, shift]))
         parts.append(intervals.TestSet(str(fold), np.arange(160), (shifted,), 160.0))
     found = FamilyEstimates(parts, ["a", "b"], SharedResamples(100))
@@ -183,7 +173,7 @@ def test_ppv_and_npv_at_a_prevalence_by_bayes():
     assert classification.predictive_values(0.9, 0.75, 0.25) == pytest.approx(
         {"ppv": 0.9 * 0.25 / 0.4125, "npv": 0.75 * 0.75 / 0.5875}
     )
-    one = predictions("binary")
+    one = predictions()
     found = estimates(one)
     share = float((one.y == 1).mean())
     there = found.at_prevalence(share)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,20 @@ import transformers
 from support import checkpoints
 from support.gradients import check_cam_layer
 from support.pictures import image_folder
+from support.tuning import FOLDERS, close, made, pixels, saved, trained, vit
 from torch import nn
-from torch.nn import functional
 
 import featurecache
 import heads
 from featurecache.backbones import load_backbone, load_without_weights
 from featurecache.backbones.processors import check_processor, from_processor
-from featurecache.backbones.wrappers import Tokens
 from featurecache.errors import BadOption, OutputRefused, RunError, UnknownBackbone, UnknownHead
 from featurecache.images.decoding import decode
 from featurecache.images.preprocessing import Preprocess
 from heads import api
 from heads.api import train_baseline
 from heads.models import finetune
-from heads.models.adapters import Rescaled, add_lora, add_rlrr, merge_adapters
-from heads.models.catalogue import baseline_info, make_network
+from heads.models.catalogue import baseline_info
 from heads.models.finetune import (
     FineTuned,
     classifier_state,
@@ -41,53 +38,16 @@ from heads.models.finetune import (
 from heads.runs.run import pixels_of
 from heads.settings import Settings
 
-KINDS = ("vit", "deit", "dinov2", "clip_vision", "siglip", "beit", "resnet", "convnext")
-FOLDERS = {kind: getattr(checkpoints, f"save_{kind}") for kind in KINDS}
-
-
 SELDOM = ("beit", "convnext")
 
 
-def made(name: str, classes: int = 3, **options: Any) -> Any:
-    side, generator = options.pop("image_size", None) or baseline_info(name).image_size, options.pop("generator", None)
-    return make_network(Settings(name, **options), side, classes, generator)
-
-
-def vit(folder: Path, **options: Any) -> Any:
-    return made(f"finetune:hf:{checkpoints.save_vit(folder)}", **options)
-
-
-def pixels(model: Any, count: int = 4, seed: int = 1) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, *model.preprocess.size), generator=generator).float()
-
-
-def trained(model: Any, steps: int = 2) -> Any:
-    """After some steps on noise, in eval mode."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
-    x, y = pixels(model), torch.tensor([0, 1, 2, 0])
-    for _ in range(steps):
-        optimizer.zero_grad()
-        functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model.eval()
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("kind", [k if k not in SELDOM else pytest.param(k, marks=pytest.mark.slow) for k in FOLDERS])
-def test_every_weight_that_is_trained_gets_a_gradient_and_the_folder_gives_the_same_logits(
-    kind: str, tmp_path: Path
-) -> None:
+def test_every_trained_weight_gets_a_gradient_and_the_folder_gives_the_same_logits(kind: str, tmp_path: Path) -> None:
     model = trained(made(f"finetune:hf:{FOLDERS[kind](tmp_path / 'begin')}"))
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    words = save_backbone(model, tmp_path / "tuned")
-    again = load_finetuned(tmp_path / "tuned", classifier_state(model), classes=3)
-    x = pixels(model, seed=2)
+    again, x = saved(model, tmp_path), pixels(model, seed=2)
     close(again(x), model(x))
-    assert words == f"--backbone hf:{tmp_path / 'tuned'}"
+    assert extract_options(tmp_path / "tuned") == f"--backbone hf:{tmp_path / 'tuned'}"
 
 
 def test_a_backbone_whose_features_were_computed_before_can_be_trained_on(tmp_path: Path) -> None:
@@ -170,9 +130,9 @@ def test_a_network_of_a_library_is_trained_and_kept_as_a_file_of_weights(name: s
 
 
 def test_another_image_size_is_said_to_extract(tmp_path: Path) -> None:
-    model = vit(tmp_path / "begin", image_size=48)
-    assert save_backbone(model.eval(), tmp_path / "tuned").endswith(" --image-size 48")
-    again, x = load_finetuned(tmp_path / "tuned", classifier_state(model)), pixels(model)
+    model = vit(tmp_path / "begin", image_size=48).eval()
+    again, x = saved(model, tmp_path), pixels(model)
+    assert extract_options(tmp_path / "tuned").endswith(" --image-size 48")
     assert x.shape[2:] == (48, 48) and model.cam_grid == (1, 6, 6)
     close(again(x), model(x))
 
@@ -203,135 +163,20 @@ def test_the_generator_decides_the_new_parts(tmp_path: Path) -> None:
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
-def states_of(model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
-@pytest.mark.parametrize("kind", ["vit", "clip_vision"])
-def test_lora_trains_its_adapters_and_the_classifier_alone(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    folder = FOLDERS[kind](tmp_path / "begin")
-    model = made(f"finetune:hf:{folder}", lora=2)
-    x, before = pixels(model, seed=2), states_of(model)
-    plain = made(f"finetune:hf:{folder}")
-    plain.classifier.load_state_dict(model.classifier.state_dict())
-    close(model.eval()(x), plain.eval()(x))  # it begins as the network was
-    trained(model.train())
-    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-    assert changed == {name for name in before if "lora_" in name or name.startswith("classifier.")}
-    assert sum(before[name].numel() for name in changed) == 3 * 4 * 2 * 64 + 3 * 33  # 3 blocks of 4 layers 32 × 32
-
-
-def test_lora_worked_into_the_weights_gives_the_same_logits_in_plain_layers(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    model = trained(vit(tmp_path / "begin", lora=2))
-    x = pixels(model, seed=2)
-    before = model(x)
-    save_backbone(model, tmp_path / "tuned")
-    again = load_finetuned(tmp_path / "tuned", classifier_state(model))
-    close(again(x), before)
-    close(model(x), before)  # and the network itself is as it was
-    state, parts = again.state_dict(), dict(model.network.named_modules())
-    name = next(name for name in parts if name.endswith("q_proj") or name.endswith("attention.query"))
-    layer: Any = parts[name]
-    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # α = r
-    close(state[f"network.{name}.weight"], layer.base_layer.weight + product)
-    assert not [key for key in state if "lora" in key]
-
-
-def test_torchs_own_attention_takes_both_additions() -> None:
-    pytest.importorskip("peft")
-    from torchvision.models import VisionTransformer
-
-    for adapt in (lambda m: add_lora(m, 2), add_rlrr):
-        network = VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3)
-        model = Tokens(network, "encoder.layers", "encoder.ln", {}, output="encoder")
-        adapt(model)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-        x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        model.eval()
-        plain = merge_adapters(model)
-        assert {type(part) for part in plain.network.modules()} == {
-            type(part) for part in VisionTransformer(32, 8, 2, 2, 16, 32).modules()
-        }
-        close(plain(x, {"tokens"})["tokens"], model(x, {"tokens"})["tokens"])
-
-
-def test_low_rank_rescaling_by_hand() -> None:
-    """W + s_left s_rightᵀ ∘ W with W = [[1, 2], [3, 4]], s_left = (1/2, −1), s_right = (2, 1/10)."""
-    rescaled = Rescaled(torch.zeros(2, 2))
-    with torch.no_grad():
-        rescaled.left.copy_(torch.tensor([[0.5], [-1.0]]))
-        rescaled.right.copy_(torch.tensor([[2.0, 0.1]]))
-    close(rescaled(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), torch.tensor([[2.0, 2.1], [-3.0, 3.6]]))
-
-
-def test_low_rank_rescaling_of_a_network_is_the_published_formula_in_every_linear_layer(tmp_path: Path) -> None:
-    name = f"finetune:hf:{checkpoints.save_vit(tmp_path / 'begin')}"
-    model, own = trained(made(name, rlrr=True)), made(name).network.state_dict()
-    save_backbone(model, tmp_path / "tuned")
-    again, state = load_finetuned(tmp_path / "tuned", classifier_state(model)), model.network.state_dict()
-    tuned = again.network.state_dict()
-    layers = [key.removesuffix(".parametrizations.weight.0.left") for key in state if key.endswith("weight.0.left")]
-    assert len(layers) == 3 * 6  # of three blocks: query, key, value, output and two of the MLP
-    for layer in layers:
-        left, right = (state[f"{layer}.parametrizations.weight.0.{side}"] for side in ("left", "right"))
-        rank_one = torch.outer(left.flatten(), right.flatten())
-        close(tuned[f"{layer}.weight"], own[f"{layer}.weight"] + rank_one * own[f"{layer}.weight"])
-        shift = state[f"{layer}.parametrizations.bias.0.shift"]
-        assert shift.any()
-        close(tuned[f"{layer}.bias"], own[f"{layer}.bias"] + shift)
-    x = pixels(model, seed=2)
-    close(again(x), model(x))
-
-
-def test_low_rank_rescaling_trains_its_vectors_the_norms_and_the_classifier_alone(tmp_path: Path) -> None:
-    model = vit(tmp_path, rlrr=True)
-    before = states_of(model)
-    trained(model)
-    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-    new = {name for name in before if name.endswith((".left", ".right", ".shift"))}
-    norms = {name for name in before if "norm" in name and not name.endswith(".original")}
-    assert changed == new | norms | {"classifier.weight", "classifier.bias"}
-    # a block: four layers 32 × 32, 64 × 32 and 32 × 64, each with two vectors and a shift
-    assert sum(before[name].numel() for name in new) == 3 * (4 * 96 + 160 + 128)
-    assert all(not before[name].any() for name in new if name.endswith(".shift"))
-
-
-def test_the_published_beginning_of_low_rank_rescaling() -> None:
-    """Kaiming's uniform draw: bounds √(6 / 1) of a column and √(6 / 768) of a row."""
-    torch.manual_seed(0)
-    rescaled = Rescaled(torch.zeros(3000, 768))
-    assert 2.4 < rescaled.left.abs().max() <= 6**0.5
-    assert 0.085 < rescaled.right.abs().max() <= (6 / 768) ** 0.5
-
-
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("kind", "options", "said"),
     [
-        ({"lora": 0}, "at least 1"),
-        ({"lora": 4, "rlrr": True}, "give one of them"),
-        ({"dropout": 1.0}, "below 1"),
-        ({"image_size": 33}, "multiple of the patch"),
+        ("vit", {"lora": 0}, "at least 1"),
+        ("vit", {"lora": 4, "rlrr": True}, "give one of them"),
+        ("vit", {"dropout": 1.0}, "below 1"),
+        ("vit", {"image_size": 33}, "multiple of the patch"),
+        ("resnet", {"lora": 4}, "plain transformers.*is none"),
+        ("resnet", {"rlrr": True}, "plain transformers.*is none"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_options_that_cannot_be_are_refused(kind: str, options: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(BadOption, match=said):
-        vit(tmp_path, **options)
-
-
-@pytest.mark.parametrize("options", [{"lora": 4}, {"rlrr": True}])
-def test_a_cnn_takes_no_addition_of_transformers(options: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(BadOption, match=r"plain transformers.*is none"):
-        made(f"finetune:hf:{checkpoints.save_resnet(tmp_path)}", **options)
-
-
-def test_without_peft_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(BadOption, match=r"pip install 'featurecache\[peft\]'"):
-        vit(tmp_path, lora=4)
+        made(f"finetune:hf:{FOLDERS[kind](tmp_path)}", **options)
 
 
 @pytest.mark.slow
@@ -379,7 +224,7 @@ def test_a_folder_that_holds_another_checkpoint_by_now_is_read_anew(tmp_path: Pa
 )
 def test_a_record_that_was_changed_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     model = vit(tmp_path / "begin")
-    save_backbone(model, tmp_path / "tuned")
+    saved(model, tmp_path)
     record = tmp_path / "tuned" / "finetuned.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | change))
     with pytest.raises(RunError, match=said):
@@ -390,15 +235,14 @@ def test_a_classifier_of_another_network_or_none_is_refused(tmp_path: Path) -> N
     model = vit(tmp_path / "begin")
     save_backbone(model, tmp_path / "tuned")
     state = classifier_state(model)
-    for wrong, said in (
-        ({}, "is missing"),
-        ({**state, "classifier.bias": torch.zeros(2)}, "a bias for each"),
-        ({**state, "classifier.weight": torch.zeros(3, 7)}, "takes a cls of 7"),
+    for wrong, classes, said in (
+        ({}, None, "is missing"),
+        ({**state, "classifier.bias": torch.zeros(2)}, None, "a bias for each"),
+        ({**state, "classifier.weight": torch.zeros(3, 7)}, None, "takes a cls of 7"),
+        (state, 4, "of 3 classes; expected 4"),
     ):
         with pytest.raises(RunError, match=said):
-            load_finetuned(tmp_path / "tuned", wrong)
-    with pytest.raises(RunError, match="of 3 classes; expected 4"):
-        load_finetuned(tmp_path / "tuned", state, classes=4)
+            load_finetuned(tmp_path / "tuned", wrong, classes=classes)
     with pytest.raises(RunError, match="no fine-tuned network"):
         extract_options(tmp_path / "begin")
 

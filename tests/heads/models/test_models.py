@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -12,33 +13,19 @@ from torch import nn
 
 from featurecache.errors import BadOption, UnknownHead
 from heads.models.catalogue import HEADS, describe_head, head_info, heads_table, load_head, make_head
-from heads.models.common import Input, count_parameters, own_randomness
+from heads.models.common import Input, count_parameters, layers_of, own_randomness
 from heads.reports.text import HEADS_HEADER, head_table, heads_lines, heads_rows
 
 
-class Small(nn.Module):
+def article_small(classes):
     """The article's model 1, on the class token."""
-
-    def __init__(self, classes):
-        super().__init__()
-        self.fc = nn.Linear(768, classes)
-
-    def forward(self, x):
-        return self.fc(x)
+    return nn.Sequential(OrderedDict(fc=nn.Linear(768, classes)))
 
 
-class ArticleLarge(nn.Module):
+def article_large(classes, tokens=197, width=768):
     """The article's model 2 (tokens=197) and 3 (257), on the transposed hidden state [768, tokens]."""
-
-    def __init__(self, classes, tokens=197, width=768):
-        super().__init__()
-        self.fc1 = nn.Linear(tokens, 256)
-        self.relu = nn.ReLU()
-        self.flatten = nn.Flatten()
-        self.fc2 = nn.Linear(width * 256, classes)
-
-    def forward(self, x):
-        return self.fc2(self.flatten(self.relu(self.fc1(x))))
+    fc1, fc2 = nn.Linear(tokens, 256), nn.Linear(width * 256, classes)
+    return nn.Sequential(OrderedDict(fc1=fc1, relu=nn.ReLU(), flatten=nn.Flatten(), fc2=fc2))
 
 
 def generator(seed=0):
@@ -48,9 +35,9 @@ def generator(seed=0):
 @pytest.mark.parametrize(
     ("name", "shape", "theirs", "parameters"),
     [
-        ("linear", (768,), Small(2), 1_538),
-        ("large", (197, 768), ArticleLarge(2), 443_906),
-        ("large", (257, 768), ArticleLarge(2, 257), 459_266),
+        ("linear", (768,), article_small(2), 1_538),
+        ("large", (197, 768), article_large(2), 443_906),
+        ("large", (257, 768), article_large(2, 257), 459_266),
     ],
 )
 def test_the_articles_classes_load_our_state_dict_and_give_our_logits(name, shape, theirs, parameters):
@@ -72,7 +59,7 @@ def test_ours_loads_the_articles_state_dict_and_a_sequential_in_order():
 
 def test_large_starts_from_the_weights_that_the_articles_class_draws():
     torch.manual_seed(3)
-    theirs = ArticleLarge(4, tokens=6, width=10)
+    theirs = article_large(4, tokens=6, width=10)
     ours = make_head("large", (6, 10), 4, generator(3))
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
 
@@ -89,10 +76,10 @@ def test_every_head_maps_its_shape_to_logits_and_its_layers_add_up(name):
         model = make_head(name, given, 3, generator(), **more)
         assert torch.equal(before, torch.get_rng_state()), "torch's own generator is left as it was"
         assert model(torch.ones(2, *given.shape)).shape == (2, 3)
-        described = describe_head(name, given, 3, **more)
-        assert sum(layer["parameters"] for layer in described["layers"]) == described["parameters"]
-        assert described["parameters"] == count_parameters(model)
-        assert len(head_table(described).splitlines()) == len(described["layers"]) + 4
+        assert sum(parameters for *_, parameters in layers_of(model)) == count_parameters(model)
+    described = describe_head(name, given, 3)
+    assert described["parameters"] == sum(layer["parameters"] for layer in described["layers"])
+    assert len(head_table(described).splitlines()) == len(described["layers"]) + 4
 
 
 TOKENS = Input((5, 7), ("cls",), (2, 2))
@@ -118,8 +105,8 @@ def test_the_table_of_heads_gives_parameters_at_a_vit_b16():
     rows = heads_rows(heads_table())
     assert [row[0] for row in rows] == list(HEADS) and {len(row) for row in rows} == {len(HEADS_HEADER)}
     assert "1,181,954" in heads_lines(heads_table()) and "none: it keeps train" in heads_lines(heads_table())
-    gated = describe_head("attention", Input((197, 768)), 2, gated=True)
-    assert gated["parameters"] == 2 * (768 * 128 + 128) + 128 + 1_538
+    gated = make_head("attention", Input((197, 768)), 2, gated=True)
+    assert count_parameters(gated) == 2 * (768 * 128 + 128) + 128 + 1_538
 
 
 REGISTERS = Input((8, 3), ("reg0", "cls"), (2, 3))  # the class token is not always first
@@ -145,29 +132,16 @@ def test_attention_has_the_numbers_and_gradients_of_keys_and_values_of_every_tok
     naive = make_head("attention", Input((11, 128)), 3)
     naive.load_state_dict(ours.state_dict())
     x, y = torch.randn(5, 11, 128), torch.tensor([0, 1, 2, 0, 1])
-    keys, values = (
-        layer(x).unflatten(2, (2, 64)).transpose(1, 2) for layer in (naive.key, naive.value)
-    )  # [B, K, T, d]
-    query = naive.query[None, :, None].expand(5, -1, -1, -1)
-    pooled = nn.functional.scaled_dot_product_attention(query, keys, values).flatten(1)
+    keys, values = (part(x).unflatten(2, (2, 64)).transpose(1, 2) for part in (naive.key, naive.value))  # [B, K, T, d]
+    weights = (naive.query[None, :, None] @ keys.transpose(2, 3) / 8).softmax(3)  # 8: the root of 64
+    pooled = (weights @ values).flatten(1)
+    torch.testing.assert_close(ours.attention(x), weights[:, :, 0])
     logits = ours(x)
     torch.testing.assert_close(logits, naive.fc(pooled))
     for z in (logits, naive.fc(pooled)):
         nn.functional.cross_entropy(z, y).backward()
     for (name, a), b in zip(ours.named_parameters(), naive.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_attention_is_torchs_multihead_attention_with_one_query():
-    ours = make_head("attention", Input((9, 192)), 2, generator(2))
-    theirs = nn.MultiheadAttention(192, 3, bias=False, batch_first=True)
-    eye = torch.eye(192)
-    theirs.in_proj_weight.data = torch.cat([eye, ours.key.weight.data, ours.value.weight.data])
-    theirs.out_proj.weight.data = eye
-    x = torch.randn(4, 9, 192)
-    pooled, weights = theirs(ours.query.view(1, 1, -1).expand(4, -1, -1), x, x, average_attn_weights=False)
-    torch.testing.assert_close(ours(x), ours.fc(pooled[:, 0]))
-    torch.testing.assert_close(ours.attention(x), weights[:, :, 0])
 
 
 @pytest.mark.parametrize(("width", "heads"), [(768, 12), (384, 6), (96, 1), (7, 1), (200, 2), (1280, 20)])
@@ -243,7 +217,7 @@ def test_dropout_is_the_heads_own_unless_given_and_drops_in_training_alone(name)
     torch.testing.assert_close(dropping.eval()(x), plain(x))
     with own_randomness(generator(1)):
         assert not torch.allclose(dropping.train()(x), plain(x))
-    assert any("Dropout(0.7)" in layer["layer"] for layer in describe_head(name, given, 3, dropout=0.7)["layers"])
+    assert any("Dropout(0.7)" in layer for _, layer, *_ in layers_of(dropping))
 
 
 def test_dropout_of_linear_is_on_its_input_and_of_large_on_the_hidden_layer():
@@ -268,12 +242,19 @@ def test_a_solved_head_refuses_a_dropout_that_would_do_nothing(name):
     make_head(name, (7,), 3, dropout=0.0)
 
 
-def test_options_outside_their_range_or_for_another_head_are_refused():
-    for value in (1.0, -0.1, float("nan")):
-        with pytest.raises(BadOption, match="at least 0 and below 1"):
-            make_head("linear", (7,), 3, dropout=value)
-    with pytest.raises(BadOption, match="large has no gate; --gated is for attention"):
-        make_head("large", (5, 7), 3, gated=True)
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "said"),
+    [
+        *(("linear", (7,), {"dropout": value}, "at least 0 and below 1") for value in (1.0, -0.1, float("nan"))),
+        ("large", (5, 7), {"gated": True}, "large has no gate; --gated is for attention"),
+        ("large", (768,), {}, r"large takes all tokens \[T×D\].* this output is \[768\].*linear, mlp"),
+        ("linear", (197, 768), {}, r"linear takes one vector \[D\].*\[197×768\].*large"),
+        ("cnn-cifar", (768,), {}, "no head on features: featurecache train-baseline"),
+    ],
+)
+def test_what_does_not_fit_a_head_is_refused_with_a_way_out(name, shape, options, said):
+    with pytest.raises(BadOption, match=said):
+        make_head(name, shape, 2, **options)
 
 
 @pytest.mark.parametrize("name", [name for name in HEADS if name != "knn"])
@@ -315,13 +296,6 @@ def test_info_shows_layers_shapes_and_parameters():
 def test_an_unknown_head_names_the_nearest():
     with pytest.raises(UnknownHead, match=r"no head is called 'linaer'\. Near: linear.*Heads: linear, large"):
         head_info("linaer")
-
-
-def test_a_head_and_an_output_that_do_not_fit_are_refused_with_a_way_out():
-    with pytest.raises(BadOption, match=r"large takes all tokens \[T×D\].* this output is \[768\].*linear, mlp"):
-        make_head("large", (768,), 2)
-    with pytest.raises(BadOption, match=r"linear takes one vector \[D\].*\[197×768\].*large"):
-        make_head("linear", (197, 768), 2)
 
 
 def test_a_heads_randomness_goes_on_where_it_stopped_whatever_happens_outside():

@@ -47,11 +47,8 @@ def test_a_class_comes_round_only_after_all_its_images_across_epochs_too():
 
 
 def test_an_epoch_is_n_draws_and_a_class_that_is_not_there_is_not_drawn():
-    labels = [0] * 30 + [5] * 3
-    (epoch,) = drawn(labels, 10)
-    rows = np.concatenate(epoch)
-    assert len(rows) == 33
-    assert 16 <= (rows >= 30).sum() <= 17
+    rows = np.concatenate(drawn([0] * 30 + [5] * 3, 10)[0])
+    assert len(rows) == 33 and 16 <= (rows >= 30).sum() <= 17
 
 
 def test_the_split_seed_alone_decides_the_order():
