@@ -114,8 +114,7 @@ def view_record(view: View) -> dict[str, Any]:
         "groups": None if view.groups is None else len(set(view.groups)),
         "meta": list(view.meta),
         "outputs": {
-            name: record_of(info)
-            | {"bytes": view.info(name).row_bytes * view.rows, "rounding": _rounding(view, name)}
+            name: record_of(info) | {"bytes": view.info(name).row_bytes * view.rows, "rounding": _rounding(view, name)}
             for name, info in view.outputs.items()
         },
         **{name: getattr(view, name) for name in _AS_THEY_ARE},

@@ -19,43 +19,39 @@ Prevalence = float | dict[str, float]
 
 
 def check_prevalence(run: Run, prevalence: Prevalence | None) -> None:
+    """Raises BadOption where there is no such positive class, or no such share of images."""
     if prevalence is None:
         return
     if run.task not in ("binary", "multilabel"):
-        raise BadOption(
-            f"--prevalence is of one positive class, and a {run.task} task has none. It is for two classes, or for "
-            "several labels."
-        )
-    if isinstance(prevalence, dict):
-        known = run.classes if run.task == "multilabel" else (run.config["positive"],)
-        if unknown := [name for name in prevalence if name not in known]:
-            raise BadOption(f"--prevalence of {unknown[0]}: the positives of this task are {', '.join(known)}.")
-    for value in prevalence.values() if isinstance(prevalence, dict) else (prevalence,):
+        none = f"--prevalence is of one positive class, and a {run.task} task has none"
+        raise BadOption(f"{none}. It is for two classes, or for several labels.")
+    positives = run.classes if run.task == "multilabel" else (run.config["positive"],)
+    by_name = prevalence if isinstance(prevalence, dict) else dict.fromkeys(positives, prevalence)
+    for name, value in by_name.items():
+        if name not in positives:
+            raise BadOption(f"--prevalence of {name}: the positives of this task are {', '.join(positives)}.")
         if not 0 < value < 1:
             raise BadOption(f"--prevalence is {value:g}; it is a share of the images, above 0 and below 1.")
 
 
 def operating_points(run: Run, estimates: FamilyEstimates, prevalence: Prevalence | None) -> list[dict[str, Any]]:
-    """What the thresholds of val reach on test: of the positive class, or of each label; several classes have none."""
+    """What the thresholds of val (means over the heads) reach on test: of the positive class, or of each label; several
+    classes have none."""
+    labels: list[tuple[str, int | None]] = [(run.config["positive"], None)] if run.task == "binary" else []
     if run.task == "multilabel":
-        return [_point(run, estimates, name, c, c, prevalence) for c, name in enumerate(run.classes)]
-    if run.task == "binary":
-        return [_point(run, estimates, run.config["positive"], None, 0, prevalence)]
-    return []
-
-
-def _point(
-    run: Run, estimates: FamilyEstimates, name: str, c: int | None, place: int, prevalence: Prevalence | None
-) -> dict[str, Any]:
-    """The threshold is the mean over the heads."""
-    cuts = [each.thresholds[place] for test_set in estimates.test_sets for each in test_set.predictions]
-    reached = {m: estimates.estimate(m, c).record() for m in ("sensitivity", "specificity", "ppv", "npv")}
-    share = prevalence.get(name) if isinstance(prevalence, dict) else prevalence
-    elsewhere = None
-    if share is not None:
-        elsewhere = {m: each.record() for m, each in estimates.at_prevalence(share, c).items()} | {"prevalence": share}
-    wanted = run.config["settings"].get("sensitivity")
-    return {"class": name, "threshold": float(np.mean(cuts)), "wanted": wanted, **reached, "at_prevalence": elsewhere}
+        labels = [(name, c) for c, name in enumerate(run.classes)]
+    points = []
+    for name, c in labels:
+        cuts = [each.thresholds[c or 0] for test_set in estimates.test_sets for each in test_set.predictions]
+        reached = {m: estimates.estimate(m, c).record() for m in ("sensitivity", "specificity", "ppv", "npv")}
+        share = prevalence.get(name) if isinstance(prevalence, dict) else prevalence
+        elsewhere = None
+        if share is not None:
+            elsewhere = {m: e.record() for m, e in estimates.at_prevalence(share, c).items()} | {"prevalence": share}
+        wanted = run.config["settings"].get("sensitivity")
+        cut = float(np.mean(cuts))
+        points.append({"class": name, "threshold": cut, "wanted": wanted, **reached, "at_prevalence": elsewhere})
+    return points
 
 
 def calibration_record(predictions: FamilyPredictions) -> dict[str, Any]:
@@ -64,13 +60,13 @@ def calibration_record(predictions: FamilyPredictions) -> dict[str, Any]:
     after = [each for test_set in predictions.test_sets for each in test_set.predictions]
     answers = [each for heads in predictions.answers for each in heads]
     before = [replace(each, z=raw.logits) for each, raw in zip(after, answers, strict=True)]
-    return {"before": calibration_of(before), "after": calibration_of(after)}
+    return {"before": _calibration(before), "after": _calibration(after)}
 
 
-def calibration_of(predictions: Sequence[CalibratedPredictions]) -> dict[str, Any]:
+def _calibration(predictions: Sequence[CalibratedPredictions]) -> dict[str, Any]:
     """Several labels are pooled in the bins, while ECE is the mean over labels."""
     names = [str(c) for c in range(predictions[0].z.shape[1])]
     measured = [evaluate(each, names) for each in predictions]
-    means: dict[str, Any] = {m: float(np.mean([each[m] for each in measured])) for m in ("brier", "nll", "ece")}
+    means = {m: float(np.mean([each[m] for each in measured])) for m in ("brier", "nll", "ece")}
     pairs = zip(*map(confidence, predictions), strict=True)
     return means | {"bins": reliability(*(np.concatenate(column) for column in pairs))}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -55,41 +55,33 @@ class GalleryPicture:
     sums: str = ""
 
 
-@dataclass(frozen=True)
-class GalleryRow:
-    title: str
-    pictures: list[GalleryPicture]
-
-
 @dataclass
 class Gallery:
-    rows: list[GalleryRow]
+    rows: dict[str, list[GalleryPicture]]  # by title
     notes: list[str] = field(default_factory=list)
 
     @property
     def images(self) -> int:
-        return sum(picture.image is not None for row in self.rows for picture in row.pictures)
+        return sum(picture.image is not None for row in self.rows.values() for picture in row)
 
 
-def choose(
-    task: str, classes: Sequence[str], positive: int | None, predictions: TestPredictions
-) -> list[tuple[str, list[GalleryItem]]]:
+def choose(predictions: TestPredictions) -> list[tuple[str, list[GalleryItem]]]:
     """[(title, items)]: of the predictions of runs that do not overlap (one run, or the folds of one seed).
 
     Mistakes by the probability given to the truth, lowest first; correct ones highest first. No image twice in a row.
     """
+    run = predictions[0][0]
     items = [item for number, (run, answers) in enumerate(predictions) for item in _items(number, run, answers)]
     wrong = sorted((item for item in items if item.truth != item.predicted), key=lambda item: item.p_truth)
     right = sorted((item for item in items if item.truth == item.predicted), key=lambda item: -item.p_truth)
     titles = {"": "Worst mistakes"}
-    if task == "binary":
-        assert positive is not None
-        sick, well = classes[positive], classes[1 - positive]
+    if run.positive is not None:
+        sick, well = run.classes[run.positive], run.classes[1 - run.positive]
         titles = {
             sick: f"False negatives: {sick} predicted as {well}",
             well: f"False positives: {well} predicted as {sick}",
         }
-    elif task == "multilabel":
+    elif run.task == "multilabel":
         titles = {"present": "False negatives: predicted absent", "absent": "False positives: predicted present"}
     rows = [(title, [item for item in wrong if truth in ("", item.truth)]) for truth, title in titles.items()]
     rows.append(("Most confident correct predictions", _in_turn(right)))
@@ -133,14 +125,9 @@ class ImageLoader:
         self._originals = SourceImages()
 
     def gallery(self, predictions: TestPredictions) -> Gallery:
-        run = predictions[0][0]
         originals: dict[GalleryItem, SourceImage] = {}
-        rows = [
-            GalleryRow(title, [self._picture(predictions, item, originals) for item in items])
-            for title, items in choose(run.task, run.classes, run.positive, predictions)
-            if items
-        ]
-        gallery = Gallery(rows)
+        chosen = {title: items for title, items in choose(predictions) if items}
+        gallery = Gallery({t: [self._picture(predictions, item, originals) for item in chosen[t]] for t in chosen})
         if gallery.images:
             gallery.notes.append(self._add_maps(gallery, predictions, originals))
         return gallery
@@ -166,7 +153,8 @@ class ImageLoader:
     ) -> str:
         """Maps beside the images of the first run (they are of one head), and a note that says what they are."""
         run = predictions[0][0]
-        boxed = [[p.item for p in row.pictures if p.image and p.box and p.item.run == 0] for row in gallery.rows]
+        rows = gallery.rows
+        boxed = [[p.item for p in row if p.image and p.box and p.item.run == 0] for row in rows.values()]
         if not any(boxed):
             return "No maps: nothing says which part of these images the backbone saw."
         explainer = Explainer(run, self._originals, trust_code=run.trust_code)
@@ -180,8 +168,8 @@ class ImageLoader:
         except FeatureCacheError as error:
             return f"No maps: {error}"
         by_item = dict(zip(chosen, maps, strict=True))
-        for row in gallery.rows:
-            row.pictures[:] = [_with_map(p, by_item[p.item]) if p.item in by_item else p for p in row.pictures]
+        for row in rows.values():
+            row[:] = [_with_map(p, by_item[p.item]) if p.item in by_item else p for p in row]
         return _map_note(maps[0], run, len(predictions))
 
 

@@ -28,7 +28,6 @@ from heads.explanations.methods import (
     Transformer,
     attention_maps,
     attention_of,
-    check_class_token,
     check_extra,
     grad_cam_maps,
     layer_of,
@@ -80,27 +79,17 @@ def test_three_tokens_worked_by_hand():
     assert rollout([first, second])[0, 0].tolist() == pytest.approx([0.48, 0.29, 0.23])
 
 
-def test_three_tokens_through_a_network_that_never_looks_anywhere_special():
-    """Queries of zero: attention is 1/3 everywhere, Ã = (2/3 on the diagonal, 1/6 beside), and the first row of Ã² is
-    (1/2, 1/4, 1/4)."""
-    backbone = backbone_of(Three(torch.zeros(2, 2), torch.zeros(2, 2)))
-    ((last, rolled),) = attention_maps(Transformer.of_backbone(backbone), torch.rand(1, 3, 1, 2))
-    assert last.values == pytest.approx(np.array([[1 / 3, 1 / 3]]))
-    assert rolled.values == pytest.approx(np.array([[1 / 4, 1 / 4]])) and rolled.beside["class token"] == pytest.approx(
-        0.5
-    )
-    assert "same for every head and class" in last.how and "same for every head and class" in rolled.how
-
-
 def test_the_class_token_looks_at_the_patch_that_is_like_it():
     """One block: the class token asks for (1, 0)·2 in units of 1/√2; the left pixel has (ln 3 · √2 / 2, 0), the right
     one (0, 5), so exp of the scores are e^√2, 3 and 1."""
     backbone = backbone_of(Three(2 * torch.eye(2)))
     pixels = torch.zeros(1, 3, 1, 2)
     pixels[0, 0, 0, 0], pixels[0, 1, 0, 1] = np.log(3) * np.sqrt(2) / 2, 5
-    ((last, _),) = attention_maps(Transformer.of_backbone(backbone), pixels)
+    ((last, rolled),) = attention_maps(Transformer.of_backbone(backbone), pixels)
     total = np.exp(np.sqrt(2)) + 3 + 1
     assert last.values == pytest.approx(np.array([[3 / total, 1 / total]]), abs=1e-6)
+    assert rolled.values == pytest.approx(last.values / 2) and rolled.beside["class token"] > 0.5
+    assert all("same for every head and class" in each.how for each in (last, rolled))
 
 
 def test_registers_take_part_in_the_product_and_are_left_off_the_map(tmp_path):
@@ -167,16 +156,16 @@ def test_attention_of_the_small_vit_trained_from_scratch_is_that_of_its_queries_
 
 def test_a_network_from_pixels_is_explained_where_it_is_asked_for_and_is_back_afterwards(monkeypatch):
     """A device that only renames: what is sent there, and what comes back, is written down."""
-    model, asked = make_network(Settings("vit-cifar"), 32, 2).eval(), []
-    monkeypatch.setattr(forward, "pick_device", lambda name: asked.append(name) or torch.device("meta"))
+    model, steps = make_network(Settings("vit-cifar"), 32, 2).eval(), []
+    monkeypatch.setattr(forward, "pick_device", lambda name: steps.append(name) or torch.device("meta"))
     config = {"spec": {"kind": "pixels"}, "view": {}}
     explainer = Explainer(SimpleNamespace(model=model, config=config), None, device="cuda:1")
-    monkeypatch.setattr(nn.Module, "to", lambda self, device: asked.append(device))
-    monkeypatch.setattr(nn.Module, "cpu", lambda self: asked.append("back"))
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: steps.append(device))
+    monkeypatch.setattr(nn.Module, "cpu", lambda self: steps.append("back"))
     with pytest.raises(ValueError), explainer._there(model) as device:
-        asked.append(f"on {device}")
+        steps.append(f"on {device}")
         raise ValueError
-    assert asked == ["cuda:1", "meta", "on meta", "back"]
+    assert steps == ["cuda:1", "meta", "on meta", "back"]
 
 
 def test_a_cnn_trained_from_pixels_has_no_attention():
@@ -187,23 +176,16 @@ def test_a_cnn_trained_from_pixels_has_no_attention():
 
 def test_attention_without_a_class_token_is_refused():
     with pytest.raises(BadOption, match="no class token"):
-        check_class_token(Transformer.of_backbone(backbone_of(Three(torch.zeros(2, 2)), prefix=())))
+        attention_maps(
+            Transformer.of_backbone(backbone_of(Three(torch.zeros(2, 2)), prefix=())), torch.rand(1, 3, 1, 2)
+        )
 
 
 def test_attention_that_cannot_be_read_is_refused():
-    class Silent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.Sequential(nn.Identity())
-
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            return self.blocks(pixels[:, :, 0])
-
+    silent = nn.Sequential(nn.Flatten(2))
+    silent.blocks = nn.Sequential(nn.Identity())
     with pytest.raises(BadOption, match="cannot be read"):
-        attention_of(Transformer.of_backbone(backbone_of(Silent())), torch.rand(1, 3, 1, 2))
-
-
-# --- Grad-CAM
+        attention_of(Transformer.of_backbone(backbone_of(silent)), torch.rand(1, 3, 1, 2))
 
 
 def test_grad_cam_of_a_linear_head_on_gap_is_class_activation_mapping():
