@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from heads.reports.figures import save_pictures
 from heads.reports.page import WrittenReport, write_report
 from heads.runs.run import Run, load_run
 from heads.runs.write import run_target, write_run
-from heads.settings import Settings, options_for
+from heads.settings import Settings
 from heads.sweeps.grid import SweepSpec
 from heads.sweeps.journal import RECORD, ROWS, Sweep, in_use, load_sweep, open_sweep, read_journal, write_sweep
-from heads.sweeps.plan import has_option, plan_sweep
+from heads.sweeps.plan import FROM_PIXELS, has_option, plan_sweep
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search
 from heads.task import FeatureView, Say, memory_for_features
@@ -162,15 +163,12 @@ def _open_views(
         return views
     base, plain = spec.base, Settings("")
     for name in baselines:
-        useless = [option for option in options_for("network", "finetune") if not has_option(name, option)]
-        network.check_network(
-            dataclasses.replace(base, **{option: getattr(plain, option) for option in useless}, head=name)
-        )  # fmt: skip
-    images: list[FeatureView] = []
-    images += open_pixels(
-        views[0] if data is None else data, baselines, base.image_size, weights=base.weights, progress=progress
-    )
-    return [*views, *images] if others else images
+        useless = [option for option in FROM_PIXELS if not has_option(name, option)]
+        own = {option: getattr(plain, option) for option in useless}
+        network.check_network(dataclasses.replace(base, **own, head=name))
+    first = views[0] if data is None else data
+    images = open_pixels(first, baselines, base.image_size, weights=base.weights, progress=progress)
+    return [*(views if others else ()), *images]
 
 
 def _device(heads: str | Sequence[str], device: str | None) -> str | None:
@@ -226,12 +224,9 @@ def families_in(*paths: str | Path, trust_code: bool = False) -> list[Family]:
 def _report_folder(folders: Sequence[Path], out: str | Path | None) -> Path:
     """Where the page goes; a folder that holds other things than a report, or another run, is refused."""
     if out is None:
-        if len(folders) == 1:
-            return folders[0]
-        number = 1
-        while (folder := folders[0].resolve().parent / f"report-{number}").exists():
-            number += 1
-        return folder
+        parent = folders[0].resolve().parent
+        numbered = (parent / f"report-{number}" for number in count(1))
+        return folders[0] if len(folders) == 1 else next(folder for folder in numbered if not folder.exists())
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise BadOption(f"--out {out} is a file; it must be a folder, or a name that is free.")

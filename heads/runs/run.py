@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from featurecache.sources.base import Dataset
 
 T = TypeVar("T")
-FORMAT = 1
+FORMAT = 1  # of the records of runs, sweeps and studies
 MOST = 1 << 28  # bytes of a record; a confusion matrix of 5,000 classes
 _VIEW = {"label": str, "path": str, "output": str, "shape": list, "untrained": bool}
 _CONFIG = {
@@ -198,18 +198,18 @@ def list_runs(folder: str | Path = "runs") -> list[Run]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path / "config.json")
-    if config.get("format") != FORMAT:
-        raise RunError(f"{path} has run format {str(config.get('format'))[:40]}; this featurecache reads {FORMAT}.")
-    wrong = _wrong(config, _CONFIG) or [f"view {key}" for key in _wrong(config["view"], _VIEW)]
+    config = read_folder(path, "config.json", "run", _CONFIG)
+    view, wrong = config["view"], [f"view {key}" for key in _wrong(config["view"], _VIEW)]
     if not wrong:
+        shape, classes, splits = view["shape"], config["classes"], config["splits"]
+        numbers = 1 <= len(shape) <= 3 and all(type(n) is int and n > 0 for n in shape)
         proper = {
-            "shape": _is_shape(config["view"]["shape"]),
-            "places of tokens": _are_places(config["view"]),
-            "classes": bool(config["classes"]) and all(isinstance(name, str) for name in config["classes"]),
+            "shape": numbers and math.prod(shape) <= MAX_VALUES,
+            "places of tokens": _are_places(view),
+            "classes": bool(classes) and all(isinstance(name, str) for name in classes),
             "task": config["task"] in TASKS,
             "chosen": config["chosen"].get("by") in (*METRICS, "loss"),
-            "splits": isinstance(config["splits"].get("digest"), str) and _are_leaks(config["splits"]),
+            "splits": isinstance(splits.get("digest"), str) and _are_leaks(splits),
             "calibration": _is_calibration(config["calibration"]),
         }
         wrong = [name for name, fine in proper.items() if not fine]
@@ -272,12 +272,18 @@ def read_json(file: Path) -> dict[str, Any]:
         raise RunError(f"{file.parent} is damaged: {error}") from error
 
 
+def read_folder(path: Path, file: str, what: str, kinds: dict[str, Any]) -> dict[str, Any]:
+    """The record that says what a folder of ours holds, by ``kinds`` of its values; RunError where it is none."""
+    record = read_json(path / file)
+    if record.get("format") != FORMAT:
+        raise RunError(f"{path} has {what} format {str(record.get('format'))[:40]}; this featurecache reads {FORMAT}.")
+    if wrong := _wrong(record, kinds):
+        raise RunError(f"{path} is damaged: {file} has no proper {' and no '.join(wrong)}.")
+    return record
+
+
 def _wrong(record: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
     return [key for key, kind in kinds.items() if not isinstance(record.get(key), kind) or key not in record]
-
-
-def _is_shape(shape: list[Any]) -> bool:
-    return 1 <= len(shape) <= 3 and all(type(n) is int and n > 0 for n in shape) and math.prod(shape) <= MAX_VALUES
 
 
 def _are_places(view: dict[str, Any]) -> bool:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import base64
 import shlex
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from featurecache import formatting
 from featurecache.errors import CannotWrite, UnreadableImage
 from featurecache.files.atomic import write_whole
 from featurecache.store.write_view import open_view
@@ -39,7 +39,10 @@ from heads.studies.spec import ExplainStep, Extract, Heads, Network, OpenedSet, 
 RESAMPLES, QUICK_RESAMPLES = 2000, 200
 TOP = 3  # heads in the chart of the best
 Rows = Sequence[tuple[str, Family, dict[str, Any]]]  # (step, family, its record) of one question
-OTHERS = {"parameters": "parameters", "train_seconds": "seconds to train", "ms_per_image": "ms an image, with loading"}
+OTHERS = {  # published beside measures: what each is called, and its format
+    "parameters": ("parameters", ",.0f"), "train_seconds": ("seconds to train", ",.0f"),
+    "ms_per_image": ("ms an image, with loading", ",.3f"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -240,10 +243,8 @@ def _digests(result: StudyResult, opened: OpenedSet) -> np.ndarray:
     cached = {i: d for view in views for i, d in zip(view.ids, view.digests.tolist(), strict=True)}
     digests = np.zeros(len(opened.dataset), "S32")
     for row, identity in enumerate(opened.dataset.ids):
-        try:
+        with suppress(UnreadableImage):
             digests[row] = cached.get(identity) or digest(opened.dataset.read(row)).encode()
-        except UnreadableImage:
-            continue
     return digests
 
 
@@ -251,17 +252,20 @@ def _digests(result: StudyResult, opened: OpenedSet) -> np.ndarray:
 
 
 def _published_row(result: StudyResult, table: StudyTable, published: PublishedNumber) -> dict[str, Any]:
-    record, measure = _matching_family(table, published), published.measure
-    value, low, high = our_value(published, record) if record else (None, None, None)
+    measure, record = published.measure, _matching_family(table, published) or {}
+    name, _ = OTHERS.get(measure) or (title(measure, table.record["task"]), "")
+    ours = record.get("test", {}).get(measure) or {}
+    if measure in OTHERS:
+        ours = {"value": record.get("loaded_ms" if measure == "ms_per_image" else measure)}
+    elif published.split == "val":
+        ours, name = {"value": record.get("val", {}).get(measure)}, f"{name} on val"
+    ends = [format_published(measure, end) for key in ("low", "high") if (end := ours.get(key)) is not None]
     absent = f"not run: {published.ours}" if published.ours else "none: this study trains none like it"
-    name = OTHERS.get(measure) or title(measure, table.record["task"])
-    ends = ", ".join(format_published(measure, end) for end in (low, high))
     return {
-        "what": published.what, "part": table.question.title,
-        "measure": f"{name}{' on val' if published.split == 'val' else ''}",
+        "what": published.what, "part": table.question.title, "measure": name,
         "published": published.value, "published_words": format_published(measure, published.value),
-        "here": value, "here_words": format_published(measure, value),
-        "range": None if low is None or high is None else f"[{ends}]", "ours": record["name"] if record else absent,
+        "here": ours.get("value"), "here_words": format_published(measure, ours.get("value")),
+        "range": f"[{', '.join(ends)}]" if len(ends) == 2 else None, "ours": record.get("name", absent),
         "remark": "; ".join(filter(None, [published.remark, published.source])),
         "grey": bool(grey_reasons(result, published)),
     }  # fmt: skip
@@ -280,26 +284,11 @@ def _matching_family(table: StudyTable, published: PublishedNumber) -> dict[str,
     return min(rows, key=lambda record: sign * (record["val"].get(lead) or 0.0), default=None)
 
 
-def our_value(published: PublishedNumber, record: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """(value, low, high) of ours; an interval only of test."""
-    measure = published.measure
-    if measure in OTHERS:
-        return record["loaded_ms" if measure == "ms_per_image" else measure], None, None
-    if published.split == "val":
-        return record["val"].get(measure), None, None
-    test = record["test"].get(measure) or {}
-    return test.get("value"), test.get("low"), test.get("high")
-
-
 def format_published(measure: str, value: float | None) -> str:
     """Shares as the studies write them, in percent; areas as they are."""
-    if value is None:
-        return "–"
-    if measure == "accuracy":
-        return f"{100 * value:.2f} %"
-    if measure in OTHERS:
-        return f"{value:,.3f}" if measure == "ms_per_image" else f"{value:,.0f}"
-    return formatting.number(value)
+    if value is None or measure == "accuracy":
+        return "–" if value is None else f"{100 * value:.2f} %"
+    return format(value, OTHERS[measure][1] if measure in OTHERS else ".3f")
 
 
 def grey_reasons(result: StudyResult, published: PublishedNumber) -> list[str]:
@@ -349,15 +338,15 @@ def _top_figure(rows: Rows, seconds: dict[str, float]) -> Figure:
     measured = [row for row in rows if row[2]["val"].get("accuracy") is not None]
     best = sorted(measured, key=lambda row: -row[2]["val"]["accuracy"])[:TOP]
     plot = Plot("seconds to train", "val accuracy", least=0.02, top=1.0)
-    keys = []
+    names = []
     for number, (step, _, record) in enumerate(best):
         time, value = record["train_seconds"] or 0.0, record["val"]["accuracy"]
         plot.dot(time, value, style_of(number), f"{record['name']}: {value:.3f} after {time:.0f} s", radius=6)
-        keys.append((style_of(number), f"{short(record['name'], 60)} ({step}): {value:.3f}, {time:,.1f} s"))
+        names.append(f"{short(record['name'], 60)} ({step}): {value:.3f}, {time:,.1f} s")
     before = sum(spent for name, spent in seconds.items() if name.endswith("-features"))
     frozen = any(not family.from_pixels for _, family, _ in best)
     more = f" Frozen heads need their features first: {before:,.0f} s for all of them together." if frozen else ""
-    return Figure("The best three on val", plot, f"Chosen on val.{more}", tuple(keys))
+    return Figure("The best three on val", plot, f"Chosen on val.{more}", _keys(names))
 
 
 def _loss_figure(runs: dict[str, Run]) -> Figure:
@@ -368,22 +357,25 @@ def _loss_figure(runs: dict[str, Run]) -> Figure:
         for column in ("train_loss", "val_loss"):
             points = [(row["epoch"], row[column]) for row in run.history]
             plot.line(points, style_of(number), thin=column == "train_loss")
-    keys = tuple((style_of(number), name) for number, name in enumerate(runs))
-    return Figure("Loss, with and without augmentation", plot, "Thick: val. Thin: train.", keys)
+    return Figure("Loss, with and without augmentation", plot, "Thick: val. Thin: train.", _keys(runs))
 
 
 def _time_figure(runs: dict[str, Run]) -> Figure:
     """Val accuracy against seconds of training, at the end of each epoch."""
-    spent = [list(accumulate(row["seconds"] for row in run.history)) for run in runs.values()]
-    plot = Plot("seconds of training", "val accuracy", x=(0.0, 1.05 * max(map(max, spent))), least=0.02, top=1.0)
-    for number, ((name, run), times) in enumerate(zip(runs.items(), spent, strict=True)):
-        points = [(s, row["val_accuracy"]) for s, row in zip(times, run.history, strict=True)]
+    longest = max(sum(row["seconds"] for row in run.history) for run in runs.values())
+    plot = Plot("seconds of training", "val accuracy", x=(0.0, 1.05 * longest), least=0.02, top=1.0)
+    for number, (name, run) in enumerate(runs.items()):
+        times = accumulate(row["seconds"] for row in run.history)
+        points = [(x, row["val_accuracy"]) for x, row in zip(times, run.history, strict=True)]
         plot.line(points, style_of(number))
         for x, y in points:
             plot.dot(x, y, style_of(number), f"{name}: {y:.3f} after {x:.0f} s", radius=2.4)
-    keys = tuple((style_of(number), name) for number, name in enumerate(runs))
     caption = "A mark is the end of an epoch; each with its own usual learning rate."
-    return Figure("Accuracy against time, by optimiser", plot, caption, keys)
+    return Figure("Accuracy against time, by optimiser", plot, caption, _keys(runs))
+
+
+def _keys(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((style_of(number), name) for number, name in enumerate(names))
 
 
 FIGURES: dict[str, Callable[[Rows, dict[str, float]], list[Figure]]] = {"pneumonia": pneumonia_figures}

@@ -71,10 +71,8 @@ MINDLINA = Study(
         "on all 197 tokens, model 3 the same on tokens resized to 257. Adam, learning rate 0.001, balanced batches.",
         "Model 3's first layer acts on a fixed linear map of the tokens: it can express nothing that model 2 cannot.",
     ),
-    images=(
-        ImageSet("chest", "kaggle:paultimothymooney/chest-xray-pneumonia", ("bacteria", "normal", "virus"),
-                 columns={"label": "kind"}),
-    ),
+    images=(ImageSet("chest", "kaggle:paultimothymooney/chest-xray-pneumonia", ("bacteria", "normal", "virus"),
+                     columns={"label": "kind"}),),
     questions=(
         Question("pneumonia", "Normal or pneumonia", "chest", splits=thousand_of_each, published=_MINDLINA,
                  options={"classes": ("normal", "pneumonia=bacteria,virus")}, reference="pneumonia-cnn",
@@ -121,10 +119,8 @@ MEDICAL_MNIST = Study(
         "A three-block CNN from scratch (Adam, plateau schedule, early stop), ResNet-50, and "
         "google/vit-base-patch16-224 fine-tuned on 300 images; ResNet-50 and the ViT also frozen.",
     ),
-    images=(
-        ImageSet("medical-mnist", "kaggle:gennadiimanzhos/medical-mnist-train-test-val",
-                 ("AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT")),
-    ),
+    images=(ImageSet("medical-mnist", "kaggle:gennadiimanzhos/medical-mnist-train-test-val",
+                     ("AbdomenCT", "BreastMRI", "CXR", "ChestCT", "Hand", "HeadCT")),),
     questions=(
         Question(
             "scans", "Which kind of scan", "medical-mnist", select="accuracy",
@@ -250,10 +246,7 @@ PNEUMONIA = Study(
               {"fractions": "0.05,0.1,0.25,0.5,1"}),
         Heads("search", "pneumonia", tuple(f"{name}-features" for name in _BACKBONES), "linear",
               {"search": "optuna", "trials": 15, "lr": "1e-5..1e-1", "weight_decay": "1e-6..1e-1"}),
-        *(
-            Network(f"{name}-tuned", "pneumonia", f"finetune:{backbone}", _TUNED)
-            for name, (backbone, _) in _BACKBONES.items()
-        ),
+        *(Network(f"{name}-tuned", "pneumonia", f"finetune:{each}", _TUNED) for name, (each, _) in _BACKBONES.items()),
         Network("resnet50-augmented", "pneumonia", "finetune:resnet50", {**_TUNED, "augment": _AUGMENT}),
         *(
             Network(f"resnet50-{name}", "pneumonia", "finetune:resnet50", {**_TUNED, "optimizer": name, "lr": lr})

@@ -24,7 +24,7 @@ from heads.explanations.methods import Transformer, has_class_token
 from heads.metrics.classification import UNTRAINED, measure_name, title
 from heads.reports.page import ranked
 from heads.reports.text import interval
-from heads.runs.run import Run, load_run, name_of, read_json
+from heads.runs.run import FORMAT, Run, load_run, name_of, read_folder
 from heads.runs.write import check_out
 from heads.splits import splits_csv
 from heads.studies.images import few_of, open_sets, signature, sources_of
@@ -46,7 +46,6 @@ from heads.sweeps.journal import JournalFile, in_use, load_sweep, read_journal, 
 if TYPE_CHECKING:
     from featurecache.sources.base import Dataset
 
-FORMAT = 1
 LONG = 8 * 60.0  # minutes; beyond it the ways to a shorter run are said
 SHOWN = 12  # heads of a question, in the terminal
 RECORD, STEPS = "study.json", "steps.jsonl"
@@ -110,12 +109,10 @@ def _read_record(folder: Path, study: Study, options: StudyOptions) -> dict[str,
     """What the folder holds: nothing, or this study asked for alike. Raises RunError."""
     if not (folder / RECORD).exists():
         return {}
-    record = read_json(folder / RECORD)
-    before = record.get("asked")
-    if record.get("format") != FORMAT or not isinstance(before, dict):
-        raise RunError(f"{folder / RECORD} is not what featurecache {__version__} writes; give another --out.")
-    if record.get("study") != study.name:
-        raise RunError(f"{folder} holds the study {str(record.get('study'))[:60]}; give another --out.")
+    record = read_folder(folder, RECORD, "study", {"study": str, "asked": dict, "data": list, "images": dict})
+    before = record["asked"]
+    if record["study"] != study.name:
+        raise RunError(f"{folder} holds the study {record['study'][:60]}; give another --out.")
     differing = [
         f"{name.replace('_', ' ')} {_value_text(before.get(name))} → {_value_text(value)}"
         for name, value in options.to_dict().items()

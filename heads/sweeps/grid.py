@@ -130,15 +130,11 @@ def numbers(option: str, value: Numbers) -> tuple[float, ...]:
 def search_range(option: str, value: Numbers) -> tuple[float, ...] | Range:
     """`numbers`, or the one ``a..b`` that a search may take any number of."""
     if not isinstance(value, str):
-        values = [_finite(option, str(each)) for each in ([value] if isinstance(value, int | float) else value)]
-    else:
-        pieces = [piece.strip() for piece in value.split(",")]
-        if len(pieces) == 1 and ".." in value and ":" not in value:
-            return Range(*_ends(option, value))
-        values = [value for piece in pieces for value in _piece(option, piece)]
-    if not values:
-        raise BadOption(f"--{option} is empty; it takes 1e-3, or 0,1e-4, or 1e-4..1e-2:5.")
-    return tuple(dict.fromkeys(values))
+        value = ",".join(map(str, [value] if isinstance(value, int | float) else value))
+    pieces = [piece.strip() for piece in value.split(",")]
+    if len(pieces) == 1 and ".." in value and ":" not in value:
+        return Range(*_ends(option, value))
+    return tuple(dict.fromkeys(number for piece in pieces for number in _piece(option, piece)))
 
 
 def _piece(option: str, text: str) -> list[float]:

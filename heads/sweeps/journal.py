@@ -32,7 +32,7 @@ from featurecache.files.locks import exclusive_lock
 from featurecache.files.records import nan_to_none, parse_json
 from heads.evaluation.families import Family, family_of, select_setting, selection_key
 from heads.models.catalogue import head_info
-from heads.runs.run import Run, load_run, read_config, read_json
+from heads.runs.run import FORMAT, Run, load_run, read_config, read_folder
 from heads.runs.write import RunContents, check_out
 from heads.settings import METRICS
 from heads.sweeps.plan import SweepPlan
@@ -40,7 +40,6 @@ from heads.task import clusters_of
 from heads.training.job import TrainingJob
 
 RECORD, ROWS, STAGED = "sweep.json", "rows.jsonl", ".unchosen"
-FORMAT = 1
 MOST = 1 << 31  # bytes of a journal
 Row = dict[str, Any]
 COLUMNS: dict[str, type] = {
@@ -228,13 +227,10 @@ def _free_folder(view: str, frame: dict[str, Any]) -> Path:
 
 
 def _read_sweep(folder: Path) -> dict[str, Any]:
-    record = read_json(folder / RECORD)
-    if record.get("format") != FORMAT:
-        raise RunError(f"{folder} has sweep format {str(record.get('format'))[:40]}; this featurecache reads {FORMAT}.")
-    kinds: dict[str, Any] = {"frame": dict, "views": dict, "asked": list, "ram": (int, float), "select": str}
-    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
-    if wrong or record["select"] not in (*METRICS, "loss"):
-        raise RunError(f"{folder} is damaged: {RECORD} has no proper {' and no '.join(wrong or ['select'])}.")
+    kinds = {"frame": dict, "views": dict, "asked": list, "ram": (int, float), "select": str}
+    record = read_folder(folder, RECORD, "sweep", kinds)
+    if record["select"] not in (*METRICS, "loss"):
+        raise RunError(f"{folder} is damaged: {RECORD} has no proper select.")
     return record
 
 

@@ -19,7 +19,7 @@ train_head = partial(train_head, report=False)
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def cached(monkeypatch):
     """A featurecache.compute of its own: the bytes b"3" are row 3 of the view, b"bad" cannot be read."""
     view, calls = toy_view(n=200, splits="given", noise=2), []
 
@@ -31,12 +31,11 @@ def asked(monkeypatch):
 
     monkeypatch.setitem(featurecache.__dict__, "compute", compute)
     view.spec = {"precision": "fp32"}
-    return view, calls
+    return view, calls, train_head(view, "linear", epochs=2)
 
 
-def test_the_cache_and_predict_give_the_same_probabilities(asked):
-    view, calls = asked
-    run = train_head(view, "linear", epochs=2)
+def test_the_cache_and_predict_give_the_same_probabilities(cached):
+    view, calls, run = cached
     records = predict(run, [b"3", b"150"])
     p = np.exp(run.logits(view.features["cls"][[3, 150]]))
     p /= p.sum(1, keepdims=True)
@@ -47,9 +46,8 @@ def test_the_cache_and_predict_give_the_same_probabilities(asked):
     assert (like.spec, like.provenance, like.label) == (view.spec, view.provenance, view.label)
 
 
-def test_what_cannot_be_read_is_named_and_the_others_keep_their_places(asked, tmp_path):
-    view, _ = asked
-    run = train_head(view, "linear", epochs=2)
+def test_what_cannot_be_read_is_named_and_the_others_keep_their_places(cached, tmp_path):
+    run = cached[2]
     for name, data in (("a.png", b"5"), ("b.png", b"bad"), ("c.png", b"6")):
         (tmp_path / name).write_bytes(data)
     records = predict(run.path, ["a.png", "b.png", "gone.png", "c.png"])
@@ -60,9 +58,8 @@ def test_what_cannot_be_read_is_named_and_the_others_keep_their_places(asked, tm
     assert records[3]["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-6)
 
 
-def test_a_binary_record_names_the_class_by_the_threshold_of_val(asked):
-    view, _ = asked
-    run = train_head(view, "linear", epochs=2)
+def test_a_binary_record_names_the_class_by_the_threshold_of_val(cached):
+    run = cached[2]
     cut = run.config["calibration"]["thresholds"][0]
     z = np.array([[0.0, np.log(cut / (1 - cut)) + step] for step in (-0.01, 0.01)])
     below, above = prediction_records(run, z)
@@ -77,9 +74,8 @@ def test_multilabel_records_have_all_labels_above_their_thresholds():
     assert prediction_records(run, z)[0]["classes"] == ["sign 0", "sign 2"]
 
 
-def test_many_images_are_computed_in_pieces(asked, monkeypatch):
-    view, calls = asked
-    run = train_head(view, "linear", epochs=1)
+def test_many_images_are_computed_in_pieces(cached, monkeypatch):
+    view, calls, run = cached
     monkeypatch.setattr("heads.inference.HELD", (5, 100))
     records = predict(run, [str(i).encode() for i in range(10, 22)])
     assert [len(images) for images, *_ in calls] == [3, 3, 3, 3]
@@ -87,25 +83,21 @@ def test_many_images_are_computed_in_pieces(asked, monkeypatch):
     assert [r["class"] for r in records] == [a["class"] for a in prediction_records(run, whole)]
 
 
-def test_a_folder_gives_all_its_images_and_an_array_is_an_image(asked, tmp_path, monkeypatch):
-    view, _ = asked
-    run = train_head(view, "linear", epochs=1)
+def test_a_folder_gives_all_its_images_and_an_array_is_an_image(cached, tmp_path):
+    run = cached[2]
     (tmp_path / "new").mkdir()
     for name in ("2.png", "1.png"):
         (tmp_path / "new" / name).write_bytes(name[:1].encode())
     records = predict(run, [tmp_path / "new", np.frombuffer(b"7", dtype=np.uint8)])
     names = [record["image"].removeprefix(str(tmp_path)) for record in records]
     assert names == ["/new/1.png", "/new/2.png", "image 2"]
-    assert [record["image"] for record in predict(run, [f"{tmp_path}/new/"])] == [
-        record["image"] for record in records[:2]
-    ]
+    again = predict(run, [f"{tmp_path}/new/"])
+    assert [record["image"] for record in again] == [record["image"] for record in records[:2]]
 
 
-def test_nothing_to_predict_is_no_error(asked):
-    view, calls = asked
-    assert predict(train_head(view, "linear", epochs=1), []) == []
-    assert calls == []
-    assert predictions_table([]) == "no images"
+def test_nothing_to_predict_is_no_error(cached):
+    _, calls, run = cached
+    assert predict(run, []) == [] == calls and predictions_table([]) == "no images"
     assert predictions_csv([]).splitlines() == ['"image","class","probability","error"']
 
 
@@ -137,9 +129,8 @@ def test_the_table_is_aligned_and_safe_for_a_terminal():
     assert lines[2].split(maxsplit=1)[1] == "could not be read: truncated after 3 bytes"
 
 
-def test_features_of_any_storage_type_are_taken(asked):
-    view, _ = asked
-    run = train_head(view, "linear", epochs=1)
+def test_features_of_any_storage_type_are_taken(cached):
+    view, _, run = cached
     x = view.features["cls"][:4]
     np.testing.assert_allclose(run.logits(x), run.logits(x.float()))
     assert run.logits(torch.zeros(0, 8)).shape == (0, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -75,8 +74,7 @@ def test_predictions_are_those_of_the_head_and_give_the_metrics():
 
 def test_multilabel_predictions_leave_unknown_labels_empty():
     view = label_view(n=300)
-    rows = table(quick(view).path / "predictions.csv")
-    row = rows[0]
+    row = table(quick(view).path / "predictions.csv")[0]
     labels = view.labels[view.ids.index(row["id"])]
     assert [row[f"label sign {c}"] for c in range(4)] == ["" if np.isnan(v) else str(int(v)) for v in labels]
 
@@ -168,37 +166,42 @@ def test_a_run_killed_while_writing_never_looks_finished():
     assert quick().path.name == "toy-linear-1"
 
 
-@pytest.mark.parametrize("name", ["config.json", "head.safetensors", "predictions.csv"])
-def test_a_run_that_lacks_a_file_is_no_run(name):
-    run = quick()
-    (run.path / name).unlink()
-    with pytest.raises(RunError, match=f"is not a finished run: it has no {name}"):
-        load_run(run.path)
-
-
-def test_a_damaged_run_is_refused():
-    run = quick()
-    whole = (run.path / "head.safetensors").read_bytes()
-    (run.path / "head.safetensors").write_bytes(whole[:-7])
-    with pytest.raises(RunError, match="damaged"):
-        load_run(run.path).model  # noqa: B018
-    splits = (run.path / "splits.csv").read_text()
-    (run.path / "splits.csv").write_text("".join(splits.splitlines(keepends=True)[:9]))
-    with pytest.raises(RunError, match="what it says of val is not whole"):
-        load_run(run.path).answers("val")
-    config = json.loads((run.path / "config.json").read_text())
-    (run.path / "head.safetensors").write_bytes(whole)
-    (run.path / "config.json").write_text(json.dumps({**config, "classes": ["a", "b", "c"]}))
-    with pytest.raises(RunError, match="does not fit the head"):
-        load_run(run.path).model  # noqa: B018
-    (run.path / "config.json").write_text(json.dumps({**config, "format": 99}))
-    with pytest.raises(RunError, match="run format 99; this featurecache reads 1"):
-        load_run(run.path)
-    (run.path / "config.json").write_text("{")
-    with pytest.raises(RunError, match="is damaged"):
-        load_run(run.path)
+def test_a_run_that_lacks_a_file_is_no_run():
+    path = quick().path
+    for name in ("config.json", "head.safetensors", "predictions.csv"):
+        (path / name).rename("elsewhere")
+        with pytest.raises(RunError, match=f"is not a finished run: it has no {name}"):
+            load_run(path)
+        Path("elsewhere").rename(path / name)
+    (path / "splits.csv").rename("elsewhere")
+    (path / "splits.csv").symlink_to(Path("elsewhere").resolve())
+    with pytest.raises(RunError, match="holds symbolic links"):
+        load_run(path)
     with pytest.raises(RunError, match="is not a folder"):
         load_run("runs/nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("head.safetensors", lambda data: data[:-7], "damaged"),
+        ("splits.csv", lambda data: b"".join(data.splitlines(keepends=True)[:9]), "what it says of val is not whole"),
+        (
+            "config.json",
+            lambda data: data.replace(b'"kind 0",\n', b'"kind 0", "kind 2",\n', 1),
+            "does not fit the head",
+        ),
+        ("config.json", lambda data: data.replace(b'"format": 1', b'"format": 99'), "run format 99; .* reads 1"),
+        ("config.json", lambda data: b"{", "is damaged"),
+        ("history.csv", lambda data: data + b'"', "history.csv is damaged"),
+    ],
+)
+def test_a_damaged_run_is_refused(name, change, says):
+    file = quick().path / name
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(RunError, match=says):
+        run = load_run(file.parent)
+        assert run.model and run.answers("val")
 
 
 def test_code_that_a_run_only_names_is_not_imported_unless_trusted(here, monkeypatch):
@@ -207,8 +210,7 @@ def test_code_that_a_run_only_names_is_not_imported_unless_trusted(here, monkeyp
         "    def __init__(self, shape, classes): super().__init__(shape[0], classes)\n"
     )
     run = quick(head="python:own_head_of_a_run:Own", output="cls")
-    assert run.path.name == "toy-Own-1"
-    assert run.model is not None
+    assert run.path.name == "toy-Own-1" and run.model is not None
     with pytest.raises(RunError, match="trust_code=True"):
         load_run(run.path).model  # noqa: B018
     assert load_run(run.path, trust_code=True).model is not None
@@ -220,10 +222,8 @@ def test_list_runs_passes_over_what_is_no_run():
     Path("runs/other/config.json").write_text("{}")
     assert [run.path for run in list_runs()] == [a.path, b.path]
     text = tables.runs_table(list_runs())
-    assert "runs/toy-linear-1" in text
-    assert "vit-toy/toy cls" in text
-    assert list_runs("nowhere") == []
-    assert "no runs yet" in tables.runs_table([])
+    assert "runs/toy-linear-1" in text and "vit-toy/toy cls" in text
+    assert list_runs("nowhere") == [] and "no runs yet" in tables.runs_table([])
 
 
 def test_the_final_table_has_val_and_test_and_names_the_positive_class():
@@ -250,27 +250,21 @@ def test_untrained_weights_bring_the_controls_first_and_one_sentence(monkeypatch
     assert tables.final_table(run).count(tables.UNTRAINED) == 1
 
 
-def test_a_comparison_is_ordered_by_val_alone():
+def test_a_comparison_is_ordered_by_val_alone_and_says_where_tests_differ():
     view = toy_view(n=300, splits="given", noise=2)
-    compared = [quick(view), quick(view, head="large"), quick(view, lr=1e-5)]
-    lines = tables.comparison_table(compared).splitlines()
+    lines = tables.comparison_table([quick(view), quick(view, head="large"), quick(view, lr=1e-5)]).splitlines()
     shown = [float(line.split()[4]) for line in lines[1:]]
-    assert shown == sorted(shown, reverse=True)
-    assert "do not compare" not in lines[-1]
-
-
-def test_a_comparison_of_different_test_sets_says_so():
+    assert shown == sorted(shown, reverse=True) and "do not compare" not in lines[-1]
     view = toy_view(n=300, noise=2)
     assert "do not compare" in tables.comparison_table([quick(view), quick(view, split_seed=1)])
 
 
 def test_pictures_of_many_classes_and_of_labels_are_drawn():
     for view in (toy_view(n=720, classes=24), toy_view(n=400, classes=12), label_view(labels=6)):
-        run = quick(view)
+        path = quick(view).path
         for name in ("curves.png", "confusion.png", "roc.png"):
-            with Image.open(run.path / name) as image:
-                assert min(image.size) > 300
-                assert len(image.convert("RGB").getcolors(2**20)) > 20
+            with Image.open(path / name) as image:
+                assert min(image.size) > 300 and len(image.convert("RGB").getcolors(2**20)) > 20
 
 
 def test_splits_of_one_run_serve_another():
@@ -282,9 +276,6 @@ def test_splits_of_one_run_serve_another():
 
 
 def test_numbers_in_config_say_what_ran():
-    run = quick(lr=3e-4)
-    assert run.config["settings"]["lr"] == 3e-4
-    assert run.config["parameters"] == 18
-    assert run.config["view"]["shape"] == [8]
-    assert run.config["splits"]["counts"]["train"] == [60, 60]
-    assert torch.__version__ == run.config["versions"]["torch"]
+    config = quick(lr=3e-4).config
+    assert config["settings"]["lr"] == 3e-4 and config["parameters"] == 18 and config["view"]["shape"] == [8]
+    assert config["splits"]["counts"]["train"] == [60, 60] and config["versions"]["torch"] == torch.__version__

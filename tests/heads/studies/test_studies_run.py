@@ -181,8 +181,9 @@ def test_other_images_are_refused(done, tmp_path, data):
     ("file", "text", "says"),
     [
         ("note.txt", "", "holds other files and no study"),
-        ("study.json", '{"format": 1, "study": "large", "asked": {}}', "holds the study large"),
-        ("study.json", '{"format": 99, "study": "small", "asked": {}}', "is not what featurecache"),
+        ("study.json", '{"format": 1, "study": "large", "asked": {}, "data": [], "images": {}}', "the study large"),
+        ("study.json", '{"format": 99, "study": "small", "asked": {}}', "study format 99; .* reads 1"),
+        ("study.json", '{"format": 1, "study": "small", "asked": [], "data": []}', "no proper asked and no images"),
         ("study.json", '{"format": 1, "study"', "is damaged"),
     ],
 )

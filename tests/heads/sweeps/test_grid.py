@@ -29,7 +29,8 @@ def test_a_range_without_a_number_is_for_a_search():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fast", "1e-4..", "1e-2..1e-4:3", "0..1:3", "1e-4..1e-2:1", "1..2:x", "nan", "inf", "1,,2", "-1..1:3"]
+    "text",
+    [[], "", "fast", "1e-4..", "1e-2..1e-4:3", "0..1:3", "1e-4..1e-2:1", "1..2:x", "nan", "inf", "1,,2", "-1..1:3"],
 )
 def test_what_is_no_grid_names_the_option(text):
     with pytest.raises(BadOption, match="--lr"):

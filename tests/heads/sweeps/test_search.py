@@ -1,0 +1,82 @@
+"""``--search optuna``: trials that go on where they were, are enlarged, and never look at test."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+from support.sweeps import content, sweep, trained, view_of
+
+from featurecache.errors import BadOption, RunError, Stopped
+from heads.sweeps import search
+from heads.sweeps.journal import load_sweep
+
+SEARCH = {"lr": "1e-4..1e-1", "search": "optuna", "epochs": 1}
+
+
+def test_a_stopped_search_goes_on_to_the_same_rows_and_bytes():
+    options = {**SEARCH, "weight_decay": "0,1e-3", "trials": 18}
+    sweep(view_of(), "linear,ridge", "whole", **options)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        trained(patch, stop=2)
+        sweep(view_of(), "linear,ridge", **options)
+    sweep(view_of(), "linear,ridge", **options)
+    assert content() == content("whole")
+    lrs = {row["settings"]["lr"] for row in load_sweep("whole").rows if row["head"] == "linear"}
+    assert len(lrs) == 18 and all(1e-4 <= lr <= 1e-1 for lr in lrs)
+
+
+def test_a_search_stopped_between_results_of_a_batch_goes_on_with_that_batch(monkeypatch):
+    options = SEARCH | {"trials": 11}
+    sweep(view_of(), folder="whole", **options)
+    begun, results, propose, tell = [], iter(range(100)), search._proposed, search._tell
+
+    def noted(study, space, done, count):
+        begun.append((done, count))
+        return propose(study, space, done, count)
+
+    def stopping(*words):
+        if next(results) == 3:
+            raise KeyboardInterrupt
+        tell(*words)
+
+    monkeypatch.setattr(search, "_proposed", noted)
+    monkeypatch.setattr(search, "_tell", stopping)
+    with pytest.raises(Stopped):
+        sweep(view_of(), **options)
+    sweep(view_of(), **options)
+    assert begun == [(0, 8), (8, 3)] and content() == content("whole")
+
+
+def test_a_search_is_enlarged_by_more_trials(monkeypatch):
+    sweep(view_of(), trials=3, **SEARCH)
+    new = trained(monkeypatch)
+    sweep(view_of(), trials=5, **SEARCH)
+    assert len(new) == 2
+
+
+def test_a_search_never_looks_at_test():
+    """Its labels may be anything: the same settings are tried and chosen."""
+    chosen = []
+    for flip in (False, True):
+        view = view_of(splits="given")
+        test = np.array(view.splits) == "test"
+        view.labels[test] = (1 - view.labels[test]) if flip else view.labels[test]
+        result = sweep(view, folder=str(flip), trials=9, **SEARCH)
+        lrs = [row["settings"]["lr"] for row in result.rows]
+        chosen.append((lrs, result.families[0].runs[0].config["settings"]["lr"]))
+    assert chosen[0] == chosen[1]
+
+
+def test_a_damaged_storage_says_what_to_delete():
+    result = sweep(view_of(), trials=2, **SEARCH)
+    (result.path / "search.db").write_bytes(b"x" * 5000)
+    with pytest.raises(RunError, match="Delete it"):
+        sweep(view_of(), trials=3, **SEARCH)
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(BadOption, match=r"pip install 'featurecache\[optuna\]'"):
+        sweep(view_of(), trials=2, **SEARCH)
