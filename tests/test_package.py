@@ -16,12 +16,12 @@ import pytest
 
 pytestmark = pytest.mark.slow
 TOP = Path(__file__).parent.parent
-LEFT_OUT = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "_build", "build", "dist")
 
 
 def left_out(folder: str, names: list[str]) -> set[str]:
     """What is no source: hidden files and what is built, and at the top what commands write."""
-    return LEFT_OUT(folder, names) | ({"cache", "runs"} if Path(folder) == TOP else set())
+    built = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "_build", "build", "dist")(folder, names)
+    return built | ({"cache", "runs"} if Path(folder) == TOP else set())
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -55,11 +55,10 @@ def test_the_wheel_holds_the_packages_and_nothing_else(distributions: tuple[Path
     names = set(content(distributions[1]))
     assert {name.split("/")[0].split("-")[0] for name in names} == {"featurecache", "heads", "cli.py"}
     assert {"featurecache/py.typed", "heads/py.typed", "featurecache/probes/photo.jpg"} <= names
-    modules = {
-        path.relative_to(TOP).as_posix() for top in ("featurecache", "heads") for path in TOP.glob(f"{top}/**/*.py")
-    }
-    assert {name for name in names if name.endswith(".py")} == modules | {"cli.py"}
-    assert any(name.endswith("licenses/LICENSE") or name.endswith("LICENSE") for name in names)
+    modules = [path for top in ("featurecache", "heads") for path in TOP.glob(f"{top}/**/*.py")]
+    sources = {path.relative_to(TOP).as_posix() for path in modules} | {"cli.py"}
+    assert {name for name in names if name.endswith(".py")} == sources
+    assert any(name.endswith("LICENSE") for name in names)
 
 
 def test_the_sdist_builds_the_same_wheel(distributions: tuple[Path, Path], tmp_path: Path) -> None:
@@ -67,9 +66,7 @@ def test_the_sdist_builds_the_same_wheel(distributions: tuple[Path, Path], tmp_p
     with tarfile.open(sdist) as file:
         file.extractall(tmp_path / "sdist", filter="data")
     (source,) = (tmp_path / "sdist").iterdir()
-    assert {"README.md", "CHANGELOG.md", "LICENSE", "NOTICE", "docs", "tests"} <= {
-        path.name for path in source.iterdir()
-    }
+    assert {"README.md", "CHANGELOG.md", "LICENSE", "NOTICE", "docs", "tests"} <= set(os.listdir(source))
     (again,) = built(source, tmp_path / "dist", "--wheel")
     assert content(again) == content(wheel)
 
@@ -81,24 +78,12 @@ def test_the_installed_wheel_runs_the_demo(distributions: tuple[Path, Path], tmp
     python = home / "bin/python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     seen = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
-    (site / "dependencies.pth").write_text(
-        "\n".join(seen)
-    )  # their own .pth files, as of editable installs, are not read
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--no-deps",
-        "--no-index",
-        distributions[1],
-        cwd=tmp_path,
-    )
-    where = run(
-        python, "-c", "import featurecache, heads, cli; print(featurecache.__file__, cli.__file__)", cwd=tmp_path
-    )
+    # their own .pth files, as of editable installs, are not read
+    (site / "dependencies.pth").write_text("\n".join(seen))
+    install = ("install", "--no-deps", "--no-index", distributions[1])
+    run(sys.executable, "-m", "pip", "--python", python, *install, cwd=tmp_path)
+    code = "import featurecache, heads, cli; print(featurecache.__file__, cli.__file__)"
+    where = run(python, "-c", code, cwd=tmp_path)
     assert where.count(str(site)) == 2
     assert "these numbers show that the tool works" in run(home / "bin/featurecache", "demo", cwd=tmp_path)
     assert (tmp_path / "runs/demo-report/report.html").is_file()

@@ -18,7 +18,7 @@ import pytest
 from support.builders import CLS, add_shard, add_view, digests, features, make_store
 from support.fault_home import Home
 from support.fault_home import home as make_home
-from support.flip_jobs import damaged
+from support.fault_jobs import damaged
 
 from featurecache.maintenance.repair import repair
 from featurecache.maintenance.verify import verify
@@ -27,7 +27,7 @@ from featurecache.store.view import View
 from featurecache.store.write_view import rewrite_view
 
 SEED = int(os.environ.get("FEATURECACHE_FAULT_SEED", "0"))
-Damage = tuple[str, str, int, int]  # file, how, place, more: see flip_jobs.damage
+Damage = tuple[str, str, int, int]  # file, how, place, more: see `damaged`
 IN_ONE_PROCESS = 25
 
 
@@ -57,8 +57,9 @@ class Whole:
     def __init__(self, home: Home) -> None:
         self.home, self.forks = home, home.forks
         self.cache = home.folder / "flips"
-        if not self.cache.exists():
-            self._make()
+        self.forks.done("extract", cache=self.cache, copy_of=home.cache, **home.extract, outputs="tokens-9")
+        self.forks.done("remove", cache=self.cache, name="set")
+        self.forks.done("extract", cache=self.cache, **home.grow)
         (found,) = self.forks.done("flips", start=self.cache, work=home.folder / "flips-rows", changes=[[]], then="")
         self.rows, self.files = found["after"], found["files"]
         self.records = self.forks.done("records", cache=self.cache)
@@ -66,11 +67,6 @@ class Whole:
         self.bytes = {name: (self.cache / name).read_bytes() for name in self.paths}
         digests = {row["digest"] for row in self.rows["set"].values()}
         self.shards = {name: self._shard(name, digests) for name in self.paths if name.count("/") == 2}
-
-    def _make(self) -> None:
-        self.forks.done("extract", cache=self.cache, copy_of=self.home.cache, **self.home.extract, outputs="tokens-9")
-        self.forks.done("remove", cache=self.cache, name="set")
-        self.forks.done("extract", cache=self.cache, **self.home.grow)
 
     def _shard(self, name: str, digests: set[str]) -> ShardFile:
         with h5py.File(self.cache / name) as file:
@@ -100,13 +96,10 @@ class Whole:
 
     def rows_lost(self, name: str, damages: list[Damage]) -> int:
         """Of a shard with these damages: rows that the view names and that have other bytes."""
-        data: bytes | None = self.bytes[name]
+        data = self.bytes[name]
         for how in (one[1:] for one in damages if one[0] == name):
-            data = damaged(data or b"", *how)
-        return self.shards[name].touched(self.bytes[name], data or b"")
-
-    def unreadable(self, rows: dict[str, Any]) -> int:
-        return sum(_is_error(value) for row in rows["set"].values() for value in row.values())
+            data = damaged(data, *how)
+        return self.shards[name].touched(self.bytes[name], data)
 
 
 def _is_error(value: Any) -> bool:
@@ -118,23 +111,18 @@ def whole() -> Whole:
     return Whole(make_home())
 
 
-def some(whole: Whole, rng: random.Random, names: list[str]) -> Damage:
-    """A random damage to one of the files; the head of a file as likely as all of the rest."""
-    name = rng.choice(names)
-    size = len(whole.bytes[name])
-    place = rng.randrange(min(size, 512)) if rng.random() < 0.3 else rng.randrange(size)
-    how = rng.choices(["bit", "ones", "swap", "cut", "grow"], [12, 1, 1, 2, 1])[0]
-    return name, how, place, {"bit": rng.randrange(8)}.get(how, rng.choice([8, 32, 64]))
-
-
 def random_damages(whole: Whole, seed: int, count: int, names: list[str]) -> list[Damage]:
-    """Such that change a byte."""
-    rng, found = random.Random(seed), []
-    while len(found) < count:
-        one = some(whole, rng, names)
-        if damaged(whole.bytes[one[0]], *one[1:]) != whole.bytes[one[0]]:
-            found.append(one)
-    return found
+    """Each to one of the files and such that a byte changes; the head of a file is as likely as all of the rest."""
+    rng, damages = random.Random(seed), list[Damage]()
+    while len(damages) < count:
+        name = rng.choice(names)
+        size = len(whole.bytes[name])
+        place = rng.randrange(min(size, 512)) if rng.random() < 0.3 else rng.randrange(size)
+        how = rng.choices(["bit", "ones", "swap", "cut", "grow"], [12, 1, 1, 2, 1])[0]
+        more = {"bit": rng.randrange(8)}.get(how, rng.choice([8, 32, 64]))
+        if damaged(whole.bytes[name], how, place, more) != whole.bytes[name]:
+            damages.append((name, how, place, more))
+    return damages
 
 
 # ---------------------------------------------------------------------------------------------- found, never wrong
@@ -147,8 +135,8 @@ def test_random_damages_are_found_and_harmless(whole: Whole, tmp_path: Path, see
         assert found["verify"] == [one[0]], (one, found["verify"])
         whole.check_read(found["read"], one)
         if one[0] in whole.shards and one[1] in ("bit", "ones", "swap"):
-            touched = whole.rows_lost(one[0], [one])
-            assert whole.unreadable(found["read"]) == touched, one
+            unreadable = sum(_is_error(value) for row in found["read"]["set"].values() for value in row.values())
+            assert unreadable == whole.rows_lost(one[0], [one]), one
 
 
 @pytest.mark.slow
@@ -180,11 +168,10 @@ def test_an_extraction_on_top_of_damage(whole: Whole, tmp_path: Path, seed: int,
 # ---------------------------------------------------------------------------------------------- repaired
 
 
-def mended(whole: Whole, folder: Path, damages: list[list[Damage]]) -> list[dict[str, Any]]:
+def mended(whole: Whole, folder: Path, damages: list[list[Damage]]) -> None:
     """Each set of damages, repaired: the rows computed again are exactly those that were damaged, the others keep their
     bytes and place, and nothing is wrong with the cache any more."""
-    results = whole.make(folder, damages, "mend")
-    for together, found in zip(damages, results, strict=True):
+    for together, found in zip(damages, whole.make(folder, damages, "mend"), strict=True):
         whole.check_read(found["read"], together)
         assert isinstance(found["done"], dict), (together, found["done"])
         assert found["done"]["left"] == found["left"] == [], (together, found["done"])
@@ -197,7 +184,6 @@ def mended(whole: Whole, folder: Path, damages: list[list[Damage]]) -> list[dict
         for name, digest in whole.files.items():
             if all(whole.shards[name].named) or name not in names:
                 assert found["files"].get(name) == digest, (together, name)
-    return results
 
 
 def several(whole: Whole, seed: int, count: int) -> list[list[Damage]]:
@@ -220,8 +206,7 @@ def test_shards_that_are_gone_all_of_them(whole: Whole, tmp_path: Path) -> None:
 
 
 def test_every_kind_of_file_at_once(whole: Whole, tmp_path: Path) -> None:
-    """What a shard is mended by is damaged too: the plan, the record of the store, the
-    reference of the probes."""
+    """What a shard is mended by is damaged too: the plan, the record of the store, the reference of the probes."""
     small = [name for name in whole.paths if name.endswith((".json", ".safetensors"))]
     assert len(small) == 3
     shards = [(name, "bit", shard.offset + 5, 3) for name, shard in whole.shards.items() if "mean" not in name]

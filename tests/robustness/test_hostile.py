@@ -98,11 +98,8 @@ DIRECTORIES = [
 
 @pytest.mark.parametrize(("edit", "words"), DIRECTORIES)
 def test_a_directory_of_other_things_is_refused(tmp_path: Path, edit, words: str) -> None:  # type: ignore[no-untyped-def]
-    def edited(record):  # type: ignore[no-untyped-def]
-        new = edit(record)
-        return new if new == [1] else record
-
-    refused(plant(tmp_path / "tokens" / "0a.h5", laid_out(shard(), edited)), words)
+    file = laid_out(shard(), lambda record: [1] if edit(record) == [1] else record)
+    refused(plant(tmp_path / "tokens" / "0a.h5", file), words)
 
 
 @pytest.mark.parametrize(
@@ -266,22 +263,23 @@ def test_a_copied_cache_reads_and_trains_like_the_original(sound: Path, view: Pa
 # ---------------------------------------------------------------------------------------------- files and folders
 
 
-def test_pipes_folders_and_devices_are_refused_instead_of_waited_for(view: Path) -> None:
-    view.unlink()
-    os.mkfifo(view)
-    refused(view, "not a plain file", UnsafeFile)
-    view.unlink()
-    view.mkdir()
-    refused(view, "not a plain file", UnsafeFile)
+def test_pipes_and_folders_are_refused_instead_of_waited_for(view: Path) -> None:
+    for make in (os.mkfifo, os.mkdir):
+        view.unlink()
+        make(view)
+        refused(view, "not a plain file", UnsafeFile)
+    spec_file(view).unlink()
+    os.mkfifo(spec_file(view))
+    with pytest.raises(UnsafeFile, match="not a plain file"):
+        open_store(view.parent)
 
 
 @pytest.mark.parametrize("what", ["view", "shard", "output", "spec.json", "plan.json", "store"])
 def test_symbolic_links_are_refused_at_every_level(view: Path, tmp_path: Path, what: str) -> None:
     store = view.parent
     (store / "plan.json").write_text("{}")
-    place = {"view": view, "shard": next((store / "cls").glob("*.h5")), "output": store / "cls", "store": store}.get(
-        what, store / what
-    )
+    places = {"view": view, "shard": next((store / "cls").glob("*.h5")), "output": store / "cls", "store": store}
+    place = places.get(what, store / what)
     place.rename(tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UnsafeFile, match="symbolic link"):
@@ -328,33 +326,27 @@ def test_records_of_stores_are_bounded(view: Path, text: str, words: str) -> Non
     assert len(list(unreadable_stores(view.parents[1]))) == 1
 
 
+SPECS = [
+    ("weights", 5), ("architecture", []), ("preprocess", None), ("image_size", "88"), ("image_size", [8]),
+    ("image_size", [8, -8]), ("image_size", [True, 8]), ("precision", "fp64"), ("precision", []), ("dtype", {}),
+    ("generation", "0"), ("format", None), ("position_embeddings", 3),
+]  # fmt: skip
+PROVENANCES = [
+    [], {"request": []}, {"request": {"name": 3}}, {"request": {"name": "a", "trust_code": True}},
+    {"request": {"seed": 1}}, {"backbone": {}}, {"versions": []},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("weights", 5), ("architecture", []), ("preprocess", None), ("image_size", "88"), ("image_size", [8]),
-        ("image_size", [8, -8]), ("image_size", [True, 8]), ("precision", "fp64"), ("precision", []), ("dtype", {}),
-        ("generation", "0"), ("format", None), ("position_embeddings", 3),
-    ],
-)  # fmt: skip
-def test_a_spec_of_other_types_is_no_spec(view: Path, field: str, value) -> None:  # type: ignore[no-untyped-def]
+    ("key", "change", "words"),
+    [("spec", {field: value}, "an extraction spec") for field, value in SPECS]
+    + [("provenance", record, "its provenance is not that of a store") for record in PROVENANCES],
+)
+def test_a_spec_or_a_provenance_of_other_types_is_none(view: Path, key: str, change, words: str) -> None:  # type: ignore[no-untyped-def]
     record = json.loads(spec_file(view).read_text())
-    record["spec"][field] = value
+    record[key] = {**record["spec"], **change} if key == "spec" else change
     spec_file(view).write_text(json.dumps(record))
-    with pytest.raises(CacheError, match="an extraction spec"):
-        open_store(view.parent)
-
-
-@pytest.mark.parametrize(
-    "provenance",
-    [
-        [], {"request": []}, {"request": {"name": 3}}, {"request": {"name": "a", "trust_code": True}},
-        {"request": {"seed": 1}}, {"backbone": {}}, {"versions": []},
-    ],
-)  # fmt: skip
-def test_a_provenance_that_is_none(view: Path, provenance) -> None:  # type: ignore[no-untyped-def]
-    record = json.loads(spec_file(view).read_text())
-    spec_file(view).write_text(json.dumps({**record, "provenance": provenance}))
-    with pytest.raises(CacheError, match="its provenance is not that of a store"):
+    with pytest.raises(CacheError, match=words):
         open_store(view.parent)
 
 
@@ -363,13 +355,6 @@ def test_a_plan_that_would_fill_the_machine(view: Path, plan) -> None:  # type: 
     (view.parent / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(CacheError, match="has no batch_size and threads"):
         open_store(view.parent).plan  # noqa: B018
-
-
-def test_a_pipe_in_place_of_a_record_is_not_waited_for(view: Path) -> None:
-    spec_file(view).unlink()
-    os.mkfifo(spec_file(view))
-    with pytest.raises(UnsafeFile, match="not a plain file"):
-        open_store(view.parent)
 
 
 def test_a_store_of_another_spec_stops_nobody(view: Path) -> None:

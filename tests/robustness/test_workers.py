@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 import featurecache
 from featurecache.store.shards import layout_in
 from featurecache.store.view import View
-
-HOME = Path(featurecache.__file__).parent.parent
 
 
 class Rows(Dataset):  # type: ignore[type-arg]
@@ -45,12 +45,30 @@ def made(tmp_path_factory, vit: str) -> tuple[Path, str]:  # type: ignore[no-unt
     return featurecache.extract(data, backbone=vit, cache=home / "cache", outputs="cls,tokens").view, vit
 
 
+def opened(store: Path) -> list[str]:
+    """Files of the store that this process has open."""
+    links = [path for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return [name for name in map(os.readlink, links) if name.startswith(str(store))]
+
+
 def mapped(store: Path) -> list[str]:
-    """Files of the store this process has open or mapped."""
-    links = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if name.isdigit()
-             if os.path.islink(f"/proc/self/fd/{name}")]  # fmt: skip
+    """Files of the store that this process has open or mapped."""
     maps = [line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
-    return [path for path in links + maps if path.startswith(str(store))]
+    return opened(store) + [path for path in maps if path.startswith(str(store))]
+
+
+def in_forks(count: int, job: Callable[[], Any]) -> list[Any]:
+    """What ``job`` gives in each of so many forked processes at once."""
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(count)]
+    children = [context.Process(target=lambda send=send: send.send(job())) for _, send in pipes]  # type: ignore[misc]
+    for child in children:
+        child.start()
+    answers = [receive.recv() for receive, _ in pipes if receive.poll(60)]
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * count
+    return answers
 
 
 @pytest.mark.slow
@@ -84,43 +102,21 @@ def test_an_open_view_holds_no_file_and_maps_what_was_asked_for_only(made: tuple
     assert mapped(store) == []
     view.tensor("cls")
     assert mapped(store) and all("/cls/" in path for path in mapped(store))
-    assert not any(os.readlink(f"/proc/self/fd/{n}").startswith(str(store)) for n in os.listdir("/proc/self/fd")
-                   if os.path.islink(f"/proc/self/fd/{n}"))  # fmt: skip
-
-
-def _read_in_child(view: View, answer) -> None:  # type: ignore[no-untyped-def]
-    files = mapped(view.store)
-    answer.send((view.tensor("tokens").sum().item(), files))
+    assert opened(store) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
 def test_a_forked_child_of_a_fresh_view_opens_its_own(made: tuple[Path, str], tmp_path: Path) -> None:
     store = shutil.copytree(made[0].parent, tmp_path / "cache" / made[0].parent.name)
     view = View(store / made[0].name)
-    ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=_read_in_child, args=(view, theirs))
-    child.start()
-    total, inherited = ours.recv()
-    child.join()
-    assert (inherited, total) == ([], view.tensor("tokens").sum().item())
-
-
-def _open_in_child(path: Path, answer) -> None:  # type: ignore[no-untyped-def]
-    answer.send(View(path).tensor("tokens").sum().item())
+    (answer,) = in_forks(1, lambda: (mapped(store), view.tensor("tokens").sum().item()))
+    assert answer == ([], view.tensor("tokens").sum().item())
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
 def test_eight_forked_workers_open_a_view_at_once(made: tuple[Path, str]) -> None:
-    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(8)]
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_open_in_child, args=(made[0], send)) for _, send in pipes]
-    for child in children:
-        child.start()
-    sums = [receive.recv() for receive, _ in pipes if receive.poll(60)]
-    for child in children:
-        child.join(60)
+    sums = in_forks(8, lambda: View(made[0]).tensor("tokens").sum().item())
     assert sums == [View(made[0]).tensor("tokens").sum().item()] * 8
-    assert [child.exitcode for child in children] == [0] * 8
 
 
 LOCKER = """
@@ -163,45 +159,6 @@ def test_a_cache_on_a_read_only_file_system_is_read(made: tuple[Path, str], moun
     assert torch.equal(rows, View(made[0]).tensor("tokens"))
     assert len(featurecache.open_view("data", mounted)) == 12
     del rows
-
-
-WRITER = """
-import shutil, sys
-from pathlib import Path
-import featurecache
-vit, data, cache, more = sys.argv[1:]
-featurecache.extract(data, backbone=vit, cache=cache, outputs="cls,tokens")
-print("ready", flush=True)
-for picture in sorted(Path(more).glob("*/*.png")):
-    shutil.copy(picture, Path(data) / "ill" / f"new-{picture.name}")
-    featurecache.extract(data, backbone=vit, cache=cache, outputs="cls,tokens")
-"""
-
-
-@pytest.mark.slow
-def test_a_view_read_while_another_process_rewrites_it_is_old_or_new(made: tuple[Path, str], tmp_path: Path) -> None:
-    cache, vit = tmp_path / "cache", made[1]
-    data, more = image_folder(tmp_path / "data", 6), tmp_path / "more"
-    for k in range(4):
-        save_picture(more / "x" / f"{k}.png", 100 + k)
-    path = featurecache.extract(data, backbone=vit, cache=cache, outputs="cls,tokens").view
-    first = View(path)
-    known = dict(zip(first.ids, first.tensor("tokens"), strict=True))
-    words = [sys.executable, "-c", WRITER, vit, str(data), str(cache), str(more)]
-    writer = subprocess.Popen(words, cwd=HOME, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
-    lengths, opened = set(), 0
-    while writer.poll() is None or not opened:
-        view = featurecache.open_view("data", cache)
-        rows = view.tensor("tokens")
-        lengths.add(len(view))
-        opened += 1
-        assert len(rows) == len(view) == len(view.digests)
-        for name, row in zip(view.ids, rows, strict=True):
-            if name in known:
-                assert torch.equal(row, known[name])
-    assert (writer.communicate()[0], writer.returncode) == (b"", 0)
-    assert len(lengths) > 1 and opened > 5
 
 
 REPLACER = """

@@ -12,8 +12,9 @@ import torch
 import transformers
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99}
-TEXT |= {"max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1}
+SQUARE = {**SIZE, "image_size": 32, "patch_size": 8}
+TEXT = {**SIZE, "num_hidden_layers": 1, "vocab_size": 99, "max_position_embeddings": 16}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 1}
 
 
 def _save(folder: Path, model: Any, processor: Any, seed: int = 0) -> Path:
@@ -35,20 +36,18 @@ def _squash(kind: Any, n: int = 32, **settings: Any) -> Any:
 
 
 def save_vit(folder: Path, seed: int = 0, pooler: bool = True, processor: bool = True, **config: Any) -> Path:
-    built = transformers.ViTConfig(**{**SIZE, "image_size": 32, "patch_size": 8, **config})
+    built = transformers.ViTConfig(**{**SQUARE, **config})
     own = _squash(transformers.ViTImageProcessor) if processor else None
     return _save(folder, transformers.ViTModel(built, add_pooling_layer=pooler), own, seed)
 
 
 def save_vit_classifier(folder: Path, labels: tuple[str, ...] = ("a", "b"), **config: Any) -> Path:
-    names = dict(enumerate(labels))
-    built = transformers.ViTConfig(**{**SIZE, "image_size": 32, "patch_size": 8, "id2label": names, **config})
-    model = transformers.ViTForImageClassification(built)
-    return _save(folder, model, _squash(transformers.ViTImageProcessor))
+    built = transformers.ViTConfig(**{**SQUARE, "id2label": dict(enumerate(labels)), **config})
+    return _save(folder, transformers.ViTForImageClassification(built), _squash(transformers.ViTImageProcessor))
 
 
 def save_deit(folder: Path, **config: Any) -> Path:
-    built = transformers.DeiTConfig(**{**SIZE, "image_size": 32, "patch_size": 8, **config})
+    built = transformers.DeiTConfig(**{**SQUARE, **config})
     processor = _squash(transformers.DeiTImageProcessor, 36, crop_size={"height": 32, "width": 32})
     return _save(folder, transformers.DeiTForImageClassificationWithTeacher(built), processor)
 
@@ -68,32 +67,29 @@ def _clip_processor() -> Any:
 
 
 def save_clip_vision(folder: Path, **config: Any) -> Path:
-    built = transformers.CLIPVisionConfig(**{**SIZE, "image_size": 32, "patch_size": 8, **config})
+    built = transformers.CLIPVisionConfig(**{**SQUARE, **config})
     return _save(folder, transformers.CLIPVisionModel(built), _clip_processor())
 
 
 def save_clip(folder: Path, **config: Any) -> Path:
     """Both towers, as CLIP is published."""
-    vision = {**SIZE, "image_size": 32, "patch_size": 8, **config}
-    built = transformers.CLIPConfig(text_config=TEXT, vision_config=vision)
+    built = transformers.CLIPConfig(text_config=TEXT, vision_config={**SQUARE, **config})
     return _save(folder, transformers.CLIPModel(built), _clip_processor())
 
 
 def save_beit(folder: Path, classifier: bool = True, **config: Any) -> Path:
-    shape = {**SIZE, "image_size": 32, "patch_size": 8, "use_relative_position_bias": True, "drop_path_rate": 0.5}
-    built = transformers.BeitConfig(**{**shape, **config})
+    built = transformers.BeitConfig(**{**SQUARE, "use_relative_position_bias": True, "drop_path_rate": 0.5, **config})
     kind = transformers.BeitForImageClassification if classifier else transformers.BeitForMaskedImageModeling
     return _save(folder, kind(built), _squash(transformers.BeitImageProcessor, resample=2))
 
 
 def save_siglip(folder: Path, **config: Any) -> Path:
-    built = transformers.SiglipVisionConfig(**{**SIZE, "image_size": 32, "patch_size": 8, **config})
+    built = transformers.SiglipVisionConfig(**{**SQUARE, **config})
     return _save(folder, transformers.SiglipVisionModel(built), _squash(transformers.SiglipImageProcessor))
 
 
 def save_siglip_both(folder: Path, **config: Any) -> Path:
-    vision = {**SIZE, "image_size": 32, "patch_size": 8, **config}
-    built = transformers.SiglipConfig(text_config=TEXT, vision_config=vision)
+    built = transformers.SiglipConfig(text_config=TEXT, vision_config={**SQUARE, **config})
     return _save(folder, transformers.SiglipModel(built), _squash(transformers.SiglipImageProcessor))
 
 

@@ -14,10 +14,8 @@ import sqlite3
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
-
-_NAMED = ("link", "rename", "replace", "unlink", "mkdir", "rmdir")  # the path that changes is the last argument
-_OPEN = ("pwrite", "write", "ftruncate", "fsync")  # by descriptor
 
 _folder: str | None = None
 _fault: dict[str, Any] = {}
@@ -104,45 +102,36 @@ def _unwatched(function: Any, *arguments: Any) -> None:
         _folder = kept
 
 
-def _wrap_open_file(call: str) -> None:
-    real = getattr(os, call)
-
-    @functools.wraps(real)
-    def counted(descriptor: int, *rest: Any, **named: Any) -> Any:
-        place = _by_descriptor(descriptor) if _folder else None
-        if place is None:
-            return real(descriptor, *rest, **named)
-        return _reached(call, place, "", real, (descriptor, *rest), named)
-
-    setattr(os, call, counted)
-
-
-def _wrap_name(call: str) -> None:
+def _wrap(call: str, places: Callable[..., tuple[str | None, str | None]]) -> None:
+    """``places``: of the call's arguments, what it changes and what that is made of; None: nothing of the folder."""
     real = getattr(os, call)
 
     @functools.wraps(real)
     def counted(*arguments: Any, **named: Any) -> Any:
-        two = call in ("link", "rename", "replace")
-        place = _by_name(arguments[1 if two else 0], named.get("dir_fd", named.get("dst_dir_fd"))) if _folder else None
+        place, source = places(*arguments, **named) if _folder else (None, None)
         if place is None:
             return real(*arguments, **named)
-        source = (_by_name(arguments[0], named.get("src_dir_fd")) or "") if two else ""
-        return _reached(call, place, source, real, arguments, named)
+        return _reached(call, place, source or "", real, arguments, named)
 
     setattr(os, call, counted)
 
 
-def _wrap_create() -> None:
-    real = os.open
+def _of_descriptor(descriptor: int, *_: Any, **__: Any) -> tuple[str | None, None]:
+    return _by_descriptor(descriptor), None
 
-    @functools.wraps(real)
-    def counted(path: Any, flags: int, *rest: Any, **named: Any) -> Any:
-        place = _by_name(path, named.get("dir_fd")) if _folder and flags & os.O_CREAT else None
-        if place is None:
-            return real(path, flags, *rest, **named)
-        return _reached("open", place, "", real, (path, flags, *rest), named)
 
-    os.open = counted
+def _of_name(path: Any, *_: Any, dir_fd: int | None = None, **__: Any) -> tuple[str | None, None]:
+    return _by_name(path, dir_fd), None
+
+
+def _of_new_name(path: Any, flags: int, *_: Any, dir_fd: int | None = None) -> tuple[str | None, None]:
+    return (_by_name(path, dir_fd) if flags & os.O_CREAT else None), None
+
+
+def _of_two_names(
+    source: Any, path: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None, **_: Any
+) -> tuple[str | None, str | None]:
+    return _by_name(path, dst_dir_fd), _by_name(source, src_dir_fd)
 
 
 class _Counted(sqlite3.Connection):
@@ -174,9 +163,12 @@ def _wrap_sqlite() -> None:
     sqlite3.connect = connect
 
 
-for _call in _OPEN:
-    _wrap_open_file(_call)
-for _call in _NAMED:
-    _wrap_name(_call)
-_wrap_create()
+for _calls, _places in (
+    (("pwrite", "write", "ftruncate", "fsync"), _of_descriptor),
+    (("unlink", "mkdir", "rmdir"), _of_name),
+    (("open",), _of_new_name),
+    (("link", "rename", "replace"), _of_two_names),
+):
+    for _call in _calls:
+        _wrap(_call, _places)
 _wrap_sqlite()

@@ -1,13 +1,14 @@
-"""What the child processes of the fault tests do: one operation each, arguments and answers as JSON."""
+"""What the child processes of the fault tests do: one operation each, arguments and answers as JSON; and damages to
+files of a cache, with what verify, the readers, repair and an extraction make of them."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,32 +92,37 @@ def remove(cache: str, name: str) -> None:
         collect.remove_view(name, cache)
 
 
-def contents(view: View) -> Rows:
+def contents(view: View, one_by_one: bool = False) -> Rows:
+    """All rows; ``one_by_one``: each by itself, in place of one that cannot be read its error."""
     rows: Rows = {
         sample: {"label": str(label), "split": split, "digest": digest.decode()}
         for sample, label, split, digest in zip(view.ids, view.labels, view.splits, view.digests, strict=True)
     }
     for output in view.outputs:
-        for sample, row in zip(view.ids, view.array(output), strict=True):
-            rows[sample][output] = f"{row.dtype} {row.shape} {xxhash.xxh3_128_hexdigest(row.tobytes())}"
+        cells: list[str] = []
+        for part in [[number] for number in range(len(view))] if one_by_one else [None]:
+            try:
+                read = view.array(output, part)
+                cells += [f"{row.dtype} {row.shape} {xxhash.xxh3_128_hexdigest(row.tobytes())}" for row in read]
+            except FeatureCacheError as error:
+                if not one_by_one:
+                    raise
+                cells.append(f"{type(error).__name__}: {error}")
+        for sample, cell in zip(view.ids, cells, strict=True):
+            rows[sample][output] = cell
     return rows
 
 
-def of_views(cache: str, what: Callable[[View], Any]) -> dict[str, Any]:
-    """View → what it gives, or the error that opening or reading it gives."""
-    found: dict[str, Any] = {}
+def read(cache: str, one_by_one: bool = False) -> dict[str, Rows | str]:
+    """View → its `contents`, or the error that opening or reading it gives."""
+    found: dict[str, Rows | str] = {}
     for place in stores(Path(cache)):
         for path in place.views():
             try:
-                found[path.stem] = what(View(path))
+                found[path.stem] = contents(View(path), one_by_one)
             except FeatureCacheError as error:
                 found[path.stem] = f"{type(error).__name__}: {error}"
     return found
-
-
-def read(cache: str) -> dict[str, Rows | str]:
-    """All rows of all views, or the error that one gives."""
-    return of_views(cache, contents)
 
 
 def read_again_and_again(cache: str, stop: str) -> list[dict[str, Rows | str]]:
@@ -149,10 +155,10 @@ def after(job: str, cache: str, **arguments: Any) -> dict[str, Any]:
     """What a fault left, then the same operation once more, and what there is then."""
     before = state(cache)
     shards = committed(cache)
-    value = globals()[job](cache=cache, **arguments)
+    globals()[job](cache=cache, **arguments)
     now = committed(cache)
     lost = [name for name, found in shards.items() if now.get(name) != found]
-    return {"before": before, "value": value, "after": state(cache), "changed": lost, "left": leftovers(cache)}
+    return {"before": before, "after": state(cache), "changed": lost, "left": leftovers(cache)}
 
 
 def state(cache: str) -> dict[str, Any]:
@@ -183,6 +189,51 @@ def leftovers(cache: str) -> list[str]:
 
 def copy(start: str, cache: str) -> None:
     shutil.copytree(start, cache, dirs_exist_ok=True)
+
+
+def damaged(whole: bytes, how: str, place: int, more: int) -> bytes:
+    """``bit`` number ``more`` of the byte there; ``cut`` there; ``grow`` by so many zeros; ``ones`` in so many bytes;
+    ``swap`` so many bytes with the next ones; ``gone``: nothing is left."""
+    head, here, after = whole[:place], whole[place : place + more], whole[place + more : place + 2 * more]
+    ways = {
+        "gone": lambda: b"",
+        "bit": lambda: head + bytes([whole[place] ^ 1 << more]) + whole[place + 1 :],
+        "cut": lambda: head,
+        "grow": lambda: whole + bytes(more),
+        "ones": lambda: head + b"\xff" * len(here) + whole[place + more :],
+        "swap": lambda: head + after + here + whole[place + 2 * more :],
+    }
+    return ways[how]()
+
+
+def flips(
+    start: str, work: str, changes: list[list[tuple[str, str, int, int]]], then: str, **extraction: Any
+) -> list[dict[str, Any]]:
+    """Each of the ``changes`` (damages made together) in a fresh copy of the cache ``start``: what `verify` names and
+    what can be read; then ``mend`` or ``extract``, and the same again. As decay of the disk would have it: nothing that
+    the system knows of a file has changed."""
+    results = []
+    for number, together in enumerate(changes):
+        cache = f"{work}/{number}"
+        copy(start, cache)
+        for name, how, place, more in together:
+            path = Path(cache) / name
+            data = damaged(path.read_bytes(), how, place, more)
+            path.unlink() if how == "gone" else path.write_bytes(data)
+        seen = {"verify": verify(cache), "read": read(cache, True), "done": _done(then, cache, extraction)}
+        if then or not together:
+            seen |= {"after": read(cache, True), "left": verify(cache), "files": committed(cache)}
+        results.append(json.loads(json.dumps(seen).replace(f"{cache}/", "")))  # paths as they are below the cache
+    return results
+
+
+def _done(then: str, cache: str, extraction: dict[str, Any]) -> Any:
+    try:
+        if then == "mend":
+            return {**mend(cache), "records": records(cache)}
+        return extract(cache=cache, **extraction) if then == "extract" else None
+    except FeatureCacheError as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def warm(home: str) -> None:

@@ -139,8 +139,6 @@ def main() -> None:
 
     torch.set_num_threads(1)
     tqdm.tqdm.monitor_interval = 0  # it would be a thread
-    import flip_jobs  # noqa: F401
-
     from support import fault_jobs
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -181,10 +179,9 @@ def _fork(request: dict[str, Any]) -> _Child:
 
 def _work(request: dict[str, Any], write: int) -> None:
     from featurecache.errors import FeatureCacheError
-    from support import fault_jobs, flip_jobs
+    from support import fault_jobs
 
     arguments = request["arguments"]
-    job = getattr(flip_jobs, request["start"], None) or getattr(fault_jobs, request["start"])
     if request["copy_of"]:
         fault_jobs.copy(request["copy_of"], arguments["cache"])
     if request["fault"] is not None:
@@ -194,7 +191,7 @@ def _work(request: dict[str, Any], write: int) -> None:
     answer: dict[str, Any] = {}
     start = time.monotonic()
     try:
-        answer["value"] = job(**arguments)
+        answer["value"] = getattr(fault_jobs, request["start"])(**arguments)
     except FeatureCacheError as error:
         answer["error"] = f"{type(error).__name__}: {error}"
     signal.setitimer(signal.ITIMER_REAL, 0)

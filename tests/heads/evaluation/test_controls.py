@@ -129,3 +129,10 @@ def test_the_controls_are_in_the_measures_of_a_run(pictured, tmp_path, monkeypat
     run = train_head(view, "linear", epochs=1, split_seed=3, report=False)
     assert [c["name"] for c in run.metrics["controls"]] == [controls.CHANCE, controls.MAJORITY, controls.PIXELS]
     assert train_head(view, "linear", epochs=1, controls=False, report=False).metrics["controls"] == []
+
+
+def test_images_of_which_none_is_there_are_said(pictured):
+    view, task, divided, source = pictured(toy_view(n=200, splits="given"))
+    source.ids = [f"another {name}" for name in source.ids]
+    note = controls.pixel_control(view, task, divided)["note"]
+    assert note == "the images cannot be had any more: none of 200 can be read"

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load, save
 from support.builders import make_spec
 from support.fake_view import label_view, toy_view
 
-from featurecache.errors import BadOption, NotInCache, RunError
+from featurecache.errors import BadOption, CannotWrite, NotInCache, RunError
 from heads.api import families_in, train_head
 from heads.evaluation.comparison import compare
-from heads.evaluation.external import evaluate_run, read_external
+from heads.evaluation.external import ExternalImages, evaluate_run, read_external
 from heads.evaluation.families import families_of
 from heads.metrics.calibration import CalibratedPredictions
 from heads.metrics.classification import evaluate
@@ -224,3 +226,32 @@ def test_a_run_is_a_family_of_its_own(tmp_path):
     assert family.runs[0].path == run.path
     with pytest.raises(RunError, match="not a folder"):
         families_in(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("features", "why"), [(None, "a head takes features"), ("vit/a", "--features is given too")])
+def test_images_alone_are_for_networks_from_pixels(features, why):
+    with pytest.raises(BadOption, match=why):
+        ExternalImages([train()], features, "digits", None)
+
+
+def test_a_run_of_other_features_whose_spec_is_none_is_damaged():
+    there = elsewhere()
+    there.fingerprint = "1" * 32
+    with pytest.raises(RunError, match="is damaged: an extraction spec"):
+        evaluate_run(train(), there)
+
+
+def test_a_folder_that_cannot_be_written_is_named():
+    run = train()
+    (run.path / "external").touch()
+    with pytest.raises(CannotWrite, match=r"Nothing can be written in .*external: File exists"):
+        evaluate_run(run, elsewhere(), resamples=50)
+
+
+def test_written_answers_of_other_images_do_not_fit_the_run():
+    run = train()
+    evaluate_run(run, elsewhere(), resamples=50)
+    file = run.path / "external/there.safetensors"
+    file.write_bytes(save({**load(file.read_bytes()), "ids": torch.tensor(list(b'["a"]'), dtype=torch.uint8)}))
+    with pytest.raises(RunError, match="is damaged: it does not fit the run"):
+        read_external(run)

@@ -245,6 +245,11 @@ def test_a_network_of_ones_own_is_looked_at_where_its_output_is_kept():
         layer_of(backbone, parse("cls"))
 
 
+def test_blocks_without_a_norm_have_no_grad_cam():
+    with pytest.raises(BadOption, match="the blocks of three have no norm"):
+        layer_of(backbone_of(Three(torch.zeros(2, 2))), parse("cls"))
+
+
 def test_grad_cam_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
     with pytest.raises(BadOption, match=r"pip install 'featurecache\[explain\]'"):

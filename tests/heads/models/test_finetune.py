@@ -304,3 +304,18 @@ def test_the_tuned_network_that_a_sweep_chose_needs_no_longer_what_it_began_from
     rows = [row for row, name in enumerate(images.ids) if name in run.answers("test").ids]
     z = again.logits(images.tensor(run.output, rows))
     close(torch.from_numpy(z), torch.from_numpy(run.calibration(run.answers("test").logits)))
+
+
+def test_a_network_no_layer_of_which_gives_its_last_map_has_no_grad_cam(tmp_path: Path) -> None:
+    class Doubled(nn.Module):
+        def __init__(self, inside: nn.Module) -> None:
+            super().__init__()
+            self.inside = inside
+
+        def forward(self, x: torch.Tensor, names: set[str]) -> dict[str, torch.Tensor]:
+            return {name: 2 * values + 1 for name, values in self.inside(x, names).items()}
+
+    model = made(f"finetune:hf:{checkpoints.save_resnet(tmp_path)}")
+    model.network = Doubled(model.network)
+    with pytest.raises(OutputRefused, match="no layer of this network gives its last map"):
+        _ = model.cam_layer
