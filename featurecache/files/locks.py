@@ -123,7 +123,7 @@ def _is_dead(descriptor: int, record: dict[str, Any]) -> bool:
             return False
         if error.errno not in NO_LOCKS:
             raise
-    pid = record.get("pid")
+    pid: Any = record.get("pid")
     if record.get("host") != socket.gethostname():
         return False
     try:
