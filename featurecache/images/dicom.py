@@ -82,9 +82,6 @@ class Header:
     frames: int
     end: int  # bytes of the file in front of the pixels
 
-    def number(self, name: str, default: int) -> int:
-        return _whole(self.settings, name, default)
-
 
 def _whole(settings: Any, name: str, default: int) -> int:
     value = settings.get(name)
@@ -172,12 +169,12 @@ def _refuse_deflate_bomb(file: Any) -> None:
 def _checked(header: Header) -> tuple[int, int]:
     """(bits stored, samples a pixel), having refused what no rule covers."""
     photometric = str(header.settings.get("PhotometricInterpretation", ""))
-    samples = header.number("SamplesPerPixel", 1)
-    allocated = header.number("BitsAllocated", 0)
-    bits = header.number("BitsStored", allocated)
+    samples = _whole(header.settings, "SamplesPerPixel", 1)
+    allocated = _whole(header.settings, "BitsAllocated", 0)
+    bits = _whole(header.settings, "BitsStored", allocated)
     if not 1 <= bits <= allocated <= 16:
         raise UnreadableImage(f"{bits} of {allocated} bits a sample; 1 to 16 are read (what is white in more?)")
-    if header.number("HighBit", bits - 1) != bits - 1:
+    if _whole(header.settings, "HighBit", bits - 1) != bits - 1:
         raise UnreadableImage("pixels that do not begin at the lowest bit, which the standard has retired")
     grey = samples == 1 and photometric in ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
     if not (grey or (samples == 3 and photometric in _COLOURS)):
@@ -246,7 +243,7 @@ def _palette(stored: np.ndarray, settings: Any) -> np.ndarray:
 
 def _share(stored: np.ndarray, header: Header, bits: int, frame: int) -> np.ndarray:
     """float64 [H, W]: the share of white, which may lie outside 0..1."""
-    signed = header.number("PixelRepresentation", 0) == 1
+    signed = _whole(header.settings, "PixelRepresentation", 0) == 1
     lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     modality = _group(header.settings, frame, "PixelValueTransformationSequence", "RescaleSlope", "ModalityLUTSequence")
     if modality.get("ModalityLUTSequence"):

@@ -14,48 +14,38 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.builders import TOKENS, add_shard, digests, features, make_store
 
 from featurecache.errors import CannotWrite, DamagedFile, UnsafeFile
 from featurecache.files.atomic import AtomicFile, remove_orphans
 from featurecache.files.directory import USER_BLOCK, open_columns, read_user_block
-from featurecache.store.schema import DIGEST
 from featurecache.store.shards import Layout, ShardWriter, find_by_digest, map_rows, read_shard, shard_name
-
-LAYOUT = Layout("tokens", (5, 3), "float16", ("cls",), (2, 2))
-
-
-def digests(n: int, start: int = 0) -> np.ndarray:
-    return np.array([f"{k:032x}" for k in range(start, start + n)], DIGEST)
+from featurecache.store.store import Store
 
 
-def rows(n: int, layout: Layout = LAYOUT, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(n, *layout.shape)).astype(layout.dtype)
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return make_store(tmp_path / "cache")
 
 
-def write(folder: Path, n: int, layout: Layout = LAYOUT, *, planned: int | None = None, start: int = 0) -> Path:
-    folder.mkdir(exist_ok=True)
-    writer = ShardWriter(folder, digests(planned or n, start), layout, {"plan": "{}"})
-    try:
-        writer.append([bytes(d) for d in digests(n, start)], rows(n, layout))
-        path = writer.commit()
-    finally:
-        writer.discard()
-    assert path is not None
-    return path
+@pytest.fixture
+def path(store) -> Path:
+    """A shard of seven rows."""
+    return add_shard(store, range(7), TOKENS)
 
 
-def test_a_shard_opens_with_plain_h5py_and_starts_at_a_multiple_of_64(tmp_path: Path):
-    with h5py.File(write(tmp_path, 7)) as file:
-        assert np.array_equal(file["features"][...], rows(7))
-        assert file["digests"][...].tolist() == digests(7).tolist()
-        assert file["checksums"][...].tolist() == [xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows(7)]
+def test_a_shard_opens_with_plain_h5py_and_starts_at_a_multiple_of_64(path):
+    rows = features(range(7), TOKENS)
+    with h5py.File(path) as file:
+        assert np.array_equal(file["features"][...], rows)
+        assert file["digests"][...].tolist() == digests(range(7)).tolist()
+        assert file["checksums"][...].tolist() == [xxhash.xxh3_64_intdigest(row.tobytes()) for row in rows]
         assert file["features"].id.get_offset() % 64 == 0
         assert file["features"].chunks is None
         assert file["features"].attrs["prefix"] == '["cls"]'
 
 
-def test_the_first_line_says_format_hash_length_and_where_the_directory_lies(tmp_path: Path):
-    path = write(tmp_path, 7)
+def test_the_first_line_says_format_hash_length_and_where_the_directory_lies(path):
     data = path.read_bytes()
     with h5py.File(path) as file:
         offset, directory = file["directory"].id.get_offset(), file["directory"][...].tobytes()
@@ -71,64 +61,58 @@ def test_the_first_line_says_format_hash_length_and_where_the_directory_lies(tmp
     dtype=st.sampled_from(["float16", "float32"]), tokens=st.booleans(),
 )  # fmt: skip
 def test_rows_come_back_as_they_were_given(tmp_path_factory, n, lost, width, dtype, tokens):
-    folder = tmp_path_factory.mktemp("store")
+    store = make_store(tmp_path_factory.mktemp("store"))
     layout = Layout("x", (3, width) if tokens else (width,), dtype)
     kept = max(1, n - lost)  # images that fail leave a shorter shard than planned
-    path = write(folder, kept, layout, planned=n)
+    path = add_shard(store, range(kept), layout, range(n))
     shard = read_shard(path, layout)
     mapped = map_rows(path, shard.size, shard.offset, kept, layout)
-    assert path.stem == shard_name(digests(kept))
-    assert np.array_equal(mapped.numpy(), rows(kept, layout))
+    assert path.stem == shard_name(digests(range(kept)))
+    assert np.array_equal(mapped.numpy(), features(range(kept), layout))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_the_same_rows_give_the_same_file(tmp_path: Path):
-    first, second = write(tmp_path / "a", 9), write(tmp_path / "b", 9, planned=12)
+    first = add_shard(make_store(tmp_path / "a"), range(9), TOKENS)
+    second = add_shard(make_store(tmp_path / "b"), range(9), TOKENS, range(12))
     assert first.name == second.name
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_first_to_commit_a_name_wins(tmp_path: Path):
-    path = write(tmp_path, 4)
+def test_the_first_to_commit_a_name_wins(store, path):
     before = path.stat()
-    write(tmp_path, 4)
+    add_shard(store, range(7), TOKENS)
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_a_shard_without_rows_leaves_nothing(tmp_path: Path):
-    writer = ShardWriter(tmp_path, digests(3), LAYOUT, {})
+    writer = ShardWriter(tmp_path, digests(range(3)), TOKENS, {})
     assert writer.commit() is None
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
-def test_rows_are_found_by_digest_and_the_first_shard_wins(tmp_path: Path):
-    paths = sorted([write(tmp_path, 4, start=0), write(tmp_path, 4, start=2)])
-    shards = [read_shard(path, LAYOUT) for path in paths]
-    found = find_by_digest(shards, np.array([*digests(1, 5), *digests(1, 99), *digests(1, 2)], DIGEST))
-    assert found.mask.tolist() == [True, False, True]
-    for k, wanted in ((0, 5), (2, 2)):
-        assert shards[found.file[k]].digests[found.row[k]] == digests(1, wanted)[0]
-    assert found.file[2] == 0
+def test_rows_are_found_by_digest_and_the_first_shard_wins(store):
+    shards = [read_shard(add_shard(store, numbers, TOKENS), TOKENS) for numbers in (range(4), range(2, 6))]
+    places = find_by_digest(shards, digests([5, 99, 2]))
+    assert places.mask.tolist() == [True, False, True]
+    assert (places.file.tolist(), places.row.tolist()) == ([1, -1, 0], [3, -1, 2])
 
 
-@pytest.mark.parametrize("size", [0, 100, USER_BLOCK, 700, 7_778, 7_780])
-def test_a_shard_of_another_length_is_refused(tmp_path: Path, size: int):
-    path = write(tmp_path, 7)
-    assert path.stat().st_size == 7_779
+@pytest.mark.parametrize("size", [0, 100, USER_BLOCK, 700, 8_048, 8_050])
+def test_a_shard_of_another_length_is_refused(path, size):
+    assert path.stat().st_size == 8_049
     os.truncate(path, size)
     with pytest.raises(DamagedFile, match="was written with" if size else "is not a file"):
-        read_shard(path, LAYOUT)
+        read_shard(path, TOKENS)
 
 
-def test_a_shard_of_another_shape_is_refused(tmp_path: Path):
-    path = write(tmp_path, 7)
+def test_a_shard_of_another_shape_is_refused(path):
     with pytest.raises(ValueError, match="expected float16"):
-        read_shard(path, Layout("tokens", (5, 4), "float16"))
+        read_shard(path, Layout("tokens", (5, 3), "float16"))
 
 
 @pytest.mark.parametrize("place", ["line", "directory"])
-def test_a_flipped_bit_in_the_line_or_the_directory_is_noticed(tmp_path: Path, place: str):
-    path = write(tmp_path, 7)
+def test_a_flipped_bit_in_the_line_or_the_directory_is_noticed(path, place):
     block, data = read_user_block(path), bytearray(path.read_bytes())
     places = range(len(data[:USER_BLOCK].split(b"\n")[0])) if place == "line" else range(block.offset, len(data), 7)
     for number in places:
@@ -163,15 +147,15 @@ except CannotWrite as error:
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "link", "ftruncate"])
-def test_a_failed_call_commits_nothing_and_leaves_nothing(tmp_path: Path, monkeypatch, call: str):
+def test_a_failed_call_commits_nothing_and_leaves_nothing(store, monkeypatch, call):
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(CannotWrite, match="Input/output error"):
-        write(tmp_path, 7)
+        add_shard(store, range(7), TOKENS)
     monkeypatch.undo()
-    assert [p for p in (tmp_path / "tokens").iterdir() if p.suffix == ".h5"] == []
+    assert [p for p in store.folder("tokens").iterdir() if p.suffix == ".h5"] == []
 
 
 def test_temporary_files_that_nobody_holds_are_removed_and_those_of_the_living_kept(tmp_path: Path):
@@ -190,15 +174,14 @@ def test_a_file_of_a_very_long_name_can_be_written(tmp_path: Path):
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_symbolic_links_in_a_store_are_refused(tmp_path: Path, what: str):
-    path = write(tmp_path / "elsewhere", 4)
+def test_symbolic_links_in_a_store_are_refused(tmp_path, path, what):
     if what == "file":
         (tmp_path / "tokens").mkdir()
         (tmp_path / "tokens" / path.name).symlink_to(path)
     else:
         (tmp_path / "tokens").symlink_to(path.parent)
     with pytest.raises(UnsafeFile, match="symbolic link"):
-        read_shard(tmp_path / "tokens" / path.name, LAYOUT)
+        read_shard(tmp_path / "tokens" / path.name, TOKENS)
 
 
 def test_a_read_only_folder_is_one_sentence(tmp_path: Path):

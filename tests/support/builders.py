@@ -41,9 +41,10 @@ def features(numbers: Sequence[int], layout: Layout) -> np.ndarray:
     return values + np.linspace(0, 0.5, int(np.prod(layout.shape)), dtype=layout.dtype).reshape(layout.shape)
 
 
-def add_shard(store: Store, numbers: Sequence[int], layout: Layout) -> Path:
-    """Rows of images ``numbers``; the rounding error of image k is k thousandths."""
-    writer = ShardWriter(store.path, digests(numbers), layout, notes_for(store.fingerprint, "cpu", {"threads": 1}))
+def add_shard(store: Store, numbers: Sequence[int], layout: Layout, planned: Sequence[int] = ()) -> Path:
+    """Rows of images ``numbers``, of more that were ``planned``; the rounding error of image k is k thousandths."""
+    notes = notes_for(store.fingerprint, "cpu", {"threads": 1})
+    writer = ShardWriter(store.path, digests(planned or numbers), layout, notes)
     errors = np.array([k / 1000 for k in numbers], np.float32)
     try:
         writer.append([bytes(d) for d in digests(numbers)], features(numbers, layout), errors)
