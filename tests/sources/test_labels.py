@@ -40,12 +40,6 @@ def test_the_task_is_what_is_requested_or_what_the_labels_say(classes, task, exp
     assert (labels == (-1 if expected == "unlabelled" else 0)).all()
 
 
-@pytest.mark.parametrize(("classes", "task"), [(3, "binary"), (2, "multilabel"), (0, "ordinal"), (2, "regression")])
-def test_a_task_that_the_labels_contradict_is_refused(classes, task):
-    with pytest.raises(SourceError, match=r"cannot be|is unknown"):
-        resolve_labels(np.zeros(4, np.int64), [str(number) for number in range(classes)], task, "x")
-
-
 def test_numbers_and_text_of_the_same_column_are_the_same_labels():
     numbers = np.array([10, 2, -1, 2])
     of_numbers, of_text = labels_of_numbers(numbers, "x"), labels_of_text(["10.0", "2", "nan", "2.0"], [""] * 4, row)

@@ -53,14 +53,6 @@ def test_a_size_and_a_folder_of_ones_own(tmp_path, monkeypatch, place):
     reopened(data)
 
 
-def test_chest_has_fourteen_labels(tmp_path):
-    labels = np.eye(14, dtype=np.uint8)[[0, 3, 13]] + np.eye(14, dtype=np.uint8)[[1, 1, 1]]
-    medmnist_file(tmp_path, "chestmnist", labels)
-    data = open_source(f"medmnist:chestmnist@{tmp_path}")
-    assert (data.task, data.labels.shape, data.classes[13]) == ("multilabel", (9, 14), "hernia")
-    assert data.labels[2].tolist() == [0, 1, *[0] * 11, 1]
-
-
 @pytest.mark.parametrize("name", MEDMNIST)
 def test_the_package_says_the_same_of_every_2d_set(name):
     info = pytest.importorskip("medmnist").INFO[name]
