@@ -16,7 +16,7 @@ from support.fake_view import label_view, toy_view
 from featurecache.errors import BadOption, CannotWrite, NotInCache, RunError
 from heads.api import families_in, train_head
 from heads.evaluation.comparison import compare
-from heads.evaluation.external import ExternalImages, evaluate_run, read_external
+from heads.evaluation.external import evaluate_run, external_images, read_external
 from heads.evaluation.families import families_of
 from heads.metrics.calibration import CalibratedPredictions
 from heads.metrics.classification import evaluate
@@ -231,7 +231,7 @@ def test_a_run_is_a_family_of_its_own(tmp_path):
 @pytest.mark.parametrize(("features", "why"), [(None, "a head takes features"), ("vit/a", "--features is given too")])
 def test_images_alone_are_for_networks_from_pixels(features, why):
     with pytest.raises(BadOption, match=why):
-        ExternalImages([train()], features, "digits", None)
+        external_images([train()], features, "digits", None)
 
 
 def test_a_run_of_other_features_whose_spec_is_none_is_damaged():
