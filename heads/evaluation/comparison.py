@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from featurecache.errors import BadOption, nearest
 from featurecache.files.records import nan_to_none
 from featurecache.formatting import abbreviated
 from heads.evaluation.costs import mean_cost
-from heads.evaluation.external import external_records
+from heads.evaluation.external import external_records, records_of
 from heads.evaluation.families import (
     Family,
     FamilyPredictions,
+    Selection,
     check_comparable,
     display_setting,
     names_of,
@@ -41,7 +43,7 @@ from heads.evaluation.operating_points import Prevalence, calibration_record, ch
 from heads.evaluation.subgroups import column_values
 from heads.metrics.calibration import measure_scores
 from heads.metrics.classification import METRICS, title
-from heads.metrics.intervals import FamilyEstimates, MeasureEstimate, SharedResamples, proportion_counts
+from heads.metrics.intervals import FamilyEstimates, SharedResamples, proportion_counts
 from heads.metrics.significance import LEVEL, corrected_t, delong, holm, mcnemar, percentiles, sign_share
 
 FEW_CLUSTERS = 20
@@ -63,16 +65,17 @@ class _Entry:
     estimates: FamilyEstimates
     difference: dict[str, MeasureDifference] | None = None
 
+    @cached_property
+    def choice(self) -> Selection | None:
+        """Of a sweep."""
+        tried = self.family.tried
+        return select_setting(tried, self.family.runs[0].config["chosen"]["by"]) if tried else None
+
 
 def compare(
-    families: Sequence[Family],
-    *,
-    reference: str | None = None,
-    resamples: int = 2000,
-    prevalence: Prevalence | None = None,
-    by: str | None = None,
-    show_test: str = "chosen",
-) -> Comparison:
+    families: Sequence[Family], *, reference: str | None = None, resamples: int = 2000,
+    prevalence: Prevalence | None = None, by: str | None = None, show_test: str = "chosen",
+) -> Comparison:  # fmt: skip
     """Families side by side: measures with intervals, differences, calibration, as one record of plain values.
 
     ``reference``: the name of a family (or the folder of one of its runs) that the others are compared with.
@@ -86,13 +89,14 @@ def compare(
     first = families[0].runs[0]
     check_prevalence(first, prevalence)
     names, resampler = names_of(families), SharedResamples(resamples)
-    chosen_reference = None if reference is None else _resolve_reference(reference, names, families)
+    reference = None if reference is None else _resolve_reference(reference, names, families)
     predictions = unify_clusters([test_predictions(family) for family in families])
     entries = [
         _Entry(name, family, each, FamilyEstimates(each.test_sets, first.classes, resampler))
         for name, family, each in zip(names, families, predictions, strict=True)
     ]
-    warnings = _set_differences(entries, chosen_reference) + _warnings(entries)
+    test = _test_images(entries[0].predictions)
+    warnings = _set_differences(entries, reference) + _warnings(entries, test["clusters"])
     record = {
         "task": first.task,
         "classes": list(first.classes),
@@ -101,8 +105,8 @@ def compare(
         "measures": entries[0].estimates.names,
         "untrained": any(run.untrained for family in families for run in family.runs),
         "controls": next((c for family in families for run in family.runs if (c := run.metrics["controls"])), []),
-        **_test_images(entries),
-        "reference": chosen_reference,
+        **test,
+        "reference": reference,
         "test_seen": sum(max(len(f.tried), len(f.runs)) for f in families) if show_test == "all" else None,
         "families": [_family(entry, prevalence, resampler) for entry in entries],
         "rows": [row for entry in entries for row in _head_rows(entry, show_test == "all")],
@@ -139,50 +143,45 @@ def _set_differences(entries: Sequence[_Entry], reference: str | None) -> list[s
     ]
 
 
-def _warnings(entries: Sequence[_Entry]) -> list[str]:
+def _warnings(entries: Sequence[_Entry], test: dict[str, Any]) -> list[str]:
+    """``test``: the clusters of test."""
     warnings = []
     if any(not same_sets(entry.estimates, entries[0].estimates) for entry in entries[1:]):
         warnings.append("not all of these were tested on the same images: their numbers do not compare")
-    if words := seeds_only_warning([entry.family for entry in entries]):
-        warnings.append(words)
-    test = _test_images(entries)["clusters"]
+    if warning := seeds_only_warning([entry.family for entry in entries]):
+        warnings.append(warning)
+    independent = f"independent {test['unit']}s"
     if test["few"]:
-        warnings.append(
-            f"test holds {test['n']} independent {test['unit']}s: with fewer than {FEW_CLUSTERS} every interval is a "
-            "rough guess"
-        )
+        few = f"test holds {test['n']} {independent}: with fewer than {FEW_CLUSTERS}"
+        warnings.append(f"{few} every interval is a rough guess")
     elif rare := _rare(entries[0]):
-        warnings.append(f"test has few independent {test['unit']}s of {rare}: what is said of it is a rough guess")
+        warnings.append(f"test has few {independent} of {rare}: what is said of it is a rough guess")
     return warnings
 
 
 def _rare(entry: _Entry) -> str:
     """Classes (or labels) that fewer than 20 clusters of test show."""
-    first = entry.predictions.test_sets[0]
-    positive = (first.y == 1 if first.y.ndim == 2 else first.y[:, None] == np.arange(len(entry.estimates.classes))).T
-    counts = [(first.clusters.among(rows), name) for rows, name in zip(positive, entry.estimates.classes, strict=True)]
+    first, classes = entry.predictions.test_sets[0], entry.estimates.classes
+    positive = (first.y == 1 if first.y.ndim == 2 else first.y[:, None] == np.arange(len(classes))).T
+    counts = [(first.clusters.among(rows), name) for rows, name in zip(positive, classes, strict=True)]
     counts.sort(key=lambda pair: pair[0])
     return abbreviated([f"{name} ({n})" for n, name in counts if n < FEW_CLUSTERS], 4)
 
 
-def _test_images(entries: Sequence[_Entry]) -> dict[str, Any]:
-    """Images and clusters of the first family's test images; of several sets, all in them."""
-    predictions = entries[0].predictions
+def _test_images(predictions: FamilyPredictions) -> dict[str, Any]:
+    """Images and clusters of a family's test images; of several sets, all in them."""
     images = {name for answers in predictions.answers for name in answers[0].ids}
-    clusters = {int(c) for test_set in predictions.test_sets for c in test_set.cluster_ids}
-    n, unit = len(clusters), "group" if predictions.grouped else "image"
+    n = len({int(c) for test_set in predictions.test_sets for c in test_set.cluster_ids})
+    unit = "group" if predictions.grouped else "image"
     return {"n_test": len(images), "clusters": {"n": n, "unit": unit, "few": n < FEW_CLUSTERS}}
 
 
-def _records(by_measure: dict[str, MeasureEstimate] | dict[str, MeasureDifference]) -> dict[str, Any]:
-    return {name: each.record() for name, each in by_measure.items()}
-
-
 def _family(entry: _Entry, prevalence: Prevalence | None, resampler: SharedResamples) -> dict[str, Any]:
-    family, estimates, run = entry.family, entry.estimates, entry.family.runs[0]
-    choice = select_setting(family.tried, run.config["chosen"]["by"]) if family.tried else None
+    family, estimates, run, choice = entry.family, entry.estimates, entry.family.runs[0], entry.choice
     test, external = estimates.all(), external_records(family, resampler)
-    elsewhere = [f"on {part['view']}: {words}" for part in external for words in part["warnings"]]
+    val = {m: [each.metrics["val"].get(m) for each in family.runs] for m in estimates.names}
+    flat = [title(m, run.task) for m, e in test.items() if e.low == e.high and e.method and "bootstrap" in e.method]
+    same = "came out the same in every resample; an interval without width is no certainty"
     return {
         "name": entry.name,
         "view": family.view,
@@ -196,61 +195,37 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: SharedResam
         "folds": family.vary("folds") if run.config["splits"].get("fold") else None,
         "parameters": run.config["parameters"],
         **mean_cost(family.runs),
-        "val": _val(family, estimates.names),
-        "test": _records(test),
-        "per_class": {name: _records(measures) for name, measures in estimates.of_classes().items()},
+        "val": {m: None if None in values else float(np.mean(values)) for m, values in val.items()},
+        "test": records_of(test),
+        "per_class": {name: records_of(measures) for name, measures in estimates.of_classes().items()},
         "spread": spread(family, estimates.names),
         "calibration": calibration_record(entry.predictions),
         "operating": operating_points(run, estimates, prevalence),
-        "difference": None if entry.difference is None else _records(entry.difference),
+        "difference": None if entry.difference is None else records_of(entry.difference),
         "external": external,
         "runs": [str(each.path) for each in family.runs],
-        "warnings": [*_without_width(entry.name, family.runs[0].task, test), *elsewhere],
+        "warnings": [f"{entry.name}: {', '.join(flat)} {same}"] * bool(flat)
+        + [f"on {part['view']}: {warning}" for part in external for warning in part["warnings"]],
     }
-
-
-def _val(family: Family, names: Sequence[str]) -> dict[str, float | None]:
-    """Means over the runs."""
-    values = {m: [run.metrics["val"].get(m) for run in family.runs] for m in names}
-    return {m: None if None in each else float(np.mean(each)) for m, each in values.items()}
-
-
-def _without_width(name: str, task: str, test: dict[str, MeasureEstimate]) -> list[str]:
-    flat = [title(m, task) for m, e in test.items() if e.low == e.high and e.method and "bootstrap" in e.method]
-    words = f"{name}: {', '.join(flat)} came out the same in every resample; an interval without width is no certainty"
-    return [words] if flat else []
 
 
 def _head_rows(entry: _Entry, all_shown: bool) -> list[dict[str, Any]]:
     """A line for each head that was trained: val always, test where its setting was chosen or all are shown."""
-    family = entry.family
-    if not family.tried:
-        keys = ("seed", "repeat", "fold")
-        return [
-            {
-                "family": entry.name,
-                "setting": run_setting(run),
-                **dict(zip(keys, resample_key(run), strict=True)),
-                "chosen": True,
-                **{split: _scalars(run.metrics[split]) for split in ("val", "test")},
-            }
-            for run in family.runs
-        ]
-    choice = select_setting(family.tried, family.runs[0].config["chosen"]["by"])
-    chosen = {id(row) for row in choice.rows} if choice else set()
-    return [
-        {
-            "family": entry.name,
-            "setting": display_setting(row["settings"]),
-            "seed": row["settings"]["seed"],
-            "repeat": row["repeat"],
-            "fold": row["fold"],
-            "chosen": id(row) in chosen,
-            "val": _scalars(row["val"]),
-            "test": _scalars(row["test"]) if all_shown or id(row) in chosen else None,
-        }
-        for row in family.tried
+    keys = ("setting", "seed", "repeat", "fold", "chosen")
+    rows: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((run_setting(run), *resample_key(run), True), run.metrics) for run in entry.family.runs
     ]
+    if entry.family.tried:
+        chosen = {id(row) for row in entry.choice.rows} if entry.choice else set()
+        rows = [
+            ((display_setting(s := row["settings"]), s["seed"], row["repeat"], row["fold"], id(row) in chosen), row)
+            for row in entry.family.tried
+        ]
+    return [
+        {"family": entry.name, **dict(zip(keys, values, strict=True)), "val": _scalars(measured["val"]),
+         "test": _scalars(measured["test"]) if all_shown or values[-1] else None}
+        for values, measured in rows
+    ]  # fmt: skip
 
 
 def _scalars(measured: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -266,7 +241,7 @@ def _by(entries: Sequence[_Entry], column: str, resampler: SharedResamples) -> l
             masks = [np.array([v == value for v in each]) for each in values]
             masked = zip(entry.predictions.test_sets, masks, strict=True)
             test_sets = [each.where(mask, f"{column}={value}") for each, mask in masked if mask.any()]
-            test = _records(FamilyEstimates(test_sets, entry.estimates.classes, resampler).all())
+            test = records_of(FamilyEstimates(test_sets, entry.estimates.classes, resampler).all())
             rows.append({"family": entry.name, "value": value, "n": sum(map(len, test_sets)), "test": test})
     return sorted(rows, key=lambda row: row["value"])
 
@@ -287,9 +262,7 @@ class MeasureDifference:
     p_holm: float = math.nan
 
     def record(self) -> dict[str, Any]:
-        record = asdict(self) | {"words": self.words}
-        del record["measure"]
-        return record
+        return {key: value for key, value in asdict(self).items() if key != "measure"} | {"words": self.words}
 
     @property
     def words(self) -> str:
@@ -323,10 +296,9 @@ def _resampled(a: FamilyEstimates, b: FamilyEstimates, name: str) -> MeasureDiff
 
 
 def _exact(a: FamilyEstimates, b: FamilyEstimates, name: str) -> tuple[float, str] | None:
-    first, second = (each.test_sets[0] for each in (a, b))
-    if a.clustered or len(first.predictions) > 1 or len(second.predictions) > 1:
+    (one, *more), (other, *others) = (each.test_sets[0].predictions for each in (a, b))
+    if a.clustered or more or others:
         return None
-    one, other = first.predictions[0], second.predictions[0]
     if name == "auroc" and one.kind == "binary":
         truth = one.y == one.positive
         if min(truth.sum(), (~truth).sum()) < 2:
@@ -346,8 +318,9 @@ def _over_sets(a: FamilyEstimates, b: FamilyEstimates, name: str) -> MeasureDiff
     if len(values) < 2:
         return None
     low, high, p = corrected_t(values, a.ratio)
-    method = f"corrected t, {len(values)} sets of test images"
-    return MeasureDifference(name, float(values.mean()), low, high, p, method)
+    return MeasureDifference(
+        name, float(values.mean()), low, high, p, f"corrected t, {len(values)} sets of test images"
+    )
 
 
 def with_holm(families: Sequence[dict[str, MeasureDifference]]) -> list[dict[str, MeasureDifference]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -43,42 +43,31 @@ ROWS = 1024  # features in memory at once
 
 
 def evaluate_run(
-    run: Run,
-    view: FeatureView,
-    *,
-    split: str | None = None,
-    classes: Sequence[str] = (),
-    resamples: int = 2000,
+    run: Run, view: FeatureView, *, split: str | None = None, classes: Sequence[str] = (), resamples: int = 2000,
     say: Say | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate ``run`` on the labelled images of ``view``, all or those of one ``split``, and write the record into
     the run. ``classes``: ``NAME=A,B`` where the view calls a class of the run otherwise, ``NAME=`` where it has none of
     it. Raises BadOption and RunError; NotInCache with the command that stores what is missing."""
-    say = say or (lambda line: None)
     _check_features(run, view)
     if split is not None and split not in SPLITS:
         raise BadOption(f"--split {split}: it is one of {', '.join(SPLITS)}, or left out for all images.")
     matched = match_classes(run, view, classes)
-    rows = _rows(view, matched, split)
+    rows = _rows(view, matched.labels, split)
+    y = matched.labels[rows]
+    n = (y == 1).sum(axis=0) if y.ndim == 2 else np.bincount(y, minlength=len(run.classes))
     notes = [*matched.notes, *_overlap(run, view, rows)]
+    say = say or (lambda line: None)
     for note in notes:
         say(f"warning    {note}")
-    answers = _answers(run, view, matched, rows)
-    record = {
-        **record_stamp(),
-        "view": view.label,
-        "path": str(Path(view.path).resolve()),
-        "fingerprint": view.fingerprint,
-        "output": run.output,
-        "split": split,
-        "n": len(rows),
-        "classes": matched.counts(run, rows),
-        "left_out": matched.left_out,
-        "grouped": answers.grouped,
-        "warnings": notes,
+    answers = _answers(run, view, y, rows)
+    record = nan_to_none({
+        **record_stamp(), "view": view.label, "path": str(Path(view.path).resolve()), "fingerprint": view.fingerprint,
+        "output": run.output, "split": split, "n": len(rows),
+        "classes": [{"class": c, "in_view": matched.names[c], "n": int(n[i])} for i, c in enumerate(run.classes)],
+        "left_out": matched.left_out, "grouped": answers.grouped, "warnings": notes,
         **_measured([(run, answers)], SharedResamples(resamples)),
-    }
-    record = nan_to_none(record)
+    })  # fmt: skip
     path = _write(run, view.name + (f"-{split}" if split else ""), record, answers)
     return record | {"run": str(run.path), "written": str(path)}
 
@@ -124,8 +113,8 @@ def _check_features(run: Run, view: FeatureView) -> None:
         )
 
 
-def _rows(view: FeatureView, matched: MatchedClasses, split: str | None) -> np.ndarray:
-    usable = is_labelled(matched.labels)
+def _rows(view: FeatureView, labels: np.ndarray, split: str | None) -> np.ndarray:
+    usable = is_labelled(labels)
     if view.versions is not None:
         usable &= np.asarray(view.versions) == 0
     if split is not None:
@@ -146,41 +135,49 @@ def _overlap(run: Run, view: FeatureView, rows: np.ndarray) -> list[str]:
         path = run.config["view"]["path"]
         notes.append(f"the view it was trained on is gone ({path}): copies of training images cannot be found")
     if n := sum(bytes(d) in used for d in np.asarray(view.digests)[rows]):
-        words = f"{n:,} of {len(rows):,} images were also used to train or choose this head"
-        notes.append(f"{words}: these numbers are too good")
+        used_too = f"{n:,} of {len(rows):,} images were also used to train or choose this head"
+        notes.append(f"{used_too}: these numbers are too good")
     return notes
 
 
 def _training_digests(run: Run, view: FeatureView) -> set[bytes]:
     """Digests of the run's train and val."""
-    path, file = Path(run.config["view"]["path"]), run.path / "splits.csv"
-    ids, own = set(read_ids(file)), cast(Any, view)
+    path, own = Path(run.config["view"]["path"]), cast(Any, view)
     if Path(view.path).resolve() != path:
-        own = list_images(run, ids) if is_pixels(run) else View(path, columns_only=True)
-    rows = np.array([i for i, name in enumerate(own.ids) if name in ids], dtype=np.int64)
-    names = read_splits(file, [own.ids[i] for i in rows], [])
-    return {bytes(d) for d in np.asarray(own.digests)[rows[np.isin(names, ("train", "val"))]]}
+        own = list_images(run, read_ids(run.path / "splits.csv")) if is_pixels(run) else View(path, columns_only=True)
+    return {bytes(d) for d in np.asarray(own.digests)[rows_of_splits(run, own.ids, ("train", "val"))]}
+
+
+def rows_of_splits(run: Run, ids: Sequence[str], splits: Sequence[str]) -> np.ndarray:
+    """int64: which of ``ids`` the run had in these splits."""
+    file = run.path / "splits.csv"
+    own = set(read_ids(file))
+    rows = np.array([i for i, name in enumerate(ids) if name in own], dtype=np.int64)
+    return rows[np.isin(read_splits(file, [ids[i] for i in rows], []), splits)]
 
 
 @torch.no_grad()
-def _answers(run: Run, view: FeatureView, matched: MatchedClasses, rows: np.ndarray) -> Predictions:
+def _answers(run: Run, view: FeatureView, y: np.ndarray, rows: np.ndarray) -> Predictions:
     model, scale, size = run.model, run.standardize, rows_at_once(view.info(run.output).shape)
     logits = []
     for start in range(0, len(rows), ROWS):
         features = view.tensor(run.output, rows[start : start + ROWS])
         logits += [model(scale(part.float())).double().numpy() for part in features.split(size)]
     raw, ids, digests = np.concatenate(logits), [view.ids[i] for i in rows], np.asarray(view.digests)[rows]
-    clusters, grouped = clusters_of(view)[rows], view.groups is not None
-    return Predictions(ids, digests, clusters, grouped, matched.labels[rows], raw, run.calibration(raw))
+    return Predictions(ids, digests, clusters_of(view)[rows], view.groups is not None, y, raw, run.calibration(raw))
+
+
+def records_of(by_measure: Mapping[str, Any]) -> dict[str, Any]:
+    """Of estimates or differences of measures."""
+    return {name: each.record() for name, each in by_measure.items()}
 
 
 def _measured(pairs: Sequence[tuple[Run, Predictions]], resampler: SharedResamples) -> dict[str, Any]:
     run, predictions = pairs[0][0], collect_predictions(pairs)
     estimates = FamilyEstimates(predictions.test_sets, run.classes, resampler)
-    by_class = estimates.of_classes()
     return {
-        "test": {name: each.record() for name, each in estimates.all().items()},
-        "per_class": {name: {m: e.record() for m, e in measures.items()} for name, measures in by_class.items()},
+        "test": records_of(estimates.all()),
+        "per_class": {name: records_of(measures) for name, measures in estimates.of_classes().items()},
         "operating": operating_points(run, estimates, None),
         "calibration": calibration_record(predictions),
     }
@@ -205,13 +202,13 @@ def read_external(run: Run) -> list[tuple[dict[str, Any], Predictions]]:
     evaluations = []
     for file in sorted((run.path / FOLDER).glob("*.json")):
         record = read_json(file)
+        warnings = record.get("warnings")
         proper = {
             "view": isinstance(record.get("view"), str),
             "split": isinstance(record.get("split", ...), str | None),
             "grouped": isinstance(record.get("grouped"), bool),
             "format": record.get("format") == FORMAT,
-            "warnings": isinstance(record.get("warnings"), list)
-            and all(isinstance(words, str) for words in record["warnings"]),
+            "warnings": isinstance(warnings, list) and all(isinstance(warning, str) for warning in warnings),
         }
         if wrong := [key for key, fine in proper.items() if not fine]:
             raise RunError(f"{file} is damaged: it has no proper {' and no '.join(wrong)}.")
@@ -228,9 +225,8 @@ def _read_answers(run: Run, file: Path, grouped: bool) -> Predictions:
         ids = json.loads(columns.pop("ids", np.zeros(0, np.uint8)).tobytes())
     except ValueError:
         ids = None
-    answers = None
-    if isinstance(ids, list) and all(isinstance(name, str) for name in ids):
-        answers = run.checked_answers(ids, columns, grouped)
+    proper = isinstance(ids, list) and all(isinstance(name, str) for name in ids)
+    answers = run.checked_answers(ids, columns, grouped) if proper else None
     if answers is None:
         raise RunError(f"{source} is damaged: it does not fit the run.")
     return answers
@@ -264,12 +260,6 @@ class MatchedClasses:
     names: dict[str, list[str]]  # class of the run -> what the view calls it
     left_out: dict[str, int]
     notes: tuple[str, ...]
-
-    def counts(self, run: Run, rows: np.ndarray) -> list[dict[str, Any]]:
-        """For each class of the run what it is called in the view, and how many of these rows it has."""
-        y = self.labels[rows]
-        n = (y == 1).sum(axis=0) if y.ndim == 2 else np.bincount(y, minlength=len(run.classes))
-        return [{"class": name, "in_view": self.names[name], "n": int(n[c])} for c, name in enumerate(run.classes)]
 
 
 def match_classes(run: Run, view: FeatureView, given: Sequence[str] = ()) -> MatchedClasses:
@@ -307,29 +297,31 @@ def match_classes(run: Run, view: FeatureView, given: Sequence[str] = ()) -> Mat
 def _parse_names(run: Run, view: FeatureView, given: Sequence[str]) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for text in given:
-        name, equals, words = text.partition("=")
+        name, equals, members = text.partition("=")
         if name not in run.classes or not equals:
             raise BadOption(
                 f"--classes {text}: expected NAME=A,B with a class of the run ({', '.join(run.classes[:12])}) before "
                 f"the = and what {view.label} calls it behind.{nearest(name, run.classes)}"
             )
-        parts = [words] if words in view.classes else [word.strip() for word in words.split(",") if word.strip()]
-        if unknown := [word for word in parts if word not in view.classes]:
+        names[name] = [members] if members in view.classes else _members(members)
+        if unknown := [member for member in names[name] if member not in view.classes]:
             raise BadOption(
                 f"--classes {text}: {view.label} has no class {unknown[0]!r}; it has {', '.join(view.classes[:12])}."
             )
-        names[name] = parts
     return names
+
+
+def _members(text: str) -> list[str]:
+    return [member.strip() for member in text.split(",") if member.strip()]
 
 
 def _view_names(run: Run, view: FeatureView, given: dict[str, list[str]]) -> dict[str, list[str]]:
     """Class of the run -> classes of the view: as given, of the same name, or those it was merged from in training."""
     names = {name: [name] for name in run.classes if name in view.classes}
     for text in run.config["settings"].get("classes") or ():
-        name, _, words = text.partition("=")
-        parts = [word.strip() for word in words.split(",") if word.strip() in view.classes]
-        if parts and name in run.classes:
-            names.setdefault(name, parts)
+        name, _, members = text.partition("=")
+        if merged := [member for member in _members(members) if member in view.classes]:
+            names.setdefault(name, merged)
     names |= given
     for name in run.classes:
         if name not in names:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,10 +48,13 @@ class Family:
         """Whether it is a network that was trained from pixels."""
         return is_of_pixels(self.output)
 
-    def vary(self, what: str) -> int:
+    def vary(self, kind: str) -> int:
         """How many seeds, repeats or folds there are."""
-        place = {"seeds": 0, "repeats": 1, "folds": 2}[what]
-        return len({resample_key(run)[place] for run in self.runs})
+        return len({resample_key(run)[DRAWS[kind][1]] for run in self.runs})
+
+
+# what a spread is over: places in the `resample_key` that are the same within it, and the one that varies
+DRAWS: dict[str, tuple[tuple[int, ...], int]] = {"seeds": ((1, 2), 0), "repeats": ((), 1), "folds": ((1,), 2)}
 
 
 def resample_key(run: Run) -> tuple[int, int, int | None]:
@@ -81,36 +84,32 @@ def fraction_of(run: Run) -> float:
 def check_comparable(families: Sequence[Family]) -> None:
     """Raises BadOption where the runs do not answer the same question."""
     first = families[0].runs[0]
-    for family in families:
-        for run in family.runs:
-            mine, other = ((r.task, list(r.classes), r.config["positive"]) for r in (first, run))
-            if mine != other:
-                questions = "; ".join(
-                    f"{kind} of {', '.join(names[:8])}" + (f" (positive: {positive})" if positive else "")
-                    for kind, names, positive in (mine, other)
-                )
-                raise BadOption(
-                    f"{first.path} and {run.path} do not answer the same question: {questions}. "
-                    "Compare runs of one task."
-                )
+    for run in (run for family in families for run in family.runs):
+        mine, other = ((r.task, list(r.classes), r.config["positive"]) for r in (first, run))
+        if mine != other:
+            questions = "; ".join(
+                f"{kind} of {', '.join(names[:8])}" + (f" (positive: {positive})" if positive else "")
+                for kind, names, positive in (mine, other)
+            )
+            different = f"{first.path} and {run.path} do not answer the same question: {questions}"
+            raise BadOption(f"{different}. Compare runs of one task.")
 
 
 def names_of(families: Sequence[Family]) -> list[str]:
     """A name for each that no other has: head and output, and as much more as is needed to tell them apart."""
-    names = [name_of(family.head, family.output) for family in families]
     views = {family.view for family in families if not family.from_pixels}
-    words: tuple[Callable[[Family], str], ...] = (
-        lambda f: f" of {f.view}" if len(views) > 1 and not f.from_pixels else "",
-        lambda f: f" at {100 * f.fraction:g} %" if len({g.fraction for g in families}) > 1 else "",
-    )
-    for word in words:
-        names = [name + word(family) for name, family in zip(names, families, strict=True)]
+    fractions = {family.fraction for family in families}
+    plain = []
+    for family in families:
+        view = f" of {family.view}" if len(views) > 1 and not family.from_pixels else ""
+        fraction = f" at {100 * family.fraction:g} %" if len(fractions) > 1 else ""
+        plain.append(f"{name_of(family.head, family.output)}{view}{fraction}")
     settings = [run_setting(family.runs[0]) for family in families]
-    plain = list(names)
-    for k, name in enumerate(plain):
-        same = [each for other, each in zip(plain, settings, strict=True) if other == name]
-        varied = [key for key in settings[k] if len({repr(each.get(key)) for each in same}) > 1]
-        names[k] = ", ".join([name, *(_option_text(key.replace("_", " "), settings[k][key]) for key in varied)])
+    names = []
+    for name, setting in zip(plain, settings, strict=True):
+        same = [other for other_name, other in zip(plain, settings, strict=True) if other_name == name]
+        varied = [key for key in setting if len({repr(other.get(key)) for other in same}) > 1]
+        names.append(", ".join([name, *(_option_text(key.replace("_", " "), setting[key]) for key in varied)]))
     repeated = [name for name in names if names.count(name) > 1]
     return [f"{n} ({f.runs[0].path.name})" if n in repeated else n for n, f in zip(names, families, strict=True)]
 
@@ -145,35 +144,26 @@ def display_setting(settings: dict[str, Any]) -> dict[str, Any]:
 
 def path_edge_warnings(family: Family) -> list[str]:
     """What was said in training of values chosen at the edge of what a solver tried."""
-    words = [w for run in family.runs for w in run.config.get("warnings", []) if "at the edge of what was tried" in w]
-    return list(dict.fromkeys(words))
+    warnings = [warning for run in family.runs for warning in run.config.get("warnings", [])]
+    return list(dict.fromkeys(warning for warning in warnings if "at the edge of what was tried" in warning))
 
 
-def spread(family: Family, names: Sequence[str]) -> dict[str, dict[str, float | None] | None]:
+def spread(family: Family, names: Sequence[str]) -> dict[str, dict[str, float] | None]:
     """Standard deviations on test: over seeds within a split and fold (initialisation only), over repeats of the means
     of their seeds and folds, over folds within a repeat of the means of their seeds. None where only one is there."""
     tests = {resample_key(run): run.metrics["test"] for run in family.runs}
-    values = {m: {key: _number(test.get(m)) for key, test in tests.items()} for m in names}
-    kinds: dict[str, tuple[Callable[..., Hashable], Callable[..., Hashable]]] = {
-        "seeds": (lambda seed, split, fold: (split, fold), lambda seed, split, fold: seed),
-        "repeats": (lambda seed, split, fold: None, lambda seed, split, fold: split),
-        "folds": (lambda seed, split, fold: split, lambda seed, split, fold: fold),
-    }
+    values = {m: {key: math.nan if test.get(m) is None else test[m] for key, test in tests.items()} for m in names}
     return {
-        kind: {m: _deviation(values[m], *keys) for m in names} if family.vary(kind) > 1 else None
-        for kind, keys in kinds.items()
+        kind: {m: _deviation(values[m], *places) for m in names} if family.vary(kind) > 1 else None
+        for kind, places in DRAWS.items()
     }
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _deviation(values: dict[Any, float], within: Callable[..., Hashable], over: Callable[..., Hashable]) -> float:
+def _deviation(values: dict[Any, float], within: tuple[int, ...], over: int) -> float:
     """Square root of the mean variance within."""
-    cells: dict[Hashable, dict[Hashable, list[float]]] = {}
+    cells: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
     for draw, value in values.items():
-        cells.setdefault(within(*draw), {}).setdefault(over(*draw), []).append(value)
+        cells.setdefault(tuple(draw[i] for i in within), {}).setdefault(draw[over], []).append(value)
     means = [[float(np.mean(v)) for v in cell.values()] for cell in cells.values()]
     variances = [np.var(cell, ddof=1) for cell in means if len(cell) > 1]
     return float(np.sqrt(np.mean(variances))) if variances else math.nan
@@ -224,18 +214,16 @@ def select_setting(rows: Sequence[Row], select: str) -> Selection | None:
         settings.setdefault(canonical_json(setting_of(row)), []).append(row)
     most = max(len(own) for own in settings.values())
     full = {text: own for text, own in settings.items() if len(own) == most}
-    best = min(full, key=lambda text: (*selection_key(full[text], select), text))
-    value = mean_of(full[best], select)
+    best = full[min(full, key=lambda text: (*selection_key(full[text], select), text))]
+    value, setting = mean_of(best, select), setting_of(best[0])
     if math.isnan(value):
         return None
-    setting = setting_of(full[best][0])
-    tried = [setting_of(own[0]) for own in full.values()]
-    ends = _ends(setting, tried)
+    ends = _ends(setting, [setting_of(own[0]) for own in full.values()])
     edges = tuple(
         f"{name.replace('_', ' ')} {setting[name]:g} is the {end} tried: a {end[:-2]}r one may be better"
         for name, end in ends.items()
     )
-    return Selection(setting, tuple(full[best]), len(full), value, ends, edges, len(settings) - len(full))
+    return Selection(setting, tuple(best), len(full), value, ends, edges, len(settings) - len(full))
 
 
 def selection_key(rows: Sequence[Row], select: str) -> tuple[float, float]:
@@ -288,12 +276,6 @@ def in_common_order(answers: Predictions) -> tuple[Predictions, str]:
     return replace(answers, ids=[answers.ids[i] for i in order], **rows), key
 
 
-def predictions_of(run: Run, answers: Predictions) -> CalibratedPredictions:
-    return CalibratedPredictions(
-        run.task, answers.calibrated_logits, answers.y, run.positive, run.calibration.thresholds
-    )
-
-
 def collect_predictions(pairs: Iterable[tuple[Run, Predictions]]) -> FamilyPredictions:
     """From runs and what each said of images it was not trained on."""
     groups: dict[str, list[tuple[Run, Predictions]]] = {}
@@ -302,8 +284,12 @@ def collect_predictions(pairs: Iterable[tuple[Run, Predictions]]) -> FamilyPredi
         groups.setdefault(key, []).append((run, ordered))
     test_sets = []
     for key, same in groups.items():
+        calibrated = tuple(
+            CalibratedPredictions(run.task, each.calibrated_logits, each.y, run.positive, run.calibration.thresholds)
+            for run, each in same
+        )
         train = float(np.mean([run.config["splits"]["images"]["train"] for run, _ in same]))
-        test_sets.append(TestSet(key, same[0][1].clusters, tuple(predictions_of(*pair) for pair in same), train))
+        test_sets.append(TestSet(key, same[0][1].clusters, calibrated, train))
     runs, ordered_answers = zip(*(zip(*same, strict=True) for same in groups.values()), strict=True)
     return FamilyPredictions(tuple(test_sets), runs, ordered_answers)
 

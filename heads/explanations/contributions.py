@@ -33,12 +33,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from featurecache.errors import BadOption, FeatureCacheError
+from featurecache.errors import BadOption
+from heads.evaluation.external import rows_of_splits
 from heads.explanations.maps import SaliencyMap, class_margin_weights
 from heads.models.tokens import ClsMean, Conv, Large, MeanLinear
 from heads.models.vector import Linear, Mlp
-from heads.runs.run import Run, read_ids
-from heads.splits import read_splits
+from heads.runs.run import Run
 from heads.task import Standardize
 
 if TYPE_CHECKING:
@@ -315,7 +315,10 @@ def mean_training_token(run: Run, tokens: TokenMap, view: View | None) -> tuple[
             )
         return scale.mean.expand(tokens.count, -1).clone(), "the mean of all training tokens, kept with the head"
     view.info(tokens.source)  # raises with the command that stores it
-    rows = _train_rows(run, view)
+    try:
+        rows = rows_of_splits(run, view.ids, ("train",))
+    except BadOption as error:
+        raise BadOption(f"which images {run.path} was trained on cannot be read: {error}") from error
     if not len(rows):
         raise BadOption(f"{view.label} holds none of the images that {run.path} was trained on.")
     some = rows if len(rows) <= TRAINING else rows[np.linspace(0, len(rows) - 1, TRAINING).round().astype(int)]
@@ -326,17 +329,3 @@ def mean_training_token(run: Run, tokens: TokenMap, view: View | None) -> tuple[
     mean[first:] = mean[first:].mean(0)
     of = f"{len(some):,} of {len(rows):,}" if len(some) < len(rows) else f"all {len(rows):,}"
     return mean.float(), f"the mean token of {of} training images"
-
-
-def _train_rows(run: Run, view: View) -> np.ndarray:
-    """Rows of the view that the run was trained on."""
-    file = run.path / "splits.csv"
-    ids = set(read_ids(file))
-    rows = np.array([i for i, name in enumerate(view.ids) if name in ids], dtype=np.int64)
-    if not len(rows):
-        return rows
-    try:
-        names = read_splits(file, [view.ids[i] for i in rows], [])
-    except FeatureCacheError as error:
-        raise BadOption(f"which images {run.path} was trained on cannot be read: {error}") from error
-    return rows[np.asarray(names) == "train"]

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +58,27 @@ def explain(
     originals = SourceImages()
     explainers = [Explainer(run, originals, device=device, weights=weights, trust_code=trust_code) for run in opened]
     names: list[str | None] = [classes] if classes is None or isinstance(classes, str) else [*classes] or [None]
-    request = _Request(explainers, _kinds(kinds, explainers), names, method)
+    requested = _kinds(kinds)
     folder = _folder(Path(out) if out is not None else opened[0].path / "explain")
-    records, files, number = [], [], 0
-    stream = iter(_images(images, opened, originals))
+    records: list[dict[str, Any]] = []
+    files: list[Path] = []
+    numbers, stream = count(1), iter(_images(images, opened, originals))
     while part := list(islice(stream, PART)):
         readable = [image for image in part if isinstance(image, SourceImage)]
-        records += [{"image": name, "error": why} for name, why in (p for p in part if not isinstance(p, SourceImage))]
-        for image, results in zip(readable, request.results(readable) if readable else [], strict=True):
-            number += 1
-            paths, numbers = _write_image(folder, number, image, results)
+        records += [{"image": p[0], "error": p[1]} for p in part if not isinstance(p, SourceImage)]
+        by_run = [
+            _of_run(each, requested or [each.default], names, method, readable) for each in explainers if readable
+        ]
+        if (reasons := [result.why for of_run in by_run for result, *_ in of_run]) and all(reasons):
+            raise BadOption("; ".join(dict.fromkeys(reasons)))
+        for i, image in enumerate(readable):
+            results = [of_image[i] for of_run in by_run for of_image in of_run]
+            paths, written = _write_image(folder, next(numbers), image, results)
             files += paths
-            records += numbers
+            records += written
             if say:
                 say(f"explained  {image.name}: {', '.join(path.name for path in paths)}")
-    if not files and not records:
+    if not records:
         raise BadOption("explain needs an image: a file, a folder, a table, or the id of an image of the view.")
     _write(folder / "explain.json", (json.dumps(records, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode())
     return ExplainReport(folder, records, files)
@@ -91,48 +97,32 @@ class ExplainResult:
     why: str = ""
 
 
-@dataclass
-class _Request:
-    explainers: list[Explainer]
-    kinds: list[list[str]]  # of each run
-    classes: list[str | None]
-    method: str
+def _of_run(
+    explainer: Explainer, kinds: Sequence[str], names: Sequence[str | None], method: str, images: list[SourceImage]
+) -> list[list[ExplainResult]]:
+    """For every kind and class that is explained the result of every image."""
+    logits = explainer.logits(images)
+    return [
+        _of_kind(explainer, kind, images, _chosen_classes(explainer.run, logits, name), logits, method)
+        for kind in kinds
+        for name in (names if kind != "attention" else [None])
+    ]
 
-    def results(self, images: list[SourceImage]) -> list[list[ExplainResult]]:
-        """For every image its results. Raises BadOption where no run has any map."""
-        by_image: list[list[ExplainResult]] = [[] for _ in images]
-        for explainer, kinds in zip(self.explainers, self.kinds, strict=True):
-            logits = explainer.logits(images)
-            for kind in kinds:
-                for name in self.classes if kind != "attention" else [None]:
-                    chosen = _chosen_classes(explainer.run, logits, name)
-                    results = self._of_kind(explainer, kind, images, chosen, logits)
-                    for image_results, result in zip(by_image, results, strict=True):
-                        image_results.append(result)
-        reasons = [result.why for results in by_image for result in results]
-        if reasons and all(reasons):
-            raise BadOption("; ".join(dict.fromkeys(reasons)))
-        return by_image
 
-    def _of_kind(
-        self, explainer: Explainer, kind: str, images: list[SourceImage], chosen: np.ndarray, logits: np.ndarray
-    ) -> list[ExplainResult]:
-        run, why = explainer.run, ""
-        try:
-            maps = explainer.maps(kind, images, chosen, self.method)
-        except BadOption as error:
-            if len(self.explainers) == 1 and len(self.kinds[0]) == 1:
-                raise
-            maps, why = [[] for _ in images], str(error)
-        if kind == "attention":
-            return [ExplainResult(run, kind, "", None, None, each, why) for each in maps]
-        toward = class_margin_weights(chosen, len(run.classes), 1.0, run.task == "multilabel")
-        margins = (logits * toward.double().numpy()).sum(1)  # these logits have their temperature already
-        rows = zip(chosen, probabilities(run.task, logits), margins, maps, strict=True)
-        return [
-            ExplainResult(run, kind, run.classes[c], float(p[c]), float(margin), each, why)
-            for c, p, margin, each in rows
-        ]
+def _of_kind(
+    explainer: Explainer, kind: str, images: list[SourceImage], chosen: np.ndarray, logits: np.ndarray, method: str
+) -> list[ExplainResult]:
+    run, why = explainer.run, ""
+    try:
+        maps = explainer.maps(kind, images, chosen, method)
+    except BadOption as error:
+        maps, why = [[] for _ in images], str(error)
+    if kind == "attention":
+        return [ExplainResult(run, kind, "", None, None, each, why) for each in maps]
+    toward = class_margin_weights(chosen, len(run.classes), 1.0, run.task == "multilabel")
+    margins = (logits * toward.double().numpy()).sum(1)  # these logits have their temperature already
+    rows = zip(chosen, probabilities(run.task, logits), margins, maps, strict=True)
+    return [ExplainResult(run, kind, run.classes[c], float(p[c]), float(m), each, why) for c, p, m, each in rows]
 
 
 def _chosen_classes(run: Run, logits: np.ndarray, name: str | None) -> np.ndarray:
@@ -149,15 +139,14 @@ def _chosen_classes(run: Run, logits: np.ndarray, name: str | None) -> np.ndarra
     return predict_labels(run.task, p, run.calibration.thresholds, run.positive).astype(np.int64)
 
 
-def _kinds(kinds: str | Sequence[str] | None, explainers: Sequence[Explainer]) -> list[list[str]]:
-    if kinds is None:
-        return [[explainer.default] for explainer in explainers]
-    words = kinds.split(",") if isinstance(kinds, str) else list(kinds)
-    named = list(dict.fromkeys(word.strip() for word in words))
-    for word in named:
-        if word not in KINDS:
-            raise BadOption(f'--kind "{word}" is not one of {", ".join(KINDS)}.{nearest(word, KINDS)}')
-    return [named for _ in explainers]
+def _kinds(kinds: str | Sequence[str] | None) -> list[str]:
+    """Those that were named, none where each run has its default."""
+    names = kinds.split(",") if isinstance(kinds, str) else kinds or ()
+    kinds = list(dict.fromkeys(name.strip() for name in names))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise BadOption(f'--kind "{kind}" is not one of {", ".join(KINDS)}.{nearest(kind, KINDS)}')
+    return kinds
 
 
 def _images(
@@ -171,16 +160,10 @@ def _images(
             yield next((each for each in matches if isinstance(each, SourceImage)), (image, reason))
             continue
         for name, data in iterate_images([image]):
-            yield _read(name, data)
-
-
-def _read(name: str, data: bytes | np.ndarray | str) -> SourceImage | tuple[str, str]:
-    if isinstance(data, str):
-        return name, data
-    try:
-        return read_source_image(name, data)
-    except UnreadableImage as error:
-        return name, str(error)
+            try:
+                yield (name, data) if isinstance(data, str) else read_source_image(name, data)
+            except UnreadableImage as error:
+                yield name, str(error)
 
 
 def _write_image(
@@ -194,11 +177,14 @@ def _write_image(
         of_kind = [result for result in results if result.kind == kind]
         panels = [
             Panel(
-                _title(result), visible_box(result.run.config["spec"], image.pixels), result.maps, result.why,
-                is_pixels(result.run),
+                _title(each),
+                visible_box(each.run.config["spec"], image.pixels),
+                each.maps,
+                each.why,
+                is_pixels(each.run),
             )
-            for result in of_kind
-        ]  # fmt: skip
+            for each in of_kind
+        ]
         untrained = any(result.run.untrained for result in of_kind)
         path = folder / f"{number:03d}-{stem}-{kind}.png"
         _write(path, draw_maps(image.pixels, kind, panels, untrained))
@@ -223,15 +209,15 @@ def _records(name: str, result: ExplainResult, path: Path) -> list[dict[str, Any
     if result.why:
         return [about | {"error": result.why}]
     about |= {"probability": result.probability, "margin": result.margin}
-    return [about | _numbers(each) | {"png": path.name} for each in result.maps]
-
-
-def _numbers(each: SaliencyMap) -> dict[str, Any]:
-    return {
-        "map_of": each.small, "how": each.how, "unit": each.unit, "adds_up": each.adds_up, "beside": each.beside,
-        "peak": None if each.peak is None else list(each.peak), "grid": list(each.values.shape),
-        "values": _rounded(each.values), "control": _rounded(each.control), "likeness_to_control": each.likeness,
-    }  # fmt: skip
+    return [
+        about | {
+            "map_of": each.small, "how": each.how, "unit": each.unit, "adds_up": each.adds_up, "beside": each.beside,
+            "peak": None if each.peak is None else list(each.peak), "grid": list(each.values.shape),
+            "values": _rounded(each.values), "control": _rounded(each.control), "likeness_to_control": each.likeness,
+            "png": path.name,
+        }
+        for each in result.maps
+    ]  # fmt: skip
 
 
 def _rounded(values: np.ndarray | None) -> list[Any] | None:
@@ -241,26 +227,24 @@ def _rounded(values: np.ndarray | None) -> list[Any] | None:
 def explanations_table(records: Sequence[dict[str, Any]]) -> str:
     """For a terminal: a line for each map, places counted from 1 at the upper left; errors below."""
     rows = [["image", "map", "run", "class", "margin", "strongest at", "beside it", "like its control"]]
-    for r in records:
-        if "error" not in r:
-            run, (height, width) = Path(r["run"]).resolve().name, r["grid"]
-            down, across = r["peak"] or (-1, -1)
-            place = f"row {down + 1}/{height}, column {across + 1}/{width}" if r["peak"] else "nowhere above 0"
-            beside = ", ".join(f"{name} {part:+.2f}" for name, part in r["beside"].items()) or "–"
-            rows.append(
-                [one_line(r["image"]), f"{r['kind']}: {r['map_of']}", run, r["class"] or "any",
-                 _number(r["margin"]), place, beside, _number(r["likeness_to_control"])]
-            )  # fmt: skip
-    lines = aligned(rows, right=len(rows[0])) if len(rows) > 1 else []
+    errors = []
     for r in records:
         if "error" in r:
             what = f"no {r['kind']} for {Path(r['run']).name}: " if "kind" in r else "could not be read: "
-            lines.append(f"{one_line(r['image'])}  {what}{one_line(r['error'])}")
-    return "\n".join(lines)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}"
+            errors.append(f"{one_line(r['image'])}  {what}{one_line(r['error'])}")
+            continue
+        margin, likeness = ("–" if r[k] is None else f"{r[k]:+.2f}" for k in ("margin", "likeness_to_control"))
+        (height, width), (down, across) = r["grid"], r["peak"] or (-1, -1)
+        place = f"row {down + 1}/{height}, column {across + 1}/{width}" if r["peak"] else "nowhere above 0"
+        beside = ", ".join(f"{name} {part:+.2f}" for name, part in r["beside"].items()) or "–"
+        about = [
+            one_line(r["image"]),
+            f"{r['kind']}: {r['map_of']}",
+            Path(r["run"]).resolve().name,
+            r["class"] or "any",
+        ]
+        rows.append([*about, margin, place, beside, likeness])
+    return "\n".join([*(aligned(rows, right=len(rows[0])) if len(rows) > 1 else []), *errors])
 
 
 def _folder(path: Path) -> Path:

@@ -46,8 +46,8 @@ def ticks(low: float, high: float, wanted: int) -> list[float]:
     return [float(v) for v in MaxNLocator(wanted, steps=STEPS).tick_values(low, high) if low - room <= v <= high + room]
 
 
-def plain(value: float) -> str:
-    """A tick: 0.25, 12, 4,000, 1e-05."""
+def plain(value: float, position: Any = None) -> str:
+    """A tick, wherever it stands: 0.25, 12, 4,000, 1e-05."""
     if 0 < abs(value) < 1e-3 or abs(value) >= 1e6:
         return re.sub(r"e([+-])0*", lambda sign: "e" + sign[1].strip("+"), f"{value:.0e}")
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.6g}"
@@ -63,11 +63,11 @@ def style_of(number: int) -> str:
 
 
 @contextmanager
-def _options() -> Iterator[None]:
-    import matplotlib
+def _settings() -> Iterator[None]:
+    from matplotlib import rc_context
 
-    options = {"svg.fonttype": "none", "svg.hashsalt": "featurecache", "text.parse_math": False}
-    with matplotlib.rc_context(options), warnings.catch_warnings():
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "featurecache", "text.parse_math": False}
+    with rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # boxes in a PNG; a page has fonts
         yield
 
@@ -81,23 +81,20 @@ class Plot:
         self, xlabel: str, ylabel: str, *, x: tuple[float, float] | None = None,
         y: tuple[float | None, float | None] = (None, None), least: float = 0.0, top: float | None = None,
         xlog: bool = False, xwhole: bool = False, xticks: Sequence[float] | None = None,
-        xformat: Callable[[float], str] = plain, height: float = HEIGHT,
+        xformat: Callable[[float, Any], str] = plain, height: float = HEIGHT,
     ) -> None:  # fmt: skip
-        from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+        from matplotlib.ticker import MaxNLocator, NullLocator
 
         self._empty(WIDTH, height)
         self._labels, self._y, self._least, self._top = (xlabel, ylabel), y, least, top
-        self.axes.margins(0.06)
-        self.axes.set_xscale("log" if xlog else "linear")
-        if x:
-            self.axes.set_xlim(x)
-        self.axes.grid(color=GRID, linewidth=1)
-        self.axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=xwhole))
-        self.axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
         self._xlog, self._xticks = xlog, xticks
-        for axis, words in ((self.axes.xaxis, xformat), (self.axes.yaxis, plain)):
+        self.axes.margins(0.06)
+        self.axes.set(xscale="log" if xlog else "linear", xlim=x)
+        self.axes.grid(color=GRID, linewidth=1)
+        for axis, text, whole in ((self.axes.xaxis, xformat, xwhole), (self.axes.yaxis, plain, False)):
+            axis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=whole))
             axis.set_minor_locator(NullLocator())
-            axis.set_major_formatter(FuncFormatter(lambda value, _, words=words: words(value)))
+            axis.set_major_formatter(text)
 
     def _empty(self, width: float, height: float) -> None:
         from matplotlib.figure import Figure as Canvas
@@ -117,20 +114,19 @@ class Plot:
         room = max(0.0, self._least - (high - low)) / 2
         low, high = low - room, high + room if self._top is None else min(high + room, self._top)
         self.axes.set_ylim(*(end if fixed is None else fixed for end, fixed in zip((low, high), self._y, strict=True)))
-        if self._xticks is not None:
-            self.axes.set_xticks(self._xticks)
         if self._xlog:
             start, end = self.axes.dataLim.intervalx
             room = max((end / start) ** 0.08, 1.25)  # small differences of seconds shall look small
             self.axes.set_xlim(start / room, end * room)
-        if self._xlog and self._xticks is None:
+        if self._xticks is not None:
+            self.axes.set_xticks(self._xticks)
+        elif self._xlog:
             from matplotlib.ticker import LogLocator
 
             start, end = map(math.log10, self.axes.get_xlim())
             subs = (1,) if math.floor(end) > math.ceil(start) else (1, 2, 5)
             self.axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=7))
-        left = max(50.0, 32 + 6 * max(len(plain(v)) for v in self.axes.get_yticks()))
-        self._place(left, 20.0, 12.0, 42.0)
+        self._place(max(50.0, 32 + 6 * max(len(plain(v)) for v in self.axes.get_yticks())), 20.0, 12.0, 42.0)
 
     def _place(self, left: float, right: float, top: float, bottom: float) -> None:
         """The axes within margins, and what they are called outside of them."""
@@ -138,16 +134,14 @@ class Plot:
         self.axes.set_position((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
         same: dict[str, Any] = {"fontsize": 11, "color": FAINT, "ha": "center"}
         self.figure.text((left + width - right) / 2 / width, 6 / height, self._labels[0], **same)
-        middle = (bottom + height - top) / 2 / height
-        self.figure.text(12 / width, middle, self._labels[1], rotation=90, rotation_mode="anchor", **same)
+        same |= {"rotation": 90, "rotation_mode": "anchor"}
+        self.figure.text(12 / width, (bottom + height - top) / 2 / height, self._labels[1], **same)
 
     def line(self, points: Iterable[tuple[float, float]], style: str = "s0", *, thin: bool = False) -> None:
-        xs, ys = zip(*points, strict=True)
         options: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.45} if thin else {"linewidth": 1.8}
         if style in DASHES:
             options = {"linewidth": 1, "linestyle": DASHES[style]}
-        colour = COLOURS.get(style, FAINT if style == "guide" else SERIES[1])
-        self.axes.plot(xs, ys, color=colour, clip_on=False, **options)
+        self.axes.plot(*zip(*points, strict=True), color=COLOURS.get(style, FAINT), clip_on=False, **options)
 
     def dot(
         self, x: float, y: float, style: str = "s0", hint: str = "", *, radius: float = 3.2, ring: bool = False
@@ -163,13 +157,6 @@ class Plot:
             options: dict[str, Any] = {"linewidth": 1.2, "alpha": 0.4} if faint else {"linewidth": 2, "alpha": 0.75}
             self.axes.plot([x, x], [low, high], COLOURS[style], solid_capstyle="round", clip_on=False, **options)
 
-    def mark(self, x: float) -> None:
-        """An upright dashed line over the whole height."""
-        self.axes.axvline(x, color=SERIES[1], linewidth=1, linestyle=DASHES["mark"])
-
-    def band(self, x: np.ndarray, low: np.ndarray, high: np.ndarray, style: str) -> None:
-        self.axes.fill_between(x, low, high, color=COLOURS[style], alpha=0.3, linewidth=0, clip_on=False)
-
 
 class Matrix(Plot):
     """Cells [R, K] shaded by ``share`` and, where there are few, with their ``counts``; names of rows and columns."""
@@ -178,23 +165,21 @@ class Matrix(Plot):
         self, counts: np.ndarray, share: np.ndarray, rows: Sequence[str], columns: Sequence[str], xlabel: str,
         ylabel: str, cell: tuple[float, float],
     ) -> None:  # fmt: skip
-        across, down = cell
-        named = len(rows) <= NAMED
+        (height, width), (across, down), named = counts.shape, cell, len(rows) <= NAMED
         rows, columns = (rows, columns) if named else ((), ())
         turned = named and 5.8 * max(len(line) for name in columns for line in name.split("\n")) > across - 2
         left = 26 + LETTER * max(map(len, rows), default=0)
         below = 30 + 5.8 * max(map(len, columns)) if turned else 46.0 if xlabel == "" else 38.0 if named else 26.0
-        size = across * counts.shape[1], down * counts.shape[0]
-        width = max(left + size[0] + 8, 330.0)
-        self._empty(width, 8 + size[1] + below)
-        self._labels, self._margins = (xlabel, ylabel), (left, width - left - size[0], 8.0, below)
-        self.axes.set(xlim=(0, counts.shape[1]), ylim=(counts.shape[0], 0))
+        whole = max(left + across * width + 8, 330.0)
+        self._empty(whole, 8 + down * height + below)
+        self._labels, self._margins = (xlabel, ylabel), (left, whole - left - across * width, 8.0, below)
+        self.axes.set(xlim=(0, width), ylim=(height, 0))
         letters: dict[str, Any] = {"parse_math": False, "fontsize": 10.5 if down >= 11 else 7}
         self.axes.set_yticks(np.arange(len(rows)) + 0.5, rows, **letters)
         letters |= {"rotation": 60, "ha": "right", "va": "center", "rotation_mode": "anchor"} if turned else {}
         self.axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **letters)
         self._shades(share, down)
-        if len(counts) <= NUMBERED or counts.shape[1] <= 4:
+        if height <= NUMBERED or width <= 4:
             self._numbers(counts, share, 9 if counts.max() >= 1000 or down < 26 else 10.5)
 
     def finish(self) -> None:
@@ -203,22 +188,21 @@ class Matrix(Plot):
     def _shades(self, share: np.ndarray, down: float) -> None:
         """One line through all cells of a shade, as thick as a row is high: 200 classes are no 40,000 elements."""
         level = np.ceil(share * SHADES - 1e-9).astype(int)
-        for step in range(1, SHADES + 1):
+        for step in np.unique(level[level > 0]):
             i, j = np.nonzero(level == step)
-            if len(i):
-                xs = np.stack([j, j + 1, np.full(len(j), np.nan)], axis=1).ravel()
-                options: dict[str, Any] = {"alpha": step / SHADES, "linewidth": down, "solid_capstyle": "butt"}
-                self.axes.plot(xs, np.repeat(i + 0.5, 3), HEAT, clip_on=False, **options)
+            xs = np.stack([j, j + 1, np.full(len(j), np.nan)], axis=1).ravel()
+            options: dict[str, Any] = {"alpha": step / SHADES, "linewidth": down, "solid_capstyle": "butt"}
+            self.axes.plot(xs, np.repeat(i + 0.5, 3), HEAT, clip_on=False, **options)
 
     def _numbers(self, counts: np.ndarray, share: np.ndarray, size: float) -> None:
         from matplotlib.text import Text
 
+        same: dict[str, Any] = {"ha": "center", "va": "center_baseline", "transform": self.axes.transData}
         for (i, j), count in np.ndenumerate(counts):
-            words = f"{count:,.0f}" if count == round(count) else f"{count:,.1f}"
+            number = f"{count:,.0f}" if count == round(count) else f"{count:,.1f}"
             colour, alpha = (PAPER, 1) if share[i, j] > 0.55 else (INK, 1) if count else (FAINT, 0.6)
-            place: dict[str, Any] = {"ha": "center", "va": "center_baseline", "transform": self.axes.transData}
-            text = Text(j + 0.5, i + 0.5, words, fontsize=size, color=colour, alpha=alpha, **place)
-            self.figure.add_artist(text)  # not by axes.text: clipping each takes as long as drawing it
+            # not by axes.text: clipping each takes as long as drawing it
+            self.figure.add_artist(Text(j + 0.5, i + 0.5, number, fontsize=size, color=colour, alpha=alpha, **same))
 
 
 @dataclass(frozen=True)
@@ -233,7 +217,7 @@ class Figure:
     def svg(self) -> Markup:
         """An element of a page."""
         text = io.StringIO()
-        with _options():
+        with _settings():
             self.plot.finish()
             self.plot.figure.patch.set_visible(False)
             self.plot.figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")))
@@ -245,14 +229,15 @@ class Figure:
         from matplotlib.lines import Line2D
 
         figure, data = self.plot.figure, io.BytesIO()
-        names = [words for _, words in self.keys]
-        with _options():
+        with _settings():
             self.plot.finish()
             figure.text(0, 1 + 12 / (figure.get_figheight() * 72), short(self.title, 60), fontsize=11, color=INK)
             figure.text(0, 1, note, fontsize=8, color=FAINT)
-            if names:
-                styles = [(COLOURS.get(key, SERIES[1]), DASHES.get(key, "-")) for key, _ in self.keys]
-                lines = [Line2D([], [], color=colour, ls=dash, lw=1.8) for colour, dash in styles]
+            if self.keys:
+                styles, names = zip(*self.keys, strict=True)
+                lines = [
+                    Line2D([], [], color=COLOURS.get(key, SERIES[1]), ls=DASHES.get(key, "-"), lw=1.8) for key in styles
+                ]
                 place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
                 place["ncols"] = 1 if max(map(len, names)) > 24 else 2
                 figure.legend(lines, names, frameon=False, fontsize=9, labelcolor=INK, **place)
@@ -265,9 +250,9 @@ def save_png(path: Path, figures: Sequence[Figure], note: str = "") -> None:
     """Figures side by side in one file."""
     from matplotlib.image import imsave
 
-    each = [figure.pixels(note) for figure in figures]
-    height = max(len(pixels) for pixels in each)
-    padded = [np.pad(p, ((0, height - len(p)), (0, 24), (0, 0)), constant_values=1.0) for p in each]
+    images = [figure.pixels(note) for figure in figures]
+    height = max(map(len, images))
+    padded = [np.pad(p, ((0, height - len(p)), (0, 24), (0, 0)), constant_values=1.0) for p in images]
     imsave(path, np.concatenate(padded, axis=1))
 
 
@@ -305,15 +290,18 @@ def _page_svg(text: str, title: str, hints: Sequence[str]) -> Markup:
 
 def _attributes(original: dict[str, str], prefix: str) -> str:
     style = dict(part.strip().split(": ", 1) for part in original.pop("style", "").split(";") if part.strip())
-    style.pop("font-family", None)
     attributes = {key: VARIABLES.get(value, value.removesuffix("px")) for key, value in style.items()}
+    attributes.pop("font-family", None)
     for key, value in original.items():
         if key == "id":
             attributes["id"] = prefix + value
         elif key == "xlink:href":
             attributes["href"] = f"#{prefix}{value[1:]}"
-        elif key == "d":
-            attributes["d"] = _short_path(value)
+        elif key == "d":  # a line from a point to a point needs no letter; circles are small and keep two decimals
+            path = " ".join(value.split())
+            attributes["d"] = (
+                _rounded(path, 2) if "C" in path else _rounded(path.replace(" L ", " ").replace("M ", "M"))
+            )
         elif key != "clip-path" and not value.startswith("rotate(-0 "):
             attributes[key] = _rounded(value)
     return "".join(f' {key}="{value}"' for key, value in attributes.items())
@@ -321,9 +309,3 @@ def _attributes(original: dict[str, str], prefix: str) -> str:
 
 def _rounded(text: str, digits: int = 1) -> str:
     return _NUMBER.sub(lambda number: f"{float(number[0]):.{digits}f}".rstrip("0").rstrip("."), text)
-
-
-def _short_path(path: str) -> str:
-    """A line from a point to a point needs no letter; circles are small and keep two decimals."""
-    words = " ".join(path.split())
-    return _rounded(words, 2) if "C" in words else _rounded(words.replace(" L ", " ").replace("M ", "M"))

@@ -15,19 +15,14 @@ from heads.evaluation.costs import CHARTED, COSTS, cost_columns
 from heads.evaluation.families import Family
 from heads.metrics.calibration import CalibratedPredictions, measure_scores, predict_labels, probabilities
 from heads.metrics.classification import METRICS, auroc, title
-from heads.reports.drawing import SERIES, SQUARE, Figure, Matrix, Plot, plain, save_png, short, style_of
+from heads.reports.drawing import DASHES, GREY, SERIES, SQUARE, Figure, Matrix, Plot, plain, save_png, short, style_of
 from heads.runs.run import Run, is_of_pixels, load_run
 from heads.task import Predictions
 
 TestPredictions = Sequence[tuple[Run, Predictions]]
 
-UNIT = (-0.02, 1.02)
-FIFTHS = (0, 0.2, 0.4, 0.6, 0.8, 1)
-LABELS = {
-    "roc": ("1 − specificity", "sensitivity"),
-    "pr": ("sensitivity (recall)", "precision (PPV)"),
-    "reliability": ("predicted probability", "observed frequency"),
-}
+ROC, PR = ("1 − specificity", "sensitivity"), ("sensitivity (recall)", "precision (PPV)")  # the axes
+UNIT, FIFTHS = (-0.02, 1.02), (0, 0.2, 0.4, 0.6, 0.8, 1)
 GRID = np.linspace(0, 1, 201)
 MANY = 30  # classes above which single curves say less than where most of them run
 OVERLAID = 6  # families in the figures and tables that lay them over each other
@@ -43,13 +38,10 @@ def save_pictures(folder: Path) -> None:
     run = load_run(folder, trust_code=True)
     predictions = page_predictions([run])
     note = "untrained backbone: shows the tool, nothing else" if run.untrained else ""
-    chosen = range(len(run.classes)) if run.positive is None else [run.positive]
-    measured = run.metrics["test"] if run.task == "binary" else None
-    pictures = {"curves": training_figures([run]), "confusion": [counts_figure(predictions)]}
-    pictures["roc"] = [curve_figure("roc", predictions, chosen, measured)]
-    for name, figures in pictures.items():
-        if figures:
-            save_png(folder / f"{name}.png", figures, note)
+    save_png(folder / "confusion.png", [counts_figure(predictions)], note)
+    save_png(folder / "roc.png", [curve_figure("roc", predictions, run.metrics["test"])], note)
+    if curves := training_figures([run]):
+        save_png(folder / "curves.png", curves, note)
 
 
 def top_of(measure: str | None) -> float | None:
@@ -68,17 +60,12 @@ def confusion_counts(predictions: TestPredictions) -> np.ndarray:
 
 
 def _counts(run: Run, answers: Predictions) -> np.ndarray:
-    thresholds = run.calibration.thresholds
+    thresholds, y = run.calibration.thresholds, answers.y
     if run.task != "multilabel":
-        return (
-            CalibratedPredictions(run.task, answers.calibrated_logits, answers.y, run.positive, thresholds)
-            .confusion()
-            .astype(float)
-        )
-    p, y = probabilities(run.task, answers.calibrated_logits), answers.y
-    predicted = predict_labels(run.task, p, thresholds, run.positive)
-    cells = [(y == 1) & (predicted == 1), (y == 1) & (predicted == 0), (y == 0) & (predicted == 1),
-             (y == 0) & (predicted == 0)]  # fmt: skip
+        calibrated = CalibratedPredictions(run.task, answers.calibrated_logits, y, run.positive, thresholds)
+        return calibrated.confusion().astype(float)
+    predicted = predict_labels(run.task, probabilities(run.task, answers.calibrated_logits), thresholds, run.positive)
+    cells = [(y == truth) & (predicted == label) for truth, label in ((1, 1), (1, 0), (0, 1), (0, 0))]
     return np.stack([cell.sum(axis=0) for cell in cells], axis=1).astype(float)
 
 
@@ -143,30 +130,32 @@ def _pr_points(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
     return precision[np.minimum(np.searchsorted(recall, GRID - 1e-12), len(recall) - 1)]
 
 
-def curve_figure(
-    kind: str, predictions: TestPredictions, chosen: Sequence[int], measured: dict[str, Any] | None = None
-) -> Figure:
-    """ROC (``kind`` "roc") or precision against recall ("pr") of the classes ``chosen``, every class its own line.
+def curve_figure(kind: str, predictions: TestPredictions, measured: dict[str, Any] | None = None) -> Figure:
+    """ROC (``kind`` "roc") or precision against recall ("pr") of the positive class, or a line for every class.
 
     One class and several runs: the runs thin, their mean (upright: over sensitivities at equal false positive rate)
-    thick. ``measured``: {"sensitivity", "specificity", "ppv"} at the threshold chosen on val, drawn as a ring.
+    thick. ``measured``: of two classes sensitivity, specificity and ppv at the threshold chosen on val, a ring.
     """
     run, roc = predictions[0][0], kind == "roc"
-    title, plot = "ROC" if roc else "Precision and recall", _unit_square(kind)
-    pairs = [(c, [p for _, answers in predictions if (p := truth_and_score(run.task, answers, c))]) for c in chosen]
-    pairs = [(c, each) for c, each in pairs if each]
+    title, plot = "ROC" if roc else "Precision and recall", _unit_square(*(ROC if roc else PR))
+    chosen = range(len(run.classes)) if run.positive is None else [run.positive]
+    pairs = {c: each for c in chosen if (each := _truths_and_scores(predictions, c))}
     if not pairs:
         return Figure(title, plot, "Test has one class only: there is no curve.")
-    curves = [(c, [(_roc_points if roc else _pr_points)(*pair) for pair in each]) for c, each in pairs]
-    chance = 0.0 if roc else float(pairs[0][1][0][0].mean())
+    chance = 0.0 if roc else float(next(iter(pairs.values()))[0][0].mean())
     if roc or len(pairs) == 1:
         plot.line([(0, chance), (1, 1 if roc else chance)], "guide")
-    keys = _draw_curves(plot, curves, run.classes, [(0.0, 0.0)] if roc else [])
+    curves = {
+        run.classes[c]: [(_roc_points if roc else _pr_points)(*pair) for pair in each] for c, each in pairs.items()
+    }
+    keys = _draw_curves(plot, curves, [(0.0, 0.0)] if roc else [])
     if roc and len(predictions) == 1 and len(keys) == len(pairs):
-        areas = [auroc(score, truth) for _, ((truth, score),) in pairs]
+        areas = [auroc(score, truth) for ((truth, score),) in pairs.values()]
         keys = [(style, f"{name}: AUROC {area:.3f}") for (style, name), area in zip(keys, areas, strict=True)]
-    x, y = _operating_point(kind, measured or {})
+    point = measured if measured and run.task == "binary" else {}
+    x, y = (point.get(m) for m in (("specificity", "sensitivity") if roc else ("sensitivity", "ppv")))
     if x is not None and y is not None:
+        x = 1 - x if roc else x
         plot.dot(x, y, "s1", f"threshold chosen on val: {x:.3f}, {y:.3f}", radius=5, ring=True)
         keys.append(("s1", "threshold chosen on val"))
     notes = ["Each class against all others."] if run.task not in ("binary", "multilabel") else []
@@ -177,50 +166,47 @@ def curve_figure(
     return Figure(title, plot, " ".join(notes), tuple(keys))
 
 
-def _unit_square(kind: str) -> Plot:
-    plot = Plot(*LABELS[kind], x=UNIT, y=UNIT, xticks=FIFTHS, height=SQUARE)
+def _truths_and_scores(predictions: TestPredictions, c: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [pair for run, answers in predictions if (pair := truth_and_score(run.task, answers, c))]
+
+
+def _unit_square(xlabel: str, ylabel: str) -> Plot:
+    plot = Plot(xlabel, ylabel, x=UNIT, y=UNIT, xticks=FIFTHS, height=SQUARE)
     plot.axes.set_yticks(FIFTHS)
     return plot
 
 
-def _operating_point(kind: str, measured: dict[str, Any]) -> tuple[float | None, float | None]:
-    sensitivity, specificity, ppv = (measured.get(m) for m in ("sensitivity", "specificity", "ppv"))
-    if kind == "pr":
-        return sensitivity, ppv
-    return None if specificity is None else 1 - specificity, sensitivity
-
-
 def _draw_curves(
-    plot: Plot, curves: list[tuple[int, list[np.ndarray]]], classes: Sequence[str], start: list[tuple[float, float]]
+    plot: Plot, curves: dict[str, list[np.ndarray]], start: list[tuple[float, float]]
 ) -> list[tuple[str, str]]:
-    means = np.array([np.mean(each, axis=0) for _, each in curves])
+    """The mean curve of every class over [GRID]; its legend."""
+    means = np.array([np.mean(each, axis=0) for each in curves.values()])
     if len(curves) > len(SERIES):
+        which = f"{len(curves)} classes"
         if len(curves) > MANY:
             low, high = np.quantile(means, [0.1, 0.9], axis=0)
-            plot.band(GRID, low, high, "grey")
+            plot.axes.fill_between(GRID, low, high, color=GREY, alpha=0.3, linewidth=0, clip_on=False)
+            which = f"the middle 80 % of {which}"
         for mean in means if len(curves) <= MANY else ():
             plot.line([*start, *zip(GRID, mean, strict=True)], "grey", thin=True)
         plot.line([*start, *zip(GRID, means.mean(axis=0), strict=True)])
-        which = f"{len(curves)} classes" if len(curves) <= MANY else f"the middle 80 % of {len(curves)} classes"
         return [("grey", which), ("s0", "their mean")]
-    if len(curves) == 1 and len(curves[0][1]) > 1:
-        for each in curves[0][1][:THIN]:
-            plot.line([*start, *zip(GRID, each, strict=True)], thin=True)
+    (first, *_) = curves.values()
+    for each in first[:THIN] if len(curves) == 1 < len(first) else ():
+        plot.line([*start, *zip(GRID, each, strict=True)], thin=True)
     for number, mean in enumerate(means):
         plot.line([*start, *zip(GRID, mean, strict=True)], style_of(number))
-    return [(style_of(number), short(classes[c])) for number, (c, _) in enumerate(curves)]
+    return [(style_of(number), short(name)) for number, name in enumerate(curves)]
 
 
 def overlay_figure(named: Sequence[tuple[str, TestPredictions]]) -> Figure:
     """Binary: the mean ROC of several families over each other."""
-    plot = _unit_square("roc")
+    plot, keys = _unit_square(*ROC), []
     plot.line([(0, 0), (1, 1)], "guide")
-    keys = []
-    for number, (name, predictions) in enumerate(named[: len(SERIES)]):
+    for number, (name, predictions) in enumerate(named):
         positive = predictions[0][0].positive
         assert positive is not None, "only binary tasks are laid over each other"
-        pairs = [pair for run, answers in predictions if (pair := truth_and_score(run.task, answers, positive))]
-        if pairs:
+        if pairs := _truths_and_scores(predictions, positive):
             mean = np.mean([_roc_points(*pair) for pair in pairs], axis=0)
             plot.line([(0.0, 0.0), *zip(GRID, mean, strict=True)], style_of(number))
             keys.append((style_of(number), name))
@@ -229,19 +215,16 @@ def overlay_figure(named: Sequence[tuple[str, TestPredictions]]) -> Figure:
 
 def reliability_figure(calibration: dict[str, Any], where: str = "") -> Figure:
     """Predicted probability against observed frequency, before and after the correction of the protocol."""
-    plot = _unit_square("reliability")
+    plot, keys = _unit_square("predicted probability", "observed frequency"), []
     plot.line([(0, 0), (1, 1)], "guide")
-    keys = []
-    for when, style, words in (("before", "grey", "before"), ("after", "s0", "after prior correction and temperature")):
-        part = calibration.get(when)
-        bins = [b for b in (part or {}).get("bins", []) if b["n"] and b["p"] is not None and b["share"] is not None]
-        if not part or not bins:
-            continue
-        plot.line([(b["p"], b["share"]) for b in bins], style)
+    for when, style, name in (("before", "grey", "before"), ("after", "s0", "after prior correction and temperature")):
+        part = calibration.get(when) or {}
+        bins = [b for b in part.get("bins", []) if b["n"] and b["p"] is not None and b["share"] is not None]
+        if bins:
+            plot.line([(b["p"], b["share"]) for b in bins], style)
+            keys.append((style, name if part.get("ece") is None else f"{name}: ECE {part['ece']:.3f}"))
         for b in bins:
             plot.dot(b["p"], b["share"], style, f"{b['n']:,} predicted {b['p']:.3f}, observed {b['share']:.3f}")
-        error = "" if part.get("ece") is None else f": ECE {part['ece']:.3f}"
-        keys.append((style, f"{words}{error}"))
     caption = "Dotted: probabilities mean what they say. Above it the head is underconfident, below overconfident."
     return Figure(f"Reliability{where and f' on {where}'}", plot, caption, tuple(keys))
 
@@ -251,23 +234,21 @@ def training_figures(runs: Sequence[Run]) -> list[Figure]:
     history, chosen = runs[0].history, runs[0].config["chosen"]
     if "train_loss" not in history[0] or "epoch" not in history[0]:
         return _path_figures(runs[0])
-    by = "val_" + chosen["by"]
-    loss = _history_plot(runs, ("train_loss", "val_loss"), "loss", None)
+    loss = _history_plot(runs, ("train_loss", "val_loss"), "loss", y=(0.0, None))
     keys = (("grey", "train"), ("s0", "val"), ("mark", f"chosen: epoch {chosen['epoch']}"))
     several = f"The thick line is the first of {len(runs)} heads." if len(runs) > 1 else ""
     figures = [Figure("Training: loss", loss, several, keys)]
-    if by != "val_loss" and by in history[0]:
+    if chosen["by"] != "loss" and f"val_{chosen['by']}" in history[0]:
         criterion = title(chosen["by"], runs[0].task)
-        plot = _history_plot(runs, (by,), f"val {criterion}", chosen["by"])
+        top = top_of(chosen["by"])
+        plot = _history_plot(runs, (f"val_{chosen['by']}",), f"val {criterion}", least=0.02, top=top)
         figures.append(Figure(f"Training: {criterion} on val", plot, several, keys[1:]))
     return figures
 
 
-def _history_plot(runs: Sequence[Run], columns: Sequence[str], ylabel: str, measure: str | None) -> Plot:
-    """``measure`` None: losses, from zero."""
+def _history_plot(runs: Sequence[Run], columns: Sequence[str], ylabel: str, **ranges: Any) -> Plot:
     last = max(row["epoch"] for run in runs[:THIN] for row in run.history)
-    y, least = ((None, None), 0.02) if measure else ((0.0, None), 0.0)
-    plot = Plot("epoch", ylabel, x=(0.5, last + 0.5), y=y, least=least, top=top_of(measure), xwhole=True)
+    plot = Plot("epoch", ylabel, x=(0.5, last + 0.5), xwhole=True, **ranges)
     for number, run in reversed(list(enumerate(runs[:THIN]))):
         for column in columns:
             points = [(row["epoch"], row[column]) for row in run.history if column in row]
@@ -275,34 +256,28 @@ def _history_plot(runs: Sequence[Run], columns: Sequence[str], ylabel: str, meas
             plot.line(points, style, thin=number > 0)
             if not number and len(points) == 1:
                 plot.dot(*points[0], style)
-    plot.mark(runs[0].config["chosen"]["epoch"])
+    plot.axes.axvline(runs[0].config["chosen"]["epoch"], color=SERIES[1], linewidth=1, linestyle=DASHES["mark"])
     return plot
 
 
 def _path_figures(run: Run) -> list[Figure]:
-    """A solved head: val along the values of its path."""
+    """A solved head: val along the values of the setting that varies along its path, if one does."""
     history, chosen = run.history, run.config["chosen"]
     measure = chosen["by"] if f"val_{chosen['by']}" in history[0] else "loss"
-    column, name = f"val_{measure}", path_column(history)
+    column, criterion = f"val_{measure}", title(measure, run.task) if measure != "loss" else "loss"
+    settings = [key for key in history[0] if not key.startswith("val") and key not in ("epoch", "best", "seconds")]
+    name = next((key for key in settings if len({row[key] for row in history}) > 1), None)
     if name is None or column not in history[0]:
         return []
     values = sorted((row[name], row[column]) for row in history)
     xs = [x for x, _ in values]
-    log = xs[0] > 0 and xs[-1] > 20 * xs[0]
-    criterion = title(measure, run.task) if measure != "loss" else "loss"
-    plot = Plot(name, f"val {criterion}", least=0.02, xlog=log)
+    plot = Plot(name, f"val {criterion}", least=0.02, xlog=xs[0] > 0 and xs[-1] > 20 * xs[0])
     if len(set(xs)) == len(xs):  # with a second setting there are several values at one place
         plot.line(values)
     for row in history:
         style = "s1" if row["epoch"] == chosen["epoch"] else "s0"
         plot.dot(row[name], row[column], style, f"{name} {row[name]:g}: {row[column]:.3f}")
     return [Figure(f"Path of solutions: {criterion} on val", plot, "", (("s0", "val"), ("s1", "chosen")))]
-
-
-def path_column(history: Sequence[dict[str, float]]) -> str | None:
-    """The setting that varies along the path of a solved head, None where nothing does."""
-    columns = [key for key in history[0] if not key.startswith("val") and key not in ("epoch", "best", "seconds")]
-    return next((key for key in columns if len({row[key] for row in history}) > 1), None)
 
 
 def comparing_figures(pairs: Sequence[tuple[Family, dict[str, Any]]], lead: str, task: str) -> list[Figure]:
@@ -320,25 +295,16 @@ def comparing_figures(pairs: Sequence[tuple[Family, dict[str, Any]]], lead: str,
         views = len({view for view, _, _ in several}) > 1
         names = [f"{head} on {output}" + (f" of {view}" if views else "") for view, output, head in several]
         named = list(zip(names, several.values(), strict=True))[: len(SERIES)]
-        figures.append(learning_figure(named, lead, title(lead, task), _train_images(pairs)))
-    whole = max(family["fraction"] for family in families)
-    full = [family for family in families if family["fraction"] == whole]
-    figures += pareto_figures(full, lead, task)
+        whole = [family.runs[0].config["splits"].get("images", {}) for family, _ in pairs if family.fraction == 1]
+        counts = {images.get("train") for images in whole}
+        total = counts.pop() if len(counts) == 1 else None  # where all views have the same number
+        figures.append(learning_figure(named, lead, title(lead, task), total))
+    largest = max(family["fraction"] for family in families)
+    figures += pareto_figures([family for family in families if family["fraction"] == largest], lead, task)
     if len(pairs) > 1 and task == "binary":
         best = [(numbers["name"], page_predictions(family.runs)) for family, numbers in pairs[:OVERLAID]]
         figures.append(overlay_figure(best))
     return figures
-
-
-def _train_images(pairs: Sequence[tuple[Family, dict[str, Any]]]) -> int | None:
-    """Images of train at fraction 1, where all views have the same number."""
-    counts = {
-        run.config["splits"].get("images", {}).get("train")
-        for family, _ in pairs
-        if family.fraction == 1
-        for run in family.runs[:1]
-    }
-    return counts.pop() if len(counts) == 1 else None
 
 
 def learning_figure(
@@ -348,9 +314,8 @@ def learning_figure(
     fractions = sorted({p["fraction"] for _, each in series for p in each})
     plot = Plot(
         "share of the training images", f"test {title}", top=top_of(measure), xlog=True,
-        xticks=fractions if len(fractions) <= 7 else None, xformat=lambda v: f"{100 * v:.3g} %",
+        xticks=fractions if len(fractions) <= 7 else None, xformat=lambda v, _: f"{100 * v:.3g} %",
     )  # fmt: skip
-    keys = []
     for number, (name, each) in enumerate(series):
         style, shift = style_of(number), 1 + 0.012 * (number - (len(series) - 1) / 2)
         defined = [p for p in sorted(each, key=lambda p: p["fraction"]) if p["value"] is not None]
@@ -359,10 +324,10 @@ def learning_figure(
             plot.bar(p["fraction"] * shift, p["low"], p["high"], style)
             hint = f"{name}, {100 * p['fraction']:.3g} % of train: {p['value']:.3f}"
             plot.dot(p["fraction"] * shift, p["value"], style, hint)
-        keys.append((style, name))
+    keys = [(style_of(number), name) for number, (name, _) in enumerate(series[: len(SERIES)])]
     whole = f" 100 % are {total:,} images." if total else ""
     caption = f"How much labelling buys: upright bars are 95 % intervals on test.{whole}"
-    return Figure("Learning curves", plot, caption, tuple(keys[: len(SERIES)]))
+    return Figure("Learning curves", plot, caption, tuple(keys))
 
 
 def pareto_figures(families: Sequence[dict[str, Any]], measure: str, task: str) -> list[Figure]:

@@ -94,23 +94,22 @@ def choose(
     rows = [(title, [item for item in wrong if truth in ("", item.truth)]) for truth, title in titles.items()]
     rows.append(("Most confident correct predictions", _in_turn(right)))
     size = ROW if len(rows) > 2 else 12
-    return [(title, _distinct(row)[:size]) for title, row in rows]
+    distinct = [(title, {(item.run, item.row): item for item in reversed(row)}) for title, row in rows]
+    return [(title, list(items.values())[::-1][:size]) for title, items in distinct]
 
 
 def _items(number: int, run: Run, answers: Predictions) -> list[GalleryItem]:
     p = probabilities(run.task, answers.calibrated_logits)
     predicted = predict_labels(run.task, p, run.calibration.thresholds, run.positive)
     if run.task != "multilabel":
-        rows = np.arange(len(p))
-        columns = (predicted.tolist(), answers.y.tolist(), p[rows, predicted].tolist(), p[rows, answers.y].tolist())
+        rows = zip(predicted.tolist(), answers.y.tolist(), p.tolist(), strict=True)
         return [
-            GalleryItem(number, row, c, run.classes[y], run.classes[c], p_predicted, p_truth)
-            for row, (c, y, p_predicted, p_truth) in enumerate(zip(*columns, strict=True))
+            GalleryItem(number, row, c, run.classes[y], run.classes[c], each[c], each[y])
+            for row, (c, y, each) in enumerate(rows)
         ]
     names, items = ("absent", "present"), []
     for row, c in np.argwhere(~np.isnan(answers.y)).tolist():
-        y, guess, p_present = int(answers.y[row, c]), int(predicted[row, c]), float(p[row, c])
-        both = (1 - p_present, p_present)
+        y, guess, both = int(answers.y[row, c]), int(predicted[row, c]), (1 - float(p[row, c]), float(p[row, c]))
         items.append(GalleryItem(number, row, c, names[y], names[guess], both[guess], both[y]))
     return items
 
@@ -119,15 +118,11 @@ def _in_turn(items: list[GalleryItem]) -> list[GalleryItem]:
     """The surest of every class, then the second of every class, and so on: one easy class does not fill the row. Of
     multi-label each label, present and absent, takes its turn."""
     seen: Counter[tuple[int, str]] = Counter()
-    ranked = []
+    turns = []
     for item in items:
         seen[item.label, item.truth] += 1
-        ranked.append((seen[item.label, item.truth], item))
-    return [item for _, item in sorted(ranked, key=lambda pair: pair[0])]
-
-
-def _distinct(items: list[GalleryItem]) -> list[GalleryItem]:
-    return list({(item.run, item.row): item for item in reversed(items)}.values())[::-1]
+        turns.append((seen[item.label, item.truth], item))
+    return [item for _, item in sorted(turns, key=lambda pair: pair[0])]
 
 
 class ImageLoader:
@@ -139,12 +134,15 @@ class ImageLoader:
 
     def gallery(self, predictions: TestPredictions) -> Gallery:
         run = predictions[0][0]
-        chosen = choose(run.task, run.classes, run.positive, predictions)
         originals: dict[GalleryItem, SourceImage] = {}
-        rows = [(title, [self._picture(predictions, item, originals) for item in row]) for title, row in chosen]
-        gallery = Gallery([GalleryRow(title, pictures) for title, pictures in rows if pictures])
+        rows = [
+            GalleryRow(title, [self._picture(predictions, item, originals) for item in items])
+            for title, items in choose(run.task, run.classes, run.positive, predictions)
+            if items
+        ]
+        gallery = Gallery(rows)
         if gallery.images:
-            self._add_maps(gallery, predictions, originals)
+            gallery.notes.append(self._add_maps(gallery, predictions, originals))
         return gallery
 
     def _picture(
@@ -165,52 +163,44 @@ class ImageLoader:
 
     def _add_maps(
         self, gallery: Gallery, predictions: TestPredictions, originals: dict[GalleryItem, SourceImage]
-    ) -> None:
-        """Maps beside the images of the first run (they are of one head), with a note that says what they are."""
+    ) -> str:
+        """Maps beside the images of the first run (they are of one head), and a note that says what they are."""
         run = predictions[0][0]
         boxed = [[p.item for p in row.pictures if p.image and p.box and p.item.run == 0] for row in gallery.rows]
         if not any(boxed):
-            gallery.notes.append("No maps: nothing says which part of these images the backbone saw.")
-            return
+            return "No maps: nothing says which part of these images the backbone saw."
         explainer = Explainer(run, self._originals, trust_code=run.trust_code)
         if explainer.view is None and not explainer.on_pixels:
-            gallery.notes.append("No maps: the view it was trained on is gone or another.")
-            return
+            return "No maps: the view it was trained on is gone or another."
+        chosen = [item for items in boxed for item in items[: FEW if explainer.slow else None]]
+        chosen = list(dict.fromkeys(chosen))
         try:
-            most = FEW if explainer.slow else None
-            wanted = {item: originals[item] for items in boxed for item in items[:most]}
-            labels = np.array([item.label for item in wanted])
-            maps = [each for (each,) in explainer.maps(explainer.default, list(wanted.values()), labels)]
+            labels, images = np.array([item.label for item in chosen]), [originals[item] for item in chosen]
+            maps = [each for (each,) in explainer.maps(explainer.default, images, labels)]
         except FeatureCacheError as error:
-            gallery.notes.append(f"No maps: {error}")
-            return
-        by_item = dict(zip(wanted, maps, strict=True))
+            return f"No maps: {error}"
+        by_item = dict(zip(chosen, maps, strict=True))
         for row in gallery.rows:
-            row.pictures[:] = [_with_map(picture, by_item.get(picture.item)) for picture in row.pictures]
-        gallery.notes.append(_map_words(maps[0], run, len(predictions)))
+            row.pictures[:] = [_with_map(p, by_item[p.item]) if p.item in by_item else p for p in row.pictures]
+        return _map_note(maps[0], run, len(predictions))
 
 
-def _with_map(picture: GalleryPicture, each: SaliencyMap | None) -> GalleryPicture:
-    if each is None:
-        return picture
-    sums = f"{each.unit} {each.margin:+.2f}" if each.margin is not None else ""
-    parts = f"patches {each.values.sum():+.2f}, " if each.adds_up else ""
-    numbers = [sums + (f": {parts}{extra_values_text(each)}" if each.beside else "")] if sums else []
-    numbers.append(f"strongest {np.abs(each.values).max():.2g}")
+def _with_map(picture: GalleryPicture, each: SaliencyMap) -> GalleryPicture:
+    numbers = [f"strongest {np.abs(each.values).max():.2g}"]
+    if each.margin is not None:
+        parts = f"patches {each.values.sum():+.2f}, " if each.adds_up else ""
+        numbers.insert(
+            0, f"{each.unit} {each.margin:+.2f}" + (f": {parts}{extra_values_text(each)}" if each.beside else "")
+        )
     if each.likeness is not None:
         numbers.append(f"like its control {each.likeness:+.2f}")
     assert each.control is not None
-    return replace(
-        picture, map=_uri(each.values, each.kind), control=_uri(each.control, each.kind), kind=each.kind,
-        sums="; ".join(numbers).replace(" -", " −"),
-    )  # fmt: skip
+    overlays = [base64.b64encode(small_overlay(v, each.kind)).decode() for v in (each.values, each.control)]
+    own, control = (f"data:image/png;base64,{overlay}" for overlay in overlays)
+    return replace(picture, map=own, control=control, kind=each.kind, sums="; ".join(numbers).replace(" -", " −"))
 
 
-def _uri(values: np.ndarray, kind: str) -> str:
-    return "data:image/png;base64," + base64.b64encode(small_overlay(values, kind)).decode()
-
-
-def _map_words(each: SaliencyMap, run: Run, runs: int) -> str:
+def _map_note(each: SaliencyMap, run: Run, runs: int) -> str:
     of = f" Of the first of {runs} heads." if runs > 1 else ""
     what = "the label being present" if run.task == "multilabel" else "the predicted class"
     colours = f"Orange speaks for {what}, blue against; each" if each.signed else f"Of {what}; each"

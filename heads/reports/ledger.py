@@ -41,18 +41,16 @@ def _json(data: Any) -> bytes:
 def comparison_csv(record: dict[str, Any]) -> bytes:
     """A line for every number of the comparison."""
     rows = [row for family in record["families"] for row in _family_rows(family)]
-    for control in record["controls"]:
-        for split in ("val", "test"):
-            for metric, value in (control[split] or {}).items():
-                if metric in record["measures"]:
-                    rows.append({"family": control["name"], "split": split, "metric": metric, "value": value})
+    rows += [
+        {"family": control["name"], "split": split, "metric": metric, "value": value}
+        for control in record["controls"]
+        for split in ("val", "test")
+        for metric, value in (control[split] or {}).items()
+        if metric in record["measures"]
+    ]
     for column, parts in (record.get("by") or {}).items():
         for part in parts:
-            of = f"{column}={part['value']}"
-            rows += [
-                dict(family=part.get("family"), split="test", of=of, metric=m, **_numbers(test))
-                for m, test in (part["test"] or {}).items()
-            ]
+            rows += _tested(part["test"], family=part.get("family"), split="test", of=f"{column}={part['value']}")
     return _csv(list(COLUMNS), [[row.get(key) for key in COLUMNS] for row in rows])
 
 
@@ -60,43 +58,41 @@ def _numbers(test: Any) -> dict[str, Any]:
     return {key: (test or {}).get(key) for key in ("value", "low", "high", "method")}
 
 
+def _tested(tests: dict[str, Any] | None, **same: Any) -> list[dict[str, Any]]:
+    return [same | {"metric": metric} | _numbers(test) for metric, test in (tests or {}).items()]
+
+
 def _family_rows(family: dict[str, Any]) -> Iterator[dict[str, Any]]:
     same = {key: family[key] for key in ("view", "output", "head", "fraction")} | {"family": family["name"]}
     for metric, value in family["val"].items():
         yield same | {"split": "val", "metric": metric, "value": value}
-    for metric, test in (family["test"] or {}).items():
-        yield same | dict(split="test", metric=metric, **_numbers(test))
+    yield from _tested(family["test"], **same, split="test")
     for kind, spread in (family["spread"] or {}).items():
         for metric, value in (spread or {}).items():
             yield same | {"split": "test", "of": f"standard deviation over {kind}", "metric": metric, "value": value}
     for metric, difference in (family.get("difference") or {}).items():
-        yield same | dict(split="test", of="difference to the reference", metric=metric, **_numbers(difference))
+        of = "difference to the reference"
+        yield same | dict(split="test", of=of, metric=metric, **_numbers(difference))
         for key in ("p", "p_holm"):
             if difference.get(key) is not None:
-                of = f"difference to the reference, {key}"
-                yield same | {"split": "test", "of": of, "metric": metric, "value": difference[key]}
+                yield same | {"split": "test", "of": f"{of}, {key}", "metric": metric, "value": difference[key]}
     for part in family.get("external") or []:
-        for metric, test in (part["test"] or {}).items():
-            yield same | dict(split="external", of=part["view"], metric=metric, **_numbers(test))
-    for when in ("before", "after"):
+        yield from _tested(part["test"], **same, split="external", of=part["view"])
+    for when, measured in (family.get("calibration") or {}).items():
         for metric in ("brier", "nll", "ece"):
-            if when in (family.get("calibration") or {}):
-                value = family["calibration"][when].get(metric)
-                yield same | {"split": "test", "of": f"{when} calibration", "metric": metric, "value": value}
+            value = measured.get(metric)
+            yield same | {"split": "test", "of": f"{when} calibration", "metric": metric, "value": value}
     for point in family.get("operating") or []:
-        yield from _operating_rows(same, point)
+        of = f"threshold of {point['class']}"
+        yield same | {"split": "val", "of": of, "metric": "threshold", "value": point["threshold"]}
+        measures = ("sensitivity", "specificity", "ppv", "npv")
+        yield from _tested({m: point.get(m) for m in measures}, **same, split="test", of=of)
+        elsewhere = {
+            m: v if isinstance(v, dict) else {"value": v} for m, v in (point.get("at_prevalence") or {}).items()
+        }
+        yield from _tested(elsewhere, **same, split="test", of=f"{of}, at another prevalence")
     for key in COSTS:
         yield same | {"split": "cost", "metric": key, "value": family.get(key)}
-
-
-def _operating_rows(same: dict[str, Any], point: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    of = f"threshold of {point['class']}"
-    yield same | {"split": "val", "of": of, "metric": "threshold", "value": point["threshold"]}
-    for metric in ("sensitivity", "specificity", "ppv", "npv"):
-        yield same | dict(split="test", of=of, metric=metric, **_numbers(point.get(metric)))
-    for metric, value in (point.get("at_prevalence") or {}).items():
-        numbers = _numbers(value) if isinstance(value, dict) else {"value": value}
-        yield same | dict(split="test", of=f"{of}, at another prevalence", metric=metric, **numbers)
 
 
 def _with_intervals(text: str, record: dict[str, Any]) -> bytes:

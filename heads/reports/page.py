@@ -50,6 +50,7 @@ from heads.reports.text import (
     chosen_words,
     filters_for,
     images_words,
+    leak_warnings,
     sentence,
     shown_measures,
     shown_spreads,
@@ -58,8 +59,7 @@ from heads.reports.text import (
     unit_words,
 )
 from heads.runs.run import Run
-from heads.splits import dropped_sentence, leaks_sentence
-from heads.task import Leak
+from heads.splits import dropped_sentence
 
 TEMPLATES = Path(__file__).parent / "templates"
 DETAILED = 3  # families that are shown in full; of the others every number, folded away
@@ -76,8 +76,8 @@ class FamilyDetail:
     rank: int
     setting: str
     command: str
+    per_class: list[dict[str, Any]]
     figures: list[Figure] = field(default_factory=list)
-    per_class: list[dict[str, Any]] = field(default_factory=list)
     confused: list[dict[str, Any]] = field(default_factory=list)
     gallery: Gallery | None = None
 
@@ -97,7 +97,7 @@ def write_report(
     """report.html, metrics.csv and metrics.json into ``folder``, which is there. Raises CannotWrite.
 
     ``images`` False embeds none. ``hash_ids`` writes ids as keyed hashes (`featurecache.sources.pseudonyms`).
-    ``given``: the folders to name in the command that makes the page again; by default ``folder`` or the runs.
+    ``paths``: the folders to name in the command that makes the page again; by default ``folder`` or the runs.
     """
     from featurecache.files.atomic import write_whole
 
@@ -123,7 +123,7 @@ def hashed() -> Callable[[str], str]:
 def render(
     folder: Path, families: Sequence[Family], record: dict[str, Any], loader: ImageLoader, paths: Sequence[str] = ()
 ) -> tuple[str, int]:
-    """The page as text, and how many images it embeds. ``given``: what `report` was asked for."""
+    """The page as text, and how many images it embeds."""
     runs = [run for family in families for run in family.runs]
     part, count = part_context(families, record, loader)
     context = part | {
@@ -148,12 +148,12 @@ def part_context(
     settings = record.get("rows") or []  # best on val first within the order of the record
     context = {
         "record": record, "p": prefix, "warnings": all_warnings(record, runs), "unit_words": unit_words(record),
-        "chosen_words": chosen_words(record["task"], runs),
+        "chosen_words": chosen_words(record["task"], runs), "by": by_tables(record, pairs),
         "board": leaderboard(record, [numbers for _, numbers in pairs], prefix),
         "comparing": comparing_figures(pairs, measure_name(record["select"]), record["task"]),
-        "by": by_tables(record, pairs), "by_measures": shown_measures(record),
-        "details": details[:DETAILED], "rest": details[DETAILED:], "settings_left": max(0, len(settings) - SETTINGS),
-        "settings": settings[:SETTINGS] if len(settings) > len(pairs) else [], "with_images": loader.images,
+        "by_measures": shown_measures(record), "details": details[:DETAILED], "rest": details[DETAILED:],
+        "settings": settings[:SETTINGS] if len(settings) > len(pairs) else [],
+        "settings_left": max(0, len(settings) - SETTINGS), "with_images": loader.images,
     }  # fmt: skip
     return context, sum(detail.gallery.images for detail in details if detail.gallery)
 
@@ -192,18 +192,14 @@ def _with_distinct_ids(page: str) -> str:
 def content_security_policy(css: str, js: str) -> str:
     """No request, no script and no style but the page's own; images only those embedded."""
     style, script = (base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for part in (css, js))
-    return (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    own = f"style-src 'sha256-{style}'; script-src 'sha256-{script}'"
+    return f"default-src 'none'; img-src data:; {own}; base-uri 'none'; form-action 'none'"
 
 
 @functools.cache  # with the compiled templates
 def _environment(task: str) -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=ChainableUndefined,
-    )  # fmt: skip
+    loader, undefined = FileSystemLoader(TEMPLATES), ChainableUndefined
+    environment = Environment(loader=loader, undefined=undefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(filters_for(task))
     return environment
 
@@ -244,45 +240,39 @@ def _interval_strips(
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     low, high = low - room, high + room if top is None else min(high + room, top)
 
-    def at(value: float | None) -> float | None:
-        return None if value is None else round(BAR[0] + (value - low) / (high - low) * (BAR[1] - BAR[0]), 2)
+    def at(value: float) -> float:
+        return round(BAR[0] + (value - low) / (high - low) * (BAR[1] - BAR[0]), 2)
 
-    axis = [(at(v), plain(v)) for v in ticks(low, high, 4)]
-    strips = [{key: at(t.get(key)) for key in ("low", "value", "high")} | {"mark": at(mark)} for t in tests]
-    return axis, strips  # type: ignore[return-value]
+    ends = [{"low": t.get("low"), "value": t.get("value"), "high": t.get("high"), "mark": mark} for t in tests]
+    strips = [{key: None if v is None else at(v) for key, v in each.items()} for each in ends]
+    return [(at(v), plain(v)) for v in ticks(low, high, 4)], strips
 
 
 def varied_settings(families: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each family's setting what is not the same in all of them."""
-    keys = {key for family in families for key in family["setting"]}
-    same = {key for key in keys if len({repr(family["setting"].get(key)) for family in families}) == 1}
-    several = len(families) > 1
-    return [{k: v for k, v in f["setting"].items() if not several or k not in same} for f in families]
+    settings = [family["setting"] for family in families]
+    values = {key: {repr(setting.get(key)) for setting in settings} for setting in settings for key in setting}
+    return [{k: v for k, v in s.items() if len(families) == 1 or len(values[k]) > 1} for s in settings]
 
 
 def detail_of(
     rank: int, family: dict[str, Any], runs: Sequence[Run], loader: ImageLoader | None, prefix: str = ""
 ) -> FamilyDetail:
     """``loader`` None: numbers only, no figures and no images."""
-    detail = FamilyDetail(family, f"{prefix}f{rank}", rank, setting_words(family["setting"]), train_command(runs[0]))
-    detail.per_class = per_class(family, runs)
+    setting, command = setting_words(family["setting"]), train_command(runs[0])
+    detail = FamilyDetail(family, f"{prefix}f{rank}", rank, setting, command, per_class(family, runs))
     if loader is None:
         return detail
     predictions, run = page_predictions(runs), runs[0]
-    chosen = range(len(run.classes)) if run.positive is None else [run.positive]
-    test = (family["test"] or {}) if run.task == "binary" else {}
-    measured = {m: (test.get(m) or {}).get("value") for m in ("sensitivity", "specificity", "ppv")}
-    detail.figures = [counts_figure(predictions)]
-    detail.figures += [curve_figure(kind, predictions, chosen, measured) for kind in ("roc", "pr")]
+    measured = {measure: test["value"] for measure, test in (family["test"] or {}).items()}
     external = [(part.get("calibration"), part["view"]) for part in family.get("external") or []]
-    detail.figures += [
-        reliability_figure(calibration, where)
-        for calibration, where in [(family.get("calibration"), ""), *external]
-        if calibration
-    ]
+    detail.figures = [
+        counts_figure(predictions), *(curve_figure(kind, predictions, measured) for kind in ("roc", "pr")),
+        *(reliability_figure(*each) for each in [(family.get("calibration"), ""), *external] if each[0]),
+        *training_figures(runs),
+    ]  # fmt: skip
     if run.task != "multilabel" and len(run.classes) > 2:
         detail.confused = most_confused(predictions)
-    detail.figures += training_figures(runs)
     detail.gallery = loader.gallery(one_of_each_fold(predictions))
     return detail
 
@@ -309,27 +299,16 @@ def by_tables(
     record: dict[str, Any], pairs: list[tuple[Any, dict[str, Any]]]
 ) -> list[tuple[str, list[dict[str, Any]]]]:
     """(column, rows): for each value of the column the best families on val, in their order."""
-    place = {numbers["name"]: rank for rank, (_, numbers) in enumerate(pairs)}
-    tables = []
-    for column, rows in (record.get("by") or {}).items():
-        shown = [row for row in rows if place[row["family"]] < OVERLAID]
-        tables.append((column, sorted(shown, key=lambda row: (row["value"], place[row["family"]]))))
-    return tables
+    rank = {numbers["name"]: i for i, (_, numbers) in enumerate(pairs[:OVERLAID])}
+    tables = {column: [r for r in rows if r["family"] in rank] for column, rows in (record.get("by") or {}).items()}
+    return [(column, sorted(t, key=lambda r: (r["value"], rank[r["family"]]))) for column, t in tables.items()]
 
 
 def all_warnings(record: dict[str, Any], runs: Sequence[Run]) -> list[str]:
     """What a reader must know before the numbers: leaks first, each sentence once."""
-    worst: dict[tuple[Any, ...], int] = {}  # a part of train leaks less than the whole: the most is said
-    others = []
+    warnings = [*leak_warnings(runs), *record["warnings"], *(w for f in record["families"] for w in f["warnings"])]
     for run in runs:
-        splits = run.config["splits"]
-        for leak in splits.get("leaks") or []:
-            key = (leak["kind"], tuple(leak["splits"]))
-            worst[key] = max(worst.get(key, 0), leak["count"])
-        if any((splits.get("dropped") or {}).values()):
-            others.append(f"{dropped_sentence(splits['dropped'])}.")
-        others += [w for w in run.config.get("warnings") or [] if "stand" not in w or " in both " not in w]
-    worst_leaks = [Leak(kind, splits, count) for (kind, splits), count in worst.items()]
-    leaks = [f"{leaks_sentence(worst_leaks)}: these numbers may be too good."] if worst_leaks else []
-    others = [*record["warnings"], *(w for family in record["families"] for w in family["warnings"]), *others]
-    return [sentence(words, record) for words in dict.fromkeys([*leaks, *others])]
+        if any((run.config["splits"].get("dropped") or {}).values()):
+            warnings.append(f"{dropped_sentence(run.config['splits']['dropped'])}.")
+        warnings += [w for w in run.config.get("warnings") or [] if "stand" not in w or " in both " not in w]
+    return [sentence(warning, record) for warning in dict.fromkeys(warnings)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from collections.abc import Sequence
@@ -44,8 +45,7 @@ def sweep_command(folder: Path) -> str | None:
         record = json.loads((folder / "sweep.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    command = record.get("command") if isinstance(record, dict) else None
-    return command if isinstance(command, str) else None
+    return record["command"] if isinstance(record, dict) and isinstance(record.get("command"), str) else None
 
 
 def commands_of(
@@ -70,24 +70,13 @@ def commands_of(
     return [*commands, ("This page:", f"featurecache report {shlex.join(words)}")]
 
 
-def _view_facts(run: Run) -> tuple[str | None, str | None]:
-    """The command that stores the features again, and which augmented copies they have; while the view is there."""
-    if is_pixels(run):
-        return None, None
-    try:
-        view = open_view(run.config["view"]["path"])
-    except (FeatureCacheError, OSError):
-        return None, None
-    return view.extract_command(run.output), str(view.augmented) if view.augmented else None
-
-
 def setting_words(setting: dict[str, Any]) -> str:
     """``lr 0.001 · weight decay 0.0001``"""
     shown = {key: value for key, value in setting.items() if value is not None and value != ()}
-    return " · ".join(f"{key.replace('_', ' ')} {_word(value)}" for key, value in shown.items())
+    return " · ".join(f"{key.replace('_', ' ')} {_value_text(value)}" for key, value in shown.items())
 
 
-def _word(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
@@ -95,53 +84,49 @@ def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def split_counts(run: Run) -> str:
+    """``train 1,200 · val 150 · test 150``: images."""
+    return " · ".join(f"{name} {n:,}" for name, n in (run.config["splits"].get("images") or {}).items())
+
+
 def origins(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For every view that runs were trained on: what it is, its splits at the largest fraction of train, and its spec
     and provenance as JSON."""
-    by_view: dict[tuple[Any, str], dict[str, Any]] = {}
+    largest: dict[tuple[Any, str], Run] = {}
     for run in sorted(runs, key=lambda run: -fraction_of(run)):
-        config = run.config
-        view = config["view"]
-        key = _view_key(run)
-        if key in by_view:
-            continue
-        splits, source = config["splits"], view.get("source") or {}
-        pixels, (extract, copies) = is_pixels(run), _view_facts(run)
-        facts = {
-            "view": view["label"],
-            "networks" if pixels else "heads": ", ".join(
-                dict.fromkeys(each.head for each in runs if _view_key(each) == key)
-            ),
-            f"fingerprint of the {'pixels' if pixels else 'features'}": view.get("fingerprint"),
-            "backbone": None if pixels else _backbone(config["provenance"]),
-            "weights": None if pixels else "random: never trained" if view["untrained"] else "trained",
-            "licence of the weights": None if view["untrained"] else config["provenance"].get("licence"),
-            "data": source.get("data"),
-            "augmented copies": copies,
-            "splits": splits.get("how"),
-            "images": " · ".join(f"{name} {n:,}" for name, n in (splits.get("images") or {}).items()),
-            "the test images": f"BLAKE2b-128 of their digests: {splits['digest']}",
-            "versions": " · ".join(f"{k} {v}" for k, v in (config.get("versions") or {}).items()),
-            "made": config["created"][:19].replace("T", " "),
-        }
-        by_view[key] = {
-            "label": view["label"],
-            "facts": [(name, value) for name, value in facts.items() if value],
-            "extract": extract,
-            "spec": _json(config["spec"]),
-            "provenance": _json(config["provenance"]),
-        }
-    return list(by_view.values())
+        largest.setdefault(_view_key(run), run)
+    return [_origin(run, [each.head for each in runs if _view_key(each) == key]) for key, run in largest.items()]
+
+
+def _origin(run: Run, names: Sequence[str]) -> dict[str, Any]:
+    config, view, splits, pixels = run.config, run.config["view"], run.config["splits"], is_pixels(run)
+    provenance, extract, copies = config["provenance"], None, None
+    if not pixels:
+        with contextlib.suppress(FeatureCacheError, OSError):  # the view may be gone
+            stored = open_view(view["path"])
+            extract, copies = stored.extract_command(run.output), stored.augmented and str(stored.augmented)
+    backbone = [str(provenance[key]) for key in ("backbone", "id", "revision") if provenance.get(key)]
+    facts = {
+        "view": view["label"],
+        "networks" if pixels else "heads": ", ".join(dict.fromkeys(names)),
+        f"fingerprint of the {'pixels' if pixels else 'features'}": view.get("fingerprint"),
+        "backbone": None if pixels else " · ".join(dict.fromkeys(backbone)),
+        "weights": None if pixels else "random: never trained" if view["untrained"] else "trained",
+        "licence of the weights": None if view["untrained"] else provenance.get("licence"),
+        "data": (view.get("source") or {}).get("data"),
+        "augmented copies": copies,
+        "splits": splits.get("how"),
+        "images": split_counts(run),
+        "the test images": f"BLAKE2b-128 of their digests: {splits['digest']}",
+        "versions": " · ".join(f"{k} {v}" for k, v in (config.get("versions") or {}).items()),
+        "made": config["created"][:19].replace("T", " "),
+    }
+    shown = [(name, value) for name, value in facts.items() if value]
+    spec, provenance = (
+        json.dumps(config[k], indent=1, ensure_ascii=False, sort_keys=True) for k in ("spec", "provenance")
+    )
+    return {"label": view["label"], "facts": shown, "extract": extract, "spec": spec, "provenance": provenance}
 
 
 def _view_key(run: Run) -> tuple[Any, str]:
     return run.config["view"].get("fingerprint"), run.config["view"]["label"]
-
-
-def _backbone(provenance: dict[str, Any]) -> str:
-    parts = [provenance.get(key) for key in ("backbone", "id", "revision")]
-    return " · ".join(dict.fromkeys(str(part) for part in parts if part))
-
-
-def _json(record: Any) -> str:
-    return json.dumps(record, indent=1, ensure_ascii=False, sort_keys=True)

@@ -11,9 +11,9 @@ from typing import Any
 from featurecache.formatting import abbreviated, aligned, columns, number, one_line
 from heads.evaluation.comparison import compare
 from heads.evaluation.costs import COSTS, cost_rows, cost_text, devices_words, run_cost, run_cost_line
-from heads.evaluation.families import families_of, run_setting, selection_key
+from heads.evaluation.families import families_of, fraction_of, run_setting, selection_key
 from heads.metrics.classification import COMPARED, METRICS, UNTRAINED, measure_name, title
-from heads.reports.provenance import setting_words, train_command
+from heads.reports.provenance import setting_words, split_counts, train_command
 from heads.runs.run import Run, is_pixels, name_of
 from heads.splits import dropped_sentence, leaks_sentence
 from heads.task import Leak
@@ -36,18 +36,18 @@ def final_table(run: Run, record: dict[str, Any] | None = None) -> str:
         record = compare(families_of([run])).record
     (family,) = record["families"]
     lines = [*comparison_table([run]).splitlines(), ""] if run.metrics["controls"] else []
-    rows = [["", "val", "test (read once)"]]
-    for name in SHOWN[run.task]:
-        if name in family["test"]:
-            rows.append([title(name, run.task), number(run.metrics["val"].get(name)), interval(family["test"][name])])
-    table = aligned(rows)
+    names = [name for name in SHOWN[run.task] if name in family["test"]]
+    rows = [[title(m, run.task), number(run.metrics["val"].get(m)), interval(family["test"][m])] for m in names]
+    table = aligned([["", "val", "test (read once)"], *rows])
     if run.task == "binary":
         cut = run.calibration.thresholds[0]
-        at = next((i for i, row in enumerate(rows) if row[0] == "sensitivity"), 0)
+        at = names.index("sensitivity") + 1 if "sensitivity" in names else 0
         table[at] += f"   of {one_line(run.config['positive'])} at {cut:.3f}, the threshold chosen on val"
     lines += [*table, how_made(record), f"Cost: {run_cost_line(run_cost(run))}."]
-    lines += [one_line(sentence(words, record)) for words in [*record["warnings"], *family["warnings"]]]
-    lines += _leak_lines(run)
+    lines += [one_line(sentence(warning, record)) for warning in [*record["warnings"], *family["warnings"]]]
+    lines += leak_warnings([run])
+    if any((run.config["splits"].get("dropped") or {}).values()):
+        lines.append(f"{dropped_sentence(run.config['splits']['dropped'])}.")
     if run.untrained and not run.metrics["controls"]:
         lines.append(UNTRAINED)
     return "\n".join(lines)
@@ -86,33 +86,55 @@ def sentence(words: str, record: dict[str, Any]) -> str:
     return begin if begin.endswith((".", "!", "?")) else begin + "."
 
 
+def leak_warnings(runs: Sequence[Run]) -> list[str]:
+    """One sentence where images stand in two splits: for each kind the most, as a part of train leaks less."""
+    worst: dict[tuple[Any, ...], int] = {}
+    for leak in (leak for run in runs for leak in run.config["splits"].get("leaks") or []):
+        key = (leak["kind"], tuple(leak["splits"]))
+        worst[key] = max(worst.get(key, 0), leak["count"])
+    leaks = [Leak(kind, splits, count) for (kind, splits), count in worst.items()]
+    return [f"{leaks_sentence(leaks)}: these numbers may be too good."] if leaks else []
+
+
 def lab_table(record: dict[str, Any]) -> str:
     """A comparison's record: controls first, then the families, best on val first, ties by val NLL."""
     task, lead, shown = record["task"], measure_name(record["select"]), shown_measures(record)
     families = sorted(record["families"], key=lambda family: selection_key([family], record["select"]))
     spreads = shown_spreads(families)
-    rows = [["", "parameters", f"val {title(lead, task)}", *(f"test {title(m, task)}" for m in shown)]]
-    rows[0] += [f"± over {kind}" for kind in spreads]
-    for control in record["controls"]:
-        rows.append([control["name"], "", *_cells(control, lead, shown), *("" for _ in spreads)])
+    rows = [[*_header(lead, shown, task), *(f"± over {kind}" for kind in spreads)]]
+    rows += [[*_control_row(control, lead, shown), *("" for _ in spreads)] for control in record["controls"]]
     for family in families:
         test = [interval(family["test"].get(m)) for m in shown]
-        over = [number((family["spread"][kind] or {}).get(lead)) if family["spread"][kind] else "" for kind in spreads]
-        name = one_line(family["name"])
-        rows.append([name, f"{family['parameters']:,}", number(family["val"].get(lead)), *test, *over])
-    lines = [*aligned(rows), how_made(record)]
-    lines += [f"{control['name']}: {one_line(control['note'])}" for control in record["controls"] if control["note"]]
+        over = [number(spread.get(lead)) if (spread := family["spread"][kind]) else "" for kind in spreads]
+        name, value = one_line(family["name"]), number(family["val"].get(lead))
+        rows.append([name, f"{family['parameters']:,}", value, *test, *over])
+    lines = [*aligned(rows), how_made(record), *_control_notes(record["controls"])]
     lines += _against(record, families, lead)
     lines += cost_table([(family["name"], family) for family in families])
-    lines += [line for family in families for line in _elsewhere(family, shown, task)]
+    lines += [
+        f"{one_line(family['name'])} on {one_line(other['view'])}, {other['n']:,} images: "
+        + ", ".join(f"{title(m, task)} {interval(other['test'].get(m))}" for m in shown)
+        for family in families
+        for other in family["external"]
+    ]
     if record["test_seen"]:
         lines += _all_rows(record, lead)
-    lines += [f"{one_line(family['name'])}: {one_line(words)}" for family in families for words in family["edges"]]
-    warned = [*record["warnings"], *(w for family in families for w in family["warnings"])]
-    lines += [one_line(sentence(words, record)) for words in warned]
-    if record["untrained"]:
-        lines.append(UNTRAINED)
-    return "\n".join(lines)
+    lines += [f"{one_line(family['name'])}: {one_line(edge)}" for family in families for edge in family["edges"]]
+    warnings = [*record["warnings"], *(warning for family in families for warning in family["warnings"])]
+    lines += [one_line(sentence(warning, record)) for warning in warnings]
+    return "\n".join([*lines, UNTRAINED] if record["untrained"] else lines)
+
+
+def _header(lead: str, shown: Sequence[str], task: str) -> list[str]:
+    return ["", "parameters", f"val {title(lead, task)}", *(f"test {title(m, task)}" for m in shown)]
+
+
+def _control_row(control: dict[str, Any], lead: str, shown: Sequence[str]) -> list[str]:
+    return [control["name"], "", *_cells(control, lead, shown)]
+
+
+def _control_notes(controls: Sequence[dict[str, Any]]) -> list[str]:
+    return [f"{control['name']}: {one_line(control['note'])}" for control in controls if control["note"]]
 
 
 def shown_measures(record: dict[str, Any]) -> list[str]:
@@ -145,29 +167,13 @@ def _best_first(runs: Sequence[Run]) -> list[Run]:
 
 def _against(record: dict[str, Any], families: Sequence[dict[str, Any]], lead: str) -> list[str]:
     """A line for each difference to the reference."""
-    compared = [(family, difference) for family in families if (difference := (family["difference"] or {}).get(lead))]
-    if not compared:
-        return []
-    against = f"{title(lead, record['task'])} against {one_line(record['reference'])}"
-    head = f"{against} (paired; p by Holm over {len(compared)}):"
     rows = [
-        [
-            f"  {one_line(family['name'])}",
-            difference["words"],
-            f"p {difference['p_holm']:.2g}",
-            f"({difference['method']})",
-        ]
-        for family, difference in compared
+        [f"  {one_line(family['name'])}", each["words"], f"p {each['p_holm']:.2g}", f"({each['method']})"]
+        for family in families
+        if (each := (family["difference"] or {}).get(lead))
     ]
-    return ["", head, *aligned(rows, right=9)]
-
-
-def _elsewhere(family: dict[str, Any], shown: Sequence[str], task: str) -> list[str]:
-    return [
-        f"{one_line(family['name'])} on {one_line(other['view'])}, {other['n']:,} images: "
-        + ", ".join(f"{title(m, task)} {interval(other['test'].get(m))}" for m in shown)
-        for other in family["external"]
-    ]
+    against = f"{title(lead, record['task'])} against {one_line(record['reference'] or '')}"
+    return ["", f"{against} (paired; p by Holm over {len(rows)}):", *aligned(rows, right=9)] if rows else []
 
 
 def _all_rows(record: dict[str, Any], lead: str) -> list[str]:
@@ -183,20 +189,10 @@ def _all_rows(record: dict[str, Any], lead: str) -> list[str]:
 
 def external_table(family: dict[str, Any], view: str, task: str, n_test: int) -> str:
     """The internal test of a family beside its test on another view."""
-    other = next(each for each in family["external"] if each["view"] == view)
+    own, other = family["test"], next(each for each in family["external"] if each["view"] == view)
     rows = [["", f"own test ({n_test:,})", f"{one_line(view)} ({other['n']:,})"]]
-    for name in SHOWN[task]:
-        if name in family["test"]:
-            rows.append([title(name, task), interval(family["test"][name]), interval(other["test"].get(name))])
+    rows += [[title(m, task), interval(own[m]), interval(other["test"].get(m))] for m in SHOWN[task] if m in own]
     return "\n".join([one_line(family["name"]), *aligned(rows)])
-
-
-def _leak_lines(run: Run) -> list[str]:
-    """What stands in two splits, and what was left out for it; a run may be from before either was recorded."""
-    splits = run.config["splits"]
-    leaks = [Leak(leak["kind"], tuple(leak["splits"]), leak["count"]) for leak in splits.get("leaks") or []]
-    lines = [f"{leaks_sentence(leaks)}: these numbers may be too good."] if leaks else []
-    return lines + ([f"{dropped_sentence(splits['dropped'])}."] if any((splits.get("dropped") or {}).values()) else [])
 
 
 def comparison_table(runs: Sequence[Run], controls: Sequence[dict[str, Any]] | None = None) -> str:
@@ -209,13 +205,10 @@ def comparison_table(runs: Sequence[Run], controls: Sequence[dict[str, Any]] | N
         controls = next((run.metrics["controls"] for run in runs if run.metrics["controls"]), [])
     task, key = runs[0].task, measure_name(runs[0].config["chosen"]["by"])
     shown = COMPARED[task]
-    rows = [["", "parameters", f"val {title(key, task)}", *(f"test {title(m, task)}" for m in shown)]]
-    for control in controls:
-        rows.append([control["name"], "", *_cells(control, key, shown)])
+    rows = [_header(key, shown, task), *(_control_row(control, key, shown) for control in controls)]
     for run in _best_first(runs):
         rows.append([_name(run, runs), f"{run.config['parameters']:,}", *_cells(run.metrics, key, shown)])
-    lines = aligned(rows)
-    lines += [f"{control['name']}: {one_line(control['note'])}" for control in controls if control["note"]]
+    lines = [*aligned(rows), *_control_notes(controls)]
     if len({(run.config["splits"]["digest"], run.classes) for run in runs}) > 1:
         lines.append("Not all of these were tested on the same images and classes: their numbers do not compare.")
     if any(run.untrained for run in runs):
@@ -243,8 +236,7 @@ def runs_table(runs: Sequence[Run]) -> str:
         key = measure_name(run.config["chosen"]["by"])
         where = f"{run.config['view']['label']} {run.output}" + (" (untrained)" if run.untrained else "")
         val, test = (number(run.metrics[split].get(key)) for split in ("val", "test"))
-        created = run.config["created"][:16].replace("T", " ")
-        rows.append([str(run.path), run.head, where, METRICS[key].title, val, test, created])
+        rows.append([str(run.path), run.head, where, METRICS[key].title, val, test, _made(run)])
     return "\n".join(aligned(rows, right=4))
 
 
@@ -265,11 +257,9 @@ def head_table(described: dict[str, Any]) -> str:
     shape = "×".join(str(n) for n in described["shape"])
     takes = "images" if described["takes"] == "pixels" else "features"
     rows = [["layer", "", "gives", "parameters"], ["input", takes, f"[{shape}]", "0"]]
-    for layer in described["layers"]:
-        rows.append([layer["name"], layer["layer"], layer["gives"], f"{layer['parameters']:,}"])
-    rows.append(["", "", "", f"{described['parameters']:,}"])
+    rows += [[each["name"], each["layer"], each["gives"], f"{each['parameters']:,}"] for each in described["layers"]]
     first = f"{described['head']}: {described['what']}; {described['classes']} classes"
-    return "\n".join([first, *aligned(rows, right=3)])
+    return "\n".join([first, *aligned([*rows, ["", "", "", f"{described['parameters']:,}"]], right=3)])
 
 
 HEADS_HEADER = ["head", "what", "takes", "parameters", "from"]
@@ -292,18 +282,17 @@ def run_lines(run: Run) -> str:
     """What it is, how it came about and what it measured; config.json has the rest."""
     config = run.config
     view, splits = config["view"], config["splits"]
-    images = " · ".join(f"{name} {n:,}" for name, n in (splits.get("images") or {}).items())
     shape = "×".join(str(n) for n in view["shape"])
     rows: list[tuple[str, Any]] = [
         ("run", f"{run.path}   {run.head}: {config['parameters']:,} parameters, made {_made(run)}"),
         ("images" if is_pixels(run) else "features", f"{view['label']} {run.output} [{shape}]"),
         ("classes", abbreviated(run.classes, 12)),
         ("setting", setting_words(run_setting(run))),
-        ("splits", f"{images} ({splits.get('how')})"),
+        ("splits", f"{split_counts(run)} ({splits.get('how')})"),
         ("chosen", f"epoch {config['chosen']['epoch']}, {chosen_words(run.task, [run])} on val"),
         ("again", train_command(run)),
     ]
-    lines = columns((word, one_line(str(words))) for word, words in rows if words)
+    lines = columns((name, one_line(str(value))) for name, value in rows if value)
     return f"{lines}\n\n{final_table(run)}\n{columns([('files', f'{run.path}/   config.json has every setting')])}"
 
 
@@ -312,52 +301,31 @@ def _made(run: Run) -> str:
 
 
 def filters_for(task: str) -> dict[str, Callable[..., Any]]:
-    """What the templates call the functions below."""
+    """What the templates call the functions that write a value."""
     return {
-        "num": number, "signed": signed, "pvalue": pvalue, "count": count_words, "percent": percent, "plural": plural,
-        "cost": cost_text, "cost_title": lambda key: COSTS[key].column, "count_title": COUNTS.get,
-        "setting": setting_words,
+        "num": number, "cost": cost_text, "setting": setting_words,
+        "signed": lambda value: "–" if value is None else f"{value:+.3f}".replace("-", "−"),
+        "pvalue": lambda value: "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}",
+        "count": lambda value: "–" if value is None else f"{value:,.0f}",
+        "percent": lambda value: "–" if value is None else f"{100 * value:.3g} %",
+        "plural": lambda count, noun: f"{count or 1:,} {noun}{'' if (count or 1) == 1 else 's'}",
+        "cost_title": lambda key: COSTS[key].column, "count_title": COUNTS.get,
         "title": lambda m: title(m, task), "class_title": lambda m: title(m, "binary") if m in METRICS else m,
         "higher": lambda m: METRICS[m].higher,
     }  # fmt: skip
 
 
-def signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}".replace("-", "−")
-
-
-def pvalue(value: float | None) -> str:
-    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def count_words(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.3g} %"
-
-
-def plural(count: int | None, word: str) -> str:
-    return f"{count or 1:,} {word}{'' if (count or 1) == 1 else 's'}"
-
-
 def title_words(record: dict[str, Any], runs: Sequence[Run]) -> str:
-    views = list(dict.fromkeys(run.config["view"]["label"] for run in runs))
-    where = abbreviated(views, 3)
+    where = abbreviated(list(dict.fromkeys(run.config["view"]["label"] for run in runs)), 3)
     families = record["families"]
     return f"{families[0]['name']}: {where}" if len(families) == 1 else f"{where}: {len(families)} heads compared"
 
 
 def subtitle_words(record: dict[str, Any], runs: Sequence[Run]) -> str:
-    classes = record["classes"]
-    named = abbreviated(classes, 8)
-    positive = f"; positive is {record['positive']}" if record["positive"] else ""
-    word = "labels" if record["task"] == "multilabel" else "classes"
-    whole = max(runs, key=lambda run: run.config["splits"].get("fraction") or 1.0)
-    images = whole.config["splits"].get("images") or {}
-    counts = " · ".join(f"{name} {n:,}" for name, n in images.items())
-    return f"{record['task']}, {len(classes)} {word}: {named}{positive}. Images: {counts or record['n_test']}."
+    classes, positive = record["classes"], f"; positive is {record['positive']}" if record["positive"] else ""
+    noun = "labels" if record["task"] == "multilabel" else "classes"
+    counts = split_counts(max(runs, key=fraction_of)) or record["n_test"]
+    return f"{record['task']}, {len(classes)} {noun}: {abbreviated(classes, 8)}{positive}. Images: {counts}."
 
 
 def chosen_words(task: str, runs: Sequence[Run]) -> str:
@@ -368,9 +336,7 @@ def chosen_words(task: str, runs: Sequence[Run]) -> str:
 
 def unit_words(record: dict[str, Any]) -> str:
     clusters = record["clusters"]
-    if clusters["unit"] == "group":
-        return f" of {clusters['n']:,} groups, which are what is drawn"
-    return ""
+    return f" of {clusters['n']:,} groups, which are what is drawn" if clusters["unit"] == "group" else ""
 
 
 def images_words(count: int, embeds: bool) -> str:

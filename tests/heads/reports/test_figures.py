@@ -64,7 +64,7 @@ def test_the_roc_curve_goes_through_the_points_of_scikit_learn(tmp_path):
     truth, score = figures.truth_and_score("binary", answers, 1)
     area = np.trapezoid(figures._roc_points(truth, score), figures.GRID)
     assert area == pytest.approx(roc_auc_score(truth, score), abs=0.01)
-    keys = figures.curve_figure("roc", [(run, answers)], [1]).keys
+    keys = figures.curve_figure("roc", [(run, answers)]).keys
     assert keys[0] == ("s0", f"kind 1: AUROC {roc_auc_score(truth, score):.3f}")
 
 
