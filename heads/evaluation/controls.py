@@ -34,13 +34,10 @@ CHANCE, MAJORITY, PIXELS = "chance", "majority class", "pixels, logistic regress
 def all_controls(view: FeatureView, task: Task, splits: Splits) -> list[dict[str, Any]]:
     """Each {"name", "val", "test", "note"}; val and test as ``evaluate`` gives them, None where it could not be had."""
     train, *others = (task.labels[splits.rows(name)] for name in SPLITS)
-    chance = dict(zip(SPLITS[1:], (_chance(task, y) for y in others), strict=True))
-    majority = dict(zip(SPLITS[1:], (_majority(task, train, y) for y in others), strict=True))
-    return [
-        {"name": CHANCE, **chance, "note": ""},
-        {"name": MAJORITY, **majority, "note": ""},
-        pixel_control(view, task, splits),
-    ]
+    chance = {split: _chance(task, y) for split, y in zip(SPLITS[1:], others, strict=True)}
+    majority = {split: _majority(task, train, y) for split, y in zip(SPLITS[1:], others, strict=True)}
+    simple = [{"name": CHANCE, **chance, "note": ""}, {"name": MAJORITY, **majority, "note": ""}]
+    return [*simple, pixel_control(view, task, splits)]
 
 
 def _chance(task: Task, y: np.ndarray) -> dict[str, Any]:
@@ -64,8 +61,8 @@ def _chance(task: Task, y: np.ndarray) -> dict[str, Any]:
 def _majority(task: Task, train: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     """Train's prevalences as the probabilities of every image; the most frequent class is what it predicts."""
     if task.multilabel:
-        known = np.maximum((~np.isnan(train)).sum(0), 1)
-        p = np.clip((train == 1).sum(0) / known, 1e-6, 1 - 1e-6)
+        labelled = np.maximum((~np.isnan(train)).sum(0), 1)
+        p = np.clip((train == 1).sum(0) / labelled, 1e-6, 1 - 1e-6)
         z, cuts = np.log(p) - np.log1p(-p), (0.5,) * len(p)
     else:
         p = np.bincount(train, minlength=len(task.classes)) / len(train)
@@ -89,17 +86,16 @@ def pixel_control(view: FeatureView, task: Task, splits: Splits) -> dict[str, An
         images, read = _read_images(view, dataset, np.concatenate([rows[name] for name in SPLITS]))
     except (FeatureCacheError, OSError) as error:
         return {**nothing, "note": f"the images cannot be had any more: {error}"}
-    start = 0
     data: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, own in rows.items():
-        readable = read[start : start + len(own)]
+    ends = np.cumsum([len(own) for own in rows.values()])[:-1]
+    parts = zip(rows.items(), np.split(images, ends), np.split(read, ends), strict=True)
+    for (name, own), pixels, readable in parts:
         gone = int((~readable).sum())
         if gone and (name != "train" or gone == len(own)):
             return {**nothing, "note": f"{gone:,} of {len(own):,} images of {name} are gone or changed"}
         if gone:
             notes.append(f"{gone:,} training images are gone or changed")
-        data[name] = images[start : start + len(own)][readable], task.labels[own[readable]]
-        start += len(own)
+        data[name] = pixels[readable], task.labels[own[readable]]
     return {**_fit_pixels(task, data, notes), "note": "; ".join(notes)}
 
 
@@ -123,13 +119,12 @@ def _small(dataset: Any, rows: list[int]) -> Preprocess:
     from featurecache.errors import UnreadableImage
     from featurecache.images.decoding import decode
 
-    size = (SIDE, SIDE)
     for row in rows:
         with contextlib.suppress(UnreadableImage):
             _, height, width = decode(dataset.read(row)).shape
-            size = (height, width) if max(height, width) <= SIDE else size
-            break
-    return replace(squash_preprocess(SIDE, HALF), resize=size)
+            size = (height, width) if max(height, width) <= SIDE else (SIDE, SIDE)
+            return replace(squash_preprocess(SIDE, HALF), resize=size)
+    return squash_preprocess(SIDE, HALF)
 
 
 def _fit_pixels(task: Task, data: dict[str, tuple[np.ndarray, np.ndarray]], notes: list[str]) -> dict[str, Any]:
@@ -159,11 +154,10 @@ def _logits(task: Task, x: np.ndarray, y: np.ndarray, others: list[np.ndarray]) 
             values[:, model.classes_] = own if own.ndim == 2 else np.stack([np.zeros_like(own), own], axis=1)
         return z, finished
     all_finished = True
-    for c in range(y.shape[1]):
-        known = ~np.isnan(y[:, c])
-        truth = y[known, c] == 1
-        if truth.any() and not truth.all():
-            model, finished = _regression(x[known], truth.astype(int))
+    for c, truth in enumerate(y.T):
+        labelled = ~np.isnan(truth)
+        if len(np.unique(truth[labelled])) == 2:
+            model, finished = _regression(x[labelled], truth[labelled].astype(int))
             all_finished &= finished
             for values, other in zip(z, others, strict=True):
                 values[:, c] = model.decision_function(other)

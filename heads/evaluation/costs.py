@@ -42,8 +42,8 @@ def run_cost(run: Run) -> dict[str, Any]:
     record = run.config.get("cost") or {}
     measured = {key: record.get(key) for key in MEASURED}
     cost: dict[str, Any] = {key: float(v) if isinstance(v, int | float) else None for key, v in measured.items()}
-    cost["inference_ms"] = _sum(cost["forward_ms"], cost["ms_per_image"])
-    cost["loaded_ms"] = _sum(cost["inference_ms"], cost["loading_ms"])
+    for key, *parts in (("inference_ms", "forward_ms", "ms_per_image"), ("loaded_ms", "inference_ms", "loading_ms")):
+        cost[key] = None if None in (ms := [cost[part] for part in parts]) else sum(ms)
     backbone = (run.config.get("provenance") or {}).get("parameters")
     cost["backbone_parameters"] = backbone if type(backbone) is int and backbone >= 0 else None
     device = record.get("device") if cost["forward_ms"] is not None else None
@@ -52,20 +52,14 @@ def run_cost(run: Run) -> dict[str, Any]:
 
 def mean_cost(runs: Sequence[Run]) -> dict[str, Any]:
     """Means over the runs of a family that have them."""
-    each = [run_cost(run) for run in runs]
-    mean: dict[str, Any] = {"backbone_parameters": each[0]["backbone_parameters"]}
-    for key in MEASURED:
-        values = [cost[key] for cost in each if cost[key] is not None]
-        mean[key] = float(np.mean(values)) if values else None
-    return mean | {"device": ", ".join(_devices(each)) or None}
+    costs = [run_cost(run) for run in runs]
+    values = {key: [cost[key] for cost in costs if cost[key] is not None] for key in MEASURED}
+    mean = {key: float(np.mean(each)) if each else None for key, each in values.items()}
+    return {"backbone_parameters": costs[0]["backbone_parameters"], **mean, "device": _devices(costs) or None}
 
 
-def _sum(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else first + second
-
-
-def _devices(costs: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(cost["device"] for cost in costs if cost.get("device")))
+def _devices(costs: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(dict.fromkeys(cost["device"] for cost in costs if cost.get("device")))
 
 
 def cost_text(value: float | None, key: str) -> str:
@@ -77,7 +71,7 @@ def cost_text(value: float | None, key: str) -> str:
 
 def devices_words(costs: Sequence[dict[str, Any]]) -> str:
     """What the milliseconds were measured on, named once; empty where none were."""
-    devices = ", ".join(_devices(costs))
+    devices = _devices(costs)
     return f"on {devices}" if devices else ""
 
 

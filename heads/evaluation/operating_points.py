@@ -19,18 +19,17 @@ Prevalence = float | dict[str, float]
 
 
 def check_prevalence(run: Run, prevalence: Prevalence | None) -> None:
+    """Raises BadOption where there is no such positive class, or no such share of images."""
     if prevalence is None:
         return
     if run.task not in ("binary", "multilabel"):
-        raise BadOption(
-            f"--prevalence is of one positive class, and a {run.task} task has none. It is for two classes, or for "
-            "several labels."
-        )
-    if isinstance(prevalence, dict):
-        known = run.classes if run.task == "multilabel" else (run.config["positive"],)
-        if unknown := [name for name in prevalence if name not in known]:
-            raise BadOption(f"--prevalence of {unknown[0]}: the positives of this task are {', '.join(known)}.")
-    for value in prevalence.values() if isinstance(prevalence, dict) else (prevalence,):
+        none = f"--prevalence is of one positive class, and a {run.task} task has none"
+        raise BadOption(f"{none}. It is for two classes, or for several labels.")
+    positives = run.classes if run.task == "multilabel" else (run.config["positive"],)
+    by_name = prevalence if isinstance(prevalence, dict) else dict.fromkeys(positives, prevalence)
+    for name, value in by_name.items():
+        if name not in positives:
+            raise BadOption(f"--prevalence of {name}: the positives of this task are {', '.join(positives)}.")
         if not 0 < value < 1:
             raise BadOption(f"--prevalence is {value:g}; it is a share of the images, above 0 and below 1.")
 
@@ -64,13 +63,13 @@ def calibration_record(predictions: FamilyPredictions) -> dict[str, Any]:
     after = [each for test_set in predictions.test_sets for each in test_set.predictions]
     answers = [each for heads in predictions.answers for each in heads]
     before = [replace(each, z=raw.logits) for each, raw in zip(after, answers, strict=True)]
-    return {"before": calibration_of(before), "after": calibration_of(after)}
+    return {"before": _calibration(before), "after": _calibration(after)}
 
 
-def calibration_of(predictions: Sequence[CalibratedPredictions]) -> dict[str, Any]:
+def _calibration(predictions: Sequence[CalibratedPredictions]) -> dict[str, Any]:
     """Several labels are pooled in the bins, while ECE is the mean over labels."""
     names = [str(c) for c in range(predictions[0].z.shape[1])]
     measured = [evaluate(each, names) for each in predictions]
-    means: dict[str, Any] = {m: float(np.mean([each[m] for each in measured])) for m in ("brier", "nll", "ece")}
+    means = {m: float(np.mean([each[m] for each in measured])) for m in ("brier", "nll", "ece")}
     pairs = zip(*map(confidence, predictions), strict=True)
     return means | {"bins": reliability(*(np.concatenate(column) for column in pairs))}

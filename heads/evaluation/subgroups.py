@@ -21,14 +21,12 @@ MOST = 20  # different values: of more, the parts of test are too small to say a
 
 def column_values(predictions: FamilyPredictions, column: str) -> list[list[str]]:
     """For each set of test images the value of each image, in the common order; "" where it has none."""
-    first = [(runs[0], answers[0]) for runs, answers in zip(predictions.runs, predictions.answers, strict=True)]
-    values = [_values(*pair, column) for pair in first]
+    first = zip(predictions.runs, predictions.answers, strict=True)
+    values = [_values(runs[0], answers[0], column) for runs, answers in first]
     different = {value for each in values for value in each}
     if len(different) > MOST:
-        raise BadOption(
-            f"--by {column} has {len(different):,} different values on test; expected at most {MOST}, such as a site, "
-            "a sex or a device."
-        )
+        what = f"--by {column} has {len(different):,} different values on test"
+        raise BadOption(f"{what}; expected at most {MOST}, such as a site, a sex or a device.")
     return values
 
 
@@ -59,9 +57,8 @@ def _view(run: Run, answers: Predictions) -> Any:
     try:
         return View(path, columns_only=True)
     except (FeatureCacheError, OSError) as error:
-        raise RunError(
-            f"--by reads the columns of {path}, on which {run.path} was trained, and that cannot be opened: {error}"
-        ) from error
+        gone = f"--by reads the columns of {path}, on which {run.path} was trained, and that cannot be opened"
+        raise RunError(f"{gone}: {error}") from error
 
 
 def _text(value: Any) -> str:

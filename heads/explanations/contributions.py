@@ -35,7 +35,7 @@ from torch import nn
 
 from featurecache.errors import BadOption
 from heads.evaluation.external import rows_of_splits
-from heads.explanations.maps import SaliencyMap, class_margin_weights
+from heads.explanations.maps import SaliencyMap, class_margin_weights, margin_unit
 from heads.models.tokens import ClsMean, Conv, Large, MeanLinear
 from heads.models.vector import Linear, Mlp
 from heads.runs.run import Run
@@ -62,12 +62,6 @@ class MarginModel:
     correction: torch.Tensor  # float32 [C]
     temperature: float
     multilabel: bool
-
-    @classmethod
-    def of(cls, run: Run, tokens: TokenMap, model: nn.Module | None = None) -> MarginModel:
-        correction = torch.tensor(run.calibration.correction, dtype=torch.float32)
-        temperature, multilabel = run.calibration.temperature, run.task == "multilabel"
-        return cls(model or run.model, tokens, run.standardize, correction, temperature, multilabel)
 
     @property
     def early(self) -> bool:
@@ -109,28 +103,20 @@ def replacement_contributions(
     """a_t of u [n, T, D] against ``mean`` [T, D], both scaled."""
     toward = head.toward(classes)
     if head.early and isinstance(head.model, AFFINE):
-        return _additive(head, u, mean, toward)
+        gradient, margin = _gradient(head, u, toward)
+        parts = ((u - mean) * gradient).sum(2).double().numpy()
+        beside = {"mean tokens everywhere": head.margins(mean.expand_as(u), toward).detach().double().numpy()}
+        return TokenContributions(parts, margin, beside, True, "exact additive parts of the margin", "additive parts")
+    exact = head.early and isinstance(head.model, Large)
     with torch.no_grad():
         margin = head.margins(u, toward).double().numpy()
-        if head.early and isinstance(head.model, Large):
-            rows = [_rank_one(head, each, mean, way) for each, way in zip(u, toward, strict=True)]
-            how = "exact change of the margin when this token is replaced"
-        else:
-            rows = [_occluded(head, each, mean, way) for each, way in zip(u, toward, strict=True)]
-            how = "change of the margin when this token is replaced (occlusion)"
+        rows = [(_rank_one if exact else _occluded)(head, *each, mean) for each in zip(u, toward, strict=True)]
+    how = "change of the margin when this token is replaced"
+    how = f"exact {how}" if exact else f"{how} (occlusion)"
     return TokenContributions(torch.stack(rows).numpy(), margin, how=how, small="replacement")
 
 
-def _additive(head: MarginModel, u: torch.Tensor, mean: torch.Tensor, toward: torch.Tensor) -> TokenContributions:
-    gradient, margin = _gradient(head, u, toward)
-    parts = ((u - mean) * gradient).sum(2).double().numpy()
-    with torch.no_grad():
-        rest = head.margins(mean.expand_as(u), toward).double().numpy()
-    beside = {"mean tokens everywhere": rest}
-    return TokenContributions(parts, margin, beside, True, "exact additive parts of the margin", "additive parts")
-
-
-def _rank_one(head: MarginModel, u: torch.Tensor, mean: torch.Tensor, toward: torch.Tensor) -> torch.Tensor:
+def _rank_one(head: MarginModel, u: torch.Tensor, toward: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """float64 [T] of one image u [T, D]."""
     model = head.model
     assert isinstance(model, Large)
@@ -150,7 +136,7 @@ def _rank_one(head: MarginModel, u: torch.Tensor, mean: torch.Tensor, toward: to
     return parts
 
 
-def _occluded(head: MarginModel, u: torch.Tensor, mean: torch.Tensor, toward: torch.Tensor) -> torch.Tensor:
+def _occluded(head: MarginModel, u: torch.Tensor, toward: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """float64 [T] of one image u [T, D], by a forward pass for each token; of a head on one vector [D] all together."""
     matrix = head.tokens.matrix
     if head.early and matrix is not None and matrix.ndim == 1:
@@ -210,7 +196,9 @@ def contribution_maps(
     what), which ``gradient`` does without; ``model``: another head than the run's (its control)."""
     if method not in METHODS:
         raise BadOption(f'--method "{method}" is not one of {", ".join(METHODS)}.')
-    head = MarginModel.of(run, tokens, model)
+    correction = torch.tensor(run.calibration.correction, dtype=torch.float32)
+    temperature, multilabel = run.calibration.temperature, run.task == "multilabel"
+    head = MarginModel(model or run.model, tokens, run.standardize, correction, temperature, multilabel)
     u = head.scaled(x)
     if method == "gradient":
         parts = gradient_times_input(head, u, classes)
@@ -227,10 +215,9 @@ def _map(run: Run, tokens: TokenMap, parts: TokenContributions, i: int, descript
     for at, name in enumerate(tokens.prefix):
         beside[names.get(name, f"register {name[3:]}" if name.startswith("reg") else name)] = float(parts.tokens[i, at])
     beside |= {name: float(values[i]) for name, values in parts.beside.items()}
-    unit = "log-odds" if run.task != "multilabel" and len(run.classes) == 2 else "margin"
     return SaliencyMap(
         "contribution", parts.how + (f"; against {description}" if description else ""),
-        parts.tokens[i, first:].reshape(tokens.grid), unit,
+        parts.tokens[i, first:].reshape(tokens.grid), margin_unit(run),
         beside={name: part for name, part in beside.items() if abs(part) > 5e-7},
         margin=float(parts.margin[i]), adds_up=parts.adds_up, small=parts.small,
     )  # fmt: skip

@@ -24,21 +24,14 @@ from torch import nn
 
 from featurecache.errors import BadOption, FeatureCacheError, NotInCache
 from featurecache.images.preprocessing import Preprocess
-from heads.explanations.contributions import (
-    FAST,
-    TokenMap,
-    check_gap,
-    contribution_maps,
-    mean_training_token,
-    token_map,
-    token_source,
-)
-from heads.explanations.maps import KINDS, SaliencyMap, class_margin_weights, with_controls, with_shuffled_weights
+from heads.explanations import contributions
+from heads.explanations.maps import KINDS, SaliencyMap, class_margin_weights, margin_unit, with_shuffled_weights
 from heads.explanations.methods import EndToEnd, Transformer, attention_maps, check_extra, grad_cam_maps, layer_of
 from heads.inference import store_of
 from heads.runs.run import Run, is_pixels, preprocess_of
 
 if TYPE_CHECKING:
+    from featurecache.backbones.base import Backbone
     from featurecache.extraction.recompute import StoreBackbone
     from featurecache.store.view import View
 
@@ -66,7 +59,9 @@ class Explainer:
     @property
     def slow(self) -> bool:
         """Whether a contribution costs a forward pass of the head for every token."""
-        return not (self.on_pixels or self.run.output in ("gap", "mean") or isinstance(self.run.model, FAST))
+        return not (
+            self.on_pixels or self.run.output in ("gap", "mean") or isinstance(self.run.model, contributions.FAST)
+        )
 
     @cached_property
     def control(self) -> nn.Module:
@@ -96,7 +91,7 @@ class Explainer:
             return self._attention(images)
         make = {"contribution": self._contributions, "grad-cam": self._grad_cam}[kind]
         maps, controls = (make(images, classes, model, method) for model in (self.run.model, self.control))
-        return [[each] for each in with_controls(maps, controls)]
+        return [[replace(one, control=other.values)] for one, other in zip(maps, controls, strict=True)]
 
     # --- contribution
 
@@ -104,65 +99,53 @@ class Explainer:
         self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, method: str
     ) -> list[SaliencyMap]:
         if self.on_pixels:
-            return self._squares(images, classes, model, method)
+            if method != "replace":
+                raise BadOption("--method gradient is for heads on tokens; a network on pixels has --method replace.")
+            return self._occluded(images, classes, model)
         tokens = self._token_map
         x = self.features(images, tokens.source).float().clone()  # outside inference mode
         if self.run.output == "gap":
-            check_gap(self.run, tokens, x, self.features(images, "gap"))
-        mean, description = None, ""
+            contributions.check_gap(self.run, tokens, x, self.features(images, "gap"))
         if method == "replace":
-            self._mean = self._mean or mean_training_token(self.run, tokens, self.view)
-            mean, description = self._mean
-        return contribution_maps(self.run, tokens, x, classes, method, mean, description, model)
+            self._mean = self._mean or contributions.mean_training_token(self.run, tokens, self.view)
+        mean, description = self._mean if method == "replace" and self._mean else (None, "")
+        return contributions.contribution_maps(self.run, tokens, x, classes, method, mean, description, model)
 
     @cached_property
-    def _token_map(self) -> TokenMap:
-        source = token_source(self.run)
+    def _token_map(self) -> contributions.TokenMap:
+        source = contributions.token_source(self.run)
         if self.view is not None and self.view.has(source):
             info = self.view.info(source)
-            return token_map(self.run, info.prefix, info.grid)
+            return contributions.token_map(self.run, info.prefix, info.grid)
         if self.view is not None:
             self.view.info(source)  # raises with the command that stores it
         backbone = self._backbone.backbone
-        return token_map(self.run, backbone.prefix, backbone.grid)
+        return contributions.token_map(self.run, backbone.prefix, backbone.grid)
 
-    def _squares(
-        self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, method: str
-    ) -> list[SaliencyMap]:
+    @torch.no_grad()
+    def _occluded(self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module) -> list[SaliencyMap]:
         """Of a network on pixels: squares of them replaced by the colour that normalising makes zero."""
-        if method != "replace":
-            raise BadOption("--method gradient is for heads on tokens; a network on pixels has --method replace.")
-        with torch.no_grad(), self._there(model) as device:
-            return self._occluded(images, classes, model, device)
-
-    def _occluded(
-        self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, device: str
-    ) -> list[SaliencyMap]:
-        preprocess, pixels = preprocess_of(self.run), self._pixels(images).float().to(device)
+        preprocess, values = preprocess_of(self.run), []
         height, width = preprocess.size
         count = SQUARES if min(height, width) >= 8 * SQUARES else 8
-        colour = 255 * torch.tensor(preprocess.mean or (0.0, 0.0, 0.0), device=device).view(3, 1, 1)
-        toward = self._toward(classes).to(device)
         rows, columns = (np.linspace(0, side, count + 1).round().astype(int) for side in (height, width))
         squares = [(slice(*rows[i : i + 2]), slice(*columns[j : j + 2])) for i, j in np.ndindex(count, count)]
         some = max(1, AT_ONCE // (3 * height * width))
-        values = []
-        for image, way in zip(pixels, toward, strict=True):
-            margin = float((model(image[None]) * way).sum())
-            changes: list[float] = []
-            for start in range(0, len(squares), some):
-                replaced = squares[start : start + some]
-                copies = image.repeat(len(replaced), 1, 1, 1)
-                for one, (down, across) in zip(copies, replaced, strict=True):
-                    one[:, down, across] = colour
-                changes += (margin - (model(copies) * way).sum(1).double()).tolist()
-            values.append(np.array(changes).reshape(count, count))
+        with self._there(model) as device:
+            colour = 255 * torch.tensor(preprocess.mean or (0.0, 0.0, 0.0), device=device).view(3, 1, 1)
+            pixels, toward = self._pixels(images).float().to(device), self._toward(classes).to(device)
+            for image, way in zip(pixels, toward, strict=True):
+                margin = float((model(image[None]) * way).sum())
+                changes: list[float] = []
+                for start in range(0, len(squares), some):
+                    replaced = squares[start : start + some]
+                    copies = image.repeat(len(replaced), 1, 1, 1)
+                    for one, (down, across) in zip(copies, replaced, strict=True):
+                        one[:, down, across] = colour
+                    changes += (margin - (model(copies) * way).sum(1).double()).tolist()
+                values.append(np.array(changes).reshape(count, count))
         how = "change of the margin when this square is replaced by the mean colour (occlusion)"
-        return [SaliencyMap("contribution", how, each, self._unit, small="occlusion") for each in values]
-
-    @property
-    def _unit(self) -> str:
-        return "log-odds" if self.run.task != "multilabel" and len(self.run.classes) == 2 else "margin"
+        return [SaliencyMap("contribution", how, each, margin_unit(self.run), small="occlusion") for each in values]
 
     def _toward(self, classes: np.ndarray) -> torch.Tensor:
         run = self.run
@@ -176,30 +159,30 @@ class Explainer:
             with self._there(own) as device:
                 pixels = own.preprocess.normalised(self._pixels(images).to(device))
                 return attention_maps(Transformer.of_run(self.run.head, own), pixels)
-        with self._in_float32() as recompute:
-            return attention_maps(Transformer.of_backbone(recompute.backbone), self._normalised(recompute, images))
+        with self._in_float32(images) as (backbone, pixels):
+            return attention_maps(Transformer.of_backbone(backbone), pixels)
 
     def _grad_cam(
         self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module, _: str
     ) -> list[SaliencyMap]:
         check_extra()
+        toward = self._toward(classes)
         if self.on_pixels:
             network: Any = model
-            grid = network.cam_grid
-            first, patches = (0, None) if grid is None else (grid[0], (grid[1], grid[2]))
+            first, *patches = network.cam_grid or (0,)
             with self._there(network) as device:
-                pixels, toward = self._pixels(images).float().to(device), self._toward(classes)
-                return grad_cam_maps(network, (network.cam_layer, "output"), pixels, toward, patches, first)
+                pixels, layer = self._pixels(images).float().to(device), (network.cam_layer, "output")
+                return grad_cam_maps(network, layer, pixels, toward, tuple(patches) or None, first)
         from featurecache.outputs import parse
 
-        output = parse(self.run.output)
-        with self._in_float32() as recompute:
-            backbone = recompute.backbone
-            pixels = self._normalised(recompute, images)
-            whole = EndToEnd(backbone, output, _on(self.run.standardize, pixels.device), model.to(pixels.device))
+        output, scale = parse(self.run.output), self.run.standardize
+        with self._in_float32(images) as (backbone, pixels):
+            if scale.mean is not None and scale.std is not None:
+                scale = replace(scale, mean=scale.mean.to(pixels.device), std=scale.std.to(pixels.device))
+            whole = EndToEnd(backbone, output, scale, model.to(pixels.device))
             try:
-                layer, prefix = layer_of(backbone, output), len(backbone.prefix)
-                return grad_cam_maps(whole, layer, pixels, self._toward(classes), backbone.grid, prefix)
+                layer = layer_of(backbone, output)
+                return grad_cam_maps(whole, layer, pixels, toward, backbone.grid, len(backbone.prefix))
             finally:
                 model.cpu()
 
@@ -214,13 +197,13 @@ class Explainer:
         new = [image for image, row in zip(images, rows, strict=True) if row is None]
         old = np.array([row for row in rows if row is not None], dtype=np.int64)
         stored = list(self.view.tensor(output, old)) if self.view is not None and len(old) else []
-        made: list[torch.Tensor] = []
+        computed: list[torch.Tensor] = []
         if new:
-            computed, failed = self._backbone.rows([image.data for image in new], parse(output))
+            features, failed = self._backbone.rows([image.data for image in new], parse(output))
             if failed:
                 raise BadOption(f"{new[failed[0][0]].name} cannot be read: {failed[0][1]}.")
-            made = list(computed)
-        return torch.stack([(made if row is None else stored).pop(0) for row in rows])
+            computed = list(features)
+        return torch.stack([(computed if row is None else stored).pop(0) for row in rows])
 
     @cached_property
     def _rows(self) -> dict[bytes, int]:
@@ -257,32 +240,20 @@ class Explainer:
         return backbone_of(store_of(self.run), **options)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
-    def _in_float32(self) -> Iterator[StoreBackbone]:
-        """The backbone with the store's weights, computing in float32."""
-        recompute = self._backbone
-        model = recompute.backbone.model
-        before = next(model.parameters()).dtype
-        model.float()
+    def _in_float32(self, images: Sequence[SourceImage]) -> Iterator[tuple[Backbone, torch.Tensor]]:
+        """The backbone with the store's weights, computing in float32, and float32 [n,3,h,w] on its device."""
+        backbone = self._backbone.backbone
+        weight = next(backbone.model.parameters())
+        dtype, pixels = weight.dtype, _resized(backbone.preprocess, images).to(weight.device)
+        backbone.model.float()
         try:
-            yield recompute
+            yield backbone, backbone.preprocess.normalised(pixels)
         finally:
-            model.to(before)
-
-    def _normalised(self, recompute: StoreBackbone, images: Sequence[SourceImage]) -> torch.Tensor:
-        """float32 [n,3,h,w] on the backbone's device."""
-        preprocess = recompute.backbone.preprocess
-        device = next(recompute.backbone.model.parameters()).device
-        return preprocess.normalised(_resized(preprocess, images).to(device))
+            backbone.model.to(dtype)
 
 
 def _resized(preprocess: Preprocess, images: Sequence[SourceImage]) -> torch.Tensor:
     return torch.stack([preprocess.resized(torch.from_numpy(image.pixels).permute(2, 0, 1)) for image in images])
-
-
-def _on(scale: Any, device: torch.device) -> Any:
-    if scale.mean is None:
-        return scale
-    return replace(scale, mean=scale.mean.to(device), std=scale.std.to(device))
 
 
 @dataclass(frozen=True)
@@ -377,20 +348,9 @@ def visible_box(spec: dict[str, Any], pixels: np.ndarray) -> tuple[float, float,
         preprocess = Preprocess.from_dict(fields)
     except (FeatureCacheError, KeyError, TypeError, AttributeError):  # imported, or a backbone with its own way
         return None
-    height, width = pixels.shape[:2]
-    rows, columns = resized_size(preprocess.mode, preprocess.resize, height, width)
+    (height, width), resize = pixels.shape[:2], preprocess.resize
+    factors = {"shortest": resize[0] / min(height, width), "pad": min(resize[0] / height, resize[-1] / width)}
+    factor = factors.get(preprocess.mode, 1.0)
+    rows, columns = resize if preprocess.mode == "squash" else (height * factor, width * factor)
     seen_height, seen_width = preprocess.size[0] / rows, preprocess.size[1] / columns
     return (1 - seen_width) / 2, (1 - seen_height) / 2, seen_width, seen_height
-
-
-def resized_size(mode: str, resize: Sequence[int], height: int, width: int) -> tuple[float, float]:
-    """(height, width) in pixels that an image has before it is cropped or padded to the input of the network."""
-    if mode == "shortest":
-        factor = resize[0] / min(height, width)
-    elif mode == "pad":
-        factor = min(resize[0] / height, resize[1] / width)
-    elif mode == "squash":
-        return resize[0], resize[1]
-    else:
-        factor = 1.0
-    return height * factor, width * factor

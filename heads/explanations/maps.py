@@ -24,14 +24,15 @@ import io
 import textwrap
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
 from heads.models.vector import KNearest
+from heads.runs.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +88,9 @@ def draw_maps(pixels: np.ndarray, kind: str, panels: Sequence[Panel], untrained:
     rows = max([sum(2 if m.control is not None else 1 for m in p.maps) for p in panels] + [1])
     width = SIDE * min(2.0, max(0.6, pixels.shape[1] / pixels.shape[0]))
     across = width + GAP + len(panels) * (width + BAR) + GAP
-    foot = _foot(kind, panels, untrained, int((across - 2 * GAP) / LETTER))
+    meaning = " · ".join(dict.fromkeys(kind_text(kind, panel.from_pixels) for panel in panels))
+    foot = textwrap.wrap(f"{kind}: {meaning}", int((across - 2 * GAP) / LETTER))
+    foot += ["untrained backbone: shows the tool, nothing else"] * untrained
     size = (across, rows * (SIDE + HEAD) + LINE * len(foot) + 0.16)
     figure = Figure(figsize=size)
     sheet = _Sheet(figure, size, width, pixels)
@@ -102,13 +105,6 @@ def draw_maps(pixels: np.ndarray, kind: str, panels: Sequence[Panel], untrained:
     return encoded.getvalue()
 
 
-def _foot(kind: str, panels: Sequence[Panel], untrained: bool, letters: int) -> list[str]:
-    """What the maps show, in lines of so many letters."""
-    words = " · ".join(dict.fromkeys(kind_text(kind, panel.from_pixels) for panel in panels))
-    lines = textwrap.wrap(f"{kind}: {words}", letters)
-    return lines + ["untrained backbone: shows the tool, nothing else"] * untrained
-
-
 @dataclass(frozen=True)
 class _Sheet:
     """Axes in inches. (matplotlib's own layout engine takes two thirds of the time of such a picture.)"""
@@ -121,10 +117,11 @@ class _Sheet:
     def axes(self, row: int, column: int, bar: bool = False) -> Axes:
         left = GAP + (column * (self.width + BAR) - (BAR - GAP if column else 0))
         bottom, (across, up) = self.size[1] - (row + 1) * (SIDE + HEAD), self.size
-        box = (left, bottom, self.width, SIDE)
         if bar:
-            box = (left + self.width + 0.08, bottom + 0.1 * SIDE, 0.12, 0.8 * SIDE)
-        return self.figure.add_axes((box[0] / across, box[1] / up, box[2] / across, box[3] / up))
+            left, bottom, width, height = left + self.width + 0.08, bottom + 0.1 * SIDE, 0.12, 0.8 * SIDE
+        else:
+            width, height = self.width, SIDE
+        return self.figure.add_axes((left / across, bottom / up, width / across, height / up))
 
     def draw_panel(self, column: int, panel: Panel) -> None:
         if not panel.maps:
@@ -133,19 +130,18 @@ class _Sheet:
             axes.set_title(_text(panel.title), fontsize=8)
             axes.text(0.5, 0.5, _wrapped(panel.why, 34), ha="center", va="center", fontsize=7, transform=axes.transAxes)
             return
-        row = 0
+        drawn: list[tuple[SaliencyMap, np.ndarray, str]] = []
         for number, each in enumerate(panel.maps):
             title = _text(panel.title) + f"\n{each.small}" if number == 0 else each.small
             if text := extra_values_text(each):
                 title += "\n" + _wrapped(text, 44)
-            self.draw_map(row, column, each.values, each, title, panel.box)
-            row += 1
+            drawn.append((each, each.values, title))
             if each.control is not None:
                 like = "" if each.likeness is None else f"\nrank correlation with the map {each.likeness:+.2f}"
                 weights = "shuffled weights of its last layer" if panel.from_pixels else "shuffled head weights"
-                title = f"control: {weights}{like}".replace("-", "−")
-                self.draw_map(row, column, each.control, each, title, panel.box)
-                row += 1
+                drawn.append((each, each.control, f"control: {weights}{like}".replace("-", "−")))
+        for row, (each, values, title) in enumerate(drawn):
+            self.draw_map(row, column, values, each, title, panel.box)
 
     def draw_map(
         self, row: int, column: int, values: np.ndarray, each: SaliencyMap, title: str, box: Box | None
@@ -179,14 +175,8 @@ class _Sheet:
         axes.imshow(self.pixels, extent=(0, width, height, 0), interpolation=interpolation)
         if box is not None and box != (0, 0, 1, 1):
             x, y, w, h = self.in_pixels(box)
-            frame: dict[str, Any] = {
-                "fill": False,
-                "edgecolor": "white",
-                "linewidth": 0.8,
-                "linestyle": "--",
-                "zorder": 3,
-            }
-            axes.add_patch(Rectangle((x, y), w, h, **frame))
+            frame = Rectangle((x, y), w, h, fill=False, edgecolor="white", linewidth=0.8, linestyle="--", zorder=3)
+            axes.add_patch(frame)
         axes.set_axis_off()
         self.limit(axes)
 
@@ -267,10 +257,6 @@ class SaliencyMap:
         return float(spearmanr(self.values.ravel(), self.control.ravel()).statistic)
 
 
-def with_controls(maps: Sequence[SaliencyMap], controls: Sequence[SaliencyMap]) -> list[SaliencyMap]:
-    return [replace(one, control=other.values) for one, other in zip(maps, controls, strict=True)]
-
-
 def with_shuffled_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of a head in which the numbers of every parameter stand in another order; of k-NN the labels."""
     other, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
@@ -281,6 +267,10 @@ def with_shuffled_weights(model: nn.Module, seed: int = 0) -> nn.Module:
             order = torch.randperm(len(flat), generator=generator).to(flat.device)
             tensor.copy_(flat[order].view_as(tensor))
     return other
+
+
+def margin_unit(run: Run) -> str:
+    return "log-odds" if run.task != "multilabel" and len(run.classes) == 2 else "margin"
 
 
 def class_margin_weights(classes: np.ndarray, count: int, temperature: float, multilabel: bool) -> torch.Tensor:

@@ -22,6 +22,7 @@ n images, T tokens of which P stand before the patches (class token first), L bl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -83,23 +84,20 @@ def attention_maps(transformer: Transformer, pixels: torch.Tensor) -> list[list[
     class token, or its attention cannot be read."""
     check_class_token(transformer)
     layers = attention_of(transformer, pixels)
-    first, grid = len(transformer.prefix), transformer.grid
-    of = kind_text("attention", transformer.trained)
+    first, of = len(transformer.prefix), kind_text("attention", transformer.trained)
     rows = {
         "last block": ("attention of the class token in the last block, mean of its heads", layers[-1][:, 0]),
         "rollout": ("attention rolled out over all blocks", rollout(layers)[:, 0]),
     }
-    return [
-        [_map(name, f"{how}: {of}", row[i].double().numpy(), first, grid) for name, (how, row) in rows.items()]
-        for i in range(len(pixels))
-    ]
-
-
-def _map(name: str, how: str, row: np.ndarray, first: int, grid: tuple[int, int]) -> SaliencyMap:
-    beside = {"class token": float(row[0])}
-    if first > 1:
-        beside["tokens beside it"] = float(row[1:first].sum())
-    return SaliencyMap("attention", how, row[first:].reshape(grid), "share", False, beside, small=name)
+    maps: list[list[SaliencyMap]] = [[] for _ in pixels]
+    for name, (how, shares) in rows.items():
+        for own, row in zip(maps, shares.double().numpy(), strict=True):
+            beside = {"class token": float(row[0])}
+            if first > 1:
+                beside["tokens beside it"] = float(row[1:first].sum())
+            values = row[first:].reshape(transformer.grid)
+            own.append(SaliencyMap("attention", f"{how}: {of}", values, "share", False, beside, small=name))
+    return maps
 
 
 def has_class_token(transformer: Transformer) -> bool:
@@ -158,21 +156,21 @@ def _hooked_attentions(transformer: Transformer, pixels: torch.Tensor) -> list[t
     def ask(_: nn.Module, args: Any, options: dict[str, Any]) -> Any:
         return args, {**options, "need_weights": True, "average_attn_weights": False}
 
-    def keep_second(_: nn.Module, __: Any, output: Any) -> None:
+    def add_weights(_: nn.Module, __: Any, output: Any) -> None:
         attentions.append(output[1])
 
-    def keep_input(_: nn.Module, args: Any) -> None:
+    def add_input(_: nn.Module, args: Any) -> None:
         attentions.append(args[0])
 
     with ExitStack() as stack:
         for module in transformer.network.modules():
             if isinstance(module, nn.MultiheadAttention):
                 stack.callback(module.register_forward_pre_hook(ask, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(keep_second).remove)
+                stack.callback(module.register_forward_hook(add_weights).remove)
             elif hasattr(module, "fused_attn") and isinstance(getattr(module, "attn_drop", None), nn.Module):
                 stack.callback(setattr, module, "fused_attn", module.fused_attn)
                 module.fused_attn = False
-                stack.callback(module.attn_drop.register_forward_pre_hook(keep_input).remove)
+                stack.callback(module.attn_drop.register_forward_pre_hook(add_input).remove)
         transformer.forward(pixels)
     return attentions
 
@@ -273,19 +271,15 @@ def _through(tap: ActivationTap, layer: Hook) -> Iterator[None]:
     if side not in ("output", "input"):
         method = getattr(module, side)
         setattr(module, side, lambda *arguments: tap(method(*arguments)))
-        try:
-            yield
-        finally:
-            delattr(module, side)  # the class's own is there again
-        return
-    if side == "output":
-        handle = module.register_forward_hook(lambda _, __, output: tap_first(output))
+        remove: Callable[[], None] = functools.partial(delattr, module, side)  # the class's own is there again
+    elif side == "output":
+        remove = module.register_forward_hook(lambda _, __, output: tap_first(output)).remove
     else:
-        handle = module.register_forward_pre_hook(lambda _, arguments: tap_first(arguments))
+        remove = module.register_forward_pre_hook(lambda _, arguments: tap_first(arguments)).remove
     try:
         yield
     finally:
-        handle.remove()
+        remove()
 
 
 def _as_map(x: torch.Tensor, grid: tuple[int, int] | None, first: int) -> torch.Tensor:

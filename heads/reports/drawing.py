@@ -89,7 +89,9 @@ class Plot:
         self._labels, self._y, self._least, self._top = (xlabel, ylabel), y, least, top
         self._xlog, self._xticks = xlog, xticks
         self.axes.margins(0.06)
-        self.axes.set(xscale="log" if xlog else "linear", xlim=x)
+        self.axes.set_xscale("log" if xlog else "linear")
+        if x:
+            self.axes.set_xlim(x)
         self.axes.grid(color=GRID, linewidth=1)
         for axis, text, whole in ((self.axes.xaxis, xformat, xwhole), (self.axes.yaxis, plain, False)):
             axis.set_major_locator(MaxNLocator(5, steps=STEPS, integer=whole))

@@ -83,8 +83,7 @@ def counts_figure(predictions: TestPredictions) -> Figure:
     notes = f"{mean} All {folds} folds together." if folds > 1 else mean
     if labels:
         columns = ("true\npositives", "false\nnegatives", "false\npositives", "true\nnegatives")
-        cell = (62.0, min(24.0, max(3.0, 600 / len(classes))))
-        plot = Matrix(counts, share, names, columns, "", "label", cell)
+        plot = Matrix(counts, share, names, columns, "", "label", (62.0, min(24.0, max(3.0, 600 / len(classes)))))
         caption = "Shade: the share of a label's positives (left) and of its negatives (right); unknown labels are out."
         return Figure("Predictions by label", plot, caption + notes)
     side = max(min(76.0 if len(classes) < 5 else 44.0, 300 / len(classes)), 3.0)
@@ -97,20 +96,22 @@ def most_confused(predictions: TestPredictions, most: int = 12) -> list[dict[str
     """The pairs of classes with the most mistakes: {"true", "predicted", "count", "share" of the true class}."""
     classes, counts = predictions[0][0].classes, confusion_counts(predictions)
     wrong = counts - np.diag(np.diag(counts))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    pairs = [divmod(int(k), len(classes)) for k in np.argsort(-wrong, axis=None, kind="stable")[:most]]
     return [
         {"true": classes[i], "predicted": classes[j], "count": wrong[i, j], "share": wrong[i, j] / counts[i].sum()}
-        for i, j in (divmod(int(k), len(classes)) for k in order)
+        for i, j in pairs
         if wrong[i, j] > 0
     ]
 
 
 def truth_and_score(task: str, answers: Predictions, c: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Of class or label c: bool [m] over images where it is known, and the score; None where one side is missing."""
-    order = measure_scores(task, answers.calibrated_logits)[:, c]
-    labelled = ~np.isnan(answers.y[:, c]) if task == "multilabel" else np.ones(len(answers.y), bool)
-    truth = answers.y[labelled, c] == 1 if task == "multilabel" else answers.y == c
-    return (truth, order[labelled]) if truth.any() and not truth.all() else None
+    score = measure_scores(task, answers.calibrated_logits)[:, c]
+    truth = answers.y == c
+    if task == "multilabel":
+        labelled = ~np.isnan(answers.y[:, c])
+        truth, score = answers.y[labelled, c] == 1, score[labelled]
+    return (truth, score) if truth.any() and not truth.all() else None
 
 
 def _roc_points(truth: np.ndarray, score: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -71,25 +71,23 @@ class Gallery:
         return sum(picture.image is not None for row in self.rows for picture in row.pictures)
 
 
-def choose(
-    task: str, classes: Sequence[str], positive: int | None, predictions: TestPredictions
-) -> list[tuple[str, list[GalleryItem]]]:
+def choose(predictions: TestPredictions) -> list[tuple[str, list[GalleryItem]]]:
     """[(title, items)]: of the predictions of runs that do not overlap (one run, or the folds of one seed).
 
     Mistakes by the probability given to the truth, lowest first; correct ones highest first. No image twice in a row.
     """
+    run = predictions[0][0]
     items = [item for number, (run, answers) in enumerate(predictions) for item in _items(number, run, answers)]
     wrong = sorted((item for item in items if item.truth != item.predicted), key=lambda item: item.p_truth)
     right = sorted((item for item in items if item.truth == item.predicted), key=lambda item: -item.p_truth)
     titles = {"": "Worst mistakes"}
-    if task == "binary":
-        assert positive is not None
-        sick, well = classes[positive], classes[1 - positive]
+    if run.positive is not None:
+        sick, well = run.classes[run.positive], run.classes[1 - run.positive]
         titles = {
             sick: f"False negatives: {sick} predicted as {well}",
             well: f"False positives: {well} predicted as {sick}",
         }
-    elif task == "multilabel":
+    elif run.task == "multilabel":
         titles = {"present": "False negatives: predicted absent", "absent": "False positives: predicted present"}
     rows = [(title, [item for item in wrong if truth in ("", item.truth)]) for truth, title in titles.items()]
     rows.append(("Most confident correct predictions", _in_turn(right)))
@@ -133,11 +131,10 @@ class ImageLoader:
         self._originals = SourceImages()
 
     def gallery(self, predictions: TestPredictions) -> Gallery:
-        run = predictions[0][0]
         originals: dict[GalleryItem, SourceImage] = {}
         rows = [
             GalleryRow(title, [self._picture(predictions, item, originals) for item in items])
-            for title, items in choose(run.task, run.classes, run.positive, predictions)
+            for title, items in choose(predictions)
             if items
         ]
         gallery = Gallery(rows)

@@ -29,35 +29,11 @@ from heads.evaluation.comparison import Comparison
 from heads.evaluation.costs import cost_columns, devices_words
 from heads.evaluation.families import Family, selection_key
 from heads.metrics.classification import UNTRAINED, measure_name
+from heads.reports import figures, text
 from heads.reports.drawing import Figure, plain, ticks
-from heads.reports.figures import (
-    OVERLAID,
-    TestPredictions,
-    comparing_figures,
-    counts_figure,
-    curve_figure,
-    most_confused,
-    page_predictions,
-    reliability_figure,
-    top_of,
-    training_figures,
-)
 from heads.reports.gallery import Gallery, ImageLoader
 from heads.reports.ledger import write_metrics_files
 from heads.reports.provenance import commands_of, origins, setting_words, train_command
-from heads.reports.text import (
-    COUNTS,
-    chosen_words,
-    filters_for,
-    images_words,
-    leak_warnings,
-    sentence,
-    shown_measures,
-    shown_spreads,
-    subtitle_words,
-    title_words,
-    unit_words,
-)
 from heads.runs.run import Run
 from heads.splits import dropped_sentence
 
@@ -127,7 +103,7 @@ def render(
     runs = [run for family in families for run in family.runs]
     part, count = part_context(families, record, loader)
     context = part | {
-        "title": title_words(record, runs), "subtitle": subtitle_words(record, runs),
+        "title": text.title_words(record, runs), "subtitle": text.subtitle_words(record, runs),
         "commands": commands_of(folder, paths, families, record, loader.images, loader.shown is not str),
         "origins": origins(runs), "numbers_words": "metrics.csv, metrics.json",
     }  # fmt: skip
@@ -147,11 +123,11 @@ def part_context(
     runs = [run for family in families for run in family.runs]
     settings = record.get("rows") or []  # best on val first within the order of the record
     context = {
-        "record": record, "p": prefix, "warnings": all_warnings(record, runs), "unit_words": unit_words(record),
-        "chosen_words": chosen_words(record["task"], runs), "by": by_tables(record, pairs),
+        "record": record, "p": prefix, "warnings": all_warnings(record, runs), "unit_words": text.unit_words(record),
+        "chosen_words": text.chosen_words(record["task"], runs), "by": by_tables(record, pairs),
         "board": leaderboard(record, [numbers for _, numbers in pairs], prefix),
-        "comparing": comparing_figures(pairs, measure_name(record["select"]), record["task"]),
-        "by_measures": shown_measures(record), "details": details[:DETAILED], "rest": details[DETAILED:],
+        "comparing": figures.comparing_figures(pairs, measure_name(record["select"]), record["task"]),
+        "by_measures": text.shown_measures(record), "details": details[:DETAILED], "rest": details[DETAILED:],
         "settings": settings[:SETTINGS] if len(settings) > len(pairs) else [],
         "settings_left": max(0, len(settings) - SETTINGS), "with_images": loader.images,
     }  # fmt: skip
@@ -169,7 +145,7 @@ def render_page(template: str, context: dict[str, Any], count: int) -> str:
     own = {
         "version": __version__, "css": css, "js": js, "policy": content_security_policy(css, js),
         "untrained_words": UNTRAINED, "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "images_words": images_words(count, context["with_images"]),
+        "images_words": text.images_words(count, context["with_images"]),
     }  # fmt: skip
     return _with_distinct_ids(_environment(context["record"]["task"]).get_template(template).render(own | context))
 
@@ -200,7 +176,7 @@ def content_security_policy(css: str, js: str) -> str:
 def _environment(task: str) -> Environment:
     loader, undefined = FileSystemLoader(TEMPLATES), ChainableUndefined
     environment = Environment(loader=loader, undefined=undefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(filters_for(task))
+    environment.filters.update(text.filters_for(task))
     return environment
 
 
@@ -216,7 +192,7 @@ def leaderboard(record: dict[str, Any], families: list[dict[str, Any]], prefix: 
     tests = [(family["test"] or {}).get(lead) or {} for family in families]
     controls = [{"value": (control["test"] or {}).get(lead)} for control in record["controls"]]
     best = tests[0].get("value") if len(tests) + len(controls) > 1 else None
-    axis, strips = _interval_strips([*tests, *controls], best, top_of(lead))
+    axis, strips = _interval_strips([*tests, *controls], best, figures.top_of(lead))
     varied = varied_settings(families)
     rows = [
         {"family": family, "strip": strip, "anchor": f"{prefix}f{i + 1}", "setting": setting_words(varied[i])}
@@ -224,7 +200,7 @@ def leaderboard(record: dict[str, Any], families: list[dict[str, Any]], prefix: 
     ]
     return {
         "rows": rows, "controls": list(zip(record["controls"], strips[len(rows) :], strict=True)), "axis": axis,
-        "measures": shown_measures(record), "lead": lead, "spreads": shown_spreads(families),
+        "measures": text.shown_measures(record), "lead": lead, "spreads": text.shown_spreads(families),
         "costs": cost_columns(families), "device": devices_words(families),
         "fractions": len({f["fraction"] for f in families}) > 1, "views": len({f["view"] for f in families}) > 1,
         "differences": any(f.get("difference") for f in families),
@@ -263,21 +239,21 @@ def detail_of(
     detail = FamilyDetail(family, f"{prefix}f{rank}", rank, setting, command, per_class(family, runs))
     if loader is None:
         return detail
-    predictions, run = page_predictions(runs), runs[0]
+    predictions, run = figures.page_predictions(runs), runs[0]
     measured = {measure: test["value"] for measure, test in (family["test"] or {}).items()}
     external = [(part.get("calibration"), part["view"]) for part in family.get("external") or []]
-    detail.figures = [
-        counts_figure(predictions), *(curve_figure(kind, predictions, measured) for kind in ("roc", "pr")),
-        *(reliability_figure(*each) for each in [(family.get("calibration"), ""), *external] if each[0]),
-        *training_figures(runs),
-    ]  # fmt: skip
+    detail.figures = [figures.counts_figure(predictions)]
+    detail.figures += [figures.curve_figure(kind, predictions, measured) for kind in ("roc", "pr")]
+    calibrations = [(family.get("calibration"), ""), *external]
+    detail.figures += [figures.reliability_figure(each, where) for each, where in calibrations if each]
+    detail.figures += figures.training_figures(runs)
     if run.task != "multilabel" and len(run.classes) > 2:
-        detail.confused = most_confused(predictions)
+        detail.confused = figures.most_confused(predictions)
     detail.gallery = loader.gallery(one_of_each_fold(predictions))
     return detail
 
 
-def one_of_each_fold(predictions: TestPredictions) -> TestPredictions:
+def one_of_each_fold(predictions: figures.TestPredictions) -> figures.TestPredictions:
     """The first run of each fold: no image twice, every call by a head that exists."""
     first: dict[Any, tuple[Run, Any]] = {}
     for run, answers in predictions:
@@ -290,7 +266,7 @@ def per_class(family: dict[str, Any], runs: Sequence[Run]) -> list[dict[str, Any
     rows = []
     for name in runs[0].classes:
         tables = [(run.metrics["test"].get("per_class") or {}).get(name) or {} for run in runs]
-        counts = {key: float(np.mean([t[key] for t in tables])) for key in COUNTS if all(key in t for t in tables)}
+        counts = {key: float(np.mean([t[key] for t in tables])) for key in text.COUNTS if all(key in t for t in tables)}
         rows.append({"class": name, "counts": counts, "test": (family.get("per_class") or {}).get(name) or {}})
     return rows
 
@@ -299,16 +275,16 @@ def by_tables(
     record: dict[str, Any], pairs: list[tuple[Any, dict[str, Any]]]
 ) -> list[tuple[str, list[dict[str, Any]]]]:
     """(column, rows): for each value of the column the best families on val, in their order."""
-    rank = {numbers["name"]: i for i, (_, numbers) in enumerate(pairs[:OVERLAID])}
+    rank = {numbers["name"]: i for i, (_, numbers) in enumerate(pairs[: figures.OVERLAID])}
     tables = {column: [r for r in rows if r["family"] in rank] for column, rows in (record.get("by") or {}).items()}
     return [(column, sorted(t, key=lambda r: (r["value"], rank[r["family"]]))) for column, t in tables.items()]
 
 
 def all_warnings(record: dict[str, Any], runs: Sequence[Run]) -> list[str]:
-    """What a reader must know before the numbers: leaks first, each sentence once."""
-    warnings = [*leak_warnings(runs), *record["warnings"], *(w for f in record["families"] for w in f["warnings"])]
+    """What a reader must know before the numbers: leaks first, each text.sentence once."""
+    warnings = [*text.leak_warnings(runs), *record["warnings"], *(w for f in record["families"] for w in f["warnings"])]
     for run in runs:
         if any((run.config["splits"].get("dropped") or {}).values()):
             warnings.append(f"{dropped_sentence(run.config['splits']['dropped'])}.")
         warnings += [w for w in run.config.get("warnings") or [] if "stand" not in w or " in both " not in w]
-    return [sentence(warning, record) for warning in dict.fromkeys(warnings)]
+    return [text.sentence(warning, record) for warning in dict.fromkeys(warnings)]

@@ -194,7 +194,8 @@ def test_the_class_tokens_part_is_a_number_beside_the_map():
     x, mean = some_tokens(1), torch.zeros(TOKENS, WIDTH)
     run = run_of("tokens")
     (found,) = contributions.contribution_maps(run, places_for("tokens"), x, np.array([0]), "replace", mean, "zeros")
-    parts = replacement_contributions(MarginModel.of(run, places_for("tokens")), x, mean, np.array([0]))
+    head = MarginModel(run.model, places_for("tokens"), Standardize(), torch.zeros(3), 1.0, False)
+    parts = replacement_contributions(head, x, mean, np.array([0]))
     assert found.values.shape == GRID and "against zeros" in found.how
     assert found.beside["class token"] == pytest.approx(parts.tokens[0, 0])
     assert found.values.ravel() == pytest.approx(parts.tokens[0, 1:])
