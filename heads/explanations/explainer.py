@@ -59,9 +59,8 @@ class Explainer:
     @property
     def slow(self) -> bool:
         """Whether a contribution costs a forward pass of the head for every token."""
-        return not (
-            self.on_pixels or self.run.output in ("gap", "mean") or isinstance(self.run.model, contributions.FAST)
-        )
+        fast = self.on_pixels or self.run.output in ("gap", "mean") or isinstance(self.run.model, contributions.FAST)
+        return not fast
 
     @cached_property
     def control(self) -> nn.Module:
@@ -113,14 +112,9 @@ class Explainer:
 
     @cached_property
     def _token_map(self) -> contributions.TokenMap:
-        source = contributions.token_source(self.run)
-        if self.view is not None and self.view.has(source):
-            info = self.view.info(source)
-            return contributions.token_map(self.run, info.prefix, info.grid)
-        if self.view is not None:
-            self.view.info(source)  # raises with the command that stores it
-        backbone = self._backbone.backbone
-        return contributions.token_map(self.run, backbone.prefix, backbone.grid)
+        name = contributions.token_source(self.run)  # before a backbone is loaded for it
+        source: Any = self._backbone.backbone if self.view is None else self.view.info(name)
+        return contributions.token_map(self.run, source.prefix, source.grid)
 
     @torch.no_grad()
     def _occluded(self, images: Sequence[SourceImage], classes: np.ndarray, model: nn.Module) -> list[SaliencyMap]:
@@ -311,11 +305,10 @@ class SourceImages:
 
         path = run.config["view"]["path"]
         if path not in self._views:
-            try:
+            self._views[path] = None
+            with contextlib.suppress(FeatureCacheError, OSError):
                 view = open_view(path)
                 self._views[path] = view if view.fingerprint == run.config["view"].get("fingerprint") else None
-            except (FeatureCacheError, OSError):
-                self._views[path] = None
         return self._views[path]
 
 
@@ -329,14 +322,13 @@ def encode_image(pixels: np.ndarray) -> tuple[str, tuple[int, int]]:
 
     grey = bool((pixels[..., :1] == pixels).all())
     image = Image.fromarray(pixels[..., 0] if grey else pixels)
-    tiny = max(image.size) <= TINY
+    kind, options = ("png", {}) if max(image.size) <= TINY else ("jpeg", {"quality": 82})
     if max(image.size) > SIDE:
         scale = SIDE / max(image.size)
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS)
     data = io.BytesIO()
-    image.save(data, "PNG", optimize=True) if tiny else image.save(data, "JPEG", quality=82, optimize=True)
-    kind = "png" if tiny else "jpeg"
+    image.save(data, kind, optimize=True, **options)
     return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", image.size
 
 
@@ -349,8 +341,12 @@ def visible_box(spec: dict[str, Any], pixels: np.ndarray) -> tuple[float, float,
     except (FeatureCacheError, KeyError, TypeError, AttributeError):  # imported, or a backbone with its own way
         return None
     (height, width), resize = pixels.shape[:2], preprocess.resize
-    factors = {"shortest": resize[0] / min(height, width), "pad": min(resize[0] / height, resize[-1] / width)}
-    factor = factors.get(preprocess.mode, 1.0)
-    rows, columns = resize if preprocess.mode == "squash" else (height * factor, width * factor)
+    if preprocess.mode == "squash":
+        rows, columns = resize
+    else:
+        pad = preprocess.mode == "pad"
+        shortest = resize[0] / min(height, width) if preprocess.mode == "shortest" else 1.0
+        factor = min(resize[0] / height, resize[1] / width) if pad else shortest
+        rows, columns = height * factor, width * factor
     seen_height, seen_width = preprocess.size[0] / rows, preprocess.size[1] / columns
     return (1 - seen_width) / 2, (1 - seen_height) / 2, seen_width, seen_height

@@ -39,11 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AGAINST = (0, 114, 230)
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "contribution": (230, 97, 0),
-    "attention": (0, 158, 96),
-    "grad-cam": (214, 0, 108),
-}
+COLOURS = {"contribution": (230, 97, 0), "attention": (0, 158, 96), "grad-cam": (214, 0, 108)}
 STRONGEST = 185  # opacity of the largest value, of 255
 SIDE, HEAD, BAR, GAP = 2.6, 0.95, 0.95, 0.2  # inches: a picture, what stands over it, beside, between
 LINE, LETTER = 0.14, 0.058  # inches of the small print below: a line of it, a letter

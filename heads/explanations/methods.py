@@ -82,7 +82,11 @@ class Transformer:
 def attention_maps(transformer: Transformer, pixels: torch.Tensor) -> list[list[SaliencyMap]]:
     """[last block, rollout] of every image; pixels float32 [n,3,h,w], normalised. Raises BadOption where there is no
     class token, or its attention cannot be read."""
-    check_class_token(transformer)
+    if not has_class_token(transformer):
+        raise BadOption(
+            f"{transformer.name} has no class token, and these maps are of its attention. --kind contribution and "
+            "--kind grad-cam need none."
+        )
     layers = attention_of(transformer, pixels)
     first, of = len(transformer.prefix), kind_text("attention", transformer.trained)
     rows = {
@@ -104,14 +108,6 @@ def has_class_token(transformer: Transformer) -> bool:
     return transformer.prefix[:1] == ("cls",)
 
 
-def check_class_token(transformer: Transformer) -> None:
-    if not has_class_token(transformer):
-        raise BadOption(
-            f"{transformer.name} has no class token, and these maps are of its attention. --kind contribution and "
-            "--kind grad-cam need none."
-        )
-
-
 def rollout(layers: Sequence[torch.Tensor]) -> torch.Tensor:
     """Attention of blocks 1 to L, each [n, T, T] -> Ã_L ··· Ã_1 [n, T, T]."""
     product = torch.eye(layers[0].shape[-1]).expand_as(layers[0])
@@ -123,10 +119,15 @@ def rollout(layers: Sequence[torch.Tensor]) -> torch.Tensor:
 @torch.no_grad()
 def attention_of(transformer: Transformer, pixels: torch.Tensor) -> list[torch.Tensor]:
     """A_1 … A_L, each float32 [n, T, T] on the CPU."""
-    if hasattr(transformer.network, "set_attn_implementation"):
-        with _eager(transformer.network):
+    network = transformer.network
+    if hasattr(network, "set_attn_implementation"):
+        before = network.config._attn_implementation
+        network.set_attn_implementation("eager")
+        try:
             options = {**transformer.options, "output_attentions": True}
-            attentions = list(transformer.network(pixels, **options).attentions or ())
+            attentions = list(network(pixels, **options).attentions or ())
+        finally:
+            network.set_attn_implementation(before)
     else:
         attentions = _hooked_attentions(transformer, pixels)
     layers = [attention.float().mean(1).cpu() for attention in attentions]
@@ -137,16 +138,6 @@ def attention_of(transformer: Transformer, pixels: torch.Tensor) -> list[torch.T
             f"transformers' attention over its {tokens} tokens. --kind grad-cam needs no attention weights."
         )
     return layers
-
-
-@contextmanager
-def _eager(network: Any) -> Iterator[None]:
-    before = network.config._attn_implementation
-    network.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        network.set_attn_implementation(before)
 
 
 def _hooked_attentions(transformer: Transformer, pixels: torch.Tensor) -> list[torch.Tensor]:

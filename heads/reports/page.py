@@ -281,7 +281,7 @@ def by_tables(
 
 
 def all_warnings(record: dict[str, Any], runs: Sequence[Run]) -> list[str]:
-    """What a reader must know before the numbers: leaks first, each text.sentence once."""
+    """What a reader must know before the numbers: leaks first, each sentence once."""
     warnings = [*text.leak_warnings(runs), *record["warnings"], *(w for f in record["families"] for w in f["warnings"])]
     for run in runs:
         if any((run.config["splits"].get("dropped") or {}).values()):

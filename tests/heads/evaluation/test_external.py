@@ -62,11 +62,10 @@ def test_it_is_shown_beside_the_internal_test():
     record = compare(families_of([load_run(run.path)]), resamples=100).record
     (family,) = record["families"]
     (other,) = family["external"]
-    assert (other["view"], other["n"]) == ("vit-toy/there", 200)
-    assert other["test"]["auroc"]["value"] != family["test"]["auroc"]["value"]
+    own, there = family["test"]["auroc"]["value"], other["test"]["auroc"]["value"]
+    assert (other["view"], other["n"]) == ("vit-toy/there", 200) and own != there
     text = tables.external_table(family, "vit-toy/there", "binary", record["n_test"])
-    assert f"{family['test']['auroc']['value']:.3f} [" in text
-    assert f"{other['test']['auroc']['value']:.3f} [" in text
+    assert f"{own:.3f} [" in text and f"{there:.3f} [" in text
     assert "on vit-toy/there, 200 images: AUROC" in tables.lab_table(record)
 
 
@@ -77,10 +76,8 @@ def test_classes_are_matched_by_name_wherever_they_stand():
     rows = np.flatnonzero(recode >= 0)
     want = measure(run, view, rows, recode[rows])
     assert found["test"]["accuracy"]["value"] == pytest.approx(want["accuracy"])
-    assert found["n"] == 150
-    assert found["left_out"] == {"other": 50}
+    assert (found["n"], found["left_out"], [row["n"] for row in found["classes"]]) == (150, {"other": 50}, [50, 50, 50])
     assert "50 images of classes that the head does not know are left out (other 50)" in found["warnings"]
-    assert [row["n"] for row in found["classes"]] == [50, 50, 50]
 
 
 def test_a_class_under_another_name_is_one_clear_sentence_and_can_be_named():
@@ -97,8 +94,7 @@ def test_a_class_that_is_not_there_is_said_and_its_measures_are_undefined():
         evaluate_run(run, view)
     found = evaluate_run(run, view, classes=["kind 2="], resamples=50)
     assert "vit-toy/there has no kind 2: measures of that class are undefined" in found["warnings"]
-    assert found["per_class"]["kind 2"]["auroc"]["value"] is None
-    assert found["test"]["auroc"]["value"] is not None
+    assert found["per_class"]["kind 2"]["auroc"]["value"] is None and found["test"]["auroc"]["value"] is not None
 
 
 @pytest.mark.parametrize(
@@ -117,13 +113,12 @@ def test_mistaken_names(given, words):
 
 
 def test_merged_classes_are_merged_in_the_other_view_too():
-    view = toy_view(n=300, classes=3, splits="given", noise=2.0)
+    view, there = toy_view(n=300, classes=3, splits="given", noise=2.0), elsewhere(classes=3)
     run = train_head(view, "linear", epochs=2, classes=["sick=kind 1,kind 2", "kind 0"])
-    there = elsewhere(classes=3)
-    found = evaluate_run(run, there, resamples=50)
     sick = run.classes.index("sick")
-    y = np.where(there.labels > 0, sick, 1 - sick)
-    assert found["test"]["accuracy"]["value"] == pytest.approx(measure(run, there, np.arange(200), y)["accuracy"])
+    want = measure(run, there, np.arange(200), np.where(there.labels > 0, sick, 1 - sick))
+    found = evaluate_run(run, there, resamples=50)
+    assert found["test"]["accuracy"]["value"] == pytest.approx(want["accuracy"])
 
 
 def test_features_of_another_backbone_are_refused_with_the_fields_that_differ():
@@ -146,23 +141,21 @@ def test_an_output_the_view_does_not_hold_is_named_with_the_command_that_stores_
 
 
 def test_a_split_alone_unlabelled_images_and_a_view_without_any():
-    run = train()
-    view = elsewhere(splits="given")
+    run, view = train(), elsewhere(splits="given")
     view.labels = np.where(np.arange(200) < 10, -1, view.labels)
     found = evaluate_run(run, view, split="test", resamples=50)
-    test = np.array([s == "test" for s in view.splits])
-    assert found["n"] == (test & (view.labels >= 0)).sum()
+    assert found["n"] == ((np.array(view.splits) == "test") & (view.labels >= 0)).sum()
     assert "10 images carry no label and are left out" in found["warnings"]
     (family,) = compare(families_of([run]), resamples=50).record["families"]
     assert "on vit-toy/there (test): 10 images carry no label and are left out" in family["warnings"]
     assert (run.path / "external/there-test.json").exists()
-    with pytest.raises(BadOption, match="one of train, val, test"):
-        evaluate_run(run, view, split="Test")
-    with pytest.raises(BadOption, match="no image in val"):
-        evaluate_run(run, elsewhere(), split="val")
     view.task = "unlabelled"
-    with pytest.raises(BadOption, match="carries no labels"):
-        evaluate_run(run, view)
+    for other, split, words in (
+        (elsewhere(), "Test", "one of train, val, test"), (elsewhere(), "val", "no image in val"),
+        (view, None, "carries no labels"),
+    ):  # fmt: skip
+        with pytest.raises(BadOption, match=words):
+            evaluate_run(run, other, split=split)
 
 
 def test_images_the_head_was_trained_on_are_said():
@@ -186,9 +179,8 @@ def test_labels_beside_each_other_are_matched_by_name_too():
     there = label_view(labels=5, seed=1, name="there", label="vit-toy/there")
     there.classes = ["sign 3", "sign 0", "more", "sign 2", "sign 1"]
     there.digests = np.array([f"{i + 9_000:032x}".encode() for i in range(300)], dtype="S32")
-    found = evaluate_run(run, there, resamples=50)
     want = measure(run, there, np.arange(300), there.labels[:, [1, 4, 3, 0]])
-    assert found["test"]["auroc"]["value"] == pytest.approx(want["auroc"])
+    assert evaluate_run(run, there, resamples=50)["test"]["auroc"]["value"] == pytest.approx(want["auroc"])
     with pytest.raises(BadOption, match="labels beside each other and classes that exclude"):
         evaluate_run(train(), there)
 
@@ -196,10 +188,10 @@ def test_labels_beside_each_other_are_matched_by_name_too():
 def test_groups_of_the_other_view_are_its_clusters():
     run, view = train(), elsewhere(groups=[f"patient {i // 5}" for i in range(200)])
     found = evaluate_run(run, view, resamples=50)
+    (family,) = compare(families_of([load_run(run.path)]), resamples=50).record["families"]
     assert found["grouped"]
-    assert found["test"]["accuracy"]["method"] == "cluster bootstrap"
-    record = compare(families_of([load_run(run.path)]), resamples=50).record
-    assert record["families"][0]["external"][0]["test"]["accuracy"]["method"] == "cluster bootstrap"
+    for record in (found, family["external"][0]):
+        assert record["test"]["accuracy"]["method"] == "cluster bootstrap"
 
 
 def test_several_seeds_are_averaged_elsewhere_too():
@@ -214,19 +206,16 @@ def test_several_seeds_are_averaged_elsewhere_too():
 def test_what_was_written_is_checked_when_it_is_read():
     run = train()
     evaluate_run(run, elsewhere(), resamples=50)
-    file = run.path / "external/there.safetensors"
-    whole = file.read_bytes()
     ((_, answers),) = read_external(run)
     assert answers.ids[0] == "img/0000.png"
-    file.write_bytes(whole[:-8])
-    with pytest.raises(RunError, match="damaged"):
-        read_external(run)
-    file.unlink()
-    with pytest.raises(RunError, match="is missing"):
-        read_external(run)
-    (run.path / "external/there.json").write_text('{"view": 1}')
-    with pytest.raises(RunError, match="no proper view"):
-        read_external(run)
+    file = run.path / "external/there.safetensors"
+    for spoil, words in (
+        (lambda: file.write_bytes(file.read_bytes()[:-8]), "damaged"), (file.unlink, "is missing"),
+        (lambda: file.with_suffix(".json").write_text('{"view": 1}'), "no proper view"),
+    ):  # fmt: skip
+        spoil()
+        with pytest.raises(RunError, match=words):
+            read_external(run)
 
 
 def test_a_run_is_a_family_of_its_own(tmp_path):

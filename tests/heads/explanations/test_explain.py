@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,9 +20,10 @@ from cli import main
 from featurecache import extract, open_view
 from featurecache.errors import BadOption, NotInCache
 from featurecache.extraction import recompute
+from featurecache.images.preprocessing import Preprocess
 from heads.explanations.contributions import mean_training_token, token_map
 from heads.explanations.explain import ExplainResult, _title
-from heads.explanations.explainer import Explainer, SourceImages, read_source_image
+from heads.explanations.explainer import Explainer, SourceImages, read_source_image, visible_box
 from heads.explanations.maps import Panel, draw_maps, rgba
 from heads.reports.gallery import ImageLoader
 
@@ -184,9 +186,6 @@ def test_a_network_on_pixels_has_grad_cam_and_occlusion_and_no_attention(planted
         heads.explain(run, [view.ids[179]], out=tmp_path / "maps", kinds="attention")
 
 
-# --- pictures and the page
-
-
 def test_every_kind_has_its_own_colours_and_opacity_is_size():
     values = np.array([[2.0, -1.0, 0.0]])
     assert rgba(values, "contribution")[0].tolist() == [[230, 97, 0, 185], [0, 114, 230, 92], [230, 97, 0, 0]]
@@ -239,3 +238,19 @@ def test_runs_of_one_kind_are_told_apart_by_their_folders_and_long_names_leave_t
     lines = _title(ExplainResult(run, "grad-cam", "x" * 80, 0.125, 1.0, [])).split("\n")
     assert lines[:3] == ["finetune:vit-demo at 32 px", "blood-tuned on pixels/blood", "begun from random weights"]
     assert lines[3].startswith("p 0.12 of xxx")
+
+
+@pytest.mark.parametrize(
+    "mode, resize, crop", [("squash", (16, 16), None), ("shortest", (20,), (16, 16)), ("pad", (16, 16), None)]
+)
+def test_what_the_backbone_saw_of_an_image_is_where_its_pixels_come_from(mode, resize, crop):
+    made = Preprocess(mode, resize, crop, "torchvision", "bilinear", True, "down", 1 / 255, None, None, "fused")
+    ramp = torch.arange(240, dtype=torch.uint8).expand(3, 80, 240)  # value = column, of an 80×240 image
+    seen = made.resized(ramp)[0].float()
+    spec = {"preprocess": {**made.to_dict(), "decoding": 1}}
+    x, y, width, height = visible_box(spec, np.zeros((80, 240, 3)))
+    for column in (2, 8, 13):
+        at = (x + width * (column + 0.5) / 16) * 240 - 0.5
+        assert seen[8, column] == pytest.approx(at, abs=3)
+    inside = (seen.sum(1) > 0).nonzero().flatten()  # padded rows are black
+    assert y + height * inside[0].item() / 16 == pytest.approx(0 if mode != "shortest" else y, abs=0.1)

@@ -28,7 +28,6 @@ from heads.explanations.methods import (
     Transformer,
     attention_maps,
     attention_of,
-    check_class_token,
     check_extra,
     grad_cam_maps,
     layer_of,
@@ -188,7 +187,9 @@ def test_a_cnn_trained_from_pixels_has_no_attention():
 
 def test_attention_without_a_class_token_is_refused():
     with pytest.raises(BadOption, match="no class token"):
-        check_class_token(Transformer.of_backbone(backbone_of(Three(torch.zeros(2, 2)), prefix=())))
+        attention_maps(
+            Transformer.of_backbone(backbone_of(Three(torch.zeros(2, 2)), prefix=())), torch.rand(1, 3, 1, 2)
+        )
 
 
 def test_attention_that_cannot_be_read_is_refused():

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from PIL import Image
 from support.fake_view import label_view, toy_view
@@ -24,13 +23,11 @@ import cli
 import heads
 from featurecache import extract, open_source, open_view
 from featurecache.errors import BadOption, RunError
-from featurecache.images.preprocessing import Preprocess
 from featurecache.sources.pseudonyms import load_secret, pseudonymise
 from heads.api import ablate
 from heads.commands.compare import report
 from heads.evaluation.comparison import compare
 from heads.evaluation.families import families_of
-from heads.explanations import explainer
 from heads.reports import gallery, page
 from heads.reports.gallery import ImageLoader
 from heads.reports.provenance import setting_words, train_command
@@ -41,14 +38,14 @@ EVIL = "</script><img src=x onerror=alert(1)>"
 
 def train(view, out, head="linear", **options):
     steps = {} if head == "ridge" else {"epochs": 2}
-    return heads.train_head(view, head, out=out, controls=options.pop("controls", False), **steps, **options)
+    return heads.train_head(view, head, out=out, **{"controls": False, **steps, **options})
 
 
 def write(folder: Path, runs, *, images=True, hash_ids=False, **options):
-    families = families_of(runs)
-    comparison = compare(families, resamples=40, **options)
+    comparison = compare(families_of(runs), resamples=40, **options)
     folder.mkdir(exist_ok=True)
-    return page.write_report(folder, families, comparison, images=images, hash_ids=hash_ids), comparison.record
+    written = page.write_report(folder, comparison.families, comparison, images=images, hash_ids=hash_ids)
+    return written, comparison.record
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +60,22 @@ def cached(tmp_path_factory):
         pixels = rng.integers(0, 90, (20, 30, 3), dtype=np.uint8)
         pixels[4:12, 4:12] += np.uint8(120 * (i % 2))
         Image.fromarray(pixels).save(where / f"{i}.png")
-    demo = {"backbone": "vit-demo", "random_weights": True, "cache": folder / "cache"}
-    found = extract(str(folder / "data"), outputs="cls,tokens,mean", **demo)
+    found = extract(
+        str(folder / "data"),
+        outputs="cls,tokens,mean",
+        backbone="vit-demo",
+        random_weights=True,
+        cache=folder / "cache",
+    )
     return folder, open_view(found.view)
 
 
 @pytest.fixture(scope="module")
 def lab(cached, tmp_path_factory):
     """Five runs on it, one of them with controls, side by side in one page."""
-    view = cached[1]
     out = tmp_path_factory.mktemp("lab")
-    runs = [
-        train(view, out / "lin0", controls=True),
-        train(view, out / "lin1", seed=1),
-        train(view, out / "large", "large"),
-        train(view, out / "mean", "mean-linear"),
-        train(view, out / "part", fraction=0.5),
-    ]
+    options = [{"controls": True}, {"seed": 1}, {"head": "large"}, {"head": "mean-linear"}, {"fraction": 0.5}]
+    runs = [train(cached[1], out / str(i), **each) for i, each in enumerate(options)]
     written, record = write(out / "page", runs, reference="large on tokens at 100 %", prevalence=0.1)
     return written, record, runs
 
@@ -100,9 +96,6 @@ def read(written) -> str:
     return written.path.read_text("utf-8")
 
 
-# --- what the page must not do ----------------------------------------------------------------------------------
-
-
 def test_nothing_on_the_page_points_outside_it(lab):
     for tag, attributes in Tags(read(lab[0])).tags:
         assert tag not in ("link", "iframe", "object", "embed", "base", "form"), tag
@@ -115,42 +108,40 @@ def test_nothing_on_the_page_points_outside_it(lab):
 
 def test_the_policy_allows_no_request_and_only_the_pages_own_script(lab):
     text = read(lab[0])
-    said = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1].replace("&#39;", "'")
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1].replace("&#39;", "'")
     script = re.search(r"<script>(.*?)</script>", text, re.S)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert "default-src 'none'" in said and f"script-src 'sha256-{digest}'" in said
-    assert "unsafe" not in said and "http" not in said
+    assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
+    assert "unsafe" not in policy and "http" not in policy
 
 
-def test_class_names_and_ids_that_are_html_stay_text(tmp_path):
-    view = toy_view(n=160, noise=4.0)
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A page whose classes, ids and label are HTML, scripts and templates."""
+    folder, view = tmp_path_factory.mktemp("hostile"), toy_view(n=160, noise=4.0, label="<b>store</b>/{{ 7 * 7 }}")
     view.classes[:] = [EVIL, '"><svg onload=alert(1)>']
-    view.ids = [f"<script>alert({i})</script>\u202e.png" for i in range(160)]
-    view.label = "<b>store</b>/{{ 7 * 7 }}"
-    written, _ = write(tmp_path / "page", [train(view, tmp_path / "run")])
-    found = Tags(read(written)).tags
-    assert [tag for tag, _ in found].count("script") == 1
-    assert not [tag for tag, _ in found if tag in ("img", "b") and tag == "img"]
-    assert not [a for _, a in found if any(key.startswith("on") for key in a)]
-    assert "{{ 7 * 7 }}" in read(written)
+    view.ids = [f"<script>alert({i})</script><img src=https://example.org/{i}>\u202e.png" for i in range(160)]
+    return write(folder / "page", [train(view, folder / "run")])[0]
+
+
+def test_class_names_and_ids_that_are_html_stay_text(hostile):
+    tags = Tags(read(hostile)).tags
+    assert [tag for tag, _ in tags].count("script") == 1 and "img" not in dict(tags)
+    assert not [a for _, a in tags if any(key.startswith("on") for key in a)]
+    assert "{{ 7 * 7 }}" in read(hostile)
 
 
 def test_no_id_is_written_where_ids_are_hashed(lab, tmp_path):
     written, _ = write(tmp_path / "page", lab[2], hash_ids=True)
     text = read(written)
-    ids = [name for run in lab[2] for name in run.answers("test").ids]
-    assert not [name for name in ids if name in text]
-    assert re.search(r'class="id">[0-9a-f]{32}<', text)
-    assert "--hash-ids" in text
+    assert not [name for run in lab[2] for name in run.answers("test").ids if name in text]
+    assert re.search(r'class="id">[0-9a-f]{32}<', text) and "--hash-ids" in text
 
 
 def test_the_hash_of_an_id_is_that_of_an_extraction_with_hashed_ids(cached, tmp_path):
     source = open_source(str(cached[0] / "data"))
     shown, names = page.hashed(), pseudonymise(source, load_secret(), ids=True, groups=False).ids
     assert [shown(name) for name in source.ids[:5]] == names[:5]
-
-
-# --- numbers ----------------------------------------------------------------------------------------------------
 
 
 def cells(text: str, table: str) -> list[list[str]]:
@@ -182,29 +173,26 @@ def test_metrics_csv_and_json_hold_the_same_numbers(lab):
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     for family in record["families"]:
-        row = next(
-            r for r in rows if (r["family"], r["split"], r["metric"], r["of"]) == (family["name"], "test", "auroc", "")
-        )
-        test = family["test"]["auroc"]
-        assert [float(row[key]) for key in ("value", "low", "high")] == [test["value"], test["low"], test["high"]]
+        where = (family["name"], "test", "auroc", "")
+        row = next(r for r in rows if (r["family"], r["split"], r["metric"], r["of"]) == where)
+        assert [float(row[k]) for k in ("value", "low", "high")] == [
+            family["test"]["auroc"][k] for k in ("value", "low", "high")
+        ]
 
 
 def test_a_report_in_a_runs_own_folder_adds_intervals_to_its_files_and_leaves_it_a_run(tmp_path):
     view = toy_view(n=200, noise=4.0)
     view.classes[:] = ["=1+1", "'b"]
-    before = heads.train_head(view, "linear", epochs=2, out=tmp_path / "run", report=False)
+    before = train(view, tmp_path / "run", report=False)
     for _ in range(2):  # a second report changes nothing more
         _, record = write(tmp_path / "run", [heads.load_run(tmp_path / "run")])
     after = heads.load_run(tmp_path / "run")
     assert {k: v for k, v in after.metrics.items() if k != "comparison"} == before.metrics
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    found = next(r for r in rows if (r["split"], r["metric"], r["class"]) == ("test", "auroc", ""))
-    assert float(found["low"]) == record["families"][0]["test"]["auroc"]["low"]
+    row = next(r for r in rows if (r["split"], r["metric"], r["class"]) == ("test", "auroc", ""))
+    assert float(row["low"]) == record["families"][0]["test"]["auroc"]["low"]
     assert {r["class"] for r in rows} == {"", "'=1+1", "'b"}
-
-
-# --- images -----------------------------------------------------------------------------------------------------
 
 
 def pictures(runs, **options):
@@ -255,31 +243,6 @@ def test_the_page_says_how_many_images_it_embeds(lab, tmp_path):
     assert written.images == 0 and "data:image" not in read(written) and "It embeds no images" in read(written)
 
 
-# --- maps -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "mode, resize, crop", [("squash", (16, 16), None), ("shortest", (20,), (16, 16)), ("pad", (16, 16), None)]
-)
-def test_what_the_backbone_saw_of_an_image_is_where_its_pixels_come_from(mode, resize, crop):
-    made = Preprocess(
-        mode, resize, crop, "torchvision", "bilinear", True, "down", 1 / 255, None, None, "fused"
-    )  # fmt: skip
-    ramp = torch.arange(240, dtype=torch.uint8).expand(3, 80, 240)  # value = column, of an 80×240 image
-    seen = made.resized(ramp)[0].float()
-    x, y, width, height = explainer.visible_box(
-        {"preprocess": {**made.to_dict(), "decoding": 1}}, np.zeros((80, 240, 3))
-    )
-    for column in (2, 8, 13):
-        at = (x + width * (column + 0.5) / 16) * 240 - 0.5
-        assert seen[8, column] == pytest.approx(at, abs=3)
-    inside = (seen.sum(1) > 0).nonzero().flatten()  # padded rows are black
-    assert y + height * inside[0].item() / 16 == pytest.approx(0 if mode != "shortest" else y, abs=0.1)
-
-
-# --- the command ------------------------------------------------------------------------------------------------
-
-
 def test_the_command_writes_the_page_and_says_how_many_images_it_embeds(lab, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(report, [str(lab[2][0].path), "--out", "my page"])
@@ -306,8 +269,7 @@ def test_a_folder_that_holds_other_things_is_not_written_into(lab, tmp_path):
 
 def test_the_command_that_trained_a_head_is_on_the_page_and_quoted(tmp_path):
     view = toy_view(label="vit toy/my $(view)")
-    run = train(view, tmp_path / "run", lr=3e-4, balance=False, weight_decay=1e-4)
-    words = shlex.split(train_command(run))
+    words = shlex.split(train_command(train(view, tmp_path / "run", lr=3e-4, balance=False, weight_decay=1e-4)))
     assert words[:2] == ["featurecache", "train-head"]
     assert words[words.index("--features") + 1] == "vit toy/my $(view)"
     assert words[words.index("--lr") + 1] == "0.0003" and "--no-balance" in words and "--seed" not in words
@@ -320,28 +282,23 @@ def test_classes_that_were_kept_come_back_from_the_command_and_read_as_words(tmp
     assert setting_words({"only": ["a", "b"], "lr": 0.1}) == "only a, b · lr 0.1"
 
 
-# --- every kind of task -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "kind", ["multilabel", "ordinal", pytest.param("many", marks=pytest.mark.slow), "folds", "ridge"]
 )
 def test_every_kind_of_task_has_its_page(tmp_path, kind):
-    if kind == "folds":
-        runs = [train(toy_view(n=120), tmp_path / str(k), folds=2, fold=k) for k in range(2)]
-    elif kind == "multilabel":
-        runs = [train(label_view(n=200), tmp_path / "run")]
-    elif kind == "ridge":
-        runs = [train(toy_view(noise=4.0), tmp_path / "run", "ridge")]
-    else:
-        view = toy_view(n=500, classes=33, noise=3.0) if kind == "many" else toy_view(classes=4, task="ordinal")
-        runs = [train(view, tmp_path / "run")]
+    views = {
+        "multilabel": lambda: label_view(n=200), "ordinal": lambda: toy_view(classes=4, task="ordinal"),
+        "many": lambda: toy_view(n=500, classes=33, noise=3.0), "ridge": lambda: toy_view(noise=4.0),
+        "folds": lambda: toy_view(n=120),
+    }  # fmt: skip
+    folds = [{"folds": 2, "fold": k} for k in range(2)] if kind == "folds" else [{}]
+    head = "ridge" if kind == "ridge" else "linear"
+    runs = [train(views[kind](), tmp_path / str(i), head, **fold) for i, fold in enumerate(folds)]
     written, record = write(tmp_path / "page", runs)
     text = read(written)
     assert "None" not in re.sub(r"<pre>.*?</pre>", "", text, flags=re.S) and ">nan" not in text.lower()
     assert len(text) < 400_000 and ("Path of solutions" in text) == (kind == "ridge")
-    for name in record["classes"]:
-        assert name in text
+    assert all(name in text for name in record["classes"])
 
 
 def test_a_sweep_is_reported_in_its_own_folder(tmp_path, monkeypatch):
@@ -356,9 +313,7 @@ def test_a_sweep_is_reported_in_its_own_folder(tmp_path, monkeypatch):
 
 
 def test_sixty_families_are_one_table_of_which_three_are_shown_in_full(tmp_path):
-    view = toy_view(n=120, noise=4.0)
-    first = train(view, tmp_path / "run")
-    families = families_of([first]) * 60
+    families = families_of([train(toy_view(n=120, noise=4.0), tmp_path / "run")]) * 60
     record = compare(families[:1], resamples=20).record
     copies = [{**record["families"][0], "name": f"head {i}"} for i in range(60)]
     text, _ = page.render(tmp_path, families, {**record, "families": copies}, ImageLoader(str))
@@ -397,24 +352,14 @@ def test_images_in_two_splits_are_the_first_warning(tmp_path):
     assert "1 image stands in both train and test: these numbers may be too good." in warned[:400]
 
 
-# --- in a browser -----------------------------------------------------------------------------------------------
-
-
-def column(tab, table: int, place: int) -> list[str]:
-    return tab.evaluate(
-        "([t, c]) => { const b = document.querySelectorAll('table.sortable')[t].tBodies;"
-        " return [...b[b.length - 1].rows].map(r => r.cells[c].getAttribute('data-v')) }",
-        [table, place],
-    )
-
-
-SORT_ALL = """() => [...document.querySelectorAll('table.sortable')].flatMap((table, number) =>
-  [...table.tHead.rows[0].cells].flatMap((head, place) => head.hasAttribute('data-fixed') ? [] : [0, 1].map(() => {
+VALUES = """table => { const body = table.tBodies[table.tBodies.length - 1];
+  return place => [...body.rows].map(r => r.cells[place].getAttribute('data-v') ?? r.cells[place].textContent.trim()) }"""
+SORT_ALL = f"""() => [...document.querySelectorAll('table.sortable')].flatMap((table, number) =>
+  [...table.tHead.rows[0].cells].flatMap((head, place) => head.hasAttribute('data-fixed') ? [] : [0, 1].map(() => {{
     head.querySelector('button').click();
-    const body = table.tBodies[table.tBodies.length - 1];
-    return {number, place, way: head.getAttribute('aria-sort'), marked: table.querySelectorAll('th[aria-sort]').length,
-      values: [...body.rows].map(r => r.cells[place].getAttribute('data-v') ?? r.cells[place].textContent.trim())};
-  })))"""
+    return {{number, place, way: head.getAttribute('aria-sort'),
+      marked: table.querySelectorAll('th[aria-sort]').length, values: ({VALUES})(table)(place)}};
+  }})))"""
 
 
 def in_order(values: list[str], down: bool) -> bool:
@@ -441,12 +386,18 @@ def test_in_a_browser_the_keyboard_sorts_and_controls_stay_on_top(lab, opened):
     tab = opened(lab[0].path)
     button = tab.locator("table.board thead th").nth(2).locator("button")
     button.focus()
-    before = column(tab, 0, 2)
+    values = f"({VALUES})(document.querySelector('table.sortable'))(2)"
+    before = tab.evaluate(values)
     tab.keyboard.press("Enter")
     tab.keyboard.press("Space")
     assert tab.locator("table.board thead th").nth(2).get_attribute("aria-sort") == "ascending"
-    assert column(tab, 0, 2) == sorted(before, key=float)
+    assert tab.evaluate(values) == sorted(before, key=float)
     assert tab.locator("table.board tbody").first.locator("tr.control").count() == 3
+
+
+def test_in_a_browser_of_1240_pixels_no_open_table_scrolls_sideways(lab, opened):
+    wide = "[...document.querySelectorAll('section > .scroll')].filter(s => s.scrollWidth > s.clientWidth)"
+    assert opened(lab[0].path, 1240).evaluate(f"{wide}.map(s => s.ariaLabel)") == []
 
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
@@ -469,12 +420,8 @@ def test_in_a_browser_it_prints(lab, opened, tmp_path):
     assert tab.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
 
 
-def test_in_a_browser_hostile_names_run_nothing_and_are_readable(opened, tmp_path):
-    view = toy_view(n=160, noise=4.0)
-    view.classes[:] = [EVIL, "<b>bold</b>"]
-    view.ids = [f"<img src=https://example.org/{i} onerror=alert({i})>" for i in range(160)]
-    written, _ = write(tmp_path / "page", [train(view, tmp_path / "run")])
-    tab = opened(written.path)
+def test_in_a_browser_hostile_names_run_nothing_and_are_readable(opened, hostile):
+    tab = opened(hostile.path)
     assert EVIL in tab.locator("body").inner_text()
     assert tab.locator("img").count() == 0
 
