@@ -99,17 +99,17 @@ def evaluate(
     """
     from heads.api import families_in
     from heads.evaluation.comparison import compare
-    from heads.evaluation.external import ExternalImages, evaluate_run
+    from heads.evaluation.external import evaluate_run, external_images
     from heads.reports.text import external_table, how_made
 
     families = families_in(run, trust_code=trust_code)
     runs = [each for family in families for each in family.runs]
-    images = ExternalImages(runs, features, named_images(data, columns, task), cache)
-    view = images.of(runs[0])
+    images = external_images(runs, features, named_images(data, columns, task), cache)
+    view = images(runs[0])
     if not features and not data:
         talk.say(f"view       {view.label}   (the newest; --features chooses)")
     evaluated = [
-        evaluate_run(each, images.of(each), split=split, classes=classes, say=talk.line if number == 0 else None)
+        evaluate_run(each, images(each), split=split, classes=classes, say=talk.line if number == 0 else None)
         for number, each in enumerate(runs)
     ]
     record = compare(families).record

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +25,10 @@ from featurecache.files.atomic import write_whole
 from featurecache.files.records import nan_to_none
 from featurecache.formatting import abbreviated
 from featurecache.store.spec import ExtractionSpec, describe_differences
-from featurecache.store.view import View
 from featurecache.store.write_view import open_view
 from heads.evaluation.families import Family, collect_predictions
 from heads.evaluation.operating_points import calibration_record, operating_points
-from heads.evaluation.subgroups import list_images
+from heads.evaluation.subgroups import image_columns
 from heads.metrics.intervals import FamilyEstimates, SharedResamples
 from heads.models.common import rows_at_once
 from heads.pixel_view import PixelView
@@ -72,24 +71,24 @@ def evaluate_run(
     return record | {"run": str(run.path), "written": str(path)}
 
 
-class ExternalImages:
+def external_images(
+    runs: Sequence[Run], features: str | None, data: Any, cache: str | Path | None
+) -> Callable[[Run], FeatureView]:
     """The labelled images that runs are evaluated on: a view for heads; for networks from pixels its images, or
     ``data``, prepared as each of them has it."""
+    if data is not None and (features is not None or not all(is_pixels(run) for run in runs)):
+        why = "--features is given too" if features is not None else "a head takes features: give --features VIEW"
+        raise BadOption(f"--data gives images to baselines alone; {why}.")
+    images: Any = data if data is not None else open_view(features, cache)
+    prepared: dict[str, PixelView] = {}
 
-    def __init__(self, runs: Sequence[Run], features: str | None, data: Any, cache: str | Path | None) -> None:
-        if data is not None and (features is not None or not all(is_pixels(run) for run in runs)):
-            why = "--features is given too" if features is not None else "a head takes features: give --features VIEW"
-            raise BadOption(f"--data gives images to baselines alone; {why}.")
-        self._data: Any = data if data is not None else open_view(features, cache)
-        self._prepared: dict[str, PixelView] = {}
+    def images_of(run: Run) -> FeatureView:
+        fingerprint = run.config["view"]["fingerprint"]
+        if is_pixels(run) and fingerprint not in prepared:
+            prepared[fingerprint] = pixels_of(run, images)
+        return prepared[fingerprint] if is_pixels(run) else images
 
-    def of(self, run: Run) -> FeatureView:
-        if not is_pixels(run):
-            return self._data
-        key = run.config["view"]["fingerprint"]
-        if key not in self._prepared:
-            self._prepared[key] = pixels_of(run, self._data)
-        return self._prepared[key]
+    return images_of
 
 
 def _check_features(run: Run, view: FeatureView) -> None:
@@ -142,9 +141,8 @@ def _overlap(run: Run, view: FeatureView, rows: np.ndarray) -> list[str]:
 
 def _training_digests(run: Run, view: FeatureView) -> set[bytes]:
     """Digests of the run's train and val."""
-    path, own = Path(run.config["view"]["path"]), cast(Any, view)
-    if Path(view.path).resolve() != path:
-        own = list_images(run, read_ids(run.path / "splits.csv")) if is_pixels(run) else View(path, columns_only=True)
+    same = Path(view.path).resolve() == Path(run.config["view"]["path"])
+    own = cast(Any, view) if same else image_columns(run, read_ids(run.path / "splits.csv"))
     return {bytes(d) for d in np.asarray(own.digests)[rows_of_splits(run, own.ids, ("train", "val"))]}
 
 

@@ -35,26 +35,23 @@ def check_prevalence(run: Run, prevalence: Prevalence | None) -> None:
 
 
 def operating_points(run: Run, estimates: FamilyEstimates, prevalence: Prevalence | None) -> list[dict[str, Any]]:
-    """What the thresholds of val reach on test: of the positive class, or of each label; several classes have none."""
+    """What the thresholds of val (means over the heads) reach on test: of the positive class, or of each label; several
+    classes have none."""
+    labels: list[tuple[str, int | None]] = [(run.config["positive"], None)] if run.task == "binary" else []
     if run.task == "multilabel":
-        return [_point(run, estimates, name, c, c, prevalence) for c, name in enumerate(run.classes)]
-    if run.task == "binary":
-        return [_point(run, estimates, run.config["positive"], None, 0, prevalence)]
-    return []
-
-
-def _point(
-    run: Run, estimates: FamilyEstimates, name: str, c: int | None, place: int, prevalence: Prevalence | None
-) -> dict[str, Any]:
-    """The threshold is the mean over the heads."""
-    cuts = [each.thresholds[place] for test_set in estimates.test_sets for each in test_set.predictions]
-    reached = {m: estimates.estimate(m, c).record() for m in ("sensitivity", "specificity", "ppv", "npv")}
-    share = prevalence.get(name) if isinstance(prevalence, dict) else prevalence
-    elsewhere = None
-    if share is not None:
-        elsewhere = {m: each.record() for m, each in estimates.at_prevalence(share, c).items()} | {"prevalence": share}
-    wanted = run.config["settings"].get("sensitivity")
-    return {"class": name, "threshold": float(np.mean(cuts)), "wanted": wanted, **reached, "at_prevalence": elsewhere}
+        labels = [(name, c) for c, name in enumerate(run.classes)]
+    points = []
+    for name, c in labels:
+        cuts = [each.thresholds[c or 0] for test_set in estimates.test_sets for each in test_set.predictions]
+        reached = {m: estimates.estimate(m, c).record() for m in ("sensitivity", "specificity", "ppv", "npv")}
+        share = prevalence.get(name) if isinstance(prevalence, dict) else prevalence
+        elsewhere = None
+        if share is not None:
+            elsewhere = {m: e.record() for m, e in estimates.at_prevalence(share, c).items()} | {"prevalence": share}
+        wanted = run.config["settings"].get("sensitivity")
+        cut = float(np.mean(cuts))
+        points.append({"class": name, "threshold": cut, "wanted": wanted, **reached, "at_prevalence": elsewhere})
+    return points
 
 
 def calibration_record(predictions: FamilyPredictions) -> dict[str, Any]:

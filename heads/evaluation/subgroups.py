@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import BadOption, FeatureCacheError, RunError, UnreadableImage, nearest
+from featurecache.errors import BadOption, CacheError, RunError, UnreadableImage, nearest
 from heads.evaluation.families import FamilyPredictions
 from heads.runs.run import Run, is_pixels, open_run_dataset
 from heads.task import Predictions
@@ -31,7 +31,12 @@ def column_values(predictions: FamilyPredictions, column: str) -> list[list[str]
 
 
 def _values(run: Run, answers: Predictions, column: str) -> list[str]:
-    view = _view(run, answers)
+    try:
+        view = image_columns(run, answers.ids)
+    except (CacheError, OSError) as error:
+        path = run.config["view"]["path"]
+        gone = f"--by reads the columns of {path}, on which {run.path} was trained, and that cannot be opened"
+        raise RunError(f"{gone}: {error}") from error
     if column not in view.meta:
         columns = ", ".join(view.meta) or "none"
         raise BadOption(
@@ -48,23 +53,18 @@ def _values(run: Run, answers: Predictions, column: str) -> list[str]:
     return [_text(view.meta[column][row]) for row in rows]
 
 
-def _view(run: Run, answers: Predictions) -> Any:
-    from featurecache.store.view import View
-
-    if is_pixels(run):
-        return list_images(run, answers.ids)
-    path = Path(run.config["view"]["path"])
-    try:
-        return View(path, columns_only=True)
-    except (FeatureCacheError, OSError) as error:
-        gone = f"--by reads the columns of {path}, on which {run.path} was trained, and that cannot be opened"
-        raise RunError(f"{gone}: {error}") from error
-
-
 def _text(value: Any) -> str:
     if isinstance(value, float | np.floating):
         return "" if np.isnan(value) else f"{value:g}"
     return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def image_columns(run: Run, ids: Collection[str]) -> Any:
+    """ids, digests and meta of the images that a run was made of: of a run on pixels of those in ``ids`` that can be
+    read, else of its whole view. RunError where the data are gone; the errors of a view."""
+    from featurecache.store.view import View
+
+    return list_images(run, ids) if is_pixels(run) else View(Path(run.config["view"]["path"]), columns_only=True)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def draw_maps(pixels: np.ndarray, kind: str, panels: Sequence[Panel], untrained:
     rows = max([sum(2 if m.control is not None else 1 for m in p.maps) for p in panels] + [1])
     width = SIDE * min(2.0, max(0.6, pixels.shape[1] / pixels.shape[0]))
     across = width + GAP + len(panels) * (width + BAR) + GAP
-    meaning = " · ".join(dict.fromkeys(kind_text(kind, panel.from_pixels) for panel in panels))
+    meaning = " · ".join(dict.fromkeys(KINDS[kind][panel.from_pixels] for panel in panels))
     foot = textwrap.wrap(f"{kind}: {meaning}", int((across - 2 * GAP) / LETTER))
     foot += ["untrained backbone: shows the tool, nothing else"] * untrained
     size = (across, rows * (SIDE + HEAD) + LINE * len(foot) + 0.16)
@@ -214,10 +214,6 @@ KINDS: dict[str, tuple[str, str]] = {  # kind -> what it shows of a head on a ba
         "places of a late layer that raise the margin, through the network",
     ),
 }
-
-
-def kind_text(kind: str, from_pixels: bool) -> str:
-    return KINDS[kind][from_pixels]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from featurecache.backbones.user_module import FeatureTap
 from featurecache.backbones.wrappers import FeatureMap, PooledMap, Tokens
 from featurecache.errors import BadOption
 from featurecache.outputs import Output, blocks, function_of
-from heads.explanations.maps import SaliencyMap, kind_text
+from heads.explanations.maps import KINDS, SaliencyMap
 from heads.models.adapters import is_norm
 from heads.models.finetune import FineTuned
 from heads.task import Standardize
@@ -88,7 +88,7 @@ def attention_maps(transformer: Transformer, pixels: torch.Tensor) -> list[list[
             "--kind grad-cam need none."
         )
     layers = attention_of(transformer, pixels)
-    first, of = len(transformer.prefix), kind_text("attention", transformer.trained)
+    first, of = len(transformer.prefix), KINDS["attention"][transformer.trained]
     rows = {
         "last block": ("attention of the class token in the last block, mean of its heads", layers[-1][:, 0]),
         "rollout": ("attention rolled out over all blocks", rollout(layers)[:, 0]),

@@ -55,20 +55,14 @@ class GalleryPicture:
     sums: str = ""
 
 
-@dataclass(frozen=True)
-class GalleryRow:
-    title: str
-    pictures: list[GalleryPicture]
-
-
 @dataclass
 class Gallery:
-    rows: list[GalleryRow]
+    rows: dict[str, list[GalleryPicture]]  # by title
     notes: list[str] = field(default_factory=list)
 
     @property
     def images(self) -> int:
-        return sum(picture.image is not None for row in self.rows for picture in row.pictures)
+        return sum(picture.image is not None for row in self.rows.values() for picture in row)
 
 
 def choose(predictions: TestPredictions) -> list[tuple[str, list[GalleryItem]]]:
@@ -132,12 +126,8 @@ class ImageLoader:
 
     def gallery(self, predictions: TestPredictions) -> Gallery:
         originals: dict[GalleryItem, SourceImage] = {}
-        rows = [
-            GalleryRow(title, [self._picture(predictions, item, originals) for item in items])
-            for title, items in choose(predictions)
-            if items
-        ]
-        gallery = Gallery(rows)
+        chosen = {title: items for title, items in choose(predictions) if items}
+        gallery = Gallery({t: [self._picture(predictions, item, originals) for item in chosen[t]] for t in chosen})
         if gallery.images:
             gallery.notes.append(self._add_maps(gallery, predictions, originals))
         return gallery
@@ -163,7 +153,8 @@ class ImageLoader:
     ) -> str:
         """Maps beside the images of the first run (they are of one head), and a note that says what they are."""
         run = predictions[0][0]
-        boxed = [[p.item for p in row.pictures if p.image and p.box and p.item.run == 0] for row in gallery.rows]
+        rows = gallery.rows
+        boxed = [[p.item for p in row if p.image and p.box and p.item.run == 0] for row in rows.values()]
         if not any(boxed):
             return "No maps: nothing says which part of these images the backbone saw."
         explainer = Explainer(run, self._originals, trust_code=run.trust_code)
@@ -177,8 +168,8 @@ class ImageLoader:
         except FeatureCacheError as error:
             return f"No maps: {error}"
         by_item = dict(zip(chosen, maps, strict=True))
-        for row in gallery.rows:
-            row.pictures[:] = [_with_map(p, by_item[p.item]) if p.item in by_item else p for p in row.pictures]
+        for row in rows.values():
+            row[:] = [_with_map(p, by_item[p.item]) if p.item in by_item else p for p in row]
         return _map_note(maps[0], run, len(predictions))
 
 

@@ -123,7 +123,7 @@ def part_context(
     runs = [run for family in families for run in family.runs]
     settings = record.get("rows") or []  # best on val first within the order of the record
     context = {
-        "record": record, "p": prefix, "warnings": all_warnings(record, runs), "unit_words": text.unit_words(record),
+        "record": record, "p": prefix, "warnings": all_warnings(record, runs),
         "chosen_words": text.chosen_words(record["task"], runs), "by": by_tables(record, pairs),
         "board": leaderboard(record, [numbers for _, numbers in pairs], prefix),
         "comparing": figures.comparing_figures(pairs, measure_name(record["select"]), record["task"]),
@@ -145,7 +145,7 @@ def render_page(template: str, context: dict[str, Any], count: int) -> str:
     own = {
         "version": __version__, "css": css, "js": js, "policy": content_security_policy(css, js),
         "untrained_words": UNTRAINED, "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "images_words": text.images_words(count, context["with_images"]),
+        "embedded": count,
     }  # fmt: skip
     return _with_distinct_ids(_environment(context["record"]["task"]).get_template(template).render(own | context))
 
@@ -202,7 +202,7 @@ def leaderboard(record: dict[str, Any], families: list[dict[str, Any]], prefix: 
         "rows": rows, "controls": list(zip(record["controls"], strips[len(rows) :], strict=True)), "axis": axis,
         "measures": text.shown_measures(record), "lead": lead, "spreads": text.shown_spreads(families),
         "costs": cost_columns(families), "device": devices_words(families),
-        "fractions": len({f["fraction"] for f in families}) > 1, "views": len({f["view"] for f in families}) > 1,
+        "fractions": len({f["fraction"] for f in families}) > 1,
         "differences": any(f.get("difference") for f in families),
     }  # fmt: skip
 

@@ -68,15 +68,15 @@ def how_made(record: dict[str, Any]) -> str:
     of = f"{record['n_test']:,} images"
     if clusters["n"] < record["n_test"]:
         of = f"{clusters['n']:,} {'groups' if clusters['unit'] == 'group' else 'different images'} ({of})"
-    methods = {test["method"] for family in record["families"] for test in family["test"].values()}
-    words = [
-        ("Wilson", "proportions by Wilson"),
-        ("cluster bootstrap", "a stratified bootstrap of whole clusters"),
-        ("bootstrap", "a stratified bootstrap"),
-        ("corrected t", "Nadeau and Bengio's t over sets of test images"),
-    ]
-    there = [text for start, text in words if any((method or "").startswith(start) for method in methods)]
-    return f"[95 % intervals on {of}: {'; '.join(there)}]" if there else f"[on {of}]"
+    methods = {test["method"] or "" for family in record["families"] for test in family["test"].values()}
+    meaning = {
+        "Wilson": "proportions by Wilson",
+        "cluster bootstrap": "a stratified bootstrap of whole clusters",
+        "bootstrap": "a stratified bootstrap",
+        "corrected t": "Nadeau and Bengio's t over sets of test images",
+    }
+    used = [text for start, text in meaning.items() if any(method.startswith(start) for method in methods)]
+    return f"[95 % intervals on {of}: {'; '.join(used)}]" if used else f"[on {of}]"
 
 
 def sentence(words: str, record: dict[str, Any]) -> str:
@@ -332,14 +332,3 @@ def chosen_words(task: str, runs: Sequence[Run]) -> str:
     """By which criteria epochs and settings were chosen."""
     criteria = dict.fromkeys(run.config["chosen"]["by"] for run in runs)
     return "by " + " or ".join("loss" if by == "loss" else title(by, task) for by in criteria)
-
-
-def unit_words(record: dict[str, Any]) -> str:
-    clusters = record["clusters"]
-    return f" of {clusters['n']:,} groups, which are what is drawn" if clusters["unit"] == "group" else ""
-
-
-def images_words(count: int, embeds: bool) -> str:
-    if not embeds:
-        return "It embeds no images."
-    return f"It embeds {count:,} image{'' if count == 1 else 's'}, newly encoded, without the files' own metadata."

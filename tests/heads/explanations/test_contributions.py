@@ -21,31 +21,33 @@ P, GRID, WIDTH, CLASSES = 1, (3, 4), 24, 3
 TOKENS = P + GRID[0] * GRID[1]
 
 
-def places_for(output: str, prefix: int = P, grid: tuple[int, int] = GRID) -> TokenMap:
-    count, parsed = prefix + grid[0] * grid[1], parse(output)
-    matrix = function_of(parsed, torch.eye(count)[None], prefix, grid)[0] if parsed.derived else None
-    return TokenMap("tokens", ("cls",)[:prefix], grid, matrix)
+def places_for(output: str) -> TokenMap:
+    parsed = parse(output)
+    matrix = function_of(parsed, torch.eye(TOKENS)[None], P, GRID)[0] if parsed.derived else None
+    return TokenMap("tokens", ("cls",), GRID, matrix)
 
 
-def reader_for(
-    head: str, output: str = "tokens", scale: Standardize | None = None, width: int = WIDTH, **at
-) -> MarginModel:
-    where = places_for(output, **at)
-    shape = tuple(where.input(torch.zeros(1, where.count, width)).shape[1:])
-    known = parse(output).layout(where.prefix, where.grid) if len(shape) == 2 else None
-    given = Input(shape, *(known or ((), None)))
+def reader_for(head: str, output: str = "tokens", scale: Standardize | None = None) -> MarginModel:
+    where = places_for(output)
+    shape = tuple(where.input(torch.zeros(1, TOKENS, WIDTH)).shape[1:])
+    layout = parse(output).layout(where.prefix, where.grid) if len(shape) == 2 else None
+    given = Input(shape, *(layout or ((), None)))
     model = make_head(head, given, CLASSES, torch.Generator().manual_seed(1)).eval()
-    scale = scale or Standardize()
-    return MarginModel(model, where, scale, torch.tensor([0.3, -0.1, 0.0]), 1.7, False)
+    return MarginModel(model, where, scale or Standardize(), torch.tensor([0.3, -0.1, 0.0]), 1.7, False)
 
 
-def some_tokens(n: int = 2, tokens: int = TOKENS, width: int = WIDTH) -> torch.Tensor:
-    return torch.randn(n, tokens, width, generator=torch.Generator().manual_seed(0))
+def margin_of(z: torch.Tensor, c: int) -> torch.Tensor:
+    """[n] of logits [n, C], by hand."""
+    return (z[:, c] - (z.sum(1) - z[:, c]) / (CLASSES - 1)) / 1.7
 
 
-def zscore(width: int = WIDTH) -> Standardize:
+def some_tokens(n: int = 2, tokens: int = TOKENS) -> torch.Tensor:
+    return torch.randn(n, tokens, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+def zscore() -> Standardize:
     rng = torch.Generator().manual_seed(2)
-    return Standardize("zscore", torch.randn(width, generator=rng), 0.5 + torch.rand(width, generator=rng))
+    return Standardize("zscore", torch.randn(WIDTH, generator=rng), 0.5 + torch.rand(WIDTH, generator=rng))
 
 
 def resized(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -55,7 +57,7 @@ def resized(x: torch.Tensor, size: int) -> torch.Tensor:
     return Resize((x.shape[2], size), antialias=True)(x.transpose(1, 2)[:, None])[:, 0].transpose(1, 2)
 
 
-def by_force(model, x, mean, c, output, scale, temperature=1.7):
+def by_force(model, x, mean, c, output, scale):
     """float64: the margin of x, and of x with one token after the other replaced."""
     model = model.double()
     copies = torch.cat([x[None], x.repeat(len(x), 1, 1)]).double()
@@ -64,8 +66,7 @@ def by_force(model, x, mean, c, output, scale, temperature=1.7):
     seen = resized(copies, int(output.split("-")[1])) if "-" in output else copies
     if scale.kind == "zscore":
         seen = (seen - scale.mean.double()) / scale.std.double()
-    z = torch.cat([model(part) for part in seen.split(32)])
-    margin = (z[:, c] - (z.sum(1) - z[:, c]) / (CLASSES - 1)) / temperature
+    margin = margin_of(torch.cat([model(part) for part in seen.split(32)]), c)
     return (margin[0] - margin[1:]).detach().numpy()
 
 
@@ -90,7 +91,7 @@ def test_the_parts_of_a_linear_head_add_up_to_its_margin(head, output):
     seen = parts.tokens.sum(1) + parts.beside["mean tokens everywhere"]
     u = (x - reader.scale.mean) / reader.scale.std
     z = reader.model(u[:, P:].mean(1) if output == "mean" else u).detach() + reader.correction
-    margin = [(float(z[i, c]) - float(np.delete(z[i].numpy(), c).mean())) / 1.7 for i, c in enumerate(classes)]
+    margin = [float(margin_of(z, c)[i]) for i, c in enumerate(classes)]
     assert parts.adds_up and seen == pytest.approx(margin, abs=1e-5) and parts.margin == pytest.approx(margin, abs=1e-5)
 
 
@@ -118,11 +119,9 @@ def test_other_heads_are_asked_again_with_each_token_replaced(head, output):
     assert "occlusion" in parts.how
     other = x.clone()
     other[0, 7] = 0
-    margins = []
-    for u in (x, other):
-        z = reader.model(u[:, P:].mean(1) if output == "mean" else u)[0].detach() + reader.correction
-        margins.append(float(z[0] - z[1:].mean()) / 1.7)
-    assert parts.tokens[0, 7] == pytest.approx(margins[0] - margins[1], abs=1e-5)
+    u = torch.cat([x, other])
+    margins = margin_of(reader.model(u[:, P:].mean(1) if output == "mean" else u).detach() + reader.correction, 0)
+    assert parts.tokens[0, 7] == pytest.approx(float(margins[0] - margins[1]), abs=1e-5)
 
 
 def test_tokens_scaled_to_length_one_after_a_resize_are_occluded_before_it():
@@ -131,10 +130,10 @@ def test_tokens_scaled_to_length_one_after_a_resize_are_occluded_before_it():
     parts = replacement_contributions(reader, reader.scaled(x), reader.scaled(mean), np.array([0]))
     other = x.clone()
     other[0, 3] = 1
-    z = [reader.model(torch.nn.functional.normalize(resized(u, 17), dim=2))[0].detach() for u in (x, other)]
-    margins = [float(each[0] - each[1:].mean()) / 1.7 for each in z]
+    u = torch.nn.functional.normalize(resized(torch.cat([x, other]), 17), dim=2)
+    margins = margin_of(reader.model(u).detach(), 0)
     assert "occlusion" in parts.how
-    assert parts.tokens[0, 3] == pytest.approx(margins[0] - margins[1], abs=1e-5)
+    assert parts.tokens[0, 3] == pytest.approx(float(margins[0] - margins[1]), abs=1e-5)
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp", "mean-linear", "cls+mean", "large", "conv"])
@@ -149,7 +148,7 @@ def test_gradient_times_input_and_the_bias_term_add_up_to_the_logit(head):
 
 
 @pytest.mark.parametrize(
-    ("explain", "said"),
+    "explain, words",
     [
         (lambda: gradient_times_input(reader_for("attention"), some_tokens(), np.array([0, 0])), "adds up to nothing"),
         (lambda: contributions.token_source(run_of("cls")), "no places.*--kind attention"),
@@ -157,8 +156,8 @@ def test_gradient_times_input_and_the_bias_term_add_up_to_the_logit(head):
         (lambda: contributions.token_map(run_of("tokens"), None, None), "--prefix and --grid"),
     ],
 )
-def test_what_has_no_parts_or_places_is_refused_with_what_there_is(explain, said):
-    with pytest.raises(BadOption, match=said):
+def test_what_has_no_parts_or_places_is_refused_with_what_there_is(explain, words):
+    with pytest.raises(BadOption, match=words):
         explain()
 
 
@@ -166,12 +165,10 @@ def test_parts_of_resized_tokens_come_back_through_the_transposed_resize():
     reader = reader_for("large", "tokens-17")
     x = some_tokens(1)
     rows = resized(x, 17).requires_grad_(True)
-    z = reader.model(rows)[0]
-    (slope,) = torch.autograd.grad((z[1] - (z[0] + z[2]) / 2) / 1.7, rows)
+    (slope,) = torch.autograd.grad(margin_of(reader.model(rows), 1).sum(), rows)
     matrix = resized(torch.eye(TOKENS)[None], 17)[0]  # [17, T]
     expected = (x[0] * (matrix.T @ slope[0])).sum(1).numpy()
-    parts = gradient_times_input(reader, x, np.array([1]))
-    assert parts.tokens[0] == pytest.approx(expected, abs=1e-5)
+    assert gradient_times_input(reader, x, np.array([1])).tokens[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_patch_grid_resized_keeps_the_class_token_to_itself():
@@ -221,18 +218,17 @@ def test_without_the_view_only_a_head_that_keeps_its_statistics_has_a_mean_token
 def test_a_control_has_the_same_numbers_in_another_order():
     model = make_head("large", (TOKENS, WIDTH), CLASSES)
     other = with_shuffled_weights(model)
-    for name, value in model.state_dict().items():
-        there = other.state_dict()[name]
-        assert sorted(there.flatten().tolist()) == sorted(value.flatten().tolist())
+    for value, shuffled in zip(model.parameters(), other.parameters(), strict=True):
+        assert sorted(shuffled.flatten().tolist()) == sorted(value.flatten().tolist())
     assert not torch.equal(other.fc1.weight, model.fc1.weight)
     assert torch.equal(with_shuffled_weights(model).fc1.weight, other.fc1.weight), "always the same order"
 
 
 def test_how_like_its_control_a_map_is_goes_by_ranks():
     values = np.arange(6.0).reshape(2, 3)
-    assert SaliencyMap("contribution", "", values, "", control=values**3).likeness == pytest.approx(1)
-    assert SaliencyMap("contribution", "", values, "", control=-values).likeness == pytest.approx(-1)
-    assert SaliencyMap("contribution", "", values, "", control=np.zeros((2, 3))).likeness is None
+    controls = (values**3, -values, np.zeros((2, 3)))
+    likeness = [SaliencyMap("contribution", "", values, "", control=control).likeness for control in controls]
+    assert likeness[:2] == pytest.approx([1, -1]) and likeness[2] is None
 
 
 def test_of_many_labels_the_margin_is_the_logit_itself():

@@ -33,26 +33,31 @@ def planted(tmp_path_factory):
     """180 grey images with a red or a blue square, tokens of an untrained ViT, and five runs; the last 50 are test."""
     folder = tmp_path_factory.mktemp("planted")
     images, labels, corners = squares(180, 0)
-    np.savez(
-        folder / "squares.npz", train_images=images[:110], train_labels=labels[:110, None],
-        val_images=images[110:130], val_labels=labels[110:130, None], test_images=images[130:],
-        test_labels=labels[130:, None],
-    )  # fmt: skip
+    splits = {"train": slice(110), "val": slice(110, 130), "test": slice(130, 180)}
+    save_squares(folder / "squares.npz", images, labels, splits)
     found = extract(
-        str(folder / "squares.npz"), backbone="vit-demo", random_weights=True, outputs="cls,tokens",
+        str(folder / "squares.npz"),
+        backbone="vit-demo",
+        random_weights=True,
+        outputs="cls,tokens",
         cache=folder / "cache",
-    )  # fmt: skip
+    )
     view = open_view(found.view)
-    runs = {
-        name: heads.train_head(
-            view, head, output=output, epochs=n, out=folder / name, controls=False, report=False, patience=0
-        )
-        for name, head, output, n in (
-            ("large", "large", "tokens", 5), ("mean", "mean-linear", "tokens", 1), ("cls", "linear", "cls", 1),
-            ("resized", "large", "tokens-80", 5), ("attention", "attention", "tokens", 1),
-        )
+    kinds = {
+        "large": ("large", "tokens", 5), "mean": ("mean-linear", "tokens", 1), "cls": ("linear", "cls", 1),
+        "resized": ("large", "tokens-80", 5), "attention": ("attention", "tokens", 1),
     }  # fmt: skip
+    same = {"controls": False, "report": False, "patience": 0}
+    runs = {
+        name: heads.train_head(view, head, output=output, epochs=epochs, out=folder / name, **same)
+        for name, (head, output, epochs) in kinds.items()
+    }
     return folder, view, runs, images, corners
+
+
+def save_squares(path, images, labels, splits):
+    arrays = {f"{name}_images": images[part] for name, part in splits.items()}
+    np.savez(path, **arrays, **{f"{name}_labels": labels[part, None] for name, part in splits.items()})
 
 
 def run_of(planted, name):
@@ -87,18 +92,16 @@ def test_a_new_image_goes_through_the_same_backbone(planted, tmp_path):
     """The same pixels in a file of their own, with other bytes: the same map."""
     _, view, _, images, _ = planted
     Image.fromarray(images[179]).save(tmp_path / "new.png")
-    asked = [view.ids[179], str(tmp_path / "new.png")]
-    stored, new = heads.explain(run_of(planted, "large"), asked, out=tmp_path / "maps").records
+    both = [view.ids[179], str(tmp_path / "new.png")]
+    stored, new = heads.explain(run_of(planted, "large"), both, out=tmp_path / "maps").records
     assert new["margin"] == pytest.approx(stored["margin"], abs=1e-3)
     assert np.array(new["values"]) == pytest.approx(np.array(stored["values"]), abs=1e-3)
 
 
 def test_runs_stand_side_by_side_and_what_is_written_is_what_was_found(planted, tmp_path):
-    view = planted[1]
-    found = heads.explain(
-        [run_of(planted, "large"), run_of(planted, "mean"), run_of(planted, "cls")], [view.ids[150]],
-        out=tmp_path / "maps", kinds="contribution,attention", classes="1",
-    )  # fmt: skip
+    runs = [run_of(planted, name) for name in ("large", "mean", "cls")]
+    options = {"out": tmp_path / "maps", "kinds": "contribution,attention", "classes": "1"}
+    found = heads.explain(runs, [planted[1].ids[150]], **options)
     assert [path.name.rpartition("-")[2] for path in found.files] == ["contribution.png", "attention.png"]
     for path in found.files:
         with Image.open(path) as image:
@@ -132,9 +135,9 @@ def test_what_is_misspelt_is_named_and_without_an_image_nothing_is_explained(pla
 
 def test_tokens_that_are_not_stored_are_asked_for_by_the_command_that_stores_them(planted, tmp_path):
     images, labels, _ = squares(60, 0)
-    parts = {"train": slice(0, 20), "val": slice(20, 40), "test": slice(40, 60)}
-    arrays = {f"{name}_images": images[part] for name, part in parts.items()}
-    np.savez(tmp_path / "few.npz", **arrays, **{f"{name}_labels": labels[part, None] for name, part in parts.items()})
+    save_squares(
+        tmp_path / "few.npz", images, labels, {"train": slice(20), "val": slice(20, 40), "test": slice(40, 60)}
+    )
     found = extract(str(tmp_path / "few.npz"), backbone="vit-demo", random_weights=True, outputs="mean", cache=tmp_path)
     run = heads.train_head(found.view, "linear", output="mean", epochs=1, out=tmp_path / "run", report=False)
     with pytest.raises(NotInCache, match="--outputs tokens"):
@@ -196,10 +199,9 @@ def test_what_stands_below_a_picture_is_not_cut_off(monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
     draw_maps(np.zeros((40, 20, 3), np.uint8), "grad-cam", [Panel("one")], untrained=True)
-    (figure,) = figures
-    (foot,) = figure.texts
-    ends = foot.get_window_extent(FigureCanvasAgg(figure).get_renderer())
-    assert foot.get_text().endswith("nothing else") and ends.x1 < figure.bbox.width
+    (foot,) = figures[0].texts
+    ends = foot.get_window_extent(FigureCanvasAgg(figures[0]).get_renderer())
+    assert foot.get_text().endswith("nothing else") and ends.x1 < figures[0].bbox.width
 
 
 def test_a_run_without_a_map_stands_there_with_its_reason():
@@ -208,28 +210,28 @@ def test_a_run_without_a_map_stands_there_with_its_reason():
     assert png.startswith(b"\x89PNG")
 
 
-def test_the_gallery_names_its_maps_by_kind_and_has_the_control_beside(planted):
-    run = run_of(planted, "large")
+def gallery_of(run):
     shown = ImageLoader(str).gallery([(run, run.answers("test"))])
-    pictures = [picture for row in shown.rows for picture in row.pictures]
+    return shown.notes[0], list(shown.rows.values())
+
+
+def test_the_gallery_names_its_maps_by_kind_and_has_the_control_beside(planted):
+    note, rows = gallery_of(run_of(planted, "large"))
+    pictures = [picture for row in rows for picture in row]
     assert pictures and all(p.kind == "contribution" and p.map and p.control and p.map != p.control for p in pictures)
-    (note,) = shown.notes
     assert note.startswith("Contribution, beside each image: exact change of the margin") and "control" in note
 
 
 def test_the_gallery_of_a_vector_without_places_says_so(planted):
-    run = run_of(planted, "cls")
-    shown = ImageLoader(str).gallery([(run, run.answers("test"))])
-    assert "no places" in shown.notes[0] and not any(p.map for row in shown.rows for p in row.pictures)
+    note, rows = gallery_of(run_of(planted, "cls"))
+    assert "no places" in note and not any(picture.map for row in rows for picture in row)
 
 
 def test_the_gallery_of_a_head_that_is_occluded_has_a_few_maps_only(planted):
-    run = run_of(planted, "attention")
-    shown = ImageLoader(str).gallery([(run, run.answers("test"))])
-    for row in shown.rows:
-        with_maps = [picture.map is not None for picture in row.pictures]
-        assert with_maps == [True] * min(3, len(with_maps)) + [False] * (len(with_maps) - 3)
-    assert "occlusion" in shown.notes[0]
+    note, rows = gallery_of(run_of(planted, "attention"))
+    for row in rows:
+        assert [picture.map is not None for picture in row] == [number < 3 for number in range(len(row))]
+    assert "occlusion" in note
 
 
 def test_runs_of_one_kind_are_told_apart_by_their_folders_and_long_names_leave_the_numbers():

@@ -84,10 +84,9 @@ def test_three_tokens_through_a_network_that_never_looks_anywhere_special():
     backbone = backbone_of(Three(torch.zeros(2, 2), torch.zeros(2, 2)))
     ((last, rolled),) = attention_maps(Transformer.of_backbone(backbone), torch.rand(1, 3, 1, 2))
     assert last.values == pytest.approx(np.array([[1 / 3, 1 / 3]]))
-    assert rolled.values == pytest.approx(np.array([[1 / 4, 1 / 4]])) and rolled.beside["class token"] == pytest.approx(
-        0.5
-    )
-    assert "same for every head and class" in last.how and "same for every head and class" in rolled.how
+    assert rolled.values == pytest.approx(np.array([[1 / 4, 1 / 4]]))
+    assert rolled.beside["class token"] == pytest.approx(0.5)
+    assert all("same for every head and class" in each.how for each in (last, rolled))
 
 
 def test_the_class_token_looks_at_the_patch_that_is_like_it():
@@ -134,9 +133,8 @@ def test_attention_of_timm_is_that_of_its_queries_and_keys():
 
 
 def test_attention_of_a_tuned_network_is_that_of_the_backbone_it_was_saved_as(tmp_path):
-    model = with_new_classifier(
-        f"hf:{save_dinov2(tmp_path, registers=2)}", None, 42, 3, generator=torch.Generator().manual_seed(0), rlrr=True
-    ).eval()
+    checkpoint, seed = f"hf:{save_dinov2(tmp_path, registers=2)}", torch.Generator().manual_seed(0)
+    model = with_new_classifier(checkpoint, None, 42, 3, generator=seed, rlrr=True).eval()
     with torch.no_grad():
         for weight in model.network.parameters():
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
@@ -167,16 +165,16 @@ def test_attention_of_the_small_vit_trained_from_scratch_is_that_of_its_queries_
 
 def test_a_network_from_pixels_is_explained_where_it_is_asked_for_and_is_back_afterwards(monkeypatch):
     """A device that only renames: what is sent there, and what comes back, is written down."""
-    model, asked = make_baseline("vit-cifar", image_size=32, classes=2).eval(), []
-    monkeypatch.setattr(forward, "pick_device", lambda name: asked.append(name) or torch.device("meta"))
+    model, steps = make_baseline("vit-cifar", image_size=32, classes=2).eval(), []
+    monkeypatch.setattr(forward, "pick_device", lambda name: steps.append(name) or torch.device("meta"))
     config = {"spec": {"kind": "pixels"}, "view": {}}
     explainer = Explainer(SimpleNamespace(model=model, config=config), None, device="cuda:1")
-    monkeypatch.setattr(nn.Module, "to", lambda self, device: asked.append(device))
-    monkeypatch.setattr(nn.Module, "cpu", lambda self: asked.append("back"))
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: steps.append(device))
+    monkeypatch.setattr(nn.Module, "cpu", lambda self: steps.append("back"))
     with pytest.raises(ValueError), explainer._there(model) as device:
-        asked.append(f"on {device}")
+        steps.append(f"on {device}")
         raise ValueError
-    assert asked == ["cuda:1", "meta", "on meta", "back"]
+    assert steps == ["cuda:1", "meta", "on meta", "back"]
 
 
 def test_a_cnn_trained_from_pixels_has_no_attention():
@@ -193,19 +191,10 @@ def test_attention_without_a_class_token_is_refused():
 
 
 def test_attention_that_cannot_be_read_is_refused():
-    class Silent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.Sequential(nn.Identity())
-
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            return self.blocks(pixels[:, :, 0])
-
+    silent = nn.Sequential(nn.Flatten(2))
+    silent.blocks = nn.Sequential(nn.Identity())
     with pytest.raises(BadOption, match="cannot be read"):
-        attention_of(Transformer.of_backbone(backbone_of(Silent())), torch.rand(1, 3, 1, 2))
-
-
-# --- Grad-CAM
+        attention_of(Transformer.of_backbone(backbone_of(silent)), torch.rand(1, 3, 1, 2))
 
 
 def test_grad_cam_of_a_linear_head_on_gap_is_class_activation_mapping():

@@ -24,13 +24,6 @@ def train(view, out, **options):
     return run, run.answers("test")
 
 
-def numbers(svg: str) -> list[float]:
-    return [float(x) for x in re.findall(r"-?\d+(?:\.\d+)?", svg)]
-
-
-# --- numbers ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.integration
 def test_the_confusion_matrix_is_that_of_scikit_learn(tmp_path):
     run, answers = train(toy_view(n=400, classes=5, noise=3.0), tmp_path / "run")
@@ -38,8 +31,7 @@ def test_the_confusion_matrix_is_that_of_scikit_learn(tmp_path):
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
     expected = confusion_matrix([r["label"] for r in rows], [r["predicted"] for r in rows], labels=run.classes)
     assert (figures.confusion_counts([(run, answers)]) == expected).all()
-    pairs = figures.most_confused([(run, answers)])
-    off = expected - np.diag(np.diag(expected))
+    pairs, off = figures.most_confused([(run, answers)]), expected - np.diag(np.diag(expected))
     assert pairs[0]["count"] == off.max() and len(pairs) == min(12, (off > 0).sum())
 
 
@@ -66,9 +58,6 @@ def test_the_roc_curve_goes_through_the_points_of_scikit_learn(tmp_path):
     assert area == pytest.approx(roc_auc_score(truth, score), abs=0.01)
     keys = figures.curve_figure("roc", [(run, answers)]).keys
     assert keys[0] == ("s0", f"kind 1: AUROC {roc_auc_score(truth, score):.3f}")
-
-
-# --- on a page --------------------------------------------------------------------------------------------------
 
 
 def plotted(**options) -> str:
@@ -105,7 +94,8 @@ def test_two_figures_of_one_page_share_no_id():
 def test_lines_go_through_their_points():
     svg = plotted(x=(0, 4), y=(0, 10))
     line = next(path for path in re.findall(r'<path[^>]*stroke="var\(--s2\)"[^>]*>', svg))
-    xs, ys = np.array(numbers(re.search(r' d="M([^"]*)"', line)[1])).reshape(-1, 2).T
+    path = re.findall(r"-?\d+(?:\.\d+)?", re.search(r' d="M([^"]*)"', line)[1])
+    xs, ys = np.array(path, float).reshape(-1, 2).T
     assert np.diff(xs)[0] == pytest.approx(np.diff(xs)[1], abs=0.2)
     assert (ys[0] - ys[1]) / (ys[1] - ys[2]) == pytest.approx(3 / 5, abs=0.01)
 
@@ -123,13 +113,16 @@ def test_ticks_are_round_numbers_inside_the_range(low, high, log, expected):
     assert drawing.ticks(0.61, 0.98, 4) == pytest.approx([0.7, 0.8, 0.9])
 
 
+def svg_of_counts(monkeypatch, counts: np.ndarray, classes: tuple[str, ...]) -> str:
+    monkeypatch.setattr(figures, "confusion_counts", lambda predictions: counts)
+    run = SimpleNamespace(classes=classes, config={"splits": {}}, task="multiclass")
+    return str(figures.counts_figure([(run, None)]).svg())
+
+
 @pytest.mark.parametrize("name", ["AbdomenCT", "COVID-19 PNEUMONIA", EVIL, "肺炎", "\ud800\n"])
 def test_the_name_of_a_class_is_text_that_fits_beside_the_confusion_matrix(name, monkeypatch):
-    monkeypatch.setattr(figures, "confusion_counts", lambda predictions: np.eye(2))
-    run = SimpleNamespace(classes=(name, "b"), config={"splits": {}}, task="binary")
-    svg = str(figures.counts_figure([(run, None)]).svg())
+    svg, shown = svg_of_counts(monkeypatch, np.eye(2), (name, "b")), drawing.short(name, 18)
     assert "<script" not in svg and svg.count("<text") == svg.count("</text>")
-    shown = drawing.short(name, 18)
     (row, *_) = (t for t in re.findall(r"<text[^>]*>[^<]*", svg) if '"end"' in t)
     assert row.split(">", 1)[1].replace("&lt;", "<").replace("&gt;", ">") == shown
     if name.isascii():
@@ -137,6 +130,4 @@ def test_the_name_of_a_class_is_text_that_fits_beside_the_confusion_matrix(name,
 
 
 def test_a_large_matrix_is_few_elements(monkeypatch):
-    monkeypatch.setattr(figures, "confusion_counts", lambda predictions: np.ones((200, 200)))
-    run = SimpleNamespace(classes=tuple(f"c{i}" for i in range(200)), config={"splits": {}}, task="multiclass")
-    assert str(figures.counts_figure([(run, None)]).svg()).count("<path") < 20
+    assert svg_of_counts(monkeypatch, np.ones((200, 200)), tuple(f"c{i}" for i in range(200))).count("<path") < 20

@@ -197,7 +197,7 @@ def test_a_report_in_a_runs_own_folder_adds_intervals_to_its_files_and_leaves_it
 
 def pictures(runs, **options):
     shown = ImageLoader(str, **options).gallery([(runs[0], runs[0].answers("test"))])
-    return shown, [picture for row in shown.rows for picture in row.pictures]
+    return shown, [picture for row in shown.rows.values() for picture in row]
 
 
 def test_a_thumbnail_holds_the_pixels_of_its_image(lab, cached):
@@ -214,7 +214,7 @@ def test_mistakes_are_mistakes_and_the_worst_come_first(tmp_path):
         rows = {row["id"]: row for row in csv.DictReader(file) if row["split"] == "test"}
     missed = [r for r in rows.values() if r["label"] == "kind 1" and r["predicted"] == "kind 0"]
     expected = [r["id"] for r in sorted(missed, key=lambda r: float(r["p kind 1"]))][: gallery.ROW]
-    assert [picture.id for picture in shown.rows[0].pictures] == expected
+    assert [picture.id for picture in next(iter(shown.rows.values()))] == expected
 
 
 def test_an_image_that_is_gone_or_changed_is_a_grey_box_that_says_why(lab, cached, tmp_path):
@@ -353,7 +353,7 @@ def test_images_in_two_splits_are_the_first_warning(tmp_path):
 
 
 VALUES = """table => { const body = table.tBodies[table.tBodies.length - 1];
-  return place => [...body.rows].map(r => r.cells[place].getAttribute('data-v') ?? r.cells[place].textContent.trim()) }"""
+  return place => [...body.rows].map(({cells}) => cells[place].dataset.v ?? cells[place].textContent.trim()) }"""
 SORT_ALL = f"""() => [...document.querySelectorAll('table.sortable')].flatMap((table, number) =>
   [...table.tHead.rows[0].cells].flatMap((head, place) => head.hasAttribute('data-fixed') ? [] : [0, 1].map(() => {{
     head.querySelector('button').click();
