@@ -313,3 +313,11 @@ def test_a_column_of_a_view_that_is_gone_or_changed_is_an_error(tmp_path):
 def test_a_setting_that_is_on_is_in_a_name_as_its_word():
     runs = [run(toy_view()), run(toy_view(), class_weights=True, balance=False)]
     assert names_of(families_of(runs))[1] == "linear on cls, no balance, class weights"
+
+
+def test_a_name_at_the_beginning_of_a_warning_keeps_its_letters():
+    record = {"families": [{"name": "finetune:resnet18 at 32 px"}]}
+    assert (
+        tables.sentence("finetune:resnet18 at 32 px: f1 came out", record) == "finetune:resnet18 at 32 px: f1 came out."
+    )
+    assert tables.sentence("no temperature!", record) == "No temperature!"

@@ -13,7 +13,7 @@ from sklearn.metrics import confusion_matrix, roc_auc_score
 from support.fake_view import label_view, toy_view
 
 import heads
-from heads.reports import drawing, figures
+from heads.reports import drawing, figures, page
 from heads.reports.drawing import Figure, Plot
 
 EVIL = "</text><script>alert('$x_1$')</script>"
@@ -131,3 +131,10 @@ def test_the_name_of_a_class_is_text_that_fits_beside_the_confusion_matrix(name,
 
 def test_a_large_matrix_is_few_elements(monkeypatch):
     assert svg_of_counts(monkeypatch, np.ones((200, 200)), tuple(f"c{i}" for i in range(200))).count("<path") < 20
+
+
+def test_a_figure_that_stands_twice_on_a_page_has_ids_of_its_own():
+    figure = '<svg viewBox="0" class="chart"><path id="0a1b2cm1" d="M0 0"/><use href="#0a1b2cm1"/></svg>'
+    first, second = page._with_distinct_ids(f"{figure}<p>{figure}").split("<p>")
+    assert first == figure
+    assert second == figure.replace("0a1b2c", "0a1b2c-2-")

@@ -31,7 +31,6 @@ from heads.evaluation.families import families_of
 from heads.reports import gallery, page
 from heads.reports.gallery import ImageLoader
 from heads.reports.provenance import setting_words, train_command
-from heads.reports.text import sentence
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 
@@ -160,24 +159,19 @@ def test_the_leaderboard_holds_the_numbers_of_the_record_in_the_order_of_val(lab
         assert float(row[1]) == family["val"]["auroc"] and float(row[2]) == family["test"]["auroc"]["value"]
 
 
-def test_a_name_at_the_beginning_of_a_warning_keeps_its_letters():
-    record = {"families": [{"name": "finetune:resnet18 at 32 px"}]}
-    assert sentence("finetune:resnet18 at 32 px: f1 came out", record) == "finetune:resnet18 at 32 px: f1 came out."
-    assert sentence("no temperature!", record) == "No temperature!"
+def csv_rows(file: Path) -> list[dict[str, str]]:
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
 
 
 def test_metrics_csv_and_json_hold_the_same_numbers(lab):
     folder = lab[0].path.parent
     record = json.loads((folder / "metrics.json").read_text())
     assert record == json.loads(json.dumps(lab[1]))
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = {(r["family"], r["split"], r["metric"], r["of"]): r for r in csv_rows(folder / "metrics.csv")}
     for family in record["families"]:
-        where = (family["name"], "test", "auroc", "")
-        row = next(r for r in rows if (r["family"], r["split"], r["metric"], r["of"]) == where)
-        assert [float(row[k]) for k in ("value", "low", "high")] == [
-            family["test"]["auroc"][k] for k in ("value", "low", "high")
-        ]
+        row, test = rows[family["name"], "test", "auroc", ""], family["test"]["auroc"]
+        assert [float(row[key]) for key in ("value", "low", "high")] == [test["value"], test["low"], test["high"]]
 
 
 def test_a_report_in_a_runs_own_folder_adds_intervals_to_its_files_and_leaves_it_a_run(tmp_path):
@@ -188,8 +182,7 @@ def test_a_report_in_a_runs_own_folder_adds_intervals_to_its_files_and_leaves_it
         _, record = write(tmp_path / "run", [heads.load_run(tmp_path / "run")])
     after = heads.load_run(tmp_path / "run")
     assert {k: v for k, v in after.metrics.items() if k != "comparison"} == before.metrics
-    with (tmp_path / "run" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows(tmp_path / "run" / "metrics.csv")
     row = next(r for r in rows if (r["split"], r["metric"], r["class"]) == ("test", "auroc", ""))
     assert float(row["low"]) == record["families"][0]["test"]["auroc"]["low"]
     assert {r["class"] for r in rows} == {"", "'=1+1", "'b"}
@@ -210,8 +203,7 @@ def test_a_thumbnail_holds_the_pixels_of_its_image(lab, cached):
 def test_mistakes_are_mistakes_and_the_worst_come_first(tmp_path):
     run = train(toy_view(n=900, noise=8.0), tmp_path / "run")
     shown, _ = pictures([run])
-    with (run.path / "predictions.csv").open() as file:
-        rows = {row["id"]: row for row in csv.DictReader(file) if row["split"] == "test"}
+    rows = {row["id"]: row for row in csv_rows(run.path / "predictions.csv") if row["split"] == "test"}
     missed = [r for r in rows.values() if r["label"] == "kind 1" and r["predicted"] == "kind 0"]
     expected = [r["id"] for r in sorted(missed, key=lambda r: float(r["p kind 1"]))][: gallery.ROW]
     assert [picture.id for picture in next(iter(shown.rows.values()))] == expected
@@ -257,14 +249,15 @@ def test_the_command_writes_the_page_and_says_how_many_images_it_embeds(lab, tmp
 def test_a_folder_that_holds_other_things_is_not_written_into(lab, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("!")
-    with pytest.raises(BadOption, match=r"holds other files \(thesis.txt\)"):
-        heads.report(lab[2][0].path, out=tmp_path / "mine")
-    with pytest.raises(BadOption, match="holds other files"):
-        heads.report([lab[2][0].path, lab[2][1].path], out=lab[2][2].path)
-    with pytest.raises(RunError, match=r"no config\.json"):
-        heads.report(tmp_path / "mine")
-    with pytest.raises(BadOption, match="needs a run folder or a sweep folder"):
-        heads.report([])
+    one, other, third = (run.path for run in lab[2][:3])
+    for error, words, runs, out in (
+        (BadOption, r"holds other files \(thesis.txt\)", one, tmp_path / "mine"),
+        (BadOption, "holds other files", [one, other], third),
+        (RunError, r"no config\.json", tmp_path / "mine", None),
+        (BadOption, "needs a run folder or a sweep folder", [], None),
+    ):
+        with pytest.raises(error, match=words):
+            heads.report(runs, out=out)
 
 
 def test_the_command_that_trained_a_head_is_on_the_page_and_quoted(tmp_path):
@@ -424,10 +417,3 @@ def test_in_a_browser_hostile_names_run_nothing_and_are_readable(opened, hostile
     tab = opened(hostile.path)
     assert EVIL in tab.locator("body").inner_text()
     assert tab.locator("img").count() == 0
-
-
-def test_a_figure_that_stands_twice_on_a_page_has_ids_of_its_own():
-    figure = '<svg viewBox="0" class="chart"><path id="0a1b2cm1" d="M0 0"/><use href="#0a1b2cm1"/></svg>'
-    first, second = page._with_distinct_ids(f"{figure}<p>{figure}").split("<p>")
-    assert first == figure
-    assert second == figure.replace("0a1b2c", "0a1b2c-2-")
