@@ -118,13 +118,11 @@ def compare(
 
 def _resolve_reference(reference: str, names: Sequence[str], families: Sequence[Family]) -> str:
     folders = {str(run.path): name for name, family in zip(names, families, strict=True) for run in family.runs}
-    if reference.rstrip("/") in folders:
-        return folders[reference.rstrip("/")]
-    if reference not in names:
-        raise BadOption(
-            f"--reference {reference} is none of what is compared: {', '.join(names)}.{nearest(reference, names)}"
-        )
-    return reference
+    name = folders.get(reference.rstrip("/"), reference)
+    if name not in names:
+        options = f"{', '.join(names)}.{nearest(reference, names)}"
+        raise BadOption(f"--reference {reference} is none of what is compared: {options}")
+    return name
 
 
 def _set_differences(entries: Sequence[_Entry], reference: str | None) -> list[str]:

@@ -127,23 +127,19 @@ def _rows(view: FeatureView, labels: np.ndarray, split: str | None) -> np.ndarra
 
 def _overlap(run: Run, view: FeatureView, rows: np.ndarray) -> list[str]:
     """A sentence where images were also used to train or choose the head; or where that cannot be looked up."""
-    used, notes = {bytes(d) for d in run.answers("val").digests}, []
+    path, notes = run.config["view"]["path"], []
+    digests = [run.answers("val").digests]
     try:
-        used |= _training_digests(run, view)
+        same = Path(view.path).resolve() == Path(path)
+        own = cast(Any, view) if same else image_columns(run, read_ids(run.path / "splits.csv"))
+        digests.append(np.asarray(own.digests)[rows_of_splits(run, own.ids, ("train", "val"))])
     except (CacheError, OSError):
-        path = run.config["view"]["path"]
         notes.append(f"the view it was trained on is gone ({path}): copies of training images cannot be found")
+    used = {bytes(d) for each in digests for d in each}
     if n := sum(bytes(d) in used for d in np.asarray(view.digests)[rows]):
         used_too = f"{n:,} of {len(rows):,} images were also used to train or choose this head"
         notes.append(f"{used_too}: these numbers are too good")
     return notes
-
-
-def _training_digests(run: Run, view: FeatureView) -> set[bytes]:
-    """Digests of the run's train and val."""
-    same = Path(view.path).resolve() == Path(run.config["view"]["path"])
-    own = cast(Any, view) if same else image_columns(run, read_ids(run.path / "splits.csv"))
-    return {bytes(d) for d in np.asarray(own.digests)[rows_of_splits(run, own.ids, ("train", "val"))]}
 
 
 def rows_of_splits(run: Run, ids: Sequence[str], splits: Sequence[str]) -> np.ndarray:
