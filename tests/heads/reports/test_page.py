@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import re
-import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +18,6 @@ from click.testing import CliRunner
 from PIL import Image
 from support.fake_view import label_view, toy_view
 
-import cli
 import heads
 from featurecache import extract, open_source, open_view
 from featurecache.errors import BadOption, RunError
@@ -30,7 +28,6 @@ from heads.evaluation.comparison import compare
 from heads.evaluation.families import families_of
 from heads.reports import gallery, page
 from heads.reports.gallery import ImageLoader
-from heads.reports.provenance import setting_words, train_command
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 
@@ -79,16 +76,12 @@ def lab(cached, tmp_path_factory):
     return written, record, runs
 
 
-class Tags(HTMLParser):
+def tags_of(text: str) -> list[tuple[str, dict[str, str | None]]]:
     """Every element with its attributes; text of scripts and styles apart."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
+    parser, tags = HTMLParser(), []
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.feed(text)
+    return tags
 
 
 def read(written) -> str:
@@ -96,7 +89,7 @@ def read(written) -> str:
 
 
 def test_nothing_on_the_page_points_outside_it(lab):
-    for tag, attributes in Tags(read(lab[0])).tags:
+    for tag, attributes in tags_of(read(lab[0])):
         assert tag not in ("link", "iframe", "object", "embed", "base", "form"), tag
         for name in ("src", "href", "xlink:href", "action", "srcset", "poster"):
             assert attributes.get(name, "#").startswith(("#", "data:image/")), (tag, attributes)
@@ -124,7 +117,7 @@ def hostile(tmp_path_factory):
 
 
 def test_class_names_and_ids_that_are_html_stay_text(hostile):
-    tags = Tags(read(hostile)).tags
+    tags = tags_of(read(hostile))
     assert [tag for tag, _ in tags].count("script") == 1 and "img" not in dict(tags)
     assert not [a for _, a in tags if any(key.startswith("on") for key in a)]
     assert "{{ 7 * 7 }}" in read(hostile)
@@ -228,7 +221,7 @@ def test_an_image_that_is_gone_or_changed_is_a_grey_box_that_says_why(lab, cache
 
 def test_the_page_says_how_many_images_it_embeds(lab, tmp_path):
     text = read(lab[0])
-    plain = [a for tag, a in Tags(text).tags if tag == "image" and "id" in a]
+    plain = [a for tag, a in tags_of(text) if tag == "image" and "id" in a]
     assert lab[0].images == len(plain) > 0
     assert f"It embeds {len(plain)} images" in text
     written, _ = write(tmp_path / "page", lab[2], images=False)
@@ -258,21 +251,6 @@ def test_a_folder_that_holds_other_things_is_not_written_into(lab, tmp_path):
     ):
         with pytest.raises(error, match=words):
             heads.report(runs, out=out)
-
-
-def test_the_command_that_trained_a_head_is_on_the_page_and_quoted(tmp_path):
-    view = toy_view(label="vit toy/my $(view)")
-    words = shlex.split(train_command(train(view, tmp_path / "run", lr=3e-4, balance=False, weight_decay=1e-4)))
-    assert words[:2] == ["featurecache", "train-head"]
-    assert words[words.index("--features") + 1] == "vit toy/my $(view)"
-    assert words[words.index("--lr") + 1] == "0.0003" and "--no-balance" in words and "--seed" not in words
-
-
-def test_classes_that_were_kept_come_back_from_the_command_and_read_as_words(tmp_path):
-    run = train(toy_view(n=200, classes=3), tmp_path / "run", only=["kind 2", "kind 0"])
-    words = shlex.split(train_command(run))[2:]
-    assert cli.main.commands["train-head"].make_context("train-head", words).params["only"] == "kind 2,kind 0"
-    assert setting_words({"only": ["a", "b"], "lr": 0.1}) == "only a, b · lr 0.1"
 
 
 @pytest.mark.parametrize(
