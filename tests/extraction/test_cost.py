@@ -94,7 +94,7 @@ def test_shards_have_the_same_bytes_and_views_the_same_content_whatever_a_run_to
 
 
 def test_augmented_copies_are_made_and_not_loaded(home, monkeypatch):
-    slowed(monkeypatch, Augmentation, "made", 0.05)
+    slowed(monkeypatch, Augmentation, "apply", 0.05)
     assert extract(home, views=2, augment="flip").cost["loading_ms"] < 50
 
 
