@@ -91,14 +91,9 @@ def describe_backbone(backbone: Backbone | str, **options: Any) -> dict[str, Any
         outputs[name] = {"refused": backbone.refusals[name]} if name in backbone.refusals else {"shape": shape}
     return {
         "name": backbone.name,
-        "id": backbone.provenance["id"],
-        "source": backbone.provenance["source"],
-        "licence": backbone.provenance["licence"],
-        "library": backbone.architecture["library"],
-        "class": backbone.architecture["class"],
-        "parameters": backbone.parameters,
-        "layers": backbone.layers,
-        "width": backbone.width,
+        **{key: backbone.provenance[key] for key in ("id", "source", "licence")},
+        **{key: backbone.architecture[key] for key in ("library", "class")},
+        **{key: getattr(backbone, key) for key in ("parameters", "layers", "width")},
         "image_size": list(backbone.image_size),
         "position_embeddings": backbone.position_embeddings,
         "prefix": list(backbone.prefix),

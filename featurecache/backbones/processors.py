@@ -86,23 +86,15 @@ def from_transforms(transforms: Any) -> Preprocess:
     return pil_preprocess("shortest", (short,), (crop, crop), transforms.interpolation.value, *constants)
 
 
+_PIL: dict[str, Any] = {"kernel": "pil", "antialias": True, "crop_rounding": "half even"}
+_PIL |= {"scale": 1 / 255, "arithmetic": "rescale first"}
+
+
 def pil_preprocess(
     mode: str, resize: tuple[int, ...], crop: tuple[int, int] | None, interpolation: str, mean: Any, std: Any
 ) -> Preprocess:
     """As torchvision's Resize, CenterCrop, ToTensor and Normalize treat a PIL image."""
-    return Preprocess(
-        mode=mode,
-        resize=resize,
-        crop=crop,
-        kernel="pil",
-        interpolation=interpolation,
-        antialias=True,
-        crop_rounding="half even",
-        scale=1 / 255,
-        mean=mean,
-        std=std,
-        arithmetic="rescale first",
-    )
+    return Preprocess(mode, resize, crop, interpolation=interpolation, mean=mean, std=std, **_PIL)
 
 
 def from_timm(config: dict[str, Any]) -> Preprocess:

@@ -9,9 +9,10 @@ no view names are not brought back. Killed in the middle, the same command finis
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache as cached
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ import xxhash
 
 from featurecache.errors import CacheError, DamagedFile, Drift, FeatureCacheError, SourceError, UnreadableImage
 from featurecache.extraction import canary
-from featurecache.extraction.canary import StoreBackbone
 from featurecache.extraction.forward import source_layout
 from featurecache.extraction.pipeline import ExtractionJob, ShardJob, ShardPlan, derive_shards, run_local
 from featurecache.files.atomic import open_regular, writing
@@ -71,17 +71,17 @@ def repair(
 ) -> list[Repair]:  # fmt: skip
     """Mend the stores of a cache, or those in ``only``; one record for each in which something was damaged. Rows whose
     images are gone stop the repair of their store before anything is changed, unless ``drop``: then they leave the
-    views and are listed there among what could not be read. For the others see `StoreBackbone`."""
-    found = []
+    views and are listed there among what could not be read. For the others see `canary.StoreBackbone`."""
+    repairs = []
     if only is None:
-        found += [_restore_spec(folder, error) for folder, error in list(unreadable_stores(cache))]
+        repairs += [_restore_spec(folder, error) for folder, error in list(unreadable_stores(cache))]
     for store in list(stores(cache)) if only is None else list(only):
         with exclusive_lock(store.path, "repair"):
             store.sweep()
             if damages := check_store(store).damages:
-                load = lambda store=store: StoreBackbone(store, device=device, weights=weights, trust_code=trust_code)  # noqa: E731
-                found.append(StoreRepair(store, damages, load, say).run(drop))
-    return found
+                load = partial(canary.StoreBackbone, store, device=device, weights=weights, trust_code=trust_code)
+                repairs.append(StoreRepair(store, damages, load, say).run(drop))
+    return repairs
 
 
 def _restore_spec(folder: Path, error: CacheError) -> Repair:
@@ -128,9 +128,13 @@ class StoreRepair:
     """The repair of one store, alone in it."""
 
     def __init__(
-        self, store: Store, damages: tuple[Damage, ...], load: Callable[[], StoreBackbone], say: Callable[[str], object]
+        self,
+        store: Store,
+        damages: tuple[Damage, ...],
+        load: Callable[[], canary.StoreBackbone],
+        say: Callable[[str], object],
     ) -> None:
-        self._store, self._damages, self._backbone, self._say = store, damages, functools.cache(load), say
+        self._store, self._damages, self._backbone, self._say = store, damages, cached(load), say
         self._views: list[View] = []
         for path in store.views():
             with contextlib.suppress(FeatureCacheError):
