@@ -8,7 +8,7 @@ import pytest
 from support.pictures import image_folder
 
 import featurecache
-from featurecache.errors import DamagedFile, OutputRefused
+from featurecache.errors import BadOption, DamagedFile, OutputRefused
 from featurecache.extraction import plan
 from featurecache.store.view import View
 
@@ -51,3 +51,9 @@ def test_a_zero_byte_in_a_column_is_refused_before_an_image_is_read(tmp_path: Pa
     table.write_text("path,remark\nill/000.png,fine\nwell/001.png,a\0b\n")
     with pytest.raises(featurecache.FeatureCacheError, match=r"NUL"):
         plan.prepare(table, backbone=vit, cache=tmp_path / "c")
+
+
+@pytest.mark.parametrize("option", ["batch_size", "workers"])
+def test_no_images_at_a_time_and_no_threads_are_refused(tmp_path: Path, data: Path, vit: str, option: str) -> None:
+    with pytest.raises(BadOption, match=f"--{option.replace('_', '-')} is at least 1, not 0"):
+        plan.prepare(data, backbone=vit, cache=tmp_path, **{option: 0})

@@ -73,3 +73,8 @@ def test_an_image_without_a_group_is_a_group_of_its_own():
 def test_the_name_of_a_published_set_is_read_as_it_is_written(name, variant, version, folder):
     options = SourceOptions("kind", name, variant, version, f"/{folder}" if folder else "")
     assert SourceOptions.parse("kind", str(options).removeprefix("kind:")) == options
+
+
+def test_several_labels_of_another_number_of_classes_are_refused():
+    with pytest.raises(SourceError, match=r"a\.npy has 2 labels a row, and there are 3 classes"):
+        labels_of_numbers(np.zeros((4, 2)), "a.npy", ["a", "b", "c"])
