@@ -190,6 +190,8 @@ def test_a_damaged_checkpoint_is_said_and_overwritten_when_asked(tmp_path):
 def test_resume_without_an_interrupted_training_is_refused(tmp_path):
     with pytest.raises(RunError, match="no interrupted training"):
         trained(tmp_path / "run", resume=True)
+    with pytest.raises(BadOption, match="give one of them"):
+        trained(tmp_path / "run", resume=True, overwrite=True)
 
 
 def test_a_network_and_heads_on_features_are_compared_on_the_same_images(tmp_path, monkeypatch):
