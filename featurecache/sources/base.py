@@ -40,7 +40,7 @@ class Dataset:
     """N labelled images. Made by ``open_source``."""
 
     name: str  # of the view made of it: the folder's or file's, made safe for a file name
-    source: dict[str, Any] = field(default_factory=dict)  # JSON; ``sources.reopen`` makes the same dataset of it
+    source: dict[str, Any] = field(default_factory=dict)  # JSON, with ``data``: `sources.reopen` makes the same of it
     ids: list[str]  # stable, relative to the source
     labels: np.ndarray  # int64 [N], -1 none; several labels: float32 [N, L], NaN unknown
     splits: list[str]  # train, val, test, or empty
