@@ -315,7 +315,7 @@ def test_a_network_no_layer_of_which_gives_its_last_map_has_no_grad_cam(tmp_path
         def forward(self, x: torch.Tensor, names: set[str]) -> dict[str, torch.Tensor]:
             return {name: 2 * values + 1 for name, values in self.inside(x, names).items()}
 
-    model = made(f"finetune:hf:{checkpoints.save_resnet(tmp_path)}")
+    model = made(f"finetune:hf:{checkpoints.save_resnet(tmp_path)}").eval()
     model.network = Doubled(model.network)
     with pytest.raises(OutputRefused, match="no layer of this network gives its last map"):
         _ = model.cam_layer
