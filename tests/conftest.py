@@ -59,6 +59,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _no_process_in_the_first_tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not any(map(request.node.get_closest_marker, TIERS)):
+        import torch  # noqa: F401  # its first import starts ldconfig
+
         for call in ("subprocess.Popen", "os.fork"):
             monkeypatch.setattr(call, lambda *_, **__: pytest.fail("starts a process: mark it integration"))
 
