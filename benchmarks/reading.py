@@ -44,7 +44,7 @@ def add_shard(store: Store, layout: Layout, digests: np.ndarray, values: np.ndar
     writer = ShardWriter(store.path, digests, layout, {"fingerprint": store.fingerprint})
     writer.append([bytes(d) for d in digests], values)
     path = writer.commit()
-    writer.discard()
+    writer.close()
     assert path is not None
     return store.shard(path, layout)
 

@@ -45,7 +45,7 @@ def make_store(folder: Path, size: float, shards: int) -> Store:
         values[:, 0, 0] = part
         writer.append([bytes(d) for d in digests[part]], values)
         writer.commit()
-        writer.discard()
+        writer.close()
     columns = ViewColumns(
         [str(k) for k in range(len(digests))], np.zeros(len(digests), np.int64), [""] * len(digests), digests
     )

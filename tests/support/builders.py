@@ -50,7 +50,7 @@ def add_shard(store: Store, numbers: Sequence[int], layout: Layout, planned: Seq
         writer.append([bytes(d) for d in digests(numbers)], features(numbers, layout), errors)
         path = writer.commit()
     finally:
-        writer.discard()
+        writer.close()
     assert path is not None
     return path
 
