@@ -109,8 +109,7 @@ def output_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
     """Shape and dtype of an output's rows. Raises OutputRefused where the backbone has none."""
     backbone.offers(output.base if not output.layer else f"{output.base.split('-')[0]}@{output.layer}")
     length = len(backbone.prefix) + backbone.grid[0] * backbone.grid[1]
-    width = backbone.width * len(blocks(output.layer))
-    shape = output.row_shape((length, width), len(backbone.prefix))
+    shape = output.row_shape((length, backbone.width * len(blocks(output.layer))), len(backbone.prefix))
     prefix, grid = output.layout(backbone.prefix, backbone.grid) or (None, None)
     return Layout(output.name, shape, dtype, prefix, grid)
 

@@ -225,15 +225,15 @@ def worker_threads(count: int, name: str) -> ThreadPoolExecutor:
 class _Writer:
     """One writer thread, a bounded number of batches behind the forward pass. Errors surface at the next call."""
 
-    def __init__(self, timings: StageTimings, most: int = 8) -> None:
+    def __init__(self, timings: StageTimings) -> None:
         self._pool = worker_threads(1, "write")
-        self._timings, self._most = timings, most
+        self._timings = timings
         self._pending: deque[Future[Any]] = deque()
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
         with self._timings.stage("writing"):
             self._pending.append(self._pool.submit(function, *arguments))
-            while len(self._pending) > self._most:
+            while len(self._pending) > 8:
                 self._pending.popleft().result()
 
     def finish(self) -> None:

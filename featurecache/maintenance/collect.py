@@ -240,7 +240,7 @@ def _pieces(view: View) -> tuple[int, int]:
 def _in_order(store: Store, view: View, layout: Layout) -> list[RowLocations]:
     """The distinct rows of a view in its order, in units of a shard's size."""
     wanted = _keys(view, layout.output)
-    _, first = np.unique(wanted, return_index=True)
+    first = np.unique(wanted, return_index=True)[1]
     places = find_by_key(store.shards(layout), wanted[np.sort(first)])
     if not places.mask.all():
         raise CacheError(f"{view.label} names rows of {layout.output} that lie in no shard. featurecache repair helps.")

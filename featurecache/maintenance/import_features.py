@@ -110,11 +110,10 @@ def import_view(
     store = create_store(folder, "imported", spec, {**provenance, **claims, "versions": {"featurecache": __version__}})
     with shared_lock(store.path, f"the import of {opened.path.name}"):
         new = _store_missing(store, source, digests, progress)
-        data = {"kind": "import", "data": provenance["file"]}
-        attributes = view_attributes(store, rows.classes, rows.task, data)
-        columns_ = ViewColumns(rows.ids, rows.labels, rows.splits, digests, rows.groups, rows.meta)
+        attributes = view_attributes(store, rows.classes, rows.task, {"kind": "import", "data": provenance["file"]})
+        view_rows = ViewColumns(rows.ids, rows.labels, rows.splits, digests, rows.groups, rows.meta)
         located = {layout: store.locate(layout, digests) for layout in source.layouts.values()}
-        path = write_view(store, name, columns_, attributes, located)
+        path = write_view(store, name, view_rows, attributes, located)
     copies = len(digests) - len(np.unique(digests))
     outputs = {key: layout.shape for key, layout in source.layouts.items()}
     return ImportResult(path, outputs, source.rows, copies, rows.task, rows.classes, new, tuple(_notes(source, rows)))

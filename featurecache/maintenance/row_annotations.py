@@ -214,8 +214,7 @@ def _reordered(labels: np.ndarray, names: list[str], classes: Sequence[str] | No
     """Labels of the classes ``names`` in the order of ``classes``, if there is one."""
     if not classes:
         return labels, names
-    unknown = [name for name in names if name not in classes]
-    if unknown or len(set(classes)) < len(classes):
+    if not set(names) <= set(classes) or len(set(classes)) < len(classes):
         raise BadOption(f"--classes {','.join(classes)}: the labels are {abbreviated(names, 8)}; name each once.")
     if labels.ndim == 2:
         return labels[:, [names.index(name) for name in classes if name in names]], list(classes)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,21 +159,13 @@ def test_a_merged_view_brings_what_its_store_measured(home):
 def test_a_gpu_is_timed_by_its_own_events_which_are_asked_later(monkeypatch):
     asked = []
 
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
+    def event(enable_timing: bool) -> SimpleNamespace:
+        assert enable_timing
+        record, wait = partial(asked.append, "record"), partial(asked.append, "wait")
+        return SimpleNamespace(record=record, synchronize=wait, elapsed_time=lambda end: 8.0)
 
-        def record(self) -> None:
-            asked.append("record")
-
-        def synchronize(self) -> None:
-            asked.append("wait")
-
-        def elapsed_time(self, end: Event) -> float:
-            return 8.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device", _Nothing)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     measured = StageTimings(torch.device("cuda"), 4)
     with measured.forward():
@@ -178,14 +173,6 @@ def test_a_gpu_is_timed_by_its_own_events_which_are_asked_later(monkeypatch):
     assert asked == ["record", "record"]  # nobody waits while the next batch is being prepared
     record = measured.record()
     assert record is not None and (record["forward_ms"], record["device"]) == (2.0, "NVIDIA H200")
-
-
-class _Nothing:
-    def __init__(self, device: Any) -> None: ...
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *about: Any) -> None: ...
 
 
 def test_a_loading_figure_stays_with_its_view(tmp_path):
