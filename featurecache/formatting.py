@@ -28,8 +28,8 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 _NUMBER = re.compile(r"'*[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 
 
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def size_text(size: float) -> str:

@@ -265,16 +265,16 @@ class Extraction:
 
     def _next_generation(self) -> None:
         """Turn to the generation of the store that agrees with this machine; to a new one where none does."""
-        stores = generations(self.cache, self.spec)
+        stores, agreeing = generations(self.cache, self.spec), None
         with exact_arithmetic(self.plan["threads"]):
             for store in reversed(stores):
                 with contextlib.suppress(Drift, DamagedFile):
                     canary.check_canary(store, self.backbone, self.compute(), [], write=False)
                     if canary.read_canary(store) is not None:
-                        self._turn_to(store.spec, store)
-                        return
+                        agreeing = store
+                        break
         newest = max([self.spec.generation, *(store.spec.generation for store in stores)])
-        self._turn_to(replace(self.spec, generation=newest + 1), None)
+        self._turn_to(agreeing.spec if agreeing else replace(self.spec, generation=newest + 1), agreeing)
 
     def _turn_to(self, spec: ExtractionSpec, store: Store | None) -> None:
         self.spec, self.store = spec, store

@@ -174,7 +174,7 @@ def _features(file: FeatureFile, key: str | None) -> ArrayInfo:
 
 def _output_name(array: ArrayInfo, requested: str | None) -> str:
     kind, axes = ("vector", "N,D") if len(array.shape) == 2 else ("tokens", "N,T,D")
-    name = parse(requested).name if requested else kind
+    name = kind if requested is None else parse(requested).name
     if name.startswith("tokens") != (kind == "tokens"):
         kind = "a vector" if kind == "vector" else kind
         raise BadOption(f"--output {name} does not fit features [{axes}]: they are {kind}.")

@@ -219,9 +219,10 @@ class StoreRepair:
             left, right = (np.searchsorted(view.digests, digest, side, order) for side in ("left", "right"))
             for row in order[left:right].tolist():
                 dataset, numbers = self._open(view)
+                if isinstance(dataset, str):
+                    reason = dataset
+                    continue
                 try:
-                    if isinstance(dataset, SourceError):
-                        raise dataset
                     if view.ids[row] not in numbers:
                         raise UnreadableImage(f"{view.source.get('data')} has no image of this name any more")
                     if (image := _as_named(view, row, dataset.read(numbers[view.ids[row]]))) is not None:
@@ -318,12 +319,12 @@ class StoreRepair:
         return False
 
 
-def _open_source(view: View) -> tuple[Dataset | SourceError, dict[str, int]]:
+def _open_source(view: View) -> tuple[Dataset | str, dict[str, int]]:
     """The images of a view, or why there are none, and their numbers by id."""
     try:
         dataset = reopen(view.source)
     except (SourceError, KeyError) as error:
-        return SourceError(str(error)), {}
+        return str(error), {}
     return dataset, {name: number for number, name in enumerate(dataset.ids)}
 
 
