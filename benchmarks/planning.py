@@ -94,7 +94,7 @@ def fill_store(extraction: Extraction) -> None:
         writer = ShardWriter(store.path, digests, layout, {"fingerprint": extraction.spec.fingerprint})
         writer.append([bytes(d) for d in digests], np.zeros((len(digests), *layout.shape), layout.dtype))
         writer.commit()
-        writer.discard()
+        writer.close()
 
 
 def main() -> None:

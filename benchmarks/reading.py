@@ -23,13 +23,12 @@ import h5py
 import numpy as np
 import torch
 
-from featurecache.files.directory import FORMAT
 from featurecache.store.schema import DIGEST, ViewColumns
 from featurecache.store.shards import Layout, RowLocations, Shard, ShardWriter
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store, create_store
 from featurecache.store.view import View
-from featurecache.store.write_view import write_view
+from featurecache.store.write_view import view_attributes, write_view
 
 LAYOUT = Layout("tokens", (197, 768), "float16", ("cls",), (14, 14))
 SMALL = Layout("cls", (4,), "float16")
@@ -44,7 +43,7 @@ def add_shard(store: Store, layout: Layout, digests: np.ndarray, values: np.ndar
     writer = ShardWriter(store.path, digests, layout, {"fingerprint": store.fingerprint})
     writer.append([bytes(d) for d in digests], values)
     path = writer.commit()
-    writer.discard()
+    writer.close()
     assert path is not None
     return store.shard(path, layout)
 
@@ -54,10 +53,7 @@ def make_view(store: Store, layout: Layout, located: RowLocations, digests: np.n
     columns = ViewColumns(
         [f"train/{k:07}.png" for k in range(rows)], np.zeros(rows, np.int64), ["train"] * rows, digests
     )
-    attributes = {
-        "classes": '["x"]', "task": "multiclass", "spec": "{}", "fingerprint": store.fingerprint,
-        "format_version": FORMAT, "source": '{"kind": "none"}', "failed": "[]",
-    }  # fmt: skip
+    attributes = view_attributes(store, ["x"], "multiclass", {"kind": "none"})
     return View(write_view(store, "rows", columns, attributes, {layout: located}))
 
 

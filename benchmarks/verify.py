@@ -22,13 +22,12 @@ import numpy as np
 import xxhash
 from reading import LAYOUT
 
-from featurecache.files.directory import FORMAT
 from featurecache.maintenance.verify import check_store, hashed_files, verify
 from featurecache.store.schema import DIGEST, ViewColumns
 from featurecache.store.shards import ShardWriter, notes_for
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store, create_store
-from featurecache.store.write_view import write_view
+from featurecache.store.write_view import view_attributes, write_view
 
 PIECE = 1 << 20  # bytes
 
@@ -45,15 +44,13 @@ def make_store(folder: Path, size: float, shards: int) -> Store:
         values[:, 0, 0] = part
         writer.append([bytes(d) for d in digests[part]], values)
         writer.commit()
-        writer.discard()
+        writer.close()
     columns = ViewColumns(
         [str(k) for k in range(len(digests))], np.zeros(len(digests), np.int64), [""] * len(digests), digests
     )
-    attributes = {
-        "classes": '["x"]', "task": "multiclass", "spec": "{}", "fingerprint": store.fingerprint,
-        "format_version": FORMAT, "source": "{}", "failed": "[]",
-    }  # fmt: skip
-    write_view(store, "rows", columns, attributes, {LAYOUT: store.locate(LAYOUT, digests)})
+    write_view(
+        store, "rows", columns, view_attributes(store, ["x"], "multiclass", {}), {LAYOUT: store.locate(LAYOUT, digests)}
+    )
     return store
 
 

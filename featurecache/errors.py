@@ -116,9 +116,9 @@ class StepFailed(FeatureCacheError, RuntimeError):
     """A step of a study did not succeed; what came before it is kept."""
 
 
-def nearest(word: str, known: Iterable[str], n: int = 3) -> str:
-    """`` Near: a, b.`` or an empty string: the known names closest to ``word``."""
-    near = difflib.get_close_matches(word, list(known), n=n, cutoff=0.5)
+def nearest(word: str, names: Iterable[str]) -> str:
+    """`` Near: a, b.`` or an empty string: the names closest to ``word``."""
+    near = difflib.get_close_matches(word, list(names), cutoff=0.5)
     return f" Near: {', '.join(near)}." if near else ""
 
 

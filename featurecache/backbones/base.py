@@ -1,16 +1,23 @@
-"""What a backbone is: `Backbone`, the request it is loaded by (`BackboneRequest`), and how a network is frozen.
+"""What a backbone is: `Backbone`, its request (`BackboneRequest`), and how outputs are read from a network's forward.
 
 Every module of this folder that loads networks gives a `Backbone`, so that extraction knows one kind of them. Its
 ``architecture``, ``weights``, ``preprocess``, ``image_size`` and ``position_embeddings`` are hashed into the
 fingerprint of a store: a value that reads differently there is another store. All else is for people, or follows.
+
+Tokens, maps and pooled vectors stand under one interface. Each wrapper of a network: forward(pixels [B,3,h,w], want)
+-> {output: tensor}, of ``tokens`` and ``tokens@-k`` [B,T,D], ``pooler`` and ``gap`` [B,D] the wanted. The network
+itself runs as its library wrote it; hooks read on the way.
+
+Axis letters: B batch, T tokens, D width, C channels, h and w the sides of a map.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +29,8 @@ from featurecache.errors import OutputRefused
 from featurecache.images.preprocessing import Preprocess
 
 OUTPUTS = ("cls", "pooler", "gap", "mean", "tokens")
+# Networks that pool in their forward and not by a module: where their map comes out, and what is done to it first.
+_MAPS = {"DenseNet": "features", "MobileNetV2": "features", "ShuffleNetV2": "conv5", "MNASNet": "layers"}
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,7 @@ class BackboneRequest:
     def portable_arguments(self, name: str) -> dict[str, Any]:
         """The arguments that load the same backbone from any working directory, where ``name`` finds it."""
         weights = str(self.weights_path.resolve()) if self.weights_path is not None else None
-        arguments = asdict(self) | {"name": name, "weights": weights}
-        del arguments["meta"]
-        return arguments
+        return {key: value for key, value in asdict(self).items() if key != "meta"} | {"name": name, "weights": weights}
 
 
 @dataclass
@@ -111,3 +118,139 @@ def torch_seed(seed: int) -> Iterator[None]:
 def versions(*libraries: str) -> dict[str, str]:
     """Versions of the libraries that compute features, for people and for the canary."""
     return {name: version(name) for name in ("torch", *libraries)}
+
+
+class Tokens(nn.Module):
+    """A transformer: ``tokens`` is last_hidden_state [B,T,D]; ``tokens@-k`` the final norm of block -k's output."""
+
+    def __init__(self, network: nn.Module, blocks: str, norm: str, options: dict[str, Any], output: str = "") -> None:
+        super().__init__()
+        self.network, self.blocks, self.norm, self.options, self.output = network, blocks, norm, options, output
+
+    def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
+        """Only the blocks that are asked for are kept."""
+        blocks: Any = self.network.get_submodule(self.blocks)
+        read = {name: blocks[index] for name, index in earlier_blocks(want).items()}
+        if self.output:
+            read["tokens"] = self.network.get_submodule(self.output)
+        outputs: dict[str, torch.Tensor] = {}
+        with ExitStack() as hooks:
+            for name, module in read.items():
+                hooks.enter_context(module.register_forward_hook(partial(_store_output, outputs, name)))
+            last = self.network(pixels, **self.options)
+        norm = self.network.get_submodule(self.norm) if self.norm else nn.Identity()
+        result = {name: norm(outputs[name]) for name in read if name != "tokens"}
+        result["tokens"] = outputs["tokens"] if self.output else last.last_hidden_state
+        if "pooler" in want:
+            result["pooler"] = last.pooler_output
+        return {name: result["tokens" if name == "tokens@-1" else name] for name in want}
+
+
+def earlier_blocks(want: set[str]) -> dict[str, int]:
+    """``tokens@-k`` -> -k"""
+    return {name: int(name.removeprefix("tokens@")) for name in want if name.startswith("tokens@")}
+
+
+def _store_output(outputs: dict[str, torch.Tensor], name: str, _: nn.Module, __: Any, output: Any) -> None:
+    outputs[name] = output[0] if isinstance(output, tuple) else output
+
+
+class FeatureMap(nn.Module):
+    """A CNN of transformers: ``tokens`` is its last map [B,h·w,C], row by row; ``gap`` its pooled vector [B,C]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
+        last = self.network(pixels)
+        result = {"tokens": last.last_hidden_state.flatten(2).transpose(1, 2), "gap": last.pooler_output.flatten(1)}
+        return {name: result[name] for name in want}
+
+
+class TimmTokens(Tokens):
+    """A transformer of timm: ``tokens`` is what its ``forward_features`` gives, ``pooler`` what its classifier would
+    receive, ``tokens@-k`` block -k's output after the final norm."""
+
+    def __init__(self, network: nn.Module, prefix: int) -> None:
+        super().__init__(network, "blocks", "norm", {})
+        self.prefix = prefix
+
+    def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
+        network: Any = self.network
+        result: dict[str, torch.Tensor] = {}
+        earlier = {name: len(network.blocks) + index for name, index in earlier_blocks(want).items()}
+        if earlier:
+            indices = sorted(set(earlier.values()))
+            options = {"return_prefix_tokens": True} if self.prefix else {}
+            last, outputs = network.forward_intermediates(
+                pixels, indices=indices, norm=True, output_fmt="NLC", **options
+            )
+            outputs = [torch.cat([prefix, rows], 1) for rows, prefix in outputs] if self.prefix else outputs
+            result = {name: outputs[indices.index(index)] for name, index in earlier.items()}
+        else:
+            last = network.forward_features(pixels)
+        result["tokens"] = last
+        if "pooler" in want:
+            result["pooler"] = network.forward_head(last, pre_logits=True).flatten(1)
+        return {name: result[name] for name in want}
+
+
+class TimmMap(nn.Module):
+    """A network of timm that gives a map: ``tokens`` [B,h·w,C] row by row, ``gap`` [B,D] what its classifier would
+    receive. ``nhwc``: the map is [B,h,w,C]."""
+
+    def __init__(self, network: nn.Module, nhwc: bool) -> None:
+        super().__init__()
+        self.network, self.nhwc = network, nhwc
+
+    def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
+        network: Any = self.network
+        last = network.forward_features(pixels)
+        result = {"tokens": last.flatten(1, 2) if self.nhwc else last.flatten(2).transpose(1, 2)}
+        if "gap" in want:
+            result["gap"] = network.forward_head(last, pre_logits=True).flatten(1)
+        return {name: result[name] for name in want}
+
+
+class PooledMap(nn.Module):
+    """A CNN of torchvision, read while it runs its own forward: ``tokens`` [B,h·w,C] is the map that its pooling
+    receives, row by row, and ``gap`` [B,C] what the first Linear of its classifier (``tail[0]``) receives."""
+
+    def __init__(self, name: str, network: nn.Module, tail: list[str]) -> None:
+        super().__init__()
+        self.network, self.tail = network, tail
+        self.inside = _MAPS.get(type(network).__name__, "")  # a module whose output is the map, or ...
+        pools = [path for path, module in network.named_modules() if _pools(network, path, module)]
+        self.pool = pools[-1] if pools and not self.inside else ""  # ... the one whose input it is
+        if not (self.inside or self.pool):
+            raise OutputRefused(f"torchvision:{name} cannot be a backbone here: the map that it pools was not found")
+
+    def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
+        feature_map, gap, _ = self.map_gap_logits(pixels)
+        result = {"tokens": feature_map.flatten(2).transpose(1, 2), "gap": gap}
+        return {name: result[name] for name in want}
+
+    def map_gap_logits(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(map [B,C,h,w], gap [B,·], logits [B,·]) of the network's own forward."""
+        tensors: dict[str, torch.Tensor] = {}
+        network = self.network
+        with ExitStack() as hooks:
+            if self.inside:
+                after = partial(_store_output, tensors, "map")
+                hooks.enter_context(network.get_submodule(self.inside).register_forward_hook(after))
+            for name, path in (("map", self.pool), ("gap", self.tail[0])):
+                if path:
+                    before = lambda _, inputs, name=name: tensors.update({name: inputs[0]})  # noqa: E731
+                    hooks.enter_context(network.get_submodule(path).register_forward_pre_hook(before))
+            logits = network(pixels)
+        # DenseNet's ReLU comes after `features`, in place or not
+        feature_map = tensors["map"].relu() if type(network).__name__ == "DenseNet" else tensors["map"]
+        return feature_map, tensors["gap"], logits
+
+
+def _pools(network: nn.Module, path: str, module: nn.Module) -> bool:
+    """An AdaptiveAvgPool2d that is not the squeeze of a squeeze-and-excitation."""
+    around = network.get_submodule(path.rpartition(".")[0])
+    excites = type(around).__name__ in ("SqueezeExcitation", "SqueezeExcitation2d")
+    return isinstance(module, nn.AdaptiveAvgPool2d) and not excites

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from featurecache.backbones.aliases import Alias
-from featurecache.backbones.base import Backbone, BackboneRequest, freeze, torch_seed, versions
+from featurecache.backbones.base import Backbone, BackboneRequest, TimmMap, TimmTokens, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_preprocess, from_timm
 from featurecache.backbones.weights import (
     download_weights,
@@ -34,7 +34,6 @@ from featurecache.backbones.weights import (
     weights_digest,
     without_prefix,
 )
-from featurecache.backbones.wrappers import TimmMap, TimmTokens
 from featurecache.errors import (
     BadOption,
     CacheError,

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from featurecache.backbones.aliases import Alias
-from featurecache.backbones.base import Backbone, BackboneRequest, freeze, torch_seed, versions
+from featurecache.backbones.base import Backbone, BackboneRequest, PooledMap, Tokens, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_preprocess, from_transforms
 from featurecache.backbones.weights import (
     download_weights,
@@ -28,7 +28,6 @@ from featurecache.backbones.weights import (
     weights_digest,
     without_prefix,
 )
-from featurecache.backbones.wrappers import PooledMap, Tokens
 from featurecache.errors import BadOption, OutputRefused, UnknownBackbone, WeightsDoNotFit, nearest
 from featurecache.images.preprocessing import Preprocess
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from featurecache.backbones.aliases import Alias
-from featurecache.backbones.base import Backbone, BackboneRequest, freeze, torch_seed, versions
+from featurecache.backbones.base import Backbone, BackboneRequest, FeatureMap, Tokens, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_processor, choose_processor, from_processor
 from featurecache.backbones.weights import (
     existing_weights,
@@ -34,7 +34,6 @@ from featurecache.backbones.weights import (
     weights_digest,
     weights_file,
 )
-from featurecache.backbones.wrappers import FeatureMap, Tokens
 from featurecache.errors import UnknownBackbone, WeightsDoNotFit, WeightsNotFound
 from featurecache.images.preprocessing import Preprocess
 

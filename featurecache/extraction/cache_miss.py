@@ -62,8 +62,8 @@ class Explanation:
 
     def __str__(self) -> str:
         if self.store is not None:
-            kept = ", ".join(self.store.outputs()) or "nothing yet"
-            lines = [f"{self.store.path.name} has this key. It holds {kept}."]
+            outputs = ", ".join(self.store.outputs()) or "nothing yet"
+            lines = [f"{self.store.path.name} has this key. It holds {outputs}."]
         elif self.nearest is None:
             lines = [f"no store has this key: {self.cache} holds no store that can be read."]
         else:
@@ -85,20 +85,21 @@ def explain_miss(
       position_embeddings  as trained → interpolated (bicubic)
     """
     folder = cache_folder(cache)
-    if data is not None:
-        planned = prepare(data, backbone=backbone, cache=cache, **options)
-        network, spec, store = planned.backbone, planned.spec, planned.store
-    else:
-        planned = None
-        network, spec = _key(folder, backbone, **options)
-        store = find_store(folder, spec)
+    planned = None if data is None else prepare(data, backbone=backbone, cache=cache, **options)
+    network, spec = (planned.backbone, planned.spec) if planned else _key(folder, backbone, **options)
+    store = planned.store if planned else find_store(folder, spec)
     nearest = None if store else _nearest(folder, spec)
     differs = tuple(spec_differences(nearest.spec, spec)) if nearest else ()
-    notes = [*_generations(folder, spec), *_drift(planned), *_other_copies(planned)]
+    notes, counts, copies = [*_generations(folder, spec)], None, None
+    if planned:
+        try:  # what `extract` would stop at before it computes anything
+            planned.check_canary(write=False)
+        except Drift as error:
+            notes.append(" ".join(str(error).split()))
+        notes += _other_copies(planned)
+        counts, copies = _counts(planned, copies=False), _counts(planned, copies=True) if planned.copying else None
     notes += [str(error) for _, error in unreadable_stores(folder)]
-    counted = _counts(planned, copies=False) if planned else None
-    copies = _counts(planned, copies=True) if planned and planned.copying else None
-    return Explanation(folder, spec, network.provenance, store, nearest, differs, counted, copies, tuple(notes))
+    return Explanation(folder, spec, network.provenance, store, nearest, differs, counts, copies, tuple(notes))
 
 
 def _key(
@@ -123,17 +124,16 @@ def _made(store: Store) -> float:
 
 def _nearest(cache: Path, spec: ExtractionSpec) -> Store | None:
     """Same architecture first, then the same class; then the fewest fields; of those the newest."""
-    asked = spec.to_dict()
+    record, network = spec.to_dict(), spec.architecture
 
-    def distance(store: Store) -> tuple[int, int, int, float]:
-        kept = store.spec.to_dict()
-        network = [{key: spec["architecture"].get(key) for key in ("library", "class")} for spec in (kept, asked)]
-        kind = 0 if kept["architecture"] == asked["architecture"] else 1 if network[0] == network[1] else 2
-        fields = sum(kept[name] != asked[name] for name in asked)
-        return kind, fields, len(list(spec_differences(store.spec, spec))), -_made(store)
+    def distance(store: Store) -> tuple[bool, bool, int, int, float]:
+        other, stored = store.spec.architecture, store.spec.to_dict()
+        another = any(other.get(key) != network.get(key) for key in ("library", "class"))
+        fields = sum(stored[name] != record[name] for name in record)
+        return other != network, another, fields, len(list(spec_differences(store.spec, spec))), -_made(store)
 
-    known = [store for store in stores(cache) if not store.spec.imported]  # nobody knows what made those
-    return min(known, key=distance, default=None)
+    # Of imported features nobody knows what made them.
+    return min((store for store in stores(cache) if not store.spec.imported), key=distance, default=None)
 
 
 def _counts(planned: Extraction, copies: bool) -> dict[str, dict[str, int]]:
@@ -141,9 +141,9 @@ def _counts(planned: Extraction, copies: bool) -> dict[str, dict[str, int]]:
     return {name: {"there": count.pop("in_cache"), **dict(reversed(count.items()))} for name, count in counts.items()}
 
 
-def _other_copies(planned: Extraction | None) -> Iterator[str]:
+def _other_copies(planned: Extraction) -> Iterator[str]:
     """Why no copy is found where a view of this name has some."""
-    if planned is None or planned.view_copies is None or planned.copying is None:
+    if planned.view_copies is None or planned.copying is None:
         return
     stored, requested = planned.view_copies, planned.copying.augmented
     if requested.augmentation != stored.augmentation:
@@ -183,12 +183,3 @@ def _made_by(store: Store) -> dict[str, str]:
     with contextlib.suppress(CacheError):
         return reference.made_by if (reference := canary.read_canary(store)) else {}
     return {}
-
-
-def _drift(planned: Extraction | None) -> Iterator[str]:
-    """What `extract` would stop at before it computes anything."""
-    try:
-        if planned is not None:
-            planned.check_canary(write=False)
-    except Drift as error:
-        yield " ".join(str(error).split())

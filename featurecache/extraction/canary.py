@@ -60,11 +60,11 @@ class Reference:
     made_by: dict[str, str]  # library -> version
 
     def hash(self) -> str:
-        found = xxhash.xxh3_128(json.dumps(self.made_by, sort_keys=True).encode())
+        digest = xxhash.xxh3_128(json.dumps(self.made_by, sort_keys=True).encode())
         for name, tensor in sorted({"pixels": self.pixels, **self.rows}.items()):
-            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            found.update(tensor.contiguous().numpy().data)
-        return found.hexdigest()
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
 
 def canary_path(store: Store) -> Path:
@@ -86,13 +86,13 @@ def read_canary(store: Store) -> Reference | None:
         data = path.read_bytes()  # once: safe_open would open it twice, and it may be replaced in between
         rows = load(data)
         notes = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        found = Reference(rows.pop("pixels"), rows, json.loads(notes["made_by"]))
-        fine = found.hash() == notes["hash"]
+        reference = Reference(rows.pop("pixels"), rows, json.loads(notes["made_by"]))
+        fine = reference.hash() == notes["hash"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFile(f"{path} cannot be read ({error}). {_RENEW}") from error
     if not fine:
         raise DamagedFile(f"{path} is damaged: its content does not match its hash. {_RENEW}")
-    return found
+    return reference
 
 
 _RENEW = "featurecache repair makes it again, after comparing rows of the store with what this machine computes."
@@ -121,7 +121,8 @@ def check_canary(
         return
     if compute is not None:
         now = _measure(backbone, compute, store.spec, outputs, kept.pixels)
-        shift = int((_pixels(backbone).int() - kept.pixels.int()).abs().max()) if _fits(backbone, kept) else 255
+        pixels = _pixels(backbone)
+        shift = int((pixels.int() - kept.pixels.int()).abs().max()) if pixels.shape == kept.pixels.shape else 255
     else:
         now, shift = Reference(kept.pixels, _derived(backbone, outputs, kept.rows), kept.made_by), 0
     both = sorted(now.rows.keys() & kept.rows.keys())
@@ -131,21 +132,6 @@ def check_canary(
         raise Drift(_sentence(store, shift, wrong, kept, now))
     if write and not now.rows.keys() <= kept.rows.keys():
         _keep(store, now)
-
-
-def rewrite_canary(store: Store, backbone: Backbone, compute: ForwardRunner, outputs: Sequence[Output]) -> None:
-    """Replace the store's reference, which is damaged; there is no moment without one."""
-    with update_lock(store.path):
-        write_canary(store, _measure(backbone, compute, store.spec, outputs, _pixels(backbone)))
-
-
-def matches_this_machine(store: Store, backbone: Backbone, compute: ForwardRunner) -> bool:
-    """Whether the store has a reference and this machine computes it."""
-    try:
-        check_canary(store, backbone, compute, [], write=False)
-    except (Drift, DamagedFile):
-        return False
-    return read_canary(store) is not None
 
 
 def relative_distance(now: torch.Tensor, kept: torch.Tensor) -> float:
@@ -180,14 +166,14 @@ def _sentence(store: Store, shift: int, wrong: dict[str, float], kept: Reference
     )
 
 
-def _keep(store: Store, found: Reference) -> None:
+def _keep(store: Store, new: Reference) -> None:
     """Add to the store's reference; of two runs at once the first one's rows stay."""
     with update_lock(store.path):
         kept = read_canary(store)
         if kept is None:
-            write_canary(store, found)
-        elif not found.rows.keys() <= kept.rows.keys():
-            write_canary(store, Reference(kept.pixels, {**found.rows, **kept.rows}, kept.made_by))
+            write_canary(store, new)
+        elif not new.rows.keys() <= kept.rows.keys():
+            write_canary(store, Reference(kept.pixels, {**new.rows, **kept.rows}, kept.made_by))
 
 
 def _measure(
@@ -201,20 +187,16 @@ def _measure(
         rows, _ = compute(pixels[start : start + compute.batch_size], wanted, spec.dtype)
         for source, tensor in rows.items():
             parts.setdefault(source, []).append(tensor.cpu())
-    found = {source: torch.cat(tensors) for source, tensors in parts.items()}
-    libraries = ["torchvision", "transformers", "numpy", "pillow"]
-    libraries += ["timm"] if backbone.architecture["library"] == "timm" else []
-    made_by = {**versions(*libraries), "device": compute.device_name()}
-    return Reference(pixels, {**found, **_derived(backbone, wanted, found)}, made_by)
+    made = {source: torch.cat(tensors) for source, tensors in parts.items()}
+    timm = ["timm"] if backbone.architecture["library"] == "timm" else []
+    device = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else compute.device.type
+    made_by = {**versions("torchvision", "transformers", "numpy", "pillow", *timm), "device": device}
+    return Reference(pixels, {**made, **_derived(backbone, wanted, made)}, made_by)
 
 
 def _derived(backbone: Backbone, outputs: Sequence[Output], rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     chosen = [output for output in outputs if output.is_derived and output.source in rows]
     return {o.name: derive(o, rows[o.source], len(backbone.prefix), backbone.grid) for o in chosen}
-
-
-def _fits(backbone: Backbone, kept: Reference) -> bool:
-    return tuple(kept.pixels.shape) == (len(PROBES), 3, *backbone.image_size)
 
 
 def _pixels(backbone: Backbone) -> torch.Tensor:
@@ -270,9 +252,10 @@ class StoreBackbone:
             self._checked.add(output)
 
     def renew_canary(self, output: Output) -> None:
-        """What this machine makes of the probe images in the place of a reference that is damaged."""
-        with exact_arithmetic(self.threads):
-            rewrite_canary(self.store, self.backbone, self.compute, [output])
+        """Replace a reference that is damaged by what this machine makes; there is no moment without one."""
+        with exact_arithmetic(self.threads), update_lock(self.store.path):
+            pixels = _pixels(self.backbone)
+            write_canary(self.store, _measure(self.backbone, self.compute, self.store.spec, [output], pixels))
 
     def rows(
         self, images: Sequence[EncodedImage], output: Output, *, check: bool = True
@@ -314,7 +297,5 @@ def compute(
     """The features that ``like``'s store would hold of ``images``: same backbone, precision, batches and rounding.
 
     Encoded bytes or arrays uint8 [H,W] / [H,W,3] → ([n, ...] in the storage dtype, [(index, reason)] of those left
-    out). ``weights``: where the backbone's are now, if not where they were;
-    ``trust_code``: run the module of a ``python:`` backbone. Raises what ``featurecache.load_backbone`` raises.
-    """
+    out). For the options, and what it raises beside what ``load_backbone`` does, see `StoreBackbone`."""
     return backbone_of(like, device=device, weights=weights, trust_code=trust_code).rows(images, parse(output))

@@ -21,9 +21,9 @@ import json
 import sqlite3
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -51,7 +51,6 @@ _NOT_NOW = ("locked", "readonly", "I/O", "full", "unable to open", "permission",
 _TURN = threading.Lock()
 
 HeaderSummary = tuple[int, int, str]  # width, height, kind of pixels
-_Answer = TypeVar("_Answer")
 
 
 class _Foreign(Exception):
@@ -79,7 +78,7 @@ class DigestCache:
                 rows = order[start : start + _AT_ONCE]
                 digests[rows] = _ask(database, keys[rows], stats[rows])
 
-        self._use(ask, None)
+        self._use(ask)
         return digests
 
     def put(self, keys: np.ndarray, stats: np.ndarray, digests: np.ndarray) -> None:
@@ -87,53 +86,53 @@ class DigestCache:
         order = np.argsort(keys)
         for start in range(0, len(order), _IN_ONE):
             rows = order[start : start + _IN_ONE]
-            entries = zip(keys[rows].tolist(), _entries(keys[rows], stats[rows], digests[rows]), strict=True)
+            entries = list(_entries(keys[rows], stats[rows], digests[rows]))
             self._change("INSERT OR REPLACE INTO files VALUES (?, ?)", entries)
 
     def drop(self, keys: np.ndarray) -> None:
         self._change("DELETE FROM files WHERE key = ?", [(key,) for key in keys.tolist()])
 
     def get_headers(self, digests: Iterable[bytes]) -> dict[bytes, HeaderSummary]:
-        """What is known of the headers of images."""
+        """What is remembered of the headers of images."""
+        headers: dict[bytes, HeaderSummary] = {}
 
-        def ask(database: sqlite3.Connection) -> dict[bytes, HeaderSummary]:
+        def ask(database: sqlite3.Connection) -> None:
             question = "SELECT look FROM looks WHERE digest = ? AND typeof(look) = 'blob' AND length(look) < 100"
-            answers = {digest: database.execute(question, (digest,)).fetchone() for digest in digests}
-            return {digest: header for digest, row in answers.items() if row and (header := _header(row[0]))}
+            rows = {digest: database.execute(question, (digest,)).fetchone() for digest in digests}
+            headers.update({digest: header for digest, row in rows.items() if row and (header := _header(row[0]))})
 
-        return self._use(ask, {})
+        self._use(ask)
+        return headers
 
     def put_headers(self, headers: dict[bytes, HeaderSummary]) -> None:
         rows = [(digest, json.dumps(header).encode()) for digest, header in headers.items()]
         self._change("INSERT OR REPLACE INTO looks VALUES (?, ?)", rows)
 
-    def _change(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
-        kept = list(rows)
-
+    def _change(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
         def change(database: sqlite3.Connection) -> None:
             database.execute("BEGIN IMMEDIATE")
-            database.executemany(statement, kept)
+            database.executemany(statement, rows)
             database.execute("COMMIT")
 
-        if kept and self.writes and self.trouble is None:
-            self._use(change, None, make=True)
+        if rows and self.writes:
+            self._use(change, make=True)
 
-    def _use(self, action: Callable[[sqlite3.Connection], _Answer], otherwise: _Answer, make: bool = False) -> _Answer:
-        """``action`` on the open file; ``otherwise`` where there is none to be had. ``make``: where it has to exist."""
+    def _use(self, action: Callable[[sqlite3.Connection], None], make: bool = False) -> None:
+        """``action`` on the open file, where there is one to be had. ``make``: it has to exist."""
         for _ in range(2):
             if self.trouble or not (make or self.path.exists() or self.path.is_symlink()):
-                return otherwise
+                return
             try:
                 with _TURN, contextlib.closing(self._open(make)) as database:
                     return action(database)
             except (sqlite3.Error, _Foreign, OSError) as error:
-                if isinstance(error, OSError) or (isinstance(error, sqlite3.Error) and _is_passing(error)):
+                passing = isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in _NOT_NOW)
+                if passing or isinstance(error, OSError):  # nothing is wrong with the file itself
                     self.trouble = f"{self.path} cannot be used ({error}): files are read again by every run."
-                elif self.writes:
-                    self._throw_away()
+                elif not self.writes:
+                    return
                 else:
-                    return otherwise
-        return otherwise
+                    self._throw_away()
 
     def _open(self, make: bool) -> sqlite3.Connection:
         """A connection to a file that is ours by its schema. Raises _Foreign, sqlite3.Error, OSError."""
@@ -182,16 +181,11 @@ class DigestCache:
 
 def _schema(database: sqlite3.Connection) -> dict[str, str]:
     """Table → the statement that made it, and under "" whose file it is; empty for an empty file."""
-    found: dict[str, str] = dict(database.execute("SELECT name, sql FROM sqlite_master").fetchall())
-    if found:
+    tables: dict[str, str] = dict(database.execute("SELECT name, sql FROM sqlite_master").fetchall())
+    if tables:
         facts = [database.execute(f"PRAGMA {pragma}").fetchone()[0] for pragma in ("application_id", "user_version")]
-        found[""] = "{} {}".format(*facts)
-    return found
-
-
-def _is_passing(error: sqlite3.Error) -> bool:
-    """Locked, read-only, disk full, ...: nothing is wrong with the file itself."""
-    return isinstance(error, sqlite3.OperationalError) and any(word in str(error) for word in _NOT_NOW)
+        tables[""] = "{} {}".format(*facts)
+    return tables
 
 
 def _ask(database: sqlite3.Connection, keys: np.ndarray, stats: np.ndarray) -> np.ndarray:
@@ -214,15 +208,13 @@ def _check(key: int, entry: bytes) -> int:
     return xxhash.xxh3_64_intdigest(entry[:-8], key & (1 << 64) - 1)
 
 
-def _entries(keys: np.ndarray, stats: np.ndarray, digests: np.ndarray) -> list[bytes]:
+def _entries(keys: np.ndarray, stats: np.ndarray, digests: np.ndarray) -> Iterator[tuple[int, bytes]]:
     entries = np.zeros(len(keys), _ENTRY)
     entries["stat"] = stats
     entries["digest"] = np.frombuffer(bytes.fromhex(digests.tobytes().decode()), "V16")
-    plain = entries.tobytes()
-    for row, key in enumerate(keys.tolist()):
-        entries["check"][row] = _check(key, plain[row * _SIZE : (row + 1) * _SIZE])
-    sealed = entries.tobytes()
-    return [sealed[start : start + _SIZE] for start in range(0, len(sealed), _SIZE)]
+    for key, entry in zip(keys.tolist(), entries, strict=True):
+        plain = entry.tobytes()
+        yield key, plain[:-8] + _check(key, plain).to_bytes(8, "little")
 
 
 def _header(stored: bytes) -> HeaderSummary | None:
@@ -231,6 +223,5 @@ def _header(stored: bytes) -> HeaderSummary | None:
         width, height, kind = json.loads(stored)
     except (ValueError, TypeError):
         return None
-    if type(width) is type(height) is int and 0 < width < 1 << 31 and 0 < height < 1 << 31 and isinstance(kind, str):
-        return (width, height, kind) if kind.isprintable() else None
-    return None
+    fine = type(width) is type(height) is int and 0 < width < 1 << 31 and 0 < height < 1 << 31
+    return (width, height, kind) if fine and isinstance(kind, str) and kind.isprintable() else None

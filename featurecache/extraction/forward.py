@@ -10,7 +10,6 @@ what the rows of an output look like, `spec_of` what they are a function of.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption
 from featurecache.images import decoding as _images
-from featurecache.outputs import Output, blocks, function_of, parse
+from featurecache.outputs import Output, blocks, function_of
 from featurecache.store.shards import TORCH_DTYPE, Layout
 from featurecache.store.spec import ExtractionSpec
 
@@ -36,13 +35,6 @@ def pick_device(device: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BadOption(f'no device "{device}" on this machine. --device auto takes what is there.') from error
     return picked
-
-
-def default_batch(backbone: Backbone, device: torch.device) -> int:
-    """Rows of a forward pass. On a CPU the activations of 8 images stay in the cache; a small ViT fills it with 32."""
-    if device.type != "cpu":
-        return 64
-    return 8 if backbone.channels_last or backbone.parameters > 10e6 else 32
 
 
 @contextlib.contextmanager
@@ -89,8 +81,8 @@ class ForwardRunner:
         pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
         sources = {output.source: _parts(output.source) for output in outputs}
         wanted = {part for parts in sources.values() for part in parts}
-        found = self.backbone.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), wanted)
-        exact = {key: torch.cat([found[part][chosen].float() for part in parts], -1) for key, parts in sources.items()}
+        given = self.backbone.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), wanted)
+        exact = {key: torch.cat([given[part][chosen].float() for part in parts], -1) for key, parts in sources.items()}
         rows = {key: tensor.to(TORCH_DTYPE[dtype]) for key, tensor in exact.items()}
         if dtype != "float16":
             return rows, {}
@@ -106,20 +98,6 @@ class ForwardRunner:
         size = exact.flatten(1).norm(dim=1)
         return (rounded - exact).flatten(1).norm(dim=1) / size.clamp_min(torch.finfo(torch.float32).tiny)
 
-    def device_name(self) -> str:
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return self.device.type
-
-    def seconds_per_batch(self, outputs: Sequence[Output]) -> float:
-        """A short probe: the second of two passes over black images."""
-        images = torch.zeros(self.batch_size, 3, *self.backbone.image_size, dtype=torch.uint8)
-        for _ in range(2):
-            start = time.perf_counter()
-            for rows in self(images, outputs, "float32")[0].values():
-                rows.cpu()
-        return time.perf_counter() - start
-
 
 def _parts(source: str) -> list[str]:
     """ "tokens@last2" → ["tokens@-2", "tokens"]: what the backbone gives, to be concatenated."""
@@ -131,15 +109,9 @@ def output_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
     """Shape and dtype of an output's rows. Raises OutputRefused where the backbone has none."""
     backbone.offers(output.base if not output.layer else f"{output.base.split('-')[0]}@{output.layer}")
     length = len(backbone.prefix) + backbone.grid[0] * backbone.grid[1]
-    width = backbone.width * len(blocks(output.layer))
-    shape = output.row_shape((length, width), len(backbone.prefix))
+    shape = output.row_shape((length, backbone.width * len(blocks(output.layer))), len(backbone.prefix))
     prefix, grid = output.layout(backbone.prefix, backbone.grid) or (None, None)
     return Layout(output.name, shape, dtype, prefix, grid)
-
-
-def source_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
-    """The layout of the tokens an output is derived from."""
-    return output_layout(backbone, parse(output.source), dtype)
 
 
 def spec_of(backbone: Backbone, precision: str, dtype: str) -> ExtractionSpec:

@@ -27,7 +27,7 @@ from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
 from featurecache.images.preprocessing import Preprocess
 from featurecache.outputs import Output, derive
-from featurecache.store.shards import Layout, RowLocations, ShardWriter, read_feature_rows
+from featurecache.store.shards import Layout, ShardWriter, read_feature_rows
 from featurecache.store.store import Store, rows_per_shard
 
 CHANGED = "the file changed while the extraction ran; run it again"
@@ -187,27 +187,22 @@ class _Shards:
     def write(self, numbers: list[int], rows: dict[str, torch.Tensor], errors: dict[str, torch.Tensor]) -> None:
         """numbers [b] of images; rows [b, ...] per source, errors [b] per output. A row that does not fit the dtype is
         never stored."""
-        kept = {source: tensor.cpu() for source, tensor in rows.items()}
-        good = self._finite(numbers, kept)
-        digests = [bytes(self._job.digests[numbers[k]]) for k in good]
-        for output, writer in self._writers.items():
-            tensor = kept[output.source][good] if len(good) < len(numbers) else kept[output.source]
-            if output.is_derived:
-                tokens = self._job.layouts[output.source]
-                assert tokens.prefix is not None and tokens.grid is not None
-                tensor = derive(output, tensor, len(tokens.prefix), tokens.grid)
-            measured = errors[output.name].cpu().numpy()[good] if output.name in errors else None
-            writer.append(digests, tensor.numpy(), measured)
-
-    def _finite(self, numbers: list[int], rows: dict[str, torch.Tensor]) -> list[int]:
-        good = []
+        rows, good = {source: tensor.cpu() for source, tensor in rows.items()}, []
         for k, number in enumerate(numbers):
             bad = next((source for source, tensor in rows.items() if not torch.isfinite(tensor[k]).all()), None)
             if bad is None:
                 good.append(k)
             else:
                 self._job.failures[number] = _why_not_finite(bad, rows[bad][k])
-        return good
+        digests = [bytes(self._job.digests[numbers[k]]) for k in good]
+        for output, writer in self._writers.items():
+            tensor = rows[output.source][good] if len(good) < len(numbers) else rows[output.source]
+            if output.is_derived:
+                tokens = self._job.layouts[output.source]
+                assert tokens.prefix is not None and tokens.grid is not None
+                tensor = derive(output, tensor, len(tokens.prefix), tokens.grid)
+            measured = errors[output.name].cpu().numpy()[good] if output.name in errors else None
+            writer.append(digests, tensor.numpy(), measured)
 
     def commit(self) -> None:
         try:
@@ -218,7 +213,7 @@ class _Shards:
 
     def discard(self) -> None:
         for writer in self._writers.values():
-            writer.discard()
+            writer.close()
 
 
 def worker_threads(count: int, name: str) -> ThreadPoolExecutor:
@@ -230,15 +225,15 @@ def worker_threads(count: int, name: str) -> ThreadPoolExecutor:
 class _Writer:
     """One writer thread, a bounded number of batches behind the forward pass. Errors surface at the next call."""
 
-    def __init__(self, timings: StageTimings, most: int = 8) -> None:
+    def __init__(self, timings: StageTimings) -> None:
         self._pool = worker_threads(1, "write")
-        self._timings, self._most = timings, most
+        self._timings = timings
         self._pending: deque[Future[Any]] = deque()
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
         with self._timings.stage("writing"):
             self._pending.append(self._pool.submit(function, *arguments))
-            while len(self._pending) > self._most:
+            while len(self._pending) > 8:
                 self._pending.popleft().result()
 
     def finish(self) -> None:
@@ -362,25 +357,19 @@ def derive_shards(
     job: ShardJob, groups: Sequence[tuple[np.ndarray, tuple[Output, ...]]], advance: Callable[[int], Any]
 ) -> None:
     """Compute outputs that are functions of stored tokens."""
-    for rows, outputs in groups:
-        length = rows_per_shard(len(rows), max(job.layouts[output.name].row_bytes for output in outputs))
-        sources = {output.source for output in outputs}
-        tokens = {source: job.store.locate(job.layouts[source], job.digests[rows]) for source in sources}
-        for start in range(0, len(rows), length):
-            unit = ShardPlan(rows[start : start + length], outputs)
-            _derive_unit(job, unit, {source: places[start:] for source, places in tokens.items()}, advance)
-
-
-def _derive_unit(
-    job: ShardJob, unit: ShardPlan, tokens: dict[str, RowLocations], advance: Callable[[int], Any]
-) -> None:
-    shards = _Shards(job, unit)
-    try:
-        for start in range(0, len(unit.rows), 64):
-            part = slice(start, min(start + 64, len(unit.rows)))
-            rows = {source: read_feature_rows(places[part], job.layouts[source]) for source, places in tokens.items()}
-            shards.write(unit.rows[part].tolist(), rows, {})
-            advance(len(unit.rows[part]))
-        shards.commit()
-    finally:
-        shards.discard()
+    for numbers, outputs in groups:
+        length = rows_per_shard(len(numbers), max(job.layouts[output.name].row_bytes for output in outputs))
+        sources = {output.source: job.layouts[output.source] for output in outputs}
+        tokens = {source: job.store.locate(layout, job.digests[numbers]) for source, layout in sources.items()}
+        for first in range(0, len(numbers), length):
+            end = min(first + length, len(numbers))
+            shards = _Shards(job, ShardPlan(numbers[first:end], outputs))
+            try:
+                for start in range(first, end, 64):
+                    part = slice(start, min(start + 64, end))
+                    rows = {source: read_feature_rows(tokens[source][part], sources[source]) for source in sources}
+                    shards.write(numbers[part].tolist(), rows, {})
+                    advance(part.stop - start)
+                shards.commit()
+            finally:
+                shards.discard()

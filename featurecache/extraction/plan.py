@@ -20,7 +20,7 @@ from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, CacheError, SourceError
 from featurecache.extraction.digest_cache import DigestCache
-from featurecache.extraction.forward import output_layout, pick_device, source_layout, spec_of
+from featurecache.extraction.forward import output_layout, pick_device, spec_of
 from featurecache.extraction.run import Extraction, ExtractionResult
 from featurecache.extraction.scan import ScanResult, scan
 from featurecache.formatting import columns, cost_per_image, duration, first_of
@@ -87,7 +87,8 @@ def prepare(
     )
     name = name or dataset.name
     _check_storable(dataset, name)
-    workers = workers or default_workers(picked)
+    cores = os.cpu_count() or 1  # decode threads: enough to feed a GPU; on a CPU the forward pass needs the cores
+    workers = workers or (min(16, cores) if picked.type != "cpu" else max(1, cores // 2))
     wanted = requested or parse_list([name for name in (network.vector, "tokens") if name not in network.refusals])
     layouts = _layouts(network, wanted, dtype)  # refuses what the backbone has not, before anything is read
     if secret and remember:
@@ -105,9 +106,8 @@ def prepare(
     layouts = _layouts(network, wanted, dtype)
     view_copies = existing.augmented if existing else None
     copying = _copying(dataset, view_copies if views is None else augmented, result)
-    images, digests = result.images, result.digests
-    if copying:
-        images, digests = copying.with_copies(images), copying.digests(digests)
+    images = copying.with_copies(result.images) if copying else result.images
+    digests = copying.digests(result.digests) if copying else result.digests
     forward, derived = missing_outputs(wanted, layouts, store, digests)
     return Extraction(
         dataset, network, spec, wanted, name, folder, picked, on_error, workers, batch_size, store, images, digests,
@@ -130,7 +130,7 @@ def _copying(dataset: Dataset, augmented: AugmentedCopies | None, images: ScanRe
 
 def _layouts(network: Backbone, wanted: Sequence[Output], dtype: str) -> dict[str, Layout]:
     layouts = {output.name: output_layout(network, output, dtype) for output in wanted}
-    return layouts | {o.source: source_layout(network, o, dtype) for o in wanted if o.is_derived}
+    return layouts | {o.source: output_layout(network, parse(o.source), dtype) for o in wanted if o.is_derived}
 
 
 def extract(data: str | Path | Dataset = "digits", *, progress: bool = False, **options: Any) -> ExtractionResult:
@@ -149,13 +149,10 @@ def choose_precision(
     """``auto``: that of an existing store of this backbone that holds these images, else the device's own."""
     if precision != "auto":
         return replace(spec, precision=precision), "as asked"
-    stored: dict[str, int] = {}
-    for store in stores(cache):
-        if replace(store.spec, precision="fp32", generation=0) == spec:
-            other = stored.get(store.spec.precision, 0)  # of another generation
-            stored[store.spec.precision] = max(other, _stored_images(store, layouts, digests))
-    if stored and max(stored.values()) > 0:
-        best = max(stored, key=lambda key: stored[key])
+    same = [store for store in stores(cache) if replace(store.spec, precision="fp32", generation=0) == spec]
+    stored = [(_stored_images(store, layouts, digests), store.spec.precision) for store in same]
+    most, best = max(stored, key=lambda each: each[0], default=(0, ""))
+    if most:
         return replace(spec, precision=best), "as these images are stored already"
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -197,12 +194,6 @@ def _existing_view(store: Store | None, name: str, dataset: Dataset) -> View | N
     return view
 
 
-def default_workers(device: torch.device) -> int:
-    """Decode threads: enough to feed a GPU; on a CPU the forward pass needs the cores."""
-    cores = os.cpu_count() or 1
-    return min(16, cores) if device.type != "cpu" else max(1, cores // 2)
-
-
 def _check_options(on_error: str, batch_size: int | None, workers: int | None) -> None:
     if on_error not in ("report", "skip", "fail"):
         raise BadOption(f'--on-error is report, skip or fail, not "{on_error}".')
@@ -219,17 +210,11 @@ def _check_storable(dataset: Dataset, name: str) -> None:
         )
     columns = {"ids": dataset.ids, "groups": dataset.groups or [], **dataset.meta}
     for column, values in columns.items():
-        if column in ("", ".") or "\0" in column or _holds_nul(values):
+        text = not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf"
+        if column in ("", ".") or "\0" in column or (text and any("\0" in str(value) for value in values)):
             raise SourceError(f'the column "{column}" has a NUL character or no usable name, which HDF5 cannot store.')
     if len({column.replace("/", "∕") for column in dataset.meta}) < len(dataset.meta):
         raise SourceError(f"two of the columns {', '.join(dataset.meta)} would have one name in the view; rename one.")
-
-
-def _holds_nul(values: list[str] | np.ndarray) -> bool:
-    if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
-        return False
-    stretches = (values[start : start + 10_000] for start in range(0, len(values), 10_000))
-    return any("\0" in "".join(map(str, stretch)) for stretch in stretches)
 
 
 def extraction_summary(result: ExtractionResult, view_label: str) -> str:

@@ -10,7 +10,7 @@ machine still makes what the store holds.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from featurecache.backbones.base import Backbone
-from featurecache.errors import BadOption, CacheError, Drift, SourceError, Stopped, UnreadableImage
+from featurecache.errors import BadOption, CacheError, DamagedFile, Drift, SourceError, Stopped, UnreadableImage
 from featurecache.extraction import canary
-from featurecache.extraction.forward import ForwardRunner, default_batch, exact_arithmetic
+from featurecache.extraction.forward import ForwardRunner, exact_arithmetic
 from featurecache.extraction.pipeline import (
     CHANGED,
     ExtractionJob,
@@ -34,21 +34,20 @@ from featurecache.extraction.pipeline import (
 )
 from featurecache.extraction.scan import ScanResult
 from featurecache.files.atomic import check_room
-from featurecache.files.directory import FORMAT
 from featurecache.files.locks import shared_lock
 from featurecache.files.records import canonical_json
 from featurecache.formatting import progress_bar
 from featurecache.images import decoding as _images
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
 from featurecache.images.headers import EncodedImage
-from featurecache.outputs import Output, parse
+from featurecache.outputs import Output
 from featurecache.sources.base import Dataset, may_be_trained_on
 from featurecache.sources.pseudonyms import Secret, plain_reason
 from featurecache.store.schema import ViewColumns
 from featurecache.store.shards import Layout, RowLocations, notes_for
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import ImageGroups, Store, create_store, generations, missing_outputs
-from featurecache.store.write_view import copy_failed, write_view
+from featurecache.store.write_view import copy_failed, view_attributes, write_view
 
 ASK_BYTES = 20 * 10**9  # the command asks before it keeps more than this
 
@@ -148,9 +147,10 @@ class Extraction:
                     f"not {self.batch_size}: the same images would get other bits. Leave --batch-size out."
                 )
             return dict(kept)
-        size = self.batch_size or default_batch(self.backbone, self.device)
+        # On a CPU the activations of 8 images stay in the cache; a small ViT fills it with 32.
+        small = 8 if self.backbone.channels_last or self.backbone.parameters > 10e6 else 32
         return {
-            "batch_size": size,
+            "batch_size": self.batch_size or (small if self.device.type == "cpu" else 64),
             "threads": torch.get_num_threads(),
             "memory_format": "channels_last" if self.backbone.channels_last else "contiguous",
             "forward": "library",
@@ -161,24 +161,26 @@ class Extraction:
             self._compute = ForwardRunner(self.backbone, self.spec.precision, self.device, self.plan["batch_size"])
         return self._compute
 
-    def rate(self) -> float:
-        """Images per second of the forward pass, by a short probe."""
-        outputs = {output for _, outputs in self.forward for output in outputs} or {parse("tokens")}
-        with exact_arithmetic(self.plan["threads"]):
-            return self.plan["batch_size"] / self.compute().seconds_per_batch(sorted(outputs, key=str))
-
     def estimate(self) -> float | None:
-        """`rate`, or None where so little is to be computed that the probe would take as long as the work."""
-        return self.rate() if self.to_compute > 4 * self.plan["batch_size"] else None
+        """Images per second of the forward pass, by a short probe: the second of two passes over black images. None
+        where so little is to be computed that the probe would take as long as the work."""
+        size = self.plan["batch_size"]
+        if self.to_compute <= 4 * size:
+            return None
+        outputs = sorted({output for _, outputs in self.forward for output in outputs}, key=str)
+        images = torch.zeros(size, 3, *self.backbone.image_size, dtype=torch.uint8)
+        with exact_arithmetic(self.plan["threads"]):
+            for _ in range(2):
+                start = time.perf_counter()
+                for rows in self.compute()(images, outputs, "float32")[0].values():
+                    rows.cpu()
+            return size / (time.perf_counter() - start)
 
     def check_disk(self) -> None:
         """Refuse what the disk cannot hold."""
-        folder = self.cache
-        while not folder.exists():
-            folder = folder.absolute().parent
         if self.new_bytes:
             way = "Keep fewer outputs (--outputs), or choose another disk with --cache."
-            check_room(folder, int(self.new_bytes * 1.01) + (1 << 20), way)
+            check_room(self.cache, int(self.new_bytes * 1.01) + (1 << 20), way)
 
     def run(self, *, progress: bool = False, rate: float | None = None) -> ExtractionResult:
         """Compute what is missing, then write the view. ``rate`` (images/s) sizes the shards; probed when not given.
@@ -200,13 +202,22 @@ class Extraction:
 
     def _run(self, progress: bool, rate: float | None) -> ExtractionResult:
         start = time.perf_counter()
-        store = self._open_store()
+        if (store := self.store) is None:
+            made_of = {"backbone": self.backbone.name, "parameters": self.backbone.parameters}
+            store = create_store(self.cache, self.backbone.name, self.spec, {**self.backbone.provenance, **made_of})
         store.sweep()
         with shared_lock(store.path, "extract"):
             self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
             plan = self._fix_plan(rate)
             self.check_canary(write=True)
-            job = self._job(plan) if self.to_compute or self.to_derive else None
+            job = None
+            if self.to_compute or self.to_derive:
+                notes = notes_for(self.spec.fingerprint, self.device.type, plan)
+                job = ExtractionJob(
+                    store, self.layouts, self.digests, notes, read=self._read, preprocess=self.backbone.preprocess,
+                    compute=self.compute(), workers=self.workers, threads=plan["threads"],
+                    fail_fast=self.on_error == "fail", plain=self.plain,
+                )  # fmt: skip
             failures = job.failures if job else {}
             try:
                 if job:
@@ -244,13 +255,6 @@ class Extraction:
         if job.failures and self.on_error == "fail":  # seen by the writer, behind the last batch
             raise UnreadableImage(next(iter(job.failures.values())))
 
-    def _open_store(self) -> Store:
-        if self.store is None:
-            made_of = {"backbone": self.backbone.name, "parameters": self.backbone.parameters}
-            provenance = {**self.backbone.provenance, **made_of}
-            self.store = create_store(self.cache, self.backbone.name, self.spec, provenance)
-        return self.store
-
     def check_canary(self, *, write: bool) -> None:
         """Before anything is written: does this machine compute what the store holds? Raises Drift."""
         wanted = list(dict.fromkeys(output for _, outputs in self.forward + self.derived for output in outputs))
@@ -261,14 +265,16 @@ class Extraction:
 
     def _next_generation(self) -> None:
         """Turn to the generation of the store that agrees with this machine; to a new one where none does."""
-        known = generations(self.cache, self.spec)
+        stores, agreeing = generations(self.cache, self.spec), None
         with exact_arithmetic(self.plan["threads"]):
-            for store in reversed(known):
-                if canary.matches_this_machine(store, self.backbone, self.compute()):
-                    self._turn_to(store.spec, store)
-                    return
-        newest = max([self.spec.generation, *(store.spec.generation for store in known)])
-        self._turn_to(replace(self.spec, generation=newest + 1), None)
+            for store in reversed(stores):
+                with contextlib.suppress(Drift, DamagedFile):
+                    canary.check_canary(store, self.backbone, self.compute(), [], write=False)
+                    if canary.read_canary(store) is not None:
+                        agreeing = store
+                        break
+        newest = max([self.spec.generation, *(store.spec.generation for store in stores)])
+        self._turn_to(agreeing.spec if agreeing else replace(self.spec, generation=newest + 1), agreeing)
 
     def _turn_to(self, spec: ExtractionSpec, store: Store | None) -> None:
         self.spec, self.store = spec, store
@@ -285,15 +291,6 @@ class Extraction:
         if self._compute is not None and self._compute.batch_size != plan["batch_size"]:
             self._compute = None
         return plan
-
-    def _job(self, plan: dict[str, Any]) -> ExtractionJob:
-        assert self.store is not None
-        return ExtractionJob(
-            store=self.store, layouts=self.layouts, digests=self.digests, read=self._read,
-            preprocess=self.backbone.preprocess, compute=self.compute(),
-            notes=notes_for(self.spec.fingerprint, self.device.type, plan), workers=self.workers,
-            threads=plan["threads"], fail_fast=self.on_error == "fail", plain=self.plain,
-        )  # fmt: skip
 
     def _read(self, number: int) -> EncodedImage:
         """A distinct image by its number, or an augmented copy, which is made."""
@@ -325,8 +322,8 @@ def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Pat
     """The view's path, how many images and copies are in it, and (id, reason) of what is not."""
     assert extraction.store is not None
     dataset, sample_image = extraction.dataset, extraction.scan.sample_image
-    samples = np.flatnonzero(np.isin(sample_image, list(failures)))
-    reasons = extraction.scan.unread | {k: failures[int(sample_image[k])] for k in samples.tolist()}
+    bad = np.flatnonzero(np.isin(sample_image, list(failures))).tolist()
+    reasons = extraction.scan.unread | {sample: failures[int(sample_image[sample])] for sample in bad}
     kept = np.delete(np.arange(len(dataset)), list(reasons))
     copied, lost = _copies_of(extraction, kept, failures)
     changed = [k for k, reason in [*reasons.items(), *((k, r) for k, _, r in lost)] if reason == CHANGED]
@@ -342,11 +339,17 @@ def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Pat
             f"rows that were in {extraction.store.path} are gone: somebody removes files there. "
             "The same command computes them again."
         )
-    rows = _rows_of(dataset, np.concatenate([kept, *(of for of, _ in copied)]), extraction.digests[images])
+    samples = [kept, *(of for of, _ in copied)]
+    columns = ViewColumns(dataset.ids, dataset.labels, dataset.splits, sample_image, dataset.groups, dataset.meta)
+    columns = replace(columns, **columns.at(np.concatenate(samples)))
+    columns.digests = extraction.digests[images]
+    reason_of = plain_reason if "secret" in dataset.source else str
+    listed = [(dataset.ids[sample], reason_of(reason)) for sample, reason in missing]
+    attributes = view_attributes(extraction.store, dataset.classes, dataset.task, dataset.source, listed)
     if extraction.copying:
-        copy = [np.full(len(of), 1 + number, np.int32) for number, (of, _) in enumerate(copied)]
-        rows = replace(rows, versions=np.concatenate([np.zeros(len(kept), np.int32), *copy]))
-    path = write_view(extraction.store, extraction.name, rows, _attributes(extraction, missing), places)
+        columns.versions = np.repeat(np.arange(len(samples), dtype=np.int32), [len(rows) for rows in samples])
+        attributes["augmentation"] = canonical_json(extraction.copying.augmented.to_dict())
+    path = write_view(extraction.store, extraction.name, columns, attributes, places)
     return path, len(kept), len(images) - len(kept), failed
 
 
@@ -364,32 +367,3 @@ def _copies_of(
         copied.append((may[fine], numbers[fine]))
         lost += [(int(may[k]), copy, failures[int(numbers[k])]) for k in np.flatnonzero(~fine)]
     return copied, lost
-
-
-def _attributes(extraction: Extraction, missing: list[tuple[int, str]]) -> dict[str, Any]:
-    dataset = extraction.dataset
-    failed = [(dataset.ids[sample], reason) for sample, reason in missing]
-    if "secret" in dataset.source:
-        failed = [(name, plain_reason(reason)) for name, reason in failed]
-    return {
-        "classes": json.dumps(dataset.classes, ensure_ascii=False),
-        "task": dataset.task,
-        "spec": canonical_json(extraction.spec.to_dict()),
-        "fingerprint": extraction.spec.fingerprint,
-        "provenance": canonical_json(extraction.store.provenance if extraction.store else {}),
-        "format_version": FORMAT,
-        "source": canonical_json(dataset.source),
-        "failed": json.dumps(failed, ensure_ascii=False),
-        **({"augmentation": canonical_json(extraction.copying.augmented.to_dict())} if extraction.copying else {}),
-    }
-
-
-def _rows_of(dataset: Dataset, samples: np.ndarray, digests: np.ndarray) -> ViewColumns:
-    def pick(column: Any) -> Any:
-        if np.array_equal(samples, np.arange(len(dataset))):
-            return column
-        return column[samples] if isinstance(column, np.ndarray) else [column[sample] for sample in samples.tolist()]
-
-    groups = None if dataset.groups is None else pick(dataset.groups)
-    meta = {key: pick(column) for key, column in dataset.meta.items()}
-    return ViewColumns(pick(dataset.ids), pick(dataset.labels), pick(dataset.splits), digests, groups, meta)

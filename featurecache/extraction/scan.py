@@ -32,8 +32,6 @@ _STATS = 500  # files of one task that asks for stats
 _PROBE = 4  # tasks before it is known how long one takes
 _KEEP_EVERY = 20.0  # seconds between writes to the cache: what a kill may cost
 
-_Found = tuple[np.ndarray, dict[int, str], dict[int, HeaderSummary | str]]  # digests [n]; row → why not; row → header
-
 
 @dataclass
 class FileRecords:
@@ -48,8 +46,8 @@ class FileRecords:
 
     def add(self, rows: np.ndarray, digests: np.ndarray) -> None:
         if len(self.keys):
-            known = self.settled[rows] & (digests != b"")
-            self.new.append((rows[known], digests[known]))
+            keep = self.settled[rows] & (digests != b"")
+            self.new.append((rows[keep], digests[keep]))
 
     def save(self) -> None:
         """Write what is new into the digest cache. Where that cannot be, ``cache.trouble`` says so."""
@@ -101,14 +99,14 @@ def scan(
         kept = time.monotonic()
         with progress_bar(len(dataset), progress, "look") as bar:
             bar.update(len(dataset) - len(rows))
-            for stretch, (found, failures, looks) in _in_turn(look, stretches, pool, 8 * workers, _STRETCH * 100e-6):
+            for stretch, (new, failures, looks) in _in_turn(look, stretches, pool, 8 * workers, _STRETCH * 100e-6):
                 if failures and fail:
                     row, reason = next(iter(failures.items()))
                     raise SourceError(f"{dataset.shown(row)}: {reason} (--on-error report goes on without it)")
-                digests[stretch] = found
+                digests[stretch] = new
                 unread |= failures
                 headers |= looks
-                files.add(stretch, found)
+                files.add(stretch, new)
                 files.headers |= {bytes(digests[row]): header for row, header in looks.items() if type(header) is tuple}
                 bar.update(len(stretch))
                 if cache.writes and time.monotonic() - kept > _KEEP_EVERY:
@@ -135,13 +133,14 @@ def _in_turn(
                 yield later, future.result()
             return
         start = time.perf_counter()
-        found = function(part)
-        took = time.perf_counter() - start
-        mean += (took - mean) / min(number + 1, 8)
-        yield part, found
+        result = function(part)
+        mean += (time.perf_counter() - start - mean) / min(number + 1, 8)
+        yield part, result
 
 
-def _read(dataset: Dataset, header_rows: set[int], rows: np.ndarray) -> _Found:
+def _read(
+    dataset: Dataset, header_rows: set[int], rows: np.ndarray
+) -> tuple[np.ndarray, dict[int, str], dict[int, HeaderSummary | str]]:
     """Read images, in a thread: digests S32 [n], empty where an image cannot be read; why not; headers of some."""
     digests = np.zeros(len(rows), DIGEST)
     failures: dict[int, str] = {}
@@ -179,9 +178,8 @@ def _distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     begins[1:] = ordered[1:] != ordered[:-1]
     del ordered
     first = order[begins]  # by digest; the sort is stable, so each is the lowest sample of its image
-    known = digests[first] != b""
     place = np.argsort(first)
-    place = place[known[place]]
+    place = place[digests[first[place]] != b""]
     number = np.full(len(first), -1, np.int64)
     number[place] = np.arange(len(place))
     sample_image = np.empty(len(digests), np.int64)
@@ -225,9 +223,9 @@ def _keys(root: str, names: Sequence[str], secret: bytes) -> np.ndarray:
     alone = hashlib.blake2b(digest_size=8, key=secret)
     hashes = []
     for name in names:
-        found = (alone if name.startswith("/") else below).copy()
-        found.update(name.encode(errors="surrogateescape"))
-        hashes.append(found.digest())
+        path_hash = (alone if name.startswith("/") else below).copy()
+        path_hash.update(name.encode(errors="surrogateescape"))
+        hashes.append(path_hash.digest())
     return np.frombuffer(b"".join(hashes), "<i8").astype(np.int64)
 
 

@@ -24,7 +24,8 @@ from featurecache.formatting import size_text
 
 
 def check_room(folder: Path, needed: int, way: str) -> None:
-    """Raises CannotWrite when the disk of ``folder`` cannot take ``needed`` bytes more."""
+    """Raises CannotWrite when the disk of ``folder``, which may not be there yet, cannot take ``needed`` bytes more."""
+    folder = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CannotWrite(28, f"{size_text(needed)} are to be written and {folder} has {size_text(free)} free. {way}")

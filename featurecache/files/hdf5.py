@@ -39,8 +39,7 @@ class WriteTrace(io.RawIOBase):
         self.directory_offset = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        self._position = base + offset
+        self._position = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence] + offset
         return self._position
 
     def write(self, data: Any) -> int:
@@ -50,10 +49,15 @@ class WriteTrace(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """HDF5 reads back the heaps of texts and the chunk index."""
         with memoryview(buffer) as view:
-            count = max(0, min(len(view), self.size - self._position))
-            view[:count] = self._read(count)
-        self._position += count
-        return count
+            begin, end = self._position, max(self._position, min(self._position + len(view), self.size))
+            data = self._base(end - begin)
+            for offset, piece in self.extents:
+                start, stop = max(offset, begin), min(offset + len(piece), end)
+                if start < stop:
+                    data[start - begin : stop - begin] = piece[start - offset : stop - offset]
+            view[: end - begin] = data
+        self._position = end
+        return end - begin
 
     def truncate(self, size: int | None = None) -> int:
         self.size = self._position if size is None else size
@@ -63,16 +67,6 @@ class WriteTrace(io.RawIOBase):
         self._position += count
         self.size = max(self.size, self._position)
         return count
-
-    def _read(self, count: int) -> bytearray:
-        """Bytes from the position on."""
-        data = self._base(count)
-        begin, end = self._position, self._position + len(data)
-        for offset, piece in self.extents:
-            start, stop = max(offset, begin), min(offset + len(piece), end)
-            if start < stop:
-                data[start - begin : stop - begin] = piece[start - offset : stop - offset]
-        return data
 
     def _base(self, count: int) -> bytearray:
         """What the extents lie over, from the position on."""

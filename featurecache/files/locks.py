@@ -66,25 +66,21 @@ def _lock(store: Path, kind: str, what: str, others: tuple[str, ...]) -> Iterato
         with writing(path):
             os.write(descriptor, json.dumps(record).encode())
             os.rename(temporary, path)
-        _refuse_others(store, others, path)
+        for mark in sorted(mark for kind in MARKS for mark in store.glob(f"{kind}*")):  # those of the dead go
+            if mark == path or mark.suffix:
+                continue
+            if (holder := _holder(mark)) is not None and mark.name.startswith(others):
+                raise InUse(
+                    f"{store} is in use: {holder.get('what')} by process {holder.get('pid')} on {holder.get('host')} "
+                    f"since {holder.get('since')}. Try again when it has finished; if there is no such process, "
+                    f"delete {mark}."
+                )
         yield
     finally:
         for name in (path, temporary):
             with contextlib.suppress(OSError):  # the store itself may be gone
                 name.unlink()
         os.close(descriptor)
-
-
-def _refuse_others(store: Path, kinds: tuple[str, ...], mine: Path) -> None:
-    """Marks of the dead go, of whatever kind."""
-    for path in sorted(path for kind in MARKS for path in store.glob(f"{kind}*")):
-        if path == mine or path.suffix:
-            continue
-        if (holder := _holder(path)) is not None and path.name.startswith(kinds):
-            raise InUse(
-                f"{store} is in use: {holder.get('what')} by process {holder.get('pid')} on {holder.get('host')} since "
-                f"{holder.get('since')}. Try again when it has finished; if there is no such process, delete {path}."
-            )
 
 
 def _holder(path: Path) -> dict[str, Any] | None:
@@ -95,8 +91,11 @@ def _holder(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         return {"what": f"a mark that cannot be read ({error.strerror})"}
+    record: Any = None
     try:
-        record = _read_record(descriptor)
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(os.pread(descriptor, 4096, 0))
+        record = record if isinstance(record, dict) else {"what": "something"}
         if not _is_dead(descriptor, record):
             return record
         with writing(path):
@@ -104,13 +103,6 @@ def _holder(path: Path) -> dict[str, Any] | None:
         return None
     finally:
         os.close(descriptor)
-
-
-def _read_record(descriptor: int) -> dict[str, Any]:
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(record := json.loads(os.pread(descriptor, 4096, 0)), dict):
-            return record
-    return {"what": "something"}
 
 
 def _is_dead(descriptor: int, record: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,12 +188,12 @@ def _strange_files(store: Store) -> tuple[str, ...]:
     """Files in a store that featurecache did not put there."""
     ours = {store.path / "spec.json", store.path / "plan.json", canary_path(store)}
     ours |= {path for output in store.outputs() for path in store.shard_paths(output)}
-    strange = []
-    for path in sorted(store.path.rglob("*")):
-        hidden = path.name.startswith(MARKS) or path.suffix == ".tmp"
-        if not (path.is_dir() or hidden or path in ours) or path.is_symlink():
-            strange.append(str(path.relative_to(store.path)))
-    return tuple(strange)
+
+    def is_ours(path: Path) -> bool:
+        return path.is_dir() or path.name.startswith(MARKS) or path.suffix == ".tmp" or path in ours
+
+    paths = [path for path in sorted(store.path.rglob("*")) if path.is_symlink() or not is_ours(path)]
+    return tuple(str(path.relative_to(store.path)) for path in paths)
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def compact(name: str | Path | None = None, cache: str | Path | None = None) -> 
     with exclusive_lock(store.path, f"compact {view.name}"):
         store.sweep()
         views = [View(path, columns_only=True, copies=True) for path in store.views()]
-        before, layouts = _pieces(view), [view.info(output) for output in view.outputs]
+        before, layouts = _pieces(view), list(view.outputs.values())
         there = {path for output in store.outputs() for path in store.shard_paths(output)}
         units = [(layout, rows) for layout in layouts for rows in _in_order(store, view, layout)]
         new = [(layout, rows) for layout, rows in units if _path(store, layout, rows) not in there]
@@ -232,15 +233,14 @@ def compact(name: str | Path | None = None, cache: str | Path | None = None) -> 
 
 def _pieces(view: View) -> tuple[int, int]:
     """(shards a view's rows lie in, runs of rows that follow each other), over all outputs."""
-    indexes = [view.stored(name).index for name in view.outputs]
-    pieces = sum(int(((np.diff(index[:, 0]) != 0) | (np.diff(index[:, 1]) != 1)).sum()) + 1 for index in indexes)
-    return len(view.files), pieces
+    steps = [np.diff(view.stored(name).index, axis=0) for name in view.outputs]
+    return len(view.files), sum(int((step != (0, 1)).any(axis=1).sum()) + 1 for step in steps)
 
 
 def _in_order(store: Store, view: View, layout: Layout) -> list[RowLocations]:
     """The distinct rows of a view in its order, in units of a shard's size."""
     wanted = _keys(view, layout.output)
-    _, first = np.unique(wanted, return_index=True)
+    first = np.unique(wanted, return_index=True)[1]
     places = find_by_key(store.shards(layout), wanted[np.sort(first)])
     if not places.mask.all():
         raise CacheError(f"{view.label} names rows of {layout.output} that lie in no shard. featurecache repair helps.")
@@ -257,7 +257,6 @@ class OutputRelocation:
     drop: list[Shard] = field(default_factory=list)
     split: list[RowLocations] = field(default_factory=list)  # of one shard each: the rows that stay, ascending
     trusted: list[RowLocations] = field(default_factory=list)  # rows of which another copy goes
-
     unused_rows: int = 0
     unused_bytes: int = 0  # of whole shards the files, of others the rows
 
@@ -304,15 +303,14 @@ def relocate(store: Store, outputs: Sequence[OutputRelocation], views: Iterable[
     gone: set[Path] = set()
     for output in outputs:
         for rows in output.trusted:
-            _verify_rows(rows, output.layout)
+            deque(_checked_rows(rows, output.layout), maxlen=0)
         stay = [copy_rows(store, rows, output.layout) or rows.shards[0] for rows in output.split]
         homes[output.layout.output] = shards = [*output.keep, *stay]  # in this order: one that could not be split last
         gone |= {shard.path for shard in [*output.drop, *(rows.shards[0] for rows in output.split)]}
         gone -= {shard.path for shard in shards}
     for view in views:
         if gone & {view.store / entry["path"].decode() for entry in view.files}:
-            layouts = [view.info(name) for name in view.outputs]
-            shards_of = {layout: homes.get(layout.output) or store.shards(layout) for layout in layouts}
+            shards_of = {layout: homes.get(name) or store.shards(layout) for name, layout in view.outputs.items()}
             located = {layout: find_by_key(shards, _keys(view, layout.output)) for layout, shards in shards_of.items()}
             rewrite_view(view, store, located)
     for path in sorted(gone):
@@ -323,15 +321,12 @@ def relocate(store: Store, outputs: Sequence[OutputRelocation], views: Iterable[
             sync_path(folder)
 
 
-def _verify_rows(places: RowLocations, layout: Layout) -> None:
-    """Raises DamagedFile when one of the rows does not have its checksum."""
-    for part in _stretches(places, layout):
-        read_feature_rows(part, layout)
-
-
-def _stretches(places: RowLocations, layout: Layout) -> Iterator[RowLocations]:
+def _checked_rows(places: RowLocations, layout: Layout) -> Iterator[tuple[RowLocations, np.ndarray]]:
+    """Rows [n, ...], so many at a time. Raises DamagedFile when one of them does not have its checksum."""
     step = max(1, STRETCH // layout.row_bytes)
-    return (places[start : start + step] for start in range(0, len(places.row), step))
+    for start in range(0, len(places.row), step):
+        part = places[start : start + step]
+        yield part, read_feature_rows(part, layout).numpy()
 
 
 def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | None:
@@ -342,21 +337,17 @@ def copy_rows(store: Store, places: RowLocations, layout: Layout) -> Shard | Non
         there = store.shard(path, layout)
         if not np.array_equal(there.checksums, places.checksums):
             return None
-        _verify_rows(_rows_of(there, np.arange(len(digests))), layout)
+        deque(_checked_rows(_rows_of(there, np.arange(len(digests))), layout), maxlen=0)
         return there
     notes = [places.shards[k].notes for k in np.unique(places.file)]
     values = {key: list(dict.fromkeys(n[key] for n in notes if key in n)) for each in notes for key in each}
     # Of rows of several shards what these say, all of it as a JSON list where they differ.
     notes_of_all = {key: each[0] if len(each) == 1 else json.dumps(each) for key, each in values.items()}
-    writer = ShardWriter(store.path, digests, layout, notes_of_all)
-    try:
-        for part in _stretches(places, layout):
-            writer.append(part.digests.tolist(), read_feature_rows(part, layout).numpy(), part.errors)
-        written = writer.commit()
-    finally:
-        writer.discard()
-    assert written is not None
-    return store.shard(written, layout)
+    with contextlib.closing(ShardWriter(store.path, digests, layout, notes_of_all)) as writer:
+        for part, rows in _checked_rows(places, layout):
+            writer.append(part.digests.tolist(), rows, part.errors)
+        writer.commit()
+    return store.shard(path, layout)
 
 
 def _path(store: Store, layout: Layout, places: RowLocations) -> Path:

@@ -83,31 +83,24 @@ def write_hdf5(sink: Sink, columns: Columns, compress: bool, advance: Advance) -
     with h5py.File(
         sink, "w", libver=("v110", "v110"), alignment_threshold=CHUNK, alignment_interval=ALIGNMENT
     ) as file:  # fmt: skip
-        for key, value in columns.view_attributes().items():
-            file.attrs[key] = value
+        file.attrs.update(columns.view_attributes())
         write_columns(file, columns.rows)
         for name, layout in columns.outputs.items():
             rows = max(1, min(CHUNK // layout.row_bytes, len(columns.view)))
             packed = {"chunks": (rows, *layout.shape), "compression": "gzip", "shuffle": True} if compress else {}
             features = file.create_dataset(name, (len(columns.view), *layout.shape), layout.dtype, **packed)
-            for key, value in layout.attributes().items():
-                features.attrs[key] = value
+            features.attrs.update(layout.attributes())
             step = max(1, BLOCK // (rows * layout.row_bytes)) * rows  # whole chunks: each is compressed once
             for start, block in columns.blocks(name, advance, step):
                 features[start : start + len(block)] = block
 
 
 def write_npz(sink: Sink, columns: Columns, compress: bool, advance: Advance) -> None:
-    view, text = columns.view, columns.text()
-    arrays: dict[str, np.ndarray] = {"labels": view.labels, "digests": view.digests}
-    if columns.rows.versions is not None:
-        arrays["versions"] = columns.rows.versions
-    for key, column in view.meta.items():
-        if column.dtype == object:
-            text[f"meta/{key}"] = column.tolist()
-        else:
-            arrays[f"meta/{key}"] = column
-    text["classes"] = view.classes
+    view, versions = columns.view, columns.rows.versions
+    arrays = {"labels": view.labels, "digests": view.digests} | ({} if versions is None else {"versions": versions})
+    arrays |= {f"meta/{key}": column for key, column in view.meta.items() if column.dtype != object}
+    further = {f"meta/{key}": column.tolist() for key, column in view.meta.items() if column.dtype == object}
+    text = {**columns.text(), **further, "classes": view.classes}
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED, compresslevel=6) as file:
         for key, values in text.items():
             # As numpy's own unicode, which needs no pickle; 4 bytes a character, so in stretches.
@@ -196,8 +189,7 @@ def write_safetensors(sink: Sink, columns: Columns, compress: bool, advance: Adv
         )
     sink.write(len(text).to_bytes(8, "little") + text)
     for name in order:
-        blocks = [(0, small[name])] if name in small else columns.blocks(name, advance)
-        for _, block in blocks:
+        for _, block in [(0, small[name])] if name in small else columns.blocks(name, advance):
             sink.write(np.ascontiguousarray(block).data)
 
 
@@ -268,13 +260,11 @@ def export_view(
     names = tuple(dict.fromkeys(parse(word.strip()).name for word in words if word.strip()))
     if not names:
         raise BadOption("--outputs names no output.")
-    infos = {name: view.info(name) for name in names}
-    layouts = {name: Layout(name, each.shape, each.dtype, each.prefix, each.grid) for name, each in infos.items()}
-    columns = Columns(view, columns_of(view), layouts)
+    columns = Columns(view, columns_of(view), {name: view.info(name) for name in names})
     _refuse_format(kind, columns, compress)
     _refuse_place(path, overwrite)
-    folder = next(place for place in path.absolute().parents if place.exists())
-    check_room(folder, columns.bytes // 2 if compress else columns.bytes, "Choose another disk, or fewer --outputs.")
+    needed = columns.bytes // 2 if compress else columns.bytes
+    check_room(path.absolute().parent, needed, "Choose another disk, or fewer --outputs.")
     remove_orphans(path.parent, path.name)
     try:
         with AtomicFile(path) as draft, Sink(draft) as sink:

@@ -9,12 +9,10 @@ are still found. The file is read in blocks: once to look at every value, then t
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -22,9 +20,7 @@ from tqdm import tqdm
 from featurecache import __version__
 from featurecache.errors import BadOption, SourceError
 from featurecache.files.atomic import check_room
-from featurecache.files.directory import FORMAT
 from featurecache.files.locks import shared_lock
-from featurecache.files.records import canonical_json
 from featurecache.formatting import byte_bar
 from featurecache.maintenance.feature_files import BLOCK, ArrayInfo, FeatureFile, open_feature_file
 from featurecache.maintenance.row_annotations import (
@@ -41,7 +37,7 @@ from featurecache.store.schema import DIGEST, ViewColumns
 from featurecache.store.shards import Layout, ShardWriter, notes_for, shard_name
 from featurecache.store.spec import UNKNOWN, ExtractionSpec
 from featurecache.store.store import Store, cache_folder, create_store, rows_per_shard, stores
-from featurecache.store.write_view import write_view
+from featurecache.store.write_view import view_attributes, write_view
 
 MOST_ROWS = 1 << 26  # ids and labels are in memory; an archive of kilobytes can declare any number
 
@@ -102,20 +98,25 @@ def import_view(
     source = _source(opened, features_key, output, prefix, grid)
     keys = {"labels": labels, "ids": ids_key, "splits": splits_key, "groups": groups_key}
     features = [array.name for array in source.arrays.values()]
-    annotations = annotate_rows(opened, features, source.rows, keys, columns, classes, task)
+    rows = annotate_rows(opened, features, source.rows, keys, columns, classes, task)
     folder = cache_folder(cache)
     with byte_bar(source.bytes, "look", progress) as bar:
         digests = np.concatenate([each for _, each, _ in _blocks(source, bar)])
     spec = _spec(source, digests)
     _refuse_twin(folder, name, spec)
-    store = create_store(folder, "imported", spec, _provenance(opened))
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    provenance = {"backbone": "imported", "origin": "imported", "file": str(opened.path.absolute()), "when": when}
+    claims = {"claims": opened.attributes["fingerprint"][:64]} if is_export(opened) else {}
+    store = create_store(folder, "imported", spec, {**provenance, **claims, "versions": {"featurecache": __version__}})
     with shared_lock(store.path, f"the import of {opened.path.name}"):
         new = _store_missing(store, source, digests, progress)
-        path = _write(store, name, source, annotations, digests)
+        attributes = view_attributes(store, rows.classes, rows.task, {"kind": "import", "data": provenance["file"]})
+        view_rows = ViewColumns(rows.ids, rows.labels, rows.splits, digests, rows.groups, rows.meta)
+        located = {layout: store.locate(layout, digests) for layout in source.layouts.values()}
+        path = write_view(store, name, view_rows, attributes, located)
     copies = len(digests) - len(np.unique(digests))
     outputs = {key: layout.shape for key, layout in source.layouts.items()}
-    notes = tuple(_notes(source, annotations))
-    return ImportResult(path, outputs, source.rows, copies, annotations.task, annotations.classes, new, notes)
+    return ImportResult(path, outputs, source.rows, copies, rows.task, rows.classes, new, tuple(_notes(source, rows)))
 
 
 def _source(
@@ -173,9 +174,7 @@ def _features(file: FeatureFile, key: str | None) -> ArrayInfo:
 
 def _output_name(array: ArrayInfo, requested: str | None) -> str:
     kind, axes = ("vector", "N,D") if len(array.shape) == 2 else ("tokens", "N,T,D")
-    if requested is None:
-        return kind
-    name = parse(requested).name
+    name = kind if requested is None else parse(requested).name
     if name.startswith("tokens") != (kind == "tokens"):
         kind = "a vector" if kind == "vector" else kind
         raise BadOption(f"--output {name} does not fit features [{axes}]: they are {kind}.")
@@ -203,9 +202,8 @@ def _blocks(source: _Source, bar: tqdm) -> Iterator[tuple[int, np.ndarray, dict[
     start = 0
     for parts in zip(*(array.read(step) for array in source.arrays.values()), strict=True):
         blocks = {key: _stored(source, key, part, start) for key, part in zip(source.arrays, parts, strict=True)}
-        count = len(parts[0])
-        yield start, np.array([_digest([b[k] for b in blocks.values()]) for k in range(count)], DIGEST), blocks
-        start += count
+        yield start, np.array([_digest(rows) for rows in zip(*blocks.values(), strict=True)], DIGEST), blocks
+        start += len(parts[0])
         bar.update(sum(block.nbytes for block in blocks.values()))
     if start != source.rows:
         raise SourceError(f"{source.file.path.name} ends after {start:,} of {source.rows:,} rows.")
@@ -224,7 +222,7 @@ def _stored(source: _Source, key: str, part: np.ndarray, start: int) -> np.ndarr
     return block
 
 
-def _digest(rows: list[np.ndarray]) -> bytes:
+def _digest(rows: Iterable[np.ndarray]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
         digest.update(f"{row.dtype.str} {list(row.shape)} ".encode())
@@ -236,15 +234,8 @@ def _spec(source: _Source, digests: np.ndarray) -> ExtractionSpec:
     layouts = list(source.layouts.values())
     places = {layout.output: layout.attributes() for layout in layouts if layout.grid is not None}
     architecture = {"origin": UNKNOWN, **({"tokens": places} if places else {})}
-    weights, dtype = {"features_blake2b": shard_name(digests)}, layouts[0].dtype
-    return ExtractionSpec(architecture, weights, {"origin": UNKNOWN}, (0, 0), UNKNOWN, UNKNOWN, dtype)
-
-
-def _provenance(file: FeatureFile) -> dict[str, Any]:
-    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    claims = {"claims": file.attributes["fingerprint"][:64]} if is_export(file) else {}
-    origin = {"origin": "imported", "file": str(file.path.absolute()), "when": when, **claims}
-    return {"backbone": "imported", **origin, "versions": {"featurecache": __version__}}
+    weights = {"features_blake2b": shard_name(digests)}
+    return ExtractionSpec(architecture, weights, {"origin": UNKNOWN}, (0, 0), UNKNOWN, UNKNOWN, layouts[0].dtype)
 
 
 def _refuse_twin(folder: Path, name: str, spec: ExtractionSpec) -> None:
@@ -259,8 +250,7 @@ def _refuse_twin(folder: Path, name: str, spec: ExtractionSpec) -> None:
 def _store_missing(store: Store, source: _Source, digests: np.ndarray, progress: bool) -> int:
     """Write the rows that the store has not; how many of any output."""
     store.sweep()
-    _, first = np.unique(digests, return_index=True)
-    first = np.sort(first)
+    first = np.sort(np.unique(digests, return_index=True)[1])
     todo = {key: first[~store.locate(layout, digests[first]).mask] for key, layout in source.layouts.items()}
     needed = sum(len(rows) * source.layouts[key].row_bytes for key, rows in todo.items())
     check_room(store.path, needed, "Choose another disk with --cache.")
@@ -293,23 +283,7 @@ def _store_rows(store: Store, source: _Source, key: str, digests: np.ndarray, to
                     writer = None
     finally:
         if writer is not None:
-            writer.discard()
-
-
-def _write(store: Store, name: str, source: _Source, rows: RowAnnotations, digests: np.ndarray) -> Path:
-    attributes: dict[str, Any] = {
-        "classes": json.dumps(rows.classes, ensure_ascii=False),
-        "task": rows.task,
-        "spec": canonical_json(store.spec.to_dict()),
-        "fingerprint": store.fingerprint,
-        "provenance": canonical_json(store.provenance),
-        "format_version": FORMAT,
-        "source": canonical_json({"kind": "import", "data": str(source.file.path.absolute())}),
-        "failed": "[]",
-    }
-    columns = ViewColumns(rows.ids, rows.labels, rows.splits, digests, rows.groups, rows.meta)
-    located = {layout: store.locate(layout, digests) for layout in source.layouts.values()}
-    return write_view(store, name, columns, attributes, located)
+            writer.close()
 
 
 def _notes(source: _Source, annotations: RowAnnotations) -> Iterator[str]:

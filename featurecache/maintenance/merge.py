@@ -16,13 +16,7 @@ import numpy as np
 import xxhash
 
 from featurecache.errors import BadOption, CacheError, DamagedFile, Drift, FeatureCacheError, NotInCache
-from featurecache.extraction.canary import (
-    canary_path,
-    is_within_tolerance,
-    read_canary,
-    relative_distance,
-    write_canary,
-)
+from featurecache.extraction import canary
 from featurecache.files.atomic import AtomicFile, check_room, open_regular, write_whole
 from featurecache.files.directory import USER_BLOCK
 from featurecache.files.locks import exclusive_lock
@@ -84,10 +78,9 @@ def merge(other: str | Path, cache: str | Path | None = None, *, progress: bool 
 
 
 def _merge(source: Store, folder: Path, progress: bool) -> MergeResult:
-    mine = find_store(folder, source.spec)
-    new = mine is None
+    new = find_store(folder, source.spec) is None
     kin = source.path.name.rpartition("-")[0] or source.path.name
-    mine = mine or create_store(folder, kin, source.spec, source.provenance)
+    mine = create_store(folder, kin, source.spec, source.provenance)
     with exclusive_lock(mine.path, f"merge of {source.path}"):
         mine.sweep()
         _agree(mine, source)
@@ -96,8 +89,8 @@ def _merge(source: Store, folder: Path, progress: bool) -> MergeResult:
         check_room(mine.path, needed, "Choose another disk with --cache.")
         if mine.plan is None and source.plan is not None:  # where there are a plan and a reference here, ours stay
             write_whole(mine.path / "plan.json", (source.path / "plan.json").read_bytes())
-        if (theirs := read_canary(source)) is not None and not canary_path(mine).exists():
-            write_canary(mine, theirs)
+        if (theirs := canary.read_canary(source)) is not None and not canary.canary_path(mine).exists():
+            canary.write_canary(mine, theirs)
         shards = rows = size = 0
         with byte_bar(needed, source.path.name, progress) as bar:
             for layout, shard, missing in wanted:
@@ -113,7 +106,7 @@ def _merge(source: Store, folder: Path, progress: bool) -> MergeResult:
 
 def _agree(mine: Store, source: Store) -> None:
     """Raises Drift when the two made something else of the probe images."""
-    ours, theirs = read_canary(mine), read_canary(source)
+    ours, theirs = canary.read_canary(mine), canary.read_canary(source)
     if ours is None or theirs is None:
         return
     here, there = ours.made_by, theirs.made_by
@@ -128,8 +121,8 @@ def _agree(mine: Store, source: Store) -> None:
             f"not taken. {why}"
         )
     for name in sorted(ours.rows.keys() & theirs.rows.keys()):
-        if not is_within_tolerance(mine.spec, theirs.rows[name], ours.rows[name]):
-            far = relative_distance(theirs.rows[name], ours.rows[name])
+        if not canary.is_within_tolerance(mine.spec, theirs.rows[name], ours.rows[name]):
+            far = canary.relative_distance(theirs.rows[name], ours.rows[name])
             raise Drift(
                 f"{source.path} made another {name} of the probe images than {mine.path} (distance {far:.1g}). "
                 f"Its rows are not taken. {why}"
@@ -152,8 +145,7 @@ def _missing_shards(mine: Store, source: Store) -> tuple[list[tuple[Layout, Shar
             except CacheError as error:
                 left.append(str(error))
                 continue
-            missing = np.setdiff1d(shard.digests, here)
-            if len(missing):
+            if len(missing := np.setdiff1d(shard.digests, here)):
                 wanted.append((layout, shard, len(missing)))
                 here = np.concatenate([here, missing])
     return wanted, left
@@ -202,9 +194,7 @@ def _take_view(mine: Store, source: Store, path: Path) -> MergedView:
 
 def _same(a: View, b: View) -> bool:
     """Whether two views say the same of the same images; where the images lay does not count."""
-    plain, other = (
-        (v.ids, v.splits, v.groups, v.classes, v.task, v.failed, v.augmented, dict(v.outputs), list(v.meta))
-        for v in (a, b)
-    )
+    fields = ("ids", "splits", "groups", "classes", "task", "failed", "augmented", "outputs")
+    plain = all(getattr(a, field) == getattr(b, field) for field in fields) and list(a.meta) == list(b.meta)
     pairs = zip((a.labels, a.digests, *a.meta.values()), (b.labels, b.digests, *b.meta.values()), strict=False)
-    return plain == other and all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in pairs)
+    return plain and all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in pairs)

@@ -22,9 +22,10 @@ import xxhash
 
 from featurecache.errors import CacheError, DamagedFile, Drift, FeatureCacheError, SourceError, UnreadableImage
 from featurecache.extraction import canary
-from featurecache.extraction.forward import source_layout
+from featurecache.extraction.canary import StoreBackbone
+from featurecache.extraction.forward import output_layout
 from featurecache.extraction.pipeline import ExtractionJob, ShardJob, ShardPlan, derive_shards, run_local
-from featurecache.files.atomic import open_regular, writing
+from featurecache.files.atomic import writing
 from featurecache.files.locks import exclusive_lock
 from featurecache.files.records import check_provenance, checked_plan, parse_json
 from featurecache.images import decoding as _images
@@ -71,7 +72,7 @@ def repair(
 ) -> list[Repair]:  # fmt: skip
     """Mend the stores of a cache, or those in ``only``; one record for each in which something was damaged. Rows whose
     images are gone stop the repair of their store before anything is changed, unless ``drop``: then they leave the
-    views and are listed there among what could not be read. For the others see `canary.StoreBackbone`."""
+    views and are listed there among what could not be read. For the others see `StoreBackbone`."""
     repairs = []
     if only is None:
         repairs += [_restore_spec(folder, error) for folder, error in list(unreadable_stores(cache))]
@@ -79,7 +80,7 @@ def repair(
         with exclusive_lock(store.path, "repair"):
             store.sweep()
             if damages := check_store(store).damages:
-                load = partial(canary.StoreBackbone, store, device=device, weights=weights, trust_code=trust_code)
+                load = partial(StoreBackbone, store, device=device, weights=weights, trust_code=trust_code)
                 repairs.append(StoreRepair(store, damages, load, say).run(drop))
     return repairs
 
@@ -89,10 +90,9 @@ def _restore_spec(folder: Path, error: CacheError) -> Repair:
     for path in sorted(folder.glob("*.h5")):
         with contextlib.suppress(FeatureCacheError, KeyError, ValueError):
             attributes = read_view(path).attributes
-            spec = ExtractionSpec.from_dict(parse_json(attributes["spec"], f"{path}: spec"))
-            if spec.fingerprint == attributes["fingerprint"]:
-                provenance = parse_json(attributes["provenance"], f"{path}: provenance")
-                check_provenance(provenance, path)
+            record, provenance = (parse_json(attributes[key], f"{path}: {key}") for key in ("spec", "provenance"))
+            check_provenance(provenance, path)
+            if (spec := ExtractionSpec.from_dict(record)).fingerprint == attributes["fingerprint"]:
                 write_spec(folder, spec, provenance)
                 return Repair(folder, replaced=(folder / "spec.json",))
     return Repair(folder, left=(Damage(folder / "spec.json", f"{error} No whole view is there to restore it from."),))
@@ -101,11 +101,11 @@ def _restore_spec(folder: Path, error: CacheError) -> Repair:
 class DamagedShard:
     """A shard to be written anew: its rows [n] in order, each once, by their numbers in the damaged file."""
 
-    def __init__(self, known: ReferencedShard) -> None:
-        self.known, self.layout, self.output = known, known.layout, parse(known.layout.output)
-        self.numbers, first = np.unique(known.numbers, return_index=True)
-        self.digests, self.checksums, self.errors = known.digests[first], known.checksums[first], known.errors[first]
-        self.whole = known.is_whole()[first]  # bool: the damaged file still has the row's bytes
+    def __init__(self, named: ReferencedShard) -> None:
+        self.named, self.layout, self.output = named, named.layout, parse(named.layout.output)
+        self.numbers, first = np.unique(named.numbers, return_index=True)
+        self.digests, self.checksums, self.errors = named.digests[first], named.checksums[first], named.errors[first]
+        self.whole = named.is_whole()[first]  # bool: the damaged file still has the row's bytes
 
     def rows(self, part: np.ndarray, elsewhere: RowLocations) -> tuple[np.ndarray, np.ndarray]:
         """Rows ``part`` [k] with their bytes [k, ...] and errors [k]: saved from the file, or from where they lie
@@ -113,9 +113,9 @@ class DamagedShard:
         whole = self.whole[part]
         rows, errors = np.zeros((len(part), *self.layout.shape), self.layout.dtype), self.errors[part].astype("f4")
         if whole.any():
-            rows[whole] = _stored_rows(self.known, self.numbers[part[whole]])
+            rows[whole] = self.named.rows(self.numbers[part[whole]])
             if any(xxhash.xxh3_64_intdigest(rows[k].data) != self.checksums[part[k]] for k in np.flatnonzero(whole)):
-                raise DamagedFile(f"{self.known.path} has other bytes than a moment ago; is its disk failing?")
+                raise DamagedFile(f"{self.named.path} has other bytes than a moment ago; is its disk failing?")
         if not whole.all():
             other = elsewhere[part[~whole]]
             rows[~whole] = read_feature_rows(other, self.layout).numpy()
@@ -128,24 +128,20 @@ class StoreRepair:
     """The repair of one store, alone in it."""
 
     def __init__(
-        self,
-        store: Store,
-        damages: tuple[Damage, ...],
-        load: Callable[[], canary.StoreBackbone],
-        say: Callable[[str], object],
+        self, store: Store, damages: tuple[Damage, ...], load: Callable[[], StoreBackbone], say: Callable[[str], object]
     ) -> None:
         self._store, self._damages, self._backbone, self._say = store, damages, cached(load), say
         self._views: list[View] = []
         for path in store.views():
             with contextlib.suppress(FeatureCacheError):
                 self._views.append(View(path, columns_only=True, copies=True))
-        self._known = referenced_shards(self._views)
-        self._layouts = {known.layout.output: known.layout for known in self._known.values()}
+        self._named = referenced_shards(self._views)
+        self._layouts = {named.layout.output: named.layout for named in self._named.values()}
         self._broken = {damage.path for damage in damages if damage.path.parent.parent == store.path}
-        self._bad = [DamagedShard(self._known[path]) for path in sorted(self._broken & self._known.keys())]
+        self._bad = [DamagedShard(self._named[path]) for path in sorted(self._broken & self._named.keys())]
         # Tokens first: others follow from them; then the small ones, that the larger may have their rows from them.
         self._bad.sort(key=lambda shard: (shard.output.is_derived, len(shard.digests)))
-        self._datasets: dict[Path, tuple[Dataset, dict[str, int]] | str] = {}
+        self._open = cached(_open_source)
         self._orders = {view.path: np.argsort(view.digests, kind="stable") for view in self._views}
         self._kept = self._computed = 0
 
@@ -173,7 +169,7 @@ class StoreRepair:
         # Damaged files whose rows are elsewhere now go. One that no view names stays while a view is damaged, which
         # may name it.
         unsure = any(damage.path.parent == self._store.path and damage.path.suffix == ".h5" for damage in damages)
-        removed = [path for path in sorted(self._broken) if path.exists() and not (unsure and path not in self._known)]
+        removed = [path for path in sorted(self._broken) if path.exists() and (path in self._named or not unsure)]
         _remove(removed)
         left = tuple(d for d in damages if d.path not in damaged or (d.path in self._broken and d.path.exists()))
         return Repair(self._store.path, (*new, *small), tuple(removed), self._kept, self._computed, named, left)
@@ -192,10 +188,9 @@ class StoreRepair:
         layouts, tokens = {shard.output.name: shard.layout}, self._layouts.get(shard.output.source)
         if shard.output.is_derived and tokens is not None and tokens.grid is not None:
             layouts[shard.output.source] = tokens
-        forward, derived = missing_outputs((shard.output,), layouts, self._whole, shard.digests[rows])
-        return [(rows[part], outputs) for part, outputs in forward], [
-            (rows[part], outputs) for part, outputs in derived
-        ]
+        groups = missing_outputs((shard.output,), layouts, self._whole, shard.digests[rows])
+        forward, derived = ([(rows[part], outputs) for part, outputs in each] for each in groups)
+        return forward, derived
 
     def _gone(self) -> dict[bytes, str]:
         """Damaged rows that can be had from nowhere, and why. Looks at the images, computes nothing."""
@@ -223,29 +218,19 @@ class StoreRepair:
             order = self._orders[view.path]
             left, right = (np.searchsorted(view.digests, digest, side, order) for side in ("left", "right"))
             for row in order[left:right].tolist():
+                dataset, numbers = self._open(view)
+                if isinstance(dataset, str):
+                    reason = dataset
+                    continue
                 try:
-                    data = self._read(view, view.ids[row])
+                    if view.ids[row] not in numbers:
+                        raise UnreadableImage(f"{view.source.get('data')} has no image of this name any more")
+                    if (image := _as_named(view, row, dataset.read(numbers[view.ids[row]]))) is not None:
+                        return image
+                    reason = "the file of this name holds another image now"
                 except (UnreadableImage, SourceError) as error:
                     reason = str(error)
-                    continue
-                if (image := _as_named(view, row, data)) is not None:
-                    return image
-                reason = "the file of this name holds another image now"
         raise UnreadableImage(reason)
-
-    def _read(self, view: View, sample: str) -> EncodedImage:
-        if view.path not in self._datasets:
-            try:
-                dataset = reopen(view.source)
-                self._datasets[view.path] = dataset, {name: k for k, name in enumerate(dataset.ids)}
-            except (SourceError, KeyError) as error:
-                self._datasets[view.path] = str(error)
-        opened = self._datasets[view.path]
-        if isinstance(opened, str):
-            raise UnreadableImage(opened)
-        if sample not in opened[1]:
-            raise UnreadableImage(f"{view.source.get('data')} has no image of this name any more")
-        return opened[0].read(opened[1][sample])
 
     def _write(self, shard: DamagedShard, gone: dict[bytes, str]) -> Path | None:
         """The shard anew without rows that are ``gone``. None when nothing of it is left."""
@@ -253,20 +238,17 @@ class StoreRepair:
         if not len(chosen):
             return None
         lost = chosen[~shard.whole[chosen]]
-        self._say(f"{shard.known.path}: {len(lost):,} of {len(chosen):,} rows are made again")
+        self._say(f"{shard.named.path}: {len(lost):,} of {len(chosen):,} rows are made again")
         self._kept += len(chosen) - len(lost)
         notes = self._notes(shard.layout)
         extracted = self._extract(shard, lost, notes)
         elsewhere = find_by_digest(self._whole.shards(shard.layout), shard.digests)
         assert elsewhere.mask[lost].all()
-        writer = ShardWriter(self._store.path, shard.digests[chosen], shard.layout, notes)
-        try:
+        with contextlib.closing(ShardWriter(self._store.path, shard.digests[chosen], shard.layout, notes)) as writer:
             for start in range(0, len(chosen), _STRETCH):
                 part = chosen[start : start + _STRETCH]
                 writer.append(shard.digests[part].tolist(), *shard.rows(part, elsewhere))
             path = writer.commit(replace=True)
-        finally:
-            writer.discard()
         assert path is not None
         self._broken.discard(path)  # whole again, and rows of others may come from it
         _remove([each for each in extracted if each != path])  # it has all of their rows
@@ -279,9 +261,9 @@ class StoreRepair:
         jobs = [ShardJob(self._whole, layouts, shard.digests, notes, replace=True)]
         derive_shards(jobs[0], derived, str)
         if forward:
-            again = self._backbone()
+            again, source = self._backbone(), shard.output.source
             again.check(shard.output)
-            layouts[shard.output.source] = source_layout(again.backbone, shard.output, self._store.spec.dtype)
+            layouts[source] = output_layout(again.backbone, parse(source), self._store.spec.dtype)
             job = ExtractionJob(
                 self._whole, layouts, shard.digests, notes, replace=True, preprocess=again.backbone.preprocess,
                 read=lambda row: self._image(shard.digests[row]), compute=again.compute, workers=canary.THREADS,
@@ -310,24 +292,23 @@ class StoreRepair:
         plan: dict[str, Any] = {}
         for shard in (shard for layout in self._layouts.values() for shard in self._whole.shards(layout)):
             with contextlib.suppress(CacheError, KeyError):  # it came from elsewhere and has several
-                device = shard.notes["device"]
-                noted = checked_plan({device: parse_json(shard.notes["plan"], f"{shard.path}: plan")}, shard.path)
-                plan.setdefault(device, noted[device])
+                noted = {shard.notes["device"]: parse_json(shard.notes["plan"], f"{shard.path}: plan")}
+                plan = checked_plan(noted, shard.path) | plan
         self._store.replace_plan(plan)
         return True
 
     def _mend_canary(self) -> bool:
         """A new reference, after some stored rows were computed again and agreed."""
-        for path, known in self._known.items():
-            whole, output = np.flatnonzero(known.is_whole())[:4], parse(known.layout.output)
+        for path, named in self._named.items():
+            whole, output = np.flatnonzero(named.is_whole())[:4], parse(named.layout.output)
             try:
-                images = [self._image(digest) for digest in known.digests[whole].tolist()]
+                images = [self._image(digest) for digest in named.digests[whole].tolist()]
             except UnreadableImage:
                 continue
             if not images:
                 continue
             now, failed = self._backbone().rows(images, output, check=False)
-            stored = torch.from_numpy(_stored_rows(known, known.numbers[whole]))
+            stored = torch.from_numpy(named.rows(named.numbers[whole]))
             if failed or not canary.is_within_tolerance(self._store.spec, now, stored):
                 raise Drift(
                     f"{path} holds other rows than this machine computes of the same images, so "
@@ -338,12 +319,13 @@ class StoreRepair:
         return False
 
 
-def _stored_rows(known: ReferencedShard, numbers: np.ndarray) -> np.ndarray:
-    """Rows [n, ...] as they lie in the file, zeros behind its end."""
-    with open_regular(known.path) as file:
-        size = known.layout.row_bytes
-        data = b"".join(known.read(file, number).ljust(size, b"\0") for number in numbers.tolist())
-    return np.frombuffer(bytearray(data), known.layout.dtype).reshape(-1, *known.layout.shape)
+def _open_source(view: View) -> tuple[Dataset | str, dict[str, int]]:
+    """The images of a view, or why there are none, and their numbers by id."""
+    try:
+        dataset = reopen(view.source)
+    except (SourceError, KeyError) as error:
+        return str(error), {}
+    return dataset, {name: number for number, name in enumerate(dataset.ids)}
 
 
 def _as_named(view: View, row: int, data: EncodedImage) -> EncodedImage | None:

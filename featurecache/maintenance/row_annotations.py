@@ -21,6 +21,7 @@ from featurecache.formatting import abbreviated
 from featurecache.maintenance.feature_files import ArrayInfo, FeatureFile, open_feature_file
 from featurecache.sources.labels import Annotations, class_labels, labels_of_numbers, resolve_labels, split_names
 from featurecache.sources.tables import TABLES, read_annotations
+from featurecache.store.schema import column_at
 
 # Role -> names of arrays, lower case.
 ARRAY_ROLES = {
@@ -70,10 +71,10 @@ def annotate_rows(
     if table is not None:
         order = _order(table, ids if arrays["ids"] else None, rows)
         labels, names = _reordered(table.labels[order], table.classes, classes)
-        ids = _picked(table.ids, order) if table.ids and not arrays["ids"] else ids
-        splits = _picked(table.splits, order)
-        groups = _picked(table.groups, order) if table.groups and groups is None else groups
-        meta = {name: _picked(values, order) for name, values in table.meta.items()}
+        ids = column_at(table.ids, order) if table.ids and not arrays["ids"] else ids
+        splits = column_at(table.splits, order)
+        groups = column_at(table.groups, order) if table.groups and groups is None else groups
+        meta = column_at(table.meta, order)
     if array := arrays["labels"]:
         labels, names = _labels_of(array, classes or stated, task)
     if table is None and (named := arrays["splits"]):
@@ -124,18 +125,17 @@ def _column(file: FeatureFile, role: str, key: str | None, rows: int) -> ArrayIn
         arrays = [array_named(file, key, f"--{role}-key")] if key else []
     else:
         arrays = [array for name, array in file.arrays.items() if name.lower() in ARRAY_ROLES[role]]
-        if len(arrays) > 1:
-            names = ", ".join(array.name for array in arrays)
-            raise SourceError(
-                f"{file.path.name} has several arrays that could be the {role}: {names}. "
-                f"Say which: --{role}-key {arrays[0].name}."
-            )
+    if len(arrays) > 1:
+        names = ", ".join(array.name for array in arrays)
+        raise SourceError(
+            f"{file.path.name} has several arrays that could be the {role}: {names}. "
+            f"Say which: --{role}-key {arrays[0].name}."
+        )
     for array in arrays:
-        if not array.shape or array.shape[0] != rows:
+        if array.shape[:1] != (rows,):
             there = f"{array.shape[0]:,} rows" if array.shape else "one value"
             raise SourceError(f"{array.name} of {file.path.name} has {there}, the features have {rows:,}.")
-        return array
-    return None
+    return arrays[0] if arrays else None
 
 
 def _ids(file: FeatureFile, array: ArrayInfo | None, rows: int) -> list[str]:
@@ -166,10 +166,6 @@ def _order(table: Annotations, ids: list[str] | None, rows: int) -> np.ndarray:
     return np.arange(rows)
 
 
-def _picked(values: Any, order: np.ndarray) -> Any:
-    return values[order] if isinstance(values, np.ndarray) else [values[row] for row in order.tolist()]
-
-
 # -- labels
 
 
@@ -190,7 +186,7 @@ def _labels_array(file: FeatureFile, key: str | None, rows: int) -> ArrayInfo | 
     ending = Path(key).suffix.lower() if key and key not in file.arrays else ""
     if key and ending == ".npy":
         array = next(iter(open_feature_file(Path(key)).arrays.values()))
-        if not array.shape or array.shape[0] != rows:
+        if array.shape[:1] != (rows,):
             raise SourceError(f"{key} has the shape {list(array.shape)}; the features have {rows:,} rows.")
         return array
     if ending:
@@ -205,8 +201,7 @@ def _labels_of(array: ArrayInfo, classes: Sequence[str] | None, task: str | None
     if array.text:
         words = array.texts()
         names = sorted(set(words) - {""})
-        labels = class_labels(words, names)
-        return _reordered(labels, names, classes)
+        return _reordered(class_labels(words, names), names, classes)
     labels, names = labels_of_numbers(array.whole(), array.name, classes, "label {}")
     if labels.ndim == 2 and task in ("binary", "multiclass", "ordinal"):
         if not (labels.sum(1) == 1).all():
@@ -219,8 +214,7 @@ def _reordered(labels: np.ndarray, names: list[str], classes: Sequence[str] | No
     """Labels of the classes ``names`` in the order of ``classes``, if there is one."""
     if not classes:
         return labels, names
-    unknown = [name for name in names if name not in classes]
-    if unknown or len(set(classes)) < len(classes):
+    if not set(names) <= set(classes) or len(set(classes)) < len(classes):
         raise BadOption(f"--classes {','.join(classes)}: the labels are {abbreviated(names, 8)}; name each once.")
     if labels.ndim == 2:
         return labels[:, [names.index(name) for name in classes if name in names]], list(classes)

@@ -8,7 +8,7 @@ digests.
 
 from __future__ import annotations
 
-import io
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -88,17 +88,20 @@ class ReferencedShard:
 
     def is_whole(self) -> np.ndarray:
         """bool, one for each of ``numbers``: whether the bytes in the file, if there is one, have the checksum."""
-        numbers, sums = self.numbers.tolist(), self.checksums.tolist()
-        try:
-            with open_regular(self.path) as file:
-                pairs = zip(numbers, sums, strict=True)
-                return np.array([xxhash.xxh3_64_intdigest(self.read(file, n)) == sum_ for n, sum_ in pairs], bool)
-        except (OSError, CacheError):
-            return np.zeros(len(numbers), bool)
+        whole, size = np.zeros(len(self.numbers), bool), self.layout.row_bytes
+        with contextlib.suppress(OSError, CacheError), open_regular(self.path) as file:
+            for k, (number, checksum) in enumerate(zip(self.numbers.tolist(), self.checksums.tolist(), strict=True)):
+                data = os.pread(file.fileno(), size, self.offset + number * size)  # fewer where the file is cut
+                whole[k] = xxhash.xxh3_64_intdigest(data) == checksum
+        return whole
 
-    def read(self, file: io.BufferedReader, number: int) -> bytes:
-        """The bytes of a row; fewer where the file is cut."""
-        return os.pread(file.fileno(), self.layout.row_bytes, self.offset + number * self.layout.row_bytes)
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Rows [n, ...] as they lie in the file, zeros behind its end."""
+        size, data = self.layout.row_bytes, bytearray()
+        with open_regular(self.path) as file:
+            for number in numbers.tolist():
+                data += os.pread(file.fileno(), size, self.offset + number * size).ljust(size, b"\0")
+        return np.frombuffer(data, self.layout.dtype).reshape(-1, *self.layout.shape)
 
 
 def verify(cache: Path, only: Iterable[Store] | None = None, *, advance: Callable[[int], object] = int) -> VerifyReport:
@@ -133,7 +136,7 @@ def check_store(store: Store, advance: Callable[[int], object] = int) -> VerifyR
     hashed: dict[tuple[Path, FileStamp | None], str | None] = {}  # a file as it was found → what is wrong with it
     for _ in range(_ATTEMPTS):
         views = {path: file_stamp(path) for path in store.views()}
-        damages = [*_small_files(store), *_damages(store, hashed, advance)]
+        damages = list(_damages(store, hashed, advance))
         if not damages or views == {path: file_stamp(path) for path in store.views()}:
             break
     sizes = [stamp[1] for _, stamp in hashed if stamp]
@@ -150,6 +153,12 @@ def _damages(
             hashed.update(zip(todo, pool.map(lambda key: _hashed(key[0], advance), todo), strict=True))
         return {path: hashed[key] for path, key in keys.items()}
 
+    readers = {store.path / "plan.json": lambda: store.plan, canary_path(store): lambda: read_canary(store)}
+    for path, read in readers.items():
+        try:
+            read()
+        except CacheError as error:
+            yield Damage(path, str(error))
     problems = problems_of(hashed_files(store))
     views = {path: _view(path, problems[path]) for path in problems if path.parent == store.path}
     yield from (Damage(path, wrong) for path, wrong in views.items() if isinstance(wrong, str) and file_stamp(path))
@@ -157,15 +166,6 @@ def _damages(
     problems |= problems_of(named.keys() - problems.keys())  # missing, or newer than the list of files
     shards = sorted(problems.keys() - views.keys())
     yield from (damage for path in shards if (damage := _shard(store, path, problems[path], named.get(path))))
-
-
-def _small_files(store: Store) -> Iterator[Damage]:
-    readers = {store.path / "plan.json": lambda: store.plan, canary_path(store): lambda: read_canary(store)}
-    for path, read in readers.items():
-        try:
-            read()
-        except CacheError as error:
-            yield Damage(path, str(error))
 
 
 def _hashed(path: Path, advance: Callable[[int], object]) -> str | None:
@@ -209,8 +209,7 @@ def referenced_shards(views: Iterable[View]) -> dict[Path, ReferencedShard]:
 
 def _shard(store: Store, path: Path, problem: str | None, named: ReferencedShard | None) -> Damage | None:
     """What is wrong with a shard, by its bytes, by its content, or by what the views say of it."""
-    problem = problem or _content(store, path, named)
-    if problem is None:
+    if (problem := problem or _content(store, path, named)) is None:
         return None
     if named is None:  # one that is gone meanwhile is missed by nobody
         return Damage(path, f"{problem}; no view names its rows") if file_stamp(path) else None
@@ -246,6 +245,6 @@ def stores_called(names: Iterable[str], cache: Path) -> list[Store]:
     named: dict[Path, Store] = {}
     for name in names:
         folder = next((path for path in (Path(name), cache / name) if (path / "spec.json").exists()), None)
-        store = open_store(folder if folder is not None else find_view(name, cache).parent)
+        store = open_store(folder or find_view(name, cache).parent)
         named[store.path] = store
     return list(named.values())

@@ -85,12 +85,14 @@ class ViewColumns:
 
     def at(self, rows: np.ndarray | slice) -> dict[str, Any]:
         """The columns by name, each of some ``rows`` only."""
-        names = ("ids", "labels", "splits", "digests", "groups", "versions")
-        meta = {key: column[rows] for key, column in self.meta.items()}
-        return {name: _pick(getattr(self, name), rows) for name in names} | {"meta": meta}
+        names = ("ids", "labels", "splits", "digests", "groups", "meta", "versions")
+        return {name: column_at(getattr(self, name), rows) for name in names}
 
 
-def _pick(column: Any, rows: np.ndarray | slice) -> Any:
+def column_at(column: Any, rows: np.ndarray | slice) -> Any:
+    """Some ``rows`` of a column, an array or a list; of a dict of such; None of None."""
+    if isinstance(column, dict):
+        return {key: column_at(values, rows) for key, values in column.items()}
     if isinstance(column, list) and not isinstance(rows, slice):
         return [column[row] for row in rows.tolist()]
     return None if column is None else column[rows]
@@ -250,8 +252,7 @@ def _sides(shape: list[Any], name: Path) -> tuple[int, ...]:
 
 def _check_columns(view: ViewContent, name: Path) -> None:
     """Columns of one length and of the values that they may have."""
-    columns: list[Any] = [view.labels, view.splits, view.digests, *view.meta.values()]
-    columns += [view.groups, view.versions]
+    columns: list[Any] = [view.labels, view.splits, view.digests, view.groups, view.versions, *view.meta.values()]
     columns += [column for s in view.index.values() for column in (s.index, s.checksums, s.errors)]
     if view.task not in TASKS or {len(column) for column in columns if column is not None} != {len(view.ids)}:
         raise CacheError(f"{name}: its columns do not agree with each other.")
@@ -260,8 +261,14 @@ def _check_columns(view: ViewContent, name: Path) -> None:
     if not set(view.splits) <= SPLITS:
         raise CacheError(f"{name}: it has a split other than train, val and test.")
     check_digests(view.digests, name)
-    if not _labels_fit(view):
-        raise CacheError(f"{name}: its labels do not fit its {len(view.classes):,} classes ({view.task}).")
+    labels, classes = view.labels, len(view.classes)
+    if view.task == "multilabel":
+        fit = labels.dtype == np.float32 and labels.ndim == 2 and labels.shape[1] == classes
+        fit = fit and bool(((labels == 0) | (labels == 1) | np.isnan(labels)).all())
+    else:
+        fit = labels.dtype == np.int64 and labels.ndim == 1 and bool(((labels >= -1) & (labels < classes)).all())
+    if not fit:
+        raise CacheError(f"{name}: its labels do not fit its {classes:,} classes ({view.task}).")
     if not _copies_fit(view):
         raise CacheError(f"{name}: its augmented copies are not those of its images.")
     for output, stored in view.index.items():
@@ -279,11 +286,3 @@ def _copies_fit(view: ViewContent) -> bool:
     copies, names = view.versions[n:], view.ids
     fine = n > 0 and not view.versions[:n].any() and ((copies > 0) & (copies <= view.augmented.views)).all()
     return bool(fine) and set(names[n:]) <= set(names[:n])
-
-
-def _labels_fit(view: ViewContent) -> bool:
-    labels, classes = view.labels, len(view.classes)
-    if view.task == "multilabel":
-        fits = labels.dtype == np.float32 and labels.ndim == 2 and labels.shape[1] == classes
-        return bool(fits) and bool(((labels == 0) | (labels == 1) | np.isnan(labels)).all())
-    return labels.dtype == np.int64 and labels.ndim == 1 and bool(((labels >= -1) & (labels < classes)).all())

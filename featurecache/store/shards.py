@@ -42,10 +42,9 @@ def shard_name(digests: np.ndarray) -> str:
 
 
 class ShardWriter:
-    """Collects the rows of one shard in a temporary file on the disk and commits it.
+    """Collects the rows of one shard, at most those of ``planned``, in a temporary file on the disk and commits it.
 
-    ``rows`` is how many at most; images that fail are left out, and the rest of the file is made for the rows there
-    are.
+    Images that fail are left out, and the rest of the file is made for the rows there are.
     """
 
     def __init__(self, folder: Path, planned: np.ndarray, layout: Layout, notes: dict[str, str]) -> None:
@@ -89,7 +88,7 @@ class ShardWriter:
             file.commit(replace=replace)
         return path
 
-    def discard(self) -> None:
+    def close(self) -> None:
         """Give up what is not committed, and the memory it took."""
         self._file.discard()
         self._digests, self._checksums, self._errors = [], [], []
@@ -238,17 +237,13 @@ class RowLocations:
 
 def empty_rows(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory for rows [n, ...]. An index can name one large row a million times, so the sum is looked at first."""
-    size, memory = math.prod(shape) * dtype.itemsize, _memory_bytes()
+    size, memory = math.prod(shape) * dtype.itemsize, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory:
         raise CacheError(
             f"{shape[0]:,} rows of {list(shape[1:])} take {size:,} bytes and this machine has {memory:,}; "
             "ask for fewer rows at a time."
         )
     return torch.empty(shape, dtype=dtype)
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def read_feature_rows(places: RowLocations, layout: Layout) -> torch.Tensor:
@@ -260,8 +255,7 @@ def read_feature_rows(places: RowLocations, layout: Layout) -> torch.Tensor:
         chosen = np.flatnonzero(places.file == number)
         rows = places.row[chosen]
         result[torch.from_numpy(chosen)] = mapped[torch.from_numpy(rows)]
-        wrong = wrong_rows(result, chosen, shard.checksums[rows])
-        if len(wrong):
+        if len(wrong := wrong_rows(result, chosen, shard.checksums[rows])):
             raise damaged_rows(shard.path, rows[np.isin(chosen, wrong)])
     return result
 
@@ -293,8 +287,7 @@ def find_by_digest(shards: list[Shard], digests: np.ndarray) -> RowLocations:
     stored = np.concatenate([shard.digests for shard in shards])
     file, row = np.repeat(np.arange(len(shards)), lengths), np.concatenate([np.arange(n) for n in lengths])
     order = np.argsort(stored, kind="stable")
-    position = np.minimum(np.searchsorted(stored[order], digests), len(stored) - 1)
-    pick = order[position]
+    pick = order[np.minimum(np.searchsorted(stored[order], digests), len(stored) - 1)]
     hit = stored[pick] == digests
     return RowLocations(tuple(shards), np.where(hit, file[pick], -1), np.where(hit, row[pick], -1))
 

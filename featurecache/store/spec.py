@@ -123,17 +123,15 @@ def describe_differences(
     """(field, "stored → asked") for people: weights as one thing, an architecture of another class as one, nothing that
     only follows from another field. ``origins``: the provenance of both."""
     rows: dict[str, str] = {}
-    follow = _following(old, new)
-    differences = list(spec_differences(old, new))
+    follow, differences = _following(old, new), list(spec_differences(old, new))
     other = any(each.field in ("architecture.library", "architecture.class") for each in differences)
     for each in differences:
         name = each.field
         if name.startswith("weights."):
-            made = _weights(old, origins[0]), _weights(new, origins[1])
-            rows["weights"] = f"{made[0]} → {made[1]}"
+            rows["weights"] = f"{_weights(old, origins[0])} → {_weights(new, origins[1])}"
         elif other and name.startswith("architecture."):
-            names = [f"{a.get('class')} of {a.get('library')}" for a in (old.architecture, new.architecture)]
-            rows["architecture"] = f"{_cut(names[0])} → {_cut(names[1])}"
+            kinds = [_cut(f"{a.get('class')} of {a.get('library')}") for a in (old.architecture, new.architecture)]
+            rows["architecture"] = " → ".join(kinds)
         elif name not in follow:
             short = name.removeprefix("architecture.").removeprefix("preprocess.")
             rows[_cut(short)] = f"{_text(name, each.stored)} → {_text(name, each.asked)}"
@@ -155,8 +153,7 @@ def _following(stored: ExtractionSpec, asked: ExtractionSpec) -> set[str]:
 def _weights(spec: ExtractionSpec, provenance: dict[str, Any]) -> str:
     if spec.untrained:
         return f"untrained, seed {spec.weights['random_seed']}"
-    revision = str(provenance.get("revision") or "")
-    origin = "@".join(filter(None, [str(provenance.get("id", "")), revision[:8]]))
+    origin = "@".join(filter(None, [str(provenance.get("id", "")), str(provenance.get("revision") or "")[:8]]))
     origin = (provenance.get("request") or {}).get("weights") or origin
     return f"{_text('', spec.weights.get('blake2b'))} ({_cut(origin[-_LONGEST:])})"
 

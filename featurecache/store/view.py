@@ -37,12 +37,8 @@ def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def _changed(settings: Mapping[str, Any], *keys: str) -> list[tuple[str, Any]]:
     """The options of settings that are not as they are without one; a switch has no value."""
     usual = {"fit": "model", "precision": "fp32", "dtype": "float16"}
-    values = [(key, settings.get(key)) for key in keys]
-    return [
-        (f"--{key}".replace("_", "-"), "" if value is True else value)
-        for key, value in values
-        if value and value != usual.get(key)
-    ]
+    values = {key: settings.get(key) for key in keys if settings.get(key) and settings.get(key) != usual.get(key)}
+    return [(f"--{key}".replace("_", "-"), "" if value is True else value) for key, value in values.items()]
 
 
 class View(ViewContent):
@@ -138,10 +134,8 @@ class View(ViewContent):
             file, row = stored.index[:, 0], stored.index[:, 1]
             fine = ((0 <= file) & (file < len(files))).all()
             if fine and len(file):
-                row_bytes = math.prod(stored.info.shape) * np.dtype(stored.info.dtype).itemsize
-                inside = np.array(
-                    [offset + rows * row_bytes <= size for offset, rows, size in zip(*places, strict=True)]
-                )
+                ends = [offset + rows * stored.info.row_bytes for offset, rows, _ in zip(*places, strict=True)]
+                inside = np.array([end <= size for end, size in zip(ends, places[2], strict=True)])
                 fine = ((0 <= row) & (row < files["rows"][file])).all() and (inside & placed)[np.unique(file)].all()
             if not fine:
                 raise UnsafeFile(f"{self.path}: its index of {name} points outside the shards.")
@@ -322,30 +316,24 @@ class MappedRows:
             assert (address - first) % self._unit == 0
             self._start[number] = (address - first) // self._unit
         span = max((rows.data_ptr() + rows.nbytes for rows in self._shards.values()), default=0) - first
-        self._buffer = self._over(first, span)
-
-    def _over(self, first: int, span: int) -> torch.Tensor:
         dtype, shape = TORCH_DTYPE[self._info.dtype], self._info.shape
-        if not span:
-            return torch.empty((0, *shape), dtype=dtype)
-        memory = torch.frombuffer((ctypes.c_byte * span).from_address(first), dtype=dtype)
-        inner = torch.empty(shape, dtype=dtype, device="meta").stride()
-        count = (span - self._bytes) // self._unit + 1
-        return memory.as_strided((count, *shape), (self._unit // dtype.itemsize, *inner))
+        self._buffer = torch.empty((0, *shape), dtype=dtype)
+        if span:
+            memory = torch.frombuffer((ctypes.c_byte * span).from_address(first), dtype=dtype)
+            count, inner = (span - self._bytes) // self._unit + 1, self._buffer.stride()[1:]
+            self._buffer = memory.as_strided((count, *shape), (self._unit // dtype.itemsize, *inner))
 
     def _check(self, rows: np.ndarray) -> None:
         """Bytes of rows [n] against their checksums. Costs a row's first reading about as much again."""
         for number in np.unique(self._index[rows, 0]).tolist():
             here = rows[self._index[rows, 0] == number]
-            wrong = wrong_rows(self._shards[number], self._index[here, 1], self._checksums[here])
-            if len(wrong):
+            if len(wrong := wrong_rows(self._shards[number], self._index[here, 1], self._checksums[here])):
                 raise damaged_rows(self._paths[number], wrong)
         self._unchecked[rows] = False
 
     def take(self, rows: np.ndarray, out: torch.Tensor | None) -> torch.Tensor:
         """rows [n] of the view → [n, ...]."""
-        new = rows[self._unchecked[rows]]
-        if len(new):
+        if len(new := rows[self._unchecked[rows]]):
             self._check(new)
         places = self._index[rows]
         index = torch.from_numpy(self._start[places[:, 0]] + places[:, 1] * (self._bytes // self._unit))

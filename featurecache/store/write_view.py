@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,9 @@ import numpy as np
 
 from featurecache.errors import AmbiguousName, NotInCache, nearest
 from featurecache.files.atomic import AtomicFile
+from featurecache.files.directory import FORMAT
 from featurecache.files.hdf5 import WriteTrace, new_hdf5, seal, write_texts
+from featurecache.files.records import canonical_json
 from featurecache.formatting import abbreviated
 from featurecache.store.schema import DIGEST, FILES, ViewColumns
 from featurecache.store.shards import Layout, RowLocations
@@ -34,12 +36,28 @@ if TYPE_CHECKING:  # it is loaded by whoever writes
 MAX_MAPPINGS = 100_000  # virtual mappings of one dataset; 25 kB of memory each in HDF5
 
 
+def view_attributes(
+    store: Store, classes: Sequence[str], task: str, source: Mapping[str, Any], failed: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """The attributes of a view of ``store``. ``failed``: (id, reason) of what is not in it."""
+    return {
+        "classes": json.dumps(classes, ensure_ascii=False),
+        "task": task,
+        "spec": canonical_json(store.spec.to_dict()),
+        "fingerprint": store.fingerprint,
+        "provenance": canonical_json(store.provenance),
+        "format_version": FORMAT,
+        "source": canonical_json(source),
+        "failed": json.dumps(failed, ensure_ascii=False),
+    }
+
+
 def write_view(
-    store: Store, name: str, rows: ViewColumns, attributes: dict[str, str], located: dict[Layout, RowLocations]
+    store: Store, name: str, rows: ViewColumns, attributes: dict[str, Any], located: dict[Layout, RowLocations]
 ) -> Path:
     """Write ``<store>/<name>.h5`` beside and put it in its place.
 
-    ``located``: for each output where every row lies. Attributes are stored as they are (JSON where structured).
+    ``located``: for each output where every row lies. ``attributes``: `view_attributes`, stored as they are.
     """
     assert (rows.versions is None) == ("augmentation" not in attributes), "who has copies says how they were made"
     trace = WriteTrace()

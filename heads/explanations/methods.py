@@ -32,9 +32,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from featurecache.backbones.base import Backbone
+from featurecache.backbones.base import Backbone, FeatureMap, PooledMap, TimmMap, Tokens
 from featurecache.backbones.user_module import FeatureTap
-from featurecache.backbones.wrappers import FeatureMap, PooledMap, TimmMap, Tokens
 from featurecache.errors import BadOption
 from featurecache.outputs import Output, blocks, function_of
 from heads.explanations.maps import KINDS, SaliencyMap

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from featurecache.backbones.wrappers import Tokens
+from featurecache.backbones.base import Tokens
 from featurecache.errors import BadOption
 
 ATTENTION = ("attention", "attn")  # in the name of the part of a block that is one

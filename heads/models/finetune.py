@@ -24,8 +24,7 @@ from torch import nn
 
 from featurecache.backbones import load_backbone, load_without_weights
 from featurecache.backbones.aliases import ALIASES
-from featurecache.backbones.base import Backbone
-from featurecache.backbones.wrappers import PooledMap, Tokens
+from featurecache.backbones.base import Backbone, PooledMap, Tokens
 from featurecache.errors import BadOption, CacheError, FeatureCacheError, OutputRefused, RunError, UnknownHead
 from featurecache.files.records import read_record
 from featurecache.images.preprocessing import Preprocess

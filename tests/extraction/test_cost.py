@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,17 +127,10 @@ def test_views_of_before_and_imported_ones_say_that_it_was_not_measured(tmp_path
     assert "cost       not measured" in shown.stdout
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"forward_ms": -1.0},
-        {"forward_ms": "fast"},
-        {"device": 3},
-        {"images": True},
-        {"more": 1},
-        {"loading_ms": {"a": 1}},
-    ],
-)
+STRANGE = {"device": 3}, {"images": True}, {"more": 1}, {"loading_ms": {"a": 1}}
+
+
+@pytest.mark.parametrize("change", [{"forward_ms": -1.0}, {"forward_ms": "fast"}, *STRANGE])
 def test_a_plan_with_figures_of_other_kinds_is_refused(tmp_path, change):
     store = make_store(tmp_path / "cache")
     fine = {"forward_ms": 1.0, "loading_ms": {"set": 2.0}, "device": "x", "images": 2}
@@ -156,21 +152,13 @@ def test_a_merged_view_brings_what_its_store_measured(home):
 def test_a_gpu_is_timed_by_its_own_events_which_are_asked_later(monkeypatch):
     asked = []
 
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
+    def event(enable_timing: bool) -> SimpleNamespace:
+        assert enable_timing
+        record, wait = partial(asked.append, "record"), partial(asked.append, "wait")
+        return SimpleNamespace(record=record, synchronize=wait, elapsed_time=lambda end: 8.0)
 
-        def record(self) -> None:
-            asked.append("record")
-
-        def synchronize(self) -> None:
-            asked.append("wait")
-
-        def elapsed_time(self, end: Event) -> float:
-            return 8.0
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device", _Nothing)
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     measured = StageTimings(torch.device("cuda"), 4)
     with measured.forward():
@@ -180,14 +168,6 @@ def test_a_gpu_is_timed_by_its_own_events_which_are_asked_later(monkeypatch):
     assert record is not None and (record["forward_ms"], record["device"]) == (2.0, "NVIDIA H200")
 
 
-class _Nothing:
-    def __init__(self, device: Any) -> None: ...
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *about: Any) -> None: ...
-
-
 def test_a_loading_figure_stays_with_its_view(tmp_path):
     store = make_store(tmp_path / "cache")
     store.write_plan("cpu", {"batch_size": 4, "threads": 1})
@@ -195,10 +175,8 @@ def test_a_loading_figure_stays_with_its_view(tmp_path):
     store.write_cost("cpu", "a", record)
     store.write_cost("cpu", "b", record | {"forward_ms": 7.0, "loading_ms": 9.0, "images": 3})
     costs = [store.cost(name) for name in "ab"]
-    assert [(cost["forward_ms"], cost["loading_ms"], cost["threads"]) for cost in costs] == [
-        (1.0, 2.0, 1),
-        (1.0, 9.0, 1),
-    ]
+    shown = [(cost["forward_ms"], cost["loading_ms"], cost["threads"]) for cost in costs]
+    assert shown == [(1.0, 2.0, 1), (1.0, 9.0, 1)]
 
 
 # beside heads

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sqlite3
@@ -165,14 +164,6 @@ def test_preparing_and_a_dry_run_write_nothing_and_the_run_remembers(tmp_path, d
     assert call(*words, "--dry-run").exit_code == 0
     assert reads == []
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*")} == before
-
-
-def test_what_the_command_saw_is_remembered_with_the_headers(tmp_path, data, vit, reads):
-    words = ["extract", "--backbone", vit, "--data", str(data), "--cache", str(tmp_path / "c"), "--outputs", "cls"]
-    assert call(*words).exit_code == 0
-    reads.clear()
-    assert json.loads(call(*words, "--json", "--dry-run").stdout)["data"]["looked_at"] == 9
-    assert reads == []
 
 
 def test_no_path_and_no_name_is_written_into_the_memory(tmp_path: Path, data: Path) -> None:

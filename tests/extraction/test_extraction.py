@@ -202,17 +202,6 @@ def test_the_same_image_twice_or_in_two_datasets_is_computed_once(tmp_path: Path
     assert (second.images, second.computed) == (7, 0)
 
 
-def test_added_images_alone_are_computed(tmp_path: Path, vit: str) -> None:
-    data = image_folder(tmp_path / "d", 5)
-    before = run(data, vit, tmp_path / "c")
-    image_folder(data, 8)
-    result = featurecache.extract(data, backbone=vit, cache=tmp_path / "c")
-    after = featurecache.open_view(result.view)
-    assert (result.images, result.computed) == (8, 3)
-    rows = [after.ids.index(name) for name in before.ids]
-    assert torch.equal(after.tensor("tokens", rows), before.tensor("tokens"))
-
-
 def test_extracting_again_keeps_and_completes_the_outputs_a_view_had(tmp_path: Path, vit: str) -> None:
     data = image_folder(tmp_path / "d", 5)
     run(data, vit, tmp_path / "c", outputs="pooler")
@@ -232,23 +221,6 @@ def test_another_dataset_does_not_replace_a_view_of_the_same_name(tmp_path: Path
     excerpt = image_folder(tmp_path / "e" / "scans", 2)  # the same names, but most of the view's are not there
     with pytest.raises(BadOption, match="is another dataset"):
         run(excerpt, vit, tmp_path / "c", outputs="cls")
-
-
-def test_every_setting_that_changes_a_feature_makes_another_store(tmp_path: Path, images: Path) -> None:
-    folder, changed = save_vit(tmp_path / "vit"), save_vit(tmp_path / "other", seed=1)
-    options: list[dict] = [{}, {"image_size": 48}, {"fit": "pad"}, {"precision": "bf16"}, {"dtype": "float32"}]
-    stores = [run(images, folder, tmp_path / "c", outputs="cls", **o).store for o in options]
-    stores.append(run(images, changed, tmp_path / "c", outputs="cls").store)
-    assert len(set(stores)) == 6
-
-
-def test_what_does_not_change_a_feature_hits_the_same_store(tmp_path: Path, images: Path) -> None:
-    folder = save_vit(tmp_path / "vit")
-    first = run(images, folder, tmp_path / "c", outputs="cls")
-    moved = folder.rename(tmp_path / "elsewhere")
-    result = featurecache.extract(images, backbone=str(moved), cache=tmp_path / "c", outputs="cls", workers=3)
-    assert result.computed == 0
-    assert result.view == first.path
 
 
 def test_an_unreadable_image_is_named_and_every_other_is_kept(tmp_path: Path, vit: str) -> None:

@@ -194,7 +194,7 @@ def test_drafts_of_the_dead_are_listed_and_those_of_the_living_stay(tmp_path):
     assert (done.drafts, done.draft_bytes) == ((dead,), 100) and dead.exists()
     collect(tmp_path, delete=True)
     assert not dead.exists() and len(list(view.store.glob("cls/.*.tmp"))) == 1
-    writer.discard()
+    writer.close()
 
 
 @pytest.mark.integration

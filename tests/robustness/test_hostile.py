@@ -250,7 +250,7 @@ def test_a_view_that_is_larger_than_memory_should_hold(view: Path) -> None:
 
 
 def test_a_result_beyond_the_memory_of_this_machine_is_refused(view: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr("featurecache.store.shards._memory_bytes", lambda: 50)
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 5}.__getitem__)
     with pytest.raises(CacheError, match=r"9 rows of \[5, 4\] take 360 bytes .* this machine has 50"):
         View(view).tensor("tokens")
 

@@ -106,11 +106,6 @@ def test_a_shard_of_another_length_is_refused(path, size):
         read_shard(path, TOKENS)
 
 
-def test_a_shard_of_another_shape_is_refused(path):
-    with pytest.raises(ValueError, match="expected float16"):
-        read_shard(path, Layout("tokens", (5, 3), "float16"))
-
-
 @pytest.mark.parametrize("place", ["line", "directory"])
 def test_a_flipped_bit_in_the_line_or_the_directory_is_noticed(path, place):
     block, data = read_user_block(path), bytearray(path.read_bytes())

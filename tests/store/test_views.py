@@ -150,14 +150,6 @@ def test_a_view_whose_store_is_gone_is_refused(tmp_path):
         View(moved)
 
 
-def test_symbolic_links_in_a_store_are_refused(tmp_path):
-    view = make_view(tmp_path / "cache", ORDER)
-    (view.store / "cls").rename(tmp_path / "cls")
-    (view.store / "cls").symlink_to(tmp_path / "cls")
-    with pytest.raises(UnsafeFile, match="symbolic link"):
-        View(view.path)
-
-
 def test_a_foreign_or_damaged_spec_stops_only_its_own_store(view, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "spec.json").write_text('{"a": 1}')

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featurecache.files.directory import FORMAT
-from featurecache.files.records import canonical_json
 from featurecache.store.schema import DIGEST, ViewColumns
 from featurecache.store.shards import Layout, ShardWriter, notes_for
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store, create_store
 from featurecache.store.view import View
-from featurecache.store.write_view import write_view
+from featurecache.store.write_view import view_attributes, write_view
 
 CLS = Layout("cls", (4,), "float16")
 TOKENS = Layout("tokens", (5, 4), "float16", ("cls",), (2, 2))
@@ -44,13 +42,10 @@ def features(numbers: Sequence[int], layout: Layout) -> np.ndarray:
 def add_shard(store: Store, numbers: Sequence[int], layout: Layout, planned: Sequence[int] = ()) -> Path:
     """Rows of images ``numbers``, of more that were ``planned``; the rounding error of image k is k thousandths."""
     notes = notes_for(store.fingerprint, "cpu", {"threads": 1})
-    writer = ShardWriter(store.path, digests(planned or numbers), layout, notes)
     errors = np.array([k / 1000 for k in numbers], np.float32)
-    try:
+    with contextlib.closing(ShardWriter(store.path, digests(planned or numbers), layout, notes)) as writer:
         writer.append([bytes(d) for d in digests(numbers)], features(numbers, layout), errors)
         path = writer.commit()
-    finally:
-        writer.discard()
     assert path is not None
     return path
 
@@ -60,12 +55,9 @@ def add_view(store: Store, name: str, order: Sequence[int], layouts: Sequence[La
     numbers = np.asarray(order)
     ids, splits = [f"é/{k}.png" for k in range(len(order))], ["train", "val", "test"] * len(order)
     rows = ViewColumns(ids, numbers % 2, splits[: len(order)], digests(order), **change)
-    attributes = {
-        "classes": json.dumps(["no", "yes"]), "task": "binary", "spec": canonical_json(store.spec.to_dict()),
-        "fingerprint": store.fingerprint, "format_version": FORMAT, "source": '{"data": "toys"}', "failed": "[]",
-    }  # fmt: skip
+    attributes = view_attributes(store, ["no", "yes"], "binary", {"data": "toys"})
     located = {layout: store.locate(layout, rows.digests) for layout in layouts}
-    return View(write_view(store, name, rows, attributes, located))  # type: ignore[arg-type]
+    return View(write_view(store, name, rows, attributes, located))
 
 
 def make_view(

@@ -15,9 +15,8 @@ from torch import nn
 from transformers import AutoModel
 
 from featurecache.backbones import load_backbone
-from featurecache.backbones.base import Backbone
+from featurecache.backbones.base import Backbone, Tokens
 from featurecache.backbones.user_module import FeatureTap
-from featurecache.backbones.wrappers import Tokens
 from featurecache.errors import BadOption
 from featurecache.extraction import forward
 from featurecache.outputs import parse

@@ -11,7 +11,7 @@ import torch
 from support import checkpoints
 from support.tuning import FOLDERS, close, made, pixels, saved, trained, vit
 
-from featurecache.backbones.wrappers import Tokens
+from featurecache.backbones.base import Tokens
 from featurecache.errors import BadOption
 from heads.models.adapters import Rescaled, add_lora, add_rlrr, merge_adapters
 
