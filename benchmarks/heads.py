@@ -32,9 +32,8 @@ from benchmarks.reading import token_view
 from heads.models.catalogue import make_head
 from heads.settings import Settings
 from heads.task import SplitData, load_features
-from heads.training.batches import PlainBatches
+from heads.training.batches import CrossEntropy, PlainBatches
 from heads.training.engine import make_trainer, run_epoch, threads_for, work_of_a_step
-from heads.training.losses import CrossEntropy
 
 Ways = dict[str, Callable[[], object]]
 

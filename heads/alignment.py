@@ -11,15 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from featurecache.errors import ProtocolError
 from featurecache.maintenance.leaks import numbered
-from heads.splits import Splits
-from heads.task import FeatureView, Task, plain_rows
+from heads.task import FeatureView, plain_rows
 
 
 @dataclass(frozen=True)
@@ -30,18 +29,6 @@ class AlignedViews:
     views: tuple[FeatureView, ...]
     rows: tuple[np.ndarray, ...]
     left_out: int = 0
-
-    def common_task(self, task: Task) -> Task:
-        """A task of the first view without the images that another view lacks."""
-        labels = np.full_like(task.labels, np.nan if task.multilabel else -1)
-        labels[self.rows[0]] = task.labels[self.rows[0]]
-        return replace(task, labels=labels)
-
-    def carry_splits(self, splits: Splits, number: int) -> Splits:
-        """Splits of the first view as splits of view ``number``."""
-        names = np.full(len(self.views[number].ids), "", dtype=splits.names.dtype)
-        names[self.rows[number]] = splits.names[self.rows[0]]
-        return replace(splits, names=names)
 
     def digest(self, names: np.ndarray | None = None) -> str:
         """One word for images, labels and what else is said of them, in whatever order they lie; ``names`` [N]: with
@@ -89,8 +76,7 @@ def _same_set(
         missing = [row for key, row in a.items() if key not in b]
         unread = {failure["id"] for failure in lacking.failed}
         same_ids = bool(set(there.ids) & (set(lacking.ids) | unread))
-        other = [row for row in missing if there.ids[row] not in unread] if same_ids else missing[len(unread) :]
-        if other:
+        if other := [row for row in missing if there.ids[row] not in unread] if same_ids else missing[len(unread) :]:
             raise ProtocolError(
                 f"{there.label} and {lacking.label} are not of the same images: {len(other):,} of {there.label} "
                 f"are not in {lacking.label} (the first: {there.ids[other[0]]}). Extract the same --data with both."

@@ -47,7 +47,7 @@ def train_head(
     (with the command that stores what is missing), ProtocolError (splits that cannot work) and RunError (a folder in
     the way), all before training.
     """
-    say = say or _silent
+    say = say or (lambda line: None)
     settings = Settings.of(head, splits=splits, classes=classes, only=only, **options)
     job = prepare_training(view, settings)
     target = run_target(out, job.view.name, head, overwrite)
@@ -75,7 +75,7 @@ def train_baseline(
     """
     from featurecache.extraction.forward import pick_device
 
-    say = say or _silent
+    say = say or (lambda line: None)
     settings = network.settings_of(
         arch, splits=splits, classes=classes, only=only, device=pick_device(device).type, **options
     )
@@ -101,10 +101,6 @@ def train_baseline(
     return _with_report(run, images, hash_ids) if report else run
 
 
-def _silent(line: str) -> None:
-    pass
-
-
 def _with_report(run: Run, images: bool, hash_ids: bool) -> Run:
     families = families_of([run])
     write_report(run.path, families, compare(families), images=images, hash_ids=hash_ids)
@@ -124,7 +120,7 @@ def ablate(
     plan, train and write nothing, return None. Raises BadOption, NotInCache, ProtocolError and RunError before anything
     is trained.
     """
-    say = say or _silent
+    say = say or (lambda line: None)
     spec = SweepSpec.of(heads, **{**options, "device": _device(heads, options.get("device"))})
     if spec.search:
         check_installed()
@@ -163,8 +159,7 @@ def _open_views(
         return views
     base, plain = spec.base, Settings("")
     for name in baselines:
-        useless = [option for option in FROM_PIXELS if not has_option(name, option)]
-        own = {option: getattr(plain, option) for option in useless}
+        own = {option: getattr(plain, option) for option in FROM_PIXELS if not has_option(name, option)}
         network.check_network(dataclasses.replace(base, **own, head=name))
     first = views[0] if data is None else data
     images = open_pixels(first, baselines, base.image_size, weights=base.weights, progress=progress)
@@ -203,14 +198,12 @@ def report(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CannotWrite(error.errno, f"No report can be written in {folder}: {error.strerror}.") from error
-    names = [str(path) for path in folders]
-    return write_report(folder, families, comparison, images=images, hash_ids=hash_ids, paths=names)
+    return write_report(folder, families, comparison, images=images, hash_ids=hash_ids, paths=list(map(str, folders)))
 
 
 def families_in(*paths: str | Path, trust_code: bool = False) -> list[Family]:
     """The families of run folders and sweep folders: those of sweeps as they chose them, then the runs, grouped."""
-    families: list[Family] = []
-    runs: list[Run] = []
+    families, runs = list[Family](), list[Run]()
     for path in paths:
         if not (Path(path) / RECORD).is_file():
             runs.append(load_run(path, trust_code=trust_code))

@@ -65,8 +65,7 @@ def choose_splits(view: FeatureView, task: Task, settings: Settings) -> Splits:
         names, how, drawn = _drawn(view, seed, resplit_val, warnings, whole=fold is None)
     if fold is not None:
         how, drawn = _fold(view, names, fold, seed, resplit_val), ("val", "test")
-    unlabelled = int((~task.usable & plain_rows(view) & ~is_labelled(np.asarray(view.labels))).sum())
-    if unlabelled:
+    if unlabelled := int((~task.usable & plain_rows(view) & ~is_labelled(np.asarray(view.labels))).sum()):
         warnings.append(f"{unlabelled:,} images carry no label and are left out")
     names[~task.usable] = ""
     leaks_of = leaking(view, names) if settings.drop_leaks else {}
@@ -254,8 +253,7 @@ def read_splits(file: str | Path, ids: list[str], warnings: list[str]) -> np.nda
         name = text_of(row["id"])
         if split_of.setdefault(name, row["split"]) != row["split"]:
             raise BadOption(f"--splits {path} puts {name} into {split_of[name]!r} and into {row['split']!r}.")
-    missing = [i for i in ids if i not in split_of]
-    if missing:
+    if missing := [i for i in ids if i not in split_of]:
         raise BadOption(
             f"--splits {path} has no row for {len(missing):,} of {len(ids):,} images (the first: {missing[0]})."
         )

@@ -25,7 +25,6 @@ from heads.stratify import connected_units
 if TYPE_CHECKING:
     from featurecache.store.schema import Layout
 
-
 Say = Callable[[str], None]
 
 
@@ -234,9 +233,8 @@ class Standardize:
         return x
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        if self.mean is None or self.std is None:
-            return {}
-        return {"standardize.mean": self.mean, "standardize.std": self.std}
+        statistics = {"standardize.mean": self.mean, "standardize.std": self.std}
+        return {name: values for name, values in statistics.items() if values is not None}
 
     @classmethod
     def fit(cls, kind: str, chunks: Callable[[], Iterable[torch.Tensor]]) -> Standardize:

@@ -28,6 +28,7 @@ from heads.evaluation.families import (
     FamilyPredictions,
     Selection,
     check_comparable,
+    collect_predictions,
     display_setting,
     names_of,
     path_edge_warnings,
@@ -36,7 +37,6 @@ from heads.evaluation.families import (
     seeds_only_warning,
     select_setting,
     spread,
-    test_predictions,
     unify_clusters,
 )
 from heads.evaluation.operating_points import Prevalence, calibration_record, check_prevalence, operating_points
@@ -91,7 +91,8 @@ def compare(
     check_prevalence(first, prevalence)
     names, resampler = names_of(families), SharedResamples(resamples)
     reference = None if reference is None else _resolve_reference(reference, names, families)
-    predictions = unify_clusters([test_predictions(family) for family in families])
+    answers = ([(run, run.answers("test")) for run in family.runs] for family in families)
+    predictions = unify_clusters(list(map(collect_predictions, answers)))
     entries = [
         _Entry(name, family, each, FamilyEstimates(each.test_sets, first.classes, resampler))
         for name, family, each in zip(names, families, predictions, strict=True)
@@ -132,9 +133,16 @@ def _set_differences(entries: Sequence[_Entry], reference: str | None) -> list[s
         return []
     base = next(entry for entry in entries if entry.name == reference)
     same = [entry for entry in entries if entry is not base and same_sets(entry.estimates, base.estimates)]
-    differences = with_holm([paired_differences(entry.estimates, base.estimates) for entry in same])
-    for entry, difference in zip(same, differences, strict=True):
-        entry.difference = difference
+    difference = _over_sets if len(base.estimates.test_sets) > 1 else _resampled
+    by_family: list[dict[str, MeasureDifference]] = []
+    for entry in same:
+        differences = (difference(entry.estimates, base.estimates, name) for name in base.estimates.names)
+        entry.difference = {each.measure: each for each in differences if each is not None}
+        by_family.append(entry.difference)
+    for name in base.estimates.names:  # Holm over the families, for each measure by itself
+        compared = [own for own in by_family if name in own]
+        for own, p in zip(compared, holm([own[name].p for own in compared]), strict=True):
+            own[name] = replace(own[name], p_holm=p)
     return [
         f"{entry.name} was not tested on the images of {reference}: no difference is given"
         for entry in entries
@@ -276,12 +284,6 @@ def same_sets(a: FamilyEstimates, b: FamilyEstimates) -> bool:
     return {each.key for each in a.test_sets} == {each.key for each in b.test_sets}
 
 
-def paired_differences(a: FamilyEstimates, b: FamilyEstimates) -> dict[str, MeasureDifference]:
-    """By measure, where both are defined; of families with the same sets of test images."""
-    difference = _over_sets if len(a.test_sets) > 1 else _resampled
-    return {name: each for name in a.names if (each := difference(a, b, name)) is not None}
-
-
 def _resampled(a: FamilyEstimates, b: FamilyEstimates, name: str) -> MeasureDifference | None:
     value = a.value(name) - b.value(name)
     resampled = a.resampled(name) - b.resampled(name)
@@ -317,16 +319,5 @@ def _over_sets(a: FamilyEstimates, b: FamilyEstimates, name: str) -> MeasureDiff
     if len(values) < 2:
         return None
     low, high, p = corrected_t(values, a.ratio)
-    return MeasureDifference(
-        name, float(values.mean()), low, high, p, f"corrected t, {len(values)} sets of test images"
-    )
-
-
-def with_holm(families: Sequence[dict[str, MeasureDifference]]) -> list[dict[str, MeasureDifference]]:
-    """Each measure's p over all families that were compared."""
-    corrected = [dict(each) for each in families]
-    for name in {name for each in families for name in each}:
-        compared = [each for each in corrected if name in each]
-        for each, p in zip(compared, holm([each[name].p for each in compared]), strict=True):
-            each[name] = replace(each[name], p_holm=p)
-    return corrected
+    method = f"corrected t, {len(values)} sets of test images"
+    return MeasureDifference(name, float(values.mean()), low, high, p, method)

@@ -71,8 +71,7 @@ def cost_text(value: float | None, key: str) -> str:
 
 def devices_words(costs: Sequence[dict[str, Any]]) -> str:
     """What the milliseconds were measured on, named once; empty where none were."""
-    devices = _devices(costs)
-    return f"on {devices}" if devices else ""
+    return f"on {devices}" if (devices := _devices(costs)) else ""
 
 
 def run_cost_line(cost: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ from heads.pixel_view import PixelView
 from heads.runs.run import FORMAT, Run, is_pixels, pixels_of, read_ids, read_json, read_tensors
 from heads.runs.write import answer_columns, json_bytes, record_stamp
 from heads.splits import read_splits
-from heads.task import SPLITS, FeatureView, Predictions, Say, clusters_of, is_labelled
+from heads.task import SPLITS, FeatureView, Predictions, Say, clusters_of, is_labelled, plain_rows
 
 FOLDER = "external"
 ROWS = 1024  # features in memory at once
@@ -113,9 +113,7 @@ def _check_features(run: Run, view: FeatureView) -> None:
 
 
 def _rows(view: FeatureView, labels: np.ndarray, split: str | None) -> np.ndarray:
-    usable = is_labelled(labels)
-    if view.versions is not None:
-        usable &= np.asarray(view.versions) == 0
+    usable = is_labelled(labels) & plain_rows(view)
     if split is not None:
         usable &= np.array(view.splits) == split
     if not usable.any():

@@ -133,8 +133,7 @@ def run_setting(run: Run) -> dict[str, Any]:
 
 def display_setting(settings: dict[str, Any]) -> dict[str, Any]:
     plain = Settings(settings["head"]).to_dict()
-    solved = settings["head"] in HEADS and HEADS[settings["head"]].solved
-    always = () if solved else ("lr", "weight_decay")
+    always = () if settings["head"] in HEADS and HEADS[settings["head"]].solved else ("lr", "weight_decay")
     return {
         key: value
         for key, value in setting_of({"settings": settings}).items()
@@ -172,8 +171,7 @@ def _deviation(values: dict[Any, float], within: tuple[int, ...], over: int) -> 
 def seeds_only_warning(families: Sequence[Family]) -> str | None:
     """A sentence where seeds vary and splits do not."""
     seeds = max(family.vary("seeds") for family in families)
-    others = max(max(family.vary("repeats"), family.vary("folds")) for family in families)
-    if seeds < 2 or others > 1:
+    if seeds < 2 or any(family.vary(kind) > 1 for family in families for kind in ("repeats", "folds")):
         return None
     return (
         f"only the initialisation varied ({seeds} seeds): the spread over seeds says nothing about other splits, which "
@@ -292,10 +290,6 @@ def collect_predictions(pairs: Iterable[tuple[Run, Predictions]]) -> FamilyPredi
         test_sets.append(TestSet(key, same[0][1].clusters, calibrated, train))
     runs, ordered_answers = zip(*(zip(*same, strict=True) for same in groups.values()), strict=True)
     return FamilyPredictions(tuple(test_sets), runs, ordered_answers)
-
-
-def test_predictions(family: Family) -> FamilyPredictions:
-    return collect_predictions((run, run.answers("test")) for run in family.runs)
 
 
 def unify_clusters(families: Sequence[FamilyPredictions]) -> list[FamilyPredictions]:

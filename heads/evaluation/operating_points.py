@@ -48,9 +48,8 @@ def operating_points(run: Run, estimates: FamilyEstimates, prevalence: Prevalenc
         elsewhere = None
         if share is not None:
             elsewhere = {m: e.record() for m, e in estimates.at_prevalence(share, c).items()} | {"prevalence": share}
-        wanted = run.config["settings"].get("sensitivity")
-        cut = float(np.mean(cuts))
-        points.append({"class": name, "threshold": cut, "wanted": wanted, **reached, "at_prevalence": elsewhere})
+        chosen = {"threshold": float(np.mean(cuts)), "wanted": run.config["settings"].get("sensitivity")}
+        points.append({"class": name, **chosen, **reached, "at_prevalence": elsewhere})
     return points
 
 

@@ -59,14 +59,6 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def image_columns(run: Run, ids: Collection[str]) -> Any:
-    """ids, digests and meta of the images that a run was made of: of a run on pixels of those in ``ids`` that can be
-    read, else of its whole view. RunError where the data are gone; the errors of a view."""
-    from featurecache.store.view import View
-
-    return list_images(run, ids) if is_pixels(run) else View(Path(run.config["view"]["path"]), columns_only=True)
-
-
 @dataclass(frozen=True)
 class ImageListing:
     """n images as a view lists them; they were read for their digests and not decoded."""
@@ -77,11 +69,15 @@ class ImageListing:
     meta: dict[str, np.ndarray]  # [n] each
 
 
-def list_images(run: Run, wanted: Collection[str]) -> ImageListing:
-    """Those of these ids that can be read, in the order of the data. RunError where the data are gone."""
+def image_columns(run: Run, ids: Collection[str]) -> Any:
+    """ids, digests and meta of the images that a run was made of: of a run on pixels of those in ``ids`` that can be
+    read, in the order of the data, else of its whole view. RunError where the data are gone; the errors of a view."""
     from featurecache.images.decoding import digest
+    from featurecache.store.view import View
 
-    dataset, names = open_run_dataset(run), set(wanted)
+    if not is_pixels(run):
+        return View(Path(run.config["view"]["path"]), columns_only=True)
+    dataset, names = open_run_dataset(run), set(ids)
     rows, digests = [], []
     for row, name in enumerate(dataset.ids):
         if name in names:

@@ -282,8 +282,7 @@ def token_map(run: Run, prefix: Sequence[str] | None, grid: Sequence[int] | None
 
 def check_gap(run: Run, tokens: TokenMap, x: torch.Tensor, gap: torch.Tensor) -> None:
     """Raises BadOption where a CNN's vector is not the mean of its map x [n, h·w, C]: ConvNeXt has a norm behind it."""
-    made = tokens.input(x)
-    if bool(((made - gap.float()).norm(dim=1) > GAP * gap.float().norm(dim=1)).any()):
+    if bool(((tokens.input(x) - gap.float()).norm(dim=1) > GAP * gap.float().norm(dim=1)).any()):
         raise BadOption(
             f"gap of {run.config['view']['label']} is not the mean of its map (a norm stands between them), so it is "
             "no sum of places. --kind grad-cam goes through the network's own pooling."

@@ -175,15 +175,10 @@ def _write_image(
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[-60:]
     for kind in dict.fromkeys(result.kind for result in results):
         of_kind = [result for result in results if result.kind == kind]
+        boxes = [visible_box(each.run.config["spec"], image.pixels) for each in of_kind]
         panels = [
-            Panel(
-                _title(each),
-                visible_box(each.run.config["spec"], image.pixels),
-                each.maps,
-                each.why,
-                is_pixels(each.run),
-            )
-            for each in of_kind
+            Panel(_title(each), box, each.maps, each.why, is_pixels(each.run))
+            for each, box in zip(of_kind, boxes, strict=True)
         ]
         untrained = any(result.run.untrained for result in of_kind)
         path = folder / f"{number:03d}-{stem}-{kind}.png"
@@ -237,13 +232,9 @@ def explanations_table(records: Sequence[dict[str, Any]]) -> str:
         (height, width), (down, across) = r["grid"], r["peak"] or (-1, -1)
         place = f"row {down + 1}/{height}, column {across + 1}/{width}" if r["peak"] else "nowhere above 0"
         beside = ", ".join(f"{name} {part:+.2f}" for name, part in r["beside"].items()) or "–"
-        about = [
-            one_line(r["image"]),
-            f"{r['kind']}: {r['map_of']}",
-            Path(r["run"]).resolve().name,
-            r["class"] or "any",
-        ]
-        rows.append([*about, margin, place, beside, likeness])
+        name, run = one_line(r["image"]), Path(r["run"]).resolve().name
+        of = r["class"] or "any"
+        rows.append([name, f"{r['kind']}: {r['map_of']}", run, of, margin, place, beside, likeness])
     return "\n".join([*(aligned(rows, right=len(rows[0])) if len(rows) > 1 else []), *errors])
 
 

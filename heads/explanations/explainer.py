@@ -59,8 +59,8 @@ class Explainer:
     @property
     def slow(self) -> bool:
         """Whether a contribution costs a forward pass of the head for every token."""
-        fast = self.on_pixels or self.run.output in ("gap", "mean") or isinstance(self.run.model, contributions.FAST)
-        return not fast
+        run = self.run
+        return not (self.on_pixels or run.output in ("gap", "mean") or isinstance(run.model, contributions.FAST))
 
     @cached_property
     def control(self) -> nn.Module:

@@ -145,21 +145,16 @@ def _hooked_attentions(transformer: Transformer, pixels: torch.Tensor) -> list[t
     def ask(_: nn.Module, args: Any, options: dict[str, Any]) -> Any:
         return args, {**options, "need_weights": True, "average_attn_weights": False}
 
-    def add_weights(_: nn.Module, __: Any, output: Any) -> None:
-        attentions.append(output[1])
-
-    def add_input(_: nn.Module, args: Any) -> None:
-        attentions.append(args[0])
-
     with ExitStack() as stack:
         for module in transformer.network.modules():
             if isinstance(module, nn.MultiheadAttention):
                 stack.callback(module.register_forward_pre_hook(ask, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(add_weights).remove)
+                stack.callback(module.register_forward_hook(lambda _, __, output: attentions.append(output[1])).remove)
             elif hasattr(module, "fused_attn") and isinstance(getattr(module, "attn_drop", None), nn.Module):
                 stack.callback(setattr, module, "fused_attn", module.fused_attn)
                 module.fused_attn = False
-                stack.callback(module.attn_drop.register_forward_pre_hook(add_input).remove)
+                hook = module.attn_drop.register_forward_pre_hook(lambda _, inputs: attentions.append(inputs[0]))
+                stack.callback(hook.remove)
         transformer.forward(pixels)
     return attentions
 

@@ -229,8 +229,7 @@ def thresholds(
     if kind == "binary":
         return (threshold(p[:, positive], y == positive),)
     if kind == "multilabel":
-        label_mask = ~np.isnan(y)
-        return tuple(threshold(p[rows, c], y[rows, c] == 1) for c, rows in enumerate(label_mask.T))
+        return tuple(threshold(p[rows, c], y[rows, c] == 1) for c, rows in enumerate(~np.isnan(y).T))
     assert sensitivity is None, "of several classes the most probable is predicted: there is no threshold"
     return ()
 

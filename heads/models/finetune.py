@@ -74,8 +74,7 @@ def from_pretrained(settings: Settings, image_size: int) -> Backbone:
 
 @lru_cache(maxsize=64)
 def _outline(name: str, weights: str | None, size: int | None, stamp: tuple[int, ...]) -> Backbone:
-    options = {} if size is None else {"image_size": size}
-    return load_without_weights(name, weights=weights, **options)
+    return load_without_weights(name, weights=weights, **{} if size is None else {"image_size": size})
 
 
 def _stamp(name: str, weights: str | None) -> tuple[int, ...]:
@@ -117,12 +116,10 @@ def save_backbone(module: FineTuned, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     model = merge_adapters(module.network) if module.adapted else module.network
     network: Any = model.network
-    left_out = {
-        name.removeprefix("network.") for name in unused_parameters(model, module.vector) if "mask_token" not in name
-    }
-    state = {
-        key: value.detach().cpu().contiguous() for key, value in network.state_dict().items() if key not in left_out
-    }
+    unused = unused_parameters(model, module.vector)
+    left_out = {name.removeprefix("network.") for name in unused if "mask_token" not in name}
+    needed = {key: value for key, value in network.state_dict().items() if key not in left_out}
+    state = {key: value.detach().cpu().contiguous() for key, value in needed.items()}
     if module.origin["provider"] == "hf":
         from featurecache.backbones.transformers_models import quiet
 

@@ -36,8 +36,7 @@ class Large(nn.Module):
     def __init__(self, shape: tuple[int, ...], classes: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         tokens, width = shape
-        first, second = nn.Linear(tokens, ARTICLE_HIDDEN), nn.Linear(width * ARTICLE_HIDDEN, classes)
-        self.fc1 = first
+        self.fc1, second = nn.Linear(tokens, ARTICLE_HIDDEN), nn.Linear(width * ARTICLE_HIDDEN, classes)
         self.dropout = nn.Dropout(dropout)
         inside = second.weight.detach().view(classes, width, ARTICLE_HIDDEN).transpose(1, 2).contiguous()
         self.second = nn.Parameter(inside)  # [C, H, D]

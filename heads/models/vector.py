@@ -98,8 +98,7 @@ class KNearest(nn.Module):
         """float32 [B, D] -> [B, C]."""
         if not len(x):
             return x.new_zeros(0, self.classes)
-        parts = [self.votes(*self.search(part, int(self.k))) for part in x.float().split(QUERIES)]
-        return torch.cat(parts)
+        return torch.cat([self.votes(*self.search(part, int(self.k))) for part in x.float().split(QUERIES)])
 
     def search(self, x: torch.Tensor, k: int) -> Nearest:
         """The k nearest of x [B, D], largest cosine first: cosines and row numbers [G, B, k].
@@ -155,8 +154,7 @@ def _merge_top(a: Nearest, b: Nearest, k: int) -> Nearest:
 def _take_sizes(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Before loading: as many training vectors as the state dict has, where it is one of `KNearest`."""
     assert isinstance(module, KNearest)
-    problem = _problem(module, {key: state.get(prefix + key) for key in ("vectors", "labels", "k", "temperature")})
-    if problem:
+    if problem := _problem(module, {key: state.get(prefix + key) for key in ("vectors", "labels", "k", "temperature")}):
         rest[-1].append(problem)  # the last argument of a hook are the error messages
         return
     module.vectors = torch.empty_like(state[prefix + "vectors"])

@@ -301,9 +301,8 @@ def _attributes(original: dict[str, str], prefix: str) -> str:
             attributes["href"] = f"#{prefix}{value[1:]}"
         elif key == "d":  # a line from a point to a point needs no letter; circles are small and keep two decimals
             path = " ".join(value.split())
-            attributes["d"] = (
-                _rounded(path, 2) if "C" in path else _rounded(path.replace(" L ", " ").replace("M ", "M"))
-            )
+            line = path.replace(" L ", " ").replace("M ", "M")
+            attributes["d"] = _rounded(path, 2) if "C" in path else _rounded(line)
         elif key != "clip-path" and not value.startswith("rotate(-0 "):
             attributes[key] = _rounded(value)
     return "".join(f' {key}="{value}"' for key, value in attributes.items())

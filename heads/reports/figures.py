@@ -93,11 +93,11 @@ def counts_figure(predictions: TestPredictions) -> Figure:
     return Figure("Confusion matrix", plot, caption + notes)
 
 
-def most_confused(predictions: TestPredictions, most: int = 12) -> list[dict[str, Any]]:
+def most_confused(predictions: TestPredictions) -> list[dict[str, Any]]:
     """The pairs of classes with the most mistakes: {"true", "predicted", "count", "share" of the true class}."""
     classes, counts = predictions[0][0].classes, confusion_counts(predictions)
     wrong = counts - np.diag(np.diag(counts))
-    pairs = [divmod(int(k), len(classes)) for k in np.argsort(-wrong, axis=None, kind="stable")[:most]]
+    pairs = [divmod(int(k), len(classes)) for k in np.argsort(-wrong, axis=None, kind="stable")[:12]]
     return [
         {"true": classes[i], "predicted": classes[j], "count": wrong[i, j], "share": wrong[i, j] / counts[i].sum()}
         for i, j in pairs
@@ -292,8 +292,7 @@ def comparing_figures(pairs: Sequence[tuple[Family, dict[str, Any]]], lead: str,
         if test and test["value"] is not None:
             key = (family["view"], family["output"], family["head"])
             curves.setdefault(key, []).append({"fraction": family["fraction"], **test})
-    several = {key: points for key, points in curves.items() if len({p["fraction"] for p in points}) > 1}
-    if several:
+    if several := {key: points for key, points in curves.items() if len({p["fraction"] for p in points}) > 1}:
         views = len({view for view, _, _ in several}) > 1
         names = [f"{head} on {output}" + (f" of {view}" if views else "") for view, output, head in several]
         named = list(zip(names, several.values(), strict=True))[: len(SERIES)]

@@ -152,23 +152,22 @@ class ImageLoader:
         self, gallery: Gallery, predictions: TestPredictions, originals: dict[GalleryItem, SourceImage]
     ) -> str:
         """Maps beside the images of the first run (they are of one head), and a note that says what they are."""
-        run = predictions[0][0]
-        rows = gallery.rows
-        boxed = [[p.item for p in row if p.image and p.box and p.item.run == 0] for row in rows.values()]
+        run, rows = predictions[0][0], gallery.rows.values()
+        boxed = [[p.item for p in row if p.image and p.box and p.item.run == 0] for row in rows]
         if not any(boxed):
             return "No maps: nothing says which part of these images the backbone saw."
         explainer = Explainer(run, self._originals, trust_code=run.trust_code)
         if explainer.view is None and not explainer.on_pixels:
             return "No maps: the view it was trained on is gone or another."
-        chosen = [item for items in boxed for item in items[: FEW if explainer.slow else None]]
-        chosen = list(dict.fromkeys(chosen))
+        most = FEW if explainer.slow else None
+        chosen = list(dict.fromkeys(item for items in boxed for item in items[:most]))
         try:
             labels, images = np.array([item.label for item in chosen]), [originals[item] for item in chosen]
             maps = [each for (each,) in explainer.maps(explainer.default, images, labels)]
         except FeatureCacheError as error:
             return f"No maps: {error}"
         by_item = dict(zip(chosen, maps, strict=True))
-        for row in rows.values():
+        for row in rows:
             row[:] = [_with_map(p, by_item[p.item]) if p.item in by_item else p for p in row]
         return _map_note(maps[0], run, len(predictions))
 
@@ -177,9 +176,8 @@ def _with_map(picture: GalleryPicture, each: SaliencyMap) -> GalleryPicture:
     numbers = [f"strongest {np.abs(each.values).max():.2g}"]
     if each.margin is not None:
         parts = f"patches {each.values.sum():+.2f}, " if each.adds_up else ""
-        numbers.insert(
-            0, f"{each.unit} {each.margin:+.2f}" + (f": {parts}{extra_values_text(each)}" if each.beside else "")
-        )
+        beside = f": {parts}{extra_values_text(each)}" if each.beside else ""
+        numbers.insert(0, f"{each.unit} {each.margin:+.2f}{beside}")
     if each.likeness is not None:
         numbers.append(f"like its control {each.likeness:+.2f}")
     assert each.control is not None

@@ -15,8 +15,9 @@ from typing import Any
 
 from featurecache.files.atomic import write_whole
 from featurecache.files.records import nan_to_none
-from featurecache.formatting import cell, text_of
+from featurecache.formatting import text_of
 from heads.evaluation.costs import COSTS
+from heads.runs.write import csv_bytes, json_bytes
 
 COLUMNS = ("family", "view", "output", "head", "fraction", "split", "of", "metric", "value", "low", "high", "method")
 OWN = ["model", "split", "class", "metric", "value", "low", "high", "method"]
@@ -28,14 +29,10 @@ def write_metrics_files(folder: Path, record: dict[str, Any]) -> None:
     if (folder / "config.json").is_file():
         data = json.loads((folder / "metrics.json").read_text("utf-8"))
         write_whole(folder / "metrics.csv", _with_intervals((folder / "metrics.csv").read_text("utf-8"), record))
-        write_whole(folder / "metrics.json", _json(data | {"comparison": record}))
+        write_whole(folder / "metrics.json", json_bytes(data | {"comparison": record}))
         return
     write_whole(folder / "metrics.csv", comparison_csv(record))
-    write_whole(folder / "metrics.json", _json(record))
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    write_whole(folder / "metrics.json", json_bytes(record))
 
 
 def comparison_csv(record: dict[str, Any]) -> bytes:
@@ -51,7 +48,7 @@ def comparison_csv(record: dict[str, Any]) -> bytes:
     for column, parts in (record.get("by") or {}).items():
         for part in parts:
             rows += _tested(part["test"], family=part.get("family"), split="test", of=f"{column}={part['value']}")
-    return _csv(list(COLUMNS), [[row.get(key) for key in COLUMNS] for row in rows])
+    return csv_bytes(COLUMNS, [["" if (v := row.get(key)) is None else v for key in COLUMNS] for row in rows])
 
 
 def _numbers(test: Any) -> dict[str, Any]:
@@ -87,9 +84,8 @@ def _family_rows(family: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield same | {"split": "val", "of": of, "metric": "threshold", "value": point["threshold"]}
         measures = ("sensitivity", "specificity", "ppv", "npv")
         yield from _tested({m: point.get(m) for m in measures}, **same, split="test", of=of)
-        elsewhere = {
-            m: v if isinstance(v, dict) else {"value": v} for m, v in (point.get("at_prevalence") or {}).items()
-        }
+        there = point.get("at_prevalence") or {}
+        elsewhere = {m: v if isinstance(v, dict) else {"value": v} for m, v in there.items()}
         yield from _tested(elsewhere, **same, split="test", of=f"{of}, at another prevalence")
     for key in COSTS:
         yield same | {"split": "cost", "metric": key, "value": family.get(key)}
@@ -103,14 +99,6 @@ def _with_intervals(text: str, record: dict[str, Any]) -> bytes:
         mine = row["model"] == family["head"] and row["split"] == "test" and not row["class"]
         test = (family["test"] or {}).get(row["metric"]) if mine else None
         value = float(row["value"]) if row["value"] else ""
-        ends = [_numbers(test)[key] for key in ("low", "high", "method")]
+        ends = ["" if (v := _numbers(test)[key]) is None else v for key in ("low", "high", "method")]
         rows.append([*(text_of(row[key]) for key in OWN[:4]), value, *ends])
-    return _csv(OWN, rows)
-
-
-def _csv(columns: list[str], rows: list[list[Any]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerow(columns)
-    writer.writerows([["" if value is None else cell(value) for value in row] for row in rows])
-    return text.getvalue().encode()
+    return csv_bytes(OWN, rows)

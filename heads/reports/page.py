@@ -122,9 +122,13 @@ def part_context(
     ]
     runs = [run for family in families for run in family.runs]
     settings = record.get("rows") or []  # best on val first within the order of the record
+    best = {numbers["name"]: i for i, (_, numbers) in enumerate(pairs[: figures.OVERLAID])}
+    tables = {column: [r for r in rows if r["family"] in best] for column, rows in (record.get("by") or {}).items()}
+    for table in tables.values():  # for each value of the column the best families on val, in their order
+        table.sort(key=lambda r: (r["value"], best[r["family"]]))
     context = {
         "record": record, "p": prefix, "warnings": all_warnings(record, runs),
-        "chosen_words": text.chosen_words(record["task"], runs), "by": by_tables(record, pairs),
+        "chosen_words": text.chosen_words(record["task"], runs), "by": list(tables.items()),
         "board": leaderboard(record, [numbers for _, numbers in pairs], prefix),
         "comparing": figures.comparing_figures(pairs, measure_name(record["select"]), record["task"]),
         "by_measures": text.shown_measures(record), "details": details[:DETAILED], "rest": details[DETAILED:],
@@ -193,7 +197,9 @@ def leaderboard(record: dict[str, Any], families: list[dict[str, Any]], prefix: 
     controls = [{"value": (control["test"] or {}).get(lead)} for control in record["controls"]]
     best = tests[0].get("value") if len(tests) + len(controls) > 1 else None
     axis, strips = _interval_strips([*tests, *controls], best, figures.top_of(lead))
-    varied = varied_settings(families)
+    settings = [family["setting"] for family in families]
+    values = {key: {repr(setting.get(key)) for setting in settings} for setting in settings for key in setting}
+    varied = [{k: v for k, v in s.items() if len(families) == 1 or len(values[k]) > 1} for s in settings]
     rows = [
         {"family": family, "strip": strip, "anchor": f"{prefix}f{i + 1}", "setting": setting_words(varied[i])}
         for i, (family, strip) in enumerate(zip(families, strips, strict=False))
@@ -224,13 +230,6 @@ def _interval_strips(
     return [(at(v), plain(v)) for v in ticks(low, high, 4)], strips
 
 
-def varied_settings(families: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each family's setting what is not the same in all of them."""
-    settings = [family["setting"] for family in families]
-    values = {key: {repr(setting.get(key)) for setting in settings} for setting in settings for key in setting}
-    return [{k: v for k, v in s.items() if len(families) == 1 or len(values[k]) > 1} for s in settings]
-
-
 def detail_of(
     rank: int, family: dict[str, Any], runs: Sequence[Run], loader: ImageLoader | None, prefix: str = ""
 ) -> FamilyDetail:
@@ -249,16 +248,11 @@ def detail_of(
     detail.figures += figures.training_figures(runs)
     if run.task != "multilabel" and len(run.classes) > 2:
         detail.confused = figures.most_confused(predictions)
-    detail.gallery = loader.gallery(one_of_each_fold(predictions))
+    first: dict[Any, tuple[Run, Any]] = {}  # of each fold the first run: no image twice, all by a head that exists
+    for pair in predictions:
+        first.setdefault((pair[0].config["splits"].get("fold") or [0])[0], pair)
+    detail.gallery = loader.gallery(list(first.values()))
     return detail
-
-
-def one_of_each_fold(predictions: figures.TestPredictions) -> figures.TestPredictions:
-    """The first run of each fold: no image twice, every call by a head that exists."""
-    first: dict[Any, tuple[Run, Any]] = {}
-    for run, answers in predictions:
-        first.setdefault((run.config["splits"].get("fold") or [0])[0], (run, answers))
-    return list(first.values())
 
 
 def per_class(family: dict[str, Any], runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -269,15 +263,6 @@ def per_class(family: dict[str, Any], runs: Sequence[Run]) -> list[dict[str, Any
         counts = {key: float(np.mean([t[key] for t in tables])) for key in text.COUNTS if all(key in t for t in tables)}
         rows.append({"class": name, "counts": counts, "test": (family.get("per_class") or {}).get(name) or {}})
     return rows
-
-
-def by_tables(
-    record: dict[str, Any], pairs: list[tuple[Any, dict[str, Any]]]
-) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(column, rows): for each value of the column the best families on val, in their order."""
-    rank = {numbers["name"]: i for i, (_, numbers) in enumerate(pairs[: figures.OVERLAID])}
-    tables = {column: [r for r in rows if r["family"] in rank] for column, rows in (record.get("by") or {}).items()}
-    return [(column, sorted(t, key=lambda r: (r["value"], rank[r["family"]]))) for column, t in tables.items()]
 
 
 def all_warnings(record: dict[str, Any], runs: Sequence[Run]) -> list[str]:

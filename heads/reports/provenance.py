@@ -122,10 +122,8 @@ def _origin(run: Run, names: Sequence[str]) -> dict[str, Any]:
         "made": config["created"][:19].replace("T", " "),
     }
     shown = [(name, value) for name, value in facts.items() if value]
-    spec, provenance = (
-        json.dumps(config[k], indent=1, ensure_ascii=False, sort_keys=True) for k in ("spec", "provenance")
-    )
-    return {"label": view["label"], "facts": shown, "extract": extract, "spec": spec, "provenance": provenance}
+    text = {k: json.dumps(config[k], indent=1, ensure_ascii=False, sort_keys=True) for k in ("spec", "provenance")}
+    return {"label": view["label"], "facts": shown, "extract": extract, **text}
 
 
 def _view_key(run: Run) -> tuple[Any, str]:

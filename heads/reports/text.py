@@ -196,14 +196,11 @@ def external_table(family: dict[str, Any], view: str, task: str, n_test: int) ->
     return "\n".join([one_line(family["name"]), *aligned(rows)])
 
 
-def comparison_table(runs: Sequence[Run], controls: Sequence[dict[str, Any]] | None = None) -> str:
-    """Controls first, then the runs, best on val first: the first run's criterion, ties by val NLL.
-
-    ``controls`` are by default those of the first run that has some. Runs that were not tested on the same images with
-    the same classes are shown, and it is said.
-    """
-    if controls is None:
-        controls = next((run.metrics["controls"] for run in runs if run.metrics["controls"]), [])
+def comparison_table(runs: Sequence[Run]) -> str:
+    """Controls first (those of the first run that has some), then the runs, best on val first: the first run's
+    criterion, ties by val NLL. Runs that were not tested on the same images with the same classes are shown, and it is
+    said."""
+    controls: list[dict[str, Any]] = next((run.metrics["controls"] for run in runs if run.metrics["controls"]), [])
     task, key = runs[0].task, measure_name(runs[0].config["chosen"]["by"])
     shown = COMPARED[task]
     rows = [_header(key, shown, task), *(_control_row(control, key, shown) for control in controls)]

@@ -111,9 +111,8 @@ def few_of(opened: OpenedSet, folder: Path) -> OpenedSet:
     few = _write(folder, classes if several else ["label"], cells, pictures, dataset.task, bool(groups))
     cut = "" if len(classes) <= MOST_CLASSES else f", the first {MOST_CLASSES} of {len(classes)} classes"
     text = f"{len(rows):,} of {len(dataset):,} images{cut}: at most {QUICK['train']} of each class of train, "
-    return replace(
-        opened, dataset=few, drawn=text + f"{QUICK['val']} of val and {QUICK['test']} of test, drawn by seed 0"
-    )
+    text += f"{QUICK['val']} of val and {QUICK['test']} of test, drawn by seed 0"
+    return replace(opened, dataset=few, drawn=text)
 
 
 def draw_images(images: ImageSet, folder: Path) -> Dataset:

@@ -194,9 +194,8 @@ def _changed(result: StudyResult) -> list[str]:
 
 def _step_rows(result: StudyResult) -> list[dict[str, Any]]:
     """Every step of the study that these images have: what it is, how long it took, or why it is not there."""
-    calls = {step.name: call for step, call, _ in result.steps} | {
-        name: row["asked"] for name, row in result.rows.items()
-    }
+    calls = {step.name: call for step, call, _ in result.steps}
+    calls |= {name: row["asked"] for name, row in result.rows.items()}
     rows = []
     for step in result.study.steps:
         name, row = step.name, result.rows.get(step.name)

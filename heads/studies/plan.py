@@ -139,8 +139,14 @@ def wanted_steps(study: Study, options: StudyOptions) -> list[Step]:
 
 
 def check_packages(steps: Sequence[Step], quick: bool) -> None:
-    """Said before hours of work: which steps need what is not installed. Raises BadOption."""
-    pairs = [(step.name, extra) for step in steps for extra in _extras(step, quick)]
+    """Said before hours of work: which steps need what is not installed (but for data: said when they are opened).
+    Raises BadOption."""
+    pairs: list[tuple[str, str]] = []
+    for step in steps:
+        timm = not quick and any(name.startswith("timm:") for name in backbones_of([step]))
+        searches = isinstance(step, Heads) and "search" in step.options
+        needed = {"optuna": searches, "explain": isinstance(step, ExplainStep), "timm": timm}
+        pairs += [(step.name, extra) for extra in needed if needed[extra]]
     missing = [(name, extra) for name, extra in pairs if not importlib.util.find_spec(PACKAGES.get(extra, extra))]
     if not missing:
         return
@@ -152,14 +158,6 @@ def check_packages(steps: Sequence[Step], quick: bool) -> None:
         f"{', '.join(names) if few else f'{names[0]} and {len(names) - 1} more'} need{'s' * (len(names) == 1)} what is "
         f"not installed: pip install 'featurecache[{','.join(extras)}]'{way}."
     )
-
-
-def _extras(step: Step, quick: bool) -> list[str]:
-    """The extras that a step needs; those of data are said when they are opened."""
-    timm = not quick and any(name.startswith("timm:") for name in backbones_of([step]))
-    searches = isinstance(step, Heads) and "search" in step.options
-    needed = {"optuna": searches, "explain": isinstance(step, ExplainStep), "timm": timm}
-    return [extra for extra in needed if needed[extra]]
 
 
 def check_weights(study: Study, options: StudyOptions, steps: Sequence[Step]) -> None:

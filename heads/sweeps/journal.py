@@ -86,8 +86,7 @@ def _row(line: bytes, columns: dict[str, type]) -> Row | None:
     if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
         return None
     place = row["together"]
-    whole = len(place) == 2 and all(type(n) is int for n in place) and 0 <= place[0] < place[1]
-    return row if whole else None
+    return row if len(place) == 2 and all(type(n) is int for n in place) and 0 <= place[0] < place[1] else None
 
 
 class JournalFile:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from featurecache.errors import BadOption
@@ -85,9 +86,11 @@ class SweepPlan:
     @property
     def task(self) -> Task:
         """Of the first view, without the images that another lacks."""
-        base = self.spec.base
+        base, rows = self.spec.base, self.matched.rows[0]
         own = task_of(self.matched.views[0], classes=base.classes, only=base.only, positive=base.positive)
-        return self.matched.common_task(own)
+        labels = np.full_like(own.labels, np.nan if own.multilabel else -1)
+        labels[rows] = own.labels[rows]
+        return replace(own, labels=labels)
 
     def splits(self, number: int, fraction: float, resplit: Resplit) -> Splits:
         """Drawn once, on the first view, and carried over to the others by image."""
@@ -95,7 +98,10 @@ class SweepPlan:
         if place not in self._splits:
             self._splits[place] = choose_splits(self.matched.views[0], self.task, self._settings(fraction, resplit))
         if (number, place) not in self._splits:
-            self._splits[number, place] = self.matched.carry_splits(self._splits[place], number)
+            first, rows = self._splits[place], self.matched.rows
+            names = np.full(len(self.matched.views[number].ids), "", dtype=first.names.dtype)
+            names[rows[number]] = first.names[rows[0]]
+            self._splits[number, place] = replace(first, names=names)
         return self._splits[number, place]
 
     def _settings(self, fraction: float, resplit: Resplit) -> Settings:
@@ -116,8 +122,11 @@ class SweepPlan:
             needless, variants, seeds = [*needless, *OF_STEPS], [{}], 1
         else:
             variants, seeds = spec.variants() if variants is None else variants, spec.seeds
-        published = {k: v for k, v in _published(family.head, spec.base).items() if k not in spec.given}
-        shared = vars(self._settings(family.fraction, resplit)) | published
+        shared = dict(vars(self._settings(family.fraction, resplit)))
+        if is_baseline(family.head):  # as published, but for what all heads of a sweep are judged by
+            weights, adapted = spec.base.weights, spec.base.lora is not None or spec.base.rlrr
+            published = baseline_info(family.head, weights=weights, adapted=adapted).settings
+            shared |= {k: v for k, v in published.items() if k not in (*spec.given, "select")}
         own = {"head": family.head, "output": family.output}
         nothing = {name: getattr(plain, name) for name in needless}
         each = [shared | values | own | {"seed": seed} | nothing for values in variants for seed in range(seeds)]
@@ -134,9 +143,11 @@ class SweepPlan:
             job, drawn = self.job(family, resplit), (family.number, family.fraction, resplit)
             if drawn not in self._images:
                 self._images[drawn] = training_images_hash(job)
+            own_code = family.head.startswith("python:")
+            code = inspect.getsource(sys.modules[head_info(family.head).make.__module__]) if own_code else None
             shared = {
                 "format": FORMAT, "fingerprint": job.view.fingerprint, "output": job.output,
-                "images": self._images[drawn], "window": memory_plan(job)[1], "code": source_hash(family.head),
+                "images": self._images[drawn], "window": memory_plan(job)[1], "code": code and hash_of(code),
                 "standardize": job.settings.standardize or head_info(family.head).standardize,
             }  # fmt: skip
             own = [{k: v for k, v in each.to_dict().items() if k not in NOT_IN_KEY} for each in settings]
@@ -173,12 +184,6 @@ def _values_text(values: Any) -> str:
     return ",".join(value if isinstance(value, str) else f"{value:g}" for value in values)
 
 
-def source_hash(head: str) -> str | None:
-    """Of the module of a head of one's own."""
-    own = head.startswith("python:")
-    return hash_of(inspect.getsource(sys.modules[head_info(head).make.__module__])) if own else None
-
-
 def has_option(head: str, option: str) -> bool:
     """Whether an option that not every head has means something to this one."""
     if option in FROM_PIXELS:
@@ -189,17 +194,14 @@ def has_option(head: str, option: str) -> bool:
     return not info.solved and option in inspect.signature(info.make).parameters
 
 
-def _published(head: str, base: Settings) -> dict[str, Any]:
-    """The published settings of a baseline, but for what all heads of a sweep are judged by."""
-    if not is_baseline(head):
-        return {}
-    info = baseline_info(head, weights=base.weights, adapted=base.lora is not None or base.rlrr)
-    return {name: value for name, value in info.settings.items() if name != "select"}
-
-
 def plan_sweep(views: Sequence[FeatureView], spec: SweepSpec, ram: float) -> SweepPlan:
     """Check everything and draw the splits; raises before anything is trained or written."""
-    matched = same_images(_different_views(views))
+    by_fingerprint: dict[str, FeatureView] = {}
+    for view in views:
+        same = by_fingerprint.setdefault(view.fingerprint, view)
+        if str(same.path) != str(view.path):
+            raise BadOption(f"--features {same.label} and {view.label} are of one store: the same features twice.")
+    matched = same_images(list(by_fingerprint.values()))
     families, left_out = _families(matched.views, spec)
     plan = SweepPlan(spec, matched, families, left_out, ram)
     plain = Settings("")
@@ -214,15 +216,6 @@ def plan_sweep(views: Sequence[FeatureView], spec: SweepSpec, ram: float) -> Swe
         for fraction in spec.fractions:
             plan.splits(0, fraction, resplit)
     return plan
-
-
-def _different_views(views: Sequence[FeatureView]) -> list[FeatureView]:
-    by_fingerprint: dict[str, FeatureView] = {}
-    for view in views:
-        same = by_fingerprint.setdefault(view.fingerprint, view)
-        if str(same.path) != str(view.path):
-            raise BadOption(f"--features {same.label} and {view.label} are of one store: the same features twice.")
-    return list(by_fingerprint.values())
 
 
 def _families(views: Sequence[FeatureView], spec: SweepSpec) -> tuple[list[PlannedFamily], list[str]]:
@@ -248,10 +241,9 @@ def _families(views: Sequence[FeatureView], spec: SweepSpec) -> tuple[list[Plann
 
 def _why_not(view: FeatureView, head: str, output: str, spec: SweepSpec) -> str | None:
     choose_output(view, head, output)  # raises where the view has no such output
-    info = view.info(output)
-    fits = Input(tuple(info.shape), tuple(info.prefix or ()), info.grid)
     try:
         with torch.device("meta" if head in HEADS else "cpu"):
+            fits = Input.of(view.info(output))
             make_head(head, fits, 2, gated=spec.base.gated and has_option(head, "gated"))
     except BadOption as error:
         return str(error)

@@ -21,7 +21,7 @@ from heads.evaluation.families import Selection, family_of, mean_of, select_sett
 from heads.models.common import FINETUNE
 from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
-from heads.runs.write import RunContents, RunTarget, write_run
+from heads.runs.write import RunTarget, write_run
 from heads.settings import METRICS, Settings
 from heads.sweeps.grid import Resplit
 from heads.sweeps.journal import ROWS, JournalFile, Row, StagedRuns, key_in, slug
@@ -29,8 +29,8 @@ from heads.sweeps.plan import STEPPED, PlannedFamily, SweepPlan
 from heads.sweeps.search import search
 from heads.task import Say
 from heads.training import engine
+from heads.training.batches import loss_and_prior
 from heads.training.job import TrainingJob, make_model, split_line
-from heads.training.losses import loss_and_prior
 from heads.training.network import checkpoint_of, with_backbone
 from heads.training.train import FittedHead, run_contents, train_together
 
@@ -109,7 +109,11 @@ class SweepRunner:
         fits = train_together(job, [settings for settings, _ in chunk], checkpoint=checkpoint)
         for (settings, key), fit in zip(chunk, fits, strict=True):
             if isinstance(fit, FittedHead):
-                self.staged.put(key, self._contents(job, fit, family, resplit, key))
+                # a budget of memory that was never reached has decided nothing, and is not written
+                ram = self.plan.spec.base.ram if fit.window is None else fit.settings.ram
+                contents = run_contents(job, replace(fit, settings=replace(fit.settings, ram=ram)), [])
+                mark = {"key": key, "repeat": resplit.repeat, "family": list(family.identity)}
+                self.staged.put(key, replace(contents, config=contents.config | {"sweep": mark}))
             own = replace(settings, ram=self.plan.spec.base.ram).to_dict()
             place = {"view": family.view, "fingerprint": job.view.fingerprint, "output": job.output}
             drawn = {"fraction": family.fraction, "repeat": resplit.repeat, "fold": resplit.fold}
@@ -118,15 +122,6 @@ class SweepRunner:
             self.journal.append(rows)
         if checkpoint:
             checkpoint.remove()
-
-    def _contents(
-        self, job: TrainingJob, fit: FittedHead, family: PlannedFamily, resplit: Resplit, key: str
-    ) -> RunContents:
-        """A budget of memory that was never reached has decided nothing, and is not written."""
-        ram = self.plan.spec.base.ram if fit.window is None else fit.settings.ram
-        contents = run_contents(job, replace(fit, settings=replace(fit.settings, ram=ram)), [])
-        mark = {"key": key, "repeat": resplit.repeat, "family": list(family.identity)}
-        return replace(contents, config=contents.config | {"sweep": mark})
 
     def finish(self, family: PlannedFamily) -> None:
         """Choose the setting of a family, write its heads as runs, and say so."""

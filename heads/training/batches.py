@@ -1,4 +1,4 @@
-"""Plain and balanced batches of training rows, and the augmentation of batches of images.
+"""Batches of training: plain and balanced draws of rows, the augmentation of images, and the losses.
 
 The order of rows is a function of ``split_seed`` alone, so that heads can share batches. An epoch is N draws, so
 ceil(N / B) batches, the last one short. Balanced batches (the article's): B = qC + r gives every class q rows and r
@@ -14,18 +14,29 @@ vflip, rotate, shift, scale) is one affine map an image and one interpolation fo
 much as one image does by the operations that stored copies are made with; those move by whole pixels where these
 interpolate. Outside is black. Brightness and contrast are as torchvision's.
 
-N training rows, B rows a batch, C classes that train has; images x float32 [B,3,h,w] with values 0 … 255.
+Losses have their gradient written out, for heads that are stacked; w class weights, e label smoothing. Cross-entropy as
+torch has it: with Q[b, c] = w_y ((1 - e) [c = y]) + e w_c / C and S = sum_b w_y, the loss is -sum Q log p / S, so
+dz = (p sum_c Q - Q) / S. Binary cross-entropy over the known entries, w the weight of positives, t = y (1 - e) + e / 2:
+loss = mean of -(w t log s(z) + (1 - t) log s(-z)), so dz = ((w t + 1 - t) s(z) - w t) / known.
+
+N training rows, B rows a batch, C classes that train has or labels, K heads, z logits; images x float32 [B,3,h,w] with
+values 0 … 255.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
 from featurecache.images.augmentation import parse_augmentation
+from heads.metrics.calibration import prior_correction
+from heads.settings import Settings
+from heads.task import Task
 
 BLOCK = 64  # neighbouring rows
 
@@ -117,8 +128,7 @@ class Augmenter:
         self.steps = {step.word: step.amount for step in parse_augmentation(words).steps}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        moves = [step for step in self.steps.items() if step[0] not in SHADES]
-        if moves:
+        if moves := [step for step in self.steps.items() if step[0] not in SHADES]:
             maps = torch.eye(3).repeat(len(x), 1, 1)
             for word, amount in moves:
                 maps = maps @ _draw_map(word, amount, x.shape[-2] / x.shape[-1], len(x))
@@ -150,3 +160,90 @@ def _draw_map(word: str, amount: float, ratio: float, count: int) -> torch.Tenso
         assert word == "scale", "all words of `featurecache.images.augmentation` are here"
         maps[:, 0, 0] = maps[:, 1, 1] = 1 / (1 + amount * even)
     return maps
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    classes: int
+    weight: torch.Tensor | None = None  # float32 [C]
+    smoothing: float = 0.0
+
+    def weight_on(self, logits: torch.Tensor) -> torch.Tensor | None:
+        return None if self.weight is None else self.weight.to(logits.device)
+
+
+class CrossEntropy(_Weighted):
+    """Mean over the batch; logits [B, C], y int64 [B]."""
+
+    def __call__(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        weight = self.weight_on(logits)
+        return nn.functional.cross_entropy(logits, y, weight=weight, label_smoothing=self.smoothing)
+
+    def table(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """w [C], and Q by class of the image [C, C]; float64."""
+        w = torch.ones(self.classes, dtype=torch.float64) if self.weight is None else self.weight.double()
+        return w, torch.diag(w) * (1 - self.smoothing) + self.smoothing * w / self.classes
+
+
+class BinaryCrossEntropy(_Weighted):
+    """Mean over the known entries of y [B, L] (NaN = unknown); ``weight`` of the positives."""
+
+    def __call__(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        label_mask, weight = ~y.isnan(), self.weight_on(logits)
+        target = y.nan_to_num() * (1 - self.smoothing) + self.smoothing / 2
+        each = nn.functional.binary_cross_entropy_with_logits(logits, target, pos_weight=weight, reduction="none")
+        return (each * label_mask).sum() / label_mask.sum().clamp_min(1)
+
+    def table(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """w [L], and e []; float64."""
+        w = torch.ones(self.classes) if self.weight is None else self.weight
+        return w.double(), torch.tensor(self.smoothing, dtype=torch.float64)
+
+
+Loss = CrossEntropy | BinaryCrossEntropy
+
+
+class StackedLoss:
+    """The losses of K heads of one kind and the gradients of their logits at once."""
+
+    def __init__(self, losses: Sequence[Loss], dtype: torch.dtype) -> None:
+        (kind,) = {type(loss) for loss in losses}
+        self.binary = kind is BinaryCrossEntropy
+        self.tables = [torch.stack(parts).to(dtype) for parts in zip(*(loss.table() for loss in losses), strict=True)]
+
+    def retain(self, staying: list[int]) -> None:
+        self.tables = [table[staying] for table in self.tables]
+
+    def __call__(self, z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """z [K, B, C], y [B] or [B, L] -> losses [K], dz [K, B, C]."""
+        if not self.binary:
+            w, q = self.tables  # [K, C], [K, C, C]
+            logp = z.log_softmax(-1)
+            q, s = q[:, y], w[:, y].sum(1)  # [K, B, C], [K]
+            losses = -(q * logp).sum((1, 2)) / s
+            return losses, logp.exp_().mul_(q.sum(-1, keepdim=True)).sub_(q).div_(s[:, None, None])
+        w, e = self.tables[0][:, None], self.tables[1][:, None, None]
+        label_mask = ~y.isnan()
+        target = y.nan_to_num().to(z.dtype) * (1 - e) + e / 2  # [K, B, L]
+        positive, count = w * target, label_mask.sum().clamp_min(1)
+        losses = (positive * nn.functional.softplus(-z) + (1 - target) * nn.functional.softplus(z)) * label_mask
+        return losses.sum((1, 2)) / count, ((positive + 1 - target) * z.sigmoid() - positive) * label_mask / count
+
+
+def loss_and_prior(task: Task, y: torch.Tensor, settings: Settings) -> tuple[Loss, np.ndarray]:
+    """The training loss, and what is added to logits so that they speak of train's prevalence [C]."""
+    count = len(task.classes)
+    if task.multilabel:
+        if not settings.pos_weight:
+            return BinaryCrossEntropy(count, None, settings.label_smoothing), np.zeros(count)
+        positives, negatives = (y == 1).sum(0).double(), (y == 0).sum(0).double()
+        weight = torch.where((positives > 0) & (negatives > 0), negatives / positives.clamp_min(1), 1.0)
+        return BinaryCrossEntropy(count, weight.float(), settings.label_smoothing), -np.log(weight.numpy())
+    prevalence = np.bincount(y.numpy(), minlength=count) / len(y)
+    uniform = (prevalence > 0) / (prevalence > 0).sum()
+    if settings.class_weights:
+        weight = np.divide(uniform, prevalence, out=np.zeros(count), where=prevalence > 0)
+        loss = CrossEntropy(count, torch.from_numpy(weight).float(), settings.label_smoothing)
+        return loss, prior_correction(prevalence, uniform)
+    seen = uniform if settings.balanced(False) else prevalence
+    return CrossEntropy(count, None, settings.label_smoothing), prior_correction(prevalence, seen)

@@ -32,8 +32,7 @@ from heads.models.tokens import FixedVectorLinear, Large
 from heads.models.vector import Linear, Mlp
 from heads.settings import Settings
 from heads.task import SplitData
-from heads.training.batches import Augmenter
-from heads.training.losses import Loss, StackedLoss
+from heads.training.batches import Augmenter, Loss, StackedLoss
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's
 WORTH_DIVIDING = 20_000_000  # multiply-adds: half a millisecond of one core
@@ -198,9 +197,7 @@ class StackedTrainer:
 
     def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """a [M, I], b [J, I] -> a bT [M, J]."""
-        if self.bf16:
-            return (a.bfloat16() @ b.bfloat16().T).to(a.dtype)
-        return a @ b.T
+        return (a.bfloat16() @ b.bfloat16().T).to(a.dtype) if self.bf16 else a @ b.T
 
     def _mask(self, k: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Inverted dropout of head k from its own generator (1 where it has none)."""

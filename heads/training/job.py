@@ -42,8 +42,7 @@ class TrainingJob:
 
     @property
     def input(self) -> Input:
-        info = self.view.info(self.output)
-        return Input(tuple(info.shape), tuple(info.prefix or ()), info.grid)
+        return Input.of(self.view.info(self.output))
 
 
 def prepare_training(view: FeatureView | str | Path, settings: Settings, splits: Splits | None = None) -> TrainingJob:
@@ -80,8 +79,7 @@ def check_options(settings: Settings) -> None:
     for name in (each for each in useless if getattr(settings, each) != getattr(plain, each)):
         way = " extract --views 2 --augment … stores augmented copies." if name == "augment" else ""
         raise BadOption(f"{flag(name)} would do nothing: {settings.head} does not take it.{way}")
-    steps = (*VARIED, "epochs", "batch_size", "precision", "pos_weight", "gated") if info.solved else ()
-    for name in steps:
+    for name in (*VARIED, "epochs", "batch_size", "precision", "pos_weight", "gated") if info.solved else ():
         if name != "seed" and getattr(settings, name) != getattr(plain, name):
             raise BadOption(f"{flag(name)} is for heads that are trained in steps; {settings.head} is solved.")
 
@@ -189,8 +187,7 @@ class TrainingData:
         self.resident, self.window = memory_plan(job)
         kind = job.settings.standardize or head_info(job.settings.head).standardize
         train = self._load("train", None, copies=True)
-        plain = replace(train, scale=Standardize())
-        self.train = replace(train, scale=Standardize.fit(kind, plain.chunks))
+        self.train = replace(train, scale=Standardize.fit(kind, train.chunks))  # which are not scaled yet
         self.val = self._load("val", self.train.scale)
 
     def _load(self, split: str, scale: Standardize | None, copies: bool = False) -> SplitData:

@@ -27,10 +27,10 @@ from heads.runs.write import RunContents
 from heads.settings import METRICS, VARIED, Settings
 from heads.splits import class_counts
 from heads.task import FeatureView, Say, SplitData, Standardize, clusters_of
+from heads.training.batches import loss_and_prior
 from heads.training.engine import logits_of, make_trainer, threads_for, work_of_a_step
 from heads.training.job import TrainingData, TrainingJob, make_model
 from heads.training.loop import Checkpoint, Schedule, TrainedState, score_epoch, train_heads
-from heads.training.losses import loss_and_prior
 
 TIMED = 256  # images, at most, on which a head's time at prediction is measured
 
@@ -79,8 +79,7 @@ def train_together(
         work = work_of_a_step(model, len(settings), job.settings.batch_size, job.input.shape)
     with threads_for(work):
         for balanced in (False, True):  # class weights go without balanced batches, so those heads see others
-            numbers = [k for k, each in enumerate(settings) if each.balanced(job.task.multilabel) is balanced]
-            if numbers:
+            if numbers := [k for k, each in enumerate(settings) if each.balanced(job.task.multilabel) is balanced]:
                 heads = _train(job, [settings[k] for k in numbers], features, say or (lambda line: None), checkpoint)
                 fits |= dict(zip(numbers, _calibrate_and_test(job, heads, features), strict=True))
     return [fits[k] for k in range(len(settings))]

@@ -15,8 +15,7 @@ from featurecache.errors import BadOption, RunError
 from featurecache.store.store import open_store
 from heads.api import train_head
 from heads.evaluation.comparison import compare
-from heads.evaluation.families import Family, families_of, names_of
-from heads.evaluation.families import test_predictions as on_test
+from heads.evaluation.families import Family, collect_predictions, families_of, names_of
 from heads.metrics import significance
 from heads.reports import text as tables
 from heads.runs.run import load_run
@@ -139,7 +138,7 @@ def test_images_in_another_order_are_compared_image_by_image():
     other.features = {name: x[order] for name, x in of.features.items()}
     other.splits, other.ids = [of.splits[i] for i in order], [of.ids[i] for i in order]
     a, b = run(of), run(other)
-    one, two = (on_test(families_of([each])[0]).test_sets[0] for each in (a, b))
+    one, two = (collect_predictions([(each, each.answers("test"))]).test_sets[0] for each in (a, b))
     assert one.key == two.key and (one.y == two.y).all()
     made = record([a, b], reference="linear on cls of vit-toy/toy")
     expected = sk.roc_auc_score(*scores(b)) - sk.roc_auc_score(*scores(a))

@@ -16,11 +16,20 @@ from heads.models.catalogue import make_head
 from heads.settings import VARIED, Settings
 from heads.task import SplitData, load_features, task_of
 from heads.training import engine, loop
-from heads.training.batches import BLOCK, BalancedBatches, PlainBatches, sample_versions, shuffle_rows
+from heads.training.batches import (
+    BLOCK,
+    BalancedBatches,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    PlainBatches,
+    StackedLoss,
+    loss_and_prior,
+    sample_versions,
+    shuffle_rows,
+)
 from heads.training.engine import Learner, SequentialTrainer, StackedTrainer, make_trainer
 from heads.training.job import prepare_training
 from heads.training.loop import Schedule, train_heads
-from heads.training.losses import BinaryCrossEntropy, CrossEntropy, StackedLoss, loss_and_prior
 from heads.training.train import train_together
 
 train_head = partial(train_head, report=False)

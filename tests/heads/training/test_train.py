@@ -18,10 +18,9 @@ from heads.models.catalogue import make_head
 from heads.settings import Settings
 from heads.task import SplitData, Standardize, task_of
 from heads.training import engine
-from heads.training.batches import PlainBatches
+from heads.training.batches import BinaryCrossEntropy, CrossEntropy, PlainBatches, loss_and_prior
 from heads.training.engine import make_trainer, run_epoch
 from heads.training.job import choose_output
-from heads.training.losses import BinaryCrossEntropy, CrossEntropy, loss_and_prior
 
 train_head = partial(train_head, report=False)
 
