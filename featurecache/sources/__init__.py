@@ -82,7 +82,7 @@ SOURCES: dict[str, Source] = {
         is_webdataset, open_webdataset, True,
     ),
     "folder": Source(
-        "a folder of images", "images, in class folders or not, with or without train/val/test above them",
+        "a folder of images", "images, in class folders or not, with splits, persons or folds above or below them",
         lambda path: os.path.isdir(path) and not huggingface.is_saved_dataset(path), open_folder, levels=True,
     ),
     "table": Source(

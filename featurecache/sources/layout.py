@@ -127,7 +127,7 @@ class _Reader:
             self._refuse_half(rows, names, split)
             if len(names) > 1 or any(self._name(row, 1) is None for row in rows):
                 return None
-            self._advance(rows)
+            self._take_folds(rows) if _all(_FOLD, names) else self._advance(rows)
         return None
 
     def _take_splits(self, rows: Sequence[int], split: dict[str, str], deeper: int = 0) -> None:
