@@ -207,11 +207,14 @@ SOURCES = "Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle
 STEPS = """How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
     side decides (organs, eyes, hands, writing)."""
 task_option = option("--task", type=Choice(TASKS), help="[default: by the labels]")
+READ_BY = ("columns", "task", "root", "uncertain")
 source_options = options_of(  # how the labels of --data are to be read
     option(
         "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of tables: path=…, label=…, split=…, group=…"
     ),
     task_option,
+    option("--root", metavar="DIR", help="Of tables: the folder of the images. [default: that of the table]"),
+    option("--uncertain", type=Choice(["ignore", "zero", "one"]), help="Of tables: what -1 is. [default: ignore]"),
 )
 extraction_options = options_of(  # which images, which backbone, which store: what `extract` and `why` are asked alike
     option("--backbone", required=True, metavar="NAME", help=BACKBONES),
@@ -310,15 +313,18 @@ def open_features(talk: Console, features: str | None, cache: str | None, way: s
     return view
 
 
-def named_images(data: str | None, columns: tuple[str, ...], task: str | None) -> Any:
-    """What --data, --column and --task name: a dataset where one of the last two is given, else ``data`` as it is."""
-    if not columns and task is None:
+def named_images(data: str | None, options: dict[str, Any]) -> Any:
+    """What --data and the `source_options` name, which are taken out of ``options``: a dataset where one of them is
+    given, else ``data`` as it is."""
+    how = {name: value for name in READ_BY if (value := options.pop(name)) not in (None, ())}
+    if not how:
         return data
     if data is None:
-        raise BadOption("--column and --task say how --data is read; give --data too.")
+        given = ", ".join(f"--{name.removesuffix('s').replace('_', '-')}" for name in how)
+        raise BadOption(f"{given}: this says how --data is read; give --data too.")
     from featurecache.sources import open_source
 
-    return open_source(data, columns=pairs_of(columns), task=task)
+    return open_source(data, **how | {"columns": pairs_of(how.get("columns", ()))})
 
 
 def pairs_of(columns: tuple[str, ...]) -> dict[str, str] | None:
@@ -329,7 +335,7 @@ def pairs_of(columns: tuple[str, ...]) -> dict[str, str] | None:
 
 
 _OF_IMAGES = (
-    "name", "batch_size", "engine", "workers", "on_error", "columns", "task", "hash_ids", "hash_groups", "views",
+    "name", "batch_size", "engine", "workers", "on_error", *READ_BY, "hash_ids", "hash_groups", "views",
     "augment", "augment_seed",
 )  # fmt: skip
 

@@ -56,6 +56,8 @@ def prepare(
     cache: str | Path | None = None,
     columns: dict[str, str] | None = None,
     task: str | None = None,
+    root: str | None = None,
+    uncertain: str | None = None,
     hash_ids: bool = False,
     hash_groups: bool = False,
     views: int | None = None,
@@ -76,7 +78,11 @@ def prepare(
     _check_options(on_error, batch_size, workers)
     augmented = augmentation_of(views, augment, augment_seed)
     requested = parse_list(outputs) if outputs is not None else None
-    dataset = data if isinstance(data, Dataset) else open_source(data, columns=columns, task=task)
+    dataset = (
+        data
+        if isinstance(data, Dataset)
+        else open_source(data, columns=columns, task=task, root=root, uncertain=uncertain)
+    )
     folder = cache_folder(cache)
     secret = load_secret(folder) if hash_ids or hash_groups else None
     if secret:

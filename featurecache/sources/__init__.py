@@ -43,6 +43,7 @@ class Source:
     columns: bool = False  # whether --column says something about it
     prefix: str = ""  # of a data set that is named and lies where its tool puts it
     fetch: Callable[[str], None] | None = None  # asked once, where ``open`` raised NotFetched
+    table: bool = False  # whether --root and --uncertain say something about it
 
 
 def _digits(_: str, task: str | None) -> Dataset:
@@ -83,7 +84,7 @@ SOURCES: dict[str, Source] = {
     ),
     "table": Source(
         "a table (.csv, .tsv, .parquet)", "a path a row, with label or label columns, split, group",
-        lambda path: path.lower().endswith(TABLES), open_table, True,
+        lambda path: path.lower().endswith(TABLES), open_table, True, table=True,
     ),
     "npz": Source(
         "an .npz of MedMNIST's form", "arrays train_images, train_labels, and the same of val and test",
@@ -109,20 +110,29 @@ SOURCES: dict[str, Source] = {
 }  # fmt: skip
 
 
-def open_source(data: str | Path, *, columns: Columns = None, task: str | None = None) -> Dataset:
+def open_source(
+    data: str | Path,
+    *,
+    columns: Columns = None,
+    task: str | None = None,
+    root: str | None = None,
+    uncertain: str | None = None,
+) -> Dataset:
     """The dataset that ``data`` names: a folder, a table, an ``.npz``, the word ``digits`` (``./digits`` is a folder),
     or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine.
-    ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say. Raises
-    SourceError."""
+    ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say. Of tables:
+    ``root`` is the folder of the images where it is not that of the table, ``uncertain`` (ignore, zero, one) what -1 is
+    in label columns. Raises SourceError."""
     kind, what = _find(data)
+    options = {name: value for name, value in (("root", root), ("uncertain", uncertain)) if value is not None}
     try:
-        return _open(kind, what, data, columns, task)
+        return _open(kind, what, data, columns, task, options)
     except NotFetched as absent:
         if (fetch := SOURCES[kind].fetch) is None:
             raise
         with fetching.fetching(absent):
             fetch(what)
-    return _open(kind, what, data, columns, task)
+    return _open(kind, what, data, columns, task, options)
 
 
 def reopen(source: Mapping[str, Any]) -> Dataset:
@@ -130,17 +140,22 @@ def reopen(source: Mapping[str, Any]) -> Dataset:
     if source.get("kind") == "import":
         raise SourceError(f"{source.get('data')} was imported as features; nobody knows its images.")
     kind, what = _find(source["data"])
-    dataset = _open(kind, what, source["data"], source.get("columns"), source.get("task"))
+    options = {name: source[name] for name in ("root", "uncertain") if name in source}
+    dataset = _open(kind, what, source["data"], source.get("columns"), source.get("task"), options)
     hashed = {name: bool(source.get(f"hash_{name}")) for name in ("ids", "groups")}
     return pseudonymise(dataset, secret_of(source), **hashed) if any(hashed.values()) else dataset
 
 
-def _open(kind: str, what: str, data: str | Path, columns: Columns, task: str | None) -> Dataset:
+def _open(
+    kind: str, what: str, data: str | Path, columns: Columns, task: str | None, options: dict[str, Any]
+) -> Dataset:
     source = SOURCES[kind]
     if columns and not source.columns:
         raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
-    dataset = source.open(what, columns or None, task) if source.columns else source.open(what, task)
-    record = {"kind": kind, "data": dataset.source.get("data", what), "columns": columns or None, "task": task}
+    if options and not source.table:
+        raise SourceError(f"--{next(iter(options))} is about a table of images (.csv, .tsv, .parquet); {data} is none.")
+    dataset = source.open(what, *([columns or None] if source.columns else []), task, **options)
+    record = {"kind": kind, "data": what, "columns": columns or None, "task": task, **dataset.source}
     record = {key: value for key, value in record.items() if value is not None}
     for name in dataset.ids:
         try:

@@ -37,9 +37,10 @@ import numpy as np
 
 from featurecache.errors import SourceError, UnreadableImage
 from featurecache.formatting import abbreviated
+from featurecache.sources.annotations import Table
 from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, read_text
 from featurecache.sources.folders import EXTENSIONS, is_image, kinds_text, list_folder
-from featurecache.sources.labels import Table, resolve_labels
+from featurecache.sources.labels import resolve_labels
 from featurecache.sources.tables import annotate
 from featurecache.sources.vocabulary import SPLITS, split_names_of, words_of
 

@@ -48,7 +48,6 @@ def test_words_and_files_that_are_no_source_say_what_there_is(tmp_path):
     [
         ("regression", ["x", "y"], ["'regression' is unknown", "multilabel"]),
         ("binary", ["x", "y", "z"], ["has 3 classes: its task is multiclass, it cannot be binary"]),
-        ("multilabel", ["x", "y"], ["expected 1, 0, or nothing"]),
         ("multiclass", ["", ""], ["no labels"]),
         ("ordinal", ["", ""], ["has no labels: its task is unlabelled, it cannot be ordinal"]),
     ],
