@@ -6,7 +6,9 @@ A message says what was found, what was expected, and what to type. ``cli`` catc
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 
 class FeatureCacheError(Exception):
@@ -54,6 +56,25 @@ class PreprocessingRefused(FeatureCacheError, ValueError):
 
 class SourceError(FeatureCacheError, ValueError):
     """The images or their table are not as they have to be."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read what a user gave, and the options that say that it is this one."""
+
+    words: str
+    options: dict[str, Any]  # as the library and the command line call them: {"classes_at": 2}
+
+
+class SeveralReadings(SourceError):
+    """Data that can be read in several ways. At a terminal the command asks which; elsewhere it says what to type."""
+
+    def __init__(self, message: str, readings: Sequence[Reading]) -> None:
+        super().__init__(message)
+        self.readings = tuple(readings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.readings)
 
 
 class NotFetched(SourceError):

@@ -9,6 +9,8 @@ text ``text_of(cell(text)) == text``, also for text that begins with apostrophes
 
 from __future__ import annotations
 
+import csv
+import io
 import platform
 import re
 import unicodedata
@@ -73,6 +75,18 @@ def first_of(rows: Sequence[Sequence[str]], more: str = "more", most: int = 10) 
     """The first rows of foreign names as indented columns, and how many ``more`` there are."""
     lines = aligned(one_line(rows[:most]), right=2, indent=2)
     return [*lines, f"  … and {len(rows) - most:,} {more}"] if len(rows) > most else lines
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Names as an option takes several, ``a,b``; one with a comma or a quote in it stands in quotes, as in a CSV."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(names)
+    return line.getvalue()
+
+
+def names_in(text: str) -> list[str]:
+    """The names of `join_names` again; spaces around them do not count."""
+    return [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
 
 
 def abbreviated(words: Iterable[Any], most: int = 5) -> str:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click import Choice, option
 
-from featurecache.commands.terminal import Console, cache_option, command, options_of, record_of
+from featurecache.commands.terminal import Console, cache_option, command, options_of, record_of, typed_options
 from featurecache.errors import BadOption
-from featurecache.formatting import columns, device_title, duration, one_line, shape_text, size_text
+from featurecache.formatting import columns, device_title, duration, names_in, one_line, shape_text, size_text
 
 if TYPE_CHECKING:
     from featurecache.extraction.run import Extraction, ExtractionResult
@@ -42,6 +42,7 @@ def extraction_record(extraction: Extraction, rate: float | None) -> dict[str, A
         "untrained": extraction.spec.untrained,
         "data": description_of(extraction).to_dict(),
         "source": extraction.dataset.source,
+        "understood": extraction.dataset.source.get("understood"),
         "unread": [(extraction.dataset.shown(k), reason) for k, reason in sorted(extraction.scan.unread.items())],
         "outputs": {o.name: extraction.layouts[o.name].shape for o in extraction.outputs},
         "dtype": extraction.spec.dtype,
@@ -84,8 +85,10 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
         ("keeps", _keeps_line(extraction)),
         ("machine", _machine_line(extraction, record["images_per_s"])),
     ]
+    if record["understood"]:
+        rows.insert(3, ("understood", record["understood"]))
     if record["augmented"]:
-        rows.insert(3, ("augment", _augmented_line(record["augmented"], extraction.name)))
+        rows.insert(-2, ("augment", _augmented_line(record["augmented"], extraction.name)))
     rows += [("warning", text) for text in _warnings(record["data"])]
     held, copies = record["images_in_cache"], (record["augmented"] or {}).get("in_cache", 0)
     if held or copies:
@@ -201,13 +204,17 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: A
     return None if value == "auto" else click.INT.convert(value, parameter, context)
 
 
+def _order(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else names_in(value)
+
+
 TASKS = ("binary", "multiclass", "ordinal", "multilabel")
 BACKBONES = "An alias (see info), hf:REPO, a folder, torchvision:NAME, timm:NAME, python:MODULE:FACTORY[:LAYER]."
 SOURCES = "Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle:OWNER/SET, or digits."
 STEPS = """How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
     side decides (organs, eyes, hands, writing)."""
 task_option = option("--task", type=Choice(TASKS), help="[default: by the labels]")
-READ_BY = ("columns", "task", "root", "uncertain")
+READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain")
 source_options = options_of(  # how the labels of --data are to be read
     option(
         "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of tables: path=…, label=…, split=…, group=…"
@@ -215,6 +222,8 @@ source_options = options_of(  # how the labels of --data are to be read
     task_option,
     option("--root", metavar="DIR", help="Of tables: the folder of the images. [default: that of the table]"),
     option("--uncertain", type=Choice(["ignore", "zero", "one"]), help="Of tables: what -1 is. [default: ignore]"),
+    option("--classes-at", type=int, metavar="LEVEL", help="Of folders: the level of the classes; 1: those in --data."),
+    option("--order", metavar="A,B,C", callback=_order, help="The classes from the lowest to the highest."),
 )
 extraction_options = options_of(  # which images, which backbone, which store: what `extract` and `why` are asked alike
     option("--backbone", required=True, metavar="NAME", help=BACKBONES),
@@ -313,18 +322,21 @@ def open_features(talk: Console, features: str | None, cache: str | None, way: s
     return view
 
 
-def named_images(data: str | None, options: dict[str, Any]) -> Any:
-    """What --data and the `source_options` name, which are taken out of ``options``: a dataset where one of them is
-    given, else ``data`` as it is."""
+def named_images(talk: Console, data: str | None, options: dict[str, Any]) -> Any:
+    """The dataset that --data and the `source_options` name, which are taken out of ``options``; says how it was read.
+    None without --data."""
     how = {name: value for name in READ_BY if (value := options.pop(name)) not in (None, ())}
-    if not how:
-        return data
     if data is None:
-        given = ", ".join(f"--{name.removesuffix('s').replace('_', '-')}" for name in how)
-        raise BadOption(f"{given}: this says how --data is read; give --data too.")
+        if how:
+            given = " and ".join(f"--{'column' if name == 'columns' else name.replace('_', '-')}" for name in how)
+            raise BadOption(f"{given} says how --data is read; give --data too.")
+        return None
     from featurecache.sources import open_source
 
-    return open_source(data, **how | {"columns": pairs_of(how.get("columns", ()))})
+    dataset = open_source(data, **how | {"columns": pairs_of(how.get("columns", ()))})
+    if understood := dataset.source.get("understood"):
+        talk.line(f"understood {understood}")
+    return dataset
 
 
 def pairs_of(columns: tuple[str, ...]) -> dict[str, str] | None:
@@ -352,7 +364,7 @@ def why(talk: Console, columns: tuple[str, ...], engine: str, cache: str | None,
     """
     from featurecache.extraction.cache_miss import explain_miss
 
-    given = _given()
+    given = typed_options()
     data = options.pop("data") if "data" in given else None
     if data is None and (needless := [name for name in _OF_IMAGES if name in given]):
         raise BadOption(f"{given[needless[0]][0]} is about the images; say which with --data.")
@@ -365,16 +377,3 @@ def why(talk: Console, columns: tuple[str, ...], engine: str, cache: str | None,
     words = [word for name, part in given.items() for word in part]
     talk.next(shlex.join(["featurecache", "extract", *words, *([] if data else ["--data", "FOLDER"])]))
     return 0
-
-
-def _given() -> dict[str, list[str]]:
-    """Option -> the words that give it again, of those that were typed."""
-    context, given = click.get_current_context(), {}
-    for each in context.command.params:
-        name, value = str(each.name), context.params.get(str(each.name))
-        typed = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if typed and name not in ("as_json", "quiet", "debug"):
-            values = value if isinstance(value, tuple) else (value,)
-            texts = [[] if v is True else ["auto" if v is None else str(v)] for v in values]
-            given[name] = [word for text in texts for word in each.opts[:1] + text]
-    return given

@@ -20,8 +20,8 @@ from typing import Any
 import click
 from click import option
 
-from featurecache.errors import BadOption, FeatureCacheError, UnknownName, nearest
-from featurecache.formatting import harmless, is_harmless, one_line
+from featurecache.errors import BadOption, FeatureCacheError, Reading, SeveralReadings, UnknownName, nearest
+from featurecache.formatting import harmless, is_harmless, join_names, one_line
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
@@ -99,7 +99,58 @@ def _report(error: FeatureCacheError, debug: bool) -> int:
     first, *rest = str(error).splitlines()
     word = "" if type(error).__name__ == "Stopped" else "error: "  # Ctrl-C is none
     click.echo(harmless("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)])), err=True)
-    return 2 if isinstance(error, BadOption | UnknownName) else 1
+    for reading in error.readings if isinstance(error, SeveralReadings) else ():
+        words = shlex.join([word for part in (typed_options() | _words(reading)).values() for word in part])
+        name = click.get_current_context().info_name
+        click.echo(harmless(f"       {one_line(reading.words)}: featurecache {name} {one_line(words)}"), err=True)
+    return 2 if isinstance(error, BadOption | UnknownName | SeveralReadings) else 1
+
+
+def typed_options() -> dict[str, list[str]]:
+    """Option or argument -> the words that give it again, of those that were typed."""
+    context, given = click.get_current_context(), {}
+    for each in context.command.params:
+        name, value = str(each.name), context.params.get(str(each.name))
+        typed = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if typed and name not in ("as_json", "quiet", "debug"):
+            values = value if isinstance(value, tuple) else (value,)
+            texts = [[] if v is True else [_text(v)] for v in values]
+            flag = each.opts[:1] if isinstance(each, click.Option) else []
+            given[name] = [word for text in texts for word in flag + text]
+    return given
+
+
+def _text(value: Any) -> str:
+    return "auto" if value is None else join_names(value) if isinstance(value, list) else str(value)
+
+
+def _words(reading: Reading) -> dict[str, list[str]]:
+    return {name: [f"--{name.replace('_', '-')}", _text(value)] for name, value in reading.options.items()}
+
+
+def _run(function: Callable[..., Any], talk: Console, options: dict[str, Any]) -> Any:
+    """The command; at a terminal, where what it was given can be read in several ways, with the one that a person
+    chooses. Raises SeveralReadings elsewhere, and where none is chosen."""
+    while True:
+        try:
+            return function(talk, **options)
+        except SeveralReadings as several:
+            free = all(options.get(name, ...) is None for reading in several.readings for name in reading.options)
+            if not (free and is_terminal()):
+                raise
+            click.echo(harmless(str(several)), err=True)
+            for number, reading in enumerate(several.readings, 1):
+                click.echo(harmless(f"  {number}  {one_line(reading.words)}"), err=True)
+            numbers = [str(number + 1) for number in range(len(several.readings))]
+            answer = click.prompt("which", default="none", type=click.Choice([*numbers, "none"]), err=True)
+            if answer == "none":
+                raise
+            options = options | several.readings[int(answer) - 1].options
+
+
+def is_terminal() -> bool:
+    """Whether somebody is there to be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def command(function: Callable[..., Any]) -> click.Command:
@@ -108,7 +159,7 @@ def command(function: Callable[..., Any]) -> click.Command:
     @functools.wraps(function)
     def wrapped(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
         try:
-            code = function(Console(as_json, quiet), **options)
+            code = _run(function, Console(as_json, quiet), options)
         except FeatureCacheError as error:
             code = _report(error, debug)
         except (click.ClickException, click.Abort):

@@ -58,6 +58,8 @@ def prepare(
     task: str | None = None,
     root: str | None = None,
     uncertain: str | None = None,
+    classes_at: int | None = None,
+    order: Sequence[str] | None = None,
     hash_ids: bool = False,
     hash_groups: bool = False,
     views: int | None = None,
@@ -78,11 +80,10 @@ def prepare(
     _check_options(on_error, batch_size, workers)
     augmented = augmentation_of(views, augment, augment_seed)
     requested = parse_list(outputs) if outputs is not None else None
-    dataset = (
-        data
-        if isinstance(data, Dataset)
-        else open_source(data, columns=columns, task=task, root=root, uncertain=uncertain)
-    )
+    if not isinstance(data, Dataset):
+        how = {"classes_at": classes_at, "order": order, "root": root, "uncertain": uncertain}
+        data = open_source(data, columns=columns, task=task, **how)  # type: ignore[arg-type]
+    dataset = data
     folder = cache_folder(cache)
     secret = load_secret(folder) if hash_ids or hash_groups else None
     if secret:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -25,11 +25,25 @@ from featurecache.sources.pseudonyms import pseudonymise, secret_of
 from featurecache.sources.published_layouts import is_chest_xray, is_tiny_imagenet, open_chest_xray, open_tiny_imagenet
 from featurecache.sources.summary import contact_sheet, describe_dataset
 from featurecache.sources.tables import TABLES, open_table
+from featurecache.sources.vocabulary import in_order
 from featurecache.sources.webdataset import is_pattern, is_webdataset, open_webdataset
 
 __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe_dataset", "open_source", "reopen"]
 
 Columns = dict[str, str] | None  # role -> column
+_WORDS = (
+    "columns",
+    "task",
+    "classes_at",
+    "order",
+    "root",
+    "uncertain",
+)  # how a user says what is to be read, as `open_source` takes it
+_ABOUT = {  # what an option that only some sources take is about
+    "classes_at": "a level of the folders of images", "root": "where the images of a table lie",
+    "uncertain": "what -1 is in the label columns of a table",
+}  # fmt: skip
+_PUBLISHED = ("digits", "medmnist", "torchvision")  # whose classes have the order of their publisher
 
 
 @dataclass(frozen=True)
@@ -41,9 +55,9 @@ class Source:
     fits: Callable[[str], bool] | None  # of the path, absolute; None: it is named by a word
     open: Callable[..., Dataset]  # path, or what stands behind the prefix; columns where it has them; task
     columns: bool = False  # whether --column says something about it
+    options: tuple[str, ...] = ()  # of `_ABOUT`: those that ``open`` takes
     prefix: str = ""  # of a data set that is named and lies where its tool puts it
     fetch: Callable[[str], None] | None = None  # asked once, where ``open`` raised NotFetched
-    table: bool = False  # whether --root and --uncertain say something about it
 
 
 def _digits(_: str, task: str | None) -> Dataset:
@@ -81,10 +95,11 @@ SOURCES: dict[str, Source] = {
     "folder": Source(
         "a folder of images", "images, in class folders or not, with or without train/val/test above them",
         lambda path: os.path.isdir(path) and not huggingface.is_saved_dataset(path), open_folder,
+        options=("classes_at",),
     ),
     "table": Source(
         "a table (.csv, .tsv, .parquet)", "a path a row, with label or label columns, split, group",
-        lambda path: path.lower().endswith(TABLES), open_table, True, table=True,
+        lambda path: path.lower().endswith(TABLES), open_table, True, ("root", "uncertain"),
     ),
     "npz": Source(
         "an .npz of MedMNIST's form", "arrays train_images, train_labels, and the same of val and test",
@@ -92,20 +107,21 @@ SOURCES: dict[str, Source] = {
     ),
     "medmnist": Source(
         medmnist.FORM, "the twelve 2D sets, with their published classes and tasks (extra `medmnist`)",
-        None, medmnist.open_medmnist, False, "medmnist:", medmnist.fetch_medmnist,
+        None, medmnist.open_medmnist, prefix="medmnist:", fetch=medmnist.fetch_medmnist,
     ),
     "torchvision": Source(
         torchvision_datasets.FORM, "its labelled sets (CIFAR10, MNIST, EuroSAT, Flowers102, …) with their own splits",
-        None, torchvision_datasets.open_torchvision, False, "torchvision:", torchvision_datasets.fetch_torchvision,
+        None, torchvision_datasets.open_torchvision,
+        prefix="torchvision:", fetch=torchvision_datasets.fetch_torchvision,
     ),
     "hf": Source(
         huggingface.FORM, "a dataset of the Hugging Face hub, or a folder of its `save_to_disk` (extra `hf`)",
-        huggingface.is_saved_dataset, huggingface.open_hub, True, "hf:", huggingface.fetch_hub,
+        huggingface.is_saved_dataset, huggingface.open_hub, True, prefix="hf:", fetch=huggingface.fetch_hub,
     ),
     "kaggle": Source(
         fetching.KAGGLE, "a data set of Kaggle, opened as the folder or table it is (extra `kaggle`)",
-        None, lambda words, columns, task: fetching.open_kaggle(words, columns, task, open_source), True,
-        "kaggle:", fetching.fetch_kaggle,
+        None, lambda words, columns, task, **levels: fetching.open_kaggle(words, columns, task, open_source, **levels),
+        True, ("classes_at", "root", "uncertain"), prefix="kaggle:", fetch=fetching.fetch_kaggle,
     ),
 }  # fmt: skip
 
@@ -115,24 +131,28 @@ def open_source(
     *,
     columns: Columns = None,
     task: str | None = None,
+    classes_at: int | None = None,
+    order: Sequence[str] | None = None,
     root: str | None = None,
     uncertain: str | None = None,
 ) -> Dataset:
     """The dataset that ``data`` names: a folder, a table, an ``.npz``, the word ``digits`` (``./digits`` is a folder),
     or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine.
-    ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say. Of tables:
-    ``root`` is the folder of the images where it is not that of the table, ``uncertain`` (ignore, zero, one) what -1 is
-    in label columns. Raises SourceError."""
+    ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say;
+    ``classes_at`` is the level of the class folders (1: those in the folder) where their names do not say it; ``order``
+    the classes in the order of their labels. Of tables: ``root`` is the folder of the images where it is not that of
+    the table, ``uncertain`` (ignore, zero, one) what -1 is in label columns. Raises SourceError."""
     kind, what = _find(data)
-    options = {name: value for name, value in (("root", root), ("uncertain", uncertain)) if value is not None}
+    words = {"columns": columns or None, "task": task, "classes_at": classes_at, "order": order and list(order)}
+    words |= {"root": root, "uncertain": uncertain}
     try:
-        return _open(kind, what, data, columns, task, options)
+        return _open(kind, what, data, words)
     except NotFetched as absent:
         if (fetch := SOURCES[kind].fetch) is None:
             raise
         with fetching.fetching(absent):
             fetch(what)
-    return _open(kind, what, data, columns, task, options)
+    return _open(kind, what, data, words)
 
 
 def reopen(source: Mapping[str, Any]) -> Dataset:
@@ -140,22 +160,22 @@ def reopen(source: Mapping[str, Any]) -> Dataset:
     if source.get("kind") == "import":
         raise SourceError(f"{source.get('data')} was imported as features; nobody knows its images.")
     kind, what = _find(source["data"])
-    options = {name: source[name] for name in ("root", "uncertain") if name in source}
-    dataset = _open(kind, what, source["data"], source.get("columns"), source.get("task"), options)
+    dataset = _open(kind, what, source["data"], {name: source.get(name) for name in _WORDS})
     hashed = {name: bool(source.get(f"hash_{name}")) for name in ("ids", "groups")}
     return pseudonymise(dataset, secret_of(source), **hashed) if any(hashed.values()) else dataset
 
 
-def _open(
-    kind: str, what: str, data: str | Path, columns: Columns, task: str | None, options: dict[str, Any]
-) -> Dataset:
-    source = SOURCES[kind]
+def _open(kind: str, what: str, data: str | Path, words: dict[str, Any]) -> Dataset:
+    source, columns, task, order = SOURCES[kind], words["columns"], words["task"], words["order"]
     if columns and not source.columns:
         raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
-    if options and not source.table:
-        raise SourceError(f"--{next(iter(options))} is about a table of images (.csv, .tsv, .parquet); {data} is none.")
-    dataset = source.open(what, *([columns or None] if source.columns else []), task, **options)
-    record = {"kind": kind, "data": what, "columns": columns or None, "task": task, **dataset.source}
+    options = {name: words[name] for name in _ABOUT if words[name] is not None}
+    for name in options.keys() - set(source.options):
+        raise SourceError(f"--{name.replace('_', '-')} is {_ABOUT[name]}; {data} is {source.form}.")
+    given = (columns or None, task) if source.columns else (task,)
+    dataset = _ordered(source.open(what, *given, **options), kind, task, order, data)
+    record = {"kind": kind, "data": what, **words, **dataset.source}
+    record["understood"] = "; ".join(dataset.understood) or None
     record = {key: value for key, value in record.items() if value is not None}
     for name in dataset.ids:
         try:
@@ -163,6 +183,19 @@ def _open(
         except UnicodeEncodeError:
             raise SourceError(f"the name of {name!r} in {data} is not UTF-8; rename it.") from None
     return expand_frames(replace(dataset, name=safe_name(dataset.name), source=record))
+
+
+def _ordered(dataset: Dataset, kind: str, task: str | None, order: Sequence[str] | None, data: str | Path) -> Dataset:
+    """``dataset`` with its classes, and so its labels, in their order: the one given, or of ordinal ones that of their
+    numbers; published sets bring theirs. Raises SourceError."""
+    if order is None and (task != "ordinal" or kind in _PUBLISHED):
+        return dataset
+    if dataset.labels.ndim == 2 or not dataset.classes:
+        there = "several labels an image" if dataset.classes else "no labels"
+        raise SourceError(f"--order is that of the classes of which an image has one; {data} has {there}.")
+    classes = in_order(dataset.classes, task, order, str(data))
+    place = np.array([*(classes.index(name) for name in dataset.classes), -1], np.int64)  # the last: of -1
+    return replace(dataset, classes=classes, labels=place[dataset.labels])
 
 
 def _find(data: str | Path) -> tuple[str, str]:

@@ -50,6 +50,7 @@ class Annotations:
     meta: dict[str, list[str] | np.ndarray]
     classes: list[str]
     remarks: tuple[str, ...] = field(default=(), kw_only=True)  # what was understood
+    notes: tuple[str, ...] = field(default=(), kw_only=True)  # what a user should hear
     uncertain: str | None = field(default=None, kw_only=True)  # what -1 was read as, where a label column holds it
 
 
@@ -63,7 +64,7 @@ def annotations_of_text(
         name, remedy = roles["split"][0], "If this column is no split: --column split= (with nothing behind it)."
         splits = split_names(columns[name], lambda index: f"{row(index)}: {name!r}", remedy)
         read = {word: split for word, split in zip(columns[name], splits, strict=True) if split and word != split}
-        remarks += [f"splits of {name}: {', '.join(f'{w} is {s}' for w, s in sorted(read.items()))}."] if read else []
+        remarks += [f"splits from {name} ({', '.join(f'{w} is {s}' for w, s in sorted(read.items()))})"] if read else []
     cells = {name: columns[name] for name in roles["label"]}
     labels, classes = np.full(len(ids), -1, np.int64), list[str]()
     label = LabelColumns(table.name, row, how, splits, remarks)
@@ -73,13 +74,14 @@ def annotations_of_text(
         labels, classes = labels_of_columns(cells, label)
         remarks += _missing_words(cells)
     used = {name for several in roles.values() for name in several}
+    notes: tuple[str, ...] = ()
     groups, understood = _groups(table, roles["group"], ids)
     further = {name: columns[name] for name in columns if name not in used}
     if groups is None and (repeated := repeated_ids(further, labels.tolist() if labels.ndim == 1 else [0] * len(ids))):
-        understood.append(repeated_ids_note(repeated))
+        notes = (repeated_ids_note(repeated),)
     meta = {name: numbers_or_text(cells) for name, cells in further.items()}
     said = (*remarks, *understood)
-    return Annotations(ids, labels, splits, groups, meta, classes, remarks=said, uncertain=label.assumed)
+    return Annotations(ids, labels, splits, groups, meta, classes, remarks=said, notes=notes, uncertain=label.assumed)
 
 
 def _groups(table: Table, named: Sequence[str], ids: list[str]) -> tuple[list[str] | None, list[str]]:
@@ -87,7 +89,7 @@ def _groups(table: Table, named: Sequence[str], ids: list[str]) -> tuple[list[st
     if named:
         others = [name for name in table.columns if name not in named and role_columns("group", [name])]
         beside = f", not {abbreviated(others)}" if others else ""
-        return groups_or_ids(table.columns[named[0]], ids), [f"Groups are those of {named[0]}{beside}."]
+        return groups_or_ids(table.columns[named[0]], ids), [f"groups from {named[0]}{beside}"]
     by_path = groups_in_paths(ids)
     return (by_path[0], [by_path[1]]) if by_path else (None, [])
 
@@ -95,7 +97,7 @@ def _groups(table: Table, named: Sequence[str], ids: list[str]) -> tuple[list[st
 def _missing_words(cells: Mapping[str, Sequence[str]]) -> list[str]:
     """One sentence where words stand for a label that is missing."""
     words = Counter(cell for several in cells.values() for cell in several if cell and is_missing(cell))
-    return [f"Labels that say {abbreviated(sorted(words))} ({words.total():,}) are missing."] if words else []
+    return [f"labels {abbreviated(sorted(words))} ({words.total():,}) are missing"] if words else []
 
 
 def labels_of_listed(

@@ -50,6 +50,7 @@ class Dataset:
     task: str
     images: ImageSource = field(repr=False)
     notes: tuple[str, ...] = ()  # what a user should hear about it, each one sentence
+    understood: tuple[str, ...] = ()  # how its names were read, each a few words; no ids or groups in them
 
     def __post_init__(self) -> None:
         columns: list[Sequence[Any] | np.ndarray] = [self.labels, self.splits, *self.meta.values()]

@@ -146,7 +146,7 @@ class _KaggleSet:
 
 
 def open_kaggle(
-    words: str, columns: dict[str, str] | None, task: str | None, open_path: Callable[..., Dataset]
+    words: str, columns: dict[str, str] | None, task: str | None, open_path: Callable[..., Dataset], **levels: int
 ) -> Dataset:
     """The set of ``words`` from kagglehub's folder; ``open_path`` opens what lies there. Raises NotFetched."""
     options = _parse_kaggle(words)
@@ -159,7 +159,7 @@ def open_kaggle(
     if not inner.exists() or top.resolve() not in [inner.resolve(), *inner.resolve().parents]:
         there = abbreviated(sorted(os.listdir(top)))
         raise SourceError(f"there is no {options.inside} in {options.handle} ({top}); it has {there}.")
-    dataset = open_path(str(_down(options, top, inner)), columns=columns, task=task)
+    dataset = open_path(str(_down(options, top, inner)), columns=columns, task=task, **levels)
     return replace(dataset, name=options.name.split("/")[1], source={"data": str(options)})
 
 

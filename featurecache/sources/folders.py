@@ -1,18 +1,19 @@
-"""Images in folders: as they lie, in class folders, or in class folders below split folders.
+"""Images in folders: which files are images, and what the folders above them say of splits, classes and persons.
 
     chest/*.png                         no labels
     chest/NORMAL/*.png                  a class for each folder (whatever lies deeper belongs to it)
     chest/train/NORMAL/*.png            a split for each folder, then classes
     chest/test/*.png                    a split without labels
 
-Which of them it is follows from the names of the folders. Ids are paths below the folder, with ``/``, sorted as
-bytes. What cannot be told (images beside class folders, folders beside split folders) is an error and not a guess.
+What the names say is read in `featurecache.sources.layout`. Ids are paths below the folder, with ``/``, sorted as
+bytes. Left out, and counted, are masks, what this tool wrote itself (caches, runs, sweeps, studies; recognised by what
+their records hold, for a class may be called runs), and folders of systems, of thumbnails and hidden ones.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,16 +23,28 @@ from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageFiles
 from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
 from featurecache.sources.dicom_frames import is_dicom_file, may_be_dicom
-from featurecache.sources.labels import class_labels, resolve_labels
-from featurecache.sources.vocabulary import SPLITS
+from featurecache.sources.labels import class_labels, groups_or_ids, resolve_labels
+from featurecache.sources.layout import Layout, read_layout
+from featurecache.sources.vocabulary import in_order, one_spelling, spelling_key, split_name
 
 # What the formats of `images.decoding` are called on a disk.
 EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp",
     ".jpe", ".jfif", ".pgm", ".ppm", ".pbm", ".pnm", *DICOM,
 )  # fmt: skip
-_NOT_DATA = "__MACOSX"  # beside what begins with a dot
-_CSV = "or list the images you mean in a CSV (columns path, label, split)"
+# Folders of systems and of thumbnails, lower case; beside what begins with a dot.
+_NOT_DATA = {
+    "__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbnails", "#recycle",
+}  # fmt: skip
+# What this tool writes: the record of a folder, and keys that it has and a stranger's file of that name has not.
+_RECORDS = {
+    "spec.json": {"fingerprint", "spec", "provenance"},
+    "config.json": {"head", "view", "settings", "calibration", "splits"},
+    "sweep.json": {"frame", "views", "asked"},
+    "study.json": {"study", "asked", "images"},
+    "metrics.json": {"families", "select"},
+    "explain.json": {"image", "run"},
+}
 
 
 @dataclass
@@ -40,22 +53,28 @@ class _Tree:
 
     ids: list[str] = field(default_factory=list)
     folders: dict[str, int] = field(default_factory=dict)  # visible ones → images in them, however deep
+    own: list[str] = field(default_factory=list)  # what this tool wrote
+    systems: Counter[str] = field(default_factory=Counter)  # folders of systems, thumbnails and hidden ones, by name
     ignored: Counter[str] = field(default_factory=Counter)  # by extension
     loops: list[str] = field(default_factory=list)
 
 
-def open_folder(data: str, task: str | None, *, without: Sequence[str] = ()) -> Dataset:
-    """The dataset in the folder ``data`` (an absolute path); ``without`` names folders in it that are left out."""
+def open_folder(data: str, task: str | None, *, classes_at: int | None = None, without: Sequence[str] = ()) -> Dataset:
+    """The dataset in the folder ``data`` (an absolute path). ``classes_at``: the level of the class folders, where they
+    do not say it themselves; ``without`` names folders in it that are left out."""
+    _refuse_own(data)
     tree = _Tree()
     _walk(data, "", (), tree, without)
     if not tree.ids:
         others = f"only other files ({kinds_text(tree.ignored)})"
         there = others if tree.ignored else "empty folders" if tree.folders else "nothing"
+        there = f"only what featurecache wrote ({abbreviated(tree.own, 3)})" if tree.own else there
         raise SourceError(f"no images in {data}: found {there}, expected files ending in {abbreviated(EXTENSIONS, 8)}.")
     tree.ids.sort()  # by code points, which for UTF-8 is the order of the bytes
-    splits, names = _layout(data, tree.ids)
-    classes = sorted(set(names) - {""})
-    notes = _class_notes(data, tree, splits, names, classes)
+    layout = read_layout(tree.ids, data, classes_at)
+    ids, (names, spellings) = [tree.ids[row] for row in layout.rows], _spelt(layout, data)
+    classes = in_order(set(names) - {""}, None, None, data)
+    notes = _class_notes(data, tree, layout, names, classes)
     if tree.loops:
         back = abbreviated(sorted(tree.loops), 3)
         notes.insert(0, f"Links that lead back to a folder above them were not followed: {back}.")
@@ -63,12 +82,35 @@ def open_folder(data: str, task: str | None, *, without: Sequence[str] = ()) -> 
         notes.insert(0, f"{many:,} files are no images by their names and were ignored ({kinds_text(tree.ignored)}).")
     return Dataset(
         name=os.path.basename(data),
-        ids=tree.ids,
+        ids=ids,
         **resolve_labels(class_labels(names, classes), classes, task, data)._asdict(),
-        splits=splits,
-        images=ImageFiles(data, tree.ids),
+        splits=layout.splits,
+        groups=None if layout.groups is None else groups_or_ids(layout.groups, ids),
+        meta={} if layout.folds is None else {"fold": layout.folds},
+        images=ImageFiles(data, ids),
         notes=tuple(notes),
+        understood=(*layout.remarks, *spellings, *_left_out(tree)),
     )
+
+
+def _spelt(layout: Layout, data: str) -> tuple[list[str], list[str]]:
+    """The class of each image in one spelling, and what to say of others. Raises SourceError where folders that lie in
+    one may be one class or two."""
+    beside: dict[tuple[str, str], set[str]] = {}
+    for folder in set(layout.folders) - {""}:
+        above, _, name = folder.rpartition("/")
+        beside.setdefault((above, spelling_key(name)), set()).add(name)
+    if two := next((sorted(names) for names in beside.values() if len(names) > 1), None):
+        shown = " and ".join(map(repr if "".join(two).isascii() else ascii, two))
+        raise SourceError(f"{data} has the class folders {shown} in one folder: one class or two? Rename one.")
+    chosen, notes = one_spelling(Counter(name for name in layout.classes if name), data)
+    return [chosen.get(name, "") for name in layout.classes], [note.rstrip(".") for note in notes]
+
+
+def _left_out(tree: _Tree) -> list[str]:
+    own = [f"what featurecache wrote left out ({abbreviated(tree.own, 3)})"] if tree.own else []
+    many, names = tree.systems.total(), abbreviated([f"{name}/" for name in sorted(tree.systems)], 3)
+    return own + ([f"{many:,} folder{'s' * (many > 1)} of systems left out ({names})"] if many else [])
 
 
 def is_image(name: str) -> bool:
@@ -84,15 +126,46 @@ def kinds_text(counts: Mapping[str, int]) -> str:
 def list_folder(folder: str) -> tuple[list[str], list[str]]:
     """Names of the visible files and of the folders in ``folder``, sorted; none where there is no such folder. No file
     is opened; where the listing tells files from folders, none is even looked at (a second or so for 100,000)."""
+    return _list(folder)[:2]
+
+
+def _list(folder: str) -> tuple[list[str], list[str], list[str]]:
+    """Visible files; folders; those that are no data (see ``_NOT_DATA``)."""
     try:
         with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith((".", _NOT_DATA))]
-            inner = {entry.name for entry in visible if _is_folder(entry)}
+            found = list(entries)
+            inner = {entry.name for entry in found if _is_folder(entry)}
     except (FileNotFoundError, NotADirectoryError):
-        return [], []
+        return [], [], []
     except OSError as error:
         raise SourceError(f"the folder {folder} cannot be read ({error.strerror}).") from error
-    return sorted(entry.name for entry in visible if entry.name not in inner), sorted(inner)
+    hidden = {entry.name for entry in found if entry.name.startswith(".") or entry.name.lower() in _NOT_DATA}
+    files = sorted(entry.name for entry in found if entry.name not in inner | hidden)
+    return files, sorted(inner - hidden), sorted(inner & hidden)
+
+
+def is_own_output(folder: str, files: Sequence[str]) -> bool:
+    """Whether this tool wrote ``folder``, by the record among its ``files``: its name says nothing."""
+    for name in _RECORDS.keys() & set(files):
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as opened:
+                content = json.load(opened)
+        except (OSError, ValueError, RecursionError):
+            continue
+        for record in content if isinstance(content, list) else [content]:
+            if isinstance(record, dict) and record.keys() >= _RECORDS[name]:
+                return True
+    return False
+
+
+def _refuse_own(data: str) -> None:
+    folder = data
+    while True:
+        if is_own_output(folder, list(_RECORDS)):
+            what = "was written by featurecache" if folder == data else f"lies in {folder}, which featurecache wrote"
+            raise SourceError(f"{data} {what}: expected a folder of your images.")
+        if folder == (folder := os.path.dirname(folder)):
+            return
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -105,8 +178,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _walk(
     folder: str, below: str, parents: tuple[tuple[int, int], ...], tree: _Tree, without: Sequence[str] = ()
 ) -> None:
-    files, inner = list_folder(folder)
+    files, inner, hidden = _list(folder)
+    tree.systems.update(hidden)
     if not files and not inner:
+        return
+    if below and is_own_output(folder, files):
+        tree.own.append(below)
         return
     status = os.stat(folder)
     here = (status.st_dev, status.st_ino)
@@ -120,66 +197,27 @@ def _walk(
             tree.ignored[os.path.splitext(name)[1].lower()] += 1
     for name in inner:
         if name not in without:
-            before = len(tree.ids)
+            before = len(tree.ids), len(tree.own)
             _walk(os.path.join(folder, name), f"{below}{name}/", (*parents, here), tree)
-            tree.folders[below + name] = len(tree.ids) - before
+            if len(tree.own) == before[1] or len(tree.ids) > before[0]:  # a cache is no empty class
+                tree.folders[below + name] = len(tree.ids) - before[0]
 
 
-def _layout(data: str, ids: list[str]) -> tuple[list[str], list[str]]:
-    """The split and the class of each image; empty strings where there is none."""
-    none, tops_of = [""] * len(ids), [sys.intern(image.split("/", 1)[0]) for image in ids]
-    loose = [image for image in ids if "/" not in image]
-    tops = sorted(set(tops_of) - set(loose))
-    if not tops:
-        return none, none
-    above = [top for top in tops if top.lower() in SPLITS]
-    if not above:
-        _refuse_loose(data, loose, tops)
-        _refuse_splits_below(data, ids, tops)
-        return none, tops_of
-    if beside := [*(top for top in tops if top not in above), *loose]:
-        there = f"split folders ({abbreviated(above)}) and beside them images in {abbreviated(beside)}"
-        raise SourceError(f"{data} has {there}, which belong to no split. Move those away, {_CSV}.")
-    names = [sys.intern(image.split("/", 2)[1]) if image.count("/") > 1 else "" for image in ids]
-    pairs = set(zip(tops_of, names, strict=True))
-    for top in above:
-        classes = sorted(name for split, name in pairs if split == top and name)
-        loose = [image.split("/")[1] for image in ids if image.startswith(f"{top}/") and image.count("/") == 1]
-        if classes:
-            _refuse_loose(f"{data}/{top}", loose, classes)
-    return [SPLITS[top.lower()] for top in tops_of], names
-
-
-def _refuse_loose(folder: str, loose: list[str], classes: list[str]) -> None:
-    if loose:
-        there = f"images ({abbreviated(loose, 3)}) beside class folders ({abbreviated(classes, 3)})"
-        raise SourceError(f"{folder} holds {there}: of which class are they? Move them, {_CSV}.")
-
-
-def _refuse_splits_below(data: str, ids: list[str], classes: list[str]) -> None:
-    """Split folders below class folders, or one level too deep: taken for classes they would be lost."""
-    shared = os.path.commonpath([os.path.dirname(image) for image in ids]).split("/")
-    inner = next((depth for depth, name in enumerate(shared) if name.lower() in SPLITS), len(shared))
-    if len(classes) == 1 and any(image.split("/", inner + 1)[inner].lower() in SPLITS for image in ids):
-        raise SourceError(f"the split folders are further down: give {data}/{'/'.join(shared[:inner])}.")
-    pairs = {tuple(image.split("/", 2)[:2]) for image in ids if image.count("/") >= 2}
-    if below := sorted(pair for pair in pairs if pair[1].lower() in SPLITS):
-        there = f"split folders below class folders ({'/'.join(below[0])})"
-        raise SourceError(f"{data} has {there}; expected above: {below[0][1]}/{below[0][0]}. Move them, {_CSV}.")
-
-
-def _class_notes(data: str, tree: _Tree, splits: list[str], names: list[str], classes: list[str]) -> list[str]:
+def _class_notes(data: str, tree: _Tree, layout: Layout, names: list[str], classes: list[str]) -> list[str]:
     """Refuses class folders without any image; says which splits lack a class."""
     empty = sorted(folder for folder, images in tree.folders.items() if not images)
-    at_depth = [folder for folder in empty if folder.count("/") == any(splits) and folder.lower() not in SPLITS]
-    if gone := [folder for folder in at_depth if classes and folder.split("/")[-1] not in classes]:
+    splits = [folder for folder in empty if "/" not in folder and split_name(folder)]
+    keys = set(map(spelling_key, classes))
+    above = {folder.rpartition("/")[0] for folder in layout.folders if folder}
+    at_level = [folder for folder in empty if folder.rpartition("/")[0] in above and folder not in splits]
+    if gone := [folder for folder in at_level if spelling_key(folder.rpartition("/")[2]) not in keys]:
         none = f"holds no image ({abbreviated(EXTENSIONS, 3)})"
         raise SourceError(f"the class folder {data}/{gone[0]} {none}. Put its images there, or remove it.")
-    notes = [f"The folder {folder} is empty." for folder in empty if folder.lower() in SPLITS]
+    notes = [f"The folder {folder} is empty." for folder in splits]
     if len(classes) == 1:
-        notes.append(f"There is one class only, {classes[0]}; if the classes lie deeper, give the folder above them.")
-    pairs = set(zip(splits, names, strict=True))
-    for split in dict.fromkeys(splits):
+        notes.append(f"There is one class only, {classes[0]}; if the classes lie deeper, --classes-at says where.")
+    pairs = set(zip(layout.splits, names, strict=True))
+    for split in dict.fromkeys(layout.splits):
         absent = [name for name in classes if (split, name) not in pairs]
         if split and classes and len(absent) == len(classes):
             notes.append(f"The images of {split} have no class folders and so no labels.")

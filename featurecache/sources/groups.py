@@ -28,11 +28,11 @@ def groups_in_paths(paths: Sequence[str]) -> tuple[list[str], str] | None:
     folders = [path.replace("\\", "/").split("/")[:-1] for path in paths]
     persons = [next((part for part in reversed(parts) if _PERSON.fullmatch(part)), "") for parts in folders]
     if all(persons) and len(set(persons)) < len(persons) and len(set(persons)) > 1:
-        return persons, f"Persons in the paths are groups ({persons[0]})."
+        return persons, "groups are the persons in the paths"
     stems = [re.sub(r"\.\w+$", "", path.replace("\\", "/").split("/")[-1]) for path in paths]
     eyes = [match[1] if (match := _EYE.fullmatch(stem)) else "" for stem in stems]
     if all(eyes) and 1 < len(set(eyes)) < len(eyes):
-        return eyes, f"The two eyes of a person are a group ({stems[0]}: {eyes[0]})."
+        return eyes, "groups are the persons of two eyes, by the names of the images"
     return None
 
 

@@ -60,17 +60,17 @@ def image_files(folder: str, names: list[str], root: str | None = None) -> tuple
     notes: list[str] = []
     slashed = [name.replace("\\", "/") for name in names]
     if slashed != names:
-        notes, names = ["Back-slashes in the paths are read as slashes."], slashed
+        notes, names = ["back-slashes in the paths read as slashes"], slashed
         if _any_there(base, names):
             return ImageFiles(base, names), notes
     above = os.path.dirname(base)
     if root is None and "/" in names[0] and _any_there(above, names):
-        return ImageFiles(above, names), [*notes, f"Paths are relative to {above}, the folder above that of the table."]
+        return ImageFiles(above, names), [*notes, "paths relative to the folder above that of the table"]
     if root is not None and (shorter := _without_first_folders(base, names)):
         paths, level = shorter
         return ImageFiles(base, paths), [
             *notes,
-            f"The first {level} folders of the paths are left out under --root {root}.",
+            f"the first {level} folders of the paths left out",
         ]
     below = _Below(base)
     if located := _read_otherwise(below, names):
@@ -107,13 +107,12 @@ def _read_otherwise(below: _Below, names: list[str]) -> tuple[list[str], str] | 
         located = [k for k, path in enumerate(paths) if path != names[k]]
         if not located:
             continue
-        first = f"{paths[located[0]]} for {names[located[0]]}"
         if what:
-            return paths, f"The files differ from the paths in their {what} ({first})."
+            return paths, f"files found by paths that differ in their {what}"
         if bare:
             counts = f"{len(located):,} of {len(names):,}"
-            return paths, f"The table gives bare names: {counts} were found in the folders below it."
-        return paths, f"The paths lack their ending; it was added ({first})."
+            return paths, f"bare names: {counts} found in the folders below the table"
+        return paths, "paths without ending: the files have one"
     return None
 
 

@@ -104,7 +104,7 @@ def _labels_of_column(name: str, cells: Sequence[str], reading: LabelColumns) ->
             return _labels_of_findings(name, findings, sign, reading)
     values = _without_uncertain(name, values, reading)
     chosen, notes = one_spelling(Counter(value for value in values if value), f"the column {name!r} of {reading.where}")
-    reading.remarks += notes
+    reading.remarks += [note.rstrip(".") for note in notes]
     return labels_of_text([chosen[value] if value else "" for value in _yes_or_no(values, reading)], name, reading)
 
 
@@ -162,7 +162,7 @@ def _without_uncertain(name: str, values: list[str], reading: LabelColumns) -> l
 def _remark_uncertain(count: int, meaning: str, reading: LabelColumns) -> None:
     reading.assumed = meaning
     read_as = {"ignore": "unknown (--uncertain zero or one reads it otherwise)", "zero": "0", "one": "1"}[meaning]
-    reading.remarks.append(f"-1 ({count:,} cells) is read as {read_as}.")
+    reading.remarks.append(f"-1 ({count:,} cells) is read as {read_as}")
 
 
 def _yes_or_no(values: list[str], reading: LabelColumns) -> list[str]:
@@ -175,7 +175,7 @@ def _yes_or_no(values: list[str], reading: LabelColumns) -> list[str]:
     chosen = {
         truth: max((v for v in counts if truths[v] == truth), key=lambda v: counts[v]) for truth in truths.values()
     }
-    reading.remarks.append(f"{abbreviated(sorted(counts))} are read as {' and '.join(sorted(chosen.values()))}.")
+    reading.remarks.append(f"{abbreviated(sorted(counts))} are read as {' and '.join(sorted(chosen.values()))}")
     return [chosen[truths[value]] if value else "" for value in values]
 
 
@@ -267,7 +267,10 @@ def _labels_of_findings(
                 labels[number, place[part]] = 1
     how = "lists" if sign == "[]" else f'divided by "{sign}"' if sign else "one a row"
     none = f"; {abbreviated(sorted(nothing))} is a row without any" if nothing else ""
-    reading.remarks += [*notes, f"{name} holds several findings, {how}: {len(classes):,} labels{none}."]
+    reading.remarks += [
+        *(note.rstrip(".") for note in notes),
+        f"{name} holds several findings, {how}: {len(classes):,} labels{none}",
+    ]
     return labels, classes
 
 
@@ -290,7 +293,7 @@ def several_labels_of_text(columns: Mapping[str, Sequence[str]], reading: LabelC
         labels[labels == -1] = UNCERTAIN[meaning]
         _remark_uncertain(uncertain, meaning, reading)
     if blank:
-        reading.remarks.append(f"Empty cells of labels ({blank:,}) are unknown.")
+        reading.remarks.append(f"empty cells of labels ({blank:,}) are unknown")
     return labels.T.copy()
 
 
@@ -309,7 +312,7 @@ def _one_hot(labels: np.ndarray, names: list[str], reading: LabelColumns) -> tup
         )
     found = np.argmax(np.nan_to_num(labels), 1)
     how = "each row has exactly one 1 (--task multilabel takes them for labels)"
-    reading.remarks.append(f"The columns {abbreviated(names, 3)} are classes: {how}.")
+    reading.remarks.append(f"the columns {abbreviated(names, 3)} are classes: {how}")
     return np.where(known.any(1), found, -1), names
 
 

@@ -6,7 +6,6 @@ and -1 for none, or, where an image has L of them, float32 [N, L] of 1, 0 and Na
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from featurecache.errors import SourceError, nearest
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, names_in
 from featurecache.sources.vocabulary import is_missing, split_names_of
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
@@ -85,7 +84,7 @@ def find_roles(
         raise SourceError(f"columns of {name} cannot name a {unknown[0]!r}; they name {', '.join(candidates)}.")
     roles = {}
     for role, text in requested.items():  # a name with a comma: one column where the table has it, or in quotes
-        listed = next(csv.reader([text], skipinitialspace=True), [])
+        listed = names_in(text)
         roles[role] = [text] if text in columns else [word for part in listed if (word := part.strip())]
         if missing := [word for word in roles[role] if word not in columns]:
             there = f"{abbreviated(columns, 8)}.{nearest(missing[0], columns)}"

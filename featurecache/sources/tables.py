@@ -47,9 +47,9 @@ def open_table(
     roles = _find_roles(table, columns or {}, needs_path=not embedded)
     if embedded and inside and inside.images:
         ids = _ids_of_embedded(table, roles, inside)
-        notes = [f"The images lie inside {table.name}, in its column {inside.images.column}."]
+        understood = [f"images inside {table.name}, in its column {inside.images.column}"]
     else:
-        table, notes = _one_row_each(table, roles, task)
+        table, understood = _one_row_each(table, roles, task)
         ids = table.columns[roles["path"][0]]
     rows = annotations_of_text(table, roles, ids, reading)
     labelled = resolve_labels(rows.labels, rows.classes, task, table.name)
@@ -58,10 +58,10 @@ def open_table(
         images = ImageArrays([inside.images], (data,))
     else:
         images, found = image_files(os.path.dirname(data), ids, root)
-        notes += found
-    notes += rows.remarks
+        understood += found
+    notes = list(rows.notes)
     if inside and inside.left:
-        notes.append(f"Columns that are neither text nor numbers were left out: {abbreviated(inside.left)}.")
+        understood.append(f"columns left out, neither text nor numbers: {abbreviated(inside.left)}")
     if labelled.task == "unlabelled" and task is None:
         notes.insert(0, _no_labels(rows))
     record = {"root": root and os.path.abspath(os.path.expanduser(root)), "uncertain": rows.uncertain}
@@ -75,6 +75,7 @@ def open_table(
         meta=rows.meta,
         images=images,
         notes=tuple(notes),
+        understood=(*understood, *rows.remarks),
     )
 
 
@@ -207,11 +208,11 @@ def _one_row_each(table: Table, roles: dict[str, list[str]], task: str | None) -
             left.append(name)
         else:
             columns[name] = [cell[0] if cell else "" for cell in kinds]
-    notes = [f"{count:,} rows are {len(rows_of):,} images."]
+    notes = [f"{count:,} rows are {len(rows_of):,} images"]
     if united:
-        notes[0] = f"{count:,} rows are {len(rows_of):,} images; the findings of an image's rows are several labels."
+        notes[0] = f"{count:,} rows are {len(rows_of):,} images, the findings of the rows of one several labels"
     if left:
-        notes.append(f"Columns that differ between the rows of an image were left out: {abbreviated(left)}.")
+        notes.append(f"columns left out, different between the rows of an image: {abbreviated(left)}")
     firsts = [table.places[rows[0]] for rows in rows_of.values()]
     return Table(table.file, columns, firsts), notes  # type: ignore[arg-type]
 

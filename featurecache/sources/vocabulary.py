@@ -28,7 +28,7 @@ _EITHER = frozenset(("eval", "evaluation"))
 _FILLERS = {
     "set", "sets", "split", "splits", "data", "dataset", "datasets", "image", "images", "img", "imgs", "pic", "pics",
     "picture", "pictures", "photo", "photos", "file", "files", "folder", "folders", "sample", "samples", "subset",
-    "part", "phase", "all", "full", "final", "x", "y", "jpg", "jpeg", "png",
+    "part", "phase", "seg", "all", "full", "final", "x", "y", "jpg", "jpeg", "png",
 }  # fmt: skip
 _JOINED = re.compile(f"({'|'.join(SPLITS)})({'|'.join(word for word in sorted(_FILLERS) if len(word) > 2)})")
 # Cells that mean "not known", lower case. ``None`` is Python's; ``none`` may be a class (none, mild, severe).

@@ -99,8 +99,9 @@ def open_webdataset(data: str, columns: dict[str, str] | None, task: str | None)
         splits=rows.splits if any(rows.splits) else _splits(tars, places[:, 0].tolist()),
         groups=rows.groups,
         meta=rows.meta,
+        understood=rows.remarks,
         images=TarImages(root, ids, tars, index.stamps, places),
-        notes=(*notes, *_notes(index, len(index.samples) - len(samples), bool(rows.classes))),
+        notes=(*notes, *rows.notes, *_notes(index, len(index.samples) - len(samples), bool(rows.classes))),
     )
 
 

@@ -22,6 +22,7 @@ from featurecache import outputs as _outputs
 from featurecache.errors import CacheError, NotInCache, UnsafeFile
 from featurecache.files.atomic import refuse_links
 from featurecache.files.directory import ALIGNMENT, USER_BLOCK
+from featurecache.formatting import join_names
 from featurecache.store.schema import Layout, StoredOutput, ViewContent, read_view
 from featurecache.store.shards import TORCH_DTYPE, damaged_rows, empty_rows, file_size, map_rows, wrong_rows
 from featurecache.store.store import cache_folder, open_store
@@ -31,7 +32,9 @@ def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The options of a command line that name the images of ``source`` again."""
     options: list[tuple[str, Any]] = [("--data", source.get("data", "DATA"))]
     options += [("--column", f"{role}={column}") for role, column in (source.get("columns") or {}).items()]
-    return options + [(f"--{name}", source[name]) for name in ("task", "root", "uncertain") if source.get(name)]
+    words = {f"--{name.replace('_', '-')}": source.get(name) for name in ("task", "classes_at", "root", "uncertain")}
+    words["--order"] = join_names(source["order"]) if source.get("order") else None
+    return options + [(option, value) for option, value in words.items() if value]
 
 
 def _changed(settings: Mapping[str, Any], *keys: str) -> list[tuple[str, Any]]:

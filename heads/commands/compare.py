@@ -64,7 +64,7 @@ def ablate(
     from heads.reports.text import lab_table
 
     views = features.split(",") if features else None
-    images = named_images(data, options)
+    images = named_images(talk, data, options)
     sweep = api.ablate(views, heads, data=images, say=talk.line, progress=talk.progress, **options)
     if sweep is None:
         talk.next("the same command without --dry-run")
@@ -104,7 +104,7 @@ def evaluate(
 
     families = families_in(run, trust_code=trust_code)
     runs = [each for family in families for each in family.runs]
-    images = external_images(runs, features, named_images(data, how), cache)
+    images = external_images(runs, features, named_images(talk, data, how), cache)
     view = images(runs[0])
     if not features and not data:
         talk.say(f"view       {view.label}   (the newest; --features chooses)")

@@ -158,7 +158,7 @@ def train_baseline(
 
     if data is not None and features is not None:
         raise BadOption("--data and --features both say which images; give one of them.")
-    images = named_images(data, options)
+    images = named_images(talk, data, options)
     if images is None:
         images = open_features(talk, features, cache, "--features or --data chooses")
     options |= {"classes": options["classes"] or None, "images": not no_images, "progress": talk.progress}

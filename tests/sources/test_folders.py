@@ -50,8 +50,8 @@ def test_split_folders_under_the_names_people_use(tmp_path, words):
         (["test/1.png", "train/a/1.png", "train/b/1.png"], "train", [-1, 0, 1],
          "The images of test have no class folders and so no labels."),
         (["train/a/1.png", "train/b/1.png"], "val", [0, 1], "The folder val is empty."),
-        (["data/a/1.png"], "data/b", [0],
-         "There is one class only, data; if the classes lie deeper, give the folder above them."),
+        (["data/a/1.png"], "data/a/b", [0],
+         "There is one class only, a; if the classes lie deeper, --classes-at says where."),
     ],
 )  # fmt: skip
 def test_what_a_split_lacks_is_said_and_classes_keep_their_index(tmp_path, names, empty, labels, note):
@@ -86,14 +86,11 @@ def test_links_are_followed_but_loops_are_not(tmp_path):
         (["a.nii"], "", "only other files (.nii 1)"),
         (["NORMAL/1.png", "PNEUMONIA/1.png"], "COVID", "class folder {folder}/COVID holds no image"),
         (["train/a/1.png", "train/b/1.png"], "train/c", "train/c holds no image"),
-        (["a/1.png", "b/1.png", "stray.png"], "", "stray.png) beside class folders (a, b)"),
-        (["train/a/1.png", "train/b/1.png", "extra/a/1.png"], "", "beside them images in extra"),
-        (["train/a/1.png", "train/b/1.png", "stray.png"], "", "beside them images in stray.png"),
-        (["train/a/1.png", "train/b/1.png", "train/x.png"], "", "train holds images (x.png) beside class folders"),
-        (["a/train/1.png", "a/test/1.png", "b/train/1.png"], "", "split folders below class folders (a/test)"),
-        (["chest/train/a/1.png", "chest/test/a/1.png"], "", "further down: give {folder}/chest."),
-        (["x/chest/train/a/1.png", "x/chest/test/a/1.png"], "", "further down: give {folder}/x/chest."),
-        (["x/chest/train/a/1.png"], "", "further down: give {folder}/x/chest."),
+        (["data/a/1.png"], "data/b", "class folder {folder}/data/b holds no image"),
+        (["a/1.png", "b/1.png", "stray.png"], "", "holds images (stray.png) beside the folders a, b"),
+        (["train/a/1.png", "train/b/1.png", "extra/a/1.png"], "", "beside them extra, which belong to no split"),
+        (["train/a/1.png", "train/b/1.png", "stray.png"], "", "holds images (stray.png) beside the folders train"),
+        (["train/a/1.png", "train/b/1.png", "train/x.png"], "", "train holds images (x.png) beside the folders a, b"),
     ],
 )
 def test_what_cannot_be_told_is_not_guessed(tmp_path, names, empty, words):

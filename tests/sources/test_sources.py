@@ -66,9 +66,15 @@ def test_every_source_opens_again_from_its_record(tmp_path, monkeypatch):
     opened += [open_source("set.npz", task="ordinal"), open_source("digits")]
     monkeypatch.chdir("/")
     records = [reopened(data).source for data in opened]
+    assert records[0].pop("understood").startswith("splits from train/ (read as train)")
     assert records == [
         {"kind": "folder", "data": str(tmp_path / "folder")},
-        {"kind": "table", "data": str(tmp_path / "list.csv"), "columns": {"label": "x,y"}},
+        {
+            "kind": "table",
+            "data": str(tmp_path / "list.csv"),
+            "columns": {"label": "x,y"},
+            "understood": "empty cells of labels (1) are unknown",
+        },
         {"kind": "npz", "data": str(tmp_path / "set.npz"), "task": "ordinal"},
         {"kind": "digits", "data": "digits"},
     ]

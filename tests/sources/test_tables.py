@@ -96,8 +96,8 @@ def test_parquet_with_the_images_inside(tmp_path, inner):
     data = open_source(tmp_path / "t.parquet")
     assert (shades_of(data), data.labels.tolist(), data.classes) == ([*range(6)], [0, 1] * 3, ["0", "1"])
     assert data.ids == [f"{k}.png" if inner else f"t.parquet:{k}" for k in range(6)]
-    assert "The images lie inside t.parquet, in its column image." in data.notes
-    assert "Columns that are neither text nor numbers were left out: box." in data.notes
+    assert "images inside t.parquet, in its column image" in data.understood
+    assert "columns left out, neither text nor numbers: box" in data.understood
     reopened(data)
 
 
@@ -138,19 +138,19 @@ def test_paths_that_are_all_missing_are_refused_with_where_they_were_looked_for(
 @pytest.mark.parametrize(
     ("written", "on_disk", "said"),
     [
-        ("train\\A\\1.png", "train/A/1.png", "Back-slashes in the paths are read as slashes."),
-        ("images/ISIC_1", "images/ISIC_1.jpg", "The paths lack their ending; it was added"),
-        ("IMG/A.PNG", "img/a.png", "differ from the paths in their case (img/a.png for IMG/A.PNG)"),
-        ("u\u0308/1.png", "\u00fc/1.png", "differ from the paths in their Unicode form"),
-        ("a/1.jpeg", "a/1.png", "differ from the paths in their ending (a/1.png for a/1.jpeg)"),
-        ("1.PNG", "deep/1.png", "differ from the paths in their case"),
+        ("train\\A\\1.png", "train/A/1.png", "back-slashes in the paths read as slashes"),
+        ("images/ISIC_1", "images/ISIC_1.jpg", "paths without ending: the files have one"),
+        ("IMG/A.PNG", "img/a.png", "differ in their case"),
+        ("u\u0308/1.png", "\u00fc/1.png", "differ in their Unicode form"),
+        ("a/1.jpeg", "a/1.png", "differ in their ending"),
+        ("1.PNG", "deep/1.png", "differ in their case"),
     ],
 )
 def test_paths_that_are_written_otherwise_than_the_files(tmp_path, written, on_disk, said):
     pictures(tmp_path, on_disk)
     data = open_source(table(tmp_path, f"path,label\n{written},x\n"))
     assert (data.ids, shades_of(data)) == ([written], [0])
-    assert any(said in note for note in data.notes)
+    assert said in data.source["understood"]
 
 
 def test_paths_of_another_machine_are_refused_and_taken_with_root(tmp_path):
@@ -159,13 +159,13 @@ def test_paths_of_another_machine_are_refused_and_taken_with_root(tmp_path):
     refused(file, "looked for /kaggle/set/img/0.png", f"img/0.png lies in {tmp_path}/t: --root {tmp_path}/t takes")
     data = open_source(file, root=str(tmp_path / "t"))
     assert (shades_of(data), data.source["root"]) == ([0, 1], str(tmp_path / "t"))
-    assert any("The first 2 folders of the paths are left out" in note for note in data.notes)
+    assert "the first 2 folders of the paths left out" in data.source["understood"]
     reopened(data)
     refused(file, "there is no such folder", root=str(tmp_path / "gone"))
 
 
 def test_a_folder_has_no_other_root(tmp_path):
-    refused(pictures(tmp_path, "a.png"), "--root is about a table of images", root=str(tmp_path))
+    refused(pictures(tmp_path, "a.png"), "--root is where the images of a table lie", root=str(tmp_path))
 
 
 def test_a_path_that_lies_under_another_root_alone(tmp_path):
@@ -186,7 +186,7 @@ def test_bare_names_are_found_in_the_folders_below_the_table(tmp_path, ending):
     data = open_source(table(tmp_path, f"path,label\na{ending},x\nb{ending},y\ngone{ending},y\n"))
     assert data.ids == [f"a{ending}", f"b{ending}", f"gone{ending}"]
     assert data.read(1) == (tmp_path / "part_2/b.png").read_bytes()
-    assert data.notes == ("The table gives bare names: 2 of 3 were found in the folders below it.",)
+    assert data.understood == ("bare names: 2 of 3 found in the folders below the table",)
     assert dict(describe_dataset(data).unreadable) == {f"gone{ending}": "no such file"}
     reopened(data)
 
@@ -202,7 +202,7 @@ def test_names_beside_the_table_come_first_and_those_from_the_folder_above_are_s
     assert dict(describe_dataset(data).unreadable) == {"b.png": "no such file"} and not data.notes
     data = open_source(table(tmp_path / "old", "path,label\nold/a.png,x\nold/b.png,y\n"))
     assert not describe_dataset(data).unreadable
-    assert data.notes == (f"Paths are relative to {tmp_path}, the folder above that of the table.",)
+    assert data.understood == ("paths relative to the folder above that of the table",)
 
 
 def test_further_columns_are_numbers_where_all_are_and_codes_keep_their_zeros(tmp_path):

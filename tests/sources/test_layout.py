@@ -1,0 +1,263 @@
+"""What the folders above images say: splits, classes, persons, folds, masks, one class in several spellings, order."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.small_sets import pictures, refused, reopened
+
+from featurecache.errors import SeveralReadings, SourceError
+from featurecache.sources import open_source
+from featurecache.sources.folders import is_own_output
+from featurecache.sources.layout import Layout, read_layout
+
+
+def paths(*folders: str) -> list[str]:
+    """Two images in each."""
+    return [f"{folder}/{number}.png" for folder in folders for number in range(2)]
+
+
+def rows_of(layout: Layout) -> set[tuple[str, ...]]:
+    """(split, class, person, fold) of the images; the last two where there are any."""
+    columns = [layout.splits, layout.classes, layout.groups, layout.folds]
+    return set(zip(*(column for column in columns if column is not None), strict=True))
+
+
+def read(*folders: str, classes_at: int | None = None) -> set[tuple[str, ...]]:
+    return rows_of(read_layout(paths(*folders), "data", classes_at))
+
+
+SPLITS_ABOVE = [
+    ("training_set/cats", "training_set/dogs", "test_set/cats"),
+    ("Train Set/cats", "Train Set/dogs", "Test Set/cats"),
+    ("seg_train/seg_train/cats", "seg_train/seg_train/dogs", "seg_test/seg_test/cats"),
+    ("pets/brain_train/cats", "pets/brain_train/dogs", "pets/brain_test/cats"),
+    ("train/images/cats", "train/images/dogs", "test/images/cats"),
+    ("train2017/cats/images", "train2017/dogs/images", "test2017/cats/images"),
+    ("cats/train", "dogs/train", "cats/test"),
+    ("chest/cats/Training", "chest/dogs/Training", "chest/cats/Testing"),
+]
+
+
+@pytest.mark.parametrize("folders", SPLITS_ABOVE, ids=" ".join)
+def test_splits_are_no_classes_however_they_are_called(folders):
+    assert read(*folders) == {("train", "cats"), ("train", "dogs"), ("test", "cats")}
+
+
+def test_the_two_test_sets_of_fer2013():
+    assert read("Training/angry", "PublicTest/angry", "PrivateTest/angry") == {
+        ("train", "angry"), ("val", "angry"), ("test", "angry"),
+    }  # fmt: skip
+
+
+def test_folders_above_everything_are_passed():
+    assert read("chest/xray/N", "chest/xray/P") == {("", "N"), ("", "P")}
+    assert read("n01440764/images", "n01443537/images") == {("", "n01440764"), ("", "n01443537")}
+    assert rows_of(read_layout(["1.png", "2.png"], "data")) == {("", "")}
+
+
+def test_patients_above_classes_are_groups():
+    assert read("8863/0", "8863/1", "8864/0") == {("", "0", "8863"), ("", "1", "8863"), ("", "0", "8864")}
+
+
+def test_patients_below_classes_are_groups():
+    assert read("N/patient1", "N/patient2", "P/patient3") == {
+        ("", "N", "patient1"), ("", "N", "patient2"), ("", "P", "patient3"),
+    }  # fmt: skip
+
+
+def test_patients_with_studies_have_no_classes():
+    assert read("train/patient00001/study1", "train/patient00002/study1", "valid/patient64/study1") == {
+        ("train", "", "patient00001"), ("train", "", "patient00002"), ("val", "", "patient64"),
+    }  # fmt: skip
+
+
+def test_the_same_patients_in_two_splits_are_the_same_groups():
+    assert read("P001/train/0", "P001/train/1", "P002/test/0", classes_at=3) == {
+        ("train", "0", "P001"), ("train", "1", "P001"), ("test", "0", "P002"),
+    }  # fmt: skip
+
+
+def test_folds_are_kept_in_a_column_of_their_own(tmp_path):
+    assert read("fold_0/all", "fold_0/hem", "fold_1/all") == {
+        ("", "all", "fold_0"), ("", "hem", "fold_0"), ("", "all", "fold_1"),
+    }  # fmt: skip
+    data = open_source(pictures(tmp_path, "fold_0/all/1.png", "fold_1/hem/2.png"))
+    assert (data.meta, data.classes) == ({"fold": ["fold_0", "fold_1"]}, ["all", "hem"])
+
+
+TWO_READINGS = [
+    (("CT/lung", "CT/liver", "MR/lung"), 1, 2),
+    (("benign/40X", "benign/100X", "malignant/40X"), 1, 2),
+    (("set/CT/lung", "set/CT/liver", "set/MR/lung"), 2, 3),
+    (("P001/benign", "P002/malignant"), 1, 2),
+    (("P001/train/benign", "P002/test/malignant"), 1, 3),
+]
+
+
+@pytest.mark.parametrize(("folders", "first", "second"), TWO_READINGS)
+def test_the_same_names_below_several_are_asked_about(folders, first, second):
+    with pytest.raises(SeveralReadings, match=rf"--classes-at {first} or --classes-at {second}") as caught:
+        read(*folders)
+    assert [reading.options for reading in caught.value.readings] == [{"classes_at": first}, {"classes_at": second}]
+
+
+def test_the_level_of_the_classes_can_be_told(tmp_path):
+    folders = ("CT/lung", "CT/liver", "MR/lung")
+    assert read(*folders, classes_at=1) == {("", "CT"), ("", "MR")}
+    assert read(*folders, classes_at=2) == {("", "lung"), ("", "liver")}
+    data = open_source(pictures(tmp_path, *paths(*folders)), classes_at=2)
+    assert reopened(data).classes == data.classes == ["liver", "lung"]
+    assert data.source["classes_at"] == 2 and "level 1 not used (CT, MR)" in data.source["understood"]
+    refused(tmp_path, "may be CT, MR or, below these, liver, lung")
+
+
+def test_beside_a_told_level_splits_persons_and_folds_are_read():
+    assert read("train/8863/0", "train/8863/1", "test/8864/0", classes_at=3) == {
+        ("train", "0", "8863"), ("train", "1", "8863"), ("test", "0", "8864"),
+    }  # fmt: skip
+    assert read("fold1/a", "fold2/b", classes_at=2) == {("", "a", "fold1"), ("", "b", "fold2")}
+    assert read("bus", "train", "car", classes_at=1) == {("", "bus"), ("", "train"), ("", "car")}
+
+
+REFUSED = [
+    (("seg_train/a", "seg_test/a", "seg_pred"), "beside them seg_pred, which belong to no split"),
+    (("bus", "train", "car"), "if all of them are classes, --classes-at 1"),
+    (("trainA", "trainB", "testA", "testB"), "look like splits, and what their other words mean is not plain"),
+    (("train/a", "train_data/a"), "the folders train and train_data in data both say train"),
+    (("a/train", "a/test", "b"), "split folders below class folders (a/t"),
+    (("a/train", "a/other", "b/train"), "split folders below class folders (a/train), but not every image"),
+    (("train/train", "train/test", "test/test"), "in it lie test, train: which of them says the split"),
+    (("fold_0/train/a", "fold_0/test/a", "fold_1/train/a"), "Give one fold: --data data/fold_0"),
+    (("train/a", "train"), "holds images (0.png, 1.png) beside the folders a"),
+]
+
+
+@pytest.mark.parametrize(("folders", "words"), REFUSED)
+def test_what_is_not_plain_is_refused_with_what_to_type(folders, words):
+    with pytest.raises(SourceError) as caught:
+        read(*folders)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("level", [0, 2, 9])
+def test_a_level_that_images_do_not_reach_is_refused(level):
+    with pytest.raises(SourceError, match=rf"--classes-at {level}: \d images of data lie above that level"):
+        read("a", "b/c", classes_at=level)
+
+
+def test_a_level_of_what_has_no_folders_is_refused():
+    refused("digits", "--classes-at is a level of the folders of images", classes_at=1)
+
+
+def test_a_class_called_train_inside_split_folders_is_a_class():
+    assert read("train/train", "train/bus", "test/train", "test/bus") == {
+        (split, name) for split in ("train", "test") for name in ("train", "bus")
+    }
+
+
+# -- masks
+
+
+def test_masks_beside_their_images_are_left_out_and_said(tmp_path):
+    names = ["benign/1.png", "benign/1_mask.png", "benign/1_mask_1.png", "normal/2.jpg", "normal/2_segmentation.png"]
+    data = open_source(pictures(tmp_path, *names))
+    assert data.ids == ["benign/1.png", "normal/2.jpg"]
+    assert "3 masks left out (*_mask.png, *_segmentation.png)" in data.source["understood"]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("A/images", "A/masks", "B/images", "B/masks"),
+        ("images/A", "images/B", "masks/A", "masks/B"),
+        ("A", "A/mask", "B"),
+    ],
+)
+def test_folders_of_masks_beside_images_are_left_out(folders):
+    layout = read_layout(paths(*folders), "data")
+    assert set(layout.classes) == {"A", "B"}
+    assert not any("mask" in paths(*folders)[row] for row in layout.rows)
+
+
+def test_masks_of_faces_are_classes():
+    assert read("with_mask", "without_mask") == {("", "with_mask"), ("", "without_mask")}
+    assert read("mask", "no_mask") == {("", "mask"), ("", "no_mask")}
+    assert rows_of(read_layout(["a/x_mask.png", "b/y.png"], "data")) == {("", "a"), ("", "b")}
+
+
+# -- spellings and order
+
+
+def test_one_class_in_two_cases_is_one_and_said(tmp_path):
+    data = open_source(
+        pictures(tmp_path, "train/Normal/1.png", "train/Ill/2.png", "train/Normal/3.png", "test/NORMAL/4.png")
+    )
+    assert (data.classes, data.labels.tolist()) == (["Ill", "Normal"], [1, 0, 1, 1])
+    assert "'NORMAL' and 'Normal' are spellings of one class, Normal" in data.source["understood"]
+
+
+def test_one_class_in_two_unicode_forms_is_one(tmp_path):
+    data = open_source(pictures(tmp_path, "train/\u00fcbel/1.png", "train/gut/2.png", "test/u\u0308bel/3.png"))
+    assert data.classes == ["gut", "\u00fcbel"]
+
+
+def test_spellings_in_one_folder_may_be_two_classes(tmp_path):
+    refused(pictures(tmp_path, "Normal/1.png", "NORMAL/2.png"), "'NORMAL' and 'Normal' in one folder: one class or two")
+
+
+def test_numbers_are_ordered_as_numbers_without_being_asked(tmp_path):
+    data = open_source(pictures(tmp_path, *(f"{grade}/1.png" for grade in range(12))), task="ordinal")
+    assert data.classes == [str(grade) for grade in range(12)]
+    assert open_source(pictures(tmp_path / "g", "grade 10/1.png", "grade 2/1.png")).classes == ["grade 2", "grade 10"]
+
+
+def test_names_of_severity_need_an_order_which_is_kept(tmp_path):
+    pictures(tmp_path, "Mild/1.png", "No_DR/2.png", "Severe/3.png")
+    refused(tmp_path, "their names are no numbers", "--order Mild,No_DR,Severe", task="ordinal")
+    data = open_source(tmp_path, task="ordinal", order=["No_DR", "Mild", "Severe"])
+    assert (data.classes, data.labels.tolist()) == (["No_DR", "Mild", "Severe"], [1, 0, 2])
+    assert reopened(data).classes == data.classes
+    refused(tmp_path, "--order names Mild, Severe", order=["Mild", "Severe"])
+    refused(pictures(tmp_path / "flat", "1.png"), "has no labels", order=["a"])
+
+
+# -- what is no data
+
+
+def test_what_this_tool_wrote_is_no_data_whatever_it_is_called(tmp_path):
+    pictures(tmp_path, "a/1.png", "runs/2.png", "old/1/roc.png", "stuff/vit/probe.png")
+    (tmp_path / "old/1/config.json").write_text(
+        json.dumps(dict.fromkeys(("head", "view", "settings", "calibration", "splits"), ""))
+    )
+    (tmp_path / "stuff/vit/spec.json").write_text(json.dumps({"fingerprint": "", "spec": {}, "provenance": {}}))
+    data = open_source(tmp_path)
+    assert (data.ids, data.classes) == (["a/1.png", "runs/2.png"], ["a", "runs"])
+    assert "what featurecache wrote left out (old/1/, stuff/vit/)" in data.source["understood"]
+    refused(tmp_path / "stuff/vit", "was written by featurecache")
+    refused(pictures(tmp_path / "old/1/deeper", "1.png"), f"lies in {tmp_path}/old/1, which featurecache wrote")
+    refused(tmp_path / "stuff", "found only what featurecache wrote (vit/)")
+
+
+@pytest.mark.parametrize("text", ['{"head": 1}', "[]", "[1]", "no json", '{"spec": {}, "provenance": 1}'])
+def test_records_of_others_do_not_make_a_folder_ours(tmp_path, text):
+    for name in ("config.json", "spec.json", "explain.json"):
+        (tmp_path / name).write_text(text)
+    assert not is_own_output(str(tmp_path), ["config.json", "spec.json", "explain.json", "gone"])
+
+
+def test_folders_of_systems_and_thumbnails_are_left_out_and_counted(tmp_path):
+    others = ["@eaDir/1.png", "$RECYCLE.BIN/1.png", "a/thumbnails/1.png", "lost+found/1.png", ".thumbnails/1.png"]
+    data = open_source(pictures(tmp_path, "a/1.png", "b/2.png", *others))
+    assert data.ids == ["a/1.png", "b/2.png"]
+    assert (
+        "5 folders of systems left out ($RECYCLE.BIN/, .thumbnails/, @eaDir/, … (5 in all))"
+        in data.source["understood"]
+    )
+
+
+def test_the_names_of_persons_are_in_nothing_that_is_said(tmp_path):
+    data = open_source(pictures(tmp_path, "patient7/0/1.png", "patient8/1/2.png", "patient7/0/1_mask.png"))
+    assert data.groups == ["patient7", "patient8"] and "persons from level 1 (2, kept together)" in data.understood
+    assert "patient" not in data.source["understood"]
