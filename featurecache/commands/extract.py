@@ -214,11 +214,14 @@ SOURCES = "Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle
 STEPS = """How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
     side decides (organs, eyes, hands, writing)."""
 task_option = option("--task", type=Choice(TASKS), help="[default: by the labels]")
+READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain")
 source_options = options_of(  # how the labels of --data are to be read
     option(
         "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of tables: path=…, label=…, split=…, group=…"
     ),
     task_option,
+    option("--root", metavar="DIR", help="Of tables: the folder of the images. [default: that of the table]"),
+    option("--uncertain", type=Choice(["ignore", "zero", "one"]), help="Of tables: what -1 is. [default: ignore]"),
     option("--classes-at", type=int, metavar="LEVEL", help="Of folders: the level of the classes; 1: those in --data."),
     option("--order", metavar="A,B,C", callback=_order, help="The classes from the lowest to the highest."),
 )
@@ -319,22 +322,18 @@ def open_features(talk: Console, features: str | None, cache: str | None, way: s
     return view
 
 
-def named_images(
-    talk: Console,
-    data: str | None,
-    columns: tuple[str, ...],
-    task: str | None,
-    classes_at: int | None,
-    order: list[str] | None,
-) -> Any:
-    """The dataset that --data and the options of how it is read name; says how it was read. None without --data."""
+def named_images(talk: Console, data: str | None, options: dict[str, Any]) -> Any:
+    """The dataset that --data and the `source_options` name, which are taken out of ``options``; says how it was read.
+    None without --data."""
+    how = {name: value for name in READ_BY if (value := options.pop(name)) not in (None, ())}
     if data is None:
-        if columns or task or classes_at is not None or order:
-            raise BadOption("--column, --task, --classes-at and --order say how --data is read; give --data too.")
+        if how:
+            given = " and ".join(f"--{'column' if name == 'columns' else name.replace('_', '-')}" for name in how)
+            raise BadOption(f"{given} says how --data is read; give --data too.")
         return None
     from featurecache.sources import open_source
 
-    dataset = open_source(data, columns=pairs_of(columns), task=task, classes_at=classes_at, order=order)
+    dataset = open_source(data, **how | {"columns": pairs_of(how.get("columns", ()))})
     if understood := dataset.source.get("understood"):
         talk.line(f"understood {understood}")
     return dataset
@@ -348,8 +347,8 @@ def pairs_of(columns: tuple[str, ...]) -> dict[str, str] | None:
 
 
 _OF_IMAGES = (
-    "name", "batch_size", "engine", "workers", "on_error", "columns", "task", "classes_at", "order", "hash_ids",
-    "hash_groups", "views", "augment", "augment_seed",
+    "name", "batch_size", "engine", "workers", "on_error", *READ_BY, "hash_ids", "hash_groups", "views",
+    "augment", "augment_seed",
 )  # fmt: skip
 
 

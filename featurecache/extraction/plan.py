@@ -56,6 +56,8 @@ def prepare(
     cache: str | Path | None = None,
     columns: dict[str, str] | None = None,
     task: str | None = None,
+    root: str | None = None,
+    uncertain: str | None = None,
     classes_at: int | None = None,
     order: Sequence[str] | None = None,
     hash_ids: bool = False,
@@ -79,7 +81,8 @@ def prepare(
     augmented = augmentation_of(views, augment, augment_seed)
     requested = parse_list(outputs) if outputs is not None else None
     if not isinstance(data, Dataset):
-        data = open_source(data, columns=columns, task=task, classes_at=classes_at, order=order)
+        how = {"classes_at": classes_at, "order": order, "root": root, "uncertain": uncertain}
+        data = open_source(data, columns=columns, task=task, **how)  # type: ignore[arg-type]
     dataset = data
     folder = cache_folder(cache)
     secret = load_secret(folder) if hash_ids or hash_groups else None

@@ -19,7 +19,8 @@ from featurecache.errors import BadOption, SourceError, nearest
 from featurecache.files.records import is_text
 from featurecache.formatting import abbreviated
 from featurecache.maintenance.feature_files import ArrayInfo, FeatureFile, open_feature_file
-from featurecache.sources.labels import Annotations, class_labels, labels_of_numbers, resolve_labels, split_names
+from featurecache.sources.annotations import Annotations
+from featurecache.sources.labels import class_labels, labels_of_numbers, resolve_labels, split_names
 from featurecache.sources.tables import TABLES, read_annotations
 from featurecache.store.schema import column_at
 

@@ -31,7 +31,18 @@ from featurecache.sources.webdataset import is_pattern, is_webdataset, open_webd
 __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe_dataset", "open_source", "reopen"]
 
 Columns = dict[str, str] | None  # role -> column
-_WORDS = ("columns", "task", "classes_at", "order")  # how a user says what is to be read, as `open_source` takes it
+_WORDS = (
+    "columns",
+    "task",
+    "classes_at",
+    "order",
+    "root",
+    "uncertain",
+)  # how a user says what is to be read, as `open_source` takes it
+_ABOUT = {  # what an option that only some sources take is about
+    "classes_at": "a level of the folders of images", "root": "where the images of a table lie",
+    "uncertain": "what -1 is in the label columns of a table",
+}  # fmt: skip
 _PUBLISHED = ("digits", "medmnist", "torchvision")  # whose classes have the order of their publisher
 
 
@@ -44,7 +55,7 @@ class Source:
     fits: Callable[[str], bool] | None  # of the path, absolute; None: it is named by a word
     open: Callable[..., Dataset]  # path, or what stands behind the prefix; columns where it has them; task
     columns: bool = False  # whether --column says something about it
-    levels: bool = False  # whether --classes-at does; ``open`` takes ``classes_at`` then
+    options: tuple[str, ...] = ()  # of `_ABOUT`: those that ``open`` takes
     prefix: str = ""  # of a data set that is named and lies where its tool puts it
     fetch: Callable[[str], None] | None = None  # asked once, where ``open`` raised NotFetched
 
@@ -83,11 +94,12 @@ SOURCES: dict[str, Source] = {
     ),
     "folder": Source(
         "a folder of images", "images, in class folders or not, with splits, persons or folds above or below them",
-        lambda path: os.path.isdir(path) and not huggingface.is_saved_dataset(path), open_folder, levels=True,
+        lambda path: os.path.isdir(path) and not huggingface.is_saved_dataset(path), open_folder,
+        options=("classes_at",),
     ),
     "table": Source(
         "a table (.csv, .tsv, .parquet)", "a path a row, with label or label columns, split, group",
-        lambda path: path.lower().endswith(TABLES), open_table, True,
+        lambda path: path.lower().endswith(TABLES), open_table, True, ("root", "uncertain"),
     ),
     "npz": Source(
         "an .npz of MedMNIST's form", "arrays train_images, train_labels, and the same of val and test",
@@ -109,7 +121,7 @@ SOURCES: dict[str, Source] = {
     "kaggle": Source(
         fetching.KAGGLE, "a data set of Kaggle, opened as the folder or table it is (extra `kaggle`)",
         None, lambda words, columns, task, **levels: fetching.open_kaggle(words, columns, task, open_source, **levels),
-        True, levels=True, prefix="kaggle:", fetch=fetching.fetch_kaggle,
+        True, ("classes_at", "root", "uncertain"), prefix="kaggle:", fetch=fetching.fetch_kaggle,
     ),
 }  # fmt: skip
 
@@ -121,14 +133,18 @@ def open_source(
     task: str | None = None,
     classes_at: int | None = None,
     order: Sequence[str] | None = None,
+    root: str | None = None,
+    uncertain: str | None = None,
 ) -> Dataset:
     """The dataset that ``data`` names: a folder, a table, an ``.npz``, the word ``digits`` (``./digits`` is a folder),
     or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine.
     ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say;
     ``classes_at`` is the level of the class folders (1: those in the folder) where their names do not say it; ``order``
-    the classes in the order of their labels. Raises SourceError."""
+    the classes in the order of their labels. Of tables: ``root`` is the folder of the images where it is not that of
+    the table, ``uncertain`` (ignore, zero, one) what -1 is in label columns. Raises SourceError."""
     kind, what = _find(data)
     words = {"columns": columns or None, "task": task, "classes_at": classes_at, "order": order and list(order)}
+    words |= {"root": root, "uncertain": uncertain}
     try:
         return _open(kind, what, data, words)
     except NotFetched as absent:
@@ -153,12 +169,12 @@ def _open(kind: str, what: str, data: str | Path, words: dict[str, Any]) -> Data
     source, columns, task, order = SOURCES[kind], words["columns"], words["task"], words["order"]
     if columns and not source.columns:
         raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
-    if words["classes_at"] is not None and not source.levels:
-        raise SourceError(f"--classes-at is a level of the folders of images; {data} is {source.form}.")
-    levels = {} if words["classes_at"] is None else {"classes_at": words["classes_at"]}
+    options = {name: words[name] for name in _ABOUT if words[name] is not None}
+    for name in options.keys() - set(source.options):
+        raise SourceError(f"--{name.replace('_', '-')} is {_ABOUT[name]}; {data} is {source.form}.")
     given = (columns or None, task) if source.columns else (task,)
-    dataset = _ordered(source.open(what, *given, **levels), kind, task, order, data)
-    record = {"kind": kind, "data": dataset.source.get("data", what), **words}
+    dataset = _ordered(source.open(what, *given, **options), kind, task, order, data)
+    record = {"kind": kind, "data": what, **words, **dataset.source}
     record["understood"] = "; ".join(dataset.understood) or None
     record = {key: value for key, value in record.items() if value is not None}
     for name in dataset.ids:

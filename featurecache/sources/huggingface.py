@@ -26,7 +26,7 @@ from featurecache.errors import SourceError, UnreadableImage, first_line
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles, package, read_file, safe_name
 from featurecache.sources.fetching import SourceOptions, not_here
-from featurecache.sources.labels import ROLES, find_roles, groups_or_ids, labels_of_values, resolve_labels
+from featurecache.sources.labels import find_roles, groups_or_ids, labels_of_values, resolve_labels, role_columns
 from featurecache.sources.vocabulary import split_names_of
 
 FORM = "hf:<dataset>[:config][@revision]"
@@ -166,11 +166,11 @@ def _find_roles(features: Any, requested: dict[str, str], name: str) -> dict[str
     """image, label and group → their columns, as requested or as their kinds and names have it."""
     pictures = [key for key, kind in features.items() if type(kind).__name__ == "Image"]
     classes = [key for key, kind in features.items() if _class_names(kind)]
-    by_name = [key for key in features if key.lower() in (*_LABELS, *ROLES["label"])]
+    by_name = role_columns("label", features)
     candidates = {
         "image": pictures,
         "label": [key for key in classes if key.lower() in _LABELS] or classes or by_name,
-        "group": [key for key in features if key.lower() in ROLES["group"] and _is_plain(features[key])],
+        "group": role_columns("group", [key for key, kind in features.items() if _is_plain(kind)]),
     }
     roles = find_roles(name, list(features), requested, candidates)
     if not set(roles["image"]) & set(pictures):

@@ -6,29 +6,41 @@ and -1 for none, or, where an image has L of them, float32 [N, L] of 1, 0 and Na
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from featurecache.errors import SourceError, nearest
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, names_in
 from featurecache.sources.vocabulary import is_missing, split_names_of
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
 SPLIT_ORDER = ("train", "val", "test")
-# Role of a column -> its names, as compared: lower case, everything but letters and digits as "_".
-ROLES = {
-    "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_file",
-             "image_name", "image_index", "img", "img_path"),
-    "label": ("label", "class", "target", "finding", "diagnosis", "category", "class_name", "label_name"),
-    "split": ("split", "set", "fold", "subset", "partition"),
-    "group": ("group", "patient", "patient_id", "patientid", "subject", "subject_id", "group_id"),
+# Role of a column -> its names, compared by their letters and digits alone, in steps: names of the second count where a
+# table has none of the first. Of groups the most encompassing comes first.
+ROLES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "path": (
+        ("path", "file", "filename", "filepath", "image_path", "image_file", "image_name", "img_path"),
+        ("image", "img", "image_index"),
+        ("image_id", "img_id", "id_code", "dicom_id", "isic_id"),
+    ),
+    "label": (
+        ("label", "class", "target", "finding", "diagnosis", "category", "class_name", "label_name"),
+        ("labels", "finding_labels", "dx", "level", "grade"),
+    ),
+    "split": (("split", "set", "fold", "subset", "partition"),),
+    "group": (
+        ("group", "group_id", "patient", "patient_id"),
+        ("subject", "subject_id", "person", "person_id", "participant", "participant_id"),
+        ("case", "case_id"),
+        ("study", "study_id"),
+        ("exam", "exam_id"),
+        ("series", "series_id"),
+        ("lesion", "lesion_id"),
+    ),
 }  # fmt: skip
-_YES_NO = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0, "": np.nan, "nan": np.nan}
 _LARGEST = 1 << 31  # a label; a file may hold any number
 
 
@@ -56,6 +68,13 @@ def resolve_labels(labels: np.ndarray, classes: Sequence[str], task: str | None,
     return Labels(labels, list(classes), task or implied)
 
 
+def role_columns(role: str, columns: Iterable[str]) -> list[str]:
+    """Those of some columns that could have a role by their names; several where that cannot be told."""
+    plain = {column: re.sub(r"[^a-z0-9]+", "", column.lower()) for column in columns}
+    steps = ([name.replace("_", "") for name in names] for names in ROLES[role])
+    return next((there for names in steps if (there := [column for column in plain if plain[column] in names])), [])
+
+
 def find_roles(
     name: str, columns: list[str], requested: Mapping[str, str], candidates: Mapping[str, list[str]], several: str = ""
 ) -> dict[str, list[str]]:
@@ -64,8 +83,9 @@ def find_roles(
     if unknown := [role for role in requested if role not in candidates]:
         raise SourceError(f"columns of {name} cannot name a {unknown[0]!r}; they name {', '.join(candidates)}.")
     roles = {}
-    for role, text in requested.items():  # a name with a comma in it is one column where the table has it
-        roles[role] = [text] if text in columns else [word for part in text.split(",") if (word := part.strip())]
+    for role, text in requested.items():  # a name with a comma: one column where the table has it, or in quotes
+        listed = names_in(text)
+        roles[role] = [text] if text in columns else [word for part in listed if (word := part.strip())]
         if missing := [word for word in roles[role] if word not in columns]:
             there = f"{abbreviated(columns, 8)}.{nearest(missing[0], columns)}"
             raise SourceError(f"{name} has no column {missing[0]!r} for the {role}; it has {there}")
@@ -111,119 +131,9 @@ def split_names(words: Sequence[str], row: Callable[[int], str], remedy: str) ->
 
 def groups_or_ids(groups: Sequence[Any], ids: Sequence[str]) -> list[str]:
     """The group of each image; one without is a group of its own."""
-    return [own if group is None or group == "" else str(group) for group, own in zip(groups, ids, strict=True)]
-
-
-# -- columns of text; ``row`` says of a number what a person finds it by
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns of text, and by what a person finds a row: a CSV's line, of Parquet the row from 1, a name."""
-
-    file: str
-    columns: dict[str, list[str]]
-    places: Sequence[int] | Sequence[str]
-
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.file)
-
-    def row(self, index: int) -> str:
-        place = self.places[index]
-        return place if isinstance(place, str) else f"{self.name} row {place:,}"
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """What a table says of N images, in the order of its rows."""
-
-    ids: list[str] | None  # None: it has no column of paths
-    labels: np.ndarray
-    splits: list[str]
-    groups: list[str] | None
-    meta: dict[str, list[str] | np.ndarray]
-    classes: list[str]
-
-
-def annotations_of_text(
-    table: Table, roles: Mapping[str, list[str]], ids: list[str], task: str | None, listed: Sequence[str] = ()
-) -> Annotations:
-    """What the columns of a table with these ``roles`` say of the images ``ids``. ``listed``, in their order: the
-    classes of which the labels are names, or numbers from 0. Raises SourceError."""
-    columns, row, splits = table.columns, table.row, [""] * len(ids)
-    if roles["split"]:
-        name, remedy = roles["split"][0], "If this column is no split: --column split= (with nothing behind it)."
-        splits = split_names(columns[name], lambda index: f"{row(index)}: {name!r}", remedy)
-    cells = {name: columns[name] for name in roles["label"]}
-    labels, classes = np.full(len(ids), -1, np.int64), list[str]()
-    if len(cells) > 1 or (cells and task == "multilabel"):
-        labels, classes = several_labels_of_text(cells, row), list(cells)
-    elif cells and task != "unlabelled":
-        (only,) = cells.values()
-        labels, classes = labels_of_listed(only, listed, row) if listed else labels_of_text(only, splits, row)
-    groups = groups_or_ids(columns[roles["group"][0]], ids) if roles["group"] else None
-    used = {name for several in roles.values() for name in several}
-    meta = {name: numbers_or_text(columns[name]) for name in columns if name not in used}
-    return Annotations(ids, labels, splits, groups, meta, classes)
-
-
-def labels_of_text(
-    cells: Sequence[str], splits: Sequence[str], row: Callable[[int], str]
-) -> tuple[np.ndarray, list[str]]:
-    """int64 [N] and the classes: the different cells, sorted, numbers as numbers. With splits, a class has to occur in
-    train: a head cannot learn what it never sees."""
-    # "nan" is none, and 1.0 is 1: what pandas makes of whole numbers beside an empty cell.
-    names = {cell: "" if cell.lower() == "nan" else re.sub(r"^(-?\d+)\.0+$", r"\1", cell) for cell in set(cells)}
-    values = [names[cell] for cell in cells]
-    has_train = "train" in splits
-    shown = {value for value, split in zip(values, splits, strict=True) if split == "train" or not has_train}
-    classes = sorted(shown - {""}, key=lambda name: (finite_number(name) is None, finite_number(name) or 0.0, name))
-    for index, value in enumerate(values):
-        if value and value not in shown:
-            wrong = f'the label "{value}" is in no train row (there: {abbreviated(classes) or "none"})'
-            raise SourceError(f"{row(index)}: {wrong}. Correct it, or put images of that class into train.")
-    return class_labels(values, classes), classes
-
-
-def labels_of_listed(
-    cells: Sequence[str], classes: Sequence[str], row: Callable[[int], str]
-) -> tuple[np.ndarray, list[str]]:
-    """int64 [N] of cells that are names of ``classes``, or numbers from 0; and the classes."""
-    names = list(cells)
-    for index, cell in enumerate(cells):
-        if cell.isascii() and cell.isdigit() and int(cell[:9]) < len(classes):
-            names[index] = classes[int(cell[:9])]
-        elif cell and cell not in classes:
-            there = f"0 to {len(classes) - 1} or one of {abbreviated(classes)}"
-            raise SourceError(f'the label of {row(index)} is "{cell}"; expected {there}.')
-    return class_labels(names, classes), list(classes)
-
-
-def several_labels_of_text(columns: Mapping[str, Sequence[str]], row: Callable[[int], str]) -> np.ndarray:
-    """float32 [N, L]: 1, 0, NaN for unknown. Nothing else is taken for unknown (see `featurecache.sources.tables`)."""
-    labels = []
-    for name, cells in columns.items():
-        for index, cell in enumerate(cells):
-            if cell.lower() not in _YES_NO:
-                wrong = f'{row(index)}: {name!r} is "{cell}", expected 1, 0, or nothing where it is not known'
-                raise SourceError(f"{wrong}. If this value means uncertain, decide: write 1, 0 or nothing.")
-        labels.append([_YES_NO[cell.lower()] for cell in cells])
-    return np.array(labels, np.float32).T.copy()
-
-
-def numbers_or_text(values: list[str]) -> list[str] | np.ndarray:
-    """A further column: int64 or float64 (empty: NaN) where every cell is a number, else the text."""
-    numbers = {value: finite_number(value) for value in set(values)}
-    missing = {value for value in numbers if not value or value.lower() == "nan"}
-    code = any(re.match(r"^[-+]?0\d", value) for value in numbers)  # 007 is a code: as a number it would lose zeros
-    text = any(number is None for value, number in numbers.items() if value not in missing)
-    if code or text or len(missing) == len(numbers):
-        return values
-    try:
-        return np.array([int(value) for value in values], np.int64)
-    except (ValueError, OverflowError):
-        return np.array([np.nan if value in missing else numbers[value] for value in values], np.float64)
+    return [
+        own if group is None or is_missing(str(group)) else str(group) for group, own in zip(groups, ids, strict=True)
+    ]
 
 
 def finite_number(text: str) -> float | None:

@@ -1,21 +1,13 @@
-"""Tables that list images, CSV, TSV or Parquet, one row an image; and tables of labels for images that lie elsewhere.
+"""Tables that list images, CSV, TSV or Parquet; and tables of labels for images that lie elsewhere.
 
 Columns are found by their names (`labels.ROLES`) or told by ``columns={"path": ..., "label": ..., "split": ...,
-"group": ...}``; an empty name says that there is none. All others go to ``meta``. Paths are relative to the folder of
-the table, and the id of an image is its path as the table writes it. Published tables often name files from the folder
-above, or without their folders, or without their ending:
+"group": ...}``; an empty name says that there is none. All others go to ``meta``. The id of an image is its path as the
+table writes it; where the files are `image_paths` finds. What the cells of labels mean `label_cells` says. A Parquet
+file may hold the images themselves.
 
-    CheXpert-v1.0-small/train.csv   CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg
-    Data_Entry_2017.csv             00000001_000.png       of images_001/images/00000001_000.png
-    HAM10000_metadata.csv           ISIC_0027419           of HAM10000_images_part_1/ISIC_0027419.jpg
-
-Where none of the first names is beside the table, the folder above is tried; and names without a folder are looked for
-in those below. A name that is there twice is refused, one that is nowhere is a named failure when it is read.
-
-Labels. One column: its distinct values are the classes, sorted (numbers as numbers); an empty cell is no label. Where
-there are splits, the classes are those of the train rows. Several columns, ``"label": "effusion,mass"``: each holds
-1, 0, or nothing where nobody knows. Nothing else is taken for unknown: what -1 means differs between data sets
-(CheXpert writes it for "uncertain"), so whoever has such a table decides and writes 0, 1 or nothing.
+An image may have several rows, one for each box or finding: equal labels are one, different ones in a table of boxes
+(or with the task multilabel) are several labels, and whatever else contradicts itself is refused with its rows. Where
+there are splits, the classes are those of the train rows.
 """
 
 from __future__ import annotations
@@ -23,35 +15,59 @@ from __future__ import annotations
 import csv
 import os
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from featurecache.errors import SourceError
+from featurecache.files.delimited import read_delimited
 from featurecache.formatting import abbreviated
-from featurecache.sources.base import Dataset, ImageFiles, package
-from featurecache.sources.folders import is_image
-from featurecache.sources.labels import ROLES, Annotations, Table, annotations_of_text, find_roles, resolve_labels
+from featurecache.sources.annotations import Annotations, Table, annotations_of_text
+from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
+from featurecache.sources.groups import group_columns
+from featurecache.sources.image_paths import image_files
+from featurecache.sources.label_cells import LabelOptions, one_hot_columns
+from featurecache.sources.labels import ROLES, find_roles, resolve_labels, role_columns
+from featurecache.sources.parquet_files import ParquetTable, read_parquet
+from featurecache.sources.vocabulary import is_missing, spelling_key
 
 TABLES = (".csv", ".tsv", ".parquet", ".pq")  # endings
-_CELLS = 1 << 30  # of a Parquet table: a few bytes of it can stand for any number
-_TRIED = 20  # paths tried at opening
+# Columns of boxes: a table that has one lists findings, and an image as often as it has some.
+_BOXES = frozenset(("x", "xmin", "x1", "bbox", "box", "boxes"))
 
 
-def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> Dataset:
-    """The dataset listed in the table ``data`` (an absolute path)."""
-    table = _read_table(data)
-    roles = _find_roles(table, columns or {})
-    ids = _paths(table, roles["path"][0])
-    rows = annotations_of_text(table, roles, ids, task)
+def open_table(
+    data: str, columns: dict[str, str] | None, task: str | None, *, root: str | None = None, **how: object
+) -> Dataset:
+    """The dataset listed in the table ``data`` (an absolute path), its files below ``root`` instead of its own folder;
+    ``how``: see `LabelOptions`. Raises SourceError."""
+    reading = LabelOptions(task, **how)  # type: ignore[arg-type]
+    table, inside = _read_table(data)
+    embedded = inside is not None and inside.images is not None and not (columns or {}).get("path")
+    roles = _find_roles(table, columns or {}, needs_path=not embedded)
+    if embedded and inside and inside.images:
+        ids = _ids_of_embedded(table, roles, inside)
+        understood = [f"images inside {table.name}, in its column {inside.images.column}"]
+    else:
+        table, understood = _one_row_each(table, roles, task)
+        ids = table.columns[roles["path"][0]]
+    rows = annotations_of_text(table, roles, ids, reading)
     labelled = resolve_labels(rows.labels, rows.classes, task, table.name)
-    images, notes = _image_files(os.path.dirname(data), ids)
+    images: ImageFiles | ImageArrays
+    if embedded and inside and inside.images:
+        images = ImageArrays([inside.images], (data,))
+    else:
+        images, found = image_files(os.path.dirname(data), ids, root)
+        understood += found
+    notes = list(rows.notes)
+    if inside and inside.left:
+        understood.append(f"columns left out, neither text nor numbers: {abbreviated(inside.left)}")
     if labelled.task == "unlabelled" and task is None:
-        others = f" among {abbreviated(list(rows.meta), 8)}" if rows.meta else ""
-        way = "--column label=NAME names one, or several: label=A,B,C"
-        notes.insert(0, f"No column of labels was found{others}: {way}.")
+        notes.insert(0, _no_labels(rows))
+    record = {"root": root and os.path.abspath(os.path.expanduser(root)), "uncertain": rows.uncertain}
     return Dataset(
         name=table.name.rsplit(".", 1)[0],
+        source={name: value for name, value in record.items() if value is not None},
         ids=ids,
         **labelled._asdict(),
         splits=rows.splits,
@@ -59,21 +75,24 @@ def open_table(data: str, columns: dict[str, str] | None, task: str | None) -> D
         meta=rows.meta,
         images=images,
         notes=tuple(notes),
+        understood=(*understood, *rows.remarks),
     )
 
 
 def read_annotations(data: str, columns: dict[str, str] | None, task: str | None) -> Annotations:
     """Labels of features that are there already: a table as for images, in which the paths may be missing. Its only
     column is the label, whatever it is called."""
-    table = _read_table(data)
+    table, _ = _read_table(data)
     only = {"label": next(iter(table.columns))} if len(table.columns) == 1 else {}
     roles = _find_roles(table, columns or only, needs_path=False)
     if not roles["label"]:
         there = abbreviated(list(table.columns), 8)
         raise SourceError(f"{table.name} has no column of labels among {there}; --column label=NAME names one.")
-    ids = _paths(table, roles["path"][0]) if roles["path"] else None
+    if roles["path"]:
+        table, _ = _one_row_each(table, roles, task)
+    ids = table.columns[roles["path"][0]] if roles["path"] else None
     own = [f"{table.name}:{row}" for row in range(len(table.places))]  # one without a group is a group of its own
-    return replace(annotations_of_text(table, roles, ids or own, task), ids=ids)
+    return replace(annotations_of_text(table, roles, ids or own, LabelOptions(task)), ids=ids)
 
 
 def annotate(
@@ -82,32 +101,33 @@ def annotate(
     """What columns say of images whose ``ids`` are there; labels may be missing. ``classes``, in their order: those of
     which the labels are names, or numbers from 0."""
     roles = _find_roles(table, {**columns, "path": ""}, needs_path=False)
-    return annotations_of_text(table, roles, ids, task, classes)
+    return annotations_of_text(table, roles, ids, LabelOptions(task), classes)
 
 
 # -- reading
 
 
-def _read_table(file: str) -> Table:
-    read = _read_parquet if file.lower().endswith((".parquet", ".pq")) else _read_csv
-    names, columns, places = read(file)
+def _read_table(file: str) -> tuple[Table, ParquetTable | None]:
+    if file.lower().endswith((".parquet", ".pq")):
+        inside = read_parquet(file)
+        names, columns, places = inside.names, inside.columns, range(1, inside.rows + 1)
+        table = Table(file, dict(zip(names, columns, strict=True)), places)
+    else:
+        inside = None
+        names, columns, lines = _read_csv(file)
+        table = Table(file, dict(zip(names, columns, strict=True)) if len(set(names)) == len(names) else {}, lines)
     if repeated := [name for name in names if names.count(name) > 1]:
         raise SourceError(f"{file} has the column {repeated[0]!r} more than once; rename one.")
-    return Table(file, dict(zip(names, columns, strict=True)), places)
+    return table, inside
 
 
 def _read_csv(file: str) -> tuple[list[str], list[list[str]], Sequence[int]]:
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            header = lines.readline()
-            lines.seek(0)
-            delimiter = "\t" if file.lower().endswith(".tsv") else max(",;\t|", key=header.count)
-            reader = csv.reader(lines, delimiter=delimiter)
-            rows = [(reader.line_num, row) for row in reader if row]
+        rows = read_delimited(file)
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x}"
         raise SourceError(f"{file} is not UTF-8 ({byte}): save it as UTF-8 (Excel: CSV UTF-8).") from error
-    except (csv.Error, OSError) as error:
+    except (csv.Error, UnicodeError, OSError) as error:
         raise SourceError(f"{file} cannot be read as a table ({error}).") from error
     if len(rows) < 2:
         there = "a header only" if rows else "no rows"
@@ -116,43 +136,11 @@ def _read_csv(file: str) -> tuple[list[str], list[list[str]], Sequence[int]]:
     for number, row in rows:
         if len(row) != len(names):
             there = f"{os.path.basename(file)} row {number:,} has {len(row)} fields, the header {len(names)}"
-            raise SourceError(f"{there} ({abbreviated(names)}): write a field that holds {delimiter!r} in quotes.")
+            raise SourceError(
+                f"{there} ({abbreviated(names)}): write a field that holds the sign between fields in quotes."
+            )
     columns = [[row[place].strip() for _, row in rows] for place in range(len(names))]
     return names, columns, [number for number, _ in rows]
-
-
-def _read_parquet(file: str) -> tuple[list[str], list[list[str]], Sequence[int]]:
-    """As the CSV of the same table has it."""
-    arrow = package("pyarrow", "parquet", f"to read {file} (or save the table as CSV)")
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(file) as opened:
-            rows, width = opened.metadata.num_rows, opened.metadata.num_columns
-        if rows * max(width, 1) > _CELLS:
-            there = f"{rows:,} rows of {width:,} columns"
-            raise SourceError(f"{file} declares {there}; more than {_CELLS:,} cells are not read.")
-        table = parquet.read_table(file)
-    except (arrow.ArrowException, OSError) as error:
-        raise SourceError(f"{file} cannot be read as Parquet ({str(error).splitlines()[0]}).") from error
-    if nested := [field.name for field in table.schema if not _is_plain(field.type)]:
-        there = f"{os.path.basename(file)} holds other than text and numbers in {abbreviated(nested)}"
-        raise SourceError(f"{there}; expected paths of image files. Leave those columns out.")
-    if not table.num_rows:
-        raise SourceError(f"{file} has no rows; expected one for each image.")
-
-    def text(value: Any) -> str:
-        return "" if value is None or value != value else str(value).strip()
-
-    columns = [[text(value) for value in column.to_pylist()] for column in table.columns]
-    return table.column_names, columns, range(1, table.num_rows + 1)
-
-
-def _is_plain(kind: Any) -> bool:
-    from pyarrow import types
-
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return not (types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind))
 
 
 # -- what each column is
@@ -160,59 +148,91 @@ def _is_plain(kind: Any) -> bool:
 
 def _find_roles(table: Table, requested: dict[str, str], *, needs_path: bool = True) -> dict[str, list[str]]:
     """Role → its columns: as requested, else by name."""
-    plain = {name: re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in table.columns}
-    candidates = {role: [name for name in plain if plain[name] in names] for role, names in ROLES.items()}
-    roles = find_roles(table.name, list(plain), requested, candidates, several="label")
+    names = list(table.columns)
+    taken = {word.strip() for text in requested.values() for word in (text, *text.split(","))}
+    free = {name: cells for name, cells in table.columns.items() if name not in taken}
+    candidates = {role: role_columns(role, free) for role in ROLES} | {"group": group_columns(free)}
+    roles = find_roles(table.name, names, requested, candidates, several="label")
     if needs_path and not roles["path"]:
-        expected = f"expected one called {abbreviated(ROLES['path'], 4)}, or --column path=NAME"
-        raise SourceError(f"{table.name} has no column of image paths among {abbreviated(list(plain), 8)}; {expected}.")
+        expected = f"expected one called {abbreviated(ROLES['path'][0], 4)}, or --column path=NAME"
+        raise SourceError(f"{table.name} has no column of image paths among {abbreviated(names, 8)}; {expected}.")
     return roles
 
 
-def _paths(table: Table, name: str) -> list[str]:
-    ids = table.columns[name]
-    seen: dict[str, int] = {}
-    for row, path in enumerate(ids):
+def _no_labels(rows: Annotations) -> str:
+    others = f" among {abbreviated(list(rows.meta), 8)}" if rows.meta else ""
+    way = "--column label=NAME names one, or several: label=A,B,C"
+    if columns := one_hot_columns(rows.meta):
+        way = f"{abbreviated(columns, 3)} hold one 1 in each row: --column label={','.join(columns)}"
+    return f"No column of labels was found{others}: {way}."
+
+
+def _ids_of_embedded(table: Table, roles: dict[str, list[str]], inside: ParquetTable) -> list[str]:
+    """The paths that stand beside the images, where they tell them apart; else the table's name and the row."""
+    named = table.columns[roles["path"][0]] if roles["path"] else None
+    for paths in (inside.paths, named):
+        if paths and all(paths) and len(set(paths)) == len(paths):
+            return list(paths)
+    return [f"{table.name}:{row}" for row in range(inside.rows)]
+
+
+# -- several rows of one image
+
+
+def _one_row_each(table: Table, roles: dict[str, list[str]], task: str | None) -> tuple[Table, list[str]]:
+    """The table with one row for each image, and what was understood of those that have several."""
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, path in enumerate(table.columns[roles["path"][0]]):
         if not path:
-            raise SourceError(f"{table.row(row)} has no path in its column {name!r}.")
-        if (first := seen.setdefault(path, row)) != row:
-            rows = f"rows {table.places[first]:,} and {table.places[row]:,}"
-            raise SourceError(f"{table.name} lists {path} twice ({rows}); expected one row for each image.")
-    return ids
+            raise SourceError(f"{table.row(row)} has no path in its column {roles['path'][0]!r}.")
+        rows_of[path].append(row)
+    count = len(table.places)
+    if len(rows_of) == count:
+        return table, []
+    boxes = [name for name in table.columns if re.sub(r"[^a-z0-9]", "", name.lower()) in _BOXES]
+    unite = len(roles["label"]) == 1 and (task == "multilabel" or (task is None and bool(boxes)))
+    label = roles["label"][0] if unite else ""
+    ruled = [name for role in ("label", "split", "group") for name in roles[role] if name != label]
+    columns, left, united = dict[str, list[str]](), list[str](), 0
+    for name, cells in table.columns.items():
+        kinds = [_kinds(cells, rows) for rows in rows_of.values()]
+        several = [number for number, cell in enumerate(kinds) if len(cell) > 1]
+        if several and name in ruled:
+            _refuse_contradiction(table, name, list(rows_of.items())[several[0]], roles)
+        if several and name == label:
+            if all(cell.replace(".", "").lstrip("-").isdigit() for number in several for cell in kinds[number]):
+                _refuse_contradiction(table, name, list(rows_of.items())[several[0]], roles)
+            united = len(several)
+            columns[name] = [str(cell) if cell else "" for cell in kinds]
+        elif several:
+            left.append(name)
+        else:
+            columns[name] = [cell[0] if cell else "" for cell in kinds]
+    notes = [f"{count:,} rows are {len(rows_of):,} images"]
+    if united:
+        notes[0] = f"{count:,} rows are {len(rows_of):,} images, the findings of the rows of one several labels"
+    if left:
+        notes.append(f"columns left out, different between the rows of an image: {abbreviated(left)}")
+    firsts = [table.places[rows[0]] for rows in rows_of.values()]
+    return Table(table.file, columns, firsts), notes  # type: ignore[arg-type]
 
 
-# -- the files that the paths name
+def _kinds(cells: Sequence[str], rows: list[int]) -> list[str]:
+    """The different cells of some rows that say something, in their order; spellings of one are one."""
+    if len(rows) == 1:
+        return [cells[rows[0]]]
+    kinds = {spelling_key(re.sub(r"^([-+]?\d+)\.0+$", r"\1", cells[row])): cells[row] for row in reversed(rows)}
+    return [cell for cell in reversed(kinds.values()) if not is_missing(cell)]
 
 
-def _image_files(folder: str, names: list[str]) -> tuple[ImageFiles, list[str]]:
-    """The files of ``names``, relative to ``folder``; what to say where the first of them are not there. Raises
-    SourceError."""
-    images, above = ImageFiles(folder, names), ImageFiles(os.path.dirname(folder), names)
-    tried = range(min(_TRIED, len(names)))
-    if any(os.path.exists(images.path(row)) for row in tried):
-        return images, []
-    if "/" in names[0] and any(os.path.exists(above.path(row)) for row in tried):
-        return above, [f"Paths are relative to {above.root}, the folder above that of the table."]
-    paths = names if any("/" in name for name in names) else _paths_below(folder, names)
-    if located := sum(path != name for path, name in zip(paths, names, strict=True)):
-        counts = f"{located:,} of {len(names):,}"
-        return ImageFiles(folder, paths), [f"The table gives bare names: {counts} were found in the folders below it."]
-    first = images.path(0)
-    stem = f"; {first}.png would be: the paths lack their ending" if os.path.exists(first + ".png") else ""
-    looked = f"looked for {first}{stem}"
-    return images, [f"None of the first {len(tried):,} images is there ({looked}). Paths are relative to {folder}."]
-
-
-def _paths_below(folder: str, names: Sequence[str]) -> list[str]:
-    """The path of each name below ``folder``; the name itself where it is nowhere. Raises SourceError."""
-    paths: dict[str, list[str]] = {name: [] for name in names}
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        for file in files:
-            if is_image(file) and not file.startswith("."):
-                for word in {file, os.path.splitext(file)[0]} & paths.keys():
-                    paths[word].append(os.path.relpath(os.path.join(place, file), folder))
-    if twice := [name for name, several in paths.items() if len(several) > 1]:
-        there = f"{abbreviated(sorted(paths[twice[0]]), 3)} in {folder}; expected one file of that name"
-        raise SourceError(f"{twice[0]} stands for {there}. Remove the others, or write the paths with their folders.")
-    return [several[0] if several else name for name, several in paths.items()]
+def _refuse_contradiction(table: Table, name: str, image: tuple[str, list[int]], roles: dict[str, list[str]]) -> None:
+    path, rows = image
+    cells = table.columns[name]
+    other = next(row for row in rows if len(_kinds(cells, [*rows[:1], row])) > 1 or cells[rows[0]] == "")
+    there = (
+        f"rows {table.places[rows[0]]:,} and {table.places[other]:,}: {name} {cells[rows[0]]!r} and {cells[other]!r}"
+    )
+    way = "expected one row for each image, or rows that agree"
+    if [name] == roles["label"]:
+        way += "; --task multilabel takes several findings of one image together"
+    raise SourceError(f"{table.name} lists {path} twice ({there}); {way}.")

@@ -37,9 +37,10 @@ import numpy as np
 
 from featurecache.errors import SourceError, UnreadableImage
 from featurecache.formatting import abbreviated
+from featurecache.sources.annotations import Table
 from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, read_text
 from featurecache.sources.folders import EXTENSIONS, is_image, kinds_text, list_folder
-from featurecache.sources.labels import Table, resolve_labels
+from featurecache.sources.labels import resolve_labels
 from featurecache.sources.tables import annotate
 from featurecache.sources.vocabulary import SPLITS, split_names_of, words_of
 
@@ -98,8 +99,9 @@ def open_webdataset(data: str, columns: dict[str, str] | None, task: str | None)
         splits=rows.splits if any(rows.splits) else _splits(tars, places[:, 0].tolist()),
         groups=rows.groups,
         meta=rows.meta,
+        understood=rows.remarks,
         images=TarImages(root, ids, tars, index.stamps, places),
-        notes=(*notes, *_notes(index, len(index.samples) - len(samples), bool(rows.classes))),
+        notes=(*notes, *rows.notes, *_notes(index, len(index.samples) - len(samples), bool(rows.classes))),
     )
 
 

@@ -46,8 +46,7 @@ tested_option = option("--show-test", type=Choice(["chosen", "all"]), default="c
 @page_options
 @cache_option
 def ablate(
-    talk: Console, heads: str, features: str | None, data: str | None, columns: tuple[str, ...], task: str | None,
-    classes_at: int | None, order: list[str] | None,
+    talk: Console, heads: str, features: str | None, data: str | None,
     reference: str | None, show_test: str, no_images: bool, hash_ids: bool, **options: Any,
 ) -> int:  # fmt: skip
     """Train many heads, choose their settings on val, and compare them on test: a table and a page.
@@ -65,7 +64,7 @@ def ablate(
     from heads.reports.text import lab_table
 
     views = features.split(",") if features else None
-    images = named_images(talk, data, columns, task, classes_at, order)
+    images = named_images(talk, data, options)
     sweep = api.ablate(views, heads, data=images, say=talk.line, progress=talk.progress, **options)
     if sweep is None:
         talk.next("the same command without --dry-run")
@@ -90,9 +89,8 @@ def ablate(
 @trust_option
 @cache_option
 def evaluate(
-    talk: Console, run: str, features: str | None, data: str | None, columns: tuple[str, ...], task: str | None,
-    classes_at: int | None, order: list[str] | None,
-    cache: str | None, split: str | None, classes: tuple[str, ...], trust_code: bool,
+    talk: Console, run: str, features: str | None, data: str | None, cache: str | None, split: str | None,
+    classes: tuple[str, ...], trust_code: bool, **how: Any,
 ) -> int:  # fmt: skip
     """A finished head on another view (another hospital): nothing is fitted, all measures with intervals.
 
@@ -106,7 +104,7 @@ def evaluate(
 
     families = families_in(run, trust_code=trust_code)
     runs = [each for family in families for each in family.runs]
-    images = external_images(runs, features, named_images(talk, data, columns, task, classes_at, order), cache)
+    images = external_images(runs, features, named_images(talk, data, how), cache)
     view = images(runs[0])
     if not features and not data:
         talk.say(f"view       {view.label}   (the newest; --features chooses)")

@@ -132,8 +132,7 @@ def train_head(talk: Console, features: str | None, cache: str | None, no_images
 @page_options
 @cache_option
 def train_baseline(
-    talk: Console, arch: str, data: str | None, columns: tuple[str, ...], task: str | None,
-    classes_at: int | None, order: list[str] | None, features: str | None,
+    talk: Console, arch: str, data: str | None, features: str | None,
     cache: str | None, no_images: bool, **options: Any,
 ) -> int:  # fmt: skip
     """Train a network from pixels, to be compared with heads: same splits, same choice, same measures.
@@ -159,7 +158,7 @@ def train_baseline(
 
     if data is not None and features is not None:
         raise BadOption("--data and --features both say which images; give one of them.")
-    images = named_images(talk, data, columns, task, classes_at, order)
+    images = named_images(talk, data, options)
     if images is None:
         images = open_features(talk, features, cache, "--features or --data chooses")
     options |= {"classes": options["classes"] or None, "images": not no_images, "progress": talk.progress}

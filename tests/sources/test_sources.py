@@ -48,7 +48,6 @@ def test_words_and_files_that_are_no_source_say_what_there_is(tmp_path):
     [
         ("regression", ["x", "y"], ["'regression' is unknown", "multilabel"]),
         ("binary", ["x", "y", "z"], ["has 3 classes: its task is multiclass, it cannot be binary"]),
-        ("multilabel", ["x", "y"], ["expected 1, 0, or nothing"]),
         ("multiclass", ["", ""], ["no labels"]),
         ("ordinal", ["", ""], ["has no labels: its task is unlabelled, it cannot be ordinal"]),
     ],
@@ -70,7 +69,12 @@ def test_every_source_opens_again_from_its_record(tmp_path, monkeypatch):
     assert records[0].pop("understood").startswith("splits from train/ (read as train)")
     assert records == [
         {"kind": "folder", "data": str(tmp_path / "folder")},
-        {"kind": "table", "data": str(tmp_path / "list.csv"), "columns": {"label": "x,y"}},
+        {
+            "kind": "table",
+            "data": str(tmp_path / "list.csv"),
+            "columns": {"label": "x,y"},
+            "understood": "empty cells of labels (1) are unknown",
+        },
         {"kind": "npz", "data": str(tmp_path / "set.npz"), "task": "ordinal"},
         {"kind": "digits", "data": "digits"},
     ]

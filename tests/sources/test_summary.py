@@ -8,7 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
-from support.small_sets import pictures, table
+from support.small_sets import listed, pictures, table
 
 from featurecache.errors import CannotWrite
 from featurecache.images import decoding
@@ -33,7 +33,9 @@ def test_the_table_counts_classes_splits_and_copies(tmp_path):
 
 
 def test_the_table_of_several_labels_counts_positives_and_unknowns(tmp_path):
-    data = open_source(table(tmp_path, "path,x,y\na,1,0\nb,,1\nc,0,1\n"), columns={"label": "x,y"})
+    data = open_source(listed(tmp_path, "path,x,y\na,1,0\nb,,1\nc,0,1\n"), columns={"label": "x,y"})
+    for name in "abc":
+        (tmp_path / name).unlink()
     about = describe_dataset(data)
     assert (about.counts, about.unlabelled, about.copies) == ([[1], [2]], [1], None)
     assert about.unreadable == [("a", "no such file"), ("b", "no such file"), ("c", "no such file")]

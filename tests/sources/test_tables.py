@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.small_sets import pictures, refused, reopened, table
+from support.small_sets import encoded, listed, pictures, refused, reopened, shades_of, table
 
 from featurecache.errors import UnreadableImage
 from featurecache.sources import open_source
 from featurecache.sources.summary import describe_dataset
+from featurecache.sources.vocabulary import is_missing, spelling_key
 
 
 def test_csv_with_splits_groups_and_further_columns(tmp_path):
@@ -31,7 +33,7 @@ def test_csv_with_splits_groups_and_further_columns(tmp_path):
 
 
 def test_several_label_columns_with_unknown_entries(tmp_path):
-    file = table(tmp_path, "image,Effusion,Mass,note\na.png,1,0,x\nb.png,,1.0,y\nc.png,NaN,False,z\n")
+    file = listed(tmp_path, "image,Effusion,Mass,note\na.png,1,0,x\nb.png,,1.0,y\nc.png,NaN,False,z\n")
     data = open_source(file, columns={"label": "Effusion,Mass"})
     np.testing.assert_array_equal(data.labels, np.array([[1, 0], [np.nan, 1], [np.nan, 0]], np.float32))
     assert (data.task, data.classes, data.labels.dtype) == ("multilabel", ["Effusion", "Mass"], np.float32)
@@ -48,14 +50,14 @@ def test_several_label_columns_with_unknown_entries(tmp_path):
     ],
 )
 def test_labels_of_one_column(tmp_path, text, task, classes, labels):
-    data = open_source(table(tmp_path, text), task=task)
+    data = open_source(listed(tmp_path, text), task=task)
     assert (data.classes, data.labels.tolist(), data.task) == (classes, labels, task or "binary")
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("t.csv", ";"), ("t.tsv", "\t"), ("t.csv", "|")])
 def test_other_delimiters(tmp_path, name, delimiter):
     rows = [["path", "label"], ['"a, b.png"', "x"], ["c.png", "y"]]
-    file = table(tmp_path, "\n".join(delimiter.join(row) for row in rows), name)
+    file = listed(tmp_path, "\n".join(delimiter.join(row) for row in rows), name)
     assert open_source(file).ids == ["a, b.png", "c.png"]
 
 
@@ -63,6 +65,7 @@ def test_parquet_is_read_like_the_csv_of_it(tmp_path):
     pandas = pytest.importorskip("pandas")
     columns = {"path": ["a.png", "b.png", "c.png"], "label": [1, None, 0], "age": [1.5, None, 3.0]}
     site = pandas.Categorical(["x", "y", "x"])
+    pictures(tmp_path, *columns["path"])
     frame = pandas.DataFrame({**columns, "site": site, "split": ["train", None, "train"]})
     frame.to_parquet(tmp_path / "t.parquet")
     frame.to_csv(tmp_path / "t.csv", index=False)
@@ -73,11 +76,9 @@ def test_parquet_is_read_like_the_csv_of_it(tmp_path):
     assert one.meta["site"] == ["x", "y", "x"]
 
 
-def test_parquet_of_embedded_images_without_rows_or_that_is_none_is_refused(tmp_path, monkeypatch):
+def test_parquet_without_rows_or_that_is_none_is_refused(tmp_path, monkeypatch):
     pandas = pytest.importorskip("pandas")
     file = tmp_path / "t.parquet"
-    pandas.DataFrame({"path": ["a"], "image_bytes": [b"\x89PNG"]}).to_parquet(file)
-    refused(file, "other than text and numbers in image_bytes")
     pandas.DataFrame({"path": []}, dtype=str).to_parquet(file)
     refused(file, "has no rows")
     file.write_bytes(b"nonsense")
@@ -86,13 +87,97 @@ def test_parquet_of_embedded_images_without_rows_or_that_is_none_is_refused(tmp_
     refused(file, "featurecache[parquet]")
 
 
-def test_paths_that_are_all_missing_are_hinted_at_and_fail_by_name(tmp_path):
-    pictures(tmp_path, "images/a.png", "images/b.png")
-    data = open_source(table(tmp_path, "path,label\nimages/a,x\nimages/b,y\n"))
-    assert "None of the first 2 images is there" in data.notes[0]
-    assert "images/a.png would be" in data.notes[0]
-    with pytest.raises(UnreadableImage, match=r"^no such file$"):
+@pytest.mark.parametrize("inner", [True, False])
+def test_parquet_with_the_images_inside(tmp_path, inner):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    cells = [{"bytes": encoded(k), "path": f"{k}.png"} if inner else encoded(k) for k in range(6)]
+    table = arrow.table({"image": cells, "label": [0, 1] * 3, "box": [[{"x": 1}]] * 6})
+    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    data = open_source(tmp_path / "t.parquet")
+    assert (shades_of(data), data.labels.tolist(), data.classes) == ([*range(6)], [0, 1] * 3, ["0", "1"])
+    assert data.ids == [f"{k}.png" if inner else f"t.parquet:{k}" for k in range(6)]
+    assert "images inside t.parquet, in its column image" in data.understood
+    assert "columns left out, neither text nor numbers: box" in data.understood
+    reopened(data)
+
+
+def test_parquet_of_the_hub_names_its_classes_and_may_lack_an_image(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    cells = [{"bytes": encoded(0), "path": None}, {"bytes": None, "path": None}, {"bytes": encoded(2), "path": None}]
+    table = arrow.table({"image": cells, "label": [1, 0, -1]}).replace_schema_metadata(about)
+    parquet.write_table(table, tmp_path / "t.parquet")
+    data = open_source(tmp_path / "t.parquet")
+    assert (data.classes, data.labels.tolist()) == (["cat", "dog"], [1, 0, -1])
+    with pytest.raises(UnreadableImage, match="no image in this row"):
         data.read(1)
+
+
+def test_parquet_with_two_columns_of_images_is_refused(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"left": [encoded(0)], "right": [encoded(1)]}), tmp_path / "t.parquet")
+    refused(tmp_path / "t.parquet", "several columns hold images: left, right")
+
+
+def test_lists_in_parquet_are_findings(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pictures(tmp_path, "a.png", "b.png")
+    columns = {"path": ["a.png", "b.png"], "label": [["mass", "edema"], ["normal"]]}
+    parquet.write_table(arrow.table(columns), tmp_path / "t.parquet")
+    data = open_source(tmp_path / "t.parquet")
+    assert (data.classes, data.labels.tolist()) == (["edema", "mass"], [[1, 1], [0, 0]])
+
+
+def test_paths_that_are_all_missing_are_refused_with_where_they_were_looked_for(tmp_path):
+    file = table(tmp_path, "path,label\nimages/a,x\nimages/b,y\n")
+    refused(file, f"None of the 2 images of the table is there: looked for {tmp_path}/images/a.", "--root DIR")
+    refused(table(tmp_path, "path\nhttps://x.org/a.png\n"), "https://x.org/a.png is an address, not a file")
+
+
+@pytest.mark.parametrize(
+    ("written", "on_disk", "said"),
+    [
+        ("train\\A\\1.png", "train/A/1.png", "back-slashes in the paths read as slashes"),
+        ("images/ISIC_1", "images/ISIC_1.jpg", "paths without ending: the files have one"),
+        ("IMG/A.PNG", "img/a.png", "differ in their case"),
+        ("u\u0308/1.png", "\u00fc/1.png", "differ in their Unicode form"),
+        ("a/1.jpeg", "a/1.png", "differ in their ending"),
+        ("1.PNG", "deep/1.png", "differ in their case"),
+    ],
+)
+def test_paths_that_are_written_otherwise_than_the_files(tmp_path, written, on_disk, said):
+    pictures(tmp_path, on_disk)
+    data = open_source(table(tmp_path, f"path,label\n{written},x\n"))
+    assert (data.ids, shades_of(data)) == ([written], [0])
+    assert said in data.source["understood"]
+
+
+def test_paths_of_another_machine_are_refused_and_taken_with_root(tmp_path):
+    pictures(tmp_path / "t", "img/0.png", "img/1.png")
+    file = table(tmp_path / "t", "path,label\n/kaggle/set/img/0.png,x\n/kaggle/set/img/1.png,y\n")
+    refused(file, "looked for /kaggle/set/img/0.png", f"img/0.png lies in {tmp_path}/t: --root {tmp_path}/t takes")
+    data = open_source(file, root=str(tmp_path / "t"))
+    assert (shades_of(data), data.source["root"]) == ([0, 1], str(tmp_path / "t"))
+    assert "the first 2 folders of the paths left out" in data.source["understood"]
+    reopened(data)
+    refused(file, "there is no such folder", root=str(tmp_path / "gone"))
+
+
+def test_a_folder_has_no_other_root(tmp_path):
+    refused(pictures(tmp_path, "a.png"), "--root is where the images of a table lie", root=str(tmp_path))
+
+
+def test_a_path_that_lies_under_another_root_alone(tmp_path):
+    pictures(tmp_path / "images", "a.png", "b.png")
+    file = table(tmp_path / "lists", "path,label\na.png,x\nb.png,y\n")
+    assert shades_of(open_source(file, root=str(tmp_path / "images"))) == [0, 1]
+
+
+def test_images_that_are_there_behind_many_that_are_not(tmp_path):
+    pictures(tmp_path, "in/last.png")
+    rows = "".join(f"in/gone{k}.png\n" for k in range(30))
+    assert open_source(table(tmp_path, f"path\n{rows}in/last.png\n")).read(30)
 
 
 @pytest.mark.parametrize("ending", [".png", ""])
@@ -101,7 +186,7 @@ def test_bare_names_are_found_in_the_folders_below_the_table(tmp_path, ending):
     data = open_source(table(tmp_path, f"path,label\na{ending},x\nb{ending},y\ngone{ending},y\n"))
     assert data.ids == [f"a{ending}", f"b{ending}", f"gone{ending}"]
     assert data.read(1) == (tmp_path / "part_2/b.png").read_bytes()
-    assert data.notes == ("The table gives bare names: 2 of 3 were found in the folders below it.",)
+    assert data.understood == ("bare names: 2 of 3 found in the folders below the table",)
     assert dict(describe_dataset(data).unreadable) == {f"gone{ending}": "no such file"}
     reopened(data)
 
@@ -117,16 +202,16 @@ def test_names_beside_the_table_come_first_and_those_from_the_folder_above_are_s
     assert dict(describe_dataset(data).unreadable) == {"b.png": "no such file"} and not data.notes
     data = open_source(table(tmp_path / "old", "path,label\nold/a.png,x\nold/b.png,y\n"))
     assert not describe_dataset(data).unreadable
-    assert data.notes == (f"Paths are relative to {tmp_path}, the folder above that of the table.",)
+    assert data.understood == ("paths relative to the folder above that of the table",)
 
 
 def test_further_columns_are_numbers_where_all_are_and_codes_keep_their_zeros(tmp_path):
-    data = open_source(table(tmp_path, "path,dx,code,count,mixed,empty\na,x,007,1,1,\nb,y,123,2,b,\n"))
+    data = open_source(listed(tmp_path, "path,note,code,count,mixed,empty\na,x,007,1,1,\nb,y,123,2,b,\n"))
     assert (data.task, data.meta["code"], data.meta["mixed"], data.meta["empty"]) == (
         "unlabelled", ["007", "123"], ["1", "b"], ["", ""],
     )  # fmt: skip
     assert (data.meta["count"].tolist(), data.meta["count"].dtype) == ([1, 2], np.int64)
-    assert "among dx, code, count, mixed, empty: --column label=NAME" in data.notes[0]
+    assert "among note, code, count, mixed, empty: --column label=NAME" in data.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +223,7 @@ def test_further_columns_are_numbers_where_all_are_and_codes_keep_their_zeros(tm
         ("path,label\na,x\n", {"path": "path", "label": "path"}, ["cannot be two things at once"]),
         ("path,label\na,x\n", {"lable": "label"}, ["cannot name a 'lable'"]),
         ("path,a,b\nx,1,0\n", {"split": "a,b"}, ["the split is one column"]),
-        ("path,label\na,x\na,y\n", None, ["lists a twice (rows 2 and 3)"]),
+        ("path,label\na,x\na,y\n", None, ["lists a twice (rows 2 and 3: label 'x' and 'y')", "--task multilabel"]),
         ("path,label\n,x\n", None, ["row 2 has no path"]),
         ("path,label,fold\na,x,1\nb,y,2\n", None, ["'fold' is \"1\", expected train, val or test", "--column split="]),
         ("path,label\na,x,y\n", None, ["row 2 has 3 fields, the header 2"]),
@@ -147,7 +232,7 @@ def test_further_columns_are_numbers_where_all_are_and_codes_keep_their_zeros(tm
         ("", None, ["no rows"]),
         ("path,label\n\udcfc,x\n", None, ["not UTF-8 (byte 0xfc)"]),
         ("path,label\n" + "x" * 200_000 + ",y\n", None, ["cannot be read as a table"]),
-        ("path,a,b\nx,1,0\ny,-1,1\n", {"label": "a,b"}, ["row 3: 'a' is \"-1\"", "write 1, 0 or nothing"]),
+        ("path,a,b\nx,1,0\ny,2,1\n", {"label": "a,b"}, ["row 3: 'a' is \"2\"", "or nothing where it is not known"]),
         ("path,label,split\na,x,train\nb,y,train\nc,z,test\n", None,
          ['list.csv row 4: the label "z" is in no train row', "x, y"]),
     ],
@@ -158,7 +243,7 @@ def test_tables_that_are_wrong_get_their_sentence(tmp_path, text, columns, words
 
 
 def test_an_empty_column_name_says_there_is_none(tmp_path):
-    data = open_source(table(tmp_path, "path,label,fold\na,x,1\nb,y,2\n"), columns={"split": ""})
+    data = open_source(listed(tmp_path, "path,label,fold\na,x,1\nb,y,2\n"), columns={"split": ""})
     assert (data.splits, data.meta["fold"].tolist()) == (["", ""], [1, 2])
 
 
@@ -168,24 +253,27 @@ def test_columns_are_for_tables_and_a_folder_is_one_whatever_it_is_called(tmp_pa
     refused(tmp_path / "t.csv", "is no table", columns={"label": "x"})
 
 
-CELLS = st.characters(codec="utf-8", exclude_characters="\0\r\n")
-PATHS = st.text(CELLS, min_size=1, max_size=20).map(str.strip).filter(bool)
+PATHS = st.from_regex(r"[a-z,; \"|]{0,9}[a-z]", fullmatch=True).map(str.strip)
+LABELS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n|;,[]"), max_size=9).map(
+    "xx{}".format
+) | st.sampled_from(["", "NA", "1.0", "2"])
 
 
-@given(st.dictionaries(PATHS, st.text(CELLS, max_size=9), min_size=1, max_size=9))
+@given(st.dictionaries(PATHS, LABELS, min_size=1, max_size=9))
 @settings(max_examples=60, deadline=None)
 def test_whatever_stands_in_a_csv_comes_back(tmp_path_factory, rows):
-    file = tmp_path_factory.mktemp("t") / "t.csv"
-    with file.open("w", encoding="utf-8", newline="") as lines:
+    folder = tmp_path_factory.mktemp("t")
+    with (folder / "t.csv").open("w", encoding="utf-8", newline="") as lines:
         csv.writer(lines).writerows([("path", "label"), *rows.items()])
-    data = open_source(file)
+    (folder / next(iter(rows))).touch()
+    data = open_source(folder / "t.csv")
     assert data.ids == list(rows)
     names = ["" if label == -1 else data.classes[label] for label in data.labels]
-    assert names == [_as_class(label.strip()) for label in rows.values()]
+    assert list(map(spelling_key, names)) == [spelling_key(_as_class(label.strip())) for label in rows.values()]
 
 
 def _as_class(label: str) -> str:
-    """What the documentation says of a cell: "nan" is empty, a whole number has no decimals."""
+    """What the documentation says of a cell: a word for missing is empty, a whole number has no decimals."""
     whole, point, decimals = label.partition(".")
     number = whole.removeprefix("-").isdecimal() and point and decimals and not decimals.strip("0")
-    return "" if label.lower() == "nan" else whole if number else label
+    return "" if is_missing(label) else whole if number else label

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from pathlib import Path
@@ -35,6 +36,14 @@ def table(folder: Path, text: str, name: str = "list.csv") -> Path:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(text, encoding="utf-8")
     return folder / name
+
+
+def listed(folder: Path, text: str, name: str = "list.csv") -> Path:
+    """A table like `table`, and an image for each of its rows: the first column holds their paths."""
+    sign = "\t" if name.endswith(".tsv") else max(",;|", key=text.count)
+    paths = [row[0].strip() for row in csv.reader(text.splitlines()[1:], delimiter=sign) if row]
+    pictures(folder, *paths)
+    return table(folder, text, name)
 
 
 def npz(path: Path, **arrays: np.ndarray) -> Path:
