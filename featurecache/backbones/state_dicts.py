@@ -1,7 +1,7 @@
 """What a checkpoint holds: which of several sets of weights, under which prefix, in whose spelling, and what beside it.
 
 A training script leaves more than a network in a file: its moving average, a student and a teacher, a decoder, and all
-of it under the names of whatever wrapped it. `Checkpoint` is one set of weights out of that, and one sentence for each
+of it under the names of whatever wrapped it. `StateDict` is one set of weights out of that, and one sentence for each
 thing that was decided on the way: what was taken, what else could be (``--weights FILE:NAME``), what was set aside.
 """
 
@@ -37,7 +37,7 @@ _TRAINING_PART = re.compile(
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class StateDict:
     """One set of weights out of the file at ``path``; ``notes``: what was taken and what set aside, for people."""
 
     path: Path
@@ -49,10 +49,10 @@ class Checkpoint:
     def line(self) -> str:
         return "; ".join(self.notes)
 
-    def noted(self, *notes: str) -> Checkpoint:
+    def noted(self, *notes: str) -> StateDict:
         return replace(self, notes=(*self.notes, *notes))
 
-    def fitted(self, title: str, own: Mapping[str, torch.Tensor]) -> Checkpoint:
+    def fitted(self, title: str, own: Mapping[str, torch.Tensor]) -> StateDict:
         """In the names of the network whose tensors are ``own``: spelled so, without what its names stand behind.
 
         Every name counts for the prefix that leaves the longest name of the network; the prefix of most names is taken.
@@ -76,7 +76,7 @@ class Checkpoint:
         notes += [f"the network under {prefix or 'no prefix'}{why}"] if prefix or why else []
         return replace(self, tensors=tensors).noted(*notes, *_set_aside(aside))
 
-    def fitted_part(self, title: str, part: str, own: Mapping[str, torch.Tensor]) -> Checkpoint:
+    def fitted_part(self, title: str, part: str, own: Mapping[str, torch.Tensor]) -> StateDict:
         """As `fitted`, of the ``part`` (``vit``, ``vision_model``) as which a classifier or a CLIP has the network."""
         checkpoint = self.fitted(title, {f"{part}.{name}": tensor for name, tensor in own.items()})
         starts = [re.match(rf"(.*?\.)?{re.escape(part)}\.", name) for name in checkpoint.tensors]
@@ -105,7 +105,7 @@ class Checkpoint:
         why = f"{who}; " if word else ""
         return word, f" ({why}also there: {_choices(self.path, (other.rstrip('.') for other in others))})"
 
-    def without_training_parts(self, own: Iterable[str], heads: tuple[str, ...] = ()) -> Checkpoint:
+    def without_training_parts(self, own: Iterable[str], heads: tuple[str, ...] = ()) -> StateDict:
         """Without decoders, projection heads and queues, of which the network (of tensors ``own``) has nothing of that
         name, and without ``heads``. A mask token without a decoder stays: timm knows DINOv2's files by it."""
         first = {name.partition(".")[0] for name in own}
@@ -116,7 +116,7 @@ class Checkpoint:
         return replace(self, tensors=tensors).noted(*_set_aside(aside))
 
 
-def select_state_dict(path: Path, data: Any, name: str = "") -> Checkpoint:
+def select_state_dict(path: Path, data: Any, name: str = "") -> StateDict:
     """The state dict in what a training script has saved: the one of this name, or by `PREFERRED`, or under one of the
     usual names, or the only one there is. Raises WeightsDoNotFit."""
     sets = {str(k): v for k, v in data.items() if isinstance(v, Mapping) and v} if isinstance(data, Mapping) else {}
@@ -137,7 +137,7 @@ def select_state_dict(path: Path, data: Any, name: str = "") -> Checkpoint:
         )
     else:
         key = next(iter(sets), "")
-    checkpoint = Checkpoint(path, _named_tensors(path, sets[key] if key else data), name)
+    checkpoint = StateDict(path, _named_tensors(path, sets[key] if key else data), name)
     size = len(checkpoint.tensors)
     others = [k for k, v in sets.items() if k != key and 2 * sum(map(torch.is_tensor, v.values())) >= size]
     if name and name != key:
@@ -163,7 +163,7 @@ def _named_tensors(path: Path, values: Any) -> Tensors:
     return {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
 
 
-def _part(checkpoint: Checkpoint, name: str, others: list[str]) -> Checkpoint:
+def _part(checkpoint: StateDict, name: str, others: list[str]) -> StateDict:
     """What stands under ``name``, a part of the names in a state dict (``module.encoder_q.``)."""
     cut = re.compile(rf"(?:^|.*?\.){re.escape(name.strip('.'))}\.(.+)$")
     matches = {key: cut.match(key) for key in checkpoint.tensors}

@@ -24,7 +24,7 @@ import torch
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_preprocess, from_timm
-from featurecache.backbones.state_dicts import Checkpoint, foreign_names, other_shapes
+from featurecache.backbones.state_dicts import StateDict, foreign_names, other_shapes
 from featurecache.backbones.timm_outputs import network_identity, output_traits
 from featurecache.backbones.weights import (
     download_weights,
@@ -284,7 +284,7 @@ def _outline(
     return network, traits, nhwc, config
 
 
-def _checkpoint(model: TimmModel, request: BackboneRequest, own: dict[str, torch.Tensor]) -> Checkpoint:
+def _checkpoint(model: TimmModel, request: BackboneRequest, own: dict[str, torch.Tensor]) -> StateDict:
     """What the file of weights holds of a network whose tensors, without its classifier, are ``own``. A file of one's
     own (``--weights``) in the names of the network."""
     assert model.weights is not None
@@ -296,7 +296,7 @@ def _checkpoint(model: TimmModel, request: BackboneRequest, own: dict[str, torch
     return checkpoint.without_training_parts([*own, *kept], cut)
 
 
-def _is_pooled_by_mean(checkpoint: Checkpoint, network: Any) -> bool:
+def _is_pooled_by_mean(checkpoint: StateDict, network: Any) -> bool:
     """Whether it is of a vision transformer fine-tuned on the mean of its patches (MAE, RETFound), and timm's default
     of the name on the class token: it has ``fc_norm`` where the other has ``norm``."""
     own, names = network.state_dict(), checkpoint.tensors
@@ -312,7 +312,7 @@ def _classifiers(model: TimmModel) -> tuple[str, ...]:
 def _trained(
     model: TimmModel,
     request: BackboneRequest,
-    checkpoint: Checkpoint,
+    checkpoint: StateDict,
     own: dict[str, torch.Tensor],
     size: tuple[int, int],
 ) -> tuple[Any, dict[str, Any]]:

@@ -21,7 +21,7 @@ from torch import nn
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_preprocess, from_transforms
-from featurecache.backbones.state_dicts import Checkpoint, first_names, foreign_names, other_shapes
+from featurecache.backbones.state_dicts import StateDict, first_names, foreign_names, other_shapes
 from featurecache.backbones.weights import download_weights, existing_weights, read_checkpoint, weights_identity
 from featurecache.backbones.wrappers import PooledMap, Tokens
 from featurecache.errors import BadOption, OutputRefused, UnknownBackbone, WeightsDoNotFit, nearest
@@ -148,7 +148,7 @@ def _tail(name: str, network: nn.Module) -> list[str]:
     return [f"{head}.{key}" for key, _ in layers[first:]]
 
 
-def _fill(name: str, network: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, Any], str]:
+def _fill(name: str, network: nn.Module, checkpoint: StateDict) -> tuple[dict[str, Any], str]:
     """Load it; return what identifies it, without the classifier, which no output uses, and what of it was taken.
 
     So a file with another number of classes, or with no classifier, is as good. Raises WeightsDoNotFit.

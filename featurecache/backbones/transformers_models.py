@@ -25,7 +25,7 @@ from torch import nn
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_processor, choose_processor, from_processor
-from featurecache.backbones.state_dicts import Checkpoint, first_names, foreign_names
+from featurecache.backbones.state_dicts import StateDict, first_names, foreign_names
 from featurecache.backbones.weights import (
     existing_weights,
     library_errors,
@@ -321,7 +321,7 @@ def _network(
 
 
 def _with_weights(
-    checkpoint: Checkpoint, title: str, family: ModelLayout, cls: Any, config: Any
+    checkpoint: StateDict, title: str, family: ModelLayout, cls: Any, config: Any
 ) -> tuple[nn.Module, set[str], dict[str, Any], str]:
     """As `_network`. Raises WeightsDoNotFit: other shapes, other missing tensors, more blocks than asked for."""
     with torch.device("meta"):

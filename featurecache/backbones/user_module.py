@@ -282,7 +282,10 @@ class FeatureTap(nn.Module):
         except OutputRefused:
             raise
         except Exception as error:  # whatever the user's code raises
-            why = first_line(error)
+            first_conv = next((module for module in self.network.modules() if isinstance(module, nn.Conv2d)), None)
+            grey = first_conv is not None and first_conv.in_channels == 1
+            way = ". Images come as RGB: let its forward begin with x = x.mean(1, keepdim=True), or as it was trained"
+            why = first_line(error) + way * grey
             raise BadOption(f"{self.title} does not take images of {size[0]}×{size[1]} pixels: {why}") from error
         self._choose_outputs({path: tuple(tensor.shape) for path, tensor in first.items()})
         for path, tensor in first.items():

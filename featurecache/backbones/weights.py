@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from featurecache.backbones.state_dicts import Checkpoint, first_names, select_state_dict
+from featurecache.backbones.state_dicts import StateDict, first_names, select_state_dict
 from featurecache.errors import FeatureCacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound, first_line
 
 REACH = 4.0  # seconds the hub has to answer before the local cache is used instead
@@ -172,7 +172,7 @@ def weights_file(folder: Path) -> Path | None:
     return next((folder / name for name in _IN_FOLDER if (folder / name).is_file()), None)
 
 
-def read_checkpoint(path: Path, name: str = "") -> Checkpoint:
+def read_checkpoint(path: Path, name: str = "") -> StateDict:
     """The weights of a folder, an index of several files, a ``.safetensors``, ``.bin`` or ``.pt``; of several sets of
     them in one file the one of this name.
 

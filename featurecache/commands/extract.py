@@ -177,6 +177,7 @@ def result_record(result: ExtractionResult) -> dict[str, Any]:
 
 def backbone_lines(record: dict[str, Any]) -> str:
     """``info --backbone``: what it is, what it sees, and which outputs it offers or refuses."""
+    record = one_line(record)
     layers = (f"{record['layers']} blocks, " if record["layers"] else "") + f"width {record['width']}"
     tokens = len(record["prefix"]) + record["grid"][0] * record["grid"][1]
     prefix = f"{' '.join(record['prefix'])} + " if record["prefix"] else ""

@@ -327,6 +327,11 @@ BODY = "self.act(self.body(x))"
             CNN.replace('"act"', '"pool"').replace("self.body(x)", "self.body(x.unfold(2, 33, 1))"),
             r"does not take images of 32×32",
         ),
+        (
+            BadOption,
+            CNN.replace("Conv2d(3, 8", "Conv2d(1, 8"),
+            r"expected .*1 channels.* Images come as RGB: let its forward",
+        ),
     ],
 )
 def test_code_that_fails_or_says_too_little_is_refused_with_what_to_write(error, source, says):
