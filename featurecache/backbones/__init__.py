@@ -1,9 +1,10 @@
 """Loading a backbone by its name (`load_backbone`), and what ``info --backbone`` says of it (`describe_backbone`).
 
 Names: an alias (`featurecache.backbones.aliases`); ``hf:<repo or folder>[@revision]``; a folder written by
-``save_pretrained``; ``torchvision:<name>[:<weights>]``; ``timm:<name>``; ``python:<module>:<factory>``, a network of
-the user's own. To add one: a short name is an entry in ``ALIASES`` (`aliases`), a model type of transformers one in
-``FAMILIES`` (`transformers_models`); every model of torchvision and timm is there already.
+``save_pretrained``; ``torchvision:<name>[:<weights>]``; ``timm:<name>``, or ``hf-hub:<repo>`` as timm writes it;
+``python:<module>:<factory>``, a network of the user's own. To add one: a short name is an entry in ``ALIASES``
+(`aliases`), a model type of transformers one in ``FAMILIES`` (`transformers_models`); every model of torchvision and
+timm is there already.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def _load(request: BackboneRequest) -> Backbone:
     where = alias.id if alias else name
     if where.startswith("python:"):
         return user_module.load(where.removeprefix("python:"), request)
+    if re.match("hf[-_]hub:", where):  # timm's own way to write a repository of the hub
+        return timm_models.load(where, request, alias)
     if where.startswith("torchvision:"):
         return torchvision_models.load(where.removeprefix("torchvision:"), request, alias)
     path = where.removeprefix("hf:")
@@ -99,6 +102,7 @@ def describe_backbone(backbone: Backbone | str, **options: Any) -> dict[str, Any
         "prefix": list(backbone.prefix),
         "grid": list(backbone.grid),
         "sees": f"{backbone.preprocess.line()} ({backbone.provenance['preprocessing']})",
+        "weights": backbone.provenance.get("weights", ""),
         "vector": backbone.vector,
         "outputs": outputs,
     }

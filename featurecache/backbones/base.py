@@ -13,7 +13,6 @@ Axis letters: B batch, T tokens, D width, C channels, h and w the sides of a map
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from featurecache.backbones.weights import split_weights
 from featurecache.errors import OutputRefused
 from featurecache.images.preprocessing import Preprocess
 
@@ -51,11 +51,17 @@ class BackboneRequest:
 
     @property
     def weights_path(self) -> Path | None:
-        return Path(os.path.expanduser(self.weights)) if self.weights is not None else None
+        return split_weights(self.weights)[0] if self.weights is not None else None
+
+    @property
+    def weights_name(self) -> str:
+        """Of ``--weights FILE:NAME``: which of several sets of weights in the file."""
+        return split_weights(self.weights)[1] if self.weights is not None else ""
 
     def portable_arguments(self, name: str) -> dict[str, Any]:
         """The arguments that load the same backbone from any working directory, where ``name`` finds it."""
         weights = str(self.weights_path.resolve()) if self.weights_path is not None else None
+        weights = f"{weights}:{self.weights_name}" if self.weights_name else weights
         return {key: value for key, value in asdict(self).items() if key != "meta"} | {"name": name, "weights": weights}
 
 

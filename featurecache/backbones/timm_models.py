@@ -12,27 +12,26 @@ nowhere: no address, no file, no code of theirs is followed. The classifier is t
 
 from __future__ import annotations
 
-import inspect
 import os
+import re
 import warnings
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, TimmMap, TimmTokens, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_preprocess, from_timm
+from featurecache.backbones.state_dicts import StateDict, foreign_names, other_shapes
+from featurecache.backbones.timm_outputs import network_identity, output_traits
 from featurecache.backbones.weights import (
     download_weights,
     existing_weights,
-    read_state_dict,
+    read_checkpoint,
     snapshot,
-    weights_digest,
-    without_prefix,
+    weights_identity,
 )
 from featurecache.errors import (
     BadOption,
@@ -98,9 +97,21 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
         model = _find(where, request)
         preprocess = _preprocess(model, request)
         network, traits, nhwc, config = _outline(model, request, preprocess)
-        weights: dict[str, Any] = {"random_seed": request.seed}
+        weights, taken = {"random_seed": request.seed}, ""
+        if model.weights is not None and not request.random_weights and (request.weights or not request.meta):
+            checkpoint = _checkpoint(model, request, network.state_dict())
+            if _is_pooled_by_mean(checkpoint, network):
+                model = replace(model, arguments={**model.arguments, "global_pool": "avg"})
+                network, traits, nhwc, config = _outline(model, request, preprocess)
+                checkpoint = _checkpoint(model, request, network.state_dict())
+                checkpoint = checkpoint.noted("fc_norm instead of norm: the network with global_pool='avg'")
+            taken = checkpoint.line if request.weights else ""
+            if not request.meta:
+                network, weights = _trained(model, request, checkpoint, network.state_dict(), preprocess.size)
+        elif not request.meta:
+            with torch_seed(request.seed):
+                network = model.build(preprocess.size)
         if not request.meta:
-            network, weights = _network(model, request, network.state_dict(), preprocess.size)
             network.reset_classifier(0)  # no output uses it
     positions = "as trained" if nhwc is None else "none"
     if preprocess.size != tuple(model.settings.input_size[1:]) and (model.takes_size or nhwc is None):
@@ -124,6 +135,7 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
             "preprocessing": "timm's transform by the data config of the weights",
             "attention": "timm's own" if nhwc is None else None,
             "versions": versions("timm", "torchvision"),
+            "weights": taken,
             "request": request.portable_arguments(model.portable_name),
         },
         **traits,
@@ -132,6 +144,7 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
 
 def _find(where: str, request: BackboneRequest) -> TimmModel:
     """Which of timm's architectures a name means. Raises UnknownBackbone, WeightsNotFound, WeightsDoNotFit."""
+    where = re.sub(r"^hf[-_]hub:", "", where)  # as timm.create_model writes a repository of the hub
     folder, weights = Path(os.path.expanduser(where)), existing_weights(request.weights_path)
     if folder.is_dir():
         return _of_folder(folder, where, f"timm:{folder.resolve()}", weights=weights or folder)
@@ -241,7 +254,7 @@ def _preprocess(model: TimmModel, request: BackboneRequest) -> Preprocess:
 def _outline(
     model: TimmModel, request: BackboneRequest, preprocess: Preprocess
 ) -> tuple[Any, dict[str, Any], bool | None, dict[str, Any]]:
-    """The network without numbers, in no memory; what it gives (`_output_traits`); what of the arguments saved with it
+    """The network without numbers, in no memory; what it gives (`output_traits`); what of the arguments saved with it
     makes it another than timm makes by the name alone. Raises BadOption, OutputRefused."""
     from timm.models import get_pretrained_cfg
 
@@ -254,12 +267,12 @@ def _outline(
                 patch = patch[0] if isinstance(patch, tuple) else patch
                 preprocess.scaled(request.image_size, int(patch or 1))  # refuses what is not a multiple of it
             features = network.forward_features(torch.zeros(1, 3, *size))
-            traits, nhwc = _output_traits(model.title, network, features, size)
+            traits, nhwc = output_traits(model.title, network, features, size)
             if model.arguments:
                 published = get_pretrained_cfg(model.architecture)
                 settings = replace(model.settings, fixed_input_size=bool(published and published.fixed_input_size))
                 plain = replace(model, arguments={}, settings=settings).build(size)
-                if _identity(network) != _identity(freeze(plain)):
+                if network_identity(network) != network_identity(freeze(plain)):
                     config = {name: [*v] if isinstance(v, tuple) else v for name, v in model.arguments.items()}
             network.reset_classifier(0)  # no output uses it
     except (BadOption, OutputRefused):
@@ -270,130 +283,64 @@ def _outline(
     return network, traits, nhwc, config
 
 
-def _network(
-    model: TimmModel, request: BackboneRequest, own: dict[str, torch.Tensor], size: tuple[int, int]
+def _checkpoint(model: TimmModel, request: BackboneRequest, own: dict[str, torch.Tensor]) -> StateDict:
+    """What the file of weights holds of a network whose tensors, without its classifier, are ``own``. A file of one's
+    own (``--weights``) in the names of the network."""
+    assert model.weights is not None
+    if request.weights is None:
+        return read_checkpoint(model.weights)
+    checkpoint = read_checkpoint(model.weights, request.weights_name).fitted(model.title, own)
+    kept = [f"{name}.weight" for name in _classifiers(model) if f"{name}.weight" in checkpoint.tensors]
+    cut = () if kept else tuple(f"{name}." for name in _classifiers(model))
+    return checkpoint.without_training_parts([*own, *kept], cut)
+
+
+def _is_pooled_by_mean(checkpoint: StateDict, network: Any) -> bool:
+    """Whether it is of a vision transformer fine-tuned on the mean of its patches (MAE, RETFound), and timm's default
+    of the name on the class token: it has ``fc_norm`` where the other has ``norm``."""
+    own, names = network.state_dict(), checkpoint.tensors
+    fits = "norm.weight" in own and "fc_norm.weight" not in own and getattr(network, "global_pool", "") == "token"
+    return fits and "fc_norm.weight" in names and "norm.weight" not in names
+
+
+def _classifiers(model: TimmModel) -> tuple[str, ...]:
+    names = _tuple(model.settings.classifier or ())
+    return (names,) if isinstance(names, str) else names
+
+
+def _trained(
+    model: TimmModel,
+    request: BackboneRequest,
+    checkpoint: StateDict,
+    own: dict[str, torch.Tensor],
+    size: tuple[int, int],
 ) -> tuple[Any, dict[str, Any]]:
     """(network, what identifies its weights). ``own``: the shapes of its tensors, without its classifier."""
-    if request.untrained:
-        with torch_seed(request.seed):
-            return model.build(size), {"random_seed": request.seed}
-    assert model.weights is not None
-    state, options = read_state_dict(model.weights), {}
-    classifiers = _tuple(model.settings.classifier or ())
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    state, options = checkpoint.tensors, {}
     if request.weights is not None:
-        state = without_prefix(model.title, state, own)
         for key in own.keys() & state.keys():  # timm would fit the position embeddings of another size unasked
             if request.image_size is None and "pos_embed" in key and state[key].shape != own[key].shape:
                 raise WeightsDoNotFit(
                     f"the weights {request.weights} were made for images of another size than {model.title}: {key} is "
                     f"{list(state[key].shape)}, expected {list(own[key].shape)}. Give their size with --image-size"
                 )
-        counts = {len(state[f"{name}.weight"]) for name in classifiers if f"{name}.weight" in state}
+        if grey := [words for words in other_shapes(state, own) if "channel" in words]:
+            raise WeightsDoNotFit(f"the weights {request.weights} are not of {model.title}: {grey[0]}")
+        counts = {len(state[f"{name}.weight"]) for name in _classifiers(model) if f"{name}.weight" in state}
         if not counts and own.keys() & state.keys():  # cut off, and else of timm's own names
             counts = {0}
         options = {"num_classes": counts.pop()} if len(counts) == 1 else {}
-    head = tuple(f"{name}." for name in classifiers)
+    head = tuple(f"{name}." for name in _classifiers(model))
     deciding = {key: v for key, v in state.items() if not key.startswith(head) and v.is_floating_point()}
+    identity = weights_identity(model.title, deciding)
     overlay = {"state_dict": dict(state)} | ({**options, "label_offset": None} if options else {})
     try:
         with torch_seed(0):
             network = model.build(size, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception as error:  # load_state_dict's, and whatever timm's own renaming of names meets
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = lines[1] if len(lines) > 1 else first_line(error)
-        raise WeightsDoNotFit(
-            f"the weights {model.weights} are not of timm's {model.architecture}: {why[:200]}"
-        ) from error
+        why = (lines[1] if len(lines) > 1 else first_line(error))[:200]
+        why += foreign_names(state, "timm") if 2 * len(own.keys() & state.keys()) < len(own) else ""
+        raise WeightsDoNotFit(f"the weights {model.weights} are not of timm's {model.architecture}: {why}") from error
     network.pretrained_cfg.pop("state_dict", None)
-    return network, {"blake2b": weights_digest(deciding)}
-
-
-def _output_traits(
-    title: str, network: Any, features: Any, size: tuple[int, int]
-) -> tuple[dict[str, Any], bool | None]:
-    """(fields of a `Backbone`, whether its map is [B,h,w,C], None of tokens): of a network with its classifier, and of
-    what its ``forward_features`` made of one image of ``size``. Raises OutputRefused."""
-    tensor = isinstance(features, torch.Tensor)
-    if not tensor or features.dim() not in (3, 4):
-        what = list(features.shape) if tensor else f"a {type(features).__name__}"
-        raise OutputRefused(
-            f"{title} cannot be a backbone here: its forward_features gives {what}; expected tokens [B,T,D] or a "
-            "map [B,C,h,w]"
-        )
-    applied: list[nn.Module] = []  # what has parameters and comes between the features and the vector
-    with ExitStack() as hooks:
-        for module in network.modules():
-            if any(True for _ in module.parameters(recurse=False)):
-                hooks.enter_context(module.register_forward_pre_hook(lambda module, _: applied.append(module)))
-        wide = network.forward_head(features, pre_logits=True).flatten(1).shape[1]
-    if features.dim() == 3:
-        return _token_traits(title, network, features.shape[1:], size, bool(applied), wide), None
-    output_fmt = getattr(network, "output_fmt", "")
-    nhwc = str(getattr(output_fmt, "value", output_fmt)) == "NHWC"
-    height, width, channels = features.shape[1:] if nhwc else (*features.shape[2:], features.shape[1])
-    refusals = {"cls": f"{title} has no class token; gap is its vector"}
-    refusals["pooler"] = "the vector of a network that gives a map is gap"
-    if channels != wide:
-        why = f"its map has {channels:,} channels, and the vector that its classifier receives {wide:,}"
-        refusals |= {"tokens": why, "mean": why}
-    return _traits((), (height, width) if channels == wide else (0, 0), wide, "gap", refusals, 0), nhwc
-
-
-def _token_traits(
-    title: str, network: Any, shape: torch.Size, size: tuple[int, int], trained: bool, wide: int
-) -> dict[str, Any]:
-    """``trained``: parameters come between the tokens and the vector, of ``wide`` numbers."""
-    count, width = shape
-    refusals = {"gap": "that is a CNN's; mean is the average of its patch tokens"}
-    layout = _token_layout(network, count, size) if width == wide else None
-    if layout is None:
-        why = f"which of the {count} rows of {title} are patches is not known"
-        why = why if width == wide else f"its tokens have {width:,} numbers, and the vector of its classifier {wide:,}"
-        refusals |= dict.fromkeys(("tokens", "cls", "mean"), why)
-        return _traits((), (0, 0), wide, "pooler", refusals, 0)
-    prefix, grid = layout
-    if prefix[:1] != ("cls",):
-        refusals["cls"] = f"{title} has no class token"
-    vector = "pooler" if trained else _pooled_output(network, prefix)
-    if vector != "pooler":
-        refusals["pooler"] = f"what its classifier receives is {vector}"
-    options = inspect.signature(getattr(network, "forward_intermediates", _pooled_output)).parameters
-    layers = len(network.blocks) if {"return_prefix_tokens", "norm"} <= set(options) else 0
-    return _traits(prefix, grid, width, vector, refusals, layers)
-
-
-def _traits(*values: Any) -> dict[str, Any]:
-    return dict(zip(("prefix", "grid", "width", "vector", "refusals", "layers"), values, strict=True))
-
-
-def _token_layout(network: Any, count: int, size: tuple[int, int]) -> tuple[tuple[str, ...], tuple[int, int]] | None:
-    """(prefix, grid) of ``count`` tokens; None where nothing says so."""
-    stride = (getattr(network, "feature_info", None) or [{}])[-1].get("reduction") or 1
-    grid = (size[0] // stride, size[1] // stride)
-    begin = count - grid[0] * grid[1]
-    names = [name for name in ("cls", "dist") if getattr(network, f"{name}_token", None) is not None]
-    names = names or (["cls"] if getattr(network, "global_pool", "") == "token" else [])
-    registers = begin - len(names)
-    if registers < 0 or getattr(network, "num_prefix_tokens", len(names)) != begin:
-        return None
-    return (*names, *(f"reg{k}" for k in range(registers))), grid
-
-
-def _pooled_output(network: Any, prefix: tuple[str, ...]) -> str:
-    """The output that a pooling without parameters gives."""
-    pool, whole = getattr(network, "global_pool", ""), getattr(network, "pool_include_prefix", False)
-    if pool == "token" and prefix[:1] == ("cls",) and "dist" not in prefix:
-        return "cls"
-    return "mean" if pool == "avg" and not (prefix and whole) else "pooler"
-
-
-def _identity(network: nn.Module) -> list[Any]:
-    """All that tells two networks of one architecture apart, besides their weights: modules, their plain attributes and
-    the shapes of their parameters."""
-    identity: list[Any] = []
-    for name, module in network.named_modules():
-        plain = {key: v for key, v in vars(module).items() if isinstance(v, bool | int | float | str | tuple)}
-        shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
-        identity.append((name, type(module).__name__, plain, shapes))
-    return identity
+    return network, identity

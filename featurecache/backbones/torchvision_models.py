@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,19 @@ from torch import nn
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, PooledMap, Tokens, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_preprocess, from_transforms
-from featurecache.backbones.weights import (
-    download_weights,
-    first_names,
-    other_shapes,
-    read_state_dict,
-    weights_digest,
-    without_prefix,
-)
+from featurecache.backbones.state_dicts import StateDict, first_names, foreign_names, other_shapes
+from featurecache.backbones.weights import download_weights, existing_weights, read_checkpoint, weights_identity
 from featurecache.errors import BadOption, OutputRefused, UnknownBackbone, WeightsDoNotFit, nearest
 from featurecache.images.preprocessing import Preprocess
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # classifiers for training; never part of the forward in eval
-_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")  # "norm.1.weight": before 0.3
 
 
 def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
     """``where`` is ``<name>`` or ``<name>:<weights>``, as torchvision calls them."""
     name, enum = _named(where)
     preprocess = _preprocess(name, enum, request)
-    model, positions, weights = _network(name, enum, request, preprocess.size)
+    model, positions, weights, taken = _network(name, enum, request, preprocess.size)
     transformer = isinstance(model, Tokens)
     network: Any = model.network
     grid, width = _grid(name, model, preprocess.size)
@@ -71,6 +65,7 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
             "preprocessing": f"the transforms of {enum}",
             "attention": None,
             "versions": versions("torchvision"),
+            "weights": taken,
             "request": request.portable_arguments(f"torchvision:{name}:{enum.name}"),
         },
         refusals=refusals,
@@ -102,18 +97,23 @@ def _preprocess(name: str, enum: Any, request: BackboneRequest) -> Preprocess:
     return preprocess.fitted(request.fit)
 
 
-def _network(name: str, enum: Any, request: BackboneRequest, size: tuple[int, int]) -> tuple[Any, str, dict[str, Any]]:
-    """(module, position embeddings, what identifies the weights)."""
+def _network(
+    name: str, enum: Any, request: BackboneRequest, size: tuple[int, int]
+) -> tuple[Any, str, dict[str, Any], str]:
+    """(module, position embeddings, what identifies the weights, what of a file was taken)."""
     network, weights = _built(name, enum, request), {"random_seed": request.seed}
-    if not request.untrained:
-        state = read_state_dict(request.weights_path or download_weights(enum.url, f"torchvision's {enum}"))
-        state = without_prefix(f"torchvision:{name}", state, network.state_dict())
-        weights = _fill(name, network, {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()})
+    path, taken = existing_weights(request.weights_path), ""
+    if not request.untrained or (path and request.meta):
+        checkpoint = read_checkpoint(
+            path or download_weights(enum.url, f"torchvision's {enum}"), request.weights_name
+        ).fitted(f"torchvision:{name}", network.state_dict())
+        weights, taken = _fill(name, network, checkpoint)
+        taken = taken if path else ""
     freeze(network)
     if type(network).__name__ != "VisionTransformer":
-        return PooledMap(name, network, _tail(name, network)), "none", weights
+        return PooledMap(name, network, _tail(name, network)), "none", weights, taken
     positions = _interpolated(network, size)
-    return Tokens(network, "encoder.layers", "encoder.ln", {}, output="encoder"), positions, weights
+    return Tokens(network, "encoder.layers", "encoder.ln", {}, output="encoder"), positions, weights, taken
 
 
 def _built(name: str, enum: Any, request: BackboneRequest) -> Any:
@@ -147,14 +147,17 @@ def _tail(name: str, network: nn.Module) -> list[str]:
     return [f"{head}.{key}" for key, _ in layers[first:]]
 
 
-def _fill(name: str, network: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Load ``state``; return its digest, without the classifier, which no output uses.
+def _fill(name: str, network: nn.Module, checkpoint: StateDict) -> tuple[dict[str, Any], str]:
+    """Load it; return what identifies it, without the classifier, which no output uses, and what of it was taken.
 
     So a file with another number of classes, or with no classifier, is as good. Raises WeightsDoNotFit.
     """
     behind = (*(f"{path}." for path in _tail(name, network)), *_AUXILIARY)
     own = network.state_dict()
-    deciding = {key: value for key, value in state.items() if not key.startswith(behind)}
+    classifier = {key: value for key, value in checkpoint.tensors.items() if key.startswith(behind)}
+    deciding = {key: value for key, value in checkpoint.tensors.items() if key not in classifier}
+    checkpoint = replace(checkpoint, tensors=deciding).without_training_parts(own)
+    deciding, state = checkpoint.tensors, checkpoint.tensors | classifier
     shapes = other_shapes(deciding, own)
     missing = [key for key in own if key not in state and not key.startswith(behind)]
     missing = [key for key in missing if own[key].is_floating_point()]  # counters of batches decide nothing
@@ -162,11 +165,14 @@ def _fill(name: str, network: nn.Module, state: dict[str, torch.Tensor]) -> dict
     if shapes or missing or extra:
         what = f"lack {first_names(missing)}" if missing else f"hold {first_names(extra)}, which it has not"
         what = f"have other shapes: {first_names(shapes, 2)}" if shapes else what
-        raise WeightsDoNotFit(f"the weights given are not of torchvision's {name}: they {what}")
+        foreign = foreign_names(deciding, "torchvision") if 2 * len(missing) > len(own) else ""
+        raise WeightsDoNotFit(f"the weights given are not of torchvision's {name}: they {what}{foreign}")
     fitting = OrderedDict((key, state[key]) for key in own if key in state and state[key].shape == own[key].shape)
     fitting._metadata = own._metadata  # type: ignore[attr-defined]  # MNASNet asks which version they are
-    network.load_state_dict(fitting, strict=False)
-    return {"blake2b": weights_digest({key: value for key, value in deciding.items() if value.is_floating_point()})}
+    if not next(network.parameters()).is_meta:
+        network.load_state_dict(fitting, strict=False)
+    decisive = {key: value for key, value in deciding.items() if value.is_floating_point()}
+    return weights_identity(f"torchvision:{name}", decisive), checkpoint.line
 
 
 def _interpolated(network: Any, size: tuple[int, int]) -> str:

@@ -25,14 +25,15 @@ from torch import nn
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, FeatureMap, Tokens, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_processor, choose_processor, from_processor
+from featurecache.backbones.state_dicts import StateDict, first_names, foreign_names
 from featurecache.backbones.weights import (
     existing_weights,
-    first_names,
-    read_state_dict,
+    library_errors,
+    read_checkpoint,
     snapshot,
     tensor_names,
-    weights_digest,
     weights_file,
+    weights_identity,
 )
 from featurecache.errors import UnknownBackbone, WeightsDoNotFit, WeightsNotFound
 from featurecache.images.preprocessing import Preprocess
@@ -129,11 +130,11 @@ class CheckpointFiles:
 def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
     """``where`` is a repository with or without @revision, or a folder; empty for an alias that has no weights."""
     checkpoint = _find(where, request, alias)
-    with quiet():
+    with quiet(), library_errors(checkpoint.title, "transformers"):
         family, config = _configuration(checkpoint, alias)
         preprocess, origin = _preprocess(checkpoint, family, config, request, alias)
         positions = _positions(checkpoint.title, family, config, preprocess.size, request.image_size is not None)
-        network, untrained, weights = _network(checkpoint, family, config, request, alias)
+        network, untrained, weights, taken = _network(checkpoint, family, config, request, alias)
         model, prefix, grid, width, layers = _wrap(family, network, positions, preprocess.size)
     headless = not getattr(config, "vision_use_head", True)  # a SigLIP can be configured so
     refusals = _refusals(checkpoint.title, family, headless or bool(untrained))
@@ -162,6 +163,7 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
             "preprocessing": origin,
             "attention": getattr(config, "_attn_implementation", None) if family.blocks else None,
             "versions": versions("transformers", "torchvision"),
+            "weights": taken if request.weights else "",
             "request": request.portable_arguments(checkpoint.portable_name),
         },
         refusals=refusals,
@@ -202,6 +204,9 @@ def _configuration(checkpoint: CheckpointFiles, alias: Alias | None) -> tuple[Mo
     except Exception as error:  # the library's strict configurations have errors of their own
         raise WeightsDoNotFit(f"{folder / 'config.json'} is not a configuration of {kind}: {error}") from error
     config = getattr(config, "vision_config", config)
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False  # all that we read
+    if (channels := getattr(config, "num_channels", 3)) != 3:
+        raise WeightsDoNotFit(f"{title} is a network of images of {channels} channels; expected 3, of RGB")
     if getattr(config, "quantization_config", None):
         raise WeightsDoNotFit(f"{title} is quantised; expected plain weights (float32, float16 or bfloat16)")
     if alias is not None:
@@ -296,13 +301,14 @@ def _positions(title: str, family: ModelLayout, config: Any, size: tuple[int, in
 
 def _network(
     checkpoint: CheckpointFiles, family: ModelLayout, config: Any, request: BackboneRequest, alias: Alias | None
-) -> tuple[nn.Module, set[str], dict[str, Any]]:
-    """(network, parameters of the pooled vector without trained values, what identifies the weights)."""
+) -> tuple[nn.Module, set[str], dict[str, Any], str]:
+    """(network, parameters of the pooled vector without trained values, what identifies the weights, what of a file was
+    taken)."""
     import transformers
 
     cls, path = getattr(transformers, family.model), checkpoint.weights
     if path is not None and not request.meta:
-        return _with_weights(path, checkpoint.title, family, cls, config)
+        return _with_weights(read_checkpoint(path, request.weights_name), checkpoint.title, family, cls, config)
     with torch.device("meta") if request.meta else torch_seed(request.seed):
         network = cls(config).float()
     if checkpoint.folder is None:
@@ -310,14 +316,17 @@ def _network(
     else:
         lacks_pooler = bool(path and weights_file(path) and not family.pooled_names(tensor_names(path)))
     pooled = family.pooled_names(name for name, _ in network.named_parameters())
-    return network, set(pooled if lacks_pooler else ()), {"random_seed": request.seed}
+    return network, set(pooled if lacks_pooler else ()), {"random_seed": request.seed}, ""
 
 
 def _with_weights(
-    path: Path, title: str, family: ModelLayout, cls: Any, config: Any
-) -> tuple[nn.Module, set[str], dict[str, Any]]:
+    checkpoint: StateDict, title: str, family: ModelLayout, cls: Any, config: Any
+) -> tuple[nn.Module, set[str], dict[str, Any], str]:
     """As `_network`. Raises WeightsDoNotFit: other shapes, other missing tensors, more blocks than asked for."""
-    state = _own_tensors(read_state_dict(path), family)
+    with torch.device("meta"):
+        own = {family.published_name(name): tensor for name, tensor in cls(config).state_dict().items()}
+    checkpoint = checkpoint.fitted_part(title, family.part, own)
+    state = checkpoint.tensors
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
     network, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **options)
     shapes = [f"{name} is {list(got)}, expected {list(want)}" for name, got, want in info["mismatched_keys"]]
@@ -329,7 +338,7 @@ def _with_weights(
     if missing - pooled:
         raise WeightsDoNotFit(
             f"the weights of {title} lack {len(missing - pooled)} tensors of {family.model}: "
-            f"{first_names(missing - pooled)}; they hold {first_names(state)}"
+            f"{first_names(missing - pooled)}; they hold {first_names(state)}{foreign_names(state, 'hf')}"
         )
     unused = {family.published_name(name) for name in info["unexpected_keys"]}
     blocks = [name for name in unused if re.search(r"\.\d+\..*(weight|bias)$", name)]
@@ -338,17 +347,8 @@ def _with_weights(
     # integers do not decide features: indices of positions, counters of batches, only in some files
     published = {family.published_name(name): tensor for name, tensor in state.items() if tensor.is_floating_point()}
     deciding = {name: tensor for name, tensor in published.items() if name not in unused}
-    return network, pooled, {"blake2b": weights_digest(deciding)}
-
-
-def _own_tensors(state: dict[str, torch.Tensor], family: ModelLayout) -> dict[str, torch.Tensor]:
-    """Out of those of a classifier or a whole CLIP, without prefix; also inside another network (``model.vit.``)."""
-    prefix = family.part + "."
-    if not any(name.startswith(prefix) for name in state):
-        outer = {name[: name.index(f".{prefix}") + 1] for name in state if f".{prefix}" in name}
-        prefix = outer.pop() + prefix if len(outer) == 1 else prefix
-    part = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return part or state
+    checkpoint = checkpoint.noted(*[f"not used: {first_names(unused)}"] * bool(unused))
+    return network, pooled, weights_identity(title, deciding), checkpoint.line
 
 
 def _wrap(

@@ -36,8 +36,9 @@ from torch import nn
 
 from featurecache.backbones.base import Backbone, BackboneRequest, freeze, torch_seed, versions
 from featurecache.backbones.processors import pil_preprocess
+from featurecache.backbones.state_dicts import first_names, other_shapes
 from featurecache.backbones.user_code import import_user_module
-from featurecache.backbones.weights import first_names, other_shapes, read_state_dict, weights_digest, without_prefix
+from featurecache.backbones.weights import existing_weights, read_checkpoint, weights_identity
 from featurecache.errors import (
     BadOption,
     OutputRefused,
@@ -66,7 +67,7 @@ def load(where: str, request: BackboneRequest) -> Backbone:
     with import_user_module(module) as (source, digests):
         network, attributes = _call_factory(title, source, factory, request)
         preprocess = _preprocess(title, attributes["preprocess"], request)
-        weights = _weights(title, network, request)
+        weights, taken = _weights(title, network, request)
         model = FeatureTap(title, freeze(network), layer[0] if layer else attributes["keep"])
         channels_last = model.infer_shapes(preprocess.size)
     prefix, grid = model.token_layout(attributes["prefix"], attributes["grid"])
@@ -98,6 +99,7 @@ def load(where: str, request: BackboneRequest) -> Backbone:
             "preprocessing": f"as {factory} says",
             "attention": None,
             "versions": versions("torchvision"),
+            "weights": taken,
             "request": request.portable_arguments(title),
         },
         refusals=refusals,
@@ -163,12 +165,15 @@ def _as_torchvision(image_size: int, resize: int | str, interpolation: str, mean
     return pil_preprocess("shortest", (operator.index(short),), (side, side), interpolation, *constants)
 
 
-def _weights(title: str, network: nn.Module, request: BackboneRequest) -> dict[str, Any]:
-    """Fill the network; what identifies its weights. Of untrained ones also the digest: a factory may read files."""
+def _weights(title: str, network: nn.Module, request: BackboneRequest) -> tuple[dict[str, Any], str]:
+    """Fill the network: what identifies its weights, and what of the file was taken. Of untrained ones also the digest:
+    a factory may read files."""
     own = network.state_dict()
-    if request.weights_path is None or request.untrained:
-        return {"random_seed": request.seed, "blake2b": weights_digest(_deciding(own))}
-    state = without_prefix(title, read_state_dict(request.weights_path), own)
+    path = existing_weights(request.weights_path)
+    if path is None or request.random_weights:
+        return {"random_seed": request.seed, **weights_identity(title, _deciding(own))}, ""
+    checkpoint = read_checkpoint(path, request.weights_name).fitted(title, own)
+    state = checkpoint.tensors
     shapes = other_shapes(state, own)
     missing = [name for name in _deciding(own) if name not in state]
     extra = [name for name in _deciding(state) if name not in own]
@@ -181,7 +186,7 @@ def _weights(title: str, network: nn.Module, request: BackboneRequest) -> dict[s
         what = f"have other shapes: {first_names(shapes, 2)}" if shapes else what
         raise WeightsDoNotFit(f"the weights {request.weights} are not of {title}: they {what}")
     network.load_state_dict(state, strict=False)
-    return {"blake2b": weights_digest(_deciding(state))}
+    return weights_identity(title, _deciding(state)), checkpoint.line
 
 
 def _deciding(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -277,7 +282,10 @@ class FeatureTap(nn.Module):
         except OutputRefused:
             raise
         except Exception as error:  # whatever the user's code raises
-            why = first_line(error)
+            first_conv = next((module for module in self.network.modules() if isinstance(module, nn.Conv2d)), None)
+            grey = first_conv is not None and first_conv.in_channels == 1
+            way = ". Images come as RGB: let its forward begin with x = x.mean(1, keepdim=True), or as it was trained"
+            why = first_line(error) + way * grey
             raise BadOption(f"{self.title} does not take images of {size[0]}×{size[1]} pixels: {why}") from error
         self._choose_outputs({path: tuple(tensor.shape) for path, tensor in first.items()})
         for path, tensor in first.items():

@@ -12,16 +12,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import pickle
 import re
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from featurecache.backbones.state_dicts import StateDict, first_names, select_state_dict
 from featurecache.errors import FeatureCacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound, first_line
 
 REACH = 4.0  # seconds the hub has to answer before the local cache is used instead
@@ -31,7 +33,6 @@ _SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safe
 _BIN = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
 _IN_FOLDER = (*_SAFE[:2], *_BIN[:2])  # in the order of preference
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # where training scripts put the state dict
 
 
 def weights_unavailable(what: str, *, copy: str = "FOLDER", cache: str = "HF_HOME") -> WeightsNotFound:
@@ -138,6 +139,27 @@ def _hub_refusal(repo: str, revision: str | None, error: Exception) -> FeatureCa
     return weights_unavailable(repo)
 
 
+@contextlib.contextmanager
+def library_errors(title: str, library: str) -> Iterator[None]:
+    """Whatever a library raises at settings that it does not expect, as one sentence. Raises WeightsDoNotFit."""
+    try:
+        yield
+    except (FeatureCacheError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise WeightsDoNotFit(
+            f"{library} cannot make the network of {title} as its settings say: {first_line(error)}"
+        ) from error
+
+
+def split_weights(weights: str) -> tuple[Path, str]:
+    """(path, name of one of the sets of weights in it) of ``FILE`` or ``FILE:NAME``."""
+    path = Path(os.path.expanduser(weights))
+    head, _, name = weights.rpartition(":")
+    file = Path(os.path.expanduser(head))
+    return (file, name) if head and name and not path.exists() and file.exists() else (path, "")
+
+
 def existing_weights(path: Path | None) -> Path | None:
     """``path`` as it is. Raises WeightsNotFound."""
     if path is not None and not path.exists():
@@ -150,8 +172,9 @@ def weights_file(folder: Path) -> Path | None:
     return next((folder / name for name in _IN_FOLDER if (folder / name).is_file()), None)
 
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """name -> tensor, as in the file: a folder, an index of several files, ``.safetensors``, ``.bin``, ``.pt``.
+def read_checkpoint(path: Path, name: str = "") -> StateDict:
+    """The weights of a folder, an index of several files, a ``.safetensors``, ``.bin`` or ``.pt``; of several sets of
+    them in one file the one of this name.
 
     Raises:
         WeightsNotFound: nothing there.
@@ -161,9 +184,9 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise WeightsNotFound(f"no weights at {path}; expected a folder, or a file ending in {', '.join(_SUFFIXES)}")
     if path.name.endswith(".index.json"):
-        names = sorted({Path(name).name for name in _index(path).values()})
-        return {key: value for name in names for key, value in read_state_dict(path.parent / name).items()}
-    return _tensors(path)
+        parts = [read_checkpoint(path.parent / part).tensors for part in sorted(set(_index(path).values()))]
+        return select_state_dict(path, {key: value for part in parts for key, value in part.items()}, name)
+    return select_state_dict(path, _content(path), name)
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -176,11 +199,20 @@ def tensor_names(path: Path) -> list[str]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
-    return list(read_state_dict(path))
+    return list(read_checkpoint(path).tensors)
 
 
 def _index(path: Path) -> dict[str, str]:
-    names: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    """Name of a tensor -> file beside the index that holds it. Raises WeightsDoNotFit."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = {tensor: Path(file).name for tensor, file in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsDoNotFit(
+            f'{path} is not an index of weights; expected {{"weight_map": {{name of a tensor: file}}}}'
+        ) from error
+    if not names or any(file.endswith(".index.json") for file in names.values()):
+        raise WeightsDoNotFit(f"{path} names no files of weights in its weight_map; expected {_SUFFIXES[0]} or .bin")
     return names
 
 
@@ -196,45 +228,16 @@ def _file_at(path: Path) -> Path:
     raise WeightsNotFound(f"{path} holds {what}; expected one, such as {_SAFE[0]}. --weights also takes one file")
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
+def _content(path: Path) -> Any:
     from safetensors.torch import load_file
 
     try:
-        data = load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
+        return load_file(path) if path.suffix == ".safetensors" else read_torch_file(path)
     except Exception as error:  # a damaged or hostile file fails in as many ways as there are
         raise WeightsDoNotFit(
             f"{path} cannot be read as weights ({refusal_reason(error)}); expected .safetensors, or a PyTorch file of "
             "tensors (code in files is never run)"
         ) from error
-    values = _state_dict_in(path, data)
-    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
-        raise WeightsDoNotFit(
-            f"{path} holds a {type(values).__name__}; expected a state dict, name by name a tensor: "
-            "torch.save(network.state_dict(), FILE)"
-        )
-    state = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-    if not state:
-        raise WeightsDoNotFit(f"{path} holds no tensors; expected a state dict")
-    parallel = all(name.startswith("module.") for name in state)  # saved from DataParallel
-    return {name.removeprefix("module.") if parallel else name: value for name, value in state.items()}
-
-
-def _state_dict_in(path: Path, data: Any) -> Any:
-    """The state dict in what a training script has saved: under one of the usual names, else the only one there is."""
-    if not isinstance(data, Mapping):
-        return data
-    usual = [data[name] for name in _WRAPPERS if isinstance(data.get(name), Mapping)]
-    if usual or _holds_tensors(data):
-        return usual[0] if usual else data
-    names = [name for name, value in data.items() if isinstance(value, Mapping) and _holds_tensors(value)]
-    if len(names) > 1:
-        several = first_names(map(str, names))
-        raise WeightsDoNotFit(f"{path} holds {len(names)} state dicts ({several}); save the one you mean")
-    return data[names[0]] if names else data
-
-
-def _holds_tensors(values: Mapping[Any, Any]) -> bool:
-    return any(isinstance(value, torch.Tensor) for value in values.values())
 
 
 class PlaceholderClass:
@@ -277,31 +280,14 @@ def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return h.hexdigest()
 
 
-def without_prefix(title: str, state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the prefix under which a training script keeps the network (``model.``, ``net.backbone.``)."""
-    if not own or any(name in own for name in state):
-        return state
-    longest = max(own, key=len)
-    prefixes = [name.removesuffix(longest) for name in state if name.endswith(f".{longest}")]
-    if len(prefixes) > 1:
-        several = first_names(prefixes)
-        raise WeightsDoNotFit(f"the weights hold {title} {len(prefixes)} times, as {several}; expected it once")
-    if not prefixes:
-        return state
-    return {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
-
-
-def other_shapes(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> list[str]:
-    """Tensors of ``state`` that the network has in another shape, as words."""
-    return [
-        f"{name} is {list(value.shape)}, expected {list(own[name].shape)}"
-        for name, value in state.items()
-        if name in own and value.shape != own[name].shape
+def weights_identity(title: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What identifies the tensors that decide features. Raises WeightsDoNotFit: numbers that are none (NaN)."""
+    bad = [
+        name for name, t in tensors.items() if t.is_floating_point() and "mask" not in name and not t.isfinite().all()
     ]
-
-
-def first_names(names: Iterable[str], n: int = 3) -> str:
-    """``a, b, c and 7 more``"""
-    ordered = sorted(names)
-    more = len(ordered) - n
-    return ", ".join(ordered[:n]) + (f" and {more} more" if more > 0 else "")
+    if bad:
+        raise WeightsDoNotFit(
+            f"the weights of {title} hold NaN or infinite numbers in {first_names(bad)}; every feature would be one. "
+            "Such a training has diverged: give an earlier checkpoint"
+        )
+    return {"blake2b": weights_digest(tensors)}

@@ -80,6 +80,7 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
     record = one_line(record)
     rows = [
         ("backbone", _backbone_line(record)),
+        *[("weights", record["backbone"]["weights"])] * bool(record["backbone"]["weights"]),
         ("sees", record["backbone"]["sees"]),
         ("data", _data_line(record)),
         ("keeps", _keeps_line(extraction)),
@@ -179,6 +180,7 @@ def result_record(result: ExtractionResult) -> dict[str, Any]:
 
 def backbone_lines(record: dict[str, Any]) -> str:
     """``info --backbone``: what it is, what it sees, and which outputs it offers or refuses."""
+    record = one_line(record)
     layers = (f"{record['layers']} blocks, " if record["layers"] else "") + f"width {record['width']}"
     tokens = len(record["prefix"]) + record["grid"][0] * record["grid"][1]
     prefix = f"{' '.join(record['prefix'])} + " if record["prefix"] else ""
@@ -186,6 +188,7 @@ def backbone_lines(record: dict[str, Any]) -> str:
     rows = [
         ("backbone", "  ".join(filter(None, [record["name"], record["id"], record["licence"]]))),
         ("network", f"{record['class']} of {record['library']}: {record['parameters']:,} parameters, {layers}"),
+        *[("weights", record["weights"])] * bool(record["weights"]),
         ("sees", record["sees"]),
         ("tokens", f"{tokens} = {prefix}{grid} grid; positions {record['position_embeddings']}" if tokens else "none"),
     ]
@@ -230,7 +233,7 @@ extraction_options = options_of(  # which images, which backbone, which store: w
     option("--data", default="digits", metavar="SOURCE", help=SOURCES),
     option("--outputs", metavar="NAMES", help="cls,tokens,… [default: the backbone's vector and tokens]"),
     option("--name", metavar="VIEW", help="Name of the view. [default: that of the data]"),
-    option("--weights", metavar="PATH", help="A folder or file with the backbone's weights."),
+    option("--weights", metavar="PATH", help="A folder or file with the backbone's weights; FILE:NAME of several."),
     option("--random-weights", is_flag=True, help="The architecture untrained: shows the tool, not the backbone."),
     option("--seed", default=0, help="Of --random-weights."),
     option("--image-size", type=int, metavar="N", help="Pixels; resize and crop scale in the same ratio."),

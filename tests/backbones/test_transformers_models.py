@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import checkpoints as save
-from support.backbone_checks import as_rows, assert_same, edit_json, edit_tensors, outputs, refuses
+from support.backbone_checks import as_rows, assert_same, edit_json, edit_tensors, key, outputs, refuses
 from torch import nn
 
 from featurecache.backbones import load_backbone
@@ -301,3 +301,40 @@ def test_a_folder_without_weights_works_only_untrained(tmp_path):
     (save.save_vit(tmp_path) / "model.safetensors").unlink()
     refuses(WeightsNotFound, r"no file of weights", tmp_path)
     assert load_backbone(str(tmp_path), random_weights=True).weights == {"random_seed": 0}
+
+
+@pytest.mark.parametrize("change", [{"return_dict": False}, {"output_hidden_states": "x"}, {"torchscript": True}])
+def test_settings_that_only_say_how_the_library_answers_change_nothing(change, tmp_path):
+    folder = save.save_vit(tmp_path)
+    before = key(load_backbone(str(folder)))
+    edit_json(folder / "config.json", **change)
+    backbone = load_backbone(str(folder))
+    assert key(backbone) == before
+    assert outputs(backbone, torch.rand(1, 3, 32, 32), "tokens")[0].shape == (1, 17, 32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "nope"},
+        {"patch_size": 0},
+        {"num_attention_heads": 0},
+        {"_attn_implementation": "flash_attention_2"},
+        {"hidden_size": "many"},
+    ],
+)
+def test_settings_that_the_library_cannot_make_a_network_of_are_one_sentence(change, tmp_path):
+    folder = save.save_vit(tmp_path)
+    edit_json(folder / "config.json", **change)
+    refuses(WeightsDoNotFit, r"as its settings say|is not a configuration of vit", folder)
+
+
+def test_a_network_of_grey_images_is_refused_with_its_channels(tmp_path):
+    folder = save.save_vit(tmp_path, num_channels=1)
+    refuses(WeightsDoNotFit, r"images of 1 channels; expected 3, of RGB", folder)
+
+
+def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path):
+    folder = save.save_vit(tmp_path)
+    edit_tensors(folder, layernorm__bias=torch.full((32,), float("nan")))
+    refuses(WeightsDoNotFit, r"NaN or infinite numbers in layernorm.bias", folder)

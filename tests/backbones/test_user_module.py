@@ -202,12 +202,12 @@ def test_an_object_in_a_file_of_weights_is_never_made():
     [
         (lambda net: {"state_dict": Evil(os.mkdir, ("ran",))}, r"code in files is never run"),
         (lambda net: net.fc, r"holds a torch\.nn\.modules\.linear\.Linear; expected a state dict.*state_dict\(\)"),
-        (lambda net: {"student": net.state_dict(), "teacher": net.state_dict()}, r"2 state dicts \(student, t"),
+        (lambda net: {"left": net.state_dict(), "right": net.state_dict()}, r"2 .* \(left, right\).*w.pt:left"),
         (lambda net: {"epoch": 3, "args": Namespace(lr=1)}, r"holds no tensors"),
         (lambda net: os.getcwd, r"module posix is blocked"),
         (
-            lambda net: {f"{part}.{key}": v for key, v in net.state_dict().items() for part in ("model", "ema")},
-            r"2 times, as ema\., model\.",
+            lambda net: {f"{part}.{key}": v for key, v in net.state_dict().items() for part in ("left", "right")},
+            r"2 times, as left\., right\..*--weights w.pt:left",
         ),
     ],
 )
@@ -326,6 +326,11 @@ BODY = "self.act(self.body(x))"
             BadOption,
             CNN.replace('"act"', '"pool"').replace("self.body(x)", "self.body(x.unfold(2, 33, 1))"),
             r"does not take images of 32×32",
+        ),
+        (
+            BadOption,
+            CNN.replace("Conv2d(3, 8", "Conv2d(1, 8"),
+            r"expected .*1 channels.* Images come as RGB: let its forward",
         ),
     ],
 )

@@ -198,6 +198,24 @@ def test_an_index_that_points_outside_its_folder_reads_nothing_there(tmp_path):
         load_backbone(str(folder))
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "{", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"x": 3}}']
+)
+def test_an_index_that_is_none_is_refused(content, tmp_path):
+    folder = save.save_vit(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    refuses(WeightsDoNotFit, r"weight_map", folder)
+
+
+def test_an_index_that_names_itself_is_refused(tmp_path):
+    folder = save.save_vit(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    name = "model.safetensors.index.json"
+    (folder / name).write_text(json.dumps({"weight_map": {"x": name}}))
+    refuses(WeightsDoNotFit, r"names no files of weights", folder)
+
+
 # aliases with a copy of the weights at hand
 
 

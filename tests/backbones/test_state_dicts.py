@@ -1,0 +1,308 @@
+"""What a checkpoint holds: which set of weights, under which prefix, in whose names, and what is set aside."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import checkpoints as save
+from support.backbone_checks import assert_same, key, outputs, refuses
+from support.small_hub import put_in_cache
+from torchvision import models
+
+from featurecache.backbones import describe_backbone, load_backbone
+from featurecache.backbones.state_dicts import foreign_names, other_shapes, select_state_dict
+from featurecache.errors import WeightsDoNotFit
+
+timm = pytest.importorskip("timm")
+VIT, RESNET = "timm:test_vit", "timm:test_resnet"
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def network(name: str = "test_vit", seed: int = 0, **arguments: Any) -> Any:
+    torch.manual_seed(seed)
+    made = timm.create_model(name, **arguments).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return made
+
+
+def state(seed: int = 0, name: str = "test_vit", **arguments: Any) -> dict[str, torch.Tensor]:
+    tensors = network(name, seed, **arguments).state_dict()
+    return {key: value for key, value in tensors.items() if not key.startswith("head.")}
+
+
+def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def load(content: Any, name: str = VIT, choice: str = "", **options: Any) -> Any:
+    torch.save(content, "w.pth")
+    return load_backbone(name, weights=f"w.pth{choice}", **options)
+
+
+def notes(backbone: Any) -> str:
+    return str(backbone.provenance["weights"])
+
+
+# several sets of weights
+
+A, B = state(0), state(1)
+SEVERAL = [  # (what a file holds, set 0 being the one that is taken; what is said; what chooses the other)
+    ({"state_dict": B, "state_dict_ema": A}, "state_dict_ema (timm's choice; also there: state_dict", ":state_dict"),
+    ({"model": B, "model_ema": A}, "model_ema (timm's choice; also there: model", ":model"),
+    ({"student": under("module.backbone.", B), "teacher": under("backbone.", A)}, "teacher (DINO's choice", ":student"),
+    ({"encoder": B, "target_encoder": A, "prototypes": torch.zeros(3, 2)}, "the choice of MSN and I-JEPA", ":encoder"),
+    (
+        {"state_dict": under("module.encoder_k.", B) | under("module.encoder_q.", A)},
+        "under encoder_q. (MoCo's choice; also there: encoder_k; --weights w.pth:encoder_k)",
+        ":encoder_k",
+    ),
+    (under("student.backbone.", B) | under("teacher.backbone.", A), "under teacher.backbone. (DINO's", ":student"),
+    ({"state_dict": under("model.", B) | under("ema_model.module.", A)}, "timm's choice; also there: model", ":model"),
+    (A | under("momentum.", B), "under no prefix (also there: momentum", ":momentum"),
+]
+
+
+@pytest.mark.parametrize(("content", "says", "other"), SEVERAL)
+def test_two_sets_of_weights_in_a_file_are_said_and_can_be_chosen(content, says, other):
+    expected, second = load(A).weights, load(B).weights
+    taken = load(content)
+    assert taken.weights == expected and says in notes(taken)
+    chosen = load(content, choice=other)
+    assert chosen.weights == second and f"{other[1:]}, as asked" in notes(chosen)
+    assert key(load_backbone(**chosen.provenance["request"])) == key(chosen)
+
+
+def test_sets_of_which_nothing_says_which_is_meant_are_asked_about():
+    torch.save({"left": A, "right": B}, "a.pth")
+    torch.save(under("left.", A) | under("right.", B), "b.pth")
+    refuses(WeightsDoNotFit, r"2 state dicts \(left, right\).*--weights a.pth:left", VIT, weights="a.pth")
+    refuses(WeightsDoNotFit, r"2 times, as left\., right\..*--weights b.pth:left", VIT, weights="b.pth")
+    assert load_backbone(VIT, weights="b.pth:right").weights == load(B).weights
+
+
+def test_a_set_that_is_not_there_is_named_with_those_that_are():
+    torch.save({"state_dict": A, "state_dict_ema": B}, "w.pth")
+    refuses(WeightsDoNotFit, r'no weights "teacher"; there are .*state_dict', VIT, weights="w.pth:teacher")
+
+
+def test_a_file_with_a_colon_in_its_name_is_that_file():
+    torch.save({"state_dict": A, "state_dict_ema": B}, "w:state_dict.pth")
+    assert load_backbone(VIT, weights="w:state_dict.pth").weights == load(B).weights
+
+
+def test_optimizers_and_small_dicts_beside_the_weights_are_no_second_set():
+    content = {"model": A, "optimizer": {"state": {}}, "dino_loss": {"center": torch.zeros(1)}, "scaler": {"scale": 1}}
+    assert load(content).weights == load(A).weights and notes(load(content)) == ""
+
+
+def test_info_says_what_a_file_of_weights_holds():
+    torch.save({"state_dict": A, "state_dict_ema": B}, "w.pth")
+    assert "state_dict_ema (timm's choice" in describe_backbone(VIT, weights="w.pth")["weights"]
+    assert describe_backbone(VIT)["weights"] == ""
+
+
+# prefixes and spellings
+
+
+def densenet_of_chexnet(net: Any) -> dict[str, torch.Tensor]:
+    """Names of before torchvision 0.3 and torch 0.4.1, in DataParallel, in a class of one's own."""
+    tensors = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)\.", r"\1.\2.", k): v for k, v in tensors.items()}
+    old = {name: tensor for name, tensor in old.items() if not name.startswith("classifier")}
+    head = {"classifier.0.weight": torch.zeros(14, 1024), "classifier.0.bias": torch.zeros(14)}
+    return under("module.densenet121.", old | head)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ["torchvision:densenet121", "timm:densenet121"])
+def test_chexnet_as_published_is_read(name):
+    torch.manual_seed(0)
+    net = models.densenet121(weights=None).eval()
+    read = load({"epoch": 1, "state_dict": densenet_of_chexnet(net), "best_loss": 0.1}, name)
+    pixels = torch.rand(1, 3, 64, 64)
+    expected = torch.relu(net.features(pixels)).mean((2, 3))
+    assert_same(outputs(read, pixels, "gap")[0], expected.detach())
+    assert "names of DenseNet before torchvision 0.3" in notes(read) and "under densenet121." in notes(read)
+
+
+def test_the_prefix_is_that_of_most_names_not_of_the_longest():
+    longest = max(A, key=len)
+    content = under("net.", {k: v for k, v in A.items() if k != longest}) | {f"net.{longest}": A[longest]}
+    content |= {f"loss.copy.{longest}": A[longest]}
+    read = load(content)
+    assert read.weights == load(A).weights
+    assert f"1 tensors set aside: loss.copy.{longest}" in notes(read)
+
+
+def test_block_chunks_of_dinov2s_training_are_read():
+    chunked = {re.sub(r"^blocks\.(\d+)\.", r"blocks.0.\1.", name): tensor for name, tensor in A.items()}
+    read = load({"teacher": under("backbone.", chunked) | {"dino_head.mlp.0.weight": torch.zeros(2, 2)}})
+    assert read.weights == load(A).weights
+    assert "names of DINOv2's training" in notes(read) and "set aside: dino_head.mlp.0.weight" in notes(read)
+
+
+def facebook_dinov2(folder: Path, chunks: str = "") -> dict[str, torch.Tensor]:
+    """transformers' small DINOv2 as facebook publishes it, by transformers' own table of names, backwards."""
+    tensors = {k: v.clone() for k, v in load_backbone(str(folder)).model.network.state_dict().items()}
+    pairs = [(r"^encoder\.layer\.(\d+)\.", rf"blocks.{chunks}\1."), (r"\.attention\.output\.dense\.", ".attn.proj.")]
+    pairs += [(r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"), (r"^layernorm\.", "norm."), (r"^embeddings\.", "")]
+    pairs += [("position_embeddings", "pos_embed"), (r"patch_embeddings\.projection", "patch_embed.proj")]
+    parts = {name for name in tensors if re.search(r"\.(query|key|value)\.", name)}
+    for name in sorted(parts):
+        if ".query." in name:
+            three = [tensors[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
+            tensors[name.replace(".attention.attention.query.", ".attn.qkv.")] = torch.cat(three)
+    own: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if name not in parts:
+            new = name
+            for pattern, replacement in pairs:
+                new = re.sub(pattern, replacement, new)
+            own[new] = tensor
+    return own
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("chunks", ["", "0."])
+def test_facebooks_own_file_of_dinov2_is_the_same_store_as_the_hubs(registers, chunks, tmp_path):
+    folder = save.save_dinov2(tmp_path / "d", registers)
+    content = facebook_dinov2(folder, chunks)
+    assert f"blocks.{chunks}0.ls1.gamma" in content and not any("encoder" in name for name in content)
+    read = load(content, str(folder))
+    assert key(read) == key(load_backbone(str(folder)))
+    assert "names of facebook's DINOv2" in notes(read)
+
+
+@pytest.mark.integration
+def test_a_student_and_a_teacher_of_transformers_are_chosen_between(tmp_path):
+    first, second = (load_backbone(str(save.save_vit(tmp_path / str(n), seed=n))) for n in (0, 1))
+    published = [
+        {f"vit.{k}": v for k, v in torch.load(file, weights_only=True).items()}
+        for file in map(as_published, (tmp_path / "0", tmp_path / "1"))
+    ]
+    content = under("student.", published[0]) | under("teacher.", published[1])
+    assert load(content, str(tmp_path / "0")).weights == second.weights
+    assert load(content, str(tmp_path / "0"), ":student").weights == first.weights
+
+
+def as_published(folder: Path) -> Path:
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "w.pt")
+    return folder / "w.pt"
+
+
+# beside the network
+
+
+def test_an_mae_with_its_decoder_is_its_encoder():
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 2, 8)}
+    decoder |= {"decoder_blocks.0.norm1.weight": torch.zeros(8), "decoder_pred.bias": torch.zeros(8)}
+    read = load({"model": A | decoder, "optimizer": {}, "epoch": 799})
+    assert read.weights == load(A).weights
+    assert "4 tensors set aside: decoder_blocks.0.norm1.weight" in notes(read)
+
+
+@pytest.mark.parametrize("extra", ["head.mlp.0.weight", "fc.fc1.weight", "projector.0.weight", "queue"])
+def test_projection_heads_and_queues_are_set_aside_and_said(extra):
+    read = load(A | {extra: torch.zeros(2, 2)})
+    assert read.weights == load(A).weights and f"1 tensors set aside: {extra}" in notes(read)
+
+
+@pytest.mark.parametrize("extra", ["blocks.9.norm1.weight", "reg_token", "norm_pre.weight"])
+def test_what_would_change_the_features_is_not_set_aside(extra):
+    torch.save(A | {extra: torch.zeros(2)}, "w.pth")
+    refuses(WeightsDoNotFit, re.escape(extra), VIT, weights="w.pth")
+
+
+def test_a_fine_tuned_mae_is_the_network_with_the_mean_of_its_patches():
+    net = network(num_classes=5, global_pool="avg").eval()
+    read = load({"model": net.state_dict()})
+    pixels = torch.rand(2, 3, 160, 160)
+    tokens = net.forward_features(pixels)
+    assert_same(outputs(read, pixels, "pooler")[0], net.forward_head(tokens, pre_logits=True).detach())
+    assert "global_pool='avg'" in notes(read) and read.vector == "pooler"
+    assert read.architecture["config"] == {"global_pool": "avg"}
+    assert describe_backbone(VIT, weights="w.pth")["vector"] == "pooler"
+
+
+# what cannot be
+
+
+@pytest.mark.parametrize(
+    ("name", "state_of"),
+    [
+        (VIT, lambda: state()),
+        ("torchvision:resnet18", lambda: models.resnet18().state_dict()),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_refused_by_name(name, state_of, value):
+    tensors = state_of()
+    worst = next(name for name in tensors if name.endswith("weight"))
+    tensors[worst].view(-1)[0] = value
+    torch.save(tensors, "w.pth")
+    refuses(WeightsDoNotFit, rf"NaN or infinite numbers in {re.escape(worst)}", name, weights="w.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [
+        ("torchvision:resnet18", lambda: grey(models.resnet18().state_dict(), "conv1.weight")),
+        (VIT, lambda: state(in_chans=1)),
+        (RESNET, lambda: state(0, "test_resnet", in_chans=1)),
+    ],
+)
+def test_a_network_of_grey_images_is_refused_with_why(name, tensors):
+    torch.save(tensors(), "w.pth")
+    says = r"images of 1 channel, expected the 3 of RGB: .*--backbone python:MODULE:FACTORY"
+    refuses(WeightsDoNotFit, says, name, weights="w.pth")
+
+
+def grey(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    return tensors | {name: tensors[name][:, :1].clone()}
+
+
+def test_a_shape_that_differs_otherwise_says_nothing_of_channels():
+    words = other_shapes({"a": torch.zeros(2, 3), "b": torch.zeros(2)}, {"a": torch.zeros(2, 4), "b": torch.zeros(2)})
+    assert words == ["a is [2, 3], expected [2, 4]"]
+
+
+@pytest.mark.integration
+def test_where_another_form_would_take_a_file_the_sentence_says_so(tmp_path):
+    vit, folder = timm.create_model("vit_tiny_patch16_224").state_dict(), save.save_vit(tmp_path / "v")
+    torch.save(vit, "timm.pth")
+    refuses(WeightsDoNotFit, r"--backbone timm:vit_tiny_patch16_224$", str(folder), weights="timm.pth")
+    refuses(WeightsDoNotFit, r"--backbone timm:vit_tiny_patch16_224$", "torchvision:vit_b_16", weights="timm.pth")
+    refuses(WeightsDoNotFit, r"names of transformers: try --backbone hf:REPO", VIT, weights=as_published(folder))
+
+
+def test_names_that_no_library_has_suggest_nothing():
+    assert foreign_names({"body.0.weight": torch.zeros(1)}, "timm") == ""
+    assert foreign_names({"blocks.0.attn.qkv.weight": torch.zeros(6, 2)}, "hf").endswith("--backbone timm:NAME")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {1: torch.zeros(1)}, {"a": 1}, {"state_dict": {"x": 1}}])
+def test_what_holds_no_tensors_is_no_checkpoint(content):
+    with pytest.raises(WeightsDoNotFit, match="expected a state dict"):
+        select_state_dict(Path("w.pth"), content)
+
+
+def test_hf_hub_names_are_timms(tmp_path, hub):
+    from timm.models import save_for_hf
+
+    save_for_hf(network(), str(tmp_path / "repo"))
+    put_in_cache(hub, tmp_path / "repo", "org/vit")
+    keys = {key(load_backbone(f"{form}org/vit")) for form in ("timm:", "hf-hub:", "timm:hf-hub:", "timm:hf_hub:")}
+    assert len(keys) == 1
