@@ -13,6 +13,7 @@ from featurecache.formatting import abbreviated
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
 from heads.evaluation.families import Family, families_of
+from heads.inference import predict_images
 from heads.models.catalogue import is_baseline
 from heads.models.common import FINETUNE
 from heads.pixel_view import PixelView, open_pixels
@@ -109,6 +110,21 @@ def _with_report(run: Run, images: bool, hash_ids: bool) -> Run:
     families = families_of([run])
     write_report(run.path, families, compare(families), images=images, hash_ids=hash_ids)
     return load_run(run.path, trust_code=True)
+
+
+def predict(run: Run | str | Path, images: Any, *, trust_code: bool = False, **options: Any) -> list[dict[str, Any]]:
+    """A record for each new image, a path, folder, table, encoded bytes, array or PIL image: its class, probability and
+    those of all classes; see `heads.inference.predict_images`. Of a sweep's folder the run that it chose answers."""
+    return predict_images(run if isinstance(run, Run) else open_run(run, trust_code=trust_code), images, **options)
+
+
+def open_run(path: str | Path, *, trust_code: bool = False) -> Run:
+    """A run folder; of a sweep's folder the run that it chose, the best on val. Raises RunError."""
+    if not (Path(path) / RECORD).is_file():
+        return load_run(path, trust_code=trust_code)
+    if not load_sweep(path).families:
+        raise RunError(f"No head of the sweep {path} is finished and chosen yet; the same ablate command goes on.")
+    return load_run(load_sweep(path).best.path, trust_code=trust_code)
 
 
 def ablate(

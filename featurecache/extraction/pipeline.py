@@ -188,7 +188,8 @@ class _Shards:
         """numbers [b] of images; rows [b, ...] per source, errors [b] per output. A row that does not fit the dtype is
         never stored."""
         kept = {source: tensor.cpu() for source, tensor in rows.items()}
-        good = self._finite(numbers, kept)
+        if not (good := self._finite(numbers, kept)):
+            return
         digests = [bytes(self._job.digests[numbers[k]]) for k in good]
         for output, writer in self._writers.items():
             tensor = kept[output.source][good] if len(good) < len(numbers) else kept[output.source]

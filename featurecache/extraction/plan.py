@@ -36,9 +36,9 @@ from featurecache.store.view import View
 
 
 def prepare(
-    data: str | Path | Dataset = "digits",
+    data: Any = "digits",
     *,
-    backbone: str,
+    backbone: str | Path,
     outputs: str | Sequence[str] | None = None,
     name: str | None = None,
     weights: str | None = None,
@@ -133,7 +133,7 @@ def _layouts(network: Backbone, wanted: Sequence[Output], dtype: str) -> dict[st
     return layouts | {o.source: source_layout(network, o, dtype) for o in wanted if o.is_derived}
 
 
-def extract(data: str | Path | Dataset = "digits", *, progress: bool = False, **options: Any) -> ExtractionResult:
+def extract(data: Any = "digits", *, progress: bool = False, **options: Any) -> ExtractionResult:
     """Run a backbone once over ``data`` and keep its outputs; see `prepare` for the options.
 
     >>> result = featurecache.extract("chest/", backbone="vit-in21k", outputs="cls,tokens")       # doctest: +SKIP

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,10 @@ from featurecache.errors import NotFetched, SourceError, nearest
 from featurecache.sources import fetching, huggingface, medmnist, torchvision_datasets
 from featurecache.sources.base import Dataset, ImageArrays, safe_name
 from featurecache.sources.dicom_frames import expand_frames
-from featurecache.sources.folders import list_folder, open_folder
-from featurecache.sources.labels import resolve_labels
+from featurecache.sources.folders import list_folder, open_folder, open_images_below
+from featurecache.sources.in_memory import KIND as IN_MEMORY
+from featurecache.sources.in_memory import open_memory
+from featurecache.sources.labels import ROLES, resolve_labels
 from featurecache.sources.pseudonyms import pseudonymise, secret_of
 from featurecache.sources.published_layouts import is_chest_xray, is_tiny_imagenet, open_chest_xray, open_tiny_imagenet
 from featurecache.sources.summary import contact_sheet, describe_dataset
@@ -30,6 +31,7 @@ from featurecache.sources.webdataset import is_pattern, is_webdataset, open_webd
 __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe_dataset", "open_source", "reopen"]
 
 Columns = dict[str, str] | None  # role -> column
+_FOLDERS = ("folder", "tiny-imagenet", "chest-xray")  # kinds that are folders of images
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,16 @@ SOURCES: dict[str, Source] = {
 }  # fmt: skip
 
 
-def open_source(data: str | Path, *, columns: Columns = None, task: str | None = None) -> Dataset:
+def open_source(data: Any, *, columns: Columns = None, task: str | None = None) -> Dataset:
     """The dataset that ``data`` names: a folder, a table, an ``.npz``, the word ``digits`` (``./digits`` is a folder),
-    or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine.
+    or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine; from
+    Python also a list of paths, or pixels (`open_memory`).
     ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say. Raises
     SourceError."""
+    if not isinstance(data, str | os.PathLike):
+        if columns:
+            raise SourceError(f"columns were named ({', '.join(columns)}), but the images are given as they are.")
+        return expand_frames(open_memory(data, task))
     kind, what = _find(data)
     try:
         return _open(kind, what, data, columns, task)
@@ -125,17 +132,32 @@ def open_source(data: str | Path, *, columns: Columns = None, task: str | None =
     return _open(kind, what, data, columns, task)
 
 
+def open_images(data: str | os.PathLike[str], *, columns: Columns = None) -> Dataset:
+    """The images that ``data`` names, to be predicted: of a folder all that lie below it, whatever its folders are
+    called; of a table those of its paths (``columns``: path); of other sources all, with their labels. A table's own
+    column of labels stays in ``meta``. Raises SourceError."""
+    kind, what = _find(data)
+    if kind in _FOLDERS and not columns:
+        return expand_frames(replace(open_images_below(what), source={"kind": "folder", "data": what}))
+    if kind == "table":
+        paths = {"path": columns["path"]} if columns and "path" in columns else {}
+        return _open(kind, what, data, {**dict.fromkeys(set(ROLES) - {"path"}, ""), **paths}, "unlabelled")
+    return open_source(data, columns=columns)
+
+
 def reopen(source: Mapping[str, Any]) -> Dataset:
     """The dataset again from its ``source``; nothing is fetched. Raises SourceError where its images have gone."""
     if source.get("kind") == "import":
         raise SourceError(f"{source.get('data')} was imported as features; nobody knows its images.")
+    if source.get("kind") == IN_MEMORY:
+        raise SourceError(f"{source.get('data')} were given by a program; nobody knows where they are now.")
     kind, what = _find(source["data"])
     dataset = _open(kind, what, source["data"], source.get("columns"), source.get("task"))
     hashed = {name: bool(source.get(f"hash_{name}")) for name in ("ids", "groups")}
     return pseudonymise(dataset, secret_of(source), **hashed) if any(hashed.values()) else dataset
 
 
-def _open(kind: str, what: str, data: str | Path, columns: Columns, task: str | None) -> Dataset:
+def _open(kind: str, what: str, data: str | os.PathLike[str], columns: Columns, task: str | None) -> Dataset:
     source = SOURCES[kind]
     if columns and not source.columns:
         raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
@@ -150,7 +172,7 @@ def _open(kind: str, what: str, data: str | Path, columns: Columns, task: str | 
     return expand_frames(replace(dataset, name=safe_name(dataset.name), source=record))
 
 
-def _find(data: str | Path) -> tuple[str, str]:
+def _find(data: str | os.PathLike[str]) -> tuple[str, str]:
     """The kind of a source, and what its ``open`` is given. Raises SourceError."""
     if data == "digits":
         return "digits", "digits"

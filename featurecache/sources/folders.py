@@ -17,6 +17,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageFiles
@@ -45,13 +47,7 @@ class _Tree:
 
 def open_folder(data: str, task: str | None, *, without: Sequence[str] = ()) -> Dataset:
     """The dataset in the folder ``data`` (an absolute path); ``without`` names folders in it that are left out."""
-    tree = _Tree()
-    _walk(data, "", (), tree, without)
-    if not tree.ids:
-        others = f"only other files ({kinds_text(tree.ignored)})"
-        there = others if tree.ignored else "empty folders" if tree.folders else "nothing"
-        raise SourceError(f"no images in {data}: found {there}, expected files ending in {abbreviated(EXTENSIONS, 8)}.")
-    tree.ids.sort()  # by code points, which for UTF-8 is the order of the bytes
+    tree = _tree_of(data, without)
     splits, names = _layout(data, tree.ids)
     classes = sorted(set(names) - {""})
     notes = _class_notes(data, tree, splits, names, classes)
@@ -68,6 +64,25 @@ def open_folder(data: str, task: str | None, *, without: Sequence[str] = ()) -> 
         images=ImageFiles(data, tree.ids),
         notes=tuple(notes),
     )
+
+
+def open_images_below(data: str) -> Dataset:
+    """All images in and below the folder ``data`` (an absolute path), without labels: what is to be predicted."""
+    ids = _tree_of(data).ids
+    none = resolve_labels(np.full(len(ids), -1, np.int64), [], None, data)._asdict()
+    return Dataset(name=os.path.basename(data), ids=ids, **none, splits=[""] * len(ids), images=ImageFiles(data, ids))
+
+
+def _tree_of(data: str, without: Sequence[str] = ()) -> _Tree:
+    """The images below a folder. Raises SourceError where there are none."""
+    tree = _Tree()
+    _walk(data, "", (), tree, without)
+    if not tree.ids:
+        others = f"only other files ({kinds_text(tree.ignored)})"
+        there = others if tree.ignored else "empty folders" if tree.folders else "nothing"
+        raise SourceError(f"no images in {data}: found {there}, expected files ending in {abbreviated(EXTENSIONS, 8)}.")
+    tree.ids.sort()  # by code points, which for UTF-8 is the order of the bytes
+    return tree
 
 
 def is_image(name: str) -> bool:

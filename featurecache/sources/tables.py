@@ -23,7 +23,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -160,13 +160,23 @@ def _is_plain(kind: Any) -> bool:
 
 def _find_roles(table: Table, requested: dict[str, str], *, needs_path: bool = True) -> dict[str, list[str]]:
     """Role → its columns: as requested, else by name."""
-    plain = {name: re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in table.columns}
+    plain = _plain_names(table.columns)
     candidates = {role: [name for name in plain if plain[name] in names] for role, names in ROLES.items()}
     roles = find_roles(table.name, list(plain), requested, candidates, several="label")
     if needs_path and not roles["path"]:
         expected = f"expected one called {abbreviated(ROLES['path'], 4)}, or --column path=NAME"
         raise SourceError(f"{table.name} has no column of image paths among {abbreviated(list(plain), 8)}; {expected}.")
     return roles
+
+
+def label_columns(names: Iterable[str]) -> list[str]:
+    """Those that are called as columns of labels are."""
+    return [name for name, plain in _plain_names(names).items() if plain in ROLES["label"]]
+
+
+def _plain_names(names: Iterable[str]) -> dict[str, str]:
+    """As names of columns are compared."""
+    return {name: re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") for name in names}
 
 
 def _paths(table: Table, name: str) -> list[str]:

@@ -281,7 +281,10 @@ def test_no_readable_image_at_all_is_an_error_and_no_view(tmp_path: Path) -> Non
     assert list((tmp_path / "c").rglob("*.h5")) == []
 
 
-def test_values_that_do_not_fit_float16_are_named_and_never_stored(tmp_path: Path, monkeypatch, images: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("batch", [8, 1])  # of one no row of a batch can be stored
+def test_values_that_do_not_fit_float16_are_named_and_never_stored(  # type: ignore[no-untyped-def]
+    tmp_path: Path, monkeypatch, images: Path, batch: int
+) -> None:
     forward = featurecache.load_backbone("vit-demo", random_weights=True).__class__.forward
 
     def large(self, pixels, want):  # type: ignore[no-untyped-def]
@@ -291,7 +294,7 @@ def test_values_that_do_not_fit_float16_are_named_and_never_stored(tmp_path: Pat
         }
 
     monkeypatch.setattr("featurecache.backbones.base.Backbone.forward", large)
-    view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c")
+    view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c", batch_size=batch)
     assert 0 < len(view.failed) < 9
     assert all("try --dtype float32" in entry["reason"] and "tokens" in entry["reason"] for entry in view.failed)
     assert torch.isfinite(view.tensor("tokens")).all()
