@@ -24,7 +24,8 @@ from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageFiles
 from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
 from featurecache.sources.dicom_frames import is_dicom_file, may_be_dicom
-from featurecache.sources.labels import SPLITS, class_labels, resolve_labels
+from featurecache.sources.labels import class_labels, resolve_labels
+from featurecache.sources.vocabulary import SPLITS
 
 # What the formats of `images.decoding` are called on a disk.
 EXTENSIONS = (

@@ -26,7 +26,8 @@ from featurecache.errors import SourceError, UnreadableImage, first_line
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles, package, read_file, safe_name
 from featurecache.sources.fetching import SourceOptions, not_here
-from featurecache.sources.labels import ROLES, SPLITS, find_roles, groups_or_ids, labels_of_values, resolve_labels
+from featurecache.sources.labels import ROLES, find_roles, groups_or_ids, labels_of_values, resolve_labels
+from featurecache.sources.vocabulary import split_names_of
 
 FORM = "hf:<dataset>[:config][@revision]"
 _REPOSITORY, _REVISION, _COMMIT = r"[\w.-]+(/[\w.-]+)?", r"[\w./-]*", "[0-9a-f]{40}"
@@ -146,8 +147,9 @@ def _hub_splits(loaded: Any, name: str) -> tuple[list[HubSplit], list[str]]:
     """The splits that are ours, in their order; where none has a name of a split, all of it as one without."""
     if not isinstance(loaded, dict):
         return [HubSplit("", "", loaded)], []
-    ours = [HubSplit(SPLITS[word.lower()], word, rows) for word, rows in loaded.items() if word.lower() in SPLITS]
-    other = [word for word in loaded if word.lower() not in SPLITS]
+    splits = split_names_of(loaded)
+    ours = [HubSplit(splits[word], word, rows) for word, rows in loaded.items() if word in splits]
+    other = [word for word in loaded if word not in splits]
     if twice := abbreviated([part.word for part in ours if sum(part.split == again.split for again in ours) > 1]):
         raise SourceError(f"{name} has the splits {twice}, which mean the same; save the one you mean alone.")
     parts = [part for part in ours if len(part.rows)] or [HubSplit("", word, loaded[word]) for word in other]

@@ -16,14 +16,10 @@ import numpy as np
 
 from featurecache.errors import SourceError, nearest
 from featurecache.formatting import abbreviated
+from featurecache.sources.vocabulary import is_missing, split_names_of
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
 SPLIT_ORDER = ("train", "val", "test")
-# What people call their splits -> what we call them.
-SPLITS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 # Role of a column -> its names, as compared: lower case, everything but letters and digits as "_".
 ROLES = {
     "path": ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "image_file",
@@ -105,10 +101,12 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 def split_names(words: Sequence[str], row: Callable[[int], str], remedy: str) -> list[str]:
     """train, val, test or nothing for each word that people use for them. Raises SourceError at another."""
+    splits = {word: "" for word in set(words) if is_missing(word)}
+    splits |= split_names_of(sorted(set(words) - splits.keys()))
     for index, word in enumerate(words):
-        if word and word.lower() not in SPLITS:
+        if word not in splits:
             raise SourceError(f'{row(index)} is "{word}", expected train, val or test (or nothing). {remedy}')
-    return [SPLITS[word.lower()] if word else "" for word in words]
+    return [splits[word] for word in words]
 
 
 def groups_or_ids(groups: Sequence[Any], ids: Sequence[str]) -> list[str]:

@@ -37,7 +37,8 @@ from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageFiles, read_text
 from featurecache.sources.folders import is_image, list_folder, open_folder
-from featurecache.sources.labels import SPLITS, class_labels, resolve_labels, unique_names
+from featurecache.sources.labels import class_labels, resolve_labels, unique_names
+from featurecache.sources.vocabulary import split_names_of
 
 KINDS = ("normal", "bacteria", "virus")
 _NAMES = (
@@ -131,7 +132,7 @@ def _possible(groups: list[str], ids: list[str]) -> list[str]:
 
 def _split_folders(folder: str) -> dict[str, str]:
     """Split → its folder."""
-    return {SPLITS[name.lower()]: name for name in list_folder(folder)[1] if name.lower() in SPLITS}
+    return {split: name for name, split in split_names_of(list_folder(folder)[1]).items()}
 
 
 # -- Tiny ImageNet

@@ -40,8 +40,9 @@ from featurecache.errors import SourceError, UnreadableImage
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, read_text
 from featurecache.sources.folders import EXTENSIONS, is_image, kinds_text, list_folder
-from featurecache.sources.labels import SPLITS, Table, resolve_labels
+from featurecache.sources.labels import Table, resolve_labels
 from featurecache.sources.tables import annotate
+from featurecache.sources.vocabulary import SPLITS, split_names_of, words_of
 
 CLASSES = "classes.txt"
 TEXTS = ("cls", "json", "txt")
@@ -61,7 +62,7 @@ def is_webdataset(path: str) -> bool:
     all named for splits."""
     if _is_tar(path) and not os.path.isdir(path):
         return os.path.lexists(path) or is_pattern(path)
-    if any(name.lower() not in SPLITS for name in list_folder(path)[1]):
+    if set(folders := list_folder(path)[1]) - split_names_of(folders).keys():
         return False
     names = _files_below(path)
     return not any(map(is_image, names)) and any(map(_is_tar, names))
@@ -331,7 +332,7 @@ def _class_list(file: str) -> list[str]:
 
 def _splits(tars: list[str], numbers: list[int]) -> list[str]:
     """The split that the name of each image's tar bears; none bears one, or all do."""
-    words = {tar: {SPLITS[word] for word in re.split(r"[^a-z]+", tar.lower()) if word in SPLITS} for tar in tars}
+    words = {tar: {SPLITS[word] for word in words_of(tar) if word in SPLITS} for tar in tars}
     named, without = [tar for tar in tars if words[tar]], [tar for tar in tars if not words[tar]]
     if several := [tar for tar in tars if len(words[tar]) > 1]:
         raise SourceError(f"the name {several[0]} stands for two splits; expected one of train, val, test.")
