@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError
+from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError, nearest
 from featurecache.formatting import abbreviated
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
@@ -19,12 +19,12 @@ from heads.models.common import FINETUNE
 from heads.pixel_view import PixelView, open_pixels
 from heads.reports.figures import save_pictures
 from heads.reports.page import WrittenReport, write_report
-from heads.runs.run import Run, load_run
+from heads.runs.run import Run, load_run, name_of
 from heads.runs.write import run_target, write_run
 from heads.settings import Settings
 from heads.sweeps.grid import SweepSpec
 from heads.sweeps.journal import RECORD, ROWS, Sweep, in_use, load_sweep, open_sweep, read_journal, write_sweep
-from heads.sweeps.plan import FROM_PIXELS, has_option, plan_sweep
+from heads.sweeps.plan import FROM_PIXELS, SweepPlan, has_option, plan_sweep
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search
 from heads.task import FeatureView, Say, memory_for_features
@@ -130,15 +130,15 @@ def open_run(path: str | Path, *, trust_code: bool = False) -> Run:
 def ablate(
     features: FeatureView | str | Path | Sequence[FeatureView | str | Path] | None, heads: str | Sequence[str], *,
     data: Any = None, cache: str | Path | None = None, out: str | Path | None = None, controls: bool | None = None,
-    dry_run: bool = False, say: Say | None = None, progress: bool = False, **options: Any,
+    reference: str | None = None, dry_run: bool = False, say: Say | None = None, progress: bool = False, **options: Any,
 ) -> Sweep | None:  # fmt: skip
     """Train ``heads`` with every setting of ``options`` (`SweepSpec.of`, and those of `train_head`), choose on val.
 
     Several ``features`` are several backbones on the same images. Networks from pixels among the ``heads`` are trained
     on the images of the first of these; where there are no others, on ``data``. ``out``: a new folder, or that of
-    the same sweep, which goes on; None: ``runs/ablate-<view>-<n>``, the first that is either. ``dry_run``: say the
-    plan, train and write nothing, return None. Raises BadOption, NotInCache, ProtocolError and RunError before anything
-    is trained.
+    the same sweep, which goes on; None: ``runs/ablate-<view>-<n>``, the first that is either. ``reference``: the one a
+    report will compare with; refused now where nothing will be called so. ``dry_run``: say the plan, train and write
+    nothing, return None. Raises BadOption, NotInCache, ProtocolError and RunError before anything is trained.
     """
     say = say or _silent
     spec = SweepSpec.of(heads, **{**options, "device": _device(heads, options.get("device"))})
@@ -149,6 +149,7 @@ def ablate(
     plan = plan_sweep(views, spec, ram)
     if spec.search:
         check_search(plan)
+    _check_reference(reference, plan)
     folder = open_sweep(out, plan)
     if dry_run:
         say_plan(plan, folder, read_journal(folder / ROWS)[0], say, whole=True)
@@ -160,6 +161,15 @@ def ablate(
     if not sweep.families:
         raise ProtocolError(f"No setting of any head worked on every draw; {folder / ROWS} says why of each.")
     return sweep
+
+
+def _check_reference(reference: str | None, plan: SweepPlan) -> None:
+    """Before hours of training: a name begins with the head and output of a family; a folder may be that of a run."""
+    names = list(dict.fromkeys(name_of(family.head, family.output) for family in plan.families))
+    if reference is not None and not reference.startswith(tuple(names)) and not Path(reference).is_dir():
+        raise BadOption(
+            f"--reference {reference} is none of what will be compared: {', '.join(names)}.{nearest(reference, names)}"
+        )
 
 
 def _open_views(

@@ -88,7 +88,7 @@ SOURCES: dict[str, Source] = {
         lambda path: path.lower().endswith(TABLES), open_table, True,
     ),
     "npz": Source(
-        "an .npz of MedMNIST's form", "arrays train_images, train_labels, and the same of val and test",
+        "an .npz of images", "arrays train_images, train_labels (x_train, y_train), and the same of val and test",
         lambda path: path.lower().endswith(".npz"), medmnist.open_npz,
     ),
     "medmnist": Source(
@@ -142,7 +142,7 @@ def open_images(data: str | os.PathLike[str], *, columns: Columns = None) -> Dat
     if kind == "table":
         paths = {"path": columns["path"]} if columns and "path" in columns else {}
         return _open(kind, what, data, {**dict.fromkeys(set(ROLES) - {"path"}, ""), **paths}, "unlabelled")
-    return open_source(data, columns=columns)
+    return open_source(data, columns=columns, task="unlabelled" if kind == "npz" else None)
 
 
 def reopen(source: Mapping[str, Any]) -> Dataset:

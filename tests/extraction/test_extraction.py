@@ -222,6 +222,19 @@ def test_extracting_again_keeps_and_completes_the_outputs_a_view_had(tmp_path: P
     assert len(view.tensor("pooler")) == len(view) == 8
 
 
+def test_another_dataset_with_the_same_names_does_not_replace_a_view_but_the_same_moved_does(tmp_path: Path) -> None:
+    data = image_folder(tmp_path / "a" / "scans", 6)
+    options = {"random_weights": True, "outputs": "cls"}
+    run(data, "vit-demo", tmp_path / "c", **options)
+    shutil.copytree(data, tmp_path / "moved" / "scans")
+    assert len(run(tmp_path / "moved" / "scans", "vit-demo", tmp_path / "c", **options)) == 6
+    other = tmp_path / "other" / "scans"
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        save_picture(other / path.relative_to(data), 100 + number)
+    with pytest.raises(BadOption, match=r"holds 6 images of which 0 are in .*--name"):
+        run(other, "vit-demo", tmp_path / "c", **options)
+
+
 def test_another_dataset_does_not_replace_a_view_of_the_same_name(tmp_path: Path, vit: str) -> None:
     data = image_folder(tmp_path / "a" / "scans", 6)
     other = image_folder(tmp_path / "b" / "scans", 6, classes=("x", "y"))

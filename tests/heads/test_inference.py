@@ -160,6 +160,11 @@ def test_what_is_no_image_is_said(cached, images, words):
 def test_a_sweep_answers_by_the_run_it_chose(cached, tmp_path, monkeypatch):
     view = cached[0]
     sweep = ablate([view], "centroid,ridge", out=tmp_path / "sweep", outputs="cls", controls=False)
+    with pytest.raises(
+        BadOption, match=r"--reference rigde on cls is none .*: centroid on cls, ridge on cls\. Near: ridge on cls"
+    ):
+        ablate([view], "centroid,ridge", out=tmp_path / "other", outputs="cls", reference="rigde on cls")
+    assert not (tmp_path / "other").exists()
     assert predict(tmp_path / "sweep", [b"3"])[0]["class"] == predict(sweep.best.path, [b"3"])[0]["class"]
     (tmp_path / "sweep" / "rows.jsonl").write_text("")
     with pytest.raises(RunError, match="No head of the sweep"):
