@@ -143,9 +143,8 @@ def open_archive(data: str, task: str | None, classes: Sequence[str] | None = No
     splits = [split for split in (*SPLIT_ORDER, "") if any(role.split == split for role in roles)]
     columns = {split: _label_column(data, arrays, roles, split, task == "unlabelled") for split in splits}
     if len({column.shape[1:] for column in columns.values()}) > 1:
-        shapes = ", ".join(
-            f"{roles.get(ArrayRole(split, 'labels'), split)} {list(column.shape)}" for split, column in columns.items()
-        )
+        forms = {roles.get(ArrayRole(split, "labels"), split): list(each.shape) for split, each in columns.items()}
+        shapes = ", ".join(f"{array} {shape}" for array, shape in forms.items())
         raise SourceError(f"the labels of {name} differ in their form: {shapes}.")
     labels, own, notes = _labels(name, np.concatenate(list(columns.values())), classes, task)
     if any(array != f"{role.split}_{role.kind}" for role, array in roles.items()):
