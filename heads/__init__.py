@@ -21,7 +21,7 @@ _LAZY = {
     "load_run": "heads.runs.run",
     "list_runs": "heads.runs.run",
     "Run": "heads.runs.run",
-    "predict": "heads.inference",
+    "predict": "heads.api",
     "explain": "heads.explanations.explain",
     "ablate": "heads.api",
     "list_sweeps": "heads.sweeps.journal",

@@ -8,22 +8,23 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError
+from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError, nearest
 from featurecache.formatting import abbreviated
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
 from heads.evaluation.families import Family, families_of
+from heads.inference import predict_images
 from heads.models.catalogue import is_baseline
 from heads.models.common import FINETUNE
 from heads.pixel_view import PixelView, open_pixels
 from heads.reports.figures import save_pictures
 from heads.reports.page import WrittenReport, write_report
-from heads.runs.run import Run, load_run
+from heads.runs.run import Run, load_run, name_of
 from heads.runs.write import run_target, write_run
 from heads.settings import Settings
 from heads.sweeps.grid import SweepSpec
 from heads.sweeps.journal import RECORD, ROWS, Sweep, in_use, load_sweep, open_sweep, read_journal, write_sweep
-from heads.sweeps.plan import FROM_PIXELS, has_option, plan_sweep
+from heads.sweeps.plan import FROM_PIXELS, SweepPlan, has_option, plan_sweep
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search
 from heads.task import FeatureView, Say, memory_for_features
@@ -107,18 +108,33 @@ def _with_report(run: Run, images: bool, hash_ids: bool) -> Run:
     return load_run(run.path, trust_code=True)
 
 
+def predict(run: Run | str | Path, images: Any, *, trust_code: bool = False, **options: Any) -> list[dict[str, Any]]:
+    """A record for each new image, a path, folder, table, encoded bytes, array or PIL image: its class, probability and
+    those of all classes; see `heads.inference.predict_images`. Of a sweep's folder the run that it chose answers."""
+    return predict_images(run if isinstance(run, Run) else open_run(run, trust_code=trust_code), images, **options)
+
+
+def open_run(path: str | Path, *, trust_code: bool = False) -> Run:
+    """A run folder; of a sweep's folder the run that it chose, the best on val. Raises RunError."""
+    if not (Path(path) / RECORD).is_file():
+        return load_run(path, trust_code=trust_code)
+    if not load_sweep(path).families:
+        raise RunError(f"No head of the sweep {path} is finished and chosen yet; the same ablate command goes on.")
+    return load_run(load_sweep(path).best.path, trust_code=trust_code)
+
+
 def ablate(
     features: FeatureView | str | Path | Sequence[FeatureView | str | Path] | None, heads: str | Sequence[str], *,
     data: Any = None, cache: str | Path | None = None, out: str | Path | None = None, controls: bool | None = None,
-    dry_run: bool = False, say: Say | None = None, progress: bool = False, **options: Any,
+    reference: str | None = None, dry_run: bool = False, say: Say | None = None, progress: bool = False, **options: Any,
 ) -> Sweep | None:  # fmt: skip
     """Train ``heads`` with every setting of ``options`` (`SweepSpec.of`, and those of `train_head`), choose on val.
 
     Several ``features`` are several backbones on the same images. Networks from pixels among the ``heads`` are trained
     on the images of the first of these; where there are no others, on ``data``. ``out``: a new folder, or that of
-    the same sweep, which goes on; None: ``runs/ablate-<view>-<n>``, the first that is either. ``dry_run``: say the
-    plan, train and write nothing, return None. Raises BadOption, NotInCache, ProtocolError and RunError before anything
-    is trained.
+    the same sweep, which goes on; None: ``runs/ablate-<view>-<n>``, the first that is either. ``reference``: the one a
+    report will compare with; refused now where nothing will be called so. ``dry_run``: say the plan, train and write
+    nothing, return None. Raises BadOption, NotInCache, ProtocolError and RunError before anything is trained.
     """
     say = say or (lambda line: None)
     spec = SweepSpec.of(heads, **{**options, "device": _device(heads, options.get("device"))})
@@ -129,6 +145,7 @@ def ablate(
     plan = plan_sweep(views, spec, ram)
     if spec.search:
         check_search(plan)
+    _check_reference(reference, plan)
     folder = open_sweep(out, plan)
     if dry_run:
         say_plan(plan, folder, read_journal(folder / ROWS)[0], say, whole=True)
@@ -140,6 +157,15 @@ def ablate(
     if not sweep.families:
         raise ProtocolError(f"No setting of any head worked on every draw; {folder / ROWS} says why of each.")
     return sweep
+
+
+def _check_reference(reference: str | None, plan: SweepPlan) -> None:
+    """Before hours of training: a name begins with the head and output of a family; a folder may be that of a run."""
+    names = list(dict.fromkeys(name_of(family.head, family.output) for family in plan.families))
+    if reference is not None and not reference.startswith(tuple(names)) and not Path(reference).is_dir():
+        raise BadOption(
+            f"--reference {reference} is none of what will be compared: {', '.join(names)}.{nearest(reference, names)}"
+        )
 
 
 def _open_views(

@@ -10,77 +10,142 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from featurecache.errors import BadOption, FeatureCacheError
-from featurecache.formatting import one_line
+from featurecache.errors import BadOption, FeatureCacheError, nearest
+from featurecache.formatting import abbreviated, one_line
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.pixel_view import resize_all
-from heads.runs.run import Run, is_pixels, load_run, preprocess_of
+from heads.runs.run import Run, is_pixels, preprocess_of
 from heads.runs.write import csv_bytes
+
+if TYPE_CHECKING:
+    from featurecache.images.headers import EncodedImage
+    from featurecache.sources.base import Dataset
 
 TABLES = (".npz", ".csv", ".tsv", ".parquet", ".tar")  # arguments that hold many images; every other file is one image
 HELD = 512 * 2**20, 2_048  # bytes and number of images in memory before they are computed
-Image = str | Path | bytes | np.ndarray
+Image = Any  # a path, encoded bytes, an array [H, W] or [H, W, 3], a PIL image; an array [N, H, W, 3] is N of them
 
 
-def predict(
-    run: Run | str | Path,
+class NewImage(NamedTuple):
+    """An image to be predicted; ``data`` as text is the reason why it cannot be read."""
+
+    name: str
+    data: Any
+    words: tuple[str, ...] = ()  # what its folders are called, or what its table says: one may be its class
+
+
+def predict_images(
+    run: Run,
     images: Image | Iterable[Image],
     *,
+    columns: dict[str, str] | None = None,
     device: str = "auto",
     weights: str | None = None,
-    trust_code: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """One record an image, in the order given; folders, tables and .npz files give all their images.
 
     {"image", "class", "probability", "probabilities": {class: p}}; multi-label: "classes", "probabilities"; an image
-    that could not be read: {"image", "error"}. A binary task calls by the threshold chosen on val, so "probability",
-    which is that of the class called, can be below one half. ``weights``: where the backbone's are now, if
-    not where they were. Raises RunError; the backbone's errors as in extract.
+    that could not be read: {"image", "error"}; "label" where one of its folders is called as a class of the run, or
+    its table has a column of labels with that class. ``columns``: of tables, {"path": …, "label": …}.
+    A binary task calls by the threshold chosen on val, so "probability", which is that of the class called, can be
+    below one half. ``weights``: where the backbone's are now, if not where they were. Raises BadOption, RunError; the
+    backbone's errors as in extract.
     """
-    run = run if isinstance(run, Run) else load_run(run, trust_code=trust_code)
     if is_pixels(run) and weights:
         raise BadOption("--weights is for a backbone; the network of this run lies in its folder. Leave it out.")
     run.model  # noqa: B018  a head that does not load is found before the backbone is
-    images = [images] if isinstance(images, str | Path | bytes | np.ndarray) else list(images)
     records: list[dict[str, Any]] = []
-    for part in _parts(iterate_images(images)):
+    for part in _parts(iterate_images(images_of(images), columns)):
         records += _predict_part(run, part, device, weights)
     if say:
         failed = sum("error" in record for record in records)
         say(f"predicted  {len(records) - failed:,} images" + (f"; {failed:,} could not be read" if failed else ""))
+        if measured := accuracy_of(records):
+            say(f"accuracy   {measured[0]:.3f} of {measured[1]:,} images whose class is known by folder or table")
     return records
 
 
-def iterate_images(images: list[Image]) -> Iterator[tuple[str, Any]]:
-    """(name, encoded bytes or array), or (name, reason) as str for what cannot be read; of DICOM each frame."""
-    from featurecache.sources.dicom_frames import images_in_file
+def accuracy_of(records: Iterable[dict[str, Any]]) -> tuple[float, int] | None:
+    """The share of the images with a "label" that are called so, and how many these are; None without any."""
+    hits = [record["class"] == record["label"] for record in records if "label" in record and "class" in record]
+    return (sum(hits) / len(hits), len(hits)) if hits else None
 
-    for number, image in enumerate(images, start=1):
+
+def images_of(images: Image | Iterable[Image]) -> list[Image]:
+    """One image, or several, as a list. Raises BadOption for what is none."""
+    from featurecache.sources.in_memory import is_pil
+
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        return list(images)
+    one = isinstance(images, str | os.PathLike | bytes | np.ndarray) or is_pil(images)
+    if not one and not isinstance(images, Iterable):
+        raise BadOption(f"the images are {type(images).__name__}; {_EXPECTED}.")
+    return [images] if one else list(images)
+
+
+_EXPECTED = "expected paths, encoded bytes, arrays uint8 [H, W] or [H, W, 3], or PIL images"
+
+
+def iterate_images(given: list[Image], columns: dict[str, str] | None = None) -> Iterator[NewImage]:
+    """Each image as encoded bytes or array, or the reason why it cannot be read; of DICOM each frame."""
+    from featurecache.sources.dicom_frames import images_in_file
+    from featurecache.sources.in_memory import encoded_of_pil, is_pil
+
+    for number, image in enumerate(given, start=1):
         if isinstance(image, bytes | np.ndarray):
-            yield f"image {number}", image
+            yield NewImage(f"image {number}", image)
+        elif is_pil(image):
+            yield NewImage(f"image {number}", _read(lambda image=image: encoded_of_pil(image)))  # type: ignore[misc]
+        elif not isinstance(image, str | os.PathLike):
+            raise BadOption(f"image {number} is {type(image).__name__}; {_EXPECTED}.")
         elif Path(image).is_dir() or Path(image).suffix.lower() in TABLES:
-            yield from _source(image)
+            yield from _source(image, columns)
         else:
             data = _read(lambda path=image: Path(path).read_bytes())  # type: ignore[misc]
-            yield from images_in_file(str(image), data) if isinstance(data, bytes) else [(str(image), data)]
+            images = images_in_file(str(image), data) if isinstance(data, bytes) else [(str(image), data)]
+            yield from (NewImage(*each) for each in images)
 
 
-def _source(data: str | Path) -> Iterator[tuple[str, bytes | np.ndarray | str]]:
-    from featurecache import open_source
+def _source(data: str | os.PathLike[str], columns: dict[str, str] | None) -> Iterator[NewImage]:
+    from featurecache.sources import open_images
 
-    dataset = open_source(data)
+    folder = Path(data).is_dir()
+    dataset = open_images(data, columns=None if folder else columns)
+    words = _words(dataset, (columns or {}).get("label"))
     for i, name in enumerate(dataset.ids):
-        shown = os.path.join(data, name) if Path(data).is_dir() else name
-        yield shown, _read(lambda i=i: dataset.read(i))  # type: ignore[misc]
+        shown = os.path.join(data, name) if folder else name
+        yield NewImage(shown, _read(lambda i=i: dataset.read(i)), words[i])  # type: ignore[misc]
 
 
-def _read(reader: Callable[[], bytes | np.ndarray]) -> bytes | np.ndarray | str:
+def _words(dataset: Dataset, column: str | None) -> list[tuple[str, ...]]:
+    """Of each image of a source the words of which one may be its class."""
+    from featurecache.sources.labels import role_columns
+
+    kind = dataset.source["kind"]
+    if column is not None and kind == "table" and column not in dataset.meta:
+        there = f"{abbreviated(list(dataset.meta), 8)}.{nearest(column, dataset.meta)}"
+        raise BadOption(f"{dataset.source['data']} has no column {column!r} for the label; it has {there}")
+    if kind == "folder":
+        return [tuple(name.split("/")[:-1]) for name in dataset.ids]
+    if kind == "table":
+        names = [column] if column is not None else role_columns("label", dataset.meta)
+        return [tuple(_text(dataset.meta[name][row]) for name in names) for row in range(len(dataset))]
+    single = dataset.labels.ndim == 1
+    return [(dataset.classes[k],) if single and k >= 0 else () for k in dataset.labels.tolist()]
+
+
+def _text(cell: Any) -> str:
+    """A cell as a class is called: 1.0 is 1."""
+    return f"{cell:g}" if isinstance(cell, float) else str(cell)
+
+
+def _read(reader: Callable[[], EncodedImage]) -> EncodedImage | str:
     try:
         return reader()
     except FileNotFoundError:
@@ -91,12 +156,13 @@ def _read(reader: Callable[[], bytes | np.ndarray]) -> bytes | np.ndarray | str:
         return str(error)
 
 
-def _parts(images: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+def _parts(images: Iterable[NewImage]) -> Iterator[list[NewImage]]:
     """In pieces of at most about ``HELD``."""
-    part: list[tuple[str, Any]] = []
+    part: list[NewImage] = []
     size = 0
-    for name, data in images:
-        part.append((name, data))
+    for image in images:
+        part.append(image)
+        data = image.data
         size += data.nbytes if isinstance(data, np.ndarray) else len(data)
         if size >= HELD[0] or len(part) >= HELD[1]:
             yield part
@@ -105,9 +171,13 @@ def _parts(images: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]
         yield part
 
 
-def _predict_part(run: Run, part: list[tuple[str, Any]], device: str, weights: str | None) -> list[dict[str, Any]]:
-    records = [{"image": name, **({"error": data} if isinstance(data, str) else {})} for name, data in part]
-    readable = [(record, data) for record, (_, data) in zip(records, part, strict=True) if "error" not in record]
+def _predict_part(run: Run, part: list[NewImage], device: str, weights: str | None) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    for name, data, words in part:
+        labels = set(words) & set(run.classes) if run.task != "multilabel" else set()
+        label = {"label": labels.pop()} if len(labels) == 1 else {}
+        records.append({"image": name, **label, **({"error": data} if isinstance(data, str) else {})})
+    readable = [(record, each.data) for record, each in zip(records, part, strict=True) if "error" not in record]
     if not readable:
         return records
     features, reasons = _features(run, [data for _, data in readable], device, weights)
@@ -159,15 +229,17 @@ def prediction_records(run: Run, logits: np.ndarray) -> list[dict[str, Any]]:
 
 
 def predictions_csv(records: list[dict[str, Any]]) -> str:
-    """image, class, probability, a column of probability per class, error. Control characters are written as escapes,
-    so that one record is one line."""
+    """image, label (where one has any), class, probability, a column of probability per class, error. Control
+    characters are written as escapes, so that one record is one line."""
+    known = any("label" in record for record in records)
     classes = next((list(r["probabilities"]) for r in records if "probabilities" in r), [])
     rows = []
     for record in records:
         each = [record.get("probabilities", {}).get(c, "") for c in classes]
         label, error = one_line(_label(record)), one_line(record.get("error", ""))
-        rows.append([one_line(record["image"]), label, record.get("probability", ""), *each, error])
-    columns = ["image", "class", "probability", *(f"p {one_line(c)}" for c in classes), "error"]
+        own = [one_line(record.get("label", ""))] if known else []
+        rows.append([one_line(record["image"]), *own, label, record.get("probability", ""), *each, error])
+    columns = ["image", *["label"] * known, "class", "probability", *(f"p {one_line(c)}" for c in classes), "error"]
     return csv_bytes(columns, rows).decode()
 
 

@@ -25,7 +25,7 @@ FORMS = "hf:<repo or folder>, torchvision:<name>, timm:<name>, python:<module>:<
 
 
 def load_backbone(
-    name: str,
+    name: str | Path,
     *,
     weights: str | None = None,
     random_weights: bool = False,
@@ -44,8 +44,10 @@ def load_backbone(
         raise BadOption("--weights and --random-weights contradict each other; give one of them")
     if fit not in FITS:
         raise BadOption(f'--fit "{fit}" is not one of {", ".join(FITS)}')
+    if not isinstance(name, str | os.PathLike):
+        raise BadOption(f"a backbone is named by a text or a path, not by {type(name).__name__}; {FORMS}.")
     weights = str(weights) if weights is not None else None
-    return _load(BackboneRequest(name, weights, random_weights, seed, image_size, fit))
+    return _load(BackboneRequest(os.fspath(name), weights, random_weights, seed, image_size, fit))
 
 
 def _load(request: BackboneRequest) -> Backbone:

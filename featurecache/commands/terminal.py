@@ -6,8 +6,10 @@ stdout, talk and progress to stderr. Modules of commands load nothing heavy befo
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
+import io
 import json
 import os
 import shlex
@@ -24,6 +26,20 @@ from featurecache.errors import BadOption, FeatureCacheError, Reading, SeveralRe
 from featurecache.formatting import harmless, is_harmless, join_names, one_line
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+_PLAIN = "featurecache.plain"  # how characters that a terminal's code page lacks are written
+_SIGNS = {"×": "x", "–": "-", "−": "-", "·": "|", "…": "...", "→": "->", "≤": "<=", "≥": ">=", "∕": "/"}  # of ours
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Our signs by their neighbours in ASCII, every other character by its number."""
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end]
+    return "".join(_SIGNS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking), error.end
+
+
+codecs.register_error(_PLAIN, _plain)
 
 
 class CommandGroup(click.Group):
@@ -44,7 +60,10 @@ class CommandGroup(click.Group):
             formatter.write_dl([(name, each.get_short_help_str(limit=200)) for name, each in self.commands.items()])
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """click's own errors in the form of ours."""
+        """click's own errors in the form of ours; no character ends a command, whatever the terminal can show."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=_PLAIN)
         try:
             code = super().main(*args, **{**options, "standalone_mode": False})
         except click.Abort:
@@ -88,8 +107,12 @@ def record_of(value: Any) -> Any:
 
 
 def _json(record: Any) -> str:
-    """JSON with letters as they are; what a terminal would obey is escaped, which means the same in JSON."""
+    """JSON with letters as they are; what a terminal would obey or lacks is escaped, which means the same in JSON."""
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, default=record_of)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(record, allow_nan=False, default=record_of)
     return "".join(c if is_harmless(c) else json.dumps(c)[1:-1] for c in text)
 
 

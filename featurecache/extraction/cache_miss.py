@@ -20,7 +20,6 @@ from featurecache.extraction.plan import choose_precision, prepare
 from featurecache.extraction.run import Extraction
 from featurecache.formatting import aligned
 from featurecache.outputs import parse_list
-from featurecache.sources.base import Dataset
 from featurecache.store.schema import DIGEST
 from featurecache.store.spec import ExtractionSpec, SpecDifference, describe_differences, spec_differences
 from featurecache.store.store import (
@@ -75,7 +74,7 @@ class Explanation:
 
 
 def explain_miss(
-    data: str | Path | Dataset | None = None, *, backbone: str, cache: str | Path | None = None, **options: Any
+    data: Any = None, *, backbone: str | Path, cache: str | Path | None = None, **options: Any
 ) -> Explanation:
     """What `prepare` with the same arguments would find. Without ``data`` the key alone is looked up.
 
@@ -103,7 +102,7 @@ def explain_miss(
 
 
 def _key(
-    cache: Path, name: str, *, precision: str = "auto", dtype: str = "float16", device: str = "auto",
+    cache: Path, name: str | Path, *, precision: str = "auto", dtype: str = "float16", device: str = "auto",
     outputs: str | None = None, **options: Any,
 ) -> tuple[Backbone, ExtractionSpec]:  # fmt: skip
     """The backbone and the key, without images; ``auto`` precision is then that of the newest store there is."""

@@ -194,6 +194,8 @@ class _Shards:
                 good.append(k)
             else:
                 self._job.failures[number] = _why_not_finite(bad, rows[bad][k])
+        if not good:
+            return
         digests = [bytes(self._job.digests[numbers[k]]) for k in good]
         for output, writer in self._writers.items():
             tensor = rows[output.source][good] if len(good) < len(numbers) else rows[output.source]

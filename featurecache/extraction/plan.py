@@ -36,9 +36,9 @@ from featurecache.store.view import View
 
 
 def prepare(
-    data: str | Path | Dataset = "digits",
+    data: Any = "digits",
     *,
-    backbone: str,
+    backbone: str | Path,
     outputs: str | Sequence[str] | None = None,
     name: str | None = None,
     weights: str | None = None,
@@ -108,7 +108,7 @@ def prepare(
     spec, reason = choose_precision(spec, precision, picked, folder, layouts, result.digests)
     spec = latest_generation(folder, spec)
     store = find_store(folder, spec)
-    existing = _existing_view(store, name, dataset)
+    existing = _existing_view(store, name, dataset, result.digests)
     wanted = tuple(dict.fromkeys([*wanted, *(parse(output) for output in (existing.outputs if existing else ()))]))
     layouts = _layouts(network, wanted, dtype)
     view_copies = existing.augmented if existing else None
@@ -140,7 +140,7 @@ def _layouts(network: Backbone, wanted: Sequence[Output], dtype: str) -> dict[st
     return layouts | {o.source: output_layout(network, parse(o.source), dtype) for o in wanted if o.is_derived}
 
 
-def extract(data: str | Path | Dataset = "digits", *, progress: bool = False, **options: Any) -> ExtractionResult:
+def extract(data: Any = "digits", *, progress: bool = False, **options: Any) -> ExtractionResult:
     """Run a backbone once over ``data`` and keep its outputs; see `prepare` for the options.
 
     >>> result = featurecache.extract("chest/", backbone="vit-in21k", outputs="cls,tokens")       # doctest: +SKIP
@@ -180,13 +180,17 @@ def _stored_images(store: Store, layouts: dict[str, Layout], digests: np.ndarray
     return most
 
 
-def _existing_view(store: Store | None, name: str, dataset: Dataset) -> View | None:
-    """The view of this name, whose outputs and copies are kept; refuses to replace another dataset's view."""
+def _existing_view(store: Store | None, name: str, dataset: Dataset, digests: np.ndarray) -> View | None:
+    """The view of this name, whose outputs and copies are kept; refuses to replace another dataset's view. Where the
+    images come from elsewhere than those of the view did, their contents have to be the same: names like ``0.png`` and
+    ``set.npz:train:0`` are those of many data sets."""
     path = store.path / f"{name}.h5" if store else None
     if path is None or not path.exists():
         return None
     view = View(path, columns_only=True)
-    common = len(set(view.ids) & set(dataset.ids))
+    common, moved = len(set(view.ids) & set(dataset.ids)), view.source.get("data") != dataset.source.get("data")
+    if moved:
+        common = min(common, int(np.isin(view.digests, digests).sum()))
     if bool(view.source.get("hash_ids")) != bool(dataset.source.get("hash_ids")):
         was, now = ("with", "without") if view.source.get("hash_ids") else ("without", "with")
         raise BadOption(

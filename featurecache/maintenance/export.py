@@ -80,8 +80,9 @@ class Columns:
 
 
 def write_hdf5(sink: Sink, columns: Columns, compress: bool, advance: Advance) -> None:
+    # HDF5 1.8 opens it: MATLAB before R2021b has no later one
     with h5py.File(
-        sink, "w", libver=("v110", "v110"), alignment_threshold=CHUNK, alignment_interval=ALIGNMENT
+        sink, "w", libver=("v108", "v108"), alignment_threshold=CHUNK, alignment_interval=ALIGNMENT
     ) as file:  # fmt: skip
         file.attrs.update(columns.view_attributes())
         write_columns(file, columns.rows)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from featurecache.errors import FeatureCacheError, SourceError, UnsafeFile
 from featurecache.files.records import parse_json
-from featurecache.sources.medmnist import read_npy_header
+from featurecache.sources.npz import read_npy_header
 
 TokenLayout = tuple[tuple[str, ...], tuple[int, int]]  # what the first tokens are, and the grid (h, w) of the others
 BLOCK = 16 << 20  # bytes in memory at a time

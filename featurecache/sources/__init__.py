@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,10 @@ from featurecache.errors import NotFetched, SourceError, nearest
 from featurecache.sources import fetching, huggingface, medmnist, torchvision_datasets
 from featurecache.sources.base import Dataset, ImageArrays, safe_name
 from featurecache.sources.dicom_frames import expand_frames
-from featurecache.sources.folders import list_folder, open_folder
-from featurecache.sources.labels import resolve_labels
+from featurecache.sources.folders import list_folder, open_folder, open_images_below
+from featurecache.sources.in_memory import KIND as IN_MEMORY
+from featurecache.sources.in_memory import open_memory
+from featurecache.sources.labels import ROLES, resolve_labels
 from featurecache.sources.pseudonyms import pseudonymise, secret_of
 from featurecache.sources.published_layouts import is_chest_xray, is_tiny_imagenet, open_chest_xray, open_tiny_imagenet
 from featurecache.sources.summary import contact_sheet, describe_dataset
@@ -31,19 +32,14 @@ from featurecache.sources.webdataset import is_pattern, is_webdataset, open_webd
 __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe_dataset", "open_source", "reopen"]
 
 Columns = dict[str, str] | None  # role -> column
-_WORDS = (
-    "columns",
-    "task",
-    "classes_at",
-    "order",
-    "root",
-    "uncertain",
-)  # how a user says what is to be read, as `open_source` takes it
+# How a user says what is to be read, as `open_source` takes it.
+_WORDS = ("columns", "task", "classes_at", "order", "root", "uncertain")
 _ABOUT = {  # what an option that only some sources take is about
     "classes_at": "a level of the folders of images", "root": "where the images of a table lie",
     "uncertain": "what -1 is in the label columns of a table",
 }  # fmt: skip
 _PUBLISHED = ("digits", "medmnist", "torchvision")  # whose classes have the order of their publisher
+_FOLDERS = ("folder", "tiny-imagenet", "chest-xray")  # kinds that are folders of images
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ SOURCES: dict[str, Source] = {
         lambda path: path.lower().endswith(TABLES), open_table, True, ("root", "uncertain"),
     ),
     "npz": Source(
-        "an .npz of MedMNIST's form", "arrays train_images, train_labels, and the same of val and test",
+        "an .npz of images", "arrays train_images, train_labels (x_train, y_train), and the same of val and test",
         lambda path: path.lower().endswith(".npz"), medmnist.open_npz,
     ),
     "medmnist": Source(
@@ -127,7 +123,7 @@ SOURCES: dict[str, Source] = {
 
 
 def open_source(
-    data: str | Path,
+    data: Any,
     *,
     columns: Columns = None,
     task: str | None = None,
@@ -137,11 +133,16 @@ def open_source(
     uncertain: str | None = None,
 ) -> Dataset:
     """The dataset that ``data`` names: a folder, a table, an ``.npz``, the word ``digits`` (``./digits`` is a folder),
-    or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine.
+    or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine; from
+    Python also a list of paths, or pixels (`open_memory`).
     ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say;
     ``classes_at`` is the level of the class folders (1: those in the folder) where their names do not say it; ``order``
     the classes in the order of their labels. Of tables: ``root`` is the folder of the images where it is not that of
     the table, ``uncertain`` (ignore, zero, one) what -1 is in label columns. Raises SourceError."""
+    if not isinstance(data, str | os.PathLike):
+        if columns:
+            raise SourceError(f"columns were named ({', '.join(columns)}), but the images are given as they are.")
+        return expand_frames(open_memory(data, task))
     kind, what = _find(data)
     words = {"columns": columns or None, "task": task, "classes_at": classes_at, "order": order and list(order)}
     words |= {"root": root, "uncertain": uncertain}
@@ -155,17 +156,33 @@ def open_source(
     return _open(kind, what, data, words)
 
 
+def open_images(data: str | os.PathLike[str], *, columns: Columns = None) -> Dataset:
+    """The images that ``data`` names, to be predicted: of a folder all that lie below it, whatever its folders are
+    called; of a table those of its paths (``columns``: path); of other sources all, with their labels. A table's own
+    column of labels stays in ``meta``. Raises SourceError."""
+    kind, what = _find(data)
+    if kind in _FOLDERS and not columns:
+        return expand_frames(replace(open_images_below(what), source={"kind": "folder", "data": what}))
+    if kind == "table":
+        paths = {"path": columns["path"]} if columns and "path" in columns else {}
+        words = {"columns": {**dict.fromkeys(set(ROLES) - {"path"}, ""), **paths}, "task": "unlabelled"}
+        return _open(kind, what, data, dict.fromkeys(_WORDS) | words)
+    return open_source(data, columns=columns, task="unlabelled" if kind == "npz" else None)
+
+
 def reopen(source: Mapping[str, Any]) -> Dataset:
     """The dataset again from its ``source``; nothing is fetched. Raises SourceError where its images have gone."""
     if source.get("kind") == "import":
         raise SourceError(f"{source.get('data')} was imported as features; nobody knows its images.")
+    if source.get("kind") == IN_MEMORY:
+        raise SourceError(f"{source.get('data')} were given by a program; nobody knows where they are now.")
     kind, what = _find(source["data"])
     dataset = _open(kind, what, source["data"], {name: source.get(name) for name in _WORDS})
     hashed = {name: bool(source.get(f"hash_{name}")) for name in ("ids", "groups")}
     return pseudonymise(dataset, secret_of(source), **hashed) if any(hashed.values()) else dataset
 
 
-def _open(kind: str, what: str, data: str | Path, words: dict[str, Any]) -> Dataset:
+def _open(kind: str, what: str, data: str | os.PathLike[str], words: dict[str, Any]) -> Dataset:
     source, columns, task, order = SOURCES[kind], words["columns"], words["task"], words["order"]
     if columns and not source.columns:
         raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
@@ -185,7 +202,9 @@ def _open(kind: str, what: str, data: str | Path, words: dict[str, Any]) -> Data
     return expand_frames(replace(dataset, name=safe_name(dataset.name), source=record))
 
 
-def _ordered(dataset: Dataset, kind: str, task: str | None, order: Sequence[str] | None, data: str | Path) -> Dataset:
+def _ordered(
+    dataset: Dataset, kind: str, task: str | None, order: Sequence[str] | None, data: str | os.PathLike[str]
+) -> Dataset:
     """``dataset`` with its classes, and so its labels, in their order: the one given, or of ordinal ones that of their
     numbers; published sets bring theirs. Raises SourceError."""
     if order is None and (task != "ordinal" or kind in _PUBLISHED):
@@ -198,7 +217,7 @@ def _ordered(dataset: Dataset, kind: str, task: str | None, order: Sequence[str]
     return replace(dataset, classes=classes, labels=place[dataset.labels])
 
 
-def _find(data: str | Path) -> tuple[str, str]:
+def _find(data: str | os.PathLike[str]) -> tuple[str, str]:
     """The kind of a source, and what its ``open`` is given. Raises SourceError."""
     if data == "digits":
         return "digits", "digits"

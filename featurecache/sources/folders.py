@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageFiles
@@ -63,14 +65,7 @@ def open_folder(data: str, task: str | None, *, classes_at: int | None = None, w
     """The dataset in the folder ``data`` (an absolute path). ``classes_at``: the level of the class folders, where they
     do not say it themselves; ``without`` names folders in it that are left out."""
     _refuse_own(data)
-    tree = _Tree()
-    _walk(data, "", (), tree, without)
-    if not tree.ids:
-        others = f"only other files ({kinds_text(tree.ignored)})"
-        there = others if tree.ignored else "empty folders" if tree.folders else "nothing"
-        there = f"only what featurecache wrote ({abbreviated(tree.own, 3)})" if tree.own else there
-        raise SourceError(f"no images in {data}: found {there}, expected files ending in {abbreviated(EXTENSIONS, 8)}.")
-    tree.ids.sort()  # by code points, which for UTF-8 is the order of the bytes
+    tree = _tree_of(data, without)
     layout = read_layout(tree.ids, data, classes_at)
     ids, (names, spellings) = [tree.ids[row] for row in layout.rows], _spelt(layout, data)
     classes = in_order(set(names) - {""}, None, None, data)
@@ -91,6 +86,26 @@ def open_folder(data: str, task: str | None, *, classes_at: int | None = None, w
         notes=tuple(notes),
         understood=(*layout.remarks, *spellings, *_left_out(tree)),
     )
+
+
+def open_images_below(data: str) -> Dataset:
+    """All images in and below the folder ``data`` (an absolute path), without labels: what is to be predicted."""
+    ids = _tree_of(data).ids
+    none = resolve_labels(np.full(len(ids), -1, np.int64), [], None, data)._asdict()
+    return Dataset(name=os.path.basename(data), ids=ids, **none, splits=[""] * len(ids), images=ImageFiles(data, ids))
+
+
+def _tree_of(data: str, without: Sequence[str] = ()) -> _Tree:
+    """The images below a folder. Raises SourceError where there are none."""
+    tree = _Tree()
+    _walk(data, "", (), tree, without)
+    if not tree.ids:
+        others = f"only other files ({kinds_text(tree.ignored)})"
+        there = others if tree.ignored else "empty folders" if tree.folders else "nothing"
+        there = f"only what featurecache wrote ({abbreviated(tree.own, 3)})" if tree.own else there
+        raise SourceError(f"no images in {data}: found {there}, expected files ending in {abbreviated(EXTENSIONS, 8)}.")
+    tree.ids.sort()  # by code points, which for UTF-8 is the order of the bytes
+    return tree
 
 
 def _spelt(layout: Layout, data: str) -> tuple[list[str], list[str]]:

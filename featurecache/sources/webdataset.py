@@ -3,7 +3,8 @@
     chest-{000..012}.tar    or chest-*.tar, one .tar, or a folder of them (also below train/, val/, test/)
 
 Files of one tar that have the same name up to the first dot of their last part are one sample, and that name is its
-key: ``p1/0001.jpg``, ``p1/0001.cls``, ``p1/0001.json``. What stands behind the dot tells what a file is:
+key: ``p1/0001.jpg``, ``p1/0001.cls``, ``p1/0001.json``; a UID, as DICOM has them, is a key whole (``1.2.840.113.dcm``).
+What stands behind the dot tells what a file is:
 
 - an image by its ending (where a sample has several: ``--column path=jpg`` says which); of DICOM the first frame;
 - ``cls``: the class, a number or a name; numbers count in ``classes.txt`` beside the tars, where there is one;
@@ -52,6 +53,7 @@ _BLOCK = tarfile.BLOCKSIZE
 _COMPRESSED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zX", b"BZh")
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 _PATTERN = re.compile(r"[*?\[]|\{[^{}]*(,|\.\.)[^{}]*\}")
+_UID = re.compile(r"([0-2](?:\.\d+){3,})(\.)([^\d.].*)")  # a name of DICOM; its dots divide nothing
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MOST = 100_000  # tars of one pattern
 
@@ -258,7 +260,7 @@ def _add(member: tarfile.TarInfo, tar: str, number: int, index: TarIndex) -> Non
     folder, slash, last = name.rpartition("/")
     if member.isdir() or last.startswith(".") or name.startswith("__MACOSX/"):
         return
-    stem, dot, kind = last.partition(".")
+    stem, dot, kind = uid.groups() if (uid := _UID.fullmatch(last)) else last.partition(".")
     key, kind = folder + slash + stem, kind.lower()
     if not member.isreg() or member.issparse():
         index.ignored["links or devices"] += 1

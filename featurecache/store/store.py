@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import CacheError, CannotWrite, DamagedFile, UnsafeFile
+from featurecache.errors import BadOption, CacheError, CannotWrite, DamagedFile, UnsafeFile
 from featurecache.files.atomic import atomic_folder, refuse_links, remove_orphans, sync_path, write_whole
 from featurecache.files.directory import AGAIN
 from featurecache.files.locks import update_lock
@@ -42,8 +42,14 @@ ImageGroups = list[tuple[np.ndarray, tuple[Output, ...]]]  # numbers of images [
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """``cache``, else $FEATURECACHE_DIR, else ./cache."""
-    return Path(cache or os.environ.get("FEATURECACHE_DIR") or "cache").expanduser()
+    """``cache``, else $FEATURECACHE_DIR, else ./cache. Raises BadOption for an address: files are mapped and locked."""
+    folder = cache or os.environ.get("FEATURECACHE_DIR") or "cache"
+    if re.match(r"[a-zA-Z][\w+.-]+:/", str(folder)):
+        raise BadOption(
+            f"the cache is a folder of this machine, not {folder}: name one with --cache DIR (or $FEATURECACHE_DIR), "
+            "and copy it where you like afterwards."
+        )
+    return Path(folder).expanduser()
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ def ablate(
 
     views = features.split(",") if features else None
     images = named_images(talk, data, options)
-    sweep = api.ablate(views, heads, data=images, say=talk.line, progress=talk.progress, **options)
+    options |= {"reference": reference, "say": talk.line, "progress": talk.progress}
+    sweep = api.ablate(views, heads, data=images, **options)
     if sweep is None:
         talk.next("the same command without --dry-run")
         return 0

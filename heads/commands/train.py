@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click import Choice, argument, option
 
-from featurecache.commands.extract import named_images, open_features, source_options
+from featurecache.commands.extract import named_images, open_features, pairs_of, source_options
 from featurecache.commands.terminal import (
     Console,
     cache_option,
@@ -171,32 +171,41 @@ def train_baseline(
 
 
 @command
-@option("--run", "run", required=True, metavar="DIR", help="A run folder of train-head.")
+@option("--run", "run", required=True, metavar="DIR", help="A run folder of train-head, or a sweep's: its choice.")
+@option("--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of tables: path=…, label=…")
 @option("--csv", "csv_file", metavar="FILE", help="Write a CSV instead of a table ('-' for stdout).")
 @of_backbone_options
 @argument("images", nargs=-1, required=True, metavar="IMAGE…")
 def predict(
-    talk: Console, run: str, csv_file: str | None, trust_code: bool, images: tuple[str, ...], **options: Any
+    talk: Console, run: str, columns: tuple[str, ...], csv_file: str | None, trust_code: bool, images: tuple[str, ...],
+    **options: Any,
 ) -> int:  # fmt: skip
     """Class and calibrated probability of new images, folders or tables.
 
     \b
     featurecache predict --run runs/chest-large-1 new.png folder/
+
+    Of a folder all images below it get an answer, whatever its folders are called. Where those are called as the
+    classes of the run, or a table has a column of labels, accuracy is said too.
     """
     import heads
     from heads import inference
+    from heads.api import open_run
 
-    loaded = heads.load_run(run, trust_code=trust_code)
+    loaded = open_run(run, trust_code=trust_code)
+    if loaded.path != Path(run):
+        talk.line(f"run        {loaded.path}   (the choice of the sweep {run})")
     if loaded.untrained:
         talk.say("warning    the backbone of this run was never trained: its answers show the tool, nothing else")
-    records = heads.predict(loaded, list(images), say=talk.say, **options)
+    records = heads.predict(loaded, list(images), columns=pairs_of(columns), say=talk.say, **options)
     if csv_file and csv_file != "-":
         from featurecache.files.atomic import write_whole
 
         write_whole(Path(csv_file), inference.predictions_csv(records).encode())
         talk.say(f"predictions {csv_file}")
     if talk.json:
-        talk.result("", {"run": loaded.path, "predictions": records})
+        accuracy, labelled = inference.accuracy_of(records) or (None, 0)
+        talk.result("", {"run": loaded.path, "accuracy": accuracy, "labelled": labelled, "predictions": records})
     elif csv_file == "-":
         click.echo(inference.predictions_csv(records), nl=False)
     elif not csv_file:

@@ -20,7 +20,7 @@ from featurecache.errors import BadOption, CannotWrite, UnreadableImage, nearest
 from featurecache.formatting import aligned, one_line
 from heads.explanations.explainer import Explainer, SourceImage, SourceImages, read_source_image, visible_box
 from heads.explanations.maps import KINDS, Panel, SaliencyMap, class_margin_weights, draw_maps
-from heads.inference import Image, iterate_images
+from heads.inference import Image, images_of, iterate_images
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.runs.run import Run, is_pixels, load_run, name_of
 from heads.task import Say
@@ -153,13 +153,13 @@ def _images(
     images: Image | Iterable[Image], runs: Sequence[Run], originals: SourceImages
 ) -> Iterable[SourceImage | tuple[str, str]]:
     """What can be read, and (name, reason) of what cannot; a word that is no path may be an id of a run's view."""
-    for image in [images] if isinstance(images, str | Path | bytes | np.ndarray) else images:
+    for image in images_of(images):
         if isinstance(image, str) and not Path(image).exists():
             matches = [originals.find(run, image) for run in runs]
             reason = f"no such file, nor an image of the run's data ({matches[0]})"
             yield next((each for each in matches if isinstance(each, SourceImage)), (image, reason))
             continue
-        for name, data in iterate_images([image]):
+        for name, data, _ in iterate_images([image]):
             try:
                 yield (name, data) if isinstance(data, str) else read_source_image(name, data)
             except UnreadableImage as error:

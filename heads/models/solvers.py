@@ -95,7 +95,8 @@ def _shifted(matrix: np.ndarray, right: np.ndarray, width: int) -> np.ndarray:
     reflectors = np.asfortranarray(reduced[1:, :-1])  # Q leaves the first row alone
 
     def rotate(values: np.ndarray, transpose: bool) -> np.ndarray:
-        lower, _, info = lapack.dormqr("L", "T" if transpose else "N", reflectors, tau, values[1:], 64 * len(matrix))
+        room = max(64 * len(matrix), values.shape[1])  # of many classes a row at least
+        lower, _, info = lapack.dormqr("L", "T" if transpose else "N", reflectors, tau, values[1:], room)
         assert info == 0
         return np.concatenate([values[:1], lower])
 

@@ -9,15 +9,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from support.builders import CLS, ORDER, make_view
 from support.command import call
 
-from featurecache.commands.terminal import Console
+import cli
+from featurecache.commands.terminal import CommandGroup, Console, command
 from featurecache.formatting import cell, harmless, one_line, text_of
 
 # ---------------------------------------------------------------------------------------------- terminals
+
+
+PAGES = [("latin-1", "\\u80ba × é ..."), ("cp1252", "\\u80ba × é …"), ("utf-8", "肺 × é …")]
+
+
+@pytest.mark.parametrize(("page", "shown"), PAGES)
+def test_a_code_page_without_the_characters_ends_no_command(page: str, shown: str):
+    group, runner = CommandGroup("tool"), CliRunner(charset=page)
+    group.add_command(command(lambda talk: talk.result("肺 × é …", {"a": "肺 × é"})), "say")
+    assert runner.invoke(group, ["say"]).stdout == shown + "\n"
+    assert json.loads(runner.invoke(group, ["say", "--json"]).stdout) == {"a": "肺 × é"}
+    assert runner.invoke(cli.main, ["predict", "--help"]).exit_code == 0
 
 
 @pytest.mark.parametrize(

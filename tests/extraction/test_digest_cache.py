@@ -22,7 +22,7 @@ from featurecache.extraction.digest_cache import STAT, DigestCache
 from featurecache.images import decoding
 from featurecache.sources import open_source
 from featurecache.sources.base import ImageFiles
-from featurecache.sources.medmnist import _PackedImages
+from featurecache.sources.npz import _PackedImages
 
 HOME = Path(featurecache.__file__).parent.parent
 

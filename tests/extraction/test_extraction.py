@@ -211,6 +211,19 @@ def test_extracting_again_keeps_and_completes_the_outputs_a_view_had(tmp_path: P
     assert len(view.tensor("pooler")) == len(view) == 8
 
 
+def test_another_dataset_with_the_same_names_does_not_replace_a_view_but_the_same_moved_does(tmp_path: Path) -> None:
+    data = image_folder(tmp_path / "a" / "scans", 6)
+    options = {"random_weights": True, "outputs": "cls"}
+    run(data, "vit-demo", tmp_path / "c", **options)
+    shutil.copytree(data, tmp_path / "moved" / "scans")
+    assert len(run(tmp_path / "moved" / "scans", "vit-demo", tmp_path / "c", **options)) == 6
+    other = tmp_path / "other" / "scans"
+    for number, path in enumerate(sorted(data.rglob("*.png"))):
+        save_picture(other / path.relative_to(data), 100 + number)
+    with pytest.raises(BadOption, match=r"holds 6 images of which 0 are in .*--name"):
+        run(other, "vit-demo", tmp_path / "c", **options)
+
+
 def test_another_dataset_does_not_replace_a_view_of_the_same_name(tmp_path: Path, vit: str) -> None:
     data = image_folder(tmp_path / "a" / "scans", 6)
     other = image_folder(tmp_path / "b" / "scans", 6, classes=("x", "y"))
@@ -253,7 +266,10 @@ def test_no_readable_image_at_all_is_an_error_and_no_view(tmp_path: Path) -> Non
     assert list((tmp_path / "c").rglob("*.h5")) == []
 
 
-def test_values_that_do_not_fit_float16_are_named_and_never_stored(tmp_path: Path, monkeypatch, images: Path) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("batch", [8, 1])  # of one no row of a batch can be stored
+def test_values_that_do_not_fit_float16_are_named_and_never_stored(  # type: ignore[no-untyped-def]
+    tmp_path: Path, monkeypatch, images: Path, batch: int
+) -> None:
     forward = featurecache.load_backbone("vit-demo", random_weights=True).__class__.forward
 
     def large(self, pixels, want):  # type: ignore[no-untyped-def]
@@ -263,7 +279,7 @@ def test_values_that_do_not_fit_float16_are_named_and_never_stored(tmp_path: Pat
         }
 
     monkeypatch.setattr("featurecache.backbones.base.Backbone.forward", large)
-    view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c")
+    view = run(images, save_vit(tmp_path / "vit"), tmp_path / "c", batch_size=batch)
     assert 0 < len(view.failed) < 9
     assert all("try --dtype float32" in entry["reason"] and "tokens" in entry["reason"] for entry in view.failed)
     assert torch.isfinite(view.tensor("tokens")).all()

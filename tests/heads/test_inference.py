@@ -9,11 +9,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.fake_view import label_view, toy_view
 
 import featurecache
-from heads.api import train_head
-from heads.inference import predict, prediction_records, predictions_csv, predictions_table
+from featurecache.errors import BadOption, RunError
+from heads.api import ablate, predict, train_head
+from heads.inference import images_of, iterate_images, prediction_records, predictions_csv, predictions_table
 
 train_head = partial(train_head, report=False)
 
@@ -93,6 +95,80 @@ def test_a_folder_gives_all_its_images_and_an_array_is_an_image(cached, tmp_path
     assert names == ["/new/1.png", "/new/2.png", "image 2"]
     again = predict(run, [f"{tmp_path}/new/"])
     assert [record["image"] for record in again] == [record["image"] for record in records[:2]]
+
+
+def new_images(root, *names):
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(str(number).encode())
+    return root
+
+
+def test_every_image_below_a_folder_gets_an_answer_however_they_lie(cached, tmp_path):
+    names = ("patient/1/b.png", "patient/a.png", "top.png", "train/c.png")
+    (new_images(tmp_path / "new", *names) / "empty").mkdir()
+    records = predict(cached[2], tmp_path / "new")
+    assert [record["image"] for record in records] == [str(tmp_path / "new" / name) for name in names]
+    assert all("class" in record and "label" not in record for record in records)
+
+
+def test_folders_called_as_classes_show_how_many_are_right(cached, tmp_path):
+    said, run = [], cached[2]
+    folder = new_images(tmp_path, "test/kind 0/a.png", "test/kind 1/x/b.png", "c.png", "kind 0/kind 1/d.png")
+    records = predict(run, folder, say=said.append)
+    assert [record.get("label") for record in records] == [None, None, "kind 0", "kind 1"]  # d.png lies in both
+    right = sum(record["class"] == record["label"] for record in records[2:])
+    assert said[1] == f"accuracy   {right / 2:.3f} of 2 images whose class is known by folder or table"
+    rows = list(csv.DictReader(io.StringIO(predictions_csv(records))))
+    assert [row["label"] for row in rows] == ["", "", "kind 0", "kind 1"]
+
+
+@pytest.mark.parametrize(
+    ("header", "columns"),
+    [("image,label", None), ("scan,label", {"path": "scan"}), ("scan,seen", {"path": "scan", "label": "seen"})],
+)
+def test_a_table_needs_a_column_of_paths_and_may_have_labels(cached, tmp_path, header, columns):
+    new_images(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "new.csv").write_text(f"{header}\na.png,kind 1\nb.png,nobody knows\nc.png,\n")
+    records = predict(cached[2], tmp_path / "new.csv", columns=columns)
+    assert [(record["image"], record.get("label")) for record in records] == [
+        ("a.png", "kind 1"), ("b.png", None), ("c.png", None)
+    ]  # fmt: skip
+
+
+def test_a_column_of_labels_that_a_table_has_not_is_said(cached, tmp_path):
+    new_images(tmp_path, "a.png")
+    (tmp_path / "new.csv").write_text("image,label\na.png,kind 1\n")
+    with pytest.raises(BadOption, match=r"has no column 'lable' for the label; it has label\. Near: label"):
+        predict(cached[2], tmp_path / "new.csv", columns={"label": "lable"})
+
+
+def test_arrays_and_pil_images_from_a_program(cached):
+    batch = np.zeros((2, 4, 4, 3), np.uint8)
+    shapes = [image.data.shape for image in iterate_images([Image.fromarray(batch[0]), *images_of(batch)])]
+    assert shapes == [(4, 4, 3)] * 3
+    (record,) = predict(cached[2], Image.new("F", (2, 2)))
+    assert "PIL image of mode F" in record["error"]
+
+
+@pytest.mark.parametrize(("images", "words"), [(3, "the images are int"), ([None], "image 1 is NoneType")])
+def test_what_is_no_image_is_said(cached, images, words):
+    with pytest.raises(BadOption, match=words):
+        predict(cached[2], images)
+
+
+def test_a_sweep_answers_by_the_run_it_chose(cached, tmp_path, monkeypatch):
+    view = cached[0]
+    sweep = ablate([view], "centroid,ridge", out=tmp_path / "sweep", outputs="cls", controls=False)
+    with pytest.raises(
+        BadOption, match=r"--reference rigde on cls is none .*: centroid on cls, ridge on cls\. Near: ridge on cls"
+    ):
+        ablate([view], "centroid,ridge", out=tmp_path / "other", outputs="cls", reference="rigde on cls")
+    assert not (tmp_path / "other").exists()
+    assert predict(tmp_path / "sweep", [b"3"])[0]["class"] == predict(sweep.best.path, [b"3"])[0]["class"]
+    (tmp_path / "sweep" / "rows.jsonl").write_text("")
+    with pytest.raises(RunError, match="No head of the sweep"):
+        predict(tmp_path / "sweep", [b"3"])
 
 
 def test_nothing_to_predict_is_no_error(cached):

@@ -55,6 +55,14 @@ def test_the_h5_opens_in_plain_h5py_without_the_cache(tmp_path: Path, view: View
 
 
 @pytest.mark.parametrize("compress", [False, True])
+def test_the_h5_opens_in_hdf5_1_8_which_has_superblocks_0_and_2(tmp_path: Path, view: View, compress: bool):
+    data = export_view(view, tmp_path / "set.h5", compress=compress).path.read_bytes()
+    assert data.startswith(b"\x89HDF\r\n\x1a\n") and data[8] in (0, 2)
+    layouts = [data[at + 4] for at in range(len(data)) if data[at : at + 4] in (b"FAHD", b"EAHD", b"BTHD")]
+    assert layouts == []  # the chunk indexes of 1.10
+
+
+@pytest.mark.parametrize("compress", [False, True])
 def test_the_npz_is_read_by_numpy_without_pickle(tmp_path: Path, view: View, compress: bool):
     with np.load(export_view(view, tmp_path / "set.npz", compress=compress).path, allow_pickle=False) as file:
         assert file["ids"].tolist() == IDS and file["meta/site"][0] == "a/b"

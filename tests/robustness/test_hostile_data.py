@@ -20,7 +20,8 @@ from support.fake_view import toy_view
 from featurecache.errors import RunError, SourceError, UnreadableImage
 from featurecache.images import decoding
 from featurecache.images.decoding import decode
-from featurecache.sources import medmnist, open_source, tables
+from featurecache.sources import npz as npz_source
+from featurecache.sources import open_source, tables
 from heads.api import train_head
 from heads.reports.text import final_table, runs_table
 from heads.runs.run import Run, list_runs, load_run
@@ -95,7 +96,7 @@ def test_an_array_that_declares_a_terabyte(tmp_path: Path) -> None:
 
 
 def test_a_member_larger_than_its_packed_bytes_can_give(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(medmnist, "_DEFLATE", 10)
+    monkeypatch.setattr(npz_source, "_DEFLATE", 10)
     path = archive(tmp_path / "a.npz", train_images=np.zeros((9, 99, 99), np.uint8), train_labels=np.zeros(9, int))
     with pytest.raises(SourceError, match=r"declares 88,337 bytes, packed in \d"):
         open_source(path)
@@ -111,14 +112,14 @@ def test_a_member_packed_in_another_way(tmp_path: Path) -> None:
 
 
 def test_labels_beyond_memory(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(medmnist, "_LABELS", 50)
+    monkeypatch.setattr(npz_source, "_LABELS", 50)
     path = archive(tmp_path / "a.npz", train_images=np.zeros((9, 8, 8), np.uint8), train_labels=np.zeros(9, int))
     with pytest.raises(SourceError, match=r"train_labels of a\.npz declare 72 bytes; expected at most 50"):
         open_source(path)
 
 
 def test_images_that_the_disk_cannot_hold_are_not_begun(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(medmnist, "_IN_MEMORY", 100)
+    monkeypatch.setattr(npz_source, "_IN_MEMORY", 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 900, 100))  # type: ignore[attr-defined]
     path = archive(tmp_path / "a.npz", train_images=np.zeros((9, 8, 8), np.uint8), train_labels=np.zeros(9, int))
     with pytest.raises(SourceError, match="No space left on device"):

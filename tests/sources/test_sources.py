@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from support.plant import flip
 from support.small_sets import npz, pictures, refused, reopened, shades, table
 
 from featurecache.errors import SourceError
-from featurecache.sources import SOURCES, medmnist, open_source
+from featurecache.sources import SOURCES, open_source
+from featurecache.sources import npz as npz_source
 from featurecache.sources.medmnist import MEDMNIST
 
 
@@ -115,8 +117,55 @@ def test_npz_in_colour_with_several_labels(tmp_path):
     assert data.notes == ("set.npz has no val images.", "set.npz has no test images.")
 
 
+NAMES = [
+    ("x_train", "y_train", "x_test", "y_test"), ("X_train", "Y_train", "X_test", "Y_test"),
+    ("training_images", "training_labels", "testing_images", "testing_labels"),
+    ("trainX", "trainY", "testX", "testY"), ("xtrain", "ytrain", "xtest", "ytest"),
+    ("train_data", "train_targets", "test_data", "test_targets"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_npz_by_whatever_its_arrays_are_called(tmp_path, names):
+    arrays = (shades(2, 5, 4), np.array([1, 0]), shades(3, 5, 4), np.array([0, 1, 1]))
+    data = open_source(npz(tmp_path / "set.npz", **dict(zip(names, arrays, strict=True)), history=np.zeros(3)))
+    assert (data.splits, data.labels.tolist()) == (["train"] * 2 + ["test"] * 3, [1, 0, 0, 1, 1])
+    assert f"{names[0]} as images of train" in data.notes[1] and "not used: history" in data.notes[2]
+
+
+def test_npz_without_splits_with_names_for_labels(tmp_path):
+    data = open_source(npz(tmp_path / "set.npz", images=shades(3, 5, 4), labels=np.array(["b", "", "a"])))
+    assert (data.splits, data.labels.tolist(), data.classes) == ([""] * 3, [1, -1, 0], ["a", "b"])
+    assert data.ids[2] == "set.npz:2" and [int(data.read(row)[0, 0]) for row in range(3)] == [0, 1, 2]
+
+
+def test_npz_of_one_1_in_every_row_has_classes(tmp_path):
+    file = npz(tmp_path / "set.npz", x_train=shades(4, 5, 4), y_train=np.eye(3)[[2, 0, 1, 1]])
+    data = open_source(file)
+    assert (data.labels.tolist(), data.classes, data.task) == ([2, 0, 1, 1], ["0", "1", "2"], "multiclass")
+    assert any("exactly one 1: 3 classes" in note for note in data.notes)
+    assert open_source(file, task="multilabel").labels.shape == (4, 3)
+
+
+def test_npz_of_images_alone_is_read_where_no_labels_are_wanted(tmp_path):
+    data = open_source(npz(tmp_path / "new.npz", X_test=shades(3, 5, 4)), task="unlabelled")
+    assert (len(data), data.task, data.splits) == (3, "unlabelled", ["test"] * 3)
+
+
+def test_npz_whose_packed_bytes_are_damaged_is_said_to_be(tmp_path):
+    file = tmp_path / "set.npz"
+    noise = np.random.default_rng(0).integers(0, 256, (6, 12, 12), np.uint8)
+    np.savez_compressed(file, train_images=noise, train_labels=np.arange(6) % 2)
+    whole = file.read_bytes()
+    start = whole.index(b"train_images.npy") + len("train_images.npy") + 20
+    for at in range(start, start + 40):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        with contextlib.suppress(SourceError):
+            open_source(file).read(0)
+
+
 def test_npz_beyond_memory_is_mapped_from_a_temporary_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(medmnist, "_IN_MEMORY", 10)
+    monkeypatch.setattr(npz_source, "_IN_MEMORY", 10)
     np.savez_compressed(tmp_path / "set.npz", train_images=shades(9, 5, 4), train_labels=np.arange(9) % 2)
     data = open_source(tmp_path / "set.npz")
     assert [int(data.read(row)[4, 3]) for row in (8, 0, 3)] == [8, 0, 3]
@@ -154,7 +203,10 @@ TWO, ZEROS = shades(2, 4, 4), np.zeros(2, int)
     [
         ({"train_images": np.array([_Evil()], object), "train_labels": np.zeros(1)}, ["pickled", "(train_images)"]),
         ({"train_images": TWO, "train_labels": np.array([None])}, ["pickled", "(train_labels)"]),
-        ({"x": TWO, "y": np.zeros(2)}, ["has the arrays x, y; expected train_images"]),
+        ({"a": TWO, "train": np.zeros(2)}, ["has the arrays a, train; expected train_images"]),
+        ({"x_train": TWO, "train_images": TWO}, ["has two arrays of train images, x_train and train_images"]),
+        ({"x": TWO, "y": ZEROS, "x_test": TWO}, ["has x, y beside x_test: of which split are the first?"]),
+        ({"x_train": TWO}, ["has x_train and no labels of the same split"]),
         ({"train_images": TWO}, ["has train_images and no train_labels"]),
         ({"train_labels": ZEROS}, ["has train_labels and no train_images"]),
         ({"train_images": TWO, "train_labels": np.zeros(3, int)}, ["2 train_images", "shape [3]"]),
@@ -162,7 +214,7 @@ TWO, ZEROS = shades(2, 4, 4), np.zeros(2, int)
         ({"train_images": shades(2, 4, 4, dtype=np.float32), "train_labels": ZEROS}, ["float32 [2, 4, 4]"]),
         ({"train_images": TWO, "train_labels": np.array([0.5, 1])}, ["row 0 is 0.5; a label"]),
         ({"train_images": TWO, "train_labels": np.array([np.nan, 1])}, ["are not whole numbers (float64)"]),
-        ({"train_images": TWO, "train_labels": np.array(["a", "b"])}, ["no column of labels"]),
+        ({"train_images": TWO, "train_labels": np.array(["a", "b"], "S1")}, ["no column of labels"]),
         ({"train_images": TWO, "train_labels": np.array([-2, 1])}, ["row 0 is -2"]),
         ({"train_images": TWO, "train_labels": np.array([[0, 2], [1, 1]])}, ["label 1 is 2; expected"]),
         ({"train_images": TWO, "train_labels": np.eye(2, dtype=int), "test_images": TWO, "test_labels": ZEROS},

@@ -57,6 +57,14 @@ def test_samples_of_a_tar_by_key_with_their_classes_and_the_bytes_of_the_files(t
     assert data.path(0) is None
 
 
+def test_a_uid_is_a_key_whole_and_other_names_end_at_their_first_dot(tmp_path):
+    names = ("1.2.840.113.1", "1.2.840.113.2", "a")
+    members = [member for key in names for member in samples((key, 0))]
+    data = open_source(tar(tmp_path / "a.tar", *members, ("b.small.png", encoded(3))))
+    assert data.ids == [*(f"a.tar:{key}" for key in names), "a.tar:b"]
+    assert data.labels.tolist() == [0, 0, 0, -1]
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_of_every_kind_of_tar(tmp_path, form):
     key = "röntgen/" * (3 if form == tarfile.USTAR_FORMAT else 30) + "x" * 60
