@@ -26,7 +26,7 @@ from featurecache.sources.base import Dataset, ImageFiles
 from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
 from featurecache.sources.dicom_frames import is_dicom_file, may_be_dicom
 from featurecache.sources.labels import class_labels, groups_or_ids, resolve_labels
-from featurecache.sources.layout import Layout, read_layout
+from featurecache.sources.layout import FolderLayout, read_layout
 from featurecache.sources.vocabulary import in_order, one_spelling, spelling_key, split_name
 
 # What the formats of `images.decoding` are called on a disk.
@@ -108,7 +108,7 @@ def _tree_of(data: str, without: Sequence[str] = ()) -> _Tree:
     return tree
 
 
-def _spelt(layout: Layout, data: str) -> tuple[list[str], list[str]]:
+def _spelt(layout: FolderLayout, data: str) -> tuple[list[str], list[str]]:
     """The class of each image in one spelling, and what to say of others. Raises SourceError where folders that lie in
     one may be one class or two."""
     beside: dict[tuple[str, str], set[str]] = {}
@@ -218,7 +218,7 @@ def _walk(
                 tree.folders[below + name] = len(tree.ids) - before[0]
 
 
-def _class_notes(data: str, tree: _Tree, layout: Layout, names: list[str], classes: list[str]) -> list[str]:
+def _class_notes(data: str, tree: _Tree, layout: FolderLayout, names: list[str], classes: list[str]) -> list[str]:
     """Refuses class folders without any image; says which splits lack a class."""
     empty = sorted(folder for folder, images in tree.folders.items() if not images)
     splits = [folder for folder in empty if "/" not in folder and split_name(folder)]

@@ -34,7 +34,7 @@ _CSV = "or list the images in a CSV (columns path, label, split)"
 
 
 @dataclass
-class Layout:
+class FolderLayout:
     """What the names of N images say; the lists are as long as ``rows``."""
 
     rows: list[int]  # which of the paths are images of the set, not masks
@@ -46,7 +46,7 @@ class Layout:
     remarks: list[str] = field(default_factory=list)  # what was understood, each a few words; no names of persons
 
 
-def read_layout(paths: Sequence[str], where: str, classes_at: int | None = None) -> Layout:
+def read_layout(paths: Sequence[str], where: str, classes_at: int | None = None) -> FolderLayout:
     """The layout of images by their paths below the folder ``where``. Raises SeveralReadings where it has two, else
     SourceError."""
     rows, masks = without_masks(paths)
@@ -65,7 +65,7 @@ def read_layout(paths: Sequence[str], where: str, classes_at: int | None = None)
     def of_rows(column: list[str] | None) -> list[str] | None:
         return None if column is None else [column[place] for place in places]
 
-    return Layout(
+    return FolderLayout(
         rows,
         of_rows(reader.splits) or [],
         of_rows(reader.classes) or [],

@@ -10,7 +10,7 @@ from support.small_sets import pictures, refused, reopened
 from featurecache.errors import SeveralReadings, SourceError
 from featurecache.sources import open_source
 from featurecache.sources.folders import is_own_output
-from featurecache.sources.layout import Layout, read_layout
+from featurecache.sources.layout import FolderLayout, read_layout
 
 
 def paths(*folders: str) -> list[str]:
@@ -18,7 +18,7 @@ def paths(*folders: str) -> list[str]:
     return [f"{folder}/{number}.png" for folder in folders for number in range(2)]
 
 
-def rows_of(layout: Layout) -> set[tuple[str, ...]]:
+def rows_of(layout: FolderLayout) -> set[tuple[str, ...]]:
     """(split, class, person, fold) of the images; the last two where there are any."""
     columns = [layout.splits, layout.classes, layout.groups, layout.folds]
     return set(zip(*(column for column in columns if column is not None), strict=True))
