@@ -3,8 +3,7 @@
 Names: an alias (`featurecache.backbones.aliases`); ``hf:<repo or folder>[@revision]``; a folder written by
 ``save_pretrained``; ``torchvision:<name>[:<weights>]``; ``timm:<name>``, or ``hf-hub:<repo>`` as timm writes it;
 ``python:<module>:<factory>``, a network of the user's own. To add one: a short name is an entry in ``ALIASES``
-(`aliases`), a model type of transformers one in ``FAMILIES`` (`transformers_models`); every model of torchvision and
-timm is there already.
+(`aliases`); every model of torchvision and timm and every vision model of transformers is there already.
 """
 
 from __future__ import annotations

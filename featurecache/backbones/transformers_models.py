@@ -1,8 +1,8 @@
 """Backbones of transformers: from the hub, its local cache, a folder, or an alias's record alone.
 
-To add a model type, add one entry to `FAMILIES`: where the parts of its network are. All else is the library's own: the
-configuration class, the image processor, the loading with its renaming of old checkpoints, the forward pass. No code
-from a repository is ever run.
+`FAMILIES` knows where the parts of a network are; a model type that is not in it is measured (`transformers_generic`).
+All else is the library's own: the configuration class, the image processor, the loading with its renaming of old
+checkpoints, the forward pass. No code from a repository is ever run.
 
 The configuration without bookkeeping (`plain_config`) and the digest of those tensors that decide features, by their
 published names, are hashed into fingerprints: what they hold and how it is spelt is another store.
@@ -26,6 +26,15 @@ from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, FeatureMap, Tokens, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_processor, choose_processor, from_processor
 from featurecache.backbones.state_dicts import StateDict, first_names, foreign_names
+from featurecache.backbones.transformers_generic import (
+    NO_TOKENS,
+    UNPOOLED,
+    NetworkParts,
+    measure,
+    measured_positions,
+    plain_config,
+    vision_class,
+)
 from featurecache.backbones.weights import (
     existing_weights,
     library_errors,
@@ -52,11 +61,12 @@ class ModelLayout:
     pooler: str = ""  # parameters of the pooled vector begin so; a checkpoint may lack them
     positions: str = "bicubic"  # how position embeddings are interpolated
     any_size: bool = False  # ... to any size, unasked
+    measured: bool = False  # it is in no table: where its parts are shows when it runs
     renames: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # names in memory -> names in checkpoints
 
     def published_name(self, name: str) -> str:
         """The name that a tensor of the backbone has in published checkpoints, from any name it goes by."""
-        name = name.removeprefix(self.part + ".")
+        name = name if self.measured else name.removeprefix(self.part + ".")
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name
@@ -135,24 +145,21 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
         preprocess, origin = _preprocess(checkpoint, family, config, request, alias)
         positions = _positions(checkpoint.title, family, config, preprocess.size, request.image_size is not None)
         network, untrained, weights, taken = _network(checkpoint, family, config, request, alias)
-        model, prefix, grid, width, layers = _wrap(family, network, positions, preprocess.size)
-    headless = not getattr(config, "vision_use_head", True)  # a SigLIP can be configured so
-    refusals = _refusals(checkpoint.title, family, headless or bool(untrained))
-    vector = "gap" if not family.blocks else next(v for v in ("cls", "pooler", "mean") if v not in refusals)
+        parts = _parts(checkpoint.title, family, network, positions, preprocess.size, untrained)
     return Backbone(
         name=request.name if alias else checkpoint.short_name,
-        model=freeze(model),
+        model=freeze(parts.model),
         architecture={"library": "transformers", "class": family.model, "config": plain_config(config)},
         weights=weights,
         preprocess=preprocess,
         image_size=preprocess.size,
         position_embeddings=positions,
-        prefix=prefix,
-        grid=grid,
-        width=width,
-        layers=layers,
-        vector=vector,
-        channels_last=not family.blocks,
+        prefix=parts.prefix,
+        grid=parts.grid,
+        width=parts.width,
+        layers=parts.layers,
+        vector=next(name for name in ("cls", "gap", "pooler", "mean") if name not in parts.refusals),
+        channels_last=parts.channels_last,
         parameters=sum(p.numel() for name, p in network.named_parameters() if name not in untrained),
         provenance={
             "provider": "hf",
@@ -161,12 +168,12 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
             "licence": alias.licence if alias else "not known; see where it came from",
             "source": alias.source if alias else "",
             "preprocessing": origin,
-            "attention": getattr(config, "_attn_implementation", None) if family.blocks else None,
+            "attention": None if parts.channels_last else getattr(config, "_attn_implementation", None),
             "versions": versions("transformers", "torchvision"),
             "weights": taken if request.weights else "",
             "request": request.portable_arguments(checkpoint.portable_name),
         },
-        refusals=refusals,
+        refusals=parts.refusals,
     )
 
 
@@ -203,7 +210,7 @@ def _configuration(checkpoint: CheckpointFiles, alias: Alias | None) -> tuple[Mo
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library's strict configurations have errors of their own
         raise WeightsDoNotFit(f"{folder / 'config.json'} is not a configuration of {kind}: {error}") from error
-    config = getattr(config, "vision_config", config)
+    whole, config = config, getattr(config, "vision_config", config)
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False  # all that we read
     if (channels := getattr(config, "num_channels", 3)) != 3:
         raise WeightsDoNotFit(f"{title} is a network of images of {channels} channels; expected 3, of RGB")
@@ -211,10 +218,15 @@ def _configuration(checkpoint: CheckpointFiles, alias: Alias | None) -> tuple[Mo
         raise WeightsDoNotFit(f"{title} is quantised; expected plain weights (float32, float16 or bfloat16)")
     if alias is not None:
         _check_same_shape(title, alias, config)
-    return FAMILIES[kind], config
+    if known := FAMILIES.get(kind) or FAMILIES.get(config.model_type):
+        return known, config
+    model, processor, prefix = vision_class(title, config)
+    return ModelLayout(model, processor, prefix if config is whole else "vision_model", measured=True), config
 
 
 def _model_type(folder: Path) -> str:
+    import transformers
+
     path = folder / "config.json"
     if not path.is_file():
         raise WeightsNotFound(
@@ -225,8 +237,9 @@ def _model_type(folder: Path) -> str:
         kind: str = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise WeightsDoNotFit(f"{path} is not a configuration in JSON: {error}") from error
-    if kind not in FAMILIES:
-        raise UnknownBackbone(f'{folder} holds a model of type "{kind}"; expected one of {", ".join(FAMILIES)}')
+    if kind not in transformers.CONFIG_MAPPING:
+        known = f"transformers {transformers.__version__}"
+        raise UnknownBackbone(f'{folder} holds a model of type "{kind}", which {known} does not know')
     return kind
 
 
@@ -245,24 +258,6 @@ def _check_same_shape(title: str, alias: Alias, config: Any) -> None:
         raise WeightsDoNotFit(f"{title} is another architecture: {'; '.join(differ)}. As it is: --backbone {title}")
 
 
-# Of a configuration, what decides no feature: names, paths, versions, labels, how the library is to be used; and one
-# that transformers 5.17 does not list: whether a SigLIP has its head shows in the weights.
-_BOOKKEEPING = {
-    "_name_or_path", "name_or_path", "architectures", "auto_map", "transformers_version", "model_type",
-    "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype", "_attn_implementation",
-    "attn_implementation", "return_dict", "output_hidden_states", "output_attentions", "is_encoder_decoder",
-    "chunk_size_feed_forward", "stage_names", "out_features", "out_indices", "_out_features", "_out_indices",
-    "vision_use_head",
-}  # fmt: skip
-
-
-def plain_config(config: Any) -> dict[str, Any]:
-    """The resolved configuration as canonical JSON holds it: the keys that its class knows, without bookkeeping."""
-    keys = type(config)().to_dict().keys() - _BOOKKEEPING
-    canonical: dict[str, Any] = json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k in keys}))
-    return canonical
-
-
 def _preprocess(
     checkpoint: CheckpointFiles, family: ModelLayout, config: Any, request: BackboneRequest, alias: Alias | None
 ) -> tuple[Preprocess, str]:
@@ -273,7 +268,7 @@ def _preprocess(
     preprocess = from_processor(processor)
     check_processor(preprocess, processor, checkpoint.title)
     if request.image_size is not None:
-        patch = pair(config.patch_size)[0] if family.blocks else 1
+        patch = pair(config.patch_size)[0] if family.blocks else 1  # of what is measured it shows
         preprocess = preprocess.scaled(request.image_size, patch)
     return preprocess.fitted(request.fit), origin
 
@@ -284,6 +279,8 @@ def pair(size: Any) -> tuple[int, int]:
 
 def _positions(title: str, family: ModelLayout, config: Any, size: tuple[int, int], sized: bool) -> str:
     """How position embeddings meet images of ``size``; another than the weights' must be asked for (``sized``)."""
+    if family.measured:
+        return measured_positions(title, config, size, sized)
     if not family.blocks:
         return "none"
     patch, trained = pair(config.patch_size), pair(config.image_size)
@@ -307,9 +304,10 @@ def _network(
     import transformers
 
     cls, path = getattr(transformers, family.model), checkpoint.weights
-    if path is not None and not request.meta:
+    shapes_only = request.meta and not (family.measured and path and weights_file(path))
+    if path is not None and not shapes_only:
         return _with_weights(read_checkpoint(path, request.weights_name), checkpoint.title, family, cls, config)
-    with torch.device("meta") if request.meta else torch_seed(request.seed):
+    with torch.device("meta") if request.meta and not family.measured else torch_seed(request.seed):
         network = cls(config).float()
     if checkpoint.folder is None:
         lacks_pooler = alias is not None and not alias.pooler
@@ -334,7 +332,7 @@ def _with_weights(
         others = first_names(shapes, 2)
         raise WeightsDoNotFit(f"the weights of {title} have other shapes than its architecture: {others}")
     missing = {family.published_name(name) for name in info["missing_keys"] if "mask_token" not in name}  # never used
-    pooled = set(family.pooled_names(missing))
+    pooled = missing if family.measured else set(family.pooled_names(missing))
     if missing - pooled:
         raise WeightsDoNotFit(
             f"the weights of {title} lack {len(missing - pooled)} tensors of {family.model}: "
@@ -351,33 +349,37 @@ def _with_weights(
     return network, pooled, weights_identity(title, deciding), checkpoint.line
 
 
-def _wrap(
-    family: ModelLayout, network: Any, positions: str, size: tuple[int, int]
-) -> tuple[nn.Module, tuple[str, ...], tuple[int, int], int, int]:
-    """(the network read by hooks, prefix, grid, width, layers)"""
+def _parts(
+    title: str, family: ModelLayout, network: Any, positions: str, size: tuple[int, int], untrained: set[str]
+) -> NetworkParts:
+    """The network read by hooks, or measured."""
+    if family.measured:
+        return measure(title, network, size, positions.startswith("inter"), untrained)
+    config, modules = network.config, {name for name, _ in network.named_modules()}
+    headless = not getattr(config, "vision_use_head", True)  # a SigLIP can be configured so
+    refusals = _refusals(title, family, headless or bool(untrained))
     if not family.blocks:
         pixels = torch.zeros(1, 3, *size, device=next(network.parameters()).device)
         with torch.no_grad():
             _, channels, height, width = freeze(network)(pixels).last_hidden_state.shape
-        return FeatureMap(network), (), (height, width), channels, 0
-    config, modules = network.config, {name for name, _ in network.named_modules()}
+        return NetworkParts(FeatureMap(network), (), (height, width), channels, 0, True, refusals)
     options = {"interpolate_pos_encoding": True} if positions.startswith("inter") and not family.any_size else {}
     model = Tokens(network, next(path for path in family.blocks if path in modules), family.norm, options)
     registers = tuple(f"reg{k}" for k in range(getattr(config, "num_register_tokens", 0)))
-    patch = pair(config.patch_size)
+    patch, layers = pair(config.patch_size), config.num_hidden_layers
     grid = (size[0] // patch[0], size[1] // patch[1])
-    return model, family.prefix + registers, grid, config.hidden_size, config.num_hidden_layers
+    return NetworkParts(model, family.prefix + registers, grid, config.hidden_size, layers, False, refusals)
 
 
 def _refusals(title: str, family: ModelLayout, unpooled: bool) -> dict[str, str]:
     """Output -> why there is none. A pooled vector from random parameters means nothing."""
     if not family.blocks:
-        return {"cls": "a CNN has no class token; gap is its vector", "pooler": "a CNN's vector is gap"}
+        return NO_TOKENS
     refusals = {"gap": "that is a CNN's; mean is the average of its patch tokens"}
     if "cls" not in family.prefix:
         refusals["cls"] = "it has no class token"
     if unpooled:
-        refusals["pooler"] = f"{title} was saved without the weights of its pooler, and random ones mean nothing"
+        refusals["pooler"] = UNPOOLED.format(title)
     return refusals
 
 

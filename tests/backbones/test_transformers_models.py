@@ -282,7 +282,7 @@ def test_weights_of_something_else_altogether_are_refused(tmp_path):
     ("change", "error", "says"),
     [
         ({"num_hidden_layers": 2}, WeightsDoNotFit, "more than its configuration says"),
-        ({"model_type": "bert"}, UnknownBackbone, 'a model of type "bert"; expected one of vit'),
+        ({"model_type": "bert"}, UnknownBackbone, 'a model of type "bert": BertModel takes input_ids'),
         ({"hidden_size": "wide"}, WeightsDoNotFit, "not a configuration of vit"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, WeightsDoNotFit, "quantised"),
     ],
