@@ -17,6 +17,7 @@ import torch
 
 from featurecache.errors import BadOption, FeatureCacheError
 from featurecache.formatting import one_line
+from featurecache.images.headers import with_white
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.pixel_view import resize_all
 from heads.runs.run import Run, is_pixels, load_run, preprocess_of
@@ -49,7 +50,8 @@ def predict(
     run.model  # noqa: B018  a head that does not load is found before the backbone is
     images = [images] if isinstance(images, str | Path | bytes | np.ndarray) else list(images)
     records: list[dict[str, Any]] = []
-    for part in _parts(iterate_images(images)):
+    source = run.config["view"].get("source") or {}
+    for part in _parts(iterate_images(images, source.get("page"))):
         records += _predict_part(run, part, device, weights)
     if say:
         failed = sum("error" in record for record in records)
@@ -57,24 +59,25 @@ def predict(
     return records
 
 
-def iterate_images(images: list[Image]) -> Iterator[tuple[str, Any]]:
-    """(name, encoded bytes or array), or (name, reason) as str for what cannot be read; of DICOM each frame."""
+def iterate_images(images: list[Image], page: str | None = None) -> Iterator[tuple[str, Any]]:
+    """(name, encoded bytes or array), or (name, reason) as str for what cannot be read; of DICOM each frame. ``page``:
+    see `featurecache.open_source`."""
     from featurecache.sources.dicom_frames import images_in_file
 
     for number, image in enumerate(images, start=1):
         if isinstance(image, bytes | np.ndarray):
             yield f"image {number}", image
         elif Path(image).is_dir() or Path(image).suffix.lower() in TABLES:
-            yield from _source(image)
+            yield from _source(image, page)
         else:
             data = _read(lambda path=image: Path(path).read_bytes())  # type: ignore[misc]
-            yield from images_in_file(str(image), data) if isinstance(data, bytes) else [(str(image), data)]
+            yield from images_in_file(str(image), data, page) if isinstance(data, bytes) else [(str(image), data)]
 
 
-def _source(data: str | Path) -> Iterator[tuple[str, bytes | np.ndarray | str]]:
+def _source(data: str | Path, page: str | None) -> Iterator[tuple[str, bytes | np.ndarray | str]]:
     from featurecache import open_source
 
-    dataset = open_source(data)
+    dataset = open_source(data, page=page if Path(data).is_dir() else None)
     for i, name in enumerate(dataset.ids):
         shown = os.path.join(data, name) if Path(data).is_dir() else name
         yield shown, _read(lambda i=i: dataset.read(i))  # type: ignore[misc]
@@ -127,7 +130,8 @@ def _predict_part(run: Run, part: list[tuple[str, Any]], device: str, weights: s
 def _features(run: Run, images: list[Any], device: str, weights: str | None) -> tuple[torch.Tensor, dict[int, str]]:
     """What the head of a run is given of images [n, ...], and why it is not of some, by place."""
     if is_pixels(run):
-        return resize_all(images, preprocess_of(run))
+        bits = run.config["spec"]["preprocess"].get("bits")
+        return resize_all([with_white(image, bits) for image in images], preprocess_of(run))
     import featurecache
 
     features, failed = featurecache.compute(

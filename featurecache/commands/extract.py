@@ -212,6 +212,8 @@ source_options = options_of(  # how the labels of --data are to be read
         "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of tables: path=…, label=…, split=…, group=…"
     ),
     task_option,
+    option("--page", metavar="N|all", help="Of TIFF stacks, DICOM frames (from 0). [default: TIFF 0, DICOM all]"),
+    option("--bits", type=int, metavar="N", help="Of 16-bit files: 2^N − 1 is white; others are as they are."),
 )
 extraction_options = options_of(  # which images, which backbone, which store: what `extract` and `why` are asked alike
     option("--backbone", required=True, metavar="NAME", help=BACKBONES),
@@ -310,15 +312,17 @@ def open_features(talk: Console, features: str | None, cache: str | None, way: s
     return view
 
 
-def named_images(data: str | None, columns: tuple[str, ...], task: str | None) -> Any:
-    """What --data, --column and --task name: a dataset where one of the last two is given, else ``data`` as it is."""
-    if not columns and task is None:
+def named_images(
+    data: str | None, columns: tuple[str, ...], task: str | None, page: str | None, bits: int | None
+) -> Any:
+    """What --data and the options of how it is read name: a dataset where one of those is given, else ``data``."""
+    if not columns and task is None and page is None and bits is None:
         return data
     if data is None:
-        raise BadOption("--column and --task say how --data is read; give --data too.")
+        raise BadOption("--column, --task, --page and --bits say how --data is read; give --data too.")
     from featurecache.sources import open_source
 
-    return open_source(data, columns=pairs_of(columns), task=task)
+    return open_source(data, columns=pairs_of(columns), task=task, page=page, bits=bits)
 
 
 def pairs_of(columns: tuple[str, ...]) -> dict[str, str] | None:
@@ -329,8 +333,8 @@ def pairs_of(columns: tuple[str, ...]) -> dict[str, str] | None:
 
 
 _OF_IMAGES = (
-    "name", "batch_size", "engine", "workers", "on_error", "columns", "task", "hash_ids", "hash_groups", "views",
-    "augment", "augment_seed",
+    "name", "batch_size", "engine", "workers", "on_error", "columns", "task", "page", "hash_ids", "hash_groups",
+    "views", "augment", "augment_seed",
 )  # fmt: skip
 
 

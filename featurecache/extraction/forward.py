@@ -142,8 +142,8 @@ def source_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
     return output_layout(backbone, parse(output.source), dtype)
 
 
-def spec_of(backbone: Backbone, precision: str, dtype: str) -> ExtractionSpec:
-    preprocess = {**backbone.preprocess.to_dict(), "decoding": _images.DECODING}
+def spec_of(backbone: Backbone, precision: str, dtype: str, bits: int | None = None) -> ExtractionSpec:
+    preprocess = {**backbone.preprocess.to_dict(), "decoding": _images.DECODING, **({"bits": bits} if bits else {})}
     return ExtractionSpec(
         backbone.architecture, backbone.weights, preprocess, backbone.image_size, backbone.position_embeddings,
         precision, dtype,

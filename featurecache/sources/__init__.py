@@ -109,20 +109,25 @@ SOURCES: dict[str, Source] = {
 }  # fmt: skip
 
 
-def open_source(data: str | Path, *, columns: Columns = None, task: str | None = None) -> Dataset:
+def open_source(
+    data: str | Path, *, columns: Columns = None, task: str | None = None, page: str | None = None,
+    bits: int | None = None,
+) -> Dataset:  # fmt: skip
     """The dataset that ``data`` names: a folder, a table, an ``.npz``, the word ``digits`` (``./digits`` is a folder),
     or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine.
-    ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say. Raises
-    SourceError."""
+    ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say;
+    ``page``, of TIFF stacks and DICOM files of several frames, is a number (from 0) or "all"; ``bits``: 2^bits − 1 is
+    white in 16-bit images. Raises SourceError, BadOption."""
     kind, what = _find(data)
+    options: dict[str, Any] = {"columns": columns, "task": task, "page": page, "bits": bits}
     try:
-        return _open(kind, what, data, columns, task)
+        return _open(kind, what, data, **options)
     except NotFetched as absent:
         if (fetch := SOURCES[kind].fetch) is None:
             raise
         with fetching.fetching(absent):
             fetch(what)
-    return _open(kind, what, data, columns, task)
+    return _open(kind, what, data, **options)
 
 
 def reopen(source: Mapping[str, Any]) -> Dataset:
@@ -130,24 +135,28 @@ def reopen(source: Mapping[str, Any]) -> Dataset:
     if source.get("kind") == "import":
         raise SourceError(f"{source.get('data')} was imported as features; nobody knows its images.")
     kind, what = _find(source["data"])
-    dataset = _open(kind, what, source["data"], source.get("columns"), source.get("task"))
+    options: dict[str, Any] = {name: source.get(name) for name in ("columns", "task", "page", "bits")}
+    dataset = _open(kind, what, source["data"], **options)
     hashed = {name: bool(source.get(f"hash_{name}")) for name in ("ids", "groups")}
     return pseudonymise(dataset, secret_of(source), **hashed) if any(hashed.values()) else dataset
 
 
-def _open(kind: str, what: str, data: str | Path, columns: Columns, task: str | None) -> Dataset:
+def _open(
+    kind: str, what: str, data: str | Path, columns: Columns, task: str | None, page: str | None, bits: int | None
+) -> Dataset:
     source = SOURCES[kind]
     if columns and not source.columns:
         raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
     dataset = source.open(what, columns or None, task) if source.columns else source.open(what, task)
     record = {"kind": kind, "data": dataset.source.get("data", what), "columns": columns or None, "task": task}
+    record |= {"page": page, "bits": bits}
     record = {key: value for key, value in record.items() if value is not None}
     for name in dataset.ids:
         try:
             name.encode()
         except UnicodeEncodeError:
             raise SourceError(f"the name of {name!r} in {data} is not UTF-8; rename it.") from None
-    return expand_frames(replace(dataset, name=safe_name(dataset.name), source=record))
+    return expand_frames(replace(dataset, name=safe_name(dataset.name), source=record, bits=bits), page)
 
 
 def _find(data: str | Path) -> tuple[str, str]:

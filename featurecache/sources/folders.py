@@ -21,14 +21,10 @@ from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageFiles
 from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
-from featurecache.sources.dicom_frames import is_dicom_file, may_be_dicom
+from featurecache.sources.dicom_frames import PICTURES, is_dicom_file, may_be_dicom
 from featurecache.sources.labels import SPLITS, class_labels, resolve_labels
 
-# What the formats of `images.decoding` are called on a disk.
-EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp",
-    ".jpe", ".jfif", ".pgm", ".ppm", ".pbm", ".pnm", *DICOM,
-)  # fmt: skip
+EXTENSIONS = (*PICTURES, *DICOM)
 _NOT_DATA = "__MACOSX"  # beside what begins with a dot
 _CSV = "or list the images you mean in a CSV (columns path, label, split)"
 

@@ -31,7 +31,7 @@ def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The options of a command line that name the images of ``source`` again."""
     options: list[tuple[str, Any]] = [("--data", source.get("data", "DATA"))]
     options += [("--column", f"{role}={column}") for role, column in (source.get("columns") or {}).items()]
-    return options + ([("--task", source["task"])] if source.get("task") else [])
+    return options + [(f"--{name}", source[name]) for name in ("task", "page", "bits") if source.get(name) is not None]
 
 
 def _changed(settings: Mapping[str, Any], *keys: str) -> list[tuple[str, Any]]:

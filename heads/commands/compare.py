@@ -47,7 +47,8 @@ tested_option = option("--show-test", type=Choice(["chosen", "all"]), default="c
 @cache_option
 def ablate(
     talk: Console, heads: str, features: str | None, data: str | None, columns: tuple[str, ...], task: str | None,
-    reference: str | None, show_test: str, no_images: bool, hash_ids: bool, **options: Any,
+    page: str | None, bits: int | None, reference: str | None, show_test: str, no_images: bool, hash_ids: bool,
+    **options: Any,
 ) -> int:  # fmt: skip
     """Train many heads, choose their settings on val, and compare them on test: a table and a page.
 
@@ -64,7 +65,7 @@ def ablate(
     from heads.reports.text import lab_table
 
     views = features.split(",") if features else None
-    images = named_images(data, columns, task)
+    images = named_images(data, columns, task, page, bits)
     sweep = api.ablate(views, heads, data=images, say=talk.line, progress=talk.progress, **options)
     if sweep is None:
         talk.next("the same command without --dry-run")
@@ -90,7 +91,8 @@ def ablate(
 @cache_option
 def evaluate(
     talk: Console, run: str, features: str | None, data: str | None, columns: tuple[str, ...], task: str | None,
-    cache: str | None, split: str | None, classes: tuple[str, ...], trust_code: bool,
+    page: str | None, bits: int | None, cache: str | None, split: str | None, classes: tuple[str, ...],
+    trust_code: bool,
 ) -> int:  # fmt: skip
     """A finished head on another view (another hospital): nothing is fitted, all measures with intervals.
 
@@ -104,7 +106,7 @@ def evaluate(
 
     families = families_in(run, trust_code=trust_code)
     runs = [each for family in families for each in family.runs]
-    images = external_images(runs, features, named_images(data, columns, task), cache)
+    images = external_images(runs, features, named_images(data, columns, task, page, bits), cache)
     view = images(runs[0])
     if not features and not data:
         talk.say(f"view       {view.label}   (the newest; --features chooses)")

@@ -132,8 +132,8 @@ def train_head(talk: Console, features: str | None, cache: str | None, no_images
 @page_options
 @cache_option
 def train_baseline(
-    talk: Console, arch: str, data: str | None, columns: tuple[str, ...], task: str | None, features: str | None,
-    cache: str | None, no_images: bool, **options: Any,
+    talk: Console, arch: str, data: str | None, columns: tuple[str, ...], task: str | None, page: str | None,
+    bits: int | None, features: str | None, cache: str | None, no_images: bool, **options: Any,
 ) -> int:  # fmt: skip
     """Train a network from pixels, to be compared with heads: same splits, same choice, same measures.
 
@@ -158,7 +158,7 @@ def train_baseline(
 
     if data is not None and features is not None:
         raise BadOption("--data and --features both say which images; give one of them.")
-    images = named_images(data, columns, task)
+    images = named_images(data, columns, task, page, bits)
     if images is None:
         images = open_features(talk, features, cache, "--features or --data chooses")
     options |= {"classes": options["classes"] or None, "images": not no_images, "progress": talk.progress}
