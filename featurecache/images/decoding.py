@@ -154,7 +154,8 @@ def image_header(data: EncodedImage) -> ImageHeader:
     kind = f"{deep.depth}-bit {kind}" if deep else kind
     several = frame is None and headers.holds_several(data)
     pages = len(tiff.pages(data)) if several and image.format == "TIFF" else 1
-    return ImageHeader(*size, f"{kind}, the first of several" if several else kind, used, pages)
+    kind = f"{kind}, the first of several" if several else kind
+    return ImageHeader(size[0], size[1], kind, used, pages)
 
 
 def _plain_jpeg(data: bytes, orientation: int) -> torch.Tensor:

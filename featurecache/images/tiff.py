@@ -81,7 +81,8 @@ def _entries(data: Any, place: int, entries: int) -> Iterator[_TiffEntry]:
     offset, number, entry, size = _numbers(data)
     room, start = struct.calcsize(offset), place + struct.calcsize(number)
     for at in range(start, start + size * min(entries, _MOST_ENTRIES), size):
-        each = _TiffEntry(*struct.unpack_from(entry, data, at), at + size - room)
+        tag, kind, length = struct.unpack_from(entry, data, at)
+        each = _TiffEntry(tag, kind, length, at + size - room)
         if _bytes_of(each) > room:
             each = each._replace(at=struct.unpack_from(offset, data, each.at)[0])
         yield each
