@@ -262,7 +262,7 @@ def _array(file: str, member: str) -> np.ndarray:
 def _labels(
     name: str, values: np.ndarray, published: Sequence[str] | None, task: str | None
 ) -> tuple[np.ndarray, list[str], list[str]]:
-    """Labels as a dataset has them, int64 [N] or float32 [N, L], the names of the classes, and how they were understood."""
+    """Labels as a dataset has them, int64 [N] or float32 [N, L], the names of the classes, how they were understood."""
     where = f"the labels of {name}"
     if values.ndim == 1 and values.dtype.kind == "U":
         return *labels_of_values([text or None for text in values.tolist()], None, where), []
