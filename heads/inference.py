@@ -17,6 +17,7 @@ import torch
 
 from featurecache.errors import BadOption, FeatureCacheError, nearest
 from featurecache.formatting import abbreviated, one_line
+from featurecache.images.headers import with_white
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.pixel_view import resize_all
 from heads.runs.run import Run, is_pixels, preprocess_of
@@ -61,7 +62,8 @@ def predict_images(
         raise BadOption("--weights is for a backbone; the network of this run lies in its folder. Leave it out.")
     run.model  # noqa: B018  a head that does not load is found before the backbone is
     records: list[dict[str, Any]] = []
-    for part in _parts(iterate_images(images_of(images), columns)):
+    source = run.config["view"].get("source") or {}
+    for part in _parts(iterate_images(images_of(images), columns, source.get("page"))):
         records += _predict_part(run, part, device, weights)
     if say:
         failed = sum("error" in record for record in records)
@@ -92,8 +94,11 @@ def images_of(images: Image | Iterable[Image]) -> list[Image]:
 _EXPECTED = "expected paths, encoded bytes, arrays uint8 [H, W] or [H, W, 3], or PIL images"
 
 
-def iterate_images(given: list[Image], columns: dict[str, str] | None = None) -> Iterator[NewImage]:
-    """Each image as encoded bytes or array, or the reason why it cannot be read; of DICOM each frame."""
+def iterate_images(
+    given: list[Image], columns: dict[str, str] | None = None, page: str | None = None
+) -> Iterator[NewImage]:
+    """Each image as encoded bytes or array, or the reason why it cannot be read; of DICOM each frame. ``page``: see
+    `featurecache.open_source`."""
     from featurecache.sources.dicom_frames import images_in_file
     from featurecache.sources.in_memory import encoded_of_pil, is_pil
 
@@ -105,18 +110,18 @@ def iterate_images(given: list[Image], columns: dict[str, str] | None = None) ->
         elif not isinstance(image, str | os.PathLike):
             raise BadOption(f"image {number} is {type(image).__name__}; {_EXPECTED}.")
         elif Path(image).is_dir() or Path(image).suffix.lower() in TABLES:
-            yield from _source(image, columns)
+            yield from _source(image, columns, page)
         else:
             data = _read(lambda path=image: Path(path).read_bytes())  # type: ignore[misc]
-            images = images_in_file(str(image), data) if isinstance(data, bytes) else [(str(image), data)]
+            images = images_in_file(str(image), data, page) if isinstance(data, bytes) else [(str(image), data)]
             yield from (NewImage(*each) for each in images)
 
 
-def _source(data: str | os.PathLike[str], columns: dict[str, str] | None) -> Iterator[NewImage]:
+def _source(data: str | os.PathLike[str], columns: dict[str, str] | None, page: str | None) -> Iterator[NewImage]:
     from featurecache.sources import open_images
 
     folder = Path(data).is_dir()
-    dataset = open_images(data, columns=None if folder else columns)
+    dataset = open_images(data, columns=None if folder else columns, page=page if folder else None)
     words = _words(dataset, (columns or {}).get("label"))
     for i, name in enumerate(dataset.ids):
         shown = os.path.join(data, name) if folder else name
@@ -197,7 +202,8 @@ def _predict_part(run: Run, part: list[NewImage], device: str, weights: str | No
 def _features(run: Run, images: list[Any], device: str, weights: str | None) -> tuple[torch.Tensor, dict[int, str]]:
     """What the head of a run is given of images [n, ...], and why it is not of some, by place."""
     if is_pixels(run):
-        return resize_all(images, preprocess_of(run))
+        bits = run.config["spec"]["preprocess"].get("bits")
+        return resize_all([with_white(image, bits) for image in images], preprocess_of(run))
     import featurecache
 
     features, failed = featurecache.compute(

@@ -217,7 +217,7 @@ SOURCES = "Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle
 STEPS = """How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
     side decides (organs, eyes, hands, writing)."""
 task_option = option("--task", type=Choice(TASKS), help="[default: by the labels]")
-READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain")
+READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits")
 source_options = options_of(  # how the labels of --data are to be read
     option(
         "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of tables: path=…, label=…, split=…, group=…"
@@ -227,6 +227,8 @@ source_options = options_of(  # how the labels of --data are to be read
     option("--uncertain", type=Choice(["ignore", "zero", "one"]), help="Of tables: what -1 is. [default: ignore]"),
     option("--classes-at", type=int, metavar="LEVEL", help="Of folders: the level of the classes; 1: those in --data."),
     option("--order", metavar="A,B,C", callback=_order, help="The classes from the lowest to the highest."),
+    option("--page", metavar="N|all", help="Of TIFF stacks, DICOM frames (from 0). [default: TIFF 0, DICOM all]"),
+    option("--bits", type=int, metavar="N", help="Of 16-bit files: 2^N − 1 is white; others are as they are."),
 )
 extraction_options = options_of(  # which images, which backbone, which store: what `extract` and `why` are asked alike
     option("--backbone", required=True, metavar="NAME", help=BACKBONES),

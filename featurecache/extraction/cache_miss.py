@@ -103,13 +103,13 @@ def explain_miss(
 
 def _key(
     cache: Path, name: str | Path, *, precision: str = "auto", dtype: str = "float16", device: str = "auto",
-    outputs: str | None = None, **options: Any,
+    outputs: str | None = None, bits: int | None = None, **options: Any,
 ) -> tuple[Backbone, ExtractionSpec]:  # fmt: skip
     """The backbone and the key, without images; ``auto`` precision is then that of the newest store there is."""
     network, picked = load_backbone(name, **options), pick_device(device)
     for output in parse_list(outputs) if outputs else ():
         output_layout(network, output, dtype)  # refuses what the backbone has not
-    spec = spec_of(network, "fp32", dtype)
+    spec = spec_of(network, "fp32", dtype, bits)
     same = [store for store in stores(cache) if replace(store.spec, precision="fp32", generation=0) == spec]
     if precision == "auto" and same:
         precision = max(same, key=_made).spec.precision

@@ -1,6 +1,6 @@
 """Digest cache: digests of files in ``<cache>/files.sqlite``, so that an unchanged file is not read again.
 
-    files   key → size, mtime, ctime, inode, digest, check       looks   digest → width, height, kind of pixels
+    files   key → size, mtime, ctime, inode, digest, check       looks   digest → `ImageHeader`
 
 A file is known by a hash of its absolute path, never by the path: paths hold patients' names. It is unchanged where
 size, mtime, ctime and inode are what they were; whoever sets the mtime back cannot set the ctime. A file that changed
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from featurecache.images.headers import ImageHeader
 from featurecache.store.schema import DIGEST
 
 NAME = "files.sqlite"
@@ -49,8 +50,6 @@ _NOT_NOW = ("locked", "readonly", "I/O", "full", "unable to open", "permission",
 
 # Closing any descriptor of a file drops all locks this process has on it (POSIX): one thread at a time.
 _TURN = threading.Lock()
-
-HeaderSummary = tuple[int, int, str]  # width, height, kind of pixels
 
 
 class _Foreign(Exception):
@@ -92,9 +91,9 @@ class DigestCache:
     def drop(self, keys: np.ndarray) -> None:
         self._change("DELETE FROM files WHERE key = ?", [(key,) for key in keys.tolist()])
 
-    def get_headers(self, digests: Iterable[bytes]) -> dict[bytes, HeaderSummary]:
+    def get_headers(self, digests: Iterable[bytes]) -> dict[bytes, ImageHeader]:
         """What is remembered of the headers of images."""
-        headers: dict[bytes, HeaderSummary] = {}
+        headers: dict[bytes, ImageHeader] = {}
 
         def ask(database: sqlite3.Connection) -> None:
             question = "SELECT look FROM looks WHERE digest = ? AND typeof(look) = 'blob' AND length(look) < 100"
@@ -104,7 +103,7 @@ class DigestCache:
         self._use(ask)
         return headers
 
-    def put_headers(self, headers: dict[bytes, HeaderSummary]) -> None:
+    def put_headers(self, headers: dict[bytes, ImageHeader]) -> None:
         rows = [(digest, json.dumps(header).encode()) for digest, header in headers.items()]
         self._change("INSERT OR REPLACE INTO looks VALUES (?, ?)", rows)
 
@@ -217,11 +216,13 @@ def _entries(keys: np.ndarray, stats: np.ndarray, digests: np.ndarray) -> Iterat
         yield key, plain[:-8] + _check(key, plain).to_bytes(8, "little")
 
 
-def _header(stored: bytes) -> HeaderSummary | None:
+def _header(stored: bytes) -> ImageHeader | None:
     """A stored header, if it is one: its words are shown at a terminal."""
     try:
-        width, height, kind = json.loads(stored)
+        header = ImageHeader(*json.loads(stored))
     except (ValueError, TypeError):
         return None
-    fine = type(width) is type(height) is int and 0 < width < 1 << 31 and 0 < height < 1 << 31
-    return (width, height, kind) if fine and isinstance(kind, str) and kind.isprintable() else None
+    numbers = (header.width, header.height, header.pages, 1 if header.used is None else header.used)
+    if all(type(number) is int and 0 < number < 1 << 31 for number in numbers) and isinstance(header.kind, str):
+        return header if header.kind.isprintable() else None
+    return None

@@ -114,8 +114,8 @@ def output_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
     return Layout(output.name, shape, dtype, prefix, grid)
 
 
-def spec_of(backbone: Backbone, precision: str, dtype: str) -> ExtractionSpec:
-    preprocess = {**backbone.preprocess.to_dict(), "decoding": _images.DECODING}
+def spec_of(backbone: Backbone, precision: str, dtype: str, bits: int | None = None) -> ExtractionSpec:
+    preprocess = {**backbone.preprocess.to_dict(), "decoding": _images.DECODING, **({"bits": bits} if bits else {})}
     return ExtractionSpec(
         backbone.architecture, backbone.weights, preprocess, backbone.image_size, backbone.position_embeddings,
         precision, dtype,

@@ -60,6 +60,8 @@ def prepare(
     uncertain: str | None = None,
     classes_at: int | None = None,
     order: Sequence[str] | None = None,
+    page: str | None = None,
+    bits: int | None = None,
     hash_ids: bool = False,
     hash_groups: bool = False,
     views: int | None = None,
@@ -81,8 +83,17 @@ def prepare(
     augmented = augmentation_of(views, augment, augment_seed)
     requested = parse_list(outputs) if outputs is not None else None
     if not isinstance(data, Dataset):
-        how = {"classes_at": classes_at, "order": order, "root": root, "uncertain": uncertain}
+        how = {
+            "classes_at": classes_at,
+            "order": order,
+            "root": root,
+            "uncertain": uncertain,
+            "page": page,
+            "bits": bits,
+        }
         data = open_source(data, columns=columns, task=task, **how)  # type: ignore[arg-type]
+    elif page is not None or bits is not None:
+        raise BadOption("page and bits say how data are read: give them to open_source, which made this Dataset.")
     dataset = data
     folder = cache_folder(cache)
     secret = load_secret(folder) if hash_ids or hash_groups else None
@@ -104,7 +115,8 @@ def prepare(
     result = scan(dataset, digest_cache, secret.value if secret else b"", threads, progress=progress, fail=fail)
     if trouble := result.files.cache.trouble:
         dataset = replace(dataset, notes=(*dataset.notes, trouble))
-    spec = spec_of(network, "fp32", dtype)
+    _check_bits(dataset, result)
+    spec = spec_of(network, "fp32", dtype, dataset.bits)
     spec, reason = choose_precision(spec, precision, picked, folder, layouts, result.digests)
     spec = latest_generation(folder, spec)
     store = find_store(folder, spec)
@@ -211,6 +223,14 @@ def _check_options(on_error: str, batch_size: int | None, workers: int | None) -
     for option, value in (("--batch-size", batch_size), ("--workers", workers)):
         if value is not None and value < 1:
             raise BadOption(f"{option} is at least 1, not {value}.")
+
+
+def _check_bits(dataset: Dataset, looks: ScanResult) -> None:
+    """``--bits`` of images none of which it is about."""
+    readable = [header for header in looks.headers.values() if not isinstance(header, str)]
+    if dataset.bits is not None and readable and not any(header.used for header in readable):
+        there = f"none of {len(readable):,} images looked at is one"
+        raise BadOption(f"--bits {dataset.bits} is about 16-bit files, and {there}. Leave it out.")
 
 
 def _check_storable(dataset: Dataset, name: str) -> None:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import SourceError, UnreadableImage
-from featurecache.extraction.digest_cache import STAT, YOUNG, DigestCache, HeaderSummary
+from featurecache.extraction.digest_cache import STAT, YOUNG, DigestCache
 from featurecache.extraction.pipeline import prefetch
 from featurecache.formatting import progress_bar
 from featurecache.images import decoding as _images
+from featurecache.images.headers import ImageHeader
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
 from featurecache.sources.summary import LOOKED_AT, evenly_spaced
 from featurecache.store.schema import DIGEST
@@ -42,7 +43,7 @@ class FileRecords:
     stats: np.ndarray = field(repr=False)  # STAT [N]
     settled: np.ndarray = field(repr=False)  # bool [N]: had not changed for a while when it was looked at
     new: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list, repr=False)  # rows [n], digests [n]; to keep
-    headers: dict[bytes, HeaderSummary] = field(default_factory=dict, repr=False)  # digest → header; to keep
+    headers: dict[bytes, ImageHeader] = field(default_factory=dict, repr=False)  # digest → header; to keep
 
     def add(self, rows: np.ndarray, digests: np.ndarray) -> None:
         if len(self.keys):
@@ -73,7 +74,7 @@ class ScanResult:
     digests: np.ndarray  # [images] S32
     sample_image: np.ndarray  # [N] number of the distinct image, -1 where the file could not be read
     unread: dict[int, str]  # sample → reason
-    headers: dict[int, HeaderSummary | str]  # of some samples: what the header says, or why it cannot be read
+    headers: dict[int, ImageHeader | str]  # of some samples: what the header says, or why it cannot be read
     files: FileRecords
 
 
@@ -87,7 +88,7 @@ def scan(
         digests = cache.get(files.keys, files.stats) if len(files.keys) else np.zeros(len(dataset), DIGEST)
         wanted = _header_rows(dataset, files.keys)
         cached = cache.get_headers({bytes(digest) for digest in digests[wanted]} - {b""})
-        headers: dict[int, HeaderSummary | str] = {
+        headers: dict[int, ImageHeader | str] = {
             row: cached[bytes(digests[row])] for row in wanted.tolist() if bytes(digests[row]) in cached
         }
         unread: dict[int, str] = {}
@@ -107,7 +108,9 @@ def scan(
                 unread |= failures
                 headers |= looks
                 files.add(stretch, new)
-                files.headers |= {bytes(digests[row]): header for row, header in looks.items() if type(header) is tuple}
+                files.headers |= {
+                    bytes(digests[row]): header for row, header in looks.items() if isinstance(header, ImageHeader)
+                }
                 bar.update(len(stretch))
                 if cache.writes and time.monotonic() - kept > _KEEP_EVERY:
                     files.save()
@@ -140,11 +143,11 @@ def _in_turn(
 
 def _read(
     dataset: Dataset, header_rows: set[int], rows: np.ndarray
-) -> tuple[np.ndarray, dict[int, str], dict[int, HeaderSummary | str]]:
+) -> tuple[np.ndarray, dict[int, str], dict[int, ImageHeader | str]]:
     """Read images, in a thread: digests S32 [n], empty where an image cannot be read; why not; headers of some."""
     digests = np.zeros(len(rows), DIGEST)
     failures: dict[int, str] = {}
-    headers: dict[int, HeaderSummary | str] = {}
+    headers: dict[int, ImageHeader | str] = {}
     for k, row in enumerate(rows.tolist()):
         try:
             data = dataset.read(row)

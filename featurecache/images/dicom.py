@@ -16,9 +16,11 @@ values v become x, then a share s of white from 0 to 1, then round(255·s):
    A file with neither spans the whole range that its stored bits, or its modality table, can hold: 0..4095 of 12 bits.
    Never the range of the values that occur.
 4. MONOCHROME1 is turned over: 1 − s.
-5. RGB and YBR become RGB as pydicom does it, palettes are looked up; samples of b bits have 2^b − 1 for white. Colour
+5. A file that does not name its transfer syntax has the standard's default, implicit VR little endian (PS3.5, 10.1), or
+   explicit VR where its elements bear one; one without preamble and file meta information is read the same way.
+6. RGB and YBR become RGB as pydicom does it, palettes are looked up; samples of b bits have 2^b − 1 for white. Colour
    profiles, overlays and padding values are left alone.
-6. Refused by name: floating-point pixels, more than 16 bits, other colour spaces, segmented palettes, more than
+7. Refused by name: floating-point pixels, more than 16 bits, other colour spaces, segmented palettes, more than
    ``MAX_PIXELS`` pixels, a file that stops before its pixels end, a transfer syntax that nothing installed decodes.
 
 Settings come from the frame's own functional groups, else the shared ones, where the file itself has none. Reasons
@@ -100,7 +102,7 @@ def read_header(data: bytes | Any, also: tuple[str, ...] = ()) -> Header:
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     with _named_damage(_HEADER):
         _refuse_deflate_bomb(file)
-        settings = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_TAGS, *also])
+        settings = pydicom.dcmread(file, force=True, stop_before_pixels=True, specific_tags=[*_TAGS, *also])
         width, height, frames = (_whole(settings, *tag) for tag in (("Columns", 0), ("Rows", 0), ("NumberOfFrames", 1)))
         header = Header(settings, width, height, frames, file.tell())
     if width < 1 or height < 1:
@@ -117,9 +119,9 @@ def decode_dicom(data: bytes, frame: int = 0) -> np.ndarray:
     if frame >= header.frames:
         raise UnreadableImage(f"no frame {frame:,}: the file has {header.frames:,}, counted from 0")
     refuse_bombs(header.width, header.height)
-    syntax = header.settings.file_meta.get("TransferSyntaxUID")
     with _named_damage("a DICOM file that cannot be decoded"):
         bits, samples = _checked(header)
+        syntax = _syntax(header.settings)
         _refuse_cut_off(data, header, syntax)
         stored = _stored(data, header, syntax, frame)
         if samples == 3:
@@ -155,15 +157,28 @@ def _refuse_deflate_bomb(file: Any) -> None:
     """pydicom unpacks a deflated file (PS3.5 A.5) whole, however large it becomes."""
     start, front = file.tell(), file.read(4096)
     if b"1.2.840.10008.1.2.1.99" in front:
-        if front[132:136] != b"\x02\0\0\0":
+        meta = 132 if front[128:132] == b"DICM" else 0
+        if front[meta : meta + 4] != b"\x02\0\0\0":
             raise UnreadableImage("a deflated DICOM file without the length of its first group")
-        file.seek(start + 144 + int.from_bytes(front[140:144], "little"))  # behind the group whose length this is
+        length = int.from_bytes(front[meta + 8 : meta + 12], "little")
+        file.seek(start + meta + 12 + length)  # behind the group whose length this is
         unpacker, unpacked = zlib.decompressobj(-zlib.MAX_WBITS), 0
         while packed := unpacker.unconsumed_tail or file.read(1 << 20):
             unpacked += len(unpacker.decompress(packed, 1 << 24))
             if unpacked > _INFLATED:
                 raise UnreadableImage(f"more than {_INFLATED:,} bytes when unpacked are refused (decompression bomb)")
     file.seek(start)
+
+
+def _syntax(settings: Any) -> Any:
+    """The transfer syntax as the file names it, else as its elements are written."""
+    from pydicom import uid
+
+    if named := settings.file_meta.get("TransferSyntaxUID"):
+        return named
+    implicit, little = settings.original_encoding
+    explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+    return uid.ImplicitVRLittleEndian if implicit else explicit
 
 
 def _checked(header: Header) -> tuple[int, int]:
@@ -185,8 +200,6 @@ def _checked(header: Header) -> tuple[int, int]:
 
 def _refuse_cut_off(data: bytes, header: Header, syntax: Any) -> None:
     """Pixels that stop before the length they declare, or, encapsulated, before the mark of their end (PS3.5 A.4)."""
-    if syntax is None:
-        raise UnreadableImage("a DICOM file that does not say its transfer syntax")
     if syntax.is_deflated:
         return
     order = "<" if syntax.is_little_endian else ">"
@@ -195,6 +208,8 @@ def _refuse_cut_off(data: bytes, header: Header, syntax: Any) -> None:
         place = 8 if element[4:6].isalpha() and not syntax.is_implicit_VR else 4  # of the length, behind tag and VR
         (size,) = struct.unpack_from(order + "L", element, place)
         start = header.end + place + 4
+        if size == 0xFFFFFFFF and not syntax.is_encapsulated:
+            raise UnreadableImage("a DICOM file of compressed pixels that does not say its transfer syntax")
         end_mark = struct.pack(order + "HHL", 0xFFFE, 0xE0DD, 0)
         whole = data.find(end_mark, start) >= 0 if size == 0xFFFFFFFF else start + size <= len(data)  # encapsulated?
     if not whole:
@@ -217,8 +232,8 @@ def _stored(data: bytes, header: Header, syntax: Any, frame: int) -> np.ndarray:
     if syntax.is_compressed and not decoder.is_available:
         raise UnreadableImage(f"its {name} data need another decoder{install}")
     try:
-        if syntax.is_deflated:
-            return np.asarray(decoder.as_array(pydicom.dcmread(io.BytesIO(data)), index=frame)[0])
+        if syntax.is_deflated or "TransferSyntaxUID" not in header.settings.file_meta or data[128:132] != b"DICM":
+            return np.asarray(decoder.as_array(pydicom.dcmread(io.BytesIO(data), force=True), index=frame)[0])
         return np.asarray(pixel_array(io.BytesIO(data), index=frame))
     except RuntimeError as error:  # every decoder that is installed has failed
         if not syntax.is_compressed:

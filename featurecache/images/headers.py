@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from featurecache.errors import UnreadableImage
+from featurecache.images import tiff
 
 PNG = b"\x89PNG\r\n\x1a\n"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, each in two byte orders
+DICOM_FRONT = 256  # bytes that tell a DICOM file
 _ORIENTATION = 0x0112  # Exif 2.32, table 4
 _BASELINE_TO_PROGRESSIVE = (0xC0, 0xC1, 0xC2)  # the Huffman-coded DCT processes (ITU-T T.81, table B.1)
 _NOT_DICOM = (b"\xff\xd8\xff", PNG, b"GIF8", b"RIFF")
+_VR = re.compile(rb"[A-Z]{2}")
 MAX_PIXELS = 178_956_970  # where Pillow itself raises DecompressionBombError: a quarter GiB of 24-bit pixels, twice
 _PILLOW_MODULES = re.compile(r"PIL\.")
 _QUIET = ("ignore", None, Warning, _PILLOW_MODULES, 0)
@@ -39,7 +41,33 @@ class EncodedFrame:
         return len(self.data)
 
 
-EncodedImage = bytes | EncodedFrame | np.ndarray  # an image as its source has it: encoded, or an array
+@dataclass(frozen=True)
+class DeepImage:
+    """An image whose 16-bit samples have 2^``bits`` − 1 for white, as ``--bits`` says; one of 8 bits is as it is."""
+
+    image: bytes | EncodedFrame | np.ndarray = field(repr=False)
+    bits: int
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+
+EncodedImage = bytes | EncodedFrame | np.ndarray | DeepImage  # an image as its source has it: encoded, or an array
+
+
+def with_white(image: EncodedImage, bits: int | None) -> EncodedImage:
+    """``image`` with 2^``bits`` − 1 for its white; None: what the depth of the file says."""
+    return image if bits is None or isinstance(image, DeepImage) else DeepImage(image, bits)
+
+
+class ImageHeader(NamedTuple):
+    """What a look at an image says."""
+
+    width: int  # pixels, as stored
+    height: int
+    kind: str  # of pixels
+    used: int | None = None  # of 16-bit samples of which no header says more: the bits of the largest value
+    pages: int = 1  # of a TIFF, without previews and masks
 
 
 def refuse_bombs(width: int, height: int) -> None:
@@ -54,13 +82,28 @@ def quiet_pillow() -> None:
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether bytes are a DICOM file (PS3.10, 7.1: 128 bytes for anybody's use, then "DICM"). Some scanners and slides
-    make use of them to be a TIFF at once: that is DICOM, and `is_dicom_and_tiff`."""
-    return data[128:132] == b"DICM" and not data.startswith(_NOT_DICOM)
+    """Whether bytes, of which the first ``DICOM_FRONT`` will do, are a DICOM file (PS3.10, 7.1: 128 bytes for anybody's
+    use, then "DICM"). Some scanners and slides make use of them to be a TIFF at once: that is DICOM, and
+    `is_dicom_and_tiff`. Old archives have neither, and begin with the data set."""
+    if data[128:132] == b"DICM":
+        return not data.startswith(_NOT_DICOM)
+    return _begins_as_data_set(data[:DICOM_FRONT])
+
+
+def _begins_as_data_set(front: bytes) -> bool:
+    """Two little-endian DICOM elements in their order (PS3.5, 7.1), the first of group 2 or 8."""
+    if front[:2] not in (b"\2\0", b"\x08\0") or len(front) < 20:
+        return False
+    explicit = _VR.fullmatch(front, 4, 6)
+    size = int.from_bytes(front[6:8] if explicit else front[4:8], "little")
+    if size % 2 or 8 + size + 4 > len(front):
+        return False
+    first, second = struct.unpack_from("<HH", front), struct.unpack_from("<HH", front, 8 + size)
+    return first < second and second[0] <= 0x0010
 
 
 def is_dicom_and_tiff(data: bytes) -> bool:
-    return is_dicom(data) and data.startswith(_TIFF)
+    return is_dicom(data) and tiff.is_tiff(data)
 
 
 class Jpeg(NamedTuple):
@@ -134,66 +177,7 @@ def holds_several(data: bytes) -> bool:
         return len(data) > 20 and bool(data[20] & 2)
     if data[:4] == b"GIF8":
         return _gif_images(data) > 1
-    return data[:4] in _TIFF and _tiff_has_second(data)
-
-
-def _tiff_directory(data: bytes) -> tuple[str, bool, int, int]:
-    """(byte order, whether BigTIFF, place of the first entry, number of entries) of the first directory."""
-    order, big = ("<" if data[:2] == b"II" else ">"), data[2:4] in (b"+\0", b"\0+")
-    (at,) = struct.unpack_from(order + ("Q" if big else "L"), data, 8 if big else 4)
-    (entries,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
-    return order, big, at + (8 if big else 2), entries
-
-
-def _tiff_has_second(data: bytes) -> bool:
-    try:
-        order, big, at, entries = _tiff_directory(data)
-        (second,) = struct.unpack_from(order + ("Q" if big else "L"), data, at + (20 if big else 12) * entries)
-    except (struct.error, OverflowError):
-        return False
-    return bool(second)
-
-
-class Tiff(NamedTuple):
-    """What the first directory of a TIFF says of its pixels (TIFF 6.0, section 8; the first value of each tag)."""
-
-    bits: int  # of a sample
-    samples: int  # of a pixel
-    photometric: int  # 0: white is zero, 1: black is zero, 2: RGB, ...
-    format: int  # 1: unsigned, 2: signed, 3: floating-point, ...
-    big_endian: bool
-    big: bool
-    photometric_at: int  # place of that value in the file
-
-
-def tiff(data: bytes) -> Tiff | None:
-    """None where the bytes are no TIFF, or its first directory cannot be read."""
-    if data[:4] not in _TIFF:
-        return None
-    values, photometric_at = {258: 1, 277: 1, 262: 1, 339: 1}, 0  # of the tags, where they are not there
-    try:
-        order, big, at, entries = _tiff_directory(data)
-        entry = 20 if big else 12
-        for place in range(at, at + entry * min(entries, 4096), entry):
-            tag, kind, length = struct.unpack_from(order + ("HHQ" if big else "HHL"), data, place)
-            if tag in values and kind == 3:  # SHORT: beside the tag as long as they fit
-                value_at = place + (12 if big else 8)
-                if length > (4 if big else 2):
-                    (value_at,) = struct.unpack_from(order + ("Q" if big else "L"), data, value_at)
-                (values[tag],) = struct.unpack_from(order + "H", data, value_at)
-                photometric_at = value_at if tag == 262 else photometric_at
-    except (struct.error, OverflowError):
-        return None
-    return Tiff(values[258], values[277], values[262], values[339], order == ">", big, photometric_at)
-
-
-def black_is_zero(data: bytes) -> bytes | None:
-    """A grey TIFF whose 0 is white with a header that says the opposite; None where it is no such thing."""
-    header = tiff(data)
-    if header is None or header.photometric != 0 or not header.photometric_at or header.samples != 1:
-        return None
-    value = struct.pack(">H" if header.big_endian else "<H", 1)
-    return data[: header.photometric_at] + value + data[header.photometric_at + 2 :]
+    return tiff.is_tiff(data) and tiff.has_second(data)
 
 
 def _gif_images(data: bytes) -> int:

@@ -33,7 +33,7 @@ __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe_dataset", 
 
 Columns = dict[str, str] | None  # role -> column
 # How a user says what is to be read, as `open_source` takes it.
-_WORDS = ("columns", "task", "classes_at", "order", "root", "uncertain")
+_WORDS = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits")
 _ABOUT = {  # what an option that only some sources take is about
     "classes_at": "a level of the folders of images", "root": "where the images of a table lie",
     "uncertain": "what -1 is in the label columns of a table",
@@ -131,6 +131,8 @@ def open_source(
     order: Sequence[str] | None = None,
     root: str | None = None,
     uncertain: str | None = None,
+    page: str | None = None,
+    bits: int | None = None,
 ) -> Dataset:
     """The dataset that ``data`` names: a folder, a table, an ``.npz``, the word ``digits`` (``./digits`` is a folder),
     or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine; from
@@ -138,14 +140,16 @@ def open_source(
     ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say;
     ``classes_at`` is the level of the class folders (1: those in the folder) where their names do not say it; ``order``
     the classes in the order of their labels. Of tables: ``root`` is the folder of the images where it is not that of
-    the table, ``uncertain`` (ignore, zero, one) what -1 is in label columns. Raises SourceError."""
+    the table, ``uncertain`` (ignore, zero, one) what -1 is in label columns. ``page``, of
+    TIFF stacks and DICOM files of several frames, is a number (from 0) or "all"; ``bits``: 2^bits − 1 is white in
+    16-bit images. Raises SourceError, BadOption."""
     if not isinstance(data, str | os.PathLike):
         if columns:
             raise SourceError(f"columns were named ({', '.join(columns)}), but the images are given as they are.")
         return expand_frames(open_memory(data, task))
     kind, what = _find(data)
     words = {"columns": columns or None, "task": task, "classes_at": classes_at, "order": order and list(order)}
-    words |= {"root": root, "uncertain": uncertain}
+    words |= {"root": root, "uncertain": uncertain, "page": page, "bits": bits}
     try:
         return _open(kind, what, data, words)
     except NotFetched as absent:
@@ -156,13 +160,13 @@ def open_source(
     return _open(kind, what, data, words)
 
 
-def open_images(data: str | os.PathLike[str], *, columns: Columns = None) -> Dataset:
+def open_images(data: str | os.PathLike[str], *, columns: Columns = None, page: str | None = None) -> Dataset:
     """The images that ``data`` names, to be predicted: of a folder all that lie below it, whatever its folders are
     called; of a table those of its paths (``columns``: path); of other sources all, with their labels. A table's own
     column of labels stays in ``meta``. Raises SourceError."""
     kind, what = _find(data)
     if kind in _FOLDERS and not columns:
-        return expand_frames(replace(open_images_below(what), source={"kind": "folder", "data": what}))
+        return expand_frames(replace(open_images_below(what), source={"kind": "folder", "data": what}), page)
     if kind == "table":
         paths = {"path": columns["path"]} if columns and "path" in columns else {}
         words = {"columns": {**dict.fromkeys(set(ROLES) - {"path"}, ""), **paths}, "task": "unlabelled"}
@@ -199,7 +203,9 @@ def _open(kind: str, what: str, data: str | os.PathLike[str], words: dict[str, A
             name.encode()
         except UnicodeEncodeError:
             raise SourceError(f"the name of {name!r} in {data} is not UTF-8; rename it.") from None
-    return expand_frames(replace(dataset, name=safe_name(dataset.name), source=record))
+    return expand_frames(
+        replace(dataset, name=safe_name(dataset.name), source=record, bits=words["bits"]), words["page"]
+    )
 
 
 def _ordered(

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from featurecache.errors import SourceError, UnreadableImage
-from featurecache.images.headers import EncodedFrame, EncodedImage
+from featurecache.errors import BadOption, SourceError, UnreadableImage
+from featurecache.images.headers import EncodedFrame, EncodedImage, with_white
 from featurecache.sources.labels import TASKS
 
 # Opening a pipe must not wait for its other end.
@@ -51,12 +51,15 @@ class Dataset:
     images: ImageSource = field(repr=False)
     notes: tuple[str, ...] = ()  # what a user should hear about it, each one sentence
     understood: tuple[str, ...] = ()  # how its names were read, each a few words; no ids or groups in them
+    bits: int | None = None  # 2^bits − 1 is white in 16-bit images (`DeepImage`); None: 65,535
 
     def __post_init__(self) -> None:
         columns: list[Sequence[Any] | np.ndarray] = [self.labels, self.splits, *self.meta.values()]
         assert all(len(column) == len(self.ids) for column in columns)
         assert self.groups is None or len(self.groups) == len(self.ids)
         assert self.task in TASKS, self.task
+        if self.bits is not None and not 0 < self.bits < 16:
+            raise BadOption(f"--bits is 1 to 15 (of 16, which is what 16-bit files have without it), not {self.bits}.")
         assert (self.labels.ndim == 2) == (self.task == "multilabel"), (self.labels.shape, self.task)
 
     def __len__(self) -> int:
@@ -64,7 +67,7 @@ class Dataset:
 
     def read(self, row: int) -> EncodedImage:
         """The encoded bytes of a file, or an array [H, W], [H, W, 1] or [H, W, 3]. Raises UnreadableImage."""
-        return self.images.read(row)
+        return with_white(self.images.read(row), self.bits)
 
     def path(self, row: int) -> str | None:
         """The file of this image (and, of DICOM, of its other frames); None where it lies in an archive of many."""

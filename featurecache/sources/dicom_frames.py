@@ -1,8 +1,9 @@
-"""DICOM files in a dataset: a file of several frames is several images, and whose they are is known.
+"""Files of several images: DICOM frames and TIFF pages are images of their own, and whose they are is known.
 
 ``expand_frames`` takes a dataset of files (a folder, a table) and looks into the headers of those that are DICOM. The
 images of a file of several frames are called ``chest/a.dcm#frame=0``, ``#frame=1``, … in their order; all have the
-label and split of the file. A table may also list single frames by such names.
+label and split of the file. A table may also list single frames by such names. ``page`` is for TIFF stacks the same:
+"all" gives each page a row, a number takes this one of each (of DICOM too). Without it a TIFF is its first page.
 
 Groups. Where the source says none, the group of an image is the PatientID of its file: frames and files of one patient
 must not stand in train and in test. That is the only thing of a patient that a cache gets to hold, in plain unless
@@ -14,30 +15,35 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import mmap
 import os
 import re
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from featurecache.errors import SourceError, UnreadableImage
-from featurecache.images import dicom
-from featurecache.images.headers import EncodedFrame, is_dicom
+from featurecache.errors import BadOption, SourceError, UnreadableImage
+from featurecache.images import dicom, tiff
+from featurecache.images.headers import DICOM_FRONT, EncodedFrame, is_dicom
 from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, read_file
 
+PICTURES = (  # what the other formats of `images.decoding` are called on a disk
+    ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jpe", ".jfif", ".pgm", ".ppm", ".pbm", ".pnm",
+)  # fmt: skip
 EXTENSIONS = (".dcm", ".dicom", ".dic")
 PLAIN_PATIENTS = "Each PatientID is stored as it is; --hash-groups hides them."
 _FRAME = re.compile(r"^(.+)#frame=(0|[1-9]\d{0,8})$", re.DOTALL)
-_FRONT = 132  # bytes: preamble and magic
+_FRONT = DICOM_FRONT
 _REMEMBERED = 1 << 18  # headers, of about 300 bytes each
 _last = threading.local()  # of each thread the file it read last: its frames are asked for one after the other
 
 
 @dataclass(frozen=True)
-class DicomFiles(ImageFiles):
-    """``ImageFiles`` of which some ids name a frame of a file."""
+class FrameFiles(ImageFiles):
+    """``ImageFiles`` of which some ids name a frame or page of a file."""
 
     def path(self, row: int) -> str:
         return os.path.join(self.root, split_frame(self.ids[row])[0])
@@ -57,7 +63,8 @@ class DicomFiles(ImageFiles):
 class _FileHeader:
     """What the header of a file says; of one that cannot be read nothing, it is a named failure when it is."""
 
-    frames: int = 1
+    numbers: tuple[int, ...] | range = (0,)  # of its frames, or of the pages of a TIFF that are no previews
+    dicom: bool = False
     patient: str = ""
     windows: int | None = None  # how many to choose from; None where it is no matter (colour, a table, frames' own)
 
@@ -69,9 +76,8 @@ def split_frame(name: str) -> tuple[str, int | None]:
 
 
 def may_be_dicom(name: str) -> bool:
-    """Whether a file may be DICOM by its name: its ending, or none, or a UID."""
-    ending = os.path.splitext(name)[1].lower()
-    return ending in EXTENSIONS or ((not ending or ending[1:].isdigit()) and name.upper() != "DICOMDIR")
+    """Whether a file may be DICOM by its name: one that is no picture's, whatever its ending (.IMA, a UID, none)."""
+    return os.path.splitext(name)[1].lower() not in PICTURES and name.upper() != "DICOMDIR"
 
 
 def is_dicom_file(path: str) -> bool:
@@ -83,42 +89,55 @@ def is_dicom_file(path: str) -> bool:
         return False
 
 
-def images_in_file(name: str, data: bytes) -> list[tuple[str, bytes | EncodedFrame]]:
+def images_in_file(name: str, data: bytes, page: str | None = None) -> list[tuple[str, bytes | EncodedFrame]]:
     """The images of one file, by name: itself, or its frames."""
     try:
-        frames = dicom.read_header(data).frames if is_dicom(data) else 1
+        numbers: Sequence[int] = range(dicom.read_header(data).frames) if is_dicom(data) else (0,)
     except UnreadableImage:  # said when it is decoded
-        frames = 1
-    if frames == 1:
+        numbers = (0,)
+    if page is not None and tiff.is_tiff(data) and not is_dicom(data):
+        numbers = tiff.pages(data)
+    if len(numbers) == 1:
         return [(name, data)]
     hashed = hashlib.blake2b(data, digest_size=16)
-    return [(f"{name}#frame={number}", EncodedFrame(data, number, hashed)) for number in range(frames)]
+    return [(f"{name}#frame={n}", EncodedFrame(data, n, hashed)) for n in _of_page(numbers, page)]
 
 
-def expand_frames(dataset: Dataset) -> Dataset:
-    """``dataset`` with a row for each frame, and groups. Raises SourceError where pydicom is missing."""
+def _of_page(numbers: Sequence[int], page: str | None) -> Sequence[int]:
+    return numbers if page in (None, "all") else [int(str(page))]
+
+
+def expand_frames(dataset: Dataset, page: str | None = None) -> Dataset:
+    """``dataset`` with a row for each frame, and groups. Raises SourceError where pydicom is missing, BadOption for a
+    ``page`` that is none or of images that lie in no files of their own."""
+    if page is not None and not re.fullmatch(r"all|0|[1-9]\d{0,8}", page):
+        raise BadOption(f'--page is a number from 0 on, or all; not "{page}".')
     if type(dataset.images) is not ImageFiles:
+        if page is not None:
+            where = f"those of {dataset.source['data']} lie in an archive or in arrays"
+            raise BadOption(f"--page is for images in files of their own; {where}. Leave it out.")
         return dataset
     root, names = dataset.images.root, dataset.images.ids
-    file_of = {row: place for row, name in enumerate(names) if (place := _dicom_of(root, name)) is not None}
+    file_of = {row: place for row, name in enumerate(names) if (place := _file_of(root, name, page)) is not None}
     if not file_of:
         return dataset
-    if not dicom.installed():
-        raise SourceError(f"{len(file_of):,} images of {dataset.source['data']} are DICOM. {dicom.MISSING}.")
     distinct = {file: os.path.join(root, file) for file, _ in file_of.values()}
+    if not dicom.installed() and (count := sum(is_dicom_file(path) for path in distinct.values())):
+        raise SourceError(f"{count:,} images of {dataset.source['data']} are DICOM. {dicom.MISSING}.")
     files = {file: _read_header(path, _stamp(path)) for file, path in distinct.items()}
     rows, marks = list[int](), list[str]()
     for row in range(len(names)):
         file, number = file_of.get(row, ("", 0))
-        count = files[file].frames if number is None else 1
-        rows += [row] * count
-        marks += [f"#frame={k}" for k in range(count)] if count > 1 else [""]
+        several = number is None and len(files[file].numbers) > 1
+        numbers = _of_page(files[file].numbers, page) if several else [0]
+        rows += [row] * len(numbers)
+        marks += [f"#frame={k}" for k in numbers] if several else [""]
 
     def taken(column: Any) -> Any:
         return column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows]
 
     ids = [name + mark for name, mark in zip(taken(dataset.ids), marks, strict=True)]
-    groups = dataset.groups if dataset.groups is not None else _patients(dataset.ids, file_of, files)
+    groups = dataset.groups if dataset.groups is not None else _patients(dataset.ids, file_of, files, len(rows))
     if groups is not None:  # what is a group of its own bears the id of its first image, by which it is hidden too
         first = dict(zip(reversed(taken(dataset.ids)), reversed(ids), strict=True))
         groups = [first.get(group, group) for group in taken(groups)]
@@ -129,17 +148,20 @@ def expand_frames(dataset: Dataset) -> Dataset:
         splits=taken(dataset.splits),
         groups=groups,
         meta={name: taken(column) for name, column in dataset.meta.items()},
-        images=DicomFiles(root, [name + mark for name, mark in zip(taken(names), marks, strict=True)]),
-        notes=(*dataset.notes, *_notes(dataset.groups is not None, list(files.values()))),
+        images=FrameFiles(root, [name + mark for name, mark in zip(taken(names), marks, strict=True)]),
+        notes=(*dataset.notes, *_notes(dataset.groups is not None, list(files.values()), page)),
     )
 
 
-def _dicom_of(root: str, name: str) -> tuple[str, int | None] | None:
-    """The DICOM file that a name stands for, and its frame if it names one; a file of that very name comes first."""
+def _file_of(root: str, name: str, page: str | None) -> tuple[str, int | None] | None:
+    """The file of several images that a name stands for, and its frame if it names one; a file of that very name comes
+    first. None for what is no DICOM, nor a TIFF of which a ``page`` is asked for."""
     file, number = split_frame(name)
     if number is not None and not os.path.lexists(os.path.join(root, name)):
         return file, number
     ending, plain = os.path.splitext(name)[1].lower(), os.path.basename(name)
+    if page is not None and ending in (".tif", ".tiff"):
+        return name, None
     dicom_file = ending in EXTENSIONS or (may_be_dicom(plain) and is_dicom_file(os.path.join(root, name)))
     return (name, None) if dicom_file else None
 
@@ -148,18 +170,22 @@ def _dicom_of(root: str, name: str) -> tuple[str, int | None] | None:
 def _read_header(path: str, stamp: tuple[Any, ...] | None) -> _FileHeader:
     """Of the file of this `_stamp`. In the memory of the process alone: a PatientID is to stand on no disk."""
     try:
-        with open_image_file(path) as (descriptor, _), os.fdopen(os.dup(descriptor), "rb") as file:
-            if not is_dicom(file.read(_FRONT)):
-                return _FileHeader()
+        with open_image_file(path) as (descriptor, status), os.fdopen(os.dup(descriptor), "rb") as file:
+            front = file.read(_FRONT)
+            if not is_dicom(front):
+                if not tiff.is_tiff(front):
+                    return _FileHeader()
+                with mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ) as mapped:
+                    return _FileHeader(tuple(tiff.pages(mapped)))
             file.seek(0)
             header = dicom.read_header(file, ("PatientID",))
     except UnreadableImage:
         return _FileHeader()
     try:
         patient = str(header.settings.get("PatientID") or "").strip().replace("\0", "")
-        return _FileHeader(header.frames, patient, _windows(header.settings))
+        return _FileHeader(range(header.frames), True, patient, _windows(header.settings))
     except Exception:  # a value that pydicom cannot make text of
-        return _FileHeader(header.frames)
+        return _FileHeader(range(header.frames), True)
 
 
 def _windows(settings: Any) -> int | None:
@@ -172,20 +198,19 @@ def _windows(settings: Any) -> int | None:
 
 
 def _patients(
-    ids: list[str], file_of: dict[int, tuple[str, int | None]], files: dict[str, _FileHeader]
+    ids: list[str], file_of: dict[int, tuple[str, int | None]], files: dict[str, _FileHeader], rows: int
 ) -> list[str] | None:
-    """The group of each row before frames are told apart: a patient, else the first id of its file."""
+    """The group of each row before frames are told apart: a patient, else the first id of its file. None where that is
+    every image by itself, of the ``rows`` that there will be."""
     patients = {header.patient for header in files.values()} - {""}
     told = patients if len(patients) > 1 else set()
-    if not told and not any(header.frames > 1 for header in files.values()):
-        return None
     firsts: dict[str, str] = {}
     groups = []
     for row, name in enumerate(ids):
         file = file_of[row][0] if row in file_of else name
         patient = files[file].patient if row in file_of else ""
         groups.append(patient if patient in told else firsts.setdefault(file, name))
-    return groups
+    return groups if told or len(set(groups)) < rows else None
 
 
 def _stamp(path: str) -> tuple[Any, ...] | None:
@@ -196,11 +221,17 @@ def _stamp(path: str) -> tuple[Any, ...] | None:
     return path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _notes(grouped: bool, files: list[_FileHeader]) -> list[str]:
+def _notes(grouped: bool, files: list[_FileHeader], page: str | None) -> list[str]:
     notes = []
-    if several := [header.frames for header in files if header.frames > 1]:
-        count = f"{len(several):,} DICOM files hold {sum(several):,} frames"
-        notes.append(f"{count}, each an image (#frame=0, #frame=1, …).")
+    for kind, unit in (("DICOM", "frame"), ("TIFF", "page")):
+        several = [len(header.numbers) for header in files if header.dicom == (kind == "DICOM")]
+        several = [count for count in several if count > 1]
+        used = (
+            f"{unit} {page} of each is used" if page not in (None, "all") else "each an image (#frame=0, #frame=1, …)"
+        )
+        notes += [f"{len(several):,} {kind} files hold {sum(several):,} {unit}s, {used}."] * bool(several)
+    if page is not None and all(len(header.numbers) == 1 for header in files):
+        notes.append(f"No file holds several images: --page {page} changes nothing.")
     patients = {header.patient for header in files} - {""}
     if not grouped and len(patients) > 1:
         groups = f"The groups are the PatientID of the DICOM files ({len(patients):,} patients)"

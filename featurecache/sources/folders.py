@@ -24,16 +24,12 @@ from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageFiles
 from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
-from featurecache.sources.dicom_frames import is_dicom_file, may_be_dicom
+from featurecache.sources.dicom_frames import PICTURES, is_dicom_file, may_be_dicom
 from featurecache.sources.labels import class_labels, groups_or_ids, resolve_labels
 from featurecache.sources.layout import FolderLayout, read_layout
 from featurecache.sources.vocabulary import in_order, one_spelling, spelling_key, split_name
 
-# What the formats of `images.decoding` are called on a disk.
-EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".gif", ".webp",
-    ".jpe", ".jfif", ".pgm", ".ppm", ".pbm", ".pnm", *DICOM,
-)  # fmt: skip
+EXTENSIONS = (*PICTURES, *DICOM)
 # Folders of systems and of thumbnails, lower case; beside what begins with a dot.
 _NOT_DATA = {
     "__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbnails", "#recycle",

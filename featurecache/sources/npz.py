@@ -146,10 +146,11 @@ def open_archive(data: str, task: str | None, classes: Sequence[str] | None = No
         forms = {roles.get(ArrayRole(split, "labels"), split): list(each.shape) for split, each in columns.items()}
         shapes = ", ".join(f"{array} {shape}" for array, shape in forms.items())
         raise SourceError(f"the labels of {name} differ in their form: {shapes}.")
-    labels, own, notes = _labels(name, np.concatenate(list(columns.values())), classes, task)
+    labels, own, understood = _labels(name, np.concatenate(list(columns.values())), classes, task)
     if any(array != f"{role.split}_{role.kind}" for role, array in roles.items()):
         read = [f"{array} as {role.kind}" + f" of {role.split}" * bool(role.split) for role, array in roles.items()]
-        notes.append(f"Arrays are read by their names: {', '.join(read)}.")
+        understood.append(f"arrays by their names: {', '.join(read)}")
+    notes = [f"{name} has no {split} images." for split in SPLIT_ORDER if split not in splits != [""]]
     if unused := sorted(set(arrays) - set(roles.values())):
         notes.append(f"{name} holds arrays that are not used: {abbreviated(unused, 8)}.")
     return Dataset(
@@ -160,7 +161,8 @@ def open_archive(data: str, task: str | None, classes: Sequence[str] | None = No
         **resolve_labels(labels, own, task, name)._asdict(),
         splits=[split for split, column in columns.items() for _ in range(len(column))],
         images=ImageArrays([_packed(data, arrays, roles[ArrayRole(split, "images")]) for split in splits], (data,)),
-        notes=(*(f"{name} has no {split} images." for split in SPLIT_ORDER if split not in splits != [""]), *notes),
+        notes=tuple(notes),
+        understood=tuple(understood),
     )
 
 
@@ -260,7 +262,7 @@ def _array(file: str, member: str) -> np.ndarray:
 def _labels(
     name: str, values: np.ndarray, published: Sequence[str] | None, task: str | None
 ) -> tuple[np.ndarray, list[str], list[str]]:
-    """Labels as a dataset has them, int64 [N] or float32 [N, L], the names of the classes, and what to say of them."""
+    """Labels as a dataset has them, int64 [N] or float32 [N, L], the names of the classes, how they were understood."""
     where = f"the labels of {name}"
     if values.ndim == 1 and values.dtype.kind == "U":
         return *labels_of_values([text or None for text in values.tolist()], None, where), []
@@ -271,6 +273,10 @@ def _labels(
         bears = f"{name} bears the name of a MedMNIST set (rename the file if it is another): it"
         return *labels_of_numbers(values, bears, published), []
     if labels.ndim == 2 and len(labels) and task != "multilabel" and (labels.sum(1) == 1).all():  # NaN: is none
-        said = f"Every row of labels has exactly one 1: {labels.shape[1]} classes, one an image"
-        return labels.argmax(1), classes, [f"{said} (--task multilabel reads them as labels of their own)."]
+        way = "--task multilabel reads them as labels of their own"
+        return (
+            labels.argmax(1),
+            classes,
+            [f"{labels.shape[1]} classes, as every row of labels has exactly one 1 ({way})"],
+        )
     return labels, classes, []

@@ -23,7 +23,7 @@ from featurecache.errors import UnreadableImage
 from featurecache.files.atomic import write_whole
 from featurecache.formatting import aligned
 from featurecache.images.decoding import decode, image_header
-from featurecache.images.headers import EncodedImage
+from featurecache.images.headers import EncodedImage, ImageHeader
 from featurecache.sources.base import Dataset
 from featurecache.sources.labels import SPLIT_ORDER
 
@@ -84,11 +84,11 @@ class Description:
 def describe_dataset(
     dataset: Dataset,
     digests: Sequence[str | bytes | None] | np.ndarray | None = None,
-    headers: Mapping[int, tuple[int, int, str] | str] | None = None,
+    headers: Mapping[int, ImageHeader | str] | None = None,
 ) -> Description:
     """Count, and look at the headers of at most ``LOOKED_AT`` images spread over the dataset. ``digests`` [N], where
     they are known (empty for an image that could not be read), give the copies; ``headers``, where some were looked at
-    before (row → width, height and kind of pixels, or why not), are not looked at again."""
+    before (row → header, or why not), are not looked at again."""
     splits = [split for split in _ORDER if split in set(dataset.splits)]
     column = np.fromiter(map(splits.index, dataset.splits), np.int64, len(dataset))
     headers = _look_at_some(dataset) if headers is None else headers
@@ -109,12 +109,27 @@ def describe_dataset(
         unlabelled=by_split(is_unlabelled(dataset)),
         totals=by_split(np.ones(len(dataset), bool)),
         looked_at=len(headers),
-        sizes={name: [width, height] for name, (width, height, _) in sizes.items()},
-        kinds=dict(Counter(kind for _, _, kind in looks).most_common()),
+        sizes={name: [width, height] for name, (width, height, *_) in sizes.items()},
+        kinds=dict(Counter(look.kind for look in looks).most_common()),
         unreadable=[(dataset.shown(row), header) for row, header in headers.items() if isinstance(header, str)],
         copies=None if digests is None else _copies(dataset, digests),
-        notes=list(dataset.notes),
+        notes=[*dataset.notes, *_notes_on_pixels(dataset, looks)],
     )
+
+
+def _notes_on_pixels(dataset: Dataset, looks: list[ImageHeader]) -> list[str]:
+    """Where the rules of decoding may not be what is meant: an image that comes out dark, a stack of which one page is
+    taken."""
+    notes = []
+    used = max((look.used for look in looks if look.used), default=16)
+    if used < 16 and dataset.bits is None:
+        share = f"at most {100 * (2**used - 1) / 65535:.2g} % of white"
+        dark = "nearly black" if used <= 12 else "dark"
+        notes.append(f"{used}-bit values in 16-bit files: {dark} ({share}); --bits {used} scales them.")
+    if stacks := [look.pages for look in looks if look.pages > 1]:
+        what = f"{len(stacks):,} of {len(looks):,} images looked at are TIFF stacks of up to {max(stacks):,} pages"
+        notes.append(f"{what}: the first page is used; --page N takes another (from 0), --page all each.")
+    return notes
 
 
 def evenly_spaced(rows: np.ndarray, most: int) -> np.ndarray:
@@ -122,8 +137,8 @@ def evenly_spaced(rows: np.ndarray, most: int) -> np.ndarray:
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64))]
 
 
-def _look_at_some(dataset: Dataset) -> dict[int, tuple[int, int, str] | str]:
-    headers: dict[int, tuple[int, int, str] | str] = {}
+def _look_at_some(dataset: Dataset) -> dict[int, ImageHeader | str]:
+    headers: dict[int, ImageHeader | str] = {}
     for row in evenly_spaced(np.arange(len(dataset)), LOOKED_AT).tolist():
         try:
             headers[row] = image_header(dataset.read(row))

@@ -31,7 +31,8 @@ class ExtractionSpec:
 
     architecture          library, class, resolved model config
     weights               {"blake2b": digest of the tensors taken from the checkpoint} or {"random_seed": n}
-    preprocess            resize implementation, sizes, crop, interpolation, mean, std, version of the decoding rules
+    preprocess            resize implementation, sizes, crop, interpolation, mean, std, version of the decoding rules,
+                          bits: 2^bits − 1 is white in 16-bit images, where that was said
     image_size            (height, width) in pixels the network sees
     position_embeddings   as trained, or how they are interpolated
     precision             fp32 | bf16 | fp16: weights and activations of the forward pass
@@ -143,7 +144,7 @@ def _following(stored: ExtractionSpec, asked: ExtractionSpec) -> set[str]:
     if stored.image_size == asked.image_size:
         return set()
     try:
-        settings = {key: value for key, value in stored.preprocess.items() if key != "decoding"}
+        settings = {key: value for key, value in stored.preprocess.items() if key not in ("decoding", "bits")}
         scaled = Preprocess.from_dict(settings).scaled(asked.image_size[0]).to_dict()
     except (FeatureCacheError, TypeError):
         return set()

@@ -32,9 +32,12 @@ def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The options of a command line that name the images of ``source`` again."""
     options: list[tuple[str, Any]] = [("--data", source.get("data", "DATA"))]
     options += [("--column", f"{role}={column}") for role, column in (source.get("columns") or {}).items()]
-    words = {f"--{name.replace('_', '-')}": source.get(name) for name in ("task", "classes_at", "root", "uncertain")}
+    words = {
+        f"--{name.replace('_', '-')}": source.get(name)
+        for name in ("task", "classes_at", "root", "uncertain", "page", "bits")
+    }
     words["--order"] = join_names(source["order"]) if source.get("order") else None
-    return options + [(option, value) for option, value in words.items() if value]
+    return options + [(option, value) for option, value in words.items() if value is not None]
 
 
 def _changed(settings: Mapping[str, Any], *keys: str) -> list[tuple[str, Any]]:

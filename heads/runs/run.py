@@ -338,7 +338,7 @@ def preprocess_of(run: Run) -> Preprocess:
     """How a run on pixels resizes; RunError where its config is damaged."""
     record = run.config["spec"].get("preprocess")
     try:
-        return Preprocess.from_dict({key: value for key, value in record.items() if key != "decoding"})
+        return Preprocess.from_dict({key: value for key, value in record.items() if key not in ("decoding", "bits")})
     except (FeatureCacheError, TypeError, AttributeError) as error:
         raise RunError(f"{run.path} is damaged: it does not say how its images were resized ({error}).") from error
 

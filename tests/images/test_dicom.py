@@ -160,7 +160,7 @@ def test_colour_of_twelve_bits_has_4095_for_white():
     values = np.array([[[0, 2048, 4095], [4095, 16, 8]]], np.uint16)
     data = dicom_bytes(values, SamplesPerPixel=3, BitsStored=12)
     assert decode(data).permute(1, 2, 0).tolist() == [[[0, 128, 255], [255, 1, 0]]]
-    assert image_header(data) == (2, 1, "12-bit RGB (DICOM)")
+    assert image_header(data)[:3] == (2, 1, "12-bit RGB (DICOM)")
 
 
 def test_windows_of_enhanced_files_stand_with_the_frame_or_are_shared():
@@ -277,3 +277,48 @@ def test_threads_decode_what_one_thread_decodes_and_no_warning_escapes():
         warnings.simplefilter("error")
         for number, pixels in enumerate(pool.map(decode, files * 5)):
             assert torch.equal(pixels, expected[number % 3])
+
+
+# headers with gaps
+
+
+def without_syntax(data: bytes) -> bytes:
+    """The same file whose header does not name its transfer syntax."""
+    at = data.index(b"\x02\0\x10\0UI")
+    size = 8 + int.from_bytes(data[at + 6 : at + 8], "little")
+    length = int.from_bytes(data[140:144], "little") - size
+    return data[:140] + length.to_bytes(4, "little") + data[144:at] + data[at + size :]
+
+
+def without_meta(data: bytes) -> bytes:
+    return data[144 + int.from_bytes(data[140:144], "little") :]
+
+
+@pytest.mark.parametrize("gap", [without_syntax, without_meta, lambda data: data[132:]])
+@pytest.mark.parametrize("syntax", [pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian])
+def test_a_header_with_gaps_is_read_by_the_default_of_the_standard(gap, syntax):
+    frames = np.random.default_rng(0).integers(0, 4096, (2, 8, 8)).astype(np.uint16)
+    whole = dicom_bytes(frames, syntax, BitsStored=12)
+    data = gap(whole)
+    assert len(data) < len(whole)
+    np.testing.assert_array_equal(dicom.decode_dicom(data, 1), np.rint(frames[1] * (255 / 4095)))
+    assert torch.equal(decode(data), decode(whole))
+    cut = data[:-9]
+    assert reason(cut) == f"truncated after {len(cut):,} bytes"
+
+
+def test_compressed_pixels_of_a_syntax_that_is_not_named_are_refused():
+    data = without_syntax(dicom_bytes(RAMP, JPEGBaseline8Bit, PixelData=jpeg(RAMP)))
+    assert reason(data) == "a DICOM file of compressed pixels that does not say its transfer syntax"
+
+
+def test_a_deflated_file_without_a_preamble_is_read():
+    data = dicom_bytes(np.zeros((8, 8), np.uint8), DeflatedExplicitVRLittleEndian)
+    assert decode(data[132:]).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x08\0" * 90, b"\2\0\0\0" + bytes(60), b"\x08\0\5\0\4\0\0\0abcd\x08\0\1\0" + b"\1" * 9]
+)
+def test_bytes_that_only_begin_alike_are_no_dicom(data):
+    assert "not an image" in reason(data)

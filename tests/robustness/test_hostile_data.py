@@ -21,7 +21,7 @@ from featurecache.errors import RunError, SourceError, UnreadableImage
 from featurecache.images import decoding
 from featurecache.images.decoding import decode
 from featurecache.sources import npz as npz_source
-from featurecache.sources import open_source, tables
+from featurecache.sources import open_source, parquet_files
 from heads.api import train_head
 from heads.reports.text import final_table, runs_table
 from heads.runs.run import Run, list_runs, load_run
@@ -130,7 +130,7 @@ def test_a_parquet_table_of_more_cells_than_memory(tmp_path: Path, monkeypatch) 
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    monkeypatch.setattr(tables, "_CELLS", 1000)
+    monkeypatch.setattr(parquet_files, "_CELLS", 1000)
     parquet.write_table(pyarrow.table({"path": ["a.png"] * 600, "label": ["x"] * 600}), tmp_path / "a.parquet")
     with pytest.raises(SourceError, match="declares 600 rows of 2 columns"):
         open_source(tmp_path / "a.parquet")

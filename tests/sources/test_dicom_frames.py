@@ -12,7 +12,7 @@ from PIL import Image
 from support.dicom_files import RAMP, dicom_bytes, pydicom
 
 import featurecache
-from featurecache.errors import SourceError, UnreadableImage
+from featurecache.errors import BadOption, SourceError, UnreadableImage
 from featurecache.images import dicom
 from featurecache.images.decoding import decode, digest, image_header
 from featurecache.sources import open_source, reopen
@@ -218,3 +218,62 @@ def test_frames_extracted_and_found_again_by_name(tmp_path):
     again = reopen(view.source)
     assert [digest(again.read(row)).encode() for row in range(3)] == view.digests.tolist()
     assert len(set(view.digests.tolist())) == 3
+
+
+# whatever the ending; pages of TIFF
+
+
+def test_dicom_is_found_by_its_content_whatever_the_ending(tmp_path):
+    raw = save(tmp_path / "a" / "MR.0001.IMA")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "scan.old").write_bytes(raw[144 + int.from_bytes(raw[140:144], "little") :])  # no preamble
+    (tmp_path / "b" / "notes.txt").write_text("nothing")
+    data = open_source(tmp_path)
+    assert data.ids == ["a/MR.0001.IMA", "b/scan.old"]
+    assert [decode(data.read(row))[0, 0, 3] for row in (0, 1)] == [3, 3]
+
+
+def stack(path: Path, pages: np.ndarray) -> bytes:
+    first, *others = (Image.fromarray(page) for page in pages)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first.save(path, "TIFF", save_all=True, append_images=others)
+    return path.read_bytes()
+
+
+def test_pages_of_a_stack_are_images_of_their_own_where_all_are_asked_for(tmp_path):
+    raw = stack(tmp_path / "x" / "a.tif", THREE)
+    Image.fromarray(RAMP).save(tmp_path / "x" / "b.tif")
+    data = open_source(tmp_path, page="all")
+    assert data.ids == ["x/a.tif#frame=0", "x/a.tif#frame=1", "x/a.tif#frame=2", "x/b.tif"]
+    assert [digest(data.read(row)) for row in range(3)] == [digest(raw, page) for page in range(3)]
+    np.testing.assert_array_equal(decode(data.read(2))[0].numpy(), THREE[2])
+    assert data.groups == [data.ids[0]] * 3 + ["x/b.tif"] and "1 TIFF files hold 3 pages" in " ".join(data.notes)
+    assert reopen(data.source).ids == data.ids
+
+
+def test_one_page_of_each_stack_and_frame_of_each_dicom_file(tmp_path):
+    stack(tmp_path / "a.tif", THREE)
+    stack(tmp_path / "b.tif", TWO)
+    save(tmp_path / "c.dcm", THREE)
+    data = open_source(tmp_path, page="2")
+    assert data.ids == ["a.tif#frame=2", "b.tif#frame=2", "c.dcm#frame=2"] and data.groups is None
+    assert [int(decode(data.read(row))[0, 0, 0]) for row in (0, 2)] == [32, 32]
+    with pytest.raises(UnreadableImage, match="no page 2: the file has 2"):
+        decode(data.read(1))
+
+
+def test_without_a_page_the_first_is_taken_and_a_look_says_how_many_there_are(tmp_path):
+    stack(tmp_path / "a.tif", THREE)
+    data = open_source(tmp_path)
+    assert data.ids == ["a.tif"] and int(decode(data.read(0))[0, 0, 0]) == 0
+    assert any("stacks of up to 3 pages" in note and "--page all" in note for note in describe_dataset(data).notes)
+
+
+def test_a_page_that_is_none_and_a_page_of_no_files_are_refused(tmp_path):
+    Image.fromarray(RAMP).save(tmp_path / "a.png")
+    with pytest.raises(BadOption, match='--page is a number from 0 on, or all; not "-1"'):
+        open_source(tmp_path, page="-1")
+    with pytest.raises(BadOption, match="images in files of their own"):
+        open_source("digits", page="1")
+    Image.fromarray(RAMP).save(tmp_path / "a.tif")
+    assert "No file holds several images: --page all changes nothing." in open_source(tmp_path, page="all").notes

@@ -130,7 +130,7 @@ def test_npz_by_whatever_its_arrays_are_called(tmp_path, names):
     arrays = (shades(2, 5, 4), np.array([1, 0]), shades(3, 5, 4), np.array([0, 1, 1]))
     data = open_source(npz(tmp_path / "set.npz", **dict(zip(names, arrays, strict=True)), history=np.zeros(3)))
     assert (data.splits, data.labels.tolist()) == (["train"] * 2 + ["test"] * 3, [1, 0, 0, 1, 1])
-    assert f"{names[0]} as images of train" in data.notes[1] and "not used: history" in data.notes[2]
+    assert f"{names[0]} as images of train" in data.understood[0] and "not used: history" in data.notes[1]
 
 
 def test_npz_without_splits_with_names_for_labels(tmp_path):
@@ -143,7 +143,7 @@ def test_npz_of_one_1_in_every_row_has_classes(tmp_path):
     file = npz(tmp_path / "set.npz", x_train=shades(4, 5, 4), y_train=np.eye(3)[[2, 0, 1, 1]])
     data = open_source(file)
     assert (data.labels.tolist(), data.classes, data.task) == ([2, 0, 1, 1], ["0", "1", "2"], "multiclass")
-    assert any("exactly one 1: 3 classes" in note for note in data.notes)
+    assert data.understood[0].startswith("3 classes, as every row of labels has exactly one 1")
     assert open_source(file, task="multilabel").labels.shape == (4, 3)
 
 

@@ -13,6 +13,7 @@ from support.small_sets import listed, pictures, table
 from featurecache.errors import CannotWrite
 from featurecache.images import decoding
 from featurecache.images.decoding import digest
+from featurecache.images.headers import ImageHeader
 from featurecache.sources import open_source, summary
 from featurecache.sources.summary import contact_sheet, describe_dataset
 
@@ -56,7 +57,7 @@ def test_images_that_could_not_be_read_are_no_copies_of_each_other(tmp_path, dig
 
 def test_of_many_images_two_hundred_are_looked_at_and_of_many_classes_the_first_are_shown(tmp_path, monkeypatch):
     looked = []
-    monkeypatch.setattr(summary, "image_header", lambda data: (looked.append(1), (8, 8, "grey"))[1])
+    monkeypatch.setattr(summary, "image_header", lambda data: (looked.append(1), ImageHeader(8, 8, "grey"))[1])
     about = describe_dataset(open_source("digits"))
     assert len(looked) == about.looked_at == 200
     assert "8×8, in 200 looked at" in str(about)

@@ -62,7 +62,7 @@ OTHER_SPEC: dict[str, list[Any]] = {
         {**SPEC.architecture, "source": "0" * 32},
     ],
     "weights": [{"blake2b": "0" * 31 + "1"}, {"random_seed": 0}, {"random_seed": 1}],
-    "preprocess": [{"mode": "pad"}, {"mode": "squash", "decoding": 2}],
+    "preprocess": [{"mode": "pad"}, {"mode": "squash", "decoding": 2}, {"mode": "squash", "bits": 12}],
     "image_size": [(224, 225), (225, 224), (256, 256)],
     "position_embeddings": ["interpolated (bicubic)", "interpolated (bicubic, corners aligned)", "none"],
     "precision": ["bf16", "fp16"],
@@ -150,17 +150,17 @@ def test_of_a_backbone_the_key_knows_what_decides_and_nothing_else(vit):
         assert fingerprint(replace(backbone, **{name: value})) != fingerprint(backbone)
 
 
-ASKED = {"backbone", "weights", "random_weights", "seed", "image_size", "fit", "precision", "dtype"}
+ASKED = {"backbone", "weights", "random_weights", "seed", "image_size", "fit", "precision", "dtype", "bits"}
 NOT_ASKED = {
     "data", "outputs", "name", "device", "batch_size", "workers", "on_error", "accept_drift", "cache", "columns",
-    "task", "hash_ids", "hash_groups", "remember", "progress", "views", "augment", "augment_seed",
+    "task", "page", "hash_ids", "hash_groups", "remember", "progress", "views", "augment", "augment_seed",
 }  # fmt: skip
 
 
 def test_every_option_of_an_extraction_stands_on_one_of_the_lists():
     assert ASKED | NOT_ASKED == set(inspect.signature(plan.prepare).parameters)
     asked_of_backbone = {field.name for field in fields(BackboneRequest)} - {"meta"}
-    assert asked_of_backbone == (ASKED - {"backbone", "precision", "dtype"}) | {"name"}
+    assert asked_of_backbone == (ASKED - {"backbone", "precision", "dtype", "bits"}) | {"name"}
 
 
 # what makes another store
