@@ -53,7 +53,7 @@ def test_what_was_understood_is_said_before_anything_is_computed(scans):
 @pytest.mark.integration
 def test_a_baseline_says_how_its_images_were_read_and_refuses_words_about_none(scans):
     result = call("train-baseline", "--arch", "cnn-cifar", "--order", "a,b")
-    assert result.exit_code == 2 and "say how --data is read; give --data too" in result.stderr
+    assert result.exit_code == 2 and "--order says how --data is read; give --data too" in result.stderr
     result = call("train-baseline", "--arch", "cnn-cifar", "--data", "scans", "--classes-at", "1", "--epochs", "1")
     assert "understood classes from level 1 of the folders (CT, MR)" in result.stderr
 

@@ -97,6 +97,8 @@ def test_columns_that_hold_what_is_hashed_are_hashed_and_named(table: Path) -> N
 def test_numbers_of_patients_in_a_further_column_are_hashed_and_other_numbers_are_not(tmp_path: Path) -> None:
     lines = ["path,patient,mrn,pulse", *(f"{k}.png,{4000 + k},{4000 + k},{4000 - k}" for k in range(5))]
     (tmp_path / "t.csv").write_text("\n".join(lines))
+    for k in range(5):
+        (tmp_path / f"{k}.png").touch()
     dataset = hidden(tmp_path / "t.csv", ids=False)
     assert all(len(cell) == 32 for cell in dataset.meta["mrn"])
     assert (dataset.meta["pulse"][1], dataset.ids) == (3999, [f"{k}.png" for k in range(5)])
