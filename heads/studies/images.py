@@ -108,7 +108,7 @@ def few_of(opened: OpenedSet, folder: Path) -> OpenedSet:
         truth = ["" if np.isnan(v) else int(v) for v in labels[row]] if several else [classes[int(labels[row])]]
         cells.append([*truth, dataset.splits[row], groups[row] if groups else ""])
     pictures = [dataset.read(row) for row in rows]
-    few = _write(folder, classes if several else ["label"], cells, pictures, dataset.task, bool(groups))
+    few = _write(folder, classes if several else ["label"], cells, pictures, dataset.task, bool(groups), classes)
     cut = "" if len(classes) <= MOST_CLASSES else f", the first {MOST_CLASSES} of {len(classes)} classes"
     text = f"{len(rows):,} of {len(dataset):,} images{cut}: at most {QUICK['train']} of each class of train, "
     text += f"{QUICK['val']} of val and {QUICK['test']} of test, drawn by seed 0"
@@ -128,12 +128,13 @@ def draw_images(images: ImageSet, folder: Path) -> Dataset:
                 spot = 90 * np.exp(-((side[:, None] - y) ** 2 + (side[None] - x) ** 2) / 18)
                 pictures.append(np.clip(60 + spot + rng.normal(0, 35, (SIDE, SIDE)), 0, 255).astype(np.uint8))
                 cells.append([name, split, ""])
-    return _write(folder, ["label"], cells, pictures, images.task, False)
+    return _write(folder, ["label"], cells, pictures, images.task, False, images.classes)
 
 
 def _write(
-    folder: Path, labels: Sequence[str], cells: list[list[Any]], pictures: list[Any], task: str | None, grouped: bool
-) -> Dataset:
+    folder: Path, labels: Sequence[str], cells: list[list[Any]], pictures: list[Any], task: str | None, grouped: bool,
+    classes: Sequence[str],
+) -> Dataset:  # fmt: skip
     """A table of images with the images beside it, opened; the table last. What is there and equal is not written."""
     from featurecache.sources import open_source
 
@@ -150,7 +151,9 @@ def _write(
             writer.writerow([path, *row])
         write_whole(folder / f"{folder.name}.csv", text.getvalue().encode())
     columns = {"path": "path", "split": "split", "group": "group" if grouped else "", "label": ",".join(labels)}
-    return open_source(folder / f"{folder.name}.csv", columns=columns, task=task)
+    there = {row[0] for row in cells}
+    order = [name for name in classes if name in there] if task == "ordinal" else None
+    return open_source(folder / f"{folder.name}.csv", columns=columns, task=task, order=order)
 
 
 def _pixels(image: Any) -> np.ndarray:

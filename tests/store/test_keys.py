@@ -153,7 +153,8 @@ def test_of_a_backbone_the_key_knows_what_decides_and_nothing_else(vit):
 ASKED = {"backbone", "weights", "random_weights", "seed", "image_size", "fit", "precision", "dtype", "bits"}
 NOT_ASKED = {
     "data", "outputs", "name", "device", "batch_size", "workers", "on_error", "accept_drift", "cache", "columns",
-    "task", "page", "hash_ids", "hash_groups", "remember", "progress", "views", "augment", "augment_seed",
+    "task", "page", "classes_at", "order", "root", "uncertain", "hash_ids", "hash_groups",
+    "remember", "progress", "views", "augment", "augment_seed",
 }  # fmt: skip
 
 

@@ -247,7 +247,8 @@ def test_what_is_drawn_is_drawn_alike_and_has_all_classes(tmp_path):
     images = ImageSet("x", "none:", ("one", "two", "three"), task="ordinal")
     first, second = draw_images(images, tmp_path / "a" / "x"), draw_images(images, tmp_path / "b" / "x")
     assert [first.read(i) for i in range(len(first))] == [second.read(i) for i in range(len(second))]
-    assert first.task == "ordinal" and len(first) == 3 * sum(QUICK[s] for s in SPLITS)
+    assert first.task == "ordinal" and first.classes == ["one", "two", "three"]  # in their order, no alphabet
+    assert len(first) == 3 * sum(QUICK[s] for s in SPLITS)
 
 
 def test_only_the_sets_that_are_asked_for_are_opened(tmp_path):
