@@ -140,16 +140,19 @@ def open_source(
     ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say;
     ``classes_at`` is the level of the class folders (1: those in the folder) where their names do not say it; ``order``
     the classes in the order of their labels. Of tables: ``root`` is the folder of the images where it is not that of
-    the table, ``uncertain`` (ignore, zero, one) what -1 is in label columns. ``page``, of
-    TIFF stacks and DICOM files of several frames, is a number (from 0) or "all"; ``bits``: 2^bits − 1 is white in
-    16-bit images. Raises SourceError, BadOption."""
+    the table, ``uncertain`` (ignore, zero, one) what -1 is in label columns. ``page``, of TIFF stacks and DICOM files
+    of several frames, is a number (from 0) or "all"; ``bits``: 2^bits − 1 is white in 16-bit images. Raises
+    SourceError, BadOption."""
+    words = {"columns": columns or None, "task": task, "classes_at": classes_at, "order": order and list(order)}
+    words |= {"root": root, "uncertain": uncertain}
     if not isinstance(data, str | os.PathLike):
         if columns:
             raise SourceError(f"columns were named ({', '.join(columns)}), but the images are given as they are.")
-        return expand_frames(open_memory(data, task))
+        if given := [name for name, value in words.items() if value is not None and name != "task"]:
+            raise SourceError(f"{given[0]} says how a folder or a table is read; the images are given as they are.")
+        return expand_frames(replace(open_memory(data, task), bits=bits), page)
+    words |= {"page": page, "bits": bits}
     kind, what = _find(data)
-    words = {"columns": columns or None, "task": task, "classes_at": classes_at, "order": order and list(order)}
-    words |= {"root": root, "uncertain": uncertain, "page": page, "bits": bits}
     try:
         return _open(kind, what, data, words)
     except NotFetched as absent:

@@ -79,6 +79,18 @@ def test_columns_are_of_tables():
     refused(["a.png"], "the images are given as they are", columns={"label": "x"})
 
 
+@pytest.mark.parametrize("how", [{"classes_at": 1}, {"order": ["a", "b"]}, {"root": "."}, {"uncertain": "zero"}])
+def test_words_about_a_folder_or_a_table_are_refused_and_not_ignored(how):
+    refused(shades(3, 5, 4), f"{next(iter(how))} says how a folder or a table is read", **how)
+
+
+def test_bits_and_pages_are_those_of_listed_files_too(tmp_path):
+    pictures(tmp_path, "a.png")
+    assert open_source([tmp_path / "a.png"], bits=12, page="0").bits == 12
+    with pytest.raises(BadOption, match="--page is for images in files of their own"):
+        open_source(shades(3, 5, 4), page="1")
+
+
 def test_what_a_program_gave_cannot_be_opened_again():
     with pytest.raises(SourceError, match="3 images in memory were given by a program"):
         reopen(open_source(shades(3, 5, 4)).source)
