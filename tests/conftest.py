@@ -115,3 +115,11 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("FEATURECACHE_TEST_DATA names no folder with the real images")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def home_with_copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone, images and a cache that has augmented copies of them: to be copied by tests that change it."""
+    from support.copied_home import make_home
+
+    return make_home(tmp_path_factory.mktemp("copies"))

@@ -14,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 from support.command import call
-from support.copied_home import STEPS, TRAIN, N, by_digest, copy_home, extract, make_home, opened, run, shards
+from support.copied_home import STEPS, TRAIN, N, by_digest, copy_home, extract, opened, run, shards
 from support.pictures import image_folder, save_picture
 
 import featurecache
@@ -29,14 +29,9 @@ from featurecache.store.view import View
 from heads.task import load_features
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    return make_home(tmp_path_factory.mktemp("whole"))
-
-
 @pytest.fixture
-def home(undisturbed, tmp_path) -> Path:
-    return copy_home(undisturbed, tmp_path)
+def home(home_with_copies, tmp_path) -> Path:
+    return copy_home(home_with_copies, tmp_path)
 
 
 # the same copies always

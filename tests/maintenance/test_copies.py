@@ -16,7 +16,6 @@ from support.copied_home import (
     copy_home,
     damages,
     extract,
-    make_home,
     opened,
     run,
     view_path,
@@ -33,14 +32,9 @@ from featurecache.maintenance.repair import repair
 from featurecache.store.view import View
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    return make_home(tmp_path_factory.mktemp("whole"))
-
-
 @pytest.fixture
-def home(undisturbed, tmp_path) -> Path:
-    return copy_home(undisturbed, tmp_path)
+def home(home_with_copies, tmp_path) -> Path:
+    return copy_home(home_with_copies, tmp_path)
 
 
 # what a cache goes through
