@@ -4,11 +4,11 @@ Every module of this folder that loads networks gives a `Backbone`, so that extr
 ``architecture``, ``weights``, ``preprocess``, ``image_size`` and ``position_embeddings`` are hashed into the
 fingerprint of a store: a value that reads differently there is another store. All else is for people, or follows.
 
-Tokens, maps and pooled vectors stand under one interface. Each wrapper of a network: forward(pixels [B,3,h,w], want)
+Tokens, maps and pooled vectors stand under one interface. Each wrapper of a network: forward(pixels [B,C,h,w], want)
 -> {output: tensor}, of ``tokens`` and ``tokens@-k`` [B,T,D], ``pooler`` and ``gap`` [B,D] the wanted. The network
 itself runs as its library wrote it; hooks read on the way.
 
-Axis letters: B batch, T tokens, D width, C channels, h and w the sides of a map.
+Axis letters: B batch, T tokens, D width, C channels (of pixels 3, of grey images 1), h and w the sides of a map.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Backbone:
             raise OutputRefused(f"{self.name} has no {base}: it has {have}")
 
     def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
-        """Normalised pixels [B,3,h,w] -> of ``tokens``, ``tokens@-k`` [B,T,D], ``pooler``, ``gap`` [B,D] the wanted."""
+        """Normalised pixels [B,C,h,w] -> of ``tokens``, ``tokens@-k`` [B,T,D], ``pooler``, ``gap`` [B,D] the wanted."""
         return self.model(pixels, want)
 
 

@@ -24,14 +24,21 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def from_processor(processor: Any) -> Preprocess:
-    """Read the settings of a transformers image processor of the torchvision backend."""
+def from_processor(processor: Any, channels: int = 3) -> Preprocess:
+    """Read the settings of a transformers image processor of the torchvision backend, for a network of ``channels``."""
     from transformers.image_utils import pil_torch_interpolation_mapping
 
+    if channels == 1 and getattr(processor, "do_convert_rgb", False):
+        raise PreprocessingRefused(
+            "the network takes grey images, of 1 channel, and its processor makes RGB of them; if it was fed grey, write "
+            '"do_convert_rgb": false in preprocessor_config.json'
+        )
     mode, resize, crop = _geometry(processor)
     resample = getattr(processor, "resample", None)
     interpolation = pil_torch_interpolation_mapping.get(2 if resample is None else resample, resample)
-    normalise = getattr(processor, "do_normalize", False)
+    mean, std = ((0.0,), (1.0,)) if channels == 1 else (None, None)  # one number each says grey, also unnormalised
+    if getattr(processor, "do_normalize", False):
+        mean, std = (_constants(values, channels) for values in (processor.image_mean, processor.image_std))
     return Preprocess(
         mode=mode,
         resize=resize,
@@ -41,8 +48,8 @@ def from_processor(processor: Any) -> Preprocess:
         antialias=True,
         crop_rounding="down",
         scale=float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else None,
-        mean=_three(processor.image_mean) if normalise else None,
-        std=_three(processor.image_std) if normalise else None,
+        mean=mean,
+        std=std,
         arithmetic="fused",
     )
 
@@ -70,11 +77,12 @@ def _geometry(processor: Any) -> tuple[str, tuple[int, ...], tuple[int, int] | N
     raise PreprocessingRefused(f"{kind} resizes by {sorted(keys)}; expected height and width, or the shortest edge")
 
 
-def _three(values: Any) -> tuple[float, float, float]:
-    numbers = (values,) * 3 if isinstance(values, (int, float)) else tuple(values)
-    if len(numbers) != 3:
-        raise PreprocessingRefused(f"normalisation of {len(numbers)} channels; expected the three of an RGB image")
-    return float(numbers[0]), float(numbers[1]), float(numbers[2])
+def _constants(values: Any, channels: int = 3) -> tuple[float, ...]:
+    numbers = (values,) * channels if isinstance(values, (int, float)) else tuple(values)
+    if len(numbers) != channels:
+        expected = "the three of an RGB image" if channels == 3 else "the one of the grey images that the network takes"
+        raise PreprocessingRefused(f"normalisation of {len(numbers)} channels; expected {expected}")
+    return tuple(map(float, numbers))
 
 
 def from_transforms(transforms: Any) -> Preprocess:
@@ -82,7 +90,7 @@ def from_transforms(transforms: Any) -> Preprocess:
     if type(transforms).__name__ != "ImageClassification":
         raise PreprocessingRefused(f"torchvision's {type(transforms).__name__} preset is not one for classification")
     (short,), (crop,) = transforms.resize_size, transforms.crop_size
-    constants = (_three(transforms.mean), _three(transforms.std))
+    constants = (_constants(transforms.mean), _constants(transforms.std))
     return pil_preprocess("shortest", (short,), (crop, crop), transforms.interpolation.value, *constants)
 
 
@@ -100,7 +108,7 @@ def pil_preprocess(
 def from_timm(config: dict[str, Any]) -> Preprocess:
     """Read a data config of timm, as its transform for evaluation treats PIL images: ``crop_pct`` is the share of the
     resized image (its shortest edge, or with "squash" both sides) that the crop keeps."""
-    _, *size = config["input_size"]
+    channels, *size = config["input_size"]
     height, width = (int(side) for side in size)
     whole = tuple(math.floor(side / config["crop_pct"]) for side in (height, width))
     mode = config["crop_mode"]
@@ -109,7 +117,7 @@ def from_timm(config: dict[str, Any]) -> Preprocess:
             f"timm's crop_mode {mode!r} for images of {height}×{width} pixels is not one we can do: only squash, or "
             "center for squares"
         )
-    crop, constants = (height, width), (_three(config["mean"]), _three(config["std"]))
+    crop, constants = (height, width), [_constants(config[key], channels) for key in ("mean", "std")]
     if mode == "squash":
         return pil_preprocess(mode, whole, None if whole == crop else crop, config["interpolation"], *constants)
     return pil_preprocess("shortest", whole[:1], crop, config["interpolation"], *constants)
@@ -122,13 +130,14 @@ def probe(height: int, width: int) -> np.ndarray:
 
 
 def check_preprocess(preprocess: Preprocess, real: Callable[[Image.Image], torch.Tensor], name: str) -> None:
-    """Compare with what the library's own processor makes of a small, a wide and a tall picture of odd sizes."""
+    """Compare with what the library's own processor makes of a small, a wide and a tall picture of odd sizes: in colour,
+    for a network of grey images as Pillow's "L" of it."""
     from PIL import Image
 
     height, width = preprocess.size
     for shape in ((37, 53), (height // 2 + 11, width + 55), (height + 75, width // 2 + 10)):
         array = probe(*shape)
-        expected = real(Image.fromarray(array))
+        expected = real(Image.fromarray(array).convert("L" if preprocess.channels == 1 else "RGB"))
         image = preprocess.resized(torch.from_numpy(array).permute(2, 0, 1).contiguous())
         got = preprocess.normalised(image[None])[0]
         difference = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")

@@ -305,13 +305,16 @@ def other_shapes(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tens
 
 
 def _channels(shape: torch.Size, expected: torch.Size) -> str:
-    """Why a network of grey images is refused: which grey it saw, and normalised how, no file of weights says."""
-    if len(shape) == len(expected) == 4 and expected[1] == 3 != shape[1] and shape[0] == expected[0]:
+    """Why weights of images of other channels are refused: no file of weights says by which mean and std of grey."""
+    if len(shape) != 4 or len(expected) != 4 or shape[1] == expected[1] or shape[0] != expected[0]:
+        return ""
+    made = f" (made for images of {shape[1]} channel{'s' * (shape[1] > 1)}, expected "
+    if expected[1] == 3:
         return (
-            f" (made for images of {shape[1]} channel{'s' * (shape[1] > 1)}, expected the 3 of RGB: how it was fed "
-            "is not in the file; write it down: --backbone python:MODULE:FACTORY, whose forward takes RGB)"
+            f"{made}the 3 of RGB: how it was fed is not in the file; write it down: --backbone python:MODULE:FACTORY, "
+            "with one number as mean and one as std where that is grey)"
         )
-    return ""
+    return f"{made}the 1 of grey)" * (expected[1] == 1 and shape[1] == 3)
 
 
 def first_names(names: Iterable[str], n: int = 3) -> str:

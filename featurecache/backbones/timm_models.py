@@ -7,7 +7,8 @@ a network gives is inferred from its own attributes and shapes, before there are
 the class token nor the mean of the patches. One that does not say which rows are patches keeps its vector only.
 
 Weights are read without running code, then renamed and loaded by timm itself, strictly. Settings saved with them lead
-nowhere: no address, no file, no code of theirs is followed. The classifier is taken away.
+nowhere: no address, no file, no code of theirs is followed. The classifier is taken away. A folder whose settings say
+one channel is fed grey images, normalised as timm's loaders do it: by the average of the three constants of RGB.
 """
 
 from __future__ import annotations
@@ -73,6 +74,10 @@ class TimmModel:
         return f"timm:{self.id}"
 
     @property
+    def channels(self) -> int:
+        return int(self.settings.input_size[0])
+
+    @property
     def takes_size(self) -> bool:
         """Whether the network is built for one size of images."""
         return bool(self.settings.fixed_input_size) or "img_size" in self.arguments
@@ -82,6 +87,7 @@ class TimmModel:
         import timm
 
         sized = {"img_size": size} if size != tuple(self.settings.input_size[1:]) and self.takes_size else {}
+        sized |= {"in_chans": self.channels} if self.channels != 3 else {}
         settings = replace(self.settings, architecture=self.architecture, **_NOWHERE)
         return timm.create_model(self.architecture, pretrained_cfg=settings, **{**self.arguments, **sized}, **options)
 
@@ -189,16 +195,19 @@ def _of_folder(folder: Path, name: str, portable_name: str, **fields: Any) -> Ti
         raise UnknownBackbone(f"{folder} is of {architecture[:80]!a}, which this timm does not have.{near}")
     if not isinstance(settings, dict) or not isinstance(arguments, dict):
         raise WeightsDoNotFit(f"{path} is not as timm writes it: a record is expected in its fields")
+    channels = arguments.get("in_chans")
     arguments = {name: _tuple(value) for name, value in arguments.items() if name not in _IGNORED_ARGUMENTS}
     settings = {**settings, **{name: record[name] for name in ("num_classes",) if name in record}}
     if arguments.get("img_size") is not None and settings.get("fixed_input_size"):  # made for it, and takes no other
         side = arguments["img_size"]
         settings["input_size"] = (3, *(side if isinstance(side, tuple) else (side, side)))
+    if channels is not None:
+        settings["input_size"] = (channels, *(settings.get("input_size") or (3, 224, 224))[1:])
     fields_of_timm = PretrainedCfg.__dataclass_fields__.keys() - _IGNORED_SETTINGS
     config = PretrainedCfg(**{name: _tuple(settings[name]) for name in fields_of_timm & settings.keys()})
     sizes = config.input_size
     if not (isinstance(sizes, tuple) and len(sizes) == 3 and all(type(n) is int and 0 < n < 1 << 16 for n in sizes)):
-        raise WeightsDoNotFit(f"{path} has an input_size of {str(sizes)[:80]}; expected (3, h, w)")
+        raise WeightsDoNotFit(f"{path} has an input_size of {str(sizes)[:80]}; expected (3, h, w), of grey (1, h, w)")
     return TimmModel(architecture, config, name, portable_name, arguments, **fields)
 
 
@@ -242,10 +251,12 @@ def _preprocess(model: TimmModel, request: BackboneRequest) -> Preprocess:
     size = request.image_size
     if size is not None and size < 1:
         raise BadOption(f"--image-size {size} is no size of an image")
-    arguments = {} if size is None else {"input_size": (3, size, size)}
+    arguments = {} if size is None else {"input_size": (model.channels, size, size)}
     config = resolve_data_config(args=arguments, pretrained_cfg=model.settings.to_dict())
-    if config["input_size"][0] != 3 or model.settings.input_size[0] != 3:
-        raise BadOption(f"{model.title} takes images of {model.settings.input_size[0]} channels; expected 3, of RGB")
+    if model.channels not in (1, 3):
+        raise BadOption(f"{model.title} takes images of {model.channels} channels; expected 3, RGB, or 1, grey")
+    if model.channels == 1:
+        config |= {key: (sum(config[key]) / len(config[key]),) for key in ("mean", "std")}
     preprocess = from_timm(config)
     check_preprocess(preprocess, create_transform(**config, is_training=False), model.title)
     return preprocess
@@ -266,7 +277,7 @@ def _outline(
                 patch = _tuple(getattr(getattr(network, "patch_embed", None), "patch_size", 1))
                 patch = patch[0] if isinstance(patch, tuple) else patch
                 preprocess.scaled(request.image_size, int(patch or 1))  # refuses what is not a multiple of it
-            features = network.forward_features(torch.zeros(1, 3, *size))
+            features = network.forward_features(torch.zeros(1, model.channels, *size))
             traits, nhwc = output_traits(model.title, network, features, size)
             if model.arguments:
                 published = get_pretrained_cfg(model.architecture)

@@ -68,6 +68,11 @@ def vision_class(title: str, config: Any) -> tuple[str, str, str]:
     return cls.__name__, processors.get("torchvision", "ViTImageProcessor"), prefix
 
 
+def image_channels(config: Any) -> int:
+    """C of the images that a network takes."""
+    return int(getattr(config, "num_channels", 3))
+
+
 def measured_positions(title: str, config: Any, size: tuple[int, int], sized: bool) -> str:
     """How position embeddings meet images of ``size``: only a network that interpolates when told to is told so."""
     import transformers
@@ -115,7 +120,7 @@ class MeasuredModel(nn.Module):
         self.options: dict[str, Any] = {"interpolate_pos_encoding": True} if interpolates else {}
 
     def call(self, pixels: torch.Tensor, **options: Any) -> Any:
-        """The library's output for pixels [B,3,h,w]."""
+        """The library's output for pixels [B,C,h,w]."""
         config: Any = self.network.config
         if config.model_type in _MASKS:  # noise that rises from patch to patch leaves all of them in their order
             patches = math.prod(side // config.patch_size for side in pixels.shape[2:])
@@ -160,7 +165,7 @@ def measure(title: str, network: Any, size: tuple[int, int], interpolates: bool,
     """
     model = MeasuredModel(freeze(network), interpolates)
     refuse = partial(_refusal, title, type(network).__name__)
-    pixels = _images(size)
+    pixels = _images(image_channels(network.config), size)
     try:
         output, alone = model.call(pixels, output_hidden_states=True), model.call(pixels[:1])
     except Exception as error:  # whatever the library raises
@@ -199,9 +204,9 @@ def _refusal(title: str, kind: str, reason: str) -> OutputRefused:
     return OutputRefused(f"{title} cannot be a backbone here: {kind} of transformers was measured, and {reason}")
 
 
-def _images(size: tuple[int, int]) -> torch.Tensor:
-    """[3,3,H,W]: two images of noise, and the first with the upper right quarter of the second."""
-    one, other = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+def _images(channels: int, size: tuple[int, int]) -> torch.Tensor:
+    """[3,C,H,W]: two images of noise, and the first with the upper right quarter of the second."""
+    one, other = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
     mixed, (height, width) = one.clone(), size
     mixed[:, : height // 2, width // 2 :] = other[:, : height // 2, width // 2 :]
     return torch.stack([one, other, mixed])

@@ -30,6 +30,7 @@ from featurecache.backbones.transformers_generic import (
     NO_TOKENS,
     UNPOOLED,
     NetworkParts,
+    image_channels,
     measure,
     measured_positions,
     plain_config,
@@ -212,8 +213,8 @@ def _configuration(checkpoint: CheckpointFiles, alias: Alias | None) -> tuple[Mo
         raise WeightsDoNotFit(f"{folder / 'config.json'} is not a configuration of {kind}: {error}") from error
     whole, config = config, getattr(config, "vision_config", config)
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False  # all that we read
-    if (channels := getattr(config, "num_channels", 3)) != 3:
-        raise WeightsDoNotFit(f"{title} is a network of images of {channels} channels; expected 3, of RGB")
+    if (channels := image_channels(config)) not in (1, 3):
+        raise WeightsDoNotFit(f"{title} is a network of images of {channels} channels; expected 3, RGB, or 1, grey")
     if getattr(config, "quantization_config", None):
         raise WeightsDoNotFit(f"{title} is quantised; expected plain weights (float32, float16 or bfloat16)")
     if alias is not None:
@@ -265,7 +266,7 @@ def _preprocess(
     published = alias if checkpoint.folder is None or request.weights is not None else None
     default = (family.processor, pair(getattr(config, "image_size", 224))[0]) if request.untrained else None
     processor, origin = choose_processor(checkpoint.folder, checkpoint.title, published, default)
-    preprocess = from_processor(processor)
+    preprocess = from_processor(processor, image_channels(config))
     check_processor(preprocess, processor, checkpoint.title)
     if request.image_size is not None:
         patch = pair(config.patch_size)[0] if family.blocks else 1  # of what is measured it shows
@@ -359,7 +360,7 @@ def _parts(
     headless = not getattr(config, "vision_use_head", True)  # a SigLIP can be configured so
     refusals = _refusals(title, family, headless or bool(untrained))
     if not family.blocks:
-        pixels = torch.zeros(1, 3, *size, device=next(network.parameters()).device)
+        pixels = torch.zeros(1, image_channels(config), *size, device=next(network.parameters()).device)
         with torch.no_grad():
             _, channels, height, width = freeze(network)(pixels).last_hidden_state.shape
         return NetworkParts(FeatureMap(network), (), (height, width), channels, 0, True, refusals)

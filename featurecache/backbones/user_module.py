@@ -6,7 +6,8 @@ from its code is said by attributes of the network, its class or the factory:
     network.preprocess = {"image_size": 224, "resize": 256, "interpolation": "bilinear", "mean": […], "std": […]}
                           as torchvision's Resize, CenterCrop, ToTensor and Normalize treat a PIL image; "resize" is
                           "squash" (both sides to image_size) or the shortest edge in pixels before the centre is cut
-                          out. Or all fields of featurecache.images.preprocessing.Preprocess.
+                          out. Or all fields of featurecache.images.preprocessing.Preprocess. One number as mean and
+                          one as std: the network takes grey images [B,1,h,w], Pillow's "L" of those in colour.
     network.keep        = "layer4"   the submodule whose output is kept; without it what the network returns. A map
                           [B,C,h,w] gives tokens, and gap (its average); [B,T,D] gives tokens; [B,D] gives pooler. Or
                           {"tokens": "norm", "pooler": "pool"}: each from its own submodule. A layer named in the
@@ -69,7 +70,7 @@ def load(where: str, request: BackboneRequest) -> Backbone:
         preprocess = _preprocess(title, attributes["preprocess"], request)
         weights, taken = _weights(title, network, request)
         model = FeatureTap(title, freeze(network), layer[0] if layer else attributes["keep"])
-        channels_last = model.infer_shapes(preprocess.size)
+        channels_last = model.infer_shapes(preprocess.channels, preprocess.size)
     prefix, grid = model.token_layout(attributes["prefix"], attributes["grid"])
     refusals = model.output_refusals(prefix)
     imports = {name: value for name, value in digests.items() if name != module}
@@ -145,7 +146,7 @@ def _preprocess(title: str, settings: Any, request: BackboneRequest) -> Preproce
         raise PreprocessingRefused(
             f"{title} {how} how its images were prepared. Write where it is made, with the numbers of its training:\n"
             '       network.preprocess = {"image_size": …, "resize": …, "interpolation": "bilinear", '
-            '"mean": […, …, …], "std": […, …, …]}\n'
+            '"mean": […, …, …], "std": […, …, …]}      of grey images: [one number] each\n'
             '       "resize" is "squash", or the pixels of the shortest edge before the centre is cut out'
         )
     try:
@@ -220,7 +221,7 @@ class FeatureTap(nn.Module):
         self.shapes: dict[str, tuple[int, ...]] = {}  # output -> shape of one image's, before it is made into rows
 
     def forward(self, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
-        """pixels [B,3,h,w] -> of tokens [B,T,D], pooler and gap [B,D] the wanted ones. Of a map [B,C,h,w] tokens are
+        """pixels [B,C,h,w] -> of tokens [B,T,D], pooler and gap [B,D] the wanted ones. Of a map [B,C,h,w] tokens are
         its places [B,h·w,C], row by row, and a vector their average [B,C]."""
         read = self.submodule_outputs(pixels)
         result = {name: read[self.keep[name]] for name in want}
@@ -263,13 +264,13 @@ class FeatureTap(nn.Module):
         outputs.append(output.clone())
 
     @torch.no_grad()
-    def infer_shapes(self, size: tuple[int, int]) -> bool:
+    def infer_shapes(self, channels: int, size: tuple[int, int]) -> bool:
         """Run it, fix ``shapes`` and what of ``keep`` there is; whether it runs with channels last.
 
         Raises BadOption for a size that it does not take; OutputRefused for shapes that are no output, and where an
         image's numbers depend on what lies beside it.
         """
-        pixels = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(0))
+        pixels = torch.rand(3, channels, *size, generator=torch.Generator().manual_seed(0))
         channels_last = sum(isinstance(module, nn.Conv2d) for module in self.network.modules()) > 1
         if channels_last:
             try:
@@ -283,8 +284,8 @@ class FeatureTap(nn.Module):
             raise
         except Exception as error:  # whatever the user's code raises
             first_conv = next((module for module in self.network.modules() if isinstance(module, nn.Conv2d)), None)
-            grey = first_conv is not None and first_conv.in_channels == 1
-            way = ". Images come as RGB: let its forward begin with x = x.mean(1, keepdim=True), or as it was trained"
+            grey = first_conv is not None and first_conv.in_channels == 1 != channels
+            way = ". It takes grey images: give network.preprocess one number as mean and one as std"
             why = first_line(error) + way * grey
             raise BadOption(f"{self.title} does not take images of {size[0]}×{size[1]} pixels: {why}") from error
         self._choose_outputs({path: tuple(tensor.shape) for path, tensor in first.items()})

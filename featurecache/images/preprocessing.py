@@ -12,7 +12,10 @@ Which of them, every size and every constant are fields of :class:`Preprocess`, 
 Nothing is trusted: :mod:`featurecache.backbones.processors` reads the settings and compares with the real processor on
 probe images; a difference is an error.
 
-Axis letters: B batch, H and W height and width in pixels; sizes are (height, width).
+A network of grey images has one mean and one std: it is fed one channel, Pillow's "L" of the decoded image before it is
+resized, as both libraries' own loaders do. On the way pixels have three channels, which then are equal.
+
+Axis letters: B batch, H and W height and width in pixels, C channels, 3 or 1; sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -49,8 +52,8 @@ class Preprocess:
     antialias: bool
     crop_rounding: str
     scale: float | None
-    mean: tuple[float, float, float] | None
-    std: tuple[float, float, float] | None
+    mean: tuple[float, ...] | None  # of three channels, RGB, or of one, grey; so std
+    std: tuple[float, ...] | None
     arithmetic: str
 
     def __post_init__(self) -> None:
@@ -69,10 +72,12 @@ class Preprocess:
                 "this processor neither squashes nor crops, so its images keep different sizes; expected one size"
             )
         constants = (*(self.mean or ()), *(self.std or ()))
-        if len(constants) not in (0, 6) or not all(isinstance(c, float) and math.isfinite(c) for c in constants):
-            raise PreprocessingRefused(f"mean {self.mean} and std {self.std} are not three numbers each, such as 0.5")
+        if len(constants) not in (0, 2, 6) or not all(isinstance(c, float) and math.isfinite(c) for c in constants):
+            raise PreprocessingRefused(
+                f"mean {self.mean} and std {self.std} are not three numbers each, of RGB, or one, of grey; such as 0.5"
+            )
         if len(self.mean or ()) != len(self.std or ()) or any(s <= 0 for s in self.std or ()):
-            raise PreprocessingRefused(f"mean {self.mean} and std {self.std} do not normalise three channels")
+            raise PreprocessingRefused(f"mean {self.mean} and std {self.std} do not normalise the channels of an image")
         if self.scale is not None and not self.scale > 0:
             raise PreprocessingRefused(f"a scale of {self.scale} leaves nothing of an image")
 
@@ -90,12 +95,18 @@ class Preprocess:
         height, width = self.crop or self.resize
         return height, width
 
+    @property
+    def channels(self) -> int:
+        """C of what the network sees: 3, RGB, or 1, grey."""
+        return len(self.mean or "RGB")
+
     def resized(self, image: torch.Tensor) -> torch.Tensor:
-        """uint8 [3,H,W] of any size -> uint8 [3,h,w], ``h, w = self.size``."""
+        """uint8 [3,H,W] of any size -> uint8 [3,h,w], ``h, w = self.size``; of grey three equal channels."""
         target = self._target(image.shape[-2], image.shape[-1])
         if target[0] * target[1] > MAX_PIXELS:
             shape = f"{image.shape[-1]:,}×{image.shape[-2]:,}"
             raise UnreadableImage(f"{shape} pixels are too long a strip to be resized by the shortest edge")
+        image = _luma(image) if self.channels == 1 else image
         if tuple(image.shape[-2:]) != target:
             image = self._resize(image, target)
         if self.mode == "pad" or self.crop is not None:
@@ -140,8 +151,8 @@ class Preprocess:
         return image
 
     def normalised(self, batch: torch.Tensor) -> torch.Tensor:
-        """uint8 [B,3,h,w] on any device -> float32 [B,3,h,w], in the processor's own order of operations."""
-        pixels = batch.to(torch.float32, copy=True)
+        """uint8 [B,3,h,w] on any device -> float32 [B,C,h,w], in the processor's own order of operations."""
+        pixels = batch[:, : self.channels].to(torch.float32, copy=True)
         if self.arithmetic == "rescale first":
             pixels = pixels.div_(round(1 / self.scale)) if self.scale else pixels
             factor = 1.0
@@ -184,7 +195,14 @@ class Preprocess:
         }[self.mode]
         kernel = "" if self.mode == "none" else f", {self.interpolation}"
         norm = "" if self.mean is None else f", mean {_numbers(self.mean)}, std {_numbers(self.std or ())}"
-        return f"{height}×{width} {how}{kernel}{norm}"
+        return f"{height}×{width} {how}{kernel}{', grey' * (self.channels == 1)}{norm}"
+
+
+def _luma(image: torch.Tensor) -> torch.Tensor:
+    """uint8 [3,H,W] -> three times Pillow's "L" (ITU-R 601-2, in its own integers); grey stays as it is."""
+    red, green, blue = image.to(torch.int32)
+    grey = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    return grey.to(torch.uint8).expand(3, -1, -1)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

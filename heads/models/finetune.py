@@ -150,10 +150,11 @@ def processor_of(preprocess: Preprocess) -> Any:
         "crop_size": dict(zip(("height", "width"), preprocess.crop or (), strict=False)) or None,
         "do_rescale": preprocess.scale is not None, "rescale_factor": preprocess.scale,
         "do_normalize": preprocess.mean is not None, "image_mean": preprocess.mean, "image_std": preprocess.std,
+        "do_convert_rgb": preprocess.channels == 3,
         "resample": int(Image.Resampling[preprocess.interpolation.removesuffix("-exact").upper()]),
     }  # fmt: skip
     processor = transformers.CLIPImageProcessor(**{key: value for key, value in settings.items() if value is not None})
-    assert from_processor(processor) == preprocess
+    assert from_processor(processor, preprocess.channels) == preprocess
     return processor
 
 

@@ -329,11 +329,6 @@ def test_settings_that_the_library_cannot_make_a_network_of_are_one_sentence(cha
     refuses(WeightsDoNotFit, r"as its settings say|is not a configuration of vit", folder)
 
 
-def test_a_network_of_grey_images_is_refused_with_its_channels(tmp_path):
-    folder = save.save_vit(tmp_path, num_channels=1)
-    refuses(WeightsDoNotFit, r"images of 1 channels; expected 3, of RGB", folder)
-
-
 def test_weights_that_are_not_numbers_are_refused_by_name(tmp_path):
     folder = save.save_vit(tmp_path)
     edit_tensors(folder, layernorm__bias=torch.full((32,), float("nan")))
