@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from featurecache.backbones.aliases import Alias
+from featurecache.backbones.weights import library_errors
 from featurecache.errors import PreprocessingRefused
 from featurecache.images.preprocessing import Preprocess
 
@@ -30,8 +31,8 @@ def from_processor(processor: Any, channels: int = 3) -> Preprocess:
 
     if channels == 1 and getattr(processor, "do_convert_rgb", False):
         raise PreprocessingRefused(
-            "the network takes grey images, of 1 channel, and its processor makes RGB of them; if it was fed grey, write "
-            '"do_convert_rgb": false in preprocessor_config.json'
+            "the network takes grey images, of 1 channel, and its processor makes RGB of them; if it was fed grey, "
+            'write "do_convert_rgb": false in preprocessor_config.json'
         )
     mode, resize, crop = _geometry(processor)
     resample = getattr(processor, "resample", None)
@@ -130,14 +131,15 @@ def probe(height: int, width: int) -> np.ndarray:
 
 
 def check_preprocess(preprocess: Preprocess, real: Callable[[Image.Image], torch.Tensor], name: str) -> None:
-    """Compare with what the library's own processor makes of a small, a wide and a tall picture of odd sizes: in colour,
-    for a network of grey images as Pillow's "L" of it."""
+    """Compare with what the library's own processor makes of a small, a wide and a tall picture of odd sizes: in
+    colour, or for a network of grey images as Pillow's "L" of it."""
     from PIL import Image
 
     height, width = preprocess.size
     for shape in ((37, 53), (height // 2 + 11, width + 55), (height + 75, width // 2 + 10)):
         array = probe(*shape)
-        expected = real(Image.fromarray(array).convert("L" if preprocess.channels == 1 else "RGB"))
+        with library_errors(f"the preprocessing of {name} fails on an image", PreprocessingRefused):
+            expected = real(Image.fromarray(array).convert("L" if preprocess.channels == 1 else "RGB"))
         image = preprocess.resized(torch.from_numpy(array).permute(2, 0, 1).contiguous())
         got = preprocess.normalised(image[None])[0]
         difference = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")

@@ -52,8 +52,9 @@ class StateDict:
     def noted(self, *notes: str) -> StateDict:
         return replace(self, notes=(*self.notes, *notes))
 
-    def fitted(self, title: str, own: Mapping[str, torch.Tensor]) -> StateDict:
+    def fitted(self, title: str, own: Mapping[str, torch.Tensor], children: Iterable[str] = ()) -> StateDict:
         """In the names of the network whose tensors are ``own``: spelled so, without what its names stand behind.
+        ``children``: its direct submodules in their order, by whose numbers a Sequential of them has its names.
 
         Every name counts for the prefix that leaves the longest name of the network; the prefix of most names is taken.
         Where fewer than half of the network is there under any, names stay as they are: other places say what is wrong.
@@ -62,6 +63,7 @@ class StateDict:
             WeightsDoNotFit: it holds the network several times, and nothing says which is meant.
         """
         spellings = {how: spell(self.tensors) for how, spell in SPELLINGS.items()}
+        spellings["a Sequential of its children"] = _numbers_as_names(self.tensors, own, children)
         prefixes = {how: _prefixes(tensors, own) for how, tensors in spellings.items()}
         how = max(spellings, key=lambda each: max(prefixes[each].values(), default=0))
         most = max(prefixes[how].values(), default=0)
@@ -165,15 +167,17 @@ def _named_tensors(path: Path, values: Any) -> Tensors:
 
 def _part(checkpoint: StateDict, name: str, others: list[str]) -> StateDict:
     """What stands under ``name``, a part of the names in a state dict (``module.encoder_q.``)."""
-    cut = re.compile(rf"(?:^|.*?\.){re.escape(name.strip('.'))}\.(.+)$")
-    matches = {key: cut.match(key) for key in checkpoint.tensors}
+    name = name.strip(".")
+    cut = re.compile(rf"(?:^|.*?\.){re.escape(name)}\.(.+)$")
+    first = [key for key in checkpoint.tensors if key.startswith(f"{name}.")]  # where names begin so, these alone
+    matches = {key: cut.match(key) for key in first or checkpoint.tensors}
     part = {match[1]: checkpoint.tensors[key] for key, match in matches.items() if match}
     if not part:
-        first = sorted({key.partition(".")[0] for key in checkpoint.tensors})
+        starts = {key.partition(".")[0] for key in checkpoint.tensors}
         raise WeightsDoNotFit(
-            f'{checkpoint.path} holds no weights "{name}"; there are {first_names([*others, *first], 6)}'
+            f'{checkpoint.path} holds no weights "{name}"; there are {first_names([*others, *starts], 6)}'
         )
-    aside = [key for key, match in matches.items() if not match]
+    aside = [key for key in checkpoint.tensors if not matches.get(key)]
     return replace(checkpoint, tensors=part).noted(f"{name}, as asked", *_set_aside(aside))
 
 
@@ -202,7 +206,12 @@ def _set_aside(names: list[str]) -> list[str]:
     return [f"{len(names)} tensors set aside: {first_names(names)}"] * bool(names)
 
 
-def _prefixes(tensors: Tensors, own: Mapping[str, torch.Tensor]) -> Counter[str]:
+def common_names(tensors: Tensors, own: Mapping[str, torch.Tensor]) -> int:
+    """How many names of the network are there, under the prefix of most."""
+    return max(_prefixes(tensors, own).values(), default=0)
+
+
+def _prefixes(tensors: Tensors, own: Mapping[str, Any]) -> Counter[str]:
     """Prefix -> how many names it leaves as the network has them."""
     counts: Counter[str] = Counter()
     for name in tensors:
@@ -213,7 +222,18 @@ def _prefixes(tensors: Tensors, own: Mapping[str, torch.Tensor]) -> Counter[str]
     return counts
 
 
+def _numbers_as_names(tensors: Tensors, own: Mapping[str, torch.Tensor], children: Iterable[str]) -> Tensors:
+    """Of ``nn.Sequential(*network.children())`` (RadImageNet, lightly) in the names of the network."""
+    numbers = {child: number for number, child in enumerate(children)}
+    parts = [name.partition(".") for name in own]
+    names = {f"{numbers[child]}.{rest}": f"{child}.{rest}" for child, _, rest in parts if child in numbers}
+    (prefix, _), *_ = _prefixes(tensors, names).most_common(1) or [("", 0)]
+    names = {prefix + number: prefix + name for number, name in names.items()}
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
+
+
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")  # "norm.1.weight": before 0.3
+_WRAPPED = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")  # within names
 _BLOCK_CHUNKS = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")  # DINOv2 trains with blocks in chunks, for FSDP
 _FACEBOOK = (  # as transformers' convert_dinov2_to_hf.py renames them
     (re.compile(r"(^|\.)blocks\.(?:\d+\.)?(\d+)\."), r"\1encoder.layer.\2."),
@@ -252,6 +272,7 @@ def _transformers_dinov2(tensors: Tensors) -> Tensors:
 SPELLINGS: dict[str, Callable[[Tensors], Tensors]] = {  # whose names -> into those of the library; first one as it is
     "": lambda tensors: tensors,
     "DenseNet before torchvision 0.3": _renamed(_OLD_DENSENET, r"\1\2"),
+    "compiled, sharded or checkpointed parts": _renamed(_WRAPPED, r"\1"),
     "DINOv2's training": _renamed(_BLOCK_CHUNKS, r"\1blocks.\2."),
     "facebook's DINOv2": _transformers_dinov2,
 }
@@ -291,7 +312,7 @@ def _vit_name(tensors: Mapping[str, torch.Tensor]) -> str:
         return "NAME"
     patch = patches[0].shape[-1]
     side = int(max(places[0].shape[-2] - 1, 0) ** 0.5) * patch if places and places[0].dim() == 3 else 224
-    dinov2 = any(name.endswith(".ls1.gamma") for name in tensors)
+    dinov2 = patch == 14 and any(name.endswith(".ls1.gamma") for name in tensors)
     return f"vit_{_VIT_WIDTHS[len(patches[0])]}_patch{patch}_{'dinov2' if dinov2 else side}"
 
 

@@ -30,6 +30,7 @@ from featurecache.backbones.timm_outputs import network_identity, output_traits
 from featurecache.backbones.weights import (
     download_weights,
     existing_weights,
+    library_errors,
     read_checkpoint,
     snapshot,
     weights_identity,
@@ -37,7 +38,6 @@ from featurecache.backbones.weights import (
 from featurecache.errors import (
     BadOption,
     CacheError,
-    OutputRefused,
     UnknownBackbone,
     WeightsDoNotFit,
     WeightsNotFound,
@@ -105,12 +105,12 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
         network, traits, nhwc, config = _outline(model, request, preprocess)
         weights, taken = {"random_seed": request.seed}, ""
         if model.weights is not None and not request.random_weights and (request.weights or not request.meta):
-            checkpoint = _checkpoint(model, request, network.state_dict())
-            if _is_pooled_by_mean(checkpoint, network):
-                model = replace(model, arguments={**model.arguments, "global_pool": "avg"})
+            checkpoint = _checkpoint(model, request, network)
+            if shown := _arguments_shown(checkpoint, network):
+                model = replace(model, arguments={**model.arguments, **shown})
                 network, traits, nhwc, config = _outline(model, request, preprocess)
-                checkpoint = _checkpoint(model, request, network.state_dict())
-                checkpoint = checkpoint.noted("fc_norm instead of norm: the network with global_pool='avg'")
+                said = ", ".join(f"{name}={value!r}" for name, value in shown.items())
+                checkpoint = _checkpoint(model, request, network).noted(f"by its names the network with {said}")
             taken = checkpoint.line if request.weights else ""
             if not request.meta:
                 network, weights = _trained(model, request, checkpoint, network.state_dict(), preprocess.size)
@@ -270,48 +270,52 @@ def _outline(
     from timm.models import get_pretrained_cfg
 
     size, config = preprocess.size, {}
-    try:
-        with torch.device("meta"), torch.no_grad():
+    refused = f"{model.title} cannot be made for images of {size[0]}×{size[1]} pixels"
+    with torch.device("meta"), torch.no_grad():
+        with library_errors(refused, BadOption):
             network: Any = freeze(model.build(size))
-            if request.image_size is not None:
-                patch = _tuple(getattr(getattr(network, "patch_embed", None), "patch_size", 1))
-                patch = patch[0] if isinstance(patch, tuple) else patch
-                preprocess.scaled(request.image_size, int(patch or 1))  # refuses what is not a multiple of it
+        if request.image_size is not None:
+            patch = _tuple(getattr(getattr(network, "patch_embed", None), "patch_size", 1))
+            patch = patch[0] if isinstance(patch, tuple) else patch
+            preprocess.scaled(request.image_size, int(patch or 1))  # refuses what is not a multiple of it
+        with library_errors(refused, BadOption):
             features = network.forward_features(torch.zeros(1, model.channels, *size))
-            traits, nhwc = output_traits(model.title, network, features, size)
-            if model.arguments:
-                published = get_pretrained_cfg(model.architecture)
-                settings = replace(model.settings, fixed_input_size=bool(published and published.fixed_input_size))
+        traits, nhwc = output_traits(model.title, network, features, size)
+        if model.arguments:
+            published = get_pretrained_cfg(model.architecture)
+            settings = replace(model.settings, fixed_input_size=bool(published and published.fixed_input_size))
+            with library_errors(refused, BadOption):
                 plain = replace(model, arguments={}, settings=settings).build(size)
-                if network_identity(network) != network_identity(freeze(plain)):
-                    config = {name: [*v] if isinstance(v, tuple) else v for name, v in model.arguments.items()}
-            network.reset_classifier(0)  # no output uses it
-    except (BadOption, OutputRefused):
-        raise
-    except Exception as error:  # whatever a network of timm's raises
-        made = f"images of {size[0]}×{size[1]} pixels"
-        raise BadOption(f"{model.title} cannot be made for {made}: {first_line(error)}") from error
+            if network_identity(network) != network_identity(freeze(plain)):
+                config = {name: [*v] if isinstance(v, tuple) else v for name, v in model.arguments.items()}
+        network.reset_classifier(0)  # no output uses it
     return network, traits, nhwc, config
 
 
-def _checkpoint(model: TimmModel, request: BackboneRequest, own: dict[str, torch.Tensor]) -> StateDict:
-    """What the file of weights holds of a network whose tensors, without its classifier, are ``own``. A file of one's
-    own (``--weights``) in the names of the network."""
+def _checkpoint(model: TimmModel, request: BackboneRequest, network: Any) -> StateDict:
+    """What the file of weights holds of a ``network`` without its classifier. A file of one's own (``--weights``) in
+    its names."""
     assert model.weights is not None
     if request.weights is None:
         return read_checkpoint(model.weights)
-    checkpoint = read_checkpoint(model.weights, request.weights_name).fitted(model.title, own)
+    own, children = network.state_dict(), dict(network.named_children())
+    checkpoint = read_checkpoint(model.weights, request.weights_name).fitted(model.title, own, children)
     kept = [f"{name}.weight" for name in _classifiers(model) if f"{name}.weight" in checkpoint.tensors]
     cut = () if kept else tuple(f"{name}." for name in _classifiers(model))
     return checkpoint.without_training_parts([*own, *kept], cut)
 
 
-def _is_pooled_by_mean(checkpoint: StateDict, network: Any) -> bool:
-    """Whether it is of a vision transformer fine-tuned on the mean of its patches (MAE, RETFound), and timm's default
-    of the name on the class token: it has ``fc_norm`` where the other has ``norm``."""
-    own, names = network.state_dict(), checkpoint.tensors
-    fits = "norm.weight" in own and "fc_norm.weight" not in own and getattr(network, "global_pool", "") == "token"
-    return fits and "fc_norm.weight" in names and "norm.weight" not in names
+def _arguments_shown(checkpoint: StateDict, network: Any) -> dict[str, Any]:
+    """Arguments of the network that the names of its tensors show, where timm's name alone means another: fine-tuned on
+    the mean of its patches (MAE, RETFound: ``fc_norm`` where the other has ``norm``); with LayerScale (UNI)."""
+    own, names, shown = network.state_dict(), checkpoint.tensors, {}
+    if getattr(network, "global_pool", "") != "token" or "norm.weight" not in own:  # no vision transformer so made
+        return {}
+    if "fc_norm.weight" not in own and "fc_norm.weight" in names and "norm.weight" not in names:
+        shown["global_pool"] = "avg"
+    if "blocks.0.ls1.gamma" in names and "blocks.0.ls1.gamma" not in own:
+        shown["init_values"] = 1.0  # the scales themselves are in the file
+    return shown
 
 
 def _classifiers(model: TimmModel) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from featurecache.backbones.weights import library_errors
 from featurecache.errors import OutputRefused
 
 
@@ -30,7 +31,8 @@ def output_traits(title: str, network: Any, features: Any, size: tuple[int, int]
         for module in network.modules():
             if any(True for _ in module.parameters(recurse=False)):
                 hooks.enter_context(module.register_forward_pre_hook(lambda module, _: applied.append(module)))
-        wide = network.forward_head(features, pre_logits=True).flatten(1).shape[1]
+        with library_errors(f"{title} cannot be a backbone here: its forward_head fails", OutputRefused):
+            wide = network.forward_head(features, pre_logits=True).flatten(1).shape[1]
     if features.dim() == 3:
         return _token_traits(title, network, features.shape[1:], size, bool(applied), wide), None
     output_fmt = getattr(network, "output_fmt", "")

@@ -106,7 +106,7 @@ def _network(
     if not request.untrained or (path and request.meta):
         checkpoint = read_checkpoint(
             path or download_weights(enum.url, f"torchvision's {enum}"), request.weights_name
-        ).fitted(f"torchvision:{name}", network.state_dict())
+        ).fitted(f"torchvision:{name}", network.state_dict(), dict(network.named_children()))
         weights, taken = _fill(name, network, checkpoint)
         taken = taken if path else ""
     freeze(network)

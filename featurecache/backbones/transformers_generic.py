@@ -1,6 +1,6 @@
 """Any vision model of transformers by measuring: what `AutoModel` gives for an image, and which of it is what.
 
-A model type that `featurecache.backbones.transformers_models` does not know by hand is taken where its network makes a
+A model type that `featurecache.backbones.transformers_families` does not know is taken where its network makes a
 ``last_hidden_state`` of pixels alone. Three images, two of noise and one mixed of both, show the rest:
 
     [B,C,h,w]    a map: ``tokens`` row by row, and ``gap``
@@ -68,6 +68,24 @@ def vision_class(title: str, config: Any) -> tuple[str, str, str]:
     return cls.__name__, processors.get("torchvision", "ViTImageProcessor"), prefix
 
 
+def published_tensors(network: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of ``network``'s state dict under the names, and in the pieces, in which its ``save_pretrained`` writes
+    them: in memory they change from version to version of the library. ``network`` is new: of a loaded one the library
+    remembers by which names it came."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(network, dict(tensors))
+
+
+def sides(config: Any, name: str, default: int | None = None) -> tuple[int, int]:
+    """(height, width) in pixels of a field of a configuration, one number or two. Raises WeightsDoNotFit."""
+    value = getattr(config, name, None) or default
+    size = (value, value) if isinstance(value, int) else tuple(value or ())
+    if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise WeightsDoNotFit(f"a config.json of {config.model_type} with {name} {value}; expected pixels, one or two")
+    return size
+
+
 def image_channels(config: Any) -> int:
     """C of the images that a network takes."""
     return int(getattr(config, "num_channels", 3))
@@ -78,9 +96,8 @@ def measured_positions(title: str, config: Any, size: tuple[int, int], sized: bo
     import transformers
 
     forward = transformers.MODEL_MAPPING[type(config)].forward
-    trained = getattr(config, "image_size", None) or (0, 0)
-    height, width = (trained, trained) if isinstance(trained, int) else trained
-    if (height, width) == size:
+    height, width = trained = sides(config, "image_size", 1)
+    if trained == size:
         return "as trained"
     if "interpolate_pos_encoding" not in inspect.signature(forward).parameters:
         return "its own"

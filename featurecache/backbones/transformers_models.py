@@ -1,6 +1,7 @@
 """Backbones of transformers: from the hub, its local cache, a folder, or an alias's record alone.
 
-`FAMILIES` knows where the parts of a network are; a model type that is not in it is measured (`transformers_generic`).
+`transformers_families` knows where the parts of some networks are; a model type that is not in it is measured
+(`transformers_generic`).
 All else is the library's own: the configuration class, the image processor, the loading with its renaming of old
 checkpoints, the forward pass. No code from a repository is ever run.
 
@@ -13,9 +14,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from torch import nn
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, FeatureMap, Tokens, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_processor, choose_processor, from_processor
-from featurecache.backbones.state_dicts import StateDict, first_names, foreign_names
+from featurecache.backbones.state_dicts import StateDict, common_names, first_names, foreign_names
+from featurecache.backbones.transformers_families import FAMILIES, ModelLayout
 from featurecache.backbones.transformers_generic import (
     NO_TOKENS,
     UNPOOLED,
@@ -34,6 +36,8 @@ from featurecache.backbones.transformers_generic import (
     measure,
     measured_positions,
     plain_config,
+    published_tensors,
+    sides,
     vision_class,
 )
 from featurecache.backbones.weights import (
@@ -47,76 +51,6 @@ from featurecache.backbones.weights import (
 )
 from featurecache.errors import UnknownBackbone, WeightsDoNotFit, WeightsNotFound
 from featurecache.images.preprocessing import Preprocess
-
-
-@dataclass(frozen=True)
-class ModelLayout:
-    """Where the parts of one model type are. A CNN has no blocks: it gives a map and the pooled map."""
-
-    model: str  # class in transformers
-    processor: str  # its image processor, used with untrained weights where a folder has none
-    part: str  # checkpoints of larger models carry its tensors under this prefix
-    blocks: tuple[str, ...] = ()  # where the list of blocks is, by version of transformers
-    norm: str = ""  # between the last block and last_hidden_state
-    prefix: tuple[str, ...] = ("cls",)
-    pooler: str = ""  # parameters of the pooled vector begin so; a checkpoint may lack them
-    positions: str = "bicubic"  # how position embeddings are interpolated
-    any_size: bool = False  # ... to any size, unasked
-    measured: bool = False  # it is in no table: where its parts are shows when it runs
-    renames: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # names in memory -> names in checkpoints
-
-    def published_name(self, name: str) -> str:
-        """The name that a tensor of the backbone has in published checkpoints, from any name it goes by."""
-        name = name if self.measured else name.removeprefix(self.part + ".")
-        for pattern, replacement in self.renames:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    def pooled_names(self, names: Iterable[str]) -> list[str]:
-        """Those of ``names`` that belong to the pooled vector alone."""
-        return [name for name in names if self.pooler and self.published_name(name).startswith(self.pooler)]
-
-
-# Checkpoints keep the names of their first publication; transformers renames while loading, differently from version
-# to version. Digests go by the published names, so a state dict that was saved from memory is brought back to them.
-_ATTENTION = (
-    (r"\.attention\.q_proj\.", ".attention.attention.query."),
-    (r"\.attention\.k_proj\.", ".attention.attention.key."),
-    (r"\.attention\.v_proj\.", ".attention.attention.value."),
-    (r"\.attention\.o_proj\.", ".attention.output.dense."),
-)
-_VIT_NAMES = (
-    (r"^layers\.(\d+)\.relative_position_bias\.", r"encoder.layer.\1.attention.attention.relative_position_bias."),
-    (r"^shared_position_bias\.", "encoder.relative_position_bias."),
-    (r"^layers\.", "encoder.layer."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-    *_ATTENTION,
-)
-_VIT: dict[str, Any] = {"blocks": ("layers", "encoder.layer"), "norm": "layernorm", "pooler": "pooler."}
-_VIT |= {"renames": _VIT_NAMES}
-_DINOV2: dict[str, Any] = {"processor": "BitImageProcessor", "blocks": ("encoder.layer",), "norm": "layernorm"}
-_DINOV2 |= {"any_size": True, "renames": _ATTENTION}
-_TOWER: dict[str, Any] = {"part": "vision_model", "blocks": ("encoder.layers", "vision_model.encoder.layers")}
-_CNN: dict[str, Any] = {"processor": "ConvNextImageProcessor", "prefix": ()}
-_CLIP = ModelLayout("CLIPVisionModel", "CLIPImageProcessor", pooler="post_layernorm.", **_TOWER)
-_SIGLIP = ModelLayout(
-    "SiglipVisionModel", "SiglipImageProcessor", norm="post_layernorm", prefix=(), pooler="head.", **_TOWER
-)
-FAMILIES: dict[str, ModelLayout] = {  # model_type of a config.json -> where the parts of its network are
-    "vit": ModelLayout("ViTModel", "ViTImageProcessor", "vit", **_VIT),
-    "deit": ModelLayout("DeiTModel", "DeiTImageProcessor", "deit", prefix=("cls", "dist"), **_VIT),
-    "beit": ModelLayout("BeitModel", "BeitImageProcessor", "beit", positions="relative, bilinear", **_VIT),
-    "dinov2": ModelLayout("Dinov2Model", part="dinov2", **_DINOV2),
-    "dinov2_with_registers": ModelLayout("Dinov2WithRegistersModel", part="dinov2_with_registers", **_DINOV2),
-    "clip": _CLIP,
-    "clip_vision_model": _CLIP,
-    "siglip": _SIGLIP,
-    "siglip_vision_model": _SIGLIP,
-    "resnet": ModelLayout("ResNetModel", part="resnet", **_CNN),
-    "convnext": ModelLayout("ConvNextModel", part="convnext", **_CNN),
-    "convnextv2": ModelLayout("ConvNextV2Model", part="convnextv2", **_CNN),
-}
 
 
 @dataclass(frozen=True)
@@ -141,7 +75,7 @@ class CheckpointFiles:
 def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
     """``where`` is a repository with or without @revision, or a folder; empty for an alias that has no weights."""
     checkpoint = _find(where, request, alias)
-    with quiet(), library_errors(checkpoint.title, "transformers"):
+    with quiet():
         family, config = _configuration(checkpoint, alias)
         preprocess, origin = _preprocess(checkpoint, family, config, request, alias)
         positions = _positions(checkpoint.title, family, config, preprocess.size, request.image_size is not None)
@@ -211,7 +145,8 @@ def _configuration(checkpoint: CheckpointFiles, alias: Alias | None) -> tuple[Mo
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library's strict configurations have errors of their own
         raise WeightsDoNotFit(f"{folder / 'config.json'} is not a configuration of {kind}: {error}") from error
-    whole, config = config, getattr(config, "vision_config", config)
+    whole, tower = config, "encoder" if kind == "vision-encoder-decoder" else "vision_config"
+    config = getattr(config, tower, config)
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False  # all that we read
     if (channels := image_channels(config)) not in (1, 3):
         raise WeightsDoNotFit(f"{title} is a network of images of {channels} channels; expected 3, RGB, or 1, grey")
@@ -219,10 +154,11 @@ def _configuration(checkpoint: CheckpointFiles, alias: Alias | None) -> tuple[Mo
         raise WeightsDoNotFit(f"{title} is quantised; expected plain weights (float32, float16 or bfloat16)")
     if alias is not None:
         _check_same_shape(title, alias, config)
-    if known := FAMILIES.get(kind) or FAMILIES.get(config.model_type):
-        return known, config
-    model, processor, prefix = vision_class(title, config)
-    return ModelLayout(model, processor, prefix if config is whole else "vision_model", measured=True), config
+    known = FAMILIES.get(kind) or FAMILIES.get(config.model_type)
+    if known is None:
+        model, processor, prefix = vision_class(title, config)
+        known = ModelLayout(model, processor, prefix if config is whole else "vision_model", measured=True)
+    return replace(known, tower="encoder" if tower == "encoder" else ""), config
 
 
 def _model_type(folder: Path) -> str:
@@ -264,18 +200,14 @@ def _preprocess(
 ) -> tuple[Preprocess, str]:
     """What the weights' own processor does, checked against it, then fitted as asked; and where it comes from."""
     published = alias if checkpoint.folder is None or request.weights is not None else None
-    default = (family.processor, pair(getattr(config, "image_size", 224))[0]) if request.untrained else None
+    default = (family.processor, sides(config, "image_size", 224)[0]) if request.untrained else None
     processor, origin = choose_processor(checkpoint.folder, checkpoint.title, published, default)
     preprocess = from_processor(processor, image_channels(config))
     check_processor(preprocess, processor, checkpoint.title)
     if request.image_size is not None:
-        patch = pair(config.patch_size)[0] if family.blocks else 1  # of what is measured it shows
+        patch = sides(config, "patch_size")[0] if family.blocks else 1  # of what is measured it shows
         preprocess = preprocess.scaled(request.image_size, patch)
     return preprocess.fitted(request.fit), origin
-
-
-def pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _positions(title: str, family: ModelLayout, config: Any, size: tuple[int, int], sized: bool) -> str:
@@ -284,7 +216,7 @@ def _positions(title: str, family: ModelLayout, config: Any, size: tuple[int, in
         return measured_positions(title, config, size, sized)
     if not family.blocks:
         return "none"
-    patch, trained = pair(config.patch_size), pair(config.image_size)
+    patch, trained = sides(config, "patch_size"), sides(config, "image_size")
     made = f"the processor of {title} makes images of {size[0]}×{size[1]} pixels"
     if size[0] % patch[0] or size[1] % patch[1]:
         raise WeightsDoNotFit(f"{made}, not a multiple of the patch of {patch[0]}; give a size with --image-size")
@@ -307,13 +239,16 @@ def _network(
     cls, path = getattr(transformers, family.model), checkpoint.weights
     shapes_only = request.meta and not (family.measured and path and weights_file(path))
     if path is not None and not shapes_only:
-        return _with_weights(read_checkpoint(path, request.weights_name), checkpoint.title, family, cls, config)
-    with torch.device("meta") if request.meta and not family.measured else torch_seed(request.seed):
+        read = read_checkpoint(path, family.tower if request.weights is None else request.weights_name)
+        return _with_weights(read, checkpoint.title, family, cls, config)
+    made = torch.device("meta") if request.meta and not family.measured else torch_seed(request.seed)
+    with made, _library(checkpoint.title):
         network = cls(config).float()
     if checkpoint.folder is None:
         lacks_pooler = alias is not None and not alias.pooler
     else:
-        lacks_pooler = bool(path and weights_file(path) and not family.pooled_names(tensor_names(path)))
+        names = tensor_names(path) if path and weights_file(path) else []
+        lacks_pooler = bool(names) and not family.pooled_names(name.removeprefix(f"{family.tower}.") for name in names)
     pooled = family.pooled_names(name for name, _ in network.named_parameters())
     return network, set(pooled if lacks_pooler else ()), {"random_seed": request.seed}, ""
 
@@ -322,12 +257,18 @@ def _with_weights(
     checkpoint: StateDict, title: str, family: ModelLayout, cls: Any, config: Any
 ) -> tuple[nn.Module, set[str], dict[str, Any], str]:
     """As `_network`. Raises WeightsDoNotFit: other shapes, other missing tensors, more blocks than asked for."""
-    with torch.device("meta"):
-        own = {family.published_name(name): tensor for name, tensor in cls(config).state_dict().items()}
+    with torch.device("meta"), _library(title):
+        empty = cls(config)
+    own = empty.state_dict()
+    if family.measured:  # its file has published names, or those in memory
+        published = published_tensors(empty, own)
+        own = published if common_names(checkpoint.tensors, published) >= common_names(checkpoint.tensors, own) else own
+    own = {family.published_name(name): tensor for name, tensor in own.items()}
     checkpoint = checkpoint.fitted_part(title, family.part, own)
     state = checkpoint.tensors
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": torch.float32}
-    network, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **options)
+    with _library(title):
+        network, info = cls.from_pretrained(None, config=config, state_dict=dict(state), **options)
     shapes = [f"{name} is {list(got)}, expected {list(want)}" for name, got, want in info["mismatched_keys"]]
     if shapes:
         others = first_names(shapes, 2)
@@ -343,11 +284,20 @@ def _with_weights(
     blocks = [name for name in unused if re.search(r"\.\d+\..*(weight|bias)$", name)]
     if blocks:
         raise WeightsDoNotFit(f"the weights of {title} have more than its configuration says: {first_names(blocks)}")
+    if family.measured:
+        published = published_tensors(empty, network.state_dict())
+        lacking = {name: tensor for name, tensor in network.state_dict().items() if name in info["missing_keys"]}
+        aside = set(published_tensors(empty, lacking))
+    else:
+        published, aside = {family.published_name(name): tensor for name, tensor in state.items()}, unused
     # integers do not decide features: indices of positions, counters of batches, only in some files
-    published = {family.published_name(name): tensor for name, tensor in state.items() if tensor.is_floating_point()}
-    deciding = {name: tensor for name, tensor in published.items() if name not in unused}
+    deciding = {name: tensor for name, tensor in published.items() if name not in aside and tensor.is_floating_point()}
     checkpoint = checkpoint.noted(*[f"not used: {first_names(unused)}"] * bool(unused))
     return network, pooled, weights_identity(title, deciding), checkpoint.line
+
+
+def _library(title: str) -> AbstractContextManager[None]:
+    return library_errors(f"transformers cannot make the network of {title} as its settings say")
 
 
 def _parts(
@@ -361,13 +311,13 @@ def _parts(
     refusals = _refusals(title, family, headless or bool(untrained))
     if not family.blocks:
         pixels = torch.zeros(1, image_channels(config), *size, device=next(network.parameters()).device)
-        with torch.no_grad():
+        with torch.no_grad(), _library(title):
             _, channels, height, width = freeze(network)(pixels).last_hidden_state.shape
         return NetworkParts(FeatureMap(network), (), (height, width), channels, 0, True, refusals)
     options = {"interpolate_pos_encoding": True} if positions.startswith("inter") and not family.any_size else {}
     model = Tokens(network, next(path for path in family.blocks if path in modules), family.norm, options)
     registers = tuple(f"reg{k}" for k in range(getattr(config, "num_register_tokens", 0)))
-    patch, layers = pair(config.patch_size), config.num_hidden_layers
+    patch, layers = sides(config, "patch_size"), config.num_hidden_layers
     grid = (size[0] // patch[0], size[1] // patch[1])
     return NetworkParts(model, family.prefix + registers, grid, config.hidden_size, layers, False, refusals)
 

@@ -140,16 +140,15 @@ def _hub_refusal(repo: str, revision: str | None, error: Exception) -> FeatureCa
 
 
 @contextlib.contextmanager
-def library_errors(title: str, library: str) -> Iterator[None]:
-    """Whatever a library raises at settings that it does not expect, as one sentence. Raises WeightsDoNotFit."""
+def library_errors(words: str, kind: type[FeatureCacheError] = WeightsDoNotFit) -> Iterator[None]:
+    """Around a library's own call, and nothing of ours: whatever it raises at settings that it does not expect, as one
+    sentence of ``kind``."""
     try:
         yield
-    except (FeatureCacheError, MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
-        raise WeightsDoNotFit(
-            f"{library} cannot make the network of {title} as its settings say: {first_line(error)}"
-        ) from error
+    except Exception as error:  # of no common root
+        raise kind(f"{words}: {first_line(error)}") from error
 
 
 def split_weights(weights: str) -> tuple[Path, str]:

@@ -279,7 +279,7 @@ def _strip(model: nn.Module, vector: str) -> None:
 
 def unused_parameters(model: nn.Module, vector: str) -> list[str]:
     """Parameters that ``vector`` does not depend on: a mask token, CLIP's norm behind the class token."""
-    from featurecache.backbones.transformers_models import FAMILIES
+    from featurecache.backbones.transformers_families import FAMILIES
 
     inside = {name.removeprefix("network."): name for name, _ in model.named_parameters()}
     unused = [name for name in inside.values() if name.endswith("mask_token")]

@@ -144,6 +144,73 @@ def test_the_prefix_is_that_of_most_names_not_of_the_longest():
     assert f"1 tensors set aside: loss.copy.{longest}" in notes(read)
 
 
+RESNET18 = models.resnet18().state_dict()
+
+
+def sequential(net: Any) -> dict[str, torch.Tensor]:
+    """Without its classifier, as RadImageNet publishes its networks and lightly's examples make theirs."""
+    return torch.nn.Sequential(*list(net.children())[:-1]).state_dict()
+
+
+def wrapped(tensors: dict[str, torch.Tensor], word: str, depth: int) -> dict[str, torch.Tensor]:
+    """As names are where a submodule at this depth was compiled or sharded by itself."""
+    return {re.sub(rf"^((?:\w+\.){{{depth}}})(?=\w+\.\w)", rf"\1{word}.", name): t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            under("backbone.", sequential(models.resnet18())),
+            "names of a Sequential of its children",
+        ),
+        ({"state_dict": sequential(models.resnet18()) | {"projector.0.weight": torch.ones(1)}}, "set aside: projector"),
+        (under("_orig_mod.", RESNET18), "the network under _orig_mod."),
+        (wrapped(RESNET18, "_orig_mod", 1), "names of compiled, sharded or checkpointed parts"),
+        ({"model": under("_fsdp_wrapped_module.", wrapped(RESNET18, "_fsdp_wrapped_module", 2))}, "sharded"),
+        ({"state_dict": under("model.backbone.", RESNET18) | {"criterion.weight": torch.ones(2)}}, "model.backbone."),
+    ],
+    ids=["RadImageNet", "lightly", "compiled", "compiled parts", "sharded", "lightning"],
+)
+def test_a_resnet_in_the_names_of_what_trained_it_is_read_value_by_value(name, content, says):
+    flat = [tensors for tensors in (content, *content.values()) if isinstance(tensors, dict)][-1]
+    read = load(content, name)
+    own = read.model.network.state_dict()
+    assert says in notes(read) and {*own} <= {*RESNET18}
+    by_name = {re.sub(r"(model|backbone|_orig_mod|_fsdp_wrapped_module)\.", "", key): t for key, t in flat.items()}
+    places = ["conv1", "bn1", "", "", "layer1", "layer2", "layer3", "layer4"]
+    by_name = {re.sub(r"^(\d)\.", lambda m: f"{places[int(m[1])]}.", key): t for key, t in by_name.items()}
+    for key_, tensor in own.items():
+        assert key_.startswith("fc.") or torch.equal(tensor, by_name[key_]), key_
+
+
+@pytest.mark.integration
+def test_a_densenet_that_radimagenet_cut_is_read():
+    net = models.densenet121()
+    read = load(under("backbone.", sequential(net)), "torchvision:densenet121")
+    assert torch.equal(read.model.network.features.denseblock3.denselayer5.conv2.weight,
+                       net.features.denseblock3.denselayer5.conv2.weight)  # fmt: skip
+
+
+def test_scales_of_layers_in_a_file_are_in_the_network_too():
+    """UNI is a vit_large_patch16_224 with init_values, in a file that does not say so."""
+    net = network(init_values=1e-5, num_classes=0)
+    read = load(net.state_dict())
+    pixels = torch.rand(1, 3, 160, 160)
+    assert_same(outputs(read, pixels, "tokens")[0], net.forward_features(pixels).detach())
+    assert "the network with init_values=1.0" in notes(read)
+
+
+def test_two_sets_that_begin_alike_are_told_apart_by_the_whole_name():
+    content = {"state_dict": under("backbone.", A) | under("backbone_momentum.", B)}
+    torch.save(content, "w.pth")
+    refuses(WeightsDoNotFit, r"2 times, as backbone\., backbone_momentum\.", VIT, weights="w.pth")
+    assert load(content, choice=":backbone").weights == load(A).weights
+    inner = under("backbone.", A) | under("head.backbone.", {"x.weight": torch.ones(1)})
+    assert load(inner, choice=":backbone").weights == load(A).weights
+
+
 def test_block_chunks_of_dinov2s_training_are_read():
     chunked = {re.sub(r"^blocks\.(\d+)\.", r"blocks.0.\1.", name): tensor for name, tensor in A.items()}
     read = load({"teacher": under("backbone.", chunked) | {"dino_head.mlp.0.weight": torch.zeros(2, 2)}})
@@ -232,7 +299,7 @@ def test_a_fine_tuned_mae_is_the_network_with_the_mean_of_its_patches():
     pixels = torch.rand(2, 3, 160, 160)
     tokens = net.forward_features(pixels)
     assert_same(outputs(read, pixels, "pooler")[0], net.forward_head(tokens, pre_logits=True).detach())
-    assert "global_pool='avg'" in notes(read) and read.vector == "pooler"
+    assert "the network with global_pool='avg'" in notes(read) and read.vector == "pooler"
     assert read.architecture["config"] == {"global_pool": "avg"}
     assert describe_backbone(VIT, weights="w.pth")["vector"] == "pooler"
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import transformers
 from support import checkpoints as save
 from support.backbone_checks import as_rows, assert_same, edit_json, edit_tensors, outputs, refuses
-from support.image_models import REFUSED, image_model_types, save_tiny, tiny_config
+from support.image_models import NEEDS, REFUSED, image_model_types, save_tiny, tiny_config
 from torch import nn
 
 from featurecache.backbones import describe_backbone, load_backbone
+from featurecache.backbones.transformers_families import FAMILIES
 from featurecache.backbones.transformers_generic import vision_class
-from featurecache.backbones.transformers_models import FAMILIES
 from featurecache.errors import FeatureCacheError, OutputRefused, UnknownBackbone, WeightsDoNotFit
 
 MEASURED = sorted(set(image_model_types()) - set(FAMILIES))
@@ -53,6 +55,13 @@ def test_what_cannot_be_offered_is_refused_with_why(kind, tmp_path):
     with pytest.raises(FeatureCacheError, match=REFUSED[kind]):
         vision_class("m", tiny_config(kind, image_model_types()[kind]))
         load_backbone(str(save_tiny(tmp_path, kind)))
+
+
+@pytest.mark.parametrize("kind", NEEDS)
+def test_a_type_whose_library_is_not_installed_is_refused_by_the_name_of_it(kind, tmp_path):
+    assert find_spec(NEEDS[kind]) is None
+    transformers.CONFIG_MAPPING[kind]().save_pretrained(tmp_path)
+    refuses(WeightsDoNotFit, f"requires the {NEEDS[kind]} library", tmp_path, random_weights=True)
 
 
 # what was measured

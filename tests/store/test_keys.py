@@ -24,7 +24,8 @@ from torchvision import models
 
 from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone, BackboneRequest
-from featurecache.backbones.transformers_models import FAMILIES, plain_config
+from featurecache.backbones.transformers_families import FAMILIES
+from featurecache.backbones.transformers_generic import plain_config
 from featurecache.errors import BadOption
 from featurecache.extraction import plan
 from featurecache.extraction.forward import spec_of

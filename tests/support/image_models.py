@@ -19,12 +19,24 @@ USUAL |= {"image_size": 32, "patch_size": 8, "pooler_output_size": 32, "num_key_
 _SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "image_size": 32, "patch_size": 4, "window_size": 4}
 _STAGES = {"hidden_sizes": [8, 16, 16, 24], "depths": [1, 1, 1, 1]}
 _SAM = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 56}
+_DINO = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+         "patch_size": 4}  # fmt: skip
+_LCNET = {"model_type": "pp_lcnet_v4", "stem_channels": [3, 8, 8], "out_features": [f"stage{k}" for k in range(1, 5)],
+          "block_configs": [[[3, 8, 8, 1, False]], *[[[3, 8, 8, 2, False]]] * 3]}  # fmt: skip
+_LINES = {f"{shape}_{name}ratio": [[n if high else 1, n if wide else 1], [1, 1], [n // 2 * high, n // 2 * wide]]
+          for shape, high, wide in (("vertical_long_to_small_conv", 1, 0), ("horizontal_small_to_long_conv", 0, 1),
+                                    ("symmetric_conv_long", 1, 1))
+          for name, n in (("long", 7), ("mid", 5), ("short", 3))}  # fmt: skip
+NEEDS = {"dinat": "natten"}  # model type -> the library that it needs and that is not here
 TINY: dict[str, dict[str, Any]] = {
     "bit": {"hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "embedding_size": 32, "num_groups": 4},
     "d_fine": {},
     "deimv2": {},
     "efficientloftr": {},
     "cvt": {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 3], "depth": [1, 2, 3]},
+    "depth_pro": {**dict.fromkeys(("image_model_config", "patch_model_config", "fov_model_config"), _DINO),
+                  "patch_size": 16, "fusion_hidden_size": 8, "intermediate_hook_ids": [1, 0],
+                  "intermediate_feature_dims": [8, 8], "scaled_images_feature_dims": [8, 8, 8]},
     "dinov3_convnext": _STAGES,
     "dinov3_vit": {**USUAL, "num_register_tokens": 2},
     "donut-swin": _SWIN,
@@ -43,6 +55,10 @@ TINY: dict[str, dict[str, Any]] = {
     "mobilevit": {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32], "image_size": 64},
     "mobilevitv2": {"width_multiplier": 0.25, "image_size": 64},
     "poolformer": _STAGES,
+    "pp_ocrv6_medium_det": {"backbone_config": _LCNET, "neck_out_channels": 16, "scale_factor_list": [1, 2, 4, 8],
+                            "kernel_list": [3, 2, 2], "intraclass_block_config": {
+                                "reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0], **_LINES}},
+    "pp_ocrv6_small_det": {"backbone_config": _LCNET, "neck_out_channels": 16, "layer_list_out_channels": [8] * 4},
     "pvt": {**_STAGES, "num_attention_heads": [1, 2, 2, 4], "image_size": 64},
     "pvt_v2": {**_STAGES, "num_attention_heads": [1, 2, 2, 4], "image_size": 64},
     "regnet": {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "groups_width": 8},
@@ -55,17 +71,14 @@ TINY: dict[str, dict[str, Any]] = {
     "swin2sr": {**_SWIN, "patch_size": 1, "image_size": 16},
     "swinv2": _SWIN,
     "textnet": {"image_size": [64, 64], "hidden_sizes": [8] * 5, "depths": [1] * 4, "stem_out_channels": 8},
+    "uvdoc": {"backbone_config": {"model_type": "uvdoc_backbone", "resnet_head": [[3, 8], [8, 8]],
+                                  "resnet_configs": [[[8, 8, 1, False]], [[8, 8, 1, True]], [[8, 8, 1, True]]],
+                                  "stage_configs": [[[8, 1]], [[8, 2]]], "out_features": ["stage1", "stage2"]},
+              "bridge_connector": [8, 8], "out_point_positions2D": [[8, 8], [8, 2]]},
     "yolos": {**USUAL, "image_size": [32, 32]},
 }  # fmt: skip
 
 
-NOT_BUILT = {  # model type -> why there is none to try here
-    "depth_pro": "three ViTs of 300 million parameters, whatever its configuration",
-    "dinat": "needs natten",
-    "pp_ocrv6_medium_det": "its defaults make no network",
-    "pp_ocrv6_small_det": "its defaults make a network that fits nothing",
-    "uvdoc": "its defaults make a network that fits nothing",
-}
 _DETECTORS = ("conditional_detr d_fine dab-detr deformable_detr deimv2 detr lw_detr mask2former maskformer "
               "pp_doclayout_v3 pp_doclayout_v4 rf_detr rt_detr rt_detr_v2 table-transformer")  # fmt: skip
 _GRIDS = ("cosmos3_edge_vision glm_image_vision hunyuan_vl_vision hy_v4_vl_vision kimi_k25_vision lfm3_vl_vision "
@@ -105,11 +118,7 @@ def image_model_types() -> dict[str, Any]:
             names = list(inspect.signature(cls.forward).parameters)
         except (ImportError, AttributeError):  # of sounds, by another library; not there
             continue
-        if (
-            names[1:2] == ["pixel_values"]
-            and kind not in NOT_BUILT
-            and not hasattr(cls.config_class(), "vision_config")
-        ):
+        if names[1:2] == ["pixel_values"] and kind not in NEEDS and not hasattr(cls.config_class(), "vision_config"):
             types[kind] = cls.config_class
     return types
 
