@@ -164,7 +164,7 @@ def _find(where: str, request: BackboneRequest) -> TimmModel:
     if weights is None:
         return model if request.untrained else _with_published_weights(model, revision)
     if timm_record(weights) is None:
-        return replace(model, weights=weights)
+        return replace(model, weights=weights, settings=replace(model.settings, **_open_clip_settings(weights)))
     own = _of_folder(weights, model.id, model.portable_name, weights=weights)
     if own.architecture != model.architecture:
         raise WeightsDoNotFit(f"the weights {weights} are of timm's {own.architecture}, not of {model.architecture}")
@@ -209,6 +209,24 @@ def _of_folder(folder: Path, name: str, portable_name: str, **fields: Any) -> Ti
     if not (isinstance(sizes, tuple) and len(sizes) == 3 and all(type(n) is int and 0 < n < 1 << 16 for n in sizes)):
         raise WeightsDoNotFit(f"{path} has an input_size of {str(sizes)[:80]}; expected (3, h, w), of grey (1, h, w)")
     return TimmModel(architecture, config, name, portable_name, arguments, **fields)
+
+
+def _open_clip_settings(weights: Path) -> dict[str, Any]:
+    """How open_clip feeds the network of timm inside its model (BiomedCLIP), by the open_clip_config.json beside the
+    weights; nothing where there is none. Raises WeightsDoNotFit."""
+    path = (weights if weights.is_dir() else weights.parent) / "open_clip_config.json"
+    try:
+        settings = read_record(path.resolve()).get("preprocess_cfg")
+        settings = {"mean": None, "std": None, "resize_mode": "shortest", "interpolation": "bicubic"} | (settings or {})
+        mean, std = (tuple(map(float, settings[key])) for key in ("mean", "std"))
+    except CacheError:
+        return {}
+    except (TypeError, ValueError) as error:
+        raise WeightsDoNotFit(f"{path} is not as open_clip writes it: preprocess_cfg with mean and std") from error
+    if settings["resize_mode"] not in ("shortest", "squash"):
+        raise WeightsDoNotFit(f"{path} resizes by {settings['resize_mode']}; expected shortest or squash")
+    mode = "squash" if settings["resize_mode"] == "squash" else "center"
+    return {"mean": mean, "std": std, "interpolation": settings["interpolation"], "crop_pct": 1.0, "crop_mode": mode}
 
 
 def _tuple(value: Any) -> Any:
@@ -299,7 +317,13 @@ def _checkpoint(model: TimmModel, request: BackboneRequest, network: Any) -> Sta
     if request.weights is None:
         return read_checkpoint(model.weights)
     own, children = network.state_dict(), dict(network.named_children())
-    checkpoint = read_checkpoint(model.weights, request.weights_name).fitted(model.title, own, children)
+    read = read_checkpoint(model.weights, request.weights_name)
+    if any(name.startswith("visual.trunk.") for name in read.tensors) and not _open_clip_settings(model.weights):
+        raise WeightsDoNotFit(
+            f"the weights {request.weights} are open_clip's, and how it prepares images is in another file: put its "
+            "open_clip_config.json beside them"
+        )
+    checkpoint = read.fitted(model.title, own, children)
     kept = [f"{name}.weight" for name in _classifiers(model) if f"{name}.weight" in checkpoint.tensors]
     cut = () if kept else tuple(f"{name}." for name in _classifiers(model))
     return checkpoint.without_training_parts([*own, *kept], cut)

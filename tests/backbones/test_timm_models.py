@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.backbone_checks import as_rows, assert_same, edit_json, key, outputs, refuses
 from support.pictures import image_folder, picture
 from support.small_hub import put_in_cache
+from torchvision import transforms as T
 
 import featurecache
 from featurecache.backbones import describe_backbone, load_backbone
@@ -163,6 +165,36 @@ def test_the_data_config_of_the_weights_is_what_timms_transform_does(tmp_path, c
         array = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
         made = backbone.preprocess.normalised(backbone.preprocess.resized(array.contiguous())[None])[0]
         assert torch.allclose(made, real(image), atol=1e-6, rtol=0)
+
+
+CLIPS = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
+
+
+def test_a_network_inside_an_open_clip_is_fed_as_its_open_clip_config_says(tmp_path):
+    """BiomedCLIP: timm's network with CLIP's mean and std, which the network's own name does not know."""
+    real = network("test_vit")
+    trunk = {f"visual.trunk.{name}": tensor for name, tensor in real.state_dict().items() if "head" not in name}
+    torch.save({**trunk, "visual.head.proj.weight": torch.ones(2, 2), "logit_scale": torch.ones(1)}, tmp_path / "w.bin")
+    refuses(
+        WeightsDoNotFit, "are open_clip's.*put its open_clip_config.json", "timm:test_vit", weights=tmp_path / "w.bin"
+    )
+    steps = [T.Resize(160, T.InterpolationMode.BICUBIC), T.CenterCrop(160), T.ToTensor(), T.Normalize(**CLIPS)]
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": CLIPS}))
+    backbone, image = load_backbone("timm:test_vit", weights=str(tmp_path / "w.bin")), picture(1, 301, 177)
+    array = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    made = backbone.preprocess.normalised(backbone.preprocess.resized(array)[None])
+    assert torch.allclose(made[0], T.Compose(steps)(image), atol=1e-6, rtol=0)
+    assert_same(outputs(backbone, made, "tokens")[0], real.forward_features(made))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"mean": 3}, "not as open_clip writes it"), ({**CLIPS, "resize_mode": "longest"}, "resizes by longest")],
+)
+def test_an_open_clip_config_that_says_too_little_is_refused(settings, says, tmp_path):
+    torch.save(network("test_vit").state_dict(), tmp_path / "w.bin")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": settings}))
+    refuses(WeightsDoNotFit, says, "timm:test_vit", weights=tmp_path / "w.bin")
 
 
 def test_a_transform_that_does_something_else_is_noticed(monkeypatch):
