@@ -78,12 +78,22 @@ def _geometry(processor: Any) -> tuple[str, tuple[int, ...], tuple[int, int] | N
     raise PreprocessingRefused(f"{kind} resizes by {sorted(keys)}; expected height and width, or the shortest edge")
 
 
+def channel_constants(values: Any) -> tuple[float, ...]:
+    """A mean or std as numbers, one a channel. Raises PreprocessingRefused."""
+    try:
+        return tuple(map(float, (values,) if isinstance(values, int | float) else values))
+    except (TypeError, ValueError) as error:
+        raise PreprocessingRefused(
+            f"normalisation by {str(values)[:80]}; expected a number for each channel"
+        ) from error
+
+
 def _constants(values: Any, channels: int = 3) -> tuple[float, ...]:
-    numbers = (values,) * channels if isinstance(values, (int, float)) else tuple(values)
+    numbers = channel_constants((values,) * channels if isinstance(values, int | float) else values)
     if len(numbers) != channels:
         expected = "the three of an RGB image" if channels == 3 else "the one of the grey images that the network takes"
         raise PreprocessingRefused(f"normalisation of {len(numbers)} channels; expected {expected}")
-    return tuple(map(float, numbers))
+    return numbers
 
 
 def from_transforms(transforms: Any) -> Preprocess:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import statistics
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, TimmMap, TimmTokens, freeze, torch_seed, versions
-from featurecache.backbones.processors import check_preprocess, from_timm
+from featurecache.backbones.processors import channel_constants, check_preprocess, from_timm
 from featurecache.backbones.state_dicts import StateDict, foreign_names, other_shapes
 from featurecache.backbones.timm_outputs import network_identity, output_traits
 from featurecache.backbones.weights import (
@@ -201,14 +202,14 @@ def _of_folder(folder: Path, name: str, portable_name: str, **fields: Any) -> Ti
     if arguments.get("img_size") is not None and settings.get("fixed_input_size"):  # made for it, and takes no other
         side = arguments["img_size"]
         settings["input_size"] = (3, *(side if isinstance(side, tuple) else (side, side)))
-    if channels is not None:
-        settings["input_size"] = (channels, *(settings.get("input_size") or (3, 224, 224))[1:])
     fields_of_timm = PretrainedCfg.__dataclass_fields__.keys() - _IGNORED_SETTINGS
     config = PretrainedCfg(**{name: _tuple(settings[name]) for name in fields_of_timm & settings.keys()})
     sizes = config.input_size
+    if channels is not None and isinstance(sizes, tuple):
+        sizes = (channels, *sizes[1:])
     if not (isinstance(sizes, tuple) and len(sizes) == 3 and all(type(n) is int and 0 < n < 1 << 16 for n in sizes)):
         raise WeightsDoNotFit(f"{path} has an input_size of {str(sizes)[:80]}; expected (3, h, w), of grey (1, h, w)")
-    return TimmModel(architecture, config, name, portable_name, arguments, **fields)
+    return TimmModel(architecture, replace(config, input_size=sizes), name, portable_name, arguments, **fields)
 
 
 def _open_clip_settings(weights: Path) -> dict[str, Any]:
@@ -274,7 +275,7 @@ def _preprocess(model: TimmModel, request: BackboneRequest) -> Preprocess:
     if model.channels not in (1, 3):
         raise BadOption(f"{model.title} takes images of {model.channels} channels; expected 3, RGB, or 1, grey")
     if model.channels == 1:
-        config |= {key: (sum(config[key]) / len(config[key]),) for key in ("mean", "std")}
+        config |= {key: (statistics.fmean(channel_constants(config[key])),) for key in ("mean", "std")}
     preprocess = from_timm(config)
     check_preprocess(preprocess, create_transform(**config, is_training=False), model.title)
     return preprocess
