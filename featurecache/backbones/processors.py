@@ -37,9 +37,9 @@ def from_processor(processor: Any, channels: int = 3) -> Preprocess:
     mode, resize, crop = _geometry(processor)
     resample = getattr(processor, "resample", None)
     interpolation = pil_torch_interpolation_mapping.get(2 if resample is None else resample, resample)
-    mean, std = ((0.0,), (1.0,)) if channels == 1 else (None, None)  # one number each says grey, also unnormalised
+    constants: Any = ((0.0,), (1.0,)) if channels == 1 else (None, None)  # one number each says grey, also unnormalised
     if getattr(processor, "do_normalize", False):
-        mean, std = (_constants(values, channels) for values in (processor.image_mean, processor.image_std))
+        constants = [_constants(values, channels) for values in (processor.image_mean, processor.image_std)]
     return Preprocess(
         mode=mode,
         resize=resize,
@@ -49,8 +49,8 @@ def from_processor(processor: Any, channels: int = 3) -> Preprocess:
         antialias=True,
         crop_rounding="down",
         scale=float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else None,
-        mean=mean,
-        std=std,
+        mean=constants[0],
+        std=constants[1],
         arithmetic="fused",
     )
 

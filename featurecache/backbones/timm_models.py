@@ -333,7 +333,8 @@ def _checkpoint(model: TimmModel, request: BackboneRequest, network: Any) -> Sta
 def _arguments_shown(checkpoint: StateDict, network: Any) -> dict[str, Any]:
     """Arguments of the network that the names of its tensors show, where timm's name alone means another: fine-tuned on
     the mean of its patches (MAE, RETFound: ``fc_norm`` where the other has ``norm``); with LayerScale (UNI)."""
-    own, names, shown = network.state_dict(), checkpoint.tensors, {}
+    own, names = network.state_dict(), checkpoint.tensors
+    shown: dict[str, Any] = {}
     if getattr(network, "global_pool", "") != "token" or "norm.weight" not in own:  # no vision transformer so made
         return {}
     if "fc_norm.weight" not in own and "fc_norm.weight" in names and "norm.weight" not in names:

@@ -74,16 +74,17 @@ def published_tensors(network: Any, tensors: dict[str, torch.Tensor]) -> dict[st
     remembers by which names it came."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(network, dict(tensors))
+    published: dict[str, torch.Tensor] = revert_weight_conversion(network, dict(tensors))
+    return published
 
 
 def sides(config: Any, name: str, default: int | None = None) -> tuple[int, int]:
     """(height, width) in pixels of a field of a configuration, one number or two. Raises WeightsDoNotFit."""
     value = getattr(config, name, None) or default
-    size = (value, value) if isinstance(value, int) else tuple(value or ())
-    if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+    size: Any = (value, value) if isinstance(value, int) else value
+    if not (isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
         raise WeightsDoNotFit(f"a config.json of {config.model_type} with {name} {value}; expected pixels, one or two")
-    return size
+    return size[0], size[1]
 
 
 def image_channels(config: Any) -> int:

@@ -241,7 +241,7 @@ def _network(
     if path is not None and not shapes_only:
         read = read_checkpoint(path, family.tower if request.weights is None else request.weights_name)
         return _with_weights(read, checkpoint.title, family, cls, config)
-    made = torch.device("meta") if request.meta and not family.measured else torch_seed(request.seed)
+    made: Any = torch.device("meta") if request.meta and not family.measured else torch_seed(request.seed)
     with made, _library(checkpoint.title):
         network = cls(config).float()
     if checkpoint.folder is None:
