@@ -80,7 +80,8 @@ def published_tensors(network: Any, tensors: dict[str, torch.Tensor]) -> dict[st
 
 def sides(config: Any, name: str, default: int | None = None) -> tuple[int, int]:
     """(height, width) in pixels of a field of a configuration, one number or two. Raises WeightsDoNotFit."""
-    value = getattr(config, name, None) or default
+    value = getattr(config, name, None)
+    value = default if value is None else value
     size: Any = (value, value) if isinstance(value, int) else value
     if not (isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
         raise WeightsDoNotFit(f"a config.json of {config.model_type} with {name} {value}; expected pixels, one or two")

@@ -174,7 +174,7 @@ def _model_type(folder: Path) -> str:
         kind: str = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise WeightsDoNotFit(f"{path} is not a configuration in JSON: {error}") from error
-    if kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         known = f"transformers {transformers.__version__}"
         raise UnknownBackbone(f'{folder} holds a model of type "{kind}", which {known} does not know')
     return kind
@@ -248,7 +248,8 @@ def _network(
         lacks_pooler = alias is not None and not alias.pooler
     else:
         names = tensor_names(path) if path and weights_file(path) else []
-        lacks_pooler = bool(names) and not family.pooled_names(name.removeprefix(f"{family.tower}.") for name in names)
+        inside = f"{family.tower or 'vision_model'}."
+        lacks_pooler = bool(names) and not family.pooled_names(name.removeprefix(inside) for name in names)
     pooled = family.pooled_names(name for name, _ in network.named_parameters())
     return network, set(pooled if lacks_pooler else ()), {"random_seed": request.seed}, ""
 

@@ -232,5 +232,6 @@ def test_a_type_that_is_no_vision_model_is_refused(tmp_path):
     refuses(UnknownBackbone, r'a model of type "bert": BertModel takes input_ids; expected a vision model', tmp_path)
     edit_json(tmp_path / "config.json", model_type="chest_net")
     refuses(UnknownBackbone, r'of type "chest_net", which transformers \S+ does not know', tmp_path)
+    refuses(UnknownBackbone, r'of type "\[\]", which', edit_json(tmp_path / "config.json", model_type=[]))
     with pytest.raises(UnknownBackbone, match="AutoModel of transformers has no network"):
         vision_class("m", transformers.Blip2VisionConfig())

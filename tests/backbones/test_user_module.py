@@ -330,7 +330,7 @@ BODY = "self.act(self.body(x))"
         (
             BadOption,
             CNN.replace("Conv2d(3, 8", "Conv2d(1, 8"),
-            r"expected .*1 channels.* Images come as RGB: let its forward",
+            r"expected .*1 channels.* It takes grey images: give network.preprocess one",
         ),
     ],
 )

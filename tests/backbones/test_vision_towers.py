@@ -88,9 +88,8 @@ def test_a_mistake_of_ours_is_no_sentence_about_the_checkpoint(function, tmp_pat
 @pytest.mark.parametrize("function", ["output_traits", "network_identity"])
 def test_a_mistake_of_ours_is_no_sentence_about_a_network_of_timm(function, tmp_path, monkeypatch):
     timm = pytest.importorskip("timm")
-    timm.models.save_for_hf(
-        timm.create_model("test_vit"), tmp_path, model_args={"img_size": 64}, safe_serialization=True
-    )
+    timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path, safe_serialization=True)
+    edit_json(tmp_path / "config.json", model_args={"global_pool": "token"})
     monkeypatch.setattr(timm_models, function, lambda *_: {}["ours"])
     with pytest.raises(KeyError, match="ours") as error:
         load_backbone(str(tmp_path))
