@@ -79,13 +79,8 @@ def _geometry(processor: Any) -> tuple[str, tuple[int, ...], tuple[int, int] | N
 
 
 def channel_constants(values: Any) -> tuple[float, ...]:
-    """A mean or std as numbers, one a channel. Raises PreprocessingRefused."""
-    try:
-        return tuple(map(float, (values,) if isinstance(values, int | float) else values))
-    except (TypeError, ValueError) as error:
-        raise PreprocessingRefused(
-            f"normalisation by {str(values)[:80]}; expected a number for each channel"
-        ) from error
+    """A mean or std as numbers, one a channel."""
+    return tuple(map(float, (values,) if isinstance(values, int | float) else values))
 
 
 def _constants(values: Any, channels: int = 3) -> tuple[float, ...]:

@@ -39,6 +39,7 @@ from featurecache.backbones.weights import (
 from featurecache.errors import (
     BadOption,
     CacheError,
+    PreprocessingRefused,
     UnknownBackbone,
     WeightsDoNotFit,
     WeightsNotFound,
@@ -271,13 +272,14 @@ def _preprocess(model: TimmModel, request: BackboneRequest) -> Preprocess:
     if size is not None and size < 1:
         raise BadOption(f"--image-size {size} is no size of an image")
     arguments = {} if size is None else {"input_size": (model.channels, size, size)}
-    config = resolve_data_config(args=arguments, pretrained_cfg=model.settings.to_dict())
     if model.channels not in (1, 3):
         raise BadOption(f"{model.title} takes images of {model.channels} channels; expected 3, RGB, or 1, grey")
-    if model.channels == 1:
-        config |= {key: (statistics.fmean(channel_constants(config[key])),) for key in ("mean", "std")}
-    preprocess = from_timm(config)
-    check_preprocess(preprocess, create_transform(**config, is_training=False), model.title)
+    with library_errors(f"the data config of {model.title} cannot be read", PreprocessingRefused):
+        config = resolve_data_config(args=arguments, pretrained_cfg=model.settings.to_dict())
+        if model.channels == 1:
+            config |= {key: (statistics.fmean(channel_constants(config[key])),) for key in ("mean", "std")}
+        preprocess, transform = from_timm(config), create_transform(**config, is_training=False)
+    check_preprocess(preprocess, transform, model.title)
     return preprocess
 
 

@@ -49,7 +49,7 @@ from featurecache.backbones.weights import (
     weights_file,
     weights_identity,
 )
-from featurecache.errors import UnknownBackbone, WeightsDoNotFit, WeightsNotFound
+from featurecache.errors import PreprocessingRefused, UnknownBackbone, WeightsDoNotFit, WeightsNotFound
 from featurecache.images.preprocessing import Preprocess
 
 
@@ -202,7 +202,8 @@ def _preprocess(
     published = alias if checkpoint.folder is None or request.weights is not None else None
     default = (family.processor, sides(config, "image_size", 224)[0]) if request.untrained else None
     processor, origin = choose_processor(checkpoint.folder, checkpoint.title, published, default)
-    preprocess = from_processor(processor, image_channels(config))
+    with library_errors(f"the image processor of {checkpoint.title} cannot be read", PreprocessingRefused):
+        preprocess = from_processor(processor, image_channels(config))
     check_processor(preprocess, processor, checkpoint.title)
     if request.image_size is not None:
         patch = sides(config, "patch_size")[0] if family.blocks else 1  # of what is measured it shows

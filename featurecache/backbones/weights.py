@@ -141,11 +141,11 @@ def _hub_refusal(repo: str, revision: str | None, error: Exception) -> FeatureCa
 
 @contextlib.contextmanager
 def library_errors(words: str, kind: type[FeatureCacheError] = WeightsDoNotFit) -> Iterator[None]:
-    """Around a library's own call, and nothing of ours: whatever it raises at settings that it does not expect, as one
-    sentence of ``kind``."""
+    """Around a library's own call, or the reading of settings that a stranger wrote, and nothing else of ours: whatever
+    is raised at what was not expected, as one sentence of ``kind``."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
+    except (FeatureCacheError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of no common root
         raise kind(f"{words}: {first_line(error)}") from error
