@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from support.small_sets import pictures, refused, reopened
 
 from featurecache.errors import SeveralReadings, SourceError
 from featurecache.sources import open_source
-from featurecache.sources.folders import is_own_output
 from featurecache.sources.layout import FolderLayout, read_layout
 
 
@@ -157,36 +154,6 @@ def test_a_class_called_train_inside_split_folders_is_a_class():
     }
 
 
-# -- masks
-
-
-def test_masks_beside_their_images_are_left_out_and_said(tmp_path):
-    names = ["benign/1.png", "benign/1_mask.png", "benign/1_mask_1.png", "normal/2.jpg", "normal/2_segmentation.png"]
-    data = open_source(pictures(tmp_path, *names))
-    assert data.ids == ["benign/1.png", "normal/2.jpg"]
-    assert "3 masks left out (*_mask.png, *_segmentation.png)" in data.source["understood"]
-
-
-@pytest.mark.parametrize(
-    "folders",
-    [
-        ("A/images", "A/masks", "B/images", "B/masks"),
-        ("images/A", "images/B", "masks/A", "masks/B"),
-        ("A", "A/mask", "B"),
-    ],
-)
-def test_folders_of_masks_beside_images_are_left_out(folders):
-    layout = read_layout(paths(*folders), "data")
-    assert set(layout.classes) == {"A", "B"}
-    assert not any("mask" in paths(*folders)[row] for row in layout.rows)
-
-
-def test_masks_of_faces_are_classes():
-    assert read("with_mask", "without_mask") == {("", "with_mask"), ("", "without_mask")}
-    assert read("mask", "no_mask") == {("", "mask"), ("", "no_mask")}
-    assert rows_of(read_layout(["a/x_mask.png", "b/y.png"], "data")) == {("", "a"), ("", "b")}
-
-
 # -- spellings and order
 
 
@@ -224,27 +191,6 @@ def test_names_of_severity_need_an_order_which_is_kept(tmp_path):
 
 
 # -- what is no data
-
-
-def test_what_this_tool_wrote_is_no_data_whatever_it_is_called(tmp_path):
-    pictures(tmp_path, "a/1.png", "runs/2.png", "old/1/roc.png", "stuff/vit/probe.png")
-    (tmp_path / "old/1/config.json").write_text(
-        json.dumps(dict.fromkeys(("head", "view", "settings", "calibration", "splits"), ""))
-    )
-    (tmp_path / "stuff/vit/spec.json").write_text(json.dumps({"fingerprint": "", "spec": {}, "provenance": {}}))
-    data = open_source(tmp_path)
-    assert (data.ids, data.classes) == (["a/1.png", "runs/2.png"], ["a", "runs"])
-    assert "what featurecache wrote left out (old/1/, stuff/vit/)" in data.source["understood"]
-    refused(tmp_path / "stuff/vit", "was written by featurecache")
-    refused(pictures(tmp_path / "old/1/deeper", "1.png"), f"lies in {tmp_path}/old/1, which featurecache wrote")
-    refused(tmp_path / "stuff", "found only what featurecache wrote (vit/)")
-
-
-@pytest.mark.parametrize("text", ['{"head": 1}', "[]", "[1]", "no json", '{"spec": {}, "provenance": 1}'])
-def test_records_of_others_do_not_make_a_folder_ours(tmp_path, text):
-    for name in ("config.json", "spec.json", "explain.json"):
-        (tmp_path / name).write_text(text)
-    assert not is_own_output(str(tmp_path), ["config.json", "spec.json", "explain.json", "gone"])
 
 
 def test_folders_of_systems_and_thumbnails_are_left_out_and_counted(tmp_path):
