@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -277,3 +279,56 @@ def _as_class(label: str) -> str:
     whole, point, decimals = label.partition(".")
     number = whole.removeprefix("-").isdecimal() and point and decimals and not decimals.strip("0")
     return "" if is_missing(label) else whole if number else label
+
+
+@pytest.mark.parametrize("name", ["list.csv.gz", "list.TSV.gz", "list.csv.zip", "list.csv"])
+def test_packed_tables_are_read_as_the_table_in_them(tmp_path, name):
+    text = "path,label\na.png,x\nb.png,y\n".replace(",", "\t" if "TSV" in name else ",").encode()
+    pictures(tmp_path, "a.png", "b.png")
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("inner/list.csv", text)
+            archive.writestr("__MACOSX/._list.csv", "x")
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(text))
+    data = open_source(tmp_path / name)
+    assert (data.ids, data.classes, data.name) == (["a.png", "b.png"], ["x", "y"], "list")
+    assert reopened(data).ids == data.ids
+
+
+def test_packed_tables_that_are_damaged_several_or_too_large_are_refused(tmp_path, monkeypatch):
+    file, packed = tmp_path / "list.csv.gz", gzip.compress(b"path,label\n" + bytes(range(33, 127)) * 9)
+    for damaged in (packed[:40], packed[:20] + b"\xff" * 20, b"PK\3\4" + packed):
+        file.write_bytes(damaged)
+        refused(file, "cannot be read as a table (packed, and damaged")
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.csv", "")
+        archive.writestr("b.csv", "")
+    refused(file, "a zip of 2 files; expected one table in it")
+    monkeypatch.setattr("featurecache.files.delimited._MOST", 100)
+    file.write_bytes(packed)
+    refused(file, "more than 100 bytes when unpacked")
+
+
+def test_splits_that_only_the_paths_name_are_taken_and_said(tmp_path):
+    rows = "set/train_data/x/1.png,x\nset/train_data/y/2.png,y\nset/test_data/x/3.png,x\n"
+    data = open_source(listed(tmp_path, "path,label\n" + rows))
+    assert data.splits == ["train", "train", "test"]
+    assert "splits from test_data/, train_data/ in the paths (read as test, train)" in data.understood
+    assert open_source(tmp_path / "list.csv", columns={"split": ""}).splits == [""] * 3
+    assert reopened(data).splits == data.splits
+
+
+@pytest.mark.parametrize(
+    ("paths", "note"),
+    [
+        (("train/1.png", "train/2.png"), False),  # one file of several, as CheXpert has them
+        (("train/1.png", "test/2.png", "pred/3.png"), True),
+        (("train/1.png", "2.png"), False),
+        (("bus/1.png", "train/2.png", "car/3.png"), False),
+    ],
+)
+def test_paths_that_say_no_splits_of_all_images_say_none(tmp_path, paths, note):
+    data = open_source(listed(tmp_path, "path,label\n" + "".join(f"{path},x\n" for path in paths)))
+    assert set(data.splits) == {""}
+    assert any("The paths have test/, train/ and beside them pred" in words for words in data.notes) == note
