@@ -16,7 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
-from featurecache.errors import SourceError
+from featurecache.errors import Reading, SeveralReadings, SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.vocabulary import SPLITS, split_names_of, words_of
 
@@ -142,10 +142,12 @@ def are_sides(names: Collection[str]) -> bool:
 
 
 def refuse_pairs(names: Sequence[str], where: str, level: int) -> None:
-    raise SourceError(
-        f"{abbreviated(names)} in {where} hold files of the same names: are they pairs (two images of one thing, an "
-        f"image and its mask), or classes? Classes: --classes-at {level}. Of pairs give one, --data "
-        f"{where}/{names[0]}, or list the images in a CSV (columns path, label, group)."
+    one, several = f"{where}/{names[0]}", abbreviated(names)
+    raise SeveralReadings(
+        f"{several} in {where} hold files of the same names: are they pairs (two images of one thing, an image and its "
+        f"mask), or classes? Classes: --classes-at {level}. Of pairs give one, --data {one}, or list the images in a "
+        "CSV (columns path, label, group).",
+        [Reading(f"the classes are {several}", {"classes_at": level}), Reading(f"{names[0]} alone", {"data": one})],
     )
 
 

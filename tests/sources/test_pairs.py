@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.small_sets import listed, pictures, refused
 
-from featurecache.errors import SourceError
+from featurecache.errors import SeveralReadings
 from featurecache.sources import open_source
 from featurecache.sources.layout import read_layout
 
@@ -96,10 +96,11 @@ def test_what_only_looks_like_a_pair_is_data(names):
     ],
 )
 def test_folders_that_may_be_classes_or_pairs_are_refused_and_their_level_makes_them_classes(folders):
-    with pytest.raises(
-        SourceError, match=r"are they pairs .* or classes\? Classes: --classes-at 2\. .* --data data/x/"
-    ):
+    words = r"are they pairs .* or classes\? Classes: --classes-at 2\. .* --data data/x/"
+    with pytest.raises(SeveralReadings, match=words) as caught:
         read_layout(paths(*(f"x/{folder}" for folder in folders)), "data")
+    one = caught.value.readings[1].options["data"]
+    assert one in [f"data/x/{folder}" for folder in folders] and "mask" not in one
     assert set(read_layout(paths(*folders), "data", 1).classes) == set(folders)
 
 
