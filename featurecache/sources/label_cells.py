@@ -34,27 +34,10 @@ SIGNS = ("|", ";", ",")  # between the findings of a cell
 NO_FINDING = frozenset(("no finding", "no findings", "nofinding", "normal", "none", "healthy"))
 # Fewest different values that are looked at for being no classes, and most different numbers that may be some.
 _FEWEST, _MOST_NUMBERS = 10, 30
-_MEASURES = frozenset(
-    [
-        "age",
-        "ages",
-        "year",
-        "years",
-        "weight",
-        "height",
-        "width",
-        "size",
-        "length",
-        "area",
-        "volume",
-        "score",
-        "mm",
-        "cm",
-        "ml",
-        "kg",
-        "bmi",
-    ]
-)
+_MEASURES = {
+    "age", "ages", "year", "years", "weight", "height", "width", "size", "length", "area", "volume", "score", "mm",
+    "cm", "ml", "kg", "bmi",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -280,7 +263,7 @@ def _labels_of_findings(
 def several_labels_of_text(columns: Mapping[str, Sequence[str]], reading: LabelColumns) -> np.ndarray:
     """float32 [N, L]: 1, 0, NaN for unknown; -1 as ``uncertain`` has it. Raises SourceError."""
     meaning = reading.how.uncertain or "ignore"
-    labels, uncertain, blank = np.empty((len(columns), len(next(iter(columns.values())))), np.float32), 0, 0
+    labels = np.empty((len(columns), len(next(iter(columns.values())))), np.float32)
     for number, (name, cells) in enumerate(columns.items()):
         values = {cell: np.nan if is_missing(cell) else _truth(cell) for cell in set(cells)}
         if None in values.values():

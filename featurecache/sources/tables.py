@@ -114,17 +114,16 @@ def annotate(
 
 
 def _read_table(file: str) -> tuple[Table, ParquetTable | None]:
+    places: Sequence[int]
     if file.lower().endswith(_PARQUET):
         inside = read_parquet(file)
         names, columns, places = inside.names, inside.columns, range(1, inside.rows + 1)
-        table = Table(file, dict(zip(names, columns, strict=True)), places)
     else:
         inside = None
-        names, columns, lines = _read_csv(file)
-        table = Table(file, dict(zip(names, columns, strict=True)) if len(set(names)) == len(names) else {}, lines)
+        names, columns, places = _read_csv(file)
     if repeated := [name for name in names if names.count(name) > 1]:
         raise SourceError(f"{file} has the column {repeated[0]!r} more than once; rename one.")
-    return table, inside
+    return Table(file, dict(zip(names, columns, strict=True)), places), inside
 
 
 def _read_csv(file: str) -> tuple[list[str], list[list[str]], Sequence[int]]:

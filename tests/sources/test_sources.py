@@ -153,7 +153,7 @@ def test_npz_of_one_1_in_every_row_has_classes(tmp_path):
     file = npz(tmp_path / "set.npz", x_train=shades(4, 5, 4), y_train=np.eye(3)[[2, 0, 1, 1]])
     data = open_source(file)
     assert (data.labels.tolist(), data.classes, data.task) == ([2, 0, 1, 1], ["0", "1", "2"], "multiclass")
-    assert data.understood[0].startswith("3 classes, as every row of labels has exactly one 1")
+    assert data.understood[0].startswith("3 classes: every row of labels has exactly one 1")
     assert open_source(file, task="multilabel").labels.shape == (4, 3)
 
 
