@@ -25,7 +25,7 @@ from featurecache.sources.labels import class_labels, finite_number, groups_or_i
 from featurecache.sources.pairs import groups_of_pairs
 from featurecache.sources.vocabulary import PERSON, is_missing, split_names_of, words_of
 
-_MIMIC = re.compile(r"p\d+")  # a person of MIMIC-CXR in a path: p10000032
+_PERSON = re.compile(rf"{PERSON.pattern}|p\d+", re.IGNORECASE)  # also of MIMIC-CXR in a path: p10000032
 _ID_WORDS = frozenset(("id", "ids", "uid", "number", "nr", "mrn", "accession", "barcode", "code", "person", "owner"))
 _NUMBERED = frozenset(("case", "study", "exam", "series", "lesion"))  # in their bare form
 _MOST_SPLITS = 12  # folders beside each other that may be splits
@@ -117,7 +117,7 @@ def splits_of_paths(paths: Sequence[str]) -> tuple[list[str], list[str]]:
             return [split[parts[level]] for parts in folders], [f"splits from {shown} in the paths (read as {read})"]
         others = abbreviated(sorted(names - split.keys()), 3)
         notes = [
-            f"The paths have {shown} and beside them {others}, so no splits were taken from them: a column says them."
+            f"The paths have {shown} and beside them {others}: no splits were taken from them; a column says them."
         ]
     return [""] * len(paths), notes
 
@@ -173,10 +173,7 @@ def groups_in_paths(paths: Sequence[str]) -> tuple[list[str], str] | None:
     """The person or pair of each image by its path, and what was understood; None where paths do not say it of all, or
     nobody has two images."""
     folders = [path.replace("\\", "/").split("/")[:-1] for path in paths]
-    persons = [
-        next((part for part in reversed(parts) if (PERSON.fullmatch(part) or _MIMIC.fullmatch(part))), "")
-        for parts in folders
-    ]
+    persons = [next((part for part in reversed(parts) if _PERSON.fullmatch(part)), "") for parts in folders]
     if all(persons) and 1 < len(set(persons)) < len(persons):
         return persons, "groups are the persons in the paths"
     return groups_of_pairs(paths)

@@ -4,7 +4,7 @@
     chest/training_set/NORMAL/1.png         splits, then classes; also classes, then splits
     idc/8863/0/1.png                        persons (their images stay together), then classes
     leukemia/fold_0/all/1.png               folds (kept in the column fold), then classes
-    covid/COVID/images/1.png, masks/1.png   classes; masks are left out
+    covid/COVID/images/1.png, masks/1.png   classes; masks are left out (`featurecache.sources.pairs`)
 
 A level is what the names say that stand beside each other. What has two readings is refused with both, and
 ``classes_at`` (the level of the classes, 1 for the folders in the data folder) chooses.

@@ -36,12 +36,12 @@ _SIDES = {
     "nir", "infrared", "thermal", "visible", "grayscale", "gray", "grey",
 }  # fmt: skip
 _LETTERS = {"a", "b"}  # sides where another word says so: A, B and label
-_START = r"(?:[ _.-]+|(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))"  # of a word at the end of a name: 1_mask, 1mask, imgMask
 _MASK_WORD = "|".join(sorted(_MASKS | {"lesion"}, reverse=True))
-_MASK_END = re.compile(rf"{_START}(?i:(?:{_MASK_WORD})(?:[ _.-]*(?:crop|map|image|img))?(?:[ _-]?\d+)?)$")
+_MASK_END = re.compile(rf"(?:{_MASK_WORD})(?:[ _.-]*(?:crop|map|image|img))?(?:[ _-]?\d+)?$")  # of names in lower case
 _IMAGE_END = re.compile(rf"[ _.-](?i:{'|'.join(sorted(IMAGES | {'crop'}, reverse=True))})$")
 _SIDE_END = re.compile(r"(.+)[-_ ](left|right|od|os|before|after|pre|post)(?:[-_ ]disaster)?", re.IGNORECASE)
 _LAST_NUMBER = re.compile(r"[ _-]?\d+$")
+_LONGEST = 32  # characters of such an end
 
 
 def without_masks(paths: Sequence[str], where: str, classes_at: int | None = None) -> tuple[list[int], list[str]]:
@@ -53,13 +53,13 @@ def without_masks(paths: Sequence[str], where: str, classes_at: int | None = Non
 
     def kind(path: str) -> str:
         """How the mask is called, as a pattern; nothing for an image."""
-        folder = path.rpartition("/")[0]
-        if folders[folder]:
-            return f"{folders[folder]}/"
+        if above := folders[path.rpartition("/")[0]]:
+            return f"{above}/"
         stem, _, ending = path.rpartition(".")
-        end = _MASK_END.search(stem, len(folder))
-        plain = stem[: end.start()] if end and end.start() > len(folder) + bool(folder) else ""
-        return f"*{_LAST_NUMBER.sub('', end[0])}.{ending}" if end and plain in images and plain else ""
+        plain = _without_mask_end(stem)
+        if plain == stem or plain not in images:
+            return ""
+        return f"*{_LAST_NUMBER.sub('', stem[len(plain) :])}.{ending}"
 
     kinds = [kind(path) for path in paths]
     rows = [row for row, kind in enumerate(kinds) if not kind]
@@ -115,11 +115,20 @@ def _names_below(paths: Iterable[str], folder: str) -> set[str]:
     return {plain_name(path) for path in below}
 
 
+def _without_mask_end(stem: str) -> str:
+    """``1_mask``, ``1mask`` or ``imgMask`` without the mask; ``hedge`` is no edge."""
+    lower = stem.lower()
+    end = _MASK_END.search(lower, max(len(lower) - _LONGEST, 0)) if len(lower) == len(stem) else None
+    at = end.start() if end else 0
+    whole = not stem[at - 1].isalpha() or (stem[at - 1].islower() and stem[at].isupper())
+    return stem[:at].rstrip(" _.-") if at and whole else stem
+
+
 def plain_name(path: str) -> str:
     """A path without ending and without the words at its end that say mask, image or side."""
     stem = os.path.splitext(path)[0]
     side = _SIDE_END.fullmatch(stem)
-    return side[1] if side else _IMAGE_END.sub("", _MASK_END.sub("", stem))
+    return side[1] if side else _IMAGE_END.sub("", _without_mask_end(stem))
 
 
 def share_names(*folders: set[str]) -> bool:
@@ -166,9 +175,13 @@ def _refuse_two_endings(paths: Sequence[str], where: str) -> None:
 def groups_of_pairs(paths: Iterable[str]) -> tuple[list[str], str] | None:
     """The pair that each image belongs to, and what was understood, where all their names end in a side (10_left,
     10_right; x_pre_disaster) and some have both; else None."""
-    stems = [os.path.splitext(path.replace("\\", "/").rpartition("/")[2])[0] for path in paths]
-    sides = [match.groups() if (match := _SIDE_END.fullmatch(stem)) else ("", "") for stem in stems]
-    pairs = [plain for plain, _ in sides]
-    if not all(pairs) or not 1 < len(set(pairs)) < len(pairs):
+    pairs, sides = list[str](), set[str]()
+    for path in paths:
+        match = _SIDE_END.fullmatch(os.path.splitext(path.replace("\\", "/").rpartition("/")[2])[0])
+        if match is None:
+            return None
+        pairs.append(match[1])
+        sides.add(match[2])
+    if not 1 < len(set(pairs)) < len(pairs):
         return None
-    return pairs, f"groups are the pairs by the names of the images ({', '.join(sorted({side for _, side in sides}))})"
+    return pairs, f"groups are the pairs by the names of the images ({', '.join(sorted(sides))})"
