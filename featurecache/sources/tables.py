@@ -69,10 +69,9 @@ def open_table(
         understood.append(f"columns left out, neither text nor numbers: {abbreviated(inside.left)}")
     if labelled.task == "unlabelled" and task is None:
         notes.insert(0, _no_labels(rows))
-    record = {"root": root and os.path.abspath(os.path.expanduser(root)), "uncertain": rows.uncertain}
     return Dataset(
         name=re.sub(r"\.\w+(\.gz|\.zip)?$", "", table.name),
-        source={name: value for name, value in record.items() if value is not None},
+        source={"root": root and os.path.abspath(os.path.expanduser(root)), "uncertain": rows.uncertain},
         ids=ids,
         **labelled._asdict(),
         splits=rows.splits,

@@ -51,6 +51,7 @@ def test_the_two_test_sets_of_fer2013():
 def test_folders_above_everything_are_passed():
     assert read("chest/xray/N", "chest/xray/P") == {("", "N"), ("", "P")}
     assert read("n01440764/images", "n01443537/images") == {("", "n01440764"), ("", "n01443537")}
+    assert read("A/images", "A/original", "B/images", "B/original") == {("", "A"), ("", "B")}
     assert rows_of(read_layout(["1.png", "2.png"], "data")) == {("", "")}
 
 
@@ -62,11 +63,18 @@ def test_patients_below_classes_are_groups():
     assert read("N/patient1", "N/patient2", "P/patient3") == {
         ("", "N", "patient1"), ("", "N", "patient2"), ("", "P", "patient3"),
     }  # fmt: skip
+    assert read("N", "P/patient1", "P/patient2") == {("", "N", ""), ("", "P", "patient1"), ("", "P", "patient2")}
 
 
 def test_patients_with_studies_have_no_classes():
     assert read("train/patient00001/study1", "train/patient00002/study1", "valid/patient64/study1") == {
         ("train", "", "patient00001"), ("train", "", "patient00002"), ("val", "", "patient64"),
+    }  # fmt: skip
+
+
+def test_splits_below_patients_may_have_no_classes():
+    assert read("patient1/train/a", "patient1/train/b", "patient2/test") == {
+        ("train", "a", "patient1"), ("train", "b", "patient1"), ("test", "", "patient2"),
     }  # fmt: skip
 
 
@@ -116,6 +124,7 @@ def test_beside_a_told_level_splits_persons_and_folds_are_read():
     }  # fmt: skip
     assert read("fold1/a", "fold2/b", classes_at=2) == {("", "a", "fold1"), ("", "b", "fold2")}
     assert read("bus", "train", "car", classes_at=1) == {("", "bus"), ("", "train"), ("", "car")}
+    assert read("train", "test/deep", classes_at=1) == {("", "train"), ("", "test")}
 
 
 REFUSED = [
@@ -124,7 +133,7 @@ REFUSED = [
     (("trainA", "trainB", "testA", "testB"), "look like splits, and what their other words mean is not plain"),
     (("train/a", "train_data/a"), "the folders train and train_data in data both say train"),
     (("a/train", "a/test", "b"), "split folders below class folders (a/t"),
-    (("a/train", "a/other", "b/train"), "split folders below class folders (a/train), but not every image"),
+    (("a/other", "a/train", "b/train"), "split folders below class folders (a/train), but not every image"),
     (("train/train", "train/test", "test/test"), "in it lie test, train: which of them says the split"),
     (("fold_0/train/a", "fold_0/test/a", "fold_1/train/a"), "Give one fold: --data data/fold_0"),
     (("train/a", "train"), "holds images (0.png, 1.png) beside the folders a"),

@@ -71,7 +71,7 @@ def test_folders_of_masks_beside_images_are_left_out(folders, others):
         ("with_mask/0.png", "without_mask/0.png"),
         ("mask/0.png", "no_mask/0.png"),
         ("a/x_mask.png", "b/y.png"),
-        ("face/0.png", "face_mask/1.png"),
+        ("face/0.png", "face_mask/1.png", "hand/2.png", "hand/3.png"),
         ("leaf/hedge.png", "leaf/h.png"),
         ("label_0/0.png", "label_1/0.png"),
         ("left/0.png", "right/1.png"),

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.small_sets import encoded, listed, pictures, refused, reopened, shades_of, table
 
-from featurecache.errors import UnreadableImage
+from featurecache.errors import SourceError, UnreadableImage
 from featurecache.sources import open_source
 from featurecache.sources.summary import describe_dataset
+from featurecache.sources.tables import read_annotations
 from featurecache.sources.vocabulary import is_missing, spelling_key
 
 
@@ -32,6 +33,7 @@ def test_csv_with_splits_groups_and_further_columns(tmp_path):
     np.testing.assert_array_equal(data.meta["age"], [61, np.nan, 7])
     assert data.meta["sex"] == ["F", "M", "F"]
     assert (data.read(0), data.name) == ((tmp_path / "x/2.png").read_bytes(), "list")
+    assert "splits from Split (Test is test)" in data.understood
 
 
 def test_several_label_columns_with_unknown_entries(tmp_path):
@@ -332,3 +334,23 @@ def test_paths_that_say_no_splits_of_all_images_say_none(tmp_path, paths, note):
     data = open_source(listed(tmp_path, "path,label\n" + "".join(f"{path},x\n" for path in paths)))
     assert set(data.splits) == {""}
     assert any("The paths have test/, train/ and beside them pred" in words for words in data.notes) == note
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "groups", "note"),
+    [
+        ("case", ["1", "2", "3", "1"], True, False),
+        ("case", ["1", "0", "", "1"], False, False),  # yes and no
+        ("barcode", ["x1", "x2", "x3", "x1"], False, True),
+        ("barcode", ["x1", "x2", "x3", ""], False, False),
+    ],
+)
+def test_empty_cells_are_no_group_and_no_id_that_repeats(tmp_path, column, cells, groups, note):
+    rows = "".join(f"{row}.png,{'xy'[row % 2]},{cell}\n" for row, cell in enumerate([*cells, *cells[3:]]))
+    data = open_source(listed(tmp_path, f"path,label,{column}\n{rows}"))
+    assert (data.groups is not None, any("barcode stands beside" in words for words in data.notes)) == (groups, note)
+
+
+def test_a_table_of_labels_for_features_without_a_label_is_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"list.csv has no column of labels among a, b; --column label=NAME"):
+        read_annotations(str(table(tmp_path, "a,b\n1,2\n")), None, None)
