@@ -86,9 +86,9 @@ def _labels_of_column(name: str, cells: Sequence[str], reading: LabelColumns) ->
         if findings is not None:
             return _labels_of_findings(name, findings, sign, reading)
     values = _without_uncertain(name, values, reading)
-    chosen, notes = one_spelling(Counter(value for value in values if value), f"the column {name!r} of {reading.where}")
+    chosen, notes = one_spelling(Counter(values), f"the column {name!r} of {reading.where}")
     reading.remarks += [note.rstrip(".") for note in notes]
-    return labels_of_text([chosen[value] if value else "" for value in _yes_or_no(values, reading)], name, reading)
+    return labels_of_text([chosen[value] for value in _yes_or_no(values, reading)], name, reading)
 
 
 def labels_of_text(values: Sequence[str], name: str, reading: LabelColumns) -> tuple[np.ndarray, list[str]]:

@@ -103,6 +103,12 @@ def test_another_sign_divides_where_its_parts_stand_alone(sign):
     assert read(f"mass{sign}benign", "cyst")[1] == ["cyst", f"mass{sign}benign"]
 
 
+def test_one_column_of_yes_and_no_is_one_label_where_several_are_asked_for():
+    labels, classes, _ = read("1", "0", "", task="multilabel")
+    np.testing.assert_array_equal(labels, [[1], [0], [np.nan]])
+    assert classes == ["finding"]
+
+
 def test_a_sign_that_may_divide_or_not_is_asked_about():
     cells = ("mass, benign", "mass, malignant", "cyst, benign", "cyst, malignant")
     with pytest.raises(SourceError, match=r"one class, or several findings .*--task multiclass .*--task multilabel"):
@@ -146,8 +152,8 @@ def test_spellings_of_one_class_in_a_table():
 
 
 def test_words_for_yes_and_no_of_one_column():
-    labels, classes, said = read("1", "yes", "1", "0", "False", "0")
-    assert (labels, classes) == ([1, 1, 1, 0, 0, 0], ["0", "1"])
+    labels, classes, said = read("1", "yes", "1", "0", "False", "0", "")
+    assert (labels, classes) == ([1, 1, 1, 0, 0, 0, -1], ["0", "1"])
     assert "are read as 0 and 1" in said
     assert read("yes", "no")[1] == ["no", "yes"] and read("t", "n", "f")[1] == ["f", "n", "t"]
 
@@ -155,7 +161,7 @@ def test_words_for_yes_and_no_of_one_column():
 @pytest.mark.parametrize(
     ("cells", "meant"),
     [
-        ([f"{20 + 1.37 * k:.2f}" for k in range(12)], "a measurement"),
+        ([f"{20 + 1.37 * k:.2f}" for k in range(12)] + [""], "a measurement"),
         ([str(20 + k % 40) for k in range(400)], "a measurement"),
         ([f"a chest film, number {k}" for k in range(12)], "captions or ids"),
     ],
@@ -163,7 +169,7 @@ def test_words_for_yes_and_no_of_one_column():
 def test_ages_measurements_and_captions_are_no_classes(cells, meant):
     with pytest.raises(SourceError, match=f"{meant}, no classes.* regression is not offered. --task multiclass"):
         read(*cells)
-    assert len(read(*cells, task="multiclass")[1]) == len(set(cells))
+    assert len(read(*cells, task="multiclass")[1]) == len(set(cells) - {""})
 
 
 def test_a_hundred_numbered_classes_are_classes():

@@ -35,14 +35,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(pictures(data, *IMAGES))
         patch.setattr(runner, "load_study", lambda name: STUDY)
         vit_demo = ("--backbone", "vit-demo", "--random-weights")
-        train = ("--features", "x", "--cache", ".", "--output", "cls", "--epochs", 1)
+        train = ("--features", "x", "--cache", ".", "--epochs", 1)
         commands = [
             ("extract", *vit_demo, "--data", ".", "--cache", ".", "--name", "x", "--sheet", "sheet.png"),
             ("leaks", "x", "--cache", ".", "--sheet", "leaks.png"),
             ("train-head", "--head", "linear", *train, "--out", "run"),
-            ("ablate", "--heads", "linear", *train, "--out", "sweep"),
+            ("ablate", "--heads", "linear", *train, "--outputs", "cls", "--out", "sweep"),
             ("report", "run", "sweep", "--out", "report"),
-            ("explain", "--run", "run", "--kind", "contribution", "--out", "maps", IMAGES[0]),
+            ("explain", "--run", "run", "--kind", "attention", "--out", "maps", IMAGES[0]),
             ("study", "small", "--quick", "--out", "study"),
         ]
         for words in commands:

@@ -354,3 +354,13 @@ def test_empty_cells_are_no_group_and_no_id_that_repeats(tmp_path, column, cells
 def test_a_table_of_labels_for_features_without_a_label_is_refused(tmp_path):
     with pytest.raises(SourceError, match=r"list.csv has no column of labels among a, b; --column label=NAME"):
         read_annotations(str(table(tmp_path, "a,b\n1,2\n")), None, None)
+
+
+def test_rows_of_one_image_of_which_one_says_nothing_agree(tmp_path):
+    data = open_source(listed(tmp_path, "path,label\na.png,x\na.png,NA\nb.png,y\n"))
+    assert (data.ids, data.labels.tolist()) == (["a.png", "b.png"], [0, 1])
+
+
+def test_a_column_that_is_the_label_leaves_the_groups_to_another(tmp_path):
+    rows = "path,patient,subject\na.png,x,1\nb.png,y,1\n"
+    assert open_source(listed(tmp_path, rows), columns={"label": "patient"}).groups == ["1", "1"]
