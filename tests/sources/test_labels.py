@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from featurecache.errors import SourceError
 from featurecache.sources.annotations import labels_of_listed
 from featurecache.sources.fetching import SourceOptions
-from featurecache.sources.label_cells import LabelColumns, LabelOptions, labels_of_columns
+from featurecache.sources.label_cells import LabelColumns, LabelOptions, labels_of_columns, one_hot_columns
 from featurecache.sources.labels import groups_or_ids, labels_of_numbers, resolve_labels
 
 WORD = st.from_regex(r"[a-z0-9.-]{1,8}", fullmatch=True)
@@ -197,3 +197,14 @@ def test_the_name_of_a_published_set_is_read_as_it_is_written(name, variant, ver
 def test_several_labels_of_another_number_of_classes_are_refused():
     with pytest.raises(SourceError, match=r"a\.npy has 2 labels a row, and there are 3 classes"):
         labels_of_numbers(np.zeros((4, 2)), "a.npy", ["a", "b", "c"])
+
+
+def test_empty_and_missing_parts_of_a_cell_are_no_findings():
+    labels, classes, _ = read("mass|", "mass|NA", " | fluid |mass")
+    assert (labels, classes) == ([[0, 1], [0, 1], [1, 1]], ["fluid", "mass"])
+
+
+def test_one_hot_columns_are_told_from_numbers_and_text():
+    ones = {"a": np.array([1, 0]), "b": np.array([0, 1])}
+    assert one_hot_columns({**ones, "age": np.array([60, 61]), "code": ["1", "0"]}) == ["a", "b"]
+    assert one_hot_columns({"a": ones["a"]}) == []

@@ -364,3 +364,16 @@ def test_rows_of_one_image_of_which_one_says_nothing_agree(tmp_path):
 def test_a_column_that_is_the_label_leaves_the_groups_to_another(tmp_path):
     rows = "path,patient,subject\na.png,x,1\nb.png,y,1\n"
     assert open_source(listed(tmp_path, rows), columns={"label": "patient"}).groups == ["1", "1"]
+
+
+def test_what_is_no_image_is_not_found_below_the_table(tmp_path):
+    (pictures(tmp_path, "sub/1.png") / "sub/a.dat").write_text("")
+    refused(table(tmp_path, "path,label\na.dat,x\n"), "looked for", "a.dat")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
+def test_the_unicode_text_of_excel_is_read(tmp_path, encoding):
+    pictures(tmp_path, "\u00fc.png")
+    text = "\ufeff" * (encoding == "utf-16-be") + "path\tlabel\r\n\u00fc.png\tx\r\n"
+    (tmp_path / "list.csv").write_bytes(text.encode(encoding))
+    assert open_source(tmp_path / "list.csv").ids == ["\u00fc.png"]
