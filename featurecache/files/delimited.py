@@ -61,7 +61,7 @@ def _unpacked(file: IO[bytes]) -> IO[bytes]:
     return file
 
 
-def _whole(packed: IO[bytes]) -> IO[bytes]:
+def _whole(packed: IO[bytes] | gzip.GzipFile) -> IO[bytes]:
     content = packed.read(_MOST + 1)
     if len(content) > _MOST:
         raise OSError(f"more than {_MOST:,} bytes when unpacked; unpack it")

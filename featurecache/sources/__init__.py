@@ -235,7 +235,7 @@ def _find(data: str | os.PathLike[str]) -> tuple[str, str]:
         if source.prefix and isinstance(data, str) and data.startswith(source.prefix):
             what = data.removeprefix(source.prefix)
             if not re.split("[:@]", what)[0].strip(" /"):
-                raise SourceError(f"--data {data} names no data set behind {source.prefix} Expected {source.form}.")
+                raise SourceError(f"--data {data} names no data set; expected {source.form}.")
             return kind, what
     short = [source.form.split("[")[0] for source in SOURCES.values()]
     forms = ", ".join(dict.fromkeys("a folder of images" if form.startswith("a folder") else form for form in short))

@@ -47,8 +47,7 @@ def test_words_and_files_that_are_no_source_say_what_there_is(tmp_path):
 
 @pytest.mark.parametrize("name", ["hf:", "hf: ", "hf:@v1", "kaggle:", "kaggle:/", "medmnist:", "torchvision:@folder"])
 def test_a_prefix_without_a_name_is_no_folder(name):
-    prefix = name.partition(":")[0] + ":"
-    refused(name, f"--data {name} names no data set behind {prefix} Expected {prefix}<")
+    refused(name, f"--data {name} names no data set; expected {name.partition(':')[0]}:<")
 
 
 def test_near_names_are_each_said_once():
