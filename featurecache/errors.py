@@ -138,8 +138,8 @@ class StepFailed(FeatureCacheError, RuntimeError):
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """`` Near: a, b.`` or an empty string: the names closest to ``word``."""
-    near = difflib.get_close_matches(word, list(names), cutoff=0.5)
+    """`` Near: a, b.`` or an empty string: the names closest to ``word``, each once."""
+    near = difflib.get_close_matches(word, dict.fromkeys(names), cutoff=0.5)
     return f" Near: {', '.join(near)}." if near else ""
 
 

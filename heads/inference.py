@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from featurecache.images.headers import EncodedImage
     from featurecache.sources.base import Dataset
 
-TABLES = (".npz", ".csv", ".tsv", ".parquet", ".tar")  # arguments that hold many images; every other file is one image
+ARCHIVES = (".npz", ".tar")  # arguments that hold many images, as tables do; every other file is one image
 HELD = 512 * 2**20, 2_048  # bytes and number of images in memory before they are computed
 Image = Any  # a path, encoded bytes, an array [H, W] or [H, W, 3], a PIL image; an array [N, H, W, 3] is N of them
 
@@ -101,6 +101,7 @@ def iterate_images(
     `featurecache.open_source`."""
     from featurecache.sources.dicom_frames import images_in_file
     from featurecache.sources.in_memory import encoded_of_pil, is_pil
+    from featurecache.sources.tables import is_table
 
     for number, image in enumerate(given, start=1):
         if isinstance(image, bytes | np.ndarray):
@@ -109,7 +110,7 @@ def iterate_images(
             yield NewImage(f"image {number}", _read(lambda image=image: encoded_of_pil(image)))  # type: ignore[misc]
         elif not isinstance(image, str | os.PathLike):
             raise BadOption(f"image {number} is {type(image).__name__}; {_EXPECTED}.")
-        elif Path(image).is_dir() or Path(image).suffix.lower() in TABLES:
+        elif Path(image).is_dir() or is_table(str(image)) or Path(image).suffix.lower() in ARCHIVES:
             yield from _source(image, columns, page)
         else:
             data = _read(lambda path=image: Path(path).read_bytes())  # type: ignore[misc]

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from featurecache.errors import BadOption, ProtocolError
+from featurecache.files.delimited import read_delimited
 from featurecache.formatting import abbreviated, cell, text_of
 from heads.settings import Settings
 from heads.stratify import nested_fraction, stratified_parts
@@ -240,12 +241,12 @@ def read_splits(file: str | Path, ids: list[str], warnings: list[str]) -> np.nda
     if not path.is_file():
         raise BadOption(f"--splits {path}: no such file. A run's splits.csv is one.")
     try:
-        with path.open(encoding="utf-8", newline="") as handle:
-            table = list(csv.DictReader(handle, strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
+        (_, header), *table = read_delimited(path, strict=True) or [(1, [])]
+    except (OSError, UnicodeError, csv.Error) as error:
         raise BadOption(f"--splits {path} is not a CSV file: {error}") from error
     split_of: dict[str, str] = {}
-    for line, row in enumerate(table, start=2):
+    for line, cells in table:
+        row = dict(zip(header, cells, strict=False))
         if row.get("id") is None or row.get("split") is None:
             raise BadOption(f"--splits {path} needs the columns id and split; row {line} has them not.")
         if row["split"] not in (*SPLITS, ""):

@@ -24,7 +24,7 @@ TOP = Path(__file__).parent.parent
 SESSION = ("start", "extract", "train", "statistics", "cache", "format", "offline", "extend")  # in order
 PAGES = {path.relative_to(TOP).as_posix(): path for path in [*TOP.glob("*.md"), *TOP.glob("docs/**/*.md")]}
 MOST_LINES = {
-    "README.md": 180, "docs/start.md": 150, "docs/extract.md": 260, "docs/train.md": 250, "docs/statistics.md": 200,
+    "README.md": 180, "docs/start.md": 150, "docs/extract.md": 250, "docs/train.md": 250, "docs/statistics.md": 200,
     "docs/cache.md": 200, "docs/format.md": 200, "docs/offline.md": 80, "docs/extend.md": 200,
 }  # fmt: skip
 

@@ -158,7 +158,8 @@ def _run(function: Callable[..., Any], talk: Console, options: dict[str, Any]) -
         try:
             return function(talk, **options)
         except SeveralReadings as several:
-            free = all(options.get(name, ...) is None for reading in several.readings for name in reading.options)
+            names = {name for reading in several.readings for name in reading.options} - {"data"}
+            free = all(options.get(name, ...) is None for name in names)
             if not (free and is_terminal()):
                 raise
             click.echo(harmless(str(several)), err=True)

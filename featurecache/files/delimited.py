@@ -1,19 +1,25 @@
-"""Delimited text, CSV and TSV, as people save it: byte order marks, a ``sep=`` line of Excel, semicolons or tabs.
+"""Delimited text, CSV and TSV, as people save it: byte order marks, a ``sep=`` line of Excel, semicolons, tabs, gzip.
 
 Every table that is read back goes through ``read_delimited``: lists of images, labels for features, a ``splits.csv``
-that somebody has opened in Excel and saved again.
+that somebody has opened in Excel and saved again. What gzip or zip has packed is told by its content.
 """
 
 from __future__ import annotations
 
 import codecs
 import csv
+import gzip
+import io
 import re
+import zipfile
+import zlib
 from pathlib import Path
+from typing import IO
 
 SIGNS = ",;\t|"
 # A byte order mark -> the encoding it stands for; Excel's "Unicode text" is UTF-16.
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_MOST = 1 << 31  # bytes of a packed table
 
 
 def read_delimited(file: str | Path, *, strict: bool = False) -> list[tuple[int, list[str]]]:
@@ -21,15 +27,42 @@ def read_delimited(file: str | Path, *, strict: bool = False) -> list[tuple[int,
     the one a line ``sep=`` in front names, a tab in a ``.tsv``, else the one that the header has most often outside
     quotes. Raises OSError, UnicodeError and csv.Error."""
     with open(file, "rb") as opened:
-        start = opened.read(4)
-    encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
-    with open(file, encoding=encoding, newline="") as lines:
+        binary = _unpacked(opened)
+        start = binary.read(4)
+        binary.seek(0)
+        encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "utf-8")
+        lines = io.TextIOWrapper(binary, encoding, newline="")
         header, skipped = lines.readline(), 1
         named = re.fullmatch(r'"?sep=(.)"?\s*', header)
         if not named:
             lines.seek(0)
             skipped = 0
-        plain = re.sub(r'"[^"]*"', "", header)
-        sign = named[1] if named else "\t" if str(file).lower().endswith(".tsv") else max(SIGNS, key=plain.count)
+        plain, tabs = re.sub(r'"[^"]*"', "", header), ".tsv" in Path(file).suffixes[-2:]
+        sign = named[1] if named else "\t" if tabs else max(SIGNS, key=plain.count)
         reader = csv.reader(lines, delimiter=sign, strict=strict)
         return [(reader.line_num + skipped, row) for row in reader if row]
+
+
+def _unpacked(file: IO[bytes]) -> IO[bytes]:
+    """The file from its beginning, unpacked where it is a gzip file or a zip of one member. Raises OSError."""
+    start = file.read(4)
+    file.seek(0)
+    try:
+        if start.startswith(b"\x1f\x8b"):
+            return _whole(gzip.GzipFile(fileobj=file))
+        if start == b"PK\3\4":
+            with zipfile.ZipFile(file) as archive:
+                names = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
+                if len(names) != 1:
+                    raise OSError(f"a zip of {len(names):,} files; expected one table in it, so unpack it")
+                return _whole(archive.open(names[0]))
+    except (EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise OSError(f"packed, and damaged: {error}") from error
+    return file
+
+
+def _whole(packed: IO[bytes] | gzip.GzipFile) -> IO[bytes]:
+    content = packed.read(_MOST + 1)
+    if len(content) > _MOST:
+        raise OSError(f"more than {_MOST:,} bytes when unpacked; unpack it")
+    return io.BytesIO(content)

@@ -91,14 +91,16 @@ def is_dicom(data: bytes) -> bool:
 
 
 def _begins_as_data_set(front: bytes) -> bool:
-    """Two little-endian DICOM elements in their order (PS3.5, 7.1), the first of group 2 or 8."""
-    if front[:2] not in (b"\2\0", b"\x08\0") or len(front) < 20:
+    """Two DICOM elements in their order (PS3.5, 7.1), the first of group 2 or 8; big-endian ones, since retired, with
+    their VR."""
+    if front[:2] not in (b"\2\0", b"\x08\0", b"\0\x08") or len(front) < 20:
         return False
+    order = ">" if front[0] == 0 else "<"
     explicit = _VR.fullmatch(front, 4, 6)
-    size = int.from_bytes(front[6:8] if explicit else front[4:8], "little")
-    if size % 2 or 8 + size + 4 > len(front):
+    (size,) = struct.unpack_from(order + ("H" if explicit else "L"), front, 6 if explicit else 4)
+    if size % 2 or 8 + size + 4 > len(front) or (order == ">" and not explicit):
         return False
-    first, second = struct.unpack_from("<HH", front), struct.unpack_from("<HH", front, 8 + size)
+    first, second = (struct.unpack_from(order + "HH", front, at) for at in (0, 8 + size))
     return first < second and second[0] <= 0x0010
 
 

@@ -44,6 +44,7 @@ VECTORS = ("cls", "pooler", "gap", "mean")  # compared by default: the first tha
 THRESHOLD = 0.99
 TILE, BLOCK = 16_384, 2_048  # rows of the first split held at a time; rows on each side of one product
 _DECIMALS = 9
+_DENSE = 32  # one in so many pairs of rows: from there on all their products are faster
 
 
 class LeakInput(Protocol):
@@ -286,6 +287,8 @@ class NearPairs:
     def add(self, rows: np.ndarray, cosines: np.ndarray) -> None:
         """rows int64 [h,2], cosines [h]; of equal cosines those of the first rows stay."""
         self.count += len(rows)
+        if len(self.rows) == self.most:
+            rows, cosines = rows[cosines >= self.cosines[-1]], cosines[cosines >= self.cosines[-1]]
         rows, cosines = np.concatenate([self.rows, rows]), np.concatenate([self.cosines, cosines])
         order = np.lexsort((rows[:, 1], rows[:, 0], -cosines))[: self.most]
         self.rows, self.cosines = rows[order], cosines[order]
@@ -307,23 +310,32 @@ def nearest_pairs(
         for tile in _parts(first, TILE):
             left = [(rows, features[rows].astype(np.float32)) for rows in _parts(tile, BLOCK)]
             for columns in _parts(second, BLOCK):
-                v = features[columns].astype(np.float32)
+                exact = features[columns]
+                v = exact.astype(np.float32)
                 for rows, u in left:
                     bar.update(len(rows) * len(columns))
                     near = np.matmul(u, v.T, out=product[: len(u), : len(v)])
                     if near.max() < cut:
                         continue
-                    a, b = np.nonzero(near >= cut)
-                    candidates = np.stack([rows[a], columns[b]], 1)
-                    candidates = candidates[same[candidates[:, 0]] != same[candidates[:, 1]]]
-                    cosines = exact_cosines(features, *candidates.T)
+                    a, b = np.divmod(np.flatnonzero(near.reshape(-1) >= cut), len(v))
+                    others = same[rows[a]] != same[columns[b]]
+                    a, b = a[others], b[others]
+                    cosines = exact_cosines(features, rows, exact, a, b)
                     here = cosines >= threshold
-                    pairs.add(candidates[here], cosines[here])
+                    pairs.add(np.stack([rows[a[here]], columns[b[here]]], 1), cosines[here])
     return pairs
 
 
-def exact_cosines(features: CentredUnitRows, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosines float64 [h] of rows a [h] and b [h], from the stored numbers, to nine decimals."""
-    left, a = np.unique(a, return_inverse=True)
-    right, b = np.unique(b, return_inverse=True)
-    return np.round((features[left] @ features[right].T)[a, b], _DECIMALS)
+def exact_cosines(
+    features: CentredUnitRows, rows: np.ndarray, right: np.ndarray, a: np.ndarray, b: np.ndarray
+) -> np.ndarray:
+    """Cosines float64 [h] of rows ``rows[a]`` [h] and of ``right[b]``, float64 [n,D], from the stored numbers, to nine
+    decimals; few of all pairs one by one, many as a whole."""
+    used, place = np.unique(a, return_inverse=True)
+    left = features[rows[used]]
+    if len(a) * _DENSE > len(used) * len(right):
+        return np.round((left @ right.T)[place, b], _DECIMALS)
+    cosines = np.empty(len(a))
+    for part in _parts(np.arange(len(a)), BLOCK):
+        cosines[part] = np.einsum("hd,hd->h", left[place[part]], right[b[part]])
+    return np.round(cosines, _DECIMALS)

@@ -21,7 +21,7 @@ from featurecache.formatting import abbreviated
 from featurecache.maintenance.feature_files import ArrayInfo, FeatureFile, open_feature_file
 from featurecache.sources.annotations import Annotations
 from featurecache.sources.labels import class_labels, labels_of_numbers, resolve_labels, split_names
-from featurecache.sources.tables import TABLES, read_annotations
+from featurecache.sources.tables import is_table, read_annotations
 from featurecache.store.schema import column_at
 
 # Role -> names of arrays, lower case.
@@ -91,7 +91,7 @@ def annotate_rows(
 
 
 def _open_table(labels: str | None, columns: dict[str, str] | None, task: str | None) -> Annotations | None:
-    if labels and labels.lower().endswith(TABLES):
+    if labels and is_table(labels):
         if not Path(labels).is_file():
             raise SourceError(f"there is no file {labels}.")
         return read_annotations(labels, columns, task)
@@ -192,7 +192,7 @@ def _labels_array(file: FeatureFile, key: str | None, rows: int) -> ArrayInfo | 
         return array
     if ending:
         raise SourceError(
-            f"--labels {key}: expected a table ({', '.join(TABLES)}), an .npy, or one of {describe_arrays(file)}."
+            f"--labels {key}: expected a table (.csv, .tsv, .parquet), an .npy, or one of {describe_arrays(file)}."
         )
     return _column(file, "labels", key, rows)
 

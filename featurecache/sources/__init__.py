@@ -25,7 +25,7 @@ from featurecache.sources.labels import ROLES, resolve_labels
 from featurecache.sources.pseudonyms import pseudonymise, secret_of
 from featurecache.sources.published_layouts import is_chest_xray, is_tiny_imagenet, open_chest_xray, open_tiny_imagenet
 from featurecache.sources.summary import contact_sheet, describe_dataset
-from featurecache.sources.tables import TABLES, open_table
+from featurecache.sources.tables import is_table, open_table
 from featurecache.sources.vocabulary import in_order
 from featurecache.sources.webdataset import is_pattern, is_webdataset, open_webdataset
 
@@ -95,7 +95,7 @@ SOURCES: dict[str, Source] = {
     ),
     "table": Source(
         "a table (.csv, .tsv, .parquet)", "a path a row, with label or label columns, split, group",
-        lambda path: path.lower().endswith(TABLES), open_table, True, ("root", "uncertain"),
+        is_table, open_table, True, ("root", "uncertain"),
     ),
     "npz": Source(
         "an .npz of images", "arrays train_images, train_labels (x_train, y_train), and the same of val and test",
@@ -233,7 +233,10 @@ def _find(data: str | os.PathLike[str]) -> tuple[str, str]:
     text, path = str(data), os.path.abspath(os.path.expanduser(data))
     for kind, source in SOURCES.items():
         if source.prefix and isinstance(data, str) and data.startswith(source.prefix):
-            return kind, data.removeprefix(source.prefix)
+            what = data.removeprefix(source.prefix)
+            if not re.split("[:@]", what)[0].strip(" /"):
+                raise SourceError(f"--data {data} names no data set; expected {source.form}.")
+            return kind, what
     short = [source.form.split("[")[0] for source in SOURCES.values()]
     forms = ", ".join(dict.fromkeys("a folder of images" if form.startswith("a folder") else form for form in short))
     if not text:

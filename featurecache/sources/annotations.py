@@ -2,6 +2,10 @@
 
 The table may be a CSV, a Parquet file, or the fields of samples in tars. What each column is was found by its name or
 told (`labels.find_roles`); what was understood of it comes back as sentences.
+
+A group (a person, a lesion) is never in two drawn splits. Columns of known names are taken, the most encompassing
+first, else persons in paths; a column that repeats where ids do not and looks like an id is named, so that nobody draws
+across it unknowingly.
 """
 
 from __future__ import annotations
@@ -16,10 +20,16 @@ import numpy as np
 
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
-from featurecache.sources.groups import groups_in_paths, repeated_ids, repeated_ids_note
 from featurecache.sources.label_cells import LabelColumns, LabelOptions, labels_of_columns
 from featurecache.sources.labels import class_labels, finite_number, groups_or_ids, role_columns, split_names
-from featurecache.sources.vocabulary import is_missing
+from featurecache.sources.pairs import groups_of_pairs
+from featurecache.sources.vocabulary import PERSON, is_missing, split_names_of, words_of
+
+_PERSON = re.compile(rf"{PERSON.pattern}|p\d+", re.IGNORECASE)  # also of MIMIC-CXR in a path: p10000032
+_ID_WORDS = frozenset(("id", "ids", "uid", "number", "nr", "mrn", "accession", "barcode", "code", "person", "owner"))
+_NUMBERED = frozenset(("case", "study", "exam", "series", "lesion"))  # in their bare form
+_MOST_SPLITS = 12  # folders beside each other that may be splits
+_FEWEST, _SHARE = 3, 200  # a column of ids has at least so many values, and one in so many rows
 
 
 @dataclass(frozen=True)
@@ -55,16 +65,22 @@ class Annotations:
 
 
 def annotations_of_text(
-    table: Table, roles: Mapping[str, list[str]], ids: list[str], how: LabelOptions, listed: Sequence[str] = ()
-) -> Annotations:
+    table: Table, roles: Mapping[str, list[str]], ids: list[str], how: LabelOptions, listed: Sequence[str] = (), *,
+    splits_in_paths: bool = False,
+) -> Annotations:  # fmt: skip
     """What the columns of a table with these ``roles`` say of the images ``ids``. ``listed``, in their order: the
-    classes of which the labels are names, or numbers from 0. Raises SourceError."""
+    classes of which the labels are names, or numbers from 0; ``splits_in_paths``: where no column says the splits, the
+    folders of the ids may. Raises SourceError."""
     columns, row, splits, remarks = table.columns, table.row, [""] * len(ids), list[str]()
     if roles["split"]:
         name, remedy = roles["split"][0], "If this column is no split: --column split= (with nothing behind it)."
         splits = split_names(columns[name], lambda index: f"{row(index)}: {name!r}", remedy)
         read = {word: split for word, split in zip(columns[name], splits, strict=True) if split and word != split}
         remarks += [f"splits from {name} ({', '.join(f'{w} is {s}' for w, s in sorted(read.items()))})"] if read else []
+    notes = list[str]()
+    if splits_in_paths and not roles["split"]:
+        splits, said = splits_of_paths(ids)
+        (remarks if any(splits) else notes).extend(said)
     cells = {name: columns[name] for name in roles["label"]}
     labels, classes = np.full(len(ids), -1, np.int64), list[str]()
     label = LabelColumns(table.name, row, how, splits, remarks)
@@ -74,14 +90,36 @@ def annotations_of_text(
         labels, classes = labels_of_columns(cells, label)
         remarks += _missing_words(cells)
     used = {name for several in roles.values() for name in several}
-    notes: tuple[str, ...] = ()
     groups, understood = _groups(table, roles["group"], ids)
     further = {name: columns[name] for name in columns if name not in used}
     if groups is None and (repeated := repeated_ids(further, labels.tolist() if labels.ndim == 1 else [0] * len(ids))):
-        notes = (repeated_ids_note(repeated),)
+        notes.append(repeated_ids_note(repeated))
     meta = {name: numbers_or_text(cells) for name, cells in further.items()}
-    said = (*remarks, *understood)
-    return Annotations(ids, labels, splits, groups, meta, classes, remarks=said, notes=notes, uncertain=label.assumed)
+    return Annotations(
+        ids, labels, splits, groups, meta, classes, remarks=(*remarks, *understood), notes=tuple(notes),
+        uncertain=label.assumed,
+    )  # fmt: skip
+
+
+def splits_of_paths(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The split of each image by the folder of its path (``set/train/1.png``), and what was understood: where one level
+    is splits alone, two at least. Else none, and what to say where some folders look like splits."""
+    folders = [path.replace("\\", "/").split("/")[:-1] for path in paths]
+    notes = list[str]()
+    for level in range(min(map(len, folders), default=0)):
+        names = {parts[level] for parts in folders}
+        split = split_names_of(sorted(names)) if len(names) < _MOST_SPLITS else {}
+        if len(set(split.values())) < 2:
+            continue
+        shown = ", ".join(f"{name}/" for name in sorted(split))
+        if len(split) == len(names):
+            read = ", ".join(split[name] for name in sorted(split))
+            return [split[parts[level]] for parts in folders], [f"splits from {shown} in the paths (read as {read})"]
+        others = abbreviated(sorted(names - split.keys()), 3)
+        notes = [
+            f"The paths have {shown} and beside them {others}: no splits were taken from them; a column says them."
+        ]
+    return [""] * len(paths), notes
 
 
 def _groups(table: Table, named: Sequence[str], ids: list[str]) -> tuple[list[str] | None, list[str]]:
@@ -126,3 +164,47 @@ def numbers_or_text(values: list[str]) -> list[str] | np.ndarray:
         return np.array([int(value) for value in values], np.int64)
     except (ValueError, OverflowError):
         return np.array([np.nan if value in missing else numbers[value] for value in values], np.float64)
+
+
+# -- groups
+
+
+def groups_in_paths(paths: Sequence[str]) -> tuple[list[str], str] | None:
+    """The person or pair of each image by its path, and what was understood; None where paths do not say it of all, or
+    nobody has two images."""
+    folders = [path.replace("\\", "/").split("/")[:-1] for path in paths]
+    persons = [next((part for part in reversed(parts) if _PERSON.fullmatch(part)), "") for parts in folders]
+    if all(persons) and 1 < len(set(persons)) < len(persons):
+        return persons, "groups are the persons in the paths"
+    return groups_of_pairs(paths)
+
+
+def group_columns(columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """The columns that may be the groups by their names; one called case or study has to number some, not to say yes
+    and no or to name two cohorts."""
+    kinds = {name: {cell for cell in cells if not is_missing(cell)} for name, cells in columns.items()}
+    return role_columns("group", [n for n in columns if n.strip().lower() not in _NUMBERED or len(kinds[n]) >= _FEWEST])
+
+
+def repeated_ids(columns: Mapping[str, Sequence[str]], labels: Sequence[object]) -> list[str]:
+    """Those of further columns that look like ids and stand beside several images each."""
+    found = []
+    for name, cells in columns.items():
+        kinds = Counter(cell for cell in cells if not is_missing(cell))
+        repeats = _FEWEST <= len(kinds) < sum(kinds.values()) and len(kinds) * _SHARE >= len(cells)
+        if repeats and _looks_like_ids(name, kinds) and len(set(zip(labels, cells, strict=True))) > len(set(labels)):
+            found.append(name)
+    return found
+
+
+def repeated_ids_note(names: Sequence[str]) -> str:
+    each = "stands" if len(names) == 1 else "stand"
+    return (
+        f"{abbreviated(names, 3)} {each} beside several images each, and may be of one person or lesion: --column "
+        f"group={names[0]} keeps such images in one split."
+    )
+
+
+def _looks_like_ids(name: str, kinds: Mapping[str, int]) -> bool:
+    codes = all(re.fullmatch(r"(?=.*\d)(?=.*[^\W\d])\S+", cell) for cell in kinds)  # letters and digits: HAM_0000118
+    return bool(_ID_WORDS & set(words_of(name))) or (codes and len(kinds) > 2 * _FEWEST)

@@ -19,7 +19,7 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,11 +52,7 @@ class FrameFiles(ImageFiles):
         path, number = self.path(row), split_frame(self.ids[row])[1]
         if number is None:
             return read_file(path)
-        stamp = _stamp(path)
-        if stamp is None or getattr(_last, "stamp", None) != stamp:
-            data = read_file(path)
-            _last.stamp, _last.file = stamp, (data, hashlib.blake2b(data, digest_size=16))
-        return EncodedFrame(_last.file[0], number, _last.file[1])
+        return frame_of(_stamp(path), number, lambda: read_file(path))
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,14 @@ class _FileHeader:
     dicom: bool = False
     patient: str = ""
     windows: int | None = None  # how many to choose from; None where it is no matter (colour, a table, frames' own)
+
+
+def frame_of(stamp: tuple[Any, ...] | None, number: int, read: Callable[[], bytes]) -> EncodedFrame:
+    """A frame of the file that ``read`` reads; not again where this thread has read that of this ``stamp`` last."""
+    if stamp is None or getattr(_last, "stamp", None) != stamp:
+        data = read()
+        _last.stamp, _last.file = stamp, (data, hashlib.blake2b(data, digest_size=16))
+    return EncodedFrame(_last.file[0], number, _last.file[1])
 
 
 def split_frame(name: str) -> tuple[str, int | None]:
@@ -91,16 +95,21 @@ def is_dicom_file(path: str) -> bool:
 
 def images_in_file(name: str, data: bytes, page: str | None = None) -> list[tuple[str, bytes | EncodedFrame]]:
     """The images of one file, by name: itself, or its frames."""
-    try:
-        numbers: Sequence[int] = range(dicom.read_header(data).frames) if is_dicom(data) else (0,)
-    except UnreadableImage:  # said when it is decoded
-        numbers = (0,)
-    if page is not None and tiff.is_tiff(data) and not is_dicom(data):
-        numbers = tiff.pages(data)
+    numbers = _numbers_in(data, page)
     if len(numbers) == 1:
         return [(name, data)]
     hashed = hashlib.blake2b(data, digest_size=16)
     return [(f"{name}#frame={n}", EncodedFrame(data, n, hashed)) for n in _of_page(numbers, page)]
+
+
+def _numbers_in(data: bytes, page: str | None) -> Sequence[int]:
+    """Those of a file's frames; of its pages where ``page`` asks for them."""
+    if not is_dicom(data):
+        return tiff.pages(data) if page is not None and tiff.is_tiff(data) else (0,)
+    try:
+        return range(dicom.read_header(data).frames)
+    except UnreadableImage:  # said when it is decoded
+        return (0,)
 
 
 def _of_page(numbers: Sequence[int], page: str | None) -> Sequence[int]:
@@ -109,15 +118,18 @@ def _of_page(numbers: Sequence[int], page: str | None) -> Sequence[int]:
 
 def expand_frames(dataset: Dataset, page: str | None = None) -> Dataset:
     """``dataset`` with a row for each frame, and groups. Raises SourceError where pydicom is missing, BadOption for a
-    ``page`` that is none or of images that lie in no files of their own."""
+    ``page`` that is none or of images that lie in arrays."""
     if page is not None and not re.fullmatch(r"all|0|[1-9]\d{0,8}", page):
         raise BadOption(f'--page is a number from 0 on, or all; not "{page}".')
-    if type(dataset.images) is not ImageFiles:
+    images = dataset.images
+    if not isinstance(images, ImageFiles):
         if page is not None:
             where = f"those of {dataset.source['data']} lie in an archive or in arrays"
-            raise BadOption(f"--page is for images in files of their own; {where}. Leave it out.")
+            raise BadOption(f"--page is for images in files of their own or in tars; {where}. Leave it out.")
         return dataset
-    root, names = dataset.images.root, dataset.images.ids
+    if images.archived:
+        return dataset if page is None else _expand_archived(dataset, images, page)
+    root, names = images.root, images.ids
     file_of = {row: place for row, name in enumerate(names) if (place := _file_of(root, name, page)) is not None}
     if not file_of:
         return dataset
@@ -125,19 +137,51 @@ def expand_frames(dataset: Dataset, page: str | None = None) -> Dataset:
     if not dicom.installed() and (count := sum(is_dicom_file(path) for path in distinct.values())):
         raise SourceError(f"{count:,} images of {dataset.source['data']} are DICOM. {dicom.MISSING}.")
     files = {file: _read_header(path, _stamp(path)) for file, path in distinct.items()}
-    rows, marks = list[int](), list[str]()
-    for row in range(len(names)):
-        file, number = file_of.get(row, ("", 0))
-        several = number is None and len(files[file].numbers) > 1
-        numbers = _of_page(files[file].numbers, page) if several else [0]
-        rows += [row] * len(numbers)
-        marks += [f"#frame={k}" for k in numbers] if several else [""]
+    numbers = {row: files[file].numbers for row, (file, number) in file_of.items() if number is None}
+    rows, frames = _rows_and_frames(len(names), numbers, page)
+    ids = [frame_name(names[row], frame) for row, frame in zip(rows, frames, strict=True)]
+    groups = dataset.groups if dataset.groups is not None else _patients(dataset.ids, file_of, files, len(rows))
+    notes = _notes(dataset.groups is not None, list(files.values()), page)
+    return _repeated(dataset, rows, frames, groups, FrameFiles(root, ids), notes)
+
+
+def _expand_archived(dataset: Dataset, images: Any, page: str) -> Dataset:
+    """The same of images in tars, which are read for it, once."""
+    files = []
+    for row in range(len(dataset)):
+        try:
+            data = images.read(row)
+            files.append(_FileHeader(tuple(_numbers_in(data, page)), is_dicom(data)))
+        except UnreadableImage:
+            files.append(_FileHeader())
+    rows, frames = _rows_and_frames(len(files), {row: header.numbers for row, header in enumerate(files)}, page)
+    groups = dataset.groups if dataset.groups is not None else _patients(dataset.ids, {}, {}, len(rows))
+    return _repeated(dataset, rows, frames, groups, images.with_frames(rows, frames), _notes(True, files, page))
+
+
+def _rows_and_frames(
+    count: int, numbers: Mapping[int, Sequence[int]], page: str | None
+) -> tuple[list[int], list[int | None]]:
+    """Which row each image is of, and which frame; None of a file that holds one image."""
+    of_row = [numbers.get(row, (0,)) for row in range(count)]
+    frames = [list(_of_page(several, page)) if len(several) > 1 else [None] for several in of_row]
+    return [row for row in range(count) for _ in frames[row]], [frame for several in frames for frame in several]
+
+
+def frame_name(name: str, frame: int | None) -> str:
+    """What `split_frame` divides."""
+    return name if frame is None else f"{name}#frame={frame}"
+
+
+def _repeated(
+    dataset: Dataset, rows: list[int], frames: list[int | None], groups: list[str] | None, images: Any, notes: list[str]
+) -> Dataset:
+    """The samples ``rows``, of the ``frames``. ``groups``: of the rows before."""
 
     def taken(column: Any) -> Any:
         return column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows]
 
-    ids = [name + mark for name, mark in zip(taken(dataset.ids), marks, strict=True)]
-    groups = dataset.groups if dataset.groups is not None else _patients(dataset.ids, file_of, files, len(rows))
+    ids = [frame_name(dataset.ids[row], frame) for row, frame in zip(rows, frames, strict=True)]
     if groups is not None:  # what is a group of its own bears the id of its first image, by which it is hidden too
         first = dict(zip(reversed(taken(dataset.ids)), reversed(ids), strict=True))
         groups = [first.get(group, group) for group in taken(groups)]
@@ -148,8 +192,8 @@ def expand_frames(dataset: Dataset, page: str | None = None) -> Dataset:
         splits=taken(dataset.splits),
         groups=groups,
         meta={name: taken(column) for name, column in dataset.meta.items()},
-        images=FrameFiles(root, [name + mark for name, mark in zip(taken(names), marks, strict=True)]),
-        notes=(*dataset.notes, *_notes(dataset.groups is not None, list(files.values()), page)),
+        images=images,
+        notes=(*dataset.notes, *notes),
     )
 
 

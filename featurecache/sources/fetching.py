@@ -24,7 +24,7 @@ from featurecache.errors import NotFetched, SourceError, first_line
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, package
 from featurecache.sources.folders import is_image, list_folder
-from featurecache.sources.tables import TABLES
+from featurecache.sources.tables import is_table
 
 VARIABLE = "FEATURECACHE_DATA"
 PATIENCE = 15.0  # seconds without a byte after which a server counts as out of reach
@@ -177,7 +177,7 @@ def _down(options: _KaggleSet, top: Path, folder: Path) -> Path:
         if folder.is_file():
             return folder
         files, inner = list_folder(str(folder))
-        tables = [name for name in files if name.lower().endswith((*TABLES, ".npz"))]
+        tables = [name for name in files if is_table(name) or name.lower().endswith(".npz")]
         if any(map(is_image, files)) or (len(inner) > 1 and not tables):
             return folder
         there = [*inner, *tables]

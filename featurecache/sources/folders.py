@@ -12,7 +12,6 @@ their records hold, for a class may be called runs), and folders of systems, of 
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
 from featurecache.sources.dicom_frames import PICTURES, is_dicom_file, may_be_dicom
 from featurecache.sources.labels import class_labels, groups_or_ids, resolve_labels
 from featurecache.sources.layout import FolderLayout, read_layout
+from featurecache.sources.own_output import is_own_output, is_own_sheet, refuse_own_output
 from featurecache.sources.vocabulary import in_order, one_spelling, spelling_key, split_name
 
 EXTENSIONS = (*PICTURES, *DICOM)
@@ -34,15 +34,6 @@ EXTENSIONS = (*PICTURES, *DICOM)
 _NOT_DATA = {
     "__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbnails", "#recycle",
 }  # fmt: skip
-# What this tool writes: the record of a folder, and keys that it has and a stranger's file of that name has not.
-_RECORDS = {
-    "spec.json": {"fingerprint", "spec", "provenance"},
-    "config.json": {"head", "view", "settings", "calibration", "splits"},
-    "sweep.json": {"frame", "views", "asked"},
-    "study.json": {"study", "asked", "images"},
-    "metrics.json": {"families", "select"},
-    "explain.json": {"image", "run"},
-}
 
 
 @dataclass
@@ -60,7 +51,7 @@ class _Tree:
 def open_folder(data: str, task: str | None, *, classes_at: int | None = None, without: Sequence[str] = ()) -> Dataset:
     """The dataset in the folder ``data`` (an absolute path). ``classes_at``: the level of the class folders, where they
     do not say it themselves; ``without`` names folders in it that are left out."""
-    _refuse_own(data)
+    refuse_own_output(data)
     tree = _tree_of(data, without)
     layout = read_layout(tree.ids, data, classes_at)
     ids, (names, spellings) = [tree.ids[row] for row in layout.rows], _spelt(layout, data)
@@ -155,30 +146,6 @@ def _list(folder: str) -> tuple[list[str], list[str], list[str]]:
     return files, sorted(inner - hidden), sorted(inner & hidden)
 
 
-def is_own_output(folder: str, files: Sequence[str]) -> bool:
-    """Whether this tool wrote ``folder``, by the record among its ``files``: its name says nothing."""
-    for name in _RECORDS.keys() & set(files):
-        try:
-            with open(os.path.join(folder, name), encoding="utf-8") as opened:
-                content = json.load(opened)
-        except (OSError, ValueError, RecursionError):
-            continue
-        for record in content if isinstance(content, list) else [content]:
-            if isinstance(record, dict) and record.keys() >= _RECORDS[name]:
-                return True
-    return False
-
-
-def _refuse_own(data: str) -> None:
-    folder = data
-    while True:
-        if is_own_output(folder, list(_RECORDS)):
-            what = "was written by featurecache" if folder == data else f"lies in {folder}, which featurecache wrote"
-            raise SourceError(f"{data} {what}: expected a folder of your images.")
-        if folder == (folder := os.path.dirname(folder)):
-            return
-
-
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -202,7 +169,9 @@ def _walk(
         tree.loops.append(below.rstrip("/"))
         return
     for name in files:
-        if is_image(name) or (may_be_dicom(name) and is_dicom_file(os.path.join(folder, name))):
+        if is_own_sheet(os.path.join(folder, name)):
+            tree.own.append(below + name)
+        elif is_image(name) or (may_be_dicom(name) and is_dicom_file(os.path.join(folder, name))):
             tree.ids.append(below + name)
         else:
             tree.ignored[os.path.splitext(name)[1].lower()] += 1

@@ -68,10 +68,7 @@ def image_files(folder: str, names: list[str], root: str | None = None) -> tuple
         return ImageFiles(above, names), [*notes, "paths relative to the folder above that of the table"]
     if root is not None and (shorter := _without_first_folders(base, names)):
         paths, level = shorter
-        return ImageFiles(base, paths), [
-            *notes,
-            f"the first {level} folders of the paths left out",
-        ]
+        return ImageFiles(base, paths), [*notes, f"the first {level} folders of the paths left out"]
     below = _Below(base)
     if located := _read_otherwise(below, names):
         return ImageFiles(base, located[0]), [*notes, located[1]]

@@ -34,27 +34,10 @@ SIGNS = ("|", ";", ",")  # between the findings of a cell
 NO_FINDING = frozenset(("no finding", "no findings", "nofinding", "normal", "none", "healthy"))
 # Fewest different values that are looked at for being no classes, and most different numbers that may be some.
 _FEWEST, _MOST_NUMBERS = 10, 30
-_MEASURES = frozenset(
-    [
-        "age",
-        "ages",
-        "year",
-        "years",
-        "weight",
-        "height",
-        "width",
-        "size",
-        "length",
-        "area",
-        "volume",
-        "score",
-        "mm",
-        "cm",
-        "ml",
-        "kg",
-        "bmi",
-    ]
-)
+_MEASURES = {
+    "age", "ages", "year", "years", "weight", "height", "width", "size", "length", "area", "volume", "score", "mm",
+    "cm", "ml", "kg", "bmi",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,9 +86,9 @@ def _labels_of_column(name: str, cells: Sequence[str], reading: LabelColumns) ->
         if findings is not None:
             return _labels_of_findings(name, findings, sign, reading)
     values = _without_uncertain(name, values, reading)
-    chosen, notes = one_spelling(Counter(value for value in values if value), f"the column {name!r} of {reading.where}")
+    chosen, notes = one_spelling(Counter(values), f"the column {name!r} of {reading.where}")
     reading.remarks += [note.rstrip(".") for note in notes]
-    return labels_of_text([chosen[value] if value else "" for value in _yes_or_no(values, reading)], name, reading)
+    return labels_of_text([chosen[value] for value in _yes_or_no(values, reading)], name, reading)
 
 
 def labels_of_text(values: Sequence[str], name: str, reading: LabelColumns) -> tuple[np.ndarray, list[str]]:
@@ -280,7 +263,7 @@ def _labels_of_findings(
 def several_labels_of_text(columns: Mapping[str, Sequence[str]], reading: LabelColumns) -> np.ndarray:
     """float32 [N, L]: 1, 0, NaN for unknown; -1 as ``uncertain`` has it. Raises SourceError."""
     meaning = reading.how.uncertain or "ignore"
-    labels, uncertain, blank = np.empty((len(columns), len(next(iter(columns.values())))), np.float32), 0, 0
+    labels = np.empty((len(columns), len(next(iter(columns.values())))), np.float32)
     for number, (name, cells) in enumerate(columns.items()):
         values = {cell: np.nan if is_missing(cell) else _truth(cell) for cell in set(cells)}
         if None in values.values():

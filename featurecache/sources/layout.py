@@ -4,7 +4,7 @@
     chest/training_set/NORMAL/1.png         splits, then classes; also classes, then splits
     idc/8863/0/1.png                        persons (their images stay together), then classes
     leukemia/fold_0/all/1.png               folds (kept in the column fold), then classes
-    covid/COVID/images/1.png, masks/1.png   classes; masks are left out
+    covid/COVID/images/1.png, masks/1.png   classes; masks are left out (`featurecache.sources.pairs`)
 
 A level is what the names say that stand beside each other. What has two readings is refused with both, and
 ``classes_at`` (the level of the classes, 1 for the folders in the data folder) chooses.
@@ -19,12 +19,17 @@ from dataclasses import dataclass, field
 
 from featurecache.errors import Reading, SeveralReadings, SourceError
 from featurecache.formatting import abbreviated
-from featurecache.sources.masks import IMAGES, without_masks
-from featurecache.sources.vocabulary import hints_at_split, split_names_of, words_of
-
-_PERSON = re.compile(
-    r"(patient|pat|subject|subj|sub|case|person|participant|pid|donor|animal|mouse)(id)?[\W_]*\d\w*", re.I
+from featurecache.sources.pairs import (
+    IMAGES,
+    are_sides,
+    groups_of_pairs,
+    plain_name,
+    refuse_pairs,
+    share_names,
+    without_masks,
 )
+from featurecache.sources.vocabulary import PERSON, hints_at_split, split_names_of, words_of
+
 # What looks like the number of somebody, where something stands below it: 8863, P001, LIDC-IDRI-0001, TCGA-A1-A0SB;
 # n01440764 is a class of ImageNet.
 _NUMBER = re.compile(r"(?!n\d{8}$)(\d{3,}|[a-z]+([-_][a-z]+)*[-_]?\d{3,}|tcga(-\w+)+|[a-z]\d{2,})", re.I)
@@ -49,7 +54,7 @@ class FolderLayout:
 def read_layout(paths: Sequence[str], where: str, classes_at: int | None = None) -> FolderLayout:
     """The layout of images by their paths below the folder ``where``. Raises SeveralReadings where it has two, else
     SourceError."""
-    rows, masks = without_masks(paths)
+    rows, masks = without_masks(paths, where, classes_at)
     folders = [paths[row].rpartition("/")[0] for row in rows]
     images: dict[str, list[str]] = defaultdict(list)
     for row, folder in zip(rows, folders, strict=True):
@@ -65,11 +70,15 @@ def read_layout(paths: Sequence[str], where: str, classes_at: int | None = None)
     def of_rows(column: list[str] | None) -> list[str] | None:
         return None if column is None else [column[place] for place in places]
 
+    groups = of_rows(reader.groups)
+    if groups is None and (pairs := groups_of_pairs(paths[row] for row in rows)):
+        groups = pairs[0]
+        reader.remarks.append(pairs[1])
     return FolderLayout(
         rows,
         of_rows(reader.splits) or [],
         of_rows(reader.classes) or [],
-        of_rows(reader.groups),
+        groups,
         of_rows(reader.folds),
         of_rows(reader.folders) or [],
         reader.remarks + masks,
@@ -97,6 +106,7 @@ class _Reader:
             self._read_splits(rows)
         if labelled := [row for row in rows if self._name(row) is not None]:
             self._read_classes(labelled)
+            self._refuse_sides(labelled)
 
     def _name(self, row: int, deeper: int = 0) -> str | None:
         at = self.at[row] + deeper
@@ -206,7 +216,7 @@ class _Reader:
         all_deep = len(deep) == len(rows)
         pairs = {(self._name(row), self._name(row, 1)) for row in deep}
         shared = any(count > 1 for count in Counter(sub for _, sub in pairs).values())
-        persons, numbers = _all(_PERSON, tops), _all(_NUMBER, tops, _PERSON)
+        persons, numbers = _all(PERSON, tops), _all(_NUMBER, tops, PERSON)
         below, further = split_names_of(sorted(subs)), split_names_of(sorted(tops)) if not any(self.splits) else {}
         if further and len(further) < len(tops):
             self._refuse_half(rows, tops, further)
@@ -223,21 +233,21 @@ class _Reader:
             self._read_classes(rows)
         elif below and not persons and not any(self.splits):
             third = self._names(rows, 2)
-            if numbers and third and not _all(_NUMBER, third, _PERSON) and not _all(_VISIT, third):
+            if numbers and third and not _all(_NUMBER, third, PERSON) and not _all(_VISIT, third):
                 self._refuse_two(rows, 2)
             if len(below) < len(subs) or not all_deep:
                 self._refuse_half_below(rows, below)
             self._refuse_folds_of_splits(rows)
             self._take_splits(rows, below, deeper=1)
             self._take_classes(rows, below=2)
-        elif all_deep and numbers and not _all(_NUMBER, subs, _PERSON):
+        elif all_deep and numbers and not _all(_NUMBER, subs, PERSON):
             if not (shared or persons or _all(_VISIT, subs)):
                 self._refuse_two(rows)
             self._take_persons(rows)
             if not _all(_VISIT, subs):
                 self._advance(rows)
                 self._read_classes(rows)
-        elif _all(_NUMBER, subs, _PERSON) and not (numbers and shared):
+        elif _all(_NUMBER, subs, PERSON) and not (numbers and shared):
             self._take_classes(rows)
         elif not _all(_VISIT, subs) and shared and not (all_deep and len(subs) == 1):
             self._refuse_two(rows)
@@ -259,9 +269,19 @@ class _Reader:
         self.remarks.append(f"classes from level {self._level(rows)} of the folders ({abbreviated(names, 6)})")
         for deeper in range(below, max(len(self.parts[row]) - self.at[row] for row in rows)):
             names_below = self._names(rows, deeper)
-            named = len(names_below) > 1 and _all(_NUMBER, names_below, _PERSON)
-            if self.groups is None and (named or _all(_PERSON, names_below)):
+            named = len(names_below) > 1 and _all(_NUMBER, names_below, PERSON)
+            if self.groups is None and (named or _all(PERSON, names_below)):
                 self._take_persons(rows, deeper)
+
+    def _refuse_sides(self, rows: Sequence[int]) -> None:
+        """Refuses classes that may be the sides of pairs: called like some, with files of the same names."""
+        if are_sides(classes := {self.classes[row] for row in rows}):
+            below: dict[str, set[str]] = {name: set() for name in classes}
+            for row in rows:
+                folder = "/".join([self.splits[row], *self.parts[row][self.at[row] + 1 :]])
+                below[self.classes[row]] |= {f"{folder}/{plain_name(image)}" for image in self.images[row]}
+            if share_names(*below.values()):
+                refuse_pairs(sorted(classes), self._folder(rows[0]), self._level(rows))
 
     def _take_persons(self, rows: Sequence[int], deeper: int = 0) -> None:
         self.groups = self.groups or [""] * len(self.parts)
@@ -323,7 +343,7 @@ class _Reader:
                 self._take_splits(rows, split)
             elif _all(_FOLD, names) and self.folds is None:
                 self._take_folds(rows)
-            elif self.groups is None and _all(_NUMBER, names, _PERSON):
+            elif self.groups is None and _all(_NUMBER, names, PERSON):
                 self._take_persons(rows)
             elif other < level and len(names) > 1:
                 self.remarks.append(f"level {other} not used ({abbreviated(sorted(names), 4)})")

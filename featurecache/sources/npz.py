@@ -274,9 +274,5 @@ def _labels(
         return *labels_of_numbers(values, bears, published), []
     if labels.ndim == 2 and len(labels) and task != "multilabel" and (labels.sum(1) == 1).all():  # NaN: is none
         way = "--task multilabel reads them as labels of their own"
-        return (
-            labels.argmax(1),
-            classes,
-            [f"{labels.shape[1]} classes, as every row of labels has exactly one 1 ({way})"],
-        )
+        return labels.argmax(1), classes, [f"{labels.shape[1]} classes: every row of labels has exactly one 1 ({way})"]
     return labels, classes, []

@@ -26,6 +26,7 @@ from featurecache.images.decoding import decode, image_header
 from featurecache.images.headers import EncodedImage, ImageHeader
 from featurecache.sources.base import Dataset
 from featurecache.sources.labels import SPLIT_ORDER
+from featurecache.sources.own_output import SHEET
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -241,7 +242,7 @@ class SheetSection:
 
 def grid_of_images(title: str, about: str, sections: Sequence[SheetSection]) -> bytes:
     """A contact sheet as the bytes of a PNG. An image that cannot be read is an empty frame with the reason."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, PngImagePlugin
 
     rows = [row for section in sections for row in section.rows]
     cells = [cell for _, row in rows for cell in row]
@@ -279,7 +280,9 @@ def grid_of_images(title: str, about: str, sections: Sequence[SheetSection]) -> 
             y += strip
         y += BETWEEN
     encoded = io.BytesIO()
-    sheet.save(encoded, "PNG", optimize=True)
+    about_itself = PngImagePlugin.PngInfo()
+    about_itself.add_text(*SHEET)
+    sheet.save(encoded, "PNG", optimize=True, pnginfo=about_itself)
     return encoded.getvalue()
 
 

@@ -22,18 +22,23 @@ from dataclasses import replace
 from featurecache.errors import SourceError
 from featurecache.files.delimited import read_delimited
 from featurecache.formatting import abbreviated
-from featurecache.sources.annotations import Annotations, Table, annotations_of_text
+from featurecache.sources.annotations import Annotations, Table, annotations_of_text, group_columns
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
-from featurecache.sources.groups import group_columns
 from featurecache.sources.image_paths import image_files
 from featurecache.sources.label_cells import LabelOptions, one_hot_columns
 from featurecache.sources.labels import ROLES, find_roles, resolve_labels, role_columns
 from featurecache.sources.parquet_files import ParquetTable, read_parquet
 from featurecache.sources.vocabulary import is_missing, spelling_key
 
-TABLES = (".csv", ".tsv", ".parquet", ".pq")  # endings
+_TEXTS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.zip", ".tsv.zip")
+_PARQUET = (".parquet", ".pq")
 # Columns of boxes: a table that has one lists findings, and an image as often as it has some.
 _BOXES = frozenset(("x", "xmin", "x1", "bbox", "box", "boxes"))
+
+
+def is_table(name: str) -> bool:
+    """By its ending."""
+    return name.lower().endswith((*_TEXTS, *_PARQUET))
 
 
 def open_table(
@@ -51,7 +56,7 @@ def open_table(
     else:
         table, understood = _one_row_each(table, roles, task)
         ids = table.columns[roles["path"][0]]
-    rows = annotations_of_text(table, roles, ids, reading)
+    rows = annotations_of_text(table, roles, ids, reading, splits_in_paths="split" not in (columns or {}))
     labelled = resolve_labels(rows.labels, rows.classes, task, table.name)
     images: ImageFiles | ImageArrays
     if embedded and inside and inside.images:
@@ -64,10 +69,9 @@ def open_table(
         understood.append(f"columns left out, neither text nor numbers: {abbreviated(inside.left)}")
     if labelled.task == "unlabelled" and task is None:
         notes.insert(0, _no_labels(rows))
-    record = {"root": root and os.path.abspath(os.path.expanduser(root)), "uncertain": rows.uncertain}
     return Dataset(
-        name=table.name.rsplit(".", 1)[0],
-        source={name: value for name, value in record.items() if value is not None},
+        name=re.sub(r"\.\w+(\.gz|\.zip)?$", "", table.name),
+        source={"root": root and os.path.abspath(os.path.expanduser(root)), "uncertain": rows.uncertain},
         ids=ids,
         **labelled._asdict(),
         splits=rows.splits,
@@ -92,7 +96,8 @@ def read_annotations(data: str, columns: dict[str, str] | None, task: str | None
         table, _ = _one_row_each(table, roles, task)
     ids = table.columns[roles["path"][0]] if roles["path"] else None
     own = [f"{table.name}:{row}" for row in range(len(table.places))]  # one without a group is a group of its own
-    return replace(annotations_of_text(table, roles, ids or own, LabelOptions(task)), ids=ids)
+    by_path = ids is not None and "split" not in (columns or {})
+    return replace(annotations_of_text(table, roles, ids or own, LabelOptions(task), splits_in_paths=by_path), ids=ids)
 
 
 def annotate(
@@ -108,17 +113,16 @@ def annotate(
 
 
 def _read_table(file: str) -> tuple[Table, ParquetTable | None]:
-    if file.lower().endswith((".parquet", ".pq")):
+    places: Sequence[int]
+    if file.lower().endswith(_PARQUET):
         inside = read_parquet(file)
         names, columns, places = inside.names, inside.columns, range(1, inside.rows + 1)
-        table = Table(file, dict(zip(names, columns, strict=True)), places)
     else:
         inside = None
-        names, columns, lines = _read_csv(file)
-        table = Table(file, dict(zip(names, columns, strict=True)) if len(set(names)) == len(names) else {}, lines)
+        names, columns, places = _read_csv(file)
     if repeated := [name for name in names if names.count(name) > 1]:
         raise SourceError(f"{file} has the column {repeated[0]!r} more than once; rename one.")
-    return table, inside
+    return Table(file, dict(zip(names, columns, strict=True)), places), inside
 
 
 def _read_csv(file: str) -> tuple[list[str], list[list[str]], Sequence[int]]:

@@ -31,6 +31,10 @@ _FILLERS = {
     "part", "phase", "seg", "all", "full", "final", "x", "y", "jpg", "jpeg", "png",
 }  # fmt: skip
 _JOINED = re.compile(f"({'|'.join(SPLITS)})({'|'.join(word for word in sorted(_FILLERS) if len(word) > 2)})")
+# The name of somebody: patient00001 (CheXpert), subject-3, case_2a.
+PERSON = re.compile(
+    r"(patient|pat|subject|subj|sub|case|person|participant|pid|donor|animal|mouse)(id)?[\W_]*\d\w*", re.IGNORECASE
+)
 # Cells that mean "not known", lower case. ``None`` is Python's; ``none`` may be a class (none, mild, severe).
 MISSING = frozenset(("", "nan", "na", "n/a", "#n/a", "<na>", "null", "nat", "-", "?"))
 YES_NO = {

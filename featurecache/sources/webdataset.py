@@ -6,7 +6,8 @@ Files of one tar that have the same name up to the first dot of their last part 
 key: ``p1/0001.jpg``, ``p1/0001.cls``, ``p1/0001.json``; a UID, as DICOM has them, is a key whole (``1.2.840.113.dcm``).
 What stands behind the dot tells what a file is:
 
-- an image by its ending (where a sample has several: ``--column path=jpg`` says which); of DICOM the first frame;
+- an image by its ending (where a sample has several: ``--column path=jpg`` says which); of DICOM the first frame, or
+  what ``--page`` says;
 - ``cls``: the class, a number or a name; numbers count in ``classes.txt`` beside the tars, where there is one;
 - ``json``: fields that serve as the columns of a table do (label, split, group by their names or by ``--column``, all
   further ones are kept), values that are lists or objects left out; ``txt`` only where ``--column label=txt`` asks.
@@ -31,15 +32,17 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
 
 from featurecache.errors import SourceError, UnreadableImage
 from featurecache.formatting import abbreviated
+from featurecache.images.headers import EncodedFrame
 from featurecache.sources.annotations import Table
 from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, read_text
+from featurecache.sources.dicom_frames import frame_name, frame_of
 from featurecache.sources.folders import EXTENSIONS, is_image, kinds_text, list_folder
 from featurecache.sources.labels import resolve_labels
 from featurecache.sources.tables import annotate
@@ -174,12 +177,25 @@ class TarImages(ImageFiles):
     tars: list[str] = field(repr=False)  # relative to ``root``
     stamps: list[tuple[int, int]] = field(repr=False)  # size and time of change of each tar, as it was indexed
     places: np.ndarray = field(repr=False)  # int64 [N, 3]: of each its tar, offset and size in bytes
+    frames: list[int | None] | None = field(default=None, repr=False)  # of each its frame or page; None: it is whole
     archived: ClassVar[bool] = True
+
+    def with_frames(self, rows: list[int], frames: list[int | None]) -> TarImages:
+        """The images ``rows``, of each one frame."""
+        ids = [frame_name(self.ids[row], frame) for row, frame in zip(rows, frames, strict=True)]
+        return replace(self, ids=ids, places=self.places[rows], frames=frames)
 
     def path(self, row: int) -> str:
         return os.path.join(self.root, self.tars[self.places[row, 0]])
 
-    def read(self, row: int) -> bytes:
+    def read(self, row: int) -> bytes | EncodedFrame:
+        frame = None if self.frames is None else self.frames[row]
+        if frame is None:
+            return self._read(row)
+        stamp = (self.root, *self.places[row].tolist(), self.stamps[self.places[row, 0]])
+        return frame_of(stamp, frame, lambda: self._read(row))
+
+    def _read(self, row: int) -> bytes:
         number, offset, size = self.places[row].tolist()
         with open_image_file(self.path(row)) as (descriptor, status):
             if (status.st_size, status.st_mtime_ns) != self.stamps[number]:

@@ -42,6 +42,18 @@ def test_at_a_terminal_it_asks_which_and_takes_none_by_default(scans, monkeypatc
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize(("answer", "classes", "images"), [("1", ["left", "right"], 2), ("2", [], 1)])
+def test_at_a_terminal_a_reading_may_be_other_data(tmp_path, monkeypatch, answer, classes, images):
+    monkeypatch.setattr(terminal, "is_terminal", lambda: True)
+    data = pictures(tmp_path / "stereo", "left/1.png", "right/1.png")
+    result = CliRunner().invoke(cli.main, (*WORDS[:-1], str(data)), input=f"{answer}\n")
+    record = json.loads(result.stdout)["data"]
+    assert (record["classes"], record["images"]) == (classes, images)
+    monkeypatch.undo()
+    assert f"left alone: featurecache extract --backbone vit-demo --data {data}/left" in call(*WORDS[:-1], data).stderr
+
+
+@pytest.mark.integration
 def test_what_was_understood_is_said_before_anything_is_computed(scans):
     result = call(*WORDS[:-3], "--data", "scans", "--classes-at", "2", "--order", "lung,liver")
     assert "understood level 1 not used (CT, MR); classes from level 2 of the folders (liver, lung)" in result.stdout

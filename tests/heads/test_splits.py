@@ -148,9 +148,15 @@ def test_any_id_survives_the_splits_file(tmp_path_factory, ids):
     assert (read_splits(file, ids, []) == names).all()
 
 
+def test_a_splits_file_that_excel_has_saved_is_read(tmp_path):
+    (tmp_path / "s.csv").write_text("\ufeffid;split\r\na;train\r\n\r\nb;test\r\n", "utf-8")
+    assert read_splits(tmp_path / "s.csv", ["b", "a"], []).tolist() == ["test", "train"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("", "no row for 240 of 240 images"),
         ("id,split\nimg/0000.png,train\n", "no row for 239 of 240 images"),
         ("id,split\nimg/0000.png,train\nimg/0000.png,test\n", "puts img/0000.png into"),
         ("id,split\nimg/0000.png,training\n", "'training' is none of train, val, test"),

@@ -295,7 +295,10 @@ def without_meta(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("gap", [without_syntax, without_meta, lambda data: data[132:]])
-@pytest.mark.parametrize("syntax", [pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian])
+@pytest.mark.parametrize(
+    "syntax",
+    [pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ExplicitVRBigEndian],
+)
 def test_a_header_with_gaps_is_read_by_the_default_of_the_standard(gap, syntax):
     frames = np.random.default_rng(0).integers(0, 4096, (2, 8, 8)).astype(np.uint16)
     whole = dicom_bytes(frames, syntax, BitsStored=12)
@@ -318,7 +321,13 @@ def test_a_deflated_file_without_a_preamble_is_read():
 
 
 @pytest.mark.parametrize(
-    "data", [b"\x08\0" * 90, b"\2\0\0\0" + bytes(60), b"\x08\0\5\0\4\0\0\0abcd\x08\0\1\0" + b"\1" * 9]
+    "data",
+    [
+        b"\x08\0" * 90,
+        b"\2\0\0\0" + bytes(60),
+        b"\x08\0\5\0\4\0\0\0abcd\x08\0\1\0" + b"\1" * 9,
+        b"\0\x08\0\5\0\0\0\4abcd\0\x08\0\x16" + bytes(40),  # big-endian without VR: there is no such thing
+    ],
 )
 def test_bytes_that_only_begin_alike_are_no_dicom(data):
     assert "not an image" in reason(data)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from featurecache.errors import SourceError
 from featurecache.sources.annotations import labels_of_listed
 from featurecache.sources.fetching import SourceOptions
-from featurecache.sources.label_cells import LabelColumns, LabelOptions, labels_of_columns
+from featurecache.sources.label_cells import LabelColumns, LabelOptions, labels_of_columns, one_hot_columns
 from featurecache.sources.labels import groups_or_ids, labels_of_numbers, resolve_labels
 
 WORD = st.from_regex(r"[a-z0-9.-]{1,8}", fullmatch=True)
@@ -103,6 +103,12 @@ def test_another_sign_divides_where_its_parts_stand_alone(sign):
     assert read(f"mass{sign}benign", "cyst")[1] == ["cyst", f"mass{sign}benign"]
 
 
+def test_one_column_of_yes_and_no_is_one_label_where_several_are_asked_for():
+    labels, classes, _ = read("1", "0", "", task="multilabel")
+    np.testing.assert_array_equal(labels, [[1], [0], [np.nan]])
+    assert classes == ["finding"]
+
+
 def test_a_sign_that_may_divide_or_not_is_asked_about():
     cells = ("mass, benign", "mass, malignant", "cyst, benign", "cyst, malignant")
     with pytest.raises(SourceError, match=r"one class, or several findings .*--task multiclass .*--task multilabel"):
@@ -146,8 +152,8 @@ def test_spellings_of_one_class_in_a_table():
 
 
 def test_words_for_yes_and_no_of_one_column():
-    labels, classes, said = read("1", "yes", "1", "0", "False", "0")
-    assert (labels, classes) == ([1, 1, 1, 0, 0, 0], ["0", "1"])
+    labels, classes, said = read("1", "yes", "1", "0", "False", "0", "")
+    assert (labels, classes) == ([1, 1, 1, 0, 0, 0, -1], ["0", "1"])
     assert "are read as 0 and 1" in said
     assert read("yes", "no")[1] == ["no", "yes"] and read("t", "n", "f")[1] == ["f", "n", "t"]
 
@@ -155,7 +161,7 @@ def test_words_for_yes_and_no_of_one_column():
 @pytest.mark.parametrize(
     ("cells", "meant"),
     [
-        ([f"{20 + 1.37 * k:.2f}" for k in range(12)], "a measurement"),
+        ([f"{20 + 1.37 * k:.2f}" for k in range(12)] + [""], "a measurement"),
         ([str(20 + k % 40) for k in range(400)], "a measurement"),
         ([f"a chest film, number {k}" for k in range(12)], "captions or ids"),
     ],
@@ -163,7 +169,7 @@ def test_words_for_yes_and_no_of_one_column():
 def test_ages_measurements_and_captions_are_no_classes(cells, meant):
     with pytest.raises(SourceError, match=f"{meant}, no classes.* regression is not offered. --task multiclass"):
         read(*cells)
-    assert len(read(*cells, task="multiclass")[1]) == len(set(cells))
+    assert len(read(*cells, task="multiclass")[1]) == len(set(cells) - {""})
 
 
 def test_a_hundred_numbered_classes_are_classes():
@@ -191,3 +197,14 @@ def test_the_name_of_a_published_set_is_read_as_it_is_written(name, variant, ver
 def test_several_labels_of_another_number_of_classes_are_refused():
     with pytest.raises(SourceError, match=r"a\.npy has 2 labels a row, and there are 3 classes"):
         labels_of_numbers(np.zeros((4, 2)), "a.npy", ["a", "b", "c"])
+
+
+def test_empty_and_missing_parts_of_a_cell_are_no_findings():
+    labels, classes, _ = read("mass|", "mass|NA", " | fluid |mass")
+    assert (labels, classes) == ([[0, 1], [0, 1], [1, 1]], ["fluid", "mass"])
+
+
+def test_one_hot_columns_are_told_from_numbers_and_text():
+    ones = {"a": np.array([1, 0]), "b": np.array([0, 1])}
+    assert one_hot_columns({**ones, "age": np.array([60, 61]), "code": ["1", "0"]}) == ["a", "b"]
+    assert one_hot_columns({"a": ones["a"]}) == []

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from support.small_sets import pictures, refused, reopened
 
 from featurecache.errors import SeveralReadings, SourceError
 from featurecache.sources import open_source
-from featurecache.sources.folders import is_own_output
 from featurecache.sources.layout import FolderLayout, read_layout
 
 
@@ -54,6 +51,7 @@ def test_the_two_test_sets_of_fer2013():
 def test_folders_above_everything_are_passed():
     assert read("chest/xray/N", "chest/xray/P") == {("", "N"), ("", "P")}
     assert read("n01440764/images", "n01443537/images") == {("", "n01440764"), ("", "n01443537")}
+    assert read("A/images", "A/original", "B/images", "B/original") == {("", "A"), ("", "B")}
     assert rows_of(read_layout(["1.png", "2.png"], "data")) == {("", "")}
 
 
@@ -65,11 +63,18 @@ def test_patients_below_classes_are_groups():
     assert read("N/patient1", "N/patient2", "P/patient3") == {
         ("", "N", "patient1"), ("", "N", "patient2"), ("", "P", "patient3"),
     }  # fmt: skip
+    assert read("N", "P/patient1", "P/patient2") == {("", "N", ""), ("", "P", "patient1"), ("", "P", "patient2")}
 
 
 def test_patients_with_studies_have_no_classes():
     assert read("train/patient00001/study1", "train/patient00002/study1", "valid/patient64/study1") == {
         ("train", "", "patient00001"), ("train", "", "patient00002"), ("val", "", "patient64"),
+    }  # fmt: skip
+
+
+def test_splits_below_patients_may_have_no_classes():
+    assert read("patient1/train/a", "patient1/train/b", "patient2/test") == {
+        ("train", "a", "patient1"), ("train", "b", "patient1"), ("test", "", "patient2"),
     }  # fmt: skip
 
 
@@ -119,6 +124,7 @@ def test_beside_a_told_level_splits_persons_and_folds_are_read():
     }  # fmt: skip
     assert read("fold1/a", "fold2/b", classes_at=2) == {("", "a", "fold1"), ("", "b", "fold2")}
     assert read("bus", "train", "car", classes_at=1) == {("", "bus"), ("", "train"), ("", "car")}
+    assert read("train", "test/deep", classes_at=1) == {("", "train"), ("", "test")}
 
 
 REFUSED = [
@@ -127,7 +133,7 @@ REFUSED = [
     (("trainA", "trainB", "testA", "testB"), "look like splits, and what their other words mean is not plain"),
     (("train/a", "train_data/a"), "the folders train and train_data in data both say train"),
     (("a/train", "a/test", "b"), "split folders below class folders (a/t"),
-    (("a/train", "a/other", "b/train"), "split folders below class folders (a/train), but not every image"),
+    (("a/other", "a/train", "b/train"), "split folders below class folders (a/train), but not every image"),
     (("train/train", "train/test", "test/test"), "in it lie test, train: which of them says the split"),
     (("fold_0/train/a", "fold_0/test/a", "fold_1/train/a"), "Give one fold: --data data/fold_0"),
     (("train/a", "train"), "holds images (0.png, 1.png) beside the folders a"),
@@ -155,36 +161,6 @@ def test_a_class_called_train_inside_split_folders_is_a_class():
     assert read("train/train", "train/bus", "test/train", "test/bus") == {
         (split, name) for split in ("train", "test") for name in ("train", "bus")
     }
-
-
-# -- masks
-
-
-def test_masks_beside_their_images_are_left_out_and_said(tmp_path):
-    names = ["benign/1.png", "benign/1_mask.png", "benign/1_mask_1.png", "normal/2.jpg", "normal/2_segmentation.png"]
-    data = open_source(pictures(tmp_path, *names))
-    assert data.ids == ["benign/1.png", "normal/2.jpg"]
-    assert "3 masks left out (*_mask.png, *_segmentation.png)" in data.source["understood"]
-
-
-@pytest.mark.parametrize(
-    "folders",
-    [
-        ("A/images", "A/masks", "B/images", "B/masks"),
-        ("images/A", "images/B", "masks/A", "masks/B"),
-        ("A", "A/mask", "B"),
-    ],
-)
-def test_folders_of_masks_beside_images_are_left_out(folders):
-    layout = read_layout(paths(*folders), "data")
-    assert set(layout.classes) == {"A", "B"}
-    assert not any("mask" in paths(*folders)[row] for row in layout.rows)
-
-
-def test_masks_of_faces_are_classes():
-    assert read("with_mask", "without_mask") == {("", "with_mask"), ("", "without_mask")}
-    assert read("mask", "no_mask") == {("", "mask"), ("", "no_mask")}
-    assert rows_of(read_layout(["a/x_mask.png", "b/y.png"], "data")) == {("", "a"), ("", "b")}
 
 
 # -- spellings and order
@@ -224,27 +200,6 @@ def test_names_of_severity_need_an_order_which_is_kept(tmp_path):
 
 
 # -- what is no data
-
-
-def test_what_this_tool_wrote_is_no_data_whatever_it_is_called(tmp_path):
-    pictures(tmp_path, "a/1.png", "runs/2.png", "old/1/roc.png", "stuff/vit/probe.png")
-    (tmp_path / "old/1/config.json").write_text(
-        json.dumps(dict.fromkeys(("head", "view", "settings", "calibration", "splits"), ""))
-    )
-    (tmp_path / "stuff/vit/spec.json").write_text(json.dumps({"fingerprint": "", "spec": {}, "provenance": {}}))
-    data = open_source(tmp_path)
-    assert (data.ids, data.classes) == (["a/1.png", "runs/2.png"], ["a", "runs"])
-    assert "what featurecache wrote left out (old/1/, stuff/vit/)" in data.source["understood"]
-    refused(tmp_path / "stuff/vit", "was written by featurecache")
-    refused(pictures(tmp_path / "old/1/deeper", "1.png"), f"lies in {tmp_path}/old/1, which featurecache wrote")
-    refused(tmp_path / "stuff", "found only what featurecache wrote (vit/)")
-
-
-@pytest.mark.parametrize("text", ['{"head": 1}', "[]", "[1]", "no json", '{"spec": {}, "provenance": 1}'])
-def test_records_of_others_do_not_make_a_folder_ours(tmp_path, text):
-    for name in ("config.json", "spec.json", "explain.json"):
-        (tmp_path / name).write_text(text)
-    assert not is_own_output(str(tmp_path), ["config.json", "spec.json", "explain.json", "gone"])
 
 
 def test_folders_of_systems_and_thumbnails_are_left_out_and_counted(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from support.plant import flip
 from support.small_sets import npz, pictures, refused, reopened, shades, table
 
-from featurecache.errors import SourceError
+from featurecache.errors import SourceError, nearest
 from featurecache.sources import SOURCES, open_source
 from featurecache.sources import npz as npz_source
 from featurecache.sources.medmnist import MEDMNIST
@@ -43,6 +43,15 @@ def test_words_and_files_that_are_no_source_say_what_there_is(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     refused(tmp_path / "link", "is a broken link")
     refused("", "empty")
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf: ", "hf:@v1", "kaggle:", "kaggle:/", "medmnist:", "torchvision:@folder"])
+def test_a_prefix_without_a_name_is_no_folder(name):
+    refused(name, f"--data {name} names no data set; expected {name.partition(':')[0]}:<")
+
+
+def test_near_names_are_each_said_once():
+    assert nearest("othre", ["other", "x", "other", "others", "other"]) == " Near: other, others."
 
 
 @pytest.mark.parametrize(
@@ -143,7 +152,7 @@ def test_npz_of_one_1_in_every_row_has_classes(tmp_path):
     file = npz(tmp_path / "set.npz", x_train=shades(4, 5, 4), y_train=np.eye(3)[[2, 0, 1, 1]])
     data = open_source(file)
     assert (data.labels.tolist(), data.classes, data.task) == ([2, 0, 1, 1], ["0", "1", "2"], "multiclass")
-    assert data.understood[0].startswith("3 classes, as every row of labels has exactly one 1")
+    assert data.understood[0].startswith("3 classes: every row of labels has exactly one 1")
     assert open_source(file, task="multilabel").labels.shape == (4, 3)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.small_sets import encoded, listed, pictures, refused, reopened, shades_of, table
 
-from featurecache.errors import UnreadableImage
+from featurecache.errors import SourceError, UnreadableImage
 from featurecache.sources import open_source
 from featurecache.sources.summary import describe_dataset
+from featurecache.sources.tables import read_annotations
 from featurecache.sources.vocabulary import is_missing, spelling_key
 
 
@@ -30,6 +33,7 @@ def test_csv_with_splits_groups_and_further_columns(tmp_path):
     np.testing.assert_array_equal(data.meta["age"], [61, np.nan, 7])
     assert data.meta["sex"] == ["F", "M", "F"]
     assert (data.read(0), data.name) == ((tmp_path / "x/2.png").read_bytes(), "list")
+    assert "splits from Split (Test is test)" in data.understood
 
 
 def test_several_label_columns_with_unknown_entries(tmp_path):
@@ -277,3 +281,99 @@ def _as_class(label: str) -> str:
     whole, point, decimals = label.partition(".")
     number = whole.removeprefix("-").isdecimal() and point and decimals and not decimals.strip("0")
     return "" if is_missing(label) else whole if number else label
+
+
+@pytest.mark.parametrize("name", ["list.csv.gz", "list.TSV.gz", "list.csv.zip", "list.csv"])
+def test_packed_tables_are_read_as_the_table_in_them(tmp_path, name):
+    text = "path,label\na.png,x\nb.png,y\n".replace(",", "\t" if "TSV" in name else ",").encode()
+    pictures(tmp_path, "a.png", "b.png")
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("inner/list.csv", text)
+            archive.writestr("__MACOSX/._list.csv", "x")
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(text))
+    data = open_source(tmp_path / name)
+    assert (data.ids, data.classes, data.name) == (["a.png", "b.png"], ["x", "y"], "list")
+    assert reopened(data).ids == data.ids
+
+
+def test_packed_tables_that_are_damaged_several_or_too_large_are_refused(tmp_path, monkeypatch):
+    file, packed = tmp_path / "list.csv.gz", gzip.compress(b"path,label\n" + bytes(range(33, 127)) * 9)
+    for damaged in (packed[:40], packed[:20] + b"\xff" * 20, b"PK\3\4" + packed):
+        file.write_bytes(damaged)
+        refused(file, "cannot be read as a table (packed, and damaged")
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.csv", "")
+        archive.writestr("b.csv", "")
+    refused(file, "a zip of 2 files; expected one table in it")
+    monkeypatch.setattr("featurecache.files.delimited._MOST", 100)
+    file.write_bytes(packed)
+    refused(file, "more than 100 bytes when unpacked")
+
+
+def test_splits_that_only_the_paths_name_are_taken_and_said(tmp_path):
+    rows = "set/train_data/x/1.png,x\nset/train_data/y/2.png,y\nset/test_data/x/3.png,x\n"
+    data = open_source(listed(tmp_path, "path,label\n" + rows))
+    assert data.splits == ["train", "train", "test"]
+    assert "splits from test_data/, train_data/ in the paths (read as test, train)" in data.understood
+    assert open_source(tmp_path / "list.csv", columns={"split": ""}).splits == [""] * 3
+    assert reopened(data).splits == data.splits
+
+
+@pytest.mark.parametrize(
+    ("paths", "note"),
+    [
+        (("train/1.png", "train/2.png"), False),  # one file of several, as CheXpert has them
+        (("train/1.png", "test/2.png", "pred/3.png"), True),
+        (("train/1.png", "2.png"), False),
+        (("bus/1.png", "train/2.png", "car/3.png"), False),
+    ],
+)
+def test_paths_that_say_no_splits_of_all_images_say_none(tmp_path, paths, note):
+    data = open_source(listed(tmp_path, "path,label\n" + "".join(f"{path},x\n" for path in paths)))
+    assert set(data.splits) == {""}
+    assert any("The paths have test/, train/ and beside them pred" in words for words in data.notes) == note
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "groups", "note"),
+    [
+        ("case", ["1", "2", "3", "1"], True, False),
+        ("case", ["1", "0", "", "1"], False, False),  # yes and no
+        ("barcode", ["x1", "x2", "x3", "x1"], False, True),
+        ("barcode", ["x1", "x2", "x3", ""], False, False),
+    ],
+)
+def test_empty_cells_are_no_group_and_no_id_that_repeats(tmp_path, column, cells, groups, note):
+    rows = "".join(f"{row}.png,{'xy'[row % 2]},{cell}\n" for row, cell in enumerate([*cells, *cells[3:]]))
+    data = open_source(listed(tmp_path, f"path,label,{column}\n{rows}"))
+    assert (data.groups is not None, any("barcode stands beside" in words for words in data.notes)) == (groups, note)
+
+
+def test_a_table_of_labels_for_features_without_a_label_is_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"list.csv has no column of labels among a, b; --column label=NAME"):
+        read_annotations(str(table(tmp_path, "a,b\n1,2\n")), None, None)
+
+
+def test_rows_of_one_image_of_which_one_says_nothing_agree(tmp_path):
+    data = open_source(listed(tmp_path, "path,label\na.png,x\na.png,NA\nb.png,y\n"))
+    assert (data.ids, data.labels.tolist()) == (["a.png", "b.png"], [0, 1])
+
+
+def test_a_column_that_is_the_label_leaves_the_groups_to_another(tmp_path):
+    rows = "path,patient,subject\na.png,x,1\nb.png,y,1\n"
+    assert open_source(listed(tmp_path, rows), columns={"label": "patient"}).groups == ["1", "1"]
+
+
+def test_what_is_no_image_is_not_found_below_the_table(tmp_path):
+    (pictures(tmp_path, "sub/1.png") / "sub/a.dat").write_text("")
+    refused(table(tmp_path, "path,label\na.dat,x\n"), "looked for", "a.dat")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
+def test_the_unicode_text_of_excel_is_read(tmp_path, encoding):
+    pictures(tmp_path, "\u00fc.png")
+    text = "\ufeff" * (encoding == "utf-16-be") + "path\tlabel\r\n\u00fc.png\tx\r\n"
+    (tmp_path / "list.csv").write_bytes(text.encode(encoding))
+    assert open_source(tmp_path / "list.csv").ids == ["\u00fc.png"]

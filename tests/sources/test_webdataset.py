@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from support.small_sets import encoded, pictures, refused, reopened, shades_of
 
 import featurecache
@@ -20,6 +21,7 @@ from featurecache.errors import SourceError, UnreadableImage
 from featurecache.extraction import scan
 from featurecache.extraction.digest_cache import DigestCache
 from featurecache.extraction.scan import scan as scan_dataset
+from featurecache.images.decoding import digest
 from featurecache.sources import open_source, webdataset
 from featurecache.sources.summary import describe_dataset
 
@@ -313,3 +315,21 @@ def test_extracted_as_the_same_images_in_a_folder_are(tmp_path):
     assert (view.ids, result.computed) == (["t-000.tar:0", "t-000.tar:1", "t-000.tar:2"], 0)
     assert view.digests.tolist() == folder.digests.tolist()
     np.testing.assert_array_equal(view.array("cls", np.arange(3)), folder.array("cls", np.arange(3)))
+
+
+def test_pages_of_stacks_in_tars_are_images_as_in_files(tmp_path):
+    stack = io.BytesIO()
+    pages = [Image.new("L", (6, 4), shade) for shade in (10, 20, 30)]
+    pages[0].save(stack, "TIFF", save_all=True, append_images=pages[1:])
+    path = tar(tmp_path / "scans.tar", ("p1.tif", stack.getvalue()), ("p1.cls", b"a"), *samples(("p2", "b"), start=7))
+    first, third, every = (open_source(path, page=page) for page in (None, "2", "all"))
+    assert (shades_of(first), shades_of(third), shades_of(every)) == ([10, 7], [30, 7], [10, 20, 30, 7])
+    assert every.ids == [*(f"scans.tar:p1#frame={page}" for page in range(3)), "scans.tar:p2"]
+    assert (every.labels.tolist(), third.ids[0]) == ([0, 0, 0, 1], "scans.tar:p1#frame=2")
+    assert every.groups == [*["scans.tar:p1#frame=0"] * 3, "scans.tar:p2"]
+    assert "1 TIFF files hold 3 pages, each an image (#frame=0, #frame=1, …)." in every.notes
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file/p1.tif").write_bytes(stack.getvalue())
+    alone = open_source(tmp_path / "file", page="all")
+    assert [digest(alone.read(page)) for page in range(3)] == [digest(every.read(page)) for page in range(3)]
+    assert reopened(every).ids == every.ids

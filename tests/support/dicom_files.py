@@ -30,7 +30,8 @@ def dicom_bytes(pixels: np.ndarray, syntax: str = pydicom.uid.ExplicitVRLittleEn
     ds.BitsAllocated = ds.BitsStored = 8 * pixels.dtype.itemsize
     ds.PixelRepresentation = int(pixels.dtype.kind == "i")
     if pixels.size:
-        ds.PixelData = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+        order = ">" if syntax == pydicom.uid.ExplicitVRBigEndian else "<"  # pydicom swaps no pixels
+        ds.PixelData = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
         ds.PixelData += b"\0" * (len(ds.PixelData) % 2)
         ds["PixelData"].VR = "OB" if pixels.dtype.itemsize == 1 else "OW"
     file = io.BytesIO()
