@@ -9,7 +9,14 @@ from __future__ import annotations
 import codecs
 import csv
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featurecache.errors import BadOption
+
+if TYPE_CHECKING:
+    import pandas
 
 SIGNS = ",;\t|"
 # A byte order mark -> the encoding it stands for; Excel's "Unicode text" is UTF-16.
@@ -33,3 +40,12 @@ def read_delimited(file: str | Path, *, strict: bool = False) -> list[tuple[int,
         sign = named[1] if named else "\t" if str(file).lower().endswith(".tsv") else max(SIGNS, key=plain.count)
         reader = csv.reader(lines, delimiter=sign, strict=strict)
         return [(reader.line_num + skipped, row) for row in reader if row]
+
+
+def data_frame(columns: Mapping[str, Any]) -> pandas.DataFrame:
+    """Columns [N] by name as a pandas DataFrame. Raises BadOption without pandas, which nothing else here needs."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise BadOption("a DataFrame needs pandas: pip install 'featurecache[pandas]'.") from error
+    return pandas.DataFrame(columns)

@@ -49,9 +49,9 @@ _DECIMALS = 9
 class LeakInput(Protocol):
     """Of a view, or of images without features, what exact leaks go by."""
 
-    ids: list[str]
-    splits: list[str]
-    groups: list[str] | None
+    ids: np.ndarray
+    splits: np.ndarray
+    groups: np.ndarray | None
     digests: np.ndarray
 
     @property
