@@ -8,7 +8,23 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names, for editors and type checkers
+    from featurecache.backbones import load_backbone as load_backbone
+    from featurecache.errors import FeatureCacheError as FeatureCacheError
+    from featurecache.extraction.canary import compute as compute
+    from featurecache.extraction.plan import extract as extract
+    from featurecache.extraction.plan import prepare as prepare
+    from featurecache.maintenance.collect import collect as collect
+    from featurecache.maintenance.collect import compact as compact
+    from featurecache.maintenance.collect import remove_view as remove_view
+    from featurecache.maintenance.export import export_view as export_view
+    from featurecache.maintenance.import_features import import_view as import_view
+    from featurecache.maintenance.merge import merge as merge
+    from featurecache.sources import open_source as open_source
+    from featurecache.store.view import View as View
+    from featurecache.store.write_view import open_view as open_view
 
 __version__ = "0.1.0"
 
@@ -36,3 +52,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'featurecache' has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -10,6 +10,7 @@ text ``text_of(cell(text)) == text``, also for text that begins with apostrophes
 from __future__ import annotations
 
 import csv
+import html
 import io
 import platform
 import re
@@ -69,6 +70,14 @@ def aligned(rows: Sequence[Sequence[str]], right: int | Sequence[int] = 1, inden
     ends = range(right, len(widths)) if isinstance(right, int) else right
     pads = [f"{'>' if i in ends else '<'}{width}" for i, width in enumerate(widths)]
     return [" " * indent + "  ".join(map(format, row, pads)).rstrip() for row in rows]
+
+
+def html_table(title: str, rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the header first, as notebooks show a table; all text is escaped."""
+    header, *others = [[html.escape(cell) for cell in row] for row in rows]
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in others)
+    head = "".join(f"<th>{cell}</th>" for cell in header)
+    return f"<p>{html.escape(title)}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def first_of(rows: Sequence[Sequence[str]], more: str = "more", most: int = 10) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError, nearest
 from featurecache.formatting import abbreviated
@@ -21,7 +21,7 @@ from heads.reports.figures import save_pictures
 from heads.reports.page import WrittenReport, write_report
 from heads.runs.run import Run, load_run, name_of
 from heads.runs.write import run_target, write_run
-from heads.settings import Settings
+from heads.settings import HeadOptions, NetworkOptions, Settings, SweepOptions, takes
 from heads.sweeps.grid import SweepSpec
 from heads.sweeps.journal import RECORD, ROWS, Sweep, in_use, load_sweep, open_sweep, read_journal, write_sweep
 from heads.sweeps.plan import FROM_PIXELS, SweepPlan, has_option, plan_sweep
@@ -32,12 +32,16 @@ from heads.training import network
 from heads.training.job import describe_training, prepare_training
 from heads.training.train import measure_controls, run_contents, train_together
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+@takes(HeadOptions)
 def train_head(
     view: FeatureView | str | Path, head: str, *, splits: str | Path | None = None,
     classes: Sequence[str] | None = None, only: Sequence[str] | str | None = None, out: str | Path | None = None,
     overwrite: bool = False, controls: bool | None = None, report: bool = True, images: bool = True,
-    hash_ids: bool = False, say: Say | None = None, **options: Any,
+    hash_ids: bool = False, say: Say | None = None, **options: Unpack[HeadOptions],
 ) -> Run:  # fmt: skip
     """Train a head on the features of a view and write a run folder. ``options``: the other fields of
     `heads.settings.Settings`, which are the options of ``featurecache train-head``.
@@ -61,11 +65,12 @@ def train_head(
     return _with_report(run, images, hash_ids) if report else run
 
 
+@takes(NetworkOptions)
 def train_baseline(
     data: Any, arch: str, *, splits: str | Path | None = None, classes: Sequence[str] | None = None,
     only: Sequence[str] | str | None = None, out: str | Path | None = None, overwrite: bool = False,
     resume: bool = False, controls: bool = False, report: bool = True, images: bool = True, hash_ids: bool = False,
-    device: str = "auto", say: Say | None = None, progress: bool = False, **options: Any,
+    device: str = "auto", say: Say | None = None, progress: bool = False, **options: Unpack[NetworkOptions],
 ) -> Run:  # fmt: skip
     """Train a network from pixels and write a run folder. ``arch``: a name of `heads.models.catalogue.BASELINES`, or
     ``finetune:<backbone>``.
@@ -108,10 +113,14 @@ def _with_report(run: Run, images: bool, hash_ids: bool) -> Run:
     return load_run(run.path, trust_code=True)
 
 
-def predict(run: Run | str | Path, images: Any, *, trust_code: bool = False, **options: Any) -> list[dict[str, Any]]:
+def predict(
+    run: Run | str | Path, images: Any, *, columns: dict[str, str] | None = None, device: str = "auto",
+    weights: str | None = None, trust_code: bool = False, say: Say | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """A record for each new image, a path, folder, table, encoded bytes, array or PIL image: its class, probability and
     those of all classes; see `heads.inference.predict_images`. Of a sweep's folder the run that it chose answers."""
-    return predict_images(run if isinstance(run, Run) else open_run(run, trust_code=trust_code), images, **options)
+    opened = run if isinstance(run, Run) else open_run(run, trust_code=trust_code)
+    return predict_images(opened, images, columns=columns, device=device, weights=weights, say=say)
 
 
 def open_run(path: str | Path, *, trust_code: bool = False) -> Run:
@@ -123,10 +132,12 @@ def open_run(path: str | Path, *, trust_code: bool = False) -> Run:
     return load_run(load_sweep(path).best.path, trust_code=trust_code)
 
 
+@takes(SweepOptions)
 def ablate(
     features: FeatureView | str | Path | Sequence[FeatureView | str | Path] | None, heads: str | Sequence[str], *,
     data: Any = None, cache: str | Path | None = None, out: str | Path | None = None, controls: bool | None = None,
-    reference: str | None = None, dry_run: bool = False, say: Say | None = None, progress: bool = False, **options: Any,
+    reference: str | None = None, dry_run: bool = False, say: Say | None = None, progress: bool = False,
+    **options: Unpack[SweepOptions],
 ) -> Sweep | None:  # fmt: skip
     """Train ``heads`` with every setting of ``options`` (`SweepSpec.of`, and those of `train_head`), choose on val.
 
@@ -137,7 +148,8 @@ def ablate(
     nothing, return None. Raises BadOption, NotInCache, ProtocolError and RunError before anything is trained.
     """
     say = say or (lambda line: None)
-    spec = SweepSpec.of(heads, **{**options, "device": _device(heads, options.get("device"))})
+    settings: dict[str, Any] = {**options, "device": _device(heads, options.get("device"))}
+    spec = SweepSpec.of(heads, **settings)
     if spec.search:
         check_installed()
     views = _open_views(features, cache, spec, data, progress)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -207,8 +207,9 @@ def _features(run: Run, images: list[Any], device: str, weights: str | None) -> 
         return resize_all([with_white(image, bits) for image in images], preprocess_of(run))
     import featurecache
 
+    like = cast(Any, store_of(run))  # what of a view names its store
     features, failed = featurecache.compute(
-        images, like=store_of(run), output=run.output, device=device, weights=weights, trust_code=run.trust_code
+        images, like=like, output=run.output, device=device, weights=weights, trust_code=run.trust_code
     )
     return features, dict(failed)
 

@@ -62,9 +62,9 @@ class PixelView:
             reason = self.failed[0]["reason"] if self.failed else "it has none"
             raise ProtocolError(f"{dataset.source['data']}: no image can be read ({reason}).")
         self.classes, self.task, self.labels = list(dataset.classes), dataset.task, dataset.labels[rows]
-        self.ids, self.digests = [dataset.ids[i] for i in rows], digests[rows]
-        self.splits = [dataset.splits[i] for i in rows]
-        self.groups = None if dataset.groups is None else [dataset.groups[i] for i in rows]
+        self.ids, self.digests = np.array(dataset.ids, object)[rows], digests[rows]
+        self.splits = np.array(dataset.splits, object)[rows]
+        self.groups = None if dataset.groups is None else np.array(dataset.groups, object)[rows]
         self.meta = {name: np.asarray(column)[rows] for name, column in dataset.meta.items()}
 
     @property
@@ -88,7 +88,7 @@ class PixelView:
         return len(self.ids)
 
     def split(self, name: str) -> np.ndarray:
-        return np.flatnonzero(np.array(self.splits) == name)
+        return np.flatnonzero(self.splits == name)
 
     def copies(self, rows: Any = None) -> np.ndarray:
         """int64 [n, 1]: there are no stored copies; baselines draw theirs anew in every step."""

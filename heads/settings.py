@@ -7,11 +7,16 @@ the table of measures, of which one chooses. Commands read both without numpy.
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
 
 from featurecache.errors import BadOption, nearest
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,100 @@ class Settings:
     def from_dict(cls, data: dict[str, Any]) -> Settings:
         own = {key: value for key, value in data.items() if key in TABLE or key == "head"}
         return cls(**own | {"classes": tuple(own["classes"]), "only": tuple(own["only"])})
+
+
+class CommonOptions(TypedDict, total=False):
+    """What `train_head`, `train_baseline` and `ablate` take by name, for editors and type checkers: `Settings` says the
+    defaults and what is allowed."""
+
+    epochs: int
+    batch_size: int
+    patience: int
+    split_seed: int
+    select: str
+    balance: bool
+    resplit_val: bool
+    train_per_class: int | None
+    pos_weight: bool
+    positive: str | None
+    drop_leaks: bool
+    class_weights: bool
+    sensitivity: float | None
+
+
+class _OneOptions(CommonOptions, total=False):
+    """Of one head or network: one value each."""
+
+    lr: float
+    weight_decay: float
+    seed: int
+    optimizer: str
+    schedule: str
+    dropout: float | None
+    label_smoothing: float
+    fraction: float
+
+
+class _NetworkOptions(TypedDict, total=False):
+    image_size: int | None
+    lora: int | None
+    rlrr: bool
+    weights: str | None
+    random_weights: bool
+
+
+class _FeatureOptions(TypedDict, total=False):
+    standardize: str | None
+    gated: bool
+    precision: str
+    ram: float | None
+
+
+class HeadOptions(_OneOptions, _FeatureOptions, total=False):
+    output: str | None
+    folds: int | None
+    fold: int | None
+
+
+class NetworkOptions(_OneOptions, _NetworkOptions, total=False):
+    augment: str | None
+
+
+class SweepOptions(CommonOptions, _FeatureOptions, _NetworkOptions, total=False):
+    """Grids are one value, several, or words: ``"1e-4..1e-2:3"``, ``"adam,sgd"``."""
+
+    outputs: str | Sequence[str] | None
+    seeds: int
+    fractions: str | float | Sequence[float]
+    repeats: int
+    folds: int | None
+    search: str | None
+    trials: int | None
+    splits: str | Path | None
+    classes: Sequence[str] | None
+    only: Sequence[str] | str | None
+    device: str | None
+    lr: str | float | Sequence[float]
+    weight_decay: str | float | Sequence[float]
+    dropout: str | float | Sequence[float]
+    label_smoothing: str | float | Sequence[float]
+    optimizer: str | Sequence[str]
+    schedule: str | Sequence[str]
+    augment: str | Sequence[str] | None
+
+
+def takes(options: Any) -> Callable[[F], F]:
+    """Shows the names of a TypedDict in the signature of a function, in the place of its ``**options``."""
+
+    def change(function: F) -> F:
+        signature = inspect.signature(function)
+        fixed = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        usual = {name: TABLE[name].default if name in TABLE else None for name in options.__annotations__}
+        named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=usual[name]) for name in usual]
+        function.__signature__ = signature.replace(parameters=fixed + named)  # type: ignore[attr-defined]
+        return function
+
+    return change
 
 
 TABLE: dict[str, Field[Any]] = {each.name: each for each in fields(Settings) if each.metadata}

@@ -186,7 +186,7 @@ def compact(talk: Console, view: str | None, cache: str | None) -> int:
 @option("--overwrite", is_flag=True, help="Replace a file that is there.")
 @cache_option
 def export(talk: Console, view: str, file: str, cache: str | None, copies: bool, **options: Any) -> int:
-    """Write a view to one plain file, .h5, .npz, .parquet or .safetensors, that needs neither the cache nor this tool.
+    """Write a view to one plain file that needs no cache and no tool of ours: .h5, .npz, .parquet, .csv, .safetensors.
 
     \b
     featurecache export chest chest.h5 --compress
@@ -202,7 +202,7 @@ def export(talk: Console, view: str, file: str, cache: str | None, copies: bool,
     talk.result(f"exported   {kept} to {done.path} ({size_text(done.bytes)})", done)
     if opened.augmented and not copies:
         talk.say(f"left out   {opened.rows - len(opened):,} augmented copies; --copies exports them too")
-    if done.format != "parquet" and not copies:  # which nothing here reads as features
+    if done.format not in ("parquet", "csv") and not copies:  # which nothing here reads as features
         talk.next(f"featurecache import {shlex.quote(str(done.path))} --name NAME")
     return 0
 

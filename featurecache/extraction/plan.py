@@ -7,11 +7,12 @@ hours, a name that cannot be stored or another dataset's view of the same name, 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,9 @@ from featurecache.store.shards import Layout, find_by_digest
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store, cache_folder, find_store, latest_generation, missing_outputs, stores
 from featurecache.store.view import View
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def prepare(
@@ -152,13 +156,24 @@ def _layouts(network: Backbone, wanted: Sequence[Output], dtype: str) -> dict[st
     return layouts | {o.source: output_layout(network, parse(o.source), dtype) for o in wanted if o.is_derived}
 
 
-def extract(data: Any = "digits", *, progress: bool = False, **options: Any) -> ExtractionResult:
-    """Run a backbone once over ``data`` and keep its outputs; see `prepare` for the options.
+def _with_parameters(of: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """A function that takes what another takes, for editors, ``help`` and type checkers."""
+
+    def change(function: Callable[..., T]) -> Callable[P, T]:
+        function.__signature__ = inspect.signature(of)  # type: ignore[attr-defined]
+        return function
+
+    return change
+
+
+@_with_parameters(prepare)
+def extract(*data: Any, **options: Any) -> ExtractionResult:
+    """Run a backbone once over ``data`` and keep its outputs; the parameters are those of `prepare`.
 
     >>> result = featurecache.extract("chest/", backbone="vit-in21k", outputs="cls,tokens")       # doctest: +SKIP
     >>> featurecache.open_view(result.view).tensor("cls")                                         # doctest: +SKIP
     """
-    return prepare(data, remember=True, progress=progress, **options).run(progress=progress)
+    return prepare(*data, **{"remember": True, **options}).run(progress=options.get("progress", False))
 
 
 def choose_precision(

@@ -43,7 +43,7 @@ from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
 from featurecache.sources.base import Dataset, may_be_trained_on
 from featurecache.sources.pseudonyms import Secret, plain_reason
-from featurecache.store.schema import ViewColumns
+from featurecache.store.schema import ViewColumns, text_array
 from featurecache.store.shards import Layout, RowLocations, notes_for
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import ImageGroups, Store, create_store, generations, missing_outputs
@@ -340,7 +340,10 @@ def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Pat
             "The same command computes them again."
         )
     samples = [kept, *(of for of, _ in copied)]
-    columns = ViewColumns(dataset.ids, dataset.labels, dataset.splits, sample_image, dataset.groups, dataset.meta)
+    groups = None if dataset.groups is None else text_array(dataset.groups)
+    columns = ViewColumns(
+        text_array(dataset.ids), dataset.labels, text_array(dataset.splits), sample_image, groups, dataset.meta
+    )
     columns = replace(columns, **columns.at(np.concatenate(samples)))
     columns.digests = extraction.digests[images]
     reason_of = plain_reason if "secret" in dataset.source else str

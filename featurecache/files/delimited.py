@@ -13,8 +13,14 @@ import io
 import re
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
+
+from featurecache.errors import BadOption
+
+if TYPE_CHECKING:
+    import pandas
 
 SIGNS = ",;\t|"
 # A byte order mark -> the encoding it stands for; Excel's "Unicode text" is UTF-16.
@@ -66,3 +72,12 @@ def _whole(packed: IO[bytes] | gzip.GzipFile) -> IO[bytes]:
     if len(content) > _MOST:
         raise OSError(f"more than {_MOST:,} bytes when unpacked; unpack it")
     return io.BytesIO(content)
+
+
+def data_frame(columns: Mapping[str, Any]) -> pandas.DataFrame:
+    """Columns [N] by name as a pandas DataFrame. Raises BadOption without pandas, which nothing else here needs."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise BadOption("a DataFrame needs pandas: pip install 'featurecache[pandas]'.") from error
+    return pandas.DataFrame(columns)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -151,7 +151,7 @@ def _attributes(thing: h5py.HLObject) -> dict[str, Any]:
     return {key: value.item() if isinstance(value, np.generic) else value for key, value in thing.attrs.items()}
 
 
-def write_texts(file: h5py.File, name: str, values: Sequence[str]) -> None:
+def write_texts(file: h5py.File, name: str, values: Iterable[str]) -> None:
     """A column of text for readers without HDF5, whose own texts of variable length lie in heaps."""
     texts = [value.encode() for value in values]
     file[f"{TEXTS}{name}/bytes"] = np.frombuffer(b"".join(texts), np.uint8)

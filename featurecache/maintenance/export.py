@@ -1,10 +1,11 @@
-"""Export a view as one plain file that needs neither the cache nor this package: HDF5, npz, Parquet or safetensors.
+"""Export a view as one plain file that needs neither the cache nor this package: HDF5, npz, Parquet, CSV, safetensors.
 
 .h5            as a view, without its index: `ids`, `labels`, `splits`, ..., the attributes, and each output as a
                real dataset [N, ...]
 .npz           the same names as arrays; the attributes as one JSON text in `attributes`
-.parquet       a row an image: `id`, `label`, `class`, `split`, `group`, `digest`, further columns, and each vector
-               as a fixed-size list of float32 (a float16 is exact in it, and every reader knows it)
+.parquet       a row an image: the columns of `View.table` (`id`, `label`, `class`, `split`, ...), and each vector as
+               a fixed-size list of float32 (a float16 is exact in it, and every reader knows it)
+.csv           the same columns, and a column a number of each vector: `cls.0`, `cls.1`, ...
 .safetensors   features and `labels` as tensors; ids, splits, classes, ... as JSON in the metadata
 
 The file is written beside its place in blocks of rows, through `Sink`, and put there when it is whole: a full disk or a
@@ -13,6 +14,8 @@ kill leaves the file that was there, or none. Memory is that of one block and of
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import zipfile
@@ -29,7 +32,7 @@ from featurecache.files.atomic import AtomicFile, check_room, remove_orphans
 from featurecache.files.directory import ALIGNMENT
 from featurecache.files.hdf5 import Sink
 from featurecache.files.records import nan_to_none
-from featurecache.formatting import byte_bar
+from featurecache.formatting import byte_bar, cell
 from featurecache.outputs import parse
 from featurecache.store.schema import Layout, ViewColumns
 from featurecache.store.view import View
@@ -63,8 +66,8 @@ class Columns:
 
     def text(self) -> dict[str, list[str]]:
         """Columns of text, by the names they have in a view."""
-        groups = {} if self.rows.groups is None else {"groups": self.rows.groups}
-        return {"ids": self.rows.ids, "splits": self.rows.splits, **groups}
+        columns = {"ids": self.rows.ids, "splits": self.rows.splits, "groups": self.rows.groups}
+        return {name: column.tolist() for name, column in columns.items() if column is not None}
 
     def view_attributes(self) -> dict[str, Any]:
         """The attributes of the view; without its copies nothing of how they were made."""
@@ -134,7 +137,7 @@ def write_parquet(sink: Sink, columns: Columns, compress: bool, advance: Advance
     from pyarrow import parquet
 
     view, outputs = columns.view, columns.outputs
-    table, widths = pyarrow.table(_table_columns(columns)), {name: outputs[name].shape[0] for name in outputs}
+    table, widths = pyarrow.table(columns.view.table()), {name: outputs[name].shape[0] for name in outputs}
     fields = [pyarrow.field(name, pyarrow.list_(pyarrow.float32(), width)) for name, width in widths.items()]
     schema = pyarrow.schema([*table.schema, *fields], {"featurecache": json.dumps(columns.attributes())})
     step = max(1, BLOCK // (4 * sum(widths.values())))
@@ -147,25 +150,24 @@ def write_parquet(sink: Sink, columns: Columns, compress: bool, advance: Advance
             advance(sum(block.nbytes for block in blocks))
 
 
-def _table_columns(columns: Columns) -> dict[str, Any]:
-    """Of each image one value a column; a further column whose name is taken is called ``meta.NAME``."""
-    import pyarrow
-
-    view, versions = columns.view, columns.rows.versions
-    table: dict[str, Any] = {"id": view.ids}
-    if view.task == "multilabel":
-        flat = np.ascontiguousarray(view.labels, np.float32).ravel()
-        table["label"] = pyarrow.FixedSizeListArray.from_arrays(flat, view.labels.shape[1])
-    else:
-        table["label"] = view.labels
-        table["class"] = pyarrow.array([view.classes[k] if k >= 0 else None for k in view.labels], pyarrow.string())
-    table |= {"split": view.splits, "digest": [digest.decode() for digest in view.digests.tolist()]}
-    table |= {} if view.groups is None else {"group": view.groups}
-    table |= {} if versions is None else {"version": versions}
-    taken = {*table, "class", "group", "version", *columns.outputs}
-    for key, column in view.meta.items():
-        table[f"meta.{key}" if key in taken else key] = column.tolist() if column.dtype == object else column
-    return table
+def write_csv(sink: Sink, columns: Columns, compress: bool, advance: Advance) -> None:
+    """Numbers in the fewest digits that read back as the same float32."""
+    table, names = columns.view.table(), list(columns.outputs)
+    widths = {name: columns.outputs[name].shape[0] for name in names}
+    header = [*table, *(f"{name}.{k}" for name in names for k in range(widths[name]))]
+    step = max(1, BLOCK // (16 * sum(widths.values())))
+    for start in range(0, len(columns.view), step):
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        if not start:
+            rows.writerow(header)
+        stop = min(start + step, len(columns.view))
+        blocks = [columns.view.array(name, np.arange(start, stop)) for name in names]
+        features = np.concatenate([block.astype("f4") for block in blocks], 1).astype("U").tolist()
+        cells = zip(*(column[start:stop].tolist() for column in table.values()), strict=True)
+        rows.writerows([*map(cell, left), *right] for left, right in zip(cells, features, strict=True))
+        sink.write(text.getvalue().encode())
+        advance(sum(block.nbytes for block in blocks))
 
 
 def write_safetensors(sink: Sink, columns: Columns, compress: bool, advance: Advance) -> None:
@@ -208,25 +210,28 @@ FORMATS: dict[str, tuple[str, Callable[[Sink, Columns, bool, Advance], None]]] =
     ".hdf5": ("hdf5", write_hdf5),
     ".npz": ("npz", write_npz),
     ".parquet": ("parquet", write_parquet),
+    ".csv": ("csv", write_csv),
     ".safetensors": ("safetensors", write_safetensors),
 }
 
 
 def _refuse_format(name: str, columns: Columns, compress: bool) -> None:
     """Raises BadOption for what a format cannot hold."""
-    if name == "safetensors" and compress:
-        raise BadOption("safetensors has no compression; leave --compress out, or export to .h5 or .npz.")
-    if name != "parquet":
+    if name in ("safetensors", "csv") and compress:
+        raise BadOption(f"{name} has no compression; leave --compress out, or export to .h5 or .npz.")
+    if name not in ("parquet", "csv"):
         return
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError as error:
-        raise BadOption("Parquet needs pyarrow: pip install 'featurecache[parquet]', or export to .h5.") from error
+    if name == "parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise BadOption("Parquet needs pyarrow: pip install 'featurecache[parquet]', or export to .h5.") from error
+    title = {"parquet": "Parquet", "csv": "CSV"}[name]
     for output, layout in columns.outputs.items():
         if len(layout.shape) != 1:
             vectors = [key for key, other in columns.view.outputs.items() if len(other.shape) == 1] or ["mean"]
             raise BadOption(
-                f"Parquet holds vectors, and {output} is {'×'.join(map(str, layout.shape))} an image: "
+                f"{title} holds vectors, and {output} is {'×'.join(map(str, layout.shape))} an image: "
                 f"--outputs {','.join(vectors)}, or export to .h5, .npz or .safetensors."
             )
 

@@ -33,7 +33,7 @@ from featurecache.maintenance.row_annotations import (
 )
 from featurecache.outputs import parse
 from featurecache.sources.base import safe_name
-from featurecache.store.schema import DIGEST, ViewColumns
+from featurecache.store.schema import DIGEST, ViewColumns, text_array
 from featurecache.store.shards import Layout, ShardWriter, notes_for, shard_name
 from featurecache.store.spec import UNKNOWN, ExtractionSpec
 from featurecache.store.store import Store, cache_folder, create_store, rows_per_shard, stores
@@ -111,7 +111,8 @@ def import_view(
     with shared_lock(store.path, f"the import of {opened.path.name}"):
         new = _store_missing(store, source, digests, progress)
         attributes = view_attributes(store, rows.classes, rows.task, {"kind": "import", "data": provenance["file"]})
-        view_rows = ViewColumns(rows.ids, rows.labels, rows.splits, digests, rows.groups, rows.meta)
+        groups = None if rows.groups is None else text_array(rows.groups)
+        view_rows = ViewColumns(text_array(rows.ids), rows.labels, text_array(rows.splits), digests, groups, rows.meta)
         located = {layout: store.locate(layout, digests) for layout in source.layouts.values()}
         path = write_view(store, name, view_rows, attributes, located)
     copies = len(digests) - len(np.unique(digests))

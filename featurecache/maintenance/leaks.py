@@ -50,9 +50,9 @@ _DENSE = 32  # one in so many pairs of rows: from there on all their products ar
 class LeakInput(Protocol):
     """Of a view, or of images without features, what exact leaks go by."""
 
-    ids: list[str]
-    splits: list[str]
-    groups: list[str] | None
+    ids: np.ndarray
+    splits: np.ndarray
+    groups: np.ndarray | None
     digests: np.ndarray
 
     @property

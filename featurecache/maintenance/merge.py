@@ -194,7 +194,8 @@ def _take_view(mine: Store, source: Store, path: Path) -> MergedView:
 
 def _same(a: View, b: View) -> bool:
     """Whether two views say the same of the same images; where the images lay does not count."""
-    fields = ("ids", "splits", "groups", "classes", "task", "failed", "augmented", "outputs")
+    fields = ("classes", "task", "failed", "augmented", "outputs")
     plain = all(getattr(a, field) == getattr(b, field) for field in fields) and list(a.meta) == list(b.meta)
-    pairs = zip((a.labels, a.digests, *a.meta.values()), (b.labels, b.digests, *b.meta.values()), strict=False)
-    return plain and all(np.array_equal(x, y, equal_nan=x.dtype.kind == "f") for x, y in pairs)
+    columns = [(v.ids, v.splits, v.groups, v.labels, v.digests, *v.meta.values()) for v in (a, b)]
+    same = (np.array_equal(x, y, equal_nan=np.asarray(x).dtype.kind == "f") for x, y in zip(*columns, strict=False))
+    return plain and all(same)

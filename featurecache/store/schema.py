@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,13 @@ class StoredOutput:
 
 @dataclass(eq=False)
 class ViewColumns:
-    """What a view says of its samples, in the order of the source."""
+    """What a view says of its N samples, in the order of the source; names are numpy arrays of str (dtype object)."""
 
-    ids: list[str]
-    labels: np.ndarray
-    splits: list[str]
+    ids: np.ndarray
+    labels: np.ndarray  # int64 [N], -1 none; several labels: float32 [N,C], NaN unknown
+    splits: np.ndarray  # "train", "val", "test", or "" where the data have none
     digests: np.ndarray
-    groups: list[str] | None = None
+    groups: np.ndarray | None = None  # patients; None where not known
     meta: dict[str, Any] = field(default_factory=dict)
     versions: np.ndarray | None = None  # 0 for images, which come first, 1 … for augmented copies; None: no copies
 
@@ -87,6 +88,11 @@ class ViewColumns:
         """The columns by name, each of some ``rows`` only."""
         names = ("ids", "labels", "splits", "digests", "groups", "meta", "versions")
         return {name: column_at(getattr(self, name), rows) for name in names}
+
+
+def text_array(texts: Sequence[str | None]) -> np.ndarray:
+    """[N] str of whatever length (dtype object), so that ``view.splits == "train"`` is a mask."""
+    return np.array(texts, object)
 
 
 def column_at(column: Any, rows: np.ndarray | slice) -> Any:
@@ -179,10 +185,10 @@ def _view_content(file: ColumnFile) -> ViewContent:
         task=str(attributes["task"]),
         source=_attribute(attributes, "source", name, dict),
         failed=[{"id": name, "reason": reason} for name, reason in failed],
-        ids=file.texts("ids"),
+        ids=text_array(file.texts("ids")),
         labels=file.array("labels", ndim=None),
-        splits=file.texts("splits"),
-        groups=file.texts("groups") if f"{TEXTS}groups/ends" in file.columns else None,
+        splits=text_array(file.texts("splits")),
+        groups=text_array(file.texts("groups")) if f"{TEXTS}groups/ends" in file.columns else None,
         digests=file.array("digests", DIGEST),
         versions=file.array("versions", "i4") if "versions" in file.columns else None,
         meta=_meta(file),
@@ -204,7 +210,7 @@ def _meta(file: ColumnFile) -> dict[str, np.ndarray]:
     columns = {key: file.array(f"meta/{key}") for key in _below("meta/", file)}
     if not all(column.dtype.kind in "biuf" for column in columns.values()):
         raise CacheError(f"{file.path}: further columns hold other things than numbers and text.")
-    columns |= {key: np.array(file.texts(f"meta/{key}"), object) for key in texts}
+    columns |= {key: text_array(file.texts(f"meta/{key}")) for key in texts}
     return dict(sorted(columns.items()))
 
 

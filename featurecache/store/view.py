@@ -13,7 +13,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,11 +21,15 @@ import torch
 from featurecache import outputs as _outputs
 from featurecache.errors import CacheError, NotInCache, UnsafeFile
 from featurecache.files.atomic import refuse_links
+from featurecache.files.delimited import data_frame
 from featurecache.files.directory import ALIGNMENT, USER_BLOCK
-from featurecache.formatting import join_names
-from featurecache.store.schema import Layout, StoredOutput, ViewContent, read_view
+from featurecache.formatting import html_table, join_names
+from featurecache.store.schema import Layout, StoredOutput, ViewContent, read_view, text_array
 from featurecache.store.shards import TORCH_DTYPE, damaged_rows, empty_rows, file_size, map_rows, wrong_rows
 from featurecache.store.store import cache_folder, open_store
+
+if TYPE_CHECKING:
+    import pandas
 
 
 def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -101,7 +105,8 @@ class View(ViewContent):
         now = read_view(self.path)
         if now.fingerprint != self.fingerprint or np.array_equal(now.files, self.files):
             return False
-        same = (now.ids, now.digests.tolist()) == (self._all.ids, self._all.digests.tolist()) and all(
+        columns = [(now.ids, self._all.ids), (now.digests, self._all.digests)]
+        same = all(np.array_equal(a, b) for a, b in columns) and all(
             name in now.index and np.array_equal(now.index[name].checksums, stored.checksums)
             for name, stored in self.index.items()
         )
@@ -170,6 +175,15 @@ class View(ViewContent):
         outputs = ", ".join(f"{name} {list(info.shape)}" for name, info in self.outputs.items())
         return f"<View {self.label}: {len(self):,} × ({outputs})>"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: images of each class and split, and the outputs."""
+        splits = [split for split in ("train", "val", "test", "") if split in self.splits]
+        hits = self.labels.T == 1 if self.labels.ndim == 2 else [self.labels == k for k in range(len(self.classes))]
+        rows = [["", *(split or "no split" for split in splits)]]
+        for name, hit in zip(self.classes, hits, strict=True):
+            rows.append([name, *(f"{int((hit & (self.splits == split)).sum()):,}" for split in splits)])
+        return html_table(repr(self), rows)
+
     @property
     def label(self) -> str:
         """``store/view`` as people type it: the backbone's name, or the folder's where two stores have such a view."""
@@ -188,7 +202,7 @@ class View(ViewContent):
 
     def split(self, name: str) -> np.ndarray:
         """Rows of a split ("train", "val", "test", ""), in order."""
-        return np.flatnonzero(np.array(self.splits) == name)
+        return np.flatnonzero(self.splits == name)
 
     def copies(self, rows: Any = None) -> np.ndarray:
         """int64 [n, 1+k]: where each image of ``rows`` (by default all) and its k augmented copies lie, as row numbers
@@ -266,6 +280,31 @@ class View(ViewContent):
     def array(self, output: str, rows: Any = None) -> np.ndarray:
         """`tensor` as numpy, float16 or float32."""
         return self.tensor(output, rows).numpy()
+
+    def __getitem__(self, output: str) -> np.ndarray:
+        """``view["cls"]``: all rows of an output, [N, ...] in the storage dtype, in the order of ``ids``."""
+        if not isinstance(output, str):
+            raise TypeError(f'{self.label} is read by output, view["{next(iter(self.index))}"], not by {output!r}.')
+        return self.array(output)
+
+    def table(self) -> dict[str, Any]:
+        """Columns [N] by name: id, label and class (of several labels ``label.CLASS`` each), split, digest, group,
+        version of copies, and the further columns of the data; one whose name is taken is ``meta.NAME``."""
+        columns: dict[str, Any] = {"id": self.ids}
+        if self.task == "multilabel":
+            columns |= {f"label.{name}": self.labels[:, k] for k, name in enumerate(self.classes)}
+        else:
+            columns["label"] = self.labels
+            columns["class"] = text_array([self.classes[k] if k >= 0 else None for k in self.labels])
+        columns |= {"split": self.splits, "digest": text_array([digest.decode() for digest in self.digests.tolist()])}
+        columns |= {} if self.groups is None else {"group": self.groups}
+        columns |= {"version": self.versions} if self.with_copies and self.versions is not None else {}
+        taken = {*columns, "label", "class", "group", "version", *self.outputs}
+        return columns | {f"meta.{key}" if key in taken else key: column for key, column in self.meta.items()}
+
+    def frame(self) -> pandas.DataFrame:
+        """`table` as a pandas DataFrame. Raises BadOption without pandas."""
+        return data_frame(self.table())
 
     def take(self, output: str, rows: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of a *stored* output, [n, ...], in the order asked; ``out`` is filled when given."""

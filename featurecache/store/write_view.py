@@ -25,7 +25,7 @@ from featurecache.files.directory import FORMAT
 from featurecache.files.hdf5 import WriteTrace, new_hdf5, seal, write_texts
 from featurecache.files.records import canonical_json
 from featurecache.formatting import abbreviated
-from featurecache.store.schema import DIGEST, FILES, ViewColumns
+from featurecache.store.schema import DIGEST, FILES, ViewColumns, text_array
 from featurecache.store.shards import Layout, RowLocations
 from featurecache.store.store import Store, cache_folder, stores
 from featurecache.store.view import View
@@ -129,7 +129,7 @@ def columns_of(view: View, rows: np.ndarray | None = None) -> ViewColumns:
     return ViewColumns(**columns if view.with_copies else {**columns, "versions": None})
 
 
-def write_columns(file: h5py.File, rows: ViewColumns) -> dict[str, list[str]]:
+def write_columns(file: h5py.File, rows: ViewColumns) -> dict[str, np.ndarray]:
     """What every reader of HDF5 sees of the samples; the columns of text are returned by name."""
     import h5py
 
@@ -146,7 +146,7 @@ def write_columns(file: h5py.File, rows: ViewColumns) -> dict[str, list[str]]:
         if values.dtype.kind in "biuf":
             meta.create_dataset(name, data=values.astype(values.dtype.newbyteorder("<"), copy=False))
         else:
-            texts[f"meta/{name}"] = [str(value) for value in column]
+            texts[f"meta/{name}"] = text_array([str(value) for value in column])
     for name, column in texts.items():
         file.create_dataset(name, data=column, dtype=h5py.string_dtype("utf-8"))
     return texts

@@ -27,6 +27,7 @@ from featurecache.errors import BadOption
 
 if TYPE_CHECKING:
     from heads.runs.run import Run
+    from heads.settings import HeadOptions
 
 _TAKERS = {
     "train-head": ("any", "head"),
@@ -249,9 +250,10 @@ def demo(talk: Console, out: str, cache: str | None) -> int:
 
     for head, output, epochs, patience in _DEMO_HEADS:
         say("")
-        options = {"output": output, "epochs": epochs, "patience": patience, "controls": not runs, "report": False}
+        options: HeadOptions = {"output": output, "epochs": epochs, "patience": patience}
         place = folder / f"demo-{head}-{output}"
-        runs.append(heads.train_head(view, head, out=place, overwrite=True, say=brief, **options))
+        how: dict[str, Any] = {"out": place, "overwrite": True, "controls": not runs, "report": False}
+        runs.append(heads.train_head(view, head, say=brief, **how, **options))
         say([line for line in lines if line.startswith("epoch")][-1])
     page = heads.report([run.path for run in runs], out=folder / "demo-report")
     lines = [comparison_table(runs), *runs_cost(runs), ""]

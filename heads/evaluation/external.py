@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -140,12 +140,12 @@ def _overlap(run: Run, view: FeatureView, rows: np.ndarray) -> list[str]:
     return notes
 
 
-def rows_of_splits(run: Run, ids: Sequence[str], splits: Sequence[str]) -> np.ndarray:
+def rows_of_splits(run: Run, ids: Iterable[str], splits: Sequence[str]) -> np.ndarray:
     """int64: which of ``ids`` the run had in these splits."""
     file = run.path / "splits.csv"
-    own = set(read_ids(file))
-    rows = np.array([i for i, name in enumerate(ids) if name in own], dtype=np.int64)
-    return rows[np.isin(read_splits(file, [ids[i] for i in rows], []), splits)]
+    own, names = set(read_ids(file)), list(ids)
+    rows = np.array([i for i, name in enumerate(names) if name in own], dtype=np.int64)
+    return rows[np.isin(read_splits(file, [names[i] for i in rows], []), splits)]
 
 
 @torch.no_grad()

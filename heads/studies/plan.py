@@ -9,7 +9,7 @@ import fnmatch
 import importlib.util
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -58,14 +58,6 @@ class StudyOptions:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     device: str = "auto"
-
-    @classmethod
-    def of(cls, study: Study, *, weights: Sequence[str] = (), **options: Any) -> StudyOptions:
-        """As people and the command line give them; raises BadOption."""
-        if unknown := options.keys() - {each.name for each in fields(cls)}:
-            raise BadOption(f"{', '.join(sorted(unknown))}: no such option of a study.")
-        lists = {name: tuple(value) for name, value in options.items() if name in ("data", "only", "skip")}
-        return cls(weights=read_weights(weights, study), **{**options, **lists})
 
     def __post_init__(self) -> None:
         if self.quick and (self.weights or self.random_weights):

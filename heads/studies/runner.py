@@ -37,6 +37,7 @@ from heads.studies.plan import (
     check_weights,
     machine_gflops,
     plan_study,
+    read_weights,
     wanted_steps,
 )
 from heads.studies.recipes import load_study
@@ -56,9 +57,12 @@ Row = dict[str, Any]
 
 def run_study(
     name: str, *, out: str | Path | None = None, cache: str | Path | None = None, images: bool = True,
-    hash_ids: bool = False, dry_run: bool = False, say: Say | None = None, progress: bool = False, **options: Any,
+    hash_ids: bool = False, dry_run: bool = False, say: Say | None = None, progress: bool = False,
+    data: Sequence[str] = (), quick: bool = False, random_weights: bool = False, weights: Sequence[str] = (),
+    image_size: int | None = None, epochs: int | None = None, train_per_class: int | None = None,
+    only: Sequence[str] = (), skip: Sequence[str] = (), device: str = "auto",
 ) -> StudyResult:  # fmt: skip
-    """Run the study ``name``; ``options`` are those of `StudyOptions`, as ``featurecache study`` has them.
+    """Run the study ``name``, as ``featurecache study`` does; ``weights``: ``BACKBONE=PATH`` each.
 
     Raises UnknownStudy, BadOption, WeightsNotFound (before anything is computed), SourceError, RunError (a folder in
     the way), StepFailed (which step, and why).
@@ -67,7 +71,10 @@ def run_study(
 
     say = say or (lambda line: None)
     study = load_study(name)
-    chosen = StudyOptions.of(study, **options)
+    chosen = StudyOptions(
+        tuple(data), quick, random_weights, read_weights(weights, study), image_size, epochs, train_per_class,
+        tuple(only), tuple(skip), device,
+    )  # fmt: skip
     default = Path("studies") / (f"{name}-quick" if chosen.quick else name)
     folder = check_out(default if out is None else out, RECORD, "study", ("few", "drawn"))
     record = _read_record(folder, study, chosen)

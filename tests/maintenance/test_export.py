@@ -88,6 +88,28 @@ def test_the_parquet_has_a_row_an_image_and_vectors_as_lists_of_fixed_size(tmp_p
     assert codec == ("ZSTD" if compress else "UNCOMPRESSED")
 
 
+def test_the_csv_holds_every_number_as_it_is_and_no_cell_that_a_spreadsheet_would_run(tmp_path, view):
+    import pandas
+
+    path = export_view(view, tmp_path / "set.csv", outputs="cls,mean").path
+    table = pandas.read_csv(path, keep_default_na=False, na_values=["nan"])
+    assert table["id"].tolist() == IDS and table["class"].tolist() == [("no", "yes")[k % 2] for k in ORDER]
+    assert np.array_equal(table.filter(regex=r"^cls\.").to_numpy(np.float16), features(ORDER, CLS))
+    assert np.array_equal(table.filter(regex=r"^mean\.").to_numpy(np.float32), view.array("mean"))
+    view.meta["site"][0] = "=HYPERLINK()"
+    assert ",'=HYPERLINK()," in export_view(view, tmp_path / "b.csv", outputs="cls").path.read_text()
+
+
+def test_a_frame_has_a_row_an_image_and_the_columns_of_the_view(view):
+    frame = view.frame()
+    assert frame["id"].tolist() == IDS and frame["split"].tolist() == view.splits.tolist()
+    assert frame.loc[frame["split"] == "val", "label"].tolist() == view.labels[view.splits == "val"].tolist()
+    assert frame["meta.id"].tolist() == ORDER and frame["group"][1] == "p1"
+    assert "<td>yes</td>" in view._repr_html_() and np.array_equal(view["cls"], features(ORDER, CLS))
+    with pytest.raises(TypeError, match=r'is read by output, view\["cls"\]'):
+        view[0]
+
+
 def test_the_safetensors_is_read_by_its_library(tmp_path: Path, view: View):
     from safetensors import safe_open
 
@@ -96,7 +118,7 @@ def test_the_safetensors_is_read_by_its_library(tmp_path: Path, view: View):
         assert torch.equal(file.get_tensor("tokens"), torch.from_numpy(features(ORDER, TOKENS)))
         assert file.get_tensor("labels").tolist() == view.labels.tolist()
         about = file.metadata()
-    assert json.loads(about["ids"]) == IDS and json.loads(about["splits"]) == view.splits
+    assert json.loads(about["ids"]) == IDS and json.loads(about["splits"]) == view.splits.tolist()
     assert json.loads(about["meta"])["age"][:2] == [30.5, None] and json.loads(about["classes"]) == ["no", "yes"]
 
 
@@ -124,7 +146,9 @@ def read_output(path: Path, name: str) -> np.ndarray:
     [
         ("set.parquet", {}, "Parquet holds vectors, and tokens is 5×4 an image: --outputs cls, or export to .h5"),
         ("set.safetensors", {"compress": True}, "safetensors has no compression"),
-        ("set.csv", {}, r'"set.csv" has no ending that names a format; there are \.h5'),
+        ("set.xlsx", {}, r'"set.xlsx" has no ending that names a format; there are \.h5'),
+        ("set.csv", {}, "CSV holds vectors, and tokens is 5×4 an image"),
+        ("set.csv", {"outputs": "cls", "compress": True}, "csv has no compression"),
         ("old.h5", {}, "exists; --overwrite replaces it"),
         ("cache/tiny.h5", {}, "belongs to a cache"),
         ("set.h5", {"outputs": ","}, "names no output"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.store.schema import DIGEST, ViewColumns
+from featurecache.store.schema import DIGEST, ViewColumns, text_array
 from featurecache.store.shards import Layout, ShardWriter, notes_for
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store, create_store
@@ -54,7 +54,7 @@ def add_view(store: Store, name: str, order: Sequence[int], layouts: Sequence[La
     """A view of images ``order`` (repeats allowed), which must lie in the store's shards; labels are their parity."""
     numbers = np.asarray(order)
     ids, splits = [f"é/{k}.png" for k in range(len(order))], ["train", "val", "test"] * len(order)
-    rows = ViewColumns(ids, numbers % 2, splits[: len(order)], digests(order), **change)
+    rows = ViewColumns(text_array(ids), numbers % 2, text_array(splits[: len(order)]), digests(order), **change)
     attributes = view_attributes(store, ["no", "yes"], "binary", {"data": "toys"})
     located = {layout: store.locate(layout, rows.digests) for layout in layouts}
     return View(write_view(store, name, rows, attributes, located))

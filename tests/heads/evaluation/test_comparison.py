@@ -286,7 +286,7 @@ def test_measures_by_a_column_of_the_data(tmp_path):
     each = run(of)
     answers = each.answers("test")
     for row, name in zip(record([each], by="site")["by"]["site"], ("north", "south"), strict=True):
-        rows = np.array([site[of.ids.index(i)] == name for i in answers.ids])
+        rows = np.array([site[of.ids.tolist().index(i)] == name for i in answers.ids])
         assert (row["family"], row["value"], row["n"]) == ("linear on cls", name, rows.sum())
         right = (called(each) == answers.y)[rows]
         assert row["test"]["accuracy"]["value"] == pytest.approx(right.mean())

@@ -317,7 +317,7 @@ def test_parts_of_test_by_a_column_are_in_the_order_of_the_leaderboard(lab, tmp_
 
 def test_images_in_two_splits_are_the_first_warning(tmp_path):
     view = toy_view(n=200, splits="given")
-    view.digests[view.splits.index("test")] = view.digests[0]
+    view.digests[list(view.splits).index("test")] = view.digests[0]
     written, _ = write(tmp_path / "page", [train(view, tmp_path / "run")])
     warned = read(written)[read(written).index('class="warnings"') :]
     assert "1 image stands in both train and test: these numbers may be too good." in warned[:400]

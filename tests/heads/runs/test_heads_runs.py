@@ -61,7 +61,7 @@ def test_predictions_are_those_of_the_head_and_give_the_metrics():
     run = quick(view)
     rows = table(run.path / "predictions.csv")
     assert [row["split"] for row in rows] == ["val"] * 60 + ["test"] * 60
-    where = [view.ids.index(row["id"]) for row in rows]
+    where = [list(view.ids).index(row["id"]) for row in rows]
     z = run.logits(view.features["cls"][where])
     p = np.array([float(row["p kind 1"]) for row in rows])
     np.testing.assert_allclose(p, 1 / (1 + np.exp(z[:, 0] - z[:, 1])))
@@ -75,7 +75,7 @@ def test_predictions_are_those_of_the_head_and_give_the_metrics():
 def test_multilabel_predictions_leave_unknown_labels_empty():
     view = label_view(n=300)
     row = table(quick(view).path / "predictions.csv")[0]
-    labels = view.labels[view.ids.index(row["id"])]
+    labels = view.labels[list(view.ids).index(row["id"])]
     assert [row[f"label sign {c}"] for c in range(4)] == ["" if np.isnan(v) else str(int(v)) for v in labels]
 
 

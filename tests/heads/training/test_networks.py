@@ -71,7 +71,7 @@ def test_pixels_are_those_of_the_preprocessing_in_the_order_of_the_data():
     assert view.failed == [{"id": data.ids[3], "reason": view.failed[0]["reason"]}] and len(view) == 29
     with pytest.raises(ProtocolError, match=r"digits: no image can be read \(.+\)"):
         open_pixels(digits(5, broken=range(5)), ["cnn-cifar"], 12)
-    assert view.ids == data.ids[:3] + data.ids[4:] and view.meta["place"].tolist()[2:4] == [2, 4]
+    assert view.ids.tolist() == data.ids[:3] + data.ids[4:] and view.meta["place"].tolist()[2:4] == [2, 4]
 
 
 def test_pixels_beyond_memory_lie_in_a_file_and_are_the_same(monkeypatch):
