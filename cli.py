@@ -205,10 +205,11 @@ def _splits_to_look_at(
     if run and splits:
         raise BadOption("--run and --splits both say which splits; give one of them.")
     if run:
-        import heads
+        from heads.runs.run import is_pixels, load_run
 
-        loaded = heads.load_run(run)
-        view, splits = view or loaded.config["view"]["path"], str(loaded.path / "splits.csv")
+        loaded = load_run(run)
+        view = view or (None if is_pixels(loaded) else loaded.config["view"]["path"])
+        splits = str(loaded.path / "splits.csv")
     opened = extract.open_features(talk, view, cache, "a name chooses")
     training = extract.training_of(opened.outputs, opened.label)
     if not splits:

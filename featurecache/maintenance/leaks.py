@@ -111,7 +111,7 @@ def find_leaks(
     codes, keys, plain = split_codes(view, names), _exact_keys(view), _plain(view)
     sets = np.where(codes < 0, np.where(plain, len(SPLITS), -1), codes)
     findings = [leak for kind, numbers in keys.items() for leak in shared_keys(kind, numbers, codes)]
-    findings += repeated_images(keys["image"], sets)
+    findings += image_copies(keys["image"], sets)
     if chosen is not None:
         findings += _near(view, chosen, keys["image"], sets, threshold, most, progress)
     findings += label_conflicts(keys["image"], np.asarray(view.labels), codes, plain)
@@ -192,7 +192,7 @@ def shared_keys(kind: str, keys: np.ndarray, codes: np.ndarray) -> list[LeakFind
     return findings
 
 
-def repeated_images(images: np.ndarray, sets: np.ndarray) -> list[LeakFinding]:
+def image_copies(images: np.ndarray, sets: np.ndarray) -> list[LeakFinding]:
     """A finding for each set that has an image several times. images, sets: int64 [N], -1 takes no part."""
     findings = []
     for number, name in enumerate(SETS):

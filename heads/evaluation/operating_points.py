@@ -12,7 +12,7 @@ from featurecache.errors import BadOption
 from heads.evaluation.families import FamilyPredictions
 from heads.metrics.classification import evaluate
 from heads.metrics.intervals import FamilyEstimates, TestSet
-from heads.metrics.reliability import Judged, calibrated_range, reliability
+from heads.metrics.reliability import Confidence, consistency_interval, reliability
 from heads.runs.run import Run
 
 Prevalence = float | dict[str, float]
@@ -72,8 +72,8 @@ def _calibration(test_sets: Sequence[TestSet]) -> dict[str, Any]:
     names = [str(c) for c in range(heads[0][0].z.shape[1])]
     measured = [evaluate(each, names) for each, _ in heads]
     means = {m: float(np.mean([each[m] for each in measured])) for m in ("brier", "nll", "ece")}
-    low, high = calibrated_range([(each.predictions, each.cluster_ids) for each in test_sets])
-    judged = [(each.p, each.truth, of.cluster_ids[each.row]) for p, of in heads for each in (Judged.of(p),)]
+    low, high = consistency_interval([(each.predictions, each.cluster_ids) for each in test_sets])
+    judged = [(each.p, each.truth, of.cluster_ids[each.row]) for p, of in heads for each in (Confidence.of(p),)]
     bins = reliability(*map(np.concatenate, zip(*judged, strict=True)))
     return means | {"calibrated": {"low": low, "high": high}, "bins": bins}
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from heads.metrics.calibration import CalibratedPredictions
-from heads.metrics.reliability import MOST_BINS, Judged
+from heads.metrics.reliability import MOST_BINS, Confidence
 from heads.settings import METRICS
 
 Values = dict[str, np.ndarray]  # measure -> [R], or of every class [C, R]
@@ -232,7 +232,7 @@ class WeightedMeasures:
 
         The bins are those of the whole sample: what is resampled is how far off each of them is. Biased upwards: also a
         perfect model has an ECE above 0."""
-        judged = Judged.of(self.predictions)
+        judged = Confidence.of(self.predictions)
         shape = (judged.labels * MOST_BINS, len(self.predictions.y))
         return WeightedSums(judged.bin, judged.row, judged.p - judged.truth, shape)
 

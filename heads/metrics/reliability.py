@@ -44,7 +44,7 @@ def mass_bins(probability: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Confidence:
     """The M probabilities that are judged by what came true: ``p``, ``truth`` (0.0 or 1.0), ``row`` (of N), ``bin``.
 
     Of the positive class; of several classes of the most probable one, which is true or not (Guo et al. 2017); of
@@ -57,7 +57,7 @@ class Judged:
     labels: int = 1
 
     @classmethod
-    def of(cls, predictions: CalibratedPredictions) -> Judged:
+    def of(cls, predictions: CalibratedPredictions) -> Confidence:
         p, y, rows = predictions.p, predictions.y, np.arange(len(predictions.y))
         if predictions.multilabel:
             label, rows = np.nonzero(predictions.label_mask.T)
@@ -80,11 +80,11 @@ class Judged:
         return (gaps / np.maximum(n, 1))[n[:, 0] > 0].mean(axis=0)
 
 
-def calibrated_ece(heads: Sequence[CalibratedPredictions], units: np.ndarray, seed: int = 0) -> np.ndarray:
+def consistency_resamples(heads: Sequence[CalibratedPredictions], units: np.ndarray, seed: int = 0) -> np.ndarray:
     """[R]: the mean ECE of heads on the same images if their probabilities were right: labels drawn from them. One
     uniform number serves all heads, whose labels are the same ones, and all images of a unit (``units`` [N]: a group,
     or copies of an image): they come true together, as they may, so that many images of few patients show little."""
-    judged = [Judged.of(each) for each in heads]
+    judged = [Confidence.of(each) for each in heads]
     first, rng = judged[0], np.random.default_rng(seed)
     unit_and_label = np.stack([units[first.row], first.bin // MOST_BINS])
     _, place = np.unique(unit_and_label, axis=1, return_inverse=True)
@@ -96,9 +96,9 @@ def calibrated_ece(heads: Sequence[CalibratedPredictions], units: np.ndarray, se
     return np.concatenate(parts)
 
 
-def calibrated_range(sets: Sequence[tuple[Sequence[CalibratedPredictions], np.ndarray]]) -> tuple[float, float]:
-    """The middle 95 % of `calibrated_ece`; of several sets of images of the mean over these."""
-    return percentiles(np.mean([calibrated_ece(*each, seed) for seed, each in enumerate(sets)], axis=0))
+def consistency_interval(sets: Sequence[tuple[Sequence[CalibratedPredictions], np.ndarray]]) -> tuple[float, float]:
+    """The middle 95 % of `consistency_resamples`; of several sets of images of the mean over these."""
+    return percentiles(np.mean([consistency_resamples(*each, seed) for seed, each in enumerate(sets)], axis=0))
 
 
 def reliability(probability: np.ndarray, truth: np.ndarray, units: np.ndarray) -> list[dict[str, float]]:

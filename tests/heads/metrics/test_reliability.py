@@ -8,7 +8,14 @@ from scipy import stats
 
 from heads.metrics.calibration import CalibratedPredictions
 from heads.metrics.classification import evaluate
-from heads.metrics.reliability import Judged, bin_count, calibrated_ece, calibrated_range, mass_bins, reliability
+from heads.metrics.reliability import (
+    Confidence,
+    bin_count,
+    consistency_resamples,
+    consistency_interval,
+    mass_bins,
+    reliability,
+)
 
 
 def head(n, sharper=1.0, classes=2, seed=0):
@@ -35,7 +42,7 @@ def ece(predictions):
 
 def shown(predictions):
     """Whether the value is beyond what a calibrated head would show."""
-    return ece(predictions) > calibrated_range([((predictions,), np.arange(len(predictions.y)))])[1]
+    return ece(predictions) > consistency_interval([((predictions,), np.arange(len(predictions.y)))])[1]
 
 
 def test_bins_are_as_many_as_images_can_fill():
@@ -80,14 +87,14 @@ def test_equal_probabilities_share_a_bin_whatever_the_order_of_the_rows():
 
 def test_of_several_classes_the_surest_answer_is_judged():
     predictions = head(400, classes=3)
-    judged = Judged.of(predictions)
+    judged = Confidence.of(predictions)
     assert (judged.p == predictions.p.max(1)).all()
     assert (judged.truth == (predictions.p.argmax(1) == predictions.y)).all()
 
 
 @pytest.mark.parametrize("predictions", [head(300), head(301, classes=4), label_head(200)], ids=lambda p: p.kind)
 def test_the_error_of_given_labels_is_that_of_plain_loops_and_of_the_table(predictions):
-    judged = Judged.of(predictions)
+    judged = Confidence.of(predictions)
     expected = []
     for c in range(judged.labels):
         of_label = judged.bin // 15 == c
@@ -104,7 +111,7 @@ def test_what_a_calibrated_head_would_show_is_what_calibrated_heads_do_show(n):
     values = [ece(head(n, seed=seed)) for seed in range(200)]
     called = np.mean([shown(head(n, seed=seed)) for seed in range(200)])
     assert called <= 0.06 and min(values) > 0
-    drawn = calibrated_ece((head(n),), np.arange(n))
+    drawn = consistency_resamples((head(n),), np.arange(n))
     assert np.mean(drawn) == pytest.approx(np.mean(values), rel=0.15)
 
 
@@ -116,13 +123,17 @@ def test_an_overconfident_head_is_shown_where_there_are_images_enough():
 def test_copies_and_images_of_one_group_are_drawn_together():
     one = head(80)
     tenfold = CalibratedPredictions("binary", one.z.repeat(10, axis=0), one.y.repeat(10), 1, (0.5,))
-    alone, grouped = (calibrated_ece((tenfold,), units).mean() for units in (np.arange(800), np.arange(800) // 10))
+    alone, grouped = (
+        consistency_resamples((tenfold,), units).mean() for units in (np.arange(800), np.arange(800) // 10)
+    )
     assert grouped > 2 * alone
 
 
 def test_heads_of_several_seeds_are_wrong_about_the_same_labels():
     """Three heads that say the same vary as one does; labels drawn for each apart would vary less."""
     one, units = head(200), np.arange(200)
-    np.testing.assert_allclose(calibrated_ece((one, one, one), units), calibrated_ece((one,), units), rtol=1e-6)
-    apart = np.mean([calibrated_ece((one,), units, seed) for seed in range(3)], axis=0)
-    assert apart.std() < 0.7 * calibrated_ece((one,), units).std()
+    np.testing.assert_allclose(
+        consistency_resamples((one, one, one), units), consistency_resamples((one,), units), rtol=1e-6
+    )
+    apart = np.mean([consistency_resamples((one,), units, seed) for seed in range(3)], axis=0)
+    assert apart.std() < 0.7 * consistency_resamples((one,), units).std()

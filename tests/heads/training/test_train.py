@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from support.fake_view import label_view, toy_view
+from support.fake_view import FakeView, label_view, toy_view
 from torch import nn
 
 from featurecache.errors import BadOption, NotInCache, ProtocolError
@@ -129,12 +129,29 @@ def test_a_cheap_head_goes_on_until_val_is_no_better():
     """Features as an untrained ViT gives them: a large common part and small differences."""
     view = toy_view(n=400, splits="given", noise=3)
     view.features["cls"] = 1 + 0.05 * view.features["cls"]
-    default, whole = train_head(view, "linear"), train_head(view, "linear", epochs=3000, patience=200)
+    default, whole = train_head(view, "linear"), train_head(view, "linear", epochs=1500, patience=150)
     short = train_head(view, "linear", epochs=50, patience=5)
     assert default.config["notes"] == [] and "limit of 50 epochs" in short.config["notes"][0]
     for split in ("val", "test"):
         assert default.metrics[split]["auroc"] == pytest.approx(whole.metrics[split]["auroc"], abs=0.005)
     assert Settings.from_dict(default.config["settings"]).epochs == 500  # what ran stands in the record
+
+
+@pytest.mark.slow
+def test_linear_by_default_is_within_five_thousandths_of_its_converged_self_on_pneumoniamnist(real_data):
+    """On random features (ReLU of random projections) of 1,500 training images."""
+    with np.load(real_data / "pneumoniamnist.npz") as arrays:
+        parts = {s: (arrays[f"{s}_images"], arrays[f"{s}_labels"].ravel()) for s in ("train", "val", "test")}
+    parts["train"] = tuple(column[:1500] for column in parts["train"])
+    pixels = np.concatenate([images.reshape(len(images), -1) / 255 - 0.5 for images, _ in parts.values()])
+    random = np.random.default_rng(0).normal(size=(pixels.shape[1], 256)) / 28
+    names = [name for name, (images, _) in parts.items() for _ in images]
+    labels = np.concatenate([labels for _, labels in parts.values()]).astype(np.int64)
+    features = {"cls": torch.from_numpy(np.maximum(pixels @ random, 0)).half()}
+    view = FakeView(features, labels, names, ["normal", "pneumonia"])
+    default, whole = train_head(view, "linear"), train_head(view, "linear", epochs=2500, patience=200)
+    for split in ("val", "test"):
+        assert default.metrics[split]["auroc"] == pytest.approx(whole.metrics[split]["auroc"], abs=0.005)
 
 
 def test_labels_of_test_change_nothing_of_the_head():
