@@ -46,9 +46,9 @@ from heads.settings import Settings, flag, options_for
 if TYPE_CHECKING:
     from featurecache.backbones.base import Backbone
 
-# What takes one vector converges late and costs little an epoch. `linear` on PneumoniaMNIST, test AUROC with 50 epochs and
-# a patience of 5, with these, with 3,000 and 100: EfficientNet-Lite0 0.942 each; an untrained ResNet-18 0.927, 0.929,
-# 0.930. An untrained vit-demo, 96 wide: 0.830, 0.881 and still rising at the limit, which it says.
+# What takes one vector converges late and costs little an epoch. `linear` on PneumoniaMNIST, test AUROC with 50 epochs
+# and a patience of 5, with these, with 3,000 and 100: EfficientNet-Lite0 0.942 each; an untrained ResNet-18 0.927,
+# 0.929, 0.930. An untrained vit-demo, 96 wide: 0.830, 0.881 and still rising at the limit, which it says.
 _CHEAP: dict[str, Any] = {"epochs": 500, "patience": 20}
 
 HEADS: dict[str, HeadInfo] = {
