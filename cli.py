@@ -1,10 +1,10 @@
-"""The command line `featurecache`: the order of its commands, and ls and info, which look at both packages."""
+"""The command line `featurecache`: the order of its commands, and ls, info and leaks, which look at both packages."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click import argument, option
@@ -13,6 +13,11 @@ from featurecache.commands import extract, maintain
 from featurecache.commands.terminal import CONTEXT, CommandGroup, Console, cache_option, command, features_option
 from featurecache.errors import BadOption, NotInCache
 from heads.commands import compare, train
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from featurecache.store.view import View
 
 
 @click.group(cls=CommandGroup, context_settings=CONTEXT)
@@ -150,11 +155,79 @@ def _info_all(talk: Console) -> None:
     talk.result("\n".join(lines), record | {"networks": networks_table()})
 
 
+@command
+@argument("view", required=False, metavar="[VIEW]")
+@option("--run", metavar="DIR", help="Look at the splits that this run drew.")
+@option("--splits", metavar="FILE", help="Look at the splits of a splits.csv.")
+@option("--output", metavar="NAME", help="Vectors that are compared. [default: cls, else pooler, gap, mean]")
+@option("--threshold", default=0.99, metavar="X", help="Cosine (features centred) of near-duplicates.")
+@option("--csv", "csv_file", metavar="FILE", help="Write all pairs.")
+@option("--sheet", metavar="FILE.png", help="Write a contact sheet of the pairs, side by side.")
+@option("--most", default=1000, metavar="N", help="Near-duplicates kept for two splits: the closest; all count.")
+@cache_option
+def leaks(
+    talk: Console, view: str | None, run: str | None, splits: str | None, csv_file: str | None, sheet: str | None,
+    cache: str | None, **options: Any,
+) -> int:  # fmt: skip
+    """What stands in two splits at once, or twice in one: an image, a group, near-duplicates; and one image under two
+    labels.
+
+    \b
+    featurecache leaks chest --csv leaks.csv --sheet leaks.png
+    """
+    from featurecache.commands import inspect
+    from featurecache.files.atomic import write_whole
+    from featurecache.maintenance.leaks import find_leaks
+
+    opened, names, training = _splits_to_look_at(talk, view, run, splits, cache)
+    images = inspect.open_images(opened) if sheet else None  # first: they may have gone
+    found = find_leaks(opened, names=names, progress=talk.progress, **options)
+    record = inspect.leaks_record(opened, found)
+    talk.result(inspect.leaks_lines(opened, found), {**record, "csv": csv_file, "sheet": sheet})
+    if csv_file:
+        write_whole(Path(csv_file), inspect.leaks_csv(record).encode())
+        talk.say(f"csv        {csv_file}")
+    if sheet and images is not None:
+        write_whole(Path(sheet), inspect.leaks_sheet(opened, found, images))
+        talk.say(f"sheet      {sheet}")
+    exact = any(each.splits[0] != each.splits[1] for each in (*found.of("image"), *found.of("group")))
+    way = training + " --drop-leaks" * exact
+    if found.of("near") and not sheet and not exact:
+        way = f"featurecache leaks {shlex.quote(opened.label)} --sheet leaks.png"
+    talk.next(way, cache)
+    return 0
+
+
+def _splits_to_look_at(
+    talk: Console, view: str | None, run: str | None, splits: str | None, cache: str | None
+) -> tuple[View, np.ndarray | None, str]:
+    """The view, the splits of its rows where these are not its own, and the command that trains on them."""
+    if run and splits:
+        raise BadOption("--run and --splits both say which splits; give one of them.")
+    if run:
+        from heads.runs.run import is_pixels, load_run
+
+        loaded = load_run(run)
+        view = view or (None if is_pixels(loaded) else loaded.config["view"]["path"])
+        splits = str(loaded.path / "splits.csv")
+    opened = extract.open_features(talk, view, cache, "a name chooses")
+    training = extract.training_of(opened.outputs, opened.label)
+    if not splits:
+        return opened, None, training
+    from heads.splits import read_splits
+
+    warnings: list[str] = []
+    names = read_splits(splits, opened.ids, warnings)
+    for warning in warnings:
+        talk.say(f"warning    {warning}")
+    return opened, names, f"{training} --splits {shlex.quote(splits)}"
+
+
 COMMANDS = (
     *(extract.extract, extract.why),
     *(train.train_head, train.train_baseline, compare.ablate, compare.study, compare.evaluate, compare.report),
     *(train.predict, compare.explain, ls, info),
-    *(maintain.verify, maintain.repair, maintain.leaks, maintain.rm, maintain.gc, maintain.compact),
+    *(maintain.verify, maintain.repair, leaks, maintain.rm, maintain.gc, maintain.compact),
     *(maintain.export, maintain.import_, maintain.merge, train.demo),
 )
 for each in COMMANDS:

@@ -73,7 +73,7 @@ def ridge(x: np.ndarray, y: np.ndarray, classes: int, rounds: int) -> None:
     show(medians, beside)
     ours = gave[f"ridge, {len(penalties)} penalties"]
     apart = max(
-        float(np.abs(m.fc.weight.detach().numpy() - r.coef_).max())
+        float(np.abs(m.ln.weight.detach().numpy() - r.coef_).max())
         for (_, m), r in zip(ours, gave[beside], strict=True)
     )
     print(f"{'largest difference of a weight':44s} {apart:9.1e}")

@@ -14,7 +14,7 @@ from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
 from heads.evaluation.families import Family, families_of
 from heads.inference import predict_images
-from heads.models.catalogue import is_baseline
+from heads.models.catalogue import is_baseline, own_settings
 from heads.models.common import FINETUNE
 from heads.pixel_view import PixelView, open_pixels
 from heads.reports.figures import save_pictures
@@ -53,7 +53,8 @@ def train_head(
     the way), all before training.
     """
     say = say or (lambda line: None)
-    settings = Settings.of(head, splits=splits, classes=classes, only=only, **options)
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = Settings.of(head, splits=splits, classes=classes, only=only, **own_settings(head) | given)
     job = prepare_training(view, settings)
     target = run_target(out, job.view.name, head, overwrite)
     describe_training(job, say)

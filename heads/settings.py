@@ -48,6 +48,7 @@ STANDARDIZE = ("none", "zscore", "l2")
 VARIED = (
     "lr", "weight_decay", "seed", "dropout", "label_smoothing", "class_weights", "optimizer", "schedule", "augment",
 )  # fmt: skip
+OF_HEAD = ("epochs", "patience")  # whose defaults a head may have of its own
 
 
 def _option(default: Any, text: str, *, values: Any = None, of: str = "any", shown: str = "") -> Any:
@@ -66,7 +67,7 @@ class Settings:
     )
     epochs: int = _option(50, "At most.", values="[1, inf)")
     lr: float = _option(1e-3, "Learning rate.", values="(0, inf)")
-    weight_decay: float = _option(0.0, "On weights only, not on biases.", values="[0, inf)")
+    weight_decay: float = _option(0.0, "On weights, not on biases and norms.", values="[0, inf)")
     batch_size: int = _option(32, "Images in a step.", values="[1, inf)")
     patience: int = _option(5, "Epochs without a better val before it stops; 0: never.", values="[0, inf)")
     seed: int = _option(0, "Of initialisation, dropout and augmentation.", values="[0, inf)")
@@ -112,6 +113,7 @@ class Settings:
     augment: str | None = _option(
         None, "none, or flip,rotate10,shift0.1, drawn anew in every batch.", of="network", shown="WORDS"
     )
+    decay_all: bool = _option(False, "Weight decay also on biases and norms, as plain torch has it.", of="network")
     image_size: int | None = _option(
         None, "Pixels of a side. [default: the network's own]", values="[1, inf)", of="network"
     )

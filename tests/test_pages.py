@@ -92,7 +92,8 @@ def networks() -> str:
     for row in networks_table():
         counts = "; ".join(f"{count:,} (C = {c}, {size} px)" for c, size, count in row["parameters"])
         words = {key.replace("_", " "): f"{v:g}" if isinstance(v, float) else v for key, v in row["settings"].items()}
-        settings = ", ".join([words.pop("optimizer"), *(f"{key} {value}" for key, value in words.items())])
+        named = (key if value is True else f"{key} {value}" for key, value in words.items() if key != "optimizer")
+        settings = ", ".join([words["optimizer"], *named])
         rows.append([f"`{row['network']}`", row["what"], str(row["image_size"]), counts, settings, row["reference"]])
     return markdown(["--arch", "what", "pixels", "parameters", "settings, as published", "from"], rows)
 

@@ -207,7 +207,7 @@ def _title(finding: LeakFinding) -> str:
 
 def _splits(finding: LeakFinding) -> str:
     a, b = (name or "no split" for name in finding.splits)
-    return f"{a} and {b}" if a != b else f"within {a}" if finding.splits[0] else a
+    return f"{a} and {b}" if a != b else f"within {a}" if finding.splits[0] else "without a split"
 
 
 def _size(finding: LeakFinding) -> str:
@@ -252,10 +252,7 @@ def _pair_note(pair: dict[str, Any]) -> str:
 
 def leaks_lines(view: View, leaks: Leaks) -> str:
     """Counts of each kind and pair of splits, then the first pairs of each."""
-    rows = []
-    for kind, title in KINDS.items():
-        of_kind = [(title, _splits(each), _size(each), _near_note(leaks, each)) for each in leaks.of(kind)]
-        rows += of_kind or [(title, "none", "", _reason(view, leaks, kind))]
+    rows = [row for kind in KINDS for row in _kind_rows(leaks, kind)]
     text = _aligned(rows)
     if view.untrained and leaks.of("near"):
         text += ["The weights are untrained (random): what is near by their features is alike in light and shade only."]
@@ -270,24 +267,17 @@ def leaks_lines(view: View, leaks: Leaks) -> str:
     return "\n".join(text)
 
 
-def _near_note(leaks: Leaks, finding: LeakFinding) -> str:
-    if finding.kind != "near":
-        return ""
-    kept = f"; the {len(finding.rows):,} closest are kept" if len(finding.rows) < finding.count else ""
-    return f"cosine of {leaks.output} ≥ {leaks.threshold:g}{kept}"
-
-
-def _reason(view: View, leaks: Leaks, kind: str) -> str:
-    """Why there are none, where the reason is not that all is well."""
-    if kind != "labels" and len(set(view.splits) - {""}) < 2:
-        return "fewer than two splits in the data (those that train-head draws keep copies and groups together)"
-    if kind == "near" and leaks.output is None:
-        return f"not looked for: {', '.join(view.outputs)} is no vector"
-    if kind == "near":
-        return f"cosine of {leaks.output} ≥ {leaks.threshold:g}"
-    if kind == "group" and view.groups is None:
-        return "no groups are known"
-    return "no labels are known" if kind == "labels" and view.task == "unlabelled" else ""
+def _kind_rows(leaks: Leaks, kind: str) -> list[tuple[str, str, str, str]]:
+    """Leaks of one kind, that there are none, or why nothing was compared."""
+    title, how = KINDS[kind], f"cosine of centred {leaks.output} ≥ {leaks.threshold:g}" if kind == "near" else ""
+    rows = []
+    for each in leaks.of(kind):
+        cut = f"; the {len(each.rows):,} closest are kept" if kind == "near" and len(each.rows) < each.count else ""
+        rows.append((title, _splits(each), _size(each), how + cut))
+    if reason := leaks.not_compared.get(kind):
+        within = kind == "image" or (kind == "near" and leaks.output is not None)
+        return [(title, "not compared", "", reason), *(rows or [(title, "none within the set", "", how)] * within)]
+    return rows or [(title, "none", "", how)]
 
 
 def _aligned(rows: list[Any]) -> list[str]:
@@ -298,8 +288,8 @@ def leaks_record(view: View, leaks: Leaks) -> dict[str, Any]:
     """For ``--json``: counts, and all pairs that are kept."""
     counts = [{"kind": f.kind, "splits": f.splits, "count": f.count} for f in leaks.findings]
     pairs = [pair for finding in leaks.findings for pair in _pairs(view, finding)]
-    about = {"view": view.label, "output": leaks.output, "threshold": leaks.threshold}
-    return about | {"counts": counts, "pairs": pairs}
+    about = {"view": view.label, "output": leaks.output, "threshold": leaks.threshold, "centred": True}
+    return about | {"not_compared": leaks.not_compared, "counts": counts, "pairs": pairs}
 
 
 def leaks_csv(record: dict[str, Any]) -> str:
@@ -333,19 +323,21 @@ def leaks_sheet(view: View, leaks: Leaks, dataset: Dataset) -> bytes:
     sections = []
     for finding in leaks.findings:
         pairs = zip(finding.rows.tolist(), _pairs(view, finding, MOST), strict=False)
-        cells = [_cell(view, dataset, row_of, rows, pair) for rows, pair in pairs]
+        cells = [_cell(view, leaks, dataset, row_of, rows, pair) for rows, pair in pairs]
         rows = [(("", ""), cells[start : start + ACROSS]) for start in range(0, len(cells), ACROSS)]
         cut = f", the first {MOST}" if finding.count > MOST else ""
         sections.append(SheetSection(_title(finding), _size(finding) + cut, rows))
-    about = "what stands in two splits, or under two labels" if sections else "no leaks were found"
+    about = "what stands twice, or under two labels" if sections else "no leaks were found"
     return grid_of_images(view.label, about, sections)
 
 
-def _cell(view: View, dataset: Dataset, row_of: dict[str, int], rows: list[int], pair: dict[str, Any]) -> SheetCell:
+def _cell(
+    view: View, leaks: Leaks, dataset: Dataset, row_of: dict[str, int], rows: list[int], pair: dict[str, Any]
+) -> SheetCell:
     images = []
     for row, name, label in zip(rows, pair["ids"], pair["labels"], strict=True):
         short = name.rpartition(":")[2] if ":" in name else short_name(name)
-        images.append((partial(_read, view, dataset, row_of, row), [short, view.splits[row] or "no split", label]))
+        images.append((partial(_read, view, dataset, row_of, row), [short, leaks.splits[row] or "no split", label]))
     return SheetCell(images, _pair_note(pair))
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click import argument, option
 
-from featurecache.commands.extract import open_features, pairs_of, task_option, training_of
+from featurecache.commands.extract import pairs_of, task_option, training_of
 from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, record_of
 from featurecache.errors import BadOption
 from featurecache.formatting import byte_bar, columns, first_of, one_line, shape_text, size_text
@@ -20,45 +19,6 @@ if TYPE_CHECKING:
     from featurecache.maintenance.merge import MergeResult
     from featurecache.maintenance.repair import Repair
     from featurecache.maintenance.verify import VerifyReport
-
-
-@command
-@argument("view", required=False, metavar="[VIEW]")
-@option("--output", metavar="NAME", help="Vectors that are compared. [default: cls, else pooler, gap, mean]")
-@option("--threshold", default=0.99, metavar="X", help="Cosine from which two images are near-duplicates.")
-@option("--csv", "csv_file", metavar="FILE", help="Write all pairs.")
-@option("--sheet", metavar="FILE.png", help="Write a contact sheet of the pairs, side by side.")
-@option("--most", default=1000, metavar="N", help="Near-duplicates kept for two splits: the closest; all count.")
-@cache_option
-def leaks(
-    talk: Console, view: str | None, csv_file: str | None, sheet: str | None, cache: str | None, **options: Any
-) -> int:
-    """What stands in two splits at once: an image, a group, near-duplicates; and one image under two labels.
-
-    \b
-    featurecache leaks chest --csv leaks.csv --sheet leaks.png
-    """
-    from featurecache.commands import inspect
-    from featurecache.files.atomic import write_whole
-    from featurecache.maintenance.leaks import find_leaks
-
-    opened = open_features(talk, view, cache, "a name chooses")
-    images = inspect.open_images(opened) if sheet else None  # first: they may have gone
-    found = find_leaks(opened, progress=talk.progress, **options)
-    record = inspect.leaks_record(opened, found)
-    talk.result(inspect.leaks_lines(opened, found), {**record, "csv": csv_file, "sheet": sheet})
-    if csv_file:
-        write_whole(Path(csv_file), inspect.leaks_csv(record).encode())
-        talk.say(f"csv        {csv_file}")
-    if sheet and images is not None:
-        write_whole(Path(sheet), inspect.leaks_sheet(opened, found, images))
-        talk.say(f"sheet      {sheet}")
-    exact = bool(found.of("image") or found.of("group"))
-    way = training_of(opened.outputs, opened.label) + " --drop-leaks" * exact
-    if found.of("near") and not sheet and not exact:
-        way = f"featurecache leaks {shlex.quote(opened.label)} --sheet leaks.png"
-    talk.next(way, cache)
-    return 0
 
 
 _stores_argument = argument("names", nargs=-1, metavar="[STORE|VIEW]…")

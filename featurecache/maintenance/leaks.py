@@ -1,13 +1,14 @@
-"""Data leaks of a view: images, groups and near-duplicates in two splits, where a test measures memory and not sight.
+"""Data leaks of a view: images, groups and near-duplicates in two splits, where a test measures memory and not sight;
+and what stands twice within a split, or in data whose splits are still to be drawn.
 
-    image    one image (one digest) in two splits
+    image    one image (one digest) in two splits, or several times in one
     group    one group (a patient) in two splits
-    near     two images of different splits whose features point the same way
-    labels   one image under two labels, within a split or across
+    near     two images whose features point the same way
+    labels   one image under two labels
 
 Groups and images are each counted once for a pair of splits, however often they stand there; near-duplicates are pairs
-of images, exact copies not among them. Augmented copies and rows without a split take no part (the latter do in
-``labels``).
+of images, exact copies not among them. Rows without a split are a set of their own, within which alone is looked.
+Augmented copies take no part.
 
 **Near-duplicates.** The features of images of one kind share a large common part (untrained ones almost nothing else):
 raw cosines are all near 1 and say nothing. So the mean over the view is taken away first. Few rows make a poor mean:
@@ -34,6 +35,7 @@ from featurecache.errors import BadOption
 from featurecache.store.view import View
 
 SPLITS = ("train", "val", "test")
+SETS = (*SPLITS, "")  # within which is looked; "": rows without a split
 _PAIRS = ((0, 1), (0, 2), (1, 2))  # of splits, by number
 KINDS = {"image": "same image", "group": "same group", "near": "near-duplicates", "labels": "two labels"}
 VECTORS = ("cls", "pooler", "gap", "mean")  # compared by default: the first that the view has
@@ -66,8 +68,8 @@ class LeakFinding:
     kind: str
     splits: tuple[str, str]
     count: int  # all there are; of near-duplicates only the closest are kept
-    rows: np.ndarray  # int64 [n,2]: the first row in each split
-    copies: np.ndarray  # int64 [n,2]: how many rows it has there (labels: under that label)
+    rows: np.ndarray  # int64 [n,2]: the first row in each split; of an image twice in one the first two
+    copies: np.ndarray  # int64 [n,2]: how many rows it has there (labels: under that label; in one split: 1, others)
     cosines: np.ndarray | None = None  # float64 [n]
 
 
@@ -78,6 +80,8 @@ class Leaks:
     findings: tuple[LeakFinding, ...]
     output: str | None  # compared for near-duplicates; None: not looked for
     threshold: float
+    splits: list[str]  # of every row, as looked at
+    not_compared: dict[str, str]  # kind -> why it was not compared between splits
 
     def __len__(self) -> int:
         return sum(finding.count for finding in self.findings)
@@ -105,12 +109,27 @@ def find_leaks(
     if most < 1:
         raise BadOption(f"--most is {most}; it must be at least 1.")
     chosen = comparison_vector(view, output) if near else None
-    codes, keys = split_codes(view, names), _exact_keys(view)
+    codes, keys, plain = split_codes(view, names), _exact_keys(view), _plain(view)
+    sets = np.where(codes < 0, np.where(plain, len(SPLITS), -1), codes)
     findings = [leak for kind, numbers in keys.items() for leak in shared_keys(kind, numbers, codes)]
+    findings += image_copies(keys["image"], sets)
     if chosen is not None:
-        findings += _near(view, chosen, keys["image"], codes, threshold, most, progress)
-    findings += label_conflicts(keys["image"], np.asarray(view.labels), codes, _plain(view))
-    return Leaks(tuple(findings), chosen, threshold)
+        findings += _near(view, chosen, keys["image"], sets, threshold, most, progress)
+    findings += label_conflicts(keys["image"], np.asarray(view.labels), codes, plain)
+    words = view.splits if names is None else np.asarray(names).tolist()
+    return Leaks(tuple(findings), chosen, threshold, words, _not_compared(view, codes, chosen))
+
+
+def _not_compared(view: View, codes: np.ndarray, output: str | None) -> dict[str, str]:
+    reasons = {}
+    if len(np.unique(codes[codes >= 0])) < 2:
+        few = "fewer than two splits here; --run or --splits gives those that a training drew"
+        reasons = dict.fromkeys(("image", "group", "near"), few)
+    if output is None:
+        reasons["near"] = f"{', '.join(view.outputs)} is no vector"
+    if view.groups is None:
+        reasons["group"] = "no groups are known"
+    return reasons | ({"labels": "no labels are known"} if view.task == "unlabelled" else {})
 
 
 def exact_leaks(view: LeakInput, names: np.ndarray) -> list[LeakFinding]:
@@ -174,6 +193,22 @@ def shared_keys(kind: str, keys: np.ndarray, codes: np.ndarray) -> list[LeakFind
     return findings
 
 
+def image_copies(images: np.ndarray, sets: np.ndarray) -> list[LeakFinding]:
+    """A finding for each set that has an image several times. images, sets: int64 [N], -1 takes no part."""
+    findings = []
+    for number, name in enumerate(SETS):
+        rows = np.flatnonzero((sets == number) & (images >= 0))
+        rows = rows[np.argsort(images[rows], kind="stable")]
+        _, start, count = np.unique(images[rows], return_index=True, return_counts=True)
+        start, count = start[count > 1], count[count > 1]
+        if len(start):
+            order = np.argsort(rows[start])
+            pairs = np.stack([rows[start], rows[start + 1]], 1)[order]
+            copies = np.stack([np.ones_like(count), count - 1], 1)[order]
+            findings.append(LeakFinding("image", (name, name), len(pairs), pairs, copies))
+    return findings
+
+
 def label_conflicts(images: np.ndarray, labels: np.ndarray, codes: np.ndarray, plain: np.ndarray) -> list[LeakFinding]:
     """One image under two labels; of several labels the least and the greatest, of multi-label data the first that is
     both given and denied. Unknown labels contradict nothing. images, codes int64 [N]; labels int64 [N] (-1 none) or
@@ -204,11 +239,11 @@ def _by_splits(rows: np.ndarray, copies: np.ndarray, codes: np.ndarray) -> list[
     order = np.where(codes < 0, len(SPLITS), codes)
     swap = (order[rows[:, 0]] * len(order) + rows[:, 0]) > (order[rows[:, 1]] * len(order) + rows[:, 1])
     rows, copies = (np.where(swap[:, None], pairs[:, ::-1], pairs) for pairs in (rows, copies))
-    words, findings = (*SPLITS, ""), []
+    findings = []
     for a, b in np.unique(order[rows], axis=0).tolist():
         here = np.flatnonzero((order[rows] == (a, b)).all(axis=1))
         here = here[np.argsort(rows[here, 0])]
-        findings.append(LeakFinding("labels", (words[a], words[b]), len(here), rows[here], copies[here]))
+        findings.append(LeakFinding("labels", (SETS[a], SETS[b]), len(here), rows[here], copies[here]))
     return findings
 
 
@@ -223,19 +258,20 @@ def comparison_vector(view: View, output: str | None) -> str | None:
 
 
 def _near(
-    view: View, output: str, images: np.ndarray, codes: np.ndarray, threshold: float, most: int, progress: bool
+    view: View, output: str, images: np.ndarray, sets: np.ndarray, threshold: float, most: int, progress: bool
 ) -> list[LeakFinding]:
-    cells = images * 4 + codes + 1
+    cells = images * (len(SETS) + 1) + sets + 1
     _, place, again, number = np.unique(cells, return_index=True, return_inverse=True, return_counts=True)
-    once = [np.sort(place[codes[place] == code]) for code in range(len(SPLITS))]  # of copies in a split the first
+    once = [np.sort(place[sets[place] == code]) for code in range(len(SETS))]  # of copies in a split the first
     copies = number[again.reshape(-1)]
     features = CentredUnitRows(view, output, np.flatnonzero(_plain(view)))
     findings = []
-    for a, b in _PAIRS:
-        what = f"{SPLITS[a]} and {SPLITS[b]}" if progress else ""
+    for a, b in (*_PAIRS, *((code, code) for code in range(len(SETS)))):
+        named = f"{SETS[a]} and {SETS[b]}" if a != b else f"within {SETS[a]}" if SETS[a] else "without a split"
+        what = named if progress else ""
         pairs = nearest_pairs(features, once[a], once[b], threshold=threshold, most=most, same=images, what=what)
         if pairs.count:
-            splits = (SPLITS[a], SPLITS[b])
+            splits = (SETS[a], SETS[b])
             findings.append(LeakFinding("near", splits, pairs.count, pairs.rows, copies[pairs.rows], pairs.cosines))
     return findings
 
@@ -298,12 +334,12 @@ def nearest_pairs(
     features: CentredUnitRows, first: np.ndarray, second: np.ndarray, *, threshold: float, most: int,
     same: np.ndarray, what: str = "",
 ) -> NearPairs:  # fmt: skip
-    """The pairs of a row of ``first`` and one of ``second`` with a cosine of at least ``threshold``. Rows with one
-    number in ``same`` [N] are copies and no pair. ``what``: name of a progress bar, "" for none. Memory: a tile of
-    rows, a block of products, and ``most`` pairs."""
+    """The pairs of a row of ``first`` and one of ``second`` (both rising; the same rows: every pair once) with a cosine
+    of at least ``threshold``. Rows with one number in ``same`` [N] are copies and no pair. ``what``: name of a progress
+    bar, "" for none. Memory: a tile of rows, a block of products, and ``most`` pairs."""
     error = (len(features.mean) + 2) * 2.0**-24
     cut = np.float32(threshold - 0.5 * 10**-_DECIMALS - 1.01 * error / (1 - error) - 2.0**-22)
-    pairs = NearPairs(most)
+    pairs, within = NearPairs(most), first is second
     product = np.empty((BLOCK, BLOCK), np.float32)
     total, hidden = len(first) * len(second), None if what else True
     with tqdm(total=total, desc=what, unit=" pairs", unit_scale=True, leave=False, disable=hidden) as bar:
@@ -314,12 +350,15 @@ def nearest_pairs(
                 v = exact.astype(np.float32)
                 for rows, u in left:
                     bar.update(len(rows) * len(columns))
+                    if within and columns[-1] <= rows[0]:
+                        continue
                     near = np.matmul(u, v.T, out=product[: len(u), : len(v)])
                     if near.max() < cut:
                         continue
                     a, b = np.divmod(np.flatnonzero(near.reshape(-1) >= cut), len(v))
-                    others = same[rows[a]] != same[columns[b]]
-                    a, b = a[others], b[others]
+                    other = same[rows[a]] != same[columns[b]]
+                    other &= (rows[a] < columns[b]) | (not within)
+                    a, b = a[other], b[other]
                     cosines = exact_cosines(features, rows, exact, a, b)
                     here = cosines >= threshold
                     pairs.add(np.stack([rows[a[here]], columns[b[here]]], 1), cosines[here])

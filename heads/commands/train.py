@@ -52,20 +52,22 @@ def training_options(name: str) -> Callable[..., Any]:
 
 
 def _training_option(entry: Field[Any], name: str) -> Callable[..., Any]:
-    from heads.settings import VARIED, flag
+    from heads.settings import OF_HEAD, VARIED, flag
 
     values, text, taker = entry.metadata["values"], entry.metadata["help"], entry.metadata["for"]
     kind, word = entry.type.split(" | ")[0], flag(entry.name)  # annotations are text
-    default = "auto" if entry.name == "device" else entry.default if name == "train-head" else None
+    of_head = entry.name in OF_HEAD
+    default = "auto" if entry.name == "device" else entry.default if name == "train-head" and not of_head else None
+    text += f" [default: the head's own, mostly {entry.default}]" if name == "train-head" and of_head else ""
     if name == "ablate":
         of = {"network": "Of networks from pixels: ", "finetune": "Of finetune:…: "}.get(taker)
         text = of + text[0].lower() + text[1:] if of else text
         if entry.default not in (None, ()) and entry.default is not False and entry.name != "device":
             published = taker == "any" and entry.name not in ("select", "split_seed")
-            usual = "on" if entry.default is True else entry.default
+            usual = "the head's own" if of_head else "on" if entry.default is True else entry.default
             text += f" [default: {usual}{'; of networks as published' if published else ''}]"
     if kind == "bool":
-        words = f"{word}/--no-{word[2:]}" if entry.default else word
+        words = f"{word}/--no-{word[2:]}" if entry.default or taker == "network" else word
         return option(words, is_flag=True, default=default, help=text)
     varied = name == "ablate" and entry.name in VARIED
     if varied and entry.name != "augment":

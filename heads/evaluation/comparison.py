@@ -31,7 +31,7 @@ from heads.evaluation.families import (
     collect_predictions,
     display_setting,
     names_of,
-    path_edge_warnings,
+    notes_of,
     resample_key,
     run_setting,
     seeds_only_warning,
@@ -142,7 +142,7 @@ def _set_differences(entries: Sequence[_Entry], reference: str | None) -> list[s
     for name in base.estimates.names:  # Holm over the families, for each measure by itself
         compared = [own for own in by_family if name in own]
         for own, p in zip(compared, holm([own[name].p for own in compared]), strict=True):
-            own[name] = replace(own[name], p_holm=p)
+            own[name] = replace(own[name], p_holm=p, families=len(compared))
     return [
         f"{entry.name} was not tested on the images of {reference}: no difference is given"
         for entry in entries
@@ -187,6 +187,7 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: SharedResam
     family, estimates, run, choice = entry.family, entry.estimates, entry.family.runs[0], entry.choice
     test, external = estimates.all(), external_records(family, resampler)
     val = {m: [each.metrics["val"].get(m) for each in family.runs] for m in estimates.names}
+    edges, notes = notes_of(family)
     flat = [title(m, run.task) for m, e in test.items() if e.low == e.high and e.method and "bootstrap" in e.method]
     same = "came out the same in every resample; an interval without width is no certainty"
     return {
@@ -197,7 +198,7 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: SharedResam
         "fraction": family.fraction,
         "setting": run_setting(run),
         "tried": choice.tried if choice else 1,
-        "edges": [*(choice.edges if choice else ()), *path_edge_warnings(family)],
+        "edges": [*(choice.edges if choice else ()), *edges],
         **{kind: family.vary(kind) for kind in ("seeds", "repeats")},
         "folds": family.vary("folds") if run.config["splits"].get("fold") else None,
         "parameters": run.config["parameters"],
@@ -211,7 +212,7 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: SharedResam
         "difference": None if entry.difference is None else records_of(entry.difference),
         "external": external,
         "runs": [str(each.path) for each in family.runs],
-        "warnings": [f"{entry.name}: {', '.join(flat)} {same}"] * bool(flat)
+        "warnings": [f"{entry.name}: {note}" for note in [*notes, *[f"{', '.join(flat)} {same}"] * bool(flat)]]
         + [f"on {part['view']}: {warning}" for part in external for warning in part["warnings"]],
     }
 
@@ -267,15 +268,19 @@ class MeasureDifference:
     p: float
     method: str
     p_holm: float = math.nan
+    families: int = 1  # that Holm's correction is over
 
     def record(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key != "measure"} | {"words": self.words}
 
     @property
     def words(self) -> str:
+        """Better or worse where the interval leaves out 0 and Holm's p is small; where these differ, what decides."""
         numbers = f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-        if self.p_holm >= 1 - LEVEL or self.low <= 0 <= self.high:
-            return f"no difference shown: {numbers}"
+        holds_0, small = self.low <= 0 <= self.high, self.p_holm < 1 - LEVEL
+        if holds_0 or not small:
+            why = "" if holds_0 is not small else f", p {self.p_holm:.2g} by Holm over {self.families}"
+            return f"no difference shown: {numbers}{why}"
         better = (self.value > 0) is METRICS[self.measure].higher
         return f"{'better' if better else 'worse'}: {numbers}"
 

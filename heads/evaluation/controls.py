@@ -136,7 +136,8 @@ def _fit_pixels(task: Task, data: dict[str, tuple[np.ndarray, np.ndarray]], note
     z, finished = _logits(task, train, y, scaled)
     if not finished:
         notes.append("stopped before it converged")
-    calibration, _ = calibrate(task.kind, z[0], others[0], np.zeros(len(task.classes)), task.positive, None)
+    calibration, note = calibrate(task.kind, z[0], others[0], np.zeros(len(task.classes)), task.positive, None)
+    notes += [note] if note else []
     measured = {
         name: evaluate(calibration.predictions(task.kind, values, labels, task.positive), task.classes)
         for name, values, labels in zip(SPLITS[1:], z, others, strict=True)

@@ -133,6 +133,7 @@ def run_setting(run: Run) -> dict[str, Any]:
 
 def display_setting(settings: dict[str, Any]) -> dict[str, Any]:
     plain = Settings(settings["head"]).to_dict()
+    plain |= HEADS[settings["head"]].settings if settings["head"] in HEADS else {}
     always = () if settings["head"] in HEADS and HEADS[settings["head"]].solved else ("lr", "weight_decay")
     return {
         key: value
@@ -141,10 +142,11 @@ def display_setting(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def path_edge_warnings(family: Family) -> list[str]:
-    """What was said in training of values chosen at the edge of what a solver tried."""
-    warnings = [warning for run in family.runs for warning in run.config.get("warnings", [])]
-    return list(dict.fromkeys(warning for warning in warnings if "at the edge of what was tried" in warning))
+def notes_of(family: Family) -> tuple[list[str], list[str]]:
+    """What was said in training: of values chosen at the edge of what a solver tried, and the rest, each once."""
+    notes = list(dict.fromkeys(note for run in family.runs for note in run.config["notes"]))
+    edges = [note for note in notes if "at the edge of what was tried" in note]
+    return edges, [note for note in notes if note not in edges]
 
 
 def spread(family: Family, names: Sequence[str]) -> dict[str, dict[str, float] | None]:

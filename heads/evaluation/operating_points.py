@@ -10,9 +10,9 @@ import numpy as np
 
 from featurecache.errors import BadOption
 from heads.evaluation.families import FamilyPredictions
-from heads.metrics.calibration import CalibratedPredictions, confidence, reliability
 from heads.metrics.classification import evaluate
-from heads.metrics.intervals import FamilyEstimates
+from heads.metrics.intervals import FamilyEstimates, TestSet
+from heads.metrics.reliability import Confidence, consistency_interval, reliability
 from heads.runs.run import Run
 
 Prevalence = float | dict[str, float]
@@ -55,17 +55,31 @@ def operating_points(run: Run, estimates: FamilyEstimates, prevalence: Prevalenc
 
 def calibration_record(predictions: FamilyPredictions) -> dict[str, Any]:
     """On test, ``before`` (the head's own logits) and ``after`` prior correction and temperature: means over the runs
-    of Brier, NLL and ECE, and bins of all their answers."""
-    after = [each for test_set in predictions.test_sets for each in test_set.predictions]
-    answers = [each for heads in predictions.answers for each in heads]
-    before = [replace(each, z=raw.logits) for each, raw in zip(after, answers, strict=True)]
-    return {"before": _calibration(before), "after": _calibration(after)}
+    of Brier, NLL and ECE, ``calibrated`` (the ECE that a perfectly calibrated head would show) and bins of all their
+    answers; ``words``: which of the two the ECE after is."""
+    raw = [
+        replace(each, predictions=tuple(replace(p, z=a.logits) for p, a in zip(each.predictions, answers, strict=True)))
+        for each, answers in zip(predictions.test_sets, predictions.answers, strict=True)
+    ]
+    after = _calibration(predictions.test_sets)
+    images = len({name for answers in predictions.answers for name in answers[0].ids})
+    return {"before": _calibration(raw), "after": after, "words": _ece_words(after, images)}
 
 
-def _calibration(predictions: Sequence[CalibratedPredictions]) -> dict[str, Any]:
+def _calibration(test_sets: Sequence[TestSet]) -> dict[str, Any]:
     """Several labels are pooled in the bins, while ECE is the mean over labels."""
-    names = [str(c) for c in range(predictions[0].z.shape[1])]
-    measured = [evaluate(each, names) for each in predictions]
+    heads = [(each, test_set) for test_set in test_sets for each in test_set.predictions]
+    names = [str(c) for c in range(heads[0][0].z.shape[1])]
+    measured = [evaluate(each, names) for each, _ in heads]
     means = {m: float(np.mean([each[m] for each in measured])) for m in ("brier", "nll", "ece")}
-    pairs = zip(*map(confidence, predictions), strict=True)
-    return means | {"bins": reliability(*(np.concatenate(column) for column in pairs))}
+    low, high = consistency_interval([(each.predictions, each.cluster_ids) for each in test_sets])
+    judged = [(each.p, each.truth, of.cluster_ids[each.row]) for p, of in heads for each in (Confidence.of(p),)]
+    bins = reliability(*map(np.concatenate, zip(*judged, strict=True)))
+    return means | {"calibrated": {"low": low, "high": high}, "bins": bins}
+
+
+def _ece_words(after: dict[str, Any], images: int) -> str:
+    ece, low, high = after["ece"], after["calibrated"]["low"], after["calibrated"]["high"]
+    reading = "its probabilities are off by more than chance" if ece > high else "no miscalibration is shown"
+    would = "a perfectly calibrated head of these probabilities would show"
+    return f"ECE {ece:.3f}; {would} {low:.3f} to {high:.3f} on {images:,} images: {reading}"

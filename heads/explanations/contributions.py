@@ -120,8 +120,8 @@ def _rank_one(head: MarginModel, u: torch.Tensor, toward: torch.Tensor, mean: to
     """float64 [T] of one image u [T, D]."""
     model = head.model
     assert isinstance(model, Large)
-    first = model.fc1.weight  # [H, T']
-    before = torch.addmm(model.fc1.bias[:, None], first, head.tokens.input(u[None])[0])  # A [H, D]
+    first = model.ln1.weight  # [H, T']
+    before = torch.addmm(model.ln1.bias[:, None], first, head.tokens.input(u[None])[0])  # A [H, D]
     columns = first if head.tokens.matrix is None else first @ head.tokens.matrix  # W1 R [H, T]
     second = torch.einsum("c,chd->hd", toward, model.second)
     change, parts = mean - u, torch.zeros(len(u), dtype=torch.float64)

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 EPS = float(np.finfo(np.float64).eps)  # probabilities are kept this far from 0, as scikit-learn's log_loss does
-BINS = 15  # of the calibration error and of a reliability diagram
-TEMPERATURES = (0.05, 20.0)  # no val split says anything believable beyond
+EQUAL = 1e3  # a temperature of so many times the largest difference of two logits: no two probabilities differ by 0.1 %
 
 
 def log_probabilities(kind: str, z: np.ndarray) -> np.ndarray:
@@ -145,17 +144,6 @@ class CalibratedPredictions:
         return np.bincount(cell, minlength=4 * width).reshape(width, 2, 2).astype(float)
 
 
-def confidence(predictions: CalibratedPredictions) -> tuple[np.ndarray, np.ndarray]:
-    """The probabilities that are judged by what came true, and that: of the positive class; of several classes of the
-    most probable one, which is true or not (Guo et al. 2017); of labels all that are known, label by label."""
-    p, y = predictions.p, predictions.y
-    if predictions.multilabel:
-        return p.T[predictions.label_mask.T], y.T[predictions.label_mask.T].astype(float)
-    if predictions.kind == "binary":
-        return p[:, predictions.positive], (y == predictions.positive).astype(float)
-    return p.max(axis=1), (p.argmax(axis=1) == y).astype(float)
-
-
 @dataclass(frozen=True)
 class Calibration:
     """What turns raw logits into probabilities and predicted labels: chosen on val, kept with the run.
@@ -185,12 +173,11 @@ class Calibration:
 def calibrate(
     kind: str, logits: np.ndarray, y: np.ndarray, prior: np.ndarray, positive: int | None, sensitivity: float | None
 ) -> tuple[Calibration, str | None]:
-    """Calibration by val, and a sentence where val could not set the temperature. ``prior`` [C]: its correction."""
+    """Calibration by val, and a sentence where NLL on val has no smallest value. ``prior`` [C]: its correction."""
     z = np.asarray(logits, dtype=np.float64) + prior
-    t = temperature(kind, z, y)
-    undecided = "no temperature has a smallest NLL on val (it is separated without error, or not at all): 1 is kept"
-    cuts = thresholds(kind, probabilities(kind, z / (t or 1.0)), y, positive, sensitivity)
-    return Calibration(tuple(prior.tolist()), t or 1.0, cuts), None if t else undecided
+    t, note = temperature(kind, z, y)
+    cuts = thresholds(kind, probabilities(kind, z / t), y, positive, sensitivity)
+    return Calibration(tuple(prior.tolist()), t, cuts), note
 
 
 def prior_correction(train: np.ndarray, seen: np.ndarray) -> np.ndarray:
@@ -199,25 +186,38 @@ def prior_correction(train: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return np.log(np.where(there, train, 1.0) / np.where(there, seen, 1.0))
 
 
-def temperature(kind: str, z: np.ndarray, y: np.ndarray) -> float | None:
-    """The temperature of the smallest NLL on val, or None where there is none within ``TEMPERATURES``.
+def temperature(kind: str, z: np.ndarray, y: np.ndarray) -> tuple[float, str | None]:
+    """The temperature T of the smallest NLL on val; where there is none, the T that is taken and a sentence about it.
 
-    With b = 1/T, NLL(b) is convex and its derivative is the mean of sum_c p_c z_c - z_y (multi-label: (p - y) z over
-    known entries): bisection on log b. There is none if val is separated without error (NLL falls for ever)."""
+    With b = 1/T and d_c = z_c - z_y (a label is a choice between 0 and z), NLL(b) = mean log sum_c exp(b d_c) is convex
+    with the slope mean sum_c p_c d_c. It has a minimum where it falls at first, from b = 0 with equal p, and rises at
+    last, which it does if some d_c is above 0. That place scales with 1 / d: logits of several hundred have T = 50."""
+    from scipy.optimize import brentq
 
-    def slope(b: float) -> float:
-        p = probabilities(kind, b * z)
-        if kind == "multilabel":
-            return float(((p - y) * z)[~np.isnan(y)].mean())
-        return float(((p * z).sum(1) - z[np.arange(len(y)), y]).mean())
+    d = _margins(kind, z, y)
+    size = float(np.abs(d).max(initial=0.0)) or 1.0
 
-    low, high = np.log(1 / TEMPERATURES[1]), np.log(1 / TEMPERATURES[0])
-    if slope(np.exp(low)) >= 0 or slope(np.exp(high)) <= 0:
-        return None
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)
-    return float(np.exp(-(low + high) / 2))
+    def slope(log_b: float) -> float:
+        return float((probabilities("multiclass", np.exp(log_b) * d) * d).sum(axis=1).mean())
+
+    low = high = -np.log(EQUAL * size)
+    if not len(d) or slope(low) >= 0:
+        why = "on val its probabilities are no better than equal ones (NLL falls as T grows)"
+        return EQUAL * size, f"{why}: T is so large that they are nearly equal"
+    if d.max() <= 0:
+        return 1.0, "val is separated without error (NLL falls for ever as T goes to 0): T stays 1"
+    while slope(high) <= 0:
+        high += 1
+    return float(np.exp(-brentq(slope, low, high, xtol=1e-10))), None
+
+
+def _margins(kind: str, z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Logits minus that of the truth [N, C]; of labels [known entries, 2]."""
+    if kind != "multilabel":
+        return z - z[np.arange(len(y)), y][:, None]
+    known = ~np.isnan(y)
+    wrong = np.where(y == 1, -z, z)[known]
+    return np.stack([np.zeros_like(wrong), wrong], axis=1)
 
 
 def thresholds(
@@ -260,22 +260,3 @@ def sensitivity_threshold(probability: np.ndarray, truth: np.ndarray, wanted: fl
     last = positives[int(np.ceil(wanted * len(positives) - 1e-9)) - 1]
     below = probability[probability < last].max(initial=0.0)
     return float(np.clip((last + below) / 2, np.nextafter(below, 1), last))
-
-
-def mass_bins(probability: np.ndarray) -> np.ndarray:
-    """int [N]: bins of equal numbers of rows, by increasing probability; equal probabilities share a bin, so that no
-    order of the rows matters."""
-    order, rank = np.argsort(probability), np.empty(len(probability))
-    ordered = probability[order]
-    rank[order] = (ordered.searchsorted(ordered) + ordered.searchsorted(ordered, "right")) / 2  # from 1/2 to N - 1/2
-    return np.minimum((rank * BINS / max(len(probability), 1)).astype(np.int64), BINS - 1)
-
-
-def reliability(probability: np.ndarray, truth: np.ndarray) -> list[dict[str, float]]:
-    """Reliability diagram: of the bins that hold rows the mean probability ``p``, ``share`` of positives, ``n``."""
-    bins = mass_bins(probability)
-    count = np.bincount(bins, minlength=BINS)
-    there = np.flatnonzero(count)
-    p, share = (np.bincount(bins, column, minlength=BINS)[there] / count[there] for column in (probability, truth))
-    rows = zip(p.tolist(), share.tolist(), count[there].tolist(), strict=True)
-    return [{"p": p, "share": share, "n": n} for p, share, n in rows]

@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from heads.metrics.calibration import BINS, CalibratedPredictions, confidence, mass_bins
+from heads.metrics.calibration import CalibratedPredictions
+from heads.metrics.reliability import MOST_BINS, Confidence
 from heads.settings import METRICS
 
 Values = dict[str, np.ndarray]  # measure -> [R], or of every class [C, R]
@@ -202,7 +203,7 @@ class WeightedMeasures:
         overall |= {name: ratio(_product(column, weights), total) for name, column in self._row_values.items()}
         if kind == "ordinal":
             overall["quadratic_kappa"] = _kappa(_product(self._row_values["mae"] ** 2, weights), counts)
-        gaps = np.abs(self._gaps(weights).astype(np.float64)).reshape(-1, BINS, counts.shape[2]).sum(axis=1)
+        gaps = np.abs(self._gaps(weights).astype(np.float64)).reshape(-1, MOST_BINS, counts.shape[2]).sum(axis=1)
         return overall | {"ece": self._macro("ece", ratio(gaps, counts[3][: len(gaps)]))}, of_class
 
     def _macro(self, name: str, values: np.ndarray) -> np.ndarray:
@@ -227,17 +228,13 @@ class WeightedMeasures:
     @cached_property
     def _gaps(self) -> WeightedSums:
         """[15, N], for multi-label [15 C, N]: probability minus truth of each row, in the row of its bin. The ECE is
-        their absolute sum (Naeini, Cooper & Hauskrecht 2015) over bins of equal mass (Nixon et al. 2019, section 4).
+        their absolute sum (`heads.metrics.reliability`).
 
         The bins are those of the whole sample: what is resampled is how far off each of them is. Biased upwards: also a
         perfect model has an ECE above 0."""
-        p, truth = confidence(self.predictions)
-        n = len(self.predictions.y)
-        if not self.predictions.multilabel:
-            return WeightedSums(mass_bins(p), np.arange(n), p - truth, (BINS, n))
-        label, rows = np.nonzero(self.predictions.label_mask.T)
-        place = label * BINS + np.concatenate([mass_bins(p[label == c]) for c in range(self.width)])
-        return WeightedSums(place, rows, p - truth, (self.width * BINS, n))
+        judged = Confidence.of(self.predictions)
+        shape = (judged.labels * MOST_BINS, len(self.predictions.y))
+        return WeightedSums(judged.bin, judged.row, judged.p - judged.truth, shape)
 
 
 def _product(column: np.ndarray, weights: np.ndarray | None) -> np.ndarray:

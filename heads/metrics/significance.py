@@ -14,12 +14,14 @@ LEVEL = 0.95
 Interval = tuple[float, float]
 
 
-def wilson(hits: int, n: int) -> Interval:
-    """Of a proportion, hits of n (Wilson 1927; Newcombe 1998, method 3). NaN where there is nothing to count."""
+def wilson(hits: float, n: float) -> Interval:
+    """Of a proportion, hits of n (Wilson 1927; Newcombe 1998, method 3), which may be fractions: those of several heads
+    on the same images are their mean. NaN where there is nothing to count."""
     if not n:
         return np.nan, np.nan
-    interval = stats.binomtest(hits, n).proportion_ci(LEVEL, "wilson")
-    return float(interval.low), float(interval.high)
+    z, share = float(stats.norm.ppf((1 + LEVEL) / 2)), hits / n
+    centre, wide = share + z**2 / (2 * n), z * float(np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)))
+    return max(0.0, (centre - wide) / (1 + z**2 / n)), min(1.0, (centre + wide) / (1 + z**2 / n))
 
 
 def percentiles(values: np.ndarray) -> Interval:

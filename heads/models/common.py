@@ -61,6 +61,7 @@ class HeadInfo:
     standardize: str = "none"
     solved: bool = False
     reference: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)  # its own, in the place of the table's defaults
 
 
 @contextmanager

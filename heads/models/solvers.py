@@ -161,15 +161,15 @@ def path_logits(path: Path, chunks: Iterable[torch.Tensor]) -> np.ndarray:
     """Logits float64 [K, n, C] of the heads of a path, of features in chunks float32 [b, D]: one product for all linear
     ones, one search for all k and temperatures."""
     searching = [model for _, model in path if isinstance(model, KNearest)]
-    linear = [model.fc for _, model in path if isinstance(model, Linear)]
+    linear = [model.ln for _, model in path if isinstance(model, Linear)]
     assert len(path) in (len(searching), len(linear))
     if searching:
         most = max(searching, key=lambda model: int(model.k))
         nearest = (most.search(part, int(most.k)) for x in chunks for part in x.split(QUERIES))
         parts = [torch.stack([model.votes(*each) for model in searching]) for each in nearest]
     else:
-        weight = torch.stack([fc.weight for fc in linear])  # [K, C, D]
-        bias = torch.stack([fc.bias for fc in linear])[:, None]
+        weight = torch.stack([ln.weight for ln in linear])  # [K, C, D]
+        bias = torch.stack([ln.bias for ln in linear])[:, None]
         parts = [(x @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2]).transpose(0, 1) + bias for x in chunks]
     return torch.cat(parts, 1).double().numpy()
 
@@ -231,8 +231,8 @@ def _linears(settings: list[dict[str, float]], weight: np.ndarray, bias: np.ndar
     with own_randomness(torch.Generator()), torch.no_grad():  # what a layer draws at first is written over
         models = [Linear((weight.shape[2],), len(constant)).eval() for _ in settings]
         for model, w, b in zip(models, weights, biases, strict=True):
-            model.fc.weight.copy_(w)
-            model.fc.bias.copy_(b)
+            model.ln.weight.copy_(w)
+            model.ln.bias.copy_(b)
     return list(zip(settings, models, strict=True))
 
 

@@ -25,8 +25,8 @@ Grid = tuple[int, int] | None
 class Large(nn.Module):
     """Mindlina 2024, model 2: on the transposed tokens [D, T] Linear(T, 256), ReLU, Flatten, Linear(D·256, C).
 
-    State dict, as in her classes: fc1.weight [256, T], fc1.bias [256], fc2.weight [C, D·256] (column d·256 + h),
-    fc2.bias [C]. Classes with other names (an nn.Sequential's ``0.weight``, ``0.bias``, ``3.weight``, ``3.bias``) have
+    State dict, as in her classes: ln1.weight [256, T], ln1.bias [256], ln2.weight [C, D·256] (column d·256 + h),
+    ln2.bias [C]. Classes with other names (an nn.Sequential's ``0.weight``, ``0.bias``, ``3.weight``, ``3.bias``) have
     the same four tensors in the same order. ``dropout`` is on the hidden layer.
 
     Inside, tokens stay as they are stored, [T, D]: W1 @ x gives [H, D] for every image by one baddbmm, and the second
@@ -36,7 +36,7 @@ class Large(nn.Module):
     def __init__(self, shape: tuple[int, ...], classes: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         tokens, width = shape
-        self.fc1, second = nn.Linear(tokens, ARTICLE_HIDDEN), nn.Linear(width * ARTICLE_HIDDEN, classes)
+        self.ln1, second = nn.Linear(tokens, ARTICLE_HIDDEN), nn.Linear(width * ARTICLE_HIDDEN, classes)
         self.dropout = nn.Dropout(dropout)
         inside = second.weight.detach().view(classes, width, ARTICLE_HIDDEN).transpose(1, 2).contiguous()
         self.second = nn.Parameter(inside)  # [C, H, D]
@@ -46,41 +46,41 @@ class Large(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [B, T, D] -> [B, C]."""
-        weight = self.fc1.weight.expand(len(x), -1, -1)
-        hidden = torch.baddbmm(self.fc1.bias[:, None], weight, x).relu_()  # [B, H, D]
+        weight = self.ln1.weight.expand(len(x), -1, -1)
+        hidden = torch.baddbmm(self.ln1.bias[:, None], weight, x).relu_()  # [B, H, D]
         return nn.functional.linear(self.dropout(hidden).flatten(1), self.second.flatten(1), self.second_bias)
 
     def layers(self) -> list[tuple[str, str, str, int]]:
         classes, hidden, width = self.second.shape
-        tokens = self.fc1.in_features
+        tokens = self.ln1.in_features
         return [
             ("", "transpose", f"[{width}×{tokens}]", 0),
-            ("fc1", f"Linear({tokens}, {hidden})", f"[{width}×{hidden}]", tokens * hidden + hidden),
+            ("ln1", f"Linear({tokens}, {hidden})", f"[{width}×{hidden}]", tokens * hidden + hidden),
             ("", "ReLU, Flatten", f"[{width * hidden}]", 0),
             *dropout_layer(self.dropout, width * hidden),
-            ("fc2", f"Linear({width * hidden}, {classes})", f"[{classes}]", width * hidden * classes + classes),
+            ("ln2", f"Linear({width * hidden}, {classes})", f"[{classes}]", width * hidden * classes + classes),
         ]
 
 
 def _to_article(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     second = state.pop(prefix + "second")  # [C, H, D]
-    state[prefix + "fc2.weight"] = second.transpose(1, 2).reshape(len(second), -1)
-    state[prefix + "fc2.bias"] = state.pop(prefix + "second_bias")
+    state[prefix + "ln2.weight"] = second.transpose(1, 2).reshape(len(second), -1)
+    state[prefix + "ln2.bias"] = state.pop(prefix + "second_bias")
 
 
 def _from_article(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     assert isinstance(module, Large)
     classes, hidden, width = module.second.shape
-    weight = state.get(prefix + "fc2.weight")
+    weight = state.get(prefix + "ln2.weight")
     if weight is not None and weight.shape == (classes, width * hidden):  # any other shape is named by torch itself
         state[prefix + "second"] = weight.view(classes, width, hidden).transpose(1, 2)
-        del state[prefix + "fc2.weight"]
-    if prefix + "fc2.bias" in state:
-        state[prefix + "second_bias"] = state.pop(prefix + "fc2.bias")
+        del state[prefix + "ln2.weight"]
+    if prefix + "ln2.bias" in state:
+        state[prefix + "second_bias"] = state.pop(prefix + "ln2.bias")
 
 
 class FixedVectorLinear(nn.Module):
-    """One linear layer on a vector that is computed from the tokens and that no training changes. State dict: fc.*"""
+    """One linear layer on a vector that is computed from the tokens and that no training changes. State dict: ln.*"""
 
     name, what, with_cls = "", "", False
 
@@ -101,11 +101,11 @@ class FixedVectorLinear(nn.Module):
             )
         self.prefix = prefix
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear((1 + self.with_cls) * shape[1], classes)
+        self.ln = nn.Linear((1 + self.with_cls) * shape[1], classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [B, T, D] -> [B, C]."""
-        return self.fc(self.dropout(self.vectors(x)))
+        return self.ln(self.dropout(self.vectors(x)))
 
     def vectors(self, x: torch.Tensor) -> torch.Tensor:
         """What the layer sees: float32 [B, T, D] -> [B, D], with the class token [B, 2D]."""
@@ -113,8 +113,8 @@ class FixedVectorLinear(nn.Module):
         return torch.cat([x[:, self.prefix.index("cls")], mean], dim=1) if self.with_cls else mean
 
     def layers(self) -> list[tuple[str, str, str, int]]:
-        width = self.fc.in_features
-        return [("", self.what, f"[{width}]", 0), *dropout_layer(self.dropout, width), linear_layer("fc", self.fc)]
+        width = self.ln.in_features
+        return [("", self.what, f"[{width}]", 0), *dropout_layer(self.dropout, width), linear_layer("ln", self.ln)]
 
 
 class MeanLinear(FixedVectorLinear):
@@ -122,7 +122,7 @@ class MeanLinear(FixedVectorLinear):
 
     Global average pooling: Lin et al. 2014, Network In Network, arXiv:1312.4400. The same function as ``linear`` on the
     output ``mean`` (up to the rounding of what is stored), which reads T times less; this one is for views that hold
-    tokens alone. State dict: fc.*."""
+    tokens alone. State dict: ln.*."""
 
     name, what = "mean-linear", "mean of the patches"
 
@@ -130,7 +130,7 @@ class MeanLinear(FixedVectorLinear):
 class ClsMean(FixedVectorLinear):
     """The class token and the mean of the patch tokens, concatenated, into one linear layer.
 
-    DINOv2's linear evaluation offers its probes both: Oquab et al. 2023, arXiv:2304.07193. State dict: fc.* with the
+    DINOv2's linear evaluation offers its probes both: Oquab et al. 2023, arXiv:2304.07193. State dict: ln.* with the
     class token's D columns first."""
 
     name, what, with_cls = "cls+mean", "class token, mean of the patches", True

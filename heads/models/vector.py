@@ -14,7 +14,8 @@ QUERIES, ROWS = 1024, 16384  # similarities are computed in blocks of 1,024 × 1
 
 
 class Linear(nn.Module):
-    """Mindlina 2024, model 1: D·C + C parameters (1,538 for D=768, C=2). State dict: fc.weight [C, D], fc.bias [C].
+    """Mindlina 2024, model 1: D·C + C parameters (1,538 for D=768, C=2). State dict, as in her class: ln.weight [C, D],
+    ln.bias [C].
 
     ``dropout`` is on the input. What ``ridge``, ``logreg`` and ``centroid`` solve has this form too."""
 
@@ -22,14 +23,14 @@ class Linear(nn.Module):
         super().__init__()
         (width,) = shape
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(width, classes)
+        self.ln = nn.Linear(width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [B, D] -> [B, C]."""
-        return self.fc(self.dropout(x))
+        return self.ln(self.dropout(x))
 
     def layers(self) -> list[tuple[str, str, str, int]]:
-        return [*dropout_layer(self.dropout, self.fc.in_features), linear_layer("fc", self.fc)]
+        return [*dropout_layer(self.dropout, self.ln.in_features), linear_layer("ln", self.ln)]
 
 
 class Mlp(nn.Module):

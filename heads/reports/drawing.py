@@ -159,6 +159,12 @@ class Plot:
             options: dict[str, Any] = {"linewidth": 1.2, "alpha": 0.4} if faint else {"linewidth": 2, "alpha": 0.75}
             self.axes.plot([x, x], [low, high], COLOURS[style], solid_capstyle="round", clip_on=False, **options)
 
+    def words(self, x: float, y: float, text: str, *, below: bool = False) -> None:
+        """Small text above or below a point."""
+        place, side = (0, -3 if below else 3), "top" if below else "bottom"
+        same: dict[str, Any] = {"ha": "center", "fontsize": 8, "color": FAINT, "textcoords": "offset points"}
+        self.axes.annotate(text, (x, y), place, va=side, annotation_clip=False, **same)
+
 
 class Matrix(Plot):
     """Cells [R, K] shaded by ``share`` and, where there are few, with their ``counts``; names of rows and columns."""

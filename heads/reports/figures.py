@@ -226,8 +226,16 @@ def reliability_figure(calibration: dict[str, Any], where: str = "") -> Figure:
             plot.line([(b["p"], b["share"]) for b in bins], style)
             keys.append((style, name if part.get("ece") is None else f"{name}: ECE {part['ece']:.3f}"))
         for b in bins:
-            plot.dot(b["p"], b["share"], style, f"{b['n']:,} predicted {b['p']:.3f}, observed {b['share']:.3f}")
-    caption = "Dotted: probabilities mean what they say. Above it the head is underconfident, below overconfident."
+            if when == "after":
+                plot.bar(b["p"], b["low"], b["high"], style, faint=True)
+                below = b["high"] > 0.93  # there is no room above
+                plot.words(b["p"], b["low"] if below else b["high"], f"{b['n']:,}", below=below)
+            hint = f"{b['n']:,} predicted {b['p']:.3f}, observed {b['share']:.3f} [{b['low']:.3f}, {b['high']:.3f}]"
+            plot.dot(b["p"], b["share"], style, hint)
+    caption = (
+        f"{calibration['words']}. Dotted: probabilities mean what they say; above it the head is underconfident, below "
+        "overconfident. Bars: 95 % (Wilson) of the share in each bin; the number counts its images."
+    )
     return Figure(f"Reliability{where and f' on {where}'}", plot, caption, tuple(keys))
 
 

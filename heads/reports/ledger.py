@@ -75,10 +75,13 @@ def _family_rows(family: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 yield same | {"split": "test", "of": f"{of}, {key}", "metric": metric, "value": difference[key]}
     for part in family.get("external") or []:
         yield from _tested(part["test"], **same, split="external", of=part["view"])
-    for when, measured in (family.get("calibration") or {}).items():
+    for when in ("before", "after"):
+        measured = family["calibration"][when]
         for metric in ("brier", "nll", "ece"):
-            value = measured.get(metric)
+            value = measured[metric]
             yield same | {"split": "test", "of": f"{when} calibration", "metric": metric, "value": value}
+        redrawn = {"of": f"{when} calibration, if it were calibrated", "method": "labels redrawn"}
+        yield same | {"split": "test", "metric": "ece"} | redrawn | measured["calibrated"]
     for point in family.get("operating") or []:
         of = f"threshold of {point['class']}"
         yield same | {"split": "val", "of": of, "metric": "threshold", "value": point["threshold"]}

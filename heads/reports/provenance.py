@@ -12,7 +12,7 @@ from typing import Any
 from featurecache.errors import FeatureCacheError
 from featurecache.store.write_view import open_view
 from heads.evaluation.families import Family, fraction_of
-from heads.models.catalogue import baseline_info
+from heads.models.catalogue import own_settings
 from heads.runs.run import Run, is_pixels, option_words, source_words, view_word
 
 MOST = 12  # heads whose commands are written out
@@ -26,15 +26,15 @@ def train_command(run: Run) -> str:
         return "featurecache train-baseline " + shlex.join(words + option_words(config["settings"], _published(run)))
     features = view_word(config["view"]["label"], config["view"]["path"])
     words = ["--head", run.head, "--features", features, "--output", run.output]
-    return "featurecache train-head " + shlex.join(words + option_words(config.get("settings", {})))
+    return "featurecache train-head " + shlex.join(words + option_words(config["settings"], _published(run)))
 
 
 def _published(run: Run) -> dict[str, Any]:
-    """The settings of a network; none where its backbone is gone: then all of them are written out."""
+    """The own settings of a head or network; none where what it is made of is gone: then all are written out."""
     settings = run.config["settings"]
     adapted = settings.get("lora") is not None or bool(settings.get("rlrr"))
     try:
-        return baseline_info(run.head, weights=settings.get("weights"), adapted=adapted).settings
+        return own_settings(run.head, weights=settings.get("weights"), adapted=adapted)
     except FeatureCacheError:
         return {}
 

@@ -44,7 +44,7 @@ def final_table(run: Run, record: dict[str, Any] | None = None) -> str:
         cut = run.calibration.thresholds[0]
         at = names.index("sensitivity") + 1 if "sensitivity" in names else 0
         table[at] += f"   of {one_line(run.config['positive'])} at {cut:.3f}, the threshold chosen on val"
-    lines += [*table, how_made(record), f"Cost: {run_cost_line(run_cost(run))}."]
+    lines += [*table, how_made(record), f"{family['calibration']['words']}.", f"Cost: {run_cost_line(run_cost(run))}."]
     lines += [one_line(sentence(warning, record)) for warning in [*record["warnings"], *family["warnings"]]]
     lines += leak_warnings([run])
     if any((run.config["splits"].get("dropped") or {}).values()):
@@ -193,7 +193,8 @@ def external_table(family: dict[str, Any], view: str, task: str, n_test: int) ->
     own, other = family["test"], next(each for each in family["external"] if each["view"] == view)
     rows = [["", f"own test ({n_test:,})", f"{one_line(view)} ({other['n']:,})"]]
     rows += [[title(m, task), interval(own[m]), interval(other["test"].get(m))] for m in SHOWN[task] if m in own]
-    return "\n".join([one_line(family["name"]), *aligned(rows)])
+    there = f"There: {other['calibration']['words']}."
+    return "\n".join([one_line(family["name"]), *aligned(rows), there])
 
 
 def comparison_table(runs: Sequence[Run]) -> str:

@@ -49,7 +49,7 @@ _VIEW = {"label": str, "path": str, "output": str, "shape": list, "untrained": b
 _CONFIG = {
     "head": str, "view": dict, "task": str, "classes": list, "positive": (str, type(None)), "calibration": dict,
     "standardize": str, "spec": dict, "provenance": dict, "parameters": int, "splits": dict, "chosen": dict,
-    "created": str, "settings": dict,
+    "created": str, "settings": dict, "notes": list,
 }  # fmt: skip
 _COLUMNS = ("digests", "clusters", "labels", "logits")
 BACKBONE = "backbone"
@@ -211,6 +211,7 @@ def read_config(path: Path) -> dict[str, Any]:
             "chosen": config["chosen"].get("by") in (*METRICS, "loss"),
             "splits": isinstance(splits.get("digest"), str) and _are_leaks(splits),
             "calibration": _is_calibration(config["calibration"]),
+            "notes": all(isinstance(note, str) for note in config["notes"]),
         }
         wrong = [name for name, fine in proper.items() if not fine]
     if wrong:

@@ -237,11 +237,11 @@ def resolve_options(study: Study, step: Step, options: StudyOptions, task: dict[
         return {"explain": list(study.needs(step)), "images": 2 if quick else step.images}
     assert question is not None
     if isinstance(step, Heads):
-        call = {"ablate": list(step.features), "heads": step.heads, "epochs": 50, **task, "select": question.select}
-        call |= step.options
+        call = {"ablate": list(step.features), "heads": step.heads, **task, "select": question.select, **step.options}
         if quick:
-            call |= {name: value for name, value in QUICK_HEADS.items() if name in call}
-        return call | {"epochs": min(call["epochs"], options.epochs or call["epochs"])}
+            call |= {name: value for name, value in QUICK_HEADS.items() if name in call or name == "epochs"}
+        limits = [n for n in (call.get("epochs"), options.epochs) if n]  # none: each head's own
+        return call | ({"epochs": min(limits)} if limits else {})
     call = {"train_baseline": question.images, "arch": step.arch, **task, **step.options}
     if step.arch.startswith(FINETUNE):
         backbone = _backbone_options(step.arch.removeprefix(FINETUNE), False, options)
@@ -281,7 +281,7 @@ def minutes_of(call: dict[str, Any], opened: OpenedSet, gflops: float) -> float 
     if "ablate" in call:
         each = sum(HEAD_GMACS.get(head, 0.0001) for head in call["heads"].split(",")) * call.get("trials", 1)
         shares = sum(float(share) for share in str(call.get("fractions", "1")).split(","))
-        gmacs = 3 * each * counts["train"] * call["epochs"] * shares
+        gmacs = 3 * each * counts["train"] * call.get("epochs", 50) * shares
     else:
         name = call.get("backbone") or call["arch"].removeprefix(FINETUNE)
         if name not in GMACS:

@@ -21,7 +21,7 @@ import torch
 from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
 from heads.alignment import AlignedViews, same_images
-from heads.models.catalogue import HEADS, baseline_info, has_dropout, head_info, is_baseline, make_head
+from heads.models.catalogue import HEADS, has_dropout, head_info, is_baseline, make_head, own_settings
 from heads.models.common import Input
 from heads.pixel_view import PixelView
 from heads.runs.run import hash_of, name_of, option_words, source_words, view_word
@@ -123,10 +123,9 @@ class SweepPlan:
         else:
             variants, seeds = spec.variants() if variants is None else variants, spec.seeds
         shared = dict(vars(self._settings(family.fraction, resplit)))
-        if is_baseline(family.head):  # as published, but for what all heads of a sweep are judged by
-            weights, adapted = spec.base.weights, spec.base.lora is not None or spec.base.rlrr
-            published = baseline_info(family.head, weights=weights, adapted=adapted).settings
-            shared |= {k: v for k, v in published.items() if k not in (*spec.given, "select")}
+        adapted = spec.base.lora is not None or spec.base.rlrr
+        of_head = own_settings(family.head, weights=spec.base.weights, adapted=adapted)
+        shared |= {k: v for k, v in of_head.items() if k not in (*spec.given, "select")}  # by which all are judged
         own = {"head": family.head, "output": family.output}
         nothing = {name: getattr(plain, name) for name in needless}
         each = [shared | values | own | {"seed": seed} | nothing for values in variants for seed in range(seeds)]

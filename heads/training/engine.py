@@ -54,13 +54,12 @@ class Learner:
         self.written_out = None
         if isinstance(model, Large) and not model.dropout.p and not self.bf16:
             self.written_out = LargeSteps(model, loss)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for p in (p for p in model.parameters() if p.requires_grad):
+            groups[p.ndim >= 2 or settings.decay_all].append(p)
         kind = _OPTIMIZERS[settings.optimizer]
-        self.optimizer = kind([g for g in groups if g["params"]], lr=settings.lr, fused=True)
+        decayed = [{"params": own, "weight_decay": settings.weight_decay * on} for on, own in groups.items() if own]
+        self.optimizer = kind(decayed, lr=settings.lr, fused=True)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """One step on a batch x float32 [B, ...], y [B, ...]; the loss before it, a scalar tensor."""
@@ -304,12 +303,12 @@ class LargeSteps:
         self.size = max(1, AT_ONCE // (4 * hidden * width))  # S
         self.hidden = torch.empty(0)  # [B, H, D]
         self.below = torch.empty(self.size, hidden, width)
-        self.first = torch.empty(self.size, hidden, model.fc1.in_features)
+        self.first = torch.empty(self.size, hidden, model.ln1.in_features)
 
     @torch.inference_mode()
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Sets ``grad`` of every parameter for a batch x float32 [B, T, D]; the loss, a scalar tensor."""
-        w1, b1, w2, b2 = self.model.fc1.weight, self.model.fc1.bias, self.model.second, self.model.second_bias
+        w1, b1, w2, b2 = self.model.ln1.weight, self.model.ln1.bias, self.model.second, self.model.second_bias
         flat = w2.flatten(1)  # [C, H·D]
         if len(self.hidden) < len(x):
             self.hidden = torch.empty(len(x), *w2.shape[1:])

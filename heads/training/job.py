@@ -159,6 +159,7 @@ def _head_line(job: TrainingJob) -> str:
     if info.solved:
         return f"{settings.head}: solved{scaled}; chosen by {select} on val"
     decay = f", weight decay {settings.weight_decay:g}" if settings.weight_decay else ""
+    decay += " on everything" if decay and settings.decay_all else ""
     optimizer = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD with momentum 0.9,"}[settings.optimizer]
     schedule = "" if settings.schedule == "constant" else f", {settings.schedule}"
     dropped = "" if settings.dropout is None else f"; dropout {settings.dropout:g}"

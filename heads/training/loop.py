@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from featurecache.errors import BadOption, ProtocolError, RunError
-from heads.metrics.calibration import CalibratedPredictions, thresholds
+from heads.metrics.calibration import CalibratedPredictions, calibrate
 from heads.metrics.classification import evaluate, mean_auroc
 from heads.settings import METRICS, Settings
 from heads.task import SplitData, Task
@@ -239,7 +239,7 @@ def score_epoch(
         )
         return {}, False
     predictions = CalibratedPredictions(task.kind, logits, y, task.positive)
-    val_loss, value = predictions.nll, selection_score(select, task, predictions)
+    val_loss, value = predictions.nll, selection_score(settings, task, predictions)
     head.schedule.after(val_loss)
     goodness = (value if select != "loss" and METRICS[select].higher else -value, -val_loss)
     if better := goodness > head.best:
@@ -252,15 +252,20 @@ def score_epoch(
     return row, better
 
 
-def selection_score(select: str, task: Task, predictions: CalibratedPredictions) -> float:
-    """The measure that chooses, on val; with prior correction, before any temperature."""
+def selection_score(settings: Settings, task: Task, predictions: CalibratedPredictions) -> float:
+    """The measure that chooses, on val, of the probabilities and thresholds that the head would have if this were its
+    last epoch: of the chosen one it is the number in the tables. ``predictions``: after prior correction alone."""
+    select = settings.select
     if select == "loss":
         return predictions.nll
+    if select != "auroc" or task.kind not in ("binary", "multilabel"):  # whose AUROC no temperature changes
+        z, none = predictions.z, np.zeros(predictions.z.shape[1])
+        calibration, _ = calibrate(task.kind, z, predictions.y, none, task.positive, settings.sensitivity)
+        predictions = calibration.predictions(task.kind, z, predictions.y, task.positive)
     if select == "auroc":
         value = mean_auroc(predictions)
     else:
-        cuts = thresholds(task.kind, predictions.p, predictions.y, task.positive)
-        measured = evaluate(replace(predictions, thresholds=cuts), task.classes)
+        measured = evaluate(predictions, task.classes)
         if select not in measured:
             fitting = ", ".join(name for name in METRICS if name in measured)
             raise BadOption(f"--select {select} is not measured for a {task.kind} task. Measures: loss, {fitting}.")

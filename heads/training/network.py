@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import BadOption, ProtocolError, RunError, Stopped, UnknownHead
 from featurecache.files.records import canonical_json
-from heads.models.catalogue import baseline_info, is_baseline, shape_of_network
+from heads.models.catalogue import baseline_info, is_baseline, own_settings, shape_of_network
 from heads.models.common import FINETUNE
 from heads.models.finetune import classifier_state, from_pretrained, save_backbone
 from heads.runs.run import hash_of
@@ -36,8 +36,8 @@ def settings_of(arch: str, **options: Any) -> Settings:
         except UnknownHead as error:
             raise UnknownHead(f"{error} Heads on features are trained by train-head.") from error
     adapted = bool(options.get("lora") or options.get("rlrr"))
-    published = baseline_info(arch, weights=options.get("weights"), adapted=adapted).settings
-    return Settings.of(arch, **{**published, **{name: value for name, value in options.items() if value is not None}})
+    own = own_settings(arch, weights=options.get("weights"), adapted=adapted)
+    return Settings.of(arch, **own | {name: value for name, value in options.items() if value is not None})
 
 
 def check_network(settings: Settings) -> Backbone | None:

@@ -155,14 +155,25 @@ def _fitted_head(
 ) -> FittedHead:  # fmt: skip
     task, y, sensitivity = job.task, {name: each.y.numpy() for name, each in data.items()}, trained.settings.sensitivity
     calibration, note = calibrate(task.kind, logits["val"], y["val"], trained.correction, task.positive, sensitivity)
+    notes = [*trained.notes, *filter(None, (limit_note(trained), note))]
     return FittedHead(
         trained.settings, model, features.train.scale, calibration, trained.history, trained.epoch,
         {name: evaluate(calibration.predictions(task.kind, each, y[name], task.positive), task.classes)
          for name, each in logits.items()},
         {name: (job.splits.rows(name), each) for name, each in logits.items()},
-        [*trained.notes, *([f"calibration: {note}"] if note else [])], trained.seconds,
-        _ms_per_image(model, data["test"]), features.window,
+        notes, trained.seconds, _ms_per_image(model, data["test"]), features.window,
     )  # fmt: skip
+
+
+def limit_note(trained: TrainedState) -> str | None:
+    """A sentence where training ended at its limit of epochs and not because val was no better: the last epoch is the
+    best or, at a learning rate that does not end by itself, ``patience`` had not run out."""
+    settings, epoch = trained.settings, trained.epoch
+    wait = settings.patience if settings.schedule in ("constant", "plateau") else 0
+    if head_info(settings.head).solved or settings.epochs - epoch >= max(wait, 1):
+        return None
+    limit = f"it ended at its limit of {settings.epochs:,} epochs while val still got better (best: epoch {epoch:,})"
+    return f"{limit}; --epochs {4 * settings.epochs} lets it go on"
 
 
 def _ms_per_image(model: nn.Module, data: SplitData) -> float:
@@ -219,7 +230,8 @@ def run_contents(job: TrainingJob, fit: FittedHead, controls: list[dict[str, Any
                    "fold": None if splits.fold is None else list(splits.fold), "grouped": view.groups is not None},
         "chosen": {"by": fit.settings.select, "on": "val", "epoch": fit.epoch},
         "calibration": fit.calibration.to_dict(),
-        "warnings": splits.warnings + fit.notes,
+        "warnings": splits.warnings,
+        "notes": fit.notes,
         "seconds": fit.seconds,
         "cost": training_cost(job, fit),
         "reading": "from memory" if fit.window is None else f"from the shards, {fit.window:,} rows at a time",

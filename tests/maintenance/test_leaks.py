@@ -32,6 +32,7 @@ from featurecache.maintenance.leaks import (
     nearest_pairs,
 )
 from featurecache.sources import open_source
+from heads.splits import splits_csv
 
 
 def view_of(splits, images=None, *, x=None, labels=None, task="binary", **more) -> FakeView:
@@ -52,7 +53,8 @@ TRAIN, VAL, TEST = SPLITS
 
 def test_one_image_in_two_splits_is_one_leak_however_often_it_stands_there():
     view = view_of([TRAIN, TRAIN, VAL, TEST, TRAIN, VAL], "xxyyzx", groups=["p", "", "", "p", "", ""])
-    assert exact_of(view, "image") == [((TRAIN, VAL), 1, [[0, 5]], [[2, 1]]), ((VAL, TEST), 1, [[2, 3]], [[1, 1]])]
+    between, twice = [((TRAIN, VAL), 1, [[0, 5]], [[2, 1]]), ((VAL, TEST), 1, [[2, 3]], [[1, 1]])], [[0, 1]]
+    assert exact_of(view, "image") == [*between, ((TRAIN, TRAIN), 1, twice, [[1, 1]])]
     assert exact_of(view, "group") == [((TRAIN, TEST), 1, [[0, 3]], [[1, 1]])]  # the empty group is none
 
 
@@ -148,7 +150,7 @@ def test_all_near_duplicates_are_counted_and_the_closest_held(monkeypatch):
     expected = plain_pairs(x, 60, 0.3)
     held, add = [], NearPairs.add
     monkeypatch.setattr(NearPairs, "add", lambda self, *new: add(self, *new) or held.append(len(self.rows)))
-    (found,) = find_leaks(view_of([TRAIN] * 60 + [TEST] * 40, x=x), threshold=0.3, most=5).of("near")
+    found = find_leaks(view_of([TRAIN] * 60 + [TEST] * 40, x=x), threshold=0.3, most=5).of("near")[0]
     assert (found.count, found.rows.tolist()) == (len(expected), [[a, b] for _, a, b in expected[:5]])
     assert len(expected) > 100 and max(held) == 5  # however many there are
 
@@ -162,7 +164,7 @@ def test_exact_copies_are_no_near_duplicates_and_copies_within_a_split_count_onc
     images[5] = images[1]
     view = view_of([TRAIN] * 20 + [TEST] * 20, images, x=x)
     found = find_leaks(view, threshold=0.99999)
-    assert [f.count for f in found.of("image")] == [1]
+    assert [(f.splits, f.count) for f in found.of("image")] == [((TRAIN, TEST), 1), ((TRAIN, TRAIN), 2)]
     assert [(f.count, f.rows.tolist(), f.copies.tolist(), f.cosines.tolist()) for f in found.of("near")] == [
         (1, [[1, 35]], [[2, 1]], [1.0])
     ]
@@ -187,7 +189,10 @@ def test_the_output_compared_is_the_first_vector_the_view_has():
     assert find_leaks(view, output="mean").output == "mean"
     view.features = {"tokens-257": view.features["tokens"]}
     assert find_leaks(view).output is None
-    assert "not looked for: tokens-257 is no vector" in inspect.leaks_lines(view, find_leaks(view))
+    text = inspect.leaks_lines(view, find_leaks(view)).splitlines()
+    assert [" ".join(line.split()) for line in text if "near" in line] == [
+        "near-duplicates not compared tokens-257 is no vector"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -240,7 +245,7 @@ def test_the_command_counts_lists_and_names_what_to_type(extracted):
     assert rows[:3] == [
         ["same image", "train and val", "2 images"],
         ["same image", "train and test", "1 image"],
-        ["same group", "none", "no groups are known"],
+        ["same group", "not compared", "no groups are known"],
     ]
     assert ["two labels", "train and val", "1 image"] in rows
     assert "--drop-leaks" in done.stderr.splitlines()[-1]
@@ -251,11 +256,69 @@ def test_the_command_counts_lists_and_names_what_to_type(extracted):
     assert record["pairs"][0]["ids"][0].startswith("train/ill/")
 
 
-def test_nothing_found_is_said_as_none_and_where_there_are_no_splits_why():
-    clean, whole = toy_view(n=40, splits="given"), toy_view(n=40)
-    text = inspect.leaks_lines(clean, find_leaks(clean, threshold=1.0)).splitlines()
-    assert len(text) == 4 and all("none" in line for line in text)
-    assert inspect.leaks_lines(whole, find_leaks(whole)).count("fewer than two splits in the data") == 3
+def lines_of(view, **options):
+    text = inspect.leaks_lines(view, find_leaks(view, **options)).splitlines()
+    return [[word.strip() for word in line.split("  ") if word.strip()] for line in text]
+
+
+def test_none_is_said_where_something_was_compared_and_why_where_nothing_was():
+    clean, whole = (toy_view(n=40, splits=splits, groups=[""] * 40) for splits in ("given", "drawn"))
+    near = "cosine of centred cls ≥ 1"
+    assert lines_of(clean, threshold=1.0) == [
+        ["same image", "none"], ["same group", "none"], ["near-duplicates", "none", near], ["two labels", "none"]
+    ]  # fmt: skip
+    few = "fewer than two splits here; --run or --splits gives those that a training drew"
+    assert lines_of(whole, threshold=1.0) == [
+        ["same image", "not compared", few], ["same image", "none within the set"], ["same group", "not compared", few],
+        ["near-duplicates", "not compared", few], ["near-duplicates", "none within the set", near],
+        ["two labels", "none"],
+    ]  # fmt: skip
+    clean.groups, clean.task = None, "unlabelled"
+    said = lines_of(clean, threshold=1.0)
+    assert ["same group", "not compared", "no groups are known"] in said
+    assert ["two labels", "not compared", "no labels are known"] in said
+
+
+def test_what_stands_twice_within_a_split_or_without_one_is_found():
+    view = view_of([TRAIN, TRAIN, TRAIN, TEST, "", "", TEST], "xxxyzzy", x=torch.eye(7))
+    within = [(f.splits, f.rows.tolist(), f.copies.tolist()) for f in find_leaks(view).of("image")]
+    assert within == [
+        ((TRAIN, TRAIN), [[0, 1]], [[1, 2]]), ((TEST, TEST), [[3, 6]], [[1, 1]]), (("", ""), [[4, 5]], [[1, 1]])
+    ]  # fmt: skip
+    assert exact_leaks(view, np.array(view.splits)) == []  # which is what training warns of
+    record = inspect.leaks_record(view, find_leaks(view))
+    assert record["pairs"][0]["rows"] == [1, 2] and record["not_compared"] == {"group": "no groups are known"}
+
+
+@pytest.mark.parametrize("block", [16, 2048])
+def test_near_duplicates_within_a_set_are_those_of_all_pairs(monkeypatch, block):
+    monkeypatch.setattr("featurecache.maintenance.leaks.BLOCK", block)
+    monkeypatch.setattr("featurecache.maintenance.leaks.TILE", 40)
+    x = cloud(90, 8)
+    d = x.double().numpy() - x.double().numpy().mean(0)
+    d /= np.linalg.norm(d, axis=1, keepdims=True)
+    expected = {(a, b) for a, b in combinations(range(90), 2) if round(d[a] @ d[b], 9) >= 0.9}
+    (found,) = find_leaks(view_of([""] * 90, x=x), threshold=0.9).of("near")
+    assert found.splits == ("", "") and found.count == len(expected) > 10
+    assert {tuple(pair) for pair in found.rows.tolist()} == expected
+
+
+@pytest.mark.integration
+def test_the_splits_that_a_run_drew_are_looked_at(extracted, tmp_path):
+    names = {}
+    for path in sorted((extracted / "d").rglob("*.png")):
+        names[path.relative_to(extracted / "d").as_posix()] = "train"
+    moved = "train/ill/002.png"
+    (tmp_path / "s.csv").write_text(
+        splits_csv(list(names), np.array(["val" if n == moved else "train" for n in names]))
+    )
+    done = leaks(extracted, "--splits", tmp_path / "s.csv", "--threshold", "0.9999")
+    assert done.exit_code == 0, done.output
+    rows = [[word.strip() for word in line.split("  ") if word] for line in done.stdout.splitlines()]
+    assert ["same image", "train and val", "1 image"] in rows and ["same image", "within train", "2 images"] in rows
+    assert "--splits" in done.stderr.splitlines()[-1]
+    both = leaks(extracted, "--splits", tmp_path / "s.csv", "--run", tmp_path)
+    assert both.exit_code == 2 and "both say which splits" in both.stderr
 
 
 @pytest.mark.integration
@@ -323,7 +386,8 @@ def test_pneumoniamnist_has_eight_images_in_train_and_val(real_data):
         train, val, test = ([a.tobytes() for a in arrays[f"{name}_images"]] for name in SPLITS)
     both = set(train) & set(val)
     assert len(both) == 8 and not set(test) & set(train + val)
-    (found,) = find_leaks(view, near=False).findings
+    found, *within = find_leaks(view, near=False).findings
     assert (found.kind, found.splits, found.count) == ("image", (TRAIN, VAL), 8)
+    assert [(each.splits, int(each.copies[:, 1].sum())) for each in within] == [((TRAIN, TRAIN), 18), ((TEST, TEST), 3)]
     assert {(a, b - len(train)) for a, b in found.rows.tolist()} == {(train.index(x), val.index(x)) for x in both}
     assert int(leaking(view, np.array(data.splits))["train"].sum()) == sum(x in both for x in train)

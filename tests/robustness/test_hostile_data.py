@@ -228,8 +228,8 @@ def test_metrics_of_strangers_are_checked(run: Path, change) -> None:  # type: i
         ("history.csv", b"epoch\n", "holds no epochs"),
         ("history.csv", b'"' + b"x" * 200_000, "field larger than field limit"),
         ("head.safetensors", b"\xff" * 8 + b"{}", "is damaged"),
-        ("head.safetensors", save({"fc.weight": torch.zeros(3, 6), "fc.bias": torch.zeros(0)}), "does not fit"),
-        ("head.safetensors", save({"fc.weight": torch.zeros(2, 8), "fc.bias": torch.zeros(2)}), "statistics of train"),
+        ("head.safetensors", save({"ln.weight": torch.zeros(3, 6), "ln.bias": torch.zeros(0)}), "does not fit"),
+        ("head.safetensors", save({"ln.weight": torch.zeros(2, 8), "ln.bias": torch.zeros(2)}), "statistics of train"),
     ],
 )
 def test_files_of_a_run_of_strangers(run: Path, name: str, data: bytes, words: str) -> None:

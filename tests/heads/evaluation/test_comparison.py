@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ from support.fake_view import label_view, toy_view
 from featurecache.errors import BadOption, RunError
 from featurecache.store.store import open_store
 from heads.api import train_head
-from heads.evaluation.comparison import compare
+from heads.evaluation.comparison import MeasureDifference, compare
 from heads.evaluation.families import Family, collect_predictions, families_of, names_of
 from heads.metrics import significance
 from heads.reports import text as tables
@@ -60,7 +61,7 @@ def test_the_record_goes_to_json_and_holds_what_reports_are_made_of():
     assert made["clusters"] == {"n": 80, "unit": "image", "few": False}
     first, second = made["families"]
     assert first["difference"] is None and set(second["difference"]) == set(made["measures"])
-    assert set(first["calibration"]["after"]) == {"brier", "nll", "ece", "bins"}
+    assert set(first["calibration"]["after"]) == {"brier", "nll", "ece", "calibrated", "bins"}
     assert sum(b["n"] for b in first["calibration"]["before"]["bins"]) == 80
     assert first["operating"][0]["at_prevalence"]["prevalence"] == 0.1
     assert first["spread"] == {"seeds": None, "repeats": None, "folds": None}
@@ -94,6 +95,44 @@ def test_single_heads_without_clusters_have_exact_tests_beside_the_paired_bootst
     assert difference["sensitivity"]["p"] == pytest.approx(significance.mcnemar(*(each[y == 1] for each in right)))
     assert difference["nll"]["method"] == "paired bootstrap"
     assert difference["auroc"]["value"] == pytest.approx(sk.roc_auc_score(y, two) - sk.roc_auc_score(y, one))
+
+
+def test_beside_the_calibration_error_stands_what_a_calibrated_head_would_show():
+    each = run(view())
+    made = record([each])
+    (family,) = made["families"]
+    after, words = family["calibration"]["after"], family["calibration"]["words"]
+    low, high = after["calibrated"]["low"], after["calibrated"]["high"]
+    would = f"a perfectly calibrated head of these probabilities would show {low:.3f} to {high:.3f} on 80 images"
+    assert words == f"ECE {after['ece']:.3f}; {would}: no miscalibration is shown"
+    assert 0 < low < after["ece"] < high and words in tables.final_table(each, made)
+    assert all(0 <= b["low"] <= b["share"] <= b["high"] <= 1 for b in after["bins"])
+    sharp = each.config["calibration"] | {"temperature": 0.02}
+    off = replace(each, config=each.config | {"calibration": sharp})
+    assert "off by more than chance" in record([off])["families"][0]["calibration"]["words"]
+
+
+def test_a_head_that_ended_at_its_limit_says_so_with_its_name_and_what_to_type():
+    creeping, of = {"epochs": 4, "lr": 1e-6, "select": "loss"}, view()
+    each = run(of, **creeping)
+    (family,) = record([each])["families"]
+    limit = "linear on cls: it ended at its limit of 4 epochs while val still got better (best: epoch 4)"
+    assert family["warnings"] == [f"{limit}; --epochs 16 lets it go on"]
+    assert family["warnings"][0] in tables.final_table(each)
+    stopped = run(of, epochs=60, lr=0.3, patience=2)
+    assert record([stopped])["families"][0]["warnings"] == []
+    assert record([run(of, **creeping, schedule="cosine")])["families"][0]["warnings"]  # its last epoch is its best
+
+
+def difference(low, high, p_holm):
+    return MeasureDifference("auroc", (low + high) / 2, low, high, 0.01, "paired bootstrap", p_holm, families=5).words
+
+
+def test_where_interval_and_corrected_p_differ_it_is_said_which_decides():
+    assert difference(0.01, 0.03, 0.04) == "better: +0.020 [+0.010, +0.030]"
+    assert difference(-0.01, 0.03, 0.2) == "no difference shown: +0.010 [-0.010, +0.030]"
+    assert difference(0.01, 0.03, 0.08) == "no difference shown: +0.020 [+0.010, +0.030], p 0.08 by Holm over 5"
+    assert difference(-0.01, 0.09, 0.04) == "no difference shown: +0.040 [-0.010, +0.090], p 0.04 by Holm over 5"
 
 
 def called(each):

@@ -102,7 +102,7 @@ def test_linear_on_a_gap_is_class_activation_mapping():
     reader = MarginModel(model, where, Standardize(), torch.zeros(CLASSES), 1.0, False)
     x, mean = some_tokens(1, 12), some_tokens(5, 12).mean((0, 1)).expand(12, -1)
     parts = replacement_contributions(reader, x, mean, np.array([1]))
-    weight = (class_margin_weights(np.array([1]), CLASSES, 1.0, False) @ model.fc.weight)[0].detach()
+    weight = (class_margin_weights(np.array([1]), CLASSES, 1.0, False) @ model.ln.weight)[0].detach()
     assert parts.tokens[0] == pytest.approx(((x[0] - mean) @ weight / 12).numpy(), abs=1e-6)
 
 
@@ -220,8 +220,8 @@ def test_a_control_has_the_same_numbers_in_another_order():
     other = with_shuffled_weights(model)
     for value, shuffled in zip(model.parameters(), other.parameters(), strict=True):
         assert sorted(shuffled.flatten().tolist()) == sorted(value.flatten().tolist())
-    assert not torch.equal(other.fc1.weight, model.fc1.weight)
-    assert torch.equal(with_shuffled_weights(model).fc1.weight, other.fc1.weight), "always the same order"
+    assert not torch.equal(other.ln1.weight, model.ln1.weight)
+    assert torch.equal(with_shuffled_weights(model).ln1.weight, other.ln1.weight), "always the same order"
 
 
 def test_how_like_its_control_a_map_is_goes_by_ranks():

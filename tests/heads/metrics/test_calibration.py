@@ -70,14 +70,43 @@ def test_temperature_is_that_of_the_smallest_nll(kind, factor):
         return cal.CalibratedPredictions(kind, z / np.exp(log_t), y).nll
 
     found = minimize_scalar(nll, bounds=(-3, 3), method="bounded", options={"xatol": 1e-9})
-    assert cal.temperature(kind, z, y) == pytest.approx(np.exp(found.x), rel=1e-5)
+    assert cal.temperature(kind, z, y) == (pytest.approx(np.exp(found.x), rel=1e-5), None)
 
 
-def test_a_val_separated_without_error_leaves_the_temperature_at_one():
-    z, y = np.array([[3.0, 0.0], [0.0, 2.0]]), np.array([0, 1])
+@pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel"])
+@pytest.mark.parametrize("scale", [1e-6, 1e-2, 50.0, 1e4])
+def test_the_temperature_of_tiny_and_of_huge_logits_is_that_of_a_dense_grid(kind, scale):
+    """Labels are drawn from softmax(z); the head says z times ``scale``: the temperature that makes it right."""
+    rng = np.random.default_rng(0)
+    z = 2 * rng.normal(size=(3000, 2 if kind == "binary" else 3))
+    y = (z + rng.gumbel(size=z.shape)).argmax(axis=1)
+    if kind == "multilabel":
+        y = (rng.random(z.shape) < 1 / (1 + np.exp(-z))).astype(np.float32)
+        y[::3, 1] = np.nan
+    found, note = cal.temperature(kind, scale * z, y)
+    grid = scale * np.geomspace(0.2, 5, 2001)
+    nll = [cal.CalibratedPredictions(kind, scale * z / t, y).nll for t in grid]
+    assert note is None and found == pytest.approx(grid[np.argmin(nll)], rel=2e-3)
+    assert found == pytest.approx(scale, rel=0.1)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_val_separated_without_error_leaves_the_temperature_at_one(scale):
+    z, y = scale * np.array([[3.0, 0.0], [0.0, 2.0]]), np.array([0, 1])
     calibration, note = cal.calibrate("binary", z, y, np.zeros(2), 1, None)
     assert calibration.temperature == 1.0
     assert "separated without error" in note
+    assert cal.temperature("binary", np.array([[3.0, 0.0], [1e-9, 0.0]]), y)[1] is None  # one error, however small
+
+
+@pytest.mark.parametrize("scale", [1e-3, 300.0])
+def test_a_head_worse_than_equal_probabilities_gets_nearly_these_and_keeps_its_order(scale):
+    rng = np.random.default_rng(0)
+    z = scale * rng.normal(size=(200, 2))
+    calibration, note = cal.calibrate("binary", z, z.argmin(axis=1), np.zeros(2), 1, None)
+    p = cal.probabilities("binary", calibration(z))
+    assert np.abs(p - 0.5).max() < 1e-3 and "no better than equal ones" in note
+    assert (np.argsort(p[:, 1]) == np.argsort(z[:, 1] - z[:, 0])).all()
 
 
 def test_calibration_goes_to_json_and_back():
@@ -126,30 +155,3 @@ def test_a_wanted_sensitivity_is_reached_on_val_for_each_label_and_refused_for_s
         assert 0.9 <= found < 0.93
     with pytest.raises(BadOption, match="of 3 classes the most probable is called"):
         prepare_training(toy_view(classes=3), Settings("linear", sensitivity=0.9))
-
-
-def test_reliability_bins_equal_scikit_learns_quantile_bins():
-    from sklearn.calibration import calibration_curve
-
-    rng = np.random.default_rng(0)
-    p = rng.random(300)
-    truth = rng.random(300) < p**2
-    share, mean = calibration_curve(truth, p, n_bins=15, strategy="quantile")
-    found = cal.reliability(p, truth)
-    np.testing.assert_allclose([b["p"] for b in found], mean)
-    np.testing.assert_allclose([b["share"] for b in found], share)
-    assert [b["n"] for b in found] == [20] * 15
-
-
-def test_equal_probabilities_share_a_bin_whatever_the_order_of_the_rows():
-    p, truth = np.repeat([0.2, 0.7], [40, 20]), np.tile([1.0, 0.0], 30)
-    order = np.random.default_rng(0).permutation(60)
-    assert len(cal.reliability(p, truth)) == 2
-    assert (cal.mass_bins(p)[order] == cal.mass_bins(p[order])).all()
-
-
-def test_of_several_classes_the_surest_answer_is_judged():
-    predictions = cal.CalibratedPredictions("multiclass", *sample(classes=3))
-    sure, true = cal.confidence(predictions)
-    assert (sure == predictions.p.max(1)).all()
-    assert (true == (predictions.p.argmax(1) == predictions.y)).all()

@@ -63,10 +63,11 @@ def rates(truth, predicted, score):
 
 
 def error(p, truth):
-    """ECE: rows by rising probability in 15 bins of equal mass, equal probabilities in one bin."""
+    """ECE: rows by rising probability in bins of equal mass, at most 15, equal probabilities in one bin."""
     rank = np.array([(p < x).sum() + ((p == x).sum() - 1) / 2 + 0.5 for x in p])
-    bins = np.minimum((rank * 15 / len(p)).astype(int), 14)
-    return sum(abs((p - truth)[bins == b].sum()) for b in range(15)) / len(p)
+    count = min(15, max(2, round(len(p) ** (1 / 3))))
+    bins = np.minimum((rank * count / len(p)).astype(int), count - 1)
+    return sum(abs((p - truth)[bins == b].sum()) for b in range(count)) / len(p)
 
 
 def written_out(one):

@@ -21,6 +21,14 @@ def test_wilson_as_published(hits, n, low, high):
     assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
+@pytest.mark.parametrize(("hits", "n"), [(0, 5), (5, 5), (3, 40), (389, 390)])
+def test_wilson_is_scipys_and_between_whole_hits_for_parts_of_one(hits, n):
+    theirs = stats.binomtest(hits, n).proportion_ci(method="wilson")
+    assert significance.wilson(hits, n) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    low, high = significance.wilson(2.5, 10)
+    assert significance.wilson(2, 10)[0] < low < significance.wilson(3, 10)[0] < significance.wilson(2, 10)[1] < high
+
+
 def test_wilson_of_nothing_is_undefined():
     assert np.isnan(significance.wilson(0, 0)).all()
 

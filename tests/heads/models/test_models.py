@@ -19,13 +19,13 @@ from heads.reports.text import HEADS_HEADER, head_table, heads_lines, heads_rows
 
 def article_small(classes):
     """The article's model 1, on the class token."""
-    return nn.Sequential(OrderedDict(fc=nn.Linear(768, classes)))
+    return nn.Sequential(OrderedDict(ln=nn.Linear(768, classes)))
 
 
 def article_large(classes, tokens=197, width=768):
     """The article's model 2 (tokens=197) and 3 (257), on the transposed hidden state [768, tokens]."""
-    fc1, fc2 = nn.Linear(tokens, 256), nn.Linear(width * 256, classes)
-    return nn.Sequential(OrderedDict(fc1=fc1, relu=nn.ReLU(), flatten=nn.Flatten(), fc2=fc2))
+    ln1, ln2 = nn.Linear(tokens, 256), nn.Linear(width * 256, classes)
+    return nn.Sequential(OrderedDict(ln1=ln1, relu=nn.ReLU(), flatten=nn.Flatten(), ln2=ln2))
 
 
 def generator(seed=0):
@@ -46,12 +46,15 @@ def test_the_articles_classes_load_our_state_dict_and_give_our_logits(name, shap
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(3, *shape, generator=generator(1))
     torch.testing.assert_close(ours(x), theirs(x.transpose(1, 2) if len(shape) == 2 else x))
+    other = make_head(name, shape, 2, generator(2))
+    other.load_state_dict(theirs.state_dict())  # and back, under her names
+    torch.testing.assert_close(other(x), ours(x))
 
 
 def test_ours_loads_the_articles_state_dict_and_a_sequential_in_order():
     theirs = nn.Sequential(nn.Linear(5, 256), nn.ReLU(), nn.Flatten(), nn.Linear(7 * 256, 3))
     ours = make_head("large", (5, 7), 3, generator())
-    assert list(ours.state_dict()) == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
+    assert list(ours.state_dict()) == ["ln1.weight", "ln1.bias", "ln2.weight", "ln2.bias"]
     ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True)))
     x = torch.randn(4, 5, 7)
     torch.testing.assert_close(ours(x), theirs(x.transpose(1, 2)))
@@ -65,7 +68,7 @@ def test_large_starts_from_the_weights_that_the_articles_class_draws():
 
 
 def test_a_state_dict_of_another_shape_is_refused():
-    with pytest.raises(RuntimeError, match="fc"):
+    with pytest.raises(RuntimeError, match="ln"):
         make_head("large", (6, 10), 4).load_state_dict(make_head("large", (6, 11), 4).state_dict())
 
 
@@ -223,12 +226,12 @@ def test_dropout_is_the_heads_own_unless_given_and_drops_in_training_alone(name)
 def test_dropout_of_linear_is_on_its_input_and_of_large_on_the_hidden_layer():
     """With weights and inputs of one, a dropout of a half makes a multiple of two of every number it meets."""
     linear = make_head("linear", (9,), 2, dropout=0.5).train()
-    nn.init.ones_(linear.fc.weight), nn.init.zeros_(linear.fc.bias)
+    nn.init.ones_(linear.ln.weight), nn.init.zeros_(linear.ln.bias)
     with own_randomness(generator(3)):
         z = linear(torch.ones(50, 9))
     assert torch.equal(z[:, 0], z[:, 1]) and set(z.flatten().tolist()) <= set(range(0, 19, 2)) and z.std() > 0
     large = make_head("large", (5, 3), 1, dropout=0.5).train()
-    for parameter, value in ((large.fc1.weight, 1), (large.fc1.bias, 0), (large.second, 1), (large.second_bias, 0)):
+    for parameter, value in ((large.ln1.weight, 1), (large.ln1.bias, 0), (large.second, 1), (large.second_bias, 0)):
         nn.init.constant_(parameter, value)
     with own_randomness(generator(3)):
         z = large(torch.ones(50, 5, 3))

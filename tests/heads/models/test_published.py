@@ -16,6 +16,7 @@ from torch.nn import functional
 from featurecache.errors import BadOption, UnknownHead
 from heads.models.catalogue import BASELINES, baseline_info, is_baseline, load_network, make_network
 from heads.settings import Settings
+from heads.training.engine import Learner
 
 PUBLISHED = [
     ("cnn-mindlina", 256, 2, 348_230),  # a stand-in: hers has 348,050
@@ -141,6 +142,18 @@ def test_the_vit_begins_with_zero_token_and_positions_and_six_different_blocks()
     assert {part.p for part in network.modules() if isinstance(part, nn.Dropout)} == {0.1}
 
 
+def test_the_vit_drops_out_after_its_positions_in_training_alone() -> None:
+    network: Any = make("vit-cifar", dropout=0.5).network
+    entering: list[torch.Tensor] = []
+    network.blocks[0].register_forward_pre_hook(lambda module, inputs: entering.append(inputs[0]))
+    with torch.no_grad():
+        network.positions.fill_(1e3)  # no token is 0 by itself
+        network.train()(torch.zeros(4, 3, 32, 32))
+        network.eval()(torch.zeros(4, 3, 32, 32))
+    dropped, whole = ((tokens == 0).float().mean() for tokens in entering)
+    assert 0.45 < dropped < 0.55 and whole == 0
+
+
 def test_a_generator_decides_the_weights_and_torchs_own_is_left_alone() -> None:
     def made(seed: int) -> torch.Tensor:
         return torch.cat([p.flatten() for p in make("cnn-cifar", seed=seed).parameters()])
@@ -170,10 +183,20 @@ def test_published_settings_are_settings_and_images_are_squashed_whole(name: str
     assert prepared.resized(torch.zeros(3, 50, 20, dtype=torch.uint8)).shape == (3, *prepared.size)
 
 
+def test_weight_decay_as_published_is_that_of_plain_torch() -> None:
+    """Adam(model.parameters(), weight_decay=1e-4): biases and norms too."""
+    for decay_all, weak in ((True, {0.5}), (False, {0.5, 0.0})):
+        settings = Settings("cnn-medical-mnist", weight_decay=0.5, decay_all=decay_all)
+        model = make("cnn-medical-mnist")
+        learner = Learner(model, functional.cross_entropy, torch.Generator(), settings)
+        decay = {id(p): group["weight_decay"] for group in learner.optimizer.param_groups for p in group["params"]}
+        assert set(decay.values()) == weak and len(decay) == len(list(model.parameters()))
+
+
 def test_settings_of_the_studies() -> None:
     medical, cifar = (Settings.of(name, **BASELINES[name].settings) for name in ("cnn-medical-mnist", "vit-cifar"))
     assert (medical.weight_decay, medical.schedule, medical.epochs, medical.patience) == (1e-4, "plateau", 20, 5)
-    assert (medical.batch_size, medical.select, medical.balance) == (32, "loss", False)
+    assert (medical.batch_size, medical.select, medical.balance, medical.decay_all) == (32, "loss", False, True)
     assert (cifar.epochs, cifar.batch_size, cifar.patience, cifar.balance) == (10, 128, 0, False)
     assert cifar.augment == "flip,rotate10,shift0.1"
 

@@ -38,7 +38,7 @@ def solve(name, x, y, kind="multiclass", classes=None, note=print):
 
 
 def weights(model):
-    return model.fc.weight.detach().numpy(), model.fc.bias.detach().numpy()
+    return model.ln.weight.detach().numpy(), model.ln.bias.detach().numpy()
 
 
 def logits(model, x):
@@ -78,7 +78,7 @@ def test_ridge_of_more_classes_than_the_smaller_side_of_the_features(n, width):
     setting, model = path[30]
     mean = ((x - x.mean(0)) ** 2).sum() / width
     plain = RidgeClassifier(alpha=setting["lambda"] * mean).fit(x, y)
-    weight = model.fc.weight.detach().numpy()[plain.classes_]
+    weight = model.ln.weight.detach().numpy()[plain.classes_]
     np.testing.assert_allclose(weight, plain.coef_, rtol=1e-3, atol=1e-5)
 
 

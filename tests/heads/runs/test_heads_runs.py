@@ -102,7 +102,7 @@ def test_undefined_measures_are_null_in_json_and_the_head_file_is_a_plain_state_
     run = quick(view, head="large")
     assert run.metrics["test"]["per_class"]["kind 2"]["auroc"] is None
     assert "NaN" not in (run.path / "metrics.json").read_text()
-    assert list(load_file(run.path / "head.safetensors")) == ["fc1.bias", "fc1.weight", "fc2.bias", "fc2.weight"]
+    assert list(load_file(run.path / "head.safetensors")) == ["ln1.bias", "ln1.weight", "ln2.bias", "ln2.weight"]
 
 
 def test_a_folder_with_another_run_is_refused_and_overwrite_replaces_it():

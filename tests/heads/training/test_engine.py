@@ -182,7 +182,7 @@ def test_a_head_that_fails_leaves_the_others_alone():
     good, failed, fine = train_together(prepare_training(view, settings[0]), settings)
     assert isinstance(failed, ProtocolError) and "not finite any more in epoch 1" in str(failed)
     alone = train_head(view, "linear", epochs=3, select="loss", lr=1e-2)
-    torch.testing.assert_close(fine.model.fc.weight, alone.model.fc.weight)
+    torch.testing.assert_close(fine.model.ln.weight, alone.model.ln.weight)
     assert good.epoch >= 1
 
 
@@ -202,7 +202,7 @@ def test_a_linear_head_on_fixed_vectors_is_trained_on_these(head):
             SequentialTrainer([Learner(model, loss, own, one)]), [one], *parts, [correction], job.task
         )
         assert slow.epoch == fit.epoch
-        torch.testing.assert_close(fit.model.fc.weight, slow.state["fc.weight"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(fit.model.ln.weight, slow.state["ln.weight"], atol=1e-5, rtol=0)
 
 
 def test_finished_heads_take_no_more_steps(monkeypatch):
@@ -296,7 +296,7 @@ def test_a_head_sees_copies_of_training_images_only_and_its_first_lines_say_so(m
     assert sorted(of_train) == sorted({*train, *range(200, 200 + 2 * len(train))})
     assert max(val.max(), test.max()) < 200
     view.versions = None
-    assert not torch.equal(train_head(view, "linear", epochs=3).model.fc.weight, run.model.fc.weight)
+    assert not torch.equal(train_head(view, "linear", epochs=3).model.ln.weight, run.model.ln.weight)
 
 
 def test_a_learner_leaves_the_randomness_of_others_alone():

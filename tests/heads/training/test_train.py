@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from support.fake_view import label_view, toy_view
+from support.fake_view import FakeView, label_view, toy_view
 from torch import nn
 
 from featurecache.errors import BadOption, NotInCache, ProtocolError
@@ -52,7 +52,7 @@ def test_linear_reaches_the_objective_of_logistic_regression(classes, their_c):
     if classes == 2:
         w, b = torch.cat([-w / 2, w / 2]), torch.cat([-b / 2, b / 2])
     state = ours.state(0)
-    got, want = objective(state["fc.weight"], state["fc.bias"], xt, yt, c), objective(w, b, xt, yt, c)
+    got, want = objective(state["ln.weight"], state["ln.bias"], xt, yt, c), objective(w, b, xt, yt, c)
     assert want * 0.9999 <= got <= want * 1.001
 
 
@@ -97,7 +97,7 @@ def test_weight_decay_is_on_weights_only():
     (ours,) = learner((5, 6), 3, name="large", weight_decay=0.5).learners
     decay = {id(p): group["weight_decay"] for group in ours.optimizer.param_groups for p in group["params"]}
     names = {name: decay[id(p)] for name, p in ours.model.named_parameters()}
-    assert names == {"fc1.weight": 0.5, "second": 0.5, "fc1.bias": 0.0, "second_bias": 0.0}
+    assert names == {"ln1.weight": 0.5, "second": 0.5, "ln1.bias": 0.0, "second_bias": 0.0}
 
 
 def test_the_best_epoch_on_val_is_kept_and_test_is_read_after_the_choice(monkeypatch):
@@ -113,6 +113,45 @@ def test_the_best_epoch_on_val_is_kept_and_test_is_read_after_the_choice(monkeyp
     assert run.config["chosen"] == {"by": "auroc", "on": "val", "epoch": int(best["epoch"])}
     assert best["epoch"] < len(run.history) and run.metrics["val"]["auroc"] == pytest.approx(best["val_auroc"])
     assert run.history[-1]["val_auroc"] < best["val_auroc"]
+
+
+@pytest.mark.parametrize("select", ["auroc", "ap", "nll", "ece", "accuracy"])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_epochs_line_and_the_table_have_one_number_for_one_choice(classes, select):
+    """The ranking of several classes depends on the temperature, thresholds do, and what a probability is worth."""
+    run = train_head(toy_view(n=300, classes=classes, splits="given", noise=4), "linear", lr=0.3, select=select)
+    row = run.history[run.config["chosen"]["epoch"] - 1]
+    assert run.config["calibration"]["temperature"] != 1
+    assert row[f"val_{select}"] == pytest.approx(run.metrics["val"][select], abs=1e-6)
+
+
+def test_a_cheap_head_goes_on_until_val_is_no_better():
+    """Features as an untrained ViT gives them: a large common part and small differences."""
+    view = toy_view(n=400, splits="given", noise=3)
+    view.features["cls"] = 1 + 0.05 * view.features["cls"]
+    default, whole = train_head(view, "linear"), train_head(view, "linear", epochs=1500, patience=150)
+    short = train_head(view, "linear", epochs=50, patience=5)
+    assert default.config["notes"] == [] and "limit of 50 epochs" in short.config["notes"][0]
+    for split in ("val", "test"):
+        assert default.metrics[split]["auroc"] == pytest.approx(whole.metrics[split]["auroc"], abs=0.005)
+    assert Settings.from_dict(default.config["settings"]).epochs == 500  # what ran stands in the record
+
+
+@pytest.mark.slow
+def test_linear_by_default_is_within_five_thousandths_of_its_converged_self_on_pneumoniamnist(real_data):
+    """On random features (ReLU of random projections) of 1,500 training images."""
+    with np.load(real_data / "pneumoniamnist.npz") as arrays:
+        parts = {s: (arrays[f"{s}_images"], arrays[f"{s}_labels"].ravel()) for s in ("train", "val", "test")}
+    parts["train"] = tuple(column[:1500] for column in parts["train"])
+    pixels = np.concatenate([images.reshape(len(images), -1) / 255 - 0.5 for images, _ in parts.values()])
+    random = np.random.default_rng(0).normal(size=(pixels.shape[1], 256)) / 28
+    names = [name for name, (images, _) in parts.items() for _ in images]
+    labels = np.concatenate([labels for _, labels in parts.values()]).astype(np.int64)
+    features = {"cls": torch.from_numpy(np.maximum(pixels @ random, 0)).half()}
+    view = FakeView(features, labels, names, ["normal", "pneumonia"])
+    default, whole = train_head(view, "linear"), train_head(view, "linear", epochs=2500, patience=200)
+    for split in ("val", "test"):
+        assert default.metrics[split]["auroc"] == pytest.approx(whole.metrics[split]["auroc"], abs=0.005)
 
 
 def test_labels_of_test_change_nothing_of_the_head():
