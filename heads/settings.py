@@ -26,6 +26,8 @@ METRICS: dict[str, Metric] = {  # measures of a test set, by what --select calls
     "accuracy": Metric("accuracy"),
     "top5": Metric("top-5 accuracy"),
     "balanced_accuracy": Metric("balanced acc."),
+    "macro_precision": Metric("macro precision"),
+    "macro_recall": Metric("macro recall"),
     "macro_f1": Metric("macro F1"),
     "quadratic_kappa": Metric("quadratic kappa"),
     "mae": Metric("MAE (classes)", higher=False),
@@ -42,7 +44,10 @@ STANDARDIZE = ("none", "zscore", "l2")
 # What heads that are trained together may differ in.
 VARIED = (
     "lr", "weight_decay", "seed", "dropout", "label_smoothing", "class_weights", "optimizer", "schedule", "augment",
+    "epochs", "warmup", "clip_norm",
 )  # fmt: skip
+# Numbers of which a sweep takes several, or a range.
+GRIDS = ("lr", "weight_decay", "dropout", "label_smoothing", "epochs", "batch_size", "warmup", "clip_norm")
 
 
 def _option(default: Any, text: str, *, values: Any = None, of: str = "any", shown: str = "") -> Any:
@@ -84,7 +89,9 @@ class Settings:
     )
     drop_leaks: bool = _option(False, "Leave out of train what is also in val or test, of val what is also in test.")
     optimizer: str = _option("adam", "sgd has momentum 0.9.", values=("adam", "adamw", "sgd"))
-    schedule: str = _option("constant", "Of the learning rate.", values=("constant", "cosine", "plateau"))
+    schedule: str = _option("constant", "Of the learning rate.", values=("constant", "linear", "cosine", "plateau"))
+    warmup: float = _option(0.0, "Share of all steps in which the rate rises to --lr.", values="[0, 1)")
+    clip_norm: float | None = _option(None, "Longer gradients are cut to this length.", values="(0, inf)")
     dropout: float | None = _option(None, "[default: the head's or network's own]", values="[0, 1)")
     label_smoothing: float = _option(0.0, "Share of a label that goes to all classes.", values="[0, 1)")
     class_weights: bool = _option(False, "Weigh the loss by 1 / prevalence instead of balancing batches.")
@@ -154,6 +161,7 @@ class Settings:
         return cls(**own | {"classes": tuple(own["classes"]), "only": tuple(own["only"])})
 
 
+OF_STEPS = (*VARIED, "batch_size", "precision", "pos_weight", "gated")  # nothing to a head that is solved
 TABLE: dict[str, Field[Any]] = {each.name: each for each in fields(Settings) if each.metadata}
 
 
