@@ -158,6 +158,12 @@ def byte_bar(total: int, what: str, progress: bool) -> tqdm:
     return _bar(total, what, progress, bar_format=style, unit="B", unit_scale=True)
 
 
+def batch_bar(total: int, what: str, progress: bool) -> tqdm:
+    """The same over batches; none where they are done in two seconds."""
+    style = "{desc} {percentage:3.0f} % {bar} {n:,}/{total:,} batches  eta {remaining}"
+    return _bar(total, what, progress, bar_format=style, delay=2)
+
+
 def _bar(total: int, what: str, progress: bool, **style: Any) -> tqdm:
     return tqdm(total=total, desc=what, disable=None if progress else True, leave=False, dynamic_ncols=True, **style)
 

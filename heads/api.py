@@ -41,7 +41,7 @@ def train_head(
     view: FeatureView | str | Path, head: str, *, splits: str | Path | None = None,
     classes: Sequence[str] | None = None, only: Sequence[str] | str | None = None, out: str | Path | None = None,
     overwrite: bool = False, controls: bool | None = None, report: bool = True, images: bool = True,
-    hash_ids: bool = False, say: Say | None = None, **options: Unpack[HeadOptions],
+    hash_ids: bool = False, say: Say | None = None, progress: bool = False, **options: Unpack[HeadOptions],
 ) -> Run:  # fmt: skip
     """Train a head on the features of a view and write a run folder. ``options``: the other fields of
     `heads.settings.Settings`, which are the options of ``featurecache train-head``.
@@ -58,7 +58,7 @@ def train_head(
     job = prepare_training(view, settings)
     target = run_target(out, job.view.name, head, overwrite)
     describe_training(job, say)
-    (fit,) = train_together(job, [settings], say)
+    (fit,) = train_together(job, [settings], say, progress=progress)
     if isinstance(fit, ProtocolError):
         raise fit
     baselines = measure_controls(job, say) if (job.view.untrained if controls is None else controls) else []
@@ -99,7 +99,7 @@ def train_baseline(
     describe_training(job, say)
     if checkpoint.exists:
         say(f"resumed    after epoch {checkpoint.epoch}")
-    fit = network.train_network(job, settings, say, checkpoint)
+    fit = network.train_network(job, settings, say, checkpoint, progress)
     contents = run_contents(job, fit, measure_controls(job, say) if controls else [])
     if arch.startswith(FINETUNE):
         contents = network.with_backbone(contents, fit.model.cpu())

@@ -17,7 +17,7 @@ import torch
 
 from featurecache.errors import BadOption, FeatureCacheError, nearest
 from featurecache.formatting import abbreviated, one_line
-from featurecache.images.headers import with_white
+from featurecache.images.headers import read_by
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.pixel_view import resize_all
 from heads.runs.run import Run, is_pixels, preprocess_of
@@ -203,8 +203,8 @@ def _predict_part(run: Run, part: list[NewImage], device: str, weights: str | No
 def _features(run: Run, images: list[Any], device: str, weights: str | None) -> tuple[torch.Tensor, dict[int, str]]:
     """What the head of a run is given of images [n, ...], and why it is not of some, by place."""
     if is_pixels(run):
-        bits = run.config["spec"]["preprocess"].get("bits")
-        return resize_all([with_white(image, bits) for image in images], preprocess_of(run))
+        reading = run.config["spec"]["preprocess"]
+        return resize_all([read_by(image, reading) for image in images], preprocess_of(run))
     import featurecache
 
     like = cast(Any, store_of(run))  # what of a view names its store

@@ -48,8 +48,8 @@ class PixelView:
         self.preprocess, self.baselines, self.source = preprocess, tuple(baselines), dataset.source
         self.output = f"pixels-{preprocess.size[0]}"
         self.path, self.name, self.label = Path(str(dataset.source["data"])), dataset.name, f"pixels/{dataset.name}"
-        bits = {"bits": dataset.bits} if dataset.bits else {}
-        self.spec = {"kind": "pixels", "preprocess": preprocess.to_dict() | {"decoding": DECODING} | bits}
+        settings = preprocess.to_dict() | {"decoding": DECODING} | dataset.reading
+        self.spec = {"kind": "pixels", "preprocess": settings}
         self.provenance = {"backbone": self.output}
         self.fingerprint = hashlib.blake2b(canonical_json(self.spec).encode(), digest_size=16).hexdigest()
         self._pixels, digests, reasons, self.loading_ms = read_images(

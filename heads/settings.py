@@ -31,6 +31,8 @@ METRICS: dict[str, Metric] = {  # measures of a test set, by what --select calls
     "accuracy": Metric("accuracy"),
     "top5": Metric("top-5 accuracy"),
     "balanced_accuracy": Metric("balanced acc."),
+    "macro_precision": Metric("macro precision"),
+    "macro_recall": Metric("macro recall"),
     "macro_f1": Metric("macro F1"),
     "quadratic_kappa": Metric("quadratic kappa"),
     "mae": Metric("MAE (classes)", higher=False),
@@ -47,8 +49,11 @@ STANDARDIZE = ("none", "zscore", "l2")
 # What heads that are trained together may differ in.
 VARIED = (
     "lr", "weight_decay", "seed", "dropout", "label_smoothing", "class_weights", "optimizer", "schedule", "augment",
+    "epochs", "warmup", "clip_norm",
 )  # fmt: skip
 OF_HEAD = ("epochs", "patience")  # whose defaults a head may have of its own
+# Numbers of which a sweep takes several, or a range.
+GRIDS = ("lr", "weight_decay", "dropout", "label_smoothing", "epochs", "batch_size", "warmup", "clip_norm")
 
 
 def _option(default: Any, text: str, *, values: Any = None, of: str = "any", shown: str = "") -> Any:
@@ -90,7 +95,9 @@ class Settings:
     )
     drop_leaks: bool = _option(False, "Leave out of train what is also in val or test, of val what is also in test.")
     optimizer: str = _option("adam", "sgd has momentum 0.9.", values=("adam", "adamw", "sgd"))
-    schedule: str = _option("constant", "Of the learning rate.", values=("constant", "cosine", "plateau"))
+    schedule: str = _option("constant", "Of the learning rate.", values=("constant", "linear", "cosine", "plateau"))
+    warmup: float = _option(0.0, "Share of all steps in which the rate rises to --lr.", values="[0, 1)")
+    clip_norm: float | None = _option(None, "Longer gradients are cut to this length.", values="(0, inf)")
     dropout: float | None = _option(None, "[default: the head's or network's own]", values="[0, 1)")
     label_smoothing: float = _option(0.0, "Share of a label that goes to all classes.", values="[0, 1)")
     class_weights: bool = _option(False, "Weigh the loss by 1 / prevalence instead of balancing batches.")
@@ -165,8 +172,6 @@ class CommonOptions(TypedDict, total=False):
     """What `train_head`, `train_baseline` and `ablate` take by name, for editors and type checkers: `Settings` says the
     defaults and what is allowed."""
 
-    epochs: int
-    batch_size: int
     patience: int
     split_seed: int
     select: str
@@ -183,11 +188,15 @@ class CommonOptions(TypedDict, total=False):
 class _OneOptions(CommonOptions, total=False):
     """Of one head or network: one value each."""
 
+    epochs: int
+    batch_size: int
     lr: float
     weight_decay: float
     seed: int
     optimizer: str
     schedule: str
+    warmup: float
+    clip_norm: float | None
     dropout: float | None
     label_smoothing: float
     fraction: float
@@ -195,6 +204,7 @@ class _OneOptions(CommonOptions, total=False):
 
 class _NetworkOptions(TypedDict, total=False):
     image_size: int | None
+    decay_all: bool
     lora: int | None
     rlrr: bool
     weights: str | None
@@ -232,7 +242,11 @@ class SweepOptions(CommonOptions, _FeatureOptions, _NetworkOptions, total=False)
     classes: Sequence[str] | None
     only: Sequence[str] | str | None
     device: str | None
+    epochs: str | int | Sequence[int]
+    batch_size: str | int | Sequence[int]
     lr: str | float | Sequence[float]
+    warmup: str | float | Sequence[float]
+    clip_norm: str | float | Sequence[float]
     weight_decay: str | float | Sequence[float]
     dropout: str | float | Sequence[float]
     label_smoothing: str | float | Sequence[float]
@@ -255,6 +269,7 @@ def takes(options: Any) -> Callable[[F], F]:
     return change
 
 
+OF_STEPS = (*VARIED, "batch_size", "precision", "pos_weight", "gated")  # nothing to a head that is solved
 TABLE: dict[str, Field[Any]] = {each.name: each for each in fields(Settings) if each.metadata}
 
 

@@ -235,7 +235,7 @@ def splits_csv(ids: list[str], names: np.ndarray) -> str:
     return text.getvalue()
 
 
-def read_splits(file: str | Path, ids: list[str], warnings: list[str]) -> np.ndarray:
+def read_splits(file: str | Path, ids: Sequence[str] | np.ndarray, warnings: list[str]) -> np.ndarray:
     """[N] split names of ``ids`` out of a CSV with the columns id and split."""
     path = Path(file)
     if not path.is_file():

@@ -16,6 +16,7 @@ from typing import Any
 from featurecache.backbones import timm_models, torchvision_models, transformers_models, user_module
 from featurecache.backbones.aliases import ALIASES
 from featurecache.backbones.base import OUTPUTS, Backbone, BackboneRequest
+from featurecache.backbones.layers import layer_rows
 from featurecache.backbones.timm_models import timm_record
 from featurecache.errors import BadOption, UnknownBackbone, WeightsNotFound, nearest
 from featurecache.images.preprocessing import FITS
@@ -85,9 +86,13 @@ def load_without_weights(name: str, **options: Any) -> Backbone:
 
 
 def describe_backbone(backbone: Backbone | str, **options: Any) -> dict[str, Any]:
-    """What ``info --backbone`` shows. A name needs no weights: an alias is built without any, in no memory."""
+    """What ``info --backbone`` shows. A name needs no weights: an alias is built without any, in no memory; with it
+    come the layers (`layers.layer_rows`)."""
+    modules: dict[str, Any] = {}
     if isinstance(backbone, str):
         backbone = load_without_weights(backbone, **options)
+        network: Any = backbone.model.network
+        modules = {"modules": layer_rows(network, backbone.model, backbone.image_size)}
     tokens = len(backbone.prefix) + backbone.grid[0] * backbone.grid[1]
     outputs: dict[str, dict[str, Any]] = {}
     for name in OUTPUTS:
@@ -106,4 +111,5 @@ def describe_backbone(backbone: Backbone | str, **options: Any) -> dict[str, Any
         "weights": backbone.provenance.get("weights", ""),
         "vector": backbone.vector,
         "outputs": outputs,
+        **modules,
     }

@@ -88,7 +88,7 @@ class TimmModel:
         """The network as timm makes it for images of ``size``."""
         import timm
 
-        sized = {"img_size": size} if size != tuple(self.settings.input_size[1:]) and self.takes_size else {}
+        sized: dict[str, Any] = {"img_size": size} if size != tuple(self.settings.input_size[1:]) and self.takes_size else {}
         sized |= {"in_chans": self.channels} if self.channels != 3 else {}
         settings = replace(self.settings, architecture=self.architecture, **_NOWHERE)
         return timm.create_model(self.architecture, pretrained_cfg=settings, **{**self.arguments, **sized}, **options)

@@ -77,6 +77,8 @@ def _augmented_record(extraction: Extraction) -> dict[str, Any] | None:
 
 def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
     """The first screen of ``extract``: backbone, what it sees, data, what is kept, machine, warnings."""
+    from featurecache.images.headers import crop_words
+
     record = one_line(record)
     rows = [
         ("backbone", _backbone_line(record)),
@@ -88,6 +90,8 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
     ]
     if record["understood"]:
         rows.insert(3, ("understood", record["understood"]))
+    if crop := record["source"].get("crop"):
+        rows.insert(-2, ("crop", crop_words(crop)))
     if record["augmented"]:
         rows.insert(-2, ("augment", _augmented_line(record["augmented"], extraction.name)))
     rows += [("warning", text) for text in _warnings(record["data"])]
@@ -179,7 +183,9 @@ def result_record(result: ExtractionResult) -> dict[str, Any]:
 
 
 def backbone_lines(record: dict[str, Any]) -> str:
-    """``info --backbone``: what it is, what it sees, and which outputs it offers or refuses."""
+    """``info --backbone``: what it is, what it sees, which outputs it offers or refuses, and its layers."""
+    from featurecache.backbones.layers import layer_lines
+
     record = one_line(record)
     layers = (f"{record['layers']} blocks, " if record["layers"] else "") + f"width {record['width']}"
     tokens = len(record["prefix"]) + record["grid"][0] * record["grid"][1]
@@ -200,7 +206,7 @@ def backbone_lines(record: dict[str, Any]) -> str:
         )
     if record["source"]:
         rows.append(("source", record["source"]))
-    return columns(rows)
+    return "\n".join([columns(rows), "", *layer_lines(record["modules"])])
 
 
 def _number_or_auto(context: click.Context, parameter: click.Parameter, value: Any) -> int | None:
@@ -211,13 +217,20 @@ def _order(context: click.Context, parameter: click.Parameter, value: str | None
     return None if value is None else names_in(value)
 
 
+def _crop(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+    try:
+        return None if value is None else [float(edge) for edge in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"--crop {value}: it is four numbers, such as 0.1,0.05,0.9,0.95.") from error
+
+
 TASKS = ("binary", "multiclass", "ordinal", "multilabel")
 BACKBONES = "An alias (see info), hf:REPO, a folder, torchvision:NAME, timm:NAME, python:MODULE:FACTORY[:LAYER]."
 SOURCES = "Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle:OWNER/SET, or digits."
 STEPS = """How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
     side decides (organs, eyes, hands, writing)."""
 task_option = option("--task", type=Choice(TASKS), help="[default: by the labels]")
-READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits")
+READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits", "crop")
 source_options = options_of(  # how the labels of --data are to be read
     option(
         "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of tables: path=…, label=…, split=…, group=…"
@@ -229,6 +242,7 @@ source_options = options_of(  # how the labels of --data are to be read
     option("--order", metavar="A,B,C", callback=_order, help="The classes from the lowest to the highest."),
     option("--page", metavar="N|all", help="Of TIFF stacks, DICOM frames (from 0). [default: TIFF 0, DICOM all]"),
     option("--bits", type=int, metavar="N", help="Of 16-bit files: 2^N − 1 is white; others are as they are."),
+    option("--crop", metavar="L,T,R,B", callback=_crop, help="Edges of what is looked at, in parts of each side."),
 )
 extraction_options = options_of(  # which images, which backbone, which store: what `extract` and `why` are asked alike
     option("--backbone", required=True, metavar="NAME", help=BACKBONES),

@@ -18,7 +18,7 @@ from featurecache.commands.terminal import record_of
 from featurecache.errors import BadOption, FeatureCacheError, UnreadableImage
 from featurecache.formatting import aligned, cell, columns, cost_per_image, one_line, shape_text, size_text
 from featurecache.images.decoding import digest
-from featurecache.images.headers import EncodedImage
+from featurecache.images.headers import EncodedImage, crop_words
 from featurecache.maintenance.leaks import KINDS, LeakFinding, Leaks
 from featurecache.sources import reopen
 from featurecache.sources.base import Dataset
@@ -161,6 +161,8 @@ def view_lines(record: dict[str, Any]) -> str:
         ("data", f"{record['source'].get('data')}  {facts}"),
         ("classes", "\n".join(aligned([header, *counts]))),
     ]
+    if crop := record["source"].get("crop"):
+        rows.append(("crop", crop_words(crop)))
     if made_of := record["augmented"]:
         each = "one each" if made_of["views"] == 1 else f"{made_of['views']:,} each"
         counted = f"{made_of['copies']:,} augmented copies, {each} of {made_of['images']:,} images"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from featurecache.extraction.forward import output_layout, pick_device, spec_of
 from featurecache.extraction.plan import choose_precision, prepare
 from featurecache.extraction.run import Extraction
 from featurecache.formatting import aligned
+from featurecache.images.headers import check_crop, reading_record
 from featurecache.outputs import parse_list
 from featurecache.store.schema import DIGEST
 from featurecache.store.spec import ExtractionSpec, SpecDifference, describe_differences, spec_differences
@@ -103,13 +104,13 @@ def explain_miss(
 
 def _key(
     cache: Path, name: str | Path, *, precision: str = "auto", dtype: str = "float16", device: str = "auto",
-    outputs: str | None = None, bits: int | None = None, **options: Any,
+    outputs: str | None = None, bits: int | None = None, crop: Sequence[float] | None = None, **options: Any,
 ) -> tuple[Backbone, ExtractionSpec]:  # fmt: skip
     """The backbone and the key, without images; ``auto`` precision is then that of the newest store there is."""
     network, picked = load_backbone(name, **options), pick_device(device)
     for output in parse_list(outputs) if outputs else ():
         output_layout(network, output, dtype)  # refuses what the backbone has not
-    spec = spec_of(network, "fp32", dtype, bits)
+    spec = spec_of(network, "fp32", dtype, reading_record(bits, None if crop is None else check_crop(crop)))
     same = [store for store in stores(cache) if replace(store.spec, precision="fp32", generation=0) == spec]
     if precision == "auto" and same:
         precision = max(same, key=_made).spec.precision

@@ -37,7 +37,7 @@ from featurecache.extraction.forward import ForwardRunner, exact_arithmetic, out
 from featurecache.extraction.pipeline import decode_many
 from featurecache.files.atomic import refuse_links, write_whole
 from featurecache.files.locks import update_lock
-from featurecache.images.headers import EncodedImage, with_white
+from featurecache.images.headers import EncodedImage, read_by
 from featurecache.outputs import Output, derive, parse
 from featurecache.store.shards import TORCH_DTYPE
 from featurecache.store.spec import ExtractionSpec
@@ -231,8 +231,7 @@ class StoreBackbone:
                 "module of that name in this folder is yours."
             )
         self.store, self.backbone = store, load_backbone(**request)
-        self.bits: int | None = store.spec.preprocess.get("bits")
-        spec = spec_of(self.backbone, store.spec.precision, store.spec.dtype, self.bits)
+        spec = spec_of(self.backbone, store.spec.precision, store.spec.dtype, store.spec.preprocess)
         spec = replace(spec, generation=store.spec.generation)
         if spec.fingerprint != store.fingerprint:
             raise NotInCache(
@@ -267,7 +266,7 @@ class StoreBackbone:
         if check:
             self.check(output)
         shape, dtype = output_layout(self.backbone, output, self.store.spec.dtype).shape, self.store.spec.dtype
-        images = [with_white(image, self.bits) for image in images]
+        images = [read_by(image, self.store.spec.preprocess) for image in images]
         rows, failed, pixels = [torch.empty(0, *shape, dtype=TORCH_DTYPE[dtype])], [], []
         for index, image, _ in decode_many(images.__getitem__, range(len(images)), self.backbone.preprocess, THREADS):
             if isinstance(image, str):

@@ -10,13 +10,15 @@ what the rows of an output look like, `spec_of` what they are a function of.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption
 from featurecache.images import decoding as _images
+from featurecache.images.headers import READING
 from featurecache.outputs import Output, blocks, function_of
 from featurecache.store.shards import TORCH_DTYPE, Layout
 from featurecache.store.spec import ExtractionSpec
@@ -114,8 +116,10 @@ def output_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:
     return Layout(output.name, shape, dtype, prefix, grid)
 
 
-def spec_of(backbone: Backbone, precision: str, dtype: str, bits: int | None = None) -> ExtractionSpec:
-    preprocess = {**backbone.preprocess.to_dict(), "decoding": _images.DECODING, **({"bits": bits} if bits else {})}
+def spec_of(backbone: Backbone, precision: str, dtype: str, reading: Mapping[str, Any] | None = None) -> ExtractionSpec:
+    """``reading``: a `reading_record`, or what has one in it."""
+    said = {name: value for name, value in (reading or {}).items() if name in READING}
+    preprocess = backbone.preprocess.to_dict() | said | {"decoding": _images.DECODING}
     return ExtractionSpec(
         backbone.architecture, backbone.weights, preprocess, backbone.image_size, backbone.position_embeddings,
         precision, dtype,

@@ -66,6 +66,7 @@ def prepare(
     order: Sequence[str] | None = None,
     page: str | None = None,
     bits: int | None = None,
+    crop: Sequence[float] | None = None,
     hash_ids: bool = False,
     hash_groups: bool = False,
     views: int | None = None,
@@ -94,10 +95,11 @@ def prepare(
             "uncertain": uncertain,
             "page": page,
             "bits": bits,
+            "crop": crop,
         }
         data = open_source(data, columns=columns, task=task, **how)  # type: ignore[arg-type]
-    elif page is not None or bits is not None:
-        raise BadOption("page and bits say how data are read: give them to open_source, which made this Dataset.")
+    elif any(each is not None for each in (page, bits, crop)):
+        raise BadOption("page, bits and crop say how data are read: give them to open_source, which made this Dataset.")
     dataset = data
     folder = cache_folder(cache)
     secret = load_secret(folder) if hash_ids or hash_groups else None
@@ -120,7 +122,7 @@ def prepare(
     if trouble := result.files.cache.trouble:
         dataset = replace(dataset, notes=(*dataset.notes, trouble))
     _check_bits(dataset, result)
-    spec = spec_of(network, "fp32", dtype, dataset.bits)
+    spec = spec_of(network, "fp32", dtype, dataset.reading)
     spec, reason = choose_precision(spec, precision, picked, folder, layouts, result.digests)
     spec = latest_generation(folder, spec)
     store = find_store(folder, spec)

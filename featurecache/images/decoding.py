@@ -7,14 +7,15 @@ The rules (``DECODING`` is their version; it is part of what a cache is keyed by
 2. 8-bit grey is repeated into the three channels. 1-, 2- and 4-bit grey spans the full range first.
 3. 16-bit samples v, grey or RGB, become round(v / 257): the full scale of the format onto 0..255, never stretched to
    the values that occur (a 12-bit image in a 16-bit file comes out dark; a TIFF that declares 12 bits does not). What
-   is a `DeepImage` of b bits becomes round(255·v / (2^b − 1)), and is refused where a value or b is above. A TIFF whose
+   is a `RawImage` of b bits becomes round(255·v / (2^b − 1)), and is refused where a value or b is above. A TIFF whose
    0 is white is turned over.
 4. Palettes are looked up. The colours of a TIFF's are of 16 bits, or, where none is above 255, of 8, as libtiff takes
    them. Alpha is dropped: the colour that stands beneath it is what counts.
 5. CMYK, YCCK and YCbCr become RGB as Pillow does it; colour profiles are not applied.
 6. The EXIF orientation (for a TIFF: its own) is applied; one that cannot be read counts as upright.
-7. Of several images in a file the first is taken; of DICOM and TIFF any, by its number.
-8. Refused by name: 32-bit, signed and floating-point pixels (nothing says what their white is), other colour spaces,
+7. ``--crop`` cuts out a rectangle of the upright image, before all augmentation and resizing.
+8. Of several images in a file the first is taken; of DICOM and TIFF any, by its number.
+9. Refused by name: 32-bit, signed and floating-point pixels (nothing says what their white is), other colour spaces,
    more than ``MAX_PIXELS`` pixels, a file that stops before its end even where a decoder would fill the rest with grey.
 
 JPEG goes through torchvision's operator, which gives Pillow's pixels to the bit in half the time and without the GIL.
@@ -37,10 +38,11 @@ from featurecache.errors import UnreadableImage
 from featurecache.images import dicom, headers, tiff
 from featurecache.images.headers import (
     MAX_PIXELS,
-    DeepImage,
+    Crop,
     EncodedFrame,
     EncodedImage,
     ImageHeader,
+    RawImage,
     quiet_pillow,
     refuse_bombs,
 )
@@ -77,7 +79,7 @@ def digest(data: EncodedImage, frame: int | None = None) -> str:
     """The identity of an image: 32 hex digits, BLAKE2b-128. Of the encoded bytes and, where a file holds several
     images, the number of the ``frame`` (default: the first, 0); of an array of dtype, shape and bytes. Raises
     UnreadableImage for DICOM whose header cannot be read."""
-    data = data.image if isinstance(data, DeepImage) else data
+    data = data.image if isinstance(data, RawImage) else data
     if isinstance(data, np.ndarray):
         plain = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("<"))
         hashed = hashlib.blake2b(f"{plain.dtype.str} {list(plain.shape)} ".encode(), digest_size=16)
@@ -102,7 +104,9 @@ def _holds_several(data: bytes) -> bool:
 def decode(data: EncodedImage) -> torch.Tensor:
     """One image as uint8 [3, H, W], RGB, by the rules above; of any memory layout. Raises UnreadableImage with the
     reason alone ("truncated after 12,288 bytes"). May be called from many threads at once."""
-    data, bits = (data.image, data.bits) if isinstance(data, DeepImage) else (data, None)
+    if isinstance(data, RawImage) and data.crop is not None:
+        return _cropped(decode(RawImage(data.image, data.bits)), data.crop)
+    data, bits = (data.image, data.bits) if isinstance(data, RawImage) else (data, None)
     if isinstance(data, np.ndarray):
         return _channels_first(_eight_bits(Samples(_checked(data)), bits))
     data, frame = (data.data, data.number) if isinstance(data, EncodedFrame) else (data, None)
@@ -128,7 +132,7 @@ def decode(data: EncodedImage) -> torch.Tensor:
 def image_header(data: EncodedImage) -> ImageHeader:
     """Size and kind of pixels, from the header alone; 16-bit samples are decoded, for the bits that they use. Raises
     UnreadableImage."""
-    data = data.image if isinstance(data, DeepImage) else data
+    data = data.image if isinstance(data, RawImage) else data
     if isinstance(data, np.ndarray):
         data = _checked(data)
         kind = "RGB" if data.ndim == 3 and data.shape[2] == 3 else "grey"
@@ -305,6 +309,15 @@ def _upright(image: torch.Tensor, orientation: int) -> torch.Tensor:
         image = image.transpose(1, 2)
     flips = {2: [2], 3: [1, 2], 4: [1], 5: [], 6: [2], 7: [1, 2], 8: [1]}[orientation]
     return image.flip(flips).contiguous()
+
+
+def _cropped(image: torch.Tensor, crop: Crop) -> torch.Tensor:
+    """uint8 [3, H, W] → what is within the edges, rounded to whole pixels as Pillow's ``crop`` does."""
+    height, width = image.shape[-2:]
+    left, top, right, bottom = (round(edge * side) for edge, side in zip(crop, (width, height) * 2, strict=True))
+    if left == right or top == bottom:
+        raise UnreadableImage(f"{width:,}×{height:,} pixels, of which --crop leaves none")
+    return image.permute(1, 2, 0)[top:bottom, left:right].contiguous().permute(2, 0, 1)
 
 
 def _checked(array: np.ndarray) -> np.ndarray:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import struct
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from featurecache.errors import UnreadableImage
+from featurecache.errors import BadOption, UnreadableImage
 from featurecache.images import tiff
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -41,23 +42,55 @@ class EncodedFrame:
         return len(self.data)
 
 
+Crop = tuple[float, float, float, float]  # left, top, right and bottom edge, in parts of width and height
+
+
 @dataclass(frozen=True)
-class DeepImage:
-    """An image whose 16-bit samples have 2^``bits`` − 1 for white, as ``--bits`` says; one of 8 bits is as it is."""
+class RawImage:
+    """An image, and what was said of reading it: its 16-bit samples have 2^``bits`` − 1 for white (one of 8 bits is as
+    it is), and ``crop`` is all that is looked at of it, once it is upright."""
 
     image: bytes | EncodedFrame | np.ndarray = field(repr=False)
-    bits: int
+    bits: int | None = None
+    crop: Crop | None = None
 
     def __len__(self) -> int:
         return len(self.image)
 
 
-EncodedImage = bytes | EncodedFrame | np.ndarray | DeepImage  # an image as its source has it: encoded, or an array
+EncodedImage = bytes | EncodedFrame | np.ndarray | RawImage  # an image as its source has it: encoded, or an array
+READING = ("decoding", "bits", "region")  # what a spec says of reading an image, before preprocessing
 
 
-def with_white(image: EncodedImage, bits: int | None) -> EncodedImage:
-    """``image`` with 2^``bits`` − 1 for its white; None: what the depth of the file says."""
-    return image if bits is None or isinstance(image, DeepImage) else DeepImage(image, bits)
+def reading_record(bits: int | None, crop: Crop | None) -> dict[str, Any]:
+    """What was said of reading images, as a spec has it: nothing of what was not said."""
+    record = {"bits": bits, "region": None if crop is None else list(crop)}
+    return {name: value for name, value in record.items() if value is not None}
+
+
+def read_by(image: EncodedImage, reading: Mapping[str, Any]) -> EncodedImage:
+    """``image`` as a `reading_record`, or a spec's preprocessing with one in it, says that it is read; what a source
+    says of its own images stays."""
+    bits, region = reading.get("bits"), reading.get("region")
+    if isinstance(image, RawImage) or (bits is None and region is None):
+        return image
+    return RawImage(image, bits, None if region is None else tuple(region))
+
+
+def check_crop(crop: Sequence[float]) -> Crop:
+    """Raises BadOption where the edges of ``--crop`` are none."""
+    if len(crop) == 4 and 0 <= crop[0] < crop[2] <= 1 and 0 <= crop[1] < crop[3] <= 1:
+        left, top, right, bottom = map(float, crop)
+        return left, top, right, bottom
+    raise BadOption(
+        f"--crop {','.join(f'{edge:g}' for edge in crop)}: it is the left, top, right and bottom edge of what is seen "
+        "of an image, in parts of width and height: 0.1,0.05,0.9,0.95 cuts off a tenth at either side."
+    )
+
+
+def crop_words(crop: Sequence[float]) -> str:
+    left, top, right, bottom = (f"{100 * edge:g} %" for edge in crop)
+    return f"of every image {left} to {right} of its width and {top} to {bottom} of its height, before it is resized"
 
 
 class ImageHeader(NamedTuple):

@@ -80,7 +80,7 @@ class Leaks:
     findings: tuple[LeakFinding, ...]
     output: str | None  # compared for near-duplicates; None: not looked for
     threshold: float
-    splits: list[str]  # of every row, as looked at
+    splits: np.ndarray  # of every row, as looked at
     not_compared: dict[str, str]  # kind -> why it was not compared between splits
 
     def __len__(self) -> int:
@@ -116,7 +116,7 @@ def find_leaks(
     if chosen is not None:
         findings += _near(view, chosen, keys["image"], sets, threshold, most, progress)
     findings += label_conflicts(keys["image"], np.asarray(view.labels), codes, plain)
-    words = view.splits if names is None else np.asarray(names).tolist()
+    words = view.splits if names is None else np.asarray(names)
     return Leaks(tuple(findings), chosen, threshold, words, _not_compared(view, codes, chosen))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import NotFetched, SourceError, nearest
+from featurecache.images.headers import check_crop
 from featurecache.sources import fetching, huggingface, medmnist, torchvision_datasets
 from featurecache.sources.base import Dataset, ImageArrays, safe_name
 from featurecache.sources.dicom_frames import expand_frames
@@ -33,7 +34,7 @@ __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe_dataset", 
 
 Columns = dict[str, str] | None  # role -> column
 # How a user says what is to be read, as `open_source` takes it.
-_WORDS = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits")
+_WORDS = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits", "crop")
 _ABOUT = {  # what an option that only some sources take is about
     "classes_at": "a level of the folders of images", "root": "where the images of a table lie",
     "uncertain": "what -1 is in the label columns of a table",
@@ -133,6 +134,7 @@ def open_source(
     uncertain: str | None = None,
     page: str | None = None,
     bits: int | None = None,
+    crop: Sequence[float] | None = None,
 ) -> Dataset:
     """The dataset that ``data`` names: a folder, a table, an ``.npz``, the word ``digits`` (``./digits`` is a folder),
     or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine; from
@@ -141,17 +143,20 @@ def open_source(
     ``classes_at`` is the level of the class folders (1: those in the folder) where their names do not say it; ``order``
     the classes in the order of their labels. Of tables: ``root`` is the folder of the images where it is not that of
     the table, ``uncertain`` (ignore, zero, one) what -1 is in label columns. ``page``, of TIFF stacks and DICOM files
-    of several frames, is a number (from 0) or "all"; ``bits``: 2^bits − 1 is white in 16-bit images. Raises
-    SourceError, BadOption."""
-    words = {"columns": columns or None, "task": task, "classes_at": classes_at, "order": order and list(order)}
+    of several frames, is a number (from 0) or "all"; ``bits``: 2^bits − 1 is white in 16-bit images; ``crop``:
+    the left, top, right and bottom edge of what is looked at, in parts of width and height. Raises SourceError,
+    BadOption."""
+    edges = None if crop is None else check_crop(crop)
+    words: dict[str, Any] = {"columns": columns or None, "task": task, "classes_at": classes_at}
+    words["order"] = order and list(order)
     words |= {"root": root, "uncertain": uncertain}
     if not isinstance(data, str | os.PathLike):
         if columns:
             raise SourceError(f"columns were named ({', '.join(columns)}), but the images are given as they are.")
         if given := [name for name, value in words.items() if value is not None and name != "task"]:
             raise SourceError(f"{given[0]} says how a folder or a table is read; the images are given as they are.")
-        return expand_frames(replace(open_memory(data, task), bits=bits), page)
-    words |= {"page": page, "bits": bits}
+        return expand_frames(replace(open_memory(data, task), bits=bits, crop=edges), page)
+    words |= {"page": page, "bits": bits, "crop": edges and list(edges)}
     kind, what = _find(data)
     try:
         return _open(kind, what, data, words)
@@ -206,9 +211,8 @@ def _open(kind: str, what: str, data: str | os.PathLike[str], words: dict[str, A
             name.encode()
         except UnicodeEncodeError:
             raise SourceError(f"the name of {name!r} in {data} is not UTF-8; rename it.") from None
-    return expand_frames(
-        replace(dataset, name=safe_name(dataset.name), source=record, bits=words["bits"]), words["page"]
-    )
+    reading = {"bits": words["bits"], "crop": words["crop"] and check_crop(words["crop"])}
+    return expand_frames(replace(dataset, name=safe_name(dataset.name), source=record, **reading), words["page"])
 
 
 def _ordered(

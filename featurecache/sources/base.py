@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from featurecache.errors import BadOption, SourceError, UnreadableImage
-from featurecache.images.headers import EncodedFrame, EncodedImage, with_white
+from featurecache.images.headers import Crop, EncodedFrame, EncodedImage, check_crop, read_by, reading_record
 from featurecache.sources.labels import TASKS
 
 # Opening a pipe must not wait for its other end.
@@ -51,7 +51,8 @@ class Dataset:
     images: ImageSource = field(repr=False)
     notes: tuple[str, ...] = ()  # what a user should hear about it, each one sentence
     understood: tuple[str, ...] = ()  # how its names were read, each a few words; no ids or groups in them
-    bits: int | None = None  # 2^bits − 1 is white in 16-bit images (`DeepImage`); None: 65,535
+    bits: int | None = None  # 2^bits − 1 is white in 16-bit images; None: 65,535
+    crop: Crop | None = None  # all that is looked at of every image
 
     def __post_init__(self) -> None:
         columns: list[Sequence[Any] | np.ndarray] = [self.labels, self.splits, *self.meta.values()]
@@ -60,6 +61,8 @@ class Dataset:
         assert self.task in TASKS, self.task
         if self.bits is not None and not 0 < self.bits < 16:
             raise BadOption(f"--bits is 1 to 15 (of 16, which is what 16-bit files have without it), not {self.bits}.")
+        if self.crop is not None:
+            check_crop(self.crop)
         assert (self.labels.ndim == 2) == (self.task == "multilabel"), (self.labels.shape, self.task)
 
     def __len__(self) -> int:
@@ -67,7 +70,12 @@ class Dataset:
 
     def read(self, row: int) -> EncodedImage:
         """The encoded bytes of a file, or an array [H, W], [H, W, 1] or [H, W, 3]. Raises UnreadableImage."""
-        return with_white(self.images.read(row), self.bits)
+        return read_by(self.images.read(row), self.reading)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What was said of reading the images, as a spec has it."""
+        return reading_record(self.bits, self.crop)
 
     def path(self, row: int) -> str | None:
         """The file of this image (and, of DICOM, of its other frames); None where it lies in an archive of many."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from featurecache.errors import BadOption, CacheError, FeatureCacheError
 from featurecache.files.records import canonical_json
+from featurecache.images.headers import READING
 from featurecache.images.preprocessing import Preprocess
 
 FORMAT = 1  # of the spec, which is hashed: raising it would make every feature another one
@@ -32,7 +33,8 @@ class ExtractionSpec:
     architecture          library, class, resolved model config
     weights               {"blake2b": digest of the tensors taken from the checkpoint} or {"random_seed": n}
     preprocess            resize implementation, sizes, crop, interpolation, mean, std, version of the decoding rules,
-                          bits: 2^bits − 1 is white in 16-bit images, where that was said
+                          bits: 2^bits − 1 is white in 16-bit images, where that was said; region: what is looked at
+                          of an image, before all that (left, top, right, bottom in parts), where that was said
     image_size            (height, width) in pixels the network sees
     position_embeddings   as trained, or how they are interpolated
     precision             fp32 | bf16 | fp16: weights and activations of the forward pass
@@ -144,7 +146,7 @@ def _following(stored: ExtractionSpec, asked: ExtractionSpec) -> set[str]:
     if stored.image_size == asked.image_size:
         return set()
     try:
-        settings = {key: value for key, value in stored.preprocess.items() if key not in ("decoding", "bits")}
+        settings = {key: value for key, value in stored.preprocess.items() if key not in READING}
         scaled = Preprocess.from_dict(settings).scaled(asked.image_size[0]).to_dict()
     except (FeatureCacheError, TypeError):
         return set()

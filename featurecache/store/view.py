@@ -40,6 +40,7 @@ def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
         f"--{name.replace('_', '-')}": source.get(name)
         for name in ("task", "classes_at", "root", "uncertain", "page", "bits")
     }
+    words["--crop"] = ",".join(f"{edge:.15g}" for edge in source["crop"]) if source.get("crop") else None
     words["--order"] = join_names(source["order"]) if source.get("order") else None
     return options + [(option, value) for option, value in words.items() if value is not None]
 

@@ -55,8 +55,8 @@ def ablate(
     featurecache ablate --heads linear,large,attention --lr 1e-4..1e-2:5 --seeds 5
     featurecache ablate --heads linear --features vit-in21k/chest,resnet50/chest --fractions 0.01,0.1,1
 
-    GRID is 1e-3, or 1e-3,1e-2, or 1e-4..1e-2:5. The same command goes on where it was stopped; with more seeds or
-    values only what is new is trained.
+    GRID is 1e-3, or 1e-3,1e-2, or 1e-4..1e-2:5 (equal ratios), or 0..0.5:+0.1 (equal steps); --search also takes
+    1e-4..1e-2. The same command goes on where it was stopped; with more seeds or values only what is new is trained.
     """
     from heads import api
     from heads.evaluation.comparison import compare

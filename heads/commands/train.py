@@ -52,7 +52,7 @@ def training_options(name: str) -> Callable[..., Any]:
 
 
 def _training_option(entry: Field[Any], name: str) -> Callable[..., Any]:
-    from heads.settings import OF_HEAD, VARIED, flag
+    from heads.settings import GRIDS, OF_HEAD, VARIED, flag
 
     values, text, taker = entry.metadata["values"], entry.metadata["help"], entry.metadata["for"]
     kind, word = entry.type.split(" | ")[0], flag(entry.name)  # annotations are text
@@ -69,9 +69,9 @@ def _training_option(entry: Field[Any], name: str) -> Callable[..., Any]:
     if kind == "bool":
         words = f"{word}/--no-{word[2:]}" if entry.default or taker == "network" else word
         return option(words, is_flag=True, default=default, help=text)
-    varied = name == "ablate" and entry.name in VARIED
+    varied = name == "ablate" and entry.name in (*VARIED, *GRIDS)
     if varied and entry.name != "augment":
-        return option(word, metavar="GRID" if kind == "float" else "A,B", help=text)
+        return option(word, metavar="GRID" if entry.name in GRIDS else "A,B", help=text)
     if varied or entry.name == "classes":
         return option(word, multiple=True, metavar=entry.metadata["shown"], help=text)
     if isinstance(values, tuple):
@@ -116,7 +116,9 @@ def train_head(talk: Console, features: str | None, cache: str | None, no_images
     if options["output"] is not None:
         parse(options["output"])  # a misspelt one is said before a view is opened
     view = open_features(talk, features, cache)
-    run = heads.train_head(view, options.pop("head"), say=talk.line, images=not no_images, **options)
+    run = heads.train_head(
+        view, options.pop("head"), say=talk.line, progress=talk.progress, images=not no_images, **options
+    )
     _show_run(talk, run)
     talk.next(prediction_by(run))
     return 0
@@ -156,7 +158,7 @@ def train_baseline(
     several values of an option.
     """
     import heads
-    from heads.models.finetune import extract_options
+    from heads.models.finetune import classifier_class, extract_options
     from heads.runs.run import BACKBONE
 
     if data is not None and features is not None:
@@ -169,6 +171,8 @@ def train_baseline(
     _show_run(talk, run)
     backbone = run.path / BACKBONE
     extraction = f"featurecache extract {extract_options(backbone)} --data FOLDER" if backbone.is_dir() else None
+    if extraction and (name := classifier_class(backbone)):
+        talk.say(f"{'model':<10} {backbone}/   {name} of transformers, with its classifier and image processor")
     talk.next(extraction or prediction_by(run))
     return 0
 
@@ -241,13 +245,11 @@ def demo(talk: Console, out: str, cache: str | None) -> int:
     result = prepared.run(progress=talk.progress)
     say(plan.extraction_summary(result, "vit-demo/digits"))
     view, folder = open_view(result.view), Path(out)
-    lines: list[str] = []
     runs: list[Run] = []
 
     def brief(line: str) -> None:
-        """Of a hundred epochs the last says enough; history.csv has them all."""
-        lines.append(line)
-        if not line.startswith(("epoch", "features", "splits")):
+        """What is the same of all three heads is said above."""
+        if not line.startswith(("features", "splits")):
             say(line)
 
     for head, output, epochs, patience in _DEMO_HEADS:
@@ -256,7 +258,6 @@ def demo(talk: Console, out: str, cache: str | None) -> int:
         place = folder / f"demo-{head}-{output}"
         how: dict[str, Any] = {"out": place, "overwrite": True, "controls": not runs, "report": False}
         runs.append(heads.train_head(view, head, say=brief, **how, **options))
-        say([line for line in lines if line.startswith("epoch")][-1])
     page = heads.report([run.path for run in runs], out=folder / "demo-report")
     lines = [comparison_table(runs), *runs_cost(runs), ""]
     lines += [f"run        {folder / run.path.name}/  {run.head} on {run.output}" for run in runs]

@@ -26,7 +26,7 @@ from heads.metrics.classification import measure_name
 from heads.metrics.intervals import TestSet
 from heads.models.catalogue import HEADS
 from heads.runs.run import Run, is_of_pixels, name_of
-from heads.settings import METRICS, Settings
+from heads.settings import GRIDS, METRICS, Settings
 from heads.task import Predictions
 
 NAMED = ("head", "output", "fraction", "folds")  # what a family's own columns say
@@ -182,7 +182,6 @@ def seeds_only_warning(families: Sequence[Family]) -> str | None:
 
 
 REPEATED = ("seed", "split_seed", "fold", "splits", "ram", "device")  # what tells two trainings of one setting apart
-GRIDS = ("lr", "weight_decay", "dropout", "label_smoothing")
 Row = dict[str, Any]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, CannotWrite, UnreadableImage, nearest
 from featurecache.formatting import aligned, one_line
-from featurecache.images.headers import with_white
+from featurecache.images.headers import read_by
 from heads.explanations.explainer import Explainer, SourceImage, SourceImages, read_source_image, visible_box
 from heads.explanations.maps import KINDS, Panel, SaliencyMap, class_margin_weights, draw_maps
 from heads.inference import Image, images_of, iterate_images
@@ -160,10 +160,10 @@ def _images(
             reason = f"no such file, nor an image of the run's data ({matches[0]})"
             yield next((each for each in matches if isinstance(each, SourceImage)), (image, reason))
             continue
-        bits = runs[0].config["spec"].get("preprocess", {}).get("bits")
+        reading = runs[0].config["spec"].get("preprocess", {})
         for name, data, _ in iterate_images([image]):
             try:
-                yield (name, data) if isinstance(data, str) else read_source_image(name, with_white(data, bits))
+                yield (name, data) if isinstance(data, str) else read_source_image(name, read_by(data, reading))
             except UnreadableImage as error:
                 yield name, str(error)
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from featurecache.errors import BadOption, FeatureCacheError, NotInCache
-from featurecache.images.headers import EncodedImage
+from featurecache.images.headers import READING, EncodedImage
 from featurecache.images.preprocessing import Preprocess
 from heads.explanations import contributions
 from heads.explanations.maps import KINDS, SaliencyMap, class_margin_weights, margin_unit, with_shuffled_weights
@@ -337,7 +337,7 @@ def visible_box(spec: dict[str, Any], pixels: np.ndarray) -> tuple[float, float,
     """What of an image the backbone saw, in parts of its width and height: x, y, width, height (padding: beyond it);
     None where the spec does not say."""
     try:
-        fields = {key: value for key, value in spec["preprocess"].items() if key not in ("decoding", "bits")}
+        fields = {key: value for key, value in spec["preprocess"].items() if key not in READING}
         preprocess = Preprocess.from_dict(fields)
     except (FeatureCacheError, KeyError, TypeError, AttributeError):  # imported, or a backbone with its own way
         return None

@@ -39,6 +39,7 @@ COMPARED = {  # measures of test in a comparison table
     "ordinal": ("quadratic_kappa", "mae", "accuracy"),
     "multilabel": ("auroc", "ap", "f1"),
 }
+MACRO = {"macro_precision": "precision", "macro_recall": "recall", "macro_f1": "f1"}  # of classes that exclude others
 UNTRAINED = "The weights are untrained (random): these numbers show that the tool works, not what a backbone can do."
 
 
@@ -195,10 +196,11 @@ class WeightedMeasures:
             of_class, total = class_rates(counts, rates) | ({} if weights is not None else ranks), counts[3, 0]
             overall = {name: values[positive if weights is None else 0] for name, values in ranks.items()}
             overall |= {name: values[positive] for name, values in rates.items()}
+            overall |= {name: self._macro(name, of_class[column]) for name, column in MACRO.items()}
         else:
             of_class, total = class_rates(counts, rates) | ranks, counts[3, 0]
             overall = {"accuracy": ratio(counts[2].sum(axis=0), total)}
-            columns = {"auroc": "auroc", "ap": "ap", "balanced_accuracy": "recall", "macro_f1": "f1"}
+            columns = {"auroc": "auroc", "ap": "ap", "balanced_accuracy": "recall", **MACRO}
             overall |= {name: self._macro(name, of_class[column]) for name, column in columns.items()}
         overall |= {name: ratio(_product(column, weights), total) for name, column in self._row_values.items()}
         if kind == "ordinal":

@@ -2,11 +2,13 @@
 
 ``finetune:<backbone>``: all that leads to the vector the network was made for, its own preprocessing and dropout.
 
-    config.json, model.safetensors, preprocessor_config.json   of transformers: what ``--backbone hf:FOLDER`` reads
+    config.json, model.safetensors, preprocessor_config.json   of transformers: what ``--backbone hf:FOLDER`` reads,
+                                                               and where it can ``pipeline("image-classification")``
     model.safetensors                                          of torchvision and timm: what ``--weights`` reads
     finetuned.json                                             what it began as, and the vector its classifier takes
 
-Additions (`adapters`) are worked into the weights. The classifier is not among them: it is the head of the run.
+Additions (`adapters`) are worked into the weights. The classifier is the head of the run, not calibrated; a copy of it
+that is lies with the network where transformers has a class for both (`classification_models`).
 
 B batch, C classes, T tokens of which the first P are no patches, D width, h and w in pixels or patches.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,9 @@ from featurecache.backbones.base import Backbone, PooledMap, Tokens
 from featurecache.errors import BadOption, CacheError, FeatureCacheError, OutputRefused, RunError, UnknownHead
 from featurecache.files.records import read_record
 from featurecache.images.preprocessing import Preprocess
+from heads.metrics.calibration import Calibration
 from heads.models.adapters import add_lora, add_rlrr, check_adapters, is_norm, merge_adapters
+from heads.models.classification_models import calibrated, classification_model
 from heads.models.common import FINETUNE, Baseline, own_randomness
 from heads.models.published import Grid
 from heads.settings import Settings
@@ -111,8 +116,12 @@ def with_new_classifier(
     return module
 
 
-def save_backbone(module: FineTuned, folder: Path) -> str:
-    """Write the network without its classifier; return what to give ``extract`` so that it takes it."""
+def save_backbone(
+    module: FineTuned, folder: Path, *, classes: Sequence[str] = (), multilabel: bool = False,
+    calibration: Calibration | None = None,
+) -> str:  # fmt: skip
+    """Write the network; return what to give ``extract`` so that it takes it. With the names of ``classes`` and the
+    ``calibration`` of their logits, as a model for image classification where transformers has one that is the same."""
     folder.mkdir(parents=True, exist_ok=True)
     model = merge_adapters(module.network) if module.adapted else module.network
     network: Any = model.network
@@ -120,20 +129,42 @@ def save_backbone(module: FineTuned, folder: Path) -> str:
     left_out = {name.removeprefix("network.") for name in unused if "mask_token" not in name}
     needed = {key: value for key, value in network.state_dict().items() if key not in left_out}
     state = {key: value.detach().cpu().contiguous() for key, value in needed.items()}
+    record = {"format": FORMAT, **module.origin, "classifier": None}
     if module.origin["provider"] == "hf":
         from featurecache.backbones.transformers_models import quiet
 
         processor = processor_of(module.preprocess)
         with quiet():
-            network.save_pretrained(folder, state_dict=state)
+            whole = None
+            if calibration is not None:
+                last = calibrated(module.classifier, calibration)
+                whole = classification_model(network, state, last, classes, multilabel, partial(_probe, module))
+            if whole is None:
+                network.save_pretrained(folder, state_dict=state)
+            else:
+                whole.save_pretrained(folder)
+                record["classifier"] = type(whole).__name__
             processor.save_pretrained(folder)
     else:
         from safetensors.torch import save_file
 
         save_file(state, folder / WEIGHTS, {"format": "pt"})
-    record = {"format": FORMAT, **module.origin}
     (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return extract_options(folder)
+
+
+@torch.no_grad()
+def _probe(module: FineTuned) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images of noise as the network sees them [2,3,h,w], and their vectors [2,D]."""
+    pixels = 255 * torch.rand(2, 3, *module.preprocess.size, generator=torch.Generator().manual_seed(0))
+    x = module.preprocess.normalised(pixels)
+    return x, module.vectors(x)
+
+
+def classifier_class(folder: Path) -> str | None:
+    """The class of transformers that the network in ``folder`` and its classifier can be loaded as, if there is one."""
+    name = _record(folder).get("classifier")
+    return name if isinstance(name, str) else None
 
 
 def processor_of(preprocess: Preprocess) -> Any:

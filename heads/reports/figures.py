@@ -19,6 +19,7 @@ from heads.reports.drawing import DASHES, GREY, SERIES, SQUARE, Figure, Matrix, 
 from heads.runs.run import Run, is_of_pixels, load_run
 from heads.settings import METRICS
 from heads.task import Predictions
+from heads.training.progress import ACCURACY
 
 TestPredictions = Sequence[tuple[Run, Predictions]]
 
@@ -240,7 +241,7 @@ def reliability_figure(calibration: dict[str, Any], where: str = "") -> Figure:
 
 
 def training_figures(runs: Sequence[Run]) -> list[Figure]:
-    """Loss and criterion by epoch; of a solved head the criterion along its path."""
+    """Loss, accuracy and criterion by epoch; of a solved head the criterion along its path."""
     history, chosen = runs[0].history, runs[0].config["chosen"]
     if "train_loss" not in history[0] or "epoch" not in history[0]:
         return _path_figures(runs[0])
@@ -248,7 +249,11 @@ def training_figures(runs: Sequence[Run]) -> list[Figure]:
     keys = (("grey", "train"), ("s0", "val"), ("mark", f"chosen: epoch {chosen['epoch']}"))
     several = f"The thick line is the first of {len(runs)} heads." if len(runs) > 1 else ""
     figures = [Figure("Training: loss", loss, several, keys)]
-    if chosen["by"] != "loss" and f"val_{chosen['by']}" in history[0]:
+    if right := next((name for name in ACCURACY if f"train_{name}" in history[0]), None):
+        plot = _history_plot(runs, (f"train_{right}", f"val_{right}"), "accuracy", least=0.02, top=1.0)
+        drawn = "Of train as drawn: balanced, augmented and with dropout where these are on."
+        figures.append(Figure("Training: accuracy", plot, " ".join(filter(None, [several, drawn])), keys))
+    if chosen["by"] not in ("loss", "accuracy") and f"val_{chosen['by']}" in history[0]:
         criterion = title(chosen["by"], runs[0].task)
         top = top_of(chosen["by"])
         plot = _history_plot(runs, (f"val_{chosen['by']}",), f"val {criterion}", least=0.02, top=top)
@@ -262,12 +267,42 @@ def _history_plot(runs: Sequence[Run], columns: Sequence[str], ylabel: str, **ra
     for number, run in reversed(list(enumerate(runs[:THIN]))):
         for column in columns:
             points = [(row["epoch"], row[column]) for row in run.history if column in row]
-            style = "grey" if column == "train_loss" else "s0"
+            style = "grey" if column.startswith("train") else "s0"
             plot.line(points, style, thin=number > 0)
             if not number and len(points) == 1:
                 plot.dot(*points[0], style)
     plot.axes.axvline(runs[0].config["chosen"]["epoch"], color=SERIES[1], linewidth=1, linestyle=DASHES["mark"])
     return plot
+
+
+def overlaid_curves(runs: dict[str, Run], what: str, column: str, ylabel: str, **ranges: Any) -> Figure:
+    """``column`` of val by epoch of several runs, thick, and where it is there that of train, thin."""
+    last = max(row["epoch"] for run in runs.values() for row in run.history)
+    plot = Plot("epoch", ylabel, x=(0.5, last + 0.5), xwhole=True, **ranges)
+    for number, run in enumerate(runs.values()):
+        for split in ("train", "val"):
+            points = [(row["epoch"], row[name]) for row in run.history if (name := f"{split}_{column}") in row]
+            if points:
+                plot.line(points, style_of(number), thin=split == "train")
+            if len(points) == 1:
+                plot.dot(*points[0], style_of(number))
+    both = any(f"train_{column}" in run.history[0] for run in runs.values())
+    keys = tuple((style_of(number), name) for number, name in enumerate(runs))
+    return Figure(what, plot, "Thick: val. Thin: train." if both else "", keys)
+
+
+def _side_by_side(pairs: Sequence[tuple[Family, dict[str, Any]]], task: str) -> list[Figure]:
+    """Loss and criterion by epoch of the best families that were trained in steps, the first run of each."""
+    stepped = [pair for pair in pairs if "train_loss" in pair[0].runs[0].history[0]][:OVERLAID]
+    if len(stepped) < 2:
+        return []
+    shown, what = {numbers["name"]: family.runs[0] for family, numbers in stepped}, "Training, side by side:"
+    figures = [overlaid_curves(shown, f"{what} loss", "loss", "loss", y=(0.0, None))]
+    by, *others = {run.config["chosen"]["by"] for run in shown.values()}
+    if by != "loss" and not others:
+        name = f"val {title(by, task)}"
+        figures.append(overlaid_curves(shown, f"{what} {name}", by, name, least=0.02, top=top_of(by)))
+    return figures
 
 
 def _path_figures(run: Run) -> list[Figure]:
@@ -313,7 +348,7 @@ def comparing_figures(pairs: Sequence[tuple[Family, dict[str, Any]]], lead: str,
     if len(pairs) > 1 and task == "binary":
         best = [(numbers["name"], page_predictions(family.runs)) for family, numbers in pairs[:OVERLAID]]
         figures.append(overlay_figure(best))
-    return figures
+    return figures + _side_by_side(pairs, task)
 
 
 def learning_figure(

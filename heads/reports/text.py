@@ -21,9 +21,12 @@ from heads.task import Leak
 
 SHOWN = {  # measures of the final table, in order
     "binary": ("auroc", "ap", "sensitivity", "specificity", "ppv", "npv", "f1", "accuracy", "nll", "brier", "ece"),
-    "multiclass": ("auroc", "ap", "accuracy", "top5", "balanced_accuracy", "macro_f1", "nll", "brier", "ece"),
+    "multiclass": (
+        "auroc", "ap", "accuracy", "top5", "macro_precision", "macro_recall", "macro_f1", "nll", "brier", "ece",
+    ),
     "ordinal": (
-        "quadratic_kappa", "mae", "auroc", "ap", "accuracy", "balanced_accuracy", "macro_f1", "nll", "brier", "ece",
+        "quadratic_kappa", "mae", "auroc", "ap", "accuracy", "macro_precision", "macro_recall", "macro_f1", "nll",
+        "brier", "ece",
     ),
     "multilabel": ("auroc", "ap", "sensitivity", "specificity", "f1", "accuracy", "nll", "brier", "ece"),
 }  # fmt: skip

@@ -11,7 +11,7 @@ import io
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -27,6 +27,7 @@ from featurecache.errors import BadOption, CacheError, FeatureCacheError, RunErr
 from featurecache.files.atomic import open_regular
 from featurecache.files.records import read_record
 from featurecache.formatting import text_of
+from featurecache.images.headers import READING, check_crop
 from featurecache.images.preprocessing import Preprocess
 from featurecache.store.schema import MAX_VALUES, TASKS
 from featurecache.store.store import cache_folder
@@ -322,7 +323,10 @@ def _is_measured(measured: Any) -> bool:
 
 def pixels_of(run: Run, data: Any = None) -> PixelView:
     """The images of a run on pixels, or ``data``, prepared as the run has it; RunError where that cannot be."""
-    return PixelView(open_run_dataset(run) if data is None else open_dataset(data), preprocess_of(run))
+    dataset, preprocess = open_run_dataset(run) if data is None else open_dataset(data), preprocess_of(run)
+    reading = run.config["spec"]["preprocess"]
+    crop = dataset.crop or (check_crop(reading["region"]) if "region" in reading else None)
+    return PixelView(replace(dataset, bits=dataset.bits or reading.get("bits"), crop=crop), preprocess)
 
 
 def open_run_dataset(run: Run) -> Dataset:
@@ -339,7 +343,8 @@ def preprocess_of(run: Run) -> Preprocess:
     """How a run on pixels resizes; RunError where its config is damaged."""
     record = run.config["spec"].get("preprocess")
     try:
-        return Preprocess.from_dict({key: value for key, value in record.items() if key not in ("decoding", "bits")})
+        check_crop(record.get("region", (0, 0, 1, 1)))
+        return Preprocess.from_dict({key: value for key, value in record.items() if key not in READING})
     except (FeatureCacheError, TypeError, AttributeError) as error:
         raise RunError(f"{run.path} is damaged: it does not say how its images were resized ({error}).") from error
 

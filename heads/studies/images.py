@@ -72,7 +72,7 @@ def open_sets(
     for images in (each for each in study.images if each.name in wanted):
         if quick and not sources:
             dataset = draw_images(images, folder / "drawn" / images.name)
-            what = f"images drawn for this trial: grey squares of {SIDE} pixels, a spot by its class, and noise"
+            what = f"images drawn for this trial: squares of {SIDE} pixels, a spot whose colour tells the class, noise"
             opened[images.name] = OpenedSet(images, "drawn", dataset, what)
             continue
         source = sources.get(images.name, images.source)
@@ -116,17 +116,18 @@ def few_of(opened: OpenedSet, folder: Path) -> OpenedSet:
 
 
 def draw_images(images: ImageSet, folder: Path) -> Dataset:
-    """Grey squares with a spot whose place tells the class, noise over it: enough to train on, and nothing to learn
-    from."""
+    """Grey squares with a spot whose colour tells the class, and noise: what small networks learn in a few epochs, the
+    same when it is turned, flipped or moved, and nothing to learn from."""
     rng, side = np.random.default_rng(len(images.classes)), np.arange(SIDE)
-    angles = 2 * np.pi * np.arange(len(images.classes)) / len(images.classes)
+    hues = np.arange(len(images.classes)) / len(images.classes)
+    colours = 0.5 + 0.5 * np.cos(2 * np.pi * (hues[:, None] - np.arange(3) / 3))  # [C, 3]
     cells, pictures = [], []
     for split in ("train", "val", "test"):
         for c, name in enumerate(images.classes):
             for _ in range(QUICK[split]):
-                y, x = SIDE / 2 + 7 * np.array([np.sin(angles[c]), np.cos(angles[c])]) + rng.normal(0, 4, 2)
-                spot = 90 * np.exp(-((side[:, None] - y) ** 2 + (side[None] - x) ** 2) / 18)
-                pictures.append(np.clip(60 + spot + rng.normal(0, 35, (SIDE, SIDE)), 0, 255).astype(np.uint8))
+                y, x = SIDE / 2 + rng.normal(0, 3, 2)
+                spot = np.exp(-((side[:, None] - y) ** 2 + (side[None] - x) ** 2) / 60)[..., None] * colours[c]
+                pictures.append(np.clip(50 + 150 * spot + rng.normal(0, 15, spot.shape), 0, 255).astype(np.uint8))
                 cells.append([name, split, ""])
     return _write(folder, ["label"], cells, pictures, images.task, False, images.classes)
 

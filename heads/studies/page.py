@@ -20,52 +20,28 @@ from featurecache.files.atomic import write_whole
 from featurecache.store.write_view import open_view
 from heads.api import families_in
 from heads.evaluation.comparison import compare
-from heads.evaluation.families import Family
 from heads.metrics.classification import measure_name, title
 from heads.models.common import FINETUNE
 from heads.reports.drawing import Figure, Plot, short, style_of
-from heads.reports.figures import learning_figure
+from heads.reports.figures import learning_figure, overlaid_curves
 from heads.reports.gallery import ImageLoader
 from heads.reports.ledger import write_metrics_files
-from heads.reports.page import hashed, part_context, ranked, render_page, render_part
+from heads.reports.page import hashed, part_context, render_page, render_part
 from heads.reports.provenance import origins, sweep_command
 from heads.reports.text import subtitle_words
 from heads.runs.run import Run, name_of
 from heads.settings import METRICS, flag
 from heads.studies.images import set_context
-from heads.studies.plan import NUMBERS, PlannedStep, StudyOptions, call_text
+from heads.studies.plan import NUMBERS, PlannedStep, StudyOptions, call_text, stand_ins
 from heads.studies.spec import ExplainStep, Extract, Heads, Network, OpenedSet, PublishedNumber, Question, Study
+from heads.studies.tables import Rows, StudyTable, overview_of
 
 RESAMPLES, QUICK_RESAMPLES = 2000, 200
 TOP = 3  # heads in the chart of the best
-Rows = Sequence[tuple[str, Family, dict[str, Any]]]  # (step, family, its record) of one question
 OTHERS = {  # published beside measures: what each is called, and its format
     "parameters": ("parameters", ",.0f"), "train_seconds": ("seconds to train", ",.0f"),
     "ms_per_image": ("ms an image, with loading", ",.3f"),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StudyTable:
-    """A question as compared."""
-
-    question: Question
-    rows: Rows
-    record: dict[str, Any]
-
-    @property
-    def families(self) -> list[Family]:
-        return [family for _, family, _ in self.rows]
-
-    @property
-    def runs(self) -> list[Run]:
-        return [run for family in self.families for run in family.runs]
-
-    @property
-    def best(self) -> Run:
-        """Of the family that is best on val."""
-        run: Run = ranked(self.families, self.record)[0][0].runs[0]
-        return run
 
 
 @dataclass(frozen=True)
@@ -154,7 +130,8 @@ def render_study(result: StudyResult, album: ImageLoader) -> tuple[str, int]:
         "greyed": " or ".join(dict.fromkeys(reasons)),
         "notes": list(dict.fromkeys(t.question.note for t in tables if t.question.note)),
         "figures": FIGURES[study.figures](tables[0].rows, seconds) if study.figures else [], "parts": parts,
-        "pictures": pictures, "steps": _step_rows(result), "commands": _commands(result),
+        "overview": overview_of(tables, result.published), "pictures": pictures,
+        "steps": _step_rows(result), "commands": _commands(result),
         "origins": origins([run for table in tables for run in table.runs]), "with_images": album.images,
         "numbers_words": ", ".join(f"{t.question.name}/metrics.{kind}" for t in tables for kind in ("csv", "json")),
     }  # fmt: skip
@@ -179,14 +156,14 @@ def cautions(result: StudyResult) -> list[str]:
 
 def _changed(result: StudyResult) -> list[str]:
     """What was asked for otherwise than the study has it."""
-    options, calls = result.options, [call for _, call, _ in result.steps]
-    names = {call.get("backbone") or call.get("arch", "").removeprefix(FINETUNE) for call in calls} - {""}
+    options = result.options
+    small = stand_ins(result.study, [call for _, call, _ in result.steps])
     sentences = {
         f"All networks see {options.image_size} pixels instead of their own size.": options.image_size,
         f"No network and no head was trained for more than {options.epochs} epochs.": options.epochs,
         f"Networks that are trained from pixels saw at most {options.train_per_class} training images of each class; "
         "heads on frozen features saw all.": options.train_per_class,
-        f"Small networks at 32 pixels: {', '.join(sorted(names))}.": options.quick,
+        f"Small networks at 32 pixels, none of them pretrained: {small}.": options.quick,
         "No pretrained weights: every backbone began from random ones (--random-weights).": options.random_weights,
     }
     return [sentence for sentence, applies in sentences.items() if applies]
@@ -316,7 +293,8 @@ def pneumonia_figures(rows: Rows, seconds: dict[str, float]) -> list[Figure]:
     figures = [_top_figure([row for row in rows if row[1].fraction == 1], seconds)]
     plain, augmented = runs.get("resnet50-tuned"), runs.get("resnet50-augmented")
     if plain and augmented:
-        figures.append(_loss_figure({"without augmentation": plain, "with": augmented}))
+        both = {"without augmentation": plain, "with": augmented}
+        figures.append(overlaid_curves(both, "Loss, with and without augmentation", "loss", "loss", y=(0.0, None)))
     tuned = {"AdamW": plain, "Adam": runs.get("resnet50-adam"), "SGD": runs.get("resnet50-sgd")}
     if len(named := {name: run for name, run in tuned.items() if run}) > 1:
         figures.append(_time_figure(named))
@@ -346,17 +324,6 @@ def _top_figure(rows: Rows, seconds: dict[str, float]) -> Figure:
     frozen = any(not family.from_pixels for _, family, _ in best)
     more = f" Frozen heads need their features first: {before:,.0f} s for all of them together." if frozen else ""
     return Figure("The best three on val", plot, f"Chosen on val.{more}", _keys(names))
-
-
-def _loss_figure(runs: dict[str, Run]) -> Figure:
-    """Loss by epoch of several runs: val thick, train thin."""
-    last = max(row["epoch"] for run in runs.values() for row in run.history)
-    plot = Plot("epoch", "loss", x=(0.5, last + 0.5), y=(0.0, None), xwhole=True)
-    for number, run in enumerate(runs.values()):
-        for column in ("train_loss", "val_loss"):
-            points = [(row["epoch"], row[column]) for row in run.history]
-            plot.line(points, style_of(number), thin=column == "train_loss")
-    return Figure("Loss, with and without augmentation", plot, "Thick: val. Thin: train.", _keys(runs))
 
 
 def _time_figure(runs: dict[str, Run]) -> Figure:

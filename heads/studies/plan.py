@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,8 +27,10 @@ QUICK_BACKBONES = {
     "resnet50": "torchvision:resnet18", "densenet121": "torchvision:shufflenet_v2_x0_5",
 }  # fmt: skip
 QUICK_SIZE = 32  # pixels
-QUICK_HEADS = {"epochs": 6, "trials": 3}  # in the place of those that a step has
-QUICK_EPOCHS, QUICK_BATCH = 2, 16  # of networks
+
+QUICK_HEADS = {"epochs": 20, "trials": 3}  # in the place of those that a step has
+QUICK_EPOCHS, QUICK_BATCH = 8, 16  # of networks
+QUICK_RATES = {"sgd": 1e-2}  # 1e-3 of the others: nothing is pretrained
 # 10^9 multiply-adds of an image and the side in pixels they are at; None: the same at any side. Dosovitskiy et al.
 # 2021, torchvision's table of weights; the others counted by hand from the layers.
 GMACS: dict[str, tuple[float, int | None]] = {
@@ -42,6 +44,16 @@ AROUND = 0.05  # minutes of a step beside the products: loading, the first batch
 REACHED = 0.7  # of the speed of a large product of matrices, as ViT-B, ResNet-50 and DenseNet-121 reached it
 NUMBERS = ("image_size", "epochs", "train_per_class")  # options that are one; None: as the study has it
 PACKAGES = {"explain": "pytorch_grad_cam"}  # of an extra, where it is not called as the extra
+
+
+def stand_ins(study: Study, calls: Iterable[dict[str, Any]]) -> str:
+    """The networks that run under --quick, and in the place of which: ``vit-demo (for vit-in1k), cnn-cifar``."""
+    names = {call.get("backbone") or call.get("arch", "").removeprefix(FINETUNE) for call in calls} - {""}
+    words = []
+    for name in sorted(names):
+        originals = [each for each in backbones_of(study.steps) if QUICK_BACKBONES.get(each) == name]
+        words.append(f"{name} (for {' and '.join(originals)})" if originals else name)
+    return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -249,7 +261,7 @@ def resolve_options(study: Study, step: Step, options: StudyOptions, task: dict[
     elif size := _image_size(options):
         call["image_size"] = size
     if quick:
-        call["batch_size"] = QUICK_BATCH
+        call |= {"batch_size": QUICK_BATCH, "lr": QUICK_RATES.get(call.get("optimizer", ""), 1e-3)}
     if epochs := options.epochs or (QUICK_EPOCHS if quick else None):
         call["epochs"] = min(call.get("epochs") or _published_epochs(step.arch), epochs)
     if most or "train_per_class" in call:

@@ -28,7 +28,7 @@ from heads.runs.run import FORMAT, Run, load_run, name_of, read_folder
 from heads.runs.write import check_out
 from heads.splits import splits_csv
 from heads.studies.images import few_of, open_sets, signature, sources_of
-from heads.studies.page import StudyResult, StudyTable, write_study
+from heads.studies.page import StudyResult, write_study
 from heads.studies.plan import (
     PlannedStep,
     StudyOptions,
@@ -38,10 +38,12 @@ from heads.studies.plan import (
     machine_gflops,
     plan_study,
     read_weights,
+    stand_ins,
     wanted_steps,
 )
 from heads.studies.recipes import load_study
 from heads.studies.spec import ExplainStep, Extract, Heads, Network, Step, Study
+from heads.studies.tables import StudyTable, overview_of
 from heads.sweeps.journal import JournalFile, in_use, load_sweep, read_journal, write_json
 
 if TYPE_CHECKING:
@@ -256,7 +258,8 @@ def plan_lines(result: StudyResult) -> list[str]:
         what = each.drawn or f"{each.source}, {len(each.dataset):,} images"
         lines.append(f"images     {each.images.name}: {what}")
     if result.options.quick:
-        lines.append("quick      small untrained networks, few images, few epochs: it shows the commands, nothing else")
+        small = stand_ins(study, [call for _, call, _ in result.steps])
+        lines.append(f"quick      {small}; untrained, 32 px, few images: it shows the commands, nothing else")
     width = max((len(step.name) for step, _, _ in result.steps), default=0)
     for place, (step, call, minutes) in enumerate(result.steps, start=1):
         about = "" if minutes is None else f"about {duration(60 * minutes)}"
@@ -281,6 +284,7 @@ def result_record(result: StudyResult) -> dict[str, Any]:
     record |= {"left_out": list(result.left_out.items())}
     tables = {table.question.name: table.record for table in result.tables}
     report = {"report": str(result.page), "images": result.images, "published": result.published, "parts": tables}
+    report["overview"] = overview_of(result.tables, result.published)
     return record | report if result.page else record
 
 

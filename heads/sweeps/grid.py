@@ -1,13 +1,16 @@
 """Search space of a sweep: heads, outputs, grids of options, seeds, and how often splits are drawn.
 
-Options are lists with commas, and ``a..b:n`` for n values in equal ratios; ``a..b`` alone is a range for a search.
+Options are lists with commas, ``a..b:n`` for n values in equal ratios, ``a..b:+s`` for those in equal steps; ``a..b``
+alone is a range for a search, which takes ``a..b:+s`` too. What counts something is rounded to whole numbers.
 
 >>> numbers("lr", "1e-4..1e-2:3")
 (0.0001, 0.001, 0.01)
 >>> numbers("weight-decay", "0,1e-4")
 (0.0, 0.0001)
+>>> numbers("batch-size", "8..64:4"), numbers("dropout", "0..0.5:+0.25")
+((8, 16, 32, 64), (0.0, 0.25, 0.5))
 >>> search_range("lr", "1e-4..1e-2")
-Range(low=0.0001, high=0.01)
+Range(low=0.0001, high=0.01, step=None)
 """
 
 from __future__ import annotations
@@ -21,19 +24,23 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import BadOption, nearest
-from heads.evaluation.families import GRIDS
-from heads.settings import TABLE, Settings
+from heads.settings import GRIDS, TABLE, Settings
 
+MOST = 1000  # values of a range
 DIGITS = 6  # significant ones of a value within a range, so that 1e-4..1e-2:3 holds the 1e-3 that somebody types
 Numbers = str | float | Sequence[float]
 
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers from low to high, of which a search draws in equal ratios."""
+    """All numbers from low to high, of which a search draws in equal ratios, or with ``step`` those in equal steps."""
 
     low: float
     high: float
+    step: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.low:g}..{self.high:g}" + ("" if self.step is None else f":+{self.step:g}")
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,9 @@ class SweepSpec:
         base = Settings.of("", **{name: value for name, value in options.items() if name not in grid})
         parts = numbers("fractions", fractions)
         for name, values in {**grid, "fraction": parts}.items():
-            for value in [] if isinstance(values, Range) else values:
-                replace(base, **{name: value})  # says at once what no head could be trained with
+            tried: Any = (values.low, values.high) if isinstance(values, Range) else values
+            for each in tried:
+                replace(base, **{name: each})  # says at once what no head could be trained with
         return cls(
             choices("heads", heads), () if outputs is None else choices("outputs", outputs), grid, base, seeds, parts,
             repeats, folds, search, trials, given,
@@ -119,7 +127,7 @@ def _grid(options: dict[str, Any], search: bool) -> dict[str, Any]:
 
 def numbers(option: str, value: Numbers) -> tuple[float, ...]:
     """The values of an option such as ``lr``, each once, in the order given; raises BadOption."""
-    values = search_range(option, value)
+    values = _values(option, value)
     if isinstance(values, Range):
         raise BadOption(
             f"--{option} {value}: how many values? {value}:5 are five; without a number it is a range for --search."
@@ -128,24 +136,51 @@ def numbers(option: str, value: Numbers) -> tuple[float, ...]:
 
 
 def search_range(option: str, value: Numbers) -> tuple[float, ...] | Range:
-    """`numbers`, or the one ``a..b`` that a search may take any number of."""
+    """`numbers`, or the one ``a..b`` or ``a..b:+s`` that a search may take any number of."""
+    values, text = _values(option, value), str(value)
+    if isinstance(values, Range) or ":+" not in text or "," in text:
+        return values
+    return Range(values[0], values[-1], _whole(option, _finite(option, text.partition(":+")[2])))
+
+
+def _values(option: str, value: Numbers) -> tuple[float, ...] | Range:
     if not isinstance(value, str):
         value = ",".join(map(str, [value] if isinstance(value, int | float) else value))
     pieces = [piece.strip() for piece in value.split(",")]
     if len(pieces) == 1 and ".." in value and ":" not in value:
-        return Range(*_ends(option, value))
-    return tuple(dict.fromkeys(number for piece in pieces for number in _piece(option, piece)))
+        return Range(*(_whole(option, end) for end in _ends(option, value)))
+    return tuple(dict.fromkeys(_whole(option, number) for piece in pieces for number in _piece(option, piece)))
+
+
+def _whole(option: str, value: float) -> float:
+    """Of an option that counts something a whole number."""
+    entry = TABLE.get(option.replace("-", "_"))
+    return round(value) if entry is not None and entry.type == "int" else value
 
 
 def _piece(option: str, text: str) -> list[float]:
     if ".." not in text:
         return [_finite(option, text)]
     ends, _, count = text.partition(":")
+    if count.startswith("+"):
+        return _steps(option, ends, count[1:])
     low, high = _ends(option, ends)
     if not count.isdecimal() or int(count) < 2:
         raise BadOption(f"--{option} {text}: a range ends with how many values, at least two: {ends}:5.")
     values = np.geomspace(low, high, int(count))
     return [low, *(float(f"{value:.{DIGITS}g}") for value in values[1:-1]), high]
+
+
+def _steps(option: str, ends: str, text: str) -> list[float]:
+    low, high = (_finite(option, end) for end in ends.split("..", 1))
+    step = _finite(option, text)
+    count = math.floor((high - low) / step + 1e-9) + 1 if step > 0 else 0
+    if not 2 <= count <= MOST:
+        raise BadOption(
+            f"--{option} {ends}:+{text}: equal steps go from a number to a larger one, {MOST:,} values at most: "
+            "0..0.5:+0.1."
+        )
+    return [float(f"{low + place * step:.{DIGITS}g}") for place in range(count)]
 
 
 def _ends(option: str, text: str) -> tuple[float, float]:
@@ -154,7 +189,7 @@ def _ends(option: str, text: str) -> tuple[float, float]:
     if not 0 < low < high:
         raise BadOption(
             f"--{option} {text}: a range goes in equal ratios from a number above 0 to a larger one. "
-            "0 can stand beside it: 0,1e-5..1e-3:3."
+            "0 can stand beside it: 0,1e-5..1e-3:3; equal steps are 0..0.5:+0.1."
         )
     return low, high
 

@@ -25,7 +25,7 @@ from heads.models.catalogue import HEADS, has_dropout, head_info, is_baseline, m
 from heads.models.common import Input
 from heads.pixel_view import PixelView
 from heads.runs.run import hash_of, name_of, option_words, source_words, view_word
-from heads.settings import VARIED, Settings, flag, options_for
+from heads.settings import OF_STEPS, Settings, flag, options_for
 from heads.splits import Splits, choose_splits
 from heads.sweeps.grid import Range, Resplit, SweepSpec
 from heads.task import FeatureView, Task, task_of
@@ -35,7 +35,6 @@ FORMAT = 1  # of the keys
 STEPPED = ("linear", "mlp")  # heads whose steps are one product for all of them
 TOGETHER, TOGETHER_STACKED = 16, 128  # heads in one training; what a kill can cost
 FROM_PIXELS = options_for("network", "finetune")
-OF_STEPS = (*VARIED, "epochs", "batch_size", "precision", "pos_weight", "gated")  # nothing to a solved head
 # What a key says in another way (the images with their labels and splits, the window), or what decides nothing.
 NOT_IN_KEY = ("splits", "ram", "device", "output", "classes", "only", "positive", "standardize")
 
@@ -146,11 +145,14 @@ class SweepPlan:
             code = inspect.getsource(sys.modules[head_info(family.head).make.__module__]) if own_code else None
             shared = {
                 "format": FORMAT, "fingerprint": job.view.fingerprint, "output": job.output,
-                "images": self._images[drawn], "window": memory_plan(job)[1], "code": code and hash_of(code),
+                "images": self._images[drawn], "code": code and hash_of(code),
                 "standardize": job.settings.standardize or head_info(family.head).standardize,
             }  # fmt: skip
+            by_size = {each.batch_size: each for each in settings}
+            windows = {size: memory_plan(replace(job, settings=each))[1] for size, each in by_size.items()}
             own = [{k: v for k, v in each.to_dict().items() if k not in NOT_IN_KEY} for each in settings]
-            self._keys[place] = [hash_of(canonical_json(shared | {"settings": record})) for record in own]
+            records = [shared | {"settings": each, "window": windows[each["batch_size"]]} for each in own]
+            self._keys[place] = [hash_of(canonical_json(record)) for record in records]
         return settings, self._keys[place]
 
     def job(self, family: PlannedFamily, resplit: Resplit, settings: Settings | None = None) -> TrainingJob:
@@ -179,7 +181,7 @@ class SweepPlan:
 
 def _values_text(values: Any) -> str:
     if isinstance(values, Range):
-        return f"{values.low:g}..{values.high:g}"
+        return str(values)
     return ",".join(value if isinstance(value, str) else f"{value:g}" for value in values)
 
 

@@ -23,7 +23,7 @@ from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
 from heads.runs.write import RunTarget, write_run
 from heads.settings import METRICS, Settings
-from heads.sweeps.grid import Resplit
+from heads.sweeps.grid import Range, Resplit
 from heads.sweeps.journal import ROWS, JournalFile, Row, StagedRuns, key_in, slug
 from heads.sweeps.plan import STEPPED, PlannedFamily, SweepPlan
 from heads.sweeps.search import search
@@ -89,10 +89,12 @@ class SweepRunner:
         for resplit in self.plan.spec.resplits:
             settings, keys = self.plan.wanted(family, resplit, variants)
             missing = [(s, key) for s, key in zip(settings, keys, strict=True) if key not in self.journal.by_key]
-            for start in range(0, len(missing), family.together):
-                chunk = missing[start : start + family.together]
-                self._train_set(self.plan.job(family, resplit), family, resplit, chunk)
-                self.bar.update(len(chunk))
+            for size in dict.fromkeys(s.batch_size for s, _ in missing):  # of other batches nothing is shared
+                same = [pair for pair in missing if pair[0].batch_size == size]
+                for start in range(0, len(same), family.together):
+                    chunk = same[start : start + family.together]
+                    self._train_set(self.plan.job(family, resplit, chunk[0][0]), family, resplit, chunk)
+                    self.bar.update(len(chunk))
             trained += len(missing)
         return trained
 
@@ -106,7 +108,7 @@ class SweepRunner:
         if isinstance(job.view, PixelView):
             ((settings, _),) = chunk
             checkpoint = checkpoint_of(RunTarget(self.folder, "network"), replace(job, settings=settings))
-        fits = train_together(job, [settings for settings, _ in chunk], checkpoint=checkpoint)
+        fits = train_together(job, [s for s, _ in chunk], checkpoint=checkpoint, progress=self.progress)
         for (settings, key), fit in zip(chunk, fits, strict=True):
             if isinstance(fit, FittedHead):
                 # a budget of memory that was never reached has decided nothing, and is not written
@@ -280,7 +282,9 @@ def seconds_at_most(plan: SweepPlan, todo: dict[PlannedFamily, int]) -> float:
         if kind not in speed:
             speed[kind] = _seconds_of_a_step(job, together) / together
         batches = math.ceil(len(job.splits.rows("train")) / job.settings.batch_size)
-        total += speed[kind] * batches * job.settings.epochs * count
+        epochs = plan.spec.grid.get("epochs", (job.settings.epochs,))
+        middle = (epochs.low + epochs.high) / 2 if isinstance(epochs, Range) else sum(epochs) / len(epochs)
+        total += speed[kind] * batches * middle * count
     return total
 
 

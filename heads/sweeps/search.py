@@ -95,12 +95,17 @@ def _study(plan: SweepPlan, family: PlannedFamily, folder: Path, space: dict[str
 
 
 def _distributions(space: dict[str, Any]) -> dict[str, Any]:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    return {
-        name: FloatDistribution(v.low, v.high, log=True) if isinstance(v, Range) else CategoricalDistribution(v)
-        for name, v in space.items()
-    }
+    def of(values: Any) -> Any:
+        if not isinstance(values, Range):
+            return CategoricalDistribution(values)
+        if isinstance(values.low, int):
+            low, high, step = int(values.low), int(values.high), int(values.step or 1)
+            return IntDistribution(low, high, log=values.step is None, step=step)
+        return FloatDistribution(values.low, values.high, log=values.step is None, step=values.step)
+
+    return {name: of(values) for name, values in space.items()}
 
 
 def _batch(study: Study, space: dict[str, Any], done: int, trials: int) -> tuple[int, list[Values]]:
@@ -130,7 +135,7 @@ def _proposed(study: Study, space: dict[str, Any], done: int, count: int) -> lis
 
 def _rounded(value: Any, values: Any) -> Any:
     """A number of a range as people would type it."""
-    within = isinstance(values, Range)
+    within = isinstance(values, Range) and not isinstance(value, int)
     return min(max(float(f"{value:.{DIGITS}g}"), values.low), values.high) if within else value
 
 

@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from heads.task import SplitData
 from heads.training.batches import Augmenter, Loss, StackedLoss
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's
+COMPARED = 1 << 20  # logits that wait to be compared with their labels, about
 WORTH_DIVIDING = 20_000_000  # multiply-adds: half a millisecond of one core
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -49,7 +51,7 @@ class Learner:
 
     def __init__(self, model: nn.Module, loss: Loss, generator: torch.Generator, settings: Settings) -> None:
         self.model, self.loss, self.generator = model, loss, generator
-        self.bf16 = settings.precision == "bf16"
+        self.bf16, self.clip_norm = settings.precision == "bf16", settings.clip_norm
         self.augment = None if settings.augment is None else Augmenter(settings.augment)
         self.written_out = None
         if isinstance(model, Large) and not model.dropout.p and not self.bf16:
@@ -61,13 +63,16 @@ class Learner:
         decayed = [{"params": own, "weight_decay": settings.weight_decay * on} for on, own in groups.items() if own]
         self.optimizer = kind(decayed, lr=settings.lr, fused=True)
 
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """One step on a batch x float32 [B, ...], y [B, ...]; the loss before it, a scalar tensor."""
-        loss = self._by_autograd(x, y) if self.written_out is None else self.written_out(x, y)
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step on a batch x float32 [B, ...], y [B, ...]; the loss [] and the logits [B, C] before it."""
+        loss, logits = self._by_autograd(x, y) if self.written_out is None else self.written_out(x, y)
+        if self.clip_norm is not None:
+            with torch.inference_mode():  # in which the gradients that are written out were made
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
-        return loss
+        return loss, logits
 
-    def _by_autograd(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def _by_autograd(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with own_randomness(self.generator):
             x = x if self.augment is None else self.augment(x)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
@@ -75,7 +80,7 @@ class Learner:
             loss = self.loss(logits.to(x.dtype), y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        return loss.detach()
+        return loss.detach(), logits.detach()
 
 
 class SequentialTrainer:
@@ -93,9 +98,10 @@ class SequentialTrainer:
             for group in learner.optimizer.param_groups:
                 group["lr"] = rate
 
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The losses [K] of the heads before this step."""
-        return torch.stack([learner.step(x, y).cpu() for learner in self.learners])
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses [K] and logits [K, B, C] of the heads before this step."""
+        losses, logits = zip(*(learner.step(x, y) for learner in self.learners), strict=True)
+        return torch.stack([loss.cpu() for loss in losses]), torch.stack(logits)
 
     def logits(self, data: SplitData) -> np.ndarray:
         """float64 [K, n, C], without dropout."""
@@ -131,6 +137,8 @@ class StackedTrainer:
         self.decay = torch.tensor([s.weight_decay for s in settings], dtype=dtype)
         self.decoupled = torch.tensor([s.optimizer == "adamw" for s in settings])
         self.bf16 = settings[0].precision == "bf16"
+        limits = [math.inf if s.clip_norm is None else s.clip_norm for s in settings]
+        self.clip_norm = None if all(map(math.isinf, limits)) else torch.tensor(limits, dtype=dtype)
         self.lr = torch.tensor([s.lr for s in settings], dtype=dtype)
         self._scale()
 
@@ -151,9 +159,13 @@ class StackedTrainer:
             self._scale()
 
     @torch.inference_mode()
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """One step on a batch x [B, D], y [B, ...]; the losses [K] before it."""
-        losses, gradients = self._gradients(x.to(self.lr.dtype), y)
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step on a batch x [B, D], y [B, ...]; the losses [K] and logits [K, B, C] before it."""
+        losses, logits, gradients = self._gradients(x.to(self.lr.dtype), y)
+        if self.clip_norm is not None:  # each head's own length, by the rule of torch's clip_grad_norm_
+            length = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+            shorter = (self.clip_norm / (length + 1e-6)).clamp_max(1.0)
+            gradients = [g * shorter.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
         for w, u, g in zip(self.w, self.u, gradients, strict=True):
             if w.ndim == 3 and self.coupled is not None:
                 g.addcmul_(w, self.coupled.view(-1, 1, 1))
@@ -165,30 +177,36 @@ class StackedTrainer:
         )  # fmt: skip
         for w, u, f in zip(self.w, self.u, self.factor, strict=True):
             torch.mul(u, f, out=w)
-        return losses
+        return losses, logits
 
-    def _gradients(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _gradients(
+        self, x: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+        """Losses [K], logits [K, B, C], and the gradient of every stack."""
         if self.hidden:
             return self._of_mlp(x, y)
         w, b = self.w
         if not any(self.dropout):
-            losses, dz = self.loss(self._first(w, b, x), y)
-            return losses, [self._product(dz.transpose(1, 2).flatten(0, 1), x.T).view_as(w), dz.sum(1)]
+            z = self._first(w, b, x)
+            losses, dz = self.loss(z, y)
+            return losses, z, [self._product(dz.transpose(1, 2).flatten(0, 1), x.T).view_as(w), dz.sum(1)]
         dropped = x * torch.stack([self._mask(k, x.shape, x.dtype) for k in range(len(self))])  # [K, B, D]
-        losses, dz = self.loss(torch.baddbmm(b[:, None], dropped, w.transpose(1, 2)), y)
-        return losses, [torch.bmm(dz.transpose(1, 2), dropped), dz.sum(1)]
+        z = torch.baddbmm(b[:, None], dropped, w.transpose(1, 2))
+        losses, dz = self.loss(z, y)
+        return losses, z, [torch.bmm(dz.transpose(1, 2), dropped), dz.sum(1)]
 
-    def _of_mlp(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _of_mlp(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         w1, b1, w2, b2 = self.w
         hidden = self._first(w1, b1, x).relu_()  # [K, B, H]
         mask = (hidden > 0).to(hidden.dtype)
         if any(self.dropout):
             dropped = torch.stack([self._mask(k, hidden.shape[1:], hidden.dtype) for k in range(len(self))])
             hidden, mask = hidden.mul_(dropped), mask.mul_(dropped)
-        losses, dz = self.loss(torch.baddbmm(b2[:, None], hidden, w2.transpose(1, 2)), y)
+        z = torch.baddbmm(b2[:, None], hidden, w2.transpose(1, 2))
+        losses, dz = self.loss(z, y)
         below = torch.bmm(dz, w2).mul_(mask)  # [K, B, H]
         first = self._product(below.transpose(1, 2).flatten(0, 1), x.T).view_as(w1)
-        return losses, [first, below.sum(1), torch.bmm(dz.transpose(1, 2), hidden), dz.sum(1)]
+        return losses, z, [first, below.sum(1), torch.bmm(dz.transpose(1, 2), hidden), dz.sum(1)]
 
     def _first(self, w: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """w [K, J, D], b [K, J], x [B, D] -> [K, B, J]; w xT takes half as long as x wT where K·J is small."""
@@ -221,6 +239,7 @@ class StackedTrainer:
         for stacks in (self.w, self.u, self.mean, self.square, self.factor):
             stacks[:] = [stack[staying] for stack in stacks]
         self.lr, self.decay, self.decoupled = self.lr[staying], self.decay[staying], self.decoupled[staying]
+        self.clip_norm = None if self.clip_norm is None else self.clip_norm[staying]
         self.generators = [self.generators[k] for k in staying]
         self.dropout = [self.dropout[k] for k in staying]
         self.loss.retain(staying)
@@ -274,13 +293,32 @@ def logits_of(models: Sequence[nn.Module], data: SplitData) -> np.ndarray:
     return torch.cat(parts, 1).numpy()
 
 
-def run_epoch(heads: Trainer, data: SplitData, order: Sequence[torch.Tensor]) -> np.ndarray:
-    """One pass over the batches; the mean training loss per row of each head, float64 [K]."""
-    total = torch.zeros(len(heads), dtype=torch.float64)
-    for rows in order:
+def run_epoch(
+    heads: Trainer, data: SplitData, order: Sequence[torch.Tensor], on_step: Callable[[int], Any] = lambda step: None
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """One pass over the batches; of each head the mean loss per row and the accuracy on what it was trained with (as
+    drawn and augmented, with dropout), both before each step: float64 [K]. ``on_step`` is called before step 0, 1, …"""
+    total, counted = torch.zeros(2, len(heads), dtype=torch.float64), 0
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # a comparison for each batch costs a tenth of a linear step
+    for step, rows in enumerate(order):
+        on_step(step)
         x, y = data.batch(rows)
-        total += heads.step(x, y).double() * len(rows)
-    return (total / sum(map(len, order))).numpy()
+        losses, logits = heads.step(x, y)
+        total[0] += losses.double() * len(rows)
+        waiting.append((logits, y))
+        if len(waiting) * logits.numel() > COMPARED or step + 1 == len(order):
+            right, known = count_right(torch.cat([z for z, _ in waiting], 1), torch.cat([y for _, y in waiting]))
+            total[1], counted, waiting = total[1] + right, counted + known, []
+    return (total[0] / sum(map(len, order))).numpy(), (total[1] / max(counted, 1)).numpy()
+
+
+def count_right(logits: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Of logits [K, n, C] how many rows have their class y [n] as the largest, or of y [n, L] how many known labels are
+    on their side of 1/2 [K]; and of how many."""
+    if y.ndim == 1:
+        return (logits.argmax(-1) == y).sum(1).cpu(), len(y)
+    label_mask = ~y.isnan()
+    return (((logits > 0) == (y == 1)) & label_mask).sum((1, 2)).cpu(), int(label_mask.sum())
 
 
 AT_ONCE = 8 << 20  # bytes of h: ten images for D=768
@@ -306,8 +344,8 @@ class LargeSteps:
         self.first = torch.empty(self.size, hidden, model.ln1.in_features)
 
     @torch.inference_mode()
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Sets ``grad`` of every parameter for a batch x float32 [B, T, D]; the loss, a scalar tensor."""
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sets ``grad`` of every parameter for a batch x float32 [B, T, D]; the loss [] and the logits [B, C]."""
         w1, b1, w2, b2 = self.model.ln1.weight, self.model.ln1.bias, self.model.second, self.model.second_bias
         flat = w2.flatten(1)  # [C, H·D]
         if len(self.hidden) < len(x):
@@ -328,4 +366,4 @@ class LargeSteps:
             b1.grad += below.sum((0, 2))
             w1.grad += torch.bmm(below, x[some].transpose(1, 2), out=self.first[: len(below)]).sum(0)
         w2.grad, b2.grad = (dz[0].T @ h.flatten(1)).view_as(w2), dz[0].sum(0)
-        return losses[0]
+        return losses[0], z

@@ -14,12 +14,13 @@ from torch import nn
 
 from featurecache.errors import BadOption, NotInCache
 from featurecache.files.records import canonical_json
+from featurecache.images.headers import crop_words
 from heads.metrics.classification import title
 from heads.models.catalogue import head_info, make_head, make_network, shape_of_network
 from heads.models.common import Input, count_parameters, rows_at_once
 from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
-from heads.settings import VARIED, Settings, flag, options_for
+from heads.settings import OF_STEPS, Settings, flag, options_for
 from heads.splits import Splits, choose_splits, dropped_sentence
 from heads.task import FeatureView, Say, SplitData, Standardize, Task, load_features, memory_for_features, task_of
 
@@ -79,7 +80,7 @@ def check_options(settings: Settings) -> None:
     for name in (each for each in useless if getattr(settings, each) != getattr(plain, each)):
         way = " extract --views 2 --augment … stores augmented copies." if name == "augment" else ""
         raise BadOption(f"{flag(name)} would do nothing: {settings.head} does not take it.{way}")
-    for name in (*VARIED, "epochs", "batch_size", "precision", "pos_weight", "gated") if info.solved else ():
+    for name in OF_STEPS if info.solved else ():
         if name != "seed" and getattr(settings, name) != getattr(plain, name):
             raise BadOption(f"{flag(name)} is for heads that are trained in steps; {settings.head} is solved.")
 
@@ -136,6 +137,8 @@ def describe_training(job: TrainingJob, say: Say) -> None:
     kind = "images  " if isinstance(job.view, PixelView) else "features"
     say(f"{kind}   {job.view.label} {job.output} [{size}]")
     say(f"splits     {split_line(job.splits)} ({job.splits.how})")
+    if crop := job.view.source.get("crop"):
+        say(f"crop       {crop_words(crop)}")
     if (copies := versions_in(job.view) - 1) > 0:
         say(f"copies     {copies} augmented of each training image; each epoch shows one of the {copies + 1}")
     if job.splits.dropped is not None:
@@ -162,6 +165,8 @@ def _head_line(job: TrainingJob) -> str:
     decay += " on everything" if decay and settings.decay_all else ""
     optimizer = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD with momentum 0.9,"}[settings.optimizer]
     schedule = "" if settings.schedule == "constant" else f", {settings.schedule}"
+    schedule += f", warm-up {100 * settings.warmup:g} %" if settings.warmup else ""
+    schedule += "" if settings.clip_norm is None else f", gradients clipped at {settings.clip_norm:g}"
     dropped = "" if settings.dropout is None else f"; dropout {settings.dropout:g}"
     smoothed = f"; labels smoothed by {settings.label_smoothing:g}" if settings.label_smoothing else ""
     weighted = "; positives weighted" if settings.pos_weight else "; classes weighted" if settings.class_weights else ""

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +21,43 @@ import numpy as np
 import torch
 
 from featurecache.errors import BadOption, ProtocolError, RunError
+from featurecache.formatting import batch_bar
 from heads.metrics.calibration import CalibratedPredictions, calibrate
 from heads.metrics.classification import evaluate, mean_auroc
 from heads.settings import METRICS, Settings
 from heads.task import SplitData, Task
 from heads.training.batches import BalancedBatches, PlainBatches, sample_versions
-from heads.training.engine import Learner, SequentialTrainer, Trainer, run_epoch
+from heads.training.engine import Learner, SequentialTrainer, Trainer, count_right, run_epoch
+from heads.training.progress import ACCURACY
 
 PLATEAU_FACTOR, PLATEAU_PATIENCE, PLATEAU_LEAST = 0.5, 3, 1e-4  # epochs; torch's ReduceLROnPlateau, its threshold
-EpochCallback = Callable[[int, dict[str, float], bool], None]  # head, the line of its history, whether it stops here
+EpochCallback = Callable[[dict[str, float], bool], None]  # of one head: the line of its history, whether it stops here
 
 
 class Schedule:
-    """The learning rate of a head in epoch e of E, from 1: ``constant``; ``cosine``: lr (1 + cos(pi (e - 1) / E)) / 2;
-    ``plateau``: halved when the loss on val was not better by a ten-thousandth for more than 3 epochs."""
+    """The learning rate of a head at each step, from 0, of E epochs of S steps; the first W of all warm up.
+
+    Then ``linear``: lr (1 - p), ``cosine``: lr (1 + cos(pi p)) / 2, where p goes from 0 at step W to 1 at step E S,
+    ``constant``, or ``plateau``: halved when the loss on val was not better by a ten-thousandth for more than 3 epochs.
+    A step t < W has lr (t + 1) / (W + 1). A function of t (but for plateau), so nothing of it is kept to go on from."""
 
     def __init__(self, settings: Settings) -> None:
-        self.kind, self.lr, self.epochs = settings.schedule, settings.lr, settings.epochs
+        self.kind, self.lr, self.epochs, self.warmup = settings.schedule, settings.lr, settings.epochs, settings.warmup
         self.best, self.bad = math.inf, 0
 
-    def rate(self, epoch: int) -> float:
-        if self.kind == "cosine":
-            return self.lr * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
-        return self.lr
+    @property
+    def by_step(self) -> bool:
+        """Whether the rate is another one within an epoch."""
+        return self.kind in ("linear", "cosine") or self.warmup > 0
+
+    def rate(self, step: int, steps: int) -> float:
+        """``steps``: S."""
+        whole = self.epochs * steps
+        warm = round(self.warmup * whole)
+        if step < warm:
+            return self.lr * (step + 1) / (warm + 1)
+        part = (step - warm) / max(whole - warm, 1)
+        return self.lr * {"linear": 1 - part, "cosine": (1 + math.cos(math.pi * part)) / 2}.get(self.kind, 1.0)
 
     def after(self, val_loss: float) -> None:
         if self.kind != "plateau":
@@ -178,11 +193,11 @@ def _below(word: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 def train_heads(
     heads: Trainer, settings: Sequence[Settings], data: SplitData, val: SplitData,
     corrections: Sequence[np.ndarray], task: Task, *, window: int | None = None, on_epoch: EpochCallback | None = None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint | None = None, progress: bool = False,
 ) -> list[TrainedState]:  # fmt: skip
     """``corrections``: what is added to each head's logits [C] before val is judged. A head whose outputs are not
     finite any more ends with ``failed``; the others go on. ``checkpoint``: where one network is kept after every
-    epoch, and what it goes on from."""
+    epoch, and what it goes on from. ``progress``: a bar within an epoch that takes long, at a terminal."""
     first = settings[0]
     batches: BalancedBatches | PlainBatches = PlainBatches(len(data), first.batch_size, first.split_seed, window)
     if first.balanced(task.multilabel):
@@ -193,35 +208,51 @@ def train_heads(
     done = checkpoint.restore(heads, trained[0]) if checkpoint else 0
     for _ in range(done):
         batches.epoch()
-    for epoch in range(done + 1, first.epochs + 1):
+    last = max(each.epochs for each in settings)
+    for epoch in range(done + 1, last + 1):
         begin = time.perf_counter()
-        rates = [trained[k].schedule.rate(epoch) for k in active]
-        heads.set_rates(rates)
         order = batches.epoch()
         if data.versions > 1:
             order = sample_versions(order, len(data), data.versions, versions)
-        losses = run_epoch(heads, data, order)
+        schedules = [trained[k].schedule for k in active]
+        with batch_bar(len(order), f"epoch {epoch} of {last}", progress) as bar:
+            on_step = partial(_before_step, heads, schedules, bar, epoch, len(order))
+            losses, right = run_epoch(heads, data, order, on_step)
+        rates = [each.rate(epoch * len(order) - 1, len(order)) for each in schedules]
         logits = heads.logits(val)
         seconds = (time.perf_counter() - begin) / len(active)
         staying = []
         for place, k in enumerate(active):
-            lines = {"epoch": epoch, "lr": rates[place], "train_loss": float(losses[place]), "seconds": seconds}
+            lines = {
+                "epoch": epoch, "lr": rates[place], "train_loss": float(losses[place]),
+                f"train_{ACCURACY[task.multilabel]}": float(right[place]), "seconds": seconds,
+            }  # fmt: skip
             row, better = score_epoch(trained[k], lines, logits[place], val.y.numpy(), task)
             if better:
                 trained[k].epoch, trained[k].state = epoch, heads.state(place)
-            stop = trained[k].failed is not None or 0 < first.patience <= epoch - trained[k].epoch
-            if on_epoch and row:
-                on_epoch(k, row, stop)
-            if not stop:
+            wait = row["wait"] = epoch - trained[k].epoch
+            stop = trained[k].failed is not None or 0 < first.patience <= wait
+            if on_epoch and trained[k].failed is None:
+                on_epoch(row, stop)
+            if checkpoint and not stop:
+                checkpoint.save(heads, trained[k], epoch)
+            if not stop and epoch < settings[k].epochs:
                 staying.append(place)
-                if checkpoint:
-                    checkpoint.save(heads, trained[k], epoch)
         if not staying:
             break
         if len(staying) < len(active):
             heads.retain(staying)
             active = [active[place] for place in staying]
     return trained
+
+
+def _before_step(
+    heads: Trainer, schedules: Sequence[Schedule], bar: Any, epoch: int, steps: int, step: int
+) -> None:  # fmt: skip
+    """Learning rates, where they are other ones now, and the bar; ``step`` of ``epoch``, from 0 and 1."""
+    if step == 0 or any(each.by_step for each in schedules):
+        heads.set_rates([each.rate((epoch - 1) * steps + step, steps) for each in schedules])
+    bar.update(1)
 
 
 def score_epoch(
@@ -245,8 +276,8 @@ def score_epoch(
     if better := goodness > head.best:
         head.best = goodness
     row = line | {"val_loss": val_loss, f"val_{select}": value}
-    if not task.multilabel:
-        row["val_top1"] = float((logits.argmax(1) == y).mean())
+    right, known = count_right(torch.from_numpy(logits[None]), torch.from_numpy(y))
+    row[f"val_{ACCURACY[task.multilabel]}"] = float(right[0]) / max(known, 1)
     row |= {"best": int(better), "seconds": seconds}
     head.history.append(row)
     return row, better

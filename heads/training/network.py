@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from featurecache.errors import BadOption, ProtocolError, RunError, Stopped, UnknownHead
 from featurecache.files.records import canonical_json
+from heads.metrics.calibration import Calibration
 from heads.models.catalogue import baseline_info, is_baseline, own_settings, shape_of_network
 from heads.models.common import FINETUNE
 from heads.models.finetune import classifier_state, from_pretrained, save_backbone
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
 def with_backbone(contents: RunContents, tuned: Any) -> RunContents:
     """The contents of the run of a `FineTuned`: a folder that ``extract`` takes, the classifier in head.safetensors."""
-    return replace(contents, tensors=classifier_state(tuned), beside=partial(save_backbone, tuned))
+    config = contents.config
+    calibration, multilabel = Calibration.from_dict(config["calibration"]), config["task"] == "multilabel"
+    own = {"classes": config["classes"], "multilabel": multilabel, "calibration": calibration}
+    return replace(contents, tensors=classifier_state(tuned), beside=partial(save_backbone, tuned, **own))
 
 
 def settings_of(arch: str, **options: Any) -> Settings:
@@ -69,10 +73,12 @@ def check_checkpoint(checkpoint: Checkpoint, resume: bool, overwrite: bool) -> N
         raise RunError(f"--resume: no interrupted training of this lies in {checkpoint.path.parent.resolve()}.")
 
 
-def train_network(job: TrainingJob, settings: Settings, say: Say, checkpoint: Checkpoint) -> FittedHead:
+def train_network(
+    job: TrainingJob, settings: Settings, say: Say, checkpoint: Checkpoint, progress: bool = False
+) -> FittedHead:
     """After every epoch it is kept, to go on from."""
     try:
-        (fit,) = train_together(job, [settings], say, checkpoint)
+        (fit,) = train_together(job, [settings], say, checkpoint, progress)
     except KeyboardInterrupt as error:
         if not checkpoint.exists:
             raise Stopped("stopped in the first epoch. Nothing was kept.") from error

@@ -24,13 +24,14 @@ from heads.models.common import count_parameters
 from heads.models.solvers import SOLVERS, path_logits
 from heads.pixel_view import PixelView
 from heads.runs.write import RunContents
-from heads.settings import METRICS, VARIED, Settings
+from heads.settings import VARIED, Settings
 from heads.splits import class_counts
 from heads.task import FeatureView, Say, SplitData, Standardize, clusters_of
 from heads.training.batches import loss_and_prior
 from heads.training.engine import logits_of, make_trainer, threads_for, work_of_a_step
 from heads.training.job import TrainingData, TrainingJob, make_model
 from heads.training.loop import Checkpoint, Schedule, TrainedState, score_epoch, train_heads
+from heads.training.progress import EpochTable, path_line
 
 TIMED = 256  # images, at most, on which a head's time at prediction is measured
 
@@ -65,10 +66,12 @@ class FittedHead:
 
 
 def train_together(
-    job: TrainingJob, settings: Sequence[Settings], say: Say | None = None, checkpoint: Checkpoint | None = None
-) -> list[FittedHead | ProtocolError]:
+    job: TrainingJob, settings: Sequence[Settings], say: Say | None = None, checkpoint: Checkpoint | None = None,
+    progress: bool = False,
+) -> list[FittedHead | ProtocolError]:  # fmt: skip
     """One head for each of ``settings``, which differ from the job's in `VARIED` only; each is what it is alone. A head
-    whose outputs do not stay finite is the error that says so. ``checkpoint``: of one network, see `train_heads`."""
+    whose outputs do not stay finite is the error that says so. ``checkpoint``: of one network, and ``progress``: see
+    `train_heads`."""
     shared = {f: v for f, v in asdict(job.settings).items() if f not in VARIED}
     assert all({f: asdict(each)[f] for f in shared} == shared for each in settings)
     features = TrainingData(job)
@@ -80,7 +83,8 @@ def train_together(
     with threads_for(work):
         for balanced in (False, True):  # class weights go without balanced batches, so those heads see others
             if numbers := [k for k, each in enumerate(settings) if each.balanced(job.task.multilabel) is balanced]:
-                heads = _train(job, [settings[k] for k in numbers], features, say or (lambda line: None), checkpoint)
+                own = [settings[k] for k in numbers]
+                heads = _train(job, own, features, say or (lambda line: None), checkpoint, progress)
                 fits |= dict(zip(numbers, _calibrate_and_test(job, heads, features), strict=True))
     return [fits[k] for k in range(len(settings))]
 
@@ -89,8 +93,9 @@ Trained = tuple[nn.Module, TrainedState]  # a head before it is calibrated
 
 
 def _train(
-    job: TrainingJob, settings: list[Settings], features: TrainingData, say: Say, checkpoint: Checkpoint | None
-) -> list[Trained]:
+    job: TrainingJob, settings: list[Settings], features: TrainingData, say: Say, checkpoint: Checkpoint | None,
+    progress: bool,
+) -> list[Trained]:  # fmt: skip
     if head_info(job.settings.head).solved:
         return [_solve(job, each, features, say) for each in settings]
     losses, corrections = zip(*(loss_and_prior(job.task, features.train.y, each) for each in settings), strict=True)
@@ -98,14 +103,11 @@ def _train(
     models = [make_model(job, s, own).to(s.device) for s, own in zip(settings, generators, strict=True)]
     heads = make_trainer(models, losses, generators, settings)
     train, val = features.for_model(models[0])
-
-    def on_epoch(k: int, row: dict[str, float], stop: bool) -> None:
-        if len(settings) == 1:
-            say(_epoch_line(row, settings[k], stop))
-
+    table = EpochTable(settings[0], say)
     trained = train_heads(
         heads, settings, train, val, corrections, job.task,
-        window=features.window, on_epoch=on_epoch, checkpoint=checkpoint,
+        window=features.window, on_epoch=table if len(settings) == 1 else None, checkpoint=checkpoint,
+        progress=progress,
     )  # fmt: skip
     for model, each in zip(models, trained, strict=True):
         if each.failed is None:
@@ -122,10 +124,10 @@ def _solve(job: TrainingJob, settings: Settings, features: TrainingData, say: Sa
     logits = path_logits(path, features.val.chunks())
     for place, (values, _) in enumerate(path):
         line = {"epoch": place + 1, **values}
-        row, better = score_epoch(trained, line, logits[place], features.val.y.numpy(), job.task)
-        say(_epoch_line(row, settings, False))
+        _, better = score_epoch(trained, line, logits[place], features.val.y.numpy(), job.task)
         trained.epoch = place + 1 if better else trained.epoch
     trained.seconds = time.perf_counter() - begin
+    say(path_line(trained.history, trained.epoch))
     chosen, model = path[trained.epoch - 1]
     for name, value in chosen.items():
         tried = sorted({setting[name] for setting, _ in path})
@@ -183,20 +185,6 @@ def _ms_per_image(model: nn.Module, data: SplitData) -> float:
     with torch.no_grad():
         model(x).cpu()
     return 1000 * (time.perf_counter() - begin) / len(x)
-
-
-def _epoch_line(row: dict[str, float], settings: Settings, stop: bool) -> str:
-    by = settings.select
-    measure = "" if by == "loss" else f"  val {METRICS[by].title} {row[f'val_{by}']:.3f}"
-    if "train_loss" not in row:
-        own = [name for name in row if name not in ("epoch", "best", "seconds") and not name.startswith("val_")]
-        values = ", ".join(f"{name} {row[name]:g}" for name in own)
-        return f"{values}  val loss {row['val_loss']:.3f}{measure}{'  best' if row['best'] else ''}"
-    tail = "  best" if row["best"] else f"  stopped: no better for {settings.patience} epochs" if stop else ""
-    return (
-        f"epoch {row['epoch']:2.0f}  train loss {row['train_loss']:.3f}  val loss {row['val_loss']:.3f}{measure}{tail}"
-        f"  · {row['seconds']:.1f} s"
-    )
 
 
 def measure_controls(job: TrainingJob, say: Say) -> list[dict[str, Any]]:

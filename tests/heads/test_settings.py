@@ -14,9 +14,9 @@ from heads.training.job import check_options
 
 OWN = {  # options of the commands themselves
     "train-head": "head features controls out overwrite no_images hash_ids cache",
-    "train-baseline": "arch data columns task classes_at order root uncertain page bits features controls out "
+    "train-baseline": "arch data columns task classes_at order root uncertain page bits crop features controls out "
     "resume overwrite no_images hash_ids cache",
-    "ablate": "heads features data columns task classes_at order root uncertain page bits outputs seeds fractions "
+    "ablate": "heads features data columns task classes_at order root uncertain page bits crop outputs seeds fractions "
     "repeats folds search trials controls out dry_run reference show_test no_images hash_ids cache",
 }
 TAKERS = {
@@ -54,10 +54,12 @@ def test_every_field_but_the_head_is_in_the_table_with_a_help_text():
         ({"train_per_class": 0}, "must be at least 1"),
         ({"folds": 3}, "give both"),
         ({"folds": 3, "fold": 3}, "0 to 2"),
-        ({"schedule": "step"}, "--schedule step: it is one of constant, cosine, plateau"),
+        ({"schedule": "step"}, "--schedule step: it is one of constant, linear, cosine, plateau"),
         ({"optimizer": "rmsprop"}, "one of adam, adamw, sgd"),
         ({"precision": "fp16"}, "one of fp32, bf16"),
         ({"standardize": "minmax"}, "one of none, zscore, l2"),
+        ({"warmup": 1.0}, "--warmup is 1; it must be at least 0 and below 1"),
+        ({"clip_norm": 0.0}, "--clip-norm is 0; it must be above 0"),
         ({"momentum": 0.9}, "momentum: no such option"),
         ({"augment": "spin"}, "no step is called"),
         ({"augment": "flip,none"}, "none stands alone.*--augment none --augment"),

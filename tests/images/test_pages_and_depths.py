@@ -16,7 +16,7 @@ from PIL import Image
 from featurecache.errors import UnreadableImage
 from featurecache.images import tiff
 from featurecache.images.decoding import decode, digest, image_header
-from featurecache.images.headers import DeepImage, EncodedFrame
+from featurecache.images.headers import EncodedFrame, RawImage
 
 tifffile = pytest.importorskip("tifffile")
 RANDOM = np.random.default_rng(0)
@@ -130,10 +130,10 @@ DARK = [
 
 @pytest.mark.parametrize("data", DARK)
 def test_values_of_twelve_bits_span_the_range_where_that_is_said(data):
-    np.testing.assert_array_equal(decoded(DeepImage(data, 12)), np.repeat(EIGHT[..., None], 3, 2))
-    assert image_header(data).used == image_header(DeepImage(data, 12)).used == 12
-    assert digest(DeepImage(data, 12)) == digest(data)
-    assert reason(DeepImage(data, 11)) == "a value of 4,095; --bits 11 ends at 2,047"
+    np.testing.assert_array_equal(decoded(RawImage(data, 12)), np.repeat(EIGHT[..., None], 3, 2))
+    assert image_header(data).used == image_header(RawImage(data, 12)).used == 12
+    assert digest(RawImage(data, 12)) == digest(data)
+    assert reason(RawImage(data, 11)) == "a value of 4,095; --bits 11 ends at 2,047"
 
 
 def test_bits_above_the_depth_are_refused_and_eight_bits_are_as_they_are():
@@ -141,15 +141,15 @@ def test_bits_above_the_depth_are_refused_and_eight_bits_are_as_they_are():
     values = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: 1, 279: 3}
     entries = b"".join(struct.pack("<HHLHH", tag, 3, 1, value, 0) for tag, value in values.items())
     declared = b"II*\0" + twelve + entries + bytes(4) + bytes.fromhex("3ff000")
-    assert decoded(DeepImage(declared, 10))[0, :, 0].tolist() == [255, 0]
+    assert decoded(RawImage(declared, 10))[0, :, 0].tolist() == [255, 0]
     assert image_header(declared)[2:4] == ("12-bit grey", None)
-    assert reason(DeepImage(declared, 14)) == "12 bits a sample, which --bits 14 is above"
-    np.testing.assert_array_equal(decoded(DeepImage(saved(EIGHT, "PNG"), 12))[..., 0], EIGHT)
+    assert reason(RawImage(declared, 14)) == "12 bits a sample, which --bits 14 is above"
+    np.testing.assert_array_equal(decoded(RawImage(saved(EIGHT, "PNG"), 12))[..., 0], EIGHT)
 
 
 def test_a_pnm_that_says_its_white_keeps_it():
     data = b"P5 2 1 4095\n" + struct.pack(">HH", 4095, 1000)
-    assert decoded(DeepImage(data, 12))[0, :, 0].tolist() == decoded(data)[0, :, 0].tolist() == [255, 62]
+    assert decoded(RawImage(data, 12))[0, :, 0].tolist() == decoded(data)[0, :, 0].tolist() == [255, 62]
     assert image_header(data).used is None
 
 
@@ -173,7 +173,7 @@ def test_a_header_of_any_damage_gives_an_image_or_a_reason(sound):
         edges = [*range(min(len(data), 400)), *range(max(len(data) - 400, 0), len(data))]
         for place in draw.sample(edges, draw.randint(1, 3)):
             data[place] = draw.choice([0, 1, 2, 3, 5, 16, 32, 127, 255, draw.randrange(256)])
-        for image in (bytes(data), frame(bytes(data), 1), DeepImage(bytes(data), 12)):
+        for image in (bytes(data), frame(bytes(data), 1), RawImage(bytes(data), 12)):
             for look in (decode, image_header):
                 with contextlib.suppress(UnreadableImage):
                     look(image)

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from support import checkpoints
 from support.gradients import check_cam_layer
 from support.pictures import image_folder
@@ -25,10 +27,12 @@ from featurecache.images.decoding import decode
 from featurecache.images.preprocessing import Preprocess
 from heads import api
 from heads.api import train_baseline
+from heads.metrics.calibration import Calibration, probabilities
 from heads.models import finetune
 from heads.models.catalogue import baseline_info
 from heads.models.finetune import (
     FineTuned,
+    classifier_class,
     classifier_state,
     extract_options,
     load_finetuned,
@@ -64,19 +68,42 @@ def test_grad_cam_finds_a_layer_whose_places_all_have_a_gradient(kind: str, tmp_
     assert (model.cam_grid is None) == (kind == "resnet") == (shape[1:] == (24, *model.grid))
 
 
-def test_transformers_own_classifier_gives_the_same_logits(tmp_path: Path) -> None:
-    model = trained(vit(tmp_path / "begin"))
-    save_backbone(model, tmp_path / "tuned")
-    own = transformers.ViTForImageClassification(
-        transformers.ViTConfig.from_pretrained(tmp_path / "tuned", num_labels=3)
-    )
-    own.vit = transformers.ViTModel.from_pretrained(tmp_path / "tuned", add_pooling_layer=False)
-    own.classifier.load_state_dict(model.classifier.state_dict())
-    assert sum(p.numel() for p in own.parameters()) == sum(p.numel() for p in model.parameters())
+CALIBRATION = Calibration((0.3, -0.1, 0.0), 1.7)
+NAMES = ("bacteria", "normal", "virus")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("vit", "ViTForImageClassification"), ("deit", "DeiTForImageClassification"),
+     ("resnet", "ResNetForImageClassification"), ("dinov2", None), ("siglip", None)],
+)  # fmt: skip
+def test_transformers_loads_a_tuned_network_with_its_calibrated_classifier(kind, name, tmp_path: Path) -> None:
+    model = trained(made(f"finetune:hf:{FOLDERS[kind](tmp_path / 'begin')}"))
+    save_backbone(model, tmp_path / "tuned", classes=NAMES, calibration=CALIBRATION)
     x = pixels(model, seed=2)
+    close(load_finetuned(tmp_path / "tuned", classifier_state(model))(x), model(x))
+    assert classifier_class(tmp_path / "tuned") == name
+    if name is None:  # whose classifier takes other vectors than ours
+        return
+    own, info = getattr(transformers, name).from_pretrained(tmp_path / "tuned", output_loading_info=True)
+    assert not any(info.values()) and own.config.id2label == dict(enumerate(NAMES))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "tuned")
-    given = processor(images=list(x.to(torch.uint8)), return_tensors="pt")["pixel_values"]
-    close(own.eval()(given).logits, model(x))
+    check_processor(model.preprocess, processor, "the one beside it")
+    logits = own.eval()(model.preprocess.normalised(x)).logits
+    close(logits, torch.from_numpy(CALIBRATION(model(x).detach().numpy())).float())
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_the_pipeline_of_transformers_says_what_predict_says(multilabel, tmp_path: Path) -> None:
+    model = vit(tmp_path / "begin").eval()
+    save_backbone(model, tmp_path / "tuned", classes=NAMES, multilabel=multilabel, calibration=CALIBRATION)
+    pipe = transformers.pipeline("image-classification", model=str(tmp_path / "tuned"), device="cpu")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    x = model.preprocess.resized(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    z = model(x[None].float()).detach().numpy()
+    p = probabilities("multilabel" if multilabel else "multiclass", CALIBRATION(z))[0]
+    got = {each["label"]: each["score"] for each in pipe(image)}
+    assert got == pytest.approx(dict(zip(NAMES, p, strict=True)), abs=1e-5)
 
 
 def test_the_published_vit_has_as_many_trained_parameters_as_published() -> None:

@@ -113,6 +113,21 @@ def test_ticks_are_round_numbers_inside_the_range(low, high, log, expected):
     assert drawing.ticks(0.61, 0.98, 4) == pytest.approx([0.7, 0.8, 0.9])
 
 
+@pytest.mark.integration
+def test_a_run_shows_train_and_val_by_epoch_and_several_runs_share_axes(tmp_path):
+    view = toy_view(n=200, noise=4.0)
+    runs = [train(view, tmp_path / str(k), lr=lr)[0] for k, lr in enumerate((1e-3, 0.1))]
+    titles = [figure.title for figure in figures.training_figures(runs[:1])]
+    assert titles == ["Training: loss", "Training: accuracy", "Training: AUROC on val"]
+    both = figures.overlaid_curves({"slow": runs[0], "quick": runs[1]}, "Loss", "loss", "loss")
+    drawn = [list(line.get_ydata()) for line in both.plot.axes.lines]
+    assert drawn == [[row[f"{s}_loss"] for row in run.history] for run in runs for s in ("train", "val")]
+    assert both.keys == (("s0", "slow"), ("s1", "quick"))
+    heads.report([run.path for run in runs], out=tmp_path / "page", images=False, resamples=50)
+    page_text = (tmp_path / "page" / "report.html").read_text()
+    assert "Training, side by side: loss" in page_text and "Training, side by side: val AUROC" in page_text
+
+
 def svg_of_counts(monkeypatch, counts: np.ndarray, classes: tuple[str, ...]) -> str:
     monkeypatch.setattr(figures, "confusion_counts", lambda predictions: counts)
     run = SimpleNamespace(classes=classes, config={"splits": {}}, task="multiclass")

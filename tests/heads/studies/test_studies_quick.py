@@ -29,7 +29,11 @@ def test_a_study_runs_whole_as_a_trial(name, tmp_path, monkeypatch):
     page = (tmp_path / "studies" / f"{name}-quick" / "report.html").read_text()
     assert '<body class="untrained">' in page and "drawn for this trial" in page
     assert all(row["grey"] for row in found["published"]) and page.count('class="greyed"') == len(found["published"])
+    assert (found["overview"] is None) == (len(found["parts"]) == 1) == ('id="overview"' not in page)
     for record in found["parts"].values():
+        chance = record["controls"][0]["test"][record["select"]]
+        best = max(family["test"][record["select"]]["value"] for family in record["families"])
+        assert best > (1 + chance) / 2, "its small networks learn what it draws"
         assert [control["name"] for control in record["controls"]][:2] == ["chance", "majority class"]
     assert [path.name for path in tmp_path.iterdir()] == ["studies"], "nothing is written elsewhere"
 

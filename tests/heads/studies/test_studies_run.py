@@ -22,6 +22,7 @@ from heads.studies import runner
 from heads.studies.page import format_published, grey_reasons
 from heads.studies.plan import StudyOptions
 from heads.studies.spec import Extract, Heads, ImageSet, Network, PublishedNumber, Question, Study
+from heads.studies.tables import overview_of
 from heads.sweeps.journal import read_journal
 from heads.training.loop import Checkpoint
 
@@ -248,6 +249,19 @@ def test_numbers_stand_beside_the_published_ones_and_are_grey_in_a_trial(done):
     assert all(row["grey"] for row in done.published) and done.page.read_text().count('<tr class="greyed">') == 4
 
 
+def test_several_sets_stand_in_one_table_with_what_was_published_of_each_head(done):
+    (table,) = done.tables
+    other = replace(table, question=replace(table.question, name="other", title="Other"))
+    assert overview_of([table], done.published) is None
+    found = overview_of([table, other], done.published)
+    first, second = found["rows"]
+    names = [record["name"] for _, _, record in table.rows]
+    assert found["heads"] == names and [first["title"], second["title"]] == ["One or two", "Other"]
+    assert [cell["value"] for cell in first["cells"]] == [r["test"]["accuracy"]["value"] for _, _, r in table.rows]
+    assert [cell["published"] for cell in first["cells"]] == ["87.50 %", None] and first["best"] in names
+    assert all(cell["published"] is None for cell in second["cells"])
+
+
 @pytest.mark.parametrize(
     ("options", "grey"),
     [
@@ -269,7 +283,8 @@ def test_the_page_says_what_it_ran_on_and_shows_the_images_first(done, data):
     assert order == sorted(order) and '<body class="untrained">' in page
     for words in (
         "It ran on 80 of 84 images: at most 20 of each class of train", "It looked at test.", "Small sets say little.",
-        "Small networks at 32 pixels", f"featurecache study small --data {data} --quick --out {done.folder}",
+        "Small networks at 32 pixels, none of them pretrained: cnn-cifar, vit-demo (for vit-in21k).",
+        f"featurecache study small --data {data} --quick --out {done.folder}",
     ):  # fmt: skip
         assert words in page
     cells = re.search(r'aria-label="Images of set".*?</table>', page, re.S)[0]

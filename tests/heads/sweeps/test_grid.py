@@ -28,10 +28,20 @@ def test_a_range_without_a_number_is_for_a_search():
         numbers("lr", "1e-4..1e-2")
 
 
+def test_equal_steps_and_whole_numbers():
+    assert numbers("dropout", "0..0.5:+0.1") == (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    assert numbers("batch-size", "8..64:4") == (8, 16, 32, 64) and numbers("epochs", "5..50:4") == (5, 11, 23, 50)
+    assert all(type(value) is int for value in (*numbers("epochs", 7), *numbers("batch_size", "16..64:+16")))
+    assert search_range("batch-size", "16..128") == Range(16, 128)
+    assert search_range("epochs", "5..52:+10") == Range(5, 45, 10) and str(Range(5, 45, 10)) == "5..45:+10"
+    assert search_range("dropout", "0..0.5:+0.1") == Range(0.0, 0.5, 0.1)
+
+
 @pytest.mark.parametrize(
     "text",
-    [[], "", "fast", "1e-4..", "1e-2..1e-4:3", "0..1:3", "1e-4..1e-2:1", "1..2:x", "nan", "inf", "1,,2", "-1..1:3"],
-)
+    [[], "", "fast", "1e-4..", "1e-2..1e-4:3", "0..1:3", "1e-4..1e-2:1", "1..2:x", "0..1:+0", "1..0:+1", "0..1:+1e-9",
+     "nan", "inf", "1,,2", "-1..1:3"],
+)  # fmt: skip
 def test_what_is_no_grid_names_the_option(text):
     with pytest.raises(BadOption, match="--lr"):
         numbers("lr", text)

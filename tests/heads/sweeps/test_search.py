@@ -49,6 +49,15 @@ def test_a_search_stopped_between_results_of_a_batch_goes_on_with_that_batch(mon
     assert begun == [(0, 8), (8, 3)] and content() == content("whole")
 
 
+def test_batches_epochs_and_equal_steps_are_searched():
+    space = {"batch_size": "8..64", "epochs": "1..5:+2", "dropout": "0..0.4:+0.1", "schedule": "constant,linear"}
+    rows = sweep(view_of(), "mlp", trials=12, search="optuna", **space).rows
+    tried = {name: {row["settings"][name] for row in rows} for name in space}
+    assert len(tried["batch_size"]) > 4 and all(type(size) is int and 8 <= size <= 64 for size in tried["batch_size"])
+    assert tried["epochs"] <= {1, 3, 5} and tried["dropout"] <= {0.0, 0.1, 0.2, 0.3, 0.4}
+    assert all(len(tried[name]) > 1 for name in space)
+
+
 def test_a_search_is_enlarged_by_more_trials(monkeypatch):
     sweep(view_of(), trials=3, **SEARCH)
     new = trained(monkeypatch)

@@ -37,6 +37,21 @@ def lr_of(family):
     return family.runs[0].config["settings"]["lr"]
 
 
+def test_heads_with_other_batches_and_epochs_are_what_they_are_alone():
+    view = view_of()
+    rows = sweep(view, "linear", batch_size="8,32", epochs="1,3", schedule="cosine").rows
+    assert {(row["settings"]["batch_size"], row["settings"]["epochs"]) for row in rows} == {
+        (8, 1),
+        (8, 3),
+        (32, 1),
+        (32, 3),
+    }
+    for row in rows:
+        own = Settings.from_dict(row["settings"])
+        (fit,) = train_together(prepare_training(view, own), [own])
+        assert fit.metrics["val"]["auroc"] == pytest.approx(row["val"]["auroc"], abs=1e-6) and fit.epoch == row["epoch"]
+
+
 def test_rows_and_chosen_runs_are_what_train_head_gives_alone():
     def alone(settings):
         job = prepare_training(view, Settings.from_dict(settings))
