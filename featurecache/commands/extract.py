@@ -69,7 +69,7 @@ def _augmented_record(extraction: Extraction) -> dict[str, Any] | None:
     return {
         **copying.augmented.to_dict(),
         "words": str(copying.augmented.augmentation),
-        "kept": extraction.view_copies == copying.augmented,
+        "kept": extraction.contents.view_copies == copying.augmented,
         "splits_drawn_later": not any(extraction.dataset.splits),
         **counted,
     }

@@ -142,9 +142,9 @@ def _counts(planned: Extraction, copies: bool) -> dict[str, dict[str, int]]:
 
 def _other_copies(planned: Extraction) -> Iterator[str]:
     """Why no copy is found where a view of this name has some."""
-    if planned.view_copies is None or planned.copying is None:
+    if planned.contents.view_copies is None or planned.copying is None:
         return
-    stored, requested = planned.view_copies, planned.copying.augmented
+    stored, requested = planned.contents.view_copies, planned.copying.augmented
     if requested.augmentation != stored.augmentation:
         yield (
             f"the view {planned.name} has {stored} of an image, asked for is {requested}: other steps, numbers or "

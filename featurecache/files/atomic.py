@@ -170,33 +170,40 @@ def temporary_path(path: Path) -> Path:
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder in the making beside ``path``, to be renamed; held like a file, and gone afterwards if it was not."""
-    temporary = temporary_path(path)
-    temporary.mkdir()
-    descriptor = os.open(temporary, os.O_RDONLY)
+    temporary, descriptor = locked_temporary(path, folder=True)
     try:
-        with contextlib.suppress(OSError):  # no locks here: then nothing sweeps either
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
     finally:
         os.close(descriptor)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def locked_temporary(path: Path) -> tuple[Path, int]:
-    """A new temporary file and its descriptor, locked for as long as it is open: whoever can lock it may remove it."""
+def locked_temporary(path: Path, *, folder: bool = False) -> tuple[Path, int]:
+    """A new temporary file, or folder, and its descriptor, locked for as long as it is open: whoever can lock it may
+    remove it. One that was swept between its making and its locking is made again."""
     while True:
         temporary = temporary_path(path)
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        if folder:
+            temporary.mkdir()
+        try:
+            how = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
+            descriptor = os.open(temporary, how | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            if folder and path.parent.is_dir():
+                continue
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # swept in the moment between
-            os.close(descriptor)
-            continue
+            if os.path.samestat(os.fstat(descriptor), temporary.lstat()):
+                return temporary, descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass
         except OSError as error:
-            if error.errno not in NO_LOCKS:
-                os.close(descriptor)
-                raise
-        return temporary, descriptor
+            if error.errno in NO_LOCKS:  # then nobody sweeps either
+                return temporary, descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def orphaned_files(folder: Path, of: str = "*") -> Iterator[Path]:
