@@ -8,7 +8,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError, nearest
+from featurecache.files.names import check_path
 from featurecache.formatting import abbreviated
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
@@ -33,6 +35,7 @@ from heads.training.job import describe_training, prepare_training
 from heads.training.train import measure_controls, run_contents, train_together
 
 
+@exact_arithmetic()
 def train_head(
     view: FeatureView | str | Path, head: str, *, splits: str | Path | None = None,
     classes: Sequence[str] | None = None, only: Sequence[str] | str | None = None, out: str | Path | None = None,
@@ -61,6 +64,7 @@ def train_head(
     return _with_report(run, images, hash_ids) if report else run
 
 
+@exact_arithmetic()
 def train_baseline(
     data: Any, arch: str, *, splits: str | Path | None = None, classes: Sequence[str] | None = None,
     only: Sequence[str] | str | None = None, out: str | Path | None = None, overwrite: bool = False,
@@ -108,6 +112,7 @@ def _with_report(run: Run, images: bool, hash_ids: bool) -> Run:
     return load_run(run.path, trust_code=True)
 
 
+@exact_arithmetic()
 def predict(run: Run | str | Path, images: Any, *, trust_code: bool = False, **options: Any) -> list[dict[str, Any]]:
     """A record for each new image, a path, folder, table, encoded bytes, array or PIL image: its class, probability and
     those of all classes; see `heads.inference.predict_images`. Of a sweep's folder the run that it chose answers."""
@@ -123,6 +128,7 @@ def open_run(path: str | Path, *, trust_code: bool = False) -> Run:
     return load_run(load_sweep(path).best.path, trust_code=trust_code)
 
 
+@exact_arithmetic()
 def ablate(
     features: FeatureView | str | Path | Sequence[FeatureView | str | Path] | None, heads: str | Sequence[str], *,
     data: Any = None, cache: str | Path | None = None, out: str | Path | None = None, controls: bool | None = None,
@@ -202,6 +208,7 @@ def _device(heads: str | Sequence[str], device: str | None) -> str | None:
     return pick_device(device or "auto").type
 
 
+@exact_arithmetic()
 def report(
     paths: str | Path | Sequence[str | Path], *, out: str | Path | None = None, reference: str | None = None,
     by: str | None = None, prevalence: float | None = None, show_test: str = "chosen", images: bool = True,
@@ -246,6 +253,7 @@ def _report_folder(folders: Sequence[Path], out: str | Path | None) -> Path:
         parent = folders[0].resolve().parent
         numbered = (parent / f"report-{number}" for number in count(1))
         return folders[0] if len(folders) == 1 else next(folder for folder in numbered if not folder.exists())
+    check_path(out, "--out")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise BadOption(f"--out {out} is a file; it must be a folder, or a name that is free.")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
 from featurecache.errors import CacheError, Drift
@@ -73,6 +74,7 @@ class Explanation:
         return "\n".join([*lines, *counted, *(f"note: {note}" for note in self.notes)])
 
 
+@exact_arithmetic()
 def explain_miss(
     data: Any = None, *, backbone: str | Path, cache: str | Path | None = None, **options: Any
 ) -> Explanation:

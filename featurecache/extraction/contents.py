@@ -12,6 +12,7 @@ from featurecache.errors import BadOption
 from featurecache.extraction.forward import output_layout
 from featurecache.extraction.scan import ScanResult
 from featurecache.files.atomic import FileStamp, file_stamp
+from featurecache.formatting import shell_word
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
 from featurecache.outputs import Output, parse
 from featurecache.sources.base import Dataset, may_be_trained_on
@@ -78,7 +79,7 @@ def _checked(view: View, dataset: Dataset, digests: np.ndarray) -> View:
         was, now = ("with", "without") if view.source.get("hash_ids") else ("without", "with")
         raise BadOption(
             f"the view {view.label} was made {was} --hash-ids: {now} it no image has the name it has there. Give this "
-            f"one a name with --name, or remove that one first: featurecache rm {view.label}"
+            f"one a name with --name, or remove that one first: featurecache rm {shell_word(view.label)}"
         )
     if 2 * common < len(view):
         raise BadOption(
@@ -86,3 +87,20 @@ def _checked(view: View, dataset: Dataset, digests: np.ndarray) -> View:
             f"{dataset.source.get('data')}: it is another dataset. Give this one a name with --name."
         )
     return view
+
+
+def copies_in_view(
+    copying: AugmentationPlan | None, dataset: Dataset, sample_image: np.ndarray, kept: np.ndarray,
+    failures: dict[int, str],
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[int, int, str]]]:  # fmt: skip
+    """For copy 1 … k: samples of ``kept`` that have it, and its numbers; and (sample, copy, why not) of others."""
+    if copying is None:
+        return [], []
+    may = kept[may_be_trained_on(dataset)[kept]]
+    copied, lost = [], []
+    for copy in range(1, copying.augmented.views + 1):
+        numbers = copying.numbers(sample_image[may], copy)
+        fine = ~np.isin(numbers, list(failures))
+        copied.append((may[fine], numbers[fine]))
+        lost += [(int(may[k]), copy, failures[int(numbers[k])]) for k in np.flatnonzero(~fine)]
+    return copied, lost

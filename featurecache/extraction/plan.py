@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones import load_backbone
 from featurecache.errors import BadOption, CacheError, SourceError
 from featurecache.extraction.contents import layouts_of, view_contents
@@ -24,7 +25,8 @@ from featurecache.extraction.digest_cache import DigestCache
 from featurecache.extraction.forward import pick_device, spec_of
 from featurecache.extraction.run import Extraction, ExtractionResult
 from featurecache.extraction.scan import ScanResult, scan
-from featurecache.formatting import columns, cost_per_image, duration, first_of
+from featurecache.files.names import is_file_name
+from featurecache.formatting import columns, cost_per_image, duration, first_of, shell_word
 from featurecache.images.augmentation import augmentation_of
 from featurecache.outputs import parse_list
 from featurecache.sources import open_source
@@ -35,6 +37,7 @@ from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store, cache_folder, find_store, latest_generation, missing_outputs, stores
 
 
+@exact_arithmetic()
 def prepare(
     data: Any = "digits",
     *,
@@ -132,6 +135,7 @@ def prepare(
     )  # fmt: skip
 
 
+@exact_arithmetic()
 def extract(data: Any = "digits", *, progress: bool = False, **options: Any) -> ExtractionResult:
     """Run a backbone once over ``data`` and keep its outputs; see `prepare` for the options.
 
@@ -190,9 +194,10 @@ def _check_bits(dataset: Dataset, looks: ScanResult) -> None:
 
 def _check_storable(dataset: Dataset, name: str) -> None:
     """What would fail only when the view is written, after everything was computed."""
-    if not name or name.startswith(".") or "/" in name or "\0" in name or len(f"{name}.h5".encode()) > 255:
+    if not is_file_name(name, ".h5"):
         raise BadOption(
-            f'"{name[:60]}" cannot be the name of a view: no slash, no dot in front, at most 252 bytes. Choose --name.'
+            f'"{name[:60]}" cannot be the name of a view: no slash, no dot or dash in front, at most 252 bytes. Choose '
+            "--name."
         )
     columns = {"ids": dataset.ids, "groups": dataset.groups or [], **dataset.meta}
     for column, values in columns.items():
@@ -213,6 +218,6 @@ def extraction_summary(result: ExtractionResult, view_label: str) -> str:
     unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""
     copies = f" and {result.copies:,} augmented copies" if result.copies else ""
     done = f"{result.images:,} images{copies}, {work}{unread}"
-    failed = first_of(result.failed, f"more; featurecache info {view_label} lists them")
+    failed = first_of(result.failed, f"more; featurecache info {shell_word(view_label)} lists them")
     cost = [("cost", cost_per_image(result.cost))] if result.computed else []
     return columns([("done", "\n".join([done, *failed])), *cost, ("view", f"{view_label} in {result.view}")])

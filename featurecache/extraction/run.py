@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, CacheError, DamagedFile, Drift, SourceError, Stopped, UnreadableImage
 from featurecache.extraction import canary
-from featurecache.extraction.contents import ViewContents
-from featurecache.extraction.forward import ForwardRunner, exact_arithmetic
+from featurecache.extraction.contents import ViewContents, copies_in_view
+from featurecache.extraction.forward import ForwardRunner
 from featurecache.extraction.pipeline import (
     CHANGED,
     ExtractionJob,
@@ -42,7 +43,7 @@ from featurecache.images import decoding as _images
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
 from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
-from featurecache.sources.base import Dataset, may_be_trained_on
+from featurecache.sources.base import Dataset
 from featurecache.sources.pseudonyms import Secret, plain_reason
 from featurecache.store.schema import ViewColumns
 from featurecache.store.shards import Layout, RowLocations, notes_for
@@ -178,6 +179,7 @@ class Extraction:
             self._compute = ForwardRunner(self.backbone, self.spec.precision, self.device, self.plan["batch_size"])
         return self._compute
 
+    @exact_arithmetic()
     def estimate(self) -> float | None:
         """Images per second of the forward pass, by a short probe: the second of two passes over black images. None
         where so little is to be computed that the probe would take as long as the work."""
@@ -199,6 +201,7 @@ class Extraction:
             way = "Keep fewer outputs (--outputs), or choose another disk with --cache."
             check_room(self.cache, int(self.new_bytes * 1.01) + (1 << 20), way)
 
+    @exact_arithmetic()
     def run(self, *, progress: bool = False, rate: float | None = None) -> ExtractionResult:
         """Compute what is missing, then write the view. ``rate`` (images/s) sizes the shards; probed when not given.
 
@@ -252,8 +255,8 @@ class Extraction:
             return []
         job = ExtractionJob(
             self.store, self.layouts, self.digests, notes_for(self.spec.fingerprint, self.device.type, plan),
-            read=self._read, preprocess=self.backbone.preprocess, compute=self.compute(), workers=self.workers,
-            threads=plan["threads"], fail_fast=self.on_error == "fail", plain=self.plain,
+            read=self._read, make=self._make, preprocess=self.backbone.preprocess, compute=self.compute(),
+            workers=self.workers, threads=plan["threads"], fail_fast=self.on_error == "fail", plain=self.plain,
         )  # fmt: skip
         try:
             self._write_shards(job, plan, progress)
@@ -327,12 +330,16 @@ class Extraction:
         return plan
 
     def _read(self, number: int) -> EncodedImage:
-        """A distinct image by its number, or an augmented copy, which is made."""
+        """A distinct image by its number; of an augmented copy the image that it is made of."""
         source = self.copying.source(number) if self.copying else number
         data = self.dataset.read(int(self.contents.images[number]))
         if _images.digest(data).encode() != self.digests[source]:
             raise UnreadableImage(CHANGED)
-        if self.copying is None or source == number:
+        return data
+
+    def _make(self, number: int, data: EncodedImage) -> EncodedImage:
+        """The augmented copy, where the number is that of one."""
+        if self.copying is None or number < self.plain:
             return data
         return self.copying.augmented.augmentation.copy_of(data, bytes(self.digests[number]))
 
@@ -355,7 +362,7 @@ def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Pat
     bad = np.flatnonzero(np.isin(sample_image, list(failures))).tolist()
     reasons = extraction.scan.unread | {sample: failures[int(sample_image[sample])] for sample in bad}
     kept = np.delete(np.arange(len(dataset)), list(reasons))
-    copied, lost = _copies_of(extraction, kept, failures)
+    copied, lost = copies_in_view(extraction.copying, dataset, sample_image, kept, failures)
     changed = [k for k, reason in [*reasons.items(), *((k, r) for k, _, r in lost)] if reason == CHANGED]
     extraction.scan.files.drop(np.unique(np.array(changed, np.int64)))
     missing = [*sorted(reasons.items()), *((k, copy_failed(copy, reason)) for k, copy, reason in lost)]
@@ -381,19 +388,3 @@ def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Pat
         attributes["augmentation"] = canonical_json(extraction.copying.augmented.to_dict())
     path = write_view(extraction.store, extraction.name, columns, attributes, places)
     return path, len(kept), len(images) - len(kept), failed
-
-
-def _copies_of(
-    extraction: Extraction, kept: np.ndarray, failures: dict[int, str]
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[int, int, str]]]:
-    """For copy 1 … k: samples of ``kept`` that have it, and its numbers; and (sample, copy, why not) of others."""
-    if extraction.copying is None:
-        return [], []
-    may = kept[may_be_trained_on(extraction.dataset)[kept]]
-    copied, lost = [], []
-    for copy in range(1, extraction.copying.augmented.views + 1):
-        numbers = extraction.copying.numbers(extraction.scan.sample_image[may], copy)
-        fine = ~np.isin(numbers, list(failures))
-        copied.append((may[fine], numbers[fine]))
-        lost += [(int(may[k]), copy, failures[int(numbers[k])]) for k in np.flatnonzero(~fine)]
-    return copied, lost

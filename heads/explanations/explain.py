@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CannotWrite, UnreadableImage, nearest
+from featurecache.files.names import check_path
 from featurecache.formatting import aligned, one_line
 from featurecache.images.headers import with_white
 from heads.explanations.explainer import Explainer, SourceImage, SourceImages, read_source_image, visible_box
@@ -39,6 +41,7 @@ class ExplainReport:
     files: list[Path]
 
 
+@exact_arithmetic()
 def explain(
     runs: Run | str | Path | Sequence[Run | str | Path], images: Image | Iterable[Image], *,
     out: str | Path | None = None, kinds: str | Sequence[str] | None = None, classes: str | Sequence[str] | None = None,
@@ -241,6 +244,7 @@ def explanations_table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _folder(path: Path) -> Path:
+    check_path(path, "--out")
     if path.exists() and not path.is_dir():
         raise BadOption(f"--out {path} is a file; it must be a folder, or a name that is free.")
     try:

@@ -80,7 +80,8 @@ def test_two_extractions_from_nothing(tmp_path: Path, home: Home) -> None:
 def test_a_view_has_the_outputs_and_copies_of_two_extractions_at_once(tmp_path: Path, home: Home, other) -> None:  # type: ignore[no-untyped-def]
     scenario, cache = home.scenario("new"), tmp_path / "cache"
     looked = replace(scenario, arguments={**scenario.arguments, "outputs": "tokens"})
-    with held(home, looked, cache, steps_inside(scenario, 1)[0]) as answers:
+    begun = next(n for n in range(len(scenario.events)) if is_of_a_shard(scenario, n))
+    with held(home, looked, cache, begun + 1) as answers:
         home.forks.done("extract", cache=cache, **{**scenario.arguments, **other})
         before = open_view("set", cache, copies=True)
     assert answers[0].error is None, answers
