@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from heads.metrics.calibration import predict_labels, probabilities
 from heads.runs.run import Run, is_pixels, load_run, name_of
 from heads.task import Say
 
-PART = 16  # images at once
+PART = 16, 100_000_000  # images, and about the pixels, in memory at once
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def explain(
     folder = _folder(Path(out) if out is not None else opened[0].path / "explain")
     records: list[dict[str, Any]] = []
     files: list[Path] = []
-    numbers, stream = count(1), iter(_images(images, opened, originals))
-    while part := list(islice(stream, PART)):
+    numbers = count(1)
+    for part in _parts(_images(images, opened, originals)):
         readable = [image for image in part if isinstance(image, SourceImage)]
         records += [{"image": p[0], "error": p[1]} for p in part if not isinstance(p, SourceImage)]
         by_run = [
@@ -99,6 +99,19 @@ class ExplainResult:
     margin: float | None  # of that class, as `heads.explanations.maps` has it
     maps: list[SaliencyMap]
     why: str = ""
+
+
+def _parts(images: Iterable[Any]) -> Iterator[list[Any]]:
+    """In pieces of at most about ``PART``."""
+    part: list[Any] = []
+    for image in images:
+        part.append(image)
+        pixels = sum(each.pixels.size // 3 for each in part if isinstance(each, SourceImage))
+        if len(part) == PART[0] or pixels >= PART[1]:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def _of_run(

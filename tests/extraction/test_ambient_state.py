@@ -62,7 +62,6 @@ STATES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "cudnn": lambda: attribute(torch.backends.cudnn, "benchmark", True),
     "fp16 sums": lambda: attribute(torch.backends.cuda.matmul, "allow_fp16_accumulation", True),
 }
-PLACES = [arithmetic._SWITCHES, arithmetic._OLDER]
 
 
 def state() -> list[Any]:
