@@ -62,7 +62,7 @@ def test_an_extraction_that_gets_a_signal_commits_what_it_has_and_continues(tmp_
     assert "the same command continues" in said and 4 <= safe < 40
     assert list(Path("cache").rglob("*.tmp")) == []
     done = call(*words)
-    assert done.exit_code == 0 and f"{40 - safe} computed" in done.stderr, done.stderr
+    assert done.exit_code == 0 and f"{40 - safe} computed" in done.stdout, done.output
 
 
 def ended(function) -> Result:  # type: ignore[no-untyped-def]
@@ -117,14 +117,13 @@ def test_what_cannot_be_written_says_what_is_whole_and_what_to_type(tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("file", ["somewhere/plot.png", None])
-def test_a_full_disk_in_a_library_is_no_mistake_of_ours(file: str | None) -> None:
+def test_a_full_disk_in_a_library_is_no_mistake_of_ours() -> None:
     def work(talk: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", file)
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere/plot.png")
 
     done = ended(work)
     assert done.exit_code == 1 and "mistake" not in done.stderr
-    assert f"cannot write {file or 'the result'}: No space left on device" in done.stderr
+    assert "cannot write somewhere/plot.png: No space left on device" in done.stderr
 
 
 @pytest.mark.integration
@@ -170,7 +169,7 @@ def test_data_that_is_a_pipe_is_refused(tmp_path: Path, no_waiting: None, ending
 def test_weights_that_are_a_pipe_are_refused(tmp_path, no_waiting, words, ending):
     pipe = tmp_path / f"model{ending}"
     os.mkfifo(pipe)
-    given = {"--backbone": "vit-demo", words[0]: words[1].format(pipe)}
+    given = {"--backbone": "vit-in21k", words[0]: words[1].format(pipe)}
     done = call("extract", "--data", "digits", *[word for pair in given.items() for word in pair])
     assert done.exit_code in (1, 2) and "mistake" not in done.stderr and str(pipe) in done.stderr
 
@@ -184,7 +183,7 @@ def test_features_and_labels_that_are_a_pipe_are_refused(tmp_path: Path, no_wait
         featurecache.import_view(pipe, name="x", cache=tmp_path / "c")
     np.save(tmp_path / "real.npy", np.ones((4, 3), np.float32))
     with pytest.raises(UnsafeFile, match=r"labels\.csv is a pipe or a device"):
-        featurecache.import_view(tmp_path / "real.npy", name="x", cache=tmp_path / "c", labels=labels)
+        featurecache.import_view(tmp_path / "real.npy", name="x", cache=tmp_path / "c", labels=str(labels))
 
 
 @pytest.mark.integration

@@ -89,7 +89,7 @@ def test_inside_it_is_as_in_a_calm_process_and_afterwards_as_it_was(name: str) -
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("world") / "data", 24)
+    return image_folder(tmp_path_factory.mktemp("world") / "data", 20)
 
 
 def everything(data: Path, folder: Path) -> dict[str, bytes]:
@@ -98,7 +98,7 @@ def everything(data: Path, folder: Path) -> dict[str, bytes]:
     view = featurecache.open_view(featurecache.extract(data, **options).view)
     image = (data / "ill" / "000.png").read_bytes()
     rows, _ = featurecache.compute([image], like=view, output="cls")
-    how: Any = {"report": False, "epochs": 2}
+    how: Any = {"report": False, "epochs": 1}
     run = heads.train_head(view, "large", out=folder / "head", **how)
     solved = heads.train_head(view, "logreg", out=folder / "solved", report=False)
     network = heads.train_baseline(str(data), "cnn-cifar", out=folder / "network", **how)
