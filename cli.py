@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from click import argument, option
 from featurecache.commands import extract, maintain
 from featurecache.commands.terminal import CONTEXT, CommandGroup, Console, cache_option, command, features_option
 from featurecache.errors import BadOption, NotInCache
+from featurecache.formatting import shell_word
 from heads.commands import compare, train
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def ls(talk: Console, runs: str, cache: str | None) -> int:
     }
     talk.result("\n\n".join(blocks), record)
     views = [f"{store['backbone']}/{view['name']}" for store in stores for view in store.get("views", [])]
-    talk.next(f"featurecache info {views[0]}" if views else "featurecache extract --backbone NAME --data FOLDER", cache)
+    talk.next(
+        f"featurecache info {shell_word(views[0])}" if views else "featurecache extract --backbone NAME --data FOLDER",
+        cache,
+    )
     return 0
 
 
@@ -92,19 +95,19 @@ def info(
     if backbone:
         record = describe_backbone(backbone, weights=weights, image_size=image_size)
         talk.result(extract.backbone_lines(record), record)
-        talk.next(f"featurecache extract --backbone {shlex.quote(backbone)} --data FOLDER")
+        talk.next(f"featurecache extract --backbone {shell_word(backbone)} --data FOLDER")
     elif head and is_baseline(head):
         record = describe_network(head, options["classes"], image_size)
         talk.result(head_table(record), record)
-        talk.next(f"featurecache train-baseline --arch {head} --data FOLDER")
+        talk.next(f"featurecache train-baseline --arch {shell_word(head)} --data FOLDER")
     elif head:
         record = _head_record(talk, head, **options)
         talk.result(head_table(record), record)
-        talk.next(f"featurecache train-head --head {head}", cache)
+        talk.next(f"featurecache train-head --head {shell_word(head)}", cache)
     elif name and (Path(name) / "config.json").exists():
         run = heads.load_run(name)
         talk.result(run_lines(run), {"run": run.path, "config": run.config, "metrics": run.metrics})
-        talk.next(f"featurecache report {shlex.quote(name)}")
+        talk.next(f"featurecache report {shell_word(name)}")
     elif name:
         record = inspect.view_record(open_view(name, cache))
         talk.result(inspect.view_lines(record), record)
@@ -193,7 +196,7 @@ def leaks(
     exact = any(each.splits[0] != each.splits[1] for each in (*found.of("image"), *found.of("group")))
     way = training + " --drop-leaks" * exact
     if found.of("near") and not sheet and not exact:
-        way = f"featurecache leaks {shlex.quote(opened.label)} --sheet leaks.png"
+        way = f"featurecache leaks {shell_word(opened.label)} --sheet leaks.png"
     talk.next(way, cache)
     return 0
 
@@ -220,7 +223,7 @@ def _splits_to_look_at(
     names = read_splits(splits, opened.ids, warnings)
     for warning in warnings:
         talk.say(f"warning    {warning}")
-    return opened, names, f"{training} --splits {shlex.quote(splits)}"
+    return opened, names, f"{training} --splits {shell_word(splits)}"
 
 
 COMMANDS = (

@@ -12,8 +12,10 @@ from __future__ import annotations
 import csv
 import html
 import io
+import os
 import platform
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
@@ -130,6 +132,22 @@ def one_line(value: Any) -> Any:
     if isinstance(value, dict):
         return {one_line(key): one_line(part) for key, part in value.items()}
     return [one_line(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def shell_word(word: Any) -> str:
+    """A word of a command as a shell reads it back, whatever it holds; a terminal obeys nothing of it."""
+    text = str(word)
+    if all(map(is_harmless, text)):
+        return shlex.quote(text)
+    hexadecimal = "".join(
+        c if is_harmless(c) and c not in "\\'" else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in text
+    )
+    return f"$'{hexadecimal}'"
+
+
+def shell_words(words: Iterable[Any]) -> str:
+    """A command, or the options of one, to be typed or pasted."""
+    return " ".join(map(shell_word, words))
 
 
 def _would_run(text: str) -> bool:

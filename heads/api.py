@@ -8,7 +8,9 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError, nearest
+from featurecache.files.names import check_path
 from featurecache.formatting import abbreviated
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 
 @takes(HeadOptions)
+@exact_arithmetic()
 def train_head(
     view: FeatureView | str | Path, head: str, *, splits: str | Path | None = None,
     classes: Sequence[str] | None = None, only: Sequence[str] | str | None = None, out: str | Path | None = None,
@@ -67,6 +70,7 @@ def train_head(
 
 
 @takes(NetworkOptions)
+@exact_arithmetic()
 def train_baseline(
     data: Any, arch: str, *, splits: str | Path | None = None, classes: Sequence[str] | None = None,
     only: Sequence[str] | str | None = None, out: str | Path | None = None, overwrite: bool = False,
@@ -114,6 +118,7 @@ def _with_report(run: Run, images: bool, hash_ids: bool) -> Run:
     return load_run(run.path, trust_code=True)
 
 
+@exact_arithmetic()
 def predict(
     run: Run | str | Path, images: Any, *, columns: dict[str, str] | None = None, device: str = "auto",
     weights: str | None = None, trust_code: bool = False, say: Say | None = None,
@@ -134,6 +139,7 @@ def open_run(path: str | Path, *, trust_code: bool = False) -> Run:
 
 
 @takes(SweepOptions)
+@exact_arithmetic()
 def ablate(
     features: FeatureView | str | Path | Sequence[FeatureView | str | Path] | None, heads: str | Sequence[str], *,
     data: Any = None, cache: str | Path | None = None, out: str | Path | None = None, controls: bool | None = None,
@@ -215,6 +221,7 @@ def _device(heads: str | Sequence[str], device: str | None) -> str | None:
     return pick_device(device or "auto").type
 
 
+@exact_arithmetic()
 def report(
     paths: str | Path | Sequence[str | Path], *, out: str | Path | None = None, reference: str | None = None,
     by: str | None = None, prevalence: float | None = None, show_test: str = "chosen", images: bool = True,
@@ -259,6 +266,7 @@ def _report_folder(folders: Sequence[Path], out: str | Path | None) -> Path:
         parent = folders[0].resolve().parent
         numbered = (parent / f"report-{number}" for number in count(1))
         return folders[0] if len(folders) == 1 else next(folder for folder in numbered if not folder.exists())
+    check_path(out, "--out")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise BadOption(f"--out {out} is a file; it must be a folder, or a name that is free.")

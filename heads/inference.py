@@ -99,6 +99,7 @@ def iterate_images(
 ) -> Iterator[NewImage]:
     """Each image as encoded bytes or array, or the reason why it cannot be read; of DICOM each frame. ``page``: see
     `featurecache.open_source`."""
+    from featurecache.sources.base import read_file
     from featurecache.sources.dicom_frames import images_in_file
     from featurecache.sources.in_memory import encoded_of_pil, is_pil
     from featurecache.sources.tables import is_table
@@ -113,7 +114,7 @@ def iterate_images(
         elif Path(image).is_dir() or is_table(str(image)) or Path(image).suffix.lower() in ARCHIVES:
             yield from _source(image, columns, page)
         else:
-            data = _read(lambda path=image: Path(path).read_bytes())  # type: ignore[misc]
+            data = _read(lambda path=image: read_file(os.fspath(path)))  # type: ignore[misc]
             images = images_in_file(str(image), data, page) if isinstance(data, bytes) else [(str(image), data)]
             yield from (NewImage(*each) for each in images)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import CannotWrite, NotInCache, ProtocolError
 from featurecache.files.records import canonical_json
 from featurecache.formatting import device_title
@@ -100,6 +101,7 @@ class PixelView:
         return self._pixels.index_select(0, torch.from_numpy(self._rows if rows is None else self._rows[rows]))
 
 
+@exact_arithmetic()
 def open_pixels(
     data: Any, baselines: Sequence[str], image_size: int | None = None, *, weights: str | None = None,
     progress: bool = False,

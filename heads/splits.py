@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, ProtocolError
 from featurecache.files.delimited import read_delimited
-from featurecache.formatting import abbreviated, cell, text_of
+from featurecache.formatting import abbreviated, cell, shell_word, text_of
 from heads.settings import Settings
 from heads.stratify import nested_fraction, stratified_parts
 from heads.task import SPLITS, FeatureView, Leak, Task, clusters_of, is_labelled, plain_rows
@@ -81,7 +80,7 @@ def choose_splits(view: FeatureView, task: Task, settings: Settings) -> Splits:
     _check(names, task, drawn, warnings, dropped)
     leaks = tuple(Leak(leak.kind, leak.splits, leak.count) for leak in exact_leaks(view, names))  # no near-duplicates
     if leaks:
-        where = f"featurecache leaks {shlex.quote(view.label)}; " if file is None else ""
+        where = f"featurecache leaks {shell_word(view.label)}; " if file is None else ""
         warnings.append(f"{leaks_sentence(leaks)} ({where}--drop-leaks trains without them)")
     return Splits(names, how, drawn, warnings, leaks, dropped, fraction, fold)
 

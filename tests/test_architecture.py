@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # from the lowest to the highest; what stands in one tuple does not know each other
-    ("featurecache.errors", "featurecache.formatting"),
+    ("featurecache.errors", "featurecache.formatting", "featurecache.arithmetic"),
     ("featurecache.files", "featurecache.outputs"),
     ("featurecache.images",),
     ("featurecache.sources", "featurecache.backbones", "featurecache.store"),

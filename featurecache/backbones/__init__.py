@@ -13,17 +13,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones import timm_models, torchvision_models, transformers_models, user_module
 from featurecache.backbones.aliases import ALIASES
 from featurecache.backbones.base import OUTPUTS, Backbone, BackboneRequest
 from featurecache.backbones.layers import layer_rows
 from featurecache.backbones.timm_models import timm_record
 from featurecache.errors import BadOption, UnknownBackbone, WeightsNotFound, nearest
+from featurecache.formatting import shell_word
 from featurecache.images.preprocessing import FITS
 
 FORMS = "hf:<repo or folder>, torchvision:<name>, timm:<name>, python:<module>:<factory>, or a checkpoint's folder"
 
 
+@exact_arithmetic()
 def load_backbone(
     name: str | Path,
     *,
@@ -72,7 +75,9 @@ def _load(request: BackboneRequest) -> Backbone:
 def _unknown(name: str) -> UnknownBackbone:
     """What to say of a name in none of the forms."""
     if os.path.isfile(os.path.expanduser(name)):
-        return UnknownBackbone(f"{name} is a file of weights; say what they are of: --backbone NAME --weights {name}")
+        return UnknownBackbone(
+            f"{name} is a file of weights; say what they are of: --backbone NAME --weights {shell_word(name)}"
+        )
     if name.startswith(("/", "./", "../", "~")):
         return UnknownBackbone(f'there is no folder "{name}"; expected one written by save_pretrained')
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
@@ -85,6 +90,7 @@ def load_without_weights(name: str, **options: Any) -> Backbone:
     return _load(BackboneRequest(name, meta=True, **options))
 
 
+@exact_arithmetic()
 def describe_backbone(backbone: Backbone | str, **options: Any) -> dict[str, Any]:
     """What ``info --backbone`` shows. A name needs no weights: an alias is built without any, in no memory; with it
     come the layers (`layers.layer_rows`)."""

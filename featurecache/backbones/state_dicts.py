@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from featurecache.errors import WeightsDoNotFit
+from featurecache.formatting import shell_word
 
 Tensors = dict[str, torch.Tensor]
 
@@ -98,10 +99,10 @@ class StateDict:
         if "" in prefixes:  # the bare names are the network
             word = ""
         elif not word:
-            several = ", ".join(prefixes)
+            several, way = ", ".join(prefixes), shell_word(f"{self.path}:{prefixes[0].rstrip('.')}")
             raise WeightsDoNotFit(
                 f"the weights hold {title} {len(prefixes)} times, as {several}; expected it once, or the one you mean: "
-                f"--weights {self.path}:{prefixes[0].rstrip('.')}"
+                f"--weights {way}"
             )
         others = [prefix for prefix in prefixes if prefix != word]
         why = f"{who}; " if word else ""
@@ -135,7 +136,7 @@ def select_state_dict(path: Path, data: Any, name: str = "") -> StateDict:
     elif len(sets) > 1:
         raise WeightsDoNotFit(
             f"{path} holds {len(sets)} state dicts ({first_names(sets)}); choose one: "
-            f"--weights {path}:{sorted(sets)[0]}"
+            f"--weights {shell_word(f'{path}:{sorted(sets)[0]}')}"
         )
     else:
         key = next(iter(sets), "")
@@ -199,7 +200,7 @@ def _holds_tensors(values: Mapping[Any, Any]) -> bool:
 
 def _choices(path: Path, names: Iterable[str]) -> str:
     names = list(names)
-    return f"{first_names(names)}; --weights {path.name}:{sorted(names)[0]}"
+    return f"{first_names(names)}; --weights {shell_word(f'{path.name}:{sorted(names)[0]}')}"
 
 
 def _set_aside(names: list[str]) -> list[str]:

@@ -88,7 +88,8 @@ class TimmModel:
         """The network as timm makes it for images of ``size``."""
         import timm
 
-        sized: dict[str, Any] = {"img_size": size} if size != tuple(self.settings.input_size[1:]) and self.takes_size else {}
+        other = size != tuple(self.settings.input_size[1:]) and self.takes_size
+        sized: dict[str, Any] = {"img_size": size} if other else {}
         sized |= {"in_chans": self.channels} if self.channels != 3 else {}
         settings = replace(self.settings, architecture=self.architecture, **_NOWHERE)
         return timm.create_model(self.architecture, pretrained_cfg=settings, **{**self.arguments, **sized}, **options)

@@ -50,6 +50,7 @@ from featurecache.backbones.weights import (
     weights_identity,
 )
 from featurecache.errors import PreprocessingRefused, UnknownBackbone, WeightsDoNotFit, WeightsNotFound
+from featurecache.formatting import shell_word
 from featurecache.images.preprocessing import Preprocess
 
 
@@ -168,7 +169,7 @@ def _model_type(folder: Path) -> str:
     if not path.is_file():
         raise WeightsNotFound(
             f"{folder} has no config.json; expected a folder written by save_pretrained. If it holds weights of a "
-            f"known architecture: --backbone NAME --weights {folder}"
+            f"known architecture: --backbone NAME --weights {shell_word(folder)}"
         )
     try:
         kind: str = json.loads(path.read_text(encoding="utf-8")).get("model_type")
@@ -192,7 +193,9 @@ def _check_same_shape(title: str, alias: Alias, config: Any) -> None:
     else:
         differ = [f"a {type(config).__name__}, expected {expected.__name__}"]
     if differ:
-        raise WeightsDoNotFit(f"{title} is another architecture: {'; '.join(differ)}. As it is: --backbone {title}")
+        raise WeightsDoNotFit(
+            f"{title} is another architecture: {'; '.join(differ)}. As it is: --backbone {shell_word(title)}"
+        )
 
 
 def _preprocess(

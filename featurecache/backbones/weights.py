@@ -25,6 +25,7 @@ import torch
 
 from featurecache.backbones.state_dicts import StateDict, first_names, select_state_dict
 from featurecache.errors import FeatureCacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound, first_line
+from featurecache.files.atomic import refuse_special
 
 REACH = 4.0  # seconds the hub has to answer before the local cache is used instead
 STALL = 10.0  # seconds a server may stay silent
@@ -163,6 +164,8 @@ def existing_weights(path: Path | None) -> Path | None:
     """``path`` as it is. Raises WeightsNotFound."""
     if path is not None and not path.exists():
         raise WeightsNotFound(f"--weights {path}: there is no such file or folder")
+    if path is not None:
+        refuse_special(path)
     return path
 
 
@@ -217,6 +220,7 @@ def _index(path: Path) -> dict[str, str]:
 
 def _file_at(path: Path) -> Path:
     """Of a folder its file of weights: one of the usual name, else the only one there is."""
+    refuse_special(path)
     if not path.is_dir():
         return path
     files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)

@@ -5,7 +5,6 @@ The first screen of an extraction says what will happen before anything is compu
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,17 @@ from click import Choice, option
 
 from featurecache.commands.terminal import Console, cache_option, command, options_of, record_of, typed_options
 from featurecache.errors import BadOption
-from featurecache.formatting import columns, device_title, duration, names_in, one_line, shape_text, size_text
+from featurecache.formatting import (
+    columns,
+    device_title,
+    duration,
+    names_in,
+    one_line,
+    shape_text,
+    shell_word,
+    shell_words,
+    size_text,
+)
 
 if TYPE_CHECKING:
     from featurecache.extraction.run import Extraction, ExtractionResult
@@ -69,7 +78,7 @@ def _augmented_record(extraction: Extraction) -> dict[str, Any] | None:
     return {
         **copying.augmented.to_dict(),
         "words": str(copying.augmented.augmentation),
-        "kept": extraction.view_copies == copying.augmented,
+        "kept": extraction.contents.view_copies == copying.augmented,
         "splits_drawn_later": not any(extraction.dataset.splits),
         **counted,
     }
@@ -327,7 +336,7 @@ def extract(
 
 def training_of(outputs: Iterable[str], view: str = "") -> str:
     """The command that trains a head on these outputs (of ``view``, where that is not the newest)."""
-    features = f" --features {shlex.quote(view)}" if view else ""
+    features = f" --features {shell_word(view)}" if view else ""
     return f"featurecache train-head --head {'large' if 'tokens' in outputs else 'linear'}{features}"
 
 
@@ -394,5 +403,5 @@ def why(talk: Console, columns: tuple[str, ...], engine: str, cache: str | None,
         reason = explain_miss(data, cache=cache, columns=pairs_of(columns), progress=talk.progress, **options)
     talk.result(str(reason), reason.record())
     words = [word for name, part in given.items() for word in part]
-    talk.next(shlex.join(["featurecache", "extract", *words, *([] if data else ["--data", "FOLDER"])]))
+    talk.next(shell_words(["featurecache", "extract", *words, *([] if data else ["--data", "FOLDER"])]))
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from click import argument, option
 from featurecache.commands.extract import pairs_of, task_option, training_of
 from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, record_of
 from featurecache.errors import BadOption
-from featurecache.formatting import byte_bar, columns, first_of, one_line, shape_text, size_text
+from featurecache.formatting import byte_bar, columns, first_of, one_line, shape_text, shell_word, size_text
 
 if TYPE_CHECKING:
     from featurecache.maintenance.collect import CollectResult
@@ -133,7 +132,7 @@ def compact(talk: Console, view: str | None, cache: str | None) -> int:
         shards = f"{done.shards[0]:,} → {done.shards[1]:,} shards, {done.pieces[0]:,} → {done.pieces[1]:,} pieces"
         what = f"{done.view}: {shards}; {size_text(done.written)} written, the old files removed"
     talk.result(f"compact    {what}", done)
-    talk.next(f"featurecache verify {shlex.quote(done.view)}", cache)
+    talk.next(f"featurecache verify {shell_word(done.view)}", cache)
     return 0
 
 
@@ -163,7 +162,7 @@ def export(talk: Console, view: str, file: str, cache: str | None, copies: bool,
     if opened.augmented and not copies:
         talk.say(f"left out   {opened.rows - len(opened):,} augmented copies; --copies exports them too")
     if done.format not in ("parquet", "csv") and not copies:  # which nothing here reads as features
-        talk.next(f"featurecache import {shlex.quote(str(done.path))} --name NAME")
+        talk.next(f"featurecache import {shell_word(done.path)} --name NAME")
     return 0
 
 
@@ -204,7 +203,7 @@ def import_(talk: Console, file: str, name: str, cache: str | None, **options: A
         ("view", f"{label} in {done.view}; of unknown origin"),
     ]
     talk.result(columns([*rows, *(("note", one_line(note)) for note in done.notes)]), done)
-    look = f"featurecache info {shlex.quote(label)}"
+    look = f"featurecache info {shell_word(label)}"
     talk.next(look if done.task == "unlabelled" else training_of(done.outputs, label), cache)
     return 0
 

@@ -7,15 +7,16 @@ stdout, talk and progress to stderr. Modules of commands load nothing heavy befo
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import functools
 import io
 import json
 import os
-import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ import click
 from click import option
 
 from featurecache.errors import BadOption, FeatureCacheError, Reading, SeveralReadings, UnknownName, nearest
-from featurecache.formatting import harmless, is_harmless, join_names, one_line
+from featurecache.files.atomic import NO_ROOM, cannot_write, refuse_special
+from featurecache.files.names import check_path
+from featurecache.formatting import harmless, is_harmless, join_names, one_line, shell_word, shell_words
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
@@ -64,6 +67,10 @@ class CommandGroup(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors=_PLAIN)
+        with _as_interrupts():
+            self._main(*args, **options)
+
+    def _main(self, *args: Any, **options: Any) -> None:
         try:
             code = super().main(*args, **{**options, "standalone_mode": False})
         except click.Abort:
@@ -74,6 +81,32 @@ class CommandGroup(click.Group):
             click.echo(word + error.format_message(), err=True)
             code = error.exit_code
         sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def _as_interrupts() -> Iterator[None]:
+    """SIGTERM (a batch system's, `kill`) and SIGHUP (a terminal that closes) end a command as Ctrl-C does, once; the
+    exit code is 128 + the number. Of a command that was told to ignore one (nohup) it stays ignored."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(number)
+        if len(received) == 1:  # another one does not stop what the first began
+            raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    own = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    for number in own:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    except (SystemExit, OSError) as error:  # OSError: the terminal is gone, and what is said cannot be written
+        if received:
+            raise SystemExit(128 + received[0]) from error
+        raise
+    finally:
+        for number in own:
+            signal.signal(number, before[number])
 
 
 class Console:
@@ -96,7 +129,7 @@ class Console:
 
     def next(self, command: str, cache: str | None = None) -> None:
         if not self.json:
-            self.say(f"next       {one_line(command)}" + (f" --cache {shlex.quote(cache)}" if cache else ""))
+            self.say(f"next       {one_line(command)}" + (f" --cache {shell_word(cache)}" if cache else ""))
 
 
 def record_of(value: Any) -> Any:
@@ -123,7 +156,7 @@ def _report(error: FeatureCacheError, debug: bool) -> int:
     word = "" if type(error).__name__ == "Stopped" else "error: "  # Ctrl-C is none
     click.echo(harmless("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)])), err=True)
     for reading in error.readings if isinstance(error, SeveralReadings) else ():
-        words = shlex.join([word for part in (typed_options() | _words(reading)).values() for word in part])
+        words = shell_words([word for part in (typed_options() | _words(reading)).values() for word in part])
         name = click.get_current_context().info_name
         click.echo(harmless(f"       {one_line(reading.words)}: featurecache {name} {one_line(words)}"), err=True)
     return 2 if isinstance(error, BadOption | UnknownName | SeveralReadings) else 1
@@ -172,6 +205,19 @@ def _run(function: Callable[..., Any], talk: Console, options: dict[str, Any]) -
             options = options | several.readings[int(answer) - 1].options
 
 
+def _check_places(options: dict[str, Any]) -> None:
+    """Where results go, before they are computed: a name that no file can have, a pipe or device in its place."""
+    for name, option_name in (("out", "--out"), ("csv_file", "--csv"), ("sheet", "--sheet")):
+        if options.get(name):
+            check_path(options[name], option_name)
+            refuse_special(options[name])
+
+
+def _mute_stdout() -> None:
+    """What is still to be written there cannot be: python would say so once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def is_terminal() -> bool:
     """Whether somebody is there to be asked."""
     return sys.stdin.isatty() and sys.stderr.isatty()
@@ -183,17 +229,22 @@ def command(function: Callable[..., Any]) -> click.Command:
     @functools.wraps(function)
     def wrapped(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
         try:
+            _check_places(options)
             code = _run(function, Console(as_json, quiet), options)
         except FeatureCacheError as error:
             code = _report(error, debug)
         except (click.ClickException, click.Abort):
             raise
         except BrokenPipeError:  # `featurecache ls | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _mute_stdout()
             code = 0
         except Exception as error:
             if debug:
                 raise
+            if isinstance(error, OSError) and error.errno in NO_ROOM:  # in a library, or where stdout goes
+                if error.filename is None:
+                    _mute_stdout()
+                sys.exit(_report(cannot_write(error, error.filename or "the result"), debug))
             words = f"error: {type(error).__name__}: {error} (a mistake of ours; --debug shows where)"
             click.echo(harmless(words), err=True)
             code = 1

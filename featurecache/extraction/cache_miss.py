@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
 from featurecache.errors import CacheError, Drift
@@ -74,6 +75,7 @@ class Explanation:
         return "\n".join([*lines, *counted, *(f"note: {note}" for note in self.notes)])
 
 
+@exact_arithmetic()
 def explain_miss(
     data: Any = None, *, backbone: str | Path, cache: str | Path | None = None, **options: Any
 ) -> Explanation:
@@ -143,9 +145,9 @@ def _counts(planned: Extraction, copies: bool) -> dict[str, dict[str, int]]:
 
 def _other_copies(planned: Extraction) -> Iterator[str]:
     """Why no copy is found where a view of this name has some."""
-    if planned.view_copies is None or planned.copying is None:
+    if planned.contents.view_copies is None or planned.copying is None:
         return
-    stored, requested = planned.view_copies, planned.copying.augmented
+    stored, requested = planned.contents.view_copies, planned.copying.augmented
     if requested.augmentation != stored.augmentation:
         yield (
             f"the view {planned.name} has {stored} of an image, asked for is {requested}: other steps, numbers or "

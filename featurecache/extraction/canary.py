@@ -30,10 +30,11 @@ from pathlib import Path
 import torch
 import xxhash
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone, versions
 from featurecache.errors import DamagedFile, Drift, NotInCache, UnsafeFile
-from featurecache.extraction.forward import ForwardRunner, exact_arithmetic, output_layout, pick_device, spec_of
+from featurecache.extraction.forward import ForwardRunner, output_layout, pick_device, spec_of
 from featurecache.extraction.pipeline import decode_many
 from featurecache.files.atomic import refuse_links, write_whole
 from featurecache.files.locks import update_lock
@@ -219,6 +220,7 @@ class StoreBackbone:
     when this machine makes something else of the probe images.
     """
 
+    @exact_arithmetic()
     def __init__(
         self, store: Store, *, device: str = "auto", weights: str | None = None, trust_code: bool = False
     ) -> None:
@@ -258,6 +260,7 @@ class StoreBackbone:
             pixels = _pixels(self.backbone)
             write_canary(self.store, _measure(self.backbone, self.compute, self.store.spec, [output], pixels))
 
+    @exact_arithmetic()
     def rows(
         self, images: Sequence[EncodedImage], output: Output, *, check: bool = True
     ) -> tuple[torch.Tensor, list[tuple[int, str]]]:
@@ -292,6 +295,7 @@ def backbone_of(
     return StoreBackbone(store, device=device, weights=weights, trust_code=trust_code)
 
 
+@exact_arithmetic()
 def compute(
     images: Sequence[EncodedImage], *, like: View, output: str, device: str = "auto", weights: str | None = None,
     trust_code: bool = False,

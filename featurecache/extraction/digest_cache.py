@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
+import stat
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -157,10 +159,11 @@ class DigestCache:
         return database
 
     def _refuse_strange(self) -> None:
-        """What SQLite must not even open: links, write-ahead logs, and journals that name a file to be deleted."""
+        """What SQLite must not even open: links, pipes, write-ahead logs, journals that name a file to be deleted."""
         journal, *logs = (self.path.with_name(NAME + end) for end in ("-journal", "-wal", "-shm"))
-        if any(path.is_symlink() for path in (self.path, journal, *logs)) or any(path.exists() for path in logs):
-            raise _Foreign("a link or a log beside it")
+        there = [path.lstat() for path in (self.path, journal) if os.path.lexists(path)]
+        if not all(stat.S_ISREG(status.st_mode) for status in there) or any(os.path.lexists(path) for path in logs):
+            raise _Foreign("a link, a pipe or a log beside it")
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
             header = file.read(20)
             if header and (header[:16] != b"SQLite format 3\0" or header[18:20] != b"\1\1"):

@@ -9,8 +9,7 @@ what the rows of an output look like, `spec_of` what they are a function of.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,20 +36,6 @@ def pick_device(device: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BadOption(f'no device "{device}" on this machine. --device auto takes what is there.') from error
     return picked
-
-
-@contextlib.contextmanager
-def exact_arithmetic(threads: int) -> Iterator[None]:
-    """No TF32, no autotuned kernels, a fixed number of CPU threads; the caller's settings come back afterwards."""
-    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    torch.set_float32_matmul_precision("highest")
-    torch.set_num_threads(threads)
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.set_num_threads(before[1])
 
 
 class ForwardRunner:

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import UnreadableImage
-from featurecache.extraction.forward import ForwardRunner, exact_arithmetic
+from featurecache.extraction.forward import ForwardRunner
 from featurecache.formatting import device_title
 from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
@@ -62,6 +63,7 @@ class ExtractionJob(ShardJob):
 
     read: Callable[[int], EncodedImage]  # by number: the image of this digest; raises UnreadableImage
     preprocess: Preprocess
+    make: Callable[[int, EncodedImage], EncodedImage] | None = None  # of what was read, an augmented copy
     compute: ForwardRunner
     workers: int
     threads: int
@@ -74,23 +76,30 @@ class ExtractionJob(ShardJob):
 
 
 def decode_many(
-    read: Callable[[int], EncodedImage], rows: Iterable[int], preprocess: Preprocess, threads: int, ahead: int = 64
-) -> Generator[tuple[int, torch.Tensor | str, float], None, None]:
+    read: Callable[[int], EncodedImage], rows: Iterable[int], preprocess: Preprocess, threads: int, ahead: int = 64,
+    make: Callable[[int, EncodedImage], EncodedImage] | None = None,
+) -> Generator[tuple[int, torch.Tensor | str, float], None, None]:  # fmt: skip
     """Read, decode and resize images in threads: (row, pixels uint8 [3,h,w] or why not, seconds of one thread).
 
-    In the order of ``rows``, of which up to ``ahead`` are in work or waiting; ``read`` raises UnreadableImage. Close it
-    where it is not read to its end.
+    In the order of ``rows``, of which up to ``ahead`` are in work or waiting; ``read`` raises UnreadableImage. ``make``
+    gives what is computed of the image that was read, such as an augmented copy. Large images wait for each other
+    (`PixelRoom`). Close it where it is not read to its end.
     """
 
+    room = _images.PixelRoom(threads)
+
     def decode(row: int) -> tuple[torch.Tensor | str, float]:
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), 0.0
         try:
-            pixels: torch.Tensor | str = preprocess.resized(_images.decode(read(row)))
+            data = read(row)
+            with room.of(data) as waited:
+                data = data if make is None else make(row, data)
+                pixels: torch.Tensor | str = preprocess.resized(_images.decode(data))
         except UnreadableImage as error:
             pixels = str(error)
         except (RuntimeError, MemoryError, ValueError) as error:
             pixels = f"cannot be resized for the network: {error}"
-        return pixels, time.perf_counter() - start
+        return pixels, time.perf_counter() - start - waited
 
     pool = worker_threads(threads, "decode")
     try:
@@ -261,7 +270,9 @@ def run_local(job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int
     """
     writer = _Writer(job.timings)
     numbers = (int(number) for unit in units for number in unit.rows)
-    images = decode_many(job.read, numbers, job.preprocess, job.workers, 2 * job.compute.batch_size + job.workers)
+    images = decode_many(
+        job.read, numbers, job.preprocess, job.workers, 2 * job.compute.batch_size + job.workers, job.make
+    )
     open_shards: list[_Shards] = []
     try:
         with exact_arithmetic(job.threads):

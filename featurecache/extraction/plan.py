@@ -11,34 +11,37 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones import load_backbone
-from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, CacheError, SourceError
+from featurecache.extraction.contents import layouts_of, view_contents
 from featurecache.extraction.digest_cache import DigestCache
-from featurecache.extraction.forward import output_layout, pick_device, spec_of
+from featurecache.extraction.forward import pick_device, spec_of
 from featurecache.extraction.run import Extraction, ExtractionResult
 from featurecache.extraction.scan import ScanResult, scan
-from featurecache.formatting import columns, cost_per_image, duration, first_of
-from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies, augmentation_of
-from featurecache.outputs import Output, parse, parse_list
+from featurecache.files.names import is_file_name
+from featurecache.formatting import columns, cost_per_image, duration, first_of, shell_word
+from featurecache.images.augmentation import augmentation_of
+from featurecache.outputs import parse_list
 from featurecache.sources import open_source
-from featurecache.sources.base import Dataset, may_be_trained_on
+from featurecache.sources.base import Dataset
 from featurecache.sources.pseudonyms import load_secret, pseudonymise
 from featurecache.store.shards import Layout, find_by_digest
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store, cache_folder, find_store, latest_generation, missing_outputs, stores
-from featurecache.store.view import View
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@exact_arithmetic()
 def prepare(
     data: Any = "digits",
     *,
@@ -114,7 +117,7 @@ def prepare(
     cores = os.cpu_count() or 1  # decode threads: enough to feed a GPU; on a CPU the forward pass needs the cores
     workers = workers or (min(16, cores) if picked.type != "cpu" else max(1, cores // 2))
     wanted = requested or parse_list([name for name in (network.vector, "tokens") if name not in network.refusals])
-    layouts = _layouts(network, wanted, dtype)  # refuses what the backbone has not, before anything is read
+    layouts = layouts_of(network, wanted, dtype)  # refuses what the backbone has not, before anything is read
     if secret and remember:
         secret.keep()
     digest_cache, threads, fail = DigestCache(folder, writes=remember), max(workers, 4), on_error == "fail"
@@ -126,36 +129,16 @@ def prepare(
     spec, reason = choose_precision(spec, precision, picked, folder, layouts, result.digests)
     spec = latest_generation(folder, spec)
     store = find_store(folder, spec)
-    existing = _existing_view(store, name, dataset, result.digests)
-    wanted = tuple(dict.fromkeys([*wanted, *(parse(output) for output in (existing.outputs if existing else ()))]))
-    layouts = _layouts(network, wanted, dtype)
-    view_copies = existing.augmented if existing else None
-    copying = _copying(dataset, view_copies if views is None else augmented, result)
-    images = copying.with_copies(result.images) if copying else result.images
-    digests = copying.digests(result.digests) if copying else result.digests
-    forward, derived = missing_outputs(wanted, layouts, store, digests)
-    return Extraction(
-        dataset, network, spec, wanted, name, folder, picked, on_error, workers, batch_size, store, images, digests,
-        layouts, forward, derived, result, reason, accept_drift, secret, copying, view_copies,
+    look = partial(
+        view_contents, name=name, dataset=dataset, scan=result, network=network, dtype=dtype,
+        keeps_copies=views is None,
     )  # fmt: skip
-
-
-def _copying(dataset: Dataset, augmented: AugmentedCopies | None, images: ScanResult) -> AugmentationPlan | None:
-    if augmented is None:
-        return None
-    may = may_be_trained_on(dataset)
-    if not may.any():
-        raise BadOption(
-            f"augmented copies are made of training images, and {dataset.source.get('data')} has none: its splits are "
-            f"{', '.join(sorted(set(dataset.splits) - {''}))}. --views 0 goes on without copies."
-        )
-    sources = np.unique(images.sample_image[may & (images.sample_image >= 0)])
-    return AugmentationPlan(augmented, sources, len(images.digests))
-
-
-def _layouts(network: Backbone, wanted: Sequence[Output], dtype: str) -> dict[str, Layout]:
-    layouts = {output.name: output_layout(network, output, dtype) for output in wanted}
-    return layouts | {o.source: output_layout(network, parse(o.source), dtype) for o in wanted if o.is_derived}
+    contents = look(store, wanted, augmented)
+    forward, derived = missing_outputs(contents.outputs, contents.layouts, store, contents.digests)
+    return Extraction(
+        dataset, network, spec, name, folder, picked, on_error, workers, batch_size, store, contents, forward, derived,
+        result, look, reason, accept_drift, secret,
+    )  # fmt: skip
 
 
 def _with_parameters(of: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
@@ -169,6 +152,7 @@ def _with_parameters(of: Callable[P, Any]) -> Callable[[Callable[..., T]], Calla
 
 
 @_with_parameters(prepare)
+@exact_arithmetic()
 def extract(*data: Any, **options: Any) -> ExtractionResult:
     """Run a backbone once over ``data`` and keep its outputs; the parameters are those of `prepare`.
 
@@ -209,31 +193,6 @@ def _stored_images(store: Store, layouts: dict[str, Layout], digests: np.ndarray
     return most
 
 
-def _existing_view(store: Store | None, name: str, dataset: Dataset, digests: np.ndarray) -> View | None:
-    """The view of this name, whose outputs and copies are kept; refuses to replace another dataset's view. Where the
-    images come from elsewhere than those of the view did, their contents have to be the same: names like ``0.png`` and
-    ``set.npz:train:0`` are those of many data sets."""
-    path = store.path / f"{name}.h5" if store else None
-    if path is None or not path.exists():
-        return None
-    view = View(path, columns_only=True)
-    common, moved = len(set(view.ids) & set(dataset.ids)), view.source.get("data") != dataset.source.get("data")
-    if moved:
-        common = min(common, int(np.isin(view.digests, digests).sum()))
-    if bool(view.source.get("hash_ids")) != bool(dataset.source.get("hash_ids")):
-        was, now = ("with", "without") if view.source.get("hash_ids") else ("without", "with")
-        raise BadOption(
-            f"the view {view.label} was made {was} --hash-ids: {now} it no image has the name it has there. Give this "
-            f"one a name with --name, or remove that one first: featurecache rm {view.label}"
-        )
-    if 2 * common < len(view):
-        raise BadOption(
-            f"the view {view.label} holds {len(view):,} images of which {common:,} are in "
-            f"{dataset.source.get('data')}: it is another dataset. Give this one a name with --name."
-        )
-    return view
-
-
 def _check_options(on_error: str, batch_size: int | None, workers: int | None) -> None:
     if on_error not in ("report", "skip", "fail"):
         raise BadOption(f'--on-error is report, skip or fail, not "{on_error}".')
@@ -252,9 +211,10 @@ def _check_bits(dataset: Dataset, looks: ScanResult) -> None:
 
 def _check_storable(dataset: Dataset, name: str) -> None:
     """What would fail only when the view is written, after everything was computed."""
-    if not name or name.startswith(".") or "/" in name or "\0" in name or len(f"{name}.h5".encode()) > 255:
+    if not is_file_name(name, ".h5"):
         raise BadOption(
-            f'"{name[:60]}" cannot be the name of a view: no slash, no dot in front, at most 252 bytes. Choose --name.'
+            f'"{name[:60]}" cannot be the name of a view: no slash, no dot or dash in front, at most 252 bytes. Choose '
+            "--name."
         )
     columns = {"ids": dataset.ids, "groups": dataset.groups or [], **dataset.meta}
     for column, values in columns.items():
@@ -275,6 +235,6 @@ def extraction_summary(result: ExtractionResult, view_label: str) -> str:
     unread = f"; {len(result.failed):,} could not be kept:" if result.failed else ""
     copies = f" and {result.copies:,} augmented copies" if result.copies else ""
     done = f"{result.images:,} images{copies}, {work}{unread}"
-    failed = first_of(result.failed, f"more; featurecache info {view_label} lists them")
+    failed = first_of(result.failed, f"more; featurecache info {shell_word(view_label)} lists them")
     cost = [("cost", cost_per_image(result.cost))] if result.computed else []
     return columns([("done", "\n".join([done, *failed])), *cost, ("view", f"{view_label} in {result.view}")])

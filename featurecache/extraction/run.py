@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, CacheError, DamagedFile, Drift, SourceError, Stopped, UnreadableImage
 from featurecache.extraction import canary
-from featurecache.extraction.forward import ForwardRunner, exact_arithmetic
+from featurecache.extraction.contents import ViewContents, copies_in_view
+from featurecache.extraction.forward import ForwardRunner
 from featurecache.extraction.pipeline import (
     CHANGED,
     ExtractionJob,
@@ -33,15 +35,15 @@ from featurecache.extraction.pipeline import (
     run_local,
 )
 from featurecache.extraction.scan import ScanResult
-from featurecache.files.atomic import check_room
-from featurecache.files.locks import shared_lock
+from featurecache.files.atomic import check_room, file_stamp
+from featurecache.files.locks import shared_lock, update_lock
 from featurecache.files.records import canonical_json
 from featurecache.formatting import progress_bar
 from featurecache.images import decoding as _images
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
 from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
-from featurecache.sources.base import Dataset, may_be_trained_on
+from featurecache.sources.base import Dataset
 from featurecache.sources.pseudonyms import Secret, plain_reason
 from featurecache.store.schema import ViewColumns, text_array
 from featurecache.store.shards import Layout, RowLocations, notes_for
@@ -79,7 +81,6 @@ class Extraction:
     dataset: Dataset
     backbone: Backbone
     spec: ExtractionSpec
-    outputs: tuple[Output, ...]
     name: str
     cache: Path
     device: torch.device
@@ -87,18 +88,35 @@ class Extraction:
     workers: int
     batch_size: int | None
     store: Store | None
-    images: np.ndarray  # [images] first sample of each distinct image; then the same for the augmented copies
-    digests: np.ndarray  # [images] S32, and of the copies
-    layouts: dict[str, Layout]
+    contents: ViewContents
     forward: ImageGroups  # groups of images and what a pass must give of them
     derived: ImageGroups  # ... and what follows from stored tokens
     scan: ScanResult  # which sample is which image, and what the cache is to remember of the files
+    look: Callable[
+        [Store | None, tuple[Output, ...], AugmentedCopies | None], ViewContents
+    ]  # at the view that is there by now
     precision_reason: str = ""
     accept_drift: bool = False
     secret: Secret | None = None  # of hashed ids and groups
-    copying: AugmentationPlan | None = None  # the augmented copies
-    view_copies: AugmentedCopies | None = None  # those that the view of this name has
     _compute: ForwardRunner | None = field(default=None, repr=False)
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        return self.contents.outputs
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        return self.contents.layouts
+
+    @property
+    def digests(self) -> np.ndarray:
+        """[images] S32, and of the copies."""
+        return self.contents.digests
+
+    @property
+    def copying(self) -> AugmentationPlan | None:
+        """The augmented copies."""
+        return self.contents.copying
 
     @property
     def plain(self) -> int:
@@ -161,6 +179,7 @@ class Extraction:
             self._compute = ForwardRunner(self.backbone, self.spec.precision, self.device, self.plan["batch_size"])
         return self._compute
 
+    @exact_arithmetic()
     def estimate(self) -> float | None:
         """Images per second of the forward pass, by a short probe: the second of two passes over black images. None
         where so little is to be computed that the probe would take as long as the work."""
@@ -182,6 +201,7 @@ class Extraction:
             way = "Keep fewer outputs (--outputs), or choose another disk with --cache."
             check_room(self.cache, int(self.new_bytes * 1.01) + (1 << 20), way)
 
+    @exact_arithmetic()
     def run(self, *, progress: bool = False, rate: float | None = None) -> ExtractionResult:
         """Compute what is missing, then write the view. ``rate`` (images/s) sizes the shards; probed when not given.
 
@@ -206,42 +226,58 @@ class Extraction:
             made_of = {"backbone": self.backbone.name, "parameters": self.backbone.parameters}
             store = create_store(self.cache, self.backbone.name, self.spec, {**self.backbone.provenance, **made_of})
         store.sweep()
+        jobs, derived = list[ExtractionJob](), 0
         with shared_lock(store.path, "extract"):
-            self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
-            plan = self._fix_plan(rate)
-            self.check_canary(write=True)
-            job = None
-            if self.to_compute or self.to_derive:
-                notes = notes_for(self.spec.fingerprint, self.device.type, plan)
-                job = ExtractionJob(
-                    store, self.layouts, self.digests, notes, read=self._read, preprocess=self.backbone.preprocess,
-                    compute=self.compute(), workers=self.workers, threads=plan["threads"],
-                    fail_fast=self.on_error == "fail", plain=self.plain,
-                )  # fmt: skip
-            failures = job.failures if job else {}
-            try:
-                if job:
-                    self._compute_missing(job, plan, progress)
-            except KeyboardInterrupt as error:
-                self._keep_timings(job)
-                safe = sum(int(self.locate(o).mask.sum()) for o in self.outputs[:1])
-                what = "images and copies" if self.copying else "images"
-                raise Stopped(f"stopped. {safe:,} {what} are safe; the same command continues.") from error
-            except UnreadableImage as error:
-                number, reason = next(iter(failures.items()))
-                image = self.dataset.shown(int(self.images[number]))
-                raise SourceError(f"{image}: {reason} (--on-error report goes on without it)") from error
-            self._keep_timings(job)
-            path, images, copies, failed = write_view_of(self, failures)
-        seconds, timings = time.perf_counter() - start, job.timings if job else StageTimings(self.device, batch=0)
-        names = tuple(output.name for output in self.outputs)
+            while True:
+                self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
+                plan = self._fix_plan(rate)
+                self.check_canary(write=True)
+                done = self._compute_missing(plan, progress)
+                jobs += done
+                derived += self.to_derive
+                with update_lock(store.path):  # of two that write one view the second keeps what the first wrote
+                    if file_stamp(store.path / f"{self.name}.h5") == self.contents.stamp:
+                        failures = done[0].failures if done else {}
+                        path, images, copies, failed = write_view_of(self, failures)
+                        break
+        timings = [job.timings for job in jobs] or [StageTimings(self.device, batch=0)]
+        names, computed = tuple(output.name for output in self.outputs), sum(each.images for each in timings)
         return ExtractionResult(
-            path, names, images, timings.images, self.to_derive, seconds, timings.shares(), failed, copies,
+            path, names, images, computed, derived, time.perf_counter() - start, timings[0].shares(), failed, copies,
             store.cost(self.name),
         )  # fmt: skip
 
-    def _compute_missing(self, job: ExtractionJob, plan: dict[str, Any], progress: bool) -> None:
-        """Write the shards. Raises UnreadableImage under ``--on-error fail``."""
+    def _compute_missing(self, plan: dict[str, Any], progress: bool) -> list[ExtractionJob]:
+        """Write the shards that are missing; what was done, where anything was. Raises Stopped and, under ``--on-error
+        fail``, SourceError."""
+        assert self.store is not None
+        if not self.to_compute and not self.to_derive:
+            return []
+        job = ExtractionJob(
+            self.store, self.layouts, self.digests, notes_for(self.spec.fingerprint, self.device.type, plan),
+            read=self._read, make=self._make, preprocess=self.backbone.preprocess, compute=self.compute(),
+            workers=self.workers, threads=plan["threads"], fail_fast=self.on_error == "fail", plain=self.plain,
+        )  # fmt: skip
+        try:
+            self._write_shards(job, plan, progress)
+        except KeyboardInterrupt as error:
+            self._keep_timings(job)
+            safe = sum(int(self.locate(o).mask.sum()) for o in self.outputs[:1])
+            what = "images and copies" if self.copying else "images"
+            raise Stopped(f"stopped. {safe:,} {what} are safe; the same command continues.") from error
+        except UnreadableImage as error:
+            number, reason = next(iter(job.failures.items()))
+            image = self.dataset.shown(int(self.contents.images[number]))
+            raise SourceError(f"{image}: {reason} (--on-error report goes on without it)") from error
+        self._keep_timings(job)
+        return [job]
+
+    def _keep_timings(self, job: ExtractionJob) -> None:
+        if measured := job.timings.record():
+            job.store.write_cost(self.device.type, self.name, measured)
+
+    def _write_shards(self, job: ExtractionJob, plan: dict[str, Any], progress: bool) -> None:
+        """Raises UnreadableImage under ``--on-error fail``."""
         with progress_bar(self.to_compute + self.to_derive, progress) as bar:
 
             def advance(images: int) -> None:
@@ -278,6 +314,7 @@ class Extraction:
 
     def _turn_to(self, spec: ExtractionSpec, store: Store | None) -> None:
         self.spec, self.store = spec, store
+        self.contents = self.look(store, self.outputs, self.copying.augmented if self.copying else None)
         self.forward, self.derived = missing_outputs(self.outputs, self.layouts, store, self.digests)
 
     def _fix_plan(self, rate: float | None) -> dict[str, Any]:
@@ -293,12 +330,16 @@ class Extraction:
         return plan
 
     def _read(self, number: int) -> EncodedImage:
-        """A distinct image by its number, or an augmented copy, which is made."""
+        """A distinct image by its number; of an augmented copy the image that it is made of."""
         source = self.copying.source(number) if self.copying else number
-        data = self.dataset.read(int(self.images[number]))
+        data = self.dataset.read(int(self.contents.images[number]))
         if _images.digest(data).encode() != self.digests[source]:
             raise UnreadableImage(CHANGED)
-        if self.copying is None or source == number:
+        return data
+
+    def _make(self, number: int, data: EncodedImage) -> EncodedImage:
+        """The augmented copy, where the number is that of one."""
+        if self.copying is None or number < self.plain:
             return data
         return self.copying.augmented.augmentation.copy_of(data, bytes(self.digests[number]))
 
@@ -313,10 +354,6 @@ class Extraction:
         assert self.store is not None
         return self.store.locate(self.layouts[output.name], self.digests)
 
-    def _keep_timings(self, job: ExtractionJob | None) -> None:
-        if job and (measured := job.timings.record()):
-            job.store.write_cost(self.device.type, self.name, measured)
-
 
 def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Path, int, int, list[tuple[str, str]]]:
     """The view's path, how many images and copies are in it, and (id, reason) of what is not."""
@@ -325,7 +362,7 @@ def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Pat
     bad = np.flatnonzero(np.isin(sample_image, list(failures))).tolist()
     reasons = extraction.scan.unread | {sample: failures[int(sample_image[sample])] for sample in bad}
     kept = np.delete(np.arange(len(dataset)), list(reasons))
-    copied, lost = _copies_of(extraction, kept, failures)
+    copied, lost = copies_in_view(extraction.copying, dataset, sample_image, kept, failures)
     changed = [k for k, reason in [*reasons.items(), *((k, r) for k, _, r in lost)] if reason == CHANGED]
     extraction.scan.files.drop(np.unique(np.array(changed, np.int64)))
     missing = [*sorted(reasons.items()), *((k, copy_failed(copy, reason)) for k, copy, reason in lost)]
@@ -354,19 +391,3 @@ def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Pat
         attributes["augmentation"] = canonical_json(extraction.copying.augmented.to_dict())
     path = write_view(extraction.store, extraction.name, columns, attributes, places)
     return path, len(kept), len(images) - len(kept), failed
-
-
-def _copies_of(
-    extraction: Extraction, kept: np.ndarray, failures: dict[int, str]
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[int, int, str]]]:
-    """For copy 1 … k: samples of ``kept`` that have it, and its numbers; and (sample, copy, why not) of others."""
-    if extraction.copying is None:
-        return [], []
-    may = kept[may_be_trained_on(extraction.dataset)[kept]]
-    copied, lost = [], []
-    for copy in range(1, extraction.copying.augmented.views + 1):
-        numbers = extraction.copying.numbers(extraction.scan.sample_image[may], copy)
-        fine = ~np.isin(numbers, list(failures))
-        copied.append((may[fine], numbers[fine]))
-        lost += [(int(may[k]), copy, failures[int(numbers[k])]) for k in np.flatnonzero(~fine)]
-    return copied, lost

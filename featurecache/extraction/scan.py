@@ -141,6 +141,9 @@ def _in_turn(
         yield part, result
 
 
+_ROOM = _images.PixelRoom(1)  # the header of 16-bit samples takes decoding them
+
+
 def _read(
     dataset: Dataset, header_rows: set[int], rows: np.ndarray
 ) -> tuple[np.ndarray, dict[int, str], dict[int, ImageHeader | str]]:
@@ -156,7 +159,8 @@ def _read(
             failures[row] = str(error)
         if row in header_rows:
             try:
-                headers[row] = failures[row] if row in failures else _images.image_header(data)
+                with _ROOM.of(b"" if row in failures else data):
+                    headers[row] = failures[row] if row in failures else _images.image_header(data)
             except UnreadableImage as error:
                 headers[row] = str(error)
     return digests, failures, headers

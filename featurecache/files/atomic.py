@@ -42,6 +42,16 @@ def refuse_links(*paths: Path) -> None:
             raise UnsafeFile(f"{path} is a symbolic link; put the file or folder itself there.")
 
 
+def refuse_special(path: str | os.PathLike[str]) -> None:
+    """Raises UnsafeFile for a pipe, a socket or a device: who reads it waits, or never comes to its end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UnsafeFile(f"{os.fspath(path)} is a pipe or a device; give a file.")
+
+
 def open_regular(path: Path) -> io.BufferedReader:
     """A plain file for reading. Refuses symbolic links, and pipes and devices, at which a reader would wait."""
     try:
@@ -77,6 +87,7 @@ class AtomicFile:
     def __init__(self, path: Path, *, inside: Path | None = None) -> None:
         """``inside``: a folder that has to be there (a store: one that was removed shall not half come back)."""
         self.path = path
+        refuse_special(path)  # which the file would replace
         with writing(path):
             if path.parent != inside:
                 path.parent.mkdir(parents=inside is None, exist_ok=True)
@@ -154,11 +165,29 @@ def sync_path(path: Path) -> None:
 def writing(path: Path) -> Iterator[None]:
     try:
         yield
+    except CannotWrite:
+        raise
     except OSError as error:
-        why = error.strerror or str(error)
-        raise CannotWrite(
-            error.errno, f"cannot write {path}: {why}. What was committed is safe; the same command continues."
-        ) from error
+        raise cannot_write(error, path) from error
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_WAYS = {  # of an error of the system, what to do before the same command is given again
+    **dict.fromkeys(NO_ROOM, "make room on that disk"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable, or choose another folder"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), "choose another place"),
+    errno.EFBIG: "raise the limit for the size of files (ulimit -f)",
+}
+
+
+def cannot_write(error: OSError, path: str | os.PathLike[str]) -> CannotWrite:
+    """What is true of every write of ours: it leaves what has its name whole."""
+    way = _WAYS.get(error.errno or 0, "see to that disk")
+    return CannotWrite(
+        error.errno,
+        f"cannot write {os.fspath(path)}: {error.strerror or error}. What is finished is whole; {way}, then give the "
+        "same command again.",
+    )
 
 
 def temporary_path(path: Path) -> Path:
@@ -170,33 +199,43 @@ def temporary_path(path: Path) -> Path:
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder in the making beside ``path``, to be renamed; held like a file, and gone afterwards if it was not."""
-    temporary = temporary_path(path)
-    temporary.mkdir()
-    descriptor = os.open(temporary, os.O_RDONLY)
+    temporary, descriptor = locked_temporary(path, folder=True)
     try:
-        with contextlib.suppress(OSError):  # no locks here: then nothing sweeps either
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
     finally:
         os.close(descriptor)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def locked_temporary(path: Path) -> tuple[Path, int]:
-    """A new temporary file and its descriptor, locked for as long as it is open: whoever can lock it may remove it."""
-    while True:
-        temporary = temporary_path(path)
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+@contextlib.contextmanager
+def _folder_lock(folder: Path, kind: int) -> Iterator[None]:
+    """Shared between the making of a temporary file and its lock, exclusive where others' are looked at: what has no
+    lock at that moment is a dead process's."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # no locks here: then nothing sweeps either
+            fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def locked_temporary(path: Path, *, folder: bool = False) -> tuple[Path, int]:
+    """A new temporary file, or folder, and its descriptor, locked for as long as it is open: whoever can lock it may
+    remove it. (A folder's lock is shared: others are made inside it.)"""
+    temporary = temporary_path(path)
+    with _folder_lock(path.parent, fcntl.LOCK_SH):
+        if folder:
+            temporary.mkdir()
+        how = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        descriptor = os.open(temporary, how | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # swept in the moment between
-            os.close(descriptor)
-            continue
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if folder else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 os.close(descriptor)
                 raise
-        return temporary, descriptor
+    return temporary, descriptor
 
 
 def orphaned_files(folder: Path, of: str = "*") -> Iterator[Path]:
@@ -206,9 +245,14 @@ def orphaned_files(folder: Path, of: str = "*") -> Iterator[Path]:
     pattern = ".*.tmp" if of == "*" else f".{temporary_path(Path(of)).name.split('.')[1]}.*.tmp"
     for path in folder.glob(pattern):
         with contextlib.suppress(OSError):  # held, or another process sweeps too, or they are somebody else's
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            with _folder_lock(folder, fcntl.LOCK_EX):
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    os.close(descriptor)
+                    raise
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield path
             finally:
                 os.close(descriptor)

@@ -22,6 +22,8 @@ from featurecache.errors import BadOption
 if TYPE_CHECKING:
     import pandas
 
+from featurecache.files.atomic import refuse_special
+
 SIGNS = ",;\t|"
 # A byte order mark -> the encoding it stands for; Excel's "Unicode text" is UTF-16.
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
@@ -31,7 +33,8 @@ _MOST = 1 << 31  # bytes of a packed table
 def read_delimited(file: str | Path, *, strict: bool = False) -> list[tuple[int, list[str]]]:
     """The rows that are not empty, each with the number of its (last) line, the header first. The sign between cells is
     the one a line ``sep=`` in front names, a tab in a ``.tsv``, else the one that the header has most often outside
-    quotes. Raises OSError, UnicodeError and csv.Error."""
+    quotes. Raises OSError, UnicodeError, csv.Error and, for a pipe, UnsafeFile."""
+    refuse_special(file)
     with open(file, "rb") as opened:
         binary = _unpacked(opened)
         start = binary.read(4)

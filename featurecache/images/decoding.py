@@ -25,11 +25,16 @@ damaged.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
+import math
 import re
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -160,6 +165,49 @@ def image_header(data: EncodedImage) -> ImageHeader:
     pages = len(tiff.pages(data)) if several and image.format == "TIFF" else 1
     kind = f"{kind}, the first of several" if several else kind
     return ImageHeader(size[0], size[1], kind, used, pages)
+
+
+_SMALL = 1 << 15  # bytes of a JPEG or PNG: at 1032:1, the most that deflate packs, 11 million pixels
+PIXELS_PER_THREAD = 24_000_000  # a camera's image; while it is decoded and resized a pixel takes up to 12 bytes
+
+
+class PixelRoom:
+    """The memory of decoding: so many pixels are in work at once, in all threads, or a single image. A file of a few
+    bytes may hold hundreds of millions."""
+
+    def __init__(self, threads: int) -> None:
+        self._all = self._free = max(MAX_PIXELS, PIXELS_PER_THREAD * threads)
+        self._turn = threading.Condition()
+
+    @contextlib.contextmanager
+    def of(self, data: EncodedImage) -> Iterator[float]:
+        """While an image is in work; the seconds that it waited for others."""
+        pixels, start = min(_pixel_count(data), self._all), time.perf_counter()
+        with self._turn:
+            self._turn.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield time.perf_counter() - start
+        finally:
+            with self._turn:
+                self._free += pixels
+                self._turn.notify_all()
+
+
+def _pixel_count(data: EncodedImage) -> int:
+    """By the header; 0 where they are few, or it cannot be read: decoding says why."""
+    data = data.image if isinstance(data, RawImage) else data
+    if isinstance(data, np.ndarray):
+        return math.prod(data.shape[:2])
+    data, frame = (data.data, data.number) if isinstance(data, EncodedFrame) else (data, None)
+    if len(data) < _SMALL and data.startswith((b"\xff\xd8\xff", headers.PNG)):
+        return 0
+    try:
+        if headers.is_dicom(data):
+            return math.prod(dicom.dicom_image_header(data)[:2])
+        return math.prod(_open(data if frame is None else tiff.page_alone(data, frame)).size)
+    except Exception:  # as in decode
+        return 0
 
 
 def _plain_jpeg(data: bytes, orientation: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ from featurecache.errors import BadOption, CannotWrite
 from featurecache.files.atomic import AtomicFile, check_room, remove_orphans
 from featurecache.files.directory import ALIGNMENT
 from featurecache.files.hdf5 import Sink
+from featurecache.files.names import check_path
 from featurecache.files.records import nan_to_none
 from featurecache.formatting import byte_bar, cell
 from featurecache.outputs import parse
@@ -258,6 +259,7 @@ def export_view(
 ) -> ExportResult:
     """Write ``view`` to one file; the format is that of its ending (`FORMATS`). ``outputs``: those to write, also what
     follows from stored tokens (default: all that the view has). Raises BadOption, NotInCache, CannotWrite."""
+    check_path(file, "the file to export to")
     path = Path(file).expanduser()
     if path.suffix.lower() not in FORMATS:
         raise BadOption(f'"{path.name}" has no ending that names a format; there are {", ".join(FORMATS)}.')

@@ -25,6 +25,7 @@ from h5py import h5d, h5g, h5l, h5o, h5z
 from safetensors import SafetensorError, safe_open
 
 from featurecache.errors import FeatureCacheError, SourceError, UnsafeFile
+from featurecache.files.atomic import refuse_special
 from featurecache.files.records import parse_json
 from featurecache.sources.npz import read_npy_header
 
@@ -91,6 +92,7 @@ class FeatureFile:
 def open_feature_file(path: Path) -> FeatureFile:
     """What is in a file; its features are not read. Raises SourceError, UnsafeFile, DamagedFile."""
     kind = path.suffix.lower()
+    refuse_special(path)
     if not path.is_file():
         raise SourceError(f"there is no file {path}.")
     if kind not in FORMATS:

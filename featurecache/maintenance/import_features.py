@@ -21,7 +21,8 @@ from featurecache import __version__
 from featurecache.errors import BadOption, SourceError
 from featurecache.files.atomic import check_room
 from featurecache.files.locks import shared_lock
-from featurecache.formatting import byte_bar
+from featurecache.files.names import is_file_name
+from featurecache.formatting import byte_bar, shell_word
 from featurecache.maintenance.feature_files import BLOCK, ArrayInfo, FeatureFile, open_feature_file
 from featurecache.maintenance.row_annotations import (
     ARRAY_ROLES,
@@ -92,7 +93,7 @@ def import_view(
     keys name arrays too, an empty one says that there is none. ``columns``: those of a table of labels. ``output``:
     what to call the features (default: `vector` for [N,D], `tokens` for [N,T,D]). ``prefix`` and ``grid``: which of the
     tokens are what, T = len(prefix) + h·w. Raises SourceError, BadOption, UnsafeFile, CannotWrite."""
-    if safe_name(name) != name:
+    if safe_name(name) != name or not is_file_name(name, ".h5"):
         raise BadOption(f'"{name[:60]}" cannot be the name of a view; "{safe_name(name)}" can.')
     opened = open_feature_file(Path(file).expanduser())
     source = _source(opened, features_key, output, prefix, grid)
@@ -170,7 +171,9 @@ def _features(file: FeatureFile, key: str | None) -> ArrayInfo:
     there = describe_arrays(file)
     if not candidates:
         raise SourceError(f"{file.path.name} has no features, [N,D] or [N,T,D] of floats; it holds {there}.")
-    raise SourceError(f"{file.path.name} holds {there}. Which are the features? --features-key {candidates[0].name}")
+    raise SourceError(
+        f"{file.path.name} holds {there}. Which are the features? --features-key {shell_word(candidates[0].name)}"
+    )
 
 
 def _output_name(array: ArrayInfo, requested: str | None) -> str:
@@ -244,7 +247,7 @@ def _refuse_twin(folder: Path, name: str, spec: ExtractionSpec) -> None:
         if store.spec.imported and store.fingerprint != spec.fingerprint and (store.path / f"{name}.h5").exists():
             raise BadOption(
                 f"{store.path.name}/{name} was imported from {store.provenance.get('file')}, with other features. "
-                f"Choose another --name, or remove it first: featurecache rm {store.path.name}/{name}"
+                f"Choose another --name, or remove it first: featurecache rm {shell_word(f'{store.path.name}/{name}')}"
             )
 
 

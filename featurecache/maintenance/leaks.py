@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption
 from featurecache.store.view import View
 
@@ -90,6 +91,7 @@ class Leaks:
         return tuple(finding for finding in self.findings if finding.kind == kind)
 
 
+@exact_arithmetic()
 def find_leaks(
     view: View,
     *,

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CacheError, DamagedFile, Drift, FeatureCacheError, NotInCache
 from featurecache.extraction import canary
 from featurecache.files.atomic import AtomicFile, check_room, open_regular, write_whole
@@ -58,6 +59,7 @@ class MergeResult:
         return not self.left and all(view.what != "left" for view in self.views)
 
 
+@exact_arithmetic()
 def merge(other: str | Path, cache: str | Path | None = None, *, progress: bool = False) -> list[MergeResult]:
     """Take over what the cache ``other`` holds and ``cache`` does not; one record for each of its stores. Raises
     BadOption, NotInCache, CannotWrite, InUse."""

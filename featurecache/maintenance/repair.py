@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import xxhash
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import CacheError, DamagedFile, Drift, FeatureCacheError, SourceError, UnreadableImage
 from featurecache.extraction import canary
 from featurecache.extraction.canary import StoreBackbone
@@ -66,6 +67,7 @@ class Repair:
     left: tuple[Damage, ...] = ()
 
 
+@exact_arithmetic()
 def repair(
     cache: Path, only: Iterable[Store] | None = None, *, drop: bool = False, device: str = "auto",
     weights: str | None = None, trust_code: bool = False, say: Callable[[str], object] = str,

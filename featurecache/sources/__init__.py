@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import NotFetched, SourceError, nearest
+from featurecache.files.atomic import refuse_special
 from featurecache.images.headers import check_crop
 from featurecache.sources import fetching, huggingface, medmnist, torchvision_datasets
 from featurecache.sources.base import Dataset, ImageArrays, safe_name
@@ -253,6 +254,7 @@ def _find(data: str | os.PathLike[str]) -> tuple[str, str]:
         raise SourceError(
             f"there is no folder or file {data}.{near if os.path.isdir(folder) else f' Nor is there {folder}.'}"
         )
+    refuse_special(path)
     for kind, source in SOURCES.items():
         if source.fits and source.fits(path):
             return kind, path

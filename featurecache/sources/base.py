@@ -114,9 +114,8 @@ def read_file(path: str) -> bytes:
 def read_text(file: str, of: str = "") -> str:
     """A file that belongs to a data set (``of``: which). Raises SourceError where it is no UTF-8 text."""
     try:
-        with open(file, encoding="utf-8-sig") as opened:
-            return opened.read()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_file(file).decode("utf-8-sig")
+    except (UnreadableImage, UnicodeDecodeError) as error:
         raise SourceError(f"{file}{of} cannot be read as UTF-8 text ({error}).") from error
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from featurecache.errors import NotFetched, SourceError, first_line
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, shell_word
 from featurecache.sources.base import Dataset, package
 from featurecache.sources.folders import is_image, list_folder
 from featurecache.sources.tables import is_table
@@ -168,7 +168,9 @@ def fetch_kaggle(words: str) -> None:
     options = _parse_kaggle(words)
     place = package("kagglehub", "kaggle", f"to fetch {options.handle}").dataset_download(options.handle)
     if not options.versions():
-        raise SourceError(f"kagglehub mounts {options.handle} at {place}, as in notebooks: give --data {place}")
+        raise SourceError(
+            f"kagglehub mounts {options.handle} at {place}, as in notebooks: give --data {shell_word(place)}"
+        )
 
 
 def _down(options: _KaggleSet, top: Path, folder: Path) -> Path:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from featurecache.errors import SourceError
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, shell_word
 from featurecache.sources.base import ImageFiles
 from featurecache.sources.dicom_frames import split_frame
 from featurecache.sources.folders import is_image
@@ -159,5 +159,5 @@ def _nowhere(below: _Below, names: list[str], root: str | None) -> str:
         tail = next(level for level in range(len(parts)) if ends[0].endswith("/".join(parts[level:])))
         shared = "/".join(parts[tail:])
         top = os.path.normpath(os.path.join(base, ends[0].removesuffix(shared)))
-        return f"{text}; {shared} lies in {top}: --root {top} takes the paths from there."
+        return f"{text}; {shared} lies in {top}: --root {shell_word(top)} takes the paths from there."
     return f"{text}; --root DIR names another folder."

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from featurecache.errors import SourceError, nearest
-from featurecache.formatting import abbreviated, names_in
+from featurecache.formatting import abbreviated, names_in, shell_word
 from featurecache.sources.vocabulary import is_missing, split_names_of
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
@@ -96,7 +96,7 @@ def find_roles(
         roles.setdefault(role, [column for column in names if column not in elsewhere])
         if role not in requested and len(roles[role]) > 1:
             there = f"several columns that could be the {role}: {abbreviated(roles[role])}"
-            raise SourceError(f"{name} has {there}. Say which: --column {role}={roles[role][0]}.")
+            raise SourceError(f"{name} has {there}. Say which: --column {shell_word(f'{role}={roles[role][0]}')}.")
     used = [column for listed in roles.values() for column in listed]
     if twice := [column for column in used if used.count(column) > 1]:
         raise SourceError(f"the column {twice[0]!r} of {name} cannot be two things at once ({dict(requested)}).")

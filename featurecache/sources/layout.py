@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from featurecache.errors import Reading, SeveralReadings, SourceError
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, shell_word
 from featurecache.sources.pairs import (
     IMAGES,
     are_sides,
@@ -301,7 +301,7 @@ class _Reader:
         if self.folds is not None:
             raise SourceError(
                 f"{self._folder(rows[0])} has splits of its own, as other folds have: an image stands in several. Give "
-                f"one fold: --data {self._folder(rows[0])}"
+                f"one fold: --data {shell_word(self._folder(rows[0]))}"
             )
 
     def _refuse_two(self, rows: Sequence[int], deeper: int = 1) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from featurecache.errors import SourceError, nearest
+from featurecache.formatting import shell_word
 from featurecache.sources.base import Dataset, package
 from featurecache.sources.fetching import SourceOptions, beside, data_folder, not_here
 from featurecache.sources.npz import open_archive
@@ -35,7 +36,7 @@ def open_medmnist(words: str, task: str | None) -> Dataset:
         if (file := folder / f"{stem}.npz").is_file():
             return replace(open_npz(str(file), task), name=stem, source={"data": str(options)})
     where = " and ".join(map(str, folders))
-    raise not_here(f"{stem}.npz", where, options, f"--data {replace(options, folder='FOLDER')}")
+    raise not_here(f"{stem}.npz", where, options, f"--data {shell_word(replace(options, folder='FOLDER'))}")
 
 
 def fetch_medmnist(words: str) -> None:

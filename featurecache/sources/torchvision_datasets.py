@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import NotFetched, SourceError, first_line, nearest
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, shell_word
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
 from featurecache.sources.fetching import SourceOptions, beside, data_folder, not_here
 from featurecache.sources.labels import resolve_labels, unique_names
@@ -107,7 +107,7 @@ def _parse(words: str) -> SourceOptions:
 
 
 def _absent(options: SourceOptions) -> NotFetched:
-    return not_here(options.name, options.folder, options, f"--data {replace(options, folder='FOLDER')}")
+    return not_here(options.name, options.folder, options, f"--data {shell_word(replace(options, folder='FOLDER'))}")
 
 
 def _images(options: SourceOptions, splits: dict[str, Split]) -> tuple[list[str], ImageArrays | ImageFiles]:

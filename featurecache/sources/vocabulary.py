@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from featurecache.errors import SourceError
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, join_names, shell_word
 
 # What people call their splits -> what we call them.
 SPLITS = {
@@ -140,7 +140,7 @@ def in_order(classes: Collection[str], task: str | None, order: Sequence[str] | 
     if task == "ordinal" and len(classes) > 2:
         raise SourceError(
             f"{where} has the classes {abbreviated(sorted(classes), 8)}, and their names are no numbers: say their "
-            f"order from the lowest to the highest, --order {','.join(sorted(classes)[:3])},…"
+            f"order from the lowest to the highest, --order {shell_word(join_names(sorted(classes)[:3]))},…"
         )
     return sorted(classes, key=lambda name: (_plain(name) is None, _plain(name) or 0.0, name))
 

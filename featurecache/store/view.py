@@ -10,7 +10,6 @@ import ctypes
 import glob
 import math
 import os
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,12 @@ import numpy as np
 import torch
 
 from featurecache import outputs as _outputs
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import CacheError, NotInCache, UnsafeFile
 from featurecache.files.atomic import refuse_links
 from featurecache.files.delimited import data_frame
 from featurecache.files.directory import ALIGNMENT, USER_BLOCK
-from featurecache.formatting import html_table, join_names
+from featurecache.formatting import html_table, join_names, shell_words
 from featurecache.store.schema import Layout, StoredOutput, ViewContent, read_view, text_array
 from featurecache.store.shards import TORCH_DTYPE, damaged_rows, empty_rows, file_size, map_rows, wrong_rows
 from featurecache.store.store import cache_folder, open_store
@@ -263,8 +263,9 @@ class View(ViewContent):
         if self.store.parent.resolve() != cache_folder().resolve():
             options.append(("--cache", self.store.parent))
         words = [str(word) for option in options for word in option if word != ""]
-        return f"featurecache extract {shlex.join(words)}"
+        return f"featurecache extract {shell_words(words)}"
 
+    @exact_arithmetic()
     def tensor(self, output: str, rows: Any = None) -> torch.Tensor:
         """Rows of an output in memory, [n, ...] in the storage dtype, in the order asked; all rows by default."""
         picked = self._rows(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 from click import Choice, argument, option
@@ -17,7 +16,7 @@ from featurecache.commands.terminal import (
     of_backbone_options,
     trust_option,
 )
-from featurecache.formatting import aligned
+from featurecache.formatting import aligned, shell_word, shell_words
 from heads.commands.train import page_options, prediction_by, training_options
 
 tested_option = option("--show-test", type=Choice(["chosen", "all"]), default="chosen", help="Test of which settings.")
@@ -119,7 +118,7 @@ def evaluate(
     written = sorted({each["written"] for each in evaluated})
     lines = [*tables, how_made(record), *(f"written    {path}" for path in written)]
     talk.result("\n".join(lines), {"evaluated": evaluated, "families": record["families"]})
-    talk.next(f"featurecache report {shlex.quote(run)}")
+    talk.next(f"featurecache report {shell_word(run)}")
     return 0
 
 
@@ -146,7 +145,7 @@ def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any
     if written.images:
         hides = "" if options["hash_ids"] else ", --hash-ids hides what they are called"
         talk.say(f"           before you send it: --no-images leaves them out{hides}")
-    talk.next(f"featurecache info {shlex.quote(runs[0])}")
+    talk.next(f"featurecache info {shell_word(runs[0])}")
     return 0
 
 
@@ -180,7 +179,7 @@ def explain(talk: Console, runs: tuple[str, ...], images: tuple[str, ...], **opt
     maps = heads.explain(list(runs), list(images), **options)
     lines = [explanations_table(maps.records), f"maps       {maps.path}/   {len(maps.files):,} PNG files, explain.json"]
     talk.result("\n".join(lines), {"explained": maps.path, "files": maps.files, "maps": maps.records})
-    talk.next(f"featurecache report {shlex.join(runs)}")
+    talk.next(f"featurecache report {shell_words(runs)}")
     return int(any("error" in record for record in maps.records))
 
 

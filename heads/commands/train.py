@@ -5,7 +5,6 @@ The options of training are those of the table in `heads.settings`.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import Field
 from pathlib import Path
@@ -24,6 +23,7 @@ from featurecache.commands.terminal import (
     options_of,
 )
 from featurecache.errors import BadOption
+from featurecache.formatting import shell_word
 
 if TYPE_CHECKING:
     from heads.runs.run import Run
@@ -82,7 +82,7 @@ def _training_option(entry: Field[Any], name: str) -> Callable[..., Any]:
 
 def prediction_by(run: Run) -> str:
     """The command that uses a run on new images."""
-    return f"featurecache predict --run {shlex.quote(str(run.path))} IMAGE…"
+    return f"featurecache predict --run {shell_word(run.path)} IMAGE…"
 
 
 def _show_run(talk: Console, run: Run) -> None:
@@ -196,6 +196,7 @@ def predict(
     classes of the run, or a table has a column of labels, accuracy is said too.
     """
     import heads
+    from featurecache.files.atomic import write_whole
     from heads import inference
     from heads.api import open_run
 
@@ -206,8 +207,6 @@ def predict(
         talk.say("warning    the backbone of this run was never trained: its answers show the tool, nothing else")
     records = heads.predict(loaded, list(images), columns=pairs_of(columns), say=talk.say, **options)
     if csv_file and csv_file != "-":
-        from featurecache.files.atomic import write_whole
-
         write_whole(Path(csv_file), inference.predictions_csv(records).encode())
         talk.say(f"predictions {csv_file}")
     if talk.json:
@@ -217,7 +216,7 @@ def predict(
         click.echo(inference.predictions_csv(records), nl=False)
     elif not csv_file:
         click.echo(inference.predictions_table(records))
-    talk.next(f"featurecache info {shlex.quote(run)}")
+    talk.next(f"featurecache info {shell_word(run)}")
     return int(any("error" in record for record in records))
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CacheError, CannotWrite, RunError, nearest
 from featurecache.files.atomic import write_whole
 from featurecache.files.records import nan_to_none
@@ -41,6 +42,7 @@ FOLDER = "external"
 ROWS = 1024  # features in memory at once
 
 
+@exact_arithmetic()
 def evaluate_run(
     run: Run, view: FeatureView, *, split: str | None = None, classes: Sequence[str] = (), resamples: int = 2000,
     say: Say | None = None,

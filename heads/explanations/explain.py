@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CannotWrite, UnreadableImage, nearest
+from featurecache.files.names import check_path
 from featurecache.formatting import aligned, one_line
 from featurecache.images.headers import read_by
 from heads.explanations.explainer import Explainer, SourceImage, SourceImages, read_source_image, visible_box
@@ -26,7 +28,7 @@ from heads.metrics.calibration import predict_labels, probabilities
 from heads.runs.run import Run, is_pixels, load_run, name_of
 from heads.task import Say
 
-PART = 16  # images at once
+PART = 16, 100_000_000  # images, and about the pixels, in memory at once
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class ExplainReport:
     files: list[Path]
 
 
+@exact_arithmetic()
 def explain(
     runs: Run | str | Path | Sequence[Run | str | Path], images: Image | Iterable[Image], *,
     out: str | Path | None = None, kinds: str | Sequence[str] | None = None, classes: str | Sequence[str] | None = None,
@@ -63,8 +66,8 @@ def explain(
     folder = _folder(Path(out) if out is not None else opened[0].path / "explain")
     records: list[dict[str, Any]] = []
     files: list[Path] = []
-    numbers, stream = count(1), iter(_images(images, opened, originals))
-    while part := list(islice(stream, PART)):
+    numbers = count(1)
+    for part in _parts(_images(images, opened, originals)):
         readable = [image for image in part if isinstance(image, SourceImage)]
         records += [{"image": p[0], "error": p[1]} for p in part if not isinstance(p, SourceImage)]
         by_run = [
@@ -96,6 +99,19 @@ class ExplainResult:
     margin: float | None  # of that class, as `heads.explanations.maps` has it
     maps: list[SaliencyMap]
     why: str = ""
+
+
+def _parts(images: Iterable[Any]) -> Iterator[list[Any]]:
+    """In pieces of at most about ``PART``."""
+    part: list[Any] = []
+    for image in images:
+        part.append(image)
+        pixels = sum(each.pixels.size // 3 for each in part if isinstance(each, SourceImage))
+        if len(part) == PART[0] or pixels >= PART[1]:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
 def _of_run(
@@ -241,6 +257,7 @@ def explanations_table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _folder(path: Path) -> Path:
+    check_path(path, "--out")
     if path.exists() and not path.is_dir():
         raise BadOption(f"--out {path} is a file; it must be a folder, or a name that is free.")
     try:

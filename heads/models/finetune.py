@@ -16,7 +16,6 @@ B batch, C classes, T tokens of which the first P are no patches, D width, h and
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from featurecache.backbones.aliases import ALIASES
 from featurecache.backbones.base import Backbone, PooledMap, Tokens
 from featurecache.errors import BadOption, CacheError, FeatureCacheError, OutputRefused, RunError, UnknownHead
 from featurecache.files.records import read_record
+from featurecache.formatting import shell_word
 from featurecache.images.preprocessing import Preprocess
 from heads.metrics.calibration import Calibration
 from heads.models.adapters import add_lora, add_rlrr, check_adapters, is_norm, merge_adapters
@@ -193,9 +193,9 @@ def extract_options(folder: Path) -> str:
     """The options of ``extract`` for what `save_backbone` wrote into ``folder``."""
     record = _record(folder)
     if record["provider"] == "hf":
-        options = f"--backbone {shlex.quote(f'hf:{folder}')}"
+        options = f"--backbone {shell_word(f'hf:{folder}')}"
     else:
-        options = f"--backbone {shlex.quote(record['name'])} --weights {shlex.quote(str(folder / WEIGHTS))}"
+        options = f"--backbone {shell_word(record['name'])} --weights {shell_word(folder / WEIGHTS)}"
     return options + (f" --image-size {record['image_size']}" if record["sized"] else "")
 
 

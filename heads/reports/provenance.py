@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from featurecache.errors import FeatureCacheError
+from featurecache.formatting import shell_words
 from featurecache.store.write_view import open_view
 from heads.evaluation.families import Family, fraction_of
 from heads.models.catalogue import own_settings
@@ -23,10 +23,10 @@ def train_command(run: Run) -> str:
     config = run.config
     if is_pixels(run):
         words = ["--arch", run.head, *source_words(config["view"].get("source") or {})]
-        return "featurecache train-baseline " + shlex.join(words + option_words(config["settings"], _published(run)))
+        return "featurecache train-baseline " + shell_words(words + option_words(config["settings"], _published(run)))
     features = view_word(config["view"]["label"], config["view"]["path"])
     words = ["--head", run.head, "--features", features, "--output", run.output]
-    return "featurecache train-head " + shlex.join(words + option_words(config["settings"], _published(run)))
+    return "featurecache train-head " + shell_words(words + option_words(config["settings"], _published(run)))
 
 
 def _published(run: Run) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def commands_of(
     options.append(("--out", None if words == [str(folder)] else str(folder)))
     words += [word for option, value in options if value is not None for word in (option, value)]
     words += ([] if images else ["--no-images"]) + (["--hash-ids"] if hashed else [])
-    return [*commands, ("This page:", f"featurecache report {shlex.join(words)}")]
+    return [*commands, ("This page:", f"featurecache report {shell_words(words)}")]
 
 
 def setting_words(setting: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CacheError, FeatureCacheError, RunError
 from featurecache.files.atomic import open_regular
 from featurecache.files.records import read_record
@@ -138,6 +139,7 @@ class Run:
         return Predictions(ids, digests, columns["clusters"], grouped, y, raw, self.calibration(raw))
 
     @cached_property
+    @exact_arithmetic()
     def model(self) -> nn.Module:
         """The trained head. A ``python:`` head is code that the run only names: imported only when trusted."""
         if self.head.startswith("python:") and not self.trust_code:
@@ -166,6 +168,7 @@ class Run:
             raise RunError(f"{self.path} is damaged: its statistics of train do not fit its features.")
         return Standardize(self.config["standardize"], tensors.get("standardize.mean"), tensors.get("standardize.std"))
 
+    @exact_arithmetic()
     @torch.no_grad()
     def logits(self, features: torch.Tensor, device: str = "cpu") -> np.ndarray:
         """Calibrated logits float64 [n, C] of features [n, ...] in storage dtype, or of images uint8 [n,3,h,w]."""

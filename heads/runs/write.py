@@ -25,6 +25,7 @@ from safetensors.torch import save
 from featurecache import __version__
 from featurecache.errors import CannotWrite, RunError
 from featurecache.files.atomic import sync_path
+from featurecache.files.names import check_path
 from featurecache.files.records import nan_to_none
 from featurecache.formatting import cell
 from heads.metrics.calibration import Calibration, predict_labels, probabilities
@@ -60,6 +61,7 @@ class RunTarget:
 
 def check_out(out: str | Path, record: str, kind: str, allowed: Sequence[str] = ()) -> Path:
     """``--out`` as a folder that is empty, not there, or has a ``record``; raises RunError for any other."""
+    check_path(out, "--out")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--out {out} is a file; it must be a folder, or a name that is free.")
@@ -78,6 +80,7 @@ def run_target(out: str | Path | None, view: str, head: str, overwrite: bool = F
         if (exact / "config.json").is_file() and not overwrite:
             raise RunError(f"--out {out} holds a run already. --overwrite replaces it; another --out keeps it.")
         target = RunTarget(exact.parent, exact.name, exact)
+    check_path(f"{target.stem}-1", "--out")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _staging(target):

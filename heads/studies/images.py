@@ -16,6 +16,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, FeatureCacheError, SourceError, UnreadableImage
 from featurecache.files.atomic import write_whole, writing
+from featurecache.formatting import shell_word
 from heads.explanations.explainer import encode_image
 from heads.studies.spec import ImageSet, OpenedSet, Study
 
@@ -57,7 +58,9 @@ def _recognised(study: Study, text: str) -> dict[str, str]:
             sources[images.name] = text
     if not sources:
         names = ", ".join(images.name for images in study.images)
-        raise BadOption(f"--data {text}: which set of {study.name} is it? Write --data SET={text}; sets: {names}.")
+        raise BadOption(
+            f"--data {text}: which set of {study.name} is it? Write --data SET={shell_word(text)}; sets: {names}."
+        )
     return sources
 
 

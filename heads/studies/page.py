@@ -4,7 +4,6 @@ questions, as on the page of a report."""
 from __future__ import annotations
 
 import base64
-import shlex
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ import numpy as np
 
 from featurecache.errors import CannotWrite, UnreadableImage
 from featurecache.files.atomic import write_whole
+from featurecache.formatting import shell_words
 from featurecache.store.write_view import open_view
 from heads.api import families_in
 from heads.evaluation.comparison import compare
@@ -191,7 +191,7 @@ def _commands(result: StudyResult) -> list[tuple[str, str]]:
     words += ["--quick"] if options.quick else ["--random-weights"] if options.random_weights else []
     words += [word for name, path in options.weights.items() for word in ("--weights", f"{name}={path}")]
     words += [word for name in NUMBERS if (n := getattr(options, name)) for word in (flag(name), str(n))]
-    commands = {"The study:": shlex.join([*words, "--out", str(result.folder)])}
+    commands = {"The study:": shell_words([*words, "--out", str(result.folder)])}
     for step, family, _ in (row for table in result.tables for row in table.rows):
         if command := sweep_command(Path(family.runs[0].path).parent.parent):
             commands[f"{step}:"] = command

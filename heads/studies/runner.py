@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featurecache import __version__
+from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import FeatureCacheError, RunError, StepFailed, Stopped
 from featurecache.files.atomic import write_whole
 from featurecache.formatting import aligned, duration, number, one_line
@@ -57,6 +58,7 @@ Say = Callable[[str], None]
 Row = dict[str, Any]
 
 
+@exact_arithmetic()
 def run_study(
     name: str, *, out: str | Path | None = None, cache: str | Path | None = None, images: bool = True,
     hash_ids: bool = False, dry_run: bool = False, say: Say | None = None, progress: bool = False,

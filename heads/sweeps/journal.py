@@ -29,6 +29,7 @@ from featurecache import __version__
 from featurecache.errors import CacheError, RunError
 from featurecache.files.atomic import sync_path, write_whole, writing
 from featurecache.files.locks import exclusive_lock
+from featurecache.files.names import check_path
 from featurecache.files.records import nan_to_none, parse_json
 from heads.evaluation.families import Family, family_of, select_setting, selection_key
 from heads.models.catalogue import head_info
@@ -222,6 +223,7 @@ def _free_folder(view: str, frame: dict[str, Any]) -> Path:
         same = (folder / RECORD).is_file() and not _difference(_read_sweep(folder)["frame"], frame)
         if same or not folder.exists():
             break
+    check_path(folder, "--out")
     return folder
 
 

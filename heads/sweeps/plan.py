@@ -8,7 +8,6 @@ everything that decides a row: what has one in the journal is not trained again.
 from __future__ import annotations
 
 import inspect
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ import torch
 
 from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
+from featurecache.formatting import shell_words
 from heads.alignment import AlignedViews, same_images
 from heads.models.catalogue import HEADS, has_dropout, head_info, is_baseline, make_head, own_settings
 from heads.models.common import Input
@@ -176,7 +176,7 @@ class SweepPlan:
         words = [word for name, value in options.items() if value for word in (flag(name), value)]
         words += [] if features else source_words(views[0].source)
         words += [word for each in spec.grid.get("augment", ()) for word in ("--augment", each or "none")]
-        return f"featurecache ablate {shlex.join([*words, *option_words(spec.base.to_dict()), '--out', str(folder)])}"
+        return f"featurecache ablate {shell_words([*words, *option_words(spec.base.to_dict()), '--out', str(folder)])}"
 
 
 def _values_text(values: Any) -> str:

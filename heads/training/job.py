@@ -14,6 +14,7 @@ from torch import nn
 
 from featurecache.errors import BadOption, NotInCache
 from featurecache.files.records import canonical_json
+from featurecache.formatting import shell_word
 from featurecache.images.headers import crop_words
 from heads.metrics.classification import title
 from heads.models.catalogue import head_info, make_head, make_network, shape_of_network
@@ -114,7 +115,7 @@ def choose_output(view: FeatureView, head: str, output: str | None) -> str:
             raise BadOption(f"{head} is a head on features; {view.label} holds images. train-head trains it on a view.")
         return view.output
     if takes == "pixels":
-        raise BadOption(f"{head} is trained from pixels: featurecache train-baseline --arch {head}")
+        raise BadOption(f"{head} is trained from pixels: featurecache train-baseline --arch {shell_word(head)}")
     if output is not None:
         if "/" in output or "\\" in output:
             raise BadOption(

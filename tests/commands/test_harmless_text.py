@@ -5,19 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.builders import CLS, ORDER, make_view
 from support.command import call
 
 import cli
 from featurecache.commands.terminal import CommandGroup, Console, command
-from featurecache.formatting import cell, harmless, one_line, text_of
+from featurecache.formatting import cell, harmless, one_line, shell_words, text_of
 
 # ---------------------------------------------------------------------------------------------- terminals
 
@@ -114,3 +115,38 @@ def test_splits_and_predictions_of_formulas_round_trip(tmp_path: Path, monkeypat
     assert (read_splits(run.path / "splits.csv", view.ids, []) == np.array(view.splits)).all()
     record = {"image": "=1+1", "class": "=cmd", "probability": 1.0, "probabilities": {"=cmd": 1.0}}
     assert predictions_csv([record]).splitlines()[1] == '"\'=1+1","\'=cmd",1.0,1.0,""'
+
+
+# ---------------------------------------------------------------------------------------------- shells
+
+WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+
+
+@pytest.mark.integration
+@given(st.lists(WORDS, min_size=1, max_size=20))
+@settings(max_examples=25, deadline=None)
+def test_a_shell_reads_back_the_words_of_a_command(words: list[str]) -> None:
+    typed = shell_words(words)
+    assert typed == one_line(typed)
+    script = f"printf '%s\\0' {typed}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"})
+    assert done.stdout.decode().split("\0")[:-1] == words
+
+
+def test_a_name_that_is_no_utf8_is_typed_by_its_bytes() -> None:
+    assert shell_words(["a\udcff'"]) == r"$'a\xff\x27'"
+
+
+def test_commands_are_quoted_by_one_function() -> None:
+    home = Path(cli.__file__).parent
+    modules = [*home.glob("featurecache/**/*.py"), *home.glob("heads/**/*.py"), home / "cli.py"]
+    assert [path.name for path in modules if "shlex" in path.read_text()] == ["formatting.py"]
+
+
+@pytest.mark.parametrize("name", ["a$(touch pwned)", "a b", "a'b", 'a"b', "a;ls", "a&b", "a\nb"])
+@pytest.mark.parametrize("words", [("ls",), ("info", "{}")])
+def test_the_next_command_holds_the_name_as_one_word(tmp_path: Path, name: str, words: tuple[str, ...]) -> None:
+    view = make_view(tmp_path, ORDER, name=name, layouts=(CLS,))
+    done = call(*(word.format(view.path) for word in words), "--cache", tmp_path)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("next ")]
+    assert f" {shell_words([view.label])}" in line and shell_words([view.label]) != view.label

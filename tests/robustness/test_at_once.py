@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.builders import CLS, TOKENS, add_shard, add_view, features, make_st
 from support.fault_home import Home, Scenario
 from support.fault_home import home as make_home
 from support.forks import Answer
+from support.pictures import save_picture
 
 from featurecache.errors import DamagedFile
 from featurecache.maintenance import verify as verification
@@ -48,11 +50,16 @@ def held(home: Home, scenario: Scenario, cache: Path, at: int) -> Iterator[list[
         answers.append(home.forks.wait(number))
 
 
+def is_of_a_shard(scenario: Scenario, step: int) -> bool:
+    """Not of the view, which two extractions write one after the other."""
+    return scenario.events[step][1].count("/") == 2
+
+
 def steps_inside(scenario: Scenario, count: int) -> list[int]:
     """Steps at shards and after: before, a file of the store may be held for which others wait their turn."""
     marks = [n for n, (_, place, _) in enumerate(scenario.events) if "/.shared-" in place or "/.exclusive-" in place]
-    begun = next(n for n, (_, place, _) in enumerate(scenario.events) if place.count("/") == 2)
-    inside = range(begun + 1, marks[-1])
+    begun = next(n for n in range(len(scenario.events)) if is_of_a_shard(scenario, n))
+    inside = [n for n in range(begun + 1, marks[-1]) if scenario.job != "extract" or is_of_a_shard(scenario, n)]
     return sorted(random.Random(SEED).sample(inside, min(count, len(inside))))
 
 
@@ -65,6 +72,46 @@ def test_two_extractions_from_nothing(tmp_path: Path, home: Home) -> None:
     scenario = home.scenario("new")
     answers = home.forks.all("extract", [scenario.on(tmp_path / "cache"), scenario.on(tmp_path / "cache")])
     assert [answer.error for answer in answers] == [None, None]
+    assert home.forks.done("state", cache=tmp_path / "cache") == scenario.end
+    assert home.forks.done("leftovers", cache=tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("other", [{"outputs": "cls,mean"}, {"outputs": "cls", "views": 1, "augment": "flip"}])
+def test_a_view_has_the_outputs_and_copies_of_two_extractions_at_once(tmp_path: Path, home: Home, other) -> None:  # type: ignore[no-untyped-def]
+    scenario, cache = home.scenario("new"), tmp_path / "cache"
+    looked = replace(scenario, arguments={**scenario.arguments, "outputs": "tokens"})
+    begun = next(n for n in range(len(scenario.events)) if is_of_a_shard(scenario, n))
+    with held(home, looked, cache, begun + 1) as answers:
+        home.forks.done("extract", cache=cache, **{**scenario.arguments, **other})
+        before = open_view("set", cache, copies=True)
+    assert answers[0].error is None, answers
+    view = open_view("set", cache, copies=True)
+    assert view.outputs.keys() == {"tokens", *other["outputs"].split(",")}
+    assert view.ids == before.ids and view.augmented == before.augmented
+    rows = home.forks.done("read", cache=cache)["set"]
+    for name in ("cls", "tokens"):
+        assert {sample: row[name] for sample, row in rows.items()} == {
+            s: row[name] for s, row in home.rows["set"].items()
+        }
+    assert verification.verify(cache).damages == ()
+
+
+def test_another_data_set_that_takes_the_name_meanwhile_is_not_replaced(tmp_path: Path, home: Home) -> None:
+    scenario, cache = home.scenario("new"), tmp_path / "cache"
+    for k in range(5):
+        save_picture(tmp_path / "other" / ("ill", "well")[k % 2] / f"{k}.png", 100 + k)
+    with held(home, scenario, cache, steps_inside(scenario, 1)[0]) as answers:
+        home.forks.done("extract", cache=cache, **{**scenario.arguments, "data": tmp_path / "other"})
+    assert "it is another dataset. Give this one a name with --name" in str(answers[0].error)
+    assert len(open_view("set", cache)) == 5
+
+
+def test_an_extraction_goes_on_while_another_sweeps_what_it_has_not_locked_yet(tmp_path: Path, home: Home) -> None:
+    scenario, stop = home.scenario("new"), tmp_path / "stop"
+    number = home.forks.start("sweep_again_and_again", cache=tmp_path / "cache", stop=stop)
+    answer = home.forks.run("extract", pause=0.05, **scenario.on(tmp_path / "cache"))
+    stop.touch()
+    assert answer.error is None and home.forks.wait(number).value > 10
     assert home.forks.done("state", cache=tmp_path / "cache") == scenario.end
     assert home.forks.done("leftovers", cache=tmp_path / "cache") == []
 

@@ -137,7 +137,7 @@ except CannotWrite as error:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "refused: cannot write" in done.stdout
-    assert "What was committed is safe" in done.stdout
+    assert "What is finished is whole; raise the limit for the size of files" in done.stdout
     assert len(list(tmp_path.glob("*/cls/*"))) == 1
 
 

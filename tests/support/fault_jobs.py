@@ -4,6 +4,7 @@ files of a cache, with what verify, the readers, repair and an extraction make o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import resource
 import shutil
@@ -19,6 +20,7 @@ import featurecache
 from featurecache.errors import FeatureCacheError, NotInCache
 from featurecache.extraction import run
 from featurecache.extraction.canary import read_canary
+from featurecache.files import atomic
 from featurecache.maintenance import collect, repair
 from featurecache.maintenance import merge as merging
 from featurecache.maintenance import verify as verification
@@ -45,10 +47,15 @@ def make(home: str, images: int) -> None:
 
 
 def extract(
-    data: str, backbone: str, cache: str, outputs: str = "cls,tokens", rows: int = 4, room: bool = False, **more: Any
-) -> dict[str, int]:
-    """In shards of ``rows`` images. ``room``: without asking first how much the disk has left."""
+    data: str, backbone: str, cache: str, outputs: str = "cls,tokens", rows: int = 4, room: bool = False,
+    pause: float = 0, **more: Any,
+) -> dict[str, int]:  # fmt: skip
+    """In shards of ``rows`` images. ``room``: without asking first how much the disk has left. ``pause``: seconds
+    between the making of a file and its lock, as on a busy machine."""
     store.SHARD_ROWS = rows
+    if pause:
+        flock = atomic.fcntl.flock
+        atomic.fcntl.flock = lambda *arguments: (time.sleep(pause), flock(*arguments))[1]
     if room:
         run.Extraction.check_disk = lambda self: None  # type: ignore[method-assign]
     options = {"backbone": backbone, "cache": cache, "outputs": outputs, "name": "set", "batch_size": 4, **more}
@@ -132,6 +139,17 @@ def read_again_and_again(cache: str, stop: str) -> list[dict[str, Rows | str]]:
         if (state := read(cache)) not in seen:
             seen.append(state)
     return seen
+
+
+def sweep_again_and_again(cache: str, stop: str) -> int:
+    """What every extraction begins with; how often."""
+    for count in itertools.count():
+        time.sleep(0.01)
+        for place in stores(Path(cache)):
+            place.sweep()
+        if Path(stop).exists():
+            return count
+    return 0
 
 
 def verify_again_and_again(cache: str, stop: str) -> list[str]:

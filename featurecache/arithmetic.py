@@ -1,0 +1,93 @@
+"""Exact arithmetic: autocast, default dtype and device, TF32, threads and other switches of torch, set and restored.
+
+Whoever computes features or trains heads inside somebody's program inherits what that program has switched; the
+fingerprint of a store knows nothing of it. Every public function that computes runs in `exact_arithmetic`: it leaves
+torch as a fresh process has it, with the products of float32 in float32 and without autotuned kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+_Switch = tuple[Callable[[], Any], Callable[[Any], Any], Any]  # reads it, sets it, as it has to be
+
+
+def _attribute(module: Any, name: str, value: bool) -> _Switch:
+    return partial(getattr, module, name), partial(setattr, module, name), value
+
+
+def _precision(backend: str, operation: str) -> _Switch:
+    """Of products of float32. What all operations or backends have in common is "none", so that it decides nothing: it
+    comes first, since one operation is read as what it inherits. (By torch._C: `mkldnn.fp32_precision` of torch 2.14
+    sets that of all backends.)"""
+    value = "none" if operation == "all" else "ieee"
+    read, change = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    return partial(read, backend, operation), partial(change, backend, operation), value
+
+
+def _autocast(device: str) -> _Switch:
+    return partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device), False
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+_cuda, _cudnn, _mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+_SWITCHES: tuple[_Switch, ...] = (
+    *(_precision(backend, "all") for backend in ("generic", "cuda", "mkldnn")),
+    *(_precision(backend, each) for backend in ("cuda", "mkldnn") for each in ("matmul", "conv", "rnn")),
+    *(_autocast(device) for device in ("cpu", "cuda", "mps")),
+    (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+    (_deterministic, lambda mode: torch.use_deterministic_algorithms(mode[0], warn_only=mode[1]), (False, False)),
+    _attribute(_cudnn, "enabled", True),
+    _attribute(_cudnn, "benchmark", False),
+    _attribute(_cudnn, "deterministic", True),
+    _attribute(_mkldnn, "enabled", True),
+    _attribute(_mkldnn, "deterministic", False),
+    _attribute(_cuda.matmul, "allow_fp16_accumulation", False),
+    _attribute(_cuda.matmul, "allow_fp16_reduced_precision_reduction", True),
+    _attribute(_cuda.matmul, "allow_bf16_reduced_precision_reduction", True),
+    (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp, True),
+    (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp, True),
+    (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp, True),
+    (_cuda.math_sdp_enabled, _cuda.enable_math_sdp, True),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, True),
+)
+
+
+_OLDER: tuple[_Switch, ...] = (  # of several operations at once
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    _attribute(_cudnn, "allow_tf32", False),
+)
+
+
+@contextlib.contextmanager
+def exact_arithmetic(threads: int | None = None) -> Iterator[None]:
+    """Torch as a fresh process has it, exact and with gradients, whatever the caller has switched; his settings come
+    back afterwards. ``threads``: of the CPU, where their number is fixed. Also a decorator: ``@exact_arithmetic()``."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":  # entered only then: it costs every call of torch something
+            stack.enter_context(torch.device("cpu"))
+        older = []
+        for read, change, _ in _OLDER:
+            with contextlib.suppress(RuntimeError):  # its operations differ: those alone tell what is set
+                older.append(partial(change, read()))
+        for read, change, value in _SWITCHES:
+            stack.callback(change, read())
+            change(value)
+        for restore in older:  # before those of single operations come back
+            stack.callback(restore)
+        for _, change, value in _OLDER:
+            change(value)
+        if threads is not None:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
+        yield

@@ -1,0 +1,106 @@
+"""What a view is to hold: the outputs and augmented copies that are asked for, and those that it has already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from featurecache.backbones.base import Backbone
+from featurecache.errors import BadOption
+from featurecache.extraction.forward import output_layout
+from featurecache.extraction.scan import ScanResult
+from featurecache.files.atomic import FileStamp, file_stamp
+from featurecache.formatting import shell_word
+from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
+from featurecache.outputs import Output, parse
+from featurecache.sources.base import Dataset, may_be_trained_on
+from featurecache.store.shards import Layout
+from featurecache.store.store import Store
+from featurecache.store.view import View
+
+
+class ViewContents(NamedTuple):
+    """What the view of an extraction is to hold, as its store was at one moment."""
+
+    outputs: tuple[Output, ...]
+    layouts: dict[str, Layout]  # of the outputs, and of the tokens that some are made of
+    copying: AugmentationPlan | None
+    view_copies: AugmentedCopies | None  # those that the view of this name has
+    images: np.ndarray  # [images] first sample of each distinct image; then the same for the augmented copies
+    digests: np.ndarray  # [images] S32, and of the copies
+    stamp: FileStamp | None  # of the view that is there
+
+
+def view_contents(
+    store: Store | None, wanted: Sequence[Output], copies: AugmentedCopies | None, *, name: str, dataset: Dataset,
+    scan: ScanResult, network: Backbone, dtype: str, keeps_copies: bool,
+) -> ViewContents:  # fmt: skip
+    """``wanted`` and what the view of this ``name`` has; ``copies``, or where it ``keeps_copies`` those of that view.
+    Raises BadOption where it is another dataset's."""
+    path = store.path / f"{name}.h5" if store else None
+    stamp = file_stamp(path) if path else None  # before it is read: who writes it meanwhile is seen at the end
+    existing = _checked(View(path, columns_only=True), dataset, scan.digests) if path and stamp else None
+    outputs = tuple(dict.fromkeys([*wanted, *(parse(output) for output in (existing.outputs if existing else ()))]))
+    view_copies = existing.augmented if existing else None
+    copying = _copying(dataset, view_copies if keeps_copies and existing else copies, scan)
+    images = copying.with_copies(scan.images) if copying else scan.images
+    digests = copying.digests(scan.digests) if copying else scan.digests
+    return ViewContents(outputs, layouts_of(network, outputs, dtype), copying, view_copies, images, digests, stamp)
+
+
+def layouts_of(network: Backbone, wanted: Sequence[Output], dtype: str) -> dict[str, Layout]:
+    """Of outputs, and of the tokens that some are made of. Raises OutputRefused where the backbone has none."""
+    layouts = {output.name: output_layout(network, output, dtype) for output in wanted}
+    return layouts | {o.source: output_layout(network, parse(o.source), dtype) for o in wanted if o.is_derived}
+
+
+def _copying(dataset: Dataset, augmented: AugmentedCopies | None, images: ScanResult) -> AugmentationPlan | None:
+    if augmented is None:
+        return None
+    may = may_be_trained_on(dataset)
+    if not may.any():
+        raise BadOption(
+            f"augmented copies are made of training images, and {dataset.source.get('data')} has none: its splits are "
+            f"{', '.join(sorted(set(dataset.splits) - {''}))}. --views 0 goes on without copies."
+        )
+    sources = np.unique(images.sample_image[may & (images.sample_image >= 0)])
+    return AugmentationPlan(augmented, sources, len(images.digests))
+
+
+def _checked(view: View, dataset: Dataset, digests: np.ndarray) -> View:
+    """Refuses to replace another dataset's view. Where the images come from elsewhere than those of the view did, their
+    contents have to be the same: names like ``0.png`` and ``set.npz:train:0`` are those of many data sets."""
+    common, moved = len(set(view.ids) & set(dataset.ids)), view.source.get("data") != dataset.source.get("data")
+    if moved:
+        common = min(common, int(np.isin(view.digests, digests).sum()))
+    if bool(view.source.get("hash_ids")) != bool(dataset.source.get("hash_ids")):
+        was, now = ("with", "without") if view.source.get("hash_ids") else ("without", "with")
+        raise BadOption(
+            f"the view {view.label} was made {was} --hash-ids: {now} it no image has the name it has there. Give this "
+            f"one a name with --name, or remove that one first: featurecache rm {shell_word(view.label)}"
+        )
+    if 2 * common < len(view):
+        raise BadOption(
+            f"the view {view.label} holds {len(view):,} images of which {common:,} are in "
+            f"{dataset.source.get('data')}: it is another dataset. Give this one a name with --name."
+        )
+    return view
+
+
+def copies_in_view(
+    copying: AugmentationPlan | None, dataset: Dataset, sample_image: np.ndarray, kept: np.ndarray,
+    failures: dict[int, str],
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[int, int, str]]]:  # fmt: skip
+    """For copy 1 … k: samples of ``kept`` that have it, and its numbers; and (sample, copy, why not) of others."""
+    if copying is None:
+        return [], []
+    may = kept[may_be_trained_on(dataset)[kept]]
+    copied, lost = [], []
+    for copy in range(1, copying.augmented.views + 1):
+        numbers = copying.numbers(sample_image[may], copy)
+        fine = ~np.isin(numbers, list(failures))
+        copied.append((may[fine], numbers[fine]))
+        lost += [(int(may[k]), copy, failures[int(numbers[k])]) for k in np.flatnonzero(~fine)]
+    return copied, lost
