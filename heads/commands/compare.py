@@ -142,12 +142,14 @@ def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any
 
     written = heads.report(list(runs), images=not no_images, **options)
     files = {"report": written.path, "metrics": written.path.parent / "metrics.json"}
-    talk.result(_written(written), files | {"images": written.images})
+    talk.result(_written(written), files | {"images": written.images, "left_out": written.left_out})
+    for sentence in written.left_out:
+        talk.say(f"warning    {sentence}")
     if written.images:
         hides = "" if options["hash_ids"] else ", --hash-ids hides what they are called"
         talk.say(f"           before you send it: --no-images leaves them out{hides}")
     talk.next(f"featurecache info {shlex.quote(runs[0])}")
-    return 0
+    return int(any(" is damaged" in sentence for sentence in written.left_out))
 
 
 @command

@@ -24,7 +24,7 @@ from heads.alignment import AlignedViews, same_images
 from heads.models.catalogue import HEADS, baseline_info, has_dropout, head_info, is_baseline, make_head
 from heads.models.common import Input
 from heads.pixel_view import PixelView
-from heads.runs.run import hash_of, name_of, option_words, source_words, view_word
+from heads.runs.run import hash_of, is_of_pixels, name_of, option_words, source_words, view_word
 from heads.settings import VARIED, Settings, flag, options_for
 from heads.splits import Splits, choose_splits
 from heads.sweeps.grid import Range, Resplit, SweepSpec
@@ -64,10 +64,13 @@ class PlannedFamily:
         return 1 if is_baseline(self.head) else TOGETHER_STACKED if self.head in STEPPED else TOGETHER
 
     def __str__(self) -> str:
-        part = f", {self.fraction * 100:.4g} % of train" if self.fraction < 1 else ""
-        if is_baseline(self.head):
-            return f"{name_of(self.head, self.output)}{part}"
-        return f"{self.view} {self.output} {self.head}{part}"
+        return family_text(*self.identity)
+
+
+def family_text(view: str, output: str, head: str, fraction: float) -> str:
+    """A family in words."""
+    part = f", {fraction * 100:.4g} % of train" if fraction < 1 else ""
+    return f"{name_of(head, output) if is_of_pixels(output) else f'{view} {output} {head}'}{part}"
 
 
 @dataclass

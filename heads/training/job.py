@@ -6,7 +6,7 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from heads.models.catalogue import head_info, make_head, make_network, shape_of_
 from heads.models.common import Input, count_parameters, rows_at_once
 from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
+from heads.runs.write import deciding
 from heads.settings import VARIED, Settings, flag, options_for
 from heads.splits import Splits, choose_splits, dropped_sentence
 from heads.task import FeatureView, Say, SplitData, Standardize, Task, load_features, memory_for_features, task_of
@@ -96,6 +97,14 @@ def training_images_hash(job: TrainingJob) -> str:
     for part in parts:
         state.update(part.tobytes())
     return state.hexdigest()
+
+
+def request_of(job: TrainingJob) -> dict[str, Any]:
+    """All that decides what comes of a job: equal requests give equal runs."""
+    return {
+        "settings": deciding(job.settings.to_dict()), "images": training_images_hash(job),
+        "features": job.view.fingerprint, "output": job.output,
+    }  # fmt: skip
 
 
 def make_model(job: TrainingJob, settings: Settings, generator: torch.Generator | None = None) -> nn.Module:

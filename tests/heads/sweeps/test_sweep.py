@@ -26,6 +26,7 @@ import cli
 from featurecache.errors import BadOption, InUse, NotInCache, ProtocolError, RunError, Stopped
 from featurecache.files.locks import exclusive_lock
 from heads.api import ablate
+from heads.runs.folder import write_record
 from heads.settings import Settings
 from heads.splits import splits_csv
 from heads.sweeps.journal import ROWS, load_sweep
@@ -204,10 +205,13 @@ def test_a_folder_of_other_things_and_damaged_records_are_refused():
         sweep(view_of())
     with pytest.raises(RunError, match=r"is no sweep: it has no sweep\.json"):
         load_sweep("s")
-    for text, says in (('{"format": 9}', "sweep format 9"), ('{"format": 1, "views": {}}', "no proper frame")):
-        Path("s/sweep.json").write_text(text)
+    for record, says in (({"format": 9}, "sweep format 9"), ({"views": {}}, "no proper frame")):
+        write_record(Path("s/sweep.json"), record)
         with pytest.raises(RunError, match=says):
             load_sweep("s")
+    Path("s/sweep.json").write_text('{"format": 1, "views": {}}')
+    with pytest.raises(RunError, match=r"sweep\.json is not the text that was written"):
+        load_sweep("s")
 
 
 def test_two_at_once_in_one_folder_are_refused():
