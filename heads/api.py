@@ -132,14 +132,17 @@ def predict(run: Run | str | Path, images: Any, *, trust_code: bool = False, **o
     return predict_images(run if isinstance(run, Run) else open_run(run, trust_code=trust_code), images, **options)
 
 
-def open_run(path: str | Path, *, trust_code: bool = False) -> Run:
-    """A run folder; of a sweep's folder the run that it chose, the best on val. Raises RunError."""
+def open_run(path: str | Path, *, trust_code: bool = False, say: Say | None = None) -> Run:
+    """A run folder; of a sweep's folder the run that it chose, the best on val; ``say`` hears what is not finished of
+    it. Raises RunError, also where a head that it might have chosen is damaged."""
     if not (Path(path) / RECORD).is_file():
         return load_run(path, trust_code=trust_code)
     sweep = load_sweep(path)
     _refuse_damaged(sweep)
     if not sweep.families:
         raise RunError(f"No head of the sweep {path} is finished and chosen yet; the same ablate command goes on.")
+    for name, why in sweep.unfinished.items() if say else ():
+        say(f"warning    {name}: {why}")
     return load_run(sweep.best.path, trust_code=trust_code)
 
 

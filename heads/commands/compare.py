@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from click import Choice, argument, option
@@ -103,7 +104,9 @@ def evaluate(
     from heads.evaluation.external import evaluate_run, external_images
     from heads.reports.text import external_table, how_made
 
-    families = families_in(run, trust_code=trust_code)
+    left_out: list[str] = []
+    families = families_in(run, trust_code=trust_code, left_out=left_out)
+    _say_left_out(talk, left_out)
     runs = [each for family in families for each in family.runs]
     images = external_images(runs, features, named_images(talk, data, how), cache)
     view = images(runs[0])
@@ -120,7 +123,12 @@ def evaluate(
     lines = [*tables, how_made(record), *(f"written    {path}" for path in written)]
     talk.result("\n".join(lines), {"evaluated": evaluated, "families": record["families"]})
     talk.next(f"featurecache report {shlex.quote(run)}")
-    return 0
+    return int(any(" is damaged" in sentence for sentence in left_out))
+
+
+def _say_left_out(talk: Console, left_out: Sequence[str]) -> None:
+    for sentence in left_out:
+        talk.say(f"warning    {sentence}")
 
 
 @command
@@ -143,8 +151,7 @@ def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any
     written = heads.report(list(runs), images=not no_images, **options)
     files = {"report": written.path, "metrics": written.path.parent / "metrics.json"}
     talk.result(_written(written), files | {"images": written.images, "left_out": written.left_out})
-    for sentence in written.left_out:
-        talk.say(f"warning    {sentence}")
+    _say_left_out(talk, written.left_out)
     if written.images:
         hides = "" if options["hash_ids"] else ", --hash-ids hides what they are called"
         talk.say(f"           before you send it: --no-images leaves them out{hides}")

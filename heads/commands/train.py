@@ -191,7 +191,7 @@ def predict(
     from heads import inference
     from heads.api import open_run
 
-    loaded = open_run(run, trust_code=trust_code)
+    loaded = open_run(run, trust_code=trust_code, say=talk.say)
     if loaded.path != Path(run):
         talk.line(f"run        {loaded.path}   (the choice of the sweep {run})")
     if loaded.untrained:
