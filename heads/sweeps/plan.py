@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +28,14 @@ from heads.settings import VARIED, Settings, flag, options_for
 from heads.splits import Splits, choose_splits
 from heads.sweeps.grid import Range, Resplit, SweepSpec
 from heads.task import FeatureView, Task, task_of
-from heads.training.job import TrainingJob, choose_output, memory_plan, prepare_training, training_images_hash
+from heads.training.job import (
+    TrainingJob,
+    choose_output,
+    code_hash,
+    memory_plan,
+    prepare_training,
+    training_images_hash,
+)
 
 FORMAT = 1  # of the keys
 STEPPED = ("linear", "mlp")  # heads whose steps are one product for all of them
@@ -146,11 +152,9 @@ class SweepPlan:
             job, drawn = self.job(family, resplit), (family.number, family.fraction, resplit)
             if drawn not in self._images:
                 self._images[drawn] = training_images_hash(job)
-            own_code = family.head.startswith("python:")
-            code = inspect.getsource(sys.modules[head_info(family.head).make.__module__]) if own_code else None
             shared = {
                 "format": FORMAT, "fingerprint": job.view.fingerprint, "output": job.output,
-                "images": self._images[drawn], "window": memory_plan(job)[1], "code": code and hash_of(code),
+                "images": self._images[drawn], "window": memory_plan(job)[1], "code": code_hash(family.head),
                 "standardize": job.settings.standardize or head_info(family.head).standardize,
             }  # fmt: skip
             own = [{k: v for k, v in each.to_dict().items() if k not in NOT_IN_KEY} for each in settings]

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from support.fake_view import label_view, toy_view
 
-from featurecache.errors import CannotWrite, RunError
+from featurecache.errors import CannotWrite, InUse, RunError
+from heads import api
 from heads.api import train_head
 from heads.reports import text as tables
 from heads.runs.run import list_runs, load_run
@@ -114,6 +115,44 @@ def test_a_folder_with_another_run_is_refused_and_overwrite_replaces_it():
     assert second.config["settings"]["seed"] == 1
     assert {file.name for file in Path("mine").iterdir()} == FILES
     assert [p.name for p in Path().iterdir()] == ["mine"]
+
+
+def test_the_same_command_says_that_the_run_is_finished_and_trains_nothing(monkeypatch):
+    lines, first = [], quick(out="mine")
+    before = {path: path.stat().st_mtime_ns for path in first.path.iterdir()}
+    monkeypatch.setattr("heads.api.train_together", None)
+    assert quick(out="mine", say=lines.append).config == first.config
+    assert lines == [f"finished   {first.path} is this very run already; --overwrite trains it again"]
+    assert {path: path.stat().st_mtime_ns for path in first.path.iterdir()} == before
+    with pytest.raises(RunError, match=r"other images in the page\..* featurecache report .* writes its page anew"):
+        quick(out="mine", images=False)
+    (first.path / "roc.png").write_bytes(b"x")
+    with pytest.raises(RunError, match=r"roc\.png is not what was written.* --overwrite begins anew"):
+        quick(out="mine")
+
+
+def test_a_run_that_another_command_finished_meanwhile_stays(monkeypatch):
+    other, train = quick(seed=1), api.train_together
+
+    def slowly(*given, **more):
+        other.path.rename("mine")  # as from a machine without locks in common
+        return train(*given, **more)
+
+    monkeypatch.setattr(api, "train_together", slowly)
+    with pytest.raises(RunError, match="mine was finished by another command meanwhile; it stays"):
+        quick(out="mine")
+    assert load_run("mine").config == other.config and sorted(path.name for path in Path().iterdir()) == [
+        "mine",
+        "runs",
+    ]
+
+
+def test_while_one_trains_another_with_its_out_is_refused_and_without_out_has_its_own():
+    with claim_run("runs/toy-linear-1", "toy", "linear", {}):
+        with pytest.raises(InUse, match="a training for toy-linear-1 by process"):
+            quick(out="runs/toy-linear-1")
+        assert quick().path.name == "toy-linear-2"
+    assert quick().path.name == "toy-linear-1"
 
 
 def test_a_folder_of_other_files_is_never_replaced_and_an_empty_one_may_be_given():
