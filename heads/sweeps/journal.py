@@ -339,8 +339,8 @@ def load_sweep(path: str | Path) -> Sweep:
             sweep.damaged[family_text(*family)] = str(error)
     if "files" not in record:
         begun = {family[2] for family in by_family}
-        waiting = {name for spec in record["asked"] for name in spec.get("heads", ()) if name not in begun}
-        sweep.unfinished.update(dict.fromkeys(sorted(waiting), "none of it is trained yet"))
+        wanted = {str(name) for spec in record["asked"] if isinstance(spec, dict) for name in spec.get("heads") or ()}
+        sweep.unfinished.update(dict.fromkeys(sorted(wanted - begun), "none of it is trained yet"))
         sweep.unfinished[path.name] = "the sweep was not finished; the same ablate command goes on"
     return sweep
 

@@ -229,7 +229,7 @@ def test_a_run_that_lacks_a_file_is_no_run():
         ("config.json", lambda data: data.replace(b'"kind 0"', b'"kind 2"', 1), "not the text that was written"),
         ("config.json", lambda data: data.replace(b'"format": 1', b'"format": 99'), "run format 99; .* reads 1"),
         ("config.json", lambda data: b"{", "is damaged"),
-        ("history.csv", lambda data: data + b'"', "history.csv is damaged"),
+        ("history.csv", lambda data: data + b'"', "history.csv is not what was written"),
     ],
 )
 def test_a_damaged_run_is_refused(name, change, says):
