@@ -141,8 +141,9 @@ def open_run(path: str | Path, *, trust_code: bool = False, say: Say | None = No
     _refuse_damaged(sweep)
     if not sweep.families:
         raise RunError(f"No head of the sweep {path} is finished and chosen yet; the same ablate command goes on.")
-    for name, why in sweep.unfinished.items() if say else ():
-        say(f"warning    {name}: {why}")
+    for name, why in sweep.unfinished.items():
+        if say:
+            say(f"warning    {name}: {why}")
     return load_run(sweep.best.path, trust_code=trust_code)
 
 
