@@ -10,7 +10,7 @@ from click import argument, option
 
 from featurecache.commands import extract, maintain
 from featurecache.commands.terminal import CONTEXT, CommandGroup, Console, cache_option, command, features_option
-from featurecache.errors import BadOption, NotInCache
+from featurecache.errors import BadOption, NotInCache, RunError
 from featurecache.formatting import shell_word
 from heads.commands import compare, train
 
@@ -50,7 +50,9 @@ def ls(talk: Console, runs: str, cache: str | None) -> int:
         import heads
         from heads.reports.text import runs_table, sweeps_table
 
-        trained, sweeps = heads.list_runs(runs), heads.list_sweeps(runs)
+        errors: list[RunError] = []
+        trained, sweeps = heads.list_runs(runs, errors), heads.list_sweeps(runs, errors)
+        blocks += ["\n".join(f"warning    {error}" for error in errors)] * bool(errors)
         blocks += [runs_table(trained)] * bool(trained) + [sweeps_table(sweeps)] * bool(sweeps)
     record = {
         "cache": folder,
@@ -65,6 +67,38 @@ def ls(talk: Console, runs: str, cache: str | None) -> int:
         cache,
     )
     return 0
+
+
+@command
+@argument("names", nargs=-1, metavar="[STORE|VIEW|RUN]…")
+@option("--runs", default="runs", metavar="DIR", help="Folder of runs, where nothing is named.")
+@cache_option
+def verify(talk: Console, names: tuple[str, ...], runs: str, cache: str | None) -> int:
+    """Check every file of the cache and of the runs against its hash: all, or what is named (a run, a sweep, a study, a
+    folder of them).
+
+    \b
+    featurecache verify
+    featurecache verify runs/chest-large-1
+    """
+    from featurecache.formatting import byte_bar
+    from featurecache.maintenance import verify as verification
+    from featurecache.store.store import cache_folder
+    from heads.sweeps.verify import records_below, verify_runs
+
+    folder = cache_folder(cache)
+    trained = [Path(name) for name in names or (runs,) if any(records_below(Path(name)))]
+    stores = [name for name in names if Path(name) not in trained]
+    only = verification.stores_called(stores, folder) if names else None
+    with byte_bar(verification.bytes_to_verify(folder, only), "verify", talk.progress) as bar:
+        reports = [verification.verify(folder, only, advance=bar.update), verify_runs(trained)]
+    report = verification.VerifyReport(
+        sum(each.files for each in reports), sum(each.bytes for each in reports),
+        sum(each.seconds for each in reports), (*reports[0].damages, *reports[1].damages),
+    )  # fmt: skip
+    talk.result(maintain.verification_lines(report), report)
+    talk.next("featurecache repair" if reports[0].damages else "featurecache ls", cache)
+    return int(bool(report.damages))
 
 
 @command
@@ -230,7 +264,7 @@ COMMANDS = (
     *(extract.extract, extract.why),
     *(train.train_head, train.train_baseline, compare.ablate, compare.study, compare.evaluate, compare.report),
     *(train.predict, compare.explain, ls, info),
-    *(maintain.verify, maintain.repair, leaks, maintain.rm, maintain.gc, maintain.compact),
+    *(verify, maintain.repair, leaks, maintain.rm, maintain.gc, maintain.compact),
     *(maintain.export, maintain.import_, maintain.merge, train.demo),
 )
 for each in COMMANDS:

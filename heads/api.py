@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +23,19 @@ from heads.models.common import FINETUNE
 from heads.pixel_view import PixelView, open_pixels
 from heads.reports.figures import save_pictures
 from heads.reports.page import WrittenReport, write_report
+from heads.runs.folder import in_use
 from heads.runs.run import Run, load_run, name_of
-from heads.runs.write import run_target, write_run
+from heads.runs.write import OF_THE_PAGE, claim_run, write_run
 from heads.settings import HeadOptions, NetworkOptions, Settings, SweepOptions, takes
 from heads.sweeps.grid import SweepSpec
-from heads.sweeps.journal import RECORD, ROWS, Sweep, in_use, load_sweep, open_sweep, read_journal, write_sweep
+from heads.sweeps.journal import RECORD, ROWS, Sweep, load_sweep, open_sweep, read_journal, write_sweep
 from heads.sweeps.plan import FROM_PIXELS, SweepPlan, has_option, plan_sweep
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search
 from heads.task import FeatureView, Say, memory_for_features
 from heads.training import network
-from heads.training.job import describe_training, prepare_training
+from heads.training.job import describe_training, prepare_training, request_of
+from heads.training.loop import Checkpoint
 from heads.training.train import measure_controls, run_contents, train_together
 
 if TYPE_CHECKING:
@@ -51,7 +55,8 @@ def train_head(
 
     ``controls``: chance, majority class and logistic regression on pixels beside it; None: where the weights are
     untrained. ``report``: report.html in the folder, with or without ``images`` of the data in it, ids as keyed hashes
-    with ``hash_ids``; ``run.metrics["comparison"]`` then holds the intervals. Raises UnknownHead, BadOption, NotInCache
+    with ``hash_ids``; ``run.metrics["comparison"]`` then holds the intervals. ``out`` that holds the run of this very
+    call: that run. Raises UnknownHead, BadOption, NotInCache
     (with the command that stores what is missing), ProtocolError (splits that cannot work) and RunError (a folder in
     the way), all before training.
     """
@@ -59,14 +64,17 @@ def train_head(
     given = {name: value for name, value in options.items() if value is not None}
     settings = Settings.of(head, splits=splits, classes=classes, only=only, **own_settings(head) | given)
     job = prepare_training(view, settings)
-    target = run_target(out, job.view.name, head, overwrite)
-    describe_training(job, say)
-    (fit,) = train_together(job, [settings], say, progress=progress)
-    if isinstance(fit, ProtocolError):
-        raise fit
-    baselines = measure_controls(job, say) if (job.view.untrained if controls is None else controls) else []
-    run = write_run(target, run_contents(job, fit, baselines), save_pictures if report else None)
-    return _with_report(run, images, hash_ids) if report else run
+    controls = job.view.untrained if controls is None else controls
+    request = request_of(job) | _page_request(controls, report, images, hash_ids)
+    with claim_run(out, job.view.name, head, request, overwrite) as target:
+        if target.run:
+            return _finished(target.run, say)
+        describe_training(job, say)
+        (fit,) = train_together(job, [settings], say, progress=progress)
+        if isinstance(fit, ProtocolError):
+            raise fit
+        contents = run_contents(job, fit, measure_controls(job, say) if controls else [])
+        return write_run(target, contents, partial(_draw_page, images, hash_ids) if report else None)
 
 
 @takes(NetworkOptions)
@@ -74,15 +82,15 @@ def train_head(
 def train_baseline(
     data: Any, arch: str, *, splits: str | Path | None = None, classes: Sequence[str] | None = None,
     only: Sequence[str] | str | None = None, out: str | Path | None = None, overwrite: bool = False,
-    resume: bool = False, controls: bool = False, report: bool = True, images: bool = True, hash_ids: bool = False,
-    device: str = "auto", say: Say | None = None, progress: bool = False, **options: Unpack[NetworkOptions],
+    controls: bool = False, report: bool = True, images: bool = True, hash_ids: bool = False, device: str = "auto",
+    say: Say | None = None, progress: bool = False, **options: Unpack[NetworkOptions],
 ) -> Run:  # fmt: skip
     """Train a network from pixels and write a run folder. ``arch``: a name of `heads.models.catalogue.BASELINES`, or
     ``finetune:<backbone>``.
 
     ``data``: a source as ``--data`` names it, a dataset, a view (its images) or a `PixelView`. ``options`` are fields
-    of `Settings`; without them they are as published. A checkpoint is written after every epoch, with which ``resume``
-    goes on. Raises what `train_head` raises, before anything is trained.
+    of `Settings`; without them they are as published. A checkpoint is written after every epoch: the same call goes on
+    where it was interrupted. Raises what `train_head` raises, before anything is trained.
     """
     from featurecache.extraction.forward import pick_device
 
@@ -97,25 +105,35 @@ def train_baseline(
     for failure in view.failed:
         say(f"warning    {failure['id']} could not be read and is left out: {failure['reason']}")
     job = dataclasses.replace(prepare_training(view, settings), pretrained=pretrained)
-    target = run_target(out, view.name, arch, overwrite)
-    checkpoint = network.checkpoint_of(target, job)
-    network.check_checkpoint(checkpoint, resume, overwrite)
-    describe_training(job, say)
-    if checkpoint.exists:
-        say(f"resumed    after epoch {checkpoint.epoch}")
-    fit = network.train_network(job, settings, say, checkpoint, progress)
-    contents = run_contents(job, fit, measure_controls(job, say) if controls else [])
-    if arch.startswith(FINETUNE):
-        contents = network.with_backbone(contents, fit.model.cpu())
-    run = write_run(target, contents, save_pictures if report else None)
-    checkpoint.remove()
-    return _with_report(run, images, hash_ids) if report else run
+    request = request_of(job) | _page_request(controls, report, images, hash_ids)
+    with claim_run(out, view.name, arch, request, overwrite) as target:
+        if target.run:
+            return _finished(target.run, say)
+        describe_training(job, say)
+        checkpoint = Checkpoint(target.checkpoint)
+        fit = network.train_network(job, settings, say, checkpoint, progress)
+        contents = run_contents(job, fit, measure_controls(job, say) if controls else [])
+        if arch.startswith(FINETUNE):
+            contents = network.with_backbone(contents, fit.model.cpu())
+        run = write_run(target, contents, partial(_draw_page, images, hash_ids) if report else None)
+        checkpoint.remove()
+        return run
 
 
-def _with_report(run: Run, images: bool, hash_ids: bool) -> Run:
+def _page_request(controls: bool, report: bool, images: bool, hash_ids: bool) -> dict[str, bool]:
+    return dict(zip(OF_THE_PAGE, (controls, report, images, hash_ids), strict=True))
+
+
+def _finished(run: Run, say: Say) -> Run:
+    say(f"finished   {run.path} is this very run already; --overwrite trains it again")
+    return run
+
+
+def _draw_page(images: bool, hash_ids: bool, run: Run) -> None:
+    """The pictures and the page of a run that is being written, with the intervals in its metrics."""
+    save_pictures(run)
     families = families_of([run])
-    write_report(run.path, families, compare(families), images=images, hash_ids=hash_ids)
-    return load_run(run.path, trust_code=True)
+    write_report(run.path, families, compare(families), images=images, hash_ids=hash_ids, place=run.folder)
 
 
 @exact_arithmetic()
@@ -129,13 +147,26 @@ def predict(
     return predict_images(opened, images, columns=columns, device=device, weights=weights, say=say)
 
 
-def open_run(path: str | Path, *, trust_code: bool = False) -> Run:
-    """A run folder; of a sweep's folder the run that it chose, the best on val. Raises RunError."""
+def open_run(path: str | Path, *, trust_code: bool = False, say: Say | None = None) -> Run:
+    """A run folder; of a sweep's folder the run that it chose, the best on val; ``say`` hears what is not finished of
+    it. Raises RunError, also where a head that it might have chosen is damaged."""
     if not (Path(path) / RECORD).is_file():
         return load_run(path, trust_code=trust_code)
-    if not load_sweep(path).families:
+    sweep = load_sweep(path)
+    _refuse_damaged(sweep)
+    if not sweep.families:
         raise RunError(f"No head of the sweep {path} is finished and chosen yet; the same ablate command goes on.")
-    return load_run(load_sweep(path).best.path, trust_code=trust_code)
+    for name, why in sweep.unfinished.items():
+        if say:
+            say(f"warning    {name}: {why}")
+    return load_run(sweep.best.path, trust_code=trust_code)
+
+
+def _refuse_damaged(sweep: Sweep) -> None:
+    """The choice among what is left would be another."""
+    if sweep.damaged:
+        name, why = next(iter(sweep.damaged.items()))
+        raise RunError(f"{name} of the sweep {sweep.path}: {why} In a sweep the same ablate command does, too.")
 
 
 @takes(SweepOptions)
@@ -169,7 +200,7 @@ def ablate(
     if dry_run:
         say_plan(plan, folder, read_journal(folder / ROWS)[0], say, whole=True)
         return None
-    with in_use(folder, "ablate", "heads"):
+    with in_use(folder, "ablate"):
         write_sweep(folder, plan)
         SweepRunner(plan, folder, controls, say, progress).run()
     sweep = load_sweep(folder)
@@ -181,7 +212,9 @@ def ablate(
 def _check_reference(reference: str | None, plan: SweepPlan) -> None:
     """Before hours of training: a name begins with the head and output of a family; a folder may be that of a run."""
     names = list(dict.fromkeys(name_of(family.head, family.output) for family in plan.families))
-    if reference is not None and not reference.startswith(tuple(names)) and not Path(reference).is_dir():
+    if reference is None or any(re.fullmatch(rf"{re.escape(name)}([ ,].*)?", reference) for name in names):
+        return
+    if not Path(reference).is_dir():
         raise BadOption(
             f"--reference {reference} is none of what will be compared: {', '.join(names)}.{nearest(reference, names)}"
         )
@@ -235,28 +268,41 @@ def report(
     folders = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not folders:
         raise BadOption("report needs a run folder or a sweep folder, such as runs/chest-large-1.")
-    families = families_in(*folders)
+    left_out: list[str] = []
+    families = families_in(*folders, left_out=left_out)
     folder = _report_folder(folders, out)
     comparison = compare(
         families, reference=reference, by=by, prevalence=prevalence, show_test=show_test, resamples=resamples
     )
+    comparison.record["warnings"] += left_out
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CannotWrite(error.errno, f"No report can be written in {folder}: {error.strerror}.") from error
-    return write_report(folder, families, comparison, images=images, hash_ids=hash_ids, paths=list(map(str, folders)))
+    named = list(map(str, folders))
+    written = write_report(folder, families, comparison, images=images, hash_ids=hash_ids, paths=named)
+    return dataclasses.replace(written, left_out=tuple(left_out))
 
 
-def families_in(*paths: str | Path, trust_code: bool = False) -> list[Family]:
-    """The families of run folders and sweep folders: those of sweeps as they chose them, then the runs, grouped."""
+def families_in(*paths: str | Path, trust_code: bool = False, left_out: list[str] | None = None) -> list[Family]:
+    """The families of run folders and sweep folders: those of sweeps as they chose them, then the runs, grouped.
+
+    ``left_out``: takes a sentence for each family of a sweep that is not finished or damaged; without it a damaged one
+    raises RunError.
+    """
     families, runs = list[Family](), list[Run]()
     for path in paths:
         if not (Path(path) / RECORD).is_file():
             runs.append(load_run(path, trust_code=trust_code))
-        elif chosen := load_sweep(path).families:
-            families += chosen
+            continue
+        sweep = load_sweep(path)
+        if left_out is None:
+            _refuse_damaged(sweep)
         else:
+            left_out += [f"left out: {name}: {why}" for name, why in (sweep.unfinished | sweep.damaged).items()]
+        if not sweep.families:
             raise RunError(f"No head of the sweep {path} is finished and chosen yet; the same ablate command goes on.")
+        families += sweep.families
     return [*families, *families_of(runs)]
 
 

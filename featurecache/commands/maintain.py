@@ -11,7 +11,7 @@ from click import argument, option
 from featurecache.commands.extract import pairs_of, task_option, training_of
 from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, record_of
 from featurecache.errors import BadOption
-from featurecache.formatting import byte_bar, columns, first_of, one_line, shape_text, shell_word, size_text
+from featurecache.formatting import columns, first_of, one_line, shape_text, shell_word, size_text
 
 if TYPE_CHECKING:
     from featurecache.maintenance.collect import CollectResult
@@ -20,32 +20,8 @@ if TYPE_CHECKING:
     from featurecache.maintenance.verify import VerifyReport
 
 
-_stores_argument = argument("names", nargs=-1, metavar="[STORE|VIEW]…")
-
-
 @command
-@_stores_argument
-@cache_option
-def verify(talk: Console, names: tuple[str, ...], cache: str | None) -> int:
-    """Check every file of the cache (or of the stores named) against its hash, and views against shards.
-
-    \b
-    featurecache verify
-    """
-    from featurecache.maintenance import verify as verification
-    from featurecache.store.store import cache_folder
-
-    folder = cache_folder(cache)
-    only = verification.stores_called(names, folder) if names else None
-    with byte_bar(verification.bytes_to_verify(folder, only), "verify", talk.progress) as bar:
-        report = verification.verify(folder, only, advance=bar.update)
-    talk.result(verification_lines(report), report)
-    talk.next("featurecache repair" if report.damages else "featurecache ls", cache)
-    return int(bool(report.damages))
-
-
-@command
-@_stores_argument
+@argument("names", nargs=-1, metavar="[STORE|VIEW]…")
 @option("--drop", is_flag=True, help="Leave out of the views what nobody can compute again: its image is gone.")
 @of_backbone_options
 @cache_option

@@ -39,12 +39,14 @@ def write_checked_json(record: dict[str, Any]) -> bytes:
     return _text({_CHECK: xxhash.xxh3_64_hexdigest(_text(record)), **record})
 
 
-def read_checked_json(path: Path) -> tuple[dict[str, Any], bool]:
-    """(the record without its check, whether it is the text that was written). One without a check, made by hand,
-    is taken as it is."""
+def read_checked_json(path: Path, *, by_hand: bool = True) -> tuple[dict[str, Any], bool]:
+    """(the record without its check, whether it is the text that was written). One without a check is taken as it is
+    where it may be written ``by_hand``."""
     record, text = _parsed(path, MOST)
-    check = record.pop(_CHECK, None)
-    return record, check is None or text == write_checked_json(record)
+    if _CHECK not in record:
+        return record, by_hand
+    check = record.pop(_CHECK)
+    return record, check == xxhash.xxh3_64_hexdigest(_text(record)) and text == _text({_CHECK: check, **record})
 
 
 def refuse_broken(path: Path) -> DamagedFile:
@@ -55,7 +57,8 @@ def refuse_broken(path: Path) -> DamagedFile:
 
 
 def _text(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _parsed(path: Path, most: int) -> tuple[dict[str, Any], bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from click import Choice, argument, option
@@ -102,7 +103,9 @@ def evaluate(
     from heads.evaluation.external import evaluate_run, external_images
     from heads.reports.text import external_table, how_made
 
-    families = families_in(run, trust_code=trust_code)
+    left_out: list[str] = []
+    families = families_in(run, trust_code=trust_code, left_out=left_out)
+    _say_left_out(talk, left_out)
     runs = [each for family in families for each in family.runs]
     images = external_images(runs, features, named_images(talk, data, how), cache)
     view = images(runs[0])
@@ -119,7 +122,12 @@ def evaluate(
     lines = [*tables, how_made(record), *(f"written    {path}" for path in written)]
     talk.result("\n".join(lines), {"evaluated": evaluated, "families": record["families"]})
     talk.next(f"featurecache report {shell_word(run)}")
-    return 0
+    return int(any(" is damaged" in sentence for sentence in left_out))
+
+
+def _say_left_out(talk: Console, left_out: Sequence[str]) -> None:
+    for sentence in left_out:
+        talk.say(f"warning    {sentence}")
 
 
 @command
@@ -141,12 +149,13 @@ def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any
 
     written = heads.report(list(runs), images=not no_images, **options)
     files = {"report": written.path, "metrics": written.path.parent / "metrics.json"}
-    talk.result(_written(written), files | {"images": written.images})
+    talk.result(_written(written), files | {"images": written.images, "left_out": written.left_out})
+    _say_left_out(talk, written.left_out)
     if written.images:
         hides = "" if options["hash_ids"] else ", --hash-ids hides what they are called"
         talk.say(f"           before you send it: --no-images leaves them out{hides}")
     talk.next(f"featurecache info {shell_word(runs[0])}")
-    return 0
+    return int(any(" is damaged" in sentence for sentence in written.left_out))
 
 
 @command

@@ -132,8 +132,7 @@ def train_head(talk: Console, features: str | None, cache: str | None, no_images
 @training_options("train-baseline")
 @option("--controls", is_flag=True, help="Chance, the majority class and raw pixels beside it.")
 @option("--out", metavar="DIR", help="Run folder. [default: runs/DATA-ARCH-N]")
-@option("--resume", is_flag=True, help="Go on with an interrupted training of these settings.")
-@option("--overwrite", is_flag=True, help="Replace the run in --out; begin an interrupted training anew.")
+@option("--overwrite", is_flag=True, help="Replace the run, or an interrupted training of other settings, in --out.")
 @page_options
 @cache_option
 def train_baseline(
@@ -200,7 +199,7 @@ def predict(
     from heads import inference
     from heads.api import open_run
 
-    loaded = open_run(run, trust_code=trust_code)
+    loaded = open_run(run, trust_code=trust_code, say=talk.say)
     if loaded.path != Path(run):
         talk.line(f"run        {loaded.path}   (the choice of the sweep {run})")
     if loaded.untrained:

@@ -3,7 +3,8 @@
 Nothing is fitted: head, standardisation, prior correction, temperature and threshold are those of the run. Classes are
 matched by name, never by place and never by guess. The result lies in the run's folder, beside its internal test:
 
-    external/<view>.json           what was evaluated, on how many images, all measures with their intervals
+    external/<view>.json           what was evaluated, on how many images, all measures with their intervals; it lists
+                                   the other by its hash
     external/<view>.safetensors    the answers: raw logits with labels, digests, clusters and ids
 """
 
@@ -33,12 +34,16 @@ from heads.evaluation.subgroups import image_columns
 from heads.metrics.intervals import FamilyEstimates, SharedResamples
 from heads.models.common import rows_at_once
 from heads.pixel_view import PixelView
-from heads.runs.run import FORMAT, Run, is_pixels, pixels_of, read_ids, read_json, read_tensors
-from heads.runs.write import answer_columns, json_bytes, record_stamp
+from heads.runs.folder import digest_of, read_checked_record, read_listed, write_record
+from heads.runs.run import Run, is_pixels, pixels_of, read_tensors
+from heads.runs.write import answer_columns, record_stamp
 from heads.splits import read_splits
 from heads.task import SPLITS, FeatureView, Predictions, Say, clusters_of, is_labelled, plain_rows
 
 FOLDER = "external"
+_KINDS = {
+    "view": str, "split": (str, type(None)), "grouped": bool, "warnings": list, "files": dict,
+}  # fmt: skip
 ROWS = 1024  # features in memory at once
 
 
@@ -131,7 +136,7 @@ def _overlap(run: Run, view: FeatureView, rows: np.ndarray) -> list[str]:
     digests = [run.answers("val").digests]
     try:
         same = Path(view.path).resolve() == Path(path)
-        own = cast(Any, view) if same else image_columns(run, read_ids(run.path / "splits.csv"))
+        own = cast(Any, view) if same else image_columns(run, run.ids)
         digests.append(np.asarray(own.digests)[rows_of_splits(run, own.ids, ("train", "val"))])
     except (CacheError, OSError):
         notes.append(f"the view it was trained on is gone ({path}): copies of training images cannot be found")
@@ -144,10 +149,9 @@ def _overlap(run: Run, view: FeatureView, rows: np.ndarray) -> list[str]:
 
 def rows_of_splits(run: Run, ids: Iterable[str], splits: Sequence[str]) -> np.ndarray:
     """int64: which of ``ids`` the run had in these splits."""
-    file = run.path / "splits.csv"
-    own, names = set(read_ids(file)), list(ids)
+    own, names = set(run.ids), list(ids)  # read with its hash
     rows = np.array([i for i, name in enumerate(names) if name in own], dtype=np.int64)
-    return rows[np.isin(read_splits(file, [names[i] for i in rows], []), splits)]
+    return rows[np.isin(read_splits(run.folder / "splits.csv", [names[i] for i in rows], []), splits)]
 
 
 @torch.no_grad()
@@ -183,9 +187,10 @@ def _write(run: Run, name: str, record: dict[str, Any], answers: Predictions) ->
     folder, name = run.path / FOLDER, re.sub(r"[^\w.-]+", "_", name)
     try:
         folder.mkdir(exist_ok=True)
-        tensors = {key: torch.from_numpy(np.array(value)) for key, value in columns.items()}
-        write_whole(folder / f"{name}.safetensors", save(tensors, {"format": "pt"}))
-        write_whole(folder / f"{name}.json", json_bytes(record))
+        (folder / f"{name}.json").unlink(missing_ok=True)  # the record goes first and comes last
+        data = save({key: torch.from_numpy(np.array(value)) for key, value in columns.items()}, {"format": "pt"})
+        write_whole(folder / f"{name}.safetensors", data)
+        write_record(folder / f"{name}.json", record, {f"{name}.safetensors": digest_of(data)})
     except OSError as error:
         raise CannotWrite(f"Nothing can be written in {folder}: {error.strerror or error}.") from error
     return folder / f"{name}.json"
@@ -195,32 +200,25 @@ def read_external(run: Run) -> list[tuple[dict[str, Any], Predictions]]:
     """What was evaluated on other views, by name. Raises RunError."""
     evaluations = []
     for file in sorted((run.path / FOLDER).glob("*.json")):
-        record = read_json(file)
-        warnings = record.get("warnings")
-        proper = {
-            "view": isinstance(record.get("view"), str),
-            "split": isinstance(record.get("split", ...), str | None),
-            "grouped": isinstance(record.get("grouped"), bool),
-            "format": record.get("format") == FORMAT,
-            "warnings": isinstance(warnings, list) and all(isinstance(warning, str) for warning in warnings),
-        }
-        if wrong := [key for key, fine in proper.items() if not fine]:
-            raise RunError(f"{file} is damaged: it has no proper {' and no '.join(wrong)}.")
-        evaluations.append((record, _read_answers(run, file, record["grouped"])))
+        record = read_checked_record(file, "evaluation", _KINDS)
+        if not all(isinstance(warning, str) for warning in record["warnings"]):
+            raise RunError(f"{file} is damaged: it has no proper warnings.")
+        evaluations.append((record, _read_answers(run, file, record)))
     return evaluations
 
 
-def _read_answers(run: Run, file: Path, grouped: bool) -> Predictions:
+def _read_answers(run: Run, file: Path, record: dict[str, Any]) -> Predictions:
     source = file.with_suffix(".safetensors")
     if not source.is_file() or source.is_symlink():
         raise RunError(f"{source} is missing; evaluate the run on that view again.")
-    columns = {name: tensor.numpy() for name, tensor in read_tensors(source).items()}
+    tensors = read_tensors(read_listed(file, record, source.name), source)
+    columns = {name: tensor.numpy() for name, tensor in tensors.items()}
     try:
         ids = json.loads(columns.pop("ids", np.zeros(0, np.uint8)).tobytes())
     except ValueError:
         ids = None
     proper = isinstance(ids, list) and all(isinstance(name, str) for name in ids)
-    answers = run.checked_answers(ids, columns, grouped) if proper else None
+    answers = run.checked_answers(ids, columns, record["grouped"]) if proper else None
     if answers is None:
         raise RunError(f"{source} is damaged: it does not fit the run.")
     return answers

@@ -1,12 +1,11 @@
 """``explain``: maps over images of one or several runs, as PNG files with colour bars and as numbers.
 
 <out>/001-chest7-contribution.png    the image; for each run its map, and below it the control
-<out>/explain.json                   every map, its control and the numbers beside it
+<out>/explain.json                   every map, its control and the numbers beside it; it lists the images by hash
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CannotWrite, UnreadableImage, nearest
+from featurecache.files.atomic import write_whole
 from featurecache.files.names import check_path
 from featurecache.formatting import aligned, one_line
 from featurecache.images.headers import read_by
@@ -25,9 +25,11 @@ from heads.explanations.explainer import Explainer, SourceImage, SourceImages, r
 from heads.explanations.maps import KINDS, Panel, SaliencyMap, class_margin_weights, draw_maps
 from heads.inference import Image, images_of, iterate_images
 from heads.metrics.calibration import predict_labels, probabilities
+from heads.runs.folder import digest_of, write_record
 from heads.runs.run import Run, is_pixels, load_run, name_of
 from heads.task import Say
 
+RECORD = "explain.json"
 PART = 16, 100_000_000  # images, and about the pixels, in memory at once
 
 
@@ -65,7 +67,7 @@ def explain(
     requested = _kinds(kinds)
     folder = _folder(Path(out) if out is not None else opened[0].path / "explain")
     records: list[dict[str, Any]] = []
-    files: list[Path] = []
+    files: dict[Path, str] = {}
     numbers = count(1)
     for part in _parts(_images(images, opened, originals)):
         readable = [image for image in part if isinstance(image, SourceImage)]
@@ -78,14 +80,14 @@ def explain(
         for i, image in enumerate(readable):
             results = [of_image[i] for of_run in by_run for of_image in of_run]
             paths, written = _write_image(folder, next(numbers), image, results)
-            files += paths
+            files |= paths
             records += written
             if say:
                 say(f"explained  {image.name}: {', '.join(path.name for path in paths)}")
     if not records:
         raise BadOption("explain needs an image: a file, a folder, a table, or the id of an image of the view.")
-    _write(folder / "explain.json", (json.dumps(records, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode())
-    return ExplainReport(folder, records, files)
+    write_record(folder / RECORD, {"maps": records}, {path.name: h for path, h in files.items()})
+    return ExplainReport(folder, records, list(files))
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,9 @@ def _images(
 
 def _write_image(
     folder: Path, number: int, image: SourceImage, results: list[ExplainResult]
-) -> tuple[list[Path], list[dict[str, Any]]]:
-    """A PNG for every kind, and the records."""
-    files, records = [], []
+) -> tuple[dict[Path, str], list[dict[str, Any]]]:
+    """A PNG for every kind with its hash, and the records."""
+    files, records = {}, []
     stem = re.sub(r"(?i)\.(png|jpe?g|tiff?|bmp|gif|webp|p[gpn]m|dcm)$", "", Path(image.name).name)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[-60:]
     for kind in dict.fromkeys(result.kind for result in results):
@@ -200,8 +202,9 @@ def _write_image(
         ]
         untrained = any(result.run.untrained for result in of_kind)
         path = folder / f"{number:03d}-{stem}-{kind}.png"
-        _write(path, draw_maps(image.pixels, kind, panels, untrained))
-        files.append(path)
+        data = draw_maps(image.pixels, kind, panels, untrained)
+        write_whole(path, data)
+        files[path] = digest_of(data)
         records += [record for result in of_kind for record in _records(image.name, result, path)]
     return files, records
 
@@ -218,6 +221,7 @@ def _title(result: ExplainResult) -> str:
 
 def _records(name: str, result: ExplainResult, path: Path) -> list[dict[str, Any]]:
     run, called = str(result.run.path), result.called or None
+    name = name.encode("utf-8", "backslashreplace").decode()  # of files whose names are no text
     about: dict[str, Any] = {"image": name, "run": run, "kind": result.kind, "class": called}
     if result.why:
         return [about | {"error": result.why}]
@@ -262,15 +266,7 @@ def _folder(path: Path) -> Path:
         raise BadOption(f"--out {path} is a file; it must be a folder, or a name that is free.")
     try:
         path.mkdir(parents=True, exist_ok=True)
+        (path / RECORD).unlink(missing_ok=True)  # it goes first and comes last
     except OSError as error:
         raise CannotWrite(error.errno, f"No maps can be written in {path}: {error.strerror}.") from error
     return path
-
-
-def _write(path: Path, data: bytes) -> None:
-    from featurecache.files.atomic import write_whole
-
-    try:
-        write_whole(path, data)
-    except OSError as error:
-        raise CannotWrite(error.errno, f"{path} could not be written: {error.strerror or error}.") from error

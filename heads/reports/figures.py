@@ -6,7 +6,6 @@ N images of test, C classes or labels; `TestPredictions` are runs with what they
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from heads.evaluation.families import Family
 from heads.metrics.calibration import CalibratedPredictions, log_odds, predict_labels, probabilities
 from heads.metrics.classification import auroc, title
 from heads.reports.drawing import DASHES, GREY, SERIES, SQUARE, Figure, Matrix, Plot, plain, save_png, short, style_of
-from heads.runs.run import Run, is_of_pixels, load_run
+from heads.runs.run import Run, is_of_pixels
 from heads.settings import METRICS
 from heads.task import Predictions
 from heads.training.progress import ACCURACY
@@ -35,9 +34,9 @@ def page_predictions(runs: Sequence[Run]) -> TestPredictions:
     return [(run, run.answers("test")) for run in runs]
 
 
-def save_pictures(folder: Path) -> None:
-    """curves.png, confusion.png and roc.png of the run in ``folder``; the last two of test."""
-    run = load_run(folder, trust_code=True)
+def save_pictures(run: Run) -> None:
+    """curves.png, confusion.png and roc.png in the folder of a run; the last two of test."""
+    folder = run.folder
     predictions = page_predictions([run])
     note = "untrained backbone: shows the tool, nothing else" if run.untrained else ""
     save_png(folder / "confusion.png", [counts_figure(predictions)], note)

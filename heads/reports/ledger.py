@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,33 @@ from featurecache.files.atomic import write_whole
 from featurecache.files.records import nan_to_none
 from featurecache.formatting import text_of
 from heads.evaluation.costs import COSTS
+from heads.runs.folder import digest_of, replace_listed, write_record
+from heads.runs.run import CONFIG, METRICS_FILE, Run
 from heads.runs.write import csv_bytes, json_bytes
 
 COLUMNS = ("family", "view", "output", "head", "fraction", "split", "of", "metric", "value", "low", "high", "method")
 OWN = ["model", "split", "class", "metric", "value", "low", "high", "method"]
 
 
-def write_metrics_files(folder: Path, record: dict[str, Any]) -> None:
-    """metrics.csv and metrics.json into ``folder``."""
+def write_report_files(folder: Path, page: bytes | None, record: dict[str, Any], run: Run | None = None) -> None:
+    """The ``page`` as report.html, and metrics.csv and metrics.json, into ``folder``. Of a ``run`` they are files that
+    its config lists; elsewhere metrics.json lists the two others, goes first and comes last."""
     record = nan_to_none(record)
-    if (folder / "config.json").is_file():
-        data = json.loads((folder / "metrics.json").read_text("utf-8"))
-        write_whole(folder / "metrics.csv", _with_intervals((folder / "metrics.csv").read_text("utf-8"), record))
-        write_whole(folder / "metrics.json", json_bytes(data | {"comparison": record}))
+    files = {} if page is None else {"report.html": page}
+    if run is None:
+        files["metrics.csv"] = comparison_csv(record)
+        (folder / METRICS_FILE).unlink(missing_ok=True)
+        for name, data in files.items():
+            write_whole(folder / name, data)
+        write_record(folder / METRICS_FILE, record, {name: digest_of(data) for name, data in files.items()})
         return
-    write_whole(folder / "metrics.csv", comparison_csv(record))
-    write_whole(folder / "metrics.json", json_bytes(record))
+    files["metrics.csv"] = _with_intervals(run.read("metrics.csv").decode(), record)
+    files[METRICS_FILE] = json_bytes(run.metrics | {"comparison": record})
+    if run.folder == run.path:
+        replace_listed(folder / CONFIG, files)
+        return
+    for name, data in files.items():  # of a run in the making, which is sealed and synced as a whole
+        (folder / name).write_bytes(data)
 
 
 def comparison_csv(record: dict[str, Any]) -> bytes:

@@ -32,7 +32,7 @@ from heads.metrics.classification import UNTRAINED, measure_name
 from heads.reports import figures, text
 from heads.reports.drawing import Figure, plain, ticks
 from heads.reports.gallery import Gallery, ImageLoader
-from heads.reports.ledger import write_metrics_files
+from heads.reports.ledger import write_report_files
 from heads.reports.provenance import commands_of, origins, setting_words, train_command
 from heads.runs.run import Run
 from heads.splits import dropped_sentence
@@ -60,29 +60,32 @@ class FamilyDetail:
 
 @dataclass(frozen=True)
 class WrittenReport:
-    """``path``: the page; ``images``: how many images it embeds."""
+    """``path``: the page; ``images``: how many images it embeds; ``left_out``: sentences on families of sweeps that are
+    not finished or damaged."""
 
     path: Path
     images: int
+    left_out: tuple[str, ...] = ()
 
 
 def write_report(
     folder: str | Path, families: Sequence[Family], comparison: Comparison, *, images: bool = True,
-    hash_ids: bool = False, paths: Sequence[str] = (),
+    hash_ids: bool = False, paths: Sequence[str] = (), place: Path | None = None,
 ) -> WrittenReport:  # fmt: skip
     """report.html, metrics.csv and metrics.json into ``folder``, which is there. Raises CannotWrite.
+
+    ``place``: where they are written, of a folder that is still in the making.
 
     ``images`` False embeds none. ``hash_ids`` writes ids as keyed hashes (`featurecache.sources.pseudonyms`).
     ``paths``: the folders to name in the command that makes the page again; by default ``folder`` or the runs.
     """
-    from featurecache.files.atomic import write_whole
-
     folder = Path(folder)
+    place = place or folder
     loader = ImageLoader(hashed() if hash_ids else str, images)
     page, count = render(folder, families, comparison.record, loader, paths)
     try:
-        write_whole(folder / "report.html", page.encode("utf-8", "backslashreplace"))
-        write_metrics_files(folder, comparison.record)
+        run = next((r for f in families for r in f.runs if r.folder.resolve() == place.resolve()), None)
+        write_report_files(place, page.encode("utf-8", "backslashreplace"), comparison.record, run)
     except OSError as error:
         raise CannotWrite(error.errno, f"The report could not be written in {folder}: {error.strerror}.") from error
     return WrittenReport(folder / "report.html", count)

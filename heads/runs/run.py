@@ -9,8 +9,7 @@ import csv
 import hashlib
 import io
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -20,13 +19,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CacheError, FeatureCacheError, RunError
-from featurecache.files.atomic import open_regular
-from featurecache.files.records import read_record
+from featurecache.files.records import parse_json
 from featurecache.formatting import text_of
 from featurecache.images.headers import READING, check_crop
 from featurecache.images.preprocessing import Preprocess
@@ -38,6 +36,7 @@ from heads.models.catalogue import load_head, load_network
 from heads.models.common import FINETUNE, Input, rows_at_once
 from heads.models.finetune import load_finetuned
 from heads.pixel_view import PixelView, open_dataset
+from heads.runs.folder import check_listed, partial_path, read_checked_record, read_listed
 from heads.settings import METRICS, STANDARDIZE, TABLE, Settings, flag
 from heads.task import SPLITS, Predictions, Standardize
 
@@ -45,31 +44,38 @@ if TYPE_CHECKING:
     from featurecache.sources.base import Dataset
 
 T = TypeVar("T")
-FORMAT = 1  # of the records of runs, sweeps and studies
-MOST = 1 << 28  # bytes of a record; a confusion matrix of 5,000 classes
 _VIEW = {"label": str, "path": str, "output": str, "shape": list, "untrained": bool}
 _CONFIG = {
     "head": str, "view": dict, "task": str, "classes": list, "positive": (str, type(None)), "calibration": dict,
     "standardize": str, "spec": dict, "provenance": dict, "parameters": int, "splits": dict, "chosen": dict,
-    "created": str, "settings": dict, "notes": list,
+    "created": str, "settings": dict, "files": dict, "notes": list,
 }  # fmt: skip
 _COLUMNS = ("digests", "clusters", "labels", "logits")
-BACKBONE = "backbone"
+CONFIG, METRICS_FILE, BACKBONE = "config.json", "metrics.json", "backbone"
 NEEDED = (
-    "config.json", "metrics.json", "metrics.csv", "history.csv", "predictions.csv", "splits.csv",
+    CONFIG, METRICS_FILE, "metrics.csv", "history.csv", "predictions.csv", "splits.csv",
     "answers.safetensors", "head.safetensors",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, read from its folder."""
+    """A finished run, read from its folder. Every file is compared with its hash when it is read."""
 
     path: Path
     config: dict[str, Any]
     metrics: dict[str, Any]  # "val", "test": measures by name; "controls": list of the same
     history: list[dict[str, float]]
     trust_code: bool = False
+    folder: Path = Path()  # where the files lie: ``path``, but for a run that is still being written
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one of its files; RunError where they are not what was written."""
+        return read_listed(self.folder / CONFIG, self.config, name)
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Raises RunError where one of its files (None: any) is not what was written."""
+        check_listed(self.folder / CONFIG, self.config, self.config["files"] if names is None else names)
 
     @property
     def head(self) -> str:
@@ -109,12 +115,17 @@ class Run:
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return read_tensors(self.path / "head.safetensors")
+        return read_tensors(self.read("head.safetensors"), self.path / "head.safetensors")
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """One for every row of the view, in its order. Raises RunError."""
+        return _read_csv(self.read("splits.csv"), self.path / "splits.csv", lambda row: text_of(row["id"]))
 
     def answers(self, split: str) -> Predictions:
         """What it said of "val" or "test", checked against splits.csv; raises RunError where the file does not fit."""
         file = self.path / "answers.safetensors"
-        tensors, ids = read_tensors(file), read_ids(self.path / "splits.csv")
+        tensors, ids = read_tensors(self.read(file.name), file), self.ids
         columns = {name: tensors[key].numpy() for name in _COLUMNS if (key := f"{split}.{name}") in tensors}
         rows, answers = tensors.get(f"{split}.rows", torch.zeros(0)).numpy(), None
         if rows.dtype == np.int64 and rows.ndim == 1 and ((rows >= 0) & (rows < len(ids))).all():
@@ -153,7 +164,8 @@ class Run:
             if not is_pixels(self):
                 return load_head(self.head, Input.of(view), classes, state, gated=settings.gated)
             if self.head.startswith(FINETUNE):  # lies beside; the state is the last layer alone
-                return load_finetuned(self.path / BACKBONE, state, classes=classes)
+                self.check(name for name in self.config["files"] if name.startswith(f"{BACKBONE}/"))
+                return load_finetuned(self.folder / BACKBONE, state, classes=classes)
             return load_network(self.head, state, image_size=view["shape"][-1], classes=classes)
         except (BadOption, ValueError) as error:
             file, kind = self.path / "head.safetensors", "network" if is_pixels(self) else "head"
@@ -184,25 +196,34 @@ def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
     imported."""
     path = Path(path)
     if not path.is_dir():
-        raise RunError(f"{path} is not a folder; a run is one, such as runs/chest-large-1. featurecache ls lists them.")
+        way = "a run is one, such as runs/chest-large-1. featurecache ls lists them"
+        if (partial_path(path) / "old").is_dir():
+            way = "it was being replaced when that was stopped. The same command goes on"
+        raise RunError(f"{path} is not a folder; {way}.")
     if missing := [name for name in NEEDED if not (path / name).is_file()]:
         raise RunError(f"{path} is not a finished run: it has no {', '.join(missing)}. Train it again.")
     if links := [name for name in NEEDED if (path / name).is_symlink()]:
         raise RunError(f"{path} holds symbolic links ({', '.join(links)}); put the files themselves there.")
-    return Run(path, read_config(path), read_metrics(path), read_history(path), trust_code)
+    config = read_config(path)
+    metrics = _parse_metrics(path, read_listed(path / CONFIG, config, METRICS_FILE))
+    history = _parse_history(path, read_listed(path / CONFIG, config, "history.csv"))
+    return Run(path, config, metrics, history, trust_code, path)
 
 
-def list_runs(folder: str | Path = "runs") -> list[Run]:
-    """The finished runs in a folder, by name; anything else in it is passed over."""
+def list_runs(folder: str | Path = "runs", errors: list[RunError] | None = None) -> list[Run]:
+    """The finished runs in a folder, by name; ``errors``: takes what is wrong with the others that have a config."""
     runs = []
-    for path in sorted(Path(folder).glob("[!.]*/config.json")):
-        with suppress(RunError):  # a folder of someone else's, or of another version; load_run on it says what is wrong
+    for path in sorted(Path(folder).glob(f"[!.]*/{CONFIG}")):
+        try:
             runs.append(load_run(path.parent))
+        except RunError as error:  # damaged, of another version, or somebody else's
+            if errors is not None:
+                errors.append(error)
     return runs
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    config = read_folder(path, "config.json", "run", _CONFIG)
+    config = read_checked_record(path / CONFIG, "run", _CONFIG)
     view, wrong = config["view"], [f"view {key}" for key in _wrong(config["view"], _VIEW)]
     if not wrong:
         shape, classes, splits = view["shape"], config["classes"], config["splits"]
@@ -223,8 +244,13 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_metrics(path: Path) -> dict[str, Any]:
-    metrics = read_json(path / "metrics.json")
+def _parse_metrics(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        metrics = parse_json(data.decode(), f"{path} is damaged: metrics.json")
+    except (CacheError, UnicodeDecodeError) as error:
+        raise RunError(str(error)) from error
+    if not isinstance(metrics, dict):
+        raise RunError(f"{path} is damaged: metrics.json is no record.")
     controls = metrics.get("controls")
     parts = [metrics, *controls] if isinstance(controls, list) else [None]
     if not all(isinstance(part, dict) and all(_is_measured(part.get(s)) for s in ("val", "test")) for part in parts):
@@ -237,54 +263,28 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def read_history(path: Path) -> list[dict[str, float]]:
-    """A record an epoch. Raises RunError."""
-    rows = _read_csv(path / "history.csv", lambda row: {key: float(value) for key, value in row.items()})
+def _parse_history(path: Path, data: bytes) -> list[dict[str, float]]:
+    """A record an epoch."""
+    rows = _read_csv(data, path / "history.csv", lambda row: {key: float(value) for key, value in row.items()})
     if not rows or not all({"epoch", "val_loss", "best"} <= row.keys() for row in rows):
         raise RunError(f"{path} is damaged: history.csv holds no epochs.")
     return rows
 
 
-def read_ids(file: Path) -> list[str]:
-    """The ids of a run's splits.csv: one for every row of the view, in its order. Raises RunError."""
-    return _read_csv(file, lambda row: text_of(row["id"]))
-
-
-def _read_csv(file: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
+def _read_csv(data: bytes, file: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
     try:
-        with open_regular(file) as handle:
-            data = handle.read(MOST + 1)
-        if len(data) > MOST:
-            raise ValueError("it is too large")
         text = io.StringIO(data.decode("utf-8"), newline="")
         return [parse(row) for row in csv.DictReader(text, strict=True)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, CacheError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error, CacheError) as error:
         raise RunError(f"{file} is damaged: {error}.") from error
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+def read_tensors(data: bytes, file: Path) -> dict[str, torch.Tensor]:
+    """Of the bytes of ``file``, in safetensors. Raises RunError."""
     try:
-        return load_file(file)
+        return load(data)
     except SafetensorError as error:
         raise RunError(f"{file} is damaged ({error}).") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The record in a file of a folder of ours; RunError where it is damaged."""
-    try:
-        return read_record(file, MOST)
-    except CacheError as error:
-        raise RunError(f"{file.parent} is damaged: {error}") from error
-
-
-def read_folder(path: Path, file: str, what: str, kinds: dict[str, Any]) -> dict[str, Any]:
-    """The record that says what a folder of ours holds, by ``kinds`` of its values; RunError where it is none."""
-    record = read_json(path / file)
-    if record.get("format") != FORMAT:
-        raise RunError(f"{path} has {what} format {str(record.get('format'))[:40]}; this featurecache reads {FORMAT}.")
-    if wrong := _wrong(record, kinds):
-        raise RunError(f"{path} is damaged: {file} has no proper {' and no '.join(wrong)}.")
-    return record
 
 
 def _wrong(record: dict[str, Any], kinds: dict[str, Any]) -> list[str]:

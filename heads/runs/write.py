@@ -1,4 +1,4 @@
-"""Write a run folder whole or not at all: beside its place, and renamed into it when all is there."""
+"""Write a run folder whole or not at all, one command at a time: beside its place, and renamed when all is there."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import csv
 import io
 import json
 import math
-import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import count
 from pathlib import Path
@@ -23,14 +20,17 @@ import torch
 from safetensors.torch import save
 
 from featurecache import __version__
-from featurecache.errors import CannotWrite, RunError
-from featurecache.files.atomic import sync_path
+from featurecache.errors import CacheError, CannotWrite, InUse, RunError
 from featurecache.files.names import check_path
-from featurecache.files.records import nan_to_none
-from featurecache.formatting import cell
+from featurecache.files.records import nan_to_none, read_checked_json
+from featurecache.formatting import cell, shell_word
 from heads.metrics.calibration import Calibration, predict_labels, probabilities
-from heads.runs.run import BACKBONE, FORMAT, Run, load_run
+from heads.runs.folder import FORMAT, is_leftover, partial_folder, partial_path, seal_folder, whole_folder, write_record
+from heads.runs.run import BACKBONE, CONFIG, Run, load_run
 from heads.splits import splits_csv
+
+REQUEST = "request.json"
+OF_THE_PAGE = ("controls", "report", "images in the page", "hash ids")  # of a request; no matter to its training
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,18 @@ class RunContents:
 
 @dataclass(frozen=True)
 class RunTarget:
-    """Where a run will lie: ``exact``, or the first free number of ``parent/stem-<n>``."""
+    """Where a run will lie. ``replace``: in the place of another; ``request``: all that decides what comes out;
+    ``run``: the finished one that is there already and was made by the same request."""
 
-    parent: Path
-    stem: str
-    exact: Path | None = None
+    path: Path
+    replace: bool = False
+    request: dict[str, Any] = field(default_factory=dict)
+    run: Run | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that a training of a network goes on from."""
+        return partial_path(self.path).with_suffix(".checkpoint")
 
 
 def check_out(out: str | Path, record: str, kind: str, allowed: Sequence[str] = ()) -> Path:
@@ -65,93 +72,143 @@ def check_out(out: str | Path, record: str, kind: str, allowed: Sequence[str] = 
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"--out {out} is a file; it must be a folder, or a name that is free.")
-    others = {path.name for path in folder.iterdir()} - {*allowed} if folder.is_dir() else set()
-    if others and not (folder / record).is_file():
+    others = {path.name for path in folder.iterdir() if not is_leftover(path)} if folder.is_dir() else set()
+    if others - {*allowed} and not (folder / record).is_file():
         raise RunError(f"--out {out} holds other files and no {kind}; give a folder that is empty or not there.")
     return folder
 
 
-def run_target(out: str | Path | None, view: str, head: str, overwrite: bool = False) -> RunTarget:
-    """Checked before training starts: another run, or a folder that is no run, is not written over."""
-    short = head.rpartition(":")[2] if head.startswith("python:") else head
-    target = RunTarget(Path("runs"), f"{view}-{re.sub(r'[^A-Za-z0-9._-]+', '_', short)}")
-    if out is not None:
-        exact = check_out(out, "config.json", "run").resolve()
-        if (exact / "config.json").is_file() and not overwrite:
-            raise RunError(f"--out {out} holds a run already. --overwrite replaces it; another --out keeps it.")
-        target = RunTarget(exact.parent, exact.name, exact)
-    check_path(f"{target.stem}-1", "--out")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _staging(target):
-            pass
-    except OSError as error:
-        raise CannotWrite(
-            f"No run can be written in {target.parent.resolve()}: {error.strerror}. --out chooses another place."
-        ) from error
-    return target
-
-
 @contextmanager
-def _staging(target: RunTarget) -> Iterator[Path]:
-    """A new folder beside the target; gone afterwards unless it was renamed into its place."""
-    folder = target.parent / f".{target.stem[:100]}.{os.getpid()}-{secrets.token_hex(4)}.partial"
-    folder.mkdir()
+def claim_run(
+    out: str | Path | None, view: str, head: str, request: dict[str, Any], overwrite: bool = False
+) -> Iterator[RunTarget]:
+    """Where a run will lie, before anything is trained and while no other command is at it: ``out``, or of
+    runs/<view>-<head>-<n> the first number that is free. An interrupted training of the same ``request`` is taken up.
+
+    Raises RunError where another run or another interrupted training is in the way (unless ``overwrite``), or a folder
+    that is no run; InUse; CannotWrite.
+    """
+    short = head.rpartition(":")[2] if head.startswith("python:") else head
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{view}-{short}")
+    if out is not None:
+        check_out(out, CONFIG, "run")
+    for path in (Path("runs") / f"{stem}-{n}" for n in count(1)) if out is None else [Path(out).resolve()]:
+        if out is None and path.exists():
+            continue
+        with ExitStack() as stack:
+            try:
+                partial = stack.enter_context(partial_folder(path, f"a training for {path.name}"))
+            except InUse:
+                if out is None:
+                    continue
+                raise
+            except CannotWrite as error:
+                why = getattr(error.__cause__, "strerror", None) or error
+                raise CannotWrite(
+                    f"No run can be written in {path.parent.resolve()}: {why}. --out chooses another place."
+                ) from error
+            target = RunTarget(path, overwrite, request, _run_at(path, request, overwrite))
+            other = _interrupted(target, partial / REQUEST)
+            if out is None and (path.exists() or other):
+                continue
+            if other and not overwrite:
+                raise RunError(
+                    f"A training with other {', '.join(other)} was interrupted on its way to {out}. Its own command "
+                    "goes on with it; --overwrite throws it away; another --out keeps it."
+                )
+            if target.run or other:
+                target.checkpoint.unlink(missing_ok=True)
+            try:
+                write_record(partial / REQUEST, request)
+                yield target
+            finally:
+                if not target.checkpoint.exists():
+                    (partial / REQUEST).unlink(missing_ok=True)
+            return
+
+
+def _run_at(path: Path, request: dict[str, Any], overwrite: bool) -> Run | None:
+    """The finished run of the same request. Raises RunError for any other."""
+    if overwrite or not (path / CONFIG).is_file():
+        return None
     try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        run = load_run(path, trust_code=True)
+        run.check()
+    except RunError as error:
+        raise RunError(f"{error} --overwrite begins anew; another --out keeps what is there.") from error
+    made = run.config.get("request", {}) | {"settings": deciding(run.config["settings"])}
+    if other := _differences(made, request):
+        page = f" featurecache report {shell_word(path)} writes its page anew."
+        raise RunError(
+            f"--out {path} holds a run already, with other {', '.join(other)}. --overwrite replaces it; another --out "
+            f"keeps it.{page if {*other} <= {*OF_THE_PAGE[1:]} else ''}"
+        )
+    return run
 
 
-def write_run(target: RunTarget, contents: RunContents, draw: Callable[[Path], Any] | None = None) -> Run:
+def _interrupted(target: RunTarget, file: Path) -> list[str]:
+    """What an interrupted training was asked otherwise; [] where there is none, or the same but for its page."""
+    if not target.checkpoint.exists():
+        return []
+    try:
+        before, intact = read_checked_json(file, by_hand=False)
+    except CacheError:
+        before, intact = {}, False
+    if not intact:  # nobody knows what it is of
+        target.checkpoint.unlink()
+        return []
+    return [name for name in _differences(before, target.request) if name not in OF_THE_PAGE]
+
+
+def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of settings those that decide something of the result."""
+    return {key: value for key, value in settings.items() if key not in ("ram", "device")}
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Names of the settings, and of the rest of a request, that are other."""
+    old, new = ({**each.get("settings", {}), **each, "settings": None} for each in (old, json.loads(json.dumps(new))))
+    return [name.replace("_", " ") for name in new if old.get(name, ...) != new[name]]
+
+
+def write_run(target: RunTarget, contents: RunContents, draw: Callable[[Run], Any] | None = None) -> Run:
     """Write all files beside, then rename; returns the run as read back. Raises CannotWrite, and leaves nothing.
 
-    ``draw`` adds pictures of the run to the unfinished folder, which holds everything else by then.
+    ``draw`` adds pictures and the page to the unfinished run, which holds everything else by then.
     """
+    request = {"request": {k: v for k, v in target.request.items() if k != "settings"}} if target.request else {}
+    config = record_stamp() | contents.config | request
     try:
-        with _staging(target) as folder:
+        with whole_folder(target.path, replace=target.replace) as folder:
             _write_files(folder, contents)
+            seal_folder(folder, CONFIG, config)
             if draw is not None:
-                draw(folder)
-            for file in folder.rglob("*"):
-                sync_path(file)
-            sync_path(folder)
-            path = _put_in_place(folder, target)
-            sync_path(path.parent)
+                draw(replace(load_run(folder, trust_code=True), path=target.path))
+                seal_folder(folder, CONFIG, config)
     except OSError as error:
+        while isinstance(error.__cause__, OSError):
+            error = error.__cause__
         raise CannotWrite(
-            f"The run could not be written in {target.parent.resolve()}: {error.strerror or error}. "
-            "Nothing of it is left there."
-        ) from error
-    return load_run(path, trust_code=True)  # its code, if any, has just run
-
-
-def _put_in_place(folder: Path, target: RunTarget) -> Path:
-    if target.exact is None:
-        paths = (target.parent / f"{target.stem}-{number}" for number in count(1))
-        return folder.rename(next(path for path in paths if not path.exists()))
-    if not target.exact.exists():
-        return folder.rename(target.exact)
-    old = folder.with_suffix(".old")
-    target.exact.rename(old)
-    path = folder.rename(target.exact)
-    shutil.rmtree(old)
-    return path
+            error.errno, f"The run could not be written in {target.path.parent.resolve()}: {error.strerror or error}. "
+            "Nothing of it is left there; the same command makes it.",
+        ) from error  # fmt: skip
+    return load_run(target.path, trust_code=True)  # its code, if any, has just run
 
 
 def _write_files(folder: Path, contents: RunContents) -> None:
-    (folder / "config.json").write_bytes(json_bytes(record_stamp() | contents.config))
-    (folder / "metrics.json").write_bytes(json_bytes(contents.metrics))
-    measures = csv_bytes(["model", "split", "class", "metric", "value"], _measures(contents))
-    (folder / "metrics.csv").write_bytes(measures)
-    columns = list(contents.history[0])
-    history = csv_bytes(columns, [[row[key] for key in columns] for row in contents.history])
-    (folder / "history.csv").write_bytes(history)
-    (folder / "predictions.csv").write_bytes(csv_bytes(*_predictions(contents)))
-    (folder / "splits.csv").write_bytes(splits_csv(contents.ids, contents.splits).encode())
-    (folder / "answers.safetensors").write_bytes(save(_answer_tensors(contents), {"format": "pt"}))
-    # One word of metadata only: safetensors writes several in no fixed order, and equal heads shall be equal bytes.
-    (folder / "head.safetensors").write_bytes(save(contents.tensors, {"format": "pt"}))
+    history = list(contents.history[0])
+    files = {
+        "metrics.json": json_bytes(contents.metrics),
+        "metrics.csv": csv_bytes(["model", "split", "class", "metric", "value"], _measures(contents)),
+        "history.csv": csv_bytes(history, [[row[key] for key in history] for row in contents.history]),
+        "predictions.csv": csv_bytes(*_predictions(contents)),
+        "splits.csv": splits_csv(contents.ids, contents.splits).encode(),
+        "answers.safetensors": save(_answer_tensors(contents), {"format": "pt"}),
+        # One word of metadata only: safetensors writes several in no fixed order, and equal heads shall be equal bytes.
+        "head.safetensors": save(contents.tensors, {"format": "pt"}),
+    }
+    for name, data in files.items():
+        (folder / name).write_bytes(data)  # synced with the whole folder
     if contents.beside:
         contents.beside(folder / BACKBONE)
 

@@ -25,7 +25,7 @@ from heads.models.common import FINETUNE
 from heads.reports.drawing import Figure, Plot, short, style_of
 from heads.reports.figures import learning_figure, overlaid_curves
 from heads.reports.gallery import ImageLoader
-from heads.reports.ledger import write_metrics_files
+from heads.reports.ledger import write_report_files
 from heads.reports.page import hashed, part_context, render_page, render_part
 from heads.reports.provenance import origins, sweep_command
 from heads.reports.text import subtitle_words
@@ -76,7 +76,7 @@ def write_study(result: StudyResult, *, images: bool = True, hash_ids: bool = Fa
     try:
         for table in tables:
             (result.folder / table.question.name).mkdir(exist_ok=True)
-            write_metrics_files(result.folder / table.question.name, table.record)
+            write_report_files(result.folder / table.question.name, None, table.record)
         write_whole(page, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         why = f"The report could not be written in {result.folder}: {error.strerror}."

@@ -25,7 +25,8 @@ from heads.explanations.methods import Transformer, has_class_token
 from heads.metrics.classification import UNTRAINED, measure_name, title
 from heads.reports.page import ranked
 from heads.reports.text import interval
-from heads.runs.run import FORMAT, Run, load_run, name_of, read_folder
+from heads.runs.folder import FORMAT, hash_file, in_use, read_checked_record, write_record
+from heads.runs.run import Run, load_run, name_of
 from heads.runs.write import check_out
 from heads.splits import splits_csv
 from heads.studies.images import few_of, open_sets, signature, sources_of
@@ -45,7 +46,7 @@ from heads.studies.plan import (
 from heads.studies.recipes import load_study
 from heads.studies.spec import ExplainStep, Extract, Heads, Network, Step, Study
 from heads.studies.tables import StudyTable, overview_of
-from heads.sweeps.journal import JournalFile, in_use, load_sweep, read_journal, write_json
+from heads.sweeps.journal import JournalFile, load_sweep, read_journal
 
 if TYPE_CHECKING:
     from featurecache.sources.base import Dataset
@@ -112,15 +113,19 @@ def run_study(
         say(line)
     if dry_run:
         return result
-    rows = StudyRunner(result, Path(cache) if cache else None, say, progress).run(record, marks)
-    return write_study(replace(result, rows=rows), images=images, hash_ids=hash_ids)
+    with in_use(folder, f"study {study.name}"):
+        rows = StudyRunner(result, Path(cache) if cache else None, say, progress).run(record, marks)
+        written = write_study(replace(result, rows=rows), images=images, hash_ids=hash_ids)
+        there = [name for name in (STEPS, "report.html") if (folder / name).is_file()]
+        write_record(folder / RECORD, _record_in(folder), {name: hash_file(folder / name) for name in there})
+    return written
 
 
 def _read_record(folder: Path, study: Study, options: StudyOptions) -> dict[str, Any]:
     """What the folder holds: nothing, or this study asked for alike. Raises RunError."""
     if not (folder / RECORD).exists():
         return {}
-    record = read_folder(folder, RECORD, "study", {"study": str, "asked": dict, "data": list, "images": dict})
+    record = _record_in(folder)
     before = record["asked"]
     if record["study"] != study.name:
         raise RunError(f"{folder} holds the study {record['study'][:60]}; give another --out.")
@@ -135,6 +140,11 @@ def _read_record(folder: Path, study: Study, options: StudyOptions) -> dict[str,
             "with it; --out NAME begins another."
         )
     return record
+
+
+def _record_in(folder: Path) -> dict[str, Any]:
+    kinds = {"study": str, "asked": dict, "data": list, "images": dict}
+    return read_checked_record(folder / RECORD, "study", kinds)
 
 
 def _value_text(value: Any) -> str:
@@ -155,24 +165,24 @@ class StudyRunner:
     def run(self, record: dict[str, Any], marks: dict[str, Any]) -> dict[str, Row]:
         """Step -> its row, of all that are finished."""
         study, options, folder = self.plan.study, self.plan.options, self.plan.folder
-        with in_use(folder, f"study {study.name}", "runs"):
-            journal = JournalFile(folder / STEPS, COLUMNS, key="step")
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            old = record or {"format": FORMAT, "study": study.name, "created": now, "asked": options.to_dict()}
-            images = old.get("images", {}) | marks
-            new = {"featurecache": __version__, "data": list(options.data), "images": images}
-            write_json(folder / RECORD, old | new)
-            for number, step in enumerate(self.plan.steps, start=1):
-                name = step.step.name
-                if name not in journal.by_key:
-                    self.say("")
-                    self.say(f"step       {name}   ({number} of {len(self.plan.steps)}): {call_text(step.call)}")
-                    journal.append([self._finish(step, journal.by_key)])
-                elif journal.by_key[name]["asked"] != json.loads(json.dumps(step.call)):
-                    raise RunError(
-                        f"{folder / STEPS}: the step {name} was asked otherwise, by another version of featurecache. "
-                        "Remove its line and its folder under runs/ to do it again, or give another --out."
-                    )
+        journal = JournalFile(folder / STEPS, COLUMNS, key="step")
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        old = record or {"format": FORMAT, "study": study.name, "created": now, "asked": options.to_dict()}
+        images = old.get("images", {}) | marks
+        new = {"featurecache": __version__, "data": list(options.data), "images": images}
+        old.pop("files", None)  # it lists them again when its page is written
+        write_record(folder / RECORD, old | new)
+        for place, step in enumerate(self.plan.steps, start=1):
+            name = step.step.name
+            if name not in journal.by_key:
+                self.say("")
+                self.say(f"step       {name}   ({place} of {len(self.plan.steps)}): {call_text(step.call)}")
+                journal.append([self._finish(step, journal.by_key)])
+            elif journal.by_key[name]["asked"] != json.loads(json.dumps(step.call)):
+                raise RunError(
+                    f"{folder / STEPS}: the step {name} was asked otherwise, by another version of featurecache. "
+                    "Remove its line and its folder under runs/ to do it again, or give another --out."
+                )
         return journal.by_key
 
     def _finish(self, step: PlannedStep, done: dict[str, Row]) -> Row:
@@ -209,9 +219,7 @@ class StudyRunner:
             api.ablate([open_view(done[name]["made"]["view"]) for name in step.features], step.heads, **options)
             return {"sweep": f"runs/{step.name}"}
         if not (out / "config.json").is_file():  # it is there where a kill came between the run and its row
-            begun = any((folder / "runs").glob(f".{step.name}-{'[0-9a-f]' * 12}.checkpoint"))
-            options |= {"resume": begun, "report": False, "device": self.plan.options.device}
-            api.train_baseline(dataset, call["arch"], **options)
+            api.train_baseline(dataset, call["arch"], **options, report=False, device=self.plan.options.device)
         return {"run": f"runs/{step.name}"}
 
     def _extract(self, dataset: Dataset, untrained: bool, options: dict[str, Any]) -> dict[str, Any]:

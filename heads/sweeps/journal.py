@@ -12,9 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from itertools import count
@@ -27,16 +25,25 @@ import xxhash
 
 from featurecache import __version__
 from featurecache.errors import CacheError, RunError
-from featurecache.files.atomic import sync_path, write_whole, writing
-from featurecache.files.locks import exclusive_lock
+from featurecache.files.atomic import sync_path, writing
 from featurecache.files.names import check_path
-from featurecache.files.records import nan_to_none, parse_json
+from featurecache.files.records import canonical_json, nan_to_none, parse_json
 from heads.evaluation.families import Family, family_of, select_setting, selection_key
 from heads.models.catalogue import head_info
-from heads.runs.run import FORMAT, Run, load_run, read_config, read_folder
+from heads.runs.folder import (
+    FORMAT,
+    check_listed,
+    hash_file,
+    is_leftover,
+    read_checked_record,
+    read_whole_tensors,
+    write_record,
+    write_tensors,
+)
+from heads.runs.run import NEEDED, Run, hash_of, load_run
 from heads.runs.write import RunContents, check_out
 from heads.settings import METRICS
-from heads.sweeps.plan import SweepPlan
+from heads.sweeps.plan import SweepPlan, family_text
 from heads.task import clusters_of
 from heads.training.job import TrainingJob
 
@@ -47,28 +54,26 @@ COLUMNS: dict[str, type] = {
     "key": str, "view": str, "output": str, "head": str, "fraction": float, "repeat": int, "settings": dict,
     "seconds": float,
 }  # fmt: skip
-_CHECKSUM = 16  # digits that a staged file begins with
+STORAGE = "search.db"  # what a search went through
+_CHECK = b'{"check": "%s", '  # what a line begins with: XXH3-64 of the row without it
 
 
 def read_journal(file: Path, columns: dict[str, type] = COLUMNS) -> tuple[list[Row], int]:
     """The rows of complete sets, and the length in bytes up to the last of them: what follows is torn. Raises RunError
-    where a line before it is no row."""
+    where a line is not what was written."""
     if not file.exists():
         return [], 0
     if file.is_symlink() or not file.is_file() or file.stat().st_size > MOST:
         raise RunError(f"{file} is not a table of ours: a link, no plain file, or too large.")
     rows: list[Row] = []
     together: list[Row] = []
-    position = end = damaged = 0
+    position = end = 0
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
         position += len(line) + 1
         row = _row(line, columns)
         if row is None:
-            damaged = damaged or number
-            continue
-        if damaged:
             raise RunError(
-                f"{file} is damaged: line {damaged} is none of its rows. Delete that line to have it done again."
+                f"{file} is damaged: line {number} is not what was written. Delete that line to have it done again."
             )
         place, number_together = row["together"]
         together = [*together, row] if place == len(together) else [row] if place == 0 else []
@@ -79,8 +84,11 @@ def read_journal(file: Path, columns: dict[str, type] = COLUMNS) -> tuple[list[R
 
 
 def _row(line: bytes, columns: dict[str, type]) -> Row | None:
+    row_text = b"{" + line[len(_CHECK % (b"0" * 16)) :]
+    if line != _checked_line(row_text):
+        return None
     try:
-        row = parse_json(line.decode("utf-8"), ROWS)
+        row = parse_json(row_text.decode("utf-8"), ROWS)
     except (CacheError, UnicodeDecodeError):
         return None
     kinds = columns | {"together": list}
@@ -88,6 +96,10 @@ def _row(line: bytes, columns: dict[str, type]) -> Row | None:
         return None
     place = row["together"]
     return row if len(place) == 2 and all(type(n) is int for n in place) and 0 <= place[0] < place[1] else None
+
+
+def _checked_line(row: bytes) -> bytes:
+    return _CHECK % xxhash.xxh3_64_hexdigest(row).encode() + row[1:]
 
 
 class JournalFile:
@@ -105,7 +117,8 @@ class JournalFile:
     def append(self, rows: Sequence[Row]) -> None:
         """Rows that belong together, in their order."""
         rows = [nan_to_none(row | {"together": [place, len(rows)]}) for place, row in enumerate(rows)]
-        data = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+        texts = (json.dumps(row, ensure_ascii=False, allow_nan=False).encode() for row in rows)
+        data = b"".join(_checked_line(text) + b"\n" for text in texts)
         with writing(self.path):
             new = not self.path.exists()
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -127,22 +140,6 @@ class JournalFile:
         return self.rows[start : start + self.rows[place]["together"][1]]
 
 
-def write_json(file: Path, record: dict[str, Any]) -> None:
-    write_whole(file, (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-@contextmanager
-def in_use(folder: Path, by: str, *below: str) -> Iterator[None]:
-    """Make a folder and those ``below`` it, and keep every other process out. Unfinished run folders are removed."""
-    with writing(folder):
-        for name in below:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(folder, by):
-        for unfinished in (path for name in below for path in (folder / name).glob(".*.partial")):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        yield
-
-
 class StagedRuns:
     """Finished heads that wait for the choice: a file each in a hidden folder, until their family is decided.
 
@@ -157,32 +154,18 @@ class StagedRuns:
 
     def put(self, key: str, contents: RunContents) -> None:
         """All of ``contents`` that is not the view's or the splits'."""
-        from safetensors.torch import save
-
         record = {"config": contents.config, "metrics": contents.metrics, "history": contents.history}
         tensors = {f"head.{name}": tensor for name, tensor in contents.tensors.items()}
         for split, (_, logits) in contents.predictions.items():
             tensors[split] = torch.from_numpy(np.ascontiguousarray(logits))
-        data = save(tensors, {"record": json.dumps(record)})
-        self.folder.mkdir(exist_ok=True)
-        temporary = self.folder / f".{key}.tmp"
-        temporary.write_bytes(xxhash.xxh3_64_hexdigest(data).encode() + data)
-        os.replace(temporary, self._path(key))
+        write_tensors(self._path(key), tensors, record, sync=False)
 
     def take(self, key: str, job: TrainingJob) -> RunContents | None:
         """As it was put there, None where it is not."""
-        from safetensors.torch import load
-
-        try:
-            whole = self._path(key).read_bytes()
-        except FileNotFoundError:
+        whole = read_whole_tensors(self._path(key))
+        if whole is None:
             return None
-        check, data = whole[:_CHECKSUM], whole[_CHECKSUM:]
-        if xxhash.xxh3_64_hexdigest(data).encode() != check:
-            return None
-        size = int.from_bytes(data[:8], "little")
-        record = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["record"])
-        tensors = load(data)
+        tensors, record = whole
         return RunContents(
             record["config"], record["metrics"], record["history"],
             {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")},
@@ -210,6 +193,11 @@ def open_sweep(out: str | Path | None, plan: SweepPlan) -> Path:
         record = _read_sweep(folder)
         if difference := _difference(record["frame"], frame):
             raise RunError(f"{folder} holds a sweep {difference}. Its numbers would not compare; give another --out.")
+        hashed = record.get("files", {}).get(STORAGE)
+        if hashed and (folder / STORAGE).is_file() and hash_file(folder / STORAGE) != hashed:
+            raise RunError(
+                f"{folder / STORAGE} is damaged. Delete it: finished heads stay, the search goes through them again."
+            )
         names, views = record["views"], plan.matched.views
         plan.families = [replace(f, view=names.get(views[f.number].fingerprint, f.view)) for f in plan.families]
         plan.ram = record["ram"] if plan.spec.base.ram is None else plan.ram
@@ -221,7 +209,7 @@ def _free_folder(view: str, frame: dict[str, Any]) -> Path:
     for number in count(1):
         folder = Path("runs") / f"ablate-{view}-{number}"
         same = (folder / RECORD).is_file() and not _difference(_read_sweep(folder)["frame"], frame)
-        if same or not folder.exists():
+        if same or not folder.exists() or all(map(is_leftover, folder.iterdir())):
             break
     check_path(folder, "--out")
     return folder
@@ -229,7 +217,7 @@ def _free_folder(view: str, frame: dict[str, Any]) -> Path:
 
 def _read_sweep(folder: Path) -> dict[str, Any]:
     kinds = {"frame": dict, "views": dict, "asked": list, "ram": (int, float), "select": str}
-    record = read_folder(folder, RECORD, "sweep", kinds)
+    record = read_checked_record(folder / RECORD, "sweep", kinds)
     if record["select"] not in (*METRICS, "loss"):
         raise RunError(f"{folder} is damaged: {RECORD} has no proper select.")
     return record
@@ -265,42 +253,55 @@ def write_sweep(folder: Path, plan: SweepPlan) -> None:
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     first: dict[str, Any] = {"format": FORMAT, "created": now, "asked": []}
     old = _read_sweep(folder) if (folder / RECORD).exists() else first
+    old.pop("files", None)  # it lists them again when it is finished
     labels = {plan.matched.views[f.number].fingerprint: f.view for f in plan.families}
     new = {
         "select": plan.spec.base.select, "frame": _frame(plan), "ram": plan.ram, "featurecache": __version__,
         "views": old.get("views", {}) | labels, "command": plan.command(folder),
         "asked": [*(each for each in old["asked"] if each != spec), spec],
     }  # fmt: skip
-    write_json(folder / RECORD, old | new)
+    write_record(folder / RECORD, old | new)
+
+
+def seal_sweep(folder: Path) -> None:
+    """All that was asked is there: the record lists the rows, and what a search went through, by their hashes."""
+    there = [name for name in (ROWS, STORAGE) if (folder / name).is_file()]
+    write_record(folder / RECORD, _read_sweep(folder), {name: hash_file(folder / name) for name in there})
 
 
 def slug(row: Row) -> str:
-    """The folder of a head: unlike for every family, seed, repeat and fold."""
+    """The folder of a head: words for people, and a hash that is another for every family, seed, repeat and fold."""
     own = row["head"].startswith("python:")
+    place = [*family_of(row), row["repeat"], row["fold"]]
     words = [row["view"], row["output"], row["head"].rpartition(":")[2] if own else row["head"]]
-    words += [f"{row['fraction']:g}"] if row["fraction"] < 1 else []
-    words += [f"seed{row['settings']['seed']}"] if own or not head_info(row["head"]).solved else []
-    words += [f"repeat{row['repeat']}"] if row["repeat"] else []
-    words += [] if row["fold"] is None else [f"fold{row['fold']}"]
-    return re.sub(r"[^A-Za-z0-9._+-]+", "_", "-".join(words)).lstrip(".")[:200]
+    if own or not head_info(row["head"]).solved:
+        words.append(f"seed{row['settings']['seed']}")
+        place.append(row["settings"]["seed"])
+    text = re.sub(r"[^A-Za-z0-9._+-]+", "_", "-".join(words)).lstrip(".")[:80]
+    return f"{text}-{hash_of(canonical_json(place))[:12]}"
 
 
 def key_in(path: Path) -> str | None:
-    """Which head a run folder of the sweep holds."""
+    """Which head a run folder of the sweep holds; None where it is none, or not whole."""
     try:
-        return read_config(path).get("sweep", {}).get("key")
+        run = load_run(path)
+        run.check()
     except RunError:
         return None
+    return run.config.get("sweep", {}).get("key")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep folder as it is. ``families``: those whose chosen heads are all there."""
+    """A sweep folder as it is. ``families``: those whose chosen heads are all there; ``unfinished``, ``damaged``: the
+    others by name, with the reason."""
 
     path: Path
     record: dict[str, Any]
     rows: list[Row]
     families: list[Family]
+    unfinished: dict[str, str]
+    damaged: dict[str, str]
 
     @property
     def best(self) -> Run:
@@ -309,28 +310,56 @@ class Sweep:
         return self.families[keys.index(min(keys))].runs[0]
 
 
-def list_sweeps(folder: str | Path = "runs") -> list[Sweep]:
-    """The sweeps in a folder, by name; anything else in it is passed over."""
+def list_sweeps(folder: str | Path = "runs", errors: list[RunError] | None = None) -> list[Sweep]:
+    """The sweeps in a folder, by name; ``errors``: takes what is wrong with the others."""
     sweeps = []
-    for path in sorted(Path(folder).glob(f"*/{RECORD}")):
-        with suppress(RunError):  # of another version; load_sweep on it says what is wrong
+    for path in sorted(Path(folder).glob(f"[!.]*/{RECORD}")):
+        try:
             sweeps.append(load_sweep(path.parent))
+        except RunError as error:
+            if errors is not None:
+                errors.append(error)
     return sweeps
 
 
 def load_sweep(path: str | Path) -> Sweep:
-    """Open a sweep folder; raises RunError where it is none."""
+    """Open a sweep folder; raises RunError where it is none, or its record or rows are damaged."""
     path = Path(path)
     if not (path / RECORD).is_file():
         raise RunError(f"{path} is no sweep: it has no {RECORD}. featurecache ablate makes one.")
-    record, (rows, _) = _read_sweep(path), read_journal(path / ROWS)
+    record = _read_sweep(path)
+    check_listed(path / RECORD, record, record.get("files", {}))
+    rows = read_journal(path / ROWS)[0]
+    sweep = Sweep(path, record, rows, [], {}, {})
     by_family: dict[tuple[str, str, str, float], list[Row]] = {}
     for row in rows:
         by_family.setdefault(family_of(row), []).append(row)
-    families = []
     for family, own in by_family.items():
-        choice = select_setting(own, record["select"])
-        folders = [(path / "heads" / slug(row), row["key"]) for row in choice.rows] if choice else []
-        if folders and all(key_in(folder) == key for folder, key in folders):
-            families.append(Family(*family, tuple(load_run(folder) for folder, _ in folders), tuple(own)))
-    return Sweep(path, record, rows, families)
+        try:
+            _add_family(sweep, family, own)
+        except RunError as error:
+            sweep.damaged[family_text(*family)] = str(error)
+    if "files" not in record:
+        begun = {family[2] for family in by_family}
+        wanted = {str(name) for spec in record["asked"] if isinstance(spec, dict) for name in spec.get("heads") or ()}
+        sweep.unfinished.update(dict.fromkeys(sorted(wanted - begun), "none of it is trained yet"))
+        sweep.unfinished[path.name] = "the sweep was not finished; the same ablate command goes on"
+    return sweep
+
+
+def _add_family(sweep: Sweep, family: tuple[str, str, str, float], rows: list[Row]) -> None:
+    """The chosen heads of a family, which a report reads whole; raises RunError where one of them is damaged."""
+    choice = select_setting(rows, sweep.record["select"])
+    if choice is None:
+        sweep.unfinished[family_text(*family)] = "no setting of it worked on every draw"
+        return
+    runs = []
+    for row in choice.rows:
+        folder = sweep.path / "heads" / slug(row)
+        run = load_run(folder) if folder.is_dir() else None
+        if run is None or run.config.get("sweep", {}).get("key") != row["key"]:
+            sweep.unfinished[family_text(*family)] = "its chosen heads are not all written yet"
+            return
+        run.check(NEEDED[1:])
+        runs.append(run)
+    sweep.families.append(Family(*family, tuple(runs), tuple(rows)))

@@ -8,7 +8,6 @@ everything that decides a row: what has one in the journal is not trained again.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,12 +23,19 @@ from heads.alignment import AlignedViews, same_images
 from heads.models.catalogue import HEADS, has_dropout, head_info, is_baseline, make_head, own_settings
 from heads.models.common import Input
 from heads.pixel_view import PixelView
-from heads.runs.run import hash_of, name_of, option_words, source_words, view_word
+from heads.runs.run import hash_of, is_of_pixels, name_of, option_words, source_words, view_word
 from heads.settings import OF_STEPS, Settings, flag, options_for
 from heads.splits import Splits, choose_splits
 from heads.sweeps.grid import Range, Resplit, SweepSpec
 from heads.task import FeatureView, Task, task_of
-from heads.training.job import TrainingJob, choose_output, memory_plan, prepare_training, training_images_hash
+from heads.training.job import (
+    TrainingJob,
+    choose_output,
+    code_hash,
+    memory_plan,
+    prepare_training,
+    training_images_hash,
+)
 
 FORMAT = 1  # of the keys
 STEPPED = ("linear", "mlp")  # heads whose steps are one product for all of them
@@ -63,10 +69,13 @@ class PlannedFamily:
         return 1 if is_baseline(self.head) else TOGETHER_STACKED if self.head in STEPPED else TOGETHER
 
     def __str__(self) -> str:
-        part = f", {self.fraction * 100:.4g} % of train" if self.fraction < 1 else ""
-        if is_baseline(self.head):
-            return f"{name_of(self.head, self.output)}{part}"
-        return f"{self.view} {self.output} {self.head}{part}"
+        return family_text(*self.identity)
+
+
+def family_text(view: str, output: str, head: str, fraction: float) -> str:
+    """A family in words."""
+    part = f", {fraction * 100:.4g} % of train" if fraction < 1 else ""
+    return f"{name_of(head, output) if is_of_pixels(output) else f'{view} {output} {head}'}{part}"
 
 
 @dataclass
@@ -141,11 +150,9 @@ class SweepPlan:
             job, drawn = self.job(family, resplit), (family.number, family.fraction, resplit)
             if drawn not in self._images:
                 self._images[drawn] = training_images_hash(job)
-            own_code = family.head.startswith("python:")
-            code = inspect.getsource(sys.modules[head_info(family.head).make.__module__]) if own_code else None
             shared = {
                 "format": FORMAT, "fingerprint": job.view.fingerprint, "output": job.output,
-                "images": self._images[drawn], "code": code and hash_of(code),
+                "images": self._images[drawn], "code": code_hash(family.head),
                 "standardize": job.settings.standardize or head_info(family.head).standardize,
             }  # fmt: skip
             by_size = {each.batch_size: each for each in settings}

@@ -15,23 +15,26 @@ import torch
 from tqdm import tqdm
 
 from featurecache.errors import ProtocolError, Stopped
+from featurecache.files.records import canonical_json
 from featurecache.formatting import duration
 from heads.evaluation.controls import all_controls
 from heads.evaluation.families import Selection, family_of, mean_of, select_setting, setting_of
 from heads.models.common import FINETUNE
 from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
+from heads.runs.run import hash_of
 from heads.runs.write import RunTarget, write_run
 from heads.settings import METRICS, Settings
 from heads.sweeps.grid import Range, Resplit
-from heads.sweeps.journal import ROWS, JournalFile, Row, StagedRuns, key_in, slug
+from heads.sweeps.journal import ROWS, JournalFile, Row, StagedRuns, key_in, seal_sweep, slug
 from heads.sweeps.plan import STEPPED, PlannedFamily, SweepPlan
 from heads.sweeps.search import search
 from heads.task import Say
 from heads.training import engine
 from heads.training.batches import loss_and_prior
-from heads.training.job import TrainingJob, make_model, split_line
-from heads.training.network import checkpoint_of, with_backbone
+from heads.training.job import TrainingJob, make_model, request_of, split_line
+from heads.training.loop import Checkpoint
+from heads.training.network import say_resumed, with_backbone
 from heads.training.train import FittedHead, run_contents, train_together
 
 
@@ -62,6 +65,7 @@ class SweepRunner:
                     self.finish(family)
                 for left in self.folder.glob(".network-*.checkpoint"):  # of settings that are asked for no more
                     left.unlink()
+                seal_sweep(self.folder)
             except KeyboardInterrupt as error:
                 safe = f"{len(self.journal.rows):,} heads are safe"
                 raise Stopped(f"stopped. {safe}; the same command continues.") from error
@@ -107,7 +111,9 @@ class SweepRunner:
         checkpoint, rows = None, []
         if isinstance(job.view, PixelView):
             ((settings, _),) = chunk
-            checkpoint = checkpoint_of(RunTarget(self.folder, "network"), replace(job, settings=settings))
+            request = hash_of(canonical_json(request_of(replace(job, settings=settings))))
+            checkpoint = Checkpoint(self.folder / f".network-{request[:12]}.checkpoint")
+            say_resumed(checkpoint, self._line)
         fits = train_together(job, [s for s, _ in chunk], checkpoint=checkpoint, progress=self.progress)
         for (settings, key), fit in zip(chunk, fits, strict=True):
             if isinstance(fit, FittedHead):
@@ -158,7 +164,7 @@ class SweepRunner:
             tuned.load_state_dict(contents.tensors)
             contents = with_backbone(contents, tuned)
         contents = replace(contents, metrics=contents.metrics | {"controls": self._controls_for(family, resplit)})
-        write_run(RunTarget(path.parent, path.name, path), contents)
+        write_run(RunTarget(path, replace=True), contents)
 
     def _controls_for(self, family: PlannedFamily, resplit: Resplit) -> list[dict[str, Any]]:
         """The controls, once: on the first resplit with the most images. They look at pixels, so at no view."""

@@ -18,12 +18,12 @@ from featurecache.files.records import canonical_json
 from heads.runs.run import hash_of
 from heads.settings import METRICS
 from heads.sweeps.grid import DIGITS, Range
+from heads.sweeps.journal import STORAGE
 from heads.sweeps.plan import PlannedFamily, SweepPlan, has_option
 
 if TYPE_CHECKING:
     from optuna import Study
 
-STORAGE = "search.db"
 BATCH = 8  # trials whose heads are trained together; proposed without each other's results
 OWN = ("dropout", "augment")  # options that not every head has
 Values = dict[str, Any]

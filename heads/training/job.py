@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from heads.models.catalogue import head_info, make_head, make_network, shape_of_
 from heads.models.common import Input, count_parameters, rows_at_once
 from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
+from heads.runs.run import hash_of
+from heads.runs.write import deciding
 from heads.settings import OF_STEPS, Settings, flag, options_for
 from heads.splits import Splits, choose_splits, dropped_sentence
 from heads.task import FeatureView, Say, SplitData, Standardize, Task, load_features, memory_for_features, task_of
@@ -98,6 +102,21 @@ def training_images_hash(job: TrainingJob) -> str:
     for part in parts:
         state.update(part.tobytes())
     return state.hexdigest()
+
+
+def request_of(job: TrainingJob) -> dict[str, Any]:
+    """All that decides what comes of a job: equal requests give equal runs."""
+    return {
+        "settings": deciding(job.settings.to_dict()), "images": training_images_hash(job),
+        "features": job.view.fingerprint, "output": job.output, "code": code_hash(job.settings.head),
+    }  # fmt: skip
+
+
+def code_hash(head: str) -> str | None:
+    """Of the module that a ``python:`` head is in."""
+    if not head.startswith("python:"):
+        return None
+    return hash_of(inspect.getsource(sys.modules[head_info(head).make.__module__]))
 
 
 def make_model(job: TrainingJob, settings: Settings, generator: torch.Generator | None = None) -> nn.Module:

@@ -8,11 +8,10 @@ Notation: K heads, E epochs, n rows of val, C classes or labels.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurecache.errors import BadOption, ProtocolError, RunError
+from featurecache.errors import BadOption, ProtocolError
 from featurecache.formatting import batch_bar
 from heads.metrics.calibration import CalibratedPredictions, calibrate
 from heads.metrics.classification import evaluate, mean_auroc
+from heads.runs.folder import read_whole_tensors, write_tensors
 from heads.settings import METRICS, Settings
 from heads.task import SplitData, Task
 from heads.training.batches import BalancedBatches, PlainBatches, sample_versions
@@ -89,28 +89,22 @@ class TrainedState:
 @dataclass(frozen=True)
 class Checkpoint:
     """What a training of one network goes on from, written after every epoch and gone when the run is there: one hidden
-    safetensors file beside the run to be or in the folder of a sweep, named after what is trained. It holds the network
-    now and at its best, the optimiser, the generator; in its header, as JSON, the epoch, the history and the schedule.
-    The order of batches follows from the split seed. A training that goes on gives what it would have given without the
-    stop. ``request`` is all that decides what comes out."""
+    file beside the run to be or in the folder of a sweep. It holds the network now and at its best, the optimiser, the
+    generator; as JSON the epoch, the history and the schedule. The order of batches follows from the split seed. A
+    training that goes on gives what it would have given without the stop."""
 
     path: Path
-    request: dict[str, Any]
-
-    @property
-    def exists(self) -> bool:
-        return self.path.exists()
 
     @property
     def epoch(self) -> int:
-        """The epochs that are done."""
-        return self._read()[1]["epoch"]
+        """The epochs that are done; 0 where there is none. One that is damaged is thrown away: the training begins
+        anew."""
+        whole = read_whole_tensors(self.path)
+        if whole is None:
+            self.remove()
+        return whole[1]["epoch"] if whole else 0
 
     def save(self, heads: Trainer, trained: TrainedState, epoch: int) -> None:
-        from safetensors.torch import save
-
-        from featurecache.files.atomic import write_whole
-
         learner = _learner_of(heads)
         state = learner.optimizer.state_dict()["state"]
         tensors = {f"model.{name}": value for name, value in heads.state(0).items()}
@@ -119,66 +113,34 @@ class Checkpoint:
                     if isinstance(v, torch.Tensor)}  # fmt: skip
         tensors["generator"] = learner.generator.get_state()
         record = {
-            "asked": self.request, "epoch": epoch, "history": trained.history, "best_epoch": trained.epoch,
-            "best": trained.best, "seconds": trained.seconds,
-            "schedule": [trained.schedule.lr, trained.schedule.best, trained.schedule.bad],
+            "epoch": epoch, "history": trained.history, "best_epoch": trained.epoch, "best": trained.best,
+            "seconds": trained.seconds, "schedule": [trained.schedule.lr, trained.schedule.best, trained.schedule.bad],
         }  # fmt: skip
-        contiguous = {name: value.contiguous() for name, value in tensors.items()}
-        write_whole(self.path, save(contiguous, {"record": json.dumps(record)}))
+        write_tensors(self.path, tensors, record, sync=True)
 
     def restore(self, heads: Trainer, trained: TrainedState) -> int:
-        """Put everything back as it was; the epochs that are done. Raises RunError where the file is damaged."""
-        if not self.exists:
+        """Put everything back as it was; the epochs that are done."""
+        whole = read_whole_tensors(self.path)
+        if whole is None:
             return 0
-        tensors, record = self._read()
+        tensors, record = whole
         learner = _learner_of(heads)
-        try:
-            learner.model.load_state_dict(_below("model", tensors))
-            own = learner.optimizer.state_dict()
-            state: dict[int, dict[str, torch.Tensor]] = {}
-            for name, value in _below("optimizer", tensors).items():
-                number, _, what = name.partition(".")
-                state.setdefault(int(number), {})[what] = value
-            learner.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
-            learner.generator.set_state(tensors["generator"])
-            trained.state, trained.history = _below("best", tensors), record["history"]
-            trained.epoch, trained.seconds = record["best_epoch"], record["seconds"]
-            trained.best = (record["best"][0], record["best"][1])
-            trained.schedule.lr, trained.schedule.best, trained.schedule.bad = record["schedule"]
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise self._damaged(error) from error
+        learner.model.load_state_dict(_below("model", tensors))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in _below("optimizer", tensors).items():
+            number, _, what = name.partition(".")
+            state.setdefault(int(number), {})[what] = value
+        own = learner.optimizer.state_dict()
+        learner.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+        learner.generator.set_state(tensors["generator"])
+        trained.state, trained.history = _below("best", tensors), record["history"]
+        trained.epoch, trained.seconds = record["best_epoch"], record["seconds"]
+        trained.best = (record["best"][0], record["best"][1])
+        trained.schedule.lr, trained.schedule.best, trained.schedule.bad = record["schedule"]
         return int(record["epoch"])
-
-    def differences_from(self, other: Path) -> list[str]:
-        """What another checkpoint was asked for that this one is not."""
-        theirs = replace(self, path=other)._read()[1].get("asked", {})
-        pairs = [(self.request["settings"], theirs.get("settings", {})), (self.request, theirs)]
-        return [
-            name for mine, their in pairs for name in mine
-            if name != "settings" and json.loads(json.dumps(mine[name])) != their.get(name)
-        ]  # fmt: skip
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
-
-    def _read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        try:
-            whole = self.path.read_bytes()
-            tensors = load(whole)
-            size = int.from_bytes(whole[:8], "little")
-            record = json.loads(json.loads(whole[8 : 8 + size])["__metadata__"]["record"])
-            record["epoch"] = int(record["epoch"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(error) from error
-        return tensors, record
-
-    def _damaged(self, error: Exception) -> RunError:
-        return RunError(
-            f"{self.path} is damaged ({error}). --overwrite, or in a sweep removing it, begins the training anew."
-        )
 
 
 def _learner_of(heads: Trainer) -> Learner:

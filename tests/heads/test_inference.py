@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from support.fake_view import label_view, toy_view
+from support.runs import reseal
 
 import featurecache
 from featurecache.errors import BadOption, RunError
@@ -167,6 +168,9 @@ def test_a_sweep_answers_by_the_run_it_chose(cached, tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
     assert predict(tmp_path / "sweep", [b"3"])[0]["class"] == predict(sweep.best.path, [b"3"])[0]["class"]
     (tmp_path / "sweep" / "rows.jsonl").write_text("")
+    with pytest.raises(RunError, match=r"rows\.jsonl is not what was written"):
+        predict(tmp_path / "sweep", [b"3"])
+    reseal(tmp_path / "sweep", name="sweep.json")
     with pytest.raises(RunError, match="No head of the sweep"):
         predict(tmp_path / "sweep", [b"3"])
 

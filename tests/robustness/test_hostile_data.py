@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 from support.fake_view import toy_view
+from support.runs import reseal
 
 from featurecache.errors import RunError, SourceError, UnreadableImage
 from featurecache.images import decoding
@@ -161,9 +162,12 @@ def use(path: Path) -> None:
 
 
 def changed(path: Path, name: str, change) -> None:  # type: ignore[no-untyped-def]
+    if name == "config.json":
+        return reseal(path, change)
     record = json.loads((path / name).read_text())
     change(record)
     (path / name).write_text(json.dumps(record))
+    reseal(path)
 
 
 @pytest.mark.integration
@@ -234,6 +238,10 @@ def test_metrics_of_strangers_are_checked(run: Path, change) -> None:  # type: i
 )
 def test_files_of_a_run_of_strangers(run: Path, name: str, data: bytes, words: str) -> None:
     (run / name).write_bytes(data)
+    if name != "config.json":
+        with pytest.raises(RunError, match="is not what was written"):
+            use(run)
+        reseal(run)
     with pytest.raises(RunError, match=words):
         use(run)
 

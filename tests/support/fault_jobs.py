@@ -29,6 +29,7 @@ from featurecache.store.store import stores
 from featurecache.store.view import View
 from support.checkpoints import save_vit
 from support.pictures import image_folder
+from support.run_jobs import look_at_runs, train_network, train_run, train_sweep  # noqa: F401
 
 transformers.utils.logging.disable_progress_bar()
 

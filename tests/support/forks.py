@@ -31,6 +31,9 @@ from typing import Any
 
 LONGEST = 150.0  # seconds of one operation: more is a hang
 AT_ONCE = 2
+ONE_THREAD = {  # pyarrow, which scikit-learn imports where it is installed, has a thread that frees memory
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Forks:
         path = os.pathsep.join([str(here.parents[2]), str(here.parents[1]), *filter(None, sys.path)])
         self._server = subprocess.Popen(
             [sys.executable, str(here)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-            env={**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"), "PYTHONPATH": path},
+            env={**os.environ, **ONE_THREAD, "PYTHONPATH": path},
         )  # fmt: skip
         try:
             assert self._said() == "ready"

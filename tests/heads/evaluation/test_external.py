@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load, save
 from support.builders import make_spec
 from support.fake_view import label_view, toy_view
+from support.runs import reseal
 
 from featurecache.errors import BadOption, CannotWrite, NotInCache, RunError
 from heads.api import families_in, train_head
@@ -21,6 +22,7 @@ from heads.evaluation.families import families_of
 from heads.metrics.calibration import CalibratedPredictions
 from heads.metrics.classification import evaluate
 from heads.reports import text as tables
+from heads.runs.folder import write_record
 from heads.runs.run import load_run
 
 train_head = partial(train_head, report=False)
@@ -166,10 +168,8 @@ def test_images_the_head_was_trained_on_are_said():
     found = evaluate_run(run, again, resamples=50)  # val alone can be looked up: the view of training is gone
     assert any("the view it was trained on is gone" in words for words in found["warnings"])
     again.path = run.path / "x.h5"
-    config = json.loads((run.path / "config.json").read_text())
-    config["view"]["path"] = str((run.path / "x.h5").resolve())
-    (run.path / "config.json").write_text(json.dumps(config))
-    used = len(run.answers("val").ids) + config["splits"]["images"]["train"]
+    reseal(run.path, lambda config: config["view"].update(path=str((run.path / "x.h5").resolve())))
+    used = len(run.answers("val").ids) + run.config["splits"]["images"]["train"]
     found = evaluate_run(load_run(run.path), again, resamples=50)
     assert f"{used} of 300 images were also used to train or choose this head" in found["warnings"][-1]
     fine = evaluate_run(load_run(run.path), again, split="test", resamples=50)
@@ -213,7 +213,8 @@ def test_what_was_written_is_checked_when_it_is_read():
     file = run.path / "external/there.safetensors"
     for spoil, words in (
         (lambda: file.write_bytes(file.read_bytes()[:-8]), "damaged"), (file.unlink, "is missing"),
-        (lambda: file.with_suffix(".json").write_text('{"view": 1}'), "no proper view"),
+        (lambda: file.with_suffix(".json").write_text('{"format": 1, "view": 1}'), "not the text that was written"),
+        (lambda: write_record(file.with_suffix(".json"), {"view": 1}), "no proper view"),
     ):  # fmt: skip
         spoil()
         with pytest.raises(RunError, match=words):
@@ -253,5 +254,8 @@ def test_written_answers_of_other_images_do_not_fit_the_run():
     evaluate_run(run, elsewhere(), resamples=50)
     file = run.path / "external/there.safetensors"
     file.write_bytes(save({**load(file.read_bytes()), "ids": torch.tensor(list(b'["a"]'), dtype=torch.uint8)}))
+    with pytest.raises(RunError, match=r"there\.safetensors is not what was written"):
+        read_external(run)
+    reseal(file.parent, name="there.json")
     with pytest.raises(RunError, match="is damaged: it does not fit the run"):
         read_external(run)

@@ -106,7 +106,7 @@ def test_runs_stand_side_by_side_and_what_is_written_is_what_was_found(planted, 
     for path in found.files:
         with Image.open(path) as image:
             assert image.size[0] > 800
-    assert json.loads((tmp_path / "maps" / "explain.json").read_text()) == found.records
+    assert json.loads((tmp_path / "maps" / "explain.json").read_text())["maps"] == found.records
     large, mean, cls = (r for r in found.records if r["kind"] == "contribution")
     assert "no places" in cls["error"] and large["class"] == mean["class"] == "1"
     total = np.sum(mean["values"]) + sum(mean["beside"].values())

@@ -17,11 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from support.fake_view import label_view, toy_view
 
-from featurecache.errors import CannotWrite, RunError
+from featurecache.errors import CannotWrite, InUse, RunError
+from heads import api
 from heads.api import train_head
 from heads.reports import text as tables
 from heads.runs.run import list_runs, load_run
-from heads.runs.write import run_target
+from heads.runs.write import claim_run
 
 FILES = {
     "config.json", "metrics.json", "metrics.csv", "history.csv", "predictions.csv", "splits.csv",
@@ -107,13 +108,51 @@ def test_undefined_measures_are_null_in_json_and_the_head_file_is_a_plain_state_
 
 def test_a_folder_with_another_run_is_refused_and_overwrite_replaces_it():
     first = quick(out="mine")
-    with pytest.raises(RunError, match="--overwrite replaces it"):
-        quick(out="mine")
+    with pytest.raises(RunError, match=r"holds a run already, with other seed\. --overwrite replaces it"):
+        quick(out="mine", seed=1)
     (first.path / "note.txt").write_text("of the first run")
     second = quick(out="mine", seed=1, overwrite=True)
     assert second.config["settings"]["seed"] == 1
     assert {file.name for file in Path("mine").iterdir()} == FILES
     assert [p.name for p in Path().iterdir()] == ["mine"]
+
+
+def test_the_same_command_says_that_the_run_is_finished_and_trains_nothing(monkeypatch):
+    lines, first = [], quick(out="mine")
+    before = {path: path.stat().st_mtime_ns for path in first.path.iterdir()}
+    monkeypatch.setattr("heads.api.train_together", None)
+    assert quick(out="mine", say=lines.append).config == first.config
+    assert lines == [f"finished   {first.path} is this very run already; --overwrite trains it again"]
+    assert {path: path.stat().st_mtime_ns for path in first.path.iterdir()} == before
+    with pytest.raises(RunError, match=r"other images in the page\..* featurecache report .* writes its page anew"):
+        quick(out="mine", images=False)
+    (first.path / "roc.png").write_bytes(b"x")
+    with pytest.raises(RunError, match=r"roc\.png is not what was written.* --overwrite begins anew"):
+        quick(out="mine")
+
+
+def test_a_run_that_another_command_finished_meanwhile_stays(monkeypatch):
+    other, train = quick(seed=1), api.train_together
+
+    def slowly(*given, **more):
+        other.path.rename("mine")  # as from a machine without locks in common
+        return train(*given, **more)
+
+    monkeypatch.setattr(api, "train_together", slowly)
+    with pytest.raises(RunError, match="mine was finished by another command meanwhile; it stays"):
+        quick(out="mine")
+    assert load_run("mine").config == other.config and sorted(path.name for path in Path().iterdir()) == [
+        "mine",
+        "runs",
+    ]
+
+
+def test_while_one_trains_another_with_its_out_is_refused_and_without_out_has_its_own():
+    with claim_run("runs/toy-linear-1", "toy", "linear", {}):
+        with pytest.raises(InUse, match="a training for toy-linear-1 by process"):
+            quick(out="runs/toy-linear-1")
+        assert quick().path.name == "toy-linear-2"
+    assert quick().path.name == "toy-linear-1"
 
 
 def test_a_folder_of_other_files_is_never_replaced_and_an_empty_one_may_be_given():
@@ -131,15 +170,15 @@ def test_a_folder_of_other_files_is_never_replaced_and_an_empty_one_may_be_given
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 def test_a_place_that_cannot_be_written_is_said_before_training():
     Path("file").write_text("")
-    with pytest.raises(CannotWrite, match="--out chooses another place"):
-        run_target("file/run", "toy", "linear")
+    with pytest.raises(CannotWrite, match="--out chooses another place"), claim_run("file/run", "toy", "linear", {}):
+        pass
 
 
 def test_a_disk_that_fails_while_writing_leaves_nothing(monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("heads.runs.write.sync_path", full)
+    monkeypatch.setattr("heads.runs.folder.sync_path", full)
     with pytest.raises(CannotWrite, match="No space left on device"):
         quick()
     assert list(Path("runs").iterdir()) == []
@@ -161,9 +200,10 @@ def test_a_run_killed_while_writing_never_looks_finished():
     done = subprocess.run([sys.executable, "-c", code, str(tests)], env=path, capture_output=True)
     assert done.returncode == -signal.SIGKILL
     left = list(Path("runs").iterdir())
-    assert [p.name.startswith(".toy-linear") and p.suffix == ".partial" for p in left] == [True]
+    assert [p.name for p in left] == [".toy-linear-1.partial"]
     assert list_runs("runs") == []
     assert quick().path.name == "toy-linear-1"
+    assert [p.name for p in Path("runs").iterdir()] == ["toy-linear-1"]
 
 
 def test_a_run_that_lacks_a_file_is_no_run():
@@ -185,15 +225,11 @@ def test_a_run_that_lacks_a_file_is_no_run():
     ("name", "change", "says"),
     [
         ("head.safetensors", lambda data: data[:-7], "damaged"),
-        ("splits.csv", lambda data: b"".join(data.splitlines(keepends=True)[:9]), "what it says of val is not whole"),
-        (
-            "config.json",
-            lambda data: data.replace(b'"kind 0",\n', b'"kind 0", "kind 2",\n', 1),
-            "does not fit the head",
-        ),
+        ("splits.csv", lambda data: b"".join(data.splitlines(keepends=True)[:9]), "not what was written"),
+        ("config.json", lambda data: data.replace(b'"kind 0"', b'"kind 2"', 1), "not the text that was written"),
         ("config.json", lambda data: data.replace(b'"format": 1', b'"format": 99'), "run format 99; .* reads 1"),
         ("config.json", lambda data: b"{", "is damaged"),
-        ("history.csv", lambda data: data + b'"', "history.csv is damaged"),
+        ("history.csv", lambda data: data + b'"', "history.csv is not what was written"),
     ],
 )
 def test_a_damaged_run_is_refused(name, change, says):

@@ -18,12 +18,13 @@ from featurecache import open_view
 from featurecache.errors import BadOption, CannotWrite, RunError, StepFailed, Stopped
 from heads import api
 from heads.reports.provenance import origins, sweep_command, train_command
+from heads.runs.folder import write_record
 from heads.studies import runner
 from heads.studies.page import format_published, grey_reasons
 from heads.studies.plan import StudyOptions
 from heads.studies.spec import Extract, Heads, ImageSet, Network, PublishedNumber, Question, Study
 from heads.studies.tables import overview_of
-from heads.sweeps.journal import read_journal
+from heads.sweeps.journal import _checked_line, read_journal
 from heads.training.loop import Checkpoint
 
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -154,7 +155,8 @@ def test_a_run_that_was_finished_but_not_noted_is_not_trained_again(done, journa
 
 
 def test_a_step_that_was_asked_otherwise_is_refused(done, journal):
-    journal.write_bytes(journal.read_bytes().replace(b"cnn-cifar", b"vit-cifar"))
+    rows = [b"{" + line[30:] for line in journal.read_bytes().replace(b"cnn-cifar", b"vit-cifar").splitlines()]
+    journal.write_bytes(b"".join(_checked_line(row) + b"\n" for row in rows))
     with pytest.raises(RunError, match="the step cnn was asked otherwise"):
         study(done.folder)
 
@@ -182,14 +184,14 @@ def test_other_images_are_refused(done, tmp_path, data):
     ("file", "text", "says"),
     [
         ("note.txt", "", "holds other files and no study"),
-        ("study.json", '{"format": 1, "study": "large", "asked": {}, "data": [], "images": {}}', "the study large"),
-        ("study.json", '{"format": 99, "study": "small", "asked": {}}', "study format 99; .* reads 1"),
-        ("study.json", '{"format": 1, "study": "small", "asked": [], "data": []}', "no proper asked and no images"),
+        ("study.json", {"study": "large", "asked": {}, "data": [], "images": {}}, "the study large"),
+        ("study.json", {"format": 99, "study": "small", "asked": {}}, "study format 99; .* reads 1"),
+        ("study.json", {"study": "small", "asked": [], "data": []}, "no proper asked and no images"),
         ("study.json", '{"format": 1, "study"', "is damaged"),
     ],
 )
 def test_a_folder_of_something_else_and_a_damaged_one_are_refused(file, text, says, tmp_path, data):
-    (tmp_path / file).write_text(text)
+    (tmp_path / file).write_text(text) if isinstance(text, str) else write_record(tmp_path / file, text)
     with pytest.raises(RunError, match=says):
         study(tmp_path, data)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from featurecache.errors import RunError
-from heads.sweeps.journal import JournalFile
+from heads.sweeps.journal import JournalFile, _checked_line
 
 COLUMNS = {"step": str, "seconds": float}
 
@@ -39,6 +39,6 @@ def test_what_a_kill_tore_is_as_if_it_had_never_been_written(tmp_path):
 def test_a_line_between_others_that_is_no_row_is_named(tmp_path, line):
     journal(tmp_path / "j").append([{"step": "a", "seconds": 1.0}])
     text = (tmp_path / "j").read_text()
-    (tmp_path / "j").write_text(f"{text}{line}\n{text}")
-    with pytest.raises(RunError, match="line 2 is none of its rows"):
+    (tmp_path / "j").write_bytes(text.encode() + _checked_line(line.encode()) + b"\n" + text.encode())
+    with pytest.raises(RunError, match="line 2 is not what was written"):
         journal(tmp_path / "j")

@@ -26,6 +26,7 @@ import cli
 from featurecache.errors import BadOption, InUse, NotInCache, ProtocolError, RunError, Stopped
 from featurecache.files.locks import exclusive_lock
 from heads.api import ablate
+from heads.runs.folder import write_record
 from heads.settings import Settings
 from heads.splits import splits_csv
 from heads.sweeps.journal import ROWS, load_sweep
@@ -219,10 +220,31 @@ def test_a_folder_of_other_things_and_damaged_records_are_refused():
         sweep(view_of())
     with pytest.raises(RunError, match=r"is no sweep: it has no sweep\.json"):
         load_sweep("s")
-    for text, says in (('{"format": 9}', "sweep format 9"), ('{"format": 1, "views": {}}', "no proper frame")):
-        Path("s/sweep.json").write_text(text)
+    for record, says in (({"format": 9}, "sweep format 9"), ({"views": {}}, "no proper frame")):
+        write_record(Path("s/sweep.json"), record)
         with pytest.raises(RunError, match=says):
             load_sweep("s")
+    Path("s/sweep.json").write_text('{"format": 1, "views": {}}')
+    with pytest.raises(RunError, match=r"sweep\.json is not the text that was written"):
+        load_sweep("s")
+
+
+def test_a_sweep_killed_in_its_first_moment_begins_again():
+    Path("s").mkdir()
+    Path("s/.exclusive-0123456789abcdef").write_text('{"pid": 0}')
+    Path("s/.1c1de84e36dac523.c2e916c0.tmp").write_text("{")
+    sweep(view_of())
+    assert not [path.name for path in Path("s").iterdir() if path.name.startswith(".")]
+
+
+def test_two_heads_of_ones_own_with_one_class_name_are_two_families(here, monkeypatch):
+    code = "from torch import nn\nclass Own(nn.Linear):\n    def __init__(self, shape, classes):\n"
+    for name in ("one_of_two_heads", "other_of_two_heads"):
+        (here / f"{name}.py").write_text(f"{code}        super().__init__(shape[0], classes)\n")
+    monkeypatch.syspath_prepend(here)
+    heads = "python:one_of_two_heads:Own,python:other_of_two_heads:Own"
+    result = sweep(view_of(), heads, outputs="cls")
+    assert [family.head for family in result.families] == heads.split(",") and result.unfinished == {}
 
 
 def test_two_at_once_in_one_folder_are_refused():

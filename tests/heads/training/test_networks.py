@@ -145,13 +145,12 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(tmp_path, optimizer, 
 
     with pytest.raises(Stopped, match=r"in the first epoch\. Nothing was kept"):
         trained(tmp_path / "parts", say=stopped_in(1), **more)
-    with pytest.raises(Stopped, match=r"2 epochs are safe.*--resume"):
+    with pytest.raises(Stopped, match=r"2 epochs are safe; the same command goes on"):
         trained(tmp_path / "parts", say=stopped_in(3), **more)
-    with pytest.raises(RunError, match=r"interrupted after epoch 2.*--resume.*--overwrite"):
-        trained(tmp_path / "parts", **more)
-    with pytest.raises(RunError, match="other settings or images: lr"):
-        trained(tmp_path / "parts", resume=True, **more, lr=0.5)
-    trained(tmp_path / "parts", resume=True, **more)
+    with pytest.raises(RunError, match=r"A training with other lr was interrupted.*--overwrite throws it away"):
+        trained(tmp_path / "parts", **more, lr=0.5)
+    trained(tmp_path / "parts", say=(lines := []).append, **more)
+    assert "resumed    after epoch 2" in lines
     for name in ("head.safetensors", "splits.csv", "predictions.csv"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]  # no checkpoint is left
@@ -178,21 +177,29 @@ def test_a_sweep_stopped_within_a_network_goes_on_in_it_to_the_same_bytes(tmp_pa
     assert not list((tmp_path / "parts").glob(".*.checkpoint"))
 
 
-def test_a_damaged_checkpoint_is_said_and_overwritten_when_asked(tmp_path):
+@pytest.mark.parametrize("place", [0, 9, 0.3, 0.6, 0.9, -20, "cut"])
+def test_a_damaged_checkpoint_is_thrown_away_and_the_training_begins_anew(tmp_path, run, place):
     with pytest.raises(Stopped):
         trained(tmp_path / "run", say=stopped_in(2))
-    (file,) = tmp_path.glob("*.checkpoint")
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(RunError, match=r"damaged.*--overwrite"):
-        trained(tmp_path / "run", resume=True)
-    trained(tmp_path / "run", overwrite=True)
+    (file,) = tmp_path.glob(".run.checkpoint")
+    data = bytearray(file.read_bytes())
+    if place == "cut":
+        del data[-100:]
+    else:
+        data[int(place * len(data)) if isinstance(place, float) else place] ^= 1
+    file.write_bytes(data)
+    again = trained(tmp_path / "run", say=(lines := []).append)
+    assert any(line.startswith("warning") and "is damaged and was thrown away" in line for line in lines)
+    assert (again.path / "head.safetensors").read_bytes() == (run.path / "head.safetensors").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_resume_without_an_interrupted_training_is_refused(tmp_path):
-    with pytest.raises(RunError, match="no interrupted training"):
-        trained(tmp_path / "run", resume=True)
-    with pytest.raises(BadOption, match="give one of them"):
-        trained(tmp_path / "run", resume=True, overwrite=True)
+def test_an_interrupted_training_of_other_settings_is_thrown_away_when_asked(tmp_path):
+    with pytest.raises(Stopped):
+        trained(tmp_path / "run", say=stopped_in(2), lr=0.5)
+    trained(tmp_path / "run", say=(lines := []).append, overwrite=True)
+    assert not any(line.startswith("resumed") for line in lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_network_and_heads_on_features_are_compared_on_the_same_images(tmp_path, monkeypatch):
