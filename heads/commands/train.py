@@ -108,10 +108,10 @@ def train_head(talk: Console, features: str | None, cache: str | None, no_images
     featurecache train-head --head linear --features vit-in21k/chest --seed 1
     """
     import heads
-    from featurecache.outputs import parse
+    from featurecache.outputs import members
 
     if options["output"] is not None:
-        parse(options["output"])  # a misspelt one is said before a view is opened
+        members(options["output"])  # a misspelt one is said before a view is opened
     view = open_features(talk, features, cache)
     run = heads.train_head(view, options.pop("head"), say=talk.line, images=not no_images, **options)
     _show_run(talk, run)

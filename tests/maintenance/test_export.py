@@ -127,7 +127,6 @@ def read_output(path: Path, name: str) -> np.ndarray:
         ("set.csv", {}, r'"set.csv" has no ending that names a format; there are \.h5'),
         ("old.h5", {}, "exists; --overwrite replaces it"),
         ("cache/tiny.h5", {}, "belongs to a cache"),
-        ("set.h5", {"outputs": ","}, "names no output"),
         ("folder.h5", {}, "is a folder; name a file in it"),
     ],
 )
