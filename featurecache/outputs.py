@@ -101,7 +101,7 @@ def members(name: str) -> tuple[Output, ...]:
 
 
 def parse_list(names: str | Iterable[str]) -> tuple[Output, ...]:
-    """Comma-separated or a sequence; each once, in the order given; of ``cls+mean`` both, since each is stored alone."""
+    """Comma-separated or a sequence; each once, in the order given; of ``cls+mean`` both: each is stored alone."""
     parts = names.split(",") if isinstance(names, str) else names
     parsed = [output for part in parts if part.strip() for output in members(part.strip())]
     if not parsed:

@@ -37,7 +37,7 @@ from torch import nn
 from featurecache.backbones.base import Backbone, BackboneRequest, freeze, torch_seed, versions
 from featurecache.backbones.processors import pil_preprocess
 from featurecache.backbones.state_dicts import first_names, other_shapes
-from featurecache.backbones.user_code import import_user_module
+from featurecache.backbones.user_code import import_user_module, user_line
 from featurecache.backbones.weights import existing_weights, read_checkpoint, weights_identity
 from featurecache.errors import (
     BadOption,
@@ -121,7 +121,7 @@ def _call_factory(
             network = make()
     except Exception as error:  # whatever the user's code raises
         raise UnknownBackbone(
-            f"{title}: {factory}() failed ({first_line(error)}); it is called without arguments"
+            f"{title}: {factory}() failed ({user_line(error) or first_line(error)}); it is called without arguments"
         ) from error
     if not isinstance(network, nn.Module):
         raise UnknownBackbone(f"{title}: {factory}() returned a {type(network).__name__}, expected a torch.nn.Module")
@@ -285,7 +285,7 @@ class FeatureTap(nn.Module):
             first_conv = next((module for module in self.network.modules() if isinstance(module, nn.Conv2d)), None)
             grey = first_conv is not None and first_conv.in_channels == 1
             way = ". Images come as RGB: let its forward begin with x = x.mean(1, keepdim=True), or as it was trained"
-            why = first_line(error) + way * grey
+            why = (user_line(error) or first_line(error)) + way * grey
             raise BadOption(f"{self.title} does not take images of {size[0]}×{size[1]} pixels: {why}") from error
         self._choose_outputs({path: tuple(tensor.shape) for path, tensor in first.items()})
         for path, tensor in first.items():

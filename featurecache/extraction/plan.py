@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurecache.backbones import load_backbone
+from featurecache.backbones import check_name, load_backbone
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, CacheError, SourceError
 from featurecache.extraction.digest_cache import DigestCache
@@ -82,6 +82,7 @@ def prepare(
     _check_options(on_error, batch_size, workers)
     augmented = augmentation_of(views, augment, augment_seed)
     requested = parse_list(outputs) if outputs is not None else None
+    check_name(backbone)
     if not isinstance(data, Dataset):
         how = {
             "classes_at": classes_at,

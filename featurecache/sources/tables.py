@@ -79,7 +79,9 @@ def open_table(
     )
 
 
-def read_annotations(data: str, columns: dict[str, str] | None, task: str | None) -> Annotations:
+def read_annotations(
+    data: str, columns: dict[str, str] | None, task: str | None, uncertain: str | None = None
+) -> Annotations:
     """Labels of features that are there already: a table as for images, in which the paths may be missing. Its only
     column is the label, whatever it is called."""
     table, _ = _read_table(data)
@@ -92,7 +94,7 @@ def read_annotations(data: str, columns: dict[str, str] | None, task: str | None
         table, _ = _one_row_each(table, roles, task)
     ids = table.columns[roles["path"][0]] if roles["path"] else None
     own = [f"{table.name}:{row}" for row in range(len(table.places))]  # one without a group is a group of its own
-    return replace(annotations_of_text(table, roles, ids or own, LabelOptions(task)), ids=ids)
+    return replace(annotations_of_text(table, roles, ids or own, LabelOptions(task, uncertain)), ids=ids)
 
 
 def annotate(

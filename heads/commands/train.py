@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import Field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,9 +159,9 @@ def train_baseline(
 
     if data is not None and features is not None:
         raise BadOption("--data and --features both say which images; give one of them.")
-    images = named_images(talk, data, options)
+    images: Any = named_images(talk, data, options)
     if images is None:
-        images = open_features(talk, features, cache, "--features or --data chooses")
+        images = partial(open_features, talk, features, cache, "--features or --data chooses")
     options |= {"classes": options["classes"] or None, "images": not no_images, "progress": talk.progress}
     run = heads.train_baseline(images, arch, say=talk.line, **options)
     _show_run(talk, run)

@@ -218,9 +218,10 @@ def layer_of(backbone: Backbone, outputs: Sequence[Output]) -> Hook:
     kept = [o for o in outputs if isinstance(model, FeatureTap) and o.source in model.keep]
     if kept == list(outputs) and not any(output.base in ("cls", "pooler") for output in kept):
         return network.get_submodule(model.keep[kept[0].source]), "output"
+    name = "+".join(output.name for output in outputs)
     raise BadOption(
-        f"which layer of {backbone.name} Grad-CAM should look at for {'+'.join(o.name for o in outputs)} is not known. --kind contribution "
-        "needs none, and --kind attention shows where a backbone with a class token looks."
+        f"which layer of {backbone.name} Grad-CAM should look at for {name} is not known. --kind contribution needs "
+        "none, and --kind attention shows where a backbone with a class token looks."
     )
 
 

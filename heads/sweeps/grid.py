@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import BadOption, nearest
+from featurecache.outputs import members
 from heads.evaluation.families import GRIDS
+from heads.models.catalogue import head_info
 from heads.settings import TABLE, Settings
 
 DIGITS = 6  # significant ones of a value within a range, so that 1e-4..1e-2:3 holds the 1e-3 that somebody types
@@ -86,8 +88,13 @@ class SweepSpec:
         for name, values in {**grid, "fraction": parts}.items():
             for value in [] if isinstance(values, Range) else values:
                 replace(base, **{name: value})  # says at once what no head could be trained with
+        names, wanted = choices("heads", heads), () if outputs is None else choices("outputs", outputs)
+        for name in names:
+            head_info(name)
+        for name in wanted:
+            members(name)
         return cls(
-            choices("heads", heads), () if outputs is None else choices("outputs", outputs), grid, base, seeds, parts,
+            names, wanted, grid, base, seeds, parts,
             repeats, folds, search, trials, given,
         )  # fmt: skip
 

@@ -82,7 +82,7 @@ def test_extraction_and_export_keep_each_of_them_by_itself(trained, tmp_path, mo
     assert list(record["outputs"]) == ["cls", "mean"]
     record = json.loads(call("export", "set", "set.npz", "--outputs", "cls+mean", "--json").stdout)
     assert record["outputs"] == ["cls", "mean"]
-    with pytest.raises(NotInCache, match="not pooler. Store it with: featurecache extract .* --outputs pooler"):
+    with pytest.raises(NotInCache, match=r"not pooler\. Store it with: featurecache extract .* --outputs pooler"):
         open_view("set").info("cls+pooler")
     for name, said in (("cls+tokens", "different vectors"), ("cls+cls", "different vectors"), ("cls+mena", "Near: me")):
         result = call("train-head", "--head", "ridge", "--output", name)
