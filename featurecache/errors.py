@@ -66,12 +66,8 @@ class Reading:
     options: dict[str, Any]  # as the library and the command line call them: {"classes_at": 2}
 
 
-class UnknownColumn(SourceError, UnknownName):
-    """No column, and no array of a file, is called that."""
-
-
-class UnknownClass(SourceError, UnknownName):
-    """No class of the data is called that."""
+class UnknownSourceName(SourceError, UnknownName):
+    """No data set, no column or array, or no class of the data is called that."""
 
 
 class SeveralReadings(SourceError):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from featurecache.errors import BadOption, FeatureCacheError, UnknownColumn, nearest
+from featurecache.errors import BadOption, FeatureCacheError, UnknownSourceName, nearest
 from featurecache.formatting import abbreviated, one_line
 from featurecache.images.headers import with_white
 from heads.metrics.calibration import predict_labels, probabilities
@@ -138,7 +138,7 @@ def _words(dataset: Dataset, column: str | None) -> list[tuple[str, ...]]:
     kind = dataset.source["kind"]
     if column is not None and kind == "table" and column not in dataset.meta:
         there = f"{abbreviated(list(dataset.meta), 8)}.{nearest(column, dataset.meta)}"
-        raise UnknownColumn(f"{dataset.source['data']} has no column {column!r} for the label; it has {there}")
+        raise UnknownSourceName(f"{dataset.source['data']} has no column {column!r} for the label; it has {there}")
     if kind == "folder":
         return [tuple(name.split("/")[:-1]) for name in dataset.ids]
     if kind == "table":

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import BadOption, SourceError, UnknownColumn, nearest
+from featurecache.errors import BadOption, SourceError, UnknownSourceName, nearest
 from featurecache.files.records import is_text
 from featurecache.formatting import abbreviated
 from featurecache.maintenance.feature_files import ArrayInfo, FeatureFile, open_feature_file
@@ -121,7 +121,7 @@ def is_export(file: FeatureFile) -> bool:
 def array_named(file: FeatureFile, key: str, option: str) -> ArrayInfo:
     if key not in file.arrays:
         near = nearest(key, file.arrays)
-        raise UnknownColumn(f"{option}: {file.path.name} has no {key!r}.{near} It holds {describe_arrays(file)}.")
+        raise UnknownSourceName(f"{option}: {file.path.name} has no {key!r}.{near} It holds {describe_arrays(file)}.")
     return file.arrays[key]
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from featurecache.errors import SourceError, UnknownColumn, nearest
+from featurecache.errors import SourceError, UnknownSourceName, nearest
 from featurecache.formatting import abbreviated, names_in
 from featurecache.sources.vocabulary import in_order, is_missing, split_names_of
 
@@ -97,14 +97,16 @@ def find_roles(
     role ``several`` may have some, ``A,B``. Raises SourceError."""
     if unknown := [role for role in requested if role not in candidates]:
         near = nearest(unknown[0], candidates)
-        raise UnknownColumn(f"columns of {name} cannot name a {unknown[0]!r}; they name {', '.join(candidates)}.{near}")
+        raise UnknownSourceName(
+            f"columns of {name} cannot name a {unknown[0]!r}; they name {', '.join(candidates)}.{near}"
+        )
     roles = {}
     for role, text in requested.items():  # a name with a comma: one column where the table has it, or in quotes
         listed = names_in(text)
         roles[role] = [text] if text in columns else [word for part in listed if (word := part.strip())]
         if missing := [word for word in roles[role] if word not in columns]:
             there = f"{abbreviated(columns, 8)}.{nearest(missing[0], columns)}"
-            raise UnknownColumn(f"{name} has no column {missing[0]!r} for the {role}; it has {there}")
+            raise UnknownSourceName(f"{name} has no column {missing[0]!r} for the {role}; it has {there}")
         if len(roles[role]) > 1 and role != several:
             raise SourceError(f"the {role} is one column of {name}, not {len(roles[role])} ({text}).")
     elsewhere = [column for listed in roles.values() for column in listed]

@@ -11,7 +11,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from featurecache.errors import SourceError, UnknownClass, nearest
+from featurecache.errors import SourceError, UnknownSourceName, nearest
 from featurecache.formatting import abbreviated
 
 # What people call their splits -> what we call them.
@@ -126,7 +126,7 @@ def in_order(classes: Collection[str], task: str | None, order: Sequence[str] | 
         if sorted(map(spelling_key, order)) != sorted(map(spelling_key, classes)):
             others = [name for name in order if spelling_key(name) not in keys]
             near = nearest(others[0], classes) if others else ""
-            raise UnknownClass(
+            raise UnknownSourceName(
                 f"--order names {abbreviated(list(order))}, and {where} has {abbreviated(sorted(classes))}; name each "
                 f"class once, from the lowest to the highest.{near}"
             )

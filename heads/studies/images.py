@@ -56,8 +56,10 @@ def _recognised(study: Study, text: str) -> dict[str, str]:
         elif text.split("@")[0] == images.source:
             sources[images.name] = text
     if not sources:
-        names = ", ".join(images.name for images in study.images)
-        raise BadOption(f"--data {text}: which set of {study.name} is it? Write --data SET={text}; sets: {names}.")
+        names, (name, sign, source) = [images.name for images in study.images], text.partition("=")
+        near, source = (nearest(name, names), source) if sign else ("", text)
+        which = f"which set of {study.name} is it? Write --data SET={source}; sets: {', '.join(names)}.{near}"
+        raise BadOption(f"--data {text}: {which}")
     return sources
 
 
