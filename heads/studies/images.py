@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featurecache.errors import BadOption, FeatureCacheError, SourceError, UnreadableImage
+from featurecache.errors import BadOption, FeatureCacheError, SourceError, UnreadableImage, nearest
 from featurecache.files.atomic import write_whole, writing
 from heads.explanations.explainer import encode_image
 from heads.studies.spec import ImageSet, OpenedSet, Study

@@ -22,7 +22,8 @@ CACHE, RUN = ("--cache", "cache"), ("--run", "run")
 MAKE = ("extract", "--backbone", "vit-demo", "--random-weights", "--outputs", "cls")
 TRAIN, ABLATE = ("train-head", "--head", "ridge", "--features", "d"), ("ablate", "--heads", "ridge", "--features", "d")
 NET = ("train-baseline", "--arch", "cnn-cifar", "--data", "d")
-TABLE = ("--data", "d/list.csv")
+TABLE, SET = ("--data", "d/list.csv"), ("medmnist:bloodmnis", "bloodmnist")
+STEP = ("pneumonia-hed", "pneumonia-heads")
 OF_TRAINING = {
     "--select": ("aurok", "auroc"), "--positive": ("wel", "well"), "--only": ("ill,wel", "well"),
     "--classes": ("wel=well,il", "ill"),
@@ -30,7 +31,7 @@ OF_TRAINING = {
 # Command -> (words that are right, option -> (misspelt, what is near)); an option that comes twice takes the last.
 NAMES = {
     "extract": (MAKE, {
-        "--backbone": ("vit-dmo", "vit-demo"), "--data": ("medmnist:bloodmnis", "bloodmnist"), "--outputs": ("cls,tokns", "tokens"),
+        "--backbone": ("vit-dmo", "vit-demo"), "--data": SET, "--outputs": ("cls,tokns", "tokens"),
         "--column": ("lable=x", "label", *TABLE), "--order": ("wel,ill", "well", "--data", "d"),
         "--augment": ("filp", "flip", "--views", "1"),
     }),
@@ -38,7 +39,7 @@ NAMES = {
         "--head": ("rigde", "ridge"), "--output": ("clss", "cls"), "--features": ("vit-demo/dd", "vit-demo/d"),
     }),
     "train-baseline": (NET, OF_TRAINING | {
-        "--arch": ("cnn-cifr", "cnn-cifar"), "--data": ("medmnist:bloodmnis", "bloodmnist"), "--augment": ("filp", "flip"),
+        "--arch": ("cnn-cifr", "cnn-cifar"), "--data": SET, "--augment": ("filp", "flip"),
         "--features": ("vit-demo/dd", "vit-demo/d", None), "--order": ("wel,ill", "well"),
         "--column": ("label=finding", "findings", *TABLE),
     }),
@@ -46,7 +47,7 @@ NAMES = {
         "--heads": ("ridge,lienar", "linear"), "--outputs": ("clss", "cls"),
         "--features": ("d,vit-demo/dd", "vit-demo/d"), "--optimizer": ("adma", "adam"),
         "--schedule": ("cosin", "cosine"), "--augment": ("filp", "flip"),
-        "--reference": ("ridge on clss", "ridge on cls"), "--data": ("medmnist:bloodmnis", "bloodmnist", "--heads", "cnn-cifar", None),
+        "--reference": ("ridge on clss", "ridge on cls"), "--data": (*SET, "--heads", "cnn-cifar", None),
         "--order": ("wel,ill", "well", "--heads", "cnn-cifar", "--data", "d", None),
         "--column": ("label=finding", "findings", "--heads", "cnn-cifar", *TABLE, None),
     }),
@@ -55,7 +56,7 @@ NAMES = {
     "explain": (("explain", *RUN, "d/ill/000.png"), {"--kind": ("atention", "attention"), "--class": ("wel", "well")}),
     "predict": (("predict", *RUN, "d/list.csv"), {"--column": ("label=finding", "findings")}),
     "study": (("study",), {
-        "": ("pnuemonia", "pneumonia"), "--only": ("cnn-hed", "", "mindlina"), "--skip": ("cnn-hed", "", "mindlina"),
+        "": ("pnuemonia", "pneumonia"), "--only": (*STEP, "mindlina"), "--skip": (*STEP, "mindlina"),
         "--data": ("cifr10=d", "cifar10", "cifar-tinyimagenet"), "--weights": ("resnet5=x", "resnet50", "pneumonia"),
     }),
     "info": (("info",), {
@@ -65,8 +66,8 @@ NAMES = {
     "export": (("export", "d", "new.npz"), {"--outputs": ("clss", "cls")}),
     "import": (("import", "set.npz", "--name", "new"), {
         "--features-key": ("clss", "cls"), "--ids-key": ("idss", "ids"), "--splits-key": ("spits", "splits"),
-        "--groups-key": ("label", "labels"), "--labels": ("lables", "labels"), "--output": ("clss", "cls", "--features-key", "cls"),
-        "--order": ("il,well", "ill"), "--column": ("label=finding", "findings", "--labels", "d/list.csv"),
+        "--groups-key": ("label", "labels"), "--labels": ("lables", "labels"),
+        "--output": ("clss", "cls", "--features-key", "cls"), "--order": ("il,well", "ill"), "--column": ("label=finding", "findings", "--labels", "d/list.csv"),
     }),
     "why": (("why", *MAKE[1:]), {}),
     "leaks": (("leaks",), {"": ("dd", "d"), "--output": ("clss", "cls", "d")}),
