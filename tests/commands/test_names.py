@@ -67,7 +67,8 @@ NAMES = {
     "import": (("import", "set.npz", "--name", "new"), {
         "--features-key": ("clss", "cls"), "--ids-key": ("idss", "ids"), "--splits-key": ("spits", "splits"),
         "--groups-key": ("label", "labels"), "--labels": ("lables", "labels"),
-        "--output": ("clss", "cls", "--features-key", "cls"), "--order": ("il,well", "ill"), "--column": ("label=finding", "findings", "--labels", "d/list.csv"),
+        "--output": ("clss", "cls", "--features-key", "cls"), "--order": ("il,well", "ill"),
+        "--column": ("label=finding", "findings", "--labels", "d/list.csv"),
     }),
     "why": (("why", *MAKE[1:]), {}),
     "leaks": (("leaks",), {"": ("dd", "d"), "--output": ("clss", "cls", "d")}),
