@@ -274,7 +274,7 @@ class FeatureTap(nn.Module):
         if channels_last:
             try:
                 self.submodule_outputs(pixels.contiguous(memory_format=torch.channels_last))
-            except RuntimeError:  # as a ``view`` of a map raises
+            except Exception:  # as a ``view`` of a map raises
                 channels_last = False
         pixels = pixels.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         try:

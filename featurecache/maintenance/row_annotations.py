@@ -78,12 +78,12 @@ def annotate_rows(
     groups = arrays["groups"].texts() if arrays["groups"] else None
     labels, names, splits, meta = np.full(rows, -1, np.int64), list[str](), [""] * rows, dict[str, Any]()
     if table is not None:
-        order = _order(table, ids if arrays["ids"] else None, rows)
-        labels, names = _reordered(table.labels[order], table.classes, classes)
-        ids = column_at(table.ids, order) if table.ids and not arrays["ids"] else ids
-        splits = column_at(table.splits, order)
-        groups = column_at(table.groups, order) if table.groups and groups is None else groups
-        meta = column_at(table.meta, order)
+        matched = _order(table, ids if arrays["ids"] else None, rows)
+        labels, names = _rematcheded(table.labels[matched], table.classes, classes)
+        ids = column_at(table.ids, matched) if table.ids and not arrays["ids"] else ids
+        splits = column_at(table.splits, matched)
+        groups = column_at(table.groups, matched) if table.groups and groups is None else groups
+        meta = column_at(table.meta, matched)
     if array := arrays["labels"]:
         labels, names = _labels_of(array, classes or stated, task)
     if table is None and (named := arrays["splits"]):

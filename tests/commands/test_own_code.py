@@ -31,7 +31,7 @@ def features(here):
 
 
 def training(head: str = "Own", *words: object):
-    return call("train-head", "--head", f"python:mine:{head}", "--features", "set", "--epochs", "1", *words)
+    return call("train-head", "--head", f"python:mine:{head}", "--features", "set", "--output", "vector", *words)
 
 
 @pytest.mark.parametrize(

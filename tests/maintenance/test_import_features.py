@@ -227,7 +227,7 @@ def test_numbers_without_names_keep_their_own_and_minus_one_is_none():
         ({"labels": np.ones((40, 2))}, {"task": "multiclass"}, "has rows with other than one 1"),
         ({"labels": Y}, {"labels": "nowhere.csv"}, "there is no file nowhere.csv"),
         ({"labels": Y}, {"labels": "y.txt"}, "--labels y.txt: expected a table"),
-        ({"labels": Y}, {"columns": {"label": "x"}}, "--column names columns of a table"),
+        ({"labels": Y}, {"columns": {"label": "x"}}, "--column is about columns of a table"),
         ({"labels": Y, "y": Y}, {}, "several arrays that could be the labels: labels, y"),
         ({"ids": ["a"] * 40}, {}, "names 'a' twice .rows 0 and 1."),
         ({"splits": ["fold 1"] * 40}, {}, 'splits row 0 is "fold 1", expected train, val or test'),
