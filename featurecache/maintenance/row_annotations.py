@@ -79,7 +79,7 @@ def annotate_rows(
     labels, names, splits, meta = np.full(rows, -1, np.int64), list[str](), [""] * rows, dict[str, Any]()
     if table is not None:
         matched = _order(table, ids if arrays["ids"] else None, rows)
-        labels, names = _rematcheded(table.labels[matched], table.classes, classes)
+        labels, names = _reordered(table.labels[matched], table.classes, classes)
         ids = column_at(table.ids, matched) if table.ids and not arrays["ids"] else ids
         splits = column_at(table.splits, matched)
         groups = column_at(table.groups, matched) if table.groups and groups is None else groups
