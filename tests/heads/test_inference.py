@@ -210,3 +210,8 @@ def test_features_of_any_storage_type_are_taken(cached):
     x = view.features["cls"][:4]
     np.testing.assert_allclose(run.logits(x), run.logits(x.float()))
     assert run.logits(torch.zeros(0, 8)).shape == (0, 2)
+
+
+def test_a_role_that_predict_does_not_know_is_refused_with_its_neighbour(cached):
+    with pytest.raises(BadOption, match="names path or label, not 'lable'. Near: label"):
+        predict(cached[2], [b"3"], columns={"lable": "finding"})
