@@ -213,5 +213,5 @@ def test_features_of_any_storage_type_are_taken(cached):
 
 
 def test_a_role_that_predict_does_not_know_is_refused_with_its_neighbour(cached):
-    with pytest.raises(BadOption, match="names path or label, not 'lable'. Near: label"):
+    with pytest.raises(BadOption, match=r"names path or label, not 'lable'\. Near: label"):
         predict(cached[2], [b"3"], columns={"lable": "finding"})
