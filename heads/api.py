@@ -196,7 +196,7 @@ def _open_images(data: Any, baselines: Sequence[str], settings: Settings, progre
     name are looked for before one is read."""
     from featurecache.sources.summary import notes_of
 
-    dataset = open_dataset(data)
+    dataset: Any = open_dataset(data)  # which names classes as a view does
     task_of(dataset, classes=settings.classes, only=settings.only, positive=settings.positive)
     if settings.splits:
         read_splits(settings.splits, [], [])
