@@ -155,7 +155,7 @@ def _head_record(
     talk: Console, head: str, *, output: str | None, classes: int, features: str | None, cache: str | None
 ) -> dict[str, Any]:
     """A head on an output of a view; where no view is there, on that of a ViT-B/16."""
-    from featurecache.outputs import parse
+    from featurecache.outputs import members
     from featurecache.store.write_view import open_view
     from heads.models.catalogue import describe_head, head_info
     from heads.models.common import VIT_B16, Input
@@ -167,9 +167,10 @@ def _head_record(
         if features:
             raise
         talk.say("features   none extracted yet: shapes are those of a ViT-B/16 at 224 px")
-        chosen = parse(output or ("tokens" if head_info(head).takes == "tokens" else "cls"))
+        chosen, *more = members(output or ("tokens" if head_info(head).takes == "tokens" else "cls"))
         places = chosen.layout(VIT_B16.prefix, (14, 14)) or ((), None)
-        return describe_head(head, Input(chosen.row_shape((197, 768), 1), *places), classes)
+        shape = (768 * (1 + len(more)),) if more else chosen.row_shape((197, 768), 1)
+        return describe_head(head, Input(shape, *places), classes)
     name = choose_output(view, head, output)
     newest = "" if features else "   (the newest view; --features chooses)"
     talk.say(f"features   {view.label}: {len(view):,} images, {', '.join(view.outputs)}{newest}")

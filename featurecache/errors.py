@@ -66,6 +66,10 @@ class Reading:
     options: dict[str, Any]  # as the library and the command line call them: {"classes_at": 2}
 
 
+class UnknownSourceName(SourceError, UnknownName):
+    """No data set, no column or array, or no class of the data is called that."""
+
+
 class SeveralReadings(SourceError):
     """Data that can be read in several ways. At a terminal the command asks which; elsewhere it says what to type."""
 
@@ -107,6 +111,10 @@ class Drift(CacheError):
 
 class NotInCache(FeatureCacheError, LookupError):
     """Something asked for that has not been extracted."""
+
+
+class UnknownView(NotInCache, UnknownName):
+    """No view is called that."""
 
 
 class AmbiguousName(FeatureCacheError, LookupError):

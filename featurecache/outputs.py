@@ -8,6 +8,7 @@
     pooler, gap    [N,D]          from the network itself; not functions of the tokens
     vector         [N,D]          imported, and nobody said which vector it is; no extraction makes it
     …@-2, …@last4                 an earlier block, counted from the end; the last four concatenated to width 4·D
+    cls+mean       [N,2·D]        vectors beside each other, for a head: each is stored by itself
 
 `cls`, `mean`, `tokens-N` and `tokens-HxW` are computed from the tokens *as stored*: tokens are rounded to the storage
 dtype, then selected, averaged or resized in float32, then rounded again. `derive` always runs on the CPU and only adds
@@ -73,6 +74,7 @@ def parse(name: str) -> Output:
     match = _PATTERN.fullmatch(name)
     if match is None:
         hint = f' Did you mean --out "{name}"?' if "/" in name else nearest(name, NAMES)
+        hint = " It is for heads, which put vectors beside each other: name one." if "+" in name else hint
         raise UnknownOutput(
             f'no output is called "{name}".{hint} There are {", ".join(NAMES)}; '
             "@-2 or @last4 behind one is for earlier blocks."
@@ -90,10 +92,18 @@ def parse(name: str) -> Output:
     return Output(base + (f"@{layer}" if layer else ""), "tokens" if size else base, size, layer)
 
 
+def members(name: str) -> tuple[Output, ...]:
+    """The vectors that ``cls+mean`` concatenates, in its order; of every other name the one output that it is."""
+    parsed = tuple(parse(part) for part in name.split("+"))
+    if len(parsed) > 1 and (len(set(parsed)) < len(parsed) or any(o.base.startswith("tokens") for o in parsed)):
+        raise UnknownOutput(f'"{name}": different vectors can stand beside each other, such as cls+mean.')
+    return parsed
+
+
 def parse_list(names: str | Iterable[str]) -> tuple[Output, ...]:
-    """Comma-separated or a sequence; each once, in the order given."""
+    """Comma-separated or a sequence; each once, in the order given; of ``cls+mean`` both: each is stored alone."""
     parts = names.split(",") if isinstance(names, str) else names
-    parsed = [parse(part.strip()) for part in parts if part.strip()]
+    parsed = [output for part in parts if part.strip() for output in members(part.strip())]
     if not parsed:
         raise UnknownOutput(f"no output was named. There are {', '.join(NAMES)}.")
     return tuple(dict.fromkeys(parsed))
@@ -104,6 +114,12 @@ def blocks(layer: str) -> tuple[str, ...]:
     if not layer.startswith("last"):
         return (layer,)
     return tuple(f"-{k}" if k > 1 else "" for k in range(int(layer[4:]), 0, -1))
+
+
+def source_parts(source: str) -> list[str]:
+    """ "tokens@last2" → ["tokens@-2", "tokens"]: what the backbone gives, to be concatenated."""
+    base, _, layer = source.partition("@")
+    return [f"{base}@{part}" if part else base for part in blocks(layer)]
 
 
 def derive(output: Output, tokens: torch.Tensor, prefix: int, grid: tuple[int, int]) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 from functools import partial
 from itertools import count
@@ -16,23 +15,24 @@ from featurecache.files.names import check_path
 from featurecache.formatting import abbreviated
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
-from heads.evaluation.families import Family, families_of
+from heads.evaluation.families import Family, families_of, plain_names
 from heads.inference import predict_images
 from heads.models.catalogue import is_baseline, own_settings
 from heads.models.common import FINETUNE
-from heads.pixel_view import PixelView, open_pixels
+from heads.pixel_view import PixelView, open_dataset, open_pixels
 from heads.reports.figures import save_pictures
 from heads.reports.page import WrittenReport, write_report
 from heads.runs.folder import in_use
-from heads.runs.run import Run, load_run, name_of
+from heads.runs.run import Run, load_run
 from heads.runs.write import OF_THE_PAGE, claim_run, write_run
 from heads.settings import HeadOptions, NetworkOptions, Settings, SweepOptions, takes
+from heads.splits import read_splits
 from heads.sweeps.grid import SweepSpec
 from heads.sweeps.journal import RECORD, ROWS, Sweep, load_sweep, open_sweep, read_journal, write_sweep
 from heads.sweeps.plan import FROM_PIXELS, SweepPlan, has_option, plan_sweep
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search
-from heads.task import FeatureView, Say, memory_for_features
+from heads.task import FeatureView, Say, memory_for_features, task_of
 from heads.training import network
 from heads.training.job import describe_training, prepare_training, request_of
 from heads.training.loop import Checkpoint
@@ -88,9 +88,9 @@ def train_baseline(
     """Train a network from pixels and write a run folder. ``arch``: a name of `heads.models.catalogue.BASELINES`, or
     ``finetune:<backbone>``.
 
-    ``data``: a source as ``--data`` names it, a dataset, a view (its images) or a `PixelView`. ``options`` are fields
-    of `Settings`; without them they are as published. A checkpoint is written after every epoch: the same call goes on
-    where it was interrupted. Raises what `train_head` raises, before anything is trained.
+    ``data``: a source as ``--data`` names it, a dataset or what opens one, a view (its images) or a `PixelView`.
+    ``options`` are fields of `Settings`; without them they are as published. A checkpoint is written after every epoch:
+    the same call goes on where it was interrupted. Raises what `train_head` raises, before anything is trained.
     """
     from featurecache.extraction.forward import pick_device
 
@@ -101,9 +101,7 @@ def train_baseline(
     pretrained = network.check_network(settings)
     view: PixelView = data
     if not isinstance(data, PixelView):
-        (view,) = open_pixels(data, [arch], settings.image_size, weights=settings.weights, progress=progress)
-    for failure in view.failed:
-        say(f"warning    {failure['id']} could not be read and is left out: {failure['reason']}")
+        (view,) = _open_images(data, [arch], settings, progress, say)
     job = dataclasses.replace(prepare_training(view, settings), pretrained=pretrained)
     request = request_of(job) | _page_request(controls, report, images, hash_ids)
     with claim_run(out, view.name, arch, request, overwrite) as target:
@@ -190,7 +188,7 @@ def ablate(
     spec = SweepSpec.of(heads, **settings)
     if spec.search:
         check_installed()
-    views = _open_views(features, cache, spec, data, progress)
+    views = _open_views(features, cache, spec, data, progress, say)
     ram = memory_for_features() / 1e9 if spec.base.ram is None else spec.base.ram
     plan = plan_sweep(views, spec, ram)
     if spec.search:
@@ -210,18 +208,16 @@ def ablate(
 
 
 def _check_reference(reference: str | None, plan: SweepPlan) -> None:
-    """Before hours of training: a name begins with the head and output of a family; a folder may be that of a run."""
-    names = list(dict.fromkeys(name_of(family.head, family.output) for family in plan.families))
-    if reference is None or any(re.fullmatch(rf"{re.escape(name)}([ ,].*)?", reference) for name in names):
-        return
-    if not Path(reference).is_dir():
+    """Before hours of training: as the report will call a family; a folder may be that of a run."""
+    names = plain_names(plan.families)
+    if reference is not None and reference not in names and not Path(reference).is_dir():
         raise BadOption(
             f"--reference {reference} is none of what will be compared: {', '.join(names)}.{nearest(reference, names)}"
         )
 
 
 def _open_views(
-    features: Any, cache: str | Path | None, spec: SweepSpec, data: Any, progress: bool
+    features: Any, cache: str | Path | None, spec: SweepSpec, data: Any, progress: bool, say: Say
 ) -> list[FeatureView]:
     """The views of features, and the images for networks that are trained from pixels."""
     baselines = [head for head in spec.heads if is_baseline(head)]
@@ -240,8 +236,25 @@ def _open_views(
         own = {option: getattr(plain, option) for option in FROM_PIXELS if not has_option(name, option)}
         network.check_network(dataclasses.replace(base, **own, head=name))
     first = views[0] if data is None else data
-    images = open_pixels(first, baselines, base.image_size, weights=base.weights, progress=progress)
+    images = _open_images(first, baselines, base, progress, say)
     return [*(views if others else ()), *images]
+
+
+def _open_images(data: Any, baselines: Sequence[str], settings: Settings, progress: bool, say: Say) -> list[PixelView]:
+    """The images of ``data`` for networks, with what a user should hear of them; classes and splits that the settings
+    name are looked for before one is read."""
+    from featurecache.sources.summary import notes_of
+
+    dataset: Any = open_dataset(data)  # which names classes as a view does
+    task_of(dataset, classes=settings.classes, only=settings.only, positive=settings.positive)
+    if settings.splits:
+        read_splits(settings.splits, [], [])
+    for note in notes_of(dataset):
+        say(f"warning    {note}")
+    views = open_pixels(dataset, baselines, settings.image_size, weights=settings.weights, progress=progress)
+    for failure in views[0].failed:
+        say(f"warning    {failure['id']} could not be read and is left out: {failure['reason']}")
+    return views
 
 
 def _device(heads: str | Sequence[str], device: str | None) -> str | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from featurecache.errors import BadOption, FeatureCacheError, nearest
+from featurecache.errors import BadOption, FeatureCacheError, UnknownSourceName, nearest
 from featurecache.formatting import abbreviated, one_line
 from featurecache.images.headers import read_by
 from heads.metrics.calibration import predict_labels, probabilities
@@ -60,6 +60,9 @@ def predict_images(
     """
     if is_pixels(run) and weights:
         raise BadOption("--weights is for a backbone; the network of this run lies in its folder. Leave it out.")
+    if unknown := [role for role in columns or () if role not in ("path", "label")]:
+        near = nearest(unknown[0], ("path", "label"))
+        raise BadOption(f"--column of predict names path or label, not {unknown[0]!r}.{near}")
     run.model  # noqa: B018  a head that does not load is found before the backbone is
     records: list[dict[str, Any]] = []
     source = run.config["view"].get("source") or {}
@@ -137,7 +140,7 @@ def _words(dataset: Dataset, column: str | None) -> list[tuple[str, ...]]:
     kind = dataset.source["kind"]
     if column is not None and kind == "table" and column not in dataset.meta:
         there = f"{abbreviated(list(dataset.meta), 8)}.{nearest(column, dataset.meta)}"
-        raise BadOption(f"{dataset.source['data']} has no column {column!r} for the label; it has {there}")
+        raise UnknownSourceName(f"{dataset.source['data']} has no column {column!r} for the label; it has {there}")
     if kind == "folder":
         return [tuple(name.split("/")[:-1]) for name in dataset.ids]
     if kind == "table":

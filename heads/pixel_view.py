@@ -117,10 +117,11 @@ def open_pixels(
 
 
 def open_dataset(data: Any) -> Dataset:
-    """That of a source as ``--data`` names it, of a view, or itself."""
+    """That of a source as ``--data`` names it, of a view, itself, or what a function opens."""
     from featurecache.sources import open_source, reopen
     from featurecache.sources.base import Dataset
 
+    data = data() if callable(data) else data
     if isinstance(data, Dataset):
         return data
     return reopen(data.source) if hasattr(data, "source") else open_source(data)

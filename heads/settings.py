@@ -302,7 +302,8 @@ def _check_value(option: Field[Any], value: Any) -> None:
         return
     if isinstance(values, tuple):
         if value not in values:
-            raise BadOption(f"{flag(option.name)} {value}: it is one of {', '.join(values)}.")
+            near = nearest(str(value), values)
+            raise BadOption(f"{flag(option.name)} {value}: it is one of {', '.join(values)}.{near}")
         return
     low, high = (float(end) for end in values[1:-1].split(","))
     closed = [end for end, bracket in ((low, values[0]), (high, values[-1])) if bracket in "[]"]

@@ -165,7 +165,8 @@ def _single_label(view: FeatureView, groups: list[tuple[str, list[str]]], positi
     if positive is not None and kind != "binary":
         raise BadOption(f"--positive is for two classes; this task has {len(names)}.")
     if positive is not None and positive not in names:
-        raise BadOption(f"--positive {positive} is not a class of this task: {', '.join(names)}.")
+        near = nearest(positive, names)
+        raise BadOption(f"--positive {positive} is not a class of this task: {', '.join(names)}.{near}")
     index = None if kind != "binary" else 1 if positive is None else names.index(positive)
     return Task(kind, names, recode[np.asarray(view.labels, dtype=np.int64)], index)
 

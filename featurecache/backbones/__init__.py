@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,31 @@ def _load(request: BackboneRequest) -> Backbone:
     name, alias = request.name, ALIASES.get(request.name)
     if alias is not None and not alias.id and not request.untrained:
         raise WeightsNotFound(f"{name} was never trained; it exists only with --random-weights")
+    load, path = _loader(name)
+    return load(path, request) if load is user_module.load else load(path, request, alias)
+
+
+def check_name(name: str | Path) -> None:
+    """Raises UnknownBackbone for a name in none of the forms, with the nearest; nothing is loaded."""
+    if isinstance(name, str | os.PathLike):
+        _loader(os.fspath(name))
+
+
+def _loader(name: str) -> tuple[Callable[..., Backbone], str]:
+    """What loads a backbone of this name, and its name there."""
+    alias = ALIASES.get(name)
     where = alias.id if alias else name
     if where.startswith("python:"):
-        return user_module.load(where.removeprefix("python:"), request)
+        return user_module.load, where.removeprefix("python:")
     if re.match("hf[-_]hub:", where):  # timm's own way to write a repository of the hub
-        return timm_models.load(where, request, alias)
+        return timm_models.load, where
     if where.startswith("torchvision:"):
-        return torchvision_models.load(where.removeprefix("torchvision:"), request, alias)
+        return torchvision_models.load, where.removeprefix("torchvision:")
     path = where.removeprefix("hf:")
     if where.startswith(("timm:", "hf:timm/")) or (path and timm_record(Path(os.path.expanduser(path)))):
-        return timm_models.load(path.removeprefix("timm:"), request, alias)
+        return timm_models.load, path.removeprefix("timm:")
     if where.startswith("hf:") or (alias and not where) or os.path.isdir(os.path.expanduser(where)):
-        return transformers_models.load(path, request, alias)
+        return transformers_models.load, path
     raise _unknown(where)
 
 

@@ -17,6 +17,7 @@ import importlib.util
 import os
 import sys
 import sysconfig
+import traceback
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
@@ -25,8 +26,10 @@ from types import CodeType, ModuleType
 from featurecache.errors import UnknownBackbone, first_line
 
 _OURS = ("featurecache", "heads")
+_ROOT = Path(__file__).parents[2]  # where these lie
 _LIBRARIES = {"site-packages", "dist-packages"}
 _STANDARD = Path(sysconfig.get_path("stdlib"))
+_named: set[Path] = set()  # files of the modules that somebody named in this process
 _compiled: dict[str, tuple[Path, bytes]] = {}  # module -> the file and source that this process compiled
 
 
@@ -49,10 +52,33 @@ def import_user_module(name: str) -> Iterator[tuple[ModuleType, dict[str, str]]]
         sys.path.remove(folder)
 
 
+def import_once(name: str) -> ModuleType:
+    """The module of a head, which is imported once a process. Raises UnknownBackbone as `import_user_module`."""
+    if name not in sys.modules:
+        with import_user_module(name):
+            pass
+    if file := getattr(sys.modules[name], "__file__", None):
+        _named.add(Path(file))
+    return sys.modules[name]
+
+
+def user_line(error: BaseException) -> str | None:
+    """``nets.py, line 7: ValueError: what it says``, where an error came through code in the folder of a module that
+    the user named; None elsewhere."""
+    folders = {file.parent for file in _named}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        ours = path.is_relative_to(_ROOT) and path.relative_to(_ROOT).parts[0] in (*_OURS, "cli.py")
+        if any(map(path.is_relative_to, folders)) and not ours and not _LIBRARIES & set(path.parts):
+            return f"{path.name}, line {frame.lineno}: {first_line(error)}"
+    return None
+
+
 def _import(module: str, finder: _Finder) -> ModuleType:
     importlib.invalidate_caches()
     try:
         finder.sources = user_sources(module)
+        _named.update(file for file, _ in finder.sources.values())
         if any(_compiled.get(name) != source for name, source in finder.sources.items() if name in sys.modules):
             for name in finder.sources:
                 sys.modules.pop(name, None)
@@ -62,7 +88,9 @@ def _import(module: str, finder: _Finder) -> ModuleType:
         if module in finder.sources:
             return importlib.import_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's code raises; a script may parse its arguments
-        raise UnknownBackbone(f"the module {module} cannot be imported ({first_line(error)})") from error
+        raise UnknownBackbone(
+            f"the module {module} cannot be imported ({user_line(error) or first_line(error)})"
+        ) from error
     raise UnknownBackbone(f"there is no {module.replace('.', '/')}.py in this folder or in PYTHONPATH")
 
 

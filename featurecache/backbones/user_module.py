@@ -38,7 +38,7 @@ from torch import nn
 from featurecache.backbones.base import Backbone, BackboneRequest, freeze, torch_seed, versions
 from featurecache.backbones.processors import pil_preprocess
 from featurecache.backbones.state_dicts import first_names, other_shapes
-from featurecache.backbones.user_code import import_user_module
+from featurecache.backbones.user_code import import_user_module, user_line
 from featurecache.backbones.weights import existing_weights, read_checkpoint, weights_identity
 from featurecache.errors import (
     BadOption,
@@ -122,7 +122,7 @@ def _call_factory(
             network = make()
     except Exception as error:  # whatever the user's code raises
         raise UnknownBackbone(
-            f"{title}: {factory}() failed ({first_line(error)}); it is called without arguments"
+            f"{title}: {factory}() failed ({user_line(error) or first_line(error)}); it is called without arguments"
         ) from error
     if not isinstance(network, nn.Module):
         raise UnknownBackbone(f"{title}: {factory}() returned a {type(network).__name__}, expected a torch.nn.Module")
@@ -275,7 +275,7 @@ class FeatureTap(nn.Module):
         if channels_last:
             try:
                 self.submodule_outputs(pixels.contiguous(memory_format=torch.channels_last))
-            except RuntimeError:  # as a ``view`` of a map raises
+            except Exception:  # as a ``view`` of a map raises
                 channels_last = False
         pixels = pixels.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         try:
@@ -286,7 +286,7 @@ class FeatureTap(nn.Module):
             first_conv = next((module for module in self.network.modules() if isinstance(module, nn.Conv2d)), None)
             grey = first_conv is not None and first_conv.in_channels == 1 != channels
             way = ". It takes grey images: give network.preprocess one number as mean and one as std"
-            why = first_line(error) + way * grey
+            why = (user_line(error) or first_line(error)) + way * grey
             raise BadOption(f"{self.title} does not take images of {size[0]}×{size[1]} pixels: {why}") from error
         self._choose_outputs({path: tuple(tensor.shape) for path, tensor in first.items()})
         for path, tensor in first.items():

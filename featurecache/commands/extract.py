@@ -6,7 +6,7 @@ The first screen of an extraction says what will happen before anything is compu
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from featurecache.formatting import (
 
 if TYPE_CHECKING:
     from featurecache.extraction.run import Extraction, ExtractionResult
+    from featurecache.sources.base import Dataset
     from featurecache.sources.summary import Description
     from featurecache.store.view import View
 
@@ -239,6 +240,10 @@ SOURCES = "Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle
 STEPS = """How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
     side decides (organs, eyes, hands, writing)."""
 task_option = option("--task", type=Choice(TASKS), help="[default: by the labels]")
+order_option = option("--order", metavar="A,B,C", callback=_order, help="The classes from the lowest to the highest.")
+uncertain_option = option(
+    "--uncertain", type=Choice(["ignore", "zero", "one"]), help="Of tables: what -1 is. [default: ignore]"
+)
 READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits", "crop")
 source_options = options_of(  # how the labels of --data are to be read
     option(
@@ -246,9 +251,9 @@ source_options = options_of(  # how the labels of --data are to be read
     ),
     task_option,
     option("--root", metavar="DIR", help="Of tables: the folder of the images. [default: that of the table]"),
-    option("--uncertain", type=Choice(["ignore", "zero", "one"]), help="Of tables: what -1 is. [default: ignore]"),
+    uncertain_option,
     option("--classes-at", type=int, metavar="LEVEL", help="Of folders: the level of the classes; 1: those in --data."),
-    option("--order", metavar="A,B,C", callback=_order, help="The classes from the lowest to the highest."),
+    order_option,
     option("--page", metavar="N|all", help="Of TIFF stacks, DICOM frames (from 0). [default: TIFF 0, DICOM all]"),
     option("--bits", type=int, metavar="N", help="Of 16-bit files: 2^N − 1 is white; others are as they are."),
     option("--crop", metavar="L,T,R,B", callback=_crop, help="Edges of what is looked at, in parts of each side."),
@@ -350,21 +355,26 @@ def open_features(talk: Console, features: str | None, cache: str | None, way: s
     return view
 
 
-def named_images(talk: Console, data: str | None, options: dict[str, Any]) -> Any:
-    """The dataset that --data and the `source_options` name, which are taken out of ``options``; says how it was read.
-    None without --data."""
+def named_images(talk: Console, data: str | None, options: dict[str, Any]) -> Callable[[], Dataset] | None:
+    """What opens the dataset that --data and the `source_options` name, which are taken out of ``options``, and says
+    how it was read: other names are checked first. None without --data."""
     how = {name: value for name in READ_BY if (value := options.pop(name)) not in (None, ())}
     if data is None:
         if how:
             given = " and ".join(f"--{'column' if name == 'columns' else name.replace('_', '-')}" for name in how)
             raise BadOption(f"{given} says how --data is read; give --data too.")
         return None
-    from featurecache.sources import open_source
+    columns = pairs_of(how.get("columns", ()))
 
-    dataset = open_source(data, **how | {"columns": pairs_of(how.get("columns", ()))})
-    if understood := dataset.source.get("understood"):
-        talk.line(f"understood {understood}")
-    return dataset
+    def open_it() -> Dataset:
+        from featurecache.sources import open_source
+
+        dataset = open_source(data, **how | {"columns": columns})
+        if understood := dataset.source.get("understood"):
+            talk.line(f"understood {understood}")
+        return dataset
+
+    return open_it
 
 
 def pairs_of(columns: tuple[str, ...]) -> dict[str, str] | None:

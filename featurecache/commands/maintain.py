@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click import argument, option
 
-from featurecache.commands.extract import pairs_of, task_option, training_of
-from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, record_of
+from featurecache.commands.extract import order_option, pairs_of, task_option, training_of, uncertain_option
+from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, options_of, record_of
 from featurecache.errors import BadOption
 from featurecache.formatting import columns, first_of, one_line, shape_text, shell_word, size_text
 
@@ -152,7 +152,7 @@ def export(talk: Console, view: str, file: str, cache: str | None, copies: bool,
 @option("--groups-key", metavar="KEY", help="The array of groups. [default: groups, patients, …; '' for none]")
 @option("--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of a table of labels: label=…, split=…")
 @option("--classes", metavar="A,B,C", help="Names of the classes, label 0 first.")
-@task_option
+@options_of(task_option, order_option, uncertain_option)
 @option("--output", metavar="NAME", help="What the features are: cls, pooler, … [default: vector; 3-D: tokens]")
 @option("--prefix", metavar="NAMES", help="Of tokens: the first, which are no patches: cls,reg0,… or how many.")
 @option("--grid", metavar="HxW", help="Of tokens: the patches.")

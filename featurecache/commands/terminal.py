@@ -245,9 +245,13 @@ def command(function: Callable[..., Any]) -> click.Command:
                 if error.filename is None:
                     _mute_stdout()
                 sys.exit(_report(cannot_write(error, error.filename or "the result"), debug))
-            words = f"error: {type(error).__name__}: {error} (a mistake of ours; --debug shows where)"
-            click.echo(harmless(words), err=True)
-            code = 1
+            from featurecache.backbones.user_code import user_line
+
+            users = user_line(error)  # of a python: head or backbone
+            ours = f"{type(error).__name__}: {error} (a mistake of ours; --debug shows where)"
+            words = f"{users} (--debug shows how it came there)" if users else ours
+            click.echo(harmless(f"error: {words}"), err=True)
+            code = 2 if users else 1
         sys.exit(code or 0)
 
     made = click.command(context_settings=CONTEXT)(wrapped)

@@ -39,7 +39,7 @@ from featurecache.extraction.pipeline import decode_many
 from featurecache.files.atomic import refuse_links, write_whole
 from featurecache.files.locks import update_lock
 from featurecache.images.headers import EncodedImage, read_by
-from featurecache.outputs import Output, derive, parse
+from featurecache.outputs import Output, derive, members, parse
 from featurecache.store.shards import TORCH_DTYPE
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store
@@ -247,12 +247,12 @@ class StoreBackbone:
         self.compute = ForwardRunner(self.backbone, spec.precision, picked, plan["batch_size"])
         self._checked: set[Output] = set()
 
-    def check(self, output: Output) -> None:
+    def check(self, *outputs: Output) -> None:
         """Compare this machine with the store's reference, once. Raises Drift."""
-        if output not in self._checked:
+        if new := set(outputs) - self._checked:
             with exact_arithmetic(self.threads):
-                check_canary(self.store, self.backbone, self.compute, [output], write=False)
-            self._checked.add(output)
+                check_canary(self.store, self.backbone, self.compute, [o for o in outputs if o in new], write=False)
+            self._checked |= new
 
     def renew_canary(self, output: Output) -> None:
         """Replace a reference that is damaged by what this machine makes; there is no moment without one."""
@@ -262,13 +262,15 @@ class StoreBackbone:
 
     @exact_arithmetic()
     def rows(
-        self, images: Sequence[EncodedImage], output: Output, *, check: bool = True
+        self, images: Sequence[EncodedImage], *outputs: Output, check: bool = True
     ) -> tuple[torch.Tensor, list[tuple[int, str]]]:
         """Encoded bytes or arrays uint8 [H,W] / [H,W,3] → ([n, ...] in the storage dtype, [(index, reason)] of those
-        left out). ``check``: see there, first."""
+        left out). Several ``outputs`` are vectors, concatenated. ``check``: see there, first."""
         if check:
-            self.check(output)
-        shape, dtype = output_layout(self.backbone, output, self.store.spec.dtype).shape, self.store.spec.dtype
+            self.check(*outputs)
+        dtype = self.store.spec.dtype
+        shapes = [output_layout(self.backbone, output, dtype).shape for output in outputs]
+        shape = shapes[0] if len(shapes) == 1 else (sum(width for (width,) in shapes),)
         images = [read_by(image, self.store.spec.preprocess) for image in images]
         rows, failed, pixels = [torch.empty(0, *shape, dtype=TORCH_DTYPE[dtype])], [], []
         for index, image, _ in decode_many(images.__getitem__, range(len(images)), self.backbone.preprocess, THREADS):
@@ -280,8 +282,9 @@ class StoreBackbone:
         with exact_arithmetic(self.threads):
             for start in range(0, len(pixels), self.compute.batch_size):
                 batch = torch.stack(pixels[start : start + self.compute.batch_size])
-                made = self.compute(batch, [output], dtype)[0][output.source].cpu()
-                rows.append(derive(output, made, prefix, grid) if output.is_derived else made)
+                made = {key: part.cpu() for key, part in self.compute(batch, outputs, dtype)[0].items()}
+                parts = [derive(o, made[o.source], prefix, grid) if o.is_derived else made[o.source] for o in outputs]
+                rows.append(torch.cat(parts, 1) if len(parts) > 1 else parts[0])
         return torch.cat(rows), failed
 
 
@@ -304,4 +307,4 @@ def compute(
 
     Encoded bytes or arrays uint8 [H,W] / [H,W,3] → ([n, ...] in the storage dtype, [(index, reason)] of those left
     out). For the options, and what it raises beside what ``load_backbone`` does, see `StoreBackbone`."""
-    return backbone_of(like, device=device, weights=weights, trust_code=trust_code).rows(images, parse(output))
+    return backbone_of(like, device=device, weights=weights, trust_code=trust_code).rows(images, *members(output))

@@ -18,7 +18,7 @@ from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption
 from featurecache.images import decoding as _images
 from featurecache.images.headers import READING
-from featurecache.outputs import Output, blocks, function_of
+from featurecache.outputs import Output, blocks, function_of, source_parts
 from featurecache.store.shards import TORCH_DTYPE, Layout
 from featurecache.store.spec import ExtractionSpec
 
@@ -66,7 +66,7 @@ class ForwardRunner:
             batch[chosen] = images
             images = batch
         pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
-        sources = {output.source: _parts(output.source) for output in outputs}
+        sources = {output.source: source_parts(output.source) for output in outputs}
         wanted = {part for parts in sources.values() for part in parts}
         given = self.backbone.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), wanted)
         exact = {key: torch.cat([given[part][chosen].float() for part in parts], -1) for key, parts in sources.items()}
@@ -84,12 +84,6 @@ class ForwardRunner:
             rounded = function_of(output, rounded, prefix, grid).to(stored.dtype).float()
         size = exact.flatten(1).norm(dim=1)
         return (rounded - exact).flatten(1).norm(dim=1) / size.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _parts(source: str) -> list[str]:
-    """ "tokens@last2" → ["tokens@-2", "tokens"]: what the backbone gives, to be concatenated."""
-    base, _, layer = source.partition("@")
-    return [f"{base}@{part}" if part else base for part in blocks(layer)]
 
 
 def output_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:

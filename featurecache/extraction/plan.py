@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from featurecache.arithmetic import exact_arithmetic
-from featurecache.backbones import load_backbone
+from featurecache.backbones import check_name, load_backbone
 from featurecache.errors import BadOption, CacheError, SourceError
 from featurecache.extraction.contents import layouts_of, view_contents
 from featurecache.extraction.digest_cache import DigestCache
@@ -90,6 +90,7 @@ def prepare(
     _check_options(on_error, batch_size, workers)
     augmented = augmentation_of(views, augment, augment_seed)
     requested = parse_list(outputs) if outputs is not None else None
+    check_name(backbone)
     if not isinstance(data, Dataset):
         how = {
             "classes_at": classes_at,

@@ -34,7 +34,7 @@ from featurecache.files.hdf5 import Sink
 from featurecache.files.names import check_path
 from featurecache.files.records import nan_to_none
 from featurecache.formatting import byte_bar, cell
-from featurecache.outputs import parse
+from featurecache.outputs import parse_list
 from featurecache.store.schema import Layout, ViewColumns
 from featurecache.store.view import View
 from featurecache.store.write_view import columns_of, write_columns
@@ -264,10 +264,7 @@ def export_view(
     if path.suffix.lower() not in FORMATS:
         raise BadOption(f'"{path.name}" has no ending that names a format; there are {", ".join(FORMATS)}.')
     kind, write = FORMATS[path.suffix.lower()]
-    words = outputs.split(",") if isinstance(outputs, str) else list(view.outputs) if outputs is None else outputs
-    names = tuple(dict.fromkeys(parse(word.strip()).name for word in words if word.strip()))
-    if not names:
-        raise BadOption("--outputs names no output.")
+    names = tuple(output.name for output in parse_list(list(view.outputs) if outputs is None else outputs))
     columns = Columns(view, columns_of(view), {name: view.info(name) for name in names})
     _refuse_format(kind, columns, compress)
     _refuse_place(path, overwrite)

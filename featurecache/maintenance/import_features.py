@@ -34,6 +34,7 @@ from featurecache.maintenance.row_annotations import (
 )
 from featurecache.outputs import parse
 from featurecache.sources.base import safe_name
+from featurecache.sources.label_cells import LabelOptions
 from featurecache.store.schema import DIGEST, ViewColumns, text_array
 from featurecache.store.shards import Layout, ShardWriter, notes_for, shard_name
 from featurecache.store.spec import UNKNOWN, ExtractionSpec
@@ -83,6 +84,8 @@ def import_view(
     columns: dict[str, str] | None = None,
     classes: Sequence[str] | None = None,
     task: str | None = None,
+    order: Sequence[str] | None = None,
+    uncertain: str | None = None,
     output: str | None = None,
     prefix: Sequence[str] | None = None,
     grid: tuple[int, int] | None = None,
@@ -90,16 +93,17 @@ def import_view(
     progress: bool = False,
 ) -> ImportResult:
     """Make a view ``name`` of the features in ``file``. ``labels``: a file, or the name of an array in ``file``; the
-    keys name arrays too, an empty one says that there is none. ``columns``: those of a table of labels. ``output``:
-    what to call the features (default: `vector` for [N,D], `tokens` for [N,T,D]). ``prefix`` and ``grid``: which of the
-    tokens are what, T = len(prefix) + h·w. Raises SourceError, BadOption, UnsafeFile, CannotWrite."""
+    keys name arrays too, an empty one says that there is none. ``columns``: those of a table of labels, ``uncertain``
+    what -1 is in them; ``order``: the classes from the lowest to the highest. ``output``: what to call the features
+    (default: `vector` for [N,D], `tokens` for [N,T,D]). ``prefix`` and ``grid``: which of the tokens are what,
+    T = len(prefix) + h·w. Raises SourceError, BadOption, UnsafeFile, CannotWrite."""
     if safe_name(name) != name or not is_file_name(name, ".h5"):
         raise BadOption(f'"{name[:60]}" cannot be the name of a view; "{safe_name(name)}" can.')
     opened = open_feature_file(Path(file).expanduser())
     source = _source(opened, features_key, output, prefix, grid)
     keys = {"labels": labels, "ids": ids_key, "splits": splits_key, "groups": groups_key}
     features = [array.name for array in source.arrays.values()]
-    rows = annotate_rows(opened, features, source.rows, keys, columns, classes, task)
+    rows = annotate_rows(opened, features, source.rows, keys, columns, classes, LabelOptions(task, uncertain), order)
     folder = cache_folder(cache)
     with byte_bar(source.bytes, "look", progress) as bar:
         digests = np.concatenate([each for _, each, _ in _blocks(source, bar)])
@@ -111,7 +115,9 @@ def import_view(
     store = create_store(folder, "imported", spec, {**provenance, **claims, "versions": {"featurecache": __version__}})
     with shared_lock(store.path, f"the import of {opened.path.name}"):
         new = _store_missing(store, source, digests, progress)
-        attributes = view_attributes(store, rows.classes, rows.task, {"kind": "import", "data": provenance["file"]})
+        about = {"order": order and list(order), "uncertain": rows.uncertain, "understood": "; ".join(rows.remarks)}
+        about = {"kind": "import", "data": provenance["file"]} | {key: value for key, value in about.items() if value}
+        attributes = view_attributes(store, rows.classes, rows.task, about)
         groups = None if rows.groups is None else text_array(rows.groups)
         view_rows = ViewColumns(text_array(rows.ids), rows.labels, text_array(rows.splits), digests, groups, rows.meta)
         located = {layout: store.locate(layout, digests) for layout in source.layouts.values()}
@@ -293,6 +299,8 @@ def _store_rows(store: Store, source: _Source, key: str, digests: np.ndarray, to
 def _notes(source: _Source, annotations: RowAnnotations) -> Iterator[str]:
     for key, array in source.arrays.items():
         yield f"{array.name} {list(array.shape)} {array.dtype} is kept as {key}, {source.layouts[key].dtype}."
+    yield from (f"{remark}." for remark in annotations.remarks)
+    yield from annotations.notes
     if annotations.unused:
         yield f"Left out: {', '.join(annotations.unused)}."
     if annotations.task == "unlabelled":

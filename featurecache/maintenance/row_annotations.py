@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import BadOption, SourceError, nearest
+from featurecache.errors import BadOption, SourceError, UnknownSourceName, nearest
 from featurecache.files.records import is_text
 from featurecache.formatting import abbreviated
 from featurecache.maintenance.feature_files import ArrayInfo, FeatureFile, open_feature_file
 from featurecache.sources.annotations import Annotations
-from featurecache.sources.labels import class_labels, labels_of_numbers, resolve_labels, split_names
+from featurecache.sources.label_cells import LabelOptions
+from featurecache.sources.labels import class_labels, labels_of_numbers, ordered_labels, resolve_labels, split_names
 from featurecache.sources.tables import is_table, read_annotations
 from featurecache.store.schema import column_at
 
@@ -51,31 +52,32 @@ def annotate_rows(
     keys: dict[str, str | None],
     columns: dict[str, str] | None,
     classes: Sequence[str] | None,
-    task: str | None,
+    how: LabelOptions,
+    order: Sequence[str] | None = None,
 ) -> RowAnnotations:
     """What is known of the ``rows`` of the arrays ``features``. ``keys``: names of the arrays of labels (or a file),
-    ids, splits and groups; for the others see `import_view`. Raises SourceError and BadOption where something does not
-    fit."""
+    ids, splits and groups; ``how``: the task, and what -1 is in a table; for the others see `import_view`. Raises
+    SourceError and BadOption where something does not fit."""
     if is_export(file) and "versions" in file.arrays:
         raise SourceError(
             f"{file.path.name} was exported with augmented copies, and an import takes every row for an image. "
             "Export it without --copies."
         )
-    table = _open_table(keys["labels"], columns, task)
+    table = _open_table(keys["labels"], columns, how)
     arrays = {role: _column(file, role, keys[role], rows) for role in ("ids", "splits", "groups")}
     arrays["labels"] = None if table is not None else _labels_array(file, keys["labels"], rows)
     ids = _ids(file, arrays["ids"], rows)
     stated = _stated_classes(file)
-    task = task or (file.attributes["task"] if stated is not None else None)
+    task = how.task or (file.attributes["task"] if stated is not None else None)
     groups = arrays["groups"].texts() if arrays["groups"] else None
     labels, names, splits, meta = np.full(rows, -1, np.int64), list[str](), [""] * rows, dict[str, Any]()
     if table is not None:
-        order = _order(table, ids if arrays["ids"] else None, rows)
-        labels, names = _reordered(table.labels[order], table.classes, classes)
-        ids = column_at(table.ids, order) if table.ids and not arrays["ids"] else ids
-        splits = column_at(table.splits, order)
-        groups = column_at(table.groups, order) if table.groups and groups is None else groups
-        meta = column_at(table.meta, order)
+        matched = _order(table, ids if arrays["ids"] else None, rows)
+        labels, names = _reordered(table.labels[matched], table.classes, classes)
+        ids = column_at(table.ids, matched) if table.ids and not arrays["ids"] else ids
+        splits = column_at(table.splits, matched)
+        groups = column_at(table.groups, matched) if table.groups and groups is None else groups
+        meta = column_at(table.meta, matched)
     if array := arrays["labels"]:
         labels, names = _labels_of(array, classes or stated, task)
     if table is None and (named := arrays["splits"]):
@@ -84,19 +86,25 @@ def annotate_rows(
         further = {name.removeprefix("meta/"): a for name, a in file.arrays.items() if name.startswith("meta/")}
         meta |= {name: _further(values, rows) for name, values in further.items()}
     labels, names, task = resolve_labels(labels, names, task, file.path.name)
+    if order or not (classes or stated):  # which have an order of their own
+        labels, names = ordered_labels(labels, names, task, order, keys["labels"] or file.path.name)
     _check_text({"ids": ids, "groups": groups or [], "classes": names, **meta})
     used = {*features, *_OURS, *(a.name for a in arrays.values() if a), *(f"meta/{name}" for name in meta)}
     unused = [name for name in file.arrays if name not in used]
-    return RowAnnotations(ids, labels, splits, groups, meta, names, task, unused)
+    said = table or Annotations(None, labels, splits, None, {}, names)
+    return RowAnnotations(
+        ids, labels, splits, groups, meta, names, task, unused,
+        remarks=said.remarks, notes=said.notes, uncertain=said.uncertain,
+    )  # fmt: skip
 
 
-def _open_table(labels: str | None, columns: dict[str, str] | None, task: str | None) -> Annotations | None:
+def _open_table(labels: str | None, columns: dict[str, str] | None, how: LabelOptions) -> Annotations | None:
     if labels and is_table(labels):
         if not Path(labels).is_file():
             raise SourceError(f"there is no file {labels}.")
-        return read_annotations(labels, columns, task)
-    if columns:
-        raise BadOption("--column names columns of a table: --labels FILE.csv.")
+        return read_annotations(labels, columns, how.task, how.uncertain)
+    for name in [*["--column"] * bool(columns), *["--uncertain"] * bool(how.uncertain)]:
+        raise BadOption(f"{name} is about columns of a table: --labels FILE.csv.")
     return None
 
 
@@ -107,7 +115,7 @@ def is_export(file: FeatureFile) -> bool:
 def array_named(file: FeatureFile, key: str, option: str) -> ArrayInfo:
     if key not in file.arrays:
         near = nearest(key, file.arrays)
-        raise SourceError(f"{option}: {file.path.name} has no {key!r}.{near} It holds {describe_arrays(file)}.")
+        raise UnknownSourceName(f"{option}: {file.path.name} has no {key!r}.{near} It holds {describe_arrays(file)}.")
     return file.arrays[key]
 
 

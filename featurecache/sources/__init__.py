@@ -23,12 +23,11 @@ from featurecache.sources.dicom_frames import expand_frames
 from featurecache.sources.folders import list_folder, open_folder, open_images_below
 from featurecache.sources.in_memory import KIND as IN_MEMORY
 from featurecache.sources.in_memory import open_memory
-from featurecache.sources.labels import ROLES, resolve_labels
+from featurecache.sources.labels import ROLES, ordered_labels, resolve_labels
 from featurecache.sources.pseudonyms import pseudonymise, secret_of
 from featurecache.sources.published_layouts import is_chest_xray, is_tiny_imagenet, open_chest_xray, open_tiny_imagenet
 from featurecache.sources.summary import contact_sheet, describe_dataset
 from featurecache.sources.tables import is_table, open_table
-from featurecache.sources.vocabulary import in_order
 from featurecache.sources.webdataset import is_pattern, is_webdataset, open_webdataset
 
 __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe_dataset", "open_source", "reopen"]
@@ -219,16 +218,11 @@ def _open(kind: str, what: str, data: str | os.PathLike[str], words: dict[str, A
 def _ordered(
     dataset: Dataset, kind: str, task: str | None, order: Sequence[str] | None, data: str | os.PathLike[str]
 ) -> Dataset:
-    """``dataset`` with its classes, and so its labels, in their order: the one given, or of ordinal ones that of their
-    numbers; published sets bring theirs. Raises SourceError."""
-    if order is None and (task != "ordinal" or kind in _PUBLISHED):
+    """``dataset`` with its classes, and so its labels, in their order; published sets bring theirs."""
+    if order is None and kind in _PUBLISHED:
         return dataset
-    if dataset.labels.ndim == 2 or not dataset.classes:
-        there = "several labels an image" if dataset.classes else "no labels"
-        raise SourceError(f"--order is that of the classes of which an image has one; {data} has {there}.")
-    classes = in_order(dataset.classes, task, order, str(data))
-    place = np.array([*(classes.index(name) for name in dataset.classes), -1], np.int64)  # the last: of -1
-    return replace(dataset, classes=classes, labels=place[dataset.labels])
+    labels, classes = ordered_labels(dataset.labels, dataset.classes, task or "", order, str(data))
+    return replace(dataset, classes=classes, labels=labels)
 
 
 def _find(data: str | os.PathLike[str]) -> tuple[str, str]:

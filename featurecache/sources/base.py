@@ -68,6 +68,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def label(self) -> str:
+        """As people name it."""
+        return self.name
+
     def read(self, row: int) -> EncodedImage:
         """The encoded bytes of a file, or an array [H, W], [H, W, 1] or [H, W, 3]. Raises UnreadableImage."""
         return read_by(self.images.read(row), self.reading)

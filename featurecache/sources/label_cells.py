@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from featurecache.errors import SourceError
+from featurecache.errors import Reading, SeveralReadings, SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.labels import class_labels, finite_number
 from featurecache.sources.vocabulary import YES_NO, in_order, is_missing, one_spelling, spelling_key
@@ -128,9 +128,12 @@ def _without_uncertain(name: str, values: list[str], reading: LabelColumns) -> l
     if kinds == {"-1", "1"} and reading.how.uncertain is None:
         if reading.how.task is not None:
             return values
-        raise SourceError(
+        words = {"ignore": "no label", "zero": "0", "one": "1"}
+        uncertain = [Reading(f"-1 is uncertain, read as {word}", {"uncertain": key}) for key, word in words.items()]
+        raise SeveralReadings(
             f"the column {name!r} of {reading.where} holds 1 and -1: two classes (--task binary), or is -1 uncertain "
-            "(--uncertain ignore, zero or one)?"
+            "(--uncertain ignore, zero or one)?",
+            [Reading("1 and -1 are two classes", {"task": "binary"}), *uncertain],
         )
     meaning = reading.how.uncertain or "ignore"
     if meaning != "ignore" and not kinds <= {"-1", "0", "1"}:
@@ -212,9 +215,13 @@ def _recombine(parts: dict[str, list[str]], joined: set[str], sign: str, reading
         return False
     if alone & uses.keys():
         return True
-    raise SourceError(
+    raise SeveralReadings(
         f'{reading.where} has labels like "{min(joined)}": one class, or several findings divided by "{sign}"? Say '
-        "--task multiclass for classes, --task multilabel for findings."
+        "--task multiclass for classes, --task multilabel for findings.",
+        [
+            Reading("each cell is one class", {"task": "multiclass"}),
+            Reading(f'findings divided by "{sign}"', {"task": "multilabel"}),
+        ],
     )
 
 

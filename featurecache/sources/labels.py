@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from featurecache.errors import SourceError, nearest
+from featurecache.errors import SourceError, UnknownSourceName, nearest
 from featurecache.formatting import abbreviated, names_in, shell_word
-from featurecache.sources.vocabulary import is_missing, split_names_of
+from featurecache.sources.vocabulary import in_order, is_missing, split_names_of
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel", "unlabelled")
 SPLIT_ORDER = ("train", "val", "test")
@@ -68,6 +68,21 @@ def resolve_labels(labels: np.ndarray, classes: Sequence[str], task: str | None,
     return Labels(labels, list(classes), task or implied)
 
 
+def ordered_labels(
+    labels: np.ndarray, classes: Sequence[str], task: str, order: Sequence[str] | None, where: str
+) -> tuple[np.ndarray, list[str]]:
+    """Labels and classes with the classes in their order: the one given, or of ordinal ones that of their numbers.
+    Raises SourceError where ordinal classes have none, or ``order`` names others."""
+    if order is None and task != "ordinal":
+        return labels, list(classes)
+    if labels.ndim == 2 or not classes:
+        there = "several labels an image" if classes else "no labels"
+        raise SourceError(f"--order is that of the classes of which an image has one; {where} has {there}.")
+    ordered = in_order(classes, task, order, where)
+    place = np.array([*(ordered.index(name) for name in classes), -1], np.int64)  # the last: of -1
+    return place[labels], ordered
+
+
 def role_columns(role: str, columns: Iterable[str]) -> list[str]:
     """Those of some columns that could have a role by their names; several where that cannot be told."""
     plain = {column: re.sub(r"[^a-z0-9]+", "", column.lower()) for column in columns}
@@ -81,14 +96,17 @@ def find_roles(
     """Role → its columns of the table ``name``: as requested (empty: none), else the one of its ``candidates``; the
     role ``several`` may have some, ``A,B``. Raises SourceError."""
     if unknown := [role for role in requested if role not in candidates]:
-        raise SourceError(f"columns of {name} cannot name a {unknown[0]!r}; they name {', '.join(candidates)}.")
+        near = nearest(unknown[0], candidates)
+        raise UnknownSourceName(
+            f"columns of {name} cannot name a {unknown[0]!r}; they name {', '.join(candidates)}.{near}"
+        )
     roles = {}
     for role, text in requested.items():  # a name with a comma: one column where the table has it, or in quotes
         listed = names_in(text)
         roles[role] = [text] if text in columns else [word for part in listed if (word := part.strip())]
         if missing := [word for word in roles[role] if word not in columns]:
             there = f"{abbreviated(columns, 8)}.{nearest(missing[0], columns)}"
-            raise SourceError(f"{name} has no column {missing[0]!r} for the {role}; it has {there}")
+            raise UnknownSourceName(f"{name} has no column {missing[0]!r} for the {role}; it has {there}")
         if len(roles[role]) > 1 and role != several:
             raise SourceError(f"the {role} is one column of {name}, not {len(roles[role])} ({text}).")
     elsewhere = [column for listed in roles.values() for column in listed]

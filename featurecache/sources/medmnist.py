@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from featurecache.errors import SourceError, nearest
+from featurecache.errors import SourceError, UnknownSourceName, nearest
 from featurecache.formatting import shell_word
 from featurecache.sources.base import Dataset, package
 from featurecache.sources.fetching import SourceOptions, beside, data_folder, not_here
@@ -58,7 +58,7 @@ def _parse(words: str) -> tuple[SourceOptions, str, list[Path]]:
     options = SourceOptions.parse("medmnist", words)
     name, size = options.name.lower(), options.version or "28"
     if name not in MEDMNIST or options.variant:
-        raise SourceError(
+        raise UnknownSourceName(
             f'MedMNIST has no 2D set called "{name}".{nearest(name, MEDMNIST)} It has {", ".join(sorted(MEDMNIST))}.'
         )
     if size not in SIZES:

@@ -118,6 +118,12 @@ def describe_dataset(
     )
 
 
+def notes_of(dataset: Dataset) -> list[str]:
+    """What a user should hear of a dataset before its images are used: its own notes, and dark or left out pixels."""
+    looks = [header for header in _look_at_some(dataset).values() if not isinstance(header, str)]
+    return [*dataset.notes, *_notes_on_pixels(dataset, looks)]
+
+
 def _notes_on_pixels(dataset: Dataset, looks: list[ImageHeader]) -> list[str]:
     """Where the rules of decoding may not be what is meant: an image that comes out dark, a stack of which one page is
     taken."""

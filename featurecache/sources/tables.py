@@ -83,7 +83,9 @@ def open_table(
     )
 
 
-def read_annotations(data: str, columns: dict[str, str] | None, task: str | None) -> Annotations:
+def read_annotations(
+    data: str, columns: dict[str, str] | None, task: str | None, uncertain: str | None = None
+) -> Annotations:
     """Labels of features that are there already: a table as for images, in which the paths may be missing. Its only
     column is the label, whatever it is called."""
     table, _ = _read_table(data)
@@ -96,8 +98,8 @@ def read_annotations(data: str, columns: dict[str, str] | None, task: str | None
         table, _ = _one_row_each(table, roles, task)
     ids = table.columns[roles["path"][0]] if roles["path"] else None
     own = [f"{table.name}:{row}" for row in range(len(table.places))]  # one without a group is a group of its own
-    by_path = ids is not None and "split" not in (columns or {})
-    return replace(annotations_of_text(table, roles, ids or own, LabelOptions(task), splits_in_paths=by_path), ids=ids)
+    by_path, how = ids is not None and "split" not in (columns or {}), LabelOptions(task, uncertain)
+    return replace(annotations_of_text(table, roles, ids or own, how, splits_in_paths=by_path), ids=ids)
 
 
 def annotate(

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import NotFetched, SourceError, first_line, nearest
+from featurecache.errors import NotFetched, SourceError, UnknownSourceName, first_line, nearest
 from featurecache.formatting import abbreviated, shell_word
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
 from featurecache.sources.fetching import SourceOptions, beside, data_folder, not_here
@@ -92,9 +92,9 @@ def _parse(words: str) -> SourceOptions:
 
         there = f"{nearest(options.name, NAMES)} It has {abbreviated(NAMES, 99)}."
         if hasattr(torchvision.datasets, options.name) and not options.version:
-            raise SourceError(f"torchvision's {options.name} is no set of labelled images.{there}")
+            raise UnknownSourceName(f"torchvision's {options.name} is no set of labelled images.{there}")
         wrong = options.name + (f"@{options.version}" if options.version else "")
-        raise SourceError(f'torchvision has no labelled set called "{wrong}" ({FORM}).{there}')
+        raise UnknownSourceName(f'torchvision has no labelled set called "{wrong}" ({FORM}).{there}')
     variants = _CIFAR_KEYS[name] if name in _CIFAR else SETS[name].variants
     choices = [word for word in variants if word]
     if options.variant and options.variant not in choices:

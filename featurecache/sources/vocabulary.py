@@ -11,7 +11,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from featurecache.errors import SourceError
+from featurecache.errors import SourceError, UnknownSourceName, nearest
 from featurecache.formatting import abbreviated, join_names, shell_word
 
 # What people call their splits -> what we call them.
@@ -128,9 +128,11 @@ def in_order(classes: Collection[str], task: str | None, order: Sequence[str] | 
     if order is not None:
         keys = {spelling_key(name): name for name in classes}
         if sorted(map(spelling_key, order)) != sorted(map(spelling_key, classes)):
-            raise SourceError(
+            others = [name for name in order if spelling_key(name) not in keys]
+            near = nearest(others[0], classes) if others else ""
+            raise UnknownSourceName(
                 f"--order names {abbreviated(list(order))}, and {where} has {abbreviated(sorted(classes))}; name each "
-                "class once, from the lowest to the highest."
+                f"class once, from the lowest to the highest.{near}"
             )
         return [name if name in classes else keys[spelling_key(name)] for name in order]
     numbers = {name: number for name in classes if (number := _number_in(name)) is not None}

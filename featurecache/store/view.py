@@ -225,6 +225,9 @@ class View(ViewContent):
         """Raises NotInCache when it is neither stored nor derivable, with the command that stores it."""
         if output in self.index:
             return self.index[output].info
+        if len(parts := _outputs.members(output)) > 1:
+            vectors = [self.info(part.name) for part in parts]
+            return Layout(output, (sum(vector.shape[0] for vector in vectors),), vectors[0].dtype)
         parsed, tokens = self._derivation(output)
         begin, patches = _places(tokens)
         prefix, grid = parsed.layout(begin, patches) or (None, None)
@@ -271,6 +274,8 @@ class View(ViewContent):
         picked = self._rows(rows)
         if output in self.index:
             return self.take(output, picked)
+        if len(parts := _outputs.members(output)) > 1:
+            return torch.cat([self.tensor(part.name, picked) for part in parts], 1)
         parsed, tokens = self._derivation(output)
         prefix, grid = _places(tokens)
         result = empty_rows((len(picked), *self.info(output).shape), TORCH_DTYPE[tokens.dtype])

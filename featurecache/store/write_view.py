@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featurecache.errors import AmbiguousName, NotInCache, nearest
+from featurecache.errors import AmbiguousName, NotInCache, UnknownView, nearest
 from featurecache.files.atomic import AtomicFile
 from featurecache.files.directory import FORMAT
 from featurecache.files.hdf5 import WriteTrace, new_hdf5, seal, write_texts
@@ -218,5 +218,5 @@ def find_view(name: str | Path | None = None, cache: str | Path | None = None) -
     if not hits:
         names = [f"{s.provenance.get('backbone', s.path.name)}/{p.stem}" for s, p in views]
         near = nearest(str(name), [*names, *(p.stem for _, p in views)])
-        raise NotInCache(f'there is no view "{name}" in {folder}.{near} There are {abbreviated(names, 8)}.')
+        raise UnknownView(f'there is no view "{name}" in {folder}.{near} There are {abbreviated(names, 8)}.')
     return hits[0][1]

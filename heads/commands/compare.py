@@ -83,7 +83,7 @@ def ablate(
 @features_option
 @option("--data", metavar="SOURCE", help="Of a baseline: the images, where no view has them.")
 @source_options
-@option("--split", metavar="NAME", help="train, val or test of the view. [default: all its labelled images]")
+@option("--split", type=Choice(["train", "val", "test"]), help="Of the view. [default: all its labelled images]")
 @option(
     "--classes", multiple=True, metavar="NAME=A,B", help="What the view calls a class of the run; NAME= for not there."
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import Field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +112,10 @@ def train_head(talk: Console, features: str | None, cache: str | None, no_images
     featurecache train-head --head linear --features vit-in21k/chest --seed 1
     """
     import heads
-    from featurecache.outputs import parse
+    from featurecache.outputs import members
 
     if options["output"] is not None:
-        parse(options["output"])  # a misspelt one is said before a view is opened
+        members(options["output"])  # a misspelt one is said before a view is opened
     view = open_features(talk, features, cache)
     run = heads.train_head(
         view, options.pop("head"), say=talk.line, progress=talk.progress, images=not no_images, **options
@@ -162,9 +163,9 @@ def train_baseline(
 
     if data is not None and features is not None:
         raise BadOption("--data and --features both say which images; give one of them.")
-    images = named_images(talk, data, options)
+    images: Any = named_images(talk, data, options)
     if images is None:
-        images = open_features(talk, features, cache, "--features or --data chooses")
+        images = partial(open_features, talk, features, cache, "--features or --data chooses")
     options |= {"classes": options["classes"] or None, "images": not no_images, "progress": talk.progress}
     run = heads.train_baseline(images, arch, say=talk.line, **options)
     _show_run(talk, run)

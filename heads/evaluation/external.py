@@ -33,7 +33,7 @@ from heads.evaluation.operating_points import calibration_record, operating_poin
 from heads.evaluation.subgroups import image_columns
 from heads.metrics.intervals import FamilyEstimates, SharedResamples
 from heads.models.common import rows_at_once
-from heads.pixel_view import PixelView
+from heads.pixel_view import PixelView, open_dataset
 from heads.runs.folder import digest_of, read_checked_record, read_listed, write_record
 from heads.runs.run import Run, is_pixels, pixels_of, read_tensors
 from heads.runs.write import answer_columns, record_stamp
@@ -86,7 +86,7 @@ def external_images(
     if data is not None and (features is not None or not all(is_pixels(run) for run in runs)):
         why = "--features is given too" if features is not None else "a head takes features: give --features VIEW"
         raise BadOption(f"--data gives images to baselines alone; {why}.")
-    images: Any = data if data is not None else open_view(features, cache)
+    images: Any = open_dataset(data) if data is not None else open_view(features, cache)
     prepared: dict[str, PixelView] = {}
 
     def images_of(run: Run) -> FeatureView:

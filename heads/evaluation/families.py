@@ -95,15 +95,22 @@ def check_comparable(families: Sequence[Family]) -> None:
             raise BadOption(f"{different}. Compare runs of one task.")
 
 
+def plain_names(families: Sequence[Any]) -> list[str]:
+    """Of families, or of those that a sweep plans, in which each has another name: head and output, view and fraction
+    where these are several."""
+    views = {family.view for family in families if not is_of_pixels(family.output)}
+    fractions = {family.fraction for family in families}
+    names = []
+    for family in families:
+        view = f" of {family.view}" if len(views) > 1 and not is_of_pixels(family.output) else ""
+        fraction = f" at {100 * family.fraction:g} %" if len(fractions) > 1 else ""
+        names.append(f"{name_of(family.head, family.output)}{view}{fraction}")
+    return names
+
+
 def names_of(families: Sequence[Family]) -> list[str]:
     """A name for each that no other has: head and output, and as much more as is needed to tell them apart."""
-    views = {family.view for family in families if not family.from_pixels}
-    fractions = {family.fraction for family in families}
-    plain = []
-    for family in families:
-        view = f" of {family.view}" if len(views) > 1 and not family.from_pixels else ""
-        fraction = f" at {100 * family.fraction:g} %" if len(fractions) > 1 else ""
-        plain.append(f"{name_of(family.head, family.output)}{view}{fraction}")
+    plain = plain_names(families)
     settings = [run_setting(family.runs[0]) for family in families]
     names = []
     for name, setting in zip(plain, settings, strict=True):

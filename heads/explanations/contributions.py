@@ -247,13 +247,13 @@ class TokenMap:
 
 def token_source(run: Run) -> str:
     """The tokens that a head's input is made of; raises BadOption where it sees a vector without places."""
-    from featurecache.outputs import parse
+    from featurecache.outputs import members
 
-    output = parse(run.output)
+    output, *more = members(run.output)
     base = output.base.partition("@")[0]
-    if base == "gap":
+    if base == "gap" and not more:
         return "tokens"
-    if base == "mean" or base.startswith("tokens"):
+    if (base == "mean" and not more) or base.startswith("tokens"):
         return output.source
     raise BadOption(
         f"{run.head} sees one vector ({run.output}), which has no places. --kind attention shows where the backbone "
@@ -265,14 +265,14 @@ def token_map(run: Run, prefix: Sequence[str] | None, grid: Sequence[int] | None
     """``prefix`` and ``grid`` are those of the source's tokens; raises BadOption where nobody knows them."""
     from featurecache.outputs import function_of, parse
 
-    output, source = parse(run.output), token_source(run)
+    source = token_source(run)
     if prefix is None or grid is None:
         raise BadOption(
             f"which rows of {source} are patches is not known, so there is no map. Import the file again with --prefix "
             "and --grid."
         )
     size, count = (int(grid[0]), int(grid[1])), len(prefix) + int(grid[0]) * int(grid[1])
-    matrix = None
+    matrix, output = None, parse(run.output)
     if output.base == "gap":
         matrix = torch.full((count,), 1 / (size[0] * size[1]))
     elif output.is_derived:

@@ -65,6 +65,9 @@ def explain(
     explainers = [Explainer(run, originals, device=device, weights=weights, trust_code=trust_code) for run in opened]
     names: list[str | None] = [classes] if classes is None or isinstance(classes, str) else [*classes] or [None]
     requested = _kinds(kinds)
+    for run in opened:
+        for name in names:
+            _check_class(run, name)
     folder = _folder(Path(out) if out is not None else opened[0].path / "explain")
     records: list[dict[str, Any]] = []
     files: dict[Path, str] = {}
@@ -144,13 +147,16 @@ def _of_kind(
     return [ExplainResult(run, kind, run.classes[c], float(p[c]), float(m), each, why) for c, p, m, each in rows]
 
 
+def _check_class(run: Run, name: str | None) -> None:
+    if name is not None and name not in run.classes:
+        raise BadOption(
+            f"{run.path} has no class {name!r}.{nearest(name, run.classes)} Its classes: {', '.join(run.classes)}."
+        )
+
+
 def _chosen_classes(run: Run, logits: np.ndarray, name: str | None) -> np.ndarray:
     """int64 [n]: the class called, of multi-label the likeliest label, or the one that was named."""
     if name is not None:
-        if name not in run.classes:
-            raise BadOption(
-                f"{run.path} has no class {name!r}.{nearest(name, run.classes)} Its classes: {', '.join(run.classes)}."
-            )
         return np.full(len(logits), run.classes.index(name))
     p = probabilities(run.task, logits)
     if run.task == "multilabel":

@@ -168,15 +168,15 @@ class Explainer:
             with self._there(network) as device:
                 pixels, layer = self._pixels(images).float().to(device), (network.cam_layer, "output")
                 return grad_cam_maps(network, layer, pixels, toward, tuple(patches) or None, first)
-        from featurecache.outputs import parse
+        from featurecache.outputs import members
 
-        output, scale = parse(self.run.output), self.run.standardize
+        outputs, scale = members(self.run.output), self.run.standardize
         with self._in_float32(images) as (backbone, pixels):
             if scale.mean is not None and scale.std is not None:
                 scale = replace(scale, mean=scale.mean.to(pixels.device), std=scale.std.to(pixels.device))
-            whole = EndToEnd(backbone, output, scale, model.to(pixels.device))
+            whole = EndToEnd(backbone, outputs, scale, model.to(pixels.device))
             try:
-                layer = layer_of(backbone, output)
+                layer = layer_of(backbone, outputs)
                 return grad_cam_maps(whole, layer, pixels, toward, backbone.grid, len(backbone.prefix))
             finally:
                 model.cpu()
@@ -185,7 +185,7 @@ class Explainer:
 
     def features(self, images: Sequence[SourceImage], output: str) -> torch.Tensor:
         """[n, ...] in the storage dtype: stored rows where the view has them, else through the backbone."""
-        from featurecache.outputs import parse
+        from featurecache.outputs import members
 
         where = self._rows if self.view is not None and self.view.has(output) else {}
         rows = [where.get(image.digest) for image in images]
@@ -194,7 +194,7 @@ class Explainer:
         stored = list(self.view.tensor(output, old)) if self.view is not None and len(old) else []
         computed: list[torch.Tensor] = []
         if new:
-            features, failed = self._backbone.rows([image.data for image in new], parse(output))
+            features, failed = self._backbone.rows([image.data for image in new], *members(output))
             if failed:
                 raise BadOption(f"{new[failed[0][0]].name} cannot be read: {failed[0][1]}.")
             computed = list(features)

@@ -35,7 +35,7 @@ from torch import nn
 from featurecache.backbones.base import Backbone, FeatureMap, PooledMap, TimmMap, Tokens
 from featurecache.backbones.user_module import FeatureTap
 from featurecache.errors import BadOption
-from featurecache.outputs import Output, blocks, function_of
+from featurecache.outputs import Output, blocks, function_of, source_parts
 from heads.explanations.maps import KINDS, SaliencyMap
 from heads.models.adapters import is_norm
 from heads.models.finetune import FineTuned
@@ -179,27 +179,31 @@ class ActivationTap(nn.Module):
 class EndToEnd(nn.Module):
     """Backbone, output, scaling and head as one network: normalised pixels [B,3,h,w] -> logits [B,C]."""
 
-    def __init__(self, backbone: Backbone, output: Output, scale: Standardize, head: nn.Module) -> None:
+    def __init__(
+        self, backbone: Backbone, outputs: Sequence[Output], scale: Standardize, head: nn.Module
+    ) -> None:  # several are vectors, concatenated
         super().__init__()
-        self.backbone, self.output, self.scale = backbone, output, scale
+        self.backbone, self.outputs, self.scale = backbone, outputs, scale
         self.network, self.head = backbone.model, head
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        base, _, layer = self.output.source.partition("@")
-        parts = [f"{base}@{part}" if part else base for part in blocks(layer)]
-        outputs = self.backbone.forward(pixels, set(parts))
-        x = torch.cat([outputs[part] for part in parts], -1)
-        if self.output.is_derived:
-            x = function_of(self.output, x, len(self.backbone.prefix), self.backbone.grid)
-        return self.head(self.scale(x))
+        parts = [source_parts(output.source) for output in self.outputs]
+        given = self.backbone.forward(pixels, {part for each in parts for part in each})
+        made = []
+        for output, own in zip(self.outputs, parts, strict=True):
+            x = torch.cat([given[part] for part in own], -1)
+            prefix, grid = len(self.backbone.prefix), self.backbone.grid
+            made.append(function_of(output, x, prefix, grid) if output.is_derived else x)
+        return self.head(self.scale(torch.cat(made, -1)))
 
 
-def layer_of(backbone: Backbone, output: Output) -> Hook:
-    """Where Grad-CAM looks. Raises BadOption where no layer of that network is known to show places."""
+def layer_of(backbone: Backbone, outputs: Sequence[Output]) -> Hook:
+    """Where Grad-CAM looks: at the earliest of the blocks that several outputs are of. Raises BadOption where no layer
+    of that network is known to show places."""
     model: Any = backbone.model
     network = getattr(model, "network", model)
     if isinstance(model, Tokens):
-        depth = max((int(part.lstrip("-") or 1) for part in blocks(output.layer)), default=1)
+        depth = max(int(part.lstrip("-") or 1) for output in outputs for part in blocks(output.layer))
         block = list(network.get_submodule(model.blocks))[-depth]
         norms = [part for part in block.modules() if is_norm(part) and not list(part.children())]
         if not norms:
@@ -211,11 +215,13 @@ def layer_of(backbone: Backbone, output: Output) -> Hook:
         return network, "forward_features"
     if isinstance(model, FeatureMap):
         return network.encoder.stages[-1], "output"
-    if isinstance(model, FeatureTap) and output.source in model.keep and output.base not in ("cls", "pooler"):
-        return network.get_submodule(model.keep[output.source]), "output"
+    kept = [o for o in outputs if isinstance(model, FeatureTap) and o.source in model.keep]
+    if kept == list(outputs) and not any(output.base in ("cls", "pooler") for output in kept):
+        return network.get_submodule(model.keep[kept[0].source]), "output"
+    name = "+".join(output.name for output in outputs)
     raise BadOption(
-        f"which layer of {backbone.name} Grad-CAM should look at for {output.name} is not known. --kind contribution "
-        "needs none, and --kind attention shows where a backbone with a class token looks."
+        f"which layer of {backbone.name} Grad-CAM should look at for {name} is not known. --kind contribution needs "
+        "none, and --kind attention shows where a backbone with a class token looks."
     )
 
 

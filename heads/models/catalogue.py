@@ -12,10 +12,7 @@ To add a head: a class in `vector` or `tokens` and a line in ``HEADS``; a networ
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +21,8 @@ import torch
 from torch import nn
 
 from featurecache.backbones import load_without_weights
-from featurecache.errors import BadOption, UnknownHead, nearest
+from featurecache.backbones.user_code import import_once, user_line
+from featurecache.errors import BadOption, FeatureCacheError, UnknownBackbone, UnknownHead, first_line, nearest
 from featurecache.formatting import aligned
 from featurecache.images.preprocessing import Preprocess
 from heads.models.common import (
@@ -107,15 +105,14 @@ def _own_head(name: str) -> HeadInfo:
     module, _, attribute = name.removeprefix("python:").partition(":")
     if not module or not attribute:
         raise UnknownHead(f"{name!r} is not python:<module>:<class>, for example python:my_heads:Gated.")
-    sys.path.insert(0, os.getcwd())  # a console script does not look where it is started
     try:
-        head = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        raise UnknownHead(f"{name}: the module {module} cannot be imported ({error}).") from error
-    finally:
-        sys.path.remove(os.getcwd())
+        source = import_once(module)
+    except UnknownBackbone as error:
+        raise UnknownHead(f"{name}: {error}.") from error
+    head = getattr(source, attribute, None)
     if not (isinstance(head, type) and issubclass(head, nn.Module)):
-        raise UnknownHead(f"{name}: {module} has no torch module class called {attribute}.")
+        near = nearest(attribute, [key for key, value in vars(source).items() if isinstance(value, type)])
+        raise UnknownHead(f"{name}: {module} has no torch module class called {attribute}.{near}")
     what = (head.__doc__ or attribute).strip().splitlines()[0]
     return HeadInfo(what, getattr(head, "takes", "any"), head, getattr(head, "standardize", "none"))
 
@@ -140,7 +137,13 @@ def make_head(
     options: dict[str, Any] = {key: getattr(given, key) for key in ("prefix", "grid") if key in named}
     options |= _dropout(name, dropout, "dropout" in named and not info.solved) | ({"gated": True} if gated else {})
     with own_randomness(generator or torch.Generator().manual_seed(0)):
-        return info.make(given.shape, classes, **options)
+        try:
+            return info.make(given.shape, classes, **options)
+        except Exception as error:
+            if name.startswith("python:") and not isinstance(error, FeatureCacheError):
+                words = user_line(error) or first_line(error)  # none of theirs: it takes other arguments
+                raise UnknownHead(f"{name}: {name.rpartition(':')[2]}(shape, classes) failed ({words}).") from error
+            raise
 
 
 def _dropout(name: str, dropout: float | None, has_any: bool) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featurecache.errors import BadOption, FeatureCacheError, SourceError, UnreadableImage
+from featurecache.errors import BadOption, FeatureCacheError, SourceError, UnreadableImage, nearest
 from featurecache.files.atomic import write_whole, writing
 from featurecache.formatting import shell_word
 from heads.explanations.explainer import encode_image
@@ -57,10 +57,12 @@ def _recognised(study: Study, text: str) -> dict[str, str]:
         elif text.split("@")[0] == images.source:
             sources[images.name] = text
     if not sources:
-        names = ", ".join(images.name for images in study.images)
-        raise BadOption(
-            f"--data {text}: which set of {study.name} is it? Write --data SET={shell_word(text)}; sets: {names}."
+        names, (name, sign, source) = [images.name for images in study.images], text.partition("=")
+        near, source = (nearest(name, names), source) if sign else ("", text)
+        which = f"which set of {study.name} is it? Write --data SET={shell_word(source)}; sets: " + f"{', '.join(names)}.{near}"
+            f"which set of {study.name} is it? Write --data SET={shell_word(source)}; sets: {', '.join(names)}.{near}"
         )
+        raise BadOption(f"--data {text}: {which}")
     return sources
 
 

@@ -112,7 +112,8 @@ def read_weights(texts: Sequence[str], study: Study) -> dict[str, str]:
             weights[backbones[0]] = text
         else:
             ways = ", ".join(f"--weights {name}=PATH" for name in backbones)
-            raise BadOption(f"--weights {text}: of which backbone? {study.name} has several: {ways}.")
+            near = nearest(name, backbones) if sign else ""
+            raise BadOption(f"--weights {text}: of which backbone? {study.name} has several: {ways}.{near}")
     return weights
 
 

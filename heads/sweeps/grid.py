@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import BadOption, nearest
+from featurecache.outputs import members
+from heads.models.catalogue import head_info
 from heads.settings import GRIDS, TABLE, Settings
 
 MOST = 1000  # values of a range
@@ -94,8 +96,13 @@ class SweepSpec:
             tried: Any = (values.low, values.high) if isinstance(values, Range) else values
             for each in tried:
                 replace(base, **{name: each})  # says at once what no head could be trained with
+        names, wanted = choices("heads", heads), () if outputs is None else choices("outputs", outputs)
+        for name in names:
+            head_info(name)
+        for name in wanted:
+            members(name)
         return cls(
-            choices("heads", heads), () if outputs is None else choices("outputs", outputs), grid, base, seeds, parts,
+            names, wanted, grid, base, seeds, parts,
             repeats, folds, search, trials, given,
         )  # fmt: skip
 

@@ -73,8 +73,18 @@ def prepare_training(view: FeatureView | str | Path, settings: Settings, splits:
         raise BadOption("--precision bf16: this CPU has no fast products in bf16. Leave it out: fp32 is exact.")
     job = TrainingJob(view, settings, output, task, splits or choose_splits(view, task, settings))
     if not isinstance(view, PixelView):
-        make_model(job, settings)  # says at once that a head and an output do not fit
+        model = make_model(job, settings)  # says at once that a head and an output do not fit
+        if settings.head.startswith("python:"):
+            _check_shape(settings.head, model.eval(), job.input.shape, len(task.classes))
     return job
+
+
+@torch.no_grad()
+def _check_shape(head: str, model: nn.Module, shape: tuple[int, ...], classes: int) -> None:
+    logits = model(torch.zeros(2, *shape))
+    if getattr(logits, "shape", None) != (2, classes):
+        gives = f"{list(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise BadOption(f"{head} gives {gives} for two images; expected logits [2, {classes}], one for each class.")
 
 
 def check_options(settings: Settings) -> None:

@@ -248,9 +248,11 @@ def training_cost(job: TrainingJob, fit: FittedHead) -> dict[str, Any]:
 
 def _bytes_per_image(view: FeatureView, output: str) -> int | None:
     """In the cache: of what is stored, for an output that follows from tokens those tokens; of images nothing is."""
-    from featurecache.outputs import parse
+    from featurecache.outputs import members
 
     if isinstance(view, PixelView):
         return None
-    info = view.outputs[output if output in view.outputs else parse(output).source]
-    return math.prod(info.shape) * np.dtype(info.dtype).itemsize
+    stored = {output} if output in view.outputs else set()
+    stored = stored or {each.name if each.name in view.outputs else each.source for each in members(output)}
+    infos = [view.outputs[name] for name in stored]
+    return sum(math.prod(info.shape) * np.dtype(info.dtype).itemsize for info in infos)

@@ -299,10 +299,14 @@ BODY = "self.act(self.body(x))"
 @pytest.mark.parametrize(
     ("error", "source", "says"),
     [
-        (UnknownBackbone, "import nothing_of_that_name", r"cannot be imported \(ModuleNotFoundError: No module"),
-        (UnknownBackbone, "1 / 0", r"cannot be imported \(ZeroDivisionError"),
+        (
+            UnknownBackbone,
+            "import nothing_of_that_name",
+            r"cannot be imported \(nets.py, line 1: ModuleNotFoundError: No module",
+        ),
+        (UnknownBackbone, "1 / 0", r"cannot be imported \(nets.py, line 1: ZeroDivisionError"),
         (UnknownBackbone, "def make(:", r"cannot be imported \(SyntaxError"),
-        (UnknownBackbone, "raise SystemExit(2)", r"cannot be imported \(SystemExit: 2\)"),
+        (UnknownBackbone, "raise SystemExit(2)", r"cannot be imported \(nets.py, line 1: SystemExit: 2\)"),
         (UnknownBackbone, "def make(x): pass", r"make\(\) failed \(TypeError: .*called without arguments"),
         (UnknownBackbone, "def make(): return 3", r"make\(\) returned a int, expected a torch.nn.Module"),
         (PreprocessingRefused, CNN.replace('"std"', '"sd"'), r"\(image_size, interpolation, mean and 2 more\)"),

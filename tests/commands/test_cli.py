@@ -225,7 +225,7 @@ def test_features_that_are_nowhere_or_in_two_stores(tmp_path: Path):
     named = re.findall(r"vit-demo-\w+/d", text)
     assert len(named) == 2
     assert f"view       {named[0]} in" in call("info", named[0]).stdout
-    assert "Near: " in fails(1, "train-head", "--head", "linear", "--features", "dd")
+    assert "Near: " in fails(2, "train-head", "--head", "linear", "--features", "dd")
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path):

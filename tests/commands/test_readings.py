@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 from support.command import call
-from support.small_sets import pictures
+from support.small_sets import listed, pictures
 
 import cli
 from featurecache.commands import terminal
@@ -39,6 +39,34 @@ def test_at_a_terminal_it_asks_which_and_takes_none_by_default(scans, monkeypatc
     assert "  2  the classes are liver, lung" in result.stderr
     assert result.exit_code == (0 if classes else 2)
     assert not classes or json.loads(result.stdout)["data"]["classes"] == classes
+
+
+SEVERAL = "path,finding\na.png,mass;cyst\nb.png,nodule;cyst\nc.png,nodule;mass\n"
+SIGNED = "path,finding\na.png,1\nb.png,-1\nc.png,1\n"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("cells", "answer", "made"),
+    [
+        (SEVERAL, "1", ("multiclass", ["mass;cyst", "nodule;cyst", "nodule;mass"])),
+        (SEVERAL, "2", ("multilabel", ["cyst", "mass", "nodule"])),
+        (SIGNED, "1", ("binary", ["-1", "1"])), (SIGNED, "3", ("binary", ["0", "1"])), (SIGNED, "", None),
+    ],
+)  # fmt: skip
+def test_cells_with_two_readings_are_asked_about_at_a_terminal(tmp_path, monkeypatch, cells, answer, made):
+    monkeypatch.chdir(tmp_path)
+    listed(tmp_path / "t", cells)
+    words = (*WORDS[:-1], "t/list.csv")
+    alone = call(*words)
+    option = "--task multilabel" if cells is SEVERAL else "--uncertain zero"
+    assert alone.exit_code == 2 and "featurecache extract --backbone vit-demo --data t/list.csv" in alone.stderr
+    assert f"--dry-run {option}\n" in alone.stderr
+    monkeypatch.setattr(terminal, "is_terminal", lambda: True)
+    result = CliRunner().invoke(cli.main, words, input=f"{answer}\n")
+    assert result.exit_code == (0 if made else 2), result.stderr
+    record = json.loads(result.stdout)["data"] if made else None
+    assert not made or (record["task"], record["classes"]) == made
 
 
 @pytest.mark.integration

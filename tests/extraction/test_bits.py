@@ -72,3 +72,18 @@ def test_a_store_of_the_rules_of_before_is_not_used_and_why_names_them(dark, tmp
     assert f"decoding  {decoding.DECODING - 1} → {decoding.DECODING}" in call("why", *asked).output
     told = call("why", "--data", dark, *asked).output
     assert "0 of 6 distinct images are there" in told
+
+
+@pytest.mark.integration
+def test_networks_from_pixels_are_warned_of_dark_images_as_an_extraction_is(dark, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{k}.png,{k % 2},{('train', 'val', 'test')[k // 2]}" for k in range(6)]
+    (dark / "list.csv").write_text("\n".join(["path,label,split", *rows]))
+    words = ("--data", dark / "list.csv", "--dry-run")
+    said = "warning    12-bit values in 16-bit files: nearly black (at most 6.2 % of white); --bits 12 scales them."
+    assert said in call("ablate", "--heads", "cnn-cifar", *words).stderr
+    assert "12-bit" not in call("ablate", "--heads", "cnn-cifar", *words, "--bits", "12").stderr
+    result = call("train-baseline", "--arch", "cnn-cifar", *words[:2], "--epochs", "1", "--only", "none")
+    assert result.exit_code == 2 and said not in result.stderr  # the class is looked for before an image is
+    monkeypatch.setattr("heads.api.open_pixels", lambda *_, **__: (_ for _ in ()).throw(BadOption("enough")))
+    assert said in call("train-baseline", "--arch", "cnn-cifar", *words[:2], "--epochs", "1").stderr

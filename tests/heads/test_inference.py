@@ -14,7 +14,7 @@ from support.fake_view import label_view, toy_view
 from support.runs import reseal
 
 import featurecache
-from featurecache.errors import BadOption, RunError
+from featurecache.errors import BadOption, RunError, UnknownSourceName
 from heads.api import ablate, predict, train_head
 from heads.inference import images_of, iterate_images, prediction_records, predictions_csv, predictions_table
 
@@ -140,7 +140,7 @@ def test_a_table_needs_a_column_of_paths_and_may_have_labels(cached, tmp_path, h
 def test_a_column_of_labels_that_a_table_has_not_is_said(cached, tmp_path):
     new_images(tmp_path, "a.png")
     (tmp_path / "new.csv").write_text("image,label\na.png,kind 1\n")
-    with pytest.raises(BadOption, match=r"has no column 'lable' for the label; it has label\. Near: label"):
+    with pytest.raises(UnknownSourceName, match=r"has no column 'lable' for the label; it has label\. Near: label"):
         predict(cached[2], tmp_path / "new.csv", columns={"label": "lable"})
 
 
@@ -214,3 +214,8 @@ def test_features_of_any_storage_type_are_taken(cached):
     x = view.features["cls"][:4]
     np.testing.assert_allclose(run.logits(x), run.logits(x.float()))
     assert run.logits(torch.zeros(0, 8)).shape == (0, 2)
+
+
+def test_a_role_that_predict_does_not_know_is_refused_with_its_neighbour(cached):
+    with pytest.raises(BadOption, match=r"names path or label, not 'lable'\. Near: label"):
+        predict(cached[2], [b"3"], columns={"lable": "finding"})

@@ -151,7 +151,6 @@ def read_output(path: Path, name: str) -> np.ndarray:
         ("set.csv", {"outputs": "cls", "compress": True}, "csv has no compression"),
         ("old.h5", {}, "exists; --overwrite replaces it"),
         ("cache/tiny.h5", {}, "belongs to a cache"),
-        ("set.h5", {"outputs": ","}, "names no output"),
         ("folder.h5", {}, "is a folder; name a file in it"),
     ],
 )

@@ -228,7 +228,7 @@ def test_numbers_without_names_keep_their_own_and_minus_one_is_none():
         ({"labels": np.ones((40, 2))}, {"task": "multiclass"}, "has rows with other than one 1"),
         ({"labels": Y}, {"labels": "nowhere.csv"}, "there is no file nowhere.csv"),
         ({"labels": Y}, {"labels": "y.txt"}, "--labels y.txt: expected a table"),
-        ({"labels": Y}, {"columns": {"label": "x"}}, "--column names columns of a table"),
+        ({"labels": Y}, {"columns": {"label": "x"}}, "--column is about columns of a table"),
         ({"labels": Y, "y": Y}, {}, "several arrays that could be the labels: labels, y"),
         ({"ids": ["a"] * 40}, {}, "names 'a' twice .rows 0 and 1."),
         ({"splits": ["fold 1"] * 40}, {}, 'splits row 0 is "fold 1", expected train, val or test'),
@@ -273,3 +273,27 @@ def test_tokens_by_the_command_line():
         bad = call(*words, "--grid", wrong)
         assert bad.exit_code == 2 and said in bad.stderr and bad.stdout == ""
     assert call("import", "feats.npy", "--name", "x", "--column", "label").exit_code == 2
+
+
+def test_ordinal_classes_of_an_import_need_their_order_as_those_of_an_extraction(tmp_path):
+    words = ["mild", "none", "severe", "mild"] * 10
+    Path("grades.csv").write_text("\n".join(["finding", *words]))
+    labels = {"labels": "grades.csv", "task": "ordinal"}
+    refused("say their order from the lowest to the highest, --order mild,none,severe", npy(X), **labels)
+    refused("--order names none, mild, sever, .* Near: severe", npy(X), **labels, order=["none", "mild", "sever"])
+    view = bring(npy(X), **labels, order=["none", "mild", "severe"])
+    assert (view.task, view.classes, view.labels[:3].tolist()) == ("ordinal", ["none", "mild", "severe"], [1, 0, 2])
+    assert view.source["order"] == view.classes
+    named = bring(npy(X), "named", **labels, classes=["none", "mild", "severe"])
+    numbers = bring(npy(X), "numbers", labels=npy(Y, "y.npy"), task="ordinal")
+    assert named.labels.tolist() == view.labels.tolist() and numbers.classes == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(("how", "second"), [(None, -1), ("zero", 0), ("one", 1)])
+def test_uncertain_cells_of_an_import_are_read_as_said_and_recorded(how, second):
+    Path("cells.csv").write_text("\n".join(["edema", *["1", "-1", "0", "0"] * 10]))
+    done = import_view(npy(X), "mine", labels="cells.csv", uncertain=how, cache="cache")
+    view = View(done.view)
+    assert view.labels[:4].tolist() == [1, second, 0, 0] and view.source["uncertain"] == (how or "ignore")
+    assert any("-1 (10 cells) is read as" in note for note in done.notes)
+    refused("--uncertain is about columns of a table", npy(X), "other", uncertain="zero", error=BadOption)

@@ -19,7 +19,7 @@ from featurecache.backbones.base import Backbone, Tokens
 from featurecache.backbones.user_module import FeatureTap
 from featurecache.errors import BadOption
 from featurecache.extraction import forward
-from featurecache.outputs import parse
+from featurecache.outputs import members
 from heads.explanations.explainer import Explainer
 from heads.explanations.maps import class_margin_weights
 from heads.explanations.methods import (
@@ -193,8 +193,8 @@ def test_grad_cam_of_a_linear_head_on_gap_is_class_activation_mapping():
     backbone = load_backbone("torchvision:resnet18", random_weights=True, image_size=64)
     head, x = nn.Linear(512, 3), torch.rand(2, 3, 64, 64)
     toward = class_margin_weights(np.array([0, 2]), 3, 1.0, False)
-    whole = EndToEnd(backbone, parse("gap"), Standardize(), head)
-    maps = grad_cam_maps(whole, layer_of(backbone, parse("gap")), x, toward, backbone.grid, 0)
+    whole = EndToEnd(backbone, members("gap"), Standardize(), head)
+    maps = grad_cam_maps(whole, layer_of(backbone, members("gap")), x, toward, backbone.grid, 0)
     tokens = backbone.forward(x, {"tokens"})["tokens"]  # [2, h·w, 512]
     expected = (tokens @ (toward @ head.weight)[:, :, None])[..., 0].clamp_min(0).view(2, 2, 2).detach() / 4
     assert np.stack([each.values for each in maps]) == pytest.approx(expected.numpy(), abs=1e-5)
@@ -204,8 +204,8 @@ def test_a_transformer_is_looked_at_before_its_last_block(tmp_path):
     """Behind the last block a head on the class token gives the patches no gradient at all."""
     pytest.importorskip("pytorch_grad_cam")
     backbone = load_backbone(f"hf:{save_dinov2(tmp_path, registers=2)}")
-    whole = EndToEnd(backbone, parse("cls"), Standardize(), nn.Linear(32, 2))
-    layer, toward = layer_of(backbone, parse("cls")), torch.tensor([[1.0, -1.0]])
+    whole = EndToEnd(backbone, members("cls"), Standardize(), nn.Linear(32, 2))
+    layer, toward = layer_of(backbone, members("cls")), torch.tensor([[1.0, -1.0]])
     x = torch.rand(1, 3, 42, 42)
     (found,) = grad_cam_maps(whole, layer, x, toward, backbone.grid, 3)
     (other,) = grad_cam_maps(whole, layer, x, -toward, backbone.grid, 3)
@@ -239,14 +239,14 @@ def test_grad_cam_of_a_cnn_trained_here_peaks_on_the_square_that_decides():
 def test_a_network_of_ones_own_is_looked_at_where_its_output_is_kept():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
     backbone = replace(backbone_of(nn.Identity()), model=FeatureTap("python:nets:make", network, "1"))
-    assert layer_of(backbone, parse("gap")) == (network[1], "output")
+    assert layer_of(backbone, members("gap")) == (network[1], "output")
     with pytest.raises(BadOption, match="is not known"):
-        layer_of(backbone, parse("cls"))
+        layer_of(backbone, members("cls"))
 
 
 def test_blocks_without_a_norm_have_no_grad_cam():
     with pytest.raises(BadOption, match="the blocks of three have no norm"):
-        layer_of(backbone_of(Three(torch.zeros(2, 2))), parse("cls"))
+        layer_of(backbone_of(Three(torch.zeros(2, 2))), members("cls"))
 
 
 def test_grad_cam_without_its_package_says_what_to_install(monkeypatch):

@@ -334,8 +334,8 @@ def test_a_head_of_ones_own_is_found_where_one_works(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("python:nowhere_at_all:Own", "cannot be imported"), ("python:own_heads:Other", "no torch module class"),
-     ("python:own_heads", "is not python:<module>:<class>")],
+    [("python:nowhere_at_all:Own", "there is no nowhere_at_all.py"),
+     ("python:own_heads:Other", "no torch module class"), ("python:own_heads", "is not python:<module>:<class>")],
 )  # fmt: skip
 def test_a_head_of_ones_own_that_is_not_there_is_said(tmp_path, monkeypatch, name, said):
     own_module(tmp_path, monkeypatch, "Other = 3\n")

@@ -386,3 +386,8 @@ def test_quality_is_charted_against_seconds_to_the_best_epoch():
     assert "extraction" in best.caption and "cnn: 0.700 at 9" in best.svg()
     alone = pareto_figures([rows[0], rows[2]], "auroc", "binary")[1]
     assert not alone.caption  # nothing beside heads on features
+
+
+def test_weights_of_a_backbone_are_refused_where_the_network_lies_in_the_run(run):
+    with pytest.raises(BadOption, match="the network of this run lies in its folder"):
+        heads.predict(run, [np.zeros((8, 8), np.uint8)], weights="w.pt")
