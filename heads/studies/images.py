@@ -59,10 +59,8 @@ def _recognised(study: Study, text: str) -> dict[str, str]:
     if not sources:
         names, (name, sign, source) = [images.name for images in study.images], text.partition("=")
         near, source = (nearest(name, names), source) if sign else ("", text)
-        which = f"which set of {study.name} is it? Write --data SET={shell_word(source)}; sets: " + f"{', '.join(names)}.{near}"
-            f"which set of {study.name} is it? Write --data SET={shell_word(source)}; sets: {', '.join(names)}.{near}"
-        )
-        raise BadOption(f"--data {text}: {which}")
+        which = f"which set of {study.name} is it? Write --data SET={shell_word(source)}; "
+        raise BadOption(f"--data {text}: {which}sets: {', '.join(names)}.{near}")
     return sources
 
 
