@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click import argument, option
+from click import argument
 
 from featurecache.commands import extract, maintain
+from featurecache.commands.help import option
 from featurecache.commands.terminal import CONTEXT, CommandGroup, Console, cache_option, command, features_option
 from featurecache.errors import BadOption, NotInCache, RunError
 from featurecache.formatting import shell_word
@@ -27,11 +28,11 @@ def main() -> None:
     heads in seconds.
 
     \b
-    Try it without data or network:   featurecache demo
-    Published comparisons again:      featurecache study
-    Your own images:                  featurecache extract --backbone vit-in21k --data FOLDER
-                                      featurecache train-head --head large
-                                      featurecache predict --run runs/FOLDER-large-1 NEW.png
+    Try it without data:     featurecache demo
+    Published comparisons:   featurecache study
+    Your own images:         featurecache extract --backbone vit-in21k --data DIR
+                             featurecache train-head --head large
+                             featurecache predict --run runs/DIR-large-1 NEW.png
     """
 
 

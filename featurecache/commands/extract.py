@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click import Choice, option
+from click import Choice
 
-from featurecache.commands.terminal import Console, cache_option, command, options_of, record_of, typed_options
+from featurecache.commands.help import option, options_of
+from featurecache.commands.terminal import Console, cache_option, command, record_of, typed_options
 from featurecache.errors import BadOption
 from featurecache.formatting import (
     columns,
@@ -239,7 +240,7 @@ BACKBONES = "An alias (see info), hf:REPO, a folder, torchvision:NAME, timm:NAME
 SOURCES = "Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle:OWNER/SET, or digits."
 STEPS = """How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
     side decides (organs, eyes, hands, writing)."""
-task_option = option("--task", type=Choice(TASKS), help="[default: by the labels]")
+task_option = option("--task", type=Choice(TASKS), help="What the labels are. [default: by the labels]")
 order_option = option("--order", metavar="A,B,C", callback=_order, help="The classes from the lowest to the highest.")
 uncertain_option = option(
     "--uncertain", type=Choice(["ignore", "zero", "one"]), help="Of tables: what -1 is. [default: ignore]"
@@ -257,37 +258,48 @@ source_options = options_of(  # how the labels of --data are to be read
     option("--page", metavar="N|all", help="Of TIFF stacks, DICOM frames (from 0). [default: TIFF 0, DICOM all]"),
     option("--bits", type=int, metavar="N", help="Of 16-bit files: 2^N − 1 is white; others are as they are."),
     option("--crop", metavar="L,T,R,B", callback=_crop, help="Edges of what is looked at, in parts of each side."),
+    section="data",
 )
 extraction_options = options_of(  # which images, which backbone, which store: what `extract` and `why` are asked alike
     option("--backbone", required=True, metavar="NAME", help=BACKBONES),
     option("--data", default="digits", metavar="SOURCE", help=SOURCES),
+    option("--limit", type=int, metavar="N", help="N of the images, drawn evenly by class within the splits."),
     option("--outputs", metavar="NAMES", help="cls,tokens,… [default: the backbone's vector and tokens]"),
     option("--name", metavar="VIEW", help="Name of the view. [default: that of the data]"),
-    option("--weights", metavar="PATH", help="A folder or file with the backbone's weights; FILE:NAME of several."),
-    option("--random-weights", is_flag=True, help="The architecture untrained: shows the tool, not the backbone."),
-    option("--seed", default=0, help="Of --random-weights."),
     option("--image-size", type=int, metavar="N", help="Pixels; resize and crop scale in the same ratio."),
     option("--fit", type=Choice(["model", "squash", "pad"]), default="model", help="How an image becomes a square."),
-    option("--precision", type=Choice(["auto", "fp32", "bf16", "fp16"]), default="auto"),
-    option("--dtype", type=Choice(["float16", "float32"]), default="float16", help="Of the stored rows."),
-    option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps."),
-    option(
-        "--batch-size",
-        default="auto",
-        metavar="N",
-        callback=_number_or_auto,
-        help="Of a forward pass; fixed by a store's first run.",
-    ),
-    option("--engine", type=Choice(["local"]), default="local", help="Where it runs: on this machine."),
-    option("--workers", type=int, metavar="N", help="Decode threads, nothing else. [default: by the machine]"),
     option("--on-error", type=Choice(["report", "skip", "fail"]), default="report", help="At an unreadable image."),
-    source_options,
-    option("--views", type=int, metavar="K", help="Augmented copies of each training image. [default: as before]"),
-    option("--augment", metavar="STEPS", help=STEPS),
-    option("--augment-seed", default=0, metavar="N", help="Of what --augment draws."),
-    option("--hash-ids", is_flag=True, help="Keep images under keyed hashes of their names."),
-    option("--hash-groups", is_flag=True, help="The same for groups (patients)."),
     cache_option,
+    options_of(
+        option("--weights", metavar="PATH", help="A folder or file with the backbone's weights; FILE:NAME of several."),
+        option("--random-weights", is_flag=True, help="The architecture untrained: shows the tool, not the backbone."),
+        option("--seed", default=0, metavar="N", help="Of --random-weights, and of what --limit draws."),
+        option("--precision", type=Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="Of the network."),
+        option("--dtype", type=Choice(["float16", "float32"]), default="float16", help="Of the stored rows."),
+        option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps."),
+        option(
+            "--batch-size",
+            default="auto",
+            metavar="N",
+            callback=_number_or_auto,
+            help="Of a forward pass; fixed by a store's first run.",
+        ),
+        option("--engine", type=Choice(["local"]), default="local", help="Where it runs: on this machine."),
+        option("--workers", type=int, metavar="N", help="Decode threads, nothing else. [default: by the machine]"),
+        section="network",
+    ),
+    source_options,
+    options_of(
+        option("--hash-ids", is_flag=True, help="Keep images under keyed hashes of their names."),
+        option("--hash-groups", is_flag=True, help="The same for groups (patients)."),
+        section="data",
+    ),
+    options_of(
+        option("--views", type=int, metavar="K", help="Augmented copies of each training image. [default: as before]"),
+        option("--augment", metavar="STEPS", help=STEPS),
+        option("--augment-seed", default=0, metavar="N", help="Of what --augment draws."),
+        section="copies",
+    ),
 )
 
 

@@ -6,10 +6,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import click
-from click import argument, option
+from click import argument
 
 from featurecache.commands.extract import order_option, pairs_of, task_option, training_of, uncertain_option
-from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, options_of, record_of
+from featurecache.commands.help import option, options_of
+from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, record_of
 from featurecache.errors import BadOption
 from featurecache.formatting import columns, first_of, one_line, shape_text, shell_word, size_text
 
@@ -162,7 +163,7 @@ def import_(talk: Console, file: str, name: str, cache: str | None, **options: A
 
     \b
     featurecache import feats.npy --labels labels.csv --name chest
-    featurecache import old.h5 --features-key x --labels y --classes normal,ill --name chest
+    featurecache import old.h5 --features-key x --labels y --name chest
     """
     from featurecache.maintenance.import_features import import_view
     from featurecache.store.view import View

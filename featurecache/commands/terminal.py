@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -21,15 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click import option
 
+from featurecache.commands.help import CONTEXT, Command, Context, Option, option, options_of
 from featurecache.errors import BadOption, FeatureCacheError, Reading, SeveralReadings, UnknownName, nearest
 from featurecache.files.atomic import NO_ROOM, cannot_write, refuse_special
 from featurecache.files.names import check_path
 from featurecache.formatting import harmless, is_harmless, join_names, one_line, shell_word, shell_words
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
-
 
 _PLAIN = "featurecache.plain"  # how characters that a terminal's code page lacks are written
 _SIGNS = {"×": "x", "–": "-", "−": "-", "·": "|", "…": "...", "→": "->", "≤": "<=", "≥": ">=", "∕": "/"}  # of ours
@@ -48,6 +46,8 @@ codecs.register_error(_PLAIN, _plain)
 class CommandGroup(click.Group):
     """Commands in the order of a day's work; a misspelt one names its neighbours."""
 
+    context_class = Context
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
@@ -58,9 +58,10 @@ class CommandGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Whole sentences, where click cuts what does not fit one line."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, each.get_short_help_str(limit=200)) for name, each in self.commands.items()])
+        """What each is for, up to the first colon: click cuts what does not fit one line."""
+        rows = [(name, each.get_short_help_str(limit=200)) for name, each in self.commands.items()]
+        with formatter.section("Commands, each with a --help of its own"):
+            formatter.write_dl([(name, re.split("[:;]|\\.$", text)[0]) for name, text in rows])
 
     def main(self, *args: Any, **options: Any) -> Any:
         """click's own errors in the form of ours; no character ends a command, whatever the terminal can show."""
@@ -254,25 +255,23 @@ def command(function: Callable[..., Any]) -> click.Command:
             code = 2 if users else 1
         sys.exit(code or 0)
 
-    made = click.command(context_settings=CONTEXT)(wrapped)
-    made.params += [  # last in the help: what a command has of its own comes first
-        click.Option(["--json", "as_json"], is_flag=True, help="One JSON object on stdout."),
-        click.Option(["--quiet", "-q"], is_flag=True, help="Results only: no talk, no progress bar."),
-        click.Option(["--debug"], is_flag=True, help="Show where an error came from."),
+    made = click.command(cls=Command, context_settings=CONTEXT)(wrapped)
+    ending = [
+        Option(["--json", "as_json"], is_flag=True, help="One JSON object on stdout."),
+        Option(["--quiet", "-q"], is_flag=True, help="Results only: no talk, no progress bar."),
+        Option(["--debug"], is_flag=True, help="Show where an error came from."),
     ]
+    for each in ending:
+        each.section = "output"
+    made.params += ending
     return made
-
-
-def options_of(*several: Callable[..., Any]) -> Callable[..., Any]:
-    """Several options at once, in help in their order."""
-    return lambda function: functools.reduce(lambda made, option: option(made), reversed(several), function)
 
 
 cache_option = option("--cache", metavar="DIR", help="Folder of the cache. [default: $FEATURECACHE_DIR, else ./cache]")
 features_option = option(
     "--features", metavar="VIEW", help="A view: path, STORE/VIEW or name. [default: that of the last extraction]"
 )
-device_option = option("--device", default="auto", help="auto, cpu, cuda, mps.")
+device_option = option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, mps.")
 moved_weights = option(
     "--weights", metavar="PATH", help="Where the backbone's weights are now, if not where they were."
 )
