@@ -75,8 +75,8 @@ def ls(talk: Console, runs: str, cache: str | None) -> int:
 @option("--runs", default="runs", metavar="DIR", help="Folder of runs, where nothing is named.")
 @cache_option
 def verify(talk: Console, names: tuple[str, ...], runs: str, cache: str | None) -> int:
-    """Check every file of the cache and of the runs against its hash: all, or what is named (a run, a sweep, a study, a
-    folder of them).
+    """Check every file of cache and runs against its hash: all, or what is named (a run, a sweep, a study, a folder of
+    them).
 
     \b
     featurecache verify

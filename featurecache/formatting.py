@@ -12,14 +12,17 @@ from __future__ import annotations
 import csv
 import html
 import io
+import math
 import os
 import platform
 import re
 import shlex
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence, Set
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -65,13 +68,82 @@ def columns(rows: Iterable[tuple[str, str]], indent: int = 11) -> str:
     return "\n".join(lines)
 
 
-def aligned(rows: Sequence[Sequence[str]], right: int | Sequence[int] = 1, indent: int = 0) -> list[str]:
+def aligned(
+    rows: Sequence[Sequence[str]], right: int | Sequence[int] = 1, indent: int = 0, margin: int = 0
+) -> list[str]:
     """Lines of columns padded to their widest cell; ``right``: the columns, or all from one on, that end at the same
-    place instead of beginning there."""
+    place instead of beginning there. The first row is the header, if there is one. Where a command writes to a terminal
+    that is too narrow, the words of a column of text fold in it, or columns go below the others, each time with the
+    first. ``margin``: of what will stand before each line."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     ends = range(right, len(widths)) if isinstance(right, int) else right
+    room, count = TABLE_WIDTH.get() or math.inf, len(widths)
+    excess = margin + indent + sum(widths) + 2 * (count - 1) - room
+    prose = max(set(range(count)) - set(ends), key=lambda i: widths[i], default=0)
+    if excess > 0 and widths[prose] - excess >= _LEAST:  # its texts fold
+        widths[prose] = int(widths[prose] - excess)
+        rows = [folded for row in rows for folded in _folded(row, prose, widths[prose])]
+        excess = 0
+    parts, used = [[0]], math.inf if excess > 0 else -math.inf
+    for i in range(1, count):
+        if used + 2 + widths[i] > room:
+            parts, used = [*parts, [0]] if len(parts[-1]) > 1 else parts, margin + indent + widths[0]
+        parts[-1].append(i)
+        used += 2 + widths[i]
     pads = [f"{'>' if i in ends else '<'}{width}" for i, width in enumerate(widths)]
-    return [" " * indent + "  ".join(map(format, row, pads)).rstrip() for row in rows]
+    return [" " * indent + "  ".join(format(row[i], pads[i]) for i in part).rstrip() for part in parts for row in rows]
+
+
+_LEAST = 24  # characters of a column whose texts fold
+TABLE_WIDTH: ContextVar[int | None] = ContextVar("columns of the terminal that tables are for", default=None)
+
+
+def _folded(row: Sequence[str], column: int, width: int) -> list[list[str]]:
+    """A row with the text of one column on as many lines as it needs."""
+    lines = textwrap.wrap(row[column], width, break_long_words=False, break_on_hyphens=False) or [""]
+    rows = [list(row), *([""] * len(row) for _ in lines[1:])]
+    for own, text in zip(rows, lines, strict=True):
+        own[column] = text
+    return rows
+
+
+def terminal_width(stream: IO[str]) -> int | None:
+    """Columns of the terminal that a stream goes to, $COLUMNS where that is set; None: it goes to no terminal."""
+    if not stream.isatty():
+        return None
+    return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(stream.fileno()).columns
+
+
+_COMMAND = re.compile(r"(?:^|: | {2})(featurecache [a-z-]+ .+)$")
+_LABEL = re.compile(r"(\S.{9} |error: )(?=\S)")
+
+
+def fold(text: str, width: int | None) -> str:
+    """Lines of at most so many characters, broken between words; what goes on begins below the text of its line, of
+    which a label (``view       …``) is no part. A command that ends a line goes on behind a backslash, so that it can
+    still be pasted; one with quotes stays as it is."""
+    return text if width is None else "\n".join(part for line in text.split("\n") for part in _fold_line(line, width))
+
+
+def _fold_line(line: str, width: int) -> list[str]:
+    command = _COMMAND.search(line)
+    if len(line) <= width or (command and set(line) & set("'\"")):
+        return [line]
+    label = _LABEL.match(line)
+    hanging = " " * (len(label[0]) if label else len(line) - len(line.lstrip()))
+    if command is None:
+        return textwrap.wrap(
+            line, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
+        ) or [line]
+    first, *options = re.split(" (?=--)", line)
+    lines = [first]
+    for option in options:
+        if len(lines[-1]) + len(option) + 3 <= width:
+            lines[-1] += f" {option}"
+        else:
+            lines[-1] += " \\"
+            lines.append(" " * (command.start(1) + 2) + option)
+    return lines
 
 
 def html_table(title: str, rows: Sequence[Sequence[str]]) -> str:
@@ -166,24 +238,30 @@ def text_of(written: str) -> str:
 
 def progress_bar(total: int, progress: bool, what: str = "extract") -> tqdm:
     """A progress bar over images, on stderr; none where that is no terminal."""
-    style = "{desc} {percentage:3.0f} % {bar} {n:,}/{total:,}  {rate_fmt}{postfix}  eta {remaining}"
-    return _bar(total, what, progress, bar_format=style, unit=" img", smoothing=0.1)
+    style = "{n:,}/{total:,}  {rate_fmt}  eta {remaining}{postfix}"
+    return _bar(total, what, progress, style, unit=" img", smoothing=0.1)
 
 
 def byte_bar(total: int, what: str, progress: bool) -> tqdm:
     """The same over bytes."""
-    style = "{desc} {percentage:3.0f} % {bar} {n_fmt}/{total_fmt}  {rate_fmt}  eta {remaining}"
-    return _bar(total, what, progress, bar_format=style, unit="B", unit_scale=True)
+    return _bar(total, what, progress, "{n_fmt}/{total_fmt}  {rate_fmt}  eta {remaining}", unit="B", unit_scale=True)
 
 
 def batch_bar(total: int, what: str, progress: bool) -> tqdm:
     """The same over batches; none where they are done in two seconds."""
-    style = "{desc} {percentage:3.0f} % {bar} {n:,}/{total:,} batches  eta {remaining}"
-    return _bar(total, what, progress, bar_format=style, delay=2)
+    return _bar(total, what, progress, "{n:,}/{total:,} batches  eta {remaining}", delay=2)
 
 
-def _bar(total: int, what: str, progress: bool, **style: Any) -> tqdm:
-    return tqdm(total=total, desc=what, disable=None if progress else True, leave=False, dynamic_ncols=True, **style)
+def work_bar(total: float, what: str, progress: bool) -> tqdm:
+    """The same over work of several kinds, in seconds that were estimated; its eta is by the mean pace so far."""
+    return _bar(total, what, progress, "eta {remaining}{postfix}", smoothing=0)
+
+
+def _bar(total: float, what: str, progress: bool, style: str, **options: Any) -> tqdm:
+    """What a narrow terminal cuts is the end, behind the eta."""
+    style = "{desc} {percentage:3.0f} % {bar} " + style
+    hidden = None if progress else True
+    return tqdm(total=total, desc=what, disable=hidden, leave=False, dynamic_ncols=True, bar_format=style, **options)
 
 
 def cost_per_image(cost: dict[str, Any] | None) -> str:
@@ -193,7 +271,8 @@ def cost_per_image(cost: dict[str, Any] | None) -> str:
     threads = "" if cost["threads"] is None else f", {cost['threads']} thread{'s' if cost['threads'] != 1 else ''}"
     loading = "loading not measured" if cost["loading_ms"] is None else f"{milliseconds(cost['loading_ms'])} ms loading"
     made = f"{cost['device']}{threads}, {cost['precision']}"
-    return f"{milliseconds(cost['forward_ms'])} ms/image forward ({made}), {loading}"
+    busy = "; other work had the cores, so extract measures it again" if cost["busy"] else ""
+    return f"{milliseconds(cost['forward_ms'])} ms/image forward ({made}), {loading}{busy}"
 
 
 def device_title(device: Any) -> str:

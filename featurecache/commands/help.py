@@ -111,10 +111,14 @@ class Command(click.Command):
             self._write_section(formatter, name, sections[name])
         if others := [name for name in sections if name not in ctx.meta[SECTIONS]]:
             with formatter.section(f"More, each with {ctx.command_path} --help SECTION"):
-                formatter.write_dl([(name, " ".join(max(each.opts, key=len) for each, _ in sections[name])) for name in others])
+                formatter.write_dl(
+                    [(name, " ".join(max(each.opts, key=len) for each, _ in sections[name])) for name in others]
+                )
 
     @staticmethod
-    def _write_section(formatter: click.HelpFormatter, name: str, options: list[tuple[Option, tuple[str, str]]]) -> None:
+    def _write_section(
+        formatter: click.HelpFormatter, name: str, options: list[tuple[Option, tuple[str, str]]]
+    ) -> None:
         if options:
             with formatter.section(f"Options of {name}" if name else "Options"):
                 formatter.write_dl([record for _, record in options])

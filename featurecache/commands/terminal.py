@@ -27,7 +27,17 @@ from featurecache.commands.help import CONTEXT, Command, Context, Option, option
 from featurecache.errors import BadOption, FeatureCacheError, Reading, SeveralReadings, UnknownName, nearest
 from featurecache.files.atomic import NO_ROOM, cannot_write, refuse_special
 from featurecache.files.names import check_path
-from featurecache.formatting import harmless, is_harmless, join_names, one_line, shell_word, shell_words
+from featurecache.formatting import (
+    TABLE_WIDTH,
+    fold,
+    harmless,
+    is_harmless,
+    join_names,
+    one_line,
+    shell_word,
+    shell_words,
+    terminal_width,
+)
 
 _PLAIN = "featurecache.plain"  # how characters that a terminal's code page lacks are written
 _SIGNS = {"×": "x", "–": "-", "−": "-", "·": "|", "…": "...", "→": "->", "≤": "<=", "≥": ">=", "∕": "/"}  # of ours
@@ -79,7 +89,7 @@ class CommandGroup(click.Group):
             code = 1
         except click.ClickException as error:
             word = "" if type(error).__name__ == "NoArgsIsHelpError" else "error: "  # `featurecache` alone
-            click.echo(word + error.format_message(), err=True)
+            _echo(word + error.format_message(), err=True)
             code = error.exit_code
         sys.exit(code or 0)
 
@@ -110,6 +120,11 @@ def _as_interrupts() -> Iterator[None]:
             signal.signal(number, before[number])
 
 
+def _echo(text: str, err: bool = False) -> None:
+    """Text as a terminal shows it without breaking a word; into a file or a pipe as it is."""
+    click.echo(fold(harmless(text), terminal_width(sys.stderr if err else sys.stdout)), err=err)
+
+
 class Console:
     """Where lines go: results to stdout, talk to stderr; under --json one object is the result."""
 
@@ -118,7 +133,7 @@ class Console:
 
     def say(self, line: str) -> None:
         if self.progress:
-            click.echo(harmless(line), err=True)
+            _echo(line, err=True)
 
     def line(self, line: str) -> None:
         """`say` where the line holds names of somebody else's: they cannot make lines of their own."""
@@ -126,7 +141,10 @@ class Console:
 
     def result(self, text: str, record: Any) -> None:
         """The command's result, as lines or as one JSON object (see `record_of`)."""
-        click.echo(_json(record) if self.json else harmless(text))
+        if self.json:
+            click.echo(_json(record))
+        else:
+            _echo(text)
 
     def next(self, command: str, cache: str | None = None) -> None:
         if not self.json:
@@ -155,11 +173,11 @@ def _report(error: FeatureCacheError, debug: bool) -> int:
         traceback.print_exc()
     first, *rest = str(error).splitlines()
     word = "" if type(error).__name__ == "Stopped" else "error: "  # Ctrl-C is none
-    click.echo(harmless("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)])), err=True)
+    _echo("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)]), err=True)
     for reading in error.readings if isinstance(error, SeveralReadings) else ():
         words = shell_words([word for part in (typed_options() | _words(reading)).values() for word in part])
         name = click.get_current_context().info_name
-        click.echo(harmless(f"       {one_line(reading.words)}: featurecache {name} {one_line(words)}"), err=True)
+        _echo(f"       {one_line(reading.words)}: featurecache {name} {one_line(words)}", err=True)
     return 2 if isinstance(error, BadOption | UnknownName | SeveralReadings) else 1
 
 
@@ -196,9 +214,9 @@ def _run(function: Callable[..., Any], talk: Console, options: dict[str, Any]) -
             free = all(options.get(name, ...) is None for name in names)
             if not (free and is_terminal()):
                 raise
-            click.echo(harmless(str(several)), err=True)
+            _echo(str(several), err=True)
             for number, reading in enumerate(several.readings, 1):
-                click.echo(harmless(f"  {number}  {one_line(reading.words)}"), err=True)
+                _echo(f"  {number}  {one_line(reading.words)}", err=True)
             numbers = [str(number + 1) for number in range(len(several.readings))]
             answer = click.prompt("which", default="none", type=click.Choice([*numbers, "none"]), err=True)
             if answer == "none":
@@ -230,6 +248,7 @@ def command(function: Callable[..., Any]) -> click.Command:
     @functools.wraps(function)
     def wrapped(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
         try:
+            TABLE_WIDTH.set(terminal_width(sys.stdout))
             _check_places(options)
             code = _run(function, Console(as_json, quiet), options)
         except FeatureCacheError as error:
@@ -251,7 +270,7 @@ def command(function: Callable[..., Any]) -> click.Command:
             users = user_line(error)  # of a python: head or backbone
             ours = f"{type(error).__name__}: {error} (a mistake of ours; --debug shows where)"
             words = f"{users} (--debug shows how it came there)" if users else ours
-            click.echo(harmless(f"error: {words}"), err=True)
+            _echo(f"error: {words}", err=True)
             code = 2 if users else 1
         sys.exit(code or 0)
 

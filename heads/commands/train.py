@@ -42,8 +42,8 @@ _SECTIONS = {  # of help
         "fraction", "folds", "fold",
     ),
     "training": (
-        "batch_size", "patience", "weight_decay", "balance", "class_weights", "pos_weight", "standardize", "optimizer", "schedule", "warmup", "clip_norm",
-        "dropout", "label_smoothing", "gated", "sensitivity", "precision", "ram",
+        "batch_size", "patience", "weight_decay", "balance", "class_weights", "pos_weight", "standardize", "optimizer",
+        "schedule", "warmup", "clip_norm", "dropout", "label_smoothing", "gated", "sensitivity", "precision", "ram",
     ),
     "network": ("augment", "decay_all", "image_size", "device", "lora", "rlrr", "weights", "random_weights"),
 }  # fmt: skip
@@ -200,7 +200,7 @@ def predict(
     talk: Console, run: str, columns: tuple[str, ...], csv_file: str | None, trust_code: bool, images: tuple[str, ...],
     **options: Any,
 ) -> int:  # fmt: skip
-    """Class and calibrated probability of new images, folders or tables.
+    """Predicted class and calibrated probability of new images: files, folders or tables.
 
     \b
     featurecache predict --run runs/chest-large-1 new.png folder/
@@ -228,7 +228,7 @@ def predict(
     elif csv_file == "-":
         click.echo(inference.predictions_csv(records), nl=False)
     elif not csv_file:
-        click.echo(inference.predictions_table(records))
+        talk.result(inference.predictions_table(records), {})
     talk.next(f"featurecache info {shell_word(run)}")
     return int(any("error" in record for record in records))
 
