@@ -19,7 +19,7 @@ import re
 import shlex
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
@@ -72,39 +72,63 @@ def aligned(
     rows: Sequence[Sequence[str]], right: int | Sequence[int] = 1, indent: int = 0, margin: int = 0
 ) -> list[str]:
     """Lines of columns padded to their widest cell; ``right``: the columns, or all from one on, that end at the same
-    place instead of beginning there. The first row is the header, if there is one. Where a command writes to a terminal
-    that is too narrow, the words of a column of text fold in it, or columns go below the others, each time with the
-    first. ``margin``: of what will stand before each line."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    ends = range(right, len(widths)) if isinstance(right, int) else right
-    room, count = TABLE_WIDTH.get() or math.inf, len(widths)
-    excess = margin + indent + sum(widths) + 2 * (count - 1) - room
-    prose = max(set(range(count)) - set(ends), key=lambda i: widths[i], default=0)
-    if excess > 0 and widths[prose] - excess >= _LEAST:  # its texts fold
-        widths[prose] = int(widths[prose] - excess)
-        rows = [folded for row in rows for folded in _folded(row, prose, widths[prose])]
-        excess = 0
-    parts, used = [[0]], math.inf if excess > 0 else -math.inf
+    place instead of beginning there. The first row is the header, if there is one. ``margin``: of what will stand
+    before each line. Where a command writes to a terminal that is too narrow (``TABLE_WIDTH``) the header folds, then
+    the texts of the widest column do, or else columns go below the others, each time beside the first."""
+    count = max(map(len, rows), default=0)
+    ends = set(range(right, count) if isinstance(right, int) else right)
+    room = (TABLE_WIDTH.get() or math.inf) - margin - indent
+    if _total(_widths(rows)) > room:
+        rows = _narrowed(rows, ends, room)
+    widths = _widths(rows)
+    parts, used = [[0]], math.inf if _total(widths) > room else -math.inf
     for i in range(1, count):
         if used + 2 + widths[i] > room:
-            parts, used = [*parts, [0]] if len(parts[-1]) > 1 else parts, margin + indent + widths[0]
+            parts, used = [*parts, [0]] if len(parts[-1]) > 1 else parts, widths[0]
         parts[-1].append(i)
         used += 2 + widths[i]
     pads = [f"{'>' if i in ends else '<'}{width}" for i, width in enumerate(widths)]
-    return [" " * indent + "  ".join(format(row[i], pads[i]) for i in part).rstrip() for part in parts for row in rows]
+    tables = [["  ".join(format(row[i], pads[i]) for i in part).rstrip() for row in rows] for part in parts]
+    lines = [line for number, table in enumerate(tables) for line in [*[""] * bool(number), *table]]
+    return [" " * indent + line if line else line for line in lines]
 
 
 _LEAST = 24  # characters of a column whose texts fold
+WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 TABLE_WIDTH: ContextVar[int | None] = ContextVar("columns of the terminal that tables are for", default=None)
 
 
-def _folded(row: Sequence[str], column: int, width: int) -> list[list[str]]:
-    """A row with the text of one column on as many lines as it needs."""
-    lines = textwrap.wrap(row[column], width, break_long_words=False, break_on_hyphens=False) or [""]
-    rows = [list(row), *([""] * len(row) for _ in lines[1:])]
-    for own, text in zip(rows, lines, strict=True):
-        own[column] = text
-    return rows
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _narrowed(rows: Sequence[Sequence[str]], ends: Set[int], room: float) -> list[Sequence[str]]:
+    """Rows with the words of their header and of the widest column of text on several lines, where that is enough."""
+    header, body = rows[0], _widths(rows[1:]) if len(rows) > 1 else []
+    if body:
+        words = [max(map(len, cell.split()), default=0) for cell in header]
+        narrow = {i: max(body[i], words[i]) for i in ends}
+        rows = [*_folded(header, narrow, below=True), *rows[1:]]
+    widths = _widths(rows)
+    excess = _total(widths) - room
+    texts = [i for i in range(len(widths)) if i not in ends]
+    prose = max(texts, key=lambda i: widths[i], default=0)
+    longest = max(len(word) for row in rows for word in row[prose].split() or [""])
+    if excess <= 0 or widths[prose] - excess < max(_LEAST, longest):
+        return list(rows)
+    return [folded for row in rows for folded in _folded(row, {prose: int(widths[prose] - excess)})]
+
+
+def _folded(row: Sequence[str], widths: Mapping[int, int], below: bool = False) -> list[Sequence[str]]:
+    """A row with the texts of some columns on as many lines as they need, from the first line on or to the last."""
+    cells = [textwrap.wrap(cell, widths.get(i, len(cell) + 1), **WHOLE_WORDS) or [""] for i, cell in enumerate(row)]
+    count = max(map(len, cells))
+    empty = [[""] * (count - len(lines)) for lines in cells]
+    return list(zip(*(e + lines if below else lines + e for lines, e in zip(cells, empty, strict=True)), strict=True))
 
 
 def terminal_width(stream: IO[str]) -> int | None:
@@ -115,7 +139,7 @@ def terminal_width(stream: IO[str]) -> int | None:
 
 
 _COMMAND = re.compile(r"(?:^|: | {2})(featurecache [a-z-]+ .+)$")
-_LABEL = re.compile(r"(\S.{9} |error: )(?=\S)")
+_LABEL = re.compile(r"error: |(?=.{10} \S)(?:[a-z-]+(?: [a-z\d]+)?  +|[a-z]{10} )")
 
 
 def fold(text: str, width: int | None) -> str:
@@ -132,9 +156,7 @@ def _fold_line(line: str, width: int) -> list[str]:
     label = _LABEL.match(line)
     hanging = " " * (len(label[0]) if label else len(line) - len(line.lstrip()))
     if command is None:
-        return textwrap.wrap(
-            line, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
-        ) or [line]
+        return textwrap.wrap(line, width, subsequent_indent=hanging, **WHOLE_WORDS) or [line]
     first, *options = re.split(" (?=--)", line)
     lines = [first]
     for option in options:
@@ -255,6 +277,11 @@ def batch_bar(total: int, what: str, progress: bool) -> tqdm:
 def work_bar(total: float, what: str, progress: bool) -> tqdm:
     """The same over work of several kinds, in seconds that were estimated; its eta is by the mean pace so far."""
     return _bar(total, what, progress, "eta {remaining}{postfix}", smoothing=0)
+
+
+def pair_bar(total: int, what: str, progress: bool) -> tqdm:
+    """The same over pairs of rows; none where they are compared in two seconds."""
+    return _bar(total, what, progress, "{n_fmt}/{total_fmt} pairs  eta {remaining}", unit_scale=True, delay=2)
 
 
 def _bar(total: float, what: str, progress: bool, style: str, **options: Any) -> tqdm:

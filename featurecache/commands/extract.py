@@ -245,7 +245,7 @@ order_option = option("--order", metavar="A,B,C", callback=_order, help="The cla
 uncertain_option = option(
     "--uncertain", type=Choice(["ignore", "zero", "one"]), help="Of tables: what -1 is. [default: ignore]"
 )
-READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits", "crop")
+READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits", "crop", "limit", "limit_seed")
 source_options = options_of(  # how the labels of --data are to be read
     option(
         "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of tables: path=…, label=…, split=…, group=…"
@@ -258,12 +258,13 @@ source_options = options_of(  # how the labels of --data are to be read
     option("--page", metavar="N|all", help="Of TIFF stacks, DICOM frames (from 0). [default: TIFF 0, DICOM all]"),
     option("--bits", type=int, metavar="N", help="Of 16-bit files: 2^N − 1 is white; others are as they are."),
     option("--crop", metavar="L,T,R,B", callback=_crop, help="Edges of what is looked at, in parts of each side."),
+    option("--limit", type=int, metavar="N", help="N of the images only, drawn by class within the splits."),
+    option("--limit-seed", type=int, metavar="N", help="Of what --limit draws. [default: 0]"),
     section="data",
 )
 extraction_options = options_of(  # which images, which backbone, which store: what `extract` and `why` are asked alike
     option("--backbone", required=True, metavar="NAME", help=BACKBONES),
     option("--data", default="digits", metavar="SOURCE", help=SOURCES),
-    option("--limit", type=int, metavar="N", help="N of the images, drawn evenly by class within the splits."),
     option("--outputs", metavar="NAMES", help="cls,tokens,… [default: the backbone's vector and tokens]"),
     option("--name", metavar="VIEW", help="Name of the view. [default: that of the data]"),
     option("--image-size", type=int, metavar="N", help="Pixels; resize and crop scale in the same ratio."),
@@ -273,7 +274,7 @@ extraction_options = options_of(  # which images, which backbone, which store: w
     options_of(
         option("--weights", metavar="PATH", help="A folder or file with the backbone's weights; FILE:NAME of several."),
         option("--random-weights", is_flag=True, help="The architecture untrained: shows the tool, not the backbone."),
-        option("--seed", default=0, metavar="N", help="Of --random-weights, and of what --limit draws."),
+        option("--seed", default=0, metavar="N", help="Of --random-weights."),
         option("--precision", type=Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="Of the network."),
         option("--dtype", type=Choice(["float16", "float32"]), default="float16", help="Of the stored rows."),
         option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps."),

@@ -159,6 +159,7 @@ def view_lines(record: dict[str, Any]) -> str:
     rows = [
         ("view", f"{record['view']} in {record['path']}"),
         ("data", f"{record['source'].get('data')}  {facts}"),
+        ("understood", record["source"].get("understood") or ""),
         ("classes", "\n".join(aligned([header, *counts], margin=11))),
     ]
     if crop := record["source"].get("crop"):

@@ -70,6 +70,8 @@ def prepare(
     page: str | None = None,
     bits: int | None = None,
     crop: Sequence[float] | None = None,
+    limit: int | None = None,
+    limit_seed: int | None = None,
     hash_ids: bool = False,
     hash_groups: bool = False,
     views: int | None = None,
@@ -100,10 +102,14 @@ def prepare(
             "page": page,
             "bits": bits,
             "crop": crop,
+            "limit": limit,
+            "limit_seed": limit_seed,
         }
         data = open_source(data, columns=columns, task=task, **how)  # type: ignore[arg-type]
-    elif any(each is not None for each in (page, bits, crop)):
-        raise BadOption("page, bits and crop say how data are read: give them to open_source, which made this Dataset.")
+    elif any(each is not None for each in (page, bits, crop, limit)):
+        raise BadOption(
+            "page, bits, crop and limit say how data are read: give them to open_source, which made this Dataset."
+        )
     dataset = data
     folder = cache_folder(cache)
     secret = load_secret(folder) if hash_ids or hash_groups else None
