@@ -138,7 +138,7 @@ def terminal_width(stream: IO[str]) -> int | None:
     return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(stream.fileno()).columns
 
 
-_COMMAND = re.compile(r"(?:^|: | {2})(featurecache [a-z-]+ .+)$")
+_COMMAND = re.compile(r"(?:^|: | {2})((?:featurecache|hf|curl) -?[a-zA-Z-]+ .+)$")
 _LABEL = re.compile(r"error: |(?=.{10} \S)(?:[a-z-]+(?: [a-z\d]+)?  +|[a-z]{10} )")
 
 
