@@ -111,18 +111,18 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
         also = f" and {copies:,} of {record['augmented']['copies']:,} augmented copies" if record["augmented"] else ""
         rows.append(("cache", f"{held:,} of {extraction.plain:,} distinct images{also} are in it already"))
     if extraction.to_derive:
-        what = "images and copies" if extraction.copying else "images"
+        what = "images and augmented copies" if extraction.copying else "images"
         rows.append(("derives", f"{extraction.to_derive:,} {what} from stored tokens, without the backbone"))
     return columns(rows)
 
 
 def _augmented_line(made: dict[str, Any], view: str) -> str:
-    each = "one copy" if made["views"] == 1 else f"{made['views']:,} copies"
+    each = "one augmented copy" if made["views"] == 1 else f"{made['views']:,} augmented copies"
     what = "image" if made["splits_drawn_later"] else "training image"
     text = f"{each} of each {what}: {made['images']:,} distinct ones, {made['copies']:,} copies by {made['words']}"
     text += f", seed {made['augment']['seed']}"
     if made["kept"]:
-        text += f" (as {view} has them; --views 0 leaves them out)"
+        text += f" (as {view} has them; --copies 0 leaves them out)"
     if made["splits_drawn_later"]:
         text += (
             "\nThe data have no splits, so every image gets copies; train-head draws the splits later and uses copies "
@@ -144,15 +144,20 @@ def _data_line(record: dict[str, Any]) -> str:
     splits = " · ".join(f"{split or 'no split'} {total:,}" for split, total in totals)
     classes = " · ".join(f"{name} {sum(row):,}" for name, row in zip(data["classes"][:6], data["counts"], strict=False))
     more = f" · {len(data['classes']) - 6} more classes" if len(data["classes"]) > 6 else ""
-    copies = data["copies"]["total"] if data["copies"] else 0
-    parts = [splits if data["splits"] not in ([], [""]) else "", classes + more, f"{copies:,} copies" if copies else ""]
+    duplicates = data["duplicates"]["total"] if data["duplicates"] else 0
+    parts = [splits if data["splits"] not in ([], [""]) else "", classes + more]
+    parts += [f"{duplicates:,} duplicate{'s' * (duplicates > 1)}"] * bool(duplicates)
     return f"{record['source'].get('data')}  {data['images']:,} images: " + "; ".join(filter(None, parts))
 
 
 def _keeps_line(extraction: Extraction) -> str:
     kept = " + ".join(shape_text(o.name, extraction.layouts[o.name].shape) for o in extraction.outputs)
     where = extraction.store.path if extraction.store else extraction.cache / f"{extraction.backbone.name}-…"
-    each = f" for {extraction.plain:,} images and {len(extraction.copying):,} copies" if extraction.copying else ""
+    each = (
+        f" for {extraction.plain:,} images and {len(extraction.copying):,} augmented copies"
+        if extraction.copying
+        else ""
+    )
     text = f"{kept}, {extraction.spec.dtype}{each}: {size_text(extraction.bytes_of())} in {where}"
     sizes = {o.name: extraction.bytes_of([o.name]) for o in extraction.outputs}
     cheapest = min(sizes, key=lambda name: sizes[name])
@@ -179,12 +184,12 @@ def _warnings(data: dict[str, Any]) -> list[str]:
         few = [f"{n} of {name}" for name, n in zip(data["classes"], val, strict=True) if n < FEW_IN_VAL]
         words = f"val has {', '.join(few[:3])}: too few to choose a model; train-head will ask for --resplit-val"
         warnings = [words] * bool(few) + warnings
-    if copies := data["copies"]:
-        for pair, n in copies["across"].items():
+    if duplicates := data["duplicates"]:
+        for pair, n in duplicates["across"].items():
             where = f"in both {pair.replace('+', ' and ')}"
             warnings += [f"{n:,} image{'s stand' if n > 1 else ' stands'} {where}"] * bool(n)
-        if copies["two_labels"]:
-            warnings.append(f"{copies['two_labels']:,} images bear two different labels")
+        if duplicates["two_labels"]:
+            warnings.append(f"{duplicates['two_labels']:,} images bear two different labels")
     return warnings
 
 
@@ -238,7 +243,7 @@ def _crop(context: click.Context, parameter: click.Parameter, value: str | None)
 TASKS = ("binary", "multiclass", "ordinal", "multilabel")
 BACKBONES = "An alias (see info), hf:REPO, a folder, torchvision:NAME, timm:NAME, python:MODULE:FACTORY[:LAYER]."
 SOURCES = "Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle:OWNER/SET, or digits."
-STEPS = """How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
+STEPS = """How they differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
     side decides (organs, eyes, hands, writing)."""
 task_option = option("--task", type=Choice(TASKS), help="What the labels are. [default: by the labels]")
 order_option = option("--order", metavar="A,B,C", callback=_order, help="The classes from the lowest to the highest.")
@@ -296,7 +301,7 @@ extraction_options = options_of(  # which images, which backbone, which store: w
         section="data",
     ),
     options_of(
-        option("--views", type=int, metavar="K", help="Augmented copies of each training image. [default: as before]"),
+        option("--copies", type=int, metavar="K", help="Augmented copies of each training image. [default: as before]"),
         option("--augment", metavar="STEPS", help=STEPS),
         option("--augment-seed", default=0, metavar="N", help="Of what --augment draws."),
         section="copies",
@@ -398,7 +403,7 @@ def pairs_of(columns: tuple[str, ...]) -> dict[str, str] | None:
 
 
 _OF_IMAGES = (
-    "name", "batch_size", "engine", "workers", "on_error", *READ_BY, "hash_ids", "hash_groups", "views",
+    "name", "batch_size", "engine", "workers", "on_error", *READ_BY, "hash_ids", "hash_groups", "copies",
     "augment", "augment_seed",
 )  # fmt: skip
 

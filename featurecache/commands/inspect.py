@@ -150,8 +150,8 @@ def view_lines(record: dict[str, Any]) -> str:
     """``info VIEW``: the data, the outputs, and what made them."""
     record = one_line(record)
     spec, made = record["spec"], record["provenance"]
-    copies = record["images"] - record["distinct"]
-    facts = f"{record['images']:,} images, {record['task']}" + (f", {copies:,} copies" if copies else "")
+    duplicates = record["images"] - record["distinct"]
+    facts = f"{record['images']:,} images, {record['task']}" + (f", {duplicates:,} duplicates" if duplicates else "")
     if record["groups"] is not None:
         facts += f", {record['groups']:,} groups"
     header = ["", *(split or "no split" for split in record["splits"])]

@@ -173,9 +173,9 @@ def import_(talk: Console, file: str, name: str, cache: str | None, **options: A
     done = import_view(file, name, cache=cache, progress=talk.progress, **options)
     label = View(done.view, columns_only=True).label
     classes = f", {len(done.classes)} classes" if done.classes else ""
-    copies = f", {done.copies:,} copies" if done.copies else ""
+    duplicates = f", {done.duplicates:,} duplicates" if done.duplicates else ""
     rows = [
-        ("imported", f"{done.rows:,} rows, {done.task}{classes}{copies}; {done.new_rows:,} new to the cache"),
+        ("imported", f"{done.rows:,} rows, {done.task}{classes}{duplicates}; {done.new_rows:,} new to the cache"),
         ("keeps", " + ".join(shape_text(name, shape) for name, shape in done.outputs.items())),
         ("view", f"{label} in {done.view}; of unknown origin"),
     ]

@@ -266,7 +266,7 @@ class Extraction:
         except KeyboardInterrupt as error:
             self._keep_timings(job)
             safe = sum(int(self.locate(o).mask.sum()) for o in self.outputs[:1])
-            what = "images and copies" if self.copying else "images"
+            what = "images and augmented copies" if self.copying else "images"
             raise Stopped(f"stopped. {safe:,} {what} are safe; the same command continues.") from error
         except UnreadableImage as error:
             number, reason = next(iter(job.failures.items()))

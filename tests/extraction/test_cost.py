@@ -120,7 +120,7 @@ def test_shards_have_the_same_bytes_and_views_the_same_content_whatever_a_run_to
 
 def test_augmented_copies_are_made_and_not_loaded(home, monkeypatch):
     slowed(monkeypatch, Augmentation, "apply", 0.05)
-    assert extract(home, views=2, augment="flip").cost["loading_ms"] < 50
+    assert extract(home, copies=2, augment="flip").cost["loading_ms"] < 50
 
 
 def test_a_stopped_run_keeps_what_it_measured(home, monkeypatch):

@@ -178,7 +178,7 @@ def test_a_sweep_answers_by_the_run_it_chose(cached, tmp_path, monkeypatch):
 def test_nothing_to_predict_is_no_error(cached):
     _, calls, run = cached
     assert predict(run, []) == [] == calls and predictions_table([]) == "no images"
-    assert predictions_csv([]).splitlines() == ['"image","class","probability","error"']
+    assert predictions_csv([]).splitlines() == ['"image","predicted class","predicted probability","error"']
 
 
 EVIL = "evil\nname\x1b[2J\udcff\u2028.png"
@@ -193,10 +193,10 @@ def test_csv_is_one_line_a_record_whatever_the_name():
     text = predictions_csv(RECORDS)
     assert len(text.splitlines()) == 4
     rows = list(csv.DictReader(io.StringIO(text)))
-    assert list(rows[0]) == ["image", "class", "probability", "p no", "p yes", "error"]
+    assert list(rows[0]) == ["image", "predicted class", "predicted probability", "p no", "p yes", "error"]
     assert list(rows[0].values()) == ["a,1.png", "no", "0.25", "0.25", "0.75", ""]
     assert rows[1]["image"] == "evil\\nname\\x1b[2J\\udcff\\u2028.png"
-    assert (rows[2]["class"], rows[2]["error"]) == ("", "truncated after 3 bytes")
+    assert (rows[2]["predicted class"], rows[2]["error"]) == ("", "truncated after 3 bytes")
     text.encode()
 
 
