@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import itertools
 import math
 import os
 import platform
@@ -89,11 +90,13 @@ def aligned(
         used += 2 + widths[i]
     pads = [f"{'>' if i in ends else '<'}{width}" for i, width in enumerate(widths)]
     tables = [["  ".join(format(row[i], pads[i]) for i in part).rstrip() for row in rows] for part in parts]
-    lines = [line for number, table in enumerate(tables) for line in [*[""] * bool(number), *table]]
+    if len(tables) > 1:  # a blank line between them, and none of a header that is folded elsewhere
+        tables = [[*[""] * bool(number), *filter(None, table)] for number, table in enumerate(tables)]
+    lines = list(itertools.chain.from_iterable(tables))
     return [" " * indent + line if line else line for line in lines]
 
 
-_LEAST = 24  # characters of a column whose texts fold
+_LEAST, _SHORT = 24, 8  # characters, at least, of a column whose texts or whose header fold
 WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 TABLE_WIDTH: ContextVar[int | None] = ContextVar("columns of the terminal that tables are for", default=None)
 
@@ -111,7 +114,7 @@ def _narrowed(rows: Sequence[Sequence[str]], ends: Set[int], room: float) -> lis
     header, body = rows[0], _widths(rows[1:]) if len(rows) > 1 else []
     if body:
         words = [max(map(len, cell.split()), default=0) for cell in header]
-        narrow = {i: max(body[i], words[i]) for i in ends}
+        narrow = {i: max(body[i], words[i], _SHORT) for i in ends}
         rows = [*_folded(header, narrow, below=True), *rows[1:]]
     widths = _widths(rows)
     excess = _total(widths) - room

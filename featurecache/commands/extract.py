@@ -14,7 +14,7 @@ import click
 from click import Choice
 
 from featurecache.commands.help import option, options_of
-from featurecache.commands.terminal import Console, cache_option, command, record_of, typed_options
+from featurecache.commands.terminal import Console, cache_option, command, record_of, typed_command, typed_options
 from featurecache.errors import BadOption
 from featurecache.formatting import (
     columns,
@@ -24,7 +24,6 @@ from featurecache.formatting import (
     one_line,
     shape_text,
     shell_word,
-    shell_words,
     size_text,
 )
 
@@ -342,7 +341,7 @@ def extract(
     if dry_run:
         lines = [extraction_lines(prepared, record), "", str(description_of(prepared))]
         talk.result("\n".join(lines), {**record, "sheet": sheet})
-        talk.next("the same command without --dry-run")
+        talk.next(typed_command("dry_run"))
         return 0
     talk.say(extraction_lines(prepared, record))
     if sheet:
@@ -430,6 +429,5 @@ def why(talk: Console, columns: tuple[str, ...], engine: str, cache: str | None,
     else:
         reason = explain_miss(data, cache=cache, columns=pairs_of(columns), progress=talk.progress, **options)
     talk.result(str(reason), reason.record())
-    words = [word for name, part in given.items() for word in part]
-    talk.next(shell_words(["featurecache", "extract", *words, *([] if data else ["--data", "FOLDER"])]))
+    talk.next(typed_command(name="extract") + ("" if data else " --data FOLDER"))
     return 0

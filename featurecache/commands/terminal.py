@@ -195,6 +195,12 @@ def typed_options() -> dict[str, list[str]]:
     return given
 
 
+def typed_command(*without: str, name: str = "") -> str:
+    """The command again as it was typed, or that called ``name`` with its options; ``without`` some of them."""
+    words = [word for each, part in typed_options().items() if each not in without for word in part]
+    return shell_words(["featurecache", name or click.get_current_context().info_name, *words])
+
+
 def _text(value: Any) -> str:
     return "auto" if value is None else join_names(value) if isinstance(value, list) else str(value)
 

@@ -17,6 +17,7 @@ from featurecache.commands.terminal import (
     features_option,
     of_backbone_options,
     trust_option,
+    typed_command,
 )
 from featurecache.formatting import aligned, shell_word, shell_words
 from heads.commands.train import page_options, prediction_by, training_options
@@ -79,7 +80,7 @@ def ablate(
     options |= {"reference": reference, "say": talk.line, "progress": talk.progress}
     sweep = api.ablate(views, heads, data=images, **options)
     if sweep is None:
-        talk.next("the same command without --dry-run")
+        talk.next(typed_command("dry_run"))
         return 0
     comparison = compare(sweep.families, reference=reference, show_test=show_test)
     written = write_report(sweep.path, sweep.families, comparison, images=not no_images, hash_ids=hash_ids)
@@ -251,7 +252,7 @@ def study(
     result = run_study(name, say=talk.say, progress=talk.progress, **options)
     talk.result(result_lines(result), result_record(result))
     if not result.page:
-        talk.next("the same command without --dry-run")
+        talk.next(typed_command("dry_run"))
     elif result.options.quick:
         talk.next(f"featurecache study {name} --data DIR")
     else:

@@ -121,7 +121,7 @@ def test_folders_called_as_classes_show_how_many_are_right(cached, tmp_path):
     right = sum(record["class"] == record["label"] for record in records[2:])
     assert said[1] == f"accuracy   {right / 2:.3f} of 2 images whose class is known by folder or table"
     rows = list(csv.DictReader(io.StringIO(predictions_csv(records))))
-    assert [row["label"] for row in rows] == ["", "", "kind 0", "kind 1"]
+    assert [row["true class"] for row in rows] == ["", "", "kind 0", "kind 1"]
 
 
 @pytest.mark.parametrize(
@@ -202,11 +202,11 @@ def test_csv_is_one_line_a_record_whatever_the_name():
 
 def test_the_table_is_aligned_and_safe_for_a_terminal():
     lines = predictions_table(RECORDS).splitlines()
-    assert len(lines) == 3
-    assert lines[0].split() == ["a,1.png", "no", "0.250"]
-    assert lines[0].index("no") == lines[1].index("yes")
+    assert len(lines) == 4
+    assert lines[1].split() == ["a,1.png", "no", "0.250"]
+    assert lines[1].index("no") == lines[2].index("yes") == lines[0].index("predicted class")
     assert "\x1b" not in predictions_table(RECORDS)
-    assert lines[2].split(maxsplit=1)[1] == "could not be read: truncated after 3 bytes"
+    assert lines[3].split(maxsplit=1)[1].split("  ") == ["could not be read", "truncated after 3 bytes"]
 
 
 def test_features_of_any_storage_type_are_taken(cached):

@@ -169,7 +169,7 @@ def test_without_splits_every_image_has_copies_and_it_is_said(home):
     assert (result.images, result.copies) == (5, 5)
     options = ["--data", home / "loose", "--copies", 1, "--augment", "shift0.2", "--cache", home / "cache", "--dry-run"]
     text = run("extract", "--backbone", home / "vit", *options)
-    assert "one copy of each image: 5 distinct ones, 5 copies by shift0.2, seed 0" in text
+    assert "one augmented copy of each image: 5 distinct ones, 5 copies by shift0.2, seed 0" in text
     assert "The data have no splits, so every image gets copies; train-head draws the splits later" in text
 
 
@@ -262,7 +262,7 @@ def test_copies_are_no_leaks_and_no_images(home):
 def test_first_screen_and_record_say_what_is_copied(home):
     command = ["extract", "--backbone", home / "vit", "--data", home / "data", "--cache", home / "cache", "--dry-run"]
     text = run(*command)
-    assert "2 copies of each training image: 6 distinct ones, 12 copies by flip,rotate10,shift0.1" in text
+    assert "2 augmented copies of each training image: 6 distinct ones, 12 copies by flip,rotate10,shift0.1" in text
     assert "(as data has them; --copies 0 leaves them out)" in text
     assert "10 of 10 distinct images and 12 of 12 augmented copies are in it already" in text
     record = json.loads(run(*command, "--copies", 3, "--augment", STEPS, "--json", "--quiet"))
