@@ -7,8 +7,8 @@ from typing import Any
 
 from click import Choice, argument
 
-from featurecache.commands.extract import named_images, source_options
 from featurecache.commands.help import option, options_of
+from featurecache.commands.source_options import named_images, source_options
 from featurecache.commands.terminal import (
     Console,
     cache_option,
