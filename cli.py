@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click import argument, option
+from click import argument
 
 from featurecache.commands import extract, maintain
+from featurecache.commands.help import option
 from featurecache.commands.terminal import CONTEXT, CommandGroup, Console, cache_option, command, features_option
 from featurecache.errors import BadOption, NotInCache, RunError
 from featurecache.formatting import shell_word
@@ -27,11 +28,11 @@ def main() -> None:
     heads in seconds.
 
     \b
-    Try it without data or network:   featurecache demo
-    Published comparisons again:      featurecache study
-    Your own images:                  featurecache extract --backbone vit-in21k --data FOLDER
-                                      featurecache train-head --head large
-                                      featurecache predict --run runs/FOLDER-large-1 NEW.png
+    Try it without data:     featurecache demo
+    Published comparisons:   featurecache study
+    Your own images:         featurecache extract --backbone vit-in21k --data DIR
+                             featurecache train-head --head large
+                             featurecache predict --run runs/DIR-large-1 NEW.png
     """
 
 
@@ -74,8 +75,8 @@ def ls(talk: Console, runs: str, cache: str | None) -> int:
 @option("--runs", default="runs", metavar="DIR", help="Folder of runs, where nothing is named.")
 @cache_option
 def verify(talk: Console, names: tuple[str, ...], runs: str, cache: str | None) -> int:
-    """Check every file of the cache and of the runs against its hash: all, or what is named (a run, a sweep, a study, a
-    folder of them).
+    """Check every file of cache and runs against its hash: all, or what is named (a run, a sweep, a study, a folder of
+    them).
 
     \b
     featurecache verify

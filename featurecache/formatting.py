@@ -12,14 +12,18 @@ from __future__ import annotations
 import csv
 import html
 import io
+import itertools
+import math
 import os
 import platform
 import re
 import shlex
+import textwrap
 import unicodedata
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -65,13 +69,106 @@ def columns(rows: Iterable[tuple[str, str]], indent: int = 11) -> str:
     return "\n".join(lines)
 
 
-def aligned(rows: Sequence[Sequence[str]], right: int | Sequence[int] = 1, indent: int = 0) -> list[str]:
+def aligned(
+    rows: Sequence[Sequence[str]], right: int | Sequence[int] = 1, indent: int = 0, margin: int = 0
+) -> list[str]:
     """Lines of columns padded to their widest cell; ``right``: the columns, or all from one on, that end at the same
-    place instead of beginning there."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    ends = range(right, len(widths)) if isinstance(right, int) else right
+    place instead of beginning there. The first row is the header, if there is one. ``margin``: of what will stand
+    before each line. Where a command writes to a terminal that is too narrow (``TABLE_WIDTH``) the header folds, then
+    the texts of the widest column do, or else columns go below the others, each time beside the first."""
+    count = max(map(len, rows), default=0)
+    ends = set(range(right, count) if isinstance(right, int) else right)
+    room = (TABLE_WIDTH.get() or math.inf) - margin - indent
+    if _total(_widths(rows)) > room:
+        rows = _narrowed(rows, ends, room)
+    widths = _widths(rows)
+    parts, used = [[0]], math.inf if _total(widths) > room else -math.inf
+    for i in range(1, count):
+        if used + 2 + widths[i] > room:
+            parts, used = [*parts, [0]] if len(parts[-1]) > 1 else parts, widths[0]
+        parts[-1].append(i)
+        used += 2 + widths[i]
     pads = [f"{'>' if i in ends else '<'}{width}" for i, width in enumerate(widths)]
-    return [" " * indent + "  ".join(map(format, row, pads)).rstrip() for row in rows]
+    tables = [["  ".join(format(row[i], pads[i]) for i in part).rstrip() for row in rows] for part in parts]
+    if len(tables) > 1:  # a blank line between them, and none of a header that is folded elsewhere
+        tables = [[*[""] * bool(number), *filter(None, table)] for number, table in enumerate(tables)]
+    lines = list(itertools.chain.from_iterable(tables))
+    return [" " * indent + line if line else line for line in lines]
+
+
+_LEAST, _SHORT = 24, 8  # characters, at least, of a column whose texts or whose header fold
+WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
+TABLE_WIDTH: ContextVar[int | None] = ContextVar("columns of the terminal that tables are for", default=None)
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _narrowed(rows: Sequence[Sequence[str]], ends: Set[int], room: float) -> list[Sequence[str]]:
+    """Rows with the words of their header and of the widest column of text on several lines, where that is enough."""
+    header, body = rows[0], _widths(rows[1:]) if len(rows) > 1 else []
+    if body:
+        words = [max(map(len, cell.split()), default=0) for cell in header]
+        narrow = {i: max(body[i], words[i], _SHORT) for i in ends}
+        rows = [*_folded(header, narrow, below=True), *rows[1:]]
+    widths = _widths(rows)
+    excess = _total(widths) - room
+    texts = [i for i in range(len(widths)) if i not in ends]
+    prose = max(texts, key=lambda i: widths[i], default=0)
+    longest = max(len(word) for row in rows for word in row[prose].split() or [""])
+    if excess <= 0 or widths[prose] - excess < max(_LEAST, longest):
+        return list(rows)
+    return [folded for row in rows for folded in _folded(row, {prose: int(widths[prose] - excess)})]
+
+
+def _folded(row: Sequence[str], widths: Mapping[int, int], below: bool = False) -> list[Sequence[str]]:
+    """A row with the texts of some columns on as many lines as they need, from the first line on or to the last."""
+    cells = [textwrap.wrap(cell, widths.get(i, len(cell) + 1), **WHOLE_WORDS) or [""] for i, cell in enumerate(row)]
+    count = max(map(len, cells))
+    empty = [[""] * (count - len(lines)) for lines in cells]
+    return list(zip(*(e + lines if below else lines + e for lines, e in zip(cells, empty, strict=True)), strict=True))
+
+
+def terminal_width(stream: IO[str]) -> int | None:
+    """Columns of the terminal that a stream goes to, $COLUMNS where that is set; None: it goes to no terminal."""
+    if not stream.isatty():
+        return None
+    return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(stream.fileno()).columns
+
+
+_COMMAND = re.compile(r"(?:^|: | {2})((?:featurecache|hf|curl) -?[a-zA-Z-]+ .+)$")
+_LABEL = re.compile(r"error: |(?=.{10} \S)(?:[a-z-]+(?: [a-z\d]+)?  +|[a-z]{10} )")
+
+
+def fold(text: str, width: int | None) -> str:
+    """Lines of at most so many characters, broken between words; what goes on begins below the text of its line, of
+    which a label (``view       …``) is no part. A command that ends a line goes on behind a backslash, so that it can
+    still be pasted; one with quotes stays as it is."""
+    return text if width is None else "\n".join(part for line in text.split("\n") for part in _fold_line(line, width))
+
+
+def _fold_line(line: str, width: int) -> list[str]:
+    command = _COMMAND.search(line)
+    if len(line) <= width or (command and set(line) & set("'\"")):
+        return [line]
+    label = _LABEL.match(line)
+    hanging = " " * (len(label[0]) if label else len(line) - len(line.lstrip()))
+    if command is None:
+        return textwrap.wrap(line, width, subsequent_indent=hanging, **WHOLE_WORDS) or [line]
+    first, *options = re.split(" (?=--)", line)
+    lines = [first]
+    for option in options:
+        if len(lines[-1]) + len(option) + 3 <= width:
+            lines[-1] += f" {option}"
+        else:
+            lines[-1] += " \\"
+            lines.append(" " * (command.start(1) + 2) + option)
+    return lines
 
 
 def html_table(title: str, rows: Sequence[Sequence[str]]) -> str:
@@ -166,24 +263,35 @@ def text_of(written: str) -> str:
 
 def progress_bar(total: int, progress: bool, what: str = "extract") -> tqdm:
     """A progress bar over images, on stderr; none where that is no terminal."""
-    style = "{desc} {percentage:3.0f} % {bar} {n:,}/{total:,}  {rate_fmt}{postfix}  eta {remaining}"
-    return _bar(total, what, progress, bar_format=style, unit=" img", smoothing=0.1)
+    style = "{n:,}/{total:,}  {rate_fmt}  eta {remaining}{postfix}"
+    return _bar(total, what, progress, style, unit=" img", smoothing=0.1)
 
 
 def byte_bar(total: int, what: str, progress: bool) -> tqdm:
     """The same over bytes."""
-    style = "{desc} {percentage:3.0f} % {bar} {n_fmt}/{total_fmt}  {rate_fmt}  eta {remaining}"
-    return _bar(total, what, progress, bar_format=style, unit="B", unit_scale=True)
+    return _bar(total, what, progress, "{n_fmt}/{total_fmt}  {rate_fmt}  eta {remaining}", unit="B", unit_scale=True)
 
 
 def batch_bar(total: int, what: str, progress: bool) -> tqdm:
     """The same over batches; none where they are done in two seconds."""
-    style = "{desc} {percentage:3.0f} % {bar} {n:,}/{total:,} batches  eta {remaining}"
-    return _bar(total, what, progress, bar_format=style, delay=2)
+    return _bar(total, what, progress, "{n:,}/{total:,} batches  eta {remaining}", delay=2)
 
 
-def _bar(total: int, what: str, progress: bool, **style: Any) -> tqdm:
-    return tqdm(total=total, desc=what, disable=None if progress else True, leave=False, dynamic_ncols=True, **style)
+def work_bar(total: float, what: str, progress: bool) -> tqdm:
+    """The same over work of several kinds, in seconds that were estimated; its eta is by the mean pace so far."""
+    return _bar(total, what, progress, "eta {remaining}{postfix}", smoothing=0)
+
+
+def pair_bar(total: int, what: str, progress: bool) -> tqdm:
+    """The same over pairs of rows; none where they are compared in two seconds."""
+    return _bar(total, what, progress, "{n_fmt}/{total_fmt} pairs  eta {remaining}", unit_scale=True, delay=2)
+
+
+def _bar(total: float, what: str, progress: bool, style: str, **options: Any) -> tqdm:
+    """What a narrow terminal cuts is the end, behind the eta."""
+    style = "{desc} {percentage:3.0f} % {bar} " + style
+    hidden = None if progress else True
+    return tqdm(total=total, desc=what, disable=hidden, leave=False, dynamic_ncols=True, bar_format=style, **options)
 
 
 def cost_per_image(cost: dict[str, Any] | None) -> str:
@@ -193,7 +301,8 @@ def cost_per_image(cost: dict[str, Any] | None) -> str:
     threads = "" if cost["threads"] is None else f", {cost['threads']} thread{'s' if cost['threads'] != 1 else ''}"
     loading = "loading not measured" if cost["loading_ms"] is None else f"{milliseconds(cost['loading_ms'])} ms loading"
     made = f"{cost['device']}{threads}, {cost['precision']}"
-    return f"{milliseconds(cost['forward_ms'])} ms/image forward ({made}), {loading}"
+    busy = "; other work had the cores, so extract measures it again" if cost["busy"] else ""
+    return f"{milliseconds(cost['forward_ms'])} ms/image forward ({made}), {loading}{busy}"
 
 
 def device_title(device: Any) -> str:

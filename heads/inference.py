@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from featurecache.errors import BadOption, FeatureCacheError, UnknownSourceName, nearest
-from featurecache.formatting import abbreviated, one_line
+from featurecache.formatting import abbreviated, aligned, one_line
 from featurecache.images.headers import read_by
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.pixel_view import resize_all
@@ -54,7 +54,7 @@ def predict_images(
     {"image", "class", "probability", "probabilities": {class: p}}; multi-label: "classes", "probabilities"; an image
     that could not be read: {"image", "error"}; "label" where one of its folders is called as a class of the run, or
     its table has a column of labels with that class. ``columns``: of tables, {"path": …, "label": …}.
-    A binary task calls by the threshold chosen on val, so "probability", which is that of the class called, can be
+    A binary task predicts by the threshold chosen on val, so "probability", of the predicted class, can be
     below one half. ``weights``: where the backbone's are now, if not where they were. Raises BadOption, RunError; the
     backbone's errors as in extract.
     """
@@ -241,8 +241,8 @@ def prediction_records(run: Run, logits: np.ndarray) -> list[dict[str, Any]]:
 
 
 def predictions_csv(records: list[dict[str, Any]]) -> str:
-    """image, label (where one has any), class, probability, a column of probability per class, error. Control
-    characters are written as escapes, so that one record is one line."""
+    """image, true class (where one is known), predicted class and probability, a column of probability per class,
+    error. Control characters are written as escapes, so that one record is one line."""
     known = any("label" in record for record in records)
     classes = next((list(r["probabilities"]) for r in records if "probabilities" in r), [])
     rows = []
@@ -251,25 +251,23 @@ def predictions_csv(records: list[dict[str, Any]]) -> str:
         label, error = one_line(_label(record)), one_line(record.get("error", ""))
         own = [one_line(record.get("label", ""))] if known else []
         rows.append([one_line(record["image"]), *own, label, record.get("probability", ""), *each, error])
-    columns = ["image", *["label"] * known, "class", "probability", *(f"p {one_line(c)}" for c in classes), "error"]
+    every = [f"p {one_line(c)}" for c in classes]
+    columns = ["image", *["true class"] * known, "predicted class", "predicted probability", *every, "error"]
     return csv_bytes(columns, rows).decode()
 
 
 def predictions_table(records: list[dict[str, Any]]) -> str:
-    """Aligned columns for a terminal: image, class, probability, or the reason why there is none."""
-    rows = []
+    """Aligned columns for a terminal: image, predicted class and probability, or the reason why there is none."""
+    rows = [("image", "predicted class", "predicted probability")]
     for record in records:
-        what, shown = one_line(_label(record)) or "none", ""
+        what = one_line(_label(record)) or "none"
         if "error" in record:
-            what = "could not be read: " + one_line(record["error"])
+            what, shown = "could not be read", one_line(record["error"])
         else:
             p, every = record.get("probability"), record["probabilities"]
             shown = ", ".join(f"{each:.3f}" for each in ([every[c] for c in record["classes"]] if p is None else [p]))
         rows.append((one_line(record["image"]), what, shown))
-    first = max((len(image) for image, _, _ in rows), default=0)
-    second = max((len(what) for _, what, shown in rows if shown), default=0)
-    lines = [f"{image:<{first}}  {what:<{second}}  {shown}".rstrip() for image, what, shown in rows]
-    return "\n".join(lines) or "no images"
+    return "\n".join(aligned(rows, right=()) if records else ["no images"])
 
 
 def _label(record: dict[str, Any]) -> str:

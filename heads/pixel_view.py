@@ -71,7 +71,8 @@ class PixelView:
     @property
     def cost(self) -> dict[str, Any]:
         """No backbone stands before the network, so nothing but reading and resizing: milliseconds of one thread."""
-        return {"forward_ms": 0.0, "loading_ms": self.loading_ms, "device": device_title("cpu"), "threads": 1}
+        return {"forward_ms": 0.0, "loading_ms": self.loading_ms, "device": device_title("cpu"), "threads": 1,
+                "busy": False}  # fmt: skip
 
     @property
     def outputs(self) -> dict[str, Layout]:

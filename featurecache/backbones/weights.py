@@ -26,6 +26,7 @@ import torch
 from featurecache.backbones.state_dicts import StateDict, first_names, select_state_dict
 from featurecache.errors import FeatureCacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound, first_line
 from featurecache.files.atomic import refuse_special
+from featurecache.formatting import shell_word, shell_words
 
 REACH = 4.0  # seconds the hub has to answer before the local cache is used instead
 STALL = 10.0  # seconds a server may stay silent
@@ -36,12 +37,14 @@ _IN_FOLDER = (*_SAFE[:2], *_BIN[:2])  # in the order of preference
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
-def weights_unavailable(what: str, *, copy: str = "FOLDER", cache: str = "HF_HOME") -> WeightsNotFound:
-    """The three ways out when weights are neither at hand nor to be had."""
+def weights_unavailable(what: str, fetch: str, place: str, cache: str = "HF_HOME") -> WeightsNotFound:
+    """The ways out when weights are neither at hand nor to be had: the command that ``fetch``es them to ``place`` on
+    another machine, an existing cache, none."""
     return WeightsNotFound(
         f"the weights of {what} are not on this machine and the hub cannot be reached.\n"
-        f"       --weights {copy:8} a copy you have        {cache}=…   an existing hub cache        "
-        "--random-weights   try the tool without them"
+        f"       where there is a network:  {fetch}\n"
+        f"       then carry it here:  --weights {shell_word(place)}\n"
+        f"       or:  {cache}=…   an existing hub cache        --random-weights   try the tool without them"
     )
 
 
@@ -58,7 +61,7 @@ def download_weights(url: str, title: str) -> Path:
     except RuntimeError as error:
         raise WeightsNotFound(f"{url} came damaged ({error}); try again, or --weights FILE") from error
     except OSError as error:
-        raise weights_unavailable(title, copy="FILE", cache="TORCH_HOME") from error
+        raise weights_unavailable(title, f"curl -LO {url}", path.name, "TORCH_HOME") from error
     return path
 
 
@@ -137,7 +140,9 @@ def _hub_refusal(repo: str, revision: str | None, error: Exception) -> FeatureCa
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
         what = f"{repo} at revision {revision}" if revision else repo
         return UnknownBackbone(f"the hub has no {what}; if it is private, log in with: hf auth login")
-    return weights_unavailable(repo)
+    files, folder = '--include "*.json" --include "*.safetensors"', repo.rsplit("/", 1)[-1]
+    words = ["hf", "download", repo, *(["--revision", revision] if revision else [])]
+    return weights_unavailable(repo, f"{shell_words(words)} {files} --local-dir {shell_word(folder)}", f"{folder}/")
 
 
 @contextlib.contextmanager

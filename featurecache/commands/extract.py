@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click import Choice, option
+from click import Choice
 
+from featurecache.commands.help import option, options_of
 from featurecache.commands.source_options import READ_BY, SOURCES, pairs_of, source_options
-from featurecache.commands.terminal import Console, cache_option, command, options_of, record_of, typed_options
+from featurecache.commands.terminal import Console, cache_option, command, record_of, typed_command, typed_options
 from featurecache.errors import BadOption
 from featurecache.formatting import (
     columns,
@@ -23,7 +24,6 @@ from featurecache.formatting import (
     one_line,
     shape_text,
     shell_word,
-    shell_words,
     size_text,
 )
 
@@ -109,18 +109,18 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
         also = f" and {copies:,} of {record['augmented']['copies']:,} augmented copies" if record["augmented"] else ""
         rows.append(("cache", f"{held:,} of {extraction.plain:,} distinct images{also} are in it already"))
     if extraction.to_derive:
-        what = "images and copies" if extraction.copying else "images"
+        what = "images and augmented copies" if extraction.copying else "images"
         rows.append(("derives", f"{extraction.to_derive:,} {what} from stored tokens, without the backbone"))
     return columns(rows)
 
 
 def _augmented_line(made: dict[str, Any], view: str) -> str:
-    each = "one copy" if made["views"] == 1 else f"{made['views']:,} copies"
+    each = "one augmented copy" if made["views"] == 1 else f"{made['views']:,} augmented copies"
     what = "image" if made["splits_drawn_later"] else "training image"
     text = f"{each} of each {what}: {made['images']:,} distinct ones, {made['copies']:,} copies by {made['words']}"
     text += f", seed {made['augment']['seed']}"
     if made["kept"]:
-        text += f" (as {view} has them; --views 0 leaves them out)"
+        text += f" (as {view} has them; --copies 0 leaves them out)"
     if made["splits_drawn_later"]:
         text += (
             "\nThe data have no splits, so every image gets copies; train-head draws the splits later and uses copies "
@@ -142,15 +142,20 @@ def _data_line(record: dict[str, Any]) -> str:
     splits = " · ".join(f"{split or 'no split'} {total:,}" for split, total in totals)
     classes = " · ".join(f"{name} {sum(row):,}" for name, row in zip(data["classes"][:6], data["counts"], strict=False))
     more = f" · {len(data['classes']) - 6} more classes" if len(data["classes"]) > 6 else ""
-    copies = data["copies"]["total"] if data["copies"] else 0
-    parts = [splits if data["splits"] not in ([], [""]) else "", classes + more, f"{copies:,} copies" if copies else ""]
+    duplicates = data["duplicates"]["total"] if data["duplicates"] else 0
+    parts = [splits if data["splits"] not in ([], [""]) else "", classes + more]
+    parts += [f"{duplicates:,} duplicate{'s' * (duplicates > 1)}"] * bool(duplicates)
     return f"{record['source'].get('data')}  {data['images']:,} images: " + "; ".join(filter(None, parts))
 
 
 def _keeps_line(extraction: Extraction) -> str:
     kept = " + ".join(shape_text(o.name, extraction.layouts[o.name].shape) for o in extraction.outputs)
     where = extraction.store.path if extraction.store else extraction.cache / f"{extraction.backbone.name}-…"
-    each = f" for {extraction.plain:,} images and {len(extraction.copying):,} copies" if extraction.copying else ""
+    each = (
+        f" for {extraction.plain:,} images and {len(extraction.copying):,} augmented copies"
+        if extraction.copying
+        else ""
+    )
     text = f"{kept}, {extraction.spec.dtype}{each}: {size_text(extraction.bytes_of())} in {where}"
     sizes = {o.name: extraction.bytes_of([o.name]) for o in extraction.outputs}
     cheapest = min(sizes, key=lambda name: sizes[name])
@@ -177,12 +182,12 @@ def _warnings(data: dict[str, Any]) -> list[str]:
         few = [f"{n} of {name}" for name, n in zip(data["classes"], val, strict=True) if n < FEW_IN_VAL]
         words = f"val has {', '.join(few[:3])}: too few to choose a model; train-head will ask for --resplit-val"
         warnings = [words] * bool(few) + warnings
-    if copies := data["copies"]:
-        for pair, n in copies["across"].items():
+    if duplicates := data["duplicates"]:
+        for pair, n in duplicates["across"].items():
             where = f"in both {pair.replace('+', ' and ')}"
             warnings += [f"{n:,} image{'s stand' if n > 1 else ' stands'} {where}"] * bool(n)
-        if copies["two_labels"]:
-            warnings.append(f"{copies['two_labels']:,} images bear two different labels")
+        if duplicates["two_labels"]:
+            warnings.append(f"{duplicates['two_labels']:,} images bear two different labels")
     return warnings
 
 
@@ -223,38 +228,47 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: A
 
 
 BACKBONES = "An alias (see info), hf:REPO, a folder, torchvision:NAME, timm:NAME, python:MODULE:FACTORY[:LAYER]."
-STEPS = """How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
+STEPS = """How they differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
     side decides (organs, eyes, hands, writing)."""
 extraction_options = options_of(  # which images, which backbone, which store: what `extract` and `why` are asked alike
     option("--backbone", required=True, metavar="NAME", help=BACKBONES),
     option("--data", default="digits", metavar="SOURCE", help=SOURCES),
     option("--outputs", metavar="NAMES", help="cls,tokens,… [default: the backbone's vector and tokens]"),
     option("--name", metavar="VIEW", help="Name of the view. [default: that of the data]"),
-    option("--weights", metavar="PATH", help="A folder or file with the backbone's weights; FILE:NAME of several."),
-    option("--random-weights", is_flag=True, help="The architecture untrained: shows the tool, not the backbone."),
-    option("--seed", default=0, help="Of --random-weights."),
     option("--image-size", type=int, metavar="N", help="Pixels; resize and crop scale in the same ratio."),
     option("--fit", type=Choice(["model", "squash", "pad"]), default="model", help="How an image becomes a square."),
-    option("--precision", type=Choice(["auto", "fp32", "bf16", "fp16"]), default="auto"),
-    option("--dtype", type=Choice(["float16", "float32"]), default="float16", help="Of the stored rows."),
-    option("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps."),
-    option(
-        "--batch-size",
-        default="auto",
-        metavar="N",
-        callback=_number_or_auto,
-        help="Of a forward pass; fixed by a store's first run.",
-    ),
-    option("--engine", type=Choice(["local"]), default="local", help="Where it runs: on this machine."),
-    option("--workers", type=int, metavar="N", help="Decode threads, nothing else. [default: by the machine]"),
     option("--on-error", type=Choice(["report", "skip", "fail"]), default="report", help="At an unreadable image."),
-    source_options,
-    option("--views", type=int, metavar="K", help="Augmented copies of each training image. [default: as before]"),
-    option("--augment", metavar="STEPS", help=STEPS),
-    option("--augment-seed", default=0, metavar="N", help="Of what --augment draws."),
-    option("--hash-ids", is_flag=True, help="Keep images under keyed hashes of their names."),
-    option("--hash-groups", is_flag=True, help="The same for groups (patients)."),
     cache_option,
+    options_of(
+        option("--weights", metavar="PATH", help="A folder or file with the backbone's weights; FILE:NAME of several."),
+        option("--random-weights", is_flag=True, help="The architecture untrained: shows the tool, not the backbone."),
+        option("--seed", default=0, metavar="N", help="Of --random-weights."),
+        option("--precision", type=Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="Of the network."),
+        option("--dtype", type=Choice(["float16", "float32"]), default="float16", help="Of the stored rows."),
+        option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps."),
+        option(
+            "--batch-size",
+            default="auto",
+            metavar="N",
+            callback=_number_or_auto,
+            help="Of a forward pass; fixed by a store's first run.",
+        ),
+        option("--engine", type=Choice(["local"]), default="local", help="Where it runs: on this machine."),
+        option("--workers", type=int, metavar="N", help="Decode threads, nothing else. [default: by the machine]"),
+        section="network",
+    ),
+    source_options,
+    options_of(
+        option("--hash-ids", is_flag=True, help="Keep images under keyed hashes of their names."),
+        option("--hash-groups", is_flag=True, help="The same for groups (patients)."),
+        section="data",
+    ),
+    options_of(
+        option("--copies", type=int, metavar="K", help="Augmented copies of each training image. [default: as before]"),
+        option("--augment", metavar="STEPS", help=STEPS),
+        option("--augment-seed", default=0, metavar="N", help="Of what --augment draws."),
+        section="copies",
+    ),
 )
 
 
@@ -291,7 +305,7 @@ def extract(
     if dry_run:
         lines = [extraction_lines(prepared, record), "", str(description_of(prepared))]
         talk.result("\n".join(lines), {**record, "sheet": sheet})
-        talk.next("the same command without --dry-run")
+        talk.next(typed_command("dry_run"))
         return 0
     talk.say(extraction_lines(prepared, record))
     if sheet:
@@ -323,7 +337,7 @@ def open_features(talk: Console, features: str | None, cache: str | None, way: s
 
 
 _OF_IMAGES = (
-    "name", "batch_size", "engine", "workers", "on_error", *READ_BY, "hash_ids", "hash_groups", "views",
+    "name", "batch_size", "engine", "workers", "on_error", *READ_BY, "hash_ids", "hash_groups", "copies",
     "augment", "augment_seed",
 )  # fmt: skip
 
@@ -350,6 +364,5 @@ def why(talk: Console, columns: tuple[str, ...], engine: str, cache: str | None,
     else:
         reason = explain_miss(data, cache=cache, columns=pairs_of(columns), progress=talk.progress, **options)
     talk.result(str(reason), reason.record())
-    words = [word for name, part in given.items() for word in part]
-    talk.next(shell_words(["featurecache", "extract", *words, *([] if data else ["--data", "FOLDER"])]))
+    talk.next(typed_command(name="extract") + ("" if data else " --data FOLDER"))
     return 0

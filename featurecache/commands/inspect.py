@@ -150,8 +150,8 @@ def view_lines(record: dict[str, Any]) -> str:
     """``info VIEW``: the data, the outputs, and what made them."""
     record = one_line(record)
     spec, made = record["spec"], record["provenance"]
-    copies = record["images"] - record["distinct"]
-    facts = f"{record['images']:,} images, {record['task']}" + (f", {copies:,} copies" if copies else "")
+    duplicates = record["images"] - record["distinct"]
+    facts = f"{record['images']:,} images, {record['task']}" + (f", {duplicates:,} duplicates" if duplicates else "")
     if record["groups"] is not None:
         facts += f", {record['groups']:,} groups"
     header = ["", *(split or "no split" for split in record["splits"])]
@@ -159,7 +159,8 @@ def view_lines(record: dict[str, Any]) -> str:
     rows = [
         ("view", f"{record['view']} in {record['path']}"),
         ("data", f"{record['source'].get('data')}  {facts}"),
-        ("classes", "\n".join(aligned([header, *counts]))),
+        ("understood", record["source"].get("understood") or ""),
+        ("classes", "\n".join(aligned([header, *counts], margin=11))),
     ]
     if crop := record["source"].get("crop"):
         rows.append(("crop", crop_words(crop)))
@@ -263,7 +264,7 @@ def leaks_lines(view: View, leaks: Leaks) -> str:
         for pair in _pairs(view, finding, FIRST):
             sides = zip(pair["ids"], pair["labels"], strict=True)
             shown.append([*(f"{name} ({label})" if label else name for name, label in sides), _pair_note(pair)])
-        text += ["", _title(finding), *(f"  {line}" for line in _aligned(shown))]
+        text += ["", _title(finding), *_aligned(shown, indent=2)]
         if finding.count > len(shown):
             text.append(f"  and {finding.count - len(shown):,} more (--csv FILE)")
     return "\n".join(text)
@@ -282,8 +283,8 @@ def _kind_rows(leaks: Leaks, kind: str) -> list[tuple[str, str, str, str]]:
     return rows or [(title, "none", "", how)]
 
 
-def _aligned(rows: list[Any]) -> list[str]:
-    return aligned(one_line(rows), right=len(rows[0]))  # a name must not steer a terminal
+def _aligned(rows: list[Any], indent: int = 0) -> list[str]:
+    return aligned(one_line(rows), right=len(rows[0]), indent=indent)  # a name must not steer a terminal
 
 
 def leaks_record(view: View, leaks: Leaks) -> dict[str, Any]:

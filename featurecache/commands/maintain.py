@@ -6,11 +6,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import click
-from click import argument, option
+from click import argument
 
 from featurecache.commands.extract import training_of
+from featurecache.commands.help import option, options_of
 from featurecache.commands.source_options import order_option, pairs_of, task_option, uncertain_option
-from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, options_of, record_of
+from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, record_of
 from featurecache.errors import BadOption
 from featurecache.formatting import columns, first_of, one_line, shape_text, shell_word, size_text
 
@@ -163,7 +164,7 @@ def import_(talk: Console, file: str, name: str, cache: str | None, **options: A
 
     \b
     featurecache import feats.npy --labels labels.csv --name chest
-    featurecache import old.h5 --features-key x --labels y --classes normal,ill --name chest
+    featurecache import old.h5 --features-key x --labels y --name chest
     """
     from featurecache.maintenance.import_features import import_view
     from featurecache.store.view import View
@@ -173,9 +174,9 @@ def import_(talk: Console, file: str, name: str, cache: str | None, **options: A
     done = import_view(file, name, cache=cache, progress=talk.progress, **options)
     label = View(done.view, columns_only=True).label
     classes = f", {len(done.classes)} classes" if done.classes else ""
-    copies = f", {done.copies:,} copies" if done.copies else ""
+    duplicates = f", {done.duplicates:,} duplicates" if done.duplicates else ""
     rows = [
-        ("imported", f"{done.rows:,} rows, {done.task}{classes}{copies}; {done.new_rows:,} new to the cache"),
+        ("imported", f"{done.rows:,} rows, {done.task}{classes}{duplicates}; {done.new_rows:,} new to the cache"),
         ("keeps", " + ".join(shape_text(name, shape) for name, shape in done.outputs.items())),
         ("view", f"{label} in {done.view}; of unknown origin"),
     ]

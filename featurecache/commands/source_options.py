@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
-from click import Choice, option
+from click import Choice
 
-from featurecache.commands.terminal import Console, options_of
+from featurecache.commands.help import option, options_of
+from featurecache.commands.terminal import Console
 from featurecache.errors import BadOption
 from featurecache.formatting import names_in
 
@@ -29,12 +30,12 @@ def _crop(context: click.Context, parameter: click.Parameter, value: str | None)
 
 TASKS = ("binary", "multiclass", "ordinal", "multilabel")
 SOURCES = "Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle:OWNER/SET, or digits."
-task_option = option("--task", type=Choice(TASKS), help="[default: by the labels]")
+task_option = option("--task", type=Choice(TASKS), help="What the labels are. [default: by the labels]")
 order_option = option("--order", metavar="A,B,C", callback=_order, help="The classes from the lowest to the highest.")
 uncertain_option = option(
     "--uncertain", type=Choice(["ignore", "zero", "one"]), help="Of tables: what -1 is. [default: ignore]"
 )
-READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits", "crop")
+READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits", "crop", "limit", "limit_seed")
 source_options = options_of(  # how the labels of --data are to be read
     option(
         "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of tables: path=…, label=…, split=…, group=…"
@@ -47,6 +48,9 @@ source_options = options_of(  # how the labels of --data are to be read
     option("--page", metavar="N|all", help="Of TIFF stacks, DICOM frames (from 0). [default: TIFF 0, DICOM all]"),
     option("--bits", type=int, metavar="N", help="Of 16-bit files: 2^N − 1 is white; others are as they are."),
     option("--crop", metavar="L,T,R,B", callback=_crop, help="Edges of what is looked at, in parts of each side."),
+    option("--limit", type=int, metavar="N", help="N of the images only, drawn by class within the splits."),
+    option("--limit-seed", type=int, metavar="N", help="Of what --limit draws. [default: 0]"),
+    section="data",
 )
 
 

@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -21,15 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click import option
 
+from featurecache.commands.help import CONTEXT, Command, Context, Option, option, options_of
 from featurecache.errors import BadOption, FeatureCacheError, Reading, SeveralReadings, UnknownName, nearest
 from featurecache.files.atomic import NO_ROOM, cannot_write, refuse_special
 from featurecache.files.names import check_path
-from featurecache.formatting import harmless, is_harmless, join_names, one_line, shell_word, shell_words
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
-
+from featurecache.formatting import (
+    TABLE_WIDTH,
+    fold,
+    harmless,
+    is_harmless,
+    join_names,
+    one_line,
+    shell_word,
+    shell_words,
+    terminal_width,
+)
 
 _PLAIN = "featurecache.plain"  # how characters that a terminal's code page lacks are written
 _SIGNS = {"×": "x", "–": "-", "−": "-", "·": "|", "…": "...", "→": "->", "≤": "<=", "≥": ">=", "∕": "/"}  # of ours
@@ -48,6 +56,8 @@ codecs.register_error(_PLAIN, _plain)
 class CommandGroup(click.Group):
     """Commands in the order of a day's work; a misspelt one names its neighbours."""
 
+    context_class = Context
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
@@ -58,9 +68,10 @@ class CommandGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Whole sentences, where click cuts what does not fit one line."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, each.get_short_help_str(limit=200)) for name, each in self.commands.items()])
+        """What each is for, up to the first colon: click cuts what does not fit one line."""
+        rows = [(name, each.get_short_help_str(limit=200)) for name, each in self.commands.items()]
+        with formatter.section("Commands, each with a --help of its own"):
+            formatter.write_dl([(name, re.split("[:;]|\\.$", text)[0]) for name, text in rows])
 
     def main(self, *args: Any, **options: Any) -> Any:
         """click's own errors in the form of ours; no character ends a command, whatever the terminal can show."""
@@ -78,7 +89,7 @@ class CommandGroup(click.Group):
             code = 1
         except click.ClickException as error:
             word = "" if type(error).__name__ == "NoArgsIsHelpError" else "error: "  # `featurecache` alone
-            click.echo(word + error.format_message(), err=True)
+            _echo(word + error.format_message(), err=True)
             code = error.exit_code
         sys.exit(code or 0)
 
@@ -109,6 +120,11 @@ def _as_interrupts() -> Iterator[None]:
             signal.signal(number, before[number])
 
 
+def _echo(text: str, err: bool = False) -> None:
+    """Text as a terminal shows it without breaking a word; into a file or a pipe as it is."""
+    click.echo(fold(harmless(text), terminal_width(sys.stderr if err else sys.stdout)), err=err)
+
+
 class Console:
     """Where lines go: results to stdout, talk to stderr; under --json one object is the result."""
 
@@ -117,7 +133,7 @@ class Console:
 
     def say(self, line: str) -> None:
         if self.progress:
-            click.echo(harmless(line), err=True)
+            _echo(line, err=True)
 
     def line(self, line: str) -> None:
         """`say` where the line holds names of somebody else's: they cannot make lines of their own."""
@@ -125,7 +141,10 @@ class Console:
 
     def result(self, text: str, record: Any) -> None:
         """The command's result, as lines or as one JSON object (see `record_of`)."""
-        click.echo(_json(record) if self.json else harmless(text))
+        if self.json:
+            click.echo(_json(record))
+        else:
+            _echo(text)
 
     def next(self, command: str, cache: str | None = None) -> None:
         if not self.json:
@@ -154,11 +173,11 @@ def _report(error: FeatureCacheError, debug: bool) -> int:
         traceback.print_exc()
     first, *rest = str(error).splitlines()
     word = "" if type(error).__name__ == "Stopped" else "error: "  # Ctrl-C is none
-    click.echo(harmless("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)])), err=True)
+    _echo("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)]), err=True)
     for reading in error.readings if isinstance(error, SeveralReadings) else ():
         words = shell_words([word for part in (typed_options() | _words(reading)).values() for word in part])
         name = click.get_current_context().info_name
-        click.echo(harmless(f"       {one_line(reading.words)}: featurecache {name} {one_line(words)}"), err=True)
+        _echo(f"       {one_line(reading.words)}: featurecache {name} {one_line(words)}", err=True)
     return 2 if isinstance(error, BadOption | UnknownName | SeveralReadings) else 1
 
 
@@ -174,6 +193,12 @@ def typed_options() -> dict[str, list[str]]:
             flag = each.opts[:1] if isinstance(each, click.Option) else []
             given[name] = [word for text in texts for word in flag + text]
     return given
+
+
+def typed_command(*without: str, name: str = "") -> str:
+    """The command again as it was typed, or that called ``name`` with its options; ``without`` some of them."""
+    words = [word for each, part in typed_options().items() if each not in without for word in part]
+    return shell_words(["featurecache", name or click.get_current_context().info_name, *words])
 
 
 def _text(value: Any) -> str:
@@ -195,9 +220,9 @@ def _run(function: Callable[..., Any], talk: Console, options: dict[str, Any]) -
             free = all(options.get(name, ...) is None for name in names)
             if not (free and is_terminal()):
                 raise
-            click.echo(harmless(str(several)), err=True)
+            _echo(str(several), err=True)
             for number, reading in enumerate(several.readings, 1):
-                click.echo(harmless(f"  {number}  {one_line(reading.words)}"), err=True)
+                _echo(f"  {number}  {one_line(reading.words)}", err=True)
             numbers = [str(number + 1) for number in range(len(several.readings))]
             answer = click.prompt("which", default="none", type=click.Choice([*numbers, "none"]), err=True)
             if answer == "none":
@@ -229,6 +254,7 @@ def command(function: Callable[..., Any]) -> click.Command:
     @functools.wraps(function)
     def wrapped(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
         try:
+            TABLE_WIDTH.set(terminal_width(sys.stdout))
             _check_places(options)
             code = _run(function, Console(as_json, quiet), options)
         except FeatureCacheError as error:
@@ -250,29 +276,27 @@ def command(function: Callable[..., Any]) -> click.Command:
             users = user_line(error)  # of a python: head or backbone
             ours = f"{type(error).__name__}: {error} (a mistake of ours; --debug shows where)"
             words = f"{users} (--debug shows how it came there)" if users else ours
-            click.echo(harmless(f"error: {words}"), err=True)
+            _echo(f"error: {words}", err=True)
             code = 2 if users else 1
         sys.exit(code or 0)
 
-    made = click.command(context_settings=CONTEXT)(wrapped)
-    made.params += [  # last in the help: what a command has of its own comes first
-        click.Option(["--json", "as_json"], is_flag=True, help="One JSON object on stdout."),
-        click.Option(["--quiet", "-q"], is_flag=True, help="Results only: no talk, no progress bar."),
-        click.Option(["--debug"], is_flag=True, help="Show where an error came from."),
+    made = click.command(cls=Command, context_settings=CONTEXT)(wrapped)
+    ending = [
+        Option(["--json", "as_json"], is_flag=True, help="One JSON object on stdout."),
+        Option(["--quiet", "-q"], is_flag=True, help="Results only: no talk, no progress bar."),
+        Option(["--debug"], is_flag=True, help="Show where an error came from."),
     ]
+    for each in ending:
+        each.section = "output"
+    made.params += ending
     return made
-
-
-def options_of(*several: Callable[..., Any]) -> Callable[..., Any]:
-    """Several options at once, in help in their order."""
-    return lambda function: functools.reduce(lambda made, option: option(made), reversed(several), function)
 
 
 cache_option = option("--cache", metavar="DIR", help="Folder of the cache. [default: $FEATURECACHE_DIR, else ./cache]")
 features_option = option(
     "--features", metavar="VIEW", help="A view: path, STORE/VIEW or name. [default: that of the last extraction]"
 )
-device_option = option("--device", default="auto", help="auto, cpu, cuda, mps.")
+device_option = option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, mps.")
 moved_weights = option(
     "--weights", metavar="PATH", help="Where the backbone's weights are now, if not where they were."
 )

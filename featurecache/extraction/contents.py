@@ -63,7 +63,7 @@ def _copying(dataset: Dataset, augmented: AugmentedCopies | None, images: ScanRe
     if not may.any():
         raise BadOption(
             f"augmented copies are made of training images, and {dataset.source.get('data')} has none: its splits are "
-            f"{', '.join(sorted(set(dataset.splits) - {''}))}. --views 0 goes on without copies."
+            f"{', '.join(sorted(set(dataset.splits) - {''}))}. --copies 0 goes on without them."
         )
     sources = np.unique(images.sample_image[may & (images.sample_image >= 0)])
     return AugmentationPlan(augmented, sources, len(images.digests))

@@ -7,8 +7,6 @@ one way in which images are read, decoded and resized in threads, also where no 
 
 from __future__ import annotations
 
-import contextlib
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -23,7 +21,7 @@ import torch
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import UnreadableImage
 from featurecache.extraction.forward import ForwardRunner
-from featurecache.formatting import device_title
+from featurecache.extraction.timings import StageTimings
 from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
 from featurecache.images.pixel_room import PixelRoom
@@ -108,75 +106,6 @@ def decode_many(
             yield row, *future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-LAST_TIMINGS = 1 << 16  # so many batches and images the medians are of, the last ones
-
-
-@dataclass
-class StageTimings:
-    """What the stages of a run take: seconds of its main loop, and milliseconds an image.
-
-    The latter are medians of what the run really did: normalising, the network and rounding, per row of the B that
-    every pass computes; reading, decoding and resizing in one decode thread. The store's plan keeps them, not the
-    views: the same images give the same files, whatever a run took.
-    """
-
-    device: torch.device
-    batch: int
-    images: int = 0  # that were computed
-    seconds: dict[str, float] = field(default_factory=lambda: {"computing": 0.0, "decoding": 0.0, "writing": 0.0})
-    passes: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_TIMINGS))  # seconds
-    loads: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_TIMINGS))  # seconds
-    _pending: deque[tuple[Any, Any]] = field(default_factory=deque)  # events of a GPU, which runs behind
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """While the main loop computes, or waits for decoded images or for the writer."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
-
-    def shares(self) -> dict[str, float]:
-        """Fractions of the main loop's time, summing to 1."""
-        total = sum(self.seconds.values()) or 1.0
-        return {name: seconds / total for name, seconds in self.seconds.items()}
-
-    @contextlib.contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around one forward pass; of an accelerator its own time, not that of handing over the work."""
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                events[0].record()
-                yield
-                events[1].record()
-            self._pending.append(events)
-            self._settle(keep=64)
-            return
-        start = time.perf_counter()
-        yield
-        if self.device.type == "mps":
-            torch.mps.synchronize()
-        self.passes.append(time.perf_counter() - start)
-
-    def _settle(self, keep: int = 0) -> None:
-        while len(self._pending) > keep:
-            begin, end = self._pending.popleft()
-            end.synchronize()
-            self.passes.append(begin.elapsed_time(end) / 1000)
-
-    def record(self) -> dict[str, Any] | None:
-        """What the plan of the store keeps; None where nothing was computed."""
-        self._settle()
-        if not self.passes:
-            return None
-        loading = 1000 * statistics.median(self.loads) if self.loads else None
-        forward = 1000 * statistics.median(self.passes) / self.batch
-        title = device_title(self.device)
-        return {"forward_ms": forward, "loading_ms": loading, "device": title, "images": self.images}
 
 
 class _Shards:

@@ -70,9 +70,11 @@ def prepare(
     page: str | None = None,
     bits: int | None = None,
     crop: Sequence[float] | None = None,
+    limit: int | None = None,
+    limit_seed: int | None = None,
     hash_ids: bool = False,
     hash_groups: bool = False,
-    views: int | None = None,
+    copies: int | None = None,
     augment: str | None = None,
     augment_seed: int = 0,
     remember: bool = False,
@@ -82,13 +84,13 @@ def prepare(
 
     ``remember``: write the digests of files to the cache while they are read, so that even a look that is killed need
     not be repeated; otherwise `Extraction.run` writes them. ``hash_ids``, ``hash_groups``: see
-    `featurecache.sources.pseudonyms`. ``views``: so many copies of each training image, made by ``augment``
+    `featurecache.sources.pseudonyms`. ``copies``: so many augmented copies of each training image, made by ``augment``
     ("flip,rotate10,shift0.1", the words of `augmentation.OPERATIONS`) and drawn by ``augment_seed``. Where the data
     have no splits every image gets copies: which of them are for training is decided later. None: those that a view of
     this name has; 0: none.
     """
     _check_options(on_error, batch_size, workers)
-    augmented = augmentation_of(views, augment, augment_seed)
+    augmented = augmentation_of(copies, augment, augment_seed)
     requested = parse_list(outputs) if outputs is not None else None
     check_name(backbone)
     if not isinstance(data, Dataset):
@@ -100,10 +102,14 @@ def prepare(
             "page": page,
             "bits": bits,
             "crop": crop,
+            "limit": limit,
+            "limit_seed": limit_seed,
         }
         data = open_source(data, columns=columns, task=task, **how)  # type: ignore[arg-type]
-    elif any(each is not None for each in (page, bits, crop)):
-        raise BadOption("page, bits and crop say how data are read: give them to open_source, which made this Dataset.")
+    elif any(each is not None for each in (page, bits, crop, limit)):
+        raise BadOption(
+            "page, bits, crop and limit say how data are read: give them to open_source, which made this Dataset."
+        )
     dataset = data
     folder = cache_folder(cache)
     secret = load_secret(folder) if hash_ids or hash_groups else None
@@ -132,7 +138,7 @@ def prepare(
     store = find_store(folder, spec)
     look = partial(
         view_contents, name=name, dataset=dataset, scan=result, network=network, dtype=dtype,
-        keeps_copies=views is None,
+        keeps_copies=copies is None,
     )  # fmt: skip
     contents = look(store, wanted, augmented)
     forward, derived = missing_outputs(contents.outputs, contents.layouts, store, contents.digests)

@@ -29,12 +29,12 @@ from featurecache.extraction.forward import ForwardRunner
 from featurecache.extraction.pipeline import (
     CHANGED,
     ExtractionJob,
-    StageTimings,
     derive_shards,
     forward_units,
     run_local,
 )
 from featurecache.extraction.scan import ScanResult
+from featurecache.extraction.timings import StageTimings, measure_again
 from featurecache.files.atomic import check_room, file_stamp
 from featurecache.files.locks import shared_lock, update_lock
 from featurecache.files.records import canonical_json
@@ -240,6 +240,9 @@ class Extraction:
                         failures = done[0].failures if done else {}
                         path, images, copies, failed = write_view_of(self, failures)
                         break
+        if not any(job.timings.images for job in jobs) and store.cost_of_busy(self.device.type):
+            again = measure_again(self.compute(), self.device, self.backbone.image_size, self.outputs, plan["threads"])
+            store.write_cost(self.device.type, self.name, again)
         timings = [job.timings for job in jobs] or [StageTimings(self.device, batch=0)]
         names, computed = tuple(output.name for output in self.outputs), sum(each.images for each in timings)
         return ExtractionResult(
@@ -263,7 +266,7 @@ class Extraction:
         except KeyboardInterrupt as error:
             self._keep_timings(job)
             safe = sum(int(self.locate(o).mask.sum()) for o in self.outputs[:1])
-            what = "images and copies" if self.copying else "images"
+            what = "images and augmented copies" if self.copying else "images"
             raise Stopped(f"stopped. {safe:,} {what} are safe; the same command continues.") from error
         except UnreadableImage as error:
             number, reason = next(iter(job.failures.items()))
@@ -281,8 +284,8 @@ class Extraction:
         with progress_bar(self.to_compute + self.to_derive, progress) as bar:
 
             def advance(images: int) -> None:
-                shares = job.timings.shares().items()
-                bar.set_postfix_str("  ".join(f"{stage} {share:.0%}" for stage, share in shares), refresh=False)
+                stage, share = max(job.timings.shares().items(), key=lambda each: each[1])
+                bar.set_postfix_str(f"{100 * share:.0f} % {stage}", refresh=False)
                 bar.update(images)
 
             derive_shards(job, self._apart(self.derived), bar.update)

@@ -145,7 +145,7 @@ def checked_plan(plan: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _is_cost(cost: Any) -> bool:
-    kinds = {"forward_ms": float, "images": int, "device": str, "loading_ms": dict}
+    kinds = {"forward_ms": float, "images": int, "device": str, "loading_ms": dict, "busy": bool}
     if not isinstance(cost, dict) or {key: type(value) for key, value in cost.items()} != kinds:
         return False
     return all(type(ms) is float and ms >= 0 for ms in [cost["forward_ms"], *cost["loading_ms"].values()])

@@ -1,4 +1,4 @@
-"""Augmentation: copies of training images, drawn once and stored, ``--views 2 --augment flip,rotate10,shift0.1``.
+"""Augmentation: copies of training images, drawn once and stored, ``--copies 2 --augment flip,rotate10,shift0.1``.
 
 An augmentation is a list of steps. They are done in their order by torchvision's operations on the decoded image,
 uint8 [3,H,W], before the backbone's own preprocessing. What a step leaves open (whether to flip, by how many degrees)
@@ -214,18 +214,18 @@ class AugmentedCopies:
 
 
 def augmentation_of(views: int | None, augment: str | None, seed: int) -> AugmentedCopies | None:
-    """What ``--views``, ``--augment`` and ``--augment-seed`` say together; None: no copies, or as they were."""
+    """What ``--copies``, ``--augment`` and ``--augment-seed`` say together; None: no copies, or as they were."""
     if not views and (augment is not None or seed):
         option = "--augment" if augment is not None else "--augment-seed"
         raise BadOption(
-            f"{option} needs the number of copies of each training image: --views 2 --augment flip,rotate10"
+            f"{option} needs the number of copies of each training image: --copies 2 --augment flip,rotate10"
         )
     if not views:
         return None
     if not 0 < views <= MOST_VIEWS:
-        raise BadOption(f"--views is {views}; a number from 0 to {MOST_VIEWS:,} is expected.")
+        raise BadOption(f"--copies is {views}; a number from 0 to {MOST_VIEWS:,} is expected.")
     if augment is None:
-        raise BadOption(f"--views {views} needs --augment: how the copies are to differ, some of {_FORMS}.")
+        raise BadOption(f"--copies {views} needs --augment: how the copies are to differ, some of {_FORMS}.")
     return AugmentedCopies(parse_augmentation(augment, seed), views)
 
 

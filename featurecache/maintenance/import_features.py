@@ -51,7 +51,7 @@ class ImportResult:
     view: Path
     outputs: dict[str, tuple[int, ...]]  # name -> shape of a row
     rows: int
-    copies: int  # rows that are the same as another
+    duplicates: int  # rows that are the same as another
     task: str
     classes: list[str]
     new_rows: int  # stored by this import
@@ -122,9 +122,11 @@ def import_view(
         view_rows = ViewColumns(text_array(rows.ids), rows.labels, text_array(rows.splits), digests, groups, rows.meta)
         located = {layout: store.locate(layout, digests) for layout in source.layouts.values()}
         path = write_view(store, name, view_rows, attributes, located)
-    copies = len(digests) - len(np.unique(digests))
+    duplicates = len(digests) - len(np.unique(digests))
     outputs = {key: layout.shape for key, layout in source.layouts.items()}
-    return ImportResult(path, outputs, source.rows, copies, rows.task, rows.classes, new, tuple(_notes(source, rows)))
+    return ImportResult(
+        path, outputs, source.rows, duplicates, rows.task, rows.classes, new, tuple(_notes(source, rows))
+    )
 
 
 def _source(

@@ -29,10 +29,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption
+from featurecache.formatting import pair_bar
 from featurecache.store.view import View
 
 SPLITS = ("train", "val", "test")
@@ -343,8 +343,7 @@ def nearest_pairs(
     cut = np.float32(threshold - 0.5 * 10**-_DECIMALS - 1.01 * error / (1 - error) - 2.0**-22)
     pairs, within = NearPairs(most), first is second
     product = np.empty((BLOCK, BLOCK), np.float32)
-    total, hidden = len(first) * len(second), None if what else True
-    with tqdm(total=total, desc=what, unit=" pairs", unit_scale=True, leave=False, disable=hidden) as bar:
+    with pair_bar(len(first) * len(second), what, bool(what)) as bar:
         for tile in _parts(first, TILE):
             left = [(rows, features[rows].astype(np.float32)) for rows in _parts(tile, BLOCK)]
             for columns in _parts(second, BLOCK):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import NotFetched, SourceError, nearest
+from featurecache.errors import BadOption, NotFetched, SourceError, nearest
 from featurecache.files.atomic import refuse_special
 from featurecache.images.headers import check_crop
 from featurecache.sources import fetching, huggingface, medmnist, torchvision_datasets
@@ -24,6 +24,7 @@ from featurecache.sources.folders import list_folder, open_folder, open_images_b
 from featurecache.sources.in_memory import KIND as IN_MEMORY
 from featurecache.sources.in_memory import open_memory
 from featurecache.sources.labels import ROLES, ordered_labels, resolve_labels
+from featurecache.sources.limit import limit_images
 from featurecache.sources.pseudonyms import pseudonymise, secret_of
 from featurecache.sources.published_layouts import is_chest_xray, is_tiny_imagenet, open_chest_xray, open_tiny_imagenet
 from featurecache.sources.summary import contact_sheet, describe_dataset
@@ -34,7 +35,7 @@ __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe_dataset", 
 
 Columns = dict[str, str] | None  # role -> column
 # How a user says what is to be read, as `open_source` takes it.
-_WORDS = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits", "crop")
+_WORDS = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits", "crop", "limit", "limit_seed")
 _ABOUT = {  # what an option that only some sources take is about
     "classes_at": "a level of the folders of images", "root": "where the images of a table lie",
     "uncertain": "what -1 is in the label columns of a table",
@@ -135,6 +136,8 @@ def open_source(
     page: str | None = None,
     bits: int | None = None,
     crop: Sequence[float] | None = None,
+    limit: int | None = None,
+    limit_seed: int | None = None,
 ) -> Dataset:
     """The dataset that ``data`` names: a folder, a table, an ``.npz``, the word ``digits`` (``./digits`` is a folder),
     or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine; from
@@ -144,8 +147,8 @@ def open_source(
     the classes in the order of their labels. Of tables: ``root`` is the folder of the images where it is not that of
     the table, ``uncertain`` (ignore, zero, one) what -1 is in label columns. ``page``, of TIFF stacks and DICOM files
     of several frames, is a number (from 0) or "all"; ``bits``: 2^bits − 1 is white in 16-bit images; ``crop``:
-    the left, top, right and bottom edge of what is looked at, in parts of width and height. Raises SourceError,
-    BadOption."""
+    the left, top, right and bottom edge of what is looked at, in parts of width and height; ``limit``: so many images,
+    see `limit_images`. Raises SourceError, BadOption."""
     edges = None if crop is None else check_crop(crop)
     words: dict[str, Any] = {"columns": columns or None, "task": task, "classes_at": classes_at}
     words["order"] = order and list(order)
@@ -155,8 +158,8 @@ def open_source(
             raise SourceError(f"columns were named ({', '.join(columns)}), but the images are given as they are.")
         if given := [name for name, value in words.items() if value is not None and name != "task"]:
             raise SourceError(f"{given[0]} says how a folder or a table is read; the images are given as they are.")
-        return expand_frames(replace(open_memory(data, task), bits=bits, crop=edges), page)
-    words |= {"page": page, "bits": bits, "crop": edges and list(edges)}
+        return _limited(expand_frames(replace(open_memory(data, task), bits=bits, crop=edges), page), limit, limit_seed)
+    words |= {"page": page, "bits": bits, "crop": edges and list(edges), "limit": limit, "limit_seed": limit_seed}
     kind, what = _find(data)
     try:
         return _open(kind, what, data, words)
@@ -212,7 +215,16 @@ def _open(kind: str, what: str, data: str | os.PathLike[str], words: dict[str, A
         except UnicodeEncodeError:
             raise SourceError(f"the name of {name!r} in {data} is not UTF-8; rename it.") from None
     reading = {"bits": words["bits"], "crop": words["crop"] and check_crop(words["crop"])}
-    return expand_frames(replace(dataset, name=safe_name(dataset.name), source=record, **reading), words["page"])
+    whole = expand_frames(replace(dataset, name=safe_name(dataset.name), source=record, **reading), words["page"])
+    return _limited(whole, words["limit"], words["limit_seed"])
+
+
+def _limited(dataset: Dataset, limit: int | None, seed: int | None) -> Dataset:
+    if limit is None:
+        if seed is not None:
+            raise BadOption("--limit-seed is of what --limit draws; give --limit too.")
+        return dataset
+    return limit_images(dataset, limit, seed or 0)
 
 
 def _ordered(

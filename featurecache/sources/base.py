@@ -14,7 +14,7 @@ import stat
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Protocol
 
@@ -73,6 +73,15 @@ class Dataset:
         """As people name it."""
         return self.name
 
+    def at(self, rows: np.ndarray) -> Dataset:
+        """The dataset of these rows alone."""
+        files = isinstance(self.images, ImageFiles)
+        return replace(
+            self, ids=_at(self.ids, rows), labels=self.labels[rows], splits=_at(self.splits, rows),
+            groups=self.groups and _at(self.groups, rows), meta={name: _at(c, rows) for name, c in self.meta.items()},
+            images=self.images.at(rows) if files else ImageArrays([_ImageRows(self.images, rows)]),
+        )  # fmt: skip
+
     def read(self, row: int) -> EncodedImage:
         """The encoded bytes of a file, or an array [H, W], [H, W, 1] or [H, W, 3]. Raises UnreadableImage."""
         return read_by(self.images.read(row), self.reading)
@@ -91,6 +100,24 @@ class Dataset:
         return (self.path(row) if self.source.get("hash_ids") else None) or self.ids[row]
 
 
+def _at(column: Any, rows: np.ndarray) -> Any:
+    return column[rows] if isinstance(column, np.ndarray) else [column[row] for row in rows.tolist()]
+
+
+@dataclass(frozen=True)
+class _ImageRows:
+    """Some rows of images that lie in an archive or in arrays."""
+
+    images: ImageSource
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> EncodedImage:
+        return self.images.read(int(self.rows[row]))
+
+
 @dataclass(frozen=True)
 class ImageFiles:
     """Images in files of their own: ``ids`` are paths relative to ``root`` (or absolute)."""
@@ -101,6 +128,9 @@ class ImageFiles:
 
     def path(self, row: int) -> str:
         return os.path.join(self.root, self.ids[row])
+
+    def at(self, rows: np.ndarray) -> ImageFiles:
+        return replace(self, ids=_at(self.ids, rows))
 
     def read(self, row: int) -> bytes | EncodedFrame:
         return read_file(self.path(row))

@@ -70,7 +70,7 @@ class Description:
     sizes: dict[str, list[int]]  # smallest, median, largest: [width, height] in pixels
     kinds: dict[str, int]  # of pixels, most frequent first
     unreadable: list[tuple[str, str]]  # among those looked at: id, reason
-    copies: Duplicates | None
+    duplicates: Duplicates | None
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def describe_dataset(
     headers: Mapping[int, ImageHeader | str] | None = None,
 ) -> Description:
     """Count, and look at the headers of at most ``LOOKED_AT`` images spread over the dataset. ``digests`` [N], where
-    they are known (empty for an image that could not be read), give the copies; ``headers``, where some were looked at
-    before (row → header, or why not), are not looked at again."""
+    they are known (empty for an image that could not be read), give the duplicates; ``headers``, where some were
+    looked at before (row → header, or why not), are not looked at again."""
     splits = [split for split in _ORDER if split in set(dataset.splits)]
     column = np.fromiter(map(splits.index, dataset.splits), np.int64, len(dataset))
     headers = _look_at_some(dataset) if headers is None else headers
@@ -113,7 +113,7 @@ def describe_dataset(
         sizes={name: [width, height] for name, (width, height, *_) in sizes.items()},
         kinds=dict(Counter(look.kind for look in looks).most_common()),
         unreadable=[(dataset.shown(row), header) for row, header in headers.items() if isinstance(header, str)],
-        copies=None if digests is None else _copies(dataset, digests),
+        duplicates=None if digests is None else _duplicates(dataset, digests),
         notes=[*dataset.notes, *_notes_on_pixels(dataset, looks)],
     )
 
@@ -164,7 +164,7 @@ def is_unlabelled(dataset: Dataset) -> np.ndarray:
     return np.asarray(np.isnan(dataset.labels).any(1) if dataset.labels.ndim == 2 else dataset.labels == -1)
 
 
-def _copies(dataset: Dataset, digests: Sequence[str | bytes | None] | np.ndarray) -> Duplicates:
+def _duplicates(dataset: Dataset, digests: Sequence[str | bytes | None] | np.ndarray) -> Duplicates:
     assert len(digests) == len(dataset), (len(digests), len(dataset))
     if not isinstance(digests, np.ndarray):
         digests = np.array([d.decode() if isinstance(d, bytes) else d or "" for d in digests])
@@ -211,19 +211,19 @@ def _facts(summary: Description) -> list[str]:
         facts.append(("sizes", f"{' · '.join(shown)}{names}{sample}"))
         facts.append(("pixels", " · ".join(f"{kind} {count:,}" for kind, count in summary.kinds.items())))
     facts += [("unreadable", f"{name}: {reason}") for name, reason in summary.unreadable[:5]]
-    if summary.copies is not None:
-        facts.append(("copies", copies_text(summary.copies)))
+    if summary.duplicates is not None:
+        facts.append(("duplicates", duplicates_text(summary.duplicates)))
     facts += [("note", note) for note in summary.notes]
     return [f"{name:<12}{text}" for name, text in facts]
 
 
-def copies_text(copies: Duplicates) -> str:
-    if not copies.total:
+def duplicates_text(duplicates: Duplicates) -> str:
+    if not duplicates.total:
         return "none"
-    parts = [f"{count:,} within {split}" for split, count in copies.within.items() if count and split]
-    parts += [f"{count:,} in both {pair.replace('+', ' and ')}" for pair, count in copies.across.items() if count]
-    parts += [f"{copies.two_labels:,} under two labels"] if copies.two_labels else []
-    return f"{copies.total:,} images repeat another" + (f" ({', '.join(parts)})" if parts else "")
+    parts = [f"{count:,} within {split}" for split, count in duplicates.within.items() if count and split]
+    parts += [f"{count:,} in both {pair.replace('+', ' and ')}" for pair, count in duplicates.across.items() if count]
+    parts += [f"{duplicates.two_labels:,} under two labels"] if duplicates.two_labels else []
+    return f"{duplicates.total:,} images repeat another" + (f" ({', '.join(parts)})" if parts else "")
 
 
 # -- contact sheets

@@ -185,6 +185,10 @@ class TarImages(ImageFiles):
         ids = [frame_name(self.ids[row], frame) for row, frame in zip(rows, frames, strict=True)]
         return replace(self, ids=ids, places=self.places[rows], frames=frames)
 
+    def at(self, rows: np.ndarray) -> TarImages:
+        frames = None if self.frames is None else [self.frames[row] for row in rows.tolist()]
+        return replace(self, ids=[self.ids[row] for row in rows.tolist()], places=self.places[rows], frames=frames)
+
     def path(self, row: int) -> str:
         return os.path.join(self.root, self.tars[self.places[row, 0]])
 

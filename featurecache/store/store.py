@@ -126,28 +126,33 @@ class Store:
         write_whole(self.path / "plan.json", write_checked_json(plans), inside=self.path)
 
     def write_cost(self, device: str, view: str, measured: dict[str, Any]) -> None:
-        """Keep in the plan what an image took in a run, unless that of a run of more images is there; of loading also
-        where nothing is known of this view."""
+        """Keep in the plan what an image took in a run, unless that of a run of more images is there, or of one on a
+        machine that was not busy; of loading also where nothing is known of this view."""
         with update_lock(self.path):
             plans = self.plan or {}
-            cost = plans.setdefault(device, {}).setdefault("cost", {"images": 0, "loading_ms": {}})
-            more = measured["images"] >= cost["images"]
+            cost = plans.setdefault(device, {}).setdefault("cost", {"images": 0, "loading_ms": {}, "busy": True})
+            more = (not measured["busy"], measured["images"]) >= (not cost["busy"], cost["images"])
             if measured["loading_ms"] is not None and (more or view not in cost["loading_ms"]):
                 cost["loading_ms"][view] = measured["loading_ms"]
             if more:
-                cost |= {key: measured[key] for key in ("forward_ms", "device", "images")}
+                cost |= {key: measured[key] for key in ("forward_ms", "device", "images", "busy")}
             self._write_plans(plans)
+
+    def cost_of_busy(self, device: str) -> bool:
+        """Whether what an image costs on a kind of device was measured while other work had the cores."""
+        return bool((self.plan or {}).get(device, {}).get("cost", {}).get("busy"))
 
     def cost(self, view: str) -> dict[str, Any] | None:
         """What an image of a view costs, as extractions measured it: {"forward_ms": 12.3, "loading_ms": 0.8, "device":
-        "AMD EPYC", "precision": "fp32", "threads": 2}, milliseconds. ``loading_ms`` is None where every image of the
-        view was in the store already, ``threads`` on an accelerator. None: never measured (imported features)."""
+        "AMD EPYC", "precision": "fp32", "threads": 2, "busy": False}, milliseconds. ``loading_ms`` is None where every
+        image of the view was in the store already, ``threads`` on an accelerator; ``busy``: other work had the cores.
+        None: never measured (imported features)."""
         measured = [(plan["cost"], kind, plan) for kind, plan in (self.plan or {}).items() if "cost" in plan]
         if not measured:
             return None
-        cost, kind, plan = max(measured, key=lambda each: each[0]["images"])
+        cost, kind, plan = max(measured, key=lambda each: (not each[0]["busy"], each[0]["images"]))
         threads = plan["threads"] if kind == "cpu" else None
-        made = {"device": cost["device"], "precision": self.spec.precision, "threads": threads}
+        made = {"device": cost["device"], "precision": self.spec.precision, "threads": threads, "busy": cost["busy"]}
         return {"forward_ms": cost["forward_ms"], "loading_ms": cost["loading_ms"].get(view), **made}
 
     def replace_plan(self, plans: dict[str, Any]) -> None:

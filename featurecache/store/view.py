@@ -38,7 +38,7 @@ def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
     options += [("--column", f"{role}={column}") for role, column in (source.get("columns") or {}).items()]
     words = {
         f"--{name.replace('_', '-')}": source.get(name)
-        for name in ("task", "classes_at", "root", "uncertain", "page", "bits")
+        for name in ("task", "classes_at", "root", "uncertain", "page", "bits", "limit", "limit_seed")
     }
     words["--crop"] = ",".join(f"{edge:.15g}" for edge in source["crop"]) if source.get("crop") else None
     words["--order"] = join_names(source["order"]) if source.get("order") else None

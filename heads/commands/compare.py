@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from click import Choice, argument, option
+from click import Choice, argument
 
+from featurecache.commands.help import option, options_of
 from featurecache.commands.source_options import named_images, source_options
 from featurecache.commands.terminal import (
     Console,
@@ -16,6 +17,7 @@ from featurecache.commands.terminal import (
     features_option,
     of_backbone_options,
     trust_option,
+    typed_command,
 )
 from featurecache.formatting import aligned, shell_word, shell_words
 from heads.commands.train import page_options, prediction_by, training_options
@@ -28,21 +30,30 @@ tested_option = option("--show-test", type=Choice(["chosen", "all"]), default="c
     "--heads", required=True, metavar="A,B", help="linear, large, ridge, … (see info), cnn-cifar, finetune:resnet50, …"
 )
 @option("--features", metavar="V,W", help="Views of the same images. [default: that of the last extraction]")
-@option("--data", metavar="SOURCE", help="Images for networks from pixels, where no view has them.")
-@source_options
+@options_of(
+    option("--data", metavar="SOURCE", help="Images for networks from pixels, where no view has them."),
+    source_options,
+    section="data",
+)
 @option("--outputs", metavar="A,B", help="cls,tokens,… each head takes those that fit it. [default: its own]")
-@option("--seeds", default=1, metavar="N", help="Initialisations 0 … N-1 of every setting.")
-@option("--fractions", default="1", metavar="GRID", help="Of train: 0.01,0.1,1; smaller ones are in larger.")
-@option("--repeats", default=1, metavar="N", help="Draws of splits and fractions.")
-@option("--folds", type=int, metavar="K", help="Cross-validate over train and val; a given test is left alone.")
-@option("--search", type=Choice(["optuna"]), help="Search in ranges a..b instead of a grid.")
-@option("--trials", type=int, metavar="N", help="With --search: of each head, output and view.")
+@option("--seeds", default=1, metavar="N", help="Initialisations of every setting.")
+@options_of(
+    option("--fractions", default="1", metavar="GRID", help="Of train: 0.01,0.1,1; smaller ones are in larger."),
+    option("--repeats", default=1, metavar="N", help="Draws of splits and fractions."),
+    option("--folds", type=int, metavar="K", help="Cross-validate over train and val; a given test is left alone."),
+    option("--search", type=Choice(["optuna"]), help="Search in ranges a..b instead of a grid."),
+    option("--trials", type=int, metavar="N", help="With --search: of each head, output and view."),
+    section="sweep",
+)
 @training_options("ablate")
 @option("--controls/--no-controls", default=None, help="Chance, majority, pixels. [default: if untrained]")
-@option("--out", metavar="DIR", help="A new folder, or one to go on in. [default: runs/ablate-VIEW-N]")
+@option("--out", metavar="DIR", help="New, or to go on in. [default: runs/ablate-VIEW-N]")
 @option("--dry-run", is_flag=True, help="Say what would be trained; write nothing.")
-@option("--reference", metavar="NAME", help="A head of the table: the others against it, paired.")
-@tested_option
+@options_of(
+    option("--reference", metavar="NAME", help="A head of the table: the others against it, paired."),
+    tested_option,
+    section="sweep",
+)
 @page_options
 @cache_option
 def ablate(
@@ -53,10 +64,11 @@ def ablate(
 
     \b
     featurecache ablate --heads linear,large,attention --lr 1e-4..1e-2:5 --seeds 5
-    featurecache ablate --heads linear --features vit-in21k/chest,resnet50/chest --fractions 0.01,0.1,1
+    featurecache ablate --heads linear --features vit-in21k/chest,resnet50/chest
 
     GRID is 1e-3, or 1e-3,1e-2, or 1e-4..1e-2:5 (equal ratios), or 0..0.5:+0.1 (equal steps); --search also takes
-    1e-4..1e-2. The same command goes on where it was stopped; with more seeds or values only what is new is trained.
+    1e-4..1e-2. Networks from pixels train as published. The same command goes on where it was stopped; of more seeds or
+    values only what is new is trained.
     """
     from heads import api
     from heads.evaluation.comparison import compare
@@ -68,7 +80,7 @@ def ablate(
     options |= {"reference": reference, "say": talk.line, "progress": talk.progress}
     sweep = api.ablate(views, heads, data=images, **options)
     if sweep is None:
-        talk.next("the same command without --dry-run")
+        talk.next(typed_command("dry_run"))
         return 0
     comparison = compare(sweep.families, reference=reference, show_test=show_test)
     written = write_report(sweep.path, sweep.families, comparison, images=not no_images, hash_ids=hash_ids)
@@ -96,7 +108,7 @@ def evaluate(
     """A finished head on another view (another hospital): nothing is fitted, all measures with intervals.
 
     \b
-    featurecache evaluate --run runs/chest-large-1 --features vit-in21k/other-hospital
+    featurecache evaluate --run runs/chest-large-1 --features other-hospital
     """
     from heads.api import families_in
     from heads.evaluation.comparison import compare
@@ -143,7 +155,7 @@ def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any
 
     \b
     featurecache report runs/ablate-chest-1
-    featurecache report runs/chest-linear-1 runs/chest-large-1 --reference "linear on cls"
+    featurecache report runs/chest-linear-1 runs/chest-large-1 --by sex
     """
     import heads
 
@@ -176,7 +188,7 @@ def explain(talk: Console, runs: tuple[str, ...], images: tuple[str, ...], **opt
 
     \b
     featurecache explain --run runs/chest-large-1 new.png folder/
-    featurecache explain --run runs/chest-large-1 --run runs/chest-linear-1 --kind attention,grad-cam new.png
+    featurecache explain --run runs/chest-large-1 --kind attention new.png
 
     Beside each map the same of the head with its weights shuffled: a map that looks like that says nothing. IMAGE is a
     file, a folder, a table, or the id of an image of the run's data.
@@ -220,8 +232,8 @@ def study(
     """A published study again, from its images to one page: features, heads, networks, numbers beside the published.
 
     \b
-    featurecache study                                  what there is
-    featurecache study medical-mnist --quick            a trial, without any download
+    featurecache study                            what there is
+    featurecache study medical-mnist --quick      a trial, without any download
     featurecache study pneumonia --data chest_xray/
 
     The same command goes on where it was stopped; no step is done twice.
@@ -240,7 +252,7 @@ def study(
     result = run_study(name, say=talk.say, progress=talk.progress, **options)
     talk.result(result_lines(result), result_record(result))
     if not result.page:
-        talk.next("the same command without --dry-run")
+        talk.next(typed_command("dry_run"))
     elif result.options.quick:
         talk.next(f"featurecache study {name} --data DIR")
     else:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click import Choice, argument, option
+from click import Choice, argument
 
 from featurecache.commands.extract import open_features
+from featurecache.commands.help import option, options_of
 from featurecache.commands.source_options import named_images, pairs_of, source_options
 from featurecache.commands.terminal import (
     Console,
@@ -22,7 +23,6 @@ from featurecache.commands.terminal import (
     command,
     features_option,
     of_backbone_options,
-    options_of,
 )
 from featurecache.errors import BadOption
 from featurecache.formatting import shell_word
@@ -37,10 +37,22 @@ _TAKERS = {
     "ablate": ("any", "head", "network", "finetune"),
 }
 _OF_ONE_HEAD = ("output", "seed", "fraction", "folds", "fold")  # of which a sweep has several: options of its own
+_SECTIONS = {  # of help
+    "splits": (
+        "split_seed", "resplit_val", "splits", "classes", "only", "train_per_class", "positive", "drop_leaks",
+        "fraction", "folds", "fold",
+    ),
+    "training": (
+        "batch_size", "patience", "weight_decay", "balance", "class_weights", "pos_weight", "standardize", "optimizer",
+        "schedule", "warmup", "clip_norm", "dropout", "label_smoothing", "gated", "sensitivity", "precision", "ram",
+    ),
+    "network": ("augment", "decay_all", "image_size", "device", "lora", "rlrr", "weights", "random_weights"),
+}  # fmt: skip
 _NUMBERS: dict[str, tuple[type, str]] = {"int": (int, "N"), "float": (float, "X")}
 page_options = options_of(
     option("--no-images", is_flag=True, help="Embed no image of the data in report.html."),
     option("--hash-ids", is_flag=True, help="Write ids as keyed hashes in the report."),
+    section="output",
 )
 
 
@@ -50,7 +62,9 @@ def training_options(name: str) -> Callable[..., Any]:
     from heads.settings import TABLE, options_for
 
     names = [each for each in options_for(*_TAKERS[name]) if name != "ablate" or each not in _OF_ONE_HEAD]
-    return options_of(*(_training_option(TABLE[each], name) for each in names))
+    own = {each: _training_option(TABLE[each], name) for each in names}
+    sections = {word: [own.pop(each) for each in of if each in own] for word, of in _SECTIONS.items()}
+    return options_of(*own.values(), *(options_of(*each, section=word) for word, each in sections.items() if each))
 
 
 def _training_option(entry: Field[Any], name: str) -> Callable[..., Any]:
@@ -65,9 +79,8 @@ def _training_option(entry: Field[Any], name: str) -> Callable[..., Any]:
         of = {"network": "Of networks from pixels: ", "finetune": "Of finetune:…: "}.get(taker)
         text = of + text[0].lower() + text[1:] if of else text
         if entry.default not in (None, ()) and entry.default is not False and entry.name != "device":
-            published = taker == "any" and entry.name not in ("select", "split_seed")
             usual = "the head's own" if of_head else "on" if entry.default is True else entry.default
-            text += f" [default: {usual}{'; of networks as published' if published else ''}]"
+            text += f" [default: {usual}]"
     if kind == "bool":
         words = f"{word}/--no-{word[2:]}" if entry.default or taker == "network" else word
         return option(words, is_flag=True, default=default, help=text)
@@ -134,7 +147,7 @@ def train_head(talk: Console, features: str | None, cache: str | None, no_images
 @training_options("train-baseline")
 @option("--controls", is_flag=True, help="Chance, the majority class and raw pixels beside it.")
 @option("--out", metavar="DIR", help="Run folder. [default: runs/DATA-ARCH-N]")
-@option("--overwrite", is_flag=True, help="Replace the run, or an interrupted training of other settings, in --out.")
+@option("--overwrite", is_flag=True, help="Replace the run or the interrupted training in --out.")
 @page_options
 @cache_option
 def train_baseline(
@@ -145,11 +158,11 @@ def train_baseline(
 
     \b
     featurecache train-baseline --arch cnn-medical-mnist --data medical-mnist/
-    featurecache train-baseline --arch finetune:vit-in1k --features vit-in21k/chest --lora 8
-    featurecache train-baseline --arch cnn-cifar --data digits --augment none --lr 3e-4
+    featurecache train-baseline --arch finetune:vit-in1k --features chest --lora 8
+    featurecache train-baseline --arch cnn-cifar --data digits --augment none
 
     \b
-    cnn-mindlina       three blocks at 256 pixels: a stand-in for an unpublished network
+    cnn-mindlina       three blocks at 256 pixels, for an unpublished network
     cnn-medical-mnist  three blocks at 224 pixels, 3.4 M parameters
     cnn-cifar          six residual blocks at 32 pixels, 0.2 M parameters
     vit-cifar          a small ViT at 32 pixels, 1.2 M parameters
@@ -188,7 +201,7 @@ def predict(
     talk: Console, run: str, columns: tuple[str, ...], csv_file: str | None, trust_code: bool, images: tuple[str, ...],
     **options: Any,
 ) -> int:  # fmt: skip
-    """Class and calibrated probability of new images, folders or tables.
+    """Predicted class and calibrated probability of new images: files, folders or tables.
 
     \b
     featurecache predict --run runs/chest-large-1 new.png folder/
@@ -216,7 +229,7 @@ def predict(
     elif csv_file == "-":
         click.echo(inference.predictions_csv(records), nl=False)
     elif not csv_file:
-        click.echo(inference.predictions_table(records))
+        talk.result(inference.predictions_table(records), {})
     talk.next(f"featurecache info {shell_word(run)}")
     return int(any("error" in record for record in records))
 

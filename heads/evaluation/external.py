@@ -140,7 +140,7 @@ def _overlap(run: Run, view: FeatureView, rows: np.ndarray) -> list[str]:
         own = cast(Any, view) if same else image_columns(run, run.ids)
         digests.append(np.asarray(own.digests)[rows_of_splits(run, own.ids, ("train", "val"))])
     except (CacheError, OSError):
-        notes.append(f"the view it was trained on is gone ({path}): copies of training images cannot be found")
+        notes.append(f"the view it was trained on is gone ({path}): duplicates of training images cannot be found")
     used = {bytes(d) for each in digests for d in each}
     if n := sum(bytes(d) in used for d in np.asarray(view.digests)[rows]):
         used_too = f"{n:,} of {len(rows):,} images were also used to train or choose this head"

@@ -249,7 +249,7 @@ def _rounded(values: np.ndarray | None) -> list[Any] | None:
 
 def explanations_table(records: Sequence[dict[str, Any]]) -> str:
     """For a terminal: a line for each map, places counted from 1 at the upper left; errors below."""
-    rows = [["image", "map", "run", "class", "margin", "strongest at", "beside it", "like its control"]]
+    rows = [["image", "map", "run", "class explained", "margin", "strongest at", "beside it", "like its control"]]
     errors = []
     for r in records:
         if "error" in r:

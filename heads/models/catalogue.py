@@ -359,7 +359,7 @@ def networks_lines() -> str:
     rows = []
     for row in networks_table():
         classes, _, counts = (" / ".join(f"{n:,}" for n in column) for column in zip(*row["parameters"], strict=True))
-        rows.append([row["network"], f"{row['image_size']} px", f"{counts} (C = {classes})", row["what"]])
+        rows.append([row["network"], f"{row['what']}: {row['image_size']} px, {counts} parameters (C = {classes})"])
     return "\n".join(aligned(rows, right=(), indent=2))
 
 

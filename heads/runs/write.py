@@ -268,9 +268,9 @@ def _predictions(contents: RunContents) -> tuple[list[str], list[list[Any]]]:
     config = contents.config
     kind, classes, calibration = config["task"], config["classes"], Calibration.from_dict(config["calibration"])
     positive = None if config["positive"] is None else classes.index(config["positive"])
-    columns = ["label", "predicted"]
+    columns = ["true class", "predicted class"]
     if kind == "multilabel":
-        columns = [f"{word} {name}" for word in columns for name in classes]
+        columns = [f"{word} {name}" for word in ("true", "predicted") for name in classes]
     rows: list[list[Any]] = []
     for split, (where, raw) in contents.predictions.items():
         p = probabilities(kind, calibration(raw))

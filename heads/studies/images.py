@@ -197,9 +197,9 @@ def _stamp(path: str | None) -> bytes:
 
 
 def set_context(opened: OpenedSet, digests: np.ndarray, images: bool) -> dict[str, Any]:
-    """What the page of a study shows of a set: counts by class and split, sizes, copies, and a few of the images.
+    """What the page of a study shows of a set: counts by class and split, sizes, duplicates, and a few of the images.
     ``digests``: S32 [N]."""
-    from featurecache.sources.summary import copies_text, describe_dataset
+    from featurecache.sources.summary import describe_dataset, duplicates_text
 
     about = describe_dataset(opened.dataset, digests)
     rows = list(zip(about.classes, about.counts, strict=True))
@@ -214,7 +214,7 @@ def set_context(opened: OpenedSet, digests: np.ndarray, images: bool) -> dict[st
         "task": about.task, "images": f"{about.images:,}",
         "sizes": f"{' · '.join(sizes)} pixels{note}" if sizes else None,
         "pixels": " · ".join(f"{kind} {count:,}" for kind, count in about.kinds.items()),
-        "copies": about.copies and copies_text(about.copies),
+        "duplicates": about.duplicates and duplicates_text(about.duplicates),
         "unreadable": f"{len(about.unreadable)} of those looked at" if about.unreadable else None,
         "notes": " ".join(about.notes),
     }  # fmt: skip

@@ -173,9 +173,10 @@ def check_weights(study: Study, options: StudyOptions, steps: Sequence[Step]) ->
         try:
             load_backbone(name, weights=options.weights.get(name))
         except WeightsNotFound as error:
+            what = "\n".join(str(error).splitlines()[:2])  # what is missing, and how it is fetched
             way = "PATH" if len(backbones_of(study.steps)) == 1 else f"{name}=PATH"
             raise WeightsNotFound(
-                f"{str(error).splitlines()[0]}\n"
+                f"{what}\n"
                 f"       --weights {way}   a copy you have        HF_HOME=…, TORCH_HOME=…   an existing cache"
                 "        --random-weights   the study without them, which shows the tool and no backbone"
             ) from error

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from featurecache.errors import ProtocolError, Stopped
 from featurecache.files.records import canonical_json
@@ -28,6 +27,7 @@ from heads.settings import METRICS, Settings
 from heads.sweeps.grid import Range, Resplit
 from heads.sweeps.journal import ROWS, JournalFile, Row, StagedRuns, key_in, seal_sweep, slug
 from heads.sweeps.plan import STEPPED, PlannedFamily, SweepPlan
+from heads.sweeps.progress import SweepBar
 from heads.sweeps.search import search
 from heads.task import Say
 from heads.training import engine
@@ -36,6 +36,8 @@ from heads.training.job import TrainingJob, make_model, request_of, split_line
 from heads.training.loop import Checkpoint
 from heads.training.network import say_resumed, with_backbone
 from heads.training.train import FittedHead, run_contents, train_together
+
+SOLVED = 1.0  # seconds of a solved head, for the bar alone
 
 
 class SweepRunner:
@@ -50,12 +52,9 @@ class SweepRunner:
         self.select = plan.spec.base.select
 
     def run(self) -> None:
-        todo = say_plan(self.plan, self.folder, self.journal.rows, self.say)
-        style = "ablate {percentage:3.0f} % {bar} {n:,}/{total:,} heads  eta {remaining}"
-        with tqdm(
-            total=sum(todo.values()), disable=None if self.progress else True, bar_format=style, leave=False,
-            smoothing=0.1, dynamic_ncols=True,
-        ) as self.bar:  # fmt: skip
+        todo, seconds = say_plan(self.plan, self.folder, self.journal.rows, self.say)
+        self.bar = SweepBar(todo, seconds, self.progress)
+        with self.bar.bar:
             try:
                 for family in self.plan.families:
                     if self.plan.spec.search and not family.solved:
@@ -82,10 +81,10 @@ class SweepRunner:
             return None if math.isnan(value) else value
 
         def train(variants: Sequence[dict[str, Any]]) -> list[float | None]:
-            self.bar.update(len(variants) * heads - self.train(family, variants))
+            self.bar.skip(family, len(variants) * heads - self.train(family, variants))
             return [criterion(values) for values in variants]
 
-        self.bar.update(heads * search(self.plan, family, self.folder, train))
+        self.bar.skip(family, heads * search(self.plan, family, self.folder, train))
 
     def train(self, family: PlannedFamily, variants: Sequence[dict[str, Any]] | None = None) -> int:
         """Every head of these settings that is not there yet, on every resplit; how many that were."""
@@ -98,7 +97,6 @@ class SweepRunner:
                 for start in range(0, len(same), family.together):
                     chunk = same[start : start + family.together]
                     self._train_set(self.plan.job(family, resplit, chunk[0][0]), family, resplit, chunk)
-                    self.bar.update(len(chunk))
             trained += len(missing)
         return trained
 
@@ -114,7 +112,9 @@ class SweepRunner:
             request = hash_of(canonical_json(request_of(replace(job, settings=settings))))
             checkpoint = Checkpoint(self.folder / f".network-{request[:12]}.checkpoint")
             say_resumed(checkpoint, self._line)
-        fits = train_together(job, [s for s, _ in chunk], checkpoint=checkpoint, progress=self.progress)
+        with nullcontext() if again else self.bar.training(family, len(chunk)) as advance:
+            own = [settings for settings, _ in chunk]
+            fits = train_together(job, own, checkpoint=checkpoint, progress=self.progress, advance=advance)
         for (settings, key), fit in zip(chunk, fits, strict=True):
             if isinstance(fit, FittedHead):
                 # a budget of memory that was never reached has decided nothing, and is not written
@@ -122,10 +122,10 @@ class SweepRunner:
                 contents = run_contents(job, replace(fit, settings=replace(fit.settings, ram=ram)), [])
                 mark = {"key": key, "repeat": resplit.repeat, "family": list(family.identity)}
                 self.staged.put(key, replace(contents, config=contents.config | {"sweep": mark}))
-            own = replace(settings, ram=self.plan.spec.base.ram).to_dict()
+            asked = replace(settings, ram=self.plan.spec.base.ram).to_dict()
             place = {"view": family.view, "fingerprint": job.view.fingerprint, "output": job.output}
             drawn = {"fraction": family.fraction, "repeat": resplit.repeat, "fold": resplit.fold}
-            rows.append({"key": key, **place, "head": family.head, **drawn, "settings": own, **_measured(fit)})
+            rows.append({"key": key, **place, "head": family.head, **drawn, "settings": asked, **_measured(fit)})
         if not again:
             self.journal.append(rows)
         if checkpoint:
@@ -178,9 +178,9 @@ class SweepRunner:
         return self._controls
 
     def _line(self, line: str) -> None:
-        self.bar.clear()
+        self.bar.bar.clear()
         self.say(line)
-        self.bar.refresh()
+        self.bar.bar.refresh()
 
 
 def _measured(fit: FittedHead | ProtocolError) -> Row:
@@ -200,8 +200,9 @@ def _measured(fit: FittedHead | ProtocolError) -> Row:
 
 def say_plan(
     plan: SweepPlan, folder: Path, rows: Sequence[Row], say: Say, whole: bool = False
-) -> dict[PlannedFamily, int]:
-    """The plan in a line or two; ``whole``: a line for each family. Returns how many heads of each are missing."""
+) -> tuple[dict[PlannedFamily, int], dict[PlannedFamily, float]]:
+    """The plan in a line or two; ``whole``: a line for each family. Returns how many heads of each are missing, and
+    what one takes (`seconds_of_a_head`)."""
     have, resplits, todo, there = {row["key"] for row in rows}, plan.spec.resplits, {}, 0
     for family in plan.families:
         if plan.spec.trials is not None and not family.solved:  # a search finds what it has tried by itself
@@ -219,11 +220,12 @@ def say_plan(
     for family in plan.families if whole else ():
         say(f"family     {family}: {_count(todo[family], 'head')}")
     already = f"; {there:,} are there already" if there else ""
-    say(f"plan       {_work(plan, todo)}, in {folder}/{already}")
-    return todo
+    seconds = seconds_of_a_head(plan, todo)
+    say(f"plan       {_work(plan, todo, seconds)}, in {folder}/{already}")
+    return todo, seconds
 
 
-def _work(plan: SweepPlan, todo: dict[PlannedFamily, int]) -> str:
+def _work(plan: SweepPlan, todo: dict[PlannedFamily, int], each: dict[PlannedFamily, float]) -> str:
     spec, busy = plan.spec, [family for family in plan.families if todo[family]]
     if spec.trials is not None:
         heads = _count(spec.seeds * len(spec.resplits), "head")
@@ -231,7 +233,7 @@ def _work(plan: SweepPlan, todo: dict[PlannedFamily, int]) -> str:
         text = f"{_count(spec.trials, 'trial')} of {heads} each for {searched}"
     else:
         text = f"{_count(sum(todo.values()), 'head')} in {_count(len(busy) * len(spec.resplits), 'group')}"
-    seconds = seconds_at_most(plan, todo)
+    seconds = sum(each[family] * count for family, count in todo.items() if not family.solved)
     return text + (f", about {duration(seconds)} if none stops early" if seconds >= 1 else "")
 
 
@@ -274,11 +276,11 @@ def _value_text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
-def seconds_at_most(plan: SweepPlan, todo: dict[PlannedFamily, int]) -> float:
-    """Seconds if no head stops early, from the time of two steps of each kind; ``todo``: heads to train. Solved heads
-    and the reading of features are not in it."""
+def seconds_of_a_head(plan: SweepPlan, todo: dict[PlannedFamily, int]) -> dict[PlannedFamily, float]:
+    """Seconds if a head does not stop early, from the time of two steps of each kind; ``todo``: heads to train. The
+    reading of features is not in it; of a solved head nothing is known before: ``SOLVED``."""
     speed: dict[Any, float] = {}
-    total = 0.0
+    seconds = dict.fromkeys(todo, SOLVED)
     for family, count in todo.items():
         if family.solved or not count:
             continue
@@ -290,8 +292,8 @@ def seconds_at_most(plan: SweepPlan, todo: dict[PlannedFamily, int]) -> float:
         batches = math.ceil(len(job.splits.rows("train")) / job.settings.batch_size)
         epochs = plan.spec.grid.get("epochs", (job.settings.epochs,))
         middle = (epochs.low + epochs.high) / 2 if isinstance(epochs, Range) else sum(epochs) / len(epochs)
-        total += speed[kind] * batches * middle * count
-    return total
+        seconds[family] = speed[kind] * batches * middle
+    return seconds
 
 
 def _seconds_of_a_step(job: TrainingJob, together: int) -> float:

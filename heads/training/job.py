@@ -66,8 +66,8 @@ def prepare_training(view: FeatureView | str | Path, settings: Settings, splits:
         raise BadOption("--class-weights is for classes that exclude each other; multi-label data have --pos-weight.")
     if settings.sensitivity is not None and task.kind not in ("binary", "multilabel"):
         raise BadOption(
-            f"--sensitivity sets a threshold, and of {len(task.classes)} classes the most probable is called without "
-            "one. It is for two classes, or for labels beside each other."
+            f"--sensitivity sets a threshold, and of {len(task.classes)} classes the most probable is predicted "
+            "without one. It is for two classes, or for labels beside each other."
         )
     if settings.precision == "bf16" and settings.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise BadOption("--precision bf16: this CPU has no fast products in bf16. Leave it out: fp32 is exact.")
@@ -93,7 +93,7 @@ def check_options(settings: Settings) -> None:
     takers = ["finetune"] if info.takes == "pixels" else ["network", "finetune"]
     useless = () if settings.head.startswith("finetune:") else options_for(*takers)
     for name in (each for each in useless if getattr(settings, each) != getattr(plain, each)):
-        way = " extract --views 2 --augment … stores augmented copies." if name == "augment" else ""
+        way = " extract --copies 2 --augment … stores augmented copies." if name == "augment" else ""
         raise BadOption(f"{flag(name)} would do nothing: {settings.head} does not take it.{way}")
     for name in OF_STEPS if info.solved else ():
         if name != "seed" and getattr(settings, name) != getattr(plain, name):

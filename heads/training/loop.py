@@ -155,11 +155,12 @@ def _below(word: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 def train_heads(
     heads: Trainer, settings: Sequence[Settings], data: SplitData, val: SplitData,
     corrections: Sequence[np.ndarray], task: Task, *, window: int | None = None, on_epoch: EpochCallback | None = None,
-    checkpoint: Checkpoint | None = None, progress: bool = False,
+    checkpoint: Checkpoint | None = None, progress: bool = False, advance: Callable[[float], object] | None = None,
 ) -> list[TrainedState]:  # fmt: skip
     """``corrections``: what is added to each head's logits [C] before val is judged. A head whose outputs are not
     finite any more ends with ``failed``; the others go on. ``checkpoint``: where one network is kept after every
-    epoch, and what it goes on from. ``progress``: a bar within an epoch that takes long, at a terminal."""
+    epoch, and what it goes on from. ``progress``: a bar within an epoch that takes long, at a terminal.
+    ``advance``: called at every step with its share of all steps that there are if no head stops early."""
     first = settings[0]
     batches: BalancedBatches | PlainBatches = PlainBatches(len(data), first.batch_size, first.split_seed, window)
     if first.balanced(task.multilabel):
@@ -178,7 +179,7 @@ def train_heads(
             order = sample_versions(order, len(data), data.versions, versions)
         schedules = [trained[k].schedule for k in active]
         with batch_bar(len(order), f"epoch {epoch} of {last}", progress) as bar:
-            on_step = partial(_before_step, heads, schedules, bar, epoch, len(order))
+            on_step = partial(_before_step, heads, schedules, bar, advance, (epoch, last, len(order)))
             losses, right = run_epoch(heads, data, order, on_step)
         rates = [each.rate(epoch * len(order) - 1, len(order)) for each in schedules]
         logits = heads.logits(val)
@@ -209,12 +210,17 @@ def train_heads(
 
 
 def _before_step(
-    heads: Trainer, schedules: Sequence[Schedule], bar: Any, epoch: int, steps: int, step: int
+    heads: Trainer, schedules: Sequence[Schedule], bar: Any, advance: Callable[[float], object] | None,
+    place: tuple[int, int, int], step: int,
 ) -> None:  # fmt: skip
-    """Learning rates, where they are other ones now, and the bar; ``step`` of ``epoch``, from 0 and 1."""
+    """Learning rates, where they are other ones now, and the bars; ``place``: the epoch, from 1, of how many, and of
+    how many steps; ``step``: from 0."""
+    epoch, epochs, steps = place
     if step == 0 or any(each.by_step for each in schedules):
         heads.set_rates([each.rate((epoch - 1) * steps + step, steps) for each in schedules])
     bar.update(1)
+    if advance is not None:
+        advance(1 / (epochs * steps))
 
 
 def score_epoch(

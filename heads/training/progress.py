@@ -67,7 +67,7 @@ def _measure(row: Row) -> str | None:
 
 def _header(select: str) -> str:
     measure = "" if select == "loss" else f"  {METRICS[select].title:>6}"
-    return f"epochs     train loss    acc   val loss    acc{measure}         lr  patience"
+    return f"epochs     train loss   acc  val loss   acc{measure}        lr  patience"
 
 
 def _line(row: Row, settings: Settings) -> str:
@@ -77,7 +77,7 @@ def _line(row: Row, settings: Settings) -> str:
     without = f"{row['wait']:.0f} of {settings.patience}" if settings.patience else f"{row['wait']:.0f}"
     epoch = f"epoch {row['epoch']:2.0f}"
     return (
-        f"{epoch:<9}  {row['train_loss']:>10.3f}  {right['train']:.3f} {row['val_loss']:>10.3f}  "
-        f"{right['val']:.3f}{measure}  {row['lr']:>9.3g}  {'best' if row['best'] else without:<8}  "
+        f"{epoch:<9}  {row['train_loss']:>10.3f} {right['train']:.3f} {row['val_loss']:>9.3f} "
+        f"{right['val']:.3f}{measure}  {row['lr']:>8.3g}  {'best' if row['best'] else without:<8}  "
         f"{row['seconds']:.1f} s"
     )

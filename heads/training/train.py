@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,11 @@ class FittedHead:
 
 def train_together(
     job: TrainingJob, settings: Sequence[Settings], say: Say | None = None, checkpoint: Checkpoint | None = None,
-    progress: bool = False,
+    progress: bool = False, advance: Callable[[float], object] | None = None,
 ) -> list[FittedHead | ProtocolError]:  # fmt: skip
     """One head for each of ``settings``, which differ from the job's in `VARIED` only; each is what it is alone. A head
-    whose outputs do not stay finite is the error that says so. ``checkpoint``: of one network, and ``progress``: see
-    `train_heads`."""
+    whose outputs do not stay finite is the error that says so. ``checkpoint``: of one network, ``progress``
+    and ``advance``: see `train_heads`."""
     shared = {f: v for f, v in asdict(job.settings).items() if f not in VARIED}
     assert all({f: asdict(each)[f] for f in shared} == shared for each in settings)
     features = TrainingData(job)
@@ -84,9 +85,14 @@ def train_together(
         for balanced in (False, True):  # class weights go without balanced batches, so those heads see others
             if numbers := [k for k, each in enumerate(settings) if each.balanced(job.task.multilabel) is balanced]:
                 own = [settings[k] for k in numbers]
-                heads = _train(job, own, features, say or (lambda line: None), checkpoint, progress)
+                part = None if advance is None else partial(_scaled, advance, len(numbers) / len(settings))
+                heads = _train(job, own, features, say or (lambda line: None), checkpoint, progress, part)
                 fits |= dict(zip(numbers, _calibrate_and_test(job, heads, features), strict=True))
     return [fits[k] for k in range(len(settings))]
+
+
+def _scaled(advance: Callable[[float], object], factor: float, share: float) -> None:
+    advance(factor * share)
 
 
 Trained = tuple[nn.Module, TrainedState]  # a head before it is calibrated
@@ -94,7 +100,7 @@ Trained = tuple[nn.Module, TrainedState]  # a head before it is calibrated
 
 def _train(
     job: TrainingJob, settings: list[Settings], features: TrainingData, say: Say, checkpoint: Checkpoint | None,
-    progress: bool,
+    progress: bool, advance: Callable[[float], object] | None,
 ) -> list[Trained]:  # fmt: skip
     if head_info(job.settings.head).solved:
         return [_solve(job, each, features, say) for each in settings]
@@ -107,7 +113,7 @@ def _train(
     trained = train_heads(
         heads, settings, train, val, corrections, job.task,
         window=features.window, on_epoch=table if len(settings) == 1 else None, checkpoint=checkpoint,
-        progress=progress,
+        progress=progress, advance=advance,
     )  # fmt: skip
     for model, each in zip(models, trained, strict=True):
         if each.failed is None:
@@ -241,9 +247,13 @@ def training_cost(job: TrainingJob, fit: FittedHead) -> dict[str, Any]:
     return {
         "train_seconds": fit.seconds, "seconds_to_best": fit.seconds_to_best, "ms_per_image": fit.ms_per_image,
         "forward_ms": measured.get("forward_ms"), "loading_ms": measured.get("loading_ms"),
-        "device": device_title(fit.settings.device) if pixels else measured.get("device"),
+        "device": device_title(fit.settings.device) if pixels else _device_words(measured),
         "bytes_per_image": _bytes_per_image(job.view, job.output),
     }  # fmt: skip
+
+
+def _device_words(measured: dict[str, Any]) -> str | None:
+    return f"{measured['device']}, busy with other work" if measured.get("busy") else measured.get("device")
 
 
 def _bytes_per_image(view: FeatureView, output: str) -> int | None:

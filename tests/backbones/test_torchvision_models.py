@@ -133,7 +133,7 @@ def torch_home(tmp_path, monkeypatch) -> Path:
 
 
 def test_weights_that_are_neither_here_nor_to_be_had_give_the_three_ways_out(torch_home):
-    says = r"ResNet18_Weights.IMAGENET1K_V1(?s:.*)--weights FILE(?s:.*)TORCH_HOME=…"
+    says = r"ResNet18_Weights.IMAGENET1K_V1(?s:.*)curl -LO https:(?s:.*)--weights resnet18-\w+[.]pth(?s:.*)TORCH_HOME=…"
     refuses(WeightsNotFound, says, "resnet18")
     assert socket.getdefaulttimeout() is None
 

@@ -311,12 +311,14 @@ def test_a_cache_that_holds_only_the_configuration_is_enough_untrained(tmp_path,
 
 MESSAGE = (
     "the weights of google/vit-base-patch16-224-in21k are not on this machine and the hub cannot be reached.\n"
-    "       --weights FOLDER   a copy you have        HF_HOME=…   an existing hub cache        "
-    "--random-weights   try the tool without them"
+    "       where there is a network:  hf download google/vit-base-patch16-224-in21k --include "
+    '"*.json" --include "*.safetensors" --local-dir vit-base-patch16-224-in21k\n'
+    "       then carry it here:  --weights vit-base-patch16-224-in21k/\n"
+    "       or:  HF_HOME=…   an existing hub cache        --random-weights   try the tool without them"
 )
 
 
-def test_without_the_hub_and_without_weights_the_three_ways_out_are_given_in_a_second(hub, monkeypatch):
+def test_without_the_hub_and_without_weights_the_ways_out_are_given_in_a_second(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     start = time.monotonic()

@@ -33,7 +33,7 @@ NAMES = {
     "extract": (MAKE, {
         "--backbone": ("vit-dmo", "vit-demo"), "--data": SET, "--outputs": ("cls,tokns", "tokens"),
         "--column": ("lable=x", "label", *TABLE), "--order": ("wel,ill", "well", "--data", "d"),
-        "--augment": ("filp", "flip", "--views", "1"),
+        "--augment": ("filp", "flip", "--copies", "1"),
     }),
     "train-head": (TRAIN, OF_TRAINING | {
         "--head": ("rigde", "ridge"), "--output": ("clss", "cls"), "--features": ("vit-demo/dd", "vit-demo/d"),

@@ -21,7 +21,8 @@ from support.pictures import image_folder, save_picture
 import featurecache
 from featurecache.backbones.base import Backbone
 from featurecache.errors import CacheError, Stopped
-from featurecache.extraction.pipeline import StageTimings
+from featurecache.extraction import timings
+from featurecache.extraction.timings import StageTimings
 from featurecache.formatting import cost_per_image, device_title
 from featurecache.images import decoding
 from featurecache.images.augmentation import Augmentation
@@ -32,6 +33,12 @@ from heads.evaluation.families import families_of
 from heads.reports import text as reports_text
 
 BATCH = 4
+
+
+@pytest.fixture(autouse=True)
+def _a_calm_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else runs beside the tests."""
+    monkeypatch.setattr(timings, "BUSY", 1.0)
 
 
 @pytest.fixture
@@ -61,7 +68,9 @@ def test_forward_and_loading_are_measured_apart_and_an_image_has_its_share_of_a_
     slowed(monkeypatch, decoding, "decode", 0.02)
     result = extract(home)
     cost = featurecache.open_view(result.view).cost
-    assert cost == result.cost and sorted(cost) == ["device", "forward_ms", "loading_ms", "precision", "threads"]
+    assert cost == result.cost and sorted(cost) == [
+        "busy", "device", "forward_ms", "loading_ms", "precision", "threads"
+    ]  # fmt: skip
     assert 200 / BATCH <= cost["forward_ms"] < 350 / BATCH  # the last batch has one image and computes four rows
     assert 20 <= cost["loading_ms"] < 200 / BATCH
     assert (cost["device"], cost["precision"]) == (device_title("cpu"), "fp32")
@@ -86,6 +95,19 @@ def test_the_run_that_computed_more_images_is_believed(home, monkeypatch):
     assert extract(home).cost["forward_ms"] >= 100 / BATCH
 
 
+def test_a_figure_of_a_busy_machine_gives_way_to_one_that_the_next_extraction_measures(home, monkeypatch):
+    slowed(monkeypatch, Backbone, "forward", 0.05)  # a thread that waits has no core
+    monkeypatch.setattr(timings, "BUSY", 0.25)
+    busy = extract(home).cost
+    assert busy["busy"] and "other work had the cores" in cost_per_image(busy)
+    assert extract(home).cost == busy  # it is busy still, and more images say more
+    monkeypatch.undo()
+    monkeypatch.setattr(timings, "BUSY", 1.0)
+    calm = extract(home).cost
+    assert not calm["busy"] and calm["forward_ms"] < busy["forward_ms"] and calm["loading_ms"] == busy["loading_ms"]
+    assert extract(home).cost == calm
+
+
 def test_shards_have_the_same_bytes_and_views_the_same_content_whatever_a_run_took(home, monkeypatch):
     first = featurecache.open_view(extract(home, "a").view)
     slowed(monkeypatch, Backbone, "forward", 0.05)
@@ -98,7 +120,7 @@ def test_shards_have_the_same_bytes_and_views_the_same_content_whatever_a_run_to
 
 def test_augmented_copies_are_made_and_not_loaded(home, monkeypatch):
     slowed(monkeypatch, Augmentation, "apply", 0.05)
-    assert extract(home, views=2, augment="flip").cost["loading_ms"] < 50
+    assert extract(home, copies=2, augment="flip").cost["loading_ms"] < 50
 
 
 def test_a_stopped_run_keeps_what_it_measured(home, monkeypatch):
@@ -133,7 +155,7 @@ STRANGE = {"device": 3}, {"images": True}, {"more": 1}, {"loading_ms": {"a": 1}}
 @pytest.mark.parametrize("change", [{"forward_ms": -1.0}, {"forward_ms": "fast"}, *STRANGE])
 def test_a_plan_with_figures_of_other_kinds_is_refused(tmp_path, change):
     store = make_store(tmp_path / "cache")
-    fine = {"forward_ms": 1.0, "loading_ms": {"set": 2.0}, "device": "x", "images": 2}
+    fine = {"forward_ms": 1.0, "loading_ms": {"set": 2.0}, "device": "x", "images": 2, "busy": False}
     for cost in (fine, fine | change):
         plan = {"cpu": {"batch_size": 4, "threads": 1, "cost": cost}}
         (store.path / "plan.json").write_text(json.dumps(plan))
@@ -171,7 +193,7 @@ def test_a_gpu_is_timed_by_its_own_events_which_are_asked_later(monkeypatch):
 def test_a_loading_figure_stays_with_its_view(tmp_path):
     store = make_store(tmp_path / "cache")
     store.write_plan("cpu", {"batch_size": 4, "threads": 1})
-    record = {"forward_ms": 1.0, "loading_ms": 2.0, "device": "x", "images": 5}
+    record = {"forward_ms": 1.0, "loading_ms": 2.0, "device": "x", "images": 5, "busy": False}
     store.write_cost("cpu", "a", record)
     store.write_cost("cpu", "b", record | {"forward_ms": 7.0, "loading_ms": 9.0, "images": 3})
     costs = [store.cost(name) for name in "ab"]
@@ -181,7 +203,14 @@ def test_a_loading_figure_stays_with_its_view(tmp_path):
 
 # beside heads
 
-MEASURED = {"forward_ms": 12.0, "loading_ms": 3.0, "device": "AMD EPYC", "precision": "fp32", "threads": 2}
+MEASURED = {
+    "forward_ms": 12.0,
+    "loading_ms": 3.0,
+    "device": "AMD EPYC",
+    "precision": "fp32",
+    "threads": 2,
+    "busy": False,
+}
 
 
 def trained(cost: dict[str, Any] | None, head: str = "linear", **provenance: Any) -> Any:

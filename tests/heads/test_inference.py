@@ -121,7 +121,7 @@ def test_folders_called_as_classes_show_how_many_are_right(cached, tmp_path):
     right = sum(record["class"] == record["label"] for record in records[2:])
     assert said[1] == f"accuracy   {right / 2:.3f} of 2 images whose class is known by folder or table"
     rows = list(csv.DictReader(io.StringIO(predictions_csv(records))))
-    assert [row["label"] for row in rows] == ["", "", "kind 0", "kind 1"]
+    assert [row["true class"] for row in rows] == ["", "", "kind 0", "kind 1"]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_sweep_answers_by_the_run_it_chose(cached, tmp_path, monkeypatch):
 def test_nothing_to_predict_is_no_error(cached):
     _, calls, run = cached
     assert predict(run, []) == [] == calls and predictions_table([]) == "no images"
-    assert predictions_csv([]).splitlines() == ['"image","class","probability","error"']
+    assert predictions_csv([]).splitlines() == ['"image","predicted class","predicted probability","error"']
 
 
 EVIL = "evil\nname\x1b[2J\udcff\u2028.png"
@@ -193,20 +193,20 @@ def test_csv_is_one_line_a_record_whatever_the_name():
     text = predictions_csv(RECORDS)
     assert len(text.splitlines()) == 4
     rows = list(csv.DictReader(io.StringIO(text)))
-    assert list(rows[0]) == ["image", "class", "probability", "p no", "p yes", "error"]
+    assert list(rows[0]) == ["image", "predicted class", "predicted probability", "p no", "p yes", "error"]
     assert list(rows[0].values()) == ["a,1.png", "no", "0.25", "0.25", "0.75", ""]
     assert rows[1]["image"] == "evil\\nname\\x1b[2J\\udcff\\u2028.png"
-    assert (rows[2]["class"], rows[2]["error"]) == ("", "truncated after 3 bytes")
+    assert (rows[2]["predicted class"], rows[2]["error"]) == ("", "truncated after 3 bytes")
     text.encode()
 
 
 def test_the_table_is_aligned_and_safe_for_a_terminal():
     lines = predictions_table(RECORDS).splitlines()
-    assert len(lines) == 3
-    assert lines[0].split() == ["a,1.png", "no", "0.250"]
-    assert lines[0].index("no") == lines[1].index("yes")
+    assert len(lines) == 4
+    assert lines[1].split() == ["a,1.png", "no", "0.250"]
+    assert lines[1].index("no") == lines[2].index("yes") == lines[0].index("predicted class")
     assert "\x1b" not in predictions_table(RECORDS)
-    assert lines[2].split(maxsplit=1)[1] == "could not be read: truncated after 3 bytes"
+    assert lines[3].split(maxsplit=1)[1].split("  ") == ["could not be read", "truncated after 3 bytes"]
 
 
 def test_features_of_any_storage_type_are_taken(cached):

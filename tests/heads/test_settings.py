@@ -83,7 +83,7 @@ def test_what_is_for_others_is_refused_where_the_name_is_resolved():
             if name in options_for(*taken):
                 check_options(settings)
             else:
-                way = ".*extract --views" if name == "augment" else ""
+                way = ".*extract --copies" if name == "augment" else ""
                 with pytest.raises(BadOption, match=f"--{name.replace('_', '-')} would do nothing{way}"):
                     check_options(settings)
 

@@ -150,8 +150,8 @@ def test_steps_that_are_not_understood(text, message):
         (None, "flip", 0, "--augment needs the number of copies"),
         (0, "flip", 0, "--augment needs the number of copies"),
         (None, None, 3, "--augment-seed needs"),
-        (2, None, 0, "--views 2 needs --augment"),
-        (-1, "flip", 0, "--views is -1"),
+        (2, None, 0, "--copies 2 needs --augment"),
+        (-1, "flip", 0, "--copies is -1"),
         (10_001, "flip", 0, "from 0 to 10,000"),
         (1, "flip", -1, "--augment-seed is -1"),
     ],
@@ -162,7 +162,7 @@ def test_options_that_contradict_each_other(views, text, seed, message):
 
 
 def test_a_mistake_is_found_before_anything_is_read(tmp_path: Path):
-    done = call("extract", "--backbone", "none-there", "--data", tmp_path, "--views", 1, "--augment", "flop")
+    done = call("extract", "--backbone", "none-there", "--data", tmp_path, "--copies", 1, "--augment", "flop")
     assert done.exit_code == 2
     assert "flip, vflip, rotate10, shift0.1, scale0.1, brightness0.2, contrast0.2" in done.output
 

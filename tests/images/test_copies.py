@@ -66,7 +66,7 @@ def test_images_have_the_same_shards_with_copies_and_without(home):
 
 @pytest.mark.parametrize("options", [{"workers": 4}, {"name": "other"}])
 def test_other_workers_or_another_name_give_the_same_bytes(home, options):
-    assert by_digest(extract(home, "other", views=2, augment=STEPS, **options).view) == by_digest(opened(home))
+    assert by_digest(extract(home, "other", copies=2, augment=STEPS, **options).view) == by_digest(opened(home))
 
 
 def test_another_order_or_batch_size_gives_the_same_copies(home):
@@ -74,7 +74,7 @@ def test_another_order_or_batch_size_gives_the_same_copies(home):
     for path in sorted((home / "data").rglob("*.png")):
         path.rename(path.with_stem(str(9 - int(path.stem))))
     rows, expected = (
-        by_digest(extract(home, "other", views=2, augment=STEPS, batch_size=7).view),
+        by_digest(extract(home, "other", copies=2, augment=STEPS, batch_size=7).view),
         by_digest(opened(home)),
     )
     assert rows.keys() == expected.keys()
@@ -99,9 +99,9 @@ def test_killed_among_the_copies_it_goes_on_and_the_bytes_are_the_same(home, mon
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(ShardWriter, "commit", commit)
-        extract(home, "other", views=2, augment=STEPS)
+        extract(home, "other", copies=2, augment=STEPS)
     before = shards(home / "other")
-    result = extract(home, "other", views=2, augment=STEPS)
+    result = extract(home, "other", copies=2, augment=STEPS)
     assert len(before) == 9 and before.items() <= shards(home / "other").items()
     assert result.computed == 4 + 4  # the third shard of copies, and the second's tokens
     assert by_digest(result.view) == by_digest(opened(home))
@@ -112,11 +112,11 @@ def test_killed_among_the_copies_it_goes_on_and_the_bytes_are_the_same(home, mon
 
 def test_a_larger_number_computes_the_new_copies_only(home):
     before, rows = shards(home / "cache"), by_digest(opened(home))
-    result = extract(home, views=3, augment=STEPS)
+    result = extract(home, copies=3, augment=STEPS)
     assert (result.images, result.copies, result.computed) == (N, 3 * TRAIN, TRAIN)
     assert before.items() <= shards(home / "cache").items()
     assert rows.items() <= by_digest(result.view).items()
-    fewer = extract(home, views=1, augment=STEPS)
+    fewer = extract(home, copies=1, augment=STEPS)
     assert (fewer.copies, fewer.computed) == (TRAIN, 0)
 
 
@@ -139,7 +139,7 @@ def test_an_image_that_is_new_gets_its_copies_and_one_that_cannot_be_read_none(h
 
 
 def test_no_copies_any_more_when_none_are_asked_for(home):
-    result = extract(home, views=0)
+    result = extract(home, copies=0)
     view = View(result.view)
     assert (result.copies, result.computed, view.versions, view.augmented) == (0, 0, None, None)
     assert "versions" not in h5py.File(view.path) and view.copies().shape == (N, 1)
@@ -150,7 +150,7 @@ def test_no_copies_any_more_when_none_are_asked_for(home):
 @pytest.mark.parametrize("options", [{"augment": "flip,rotate10,shift0.2"}, {"augment": STEPS, "augment_seed": 1}])
 def test_other_steps_or_another_seed_are_other_copies(home, options):
     before = set(by_digest(opened(home)))
-    result = extract(home, views=1, **options)
+    result = extract(home, copies=1, **options)
     assert result.computed == TRAIN and len(before & set(by_digest(result.view))) == N
 
 
@@ -165,18 +165,18 @@ def test_only_training_images_have_copies(home):
 
 def test_without_splits_every_image_has_copies_and_it_is_said(home):
     image_folder(home / "loose", 5)
-    result = extract(home, data="loose", views=1, augment="shift0.2")
+    result = extract(home, data="loose", copies=1, augment="shift0.2")
     assert (result.images, result.copies) == (5, 5)
-    options = ["--data", home / "loose", "--views", 1, "--augment", "shift0.2", "--cache", home / "cache", "--dry-run"]
+    options = ["--data", home / "loose", "--copies", 1, "--augment", "shift0.2", "--cache", home / "cache", "--dry-run"]
     text = run("extract", "--backbone", home / "vit", *options)
-    assert "one copy of each image: 5 distinct ones, 5 copies by shift0.2, seed 0" in text
+    assert "one augmented copy of each image: 5 distinct ones, 5 copies by shift0.2, seed 0" in text
     assert "The data have no splits, so every image gets copies; train-head draws the splits later" in text
 
 
 def test_splits_without_train_have_nothing_to_copy(home):
     shutil.rmtree(home / "data" / "train")
     with pytest.raises(BadOption, match="has none: its splits are test, val"):
-        extract(home, "new", views=1, augment="flip")
+        extract(home, "new", copies=1, augment="flip")
 
 
 def test_one_image_under_several_ids_is_copied_once(home):
@@ -193,14 +193,14 @@ def test_one_image_under_several_ids_is_copied_once(home):
 
 
 def test_images_under_hashed_names_have_copies(home):
-    view = View(extract(home, "hashed", views=1, augment="flip", hash_ids=True).view, copies=True)
+    view = View(extract(home, "hashed", copies=1, augment="flip", hash_ids=True).view, copies=True)
     assert set(view.ids[N:]) < set(view.ids[:N]) and not any("png" in name for name in view.ids)
 
 
 def test_size_and_disk_count_the_copies(home, monkeypatch):
     options = {"backbone": str(home / "vit"), "cache": home / "new", "outputs": "cls,tokens"}
     plain = featurecache.prepare(home / "data", **options)
-    copied = featurecache.prepare(home / "data", views=2, augment=STEPS, **options)
+    copied = featurecache.prepare(home / "data", copies=2, augment=STEPS, **options)
     total = plain.bytes_of() // N * (N + 2 * TRAIN)
     assert (copied.bytes_of(), copied.new_bytes, copied.to_compute) == (total, total, N + 2 * TRAIN)
     usage = namedtuple("usage", "total used free")
@@ -212,7 +212,7 @@ def test_size_and_disk_count_the_copies(home, monkeypatch):
 
 def test_an_image_that_is_replaced_meanwhile_loses_its_copies_and_is_named(home):
     options = {"backbone": str(home / "vit"), "cache": home / "cache", "outputs": "cls,tokens"}
-    prepared = featurecache.prepare(home / "data", views=3, augment=STEPS, **options)
+    prepared = featurecache.prepare(home / "data", copies=3, augment=STEPS, **options)
     save_picture(home / "data" / "train" / "ill" / "2.png", 77)
     result = prepared.run()
     view, reason = View(result.view), f"its augmented copy 3: {pipeline.CHANGED}"
@@ -221,7 +221,7 @@ def test_an_image_that_is_replaced_meanwhile_loses_its_copies_and_is_named(home)
     assert (result.images, result.copies) == (N, 3 * TRAIN - 1)
     row = view.ids.tolist().index("train/ill/2.png")
     assert (view.copies([row])[0] != row).tolist() == [False, True, True, False]
-    assert extract(home, views=3, augment=STEPS).copies == 3 * TRAIN  # and nothing wrong is remembered
+    assert extract(home, copies=3, augment=STEPS).copies == 3 * TRAIN  # and nothing wrong is remembered
 
 
 # readers
@@ -262,10 +262,10 @@ def test_copies_are_no_leaks_and_no_images(home):
 def test_first_screen_and_record_say_what_is_copied(home):
     command = ["extract", "--backbone", home / "vit", "--data", home / "data", "--cache", home / "cache", "--dry-run"]
     text = run(*command)
-    assert "2 copies of each training image: 6 distinct ones, 12 copies by flip,rotate10,shift0.1" in text
-    assert "(as data has them; --views 0 leaves them out)" in text
+    assert "2 augmented copies of each training image: 6 distinct ones, 12 copies by flip,rotate10,shift0.1" in text
+    assert "(as data has them; --copies 0 leaves them out)" in text
     assert "10 of 10 distinct images and 12 of 12 augmented copies are in it already" in text
-    record = json.loads(run(*command, "--views", 3, "--augment", STEPS, "--json", "--quiet"))
+    record = json.loads(run(*command, "--copies", 3, "--augment", STEPS, "--json", "--quiet"))
     assert (record["images_in_cache"], record["images_to_compute"]) == (N, 0)
     copies = record["augmented"]
     assert [copies[key] for key in ("copies", "in_cache", "to_compute", "kept")] == [18, 12, 6, False]
@@ -273,13 +273,13 @@ def test_first_screen_and_record_say_what_is_copied(home):
 
 def test_why_counts_copies_and_says_why_there_are_none(home):
     options = {"backbone": str(home / "vit"), "cache": home / "cache", "outputs": "cls"}
-    more = explain_miss(home / "data", views=3, augment=STEPS, **options)
+    more = explain_miss(home / "data", copies=3, augment=STEPS, **options)
     assert more.images["cls"] == {"there": N, "to_derive": 0, "to_compute": 0} and set(more.images) == {"cls", "tokens"}
     assert more.copies is not None and more.copies["cls"] == {"there": 12, "to_derive": 0, "to_compute": 6}
     assert "12 of 18 augmented copies are there for cls, tokens; 6 are to be computed" in str(more)
-    other = explain_miss(home / "data", views=1, augment="flip", **options)
+    other = explain_miss(home / "data", copies=1, augment="flip", **options)
     assert "0 of 6 augmented copies are there" in str(other) and "another seed are other copies" in str(other)
-    assert "augmented" not in str(explain_miss(home / "data", views=0, **options))
+    assert "augmented" not in str(explain_miss(home / "data", copies=0, **options))
 
 
 def test_a_head_trains_on_copies_of_its_training_images_only(home):

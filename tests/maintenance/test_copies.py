@@ -46,14 +46,14 @@ def test_gc_and_compact_keep_copies_and_free_them_when_nobody_names_them(home):
     compact("data", home / "cache")
     assert by_digest(opened(home)) == rows and damages(home) == ()
     assert opened(home).augmented == AugmentedCopies(parse_augmentation(STEPS), 2)
-    extract(home, views=1, augment=STEPS)
+    extract(home, copies=1, augment=STEPS)
     freed = collect(home / "cache", delete=True)
     assert {unused.output: unused.rows for unused in freed.stores[0].outputs} == {"cls": TRAIN, "tokens": TRAIN}
     assert by_digest(opened(home)).items() < rows.items() and damages(home) == ()
 
 
 def test_merge_takes_copies_along_and_tells_views_apart_by_them(home):
-    extract(home, "here", views=1, augment=STEPS)
+    extract(home, "here", copies=1, augment=STEPS)
     (first,) = merge(home / "cache", home / "here")
     assert [(view.what, view.here) for view in first.views] == [("renamed", "data-2")] and first.rows == 2 * TRAIN
     assert by_digest(opened(home, "here", "data-2")) == by_digest(opened(home))

@@ -25,12 +25,12 @@ def test_the_table_counts_classes_splits_and_copies(tmp_path):
     data = open_source(tmp_path)
     about = describe_dataset(data, [digest(data.read(row)) for row in range(len(data))])
     assert (about.splits, about.counts, about.totals) == (["train", "test"], [[3, 2], [1, 2]], [4, 4])
-    assert (about.copies.total, about.copies.within) == (3, {"train": 1, "test": 1})
-    assert (about.copies.across, about.copies.two_labels) == ({"train+test": 1}, 1)
+    assert (about.duplicates.total, about.duplicates.within) == (3, {"train": 1, "test": 1})
+    assert (about.duplicates.across, about.duplicates.two_labels) == ({"train+test": 1}, 1)
     assert (about.sizes["largest"], about.kinds) == ([6, 4], {"grey": 8})
     assert "  a           3     2    5" in str(about)
     assert "3 images repeat another (1 within train, 1 within test, 1 in both train and test, 1 under two" in str(about)
-    assert json.loads(json.dumps(about.to_dict()))["copies"]["total"] == 3
+    assert json.loads(json.dumps(about.to_dict()))["duplicates"]["total"] == 3
 
 
 def test_the_table_of_several_labels_counts_positives_and_unknowns(tmp_path):
@@ -38,12 +38,12 @@ def test_the_table_of_several_labels_counts_positives_and_unknowns(tmp_path):
     for name in "abc":
         (tmp_path / name).unlink()
     about = describe_dataset(data)
-    assert (about.counts, about.unlabelled, about.copies) == ([[1], [2]], [1], None)
+    assert (about.counts, about.unlabelled, about.duplicates) == ([[1], [2]], [1], None)
     assert about.unreadable == [("a", "no such file"), ("b", "no such file"), ("c", "no such file")]
     assert "(a label unknown)" in str(about)
-    assert describe_dataset(data, ["d", "d", "e"]).copies.two_labels == 1
+    assert describe_dataset(data, ["d", "d", "e"]).duplicates.two_labels == 1
     data.labels[:2] = np.nan
-    assert describe_dataset(data, ["d", "d", "e"]).copies.two_labels == 0
+    assert describe_dataset(data, ["d", "d", "e"]).duplicates.two_labels == 0
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_table_of_several_labels_counts_positives_and_unknowns(tmp_path):
 )
 def test_images_that_could_not_be_read_are_no_copies_of_each_other(tmp_path, digests, copies):
     data = open_source(pictures(tmp_path, "1.png", "2.png", "3.png"))
-    assert describe_dataset(data, digests).copies.total == copies
+    assert describe_dataset(data, digests).duplicates.total == copies
 
 
 def test_of_many_images_two_hundred_are_looked_at_and_of_many_classes_the_first_are_shown(tmp_path, monkeypatch):
@@ -94,9 +94,9 @@ def test_pneumoniamnist_has_its_published_counts_and_known_copies(real_data):
     assert (about.classes, about.task) == (["normal", "pneumonia"], "binary")
     assert (about.splits, about.totals) == (["train", "val", "test"], [4708, 524, 624])
     assert about.counts == [[1214, 135, 234], [3494, 389, 390]]
-    assert (about.copies.total, about.copies.two_labels) == (29, 0)
-    assert about.copies.within == {"train": 18, "val": 0, "test": 3}
-    assert about.copies.across == {"train+val": 8, "train+test": 0, "val+test": 0}
+    assert (about.duplicates.total, about.duplicates.two_labels) == (29, 0)
+    assert about.duplicates.within == {"train": 18, "val": 0, "test": 3}
+    assert about.duplicates.across == {"train+val": 8, "train+test": 0, "val+test": 0}
 
 
 @pytest.mark.integration

@@ -35,7 +35,7 @@ def make_home(home: Path) -> Path:
     for number, (split, count) in enumerate({"test": TEST, "train": TRAIN, "val": VAL}.items()):
         for k in range(count):
             save_picture(home / "data" / split / ("ill", "well")[k % 2] / f"{k}.png", 10 * number + k, width=30 + k)
-    extract(home, views=2, augment=STEPS)
+    extract(home, copies=2, augment=STEPS)
     return home
 
 

@@ -30,7 +30,8 @@ def test_the_confusion_matrix_is_that_of_scikit_learn(tmp_path):
     run, answers = train(toy_view(n=400, classes=5, noise=3.0), tmp_path / "run")
     with (run.path / "predictions.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
-    expected = confusion_matrix([r["label"] for r in rows], [r["predicted"] for r in rows], labels=run.classes)
+    pairs = [(row["true class"], row["predicted class"]) for row in rows]
+    expected = confusion_matrix(*zip(*pairs, strict=True), labels=run.classes)
     assert (figures.confusion_counts([(run, answers)]) == expected).all()
     pairs, off = figures.most_confused([(run, answers)]), expected - np.diag(np.diag(expected))
     assert pairs[0]["count"] == off.max() and len(pairs) == min(12, (off > 0).sum())

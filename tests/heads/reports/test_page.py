@@ -198,7 +198,7 @@ def test_mistakes_are_mistakes_and_the_worst_come_first(tmp_path):
     run = train(toy_view(n=900, noise=8.0), tmp_path / "run")
     shown, _ = pictures([run])
     rows = {row["id"]: row for row in csv_rows(run.path / "predictions.csv") if row["split"] == "test"}
-    missed = [r for r in rows.values() if r["label"] == "kind 1" and r["predicted"] == "kind 0"]
+    missed = [r for r in rows.values() if r["true class"] == "kind 1" and r["predicted class"] == "kind 0"]
     expected = [r["id"] for r in sorted(missed, key=lambda r: float(r["p kind 1"]))][: gallery.ROW]
     assert [picture.id for picture in next(iter(shown.rows.values()))] == expected
 

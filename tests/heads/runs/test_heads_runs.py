@@ -89,10 +89,10 @@ def test_predictions_are_those_of_the_head_and_give_the_metrics():
     z = run.logits(view.features["cls"][where])
     p = np.array([float(row["p kind 1"]) for row in rows])
     np.testing.assert_allclose(p, 1 / (1 + np.exp(z[:, 0] - z[:, 1])))
-    assert [row["label"] for row in rows] == [f"kind {view.labels[i]}" for i in where]
+    assert [row["true class"] for row in rows] == [f"kind {view.labels[i]}" for i in where]
     cut = run.config["calibration"]["thresholds"][0]
-    assert [row["predicted"] for row in rows] == [f"kind {int(v >= cut)}" for v in p]
-    truth = [row["label"] == "kind 1" for row in rows]
+    assert [row["predicted class"] for row in rows] == [f"kind {int(v >= cut)}" for v in p]
+    truth = [row["true class"] == "kind 1" for row in rows]
     assert run.metrics["test"]["auroc"] == pytest.approx(sk.roc_auc_score(truth[60:], p[60:]))
 
 

@@ -182,7 +182,7 @@ def test_options_that_contradict_each_other_are_refused(options, says, tmp_path)
 def test_without_weights_the_ways_out_are_said_before_images_are_looked_for(tmp_path):
     with pytest.raises(WeightsNotFound) as error:
         run_study("mindlina", data=[str(tmp_path / "not there")], out=tmp_path / "s")
-    assert all(way in str(error.value) for way in ("--weights PATH", "HF_HOME=…", "--random-weights"))
+    assert all(way in str(error.value) for way in ("hf download ", "--weights PATH", "HF_HOME=…", "--random-weights"))
     assert not (tmp_path / "s").exists()
 
 

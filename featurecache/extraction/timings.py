@@ -1,0 +1,115 @@
+"""What the stages of an extraction take, and what an image costs: measured while it runs, again where it was busy."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from featurecache.arithmetic import exact_arithmetic
+from featurecache.formatting import device_title
+
+if TYPE_CHECKING:
+    from featurecache.extraction.forward import ForwardRunner
+    from featurecache.outputs import Output
+
+LAST_TIMINGS = 1 << 16  # so many batches and images the medians are of, the last ones
+BUSY = 0.25  # share of a pass without a core from which on a machine counts as busy: alone it is 0.00 to 0.05
+PASSES = 3  # by which a cost is measured again, behind one that warms up
+
+
+@dataclass
+class StageTimings:
+    """What the stages of a run take: seconds of its main loop, and milliseconds an image.
+
+    The latter are medians of what the run really did: normalising, the network and rounding, per row of the B that
+    every pass computes; reading, decoding and resizing in one decode thread. The store's plan keeps them, not the
+    views: the same images give the same files, whatever a run took.
+    """
+
+    device: torch.device
+    batch: int
+    images: int = 0  # that were computed
+    seconds: dict[str, float] = field(default_factory=lambda: {"computing": 0.0, "decoding": 0.0, "writing": 0.0})
+    passes: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_TIMINGS))  # seconds
+    loads: deque[float] = field(default_factory=lambda: deque(maxlen=LAST_TIMINGS))  # seconds
+    running: float = 0.0  # seconds of the passes in which the thread that computes had a core
+    elapsed: float = 0.0  # seconds of all passes
+    _pending: deque[tuple[Any, Any]] = field(default_factory=deque)  # events of a GPU, which runs behind
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """While the main loop computes, or waits for decoded images or for the writer."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def shares(self) -> dict[str, float]:
+        """Fractions of the main loop's time, summing to 1."""
+        total = sum(self.seconds.values()) or 1.0
+        return {name: seconds / total for name, seconds in self.seconds.items()}
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around one forward pass; of an accelerator its own time, not that of handing over the work."""
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                events[0].record()
+                yield
+                events[1].record()
+            self._pending.append(events)
+            self._settle(keep=64)
+            return
+        start, ran = time.perf_counter(), time.thread_time()
+        yield
+        if self.device.type == "mps":
+            torch.mps.synchronize()
+        self.passes.append(time.perf_counter() - start)
+        self.running += time.thread_time() - ran
+        self.elapsed += self.passes[-1]
+
+    @property
+    def busy(self) -> bool:
+        """Whether other work had the cores: on a CPU the thread that computes waits for nothing else."""
+        return self.device.type == "cpu" and self.running < (1 - BUSY) * self.elapsed
+
+    def _settle(self, keep: int = 0) -> None:
+        while len(self._pending) > keep:
+            begin, end = self._pending.popleft()
+            end.synchronize()
+            self.passes.append(begin.elapsed_time(end) / 1000)
+
+    def record(self) -> dict[str, Any] | None:
+        """What the plan of the store keeps; None where nothing was computed."""
+        self._settle()
+        if not self.passes:
+            return None
+        loading = 1000 * statistics.median(self.loads) if self.loads else None
+        forward = 1000 * statistics.median(self.passes) / self.batch
+        title = device_title(self.device)
+        how = {"device": title, "images": self.images, "busy": self.busy}
+        return {"forward_ms": forward, "loading_ms": loading, **how}
+
+
+def measure_again(
+    compute: ForwardRunner, device: torch.device, size: tuple[int, int], outputs: Sequence[Output], threads: int
+) -> dict[str, Any]:
+    """`StageTimings.record` of a few passes over black images of ``size`` (height, width in pixels)."""
+    timings, images = StageTimings(device, compute.batch_size), torch.zeros(compute.batch_size, 3, *size).byte()
+    with exact_arithmetic(threads):
+        for number in range(1 + PASSES):
+            kept = timings if number else StageTimings(device, compute.batch_size)
+            with kept.forward():
+                compute(images, tuple(outputs), "float32")
+    measured = timings.record()
+    assert measured is not None, "there were passes"
+    return measured

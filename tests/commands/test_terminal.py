@@ -1,0 +1,133 @@
+"""What a terminal of 80 or of 110 columns shows: help of one screen, lines and tables that fold between words, commands
+that can be pasted; a file or a pipe gets every line as it is."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from support.command import call
+from support.pictures import image_folder
+
+import cli
+from featurecache import formatting
+from featurecache.commands import terminal
+from featurecache.commands.help import SCREEN, Command
+from featurecache.formatting import TABLE_WIDTH, aligned, fold
+
+WIDTHS = pytest.mark.parametrize("width", [80, 110])
+
+
+@WIDTHS
+def test_every_help_is_one_screen_of_whole_words_and_every_option_is_in_one_of_its_sections(width):
+    for name, command in cli.main.commands.items():
+        assert isinstance(command, Command)
+        context = command.context_class(command, info_name=name, terminal_width=width)
+        sections = command.sections(context)
+        screens = [command.get_help(context), *(command.get_section(context, each) for each in sections if each)]
+        for screen in screens:
+            lines = screen.splitlines()
+            assert len(lines) <= SCREEN and max(map(len, lines)) <= width, screen
+            assert not re.search(r"[a-z]-$", screen, re.MULTILINE), screen
+        listed = [option.name for options in sections.values() for option, _ in options]
+        assert sorted(listed) == sorted({p.name for p in command.get_params(context) if isinstance(p, click.Option)})
+        names = [max(option.opts, key=len) for options in sections.values() for option, _ in options]
+        assert all(re.search(rf"(?<!\S){re.escape(word)}(?![\w-])", screens[0]) for word in names)
+
+
+def test_the_help_of_a_section_is_asked_for_by_name():
+    shown = call("train-head", "--help", "splits").output
+    assert "--drop-leaks" in shown and "Leave out of train" in shown and "--lr" not in shown
+    assert "Options of splits" not in call("train-head", "-h").output  # it does not fit, and is named
+    wrong = call("train-head", "--help", "split")
+    assert wrong.exit_code == 2 and "Sections: splits, training, output." in wrong.stderr
+
+
+words = st.lists(st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=30), max_size=40)
+
+
+@given(words, st.sampled_from(["", "view       ", "error: ", "           "]), st.integers(40, 120))
+def test_a_line_folds_between_words_and_loses_none(text, label, width):
+    line = label + " ".join(text)
+    lines = fold(line, width).split("\n")
+    assert " ".join(" ".join(lines).split()) == " ".join(line.split())
+    assert all(len(each) <= width or " " not in each.strip() for each in lines[1:])
+    assert all(each.startswith(" " * len(label)) for each in lines[1:])
+    assert fold(line, None) == line
+
+
+def test_a_command_folds_so_that_it_can_be_pasted():
+    command = "featurecache train-head --head large --features vit-demo/digits --splits runs/a/splits.csv --drop-leaks"
+    folded = fold(f"next       {command}", 80)
+    assert max(map(len, folded.splitlines())) <= 80 < len(command)
+    pasted = folded.removeprefix("next").replace("\\\n", "")
+    assert shlex.split(pasted) == shlex.split(command)
+    quoted = f"next       {command} --out 'a  b'"
+    assert fold(quoted, 80) == quoted
+
+
+NAMES = ["", "parameters", "val macro AUROC", "test macro AUROC", "test accuracy"]
+LONG = [NAMES, ["large on tokens-16x16", "262,666", "1.000", "1.000 [0.999, 1.000]", "0.981 [0.967, 0.994]"]]
+SHORT = [NAMES, ["large on tokens-16x16 of chest", "262,666", "1.000", "1.000", "0.981"]]
+TEXT = [["linear", "1,538", "one linear layer on the vector " * 4], ["ridge", "1,538", "short"]]
+
+
+@pytest.fixture
+def _narrow():
+    token = TABLE_WIDTH.set(80)
+    yield
+    TABLE_WIDTH.reset(token)
+
+
+@pytest.mark.usefixtures("_narrow")
+@pytest.mark.parametrize(("rows", "right", "count"), [(SHORT, 1, 4), (LONG, 1, 7), (TEXT, (1,), 3)])
+def test_a_table_folds_its_header_or_its_text_or_else_puts_columns_below_each_other(rows, right, count):
+    lines = aligned(rows, right)
+    assert max(map(len, lines)) <= 80 and len(lines) == count, "\n".join(lines)
+    assert sorted(" ".join(lines).split()) == sorted(" ".join([*map(" ".join, rows), *again(rows, lines)]).split())
+
+
+def again(rows, lines):
+    """The first cells, which each part of a table has."""
+    return [row[0] for row in rows] * lines.count("")
+
+
+@pytest.mark.usefixtures("_narrow")
+def test_a_cell_that_cannot_fold_stays_whole():
+    rows = [["path", "of"], ["runs/" + "x" * 60, "y" * 40]]
+    assert "runs/" + "x" * 60 in aligned(rows)[1]
+
+
+def test_where_nobody_reads_along_no_table_folds(tmp_path):
+    assert len(aligned(LONG)) == 2 and len(aligned(LONG)[0]) > 80
+    with (tmp_path / "file").open("w") as file:
+        assert formatting.terminal_width(file) is None
+
+
+@pytest.mark.integration
+@WIDTHS
+def test_a_session_at_a_terminal_breaks_no_word_and_no_line(width, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(terminal, "terminal_width", lambda stream: width)
+    image_folder(tmp_path / "chest", 60)
+    session = [
+        "extract --backbone vit-demo --random-weights --data chest",
+        "train-head --head linear --epochs 3", "ablate --heads linear,ridge --epochs 2 --seeds 2", "leaks", "ls",
+        "info", "info vit-demo/chest", "info runs/chest-linear-1", "info --backbone vit-demo", "info --head large",
+        "predict --run runs/chest-linear-1 chest/ill", "why --backbone vit-demo --random-weights --image-size 32",
+        "study medical-mnist --quick --dry-run",
+    ]  # fmt: skip
+    for command in session:
+        result = CliRunner().invoke(cli.main, shlex.split(command))
+        assert result.exit_code == 0, result.output
+        for line in result.output.splitlines():
+            text = line.strip()
+            unbroken = " " not in text or text.startswith(("--", "featurecache "))  # one word, one option
+            assert len(line) <= width or unbroken, f"{command}\n{line}"
+            assert not re.search(r"^\S$", text), f"{command}\n{line}"
