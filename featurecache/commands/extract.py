@@ -16,6 +16,7 @@ from click import Choice, option
 
 from featurecache.commands.terminal import Console, cache_option, command, options_of, record_of, typed_options
 from featurecache.errors import BadOption
+from featurecache.files.records import WAYS
 from featurecache.formatting import columns, device_title, duration, names_in, one_line, shape_text, size_text
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
         ("data", _data_line(record)),
         ("keeps", _keeps_line(extraction)),
         ("machine", _machine_line(extraction, record["images_per_s"])),
+        *[("forward", text) for text in _forward_lines(extraction)],
     ]
     if record["understood"]:
         rows.insert(3, ("understood", record["understood"]))
@@ -153,6 +155,24 @@ def _machine_line(extraction: Extraction, rate: float | None) -> str:
     precision = f"{extraction.spec.precision} ({extraction.precision_reason})"
     speed = f": {rate:.3g} images/s, about {duration(extraction.to_compute / rate)}" if rate else ""
     return f"{what}, {precision}, batches of {plan['batch_size']}{speed}"
+
+
+def _forward_lines(extraction: Extraction) -> list[str]:
+    """Which forward pass was chosen by what, and what --precision bf16 would make of it."""
+    choice = extraction.choice
+    if choice is None:
+        return []
+    lines = list(choice.notes)
+    if choice.candidates:
+        each = [(way, figures["images_per_s"], figures["error"]) for way, figures in choice.candidates.items()]
+        speeds = [f"{way} {speed:.3g} images/s" + f", off by {error:.1g}" * (error > 0) for way, speed, error in each]
+        lines.append(f"{choice.way}, by measurement: {'; '.join(speeds)}")
+    if choice.bf16_images_per_s and choice.images_per_s and choice.bf16_images_per_s > 1.3 * choice.images_per_s:
+        left = duration(extraction.to_compute / choice.bf16_images_per_s)
+        lines.append(
+            f"--precision bf16 would take about {left} ({choice.bf16_images_per_s:.3g} images/s): another store"
+        )
+    return lines
 
 
 def _warnings(data: dict[str, Any]) -> list[str]:
@@ -270,6 +290,7 @@ extraction_options = options_of(  # which images, which backbone, which store: w
 @option(
     "--accept-drift", is_flag=True, help="A new generation, where this machine computes other features than the store."
 )
+@option("--forward", type=Choice(["auto", *WAYS]), default="auto", help="How it computes. [default: measured]")
 @option("--yes", is_flag=True, help="Do not ask before keeping more than 20 GB.")
 def extract(
     talk: Console, dry_run: bool, sheet: str | None, yes: bool, columns: tuple[str, ...], engine: str, **options: Any
@@ -291,7 +312,7 @@ def extract(
     )
     if sheet:
         contact_sheet(prepared.dataset, Path(sheet))
-    rate = prepared.estimate()
+    rate = prepared.estimate(measure=not dry_run)
     record = extraction_record(prepared, rate)
     if dry_run:
         lines = [extraction_lines(prepared, record), "", str(description_of(prepared))]

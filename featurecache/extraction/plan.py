@@ -23,6 +23,7 @@ from featurecache.extraction.digest_cache import DigestCache
 from featurecache.extraction.forward import output_layout, pick_device, spec_of
 from featurecache.extraction.run import Extraction, ExtractionResult
 from featurecache.extraction.scan import ScanResult, scan
+from featurecache.files.records import WAYS
 from featurecache.formatting import columns, cost_per_image, duration, first_of
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies, augmentation_of
 from featurecache.outputs import Output, parse, parse_list
@@ -49,6 +50,7 @@ def prepare(
     precision: str = "auto",
     dtype: str = "float16",
     device: str = "auto",
+    forward: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
     on_error: str = "report",
@@ -72,6 +74,7 @@ def prepare(
 ) -> Extraction:
     """Look at the images, the backbone and the cache; nothing is computed or written.
 
+    ``forward``: library, onednn or openvino; auto measures what is fastest (`featurecache.extraction.choose_forward`).
     ``remember``: write the digests of files to the cache while they are read, so that even a look that is killed need
     not be repeated; otherwise `Extraction.run` writes them. ``hash_ids``, ``hash_groups``: see
     `featurecache.sources.pseudonyms`. ``views``: so many copies of each training image, made by ``augment``
@@ -79,7 +82,7 @@ def prepare(
     have no splits every image gets copies: which of them are for training is decided later. None: those that a view of
     this name has; 0: none.
     """
-    _check_options(on_error, batch_size, workers)
+    _check_options(on_error, batch_size, workers, forward)
     augmented = augmentation_of(views, augment, augment_seed)
     requested = parse_list(outputs) if outputs is not None else None
     if not isinstance(data, Dataset):
@@ -127,10 +130,10 @@ def prepare(
     copying = _copying(dataset, view_copies if views is None else augmented, result)
     images = copying.with_copies(result.images) if copying else result.images
     digests = copying.digests(result.digests) if copying else result.digests
-    forward, derived = missing_outputs(wanted, layouts, store, digests)
+    compute, derived = missing_outputs(wanted, layouts, store, digests)
     return Extraction(
         dataset, network, spec, wanted, name, folder, picked, on_error, workers, batch_size, store, images, digests,
-        layouts, forward, derived, result, reason, accept_drift, secret, copying, view_copies,
+        layouts, compute, derived, result, reason, accept_drift, secret, copying, view_copies, forward,
     )  # fmt: skip
 
 
@@ -217,7 +220,9 @@ def _existing_view(store: Store | None, name: str, dataset: Dataset, digests: np
     return view
 
 
-def _check_options(on_error: str, batch_size: int | None, workers: int | None) -> None:
+def _check_options(on_error: str, batch_size: int | None, workers: int | None, forward: str) -> None:
+    if forward not in ("auto", *WAYS):
+        raise BadOption(f'--forward is auto, {", ".join(WAYS)}, not "{forward}".')
     if on_error not in ("report", "skip", "fail"):
         raise BadOption(f'--on-error is report, skip or fail, not "{on_error}".')
     for option, value in (("--batch-size", batch_size), ("--workers", workers)):

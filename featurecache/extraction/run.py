@@ -23,7 +23,14 @@ import torch
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, CacheError, DamagedFile, Drift, SourceError, Stopped, UnreadableImage
 from featurecache.extraction import canary
-from featurecache.extraction.forward import ForwardRunner, exact_arithmetic
+from featurecache.extraction.choose_forward import (
+    FirstImages,
+    ForwardChoice,
+    ForwardSetting,
+    choose_for_store,
+    is_fixed,
+)
+from featurecache.extraction.forward import ForwardRunner, exact_arithmetic, parts_for
 from featurecache.extraction.pipeline import (
     CHANGED,
     ExtractionJob,
@@ -98,6 +105,9 @@ class Extraction:
     secret: Secret | None = None  # of hashed ids and groups
     copying: AugmentationPlan | None = None  # the augmented copies
     view_copies: AugmentedCopies | None = None  # those that the view of this name has
+    forward_way: str = "auto"  # library, onednn, openvino
+    choice: ForwardChoice | None = None  # of the forward pass, once it is made
+    choosing_s: float = 0.0  # seconds that the choice took, before the run
     _compute: ForwardRunner | None = field(default=None, repr=False)
 
     @property
@@ -139,42 +149,53 @@ class Extraction:
     @property
     def plan(self) -> dict[str, Any]:
         """How this store computes on this kind of device; fixed by its first run."""
-        kept = (self.store.plan or {}).get(self.device.type) if self.store else None
-        if kept:
+        chosen = (self.choice or ForwardChoice()).record()
+        if kept := (self.store.plan or {}).get(self.device.type) if self.store else None:
             if self.forward and self.batch_size not in (None, kept["batch_size"]):
                 raise BadOption(
                     f"{self.store.path.name} computes in batches of {kept['batch_size']} (its plan.json), "  # type: ignore[union-attr]
                     f"not {self.batch_size}: the same images would get other bits. Leave --batch-size out."
                 )
-            return dict(kept)
+            return {**kept, **({} if is_fixed(kept) else chosen)}
         # On a CPU the activations of 8 images stay in the cache; a small ViT fills it with 32.
         small = 8 if self.backbone.channels_last or self.backbone.parameters > 10e6 else 32
         return {
             "batch_size": self.batch_size or (small if self.device.type == "cpu" else 64),
             "threads": torch.get_num_threads(),
             "memory_format": "channels_last" if self.backbone.channels_last else "contiguous",
-            "forward": "library",
+            **chosen,
         }
 
     def compute(self) -> ForwardRunner:
+        """The forward pass of this store: its way is chosen when it is first asked for."""
         if self._compute is None:
-            self._compute = ForwardRunner(self.backbone, self.spec.precision, self.device, self.plan["batch_size"])
+            self._choose(measure=False)
+        assert self._compute is not None
         return self._compute
 
-    def estimate(self) -> float | None:
-        """Images per second of the forward pass, by a short probe: the second of two passes over black images. None
-        where so little is to be computed that the probe would take as long as the work."""
-        size = self.plan["batch_size"]
-        if self.to_compute <= 4 * size:
-            return None
-        outputs = sorted({output for _, outputs in self.forward for output in outputs}, key=str)
-        images = torch.zeros(size, 3, *self.backbone.image_size, dtype=torch.uint8)
-        with exact_arithmetic(self.plan["threads"]):
-            for _ in range(2):
-                start = time.perf_counter()
-                for rows in self.compute()(images, outputs, "float32")[0].values():
-                    rows.cpu()
-            return size / (time.perf_counter() - start)
+    def _choose(self, measure: bool) -> None:
+        plan, start = self.plan, time.perf_counter()
+        parts = parts_for([canary.anchor_output(self.backbone), *self.outputs])
+        if parts <= set(plan.get("parts", ())):
+            parts = set(plan["parts"])  # the graph of the store's first run
+        setting = ForwardSetting(
+            self.backbone, self.spec.precision, self.device, plan["batch_size"], plan["threads"],
+            tuple(sorted(parts)), self.to_compute,
+        )  # fmt: skip
+        rows = self._apart(self.forward)[0][0] if self.forward else np.empty(0, np.int64)
+        wanted = [output for _, outputs in self.forward for output in outputs]
+        with exact_arithmetic(plan["threads"]):
+            self._compute, self.choice = choose_for_store(
+                setting, FirstImages(setting, rows, self._read), self.store, wanted, measure, self.forward_way
+            )
+        self.choosing_s += time.perf_counter() - start
+
+    def estimate(self, measure: bool = True) -> float | None:
+        """Images per second of the forward pass, on the first batches of the job, which are not computed again. None
+        where so little is to be computed that it is not worth a look. ``measure``: other ways too, in a long job."""
+        if self._compute is None and self.forward:
+            self._choose(measure)
+        return self.choice.images_per_s if self.choice else None
 
     def check_disk(self) -> None:
         """Refuse what the disk cannot hold."""
@@ -201,7 +222,7 @@ class Extraction:
         return self._run(progress, rate)
 
     def _run(self, progress: bool, rate: float | None) -> ExtractionResult:
-        start = time.perf_counter()
+        start = time.perf_counter() - self.choosing_s
         if (store := self.store) is None:
             made_of = {"backbone": self.backbone.name, "parameters": self.backbone.parameters}
             store = create_store(self.cache, self.backbone.name, self.spec, {**self.backbone.provenance, **made_of})
@@ -210,6 +231,8 @@ class Extraction:
             self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
             plan = self._fix_plan(rate)
             self.check_canary(write=True)
+            if self.forward:
+                self.compute().release()
             job = None
             if self.to_compute or self.to_derive:
                 notes = notes_for(self.spec.fingerprint, self.device.type, plan)
@@ -285,12 +308,14 @@ class Extraction:
         plan = self.plan
         if not self.forward:
             return plan
-        if "images_per_s" not in plan and (speed := rate or self.estimate()):
+        speed = self.estimate()
+        plan = self.plan
+        if "images_per_s" not in plan and (speed := rate or speed):
             plan["images_per_s"] = round(speed, 3)
-        plan = self.store.write_plan(self.device.type, plan)  # another process may have been first
-        if self._compute is not None and self._compute.batch_size != plan["batch_size"]:
-            self._compute = None
-        return plan
+        fixed = self.store.write_plan(self.device.type, plan)  # another process may have been first
+        if any(fixed.get(key) != plan[key] for key in ("batch_size", "forward")):
+            self._compute = self.choice = None
+        return fixed
 
     def _read(self, number: int) -> EncodedImage:
         """A distinct image by its number, or an augmented copy, which is made."""

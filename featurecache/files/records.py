@@ -129,6 +129,9 @@ def is_text(value: str) -> bool:
     return True
 
 
+WAYS = ("library", "onednn", "openvino")  # of a forward pass: see featurecache.extraction.forward
+
+
 def checked_plan(plan: dict[str, Any], path: Path) -> dict[str, Any]:
     """The plan of a store, of which the numbers steer a forward pass."""
     bounds = {"batch_size": 1 << 16, "threads": 1 << 12}
@@ -138,7 +141,24 @@ def checked_plan(plan: dict[str, Any], path: Path) -> dict[str, Any]:
             raise CacheError(f"{path} has no batch_size and threads for {device[:40]!a}. Delete it to plan anew.")
         if "cost" in how and not _is_cost(how["cost"]):
             raise CacheError(f"{path} does not say what an image costs on {device[:40]!a}. Delete it to plan anew.")
+        parts, candidates = (
+            how.get("parts", []),
+            how.get("candidates", {"library": {"images_per_s": 0.0, "error": 0.0}}),
+        )
+        texts = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+        if how.get("forward", "library") not in WAYS or not texts or not are_candidates(candidates):
+            raise CacheError(f"{path} names no forward pass for {device[:40]!a}. Delete it to plan anew.")
     return plan
+
+
+def are_candidates(value: Any) -> bool:
+    """Whether it says how fast and how far off each way of a forward pass was, the library's among them."""
+    each = value.items() if isinstance(value, dict) and "library" in value else [("", None)]
+    return all(
+        way in WAYS and isinstance(figures, dict) and figures.keys() == {"images_per_s", "error"}
+        and all(type(number) is float and 0 <= number < math.inf for number in figures.values())
+        for way, figures in each
+    )  # fmt: skip
 
 
 def _is_cost(cost: Any) -> bool:
