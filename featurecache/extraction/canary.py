@@ -39,7 +39,6 @@ from featurecache.errors import DamagedFile, Drift, ForwardUnavailable, NotInCac
 from featurecache.extraction.forward import (
     ForwardRunner,
     exact_arithmetic,
-    onednn_is_exact,
     output_layout,
     parts_for,
     pick_device,
@@ -309,12 +308,10 @@ class StoreBackbone:
         precision = self.store.spec.precision
         make = partial(ForwardRunner, self.backbone, precision, device, plan["batch_size"], threads=plan["threads"])
         way = plan.get("forward", "library")
-        if way == "onednn" and not onednn_is_exact():
-            way = "library"
-        if way == "openvino" and (exact or graph_is_stored(graph_key(self.backbone, parts, plan["batch_size"]))):
+        if way != "openvino" or exact or graph_is_stored(graph_key(self.backbone, parts, plan["batch_size"])):
             with contextlib.suppress(ForwardUnavailable):  # the probe images decide about another way
                 return make(way=way, parts=parts)
-        return make(way="library" if way == "openvino" else way)
+        return make()
 
     def check(self, output: Output) -> None:
         """Compare this machine with the store's reference, once. Raises Drift."""

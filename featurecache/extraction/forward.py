@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from featurecache.backbones.base import Backbone
-from featurecache.errors import BadOption
+from featurecache.errors import BadOption, ForwardUnavailable
 from featurecache.extraction.openvino_graph import OpenvinoGraph, compile_graph, is_user_code
 from featurecache.images import decoding as _images
 from featurecache.outputs import Output, blocks, function_of
@@ -80,6 +80,8 @@ class ForwardRunner:
         if way == "openvino":
             self._compile(set(parts))
             return
+        if way == "onednn" and not onednn_is_exact():
+            raise ForwardUnavailable("float32 products by oneDNN are none on this CPU, which computes them in bfloat16")
         if device.type == "cpu" and self._dtype != torch.float32 and not is_user_code(backbone):
             self._own = replace(backbone, model=copy.deepcopy(backbone.model))  # others compare with float32
         self._own.model.to(device=device, dtype=self._dtype)

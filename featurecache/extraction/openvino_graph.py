@@ -83,8 +83,8 @@ def graph_key(backbone: Backbone, parts: Sequence[str], batch: int) -> str:
 
 def graph_versions(backbone: Backbone) -> dict[str, str]:
     library = backbone.architecture["library"]
-    libraries = ["torch", "openvino", *([library] if library in ("timm", "transformers", "torchvision") else [])]
-    return {name: version(name) for name in libraries}
+    libraries = ["torch", *["openvino"] * has_openvino()]
+    return {name: version(name) for name in [*libraries, *{library} & {"timm", "transformers", "torchvision"}]}
 
 
 def is_user_code(backbone: Backbone) -> bool:
@@ -106,7 +106,8 @@ def compile_graph(backbone: Backbone, parts: Sequence[str], batch: int, precisio
     }  # fmt: skip
     key = graph_key(backbone, parts, batch)
     try:
-        graph = _stored_graph(key) or _converted(openvino, backbone, parts, batch, key)
+        graph = None if is_user_code(backbone) else _stored_graph(key)
+        graph = graph or _converted(openvino, backbone, parts, batch, key)
         return OpenvinoGraph(openvino.Core().compile_model(graph, "CPU", settings), parts)
     except Exception as error:  # whatever a converter of networks raises
         reason = " ".join(str(error).split())[:200]
@@ -132,7 +133,7 @@ def _converted(openvino: Any, backbone: Backbone, parts: Sequence[str], batch: i
     network, example = _Parts(backbone.model, parts).eval(), torch.zeros(shape)
     with _quiet(), torch.no_grad():
         graph = openvino.convert_model(network, example_input=example, input=[shape])
-    if folder := state_folder():
+    if (folder := state_folder()) and not is_user_code(backbone):  # whose key does not know all that it reads
         with contextlib.suppress(OSError, CannotWrite, RuntimeError):
             _store(openvino, graph, folder / "graphs", key)
             return _stored_graph(key) or graph  # mapped from the file, it needs no weights of torch any more

@@ -169,18 +169,18 @@ class Extraction:
     def compute(self) -> ForwardRunner:
         """The forward pass of this store: its way is chosen when it is first asked for."""
         if self._compute is None:
-            self._choose(measure=False)
+            self._choose(measure=False, images=0)
         assert self._compute is not None
         return self._compute
 
-    def _choose(self, measure: bool) -> None:
+    def _choose(self, measure: bool, images: int) -> None:
         plan, start = self.plan, time.perf_counter()
         parts = parts_for([canary.anchor_output(self.backbone), *self.outputs])
         if parts <= set(plan.get("parts", ())):
             parts = set(plan["parts"])  # the graph of the store's first run
         setting = ForwardSetting(
             self.backbone, self.spec.precision, self.device, plan["batch_size"], plan["threads"],
-            tuple(sorted(parts)), self.to_compute,
+            tuple(sorted(parts)), images,
         )  # fmt: skip
         rows = self._apart(self.forward)[0][0] if self.forward else np.empty(0, np.int64)
         wanted = [output for _, outputs in self.forward for output in outputs]
@@ -194,7 +194,7 @@ class Extraction:
         """Images per second of the forward pass, on the first batches of the job, which are not computed again. None
         where so little is to be computed that it is not worth a look. ``measure``: other ways too, in a long job."""
         if self._compute is None and self.forward:
-            self._choose(measure)
+            self._choose(measure, self.to_compute)
         return self.choice.images_per_s if self.choice else None
 
     def check_disk(self) -> None:
@@ -235,7 +235,8 @@ class Extraction:
                 self.compute().release()
             job = None
             if self.to_compute or self.to_derive:
-                notes = notes_for(self.spec.fingerprint, self.device.type, plan)
+                done = {**plan, "forward": self.compute().way} if self.forward else plan
+                notes = notes_for(self.spec.fingerprint, self.device.type, done)
                 job = ExtractionJob(
                     store, self.layouts, self.digests, notes, read=self._read, preprocess=self.backbone.preprocess,
                     compute=self.compute(), workers=self.workers, threads=plan["threads"],

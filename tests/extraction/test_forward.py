@@ -16,9 +16,10 @@ from support.plant import flip
 
 import featurecache
 from featurecache.backbones import load_backbone
-from featurecache.errors import BadOption
+from featurecache.errors import BadOption, CacheError
 from featurecache.extraction import choose_forward, forward, openvino_graph, plan
 from featurecache.extraction.forward import ForwardRunner, parts_for
+from featurecache.files.records import checked_plan
 from featurecache.maintenance.repair import repair
 from featurecache.outputs import parse_list
 from featurecache.store.store import open_store
@@ -222,6 +223,22 @@ def test_products_that_are_no_float32_are_refused(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch.nn.functional, "linear", rounded)
     assert not forward.onednn_is_exact.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"forward": "magic"},
+        {"forward": ["library"]},
+        {"parts": "tokens"},
+        {"candidates": {}},
+        {"candidates": {"library": {"images_per_s": 0.0, "error": 0.0}}, "forward": "library"},
+        {"candidates": {"library": {"images_per_s": 1.0, "error": 0.0}}},
+    ],
+)
+def test_a_plan_that_names_no_forward_pass_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(CacheError, match="names no forward pass"):
+        checked_plan({"cpu": {"batch_size": 8, "threads": 2, **wrong}}, Path("plan.json"))
 
 
 OFFLINE = """
