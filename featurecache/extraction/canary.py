@@ -134,7 +134,8 @@ def check_canary(
         if write and compute is not None:
             _remember(store, backbone, compute, _keep(store, _measure(backbone, compute, store.spec, outputs)))
         return
-    if compute is not None and {output.name for output in outputs} <= _agreed(store, backbone, compute, kept):
+    names = {output.name for output in (anchor_output(backbone), *outputs)}
+    if compute is not None and names <= _agreed(store, backbone, compute, kept):
         return
     if compute is not None:
         now = _measure(backbone, compute, store.spec, outputs, kept.pixels)
