@@ -86,7 +86,7 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
         ("data", _data_line(record)),
         ("keeps", _keeps_line(extraction)),
         ("machine", _machine_line(extraction, record["images_per_s"])),
-        *[("forward", text) for text in _forward_lines(extraction)],
+        *[("forward", text) for text in (extraction.choice.lines(extraction.to_compute) if extraction.choice else ())],
     ]
     if record["understood"]:
         rows.insert(3, ("understood", record["understood"]))
@@ -155,24 +155,6 @@ def _machine_line(extraction: Extraction, rate: float | None) -> str:
     precision = f"{extraction.spec.precision} ({extraction.precision_reason})"
     speed = f": {rate:.3g} images/s, about {duration(extraction.to_compute / rate)}" if rate else ""
     return f"{what}, {precision}, batches of {plan['batch_size']}{speed}"
-
-
-def _forward_lines(extraction: Extraction) -> list[str]:
-    """Which forward pass was chosen by what, and what --precision bf16 would make of it."""
-    choice = extraction.choice
-    if choice is None:
-        return []
-    lines = list(choice.notes)
-    if choice.candidates:
-        each = [(way, figures["images_per_s"], figures["error"]) for way, figures in choice.candidates.items()]
-        speeds = [f"{way} {speed:.3g} images/s" + f", off by {error:.1g}" * (error > 0) for way, speed, error in each]
-        lines.append(f"{choice.way}, by measurement: {'; '.join(speeds)}")
-    if choice.bf16_images_per_s and choice.images_per_s and choice.bf16_images_per_s > 1.3 * choice.images_per_s:
-        left = duration(extraction.to_compute / choice.bf16_images_per_s)
-        lines.append(
-            f"--precision bf16 would take about {left} ({choice.bf16_images_per_s:.3g} images/s): another store"
-        )
-    return lines
 
 
 def _warnings(data: dict[str, Any]) -> list[str]:

@@ -31,6 +31,7 @@ from featurecache.extraction.openvino_graph import graph_key, graph_versions, ha
 from featurecache.extraction.pipeline import decode_many
 from featurecache.files.machine_state import read_state, state_key, write_state
 from featurecache.files.records import are_candidates
+from featurecache.formatting import duration
 from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
 from featurecache.store.store import Store
@@ -59,6 +60,17 @@ class ForwardChoice:
         """What the plan of the store says."""
         parts = {"parts": list(self.parts)} if self.way == "openvino" else {}
         return {"forward": self.way, **({"candidates": self.candidates} if self.candidates else {}), **parts}
+
+    def lines(self, images: int) -> list[str]:
+        """For people: what was refused, all speeds, and what bf16 would make of so many ``images``."""
+        lines, speed, bf16 = list(self.notes), self.images_per_s, self.bf16_images_per_s
+        if self.candidates:
+            each = [(way, figures["images_per_s"], figures["error"]) for way, figures in self.candidates.items()]
+            speeds = [f"{way} {rate:.3g} images/s" + f", off by {error:.1g}" * (error > 0) for way, rate, error in each]
+            lines.append(f"{self.way}, by measurement: {'; '.join(speeds)}")
+        if speed and bf16 and bf16 > 1.3 * speed:
+            lines.append(f"--precision bf16, another store, would take {duration(images / bf16)}: {bf16:.3g} images/s")
+        return lines
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,8 @@ def test_a_long_job_measures_and_computes_nothing_twice(home: Path, monkeypatch,
     monkeypatch.setattr(ForwardRunner, "parts_of", count)
     prepared = prepare(home)
     assert prepared.estimate() and prepared.choice is not None and prepared.choice.bf16_images_per_s
+    (line,) = [line for line in prepared.choice.lines(11) if "by measurement" in line]
+    assert "library" in line and "; openvino" in line and "off by" in line
     view = featurecache.open_view(prepared.run().view)
     chosen = plan_of(view)
     assert {"library", "openvino"} <= chosen["candidates"].keys() and chosen["forward"] == prepared.choice.way
