@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 _Switch = tuple[Callable[[], Any], Callable[[Any], Any], Any]  # reads it, sets it, as it has to be
 
@@ -91,3 +92,27 @@ def exact_arithmetic(threads: int | None = None) -> Iterator[None]:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads)
         yield
+
+
+@contextlib.contextmanager
+def onednn_products() -> Iterator[None]:
+    """Products of float32 may go to oneDNN, which a CPU of AMD needs for its full speed. A CPU with AMX computes them
+    in bfloat16 then: only where `onednn_is_exact`."""
+    read, change, _ = _precision("mkldnn", "matmul")
+    before = read()
+    change("bf16")
+    try:
+        yield
+    finally:
+        change(before)
+
+
+@cache
+def onednn_is_exact() -> bool:
+    """Whether products under `onednn_products` have float32's accuracy on this CPU, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*shape, generator=generator) for shape in ((1576, 768), (3072, 768)))  # an MLP of a ViT-B
+    with exact_arithmetic(), onednn_products():
+        product = functional.linear(a, b)
+    exact = functional.linear(a.double(), b.double())
+    return bool((product - exact).norm() <= 2e-6 * exact.norm())
