@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,9 +26,6 @@ from featurecache.store.shards import Layout
 from featurecache.store.store import Store
 from featurecache.store.view import View
 from featurecache.store.write_view import copy_failed, view_attributes, write_view
-
-if TYPE_CHECKING:
-    from featurecache.extraction.run import Extraction
 
 
 class ViewContents(NamedTuple):
@@ -116,25 +113,29 @@ def copies_in_view(
     return copied, lost
 
 
-def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Path, int, int, list[tuple[str, str]]]:
+def write_view_of(
+    contents: ViewContents, store: Store, name: str, dataset: Dataset, scan: ScanResult, failures: dict[int, str]
+) -> tuple[Path, int, int, list[tuple[str, str]]]:
     """The view's path, how many images and copies are in it, and (id, reason) of what is not."""
-    assert extraction.store is not None
-    dataset, sample_image = extraction.dataset, extraction.scan.sample_image
+    sample_image, copying = scan.sample_image, contents.copying
     bad = np.flatnonzero(np.isin(sample_image, list(failures))).tolist()
-    reasons = extraction.scan.unread | {sample: failures[int(sample_image[sample])] for sample in bad}
+    reasons = scan.unread | {sample: failures[int(sample_image[sample])] for sample in bad}
     kept = np.delete(np.arange(len(dataset)), list(reasons))
-    copied, lost = copies_in_view(extraction.copying, dataset, sample_image, kept, failures)
+    copied, lost = copies_in_view(copying, dataset, sample_image, kept, failures)
     changed = [k for k, reason in [*reasons.items(), *((k, r) for k, _, r in lost)] if reason == CHANGED]
-    extraction.scan.files.drop(np.unique(np.array(changed, np.int64)))
+    scan.files.drop(np.unique(np.array(changed, np.int64)))
     missing = [*sorted(reasons.items()), *((k, copy_failed(copy, reason)) for k, copy, reason in lost)]
     failed = [(dataset.shown(sample), reason) for sample, reason in missing]
     if not len(kept):
         raise SourceError(f"none of {len(dataset):,} images could be read. The first, {failed[0][0]}: {failed[0][1]}.")
     images = np.concatenate([sample_image[kept], *(numbers for _, numbers in copied)])
-    places = {extraction.layouts[o.name]: extraction.locate(o)[images] for o in extraction.outputs}
+    places = {
+        layout: store.locate(layout, contents.digests)[images]
+        for layout in (contents.layouts[o.name] for o in contents.outputs)
+    }
     if not all(each.mask.all() for each in places.values()):
         raise CacheError(
-            f"rows that were in {extraction.store.path} are gone: somebody removes files there. "
+            f"rows that were in {store.path} are gone: somebody removes files there. "
             "The same command computes them again."
         )
     samples = [kept, *(of for of, _ in copied)]
@@ -143,12 +144,12 @@ def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Pat
         text_array(dataset.ids), dataset.labels, text_array(dataset.splits), sample_image, groups, dataset.meta
     )
     columns = replace(columns, **columns.at(np.concatenate(samples)))
-    columns.digests = extraction.digests[images]
+    columns.digests = contents.digests[images]
     reason_of = plain_reason if "secret" in dataset.source else str
     listed = [(dataset.ids[sample], reason_of(reason)) for sample, reason in missing]
-    attributes = view_attributes(extraction.store, dataset.classes, dataset.task, dataset.source, listed)
-    if extraction.copying:
+    attributes = view_attributes(store, dataset.classes, dataset.task, dataset.source, listed)
+    if copying:
         columns.versions = np.repeat(np.arange(len(samples), dtype=np.int32), [len(rows) for rows in samples])
-        attributes["augmentation"] = canonical_json(extraction.copying.augmented.to_dict())
-    path = write_view(extraction.store, extraction.name, columns, attributes, places)
+        attributes["augmentation"] = canonical_json(copying.augmented.to_dict())
+    path = write_view(store, name, columns, attributes, places)
     return path, len(kept), len(images) - len(kept), failed

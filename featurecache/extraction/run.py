@@ -254,7 +254,9 @@ class Extraction:
                 with update_lock(store.path):  # of two that write one view the second keeps what the first wrote
                     if file_stamp(store.path / f"{self.name}.h5") == self.contents.stamp:
                         failures = done[0].failures if done else {}
-                        path, images, copies, failed = write_view_of(self, failures)
+                        path, images, copies, failed = write_view_of(
+                            self.contents, store, self.name, self.dataset, self.scan, failures
+                        )
                         break
         timings = [job.timings for job in jobs] or [StageTimings(self.device, batch=0)]
         names, computed = tuple(output.name for output in self.outputs), sum(each.images for each in timings)
