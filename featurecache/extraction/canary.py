@@ -225,7 +225,7 @@ def _measure(
     wanted = tuple(dict.fromkeys([anchor_output(backbone), *outputs]))
     parts: dict[str, list[torch.Tensor]] = {}
     for start in range(0, len(pixels), compute.batch_size):
-        rows, _ = compute(pixels[start : start + compute.batch_size], wanted, spec.dtype)
+        rows, _ = compute(pixels[start : start + compute.batch_size], wanted, spec.dtype, whole=False)
         for source, tensor in rows.items():
             parts.setdefault(source, []).append(tensor.cpu())
     made = {source: torch.cat(tensors) for source, tensors in parts.items()}

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from featurecache.arithmetic import onednn_is_exact
+from featurecache.arithmetic import onednn_gain
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, Drift, ForwardUnavailable
 from featurecache.extraction.canary import check_canary, probe_pixels
@@ -38,6 +38,7 @@ from featurecache.outputs import Output
 from featurecache.store.store import Store
 
 LONG = 60.0  # seconds of the library's forward, from which on measuring is worth a conversion
+GAIN = 1.3  # of a product by oneDNN, from which on short jobs take it too: nothing has to be converted
 SHORT = 3.0  # seconds that a remembered way has to save: loading a graph takes one
 FP32_ERROR, BF16_ERROR, BF16_RATIO = 1e-5, 1.5e-2, 1.1
 PROBED = 4  # batches: jobs of no more are not measured at all
@@ -104,13 +105,13 @@ class ForwardSetting:
         """Candidates. User code may branch on its data, which a converter cannot see: only on request."""
         if self.device.type != "cpu" or self.precision == "fp16":
             return ["library"]
-        onednn = ["onednn"] if self.precision == "fp32" and onednn_is_exact() else []
+        onednn = ["onednn"] if self.precision == "fp32" and onednn_gain() else []
         return ["library", *onednn, *(["openvino"] if has_openvino() and not is_user_code(self.backbone) else [])]
 
 
 def is_fixed(plan: dict[str, Any]) -> bool:
-    """Whether the forward pass of a plan was measured or requested; the library's of short jobs was neither."""
-    return "candidates" in plan or plan.get("forward", "library") != "library"
+    """Whether the forward pass of a plan was measured; that of short jobs was not."""
+    return "candidates" in plan
 
 
 class FirstImages:
@@ -122,7 +123,7 @@ class FirstImages:
         self._setting, self._rows, self._read = setting, rows, read
 
     def probes(self) -> torch.Tensor:
-        return self._padded(probe_pixels(self._setting.backbone)[: self._setting.batch_size])
+        return probe_pixels(self._setting.backbone)[: self._setting.batch_size]
 
     def batches(self) -> list[torch.Tensor]:
         """At least two, of which the last may be black."""
@@ -165,13 +166,13 @@ def choose_forward(
     Raises BadOption where a ``requested`` way is not to be had or not accurate."""
     notes: list[str] = []
     known = ForwardChoice("library") if requested == "library" else None
-    if planned and is_fixed(planned) and requested in ("auto", planned["forward"]):
+    if planned and (is_fixed(planned) or setting.is_tiny) and requested in ("auto", planned["forward"]):
         known = ForwardChoice(planned["forward"], planned.get("candidates"))
     known = known or _remembered(setting, requested)
     if known is not None:
         try:
             runner = setting.runner(known.way)
-            rate = None if setting.is_tiny else _timed(runner, images.batches(), setting)[1]
+            rate = None if setting.is_tiny else _timed(setting, runner, images.batches())[2]
             return runner, replace(known, images_per_s=rate)
         except ForwardUnavailable as error:
             notes.append(f"{error}. The library's forward is used, where the probe images agree")
@@ -179,11 +180,16 @@ def choose_forward(
     library = setting.runner("library")
     if requested == "auto" and setting.is_tiny:
         return library, ForwardChoice(notes=tuple(notes))
-    batches = [images.probes(), *images.batches()]
-    given, rate = _timed(library, batches, setting)
+    batches, timed = [images.probes(), *images.batches()], dict[str, _Timed]()
+    if requested == "auto" and "onednn" in setting.ways() and onednn_gain() > GAIN:
+        timed["onednn"] = onednn, given, rate = _timed(setting, "onednn", batches)
+        error = _error(setting, given, [library.parts_of(batches[0], set(setting.parts))])
+        if not (measure and setting.images > LONG * rate) and error <= FP32_ERROR:
+            return onednn, ForwardChoice("onednn", images_per_s=rate, notes=tuple(notes))
+    timed["library"] = library, _, rate = _timed(setting, library, batches)
     if requested == "auto" and (not measure or setting.images < LONG * rate or len(setting.ways()) == 1):
         return library, ForwardChoice(images_per_s=rate, notes=tuple(notes))
-    return _measured(setting, requested, {"library": (library, given, rate)}, batches)
+    return _measured(setting, requested, timed, batches)
 
 
 _Timed = tuple[ForwardRunner, list[dict[str, torch.Tensor]], float]
@@ -197,13 +203,12 @@ def _measured(
     if setting.precision != "fp32":
         reference = replace(setting, precision="fp32").runner("library")
         exact = [reference.parts_of(batch, set(setting.parts)) for batch in images[:2]]
-    for way in setting.ways()[1:] if requested == "auto" else [requested]:
+    for way in [way for way in (setting.ways() if requested == "auto" else [requested]) if way not in timed]:
         try:
-            runner = setting.runner(way)
-            timed[way] = (runner, *_timed(runner, images, setting))
+            timed[way] = _timed(setting, way, images)
         except ForwardUnavailable as error:
             notes.append(str(error))
-    errors = {way: max(_error(given, exact, part) for part in setting.parts) for way, (_, given, _) in timed.items()}
+    errors = {way: _error(setting, given, exact) for way, (_, given, _) in timed.items()}
     notes += [f"{way} gives no numbers" for way, error in errors.items() if not math.isfinite(error)]
     candidates = {
         way: {"images_per_s": round(timed[way][2], 3), "error": error}
@@ -217,8 +222,7 @@ def _measured(
     write_state("forward", setting.key, {"candidates": candidates})
     bf16 = None
     if setting.precision == "fp32" and requested == "auto":
-        other = replace(setting, precision="bf16").runner("library" if way == "onednn" else way)
-        bf16 = _timed(other, images[1:], setting)[1]
+        bf16 = _timed(replace(setting, precision="bf16"), way if way != "onednn" else "library", images[1:])[2]
     return timed[way][0], ForwardChoice(way, candidates, timed[way][2], bf16, tuple(notes))
 
 
@@ -238,24 +242,28 @@ def _remembered(setting: ForwardSetting, requested: str) -> ForwardChoice | None
     return None if requested == "auto" and way != "library" and saved < SHORT else ForwardChoice(way, candidates)
 
 
-def _timed(
-    runner: ForwardRunner, images: Sequence[torch.Tensor], setting: ForwardSetting
-) -> tuple[list[dict[str, torch.Tensor]], float]:
-    """What a runner makes of batches, which it will not compute again; images/s, the first batch left out."""
+def _timed(setting: ForwardSetting, way: str | ForwardRunner, images: Sequence[torch.Tensor]) -> _Timed:
+    """The runner of a way, what it makes of batches, which it will not compute again; images/s, without the first."""
+    runner = setting.runner(way) if isinstance(way, str) else way
     given, seconds = [], []
     for batch in images:
         start = time.perf_counter()
         given.append({part: rows.cpu() for part, rows in runner.parts_of(batch, set(setting.parts)).items()})
         seconds.append(time.perf_counter() - start)
         runner.remember(batch, given[-1], seconds[-1])
-    return given, setting.batch_size / sorted(seconds[1:])[len(seconds[1:]) // 2]
+    return runner, given, setting.batch_size / sorted(seconds[1:])[len(seconds[1:]) // 2]
 
 
-def _error(given: Sequence[dict[str, torch.Tensor]], exact: Sequence[dict[str, torch.Tensor]], part: str) -> float:
-    """|given − exact|₂ / |exact|₂ over the batches that both have."""
-    pairs = [(a[part].double(), b[part].double()) for a, b in zip(given, exact, strict=False)]
-    size = sum(float(b.square().sum()) for _, b in pairs)
-    return math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs) / max(size, 1e-60))
+def _error(
+    setting: ForwardSetting, given: Sequence[dict[str, torch.Tensor]], exact: Sequence[dict[str, torch.Tensor]]
+) -> float:
+    """|given − exact|₂ / |exact|₂ over the batches that both have, of the part where it is largest."""
+    errors = []
+    for part in setting.parts:
+        pairs = [(a[part].double(), b[part].double()) for a, b in zip(given, exact, strict=False)]
+        size = sum(float(b.square().sum()) for _, b in pairs)
+        errors.append(math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs) / max(size, 1e-60)))
+    return max(errors)
 
 
 def _is_accurate(way: str, candidates: Candidates, precision: str) -> bool:

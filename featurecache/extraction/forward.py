@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from featurecache.arithmetic import onednn_is_exact, onednn_products
+from featurecache.arithmetic import onednn_gain, onednn_products
 from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, ForwardUnavailable
@@ -68,7 +68,7 @@ class ForwardRunner:
         if way == "openvino":
             self._compile(set(parts))
             return
-        if way == "onednn" and not onednn_is_exact():
+        if way == "onednn" and not onednn_gain():
             raise ForwardUnavailable("float32 products by oneDNN are none on this CPU, which computes them in bfloat16")
         if device.type == "cpu" and self._dtype != torch.float32 and not is_user_code(backbone):
             self._own = replace(backbone, model=copy.deepcopy(backbone.model))  # others compare with float32
@@ -90,13 +90,20 @@ class ForwardRunner:
 
     @torch.no_grad()
     def parts_of(self, images: torch.Tensor, parts: set[str]) -> dict[str, torch.Tensor]:
-        """uint8 images [B,3,h,w] → {part: [B, ...]} as the network gives them, on the device."""
-        pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
+        """uint8 images [b,3,h,w] → {part: [b, ...]} as the network gives them, on the device; b ≤ B, of which only a
+        graph makes B: rows that are stored come from whole batches (`__call__`)."""
         if self.way == "openvino":
             graph = self._graph if self._graph and parts <= set(self._graph.parts) else self._compile(parts)
-            return graph(pixels)
+            given = graph(self.backbone.preprocess.normalised(self._padded(images, slice(len(images)))))
+            return {part: rows[: len(images)] for part, rows in given.items()}
+        pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
         with onednn_products() if self.way == "onednn" else contextlib.nullcontext():
             return self._own.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), parts)
+
+    def _padded(self, images: torch.Tensor, places: slice | list[int]) -> torch.Tensor:
+        batch = images.new_zeros(self.batch_size, *images.shape[1:])
+        batch[places] = images
+        return batch
 
     def remember(self, images: torch.Tensor, given: dict[str, torch.Tensor], seconds: float) -> None:
         """Keep what `parts_of` gave of a batch until it is computed in earnest: what was measured is work done."""
@@ -113,20 +120,25 @@ class ForwardRunner:
 
     @torch.no_grad()
     def __call__(
-        self, images: torch.Tensor, outputs: Sequence[Output], dtype: str, places: Sequence[int] | None = None
+        self,
+        images: torch.Tensor,
+        outputs: Sequence[Output],
+        dtype: str,
+        places: Sequence[int] | None = None,
+        *,
+        whole: bool = True,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """uint8 images [b,3,h,w], b ≤ B, to what ``outputs`` are made of, on the device. ``places`` [b]: the rows of
-        the batch that they take, distinct and ascending; the first ones if not given.
+        the batch that they take, distinct and ascending; the first ones if not given. Not ``whole``: a batch of b, for
+        what is compared within a tolerance.
 
         Returns rows [b, ...] in the storage dtype for each source and, where that is float16, for each output what
         rounding did to it: |stored − float32|₂ / |float32|₂, float32 [b].
         """
         chosen: slice | list[int] = slice(None)
-        if len(images) < self.batch_size:
+        if whole and len(images) < self.batch_size:
             chosen = list(range(len(images)) if places is None else places)
-            batch = images.new_zeros(self.batch_size, *images.shape[1:])
-            batch[chosen] = images
-            images = batch
+            images = self._padded(images, chosen)
         sources = {output.source: source_parts(output.source) for output in outputs}
         given = self._computed(images, parts_for(outputs))
         exact = {key: torch.cat([given[part][chosen].float() for part in parts], -1) for key, parts in sources.items()}

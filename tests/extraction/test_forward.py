@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,10 @@ from support.pictures import image_folder, save_picture
 from support.plant import flip
 
 import featurecache
-from featurecache.arithmetic import onednn_is_exact
+from featurecache.arithmetic import onednn_gain
 from featurecache.backbones import load_backbone
 from featurecache.errors import BadOption, CacheError
-from featurecache.extraction import choose_forward, openvino_graph, plan
+from featurecache.extraction import choose_forward, forward, openvino_graph, plan
 from featurecache.extraction.forward import ForwardRunner, parts_for
 from featurecache.files.records import checked_plan
 from featurecache.maintenance.repair import repair
@@ -180,7 +181,8 @@ def test_another_way_that_the_probe_images_do_not_bear_out_adds_nothing(  # type
 
 def test_what_is_inaccurate_is_never_chosen(home: Path, monkeypatch, long_jobs: None) -> None:  # type: ignore[no-untyped-def]
     scale(monkeypatch, 1e-4)
-    monkeypatch.setattr(choose_forward, "onednn_is_exact", lambda: True)
+    monkeypatch.setattr(choose_forward, "onednn_gain", lambda: 2.0)
+    monkeypatch.setattr(forward, "onednn_gain", lambda: 2.0)
     onednn = ForwardRunner.parts_of
     off = lambda self, *a: {k: v * (1.001 if self.way == "onednn" else 1) for k, v in onednn(self, *a).items()}  # noqa: E731
     monkeypatch.setattr(ForwardRunner, "parts_of", off)
@@ -211,6 +213,40 @@ def test_a_store_whose_way_is_gone_goes_on_by_the_library(home: Path, monkeypatc
     assert len(view) == 12 and plan_of(view)["forward"] == "openvino"
 
 
+@pytest.mark.parametrize(("gain", "error", "way"), [(2.0, 0, "onednn"), (1.1, 0, "library"), (2.0, 1e-3, "library")])
+def test_short_jobs_take_what_needs_no_conversion_where_products_gain_by_it(  # type: ignore[no-untyped-def]
+    home: Path, monkeypatch, gain: float, error: float, way: str
+) -> None:
+    for module in (choose_forward, forward):
+        monkeypatch.setattr(module, "onednn_gain", lambda: gain)
+    monkeypatch.setattr(forward, "onednn_products", contextlib.nullcontext)  # on this CPU they may be no float32
+    monkeypatch.setattr(choose_forward, "PROBED", 0)
+    call = ForwardRunner.parts_of
+    off = lambda self, *a: {k: v * (1 + error * (self.way == "onednn")) for k, v in call(self, *a).items()}  # noqa: E731
+    monkeypatch.setattr(ForwardRunner, "parts_of", off)
+    assert plan_of(extract(home))["forward"] == way
+    monkeypatch.setattr(choose_forward, "PROBED", 4)
+    save_picture(home / "data" / "ill" / "new.png", 99)
+    assert plan_of(extract(home))["forward"] == way  # a few more are computed as the store is
+
+
+@pytest.mark.parametrize(("bf16", "lines"), [(40.0, 1), (12.0, 0), (None, 0)])
+def test_the_estimate_says_what_bf16_would_save(bf16: float | None, lines: int) -> None:
+    said = choose_forward.ForwardChoice(images_per_s=10.0, bf16_images_per_s=bf16).lines(4800)
+    assert said == ["--precision bf16, another store, would take 2 min: 40 images/s"][:lines]
+
+
+def test_another_process_that_wants_more_of_the_view_meets_no_freed_weights(home: Path) -> None:
+    outputs = parse_list((home / "outputs").read_text())
+    backbone = load_backbone(str(home / "net"))
+    compute = ForwardRunner(backbone, "fp32", torch.device("cpu"), 4, "openvino", parts_for(outputs[:1]), 2)
+    images = torch.randint(0, 256, (4, 3, *backbone.image_size), dtype=torch.uint8)
+    before, _ = compute(images, outputs[:1], "float32")
+    compute.release()
+    rows, _ = compute(images, outputs, "float32")
+    assert all(torch.allclose(rows[name], before[name], rtol=1e-4, atol=1e-5) for name in before)
+
+
 def test_weights_that_a_graph_has_are_freed(home: Path) -> None:
     prepared = prepare(home, "openvino")
     prepared.run()
@@ -225,7 +261,7 @@ def test_products_that_are_no_float32_are_refused(monkeypatch: pytest.MonkeyPatc
         return linear(a, b) if a.dtype == torch.float64 else linear(a.bfloat16(), b.bfloat16()).float()
 
     monkeypatch.setattr(torch.nn.functional, "linear", rounded)
-    assert not onednn_is_exact.__wrapped__()
+    assert not onednn_gain.__wrapped__()
 
 
 @pytest.mark.parametrize(
