@@ -7,8 +7,9 @@ batches of the job; it may be chosen where it differs from the library's own flo
     fp32: 10⁻⁵ of the length;   bf16: 1.1 times what torch's bfloat16 differs by, and 1.5·10⁻²
 
 The fastest one is kept in the store's plan with all speeds, and in the machine's state for other stores. A conversion
-takes seconds: it is tried in jobs of more than ``LONG`` seconds, or where a measurement is remembered. What the chosen
-way computed meanwhile is not computed again.
+takes seconds: it is tried in jobs of more than ``LONG`` seconds, or where a measurement is remembered. Shorter ones take
+oneDNN's products where one of them gains by it, else the library's. What the chosen way computed meanwhile is not
+computed again.
 """
 
 from __future__ import annotations
