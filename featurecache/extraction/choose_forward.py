@@ -7,8 +7,8 @@ batches of the job; it may be chosen where it differs from the library's own flo
     fp32: 10⁻⁵ of the length;   bf16: 1.1 times what torch's bfloat16 differs by, and 1.5·10⁻²
 
 The fastest one is kept in the store's plan with all speeds, and in the machine's state for other stores. A conversion
-takes seconds: it is tried in jobs of more than ``LONG`` seconds, or where a measurement is remembered. Shorter ones take
-oneDNN's products where one of them gains by it, else the library's. What the chosen way computed meanwhile is not
+takes seconds: it is tried in jobs of more than ``LONG`` seconds, or where a measurement is remembered. Shorter ones
+take oneDNN's products where one of them gains by it, else the library's. What the chosen way computed meanwhile is not
 computed again.
 """
 
@@ -162,13 +162,15 @@ def choose_forward(
     setting: ForwardSetting, images: FirstImages, planned: dict[str, Any] | None, measure: bool, requested: str
 ) -> tuple[ForwardRunner, ForwardChoice]:
     """The runner of a store's forward pass, and why it is this one: as ``requested``; as the store ``planned``, where
-    that was measured; as this machine remembers; else by measurement in long jobs (``measure``), else the library's.
+    that was measured or hardly anything is to be done; as this machine remembers; by measurement in long jobs
+    (``measure``); by oneDNN's products where they gain; else the library's.
 
     Raises BadOption where a ``requested`` way is not to be had or not accurate."""
     notes: list[str] = []
     known = ForwardChoice("library") if requested == "library" else None
-    if planned and (is_fixed(planned) or setting.is_tiny) and requested in ("auto", planned["forward"]):
-        known = ForwardChoice(planned["forward"], planned.get("candidates"))
+    own = planned.get("forward", "library") if planned else None
+    if planned and own and (is_fixed(planned) or setting.is_tiny) and requested in ("auto", own):
+        known = ForwardChoice(own, planned.get("candidates"))
     known = known or _remembered(setting, requested)
     if known is not None:
         try:
@@ -182,10 +184,10 @@ def choose_forward(
     if requested == "auto" and setting.is_tiny:
         return library, ForwardChoice(notes=tuple(notes))
     batches, timed = [images.probes(), *images.batches()], dict[str, _Timed]()
-    if requested == "auto" and "onednn" in setting.ways() and onednn_gain() > GAIN:
+    if requested == "auto" and own in (None, "onednn") and "onednn" in setting.ways() and onednn_gain() > GAIN:
         timed["onednn"] = onednn, given, rate = _timed(setting, "onednn", batches)
-        error = _error(setting, given, [library.parts_of(batches[0], set(setting.parts))])
-        if not (measure and setting.images > LONG * rate) and error <= FP32_ERROR:
+        exact = [library.parts_of(batches[0], set(setting.parts))]
+        if not (measure and setting.images > LONG * rate) and _error(setting, given, exact) <= FP32_ERROR:
             return onednn, ForwardChoice("onednn", images_per_s=rate, notes=tuple(notes))
     timed["library"] = library, _, rate = _timed(setting, library, batches)
     if requested == "auto" and (not measure or setting.images < LONG * rate or len(setting.ways()) == 1):
