@@ -1,17 +1,25 @@
-"""From JPEG to committed shards, beside the bare forward pass on ready tensors.
+"""From JPEG to committed shards, beside a stock batched loop, one image at a time, and the bare forward pass.
 
-    python benchmarks/extraction.py FOLDER [--images 256] [--rounds 5] [--no-plain]
+    python benchmarks/extraction.py FOLDER [--network vit|resnet50|densenet121] [--images 66] [--rounds 5]
+                                    [--ways stock,ours,cold,bf16,one,bare]
 
-Untrained weights (speed does not depend on them), fp32. Each round runs, one after the other and in alternating
-order: the bare forward pass (the library's model, batches of 8, inference mode), the plain way (one PIL image at a
-time through the checkpoint's processor and the model, one dataset[i] = … a row, h5py), and featurecache. The median
-of the rounds' ratios is reported.
+Untrained weights (speed does not depend on them), loaded from one file by all. Each round runs, one after the other and
+in alternating order, with loading and conversion in their time:
+
+    stock   batches of 16 (CNNs 32): PIL, the checkpoint's processor, the library's model, rows written by h5py
+    ours    featurecache, as this machine remembers the network;   cold: with nothing remembered;   bf16: the former
+    one     one PIL image at a time through processor and model, one dataset[i] = … a row
+    bare    the library's model on ready tensors, batches of 8
+
+The median of the rounds' ratios to ``stock`` is reported, and which forward pass was chosen.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import os
 import statistics
 import tempfile
 import time
@@ -20,12 +28,14 @@ from pathlib import Path
 
 import h5py
 import torch
+import torchvision
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from featurecache.extraction import plan
+from featurecache.formatting import device_title
 
-Way = Callable[[], int]  # returns how many images
+Way = Callable[[], object]
 
 
 def files(folder: Path, count: int) -> list[Path]:
@@ -33,42 +43,65 @@ def files(folder: Path, count: int) -> list[Path]:
     return found[:: max(1, len(found) // count)][:count]
 
 
-def bare(model: torch.nn.Module, count: int) -> Way:
+class Network:
+    """A network in a file, and the two lines by which a script loads and runs it."""
+
+    def __init__(self, name: str, home: Path) -> None:
+        self.name, self.is_vit, self.file = name, name == "vit", home / ("vit" if name == "vit" else f"{name}.pt")
+        if self.is_vit:
+            ViTModel(ViTConfig()).save_pretrained(self.file)
+            ViTImageProcessor().save_pretrained(self.file)
+        else:
+            torch.save(getattr(torchvision.models, name)().state_dict(), self.file)
+        self.options = {"backbone": str(self.file)} if self.is_vit else {"backbone": name, "weights": str(self.file)}
+        self.options |= {"outputs": "cls,tokens" if self.is_vit else "gap"}
+        self.shape = (197, 768) if self.is_vit else (2048 if name == "resnet50" else 1024,)
+
+    def load(self) -> Callable[[list[Image.Image]], torch.Tensor]:
+        if self.is_vit:
+            processor, model = ViTImageProcessor.from_pretrained(self.file), ViTModel.from_pretrained(self.file).eval()
+            return lambda images: model(**processor(images=images, return_tensors="pt")).last_hidden_state
+        model = getattr(torchvision.models, self.name)()
+        model.load_state_dict(torch.load(self.file, weights_only=True))
+        setattr(model, "fc" if self.name == "resnet50" else "classifier", torch.nn.Identity())
+        look, model = torchvision.transforms._presets.ImageClassification(crop_size=224), model.eval()
+        return lambda images: model(torch.stack([look(image) for image in images]))
+
+
+def loop(network: Network, paths: list[Path], target: Path, batch: int) -> Way:
+    def run() -> None:
+        forward = network.load()
+        with h5py.File(target, "w") as file, torch.no_grad():
+            rows = file.create_dataset("features", (len(paths), *network.shape), "f2")
+            for k in range(0, len(paths), batch):
+                images = [Image.open(path).convert("RGB") for path in paths[k : k + batch]]
+                rows[k : k + batch] = forward(images).numpy()
+
+    return run
+
+
+def ours(data: Path, network: Network, home: Path, cold: bool = False, precision: str = "fp32") -> Way:
+    numbers = itertools.count()
+
+    def run() -> object:
+        cache, state = home / f"{precision}{cold}{next(numbers)}", os.environ["FEATURECACHE_STATE"]
+        if cold:
+            os.environ["FEATURECACHE_STATE"] = str(cache / "state")
+        result = plan.extract(data, cache=cache, precision=precision, **network.options)
+        os.environ["FEATURECACHE_STATE"] = state
+        return json.loads((result.view.parent / "plan.json").read_text())["cpu"]["forward"]
+
+    return run
+
+
+def bare(network: Network, count: int) -> Way:
+    model = ViTModel(ViTConfig()).eval() if network.is_vit else getattr(torchvision.models, network.name)().eval()
     pixels = torch.randn(8, 3, 224, 224)
 
-    def run() -> int:
+    def run() -> None:
         with torch.inference_mode():
             for _ in range(count // 8):
                 model(pixels)
-        return count // 8 * 8
-
-    return run
-
-
-def plain(model: torch.nn.Module, paths: list[Path], target: Path) -> Way:
-    processor = ViTImageProcessor()
-
-    def run() -> int:
-        with h5py.File(target, "w") as file, torch.no_grad():
-            rows = file.create_dataset("tokens", (len(paths), 197, 768), "f2")
-            for k, path in enumerate(paths):
-                pixels = processor(images=Image.open(path).convert("RGB"), return_tensors="pt")
-                rows[k] = model(**pixels).last_hidden_state[0].numpy()
-        return len(paths)
-
-    return run
-
-
-def ours(data: Path, backbone: str, home: Path) -> Way:
-    numbers = itertools.count()
-
-    def run() -> int:
-        cache = home / f"cache{next(numbers)}"
-        prepared = plan.prepare(data, backbone=backbone, random_weights=True, cache=cache, outputs="cls,tokens")
-        start = time.perf_counter()  # loading the network is in none of the three ways
-        result = prepared.run(rate=10.0)
-        run.seconds = time.perf_counter() - start  # type: ignore[attr-defined]
-        return result.computed
 
     return run
 
@@ -76,39 +109,55 @@ def ours(data: Path, backbone: str, home: Path) -> Way:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--network", choices=["vit", "resnet50", "densenet121"], default="vit")
+    parser.add_argument("--images", type=int, default=66)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-plain", action="store_true", help="leave out one image at a time, the slowest")
+    parser.add_argument("--ways", default="stock,ours,cold,bf16,one,bare")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
+        os.environ.setdefault("FEATURECACHE_STATE", str(home / "state"))
         (home / "data").mkdir()
         paths = files(given.folder, given.images)
         for k, path in enumerate(paths):
             (home / "data" / f"{k:05d}{path.suffix}").write_bytes(path.read_bytes())
-        model = ViTModel(ViTConfig()).eval()
-        ways = {
-            "bare forward": bare(model, len(paths)),
-            "one image at a time": plain(model, paths, home / "plain.h5"),
-            "featurecache": ours(home / "data", "vit-in21k", home),
+        network = Network(given.network, home)
+        ways: dict[str, Way] = {
+            "stock": loop(network, paths, home / "stock.h5", 16 if network.is_vit else 32),
+            "ours": ours(home / "data", network, home),
+            "cold": ours(home / "data", network, home, cold=True),
+            "bf16": ours(home / "data", network, home, precision="bf16"),
+            "one": loop(network, paths, home / "one.h5", 1),
+            "bare": bare(network, len(paths)),
         }
-        if given.no_plain:
-            del ways["one image at a time"]
-        measure(ways, given.rounds)
+        print(f"{device_title('cpu')}, {torch.get_num_threads()} threads; {network.name}, {len(paths)} images")
+        for way, precision in (("ours", "fp32"), ("bf16", "bf16")):
+            if way in given.ways.split(","):  # what a long job would have measured
+                remember(home / "data", network, home / f"first{precision}", precision)
+        measure({name: ways[name] for name in given.ways.split(",")}, given.rounds, len(paths))
 
 
-def measure(ways: dict[str, Way], rounds: int) -> None:
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+def remember(data: Path, network: Network, cache: Path, precision: str) -> None:
+    result = plan.extract(data, cache=cache, forward="openvino", precision=precision, **network.options)
+    candidates = json.loads((result.view.parent / "plan.json").read_text())["cpu"]["candidates"]
+    print(
+        precision, {name: f"{c['images_per_s']:.3g} images/s, error {c['error']:.2g}" for name, c in candidates.items()}
+    )
+
+
+def measure(ways: dict[str, Way], rounds: int, count: int) -> None:
+    taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
+        chosen = {}
         for name, way in list(ways.items())[:: 1 if number % 2 else -1]:
             start = time.perf_counter()
-            count = way()
-            rates[name].append(count / getattr(way, "seconds", time.perf_counter() - start))
-    for name, values in rates.items():
-        ratios = [value / base for value, base in zip(values, rates["bare forward"], strict=True)]
-        print(
-            f"{name:20s} {statistics.median(values):6.2f} images/s   {statistics.median(ratios):5.3f} of the bare pass"
-        )
+            chosen[name] = way()
+            taken[name].append(time.perf_counter() - start)
+        print(f"after {number + 1} rounds:")
+        for name, values in taken.items():
+            ratio = statistics.median(base / value for base, value in zip(taken["stock"], values, strict=True))
+            speed = count / statistics.median(values)
+            print(f"{name:6s} {speed:7.2f} images/s   {ratio:5.2f} of stock   {chosen[name] or ''}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ TIERS = ("integration", "slow")
 INTEGRATION = {  # whole files: they load models, train or start processes; single tests elsewhere carry the mark
     "backbones": "certificate grey_networks transformers_generic transformers_models vision_towers weights",
     "commands": "cli",
-    "extraction": "cache_miss canary cost digest_cache extraction incremental plan",
+    "extraction": "cache_miss canary cost digest_cache extraction forward incremental plan",
     "heads": "inference",
     "heads/evaluation": "comparison external",
     "heads/explanations": "explain explain_backbones",
@@ -66,6 +66,14 @@ def _no_process_in_the_first_tier(request: pytest.FixtureRequest, monkeypatch: p
 
         for call in ("subprocess.Popen", "os.fork"):
             monkeypatch.setattr(call, lambda *_, **__: pytest.fail("starts a process: mark it integration"))
+
+
+@pytest.fixture(autouse=True)
+def machine_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the machine remembers: of each test its own."""
+    folder = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("FEATURECACHE_STATE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from featurecache.commands.help import option, options_of
 from featurecache.commands.source_options import READ_BY, SOURCES, pairs_of, source_options
 from featurecache.commands.terminal import Console, cache_option, command, record_of, typed_command, typed_options
 from featurecache.errors import BadOption
+from featurecache.files.records import WAYS
 from featurecache.formatting import (
     columns,
     device_title,
@@ -96,6 +97,7 @@ def extraction_lines(extraction: Extraction, record: dict[str, Any]) -> str:
         ("data", _data_line(record)),
         ("keeps", _keeps_line(extraction)),
         ("machine", _machine_line(extraction, record["images_per_s"])),
+        *[("forward", text) for text in (extraction.choice.lines(extraction.to_compute) if extraction.choice else ())],
     ]
     if record["understood"]:
         rows.insert(3, ("understood", record["understood"]))
@@ -279,6 +281,7 @@ extraction_options = options_of(  # which images, which backbone, which store: w
 @option(
     "--accept-drift", is_flag=True, help="A new generation, where this machine computes other features than the store."
 )
+@option("--forward", type=Choice(["auto", *WAYS]), default="auto", help="How it computes. [default: measured]")
 @option("--yes", is_flag=True, help="Do not ask before keeping more than 20 GB.")
 def extract(
     talk: Console, dry_run: bool, sheet: str | None, yes: bool, columns: tuple[str, ...], engine: str, **options: Any
@@ -300,7 +303,7 @@ def extract(
     )
     if sheet:
         contact_sheet(prepared.dataset, Path(sheet))
-    rate = prepared.estimate()
+    rate = prepared.estimate(measure=not dry_run)
     record = extraction_record(prepared, rate)
     if dry_run:
         lines = [extraction_lines(prepared, record), "", str(description_of(prepared))]

@@ -1,6 +1,7 @@
 """The canary: does this machine still compute what a store holds? And its backbone, for new images and damaged rows.
 
-The canary is four small images that every store has computed once and every later run computes again.
+The canary is four small images that every store has computed once and every later run computes again, once for each
+state of a machine.
 
 A fingerprint cannot see that a library now resizes or multiplies differently. So a store's first run keeps what it made
 of the probe images that ship with this package (a colour JPEG larger than any network's input, a small PNG, a PNG with
@@ -19,13 +20,15 @@ would hold of them: for heads that predict, and for `repair`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -33,11 +36,14 @@ import xxhash
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone, versions
-from featurecache.errors import DamagedFile, Drift, NotInCache, UnsafeFile
-from featurecache.extraction.forward import ForwardRunner, output_layout, pick_device, spec_of
+from featurecache.errors import DamagedFile, Drift, ForwardUnavailable, NotInCache, UnsafeFile
+from featurecache.extraction.forward import ForwardRunner, output_layout, parts_for, pick_device, spec_of
+from featurecache.extraction.openvino_graph import graph_is_stored, graph_key, is_user_code
 from featurecache.extraction.pipeline import decode_many
 from featurecache.files.atomic import refuse_links, write_whole
 from featurecache.files.locks import update_lock
+from featurecache.files.machine_state import read_state, state_key, write_state
+from featurecache.images.decoding import DECODING
 from featurecache.images.headers import EncodedImage, read_by
 from featurecache.outputs import Output, derive, members, parse
 from featurecache.store.shards import TORCH_DTYPE
@@ -112,17 +118,22 @@ def check_canary(
 ) -> None:
     """Compare this machine with the store; keep what the store had no reference for yet (``write``).
 
+    Once for each reference, outputs and state of the machine (versions, processor, threads, batch, forward pass), which
+    remembers it; at every run where the backbone is a program of the user's, of which the versions say nothing.
     ``compute=None``: only functions of stored tokens are to be made, so the kept tokens of the probes are enough.
     Raises Drift.
     """
     kept = read_canary(store)
     if kept is None:
         if write and compute is not None:
-            _keep(store, _measure(backbone, compute, store.spec, outputs, _pixels(backbone)))
+            _remember(store, backbone, compute, _keep(store, _measure(backbone, compute, store.spec, outputs)))
+        return
+    names = {output.name for output in (anchor_output(backbone), *outputs)}
+    if compute is not None and names <= _agreed(store, backbone, compute, kept):
         return
     if compute is not None:
         now = _measure(backbone, compute, store.spec, outputs, kept.pixels)
-        pixels = _pixels(backbone)
+        pixels = probe_pixels(backbone)
         shift = int((pixels.int() - kept.pixels.int()).abs().max()) if pixels.shape == kept.pixels.shape else 255
     else:
         now, shift = Reference(kept.pixels, _derived(backbone, outputs, kept.rows), kept.made_by), 0
@@ -132,7 +143,29 @@ def check_canary(
     if shift > 1 or wrong:
         raise Drift(_sentence(store, shift, wrong, kept, now))
     if write and not now.rows.keys() <= kept.rows.keys():
-        _keep(store, now)
+        kept = _keep(store, now)
+    if compute is not None:
+        _remember(store, backbone, compute, kept, now.rows.keys() & kept.rows.keys())
+
+
+def _agreement(store: Store, backbone: Backbone, compute: ForwardRunner, kept: Reference) -> str:
+    return state_key(
+        store=store.fingerprint, reference=kept.hash(), made_by=_made_by(backbone, compute), way=compute.way,
+        batch=compute.batch_size, threads=compute.threads, decoding=DECODING, probes=probe_hash(),
+    )  # fmt: skip
+
+
+def _agreed(store: Store, backbone: Backbone, compute: ForwardRunner, kept: Reference) -> set[str]:
+    """Outputs of which this machine, as it is, was seen to agree with the reference."""
+    record = None if is_user_code(backbone) else read_state("agreed", _agreement(store, backbone, compute, kept))
+    return {str(name) for name in (record or {}).get("outputs", ())}
+
+
+def _remember(
+    store: Store, backbone: Backbone, compute: ForwardRunner, kept: Reference, names: Iterable[str] | None = None
+) -> None:
+    agreed = _agreed(store, backbone, compute, kept) | set(kept.rows if names is None else names)
+    write_state("agreed", _agreement(store, backbone, compute, kept), {"outputs": sorted(agreed)})
 
 
 def relative_distance(now: torch.Tensor, kept: torch.Tensor) -> float:
@@ -167,32 +200,42 @@ def _sentence(store: Store, shift: int, wrong: dict[str, float], kept: Reference
     )
 
 
-def _keep(store: Store, new: Reference) -> None:
-    """Add to the store's reference; of two runs at once the first one's rows stay."""
+def _keep(store: Store, new: Reference) -> Reference:
+    """Add to the store's reference, which is returned; of two runs at once the first one's rows stay."""
     with update_lock(store.path):
         kept = read_canary(store)
-        if kept is None:
-            write_canary(store, new)
-        elif not new.rows.keys() <= kept.rows.keys():
-            write_canary(store, Reference(kept.pixels, {**new.rows, **kept.rows}, kept.made_by))
+        if kept is not None and new.rows.keys() <= kept.rows.keys():
+            return kept
+        merged = Reference(kept.pixels, {**new.rows, **kept.rows}, kept.made_by) if kept else new
+        write_canary(store, merged)
+        return merged
+
+
+def anchor_output(backbone: Backbone) -> Output:
+    """What every reference has: the tokens, or the vector where there are none."""
+    return parse("tokens" if "tokens" not in backbone.refusals else backbone.vector)
 
 
 def _measure(
-    backbone: Backbone, compute: ForwardRunner, spec: ExtractionSpec, outputs: Sequence[Output], pixels: torch.Tensor
-) -> Reference:
-    """What this machine makes of the probes: always the tokens, or the vector where there are none, and ``outputs``."""
-    anchor = parse("tokens" if "tokens" not in backbone.refusals else backbone.vector)
-    wanted = tuple(dict.fromkeys([anchor, *outputs]))
+    backbone: Backbone, compute: ForwardRunner, spec: ExtractionSpec, outputs: Sequence[Output],
+    pixels: torch.Tensor | None = None,
+) -> Reference:  # fmt: skip
+    """What this machine makes of the probes: the anchor and ``outputs``."""
+    pixels = probe_pixels(backbone) if pixels is None else pixels
+    wanted = tuple(dict.fromkeys([anchor_output(backbone), *outputs]))
     parts: dict[str, list[torch.Tensor]] = {}
     for start in range(0, len(pixels), compute.batch_size):
-        rows, _ = compute(pixels[start : start + compute.batch_size], wanted, spec.dtype)
+        rows, _ = compute(pixels[start : start + compute.batch_size], wanted, spec.dtype, whole=False)
         for source, tensor in rows.items():
             parts.setdefault(source, []).append(tensor.cpu())
     made = {source: torch.cat(tensors) for source, tensors in parts.items()}
-    timm = ["timm"] if backbone.architecture["library"] == "timm" else []
+    return Reference(pixels, {**made, **_derived(backbone, wanted, made)}, _made_by(backbone, compute))
+
+
+def _made_by(backbone: Backbone, compute: ForwardRunner) -> dict[str, str]:
+    more = ["timm"] * (backbone.architecture["library"] == "timm") + ["openvino"] * (compute.way == "openvino")
     device = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else compute.device.type
-    made_by = {**versions("torchvision", "transformers", "numpy", "pillow", *timm), "device": device}
-    return Reference(pixels, {**made, **_derived(backbone, wanted, made)}, made_by)
+    return {**versions("torchvision", "transformers", "numpy", "pillow", *more), "device": device}
 
 
 def _derived(backbone: Backbone, outputs: Sequence[Output], rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -200,7 +243,7 @@ def _derived(backbone: Backbone, outputs: Sequence[Output], rows: dict[str, torc
     return {o.name: derive(o, rows[o.source], len(backbone.prefix), backbone.grid) for o in chosen}
 
 
-def _pixels(backbone: Backbone) -> torch.Tensor:
+def probe_pixels(backbone: Backbone) -> torch.Tensor:
     """uint8 [4,3,h,w]: the probes as the network sees them."""
     images = decode_many(probes().__getitem__, range(len(PROBES)), backbone.preprocess, 1)
     return torch.stack([pixels for _, pixels, _ in images if isinstance(pixels, torch.Tensor)])
@@ -212,18 +255,25 @@ def probes() -> tuple[bytes, ...]:
     return tuple((folder / name).read_bytes() for name in PROBES)
 
 
+@lru_cache(maxsize=1)
+def probe_hash() -> str:
+    return xxhash.xxh3_128_hexdigest(b"".join(probes()))
+
+
 class StoreBackbone:
     """Makes of new images what a store would hold of them.
 
-    ``weights``: where they are now, if not where they were. ``trust_code``: run the module of a ``python:`` backbone
-    that the store's record names. Raises NotInCache when the backbone that is found is not the one of the store, Drift
-    when this machine makes something else of the probe images.
+    ``exact``: in the store's own way also where its graph has to be converted first, which takes seconds; otherwise
+    the library's may serve. ``weights``: where they are now, if not where they were. ``trust_code``: run the module of
+    a ``python:`` backbone that the store's record names. Raises NotInCache when the backbone that is found is not the
+    one of the store, Drift when this machine makes something else of the probe images.
     """
 
     @exact_arithmetic()
     def __init__(
-        self, store: Store, *, device: str = "auto", weights: str | None = None, trust_code: bool = False
-    ) -> None:
+        self, store: Store, *, device: str = "auto", weights: str | None = None, trust_code: bool = False,
+        exact: bool = False,
+    ) -> None:  # fmt: skip
         if "request" not in store.provenance:
             raise NotInCache(f"{store.path.name} was imported: nobody knows which backbone makes such features.")
         request = {**store.provenance["request"], **({"weights": weights} if weights else {})}
@@ -244,8 +294,19 @@ class StoreBackbone:
         picked = pick_device(device)
         plan = (store.plan or {}).get(picked.type) or {"batch_size": 8, "threads": torch.get_num_threads()}
         self.threads: int = plan["threads"]
-        self.compute = ForwardRunner(self.backbone, spec.precision, picked, plan["batch_size"])
+        self.compute = self._runner(plan, picked, exact)
         self._checked: set[Output] = set()
+
+    def _runner(self, plan: dict[str, Any], device: torch.device, exact: bool) -> ForwardRunner:
+        """As the store computes, where that can be had: a graph that would have to be converted only if ``exact``."""
+        parts = plan.get("parts") or sorted(parts_for([anchor_output(self.backbone)]))
+        precision = self.store.spec.precision
+        make = partial(ForwardRunner, self.backbone, precision, device, plan["batch_size"], threads=plan["threads"])
+        way = plan.get("forward", "library")
+        if way != "openvino" or exact or graph_is_stored(graph_key(self.backbone, parts, plan["batch_size"])):
+            with contextlib.suppress(ForwardUnavailable):  # the probe images decide about another way
+                return make(way=way, parts=parts)
+        return make()
 
     def check(self, *outputs: Output) -> None:
         """Compare this machine with the store's reference, once. Raises Drift."""
@@ -257,7 +318,7 @@ class StoreBackbone:
     def renew_canary(self, output: Output) -> None:
         """Replace a reference that is damaged by what this machine makes; there is no moment without one."""
         with exact_arithmetic(self.threads), update_lock(self.store.path):
-            pixels = _pixels(self.backbone)
+            pixels = probe_pixels(self.backbone)
             write_canary(self.store, _measure(self.backbone, self.compute, self.store.spec, [output], pixels))
 
     @exact_arithmetic()

@@ -1,24 +1,31 @@
-"""What a view is to hold: the outputs and augmented copies that are asked for, and those that it has already."""
+"""What a view is to hold, and how it is written: outputs and augmented copies that are asked for or there already."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from featurecache.backbones.base import Backbone
-from featurecache.errors import BadOption
+from featurecache.errors import BadOption, CacheError, SourceError
 from featurecache.extraction.forward import output_layout
+from featurecache.extraction.pipeline import CHANGED
 from featurecache.extraction.scan import ScanResult
 from featurecache.files.atomic import FileStamp, file_stamp
+from featurecache.files.records import canonical_json
 from featurecache.formatting import shell_word
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
 from featurecache.outputs import Output, parse
 from featurecache.sources.base import Dataset, may_be_trained_on
+from featurecache.sources.pseudonyms import plain_reason
+from featurecache.store.schema import ViewColumns, text_array
 from featurecache.store.shards import Layout
 from featurecache.store.store import Store
 from featurecache.store.view import View
+from featurecache.store.write_view import copy_failed, view_attributes, write_view
 
 
 class ViewContents(NamedTuple):
@@ -104,3 +111,45 @@ def copies_in_view(
         copied.append((may[fine], numbers[fine]))
         lost += [(int(may[k]), copy, failures[int(numbers[k])]) for k in np.flatnonzero(~fine)]
     return copied, lost
+
+
+def write_view_of(
+    contents: ViewContents, store: Store, name: str, dataset: Dataset, scan: ScanResult, failures: dict[int, str]
+) -> tuple[Path, int, int, list[tuple[str, str]]]:
+    """The view's path, how many images and copies are in it, and (id, reason) of what is not."""
+    sample_image, copying = scan.sample_image, contents.copying
+    bad = np.flatnonzero(np.isin(sample_image, list(failures))).tolist()
+    reasons = scan.unread | {sample: failures[int(sample_image[sample])] for sample in bad}
+    kept = np.delete(np.arange(len(dataset)), list(reasons))
+    copied, lost = copies_in_view(copying, dataset, sample_image, kept, failures)
+    changed = [k for k, reason in [*reasons.items(), *((k, r) for k, _, r in lost)] if reason == CHANGED]
+    scan.files.drop(np.unique(np.array(changed, np.int64)))
+    missing = [*sorted(reasons.items()), *((k, copy_failed(copy, reason)) for k, copy, reason in lost)]
+    failed = [(dataset.shown(sample), reason) for sample, reason in missing]
+    if not len(kept):
+        raise SourceError(f"none of {len(dataset):,} images could be read. The first, {failed[0][0]}: {failed[0][1]}.")
+    images = np.concatenate([sample_image[kept], *(numbers for _, numbers in copied)])
+    places = {
+        layout: store.locate(layout, contents.digests)[images]
+        for layout in (contents.layouts[o.name] for o in contents.outputs)
+    }
+    if not all(each.mask.all() for each in places.values()):
+        raise CacheError(
+            f"rows that were in {store.path} are gone: somebody removes files there. "
+            "The same command computes them again."
+        )
+    samples = [kept, *(of for of, _ in copied)]
+    groups = None if dataset.groups is None else text_array(dataset.groups)
+    columns = ViewColumns(
+        text_array(dataset.ids), dataset.labels, text_array(dataset.splits), sample_image, groups, dataset.meta
+    )
+    columns = replace(columns, **columns.at(np.concatenate(samples)))
+    columns.digests = contents.digests[images]
+    reason_of = plain_reason if "secret" in dataset.source else str
+    listed = [(dataset.ids[sample], reason_of(reason)) for sample, reason in missing]
+    attributes = view_attributes(store, dataset.classes, dataset.task, dataset.source, listed)
+    if copying:
+        columns.versions = np.repeat(np.arange(len(samples), dtype=np.int32), [len(rows) for rows in samples])
+        attributes["augmentation"] = canonical_json(copying.augmented.to_dict())
+    path = write_view(store, name, columns, attributes, places)
+    return path, len(kept), len(images) - len(kept), failed

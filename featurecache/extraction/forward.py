@@ -5,17 +5,26 @@ bits. What stands in the other rows makes no difference; the place in the batch 
 a whole number of blocks of rows gives the last ones of each thread to a kernel which adds in another order (measured
 with AVX2 instructions and any number of threads; none with AVX-512). `ForwardRunner` computes, `output_layout` says
 what the rows of an output look like, `spec_of` what they are a function of.
+
+A network runs in one of three ways: ``library``, its library's own forward; ``onednn``, the same with float32 products
+by oneDNN; ``openvino``, a graph of OpenVINO. Which is fastest is measured (`featurecache.extraction.choose_forward`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from featurecache.arithmetic import onednn_gain, onednn_products
+from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
-from featurecache.errors import BadOption
+from featurecache.errors import BadOption, ForwardUnavailable
+from featurecache.extraction.openvino_graph import OpenvinoGraph, compile_graph, is_user_code
 from featurecache.images import decoding as _images
 from featurecache.images.headers import READING
 from featurecache.outputs import Output, blocks, function_of, source_parts
@@ -39,36 +48,99 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 class ForwardRunner:
-    """A backbone on a device, in one precision, in batches of exactly ``batch_size`` rows."""
+    """A backbone on a device, in one precision, in batches of exactly ``batch_size`` rows, in one way.
 
-    def __init__(self, backbone: Backbone, precision: str, device: torch.device, batch_size: int) -> None:
-        self.backbone, self.device, self.batch_size = backbone, device, batch_size
-        self._dtype = _PRECISION[precision]
+    ``parts``: what the backbone's wrapper will be asked for, for ``openvino`` in one graph; others than these make
+    another graph. Raises ForwardUnavailable. ``release`` frees the weights that the way does not need.
+    """
+
+    def __init__(
+        self, backbone: Backbone, precision: str, device: torch.device, batch_size: int, way: str = "library",
+        parts: Iterable[str] = (), threads: int = 1,
+    ) -> None:  # fmt: skip
+        self.device, self.batch_size, self.way, self.threads = device, batch_size, way, threads
+        self.backbone = self._own = backbone
+        self._precision, self._dtype = precision, _PRECISION[precision]
         self._format = torch.channels_last if backbone.channels_last else torch.contiguous_format
-        backbone.model.to(device=device, dtype=self._dtype)
+        self._done: list[tuple[torch.Tensor, dict[str, torch.Tensor], float]] = []
+        self.earlier_s: float | None = None  # what the last call's pass took, where it had been computed before
+        self._graph: OpenvinoGraph | None = None
+        if way == "openvino":
+            self._compile(set(parts))
+            return
+        if way == "onednn" and not onednn_gain():
+            raise ForwardUnavailable("float32 products by oneDNN are none on this CPU, which computes them in bfloat16")
+        if device.type == "cpu" and self._dtype != torch.float32 and not is_user_code(backbone):
+            self._own = replace(backbone, model=copy.deepcopy(backbone.model))  # others compare with float32
+        self._own.model.to(device=device, dtype=self._dtype)
         if backbone.channels_last:
-            backbone.model.to(memory_format=torch.channels_last)
+            self._own.model.to(memory_format=torch.channels_last)
+
+    def _compile(self, parts: set[str]) -> OpenvinoGraph:
+        if next(self.backbone.model.parameters()).is_meta:  # released: another process wants more of the same view
+            self.backbone = load_backbone(**self.backbone.provenance["request"])
+        self._graph = compile_graph(self.backbone, sorted(parts), self.batch_size, self._precision, self.threads)
+        return self._graph
+
+    def release(self) -> None:
+        """Free the weights that this way does not use: torch's, where a graph has its own; float32, where they were
+        cast. Nothing else can be computed with the backbone afterwards."""
+        if self._graph is not None or self._own is not self.backbone:
+            self.backbone.model.to("meta")
+
+    @torch.no_grad()
+    def parts_of(self, images: torch.Tensor, parts: set[str]) -> dict[str, torch.Tensor]:
+        """uint8 images [b,3,h,w] → {part: [b, ...]} as the network gives them, on the device; b ≤ B, of which only a
+        graph makes B: rows that are stored come from whole batches (`__call__`)."""
+        if self.way == "openvino":
+            graph = self._graph if self._graph and parts <= set(self._graph.parts) else self._compile(parts)
+            given = graph(self.backbone.preprocess.normalised(self._padded(images, slice(len(images)))))
+            return {part: rows[: len(images)] for part, rows in given.items()}
+        pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
+        with onednn_products() if self.way == "onednn" else contextlib.nullcontext():
+            return self._own.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), parts)
+
+    def _padded(self, images: torch.Tensor, places: slice | list[int]) -> torch.Tensor:
+        batch = images.new_zeros(self.batch_size, *images.shape[1:])
+        batch[places] = images
+        return batch
+
+    def remember(self, images: torch.Tensor, given: dict[str, torch.Tensor], seconds: float) -> None:
+        """Keep what `parts_of` gave of a batch until it is computed in earnest: what was measured is work done."""
+        self._done.append((images, given, seconds))
+
+    def _computed(self, images: torch.Tensor, parts: set[str]) -> dict[str, torch.Tensor]:
+        self.earlier_s = None
+        for k, (batch, given, seconds) in enumerate(self._done):
+            if parts <= given.keys() and torch.equal(batch, images):
+                self.earlier_s = seconds
+                del self._done[k]
+                return given
+        return self.parts_of(images, parts)
 
     @torch.no_grad()
     def __call__(
-        self, images: torch.Tensor, outputs: Sequence[Output], dtype: str, places: Sequence[int] | None = None
+        self,
+        images: torch.Tensor,
+        outputs: Sequence[Output],
+        dtype: str,
+        places: Sequence[int] | None = None,
+        *,
+        whole: bool = True,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """uint8 images [b,3,h,w], b ≤ B, to what ``outputs`` are made of, on the device. ``places`` [b]: the rows of
-        the batch that they take, distinct and ascending; the first ones if not given.
+        the batch that they take, distinct and ascending; the first ones if not given. Not ``whole``: a batch of b, for
+        what is compared within a tolerance.
 
         Returns rows [b, ...] in the storage dtype for each source and, where that is float16, for each output what
         rounding did to it: |stored − float32|₂ / |float32|₂, float32 [b].
         """
         chosen: slice | list[int] = slice(None)
-        if len(images) < self.batch_size:
+        if whole and len(images) < self.batch_size:
             chosen = list(range(len(images)) if places is None else places)
-            batch = images.new_zeros(self.batch_size, *images.shape[1:])
-            batch[chosen] = images
-            images = batch
-        pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
+            images = self._padded(images, chosen)
         sources = {output.source: source_parts(output.source) for output in outputs}
-        wanted = {part for parts in sources.values() for part in parts}
-        given = self.backbone.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), wanted)
+        given = self._computed(images, parts_for(outputs))
         exact = {key: torch.cat([given[part][chosen].float() for part in parts], -1) for key, parts in sources.items()}
         rows = {key: tensor.to(TORCH_DTYPE[dtype]) for key, tensor in exact.items()}
         if dtype != "float16":
@@ -84,6 +156,11 @@ class ForwardRunner:
             rounded = function_of(output, rounded, prefix, grid).to(stored.dtype).float()
         size = exact.flatten(1).norm(dim=1)
         return (rounded - exact).flatten(1).norm(dim=1) / size.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def parts_for(outputs: Iterable[Output]) -> set[str]:
+    """What the backbone's wrapper is asked for, of which the outputs are made."""
+    return {part for output in outputs for part in source_parts(output.source)}
 
 
 def output_layout(backbone: Backbone, output: Output, dtype: str) -> Layout:

@@ -236,6 +236,8 @@ def _run_unit(
         stacked = torch.stack(pixels)
         with job.timings.stage("computing"), job.timings.forward():
             rows, errors = job.compute(stacked, unit.outputs, dtype, places)
+        if job.compute.earlier_s is not None:
+            job.timings.correct_last(job.compute.earlier_s)
         writer(shards.write, numbers, rows, errors)
         if job.fail_fast and job.failures:
             raise UnreadableImage(next(iter(job.failures.values())))

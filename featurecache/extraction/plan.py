@@ -27,6 +27,7 @@ from featurecache.extraction.forward import pick_device, spec_of
 from featurecache.extraction.run import Extraction, ExtractionResult
 from featurecache.extraction.scan import ScanResult, scan
 from featurecache.files.names import is_file_name
+from featurecache.files.records import WAYS
 from featurecache.formatting import columns, cost_per_image, duration, first_of, shell_word
 from featurecache.images.augmentation import augmentation_of
 from featurecache.outputs import parse_list
@@ -56,6 +57,7 @@ def prepare(
     precision: str = "auto",
     dtype: str = "float16",
     device: str = "auto",
+    forward: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
     on_error: str = "report",
@@ -82,6 +84,7 @@ def prepare(
 ) -> Extraction:
     """Look at the images, the backbone and the cache; nothing is computed or written.
 
+    ``forward``: library, onednn or openvino; auto measures what is fastest (`featurecache.extraction.choose_forward`).
     ``remember``: write the digests of files to the cache while they are read, so that even a look that is killed need
     not be repeated; otherwise `Extraction.run` writes them. ``hash_ids``, ``hash_groups``: see
     `featurecache.sources.pseudonyms`. ``copies``: so many augmented copies of each training image, made by ``augment``
@@ -89,7 +92,7 @@ def prepare(
     have no splits every image gets copies: which of them are for training is decided later. None: those that a view of
     this name has; 0: none.
     """
-    _check_options(on_error, batch_size, workers)
+    _check_options(on_error, batch_size, workers, forward)
     augmented = augmentation_of(copies, augment, augment_seed)
     requested = parse_list(outputs) if outputs is not None else None
     check_name(backbone)
@@ -141,10 +144,10 @@ def prepare(
         keeps_copies=copies is None,
     )  # fmt: skip
     contents = look(store, wanted, augmented)
-    forward, derived = missing_outputs(contents.outputs, contents.layouts, store, contents.digests)
+    to_compute, derived = missing_outputs(contents.outputs, contents.layouts, store, contents.digests)
     return Extraction(
-        dataset, network, spec, name, folder, picked, on_error, workers, batch_size, store, contents, forward, derived,
-        result, look, reason, accept_drift, secret,
+        dataset, network, spec, name, folder, picked, on_error, workers, batch_size, store, contents, to_compute,
+        derived, result, look, reason, accept_drift, secret, forward,
     )  # fmt: skip
 
 
@@ -200,7 +203,9 @@ def _stored_images(store: Store, layouts: dict[str, Layout], digests: np.ndarray
     return most
 
 
-def _check_options(on_error: str, batch_size: int | None, workers: int | None) -> None:
+def _check_options(on_error: str, batch_size: int | None, workers: int | None, forward: str) -> None:
+    if forward not in ("auto", *WAYS):
+        raise BadOption(f'--forward is auto, {", ".join(WAYS)}, not "{forward}".')
     if on_error not in ("report", "skip", "fail"):
         raise BadOption(f'--on-error is report, skip or fail, not "{on_error}".')
     for option, value in (("--batch-size", batch_size), ("--workers", workers)):

@@ -22,10 +22,17 @@ import torch
 
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones.base import Backbone
-from featurecache.errors import BadOption, CacheError, DamagedFile, Drift, SourceError, Stopped, UnreadableImage
+from featurecache.errors import BadOption, DamagedFile, Drift, SourceError, Stopped, UnreadableImage
 from featurecache.extraction import canary
-from featurecache.extraction.contents import ViewContents, copies_in_view
-from featurecache.extraction.forward import ForwardRunner
+from featurecache.extraction.choose_forward import (
+    FirstImages,
+    ForwardChoice,
+    ForwardSetting,
+    choose_for_store,
+    is_fixed,
+)
+from featurecache.extraction.contents import ViewContents, write_view_of
+from featurecache.extraction.forward import ForwardRunner, parts_for
 from featurecache.extraction.pipeline import (
     CHANGED,
     ExtractionJob,
@@ -37,19 +44,16 @@ from featurecache.extraction.scan import ScanResult
 from featurecache.extraction.timings import StageTimings, measure_again
 from featurecache.files.atomic import check_room, file_stamp
 from featurecache.files.locks import shared_lock, update_lock
-from featurecache.files.records import canonical_json
 from featurecache.formatting import progress_bar
 from featurecache.images import decoding as _images
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
 from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
 from featurecache.sources.base import Dataset
-from featurecache.sources.pseudonyms import Secret, plain_reason
-from featurecache.store.schema import ViewColumns, text_array
+from featurecache.sources.pseudonyms import Secret
 from featurecache.store.shards import Layout, RowLocations, notes_for
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import ImageGroups, Store, create_store, generations, missing_outputs
-from featurecache.store.write_view import copy_failed, view_attributes, write_view
 
 ASK_BYTES = 20 * 10**9  # the command asks before it keeps more than this
 
@@ -98,6 +102,9 @@ class Extraction:
     precision_reason: str = ""
     accept_drift: bool = False
     secret: Secret | None = None  # of hashed ids and groups
+    forward_way: str = "auto"  # library, onednn, openvino
+    choice: ForwardChoice | None = None  # of the forward pass, once it is made
+    choosing_s: float = 0.0  # seconds that the choice took, before the run
     _compute: ForwardRunner | None = field(default=None, repr=False)
 
     @property
@@ -157,43 +164,52 @@ class Extraction:
     @property
     def plan(self) -> dict[str, Any]:
         """How this store computes on this kind of device; fixed by its first run."""
-        kept = (self.store.plan or {}).get(self.device.type) if self.store else None
-        if kept:
+        chosen = (self.choice or ForwardChoice()).record()
+        if kept := (self.store.plan or {}).get(self.device.type) if self.store else None:
             if self.forward and self.batch_size not in (None, kept["batch_size"]):
                 raise BadOption(
                     f"{self.store.path.name} computes in batches of {kept['batch_size']} (its plan.json), "  # type: ignore[union-attr]
                     f"not {self.batch_size}: the same images would get other bits. Leave --batch-size out."
                 )
-            return dict(kept)
+            return {**kept, **({} if is_fixed(kept) else chosen)}
         # On a CPU the activations of 8 images stay in the cache; a small ViT fills it with 32.
         small = 8 if self.backbone.channels_last or self.backbone.parameters > 10e6 else 32
         return {
             "batch_size": self.batch_size or (small if self.device.type == "cpu" else 64),
             "threads": torch.get_num_threads(),
             "memory_format": "channels_last" if self.backbone.channels_last else "contiguous",
-            "forward": "library",
+            **chosen,
         }
 
     def compute(self) -> ForwardRunner:
+        """The forward pass of this store: its way is chosen when it is first asked for."""
         if self._compute is None:
-            self._compute = ForwardRunner(self.backbone, self.spec.precision, self.device, self.plan["batch_size"])
+            self._choose(measure=False, images=0)
+        assert self._compute is not None
         return self._compute
 
-    @exact_arithmetic()
-    def estimate(self) -> float | None:
-        """Images per second of the forward pass, by a short probe: the second of two passes over black images. None
-        where so little is to be computed that the probe would take as long as the work."""
-        size = self.plan["batch_size"]
-        if self.to_compute <= 4 * size:
-            return None
-        outputs = sorted({output for _, outputs in self.forward for output in outputs}, key=str)
-        images = torch.zeros(size, 3, *self.backbone.image_size, dtype=torch.uint8)
-        with exact_arithmetic(self.plan["threads"]):
-            for _ in range(2):
-                start = time.perf_counter()
-                for rows in self.compute()(images, outputs, "float32")[0].values():
-                    rows.cpu()
-            return size / (time.perf_counter() - start)
+    def _choose(self, measure: bool, images: int) -> None:
+        plan, start = self.plan, time.perf_counter()
+        parts = parts_for([canary.anchor_output(self.backbone), *self.outputs])
+        if parts <= set(plan.get("parts", ())):
+            parts = set(plan["parts"])  # the graph of the store's first run
+        setting = ForwardSetting(
+            self.backbone, self.spec.precision, self.device, plan["batch_size"], plan["threads"],
+            tuple(sorted(parts)), images,
+        )  # fmt: skip
+        rows = self._apart(self.forward)[0][0] if self.forward else np.empty(0, np.int64)
+        wanted = [output for _, outputs in self.forward for output in outputs]
+        with exact_arithmetic(plan["threads"]):
+            first = FirstImages(setting, rows, lambda number: self._make(number, self._read(number)))
+            self._compute, self.choice = choose_for_store(setting, first, self.store, wanted, measure, self.forward_way)
+        self.choosing_s += time.perf_counter() - start
+
+    def estimate(self, measure: bool = True) -> float | None:
+        """Images per second of the forward pass, on the first batches of the job, which are not computed again. None
+        where so little is to be computed that it is not worth a look. ``measure``: other ways too, in a long job."""
+        if self._compute is None and self.forward:
+            self._choose(measure, self.to_compute)
+        return self.choice.images_per_s if self.choice else None
 
     def check_disk(self) -> None:
         """Refuse what the disk cannot hold."""
@@ -221,7 +237,7 @@ class Extraction:
         return self._run(progress, rate)
 
     def _run(self, progress: bool, rate: float | None) -> ExtractionResult:
-        start = time.perf_counter()
+        start = time.perf_counter() - self.choosing_s
         if (store := self.store) is None:
             made_of = {"backbone": self.backbone.name, "parameters": self.backbone.parameters}
             store = create_store(self.cache, self.backbone.name, self.spec, {**self.backbone.provenance, **made_of})
@@ -238,7 +254,9 @@ class Extraction:
                 with update_lock(store.path):  # of two that write one view the second keeps what the first wrote
                     if file_stamp(store.path / f"{self.name}.h5") == self.contents.stamp:
                         failures = done[0].failures if done else {}
-                        path, images, copies, failed = write_view_of(self, failures)
+                        path, images, copies, failed = write_view_of(
+                            self.contents, store, self.name, self.dataset, self.scan, failures
+                        )
                         break
         if not any(job.timings.images for job in jobs) and store.cost_of_busy(self.device.type):
             again = measure_again(self.compute(), self.device, self.backbone.image_size, self.outputs, plan["threads"])
@@ -256,8 +274,11 @@ class Extraction:
         assert self.store is not None
         if not self.to_compute and not self.to_derive:
             return []
+        done = {**plan, "forward": self.compute().way} if self.forward else plan
+        if self.forward:
+            self.compute().release()
         job = ExtractionJob(
-            self.store, self.layouts, self.digests, notes_for(self.spec.fingerprint, self.device.type, plan),
+            self.store, self.layouts, self.digests, notes_for(self.spec.fingerprint, self.device.type, done),
             read=self._read, make=self._make, preprocess=self.backbone.preprocess, compute=self.compute(),
             workers=self.workers, threads=plan["threads"], fail_fast=self.on_error == "fail", plain=self.plain,
         )  # fmt: skip
@@ -325,12 +346,14 @@ class Extraction:
         plan = self.plan
         if not self.forward:
             return plan
-        if "images_per_s" not in plan and (speed := rate or self.estimate()):
+        speed = self.estimate()
+        plan = self.plan
+        if "images_per_s" not in plan and (speed := rate or speed):
             plan["images_per_s"] = round(speed, 3)
-        plan = self.store.write_plan(self.device.type, plan)  # another process may have been first
-        if self._compute is not None and self._compute.batch_size != plan["batch_size"]:
-            self._compute = None
-        return plan
+        fixed = self.store.write_plan(self.device.type, plan)  # another process may have been first
+        if any(fixed.get(key) != plan[key] for key in ("batch_size", "forward")):
+            self._compute = self.choice = None
+        return fixed
 
     def _read(self, number: int) -> EncodedImage:
         """A distinct image by its number; of an augmented copy the image that it is made of."""
@@ -356,41 +379,3 @@ class Extraction:
     def locate(self, output: Output) -> RowLocations:
         assert self.store is not None
         return self.store.locate(self.layouts[output.name], self.digests)
-
-
-def write_view_of(extraction: Extraction, failures: dict[int, str]) -> tuple[Path, int, int, list[tuple[str, str]]]:
-    """The view's path, how many images and copies are in it, and (id, reason) of what is not."""
-    assert extraction.store is not None
-    dataset, sample_image = extraction.dataset, extraction.scan.sample_image
-    bad = np.flatnonzero(np.isin(sample_image, list(failures))).tolist()
-    reasons = extraction.scan.unread | {sample: failures[int(sample_image[sample])] for sample in bad}
-    kept = np.delete(np.arange(len(dataset)), list(reasons))
-    copied, lost = copies_in_view(extraction.copying, dataset, sample_image, kept, failures)
-    changed = [k for k, reason in [*reasons.items(), *((k, r) for k, _, r in lost)] if reason == CHANGED]
-    extraction.scan.files.drop(np.unique(np.array(changed, np.int64)))
-    missing = [*sorted(reasons.items()), *((k, copy_failed(copy, reason)) for k, copy, reason in lost)]
-    failed = [(dataset.shown(sample), reason) for sample, reason in missing]
-    if not len(kept):
-        raise SourceError(f"none of {len(dataset):,} images could be read. The first, {failed[0][0]}: {failed[0][1]}.")
-    images = np.concatenate([sample_image[kept], *(numbers for _, numbers in copied)])
-    places = {extraction.layouts[o.name]: extraction.locate(o)[images] for o in extraction.outputs}
-    if not all(each.mask.all() for each in places.values()):
-        raise CacheError(
-            f"rows that were in {extraction.store.path} are gone: somebody removes files there. "
-            "The same command computes them again."
-        )
-    samples = [kept, *(of for of, _ in copied)]
-    groups = None if dataset.groups is None else text_array(dataset.groups)
-    columns = ViewColumns(
-        text_array(dataset.ids), dataset.labels, text_array(dataset.splits), sample_image, groups, dataset.meta
-    )
-    columns = replace(columns, **columns.at(np.concatenate(samples)))
-    columns.digests = extraction.digests[images]
-    reason_of = plain_reason if "secret" in dataset.source else str
-    listed = [(dataset.ids[sample], reason_of(reason)) for sample, reason in missing]
-    attributes = view_attributes(extraction.store, dataset.classes, dataset.task, dataset.source, listed)
-    if extraction.copying:
-        columns.versions = np.repeat(np.arange(len(samples), dtype=np.int32), [len(rows) for rows in samples])
-        attributes["augmentation"] = canonical_json(extraction.copying.augmented.to_dict())
-    path = write_view(extraction.store, extraction.name, columns, attributes, places)
-    return path, len(kept), len(images) - len(kept), failed

@@ -82,6 +82,11 @@ class StageTimings:
         """Whether other work had the cores: on a CPU the thread that computes waits for nothing else."""
         return self.device.type == "cpu" and self.running < (1 - BUSY) * self.elapsed
 
+    def correct_last(self, seconds: float) -> None:
+        """What the last pass took when it was computed, before this run."""
+        (self._pending or self.passes).pop()
+        self.passes.append(seconds)
+
     def _settle(self, keep: int = 0) -> None:
         while len(self._pending) > keep:
             begin, end = self._pending.popleft()

@@ -132,6 +132,9 @@ def is_text(value: str) -> bool:
     return True
 
 
+WAYS = ("library", "onednn", "openvino")  # of a forward pass: see featurecache.extraction.forward
+
+
 def checked_plan(plan: dict[str, Any], path: Path) -> dict[str, Any]:
     """The plan of a store, of which the numbers steer a forward pass."""
     bounds = {"batch_size": 1 << 16, "threads": 1 << 12}
@@ -141,7 +144,25 @@ def checked_plan(plan: dict[str, Any], path: Path) -> dict[str, Any]:
             raise CacheError(f"{path} has no batch_size and threads for {device[:40]!a}. Delete it to plan anew.")
         if "cost" in how and not _is_cost(how["cost"]):
             raise CacheError(f"{path} does not say what an image costs on {device[:40]!a}. Delete it to plan anew.")
+        if not _is_forward(how):
+            raise CacheError(f"{path} names no forward pass for {device[:40]!a}. Delete it to plan anew.")
     return plan
+
+
+def _is_forward(how: dict[str, Any]) -> bool:
+    """Whether a plan's way is one, and what it was chosen by is there where it says so."""
+    parts, measured = how.get("parts", []), "candidates" in how
+    named = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+    way = how.get("forward", None if measured else "library")
+    return named and isinstance(way, str) and way in WAYS and (not measured or are_candidates(how["candidates"]))
+
+
+def are_candidates(value: Any) -> bool:
+    """Whether it says how fast and how far off each way of a forward pass was, the library's among them."""
+    if not isinstance(value, dict) or "library" not in value or not value.keys() <= {*WAYS}:
+        return False
+    pairs = [(f.get("images_per_s"), f.get("error")) if isinstance(f, dict) else (None, None) for f in value.values()]
+    return all(type(s) is type(e) is float and 0 < s < math.inf and 0 <= e < math.inf for s, e in pairs)
 
 
 def _is_cost(cost: Any) -> bool:

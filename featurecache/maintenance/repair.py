@@ -82,7 +82,7 @@ def repair(
         with exclusive_lock(store.path, "repair"):
             store.sweep()
             if damages := check_store(store).damages:
-                load = partial(StoreBackbone, store, device=device, weights=weights, trust_code=trust_code)
+                load = partial(StoreBackbone, store, device=device, weights=weights, trust_code=trust_code, exact=True)
                 repairs.append(StoreRepair(store, damages, load, say).run(drop))
     return repairs
 

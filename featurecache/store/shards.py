@@ -309,5 +309,5 @@ def find_by_key(shards: Sequence[Shard], wanted: np.ndarray) -> RowLocations:
 
 def notes_for(fingerprint: str, device: str, plan: dict[str, Any]) -> dict[str, str]:
     """Attributes of every shard: its store and how it was computed. No dates, no speeds: same rows, same file."""
-    how = {key: value for key, value in plan.items() if key not in ("images_per_s", "cost")}
+    how = {key: value for key, value in plan.items() if key not in ("images_per_s", "cost", "candidates")}
     return {"fingerprint": fingerprint, "device": device, "plan": json.dumps(how, sort_keys=True)}

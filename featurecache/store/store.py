@@ -114,11 +114,17 @@ class Store:
         return plan
 
     def write_plan(self, device: str, plan: dict[str, Any]) -> dict[str, Any]:
-        """Fix how this store computes on a kind of device; the plan that holds, which is the first one written."""
+        """Fix how this store computes on a kind of device; the plan that holds, which is the first one written, but
+        for a forward pass that was chosen by measurement where none had been."""
         with update_lock(self.path):
             plans = self.plan or {}
-            if "images_per_s" not in plans.get(device, {}):
-                plans[device] = {**plan, **plans.get(device, {})}
+            held = plans.get(device, {})
+            measured = {
+                key: plan[key] for key in ("forward", "candidates", "parts") if key in plan and "candidates" in plan
+            }
+            merged = {**plan, **held, **({} if "candidates" in held else measured)}
+            if merged != held:
+                plans[device] = merged
                 self._write_plans(plans)
         return dict(plans[device])
 

@@ -51,8 +51,14 @@ def files(home: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in (home / "cache").glob("*/**/*") if path.is_file()}
 
 
+def update_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other versions: what a machine remembers of a store is of those that it had."""
+    monkeypatch.setattr(canary, "versions", lambda *names: {"torch": TORCH, "numpy": "99"})
+
+
 def perturb_model(monkeypatch: pytest.MonkeyPatch, relative: float) -> None:
-    """Every feature a little off, in a direction of its own."""
+    """Every feature a little off, in a direction of its own, as a new version of a library would."""
+    update_libraries(monkeypatch)
     forward = Backbone.forward
 
     def other(self: Backbone, pixels: torch.Tensor, want: set[str]) -> dict[str, torch.Tensor]:
@@ -65,6 +71,7 @@ def perturb_model(monkeypatch: pytest.MonkeyPatch, relative: float) -> None:
 
 def perturb_resize(monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
     """As a new torchvision would: for the checkpoint's own processor too, so that loading notices nothing."""
+    update_libraries(monkeypatch)
     resize = functional.resize
     shifted = lambda image, *a, **k: (resize(image, *a, **k).int() + shift).clamp(0, 255).to(image.dtype)  # noqa: E731
     monkeypatch.setattr(functional, "resize", shifted)
@@ -116,8 +123,8 @@ def test_drift_stops_the_run_before_it_writes(home: Path, monkeypatch, perturb, 
 def test_both_sets_of_versions_are_named(home: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     extract(home)
     (home / "data" / "ill" / "000.png").write_bytes((home / "data" / "well" / "001.png").read_bytes() + b"x")
-    monkeypatch.setattr(canary, "versions", lambda *names: {"torch": "3.9"})
     perturb_model(monkeypatch, 0.1)
+    monkeypatch.setattr(canary, "versions", lambda *names: {"torch": "3.9"})
     with pytest.raises(Drift, match=rf"begun with .*torch {TORCH}.*; here are .*torch 3\.9"):
         extract(home)
 
@@ -174,6 +181,22 @@ def test_accepted_drift_begins_a_generation_and_mixes_nothing(home: Path, monkey
 def test_accept_drift_without_drift_changes_nothing(home: Path) -> None:
     extract(home)
     assert extract(home, accept_drift=True, outputs="cls,tokens").view.parent == store_of(home, 0).path
+
+
+def test_a_machine_asks_once_in_each_of_its_states(home: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    measured = []
+    measure = canary._measure
+    monkeypatch.setattr(canary, "_measure", lambda *a: measured.append(1) or measure(*a))
+    for number in range(3):
+        extract(home)
+        save_picture(home / "data" / "ill" / f"new{number}.png", 90 + number)
+    assert len(measured) == 1  # what the store keeps was made here
+    extract(home, outputs="cls,pooler")
+    assert len(measured) == 2
+    save_picture(home / "data" / "ill" / "last.png", 80)
+    update_libraries(monkeypatch)
+    extract(home)
+    assert len(measured) == 3
 
 
 def test_an_output_asked_for_later_joins_the_reference(home: Path) -> None:

@@ -1,0 +1,274 @@
+"""Choosing the forward pass: which way is fastest on this machine within the precision's tolerance, by measurement.
+
+Candidates on a CPU are the library's forward as it is, the same with float32 products by oneDNN (where these are exact
+here, which on a CPU with AMX they are not), and a graph of OpenVINO. Each computes the probe images and the first
+batches of the job; it may be chosen where it differs from the library's own float32 by at most
+
+    fp32: 10⁻⁵ of the length;   bf16: 1.1 times what torch's bfloat16 differs by, and 1.5·10⁻²
+
+The fastest one is kept in the store's plan with all speeds, and in the machine's state for other stores. A conversion
+takes seconds: it is tried in jobs of more than ``LONG`` seconds, or where a measurement is remembered. Shorter ones
+take oneDNN's products where one of them gains by it, else the library's. What the chosen way computed meanwhile is not
+computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from featurecache.arithmetic import onednn_gain
+from featurecache.backbones.base import Backbone
+from featurecache.errors import BadOption, Drift, ForwardUnavailable
+from featurecache.extraction.canary import check_canary, probe_pixels
+from featurecache.extraction.forward import ForwardRunner
+from featurecache.extraction.openvino_graph import graph_key, graph_versions, has_openvino, is_user_code
+from featurecache.extraction.pipeline import decode_many
+from featurecache.files.machine_state import read_state, state_key, write_state
+from featurecache.files.records import are_candidates
+from featurecache.formatting import duration
+from featurecache.images.headers import EncodedImage
+from featurecache.outputs import Output
+from featurecache.store.store import Store
+
+LONG = 60.0  # seconds of the library's forward, from which on measuring is worth a conversion
+GAIN = 1.3  # of a product by oneDNN, from which on short jobs take it too: nothing has to be converted
+SHORT = 3.0  # seconds that a remembered way has to save: loading a graph takes one
+FP32_ERROR, BF16_ERROR, BF16_RATIO = 1e-5, 1.5e-2, 1.1
+PROBED = 4  # batches: jobs of no more are not measured at all
+TIMED = 3  # batches of the job whose median time is a way's speed
+
+Candidates = dict[str, dict[str, float]]  # way -> {"images_per_s", "error"}: relative L2 against the library's float32
+
+
+@dataclass(frozen=True)
+class ForwardChoice:
+    """How a store computes: the ``way``, and the speeds and errors it was chosen by; None where none was measured."""
+
+    way: str = "library"
+    candidates: Candidates | None = None
+    images_per_s: float | None = None  # of this way, in this job
+    bf16_images_per_s: float | None = None  # what --precision bf16 would make of a long fp32 job
+    notes: tuple[str, ...] = ()  # what was refused, and why
+    parts: tuple[str, ...] = ()  # that the graph of the way gives: in bf16 its last bits depend on them
+
+    def record(self) -> dict[str, Any]:
+        """What the plan of the store says."""
+        parts = {"parts": list(self.parts)} if self.way == "openvino" else {}
+        return {"forward": self.way, **({"candidates": self.candidates} if self.candidates else {}), **parts}
+
+    def lines(self, images: int) -> list[str]:
+        """For people: what was refused, all speeds, and what bf16 would make of so many ``images``."""
+        lines, speed, bf16 = list(self.notes), self.images_per_s, self.bf16_images_per_s
+        if self.candidates:
+            each = [(way, figures["images_per_s"], figures["error"]) for way, figures in self.candidates.items()]
+            speeds = [f"{way} {rate:.3g} images/s" + f", off by {error:.1g}" * (error > 0) for way, rate, error in each]
+            lines.append(f"{self.way}, by measurement: {'; '.join(speeds)}")
+        if speed and bf16 and bf16 > 1.3 * speed:
+            lines.append(f"--precision bf16, another store, would take {duration(images / bf16)}: {bf16:.3g} images/s")
+        return lines
+
+
+@dataclass(frozen=True)
+class ForwardSetting:
+    """What a forward pass is chosen for: a network on a device, in batches of B, of these parts; and the job."""
+
+    backbone: Backbone
+    precision: str
+    device: torch.device
+    batch_size: int
+    threads: int
+    parts: tuple[str, ...]
+    images: int  # to be computed
+
+    def runner(self, way: str) -> ForwardRunner:
+        return ForwardRunner(
+            self.backbone, self.precision, self.device, self.batch_size, way, self.parts, self.threads
+        )  # fmt: skip
+
+    @property
+    def key(self) -> str:
+        made = {"precision": self.precision, "threads": self.threads, "versions": graph_versions(self.backbone)}
+        return state_key(graph=graph_key(self.backbone, self.parts, self.batch_size), **made)
+
+    @property
+    def is_tiny(self) -> bool:
+        return self.images <= PROBED * self.batch_size
+
+    def ways(self) -> list[str]:
+        """Candidates. User code may branch on its data, which a converter cannot see: only on request."""
+        if self.device.type != "cpu" or self.precision == "fp16":
+            return ["library"]
+        onednn = ["onednn"] if self.precision == "fp32" and onednn_gain() else []
+        return ["library", *onednn, *(["openvino"] if has_openvino() and not is_user_code(self.backbone) else [])]
+
+
+def is_fixed(plan: dict[str, Any]) -> bool:
+    """Whether the forward pass of a plan was measured; that of short jobs was not."""
+    return "candidates" in plan
+
+
+class FirstImages:
+    """The probe images and the first batches of a job, as canary and pipeline will make them: uint8 [B,3,h,w] each."""
+
+    def __init__(
+        self, setting: ForwardSetting, rows: Sequence[int] | np.ndarray, read: Callable[[int], EncodedImage]
+    ) -> None:
+        self._setting, self._rows, self._read = setting, rows, read
+
+    def probes(self) -> torch.Tensor:
+        return probe_pixels(self._setting.backbone)[: self._setting.batch_size]
+
+    def batches(self) -> list[torch.Tensor]:
+        """At least two, of which the last may be black."""
+        size, backbone = self._setting.batch_size, self._setting.backbone
+        rows = (int(row) for row in self._rows[: TIMED * size])
+        decoded = decode_many(self._read, rows, backbone.preprocess, 2)
+        pixels = [image for _, image, _ in decoded if isinstance(image, torch.Tensor)]
+        batches = [self._padded(torch.stack(pixels[k : k + size])) for k in range(0, len(pixels), size)]
+        return batches + [torch.zeros(size, 3, *backbone.image_size, dtype=torch.uint8)] * (2 - len(batches))
+
+    def _padded(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images, images.new_zeros(self._setting.batch_size - len(images), *images.shape[1:])])
+
+
+def choose_for_store(
+    setting: ForwardSetting, images: FirstImages, store: Store | None, outputs: Sequence[Output], measure: bool,
+    requested: str,
+) -> tuple[ForwardRunner, ForwardChoice]:  # fmt: skip
+    """`choose_forward` by the store's plan. Another way than the store's has to agree with its probe images, else its
+    own is taken where it can be had; what was ``requested`` is left to the run to compare."""
+    planned = (store.plan or {}).get(setting.device.type) if store else None
+    runner, choice = choose_forward(setting, images, planned, measure, requested)
+    own = (planned or {}).get("forward", "library")
+    if store is not None and planned is not None and requested == "auto" and runner.way != own:
+        try:
+            check_canary(store, setting.backbone, runner, outputs, write=False)
+        except Drift as drift:
+            why = f"{runner.way} does not agree with what the store holds: {str(drift).splitlines()[0]}"
+            with contextlib.suppress(ForwardUnavailable):
+                runner, choice = setting.runner(own), ForwardChoice(own, notes=(*choice.notes, why))
+    return runner, replace(choice, parts=setting.parts)
+
+
+def choose_forward(
+    setting: ForwardSetting, images: FirstImages, planned: dict[str, Any] | None, measure: bool, requested: str
+) -> tuple[ForwardRunner, ForwardChoice]:
+    """The runner of a store's forward pass, and why it is this one: as ``requested``; as the store ``planned``, where
+    that was measured or hardly anything is to be done; as this machine remembers; by measurement in long jobs
+    (``measure``); by oneDNN's products where they gain; else the library's.
+
+    Raises BadOption where a ``requested`` way is not to be had or not accurate."""
+    notes: list[str] = []
+    known = ForwardChoice("library") if requested == "library" else None
+    own = planned.get("forward", "library") if planned else None
+    if planned and own and (is_fixed(planned) or setting.is_tiny) and requested in ("auto", own):
+        known = ForwardChoice(own, planned.get("candidates"))
+    known = known or _remembered(setting, requested)
+    if known is not None:
+        try:
+            runner = setting.runner(known.way)
+            rate = None if setting.is_tiny else _timed(setting, runner, images.batches())[2]
+            return runner, replace(known, images_per_s=rate)
+        except ForwardUnavailable as error:
+            notes.append(f"{error}. The library's forward is used, where the probe images agree")
+            measure = requested != "auto"
+    library = setting.runner("library")
+    if requested == "auto" and setting.is_tiny:
+        return library, ForwardChoice(notes=tuple(notes))
+    batches, timed = [images.probes(), *images.batches()], dict[str, _Timed]()
+    if requested == "auto" and own in (None, "onednn") and "onednn" in setting.ways() and onednn_gain() > GAIN:
+        timed["onednn"] = onednn, given, rate = _timed(setting, "onednn", batches)
+        exact = [library.parts_of(batches[0], set(setting.parts))]
+        if not (measure and setting.images > LONG * rate) and _error(setting, given, exact) <= FP32_ERROR:
+            return onednn, ForwardChoice("onednn", images_per_s=rate, notes=tuple(notes))
+    timed["library"] = library, _, rate = _timed(setting, library, batches)
+    if requested == "auto" and (not measure or setting.images < LONG * rate or len(setting.ways()) == 1):
+        return library, ForwardChoice(images_per_s=rate, notes=tuple(notes))
+    return _measured(setting, requested, timed, batches)
+
+
+_Timed = tuple[ForwardRunner, list[dict[str, torch.Tensor]], float]
+
+
+def _measured(
+    setting: ForwardSetting, requested: str, timed: dict[str, _Timed], images: list[torch.Tensor]
+) -> tuple[ForwardRunner, ForwardChoice]:
+    """``timed`` holds the library's way and is filled with the others."""
+    exact, notes = timed["library"][1], []
+    if setting.precision != "fp32":
+        reference = replace(setting, precision="fp32").runner("library")
+        exact = [reference.parts_of(batch, set(setting.parts)) for batch in images[:2]]
+    for way in [way for way in (setting.ways() if requested == "auto" else [requested]) if way not in timed]:
+        try:
+            timed[way] = _timed(setting, way, images)
+        except ForwardUnavailable as error:
+            notes.append(str(error))
+    errors = {way: _error(setting, given, exact) for way, (_, given, _) in timed.items()}
+    notes += [f"{way} gives no numbers" for way, error in errors.items() if not math.isfinite(error)]
+    candidates = {
+        way: {"images_per_s": round(timed[way][2], 3), "error": error}
+        for way, error in errors.items() if math.isfinite(error)
+    }  # fmt: skip
+    accurate = [way for way in candidates if _is_accurate(way, candidates, setting.precision)]
+    if requested not in ("auto", *accurate):
+        why = notes[0] if notes else f"it differs by {errors[requested]:.2g} from the library's float32"
+        raise BadOption(f"--forward {requested}: {why}. --forward auto takes what is accurate and fast.")
+    way = max(accurate, key=lambda way: timed[way][2]) if requested == "auto" else requested
+    write_state("forward", setting.key, {"candidates": candidates})
+    bf16 = None
+    if setting.precision == "fp32" and requested == "auto":
+        bf16 = _timed(replace(setting, precision="bf16"), way if way != "onednn" else "library", images[1:])[2]
+    return timed[way][0], ForwardChoice(way, candidates, timed[way][2], bf16, tuple(notes))
+
+
+def _remembered(setting: ForwardSetting, requested: str) -> ForwardChoice | None:
+    """What was measured on this machine before, for this or another store, where it is worth its loading."""
+    if len(setting.ways()) == 1:
+        return None
+    candidates: Candidates = (read_state("forward", setting.key) or {}).get("candidates", {})
+    if not are_candidates(candidates):
+        return None
+    speed = {way: figures["images_per_s"] for way, figures in candidates.items()}
+    accurate = [way for way in candidates if speed[way] and _is_accurate(way, candidates, setting.precision)]
+    way = max(accurate, key=lambda way: speed[way]) if requested == "auto" else requested
+    if way not in accurate:
+        return None
+    saved = setting.images * (1 / speed["library"] - 1 / speed[way])
+    return None if requested == "auto" and way != "library" and saved < SHORT else ForwardChoice(way, candidates)
+
+
+def _timed(setting: ForwardSetting, way: str | ForwardRunner, images: Sequence[torch.Tensor]) -> _Timed:
+    """The runner of a way, what it makes of batches, which it will not compute again; images/s, without the first."""
+    runner = setting.runner(way) if isinstance(way, str) else way
+    given, seconds = [], []
+    for batch in images:
+        start = time.perf_counter()
+        given.append({part: rows.cpu() for part, rows in runner.parts_of(batch, set(setting.parts)).items()})
+        seconds.append(time.perf_counter() - start)
+        runner.remember(batch, given[-1], seconds[-1])
+    return runner, given, setting.batch_size / sorted(seconds[1:])[len(seconds[1:]) // 2]
+
+
+def _error(
+    setting: ForwardSetting, given: Sequence[dict[str, torch.Tensor]], exact: Sequence[dict[str, torch.Tensor]]
+) -> float:
+    """|given − exact|₂ / |exact|₂ over the batches that both have, of the part where it is largest."""
+    errors = []
+    for part in setting.parts:
+        pairs = [(a[part].double(), b[part].double()) for a, b in zip(given, exact, strict=False)]
+        size = sum(float(b.square().sum()) for _, b in pairs)
+        errors.append(math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs) / max(size, 1e-60)))
+    return max(errors)
+
+
+def _is_accurate(way: str, candidates: Candidates, precision: str) -> bool:
+    most = FP32_ERROR if precision == "fp32" else min(BF16_ERROR, BF16_RATIO * candidates["library"]["error"])
+    return way == "library" or candidates[way]["error"] <= most

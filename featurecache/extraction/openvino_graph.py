@@ -1,0 +1,179 @@
+"""OpenVINO graphs of a backbone: its torch module converted once, compiled for this CPU, with fixed batches of B.
+
+The CPU plugin of OpenVINO runs the same network with oneDNN's kernels and fused operations. A graph gives every part
+that an extraction needs in one pass. Conversion takes seconds (a network of 86 M parameters: 3 to 10), so the graph is
+kept in the machine's state folder under weights, shape, parts and versions; one that is damaged there is made again.
+The precision is always given when it is compiled: without, the plugin may choose bfloat16 by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from featurecache.backbones.base import Backbone
+from featurecache.errors import CannotWrite, ForwardUnavailable
+from featurecache.files.atomic import atomic_folder
+from featurecache.files.machine_state import read_state, state_folder, state_key, write_state
+
+MOST_BYTES = 8 << 30  # of all graphs in the state folder; the oldest go
+HINT = {"fp32": "f32", "bf16": "bf16"}
+
+
+def has_openvino() -> bool:
+    with contextlib.suppress(PackageNotFoundError):
+        return bool(version("openvino"))
+    return False
+
+
+def import_openvino() -> Any:
+    """The module, without its telemetry: it reports to Google Analytics at import and at conversion unless its
+    ``openvino_telemetry`` cannot be imported, for which it has a stub. Raises ForwardUnavailable."""
+    if "openvino.tools.ovc" not in sys.modules:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        import openvino
+        import openvino.tools.ovc
+    except ImportError as error:
+        raise ForwardUnavailable(f"OpenVINO cannot be used here ({error}): pip install openvino") from error
+    return openvino
+
+
+class _Parts(nn.Module):
+    """A backbone's wrapper as conversion wants it: pixels [B,3,h,w] → a tuple of tensors."""
+
+    def __init__(self, model: nn.Module, parts: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.parts = model, tuple(parts)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = self.model(pixels, set(self.parts))
+        return tuple(given[part] for part in self.parts)
+
+
+class OpenvinoGraph:
+    """A compiled graph: normalised float32 pixels [B,3,h,w] → {part: float32 [B, ...]}."""
+
+    def __init__(self, compiled: Any, parts: Sequence[str]) -> None:
+        self._request, self.parts = compiled.create_infer_request(), tuple(parts)
+
+    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        given = self._request.infer([pixels.contiguous().numpy()], share_inputs=True)
+        return {part: torch.from_numpy(given[k]) for k, part in enumerate(self.parts)}
+
+
+def graph_key(backbone: Backbone, parts: Sequence[str], batch: int) -> str:
+    return state_key(
+        weights=backbone.weights, architecture=backbone.architecture, shape=[batch, 3, *backbone.image_size],
+        positions=backbone.position_embeddings, parts=list(parts), versions=graph_versions(backbone),
+    )  # fmt: skip
+
+
+def graph_versions(backbone: Backbone) -> dict[str, str]:
+    library = backbone.architecture["library"]
+    libraries = ["torch", *["openvino"] * has_openvino()]
+    return {name: version(name) for name in [*libraries, *{library} & {"timm", "transformers", "torchvision"}]}
+
+
+def is_user_code(backbone: Backbone) -> bool:
+    """Whether its forward is somebody's own program, which may branch on its data: a conversion would not see that."""
+    return str(backbone.provenance.get("request", {}).get("name", "")).startswith("python:")
+
+
+def graph_is_stored(key: str) -> bool:
+    return read_state("graphs", key) is not None
+
+
+def compile_graph(backbone: Backbone, parts: Sequence[str], batch: int, precision: str, threads: int) -> OpenvinoGraph:
+    """The graph of ``parts``, from the state folder or converted. Raises ForwardUnavailable, which says why."""
+    openvino, parts = import_openvino(), sorted(parts)
+    if precision not in HINT:
+        raise ForwardUnavailable(f"OpenVINO computes in fp32 and bf16, not {precision}")
+    settings = {
+        "INFERENCE_PRECISION_HINT": HINT[precision], "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
+    }  # fmt: skip
+    key = graph_key(backbone, parts, batch)
+    try:
+        graph = None if is_user_code(backbone) else _stored_graph(key)
+        graph = graph or _converted(openvino, backbone, parts, batch, key)
+        return OpenvinoGraph(openvino.Core().compile_model(graph, "CPU", settings), parts)
+    except Exception as error:  # whatever a converter of networks raises
+        reason = " ".join(str(error).split())[:200]
+        raise ForwardUnavailable(f"OpenVINO cannot convert {backbone.name}: {reason}") from error
+
+
+def _stored_graph(key: str) -> str | None:
+    """The .xml of an intact graph."""
+    record, folder = read_state("graphs", key), state_folder()
+    if record is None or folder is None:
+        return None
+    path = folder / "graphs" / key / "graph.xml"
+    with contextlib.suppress(OSError):
+        if {name: _hash(path.with_name(name)) for name in ("graph.xml", "graph.bin")} == record:
+            os.utime(path)  # the oldest go first
+            return str(path)
+    return None
+
+
+def _converted(openvino: Any, backbone: Backbone, parts: Sequence[str], batch: int, key: str) -> Any:
+    """The graph, and a copy of it in the state folder where there is room for one."""
+    shape = (batch, 3, *backbone.image_size)
+    network, example = _Parts(backbone.model, parts).eval(), torch.zeros(shape)
+    with _quiet(), torch.no_grad():
+        graph = openvino.convert_model(network, example_input=example, input=[shape])
+    if (folder := state_folder()) and not is_user_code(backbone):  # whose key does not know all that it reads
+        with contextlib.suppress(OSError, CannotWrite, RuntimeError):
+            _store(openvino, graph, folder / "graphs", key)
+            return _stored_graph(key) or graph  # mapped from the file, it needs no weights of torch any more
+    return graph
+
+
+def _store(openvino: Any, graph: Any, folder: Path, key: str) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    target = folder / key
+    with atomic_folder(target) as draft:
+        openvino.save_model(graph, draft / "graph.xml", compress_to_fp16=False)
+        hashes = {path.name: _hash(path) for path in draft.iterdir()}
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(draft, target)
+    write_state("graphs", key, hashes)
+    others = sorted((path for path in folder.glob("*/graph.xml")), key=lambda path: -path.stat().st_mtime)
+    sizes, total = {path: path.with_name("graph.bin").stat().st_size for path in others}, 0
+    for path in others:
+        total += sizes[path]
+        if total > MOST_BYTES and path.parent != target:
+            folder.joinpath(f"{path.parent.name}.json").unlink(missing_ok=True)
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracer's warnings about shapes that become constants: the shape is fixed here."""
+    level = logging.getLogger("transformers").level
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("transformers").setLevel(level)
