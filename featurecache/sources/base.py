@@ -75,11 +75,11 @@ class Dataset:
 
     def at(self, rows: np.ndarray) -> Dataset:
         """The dataset of these rows alone."""
-        files = isinstance(self.images, ImageFiles)
+        images = self.images
         return replace(
             self, ids=_at(self.ids, rows), labels=self.labels[rows], splits=_at(self.splits, rows),
             groups=self.groups and _at(self.groups, rows), meta={name: _at(c, rows) for name, c in self.meta.items()},
-            images=self.images.at(rows) if files else ImageArrays([_ImageRows(self.images, rows)]),
+            images=images.at(rows) if isinstance(images, ImageFiles) else ImageArrays([_ImageRows(images, rows)]),
         )  # fmt: skip
 
     def read(self, row: int) -> EncodedImage:
