@@ -160,9 +160,9 @@ def _fold_line(line: str, width: int) -> list[str]:
     label = _LABEL.match(line)
     hanging = " " * (len(label[0]) if label else len(line) - len(line.lstrip()))
     if command is None:
-        whole = _QUANTITY.sub("\\1\u00a0", line)  # a number and its unit are one word
+        whole = _QUANTITY.sub("\\1\0", line)  # a number and its unit are one word
         lines = textwrap.wrap(whole, width, subsequent_indent=hanging, **WHOLE_WORDS)
-        return [each.replace("\u00a0", " ") for each in lines] or [line]
+        return [each.replace("\0", " ") for each in lines] or [line]
     first, *options = re.split(" (?=--)", line)
     lines = [first]
     for option in options:
