@@ -62,7 +62,7 @@ def ls(talk: Console, runs: str, cache: str | None) -> int:
         "sweeps": [{"path": s.path, "heads": len(s.rows), "families": len(s.families)} for s in sweeps],
     }
     talk.result("\n\n".join(blocks), record)
-    views = [f"{store['backbone']}/{view['name']}" for store in stores for view in store.get("views", [])]
+    views = [view["label"] for store in stores for view in store.get("views", []) if "label" in view]
     talk.next(
         f"featurecache info {shell_word(views[0])}" if views else "featurecache extract --backbone NAME --data FOLDER",
         cache,

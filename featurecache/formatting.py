@@ -142,6 +142,7 @@ def terminal_width(stream: IO[str]) -> int | None:
 
 
 _COMMAND = re.compile(r"(?:^|: | {2})((?:featurecache|hf|curl) -?[a-zA-Z-]+ .+)$")
+_QUANTITY = re.compile(r"(\d) (?=(?:[a-zA-Z]{1,3}|%)(?!\w))")
 _LABEL = re.compile(r"error: |(?=.{10} \S)(?:[a-z-]+(?: [a-z\d]+)?  +|[a-z]{10} )")
 
 
@@ -159,7 +160,9 @@ def _fold_line(line: str, width: int) -> list[str]:
     label = _LABEL.match(line)
     hanging = " " * (len(label[0]) if label else len(line) - len(line.lstrip()))
     if command is None:
-        return textwrap.wrap(line, width, subsequent_indent=hanging, **WHOLE_WORDS) or [line]
+        whole = _QUANTITY.sub("\\1\0", line)  # a number and its unit are one word
+        lines = textwrap.wrap(whole, width, subsequent_indent=hanging, **WHOLE_WORDS)
+        return [each.replace("\0", " ") for each in lines] or [line]
     first, *options = re.split(" (?=--)", line)
     lines = [first]
     for option in options:

@@ -57,6 +57,7 @@ def _view_line(path: Path) -> dict[str, Any]:
         return {"name": path.stem, "error": str(error)}
     return {
         "name": path.stem,
+        "label": view.label,
         "images": len(view),
         "copies": view.rows - len(view),
         "task": view.task,
@@ -91,7 +92,7 @@ def cache_lines(cache: Path, records: list[dict[str, Any]]) -> str:
             kept = f"{', '.join(view['outputs'])}, {size_text(view['bytes'])}"
             copies = f" and {view['copies']:,} augmented copies" if view["copies"] else ""
             what = f"{view['images']:,} images{copies}, {view['classes']} classes ({view['task']}){failed}: {kept}"
-            lines.append(f"  view {store['backbone']}/{view['name']}  {what}")
+            lines.append(f"  view {view['label']}  {what}")
     lines.append(f"{'all':<16} {size_text(sum(store['bytes'] for store in records)):>9}")
     return "\n".join(lines)
 

@@ -59,8 +59,8 @@ TABLES = ("predictions", "splits", "history", "metrics")
 _TEXT = {
     "id",
     "split",
-    "label",
-    "predicted",
+    "true class",
+    "predicted class",
     "model",
     "class",
     "metric",

@@ -20,7 +20,7 @@ NEXT = re.compile(r"^next       (featurecache .+)$", re.MULTILINE)
 VIT = "--backbone vit-demo --random-weights"
 SESSION = (
     f"why {VIT} --data chest", f"extract {VIT} --data chest --dry-run", f"extract {VIT} --data chest",
-    f"extract {VIT} --data chest --limit 40 --copies 1 --augment flip", f"why {VIT} --image-size 32", "ls", "info",
+    f"extract {VIT} --data chest --limit 40 --copies 1 --augment flip", "ls", "info",
     "info vit-demo/chest", "info --backbone vit-demo", "info --head large", "info --head cnn-cifar", "leaks chest",
     "train-head --head linear --epochs 2 --features chest", "train-head --head large --epochs 2 --features chest",
     "train-baseline --arch cnn-cifar --data chest --epochs 1", "ablate --heads linear,ridge --epochs 2 --dry-run",
@@ -29,7 +29,7 @@ SESSION = (
     "evaluate --run runs/chest-linear-1 --features chest", "predict --run runs/chest-linear-1 chest/ill/000.png",
     "explain --run runs/chest-large-1 chest/ill/000.png", "verify", "repair", "gc", "compact chest",
     "export chest chest.npz", "import own.npz --name own", "merge other/cache", "study",
-    "study medical-mnist --quick --dry-run",     "rm chest-limit-40 --yes",
+    "study medical-mnist --quick --dry-run",     "rm chest-limit-40 --yes", f"why {VIT} --image-size 32",
 )  # fmt: skip
 FILL = {"FOLDER": "chest", "IMAGE…": "chest/ill/000.png", "NAME": "mine", "DIR": "chest"}  # what a reader puts in
 
@@ -67,7 +67,7 @@ def test_every_next_command_runs_and_so_do_those_that_it_prints(tmp_path: Path, 
                 )
                 continue
             done.add(key)
-            todo.append(following)
+            todo.insert(0, following)  # before what comes later in the session takes away what it is about
     names = {words[0] for words in done}
     assert names >= {"extract", "train-head", "predict", "info", "report", "verify", "ls", "gc", "leaks", "import"}, (
         names

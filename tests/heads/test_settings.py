@@ -14,9 +14,11 @@ from heads.training.job import check_options
 
 OWN = {  # options of the commands themselves
     "train-head": "head features controls out overwrite no_images hash_ids cache",
-    "train-baseline": "arch data columns task classes_at order root uncertain page bits crop features controls out "
+    "train-baseline": "arch data columns task classes_at order root uncertain page bits crop limit limit_seed "
+    "features controls out "
     "overwrite no_images hash_ids cache",
-    "ablate": "heads features data columns task classes_at order root uncertain page bits crop outputs seeds fractions "
+    "ablate": "heads features data columns task classes_at order root uncertain page bits crop limit limit_seed "
+    "outputs seeds fractions "
     "repeats folds search trials controls out dry_run reference show_test no_images hash_ids cache",
 }
 TAKERS = {

@@ -168,5 +168,5 @@ def test_a_mistake_is_found_before_anything_is_read(tmp_path: Path):
 
 
 def test_the_help_says_where_flips_are_wrong():
-    assert "leave flips out where the side decides" in " ".join(call("extract", "--help").output.split())
+    assert "leave flips out where the side decides" in " ".join(call("extract", "--help", "copies").output.split())
     assert RULES == 1

@@ -64,7 +64,9 @@ def test_a_run_gives_its_tables_as_frames_and_its_splits_as_masks():
     assert run.ids.tolist() == list(view.ids) and run.splits.tolist() == list(view.splits)
     frame = run.frame()
     assert frame["id"].tolist() == [*run.ids[run.splits == "val"], *run.ids[run.splits == "test"]]
-    assert (frame["label"] == frame["predicted"])[frame["split"] == "test"].mean() == run.metrics["test"]["accuracy"]
+    assert (frame["true class"] == frame["predicted class"])[frame["split"] == "test"].mean() == run.metrics["test"][
+        "accuracy"
+    ]
     assert frame["p kind 1"].dtype == np.float64 and len(run.frame("history")) == len(run.history)
     measured = run.frame("metrics").query("split == 'test' and metric == 'auroc' and `class` == ''")["value"]
     assert measured[:1].tolist() == [run.metrics["test"]["auroc"]]
@@ -100,7 +102,7 @@ def test_multilabel_predictions_leave_unknown_labels_empty():
     view = label_view(n=300)
     row = table(quick(view).path / "predictions.csv")[0]
     labels = view.labels[list(view.ids).index(row["id"])]
-    assert [row[f"label sign {c}"] for c in range(4)] == ["" if np.isnan(v) else str(int(v)) for v in labels]
+    assert [row[f"true sign {c}"] for c in range(4)] == ["" if np.isnan(v) else str(int(v)) for v in labels]
 
 
 def test_metrics_csv_says_what_metrics_json_says():
@@ -116,7 +118,7 @@ def test_names_in_any_script_with_commas_quotes_and_line_breaks_stay_in_their_ce
     view.ids, view.classes = [f'a,"{i}"\nb\r;=1' for i in range(200)], classes
     run = quick(view)
     rows = table(run.path / "predictions.csv")
-    assert {row["id"] for row in rows} < set(view.ids) and {row["label"] for row in rows} == set(classes)
+    assert {row["id"] for row in rows} < set(view.ids) and {row["true class"] for row in rows} == set(classes)
     assert load_run(run.path).config["positive"] == classes[1]
 
 
