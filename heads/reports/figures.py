@@ -27,6 +27,7 @@ UNIT, FIFTHS = (-0.02, 1.02), (0, 0.2, 0.4, 0.6, 0.8, 1)
 GRID = np.linspace(0, 1, 201)
 MANY = 30  # classes above which single curves say less than where most of them run
 OVERLAID = 6  # families in the figures and tables that lay them over each other
+APART = 1.5  # the dearest over the cheapest, from which on a cost is worth a chart
 THIN = 20  # curves of single seeds or folds drawn behind their mean
 
 
@@ -201,18 +202,23 @@ def _draw_curves(
     return [(style_of(number), short(name)) for number, name in enumerate(curves)]
 
 
-def overlay_figure(named: Sequence[tuple[str, TestPredictions]]) -> Figure:
-    """Binary: the mean ROC of several families over each other."""
+def overlay_figure(named: Sequence[tuple[dict[str, Any], TestPredictions]]) -> Figure:
+    """Binary: the mean ROC of several families (their records) over each other, rings where their thresholds are."""
     plot, keys = _unit_square(*ROC), []
     plot.line([(0, 0), (1, 1)], "guide")
-    for number, (name, predictions) in enumerate(named):
+    for number, (family, predictions) in enumerate(named):
+        name, test = family["name"], {m: each["value"] for m, each in (family["test"] or {}).items()}
         positive = predictions[0][0].positive
         assert positive is not None, "only binary tasks are laid over each other"
         if pairs := _truths_and_scores(predictions, positive):
             mean = np.mean([_roc_points(*pair) for pair in pairs], axis=0)
             plot.line([(0.0, 0.0), *zip(GRID, mean, strict=True)], style_of(number))
-            keys.append((style_of(number), name))
-    return Figure("ROC, side by side", plot, "Dotted: guessing.", tuple(keys))
+            keys.append((style_of(number), name if test.get("auroc") is None else f"{name}: AUROC {test['auroc']:.3f}"))
+            x, y = test.get("specificity"), test.get("sensitivity")
+            if x is not None and y is not None:
+                words = f"{name}: specificity {x:.3f}, sensitivity {y:.3f}"
+                plot.dot(1 - x, y, style_of(number), words, radius=4, ring=True)
+    return Figure("ROC, side by side", plot, "Rings: thresholds chosen on val. Dotted: guessing.", tuple(keys))
 
 
 def reliability_figure(calibration: dict[str, Any], where: str = "") -> Figure:
@@ -233,26 +239,34 @@ def reliability_figure(calibration: dict[str, Any], where: str = "") -> Figure:
             hint = f"{b['n']:,} predicted {b['p']:.3f}, observed {b['share']:.3f} [{b['low']:.3f}, {b['high']:.3f}]"
             plot.dot(b["p"], b["share"], style, hint)
     caption = (
-        f"{calibration['words']}. Dotted: probabilities mean what they say; above it the head is underconfident, below "
-        "overconfident. Bars: 95 % (Wilson) of the share in each bin; the number counts its images."
+        "Dotted: probabilities mean what they say; above it the head is underconfident, below overconfident. Bars: 95 % "
+        "(Wilson) of a bin; numbers: its images."
     )
     return Figure(f"Reliability{where and f' on {where}'}", plot, caption, tuple(keys))
 
 
-def training_figures(runs: Sequence[Run]) -> list[Figure]:
-    """Loss, accuracy and criterion by epoch; of a solved head the criterion along its path."""
+def is_stepped(run: Run) -> bool:
+    """Trained by epochs, not solved."""
+    return {"train_loss", "epoch"} <= run.history[0].keys()
+
+
+def training_figures(runs: Sequence[Run], overlaid: bool = False) -> list[Figure]:
+    """Loss, accuracy and criterion by epoch; of a solved head the criterion along its path. ``overlaid``: loss and
+    criterion stand side by side with those of others."""
     history, chosen = runs[0].history, runs[0].config["chosen"]
-    if "train_loss" not in history[0] or "epoch" not in history[0]:
+    if not is_stepped(runs[0]):
         return _path_figures(runs[0])
     loss = _history_plot(runs, ("train_loss", "val_loss"), "loss", y=(0.0, None))
     keys = (("grey", "train"), ("s0", "val"), ("mark", f"chosen: epoch {chosen['epoch']}"))
     several = f"The thick line is the first of {len(runs)} heads." if len(runs) > 1 else ""
-    figures = [Figure("Training: loss", loss, several, keys)]
+    figures = [] if overlaid else [Figure("Training: loss", loss, several, keys)]
+    if overlaid and chosen["by"] == "accuracy":
+        return []
     if right := next((name for name in ACCURACY if f"train_{name}" in history[0]), None):
         plot = _history_plot(runs, (f"train_{right}", f"val_{right}"), "accuracy", least=0.02, top=1.0)
         drawn = "Of train as drawn: balanced, augmented and with dropout where these are on."
         figures.append(Figure("Training: accuracy", plot, " ".join(filter(None, [several, drawn])), keys))
-    if chosen["by"] not in ("loss", "accuracy") and f"val_{chosen['by']}" in history[0]:
+    if not overlaid and chosen["by"] not in ("loss", "accuracy") and f"val_{chosen['by']}" in history[0]:
         criterion = title(chosen["by"], runs[0].task)
         top = top_of(chosen["by"])
         plot = _history_plot(runs, (f"val_{chosen['by']}",), f"val {criterion}", least=0.02, top=top)
@@ -290,9 +304,19 @@ def overlaid_curves(runs: dict[str, Run], what: str, column: str, ylabel: str, *
     return Figure(what, plot, "Thick: val. Thin: train." if both else "", keys)
 
 
+def _stepped(pairs: Sequence[tuple[Family, dict[str, Any]]]) -> Sequence[tuple[Family, dict[str, Any]]]:
+    return [pair for pair in pairs if is_stepped(pair[0].runs[0])][:OVERLAID]
+
+
+def overlaid_kinds(pairs: Sequence[tuple[Family, dict[str, Any]]], task: str) -> set[str]:
+    """What `comparing_figures` lays over each other, so that no head shows it again: "roc", "training"."""
+    kinds = {"roc": len(pairs) > 1 and task == "binary", "training": len(_stepped(pairs)) > 1}
+    return {kind for kind, there in kinds.items() if there}
+
+
 def _side_by_side(pairs: Sequence[tuple[Family, dict[str, Any]]], task: str) -> list[Figure]:
     """Loss and criterion by epoch of the best families that were trained in steps, the first run of each."""
-    stepped = [pair for pair in pairs if "train_loss" in pair[0].runs[0].history[0]][:OVERLAID]
+    stepped = _stepped(pairs)
     if len(stepped) < 2:
         return []
     shown, what = {numbers["name"]: family.runs[0] for family, numbers in stepped}, "Training, side by side:"
@@ -344,8 +368,8 @@ def comparing_figures(pairs: Sequence[tuple[Family, dict[str, Any]]], lead: str,
         figures.append(learning_figure(named, lead, title(lead, task), total))
     largest = max(family["fraction"] for family in families)
     figures += pareto_figures([family for family in families if family["fraction"] == largest], lead, task)
-    if len(pairs) > 1 and task == "binary":
-        best = [(numbers["name"], page_predictions(family.runs)) for family, numbers in pairs[:OVERLAID]]
+    if "roc" in overlaid_kinds(pairs, task):
+        best = [(numbers, page_predictions(family.runs)) for family, numbers in pairs[:OVERLAID]]
         figures.append(overlay_figure(best))
     return figures + _side_by_side(pairs, task)
 
@@ -381,7 +405,8 @@ def pareto_figures(families: Sequence[dict[str, Any]], measure: str, task: str) 
     tested = [(f, test) for f in families if (test := (f["test"] or {}).get(measure)) and test["value"] is not None]
     for cost in (key for key in cost_columns(families) if key in CHARTED):
         marks = [(f[cost], test, f["name"]) for f, test in tested if f.get(cost)]
-        if len({c for c, _, _ in marks}) < 2:
+        costs = [c for c, _, _ in marks]
+        if not costs or max(costs) < APART * min(costs):
             continue
         plot = Plot(COSTS[cost].words, f"test {quality}", top=top_of(measure), xlog=True)
         front = _front([(c, t["value"]) for c, t, _ in marks], higher)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_every_colour_of_a_figure_is_one_of_the_style_sheet():
     svg = plotted()
     used = set(re.findall(r'(?:fill|stroke)="([^"]*)"', svg)) - {"none"}
     assert {"var(--s1)", "var(--s2)", "var(--grid)", "var(--faint)"} <= used <= set(drawing.VARIABLES.values())
-    sheet = (figures.Path(drawing.__file__).parent / "templates" / "report.css").read_text()
+    sheet = (Path(drawing.__file__).parent / "templates" / "report.css").read_text()
     light = sheet[: sheet.index("@media")]
     for name, colour in drawing.COLOURS.items():
         assert f"--{name}: {colour};" in light
