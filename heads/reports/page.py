@@ -31,7 +31,7 @@ from heads.evaluation.costs import cost_columns, devices_words
 from heads.evaluation.families import Family, selection_key
 from heads.metrics.classification import UNTRAINED, measure_name
 from heads.reports import figures, text
-from heads.reports.drawing import Figure, plain, ticks
+from heads.reports.drawing import NUMBERED, Figure, plain, ticks
 from heads.reports.gallery import Gallery, ImageLoader
 from heads.reports.ledger import write_report_files
 from heads.reports.provenance import commands_of, origins, setting_words, train_command
@@ -269,7 +269,7 @@ def detail_of(
     detail.figures += figures.training_figures(runs, overlaid=stepped)
     curves = ["ROC"] * ("roc" in overlaid) + ["loss and criterion by epoch"] * stepped
     detail.elsewhere = ", ".join(curves)
-    if run.task != "multilabel" and len(run.classes) > 2:
+    if run.task != "multilabel" and len(run.classes) > NUMBERED:
         detail.confused = figures.most_confused(predictions)
     first: dict[Any, tuple[Run, Any]] = {}  # of each fold the first run: no image twice, all by a head that exists
     for pair in predictions:
