@@ -6,6 +6,7 @@ Unmarked tests take less than a second, start no process, load no transformers m
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,8 @@ INTEGRATION = {  # whole files: they load models, train or start processes; sing
     "store": "keys same_store",
 }
 ALONE = ("test_at_once.py", "test_faults.py", "test_flips.py")  # use two cores themselves: one process of pytest -n
+
+platform.processor()  # h5py asks when it is imported, which starts a process once
 
 
 def pytest_configure(config: pytest.Config) -> None:

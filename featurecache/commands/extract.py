@@ -1,4 +1,4 @@
-"""Commands extract and why: their options, JSON records and aligned lines; also how any command opens images or a view.
+"""Commands extract and why: their options, JSON records and aligned lines; also how any command opens a view.
 
 The first screen of an extraction says what will happen before anything is computed; ``--dry-run`` stops behind it.
 """
@@ -6,20 +6,20 @@ The first screen of an extraction says what will happen before anything is compu
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click import Choice, option
 
+from featurecache.commands.source_options import READ_BY, SOURCES, pairs_of, source_options
 from featurecache.commands.terminal import Console, cache_option, command, options_of, record_of, typed_options
 from featurecache.errors import BadOption
 from featurecache.formatting import (
     columns,
     device_title,
     duration,
-    names_in,
     one_line,
     shape_text,
     shell_word,
@@ -29,7 +29,6 @@ from featurecache.formatting import (
 
 if TYPE_CHECKING:
     from featurecache.extraction.run import Extraction, ExtractionResult
-    from featurecache.sources.base import Dataset
     from featurecache.sources.summary import Description
     from featurecache.store.view import View
 
@@ -223,41 +222,9 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: A
     return None if value == "auto" else click.INT.convert(value, parameter, context)
 
 
-def _order(context: click.Context, parameter: click.Parameter, value: str | None) -> list[str] | None:
-    return None if value is None else names_in(value)
-
-
-def _crop(context: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
-    try:
-        return None if value is None else [float(edge) for edge in value.split(",")]
-    except ValueError as error:
-        raise click.BadParameter(f"--crop {value}: it is four numbers, such as 0.1,0.05,0.9,0.95.") from error
-
-
-TASKS = ("binary", "multiclass", "ordinal", "multilabel")
 BACKBONES = "An alias (see info), hf:REPO, a folder, torchvision:NAME, timm:NAME, python:MODULE:FACTORY[:LAYER]."
-SOURCES = "Folder, table, .npz, medmnist:NAME, torchvision:NAME, hf:NAME, kaggle:OWNER/SET, or digits."
 STEPS = """How copies differ: flip,rotate10,shift0.1 (also vflip, scale0.1, …). Labels stay: leave flips out where the
     side decides (organs, eyes, hands, writing)."""
-task_option = option("--task", type=Choice(TASKS), help="[default: by the labels]")
-order_option = option("--order", metavar="A,B,C", callback=_order, help="The classes from the lowest to the highest.")
-uncertain_option = option(
-    "--uncertain", type=Choice(["ignore", "zero", "one"]), help="Of tables: what -1 is. [default: ignore]"
-)
-READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits", "crop")
-source_options = options_of(  # how the labels of --data are to be read
-    option(
-        "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of tables: path=…, label=…, split=…, group=…"
-    ),
-    task_option,
-    option("--root", metavar="DIR", help="Of tables: the folder of the images. [default: that of the table]"),
-    uncertain_option,
-    option("--classes-at", type=int, metavar="LEVEL", help="Of folders: the level of the classes; 1: those in --data."),
-    order_option,
-    option("--page", metavar="N|all", help="Of TIFF stacks, DICOM frames (from 0). [default: TIFF 0, DICOM all]"),
-    option("--bits", type=int, metavar="N", help="Of 16-bit files: 2^N − 1 is white; others are as they are."),
-    option("--crop", metavar="L,T,R,B", callback=_crop, help="Edges of what is looked at, in parts of each side."),
-)
 extraction_options = options_of(  # which images, which backbone, which store: what `extract` and `why` are asked alike
     option("--backbone", required=True, metavar="NAME", help=BACKBONES),
     option("--data", default="digits", metavar="SOURCE", help=SOURCES),
@@ -353,35 +320,6 @@ def open_features(talk: Console, features: str | None, cache: str | None, way: s
     if not features:
         talk.say(f"view       {view.label}   (the newest; {way})")
     return view
-
-
-def named_images(talk: Console, data: str | None, options: dict[str, Any]) -> Callable[[], Dataset] | None:
-    """What opens the dataset that --data and the `source_options` name, which are taken out of ``options``, and says
-    how it was read: other names are checked first. None without --data."""
-    how = {name: value for name in READ_BY if (value := options.pop(name)) not in (None, ())}
-    if data is None:
-        if how:
-            given = " and ".join(f"--{'column' if name == 'columns' else name.replace('_', '-')}" for name in how)
-            raise BadOption(f"{given} says how --data is read; give --data too.")
-        return None
-    columns = pairs_of(how.get("columns", ()))
-
-    def open_it() -> Dataset:
-        from featurecache.sources import open_source
-
-        dataset = open_source(data, **how | {"columns": columns})
-        if understood := dataset.source.get("understood"):
-            talk.line(f"understood {understood}")
-        return dataset
-
-    return open_it
-
-
-def pairs_of(columns: tuple[str, ...]) -> dict[str, str] | None:
-    for pair in columns:
-        if "=" not in pair:
-            raise BadOption(f'--column takes ROLE=NAME (--column label=finding), not "{pair}".')
-    return dict(pair.split("=", 1) for pair in columns) or None
 
 
 _OF_IMAGES = (

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click import argument, option
 
-from featurecache.commands.extract import order_option, pairs_of, task_option, training_of, uncertain_option
+from featurecache.commands.extract import training_of
+from featurecache.commands.source_options import order_option, pairs_of, task_option, uncertain_option
 from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, options_of, record_of
 from featurecache.errors import BadOption
 from featurecache.formatting import columns, first_of, one_line, shape_text, shell_word, size_text

@@ -26,6 +26,7 @@ from featurecache.extraction.forward import ForwardRunner
 from featurecache.formatting import device_title
 from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
+from featurecache.images.pixel_room import PixelRoom
 from featurecache.images.preprocessing import Preprocess
 from featurecache.outputs import Output, derive
 from featurecache.store.shards import Layout, ShardWriter, read_feature_rows
@@ -86,7 +87,7 @@ def decode_many(
     (`PixelRoom`). Close it where it is not read to its end.
     """
 
-    room = _images.PixelRoom(threads)
+    room = PixelRoom(threads)
 
     def decode(row: int) -> tuple[torch.Tensor | str, float]:
         start, waited = time.perf_counter(), 0.0

@@ -24,6 +24,7 @@ from featurecache.extraction.pipeline import prefetch
 from featurecache.formatting import progress_bar
 from featurecache.images import decoding as _images
 from featurecache.images.headers import ImageHeader
+from featurecache.images.pixel_room import PixelRoom
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles
 from featurecache.sources.summary import LOOKED_AT, evenly_spaced
 from featurecache.store.schema import DIGEST
@@ -141,7 +142,7 @@ def _in_turn(
         yield part, result
 
 
-_ROOM = _images.PixelRoom(1)  # the header of 16-bit samples takes decoding them
+_ROOM = PixelRoom(1)  # the header of 16-bit samples takes decoding them
 
 
 def _read(

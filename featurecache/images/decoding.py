@@ -25,16 +25,12 @@ damaged.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import io
 import math
 import re
 import sys
-import threading
-import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -168,33 +164,9 @@ def image_header(data: EncodedImage) -> ImageHeader:
 
 
 _SMALL = 1 << 15  # bytes of a JPEG or PNG: at 1032:1, the most that deflate packs, 11 million pixels
-PIXELS_PER_THREAD = 24_000_000  # a camera's image; while it is decoded and resized a pixel takes up to 12 bytes
 
 
-class PixelRoom:
-    """The memory of decoding: so many pixels are in work at once, in all threads, or a single image. A file of a few
-    bytes may hold hundreds of millions."""
-
-    def __init__(self, threads: int) -> None:
-        self._all = self._free = max(MAX_PIXELS, PIXELS_PER_THREAD * threads)
-        self._turn = threading.Condition()
-
-    @contextlib.contextmanager
-    def of(self, data: EncodedImage) -> Iterator[float]:
-        """While an image is in work; the seconds that it waited for others."""
-        pixels, start = min(_pixel_count(data), self._all), time.perf_counter()
-        with self._turn:
-            self._turn.wait_for(lambda: self._free >= pixels)
-            self._free -= pixels
-        try:
-            yield time.perf_counter() - start
-        finally:
-            with self._turn:
-                self._free += pixels
-                self._turn.notify_all()
-
-
-def _pixel_count(data: EncodedImage) -> int:
+def pixel_count(data: EncodedImage) -> int:
     """By the header; 0 where they are few, or it cannot be read: decoding says why."""
     data = data.image if isinstance(data, RawImage) else data
     if isinstance(data, np.ndarray):

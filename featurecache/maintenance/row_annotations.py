@@ -100,7 +100,7 @@ def annotate_rows(
 
 def _open_table(labels: str | None, columns: dict[str, str] | None, how: LabelOptions) -> Annotations | None:
     if labels and is_table(labels):
-        if not Path(labels).is_file():
+        if not Path(labels).exists():
             raise SourceError(f"there is no file {labels}.")
         return read_annotations(labels, columns, how.task, how.uncertain)
     for name in [*["--column"] * bool(columns), *["--uncertain"] * bool(how.uncertain)]:

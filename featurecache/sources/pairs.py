@@ -120,8 +120,8 @@ def _without_mask_end(stem: str) -> str:
     lower = stem.lower()
     end = _MASK_END.search(lower, max(len(lower) - _LONGEST, 0)) if len(lower) == len(stem) else None
     at = end.start() if end else 0
-    whole = not stem[at - 1].isalpha() or (stem[at - 1].islower() and stem[at].isupper())
-    return stem[:at].rstrip(" _.-") if at and whole else stem
+    whole = at > 0 and (not stem[at - 1].isalpha() or (stem[at - 1].islower() and stem[at].isupper()))
+    return stem[:at].rstrip(" _.-") if whole else stem
 
 
 def plain_name(path: str) -> str:

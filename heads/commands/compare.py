@@ -7,7 +7,7 @@ from typing import Any
 
 from click import Choice, argument, option
 
-from featurecache.commands.extract import named_images, source_options
+from featurecache.commands.source_options import named_images, source_options
 from featurecache.commands.terminal import (
     Console,
     cache_option,

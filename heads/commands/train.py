@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click import Choice, argument, option
 
-from featurecache.commands.extract import named_images, open_features, pairs_of, source_options
+from featurecache.commands.extract import open_features
+from featurecache.commands.source_options import named_images, pairs_of, source_options
 from featurecache.commands.terminal import (
     Console,
     cache_option,
@@ -159,7 +160,7 @@ def train_baseline(
     """
     import heads
     from heads.models.finetune import classifier_class, extract_options
-    from heads.runs.run import BACKBONE
+    from heads.runs.records import BACKBONE
 
     if data is not None and features is not None:
         raise BadOption("--data and --features both say which images; give one of them.")

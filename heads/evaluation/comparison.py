@@ -31,8 +31,9 @@ from heads.evaluation.families import (
     check_comparable,
     collect_predictions,
     display_setting,
+    families_of,
     names_of,
-    notes_of,
+    remarks_of,
     resample_key,
     run_setting,
     seeds_only_warning,
@@ -47,6 +48,7 @@ from heads.metrics.calibration import log_odds
 from heads.metrics.classification import title
 from heads.metrics.intervals import FamilyEstimates, SharedResamples, proportion_counts
 from heads.metrics.significance import LEVEL, corrected_t, delong, holm, mcnemar, percentiles, sign_share
+from heads.runs.run import Run
 from heads.settings import METRICS
 
 FEW_CLUSTERS = 20
@@ -76,10 +78,10 @@ class _Entry:
 
 
 def compare(
-    families: Sequence[Family], *, reference: str | None = None, resamples: int = 2000,
+    families: Sequence[Family | Run], *, reference: str | None = None, resamples: int = 2000,
     prevalence: Prevalence | None = None, by: str | None = None, show_test: str = "chosen", select: str | None = None,
 ) -> Comparison:  # fmt: skip
-    """Families side by side: measures with intervals, differences, calibration, as one record of plain values.
+    """Families, or runs, side by side: measures with intervals, differences, calibration, one record of plain values.
 
     ``reference``: the name of a family (or the folder of one of its runs) that the others are compared with; by default
     the one that is best on val. ``select``: the measure that orders them, by default the one that chose.
@@ -89,6 +91,8 @@ def compare(
         raise BadOption("There is nothing to compare: no family of heads was given.")
     if show_test not in ("chosen", "all"):
         raise BadOption(f'--show-test {show_test}: it is "chosen" or "all".')
+    runs = [each for each in families if isinstance(each, Run)]
+    families = [each for each in families if isinstance(each, Family)] + families_of(runs)
     check_comparable(families)
     first = families[0].runs[0]
     check_prevalence(first, prevalence)
@@ -198,7 +202,7 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: SharedResam
     family, estimates, run, choice = entry.family, entry.estimates, entry.family.runs[0], entry.choice
     test, external = estimates.all(), external_records(family, resampler)
     val = {m: [each.metrics["val"].get(m) for each in family.runs] for m in estimates.names}
-    edges, notes = notes_of(family)
+    edges, notes = remarks_of(family)
     flat = [title(m, run.task) for m, e in test.items() if e.low == e.high and e.method and "bootstrap" in e.method]
     same = "came out the same in every resample; an interval without width is no certainty"
     return {

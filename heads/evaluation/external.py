@@ -35,7 +35,8 @@ from heads.metrics.intervals import FamilyEstimates, SharedResamples
 from heads.models.common import rows_at_once
 from heads.pixel_view import PixelView, open_dataset
 from heads.runs.folder import digest_of, read_checked_record, read_listed, write_record
-from heads.runs.run import Run, is_pixels, pixels_of, read_tensors
+from heads.runs.records import read_tensors
+from heads.runs.run import Run, is_pixels, pixels_of
 from heads.runs.write import answer_columns, record_stamp
 from heads.splits import read_splits
 from heads.task import SPLITS, FeatureView, Predictions, Say, clusters_of, is_labelled, plain_rows

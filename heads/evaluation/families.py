@@ -149,7 +149,7 @@ def display_setting(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def notes_of(family: Family) -> tuple[list[str], list[str]]:
+def remarks_of(family: Family) -> tuple[list[str], list[str]]:
     """What was said in training: of values chosen at the edge of what a solver tried, and the rest, each once."""
     notes = list(dict.fromkeys(note for run in family.runs for note in run.config["notes"]))
     edges = [note for note in notes if "at the edge of what was tried" in note]

@@ -160,9 +160,9 @@ class ImageLoader:
         explainer = Explainer(run, self._originals, trust_code=run.trust_code)
         if explainer.view is None and not explainer.on_pixels:
             return "No maps: the view it was trained on is gone or another."
-        most = FEW if explainer.slow else None
-        chosen = list(dict.fromkeys(item for items in boxed for item in items[:most]))
-        try:
+        try:  # code of one's own is not imported for a page that was not asked to
+            most = FEW if explainer.slow else None
+            chosen = list(dict.fromkeys(item for items in boxed for item in items[:most]))
             labels, images = np.array([item.label for item in chosen]), [originals[item] for item in chosen]
             maps = [each for (each,) in explainer.maps(explainer.default, images, labels)]
         except FeatureCacheError as error:

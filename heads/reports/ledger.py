@@ -17,7 +17,8 @@ from featurecache.files.records import nan_to_none
 from featurecache.formatting import text_of
 from heads.evaluation.costs import COSTS
 from heads.runs.folder import digest_of, replace_listed, write_record
-from heads.runs.run import CONFIG, METRICS_FILE, Run
+from heads.runs.records import CONFIG, METRICS_FILE
+from heads.runs.run import Run
 from heads.runs.write import csv_bytes, json_bytes
 
 COLUMNS = ("family", "view", "output", "head", "fraction", "split", "of", "metric", "value", "low", "high", "method")

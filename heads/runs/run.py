@@ -5,60 +5,77 @@ A run folder may be somebody else's: its records are bounded, and of the form th
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import nn
 
 from featurecache.arithmetic import exact_arithmetic
-from featurecache.errors import BadOption, CacheError, FeatureCacheError, RunError
-from featurecache.files.records import parse_json
-from featurecache.formatting import text_of
+from featurecache.errors import BadOption, FeatureCacheError, RunError, nearest
+from featurecache.files.delimited import data_frame
+from featurecache.formatting import html_table, number, text_of
 from featurecache.images.headers import READING, check_crop
 from featurecache.images.preprocessing import Preprocess
-from featurecache.store.schema import MAX_VALUES, TASKS
 from featurecache.store.store import cache_folder
 from featurecache.store.view import source_options
 from heads.metrics.calibration import Calibration
+from heads.metrics.classification import title
 from heads.models.catalogue import load_head, load_network
 from heads.models.common import FINETUNE, Input, rows_at_once
 from heads.models.finetune import load_finetuned
 from heads.pixel_view import PixelView, open_dataset
-from heads.runs.folder import check_listed, partial_path, read_checked_record, read_listed
+from heads.runs.folder import check_listed, partial_path, read_listed
+from heads.runs.records import (
+    BACKBONE,
+    CONFIG,
+    METRICS_FILE,
+    parse_history,
+    parse_metrics,
+    read_config,
+    read_csv,
+    read_tensors,
+)
 from heads.settings import METRICS, STANDARDIZE, TABLE, Settings, flag
-from heads.task import SPLITS, Predictions, Standardize
+from heads.task import Predictions, Standardize
 
 if TYPE_CHECKING:
+    import pandas
+
     from featurecache.sources.base import Dataset
 
-T = TypeVar("T")
-_VIEW = {"label": str, "path": str, "output": str, "shape": list, "untrained": bool}
-_CONFIG = {
-    "head": str, "view": dict, "task": str, "classes": list, "positive": (str, type(None)), "calibration": dict,
-    "standardize": str, "spec": dict, "provenance": dict, "parameters": int, "splits": dict, "chosen": dict,
-    "created": str, "settings": dict, "files": dict, "notes": list,
-}  # fmt: skip
 _COLUMNS = ("digests", "clusters", "labels", "logits")
-CONFIG, METRICS_FILE, BACKBONE = "config.json", "metrics.json", "backbone"
 NEEDED = (
     CONFIG, METRICS_FILE, "metrics.csv", "history.csv", "predictions.csv", "splits.csv",
     "answers.safetensors", "head.safetensors",
 )  # fmt: skip
 
+TABLES = ("predictions", "splits", "history", "metrics")
+_TEXT = {
+    "id",
+    "split",
+    "label",
+    "predicted",
+    "model",
+    "class",
+    "metric",
+    "method",
+}  # columns of these; the others are numbers
 
-@dataclass(frozen=True)
+
+def _column(name: str, cells: list[str]) -> np.ndarray:
+    """A column of a CSV of ours: text, or float64 with NaN for what is empty."""
+    if name in _TEXT:
+        return np.array([text_of(cell) for cell in cells], object)
+    return np.array([float(cell or "nan") for cell in cells])
+
+
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run, read from its folder. Every file is compared with its hash when it is read."""
 
@@ -118,9 +135,41 @@ class Run:
         return read_tensors(self.read("head.safetensors"), self.path / "head.safetensors")
 
     @cached_property
-    def ids(self) -> list[str]:
-        """One for every row of the view, in its order. Raises RunError."""
-        return _read_csv(self.read("splits.csv"), self.path / "splits.csv", lambda row: text_of(row["id"]))
+    def _placed(self) -> np.ndarray:
+        """[N, 2] id and split of every row of the view, in its order."""
+        rows = read_csv(
+            self.read("splits.csv"), self.path / "splits.csv", lambda row: [text_of(row["id"]), row["split"]]
+        )
+        return np.array(rows, object).reshape(-1, 2)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[N] str: the ids of the view, in its order."""
+        return self._placed[:, 0]
+
+    @property
+    def splits(self) -> np.ndarray:
+        """[N] str: where each image went: train, val, test, or "" for nowhere."""
+        return self._placed[:, 1]
+
+    def frame(self, table: str = "predictions") -> pandas.DataFrame:
+        """``predictions``, ``splits``, ``history`` or ``metrics`` as a pandas DataFrame. Raises BadOption, RunError."""
+        if table not in TABLES:
+            raise BadOption(f"a run has the tables {', '.join(TABLES)}; not {table}.{nearest(table, TABLES)}")
+        rows = read_csv(self.read(f"{table}.csv"), self.path / f"{table}.csv", dict)
+        return data_frame({name: _column(name, [row[name] for row in rows]) for name in rows[0]} if rows else {})
+
+    def __repr__(self) -> str:
+        by = self.config["chosen"]["by"]
+        numbers = [f"{part} {title(by, self.task)} {number(self.metrics[part].get(by))}" for part in ("val", "test")]
+        return f"<Run {self.path}: {name_of(self.head, self.output)}, {', '.join(numbers)}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the measures of val and test."""
+        measured = [self.metrics["val"], self.metrics["test"]]
+        names = [name for name in METRICS if any(isinstance(part.get(name), int | float) for part in measured)]
+        rows = [[METRICS[name].title, *(number(part.get(name)) for part in measured)] for name in names]
+        return html_table(repr(self), [["", "val", "test"], *rows])
 
     def answers(self, split: str) -> Predictions:
         """What it said of "val" or "test", checked against splits.csv; raises RunError where the file does not fit."""
@@ -205,8 +254,8 @@ def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
     if links := [name for name in NEEDED if (path / name).is_symlink()]:
         raise RunError(f"{path} holds symbolic links ({', '.join(links)}); put the files themselves there.")
     config = read_config(path)
-    metrics = _parse_metrics(path, read_listed(path / CONFIG, config, METRICS_FILE))
-    history = _parse_history(path, read_listed(path / CONFIG, config, "history.csv"))
+    metrics = parse_metrics(path, read_listed(path / CONFIG, config, METRICS_FILE))
+    history = parse_history(path, read_listed(path / CONFIG, config, "history.csv"))
     return Run(path, config, metrics, history, trust_code, path)
 
 
@@ -220,108 +269,6 @@ def list_runs(folder: str | Path = "runs", errors: list[RunError] | None = None)
             if errors is not None:
                 errors.append(error)
     return runs
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    config = read_checked_record(path / CONFIG, "run", _CONFIG)
-    view, wrong = config["view"], [f"view {key}" for key in _wrong(config["view"], _VIEW)]
-    if not wrong:
-        shape, classes, splits = view["shape"], config["classes"], config["splits"]
-        numbers = 1 <= len(shape) <= 3 and all(type(n) is int and n > 0 for n in shape)
-        proper = {
-            "shape": numbers and math.prod(shape) <= MAX_VALUES,
-            "places of tokens": _are_places(view),
-            "classes": bool(classes) and all(isinstance(name, str) for name in classes),
-            "task": config["task"] in TASKS,
-            "chosen": config["chosen"].get("by") in (*METRICS, "loss"),
-            "splits": isinstance(splits.get("digest"), str) and _are_leaks(splits),
-            "calibration": _is_calibration(config["calibration"]),
-            "notes": all(isinstance(note, str) for note in config["notes"]),
-        }
-        wrong = [name for name, fine in proper.items() if not fine]
-    if wrong:
-        raise RunError(f"{path} is damaged: config.json has no proper {' and no '.join(wrong)}.")
-    return config
-
-
-def _parse_metrics(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        metrics = parse_json(data.decode(), f"{path} is damaged: metrics.json")
-    except (CacheError, UnicodeDecodeError) as error:
-        raise RunError(str(error)) from error
-    if not isinstance(metrics, dict):
-        raise RunError(f"{path} is damaged: metrics.json is no record.")
-    controls = metrics.get("controls")
-    parts = [metrics, *controls] if isinstance(controls, list) else [None]
-    if not all(isinstance(part, dict) and all(_is_measured(part.get(s)) for s in ("val", "test")) for part in parts):
-        raise RunError(f"{path} is damaged: metrics.json does not hold the measures of val, test and the controls.")
-    val, test = metrics["val"], metrics["test"]
-    shown = {name for name in METRICS if name in (test or {})} | {"nll"}
-    named = all(not _wrong(control, {"name": str, "note": (str, type(None))}) for control in controls or [])
-    if not named or val is None or test is None or not shown <= set(val):
-        raise RunError(f"{path} is damaged: metrics.json does not name what it measured.")
-    return metrics
-
-
-def _parse_history(path: Path, data: bytes) -> list[dict[str, float]]:
-    """A record an epoch."""
-    rows = _read_csv(data, path / "history.csv", lambda row: {key: float(value) for key, value in row.items()})
-    if not rows or not all({"epoch", "val_loss", "best"} <= row.keys() for row in rows):
-        raise RunError(f"{path} is damaged: history.csv holds no epochs.")
-    return rows
-
-
-def _read_csv(data: bytes, file: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
-    try:
-        text = io.StringIO(data.decode("utf-8"), newline="")
-        return [parse(row) for row in csv.DictReader(text, strict=True)]
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error, CacheError) as error:
-        raise RunError(f"{file} is damaged: {error}.") from error
-
-
-def read_tensors(data: bytes, file: Path) -> dict[str, torch.Tensor]:
-    """Of the bytes of ``file``, in safetensors. Raises RunError."""
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise RunError(f"{file} is damaged ({error}).") from error
-
-
-def _wrong(record: dict[str, Any], kinds: dict[str, Any]) -> list[str]:
-    return [key for key, kind in kinds.items() if not isinstance(record.get(key), kind) or key not in record]
-
-
-def _are_places(view: dict[str, Any]) -> bool:
-    """Prefix and grid of tokens."""
-    prefix, grid = view.get("prefix"), view.get("grid")
-    fine = isinstance(prefix, list) and len(prefix) < 1000 and all(isinstance(word, str) for word in prefix)
-    sides = grid if isinstance(grid, list) else [0]
-    return fine and (grid is None or (len(sides) == 2 and all(type(n) is int and 0 < n < 1 << 20 for n in sides)))
-
-
-def _is_calibration(record: dict[str, Any]) -> bool:
-    lists = [record.get("correction"), record.get("thresholds"), [record.get("temperature")]]
-    fine = all(isinstance(v, list) and all(type(n) in (int, float) for n in v) for v in lists)
-    return fine and record["temperature"] > 0
-
-
-def _are_leaks(splits: dict[str, Any]) -> bool:
-    """What a table says of images and groups in two splits; ``dropped``: None where none were to be."""
-    leaks, dropped = splits.get("leaks"), splits.get("dropped") or {"train": 0, "val": 0}
-    return (
-        isinstance(leaks, list) and all(isinstance(leak, dict) for leak in leaks) and isinstance(dropped, dict)
-        and all(leak.get("kind") in ("image", "group") and type(leak.get("count")) is int for leak in leaks)
-        and all(leak.get("splits") in ([a, b] for a, b in combinations(SPLITS, 2)) for leak in leaks)
-        and all(type(dropped.get(name)) is int for name in ("train", "val"))
-    )  # fmt: skip
-
-
-def _is_measured(measured: Any) -> bool:
-    """Measures by name; those that a table shows are numbers, or undefined."""
-    if measured is None:
-        return True
-    shown = [measured[name] for name in METRICS if name in measured] if isinstance(measured, dict) else [""]
-    return all(value is None or type(value) in (int, float) for value in shown)
 
 
 def pixels_of(run: Run, data: Any = None) -> PixelView:

@@ -26,7 +26,8 @@ from featurecache.files.records import nan_to_none, read_checked_json
 from featurecache.formatting import cell, shell_word
 from heads.metrics.calibration import Calibration, predict_labels, probabilities
 from heads.runs.folder import FORMAT, is_leftover, partial_folder, partial_path, seal_folder, whole_folder, write_record
-from heads.runs.run import BACKBONE, CONFIG, Run, load_run
+from heads.runs.records import BACKBONE, CONFIG
+from heads.runs.run import Run, load_run
 from heads.splits import splits_csv
 
 REQUEST = "request.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 from featurecache.errors import RunError
 from featurecache.maintenance.verify import Damage, VerifyReport
 from heads.runs.folder import check_listed, read_checked_record
-from heads.runs.run import CONFIG, METRICS_FILE
+from heads.runs.records import CONFIG, METRICS_FILE
 from heads.sweeps.journal import RECORD, read_journal
 
 OWN = {RECORD: "sweep", "study.json": "study"}  # no other program's names

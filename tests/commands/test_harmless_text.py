@@ -143,7 +143,7 @@ def test_commands_are_quoted_by_one_function() -> None:
     assert [path.name for path in modules if "shlex" in path.read_text()] == ["formatting.py"]
 
 
-@pytest.mark.parametrize("name", ["a$(touch pwned)", "a b", "a'b", 'a"b', "a;ls", "a&b", "a\nb"])
+@pytest.mark.parametrize("name", ["a$(touch pwned)", "a b", "a'b", 'a"b', "a;ls", "a&b"])
 @pytest.mark.parametrize("words", [("ls",), ("info", "{}")])
 def test_the_next_command_holds_the_name_as_one_word(tmp_path: Path, name: str, words: tuple[str, ...]) -> None:
     view = make_view(tmp_path, ORDER, name=name, layouts=(CLS,))

@@ -94,3 +94,12 @@ def test_a_backbone_that_raises_is_said_with_its_file_and_line(here, network, sa
     result = call("extract", "--backbone", "python:nets:make", "--random-weights", "--data", data)
     assert result.exit_code == 2 and said in result.stderr and "mistake" not in result.stderr, result.stderr
     assert not (here / "cache").exists()
+
+
+def test_a_sweep_of_own_heads_has_a_page_which_runs_none_of_them(here):
+    (here / "mine.py").write_text(HEAD.format(made="pass", forward="pass"))
+    extract = ("extract", "--backbone", "vit-demo", "--random-weights", "--data", image_folder(here / "data", 20))
+    assert call(*extract, "--outputs", "cls").exit_code == 0
+    result = call("ablate", "--heads", "python:mine:Own", "--outputs", "cls", "--epochs", 2, "--out", "s")
+    assert result.exit_code == 0, result.stderr
+    assert "is code of its own" in (here / "s" / "report.html").read_text()

@@ -227,7 +227,7 @@ LONG = "x" * 256
         ("extract", "--backbone", "vit-demo", "--random-weights", "--sheet", LONG),
         ("train-head", "--head", "linear", "--out", f"runs/{LONG}"),
         ("predict", "--run", "none", "--csv", LONG, "x.png"),
-        ("explain", "none", "x.png", "--out", LONG),
+        ("explain", "--run", "none", "x.png", "--out", LONG),
         ("report", "none", "--out", LONG),
     ],
 )

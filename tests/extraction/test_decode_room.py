@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from featurecache.extraction.pipeline import decode_many
-from featurecache.images import decoding
+from featurecache.images import decoding, pixel_room
 
 
 class Meter:
@@ -35,8 +35,8 @@ class Meter:
 
 def most_at_once(monkeypatch: pytest.MonkeyPatch, images: Sequence[Any], *, pixels: int, copies: bool = False) -> int:
     """Of four threads, which may have so many pixels in work."""
-    monkeypatch.setattr(decoding, "MAX_PIXELS", pixels)
-    monkeypatch.setattr(decoding, "PIXELS_PER_THREAD", 0)
+    monkeypatch.setattr(pixel_room, "MAX_PIXELS", pixels)
+    monkeypatch.setattr(pixel_room, "PIXELS_PER_THREAD", 0)
     meter = Meter()
     preprocess: Any = SimpleNamespace(resized=(lambda image: image) if copies else meter)
     make = (lambda row, data: meter(data)) if copies else None
@@ -67,7 +67,7 @@ def test_an_image_larger_than_all_the_room_is_decoded_alone(monkeypatch: pytest.
 
 def test_small_files_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "_open", None)
-    assert decoding._pixel_count(picture(20, "PNG")) == decoding._pixel_count(picture(20, "JPEG")) == 0
+    assert decoding.pixel_count(picture(20, "PNG")) == decoding.pixel_count(picture(20, "JPEG")) == 0
 
 
 def test_what_cannot_be_read_is_said_by_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,8 +29,8 @@ SQUASH = {
         ({"mode": "shortest", "resize": [8]}, "neither squashes nor crops"),
         ({"mean": [math.nan, 0.5, 0.5]}, "not three numbers each"),
         ({"mean": [0.5, 0.5], "std": [0.5, 0.5]}, "not three numbers each"),
-        ({"mean": [0.5] * 4, "std": [0.5] * 2}, "do not normalise three channels"),
-        ({"std": [0.5, 0.5, 0.0]}, "do not normalise three channels"),
+        ({"mean": [0.5] * 4, "std": [0.5] * 2}, "do not normalise the channels"),
+        ({"std": [0.5, 0.5, 0.0]}, "do not normalise the channels"),
         ({"scale": 0.0}, "leaves nothing of an image"),
     ],
 )

@@ -144,7 +144,8 @@ def test_a_weight_is_as_good_as_that_many_copies_of_the_row(kind, ties, lacking)
     for column in range(3):
         rows = np.repeat(np.arange(160), weights[:, column].astype(int))
         want, table = written_out(replace(one, z=one.z[rows], y=one.y[rows]))
-        assert set(overall) == set(want)
+        macro = {"macro_precision", "macro_recall"}  # written out only where every class is there
+        assert set(overall) - macro == set(want) - macro
         for name in set(want) - {"ece"}:  # its bins stay those of the whole sample
             assert overall[name][column] == pytest.approx(want[name], abs=1e-6, nan_ok=True), name
         for name, values in of_class.items():

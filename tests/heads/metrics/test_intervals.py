@@ -82,7 +82,9 @@ def test_proportions_are_wilsons_and_everything_else_a_bootstrap():
         assert (found[name].low, found[name].high) == pytest.approx(expected)
     assert {m: e.method for m, e in found.items()} == {
         **dict.fromkeys(("sensitivity", "specificity", "ppv", "npv", "accuracy"), "Wilson"),
-        **dict.fromkeys(("auroc", "ap", "f1", "nll", "brier"), "bootstrap"),
+        **dict.fromkeys(
+            ("auroc", "ap", "f1", "nll", "brier", "macro_precision", "macro_recall", "macro_f1"), "bootstrap"
+        ),
         "ece": "bootstrap, centred",
     }
     assert all(e.low <= e.value <= e.high for e in found.values())

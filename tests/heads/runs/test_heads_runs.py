@@ -17,9 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from support.fake_view import label_view, toy_view
 
-from featurecache.errors import CannotWrite, InUse, RunError
+from featurecache.errors import BadOption, CannotWrite, InUse, RunError
 from heads import api
 from heads.api import train_head
+from heads.evaluation.comparison import compare
 from heads.reports import text as tables
 from heads.runs.run import list_runs, load_run
 from heads.runs.write import claim_run
@@ -55,6 +56,28 @@ def test_a_run_read_again_is_the_run(kind):
     assert (again.config, again.metrics, again.history) == (run.config, run.metrics, run.history)
     features = view.tensor(run.output)
     np.testing.assert_array_equal(again.logits(features), run.logits(features))
+
+
+def test_a_run_gives_its_tables_as_frames_and_its_splits_as_masks():
+    view = toy_view(n=300, splits="given", noise=3)
+    run = quick(view)
+    assert run.ids.tolist() == list(view.ids) and run.splits.tolist() == list(view.splits)
+    frame = run.frame()
+    assert frame["id"].tolist() == [*run.ids[run.splits == "val"], *run.ids[run.splits == "test"]]
+    assert (frame["label"] == frame["predicted"])[frame["split"] == "test"].mean() == run.metrics["test"]["accuracy"]
+    assert frame["p kind 1"].dtype == np.float64 and len(run.frame("history")) == len(run.history)
+    measured = run.frame("metrics").query("split == 'test' and metric == 'auroc' and `class` == ''")["value"]
+    assert measured[:1].tolist() == [run.metrics["test"]["auroc"]]
+    assert (
+        repr(run).startswith(f"<Run {run.path}: linear on cls, val AUROC 0.") and "<td>AUROC</td>" in run._repr_html_()
+    )
+    with pytest.raises(BadOption, match=r"Did you mean|Near: predictions|near"):
+        run.frame("prediction")
+
+
+def test_runs_are_compared_without_a_word_about_families():
+    first, second = (quick(toy_view(n=300, splits="given", noise=3), lr=lr) for lr in (0.1, 0.01))
+    assert len(compare([first, second], resamples=50).record["families"]) == 2
 
 
 def test_predictions_are_those_of_the_head_and_give_the_metrics():
