@@ -17,8 +17,8 @@ Difference = dict[str, Any] | None
 
 
 def answer_of(record: dict[str, Any]) -> str:
-    """``large on tokens is better than linear on cls by 0.055 [0.020, 0.090] AUROC on 624 test images; than cnn-cifar: no
-    difference shown.`` From the record of a comparison, by the measure that chooses; of one head its value."""
+    """``large on tokens is better than linear on cls by 0.055 [0.020, 0.090] AUROC on 624 test images; than ridge on
+    cls: no difference shown.`` From the record of a comparison, by the measure that chooses; of one head its value."""
     lead, reference = measure_name(record["select"]), record["reference"]
     best, *others = sorted(record["families"], key=lambda family: selection_key([family], record["select"]))
     name, measure, groups = best["name"], title(lead, record["task"]), record["clusters"]

@@ -30,7 +30,7 @@ from heads.evaluation.comparison import Comparison
 from heads.evaluation.costs import cost_columns, devices_words
 from heads.evaluation.families import Family, selection_key
 from heads.metrics.classification import UNTRAINED, measure_name
-from heads.reports import figures, text
+from heads.reports import figures, side_by_side, text
 from heads.reports.drawing import NUMBERED, Figure, plain, ticks
 from heads.reports.gallery import Gallery, ImageLoader
 from heads.reports.ledger import write_report_files
@@ -120,16 +120,16 @@ def part_context(
     published: Mapping[str, Sequence[dict[str, Any]]] = MappingProxyType({}),
 ) -> tuple[dict[str, Any], int]:  # fmt: skip
     """What ``part.html`` shows of one comparison, and how many images that embeds. ``prefix``: of its anchors, where
-    several stand on one page. ``published``: of a family's name "value" of the leading measure, "words" and whether "grey"."""
+    several stand on one page. ``published``: by a family's name "value" of the leading measure, "words", "grey"."""
     pairs = ranked(families, record)
-    overlaid = figures.overlaid_kinds(pairs, record["task"])
+    overlaid = side_by_side.overlaid_kinds(pairs, record["task"])
     details = [
         detail_of(rank, numbers, family.runs, loader if rank <= DETAILED else None, prefix, overlaid)
         for rank, (family, numbers) in enumerate(pairs, start=1)
     ]
     runs = [run for family in families for run in family.runs]
     settings = record.get("rows") or []  # best on val first within the order of the record
-    best = {numbers["name"]: i for i, (_, numbers) in enumerate(pairs[: figures.OVERLAID])}
+    best = {numbers["name"]: i for i, (_, numbers) in enumerate(pairs[: side_by_side.OVERLAID])}
     tables = {column: [r for r in rows if r["family"] in best] for column, rows in (record.get("by") or {}).items()}
     for table in tables.values():  # for each value of the column the best families on val, in their order
         table.sort(key=lambda r: (r["value"], best[r["family"]]))
@@ -137,7 +137,7 @@ def part_context(
         "record": record, "p": prefix, "warnings": all_warnings(record, runs),
         "chosen_words": text.chosen_words(record["task"], runs), "by": list(tables.items()),
         "board": leaderboard(record, [numbers for _, numbers in pairs], prefix, published),
-        "comparing": figures.comparing_figures(pairs, measure_name(record["select"]), record["task"]),
+        "comparing": side_by_side.comparing_figures(pairs, measure_name(record["select"]), record["task"]),
         "by_measures": text.shown_measures(record), "details": details, "shown_in_full": DETAILED,
         "settings": settings[:SETTINGS] if len(settings) > len(pairs) else [],
         "settings_left": max(0, len(settings) - SETTINGS), "with_images": loader.images, "how": True,

@@ -23,11 +23,11 @@ from heads.evaluation.comparison import compare
 from heads.metrics.classification import measure_name, title
 from heads.models.common import FINETUNE
 from heads.reports.drawing import Figure, Plot, short, style_of
-from heads.reports.figures import learning_figure, overlaid_curves
 from heads.reports.gallery import ImageLoader
 from heads.reports.ledger import write_report_files
 from heads.reports.page import hashed, part_context, render_page, render_part
 from heads.reports.provenance import origins, sweep_command
+from heads.reports.side_by_side import learning_figure, overlaid_curves
 from heads.reports.text import subtitle_words
 from heads.runs.run import Run, name_of
 from heads.settings import METRICS, flag

@@ -35,7 +35,8 @@ CASES = {
         "large is better than linear by 0.055 [0.025, 0.085] AUROC on 624 test images.",
     ),
     "itself the reference": (
-        record("large", {"linear": (0.9, difference(-0.055)), "large": (0.95, None), "cnn": (0.8, difference(-0.01, 0.4))}),
+        record("large", {"linear": (0.9, difference(-0.055)), "large": (0.95, None),
+                         "cnn": (0.8, difference(-0.01, 0.4))}),
         "large is better than linear by 0.055 [0.025, 0.085] AUROC on 624 test images; than cnn: no difference shown.",
     ),
     "worse, though val puts it first": (
