@@ -21,6 +21,7 @@ import numpy as np
 from featurecache.errors import BadOption, nearest
 from featurecache.files.records import nan_to_none
 from featurecache.formatting import abbreviated
+from heads.evaluation.answer import answer_of
 from heads.evaluation.costs import mean_cost
 from heads.evaluation.external import external_records, records_of
 from heads.evaluation.families import (
@@ -37,6 +38,7 @@ from heads.evaluation.families import (
     run_setting,
     seeds_only_warning,
     select_setting,
+    selection_key,
     spread,
     unify_clusters,
 )
@@ -77,11 +79,12 @@ class _Entry:
 
 def compare(
     families: Sequence[Family | Run], *, reference: str | None = None, resamples: int = 2000,
-    prevalence: Prevalence | None = None, by: str | None = None, show_test: str = "chosen",
+    prevalence: Prevalence | None = None, by: str | None = None, show_test: str = "chosen", select: str | None = None,
 ) -> Comparison:  # fmt: skip
     """Families, or runs, side by side: measures with intervals, differences, calibration, one record of plain values.
 
-    ``reference``: the name of a family (or the folder of one of its runs) that the others are compared with.
+    ``reference``: the name of a family (or the folder of one of its runs) that the others are compared with; by default
+    the one that is best on val. ``select``: the measure that orders them, by default the one that chose.
     ``prevalence``: for PPV and NPV elsewhere, one number or one for each label. ``by``: a column of the data, for
     measures of its values. ``show_test`` "all" shows the test of every row of a sweep. Raises BadOption, RunError."""
     if not families:
@@ -93,8 +96,9 @@ def compare(
     check_comparable(families)
     first = families[0].runs[0]
     check_prevalence(first, prevalence)
+    select = select or first.config["chosen"]["by"]
     names, resampler = names_of(families), SharedResamples(resamples)
-    reference = None if reference is None else _resolve_reference(reference, names, families)
+    reference = _resolve_reference(reference, names, families, select)
     answers = ([(run, run.answers("test")) for run in family.runs] for family in families)
     predictions = unify_clusters(list(map(collect_predictions, answers)))
     entries = [
@@ -107,7 +111,7 @@ def compare(
         "task": first.task,
         "classes": list(first.classes),
         "positive": first.config["positive"],
-        "select": first.config["chosen"]["by"],
+        "select": select,
         "measures": entries[0].estimates.names,
         "untrained": any(run.untrained for family in families for run in family.runs),
         "controls": next((c for family in families for run in family.runs if (c := run.metrics["controls"])), []),
@@ -119,10 +123,17 @@ def compare(
         "by": None if by is None else {by: _by(entries, by, resampler)},
         "warnings": warnings,
     }
-    return Comparison(tuple(families), nan_to_none(record))
+    record = nan_to_none(record)
+    return Comparison(tuple(families), {"answer": answer_of(record), **record})
 
 
-def _resolve_reference(reference: str, names: Sequence[str], families: Sequence[Family]) -> str:
+def _resolve_reference(
+    reference: str | None, names: Sequence[str], families: Sequence[Family], select: str
+) -> str | None:
+    if reference is None:
+        rows = [[run.metrics for run in family.runs] for family in families]
+        first = min(range(len(names)), key=lambda k: selection_key(rows[k], select))
+        return names[first] if len(names) > 1 else None
     folders = {str(run.path): name for name, family in zip(names, families, strict=True) for run in family.runs}
     name = folders.get(reference.rstrip("/"), reference)
     if name not in names:

@@ -33,7 +33,7 @@ COSTS: dict[str, Cost] = {
     "bytes_per_image": Cost("bytes/image", "bytes of cache an image", whole=True),
 }
 PRINTED = ("backbone_parameters", "train_seconds", "seconds_to_best", "inference_ms", "loaded_ms")
-CHARTED = ("parameters", "train_seconds", "seconds_to_best", "inference_ms", "ms_per_image", "bytes_per_image")
+CHARTED = ("parameters", "train_seconds", "inference_ms", "ms_per_image")
 MEASURED = ("forward_ms", "loading_ms", *(key for key in COSTS if key not in ("parameters", "backbone_parameters")))
 
 

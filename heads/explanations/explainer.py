@@ -313,7 +313,7 @@ class SourceImages:
         return self._views[path]
 
 
-SIDE = 208  # pixels of the longer side of what is embedded
+SIDE = 320  # pixels of the longer side of what is embedded
 TINY = 64  # images up to this side are embedded pixel by pixel
 
 

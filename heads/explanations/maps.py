@@ -14,7 +14,7 @@ every weight tensor shuffled: a map that looks like its control says nothing abo
 2018, arXiv:1810.03292).
 
 A contribution is orange for and blue against, attention green, Grad-CAM magenta. Opacity is the size, the strongest of
-a picture nearly opaque; nothing is smoothed. Drawn without pyplot; matplotlib is imported here only.
+a map and its control nearly opaque; nothing is smoothed. Drawn without pyplot; matplotlib is imported here only.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def rgba(values: np.ndarray, kind: str, largest: float | None = None) -> np.ndar
     return pixels
 
 
-def small_overlay(values: np.ndarray, kind: str) -> bytes:
-    """A PNG of [h, w] transparent pixels."""
+def small_overlay(values: np.ndarray, kind: str, largest: float) -> bytes:
+    """A PNG of [h, w] transparent pixels; ``largest``: the value that is strongest."""
     from PIL import Image
 
     encoded = io.BytesIO()
-    Image.fromarray(rgba(values, kind), "RGBA").save(encoded, "PNG", optimize=True)
+    Image.fromarray(rgba(values, kind, largest), "RGBA").save(encoded, "PNG", optimize=True)
     return encoded.getvalue()
 
 
@@ -126,7 +126,7 @@ class _Sheet:
             axes.set_title(_text(panel.title), fontsize=8)
             axes.text(0.5, 0.5, _wrapped(panel.why, 34), ha="center", va="center", fontsize=7, transform=axes.transAxes)
             return
-        drawn: list[tuple[SaliencyMap, np.ndarray, str]] = []
+        drawn: list[tuple[SaliencyMap, np.ndarray, str]] = []  # a map and its control on one scale
         for number, each in enumerate(panel.maps):
             title = _text(panel.title) + f"\n{each.small}" if number == 0 else each.small
             if text := extra_values_text(each):
@@ -137,15 +137,17 @@ class _Sheet:
                 weights = "shuffled weights of its last layer" if panel.from_pixels else "shuffled head weights"
                 drawn.append((each, each.control, f"control: {weights}{like}".replace("-", "−")))
         for row, (each, values, title) in enumerate(drawn):
-            self.draw_map(row, column, values, each, title, panel.box)
+            pair = (each.values, each.values if each.control is None else each.control)
+            largest = max(float(np.abs(one).max()) for one in pair)
+            self.draw_map(row, column, values, each, title, panel.box, largest)
 
     def draw_map(
-        self, row: int, column: int, values: np.ndarray, each: SaliencyMap, title: str, box: Box | None
-    ) -> None:
+        self, row: int, column: int, values: np.ndarray, each: SaliencyMap, title: str, box: Box | None,
+        largest: float,
+    ) -> None:  # fmt: skip
         axes, bar = self.axes(row, column), self.axes(row, column, bar=True)
         self.draw_image(axes, box)
-        largest = float(np.abs(values).max())
-        axes.set_title(title if largest else f"{title}\nzero everywhere", fontsize=8)
+        axes.set_title(title if values.any() else f"{title}\nzero everywhere", fontsize=8)
         x, y, w, h = self.in_pixels(box)
         axes.imshow(rgba(values, each.kind, largest), interpolation="nearest", extent=(x, x + w, y + h, y), zorder=2)
         self.limit(axes)

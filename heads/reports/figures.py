@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from heads.evaluation.costs import CHARTED, COSTS, cost_columns
-from heads.evaluation.families import Family
 from heads.metrics.calibration import CalibratedPredictions, log_odds, predict_labels, probabilities
 from heads.metrics.classification import auroc, title
-from heads.reports.drawing import DASHES, GREY, SERIES, SQUARE, Figure, Matrix, Plot, plain, save_png, short, style_of
-from heads.runs.run import Run, is_of_pixels
+from heads.reports.drawing import DASHES, GREY, SERIES, SQUARE, Figure, Matrix, Plot, save_png, short, style_of
+from heads.runs.run import Run
 from heads.settings import METRICS
 from heads.task import Predictions
 from heads.training.progress import ACCURACY
@@ -26,7 +24,6 @@ ROC, PR = ("1 − specificity", "sensitivity"), ("sensitivity (recall)", "precis
 UNIT, FIFTHS = (-0.02, 1.02), (0, 0.2, 0.4, 0.6, 0.8, 1)
 GRID = np.linspace(0, 1, 201)
 MANY = 30  # classes above which single curves say less than where most of them run
-OVERLAID = 6  # families in the figures and tables that lay them over each other
 THIN = 20  # curves of single seeds or folds drawn behind their mean
 
 
@@ -115,7 +112,7 @@ def truth_and_score(task: str, answers: Predictions, c: int) -> tuple[np.ndarray
     return (truth, score) if truth.any() and not truth.all() else None
 
 
-def _roc_points(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
+def roc_points(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
     """[GRID]: sensitivity at each false positive rate, the steps taken at their upper end."""
     from sklearn.metrics import roc_curve
 
@@ -139,16 +136,16 @@ def curve_figure(kind: str, predictions: TestPredictions, measured: dict[str, An
     thick. ``measured``: of two classes sensitivity, specificity and ppv at the threshold chosen on val, a ring.
     """
     run, roc = predictions[0][0], kind == "roc"
-    title, plot = "ROC" if roc else "Precision and recall", _unit_square(*(ROC if roc else PR))
+    title, plot = "ROC" if roc else "Precision and recall", unit_square(*(ROC if roc else PR))
     chosen = range(len(run.classes)) if run.positive is None else [run.positive]
-    pairs = {c: each for c in chosen if (each := _truths_and_scores(predictions, c))}
+    pairs = {c: each for c in chosen if (each := truths_and_scores(predictions, c))}
     if not pairs:
         return Figure(title, plot, "Test has one class only: there is no curve.")
     chance = 0.0 if roc else float(next(iter(pairs.values()))[0][0].mean())
     if roc or len(pairs) == 1:
         plot.line([(0, chance), (1, 1 if roc else chance)], "guide")
     curves = {
-        run.classes[c]: [(_roc_points if roc else _pr_points)(*pair) for pair in each] for c, each in pairs.items()
+        run.classes[c]: [(roc_points if roc else _pr_points)(*pair) for pair in each] for c, each in pairs.items()
     }
     keys = _draw_curves(plot, curves, [(0.0, 0.0)] if roc else [])
     if roc and len(predictions) == 1 and len(keys) == len(pairs):
@@ -168,11 +165,11 @@ def curve_figure(kind: str, predictions: TestPredictions, measured: dict[str, An
     return Figure(title, plot, " ".join(notes), tuple(keys))
 
 
-def _truths_and_scores(predictions: TestPredictions, c: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def truths_and_scores(predictions: TestPredictions, c: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return [pair for run, answers in predictions if (pair := truth_and_score(run.task, answers, c))]
 
 
-def _unit_square(xlabel: str, ylabel: str) -> Plot:
+def unit_square(xlabel: str, ylabel: str) -> Plot:
     plot = Plot(xlabel, ylabel, x=UNIT, y=UNIT, xticks=FIFTHS, height=SQUARE)
     plot.axes.set_yticks(FIFTHS)
     return plot
@@ -201,23 +198,9 @@ def _draw_curves(
     return [(style_of(number), short(name)) for number, name in enumerate(curves)]
 
 
-def overlay_figure(named: Sequence[tuple[str, TestPredictions]]) -> Figure:
-    """Binary: the mean ROC of several families over each other."""
-    plot, keys = _unit_square(*ROC), []
-    plot.line([(0, 0), (1, 1)], "guide")
-    for number, (name, predictions) in enumerate(named):
-        positive = predictions[0][0].positive
-        assert positive is not None, "only binary tasks are laid over each other"
-        if pairs := _truths_and_scores(predictions, positive):
-            mean = np.mean([_roc_points(*pair) for pair in pairs], axis=0)
-            plot.line([(0.0, 0.0), *zip(GRID, mean, strict=True)], style_of(number))
-            keys.append((style_of(number), name))
-    return Figure("ROC, side by side", plot, "Dotted: guessing.", tuple(keys))
-
-
 def reliability_figure(calibration: dict[str, Any], where: str = "") -> Figure:
     """Predicted probability against observed frequency, before and after the correction of the protocol."""
-    plot, keys = _unit_square("predicted probability", "observed frequency"), []
+    plot, keys = unit_square("predicted probability", "observed frequency"), []
     plot.line([(0, 0), (1, 1)], "guide")
     for when, style, name in (("before", "grey", "before"), ("after", "s0", "after prior correction and temperature")):
         part = calibration.get(when) or {}
@@ -233,26 +216,34 @@ def reliability_figure(calibration: dict[str, Any], where: str = "") -> Figure:
             hint = f"{b['n']:,} predicted {b['p']:.3f}, observed {b['share']:.3f} [{b['low']:.3f}, {b['high']:.3f}]"
             plot.dot(b["p"], b["share"], style, hint)
     caption = (
-        f"{calibration['words']}. Dotted: probabilities mean what they say; above it the head is underconfident, below "
-        "overconfident. Bars: 95 % (Wilson) of the share in each bin; the number counts its images."
+        "Dotted: probabilities mean what they say; above it the head is underconfident, below overconfident. Bars: "
+        "95 % (Wilson) of a bin; numbers: its images."
     )
     return Figure(f"Reliability{where and f' on {where}'}", plot, caption, tuple(keys))
 
 
-def training_figures(runs: Sequence[Run]) -> list[Figure]:
-    """Loss, accuracy and criterion by epoch; of a solved head the criterion along its path."""
+def is_stepped(run: Run) -> bool:
+    """Trained by epochs, not solved."""
+    return {"train_loss", "epoch"} <= run.history[0].keys()
+
+
+def training_figures(runs: Sequence[Run], overlaid: bool = False) -> list[Figure]:
+    """Loss, accuracy and criterion by epoch; of a solved head the criterion along its path. ``overlaid``: loss and
+    criterion stand side by side with those of others."""
     history, chosen = runs[0].history, runs[0].config["chosen"]
-    if "train_loss" not in history[0] or "epoch" not in history[0]:
+    if not is_stepped(runs[0]):
         return _path_figures(runs[0])
     loss = _history_plot(runs, ("train_loss", "val_loss"), "loss", y=(0.0, None))
     keys = (("grey", "train"), ("s0", "val"), ("mark", f"chosen: epoch {chosen['epoch']}"))
     several = f"The thick line is the first of {len(runs)} heads." if len(runs) > 1 else ""
-    figures = [Figure("Training: loss", loss, several, keys)]
+    figures = [] if overlaid else [Figure("Training: loss", loss, several, keys)]
+    if overlaid and chosen["by"] == "accuracy":
+        return []
     if right := next((name for name in ACCURACY if f"train_{name}" in history[0]), None):
         plot = _history_plot(runs, (f"train_{right}", f"val_{right}"), "accuracy", least=0.02, top=1.0)
         drawn = "Of train as drawn: balanced, augmented and with dropout where these are on."
         figures.append(Figure("Training: accuracy", plot, " ".join(filter(None, [several, drawn])), keys))
-    if chosen["by"] not in ("loss", "accuracy") and f"val_{chosen['by']}" in history[0]:
+    if not overlaid and chosen["by"] not in ("loss", "accuracy") and f"val_{chosen['by']}" in history[0]:
         criterion = title(chosen["by"], runs[0].task)
         top = top_of(chosen["by"])
         plot = _history_plot(runs, (f"val_{chosen['by']}",), f"val {criterion}", least=0.02, top=top)
@@ -274,36 +265,6 @@ def _history_plot(runs: Sequence[Run], columns: Sequence[str], ylabel: str, **ra
     return plot
 
 
-def overlaid_curves(runs: dict[str, Run], what: str, column: str, ylabel: str, **ranges: Any) -> Figure:
-    """``column`` of val by epoch of several runs, thick, and where it is there that of train, thin."""
-    last = max(row["epoch"] for run in runs.values() for row in run.history)
-    plot = Plot("epoch", ylabel, x=(0.5, last + 0.5), xwhole=True, **ranges)
-    for number, run in enumerate(runs.values()):
-        for split in ("train", "val"):
-            points = [(row["epoch"], row[name]) for row in run.history if (name := f"{split}_{column}") in row]
-            if points:
-                plot.line(points, style_of(number), thin=split == "train")
-            if len(points) == 1:
-                plot.dot(*points[0], style_of(number))
-    both = any(f"train_{column}" in run.history[0] for run in runs.values())
-    keys = tuple((style_of(number), name) for number, name in enumerate(runs))
-    return Figure(what, plot, "Thick: val. Thin: train." if both else "", keys)
-
-
-def _side_by_side(pairs: Sequence[tuple[Family, dict[str, Any]]], task: str) -> list[Figure]:
-    """Loss and criterion by epoch of the best families that were trained in steps, the first run of each."""
-    stepped = [pair for pair in pairs if "train_loss" in pair[0].runs[0].history[0]][:OVERLAID]
-    if len(stepped) < 2:
-        return []
-    shown, what = {numbers["name"]: family.runs[0] for family, numbers in stepped}, "Training, side by side:"
-    figures = [overlaid_curves(shown, f"{what} loss", "loss", "loss", y=(0.0, None))]
-    by, *others = {run.config["chosen"]["by"] for run in shown.values()}
-    if by != "loss" and not others:
-        name = f"val {title(by, task)}"
-        figures.append(overlaid_curves(shown, f"{what} {name}", by, name, least=0.02, top=top_of(by)))
-    return figures
-
-
 def _path_figures(run: Run) -> list[Figure]:
     """A solved head: val along the values of the setting that varies along its path, if one does."""
     history, chosen = run.history, run.config["chosen"]
@@ -322,86 +283,3 @@ def _path_figures(run: Run) -> list[Figure]:
         style = "s1" if row["epoch"] == chosen["epoch"] else "s0"
         plot.dot(row[name], row[column], style, f"{name} {row[name]:g}: {row[column]:.3f}")
     return [Figure(f"Path of solutions: {criterion} on val", plot, "", (("s0", "val"), ("s1", "chosen")))]
-
-
-def comparing_figures(pairs: Sequence[tuple[Family, dict[str, Any]]], lead: str, task: str) -> list[Figure]:
-    """What only several families can show: learning curves, quality against cost, ROC over each other. ``pairs``: each
-    with its record, best first."""
-    families, figures = [family for _, family in pairs], []
-    curves: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for family in families:
-        test = (family["test"] or {}).get(lead)
-        if test and test["value"] is not None:
-            key = (family["view"], family["output"], family["head"])
-            curves.setdefault(key, []).append({"fraction": family["fraction"], **test})
-    if several := {key: points for key, points in curves.items() if len({p["fraction"] for p in points}) > 1}:
-        views = len({view for view, _, _ in several}) > 1
-        names = [f"{head} on {output}" + (f" of {view}" if views else "") for view, output, head in several]
-        named = list(zip(names, several.values(), strict=True))[: len(SERIES)]
-        whole = [family.runs[0].config["splits"].get("images", {}) for family, _ in pairs if family.fraction == 1]
-        counts = {images.get("train") for images in whole}
-        total = counts.pop() if len(counts) == 1 else None  # where all views have the same number
-        figures.append(learning_figure(named, lead, title(lead, task), total))
-    largest = max(family["fraction"] for family in families)
-    figures += pareto_figures([family for family in families if family["fraction"] == largest], lead, task)
-    if len(pairs) > 1 and task == "binary":
-        best = [(numbers["name"], page_predictions(family.runs)) for family, numbers in pairs[:OVERLAID]]
-        figures.append(overlay_figure(best))
-    return figures + _side_by_side(pairs, task)
-
-
-def learning_figure(
-    series: Sequence[tuple[str, list[dict[str, Any]]]], measure: str, title: str, total: int | None
-) -> Figure:
-    """Test measure with interval over the fraction of train; ``series``: (name, points fraction/value/low/high)."""
-    fractions = sorted({p["fraction"] for _, each in series for p in each})
-    plot = Plot(
-        "share of the training images", f"test {title}", top=top_of(measure), xlog=True,
-        xticks=fractions if len(fractions) <= 7 else None, xformat=lambda v, _: f"{100 * v:.3g} %",
-    )  # fmt: skip
-    for number, (name, each) in enumerate(series):
-        style, shift = style_of(number), 1 + 0.012 * (number - (len(series) - 1) / 2)
-        defined = [p for p in sorted(each, key=lambda p: p["fraction"]) if p["value"] is not None]
-        plot.line([(p["fraction"] * shift, p["value"]) for p in defined], style)
-        for p in defined:
-            plot.bar(p["fraction"] * shift, p["low"], p["high"], style)
-            hint = f"{name}, {100 * p['fraction']:.3g} % of train: {p['value']:.3f}"
-            plot.dot(p["fraction"] * shift, p["value"], style, hint)
-    keys = [(style_of(number), name) for number, (name, _) in enumerate(series[: len(SERIES)])]
-    whole = f" 100 % are {total:,} images." if total else ""
-    caption = f"How much labelling buys: upright bars are 95 % intervals on test.{whole}"
-    return Figure("Learning curves", plot, caption, tuple(keys))
-
-
-def pareto_figures(families: Sequence[dict[str, Any]], measure: str, task: str) -> list[Figure]:
-    """Quality against each cost that differs between families; those that no other beats on both are joined."""
-    quality, higher = title(measure, task), METRICS[measure].higher
-    figures: list[Figure] = []
-    both = len({is_of_pixels(f["output"]) for f in families}) == 2
-    tested = [(f, test) for f in families if (test := (f["test"] or {}).get(measure)) and test["value"] is not None]
-    for cost in (key for key in cost_columns(families) if key in CHARTED):
-        marks = [(f[cost], test, f["name"]) for f, test in tested if f.get(cost)]
-        if len({c for c, _, _ in marks}) < 2:
-            continue
-        plot = Plot(COSTS[cost].words, f"test {quality}", top=top_of(measure), xlog=True)
-        front = _front([(c, t["value"]) for c, t, _ in marks], higher)
-        corners = [(c, front[i - 1][1]) for i, (c, _) in enumerate(front) if i]
-        plot.line(sorted([*front, *corners], key=lambda p: (p[0], p[1] if higher else -p[1])), "s1")
-        for c, t, name in marks:
-            style = "s1" if (c, t["value"]) in front else "s0"
-            plot.bar(c, t["low"], t["high"], style, faint=True)
-            plot.dot(c, t["value"], style, f"{name}: {t['value']:.3f} at {plain(c)}")
-        extraction = "Of heads on features without the seconds of extraction, which all of them share."
-        caption = extraction if both and cost in ("train_seconds", "seconds_to_best") else ""
-        keys = () if figures else (("s1", "no other is both cheaper and better"), ("s0", "the others"))
-        figures.append(Figure(f"{quality[0].upper()}{quality[1:]} and {COSTS[cost].words}", plot, caption, keys))
-    return figures
-
-
-def _front(points: Sequence[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:
-    """Points that no other beats: by rising cost, each better than all before."""
-    front: list[tuple[float, float]] = []
-    for cost, value in sorted(set(points), key=lambda p: (p[0], -p[1] if higher else p[1])):
-        if not front or (value > front[-1][1] if higher else value < front[-1][1]):
-            front.append((cost, value))
-    return front

@@ -15,13 +15,13 @@ import numpy as np
 
 from featurecache.errors import FeatureCacheError
 from heads.explanations.explainer import TINY, Explainer, SourceImage, SourceImages, encode_image, visible_box
-from heads.explanations.maps import SaliencyMap, extra_values_text, small_overlay
+from heads.explanations.maps import AGAINST, COLOURS, SaliencyMap, extra_values_text, small_overlay
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.reports.figures import TestPredictions
 from heads.runs.run import Run, is_pixels
 from heads.task import Predictions
 
-ROW = 8  # images of one kind
+ROW = 6  # images of one kind
 FEW = 3  # images of one kind that get a map where each costs a pass of the head for every token
 
 
@@ -59,6 +59,7 @@ class GalleryPicture:
 class Gallery:
     rows: dict[str, list[GalleryPicture]]  # by title
     notes: list[str] = field(default_factory=list)
+    legend: list[tuple[str, str]] = field(default_factory=list)  # of its maps: (words, the colour that follows them)
 
     @property
     def images(self) -> int:
@@ -169,30 +170,39 @@ class ImageLoader:
         by_item = dict(zip(chosen, maps, strict=True))
         for row in rows:
             row[:] = [_with_map(p, by_item[p.item]) if p.item in by_item else p for p in row]
+        gallery.legend = _legend(maps[0], run)
         return _map_note(maps[0], run, len(predictions))
 
 
 def _with_map(picture: GalleryPicture, each: SaliencyMap) -> GalleryPicture:
-    numbers = [f"strongest {np.abs(each.values).max():.2g}"]
+    assert each.control is not None
+    largest = max(float(np.abs(values).max()) for values in (each.values, each.control))
+    numbers = [f"full colour {largest:.2g}"]
     if each.margin is not None:
         parts = f"patches {each.values.sum():+.2f}, " if each.adds_up else ""
         beside = f": {parts}{extra_values_text(each)}" if each.beside else ""
         numbers.insert(0, f"{each.unit} {each.margin:+.2f}{beside}")
     if each.likeness is not None:
         numbers.append(f"like its control {each.likeness:+.2f}")
-    assert each.control is not None
-    overlays = [base64.b64encode(small_overlay(v, each.kind)).decode() for v in (each.values, each.control)]
+    overlays = [base64.b64encode(small_overlay(v, each.kind, largest)).decode() for v in (each.values, each.control)]
     own, control = (f"data:image/png;base64,{overlay}" for overlay in overlays)
     return replace(picture, map=own, control=control, kind=each.kind, sums="; ".join(numbers).replace(" -", " −"))
 
 
+def _legend(each: SaliencyMap, run: Run) -> list[tuple[str, str]]:
+    what = "the label being present" if run.task == "multilabel" else "the predicted class"
+    own, against = (f"rgb({red} {green} {blue})" for red, green, blue in (COLOURS[each.kind], AGAINST))
+    ends = "of 0 to full colour, the number below an enlarged image"
+    if not each.signed:
+        return [(f"Of {what}, {ends}", own)]
+    return [(f"For {what}", own), ("against it", against), (ends, "")]
+
+
 def _map_note(each: SaliencyMap, run: Run, runs: int) -> str:
     of = f" Of the first of {runs} heads." if runs > 1 else ""
-    what = "the label being present" if run.task == "multilabel" else "the predicted class"
-    colours = f"Orange speaks for {what}, blue against; each" if each.signed else f"Of {what}; each"
     shuffled = "the weights of the last layer" if is_pixels(run) else "the head's weights"
     return (
-        f"{each.kind.capitalize()}, beside each image: {each.how}. {colours} image has its own scale, and nothing is "
-        f"smoothed. Right of it the control: the same with {shuffled} shuffled; a map that looks like its "
-        f"control (rank correlation near 1) says nothing.{of}"
+        f"{each.kind.capitalize()}, beside each image: {each.how}. A map and its control, the same with {shuffled} "
+        "shuffled, are on one scale, each image on its own, and nothing is smoothed. A map that looks like its control "
+        f"(rank correlation near 1) says nothing.{of}"
     )

@@ -13,10 +13,11 @@ import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,8 @@ from heads.evaluation.comparison import Comparison
 from heads.evaluation.costs import cost_columns, devices_words
 from heads.evaluation.families import Family, selection_key
 from heads.metrics.classification import UNTRAINED, measure_name
-from heads.reports import figures, text
-from heads.reports.drawing import Figure, plain, ticks
+from heads.reports import figures, side_by_side, text
+from heads.reports.drawing import NUMBERED, Figure, plain, ticks
 from heads.reports.gallery import Gallery, ImageLoader
 from heads.reports.ledger import write_report_files
 from heads.reports.provenance import commands_of, origins, setting_words, train_command
@@ -38,9 +39,9 @@ from heads.runs.run import Run
 from heads.splits import dropped_sentence
 
 TEMPLATES = Path(__file__).parent / "templates"
-DETAILED = 3  # families that are shown in full; of the others every number, folded away
+DETAILED = 3  # families with charts and images; of the others every number
 SETTINGS = 400  # rows of the table of all settings
-BAR = (6.0, 154.0)  # the inside of a row's interval, in units of its drawing
+BAR = (2.0, 98.0)  # the inside of a row's interval, in per cent of its width
 
 
 @dataclass
@@ -56,6 +57,7 @@ class FamilyDetail:
     figures: list[Figure] = field(default_factory=list)
     confused: list[dict[str, Any]] = field(default_factory=list)
     gallery: Gallery | None = None
+    elsewhere: str = ""  # the curves that stand side by side with those of others
 
 
 @dataclass(frozen=True)
@@ -114,29 +116,31 @@ def render(
 
 
 def part_context(
-    families: Sequence[Family], record: dict[str, Any], loader: ImageLoader, prefix: str = ""
-) -> tuple[dict[str, Any], int]:
+    families: Sequence[Family], record: dict[str, Any], loader: ImageLoader, prefix: str = "",
+    published: Mapping[str, Sequence[dict[str, Any]]] = MappingProxyType({}),
+) -> tuple[dict[str, Any], int]:  # fmt: skip
     """What ``part.html`` shows of one comparison, and how many images that embeds. ``prefix``: of its anchors, where
-    several stand on one page."""
+    several stand on one page. ``published``: by a family's name "value" of the leading measure, "words", "grey"."""
     pairs = ranked(families, record)
+    overlaid = side_by_side.overlaid_kinds(pairs, record["task"])
     details = [
-        detail_of(rank, numbers, family.runs, loader if rank <= DETAILED else None, prefix)
+        detail_of(rank, numbers, family.runs, loader if rank <= DETAILED else None, prefix, overlaid)
         for rank, (family, numbers) in enumerate(pairs, start=1)
     ]
     runs = [run for family in families for run in family.runs]
     settings = record.get("rows") or []  # best on val first within the order of the record
-    best = {numbers["name"]: i for i, (_, numbers) in enumerate(pairs[: figures.OVERLAID])}
+    best = {numbers["name"]: i for i, (_, numbers) in enumerate(pairs[: side_by_side.OVERLAID])}
     tables = {column: [r for r in rows if r["family"] in best] for column, rows in (record.get("by") or {}).items()}
     for table in tables.values():  # for each value of the column the best families on val, in their order
         table.sort(key=lambda r: (r["value"], best[r["family"]]))
     context = {
         "record": record, "p": prefix, "warnings": all_warnings(record, runs),
         "chosen_words": text.chosen_words(record["task"], runs), "by": list(tables.items()),
-        "board": leaderboard(record, [numbers for _, numbers in pairs], prefix),
-        "comparing": figures.comparing_figures(pairs, measure_name(record["select"]), record["task"]),
-        "by_measures": text.shown_measures(record), "details": details[:DETAILED], "rest": details[DETAILED:],
+        "board": leaderboard(record, [numbers for _, numbers in pairs], prefix, published),
+        "comparing": side_by_side.comparing_figures(pairs, measure_name(record["select"]), record["task"]),
+        "by_measures": text.shown_measures(record), "details": details, "shown_in_full": DETAILED,
         "settings": settings[:SETTINGS] if len(settings) > len(pairs) else [],
-        "settings_left": max(0, len(settings) - SETTINGS), "with_images": loader.images,
+        "settings_left": max(0, len(settings) - SETTINGS), "with_images": loader.images, "how": True,
     }  # fmt: skip
     return context, sum(detail.gallery.images for detail in details if detail.gallery)
 
@@ -193,35 +197,42 @@ def ranked(families: Sequence[Any], record: dict[str, Any]) -> list[tuple[Any, d
     return sorted(pairs, key=lambda pair: selection_key([pair[1]], record["select"]))
 
 
-def leaderboard(record: dict[str, Any], families: list[dict[str, Any]], prefix: str = "") -> dict[str, Any]:
+def leaderboard(
+    record: dict[str, Any], families: list[dict[str, Any]], prefix: str = "",
+    published: Mapping[str, Sequence[dict[str, Any]]] = MappingProxyType({}),
+) -> dict[str, Any]:  # fmt: skip
     """Rows with their intervals, all on one scale; ``axis`` stands over them. ``prefix``: of their anchors."""
     lead = measure_name(record["select"])
     tests = [(family["test"] or {}).get(lead) or {} for family in families]
     controls = [{"value": (control["test"] or {}).get(lead)} for control in record["controls"]]
+    marks = [published.get(family["name"], ()) for family in families]
     best = tests[0].get("value") if len(tests) + len(controls) > 1 else None
-    axis, strips = _interval_strips([*tests, *controls], best, figures.top_of(lead))
-    settings = [family["setting"] for family in families]
-    values = {key: {repr(setting.get(key)) for setting in settings} for setting in settings for key in setting}
-    varied = [{k: v for k, v in s.items() if len(families) == 1 or len(values[k]) > 1} for s in settings]
+    axis, strips = _interval_strips([*tests, *controls], best, figures.top_of(lead), marks)
     rows = [
-        {"family": family, "strip": strip, "anchor": f"{prefix}f{i + 1}", "setting": setting_words(varied[i])}
+        {"family": family, "strip": strip, "anchor": f"{prefix}f{i + 1}"}
         for i, (family, strip) in enumerate(zip(families, strips, strict=False))
     ]
     return {
         "rows": rows, "controls": list(zip(record["controls"], strips[len(rows) :], strict=True)), "axis": axis,
         "measures": text.shown_measures(record), "lead": lead, "spreads": text.shown_spreads(families),
-        "costs": cost_columns(families), "device": devices_words(families),
+        "costs": cost_columns(families), "device": devices_words(families), "published": any(marks),
+        "greyed": any(one["grey"] for each in marks for one in each),
         "fractions": len({f["fraction"] for f in families}) > 1,
         "differences": any(f.get("difference") for f in families),
     }  # fmt: skip
 
 
 def _interval_strips(
-    tests: Sequence[dict[str, Any]], mark: float | None, top: float | None
-) -> tuple[list[tuple[float, str]], list[dict[str, Any]]]:
-    """Where the ticks of a column of intervals stand, and each row's low, value, high and ``mark``, on one scale."""
-    values = [v for t in tests for v in (t.get("value"), t.get("low"), t.get("high")) if v is not None] or [0.0, 1.0]
-    low, high = min(values), max(values)
+    tests: Sequence[dict[str, Any]], mark: float | None, top: float | None,
+    published: Sequence[Sequence[dict[str, Any]]],
+) -> tuple[list[tuple[float, str]], list[dict[str, Any]]]:  # fmt: skip
+    """Where the ticks of a column of intervals stand, and each row's low, value, high, ``mark`` and ``published``, on
+    one scale, in per cent of its width. It begins where the intervals do: a control may be ``below`` it."""
+    alone = all(test.get("low") is None for test in tests)
+    scaled = [test for test in tests if alone or test.get("low") is not None]
+    values = [v for t in scaled for v in (t.get("value"), t.get("low"), t.get("high")) if v is not None]
+    values = [*values, *(one["value"] for each in published for one in each)] or [0.0, 1.0]
+    low, high = min(values), max([*values, *(t["value"] for t in tests if t.get("value") is not None)])
     room = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
     low, high = low - room, high + room if top is None else min(high + room, top)
 
@@ -229,14 +240,19 @@ def _interval_strips(
         return round(BAR[0] + (value - low) / (high - low) * (BAR[1] - BAR[0]), 2)
 
     ends = [{"low": t.get("low"), "value": t.get("value"), "high": t.get("high"), "mark": mark} for t in tests]
-    strips = [{key: None if v is None else at(v) for key, v in each.items()} for each in ends]
-    return [(at(v), plain(v)) for v in ticks(low, high, 4)], strips
+    strips: list[dict[str, Any]] = [{key: None if v is None else at(v) for key, v in each.items()} for each in ends]
+    for strip in strips:
+        strip["below"] = strip["value"] is not None and strip["value"] < 0
+    for strip, each in zip(strips, published, strict=False):
+        strip["published"] = [one | {"at": at(one["value"])} for one in each]
+    return [(at(v), plain(v)) for v in ticks(low, high, 6)], strips
 
 
 def detail_of(
-    rank: int, family: dict[str, Any], runs: Sequence[Run], loader: ImageLoader | None, prefix: str = ""
-) -> FamilyDetail:
-    """``loader`` None: numbers only, no figures and no images."""
+    rank: int, family: dict[str, Any], runs: Sequence[Run], loader: ImageLoader | None, prefix: str = "",
+    overlaid: Set[str] = frozenset(),
+) -> FamilyDetail:  # fmt: skip
+    """``loader`` None: numbers only, no figures and no images. ``overlaid``: kinds of curves that stand elsewhere."""
     setting, command = setting_words(family["setting"]), train_command(runs[0])
     detail = FamilyDetail(family, f"{prefix}f{rank}", rank, setting, command, per_class(family, runs))
     if loader is None:
@@ -245,11 +261,15 @@ def detail_of(
     measured = {measure: test["value"] for measure, test in (family["test"] or {}).items()}
     external = [(part.get("calibration"), part["view"]) for part in family.get("external") or []]
     detail.figures = [figures.counts_figure(predictions)]
-    detail.figures += [figures.curve_figure(kind, predictions, measured) for kind in ("roc", "pr")]
+    kinds = [kind for kind in ("roc", "pr") if kind not in overlaid]
+    detail.figures += [figures.curve_figure(kind, predictions, measured) for kind in kinds]
     calibrations = [(family.get("calibration"), ""), *external]
     detail.figures += [figures.reliability_figure(each, where) for each, where in calibrations if each]
-    detail.figures += figures.training_figures(runs)
-    if run.task != "multilabel" and len(run.classes) > 2:
+    stepped = "training" in overlaid and figures.is_stepped(run)
+    detail.figures += figures.training_figures(runs, overlaid=stepped)
+    curves = ["ROC"] * ("roc" in overlaid) + ["loss and criterion by epoch"] * stepped
+    detail.elsewhere = ", ".join(curves)
+    if run.task != "multilabel" and len(run.classes) > NUMBERED:
         detail.confused = figures.most_confused(predictions)
     first: dict[Any, tuple[Run, Any]] = {}  # of each fold the first run: no image twice, all by a head that exists
     for pair in predictions:

@@ -23,11 +23,11 @@ from heads.evaluation.comparison import compare
 from heads.metrics.classification import measure_name, title
 from heads.models.common import FINETUNE
 from heads.reports.drawing import Figure, Plot, short, style_of
-from heads.reports.figures import learning_figure, overlaid_curves
 from heads.reports.gallery import ImageLoader
 from heads.reports.ledger import write_report_files
 from heads.reports.page import hashed, part_context, render_page, render_part
 from heads.reports.provenance import origins, sweep_command
+from heads.reports.side_by_side import learning_figure, overlaid_curves
 from heads.reports.text import subtitle_words
 from heads.runs.run import Run, name_of
 from heads.settings import METRICS, flag
@@ -96,9 +96,10 @@ def _table(result: StudyResult, question: Question) -> StudyTable | None:
         return None
     reference = next((str(family.runs[0].path) for step, family in made if step == question.reference), None)
     resamples = QUICK_RESAMPLES if result.options.quick else RESAMPLES
-    record = compare([family for _, family in made], reference=reference, resamples=resamples).record
+    families = [family for _, family in made]
+    record = compare(families, reference=reference, resamples=resamples, select=question.select).record
     rows = [(*pair, own) for pair, own in zip(made, record["families"], strict=True)]
-    return StudyTable(question, rows, {**record, "select": question.select, "untrained": result.options.untrained})
+    return StudyTable(question, rows, {**record, "untrained": result.options.untrained})
 
 
 def render_study(result: StudyResult, album: ImageLoader) -> tuple[str, int]:
@@ -106,15 +107,17 @@ def render_study(result: StudyResult, album: ImageLoader) -> tuple[str, int]:
     study, tables, parts, count = result.study, result.tables, [], 0
     for table in tables:
         name = table.question.name
-        part, embedded = part_context(table.families, table.record, album, f"{name}-")
+        part, embedded = part_context(table.families, table.record, album, f"{name}-", _marks(table, result.published))
         part["comparing"] = [f for f in part["comparing"] if not (study.figures and f.title == "Learning curves")]
+        part["how"] = not parts  # once on a page
         of = {record["name"]: step for step, _, record in table.rows}
-        for row in part["board"]["rows"]:
-            row["setting"] = " · ".join(filter(None, [f"step {of[row['family']['name']]}", row["setting"]]))
+        for detail in part["details"]:
+            detail.setting = " · ".join(filter(None, [f"step {of[detail.family['name']]}", detail.setting]))
         count += embedded
         parts.append(
             {"title": table.question.title, "anchor": f"part-{name}", "page": render_part(part),
-             "subtitle": subtitle_words(table.record, table.runs), "warnings": part["warnings"]}
+             "subtitle": subtitle_words(table.record, table.runs), "warnings": part["warnings"],
+             "answer": table.record["answer"]}
         )  # fmt: skip
     sets = [set_context(each, _digests(result, each), album.images) for each in result.sets.values()]
     pictures = list(_maps(result)) if album.images else []
@@ -225,6 +228,17 @@ def _digests(result: StudyResult, opened: OpenedSet) -> np.ndarray:
 
 
 # --- published numbers beside ours
+
+
+def _marks(table: StudyTable, published: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Of a family's name what was published of it on test, by the measure that orders the table."""
+    lead = title(measure_name(table.record["select"]), table.record["task"])
+    marks: dict[str, list[dict[str, Any]]] = {}
+    for row in published:
+        if (row["part"], row["measure"]) == (table.question.title, lead) and row["here"] is not None:
+            words = f"{row['what']}: {row['published_words']}"
+            marks.setdefault(row["ours"], []).append({"value": row["published"], "words": words, "grey": row["grey"]})
+    return marks
 
 
 def _published_row(result: StudyResult, table: StudyTable, published: PublishedNumber) -> dict[str, Any]:

@@ -41,4 +41,13 @@
       button.addEventListener("click", function () { sort(table, head, column); });
     });
   });
+  // A click on an image enlarges it in place; another, or Escape, puts it back.
+  document.addEventListener("click", function (event) {
+    var pair = event.target.closest(".pair");
+    if (pair) pair.parentNode.classList.toggle("large");
+  });
+  document.addEventListener("keydown", function (event) {
+    if (event.key !== "Escape") return;
+    document.querySelectorAll(".large").forEach(function (figure) { figure.classList.remove("large"); });
+  });
 })();

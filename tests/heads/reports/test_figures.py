@@ -14,7 +14,7 @@ from sklearn.metrics import confusion_matrix, roc_auc_score
 from support.fake_view import label_view, toy_view
 
 import heads
-from heads.reports import drawing, figures, page
+from heads.reports import drawing, figures, page, side_by_side
 from heads.reports.drawing import Figure, Plot
 
 EVIL = "</text><script>alert('$x_1$')</script>"
@@ -56,7 +56,7 @@ def test_folds_are_counted_together_and_seeds_averaged(tmp_path):
 def test_the_roc_curve_goes_through_the_points_of_scikit_learn(tmp_path):
     run, answers = train(toy_view(n=600, noise=6.0), tmp_path / "run")
     truth, score = figures.truth_and_score("binary", answers, 1)
-    area = np.trapezoid(figures._roc_points(truth, score), figures.GRID)
+    area = np.trapezoid(figures.roc_points(truth, score), figures.GRID)
     assert area == pytest.approx(roc_auc_score(truth, score), abs=0.01)
     keys = figures.curve_figure("roc", [(run, answers)]).keys
     assert keys[0] == ("s0", f"kind 1: AUROC {roc_auc_score(truth, score):.3f}")
@@ -121,7 +121,7 @@ def test_a_run_shows_train_and_val_by_epoch_and_several_runs_share_axes(tmp_path
     runs = [train(view, tmp_path / str(k), lr=lr)[0] for k, lr in enumerate((1e-3, 0.1))]
     titles = [figure.title for figure in figures.training_figures(runs[:1])]
     assert titles == ["Training: loss", "Training: accuracy", "Training: AUROC on val"]
-    both = figures.overlaid_curves({"slow": runs[0], "quick": runs[1]}, "Loss", "loss", "loss")
+    both = side_by_side.overlaid_curves({"slow": runs[0], "quick": runs[1]}, "Loss", "loss", "loss")
     drawn = [list(line.get_ydata()) for line in both.plot.axes.lines]
     assert drawn == [[row[f"{s}_loss"] for row in run.history] for run in runs for s in ("train", "val")]
     assert both.keys == (("s0", "slow"), ("s1", "quick"))
