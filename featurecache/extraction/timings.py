@@ -8,16 +8,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from featurecache.arithmetic import exact_arithmetic
+from featurecache.extraction.forward import ForwardRunner
 from featurecache.formatting import device_title
-
-if TYPE_CHECKING:
-    from featurecache.extraction.forward import ForwardRunner
-    from featurecache.outputs import Output
+from featurecache.outputs import Output
 
 LAST_TIMINGS = 1 << 16  # so many batches and images the medians are of, the last ones
 BUSY = 0.25  # share of a pass without a core from which on a machine counts as busy: alone it is 0.00 to 0.05
