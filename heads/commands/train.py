@@ -96,7 +96,9 @@ def _training_option(entry: Field[Any], name: str) -> Callable[..., Any]:
 
 
 def prediction_by(run: Run) -> str:
-    """The command that uses a run on new images."""
+    """The command that uses a run on new images; of imported features, which nobody can compute of one, its page."""
+    if run.config["view"]["source"].get("kind") == "import":
+        return f"featurecache report {shell_word(run.path)}"
     return f"featurecache predict --run {shell_word(run.path)} IMAGE…"
 
 
