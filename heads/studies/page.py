@@ -104,7 +104,8 @@ def _table(result: StudyResult, question: Question) -> StudyTable | None:
 
 def render_study(result: StudyResult, album: ImageLoader) -> tuple[str, int]:
     """The page as text, and how many images it embeds."""
-    study, tables, parts, count = result.study, result.tables, [], 0
+    study, tables, count = result.study, result.tables, 0
+    parts: list[dict[str, Any]] = []
     for table in tables:
         name = table.question.name
         part, embedded = part_context(table.families, table.record, album, f"{name}-", _marks(table, result.published))
