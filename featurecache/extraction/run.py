@@ -204,6 +204,7 @@ class Extraction:
             self._compute, self.choice = choose_for_store(setting, first, self.store, wanted, measure, self.forward_way)
         self.choosing_s += time.perf_counter() - start
 
+    @exact_arithmetic()
     def estimate(self, measure: bool = True) -> float | None:
         """Images per second of the forward pass, on the first batches of the job, which are not computed again. None
         where so little is to be computed that it is not worth a look. ``measure``: other ways too, in a long job."""
