@@ -18,7 +18,7 @@ from featurecache.formatting import device_title
 from featurecache.outputs import Output
 
 LAST_TIMINGS = 1 << 16  # so many batches and images the medians are of, the last ones
-BUSY = 0.25  # share of a pass without a core from which on a machine counts as busy: alone it is 0.00 to 0.05
+BUSY = 0.25  # share of a pass without a core from which on a machine counts as busy
 PASSES = 3  # by which a cost is measured again, behind one that warms up
 
 

@@ -69,9 +69,7 @@ def test_every_next_command_runs_and_so_do_those_that_it_prints(tmp_path: Path, 
             done.add(key)
             todo.insert(0, following)  # before what comes later in the session takes away what it is about
     names = {words[0] for words in done}
-    assert names >= {"extract", "train-head", "predict", "info", "report", "verify", "ls", "gc", "import"}, (
-        names
-    )
+    assert names >= {"extract", "train-head", "predict", "info", "report", "verify", "ls", "gc", "import"}, names
     assert {words[0] for words in without} <= {"extract", "study", "train-baseline"}, without
 
 
