@@ -56,16 +56,8 @@ NEEDED = (
 )  # fmt: skip
 
 TABLES = ("predictions", "splits", "history", "metrics")
-_TEXT = {
-    "id",
-    "split",
-    "true class",
-    "predicted class",
-    "model",
-    "class",
-    "metric",
-    "method",
-}  # columns of these; the others are numbers
+# columns of text; the others are numbers
+_TEXT = {"id", "split", "true class", "predicted class", "model", "class", "metric", "method"}
 
 
 def _column(name: str, cells: list[str]) -> np.ndarray:
