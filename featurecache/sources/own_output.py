@@ -21,7 +21,7 @@ _RECORDS = {
     "sweep.json": {"frame", "views", "asked"},
     "study.json": {"study", "asked", "images"},
     "metrics.json": {"families", "select"},
-    "explain.json": {"image", "run"},
+    "explain.json": {"format", "maps", "files"},
     "finetuned.json": {"provider", "name", "vector", "image_size", "sized"},
 }
 SHEET = ("Software", "featurecache contact sheet")  # a tEXt chunk, the first behind the header of 33 bytes
@@ -36,9 +36,8 @@ def is_own_output(folder: str, files: Sequence[str]) -> bool:
                 content = json.load(opened)
         except (OSError, ValueError, RecursionError):
             continue
-        for record in content if isinstance(content, list) else [content]:
-            if isinstance(record, dict) and record.keys() >= _RECORDS[name]:
-                return True
+        if isinstance(content, dict) and content.keys() >= _RECORDS[name]:
+            return True
     return False
 
 

@@ -14,6 +14,7 @@ The folder's name is for people; a store is found by the whole fingerprint in it
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from featurecache.files.atomic import atomic_folder, refuse_links, remove_orphan
 from featurecache.files.directory import AGAIN
 from featurecache.files.locks import update_lock
 from featurecache.files.records import (
+    canonical_json,
     check_provenance,
     checked_plan,
     read_checked_json,
@@ -271,7 +273,9 @@ def create_store(cache: Path, name: str, spec: ExtractionSpec, provenance: dict[
 
 
 def write_spec(folder: Path, spec: ExtractionSpec, provenance: dict[str, Any]) -> None:
+    """In the order of keys that a view has, so that what is restored from one is the same text, with the same check."""
     record = {"fingerprint": spec.fingerprint, "spec": spec.to_dict(), "provenance": provenance}
+    record = {key: json.loads(canonical_json(value)) for key, value in record.items()}
     write_whole(folder / "spec.json", write_checked_json(record), inside=folder)
 
 

@@ -158,7 +158,7 @@ def pareto_figures(families: Sequence[dict[str, Any]], measure: str, task: str) 
             plot.bar(c, t["low"], t["high"], style, faint=True)
             plot.dot(c, t["value"], style, f"{name}: {t['value']:.3f} at {plain(c)}")
         extraction = "Of heads on features without the seconds of extraction, which all of them share."
-        caption = extraction if both and cost in ("train_seconds", "seconds_to_best") else ""
+        caption = extraction if both and cost == "train_seconds" else ""
         keys = () if figures else (("s1", "no other is both cheaper and better"), ("s0", "the others"))
         figures.append(Figure(f"{quality[0].upper()}{quality[1:]} and {COSTS[cost].words}", plot, caption, keys))
     return figures

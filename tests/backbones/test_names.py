@@ -105,7 +105,9 @@ def test_a_description_of_a_folder_knows_that_its_pooler_was_not_saved(tmp_path)
 @pytest.mark.integration
 def test_a_loaded_backbone_is_described_as_its_name_is(tmp_path):
     folder = str(save.save_deit(tmp_path))
-    assert describe_backbone(load_backbone(folder)) == describe_backbone(folder)
+    described = describe_backbone(folder)
+    assert described.pop("modules")  # of a name only: they take a forward pass
+    assert describe_backbone(load_backbone(folder)) == described
 
 
 @pytest.mark.integration

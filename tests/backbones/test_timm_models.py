@@ -263,7 +263,8 @@ def test_a_name_the_hubs_cache_a_folder_and_a_file_are_one_key(tmp_path, hub):
 
 
 def test_without_hub_and_weights_the_ways_out_are_said(hub):
-    refuses(WeightsNotFound, r"--weights FOLDER .*--random-weights", "timm:test_vit")
+    says = r"(?s)hf download timm/test_vit\.r160_in1k .*--weights test_vit\.r160_in1k/.*--random-weights"
+    refuses(WeightsNotFound, says, "timm:test_vit")
 
 
 @pytest.mark.parametrize(

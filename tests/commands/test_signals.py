@@ -31,12 +31,12 @@ from pathlib import Path
 import cli
 from featurecache.extraction.forward import ForwardRunner
 call, count = ForwardRunner.__call__, []
-def slow(self, *rest):
+def slow(self, *rest, **how):
     count.append(1)
     if len(count) == 5:
         Path("begun").touch()
         time.sleep(60)
-    return call(self, *rest)
+    return call(self, *rest, **how)
 ForwardRunner.__call__ = slow
 sys.argv[0] = "featurecache"
 cli.main()

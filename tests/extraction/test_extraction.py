@@ -311,11 +311,11 @@ def test_a_run_interrupted_by_ctrl_c_keeps_what_it_had_and_continues(tmp_path: P
     folder, calls = save_vit(tmp_path / "vit"), []
     call = extraction_run.ForwardRunner.__call__
 
-    def interrupted(self, *arguments):  # type: ignore[no-untyped-def]
+    def interrupted(self, *arguments, **how):  # type: ignore[no-untyped-def]
         calls.append(1)
         if len(calls) == 3:  # after the canary and one batch
             raise KeyboardInterrupt
-        return call(self, *arguments)
+        return call(self, *arguments, **how)
 
     monkeypatch.setattr(extraction_run.ForwardRunner, "__call__", interrupted)
     with pytest.raises(extraction_run.Stopped, match="4 images are safe; the same command continues"):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from functools import partial
 
 import pytest
 from support.fake_view import toy_view
+from support.runs import reseal
 
 from featurecache.errors import ProtocolError, RunError
 from featurecache.maintenance.leaks import SPLITS, exact_leaks
@@ -139,8 +139,7 @@ def trained(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_a_run_with_a_made_up_record_of_leaks_is_refused(trained, tmp_path, changed):
-    file = shutil.copytree(trained, tmp_path / "run") / "config.json"
-    config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {"splits": config["splits"] | changed}))
+    folder = shutil.copytree(trained, tmp_path / "run")
+    reseal(folder, lambda config: config["splits"].update(changed))
     with pytest.raises(RunError, match="no proper splits"):
-        load_run(file.parent)
+        load_run(folder)

@@ -76,7 +76,7 @@ def test_two_extractions_from_nothing(tmp_path: Path, home: Home) -> None:
     assert home.forks.done("leftovers", cache=tmp_path / "cache") == []
 
 
-@pytest.mark.parametrize("other", [{"outputs": "cls,mean"}, {"outputs": "cls", "views": 1, "augment": "flip"}])
+@pytest.mark.parametrize("other", [{"outputs": "cls,mean"}, {"outputs": "cls", "copies": 1, "augment": "flip"}])
 def test_a_view_has_the_outputs_and_copies_of_two_extractions_at_once(tmp_path: Path, home: Home, other) -> None:  # type: ignore[no-untyped-def]
     scenario, cache = home.scenario("new"), tmp_path / "cache"
     looked = replace(scenario, arguments={**scenario.arguments, "outputs": "tokens"})
@@ -87,7 +87,7 @@ def test_a_view_has_the_outputs_and_copies_of_two_extractions_at_once(tmp_path: 
     assert answers[0].error is None, answers
     view = open_view("set", cache, copies=True)
     assert view.outputs.keys() == {"tokens", *other["outputs"].split(",")}
-    assert view.ids == before.ids and view.augmented == before.augmented
+    assert view.ids.tolist() == before.ids.tolist() and view.augmented == before.augmented
     rows = home.forks.done("read", cache=cache)["set"]
     for name in ("cls", "tokens"):
         assert {sample: row[name] for sample, row in rows.items()} == {

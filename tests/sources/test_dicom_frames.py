@@ -213,7 +213,7 @@ def test_frames_extracted_and_found_again_by_name(tmp_path):
     (tmp_path / "d" / "b.dcm").write_bytes(b"\0" * 128 + b"DICM" + b"junk" * 9)
     result = featurecache.extract(tmp_path / "d", cache=tmp_path / "cache", outputs="cls", **TINY)
     view = featurecache.open_view(result.view)
-    assert view.ids == ["a.dcm#frame=0", "a.dcm#frame=1", "a.dcm#frame=2"]
+    assert view.ids.tolist() == ["a.dcm#frame=0", "a.dcm#frame=1", "a.dcm#frame=2"]
     assert [failed["id"] for failed in view.failed] == ["b.dcm"]
     again = reopen(view.source)
     assert [digest(again.read(row)).encode() for row in range(3)] == view.digests.tolist()

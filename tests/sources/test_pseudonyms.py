@@ -71,7 +71,7 @@ def test_no_byte_of_the_cache_holds_a_name(tmp_path: Path, table: Path, vit: str
     assert (result.images, len(result.failed)) == (8, 2)
     assert found_in(tmp_path / "c", *EVERYBODY) == []
     view = View(result.view)
-    assert all(len(name) == 32 for name in [*view.ids, *(view.groups or [])])
+    assert view.groups is not None and all(len(name) == 32 for name in [*view.ids, *view.groups])
     assert view.source["data"] == str(table)  # that remains
     assert view.meta["age"].tolist() == [30 + k for k in range(8)]
     plain = featurecache.extract(table, **options, name="plain")  # the grep does find what is there
@@ -123,7 +123,7 @@ def test_the_same_images_are_found_again_through_the_view(tmp_path: Path, table:
     options = {"backbone": vit, "outputs": "cls", "cache": tmp_path / "c", "hash_ids": True, "hash_groups": True}
     view = View(featurecache.extract(table, **options).view)
     dataset = reopen(view.source)
-    assert [name for name in dataset.ids if name in view.ids] == view.ids
+    assert [name for name in dataset.ids if name in view.ids] == view.ids.tolist()
     assert dataset.read(0) == (table.parent / "Meier" / "Meier_Anna_0.png").read_bytes()
     assert dataset.source == view.source
     assert pseudonymise(dataset, load_secret(), ids=True, groups=True) is dataset  # not once more

@@ -49,7 +49,7 @@ def test_dry_run_sheet_extraction_and_info(tmp_path, monkeypatch, data, images, 
         assert sheet.width > 300
     record = json.loads(call(*words, "--json", "--quiet").stdout)
     view, opened = featurecache.open_view(record["view"]), featurecache.open_source(data)
-    assert (record["images"], view.ids, list(view.classes)) == (images, opened.ids, opened.classes)
+    assert (record["images"], view.ids.tolist(), list(view.classes)) == (images, opened.ids, opened.classes)
     shown = call("info", record["view"]).output
     assert all(name in shown for name in opened.classes[:2])
     assert json.loads(call(*words, "--json", "--quiet").stdout)["computed"] == 0

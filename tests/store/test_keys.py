@@ -151,18 +151,18 @@ def test_of_a_backbone_the_key_knows_what_decides_and_nothing_else(vit):
         assert fingerprint(replace(backbone, **{name: value})) != fingerprint(backbone)
 
 
-ASKED = {"backbone", "weights", "random_weights", "seed", "image_size", "fit", "precision", "dtype", "bits"}
+ASKED = {"backbone", "weights", "random_weights", "seed", "image_size", "fit", "precision", "dtype", "bits", "crop"}
 NOT_ASKED = {
     "data", "outputs", "name", "device", "batch_size", "workers", "on_error", "accept_drift", "cache", "columns",
     "task", "page", "classes_at", "order", "root", "uncertain", "hash_ids", "hash_groups",
-    "remember", "progress", "views", "augment", "augment_seed",
+    "remember", "progress", "copies", "augment", "augment_seed", "forward", "limit", "limit_seed",
 }  # fmt: skip
 
 
 def test_every_option_of_an_extraction_stands_on_one_of_the_lists():
     assert ASKED | NOT_ASKED == set(inspect.signature(plan.prepare).parameters)
     asked_of_backbone = {field.name for field in fields(BackboneRequest)} - {"meta"}
-    assert asked_of_backbone == (ASKED - {"backbone", "precision", "dtype", "bits"}) | {"name"}
+    assert asked_of_backbone == (ASKED - {"backbone", "precision", "dtype", "bits", "crop"}) | {"name"}
 
 
 # what makes another store

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from featurecache.errors import NotInCache
+from featurecache.images.augmentation import AugmentedCopies
 
 
 @dataclass
@@ -22,6 +23,7 @@ class FakeView:
     groups: list[str] | None = None
     digests: np.ndarray | None = None
     versions: np.ndarray | None = None
+    augmented: AugmentedCopies | None = None
     untrained: bool = False
     prefix: tuple[str, ...] | None = None  # of every output that holds tokens
     grid: tuple[int, int] | None = None

@@ -153,5 +153,5 @@ def test_a_wanted_sensitivity_is_reached_on_val_for_each_label_and_refused_for_s
     for c in (0, 1):
         found = (p[:, c] >= calibration.thresholds[c])[y[:, c] == 1].mean()
         assert 0.9 <= found < 0.93
-    with pytest.raises(BadOption, match="of 3 classes the most probable is called"):
+    with pytest.raises(BadOption, match="of 3 classes the most probable is predicted"):
         prepare_training(toy_view(classes=3), Settings("linear", sensitivity=0.9))

@@ -171,7 +171,6 @@ def test_weights_are_told_apart_by_backbone():
         ({"quick": True, "random_weights": True}, "--quick has a small untrained backbone of its own"),
         ({"random_weights": True, "weights": ["/w"]}, "contradict each other"),
         ({"quick": True, "epochs": 0}, "--epochs is 0"),
-        ({"quick": True, "epoch": 1}, "epoch: no such option of a study"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, says, tmp_path):

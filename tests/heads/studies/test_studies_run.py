@@ -279,9 +279,9 @@ def test_what_does_not_compare_is_grey(done, options, grey):
     assert [bool(grey_reasons(other, each)) for each in SMALL.questions[0].published] == grey
 
 
-def test_the_page_says_what_it_ran_on_and_shows_the_images_first(done, data):
+def test_the_page_says_what_it_ran_on_and_shows_the_numbers_first(done, data):
     page = done.page.read_text()
-    order = [page.index(f'id="{part}"') for part in ("images", "published", "part-part", "steps", "origin")]
+    order = [page.index(f'id="{part}"') for part in ("published", "part-part", "images", "steps", "origin")]
     assert order == sorted(order) and '<body class="untrained">' in page
     for words in (
         "It ran on 80 of 84 images: at most 20 of each class of train", "It looked at test.", "Small sets say little.",

@@ -11,6 +11,7 @@ from support.fake_view import label_view, toy_view
 from torch import nn
 
 from featurecache.errors import BadOption, ProtocolError
+from featurecache.images.augmentation import augmentation_of
 from heads.api import train_head
 from heads.models.catalogue import make_head
 from heads.settings import VARIED, Settings
@@ -86,7 +87,7 @@ def test_train_together_gives_what_train_head_gives(head):
     fits = train_together(prepare_training(view, settings[0]), settings)
     for one, fit in zip(settings, fits, strict=True):
         given = {name: getattr(one, name) for name in VARIED}
-        run = train_head(view, head, epochs=3, **given)
+        run = train_head(view, head, **given)
         assert run.config["chosen"]["epoch"] == fit.epoch
         for name, weight in run.model.state_dict().items():
             found = fit.model.state_dict()[name]
@@ -272,8 +273,8 @@ def test_a_head_sees_copies_of_training_images_only_and_its_first_lines_say_so(m
     place = {int(i): [int(i), 200 + k, 200 + len(train) + k] for k, i in enumerate(train)}
     noise = torch.randn(2 * len(train), 8, generator=torch.Generator().manual_seed(1)).half()
     view.features["cls"] = torch.cat([view.features["cls"], view.features["cls"][train].repeat(2, 1) + noise])
-    view.versions = np.zeros(200, np.int32)
-    view.copies = lambda rows: np.array([place[int(i)] for i in rows]).reshape(-1, 3)
+    view.versions, view.augmented = np.zeros(200, np.int32), augmentation_of(2, "flip", 0)
+    view.copies = lambda rows: np.array([place.get(int(i), [int(i)] * 3) for i in rows]).reshape(-1, 3)
     asked, said = [], []
     view.tensor = lambda output, rows: asked.append(np.asarray(rows)) or view.features[output][torch.from_numpy(rows)]
     run = train_head(view, "linear", epochs=3, say=said.append)
@@ -281,7 +282,7 @@ def test_a_head_sees_copies_of_training_images_only_and_its_first_lines_say_so(m
     of_train, val, test = asked
     assert sorted(of_train) == sorted({*train, *range(200, 200 + 2 * len(train))})
     assert max(val.max(), test.max()) < 200
-    view.versions = None
+    view.versions = view.augmented = None
     assert not torch.equal(train_head(view, "linear", epochs=3).model.ln.weight, run.model.ln.weight)
 
 
@@ -301,9 +302,11 @@ def test_the_gradients_of_large_are_those_of_autograd(size, monkeypatch):
     model = make_head("large", (5, 12), 3, own)
     x, y = torch.randn(size, 5, 12, generator=own), torch.randint(3, (size,), generator=own)
     loss = CrossEntropy(3, torch.tensor([0.5, 2.0, 1.0]), 0.1)
-    wanted = loss(model(x), y)
+    logits = model(x)
+    wanted = loss(logits, y)
     gradients = torch.autograd.grad(wanted, list(model.parameters()))
-    found = engine.LargeSteps(model, loss)(x, y)
+    found, z = engine.LargeSteps(model, loss)(x, y)
     torch.testing.assert_close(found, wanted.detach())
+    torch.testing.assert_close(z, logits.detach())
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=2e-6 * float(gradient.abs().max()), rtol=0)
