@@ -21,6 +21,7 @@ from safetensors.torch import save
 
 from featurecache import __version__
 from featurecache.errors import CacheError, CannotWrite, InUse, RunError
+from featurecache.files.atomic import remove_orphans
 from featurecache.files.names import check_path
 from featurecache.files.records import nan_to_none, read_checked_json
 from featurecache.formatting import cell, shell_word
@@ -109,6 +110,7 @@ def claim_run(
                     f"No run can be written in {path.parent.resolve()}: {why}. --out chooses another place."
                 ) from error
             target = RunTarget(path, overwrite, request, _run_at(path, request, overwrite))
+            remove_orphans(path.parent, target.checkpoint.name)
             other = _interrupted(target, partial / REQUEST)
             if out is None and (path.exists() or other):
                 continue

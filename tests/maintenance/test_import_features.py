@@ -37,7 +37,7 @@ def test_an_npy_with_labels_beside_it_trains_a_head():
     view = bring(npy(far), labels=npy(Y.repeat(3), "y.npy"))
     assert torch.equal(view.tensor("vector"), torch.from_numpy(far)) and view.label == "imported/mine"
     assert (view.labels.tolist(), view.classes, view.task) == (Y.repeat(3).tolist(), ["0", "1", "2"], "multiclass")
-    assert view.ids[:2] == ["feats.npy:0", "feats.npy:1"] and set(view.splits) == {""}
+    assert view.ids[:2].tolist() == ["feats.npy:0", "feats.npy:1"] and set(view.splits) == {""}
     run = heads.train_head(view, "linear", epochs=2, controls=False)
     with pytest.raises(NotInCache, match="was imported: nobody knows which backbone"):
         heads.predict(run, [np.zeros((8, 8), np.uint8)])
