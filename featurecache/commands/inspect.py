@@ -101,7 +101,7 @@ _AS_THEY_ARE = ("source", "failed", "untrained", "imported", "fingerprint", "spe
 
 
 def view_record(view: View) -> dict[str, Any]:
-    splits, counts = _class_counts(view)
+    splits, counts = view.counts_by_split()
     return {
         "view": view.label,
         "path": str(view.path),
@@ -128,13 +128,6 @@ def _augmented_record(view: View) -> dict[str, Any] | None:
     images = int((view.copies()[:, 1:] >= len(view)).any(axis=1).sum())
     words = str(view.augmented.augmentation)
     return {**view.augmented.to_dict(), "words": words, "images": images, "copies": view.rows - len(view)}
-
-
-def _class_counts(view: View) -> tuple[list[str], list[list[int]]]:
-    splits: list[str] = [split for split in ("train", "val", "test", "") if split in view.splits]
-    column, numbers = np.array(view.splits), range(len(view.classes))
-    hits = [view.labels[:, k] == 1 if view.task == "multilabel" else view.labels == k for k in numbers]
-    return splits, [[int((hit & (column == split)).sum()) for split in splits] for hit in hits]
 
 
 def _rounding(view: View, name: str) -> dict[str, Any] | None:

@@ -19,6 +19,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import xxhash
+
 from featurecache.errors import CannotWrite, UnsafeFile
 from featurecache.formatting import size_text
 
@@ -33,6 +35,8 @@ def check_room(folder: Path, needed: int, way: str) -> None:
 
 FileStamp = tuple[int, int, int, int]  # inode, size, mtime, ctime
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # a file system without locks: nothing is swept there
+
+CHUNK = 1 << 22  # bytes of a file that is only hashed
 
 
 def refuse_links(*paths: Path) -> None:
@@ -64,6 +68,15 @@ def open_regular(path: Path) -> io.BufferedReader:
         os.close(descriptor)
         raise UnsafeFile(f"{path} is not a plain file (a folder, a pipe or a device); remove it.")
     return os.fdopen(descriptor, "rb")
+
+
+def hash_file(path: Path) -> str:
+    """XXH3-128, read in pieces. Raises OSError, CacheError for a link or a pipe."""
+    state = xxhash.xxh3_128()
+    with open_regular(path) as file:
+        while data := file.read(CHUNK):
+            state.update(data)
+    return state.hexdigest()
 
 
 def file_stamp(path: Path) -> FileStamp | None:

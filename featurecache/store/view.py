@@ -178,12 +178,9 @@ class View(ViewContent):
 
     def _repr_html_(self) -> str:
         """What a notebook shows: images of each class and split, and the outputs."""
-        splits = [split for split in ("train", "val", "test", "") if split in self.splits]
-        hits = self.labels.T == 1 if self.labels.ndim == 2 else [self.labels == k for k in range(len(self.classes))]
-        rows = [["", *(split or "no split" for split in splits)]]
-        for name, hit in zip(self.classes, hits, strict=True):
-            rows.append([name, *(f"{int((hit & (self.splits == split)).sum()):,}" for split in splits)])
-        return html_table(repr(self), rows)
+        splits, counts = self.counts_by_split()
+        rows = [[name, *(f"{n:,}" for n in row)] for name, row in zip(self.classes, counts, strict=True)]
+        return html_table(repr(self), [["", *(split or "no split" for split in splits)], *rows])
 
     @property
     def label(self) -> str:
@@ -200,6 +197,12 @@ class View(ViewContent):
     def cost(self) -> dict[str, Any] | None:
         """What an image costs, in milliseconds, as its extraction measured it: see `Store.cost`."""
         return open_store(self.store).cost(self.name)
+
+    def counts_by_split(self) -> tuple[list[str], list[list[int]]]:
+        """The splits there are, and for each class how many images of it each of them has."""
+        splits = [split for split in ("train", "val", "test", "") if split in self.splits]
+        hits = self.labels.T == 1 if self.labels.ndim == 2 else [self.labels == k for k in range(len(self.classes))]
+        return splits, [[int((hit & (self.splits == split)).sum()) for split in splits] for hit in hits]
 
     def split(self, name: str) -> np.ndarray:
         """Rows of a split ("train", "val", "test", ""), in order."""

@@ -31,14 +31,21 @@ import xxhash
 from safetensors.torch import load, save
 
 from featurecache.errors import CacheError, CannotWrite, InUse, RunError
-from featurecache.files.atomic import open_regular, refuse_links, remove_orphans, sync_path, write_whole, writing
+from featurecache.files.atomic import (
+    hash_file,
+    open_regular,
+    refuse_links,
+    remove_orphans,
+    sync_path,
+    write_whole,
+    writing,
+)
 from featurecache.files.locks import exclusive_lock
 from featurecache.files.records import nan_to_none, read_checked_json, write_checked_json
 
 FORMAT = 1  # of the records of runs, sweeps and studies
 MOST = 1 << 32  # bytes of a file that is read whole
 _DIGITS = 32  # of a hash
-CHUNK = 1 << 22  # bytes of a file that is only hashed
 TRIES, PAUSE = 5, 0.2  # of two that begin at one moment one waits; seconds, at most, between tries
 
 
@@ -129,15 +136,6 @@ def _check_hash(path: Path, record: Mapping[str, Any], name: str, found: str) ->
         f"{path.parent} is damaged: {path.parent / name} is not what was written. A whole copy of it, or the command "
         "that made it with --overwrite, brings it back."
     )
-
-
-def hash_file(path: Path) -> str:
-    """XXH3-128, read in pieces. Raises OSError, CacheError for a link or a pipe."""
-    state = xxhash.xxh3_128()
-    with open_regular(path) as file:
-        while data := file.read(CHUNK):
-            state.update(data)
-    return state.hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any], *, sync: bool) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from featurecache import __version__
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import FeatureCacheError, RunError, StepFailed, Stopped
-from featurecache.files.atomic import write_whole
+from featurecache.files.atomic import hash_file, write_whole
 from featurecache.formatting import aligned, duration, number, one_line
 from featurecache.store.write_view import open_view
 from heads import api
@@ -25,7 +25,7 @@ from heads.explanations.methods import Transformer, has_class_token
 from heads.metrics.classification import UNTRAINED, measure_name, title
 from heads.reports.page import ranked
 from heads.reports.text import interval
-from heads.runs.folder import FORMAT, hash_file, in_use, read_checked_record, write_record
+from heads.runs.folder import FORMAT, in_use, read_checked_record, write_record
 from heads.runs.run import Run, load_run, name_of
 from heads.runs.write import check_out
 from heads.splits import splits_csv

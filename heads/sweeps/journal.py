@@ -25,7 +25,7 @@ import xxhash
 
 from featurecache import __version__
 from featurecache.errors import CacheError, RunError
-from featurecache.files.atomic import sync_path, writing
+from featurecache.files.atomic import hash_file, sync_path, writing
 from featurecache.files.names import check_path
 from featurecache.files.records import canonical_json, nan_to_none, parse_json
 from heads.evaluation.families import Family, family_of, select_setting, selection_key
@@ -33,7 +33,6 @@ from heads.models.catalogue import head_info
 from heads.runs.folder import (
     FORMAT,
     check_listed,
-    hash_file,
     is_leftover,
     read_checked_record,
     read_whole_tensors,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from heads.runs.folder import hash_file, write_record
+from featurecache.files.atomic import hash_file
+from heads.runs.folder import write_record
 
 
 def reseal(folder: Path, change: Callable[[dict[str, Any]], Any] | None = None, name: str = "config.json") -> None:
