@@ -112,7 +112,7 @@ def describe_backbone(backbone: Backbone | str, **options: Any) -> dict[str, Any
     if isinstance(backbone, str):
         backbone = load_without_weights(backbone, **options)
         network: Any = backbone.model.network
-        modules = {"modules": layer_rows(network, backbone.model, backbone.image_size)}
+        modules = {"modules": layer_rows(network, backbone.model, (backbone.preprocess.channels, *backbone.image_size))}
     tokens = len(backbone.prefix) + backbone.grid[0] * backbone.grid[1]
     outputs: dict[str, dict[str, Any]] = {}
     for name in OUTPUTS:

@@ -20,15 +20,15 @@ MOST = 40  # rows; of a network with more the table is less deep
 DEEPEST = 6
 
 
-def layer_rows(network: nn.Module, run: nn.Module, size: tuple[int, int]) -> list[dict[str, Any]]:
+def layer_rows(network: nn.Module, run: nn.Module, size: tuple[int, int, int]) -> list[dict[str, Any]]:
     """Records with ``name``, ``class``, ``shape`` ([] where it is not known), ``copies``, ``parameters`` and
-    ``trainable`` of one copy, ``depth`` from 0. ``run`` takes pixels [1,3,h,w] of ``size`` through ``network``."""
+    ``trainable`` of one copy, ``depth`` from 0. ``run`` takes pixels of ``size`` [C,h,w] through ``network``."""
     shapes: dict[str, list[int]] = {}
     hooks = [part.register_forward_hook(partial(_note, shapes, name)) for name, part in network.named_modules()]
     device = next(network.parameters()).device
     try:
         with torch.no_grad(), contextlib.suppress(RuntimeError, NotImplementedError, ValueError):
-            run(torch.zeros(1, 3, *size, device=device), {"tokens"})
+            run(torch.zeros(1, *size, device=device), {"tokens"})
     finally:
         for hook in hooks:
             hook.remove()

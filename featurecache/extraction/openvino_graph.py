@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import nn
 
 from featurecache.backbones.base import Backbone
-from featurecache.errors import CannotWrite, ForwardUnavailable
-from featurecache.files.atomic import atomic_folder
+from featurecache.errors import CacheError, CannotWrite, ForwardUnavailable
+from featurecache.files.atomic import atomic_folder, hash_file
 from featurecache.files.machine_state import read_state, state_folder, state_key, write_state
 
 MOST_BYTES = 8 << 30  # of all graphs in the state folder; the oldest go
@@ -52,7 +51,7 @@ def import_openvino() -> Any:
 
 
 class _Parts(nn.Module):
-    """A backbone's wrapper as conversion wants it: pixels [B,3,h,w] → a tuple of tensors."""
+    """A backbone's wrapper as conversion wants it: pixels [B,C,h,w] → a tuple of tensors."""
 
     def __init__(self, model: nn.Module, parts: Sequence[str]) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class _Parts(nn.Module):
 
 
 class OpenvinoGraph:
-    """A compiled graph: normalised float32 pixels [B,3,h,w] → {part: float32 [B, ...]}."""
+    """A compiled graph: normalised float32 pixels [B,C,h,w] → {part: float32 [B, ...]}."""
 
     def __init__(self, compiled: Any, parts: Sequence[str]) -> None:
         self._request, self.parts = compiled.create_infer_request(), tuple(parts)
@@ -74,9 +73,13 @@ class OpenvinoGraph:
         return {part: torch.from_numpy(given[k]) for k, part in enumerate(self.parts)}
 
 
+def _shape(backbone: Backbone, batch: int) -> tuple[int, int, int, int]:
+    return (batch, backbone.preprocess.channels, *backbone.image_size)
+
+
 def graph_key(backbone: Backbone, parts: Sequence[str], batch: int) -> str:
     return state_key(
-        weights=backbone.weights, architecture=backbone.architecture, shape=[batch, 3, *backbone.image_size],
+        weights=backbone.weights, architecture=backbone.architecture, shape=_shape(backbone, batch),
         positions=backbone.position_embeddings, parts=list(parts), versions=graph_versions(backbone),
     )  # fmt: skip
 
@@ -120,8 +123,8 @@ def _stored_graph(key: str) -> str | None:
     if record is None or folder is None:
         return None
     path = folder / "graphs" / key / "graph.xml"
-    with contextlib.suppress(OSError):
-        if {name: _hash(path.with_name(name)) for name in ("graph.xml", "graph.bin")} == record:
+    with contextlib.suppress(OSError, CacheError):
+        if {name: hash_file(path.with_name(name)) for name in ("graph.xml", "graph.bin")} == record:
             os.utime(path)  # the oldest go first
             return str(path)
     return None
@@ -129,7 +132,7 @@ def _stored_graph(key: str) -> str | None:
 
 def _converted(openvino: Any, backbone: Backbone, parts: Sequence[str], batch: int, key: str) -> Any:
     """The graph, and a copy of it in the state folder where there is room for one."""
-    shape = (batch, 3, *backbone.image_size)
+    shape = _shape(backbone, batch)
     network, example = _Parts(backbone.model, parts).eval(), torch.zeros(shape)
     with _quiet(), torch.no_grad():
         graph = openvino.convert_model(network, example_input=example, input=[shape])
@@ -145,7 +148,7 @@ def _store(openvino: Any, graph: Any, folder: Path, key: str) -> None:
     target = folder / key
     with atomic_folder(target) as draft:
         openvino.save_model(graph, draft / "graph.xml", compress_to_fp16=False)
-        hashes = {path.name: _hash(path) for path in draft.iterdir()}
+        hashes = {path.name: hash_file(path) for path in draft.iterdir()}
         shutil.rmtree(target, ignore_errors=True)
         os.rename(draft, target)
     write_state("graphs", key, hashes)
@@ -156,14 +159,6 @@ def _store(openvino: Any, graph: Any, folder: Path, key: str) -> None:
         if total > MOST_BYTES and path.parent != target:
             folder.joinpath(f"{path.parent.name}.json").unlink(missing_ok=True)
             shutil.rmtree(path.parent, ignore_errors=True)
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -135,6 +135,7 @@ def test_the_spec_says_grey_and_a_fine_tuned_copy_is_saved_with_it(tmp_path):
     assert spec["mean"] == [0.3] and type(backbone.preprocess).from_dict(spec) == backbone.preprocess
     assert backbone.preprocess.line() == "32×32 squashed, bilinear, grey, mean 0.3, std 0.2"
     assert from_processor(processor_of(backbone.preprocess), 1) == backbone.preprocess
+    assert all(row["shape"] for row in describe_backbone(str(folder))["modules"] if row["parameters"])
     assert key(backbone) != key(load_backbone(str(edit_json(folder / "preprocessor_config.json", image_mean=[0.31]))))
 
 

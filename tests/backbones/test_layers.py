@@ -27,7 +27,7 @@ class Net(nn.Module):
 
 def test_rows_are_counted_by_hand():
     net = Net()
-    rows = [tuple(row.values())[:6] for row in layer_rows(net, net, (8, 6))]
+    rows = [tuple(row.values())[:6] for row in layer_rows(net, net, (3, 8, 6))]
     assert rows == [
         ("token", "parameter", [1, 5], 1, 5, 5),
         ("stem", "Conv2d", [4, 4, 3], 1, 112, 112),
@@ -39,7 +39,7 @@ def test_rows_are_counted_by_hand():
 
 def test_a_network_that_cannot_be_run_so_has_no_shapes_and_all_parameters():
     net = Net()
-    rows = layer_rows(net, net, (0, 0))
+    rows = layer_rows(net, net, (3, 0, 0))
     assert sum(row["copies"] * row["parameters"] for row in rows if row["depth"] == 0) == 5 + 112 + 3 * 20 + 10
 
 
@@ -48,7 +48,7 @@ def test_a_network_that_cannot_be_run_so_has_no_shapes_and_all_parameters():
 def test_every_parameter_of_a_backbone_is_in_the_table_once(name):
     backbone = load_without_weights(name)
     network = backbone.model.network
-    rows = layer_rows(network, backbone.model, backbone.image_size)
+    rows = layer_rows(network, backbone.model, (3, *backbone.image_size))
     whole = sum(row["copies"] * row["parameters"] for row in rows if row["depth"] == 0)
     assert whole == sum(p.numel() for p in network.parameters()) and len(rows) <= MOST
     assert all(row["trainable"] == 0 for row in rows) and any(row["shape"] for row in rows)

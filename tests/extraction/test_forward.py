@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from support.backbone_checks import edit_json
 from support.checkpoints import save_convnext, save_vit
 from support.pictures import image_folder, save_picture
 from support.plant import flip
@@ -85,6 +86,16 @@ def test_a_graph_gives_the_features_of_the_library(home: Path, precision: str, m
     assert plan_of(graph)["forward"] == "openvino" and plan_of(library)["forward"] == "library"
     assert graph.digests.tolist() == library.digests.tolist() and 0 < apart(graph, library) < most
     assert plan_of(graph)["candidates"]["openvino"]["error"] < most
+
+
+def test_a_graph_of_a_grey_network_is_fed_one_channel(tmp_path: Path) -> None:
+    edit_json(
+        save_vit(tmp_path / "net", num_channels=1) / "preprocessor_config.json", image_mean=[0.3], image_std=[0.2]
+    )
+    image_folder(tmp_path / "data", 6)
+    (tmp_path / "outputs").write_text("cls,tokens")
+    library, graph = (extract(tmp_path, way, way, dtype="float32") for way in ("library", "openvino"))
+    assert plan_of(graph)["forward"] == "openvino" and 0 < apart(graph, library) < 1e-5
 
 
 def test_a_row_is_the_same_at_every_place_of_a_batch_and_beside_any_others(home: Path) -> None:
