@@ -30,7 +30,7 @@ INTEGRATION = {  # whole files: they load models, train or start processes; sing
     "heads/reports": "page",
     "heads/runs": "heads_runs",
     "heads/studies": "studies studies_run",
-    "heads/sweeps": "search sweep sweep_views",
+    "heads/sweeps": "search sweep sweep_folder sweep_views",
     "heads/training": "engine networks train",
     "images": "copies",
     "maintenance": "copies repair",
