@@ -260,6 +260,20 @@ def probe_hash() -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(probes()))
 
 
+def load_stored_backbone(store: Store, request: dict[str, Any]) -> Backbone:
+    """Raises NotInCache when the backbone that is found is not the one of the store."""
+    backbone = load_backbone(**request)
+    spec = spec_of(backbone, store.spec.precision, store.spec.dtype, store.spec.preprocess)
+    spec = replace(spec, generation=store.spec.generation)
+    if spec.fingerprint != store.fingerprint:
+        raise NotInCache(
+            f"{backbone.name} as it is now ({spec.fingerprint[:8]}) is not the backbone that "
+            f"{store.path.name} was made with: its weights, configuration or preprocessing changed. "
+            "featurecache why says what; extract again, then train."
+        )
+    return backbone
+
+
 class StoreBackbone:
     """Makes of new images what a store would hold of them.
 
@@ -282,15 +296,7 @@ class StoreBackbone:
                 f"{store.path.name} was made by {request['name']}, which is a program. Run it with --trust-code if the "
                 "module of that name in this folder is yours."
             )
-        self.store, self.backbone = store, load_backbone(**request)
-        spec = spec_of(self.backbone, store.spec.precision, store.spec.dtype, store.spec.preprocess)
-        spec = replace(spec, generation=store.spec.generation)
-        if spec.fingerprint != store.fingerprint:
-            raise NotInCache(
-                f"{self.backbone.name} as it is now ({spec.fingerprint[:8]}) is not the backbone that "
-                f"{store.path.name} was made with: its weights, configuration or preprocessing changed. "
-                "featurecache why says what; extract again, then train."
-            )
+        self.store, self.backbone = store, load_stored_backbone(store, request)
         picked = pick_device(device)
         plan = (store.plan or {}).get(picked.type) or {"batch_size": 8, "threads": torch.get_num_threads()}
         self.threads: int = plan["threads"]

@@ -60,6 +60,7 @@ class ForwardRunner:
     ) -> None:  # fmt: skip
         self.device, self.batch_size, self.way, self.threads = device, batch_size, way, threads
         self.backbone = self._own = backbone
+        self.parts = tuple(parts)
         self._precision, self._dtype = precision, _PRECISION[precision]
         self._format = torch.channels_last if backbone.channels_last else torch.contiguous_format
         self._done: list[tuple[torch.Tensor, dict[str, torch.Tensor], float]] = []

@@ -31,23 +31,15 @@ from featurecache.extraction.choose_forward import (
     choose_for_store,
     is_fixed,
 )
-from featurecache.extraction.contents import ViewContents, write_view_of
+from featurecache.extraction.contents import ImageReader, ViewContents, write_view_of
 from featurecache.extraction.forward import ForwardRunner, parts_for
-from featurecache.extraction.pipeline import (
-    CHANGED,
-    ExtractionJob,
-    derive_shards,
-    forward_units,
-    run_local,
-)
+from featurecache.extraction.pipeline import Engine, ExtractionJob, LocalEngine, derive_shards, forward_units
 from featurecache.extraction.scan import ScanResult
 from featurecache.extraction.timings import StageTimings, measure_again
 from featurecache.files.atomic import check_room, file_stamp
 from featurecache.files.locks import shared_lock, update_lock
 from featurecache.formatting import progress_bar
-from featurecache.images import decoding as _images
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
-from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
 from featurecache.sources.base import Dataset
 from featurecache.sources.pseudonyms import Secret
@@ -103,6 +95,7 @@ class Extraction:
     accept_drift: bool = False
     secret: Secret | None = None  # of hashed ids and groups
     forward_way: str = "auto"  # library, onednn, openvino
+    engine: Engine = field(default_factory=LocalEngine)
     choice: ForwardChoice | None = None  # of the forward pass, once it is made
     choosing_s: float = 0.0  # seconds that the choice took, before the run
     _compute: ForwardRunner | None = field(default=None, repr=False)
@@ -176,7 +169,7 @@ class Extraction:
         small = 8 if self.backbone.channels_last or self.backbone.parameters > 10e6 else 32
         return {
             "batch_size": self.batch_size or (small if self.device.type == "cpu" else 64),
-            "threads": torch.get_num_threads(),
+            "threads": max(1, torch.get_num_threads() // self.engine.share),
             "memory_format": "channels_last" if self.backbone.channels_last else "contiguous",
             **chosen,
         }
@@ -200,7 +193,8 @@ class Extraction:
         rows = self._apart(self.forward)[0][0] if self.forward else np.empty(0, np.int64)
         wanted = [output for _, outputs in self.forward for output in outputs]
         with exact_arithmetic(plan["threads"]):
-            first = FirstImages(setting, rows, lambda number: self._make(number, self._read(number)))
+            reader = self._reader()
+            first = FirstImages(setting, rows, lambda number: reader.make(number, reader.read(number)))
             self._compute, self.choice = choose_for_store(setting, first, self.store, wanted, measure, self.forward_way)
         self.choosing_s += time.perf_counter() - start
 
@@ -278,10 +272,12 @@ class Extraction:
         done = {**plan, "forward": self.compute().way} if self.forward else plan
         if self.forward:
             self.compute().release()
+        reader = self._reader()
         job = ExtractionJob(
             self.store, self.layouts, self.digests, notes_for(self.spec.fingerprint, self.device.type, done),
-            read=self._read, make=self._make, preprocess=self.backbone.preprocess, compute=self.compute(),
+            read=reader.read, make=reader.make, preprocess=self.backbone.preprocess, compute=self.compute(),
             workers=self.workers, threads=plan["threads"], fail_fast=self.on_error == "fail", plain=self.plain,
+            images_per_s=plan.get("images_per_s"),
         )  # fmt: skip
         try:
             self._write_shards(job, plan, progress)
@@ -312,7 +308,7 @@ class Extraction:
 
             derive_shards(job, self._apart(self.derived), bar.update)
             if self.forward:
-                run_local(job, forward_units(self._apart(self.forward), self.layouts, plan), advance)
+                self.engine.run(job, forward_units(self._apart(self.forward), self.layouts, plan), advance)
         if job.failures and self.on_error == "fail":  # seen by the writer, behind the last batch
             raise UnreadableImage(next(iter(job.failures.values())))
 
@@ -356,19 +352,9 @@ class Extraction:
             self._compute = self.choice = None
         return fixed
 
-    def _read(self, number: int) -> EncodedImage:
-        """A distinct image by its number; of an augmented copy the image that it is made of."""
-        source = self.copying.source(number) if self.copying else number
-        data = self.dataset.read(int(self.contents.images[number]))
-        if _images.digest(data).encode() != self.digests[source]:
-            raise UnreadableImage(CHANGED)
-        return data
-
-    def _make(self, number: int, data: EncodedImage) -> EncodedImage:
-        """The augmented copy, where the number is that of one."""
-        if self.copying is None or number < self.plain:
-            return data
-        return self.copying.augmented.augmentation.copy_of(data, bytes(self.digests[number]))
+    def _reader(self) -> ImageReader:
+        dataset = self.dataset
+        return ImageReader(dataset.images, dataset.reading, self.contents.images, self.digests, self.copying)
 
     def _apart(self, groups: ImageGroups) -> ImageGroups:
         """Images and copies in shards of their own: those of the images are the same with copies and without."""

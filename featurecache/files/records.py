@@ -133,6 +133,7 @@ def is_text(value: str) -> bool:
 
 
 WAYS = ("library", "onednn", "openvino")  # of a forward pass: see featurecache.extraction.forward
+ENGINES = ("local", "processes", "ray")  # where shards are computed
 
 
 def checked_plan(plan: dict[str, Any], path: Path) -> dict[str, Any]:
