@@ -1,0 +1,68 @@
+"""A network that takes its time and says which process computes, for tests of workers; and what watches them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from support.user_nets import CNN
+
+BACKBONE = {"backbone": "python:nets:make", "random_weights": True, "outputs": "gap", "batch_size": 2, "workers": 1}
+_SAYS = """
+        import os, time
+        from pathlib import Path
+        with open("computed", "a") as log:
+            log.write(f"{os.getpid()}\\n")
+        time.sleep(float(Path("seconds").read_text()))
+"""
+
+
+def write_slow_net(seconds: float) -> None:
+    """nets.py of the current folder: a CNN, of which every pass takes so long."""
+    Path("nets.py").write_text(CNN.replace("    def forward(self, x):\n", f"    def forward(self, x):{_SAYS}"))
+    Path("seconds").write_text(str(seconds))
+
+
+def computed_by() -> set[int]:
+    """Processes other than this one that have computed."""
+    return {int(line) for line in Path("computed").read_text().split()} - {os.getpid()}
+
+
+def shard_bytes(cache: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(cache).glob("*/*/*.h5")}
+
+
+def wait_until(ready: Callable[[], Any], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+
+
+@contextmanager
+def meanwhile(ready: Callable[[], Any], act: Callable[[], Any]) -> Iterator[list[str]]:
+    """While the block runs: as soon as it is ``ready``, ``act``; what that raised."""
+    errors: list[str] = []
+
+    def watch() -> None:
+        try:
+            wait_until(ready)
+            act()
+        except BaseException as error:
+            errors.append(repr(error))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield errors
+    thread.join()
+    assert errors == []
+
+
+def kill_a_worker() -> None:
+    os.kill(min(computed_by()), signal.SIGKILL)
