@@ -146,6 +146,7 @@ def test_without_ray_it_is_said_how_to_get_it(tmp_path: Path, monkeypatch: pytes
         featurecache.prepare("digits", backbone="vit-demo", engine="ray", cache=tmp_path)
 
 
+@pytest.mark.integration
 def test_processes_share_the_cores_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.get_num_threads", lambda: 8)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
