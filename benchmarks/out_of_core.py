@@ -9,6 +9,8 @@ the first, the most anonymous memory, and the test accuracy; and beside them how
 that are not in memory. Linux only.
 """
 
+# ruff: noqa: E402  this folder has to leave sys.path first
+
 from __future__ import annotations
 
 import argparse
@@ -24,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reading import add_shard, new_store, numbered
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, in which `heads` is a benchmark
 
 import heads
+from benchmarks.reading import add_shard, new_store, numbered
 from featurecache.store.schema import ViewColumns
 from featurecache.store.shards import Layout
 from featurecache.store.view import View

@@ -97,6 +97,8 @@ class ForwardRunner:
             graph = self._graph if self._graph and parts <= set(self._graph.parts) else self._compile(parts)
             given = graph(self.backbone.preprocess.normalised(self._padded(images, slice(len(images)))))
             return {part: rows[: len(images)] for part, rows in given.items()}
+        if self.device.type == "cuda":
+            images = images.pin_memory()  # else the copy would hold up this thread
         pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
         with onednn_products() if self.way == "onednn" else contextlib.nullcontext():
             return self._own.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), parts)

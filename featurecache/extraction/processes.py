@@ -91,8 +91,8 @@ class _Process:
 
     def _death(self) -> WorkerLost:
         self._process.join()
-        code = self._process.exitcode
-        return WorkerLost(f"process {self._process.pid} ended with {code if code >= 0 else f'signal {-code}'}")
+        code = self._process.exitcode or 0
+        return WorkerLost(f"process {self._process.pid} ended with {f'signal {-code}' if code < 0 else f'code {code}'}")
 
     def close(self) -> None:
         self._closed = True
@@ -104,11 +104,11 @@ class _Process:
 def serve(pipe: Connection, setup: WorkerSetup) -> None:
     """The life of a worker's process: units come, results go, until its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends it
-    worker, units = ShardWorker(setup), list[ShardPlan]()
+    worker, units = ShardWorker(), list[ShardPlan]()
     try:
         while True:
             try:
-                given: Any = worker.compute(units) if units else worker.start()
+                given: Any = worker.compute(units) if units else worker.start(setup)
             except Exception:  # a mistake of ours: the parent shows it
                 given = traceback.format_exc()
             pipe.send(given)

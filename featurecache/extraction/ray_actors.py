@@ -91,10 +91,10 @@ class _Actor:
     """A worker in an actor; Ray starts it again when it has died."""
 
     def __init__(self, actor: Any, setup: Any) -> None:
-        self._handle = actor.remote(setup)
+        self._handle, self._setup = actor.remote(), setup
 
     def start(self) -> ShardResult | FeatureCacheError:
-        return self._answer(self._handle.start)
+        return self._answer(self._handle.start, self._setup)
 
     def compute(self, units: list[ShardPlan]) -> ShardResult | FeatureCacheError:
         return self._answer(self._handle.compute, units)
@@ -103,12 +103,14 @@ class _Actor:
         import ray
 
         try:
-            answer: ShardResult | FeatureCacheError = ray.get(method.remote(*arguments))
+            answer: ShardResult | FeatureCacheError | None = ray.get(method.remote(*arguments))
         except ray.exceptions.RayTaskError:  # a mistake of ours
             raise
         except ray.exceptions.RayError as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise WorkerLost(" … ".join(dict.fromkeys([lines[0], lines[-1].strip()]))) from error
+        if answer is None:
+            raise WorkerLost("Ray has started it again")
         return answer
 
     def close(self) -> None:

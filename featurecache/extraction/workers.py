@@ -101,14 +101,13 @@ class ShardWorker:
     """Computes shards in a process of its own. Errors for users are returned: not every one can be raised anew in
     another process."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
-        self._setup = setup
+    def __init__(self) -> None:
         self._compute: ForwardRunner | None = None
 
-    def start(self) -> ShardResult | FeatureCacheError:
+    def start(self, setup: WorkerSetup) -> ShardResult | FeatureCacheError:
         """Load the backbone, compare the probe images with the store."""
         try:
-            self._start(self._setup)
+            self._start(setup)
         except (Drift, ForwardUnavailable) as error:
             return type(error)(f"on {platform.node()}: {error}")
         except FeatureCacheError as error:
@@ -130,15 +129,13 @@ class ShardWorker:
         with exact_arithmetic(setup.threads):
             check_canary(setup.store, backbone, compute, setup.outputs, write=False)
         compute.release()
-        self._compute = compute
+        self._setup, self._compute = setup, compute
 
-    def compute(self, units: list[ShardPlan]) -> ShardResult | FeatureCacheError:
-        """Commit the shards of ``units`` that are not there yet."""
-        setup = self._setup
-        if self._compute is None and isinstance(answer := self.start(), FeatureCacheError):  # a fresh process
-            return answer
-        compute = self._compute
-        assert compute is not None, "it was started"
+    def compute(self, units: list[ShardPlan]) -> ShardResult | FeatureCacheError | None:
+        """Commit the shards of ``units`` that are not there yet. None where this is a fresh process, to be started."""
+        if self._compute is None:
+            return None
+        setup, compute = self._setup, self._compute
         job = ExtractionJob(
             setup.store, setup.layouts, setup.digests, setup.notes, read=setup.read, make=setup.make, compute=compute,
             preprocess=compute.backbone.preprocess, workers=setup.workers, threads=setup.threads,

@@ -225,15 +225,14 @@ def test_a_worker_whose_backbone_is_another_writes_nothing(here: Path, monkeypat
     setup: list[workers.WorkerSetup] = []
     monkeypatch.setattr(workers.WorkerSetup, "of", lambda *words: setup.append(of(*words)) or setup[0])
     prepared.run()
-    worker = workers.ShardWorker(setup[0])
-    assert isinstance(worker.start(), ShardResult)
+    assert isinstance(workers.ShardWorker().start(setup[0]), ShardResult)
     write_slow_net(0)
     with open("nets.py", "a") as module:
         module.write("# edited\n")
-    answer = workers.ShardWorker(setup[0]).start()
+    answer = workers.ShardWorker().start(setup[0])
     assert isinstance(answer, FeatureCacheError) and "is not the backbone" in str(answer)
     os.rename("c", "moved")
-    answer = workers.ShardWorker(setup[0]).start()
+    answer = workers.ShardWorker().start(setup[0])
     assert isinstance(answer, CacheError) and "a file system that all machines mount" in str(answer)
 
 
@@ -241,8 +240,9 @@ def test_what_a_worker_has_committed_is_not_computed_again(tmp_path: Path) -> No
     digests = np.array([f"{k:032x}" for k in range(4)], "S32")
     (tmp_path / "cls").mkdir()
     (tmp_path / "cls" / f"{workers.shard_name(digests[:2])}.h5").touch()
-    setup = SimpleNamespace(digests=digests, store=SimpleNamespace(folder=lambda output: tmp_path / output))
-    worker = workers.ShardWorker(setup)  # type: ignore[arg-type]
+    worker: Any = workers.ShardWorker()
+    assert worker.compute([]) is None  # not started yet
+    worker._setup = SimpleNamespace(digests=digests, store=SimpleNamespace(folder=lambda output: tmp_path / output))
     cls = SimpleNamespace(name="cls")
     assert worker._is_committed(ShardPlan(np.arange(2), (cls,)))  # type: ignore[arg-type]
     assert not worker._is_committed(ShardPlan(np.arange(2), (cls, SimpleNamespace(name="tokens"))))  # type: ignore[arg-type]
