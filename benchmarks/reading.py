@@ -104,7 +104,7 @@ def in_workers(read: Callable[[Path], object], path: Path, workers: int = 8) -> 
 def report_opening(folder: Path) -> None:
     paths = {
         "1,000,000 rows": scattered_view(folder / "rows", 1_000_000, 1).path,
-        "10,000 shards": scattered_view(folder / "shards", 100_000, 10_000).path,
+        "1,000,000 rows, 10,000 shards": scattered_view(folder / "shards", 1_000_000, 10_000).path,
     }
     few = scattered_view(folder / "few", 100_000, 100).path
     pairs = {

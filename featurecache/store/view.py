@@ -148,7 +148,8 @@ class View(ViewContent):
             if fine and len(file):
                 ends = [offset + rows * stored.info.row_bytes for offset, rows, _ in zip(*places, strict=True)]
                 inside = np.array([end <= size for end, size in zip(ends, places[2], strict=True)])
-                fine = ((0 <= row) & (row < files["rows"][file])).all() and (inside & placed)[np.unique(file)].all()
+                used = np.bincount(file, minlength=len(files)) > 0
+                fine = ((0 <= row) & (row < files["rows"][file])).all() and (inside & placed)[used].all()
             if not fine:
                 raise UnsafeFile(f"{self.path}: its index of {name} points outside the shards.")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,48 +77,52 @@ def test_two_actors_write_the_bytes_of_one_process_though_one_is_killed(cluster:
     assert torch.equal(featurecache.open_view(two.view).tensor("gap"), featurecache.open_view(one.view).tensor("gap"))
 
 
-def driver(cluster: Any, *options: str) -> subprocess.Popen[str]:
-    """The command in a process of its own, in shards of two images; what it prints comes to one pipe."""
+@contextmanager
+def driver(cluster: Any, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process of its own, in shards of two images; what it prints comes into the file ``said``."""
     code = "from featurecache.store import store; store.SHARD_ROWS = 2; import cli; cli.main()"
     words = ["--backbone", BACKBONE["backbone"], "--random-weights", "--outputs", "gap", "--batch-size", "2"]
     command = [sys.executable, "-c", code, "extract", "--data", "data", *words, "--cache", "c", "--engine", "ray"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, "--address", cluster.address, *options], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    with open("said", "w") as said:
+        running = subprocess.Popen(
+            [*command, "--address", cluster.address, *options], env=environment, stdout=said, stderr=said
+        )
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.wait()
 
 
 @pytest.mark.slow
 def test_a_killed_driver_is_started_again_and_its_shards_are_kept(cluster: Any, here: Path) -> None:
     write_slow_net(0.3)
     image_folder(here / "data", 24)
-    running = driver(cluster)
-    wait_until(lambda: len(shard_bytes("c")) > 1)
-    running.send_signal(signal.SIGKILL)
-    running.communicate()
+    with driver(cluster):
+        wait_until(lambda: len(shard_bytes("c")) > 1)
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in computed_by()))
     committed = shard_bytes("c")
     assert 1 < len(committed) < 12
-    running = driver(cluster)
-    assert f"{24 - 2 * len(committed)} computed in" in running.communicate()[0]
-    assert running.returncode == 0
+    with driver(cluster) as running:
+        assert running.wait() == 0
+    assert f"{24 - 2 * len(committed)} computed in" in Path("said").read_text()
     assert committed.items() <= shard_bytes("c").items() and list(Path("c").rglob("*.tmp")) == []
 
 
 @pytest.mark.slow
 def test_a_node_that_joins_computes_too_and_one_that_leaves_ends_nothing(cluster: Any, here: Path) -> None:
-    write_slow_net(2.0)
-    image_folder(here / "data", 60)
-    running = driver(cluster, "--actors", "3")
-    wait_until(lambda: len(computed_by() - {running.pid}) == 2)
-    node = cluster.add_node(num_cpus=1)
-    wait_until(lambda: len(computed_by() - {running.pid}) == 3)
-    cluster.remove_node(node, allow_graceful=False)
-    Path("seconds").write_text("0")
-    assert "60 images, 60 computed in" in running.communicate()[0]
-    assert running.returncode == 0
-    assert len(featurecache.open_view("data", "c").tensor("gap")) == 60
+    write_slow_net(1.0)
+    image_folder(here / "data", 120)
+    with driver(cluster, "--actors", "3", "--forward", "library") as running:
+        wait_until(lambda: len(computed_by() - {running.pid}) == 2)
+        node = cluster.add_node(num_cpus=1)
+        wait_until(lambda: len(computed_by() - {running.pid}) == 3)
+        cluster.remove_node(node, allow_graceful=False)
+        Path("seconds").write_text("0")
+        assert running.wait() == 0
+    assert "120 images, 120 computed in" in Path("said").read_text()
+    assert len(featurecache.open_view("data", "c").tensor("gap")) == 120
 
 
 @pytest.mark.slow
