@@ -194,8 +194,10 @@ class Extraction:
         wanted = [output for _, outputs in self.forward for output in outputs]
         with exact_arithmetic(plan["threads"]):
             reader = self._reader()
-            first = FirstImages(setting, rows, lambda number: reader.make(number, reader.read(number)))
+            first = FirstImages(self.backbone, rows, lambda number: reader.make(number, reader.read(number)))
             self._compute, self.choice = choose_for_store(setting, first, self.store, wanted, measure, self.forward_way)
+        if self._compute.batch_size != plan["batch_size"]:  # for want of memory
+            self.batch_size = self._compute.batch_size
         self.choosing_s += time.perf_counter() - start
 
     @exact_arithmetic()
