@@ -70,14 +70,14 @@ def token_view(folder: Path, rows: int, shards: int) -> View:
 
 
 def scattered_view(folder: Path, rows: int, shards: int) -> View:
-    """Over so many files: one shard of all rows under as many names, of which each gives some rows."""
-    store, digests = new_store(folder), numbered(rows)
-    shard = add_shard(store, SMALL, digests, np.zeros((rows, 4), "f2"))
+    """Over so many files: one shard of the rows of each under as many names."""
+    store, digests, each = new_store(folder), numbered(rows), rows // shards
+    shard = add_shard(store, SMALL, digests[:each], np.zeros((each, 4), "f2"))
     links = [shard.path.with_name(f"{number:032x}.h5") for number in range(shards)]
     for link in links:
         os.link(shard.path, link)
     located = RowLocations(
-        tuple(replace(shard, path=link) for link in links), np.arange(rows) * shards // rows, np.arange(rows)
+        tuple(replace(shard, path=link) for link in links), np.arange(rows) // each, np.arange(rows) % each
     )
     return make_view(store, SMALL, located, digests)
 

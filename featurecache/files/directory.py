@@ -40,6 +40,21 @@ _DTYPE = re.compile(r"\|b1|\|[iu]1|<[iu][248]|<f[248]|\|S[1-9]\d{0,3}")
 
 
 @dataclass(frozen=True)
+class Texts:
+    """A column of text before a str is made of each, of which a million take longer than all else of a view."""
+
+    text: str
+    stops: np.ndarray  # int64 [N+1]: text k goes from stops[k] to stops[k+1]
+
+    def __len__(self) -> int:
+        return len(self.stops) - 1
+
+    def array(self) -> np.ndarray:
+        """object [N]"""
+        return np.array([self.text[start:stop] for start, stop in pairwise(self.stops.tolist())], object)
+
+
+@dataclass(frozen=True)
 class UserBlock:
     """The first 512 bytes of a file: one line by which it can be checked and read."""
 
@@ -102,8 +117,8 @@ class ColumnFile:
             raise CacheError(f"{self.path}: {name} holds other things than true and false.")
         return values
 
-    def texts(self, name: str) -> list[str]:
-        """A column of text: slices of one block of UTF-8."""
+    def texts(self, name: str) -> Texts:
+        """A column of text: slices of one block of UTF-8, which are checked and not yet made."""
         block, ends = self.array(f"{TEXTS}{name}/bytes", "u1"), self.array(f"{TEXTS}{name}/ends", "<i8")
         stops = np.concatenate([[0], ends])
         if stops[-1] != len(block) or (stops[1:] < stops[:-1]).any():
@@ -117,7 +132,7 @@ class ColumnFile:
             if not begins[stops].all():
                 raise CacheError(f"{self.path}: a text of {name} ends within a character.")
             stops = (np.cumsum(begins) - 1)[stops]
-        return [text[start:stop] for start, stop in pairwise(stops.tolist())]
+        return Texts(text, stops)
 
     def words(self, name: str, known: Collection[str]) -> np.ndarray:
         """A column of text, object [N], each one of a few ``known`` ASCII words: read without making a million of them.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from featurecache.errors import CacheError, UnknownName, UnsafeFile
-from featurecache.files.directory import FORMAT, TEXTS, ColumnFile, open_columns
+from featurecache.files.directory import FORMAT, TEXTS, ColumnFile, Texts, open_columns
 from featurecache.files.records import parse_json
 from featurecache.images.augmentation import AugmentedCopies
 
@@ -75,6 +75,24 @@ class StoredOutput:
         return StoredOutput(self.info, self.index[:rows], self.checksums[:rows], errors)
 
 
+class _TextColumn:
+    """A field that is an array, made of `Texts` when it is first asked for."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        value = vars(instance)[self._name]
+        if isinstance(value, Texts):
+            value = vars(instance)[self._name] = value.array()
+        return value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        vars(instance)[self._name] = value
+
+
 @dataclass(eq=False)
 class ViewColumns:
     """What a view says of its N samples, in the order of the source; names are numpy arrays of str (dtype object)."""
@@ -87,10 +105,18 @@ class ViewColumns:
     meta: dict[str, Any] = field(default_factory=dict)
     versions: np.ndarray | None = None  # 0 for images, which come first, 1 … for augmented copies; None: no copies
 
+    @property
+    def count(self) -> int:
+        """N; no str is made for it."""
+        return len(vars(self)["_ids"])
+
     def at(self, rows: np.ndarray | slice) -> dict[str, Any]:
         """The columns by name, each of some ``rows`` only."""
         names = ("ids", "labels", "splits", "digests", "groups", "meta", "versions")
         return {name: column_at(getattr(self, name), rows) for name in names}
+
+
+ViewColumns.ids = _TextColumn("_ids")  # type: ignore[assignment]  # behind the dataclass, for which it were a default
 
 
 def text_array(texts: Sequence[str | None]) -> np.ndarray:
@@ -124,12 +150,12 @@ class ViewContent(ViewColumns):
     @property
     def plain_rows(self) -> int:
         """The first so many rows are plain images, the others augmented copies of them."""
-        return len(self.ids) if self.versions is None else int((self.versions == 0).sum())
+        return self.count if self.versions is None else int((self.versions == 0).sum())
 
     def plain(self) -> ViewContent:
         """The same with the columns of plain rows only; ``index`` keeps all."""
         n = self.plain_rows
-        return self if n == len(self.ids) else replace(self, **self.at(slice(n)))
+        return self if n == self.count else replace(self, **self.at(slice(n)))
 
     def copy_rows(self, path: Path) -> np.ndarray:
         """int64 [N, 1+k] of `View.copies`. A copy belongs to the image whose id it has, and its digest says so too."""
@@ -188,10 +214,10 @@ def _view_content(file: ColumnFile) -> ViewContent:
         task=str(attributes["task"]),
         source=_attribute(attributes, "source", name, dict),
         failed=[{"id": name, "reason": reason} for name, reason in failed],
-        ids=text_array(file.texts("ids")),
+        ids=file.texts("ids"),  # type: ignore[arg-type]
         labels=file.array("labels", ndim=None),
         splits=_splits(file),
-        groups=text_array(file.texts("groups")) if f"{TEXTS}groups/ends" in file.columns else None,
+        groups=file.texts("groups").array() if f"{TEXTS}groups/ends" in file.columns else None,
         digests=file.array("digests", DIGEST),
         versions=file.array("versions", "i4") if "versions" in file.columns else None,
         meta=_meta(file),
@@ -220,7 +246,7 @@ def _meta(file: ColumnFile) -> dict[str, np.ndarray]:
     columns = {key: file.array(f"meta/{key}") for key in _below("meta/", file)}
     if not all(column.dtype.kind in "biuf" for column in columns.values()):
         raise CacheError(f"{file.path}: further columns hold other things than numbers and text.")
-    columns |= {key: text_array(file.texts(f"meta/{key}")) for key in texts}
+    columns |= {key: file.texts(f"meta/{key}").array() for key in texts}
     return dict(sorted(columns.items()))
 
 
@@ -270,7 +296,7 @@ def _check_columns(view: ViewContent, name: Path) -> None:
     """Columns of one length and of the values that they may have."""
     columns: list[Any] = [view.labels, view.splits, view.digests, view.groups, view.versions, *view.meta.values()]
     columns += [column for s in view.index.values() for column in (s.index, s.checksums, s.errors)]
-    if view.task not in TASKS or {len(column) for column in columns if column is not None} != {len(view.ids)}:
+    if view.task not in TASKS or {len(column) for column in columns if column is not None} != {view.count}:
         raise CacheError(f"{name}: its columns do not agree with each other.")
     if not _all_text(view.classes) or len(set(view.classes)) != len(view.classes):
         raise CacheError(f"{name}: its classes are not different names.")

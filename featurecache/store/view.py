@@ -161,12 +161,12 @@ class View(ViewContent):
         return {**self.__dict__, "_maps": {}}
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.count
 
     @property
     def rows(self) -> int:
         """Rows that can be read: those of the images and of their augmented copies."""
-        return len(self._all.ids)
+        return self._all.count
 
     @property
     def distinct(self) -> int:

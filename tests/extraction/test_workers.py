@@ -188,7 +188,7 @@ def test_two_processes_write_the_bytes_of_one_though_one_is_killed(here: Path) -
     write_slow_net(0.3)
     with meanwhile(lambda: len(computed_by()) == 2 and len(shard_bytes("two")) > 2, kill_a_worker):
         two = featurecache.extract(data, cache="two", engine="processes", actors=2, **options)
-    assert len(computed_by()) == 3  # two, and one in the place of the killed
+    assert len(computed_by()) in (2, 3)  # that in the place of the killed one may have found nothing left to do
     assert shard_bytes("two") == shard_bytes("one") and len(shard_bytes("one")) == 14
     assert (two.images, two.computed, two.failed) == (13, two.computed, one.failed) and len(one.failed) == 1
     assert torch.equal(featurecache.open_view(two.view).tensor("gap"), featurecache.open_view(one.view).tensor("gap"))
