@@ -152,7 +152,7 @@ def test_processes_share_the_cores_of_a_cpu(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     options = {"backbone": "vit-demo", "random_weights": True, "limit": 4, "cache": tmp_path}
     prepared = featurecache.prepare("digits", engine="processes", actors=3, **options)
-    assert (prepared.plan["threads"], prepared.workers) == (2, 1)
+    assert (prepared.plan["threads"], prepared.workers) == (2, 2)
 
 
 def test_sources_that_hold_locks_and_open_files_go_to_other_processes(tmp_path: Path) -> None:
