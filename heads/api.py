@@ -27,8 +27,9 @@ from heads.runs.run import Run, load_run
 from heads.runs.write import OF_THE_PAGE, claim_run, write_run
 from heads.settings import HeadOptions, NetworkOptions, Settings, SweepOptions, takes
 from heads.splits import read_splits
+from heads.sweeps.folder import Sweep, load_sweep, open_sweep, write_sweep
 from heads.sweeps.grid import SweepSpec
-from heads.sweeps.journal import RECORD, ROWS, Sweep, load_sweep, open_sweep, read_journal, write_sweep
+from heads.sweeps.journal import RECORD, ROWS, read_journal
 from heads.sweeps.plan import FROM_PIXELS, SweepPlan, has_option, plan_sweep
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search

@@ -30,7 +30,7 @@ from featurecache.files.machine_state import read_state, write_state
 from featurecache.images import decoding as _images
 from featurecache.images.headers import READING
 from featurecache.outputs import Output, blocks, function_of, source_parts
-from featurecache.store.shards import TORCH_DTYPE, Layout
+from featurecache.store.shards import Layout, torch_dtype
 from featurecache.store.spec import ExtractionSpec
 
 _PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -171,7 +171,7 @@ class ForwardRunner:
         sources = {output.source: source_parts(output.source) for output in outputs}
         given = self._computed(images, wanted)
         exact = {key: torch.cat([given[part][chosen].float() for part in parts], -1) for key, parts in sources.items()}
-        rows = {key: tensor.to(TORCH_DTYPE[dtype]) for key, tensor in exact.items()}
+        rows = {key: tensor.to(torch_dtype(dtype)) for key, tensor in exact.items()}
         if dtype != "float16":
             return rows, {}
         return rows, {o.name: self._rounding(o, exact[o.source], rows[o.source]) for o in outputs}
