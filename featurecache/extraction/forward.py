@@ -49,6 +49,12 @@ def pick_device(device: str = "auto") -> torch.device:
     return picked
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a device; MPS and the CPU have no class of their own for it."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 class ForwardRunner:
     """A backbone on a device, in one precision, in batches of exactly ``batch_size`` rows, in one way.
 
