@@ -22,27 +22,14 @@ from featurecache.errors import CacheError, NotInCache, UnsafeFile
 from featurecache.files.atomic import refuse_links
 from featurecache.files.delimited import data_frame
 from featurecache.files.directory import ALIGNMENT, USER_BLOCK
-from featurecache.formatting import html_table, join_names, shell_words
-from featurecache.store.schema import Layout, StoredOutput, ViewContent, read_view, text_array
+from featurecache.formatting import html_table, shell_words
+from featurecache.store.schema import Layout, StoredOutput, ViewContent, read_view, source_options, text_array
 from featurecache.store.shards import damaged_rows, empty_rows, file_size, map_rows, torch_dtype, wrong_rows
 from featurecache.store.store import cache_folder, open_store
 
 if TYPE_CHECKING:
     import pandas
     import torch
-
-
-def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The options of a command line that name the images of ``source`` again."""
-    options: list[tuple[str, Any]] = [("--data", source.get("data", "DATA"))]
-    options += [("--column", f"{role}={column}") for role, column in (source.get("columns") or {}).items()]
-    words = {
-        f"--{name.replace('_', '-')}": source.get(name)
-        for name in ("task", "classes_at", "root", "uncertain", "page", "bits", "limit", "limit_seed")
-    }
-    words["--crop"] = ",".join(f"{edge:.15g}" for edge in source["crop"]) if source.get("crop") else None
-    words["--order"] = join_names(source["order"]) if source.get("order") else None
-    return options + [(option, value) for option, value in words.items() if value is not None]
 
 
 def _changed(settings: Mapping[str, Any], *keys: str) -> list[tuple[str, Any]]:

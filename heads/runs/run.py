@@ -18,8 +18,8 @@ from featurecache.files.delimited import data_frame
 from featurecache.formatting import html_table, number, text_of
 from featurecache.images.headers import READING, check_crop
 from featurecache.images.preprocessing import Preprocess
+from featurecache.store.schema import source_options
 from featurecache.store.store import cache_folder
-from featurecache.store.view import source_options
 from heads.metrics.calibration import Calibration
 from heads.models.catalogue import load_head, load_network
 from heads.models.common import FINETUNE, Input, rows_at_once
