@@ -55,7 +55,12 @@ def _switches() -> tuple[tuple[_Switch, ...], tuple[_Switch, ...]]:
         *(_precision(backend, each) for backend in ("cuda", "mkldnn") for each in ("matmul", "conv", "rnn")),
         *(_autocast(device) for device in ("cpu", "cuda", "mps")),
         (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
-        (deterministic, lambda mode: torch.use_deterministic_algorithms(mode[0], warn_only=mode[1]), (False, False)),
+        # by torch._C: `torch.use_deterministic_algorithms` imports the compiler first, which takes a second
+        (
+            deterministic,
+            lambda mode: torch._C._set_deterministic_algorithms(mode[0], warn_only=mode[1]),
+            (False, False),
+        ),
         _attribute(cudnn, "enabled", True),
         _attribute(cudnn, "benchmark", False),
         _attribute(cudnn, "deterministic", True),

@@ -41,6 +41,7 @@ from featurecache.extraction.openvino_graph import graph_is_stored, graph_key, i
 from featurecache.extraction.pipeline import decode_many
 from featurecache.files.locks import update_lock
 from featurecache.files.machine_state import read_state, state_key, write_state
+from featurecache.formatting import timed_part
 from featurecache.images.decoding import DECODING
 from featurecache.images.headers import EncodedImage, read_by
 from featurecache.outputs import Output, derive, members, parse
@@ -85,6 +86,7 @@ def write_canary(store: Store, reference: Reference) -> None:
     write_reference(store, reference.arrays, reference.made_by)
 
 
+@timed_part("canary")
 def check_canary(
     store: Store, backbone: Backbone, compute: ForwardRunner | None, outputs: Sequence[Output], *, write: bool = True
 ) -> None:
@@ -254,7 +256,7 @@ class StoreBackbone:
                 f"{store.path.name} was made by {request['name']}, which is a program. Run it with --trust-code if the "
                 "module of that name in this folder is yours."
             )
-        self.store, self.backbone = store, load_backbone(**request)
+        self.store, self.backbone = store, load_backbone(**request, remembered=True)
         spec = spec_of(self.backbone, store.spec.precision, store.spec.dtype, store.spec.preprocess)
         spec = replace(spec, generation=store.spec.generation)
         if spec.fingerprint != store.fingerprint:

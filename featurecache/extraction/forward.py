@@ -89,7 +89,8 @@ class ForwardRunner:
         return self._graph if self._graph and parts <= set(self._graph.parts) else self._compile(parts)
 
     def _compile(self, parts: set[str]) -> OpenvinoGraph:
-        if next(self.backbone.model.parameters()).is_meta:  # released: another process wants more of the same view
+        network = vars(self.backbone).get("model")  # which a remembered backbone may not have loaded
+        if network is not None and next(network.parameters()).is_meta:  # released: another process wants more
             self.backbone = load_backbone(**self.backbone.provenance["request"])
         self._graph = compile_graph(self.backbone, sorted(parts), self.batch_size, self._precision, self.threads)
         self._independent = None if self._graph.batch is None else False
@@ -98,7 +99,7 @@ class ForwardRunner:
     def release(self) -> None:
         """Free the weights that this way does not use: torch's, where a graph has its own; float32, where they were
         cast. Nothing else can be computed with the backbone afterwards."""
-        if self._graph is not None or self._own is not self.backbone:
+        if "model" in vars(self.backbone) and (self._graph is not None or self._own is not self.backbone):
             self.backbone.model.to("meta")
 
     @torch.no_grad()
