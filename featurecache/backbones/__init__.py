@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +64,11 @@ def _load(request: BackboneRequest, remembered: bool = False) -> Backbone:
     if alias is not None and not alias.id and not request.untrained:
         raise WeightsNotFound(f"{name} was never trained; it exists only with --random-weights")
     load, path = _loader(name)
-    whole = partial(load, path, request) if load is user_module.load else partial(load, path, request, alias)
+    if load is user_module.load:
+        return load(path, request)
     if remembered and load is transformers_models.load:
-        return remembered_or_loaded(path, request, alias, timed_part("backbone")(exact_arithmetic()(whole)))
-    return whole()
+        return remembered_or_loaded(path, request, alias)
+    return load(path, request, alias)
 
 
 def check_name(name: str | Path) -> None:

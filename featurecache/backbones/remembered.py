@@ -12,14 +12,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from featurecache.arithmetic import exact_arithmetic
+from featurecache.backbones import transformers_models
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, versions
-from featurecache.backbones.transformers_models import CheckpointFiles, find_checkpoint
+from featurecache.backbones.transformers_models import CheckpointFiles
 from featurecache.errors import WeightsDoNotFit
 from featurecache.files.machine_state import read_state, state_key, write_state
+from featurecache.formatting import timed_part
 from featurecache.images import preprocessing
 from featurecache.images.preprocessing import Preprocess
 
@@ -43,11 +47,10 @@ class RememberedBackbone(Backbone):
         return self.model
 
 
-def remembered_or_loaded(
-    where: str, request: BackboneRequest, alias: Alias | None, load: Callable[[], Backbone]
-) -> Backbone:
-    """What ``load`` gives for a checkpoint of transformers, without loading it where it is known."""
-    key = _key(request, find_checkpoint(where, request, alias))
+def remembered_or_loaded(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
+    """`transformers_models.load`, but that a network which is known is loaded when it is first asked for."""
+    checkpoint = transformers_models.find_checkpoint(where, request, alias)
+    load, key = partial(_load, checkpoint, request, alias), _key(request, checkpoint)
     if key is None:
         return load()
     if record := read_state("backbones", key):
@@ -59,6 +62,12 @@ def remembered_or_loaded(
     record = {each.name: getattr(loaded, each.name) for each in fields(loaded) if each.name != "model"}
     write_state("backbones", key, {**record, "preprocess": loaded.preprocess.to_dict()})
     return loaded
+
+
+@timed_part("backbone")
+@exact_arithmetic()
+def _load(checkpoint: CheckpointFiles, request: BackboneRequest, alias: Alias | None) -> Backbone:
+    return transformers_models.load_checkpoint(checkpoint, request, alias)
 
 
 def _key(request: BackboneRequest, checkpoint: CheckpointFiles) -> str | None:

@@ -75,7 +75,10 @@ class CheckpointFiles:
 
 def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
     """``where`` is a repository with or without @revision, or a folder; empty for an alias that has no weights."""
-    checkpoint = find_checkpoint(where, request, alias)
+    return load_checkpoint(find_checkpoint(where, request, alias), request, alias)
+
+
+def load_checkpoint(checkpoint: CheckpointFiles, request: BackboneRequest, alias: Alias | None) -> Backbone:
     with quiet():
         family, config = _configuration(checkpoint, alias)
         preprocess, origin = _preprocess(checkpoint, family, config, request, alias)

@@ -295,6 +295,7 @@ class StoreBackbone:
             pixels = probe_pixels(self.backbone)
             write_canary(self.store, _measure(self.backbone, self.compute, self.store.spec, [output], pixels))
 
+    @timed_part("compute")
     @exact_arithmetic()
     def rows(
         self, images: Sequence[EncodedImage], *outputs: Output, check: bool = True

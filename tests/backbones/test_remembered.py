@@ -13,7 +13,6 @@ from support.command import call
 from support.pictures import image_folder
 
 from featurecache.backbones import load_backbone, remembered, transformers_models
-from featurecache.backbones.base import BackboneRequest
 from featurecache.errors import WeightsDoNotFit
 from featurecache.extraction.run import Extraction
 from featurecache.store.store import Store
@@ -29,8 +28,8 @@ def checkpoint(vit, tmp_path, monkeypatch):
 @pytest.fixture
 def loadings(monkeypatch):
     """Grows by each checkpoint that is loaded."""
-    made, load = [], transformers_models.load
-    monkeypatch.setattr(transformers_models, "load", lambda *given: made.append(given[0]) or load(*given))
+    made, load = [], transformers_models.load_checkpoint
+    monkeypatch.setattr(transformers_models, "load_checkpoint", lambda *given: made.append(given[0]) or load(*given))
     return made
 
 
@@ -71,8 +70,7 @@ def test_files_that_changed_just_now_are_not_trusted(checkpoint, loadings, monke
 
 def test_a_network_that_is_another_than_was_remembered_is_refused(checkpoint, monkeypatch):
     known(checkpoint)
-    second, load = known(checkpoint), transformers_models.load
-    other = replace(load(str(checkpoint), BackboneRequest(str(checkpoint)), None), weights={"blake2b": "0"})
+    second, other = known(checkpoint), replace(load_backbone(checkpoint), weights={"blake2b": "0"})
     second.load = lambda: other
     with pytest.raises(WeightsDoNotFit, match="weights of net changed meanwhile"):
         second.model  # noqa: B018
