@@ -9,6 +9,7 @@ asked for, and has to be the same. (A converted graph needs none: it is kept by 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
@@ -54,14 +55,21 @@ def remembered_or_loaded(where: str, request: BackboneRequest, alias: Alias | No
     if key is None:
         return load()
     if record := read_state("backbones", key):
-        known = {name: tuple(value) if name in _TUPLES else value for name, value in record.items()}
         backbone = object.__new__(RememberedBackbone)
-        vars(backbone).update(known, preprocess=Preprocess.from_dict(record["preprocess"]), load=load)
+        vars(backbone).update(_values(record), load=load)
         return backbone
     loaded = load()
-    record = {each.name: getattr(loaded, each.name) for each in fields(loaded) if each.name != "model"}
-    write_state("backbones", key, {**record, "preprocess": loaded.preprocess.to_dict()})
+    values = {each.name: getattr(loaded, each.name) for each in fields(loaded) if each.name != "model"}
+    record = json.loads(json.dumps({**values, "preprocess": loaded.preprocess.to_dict()}))
+    if _values(record) == values:  # settings that JSON has no words for would come back as others
+        write_state("backbones", key, record)
     return loaded
+
+
+def _values(record: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `Backbone` but its network, from JSON."""
+    values = {name: tuple(value) if name in _TUPLES else value for name, value in record.items()}
+    return {**values, "preprocess": Preprocess.from_dict(record["preprocess"])}
 
 
 @timed_part("backbone")

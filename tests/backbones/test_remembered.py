@@ -68,6 +68,14 @@ def test_files_that_changed_just_now_are_not_trusted(checkpoint, loadings, monke
     assert len(loadings) == 2
 
 
+def test_settings_that_json_would_change_are_not_remembered(checkpoint, loadings, monkeypatch):
+    plain = transformers_models.plain_config
+    monkeypatch.setattr(transformers_models, "plain_config", lambda config: {**plain(config), "places": {10: 1, 2: 0}})
+    known(checkpoint)
+    known(checkpoint)
+    assert len(loadings) == 2
+
+
 def test_a_network_that_is_another_than_was_remembered_is_refused(checkpoint, monkeypatch):
     known(checkpoint)
     second, other = known(checkpoint), replace(load_backbone(checkpoint), weights={"blake2b": "0"})

@@ -52,7 +52,7 @@ def test_who_looks_at_what_is_there_loads_no_torch(here):
     assert record["runs"][0] == {"path": "runs/one", "head": "linear", "output": "cls", "metrics": run.metrics}
     assert record["sweeps"] == [{"path": "runs/some", "heads": 2, "families": 2}]
     line = next(line for line in text.splitlines() if line.startswith("runs/some"))
-    assert f" {best.head} on toy" in line and f"{best.metrics['val']['auroc']:.3f}" in line
+    assert f" {best.head} on vit-toy/toy cls" in line and f"{best.metrics['val']['auroc']:.3f}" in line
     assert verified["damages"] == [] and verified["files"] > 10
     (view.store / "canary.safetensors").write_bytes(b"no tensors")
     ((text, there),) = outputs_of(["verify"])
