@@ -130,13 +130,13 @@ def info(
         from heads.models.catalogue import describe_network, is_baseline
         from heads.reports.text import head_table
 
-        pixels = is_baseline(head)
-        record = (
-            describe_network(head, options["classes"], image_size) if pixels else _head_record(talk, head, **options)
-        )
+        if is_baseline(head):
+            record, cache = describe_network(head, options["classes"], image_size), None
+            words = f"train-baseline --arch {shell_word(head)} --data FOLDER"
+        else:
+            record, words = _head_record(talk, head, **options), f"train-head --head {shell_word(head)}"
         talk.result(head_table(record), record)
-        what = "train-baseline --arch" if pixels else "train-head --head"
-        talk.next(f"featurecache {what} {shell_word(head)}" + " --data FOLDER" * pixels, None if pixels else cache)
+        talk.next(f"featurecache {words}", cache)
     elif name and (Path(name) / "config.json").exists():
         import heads
         from heads.reports.text import run_lines

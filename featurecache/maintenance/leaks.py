@@ -283,8 +283,8 @@ class CentredUnitRows:
     def __init__(self, view: View, output: str, rows: np.ndarray) -> None:
         """``mean`` [D] is that of ``rows``; rows that are not finite are not in it. An output that is made of tokens is
         made once and kept in memory, a stored one is read block by block."""
-        whole = None if output in view.outputs else view.array(output)
-        self._read = lambda rows: view.array(output, rows) if whole is None else whole[rows]
+        whole = None if output in view.outputs else view.tensor(output).numpy()
+        self._read = lambda rows: view.tensor(output, rows).numpy() if whole is None else whole[rows]
         total, number = np.zeros(view.info(output).shape), 0
         for part in _parts(rows, BLOCK):
             x = self._read(part).astype(np.float64)  # five times as fast as torch's own, of float16
