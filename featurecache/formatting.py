@@ -9,6 +9,7 @@ text ``text_of(cell(text)) == text``, also for text that begins with apostrophes
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import html
 import io
@@ -19,8 +20,9 @@ import platform
 import re
 import shlex
 import textwrap
+import time
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
@@ -47,6 +49,30 @@ def size_text(size: float) -> str:
         if size >= scale or (unit == "GB" and size >= 5e8):
             return f"{size / scale:.3g} {unit}"
     return f"{int(size)} B"
+
+
+@contextlib.contextmanager
+def timed_part(name: str) -> Iterator[None]:
+    """Adds what the block takes to the ``PARTS`` of the command that runs, without those inside it."""
+    parts = PARTS.get()
+    if parts is None:
+        yield
+        return
+    start, before = time.perf_counter(), sum(parts.values())
+    try:
+        yield
+    finally:
+        inside = sum(parts.values()) - before
+        parts[name] = parts.get(name, 0.0) + time.perf_counter() - start - inside
+
+
+def parts_line(parts: Mapping[str, float], whole: float) -> str:
+    """``imports 1.20 s, backbone 0.02 s, other 0.10 s; 1.32 s in all``."""
+    other = whole - sum(parts.values())
+    return (
+        ", ".join(f"{name} {taken:.2f} s" for name, taken in {**parts, "other": other}.items())
+        + f"; {whole:.2f} s in all"
+    )
 
 
 def duration(seconds: float) -> str:
@@ -99,6 +125,7 @@ def aligned(
 _LEAST, _SHORT = 24, 8  # characters, at least, of a column whose texts or whose header fold
 WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 TABLE_WIDTH: ContextVar[int | None] = ContextVar("columns of the terminal that tables are for", default=None)
+PARTS: ContextVar[dict[str, float] | None] = ContextVar("seconds of the parts of a command", default=None)
 
 
 def _widths(rows: Sequence[Sequence[str]]) -> list[int]:

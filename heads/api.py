@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError, nearest
 from featurecache.files.names import check_path
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, timed_part
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
 from heads.evaluation.families import Family, families_of, plain_names
@@ -27,8 +27,9 @@ from heads.runs.run import Run, load_run
 from heads.runs.write import OF_THE_PAGE, claim_run, write_run
 from heads.settings import HeadOptions, NetworkOptions, Settings, SweepOptions, takes
 from heads.splits import read_splits
+from heads.sweeps.folder import Sweep, load_sweep, open_sweep, write_sweep
 from heads.sweeps.grid import SweepSpec
-from heads.sweeps.journal import RECORD, ROWS, Sweep, load_sweep, open_sweep, read_journal, write_sweep
+from heads.sweeps.journal import RECORD, ROWS, read_journal
 from heads.sweeps.plan import FROM_PIXELS, SweepPlan, has_option, plan_sweep
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search
@@ -70,10 +71,13 @@ def train_head(
         if target.run:
             return _finished(target.run, say)
         describe_training(job, say)
-        (fit,) = train_together(job, [settings], say, progress=progress)
+        with timed_part("training"):
+            (fit,) = train_together(job, [settings], say, progress=progress)
         if isinstance(fit, ProtocolError):
             raise fit
-        contents = run_contents(job, fit, measure_controls(job, say) if controls else [])
+        with timed_part("controls"):
+            measured = measure_controls(job, say) if controls else []
+        contents = run_contents(job, fit, measured)
         return write_run(target, contents, partial(_draw_page, images, hash_ids) if report else None)
 
 
@@ -127,6 +131,7 @@ def _finished(run: Run, say: Say) -> Run:
     return run
 
 
+@timed_part("page")
 def _draw_page(images: bool, hash_ids: bool, run: Run) -> None:
     """The pictures and the page of a run that is being written, with the intervals in its metrics."""
     save_pictures(run)

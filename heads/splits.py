@@ -20,9 +20,9 @@ import numpy as np
 from featurecache.errors import BadOption, ProtocolError
 from featurecache.files.delimited import read_delimited
 from featurecache.formatting import abbreviated, cell, shell_word, text_of
-from heads.settings import Settings
+from heads.settings import SPLITS, Settings
 from heads.stratify import nested_fraction, stratified_parts
-from heads.task import SPLITS, FeatureView, Leak, Task, clusters_of, is_labelled, plain_rows
+from heads.task import FeatureView, Leak, Task, clusters_of, is_labelled, plain_rows
 
 SHARE = 0.15  # of train, for a val or a test that the data do not have
 FEW = 10  # images of one class below which a val split cannot choose a model

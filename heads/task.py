@@ -77,9 +77,6 @@ class FeatureView(Protocol):
         """[n,...]: rows of an output, in the order given."""
 
 
-SPLITS = ("train", "val", "test")
-
-
 @dataclass(frozen=True)
 class Leak:
     """``count`` images or groups (``kind``) that stand in both ``splits``."""

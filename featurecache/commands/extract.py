@@ -26,6 +26,7 @@ from featurecache.formatting import (
     shape_text,
     shell_word,
     size_text,
+    timed_part,
 )
 
 if TYPE_CHECKING:
@@ -296,10 +297,11 @@ def extract(
     \b
     featurecache extract --backbone vit-in21k --data chest/ --outputs cls,tokens
     """
-    from featurecache.extraction import plan
-    from featurecache.extraction.run import ASK_BYTES
-    from featurecache.sources.summary import contact_sheet
-    from featurecache.store.view import View
+    with timed_part("imports"):
+        from featurecache.extraction import plan
+        from featurecache.extraction.run import ASK_BYTES
+        from featurecache.sources.summary import contact_sheet
+        from featurecache.store.view import View
 
     if options["data"] == "digits":
         talk.say("data       digits: scikit-learn's 1,797 handwritten digits; give your own with --data FOLDER")

@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,12 +29,14 @@ from featurecache.errors import BadOption, FeatureCacheError, Reading, SeveralRe
 from featurecache.files.atomic import NO_ROOM, cannot_write, refuse_special
 from featurecache.files.names import check_path
 from featurecache.formatting import (
+    PARTS,
     TABLE_WIDTH,
     fold,
     harmless,
     is_harmless,
     join_names,
     one_line,
+    parts_line,
     shell_word,
     shell_words,
     terminal_width,
@@ -253,10 +256,14 @@ def command(function: Callable[..., Any]) -> click.Command:
 
     @functools.wraps(function)
     def wrapped(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+        start, console = time.perf_counter(), Console(as_json, quiet)
         try:
             TABLE_WIDTH.set(terminal_width(sys.stdout))
+            PARTS.set({} if debug else None)
             _check_places(options)
-            code = _run(function, Console(as_json, quiet), options)
+            code = _run(function, console, options)
+            if parts := PARTS.get():
+                console.say(f"time       {parts_line(parts, time.perf_counter() - start)}")
         except FeatureCacheError as error:
             code = _report(error, debug)
         except (click.ClickException, click.Abort):
@@ -284,7 +291,7 @@ def command(function: Callable[..., Any]) -> click.Command:
     ending = [
         Option(["--json", "as_json"], is_flag=True, help="One JSON object on stdout."),
         Option(["--quiet", "-q"], is_flag=True, help="Results only: no talk, no progress bar."),
-        Option(["--debug"], is_flag=True, help="Show where an error came from."),
+        Option(["--debug"], is_flag=True, help="Show where an error came from, and where the time went."),
     ]
     for each in ending:
         each.section = "output"

@@ -31,7 +31,7 @@ from featurecache.extraction.run import Extraction, ExtractionResult
 from featurecache.extraction.scan import ScanResult, scan
 from featurecache.files.names import is_file_name
 from featurecache.files.records import ENGINES, WAYS
-from featurecache.formatting import columns, cost_per_image, duration, first_of, shell_word
+from featurecache.formatting import columns, cost_per_image, duration, first_of, shell_word, timed_part
 from featurecache.images.augmentation import augmentation_of
 from featurecache.outputs import parse_list
 from featurecache.sources import open_source
@@ -117,7 +117,8 @@ def prepare(
             "limit": limit,
             "limit_seed": limit_seed,
         }
-        data = open_source(data, columns=columns, task=task, **how)  # type: ignore[arg-type]
+        with timed_part("source"):
+            data = open_source(data, columns=columns, task=task, **how)  # type: ignore[arg-type]
     elif any(each is not None for each in (page, bits, crop, limit)):
         raise BadOption(
             "page, bits, crop and limit say how data are read: give them to open_source, which made this Dataset."
@@ -130,8 +131,9 @@ def prepare(
     picked = pick_device(device)
     where = _engine(engine, picked, actors, num_gpus, address)
     network = load_backbone(
-        backbone, weights=weights, random_weights=random_weights, seed=seed, image_size=image_size, fit=fit
-    )
+        backbone, weights=weights, random_weights=random_weights, seed=seed, image_size=image_size, fit=fit,
+        remembered=True,
+    )  # fmt: skip
     name = name or dataset.name
     _check_storable(dataset, name)
     # decode threads: on a CPU too as many as cores; those that are ahead wait (2 for 1: 8 to 20 % on large images)
@@ -141,7 +143,8 @@ def prepare(
     if secret and remember:
         secret.keep()
     digest_cache, threads, fail = DigestCache(folder, writes=remember), max(workers, 4), on_error == "fail"
-    result = scan(dataset, digest_cache, secret.value if secret else b"", threads, progress=progress, fail=fail)
+    with timed_part("source"):
+        result = scan(dataset, digest_cache, secret.value if secret else b"", threads, progress=progress, fail=fail)
     if trouble := result.files.cache.trouble:
         dataset = replace(dataset, notes=(*dataset.notes, trouble))
     _check_bits(dataset, result)

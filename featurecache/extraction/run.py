@@ -33,12 +33,19 @@ from featurecache.extraction.choose_forward import (
 )
 from featurecache.extraction.contents import ImageReader, ViewContents, write_view_of
 from featurecache.extraction.forward import ForwardRunner, parts_for
-from featurecache.extraction.pipeline import Engine, ExtractionJob, LocalEngine, derive_shards, forward_units
+from featurecache.extraction.pipeline import (
+    Engine,
+    ExtractionJob,
+    LocalEngine,
+    ShardJob,
+    derive_shards,
+    forward_units,
+)
 from featurecache.extraction.scan import ScanResult
 from featurecache.extraction.timings import StageTimings, measure_again
 from featurecache.files.atomic import check_room, file_stamp
 from featurecache.files.locks import shared_lock, update_lock
-from featurecache.formatting import progress_bar
+from featurecache.formatting import progress_bar, timed_part
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
 from featurecache.outputs import Output
 from featurecache.sources.base import Dataset
@@ -181,6 +188,7 @@ class Extraction:
         assert self._compute is not None
         return self._compute
 
+    @timed_part("choose forward")
     def _choose(self, measure: bool, images: int) -> None:
         plan, start = self.plan, time.perf_counter()
         parts = parts_for([canary.anchor_output(self.backbone), *self.outputs])
@@ -239,7 +247,7 @@ class Extraction:
             made_of = {"backbone": self.backbone.name, "parameters": self.backbone.parameters}
             store = create_store(self.cache, self.backbone.name, self.spec, {**self.backbone.provenance, **made_of})
         store.sweep()
-        jobs, derived = list[ExtractionJob](), 0
+        jobs, derived = list[ShardJob](), 0
         with shared_lock(store.path, "extract"):
             while True:
                 self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
@@ -248,39 +256,46 @@ class Extraction:
                 done = self._compute_missing(plan, progress)
                 jobs += done
                 derived += self.to_derive
-                with update_lock(store.path):  # of two that write one view the second keeps what the first wrote
+                with (
+                    timed_part("view"),
+                    update_lock(store.path),
+                ):  # of two that write one view the second keeps what the first wrote
                     if file_stamp(store.path / f"{self.name}.h5") == self.contents.stamp:
                         failures = done[0].failures if done else {}
                         path, images, copies, failed = write_view_of(
                             self.contents, store, self.name, self.dataset, self.scan, failures
                         )
                         break
-        if not any(job.timings.images for job in jobs) and store.cost_of_busy(self.device.type):
+        timings = [job.timings for job in jobs if isinstance(job, ExtractionJob)]
+        if not any(each.images for each in timings) and store.cost_of_busy(self.device.type):
             again = measure_again(self.compute(), self.device, self.backbone.image_size, self.outputs, plan["threads"])
             store.write_cost(self.device.type, self.name, again)
-        timings = [job.timings for job in jobs] or [StageTimings(self.device, batch=0)]
+        timings = timings or [StageTimings(self.device, batch=0)]
         names, computed = tuple(output.name for output in self.outputs), sum(each.images for each in timings)
         return ExtractionResult(
             path, names, images, computed, derived, time.perf_counter() - start, timings[0].shares(), failed, copies,
             store.cost(self.name),
         )  # fmt: skip
 
-    def _compute_missing(self, plan: dict[str, Any], progress: bool) -> list[ExtractionJob]:
+    @timed_part("compute")
+    def _compute_missing(self, plan: dict[str, Any], progress: bool) -> list[ShardJob]:
         """Write the shards that are missing; what was done, where anything was. Raises Stopped and, under ``--on-error
         fail``, SourceError."""
         assert self.store is not None
         if not self.to_compute and not self.to_derive:
             return []
         done = {**plan, "forward": self.compute().way} if self.forward else plan
+        notes = notes_for(self.spec.fingerprint, self.device.type, done)
+        job = ShardJob(self.store, self.layouts, self.digests, notes)  # what follows from tokens needs no network
         if self.forward:
             self.compute().release()
-        reader = self._reader()
-        job = ExtractionJob(
-            self.store, self.layouts, self.digests, notes_for(self.spec.fingerprint, self.device.type, done),
-            read=reader.read, make=reader.make, preprocess=self.backbone.preprocess, compute=self.compute(),
-            workers=self.workers, threads=plan["threads"], fail_fast=self.on_error == "fail", plain=self.plain,
-            images_per_s=plan.get("images_per_s"),
-        )  # fmt: skip
+            reader = self._reader()
+            job = ExtractionJob(
+                self.store, self.layouts, self.digests, notes, read=reader.read, make=reader.make,
+                preprocess=self.backbone.preprocess, compute=self.compute(), workers=self.workers,
+                threads=plan["threads"], fail_fast=self.on_error == "fail", plain=self.plain,
+                images_per_s=plan.get("images_per_s"),
+            )  # fmt: skip
         try:
             self._write_shards(job, plan, progress)
         except KeyboardInterrupt as error:
@@ -295,21 +310,22 @@ class Extraction:
         self._keep_timings(job)
         return [job]
 
-    def _keep_timings(self, job: ExtractionJob) -> None:
-        if measured := job.timings.record():
+    def _keep_timings(self, job: ShardJob) -> None:
+        if isinstance(job, ExtractionJob) and (measured := job.timings.record()):
             job.store.write_cost(self.device.type, self.name, measured)
 
-    def _write_shards(self, job: ExtractionJob, plan: dict[str, Any], progress: bool) -> None:
+    def _write_shards(self, job: ShardJob, plan: dict[str, Any], progress: bool) -> None:
         """Raises UnreadableImage under ``--on-error fail``."""
         with progress_bar(self.to_compute + self.to_derive, progress) as bar:
-
-            def advance(images: int) -> None:
-                stage, share = max(job.timings.shares().items(), key=lambda each: each[1])
-                bar.set_postfix_str(f"{100 * share:.0f} % {stage}", refresh=False)
-                bar.update(images)
-
             derive_shards(job, self._apart(self.derived), bar.update)
-            if self.forward:
+            if isinstance(job, ExtractionJob):
+                timings = job.timings
+
+                def advance(images: int) -> None:
+                    stage, share = max(timings.shares().items(), key=lambda each: each[1])
+                    bar.set_postfix_str(f"{100 * share:.0f} % {stage}", refresh=False)
+                    bar.update(images)
+
                 self.engine.run(job, forward_units(self._apart(self.forward), self.layouts, plan), advance)
         if job.failures and self.on_error == "fail":  # seen by the writer, behind the last batch
             raise UnreadableImage(next(iter(job.failures.values())))

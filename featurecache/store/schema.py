@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from featurecache.errors import CacheError, UnknownName, UnsafeFile
 from featurecache.files.directory import FORMAT, TEXTS, ColumnFile, Texts, open_columns
 from featurecache.files.records import parse_json
+from featurecache.formatting import join_names
 from featurecache.images.augmentation import AugmentedCopies
 
 DIGEST = np.dtype("S32")
@@ -326,3 +327,16 @@ def _copies_fit(view: ViewContent) -> bool:
     copies, names = view.versions[n:], view.ids
     fine = n > 0 and not view.versions[:n].any() and ((copies > 0) & (copies <= view.augmented.views)).all()
     return bool(fine) and set(names[n:]) <= set(names[:n])
+
+
+def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The options of a command line that name the images of ``source`` again."""
+    options: list[tuple[str, Any]] = [("--data", source.get("data", "DATA"))]
+    options += [("--column", f"{role}={column}") for role, column in (source.get("columns") or {}).items()]
+    words = {
+        f"--{name.replace('_', '-')}": source.get(name)
+        for name in ("task", "classes_at", "root", "uncertain", "page", "bits", "limit", "limit_seed")
+    }
+    words["--crop"] = ",".join(f"{edge:.15g}" for edge in source["crop"]) if source.get("crop") else None
+    words["--order"] = join_names(source["order"]) if source.get("order") else None
+    return options + [(option, value) for option, value in words.items() if value is not None]

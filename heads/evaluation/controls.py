@@ -20,8 +20,9 @@ from heads.metrics.calibration import CalibratedPredictions, calibrate
 from heads.metrics.classification import evaluate
 from heads.models.catalogue import HALF, squash_preprocess
 from heads.pixel_view import read_images
+from heads.settings import SPLITS
 from heads.splits import Splits
-from heads.task import SPLITS, FeatureView, Task
+from heads.task import FeatureView, Task
 
 if TYPE_CHECKING:
     from featurecache.images.preprocessing import Preprocess

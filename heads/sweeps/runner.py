@@ -17,15 +17,16 @@ from featurecache.errors import ProtocolError, Stopped
 from featurecache.files.records import canonical_json
 from featurecache.formatting import duration
 from heads.evaluation.controls import all_controls
-from heads.evaluation.families import Selection, family_of, mean_of, select_setting, setting_of
+from heads.evaluation.selection import Row, Selection, family_of, mean_of, select_setting, setting_of
 from heads.models.common import FINETUNE
 from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
 from heads.runs.run import hash_of
 from heads.runs.write import RunTarget, write_run
 from heads.settings import METRICS, Settings
+from heads.sweeps.folder import StagedRuns, key_in, seal_sweep, slug
 from heads.sweeps.grid import Range, Resplit
-from heads.sweeps.journal import ROWS, JournalFile, Row, StagedRuns, key_in, seal_sweep, slug
+from heads.sweeps.journal import ROWS, JournalFile
 from heads.sweeps.plan import STEPPED, PlannedFamily, SweepPlan
 from heads.sweeps.progress import SweepBar
 from heads.sweeps.search import search

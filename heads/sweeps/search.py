@@ -17,8 +17,8 @@ from featurecache.errors import BadOption, RunError
 from featurecache.files.records import canonical_json
 from heads.runs.run import hash_of
 from heads.settings import METRICS
+from heads.sweeps.folder import STORAGE
 from heads.sweeps.grid import DIGITS, Range
-from heads.sweeps.journal import STORAGE
 from heads.sweeps.plan import PlannedFamily, SweepPlan, has_option
 
 if TYPE_CHECKING:

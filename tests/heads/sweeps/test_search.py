@@ -10,7 +10,7 @@ from support.sweeps import content, sweep, trained, view_of
 
 from featurecache.errors import BadOption, RunError, Stopped
 from heads.sweeps import search
-from heads.sweeps.journal import load_sweep
+from heads.sweeps.folder import load_sweep
 
 SEARCH = {"lr": "1e-4..1e-1", "search": "optuna", "epochs": 1}
 
