@@ -15,6 +15,7 @@ from featurecache.files.names import check_path
 from featurecache.formatting import abbreviated
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
+from heads.evaluation.controls import measure_controls
 from heads.evaluation.families import Family, families_of, plain_names
 from heads.inference import predict_images
 from heads.models.catalogue import is_baseline, own_settings
@@ -36,7 +37,7 @@ from heads.task import FeatureView, Say, memory_for_features, task_of
 from heads.training import network
 from heads.training.job import describe_training, prepare_training, request_of
 from heads.training.loop import Checkpoint
-from heads.training.train import measure_controls, run_contents, train_together
+from heads.training.train import run_contents, train_together
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,7 +74,8 @@ def train_head(
         (fit,) = train_together(job, [settings], say, progress=progress)
         if isinstance(fit, ProtocolError):
             raise fit
-        contents = run_contents(job, fit, measure_controls(job, say) if controls else [])
+        beside = measure_controls(job.view, job.task, job.splits, say, progress) if controls else []
+        contents = run_contents(job, fit, beside)
         return write_run(target, contents, partial(_draw_page, images, hash_ids) if report else None)
 
 
@@ -110,7 +112,8 @@ def train_baseline(
         describe_training(job, say)
         checkpoint = Checkpoint(target.checkpoint)
         fit = network.train_network(job, settings, say, checkpoint, progress)
-        contents = run_contents(job, fit, measure_controls(job, say) if controls else [])
+        beside = measure_controls(job.view, job.task, job.splits, say, progress) if controls else []
+        contents = run_contents(job, fit, beside)
         if arch.startswith(FINETUNE):
             contents = network.with_backbone(contents, fit.model.cpu())
         run = write_run(target, contents, partial(_draw_page, images, hash_ids) if report else None)
