@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError, nearest
 from featurecache.files.names import check_path
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, clear_status, show_status
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
 from heads.evaluation.controls import measure_controls
@@ -76,7 +76,7 @@ def train_head(
             raise fit
         beside = measure_controls(job.view, job.task, job.splits, say, progress) if controls else []
         contents = run_contents(job, fit, beside)
-        return write_run(target, contents, partial(_draw_page, images, hash_ids) if report else None)
+        return write_run(target, contents, partial(_draw_page, images, hash_ids, progress) if report else None)
 
 
 @takes(NetworkOptions)
@@ -116,7 +116,7 @@ def train_baseline(
         contents = run_contents(job, fit, beside)
         if arch.startswith(FINETUNE):
             contents = network.with_backbone(contents, fit.model.cpu())
-        run = write_run(target, contents, partial(_draw_page, images, hash_ids) if report else None)
+        run = write_run(target, contents, partial(_draw_page, images, hash_ids, progress) if report else None)
         checkpoint.remove()
         return run
 
@@ -130,11 +130,13 @@ def _finished(run: Run, say: Say) -> Run:
     return run
 
 
-def _draw_page(images: bool, hash_ids: bool, run: Run) -> None:
+def _draw_page(images: bool, hash_ids: bool, progress: bool, run: Run) -> None:
     """The pictures and the page of a run that is being written, with the intervals in its metrics."""
+    show_status("writing the page", progress)
     save_pictures(run)
     families = families_of([run])
     write_report(run.path, families, compare(families), images=images, hash_ids=hash_ids, place=run.folder)
+    clear_status()
 
 
 @exact_arithmetic()

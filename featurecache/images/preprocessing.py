@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from featurecache.errors import BadOption, PreprocessingRefused, UnreadableImage
-from featurecache.images.headers import MAX_PIXELS
+from featurecache.images.headers import MAX_PIXELS, pillow_image
 
 FITS = ("model", "squash", "pad")
 _MODES = ("squash", "shortest", "pad", "none")
@@ -131,8 +131,7 @@ class Preprocess:
 
             interpolation = InterpolationMode(self.interpolation)
             return functional.resize(image, list(target), interpolation=interpolation, antialias=self.antialias)
-        from PIL import Image
-
+        Image = pillow_image()
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         picture = picture.resize((target[1], target[0]), Image.Resampling[self.interpolation.upper()])
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
