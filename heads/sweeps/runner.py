@@ -84,7 +84,7 @@ class SweepRunner:
             self.bar.skip(family, len(variants) * heads - self.train(family, variants))
             return [criterion(values) for values in variants]
 
-        self.bar.skip(family, heads * search(self.plan, family, self.folder, train))
+        search(self.plan, family, self.folder, train)
 
     def train(self, family: PlannedFamily, variants: Sequence[dict[str, Any]] | None = None) -> int:
         """Every head of these settings that is not there yet, on every resplit; how many that were."""
