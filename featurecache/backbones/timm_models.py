@@ -237,6 +237,13 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def check_architecture(where: str) -> None:
+    """Raises UnknownBackbone for an architecture or weights that timm has not; folders and repositories are looked at
+    when they are loaded."""
+    if "/" not in where and not os.path.isdir(os.path.expanduser(where)):
+        _of_name(where.partition("@")[0])
+
+
 def _of_name(name: str) -> TimmModel:
     import timm
     from timm.models import get_pretrained_cfg
