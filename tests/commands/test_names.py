@@ -77,7 +77,7 @@ NAMES = {
 }  # fmt: skip
 NO_NAMES = {"DIR", "FILE", "FILE.png", "PATH", "GRID", "N", "X", "P", "C", "K", "B", "N|all", "HxW", "SIZE"}
 NEW = {("extract", "--name"), ("why", "--name"), ("import", "--name"), ("import", "--classes"), ("import", "--prefix")}
-ELSEWHERE = {"--device", "--crop"}  # of torch; numbers
+ELSEWHERE = {"--device", "--crop", "--address"}  # of torch; numbers; of Ray
 OF_IMAGES = {"--data", "--column", "--order"}  # of evaluate: for networks from pixels, and read as for train-baseline
 
 
