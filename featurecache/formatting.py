@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shlex
+import sys
 import textwrap
 import time
 import unicodedata
@@ -291,6 +292,24 @@ def text_of(written: str) -> str:
     return written[1:] if written.startswith("'") and _would_run(written) else written
 
 
+_STATUS: list[str] = []  # what stands on stderr's last line and has no end
+
+
+def show_status(text: str, progress: bool) -> None:
+    """A word on stderr, at a terminal, while something takes its time that has no steps. What comes next, a bar or what
+    calls `clear_status`, takes its place."""
+    if progress and sys.stderr.isatty():
+        clear_status()
+        _STATUS.append(f"{text} ...")
+        print(*_STATUS, end="", file=sys.stderr, flush=True)
+
+
+def clear_status() -> None:
+    for text in _STATUS:
+        print(f"\r{' ' * len(text)}\r", end="", file=sys.stderr, flush=True)
+    _STATUS.clear()
+
+
 def progress_bar(total: int, progress: bool, what: str = "extract") -> tqdm:
     """A progress bar over images, on stderr; none where that is no terminal."""
     style = "{n:,}/{total:,}  {rate_fmt}  eta {remaining}{postfix}"
@@ -319,6 +338,7 @@ def pair_bar(total: int, what: str, progress: bool) -> tqdm:
 
 def _bar(total: float, what: str, progress: bool, style: str, **options: Any) -> tqdm:
     """What a narrow terminal cuts is the end, behind the eta."""
+    clear_status()
     style = "{desc} {percentage:3.0f} % {bar} " + style
     hidden = None if progress else True
     return tqdm(total=total, desc=what, disable=hidden, leave=False, dynamic_ncols=True, bar_format=style, **options)

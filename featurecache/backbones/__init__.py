@@ -72,9 +72,15 @@ def _load(request: BackboneRequest, remembered: bool = False) -> Backbone:
 
 
 def check_name(name: str | Path) -> None:
-    """Raises UnknownBackbone for a name in none of the forms, with the nearest; nothing is loaded."""
-    if isinstance(name, str | os.PathLike):
-        _loader(os.fspath(name))
+    """Raises UnknownBackbone for a name in none of the forms, or that its library has not, with the nearest; nothing is
+    loaded."""
+    if not isinstance(name, str | os.PathLike):
+        return
+    load, path = _loader(os.fspath(name))
+    if load is torchvision_models.load:
+        torchvision_models.find_weights(path)
+    elif load is timm_models.load:
+        timm_models.check_architecture(path)
 
 
 def _loader(name: str) -> tuple[Callable[..., Backbone], str]:

@@ -119,7 +119,7 @@ def load_checkpoint(checkpoint: CheckpointFiles, request: BackboneRequest, alias
 def find_checkpoint(where: str, request: BackboneRequest, alias: Alias | None) -> CheckpointFiles:
     """Where its files are; a repository of the hub is fetched. Raises UnknownBackbone, WeightsNotFound."""
     local = alias is None and os.path.isdir(os.path.expanduser(where))
-    folder = Path(os.path.expanduser(where)) if local else None
+    folder = existing_weights(Path(os.path.expanduser(where)) if local else None)
     name = f"hf:{folder.resolve()}" if folder is not None else request.name
     weights = existing_weights(request.weights_path)
     if weights is not None and (weights / "config.json").is_file():

@@ -31,6 +31,7 @@ from featurecache.files.names import check_path
 from featurecache.formatting import (
     PARTS,
     TABLE_WIDTH,
+    clear_status,
     fold,
     harmless,
     is_harmless,
@@ -39,6 +40,7 @@ from featurecache.formatting import (
     parts_line,
     shell_word,
     shell_words,
+    show_status,
     terminal_width,
 )
 
@@ -125,6 +127,7 @@ def _as_interrupts() -> Iterator[None]:
 
 def _echo(text: str, err: bool = False) -> None:
     """Text as a terminal shows it without breaking a word; into a file or a pipe as it is."""
+    clear_status()
     click.echo(fold(harmless(text), terminal_width(sys.stderr if err else sys.stdout)), err=err)
 
 
@@ -138,6 +141,10 @@ class Console:
         if self.progress:
             _echo(line, err=True)
 
+    def status(self, doing: str) -> None:
+        """What is being done, until the next line: for what takes seconds and has no steps."""
+        show_status(doing, self.progress)
+
     def line(self, line: str) -> None:
         """`say` where the line holds names of somebody else's: they cannot make lines of their own."""
         self.say(one_line(line))
@@ -145,6 +152,7 @@ class Console:
     def result(self, text: str, record: Any) -> None:
         """The command's result, as lines or as one JSON object (see `record_of`)."""
         if self.json:
+            clear_status()
             click.echo(_json(record))
         else:
             _echo(text)
@@ -261,6 +269,7 @@ def command(function: Callable[..., Any]) -> click.Command:
             TABLE_WIDTH.set(terminal_width(sys.stdout))
             PARTS.set({} if debug else None)
             _check_places(options)
+            console.status("loading")
             code = _run(function, console, options)
             if parts := PARTS.get():
                 console.say(f"time       {parts_line(parts, time.perf_counter() - start)}")
@@ -285,6 +294,8 @@ def command(function: Callable[..., Any]) -> click.Command:
             words = f"{users} (--debug shows how it came there)" if users else ours
             _echo(f"error: {words}", err=True)
             code = 2 if users else 1
+        finally:
+            clear_status()
         sys.exit(code or 0)
 
     made = click.command(cls=Command, context_settings=CONTEXT)(wrapped)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featurecache.errors import BadOption, PreprocessingRefused, UnreadableImage
-from featurecache.images.headers import MAX_PIXELS
+from featurecache.images.headers import MAX_PIXELS, pillow_image
 
 if TYPE_CHECKING:
     import torch
@@ -134,8 +134,8 @@ class Preprocess:
             interpolation = InterpolationMode(self.interpolation)
             return functional.resize(image, list(target), interpolation=interpolation, antialias=self.antialias)
         import torch
-        from PIL import Image
 
+        Image = pillow_image()
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         picture = picture.resize((target[1], target[0]), Image.Resampling[self.interpolation.upper()])
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

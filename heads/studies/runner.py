@@ -17,7 +17,7 @@ from featurecache import __version__
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import FeatureCacheError, RunError, StepFailed, Stopped
 from featurecache.files.atomic import hash_file, write_whole
-from featurecache.formatting import aligned, duration, number, one_line
+from featurecache.formatting import aligned, duration, number, one_line, show_status
 from featurecache.store.write_view import open_view
 from heads import api
 from heads.explanations.explain import explain
@@ -117,6 +117,7 @@ def run_study(
         return result
     with in_use(folder, f"study {study.name}"):
         rows = StudyRunner(result, Path(cache) if cache else None, say, progress).run(record, marks)
+        show_status("writing the page", progress)
         written = write_study(replace(result, rows=rows), images=images, hash_ids=hash_ids)
         there = [name for name in (STEPS, "report.html") if (folder / name).is_file()]
         write_record(folder / RECORD, _record_in(folder), {name: hash_file(folder / name) for name in there})

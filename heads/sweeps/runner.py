@@ -16,7 +16,7 @@ import torch
 from featurecache.errors import ProtocolError, Stopped
 from featurecache.files.records import canonical_json
 from featurecache.formatting import duration
-from heads.evaluation.controls import all_controls
+from heads.evaluation.controls import measure_controls
 from heads.evaluation.selection import Row, Selection, family_of, mean_of, select_setting, setting_of
 from heads.models.common import FINETUNE
 from heads.models.tokens import FixedVectorLinear
@@ -85,7 +85,7 @@ class SweepRunner:
             self.bar.skip(family, len(variants) * heads - self.train(family, variants))
             return [criterion(values) for values in variants]
 
-        self.bar.skip(family, heads * search(self.plan, family, self.folder, train))
+        search(self.plan, family, self.folder, train)
 
     def train(self, family: PlannedFamily, variants: Sequence[dict[str, Any]] | None = None) -> int:
         """Every head of these settings that is not there yet, on every resplit; how many that were."""
@@ -173,9 +173,8 @@ class SweepRunner:
         if not self.controls or resplit != plan.spec.resplits[0] or family.fraction < max(plan.spec.fractions):
             return []
         if self._controls is None:
-            self._line("controls   chance, the majority class, logistic regression on raw pixels")
             splits = plan.splits(0, family.fraction, resplit)
-            self._controls = all_controls(plan.matched.views[0], plan.task, splits)
+            self._controls = measure_controls(plan.matched.views[0], plan.task, splits, self._line, self.progress)
         return self._controls
 
     def _line(self, line: str) -> None:
