@@ -156,6 +156,7 @@ NOT_ASKED = {
     "data", "outputs", "name", "device", "batch_size", "workers", "on_error", "accept_drift", "cache", "columns",
     "task", "page", "classes_at", "order", "root", "uncertain", "hash_ids", "hash_groups",
     "remember", "progress", "copies", "augment", "augment_seed", "forward", "limit", "limit_seed",
+    "engine", "actors", "num_gpus", "address",
 }  # fmt: skip
 
 
