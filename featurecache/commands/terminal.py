@@ -37,6 +37,7 @@ from featurecache.formatting import (
     shell_word,
     shell_words,
     terminal_width,
+    with_addresses,
 )
 
 _PLAIN = "featurecache.plain"  # how characters that a terminal's code page lacks are written
@@ -122,7 +123,7 @@ def _as_interrupts() -> Iterator[None]:
 
 def _echo(text: str, err: bool = False) -> None:
     """Text as a terminal shows it without breaking a word; into a file or a pipe as it is."""
-    click.echo(fold(harmless(text), terminal_width(sys.stderr if err else sys.stdout)), err=err)
+    click.echo(fold(harmless(with_addresses(text)), terminal_width(sys.stderr if err else sys.stdout)), err=err)
 
 
 class Console:
@@ -165,7 +166,7 @@ def _json(record: Any) -> str:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         text = json.dumps(record, allow_nan=False, default=record_of)
-    return "".join(c if is_harmless(c) else json.dumps(c)[1:-1] for c in text)
+    return "".join(c if is_harmless(c) else json.dumps(c)[1:-1] for c in with_addresses(text))
 
 
 def _report(error: FeatureCacheError, debug: bool) -> int:

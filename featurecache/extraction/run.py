@@ -51,6 +51,7 @@ from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
 from featurecache.sources.base import Dataset
 from featurecache.sources.pseudonyms import Secret
+from featurecache.store.remote_cache import pull, push
 from featurecache.store.shards import Layout, RowLocations, notes_for
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import ImageGroups, Store, create_store, generations, missing_outputs
@@ -246,9 +247,13 @@ class Extraction:
         jobs, derived = list[ExtractionJob](), 0
         with shared_lock(store.path, "extract"):
             while True:
+                pull(store.path)
                 self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
                 plan = self._fix_plan(rate)
                 self.check_canary(write=True)
+                if not push(store.path):  # another machine's plan was first: on with that one
+                    self._compute = self.choice = None
+                    continue
                 done = self._compute_missing(plan, progress)
                 jobs += done
                 derived += self.to_derive
@@ -258,10 +263,12 @@ class Extraction:
                         path, images, copies, failed = write_view_of(
                             self.contents, store, self.name, self.dataset, self.scan, failures
                         )
-                        break
+                        if push(store.path):
+                            break
         if not any(job.timings.images for job in jobs) and store.cost_of_busy(self.device.type):
             again = measure_again(self.compute(), self.device, self.backbone.image_size, self.outputs, plan["threads"])
             store.write_cost(self.device.type, self.name, again)
+            push(store.path)
         timings = [job.timings for job in jobs] or [StageTimings(self.device, batch=0)]
         names, computed = tuple(output.name for output in self.outputs), sum(each.images for each in timings)
         return ExtractionResult(
