@@ -293,7 +293,9 @@ def command(function: Callable[..., Any]) -> click.Command:
     return made
 
 
-cache_option = option("--cache", metavar="DIR", help="Folder of the cache. [default: $FEATURECACHE_DIR, else ./cache]")
+cache_option = option(
+    "--cache", metavar="DIR", help="Folder of the cache, or s3://…. [default: $FEATURECACHE_DIR, else ./cache]"
+)
 features_option = option(
     "--features", metavar="VIEW", help="A view: path, STORE/VIEW or name. [default: that of the last extraction]"
 )

@@ -1,18 +1,16 @@
-"""An S3-compatible server on the loopback interface (moto), whose requests can be watched, delayed, refused and changed.
+"""An S3-compatible server on the loopback interface (moto), whose requests are watched, refused, lost and changed.
 
-    with serve() as server:         # the environment of this process and its children points there
-        server.objects()            # key → bytes of all that is in the bucket
-        server.at("PUT", 3, kill)   # called before the third request of this kind
+    with serve() as server:                 # for processes that have ``server.environment``
+        server.objects()                    # key → bytes of all that is in the bucket
+        server.rule = lambda method, key: DENIED if method == "PUT" else None
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 BUCKET = "bucket"
 KEY, SECRET = "AKIDOFTHETESTS", "secret/of+the/tests"  # noqa: S105  # which must be found nowhere
@@ -25,15 +23,23 @@ DENIED = ("403 Forbidden", "AccessDenied", "Access Denied")
 
 
 class Server:
-    """``rule(method, key)`` may give an answer in the place of the server's own; ``after(method, key)`` is called when
-    a request was carried out."""
+    """``rule(method, key)``: an error in the place of the server's answer, or None; ``lost``: the same, once the request
+    has been carried out; ``changed(key, body)``: what is sent of an object; ``lenient``: it keeps no conditions."""
+
+    address = f"s3://{BUCKET}/caches/main"
 
     def __init__(self, app: Any) -> None:
         self._app, self._turn = app, threading.Lock()
-        self.rule: Callable[[str, str], Answer | None] = lambda method, key: None
-        self.after: Callable[[str, str], None] = lambda method, key: None
+        self.environment = {**CREDENTIALS, "AWS_MAX_ATTEMPTS": "2", "AWS_EC2_METADATA_DISABLED": "true"}
         self.requests: list[tuple[str, str]] = []
-        self.address = f"s3://{BUCKET}/caches/main"
+        self.reset()
+
+    def reset(self) -> None:
+        self.rule: Callable[[str, str], Answer | None] = lambda method, key: None
+        self.lost: Callable[[str, str], Answer | None] = lambda method, key: None
+        self.changed: Callable[[str, bytes], bytes] = lambda key, body: body
+        self.lenient = False
+        self.requests.clear()
 
     def __call__(self, environ: dict[str, Any], start: Any) -> Any:
         key = environ["PATH_INFO"].removeprefix(f"/{BUCKET}").removeprefix("/")
@@ -41,38 +47,52 @@ class Server:
         with self._turn:  # moto looks at a condition and stores an object in two steps
             self.requests.append((method, key))
             if answer := self.rule(method, key):
-                status, code, message = answer
-                body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-                start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
-                return [body]
-            parts = list(self._app(environ, start))
-            self.after(method, key)
-            return parts
+                return _refuse(answer, start)
+            if self.lenient:
+                environ.pop("HTTP_IF_NONE_MATCH", None)
+            held: list[Any] = []
+            body = b"".join(self._app(environ, lambda *words: held.append(words)))
+            if answer := self.lost(method, key):
+                return _refuse(answer, start)
+            start(*held[0])
+            return [self.changed(key, body) if method == "GET" and key else body]
 
-    def puts(self) -> list[str]:
-        return [key for method, key in self.requests if method == "PUT"]
+    def of(self, method: str) -> list[str]:
+        """Keys of the requests of a kind, without those that list."""
+        return [key for each, key in self.requests if each == method and key]
 
-    def _bucket(self) -> Any:
+    def _backend(self) -> Any:
         from moto.s3.models import s3_backends
 
-        return next(iter(s3_backends.values()))["aws"].buckets[BUCKET]
+        return s3_backends["123456789012"]["aws"]
 
     def objects(self) -> dict[str, bytes]:
-        return {key: self._bucket().keys[key].value for key in sorted(self._bucket().keys)}
+        keys = self._backend().buckets[BUCKET].keys
+        return {key: keys[key].value for key in sorted(keys)}
 
     def write(self, key: str, data: bytes) -> None:
         """As somebody else would."""
-        from moto.s3.models import s3_backends
+        self._backend().put_object(BUCKET, key, data)
 
-        next(iter(s3_backends.values()))["aws"].put_object(BUCKET, key, data)
+    def empty(self) -> None:
+        for key in self.objects():
+            self.remove(key)
 
     def remove(self, key: str) -> None:
-        del self._bucket().keys[key]
+        self._backend().delete_object(BUCKET, key)
+
+
+def _refuse(answer: Answer, start: Any) -> list[bytes]:
+    status, code, message = answer
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+    start(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+    return [body]
 
 
 @contextlib.contextmanager
 def serve() -> Iterator[Server]:
+    from moto.s3.models import s3_backends
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -84,13 +104,10 @@ def serve() -> Iterator[Server]:
     made = make_server("127.0.0.1", 0, server, threaded=True, request_handler=Quiet)
     thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()
-    settings = {**CREDENTIALS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{made.server_port}", "AWS_MAX_ATTEMPTS": "2"}
+    server.environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{made.server_port}"
+    s3_backends["123456789012"]["aws"].create_bucket(BUCKET, "us-east-1")
     try:
-        with mock.patch.dict(os.environ, {**settings, "AWS_EC2_METADATA_DISABLED": "true"}):
-            import fsspec
-
-            fsspec.filesystem("s3", skip_instance_cache=True).mkdir(BUCKET)
-            yield server
+        yield server
     finally:
         made.shutdown()
         made.server_close()
