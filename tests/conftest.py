@@ -23,7 +23,7 @@ TIERS = ("integration", "slow")
 INTEGRATION = {  # whole files: they load models, train or start processes; single tests elsewhere carry the mark
     "backbones": "certificate grey_networks transformers_generic transformers_models vision_towers weights",
     "commands": "cli",
-    "extraction": "cache_miss canary cost digest_cache extraction forward incremental plan",
+    "extraction": "cache_miss canary cost digest_cache extraction forward incremental plan remote_extraction",
     "heads": "inference",
     "heads/evaluation": "comparison external",
     "heads/explanations": "explain explain_backbones",

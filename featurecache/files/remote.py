@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -33,8 +34,11 @@ import xxhash
 
 from featurecache.errors import BadOption, CacheError, DamagedFile, StorageError, UnsafeFile, first_line
 from featurecache.files.atomic import (
+    NO_ROOM,
     AtomicFile,
+    cannot_write,
     check_room,
+    hash_file,
     locked_temporary,
     open_regular,
     remove_orphans,
@@ -97,14 +101,20 @@ def canonical(address: str | os.PathLike[str]) -> str:
 
 
 def _file_system(address: str) -> Any:
+    """That of fsspec, one for all threads: its own cache has one for each, with connections of its own."""
     scheme = address.partition(":")[0]
+    return _connected(scheme, os.getpid(), *(os.environ.get(name) for name in _SERVER))
+
+
+@functools.cache
+def _connected(scheme: str, *_: Any) -> Any:
     try:
         import fsspec
 
-        return fsspec.filesystem(scheme, use_listings_cache=False)
+        return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         extra = 'pip install "featurecache[remote]"' if scheme == "s3" else f"pip install {_SCHEMES[scheme]}"
-        raise BadOption(f"{_SCHEMES[scheme]} is needed for {address}: {extra}.") from error
+        raise BadOption(f"{_SCHEMES[scheme]} is needed for {scheme}://…: {extra}.") from error
 
 
 @contextlib.contextmanager
@@ -119,8 +129,12 @@ def _asking(address: str) -> Iterator[None]:
         code = str(response.get("Error", {}).get("Code", getattr(error, "code", "")))
         if code in _CONFLICTS or isinstance(error, FileExistsError):
             raise _Conflict from error
-        if code in ("NoSuchBucket", "InvalidBucketName"):
-            raise StorageError(f"there is no bucket {address.split('/')[2]} for {address}: {error}.") from error
+        if isinstance(error, OSError) and error.errno in NO_ROOM:  # here
+            raise cannot_write(error, address) from error
+        if code in ("NoSuchBucket", "InvalidBucketName") or type(error).__name__ == "ParamValidationError":
+            raise StorageError(
+                f"there is no bucket {address.split('/')[2]} for {address}: {first_line(error)}."
+            ) from error
         if isinstance(error, FileNotFoundError):
             raise
         if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
@@ -181,8 +195,7 @@ class Mirror:
             remove_orphans(self.base)
             listed = {name: entry for name, entry in self._list().items() if wanted(name)}
             for name in [name for name in objects if name not in listed and wanted(name)]:
-                with writing(self._path(name)):
-                    self._path(name).unlink(missing_ok=True)
+                self._remove(self._path(name))
                 del objects[name]
             due = []
             for name, there in listed.items():
@@ -216,20 +229,35 @@ class Mirror:
                 listed[name] = _object(entry)
         return listed
 
+    def _stat(self, name: str) -> _Object | None:
+        with _asking(self._remote(name)), contextlib.suppress(FileNotFoundError):
+            return _object(_file_system(self.address).info(self._remote(name)))
+        return None
+
+    def _remove(self, path: Path) -> None:
+        """A file, and the folders that have no other: an empty one would be an empty class."""
+        with writing(path):
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for folder in path.relative_to(self.folder).parents[:-1]:
+                    (self.folder / folder).rmdir()
+
     def _fetch_all(self, names: list[str], listed: dict[str, _Object], objects: Objects) -> None:
-        for name in self._download_all({name: listed[name].size for name in names}):
+        """Files as they are there; one that is damaged is looked at again by the next pull, and by whoever reads it."""
+        for name, problem in self._download_all({name: listed[name].size for name in names}, as_it_is=True):
             path, there = self._path(name), listed[name]
             os.utime(path, (there.changed, there.changed))  # by which the newest view is known
-            objects[name] = [there.version, _hash(path) if self.purpose == "cache" else ""]
+            objects[name] = ["" if problem else there.version, hash_file(path) if self.purpose == "cache" else ""]
 
-    def _download_all(self, sizes: dict[str, int]) -> Iterator[str]:
-        """The names, in their order, as their bytes have come."""
+    def _download_all(self, sizes: dict[str, int], as_it_is: bool = False) -> Iterator[tuple[str, str]]:
+        """The names, in their order, as their bytes have come, and what is wrong with them."""
         total = sum(sizes.values())
         check_room(self.base, total, "$FEATURECACHE_STATE names a folder on another disk.")
         with ThreadPoolExecutor(_AT_ONCE) as pool, byte_bar(total, "fetch", total > 1 << 24) as bar:
             try:
-                for name, _ in zip(sizes, pool.map(self._download, sizes, sizes.values()), strict=True):
-                    yield name
+                download = functools.partial(self._download, as_it_is=as_it_is)
+                for name, problem in zip(sizes, pool.map(download, sizes, sizes.values()), strict=True):
+                    yield name, problem
                     bar.update(sizes[name])
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -269,22 +297,24 @@ class Mirror:
                 raise DamagedFile(f"{error}. Run the extraction again: that computes what is not there.") from error
             raise
 
-    def _download(self, name: str, size: int) -> None:
-        """Beside, then in its place; a file of ours whose hash is another is fetched once more, then refused."""
+    def _download(self, name: str, size: int, as_it_is: bool) -> str:
+        """Beside, then in its place; a file of ours whose hash is another is fetched once more, then refused, or taken
+        ``as_it_is``: what is wrong with it."""
         path, problem = self._path(name), ""
-        for _ in range(2):
+        for last in (False, True):
             with writing(path):
                 temporary, descriptor = locked_temporary(self.base / "fetched")
             try:
                 with _asking(self._remote(name)):
-                    _file_system(self.address).get_file(self._remote(name), str(temporary))
-                if not (problem := self._problem(temporary, path, size)):
+                    files = _file_system(self.address)
+                    files.get_file(self._remote(name), str(temporary), max_concurrency=1)  # more hold it in memory
+                if not (problem := self._problem(temporary, path, size)) or (as_it_is and last):
                     with writing(path):
                         os.fsync(descriptor)
                         path.parent.mkdir(parents=True, exist_ok=True)
                         os.replace(temporary, path)
                         sync_path(path.parent)
-                    return
+                    return problem
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{self._remote(name)} is not there any more") from error
             finally:
@@ -333,38 +363,38 @@ class Mirror:
         with self._objects() as objects:
             version, known = objects.get(name, ["", ""])
             data = path.read_bytes()
-            if known == _hash(path):
+            if known == (made := xxhash.xxh3_128_hexdigest(data)):
                 return True
-            try:
-                objects[name] = [self._write(name, data, version), xxhash.xxh3_128_hexdigest(data)]
+            with contextlib.suppress(_Conflict, FileNotFoundError):
+                objects[name] = [self._write(name, data, version), made]
                 return True
-            except (_Conflict, FileNotFoundError):
-                listed = self._list()
-                if name not in listed:  # it was removed there meanwhile
-                    objects.pop(name, None)
-                else:
-                    self._fetch_all([name], listed, objects)
-                return name in listed and path.read_bytes() == data  # ours: an answer was lost and it was sent again
+            if (there := self._stat(name)) is None:  # it was removed there meanwhile
+                objects.pop(name, None)
+                return False
+            self._fetch_all([name], {name: there}, objects)
+            return objects[name][1] == made  # ours: an answer was lost, and it was sent again
 
     def _write(self, name: str, data: bytes, version: str) -> str:
         """The version that it has then; ``version``: the one that is replaced, or none."""
-        condition: dict[str, Any] = {"IfMatch": version} if version else {"mode": "create"}
+        files, (scheme, _, place) = _file_system(self.address), self._remote(name).partition("://")
         with _asking(self._remote(name)):
-            answer = _file_system(self.address).pipe_file(self._remote(name), data, chunksize=4 << 30, **condition)
+            if scheme == "gs":  # gcsfs itself knows no condition but that nothing is there
+                bucket, _, key = place.partition("/")
+                upload = files.base.replace("/storage/", "/upload/storage/") + f"b/{bucket}/o"
+                words = {"uploadType": "media", "name": key, "ifGenerationMatch": version or "0"}
+                answer = files.call("POST", upload, **words, data=data, json_out=True)
+                return str(answer["generation"])
+            condition = {"IfMatch": version} if version else {"mode": "create"}
+            answer = files.pipe_file(self._remote(name), data, chunksize=4 << 30, **condition)  # in one request
             return str(answer["ETag"])
 
     def put_new(self, name: str) -> None:
         """Upload a file of ours that never changes. Where one of its name is there, that one stays, here too."""
-        try:
-            with _asking(self._remote(name)):
-                files = _file_system(self.address)
-                files.put_file(str(self._path(name)), self._remote(name), mode="create", max_concurrency=4)
-        except _Conflict:
-            pass
-        except FileNotFoundError as error:
-            raise StorageError(f"{self._remote(name)} cannot be written: {error}.") from error
-        with _asking(self._remote(name)):
-            there = _object(_file_system(self.address).info(self._remote(name)))
+        with contextlib.suppress(_Conflict), _asking(self._remote(name)):
+            files = _file_system(self.address)
+            files.put_file(str(self._path(name)), self._remote(name), mode="create", max_concurrency=4)
+        if (there := self._stat(name)) is None:
+            raise StorageError(f"{self._remote(name)} was removed as soon as it was written.")
         with self._objects() as objects:
             if not self._has_same_bytes(name, there.size):
                 self._place(self._path(name), there.size)
@@ -411,10 +441,6 @@ class Mirror:
         except (OSError, ValueError):
             return {}
         return objects if isinstance(objects, dict) else {}
-
-
-def _hash(path: Path) -> str:
-    return xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 def is_placeholder(path: str | os.PathLike[str]) -> bool:

@@ -115,7 +115,7 @@ def test_a_server_that_fails_leaves_no_image_out(server, tmp_path, monkeypatch):
     upload(server, tmp_path)
     dataset = open_source(f"{HERE}/list.csv")
     server.rule = lambda method, key: BUSY if key.endswith(".png") else None
-    with pytest.raises(StorageError, match="000.png does not answer as it should"):
+    with pytest.raises(StorageError, match=r"000\.png does not answer as it should"):
         dataset.read(0)
     server.rule = lambda method, key: DENIED if key.endswith(".png") else None
     with pytest.raises(StorageError, match="no permission for"):
@@ -131,7 +131,7 @@ def test_what_is_not_there_and_what_is_a_cache(server, tmp_path):
     with pytest.raises(SourceError, match="there is nothing at"):
         open_source(f"{HERE}/list.csv")
     upload(server, image_folder(tmp_path / "images", 2))
-    with pytest.raises(SourceError, match="there is no folder or file s3://bucket/data/list.csv"):
+    with pytest.raises(SourceError, match=r"there is no folder or file s3://bucket/data/list\.csv"):
         open_source(f"{HERE}/list.csv")
     server.write("cache/vit-1/spec.json", b'{"fingerprint": "", "spec": {}, "provenance": {}}')
     server.write("cache/vit-1/x.png", b"")

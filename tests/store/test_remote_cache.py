@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -14,7 +13,7 @@ import pytest
 from support.builders import CLS, ORDER, TOKENS, add_shard, add_view, features, make_store
 from support.caches import Killed, killed_at
 from support.command import call
-from support.object_storage import BUCKET, BUSY, DENIED, KEY, SECRET, SLOW, Server
+from support.object_storage import BUCKET, BUSY, DENIED, KEY, SECRET, SLOW, Server, copied, killing, machine
 
 import featurecache
 from featurecache.errors import BadOption, CacheError, DamagedFile, NotInCache, StorageError, UnsafeFile
@@ -27,14 +26,6 @@ from featurecache.store.store import cache_folder, stores
 from featurecache.store.view import View
 
 
-@contextlib.contextmanager
-def machine(name: str) -> Iterator[None]:
-    """Another machine: it has a state folder of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEATURECACHE_STATE", f"{os.environ['FEATURECACHE_STATE']}-{name}")
-        yield
-
-
 def make_remote(server: Server, order: list[int] = ORDER, name: str = "set") -> View:
     """A view of cls and tokens in shards of four, uploaded."""
     store, distinct = make_store(cache_folder(server.address)), sorted(set(order))
@@ -45,15 +36,6 @@ def make_remote(server: Server, order: list[int] = ORDER, name: str = "set") -> 
     view = add_view(store, name, order, [CLS, TOKENS])
     assert push(store.path)
     return view
-
-
-def copied(server: Server, folder: Path) -> Path:
-    """The bucket as a folder, as any tool copies it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    for key, data in server.objects().items():
-        (folder / key).parent.mkdir(parents=True, exist_ok=True)
-        (folder / key).write_bytes(data)
-    return folder / server.address.removeprefix(f"s3://{BUCKET}/")
 
 
 def feature_file(folder: Path, n: int = 20) -> Path:
@@ -282,39 +264,13 @@ def test_killed_before_or_behind_any_upload_the_same_command_goes_on(server, tmp
                 cache = copied(server, tmp_path / "copy")
                 if cache.exists():  # what is seen there is whole, and names nothing that is not there
                     assert verify(cache).damages == (), (where, step)
-                    assert [View(path)["vector"] for store in stores(cache) for path in store.views()] is not None
+                    for view in [View(path) for store in stores(cache) for path in store.views()]:
+                        assert np.array_equal(view["vector"], np.load(file))
                 result = import_view(file, "v", cache=server.address)
                 assert list(remote.mirror_of(result.view).base.rglob("*.tmp")) == []
             cache = copied(server, tmp_path / "copy")
             assert sorted(path.name for path in next(cache.iterdir()).iterdir()) == whole
             assert np.array_equal(featurecache.open_view("v", cache)["vector"], np.load(file))
-
-
-def killing(at: int, where: str):  # type: ignore[no-untyped-def]
-    """A file system of which the upload of this number never ends: it is killed before, or behind what it does."""
-    real, uploads = remote._file_system, []
-
-    class Killing:
-        def __init__(self, address: str) -> None:
-            self._files = real(address)
-
-        def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
-            method = getattr(self._files, name)
-            return self._counted(method) if name in ("pipe_file", "put_file") else method
-
-        def _counted(self, method):  # type: ignore[no-untyped-def]
-            def upload(*words, **options):  # type: ignore[no-untyped-def]
-                uploads.append(words)
-                if len(uploads) == at and where == "before":
-                    raise Killed
-                answer = method(*words, **options)
-                if len(uploads) == at:
-                    raise Killed
-                return answer
-
-            return upload
-
-    return Killing
 
 
 @pytest.mark.parametrize("count", range(1, 9))
@@ -386,7 +342,7 @@ def test_a_view_that_is_damaged_there_is_refused(server):
     make_remote(server)
     key = key_of(server, "/set.h5")
     server.write(key, flipped(server.objects()[key]))
-    with machine("b"), pytest.raises(DamagedFile, match="set.h5 is damaged"):
+    with machine("b"), pytest.raises(DamagedFile, match=r"set\.h5 is damaged"):
         featurecache.open_view("set", server.address)
 
 
@@ -395,16 +351,16 @@ def test_a_shard_that_is_cut_or_gone_there(server):
     cut, gone = [key for key in server.objects() if "/cls/" in key][:2]
     with machine("b"):
         view = featurecache.open_view("set", server.address)
-        server.write(cut, server.objects()[cut][:700])
+        whole = server.objects()[cut]
+        server.write(cut, whole[:700])
         with pytest.raises(DamagedFile, match="came with 700 bytes"):
             view["cls"]
         with pytest.raises(CacheError, match="has 700 bytes, not"):
             featurecache.open_view("set", server.address)
+    server.write(cut, whole)
     with machine("c"):
-        server.write(cut, (view.store / "none").name.encode())
-    with machine("d"):
         server.remove(gone)
-        with pytest.raises(CacheError, match="is missing|has .* bytes"):
+        with pytest.raises(CacheError, match="is missing"):
             featurecache.open_view("set", server.address)
 
 
@@ -413,7 +369,7 @@ def test_a_shard_that_is_removed_between_listing_and_reading(server):
     with machine("b"):
         view = featurecache.open_view("set", server.address)
         server.remove(key_of(server, "/cls/"))
-        with pytest.raises(DamagedFile, match="is not there any more. Run the extraction again"):
+        with pytest.raises(DamagedFile, match=r"is not there any more\. Run the extraction again"):
             view["cls"]
 
 
@@ -491,24 +447,19 @@ def test_a_server_that_is_not_there(server, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(StorageError, match="after all tries of the library .* Could not connect"):
+    with pytest.raises(StorageError, match=r"after all tries of the library .* Could not connect"):
         cache_folder(server.address)
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_without_credentials_it_says_where_they_are_looked_for(server, monkeypatch, tmp_path):
-    import s3fs
-
     server.rule = lambda method, key: DENIED
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(remote, "_connected", remote._connected.__wrapped__)
     with pytest.raises(StorageError, match=r"no permission .* Credentials are those that the library finds \("):
         cache_folder(server.address)
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_credentials_are_written_nowhere(server, tmp_path, monkeypatch):
@@ -527,20 +478,23 @@ def test_credentials_are_written_nowhere(server, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("address", ["s3://", "s3:///x", "s3://key:secret@bucket/x", "s3://bucket/../x", "gs://"])
 def test_what_is_no_address_of_a_folder_is_refused_without_showing_a_secret(address):
-    with pytest.raises(BadOption, match="expected .*://BUCKET/FOLDER. Credentials are no part of it") as caught:
+    with pytest.raises(BadOption, match=r"expected .*://BUCKET/FOLDER\. Credentials are no part of it") as caught:
         cache_folder(address)
     assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("address", ["https://example.org/cache", "abfs://container/cache"])
 def test_another_kind_of_address_is_no_cache(address):
-    with pytest.raises(BadOption, match=f"the cache is a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER, not {address}"):
+    with pytest.raises(
+        BadOption, match=f"the cache is a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER, not {address}"
+    ):
         cache_folder(address)
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
     monkeypatch.setattr("fsspec.registry._registry", {})
+    monkeypatch.setattr(remote, "_connected", remote._connected.__wrapped__)
     with pytest.raises(BadOption, match=r'pip install "featurecache\[remote\]"'):
         cache_folder("s3://bucket/cache")
 

@@ -1,19 +1,26 @@
 """An S3-compatible server on the loopback interface (moto), whose requests are watched, refused, lost and changed.
 
-    with serve() as server:                 # for processes that have ``server.environment``
-        server.objects()                    # key → bytes of all that is in the bucket
-        server.rule = lambda method, key: DENIED if method == "PUT" else None
+with serve() as server:                 # for processes that have ``server.environment``
+    server.objects()                    # key → bytes of all that is in the bucket
+    server.rule = lambda method, key: DENIED if method == "PUT" else None
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from featurecache.files import remote
+
 BUCKET = "bucket"
-KEY, SECRET = "AKIDOFTHETESTS", "secret/of+the/tests"  # noqa: S105  # which must be found nowhere
+KEY, SECRET = "AKIDOFTHETESTS", "secret/of+the/tests"  # which must be found nowhere
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
 
 Answer = tuple[str, str, str]  # status line, code and message of an error
@@ -23,8 +30,8 @@ DENIED = ("403 Forbidden", "AccessDenied", "Access Denied")
 
 
 class Server:
-    """``rule(method, key)``: an error in the place of the server's answer, or None; ``lost``: the same, once the request
-    has been carried out; ``changed(key, body)``: what is sent of an object; ``lenient``: it keeps no conditions."""
+    """``rule(method, key)``: an error in the place of the server's answer, or None; ``lost``: the same, once what was
+    asked has been carried out; ``changed(key, body)``: what is sent of an object; ``lenient``: no condition counts."""
 
     address = f"s3://{BUCKET}/caches/main"
 
@@ -112,3 +119,49 @@ def serve() -> Iterator[Server]:
         made.shutdown()
         made.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def machine(name: str) -> Iterator[None]:
+    """Another machine: it has a state folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEATURECACHE_STATE", f"{os.environ['FEATURECACHE_STATE']}-{name}")
+        yield
+
+
+def copied(server: Server, folder: Path) -> Path:
+    """The bucket as a folder, as any tool copies it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for key, data in server.objects().items():
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).write_bytes(data)
+    return folder / server.address.removeprefix(f"s3://{BUCKET}/")
+
+
+def killing(at: int, where: str):  # type: ignore[no-untyped-def]
+    """A file system of which the upload of this number never ends: it is killed before, or behind what it does."""
+    from support.caches import Killed
+
+    real, uploads = remote._file_system, []
+
+    class Killing:
+        def __init__(self, address: str) -> None:
+            self._files = real(address)
+
+        def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
+            method = getattr(self._files, name)
+            return self._counted(method) if name in ("pipe_file", "put_file") else method
+
+        def _counted(self, method):  # type: ignore[no-untyped-def]
+            def upload(*words, **options):  # type: ignore[no-untyped-def]
+                uploads.append(words)
+                if len(uploads) == at and where == "before":
+                    raise Killed
+                answer = method(*words, **options)
+                if len(uploads) == at:
+                    raise Killed
+                return answer
+
+            return upload
+
+    return Killing
