@@ -53,7 +53,8 @@ def push_shards(store: Path, paths: list[Path] | None = None) -> None:
     spec = mirror.name_of(store / "spec.json")
     if mirror.unsent([spec]) and mirror.put(spec):
         mirror.check_conditions(spec)
-    made = [path for path in paths or sorted(store.glob("*/*.h5")) if not is_placeholder(path)]
+    paths = sorted(store.glob("*/*.h5")) if paths is None else paths
+    made = [path for path in paths if not is_placeholder(path)]
     names = [mirror.name_of(path) for path in made]
     for name in mirror.unsent(name for name in names if _is(_SHARD, name)):
         mirror.put_new(name)

@@ -60,9 +60,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, name: str, work) -> None:  # type
 
 
 @pytest.mark.parametrize("when", ["create_store", "push", "write_view_of"])
-def test_two_machines_at_once_finish_and_the_view_has_the_outputs_of_both(
-    server, home, tmp_path, monkeypatch, when
-):
+def test_two_machines_at_once_finish_and_the_view_has_the_outputs_of_both(server, home, tmp_path, monkeypatch, when):
     others: list[int] = []
     meanwhile(monkeypatch, when, lambda: others.append(extract(home, server.address, "tokens", batch_size=3).computed))
     mine = extract(home, server.address, "cls")

@@ -157,10 +157,11 @@ def killing(at: int, where: str):  # type: ignore[no-untyped-def]
                 uploads.append(words)
                 if len(uploads) == at and where == "before":
                     raise Killed
-                answer = method(*words, **options)
-                if len(uploads) == at:
-                    raise Killed
-                return answer
+                try:
+                    return method(*words, **options)
+                finally:
+                    if len(uploads) == at:
+                        raise Killed
 
             return upload
 
