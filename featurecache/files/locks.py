@@ -27,7 +27,7 @@ from typing import Any
 
 from featurecache.errors import InUse
 from featurecache.files.atomic import NO_LOCKS, locked_temporary, writing
-from featurecache.files.remote import refuse_address
+from featurecache.files.mirror import refuse_address
 
 MARKS = SHARED, EXCLUSIVE = ".shared-", ".exclusive-"  # beginnings of the marks' names
 

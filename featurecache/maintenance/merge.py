@@ -21,7 +21,7 @@ from featurecache.extraction import canary
 from featurecache.files.atomic import AtomicFile, check_room, open_regular, write_whole
 from featurecache.files.directory import USER_BLOCK
 from featurecache.files.locks import exclusive_lock
-from featurecache.files.remote import fetch
+from featurecache.files.mirror import fetch
 from featurecache.formatting import byte_bar
 from featurecache.store.shards import Layout, Shard, find_by_digest
 from featurecache.store.store import Store, cache_folder, create_store, find_store, own_cache, stores, unreadable_stores

@@ -23,7 +23,7 @@ from featurecache.errors import CacheError, FeatureCacheError, StorageError
 from featurecache.extraction.canary import canary_path, read_canary
 from featurecache.files.atomic import FileStamp, file_stamp, open_regular
 from featurecache.files.directory import hash_after_block, read_user_block
-from featurecache.files.remote import fetch
+from featurecache.files.mirror import fetch
 from featurecache.store.schema import StoredOutput
 from featurecache.store.shards import Layout, layout_in, unmeasured
 from featurecache.store.store import Store, open_store, unreadable_stores

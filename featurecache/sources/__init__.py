@@ -16,7 +16,7 @@ import numpy as np
 
 from featurecache.errors import BadOption, NotFetched, SourceError, StorageError, nearest
 from featurecache.files.atomic import refuse_special
-from featurecache.files.remote import canonical, is_address, local_path
+from featurecache.files.storage import canonical, is_address, local_path
 from featurecache.images.headers import check_crop
 from featurecache.sources import fetching, huggingface, medmnist, torchvision_datasets
 from featurecache.sources.addresses import mirrored_source

@@ -2,7 +2,7 @@
 
 A folder is fetched whole, a file alone. Of a table and of tars the table, and names and sizes of all that lies below
 their folder; an image or a tar is fetched when it is first read. What has come stays in this machine's state folder,
-where a later run finds it unless the object has changed (`featurecache.files.remote`).
+where a later run finds it unless the object has changed (`featurecache.files.mirror`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import os
 import re
 
 from featurecache.errors import SourceError
-from featurecache.files.remote import Mirror, canonical, local_path
+from featurecache.files.mirror import Mirror
+from featurecache.files.storage import canonical, local_path
 from featurecache.sources.tables import is_table
 from featurecache.sources.webdataset import is_pattern
 

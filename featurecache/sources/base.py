@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from featurecache.errors import BadOption, SourceError, UnreadableImage
-from featurecache.files.remote import fetch
+from featurecache.files.mirror import fetch
 from featurecache.images.headers import Crop, EncodedFrame, EncodedImage, check_crop, read_by, reading_record
 from featurecache.sources.labels import TASKS
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from featurecache.errors import SourceError
-from featurecache.files.remote import is_address
+from featurecache.files.storage import is_address
 from featurecache.formatting import abbreviated, shell_word
 from featurecache.sources.base import ImageFiles
 from featurecache.sources.dicom_frames import split_frame

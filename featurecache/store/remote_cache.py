@@ -1,6 +1,6 @@
 """A cache in object storage: which of its files are fetched at once, and in which order what is made here goes there.
 
-The cache is the mirror of its address (`featurecache.files.remote`). Records, that is specs, plans, references and
+The cache is the mirror of its address (`featurecache.files.mirror`). Records, that is specs, plans, references and
 views, are fetched whenever the cache is opened, shards when their features are first read. An object is seen by others
 only after all that it names: the spec of a store, its shards, its plan and reference, the views.
 """
@@ -11,7 +11,8 @@ import os
 import re
 from pathlib import Path
 
-from featurecache.files.remote import Mirror, is_placeholder, local_path, mirror_of
+from featurecache.files.mirror import Mirror, is_placeholder, mirror_of
+from featurecache.files.storage import local_path
 
 _RECORD = re.compile(r"[^./][^/]*/(spec\.json|plan\.json|canary\.safetensors|[^./][^/]*\.h5)")
 _SHARD = re.compile(r"[^./][^/]*/[^./][^/]*/[0-9a-f]{32}\.h5")

@@ -29,7 +29,7 @@ from featurecache.errors import CacheError, DamagedFile
 from featurecache.files.atomic import AtomicFile, file_stamp, refuse_links
 from featurecache.files.directory import AGAIN, open_columns
 from featurecache.files.hdf5 import WriteTrace, create_unwritten, new_hdf5, seal
-from featurecache.files.remote import fetch, fetch_heads
+from featurecache.files.mirror import fetch, fetch_heads
 from featurecache.store.schema import DIGEST, Layout, check_digests, token_layout
 
 _STEP = 1 << 24  # bytes copied at a time

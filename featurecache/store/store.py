@@ -28,6 +28,7 @@ from featurecache.errors import BadOption, CacheError, CannotWrite, DamagedFile,
 from featurecache.files.atomic import atomic_folder, refuse_links, remove_orphans, sync_path, write_whole
 from featurecache.files.directory import AGAIN
 from featurecache.files.locks import update_lock
+from featurecache.files.mirror import fetch_heads, place_of, refuse_address
 from featurecache.files.records import (
     canonical_json,
     check_provenance,
@@ -36,7 +37,7 @@ from featurecache.files.records import (
     refuse_broken,
     write_checked_json,
 )
-from featurecache.files.remote import canonical, fetch_heads, is_address, local_path, place_of, refuse_address
+from featurecache.files.storage import canonical, is_address, local_path
 from featurecache.outputs import Output
 from featurecache.store.remote_cache import mirrored_cache
 from featurecache.store.shards import Layout, RowLocations, Shard, find_by_digest, layout_in, read_shard, shard_name

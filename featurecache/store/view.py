@@ -23,7 +23,7 @@ from featurecache.errors import CacheError, NotInCache, UnsafeFile
 from featurecache.files.atomic import refuse_links
 from featurecache.files.delimited import data_frame
 from featurecache.files.directory import ALIGNMENT, USER_BLOCK
-from featurecache.files.remote import fetch
+from featurecache.files.mirror import fetch
 from featurecache.formatting import html_table, join_names, shell_words
 from featurecache.store.schema import Layout, StoredOutput, ViewContent, read_view, text_array
 from featurecache.store.shards import TORCH_DTYPE, damaged_rows, empty_rows, file_size, map_rows, wrong_rows

@@ -24,7 +24,7 @@ from featurecache.files.atomic import AtomicFile
 from featurecache.files.directory import FORMAT
 from featurecache.files.hdf5 import WriteTrace, new_hdf5, seal, write_texts
 from featurecache.files.records import canonical_json
-from featurecache.files.remote import is_address
+from featurecache.files.storage import is_address
 from featurecache.formatting import abbreviated
 from featurecache.store.schema import DIGEST, FILES, ViewColumns, text_array
 from featurecache.store.shards import Layout, RowLocations

@@ -19,7 +19,7 @@ from support.pictures import image_folder
 import featurecache
 from featurecache.errors import StorageError
 from featurecache.extraction import plan, run
-from featurecache.files import remote
+from featurecache.files import storage
 from featurecache.maintenance.verify import verify
 from featurecache.store.store import Store, stores
 from featurecache.store.view import View
@@ -95,7 +95,7 @@ def test_killed_before_or_behind_any_upload_the_same_command_goes_on(server, hom
             server.empty()
             with machine(f"{where}{step}"):
                 with monkeypatch.context() as patch:
-                    patch.setattr(remote, "_file_system", killing(step, where))
+                    patch.setattr(storage, "file_system", killing(step, where))
                     try:
                         extract(home, server.address, batch_size=4)
                     except Killed:

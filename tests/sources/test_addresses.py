@@ -13,7 +13,7 @@ from support.object_storage import BUCKET, BUSY, DENIED, KEY, Server
 from support.pictures import image_folder, save_picture
 
 from featurecache.errors import BadOption, SourceError, StorageError, UnreadableImage
-from featurecache.files.remote import is_placeholder
+from featurecache.files.mirror import is_placeholder
 from featurecache.sources import open_source, reopen
 from featurecache.sources.base import Dataset
 

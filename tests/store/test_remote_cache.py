@@ -18,8 +18,8 @@ from support.object_storage import BUCKET, BUSY, DENIED, KEY, SECRET, SLOW, Serv
 
 import featurecache
 from featurecache.errors import BadOption, CacheError, DamagedFile, NotInCache, StorageError, UnsafeFile
-from featurecache.files import remote
-from featurecache.files.remote import Mirror, is_placeholder
+from featurecache.files import mirror, storage
+from featurecache.files.mirror import Mirror, is_placeholder
 from featurecache.maintenance.import_features import import_view
 from featurecache.maintenance.verify import verify
 from featurecache.store.remote_cache import push, push_shards
@@ -260,7 +260,7 @@ def test_killed_before_or_behind_any_upload_the_same_command_goes_on(server, tmp
             server.empty()
             with machine(f"{where}{step}"):
                 with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-                    patch.setattr(remote, "_file_system", killing(step, where))
+                    patch.setattr(storage, "file_system", killing(step, where))
                     import_view(file, "v", cache=server.address)
                 cache = copied(server, tmp_path / "copy")
                 if cache.exists():  # what is seen there is whole, and names nothing that is not there
@@ -268,7 +268,7 @@ def test_killed_before_or_behind_any_upload_the_same_command_goes_on(server, tmp
                     for view in [View(path) for store in stores(cache) for path in store.views()]:
                         assert np.array_equal(view["vector"], np.load(file))
                 result = import_view(file, "v", cache=server.address)
-                assert list(remote.mirror_of(result.view).base.rglob("*.tmp")) == []
+                assert list(mirror.mirror_of(result.view).base.rglob("*.tmp")) == []
             cache = copied(server, tmp_path / "copy")
             assert sorted(path.name for path in next(cache.iterdir()).iterdir()) == whole
             assert np.array_equal(featurecache.open_view("v", cache)["vector"], np.load(file))
@@ -299,7 +299,7 @@ def test_what_was_made_here_is_uploaded_by_the_next_run_and_not_lost_before(serv
 
 def test_records_of_the_mirror_that_are_damaged_are_made_again(server):
     view = make_remote(server)
-    base = remote.mirror_of(view.path).base
+    base = mirror.mirror_of(view.path).base
     (base / "objects.json").write_text("{")
     assert np.array_equal(featurecache.open_view("set", server.address)["cls"], features(ORDER, CLS))
     (base / "mirror.json").write_text("{}")
@@ -463,7 +463,7 @@ def test_without_credentials_it_says_where_they_are_looked_for(server, monkeypat
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setattr(remote, "_connected", remote._connected.__wrapped__)
+    monkeypatch.setattr(storage, "_connected", storage._connected.__wrapped__)
     with pytest.raises(StorageError, match=r"no permission .* Credentials are those that the library finds \("):
         cache_folder(server.address)
 
@@ -500,13 +500,13 @@ def test_another_kind_of_address_is_no_cache(address):
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
-    monkeypatch.setattr(remote, "_connected", remote._connected.__wrapped__)
+    monkeypatch.setattr(storage, "_connected", storage._connected.__wrapped__)
     with pytest.raises(BadOption, match=r'pip install "featurecache\[remote\]"'):
         cache_folder("s3://bucket/cache")
 
 
 def test_without_a_home_it_says_where_the_state_goes(monkeypatch):
-    monkeypatch.setattr(remote, "state_folder", lambda: None)
+    monkeypatch.setattr(mirror, "state_folder", lambda: None)
     with pytest.raises(BadOption, match=r"set \$FEATURECACHE_STATE"):
         Mirror.of("s3://bucket/cache", "cache")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from featurecache.files import remote
+from featurecache.files import storage
 
 BUCKET = "bucket"
 KEY, SECRET = "AKIDOFTHETESTS", "secret/of+the/tests"  # which must be found nowhere
@@ -142,7 +142,7 @@ def killing(at: int, where: str):  # type: ignore[no-untyped-def]
     """A file system of which the upload of this number never ends: it is killed before, or behind what it does."""
     from support.caches import Killed
 
-    real, uploads = remote._file_system, []
+    real, uploads = storage.file_system, []
 
     class Killing:
         def __init__(self, address: str) -> None:

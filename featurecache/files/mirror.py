@@ -1,17 +1,13 @@
-"""Object storage by address, s3:// or gs://, through fsspec: the mirror of one in this machine's state folder.
+"""Mirror of an address in object storage: a folder in this machine's state, on which everything works as on any other.
 
     remote/<key>/mirror.json     the address and what it is for (one key for each pair, and each server)
                  objects.json    name → [version, hash]: which version (ETag) of an object the file here is of
                  <name>/…        the files, under their names below the address
 
-A mirror is a folder like any other, so whatever works on folders works on it. `Mirror.pull` makes it agree with the
-address: some files are fetched, of all others there is a *placeholder*, of the right size, without the bytes, and with
-a time of modification that no file of ours has (1970). `fetch` has the bytes of one; whoever reads bytes calls it
-first. `Mirror.put` uploads what was made here under the condition that nobody else wrote there since (If-None-Match,
-If-Match); an object appears whole or not at all. Killed anywhere, the next `pull` goes on with what it finds.
-
-Nothing here knows credentials: fsspec's library (s3fs, gcsfs) finds them as it does for everybody, and tries again when
-a server does not answer.
+`Mirror.pull` makes it agree with the address: some files are fetched, of all others there is a *placeholder*, of the
+right size, without the bytes, and with a time of modification that no file of ours has (1970). `fetch` has the bytes of
+one; whoever reads bytes calls it first. `Mirror.put` uploads what was made here under the condition that nobody else
+wrote there since. Killed anywhere, the next `pull` goes on with what it finds.
 """
 
 from __future__ import annotations
@@ -21,22 +17,18 @@ import fcntl
 import functools
 import json
 import os
-import re
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import xxhash
 
-from featurecache.errors import BadOption, CacheError, DamagedFile, StorageError, UnsafeFile, first_line
+from featurecache.errors import BadOption, CacheError, DamagedFile, StorageError
 from featurecache.files.atomic import (
-    NO_ROOM,
     AtomicFile,
-    cannot_write,
     check_room,
     hash_file,
     locked_temporary,
@@ -49,104 +41,25 @@ from featurecache.files.atomic import (
 from featurecache.files.directory import USER_BLOCK, open_columns, user_block_of
 from featurecache.files.machine_state import state_folder, state_key
 from featurecache.files.records import read_checked_json, write_checked_json
+from featurecache.files.storage import (
+    SERVER,
+    Conflict,
+    StoredObject,
+    canonical,
+    download,
+    is_address,
+    list_objects,
+    local_path,
+    read_range,
+    stat_object,
+    upload_file,
+    upload_record,
+)
 from featurecache.formatting import STANDS_FOR, byte_bar
 
-_SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # and the package that fsspec needs for it
-_SERVER = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "STORAGE_EMULATOR_HOST")  # of the same address
-_CONFLICTS = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _AT_ONCE = 16  # files that are fetched at the same time
 
 Objects = dict[str, list[str]]
-
-
-class _Object(NamedTuple):
-    size: int  # bytes
-    version: str
-    changed: float  # seconds since 1970
-
-
-def _object(entry: dict[str, Any]) -> _Object:
-    """As s3fs and gcsfs list it."""
-    changed = entry["LastModified"] if "LastModified" in entry else entry["mtime"]
-    return _Object(int(entry["size"]), str(entry.get("generation") or entry["ETag"]), changed.timestamp())
-
-
-class _Conflict(Exception):
-    """Somebody else wrote first."""
-
-
-def is_address(text: object) -> bool:
-    """s3://…, gs://… or file://…, also as pathlib spells them, with one slash."""
-    return isinstance(text, str | os.PathLike) and re.match(r"(s3|gs|file):/", os.fspath(text)) is not None
-
-
-def local_path(address: str | os.PathLike[str]) -> Path | None:
-    """What file:// names on this machine; None of another address."""
-    match = re.fullmatch(r"file:(?://(?:localhost)?(?=/))?(/.*)", os.fspath(address), re.DOTALL)
-    return Path(match[1]) if match else None
-
-
-def canonical(address: str | os.PathLike[str]) -> str:
-    """``s3://bucket/folder``. Raises BadOption for what is no such address."""
-    text = os.fspath(address)
-    scheme, _, rest = text.partition(":")
-    parts = [part for part in rest.split("/") if part]
-    if not parts or "@" in parts[0] or ":" in parts[0] or {".", ".."} & set(parts) or not text.isprintable():
-        shown = re.sub(r"//[^/]*@", "//…@", text) if text.isprintable() else ascii(text)
-        raise BadOption(
-            f"{shown} is no address of a folder; expected {scheme}://BUCKET/FOLDER. Credentials are no part of it: "
-            "the library finds them as it always does (environment, configuration, role)."
-        )
-    return f"{scheme}://{'/'.join(parts)}"
-
-
-def _file_system(address: str) -> Any:
-    """That of fsspec, one for all threads: its own cache has one for each, with connections of its own."""
-    scheme = address.partition(":")[0]
-    return _connected(scheme, os.getpid(), *(os.environ.get(name) for name in _SERVER))
-
-
-@functools.cache
-def _connected(scheme: str, *_: Any) -> Any:
-    try:
-        import fsspec
-
-        return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
-    except ImportError as error:
-        extra = 'pip install "featurecache[remote]"' if scheme == "s3" else f"pip install {_SCHEMES[scheme]}"
-        raise BadOption(f"{_SCHEMES[scheme]} is needed for {scheme}://…: {extra}.") from error
-
-
-@contextlib.contextmanager
-def _asking(address: str) -> Iterator[None]:
-    """Whatever a library raises inside, as one sentence. Raises StorageError, _Conflict, FileNotFoundError."""
-    try:
-        yield
-    except (StorageError, CacheError, BadOption):
-        raise
-    except Exception as error:
-        response = getattr(error.__cause__, "response", None) or {}
-        code = str(response.get("Error", {}).get("Code", getattr(error, "code", "")))
-        if code in _CONFLICTS or isinstance(error, FileExistsError):
-            raise _Conflict from error
-        if isinstance(error, OSError) and error.errno in NO_ROOM:  # here
-            raise cannot_write(error, address) from error
-        if code in ("NoSuchBucket", "InvalidBucketName") or type(error).__name__ == "ParamValidationError":
-            raise StorageError(
-                f"there is no bucket {address.split('/')[2]} for {address}: {first_line(error)}."
-            ) from error
-        if isinstance(error, FileNotFoundError):
-            raise
-        if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-            raise StorageError(
-                f"no permission for {address}: {first_line(error)}. Credentials are those that the library finds "
-                "($AWS_ACCESS_KEY_ID, $AWS_PROFILE, a role, …); they must allow listing and reading, and writing for "
-                "what adds to it."
-            ) from error
-        raise StorageError(
-            f"{address} does not answer as it should, after all tries of the library ($AWS_MAX_ATTEMPTS, by default 5):"
-            f" {first_line(error)}. What is finished is safe; give the same command again."
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -163,7 +76,7 @@ class Mirror:
         address, state = canonical(address), state_folder()
         if state is None:
             raise BadOption(f"{address} needs a folder on this machine, and there is no home: set $FEATURECACHE_STATE.")
-        key = state_key(address=address, purpose=purpose, server=[os.environ.get(name) for name in _SERVER])
+        key = state_key(address=address, purpose=purpose, server=[os.environ.get(name) for name in SERVER])
         mirror = cls(address, state / "remote" / key[:16], purpose)
         if not (mirror.base / "mirror.json").exists():
             with writing(mirror.base):
@@ -193,7 +106,7 @@ class Mirror:
         uploaded yet stay. ``now``: names that are fetched at once; ``wanted``: others are not looked at."""
         with self._objects() as objects:
             remove_orphans(self.base)
-            listed = {name: entry for name, entry in self._list().items() if wanted(name)}
+            listed = {name: entry for name, entry in list_objects(self.address).items() if wanted(name)}
             for name in [name for name in objects if name not in listed and wanted(name)]:
                 self._remove(self._path(name))
                 del objects[name]
@@ -210,30 +123,6 @@ class Mirror:
             self._fetch_all(due, listed, objects)
         return len(listed)
 
-    def _list(self) -> dict[str, _Object]:
-        """Every object below the address, by name; "" where it is one itself."""
-        try:
-            with _asking(self.address):
-                entries = _file_system(self.address).find(self.address, detail=True)
-        except FileNotFoundError:
-            entries = {}
-        root = self.address.partition("://")[2]
-        if list(entries) == [root]:
-            return {"": _object(entries[root])}
-        listed = dict[str, _Object]()
-        for key, entry in entries.items():
-            if key.startswith(f"{root}/") and not key.endswith("/"):  # an empty object that stands for a folder
-                name = key.removeprefix(f"{root}/")
-                if {"", ".", ".."} & set(name.split("/")) or "\0" in name:
-                    raise UnsafeFile(f"{self.address} holds an object called {name[:80]!a}, which is no path below it.")
-                listed[name] = _object(entry)
-        return listed
-
-    def _stat(self, name: str) -> _Object | None:
-        with contextlib.suppress(FileNotFoundError), _asking(self._remote(name)):
-            return _object(_file_system(self.address).info(self._remote(name)))
-        return None
-
     def _remove(self, path: Path) -> None:
         """A file, and the folders that have no other: an empty one would be an empty class."""
         with writing(path):
@@ -242,7 +131,7 @@ class Mirror:
                 for folder in path.relative_to(self.folder).parents[:-1]:
                     (self.folder / folder).rmdir()
 
-    def _fetch_all(self, names: list[str], listed: dict[str, _Object], objects: Objects) -> None:
+    def _fetch_all(self, names: list[str], listed: dict[str, StoredObject], objects: Objects) -> None:
         """Files as they are there; one that is damaged is looked at again by the next pull, and by whoever reads it."""
         for name, problem in self._download_all({name: listed[name].size for name in names}, as_it_is=True):
             path, there = self._path(name), listed[name]
@@ -278,13 +167,10 @@ class Mirror:
     def _has_same_bytes(self, name: str, size: int) -> bool:
         """Whether a file of ours that was made here is the object: the first line holds the hash of the rest."""
         with contextlib.suppress(OSError, CacheError), open_regular(self._path(name)) as file:
-            return os.fstat(file.fileno()).st_size == size and file.read(USER_BLOCK) == self._range(name, 0, USER_BLOCK)
+            return os.fstat(file.fileno()).st_size == size and file.read(USER_BLOCK) == read_range(
+                self._remote(name), 0, USER_BLOCK
+            )
         return False
-
-    def _range(self, name: str, start: int, end: int) -> bytes:
-        with _asking(self._remote(name)):
-            data: bytes = _file_system(self.address).cat_file(self._remote(name), start=start, end=end)
-            return data
 
     # -- its bytes
 
@@ -305,9 +191,7 @@ class Mirror:
             with writing(path):
                 temporary, descriptor = locked_temporary(self.base / "fetched")
             try:
-                with _asking(self._remote(name)):
-                    files = _file_system(self.address)
-                    files.get_file(self._remote(name), str(temporary), max_concurrency=1)  # more hold it in memory
+                download(self._remote(name), temporary)
                 if not (problem := self._problem(temporary, path, size)) or (as_it_is and last):
                     with writing(path):
                         os.fsync(descriptor)
@@ -317,9 +201,6 @@ class Mirror:
                     return problem
             except FileNotFoundError as error:
                 raise FileNotFoundError(f"{self._remote(name)} is not there any more") from error
-            except StorageError as error:  # S3 keeps checksums of its own
-                if last or "Checksum" not in type(error.__cause__).__name__:
-                    raise
             finally:
                 os.close(descriptor)
                 temporary.unlink(missing_ok=True)
@@ -341,18 +222,18 @@ class Mirror:
         is not there would read as zeros."""
         name, size = self.name_of(path), path.lstat().st_size
         try:
-            line = self._range(name, 0, USER_BLOCK)
+            line = read_range(self._remote(name), 0, USER_BLOCK)
             block = user_block_of(path, line, size)
             with AtomicFile(path) as draft:
                 draft.truncate(size)
                 draft.write(0, line)
-                draft.write(block.offset, self._range(name, block.offset, block.offset + block.length))
+                draft.write(block.offset, read_range(self._remote(name), block.offset, block.offset + block.length))
                 with open_columns(draft.temporary) as file:
                     others = [column for key, column in file.columns.items() if key != "features"]
                     end = file.column("features").offset
                 start = min(column.offset for column in others)
                 if all(column.end <= end for column in others):
-                    draft.write(start, self._range(name, start, end))
+                    draft.write(start, read_range(self._remote(name), start, end))
                 os.utime(draft.fileno(), ns=(0, 0))
                 draft.commit()
         except (FileNotFoundError, ValueError) as error:
@@ -368,35 +249,19 @@ class Mirror:
             data = path.read_bytes()
             if known == (made := xxhash.xxh3_128_hexdigest(data)):
                 return True
-            with contextlib.suppress(_Conflict, FileNotFoundError):
-                objects[name] = [self._write(name, data, version), made]
+            with contextlib.suppress(Conflict, FileNotFoundError):
+                objects[name] = [upload_record(self._remote(name), data, version), made]
                 return True
-            if (there := self._stat(name)) is None:  # it was removed there meanwhile
+            if (there := stat_object(self._remote(name))) is None:  # it was removed there meanwhile
                 objects.pop(name, None)
                 return False
             self._fetch_all([name], {name: there}, objects)
             return objects[name][1] == made  # ours: an answer was lost, and it was sent again
 
-    def _write(self, name: str, data: bytes, version: str) -> str:
-        """The version that it has then; ``version``: the one that is replaced, or none."""
-        files, (scheme, _, place) = _file_system(self.address), self._remote(name).partition("://")
-        with _asking(self._remote(name)):
-            if scheme == "gs":  # gcsfs itself knows no condition but that nothing is there
-                bucket, _, key = place.partition("/")
-                upload = files.base.replace("/storage/", "/upload/storage/") + f"b/{bucket}/o"
-                words = {"uploadType": "media", "name": key, "ifGenerationMatch": version or "0"}
-                answer = files.call("POST", upload, **words, data=data, json_out=True)
-                return str(answer["generation"])
-            condition = {"IfMatch": version} if version else {"mode": "create"}
-            answer = files.pipe_file(self._remote(name), data, chunksize=4 << 30, **condition)  # in one request
-            return str(answer["ETag"])
-
     def put_new(self, name: str) -> None:
         """Upload a file of ours that never changes. Where one of its name is there, that one stays, here too."""
-        with contextlib.suppress(_Conflict), _asking(self._remote(name)):
-            files = _file_system(self.address)
-            files.put_file(str(self._path(name)), self._remote(name), mode="create", max_concurrency=4)
-        if (there := self._stat(name)) is None:
+        upload_file(self._path(name), self._remote(name))
+        if (there := stat_object(self._remote(name))) is None:
             raise StorageError(f"{self._remote(name)} was removed as soon as it was written.")
         with self._objects() as objects:
             if not self._has_same_bytes(name, there.size):
@@ -411,8 +276,8 @@ class Mirror:
     def check_conditions(self, name: str) -> None:
         """Raises StorageError where a server takes an object over one that is there: two machines would lose views."""
         try:
-            self._write(name, self._path(name).read_bytes(), "")
-        except _Conflict:
+            upload_record(self._remote(name), self._path(name).read_bytes(), "")
+        except Conflict:
             return
         raise StorageError(
             f"the server of {self.address} does not keep conditions of uploads (If-None-Match), by which two machines "
