@@ -166,11 +166,12 @@ class Mirror:
 
     def _has_same_bytes(self, name: str, size: int) -> bool:
         """Whether a file of ours that was made here is the object: the first line holds the hash of the rest."""
-        with contextlib.suppress(OSError, CacheError), open_regular(self._path(name)) as file:
-            return os.fstat(file.fileno()).st_size == size and file.read(USER_BLOCK) == read_range(
-                self._remote(name), 0, USER_BLOCK
-            )
-        return False
+        try:
+            with open_regular(self._path(name)) as file:
+                same, line = os.fstat(file.fileno()).st_size == size, file.read(USER_BLOCK)
+        except (OSError, CacheError):
+            return False
+        return same and line == read_range(self._remote(name), 0, USER_BLOCK)
 
     # -- its bytes
 

@@ -1,7 +1,7 @@
 """Object storage through fsspec: addresses (s3://, gs://), listing, downloads, uploads under a condition, their errors.
 
-Credentials, servers and tries are those of fsspec's library (s3fs, gcsfs), as everybody sets them up; nothing of them is
-seen or kept here. What a library raises becomes one sentence. An upload has a condition, that no object has the name
+Credentials, servers and tries are those of fsspec's library (s3fs, gcsfs), as everybody sets them up; nothing of them
+is seen or kept here. What a library raises becomes one sentence. An upload has a condition, that no object has the name
 (If-None-Match) or that it is still the version that was seen (If-Match), and an object appears whole or not at all.
 """
 

@@ -297,6 +297,19 @@ def test_what_was_made_here_is_uploaded_by_the_next_run_and_not_lost_before(serv
     assert server.objects()[key_of(server, path.name)] == made
 
 
+def test_a_server_that_fails_while_shards_are_compared_costs_none(server, monkeypatch):
+    monkeypatch.setattr("botocore.retryhandler.random.random", lambda: 0.0)
+    store = make_store(cache_folder(server.address))
+    path = add_shard(store, [1, 2], CLS)
+    server.write(f"caches/main/{store.path.name}/cls/{path.name}", path.read_bytes())
+    server.rule = lambda method, key: BUSY if method == "GET" and "/cls/" in key else None
+    with pytest.raises(StorageError):
+        cache_folder(server.address)
+    assert not is_placeholder(path)
+    server.rule = lambda method, key: None
+    assert cache_folder(server.address) and not is_placeholder(path)  # it is the same
+
+
 def test_records_of_the_mirror_that_are_damaged_are_made_again(server):
     view = make_remote(server)
     base = mirror.mirror_of(view.path).base
