@@ -22,7 +22,7 @@ import torch
 
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones.base import Backbone
-from featurecache.errors import BadOption, DamagedFile, Drift, SourceError, Stopped, UnreadableImage
+from featurecache.errors import BadOption, CacheError, DamagedFile, Drift, SourceError, Stopped, UnreadableImage
 from featurecache.extraction import canary
 from featurecache.extraction.choose_forward import (
     FirstImages,
@@ -57,6 +57,7 @@ from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import ImageGroups, Store, create_store, generations, missing_outputs
 
 ASK_BYTES = 20 * 10**9  # the command asks before it keeps more than this
+ROUNDS = 50  # that others may be quicker with what this run writes too
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ class Extraction:
         store.sweep()
         jobs, derived = list[ExtractionJob](), 0
         with shared_lock(store.path, "extract"):
-            while True:
+            for _ in range(ROUNDS):
                 pull(store.path)
                 self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
                 plan = self._fix_plan(rate)
@@ -267,6 +268,11 @@ class Extraction:
                         )
                         if push(store.path):
                             break
+            else:
+                raise CacheError(
+                    f"{store.path}: what this run writes was replaced by others {ROUNDS} times before it was done. Give "
+                    "the same command again when they have finished."
+                )
         if not any(job.timings.images for job in jobs) and store.cost_of_busy(self.device.type):
             again = measure_again(self.compute(), self.device, self.backbone.image_size, self.outputs, plan["threads"])
             store.write_cost(self.device.type, self.name, again)

@@ -17,7 +17,7 @@ from support.object_storage import DENIED, Server, copied, killing, machine
 from support.pictures import image_folder
 
 import featurecache
-from featurecache.errors import StorageError
+from featurecache.errors import CacheError, StorageError
 from featurecache.extraction import plan, run
 from featurecache.files import storage
 from featurecache.maintenance.verify import verify
@@ -112,6 +112,14 @@ def test_killed_before_or_behind_any_upload_the_same_command_goes_on(server, hom
         assert step > 5
 
 
+def test_a_server_that_takes_no_view_ever_ends_it(server, home, monkeypatch):
+    monkeypatch.setattr(run, "ROUNDS", 2)
+    never = ("412 Precondition Failed", "PreconditionFailed", "")
+    server.rule = lambda method, key: never if method == "PUT" and key.endswith("set.h5") else None
+    with pytest.raises(CacheError, match="was replaced by others 2 times before it was done"):
+        extract(home, server.address)
+
+
 def test_what_could_not_be_uploaded_is_not_computed_again(server, home, tmp_path):
     server.rule = lambda method, key: DENIED if method == "PUT" and "/cls/" in key else None
     with pytest.raises(StorageError, match="no permission for s3://bucket/caches/main/vit-"):
@@ -147,8 +155,11 @@ def test_from_images_there_to_a_head(server, home, tmp_path, monkeypatch):
         trained = call("train-head", *words, "--quiet")
         assert trained.exit_code == 0, trained.stderr
         assert call("leaks", "chest", "--cache", server.address).exit_code == 0
-        answer = call("predict", "--run", "runs/chest-linear-1", home / "data" / "ill" / "000.png")
-        assert answer.exit_code == 0, answer.stderr
+        for images, count in (("s3://bucket/chest/ill/000.png", 1), ("s3://bucket/chest", IMAGES)):
+            answer = call("predict", "--run", "runs/chest-linear-1", images, "--json")
+            assert answer.exit_code == 0, answer.stderr
+            names = [each["image"] for each in json.loads(answer.stdout)]
+            assert len(names) == count and names[0] == "s3://bucket/chest/ill/000.png"
 
 
 @pytest.fixture
