@@ -270,8 +270,8 @@ class Extraction:
                             break
             else:
                 raise CacheError(
-                    f"{store.path}: what this run writes was replaced by others {ROUNDS} times before it was done. Give "
-                    "the same command again when they have finished."
+                    f"{store.path}: what this run writes was replaced by others {ROUNDS} times before it was done. "
+                    "Give the same command again when they have finished."
                 )
         if not any(job.timings.images for job in jobs) and store.cost_of_busy(self.device.type):
             again = measure_again(self.compute(), self.device, self.backbone.image_size, self.outputs, plan["threads"])
