@@ -158,7 +158,7 @@ def test_from_images_there_to_a_head(server, home, tmp_path, monkeypatch):
         for images, count in (("s3://bucket/chest/ill/000.png", 1), ("s3://bucket/chest", IMAGES)):
             answer = call("predict", "--run", "runs/chest-linear-1", images, "--json")
             assert answer.exit_code == 0, answer.stderr
-            names = [each["image"] for each in json.loads(answer.stdout)]
+            names = [each["image"] for each in json.loads(answer.stdout)["predictions"]]
             assert len(names) == count and names[0] == "s3://bucket/chest/ill/000.png"
 
 
