@@ -124,7 +124,7 @@ def prepare(
     )
     name = name or dataset.name
     _check_storable(dataset, name)
-    # decode threads: on a CPU too as many as cores, since those that are ahead wait (2 for 1: 8 to 20 % on large images)
+    # decode threads: on a CPU too as many as cores; those that are ahead wait (2 for 1: 8 to 20 % on large images)
     workers = workers or min(16, os.cpu_count() or 1)
     wanted = requested or parse_list([name for name in (network.vector, "tokens") if name not in network.refusals])
     layouts = layouts_of(network, wanted, dtype)  # refuses what the backbone has not, before anything is read
