@@ -224,9 +224,13 @@ def test_a_record_that_another_machine_wrote_first_comes_here_and_is_said(server
     assert store.plan is not None and store.plan["cpu"]["batch_size"] == 7
     store.write_plan("cuda", plan)
     assert push(store.path) and push(store.path)
-    with machine("b"):
-        cache_folder(server.address)
-        assert theirs.plan == store.plan
+    with machine("b"):  # which has seen the one before
+        theirs.write_plan("mps", plan)
+        assert not push(theirs.path) and theirs.plan == store.plan
+        theirs.write_plan("mps", plan)
+        assert push(theirs.path)
+    cache_folder(server.address)
+    assert store.plan is not None and store.plan.keys() == {"cpu", "cuda", "mps"}
 
 
 def test_an_answer_that_is_lost_is_no_conflict(server, tmp_path):
