@@ -51,7 +51,7 @@ from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
 from featurecache.sources.base import Dataset
 from featurecache.sources.pseudonyms import Secret
-from featurecache.store.remote_cache import pull, push
+from featurecache.store.remote_cache import pull, push, version_of
 from featurecache.store.shards import Layout, RowLocations, notes_for
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import ImageGroups, Store, create_store, generations, missing_outputs
@@ -254,19 +254,21 @@ class Extraction:
                 self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
                 plan = self._fix_plan(rate)
                 self.check_canary(write=True)
-                if not push(store.path):  # another machine's plan was first: on with that one
+                if not push(store.path) or self._plan_is_other(plan):  # another machine's was first: on with that one
                     self._compute = self.choice = None
                     continue
                 done = self._compute_missing(plan, progress)
                 jobs += done
                 derived += self.to_derive
+                view = store.path / f"{self.name}.h5"
                 with update_lock(store.path):  # of two that write one view the second keeps what the first wrote
-                    if file_stamp(store.path / f"{self.name}.h5") == self.contents.stamp:
+                    made_from = {view: version_of(view)}
+                    if file_stamp(view) == self.contents.stamp:
                         failures = done[0].failures if done else {}
                         path, images, copies, failed = write_view_of(
                             self.contents, store, self.name, self.dataset, self.scan, failures
                         )
-                        if push(store.path):
+                        if push(store.path, made_from):
                             break
             else:
                 raise CacheError(
@@ -311,6 +313,11 @@ class Extraction:
             raise SourceError(f"{image}: {reason} (--on-error report goes on without it)") from error
         self._keep_timings(job)
         return [job]
+
+    def _plan_is_other(self, plan: dict[str, Any]) -> bool:
+        """Whether the store has another plan by now than the one that was fixed in it."""
+        kept = (self.store.plan or {}).get(self.device.type, plan) if self.store and self.forward else plan
+        return any(kept.get(key) != plan.get(key) for key in ("batch_size", "threads", "memory_format", "forward"))
 
     def _keep_timings(self, job: ExtractionJob) -> None:
         if measured := job.timings.record():

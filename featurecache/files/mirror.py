@@ -242,8 +242,13 @@ class Mirror:
 
     # -- what is made here
 
-    def put(self, name: str) -> bool:
-        """Upload a small file, unless it is there as it is here. False: another machine's was first; it is here now."""
+    def version(self, name: str) -> str:
+        """Which version of an object the file here is of, or was made from; empty for none."""
+        return self._read().get(name, [""])[0]
+
+    def put(self, name: str, made_from: str | None = None) -> bool:
+        """Upload a small file, unless it is there as it is here. False: another machine's was first; it is here now.
+        ``made_from``: the version that was read to make it, which another process's `pull` may have replaced since."""
         path = self._path(name)
         with self._objects() as objects:
             version, known = objects.get(name, ["", ""])
@@ -251,6 +256,8 @@ class Mirror:
             if known == (made := xxhash.xxh3_128_hexdigest(data)):
                 return True
             with contextlib.suppress(Conflict, FileNotFoundError):
+                if made_from not in (None, version):
+                    raise Conflict
                 objects[name] = [upload_record(self._remote(name), data, version), made]
                 return True
             if (there := stat_object(self._remote(name))) is None:  # it was removed there meanwhile

@@ -61,13 +61,19 @@ def push_shards(store: Path, paths: list[Path] | None = None) -> None:
         mirror.put_new(name)
 
 
-def push(store: Path) -> bool:
+def version_of(path: Path) -> str | None:
+    """Which version a record here is of, for `push`; None of a folder of this machine."""
+    mirror = mirror_of(path)
+    return mirror.version(mirror.name_of(path)) if mirror else None
+
+
+def push(store: Path, made_from: dict[Path, str | None] | None = None) -> bool:
     """Upload all that was made in a store. False where another machine's plan, reference or view came first: it is
-    here now, and what was made must be made on it."""
+    here now, and what was made must be made on it. ``made_from``: of records the versions that they were made from."""
     if (mirror := mirror_of(store)) is None:
         return True
     push_shards(store)
     records = [path for name in ("plan.json", "canary.safetensors") if (path := store / name).exists()]
-    names = [mirror.name_of(path) for path in [*records, *sorted(store.glob("*.h5"))]]
-    first = [mirror.put(name) for name in names if _is(_RECORD, name)]  # all of them are tried
+    records += [path for path in sorted(store.glob("*.h5")) if _is(_RECORD, mirror.name_of(path))]
+    first = [mirror.put(mirror.name_of(path), (made_from or {}).get(path)) for path in records]  # all of them are tried
     return all(first)

@@ -20,9 +20,11 @@ import featurecache
 from featurecache.errors import BadOption, CacheError, DamagedFile, NotInCache, StorageError, UnsafeFile
 from featurecache.files import mirror, storage
 from featurecache.files.mirror import Mirror, is_placeholder
+from featurecache.maintenance import import_features
 from featurecache.maintenance.import_features import import_view
 from featurecache.maintenance.verify import verify
-from featurecache.store.remote_cache import push, push_shards
+from featurecache.store.remote_cache import push, push_shards, version_of
+from featurecache.store.shards import ShardWriter
 from featurecache.store.store import cache_folder, stores
 from featurecache.store.view import View
 
@@ -231,6 +233,42 @@ def test_a_record_that_another_machine_wrote_first_comes_here_and_is_said(server
         assert push(theirs.path)
     cache_folder(server.address)
     assert store.plan is not None and store.plan.keys() == {"cpu", "cuda", "mps"}
+
+
+def test_a_record_that_another_process_has_replaced_meanwhile_is_not_overwritten(server):
+    """Machine b writes; on this one a process reads, another takes b's over, and only then the first writes."""
+    view = make_remote(server)
+    seen = version_of(view.path)
+    with machine("b"):
+        store = next(stores(cache_folder(server.address)))
+        add_view(store, "set", [3, 0], [CLS])
+        assert push(store.path)
+    cache_folder(server.address)
+    theirs = view.path.read_bytes()
+    mine = add_view(next(stores(view.store.parent)), "set", [7], [CLS])
+    assert not push(view.store, {mine.path: seen})
+    assert view.path.read_bytes() == theirs == server.objects()[key_of(server, "/set.h5")]
+
+
+def test_a_shard_with_other_notes_that_is_first_is_the_one_that_the_view_names(server, tmp_path, monkeypatch):
+    file = feature_file(tmp_path)
+    alone = View(import_view(file, "v", cache=tmp_path / "alone").view)
+    (layout,), store = alone.outputs.values(), next(stores(tmp_path / "alone"))
+    (shard,) = store.shards(layout)
+    writer = ShardWriter(store.path, shard.digests, layout, {**shard.notes, "more": "words " * 100})
+    rows = alone.array(layout.output)[np.argsort(alone.digests)][np.argsort(np.argsort(shard.digests))]
+    writer.append(shard.digests.tolist(), rows)
+    other = writer.commit(replace=True)
+    assert other is not None
+
+    def first(path: Path) -> None:
+        server.write(f"caches/main/{store.path.name}/{other.relative_to(store.path)}", other.read_bytes())
+        push_shards(path)
+
+    monkeypatch.setattr(import_features, "push_shards", first)
+    import_view(file, "v", cache=server.address)
+    cache = copied(server, tmp_path / "copy")
+    assert verify(cache).damages == () and np.array_equal(featurecache.open_view("v", cache)["vector"], np.load(file))
 
 
 def test_an_answer_that_is_lost_is_no_conflict(server, tmp_path):
