@@ -254,8 +254,10 @@ class Extraction:
                 self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
                 plan = self._fix_plan(rate)
                 self.check_canary(write=True)
-                if not push(store.path) or self._plan_is_other(plan):  # another machine's was first: on with that one
-                    self._compute = self.choice = None
+                agreed = push(store.path)
+                kept = (store.plan or {}).get(self.device.type, plan) if self.forward else plan
+                if not agreed or any(kept.get(key) != plan.get(key) for key in ("batch_size", "threads", "forward")):
+                    self._compute = self.choice = None  # another machine's plan was first: on with that one
                     continue
                 done = self._compute_missing(plan, progress)
                 jobs += done
@@ -265,22 +267,21 @@ class Extraction:
                     made_from = {view: version_of(view)}
                     if file_stamp(view) == self.contents.stamp:
                         failures = done[0].failures if done else {}
-                        path, images, copies, failed = write_view_of(
-                            self.contents, store, self.name, self.dataset, self.scan, failures
-                        )
+                        written = write_view_of(self.contents, store, self.name, self.dataset, self.scan, failures)
                         if push(store.path, made_from):
                             break
             else:
-                raise CacheError(
-                    f"{store.path}: what this run writes was replaced by others {ROUNDS} times before it was done. "
-                    "Give the same command again when they have finished."
+                told = (
+                    f"others were quicker {ROUNDS} times with what this run writes; give the same command again later"
                 )
+                raise CacheError(f"{store.path}: {told}.")
         if not any(job.timings.images for job in jobs) and store.cost_of_busy(self.device.type):
             again = measure_again(self.compute(), self.device, self.backbone.image_size, self.outputs, plan["threads"])
             store.write_cost(self.device.type, self.name, again)
             push(store.path)
         timings = [job.timings for job in jobs] or [StageTimings(self.device, batch=0)]
         names, computed = tuple(output.name for output in self.outputs), sum(each.images for each in timings)
+        path, images, copies, failed = written
         return ExtractionResult(
             path, names, images, computed, derived, time.perf_counter() - start, timings[0].shares(), failed, copies,
             store.cost(self.name),
@@ -313,11 +314,6 @@ class Extraction:
             raise SourceError(f"{image}: {reason} (--on-error report goes on without it)") from error
         self._keep_timings(job)
         return [job]
-
-    def _plan_is_other(self, plan: dict[str, Any]) -> bool:
-        """Whether the store has another plan by now than the one that was fixed in it."""
-        kept = (self.store.plan or {}).get(self.device.type, plan) if self.store and self.forward else plan
-        return any(kept.get(key) != plan.get(key) for key in ("batch_size", "threads", "memory_format", "forward"))
 
     def _keep_timings(self, job: ExtractionJob) -> None:
         if measured := job.timings.record():
