@@ -17,7 +17,7 @@ from support.object_storage import DENIED, Server, copied, killing, machine
 from support.pictures import image_folder
 
 import featurecache
-from featurecache.errors import CacheError, StorageError
+from featurecache.errors import BadOption, CacheError, StorageError
 from featurecache.extraction import plan, run
 from featurecache.files import storage
 from featurecache.maintenance.verify import verify
@@ -197,3 +197,8 @@ def test_processes_that_are_killed_and_two_at_once(server, home, tmp_path, forks
     cache = copied(server, tmp_path / "copy")
     assert set(featurecache.open_view("set", cache).outputs) == {"cls", "mean", "tokens"}
     assert verify(cache).damages == ()
+
+
+def test_ray_is_refused_where_each_node_has_a_mirror_of_its_own(server, home):
+    with pytest.raises(BadOption, match="give --cache a shared folder"):
+        extract(home, server.address, engine="ray")

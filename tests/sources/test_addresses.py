@@ -56,6 +56,10 @@ def test_an_image_that_changed_there_is_fetched_again_and_one_that_is_gone_goes(
     after = open_source(HERE)
     assert after.ids == [name for name in before.ids if name != gone]
     assert after.read(0) == other and server.of("GET") == [f"data/{changed}"]
+    for name in after.ids:
+        if name.startswith("well/"):
+            server.remove(f"data/{name}")
+    assert open_source(HERE).classes == ["ill"]  # of which none is left is no empty class
 
 
 def test_of_a_table_the_images_that_are_read_are_fetched(server, tmp_path):

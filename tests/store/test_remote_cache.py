@@ -20,7 +20,6 @@ import featurecache
 from featurecache.errors import BadOption, CacheError, DamagedFile, NotInCache, StorageError, UnsafeFile
 from featurecache.files import mirror, storage
 from featurecache.files.mirror import Mirror, is_placeholder
-from featurecache.maintenance import import_features
 from featurecache.maintenance.import_features import import_view
 from featurecache.maintenance.verify import verify
 from featurecache.store.remote_cache import push, push_shards, version_of
@@ -250,7 +249,7 @@ def test_a_record_that_another_process_has_replaced_meanwhile_is_not_overwritten
     assert view.path.read_bytes() == theirs == server.objects()[key_of(server, "/set.h5")]
 
 
-def test_a_shard_with_other_notes_that_is_first_is_the_one_that_the_view_names(server, tmp_path, monkeypatch):
+def test_a_shard_with_other_notes_that_is_first_is_the_one_that_the_view_names(server, tmp_path):
     file = feature_file(tmp_path)
     alone = View(import_view(file, "v", cache=tmp_path / "alone").view)
     (layout,), store = alone.outputs.values(), next(stores(tmp_path / "alone"))
@@ -261,11 +260,11 @@ def test_a_shard_with_other_notes_that_is_first_is_the_one_that_the_view_names(s
     other = writer.commit(replace=True)
     assert other is not None
 
-    def first(path: Path) -> None:
-        server.write(f"caches/main/{store.path.name}/{other.relative_to(store.path)}", other.read_bytes())
-        push_shards(path)
+    def first(method: str, key: str) -> None:
+        if method == "PUT" and "/vector/" in key:
+            server.write(key, other.read_bytes())
 
-    monkeypatch.setattr(import_features, "push_shards", first)
+    server.rule = first
     import_view(file, "v", cache=server.address)
     cache = copied(server, tmp_path / "copy")
     assert verify(cache).damages == () and np.array_equal(featurecache.open_view("v", cache)["vector"], np.load(file))
