@@ -125,6 +125,10 @@ class CannotWrite(FeatureCacheError, OSError):
     """The disk is full, read-only or gone; what was committed is safe."""
 
 
+class StorageError(FeatureCacheError, ConnectionError):
+    """Object storage that does not answer, or refuses."""
+
+
 class ForwardUnavailable(FeatureCacheError, RuntimeError):
     """A way of computing a forward pass that this machine, or this network, has not."""
 

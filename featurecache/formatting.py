@@ -262,6 +262,16 @@ def one_line(value: Any) -> Any:
     return [one_line(part) for part in value] if isinstance(value, list | tuple) else value
 
 
+STANDS_FOR: dict[str, str] = {}  # folder on this machine → the address of which it is a mirror
+
+
+def with_addresses(text: str) -> str:
+    """``text`` with addresses in the place of the folders that stand for them here."""
+    for folder, address in STANDS_FOR.items():
+        text = text.replace(folder, address)
+    return text
+
+
 def shell_word(word: Any) -> str:
     """A word of a command as a shell reads it back, whatever it holds; a terminal obeys nothing of it."""
     text = str(word)

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from featurecache.errors import BadOption, FeatureCacheError, UnknownSourceName, nearest
-from featurecache.formatting import abbreviated, aligned, one_line
+from featurecache.files.storage import is_address
+from featurecache.formatting import abbreviated, aligned, one_line, with_addresses
 from featurecache.images.headers import read_by
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.pixel_view import resize_all
@@ -102,6 +103,7 @@ def iterate_images(
 ) -> Iterator[NewImage]:
     """Each image as encoded bytes or array, or the reason why it cannot be read; of DICOM each frame. ``page``: see
     `featurecache.open_source`."""
+    from featurecache.sources.addresses import mirrored_source
     from featurecache.sources.base import read_file
     from featurecache.sources.dicom_frames import images_in_file
     from featurecache.sources.in_memory import encoded_of_pil, is_pil
@@ -114,6 +116,9 @@ def iterate_images(
             yield NewImage(f"image {number}", _read(lambda image=image: encoded_of_pil(image)))  # type: ignore[misc]
         elif not isinstance(image, str | os.PathLike):
             raise BadOption(f"image {number} is {type(image).__name__}; {_EXPECTED}.")
+        elif is_address(image):
+            here = iterate_images([mirrored_source(image)], columns, page)
+            yield from (each._replace(name=with_addresses(each.name)) for each in here)
         elif Path(image).is_dir() or is_table(str(image)) or Path(image).suffix.lower() in ARCHIVES:
             yield from _source(image, columns, page)
         else:

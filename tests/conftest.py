@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.object_storage import Server, serve
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FEATURECACHE_SECRET"] = "of the tests"  # none is made in the user's own configuration
@@ -22,7 +23,7 @@ TIERS = ("integration", "slow")
 INTEGRATION = {  # whole files: they load models, train or start processes; single tests elsewhere carry the mark
     "backbones": "certificate grey_networks remembered transformers_generic transformers_models vision_towers weights",
     "commands": "cli",
-    "extraction": "cache_miss canary cost digest_cache extraction forward incremental plan",
+    "extraction": "cache_miss canary cost digest_cache extraction forward incremental plan remote_extraction",
     "heads": "inference",
     "heads/evaluation": "comparison external",
     "heads/explanations": "explain explain_backbones",
@@ -118,6 +119,23 @@ def mounted(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("this user cannot mount a file system")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[Server]:
+    with serve() as server:
+        yield server
+
+
+@pytest.fixture
+def server(_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Object storage, empty and in the environment."""
+    for name, value in _server.environment.items():
+        monkeypatch.setenv(name, value)
+    _server.empty()
+    _server.reset()
+    yield _server
+    _server.reset()
 
 
 @pytest.fixture(scope="session")

@@ -35,9 +35,9 @@ def repair(talk: Console, names: tuple[str, ...], cache: str | None, **options: 
     """
     from featurecache.maintenance import repair as mending
     from featurecache.maintenance.verify import stores_called
-    from featurecache.store.store import cache_folder
+    from featurecache.store.store import own_cache
 
-    folder = cache_folder(cache)
+    folder = own_cache(cache, "repair")
     only = stores_called(names, folder) if names else None
     repairs = mending.repair(folder, only, say=talk.say, **options)
     records = []
@@ -62,10 +62,11 @@ def rm(talk: Console, view: str, yes: bool, cache: str | None) -> int:
     featurecache rm vit-in21k/chest
     """
     from featurecache.maintenance import collect
+    from featurecache.store.store import own_cache
     from featurecache.store.write_view import find_view
 
     if not yes and sys.stdin.isatty():
-        click.confirm(f"remove {find_view(view, cache)}?", abort=True, err=True)
+        click.confirm(f"remove {find_view(view, own_cache(cache, 'rm'))}?", abort=True, err=True)
     done = collect.remove_view(view, cache)
     images = "" if done.images is None else f" ({done.images:,} images)"
     others = f"the store still has {', '.join(done.others)}" if done.others else "it was the store's last view"

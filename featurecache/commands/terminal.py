@@ -42,6 +42,7 @@ from featurecache.formatting import (
     shell_words,
     show_status,
     terminal_width,
+    with_addresses,
 )
 
 _PLAIN = "featurecache.plain"  # how characters that a terminal's code page lacks are written
@@ -128,7 +129,7 @@ def _as_interrupts() -> Iterator[None]:
 def _echo(text: str, err: bool = False) -> None:
     """Text as a terminal shows it without breaking a word; into a file or a pipe as it is."""
     clear_status()
-    click.echo(fold(harmless(text), terminal_width(sys.stderr if err else sys.stdout)), err=err)
+    click.echo(fold(harmless(with_addresses(text)), terminal_width(sys.stderr if err else sys.stdout)), err=err)
 
 
 class Console:
@@ -176,7 +177,7 @@ def _json(record: Any) -> str:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         text = json.dumps(record, allow_nan=False, default=record_of)
-    return "".join(c if is_harmless(c) else json.dumps(c)[1:-1] for c in text)
+    return "".join(c if is_harmless(c) else json.dumps(c)[1:-1] for c in with_addresses(text))
 
 
 def _report(error: FeatureCacheError, debug: bool) -> int:
@@ -310,7 +311,9 @@ def command(function: Callable[..., Any]) -> click.Command:
     return made
 
 
-cache_option = option("--cache", metavar="DIR", help="Folder of the cache. [default: $FEATURECACHE_DIR, else ./cache]")
+cache_option = option(
+    "--cache", metavar="DIR", help="Folder of the cache, or s3://…. [default: $FEATURECACHE_DIR, else ./cache]"
+)
 features_option = option(
     "--features", metavar="VIEW", help="A view: path, STORE/VIEW or name. [default: that of the last extraction]"
 )

@@ -27,6 +27,7 @@ from featurecache.images.headers import EncodedImage
 from featurecache.images.pixel_room import PixelRoom
 from featurecache.images.preprocessing import Preprocess
 from featurecache.outputs import Output, derive
+from featurecache.store.remote_cache import push_shard
 from featurecache.store.shards import Layout, ShardWriter, read_feature_rows
 from featurecache.store.store import Store, rows_per_shard
 
@@ -148,8 +149,10 @@ class _Shards:
 
     def commit(self) -> None:
         try:
-            paths = [writer.commit(replace=self._job.replace) for writer in self._writers.values()]
-            self._job.written += filter(None, paths)
+            for writer in self._writers.values():
+                if path := writer.commit(replace=self._job.replace):
+                    self._job.written.append(path)
+                    push_shard(path)
         finally:
             self.discard()
 

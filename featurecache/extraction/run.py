@@ -22,7 +22,7 @@ import torch
 
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones.base import Backbone
-from featurecache.errors import BadOption, DamagedFile, Drift, SourceError, Stopped, UnreadableImage
+from featurecache.errors import BadOption, CacheError, DamagedFile, Drift, SourceError, Stopped, UnreadableImage
 from featurecache.extraction import canary
 from featurecache.extraction.choose_forward import (
     FirstImages,
@@ -50,11 +50,13 @@ from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
 from featurecache.outputs import Output
 from featurecache.sources.base import Dataset
 from featurecache.sources.pseudonyms import Secret
+from featurecache.store.remote_cache import pull, push, version_of
 from featurecache.store.shards import Layout, RowLocations, notes_for
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import ImageGroups, Store, create_store, generations, missing_outputs
 
 ASK_BYTES = 20 * 10**9  # the command asks before it keeps more than this
+ROUNDS = 50  # that others may be quicker with what this run writes too
 
 
 @dataclass(frozen=True)
@@ -249,29 +251,38 @@ class Extraction:
         store.sweep()
         jobs, derived = list[ShardJob](), 0
         with shared_lock(store.path, "extract"):
-            while True:
+            for _ in range(ROUNDS):
+                pull(store.path)
                 self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
                 plan = self._fix_plan(rate)
                 self.check_canary(write=True)
+                agreed = push(store.path)
+                kept = (store.plan or {}).get(self.device.type, plan) if self.forward else plan
+                if not agreed or any(kept.get(key) != plan.get(key) for key in ("batch_size", "threads", "forward")):
+                    self._compute = self.choice = None  # another machine's plan was first: on with that one
+                    continue
                 done = self._compute_missing(plan, progress)
                 jobs += done
                 derived += self.to_derive
-                with (
-                    timed_part("view"),
-                    update_lock(store.path),
-                ):  # of two that write one view the second keeps what the first wrote
-                    if file_stamp(store.path / f"{self.name}.h5") == self.contents.stamp:
+                view = store.path / f"{self.name}.h5"
+                with timed_part("view"), update_lock(store.path):  # of two the second keeps what the first wrote
+                    made_from = {view: version_of(view)}
+                    if file_stamp(view) == self.contents.stamp:
                         failures = done[0].failures if done else {}
-                        path, images, copies, failed = write_view_of(
-                            self.contents, store, self.name, self.dataset, self.scan, failures
-                        )
-                        break
+                        written = write_view_of(self.contents, store, self.name, self.dataset, self.scan, failures)
+                        if push(store.path, made_from):
+                            break
+            else:
+                told = f"others were quicker {ROUNDS} times with what this run writes: give the same command later"
+                raise CacheError(f"{store.path}: {told}.")
         timings = [job.timings for job in jobs if isinstance(job, ExtractionJob)]
         if not any(each.images for each in timings) and store.cost_of_busy(self.device.type):
             again = measure_again(self.compute(), self.device, self.backbone.image_size, self.outputs, plan["threads"])
             store.write_cost(self.device.type, self.name, again)
+            push(store.path)
         timings = timings or [StageTimings(self.device, batch=0)]
         names, computed = tuple(output.name for output in self.outputs), sum(each.images for each in timings)
+        path, images, copies, failed = written
         return ExtractionResult(
             path, names, images, computed, derived, time.perf_counter() - start, timings[0].shares(), failed, copies,
             store.cost(self.name),

@@ -115,6 +115,10 @@ class AtomicFile:
     def fileno(self) -> int:
         return self._descriptor
 
+    @property
+    def temporary(self) -> Path:
+        return self._temporary
+
     def write(self, offset: int, data: bytes | memoryview) -> None:
         rest = memoryview(data).cast("B")
         with writing(self.path):

@@ -202,7 +202,11 @@ def _pread(path: Path, descriptor: int, offset: int, size: int) -> bytearray:
 
 
 def _user_block(path: Path, descriptor: int) -> UserBlock:
-    line, size = os.pread(descriptor, USER_BLOCK, 0), os.fstat(descriptor).st_size
+    return user_block_of(path, os.pread(descriptor, USER_BLOCK, 0), os.fstat(descriptor).st_size)
+
+
+def user_block_of(path: Path, line: bytes, size: int) -> UserBlock:
+    """The block at the beginning of a file of ``size`` bytes. Raises DamagedFile."""
     match, version = _LINE.match(line), _FORMAT.match(line)
     if version is not None and int(version[1]) != FORMAT:
         raise DamagedFile(f"{path} has format {int(version[1])}; this featurecache reads format {FORMAT}.")

@@ -27,6 +27,7 @@ from typing import Any
 
 from featurecache.errors import InUse
 from featurecache.files.atomic import NO_LOCKS, locked_temporary, writing
+from featurecache.files.mirror import refuse_address
 
 MARKS = SHARED, EXCLUSIVE = ".shared-", ".exclusive-"  # beginnings of the marks' names
 
@@ -37,7 +38,9 @@ def shared_lock(store: Path, what: str) -> contextlib.AbstractContextManager[Non
 
 
 def exclusive_lock(store: Path, what: str) -> contextlib.AbstractContextManager[None]:
-    """While files of ``store`` are removed or replaced. Raises InUse where anybody holds a lock."""
+    """While files of ``store`` are removed or replaced. Raises InUse where anybody holds a lock, and BadOption where
+    the store is in object storage, which has none."""
+    refuse_address(store, what.split()[0])
     return _lock(store, EXCLUSIVE, what, MARKS)
 
 

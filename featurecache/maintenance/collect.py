@@ -39,7 +39,7 @@ from featurecache.store.shards import (
     row_keys,
     shard_name,
 )
-from featurecache.store.store import Store, cache_folder, open_store, rows_per_shard, stores, unreadable_stores
+from featurecache.store.store import Store, open_store, own_cache, rows_per_shard, stores, unreadable_stores
 from featurecache.store.view import View
 from featurecache.store.write_view import find_view, rewrite_view
 
@@ -59,7 +59,7 @@ class RemovedView:
 
 def remove_view(name: str | Path, cache: str | Path | None = None) -> RemovedView:
     """Remove a view; its rows stay until `collect`. Raises NotInCache, AmbiguousName, BadOption, InUse."""
-    path = find_view(name, cache)
+    path = find_view(name, own_cache(cache, "rm"))
     try:
         store = open_store(path.parent)
     except CacheError as error:
@@ -120,7 +120,7 @@ def collect(cache: str | Path | None = None, *, delete: bool = False) -> Collect
     """Garbage collection: find rows that no view names, and with ``delete`` free them; all others keep bytes,
     checksums and errors. A store is left alone while somebody works in it, and when one of its views or shards cannot
     be read: nobody knows then what that view names."""
-    cache = cache_folder(cache)
+    cache = own_cache(cache, "gc")
     drafts = [path for folder in _folders(cache) for path in orphaned_files(folder)]
     files = [file for path in drafts for file in (path.rglob("*") if path.is_dir() else [path]) if not file.is_dir()]
     size = sum(file.lstat().st_size for file in files)
@@ -209,7 +209,7 @@ class CompactResult:
 def compact(name: str | Path | None = None, cache: str | Path | None = None) -> CompactResult:
     """Put the rows of a view into shards in its order. Other views of the store get the same bytes from there too.
     Raises InUse, DamagedFile (before anything is removed), CannotWrite. Killed, the same command finishes."""
-    view = View(find_view(name, cache), copies=True)
+    view = View(find_view(name, own_cache(cache, "compact")), copies=True)
     store = open_store(view.store)
     with exclusive_lock(store.path, f"compact {view.name}"):
         store.sweep()

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from featurecache import __version__
-from featurecache.errors import BadOption, SourceError
+from featurecache.errors import BadOption, CacheError, SourceError
 from featurecache.files.atomic import check_room
 from featurecache.files.locks import shared_lock
 from featurecache.files.names import is_file_name
@@ -35,6 +35,7 @@ from featurecache.maintenance.row_annotations import (
 from featurecache.outputs import parse
 from featurecache.sources.base import safe_name
 from featurecache.sources.label_cells import LabelOptions
+from featurecache.store.remote_cache import push, push_shards
 from featurecache.store.schema import DIGEST, ViewColumns, text_array
 from featurecache.store.shards import Layout, ShardWriter, notes_for, shard_name
 from featurecache.store.spec import UNKNOWN, ExtractionSpec
@@ -120,8 +121,11 @@ def import_view(
         attributes = view_attributes(store, rows.classes, rows.task, about)
         groups = None if rows.groups is None else text_array(rows.groups)
         view_rows = ViewColumns(text_array(rows.ids), rows.labels, text_array(rows.splits), digests, groups, rows.meta)
+        push_shards(store.path)
         located = {layout: store.locate(layout, digests) for layout in source.layouts.values()}
         path = write_view(store, name, view_rows, attributes, located)
+        if not push(store.path):
+            raise CacheError(f"another machine has just written the view {name} there. Give the same command again.")
     duplicates = len(digests) - len(np.unique(digests))
     outputs = {key: layout.shape for key, layout in source.layouts.items()}
     return ImportResult(

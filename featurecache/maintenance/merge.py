@@ -21,10 +21,11 @@ from featurecache.extraction import canary
 from featurecache.files.atomic import AtomicFile, check_room, open_regular, write_whole
 from featurecache.files.directory import USER_BLOCK
 from featurecache.files.locks import exclusive_lock
+from featurecache.files.mirror import fetch
 from featurecache.formatting import byte_bar
 from featurecache.store.reference import canary_path
 from featurecache.store.shards import Layout, Shard, find_by_digest
-from featurecache.store.store import Store, cache_folder, create_store, find_store, stores, unreadable_stores
+from featurecache.store.store import Store, cache_folder, create_store, find_store, own_cache, stores, unreadable_stores
 from featurecache.store.view import View
 from featurecache.store.write_view import rewrite_view
 
@@ -64,7 +65,7 @@ class MergeResult:
 def merge(other: str | Path, cache: str | Path | None = None, *, progress: bool = False) -> list[MergeResult]:
     """Take over what the cache ``other`` holds and ``cache`` does not; one record for each of its stores. Raises
     BadOption, NotInCache, CannotWrite, InUse."""
-    theirs, folder = Path(other).expanduser(), cache_folder(cache)
+    folder, theirs = own_cache(cache, "merge"), cache_folder(other)
     if (theirs / "spec.json").exists():
         raise BadOption(f"{theirs} is one store; give the folder of the cache it lies in, {theirs.absolute().parent}.")
     if folder.exists() and theirs.exists() and folder.samefile(theirs):
@@ -156,6 +157,7 @@ def _missing_shards(mine: Store, source: Store) -> tuple[list[tuple[Layout, Shar
 
 def copy_shard(shard: Shard, target: Path, advance: Callable[[int], object]) -> None:
     """The same bytes under another folder, or nothing. Raises DamagedFile when they are not those that were hashed."""
+    fetch([shard.path])
     with open_regular(shard.path) as file, AtomicFile(target) as draft:
         digest, offset = xxhash.xxh3_128(), 0
         while piece := file.read(_PIECE):

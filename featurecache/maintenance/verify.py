@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from featurecache.errors import CacheError, FeatureCacheError
+from featurecache.errors import CacheError, FeatureCacheError, StorageError
 from featurecache.files.atomic import FileStamp, file_stamp, open_regular
 from featurecache.files.directory import hash_after_block, read_user_block
+from featurecache.files.mirror import fetch
 from featurecache.store.reference import canary_path, read_reference
 from featurecache.store.schema import StoredOutput
 from featurecache.store.shards import Layout, layout_in, unmeasured
@@ -171,9 +172,12 @@ def _damages(
 def _hashed(path: Path, advance: Callable[[int], object]) -> str | None:
     """What is wrong with the bytes of a file, or None."""
     try:
+        fetch([path], again=True)
         block = read_user_block(path)
         with open_regular(path) as file:
             actual = hash_after_block(file.fileno())
+    except StorageError:  # which says nothing of the file
+        raise
     except (CacheError, OSError) as error:
         return str(error)
     advance(block.size)

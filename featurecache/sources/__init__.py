@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import BadOption, NotFetched, SourceError, nearest
+from featurecache.errors import BadOption, NotFetched, SourceError, StorageError, nearest
 from featurecache.files.atomic import refuse_special
+from featurecache.files.storage import canonical, is_address, local_path
 from featurecache.images.headers import check_crop
 from featurecache.sources import fetching, huggingface, medmnist, torchvision_datasets
+from featurecache.sources.addresses import mirrored_source
 from featurecache.sources.base import Dataset, ImageArrays, safe_name
 from featurecache.sources.dicom_frames import expand_frames
 from featurecache.sources.folders import list_folder, open_folder, open_images_below
@@ -186,13 +188,17 @@ def open_images(data: str | os.PathLike[str], *, columns: Columns = None, page: 
 
 
 def reopen(source: Mapping[str, Any]) -> Dataset:
-    """The dataset again from its ``source``; nothing is fetched. Raises SourceError where its images have gone."""
+    """The dataset again from its ``source``; nothing is fetched, but what an address has that is not here yet. Raises
+    SourceError where its images have gone."""
     if source.get("kind") == "import":
         raise SourceError(f"{source.get('data')} was imported as features; nobody knows its images.")
     if source.get("kind") == IN_MEMORY:
         raise SourceError(f"{source.get('data')} were given by a program; nobody knows where they are now.")
-    kind, what = _find(source["data"])
-    dataset = _open(kind, what, source["data"], {name: source.get(name) for name in _WORDS})
+    try:
+        kind, what = _find(source["data"])
+        dataset = _open(kind, what, source["data"], {name: source.get(name) for name in _WORDS})
+    except StorageError as error:
+        raise SourceError(str(error)) from error
     hashed = {name: bool(source.get(f"hash_{name}")) for name in ("ids", "groups")}
     return pseudonymise(dataset, secret_of(source), **hashed) if any(hashed.values()) else dataset
 
@@ -202,11 +208,15 @@ def _open(kind: str, what: str, data: str | os.PathLike[str], words: dict[str, A
     if columns and not source.columns:
         raise SourceError(f"columns were named ({', '.join(columns)}), but {data} is no table (.csv, .tsv, .parquet).")
     options = {name: words[name] for name in _ABOUT if words[name] is not None}
+    if is_address(options.get("root")):
+        options["root"] = mirrored_source(options["root"], folder=True)
     for name in options.keys() - set(source.options):
         raise SourceError(f"--{name.replace('_', '-')} is {_ABOUT[name]}; {data} is {source.form}.")
     given = (columns or None, task) if source.columns else (task,)
     dataset = _ordered(source.open(what, *given, **options), kind, task, order, data)
     record = {"kind": kind, "data": what, **words, **dataset.source}
+    record |= {"data": _name_of(data)} if is_address(data) else {}
+    record |= {"root": _name_of(words["root"])} if is_address(words["root"]) else {}
     record["understood"] = "; ".join(dataset.understood) or None
     record = {key: value for key, value in record.items() if value is not None}
     for name in dataset.ids:
@@ -217,6 +227,11 @@ def _open(kind: str, what: str, data: str | os.PathLike[str], words: dict[str, A
     reading = {"bits": words["bits"], "crop": words["crop"] and check_crop(words["crop"])}
     whole = expand_frames(replace(dataset, name=safe_name(dataset.name), source=record, **reading), words["page"])
     return _limited(whole, words["limit"], words["limit_seed"])
+
+
+def _name_of(address: str | os.PathLike[str]) -> str:
+    """As a view keeps it: the same for other machines and users."""
+    return canonical(address) if (path := local_path(address)) is None else str(path)
 
 
 def _limited(dataset: Dataset, limit: int | None, seed: int | None) -> Dataset:
@@ -241,13 +256,14 @@ def _find(data: str | os.PathLike[str]) -> tuple[str, str]:
     """The kind of a source, and what its ``open`` is given. Raises SourceError."""
     if data == "digits":
         return "digits", "digits"
-    text, path = str(data), os.path.abspath(os.path.expanduser(data))
+    text = str(data)
     for kind, source in SOURCES.items():
         if source.prefix and isinstance(data, str) and data.startswith(source.prefix):
             what = data.removeprefix(source.prefix)
             if not re.split("[:@]", what)[0].strip(" /"):
                 raise SourceError(f"--data {data} names no data set; expected {source.form}.")
             return kind, what
+    path = mirrored_source(data) if is_address(data) else os.path.abspath(os.path.expanduser(data))
     short = [source.form.split("[")[0] for source in SOURCES.values()]
     forms = ", ".join(dict.fromkeys("a folder of images" if form.startswith("a folder") else form for form in short))
     if not text:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from featurecache.errors import BadOption, SourceError, UnreadableImage
+from featurecache.files.mirror import fetch
 from featurecache.images.headers import Crop, EncodedFrame, EncodedImage, check_crop, read_by, reading_record
 from featurecache.sources.labels import TASKS
 
@@ -156,7 +157,12 @@ def read_text(file: str, of: str = "") -> str:
 
 @contextlib.contextmanager
 def open_image_file(path: str) -> Iterator[tuple[int, os.stat_result]]:
-    """The descriptor and the stat of a regular file; nothing else is opened. Raises UnreadableImage."""
+    """The descriptor and the stat of a regular file; nothing else is opened. Raises UnreadableImage; StorageError where
+    it lies in object storage that does not answer, which says nothing of the image."""
+    try:
+        fetch([path])
+    except FileNotFoundError:
+        raise UnreadableImage("no such object any more") from None
     with as_unreadable(path):
         descriptor = os.open(path, _READ)
     try:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from featurecache.errors import SourceError
+from featurecache.files.storage import is_address
 from featurecache.formatting import abbreviated, shell_word
 from featurecache.sources.base import ImageFiles
 from featurecache.sources.dicom_frames import split_frame
@@ -51,7 +52,11 @@ class _Below:
 def image_files(folder: str, names: list[str], root: str | None = None) -> tuple[ImageFiles, list[str]]:
     """The files of ``names``, relative to ``folder`` or to ``root``, and what was understood. Raises SourceError."""
     if addresses := [name for name in names if re.match(r"^[a-z][a-z0-9+]+://", name)]:
-        raise SourceError(f"{addresses[0]} is an address, not a file; fetch the images first, and list their paths.")
+        way = "fetch the images first, and list their paths"
+        if is_address(addresses[0]):
+            folder = addresses[0].rpartition("/")[0]
+            way = f"list paths below one folder, and name that with --root, such as --root {shell_word(folder)}"
+        raise SourceError(f"{addresses[0]} is an address, not a file; {way}.")
     base = folder if root is None else os.path.abspath(os.path.expanduser(root))
     if not os.path.isdir(base):
         raise SourceError(f"--root {root}: there is no such folder.")

@@ -28,6 +28,7 @@ from featurecache.errors import CacheError, DamagedFile
 from featurecache.files.atomic import AtomicFile, file_stamp, refuse_links
 from featurecache.files.directory import AGAIN, open_columns
 from featurecache.files.hdf5 import WriteTrace, create_unwritten, new_hdf5, seal
+from featurecache.files.mirror import fetch, fetch_heads
 from featurecache.store.schema import DIGEST, Layout, check_digests, token_layout
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ def read_shard(path: Path, layout: Layout) -> Shard:
 
 def _read(path: Path) -> tuple[Layout, Shard]:
     refuse_links(path.parent)
+    fetch_heads([path])
     with open_columns(path) as file:
         features = file.column("features")
         dtype = str(features.dtype)
@@ -196,6 +198,7 @@ def map_rows(path: Path, size: int, offset: int, rows: int, layout: Layout) -> t
     import torch
 
     refuse_links(path.parent, path)
+    fetch([path])
     actual = file_size(path)
     if actual is None:
         raise DamagedFile(f"{path} is missing. Run the extraction again.")

@@ -28,6 +28,7 @@ from featurecache.errors import BadOption, CacheError, CannotWrite, DamagedFile,
 from featurecache.files.atomic import atomic_folder, refuse_links, remove_orphans, sync_path, write_whole
 from featurecache.files.directory import AGAIN
 from featurecache.files.locks import update_lock
+from featurecache.files.mirror import fetch_heads, place_of, refuse_address
 from featurecache.files.records import (
     canonical_json,
     check_provenance,
@@ -36,7 +37,9 @@ from featurecache.files.records import (
     refuse_broken,
     write_checked_json,
 )
+from featurecache.files.storage import canonical, is_address, local_path
 from featurecache.outputs import Output
+from featurecache.store.remote_cache import mirrored_cache
 from featurecache.store.shards import Layout, RowLocations, Shard, find_by_digest, layout_in, read_shard, shard_name
 from featurecache.store.spec import ExtractionSpec
 
@@ -44,14 +47,36 @@ ImageGroups = list[tuple[np.ndarray, tuple[Output, ...]]]  # numbers of images [
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """``cache``, else $FEATURECACHE_DIR, else ./cache. Raises BadOption for an address: files are mapped and locked."""
-    folder = cache or os.environ.get("FEATURECACHE_DIR") or "cache"
+    """``cache``, else $FEATURECACHE_DIR, else ./cache; of an address the folder that stands for it, as it is now.
+    Raises BadOption, StorageError."""
+    folder = cache or _default_cache()
+    if is_address(folder):
+        return mirrored_cache(folder)
     if re.match(r"[a-zA-Z][\w+.-]+:/", str(folder)):
         raise BadOption(
-            f"the cache is a folder of this machine, not {folder}: name one with --cache DIR (or $FEATURECACHE_DIR), "
-            "and copy it where you like afterwards."
+            f"the cache is a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER, not {folder}: name one with --cache "
+            "(or $FEATURECACHE_DIR)."
         )
     return Path(folder).expanduser()
+
+
+def own_cache(cache: str | Path | None, what: str) -> Path:
+    """`cache_folder` of a command that takes files away: such a command must be alone there. Raises BadOption for an
+    address, before anything is asked of it."""
+    refuse_address(cache or _default_cache(), what)
+    return cache_folder(cache)
+
+
+def _default_cache() -> str:
+    return os.environ.get("FEATURECACHE_DIR") or "cache"
+
+
+def is_default_cache(folder: Path) -> bool:
+    """Whether commands take this cache where they are told none."""
+    default = _default_cache()
+    if is_address(default) and local_path(default) is None:
+        return place_of(folder) == canonical(default)
+    return folder.resolve() == cache_folder().resolve()
 
 
 @dataclass(frozen=True)
@@ -86,7 +111,9 @@ class Store:
         return shard
 
     def shards(self, layout: Layout) -> list[Shard]:
-        return [self.shard(path, layout) for path in self.shard_paths(layout.output)]
+        paths = self.shard_paths(layout.output)
+        fetch_heads(paths)
+        return [self.shard(path, layout) for path in paths]
 
     def layouts(self) -> dict[str, Layout]:
         """Of every output of which there are shards: what the first of them that can be read says of itself."""

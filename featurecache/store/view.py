@@ -22,10 +22,11 @@ from featurecache.errors import CacheError, NotInCache, UnsafeFile
 from featurecache.files.atomic import refuse_links
 from featurecache.files.delimited import data_frame
 from featurecache.files.directory import ALIGNMENT, USER_BLOCK
+from featurecache.files.mirror import fetch
 from featurecache.formatting import html_table, shell_words
 from featurecache.store.schema import Layout, StoredOutput, ViewContent, read_view, source_options, text_array
 from featurecache.store.shards import damaged_rows, empty_rows, file_size, map_rows, torch_dtype, wrong_rows
-from featurecache.store.store import cache_folder, open_store
+from featurecache.store.store import is_default_cache, open_store
 
 if TYPE_CHECKING:
     import pandas
@@ -254,7 +255,7 @@ class View(ViewContent):
         options += _changed(self.spec, "precision", "dtype")
         options += source_options(self.source) + _changed(self.source, "hash_ids", "hash_groups")
         options += [("--outputs", output), ("--name", self.name)]
-        if self.store.parent.resolve() != cache_folder().resolve():
+        if not is_default_cache(self.store.parent):
             options.append(("--cache", self.store.parent))
         words = [str(word) for option in options for word in option if word != ""]
         return f"featurecache extract {shell_words(words)}"
@@ -351,6 +352,7 @@ class MappedRows:
         self._unchecked = np.ones(len(stored.index), bool)  # rows whose bytes nobody has looked at in this process
         used = np.unique(stored.index[:, 0]).tolist()
         self._paths = {number: store / files["path"][number].decode() for number in used}
+        fetch(self._paths.values())
         self._shards = {}  # which keeps them mapped
         for number, path in self._paths.items():
             size, offset, rows = (int(files[key][number]) for key in ("size", "offset", "rows"))

@@ -24,6 +24,7 @@ from featurecache.files.atomic import AtomicFile
 from featurecache.files.directory import FORMAT
 from featurecache.files.hdf5 import WriteTrace, new_hdf5, seal, write_texts
 from featurecache.files.records import canonical_json
+from featurecache.files.storage import is_address
 from featurecache.formatting import abbreviated
 from featurecache.store.schema import DIGEST, FILES, ViewColumns, text_array
 from featurecache.store.shards import Layout, RowLocations
@@ -193,6 +194,9 @@ def open_view(name: str | Path | None = None, cache: str | Path | None = None, *
 
 
 def find_view(name: str | Path | None = None, cache: str | Path | None = None) -> Path:
+    if name is not None and is_address(name):
+        cache, store_word, view_word = str(name).removesuffix(".h5").rsplit("/", 2)
+        name = f"{store_word}/{view_word}"
     if name is not None and Path(name).suffix == ".h5" and Path(name).is_file():
         return Path(name)
     if name is not None and "/" in str(name) and Path(f"{name}.h5").is_file():

@@ -15,11 +15,11 @@ from torch import nn
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, FeatureCacheError, RunError, nearest
 from featurecache.files.delimited import data_frame
-from featurecache.formatting import html_table, number, text_of
+from featurecache.formatting import html_table, number, text_of, with_addresses
 from featurecache.images.headers import READING, check_crop
 from featurecache.images.preprocessing import Preprocess
 from featurecache.store.schema import source_options
-from featurecache.store.store import cache_folder
+from featurecache.store.store import is_default_cache
 from heads.metrics.calibration import Calibration
 from heads.models.catalogue import load_head, load_network
 from heads.models.common import FINETUNE, Input, rows_at_once
@@ -248,7 +248,7 @@ def option_words(settings: dict[str, Any], published: dict[str, Any] | None = No
 
 def view_word(label: str, path: str | Path) -> str:
     """How --features names a view: its label, or where it lies in no default cache its path."""
-    return label if Path(path).parent.parent.resolve() == cache_folder().resolve() else str(path)
+    return label if is_default_cache(Path(path).parent.parent) else with_addresses(str(path))
 
 
 def source_words(source: dict[str, Any]) -> list[str]:

@@ -26,13 +26,11 @@ from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone, BackboneRequest
 from featurecache.backbones.transformers_families import FAMILIES
 from featurecache.backbones.transformers_generic import plain_config
-from featurecache.errors import BadOption
 from featurecache.extraction import plan
 from featurecache.extraction.forward import spec_of
 from featurecache.images import decoding
 from featurecache.images.preprocessing import Preprocess
 from featurecache.store.spec import ExtractionSpec
-from featurecache.store.store import cache_folder
 
 
 def fingerprint(backbone: Backbone) -> str:
@@ -315,9 +313,3 @@ def test_a_pooler_that_a_file_holds_is_weights(tmp_path):
     kept = {n: t for n, t in load_file(without / "model.safetensors").items() if not n.startswith("pooler")}
     save_file(kept, without / "model.safetensors", metadata={"format": "pt"})
     assert of(with_pooler) != of(without)
-
-
-@pytest.mark.parametrize("address", ["s3://bucket/cache", "gs://bucket", "https://example.org/cache", "file:/tmp/c"])
-def test_an_address_is_no_folder_for_a_cache(address):
-    with pytest.raises(BadOption, match=f"folder of this machine, not {address}"):
-        cache_folder(address)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import resource
 import shutil
 import signal
@@ -263,3 +264,9 @@ def warm(home: str) -> None:
     mend(f"{home}/cache")
     compact(f"{home}/cache", "set")
     state(f"{home}/cache")
+
+
+def extract_into_storage(state: str, cache: str, address: str, **more: Any) -> dict[str, int]:
+    """On a machine with this state folder; ``cache`` is what is watched, and not used."""
+    os.environ["FEATURECACHE_STATE"] = state
+    return extract(cache=address, **more)

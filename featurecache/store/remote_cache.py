@@ -1,0 +1,79 @@
+"""A cache in object storage: which of its files are fetched at once, and in which order what is made here goes there.
+
+The cache is the mirror of its address (`featurecache.files.mirror`). Records, that is specs, plans, references and
+views, are fetched whenever the cache is opened, shards when their features are first read. An object is seen by others
+only after all that it names: the spec of a store, its shards, its plan and reference, the views.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from featurecache.files.mirror import Mirror, is_placeholder, mirror_of
+from featurecache.files.storage import local_path
+
+_RECORD = re.compile(r"[^./][^/]*/(spec\.json|plan\.json|canary\.safetensors|[^./][^/]*\.h5)")
+_SHARD = re.compile(r"[^./][^/]*/[^./][^/]*/[0-9a-f]{32}\.h5")
+
+
+def mirrored_cache(address: str | os.PathLike[str]) -> Path:
+    """The folder that stands for a cache, as it is at this moment. Raises BadOption, StorageError."""
+    if (path := local_path(address)) is not None:
+        return path
+    mirror = Mirror.of(address, "cache")
+    mirror.folder.mkdir(exist_ok=True)
+    _pull(mirror)
+    return mirror.folder
+
+
+def _pull(mirror: Mirror) -> None:
+    mirror.pull(now=lambda name: _is(_RECORD, name), wanted=lambda name: _is(_RECORD, name) or _is(_SHARD, name))
+
+
+def _is(pattern: re.Pattern[str], name: str) -> bool:
+    return pattern.fullmatch(name) is not None
+
+
+def pull(folder: Path) -> None:
+    """Take over what other machines have written meanwhile. Of a folder of this machine: nothing."""
+    if mirror := mirror_of(folder):
+        _pull(mirror)
+
+
+def push_shard(path: Path) -> None:
+    """Upload a shard that was just committed. Where another machine's of the same name is there, that one stays."""
+    push_shards(path.parent.parent, [path])
+
+
+def push_shards(store: Path, paths: list[Path] | None = None) -> None:
+    """Upload shards that are not there yet, by default all, behind the spec of their store."""
+    if (mirror := mirror_of(store)) is None:
+        return
+    spec = mirror.name_of(store / "spec.json")
+    if mirror.unsent([spec]) and mirror.put(spec):
+        mirror.check_conditions(spec)
+    paths = sorted(store.glob("*/*.h5")) if paths is None else paths
+    made = [path for path in paths if not is_placeholder(path)]
+    names = [mirror.name_of(path) for path in made]
+    for name in mirror.unsent(name for name in names if _is(_SHARD, name)):
+        mirror.put_new(name)
+
+
+def version_of(path: Path) -> str | None:
+    """Which version a record here is of, for `push`; None of a folder of this machine."""
+    mirror = mirror_of(path)
+    return mirror.version(mirror.name_of(path)) if mirror else None
+
+
+def push(store: Path, made_from: dict[Path, str | None] | None = None) -> bool:
+    """Upload all that was made in a store. False where another machine's plan, reference or view came first: it is
+    here now, and what was made must be made on it. ``made_from``: of records the versions that they were made from."""
+    if (mirror := mirror_of(store)) is None:
+        return True
+    push_shards(store)
+    records = [path for name in ("plan.json", "canary.safetensors") if (path := store / name).exists()]
+    records += [path for path in sorted(store.glob("*.h5")) if _is(_RECORD, mirror.name_of(path))]
+    first = [mirror.put(mirror.name_of(path), (made_from or {}).get(path)) for path in records]  # all of them are tried
+    return all(first)

@@ -1,0 +1,575 @@
+"""A cache in object storage, against an S3-compatible server: several machines, kills, damage, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from support.builders import CLS, ORDER, TOKENS, add_shard, add_view, features, make_store
+from support.caches import Killed, killed_at
+from support.command import call
+from support.object_storage import BUCKET, BUSY, DENIED, KEY, SECRET, SLOW, Server, copied, killing, machine
+
+import featurecache
+from featurecache.errors import BadOption, CacheError, DamagedFile, NotInCache, StorageError, UnsafeFile
+from featurecache.files import mirror, storage
+from featurecache.files.mirror import Mirror, is_placeholder
+from featurecache.maintenance.import_features import import_view
+from featurecache.maintenance.verify import verify
+from featurecache.store.remote_cache import push, push_shards, version_of
+from featurecache.store.shards import ShardWriter
+from featurecache.store.store import cache_folder, stores
+from featurecache.store.view import View
+
+
+def make_remote(server: Server, order: list[int] = ORDER, name: str = "set") -> View:
+    """A view of cls and tokens in shards of four, uploaded."""
+    store, distinct = make_store(cache_folder(server.address)), sorted(set(order))
+    for layout in (CLS, TOKENS):
+        for start in range(0, len(distinct), 4):
+            add_shard(store, distinct[start : start + 4], layout)
+    push_shards(store.path)
+    view = add_view(store, name, order, [CLS, TOKENS])
+    assert push(store.path)
+    return view
+
+
+def feature_file(folder: Path, n: int = 20) -> Path:
+    folder.mkdir(exist_ok=True)
+    np.save(folder / "x.npy", np.random.default_rng(0).random((n, 8), np.float32))
+    return folder / "x.npy"
+
+
+def key_of(server: Server, ending: str) -> str:
+    return next(key for key in server.objects() if ending in key)
+
+
+def flipped(data: bytes, at: int = -200) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+# -- what is there, and what is fetched
+
+
+def test_the_bucket_copied_to_a_folder_is_the_cache(server, tmp_path):
+    make_remote(server)
+    cache = copied(server, tmp_path / "copy")
+    assert verify(cache).damages == ()
+    assert np.array_equal(featurecache.open_view("set", cache)["tokens"], features(ORDER, TOKENS))
+
+
+def test_another_machine_fetches_records_at_once_and_shards_of_the_output_that_is_read(server):
+    make_remote(server)
+    with machine("b"):
+        server.requests.clear()
+        view = featurecache.open_view("set", server.address)
+        assert sorted(key.rpartition("/")[2] for key in server.of("GET")) == ["set.h5", "spec.json"]
+        assert np.array_equal(view["cls"], features(ORDER, CLS))
+        fetched = server.of("GET")[2:]
+        assert len(fetched) == len(set(fetched)) == 2 and all("/cls/" in key for key in fetched)
+        featurecache.open_view("set", server.address)["cls"]
+        assert len(server.of("GET")) == 4  # all of it is here now
+
+
+def test_who_adds_to_a_store_fetches_no_features(server, tmp_path):
+    file = feature_file(tmp_path, 50_000)
+    import_view(file, "one", cache=server.address)
+    with machine("b"):
+        sent = []
+        server.changed = lambda key, body: (sent.append(len(body)), body)[1]
+        again = import_view(file, "two", cache=server.address)
+        assert again.new_rows == 0 and server.of("PUT")[-1].endswith("/two.h5")
+        shards = list(again.view.parent.glob("vector/*.h5"))
+        assert shards and all(map(is_placeholder, shards))
+        assert np.array_equal(View(again.view)["vector"], np.load(file))
+
+
+def test_what_is_not_here_is_never_read_as_zeros(server, tmp_path):
+    view = make_remote(server)
+    with machine("b"):
+        there = featurecache.open_view("set", server.address)
+        for store in stores(there.store.parent):
+            store.shards(CLS)  # heads, which a writer needs
+        with h5py.File(there.path) as file, pytest.raises(OSError, match="signature"):
+            file["cls"][:]
+        assert all(is_placeholder(path) for path in there.store.glob("cls/*.h5"))
+    assert view.store != there.store
+
+
+def test_a_view_is_found_by_its_address_and_the_newest_is_that_of_any_machine(server):
+    make_remote(server)
+    with machine("b"):
+        store = next(stores(cache_folder(server.address)))
+        assert featurecache.open_view(f"{server.address}/{store.path.name}/set.h5").name == "set"
+        assert featurecache.open_view(f"{server.address}/tiny/set").name == "set"
+        add_view(store, "newer", [3, 0], [CLS])
+        assert push(store.path)
+    os.utime(featurecache.open_view("set", server.address).path)  # touched here, which changes nothing there
+    assert featurecache.open_view("newer", server.address).name == "newer"
+    with pytest.raises(NotInCache, match='there is no view "tiny/none"'):
+        featurecache.open_view(f"{server.address}/tiny/none")
+
+
+def test_what_was_removed_there_goes_here_too(server):
+    make_remote(server)
+    with machine("b"):
+        featurecache.open_view("set", server.address)["cls"]
+        server.remove(key_of(server, "/set.h5"))
+        with pytest.raises(NotInCache):
+            featurecache.open_view("set", server.address)
+
+
+def test_a_file_address_is_the_folder(tmp_path, server):
+    import_view(feature_file(tmp_path), "v", cache=f"file://{tmp_path}/cache")
+    assert (tmp_path / "cache").is_dir() and not server.requests
+    assert cache_folder(f"file://localhost{tmp_path}/cache") == tmp_path / "cache"
+
+
+# -- commands
+
+
+def test_commands_read_by_address_and_say_addresses(server, tmp_path):
+    import_view(feature_file(tmp_path), "feats", cache=server.address)
+    with machine("b"):
+        listed = call("ls", "--cache", server.address)
+        assert listed.exit_code == 0 and f"{server.address}/imported-" in listed.stdout
+        shown = call("info", "feats", "--cache", server.address)
+        assert f"in {server.address}/imported-" in shown.stdout, shown
+        assert call("verify", "--cache", server.address).exit_code == 0
+        exported = call("export", "feats", tmp_path / "out.npz", "--cache", server.address)
+        assert exported.exit_code == 0, exported.stderr
+        assert np.array_equal(np.load(tmp_path / "out.npz")["vector"], np.load(tmp_path / "x.npy"))
+        as_json = call("info", "feats", "--cache", server.address, "--json").stdout
+        assert f'"path": "{server.address}/' in as_json
+        assert "/remote/" not in listed.stdout + shown.stdout + as_json
+        assert call("merge", server.address, "--cache", tmp_path / "merged").exit_code == 0
+    assert verify(tmp_path / "merged").damages == ()
+    assert np.array_equal(featurecache.open_view("feats", tmp_path / "merged")["vector"], np.load(tmp_path / "x.npy"))
+
+
+def test_the_default_cache_may_be_an_address(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEATURECACHE_DIR", server.address)
+    import_view(feature_file(tmp_path), "feats")
+    view = featurecache.open_view("feats")
+    assert view.path.is_relative_to(cache_folder())
+    assert "--cache" not in call("info", "feats").stderr
+
+
+@pytest.mark.parametrize("words", [("gc",), ("gc", "--delete"), ("rm", "set", "--yes"), ("compact",), ("repair",),
+                                   ("merge", "OTHER")])  # fmt: skip
+def test_commands_that_take_away_are_refused_before_anything_is_asked(server, tmp_path, words):
+    (tmp_path / "other").mkdir()
+    typed = [str(tmp_path / "other") if word == "OTHER" else word for word in words]
+    answer = call(*typed, "--cache", server.address)
+    assert answer.exit_code == 2 and len(answer.stderr.splitlines()) == 1
+    assert f"{words[0]} takes files away, and others cannot be locked out of {server.address}" in answer.stderr
+    assert f"{words[0]} there with --cache DIR" in answer.stderr and not server.requests
+
+
+def test_nor_by_the_name_of_a_view_or_by_the_folder_that_stands_for_it(server):
+    view = make_remote(server)
+    before = server.objects()
+    for name in (f"{server.address}/tiny/set", view.path):
+        with pytest.raises(BadOption, match="rm takes files away"):
+            featurecache.remove_view(name)
+    with pytest.raises(BadOption, match="gc takes files away"):
+        featurecache.collect(view.store.parent)
+    assert server.objects() == before and view.path.exists()
+
+
+# -- several machines
+
+
+def test_the_second_of_two_shards_of_one_name_is_dropped_and_the_view_names_the_first(server, tmp_path):
+    with machine("b"):
+        other = make_store(cache_folder(server.address))
+        add_shard(other, [1, 2, 3], CLS)
+    store = make_store(cache_folder(server.address))
+    path = add_shard(store, [1, 2, 3], CLS)
+    first = shard_with_other_bytes(tmp_path)
+    push_shards(store.path, [])  # the spec
+    server.write(f"caches/main/{store.path.name}/cls/{path.name}", first)  # meanwhile, with other last bits
+    push_shards(store.path)
+    assert is_placeholder(path) and server.objects()[key_of(server, "/cls/")] == first
+    view = add_view(store, "set", [3, 1], [CLS])
+    assert push(store.path)
+    assert np.array_equal(view["cls"], features([3, 1], CLS) + np.float16(1))
+    with machine("b"):  # and who had made it before, and comes only now
+        push_shards(other.path)
+        assert is_placeholder(other.path / "cls" / path.name)
+    assert verify(copied(server, tmp_path / "copy")).damages == ()
+
+
+def shard_with_other_bytes(folder: Path) -> bytes:
+    from support.caches import add_shifted
+
+    return add_shifted(make_store(folder / "elsewhere"), [1, 2, 3], 1).path.read_bytes()
+
+
+def test_a_record_that_another_machine_wrote_first_comes_here_and_is_said(server):
+    store = make_store(cache_folder(server.address))
+    plan = {"batch_size": 4, "threads": 1, "memory_format": "contiguous", "forward": "library"}
+    assert push(store.path)
+    with machine("b"):
+        theirs = next(stores(cache_folder(server.address)))
+        theirs.write_plan("cpu", {**plan, "batch_size": 7})
+        assert push(theirs.path)
+    store.write_plan("cpu", plan)
+    assert not push(store.path)
+    assert store.plan is not None and store.plan["cpu"]["batch_size"] == 7
+    store.write_plan("cuda", plan)
+    assert push(store.path) and push(store.path)
+    with machine("b"):  # which has seen the one before
+        theirs.write_plan("mps", plan)
+        assert not push(theirs.path) and theirs.plan == store.plan
+        theirs.write_plan("mps", plan)
+        assert push(theirs.path)
+    cache_folder(server.address)
+    assert store.plan is not None and store.plan.keys() == {"cpu", "cuda", "mps"}
+
+
+def test_a_record_that_another_process_has_replaced_meanwhile_is_not_overwritten(server):
+    """Machine b writes; on this one a process reads, another takes b's over, and only then the first writes."""
+    view = make_remote(server)
+    seen = version_of(view.path)
+    with machine("b"):
+        store = next(stores(cache_folder(server.address)))
+        add_view(store, "set", [3, 0], [CLS])
+        assert push(store.path)
+    cache_folder(server.address)
+    theirs = view.path.read_bytes()
+    mine = add_view(next(stores(view.store.parent)), "set", [7], [CLS])
+    assert not push(view.store, {mine.path: seen})
+    assert view.path.read_bytes() == theirs == server.objects()[key_of(server, "/set.h5")]
+
+
+def test_a_shard_with_other_notes_that_is_first_is_the_one_that_the_view_names(server, tmp_path):
+    file = feature_file(tmp_path)
+    alone = View(import_view(file, "v", cache=tmp_path / "alone").view)
+    (layout,), store = alone.outputs.values(), next(stores(tmp_path / "alone"))
+    (shard,) = store.shards(layout)
+    writer = ShardWriter(store.path, shard.digests, layout, {**shard.notes, "more": "words " * 100})
+    rows = alone.array(layout.output)[np.argsort(alone.digests)][np.argsort(np.argsort(shard.digests))]
+    writer.append(shard.digests.tolist(), rows)
+    other = writer.commit(replace=True)
+    assert other is not None
+
+    def first(method: str, key: str) -> None:
+        if method == "PUT" and "/vector/" in key:
+            server.write(key, other.read_bytes())
+
+    server.rule = first
+    import_view(file, "v", cache=server.address)
+    cache = copied(server, tmp_path / "copy")
+    assert verify(cache).damages == () and np.array_equal(featurecache.open_view("v", cache)["vector"], np.load(file))
+
+
+def test_an_answer_that_is_lost_is_no_conflict(server, tmp_path):
+    lost: set[str] = set()
+
+    def lose(method: str, key: str):  # type: ignore[no-untyped-def]
+        first = method == "PUT" and key not in lost
+        lost.add(key)
+        return BUSY if first else None
+
+    server.lost = lose
+    result = import_view(feature_file(tmp_path), "v", cache=server.address)
+    assert len(lost) >= 3 and not any(map(is_placeholder, result.view.parent.glob("vector/*.h5")))
+    assert verify(copied(server, tmp_path / "copy")).damages == ()
+
+
+def test_a_server_that_keeps_no_conditions_is_refused(server, tmp_path):
+    server.lenient = True
+    with pytest.raises(StorageError, match=r"does not keep conditions of uploads \(If-None-Match\)"):
+        import_view(feature_file(tmp_path), "v", cache=server.address)
+
+
+# -- kills
+
+
+def test_killed_before_or_behind_any_upload_the_same_command_goes_on(server, tmp_path):
+    file, step = feature_file(tmp_path), 0
+    whole = ["spec.json", "v.h5", "vector"]
+    for where in ("before", "behind"):
+        for step in range(1, 5):
+            server.empty()
+            with machine(f"{where}{step}"):
+                with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+                    patch.setattr(storage, "file_system", killing(step, where))
+                    import_view(file, "v", cache=server.address)
+                cache = copied(server, tmp_path / "copy")
+                if cache.exists():  # what is seen there is whole, and names nothing that is not there
+                    assert verify(cache).damages == (), (where, step)
+                    for view in [View(path) for store in stores(cache) for path in store.views()]:
+                        assert np.array_equal(view["vector"], np.load(file))
+                result = import_view(file, "v", cache=server.address)
+                assert list(mirror.mirror_of(result.view).base.rglob("*.tmp")) == []
+            cache = copied(server, tmp_path / "copy")
+            assert sorted(path.name for path in next(cache.iterdir()).iterdir()) == whole
+            assert np.array_equal(featurecache.open_view("v", cache)["vector"], np.load(file))
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_killed_while_it_takes_over_what_is_there(server, count):
+    make_remote(server)
+    with machine("b"):
+        with contextlib.suppress(AssertionError, pytest.fail.Exception), killed_at(os, "replace", count):
+            cache_folder(server.address)
+        view = featurecache.open_view("set", server.address)
+        assert np.array_equal(view["tokens"], features(ORDER, TOKENS))
+        with contextlib.suppress(pytest.fail.Exception), killed_at(os, "replace", count):
+            view["cls"]
+        assert np.array_equal(featurecache.open_view("set", server.address)["cls"], features(ORDER, CLS))
+
+
+def test_what_was_made_here_is_uploaded_by_the_next_run_and_not_lost_before(server):
+    store = make_store(cache_folder(server.address))
+    path = add_shard(store, [1, 2], CLS)
+    made = path.read_bytes()
+    cache_folder(server.address)  # the next command looks what is there: nothing
+    assert path.read_bytes() == made and not server.objects()
+    push_shards(store.path)
+    assert server.objects()[key_of(server, path.name)] == made
+
+
+def test_a_server_that_fails_while_shards_are_compared_costs_none(server, monkeypatch):
+    monkeypatch.setattr("botocore.retryhandler.random.random", lambda: 0.0)
+    store = make_store(cache_folder(server.address))
+    path = add_shard(store, [1, 2], CLS)
+    server.write(f"caches/main/{store.path.name}/cls/{path.name}", path.read_bytes())
+    server.rule = lambda method, key: BUSY if method == "GET" and "/cls/" in key else None
+    with pytest.raises(StorageError):
+        cache_folder(server.address)
+    assert not is_placeholder(path)
+    server.rule = lambda method, key: None
+    assert cache_folder(server.address) and not is_placeholder(path)  # it is the same
+
+
+def test_records_of_the_mirror_that_are_damaged_are_made_again(server):
+    view = make_remote(server)
+    base = mirror.mirror_of(view.path).base
+    (base / "objects.json").write_text("{")
+    assert np.array_equal(featurecache.open_view("set", server.address)["cls"], features(ORDER, CLS))
+    (base / "mirror.json").write_text("{}")
+    shutil.rmtree(base)
+    assert np.array_equal(featurecache.open_view("set", server.address)["cls"], features(ORDER, CLS))
+
+
+# -- damage
+
+
+def test_a_shard_that_is_damaged_there_is_refused_by_its_address(server):
+    make_remote(server)
+    key = key_of(server, "/cls/")
+    server.write(key, flipped(server.objects()[key], 3000))
+    with machine("b"):
+        view = featurecache.open_view("set", server.address)
+        with pytest.raises(DamagedFile, match=f"s3://{BUCKET}/{key} is damaged: its content does not match the hash"):
+            view["cls"]
+        assert is_placeholder(view.store / "cls" / key.rpartition("/")[2])
+        assert np.array_equal(view["tokens"], features(ORDER, TOKENS))
+    report = verify(cache_folder(server.address))  # also where a good copy is
+    assert [damage.path.name for damage in report.damages] == [key.rpartition("/")[2]]
+    assert call("verify", "--cache", server.address).exit_code == 1
+
+
+def test_a_shard_that_came_damaged_is_fetched_once_more(server):
+    make_remote(server)
+    sent: list[str] = []
+
+    def damage(key: str, body: bytes) -> bytes:
+        sent.append(key)
+        return flipped(body) if "/cls/" in key and sent.count(key) == 1 else body
+
+    with machine("b"):
+        server.changed = damage
+        assert np.array_equal(featurecache.open_view("set", server.address)["cls"], features(ORDER, CLS))
+    assert sum("/cls/" in key for key in sent) == 4  # two shards, twice each
+
+
+def test_a_view_that_is_damaged_there_is_refused(server):
+    make_remote(server)
+    key = key_of(server, "/set.h5")
+    server.write(key, flipped(server.objects()[key]))
+    with machine("b"), pytest.raises(DamagedFile, match=r"set\.h5 is damaged"):
+        featurecache.open_view("set", server.address)
+
+
+def test_a_shard_that_is_cut_or_gone_there(server):
+    make_remote(server)
+    cut, gone = [key for key in server.objects() if "/cls/" in key][:2]
+    with machine("b"):
+        view = featurecache.open_view("set", server.address)
+        whole = server.objects()[cut]
+        server.write(cut, whole[:700])
+        with pytest.raises(DamagedFile, match="came with 700 bytes"):
+            view["cls"]
+        with pytest.raises(CacheError, match="has 700 bytes, not"):
+            featurecache.open_view("set", server.address)
+    server.write(cut, whole)
+    with machine("c"):
+        server.remove(gone)
+        with pytest.raises(CacheError, match="is missing"):
+            featurecache.open_view("set", server.address)
+
+
+def test_a_shard_that_is_removed_between_listing_and_reading(server):
+    make_remote(server)
+    with machine("b"):
+        view = featurecache.open_view("set", server.address)
+        server.remove(key_of(server, "/cls/"))
+        with pytest.raises(DamagedFile, match=r"is not there any more\. Run the extraction again"):
+            view["cls"]
+
+
+def test_a_shard_that_was_written_again_there_is_fetched_again(server):
+    make_remote(server)
+    key = key_of(server, "/cls/")
+    whole = server.objects()[key]
+    featurecache.open_view("set", server.address)["cls"]
+    server.write(key, flipped(whole, 3000))
+    with pytest.raises(DamagedFile):
+        featurecache.open_view("set", server.address)["cls"]
+    server.write(key, whole)
+    assert np.array_equal(featurecache.open_view("set", server.address)["cls"], features(ORDER, CLS))
+
+
+@pytest.mark.parametrize("name", ["../../escape.h5", "tiny-1/../../../escape.h5", "a/./spec.json"])
+def test_a_name_that_leads_out_is_refused(server, tmp_path, name):
+    server.write(f"caches/main/{name}", b"x")
+    with pytest.raises(UnsafeFile, match="which is no path below it"):
+        cache_folder(server.address)
+    assert not list(Path(os.environ["FEATURECACHE_STATE"]).rglob("escape*"))
+
+
+def test_strange_objects_are_left_alone(server):
+    make_remote(server)
+    for name in ("files.sqlite", "tiny-x/.shared-1", "notes.txt", "a/b/c/d.h5", "dir/"):
+        server.write(f"caches/main/{name}", b"x")
+    server.write("caches/main2/other/spec.json", b"x")  # a neighbour whose name begins alike
+    with machine("b"):
+        folder = cache_folder(server.address)
+        assert sorted(path.name for path in folder.iterdir()) == [next(stores(folder)).path.name]
+
+
+# -- servers that do not answer, and addresses that are none
+
+
+def test_a_server_that_is_busy_now_and_then_is_asked_again(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("botocore.retryhandler.random.random", lambda: 0.0)  # it waits no time
+    import_view(feature_file(tmp_path), "v", cache=server.address)
+    asked: list[tuple[str, str]] = []
+
+    def busy_at_first(method: str, key: str):  # type: ignore[no-untyped-def]
+        asked.append((method, key))
+        return BUSY if asked.count((method, key)) == 1 else None
+
+    server.rule = busy_at_first
+    with machine("b"):
+        assert np.array_equal(featurecache.open_view("v", server.address)["vector"], np.load(tmp_path / "x.npy"))
+
+
+def test_a_server_that_stays_busy_is_one_sentence(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("botocore.retryhandler.random.random", lambda: 0.0)
+    server.rule = lambda method, key: BUSY if method == "PUT" and "/vector/" in key else None
+    with pytest.raises(StorageError, match="does not answer as it should, after all tries of the library") as caught:
+        import_view(feature_file(tmp_path), "v", cache=server.address)
+    assert str(caught.value).count("\n") == 0 and "give the same command again" in str(caught.value)
+    server.rule = lambda method, key: None
+    assert import_view(tmp_path / "x.npy", "v", cache=server.address).new_rows == 0  # it was committed here
+    assert verify(copied(server, tmp_path / "copy")).damages == ()
+
+
+def test_no_server_and_no_bucket_and_no_permission(server, tmp_path, monkeypatch):
+    with pytest.raises(StorageError, match="there is no bucket absent for s3://absent/cache"):
+        cache_folder("s3://absent/cache")
+    with pytest.raises(StorageError, match="there is no bucket absent"):
+        import_view(feature_file(tmp_path), "v", cache="s3://absent/cache")
+    server.rule = lambda method, key: DENIED
+    with pytest.raises(StorageError, match="no permission for s3://bucket/caches/main: PermissionError: Access Denied"):
+        cache_folder(server.address)
+    server.rule = lambda method, key: DENIED if method == "PUT" else None
+    with pytest.raises(StorageError, match=r"no permission for s3://bucket/caches/main/imported-\w+/spec.json"):
+        import_view(tmp_path / "x.npy", "v", cache=server.address)
+    answer = call("ls", "--cache", "s3://absent/cache")
+    assert answer.exit_code == 1 and len(answer.stderr.splitlines()) == 1
+
+
+def test_a_server_that_is_not_there(server, monkeypatch):
+    import s3fs
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    with pytest.raises(StorageError, match=r"after all tries of the library .* Could not connect"):
+        cache_folder(server.address)
+
+
+def test_without_credentials_it_says_where_they_are_looked_for(server, monkeypatch, tmp_path):
+    server.rule = lambda method, key: DENIED
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setattr(storage, "_connected", storage._connected.__wrapped__)
+    with pytest.raises(StorageError, match=r"no permission .* Credentials are those that the library finds \("):
+        cache_folder(server.address)
+
+
+def test_credentials_are_written_nowhere(server, tmp_path, monkeypatch):
+    import_view(feature_file(tmp_path), "v", cache=server.address)
+    with machine("b"):
+        featurecache.open_view("v", server.address)["vector"]
+    server.rule = lambda method, key: DENIED
+    with pytest.raises(StorageError) as caught:
+        cache_folder(server.address)
+    state = Path(os.environ["FEATURECACHE_STATE"])
+    written = [path.read_bytes() for path in state.parent.rglob("*") if path.is_file()]
+    for secret in (KEY, SECRET):
+        assert secret not in str(caught.value)
+        assert not any(secret.encode() in data for data in [*written, *server.objects().values()])
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3://key:secret@bucket/x", "s3://bucket/../x", "gs://"])
+def test_what_is_no_address_of_a_folder_is_refused_without_showing_a_secret(address):
+    with pytest.raises(BadOption, match=r"expected .*://BUCKET/FOLDER\. Credentials are no part of it") as caught:
+        cache_folder(address)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["https://example.org/cache", "abfs://container/cache"])
+def test_another_kind_of_address_is_no_cache(address):
+    with pytest.raises(
+        BadOption, match=f"the cache is a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER, not {address}"
+    ):
+        cache_folder(address)
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    monkeypatch.setattr(storage, "_connected", storage._connected.__wrapped__)
+    with pytest.raises(BadOption, match=r'pip install "featurecache\[remote\]"'):
+        cache_folder("s3://bucket/cache")
+
+
+def test_without_a_home_it_says_where_the_state_goes(monkeypatch):
+    monkeypatch.setattr(mirror, "state_folder", lambda: None)
+    with pytest.raises(BadOption, match=r"set \$FEATURECACHE_STATE"):
+        Mirror.of("s3://bucket/cache", "cache")
+
+
+def test_slow_down_is_said_with_the_reason(server, monkeypatch):
+    import s3fs
+
+    monkeypatch.setattr("botocore.retryhandler.random.random", lambda: 0.0)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    server.rule = lambda method, key: SLOW
+    with pytest.raises(StorageError, match="Please reduce your request rate"):
+        cache_folder(server.address)
