@@ -33,7 +33,7 @@ from heads.models.catalogue import make_head
 from heads.settings import Settings
 from heads.task import SplitData, load_features
 from heads.training.batches import CrossEntropy, PlainBatches
-from heads.training.engine import make_trainer, run_epoch, threads_for, work_of_a_step
+from heads.training.engine import arithmetic_for, make_trainer, run_epoch, work_of_a_step
 
 Ways = dict[str, Callable[[], object]]
 
@@ -71,7 +71,7 @@ def ours(head: str, count: int, features, shape, classes: int, batch: int, epoch
     models = [make_head(head, shape, classes, each) for each in own]
     heads = make_trainer(models, [CrossEntropy(classes)] * count, own, settings)
     order = PlainBatches(len(features), batch, 0)
-    with threads_for(work_of_a_step(models[0], count, batch, shape)):
+    with arithmetic_for(work_of_a_step(models[0], settings, shape)):
         for _ in range(epochs):
             run_epoch(heads, features, order.epoch())
 

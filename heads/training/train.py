@@ -29,7 +29,7 @@ from heads.settings import VARIED, Settings
 from heads.splits import class_counts
 from heads.task import FeatureView, Say, SplitData, Standardize, clusters_of
 from heads.training.batches import loss_and_prior
-from heads.training.engine import logits_of, make_trainer, threads_for, work_of_a_step
+from heads.training.engine import arithmetic_for, logits_of, make_trainer, work_of_a_step
 from heads.training.job import TrainingData, TrainingJob, make_model
 from heads.training.loop import Checkpoint, Schedule, TrainedState, score_epoch, train_heads
 from heads.training.progress import EpochTable, path_line
@@ -77,11 +77,10 @@ def train_together(
     assert all({f: asdict(each)[f] for f in shared} == shared for each in settings)
     features = TrainingData(job)
     fits: dict[int, FittedHead | ProtocolError] = {}
-    work = math.inf  # an image through a network is always worth dividing
-    if not isinstance(job.view, PixelView):
-        model = make_model(job, job.settings)
-        work = work_of_a_step(model, len(settings), job.settings.batch_size, job.input.shape)
-    with threads_for(work):
+    work = math.inf  # an image through a network is always worth dividing, and what is solved for all rows at once
+    if not isinstance(job.view, PixelView) and not head_info(job.settings.head).solved:
+        work = work_of_a_step(make_model(job, job.settings), settings, job.input.shape)
+    with arithmetic_for(work, job.settings.device) as products:
         for balanced in (False, True):  # class weights go without balanced batches, so those heads see others
             if numbers := [k for k, each in enumerate(settings) if each.balanced(job.task.multilabel) is balanced]:
                 own = [settings[k] for k in numbers]
