@@ -303,7 +303,7 @@ class StoreBackbone:
         precision = self.store.spec.precision
         make = partial(ForwardRunner, self.backbone, precision, device, plan["batch_size"], threads=plan["threads"])
         way = plan.get("forward", "library")
-        if way != "openvino" or exact or graph_is_stored(graph_key(self.backbone, parts, plan["batch_size"])):
+        if way != "openvino" or exact or graph_is_stored(graph_key(self.backbone, parts)):
             with contextlib.suppress(ForwardUnavailable):  # the probe images decide about another way
                 return make(way=way, parts=parts)
         return make()

@@ -2,7 +2,7 @@
 
 Candidates on a CPU are the library's forward as it is, the same with float32 products by oneDNN (where these are exact
 here, which on a CPU with AMX they are not), and a graph of OpenVINO. Each computes the probe images and the first
-batches of the job; it may be chosen where it differs from the library's own float32 by at most
+batch of the job; it may be chosen where it differs from the library's own float32 by at most
 
     fp32: 10⁻⁵ of the length;   bf16: 1.1 times what torch's bfloat16 differs by, and 1.5·10⁻²
 
@@ -28,10 +28,10 @@ from featurecache.arithmetic import onednn_gain
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, Drift, ForwardUnavailable
 from featurecache.extraction.canary import check_canary, probe_pixels
-from featurecache.extraction.forward import ForwardRunner
-from featurecache.extraction.openvino_graph import graph_key, graph_versions, has_openvino, is_user_code
+from featurecache.extraction.forward import ForwardRunner, is_out_of_memory
+from featurecache.extraction.openvino_graph import has_openvino, is_user_code, pass_key
 from featurecache.extraction.pipeline import decode_many
-from featurecache.files.machine_state import read_state, state_key, write_state
+from featurecache.files.machine_state import read_state, write_state
 from featurecache.files.records import are_candidates
 from featurecache.formatting import duration
 from featurecache.images.headers import EncodedImage
@@ -43,7 +43,6 @@ GAIN = 1.3  # of a product by oneDNN, from which on short jobs take it too: noth
 SHORT = 3.0  # seconds that a remembered way has to save: loading a graph takes one
 FP32_ERROR, BF16_ERROR, BF16_RATIO = 1e-5, 1.5e-2, 1.1
 PROBED = 4  # batches: jobs of no more are not measured at all
-TIMED = 3  # batches of the job whose median time is a way's speed
 
 Candidates = dict[str, dict[str, float]]  # way -> {"images_per_s", "error"}: relative L2 against the library's float32
 
@@ -95,12 +94,12 @@ class ForwardSetting:
 
     @property
     def key(self) -> str:
-        made = {"precision": self.precision, "threads": self.threads, "versions": graph_versions(self.backbone)}
-        return state_key(graph=graph_key(self.backbone, self.parts, self.batch_size), **made)
+        return pass_key(self.backbone, self.parts, self.precision, self.batch_size, self.threads)
 
     @property
     def is_tiny(self) -> bool:
-        return self.images <= PROBED * self.batch_size
+        """Not worth a look; on an accelerator one pass says at least whether the batch fits."""
+        return self.device.type == "cpu" and self.images <= PROBED * self.batch_size
 
     def ways(self) -> list[str]:
         """Candidates. User code may branch on its data, which a converter cannot see: only on request."""
@@ -116,27 +115,23 @@ def is_fixed(plan: dict[str, Any]) -> bool:
 
 
 class FirstImages:
-    """The probe images and the first batches of a job, as canary and pipeline will make them: uint8 [B,3,h,w] each."""
+    """The probe images and the first batch of a job, as canary and pipeline will make them: uint8 [b,3,h,w]."""
 
     def __init__(
-        self, setting: ForwardSetting, rows: Sequence[int] | np.ndarray, read: Callable[[int], EncodedImage]
+        self, backbone: Backbone, rows: Sequence[int] | np.ndarray, read: Callable[[int], EncodedImage]
     ) -> None:
-        self._setting, self._rows, self._read = setting, rows, read
+        self._backbone, self._rows, self._read = backbone, rows, read
 
-    def probes(self) -> torch.Tensor:
-        return probe_pixels(self._setting.backbone)[: self._setting.batch_size]
+    def probes(self, size: int) -> torch.Tensor:
+        return probe_pixels(self._backbone)[:size]
 
-    def batches(self) -> list[torch.Tensor]:
-        """At least two, of which the last may be black."""
-        size, backbone = self._setting.batch_size, self._setting.backbone
-        rows = (int(row) for row in self._rows[: TIMED * size])
-        decoded = decode_many(self._read, rows, backbone.preprocess, 2)
-        pixels = [image for _, image, _ in decoded if isinstance(image, torch.Tensor)]
-        batches = [self._padded(torch.stack(pixels[k : k + size])) for k in range(0, len(pixels), size)]
-        return batches + [torch.zeros(size, 3, *backbone.image_size, dtype=torch.uint8)] * (2 - len(batches))
-
-    def _padded(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([images, images.new_zeros(self._setting.batch_size - len(images), *images.shape[1:])])
+    def first(self, size: int) -> torch.Tensor:
+        """The job's first batch, black where it has fewer images."""
+        decoded = decode_many(self._read, (int(row) for row in self._rows[:size]), self._backbone.preprocess, 2)
+        batch = torch.zeros(size, 3, *self._backbone.image_size, dtype=torch.uint8)
+        for place, image in enumerate(image for _, image, _ in decoded if isinstance(image, torch.Tensor)):
+            batch[place] = image
+        return batch
 
 
 def choose_for_store(
@@ -144,9 +139,18 @@ def choose_for_store(
     requested: str,
 ) -> tuple[ForwardRunner, ForwardChoice]:  # fmt: skip
     """`choose_forward` by the store's plan. Another way than the store's has to agree with its probe images, else its
-    own is taken where it can be had; what was ``requested`` is left to the run to compare."""
-    planned = (store.plan or {}).get(setting.device.type) if store else None
-    runner, choice = choose_forward(setting, images, planned, measure, requested)
+    own is taken where it can be had; what was ``requested`` is left to the run to compare. A batch that the device has
+    no memory for is halved before the store's first run fixes it. Raises ForwardUnavailable."""
+    planned, halved = (store.plan or {}).get(setting.device.type) if store else None, list[str]()
+    while True:
+        try:
+            runner, choice = choose_forward(setting, images, planned, measure, requested)
+            break
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            halved.append(f"{setting.device} has not the memory for batches of {setting.batch_size}: halved")
+            setting = _with_half_the_batch(setting, bool(planned), error)
     own = (planned or {}).get("forward", "library")
     if store is not None and planned is not None and requested == "auto" and runner.way != own:
         try:
@@ -155,7 +159,18 @@ def choose_for_store(
             why = f"{runner.way} does not agree with what the store holds: {str(drift).splitlines()[0]}"
             with contextlib.suppress(ForwardUnavailable):
                 runner, choice = setting.runner(own), ForwardChoice(own, notes=(*choice.notes, why))
-    return runner, replace(choice, parts=setting.parts)
+    return runner, replace(choice, parts=setting.parts, notes=(*halved, *choice.notes))
+
+
+def _with_half_the_batch(setting: ForwardSetting, fixed: bool, error: RuntimeError) -> ForwardSetting:
+    """Before a store's first run fixes it. Raises ForwardUnavailable."""
+    if fixed or setting.batch_size == 1:
+        why = "this store computes in batches of" if fixed else "not even for a batch of"
+        raise ForwardUnavailable(
+            f"{setting.device} has not the memory for {setting.backbone.name}: {why} {setting.batch_size}. Free some "
+            "of it, or take another device (--device cpu)."
+        ) from error
+    return replace(setting, batch_size=setting.batch_size // 2)
 
 
 def choose_forward(
@@ -175,7 +190,7 @@ def choose_forward(
     if known is not None:
         try:
             runner = setting.runner(known.way)
-            rate = None if setting.is_tiny else _timed(setting, runner, images.batches())[2]
+            rate = None if setting.is_tiny else _timed(setting, runner, [images.first(setting.batch_size)])[2]
             return runner, replace(known, images_per_s=rate)
         except ForwardUnavailable as error:
             notes.append(f"{error}. The library's forward is used, where the probe images agree")
@@ -183,13 +198,15 @@ def choose_forward(
     library = setting.runner("library")
     if requested == "auto" and setting.is_tiny:
         return library, ForwardChoice(notes=tuple(notes))
-    batches, timed = [images.probes(), *images.batches()], dict[str, _Timed]()
+    batches, timed = [images.probes(setting.batch_size), images.first(setting.batch_size)], dict[str, _Timed]()
+    exact: list[dict[str, torch.Tensor]] = []
     if requested == "auto" and own in (None, "onednn") and "onednn" in setting.ways() and onednn_gain() > GAIN:
         timed["onednn"] = onednn, given, rate = _timed(setting, "onednn", batches)
-        exact = [library.parts_of(batches[0], set(setting.parts))]
+        _, exact, _ = _timed(setting, library, batches[:1])
         if not (measure and setting.images > LONG * rate) and _error(setting, given, exact) <= FP32_ERROR:
             return onednn, ForwardChoice("onednn", images_per_s=rate, notes=tuple(notes))
-    timed["library"] = library, _, rate = _timed(setting, library, batches)
+    _, given, rate = _timed(setting, library, batches[len(exact) :])
+    timed["library"] = library, [*exact, *given], rate
     if requested == "auto" and (not measure or setting.images < LONG * rate or len(setting.ways()) == 1):
         return library, ForwardChoice(images_per_s=rate, notes=tuple(notes))
     return _measured(setting, requested, timed, batches)
@@ -205,7 +222,7 @@ def _measured(
     exact, notes = timed["library"][1], []
     if setting.precision != "fp32":
         reference = replace(setting, precision="fp32").runner("library")
-        exact = [reference.parts_of(batch, set(setting.parts)) for batch in images[:2]]
+        exact = [reference.parts_of(batch, set(setting.parts)) for batch in images]
     for way in [way for way in (setting.ways() if requested == "auto" else [requested]) if way not in timed]:
         try:
             timed[way] = _timed(setting, way, images)
@@ -246,7 +263,7 @@ def _remembered(setting: ForwardSetting, requested: str) -> ForwardChoice | None
 
 
 def _timed(setting: ForwardSetting, way: str | ForwardRunner, images: Sequence[torch.Tensor]) -> _Timed:
-    """The runner of a way, what it makes of batches, which it will not compute again; images/s, without the first."""
+    """The runner of a way, what it makes of batches, which it will not compute again; images/s, of the fastest."""
     runner = setting.runner(way) if isinstance(way, str) else way
     given, seconds = [], []
     for batch in images:
@@ -254,7 +271,7 @@ def _timed(setting: ForwardSetting, way: str | ForwardRunner, images: Sequence[t
         given.append({part: rows.cpu() for part, rows in runner.parts_of(batch, set(setting.parts)).items()})
         seconds.append(time.perf_counter() - start)
         runner.remember(batch, given[-1], seconds[-1])
-    return runner, given, setting.batch_size / sorted(seconds[1:])[len(seconds[1:]) // 2]
+    return runner, given, max(len(batch) / taken for batch, taken in zip(images, seconds, strict=True))
 
 
 def _error(

@@ -1,10 +1,11 @@
-"""Forward passes of a backbone as a store makes them: device, precision, batches of exactly B rows, shapes of outputs.
+"""Forward passes of a backbone as a store makes them: device, precision, batches of B rows, shapes of outputs.
 
-A pass always has B rows: a short batch is padded and the padding dropped, since another number of rows may give other
-bits. What stands in the other rows makes no difference; the place in the batch can: a matrix product of MKL that is not
-a whole number of blocks of rows gives the last ones of each thread to a kernel which adds in another order (measured
-with AVX2 instructions and any number of threads; none with AVX-512). `ForwardRunner` computes, `output_layout` says
-what the rows of an output look like, `spec_of` what they are a function of.
+A pass has B rows: a short batch is padded and the padding dropped, since another number of rows may give other bits.
+(A graph of OpenVINO gives the same ones; where that is seen on this machine, nothing is padded.) What stands in the
+other rows makes no difference; the place in the batch can: a matrix product of MKL that is not a whole number of blocks
+of rows gives the last ones of each thread to a kernel which adds in another order (measured with AVX2 instructions and
+any number of threads; none with AVX-512). `ForwardRunner` computes, `output_layout` says what the rows of an output
+look like, `spec_of` what they are a function of.
 
 A network runs in one of three ways: ``library``, its library's own forward; ``onednn``, the same with float32 products
 by oneDNN; ``openvino``, a graph of OpenVINO. Which is fastest is measured (`featurecache.extraction.choose_forward`).
@@ -24,7 +25,8 @@ from featurecache.arithmetic import onednn_gain, onednn_products
 from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone
 from featurecache.errors import BadOption, ForwardUnavailable
-from featurecache.extraction.openvino_graph import OpenvinoGraph, compile_graph, is_user_code
+from featurecache.extraction.openvino_graph import OpenvinoGraph, compile_graph, is_user_code, pass_key
+from featurecache.files.machine_state import read_state, write_state
 from featurecache.images import decoding as _images
 from featurecache.images.headers import READING
 from featurecache.outputs import Output, blocks, function_of, source_parts
@@ -47,6 +49,12 @@ def pick_device(device: str = "auto") -> torch.device:
     return picked
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a device; MPS and the CPU have no class of their own for it."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
 class ForwardRunner:
     """A backbone on a device, in one precision, in batches of exactly ``batch_size`` rows, in one way.
 
@@ -65,6 +73,7 @@ class ForwardRunner:
         self._done: list[tuple[torch.Tensor, dict[str, torch.Tensor], float]] = []
         self.earlier_s: float | None = None  # what the last call's pass took, where it had been computed before
         self._graph: OpenvinoGraph | None = None
+        self._independent: bool | None = None  # whether a row alone has the bits that it has in a batch
         if way == "openvino":
             self._compile(set(parts))
             return
@@ -76,10 +85,14 @@ class ForwardRunner:
         if backbone.channels_last:
             self._own.model.to(memory_format=torch.channels_last)
 
+    def _graph_of(self, parts: set[str]) -> OpenvinoGraph:
+        return self._graph if self._graph and parts <= set(self._graph.parts) else self._compile(parts)
+
     def _compile(self, parts: set[str]) -> OpenvinoGraph:
         if next(self.backbone.model.parameters()).is_meta:  # released: another process wants more of the same view
             self.backbone = load_backbone(**self.backbone.provenance["request"])
         self._graph = compile_graph(self.backbone, sorted(parts), self.batch_size, self._precision, self.threads)
+        self._independent = None if self._graph.batch is None else False
         return self._graph
 
     def release(self) -> None:
@@ -90,15 +103,36 @@ class ForwardRunner:
 
     @torch.no_grad()
     def parts_of(self, images: torch.Tensor, parts: set[str]) -> dict[str, torch.Tensor]:
-        """uint8 images [b,3,h,w] → {part: [b, ...]} as the network gives them, on the device; b ≤ B, of which only a
-        graph makes B: rows that are stored come from whole batches (`__call__`)."""
+        """uint8 images [b,3,h,w] → {part: [b, ...]} as the network gives them, on the device; b ≤ B. Rows that are
+        stored come from whole batches where that decides their bits (`__call__`)."""
         if self.way == "openvino":
-            graph = self._graph if self._graph and parts <= set(self._graph.parts) else self._compile(parts)
-            given = graph(self.backbone.preprocess.normalised(self._padded(images, slice(len(images)))))
+            graph = self._graph_of(parts)
+            given = graph(self._pixels(images if graph.batch is None else self._padded(images, slice(len(images)))))
             return {part: rows[: len(images)] for part, rows in given.items()}
-        pixels = self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
+        pixels = self._pixels(images)
         with onednn_products() if self.way == "onednn" else contextlib.nullcontext():
             return self._own.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), parts)
+
+    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
+
+    def _needs_whole(self, images: torch.Tensor, parts: set[str]) -> bool:
+        """Whether the rows of these images may have other bits in a batch of B than in one of their own: always, but
+        for a graph that was seen to give the same, once on this machine."""
+        if self.way != "openvino":
+            return True
+        graph = self._graph_of(parts)
+        if self._independent is None:
+            key = pass_key(self.backbone, graph.parts, self._precision, self.batch_size, self.threads)
+            if (seen := read_state("rows", key)) is None:
+                alone, among = (
+                    graph(self._pixels(images)),
+                    graph(self._pixels(self._padded(images, slice(len(images))))),
+                )
+                seen = {"independent": all(torch.equal(alone[part], among[part][: len(images)]) for part in alone)}
+                write_state("rows", key, seen)
+            self._independent = seen["independent"] is True
+        return not self._independent
 
     def _padded(self, images: torch.Tensor, places: slice | list[int]) -> torch.Tensor:
         batch = images.new_zeros(self.batch_size, *images.shape[1:])
@@ -136,11 +170,12 @@ class ForwardRunner:
         rounding did to it: |stored − float32|₂ / |float32|₂, float32 [b].
         """
         chosen: slice | list[int] = slice(None)
-        if whole and len(images) < self.batch_size:
+        wanted = parts_for(outputs)
+        if whole and len(images) < self.batch_size and self._needs_whole(images, wanted):
             chosen = list(range(len(images)) if places is None else places)
             images = self._padded(images, chosen)
         sources = {output.source: source_parts(output.source) for output in outputs}
-        given = self._computed(images, parts_for(outputs))
+        given = self._computed(images, wanted)
         exact = {key: torch.cat([given[part][chosen].float() for part in parts], -1) for key, parts in sources.items()}
         rows = {key: tensor.to(TORCH_DTYPE[dtype]) for key, tensor in exact.items()}
         if dtype != "float16":

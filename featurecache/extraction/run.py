@@ -200,8 +200,10 @@ class Extraction:
         rows = self._apart(self.forward)[0][0] if self.forward else np.empty(0, np.int64)
         wanted = [output for _, outputs in self.forward for output in outputs]
         with exact_arithmetic(plan["threads"]):
-            first = FirstImages(setting, rows, lambda number: self._make(number, self._read(number)))
+            first = FirstImages(self.backbone, rows, lambda number: self._make(number, self._read(number)))
             self._compute, self.choice = choose_for_store(setting, first, self.store, wanted, measure, self.forward_way)
+        if self._compute.batch_size != plan["batch_size"]:  # for want of memory
+            self.batch_size = self._compute.batch_size
         self.choosing_s += time.perf_counter() - start
 
     @exact_arithmetic()

@@ -19,7 +19,7 @@ from support.plant import flip
 import featurecache
 from featurecache.arithmetic import onednn_gain
 from featurecache.backbones import load_backbone
-from featurecache.errors import BadOption, CacheError
+from featurecache.errors import BadOption, CacheError, ForwardUnavailable
 from featurecache.extraction import choose_forward, forward, openvino_graph, plan
 from featurecache.extraction.forward import ForwardRunner, parts_for
 from featurecache.files.records import checked_plan
@@ -262,6 +262,43 @@ def test_weights_that_a_graph_has_are_freed(home: Path) -> None:
     prepared = prepare(home, "openvino")
     prepared.run()
     assert {parameter.device.type for parameter in prepared.backbone.model.parameters()} == {"meta"}
+
+
+def small_memory(monkeypatch: pytest.MonkeyPatch, most: int, error: RuntimeError) -> None:
+    """A device that has room for batches of so many."""
+    call = ForwardRunner.parts_of
+    full = lambda self, images, *a: (_ for _ in ()).throw(error) if len(images) > most else call(self, images, *a)  # noqa: E731
+    monkeypatch.setattr(ForwardRunner, "parts_of", full)
+    monkeypatch.setattr(choose_forward, "PROBED", 0)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("MPS backend out of memory (MPS ...")]
+)
+def test_a_batch_that_the_device_has_no_memory_for_is_halved_before_the_store_keeps_it(  # type: ignore[no-untyped-def]
+    home: Path, monkeypatch, error: RuntimeError
+) -> None:
+    plain = extract(home, "library", "plain")
+    small_memory(monkeypatch, 2, error)
+    prepared = prepare(home, "library", batch_size=9)
+    view = featurecache.open_view(prepared.run().view)
+    assert plan_of(view)["batch_size"] == 2 and apart(view, plain) < 1e-3
+    assert prepared.choice and [note.split(":")[0][-1] for note in prepared.choice.notes] == ["9", "4"]
+    assert extract(home, "library", name="again").outputs == view.outputs  # the store's plan fits
+
+
+def test_a_store_whose_batch_does_not_fit_the_device_says_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extract(home, "library")
+    save_picture(home / "data" / "ill" / "more.png", 100)
+    small_memory(monkeypatch, 1, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(ForwardUnavailable, match="computes in batches of 4"):
+        extract(home, "library")
+    small_memory(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(ForwardUnavailable, match="not even for a batch of 1"):
+        extract(home, "library", "b")
+    monkeypatch.setattr(ForwardRunner, "parts_of", lambda *_: (_ for _ in ()).throw(RuntimeError("a mistake")))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        extract(home, "library", "c")
 
 
 def test_products_that_are_no_float32_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     import failpoints  # before all others: they take functions of os by name
 
 import atexit
+import faulthandler
 import functools
 import json
 import os
@@ -27,7 +28,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LONGEST = 150.0  # seconds of one operation: more is a hang
 AT_ONCE = 2
@@ -96,7 +97,7 @@ class Forks:
 
     def wait(self, number: int) -> Answer:
         answer = self._ask(wait=number)
-        assert not answer.pop("hung"), "a process hung"
+        assert not (stacks := answer.pop("hung")), f"a process hung:\n{stacks}"
         return Answer(**answer)
 
     def run(self, job: str, /, **arguments: Any) -> Answer:
@@ -149,6 +150,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         fault_jobs.warm(home)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork of several threads may hang"
+    stacks = tempfile.TemporaryFile("w+")  # noqa: SIM115  (as long as the server)
+    faulthandler.register(signal.SIGUSR1, file=stacks)
     answers.write('"ready"\n')
     running: dict[int, _Child] = {}
     for line in sys.stdin:
@@ -158,7 +161,7 @@ def main() -> None:
             running[child.pid] = child
             answers.write(f"{child.pid}\n")
         else:
-            answers.write(json.dumps(_finish(running.pop(request["wait"]))) + "\n")
+            answers.write(json.dumps(_finish(running.pop(request["wait"]), stacks)) + "\n")
 
 
 def _fork(request: dict[str, Any]) -> _Child:
@@ -203,13 +206,19 @@ def _work(request: dict[str, Any], write: int) -> None:
         json.dump(answer, pipe)
 
 
-def _finish(child: _Child) -> dict[str, Any]:
-    text, hung = b"", False
+def _finish(child: _Child, stacks: IO[str]) -> dict[str, Any]:
+    """``hung``: the stacks of all threads of a child that had to be killed."""
+    text, hung = b"", ""
     while True:
         left = child.begun + LONGEST - time.monotonic()
         if not hung and not select.select([child.pipe], [], [], max(0.0, left))[0]:
+            stacks.seek(0)
+            stacks.truncate()
+            os.kill(child.pid, signal.SIGUSR1)
+            time.sleep(2)
+            stacks.seek(0)
+            hung = stacks.read() or "it does not answer"
             os.kill(child.pid, signal.SIGKILL)
-            hung = True
         piece = os.read(child.pipe, 1 << 16)
         if not piece:
             break
