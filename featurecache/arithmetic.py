@@ -47,7 +47,8 @@ _SWITCHES: tuple[_Switch, ...] = (
     *(_precision(backend, each) for backend in ("cuda", "mkldnn") for each in ("matmul", "conv", "rnn")),
     *(_autocast(device) for device in ("cpu", "cuda", "mps")),
     (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
-    (_deterministic, lambda mode: torch.use_deterministic_algorithms(mode[0], warn_only=mode[1]), (False, False)),
+    # by torch._C: `torch.use_deterministic_algorithms` imports the compiler first, which takes a second
+    (_deterministic, lambda mode: torch._C._set_deterministic_algorithms(mode[0], warn_only=mode[1]), (False, False)),
     _attribute(_cudnn, "enabled", True),
     _attribute(_cudnn, "benchmark", False),
     _attribute(_cudnn, "deterministic", True),
@@ -119,9 +120,9 @@ def onednn_is_exact() -> bool:
     w, x = a[:256, :197], b[:788].view(4, 197, 768)  # a first layer of `large` on four images
     with exact_arithmetic():
         with onednn_products():
-            one, several = functional.linear(a, b)[:16], torch.matmul(w, x)[:, :16]
-        pairs = (one, functional.linear(a[:16].double(), b.double())), (several, torch.matmul(w[:16].double(), x.double()))
-        return all(bool((ours - exact).norm() <= 2e-6 * exact.norm()) for ours, exact in pairs)
+            given = functional.linear(a, b)[:16], torch.matmul(w, x)[:, :16]
+        exact = functional.linear(a[:16].double(), b.double()), torch.matmul(w[:16].double(), x.double())
+        return all(bool((ours - right).norm() <= 2e-6 * right.norm()) for ours, right in zip(given, exact, strict=True))
 
 
 def _factors() -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,7 +58,9 @@ class Learner:
         self.model, self.loss, self.generator = model, loss, generator
         self.bf16, self.clip_norm = settings.precision == "bf16", settings.clip_norm
         self.augment = None if settings.augment is None else Augmenter(settings.augment)
-        self.written_out = None if steps is None else partial(steps, model, StackedLoss([loss], torch.float32))
+        self.written_out = None
+        if steps is not None and isinstance(model, Large):
+            self.written_out = partial(steps, model, StackedLoss([loss], torch.float32))
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         everything = settings.decay_all or not settings.weight_decay  # of one kind: a group costs 0.2 ms a step
         for p in (p for p in model.parameters() if p.requires_grad):
@@ -81,7 +83,7 @@ class Learner:
             x = x if self.augment is None else self.augment(x)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
                 logits = self.model(x)
-            loss = self.loss(logits.to(x.dtype), y)
+            loss = self.loss(logits.float() if self.bf16 else logits, y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         return loss.detach(), logits.detach()
@@ -268,13 +270,12 @@ def make_trainer(
     settings: Sequence[Settings],
 ) -> Trainer:  # fmt: skip
     """The faster way to train these heads, which have one architecture and one batch order."""
-    first, steps = models[0], None
-    if _is_stackable(first, settings):
+    if _is_stackable(models[0], settings):
         return StackedTrainer(models, losses, generators, settings)
-    if isinstance(first, Large) and not any(model.dropout.p for model in models):
-        steps = LargeSteps(first, torch.bfloat16 if settings[0].precision == "bf16" else torch.float32)
-    each = zip(models, losses, generators, settings, strict=True)
-    return SequentialTrainer([Learner(*own, steps) for own in each], steps)
+    plain = [model for model in models if isinstance(model, Large) and not model.dropout.p]
+    steps = LargeSteps(plain[0], settings[0].precision) if plain else None
+    own = zip(models, losses, generators, settings, strict=True)
+    return SequentialTrainer([Learner(*each, steps if each[0] in plain else None) for each in own], steps)
 
 
 def _is_stackable(model: nn.Module, settings: Sequence[Settings]) -> bool:
