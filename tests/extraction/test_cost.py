@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from support.pictures import image_folder, save_picture
 import featurecache
 from featurecache.backbones.base import Backbone
 from featurecache.errors import CacheError, Stopped
-from featurecache.extraction import timings
+from featurecache.extraction import plan, timings
 from featurecache.extraction.timings import StageTimings
 from featurecache.formatting import cost_per_image, device_title
 from featurecache.images import decoding
@@ -276,3 +277,23 @@ def test_the_page_shows_the_columns_and_the_device_once():
 def test_times_have_three_digits_and_counts_all():
     shown = [costs.cost_text(value, "inference_ms") for value in (1234.6, 12.345, 0.012345, None)]
     assert shown == ["1,235", "12.3", "0.0123", "–"] and costs.cost_text(443_906, "parameters") == "443,906"
+
+
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ((0.9, 0.06, 0.04), "90 % in the network, 6 % waiting for decoded images, 4 % waiting for the disk\n"),
+        ((0.5, 0.3, 0.2), "more decode threads (--workers) or a faster disk would help\n"),
+        ((0.5, 0.1, 0.4), "fewer outputs (--outputs) or a faster disk would help\n"),
+    ],
+)
+def test_the_last_lines_say_where_the_time_went_and_what_would_help(
+    home: Path, shares: tuple[float, float, float], words: str
+) -> None:
+    result = extract(home)
+    assert set(result.shares) == {"computing", "decoding", "writing"} and sum(result.shares.values()) == pytest.approx(
+        1
+    )
+    result = replace(result, shares=dict(zip(result.shares, shares, strict=True)))
+    assert words in plan.extraction_summary(result, "vit/data")
+    assert "network" not in plan.extraction_summary(replace(result, computed=0), "vit/data")

@@ -158,9 +158,9 @@ def test_a_long_job_measures_and_computes_nothing_twice(home: Path, monkeypatch,
     view = featurecache.open_view(prepared.run().view)
     chosen = plan_of(view)
     assert {"library", "openvino"} <= chosen["candidates"].keys() and chosen["forward"] == prepared.choice.way
-    assert passes.count(f"{chosen['forward']}fp32") == 4  # the probes, and 11 images in batches of 4
-    again = extract(home, cache="b")  # this machine remembers
-    assert plan_of(again)["candidates"] == chosen["candidates"]
+    again = chosen["forward"] == "openvino"  # whose first pass makes its kernels
+    assert passes.count(f"{chosen['forward']}fp32") == 4 + again  # the probes, and 11 images in batches of 4
+    assert plan_of(extract(home, cache="b"))["candidates"] == chosen["candidates"]  # this machine remembers
 
 
 def test_short_jobs_convert_nothing_and_a_later_long_one_changes_the_store(  # type: ignore[no-untyped-def]
@@ -208,7 +208,7 @@ def test_a_network_that_does_not_convert_is_computed_by_its_library(home: Path, 
     prepared = prepare(home)
     prepared.estimate()
     assert prepared.choice is not None and "cannot convert" in prepared.choice.notes[0]
-    assert plan_of(featurecache.open_view(prepared.run().view))["forward"] == "library"
+    assert plan_of(featurecache.open_view(prepared.run().view))["forward"] != "openvino"
     with pytest.raises(BadOption, match=r"cannot convert .*no such operation"):
         extract(home, "openvino", "b")
 
