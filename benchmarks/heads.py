@@ -12,6 +12,7 @@ batches, beside one after another in memory. ``linear``: 10,000 × 768, six clas
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -98,9 +99,11 @@ def products(features, count: int, batch: int) -> None:
     """The matrix products of `large` alone: W1 x and its gradient, for every batch."""
     _, tokens, width = features.x.shape
     weight, x, hidden = torch.randn(256, tokens), torch.randn(batch, tokens, width), torch.randn(batch, 256, width)
-    for _ in range(count * len(features) // batch):
-        torch.matmul(weight, x, out=hidden)
-        torch.bmm(hidden, x.transpose(1, 2))
+    first = torch.empty(batch, tokens, 256)
+    with arithmetic_for(math.inf):
+        for _ in range(count * len(features) // batch):
+            torch.bmm(weight.expand(batch, -1, -1), x, out=hidden)
+            torch.bmm(x, hidden.transpose(1, 2), out=first)
 
 
 def large(rounds: int, rows: int) -> None:

@@ -25,7 +25,7 @@ import torch
 from heads.models.tokens import Large
 from heads.training.batches import StackedLoss
 
-AT_ONCE = 2 << 20  # numbers of h: ten images for D=768
+AT_ONCE = 4 * 256 * 768  # numbers of h: four images for D=768
 
 
 class LargeSteps:
@@ -60,14 +60,12 @@ class LargeSteps:
         x, h, first = self.x[: len(y)], self.h[: len(y)], self.first[: len(y)]
         weight = torch.cat([w1, b1[:, None]], 1).to(self.dtype)  # [H, T + 1]
         second = w2.flatten(1).to(self.dtype)  # [C, H·D]
-        parts = [slice(start, start + self.size) for start in range(0, len(y), self.size)]
-        for part in parts:
-            torch.relu_(torch.bmm(weight.expand(len(h[part]), -1, -1), x[part], out=h[part]))
+        torch.relu_(torch.bmm(weight.expand(len(y), -1, -1), x, out=h))
         z = torch.mm(second, h.flatten(1).T).T + b2
         losses, (dz,) = loss(z[None], y)
         dlow, pair = dz.to(self.dtype), len(w2) == 2 and not loss.binary
         difference = (second[1] - second[0]).view(w2.shape[1:])
-        for part in parts:
+        for part in (slice(start, start + self.size) for start in range(0, len(y), self.size)):
             below = self.below[: len(h[part])]
             above = difference.expand_as(below)
             if not pair:
