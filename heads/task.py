@@ -312,7 +312,7 @@ class SplitData:
         room, values = room or Scratch(torch.float32), Scratch(torch.float32)
         stored = None if self.x is None else Scratch(self.x.dtype)
         for rows in order:
-            if self.device != "cpu":
+            if self.device != "cpu" or (self.x is not None and self.x.ndim == 2):  # vectors are small
                 yield self.batch(rows)
                 continue
             if self.x is None or stored is None:
