@@ -48,18 +48,18 @@ def ls(talk: Console, runs: str, cache: str | None) -> int:
     stores = inspect.cache_record(folder)
     blocks, trained, sweeps = [inspect.cache_lines(folder, stores)], [], []
     if Path(runs).is_dir():
-        import heads
-        from heads.reports.text import runs_table, sweeps_table
+        from heads.reports.listing import list_sweep_summaries, runs_table, sweeps_table
+        from heads.runs.records import list_records
 
         errors: list[RunError] = []
-        trained, sweeps = heads.list_runs(runs, errors), heads.list_sweeps(runs, errors)
+        trained, sweeps = list_records(runs, errors), list_sweep_summaries(runs, errors)
         blocks += ["\n".join(f"warning    {error}" for error in errors)] * bool(errors)
         blocks += [runs_table(trained)] * bool(trained) + [sweeps_table(sweeps)] * bool(sweeps)
     record = {
         "cache": folder,
         "stores": stores,
         "runs": [{name: getattr(run, name) for name in ("path", "head", "output", "metrics")} for run in trained],
-        "sweeps": [{"path": s.path, "heads": len(s.rows), "families": len(s.families)} for s in sweeps],
+        "sweeps": [{"path": s.path, "heads": s.heads, "families": s.families} for s in sweeps],
     }
     talk.result("\n\n".join(blocks), record)
     views = [view["label"] for store in stores for view in store.get("views", []) if "label" in view]
@@ -117,33 +117,37 @@ def info(
     image_size: int | None, **options: Any,
 ) -> int:  # fmt: skip
     """A view, a run, a backbone or a head in detail; without a name all backbones and heads there are."""
-    import heads
-    from featurecache.backbones import describe_backbone
-    from featurecache.commands import inspect
-    from featurecache.store.write_view import open_view
-    from heads.models.catalogue import describe_network, is_baseline
-    from heads.reports.text import head_table, run_lines
-
     cache = options["cache"]
     if sum(map(bool, (name, backbone, head))) > 1:
         raise BadOption("info shows one thing at a time: a view or run, --backbone NAME, or --head NAME.")
     if backbone:
+        from featurecache.backbones import describe_backbone
+
         record = describe_backbone(backbone, weights=weights, image_size=image_size)
         talk.result(extract.backbone_lines(record), record)
         talk.next(f"featurecache extract --backbone {shell_word(backbone)} --data FOLDER")
-    elif head and is_baseline(head):
-        record = describe_network(head, options["classes"], image_size)
-        talk.result(head_table(record), record)
-        talk.next(f"featurecache train-baseline --arch {shell_word(head)} --data FOLDER")
     elif head:
-        record = _head_record(talk, head, **options)
+        from heads.models.catalogue import describe_network, is_baseline
+        from heads.reports.text import head_table
+
+        if is_baseline(head):
+            record, cache = describe_network(head, options["classes"], image_size), None
+            words = f"train-baseline --arch {shell_word(head)} --data FOLDER"
+        else:
+            record, words = _head_record(talk, head, **options), f"train-head --head {shell_word(head)}"
         talk.result(head_table(record), record)
-        talk.next(f"featurecache train-head --head {shell_word(head)}", cache)
+        talk.next(f"featurecache {words}", cache)
     elif name and (Path(name) / "config.json").exists():
+        import heads
+        from heads.reports.text import run_lines
+
         run = heads.load_run(name)
         talk.result(run_lines(run), {"run": run.path, "config": run.config, "metrics": run.metrics})
         talk.next(f"featurecache report {shell_word(name)}")
     elif name:
+        from featurecache.commands import inspect
+        from featurecache.store.write_view import open_view
+
         record = inspect.view_record(open_view(name, cache))
         talk.result(inspect.view_lines(record), record)
         talk.next(extract.training_of(record["outputs"], record["view"]), cache)

@@ -70,14 +70,14 @@ def token_view(folder: Path, rows: int, shards: int) -> View:
 
 
 def scattered_view(folder: Path, rows: int, shards: int) -> View:
-    """Over so many files: one shard of all rows under as many names, of which each gives some rows."""
-    store, digests = new_store(folder), numbered(rows)
-    shard = add_shard(store, SMALL, digests, np.zeros((rows, 4), "f2"))
+    """Over so many files: one shard of the rows of each under as many names."""
+    store, digests, each = new_store(folder), numbered(rows), rows // shards
+    shard = add_shard(store, SMALL, digests[:each], np.zeros((each, 4), "f2"))
     links = [shard.path.with_name(f"{number:032x}.h5") for number in range(shards)]
     for link in links:
         os.link(shard.path, link)
     located = RowLocations(
-        tuple(replace(shard, path=link) for link in links), np.arange(rows) * shards // rows, np.arange(rows)
+        tuple(replace(shard, path=link) for link in links), np.arange(rows) // each, np.arange(rows) % each
     )
     return make_view(store, SMALL, located, digests)
 
@@ -104,7 +104,7 @@ def in_workers(read: Callable[[Path], object], path: Path, workers: int = 8) -> 
 def report_opening(folder: Path) -> None:
     paths = {
         "1,000,000 rows": scattered_view(folder / "rows", 1_000_000, 1).path,
-        "10,000 shards": scattered_view(folder / "shards", 100_000, 10_000).path,
+        "1,000,000 rows, 10,000 shards": scattered_view(folder / "shards", 1_000_000, 10_000).path,
     }
     few = scattered_view(folder / "few", 100_000, 100).path
     pairs = {

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn import functional
+if TYPE_CHECKING:  # torch takes seconds to import: imported by what computes, not by who only names it
+    import torch
 
 _Switch = tuple[Callable[[], Any], Callable[[Any], Any], Any]  # reads it, sets it, as it has to be
 
@@ -29,67 +29,81 @@ def _precision(backend: str, operation: str) -> _Switch:
     comes first, since one operation is read as what it inherits. (By torch._C: `mkldnn.fp32_precision` of torch 2.14
     sets that of all backends.)"""
     value = "none" if operation == "all" else "ieee"
+    import torch
+
     read, change = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
     return partial(read, backend, operation), partial(change, backend, operation), value
 
 
 def _autocast(device: str) -> _Switch:
+    import torch
+
     return partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device), False
 
 
-def _deterministic() -> tuple[bool, bool]:
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+@cache
+def _switches() -> tuple[tuple[_Switch, ...], tuple[_Switch, ...]]:
+    """Those of one operation each, and the older ones of several at once."""
+    import torch
 
+    def deterministic() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
-_cuda, _cudnn, _mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-_SWITCHES: tuple[_Switch, ...] = (
-    *(_precision(backend, "all") for backend in ("generic", "cuda", "mkldnn")),
-    *(_precision(backend, each) for backend in ("cuda", "mkldnn") for each in ("matmul", "conv", "rnn")),
-    *(_autocast(device) for device in ("cpu", "cuda", "mps")),
-    (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
-    # by torch._C: `torch.use_deterministic_algorithms` imports the compiler first, which takes a second
-    (_deterministic, lambda mode: torch._C._set_deterministic_algorithms(mode[0], warn_only=mode[1]), (False, False)),
-    _attribute(_cudnn, "enabled", True),
-    _attribute(_cudnn, "benchmark", False),
-    _attribute(_cudnn, "deterministic", True),
-    _attribute(_mkldnn, "enabled", True),
-    _attribute(_mkldnn, "deterministic", False),
-    _attribute(_cuda.matmul, "allow_fp16_accumulation", False),
-    _attribute(_cuda.matmul, "allow_fp16_reduced_precision_reduction", True),
-    _attribute(_cuda.matmul, "allow_bf16_reduced_precision_reduction", True),
-    (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp, True),
-    (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp, True),
-    (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp, True),
-    (_cuda.math_sdp_enabled, _cuda.enable_math_sdp, True),
-    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, True),
-)
-
-
-_OLDER: tuple[_Switch, ...] = (  # of several operations at once
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
-    _attribute(_cudnn, "allow_tf32", False),
-)
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    switches: tuple[_Switch, ...] = (
+        *(_precision(backend, "all") for backend in ("generic", "cuda", "mkldnn")),
+        *(_precision(backend, each) for backend in ("cuda", "mkldnn") for each in ("matmul", "conv", "rnn")),
+        *(_autocast(device) for device in ("cpu", "cuda", "mps")),
+        (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+        # by torch._C: `torch.use_deterministic_algorithms` imports the compiler first, which takes a second
+        (
+            deterministic,
+            lambda mode: torch._C._set_deterministic_algorithms(mode[0], warn_only=mode[1]),
+            (False, False),
+        ),
+        _attribute(cudnn, "enabled", True),
+        _attribute(cudnn, "benchmark", False),
+        _attribute(cudnn, "deterministic", True),
+        _attribute(mkldnn, "enabled", True),
+        _attribute(mkldnn, "deterministic", False),
+        _attribute(cuda.matmul, "allow_fp16_accumulation", False),
+        _attribute(cuda.matmul, "allow_fp16_reduced_precision_reduction", True),
+        _attribute(cuda.matmul, "allow_bf16_reduced_precision_reduction", True),
+        (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, True),
+        (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, True),
+        (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, True),
+        (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
+        (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, True),
+    )
+    older: tuple[_Switch, ...] = (
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+        _attribute(cudnn, "allow_tf32", False),
+    )
+    return switches, older
 
 
 @contextlib.contextmanager
 def exact_arithmetic(threads: int | None = None) -> Iterator[None]:
     """Torch as a fresh process has it, exact and with gradients, whatever the caller has switched; his settings come
     back afterwards. ``threads``: of the CPU, where their number is fixed. Also a decorator: ``@exact_arithmetic()``."""
+    import torch
+
+    switches, switches_of_several = _switches()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if torch.get_default_device().type != "cpu":  # entered only then: it costs every call of torch something
             stack.enter_context(torch.device("cpu"))
         older = []
-        for read, change, _ in _OLDER:
+        for read, change, _ in switches_of_several:
             with contextlib.suppress(RuntimeError):  # its operations differ: those alone tell what is set
                 older.append(partial(change, read()))
-        for read, change, value in _SWITCHES:
+        for read, change, value in switches:
             stack.callback(change, read())
             change(value)
         for restore in older:  # before those of single operations come back
             stack.callback(restore)
-        for _, change, value in _OLDER:
+        for _, change, value in switches_of_several:
             change(value)
         if threads is not None:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -114,6 +128,9 @@ def onednn_products() -> Iterator[None]:
 def onednn_is_exact() -> bool:
     """Whether products of float32 by oneDNN have float32's accuracy on this CPU: one, and several at once, beside the
     same in float64."""
+    import torch
+    from torch.nn import functional
+
     if not torch.backends.mkldnn.is_available():
         return False
     a, b = _factors()
@@ -127,6 +144,8 @@ def onednn_is_exact() -> bool:
 
 def _factors() -> tuple[torch.Tensor, torch.Tensor]:
     """The shapes of an MLP of a ViT-B on eight images: much smaller products do not go to oneDNN."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     return torch.randn(1576, 768, generator=generator), torch.randn(3072, 768, generator=generator)
 
@@ -145,6 +164,8 @@ def onednn_gain() -> float:
 
 def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
     """Of one product, the fastest of three."""
+    from torch.nn import functional
+
     times = [time.perf_counter()]
     for _ in range(3):
         functional.linear(a, b)

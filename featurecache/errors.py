@@ -129,6 +129,10 @@ class ForwardUnavailable(FeatureCacheError, RuntimeError):
     """A way of computing a forward pass that this machine, or this network, has not."""
 
 
+class WorkersLost(FeatureCacheError, RuntimeError):
+    """Processes that compute for an extraction end again and again."""
+
+
 class Stopped(FeatureCacheError):
     """Ctrl-C; what is finished is safe."""
 

@@ -23,10 +23,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-
-import torch
+from typing import TYPE_CHECKING
 
 from featurecache.errors import OutputRefused, UnknownOutput, nearest
+
+if TYPE_CHECKING:
+    import torch
 
 NAMES = ("cls", "pooler", "gap", "mean", "tokens", "tokens-257", "tokens-16x16")
 _PATTERN = re.compile(r"(cls|pooler|gap|vector|mean|tokens(?:-(\d{1,5})(?:x(\d{1,5}))?)?)(?:@(-\d{1,3}|last\d{1,2}))?")
@@ -135,6 +137,8 @@ def derive(output: Output, tokens: torch.Tensor, prefix: int, grid: tuple[int, i
 
 def function_of(output: Output, x: torch.Tensor, prefix: int, grid: tuple[int, int]) -> torch.Tensor:
     """The same function without rounding: float32 tokens [n,T,D], on any device, to float32 [n, ...]."""
+    import torch
+
     if output.base == "cls":
         return x[:, 0]
     if output.base == "mean":
@@ -157,6 +161,8 @@ def _taps(length: int, size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ..
 
     torch's own weights, read off by resizing the identity; a row has 2 taps upwards, more downwards.
     """
+    import torch
+
     eye = torch.eye(length)[None, None]
     resized = torch.nn.functional.interpolate(eye, (length, size), mode="bilinear", antialias=True)
     matrix = resized[0, 0].T  # [size,length]

@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from heads.runs.run import load_run as load_run
     from heads.studies.recipes import STUDIES as STUDIES
     from heads.studies.runner import run_study as run_study
-    from heads.sweeps.journal import list_sweeps as list_sweeps
-    from heads.sweeps.journal import load_sweep as load_sweep
+    from heads.sweeps.folder import list_sweeps as list_sweeps
+    from heads.sweeps.folder import load_sweep as load_sweep
 
 # Attribute -> module that defines it; imported when first used, so that ``import heads`` costs nothing.
 _LAZY = {
@@ -43,8 +43,8 @@ _LAZY = {
     "predict": "heads.api",
     "explain": "heads.explanations.explain",
     "ablate": "heads.api",
-    "list_sweeps": "heads.sweeps.journal",
-    "load_sweep": "heads.sweeps.journal",
+    "list_sweeps": "heads.sweeps.folder",
+    "load_sweep": "heads.sweeps.folder",
     "report": "heads.api",
     "compare": "heads.evaluation.comparison",
     "families_of": "heads.evaluation.families",

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CannotWrite, ProtocolError, RunError, nearest
 from featurecache.files.names import check_path
-from featurecache.formatting import abbreviated
+from featurecache.formatting import abbreviated, clear_status, show_status, timed_part
 from featurecache.store.write_view import open_view
 from heads.evaluation.comparison import compare
+from heads.evaluation.controls import measure_controls
 from heads.evaluation.families import Family, families_of, plain_names
 from heads.inference import predict_images
 from heads.models.catalogue import is_baseline, own_settings
@@ -27,8 +28,9 @@ from heads.runs.run import Run, load_run
 from heads.runs.write import OF_THE_PAGE, claim_run, write_run
 from heads.settings import HeadOptions, NetworkOptions, Settings, SweepOptions, takes
 from heads.splits import read_splits
+from heads.sweeps.folder import Sweep, load_sweep, open_sweep, write_sweep
 from heads.sweeps.grid import SweepSpec
-from heads.sweeps.journal import RECORD, ROWS, Sweep, load_sweep, open_sweep, read_journal, write_sweep
+from heads.sweeps.journal import RECORD, ROWS, read_journal
 from heads.sweeps.plan import FROM_PIXELS, SweepPlan, has_option, plan_sweep
 from heads.sweeps.runner import SweepRunner, say_plan
 from heads.sweeps.search import check_installed, check_search
@@ -36,7 +38,7 @@ from heads.task import FeatureView, Say, memory_for_features, task_of
 from heads.training import network
 from heads.training.job import describe_training, prepare_training, request_of
 from heads.training.loop import Checkpoint
-from heads.training.train import measure_controls, run_contents, train_together
+from heads.training.train import run_contents, train_together
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,11 +72,14 @@ def train_head(
         if target.run:
             return _finished(target.run, say)
         describe_training(job, say)
-        (fit,) = train_together(job, [settings], say, progress=progress)
+        with timed_part("training"):
+            (fit,) = train_together(job, [settings], say, progress=progress)
         if isinstance(fit, ProtocolError):
             raise fit
-        contents = run_contents(job, fit, measure_controls(job, say) if controls else [])
-        return write_run(target, contents, partial(_draw_page, images, hash_ids) if report else None)
+        with timed_part("controls"):
+            beside = measure_controls(job.view, job.task, job.splits, say, progress) if controls else []
+        contents = run_contents(job, fit, beside)
+        return write_run(target, contents, partial(_draw_page, images, hash_ids, progress) if report else None)
 
 
 @takes(NetworkOptions)
@@ -110,10 +115,11 @@ def train_baseline(
         describe_training(job, say)
         checkpoint = Checkpoint(target.checkpoint)
         fit = network.train_network(job, settings, say, checkpoint, progress)
-        contents = run_contents(job, fit, measure_controls(job, say) if controls else [])
+        beside = measure_controls(job.view, job.task, job.splits, say, progress) if controls else []
+        contents = run_contents(job, fit, beside)
         if arch.startswith(FINETUNE):
             contents = network.with_backbone(contents, fit.model.cpu())
-        run = write_run(target, contents, partial(_draw_page, images, hash_ids) if report else None)
+        run = write_run(target, contents, partial(_draw_page, images, hash_ids, progress) if report else None)
         checkpoint.remove()
         return run
 
@@ -127,11 +133,14 @@ def _finished(run: Run, say: Say) -> Run:
     return run
 
 
-def _draw_page(images: bool, hash_ids: bool, run: Run) -> None:
+@timed_part("page")
+def _draw_page(images: bool, hash_ids: bool, progress: bool, run: Run) -> None:
     """The pictures and the page of a run that is being written, with the intervals in its metrics."""
+    show_status("writing the page", progress)
     save_pictures(run)
     families = families_of([run])
     write_report(run.path, families, compare(families), images=images, hash_ids=hash_ids, place=run.folder)
+    clear_status()
 
 
 @exact_arithmetic()

@@ -25,6 +25,7 @@ class Metric:
     higher: bool = True
 
 
+SPLITS = ("train", "val", "test")
 METRICS: dict[str, Metric] = {  # measures of a test set, by what --select calls them
     "auroc": Metric("AUROC"),
     "ap": Metric("AP"),
@@ -45,6 +46,18 @@ METRICS: dict[str, Metric] = {  # measures of a test set, by what --select calls
     "brier": Metric("Brier", higher=False),
     "ece": Metric("ECE", higher=False),
 }
+
+
+def title(measure: str, task: str) -> str:
+    macro = "macro " if measure in ("auroc", "ap") and task != "binary" else ""
+    return macro + (METRICS[measure].title if measure in METRICS else measure.upper())
+
+
+def measure_name(select: str) -> str:
+    """What ``--select`` is called among the measures of a run."""
+    return "nll" if select == "loss" else select
+
+
 STANDARDIZE = ("none", "zscore", "l2")
 # What heads that are trained together may differ in.
 VARIED = (

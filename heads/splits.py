@@ -19,10 +19,11 @@ import numpy as np
 
 from featurecache.errors import BadOption, ProtocolError
 from featurecache.files.delimited import read_delimited
+from featurecache.files.records import check_part_of_a_run
 from featurecache.formatting import abbreviated, cell, shell_word, text_of
-from heads.settings import Settings
+from heads.settings import SPLITS, Settings
 from heads.stratify import nested_fraction, stratified_parts
-from heads.task import SPLITS, FeatureView, Leak, Task, clusters_of, is_labelled, plain_rows
+from heads.task import FeatureView, Leak, Task, clusters_of, is_labelled, plain_rows
 
 SHARE = 0.15  # of train, for a val or a test that the data do not have
 FEW = 10  # images of one class below which a val split cannot choose a model
@@ -239,6 +240,7 @@ def read_splits(file: str | Path, ids: Sequence[str] | np.ndarray, warnings: lis
     path = Path(file)
     if not path.is_file():
         raise BadOption(f"--splits {path}: no such file. A run's splits.csv is one.")
+    check_part_of_a_run(path)
     try:
         (_, header), *table = read_delimited(path, strict=True) or [(1, [])]
     except (OSError, UnicodeError, csv.Error) as error:

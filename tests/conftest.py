@@ -20,7 +20,7 @@ os.environ["FEATURECACHE_SECRET"] = "of the tests"  # none is made in the user's
 
 TIERS = ("integration", "slow")
 INTEGRATION = {  # whole files: they load models, train or start processes; single tests elsewhere carry the mark
-    "backbones": "certificate grey_networks transformers_generic transformers_models vision_towers weights",
+    "backbones": "certificate grey_networks remembered transformers_generic transformers_models vision_towers weights",
     "commands": "cli",
     "extraction": "cache_miss canary cost digest_cache extraction forward incremental plan",
     "heads": "inference",

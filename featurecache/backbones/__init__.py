@@ -19,9 +19,10 @@ from featurecache.backbones import timm_models, torchvision_models, transformers
 from featurecache.backbones.aliases import ALIASES
 from featurecache.backbones.base import OUTPUTS, Backbone, BackboneRequest
 from featurecache.backbones.layers import layer_rows
+from featurecache.backbones.remembered import remembered_or_loaded
 from featurecache.backbones.timm_models import timm_record
 from featurecache.errors import BadOption, UnknownBackbone, WeightsNotFound, nearest
-from featurecache.formatting import shell_word
+from featurecache.formatting import shell_word, timed_part
 from featurecache.images.preprocessing import FITS
 
 FORMS = "hf:<repo or folder>, torchvision:<name>, timm:<name>, python:<module>:<factory>, or a checkpoint's folder"
@@ -36,8 +37,10 @@ def load_backbone(
     seed: int = 0,
     image_size: int | None = None,
     fit: str = "model",
+    remembered: bool = False,
 ) -> Backbone:
-    """Find, load and check a backbone.
+    """Find, load and check a backbone. ``remembered``: load its network when it is first asked for, where this machine
+    knows what it is (`featurecache.backbones.remembered`).
 
     >>> load_backbone("vit-in21k").grid                                                  # doctest: +SKIP
     (14, 14)
@@ -51,21 +54,33 @@ def load_backbone(
     if not isinstance(name, str | os.PathLike):
         raise BadOption(f"a backbone is named by a text or a path, not by {type(name).__name__}; {FORMS}.")
     weights = str(weights) if weights is not None else None
-    return _load(BackboneRequest(os.fspath(name), weights, random_weights, seed, image_size, fit))
+    request = BackboneRequest(os.fspath(name), weights, random_weights, seed, image_size, fit)
+    return _load(request, remembered)
 
 
-def _load(request: BackboneRequest) -> Backbone:
+@timed_part("backbone")
+def _load(request: BackboneRequest, remembered: bool = False) -> Backbone:
     name, alias = request.name, ALIASES.get(request.name)
     if alias is not None and not alias.id and not request.untrained:
         raise WeightsNotFound(f"{name} was never trained; it exists only with --random-weights")
     load, path = _loader(name)
-    return load(path, request) if load is user_module.load else load(path, request, alias)
+    if load is user_module.load:
+        return load(path, request)
+    if remembered and load is transformers_models.load:
+        return remembered_or_loaded(path, request, alias)
+    return load(path, request, alias)
 
 
 def check_name(name: str | Path) -> None:
-    """Raises UnknownBackbone for a name in none of the forms, with the nearest; nothing is loaded."""
-    if isinstance(name, str | os.PathLike):
-        _loader(os.fspath(name))
+    """Raises UnknownBackbone for a name in none of the forms, or that its library has not, with the nearest; nothing is
+    loaded."""
+    if not isinstance(name, str | os.PathLike):
+        return
+    load, path = _loader(os.fspath(name))
+    if load is torchvision_models.load:
+        torchvision_models.find_weights(path)
+    elif load is timm_models.load:
+        timm_models.check_architecture(path)
 
 
 def _loader(name: str) -> tuple[Callable[..., Backbone], str]:

@@ -46,7 +46,7 @@ from featurecache.errors import (
     first_line,
     nearest,
 )
-from featurecache.files.records import read_record
+from featurecache.files.records import check_part_of_a_run, read_record
 from featurecache.images.preprocessing import Preprocess
 
 _NOWHERE = {"url": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None, "source": None, "custom_load": False}
@@ -156,6 +156,7 @@ def _find(where: str, request: BackboneRequest) -> TimmModel:
     where = re.sub(r"^hf[-_]hub:", "", where)  # as timm.create_model writes a repository of the hub
     folder, weights = Path(os.path.expanduser(where)), existing_weights(request.weights_path)
     if folder.is_dir():
+        check_part_of_a_run(folder)
         return _of_folder(folder, where, f"timm:{folder.resolve()}", weights=weights or folder)
     name, _, revision = where.partition("@")
     if name.startswith(("/", ".", "~")):
@@ -234,6 +235,13 @@ def _open_clip_settings(weights: Path) -> dict[str, Any]:
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def check_architecture(where: str) -> None:
+    """Raises UnknownBackbone for an architecture or weights that timm has not; folders and repositories are looked at
+    when they are loaded."""
+    if "/" not in where and not os.path.isdir(os.path.expanduser(where)):
+        _of_name(where.partition("@")[0])
 
 
 def _of_name(name: str) -> TimmModel:

@@ -31,7 +31,7 @@ _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # classifiers for training; never
 
 def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
     """``where`` is ``<name>`` or ``<name>:<weights>``, as torchvision calls them."""
-    name, enum = _named(where)
+    name, enum = find_weights(where)
     preprocess = _preprocess(name, enum, request)
     model, positions, weights, taken = _network(name, enum, request, preprocess.size)
     transformer = isinstance(model, Tokens)
@@ -72,8 +72,8 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
     )
 
 
-def _named(where: str) -> tuple[str, Any]:
-    """(name, member of its weights enum); DEFAULT where no weights are named."""
+def find_weights(where: str) -> tuple[str, Any]:
+    """(name, member of its weights enum); DEFAULT where no weights are named. Raises UnknownBackbone."""
     from torchvision import models
 
     name, _, version = where.partition(":")

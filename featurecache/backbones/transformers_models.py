@@ -75,7 +75,10 @@ class CheckpointFiles:
 
 def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
     """``where`` is a repository with or without @revision, or a folder; empty for an alias that has no weights."""
-    checkpoint = _find(where, request, alias)
+    return load_checkpoint(find_checkpoint(where, request, alias), request, alias)
+
+
+def load_checkpoint(checkpoint: CheckpointFiles, request: BackboneRequest, alias: Alias | None) -> Backbone:
     with quiet():
         family, config = _configuration(checkpoint, alias)
         preprocess, origin = _preprocess(checkpoint, family, config, request, alias)
@@ -113,9 +116,10 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
     )
 
 
-def _find(where: str, request: BackboneRequest, alias: Alias | None) -> CheckpointFiles:
+def find_checkpoint(where: str, request: BackboneRequest, alias: Alias | None) -> CheckpointFiles:
+    """Where its files are; a repository of the hub is fetched. Raises UnknownBackbone, WeightsNotFound."""
     local = alias is None and os.path.isdir(os.path.expanduser(where))
-    folder = Path(os.path.expanduser(where)) if local else None
+    folder = existing_weights(Path(os.path.expanduser(where)) if local else None)
     name = f"hf:{folder.resolve()}" if folder is not None else request.name
     weights = existing_weights(request.weights_path)
     if weights is not None and (weights / "config.json").is_file():

@@ -26,6 +26,7 @@ import torch
 from featurecache.backbones.state_dicts import StateDict, first_names, select_state_dict
 from featurecache.errors import FeatureCacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound, first_line
 from featurecache.files.atomic import refuse_special
+from featurecache.files.records import check_part_of_a_run
 from featurecache.formatting import shell_word, shell_words
 
 REACH = 4.0  # seconds the hub has to answer before the local cache is used instead
@@ -166,11 +167,12 @@ def split_weights(weights: str) -> tuple[Path, str]:
 
 
 def existing_weights(path: Path | None) -> Path | None:
-    """``path`` as it is. Raises WeightsNotFound."""
+    """``path`` as it is. Raises WeightsNotFound; DamagedFile where it is a run's and not what was written."""
     if path is not None and not path.exists():
         raise WeightsNotFound(f"--weights {path}: there is no such file or folder")
     if path is not None:
         refuse_special(path)
+        check_part_of_a_run(path)
     return path
 
 

@@ -17,7 +17,7 @@ from featurecache.commands.help import option, options_of
 from featurecache.commands.source_options import READ_BY, SOURCES, pairs_of, source_options
 from featurecache.commands.terminal import Console, cache_option, command, record_of, typed_command, typed_options
 from featurecache.errors import BadOption
-from featurecache.files.records import WAYS
+from featurecache.files.records import ENGINES, WAYS
 from featurecache.formatting import (
     columns,
     device_title,
@@ -26,6 +26,7 @@ from featurecache.formatting import (
     shape_text,
     shell_word,
     size_text,
+    timed_part,
 )
 
 if TYPE_CHECKING:
@@ -171,7 +172,9 @@ def _machine_line(extraction: Extraction, rate: float | None) -> str:
     threads = f"{plan['threads']} CPU thread{'s' * (plan['threads'] > 1)}"
     what = threads if device.type == "cpu" else device_title(device)
     precision = f"{extraction.spec.precision} ({extraction.precision_reason})"
-    speed = f": {rate:.3g} images/s, about {duration(extraction.to_compute / rate)}" if rate else ""
+    engine = extraction.engine.words
+    speed = f": {rate:.3g} images/s" if rate else ""
+    speed += f" each, in {engine}" if engine else f", about {duration(extraction.to_compute / rate)}" if rate else ""
     return f"{what}, {precision}, batches of {plan['batch_size']}{speed}"
 
 
@@ -255,7 +258,10 @@ extraction_options = options_of(  # which images, which backbone, which store: w
             callback=_number_or_auto,
             help="Of a forward pass; fixed by a store's first run.",
         ),
-        option("--engine", type=Choice(["local"]), default="local", help="Where it runs: on this machine."),
+        option("--engine", type=Choice(ENGINES), default="local", help="This process, several, or a Ray cluster."),
+        option("--actors", type=int, metavar="N", help="Processes, or actors. [default: for all GPUs]"),
+        option("--num-gpus", type=float, metavar="X", help="Of each actor of Ray. [default: 1, on a CPU 0]"),
+        option("--address", metavar="HOST:PORT", help="Of the cluster. [default: $RAY_ADDRESS, else here]"),
         option("--workers", type=int, metavar="N", help="Decode threads, nothing else. [default: by the machine]"),
         section="network",
     ),
@@ -284,17 +290,18 @@ extraction_options = options_of(  # which images, which backbone, which store: w
 @option("--forward", type=Choice(["auto", *WAYS]), default="auto", help="How it computes. [default: measured]")
 @option("--yes", is_flag=True, help="Do not ask before keeping more than 20 GB.")
 def extract(
-    talk: Console, dry_run: bool, sheet: str | None, yes: bool, columns: tuple[str, ...], engine: str, **options: Any
+    talk: Console, dry_run: bool, sheet: str | None, yes: bool, columns: tuple[str, ...], **options: Any
 ) -> int:  # fmt: skip
     """Run a backbone over images once and keep its outputs.
 
     \b
     featurecache extract --backbone vit-in21k --data chest/ --outputs cls,tokens
     """
-    from featurecache.extraction import plan
-    from featurecache.extraction.run import ASK_BYTES
-    from featurecache.sources.summary import contact_sheet
-    from featurecache.store.view import View
+    with timed_part("imports"):
+        from featurecache.extraction import plan
+        from featurecache.extraction.run import ASK_BYTES
+        from featurecache.sources.summary import contact_sheet
+        from featurecache.store.view import View
 
     if options["data"] == "digits":
         talk.say("data       digits: scikit-learn's 1,797 handwritten digits; give your own with --data FOLDER")
@@ -339,15 +346,16 @@ def open_features(talk: Console, features: str | None, cache: str | None, way: s
     return view
 
 
+_ENGINE = ("engine", "actors", "num_gpus", "address")
 _OF_IMAGES = (
-    "name", "batch_size", "engine", "workers", "on_error", *READ_BY, "hash_ids", "hash_groups", "copies",
+    "name", "batch_size", *_ENGINE, "workers", "on_error", *READ_BY, "hash_ids", "hash_groups", "copies",
     "augment", "augment_seed",
 )  # fmt: skip
 
 
 @command
 @extraction_options
-def why(talk: Console, columns: tuple[str, ...], engine: str, cache: str | None, **options: Any) -> int:
+def why(talk: Console, columns: tuple[str, ...], cache: str | None, **options: Any) -> int:
     """Say what `extract` with these options would find, and which field of the key differs from the nearest store.
 
     \b

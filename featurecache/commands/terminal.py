@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,14 +29,18 @@ from featurecache.errors import BadOption, FeatureCacheError, Reading, SeveralRe
 from featurecache.files.atomic import NO_ROOM, cannot_write, refuse_special
 from featurecache.files.names import check_path
 from featurecache.formatting import (
+    PARTS,
     TABLE_WIDTH,
+    clear_status,
     fold,
     harmless,
     is_harmless,
     join_names,
     one_line,
+    parts_line,
     shell_word,
     shell_words,
+    show_status,
     terminal_width,
 )
 
@@ -122,6 +127,7 @@ def _as_interrupts() -> Iterator[None]:
 
 def _echo(text: str, err: bool = False) -> None:
     """Text as a terminal shows it without breaking a word; into a file or a pipe as it is."""
+    clear_status()
     click.echo(fold(harmless(text), terminal_width(sys.stderr if err else sys.stdout)), err=err)
 
 
@@ -135,6 +141,10 @@ class Console:
         if self.progress:
             _echo(line, err=True)
 
+    def status(self, doing: str) -> None:
+        """What is being done, until the next line: for what takes seconds and has no steps."""
+        show_status(doing, self.progress)
+
     def line(self, line: str) -> None:
         """`say` where the line holds names of somebody else's: they cannot make lines of their own."""
         self.say(one_line(line))
@@ -142,6 +152,7 @@ class Console:
     def result(self, text: str, record: Any) -> None:
         """The command's result, as lines or as one JSON object (see `record_of`)."""
         if self.json:
+            clear_status()
             click.echo(_json(record))
         else:
             _echo(text)
@@ -253,10 +264,15 @@ def command(function: Callable[..., Any]) -> click.Command:
 
     @functools.wraps(function)
     def wrapped(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+        start, console = time.perf_counter(), Console(as_json, quiet)
         try:
             TABLE_WIDTH.set(terminal_width(sys.stdout))
+            PARTS.set({} if debug else None)
             _check_places(options)
-            code = _run(function, Console(as_json, quiet), options)
+            console.status("loading")
+            code = _run(function, console, options)
+            if parts := PARTS.get():
+                console.say(f"time       {parts_line(parts, time.perf_counter() - start)}")
         except FeatureCacheError as error:
             code = _report(error, debug)
         except (click.ClickException, click.Abort):
@@ -278,13 +294,15 @@ def command(function: Callable[..., Any]) -> click.Command:
             words = f"{users} (--debug shows how it came there)" if users else ours
             _echo(f"error: {words}", err=True)
             code = 2 if users else 1
+        finally:
+            clear_status()
         sys.exit(code or 0)
 
     made = click.command(cls=Command, context_settings=CONTEXT)(wrapped)
     ending = [
         Option(["--json", "as_json"], is_flag=True, help="One JSON object on stdout."),
         Option(["--quiet", "-q"], is_flag=True, help="Results only: no talk, no progress bar."),
-        Option(["--debug"], is_flag=True, help="Show where an error came from."),
+        Option(["--debug"], is_flag=True, help="Show where an error came from, and where the time went."),
     ]
     for each in ending:
         each.section = "output"

@@ -21,32 +21,32 @@ would hold of them: for heads that predict, and for `repair`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones import load_backbone
 from featurecache.backbones.base import Backbone, versions
-from featurecache.errors import DamagedFile, Drift, ForwardUnavailable, NotInCache, UnsafeFile
+from featurecache.errors import Drift, ForwardUnavailable, NotInCache, UnsafeFile
 from featurecache.extraction.forward import ForwardRunner, output_layout, parts_for, pick_device, spec_of
 from featurecache.extraction.openvino_graph import graph_is_stored, graph_key, is_user_code
 from featurecache.extraction.pipeline import decode_many
-from featurecache.files.atomic import refuse_links, write_whole
 from featurecache.files.locks import update_lock
 from featurecache.files.machine_state import read_state, state_key, write_state
+from featurecache.formatting import timed_part
 from featurecache.images.decoding import DECODING
 from featurecache.images.headers import EncodedImage, read_by
 from featurecache.outputs import Output, derive, members, parse
-from featurecache.store.shards import TORCH_DTYPE
+from featurecache.store.reference import read_reference, reference_hash, write_reference
+from featurecache.store.shards import torch_dtype
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import Store
 from featurecache.store.view import View
@@ -55,7 +55,6 @@ PROBES = ("photo.jpg", "small.png", "grey16.png", "odd.png")
 TOLERANCE = {"fp32": 2e-4, "fp16": 5e-3, "bf16": 3e-2}
 FLOAT32_TOLERANCE = 1e-5
 THREADS = min(16, os.cpu_count() or 1)  # that decode
-_LARGEST = 1 << 30  # bytes; four images of all layers of the largest networks stay far below
 
 
 @dataclass(frozen=True)
@@ -66,53 +65,28 @@ class Reference:
     rows: dict[str, torch.Tensor]  # output -> [4, ...] in the storage dtype
     made_by: dict[str, str]  # library -> version
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: tensor.numpy() for name, tensor in {"pixels": self.pixels, **self.rows}.items()}
+
     def hash(self) -> str:
-        digest = xxhash.xxh3_128(json.dumps(self.made_by, sort_keys=True).encode())
-        for name, tensor in sorted({"pixels": self.pixels, **self.rows}.items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()
-
-
-def canary_path(store: Store) -> Path:
-    return store.path / "canary.safetensors"
+        return reference_hash(self.arrays, self.made_by)
 
 
 def read_canary(store: Store) -> Reference | None:
     """None where the store has none yet. Raises DamagedFile."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    path = canary_path(store)
-    refuse_links(path)
-    if not path.exists():
+    stored = read_reference(store)
+    if stored is None:
         return None
-    try:
-        if path.stat().st_size > _LARGEST or not path.is_file():
-            raise ValueError("it is no small file")
-        data = path.read_bytes()  # once: safe_open would open it twice, and it may be replaced in between
-        rows = load(data)
-        notes = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        reference = Reference(rows.pop("pixels"), rows, json.loads(notes["made_by"]))
-        fine = reference.hash() == notes["hash"]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedFile(f"{path} cannot be read ({error}). {_RENEW}") from error
-    if not fine:
-        raise DamagedFile(f"{path} is damaged: its content does not match its hash. {_RENEW}")
-    return reference
-
-
-_RENEW = "featurecache repair makes it again, after comparing rows of the store with what this machine computes."
+    rows = {name: torch.from_numpy(array) for name, array in stored[0].items()}
+    return Reference(rows.pop("pixels"), rows, stored[1])
 
 
 def write_canary(store: Store, reference: Reference) -> None:
-    from safetensors.torch import save
-
-    notes = {"made_by": json.dumps(reference.made_by, sort_keys=True), "hash": reference.hash()}
-    tensors = {key: tensor.contiguous() for key, tensor in {"pixels": reference.pixels, **reference.rows}.items()}
-    write_whole(canary_path(store), save(tensors, notes), inside=store.path)
+    write_reference(store, reference.arrays, reference.made_by)
 
 
+@timed_part("canary")
 def check_canary(
     store: Store, backbone: Backbone, compute: ForwardRunner | None, outputs: Sequence[Output], *, write: bool = True
 ) -> None:
@@ -260,6 +234,20 @@ def probe_hash() -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(probes()))
 
 
+def load_stored_backbone(store: Store, request: dict[str, Any]) -> Backbone:
+    """Raises NotInCache when the backbone that is found is not the one of the store."""
+    backbone = load_backbone(**request, remembered=True)
+    spec = spec_of(backbone, store.spec.precision, store.spec.dtype, store.spec.preprocess)
+    spec = replace(spec, generation=store.spec.generation)
+    if spec.fingerprint != store.fingerprint:
+        raise NotInCache(
+            f"{backbone.name} as it is now ({spec.fingerprint[:8]}) is not the backbone that "
+            f"{store.path.name} was made with: its weights, configuration or preprocessing changed. "
+            "featurecache why says what; extract again, then train."
+        )
+    return backbone
+
+
 class StoreBackbone:
     """Makes of new images what a store would hold of them.
 
@@ -282,15 +270,7 @@ class StoreBackbone:
                 f"{store.path.name} was made by {request['name']}, which is a program. Run it with --trust-code if the "
                 "module of that name in this folder is yours."
             )
-        self.store, self.backbone = store, load_backbone(**request)
-        spec = spec_of(self.backbone, store.spec.precision, store.spec.dtype, store.spec.preprocess)
-        spec = replace(spec, generation=store.spec.generation)
-        if spec.fingerprint != store.fingerprint:
-            raise NotInCache(
-                f"{self.backbone.name} as it is now ({spec.fingerprint[:8]}) is not the backbone that "
-                f"{store.path.name} was made with: its weights, configuration or preprocessing changed. "
-                "featurecache why says what; extract again, then train."
-            )
+        self.store, self.backbone = store, load_stored_backbone(store, request)
         picked = pick_device(device)
         plan = (store.plan or {}).get(picked.type) or {"batch_size": 8, "threads": torch.get_num_threads()}
         self.threads: int = plan["threads"]
@@ -321,6 +301,7 @@ class StoreBackbone:
             pixels = probe_pixels(self.backbone)
             write_canary(self.store, _measure(self.backbone, self.compute, self.store.spec, [output], pixels))
 
+    @timed_part("compute")
     @exact_arithmetic()
     def rows(
         self, images: Sequence[EncodedImage], *outputs: Output, check: bool = True
@@ -333,7 +314,7 @@ class StoreBackbone:
         shapes = [output_layout(self.backbone, output, dtype).shape for output in outputs]
         shape = shapes[0] if len(shapes) == 1 else (sum(width for (width,) in shapes),)
         images = [read_by(image, self.store.spec.preprocess) for image in images]
-        rows, failed, pixels = [torch.empty(0, *shape, dtype=TORCH_DTYPE[dtype])], [], []
+        rows, failed, pixels = [torch.empty(0, *shape, dtype=torch_dtype(dtype))], [], []
         for index, image, _ in decode_many(images.__getitem__, range(len(images)), self.backbone.preprocess, THREADS):
             if isinstance(image, str):
                 failed.append((index, image))

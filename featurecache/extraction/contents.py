@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from featurecache.backbones.base import Backbone
-from featurecache.errors import BadOption, CacheError, SourceError
+from featurecache.errors import BadOption, CacheError, SourceError, UnreadableImage
 from featurecache.extraction.forward import output_layout
 from featurecache.extraction.pipeline import CHANGED
 from featurecache.extraction.scan import ScanResult
 from featurecache.files.atomic import FileStamp, file_stamp
 from featurecache.files.records import canonical_json
 from featurecache.formatting import shell_word
+from featurecache.images import decoding as _images
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
+from featurecache.images.headers import EncodedImage, read_by
 from featurecache.outputs import Output, parse
-from featurecache.sources.base import Dataset, may_be_trained_on
+from featurecache.sources.base import Dataset, ImageSource, may_be_trained_on
 from featurecache.sources.pseudonyms import plain_reason
 from featurecache.store.schema import ViewColumns, text_array
 from featurecache.store.shards import Layout
@@ -38,6 +40,32 @@ class ViewContents(NamedTuple):
     images: np.ndarray  # [images] first sample of each distinct image; then the same for the augmented copies
     digests: np.ndarray  # [images] S32, and of the copies
     stamp: FileStamp | None  # of the view that is there
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Distinct images and their augmented copies by number, as they were when they were scanned. It can be pickled: a
+    process elsewhere reads the same."""
+
+    source: ImageSource
+    reading: dict[str, Any]
+    images: np.ndarray  # [images] first sample of each distinct image; then the same for the augmented copies
+    digests: np.ndarray  # [images] S32, and of the copies
+    copying: AugmentationPlan | None
+
+    def read(self, number: int) -> EncodedImage:
+        """A distinct image; of an augmented copy the image that it is made of. Raises UnreadableImage."""
+        original = self.copying.source(number) if self.copying else number
+        data = read_by(self.source.read(int(self.images[number])), self.reading)
+        if _images.digest(data).encode() != self.digests[original]:
+            raise UnreadableImage(CHANGED)
+        return data
+
+    def make(self, number: int, data: EncodedImage) -> EncodedImage:
+        """The augmented copy, where the number is that of one."""
+        if self.copying is None or number < self.copying.first:
+            return data
+        return self.copying.augmented.augmentation.copy_of(data, bytes(self.digests[number]))
 
 
 def view_contents(

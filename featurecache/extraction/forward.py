@@ -30,7 +30,7 @@ from featurecache.files.machine_state import read_state, write_state
 from featurecache.images import decoding as _images
 from featurecache.images.headers import READING
 from featurecache.outputs import Output, blocks, function_of, source_parts
-from featurecache.store.shards import TORCH_DTYPE, Layout
+from featurecache.store.shards import Layout, torch_dtype
 from featurecache.store.spec import ExtractionSpec
 
 _PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,6 +68,7 @@ class ForwardRunner:
     ) -> None:  # fmt: skip
         self.device, self.batch_size, self.way, self.threads = device, batch_size, way, threads
         self.backbone = self._own = backbone
+        self.parts = tuple(parts)
         self._precision, self._dtype = precision, _PRECISION[precision]
         self._format = torch.channels_last if backbone.channels_last else torch.contiguous_format
         self._done: list[tuple[torch.Tensor, dict[str, torch.Tensor], float]] = []
@@ -89,7 +90,8 @@ class ForwardRunner:
         return self._graph if self._graph and parts <= set(self._graph.parts) else self._compile(parts)
 
     def _compile(self, parts: set[str]) -> OpenvinoGraph:
-        if next(self.backbone.model.parameters()).is_meta:  # released: another process wants more of the same view
+        network = vars(self.backbone).get("model")  # which a remembered backbone may not have loaded
+        if network is not None and next(network.parameters()).is_meta:  # released: another process wants more
             self.backbone = load_backbone(**self.backbone.provenance["request"])
         self._graph = compile_graph(self.backbone, sorted(parts), self.batch_size, self._precision, self.threads)
         self._independent = None if self._graph.batch is None else False
@@ -98,7 +100,7 @@ class ForwardRunner:
     def release(self) -> None:
         """Free the weights that this way does not use: torch's, where a graph has its own; float32, where they were
         cast. Nothing else can be computed with the backbone afterwards."""
-        if self._graph is not None or self._own is not self.backbone:
+        if "model" in vars(self.backbone) and (self._graph is not None or self._own is not self.backbone):
             self.backbone.model.to("meta")
 
     @torch.no_grad()
@@ -114,6 +116,8 @@ class ForwardRunner:
             return self._own.forward(pixels.to(self._dtype).contiguous(memory_format=self._format), parts)
 
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda":
+            images = images.pin_memory()  # else the copy would hold up this thread
         return self.backbone.preprocess.normalised(images.to(self.device, non_blocking=True))
 
     def _needs_whole(self, images: torch.Tensor, parts: set[str]) -> bool:
@@ -177,7 +181,7 @@ class ForwardRunner:
         sources = {output.source: source_parts(output.source) for output in outputs}
         given = self._computed(images, wanted)
         exact = {key: torch.cat([given[part][chosen].float() for part in parts], -1) for key, parts in sources.items()}
-        rows = {key: tensor.to(TORCH_DTYPE[dtype]) for key, tensor in exact.items()}
+        rows = {key: tensor.to(torch_dtype(dtype)) for key, tensor in exact.items()}
         if dtype != "float16":
             return rows, {}
         return rows, {o.name: self._rounding(o, exact[o.source], rows[o.source]) for o in outputs}

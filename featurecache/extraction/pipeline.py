@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ class ExtractionJob(ShardJob):
     threads: int
     fail_fast: bool = False
     plain: int | None = None  # numbers from here on are augmented copies, whose making is no loading
+    images_per_s: float | None = None  # of the forward pass, where it was measured
     timings: StageTimings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -221,6 +222,30 @@ def run_local(job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int
         writer.close()
         for shards in open_shards:
             shards.discard()
+
+
+class Engine(Protocol):
+    """Where the shards of a plan are computed: in this process, in others of this machine, on a cluster. Each commits
+    them by `run_local`."""
+
+    @property
+    def share(self) -> int:
+        """Among so many processes this machine's cores are divided."""
+
+    @property
+    def words(self) -> str:
+        """For people: "2 processes"; empty for this one."""
+
+    def run(self, job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int], Any]) -> None: ...
+
+
+class LocalEngine:
+    """This process."""
+
+    share, words = 1, ""
+
+    def run(self, job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int], Any]) -> None:
+        run_local(job, units, advance)
 
 
 _Decoded = tuple[int, torch.Tensor | str, float]  # what `decode_many` gives

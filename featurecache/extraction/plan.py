@@ -24,11 +24,14 @@ from featurecache.errors import BadOption, CacheError, SourceError
 from featurecache.extraction.contents import layouts_of, view_contents
 from featurecache.extraction.digest_cache import DigestCache
 from featurecache.extraction.forward import pick_device, spec_of
+from featurecache.extraction.pipeline import Engine, LocalEngine
+from featurecache.extraction.processes import processes_for
+from featurecache.extraction.ray_actors import ray_for
 from featurecache.extraction.run import Extraction, ExtractionResult
 from featurecache.extraction.scan import ScanResult, scan
 from featurecache.files.names import is_file_name
-from featurecache.files.records import WAYS
-from featurecache.formatting import columns, cost_per_image, duration, first_of, shell_word
+from featurecache.files.records import ENGINES, WAYS
+from featurecache.formatting import columns, cost_per_image, duration, first_of, shell_word, timed_part
 from featurecache.images.augmentation import augmentation_of
 from featurecache.outputs import parse_list
 from featurecache.sources import open_source
@@ -60,6 +63,10 @@ def prepare(
     forward: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
+    engine: str = "local",
+    actors: int | None = None,
+    num_gpus: float | None = None,
+    address: str | None = None,
     on_error: str = "report",
     accept_drift: bool = False,
     cache: str | Path | None = None,
@@ -84,6 +91,8 @@ def prepare(
 ) -> Extraction:
     """Look at the images, the backbone and the cache; nothing is computed or written.
 
+    ``engine``: where `Extraction.run` computes: local, in this process; processes, in ``actors`` ones of this machine,
+    by default one for each GPU; ray, in ``actors`` actors with ``num_gpus`` each, on the cluster at ``address``.
     ``forward``: library, onednn or openvino; auto measures what is fastest (`featurecache.extraction.choose_forward`).
     ``remember``: write the digests of files to the cache while they are read, so that even a look that is killed need
     not be repeated; otherwise `Extraction.run` writes them. ``hash_ids``, ``hash_groups``: see
@@ -92,7 +101,7 @@ def prepare(
     have no splits every image gets copies: which of them are for training is decided later. None: those that a view of
     this name has; 0: none.
     """
-    _check_options(on_error, batch_size, workers, forward)
+    _check_options(on_error, batch_size, workers, forward, engine)
     augmented = augmentation_of(copies, augment, augment_seed)
     requested = parse_list(outputs) if outputs is not None else None
     check_name(backbone)
@@ -108,7 +117,8 @@ def prepare(
             "limit": limit,
             "limit_seed": limit_seed,
         }
-        data = open_source(data, columns=columns, task=task, **how)  # type: ignore[arg-type]
+        with timed_part("source"):
+            data = open_source(data, columns=columns, task=task, **how)  # type: ignore[arg-type]
     elif any(each is not None for each in (page, bits, crop, limit)):
         raise BadOption(
             "page, bits, crop and limit say how data are read: give them to open_source, which made this Dataset."
@@ -119,19 +129,22 @@ def prepare(
     if secret:
         dataset = pseudonymise(dataset, secret, ids=hash_ids, groups=hash_groups)
     picked = pick_device(device)
+    where = _engine(engine, picked, actors, num_gpus, address)
     network = load_backbone(
-        backbone, weights=weights, random_weights=random_weights, seed=seed, image_size=image_size, fit=fit
-    )
+        backbone, weights=weights, random_weights=random_weights, seed=seed, image_size=image_size, fit=fit,
+        remembered=True,
+    )  # fmt: skip
     name = name or dataset.name
     _check_storable(dataset, name)
     # decode threads: on a CPU too as many as cores; those that are ahead wait (2 for 1: 8 to 20 % on large images)
-    workers = workers or min(16, os.cpu_count() or 1)
+    workers = workers or min(16, max(1, (os.cpu_count() or 1) // where.share))
     wanted = requested or parse_list([name for name in (network.vector, "tokens") if name not in network.refusals])
     layouts = layouts_of(network, wanted, dtype)  # refuses what the backbone has not, before anything is read
     if secret and remember:
         secret.keep()
     digest_cache, threads, fail = DigestCache(folder, writes=remember), max(workers, 4), on_error == "fail"
-    result = scan(dataset, digest_cache, secret.value if secret else b"", threads, progress=progress, fail=fail)
+    with timed_part("source"):
+        result = scan(dataset, digest_cache, secret.value if secret else b"", threads, progress=progress, fail=fail)
     if trouble := result.files.cache.trouble:
         dataset = replace(dataset, notes=(*dataset.notes, trouble))
     _check_bits(dataset, result)
@@ -147,7 +160,7 @@ def prepare(
     to_compute, derived = missing_outputs(contents.outputs, contents.layouts, store, contents.digests)
     return Extraction(
         dataset, network, spec, name, folder, picked, on_error, workers, batch_size, store, contents, to_compute,
-        derived, result, look, reason, accept_drift, secret, forward,
+        derived, result, look, reason, accept_drift, secret, forward, where,
     )  # fmt: skip
 
 
@@ -203,7 +216,9 @@ def _stored_images(store: Store, layouts: dict[str, Layout], digests: np.ndarray
     return most
 
 
-def _check_options(on_error: str, batch_size: int | None, workers: int | None, forward: str) -> None:
+def _check_options(on_error: str, batch_size: int | None, workers: int | None, forward: str, engine: str) -> None:
+    if engine not in ENGINES:
+        raise BadOption(f'--engine is {", ".join(ENGINES)}, not "{engine}".')
     if forward not in ("auto", *WAYS):
         raise BadOption(f'--forward is auto, {", ".join(WAYS)}, not "{forward}".')
     if on_error not in ("report", "skip", "fail"):
@@ -211,6 +226,18 @@ def _check_options(on_error: str, batch_size: int | None, workers: int | None, f
     for option, value in (("--batch-size", batch_size), ("--workers", workers)):
         if value is not None and value < 1:
             raise BadOption(f"{option} is at least 1, not {value}.")
+
+
+def _engine(name: str, device: torch.device, actors: int | None, num_gpus: float | None, address: str | None) -> Engine:
+    engines = {"--actors": ("processes", "ray"), "--num-gpus": ("ray",), "--address": ("ray",)}
+    for (option, known), value in zip(engines.items(), (actors, num_gpus, address), strict=True):
+        if value is not None and name not in known:
+            raise BadOption(f"{option} is of --engine {' and '.join(known)}, not of {name}.")
+        if isinstance(value, int | float) and value <= 0:
+            raise BadOption(f"{option} is more than 0, not {value:g}.")
+    if name == "ray":
+        return ray_for(device.type, address, actors, num_gpus)
+    return processes_for(device, actors) if name == "processes" else LocalEngine()
 
 
 def _check_bits(dataset: Dataset, looks: ScanResult) -> None:

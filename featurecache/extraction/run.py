@@ -31,23 +31,22 @@ from featurecache.extraction.choose_forward import (
     choose_for_store,
     is_fixed,
 )
-from featurecache.extraction.contents import ViewContents, write_view_of
+from featurecache.extraction.contents import ImageReader, ViewContents, write_view_of
 from featurecache.extraction.forward import ForwardRunner, parts_for
 from featurecache.extraction.pipeline import (
-    CHANGED,
+    Engine,
     ExtractionJob,
+    LocalEngine,
+    ShardJob,
     derive_shards,
     forward_units,
-    run_local,
 )
 from featurecache.extraction.scan import ScanResult
 from featurecache.extraction.timings import StageTimings, measure_again
 from featurecache.files.atomic import check_room, file_stamp
 from featurecache.files.locks import shared_lock, update_lock
-from featurecache.formatting import progress_bar
-from featurecache.images import decoding as _images
+from featurecache.formatting import progress_bar, timed_part
 from featurecache.images.augmentation import AugmentationPlan, AugmentedCopies
-from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
 from featurecache.sources.base import Dataset
 from featurecache.sources.pseudonyms import Secret
@@ -103,6 +102,7 @@ class Extraction:
     accept_drift: bool = False
     secret: Secret | None = None  # of hashed ids and groups
     forward_way: str = "auto"  # library, onednn, openvino
+    engine: Engine = field(default_factory=LocalEngine)
     choice: ForwardChoice | None = None  # of the forward pass, once it is made
     choosing_s: float = 0.0  # seconds that the choice took, before the run
     _compute: ForwardRunner | None = field(default=None, repr=False)
@@ -176,7 +176,7 @@ class Extraction:
         small = 8 if self.backbone.channels_last or self.backbone.parameters > 10e6 else 32
         return {
             "batch_size": self.batch_size or (small if self.device.type == "cpu" else 64),
-            "threads": torch.get_num_threads(),
+            "threads": max(1, torch.get_num_threads() // self.engine.share),
             "memory_format": "channels_last" if self.backbone.channels_last else "contiguous",
             **chosen,
         }
@@ -188,6 +188,7 @@ class Extraction:
         assert self._compute is not None
         return self._compute
 
+    @timed_part("choose forward")
     def _choose(self, measure: bool, images: int) -> None:
         plan, start = self.plan, time.perf_counter()
         parts = parts_for([canary.anchor_output(self.backbone), *self.outputs])
@@ -200,7 +201,8 @@ class Extraction:
         rows = self._apart(self.forward)[0][0] if self.forward else np.empty(0, np.int64)
         wanted = [output for _, outputs in self.forward for output in outputs]
         with exact_arithmetic(plan["threads"]):
-            first = FirstImages(self.backbone, rows, lambda number: self._make(number, self._read(number)))
+            reader = self._reader()
+            first = FirstImages(self.backbone, rows, lambda number: reader.make(number, reader.read(number)))
             self._compute, self.choice = choose_for_store(setting, first, self.store, wanted, measure, self.forward_way)
         if self._compute.batch_size != plan["batch_size"]:  # for want of memory
             self.batch_size = self._compute.batch_size
@@ -245,7 +247,7 @@ class Extraction:
             made_of = {"backbone": self.backbone.name, "parameters": self.backbone.parameters}
             store = create_store(self.cache, self.backbone.name, self.spec, {**self.backbone.provenance, **made_of})
         store.sweep()
-        jobs, derived = list[ExtractionJob](), 0
+        jobs, derived = list[ShardJob](), 0
         with shared_lock(store.path, "extract"):
             while True:
                 self._turn_to(self.spec, store)  # another process may have been here since the images were scanned
@@ -254,37 +256,46 @@ class Extraction:
                 done = self._compute_missing(plan, progress)
                 jobs += done
                 derived += self.to_derive
-                with update_lock(store.path):  # of two that write one view the second keeps what the first wrote
+                with (
+                    timed_part("view"),
+                    update_lock(store.path),
+                ):  # of two that write one view the second keeps what the first wrote
                     if file_stamp(store.path / f"{self.name}.h5") == self.contents.stamp:
                         failures = done[0].failures if done else {}
                         path, images, copies, failed = write_view_of(
                             self.contents, store, self.name, self.dataset, self.scan, failures
                         )
                         break
-        if not any(job.timings.images for job in jobs) and store.cost_of_busy(self.device.type):
+        timings = [job.timings for job in jobs if isinstance(job, ExtractionJob)]
+        if not any(each.images for each in timings) and store.cost_of_busy(self.device.type):
             again = measure_again(self.compute(), self.device, self.backbone.image_size, self.outputs, plan["threads"])
             store.write_cost(self.device.type, self.name, again)
-        timings = [job.timings for job in jobs] or [StageTimings(self.device, batch=0)]
+        timings = timings or [StageTimings(self.device, batch=0)]
         names, computed = tuple(output.name for output in self.outputs), sum(each.images for each in timings)
         return ExtractionResult(
             path, names, images, computed, derived, time.perf_counter() - start, timings[0].shares(), failed, copies,
             store.cost(self.name),
         )  # fmt: skip
 
-    def _compute_missing(self, plan: dict[str, Any], progress: bool) -> list[ExtractionJob]:
+    @timed_part("compute")
+    def _compute_missing(self, plan: dict[str, Any], progress: bool) -> list[ShardJob]:
         """Write the shards that are missing; what was done, where anything was. Raises Stopped and, under ``--on-error
         fail``, SourceError."""
         assert self.store is not None
         if not self.to_compute and not self.to_derive:
             return []
         done = {**plan, "forward": self.compute().way} if self.forward else plan
+        notes = notes_for(self.spec.fingerprint, self.device.type, done)
+        job = ShardJob(self.store, self.layouts, self.digests, notes)  # what follows from tokens needs no network
         if self.forward:
             self.compute().release()
-        job = ExtractionJob(
-            self.store, self.layouts, self.digests, notes_for(self.spec.fingerprint, self.device.type, done),
-            read=self._read, make=self._make, preprocess=self.backbone.preprocess, compute=self.compute(),
-            workers=self.workers, threads=plan["threads"], fail_fast=self.on_error == "fail", plain=self.plain,
-        )  # fmt: skip
+            reader = self._reader()
+            job = ExtractionJob(
+                self.store, self.layouts, self.digests, notes, read=reader.read, make=reader.make,
+                preprocess=self.backbone.preprocess, compute=self.compute(), workers=self.workers,
+                threads=plan["threads"], fail_fast=self.on_error == "fail", plain=self.plain,
+                images_per_s=plan.get("images_per_s"),
+            )  # fmt: skip
         try:
             self._write_shards(job, plan, progress)
         except KeyboardInterrupt as error:
@@ -299,22 +310,23 @@ class Extraction:
         self._keep_timings(job)
         return [job]
 
-    def _keep_timings(self, job: ExtractionJob) -> None:
-        if measured := job.timings.record():
+    def _keep_timings(self, job: ShardJob) -> None:
+        if isinstance(job, ExtractionJob) and (measured := job.timings.record()):
             job.store.write_cost(self.device.type, self.name, measured)
 
-    def _write_shards(self, job: ExtractionJob, plan: dict[str, Any], progress: bool) -> None:
+    def _write_shards(self, job: ShardJob, plan: dict[str, Any], progress: bool) -> None:
         """Raises UnreadableImage under ``--on-error fail``."""
         with progress_bar(self.to_compute + self.to_derive, progress) as bar:
-
-            def advance(images: int) -> None:
-                stage, share = max(job.timings.shares().items(), key=lambda each: each[1])
-                bar.set_postfix_str(f"{100 * share:.0f} % {stage}", refresh=False)
-                bar.update(images)
-
             derive_shards(job, self._apart(self.derived), bar.update)
-            if self.forward:
-                run_local(job, forward_units(self._apart(self.forward), self.layouts, plan), advance)
+            if isinstance(job, ExtractionJob):
+                timings = job.timings
+
+                def advance(images: int) -> None:
+                    stage, share = max(timings.shares().items(), key=lambda each: each[1])
+                    bar.set_postfix_str(f"{100 * share:.0f} % {stage}", refresh=False)
+                    bar.update(images)
+
+                self.engine.run(job, forward_units(self._apart(self.forward), self.layouts, plan), advance)
         if job.failures and self.on_error == "fail":  # seen by the writer, behind the last batch
             raise UnreadableImage(next(iter(job.failures.values())))
 
@@ -358,19 +370,9 @@ class Extraction:
             self._compute = self.choice = None
         return fixed
 
-    def _read(self, number: int) -> EncodedImage:
-        """A distinct image by its number; of an augmented copy the image that it is made of."""
-        source = self.copying.source(number) if self.copying else number
-        data = self.dataset.read(int(self.contents.images[number]))
-        if _images.digest(data).encode() != self.digests[source]:
-            raise UnreadableImage(CHANGED)
-        return data
-
-    def _make(self, number: int, data: EncodedImage) -> EncodedImage:
-        """The augmented copy, where the number is that of one."""
-        if self.copying is None or number < self.plain:
-            return data
-        return self.copying.augmented.augmentation.copy_of(data, bytes(self.digests[number]))
+    def _reader(self) -> ImageReader:
+        dataset = self.dataset
+        return ImageReader(dataset.images, dataset.reading, self.contents.images, self.digests, self.copying)
 
     def _apart(self, groups: ImageGroups) -> ImageGroups:
         """Images and copies in shards of their own: those of the images are the same with copies and without."""

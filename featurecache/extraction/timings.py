@@ -85,6 +85,20 @@ class StageTimings:
         (self._pending or self.passes).pop()
         self.passes.append(seconds)
 
+    def add(self, other: StageTimings) -> None:
+        """What another process measured of its part of the same work."""
+        self.images += other.images
+        self.seconds = {name: seconds + other.seconds[name] for name, seconds in self.seconds.items()}
+        self.passes += other.passes
+        self.loads += other.loads
+        self.running += other.running
+        self.elapsed += other.elapsed
+
+    def finish(self) -> StageTimings:
+        """With what a GPU had still to do: it can be pickled."""
+        self._settle()
+        return self
+
     def _settle(self, keep: int = 0) -> None:
         while len(self._pending) > keep:
             begin, end = self._pending.popleft()

@@ -13,7 +13,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from featurecache.errors import CacheError, DamagedFile, UnsafeFile
+from featurecache.errors import CacheError, DamagedFile, UnknownName, UnsafeFile
 from featurecache.files.atomic import open_regular
 from featurecache.files.records import parse_json
 
@@ -37,6 +37,21 @@ _MOST = 1 << 48  # values of a column; numpy cannot make a larger array, not eve
 _LINE = re.compile(rb"featurecache \d{1,9} ([0-9a-f]{32}) (\d{1,18}) (\d{1,18}) (\d{1,18}) ([0-9a-f]{16})\n")
 _FORMAT = re.compile(rb"featurecache (\d{1,9}) ")
 _DTYPE = re.compile(r"\|b1|\|[iu]1|<[iu][248]|<f[248]|\|S[1-9]\d{0,3}")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A column of text before a str is made of each, of which a million take longer than all else of a view."""
+
+    text: str
+    stops: np.ndarray  # int64 [N+1]: text k goes from stops[k] to stops[k+1]
+
+    def __len__(self) -> int:
+        return len(self.stops) - 1
+
+    def array(self) -> np.ndarray:
+        """object [N]"""
+        return np.array([self.text[start:stop] for start, stop in pairwise(self.stops.tolist())], object)
 
 
 @dataclass(frozen=True)
@@ -102,8 +117,8 @@ class ColumnFile:
             raise CacheError(f"{self.path}: {name} holds other things than true and false.")
         return values
 
-    def texts(self, name: str) -> list[str]:
-        """A column of text: slices of one block of UTF-8."""
+    def texts(self, name: str) -> Texts:
+        """A column of text: slices of one block of UTF-8, which are checked and not yet made."""
         block, ends = self.array(f"{TEXTS}{name}/bytes", "u1"), self.array(f"{TEXTS}{name}/ends", "<i8")
         stops = np.concatenate([[0], ends])
         if stops[-1] != len(block) or (stops[1:] < stops[:-1]).any():
@@ -117,7 +132,26 @@ class ColumnFile:
             if not begins[stops].all():
                 raise CacheError(f"{self.path}: a text of {name} ends within a character.")
             stops = (np.cumsum(begins) - 1)[stops]
-        return [text[start:stop] for start, stop in pairwise(stops.tolist())]
+        return Texts(text, stops)
+
+    def words(self, name: str, known: Collection[str]) -> np.ndarray:
+        """A column of text, object [N], each one of a few ``known`` ASCII words: read without making a million of them.
+        Raises UnknownName where one is another."""
+        block, ends = self.array(f"{TEXTS}{name}/bytes", "u1"), self.array(f"{TEXTS}{name}/ends", "<i8")
+        begins = np.concatenate([[0], ends[:-1]])[: len(ends)]
+        lengths = ends - begins
+        fine = begins.min() >= 0 and lengths.min() >= 0 and ends[-1] == len(block) if len(ends) else not len(block)
+        if not fine:
+            raise UnsafeFile(f"{self.path}: the texts of {name} do not lie where it says.")
+        codes = np.full(len(ends), len(known))
+        for code, word in enumerate(known):
+            rows = np.flatnonzero(lengths == len(word))
+            for place, letter in enumerate(word.encode("ascii")):
+                rows = rows[block[begins[rows] + place] == letter]
+            codes[rows] = code
+        if (codes == len(known)).any():
+            raise UnknownName(f"{self.path}: {name} holds other words than {', '.join(known)}.")
+        return np.array([*known], object)[codes]
 
 
 def read_user_block(path: Path) -> UserBlock:

@@ -1,7 +1,8 @@
 """Machine state: what one machine remembers between runs, in ``$FEATURECACHE_STATE`` or ``~/.cache/featurecache``.
 
-Nothing here decides a value: converted graphs, measured speeds, stores that this machine agreed with. All of it can be
-made again, so it may be deleted at any time, and what cannot be read or written is as if it were not there.
+Nothing here decides a value: converted graphs, measured speeds, stores that this machine agreed with, what controls
+gave for the same images. All of it can be made again, so it may be deleted at any time, and what cannot be read or
+written is as if it were not there.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from featurecache.errors import CacheError, DamagedFile
-from featurecache.files.atomic import open_regular
+from featurecache.files.atomic import hash_file, open_regular
 
 
 def canonical_json(value: Any) -> str:
@@ -54,6 +54,25 @@ def refuse_broken(path: Path) -> DamagedFile:
         f"{path} is damaged, or was changed by hand: its text is not the one that was written. featurecache repair "
         "restores it."
     )
+
+
+def check_part_of_a_run(path: Path) -> None:
+    """Of a file that a run's config.json lists, or a folder of such: raises DamagedFile where it is not what was
+    written. Another's config.json has no list of files, and says nothing."""
+    path = path.absolute()
+    for folder in (path.parent, path.parent.parent):
+        try:
+            record, intact = read_checked_json(folder / "config.json")
+        except CacheError:
+            continue
+        listed = record.get("files") if "format" in record else None
+        for name, word in listed.items() if isinstance(listed, dict) else ():
+            file = folder / name
+            if path in (file, file.parent) and not (intact and file.is_file() and hash_file(file) in word.split()):
+                raise DamagedFile(
+                    f"{file} is not what was written with the run {folder}, or config.json there is not. A whole copy, "
+                    "or the command that made it with --overwrite, brings it back."
+                )
 
 
 def _text(record: dict[str, Any]) -> bytes:
@@ -133,6 +152,7 @@ def is_text(value: str) -> bool:
 
 
 WAYS = ("library", "onednn", "openvino")  # of a forward pass: see featurecache.extraction.forward
+ENGINES = ("local", "processes", "ray")  # where shards are computed
 
 
 def checked_plan(plan: dict[str, Any], path: Path) -> dict[str, Any]:

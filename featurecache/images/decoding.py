@@ -44,6 +44,7 @@ from featurecache.images.headers import (
     EncodedImage,
     ImageHeader,
     RawImage,
+    pillow_image,
     quiet_pillow,
     refuse_bombs,
 )
@@ -239,9 +240,8 @@ def _samples(data: bytes, image: Any) -> Samples:
 
 
 def _open(data: bytes) -> Any:
-    from PIL import Image
-
     quiet_pillow()
+    Image = pillow_image()
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:

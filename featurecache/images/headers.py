@@ -7,6 +7,7 @@ must not.
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 import warnings
@@ -112,6 +113,17 @@ def quiet_pillow() -> None:
     """In place: warnings.catch_warnings would exchange the process-wide list under the feet of other threads."""
     if _QUIET not in warnings.filters:
         warnings.filterwarnings("ignore", module=_PILLOW_MODULES.pattern)
+
+
+@functools.cache
+def pillow_image() -> Any:
+    """Pillow's ``Image``. It keeps an image in blocks, of 16 MB by default: glibc takes those from a heap of the
+    thread's own, which stays as large as its largest image was. A block above 32 MB is mapped by itself (mallopt,
+    M_MMAP_THRESHOLD) and gone with the image."""
+    from PIL import Image
+
+    Image.core.set_block_size(64 << 20)  # bytes; a smaller image takes what it needs
+    return Image
 
 
 def is_dicom(data: bytes) -> bool:

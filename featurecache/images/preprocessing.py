@@ -22,13 +22,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from featurecache.errors import BadOption, PreprocessingRefused, UnreadableImage
-from featurecache.images.headers import MAX_PIXELS
+from featurecache.images.headers import MAX_PIXELS, pillow_image
+
+if TYPE_CHECKING:
+    import torch
 
 FITS = ("model", "squash", "pad")
 _MODES = ("squash", "shortest", "pad", "none")
@@ -131,14 +133,17 @@ class Preprocess:
 
             interpolation = InterpolationMode(self.interpolation)
             return functional.resize(image, list(target), interpolation=interpolation, antialias=self.antialias)
-        from PIL import Image
+        import torch
 
+        Image = pillow_image()
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         picture = picture.resize((target[1], target[0]), Image.Resampling[self.interpolation.upper()])
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
     def _centre(self, image: torch.Tensor) -> torch.Tensor:
         """[3,H,W] -> [3,*size]: the centre; black where the image is smaller, the odd pixel of it right and below."""
+        import torch
+
         for axis, n in zip((-2, -1), self.size, strict=True):
             have = image.shape[axis]
             if have < n:
@@ -152,6 +157,8 @@ class Preprocess:
 
     def normalised(self, batch: torch.Tensor) -> torch.Tensor:
         """uint8 [B,3,h,w] on any device -> float32 [B,C,h,w], in the processor's own order of operations."""
+        import torch
+
         pixels = batch[:, : self.channels].to(torch.float32, copy=True)
         if self.arithmetic == "rescale first":
             pixels = pixels.div_(round(1 / self.scale)) if self.scale else pixels
@@ -200,6 +207,8 @@ class Preprocess:
 
 def _luma(image: torch.Tensor) -> torch.Tensor:
     """uint8 [3,H,W] -> three times Pillow's "L" (ITU-R 601-2, in its own integers); grey stays as it is."""
+    import torch
+
     red, green, blue = image.to(torch.int32)
     grey = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
     return grey.to(torch.uint8).expand(3, -1, -1)

@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 
 from featurecache.errors import BadOption, CacheError, FeatureCacheError
-from featurecache.extraction.canary import canary_path
 from featurecache.files.atomic import check_room, orphaned_files, remove_orphans, sync_path, temporary_path, writing
 from featurecache.files.locks import MARKS, exclusive_lock
 from featurecache.outputs import parse
+from featurecache.store.reference import canary_path
 from featurecache.store.shards import (
     Layout,
     RowLocations,

@@ -22,6 +22,7 @@ from featurecache.files.atomic import AtomicFile, check_room, open_regular, writ
 from featurecache.files.directory import USER_BLOCK
 from featurecache.files.locks import exclusive_lock
 from featurecache.formatting import byte_bar
+from featurecache.store.reference import canary_path
 from featurecache.store.shards import Layout, Shard, find_by_digest
 from featurecache.store.store import Store, cache_folder, create_store, find_store, stores, unreadable_stores
 from featurecache.store.view import View
@@ -91,7 +92,7 @@ def _merge(source: Store, folder: Path, progress: bool) -> MergeResult:
         check_room(mine.path, needed, "Choose another disk with --cache.")
         if mine.plan is None and source.plan is not None:  # where there are a plan and a reference here, ours stay
             write_whole(mine.path / "plan.json", (source.path / "plan.json").read_bytes())
-        if (theirs := canary.read_canary(source)) is not None and not canary.canary_path(mine).exists():
+        if (theirs := canary.read_canary(source)) is not None and not canary_path(mine).exists():
             canary.write_canary(mine, theirs)
         shards = rows = size = 0
         with byte_bar(needed, source.path.name, progress) as bar:

@@ -35,6 +35,7 @@ from featurecache.maintenance.verify import Damage, ReferencedShard, check_store
 from featurecache.outputs import parse
 from featurecache.sources import reopen
 from featurecache.sources.base import Dataset
+from featurecache.store.reference import canary_path
 from featurecache.store.schema import read_view
 from featurecache.store.shards import (
     Layout,
@@ -154,7 +155,7 @@ class StoreRepair:
 
     def run(self, drop: bool) -> Repair:
         # First: what is computed below goes by the plan, and is checked by the reference of the probe images.
-        mend = {self._store.path / "plan.json": self._mend_plan, canary.canary_path(self._store): self._mend_canary}
+        mend = {self._store.path / "plan.json": self._mend_plan, canary_path(self._store): self._mend_canary}
         small = [damage.path for damage in self._damages if damage.path in mend and mend[damage.path]()]
         damages = [damage for damage in self._damages if damage.path not in small]
         damaged = set(self._broken)
@@ -314,7 +315,7 @@ class StoreRepair:
             if failed or not canary.is_within_tolerance(self._store.spec, now, stored):
                 raise Drift(
                     f"{path} holds other rows than this machine computes of the same images, so "
-                    f"{canary.canary_path(self._store)} cannot be made again here."
+                    f"{canary_path(self._store)} cannot be made again here."
                 )
             self._backbone().renew_canary(output)
             return True

@@ -20,9 +20,9 @@ import numpy as np
 import xxhash
 
 from featurecache.errors import CacheError, FeatureCacheError
-from featurecache.extraction.canary import canary_path, read_canary
 from featurecache.files.atomic import FileStamp, file_stamp, open_regular
 from featurecache.files.directory import hash_after_block, read_user_block
+from featurecache.store.reference import canary_path, read_reference
 from featurecache.store.schema import StoredOutput
 from featurecache.store.shards import Layout, layout_in, unmeasured
 from featurecache.store.store import Store, open_store, unreadable_stores
@@ -153,7 +153,7 @@ def _damages(
             hashed.update(zip(todo, pool.map(lambda key: _hashed(key[0], advance), todo), strict=True))
         return {path: hashed[key] for path, key in keys.items()}
 
-    readers = {store.path / "plan.json": lambda: store.plan, canary_path(store): lambda: read_canary(store)}
+    readers = {store.path / "plan.json": lambda: store.plan, canary_path(store): lambda: read_reference(store)}
     for path, read in readers.items():
         try:
             read()

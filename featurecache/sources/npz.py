@@ -86,6 +86,10 @@ class _PackedImages:
     def __len__(self) -> int:
         return self.header.shape[0]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process unpacks its own."""
+        return type(self), (self.file, self.member, self.header)
+
     def __getitem__(self, row: int) -> np.ndarray:
         with self._lock:
             if self._array is None:

@@ -51,6 +51,10 @@ class ParquetImages:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the file itself."""
+        return type(self), (self.file, self.column, self.inner, self.ends)
+
     def __getitem__(self, row: int) -> bytes:
         group = int(np.searchsorted(self.ends, row, side="right"))
         with self.lock:

@@ -19,10 +19,9 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import xxhash
 
 from featurecache.errors import CacheError, DamagedFile
@@ -31,9 +30,18 @@ from featurecache.files.directory import AGAIN, open_columns
 from featurecache.files.hdf5 import WriteTrace, create_unwritten, new_hdf5, seal
 from featurecache.store.schema import DIGEST, Layout, check_digests, token_layout
 
+if TYPE_CHECKING:
+    import torch
+
 _STEP = 1 << 24  # bytes copied at a time
 _HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
-TORCH_DTYPE = {"float16": torch.float16, "float32": torch.float32}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Of stored rows, float16 or float32, as torch has it."""
+    import torch
+
+    return {"float16": torch.float16, "float32": torch.float32}[name]
 
 
 def shard_name(digests: np.ndarray) -> str:
@@ -152,7 +160,7 @@ def _read(path: Path) -> tuple[Layout, Shard]:
     with open_columns(path) as file:
         features = file.column("features")
         dtype = str(features.dtype)
-        if dtype not in TORCH_DTYPE:
+        if dtype not in ("float16", "float32"):
             raise CacheError(f"{path} holds no features of float16 or float32.")
         digests, checksums = file.array("digests", DIGEST), file.array("checksums", "u8")
         errors = file.array("errors", "f4") if "errors" in file.columns else unmeasured(len(digests))
@@ -185,6 +193,8 @@ def map_rows(path: Path, size: int, offset: int, rows: int, layout: Layout) -> t
 
     Private mapping: writing to the tensor does not reach the file. Raises DamagedFile when it is gone or cut.
     """
+    import torch
+
     refuse_links(path.parent, path)
     actual = file_size(path)
     if actual is None:
@@ -193,7 +203,7 @@ def map_rows(path: Path, size: int, offset: int, rows: int, layout: Layout) -> t
         raise DamagedFile(f"{path} has {actual:,} bytes, not {size:,}. {AGAIN}")
     itemsize = np.dtype(layout.dtype).itemsize
     try:
-        whole = torch.from_file(str(path), shared=False, size=size // itemsize, dtype=TORCH_DTYPE[layout.dtype])
+        whole = torch.from_file(str(path), shared=False, size=size // itemsize, dtype=torch_dtype(layout.dtype))
     except RuntimeError as error:  # cut meanwhile, or larger than the address space
         raise DamagedFile(f"{path} cannot be mapped ({str(error).splitlines()[0]}).") from error
     return whole[offset // itemsize :][: rows * math.prod(layout.shape)].view(rows, *layout.shape)
@@ -237,6 +247,8 @@ class RowLocations:
 
 def empty_rows(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory for rows [n, ...]. An index can name one large row a million times, so the sum is looked at first."""
+    import torch
+
     size, memory = math.prod(shape) * dtype.itemsize, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory:
         raise CacheError(
@@ -248,7 +260,9 @@ def empty_rows(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def read_feature_rows(places: RowLocations, layout: Layout) -> torch.Tensor:
     """Stored rows [n, ...] in the order of ``places``, each checked against its checksum. Raises DamagedFile."""
-    result = torch.empty((len(places.file), *layout.shape), dtype=TORCH_DTYPE[layout.dtype])
+    import torch
+
+    result = torch.empty((len(places.file), *layout.shape), dtype=torch_dtype(layout.dtype))
     for number in np.unique(places.file):
         shard = places.shards[number]
         mapped = map_rows(shard.path, shard.size, shard.offset, len(shard.digests), layout)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from featurecache import outputs as _outputs
 from featurecache.arithmetic import exact_arithmetic
@@ -23,26 +22,14 @@ from featurecache.errors import CacheError, NotInCache, UnsafeFile
 from featurecache.files.atomic import refuse_links
 from featurecache.files.delimited import data_frame
 from featurecache.files.directory import ALIGNMENT, USER_BLOCK
-from featurecache.formatting import html_table, join_names, shell_words
-from featurecache.store.schema import Layout, StoredOutput, ViewContent, read_view, text_array
-from featurecache.store.shards import TORCH_DTYPE, damaged_rows, empty_rows, file_size, map_rows, wrong_rows
+from featurecache.formatting import html_table, shell_words
+from featurecache.store.schema import Layout, StoredOutput, ViewContent, read_view, source_options, text_array
+from featurecache.store.shards import damaged_rows, empty_rows, file_size, map_rows, torch_dtype, wrong_rows
 from featurecache.store.store import cache_folder, open_store
 
 if TYPE_CHECKING:
     import pandas
-
-
-def source_options(source: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The options of a command line that name the images of ``source`` again."""
-    options: list[tuple[str, Any]] = [("--data", source.get("data", "DATA"))]
-    options += [("--column", f"{role}={column}") for role, column in (source.get("columns") or {}).items()]
-    words = {
-        f"--{name.replace('_', '-')}": source.get(name)
-        for name in ("task", "classes_at", "root", "uncertain", "page", "bits", "limit", "limit_seed")
-    }
-    words["--crop"] = ",".join(f"{edge:.15g}" for edge in source["crop"]) if source.get("crop") else None
-    words["--order"] = join_names(source["order"]) if source.get("order") else None
-    return options + [(option, value) for option, value in words.items() if value is not None]
+    import torch
 
 
 def _changed(settings: Mapping[str, Any], *keys: str) -> list[tuple[str, Any]]:
@@ -148,7 +135,8 @@ class View(ViewContent):
             if fine and len(file):
                 ends = [offset + rows * stored.info.row_bytes for offset, rows, _ in zip(*places, strict=True)]
                 inside = np.array([end <= size for end, size in zip(ends, places[2], strict=True)])
-                fine = ((0 <= row) & (row < files["rows"][file])).all() and (inside & placed)[np.unique(file)].all()
+                used = np.bincount(file, minlength=len(files)) > 0
+                fine = ((0 <= row) & (row < files["rows"][file])).all() and (inside & placed)[used].all()
             if not fine:
                 raise UnsafeFile(f"{self.path}: its index of {name} points outside the shards.")
 
@@ -160,12 +148,12 @@ class View(ViewContent):
         return {**self.__dict__, "_maps": {}}
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.count
 
     @property
     def rows(self) -> int:
         """Rows that can be read: those of the images and of their augmented copies."""
-        return len(self._all.ids)
+        return self._all.count
 
     @property
     def distinct(self) -> int:
@@ -274,6 +262,8 @@ class View(ViewContent):
     @exact_arithmetic()
     def tensor(self, output: str, rows: Any = None) -> torch.Tensor:
         """Rows of an output in memory, [n, ...] in the storage dtype, in the order asked; all rows by default."""
+        import torch
+
         picked = self._rows(rows)
         if output in self.index:
             return self.take(output, picked)
@@ -281,7 +271,7 @@ class View(ViewContent):
             return torch.cat([self.tensor(part.name, picked) for part in parts], 1)
         parsed, tokens = self._derivation(output)
         prefix, grid = _places(tokens)
-        result = empty_rows((len(picked), *self.info(output).shape), TORCH_DTYPE[tokens.dtype])
+        result = empty_rows((len(picked), *self.info(output).shape), torch_dtype(tokens.dtype))
         for start in range(0, len(picked), 256):
             stretch = self.take(parsed.source, picked[start : start + 256])
             result[start : start + 256] = _outputs.derive(parsed, stretch, len(prefix), grid)
@@ -354,6 +344,8 @@ class MappedRows:
 
     def __init__(self, stored: StoredOutput, store: Path, files: np.ndarray) -> None:
         """``files``: the shards of ``store`` by number, as a view has them."""
+        import torch
+
         self._info, self._index, self._checksums = stored.info, stored.index, stored.checksums
         self._bytes = stored.info.row_bytes
         self._unchecked = np.ones(len(stored.index), bool)  # rows whose bytes nobody has looked at in this process
@@ -371,7 +363,7 @@ class MappedRows:
             assert (address - first) % self._unit == 0
             self._start[number] = (address - first) // self._unit
         span = max((rows.data_ptr() + rows.nbytes for rows in self._shards.values()), default=0) - first
-        dtype, shape = TORCH_DTYPE[self._info.dtype], self._info.shape
+        dtype, shape = torch_dtype(self._info.dtype), self._info.shape
         self._buffer = torch.empty((0, *shape), dtype=dtype)
         if span:
             memory = torch.frombuffer((ctypes.c_byte * span).from_address(first), dtype=dtype)
@@ -388,6 +380,8 @@ class MappedRows:
 
     def take(self, rows: np.ndarray, out: torch.Tensor | None) -> torch.Tensor:
         """rows [n] of the view → [n, ...]."""
+        import torch
+
         if len(new := rows[self._unchecked[rows]]):
             self._check(new)
         places = self._index[rows]

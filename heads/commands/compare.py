@@ -82,6 +82,7 @@ def ablate(
     if sweep is None:
         talk.next(typed_command("dry_run"))
         return 0
+    talk.status("writing the page")
     comparison = compare(sweep.families, reference=reference, show_test=show_test)
     written = write_report(sweep.path, sweep.families, comparison, images=not no_images, hash_ids=hash_ids)
     lines = [lab_table(comparison.record), f"sweep      {sweep.path}/   rows: {len(sweep.rows):,}", _written(written)]
@@ -159,6 +160,7 @@ def report(talk: Console, runs: tuple[str, ...], no_images: bool, **options: Any
     """
     import heads
 
+    talk.status("writing the page")
     written = heads.report(list(runs), images=not no_images, **options)
     files = {"report": written.path, "metrics": written.path.parent / "metrics.json"}
     talk.result(_written(written), files | {"images": written.images, "left_out": written.left_out})

@@ -25,7 +25,7 @@ from featurecache.commands.terminal import (
     of_backbone_options,
 )
 from featurecache.errors import BadOption
-from featurecache.formatting import shell_word
+from featurecache.formatting import shell_word, timed_part
 
 if TYPE_CHECKING:
     from heads.runs.run import Run
@@ -127,13 +127,14 @@ def train_head(talk: Console, features: str | None, cache: str | None, no_images
     featurecache train-head --head large
     featurecache train-head --head linear --features vit-in21k/chest --seed 1
     """
-    import heads
     from featurecache.outputs import members
 
     if options["output"] is not None:
         members(options["output"])  # a misspelt one is said before a view is opened
     view = open_features(talk, features, cache)
-    run = heads.train_head(
+    with timed_part("imports"):
+        from heads import api
+    run = api.train_head(
         view, options.pop("head"), say=talk.line, progress=talk.progress, images=not no_images, **options
     )
     _show_run(talk, run)
@@ -211,10 +212,11 @@ def predict(
     Of a folder all images below it get an answer, whatever its folders are called. Where those are called as the
     classes of the run, or a table has a column of labels, accuracy is said too.
     """
-    import heads
-    from featurecache.files.atomic import write_whole
-    from heads import inference
-    from heads.api import open_run
+    with timed_part("imports"):
+        import heads
+        from featurecache.files.atomic import write_whole
+        from heads import inference
+        from heads.api import open_run
 
     loaded = open_run(run, trust_code=trust_code, say=talk.say)
     if loaded.path != Path(run):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from featurecache.formatting import number
-from heads.evaluation.families import selection_key
-from heads.metrics.classification import measure_name, title
+from heads.evaluation.selection import selection_key
+from heads.settings import measure_name, title
 
 NAMED = 2  # heads of a kind that are named, best on val first
 VERDICTS = ("better", "worse", "no difference shown", "not tested on the same images")

@@ -27,7 +27,6 @@ from heads.evaluation.external import external_records, records_of
 from heads.evaluation.families import (
     Family,
     FamilyPredictions,
-    Selection,
     check_comparable,
     collect_predictions,
     display_setting,
@@ -37,19 +36,17 @@ from heads.evaluation.families import (
     resample_key,
     run_setting,
     seeds_only_warning,
-    select_setting,
-    selection_key,
     spread,
     unify_clusters,
 )
 from heads.evaluation.operating_points import Prevalence, calibration_record, check_prevalence, operating_points
+from heads.evaluation.selection import Selection, select_setting, selection_key
 from heads.evaluation.subgroups import column_values
 from heads.metrics.calibration import log_odds
-from heads.metrics.classification import title
 from heads.metrics.intervals import FamilyEstimates, SharedResamples, proportion_counts
 from heads.metrics.significance import LEVEL, corrected_t, delong, holm, mcnemar, percentiles, sign_share
 from heads.runs.run import Run
-from heads.settings import METRICS
+from heads.settings import METRICS, title
 
 FEW_CLUSTERS = 20
 

@@ -4,40 +4,85 @@ chance, the majority class, and logistic regression on raw pixels.
 The pixels: every image decoded as for a backbone, squashed (antialiased) to 32x32 where the first training image is
 larger than that, one channel where all are grey, centred by train's mean image, over one overall standard deviation.
 Logistic regression with C = 1 on at most 5,000 training images; temperature and thresholds by val, as for a head.
+
+They look at no features, so every head and every backbone on the same images, labels and splits has the same: they are
+computed once, and remembered on this machine by all that decides them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from featurecache import __version__
 from featurecache.errors import FeatureCacheError
+from featurecache.files.machine_state import read_state, state_key, write_state
+from featurecache.files.records import canonical_json
 from heads.metrics.calibration import CalibratedPredictions, calibrate
 from heads.metrics.classification import evaluate
 from heads.models.catalogue import HALF, squash_preprocess
 from heads.pixel_view import read_images
+from heads.settings import SPLITS
 from heads.splits import Splits
-from heads.task import SPLITS, FeatureView, Task
+from heads.task import FeatureView, Say, Task
 
 if TYPE_CHECKING:
     from featurecache.images.preprocessing import Preprocess
 
 SIDE = 32  # pixels
 MOST = 5_000  # training images
+GONE = "are gone or changed"
 CHANCE, MAJORITY, PIXELS = "chance", "majority class", "pixels, logistic regression"
 
 
-def all_controls(view: FeatureView, task: Task, splits: Splits) -> list[dict[str, Any]]:
+def measure_controls(
+    view: FeatureView, task: Task, splits: Splits, say: Say, progress: bool = False
+) -> list[dict[str, Any]]:
+    """`all_controls`, or what they gave before for the very same images, labels and splits; says which."""
+    key = _key_of(view, task, splits)
+    if record := read_state("controls", key):
+        say(f"controls   {CHANCE}, the {MAJORITY}, logistic regression on raw pixels: as computed before")
+        return list(json.loads(record["controls"]))
+    say(f"controls   {CHANCE}, the {MAJORITY}, logistic regression on raw pixels")
+    controls = all_controls(view, task, splits, progress)
+    if controls[-1]["test"] is not None and GONE not in controls[-1]["note"]:  # what is gone may come back
+        write_state("controls", key, {"controls": json.dumps(controls)})  # as text: a record holds no NaN
+    return controls
+
+
+def _key_of(view: FeatureView, task: Task, splits: Splits) -> str:
+    """Of all that decides them: which images, read how; what they are called; who trains and who tests; the code."""
+    import sklearn
+
+    from featurecache.images.decoding import DECODING
+
+    data = hashlib.blake2b(canonical_json(view.source).encode(), digest_size=16)
+    for column in (view.digests, task.labels, splits.names):
+        data.update(canonical_json(np.asarray(column).astype(str).tolist()).encode())
+    how = {
+        "decoding": DECODING,
+        "side": SIDE,
+        "most": MOST,
+        "featurecache": __version__,
+        "sklearn": sklearn.__version__,
+    }
+    what = {"task": task.kind, "classes": list(task.classes), "positive": task.positive}
+    return state_key(data=data.hexdigest(), **what, **how)
+
+
+def all_controls(view: FeatureView, task: Task, splits: Splits, progress: bool = False) -> list[dict[str, Any]]:
     """Each {"name", "val", "test", "note"}; val and test as ``evaluate`` gives them, None where it could not be had."""
     train, *others = (task.labels[splits.rows(name)] for name in SPLITS)
     chance = {split: _chance(task, y) for split, y in zip(SPLITS[1:], others, strict=True)}
     majority = {split: _majority(task, train, y) for split, y in zip(SPLITS[1:], others, strict=True)}
     simple = [{"name": CHANCE, **chance, "note": ""}, {"name": MAJORITY, **majority, "note": ""}]
-    return [*simple, pixel_control(view, task, splits)]
+    return [*simple, pixel_control(view, task, splits, progress)]
 
 
 def _chance(task: Task, y: np.ndarray) -> dict[str, Any]:
@@ -71,7 +116,7 @@ def _majority(task: Task, train: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     return evaluate(CalibratedPredictions(task.kind, tiled, y, task.positive, cuts), task.classes)
 
 
-def pixel_control(view: FeatureView, task: Task, splits: Splits) -> dict[str, Any]:
+def pixel_control(view: FeatureView, task: Task, splits: Splits, progress: bool = False) -> dict[str, Any]:
     """Logistic regression on raw pixels; where the images are gone, the note says so."""
     import featurecache.sources
 
@@ -83,7 +128,7 @@ def pixel_control(view: FeatureView, task: Task, splits: Splits) -> dict[str, An
         rows["train"] = np.sort(np.random.default_rng(0).permutation(rows["train"])[:MOST])
     try:
         dataset = featurecache.sources.reopen(view.source)
-        images, read = _read_images(view, dataset, np.concatenate([rows[name] for name in SPLITS]))
+        images, read = _read_images(view, dataset, np.concatenate([rows[name] for name in SPLITS]), progress)
     except (FeatureCacheError, OSError) as error:
         return {**nothing, "note": f"the images cannot be had any more: {error}"}
     data: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -92,19 +137,21 @@ def pixel_control(view: FeatureView, task: Task, splits: Splits) -> dict[str, An
     for (name, own), pixels, readable in parts:
         gone = int((~readable).sum())
         if gone and (name != "train" or gone == len(own)):
-            return {**nothing, "note": f"{gone:,} of {len(own):,} images of {name} are gone or changed"}
+            return {**nothing, "note": f"{gone:,} of {len(own):,} images of {name} {GONE}"}
         if gone:
-            notes.append(f"{gone:,} training images are gone or changed")
+            notes.append(f"{gone:,} training images {GONE}")
         data[name] = pixels[readable], task.labels[own[readable]]
     return {**_fit_pixels(task, data, notes), "note": "; ".join(notes)}
 
 
-def _read_images(view: FeatureView, dataset: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _read_images(
+    view: FeatureView, dataset: Any, rows: np.ndarray, progress: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, 3, h, w] of rows of the view, and bool [n]: whether the very image of the view was there to read."""
     index = {name: i for i, name in enumerate(dataset.ids)}
     there = np.flatnonzero([view.ids[row] in index for row in rows])
     own = [index[view.ids[row]] for row in rows[there]]
-    pixels, digests, failed, _ = read_images(dataset, own, _small(dataset, own))
+    pixels, digests, failed, _ = read_images(dataset, own, _small(dataset, own), progress=progress)
     if len(failed) == len(own):
         raise FileNotFoundError(f"none of {len(rows):,} can be read")
     images, read = np.zeros((len(rows), *pixels.shape[1:]), np.uint8), np.zeros(len(rows), bool)

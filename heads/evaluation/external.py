@@ -38,8 +38,9 @@ from heads.runs.folder import digest_of, read_checked_record, read_listed, write
 from heads.runs.records import read_tensors
 from heads.runs.run import Run, is_pixels, pixels_of
 from heads.runs.write import answer_columns, record_stamp
+from heads.settings import SPLITS
 from heads.splits import read_splits
-from heads.task import SPLITS, FeatureView, Predictions, Say, clusters_of, is_labelled, plain_rows
+from heads.task import FeatureView, Predictions, Say, clusters_of, is_labelled, plain_rows
 
 FOLDER = "external"
 _KINDS = {

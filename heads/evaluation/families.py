@@ -1,9 +1,7 @@
-"""Families of runs: the runs of one setting, the choice of a setting on val, and their predictions for test images.
+"""Families of runs: the runs of one setting, and their predictions for test images.
 
 Runs of a family differ in ``seed`` (initialisation), ``split_seed`` (repeats: other splits or another fraction of
-train) and ``fold``, and in nothing else. A *setting* is everything else that is decided before training. Shown is the
-one that is best on val, averaged over seeds, repeats and folds; settings are compared on the same draws: one that was
-trained on fewer of them than another is no candidate.
+train) and ``fold``, and in nothing else; which setting of a sweep is shown is decided in `selection`.
 
 Predictions are ordered by digest, labels and id, so heads on other views of the same images, extracted in any order by
 any backbone, can be compared image by image.
@@ -21,12 +19,12 @@ import numpy as np
 
 from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
+from heads.evaluation.selection import Row, setting_of
 from heads.metrics.calibration import CalibratedPredictions
-from heads.metrics.classification import measure_name
 from heads.metrics.intervals import TestSet
 from heads.models.catalogue import HEADS
 from heads.runs.run import Run, is_of_pixels, name_of
-from heads.settings import GRIDS, METRICS, Settings
+from heads.settings import Settings
 from heads.task import Predictions
 
 NAMED = ("head", "output", "fraction", "folds")  # what a family's own columns say
@@ -186,76 +184,6 @@ def seeds_only_warning(families: Sequence[Family]) -> str | None:
         f"only the initialisation varied ({seeds} seeds): the spread over seeds says nothing about other splits, which "
         "matter several times as much; --repeats or --folds draws them"
     )
-
-
-REPEATED = ("seed", "split_seed", "fold", "splits", "ram", "device")  # what tells two trainings of one setting apart
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """``rows``: of the chosen setting, one for each draw and seed; ``tried``: how many settings there were."""
-
-    setting: dict[str, Any]
-    rows: tuple[Row, ...]
-    tried: int
-    value: float  # of the criterion on val, averaged
-    ends: dict[str, str]  # option -> "smallest" or "largest" of those tried
-    edges: tuple[str, ...]  # the same as sentences
-    incomplete: int  # settings left out because they have fewer draws or seeds
-
-
-def family_of(row: Row) -> tuple[str, str, str, float]:
-    return row["view"], row["output"], row["head"], row["fraction"]
-
-
-def setting_of(row: Row) -> dict[str, Any]:
-    return {name: value for name, value in row["settings"].items() if name not in REPEATED}
-
-
-def select_setting(rows: Sequence[Row], select: str) -> Selection | None:
-    """The choice among the rows of one family; None where every head failed."""
-    settings: dict[str, list[Row]] = {}
-    for row in rows:
-        settings.setdefault(canonical_json(setting_of(row)), []).append(row)
-    most = max(len(own) for own in settings.values())
-    full = {text: own for text, own in settings.items() if len(own) == most}
-    best = full[min(full, key=lambda text: (*selection_key(full[text], select), text))]
-    value, setting = mean_of(best, select), setting_of(best[0])
-    if math.isnan(value):
-        return None
-    ends = _ends(setting, [setting_of(own[0]) for own in full.values()])
-    edges = tuple(
-        f"{name.replace('_', ' ')} {setting[name]:g} is the {end} tried: a {end[:-2]}r one may be better"
-        for name, end in ends.items()
-    )
-    return Selection(setting, tuple(best), len(full), value, ends, edges, len(settings) - len(full))
-
-
-def selection_key(rows: Sequence[Row], select: str) -> tuple[float, float]:
-    """Smaller is better: the criterion, then NLL; a head that failed, or has no such measure, is last."""
-    value, loss = mean_of(rows, select), mean_of(rows, "loss")
-    sign = -1 if select != "loss" and METRICS[select].higher else 1
-    return (math.inf if math.isnan(value) else sign * value), (math.inf if math.isnan(loss) else loss)
-
-
-def mean_of(rows: Sequence[Row], select: str) -> float:
-    """The criterion on val over the rows; NaN where one failed or has no such measure."""
-    key = measure_name(select)
-    values = [(row["val"] or {}).get(key) for row in rows]
-    there = [value for value in values if value is not None]
-    return math.fsum(there) / len(there) if len(there) == len(values) else math.nan
-
-
-def _ends(setting: dict[str, Any], tried: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The numbers that were chosen at an end of what was tried; below 0 there is nothing to try."""
-    ends = {}
-    for name in GRIDS:
-        values = sorted({v for each in tried if (v := each.get(name)) is not None})
-        chosen = setting.get(name)
-        if chosen and len(values) > 1 and chosen in (values[0], values[-1]):
-            ends[name] = "smallest" if chosen == values[0] else "largest"
-    return ends
 
 
 @dataclass(frozen=True)

@@ -43,16 +43,6 @@ MACRO = {"macro_precision": "precision", "macro_recall": "recall", "macro_f1": "
 UNTRAINED = "The weights are untrained (random): these numbers show that the tool works, not what a backbone can do."
 
 
-def title(measure: str, task: str) -> str:
-    macro = "macro " if measure in ("auroc", "ap") and task != "binary" else ""
-    return macro + (METRICS[measure].title if measure in METRICS else measure.upper())
-
-
-def measure_name(select: str) -> str:
-    """What ``--select`` is called among the measures of a run."""
-    return "nll" if select == "loss" else select
-
-
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole; NaN where there is nothing to divide by."""
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) > 0)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from heads.metrics.calibration import CalibratedPredictions, counts_at, log_odds, predict_labels, probabilities
-from heads.metrics.classification import auroc, title
+from heads.metrics.classification import auroc
 from heads.reports.drawing import DASHES, GREY, SERIES, SQUARE, Figure, Matrix, Plot, save_png, short, style_of
 from heads.runs.run import Run
-from heads.settings import METRICS
+from heads.settings import METRICS, title
 from heads.task import Predictions
 from heads.training.progress import ACCURACY
 

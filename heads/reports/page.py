@@ -28,14 +28,16 @@ from featurecache import __version__
 from featurecache.errors import CannotWrite
 from heads.evaluation.comparison import Comparison
 from heads.evaluation.costs import cost_columns, devices_words
-from heads.evaluation.families import Family, selection_key
-from heads.metrics.classification import UNTRAINED, measure_name
+from heads.evaluation.families import Family
+from heads.evaluation.selection import selection_key
+from heads.metrics.classification import UNTRAINED
 from heads.reports import figures, side_by_side, text
 from heads.reports.drawing import NUMBERED, Figure, plain, ticks
 from heads.reports.gallery import Gallery, ImageLoader
 from heads.reports.ledger import write_report_files
 from heads.reports.provenance import commands_of, origins, setting_words, train_command
 from heads.runs.run import Run
+from heads.settings import measure_name
 from heads.splits import dropped_sentence
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -9,7 +9,6 @@ import numpy as np
 
 from heads.evaluation.costs import CHARTED, COSTS, cost_columns
 from heads.evaluation.families import Family
-from heads.metrics.classification import title
 from heads.reports.drawing import SERIES, Figure, Plot, plain, style_of
 from heads.reports.figures import (
     GRID,
@@ -23,7 +22,7 @@ from heads.reports.figures import (
     unit_square,
 )
 from heads.runs.run import Run, is_of_pixels
-from heads.settings import METRICS
+from heads.settings import METRICS, title
 
 OVERLAID = 6  # families in the figures and tables that lay them over each other
 APART = 1.5  # the dearest over the cheapest, from which on a cost is worth a chart

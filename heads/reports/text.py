@@ -11,11 +11,13 @@ from typing import Any
 from featurecache.formatting import abbreviated, aligned, columns, number, one_line
 from heads.evaluation.comparison import compare
 from heads.evaluation.costs import COSTS, cost_rows, cost_text, devices_words, run_cost, run_cost_line
-from heads.evaluation.families import families_of, fraction_of, run_setting, selection_key
-from heads.metrics.classification import COMPARED, UNTRAINED, measure_name, title
+from heads.evaluation.families import families_of, fraction_of, run_setting
+from heads.evaluation.selection import selection_key
+from heads.metrics.classification import COMPARED, UNTRAINED
+from heads.reports.listing import made_words
 from heads.reports.provenance import setting_words, split_counts, train_command
 from heads.runs.run import Run, is_pixels, name_of
-from heads.settings import METRICS
+from heads.settings import METRICS, measure_name, title
 from heads.splits import dropped_sentence, leaks_sentence
 from heads.task import Leak
 
@@ -229,31 +231,6 @@ def _name(run: Run, runs: Sequence[Run]) -> str:
     return f"{name_of(run.head, run.output)}{where}"
 
 
-def runs_table(runs: Sequence[Run]) -> str:
-    """A line per run: folder, head, features, the criterion on val and test, when."""
-    if not runs:
-        return "no runs yet; featurecache train-head makes one"
-    rows = [["run", "head", "features", "criterion", "val", "test", "made"]]
-    for run in runs:
-        key = measure_name(run.config["chosen"]["by"])
-        where = f"{run.config['view']['label']} {run.output}" + (" (untrained)" if run.untrained else "")
-        val, test = (number(run.metrics[split].get(key)) for split in ("val", "test"))
-        rows.append([str(run.path), run.head, where, METRICS[key].title, val, test, _made(run)])
-    return "\n".join(aligned(rows, right=4))
-
-
-def sweeps_table(sweeps: Sequence[Any]) -> str:
-    """A line per sweep (`heads.sweeps.journal.Sweep`): folder, how many heads, the one that is best on val."""
-    rows = [["sweep", "heads", "best on val", "criterion", "val"]]
-    for sweep in sweeps:
-        key, name, value = measure_name(sweep.record["select"]), "none finished yet", None
-        if sweep.families:
-            run = sweep.best
-            name, value = f"{run.head} on {run.config['view']['label']} {run.output}", run.metrics["val"].get(key)
-        rows.append([str(sweep.path), f"{len(sweep.rows):,}", one_line(name), METRICS[key].title, number(value)])
-    return "\n".join(aligned(rows, right=4))
-
-
 def head_table(described: dict[str, Any]) -> str:
     """The layers of a head, from ``architectures.describe_head``."""
     shape = "×".join(str(n) for n in described["shape"])
@@ -286,7 +263,7 @@ def run_lines(run: Run) -> str:
     view, splits = config["view"], config["splits"]
     shape = "×".join(str(n) for n in view["shape"])
     rows: list[tuple[str, Any]] = [
-        ("run", f"{run.path}   {run.head}: {config['parameters']:,} parameters, made {_made(run)}"),
+        ("run", f"{run.path}   {run.head}: {config['parameters']:,} parameters, made {made_words(run)}"),
         ("images" if is_pixels(run) else "features", f"{view['label']} {run.output} [{shape}]"),
         ("classes", abbreviated(run.classes, 12)),
         ("setting", setting_words(run_setting(run))),
@@ -296,10 +273,6 @@ def run_lines(run: Run) -> str:
     ]
     lines = columns((name, one_line(str(value))) for name, value in rows if value)
     return f"{lines}\n\n{final_table(run)}\n{columns([('files', f'{run.path}/   config.json has every setting')])}"
-
-
-def _made(run: Run) -> str:
-    return str(run.config["created"])[:16].replace("T", " ")
 
 
 def filters_for(task: str) -> dict[str, Callable[..., Any]]:

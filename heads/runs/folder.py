@@ -24,11 +24,9 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
-from safetensors.torch import load, save
 
 from featurecache.errors import CacheError, CannotWrite, InUse, RunError
 from featurecache.files.atomic import (
@@ -42,6 +40,9 @@ from featurecache.files.atomic import (
 )
 from featurecache.files.locks import exclusive_lock
 from featurecache.files.records import nan_to_none, read_checked_json, write_checked_json
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = 1  # of the records of runs, sweeps and studies
 MOST = 1 << 32  # bytes of a file that is read whole
@@ -141,6 +142,8 @@ def _check_hash(path: Path, record: Mapping[str, Any], name: str, found: str) ->
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any], *, sync: bool) -> None:
     """Tensors and a record in one safetensors file, behind which its hash stands: whole or nothing. ``sync``: it is on
     the disk afterwards; without, a power failure may cost it."""
+    from safetensors.torch import save
+
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     data = save(contiguous, {"record": json.dumps(record)})
     data += digest_of(data).encode()
@@ -156,6 +159,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], record: Mappi
 
 def read_whole_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """What `write_tensors` wrote; None where it is not there, or not what was written."""
+    from safetensors.torch import load
+
     try:
         data = path.read_bytes()
     except FileNotFoundError:

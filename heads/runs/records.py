@@ -1,25 +1,28 @@
-"""Records of a run: what config.json, metrics.json and history.csv must hold, of whoever wrote them."""
+"""Records of runs: load, list and check run folders, by what config.json, metrics.json and history.csv must hold.
+
+A run folder may be somebody else's: its records are bounded, and of the form that ours have, or refused. Nothing here
+loads torch, which takes seconds: `RunRecord` is all that a table of runs is made of.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from featurecache.errors import CacheError, RunError
 from featurecache.files.records import parse_json
 from featurecache.store.schema import MAX_VALUES, TASKS
-from heads.runs.folder import read_checked_record
-from heads.settings import METRICS
-from heads.task import SPLITS
+from heads.runs.folder import check_listed, partial_path, read_checked_record, read_listed
+from heads.settings import METRICS, SPLITS
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 _VIEW = {"label": str, "path": str, "output": str, "shape": list, "untrained": bool}
@@ -29,6 +32,89 @@ _CONFIG = {
     "created": str, "settings": dict, "files": dict, "notes": list,
 }  # fmt: skip
 CONFIG, METRICS_FILE, BACKBONE = "config.json", "metrics.json", "backbone"
+
+
+NEEDED = (
+    CONFIG, METRICS_FILE, "metrics.csv", "history.csv", "predictions.csv", "splits.csv",
+    "answers.safetensors", "head.safetensors",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, repr=False)
+class RunRecord:
+    """What the records of a finished run say. Every file is compared with its hash when it is read."""
+
+    path: Path
+    config: dict[str, Any]
+    metrics: dict[str, Any]  # "val", "test": measures by name; "controls": list of the same
+    history: list[dict[str, float]]
+    folder: Path = Path()  # where the files lie: ``path``, but for a run that is still being written
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one of its files; RunError where they are not what was written."""
+        return read_listed(self.folder / CONFIG, self.config, name)
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Raises RunError where one of its files (None: any) is not what was written."""
+        check_listed(self.folder / CONFIG, self.config, self.config["files"] if names is None else names)
+
+    @property
+    def head(self) -> str:
+        return self.config["head"]
+
+    @property
+    def output(self) -> str:
+        return self.config["view"]["output"]
+
+    @property
+    def task(self) -> str:
+        return self.config["task"]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.config["classes"])
+
+    @property
+    def positive(self) -> int | None:
+        """Index of the positive class of a binary task."""
+        name = self.config["positive"]
+        if name is not None and name not in self.classes:
+            raise RunError(f"{self.path} is damaged: its positive class is none of its classes.")
+        return None if name is None else self.classes.index(name)
+
+    @property
+    def untrained(self) -> bool:
+        return self.config["view"]["untrained"]
+
+
+def load_record(path: str | Path) -> RunRecord:
+    """Of a run folder; raises RunError where it is none or not whole."""
+    path = Path(path)
+    if not path.is_dir():
+        way = "a run is one, such as runs/chest-large-1. featurecache ls lists them"
+        if (partial_path(path) / "old").is_dir():
+            way = "it was being replaced when that was stopped. The same command goes on"
+        raise RunError(f"{path} is not a folder; {way}.")
+    if missing := [name for name in NEEDED if not (path / name).is_file()]:
+        raise RunError(f"{path} is not a finished run: it has no {', '.join(missing)}. Train it again.")
+    if links := [name for name in NEEDED if (path / name).is_symlink()]:
+        raise RunError(f"{path} holds symbolic links ({', '.join(links)}); put the files themselves there.")
+    config = read_config(path)
+    metrics = parse_metrics(path, read_listed(path / CONFIG, config, METRICS_FILE))
+    history = parse_history(path, read_listed(path / CONFIG, config, "history.csv"))
+    return RunRecord(path, config, metrics, history, path)
+
+
+def list_records(folder: str | Path = "runs", errors: list[RunError] | None = None) -> list[RunRecord]:
+    """The finished runs in a folder, by name; ``errors``: takes what is wrong with the others that have a config."""
+    records = []
+    for path in sorted(Path(folder).glob(f"[!.]*/{CONFIG}")):
+        try:
+            records.append(load_record(path.parent))
+        except RunError as error:  # damaged, of another version, or somebody else's
+            if errors is not None:
+                errors.append(error)
+    return records
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -90,6 +176,9 @@ def read_csv(data: bytes, file: Path, parse: Callable[[dict[str, Any]], T]) -> l
 
 def read_tensors(data: bytes, file: Path) -> dict[str, torch.Tensor]:
     """Of the bytes of ``file``, in safetensors. Raises RunError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         return load(data)
     except SafetensorError as error:

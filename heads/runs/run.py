@@ -1,12 +1,8 @@
-"""Trained runs: load, list and check run folders, and say on a command line what made them.
-
-A run folder may be somebody else's: its records are bounded, and of the form that ours have, or refused.
-"""
+"""Trained runs with their heads and answers (`Run`), and the words of a command line that say what made them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,26 +18,15 @@ from featurecache.files.delimited import data_frame
 from featurecache.formatting import html_table, number, text_of
 from featurecache.images.headers import READING, check_crop
 from featurecache.images.preprocessing import Preprocess
+from featurecache.store.schema import source_options
 from featurecache.store.store import cache_folder
-from featurecache.store.view import source_options
 from heads.metrics.calibration import Calibration
-from heads.metrics.classification import title
 from heads.models.catalogue import load_head, load_network
 from heads.models.common import FINETUNE, Input, rows_at_once
 from heads.models.finetune import load_finetuned
 from heads.pixel_view import PixelView, open_dataset
-from heads.runs.folder import check_listed, partial_path, read_listed
-from heads.runs.records import (
-    BACKBONE,
-    CONFIG,
-    METRICS_FILE,
-    parse_history,
-    parse_metrics,
-    read_config,
-    read_csv,
-    read_tensors,
-)
-from heads.settings import METRICS, STANDARDIZE, TABLE, Settings, flag
+from heads.runs.records import BACKBONE, RunRecord, list_records, load_record, read_csv, read_tensors
+from heads.settings import METRICS, STANDARDIZE, TABLE, Settings, flag, title
 from heads.task import Predictions, Standardize
 
 if TYPE_CHECKING:
@@ -50,10 +35,6 @@ if TYPE_CHECKING:
     from featurecache.sources.base import Dataset
 
 _COLUMNS = ("digests", "clusters", "labels", "logits")
-NEEDED = (
-    CONFIG, METRICS_FILE, "metrics.csv", "history.csv", "predictions.csv", "splits.csv",
-    "answers.safetensors", "head.safetensors",
-)  # fmt: skip
 
 TABLES = ("predictions", "splits", "history", "metrics")
 # columns of text; the others are numbers
@@ -68,51 +49,10 @@ def _column(name: str, cells: list[str]) -> np.ndarray:
 
 
 @dataclass(frozen=True, repr=False)
-class Run:
-    """A finished run, read from its folder. Every file is compared with its hash when it is read."""
+class Run(RunRecord):
+    """A finished run with its head and its answers."""
 
-    path: Path
-    config: dict[str, Any]
-    metrics: dict[str, Any]  # "val", "test": measures by name; "controls": list of the same
-    history: list[dict[str, float]]
     trust_code: bool = False
-    folder: Path = Path()  # where the files lie: ``path``, but for a run that is still being written
-
-    def read(self, name: str) -> bytes:
-        """The bytes of one of its files; RunError where they are not what was written."""
-        return read_listed(self.folder / CONFIG, self.config, name)
-
-    def check(self, names: Iterable[str] | None = None) -> None:
-        """Raises RunError where one of its files (None: any) is not what was written."""
-        check_listed(self.folder / CONFIG, self.config, self.config["files"] if names is None else names)
-
-    @property
-    def head(self) -> str:
-        return self.config["head"]
-
-    @property
-    def output(self) -> str:
-        return self.config["view"]["output"]
-
-    @property
-    def task(self) -> str:
-        return self.config["task"]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return tuple(self.config["classes"])
-
-    @property
-    def positive(self) -> int | None:
-        """Index of the positive class of a binary task."""
-        name = self.config["positive"]
-        if name is not None and name not in self.classes:
-            raise RunError(f"{self.path} is damaged: its positive class is none of its classes.")
-        return None if name is None else self.classes.index(name)
-
-    @property
-    def untrained(self) -> bool:
-        return self.config["view"]["untrained"]
 
     @property
     def calibration(self) -> Calibration:
@@ -235,32 +175,12 @@ class Run:
 def load_run(path: str | Path, *, trust_code: bool = False) -> Run:
     """Open a run folder; raises RunError where it is none or not whole. ``trust_code``: a ``python:`` head may be
     imported."""
-    path = Path(path)
-    if not path.is_dir():
-        way = "a run is one, such as runs/chest-large-1. featurecache ls lists them"
-        if (partial_path(path) / "old").is_dir():
-            way = "it was being replaced when that was stopped. The same command goes on"
-        raise RunError(f"{path} is not a folder; {way}.")
-    if missing := [name for name in NEEDED if not (path / name).is_file()]:
-        raise RunError(f"{path} is not a finished run: it has no {', '.join(missing)}. Train it again.")
-    if links := [name for name in NEEDED if (path / name).is_symlink()]:
-        raise RunError(f"{path} holds symbolic links ({', '.join(links)}); put the files themselves there.")
-    config = read_config(path)
-    metrics = parse_metrics(path, read_listed(path / CONFIG, config, METRICS_FILE))
-    history = parse_history(path, read_listed(path / CONFIG, config, "history.csv"))
-    return Run(path, config, metrics, history, trust_code, path)
+    return Run(**vars(load_record(path)), trust_code=trust_code)
 
 
 def list_runs(folder: str | Path = "runs", errors: list[RunError] | None = None) -> list[Run]:
     """The finished runs in a folder, by name; ``errors``: takes what is wrong with the others that have a config."""
-    runs = []
-    for path in sorted(Path(folder).glob(f"[!.]*/{CONFIG}")):
-        try:
-            runs.append(load_run(path.parent))
-        except RunError as error:  # damaged, of another version, or somebody else's
-            if errors is not None:
-                errors.append(error)
-    return runs
+    return [Run(**vars(record)) for record in list_records(folder, errors)]
 
 
 def pixels_of(run: Run, data: Any = None) -> PixelView:

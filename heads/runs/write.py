@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,7 @@ def csv_bytes(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     """Words are quoted, so that a comma, a quote or a line break stays inside its cell, and none is a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    writer.writerows([map(cell, row) for row in (columns, *rows)])
+    writer.writerows(map(cell, row) for row in chain([columns], rows))
     return text.getvalue().encode()
 
 
@@ -266,22 +266,24 @@ def _measures(contents: RunContents) -> list[list[Any]]:
     return rows
 
 
-def _predictions(contents: RunContents) -> tuple[list[str], list[list[Any]]]:
+def _predictions(contents: RunContents) -> tuple[list[str], Iterator[list[Any]]]:
     config = contents.config
     kind, classes, calibration = config["task"], config["classes"], Calibration.from_dict(config["calibration"])
     positive = None if config["positive"] is None else classes.index(config["positive"])
     columns = ["true class", "predicted class"]
     if kind == "multilabel":
         columns = [f"{word} {name}" for word in ("true", "predicted") for name in classes]
-    rows: list[list[Any]] = []
-    for split, (where, raw) in contents.predictions.items():
-        p = probabilities(kind, calibration(raw))
-        predicted = predict_labels(kind, p, calibration.thresholds, positive)
-        for i, row in enumerate(where.tolist()):
-            if kind == "multilabel":
-                truth = ["" if math.isnan(v) else int(v) for v in contents.labels[row].tolist()]
-                cells = [*truth, *(int(v) for v in predicted[i])]
-            else:
-                cells = [classes[contents.labels[row]], classes[predicted[i]]]
-            rows.append([contents.ids[row], split, *cells, *p[i].tolist()])
-    return ["id", "split", *columns, *(f"p {name}" for name in classes)], rows
+
+    def rows() -> Iterator[list[Any]]:  # one at a time: all of a large test are ten times what they are as text
+        for split, (where, raw) in contents.predictions.items():
+            p = probabilities(kind, calibration(raw))
+            predicted = predict_labels(kind, p, calibration.thresholds, positive)
+            for i, row in enumerate(where.tolist()):
+                if kind == "multilabel":
+                    truth = ["" if math.isnan(v) else int(v) for v in contents.labels[row].tolist()]
+                    cells = [*truth, *(int(v) for v in predicted[i])]
+                else:
+                    cells = [classes[contents.labels[row]], classes[predicted[i]]]
+                yield [contents.ids[row], split, *cells, *p[i].tolist()]
+
+    return ["id", "split", *columns, *(f"p {name}" for name in classes)], rows()

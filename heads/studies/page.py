@@ -20,7 +20,6 @@ from featurecache.formatting import shell_words
 from featurecache.store.write_view import open_view
 from heads.api import families_in
 from heads.evaluation.comparison import compare
-from heads.metrics.classification import measure_name, title
 from heads.models.common import FINETUNE
 from heads.reports.drawing import Figure, Plot, short, style_of
 from heads.reports.gallery import ImageLoader
@@ -30,7 +29,7 @@ from heads.reports.provenance import origins, sweep_command
 from heads.reports.side_by_side import learning_figure, overlaid_curves
 from heads.reports.text import subtitle_words
 from heads.runs.run import Run, name_of
-from heads.settings import METRICS, flag
+from heads.settings import METRICS, flag, measure_name, title
 from heads.studies.images import set_context
 from heads.studies.plan import NUMBERS, PlannedStep, StudyOptions, call_text, stand_ins
 from heads.studies.spec import ExplainStep, Extract, Heads, Network, OpenedSet, PublishedNumber, Question, Study

@@ -17,17 +17,18 @@ from featurecache import __version__
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import FeatureCacheError, RunError, StepFailed, Stopped
 from featurecache.files.atomic import hash_file, write_whole
-from featurecache.formatting import aligned, duration, number, one_line
+from featurecache.formatting import aligned, duration, number, one_line, show_status
 from featurecache.store.write_view import open_view
 from heads import api
 from heads.explanations.explain import explain
 from heads.explanations.methods import Transformer, has_class_token
-from heads.metrics.classification import UNTRAINED, measure_name, title
+from heads.metrics.classification import UNTRAINED
 from heads.reports.page import ranked
 from heads.reports.text import interval
 from heads.runs.folder import FORMAT, in_use, read_checked_record, write_record
 from heads.runs.run import Run, load_run, name_of
 from heads.runs.write import check_out
+from heads.settings import measure_name, title
 from heads.splits import splits_csv
 from heads.studies.images import few_of, open_sets, signature, sources_of
 from heads.studies.page import StudyResult, write_study
@@ -46,7 +47,8 @@ from heads.studies.plan import (
 from heads.studies.recipes import load_study
 from heads.studies.spec import ExplainStep, Extract, Heads, Network, Step, Study
 from heads.studies.tables import StudyTable, overview_of
-from heads.sweeps.journal import JournalFile, load_sweep, read_journal
+from heads.sweeps.folder import load_sweep
+from heads.sweeps.journal import JournalFile, read_journal
 
 if TYPE_CHECKING:
     from featurecache.sources.base import Dataset
@@ -115,6 +117,7 @@ def run_study(
         return result
     with in_use(folder, f"study {study.name}"):
         rows = StudyRunner(result, Path(cache) if cache else None, say, progress).run(record, marks)
+        show_status("writing the page", progress)
         written = write_study(replace(result, rows=rows), images=images, hash_ids=hash_ids)
         there = [name for name in (STEPS, "report.html") if (folder / name).is_file()]
         write_record(folder / RECORD, _record_in(folder), {name: hash_file(folder / name) for name in there})

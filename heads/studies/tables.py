@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from heads.evaluation.families import Family
-from heads.metrics.classification import measure_name, title
 from heads.reports.page import ranked
 from heads.runs.run import Run
+from heads.settings import measure_name, title
 from heads.studies.spec import Question
 
 Rows = Sequence[tuple[str, Family, dict[str, Any]]]  # (step, family, its record) of one question

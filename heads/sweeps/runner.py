@@ -16,16 +16,17 @@ import torch
 from featurecache.errors import ProtocolError, Stopped
 from featurecache.files.records import canonical_json
 from featurecache.formatting import duration
-from heads.evaluation.controls import all_controls
-from heads.evaluation.families import Selection, family_of, mean_of, select_setting, setting_of
+from heads.evaluation.controls import measure_controls
+from heads.evaluation.selection import Row, Selection, family_of, mean_of, select_setting, setting_of
 from heads.models.common import FINETUNE
 from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
 from heads.runs.run import hash_of
 from heads.runs.write import RunTarget, write_run
 from heads.settings import METRICS, Settings
+from heads.sweeps.folder import StagedRuns, key_in, seal_sweep, slug
 from heads.sweeps.grid import Range, Resplit
-from heads.sweeps.journal import ROWS, JournalFile, Row, StagedRuns, key_in, seal_sweep, slug
+from heads.sweeps.journal import ROWS, JournalFile
 from heads.sweeps.plan import STEPPED, PlannedFamily, SweepPlan
 from heads.sweeps.progress import SweepBar
 from heads.sweeps.search import search
@@ -84,7 +85,7 @@ class SweepRunner:
             self.bar.skip(family, len(variants) * heads - self.train(family, variants))
             return [criterion(values) for values in variants]
 
-        self.bar.skip(family, heads * search(self.plan, family, self.folder, train))
+        search(self.plan, family, self.folder, train)
 
     def train(self, family: PlannedFamily, variants: Sequence[dict[str, Any]] | None = None) -> int:
         """Every head of these settings that is not there yet, on every resplit; how many that were."""
@@ -172,9 +173,8 @@ class SweepRunner:
         if not self.controls or resplit != plan.spec.resplits[0] or family.fraction < max(plan.spec.fractions):
             return []
         if self._controls is None:
-            self._line("controls   chance, the majority class, logistic regression on raw pixels")
             splits = plan.splits(0, family.fraction, resplit)
-            self._controls = all_controls(plan.matched.views[0], plan.task, splits)
+            self._controls = measure_controls(plan.matched.views[0], plan.task, splits, self._line, self.progress)
         return self._controls
 
     def _line(self, line: str) -> None:

@@ -17,8 +17,8 @@ from featurecache.errors import BadOption, RunError
 from featurecache.files.records import canonical_json
 from heads.runs.run import hash_of
 from heads.settings import METRICS
+from heads.sweeps.folder import STORAGE
 from heads.sweeps.grid import DIGITS, Range
-from heads.sweeps.journal import STORAGE
 from heads.sweeps.plan import PlannedFamily, SweepPlan, has_option
 
 if TYPE_CHECKING:
@@ -45,20 +45,23 @@ def check_search(plan: SweepPlan) -> None:
             raise BadOption(f"--search has nothing to choose for {family.head}; give a range, such as --lr 1e-4..1e-2.")
 
 
-def search(plan: SweepPlan, family: PlannedFamily, folder: Path, train: Train) -> int:
-    """Run the trials of a family that are still to be run; how many were there that ``train`` is not asked for."""
+def search(plan: SweepPlan, family: PlannedFamily, folder: Path, train: Train) -> None:
+    """Run the trials of a family that are still to be run. Of those before, ``train`` is asked too, which knows them by
+    the rows of the journal: SQLite has no checksums, and a trial that holds something else is refused."""
     spec, space = plan.spec, _space(family, plan.spec.grid)
     assert spec.trials is not None and space
     fixed = {name: values[0] for name, values in spec.grid.items() if name not in space and isinstance(values, tuple)}
-    before = None
     with _study(plan, family, folder, space) as study:
-        while (done := len(study.get_trials(deepcopy=False))) < spec.trials:
-            start, proposed = _batch(study, space, done, spec.trials)
-            before = start if before is None else before
+        before, start = study.get_trials(deepcopy=False), 0
+        while start < spec.trials:
+            proposed = _batch(study, space, start, spec.trials)
             results = train([fixed | values for values in proposed])
-            for values, result in list(zip(proposed, results, strict=True))[done - start :]:
-                _tell(study, space, values, result)
-    return spec.trials if before is None else before
+            for number, (values, result) in enumerate(zip(proposed, results, strict=True), start):
+                if number >= len(before):
+                    _tell(study, space, values, result)
+                elif (before[number].params, before[number].value) != (values, result):
+                    raise _damaged(folder / STORAGE)
+            start += len(proposed)
 
 
 def _space(family: PlannedFamily, grid: dict[str, Any]) -> dict[str, Any]:
@@ -84,14 +87,16 @@ def _study(plan: SweepPlan, family: PlannedFamily, folder: Path, space: dict[str
             direction="maximize" if select != "loss" and METRICS[select].higher else "minimize",
         )  # fmt: skip
     except (SQLAlchemyError, ValueError) as error:
-        raise RunError(
-            f"{path} is damaged. Delete it: finished heads stay, and the search goes through them again."
-        ) from error
+        raise _damaged(path) from error
     try:
         yield study
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+def _damaged(path: Path) -> RunError:
+    return RunError(f"{path} is damaged. Delete it: finished heads stay, and the search goes through them again.")
 
 
 def _distributions(space: dict[str, Any]) -> dict[str, Any]:
@@ -108,15 +113,13 @@ def _distributions(space: dict[str, Any]) -> dict[str, Any]:
     return {name: of(values) for name, values in space.items()}
 
 
-def _batch(study: Study, space: dict[str, Any], done: int, trials: int) -> tuple[int, list[Values]]:
-    """The number of the first trial of the batch that comes next, or was begun, and its settings."""
-    batches = {int(name.split()[1]): values for name, values in study.user_attrs.items() if name.startswith("batch ")}
-    for start, proposed in batches.items():
-        if start <= done < start + len(proposed):
-            return start, proposed
-    proposed = _proposed(study, space, done, min(BATCH, trials - done))
-    study.set_user_attr(f"batch {done}", proposed)
-    return done, proposed
+def _batch(study: Study, space: dict[str, Any], start: int, trials: int) -> list[Values]:
+    """The settings of the batch that begins with this trial: as written down, or proposed now."""
+    proposed: list[Values] | None = study.user_attrs.get(f"batch {start}")
+    if proposed is None:
+        proposed = _proposed(study, space, start, min(BATCH, trials - start))
+        study.set_user_attr(f"batch {start}", proposed)
+    return proposed
 
 
 def _proposed(study: Study, space: dict[str, Any], done: int, count: int) -> list[Values]:

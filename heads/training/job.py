@@ -18,14 +18,13 @@ from featurecache.errors import BadOption, NotInCache
 from featurecache.files.records import canonical_json
 from featurecache.formatting import shell_word
 from featurecache.images.headers import crop_words
-from heads.metrics.classification import title
 from heads.models.catalogue import head_info, make_head, make_network, shape_of_network
 from heads.models.common import Input, count_parameters, rows_at_once
 from heads.models.tokens import FixedVectorLinear
 from heads.pixel_view import PixelView
 from heads.runs.run import hash_of
 from heads.runs.write import deciding
-from heads.settings import OF_STEPS, Settings, flag, options_for
+from heads.settings import OF_STEPS, Settings, flag, options_for, title
 from heads.splits import Splits, choose_splits, dropped_sentence
 from heads.task import FeatureView, Say, SplitData, Standardize, Task, load_features, memory_for_features, task_of
 

@@ -12,7 +12,7 @@ from heads.models.catalogue import is_baseline
 from heads.settings import METRICS, Settings
 from heads.task import Say
 
-LONG, SILENCE = 1.0, 5.0  # seconds of an epoch of a head that has a line, and without a line
+LONG, SILENCE = 1.0, 2.0  # seconds of an epoch of a head that has a line, and without a line
 ACCURACY = ("top1", "label_accuracy")  # columns train_… and val_…, of classes and of labels: no threshold is in them
 Row = dict[str, float]
 

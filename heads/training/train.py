@@ -17,7 +17,6 @@ from torch import nn
 
 from featurecache.errors import ProtocolError
 from featurecache.formatting import device_title
-from heads.evaluation.controls import all_controls
 from heads.metrics.calibration import Calibration, calibrate
 from heads.metrics.classification import evaluate
 from heads.models.catalogue import head_info
@@ -192,11 +191,6 @@ def _ms_per_image(model: nn.Module, data: SplitData) -> float:
     with torch.no_grad():
         model(x).cpu()
     return 1000 * (time.perf_counter() - begin) / len(x)
-
-
-def measure_controls(job: TrainingJob, say: Say) -> list[dict[str, Any]]:
-    say("controls   chance, the majority class, logistic regression on raw pixels")
-    return all_controls(job.view, job.task, job.splits)
 
 
 def run_contents(job: TrainingJob, fit: FittedHead, controls: list[dict[str, Any]]) -> RunContents:

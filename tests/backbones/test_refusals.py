@@ -19,6 +19,7 @@ from featurecache.backbones.timm_outputs import output_traits
 from featurecache.backbones.weights import library_errors
 from featurecache.errors import BadOption, OutputRefused, PreprocessingRefused, UnknownBackbone, WeightsDoNotFit
 from featurecache.errors import WeightsNotFound as NotFound
+from featurecache.extraction.plan import prepare
 
 
 def test_a_backbone_is_named_by_a_text_or_a_path_and_its_outputs_by_their_names():
@@ -129,3 +130,13 @@ def test_a_download_that_came_damaged_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", damaged)
     refuses(NotFound, "came damaged .invalid hash value", "torchvision:resnet18")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("torchvision:resnet5", "resnet50"), ("torchvision:resnet50:IMAGENET1K_V9", "IMAGENET1K_V2"),
+     ("timm:resnet5", "resnet50"), ("timm:resnet50.a1_in1", "a1_in1k")],
+)  # fmt: skip
+def test_a_name_that_its_library_has_not_is_refused_before_the_images_are_looked_at(tmp_path, name, near):
+    with pytest.raises(UnknownBackbone, match=near):
+        prepare(tmp_path / "nowhere", backbone=name, random_weights=True)

@@ -3,8 +3,10 @@ that can be pasted; a file or a pipe gets every line as it is."""
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import click
@@ -131,3 +133,30 @@ def test_a_session_at_a_terminal_breaks_no_word_and_no_line(width, tmp_path: Pat
             unbroken = " " not in text or text.startswith(("--", "featurecache "))  # one word, one option
             assert len(line) <= width or unbroken, f"{command}\n{line}"
             assert not re.search(r"^\S$", text), f"{command}\n{line}"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_is_done_without_steps_stands_at_a_terminal_until_the_next_line(monkeypatch, capsys):
+    talk = terminal.Console(as_json=False, quiet=False)
+    talk.status("loading")
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr("sys.stderr", Terminal())
+    terminal.Console(as_json=False, quiet=True).status("loading")
+    assert sys.stderr.getvalue() == ""
+    talk.status("loading")
+    assert sys.stderr.getvalue() == "loading ..."
+    talk.result("found", {})
+    formatting.clear_status()
+    assert sys.stderr.getvalue() == f"loading ...\r{' ' * 11}\r"
+
+
+def test_a_command_says_at_once_that_it_loads(monkeypatch):
+    shown = []
+    monkeypatch.setattr(terminal, "show_status", lambda text, progress: shown.append((text, progress)))
+    call("ls", "--cache", "nowhere")
+    call("ls", "--cache", "nowhere", "-q")
+    assert shown == [("loading", True), ("loading", False)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,7 +69,7 @@ STATES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
 def state() -> list[Any]:
     """All that the context manager sets, read by the same functions, and what it enters."""
     found: list[Any] = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_device()]
-    for read, _, _ in (*arithmetic._SWITCHES, *arithmetic._OLDER):
+    for read, _, _ in itertools.chain(*arithmetic._switches()):
         try:
             found.append(read())
         except RuntimeError:

@@ -24,6 +24,7 @@ from featurecache.extraction import canary, plan
 from featurecache.extraction.canary import PROBES, is_within_tolerance, probes, read_canary, relative_distance
 from featurecache.maintenance.repair import repair
 from featurecache.outputs import parse
+from featurecache.store.reference import canary_path
 from featurecache.store.spec import ExtractionSpec
 from featurecache.store.store import stores
 
@@ -255,7 +256,7 @@ def test_a_cnn_has_one_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", [100, -1])
 def test_a_damaged_reference_is_no_drift_and_repair_makes_it_again(home: Path, place: int) -> None:
     extract(home)
-    path = canary.canary_path(store_of(home))
+    path = canary_path(store_of(home))
     flip(path, place)
     save_picture(home / "data" / "ill" / "new.png", 99)
     with pytest.raises(DamagedFile, match=r"canary\.safetensors .*featurecache repair"):
@@ -267,7 +268,7 @@ def test_a_damaged_reference_is_no_drift_and_repair_makes_it_again(home: Path, p
 
 def test_repair_makes_no_reference_on_a_machine_that_has_drifted(home: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     extract(home, outputs="tokens")
-    path = canary.canary_path(store_of(home))
+    path = canary_path(store_of(home))
     path.write_bytes(b"nonsense")
     perturb_model(monkeypatch, 0.01)
     with pytest.raises(Drift, match="holds other rows than this machine computes"):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import resource
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +18,7 @@ from PIL import Image
 
 from featurecache.extraction.pipeline import decode_many
 from featurecache.images import decoding, pixel_room
+from heads.models.catalogue import HALF, squash_preprocess
 
 
 class Meter:
@@ -74,3 +78,19 @@ def test_what_cannot_be_read_is_said_by_decoding(monkeypatch: pytest.MonkeyPatch
     preprocess: Any = SimpleNamespace(resized=lambda image: image)
     (why,) = [why for _, why, _ in decode_many([b"x" * 50_000].__getitem__, range(1), preprocess, 1)]
     assert isinstance(why, str) and why
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.integration
+def test_no_thread_keeps_the_memory_of_a_large_image_that_it_decoded():
+    file = io.BytesIO()
+    Image.new("RGB", (4000, 4000)).save(file, "PNG", compress_level=1)  # 64 MB in Pillow
+    preprocess = replace(squash_preprocess(32, HALF), kernel="pil")
+    images = [file.getvalue()] * 4
+    list(decode_many(images.__getitem__, range(1), preprocess, 1))  # imports
+    before = resident()
+    assert all(not isinstance(x, str) for _, x, _ in decode_many(images.__getitem__, range(4), preprocess, 4))
+    assert resident() - before < 64e6

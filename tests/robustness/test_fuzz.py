@@ -219,7 +219,8 @@ def test_runs_are_read_or_refused(tmp_path_factory, data) -> None:  # type: igno
     from support.fake_view import toy_view
 
     from heads.api import train_head
-    from heads.reports.text import final_table, runs_table
+    from heads.reports.listing import runs_table
+    from heads.reports.text import final_table
     from heads.runs.run import load_run
 
     folder = tmp_path_factory.getbasetemp() / "run"

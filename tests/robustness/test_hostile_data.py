@@ -24,7 +24,8 @@ from featurecache.images.decoding import decode
 from featurecache.sources import npz as npz_source
 from featurecache.sources import open_source, parquet_files
 from heads.api import train_head
-from heads.reports.text import final_table, runs_table
+from heads.reports.listing import runs_table
+from heads.reports.text import final_table
 from heads.runs.run import Run, list_runs, load_run
 
 SIDE = 60_000

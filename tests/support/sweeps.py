@@ -10,7 +10,7 @@ import torch
 
 from heads.api import ablate
 from heads.sweeps import runner
-from heads.sweeps.journal import load_sweep
+from heads.sweeps.folder import load_sweep
 from support.fake_view import toy_view
 
 

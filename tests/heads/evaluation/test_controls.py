@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,6 +130,25 @@ def test_the_controls_are_in_the_measures_of_a_run(pictured, tmp_path, monkeypat
     run = train_head(view, "linear", epochs=1, split_seed=3, report=False)
     assert [c["name"] for c in run.metrics["controls"]] == [controls.CHANCE, controls.MAJORITY, controls.PIXELS]
     assert train_head(view, "linear", epochs=1, controls=False, report=False).metrics["controls"] == []
+
+
+def test_the_same_images_labels_and_splits_are_computed_once(pictured, monkeypatch):
+    view, task, divided, _ = pictured(toy_view(n=200, splits="given"))
+    said, computed, whole = [], [], controls.all_controls
+    monkeypatch.setattr(controls, "all_controls", lambda *how: computed.append(how) or whole(*how))
+
+    def measure(view=view, task=task, names=divided.names):
+        return controls.measure_controls(view, task, replace(divided, names=names), said.append)
+
+    first = measure()
+    np.testing.assert_equal(measure(), first)
+    assert len(computed) == 1 and said[1].endswith(": as computed before") and not said[0].endswith("before")
+    measure(names=np.where(np.arange(200) % 7, divided.names, ""))
+    measure(task=replace(task, labels=1 - task.labels))
+    monkeypatch.setattr(view, "digests", np.roll(view.digests, 1))
+    assert measure()[-1]["note"].endswith("are gone or changed")
+    measure()  # images that are gone may come back: not remembered
+    assert len(computed) == 5
 
 
 def test_images_of_which_none_is_there_are_said(pictured):

@@ -21,6 +21,7 @@ from featurecache.errors import BadOption, CannotWrite, InUse, RunError
 from heads import api
 from heads.api import train_head
 from heads.evaluation.comparison import compare
+from heads.reports import listing
 from heads.reports import text as tables
 from heads.runs.run import list_runs, load_run
 from heads.runs.write import claim_run
@@ -282,9 +283,9 @@ def test_list_runs_passes_over_what_is_no_run():
     Path("runs/other").mkdir()
     Path("runs/other/config.json").write_text("{}")
     assert [run.path for run in list_runs()] == [a.path, b.path]
-    text = tables.runs_table(list_runs())
+    text = listing.runs_table(list_runs())
     assert "runs/toy-linear-1" in text and "vit-toy/toy cls" in text
-    assert list_runs("nowhere") == [] and "no runs yet" in tables.runs_table([])
+    assert list_runs("nowhere") == [] and "no runs yet" in listing.runs_table([])
 
 
 def test_the_final_table_has_val_and_test_and_names_the_positive_class():

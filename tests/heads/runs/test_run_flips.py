@@ -21,7 +21,7 @@ from heads.evaluation.comparison import compare
 from heads.evaluation.external import evaluate_run, read_external
 from heads.runs.folder import is_leftover
 from heads.runs.run import list_runs, load_run
-from heads.sweeps.journal import load_sweep
+from heads.sweeps.folder import load_sweep
 from heads.sweeps.verify import verify_runs
 
 SEED = int(os.environ.get("FEATURECACHE_FAULT_SEED", "0"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from support.sweeps import content, sweep, trained, view_of
 
 from featurecache.errors import BadOption, RunError, Stopped
 from heads.sweeps import search
-from heads.sweeps.journal import load_sweep
+from heads.sweeps.folder import load_sweep
 
 SEARCH = {"lr": "1e-4..1e-1", "search": "optuna", "epochs": 1}
 
@@ -83,6 +85,15 @@ def test_a_damaged_storage_says_what_to_delete():
     (result.path / "search.db").write_bytes(b"x" * 5000)
     with pytest.raises(RunError, match="Delete it"):
         sweep(view_of(), trials=3, **SEARCH)
+
+
+@pytest.mark.parametrize("change", ["trial_values SET value = value - 0.1", "trial_params SET param_value = 0.07"])
+def test_a_trial_that_is_not_what_its_heads_gave_is_refused(change):
+    sweep(view_of(), **SEARCH, trials=3)
+    with closing(sqlite3.connect("s/search.db")) as storage, storage:
+        storage.execute(f"UPDATE {change} WHERE trial_id = 2")
+    with pytest.raises(RunError, match=r"search\.db is damaged\. Delete it"):
+        sweep(view_of(), **SEARCH, trials=5)
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):

@@ -18,7 +18,8 @@ from featurecache.errors import InUse, RunError, Stopped
 from featurecache.files.locks import exclusive_lock
 from heads.api import ablate
 from heads.runs.folder import write_record
-from heads.sweeps.journal import ROWS, load_sweep
+from heads.sweeps.folder import load_sweep
+from heads.sweeps.journal import ROWS
 
 
 @pytest.mark.parametrize("calls", [0, 1, 3])

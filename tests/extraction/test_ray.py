@@ -1,0 +1,151 @@
+"""Actors of a real Ray cluster on this machine: the same bytes, and what is lost with a worker, a node, the driver."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.pictures import image_folder
+from support.worker_nets import (
+    BACKBONE,
+    CountingWorker,
+    computed_by,
+    kill_a_worker,
+    meanwhile,
+    shard_bytes,
+    wait_until,
+    write_slow_net,
+)
+
+import featurecache
+from featurecache.errors import BadOption
+from featurecache.extraction import ray_actors
+from featurecache.extraction.pipeline import ShardPlan
+from featurecache.store import store
+
+TESTS = Path(__file__).parents[1]
+pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A cluster of one node with two cores, and this process as its driver."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:  # of its processes: modules of the tests, no report to Ray's makers
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20})
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In each actor, and shards of two images."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(store, "SHARD_ROWS", 2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.integration
+def test_two_actors_write_the_bytes_of_one_process_though_one_is_killed(cluster: Any, here: Path) -> None:
+    write_slow_net(0)
+    data = image_folder(here / "data", 14)
+    (data / "ill" / "004.png").write_bytes(b"no image")
+    one = featurecache.extract(data, cache="one", **BACKBONE)
+    write_slow_net(0.3)
+    with meanwhile(lambda: len(computed_by()) == 2 and len(shard_bytes("two")) > 1, kill_a_worker):
+        two = featurecache.extract(data, cache="two", engine="ray", **BACKBONE)
+    assert len(computed_by()) in (2, 3)  # that in the place of the killed one may have found nothing left to do
+    assert shard_bytes("two") == shard_bytes("one") and len(shard_bytes("one")) == 7
+    assert (two.images, two.failed) == (13, one.failed) and len(one.failed) == 1
+    assert torch.equal(featurecache.open_view(two.view).tensor("gap"), featurecache.open_view(one.view).tensor("gap"))
+
+
+@contextmanager
+def driver(cluster: Any, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process of its own, in shards of two images; what it prints comes into the file ``said``."""
+    code = "from featurecache.store import store; store.SHARD_ROWS = 2; import cli; cli.main()"
+    words = ["--backbone", BACKBONE["backbone"], "--random-weights", "--outputs", "gap", "--batch-size", "2"]
+    command = [sys.executable, "-c", code, "extract", "--data", "data", *words, "--cache", "c", "--engine", "ray"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    with open("said", "w") as said:
+        running = subprocess.Popen(
+            [*command, "--address", cluster.address, *options], env=environment, stdout=said, stderr=said
+        )
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_started_again_and_its_shards_are_kept(cluster: Any, here: Path) -> None:
+    write_slow_net(0.3)
+    image_folder(here / "data", 24)
+    with driver(cluster):
+        wait_until(lambda: len(shard_bytes("c")) > 1)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in computed_by()))
+    committed = shard_bytes("c")
+    assert 1 < len(committed) < 12
+    with driver(cluster) as running:
+        assert running.wait() == 0
+    assert f"{24 - 2 * len(committed)} computed in" in Path("said").read_text()
+    assert committed.items() <= shard_bytes("c").items() and list(Path("c").rglob("*.tmp")) == []
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_computes_too_and_one_that_leaves_ends_nothing(cluster: Any, here: Path) -> None:
+    write_slow_net(1.0)
+    image_folder(here / "data", 120)
+    with driver(cluster, "--actors", "3", "--forward", "library") as running:
+        wait_until(lambda: len(computed_by() - {running.pid}) == 2)
+        node = cluster.add_node(num_cpus=1)
+        wait_until(lambda: len(computed_by() - {running.pid}) == 3)
+        cluster.remove_node(node, allow_graceful=False)
+        Path("seconds").write_text("0")
+        assert running.wait() == 0
+    assert "120 images, 120 computed in" in Path("said").read_text()
+    assert len(featurecache.open_view("data", "c").tensor("gap")) == 120
+
+
+@pytest.mark.slow
+def test_10_000_shards_go_through_actors(cluster: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_actors, "ShardWorker", CountingWorker)
+    monkeypatch.setattr(ray_actors.WorkerSetup, "of", lambda *words: str(here))
+    job: Any = SimpleNamespace(
+        digests=np.array([f"{k:032x}" for k in range(10_000)], "S32"), images_per_s=None, failures={}, written=[],
+        compute=SimpleNamespace(batch_size=1, device=torch.device("cpu")), threads=1, fail_fast=False,
+        timings=SimpleNamespace(add=lambda other: None),
+    )  # fmt: skip
+    done: list[int] = []
+    units = [ShardPlan(np.array([k]), ()) for k in range(10_000)]
+    ray_actors.RayEngine().run(job, units, done.append)
+    assert sum(done) == len(done) == 10_000
+    counted = [int(line) for file in here.glob("rows-*") for line in file.read_text().split()]
+    assert sorted(counted) == list(range(10_000)) and len(list(here.glob("rows-*"))) == 2
+
+
+def test_a_cluster_that_is_not_there_is_said(cluster: Any) -> None:
+    import ray
+
+    with pytest.raises(BadOption, match=r"no node of the cluster has 64 CPU for an actor"):
+        ray_actors._room({"CPU": 64.0, "GPU": 0.0})
+    assert ray_actors._room({"CPU": 1.0, "GPU": 0.0}) == 2
+    assert ray.is_initialized()
