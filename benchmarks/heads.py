@@ -12,6 +12,7 @@ batches, beside one after another in memory. ``linear``: 10,000 × 768, six clas
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from heads.models.catalogue import make_head
 from heads.settings import Settings
 from heads.task import SplitData, load_features
 from heads.training.batches import CrossEntropy, PlainBatches
-from heads.training.engine import make_trainer, run_epoch, threads_for, work_of_a_step
+from heads.training.engine import arithmetic_for, make_trainer, run_epoch, work_of_a_step
 
 Ways = dict[str, Callable[[], object]]
 
@@ -71,7 +72,7 @@ def ours(head: str, count: int, features, shape, classes: int, batch: int, epoch
     models = [make_head(head, shape, classes, each) for each in own]
     heads = make_trainer(models, [CrossEntropy(classes)] * count, own, settings)
     order = PlainBatches(len(features), batch, 0)
-    with threads_for(work_of_a_step(models[0], count, batch, shape)):
+    with arithmetic_for(work_of_a_step(models[0], settings, shape)):
         for _ in range(epochs):
             run_epoch(heads, features, order.epoch())
 
@@ -98,9 +99,11 @@ def products(features, count: int, batch: int) -> None:
     """The matrix products of `large` alone: W1 x and its gradient, for every batch."""
     _, tokens, width = features.x.shape
     weight, x, hidden = torch.randn(256, tokens), torch.randn(batch, tokens, width), torch.randn(batch, 256, width)
-    for _ in range(count * len(features) // batch):
-        torch.matmul(weight, x, out=hidden)
-        torch.bmm(hidden, x.transpose(1, 2))
+    first = torch.empty(batch, tokens, 256)
+    with arithmetic_for(math.inf):
+        for _ in range(count * len(features) // batch):
+            torch.bmm(weight.expand(batch, -1, -1), x, out=hidden)
+            torch.bmm(x, hidden.transpose(1, 2), out=first)
 
 
 def large(rounds: int, rows: int) -> None:

@@ -166,7 +166,9 @@ def terminal_width(stream: IO[str]) -> int | None:
     """Columns of the terminal that a stream goes to, $COLUMNS where that is set; None: it goes to no terminal."""
     if not stream.isatty():
         return None
-    return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(stream.fileno()).columns
+    with contextlib.suppress(OSError):  # a terminal that does not say
+        return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(stream.fileno()).columns
+    return 80
 
 
 _COMMAND = re.compile(r"(?:^|: | {2})((?:featurecache|hf|curl) -?[a-zA-Z-]+ .+)$")

@@ -266,9 +266,8 @@ def command(function: Callable[..., Any]) -> click.Command:
     @functools.wraps(function)
     def wrapped(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
         start, console = time.perf_counter(), Console(as_json, quiet)
+        width, timed = TABLE_WIDTH.set(terminal_width(sys.stdout)), PARTS.set({} if debug else None)
         try:
-            TABLE_WIDTH.set(terminal_width(sys.stdout))
-            PARTS.set({} if debug else None)
             _check_places(options)
             console.status("loading")
             code = _run(function, console, options)
@@ -297,6 +296,8 @@ def command(function: Callable[..., Any]) -> click.Command:
             code = 2 if users else 1
         finally:
             clear_status()
+            TABLE_WIDTH.reset(width)
+            PARTS.reset(timed)
         sys.exit(code or 0)
 
     made = click.command(cls=Command, context_settings=CONTEXT)(wrapped)

@@ -234,16 +234,24 @@ def thresholds(
     return ()
 
 
+def counts_at(score: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each value of a score [n] as the threshold, from the highest: the value, true positives and false positives.
+    scikit-learn's roc_curve and precision_recall_curve in counts; its import takes longer than a linear head is
+    trained."""
+    order = np.argsort(-score, kind="stable")
+    falling = score[order]
+    last = np.flatnonzero(np.append(falling[1:] != falling[:-1], True))  # of equal ones
+    hits = np.cumsum(truth[order])[last]
+    return falling[last], hits, last + 1 - hits
+
+
 def youden_threshold(probability: np.ndarray, truth: np.ndarray) -> float:
     """Where sensitivity + specificity - 1 is largest: halfway between two neighbouring probabilities; of equally
     good ones the nearest to 0.5. 0.5 where one class is missing."""
-    from sklearn.metrics import roc_curve
-
     if truth.all() or not truth.any():
         return 0.5
-    curve = roc_curve(truth, probability, drop_intermediate=False)
-    false_rate, true_rate, values = (column[1:] for column in curve)  # without "none is positive"
-    youden = true_rate - false_rate
+    values, hits, alarms = counts_at(probability, truth)
+    youden = hits / hits[-1] - alarms / alarms[-1]
     best = youden >= youden.max() - 1e-12
     value, below = values[best], np.append(values[1:], 0.0)[best]
     middle = np.clip((value + below) / 2, np.nextafter(below, 1), value)

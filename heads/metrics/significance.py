@@ -1,4 +1,5 @@
 """Intervals and tests that need no resampling, or come after it. All are of 95 % (``LEVEL``) and two-sided.
+scipy.stats is imported by the tests that compare heads: it takes longer than a linear head is trained.
 
 Notation: n images, R resamples, J parts (folds, or draws of the splits), M hypotheses.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 LEVEL = 0.95
 Interval = tuple[float, float]
@@ -19,7 +20,7 @@ def wilson(hits: float, n: float) -> Interval:
     on the same images are their mean. NaN where there is nothing to count."""
     if not n:
         return np.nan, np.nan
-    z, share = float(stats.norm.ppf((1 + LEVEL) / 2)), hits / n
+    z, share = float(special.ndtri((1 + LEVEL) / 2)), hits / n
     centre, wide = share + z**2 / (2 * n), z * float(np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)))
     return max(0.0, (centre - wide) / (1 + z**2 / n)), min(1.0, (centre + wide) / (1 + z**2 / n))
 
@@ -40,6 +41,8 @@ def sign_share(differences: np.ndarray) -> float:
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     """Exact p that two heads are right equally often; bool [n], right or not, on the same images."""
+    from scipy import stats
+
     alone, other = int((first & ~second).sum()), int((second & ~first).sum())
     return float(stats.binomtest(alone, alone + other, 0.5).pvalue) if alone + other else 1.0
 
@@ -51,6 +54,8 @@ def delong(first: np.ndarray, second: np.ndarray, truth: np.ndarray) -> tuple[fl
     V_i = (rank among all - rank among positives) / n, that of positives above negative j
     W_j = 1 - (rank among all - rank among negatives) / m; the AUROC is mean V, its variance var V / m + var W / n.
     ``truth`` bool, with at least two of each."""
+    from scipy import stats
+
     m, n = int(truth.sum()), int((~truth).sum())
     above, below = [], []
     for score in (first, second):
@@ -62,7 +67,7 @@ def delong(first: np.ndarray, second: np.ndarray, truth: np.ndarray) -> tuple[fl
     error = float(np.sqrt(variance))
     if error < 1e-12:  # one ranks as the other; what is left of the variance is rounding
         return difference, error, 1.0 if abs(difference) < 1e-12 else 0.0
-    return difference, error, float(2 * stats.norm.sf(abs(difference) / error))
+    return difference, error, float(2 * special.ndtr(-abs(difference) / error))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -80,6 +85,6 @@ def corrected_t(values: np.ndarray, ratio: float) -> tuple[float, float, float]:
     too small (Nadeau & Bengio 2003, section 3; for repeated folds Bouckaert & Frank 2004)."""
     mean, count = float(np.mean(values)), len(values)
     error = float(np.sqrt((1 / count + ratio) * np.var(values, ddof=1)))
-    wide = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
-    p = float(2 * stats.t.sf(abs(mean) / error, count - 1)) if error else float(mean == 0)
+    wide = float(special.stdtrit(count - 1, (1 + LEVEL) / 2)) * error
+    p = float(2 * special.stdtr(count - 1, -abs(mean) / error)) if error else float(mean == 0)
     return mean - wide, mean + wide, p

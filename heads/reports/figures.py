@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from heads.metrics.calibration import CalibratedPredictions, log_odds, predict_labels, probabilities
+from heads.metrics.calibration import CalibratedPredictions, counts_at, log_odds, predict_labels, probabilities
 from heads.metrics.classification import auroc
 from heads.reports.drawing import DASHES, GREY, SERIES, SQUARE, Figure, Matrix, Plot, save_png, short, style_of
 from heads.runs.run import Run
@@ -114,18 +114,15 @@ def truth_and_score(task: str, answers: Predictions, c: int) -> tuple[np.ndarray
 
 def roc_points(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
     """[GRID]: sensitivity at each false positive rate, the steps taken at their upper end."""
-    from sklearn.metrics import roc_curve
-
-    false_positive_rate, sensitivity, _ = roc_curve(truth, score, drop_intermediate=False)
+    _, hits, alarms = counts_at(score, truth)
+    false_positive_rate, sensitivity = np.append(0, alarms / alarms[-1]), np.append(0, hits / hits[-1])
     return sensitivity[np.searchsorted(false_positive_rate, GRID + 1e-12, side="right") - 1]
 
 
 def _pr_points(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
     """[GRID]: precision at the smallest recall that is at least each of the grid; no line between the steps."""
-    from sklearn.metrics import precision_recall_curve
-
-    precision, recall, _ = precision_recall_curve(truth, score)
-    precision, recall = precision[::-1], recall[::-1]  # recall from 0 upwards
+    _, hits, alarms = counts_at(score, truth)
+    precision, recall = np.append(1, hits / (hits + alarms)), np.append(0, hits / hits[-1])
     return precision[np.minimum(np.searchsorted(recall, GRID - 1e-12), len(recall) - 1)]
 
 

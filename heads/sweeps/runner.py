@@ -302,13 +302,14 @@ def _seconds_of_a_step(job: TrainingJob, together: int) -> float:
     loss, _ = loss_and_prior(job.task, y, job.settings)
     generators = [torch.Generator().manual_seed(k) for k in range(together)]
     models = [make_model(job, job.settings, g).to(job.settings.device) for g in generators]
-    heads = engine.make_trainer(models, [loss] * together, generators, [job.settings] * together)
+    settings = [job.settings] * together
+    heads = engine.make_trainer(models, [loss] * together, generators, settings)
     size = min(job.settings.batch_size, len(rows))
     x, y = torch.full((size, *job.input.shape), 0.1).to(job.settings.device), y.to(job.settings.device)
     if isinstance(models[0], FixedVectorLinear):
         x = models[0].vectors(x)
-    work = engine.work_of_a_step(models[0], together, size, job.input.shape)
-    with nullcontext() if isinstance(job.view, PixelView) else engine.threads_for(work):
+    work = engine.work_of_a_step(models[0], settings, job.input.shape)
+    with engine.arithmetic_for(math.inf if isinstance(job.view, PixelView) else work, job.settings.device):
         heads.step(x, y[:size])
         begin = time.perf_counter()
         heads.step(x, y[:size])

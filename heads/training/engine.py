@@ -12,14 +12,14 @@ the order belongs to the data (`batches`). Two ways, the faster for each kind (m
 
 Each head has a generator of its own for initialisation and dropout, so head k is what it is alone.
 
-K heads, B batch, S images at once, T tokens, D width, H hidden, C classes or labels, n rows.
+K heads, B batch, T tokens, D width, H hidden, C classes or labels, n rows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,12 +28,14 @@ import torch
 from torch import nn
 from torch.optim.adam import adam
 
+from featurecache.arithmetic import onednn_is_exact, onednn_products
 from heads.models.common import own_randomness
 from heads.models.tokens import FixedVectorLinear, Large
 from heads.models.vector import Linear, Mlp
 from heads.settings import Settings
-from heads.task import SplitData
+from heads.task import Room, SplitData
 from heads.training.batches import Augmenter, Loss, StackedLoss
+from heads.training.large import LargeSteps
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's
 COMPARED = 1 << 20  # logits that wait to be compared with their labels, about
@@ -49,23 +51,27 @@ _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 class Learner:
     """One head, or one network from pixels, in training: module, loss, optimiser and its own randomness."""
 
-    def __init__(self, model: nn.Module, loss: Loss, generator: torch.Generator, settings: Settings) -> None:
+    def __init__(
+        self, model: nn.Module, loss: Loss, generator: torch.Generator, settings: Settings,
+        steps: LargeSteps | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.loss, self.generator = model, loss, generator
         self.bf16, self.clip_norm = settings.precision == "bf16", settings.clip_norm
         self.augment = None if settings.augment is None else Augmenter(settings.augment)
         self.written_out = None
-        if isinstance(model, Large) and not model.dropout.p and not self.bf16:
-            self.written_out = LargeSteps(model, loss)
+        if steps is not None and isinstance(model, Large):
+            self.written_out = partial(steps, model, StackedLoss([loss], torch.float32))
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        everything = settings.decay_all or not settings.weight_decay  # of one kind: a group costs 0.2 ms a step
         for p in (p for p in model.parameters() if p.requires_grad):
-            groups[p.ndim >= 2 or settings.decay_all].append(p)
+            groups[p.ndim >= 2 or everything].append(p)
         kind = _OPTIMIZERS[settings.optimizer]
         decayed = [{"params": own, "weight_decay": settings.weight_decay * on} for on, own in groups.items() if own]
         self.optimizer = kind(decayed, lr=settings.lr, fused=True)
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One step on a batch x float32 [B, ...], y [B, ...]; the loss [] and the logits [B, C] before it."""
-        loss, logits = self._by_autograd(x, y) if self.written_out is None else self.written_out(x, y)
+        loss, logits = self._by_autograd(x, y) if self.written_out is None else self.written_out(y)
         if self.clip_norm is not None:
             with torch.inference_mode():  # in which the gradients that are written out were made
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
@@ -77,17 +83,22 @@ class Learner:
             x = x if self.augment is None else self.augment(x)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
                 logits = self.model(x)
-            loss = self.loss(logits.to(x.dtype), y)
+            loss = self.loss(logits.float() if self.bf16 else logits, y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         return loss.detach(), logits.detach()
 
 
 class SequentialTrainer:
-    """K heads of any kind, stepped one after another on the shared batch."""
+    """K heads of any kind, stepped one after another on the shared batch; ``steps``: what they take them by, where
+    their gradients are written out."""
 
-    def __init__(self, learners: Sequence[Learner]) -> None:
-        self.learners = list(learners)
+    def __init__(self, learners: Sequence[Learner], steps: LargeSteps | None = None) -> None:
+        self.learners, self.steps = list(learners), steps
+
+    @property
+    def room(self) -> Room | None:
+        return None if self.steps is None else self.steps.room
 
     def __len__(self) -> int:
         return len(self.learners)
@@ -100,6 +111,8 @@ class SequentialTrainer:
 
     def step(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The losses [K] and logits [K, B, C] of the heads before this step."""
+        if self.steps is not None:
+            self.steps.load(x)
         losses, logits = zip(*(learner.step(x, y) for learner in self.learners), strict=True)
         return torch.stack([loss.cpu() for loss in losses]), torch.stack(logits)
 
@@ -141,6 +154,8 @@ class StackedTrainer:
         self.clip_norm = None if all(map(math.isinf, limits)) else torch.tensor(limits, dtype=dtype)
         self.lr = torch.tensor([s.lr for s in settings], dtype=dtype)
         self._scale()
+
+    room = None  # for batches: theirs are small
 
     def __len__(self) -> int:
         return len(self.lr)
@@ -255,30 +270,41 @@ def make_trainer(
     settings: Sequence[Settings],
 ) -> Trainer:  # fmt: skip
     """The faster way to train these heads, which have one architecture and one batch order."""
-    if isinstance(models[0], Linear | Mlp | FixedVectorLinear) and all(each.optimizer != "sgd" for each in settings):
+    if _is_stackable(models[0], settings):
         return StackedTrainer(models, losses, generators, settings)
-    return SequentialTrainer([Learner(*each) for each in zip(models, losses, generators, settings, strict=True)])
+    plain = [model for model in models if isinstance(model, Large) and not model.dropout.p]
+    steps = LargeSteps(plain[0], settings[0].precision) if plain else None
+    own = zip(models, losses, generators, settings, strict=True)
+    return SequentialTrainer([Learner(*each, steps if each[0] in plain else None) for each in own], steps)
 
 
-def work_of_a_step(model: nn.Module, heads: int, batch_size: int, shape: Sequence[int]) -> int:
-    """Multiply-adds of one step of so many heads, roughly: what decides how many threads are worth while."""
-    if len(shape) == 1 or isinstance(model, FixedVectorLinear):
-        return heads * batch_size * sum(p.numel() for p in model.parameters())
-    return heads * batch_size * math.prod(shape) * 64
+def _is_stackable(model: nn.Module, settings: Sequence[Settings]) -> bool:
+    return isinstance(model, Linear | Mlp | FixedVectorLinear) and all(each.optimizer != "sgd" for each in settings)
+
+
+def work_of_a_step(model: nn.Module, settings: Sequence[Settings], shape: Sequence[int]) -> int:
+    """Multiply-adds, roughly, that are done at once in a step of such heads: of all that are stacked, else of one, so
+    that a head among others is computed as it is alone."""
+    stackable, batch_size = _is_stackable(model, settings), settings[0].batch_size
+    if len(shape) == 1 or stackable:
+        return (len(settings) if stackable else 1) * batch_size * sum(p.numel() for p in model.parameters())
+    return batch_size * math.prod(shape) * 64
 
 
 @contextmanager
-def threads_for(work: float) -> Iterator[None]:
-    """One thread inside, where a step has too little ``work`` (multiply-adds) to be worth dividing: two threads wait
-    for each other longer than a linear head's step takes, and on a busy machine a hundred times as long (tried: 1 ms a
-    step became 60 ms)."""
-    before = torch.get_num_threads()
-    if work < WORTH_DIVIDING:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def arithmetic_for(work: float, device: str = "cpu") -> Iterator[str]:
+    """Threads and float32 products of a training with so much ``work`` (multiply-adds) in a step. One thread where it
+    is too little to be worth dividing: two threads wait for each other longer than a linear head's step takes, and on a
+    busy machine a hundred times as long (tried: 1 ms a step became 60 ms). Where it is, products go to oneDNN if they
+    are float32's there. Gives the way of the products, as forward passes call it: ``onednn`` or ``library``."""
+    before, dividing = torch.get_num_threads(), work >= WORTH_DIVIDING
+    onednn = dividing and device == "cpu" and onednn_is_exact()
+    with onednn_products() if onednn else nullcontext():
+        torch.set_num_threads(before if dividing else 1)
+        try:
+            yield "onednn" if onednn else "library"
+        finally:
+            torch.set_num_threads(before)
 
 
 @torch.no_grad()
@@ -300,11 +326,10 @@ def run_epoch(
     drawn and augmented, with dropout), both before each step: float64 [K]. ``on_step`` is called before step 0, 1, …"""
     total, counted = torch.zeros(2, len(heads), dtype=torch.float64), 0
     waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # a comparison for each batch costs a tenth of a linear step
-    for step, rows in enumerate(order):
+    for step, (x, y) in enumerate(data.batches(order, heads.room)):
         on_step(step)
-        x, y = data.batch(rows)
         losses, logits = heads.step(x, y)
-        total[0] += losses.double() * len(rows)
+        total[0] += losses.double() * len(y)
         waiting.append((logits, y))
         if len(waiting) * logits.numel() > COMPARED or step + 1 == len(order):
             right, known = count_right(torch.cat([z for z, _ in waiting], 1), torch.cat([y for _, y in waiting]))
@@ -319,51 +344,3 @@ def count_right(logits: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, in
         return (logits.argmax(-1) == y).sum(1).cpu(), len(y)
     label_mask = ~y.isnan()
     return (((logits > 0) == (y == 1)) & label_mask).sum((1, 2)).cpu(), int(label_mask.sum())
-
-
-AT_ONCE = 8 << 20  # bytes of h: ten images for D=768
-
-
-class LargeSteps:
-    """Gradients of one `Large` head without dropout.
-
-        h_b = relu(W1 x_b + b1) [H, D];  z_b = W2 · h_b + b2 [C];  loss of z and its gradient dz [B, C]
-        dW2 = sum_b dz_b h_b;  dh_b = (dz_b W2) where h_b > 0;  dW1 = sum_b dh_b x_bT;  db1 = sum_b,d dh_b
-
-    Nearly all of it is the two products with x. What autograd adds are passes over arrays of the size of h for the
-    whole batch (25 MB for B=32, D=768), in memory that is new every time. Here S images at a time go through all of it
-    in memory that stays: 60 against 85 ms a step, of which the products are 40. (Tried: two images at a time, 68 ms; a
-    Python thread for each half of the images, 75 ms; numpy, as fast, but with threads that wait for torch's.)"""
-
-    def __init__(self, model: Large, loss: Loss) -> None:
-        self.model, self.loss = model, StackedLoss([loss], torch.float32)
-        _, hidden, width = model.second.shape
-        self.size = max(1, AT_ONCE // (4 * hidden * width))  # S
-        self.hidden = torch.empty(0)  # [B, H, D]
-        self.below = torch.empty(self.size, hidden, width)
-        self.first = torch.empty(self.size, hidden, model.ln1.in_features)
-
-    @torch.inference_mode()
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sets ``grad`` of every parameter for a batch x float32 [B, T, D]; the loss [] and the logits [B, C]."""
-        w1, b1, w2, b2 = self.model.ln1.weight, self.model.ln1.bias, self.model.second, self.model.second_bias
-        flat = w2.flatten(1)  # [C, H·D]
-        if len(self.hidden) < len(x):
-            self.hidden = torch.empty(len(x), *w2.shape[1:])
-        h, z = self.hidden[: len(x)], torch.empty(len(x), len(w2))
-        for part in range(0, len(x), self.size):
-            some = slice(part, part + self.size)
-            torch.matmul(w1, x[some], out=h[some])
-            torch.relu_(h[some].add_(b1[:, None]))
-            torch.addmm(b2, h[some].flatten(1), flat.T, out=z[some])
-        losses, dz = self.loss(z[None], y)
-        w1.grad, b1.grad = torch.zeros_like(w1), torch.zeros_like(b1)
-        for part in range(0, len(x), self.size):
-            some = slice(part, part + self.size)
-            below = self.below[: len(h[some])]
-            torch.mm(dz[0, some], flat, out=below.view(len(below), -1))
-            torch.ops.aten.threshold_backward.grad_input(below, h[some], 0, grad_input=below)
-            b1.grad += below.sum((0, 2))
-            w1.grad += torch.bmm(below, x[some].transpose(1, 2), out=self.first[: len(below)]).sum(0)
-        w2.grad, b2.grad = (dz[0].T @ h.flatten(1)).view_as(w2), dz[0].sum(0)
-        return losses[0], z

@@ -28,7 +28,7 @@ from heads.settings import VARIED, Settings
 from heads.splits import class_counts
 from heads.task import FeatureView, Say, SplitData, Standardize, clusters_of
 from heads.training.batches import loss_and_prior
-from heads.training.engine import logits_of, make_trainer, threads_for, work_of_a_step
+from heads.training.engine import arithmetic_for, logits_of, make_trainer, work_of_a_step
 from heads.training.job import TrainingData, TrainingJob, make_model
 from heads.training.loop import Checkpoint, Schedule, TrainedState, score_epoch, train_heads
 from heads.training.progress import EpochTable, path_line
@@ -52,6 +52,7 @@ class FittedHead:
     seconds: float
     ms_per_image: float  # of the head alone
     window: int | None  # rows in use at once where features were read from the shards
+    products: str  # whose products of float32 it was trained with: torch's own (library), or onednn's
 
     @property
     def parameters(self) -> int:
@@ -76,17 +77,16 @@ def train_together(
     assert all({f: asdict(each)[f] for f in shared} == shared for each in settings)
     features = TrainingData(job)
     fits: dict[int, FittedHead | ProtocolError] = {}
-    work = math.inf  # an image through a network is always worth dividing
-    if not isinstance(job.view, PixelView):
-        model = make_model(job, job.settings)
-        work = work_of_a_step(model, len(settings), job.settings.batch_size, job.input.shape)
-    with threads_for(work):
+    work = math.inf  # an image through a network is always worth dividing, and what is solved for all rows at once
+    if not isinstance(job.view, PixelView) and not head_info(job.settings.head).solved:
+        work = work_of_a_step(make_model(job, job.settings), settings, job.input.shape)
+    with arithmetic_for(work, job.settings.device) as products:
         for balanced in (False, True):  # class weights go without balanced batches, so those heads see others
             if numbers := [k for k, each in enumerate(settings) if each.balanced(job.task.multilabel) is balanced]:
                 own = [settings[k] for k in numbers]
                 part = None if advance is None else partial(_scaled, advance, len(numbers) / len(settings))
                 heads = _train(job, own, features, say or (lambda line: None), checkpoint, progress, part)
-                fits |= dict(zip(numbers, _calibrate_and_test(job, heads, features), strict=True))
+                fits |= dict(zip(numbers, _calibrate_and_test(job, heads, features, products), strict=True))
     return [fits[k] for k in range(len(settings))]
 
 
@@ -142,7 +142,7 @@ def _solve(job: TrainingJob, settings: Settings, features: TrainingData, say: Sa
 
 
 def _calibrate_and_test(
-    job: TrainingJob, heads: list[Trained], features: TrainingData
+    job: TrainingJob, heads: list[Trained], features: TrainingData, products: str
 ) -> list[FittedHead | ProtocolError]:
     """Calibration and measures. Every choice is made: from here on nothing changes, and test is read."""
     models = [model for model, trained in heads if trained.failed is None]
@@ -151,14 +151,15 @@ def _calibrate_and_test(
     data = {"val": features.val, "test": features.test()}
     logits = {name: iter(logits_of(models, each)) for name, each in data.items()}
     return [
-        trained.failed or _fitted_head(job, model, trained, features, data, {n: next(z) for n, z in logits.items()})
+        trained.failed
+        or _fitted_head(job, model, trained, features, products, data, {n: next(z) for n, z in logits.items()})
         for model, trained in heads
     ]
 
 
 def _fitted_head(
-    job: TrainingJob, model: nn.Module, trained: TrainedState, features: TrainingData, data: dict[str, SplitData],
-    logits: dict[str, np.ndarray],
+    job: TrainingJob, model: nn.Module, trained: TrainedState, features: TrainingData, products: str,
+    data: dict[str, SplitData], logits: dict[str, np.ndarray],
 ) -> FittedHead:  # fmt: skip
     task, y, sensitivity = job.task, {name: each.y.numpy() for name, each in data.items()}, trained.settings.sensitivity
     calibration, note = calibrate(task.kind, logits["val"], y["val"], trained.correction, task.positive, sensitivity)
@@ -168,7 +169,7 @@ def _fitted_head(
         {name: evaluate(calibration.predictions(task.kind, each, y[name], task.positive), task.classes)
          for name, each in logits.items()},
         {name: (job.splits.rows(name), each) for name, each in logits.items()},
-        notes, trained.seconds, _ms_per_image(model, data["test"]), features.window,
+        notes, trained.seconds, _ms_per_image(model, data["test"]), features.window, products,
     )  # fmt: skip
 
 
@@ -223,6 +224,7 @@ def run_contents(job: TrainingJob, fit: FittedHead, controls: list[dict[str, Any
         "seconds": fit.seconds,
         "cost": training_cost(job, fit),
         "reading": "from memory" if fit.window is None else f"from the shards, {fit.window:,} rows at a time",
+        "products": fit.products,
     }  # fmt: skip
     tensors = {**fit.model.state_dict(), **fit.scale.tensors()}
     return RunContents(

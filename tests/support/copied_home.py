@@ -25,7 +25,7 @@ N = TRAIN + VAL + TEST
 
 
 def extract(home: Path, cache: str = "cache", data: str = "data", **options) -> ExtractionResult:
-    options = {"outputs": "cls,tokens", "batch_size": 4, "workers": 1, **options}
+    options = {"outputs": "cls,tokens", "batch_size": 4, "workers": 1, "forward": "library", **options}
     return featurecache.extract(home / data, backbone=str(home / "vit"), cache=home / cache, **options)
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
+from sklearn.metrics import precision_recall_curve, roc_curve
 from support.fake_view import toy_view
 
 from featurecache.errors import BadOption
@@ -28,6 +29,19 @@ def test_log_odds_keep_the_order_where_probabilities_run_into_one():
     z, _ = sample(classes=5)
     p = cal.probabilities("multiclass", z)
     np.testing.assert_allclose(cal.log_odds("multiclass", z), np.log(p / (1 - p)), rtol=1e-9)
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.5, 0.5 + 1e-12, 1.0]), st.booleans()), min_size=2))
+def test_counts_at_every_threshold_are_the_curves_of_scikit_learn(pairs):
+    score, truth = (np.array(column) for column in zip(*pairs, strict=True))
+    assume(truth.any() and not truth.all())
+    values, hits, alarms = cal.counts_at(score, truth)
+    false_rate, true_rate, thresholds = roc_curve(truth, score, drop_intermediate=False)
+    np.testing.assert_array_equal(values, thresholds[1:])
+    np.testing.assert_allclose(hits / hits[-1], true_rate[1:])
+    np.testing.assert_allclose(alarms / alarms[-1], false_rate[1:])
+    precision, _, _ = precision_recall_curve(truth, score)
+    np.testing.assert_allclose(hits / (hits + alarms), precision[-2::-1])
 
 
 def test_youden_threshold_by_hand():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -10,13 +12,14 @@ import torch
 from support.fake_view import label_view, toy_view
 from torch import nn
 
+from featurecache.arithmetic import exact_arithmetic, onednn_is_exact, onednn_products
 from featurecache.errors import BadOption, ProtocolError
 from featurecache.images.augmentation import augmentation_of
 from heads.api import train_head
 from heads.models.catalogue import make_head
 from heads.settings import VARIED, Settings
-from heads.task import SplitData, load_features, task_of
-from heads.training import engine, loop
+from heads.task import SplitData, Standardize, load_features, task_of
+from heads.training import engine, large, loop
 from heads.training.batches import (
     BLOCK,
     BalancedBatches,
@@ -30,6 +33,7 @@ from heads.training.batches import (
 )
 from heads.training.engine import Learner, SequentialTrainer, StackedTrainer, make_trainer
 from heads.training.job import prepare_training
+from heads.training.large import LargeSteps
 from heads.training.loop import train_heads
 from heads.training.train import train_together
 
@@ -295,18 +299,84 @@ def test_a_learner_leaves_the_randomness_of_others_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("kind", ["two classes", "three classes", "two labels"])
+@pytest.mark.parametrize("products", [nullcontext, onednn_products])
 @pytest.mark.parametrize("size", [1, 4, 5, 8])  # of images; three go through at once
-def test_the_gradients_of_large_are_those_of_autograd(size, monkeypatch):
-    monkeypatch.setattr(engine, "AT_ONCE", 3 * 4 * 256 * 12)
+def test_the_gradients_of_large_are_those_of_autograd_in_float64(size, products, kind, monkeypatch):
+    if products is onednn_products and not onednn_is_exact():
+        pytest.skip("this CPU computes such products in bfloat16")
+    monkeypatch.setattr(large, "AT_ONCE", 3 * 256 * 12)
     own = torch.Generator().manual_seed(0)
-    model = make_head("large", (5, 12), 3, own)
-    x, y = torch.randn(size, 5, 12, generator=own), torch.randint(3, (size,), generator=own)
-    loss = CrossEntropy(3, torch.tensor([0.5, 2.0, 1.0]), 0.1)
-    logits = model(x)
-    wanted = loss(logits, y)
-    gradients = torch.autograd.grad(wanted, list(model.parameters()))
-    found, z = engine.LargeSteps(model, loss)(x, y)
-    torch.testing.assert_close(found, wanted.detach())
-    torch.testing.assert_close(z, logits.detach())
-    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, atol=2e-6 * float(gradient.abs().max()), rtol=0)
+    classes = 3 if kind == "three classes" else 2
+    model = make_head("large", (5, 12), classes, own)
+    weight = torch.tensor([0.5, 2.0, 1.0])[:classes]
+    x, y = torch.randn(size, 5, 12, generator=own), torch.randint(classes, (size,), generator=own)
+    make = CrossEntropy if kind != "two labels" else BinaryCrossEntropy
+    if kind == "two labels":
+        y = torch.tensor([[1.0, NAN], [0.0, 1.0]] * 4)[:size]
+    exact, double = copy.deepcopy(model).double(), make(classes, weight.double(), 0.1)
+    wanted = double(exact(x.double()), y.double() if y.is_floating_point() else y)
+    wanted.backward()
+    steps = LargeSteps(model, "fp32")
+    steps.load(torch.zeros(9, 5, 12))  # a larger batch was there before
+    steps.load(x)
+    with products():
+        found, z = steps(model, StackedLoss([make(classes, weight, 0.1)], torch.float32), y)
+    torch.testing.assert_close(found.double(), wanted.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(z.double(), exact(x.double()).detach(), rtol=0, atol=1e-6)
+    for parameter, other in zip(model.parameters(), exact.parameters(), strict=True):
+        close = 2e-6 * float(other.grad.abs().max())
+        torch.testing.assert_close(parameter.grad.double(), other.grad, atol=close, rtol=0)
+
+
+def test_heads_of_a_loop_are_what_they_are_alone_with_and_without_dropout():
+    view = toy_view(n=200, splits="given", noise=2.0)
+    for precision in ("fp32", "bf16") if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ("fp32",):
+        settings = [Settings("large", epochs=2, precision=precision, **more) for more in ({}, {"dropout": 0.3})]
+        together = train_together(prepare_training(view, settings[0]), settings)
+        for one, fit in zip(settings, together, strict=True):
+            (alone,) = train_together(prepare_training(view, one), [one])
+            for name, weight in alone.model.state_dict().items():
+                assert torch.equal(fit.model.state_dict()[name], weight)
+
+
+def test_products_go_to_onednn_where_they_are_float32_and_worth_it(monkeypatch):
+    state = partial(torch._C._get_fp32_precision_getter, "mkldnn", "matmul")
+    with exact_arithmetic(2):
+        for exact, work, way in ((True, 1e9, "onednn"), (True, 1e3, "library"), (False, 1e9, "library")):
+            monkeypatch.setattr(engine, "onednn_is_exact", lambda exact=exact: exact)
+            with engine.arithmetic_for(work) as products:
+                assert (products, torch.get_num_threads()) == (way, 2 if work > 1e6 else 1)
+                assert (state() == "bf16") is (way == "onednn")
+            assert state() == "ieee" and torch.get_num_threads() == 2
+        with engine.arithmetic_for(1e9, "cuda") as products:
+            assert products == "library"
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_run_says_whose_products_it_was_trained_with(exact, monkeypatch):
+    monkeypatch.setattr(engine, "onednn_is_exact", lambda: exact)
+    monkeypatch.setattr(engine, "onednn_products", nullcontext)  # on this CPU they may be no float32
+    monkeypatch.setattr(engine, "WORTH_DIVIDING", 10_000)
+    view = toy_view(n=200, splits="given", noise=2.0)
+    runs = [train_head(view, head, epochs=1) for head in ("large", "linear")]
+    assert [run.config["products"] for run in runs] == ["onednn" if exact else "library", "library"]
+
+
+@pytest.mark.parametrize("kind", ["none", "zscore", "l2"])
+def test_batches_in_memory_that_stays_are_the_batches(kind):
+    own = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 3, 4, generator=own).half()
+    scale = Standardize.fit(kind, lambda: [x.float()])
+    resident = SplitData(x, torch.arange(10), scale, versions=2)
+    read = SplitData(None, torch.arange(10), scale, 2, lambda rows: x[torch.from_numpy(rows)])
+    order, seen = [torch.tensor([3, 12, 19]), torch.tensor([4, 1])], set()
+    memory = torch.empty(3, 4, 4, dtype=torch.bfloat16)
+    for data in (resident, read, SplitData(x.float(), torch.arange(10), scale, versions=2)):
+        for rows, (part, y) in zip(order, data.batches(order), strict=True):
+            wanted, labels = data.batch(rows)
+            assert torch.equal(part, wanted) and torch.equal(y, labels)
+            seen.add(part.data_ptr())
+        for rows, (part, _) in zip(order, data.batches(order, lambda count, _: memory[:count, :-1]), strict=True):
+            assert torch.equal(part, data.batch(rows)[0].bfloat16()) and part.data_ptr() == memory.data_ptr()
+    assert len(seen) <= 3 and torch.equal(x, resident.x), "one for each way, and what is stored stays"
