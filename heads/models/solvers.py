@@ -80,7 +80,7 @@ def _ridges(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             centred -= middle
             if dtype == np.float64:
                 both += np.matmul(centred.T, centred, out=product)
-            else:  # by torch, whose products may go to oneDNN: twice as fast as OpenBLAS on AMD
+            else:  # by torch, whose products may go to oneDNN
                 factor = torch.from_numpy(centred)
                 both += torch.mm(factor.T, factor).numpy()
         weight = _shifted(both[:width, :width], both[:width, width:], width).transpose(0, 2, 1)

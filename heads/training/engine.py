@@ -62,7 +62,7 @@ class Learner:
         if steps is not None and isinstance(model, Large):
             self.written_out = partial(steps, model, StackedLoss([loss], torch.float32))
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        everything = settings.decay_all or not settings.weight_decay  # of one kind: a group costs 0.2 ms a step
+        everything = settings.decay_all or not settings.weight_decay  # then one group does
         for p in (p for p in model.parameters() if p.requires_grad):
             groups[p.ndim >= 2 or everything].append(p)
         kind = _OPTIMIZERS[settings.optimizer]

@@ -8,7 +8,7 @@ For one head without dropout; below every x_b lies a row of ones, which brings t
 Of two classes that exclude each other dz_b is -d and d, so dW1 = sum_b d_b ((W2_1 - W2_0) where h_b > 0) x_bT.
 
 Nearly all of it is the two products with x, of which x_b dh_bT is faster than dh_b x_bT and one for each image than one
-over all of them, or over several heads (5.6 and 5.9 ms a batch; 6.7, 7.1 and 6.5 ms the other ways). What autograd adds
+over all of them, or over several heads (5.6 and 6.3 ms a batch; 6.7, 7.1 and 6.5 ms the other ways). What autograd adds
 are passes over arrays of the size of h (25 MB for B=32, D=768) in memory that is new every time, which costs more than
 the numbers in it. Here there is one h and one x for all heads, the row of ones saves a pass for the bias and one for
 its gradient, and dh goes through S images at a time, which the cache holds.
