@@ -40,7 +40,7 @@ from featurecache.store.store import Store
 
 LONG = 60.0  # seconds of the library's forward, from which on measuring is worth a conversion
 GAIN = 1.3  # of a product by oneDNN, from which on short jobs take it too: nothing has to be converted
-SHORT = 1.0  # seconds that a remembered way has to save: loading a graph takes half of one
+SHORT = 0.3  # seconds that a remembered way has to save: a graph takes no longer to load than a network does
 FP32_ERROR, BF16_ERROR, BF16_RATIO = 1e-5, 1.5e-2, 1.1
 PROBED = 4  # batches: jobs of no more are not measured at all
 
