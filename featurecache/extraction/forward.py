@@ -129,10 +129,8 @@ class ForwardRunner:
         if self._independent is None:
             key = pass_key(self.backbone, graph.parts, self._precision, self.batch_size, self.threads)
             if (seen := read_state("rows", key)) is None:
-                alone, among = (
-                    graph(self._pixels(images)),
-                    graph(self._pixels(self._padded(images, slice(len(images))))),
-                )
+                alone = graph(self._pixels(images))
+                among = graph(self._pixels(self._padded(images, slice(len(images)))))
                 seen = {"independent": all(torch.equal(alone[part], among[part][: len(images)]) for part in alone)}
                 write_state("rows", key, seen)
             self._independent = seen["independent"] is True
