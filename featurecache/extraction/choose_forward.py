@@ -1,12 +1,12 @@
 """Choosing the forward pass: which way is fastest on this machine within the precision's tolerance, by measurement.
 
 Candidates on a CPU are the library's forward as it is, the same with float32 products by oneDNN (where these are exact
-here, which on a CPU with AMX they are not), and a graph of OpenVINO. Each computes the probe images and the first
-batch of the job; it may be chosen where it differs from the library's own float32 by at most
+here, which on a CPU with AMX they are not), and a graph of OpenVINO. Each computes the probe images; the fastest one
+and the library also the first batch of the job. It is chosen where it differs from the library's own float32 by at most
 
     fp32: 10⁻⁵ of the length;   bf16: 1.1 times what torch's bfloat16 differs by, and 1.5·10⁻²
 
-The fastest one is kept in the store's plan with all speeds, and in the machine's state for other stores. A conversion
+What is chosen is kept in the store's plan with all speeds, and in the machine's state for other stores. A conversion
 takes seconds: it is tried in jobs of more than ``LONG`` seconds, or where a measurement is remembered. Shorter ones
 take oneDNN's products where one of them gains by it, else the library's. What the chosen way computed meanwhile is not
 computed again.
@@ -43,6 +43,9 @@ GAIN = 1.3  # of a product by oneDNN, from which on short jobs take it too: noth
 SHORT = 0.3  # seconds that a remembered way has to save: a graph takes no longer to load than a network does
 FP32_ERROR, BF16_ERROR, BF16_RATIO = 1e-5, 1.5e-2, 1.1
 PROBED = 4  # batches: jobs of no more are not measured at all
+QUICK = 0.25  # seconds for the probe images: a network that takes longer is not timed on more than these
+PROBES, FIRST = 0, 1  # the batches of a measurement
+WORTH = 1.05  # gain of a product by oneDNN: a forward pass gains less than its products
 
 Candidates = dict[str, dict[str, float]]  # way -> {"images_per_s", "error"}: relative L2 against the library's float32
 
@@ -105,7 +108,7 @@ class ForwardSetting:
         """Candidates. User code may branch on its data, which a converter cannot see: only on request."""
         if self.device.type != "cpu" or self.precision == "fp16":
             return ["library"]
-        onednn = ["onednn"] if self.precision == "fp32" and onednn_gain() else []
+        onednn = ["onednn"] if self.precision == "fp32" and onednn_gain() > WORTH else []
         return ["library", *onednn, *(["openvino"] if has_openvino() and not is_user_code(self.backbone) else [])]
 
 
@@ -122,16 +125,13 @@ class FirstImages:
     ) -> None:
         self._backbone, self._rows, self._read = backbone, rows, read
 
-    def probes(self, size: int) -> torch.Tensor:
-        return probe_pixels(self._backbone)[:size]
-
-    def first(self, size: int) -> torch.Tensor:
-        """The job's first batch, black where it has fewer images."""
+    def batches(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of at most ``size`` images; the job's batch is black where it has fewer."""
         decoded = decode_many(self._read, (int(row) for row in self._rows[:size]), self._backbone.preprocess, 2)
-        batch = torch.zeros(size, 3, *self._backbone.image_size, dtype=torch.uint8)
+        first = torch.zeros(size, 3, *self._backbone.image_size, dtype=torch.uint8)
         for place, image in enumerate(image for _, image, _ in decoded if isinstance(image, torch.Tensor)):
-            batch[place] = image
-        return batch
+            first[place] = image
+        return probe_pixels(self._backbone)[:size], first
 
 
 def choose_for_store(
@@ -190,60 +190,107 @@ def choose_forward(
     if known is not None:
         try:
             runner = setting.runner(known.way)
-            rate = None if setting.is_tiny else _timed(setting, runner, [images.first(setting.batch_size)])[2]
-            return runner, replace(known, images_per_s=rate)
+            if not setting.is_tiny:
+                trial = _Trial(setting, runner, images.batches(setting.batch_size))
+                known = replace(known, images_per_s=trial.compute(FIRST).rate)
+            return runner, known
         except ForwardUnavailable as error:
             notes.append(f"{error}. The library's forward is used, where the probe images agree")
             measure = requested != "auto"
     library = setting.runner("library")
     if requested == "auto" and setting.is_tiny:
         return library, ForwardChoice(notes=tuple(notes))
-    batches, timed = [images.probes(setting.batch_size), images.first(setting.batch_size)], dict[str, _Timed]()
-    exact: list[dict[str, torch.Tensor]] = []
+    batches, quick, trials = images.batches(setting.batch_size), "library", dict[str, _Trial]()
     if requested == "auto" and own in (None, "onednn") and "onednn" in setting.ways() and onednn_gain() > GAIN:
-        timed["onednn"] = onednn, given, rate = _timed(setting, "onednn", batches)
-        _, exact, _ = _timed(setting, library, batches[:1])
-        if not (measure and setting.images > LONG * rate) and _error(setting, given, exact) <= FP32_ERROR:
-            return onednn, ForwardChoice("onednn", images_per_s=rate, notes=tuple(notes))
-    _, given, rate = _timed(setting, library, batches[len(exact) :])
-    timed["library"] = library, [*exact, *given], rate
-    if requested == "auto" and (not measure or setting.images < LONG * rate or len(setting.ways()) == 1):
-        return library, ForwardChoice(images_per_s=rate, notes=tuple(notes))
-    return _measured(setting, requested, timed, batches)
+        quick, trials["onednn"] = "onednn", _Trial(setting, "onednn", batches).compute(PROBES)
+    trials["library"] = _Trial(setting, library, batches).compute(PROBES)
+    is_long = measure and len(setting.ways()) > 1 and setting.images >= LONG * trials[quick].rate
+    if requested != "auto" or is_long:
+        return _measured(setting, requested, trials, batches)
+    if trials[quick].error(trials["library"]) > FP32_ERROR:
+        quick = "library"
+    trial = trials[quick].compute(FIRST)
+    return trial.runner, ForwardChoice(quick, images_per_s=trial.rate, notes=tuple(notes))
 
 
-_Timed = tuple[ForwardRunner, list[dict[str, torch.Tensor]], float]
+class _Trial:
+    """A way as it is measured on the probe images and the first batch: what it makes of them, which it will not compute
+    again, and images/s, of the fastest pass."""
+
+    def __init__(
+        self, setting: ForwardSetting, way: str | ForwardRunner, batches: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        self.runner = setting.runner(way) if isinstance(way, str) else way
+        self.rate, self._parts, self._batches = 0.0, set(setting.parts), batches
+        self._given: dict[int, dict[str, torch.Tensor]] = {}
+
+    def compute(self, *numbers: int) -> _Trial:
+        for number in numbers:
+            if number not in self._given:
+                self._given[number], seconds = self._pass(number)
+                self.runner.remember(self._batches[number], self._given[number], seconds)
+        return self
+
+    def measure(self, number: int) -> _Trial:
+        """A graph makes its kernels in the first pass of each shape: it computes the batch once more."""
+        self.compute(PROBES, number)
+        if self.runner.way == "openvino":
+            self._pass(number)
+        return self
+
+    def _pass(self, number: int) -> tuple[dict[str, torch.Tensor], float]:
+        start = time.perf_counter()
+        rows = {part: rows.cpu() for part, rows in self.runner.parts_of(self._batches[number], self._parts).items()}
+        seconds = time.perf_counter() - start
+        self.rate = max(self.rate, len(self._batches[number]) / seconds)
+        return rows, seconds
+
+    def error(self, exact: _Trial) -> float:
+        """|given − exact|₂ / |exact|₂ over the batches that both have, of the part where it is largest."""
+        errors, both = [], self._given.keys() & exact._given.keys()
+        for part in self._parts:
+            pairs = [(self._given[number][part].double(), exact._given[number][part].double()) for number in both]
+            size = sum(float(b.square().sum()) for _, b in pairs)
+            errors.append(math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs) / max(size, 1e-60)))
+        return max(errors)
 
 
 def _measured(
-    setting: ForwardSetting, requested: str, timed: dict[str, _Timed], images: list[torch.Tensor]
+    setting: ForwardSetting, requested: str, trials: dict[str, _Trial], batches: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[ForwardRunner, ForwardChoice]:
-    """``timed`` holds the library's way and is filled with the others."""
-    exact, notes = timed["library"][1], []
-    if setting.precision != "fp32":
-        reference = replace(setting, precision="fp32").runner("library")
-        exact = [reference.parts_of(batch, set(setting.parts)) for batch in images]
-    for way in [way for way in (setting.ways() if requested == "auto" else [requested]) if way not in timed]:
+    """All ways are timed on the first batch, of a slow network on the probe images, which are fewer; the fastest one is
+    compared on both. ``trials`` holds the library's way and is filled with the others."""
+    library, notes = trials["library"], []
+    exact = library if setting.precision == "fp32" else _Trial(replace(setting, precision="fp32"), "library", batches)
+    sample = PROBES if len(batches[PROBES]) > QUICK * library.rate else FIRST
+    for way in setting.ways() if requested == "auto" else ("library", requested):
         try:
-            timed[way] = _timed(setting, way, images)
+            trials[way] = (trials.get(way) or _Trial(setting, way, batches)).measure(sample)
         except ForwardUnavailable as error:
             notes.append(str(error))
-    errors = {way: _error(setting, given, exact) for way, (_, given, _) in timed.items()}
-    notes += [f"{way} gives no numbers" for way, error in errors.items() if not math.isfinite(error)]
-    candidates = {
-        way: {"images_per_s": round(timed[way][2], 3), "error": error}
-        for way, error in errors.items() if math.isfinite(error)
-    }  # fmt: skip
-    accurate = [way for way in candidates if _is_accurate(way, candidates, setting.precision)]
-    if requested not in ("auto", *accurate):
-        why = notes[0] if notes else f"it differs by {errors[requested]:.2g} from the library's float32"
+    candidates: Candidates = {}
+    for way in sorted(trials, key=lambda way: -trials[way].rate) if requested == "auto" else [requested] * (not notes):
+        for trial in (exact, library, trials[way]):
+            trial.compute(PROBES, FIRST)
+        errors = {each: trial.error(exact) for each, trial in trials.items()}
+        candidates = {
+            each: {"images_per_s": round(trials[each].rate, 3), "error": error}
+            for each, error in errors.items() if math.isfinite(error)
+        }  # fmt: skip
+        if way in candidates and _is_accurate(way, candidates, setting.precision):
+            break
+    else:
+        why = notes[0] if notes else f"it differs by {trials[requested].error(exact):.2g} from the library's float32"
         raise BadOption(f"--forward {requested}: {why}. --forward auto takes what is accurate and fast.")
-    way = max(accurate, key=lambda way: timed[way][2]) if requested == "auto" else requested
+    notes += [f"{each} gives no numbers" for each in trials if each not in candidates]
+    if requested == "auto" and library.rate > trials[way].rate:  # on its first batch
+        way = "library"
     write_state("forward", setting.key, {"candidates": candidates})
     bf16 = None
     if setting.precision == "fp32" and requested == "auto":
-        bf16 = _timed(replace(setting, precision="bf16"), way if way != "onednn" else "library", images[1:])[2]
-    return timed[way][0], ForwardChoice(way, candidates, timed[way][2], bf16, tuple(notes))
+        other = replace(setting, precision="bf16")
+        bf16 = _Trial(other, way if way == "openvino" else "library", batches).measure(sample).rate
+    return trials[way].runner, ForwardChoice(way, candidates, trials[way].rate, bf16, tuple(notes))
 
 
 def _remembered(setting: ForwardSetting, requested: str) -> ForwardChoice | None:
@@ -260,34 +307,6 @@ def _remembered(setting: ForwardSetting, requested: str) -> ForwardChoice | None
         return None
     saved = setting.images * (1 / speed["library"] - 1 / speed[way])
     return None if requested == "auto" and way != "library" and saved < SHORT else ForwardChoice(way, candidates)
-
-
-def _timed(setting: ForwardSetting, way: str | ForwardRunner, images: Sequence[torch.Tensor]) -> _Timed:
-    """The runner of a way, what it makes of batches, which it will not compute again; images/s, of the fastest. A graph
-    makes its kernels in the first pass of each shape: where ways are compared it computes the last batch once more."""
-    runner = setting.runner(way) if isinstance(way, str) else way
-    given, rates, again = [], [], runner.way == "openvino" and len(images) > 1
-    for number, batch in enumerate([*images, images[-1]] if again else images):
-        start = time.perf_counter()
-        rows = {part: rows.cpu() for part, rows in runner.parts_of(batch, set(setting.parts)).items()}
-        seconds = time.perf_counter() - start
-        rates.append(len(batch) / seconds)
-        if number < len(images):
-            given.append(rows)
-            runner.remember(batch, rows, seconds)
-    return runner, given, max(rates)
-
-
-def _error(
-    setting: ForwardSetting, given: Sequence[dict[str, torch.Tensor]], exact: Sequence[dict[str, torch.Tensor]]
-) -> float:
-    """|given − exact|₂ / |exact|₂ over the batches that both have, of the part where it is largest."""
-    errors = []
-    for part in setting.parts:
-        pairs = [(a[part].double(), b[part].double()) for a, b in zip(given, exact, strict=False)]
-        size = sum(float(b.square().sum()) for _, b in pairs)
-        errors.append(math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs) / max(size, 1e-60)))
-    return max(errors)
 
 
 def _is_accurate(way: str, candidates: Candidates, precision: str) -> bool:

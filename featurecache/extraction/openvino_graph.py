@@ -1,9 +1,10 @@
 """OpenVINO graphs of a backbone: its torch module converted once for batches of any size, compiled for this CPU.
 
 The CPU plugin of OpenVINO runs the same network with oneDNN's kernels and fused operations. A graph gives every part
-that an extraction needs in one pass. Conversion takes seconds (a network of 86 M parameters: 3 to 10), so the graph is
-kept in the machine's state folder under weights, shape, parts and versions; one that is damaged there is made again.
-The precision is always given when it is compiled: without, the plugin may choose bfloat16 by itself.
+that an extraction needs in one pass; a batch is cut into runs of images that streams of threads compute side by side,
+which wait for each other once a batch and not once a layer. Conversion takes seconds, so the graph is kept in the
+machine's state folder under weights, shape, parts and versions; one that is damaged there is made again. The precision
+is always given when it is compiled: without, the plugin may choose bfloat16 by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -28,6 +30,7 @@ from featurecache.files.atomic import atomic_folder, hash_file
 from featurecache.files.machine_state import read_state, state_folder, state_key, write_state
 
 MOST_BYTES = 8 << 30  # of all graphs in the state folder; the oldest go
+STREAM = 4  # images of a stream at least
 HINT = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -63,15 +66,23 @@ class _Parts(nn.Module):
 
 
 class OpenvinoGraph:
-    """A compiled graph: normalised float32 pixels [b,C,h,w] → {part: float32 [b, ...]}. ``batch``: the b that it takes;
-    None: any."""
+    """A compiled graph: normalised float32 pixels [b,C,h,w], any b → {part: float32 [b, ...]}. ``streams``: how many
+    runs of images are computed at once."""
 
-    def __init__(self, compiled: Any, parts: Sequence[str], batch: int | None) -> None:
-        self._request, self.parts, self.batch = compiled.create_infer_request(), tuple(parts), batch
+    def __init__(self, compiled: Any, parts: Sequence[str], streams: int) -> None:
+        self._requests, self.parts = [compiled.create_infer_request() for _ in range(streams)], tuple(parts)
 
     def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        given = self._request.infer([pixels.contiguous().numpy()], share_inputs=True)
-        return {part: torch.from_numpy(given[k]) for k, part in enumerate(self.parts)}
+        tensor = import_openvino().Tensor
+        images = np.array_split(pixels.contiguous().numpy(), min(len(self._requests), len(pixels)))
+        running = list(zip(self._requests, images, strict=False))
+        for request, part in running:
+            request.set_input_tensor(tensor(part, shared_memory=True))
+            request.start_async()
+        for request, _ in running:
+            request.wait()
+        rows = zip(*([tensor.data for tensor in request.output_tensors] for request, _ in running), strict=True)
+        return {part: torch.from_numpy(np.concatenate(each)) for part, each in zip(self.parts, rows, strict=True)}
 
 
 def _shape(backbone: Backbone, batch: int) -> tuple[int, int, int, int]:
@@ -106,22 +117,19 @@ def graph_is_stored(key: str) -> bool:
 
 
 def compile_graph(backbone: Backbone, parts: Sequence[str], batch: int, precision: str, threads: int) -> OpenvinoGraph:
-    """The graph of ``parts``, from the state folder or converted; that of a CNN for batches of exactly ``batch``, which
-    makes it up to a tenth faster. Raises ForwardUnavailable, which says why."""
+    """The graph of ``parts``, from the state folder or converted, for batches of about ``batch`` images. Raises
+    ForwardUnavailable, which says why."""
     openvino, parts = import_openvino(), sorted(parts)
     if precision not in HINT:
         raise ForwardUnavailable(f"OpenVINO computes in fp32 and bf16, not {precision}")
+    key, streams = graph_key(backbone, parts), max(1, min(threads, batch // STREAM))
     settings = {
-        "INFERENCE_PRECISION_HINT": HINT[precision], "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": HINT[precision], "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": streams,
     }  # fmt: skip
-    key, fixed, core = graph_key(backbone, parts), batch if backbone.channels_last else None, openvino.Core()
     try:
         graph = None if is_user_code(backbone) else _stored_graph(key)
         graph = graph or _converted(openvino, backbone, parts, key)
-        if fixed is not None:
-            graph = core.read_model(graph) if isinstance(graph, str) else graph
-            graph.reshape(_shape(backbone, fixed))
-        return OpenvinoGraph(core.compile_model(graph, "CPU", settings), parts, fixed)
+        return OpenvinoGraph(openvino.Core().compile_model(graph, "CPU", settings), parts, streams)
     except Exception as error:  # whatever a converter of networks raises
         reason = " ".join(str(error).split())[:200]
         raise ForwardUnavailable(f"OpenVINO cannot convert {backbone.name}: {reason}") from error
@@ -143,8 +151,9 @@ def _stored_graph(key: str) -> str | None:
 def _converted(openvino: Any, backbone: Backbone, parts: Sequence[str], key: str) -> Any:
     """The graph for any number of images, and a copy of it in the state folder where there is room for one."""
     network, example = _Parts(backbone.model, parts).eval(), torch.zeros(_shape(backbone, 2))
-    with _quiet(), torch.no_grad():
-        graph = openvino.convert_model(network, example_input=example, input=[_shape(backbone, -1)])
+    with _quiet(), torch.no_grad():  # traced here: the converter would run the network five times more to check
+        traced = torch.jit.trace(network, example, check_trace=False, strict=False)
+        graph = openvino.convert_model(traced, example_input=example, input=[_shape(backbone, -1)])
     if (folder := state_folder()) and not is_user_code(backbone):  # whose key does not know all that it reads
         with contextlib.suppress(OSError, CannotWrite, RuntimeError):
             _store(openvino, graph, folder / "graphs", key)

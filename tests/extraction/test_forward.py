@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -102,11 +103,13 @@ def test_a_graph_of_a_grey_network_is_fed_one_channel(tmp_path: Path) -> None:
 def test_a_row_is_the_same_at_every_place_of_a_batch_and_beside_any_others(home: Path) -> None:
     backbone = load_backbone(str(home / "net"))
     outputs = parse_list((home / "outputs").read_text())
-    compute = ForwardRunner(backbone, "fp32", torch.device("cpu"), 4, "openvino", parts_for(outputs), 2)
-    images = torch.randint(0, 256, (4, 3, *backbone.image_size), dtype=torch.uint8)
-    rows, _ = compute(images, outputs, "float32")
-    moved, _ = compute(images[[3, 0]], outputs, "float32", places=[1, 3])
-    assert all(torch.equal(moved[name], rows[name][[3, 0]]) for name in rows)
+    compute = ForwardRunner(backbone, "fp32", torch.device("cpu"), 8, "openvino", parts_for(outputs), 2)
+    images = torch.randint(0, 256, (8, 3, *backbone.image_size), dtype=torch.uint8)
+    rows, _ = compute(images, outputs, "float32")  # in two streams of four images
+    for places in ([7], [7, 0], [0, 4, 7], [6, 1, 5, 2, 7]):
+        moved, _ = compute(images[places], outputs, "float32")
+        assert all(torch.equal(moved[name], rows[name][places]) for name in rows)
+    assert len(compute._graph_of(parts_for(outputs))._requests) == 2
 
 
 def test_interrupted_and_repaired_stores_hold_the_bytes_of_a_clean_one(home: Path) -> None:
@@ -201,6 +204,24 @@ def test_what_is_inaccurate_is_never_chosen(home: Path, monkeypatch, long_jobs: 
     assert plan_of(extract(home))["forward"] == "library"
     with pytest.raises(BadOption, match=r"--forward openvino: it differs by \d"):
         extract(home, "openvino", "b")
+
+
+def test_what_differs_on_the_first_batch_alone_is_not_chosen(home: Path, monkeypatch, long_jobs: None) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(choose_forward, "onednn_gain", lambda: 0.0)
+    call, probes = ForwardRunner.parts_of, choose_forward.probe_pixels(load_backbone(str(home / "net")))
+    error = 0.0
+
+    def off(self, images, *a):  # type: ignore[no-untyped-def]
+        if self.way == "library":
+            time.sleep(0.4)  # long enough to be measured on the probe images alone
+        wrong = self.way == "openvino" and not torch.equal(images, probes[: len(images)])
+        return {part: rows * (1 + error * wrong) for part, rows in call(self, images, *a).items()}
+
+    monkeypatch.setattr(ForwardRunner, "parts_of", off)
+    assert plan_of(extract(home))["forward"] == "openvino"
+    error = 1e-3
+    monkeypatch.setattr(choose_forward, "_remembered", lambda *_: None)
+    assert plan_of(extract(home, cache="b"))["forward"] == "library"
 
 
 def test_a_network_that_does_not_convert_is_computed_by_its_library(home: Path, monkeypatch, long_jobs: None) -> None:  # type: ignore[no-untyped-def]
