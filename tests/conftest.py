@@ -21,15 +21,16 @@ os.environ["FEATURECACHE_SECRET"] = "of the tests"  # none is made in the user's
 
 TIERS = ("integration", "slow")
 INTEGRATION = {  # whole files: they load models, train or start processes; single tests elsewhere carry the mark
-    "backbones": "certificate grey_networks remembered transformers_generic transformers_models vision_towers weights",
+    "backbones": "certificate grey_networks remembered state_dicts timm_models torchvision_models transformers_generic "
+    "transformers_models vision_towers weights",
     "commands": "cli",
-    "extraction": "cache_miss canary cost digest_cache extraction forward incremental plan remote_extraction",
+    "extraction": "bits cache_miss canary cost digest_cache extraction forward incremental plan ray remote_extraction",
     "heads": "inference",
     "heads/evaluation": "comparison external",
     "heads/explanations": "explain explain_backbones",
     "heads/models": "adapters finetune",
-    "heads/reports": "page",
-    "heads/runs": "heads_runs",
+    "heads/reports": "layout page",
+    "heads/runs": "heads_runs run_faults run_flips",
     "heads/studies": "studies studies_run",
     "heads/sweeps": "search sweep sweep_folder sweep_views",
     "heads/training": "engine networks train",
@@ -37,7 +38,7 @@ INTEGRATION = {  # whole files: they load models, train or start processes; sing
     "maintenance": "copies repair",
     "robustness": "at_once faults flips fuzz real_images workers",
     "sources": "pseudonyms sources_commands",
-    "store": "keys same_store",
+    "store": "keys remote_cache remote_faults same_store",
 }
 ALONE = ("test_at_once.py", "test_faults.py", "test_flips.py")  # use two cores themselves: one process of pytest -n
 

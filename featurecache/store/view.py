@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import glob
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,18 @@ from featurecache.store.store import is_default_cache, open_store
 if TYPE_CHECKING:
     import pandas
     import torch
+
+
+AHEAD = 32 << 20  # bytes that the disk may be asked for before they are read
+
+
+def _read_ahead(rows: torch.Tensor) -> int:
+    """Have the system read a mapped shard meanwhile; its bytes."""
+    begin = rows.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = ctypes.c_size_t(rows.data_ptr() + rows.nbytes - begin)
+    if hasattr(mmap, "MADV_WILLNEED"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), size, mmap.MADV_WILLNEED)
+    return rows.nbytes
 
 
 def _changed(settings: Mapping[str, Any], *keys: str) -> list[tuple[str, Any]]:
@@ -373,11 +386,18 @@ class MappedRows:
             self._buffer = memory.as_strided((count, *shape), (self._unit // dtype.itemsize, *inner))
 
     def _check(self, rows: np.ndarray) -> None:
-        """Bytes of rows [n] against their checksums. Costs a row's first reading about as much again."""
-        for number in np.unique(self._index[rows, 0]).tolist():
+        """Bytes of rows [n] against their checksums. Costs a row's first reading about as much again; meanwhile the
+        disk reads the next shards, where these rows are a good part of them."""
+        numbers, ahead = np.unique(self._index[rows, 0]).tolist(), 0
+        size = sum(self._shards[number].nbytes for number in numbers)
+        coming = iter(numbers if len(rows) * self._bytes * 4 >= size else ())
+        for number in numbers:
+            while ahead < AHEAD and (following := next(coming, None)) is not None:
+                ahead += _read_ahead(self._shards[following])
             here = rows[self._index[rows, 0] == number]
             if len(wrong := wrong_rows(self._shards[number], self._index[here, 1], self._checksums[here])):
                 raise damaged_rows(self._paths[number], wrong)
+            ahead -= self._shards[number].nbytes
         self._unchecked[rows] = False
 
     def take(self, rows: np.ndarray, out: torch.Tensor | None) -> torch.Tensor:

@@ -19,6 +19,7 @@ from support.builders import CLS, ORDER, TOKENS, features, make_spec, make_view
 from support.plant import Content, changed, flip
 
 from featurecache.errors import AmbiguousName, CacheError, DamagedFile, NotInCache, UnsafeFile
+from featurecache.store import view as views
 from featurecache.store.shards import Layout
 from featurecache.store.store import create_store, unreadable_stores
 from featurecache.store.view import View
@@ -54,6 +55,26 @@ def test_our_reader_gives_rows_in_the_order_asked(tmp_path, per_shard: int):
     out = torch.empty(2, 4, dtype=torch.float16)
     assert view.take("cls", [5, 0], out) is out
     assert np.array_equal(out.numpy(), features([ORDER[5], ORDER[0]], CLS))
+
+
+def test_the_disk_is_asked_for_the_next_shards_where_a_good_part_of_them_is_read(tmp_path, monkeypatch):
+    asked: list[int] = []
+    read_ahead = views._read_ahead
+    monkeypatch.setattr(views, "_read_ahead", lambda rows: asked.append(rows.data_ptr()) or read_ahead(rows))
+    rows = list(range(20))
+    view = make_view(tmp_path, rows, per_shard=5)
+
+    def shards(take: list[int]) -> int:
+        asked.clear()
+        assert np.array_equal(view.array("cls", take), features(take, CLS))
+        return len(asked)
+
+    assert shards([0]) == 0  # one row of five: the rest of the shard is not wanted
+    assert shards([1, 5, 6, 10, 11, 12]) == 3
+    assert shards(rows) == 4 and shards(rows) == 0  # what was checked is in memory, as far as it has room
+    monkeypatch.setattr(views, "AHEAD", 1)
+    view = open_view("set", tmp_path)
+    assert shards(rows) == 4
 
 
 def test_a_boolean_mask_and_rows_that_are_not_there(view):
