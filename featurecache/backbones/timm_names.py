@@ -166,14 +166,13 @@ def open_clip_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _of_open_clip(folder: Path, name: str, portable_name: str, record: dict[str, Any], **fields: Any) -> TimmModel:
-    """The network of timm inside an open_clip. Raises UnknownBackbone: its image tower is none."""
-    tower = _part(_part(record, "model_cfg"), "vision_cfg").get("timm_model_name")
-    if not isinstance(tower, str):
-        way = shell_word(str(fields["weights"] or folder))
-        raise UnknownBackbone(
-            f"the image tower of {name} is open_clip's own and no network of timm; where it has the names of OpenAI's "
-            f"CLIP: --backbone timm:vit_base_patch32_clip_224 --weights {way}"
-        )
+    """The network of timm inside an open_clip. Raises UnknownBackbone: its settings name none."""
+    vision = _part(_part(record, "model_cfg"), "vision_cfg")
+    if not isinstance(tower := vision.get("timm_model_name"), str):
+        names = "is open_clip's own and no network of timm" if vision else "has no name in its open_clip_config.json"
+        kind = "vit_base_patch32_clip_224" if vision else "vit_base_patch16_224"
+        way = f"--backbone timm:{kind} --weights {shell_word(str(fields['weights'] or folder))}"
+        raise UnknownBackbone(f"the image tower of {name} {names}; say which it is, such as {way}")
     model = replace(_of_name(tower), id=name, portable_name=portable_name, **fields)
     return _with_open_clip_settings(model, folder, record)
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from support.backbone_checks import assert_same, edit_json, outputs, refuses
+from support.command import call
 from support.field_networks import (
     PUBLISHED,
     SWIN,
@@ -243,6 +244,19 @@ def test_an_open_clip_without_a_network_of_timm_is_refused(tmp_path):
     biomedclip(tmp_path)
     edit_json(tmp_path / "open_clip_config.json", model_cfg={"vision_cfg": {"layers": 12, "width": 768}})
     says = (
-        r"open_clip's own and no network of timm; .*--backbone timm:vit_base_patch32_clip_224 --weights \S+open_clip_py"
+        r"open_clip's own and no network of timm; say which it is, such as --backbone timm:vit_base_patch32_clip_224 "
     )
-    refuses(UnknownBackbone, says, tmp_path, weights=tmp_path / "open_clip_pytorch_model.bin")
+    refuses(UnknownBackbone, f"{says}--weights ", tmp_path, weights=tmp_path / "open_clip_pytorch_model.bin")
+    says = r"has no name in its open_clip_config.json; .*--backbone timm:vit_base_patch16_224 --weights \S+net"
+    refuses(UnknownBackbone, says, conch(tmp_path / "net").options["weights"].rpartition("/")[0])
+
+
+@pytest.mark.parametrize("weights", ["lone/weights.pth", "net"])
+def test_a_refused_file_ends_the_command_with_2_before_the_images_are_looked_at(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lone").mkdir()
+    shutil.copy(medsam(tmp_path / "net").options["weights"], tmp_path / "lone" / "weights.pth")
+    options = ("--data", "digits", "--limit", 4, "--dry-run")
+    result = call("extract", "--backbone", "timm:test_vit", "--weights", weights, *options)
+    assert (result.exit_code, result.stderr.count("error: ")) == (2, 1)
+    assert "samvit_base_patch16" in result.stderr
