@@ -88,11 +88,11 @@ def find_model(where: str, request: BackboneRequest) -> TimmModel:
     if weights is None:
         return model if request.untrained else _with_published_weights(model, revision)
     own = timm_record(folder := weights if weights.is_dir() else weights.parent)
-    if own is not None and (weights.is_dir() or own["architecture"] == model.architecture):
-        if own["architecture"] != model.architecture:
-            architecture = own["architecture"][:80]
-            raise WeightsDoNotFit(f"the weights {weights} are of timm's {architecture}, not of {model.architecture}")
+    if own is not None and own["architecture"] == model.architecture:
         return _of_folder(folder, model.id, model.portable_name, weights=weights)
+    if own is not None and weights.is_dir():
+        architecture = own["architecture"][:80]
+        raise WeightsDoNotFit(f"the weights {weights} are of timm's {architecture}, not of {model.architecture}")
     if (record := open_clip_record(folder)) is not None:
         return _with_open_clip_settings(replace(model, weights=weights), folder, record)
     return replace(model, weights=weights, feeding=assumed_feeding(model.title, "a config.json of timm's beside it"))
