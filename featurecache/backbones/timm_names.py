@@ -193,6 +193,8 @@ def _with_open_clip_settings(model: TimmModel, folder: Path, record: dict[str, A
         height, width = map(int, size)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsDoNotFit(f"{path} is not as open_clip writes it: preprocess_cfg with mean and std") from error
+    if not (0 < height < 1 << 16 and 0 < width < 1 << 16):
+        raise WeightsDoNotFit(f"{path} has images of {height}×{width} pixels; expected the two sides, such as 224")
     if settings["resize_mode"] not in ("shortest", "squash"):
         raise WeightsDoNotFit(f"{path} resizes by {settings['resize_mode']}; expected shortest or squash")
     mode = "squash" if settings["resize_mode"] == "squash" else "center"
