@@ -148,13 +148,14 @@ def _outline(
 
 
 def _checkpoint(model: TimmModel, request: BackboneRequest, network: Any) -> StateDict:
-    """What the file of weights holds of a ``network`` without its classifier. A file of one's own (``--weights``) in
-    its names."""
+    """What the file of weights holds of a ``network`` without its classifier. A file of one's own (``--weights``), or
+    one in a folder that has none of its names (MedSAM), in its names."""
     assert model.weights is not None
-    if request.weights is None and not model.open_clip:
-        return read_checkpoint(model.weights)
     own, children = network.state_dict(), dict(network.named_children())
     read = read_checkpoint(model.weights, request.weights_name)
+    published = model.feeding == TimmModel.feeding or own.keys() & read.tensors.keys()
+    if request.weights is None and not model.open_clip and published:
+        return read
     if "visual.class_embedding" in read.tensors:  # of OpenAI's CLIP, whose names timm knows
         read = read.only_under("visual.")
     if any(name.startswith("visual.trunk.") for name in read.tensors) and not model.open_clip:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from support.backbone_checks import assert_same, edit_json, outputs, refuses
+from support.backbone_checks import assert_same, edit_json, key, outputs, refuses
 from support.command import call
 from support.field_networks import (
     PUBLISHED,
@@ -74,6 +74,11 @@ def test_what_pools_nothing_gives_its_class_token_and_no_pooler(tmp_path):
 def test_the_embedding_of_sam_is_what_is_behind_its_neck(tmp_path):
     shown = describe_backbone(sam_of_transformers(tmp_path).name, fit="pad")
     assert (shown["width"], shown["grid"], shown["outputs"]["tokens"]["shape"]) == (24, [8, 8], [64, 24])
+
+
+def test_a_file_in_its_folder_and_the_same_file_by_its_name_are_one_store(tmp_path):
+    published = medsam(tmp_path)
+    assert key(load_backbone(published.name)) == key(load_backbone(published.name, **published.options))
 
 
 # how images are prepared

@@ -335,7 +335,7 @@ def medsam(folder: Path) -> Published:
 
 def medsam_in_its_folder(folder: Path) -> Published:
     published = medsam(folder)
-    return Published(published.name, published.network, vector="gap", prefix=())
+    return Published(published.name, published.network, {}, published.says, "gap", ())
 
 
 def lvm_med(folder: Path) -> Published:
