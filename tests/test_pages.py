@@ -21,11 +21,11 @@ from click.testing import CliRunner
 import cli
 
 TOP = Path(__file__).parent.parent
-SESSION = ("start", "extract", "train", "statistics", "cache", "format", "offline", "extend")  # in order
+SESSION = ("start", "extract", "networks", "train", "statistics", "cache", "format", "offline", "extend")  # in order
 PAGES = {path.relative_to(TOP).as_posix(): path for path in [*TOP.glob("*.md"), *TOP.glob("docs/**/*.md")]}
 MOST_LINES = {
     "README.md": 180, "docs/start.md": 150, "docs/extract.md": 250, "docs/train.md": 250, "docs/statistics.md": 200,
-    "docs/cache.md": 200, "docs/format.md": 200, "docs/offline.md": 80, "docs/extend.md": 200,
+    "docs/cache.md": 200, "docs/format.md": 200, "docs/offline.md": 80, "docs/extend.md": 200, "docs/networks.md": 100,
 }  # fmt: skip
 
 
@@ -171,6 +171,16 @@ def test_every_command_has_options_that_exist(page: str) -> None:
         words = shlex.split(command)[1:]
         subcommand = cli.main.commands[words[0]]
         subcommand.make_context(words[0], words[1:], resilient_parsing=False)
+
+
+def test_every_network_of_the_field_has_a_name_that_its_library_knows() -> None:
+    from featurecache.backbones import check_name
+
+    text = PAGES["docs/networks.md"].read_text()
+    names = [name for name in re.findall(r"`(?:--backbone )?([\w-]+:[^ `]+)", text) if not name.startswith("hf")]
+    assert len(names) > 6
+    for name in names:
+        check_name(name)
 
 
 def test_every_command_is_on_a_page() -> None:

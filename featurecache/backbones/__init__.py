@@ -20,7 +20,7 @@ from featurecache.backbones.aliases import ALIASES
 from featurecache.backbones.base import OUTPUTS, Backbone, BackboneRequest
 from featurecache.backbones.layers import layer_rows
 from featurecache.backbones.remembered import remembered_or_loaded
-from featurecache.backbones.timm_models import timm_record
+from featurecache.backbones.timm_names import check_architecture, is_timm_folder
 from featurecache.errors import BadOption, UnknownBackbone, WeightsNotFound, nearest
 from featurecache.formatting import shell_word, timed_part
 from featurecache.images.preprocessing import FITS
@@ -80,7 +80,7 @@ def check_name(name: str | Path) -> None:
     if load is torchvision_models.load:
         torchvision_models.find_weights(path)
     elif load is timm_models.load:
-        timm_models.check_architecture(path)
+        check_architecture(path)
 
 
 def _loader(name: str) -> tuple[Callable[..., Backbone], str]:
@@ -94,7 +94,7 @@ def _loader(name: str) -> tuple[Callable[..., Backbone], str]:
     if where.startswith("torchvision:"):
         return torchvision_models.load, where.removeprefix("torchvision:")
     path = where.removeprefix("hf:")
-    if where.startswith(("timm:", "hf:timm/")) or (path and timm_record(Path(os.path.expanduser(path)))):
+    if where.startswith(("timm:", "hf:timm/")) or (path and is_timm_folder(Path(os.path.expanduser(path)))):
         return timm_models.load, path.removeprefix("timm:")
     if where.startswith("hf:") or (alias and not where) or os.path.isdir(os.path.expanduser(where)):
         return transformers_models.load, path

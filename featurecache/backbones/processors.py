@@ -25,8 +25,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def from_processor(processor: Any, channels: int = 3) -> Preprocess:
-    """Read the settings of a transformers image processor of the torchvision backend, for a network of ``channels``."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def from_processor(processor: Any, channels: int = 3, fit: str = "model") -> Preprocess:
+    """Read the settings of a transformers image processor of the torchvision backend, for a network of ``channels``.
+    ``fit``: one that pads behind its normalisation (SAM's) is read only where images shall be made to fit otherwise.
+    """
     from transformers.image_utils import pil_torch_interpolation_mapping
 
     if channels == 1 and getattr(processor, "do_convert_rgb", False):
@@ -34,7 +39,7 @@ def from_processor(processor: Any, channels: int = 3) -> Preprocess:
             "the network takes grey images, of 1 channel, and its processor makes RGB of them; if it was fed grey, "
             'write "do_convert_rgb": false in preprocessor_config.json'
         )
-    mode, resize, crop = _geometry(processor)
+    mode, resize, crop = _geometry(processor, fit)
     resample = getattr(processor, "resample", None)
     interpolation = pil_torch_interpolation_mapping.get(2 if resample is None else resample, resample)
     constants: Any = ((0.0,), (1.0,)) if channels == 1 else (None, None)  # one number each says grey, also unnormalised
@@ -55,7 +60,7 @@ def from_processor(processor: Any, channels: int = 3) -> Preprocess:
     )
 
 
-def _geometry(processor: Any) -> tuple[str, tuple[int, ...], tuple[int, int] | None]:
+def _geometry(processor: Any, fit: str) -> tuple[str, tuple[int, ...], tuple[int, int] | None]:
     """(mode, resize, crop) of a processor's ``size`` and ``crop_size``.
 
     ConvNeXt's has a rule of its own: below 384 the shortest edge goes to ``size / crop_pct`` and the centre is cut
@@ -74,8 +79,21 @@ def _geometry(processor: Any) -> tuple[str, tuple[int, ...], tuple[int, int] | N
         return "shortest", (size["shortest_edge"],), cut
     if not keys:
         return "none", (), cut
-    kind = type(processor).__name__
+    kind, pad = type(processor).__name__, dict(getattr(processor, "pad_size", None) or {})
+    if pads_behind(processor) and {*pad.values()} == {*size.values()}:
+        if fit != "model":
+            return "squash", (pad["height"], pad["width"]), cut
+        raise PreprocessingRefused(
+            f"{kind} resizes the longest edge to {size['longest_edge']} pixels and pads right and below with what is 0 "
+            "behind its normalisation, which is not done here; say --fit squash, or --fit pad (black, all around)"
+        )
     raise PreprocessingRefused(f"{kind} resizes by {sorted(keys)}; expected height and width, or the shortest edge")
+
+
+def pads_behind(processor: Any) -> bool:
+    """Whether a processor resizes by the longest edge and pads: squares alone come out as if they were squashed."""
+    size = dict(getattr(processor, "size", None) or {})
+    return bool({*size} == {"longest_edge"} and processor.do_resize and getattr(processor, "do_pad", False))
 
 
 def channel_constants(values: Any) -> tuple[float, ...]:
@@ -135,13 +153,16 @@ def probe(height: int, width: int) -> np.ndarray:
     return ((x * 3 + y * 5 + c * 67 + (x * y) % 97 + 120 * ((x // 9 + y // 7) % 2)) % 256).astype(np.uint8)
 
 
-def check_preprocess(preprocess: Preprocess, real: Callable[[Image.Image], torch.Tensor], name: str) -> None:
+def check_preprocess(
+    preprocess: Preprocess, real: Callable[[Image.Image], torch.Tensor], name: str, squares: bool = False
+) -> None:
     """Compare with what the library's own processor makes of a small, a wide and a tall picture of odd sizes: in
-    colour, or for a network of grey images as Pillow's "L" of it."""
+    colour, or for a network of grey images as Pillow's "L" of it. ``squares``: of square ones only."""
     from PIL import Image
 
     height, width = preprocess.size
-    for shape in ((37, 53), (height // 2 + 11, width + 55), (height + 75, width // 2 + 10)):
+    shapes = ((37, 53), (height // 2 + 11, width + 55), (height + 75, width // 2 + 10))
+    for shape in ((min(shape), min(shape)) for shape in shapes) if squares else shapes:
         array = probe(*shape)
         with library_errors(f"the preprocessing of {name} fails on an image", PreprocessingRefused):
             expected = real(Image.fromarray(array).convert("L" if preprocess.channels == 1 else "RGB"))
@@ -157,7 +178,8 @@ def check_preprocess(preprocess: Preprocess, real: Callable[[Image.Image], torch
 
 def check_processor(preprocess: Preprocess, processor: Any, name: str) -> None:
     """`check_preprocess` against a transformers image processor."""
-    check_preprocess(preprocess, lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0], name)
+    real = lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]  # noqa: E731
+    check_preprocess(preprocess, real, name, squares=pads_behind(processor))
 
 
 def choose_processor(
@@ -167,7 +189,7 @@ def choose_processor(
     alias, else (class, pixels) of a model type, which goes with untrained weights only. Raises PreprocessingRefused."""
     import transformers
 
-    if folder is not None and _has_processor(folder):
+    if folder is not None and has_processor(folder):
         return _saved_processor(folder, title), "the checkpoint's own processor"
     if published is not None:
         settings = dict(published.processor)
@@ -181,10 +203,10 @@ def choose_processor(
     )
 
 
-def _has_processor(folder: Path) -> bool:
+def has_processor(folder: Path) -> bool:
     """Whether a preprocessor_config.json is there, or a processor_config.json that has the image processor in it."""
-    nested = folder / "processor_config.json"
-    return (folder / "preprocessor_config.json").is_file() or (
+    nested = folder / PROCESSOR_FILES[1]
+    return (folder / PROCESSOR_FILES[0]).is_file() or (
         nested.is_file() and "image_processor" in json.loads(nested.read_text(encoding="utf-8"))
     )
 

@@ -21,6 +21,7 @@ from featurecache.arithmetic import exact_arithmetic
 from featurecache.backbones import transformers_models
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, versions
+from featurecache.backbones.processors import PROCESSOR_FILES
 from featurecache.backbones.transformers_models import CheckpointFiles
 from featurecache.errors import WeightsDoNotFit
 from featurecache.files.machine_state import read_state, state_key, write_state
@@ -81,6 +82,8 @@ def _load(checkpoint: CheckpointFiles, request: BackboneRequest, alias: Alias | 
 def _key(request: BackboneRequest, checkpoint: CheckpointFiles) -> str | None:
     """None where a file changed so lately that its stamp may stay the same at the next change."""
     places = [place for place in (checkpoint.folder, checkpoint.weights) if place is not None]
+    if beside := checkpoint.folder_of_weights:
+        places += [beside / name for name in PROCESSOR_FILES if (beside / name).is_file()]
     files, own = list(_stamps(places)), list(_stamps([Path(__file__).parent, Path(preprocessing.__file__)]))
     newest = max((max(times) for _, _, *times in files), default=0)
     if newest > time.time_ns() - SETTLED * 1e9:

@@ -91,6 +91,11 @@ class StateDict:
         aside = [name for name in checkpoint.tensors if not name.startswith(prefix)]
         return replace(checkpoint, tensors=tensors).noted(*_set_aside(aside))
 
+    def only_under(self, prefix: str) -> StateDict:
+        """What stands behind ``prefix``, under its whole names."""
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+        return replace(self, tensors=tensors).noted(*_set_aside([name for name in self.tensors if name not in tensors]))
+
     def _chosen_prefix(self, title: str, prefixes: list[str]) -> tuple[str, str]:
         """(the prefix that is meant, what else there is, as words)"""
         if len(prefixes) == 1:
@@ -110,9 +115,11 @@ class StateDict:
 
     def without_training_parts(self, own: Iterable[str], heads: tuple[str, ...] = ()) -> StateDict:
         """Without decoders, projection heads and queues, of which the network (of tensors ``own``) has nothing of that
-        name, and without ``heads``. A mask token without a decoder stays: timm knows DINOv2's files by it."""
+        name, and without ``heads``. A mask token without a decoder stays where there is a class token: timm knows
+        DINOv2's files by it."""
         first = {name.partition(".")[0] for name in own}
-        first |= set() if any(name.startswith("decoder") for name in self.tensors) else {"mask_token"}
+        masked = "cls_token" in first and not any(name.startswith("decoder") for name in self.tensors)
+        first |= {"mask_token"} if masked else set()
         parts = [name for name in self.tensors if _TRAINING_PART.match(name) or name.startswith(heads)]
         aside = [name for name in parts if name.partition(".")[0] not in first]
         tensors = {name: tensor for name, tensor in self.tensors.items() if name not in set(aside)}
@@ -156,8 +163,9 @@ def select_state_dict(path: Path, data: Any, name: str = "") -> StateDict:
 def _named_tensors(path: Path, values: Any) -> Tensors:
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise WeightsDoNotFit(
-            f"{path} holds a {type(values).__name__}; expected a state dict, name by name a tensor: "
-            "torch.save(network.state_dict(), FILE)"
+            f"{path} holds a {type(values).__name__}; expected a state dict, name by name a tensor. A whole network "
+            f"becomes one where its library is: torch.save(torch.load({path.name!r}, weights_only=False).state_dict(), "
+            "'weights.pt')"
         )
     state = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
     if not state:
@@ -235,6 +243,7 @@ def _numbers_as_names(tensors: Tensors, own: Mapping[str, torch.Tensor], childre
 
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")  # "norm.1.weight": before 0.3
 _WRAPPED = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")  # within names
+_SEGMENT_ANYTHING = re.compile(r"(^|\.)blocks\.(\d+)\.mlp\.lin([12])\.")  # SAM, MedSAM, LVM-Med
 _BLOCK_CHUNKS = re.compile(r"(^|\.)blocks\.\d+\.(\d+)\.")  # DINOv2 trains with blocks in chunks, for FSDP
 _FACEBOOK = (  # as transformers' convert_dinov2_to_hf.py renames them
     (re.compile(r"(^|\.)blocks\.(?:\d+\.)?(\d+)\."), r"\1encoder.layer.\2."),
@@ -276,18 +285,25 @@ SPELLINGS: dict[str, Callable[[Tensors], Tensors]] = {  # whose names -> into th
     "compiled, sharded or checkpointed parts": _renamed(_WRAPPED, r"\1"),
     "DINOv2's training": _renamed(_BLOCK_CHUNKS, r"\1blocks.\2."),
     "facebook's DINOv2": _transformers_dinov2,
+    "segment-anything": _renamed(_SEGMENT_ANYTHING, r"\1blocks.\2.mlp.fc\3."),
 }
 
 # A name that shows whose network a file is of -> the words for it, and the form of backbone that takes it.
 _FOREIGN = {
+    r"(^|\.)blocks\.0\.attn\.rel_pos_h$": ("segment-anything's names", "timm:samvit_{size}_patch16"),
     r"(^|\.)blocks\.(\d+\.)?\d+\.attn\.qkv\.weight$": ("timm's names of a vision transformer", "timm:{vit}"),
     r"(^|\.)encoder\.layer\.0\.attention\.attention\.query\.weight$": ("the names of transformers", "hf:REPO"),
+    r"(^|\.)vision_encoder\.layers\.0\.attn\.rel_pos_h$": ("the names of transformers' SAM", "hf:REPO"),
     r"(^|\.)vision_model\.encoder\.layers\.0\.": ("the names of transformers' CLIP or SigLIP", "hf:REPO"),
-    r"(^|\.)visual\.transformer\.resblocks\.0\.": ("the names of OpenAI's CLIP", "timm:vit_base_patch16_clip_224"),
+    r"(^|\.)visual\.transformer\.resblocks\.0\.": (
+        "the names of OpenAI's CLIP",
+        "timm:{clip} (where it was not trained from OpenAI's, without quickgelu_)",
+    ),
     r"(^|\.)encoder\.layers\.encoder_layer_0\.": (
         "torchvision's names of a vision transformer",
         "torchvision:vit_b_16",
     ),
+    r"(^|\.)layers\.0\.blocks\.0\.attn\.qkv\.weight$": ("the names of a Swin", "timm:swin_base_patch4_window7_224"),
     r"(^|\.)layer1\.0\.conv1\.weight$": ("the names of a ResNet", "torchvision:resnet50"),
     r"(^|\.)denseblock1\.denselayer1\.": ("the names of a DenseNet", "torchvision:densenet121"),
     r"(^|\.)downsample_layers\.0\.0\.weight$": ("facebook's names of a ConvNeXt", "timm:convnext_base"),
@@ -296,13 +312,28 @@ _FOREIGN = {
 _VIT_WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 
 
-def foreign_names(tensors: Mapping[str, torch.Tensor], library: str) -> str:
-    """``. They bear timm's names …: --backbone timm:…`` where another form than ``library``: takes such a file."""
+def foreign_names(tensors: Mapping[str, torch.Tensor], library: str, own: Iterable[str] = ()) -> str:
+    """``. They bear timm's names …: --backbone timm:…`` where another form than ``library``:, or another network of it
+    than the one whose tensors are called ``own``, takes such a file."""
+    own = list(own)
     for pattern, (words, form) in _FOREIGN.items():
-        if form.startswith(f"{library}:") or not any(re.search(pattern, name) for name in tensors):
-            continue
-        return f". They bear {words}: try --backbone {form.format(vit=_vit_name(tensors))}"
+        there, here = (any(re.search(pattern, name) for name in names) for names in (tensors, own))
+        if there and not here and (own or not form.startswith(f"{library}:")):
+            name = form.format(vit=_vit_name(tensors), size=_size_name(tensors), clip=_clip_name(tensors))
+            return f". They bear {words}: try --backbone {name}"
     return ""
+
+
+def _size_name(tensors: Mapping[str, torch.Tensor]) -> str:
+    patches = [
+        value for name, value in tensors.items() if name.endswith(("patch_embed.proj.weight", "visual.conv1.weight"))
+    ]
+    return _VIT_WIDTHS.get(len(patches[0]), "base") if patches else "base"
+
+
+def _clip_name(tensors: Mapping[str, torch.Tensor]) -> str:
+    patches = [value.shape[-1] for name, value in tensors.items() if name.endswith("visual.conv1.weight")]
+    return f"vit_{_size_name(tensors)}_patch{(*patches, 16)[0]}_clip_quickgelu_224"
 
 
 def _vit_name(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -314,7 +345,7 @@ def _vit_name(tensors: Mapping[str, torch.Tensor]) -> str:
     patch = patches[0].shape[-1]
     side = int(max(places[0].shape[-2] - 1, 0) ** 0.5) * patch if places and places[0].dim() == 3 else 224
     dinov2 = patch == 14 and any(name.endswith(".ls1.gamma") for name in tensors)
-    return f"vit_{_VIT_WIDTHS[len(patches[0])]}_patch{patch}_{'dinov2' if dinov2 else side}"
+    return f"vit_{_size_name(tensors)}_patch{patch}_{'dinov2' if dinov2 else side}"
 
 
 def other_shapes(state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> list[str]:

@@ -32,24 +32,32 @@ def output_traits(title: str, network: Any, features: Any, size: tuple[int, int]
             if any(True for _ in module.parameters(recurse=False)):
                 hooks.enter_context(module.register_forward_pre_hook(lambda module, _: applied.append(module)))
         with library_errors(f"{title} cannot be a backbone here: its forward_head fails", OutputRefused):
-            wide = network.forward_head(features, pre_logits=True).flatten(1).shape[1]
+            vector = network.forward_head(features, pre_logits=True)
+    pools, wide = vector.shape != features.shape, vector.flatten(1).shape[1]  # Virchow leaves that to its users
     if features.dim() == 3:
-        return _token_traits(title, network, features.shape[1:], size, bool(applied), wide), None
+        pooling = ("" if applied else str(getattr(network, "global_pool", ""))) if pools else "nothing"
+        return _token_traits(
+            title, network, features.shape[1:], size, pooling, wide if pools else vector.shape[2]
+        ), None
     output_fmt = getattr(network, "output_fmt", "")
     nhwc = str(getattr(output_fmt, "value", output_fmt)) == "NHWC"
     height, width, channels = features.shape[1:] if nhwc else (*features.shape[2:], features.shape[1])
     refusals = {"cls": f"{title} has no class token; gap is its vector"}
+    wide = wide if pools else channels
     refusals["pooler"] = "the vector of a network that gives a map is gap"
+    refusals |= {} if pools else {"gap": "its network pools nothing; mean is the average of its map"}
     if channels != wide:
         why = f"its map has {channels:,} channels, and the vector that its classifier receives {wide:,}"
         refusals |= {"tokens": why, "mean": why}
-    return _traits((), (height, width) if channels == wide else (0, 0), wide, "gap", refusals, 0), nhwc
+    grid = (height, width) if channels == wide else (0, 0)
+    return _traits((), grid, wide, "gap" if pools else "mean", refusals, 0), nhwc
 
 
 def _token_traits(
-    title: str, network: Any, shape: torch.Size, size: tuple[int, int], trained: bool, wide: int
+    title: str, network: Any, shape: torch.Size, size: tuple[int, int], pooling: str, wide: int
 ) -> dict[str, Any]:
-    """``trained``: parameters come between the tokens and the vector, of ``wide`` numbers."""
+    """``pooling``: how the vector, of ``wide`` numbers, is made of the tokens: "token", "avg", "nothing" where they are
+    left as they are, empty for what has parameters, or takes prefix tokens too."""
     count, width = shape
     refusals = {"gap": "that is a CNN's; mean is the average of its patch tokens"}
     layout = _token_layout(network, count, size) if width == wide else None
@@ -61,10 +69,15 @@ def _token_traits(
     prefix, grid = layout
     if prefix[:1] != ("cls",):
         refusals["cls"] = f"{title} has no class token"
-    vector = "pooler" if trained else _pooled_output(network, prefix)
-    if vector != "pooler":
+    vector = "pooler"
+    if pooling == "nothing":
+        vector, refusals["pooler"] = "mean" if "cls" in refusals else "cls", "its network pools nothing"
+    elif (pooling == "token" and "cls" not in refusals and "dist" not in prefix) or (
+        pooling == "avg" and not (prefix and getattr(network, "pool_include_prefix", False))
+    ):
+        vector = "cls" if pooling == "token" else "mean"
         refusals["pooler"] = f"what its classifier receives is {vector}"
-    options = inspect.signature(getattr(network, "forward_intermediates", _pooled_output)).parameters
+    options = inspect.signature(getattr(network, "forward_intermediates", _traits)).parameters
     layers = len(network.blocks) if {"return_prefix_tokens", "norm"} <= set(options) else 0
     return _traits(prefix, grid, width, vector, refusals, layers)
 
@@ -84,14 +97,6 @@ def _token_layout(network: Any, count: int, size: tuple[int, int]) -> tuple[tupl
     if registers < 0 or getattr(network, "num_prefix_tokens", len(names)) != begin:
         return None
     return (*names, *(f"reg{k}" for k in range(registers))), grid
-
-
-def _pooled_output(network: Any, prefix: tuple[str, ...]) -> str:
-    """The output that a pooling without parameters gives."""
-    pool, whole = getattr(network, "global_pool", ""), getattr(network, "pool_include_prefix", False)
-    if pool == "token" and prefix[:1] == ("cls",) and "dist" not in prefix:
-        return "cls"
-    return "mean" if pool == "avg" and not (prefix and whole) else "pooler"
 
 
 def network_identity(network: nn.Module) -> list[Any]:

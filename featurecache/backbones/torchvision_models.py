@@ -22,7 +22,13 @@ from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, PooledMap, Tokens, freeze, torch_seed, versions
 from featurecache.backbones.processors import check_preprocess, from_transforms
 from featurecache.backbones.state_dicts import StateDict, first_names, foreign_names, other_shapes
-from featurecache.backbones.weights import download_weights, existing_weights, read_checkpoint, weights_identity
+from featurecache.backbones.weights import (
+    assumed_feeding,
+    download_weights,
+    existing_weights,
+    read_checkpoint,
+    weights_identity,
+)
 from featurecache.errors import BadOption, OutputRefused, UnknownBackbone, WeightsDoNotFit, nearest
 from featurecache.images.preprocessing import Preprocess
 
@@ -62,7 +68,7 @@ def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
             "revision": Path(enum.url).name,
             "licence": enum.meta.get("license", "BSD-3-Clause"),
             "source": alias.source if alias else enum.meta.get("recipe", ""),
-            "preprocessing": f"the transforms of {enum}",
+            "preprocessing": _feeding(enum, request),
             "attention": None,
             "versions": versions("torchvision"),
             "weights": taken,
@@ -95,6 +101,12 @@ def _preprocess(name: str, enum: Any, request: BackboneRequest) -> Preprocess:
         patch = re.fullmatch(r"vit_\w_(\d+)", name)
         preprocess = preprocess.scaled(request.image_size, int(patch[1]) if patch else 1)
     return preprocess.fitted(request.fit)
+
+
+def _feeding(enum: Any, request: BackboneRequest) -> str:
+    if request.weights is None:
+        return f"the transforms of {enum}"
+    return assumed_feeding(f"torchvision's {enum}", "--backbone python:MODULE:FACTORY")
 
 
 def _network(

@@ -25,8 +25,9 @@ from torch import nn
 
 from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, FeatureMap, Tokens, freeze, torch_seed, versions
-from featurecache.backbones.processors import check_processor, choose_processor, from_processor
+from featurecache.backbones.processors import check_processor, choose_processor, from_processor, has_processor
 from featurecache.backbones.state_dicts import StateDict, common_names, first_names, foreign_names
+from featurecache.backbones.timm_names import is_timm_folder
 from featurecache.backbones.transformers_families import FAMILIES, ModelLayout
 from featurecache.backbones.transformers_generic import (
     NO_TOKENS,
@@ -41,6 +42,7 @@ from featurecache.backbones.transformers_generic import (
     vision_class,
 )
 from featurecache.backbones.weights import (
+    assumed_feeding,
     existing_weights,
     library_errors,
     read_checkpoint,
@@ -63,6 +65,11 @@ class CheckpointFiles:
     weights: Path | None
     revision: str
     portable_name: str  # finds it from any working directory
+
+    @property
+    def folder_of_weights(self) -> Path | None:
+        """Where settings may lie beside a file of weights."""
+        return self.weights.parent if self.weights is not None and not self.weights.is_dir() else self.weights
 
     @property
     def short_name(self) -> str:
@@ -145,7 +152,7 @@ def _configuration(checkpoint: CheckpointFiles, alias: Alias | None) -> tuple[Mo
         assert alias is not None
         family = FAMILIES[alias.model_type]
         return family, getattr(transformers, family.model).config_class(**alias.config)
-    kind = _model_type(folder)
+    kind = _model_type(folder, title)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library's strict configurations have errors of their own
@@ -166,10 +173,12 @@ def _configuration(checkpoint: CheckpointFiles, alias: Alias | None) -> tuple[Mo
     return replace(known, tower="encoder" if tower == "encoder" else ""), config
 
 
-def _model_type(folder: Path) -> str:
+def _model_type(folder: Path, title: str) -> str:
     import transformers
 
     path = folder / "config.json"
+    if is_timm_folder(folder):
+        raise UnknownBackbone(f"{title} is a network of timm: --backbone {shell_word(f'timm:{title}')}")
     if not path.is_file():
         raise WeightsNotFound(
             f"{folder} has no config.json; expected a folder written by save_pretrained. If it holds weights of a "
@@ -208,9 +217,13 @@ def _preprocess(
     """What the weights' own processor does, checked against it, then fitted as asked; and where it comes from."""
     published = alias if checkpoint.folder is None or request.weights is not None else None
     default = (family.processor, sides(config, "image_size", 224)[0]) if request.untrained else None
-    processor, origin = choose_processor(checkpoint.folder, checkpoint.title, published, default)
+    beside = checkpoint.folder_of_weights if request.weights is not None else None
+    folder = beside if beside is not None and has_processor(beside) else checkpoint.folder
+    processor, origin = choose_processor(folder, checkpoint.title, published, default)
+    if beside is not None and folder is not beside:
+        origin = assumed_feeding(request.name, "a preprocessor_config.json beside it")
     with library_errors(f"the image processor of {checkpoint.title} cannot be read", PreprocessingRefused):
-        preprocess = from_processor(processor, image_channels(config))
+        preprocess = from_processor(processor, image_channels(config), request.fit)
     check_processor(preprocess, processor, checkpoint.title)
     if request.image_size is not None:
         patch = sides(config, "patch_size")[0] if family.blocks else 1  # of what is measured it shows
@@ -290,7 +303,10 @@ def _with_weights(
             f"{first_names(missing - pooled)}; they hold {first_names(state)}{foreign_names(state, 'hf')}"
         )
     unused = {family.published_name(name) for name in info["unexpected_keys"]}
-    blocks = [name for name in unused if re.search(r"\.\d+\..*(weight|bias)$", name)]
+    parts = {name.partition(".")[0] for name in own}  # what stands beside them (a SAM's decoder) is another network
+    blocks = [
+        name for name in unused if re.search(r"\.\d+\..*(weight|bias)$", name) and name.partition(".")[0] in parts
+    ]
     if blocks:
         raise WeightsDoNotFit(f"the weights of {title} have more than its configuration says: {first_names(blocks)}")
     if family.measured:

@@ -31,10 +31,11 @@ from featurecache.formatting import shell_word, shell_words
 
 REACH = 4.0  # seconds the hub has to answer before the local cache is used instead
 STALL = 10.0  # seconds a server may stay silent
-_SETTINGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
+_SETTINGS = ["config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json"]
 _SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 _BIN = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
-_IN_FOLDER = (*_SAFE[:2], *_BIN[:2])  # in the order of preference
+_OPEN_CLIP = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+_IN_FOLDER = (*_SAFE[:2], *_BIN[:2], *_OPEN_CLIP)  # in the order of preference
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -105,24 +106,28 @@ def snapshot(repo: str, revision: str | None = None, *, weights: bool = True) ->
     except Exception as error:
         raise WeightsNotFound(f"{repo} could not be fetched from the hub: {first_line(error)}") from error
     if folder is None:
-        raise WeightsNotFound(f"{repo} on the hub holds no {'weights' if weights else 'config.json'} of transformers")
+        raise WeightsNotFound(
+            f"{repo} on the hub holds no {'weights' if weights else 'config.json'} of transformers or timm"
+        )
     return folder, folder.name
 
 
 def _fetch(repo: str, revision: str | None, weights: bool, *, offline: bool) -> Path | None:
-    """The snapshot's folder, complete; None where it holds not what is needed. ``.bin`` only without safetensors."""
+    """The snapshot's folder, complete; None where it holds not what is needed. ``.bin`` only without safetensors,
+    open_clip's files only without both."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
     options = {"revision": revision, "local_files_only": offline, "etag_timeout": REACH}
-    for patterns in [[*_SETTINGS, *_SAFE], [*_SETTINGS, *_BIN]] if weights else [_SETTINGS]:
+    for patterns in [[*_SETTINGS, *kind] for kind in (_SAFE, _BIN, _OPEN_CLIP)] if weights else [_SETTINGS]:
         try:
             folder = Path(snapshot_download(repo, allow_patterns=patterns, **options))
         except (EntryNotFoundError, HFValidationError):
             if offline:
                 return None
             raise
-        if (folder / "config.json").is_file() and (not weights or weights_file(folder) is not None):
+        settings = any((folder / name).is_file() for name in (_SETTINGS[0], _SETTINGS[-1]))
+        if settings and (not weights or weights_file(folder) is not None):
             return folder
     return None
 
@@ -174,6 +179,11 @@ def existing_weights(path: Path | None) -> Path | None:
         refuse_special(path)
         check_part_of_a_run(path)
     return path
+
+
+def assumed_feeding(name: str, way: str) -> str:
+    """What is said where a file of weights is fed as those of ``name``; ``way``: what would say otherwise."""
+    return f"assumed, as {name} is fed: the file does not say; {way} would"
 
 
 def weights_file(folder: Path) -> Path | None:

@@ -27,7 +27,16 @@ from typing import Any
 import click
 
 from featurecache.commands.help import CONTEXT, Command, Context, Option, option, options_of
-from featurecache.errors import BadOption, FeatureCacheError, Reading, SeveralReadings, UnknownName, nearest
+from featurecache.errors import (
+    BadOption,
+    FeatureCacheError,
+    PreprocessingRefused,
+    Reading,
+    SeveralReadings,
+    UnknownName,
+    WeightsDoNotFit,
+    nearest,
+)
 from featurecache.files.atomic import NO_ROOM, cannot_write, refuse_special
 from featurecache.files.names import check_path
 from featurecache.formatting import (
@@ -196,7 +205,8 @@ def _report(error: FeatureCacheError, debug: bool) -> int:
         words = shell_words([word for part in (typed_options() | _words(reading)).values() for word in part])
         name = click.get_current_context().info_name
         _echo(f"       {one_line(reading.words)}: featurecache {name} {one_line(words)}", err=True)
-    return 2 if isinstance(error, BadOption | UnknownName | SeveralReadings) else 1
+    typed = BadOption | UnknownName | SeveralReadings | WeightsDoNotFit | PreprocessingRefused  # of what was asked for
+    return 2 if isinstance(error, typed) else 1
 
 
 def typed_options() -> dict[str, list[str]]:

@@ -189,7 +189,13 @@ def test_a_network_inside_an_open_clip_is_fed_as_its_open_clip_config_says(tmp_p
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"mean": 3}, "not as open_clip writes it"), ({**CLIPS, "resize_mode": "longest"}, "resizes by longest")],
+    [
+        ({"mean": 3}, "not as open_clip writes it"),
+        ({**CLIPS, "size": "large"}, "not as open_clip writes it"),
+        ({**CLIPS, "size": [0, 224]}, "images of 0×224 pixels"),
+        ({**CLIPS, "size": 1 << 16}, "images of 65536×65536 pixels"),
+        ({**CLIPS, "resize_mode": "longest"}, "resizes by longest"),
+    ],
 )
 def test_an_open_clip_config_that_says_too_little_is_refused(settings, says, tmp_path):
     torch.save(network("test_vit").state_dict(), tmp_path / "w.bin")
