@@ -19,7 +19,7 @@ from support.builders import CLS, ORDER, TOKENS, features, make_spec, make_view
 from support.plant import Content, changed, flip
 
 from featurecache.errors import AmbiguousName, CacheError, DamagedFile, NotInCache, UnsafeFile
-from featurecache.store import view as views
+from featurecache.store import mapped_rows
 from featurecache.store.shards import Layout
 from featurecache.store.store import create_store, unreadable_stores
 from featurecache.store.view import View
@@ -59,8 +59,8 @@ def test_our_reader_gives_rows_in_the_order_asked(tmp_path, per_shard: int):
 
 def test_the_disk_is_asked_for_the_next_shards_where_a_good_part_of_them_is_read(tmp_path, monkeypatch):
     asked: list[int] = []
-    read_ahead = views._read_ahead
-    monkeypatch.setattr(views, "_read_ahead", lambda rows: asked.append(rows.data_ptr()) or read_ahead(rows))
+    read_ahead = mapped_rows._read_ahead
+    monkeypatch.setattr(mapped_rows, "_read_ahead", lambda rows: asked.append(rows.data_ptr()) or read_ahead(rows))
     rows = list(range(20))
     view = make_view(tmp_path, rows, per_shard=5)
 
@@ -72,7 +72,7 @@ def test_the_disk_is_asked_for_the_next_shards_where_a_good_part_of_them_is_read
     assert shards([0]) == 0  # one row of five: the rest of the shard is not wanted
     assert shards([1, 5, 6, 10, 11, 12]) == 3
     assert shards(rows) == 4 and shards(rows) == 0  # what was checked is in memory, as far as it has room
-    monkeypatch.setattr(views, "AHEAD", 1)
+    monkeypatch.setattr(mapped_rows, "AHEAD", 1)
     view = open_view("set", tmp_path)
     assert shards(rows) == 4
 
