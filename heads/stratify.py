@@ -11,19 +11,19 @@ import numpy as np
 
 
 def connected_units(digests: np.ndarray, groups: list[str] | None) -> np.ndarray:
-    """int [N]: rows with one number share a digest or a group, directly or through others. Group "" is none."""
+    """int [N]: rows with one number share a digest or a group, directly or through others; numbered as they first come.
+    Group "" is none."""
+    n = len(digests)
+    _, first, images = np.unique(digests, return_index=True, return_inverse=True)
+    if groups is None or not any(groups):
+        return np.argsort(np.argsort(first))[images]
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    n = len(digests)
-    images = np.unique(digests, return_inverse=True)[1]
-    links = [(np.arange(n), n + images)]
-    nodes = n + (images.max(initial=-1) + 1)
-    if groups is not None:
-        names, of = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-        rows = np.flatnonzero(names[of] != "")
-        links.append((rows, nodes + of[rows]))
-        nodes += len(names)
+    names, of = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    rows = np.flatnonzero(names[of] != "")
+    links = [(np.arange(n), n + images), (rows, n + len(first) + of[rows])]
+    nodes = n + len(first) + len(names)
     start, end = np.concatenate([a for a, _ in links]), np.concatenate([b for _, b in links])
     graph = coo_array((np.ones(len(start), dtype=np.int8), (start, end)), shape=(nodes, nodes))
     return connected_components(graph, directed=False)[1][:n]

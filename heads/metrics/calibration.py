@@ -13,6 +13,7 @@ unknown.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -192,8 +193,6 @@ def temperature(kind: str, z: np.ndarray, y: np.ndarray) -> tuple[float, str | N
     With b = 1/T and d_c = z_c - z_y (a label is a choice between 0 and z), NLL(b) = mean log sum_c exp(b d_c) is convex
     with the slope mean sum_c p_c d_c. It has a minimum where it falls at first, from b = 0 with equal p, and rises at
     last, which it does if some d_c is above 0. That place scales with 1 / d: logits of several hundred have T = 50."""
-    from scipy.optimize import brentq
-
     d = _margins(kind, z, y)
     size = float(np.abs(d).max(initial=0.0)) or 1.0
 
@@ -208,7 +207,21 @@ def temperature(kind: str, z: np.ndarray, y: np.ndarray) -> tuple[float, str | N
         return 1.0, "val is separated without error (NLL falls for ever as T goes to 0): T stays 1"
     while slope(high) <= 0:
         high += 1
-    return float(np.exp(-brentq(slope, low, high, xtol=1e-10))), None
+    return float(np.exp(-_zero(slope, low, high))), None
+
+
+def _zero(slope: Callable[[float], float], low: float, high: float) -> float:
+    """Where an increasing function crosses 0 between ``low`` and ``high``, to 1e-10: regula falsi by the Illinois rule
+    (Dowell & Jarratt 1971). By hand: scipy.optimize takes longer to import than a head to calibrate."""
+    last, other = (high, slope(high)), (low, slope(low))
+    while abs(last[0] - other[0]) > 1e-10:
+        (x1, y1), (x0, y0) = last, other
+        x = (x0 * y1 - x1 * y0) / (y1 - y0)
+        y = slope(x)
+        if y == 0:
+            return x
+        last, other = (x, y), last if y * y1 < 0 else (x0, y0 / 2)
+    return last[0]
 
 
 def _margins(kind: str, z: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -1,15 +1,16 @@
 """Intervals and tests that need no resampling, or come after it. All are of 95 % (``LEVEL``) and two-sided.
-scipy.stats is imported by the tests that compare heads: it takes longer than a linear head is trained.
+scipy is imported by what compares heads or parts: it takes as long as a linear head is trained.
 
 Notation: n images, R resamples, J parts (folds, or draws of the splits), M hypotheses.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
-from scipy import special
 
 LEVEL = 0.95
 Interval = tuple[float, float]
@@ -20,7 +21,7 @@ def wilson(hits: float, n: float) -> Interval:
     on the same images are their mean. NaN where there is nothing to count."""
     if not n:
         return np.nan, np.nan
-    z, share = float(special.ndtri((1 + LEVEL) / 2)), hits / n
+    z, share = NormalDist().inv_cdf((1 + LEVEL) / 2), hits / n
     centre, wide = share + z**2 / (2 * n), z * float(np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)))
     return max(0.0, (centre - wide) / (1 + z**2 / n)), min(1.0, (centre + wide) / (1 + z**2 / n))
 
@@ -67,7 +68,7 @@ def delong(first: np.ndarray, second: np.ndarray, truth: np.ndarray) -> tuple[fl
     error = float(np.sqrt(variance))
     if error < 1e-12:  # one ranks as the other; what is left of the variance is rounding
         return difference, error, 1.0 if abs(difference) < 1e-12 else 0.0
-    return difference, error, float(2 * special.ndtr(-abs(difference) / error))
+    return difference, error, math.erfc(abs(difference) / error / math.sqrt(2))
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -83,6 +84,8 @@ def corrected_t(values: np.ndarray, ratio: float) -> tuple[float, float, float]:
     """Interval of the mean of values [J] measured on J parts, and p that it is 0: Student's t with J - 1 degrees and
     variance (1 / J + ratio) s². ``ratio``: images tested / images trained on. Trainings overlap, so the plain s² / J is
     too small (Nadeau & Bengio 2003, section 3; for repeated folds Bouckaert & Frank 2004)."""
+    from scipy import special
+
     mean, count = float(np.mean(values)), len(values)
     error = float(np.sqrt((1 / count + ratio) * np.var(values, ddof=1)))
     wide = float(special.stdtrit(count - 1, (1 + LEVEL) / 2)) * error

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 from torch import nn
 
@@ -91,6 +90,8 @@ def _ridges(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _shifted(matrix: np.ndarray, right: np.ndarray, width: int) -> np.ndarray:
     """(matrix + lambda m I)⁻¹ right [K, r, c] for every lambda > 0; matrix [r, r] symmetric, without negative
     eigenvalues, m = trace / D (1 where X is constant)."""
+    from scipy.linalg import lapack
+
     shifts = PENALTIES * (np.trace(matrix) / width or 1.0)
     if len(matrix) < 3:
         return np.stack([np.linalg.solve(matrix + shift * np.eye(len(matrix)), right) for shift in shifts])

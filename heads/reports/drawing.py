@@ -249,7 +249,8 @@ class Figure:
                 place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
                 place["ncols"] = 1 if max(map(len, names)) > 24 else 2
                 figure.legend(lines, names, frameon=False, fontsize=9, labelcolor=INK, **place)
-            figure.savefig(data, format="png", dpi=140, bbox_inches="tight", facecolor=PAPER)
+            how: dict[str, Any] = {"dpi": 140, "bbox_inches": "tight", "facecolor": PAPER}
+            figure.savefig(data, format="png", pil_kwargs={"compress_level": 0}, **how)  # of a file that nobody keeps
         data.seek(0)
         return imread(data)
 

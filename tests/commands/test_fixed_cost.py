@@ -11,6 +11,7 @@ import pytest
 from support.builders import ORDER, make_view
 from support.sweeps import sweep, view_of
 
+from featurecache.maintenance.import_features import import_view
 from featurecache.store.reference import read_reference, write_reference
 from featurecache.store.store import open_store
 from heads.api import train_head
@@ -57,6 +58,18 @@ def test_who_looks_at_what_is_there_loads_no_torch(here):
     (view.store / "canary.safetensors").write_bytes(b"no tensors")
     ((text, there),) = outputs_of(["verify"])
     assert "canary.safetensors cannot be read" in text and there == []
+
+
+@pytest.mark.integration
+def test_a_head_on_features_that_are_there_loads_nothing_that_it_does_not_use(here):
+    labels = np.arange(120) % 2
+    np.savez("f.npz", features=np.random.default_rng(0).normal(labels[:, None], 1, (120, 4)).astype("f4"), label=labels)
+    import_view("f.npz", "few", features_key="features", labels="label")
+    heavy = ("transformers", "timm", "torchvision", "sklearn", "pandas", "openvino", "torch._dynamo")
+    heavy += tuple(f"scipy.{part}" for part in ("optimize", "special", "stats", "linalg"))
+    words = ["train-head", "--head", "linear", "--epochs", "2", "--out", "runs/one", "--quiet", "--no-controls"]
+    ((text, there),) = outputs_of(words, heavy=heavy)
+    assert "AUROC" in text and (here / "runs" / "one" / "report.html").exists() and there == []
 
 
 def test_a_reference_comes_back_as_it_was_written_and_not_when_a_bit_flipped(tmp_path):

@@ -80,6 +80,13 @@ def test_groups_and_copies_stay_together_directly_and_through_each_other():
     assert len(set(units[2:])) == 4  # an empty group joins nothing
 
 
+def test_without_groups_units_are_numbered_as_with_groups_of_one_row():
+    digests = np.array([b"c", b"a", b"c", b"b", b"a", b"d"])
+    alone = connected_units(digests, None)
+    assert alone.tolist() == connected_units(digests, [""] * 6).tolist() == [0, 1, 0, 2, 1, 3]
+    assert alone.tolist() == connected_units(digests, ["c", "a", "c", "b", "a", "d"]).tolist()
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 5))
 def test_no_group_is_ever_divided(seed, classes):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq, minimize_scalar
 from sklearn.metrics import precision_recall_curve, roc_curve
 from support.fake_view import toy_view
 
@@ -102,6 +102,14 @@ def test_the_temperature_of_tiny_and_of_huge_logits_is_that_of_a_dense_grid(kind
     nll = [cal.CalibratedPredictions(kind, scale * z / t, y).nll for t in grid]
     assert note is None and found == pytest.approx(grid[np.argmin(nll)], rel=2e-3)
     assert found == pytest.approx(scale, rel=0.1)
+
+
+@pytest.mark.parametrize("slope", [np.expm1, lambda x: np.expm1(30 * x), lambda x: 1e-12 * x if x > 0 else x, np.tanh])
+@pytest.mark.parametrize("ends", [(-20.0, 1.0), (-0.3, 0.9), (-1e-9, 5.0)])
+def test_where_a_slope_crosses_zero_is_what_brentq_finds(slope, ends):
+    """Steep on one side and flat on the other too."""
+    shifted = lambda x: slope(x - 0.01)  # noqa: E731
+    assert cal._zero(shifted, *ends) == pytest.approx(brentq(shifted, *ends, xtol=1e-12), abs=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
