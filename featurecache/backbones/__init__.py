@@ -19,8 +19,8 @@ from featurecache.backbones import timm_models, torchvision_models, transformers
 from featurecache.backbones.aliases import ALIASES
 from featurecache.backbones.base import OUTPUTS, Backbone, BackboneRequest
 from featurecache.backbones.layers import layer_rows
-from featurecache.backbones.remembered import remembered_or_loaded
-from featurecache.backbones.timm_names import check_architecture, is_timm_folder
+from featurecache.backbones.remembered import published_weights, remembered_or_loaded
+from featurecache.backbones.timm_names import is_timm_folder
 from featurecache.errors import BadOption, UnknownBackbone, WeightsNotFound, nearest
 from featurecache.formatting import shell_word, timed_part
 from featurecache.images.preprocessing import FITS
@@ -66,21 +66,19 @@ def _load(request: BackboneRequest, remembered: bool = False) -> Backbone:
     load, path = _loader(name)
     if load is user_module.load:
         return load(path, request)
-    if remembered and load is transformers_models.load:
-        return remembered_or_loaded(path, request, alias)
-    return load(path, request, alias)
+    return remembered_or_loaded(load, path, request, alias) if remembered else load(path, request, alias)
 
 
 def check_name(name: str | Path) -> None:
-    """Raises UnknownBackbone for a name in none of the forms, or that its library has not, with the nearest; nothing is
-    loaded."""
+    """Raises UnknownBackbone for a name in none of the forms, or that its library has not, with the nearest; BadOption
+    without the library. Folders and repositories are looked at when they are loaded."""
     if not isinstance(name, str | os.PathLike):
         return
     load, path = _loader(os.fspath(name))
     if load is torchvision_models.load:
-        torchvision_models.find_weights(path)
-    elif load is timm_models.load:
-        check_architecture(path)
+        published_weights("torchvision", path)
+    elif load is timm_models.load and "/" not in path and not os.path.isdir(os.path.expanduser(path)):
+        published_weights("timm", path.partition("@")[0])
 
 
 def _loader(name: str) -> tuple[Callable[..., Backbone], str]:

@@ -26,7 +26,7 @@ from featurecache.backbones.aliases import Alias
 from featurecache.backbones.base import Backbone, BackboneRequest, TimmMap, TimmTokens, freeze, torch_seed, versions
 from featurecache.backbones.processors import channel_constants, check_preprocess, from_timm
 from featurecache.backbones.state_dicts import StateDict, foreign_names, other_shapes
-from featurecache.backbones.timm_names import TimmModel, as_tuple, find_model
+from featurecache.backbones.timm_names import TimmModel, as_tuple, check_timm, find_model
 from featurecache.backbones.timm_outputs import network_identity, output_traits
 from featurecache.backbones.weights import library_errors, read_checkpoint, weights_identity
 from featurecache.errors import BadOption, PreprocessingRefused, WeightsDoNotFit, first_line
@@ -41,10 +41,7 @@ _OTHERWISE = (
 
 def load(where: str, request: BackboneRequest, alias: Alias | None) -> Backbone:
     """``where``: a name as this module's docstring says."""
-    try:
-        import timm  # noqa: F401
-    except ImportError as error:
-        raise BadOption("a backbone of timm needs a package: pip install 'featurecache[timm]'.") from error
+    check_timm()
     with warnings.catch_warnings():  # of names that timm renamed and of layers that it moved
         warnings.simplefilter("ignore")
         model = find_model(where, request)

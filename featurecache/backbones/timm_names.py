@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from featurecache.backbones.base import BackboneRequest
 from featurecache.backbones.weights import assumed_feeding, download_weights, existing_weights, snapshot
-from featurecache.errors import CacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound, nearest
+from featurecache.errors import BadOption, CacheError, UnknownBackbone, WeightsDoNotFit, WeightsNotFound, nearest
 from featurecache.files.records import check_part_of_a_run, read_record
 from featurecache.formatting import shell_word
 
@@ -84,7 +85,7 @@ def find_model(where: str, request: BackboneRequest) -> TimmModel:
     if "/" in name:
         folder, commit = snapshot(name, revision or None, weights=weights is None and not request.untrained)
         return _of_folder(folder, name, f"timm:{name}@{commit}", weights=weights or folder, revision=commit)
-    model = _of_name(name)
+    model = published_model(name)
     if weights is None:
         return model if request.untrained else _with_published_weights(model, revision)
     own = timm_record(folder := weights if weights.is_dir() else weights.parent)
@@ -173,7 +174,7 @@ def _of_open_clip(folder: Path, name: str, portable_name: str, record: dict[str,
         kind = "vit_base_patch32_clip_224" if vision else "vit_base_patch16_224"
         way = f"--backbone timm:{kind} --weights {shell_word(str(fields['weights'] or folder))}"
         raise UnknownBackbone(f"the image tower of {name} {names}; say which it is, such as {way}")
-    model = replace(_of_name(tower), id=name, portable_name=portable_name, **fields)
+    model = replace(published_model(tower), id=name, portable_name=portable_name, **fields)
     return _with_open_clip_settings(model, folder, record)
 
 
@@ -208,14 +209,14 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def check_architecture(where: str) -> None:
-    """Raises UnknownBackbone for an architecture or weights that timm has not; folders and repositories are looked at
-    when they are loaded."""
-    if "/" not in where and not os.path.isdir(os.path.expanduser(where)):
-        _of_name(where.partition("@")[0])
+def check_timm() -> None:
+    """Raises BadOption where the package is not installed."""
+    if find_spec("timm") is None:
+        raise BadOption("a backbone of timm needs a package: pip install 'featurecache[timm]'.")
 
 
-def _of_name(name: str) -> TimmModel:
+def published_model(name: str) -> TimmModel:
+    """An architecture of timm's, with or without a tag of its weights. Raises UnknownBackbone."""
     import timm
     from timm.models import get_pretrained_cfg
 

@@ -50,9 +50,14 @@ def weights_unavailable(what: str, fetch: str, place: str, cache: str = "HF_HOME
     )
 
 
+def downloaded_file(url: str) -> Path:
+    """Where torch.hub keeps a published file of weights, whether it is there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+
+
 def download_weights(url: str, title: str) -> Path:
     """A published file of weights, in torch.hub's folder or downloaded into it."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    path = downloaded_file(url)
     if path.is_file():
         return path
     prefix = re.search(r"-([0-9a-f]{8,})\.", path.name)
