@@ -19,6 +19,7 @@ from featurecache.errors import BadOption, FeatureCacheError, UnknownSourceName,
 from featurecache.files.storage import is_address
 from featurecache.formatting import abbreviated, aligned, one_line, with_addresses
 from featurecache.images.headers import read_by
+from featurecache.store.remote_cache import local_place
 from heads.metrics.calibration import predict_labels, probabilities
 from heads.pixel_view import resize_all
 from heads.runs.run import Run, is_pixels, preprocess_of
@@ -227,7 +228,9 @@ def store_of(run: Run) -> SimpleNamespace:
     """What new images are computed like: the store of a run, which need not be there any more."""
     view = run.config["view"]
     own = {name: run.config[name] for name in ("spec", "provenance")}
-    return SimpleNamespace(**own, label=view["label"], store=Path(view["path"]).parent)  # for its plan and canary
+    return SimpleNamespace(
+        **own, label=view["label"], store=local_place(view["path"]).parent
+    )  # for its plan and canary
 
 
 def prediction_records(run: Run, logits: np.ndarray) -> list[dict[str, Any]]:

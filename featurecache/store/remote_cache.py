@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from featurecache.files.mirror import Mirror, is_placeholder, mirror_of
-from featurecache.files.storage import local_path
+from featurecache.files.storage import canonical, is_address, local_path
 
 _RECORD = re.compile(r"[^./][^/]*/(spec\.json|plan\.json|canary\.safetensors|[^./][^/]*\.h5)")
 _SHARD = re.compile(r"[^./][^/]*/[^./][^/]*/[0-9a-f]{32}\.h5")
@@ -26,6 +26,18 @@ def mirrored_cache(address: str | os.PathLike[str]) -> Path:
     mirror.folder.mkdir(exist_ok=True)
     _pull(mirror)
     return mirror.folder
+
+
+def local_place(place: str | os.PathLike[str]) -> Path:
+    """Where a view is on this machine of which a record says the path or the address (`mirror.place_of`); the cache of
+    an address is fetched where there is nothing of it yet. Raises BadOption, StorageError."""
+    if not is_address(place) or local_path(place) is not None:
+        return local_path(place) or Path(place)
+    cache, store, name = canonical(place).rsplit("/", 2)
+    path = Mirror.of(cache, "cache").folder / store / name
+    if not path.exists():
+        mirrored_cache(cache)
+    return path
 
 
 def _pull(mirror: Mirror) -> None:

@@ -71,12 +71,12 @@ def _default_cache() -> str:
     return os.environ.get("FEATURECACHE_DIR") or "cache"
 
 
-def is_default_cache(folder: Path) -> bool:
-    """Whether commands take this cache where they are told none."""
-    default = _default_cache()
+def is_default_cache(folder: str | Path) -> bool:
+    """Whether commands take this cache, a folder or an address, where they are told none."""
+    default, place = _default_cache(), canonical(folder) if is_address(folder) else place_of(folder)
     if is_address(default) and local_path(default) is None:
-        return place_of(folder) == canonical(default)
-    return folder.resolve() == cache_folder().resolve()
+        return place == canonical(default)
+    return place == str(cache_folder().resolve())
 
 
 @dataclass(frozen=True)

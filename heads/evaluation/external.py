@@ -24,6 +24,7 @@ from safetensors.torch import save
 from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import BadOption, CacheError, CannotWrite, RunError, nearest
 from featurecache.files.atomic import write_whole
+from featurecache.files.mirror import place_of
 from featurecache.files.records import nan_to_none
 from featurecache.formatting import abbreviated
 from featurecache.store.spec import ExtractionSpec, describe_differences
@@ -70,7 +71,7 @@ def evaluate_run(
         say(f"warning    {note}")
     answers = _answers(run, view, y, rows)
     record = nan_to_none({
-        **record_stamp(), "view": view.label, "path": str(Path(view.path).resolve()), "fingerprint": view.fingerprint,
+        **record_stamp(), "view": view.label, "path": place_of(view.path), "fingerprint": view.fingerprint,
         "output": run.output, "split": split, "n": len(rows),
         "classes": [{"class": c, "in_view": matched.names[c], "n": int(n[i])} for i, c in enumerate(run.classes)],
         "left_out": matched.left_out, "grouped": answers.grouped, "warnings": notes,
@@ -137,7 +138,7 @@ def _overlap(run: Run, view: FeatureView, rows: np.ndarray) -> list[str]:
     path, notes = run.config["view"]["path"], []
     digests = [run.answers("val").digests]
     try:
-        same = Path(view.path).resolve() == Path(path)
+        same = place_of(view.path) == path
         own = cast(Any, view) if same else image_columns(run, run.ids)
         digests.append(np.asarray(own.digests)[rows_of_splits(run, own.ids, ("train", "val"))])
     except (CacheError, OSError):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,10 +72,11 @@ def image_columns(run: Run, ids: Collection[str]) -> Any:
     """ids, digests and meta of the images that a run was made of: of a run on pixels of those in ``ids`` that can be
     read, in the order of the data, else of its whole view. RunError where the data are gone; the errors of a view."""
     from featurecache.images.decoding import digest
+    from featurecache.store.remote_cache import local_place
     from featurecache.store.view import View
 
     if not is_pixels(run):
-        return View(Path(run.config["view"]["path"]), columns_only=True)
+        return View(local_place(run.config["view"]["path"]), columns_only=True)
     dataset, names = open_run_dataset(run), set(ids)
     rows, digests = [], []
     for row, name in enumerate(dataset.ids):

@@ -302,13 +302,14 @@ class SourceImages:
 
     def view(self, run: Run) -> View | None:
         """The view a run was trained on, as it was; None where it is gone or another."""
+        from featurecache.store.remote_cache import local_place
         from featurecache.store.write_view import open_view
 
         path = run.config["view"]["path"]
         if path not in self._views:
             self._views[path] = None
             with contextlib.suppress(FeatureCacheError, OSError):
-                view = open_view(path)
+                view = open_view(local_place(path))
                 self._views[path] = view if view.fingerprint == run.config["view"].get("fingerprint") else None
         return self._views[path]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from featurecache.errors import FeatureCacheError
 from featurecache.formatting import shell_words
+from featurecache.store.remote_cache import local_place
 from featurecache.store.write_view import open_view
 from heads.evaluation.families import Family, fraction_of
 from heads.models.catalogue import own_settings
@@ -103,7 +104,7 @@ def _origin(run: Run, names: Sequence[str]) -> dict[str, Any]:
     provenance, extract, copies = config["provenance"], None, None
     if not pixels:
         with contextlib.suppress(FeatureCacheError, OSError):  # the view may be gone
-            stored = open_view(view["path"])
+            stored = open_view(local_place(view["path"]))
             extract, copies = stored.extract_command(run.output), stored.augmented and str(stored.augmented)
     backbone = [str(provenance[key]) for key in ("backbone", "id", "revision") if provenance.get(key)]
     facts = {

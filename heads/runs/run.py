@@ -247,8 +247,8 @@ def option_words(settings: dict[str, Any], published: dict[str, Any] | None = No
 
 
 def view_word(label: str, path: str | Path) -> str:
-    """How --features names a view: its label, or where it lies in no default cache its path."""
-    return label if is_default_cache(Path(path).parent.parent) else with_addresses(str(path))
+    """How --features names a view: its label, or where it lies in no default cache its path or address."""
+    return label if is_default_cache(str(path).rsplit("/", 2)[0]) else with_addresses(str(path))
 
 
 def source_words(source: dict[str, Any]) -> list[str]:

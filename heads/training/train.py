@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from featurecache.errors import ProtocolError
+from featurecache.files.mirror import place_of
 from featurecache.formatting import device_title
 from heads.metrics.calibration import Calibration, calibrate
 from heads.metrics.classification import evaluate
@@ -202,7 +202,7 @@ def run_contents(job: TrainingJob, fit: FittedHead, controls: list[dict[str, Any
         "head": fit.settings.head,
         "parameters": fit.parameters,
         "standardize": fit.scale.kind,
-        "view": {"label": view.label, "name": view.name, "path": str(Path(view.path).resolve()), "output": job.output,
+        "view": {"label": view.label, "name": view.name, "path": place_of(view.path), "output": job.output,
                  "shape": list(info.shape), "dtype": info.dtype, "prefix": list(job.input.prefix),
                  "grid": None if job.input.grid is None else list(job.input.grid), "fingerprint": view.fingerprint,
                  "untrained": view.untrained, "source": view.source},

@@ -15,13 +15,16 @@ from support.command import call
 from support.forks import Forks
 from support.object_storage import DENIED, Server, copied, killing, machine
 from support.pictures import image_folder
+from support.worker_nets import wait_until
 
 import featurecache
-from featurecache.errors import BadOption, CacheError, StorageError
+from featurecache.errors import BadOption, CacheError, Stopped, StorageError
 from featurecache.extraction import plan, run
+from featurecache.extraction.forward import ForwardRunner
 from featurecache.files import storage
 from featurecache.maintenance.verify import verify
-from featurecache.store.store import Store, stores
+from featurecache.store import store as store_module
+from featurecache.store.store import Store, cache_folder, stores
 from featurecache.store.view import View
 
 IMAGES = 10
@@ -130,6 +133,26 @@ def test_what_could_not_be_uploaded_is_not_computed_again(server, home, tmp_path
     assert verify(copied(server, tmp_path / "copy")).damages == ()
 
 
+def test_a_shard_is_there_as_soon_as_it_is_committed(server, home, tmp_path, monkeypatch):
+    """A run that is stopped uploads no more."""
+    call_, passes = ForwardRunner.__call__, []
+
+    def stopped(*words, **options):  # type: ignore[no-untyped-def]
+        passes.append(1)
+        if len(passes) == 6:  # behind the probe images and some of the ten
+            wait_until(lambda: any("/cls/" in key for key in server.objects()), 20)
+            raise KeyboardInterrupt
+        return call_(*words, **options)
+
+    monkeypatch.setattr(store_module, "SHARD_ROWS", 2)
+    monkeypatch.setattr(ForwardRunner, "__call__", stopped)
+    with pytest.raises(Stopped):
+        extract(home, server.address, batch_size=2)
+    committed = {path.name: path.read_bytes() for path in cache_folder(server.address).glob("*/cls/*.h5")}
+    assert committed == {key.rpartition("/")[2]: data for key, data in server.objects().items() if "/cls/" in key}
+    assert 0 < len(committed) < IMAGES // 2
+
+
 def test_a_shard_that_was_removed_there_is_computed_again(server, home):
     extract(home, server.address)
     server.remove(next(key for key in server.objects() if "/cls/" in key))
@@ -161,6 +184,18 @@ def test_from_images_there_to_a_head(server, home, tmp_path, monkeypatch):
             assert answer.exit_code == 0, answer.stderr
             names = [each["image"] for each in json.loads(answer.stdout)["predictions"]]
             assert len(names) == count and names[0] == "s3://bucket/chest/ill/000.png"
+    config = Path("runs/chest-linear-1/config.json").read_text()
+    assert json.loads(config)["view"]["path"].startswith(f"{server.address}/vit-")
+    assert os.environ["FEATURECACHE_STATE"] not in config
+    with machine("third"):  # which has seen nothing of the cache
+        answer = call("predict", "--run", "runs/chest-linear-1", "s3://bucket/chest/ill/000.png")
+        assert answer.exit_code == 0, answer.stderr
+        state = Path(os.environ["FEATURECACHE_STATE"])
+        assert [path.name for path in state.rglob("canary.safetensors")] == ["canary.safetensors"]  # it was compared
+    with machine("fourth"):
+        words = ("runs/chest-linear-1", "--features", "chest", "--cache", server.address)
+        answer = call("evaluate", "--run", *words)
+        assert answer.exit_code == 0 and "was trained on is gone" not in answer.output, answer.stderr
 
 
 @pytest.fixture

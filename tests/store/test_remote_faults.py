@@ -51,6 +51,17 @@ def test_a_shard_that_is_damaged_there_is_refused_by_its_address(server):
     assert call("verify", "--cache", server.address).exit_code == 1
 
 
+def test_verify_reads_what_is_there_and_not_the_copy_of_this_machine(server):
+    """A bit that has flipped on the server's disk: the object's version is the one that is here."""
+    there = mirror.mirror_of(make_remote(server).path)
+    key = key_of(server, "/cls/")
+    server.write(key, flipped(server.objects()[key]))
+    with there._objects() as objects:
+        objects[key.removeprefix("caches/main/")][0] = storage.stat_object(f"s3://{BUCKET}/{key}").version
+    (damage,) = verify(cache_folder(server.address)).damages
+    assert damage.path.name == key.rpartition("/")[2]
+
+
 def test_a_shard_that_came_damaged_is_fetched_once_more(server):
     make_remote(server)
     sent: list[str] = []
