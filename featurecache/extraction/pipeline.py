@@ -7,6 +7,7 @@ one way in which images are read, decoded and resized in threads, also where no 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 
 from featurecache.arithmetic import exact_arithmetic
-from featurecache.errors import UnreadableImage
-from featurecache.extraction.forward import ForwardRunner
+from featurecache.errors import ForwardUnavailable, UnreadableImage
+from featurecache.extraction.forward import ForwardRunner, is_out_of_memory
 from featurecache.extraction.timings import StageTimings
 from featurecache.images import decoding as _images
 from featurecache.images.headers import EncodedImage
@@ -200,7 +201,8 @@ def _why_not_finite(source: str, row: torch.Tensor) -> str:
 def run_local(job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int], Any]) -> None:
     """Compute the units in order and commit their shards. ``advance(images)`` is called after every batch.
 
-    Interrupted (Ctrl-C, or an unreadable image under ``fail_fast``), what was computed is committed first.
+    Interrupted (Ctrl-C, an unreadable image under ``fail_fast``, a device whose memory others took), what was computed
+    is committed first. Raises UnreadableImage, ForwardUnavailable.
     """
     writer = _Writer(job.timings)
     numbers = (int(number) for unit in units for number in unit.rows)
@@ -217,7 +219,7 @@ def run_local(job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int
                 finally:  # also when interrupted: what was computed is kept
                     writer(open_shards[-1].commit)
         writer.finish()
-    except (KeyboardInterrupt, UnreadableImage):
+    except (KeyboardInterrupt, UnreadableImage, ForwardUnavailable):
         writer.finish()
         raise
     finally:
@@ -225,6 +227,20 @@ def run_local(job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int
         writer.close()
         for shards in open_shards:
             shards.discard()
+
+
+@contextlib.contextmanager
+def memory_errors(device: torch.device, batch: int) -> Iterator[None]:
+    """Around what a store's batches need of a device. Raises ForwardUnavailable where it has not the memory for one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ForwardUnavailable(
+            f"{device} has not the memory for batches of {batch}, in which this store computes: free some of it, or "
+            "take another device (--device cpu)."
+        ) from error
 
 
 class Engine(Protocol):
@@ -262,7 +278,11 @@ def _run_unit(
     for batch in _batches(job, unit, images, advance):
         numbers, places, pixels = (list(column) for column in zip(*batch, strict=True))
         stacked = torch.stack(pixels)
-        with job.timings.stage("computing"), job.timings.forward():
+        with (
+            memory_errors(job.timings.device, job.timings.batch),
+            job.timings.stage("computing"),
+            job.timings.forward(),
+        ):
             rows, errors = job.compute(stacked, unit.outputs, dtype, places)
         if job.compute.earlier_s is not None:
             job.timings.correct_last(job.compute.earlier_s)

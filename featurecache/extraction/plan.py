@@ -29,7 +29,6 @@ from featurecache.extraction.processes import processes_for
 from featurecache.extraction.ray_actors import ray_for
 from featurecache.extraction.run import Extraction, ExtractionResult
 from featurecache.extraction.scan import ScanResult, scan
-from featurecache.files.mirror import mirror_of
 from featurecache.files.names import is_file_name
 from featurecache.files.records import ENGINES, WAYS
 from featurecache.formatting import columns, cost_per_image, duration, first_of, shell_word, timed_part
@@ -126,11 +125,6 @@ def prepare(
         )
     dataset = data
     folder = cache_folder(cache)
-    if engine == "ray" and mirror_of(folder):
-        raise BadOption(
-            "--engine ray writes into a folder that all nodes share, and every node has a mirror of its own of an "
-            "address: give --cache a shared folder, and copy it to the address afterwards."
-        )
     secret = load_secret(folder) if hash_ids or hash_groups else None
     if secret:
         dataset = pseudonymise(dataset, secret, ids=hash_ids, groups=hash_groups)

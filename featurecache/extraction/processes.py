@@ -94,6 +94,9 @@ class _Process:
         code = self._process.exitcode or 0
         return WorkerLost(f"process {self._process.pid} ended with {f'signal {-code}' if code < 0 else f'code {code}'}")
 
+    def stop(self) -> None:
+        self._process.terminate()
+
     def close(self) -> None:
         self._closed = True
         if self._process is not None:
@@ -102,11 +105,14 @@ class _Process:
 
 
 def serve(pipe: Connection, setup: WorkerSetup) -> None:
-    """The life of a worker's process: units come, results go, until its parent is gone."""
+    """The life of a worker's process: units come, results go, until its parent is gone, or SIGTERM came: the parent's,
+    or a batch system's to all processes of a job."""
+    stopped = list[int]()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends it
-    worker, units = ShardWorker(), list[ShardPlan]()
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+    worker, units = ShardWorker(lambda: bool(stopped)), list[ShardPlan]()
     try:
-        while True:
+        while not stopped:
             try:
                 given: Any = worker.compute(units) if units else worker.start(setup)
             except Exception:  # a mistake of ours: the parent shows it

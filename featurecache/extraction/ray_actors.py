@@ -7,9 +7,11 @@ lost call to another actor rather than let Ray repeat it on the same one, which 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from featurecache.errors import BadOption, FeatureCacheError
 from featurecache.extraction.pipeline import ExtractionJob, ShardPlan
 from featurecache.extraction.workers import ShardResult, ShardWorker, WorkerLost, WorkerSetup, run_workers
+from featurecache.store.remote_cache import pull
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,11 @@ class RayEngine:
     def run(self, job: ExtractionJob, units: list[ShardPlan], advance: Callable[[int], Any]) -> None:
         import ray
 
-        own = not ray.is_initialized()
+        own, on_sigterm = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
         if own:
             self._connect()
+            with contextlib.suppress(ValueError):  # of a thread: there Ray has set no handler of its own either
+                signal.signal(signal.SIGTERM, on_sigterm)
         try:
             on_gpu = job.compute.device.type == "cuda"
             gpus = float(on_gpu) if self.num_gpus is None else self.num_gpus
@@ -48,6 +53,7 @@ class RayEngine:
             )
             run_workers(job, units, advance, [_Actor(actor, setup) for _ in range(self.actors or _room(needs))])
         finally:
+            pull(job.store.path)  # what other nodes have uploaded
             if own:
                 ray.shutdown()
 
@@ -87,11 +93,19 @@ def _room(needs: dict[str, float]) -> int:
     return room
 
 
+def _is_cancelled() -> bool:
+    """Of the call that this actor computes."""
+    import ray
+
+    return bool(ray.get_runtime_context().is_canceled())
+
+
 class _Actor:
     """A worker in an actor; Ray starts it again when it has died."""
 
     def __init__(self, actor: Any, setup: Any) -> None:
-        self._handle, self._setup = actor.remote(), setup
+        self._handle, self._setup = actor.remote(_is_cancelled), setup
+        self._call: Any = None
 
     def start(self) -> ShardResult | FeatureCacheError:
         return self._answer(self._handle.start, self._setup)
@@ -103,7 +117,8 @@ class _Actor:
         import ray
 
         try:
-            answer: ShardResult | FeatureCacheError | None = ray.get(method.remote(*arguments))
+            self._call = method.remote(*arguments)
+            answer: ShardResult | FeatureCacheError | None = ray.get(self._call)
         except ray.exceptions.RayTaskError:  # a mistake of ours
             raise
         except ray.exceptions.RayError as error:
@@ -112,6 +127,11 @@ class _Actor:
         if answer is None:
             raise WorkerLost("Ray has started it again")
         return answer
+
+    def stop(self) -> None:
+        import ray
+
+        ray.cancel(self._call)
 
     def close(self) -> None:
         import ray

@@ -10,6 +10,7 @@ still to join a cluster, keep nobody waiting.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections import Counter, deque
@@ -26,16 +27,20 @@ from featurecache.arithmetic import exact_arithmetic
 from featurecache.errors import CacheError, Drift, FeatureCacheError, ForwardUnavailable, UnreadableImage, WorkersLost
 from featurecache.extraction.canary import check_canary, load_stored_backbone
 from featurecache.extraction.forward import ForwardRunner
-from featurecache.extraction.pipeline import ExtractionJob, ShardPlan, run_local
+from featurecache.extraction.pipeline import ExtractionJob, ShardPlan, memory_errors, run_local
 from featurecache.extraction.timings import StageTimings
+from featurecache.files.mirror import place_of
+from featurecache.files.storage import is_address
 from featurecache.images.headers import EncodedImage
 from featurecache.outputs import Output
+from featurecache.store.remote_cache import mirrored_cache
 from featurecache.store.shards import Layout, shard_name
 from featurecache.store.store import Store
 
 CALL_SECONDS = 30.0  # of work that a worker is given at a time: between two calls nothing overlaps for about a second
 LEAST_CALLS = 4  # for each worker, so that all come to their end together: shards of few images are cut for it,
 LEAST_SECONDS = 10.0  # but not below so much work, where the speed is known
+FINISH_SECONDS = 20.0  # that workers have to commit what they computed when a run is stopped: SLURM kills after 30
 LOSSES = 3  # of a worker in a row while it starts, or over one call, from which on it is no accident
 
 
@@ -49,6 +54,9 @@ class Worker(Protocol):
     def start(self) -> ShardResult | FeatureCacheError: ...
 
     def compute(self, units: list[ShardPlan]) -> ShardResult | FeatureCacheError: ...
+
+    def stop(self) -> None:
+        """Have the call that is computed end behind its batch: what it computed is committed."""
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -69,6 +77,7 @@ class WorkerSetup:
     """An `ExtractionJob` as it goes to other processes: with the name of its backbone in place of the network."""
 
     folder: str  # in which relative paths begin
+    place: str  # of the store: its address, or its path
     store: Store
     layouts: dict[str, Layout]
     digests: np.ndarray
@@ -91,17 +100,18 @@ class WorkerSetup:
         compute = job.compute
         outputs = tuple(dict.fromkeys(output for unit in units for output in unit.outputs))
         return cls(
-            os.getcwd(), job.store, job.layouts, job.digests, job.notes, job.read, job.make, job.workers, job.threads,
-            job.fail_fast, job.plain, compute.backbone.provenance["request"], outputs, device, compute.batch_size,
-            compute.way, compute.parts,
+            os.getcwd(), place_of(job.store.path), job.store, job.layouts, job.digests, job.notes, job.read, job.make,
+            job.workers, job.threads, job.fail_fast, job.plain, compute.backbone.provenance["request"], outputs, device,
+            compute.batch_size, compute.way, compute.parts,
         )  # fmt: skip
 
 
 class ShardWorker:
     """Computes shards in a process of its own. Errors for users are returned: not every one can be raised anew in
-    another process."""
+    another process. ``stops``: whether it shall end, which is asked behind each batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, stops: Callable[[], bool]) -> None:
+        self._stops = stops
         self._compute: ForwardRunner | None = None
 
     def start(self, setup: WorkerSetup) -> ShardResult | FeatureCacheError:
@@ -109,24 +119,32 @@ class ShardWorker:
         try:
             self._start(setup)
         except (Drift, ForwardUnavailable) as error:
-            return type(error)(f"on {platform.node()}: {error}")
+            return _on_this_machine(error)
         except FeatureCacheError as error:
             return error
         return ShardResult()
 
     def _start(self, setup: WorkerSetup) -> None:
-        if not os.path.isdir(setup.folder) or not (Path(setup.folder) / setup.store.path).is_dir():
+        folder = Path(setup.folder) / setup.store.path
+        if is_address(setup.place):  # another machine has a mirror of its own
+            cache, name = setup.place.rsplit("/", 1)
+            folder = mirrored_cache(cache) / name
+        if not os.path.isdir(setup.folder) or not folder.is_dir():
+            missing = folder if os.path.isdir(setup.folder) else setup.folder
             raise CacheError(
-                f"{platform.node()} has no {Path(setup.folder) / setup.store.path}: the cache and the images have to "
-                "be on a file system that all machines mount at the same place."
+                f"{platform.node()} has no {missing}: the images, and a cache that is no address, have to be on a file "
+                "system that all machines mount at the same place."
             )
         os.chdir(setup.folder)
+        setup = replace(setup, store=replace(setup.store, path=folder))
         device = torch.device(setup.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backbone, precision = load_stored_backbone(setup.store, setup.request), setup.store.spec.precision
-        compute = ForwardRunner(backbone, precision, device, setup.batch_size, setup.way, setup.parts, setup.threads)
-        with exact_arithmetic(setup.threads):
+        with memory_errors(device, setup.batch_size), exact_arithmetic(setup.threads):
+            compute = ForwardRunner(
+                backbone, precision, device, setup.batch_size, setup.way, setup.parts, setup.threads
+            )
             check_canary(setup.store, backbone, compute, setup.outputs, write=False)
         compute.release()
         self._setup, self._compute = setup, compute
@@ -141,17 +159,32 @@ class ShardWorker:
             preprocess=compute.backbone.preprocess, workers=setup.workers, threads=setup.threads,
             fail_fast=setup.fail_fast, plain=setup.plain,
         )  # fmt: skip
+        images = sum(len(unit.rows) for unit in units)
         try:
-            run_local(job, [unit for unit in units if not self._is_committed(unit)], str)
+            run_local(job, [unit for unit in units if not self._is_committed(unit)], self._end_if_stopped)
         except UnreadableImage:  # what was computed is committed; the failure says the rest
             assert job.failures
+        except KeyboardInterrupt:  # the same
+            images = job.timings.images
+        except ForwardUnavailable as error:
+            return _on_this_machine(error)
         except FeatureCacheError as error:
             return error
-        return ShardResult(job.failures, job.written, job.timings.finish(), sum(len(unit.rows) for unit in units))
+        return ShardResult(job.failures, job.written, job.timings.finish(), images)
+
+    def _end_if_stopped(self, images: int) -> None:
+        if self._stops():
+            raise KeyboardInterrupt
 
     def _is_committed(self, unit: ShardPlan) -> bool:
         name = f"{shard_name(self._setup.digests[unit.rows])}.h5"
         return all((self._setup.store.folder(output.name) / name).exists() for output in unit.outputs)
+
+
+def _on_this_machine(error: FeatureCacheError) -> FeatureCacheError:
+    """``error`` with the machine's name; of a device without memory with what is different for workers."""
+    fewer = " Where several workers share it, --actors takes fewer." if error.__cause__ is not None else ""
+    return type(error)(f"on {platform.node()}: {error}{fewer}")
 
 
 def calls_of(
@@ -185,8 +218,11 @@ def run_workers(
     """Have the workers compute the units; ``job`` gets what they found, ``advance(images)`` is called after each call.
 
     Raises WorkersLost, UnreadableImage under ``fail_fast``, and what a worker could not do. They are ended on the way
-    out; interrupted, so is what they were computing.
+    out; interrupted, they commit first what they have computed, unless that takes longer than ``FINISH_SECONDS`` or the
+    next interrupt comes.
     """
+    if job.compute.device.type == "cuda":  # one of them is on the GPU on which this process found the batch that fits
+        torch.cuda.empty_cache()
     todo = deque(calls_of(units, job.images_per_s, job.compute.batch_size, len(workers)))
     losses: Counter[int] = Counter()  # of a call, by its first image; of a worker's starts, by -1 − its number
     pool, idle = ThreadPoolExecutor(len(workers), "worker"), list[Worker]()
@@ -210,6 +246,14 @@ def run_workers(
             while idle and todo:
                 worker, call = idle.pop(), todo.popleft()
                 waiting[pool.submit(worker.compute, call)] = worker, call
+    except KeyboardInterrupt:
+        calls = {future: worker for future, (worker, call) in waiting.items() if call}
+        for worker in calls.values():
+            worker.stop()
+        for future in wait(calls, FINISH_SECONDS).done:
+            with contextlib.suppress(WorkerLost, FeatureCacheError):
+                _merge(job, future.result(), advance)
+        raise
     finally:
         for worker in workers:
             worker.close()

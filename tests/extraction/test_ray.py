@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.object_storage import Server, copied, machine
 from support.pictures import image_folder
 from support.worker_nets import (
     BACKBONE,
@@ -21,6 +23,7 @@ from support.worker_nets import (
     computed_by,
     kill_a_worker,
     meanwhile,
+    passes_by,
     shard_bytes,
     wait_until,
     write_slow_net,
@@ -30,6 +33,7 @@ import featurecache
 from featurecache.errors import BadOption
 from featurecache.extraction import ray_actors
 from featurecache.extraction.pipeline import ShardPlan
+from featurecache.maintenance.verify import verify
 from featurecache.store import store
 
 TESTS = Path(__file__).parents[1]
@@ -78,11 +82,11 @@ def test_two_actors_write_the_bytes_of_one_process_though_one_is_killed(cluster:
 
 
 @contextmanager
-def driver(cluster: Any, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The command in a process of its own, in shards of two images; what it prints comes into the file ``said``."""
-    code = "from featurecache.store import store; store.SHARD_ROWS = 2; import cli; cli.main()"
+def driver(cluster: Any, *options: str, rows: int = 2, cache: str = "c") -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process of its own, in shards of ``rows`` images; what it prints is in the file ``said``."""
+    code = f"from featurecache.store import store; store.SHARD_ROWS = {rows}; import cli; cli.main()"
     words = ["--backbone", BACKBONE["backbone"], "--random-weights", "--outputs", "gap", "--batch-size", "2"]
-    command = [sys.executable, "-c", code, "extract", "--data", "data", *words, "--cache", "c", "--engine", "ray"]
+    command = [sys.executable, "-c", code, "extract", "--data", "data", *words, "--cache", cache, "--engine", "ray"]
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     with open("said", "w") as said:
         running = subprocess.Popen(
@@ -111,6 +115,23 @@ def test_a_killed_driver_is_started_again_and_its_shards_are_kept(cluster: Any, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_stopped_actors_commit_what_they_have_computed(cluster: Any, here: Path, number: int, code: int) -> None:
+    """In the midst of a call of four batches."""
+    write_slow_net(0.3)
+    image_folder(here / "data", 64)
+    with driver(cluster, rows=8) as running:
+        wait_until(lambda: shard_bytes("c"))
+        before = passes_by(running.pid)
+        wait_until(lambda: sum(passes_by(running.pid)[each] >= before[each] + 3 for each in before) == 2)
+        committed = 8 * len(shard_bytes("c"))
+        running.send_signal(number)
+        assert running.wait(timeout=60) == code
+    (last,) = [line for line in Path("said").read_text().splitlines() if line.startswith("stopped. ")]
+    assert int(last.split()[1]) > committed and list(Path("c").rglob("*.tmp")) == []
+
+
+@pytest.mark.slow
 def test_a_node_that_joins_computes_too_and_one_that_leaves_ends_nothing(cluster: Any, here: Path) -> None:
     write_slow_net(1.0)
     image_folder(here / "data", 120)
@@ -123,6 +144,29 @@ def test_a_node_that_joins_computes_too_and_one_that_leaves_ends_nothing(cluster
         assert running.wait() == 0
     assert "120 images, 120 computed in" in Path("said").read_text()
     assert len(featurecache.open_view("data", "c").tensor("gap")) == 120
+
+
+@pytest.mark.slow
+def test_nodes_with_mirrors_of_their_own_fill_a_cache_in_object_storage(here: Path, server: Server) -> None:
+    """The actors see another state folder than the driver, as on another machine."""
+    from ray.cluster_utils import Cluster
+
+    write_slow_net(0)
+    one = featurecache.extract(image_folder(here / "data", 14), cache="one", **BACKBONE)
+    with machine("node"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), str(TESTS.parent)]))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 100 << 20})
+        mirrors = Path(os.environ["FEATURECACHE_STATE"]) / "remote"
+    try:
+        with driver(nodes, cache=server.address) as running:
+            assert running.wait() == 0, Path("said").read_text()
+    finally:
+        nodes.shutdown()
+    assert "14 computed in" in Path("said").read_text() and len(list(mirrors.glob("*/main/*/gap/*.h5"))) == 7
+    assert verify(copied(server, here / "copy")).damages == ()
+    there = featurecache.open_view("data", server.address)
+    assert torch.equal(there.tensor("gap"), featurecache.open_view(one.view).tensor("gap"))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from support.pictures import image_folder
 from support.worker_nets import wait_until
 
 import featurecache
-from featurecache.errors import BadOption, CacheError, Stopped, StorageError
+from featurecache.errors import CacheError, Stopped, StorageError
 from featurecache.extraction import plan, run
 from featurecache.extraction.forward import ForwardRunner
 from featurecache.files import storage
@@ -232,8 +232,3 @@ def test_processes_that_are_killed_and_two_at_once(server, home, tmp_path, forks
     cache = copied(server, tmp_path / "copy")
     assert set(featurecache.open_view("set", cache).outputs) == {"cls", "mean", "tokens"}
     assert verify(cache).damages == ()
-
-
-def test_ray_is_refused_where_each_node_has_a_mirror_of_its_own(server, home):
-    with pytest.raises(BadOption, match="give --cache a shared folder"):
-        extract(home, server.address, engine="ray")

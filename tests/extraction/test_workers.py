@@ -7,7 +7,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +19,31 @@ import numpy as np
 import pytest
 import torch
 from support.pictures import image_folder
-from support.worker_nets import BACKBONE, computed_by, kill_a_worker, meanwhile, shard_bytes, wait_until, write_slow_net
+from support.user_nets import CNN
+from support.worker_nets import (
+    BACKBONE,
+    computed_by,
+    kill_a_worker,
+    meanwhile,
+    passes_by,
+    shard_bytes,
+    wait_until,
+    write_slow_net,
+)
 
 import featurecache
-from featurecache.errors import BadOption, CacheError, Drift, FeatureCacheError, UnreadableImage, WorkersLost
-from featurecache.extraction import plan, workers
+from featurecache.errors import (
+    BadOption,
+    CacheError,
+    Drift,
+    FeatureCacheError,
+    ForwardUnavailable,
+    UnreadableImage,
+    WorkersLost,
+)
+from featurecache.extraction import pipeline, plan, workers
+from featurecache.extraction.canary import PROBES
+from featurecache.extraction.forward import ForwardRunner
 from featurecache.extraction.pipeline import ShardPlan
 from featurecache.extraction.workers import ShardResult, WorkerLost, calls_of, run_workers
 from featurecache.sources import open_source
@@ -36,7 +59,7 @@ def job(images: int, rate: float | None = None, batch: int = 1) -> Any:
     """As much of a job as dealing out its shards needs."""
     timings = SimpleNamespace(add=lambda other: None)
     digests = np.array([f"{k:032x}" for k in range(images)], "S32")
-    compute = SimpleNamespace(batch_size=batch)
+    compute = SimpleNamespace(batch_size=batch, device=torch.device("cpu"))
     return SimpleNamespace(
         digests=digests, images_per_s=rate, compute=compute, failures={}, written=[], timings=timings, fail_fast=False
     )
@@ -69,8 +92,27 @@ class Fake:
         self.calls.append(given)
         return self.answer or ShardResult(timings=object(), images=sum(len(unit.rows) for unit in given))  # type: ignore[arg-type]
 
+    def stop(self) -> None:
+        self.stopped = True
+
     def close(self) -> None:
         self.closed = True
+
+
+class Busy(Fake):
+    """A worker whose call ends ``takes`` seconds after it was stopped."""
+
+    def __init__(self, takes: float) -> None:
+        super().__init__()
+        self.takes, self.stopped = takes, False
+
+    def compute(self, given: list[ShardPlan]) -> Any:
+        while not (self.stopped or self.closed):
+            time.sleep(0.001)
+        end = time.monotonic() + self.takes
+        while not self.closed and time.monotonic() < end:
+            time.sleep(0.001)
+        return super().compute(given)
 
 
 def rows_of(*fakes: Fake) -> list[int]:
@@ -82,6 +124,14 @@ def test_10_000_shards_are_dealt_out_a_few_at_a_time() -> None:
     run_workers(job(10_000), units(*[1] * 10_000), done.append, fakes)
     assert rows_of(*fakes) == list(range(10_000)) and sum(done) == 10_000
     assert Fake.most <= 4 and all(fake.closed for fake in fakes)
+
+
+def test_a_gpu_is_left_to_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, worker, freed = job(9), Fake(), list[int]()
+    given.compute.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(worker.started))
+    run_workers(given, units(*[1] * 9), str, [worker])
+    assert freed == [0] and worker.started == 1
 
 
 def test_a_call_is_half_a_minute_of_work_and_no_long_shard_holds_up_the_end() -> None:
@@ -106,6 +156,36 @@ def test_a_worker_that_is_not_there_yet_keeps_nobody_waiting() -> None:
 def test_images_that_end_every_worker_are_named() -> None:
     with pytest.raises(WorkersLost, match=r"3 workers ended over the same 2 images \(killed\).*0000 to 0{31}1\."):
         run_workers(job(2, batch=2), units(2), str, [Fake(lost=9), Fake(lost=9)])
+
+
+@contextmanager
+def interrupts(*after: float) -> Iterator[None]:
+    """Ctrl-C for this process, so many seconds after each other."""
+
+    def send() -> None:
+        for seconds in after:
+            time.sleep(seconds)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("takes", "most", "interrupted", "done"), [(0.1, 1.0, [0.2], 1), (9.0, 0.2, [0.2], 0), (9.0, 20.0, [0.2, 0.2], 0)]
+)
+def test_interrupted_workers_have_a_while_to_finish_and_a_second_one_ends_them(
+    takes: float, most: float, interrupted: list[float], done: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the two calls in flight one is whole in time, unless the time is short or somebody has none."""
+    monkeypatch.setattr(workers, "FINISH_SECONDS", most)
+    fakes, advanced, start = [Busy(takes), Busy(9.0)], list[int](), time.monotonic()
+    with pytest.raises(KeyboardInterrupt), interrupts(*interrupted):
+        run_workers(job(9), units(*[1] * 9), advanced.append, fakes)
+    assert len(advanced) == done and time.monotonic() - start < 5
+    assert all(fake.stopped and fake.closed for fake in fakes)
 
 
 def test_what_a_worker_finds_wrong_ends_the_run() -> None:
@@ -171,6 +251,16 @@ def test_sources_that_hold_locks_and_open_files_go_to_other_processes(tmp_path: 
         assert [np.array_equal(pickle.loads(carried).read(k), source.images.read(k)) for k in range(4)] == [True] * 4
 
 
+def started(*words: str, rows: int) -> subprocess.Popen[str]:
+    """The command in a process of its own, in shards of so many ``rows``."""
+    small = f"from featurecache.store import store; store.SHARD_ROWS = {rows}"
+    command = [sys.executable, "-c", f"{small}\nimport cli\nif __name__ == '__main__': cli.main()"]
+    net = "--backbone", BACKBONE["backbone"], "--random-weights", "--outputs", "gap", "--batch-size", "2"
+    command += ["extract", "--data", "data", *net, "--cache", "c", "--forward", "library", *words]
+    environment = {**os.environ, "PYTHONPATH": str(Path(featurecache.__file__).parents[1])}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "SHARD_ROWS", 2)
@@ -200,12 +290,7 @@ def test_two_processes_write_the_bytes_of_one_though_one_is_killed(here: Path) -
 def test_a_killed_parent_leaves_no_process_and_is_continued(here: Path) -> None:
     write_slow_net(0.3)
     image_folder(here / "data", 16)
-    words = "data", "--backbone", BACKBONE["backbone"], "--random-weights", "--outputs", "gap", "--batch-size", "2"
-    small = "from featurecache.store import store; store.SHARD_ROWS = 2"
-    command = [sys.executable, "-c", f"{small}\nimport cli\nif __name__ == '__main__': cli.main()"]
-    command += ["extract", "--data", *words, "--cache", "c", "--engine", "processes", "--actors", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(featurecache.__file__).parents[1])}
-    running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    running = started("--engine", "processes", "--actors", "2", rows=2)
     wait_until(lambda: len(shard_bytes("c")) > 1)
     running.send_signal(signal.SIGKILL)
     running.communicate()
@@ -218,6 +303,75 @@ def test_a_killed_parent_leaves_no_process_and_is_continued(here: Path) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_stopped_processes_commit_what_they_have_computed(here: Path, number: int, code: int) -> None:
+    """In the midst of a call of four batches."""
+    write_slow_net(0.3)
+    image_folder(here / "data", 64)
+    running = started("--engine", "processes", "--actors", "2", rows=8)
+    wait_until(lambda: shard_bytes("c"))
+    before = passes_by(running.pid)
+    wait_until(lambda: sum(passes_by(running.pid)[each] >= before[each] + 3 for each in before) == 2)
+    committed = 8 * len(shard_bytes("c"))
+    running.send_signal(number)
+    _, said = running.communicate(timeout=60)
+    last = said.splitlines()[-1]
+    assert running.returncode == code and last.startswith("stopped. "), said
+    assert int(last.split()[1]) > committed and "the same command continues" in last
+    assert not any(Path(f"/proc/{pid}").exists() for pid in computed_by()) and list(Path("c").rglob("*.tmp")) == []
+    Path("seconds").write_text("0")
+    result = featurecache.extract("data", cache="c", forward="library", **BACKBONE)
+    assert result.computed == 64 - int(last.split()[1])
+
+
+FULL = """
+        import os
+        from pathlib import Path
+        if len(x) == 4 and os.getpid() != int(Path("driver").read_text()):
+            with open(f"full-{os.getpid()}", "a") as log:
+                log.write("x")
+            if Path(f"full-{os.getpid()}").stat().st_size > int(Path("passes").read_text()):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize(("passes", "committed"), [(0, 0), (3, 2)])
+def test_a_worker_whose_device_is_full_says_what_to_type(here: Path, passes: int, committed: int) -> None:
+    """While it compares the probe images, and behind two shards."""
+    Path("nets.py").write_text(CNN.replace("    def forward(self, x):\n", f"    def forward(self, x):{FULL}"))
+    Path("driver").write_text(str(os.getpid()))
+    Path("passes").write_text(str(passes))
+    words = r"on .+: cpu has not the memory for batches of 4, in which this store computes.*--actors takes fewer\."
+    with pytest.raises(ForwardUnavailable, match=words):
+        featurecache.extract(
+            image_folder(here / "data", 16), cache="c", engine="processes", actors=1, **{**BACKBONE, "batch_size": 4}
+        )
+    assert len(shard_bytes("c")) == committed
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_device_that_is_full_halfway_costs_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_slow_net(0)
+    given, call = list[int](), ForwardRunner.__call__
+
+    def full(*words: Any, **options: Any) -> Any:
+        given.append(1)
+        if len(given) == 5:
+            raise RuntimeError("MPS backend out of memory")
+        return call(*words, **options)
+
+    monkeypatch.setattr(ForwardRunner, "__call__", full)
+    monkeypatch.setattr(pipeline, "push_shard", lambda path: time.sleep(0.5))  # the writer is behind
+    prepared = plan.prepare(image_folder(here / "data", 16), cache="c", forward="library", **BACKBONE)
+    with pytest.raises(ForwardUnavailable, match=r"cpu has not the memory for batches of 2.*--device cpu"):
+        prepared.run()
+    probes = -(-len(PROBES) // 2)
+    assert len(shard_bytes("c")) == 4 - probes
+
+
+@pytest.mark.integration
 def test_a_worker_whose_backbone_is_another_writes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_slow_net(0)
     prepared = plan.prepare(image_folder(here / "data", 4), cache="c", engine="processes", actors=1, **BACKBONE)
@@ -225,14 +379,14 @@ def test_a_worker_whose_backbone_is_another_writes_nothing(here: Path, monkeypat
     setup: list[workers.WorkerSetup] = []
     monkeypatch.setattr(workers.WorkerSetup, "of", lambda *words: setup.append(of(*words)) or setup[0])
     prepared.run()
-    assert isinstance(workers.ShardWorker().start(setup[0]), ShardResult)
+    assert isinstance(workers.ShardWorker(bool).start(setup[0]), ShardResult)
     write_slow_net(0)
     with open("nets.py", "a") as module:
         module.write("# edited\n")
-    answer = workers.ShardWorker().start(setup[0])
+    answer = workers.ShardWorker(bool).start(setup[0])
     assert isinstance(answer, FeatureCacheError) and "is not the backbone" in str(answer)
     os.rename("c", "moved")
-    answer = workers.ShardWorker().start(setup[0])
+    answer = workers.ShardWorker(bool).start(setup[0])
     assert isinstance(answer, CacheError) and "a file system that all machines mount" in str(answer)
 
 
@@ -240,7 +394,7 @@ def test_what_a_worker_has_committed_is_not_computed_again(tmp_path: Path) -> No
     digests = np.array([f"{k:032x}" for k in range(4)], "S32")
     (tmp_path / "cls").mkdir()
     (tmp_path / "cls" / f"{workers.shard_name(digests[:2])}.h5").touch()
-    worker: Any = workers.ShardWorker()
+    worker: Any = workers.ShardWorker(bool)
     assert worker.compute([]) is None  # not started yet
     worker._setup = SimpleNamespace(digests=digests, store=SimpleNamespace(folder=lambda output: tmp_path / output))
     cls = SimpleNamespace(name="cls")

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,13 @@ def computed_by() -> set[int]:
     """Processes other than this one that have computed."""
     log = Path("computed")
     return {int(line) for line in log.read_text().split()} - {os.getpid()} if log.exists() else set()
+
+
+def passes_by(driver: int) -> Counter[int]:
+    """Passes that each process other than the driver has begun."""
+    log = Path("computed")
+    lines = log.read_text().split() if log.exists() else []
+    return Counter(int(line) for line in lines if int(line) != driver)
 
 
 def shard_bytes(cache: str | Path) -> dict[str, bytes]:
@@ -76,6 +84,8 @@ def kill_a_worker() -> None:
 
 class CountingWorker:
     """In the place of a `ShardWorker`: notes the rows it is given, in the folder that is its setup."""
+
+    def __init__(self, stops: Callable[[], bool]) -> None: ...
 
     def start(self, folder: str) -> ShardResult:
         self._file = Path(folder) / f"rows-{os.getpid()}"
