@@ -1,10 +1,11 @@
 """Training heads, beside the plain way to train each and the machine's own products.
 
-    python benchmarks/heads.py [--rounds 5] [--only large,many,linear]
+    python benchmarks/heads.py [--rounds 5] [--only large,many,linear,switch]
 
 Every line is measured in one run, interleaved; medians of the rounds, as ratios. ``large``: one epoch of N × 197 × 768
 float16 from a view, batch 32, beside a DataLoader over h5py rows with the article's module; then 16 heads on shared
 batches, beside one after another in memory. ``linear``: 10,000 × 768, six classes, batch 256.
+``switch``: heads, ridge and fine-tuning with float32 products by oneDNN, beside the same without.
 """
 
 # ruff: noqa: E402  this folder has to leave sys.path first
@@ -31,8 +32,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, in wh
 
 from benchmarks.reading import token_view
 from heads.models.catalogue import make_head
+from heads.models.solvers import ridge
 from heads.settings import Settings
 from heads.task import SplitData, load_features
+from heads.training import engine
 from heads.training.batches import CrossEntropy, PlainBatches
 from heads.training.engine import arithmetic_for, make_trainer, run_epoch, work_of_a_step
 
@@ -188,6 +191,54 @@ def linear(rounds: int) -> None:
     show("one linear head, 10 epochs of 10,000 × 768, 6 classes, batch 256", measure(ways, rounds))
 
 
+def without_switch(way: Callable[[], object]) -> None:
+    """The same with float32 products by the library, wherever training would give them to oneDNN."""
+    exact, engine.onednn_is_exact = engine.onednn_is_exact, lambda: False
+    try:
+        way()
+    finally:
+        engine.onednn_is_exact = exact
+
+
+def tuned(images: torch.Tensor, lora: int | None) -> Callable[[], object]:
+    """A step of fine-tuning a ViT-B/16, whole or by LoRA."""
+    from featurecache.backbones import load_backbone
+    from heads.models.adapters import add_lora
+
+    model = load_backbone("torchvision:vit_b_16", random_weights=True).model.requires_grad_(lora is None)
+    if lora:
+        add_lora(model, lora)
+    head, trained = nn.Linear(768, 2), [each for each in model.parameters() if each.requires_grad]
+
+    def step() -> None:
+        with arithmetic_for(math.inf):
+            loss = head(model(images, {"tokens"})["tokens"][:, 0]).square().mean()
+            torch.autograd.grad(loss, trained, allow_unused=True)
+
+    return step
+
+
+def solved(features: SplitData) -> None:
+    with arithmetic_for(math.inf):
+        ridge(features.x, features.y.numpy(), "multiclass", 6, print)
+
+
+def switch(rounds: int, rows: int) -> None:
+    """Heads with their products by oneDNN, beside the same without."""
+    y, images = torch.arange(rows) % 2, torch.randn(8, 3, 224, 224)
+    tokens, wide = SplitData(torch.randn(rows, 197, 768).half(), y), vectors()
+    ways = {
+        f"attention, an epoch of {rows} × 197 × 768": partial(ours, "attention", 1, tokens, (197, 768), 2, 32),
+        "mlp, an epoch of 10,000 × 768, batch 256": partial(ours, "mlp", 1, wide, (768,), 6, 256),
+        "16 mlp": partial(ours, "mlp", 16, wide, (768,), 6, 256),
+        "ridge on 10,000 × 768": partial(solved, wide),
+        "fine-tuning ViT-B/16, 8 images": tuned(images, None),
+        "the same by LoRA of rank 8": tuned(images, 8),
+    }
+    for name, way in ways.items():
+        show(name, measure({"by the library": partial(without_switch, way), "by oneDNN": way}, rounds))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -195,8 +246,10 @@ def main() -> None:
     parser.add_argument("--only", default="large,many,linear")
     given = parser.parse_args()
     for name in given.only.split(","):
-        {"large": lambda: large(given.rounds, given.rows), "many": lambda: many(given.rounds),
-         "linear": lambda: linear(given.rounds)}[name]()  # fmt: skip
+        {
+            "large": partial(large, given.rounds, given.rows), "many": partial(many, given.rounds),
+            "linear": partial(linear, given.rounds), "switch": partial(switch, given.rounds, given.rows),
+        }[name]()  # fmt: skip
 
 
 if __name__ == "__main__":
