@@ -4,7 +4,7 @@
       sweep.json        its options, and which images, labels and splits it is about
       rows.jsonl        a line for every finished head
       heads/<name>/     run folders: of each family the chosen setting, one for every seed, repeat and fold
-      search.db         with --search optuna: its trials
+      search.jsonl      with --search optuna: a line for every batch of trials
       report.html …     written by the command
 
 A killed sweep continues where it was; the same one with more options computes only what is new. Another sweep, of other

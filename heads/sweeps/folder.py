@@ -26,13 +26,12 @@ from heads.runs.folder import FORMAT, check_listed, is_leftover, read_whole_tens
 from heads.runs.records import NEEDED
 from heads.runs.run import Run, hash_of, load_run
 from heads.runs.write import RunContents, check_out
-from heads.sweeps.journal import RECORD, ROWS, read_journal, read_sweep_record
+from heads.sweeps.journal import RECORD, ROWS, SEARCH, read_journal, read_sweep_record
 from heads.sweeps.plan import SweepPlan, family_text
 from heads.task import clusters_of
 from heads.training.job import TrainingJob
 
 STAGED = ".unchosen"
-STORAGE = "search.db"  # what a search went through
 
 
 class StagedRuns:
@@ -88,11 +87,6 @@ def open_sweep(out: str | Path | None, plan: SweepPlan) -> Path:
         record = read_sweep_record(folder)
         if difference := _difference(record["frame"], frame):
             raise RunError(f"{folder} holds a sweep {difference}. Its numbers would not compare; give another --out.")
-        hashed = record.get("files", {}).get(STORAGE)
-        if hashed and (folder / STORAGE).is_file() and hash_file(folder / STORAGE) != hashed:
-            raise RunError(
-                f"{folder / STORAGE} is damaged. Delete it: finished heads stay, the search goes through them again."
-            )
         names, views = record["views"], plan.matched.views
         plan.families = [replace(f, view=names.get(views[f.number].fingerprint, f.view)) for f in plan.families]
         plan.ram = record["ram"] if plan.spec.base.ram is None else plan.ram
@@ -152,7 +146,7 @@ def write_sweep(folder: Path, plan: SweepPlan) -> None:
 
 def seal_sweep(folder: Path) -> None:
     """All that was asked is there: the record lists the rows, and what a search went through, by their hashes."""
-    there = [name for name in (ROWS, STORAGE) if (folder / name).is_file()]
+    there = [name for name in (ROWS, SEARCH) if (folder / name).is_file()]
     write_record(folder / RECORD, read_sweep_record(folder), {name: hash_file(folder / name) for name in there})
 
 

@@ -1,7 +1,7 @@
 """Journal of a resumable folder: append-only rows of finished heads, and the record of a sweep.
 
-A killed command goes on where its journal ends; studies keep their steps in one, too. Nothing here loads torch: `ls`
-and `verify` read journals.
+A killed command goes on where its journal ends; searches keep their batches in one, studies their steps. Nothing here
+loads torch: `ls` and `verify` read journals.
 
 Rows that belong together (heads that were trained together) come in one write and carry ``together``: [place, number].
 After a kill, what does not end with the last line of a complete set is as if it had never been written, so heads are
@@ -25,7 +25,7 @@ from heads.evaluation.selection import Row
 from heads.runs.folder import read_checked_record
 from heads.settings import METRICS
 
-RECORD, ROWS = "sweep.json", "rows.jsonl"
+RECORD, ROWS, SEARCH = "sweep.json", "rows.jsonl", "search.jsonl"
 MOST = 1 << 31  # bytes of a journal
 COLUMNS: dict[str, type] = {
     "key": str, "view": str, "output": str, "head": str, "fraction": float, "repeat": int, "settings": dict,

@@ -1,30 +1,33 @@
 """``--search optuna``: settings proposed by a tree-structured Parzen estimator (Bergstra et al. 2011), not by a grid.
 
-A study for each family, in SQLite in the sweep folder; what it makes best is the criterion on val, averaged over seeds
-and draws. Trials come in batches, whose heads are trained together. A batch is written down before it is trained, and
-what it is proposed from is nothing but the trials before it (the sampler of trial n has the seed n): a search that was
-killed goes on exactly as it would have.
+A study for each family; what it makes best is the criterion on val, averaged over seeds and draws. Trials come in
+batches, whose heads are trained together. A batch is a line of a journal before it is trained, its results are those of
+the rows of the sweep, and what it is proposed from is nothing but the trials before it (the sampler of trial n has the
+seed n): a search that was killed goes on exactly as it would have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featurecache.errors import BadOption, RunError
+from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
 from heads.runs.run import hash_of
 from heads.settings import METRICS
-from heads.sweeps.folder import STORAGE
 from heads.sweeps.grid import DIGITS, Range
+from heads.sweeps.journal import SEARCH, JournalFile
 from heads.sweeps.plan import PlannedFamily, SweepPlan, has_option
 
 if TYPE_CHECKING:
     from optuna import Study
 
 BATCH = 8  # trials whose heads are trained together; proposed without each other's results
+COLUMNS: dict[str, type] = {
+    "key": str,
+    "proposed": list,
+}  # of the journal: a study with the first trial of a batch, its settings
 OWN = ("dropout", "augment")  # options that not every head has
 Values = dict[str, Any]
 Train = Callable[[Sequence[Values]], Sequence[float | None]]  # settings -> criterion of each; None: a head of it failed
@@ -46,57 +49,39 @@ def check_search(plan: SweepPlan) -> None:
 
 
 def search(plan: SweepPlan, family: PlannedFamily, folder: Path, train: Train) -> None:
-    """Run the trials of a family that are still to be run. Of those before, ``train`` is asked too, which knows them by
-    the rows of the journal: SQLite has no checksums, and a trial that holds something else is refused."""
-    spec, space = plan.spec, _space(family, plan.spec.grid)
+    """Run the trials of a family. Of those before, ``train`` is asked too, which knows them by the rows of the sweep.
+    Raises RunError where the journal of batches is damaged."""
+    import optuna
+
+    spec, space, select = plan.spec, _space(family, plan.spec.grid), plan.spec.base.select
     assert spec.trials is not None and space
     fixed = {name: values[0] for name, values in spec.grid.items() if name not in space and isinstance(values, tuple)}
-    with _study(plan, family, folder, space) as study:
-        before, start = study.get_trials(deepcopy=False), 0
-        while start < spec.trials:
-            proposed = _batch(study, space, start, spec.trials)
-            results = train([fixed | values for values in proposed])
-            for number, (values, result) in enumerate(zip(proposed, results, strict=True), start):
-                if number >= len(before):
-                    _tell(study, space, values, result)
-                elif (before[number].params, before[number].value) != (values, result):
-                    raise _damaged(folder / STORAGE)
-            start += len(proposed)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    highest = select != "loss" and METRICS[select].higher
+    study = optuna.create_study(direction="maximize" if highest else "minimize")
+    batches, name, start = JournalFile(folder / SEARCH, COLUMNS), _study_name(plan, family, space), 0
+    while start < spec.trials:
+        key = f"{name} {start}"
+        if key not in batches.by_key:
+            proposed = _proposed(study, space, start, min(BATCH, spec.trials - start))
+            batches.append([{"key": key, "proposed": proposed}])
+        proposed = batches.by_key[key]["proposed"]
+        for values, result in zip(proposed, train([fixed | values for values in proposed]), strict=True):
+            _tell(study, space, values, result)
+        start += len(proposed)
+
+
+def _study_name(plan: SweepPlan, family: PlannedFamily, space: dict[str, Any]) -> str:
+    """Another one where anything but the number of trials is other."""
+    shared = {k: value for k, value in plan.spec.to_dict().items() if k not in ("heads", "outputs", "trials")}
+    shared |= {"fractions": None, "space": {name: repr(values) for name, values in space.items()}, "grid": None}
+    return f"{family} {hash_of(canonical_json(shared))}"
 
 
 def _space(family: PlannedFamily, grid: dict[str, Any]) -> dict[str, Any]:
     """What is searched: the options with several values, of those that mean something to the head."""
     several = {name: values for name, values in grid.items() if isinstance(values, Range) or len(values) > 1}
     return {name: values for name, values in several.items() if name not in OWN or has_option(family.head, name)}
-
-
-@contextmanager
-def _study(plan: SweepPlan, family: PlannedFamily, folder: Path, space: dict[str, Any]) -> Iterator[Study]:
-    """The study of a family in the sweep's storage: another one where anything but the number of trials is other."""
-    import optuna
-    from sqlalchemy.exc import SQLAlchemyError
-
-    path, select = folder / STORAGE, plan.spec.base.select
-    shared = {k: value for k, value in plan.spec.to_dict().items() if k not in ("heads", "outputs", "trials")}
-    shared |= {"fractions": None, "space": {name: repr(values) for name, values in space.items()}, "grid": None}
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        storage = optuna.storages.RDBStorage(f"sqlite:///{path.resolve()}")
-        study = optuna.create_study(
-            storage=storage, study_name=f"{family} {hash_of(canonical_json(shared))}", load_if_exists=True,
-            direction="maximize" if select != "loss" and METRICS[select].higher else "minimize",
-        )  # fmt: skip
-    except (SQLAlchemyError, ValueError) as error:
-        raise _damaged(path) from error
-    try:
-        yield study
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-def _damaged(path: Path) -> RunError:
-    return RunError(f"{path} is damaged. Delete it: finished heads stay, and the search goes through them again.")
 
 
 def _distributions(space: dict[str, Any]) -> dict[str, Any]:
@@ -113,17 +98,8 @@ def _distributions(space: dict[str, Any]) -> dict[str, Any]:
     return {name: of(values) for name, values in space.items()}
 
 
-def _batch(study: Study, space: dict[str, Any], start: int, trials: int) -> list[Values]:
-    """The settings of the batch that begins with this trial: as written down, or proposed now."""
-    proposed: list[Values] | None = study.user_attrs.get(f"batch {start}")
-    if proposed is None:
-        proposed = _proposed(study, space, start, min(BATCH, trials - start))
-        study.set_user_attr(f"batch {start}", proposed)
-    return proposed
-
-
 def _proposed(study: Study, space: dict[str, Any], done: int, count: int) -> list[Values]:
-    """Asked of a copy in memory, so that the storage never holds a trial without its result."""
+    """Asked of a copy, so that the study never holds a trial without its result."""
     import optuna
 
     copy = optuna.create_study(direction=study.direction)

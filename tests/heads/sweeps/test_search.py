@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
+import re
 import sys
-from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from support.sweeps import content, sweep, trained, view_of
 from featurecache.errors import BadOption, RunError, Stopped
 from heads.sweeps import search
 from heads.sweeps.folder import load_sweep
+from heads.sweeps.verify import verify_runs
 
 SEARCH = {"lr": "1e-4..1e-1", "search": "optuna", "epochs": 1}
 
@@ -80,20 +81,30 @@ def test_a_search_never_looks_at_test():
     assert chosen[0] == chosen[1]
 
 
-def test_a_damaged_storage_says_what_to_delete():
-    result = sweep(view_of(), trials=2, **SEARCH)
-    (result.path / "search.db").write_bytes(b"x" * 5000)
-    with pytest.raises(RunError, match="Delete it"):
-        sweep(view_of(), trials=3, **SEARCH)
-
-
-@pytest.mark.parametrize("change", ["trial_values SET value = value - 0.1", "trial_params SET param_value = 0.07"])
-def test_a_trial_that_is_not_what_its_heads_gave_is_refused(change):
-    sweep(view_of(), **SEARCH, trials=3)
-    with closing(sqlite3.connect("s/search.db")) as storage, storage:
-        storage.execute(f"UPDATE {change} WHERE trial_id = 2")
-    with pytest.raises(RunError, match=r"search\.db is damaged\. Delete it"):
-        sweep(view_of(), **SEARCH, trials=5)
+@pytest.mark.parametrize("place", [3, 40, -3])
+def test_a_flipped_bit_in_the_batches_of_an_unfinished_search_is_named_and_costs_that_line(place):
+    """By ``verify`` and when the command is typed again; heads stay, and the search ends as it would have."""
+    options = {**SEARCH, "trials": 18}
+    sweep(view_of(), folder="whole", **options)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        trained(patch, stop=2)
+        sweep(view_of(), **options)
+    batches = Path("s/search.jsonl")
+    data = bytearray(batches.read_bytes())
+    data[place] ^= 1
+    batches.write_bytes(data)
+    (damage,) = verify_runs([Path("s")]).damages
+    assert damage.path == batches and "Delete that line" in damage.what
+    assert "s" in load_sweep("s").unfinished and len(load_sweep("s").rows) == 16  # a report says so; heads are there
+    with pytest.raises(RunError, match=r"search\.jsonl is damaged: line \d"):
+        sweep(view_of(), **options)
+    number = int(re.search(r"line (\d+)", damage.what)[1])
+    lines = batches.read_bytes().splitlines(keepends=True)
+    batches.write_bytes(b"".join(lines[: number - 1] + lines[number:]))
+    with pytest.MonkeyPatch.context() as patch:
+        new = trained(patch)
+        sweep(view_of(), **options)
+    assert content() == content("whole") and len(new) < 18
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):
