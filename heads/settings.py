@@ -64,7 +64,7 @@ VARIED = (
     "lr", "weight_decay", "seed", "dropout", "label_smoothing", "class_weights", "optimizer", "schedule", "augment",
     "epochs", "warmup", "clip_norm",
 )  # fmt: skip
-OF_HEAD = ("epochs", "patience")  # whose defaults a head may have of its own
+OF_HEAD = ("epochs", "lr", "patience", "schedule")  # whose defaults a head may have of its own
 # Numbers of which a sweep takes several, or a range.
 GRIDS = ("lr", "weight_decay", "dropout", "label_smoothing", "epochs", "batch_size", "warmup", "clip_norm")
 

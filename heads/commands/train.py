@@ -238,8 +238,11 @@ def predict(
     return int(any("error" in record for record in records))
 
 
-# (head, output, epochs, patience): `linear` goes on until val stops improving; `large` is soon done
-_DEMO_HEADS = (("linear", "cls", 200, 10), ("large", "tokens", 20, 3), ("large", "tokens-257", 20, 3))
+# (head, output, what is not its own): `large` is soon done
+_DEMO_HEADS: tuple[tuple[str, str, HeadOptions], ...] = (
+    ("linear", "cls", {}), ("large", "tokens", {"epochs": 20, "patience": 3}),
+    ("large", "tokens-257", {"epochs": 20, "patience": 3}),
+)  # fmt: skip
 
 
 @command
@@ -269,12 +272,11 @@ def demo(talk: Console, out: str, cache: str | None) -> int:
         if not line.startswith(("features", "splits")):
             say(line)
 
-    for head, output, epochs, patience in _DEMO_HEADS:
+    for head, output, options in _DEMO_HEADS:
         say("")
-        options: HeadOptions = {"output": output, "epochs": epochs, "patience": patience}
         place = folder / f"demo-{head}-{output}"
-        how: dict[str, Any] = {"out": place, "overwrite": True, "controls": not runs, "report": False}
-        runs.append(heads.train_head(view, head, say=brief, **how, **options))
+        how: dict[str, Any] = {"out": place, "overwrite": True, "controls": not runs, "report": False, **options}
+        runs.append(heads.train_head(view, head, say=brief, output=output, **how))
     page = heads.report([run.path for run in runs], out=folder / "demo-report")
     lines = [comparison_table(runs), *runs_cost(runs), ""]
     lines += [f"run        {folder / run.path.name}/  {run.head} on {run.output}" for run in runs]

@@ -30,6 +30,7 @@ from heads.evaluation.families import (
     check_comparable,
     collect_predictions,
     display_setting,
+    epochs_warning,
     families_of,
     names_of,
     remarks_of,
@@ -175,6 +176,8 @@ def _warnings(entries: Sequence[_Entry], test: dict[str, Any]) -> list[str]:
         warnings.append(f"{few} every interval is a rough guess")
     elif rare := _rare(entries[0]):
         warnings.append(f"test has few {independent} of {rare}: what is said of it is a rough guess")
+    if warning := epochs_warning([entry.name for entry in entries], [entry.family for entry in entries]):
+        warnings.append(warning)
     return warnings
 
 

@@ -19,10 +19,12 @@ import numpy as np
 
 from featurecache.errors import BadOption
 from featurecache.files.records import canonical_json
+from featurecache.formatting import abbreviated
 from heads.evaluation.selection import Row, setting_of
 from heads.metrics.calibration import CalibratedPredictions
 from heads.metrics.intervals import TestSet
 from heads.models.catalogue import HEADS
+from heads.runs.records import AT_LIMIT
 from heads.runs.run import Run, is_of_pixels, name_of
 from heads.settings import Settings
 from heads.task import Predictions
@@ -148,10 +150,28 @@ def display_setting(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def remarks_of(family: Family) -> tuple[list[str], list[str]]:
-    """What was said in training: of values chosen at the edge of what a solver tried, and the rest, each once."""
+    """What was said in training: of values chosen at the edge of what a solver tried, and the rest, each once; of
+    epochs that were not enough `epochs_warning` says."""
     notes = list(dict.fromkeys(note for run in family.runs for note in run.config["notes"]))
     edges = [note for note in notes if "at the edge of what was tried" in note]
-    return edges, [note for note in notes if note not in edges]
+    return edges, [note for note in notes if note not in edges and not note.startswith(AT_LIMIT)]
+
+
+def epochs_warning(names: Sequence[str], families: Sequence[Family]) -> str | None:
+    """One sentence, with what to type, for all families with a run that ended at its limit of epochs."""
+    ended: dict[str, int] = {}
+    for name, family in zip(names, families, strict=True):
+        runs = [run for run in family.runs if any(note.startswith(AT_LIMIT) for note in run.config["notes"])]
+        if runs:
+            ended[name] = max(run.config["settings"]["epochs"] for run in runs)
+    if not ended:
+        return None
+    limits, several = sorted(set(ended.values())), len(ended) > 1
+    return (
+        f"{abbreviated(list(ended), 4)} ended at {'their' if several else 'its'} limit of "
+        f"{' or '.join(f'{limit:,}' for limit in limits)} epochs while val still got better; "
+        f"--epochs {4 * limits[-1]} lets {'them' if several else 'it'} go on"
+    )
 
 
 def spread(family: Family, names: Sequence[str]) -> dict[str, dict[str, float] | None]:

@@ -32,6 +32,7 @@ _CONFIG = {
     "created": str, "settings": dict, "files": dict, "notes": list,
 }  # fmt: skip
 CONFIG, METRICS_FILE, BACKBONE = "config.json", "metrics.json", "backbone"
+AT_LIMIT = "it ended at its limit"  # how the note of a run begins whose epochs were not enough
 
 
 NEEDED = (

@@ -87,7 +87,7 @@ MINDLINA = Study(
             for name in ("pneumonia", "kind")
             for step in (
                 Heads(f"{name}-heads", name, ("features",), "linear,large",
-                      {"outputs": "cls,tokens,tokens-257", "lr": 1e-3}),
+                      {"outputs": "cls,tokens,tokens-257", "lr": 1e-3, "schedule": "constant", "standardize": "none"}),
                 Network(f"{name}-cnn", name, "cnn-mindlina", {"lr": 1e-3}),
             )
         ),

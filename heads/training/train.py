@@ -23,6 +23,7 @@ from heads.models.catalogue import head_info
 from heads.models.common import count_parameters
 from heads.models.solvers import SOLVERS, path_logits
 from heads.pixel_view import PixelView
+from heads.runs.records import AT_LIMIT
 from heads.runs.write import RunContents
 from heads.settings import VARIED, Settings
 from heads.splits import class_counts
@@ -174,14 +175,18 @@ def _fitted_head(
 
 
 def limit_note(trained: TrainedState) -> str | None:
-    """A sentence where training ended at its limit of epochs and not because val was no better: the last epoch is the
-    best or, at a learning rate that does not end by itself, ``patience`` had not run out."""
-    settings, epoch = trained.settings, trained.epoch
-    wait = settings.patience if settings.schedule in ("constant", "plateau") else 0
-    if head_info(settings.head).solved or settings.epochs - epoch >= max(wait, 1):
+    """A sentence where training ended at its limit of epochs and not because val was no better: at a learning rate that
+    does not end by itself ``patience`` had not run out, else the criterion of the last epoch is above all others."""
+    settings, history = trained.settings, trained.history
+    if head_info(settings.head).solved:
         return None
-    limit = f"it ended at its limit of {settings.epochs:,} epochs while val still got better (best: epoch {epoch:,})"
-    return f"{limit}; --epochs {4 * settings.epochs} lets it go on"
+    if settings.schedule in ("constant", "plateau"):
+        ended = settings.epochs - trained.epoch < max(settings.patience, 1)
+    else:
+        values = [row[f"val_{settings.select}"] for row in history]
+        ended = trained.epoch == settings.epochs and values[-1] not in values[:-1]
+    best = f"(best: epoch {trained.epoch:,})"
+    return f"{AT_LIMIT} of {settings.epochs:,} epochs while val still got better {best}" if ended else None
 
 
 def _ms_per_image(model: nn.Module, data: SplitData) -> float:

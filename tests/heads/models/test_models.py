@@ -96,7 +96,8 @@ def input_of(name):
 def test_every_head_says_where_it_comes_from(name):
     info = HEADS[name]
     assert info.reference and (info.make.__doc__ or "Ilse" in info.reference)
-    assert info.standardize == ("l2" if name == "knn" else "zscore" if info.solved or name == "attention" else "none")
+    scaled = info.solved or name in ("linear", "attention")
+    assert info.standardize == ("l2" if name == "knn" else "zscore" if scaled else "none")
 
 
 def test_the_table_of_heads_gives_parameters_at_a_vit_b16():

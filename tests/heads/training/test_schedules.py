@@ -60,7 +60,8 @@ def test_plateau_is_torchs():
 @pytest.mark.parametrize("head", ["large", "linear"])
 def test_a_schedule_by_steps_and_clipping_are_those_of_a_plain_torch_loop(head):
     view = toy_view(n=200, splits="given", noise=2.0, tokens=5)
-    settings = Settings(head, epochs=3, balance=False, schedule="linear", warmup=1 / 3, clip_norm=0.3, select="loss")
+    schedule = {"schedule": "linear", "warmup": 1 / 3, "clip_norm": 0.3}
+    settings = Settings(head, epochs=3, balance=False, select="loss", standardize="none", **schedule)
     job = prepare_training(view, settings)
     (fit,) = train_together(job, [settings])
     model = make_head(head, job.input, 2, torch.Generator().manual_seed(0))
@@ -96,7 +97,7 @@ def test_accuracy_on_train_is_that_of_the_logits_before_each_step(head, labels):
     if head == "large":
         view = toy_view(n=160, classes=3, noise=2.0, tokens=5)
         labels = False
-    settings = Settings(head, epochs=1, batch_size=500, balance=False, select="loss")
+    settings = Settings(head, epochs=1, batch_size=500, balance=False, select="loss", standardize="none")
     job = prepare_training(view, settings)
     (fit,) = train_together(job, [settings])
     model = make_head(head, job.input, 3, torch.Generator().manual_seed(0))
