@@ -105,6 +105,8 @@ def compare(
     ]
     test = _test_images(entries[0].predictions)
     warnings = _set_differences(entries, reference) + _warnings(entries, test["clusters"])
+    records = [_family(entry, prevalence, resampler) for entry in entries]
+    warnings += _said_of_several(records)
     record = {
         "task": first.task,
         "classes": list(first.classes),
@@ -116,7 +118,7 @@ def compare(
         **test,
         "reference": reference,
         "test_seen": sum(max(len(f.tried), len(f.runs)) for f in families) if show_test == "all" else None,
-        "families": [_family(entry, prevalence, resampler) for entry in entries],
+        "families": records,
         "rows": [row for entry in entries for row in _head_rows(entry, show_test == "all")],
         "by": None if by is None else {by: _by(entries, by, resampler)},
         "warnings": warnings,
@@ -181,6 +183,21 @@ def _warnings(entries: Sequence[_Entry], test: dict[str, Any]) -> list[str]:
     return warnings
 
 
+def _said_of_several(families: Sequence[dict[str, Any]]) -> list[str]:
+    """What is said of more than one family, once and with their names; it goes out of the families' own warnings, which
+    get their names."""
+    names: dict[str, list[str]] = {}
+    for family in families:
+        for note in family["warnings"]:
+            names.setdefault(note, []).append(family["name"])
+    for family in families:
+        family["warnings"] = [f"{family['name']}: {note}" for note in family["warnings"] if len(names[note]) == 1]
+        family["warnings"] += [
+            f"on {part['view']}: {words}" for part in family["external"] for words in part["warnings"]
+        ]
+    return [f"{abbreviated(of, 4)}: {note}" for note, of in names.items() if len(of) > 1]
+
+
 def _rare(entry: _Entry) -> str:
     """Classes (or labels) that fewer than 20 clusters of test show."""
     first, classes = entry.predictions.test_sets[0], entry.estimates.classes
@@ -227,8 +244,7 @@ def _family(entry: _Entry, prevalence: Prevalence | None, resampler: SharedResam
         "difference": None if entry.difference is None else records_of(entry.difference),
         "external": external,
         "runs": [str(each.path) for each in family.runs],
-        "warnings": [f"{entry.name}: {note}" for note in [*notes, *[f"{', '.join(flat)} {same}"] * bool(flat)]]
-        + [f"on {part['view']}: {warning}" for part in external for warning in part["warnings"]],
+        "warnings": [*notes, *[f"{', '.join(flat)} {same}"] * bool(flat)],
     }
 
 

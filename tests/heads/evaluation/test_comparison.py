@@ -139,6 +139,16 @@ def test_several_heads_that_ended_at_their_limit_are_one_sentence():
     ]
 
 
+def test_what_is_said_of_several_heads_is_said_once_with_their_names():
+    of = toy_view(n=200, splits="given", noise=0.01)
+    made = record([run(of, head, epochs=5) for head in ("linear", "mlp")])
+    both = [words for words in made["warnings"] if words.startswith("linear on cls, mlp on cls: ")]
+    assert any("val is separated without error" in words for words in both)
+    assert not any("val is separated" in words for family in made["families"] for words in family["warnings"])
+    (alone,) = record([run(of, "mlp", epochs=5, seed=1)])["families"]
+    assert any(words.startswith("mlp on cls: val is separated") for words in alone["warnings"])
+
+
 def test_a_tie_of_the_criterion_at_the_end_of_a_schedule_is_not_still_better():
     """Each epoch separates val: only the loss gets better, for ever."""
     each = run(toy_view(n=200, splits="given", noise=0.01), epochs=5)

@@ -94,6 +94,22 @@ def test_in_a_browser_leaderboard_and_forest_plot_fit(swept, opened, width):
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize("width", [1280, 768, 400])
+def test_in_a_browser_long_words_leave_room_for_the_plot(swept, opened, width):
+    tab = opened(swept[0], width)
+    long = "no difference shown: -0.208 [-0.375, -0.083], p 1 by Holm over 23"
+    tab.evaluate(f"document.querySelectorAll('.forest td.words').forEach(td => td.textContent = '{long}')")
+    assert tab.evaluate("document.querySelector('.forest td.plot').getBoundingClientRect().width") > 0.25 * width
+    assert tab.evaluate(WIDE) == 0 and tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_in_a_browser_of_a_phone_costs_stand_below_each_other(swept, opened):
+    tab = opened(swept[0], 400)
+    assert tab.evaluate("document.querySelector('.scroll:has(.costs)').scrollWidth") <= 354
+    row = "[...document.querySelector('.costs tbody tr').cells].map(cell => cell.getBoundingClientRect().top)"
+    assert len(set(tab.evaluate(row))) == 3  # the name, and two lines of numbers
+
+
 def test_in_a_browser_of_1280_by_900_it_is_short(swept, opened):
     tab = opened(swept[0], 1280)
     assert tab.evaluate("document.documentElement.scrollHeight") <= 6 * 900
