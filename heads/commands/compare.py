@@ -29,7 +29,7 @@ tested_option = option("--show-test", type=Choice(["chosen", "all"]), default="c
 @option(
     "--heads", required=True, metavar="A,B", help="linear, large, ridge, … (see info), cnn-cifar, finetune:resnet50, …"
 )
-@option("--features", metavar="V,W", help="Views of the same images. [default: that of the last extraction]")
+@option("--features", metavar="V,W", help="Views of the same images. [default: the newest]")
 @options_of(
     option("--data", metavar="SOURCE", help="Images for networks from pixels, where no view has them."),
     source_options,
@@ -60,7 +60,7 @@ def ablate(
     talk: Console, heads: str, features: str | None, data: str | None,
     reference: str | None, show_test: str, no_images: bool, hash_ids: bool, **options: Any,
 ) -> int:  # fmt: skip
-    """Train many heads, choose their settings on val, and compare them on test: a table and a page.
+    """Train many heads, choose their settings on val, compare them on test.
 
     \b
     featurecache ablate --heads linear,large,attention --lr 1e-4..1e-2:5 --seeds 5

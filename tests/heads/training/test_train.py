@@ -355,8 +355,10 @@ def test_a_val_without_a_class_says_what_can_be_done():
 def test_outputs_that_are_not_finite_end_the_run():
     view = toy_view(n=200, splits="given")
     view.features["cls"] = view.features["cls"].float() * 1e3
-    with pytest.raises(ProtocolError, match="not finite any more in epoch 1"):
+    with pytest.raises(ProtocolError, match=r"not finite any more in epoch 1\. A smaller --lr than 1e\+38 helps"):
         train_head(view, "linear", lr=1e38, select="loss", balance=False)
+    with pytest.raises(ProtocolError, match=r"than 1e\+38 or --standardize zscore helps"):
+        train_head(view, "linear", lr=1e38, select="loss", balance=False, standardize="none")
 
 
 def test_small_heads_train_on_one_thread_and_give_the_others_back(monkeypatch):
