@@ -176,7 +176,7 @@ def test_10_000_shards_go_through_actors(cluster: Any, here: Path, monkeypatch: 
     job: Any = SimpleNamespace(
         digests=np.array([f"{k:032x}" for k in range(10_000)], "S32"), images_per_s=None, failures={}, written=[],
         compute=SimpleNamespace(batch_size=1, device=torch.device("cpu")), threads=1, fail_fast=False,
-        timings=SimpleNamespace(add=lambda other: None),
+        timings=SimpleNamespace(add=lambda other: None), store=SimpleNamespace(path=here),
     )  # fmt: skip
     done: list[int] = []
     units = [ShardPlan(np.array([k]), ()) for k in range(10_000)]
