@@ -10,7 +10,13 @@ from click import argument
 
 from featurecache.commands.extract import training_of
 from featurecache.commands.help import option, options_of
-from featurecache.commands.source_options import order_option, pairs_of, task_option, uncertain_option
+from featurecache.commands.source_options import (
+    letter_case_option,
+    order_option,
+    pairs_of,
+    task_option,
+    uncertain_option,
+)
 from featurecache.commands.terminal import Console, cache_option, command, of_backbone_options, record_of
 from featurecache.errors import BadOption
 from featurecache.formatting import columns, first_of, one_line, shape_text, shell_word, size_text
@@ -155,7 +161,7 @@ def export(talk: Console, view: str, file: str, cache: str | None, copies: bool,
 @option("--groups-key", metavar="KEY", help="The array of groups. [default: groups, patients, …; '' for none]")
 @option("--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of a table of labels: label=…, split=…")
 @option("--classes", metavar="A,B,C", help="Names of the classes, label 0 first.")
-@options_of(task_option, order_option, uncertain_option)
+@options_of(task_option, order_option, uncertain_option, letter_case_option)
 @option("--output", metavar="NAME", help="What the features are: cls, pooler, … [default: vector; 3-D: tokens]")
 @option("--prefix", metavar="NAMES", help="Of tokens: the first, which are no patches: cls,reg0,… or how many.")
 @option("--grid", metavar="HxW", help="Of tokens: the patches.")

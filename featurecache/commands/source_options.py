@@ -35,7 +35,13 @@ order_option = option("--order", metavar="A,B,C", callback=_order, help="The cla
 uncertain_option = option(
     "--uncertain", type=Choice(["ignore", "zero", "one"]), help="Of tables: what -1 is. [default: ignore]"
 )
-READ_BY = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits", "crop", "limit", "limit_seed")
+letter_case_option = option(
+    "--letter-case", type=Choice(["ignore", "keep"]), help="Classes that differ in it alone: one, or two."
+)
+READ_BY = (
+    "columns", "task", "classes_at", "leave_out", "order", "root", "uncertain", "letter_case", "page", "bits", "crop",
+    "limit", "limit_seed",
+)  # fmt: skip
 source_options = options_of(  # how the labels of --data are to be read
     option(
         "--column", "columns", multiple=True, metavar="ROLE=NAME", help="Of tables: path=…, label=…, split=…, group=…"
@@ -44,6 +50,8 @@ source_options = options_of(  # how the labels of --data are to be read
     option("--root", metavar="DIR", help="Of tables: the folder of the images. [default: that of the table]"),
     uncertain_option,
     option("--classes-at", type=int, metavar="LEVEL", help="Of folders: the level of the classes; 1: those in --data."),
+    option("--leave-out", multiple=True, metavar="FOLDER", help="Of folders: one in --data that is no part of it."),
+    letter_case_option,
     order_option,
     option("--page", metavar="N|all", help="Of TIFF stacks, DICOM frames (from 0). [default: TIFF 0, DICOM all]"),
     option("--bits", type=int, metavar="N", help="Of 16-bit files: 2^N − 1 is white; others are as they are."),

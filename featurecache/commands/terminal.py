@@ -202,30 +202,31 @@ def _report(error: FeatureCacheError, debug: bool) -> int:
     word = "" if type(error).__name__ == "Stopped" else "error: "  # Ctrl-C is none
     _echo("\n".join([word + first, *(" " * 7 + line.strip() for line in rest)]), err=True)
     for reading in error.readings if isinstance(error, SeveralReadings) else ():
-        words = shell_words([word for part in (typed_options() | _words(reading)).values() for word in part])
-        name = click.get_current_context().info_name
-        _echo(f"       {one_line(reading.words)}: featurecache {name} {one_line(words)}", err=True)
+        _echo(f"       {one_line(reading.words)}: {one_line(typed_command(reading=reading))}", err=True)
     typed = BadOption | UnknownName | SeveralReadings | WeightsDoNotFit | PreprocessingRefused  # of what was asked for
     return 2 if isinstance(error, typed) else 1
 
 
-def typed_options() -> dict[str, list[str]]:
-    """Option or argument -> the words that give it again, of those that were typed."""
-    context, given = click.get_current_context(), {}
+def typed_options(reading: Reading | None = None) -> dict[str, list[str]]:
+    """Option or argument -> the words that give it again, of those that were typed, and behind them of a reading."""
+    context, given, chosen = click.get_current_context(), dict[str, list[str]](), dict[str, list[str]]()
+    values = context.params if reading is None else _read_as(context.params, reading)
     for each in context.command.params:
-        name, value = str(each.name), context.params.get(str(each.name))
+        name = str(each.name)
+        value, read = values.get(name), reading is not None and name in reading.options
         typed = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if typed and name not in ("as_json", "quiet", "debug"):
-            values = value if isinstance(value, tuple) else (value,)
-            texts = [[] if v is True else [_text(v)] for v in values]
+        if read or (typed and name not in ("as_json", "quiet", "debug")):
+            several = value if isinstance(value, tuple) else (value,)
+            texts = [[] if v is True else [_text(v)] for v in several]
             flag = each.opts[:1] if isinstance(each, click.Option) else []
-            given[name] = [word for text in texts for word in flag + text]
-    return given
+            (given if typed else chosen)[name] = [word for text in texts for word in flag + text]
+    return given | chosen
 
 
-def typed_command(*without: str, name: str = "") -> str:
-    """The command again as it was typed, or that called ``name`` with its options; ``without`` some of them."""
-    words = [word for each, part in typed_options().items() if each not in without for word in part]
+def typed_command(*without: str, name: str = "", reading: Reading | None = None) -> str:
+    """The command again as it was typed, or that called ``name`` with its options; ``without`` some of them; with those
+    of a reading."""
+    words = [word for each, part in typed_options(reading).items() if each not in without for word in part]
     return shell_words(["featurecache", name or click.get_current_context().info_name, *words])
 
 
@@ -233,29 +234,45 @@ def _text(value: Any) -> str:
     return "auto" if value is None else join_names(value) if isinstance(value, list) else str(value)
 
 
-def _words(reading: Reading) -> dict[str, list[str]]:
-    return {name: [f"--{name.replace('_', '-')}", _text(value)] for name, value in reading.options.items()}
+def _read_as(options: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """The options of a command with those of a reading. What may be given several times stays as typed, of columns
+    (see `pairs_of`) the other roles."""
+    read: dict[str, Any] = {
+        name: (*options.get(name, ()), *value) if isinstance(value, tuple) else value
+        for name, value in reading.options.items()
+    }
+    if columns := read.get("columns"):
+        pairs = [pair for pair in options.get("columns", ()) if pair.partition("=")[0] not in columns]
+        read["columns"] = (*pairs, *(f"{role}={name}" for role, name in columns.items()))
+    return options | read
 
 
 def _run(function: Callable[..., Any], talk: Console, options: dict[str, Any]) -> Any:
     """The command; at a terminal, where what it was given can be read in several ways, with the one that a person
-    chooses. Raises SeveralReadings elsewhere, and where none is chosen."""
+    chooses. Raises SeveralReadings elsewhere, where none is chosen, and where the command has no such options."""
     while True:
         try:
             return function(talk, **options)
         except SeveralReadings as several:
             names = {name for reading in several.readings for name in reading.options} - {"data"}
-            free = all(options.get(name, ...) is None for name in names)
-            if not (free and is_terminal()):
+            if not (names <= options.keys() and is_terminal()):
                 raise
             _echo(str(several), err=True)
             for number, reading in enumerate(several.readings, 1):
                 _echo(f"  {number}  {one_line(reading.words)}", err=True)
             numbers = [str(number + 1) for number in range(len(several.readings))]
-            answer = click.prompt("which", default="none", type=click.Choice([*numbers, "none"]), err=True)
+            try:
+                answer = click.prompt("which", default="none", type=click.Choice([*numbers, "none"]), err=True)
+            except click.Abort:  # the cursor is behind the question
+                click.echo(err=True)
+                raise
             if answer == "none":
                 raise
-            options = options | several.readings[int(answer) - 1].options
+            reading = several.readings[int(answer) - 1]
+            options, context = _read_as(options, reading), click.get_current_context()
+            for name in reading.options:  # as if it had been typed: the next command says it too
+                context.params[name] = options[name]
+                context.set_parameter_source(name, click.core.ParameterSource.COMMANDLINE)
 
 
 def _check_places(options: dict[str, Any]) -> None:

@@ -74,7 +74,9 @@ def prepare(
     task: str | None = None,
     root: str | None = None,
     uncertain: str | None = None,
+    letter_case: str | None = None,
     classes_at: int | None = None,
+    leave_out: Sequence[str] = (),
     order: Sequence[str] | None = None,
     page: str | None = None,
     bits: int | None = None,
@@ -105,23 +107,18 @@ def prepare(
     augmented = augmentation_of(copies, augment, augment_seed)
     requested = parse_list(outputs) if outputs is not None else None
     check_name(backbone)
+    how: dict[str, Any] = {
+        "columns": columns, "task": task, "root": root, "uncertain": uncertain, "letter_case": letter_case,
+        "classes_at": classes_at, "leave_out": leave_out, "order": order, "page": page, "bits": bits, "crop": crop,
+        "limit": limit, "limit_seed": limit_seed,
+    }  # fmt: skip
     if not isinstance(data, Dataset):
-        how = {
-            "classes_at": classes_at,
-            "order": order,
-            "root": root,
-            "uncertain": uncertain,
-            "page": page,
-            "bits": bits,
-            "crop": crop,
-            "limit": limit,
-            "limit_seed": limit_seed,
-        }
         with timed_part("source"):
-            data = open_source(data, columns=columns, task=task, **how)  # type: ignore[arg-type]
-    elif any(each is not None for each in (page, bits, crop, limit)):
+            data = open_source(data, **how)
+    elif given := [option for option, value in how.items() if value not in (None, ())]:
+        says = "says" if len(given) == 1 else "say"
         raise BadOption(
-            "page, bits, crop and limit say how data are read: give them to open_source, which made this Dataset."
+            f"{' and '.join(given)} {says} how data are read: give them to open_source, which made this Dataset."
         )
     dataset = data
     folder = cache_folder(cache)

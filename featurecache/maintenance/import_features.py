@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from featurecache import __version__
-from featurecache.errors import BadOption, CacheError, SourceError
+from featurecache.errors import BadOption, CacheError, Reading, SeveralReadings, SourceError
 from featurecache.files.atomic import check_room
 from featurecache.files.locks import shared_lock
 from featurecache.files.names import is_file_name
@@ -87,6 +87,7 @@ def import_view(
     task: str | None = None,
     order: Sequence[str] | None = None,
     uncertain: str | None = None,
+    letter_case: str | None = None,
     output: str | None = None,
     prefix: Sequence[str] | None = None,
     grid: tuple[int, int] | None = None,
@@ -95,16 +96,18 @@ def import_view(
 ) -> ImportResult:
     """Make a view ``name`` of the features in ``file``. ``labels``: a file, or the name of an array in ``file``; the
     keys name arrays too, an empty one says that there is none. ``columns``: those of a table of labels, ``uncertain``
-    what -1 is in them; ``order``: the classes from the lowest to the highest. ``output``: what to call the features
-    (default: `vector` for [N,D], `tokens` for [N,T,D]). ``prefix`` and ``grid``: which of the tokens are what,
-    T = len(prefix) + h·w. Raises SourceError, BadOption, UnsafeFile, CannotWrite."""
+    what -1 is in them, ``letter_case`` (ignore, keep) whether classes that differ in it alone are one; ``order``: the
+    classes from the lowest to the highest. ``output``: what to call the features (default: `vector` for [N,D], `tokens`
+    for [N,T,D]). ``prefix`` and ``grid``: which of the tokens are what, T = len(prefix) + h·w. Raises SourceError,
+    BadOption, UnsafeFile, CannotWrite."""
     if safe_name(name) != name or not is_file_name(name, ".h5"):
         raise BadOption(f'"{name[:60]}" cannot be the name of a view; "{safe_name(name)}" can.')
     opened = open_feature_file(Path(file).expanduser())
     source = _source(opened, features_key, output, prefix, grid)
     keys = {"labels": labels, "ids": ids_key, "splits": splits_key, "groups": groups_key}
     features = [array.name for array in source.arrays.values()]
-    rows = annotate_rows(opened, features, source.rows, keys, columns, classes, LabelOptions(task, uncertain), order)
+    how = LabelOptions(task, uncertain, letter_case)
+    rows = annotate_rows(opened, features, source.rows, keys, columns, classes, how, order)
     folder = cache_folder(cache)
     with byte_bar(source.bytes, "look", progress) as bar:
         digests = np.concatenate([each for _, each, _ in _blocks(source, bar)])
@@ -183,8 +186,9 @@ def _features(file: FeatureFile, key: str | None) -> ArrayInfo:
     there = describe_arrays(file)
     if not candidates:
         raise SourceError(f"{file.path.name} has no features, [N,D] or [N,T,D] of floats; it holds {there}.")
-    raise SourceError(
-        f"{file.path.name} holds {there}. Which are the features? --features-key {shell_word(candidates[0].name)}"
+    raise SeveralReadings(
+        f"{file.path.name} holds {there}. Which are the features? --features-key {shell_word(candidates[0].name)}",
+        [Reading(f"the features are {array.name}", {"features_key": array.name}) for array in candidates],
     )
 
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featurecache.errors import BadOption, SourceError, UnknownSourceName, nearest
+from featurecache.errors import BadOption, Reading, SeveralReadings, SourceError, UnknownSourceName, nearest
 from featurecache.files.records import is_text
 from featurecache.formatting import abbreviated
 from featurecache.maintenance.feature_files import ArrayInfo, FeatureFile, open_feature_file
 from featurecache.sources.annotations import Annotations
-from featurecache.sources.label_cells import LabelOptions
-from featurecache.sources.labels import class_labels, labels_of_numbers, ordered_labels, resolve_labels, split_names
+from featurecache.sources.label_cells import LabelColumns, LabelOptions, labels_of_columns
+from featurecache.sources.labels import labels_of_numbers, ordered_labels, resolve_labels, split_names
 from featurecache.sources.tables import is_table, read_annotations
 from featurecache.store.schema import column_at
 
@@ -78,8 +78,14 @@ def annotate_rows(
         splits = column_at(table.splits, matched)
         groups = column_at(table.groups, matched) if table.groups and groups is None else groups
         meta = column_at(table.meta, matched)
+    if table is None and not (arrays["labels"] and arrays["labels"].text):
+        for name in ("uncertain", "letter_case"):
+            if getattr(how, name):
+                option = f"--{name.replace('_', '-')}"
+                raise BadOption(f"{option} is about labels that are text: a table, or an array of names.")
+    cells = LabelColumns(file.path.name, lambda row: f"row {row:,}", replace(how, task=task))
     if array := arrays["labels"]:
-        labels, names = _labels_of(array, classes or stated, task)
+        labels, names = _labels_of(array, classes or stated, cells)
     if table is None and (named := arrays["splits"]):
         splits = split_names(named.texts(), lambda row: f"{named.name} row {row:,}", "--splits-key '' leaves them out.")
     if is_export(file):
@@ -91,7 +97,9 @@ def annotate_rows(
     _check_text({"ids": ids, "groups": groups or [], "classes": names, **meta})
     used = {*features, *_OURS, *(a.name for a in arrays.values() if a), *(f"meta/{name}" for name in meta)}
     unused = [name for name in file.arrays if name not in used]
-    said = table or Annotations(None, labels, splits, None, {}, names)
+    said = table or Annotations(
+        None, labels, splits, None, {}, names, remarks=tuple(cells.remarks), uncertain=cells.assumed
+    )
     return RowAnnotations(
         ids, labels, splits, groups, meta, names, task, unused,
         remarks=said.remarks, notes=said.notes, uncertain=said.uncertain,
@@ -102,9 +110,9 @@ def _open_table(labels: str | None, columns: dict[str, str] | None, how: LabelOp
     if labels and is_table(labels):
         if not Path(labels).exists():
             raise SourceError(f"there is no file {labels}.")
-        return read_annotations(labels, columns, how.task, how.uncertain)
-    for name in [*["--column"] * bool(columns), *["--uncertain"] * bool(how.uncertain)]:
-        raise BadOption(f"{name} is about columns of a table: --labels FILE.csv.")
+        return read_annotations(labels, columns, how)
+    if columns:
+        raise BadOption("--column is about columns of a table: --labels FILE.csv.")
     return None
 
 
@@ -135,10 +143,11 @@ def _column(file: FeatureFile, role: str, key: str | None, rows: int) -> ArrayIn
     else:
         arrays = [array for name, array in file.arrays.items() if name.lower() in ARRAY_ROLES[role]]
     if len(arrays) > 1:
-        names = ", ".join(array.name for array in arrays)
-        raise SourceError(
-            f"{file.path.name} has several arrays that could be the {role}: {names}. "
-            f"Say which: --{role}-key {arrays[0].name}."
+        names, option = [array.name for array in arrays], "labels" if role == "labels" else f"{role}_key"
+        raise SeveralReadings(
+            f"{file.path.name} has several arrays that could be the {role}: {', '.join(names)}. "
+            f"Say which: --{role}-key {names[0]}.",
+            [Reading(f"the {role} are {name}", {option: name}) for name in names],
         )
     for array in arrays:
         if array.shape[:1] != (rows,):
@@ -205,16 +214,16 @@ def _labels_array(file: FeatureFile, key: str | None, rows: int) -> ArrayInfo | 
     return _column(file, "labels", key, rows)
 
 
-def _labels_of(array: ArrayInfo, classes: Sequence[str] | None, task: str | None) -> tuple[np.ndarray, list[str]]:
+def _labels_of(array: ArrayInfo, classes: Sequence[str] | None, reading: LabelColumns) -> tuple[np.ndarray, list[str]]:
     """int64 [N] or float32 [N,L], and the classes."""
     if array.text:
-        words = array.texts()
-        names = sorted(set(words) - {""})
-        return _reordered(class_labels(words, names), names, classes)
+        return _reordered(*labels_of_columns({array.name: array.texts()}, reading), classes)
     labels, names = labels_of_numbers(array.whole(), array.name, classes, "label {}")
-    if labels.ndim == 2 and task in ("binary", "multiclass", "ordinal"):
+    if labels.ndim == 2 and reading.how.task in ("binary", "multiclass", "ordinal"):
         if not (labels.sum(1) == 1).all():
-            raise SourceError(f"{array.name} has rows with other than one 1: its task is multilabel, not {task}.")
+            raise SourceError(
+                f"{array.name} has rows with other than one 1: its task is multilabel, not {reading.how.task}."
+            )
         return labels.argmax(1).astype(np.int64), names
     return labels, names
 

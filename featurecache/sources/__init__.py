@@ -37,11 +37,13 @@ __all__ = ["SOURCES", "Dataset", "Source", "contact_sheet", "describe_dataset", 
 
 Columns = dict[str, str] | None  # role -> column
 # How a user says what is to be read, as `open_source` takes it.
-_WORDS = ("columns", "task", "classes_at", "order", "root", "uncertain", "page", "bits", "crop", "limit", "limit_seed")
 _ABOUT = {  # what an option that only some sources take is about
-    "classes_at": "a level of the folders of images", "root": "where the images of a table lie",
-    "uncertain": "what -1 is in the label columns of a table",
+    "classes_at": "a level of the folders of images", "leave_out": "folders of images that are no part of the data",
+    "root": "where the images of a table lie", "uncertain": "what -1 is in the label columns of a table",
+    "letter_case": "the names of classes in folders and in columns of text",
 }  # fmt: skip
+_WORDS = ("columns", "task", "order", *_ABOUT, "page", "bits", "crop", "limit", "limit_seed")
+_CELLS = ("uncertain", "letter_case")  # how label cells are read
 _PUBLISHED = ("digits", "medmnist", "torchvision")  # whose classes have the order of their publisher
 _FOLDERS = ("folder", "tiny-imagenet", "chest-xray")  # kinds that are folders of images
 
@@ -90,20 +92,20 @@ SOURCES: dict[str, Source] = {
     ),
     "webdataset": Source(
         "WebDataset tars", "`chest-{000..012}.tar`, `*.tar` or a folder of tars: samples by key, read in place",
-        is_webdataset, open_webdataset, True,
+        is_webdataset, open_webdataset, True, _CELLS,
     ),
     "folder": Source(
         "a folder of images", "images, in class folders or not, with splits, persons or folds above or below them",
         lambda path: os.path.isdir(path) and not huggingface.is_saved_dataset(path), open_folder,
-        options=("classes_at",),
+        options=("classes_at", "leave_out", "letter_case"),
     ),
     "table": Source(
         "a table (.csv, .tsv, .parquet)", "a path a row, with label or label columns, split, group",
-        is_table, open_table, True, ("root", "uncertain"),
+        is_table, open_table, True, ("root", *_CELLS),
     ),
     "npz": Source(
         "an .npz of images", "arrays train_images, train_labels (x_train, y_train), and the same of val and test",
-        lambda path: path.lower().endswith(".npz"), medmnist.open_npz,
+        lambda path: path.lower().endswith(".npz"), medmnist.open_npz, options=_CELLS,
     ),
     "medmnist": Source(
         medmnist.FORM, "the twelve 2D sets, with their published classes and tasks (extra `medmnist`)",
@@ -116,12 +118,12 @@ SOURCES: dict[str, Source] = {
     ),
     "hf": Source(
         huggingface.FORM, "a dataset of the Hugging Face hub, or a folder of its `save_to_disk` (extra `hf`)",
-        huggingface.is_saved_dataset, huggingface.open_hub, True, prefix="hf:", fetch=huggingface.fetch_hub,
+        huggingface.is_saved_dataset, huggingface.open_hub, True, _CELLS, prefix="hf:", fetch=huggingface.fetch_hub,
     ),
     "kaggle": Source(
         fetching.KAGGLE, "a data set of Kaggle, opened as the folder or table it is (extra `kaggle`)",
         None, lambda words, columns, task, **levels: fetching.open_kaggle(words, columns, task, open_source, **levels),
-        True, ("classes_at", "root", "uncertain"), prefix="kaggle:", fetch=fetching.fetch_kaggle,
+        True, tuple(_ABOUT), prefix="kaggle:", fetch=fetching.fetch_kaggle,
     ),
 }  # fmt: skip
 
@@ -133,8 +135,10 @@ def open_source(
     task: str | None = None,
     classes_at: int | None = None,
     order: Sequence[str] | None = None,
+    leave_out: Sequence[str] = (),
     root: str | None = None,
     uncertain: str | None = None,
+    letter_case: str | None = None,
     page: str | None = None,
     bits: int | None = None,
     crop: Sequence[float] | None = None,
@@ -145,19 +149,19 @@ def open_source(
     or a published set such as ``medmnist:bloodmnist`` (see `SOURCES`), fetched where it is not on this machine; from
     Python also a list of paths, or pixels (`open_memory`).
     ``columns`` names columns by role (path, label, split, group); ``task`` overrides what the labels say;
-    ``classes_at`` is the level of the class folders (1: those in the folder) where their names do not say it; ``order``
-    the classes in the order of their labels. Of tables: ``root`` is the folder of the images where it is not that of
-    the table, ``uncertain`` (ignore, zero, one) what -1 is in label columns. ``page``, of TIFF stacks and DICOM files
+    ``classes_at`` is the level of the class folders (1: those in the folder) where their names do not say it,
+    ``leave_out`` folders in it that are no part of the data; ``order`` the classes in the order of their labels;
+    ``letter_case`` whether names that differ in it alone are one class (ignore) or two (keep). Of tables: ``root`` is
+    the folder of the images where it is not that of the table, ``uncertain`` (ignore, zero, one) what -1 is in label
+    columns. ``page``, of TIFF stacks and DICOM files
     of several frames, is a number (from 0) or "all"; ``bits``: 2^bits − 1 is white in 16-bit images; ``crop``:
     the left, top, right and bottom edge of what is looked at, in parts of width and height; ``limit``: so many images,
     see `limit_images`. Raises SourceError, BadOption."""
     edges = None if crop is None else check_crop(crop)
     words: dict[str, Any] = {"columns": columns or None, "task": task, "classes_at": classes_at}
-    words["order"] = order and list(order)
-    words |= {"root": root, "uncertain": uncertain}
+    words |= {"order": order and list(order), "leave_out": list(leave_out) or None}
+    words |= {"root": root, "uncertain": uncertain, "letter_case": letter_case}
     if not isinstance(data, str | os.PathLike):
-        if columns:
-            raise SourceError(f"columns were named ({', '.join(columns)}), but the images are given as they are.")
         if given := [name for name, value in words.items() if value is not None and name != "task"]:
             raise SourceError(f"{given[0]} says how a folder or a table is read; the images are given as they are.")
         return _limited(expand_frames(replace(open_memory(data, task), bits=bits, crop=edges), page), limit, limit_seed)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from featurecache.errors import SourceError
+from featurecache.errors import Reading, SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.label_cells import LabelColumns, LabelOptions, labels_of_columns
 from featurecache.sources.labels import class_labels, finite_number, groups_or_ids, role_columns, split_names
@@ -73,8 +73,9 @@ def annotations_of_text(
     folders of the ids may. Raises SourceError."""
     columns, row, splits, remarks = table.columns, table.row, [""] * len(ids), list[str]()
     if roles["split"]:
-        name, remedy = roles["split"][0], "If this column is no split: --column split= (with nothing behind it)."
-        splits = split_names(columns[name], lambda index: f"{row(index)}: {name!r}", remedy)
+        name, none = roles["split"][0], Reading(f"{roles['split'][0]} is no split", {"columns": {"split": ""}})
+        remedy = "If this column is no split: --column split= (with nothing behind it)."
+        splits = split_names(columns[name], lambda index: f"{row(index)}: {name!r}", remedy, [none])
         read = {word: split for word, split in zip(columns[name], splits, strict=True) if split and word != split}
         remarks += [f"splits from {name} ({', '.join(f'{w} is {s}' for w, s in sorted(read.items()))})"] if read else []
     notes = list[str]()
@@ -83,15 +84,15 @@ def annotations_of_text(
         (remarks if any(splits) else notes).extend(said)
     cells = {name: columns[name] for name in roles["label"]}
     labels, classes = np.full(len(ids), -1, np.int64), list[str]()
-    label = LabelColumns(table.name, row, how, splits, remarks)
+    used = {name for several in roles.values() for name in several}
+    further = {name: columns[name] for name in columns if name not in used}
+    label = LabelColumns(table.name, row, how, splits, remarks, further)
     if cells and listed and len(cells) == 1 and how.task != "multilabel":
         labels, classes = labels_of_listed(next(iter(cells.values())), listed, row)
     elif cells and how.task != "unlabelled":
         labels, classes = labels_of_columns(cells, label)
         remarks += _missing_words(cells)
-    used = {name for several in roles.values() for name in several}
     groups, understood = _groups(table, roles["group"], ids)
-    further = {name: columns[name] for name in columns if name not in used}
     if groups is None and (repeated := repeated_ids(further, labels.tolist() if labels.ndim == 1 else [0] * len(ids))):
         notes.append(repeated_ids_note(repeated))
     meta = {name: numbers_or_text(cells) for name, cells in further.items()}

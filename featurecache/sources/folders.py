@@ -19,15 +19,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from featurecache.errors import SourceError
+from featurecache.errors import SourceError, UnknownSourceName, nearest
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageFiles
 from featurecache.sources.dicom_frames import EXTENSIONS as DICOM
 from featurecache.sources.dicom_frames import PICTURES, is_dicom_file, may_be_dicom
+from featurecache.sources.label_cells import LabelOptions
 from featurecache.sources.labels import class_labels, groups_or_ids, resolve_labels
 from featurecache.sources.layout import FolderLayout, read_layout
 from featurecache.sources.own_output import is_own_output, is_own_sheet, refuse_own_output
-from featurecache.sources.vocabulary import in_order, one_spelling, spelling_key, split_name
+from featurecache.sources.vocabulary import in_order, one_spelling, refuse_letter_case, spelling_key, split_name
 
 EXTENSIONS = (*PICTURES, *DICOM)
 # Folders of systems and of thumbnails, lower case; beside what begins with a dot.
@@ -48,13 +49,18 @@ class _Tree:
     loops: list[str] = field(default_factory=list)
 
 
-def open_folder(data: str, task: str | None, *, classes_at: int | None = None, without: Sequence[str] = ()) -> Dataset:
+def open_folder(
+    data: str, task: str | None, *, classes_at: int | None = None, leave_out: Sequence[str] = (),
+    letter_case: str | None = None,
+) -> Dataset:  # fmt: skip
     """The dataset in the folder ``data`` (an absolute path). ``classes_at``: the level of the class folders, where they
-    do not say it themselves; ``without`` names folders in it that are left out."""
+    do not say it themselves; ``leave_out``: folders in it (by their paths below it) that are no part of it;
+    ``letter_case``: see `one_spelling`."""
+    how = LabelOptions(task, letter_case=letter_case)
     refuse_own_output(data)
-    tree = _tree_of(data, without)
+    tree = _tree_of(data, leave_out)
     layout = read_layout(tree.ids, data, classes_at)
-    ids, (names, spellings) = [tree.ids[row] for row in layout.rows], _spelt(layout, data)
+    ids, (names, spellings) = [tree.ids[row] for row in layout.rows], _spelt(layout, data, how.letter_case)
     classes = in_order(set(names) - {""}, None, None, data)
     notes = _class_notes(data, tree, layout, names, classes)
     if tree.loops:
@@ -71,7 +77,7 @@ def open_folder(data: str, task: str | None, *, classes_at: int | None = None, w
         meta={} if layout.folds is None else {"fold": layout.folds},
         images=ImageFiles(data, ids),
         notes=tuple(notes),
-        understood=(*layout.remarks, *spellings, *_left_out(tree)),
+        understood=(*layout.remarks, *spellings, *_left_out(tree, leave_out)),
     )
 
 
@@ -82,10 +88,15 @@ def open_images_below(data: str) -> Dataset:
     return Dataset(name=os.path.basename(data), ids=ids, **none, splits=[""] * len(ids), images=ImageFiles(data, ids))
 
 
-def _tree_of(data: str, without: Sequence[str] = ()) -> _Tree:
+def _tree_of(data: str, leave_out: Sequence[str] = ()) -> _Tree:
     """The images below a folder. Raises SourceError where there are none."""
-    tree = _Tree()
-    _walk(data, "", (), tree, without)
+    tree, out = _Tree(), [os.path.normpath(name) for name in leave_out]
+    for name in out:
+        above, last = os.path.split(name)
+        if last in (".", "..") or not os.path.isdir(os.path.join(data, name)) or os.path.isabs(name):
+            near = nearest(last, list_folder(os.path.join(data, above))[1])
+            raise UnknownSourceName(f"--leave-out {name}: there is no such folder in {data}.{near}")
+    _walk(data, "", (), tree, out)
     if not tree.ids:
         others = f"only other files ({kinds_text(tree.ignored)})"
         there = others if tree.ignored else "empty folders" if tree.folders else "nothing"
@@ -95,22 +106,25 @@ def _tree_of(data: str, without: Sequence[str] = ()) -> _Tree:
     return tree
 
 
-def _spelt(layout: FolderLayout, data: str) -> tuple[list[str], list[str]]:
-    """The class of each image in one spelling, and what to say of others. Raises SourceError where folders that lie in
-    one may be one class or two."""
-    beside: dict[tuple[str, str], set[str]] = {}
-    for folder in set(layout.folders) - {""}:
-        above, _, name = folder.rpartition("/")
-        beside.setdefault((above, spelling_key(name)), set()).add(name)
-    if two := next((sorted(names) for names in beside.values() if len(names) > 1), None):
-        shown = " and ".join(map(repr if "".join(two).isascii() else ascii, two))
-        raise SourceError(f"{data} has the class folders {shown} in one folder: one class or two? Rename one.")
-    chosen, notes = one_spelling(Counter(name for name in layout.classes if name), data)
+def _spelt(layout: FolderLayout, data: str, letter_case: str | None) -> tuple[list[str], list[str]]:
+    """The class of each image in one spelling, and what to say of others. Raises SeveralReadings where folders that lie
+    in one and differ in case may be one class or two, SourceError where they differ in less."""
+    for case in ("keep", "ignore") if letter_case is None else ("keep",):
+        beside: dict[tuple[str, str], set[str]] = {}
+        for folder in set(layout.folders) - {""}:
+            above, _, name = folder.rpartition("/")
+            beside.setdefault((above, spelling_key(name, case)), set()).add(name)
+        if two := next((sorted(names) for names in beside.values() if len(names) > 1), None):
+            if case == "ignore":
+                refuse_letter_case(f"one folder of {data}", two)
+            raise SourceError(f"{data} has {' and '.join(map(ascii, two))} in one folder: rename one.")
+    chosen, notes = one_spelling(Counter(name for name in layout.classes if name), data, letter_case)
     return [chosen.get(name, "") for name in layout.classes], [note.rstrip(".") for note in notes]
 
 
-def _left_out(tree: _Tree) -> list[str]:
-    own = [f"what featurecache wrote left out ({abbreviated(tree.own, 3)})"] if tree.own else []
+def _left_out(tree: _Tree, told: Sequence[str]) -> list[str]:
+    own = [f"left out as told ({abbreviated(told, 3)})"] if told else []
+    own += [f"what featurecache wrote left out ({abbreviated(tree.own, 3)})"] if tree.own else []
     many, names = tree.systems.total(), abbreviated([f"{name}/" for name in sorted(tree.systems)], 3)
     return own + ([f"{many:,} folder{'s' * (many > 1)} of systems left out ({names})"] if many else [])
 
@@ -154,7 +168,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _walk(
-    folder: str, below: str, parents: tuple[tuple[int, int], ...], tree: _Tree, without: Sequence[str] = ()
+    folder: str, below: str, parents: tuple[tuple[int, int], ...], tree: _Tree, leave_out: Sequence[str] = ()
 ) -> None:
     files, inner, hidden = _list(folder)
     tree.systems.update(hidden)
@@ -176,9 +190,9 @@ def _walk(
         else:
             tree.ignored[os.path.splitext(name)[1].lower()] += 1
     for name in inner:
-        if name not in without:
+        if below + name not in leave_out:
             before = len(tree.ids), len(tree.own)
-            _walk(os.path.join(folder, name), f"{below}{name}/", (*parents, here), tree)
+            _walk(os.path.join(folder, name), f"{below}{name}/", (*parents, here), tree, leave_out)
             if len(tree.own) == before[1] or len(tree.ids) > before[0]:  # a cache is no empty class
                 tree.folders[below + name] = len(tree.ids) - before[0]
 

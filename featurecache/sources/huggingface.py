@@ -26,6 +26,7 @@ from featurecache.errors import SourceError, UnreadableImage, first_line
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageArrays, ImageFiles, package, read_file, safe_name
 from featurecache.sources.fetching import SourceOptions, not_here
+from featurecache.sources.label_cells import LabelColumns, LabelOptions, labels_of_columns
 from featurecache.sources.labels import find_roles, groups_or_ids, labels_of_values, resolve_labels, role_columns
 from featurecache.sources.vocabulary import split_names_of
 
@@ -51,16 +52,18 @@ def is_saved_dataset(folder: str) -> bool:
     return "dataset_dict.json" in there or there >= {"dataset_info.json", "state.json"}
 
 
-def open_hub(words: str, columns: dict[str, str] | None, task: str | None) -> Dataset:
-    """The dataset in the folder, or of the name, ``words``. Raises NotFetched where it is not on this machine."""
+def open_hub(words: str, columns: dict[str, str] | None, task: str | None, **how: str) -> Dataset:
+    """The dataset in the folder, or of the name, ``words``; ``how`` its labels are read: see `LabelOptions`. Raises
+    NotFetched where it is not on this machine."""
+    reading = LabelOptions(task, **how)
     if os.path.isdir(folder := os.path.abspath(os.path.expanduser(words))):
-        return _open(folder, f"hf:{folder}", os.path.basename(folder), "", columns, task)
+        return _open(folder, f"hf:{folder}", os.path.basename(folder), "", columns, reading)
     options = _parse(words)
     place = _local_copy(options)
     if re.fullmatch(_COMMIT, place.name):
         options = replace(options, version=place.name)
     name = options.name.rsplit("/", 1)[-1] + (f"-{options.variant}" if options.variant else "")
-    return _open(str(place), str(options), name, options.variant, columns, task)
+    return _open(str(place), str(options), name, options.variant, columns, reading)
 
 
 def fetch_hub(words: str) -> None:
@@ -102,7 +105,7 @@ def _parse(words: str) -> SourceOptions:
     return options
 
 
-def _open(folder: str, data: str, name: str, config: str, columns: dict[str, str] | None, task: str | None) -> Dataset:
+def _open(folder: str, data: str, name: str, config: str, columns: dict[str, str] | None, how: LabelOptions) -> Dataset:
     name = safe_name(name)
     parts, notes = _hub_splits(_load(folder, config), name)
     features = parts[0].rows.features
@@ -112,19 +115,21 @@ def _open(folder: str, data: str, name: str, config: str, columns: dict[str, str
     images, ids = _images(parts, roles["image"][0], folder, name)
     used = set(chain(*roles.values()))
     labels, classes = np.full(len(ids), -1, np.int64), list[str]()
-    for key in roles["label"]:
-        names, where = _class_names(features[key]), f"the column {key} of {name}"
-        labels, classes = labels_of_values(_column(parts, key), names, where)
+    meta = {key: _meta(parts, key) for key, kind in features.items() if key not in used and _is_plain(kind)}
+    reading = LabelColumns(name, lambda row: f"{name} row {row:,}", how, others=meta)
+    for key in roles["label"] if how.task != "unlabelled" else ():
+        labels, classes = _labels(key, _column(parts, key), _class_names(features[key]), reading)
     return Dataset(
         name=name,
-        source={"data": data},
+        source={"data": data, "uncertain": reading.assumed},
         ids=ids,
-        **resolve_labels(labels, classes, task, name)._asdict(),
+        **resolve_labels(labels, classes, how.task, name)._asdict(),
         splits=[part.split for part in parts for _ in range(len(part.rows))],
         groups=groups_or_ids(_column(parts, roles["group"][0]), ids) if roles["group"] else None,
-        meta={key: _meta(parts, key) for key, kind in features.items() if key not in used and _is_plain(kind)},
+        meta=meta,
         images=images,
         notes=tuple(notes),
+        understood=tuple(reading.remarks),
     )
 
 
@@ -194,6 +199,15 @@ def _is_plain(kind: Any) -> bool:
 
 def _column(parts: Sequence[HubSplit], key: str) -> list[Any]:
     return [value for part in parts for value in part.rows.select_columns([key])[:][key]]
+
+
+def _labels(
+    key: str, values: list[Any], names: list[str] | None, reading: LabelColumns
+) -> tuple[np.ndarray, list[str]]:
+    """Labels and classes of numbers that index ``names``, of lists, or of other values as of the cells of a table."""
+    if names or any(isinstance(value, list) for value in values):
+        return labels_of_values(values, names, f"the column {key} of {reading.where}")
+    return labels_of_columns({key: ["" if value is None else str(value) for value in values]}, reading)
 
 
 def _meta(parts: Sequence[HubSplit], key: str) -> list[str] | np.ndarray:

@@ -11,7 +11,7 @@ N rows, L labels. ``labels_of_columns`` reads the label columns of a table:
 - -1 beside 1 and 0 is "uncertain" (CheXpert, Irvin et al. 2019, arXiv:1901.07031, section 3, compares what to make of
   it): ignored unless ``--uncertain zero`` or ``one`` says otherwise.
 
-Ages, measurements and captions are no classes and are refused.
+Ages, measurements and captions are no classes; whoever means them as classes says so.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from featurecache.errors import Reading, SeveralReadings, SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.labels import class_labels, finite_number
-from featurecache.sources.vocabulary import YES_NO, in_order, is_missing, one_spelling, spelling_key
+from featurecache.sources.vocabulary import LETTER_CASE, YES_NO, in_order, is_missing, one_spelling, spelling_key
 
 UNCERTAIN = {"ignore": np.nan, "zero": 0.0, "one": 1.0}  # --uncertain
 SIGNS = ("|", ";", ",")  # between the findings of a cell
 NO_FINDING = frozenset(("no finding", "no findings", "nofinding", "normal", "none", "healthy"))
 # Fewest different values that are looked at for being no classes, and most different numbers that may be some.
 _FEWEST, _MOST_NUMBERS = 10, 30
+_MOST_OTHERS = 6  # other columns that a question names
+_MEASURED = "a measurement"
 _MEASURES = {
     "age", "ages", "year", "years", "weight", "height", "width", "size", "length", "area", "volume", "score", "mm",
     "cm", "ml", "kg", "bmi",
@@ -46,10 +49,12 @@ class LabelOptions:
 
     task: str | None = None
     uncertain: str | None = None  # ignore, zero, one
+    letter_case: str | None = None  # ignore, keep: whether names that differ in it alone are one class
 
     def __post_init__(self) -> None:
-        if self.uncertain not in (None, *UNCERTAIN):
-            raise SourceError(f"--uncertain is {', '.join(UNCERTAIN)}, not {self.uncertain!r}.")
+        for name, choices in (("uncertain", tuple(UNCERTAIN)), ("letter_case", LETTER_CASE)):
+            if (value := getattr(self, name)) not in (None, *choices):
+                raise SourceError(f"--{name.replace('_', '-')} is {', '.join(choices)}, not {value!r}.")
 
 
 @dataclass
@@ -61,6 +66,7 @@ class LabelColumns:
     how: LabelOptions = LabelOptions()
     splits: Sequence[str] = ()
     remarks: list[str] = field(default_factory=list)
+    others: Mapping[str, Sequence[Any] | np.ndarray] = field(default_factory=dict)  # further columns of the table
     assumed: str | None = None  # what -1 was read as, where there was one
 
 
@@ -86,7 +92,7 @@ def _labels_of_column(name: str, cells: Sequence[str], reading: LabelColumns) ->
         if findings is not None:
             return _labels_of_findings(name, findings, sign, reading)
     values = _without_uncertain(name, values, reading)
-    chosen, notes = one_spelling(Counter(values), f"the column {name!r} of {reading.where}")
+    chosen, notes = one_spelling(Counter(values), f"the column {name!r} of {reading.where}", reading.how.letter_case)
     reading.remarks += [note.rstrip(".") for note in notes]
     return labels_of_text([chosen[value] for value in _yes_or_no(values, reading)], name, reading)
 
@@ -166,26 +172,43 @@ def _yes_or_no(values: list[str], reading: LabelColumns) -> list[str]:
 
 
 def refuse_no_classes(values: Sequence[str], name: str, reading: LabelColumns) -> None:
-    """Refuses ages, measurements and captions as classes, unless the task says that they are some."""
-    present = [value for value in values if value]
-    kinds = set(present)
-    if reading.how.task is not None or len(kinds) < _FEWEST:
+    """Refuses ages, measurements and captions as classes, unless the task says that they are some. Raises
+    SeveralReadings: each value is one, or the labels are in another column."""
+    if reading.how.task is not None or not (meant := _no_classes(name, values)):
         return
-    numbers = [finite_number(kind) for kind in kinds]
-    counted = [number for number in numbers if number is not None]
+    present = [value for value in values if value]
+    kinds, what = sorted(set(present)), "numbers" if meant == _MEASURED else "texts"
+    others = {other: {_plain(str(cell)) for cell in cells} - {""} for other, cells in reading.others.items()}
+    like = [o for o, cells in reading.others.items() if len(others[o]) > 1 and not _no_classes(o, cells, fewest=2)]
+    raise SeveralReadings(
+        f"the label column {name!r} of {reading.where} holds {len(kinds):,} different {what} in {len(present):,} rows "
+        f"({abbreviated(kinds, 3)}): {meant}, no classes? Labels are classes here; regression is not offered. "
+        "--task multiclass takes each for a class, --column label=NAME names another column.",
+        [
+            Reading(f"each of the {len(kinds):,} {what} is a class", {"task": "multiclass"}),
+            *(
+                Reading(f"the labels are in {other} ({abbreviated(others[other], 3)})", {"columns": {"label": other}})
+                for other in like[:_MOST_OTHERS]
+            ),
+        ],
+    )
+
+
+def _no_classes(name: str, values: Sequence[Any] | np.ndarray, fewest: int = _FEWEST) -> str:
+    """What a column with at least so many different values holds that are no classes; nothing where they may be."""
+    present = [cell for value in values if (cell := _plain(str(value)))]
+    kinds = set(present)
+    if len(kinds) < fewest:
+        return ""
+    counted = [number for kind in kinds if (number := finite_number(kind)) is not None]
     is_number = len(counted) == len(kinds)
     fractions = is_number and any(number != int(number) for number in counted)
     runs = is_number and not fractions and min(counted) in (0, 1) and max(counted) - min(counted) == len(kinds) - 1
     measured = bool(_MEASURES & set(re.findall(r"[a-z]+", name.lower())))
     many = is_number and len(kinds) > _MOST_NUMBERS and (measured or not runs)
     if not (fractions or many or 2 * len(kinds) > len(present)):
-        return
-    what, meant = ("numbers", "a measurement") if is_number else ("texts", "captions or ids")
-    raise SourceError(
-        f"the label column {name!r} of {reading.where} holds {len(kinds):,} different {what} in {len(present):,} rows "
-        f"({abbreviated(sorted(kinds), 3)}): {meant}, no classes? Labels are classes here; regression is not offered. "
-        "--task multiclass takes each for a class, --column label=NAME names another column."
-    )
+        return ""
+    return _MEASURED if is_number else "captions or ids"
 
 
 # -- several findings in one cell
@@ -241,7 +264,7 @@ def _labels_of_findings(
     """float32 [N, L] of 1 and 0; NaN rows where the cell is missing; "No Finding" alone is a row of zeros."""
     rows = [None if row is None else [part for part in row if not is_missing(part)] for row in findings]
     counts = Counter(part for row in rows for part in row or ())
-    chosen, notes = one_spelling(counts, f"the column {name!r} of {reading.where}")
+    chosen, notes = one_spelling(counts, f"the column {name!r} of {reading.where}", reading.how.letter_case)
     rows = [None if row is None else [chosen[part] for part in row] for row in rows]
     names = {part for row in rows for part in row or ()}
     mixed = {part for row in rows if row and len(set(row)) > 1 for part in row}

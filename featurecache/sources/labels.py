@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from featurecache.errors import SourceError, UnknownSourceName, nearest
+from featurecache.errors import Reading, SeveralReadings, SourceError, UnknownSourceName, nearest
 from featurecache.formatting import abbreviated, names_in, shell_word
 from featurecache.sources.vocabulary import in_order, is_missing, split_names_of
 
@@ -114,7 +114,10 @@ def find_roles(
         roles.setdefault(role, [column for column in names if column not in elsewhere])
         if role not in requested and len(roles[role]) > 1:
             there = f"several columns that could be the {role}: {abbreviated(roles[role])}"
-            raise SourceError(f"{name} has {there}. Say which: --column {shell_word(f'{role}={roles[role][0]}')}.")
+            raise SeveralReadings(
+                f"{name} has {there}. Say which: --column {shell_word(f'{role}={roles[role][0]}')}.",
+                [Reading(f"the {role} is in {column}", {"columns": {role: column}}) for column in roles[role]],
+            )
     used = [column for listed in roles.values() for column in listed]
     if twice := [column for column in used if used.count(column) > 1]:
         raise SourceError(f"the column {twice[0]!r} of {name} cannot be two things at once ({dict(requested)}).")
@@ -137,13 +140,17 @@ def unique_names(names: Sequence[str]) -> list[str]:
     return unique if len(set(unique)) == len(unique) else unique_names(unique)
 
 
-def split_names(words: Sequence[str], row: Callable[[int], str], remedy: str) -> list[str]:
-    """train, val, test or nothing for each word that people use for them. Raises SourceError at another."""
+def split_names(
+    words: Sequence[str], row: Callable[[int], str], remedy: str, readings: Sequence[Reading] = ()
+) -> list[str]:
+    """train, val, test or nothing for each word that people use for them. Raises SourceError at another, with the
+    ``readings`` of the column that there are."""
     splits = {word: "" for word in set(words) if is_missing(word)}
     splits |= split_names_of(sorted(set(words) - splits.keys()))
     for index, word in enumerate(words):
         if word not in splits:
-            raise SourceError(f'{row(index)} is "{word}", expected train, val or test (or nothing). {remedy}')
+            wrong = f'{row(index)} is "{word}", expected train, val or test (or nothing). {remedy}'
+            raise SeveralReadings(wrong, readings) if readings else SourceError(wrong)
     return [splits[word] for word in words]
 
 
@@ -198,19 +205,11 @@ def labels_of_numbers(
 
 
 def labels_of_values(values: Sequence[Any], names: list[str] | None, where: str) -> tuple[np.ndarray, list[str]]:
-    """Labels and classes of numbers that index ``names``, of lists (see `labels_of_lists`), or of whole numbers or
-    texts: those that occur, sorted. None is none."""
+    """Labels and classes of numbers that index ``names``, or of lists (see `labels_of_lists`). None is none."""
     if any(isinstance(value, list) for value in values):
         return labels_of_lists(values, names, where)
-    if names:
-        numbers = np.array([-1 if value is None else int(value) for value in values], np.int64)
-        return labels_of_numbers(numbers, where, unique_names(names))
-    words = ["" if value is None else str(value) for value in values]
-    numbered = all(type(value) is int for value in values if value is not None)
-    classes = sorted(set(words) - {""}, key=int if numbered else str)
-    if len(classes) > 2 and not numbered and 2 * len(classes) > len(words):
-        raise SourceError(f"{where} has {len(classes):,} values in {len(words):,} rows: no classes.")
-    return class_labels(words, classes), classes
+    numbers = np.array([-1 if value is None else int(value) for value in values], np.int64)
+    return labels_of_numbers(numbers, where, unique_names(names or []))
 
 
 def labels_of_lists(values: Sequence[Any], names: list[str] | None, where: str) -> tuple[np.ndarray, list[str]]:

@@ -16,6 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from featurecache.errors import Reading, SeveralReadings, SourceError
 from featurecache.formatting import abbreviated, shell_word
@@ -91,7 +92,7 @@ class _Reader:
     def __init__(self, folders: dict[str, list[str]], where: str) -> None:
         self.parts = [folder.split("/") if folder else [] for folder in folders]
         self.levels = [list(range(1, len(parts) + 1)) for parts in self.parts]
-        self.images, self.where = list(folders.values()), where
+        self.paths, self.images, self.where = list(folders), list(folders.values()), where
         self.at = [0] * len(folders)
         self.splits, self.classes = [""] * len(folders), [""] * len(folders)
         self.groups: list[str] | None = None
@@ -146,9 +147,10 @@ class _Reader:
             name = str(self._name(row, deeper))
             self.splits[row], above = split[name], self._folder(row, deeper)
             if (other := folders.setdefault((above, split[name]), name)) != name:
-                raise SourceError(
+                self._ask_for_classes(
                     f"the folders {other} and {name} in {above} both say {split[name]}. Put their images into one "
-                    f"folder, {_CSV}; or, if they are classes, --classes-at {self._level(rows, deeper)}."
+                    f"folder, {_CSV}",
+                    self._level(rows, deeper),
                 )
         spelt = ", ".join(f"{name}/" for name in sorted(split))
         self.remarks.append(f"splits from {spelt} (read as {', '.join(split[name] for name in sorted(split))})")
@@ -171,9 +173,10 @@ class _Reader:
             if len(names) == 1 and (again or inner == dict.fromkeys(names, split)):
                 self._advance(rows)
             elif len(inner) > 1 or (inner and len(inner) == len(names)):
-                raise SourceError(
+                self._ask_for_classes(
                     f"{self._folder(rows[0])} is {split}, and in it lie {abbreviated(sorted(inner))}: which of them "
-                    f"says the split? Move one, {_CSV}; or, if they are classes, --classes-at {self._level(rows)}."
+                    f"says the split? Move one, {_CSV}",
+                    self._level(rows),
                 )
             elif len(names) == 1 and set(words_of(*names)) <= IMAGES:
                 self._advance(rows)
@@ -193,17 +196,21 @@ class _Reader:
         """Folders of which some are splits; or that hint at several splits and are none."""
         level, others = self._level(rows), sorted(names - split.keys())
         if split:
-            raise SourceError(
+            ends = {row: self.levels[row][self.at[row]] for row in rows if self._name(row) in others}
+            out = sorted({"/".join(self.paths[row].split("/")[:end]) for row, end in ends.items()})
+            self._ask_for_classes(
                 f"{self._folder(rows[0])} has split folders ({abbreviated(sorted(split))}) and beside them "
-                f"{abbreviated(others)}, which belong to no split. Move those away, {_CSV}; or, if all of them are "
-                f"classes, --classes-at {level}."
+                f"{abbreviated(others)}, which belong to no split. Leave those out (--leave-out {shell_word(out[0])}), "
+                f"{_CSV}",
+                level,
+                [Reading(f"without {abbreviated(out)}, which are no part of the data", {"leave_out": tuple(out)})],
             )
         hints = {name: kinds for name in others if (kinds := hints_at_split(name))}
         if len(set().union(*hints.values())) > 1:
-            raise SourceError(
+            self._ask_for_classes(
                 f"the folders {abbreviated(sorted(hints))} in {self._folder(rows[0])} look like splits, and what their "
-                f"other words mean is not plain. Rename them train, val, test; or, if they are classes, "
-                f"--classes-at {level}."
+                "other words mean is not plain. Rename them train, val, test",
+                level,
             )
 
     # -- the classes
@@ -304,6 +311,15 @@ class _Reader:
                 f"one fold: --data {shell_word(self._folder(rows[0]))}"
             )
 
+    def _ask_for_classes(self, wrong: str, level: int, readings: Sequence[Reading] = ()) -> NoReturn:
+        """Refuses with what is ``wrong`` unless the folders of this level are classes, or one of ``readings`` holds."""
+        names = {"/".join(path.split("/")[level - 1 : level]) for path in self.paths}
+        classes = Reading(f"the classes are {abbreviated(sorted(names), 6)}", {"classes_at": level})
+        raise SeveralReadings(
+            f"{wrong}; or, if all folders of that level are classes, --classes-at {level}.",
+            [*readings, *([] if "" in names else [classes])],
+        )
+
     def _refuse_two(self, rows: Sequence[int], deeper: int = 1) -> None:
         levels = self._level(rows), self._level(rows, deeper)
         first, second = (abbreviated(sorted(self._names(rows, depth)), 4) for depth in (0, deeper))
@@ -318,10 +334,10 @@ class _Reader:
 
     def _refuse_half_below(self, rows: Sequence[int], split: dict[str, str]) -> None:
         row = next(row for row in rows if self._name(row, 1) in split)
-        raise SourceError(
+        self._ask_for_classes(
             f"{self._folder(row)} has split folders below class folders ({self._name(row)}/{self._name(row, 1)}), but "
-            f"not every image lies in one. Move the others, {_CSV}; or, if they are no splits, --classes-at "
-            f"{self._level([row])}."
+            f"not every image lies in one. Move the others, {_CSV}",
+            self._level([row]),
         )
 
     def read_at(self, level: int) -> None:

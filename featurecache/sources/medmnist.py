@@ -68,13 +68,14 @@ def _parse(words: str) -> tuple[SourceOptions, str, list[Path]]:
     return replace(options, name=name, version=size), name if size == "28" else f"{name}_{size}", folders
 
 
-def open_npz(data: str, task: str | None) -> Dataset:
-    """The dataset in the archive ``data`` (an absolute path); one named as a MedMNIST set has its classes and task."""
+def open_npz(data: str, task: str | None, **how: str) -> Dataset:
+    """The dataset in the archive ``data`` (an absolute path); one named as a MedMNIST set has its classes and task.
+    ``how`` labels that are names are read: see `LabelOptions`."""
     stem = os.path.basename(data).rsplit(".", 1)[0]
     published = MEDMNIST.get(re.sub(r"_(28|64|128|224)$", "", stem.lower()))
     if published is None:
-        return open_archive(data, task)
-    return open_archive(data, task or published.task, published.classes)
+        return open_archive(data, task, **how)
+    return open_archive(data, task or published.task, published.classes, **how)
 
 
 # -- what the publishers call the classes of the twelve sets, and what kind of task each is: medmnist/info.py of

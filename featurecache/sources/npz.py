@@ -30,7 +30,8 @@ import numpy as np
 from featurecache.errors import SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.base import Dataset, ImageArrays
-from featurecache.sources.labels import SPLIT_ORDER, labels_of_numbers, labels_of_values, resolve_labels
+from featurecache.sources.label_cells import LabelColumns, LabelOptions, labels_of_columns
+from featurecache.sources.labels import SPLIT_ORDER, labels_of_numbers, resolve_labels
 from featurecache.sources.vocabulary import SPLITS, words_of
 
 _IN_MEMORY = 1 << 30  # bytes of one array
@@ -138,9 +139,10 @@ def array_role(name: str) -> ArrayRole | None:
     return ArrayRole("".join(splits), kinds.pop()) if known and one and len(kinds) == 1 else None
 
 
-def open_archive(data: str, task: str | None, classes: Sequence[str] | None = None) -> Dataset:
+def open_archive(data: str, task: str | None, classes: Sequence[str] | None = None, **how: str) -> Dataset:
     """The dataset in the archive ``data`` (an absolute path); ``classes``, by number: the published ones of the set
-    whose name it bears. With the task unlabelled no labels are looked for."""
+    whose name it bears; ``how`` labels that are names are read: see `LabelOptions`. With the task unlabelled no labels
+    are looked for."""
     name = os.path.basename(data)
     arrays = _headers(data)
     roles = _roles(name, arrays)
@@ -150,7 +152,7 @@ def open_archive(data: str, task: str | None, classes: Sequence[str] | None = No
         forms = {roles.get(ArrayRole(split, "labels"), split): list(each.shape) for split, each in columns.items()}
         shapes = ", ".join(f"{array} {shape}" for array, shape in forms.items())
         raise SourceError(f"the labels of {name} differ in their form: {shapes}.")
-    labels, own, understood = _labels(name, np.concatenate(list(columns.values())), classes, task)
+    labels, own, understood = _labels(name, np.concatenate(list(columns.values())), classes, LabelOptions(task, **how))
     if any(array != f"{role.split}_{role.kind}" for role, array in roles.items()):
         read = [f"{array} as {role.kind}" + f" of {role.split}" * bool(role.split) for role, array in roles.items()]
         understood.append(f"arrays by their names: {', '.join(read)}")
@@ -264,19 +266,20 @@ def _array(file: str, member: str) -> np.ndarray:
 
 
 def _labels(
-    name: str, values: np.ndarray, published: Sequence[str] | None, task: str | None
+    name: str, values: np.ndarray, published: Sequence[str] | None, how: LabelOptions
 ) -> tuple[np.ndarray, list[str], list[str]]:
     """Labels as a dataset has them, int64 [N] or float32 [N, L], the names of the classes, how they were understood."""
     where = f"the labels of {name}"
     if values.ndim == 1 and values.dtype.kind == "U":
-        return *labels_of_values([text or None for text in values.tolist()], None, where), []
+        reading = LabelColumns(name, lambda row: f"{where}, row {row:,}", how)
+        return *labels_of_columns({"labels": values.tolist()}, reading), reading.remarks
     if values.ndim == 1 and values.dtype.kind == "f" and np.isnan(values).any():
         raise SourceError(f"{where} are not whole numbers ({values.dtype}); expected class numbers.")
     labels, classes = labels_of_numbers(values, where)
     if published is not None:
         bears = f"{name} bears the name of a MedMNIST set (rename the file if it is another): it"
         return *labels_of_numbers(values, bears, published), []
-    if labels.ndim == 2 and len(labels) and task != "multilabel" and (labels.sum(1) == 1).all():  # NaN: is none
+    if labels.ndim == 2 and len(labels) and how.task != "multilabel" and (labels.sum(1) == 1).all():  # NaN: is none
         way = "--task multilabel reads them as labels of their own"
         return labels.argmax(1), classes, [f"{labels.shape[1]} classes: every row of labels has exactly one 1 ({way})"]
     return labels, classes, []

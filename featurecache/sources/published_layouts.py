@@ -70,7 +70,7 @@ def open_chest_xray(data: str, columns: dict[str, str] | None, task: str | None)
     splits = _split_folders(data).keys()
     inner = [name for name in list_folder(data)[1] if splits and name in (os.path.basename(data), "chest_xray")]
     again = [name for name in inner if _split_folders(os.path.join(data, name)).keys() == splits]
-    plain = open_folder(data, None, without=again)
+    plain = open_folder(data, None, leave_out=again)
     kinds, groups, unnamed = list[str](), list[str](), 0
     for name, split, label in zip(plain.ids, plain.splits, plain.labels.tolist(), strict=True):
         folder = plain.classes[label].lower() if label >= 0 else ""

@@ -16,10 +16,10 @@ import csv
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from featurecache.errors import SourceError
+from featurecache.errors import Reading, SeveralReadings, SourceError
 from featurecache.files.delimited import read_delimited
 from featurecache.formatting import abbreviated
 from featurecache.sources.annotations import Annotations, Table, annotations_of_text, group_columns
@@ -83,9 +83,7 @@ def open_table(
     )
 
 
-def read_annotations(
-    data: str, columns: dict[str, str] | None, task: str | None, uncertain: str | None = None
-) -> Annotations:
+def read_annotations(data: str, columns: dict[str, str] | None, how: LabelOptions) -> Annotations:
     """Labels of features that are there already: a table as for images, in which the paths may be missing. Its only
     column is the label, whatever it is called."""
     table, _ = _read_table(data)
@@ -95,20 +93,20 @@ def read_annotations(
         there = abbreviated(list(table.columns), 8)
         raise SourceError(f"{table.name} has no column of labels among {there}; --column label=NAME names one.")
     if roles["path"]:
-        table, _ = _one_row_each(table, roles, task)
+        table, _ = _one_row_each(table, roles, how.task)
     ids = table.columns[roles["path"][0]] if roles["path"] else None
     own = [f"{table.name}:{row}" for row in range(len(table.places))]  # one without a group is a group of its own
-    by_path, how = ids is not None and "split" not in (columns or {}), LabelOptions(task, uncertain)
+    by_path = ids is not None and "split" not in (columns or {})
     return replace(annotations_of_text(table, roles, ids or own, how, splits_in_paths=by_path), ids=ids)
 
 
 def annotate(
-    table: Table, ids: list[str], columns: dict[str, str], task: str | None, classes: Sequence[str] = ()
+    table: Table, ids: list[str], columns: dict[str, str], how: LabelOptions, classes: Sequence[str] = ()
 ) -> Annotations:
     """What columns say of images whose ``ids`` are there; labels may be missing. ``classes``, in their order: those of
     which the labels are names, or numbers from 0."""
     roles = _find_roles(table, {**columns, "path": ""}, needs_path=False)
-    return annotations_of_text(table, roles, ids, LabelOptions(task), classes)
+    return annotations_of_text(table, roles, ids, how, classes)
 
 
 # -- reading
@@ -206,7 +204,7 @@ def _one_row_each(table: Table, roles: dict[str, list[str]], task: str | None) -
         if several and name in ruled:
             _refuse_contradiction(table, name, list(rows_of.items())[several[0]], roles)
         if several and name == label:
-            if all(cell.replace(".", "").lstrip("-").isdigit() for number in several for cell in kinds[number]):
+            if _are_numbers(cell for number in several for cell in kinds[number]):
                 _refuse_contradiction(table, name, list(rows_of.items())[several[0]], roles)
             united = len(several)
             columns[name] = [str(cell) if cell else "" for cell in kinds]
@@ -238,7 +236,14 @@ def _refuse_contradiction(table: Table, name: str, image: tuple[str, list[int]],
     there = (
         f"rows {table.places[rows[0]]:,} and {table.places[other]:,}: {name} {cells[rows[0]]!r} and {cells[other]!r}"
     )
-    way = "expected one row for each image, or rows that agree"
-    if [name] == roles["label"]:
-        way += "; --task multilabel takes several findings of one image together"
-    raise SourceError(f"{table.name} lists {path} twice ({there}); {way}.")
+    wrong = f"{table.name} lists {path} twice ({there}); expected one row for each image, or rows that agree"
+    if [name] == roles["label"] and not _are_numbers(_kinds(cells, rows)):
+        raise SeveralReadings(
+            f"{wrong}; --task multilabel takes several findings of one image together.",
+            [Reading("the rows of an image are its several findings", {"task": "multilabel"})],
+        )
+    raise SourceError(f"{wrong}.")
+
+
+def _are_numbers(cells: Iterable[str]) -> bool:
+    return all(cell.replace(".", "").lstrip("-").isdigit() for cell in cells)

@@ -11,7 +11,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from featurecache.errors import SourceError, UnknownSourceName, nearest
+from featurecache.errors import Reading, SeveralReadings, SourceError, UnknownSourceName, nearest
 from featurecache.formatting import abbreviated, join_names, shell_word
 
 # What people call their splits -> what we call them.
@@ -37,6 +37,7 @@ PERSON = re.compile(
 )
 # Cells that mean "not known", lower case. ``None`` is Python's; ``none`` may be a class (none, mild, severe).
 MISSING = frozenset(("", "nan", "na", "n/a", "#n/a", "<na>", "null", "nat", "-", "?"))
+LETTER_CASE = ("ignore", "keep")  # --letter-case
 YES_NO = {
     **dict.fromkeys(("1", "1.0", "1.00", "true", "yes", "y", "t", "positive", "present"), 1.0),
     **dict.fromkeys(("0", "0.0", "0.00", "false", "no", "n", "f", "negative", "absent"), 0.0),
@@ -90,27 +91,41 @@ def is_missing(cell: str) -> bool:
 # -- spellings of one class
 
 
-def spelling_key(name: str) -> str:
-    """What the spellings of one class share: letters without case, Unicode form, and outer or doubled spaces."""
-    return unicodedata.normalize("NFC", " ".join(unicodedata.normalize("NFC", name).lower().split()))
+def spelling_key(name: str, letter_case: str | None = None) -> str:
+    """What the spellings of one class share: letters without case (unless it is to be kept), Unicode form, and outer or
+    doubled spaces."""
+    text = unicodedata.normalize("NFC", name)
+    return unicodedata.normalize("NFC", " ".join((text if letter_case == "keep" else text.lower()).split()))
 
 
-def one_spelling(names: Mapping[str, int], where: str) -> tuple[dict[str, str], list[str]]:
+def refuse_letter_case(where: str, names: Sequence[str]) -> None:
+    """Raises SeveralReadings: names that may be one class or two."""
+    shown = " and ".join(map(repr if "".join(names).isascii() else ascii, names))
+    raise SeveralReadings(
+        f"{where} has {shown}: one class or two? --letter-case ignore takes one, --letter-case keep two.",
+        [
+            Reading(f"{shown} are one class", {"letter_case": "ignore"}),
+            Reading(f"{shown} are two classes", {"letter_case": "keep"}),
+        ],
+    )
+
+
+def one_spelling(
+    names: Mapping[str, int], where: str, letter_case: str | None = None
+) -> tuple[dict[str, str], list[str]]:
     """Each name -> the spelling of its class that most rows have; and a sentence for each class of several spellings.
-    ``names`` counts rows. Raises SourceError where two spellings may be two classes: a single letter (``A``, ``a``)."""
+    ``names`` counts rows. ``letter_case``: whether names that differ in it alone are one class (ignore) or two (keep).
+    Raises SeveralReadings where two spellings may be two classes: a single letter (``A``, ``a``)."""
     spellings: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        spellings[spelling_key(name)].append(name)
+        spellings[spelling_key(name, letter_case)].append(name)
     chosen, notes = dict[str, str](), list[str]()
     for key, several in spellings.items():
         best = max(several, key=lambda name: (names[name], name == name.strip(), name))
         best = unicodedata.normalize("NFC", " ".join(best.split()))
         ways = {unicodedata.normalize("NFC", " ".join(name.split())) for name in several}
-        if len(ways) > 1 and len(key) == 1:
-            raise SourceError(
-                f"{where} has the classes {' and '.join(sorted(ways))}: one class or two? Where a name is one letter, "
-                "its case may matter: give them the same name, or names that differ in more."
-            )
+        if len(ways) > 1 and len(key) == 1 and letter_case is None:
+            refuse_letter_case(where, sorted(ways))
         chosen |= dict.fromkeys(several, best)
         if len(several) > 1:
             shown = [(repr if len(ways) == len(several) else ascii)(name) for name in sorted(several)]

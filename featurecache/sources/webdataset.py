@@ -37,13 +37,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from featurecache.errors import SourceError, UnreadableImage
+from featurecache.errors import Reading, SeveralReadings, SourceError, UnreadableImage
 from featurecache.formatting import abbreviated
 from featurecache.images.headers import EncodedFrame
 from featurecache.sources.annotations import Table
 from featurecache.sources.base import Dataset, ImageFiles, as_unreadable, open_image_file, read_text
 from featurecache.sources.dicom_frames import frame_name, frame_of
 from featurecache.sources.folders import EXTENSIONS, is_image, kinds_text, list_folder
+from featurecache.sources.label_cells import LabelOptions
 from featurecache.sources.labels import resolve_labels
 from featurecache.sources.tables import annotate
 from featurecache.sources.vocabulary import SPLITS, split_names_of, words_of
@@ -77,8 +78,8 @@ def is_pattern(path: str) -> bool:
     return bool(_PATTERN.search(path)) and _is_tar(path)
 
 
-def open_webdataset(data: str, columns: dict[str, str] | None, task: str | None) -> Dataset:
-    """The dataset in the tars that ``data`` (an absolute path) names."""
+def open_webdataset(data: str, columns: dict[str, str] | None, task: str | None, **how: str) -> Dataset:
+    """The dataset in the tars that ``data`` (an absolute path) names; ``how``: see `LabelOptions`."""
     root, tars = _tars(data)
     index = TarIndex()
     for number, tar in enumerate(tars):
@@ -95,10 +96,11 @@ def open_webdataset(data: str, columns: dict[str, str] | None, task: str | None)
     if "cls" in table.columns:
         fields.setdefault("label", "cls")
     ids = [sample.id for sample, _ in samples]
-    rows = annotate(table, ids, fields, task, _class_list(os.path.join(root, CLASSES)))
+    rows = annotate(table, ids, fields, LabelOptions(task, **how), _class_list(os.path.join(root, CLASSES)))
     places = np.array([(sample.tar, *sample.files[kind]) for sample, kind in samples], np.int64)
     return Dataset(
         name=_name(data),
+        source={"uncertain": rows.uncertain},
         ids=ids,
         **resolve_labels(rows.labels, rows.classes, task, table.name)._asdict(),
         splits=rows.splits if any(rows.splits) else _splits(tars, places[:, 0].tolist()),
@@ -166,7 +168,10 @@ def _image_of(sample: TarSample, requested: str | None) -> str | None:
     if requested is not None:
         return requested if requested in kinds else None
     if len(kinds) > 1:
-        raise SourceError(f"{sample.id} has several images ({', '.join(kinds)}); --column path={kinds[0]} says which.")
+        raise SeveralReadings(
+            f"{sample.id} has several images ({', '.join(kinds)}); --column path={kinds[0]} says which.",
+            [Reading(f"the images are the .{kind}", {"columns": {"path": kind}}) for kind in kinds],
+        )
     return kinds[0] if kinds else None
 
 

@@ -33,7 +33,7 @@ NAMES = {
     "extract": (MAKE, {
         "--backbone": ("vit-dmo", "vit-demo"), "--data": SET, "--outputs": ("cls,tokns", "tokens"),
         "--column": ("lable=x", "label", *TABLE), "--order": ("wel,ill", "well", "--data", "d"),
-        "--augment": ("filp", "flip", "--copies", "1"),
+        "--augment": ("filp", "flip", "--copies", "1"), "--leave-out": ("il", "ill", "--data", "d"),
     }),
     "train-head": (TRAIN, OF_TRAINING | {
         "--head": ("rigde", "ridge"), "--output": ("clss", "cls"), "--features": ("vit-demo/dd", "vit-demo/d"),
@@ -41,7 +41,7 @@ NAMES = {
     "train-baseline": (NET, OF_TRAINING | {
         "--arch": ("cnn-cifr", "cnn-cifar"), "--data": SET, "--augment": ("filp", "flip"),
         "--features": ("vit-demo/dd", "vit-demo/d", None), "--order": ("wel,ill", "well"),
-        "--column": ("label=finding", "findings", *TABLE),
+        "--column": ("label=finding", "findings", *TABLE), "--leave-out": ("il", "ill"),
     }),
     "ablate": (ABLATE, OF_TRAINING | {
         "--heads": ("ridge,lienar", "linear"), "--outputs": ("clss", "cls"),
@@ -50,6 +50,7 @@ NAMES = {
         "--reference": ("ridge on clss", "ridge on cls"), "--data": (*SET, "--heads", "cnn-cifar", None),
         "--order": ("wel,ill", "well", "--heads", "cnn-cifar", "--data", "d", None),
         "--column": ("label=finding", "findings", "--heads", "cnn-cifar", *TABLE, None),
+        "--leave-out": ("il", "ill", "--heads", "cnn-cifar", "--data", "d", None),
     }),
     "evaluate": (("evaluate", *RUN, "--features", "d"), {"--features": ("dd", "d"), "--classes": ("wel=well", "well")}),
     "report": (("report", "run"), {"--reference": ("ridge on clss", "ridge on cls"), "--by": ("siet", "site")}),
@@ -78,7 +79,12 @@ NAMES = {
 NO_NAMES = {"DIR", "FILE", "FILE.png", "PATH", "GRID", "N", "X", "P", "C", "K", "B", "N|all", "HxW", "SIZE"}
 NEW = {("extract", "--name"), ("why", "--name"), ("import", "--name"), ("import", "--classes"), ("import", "--prefix")}
 ELSEWHERE = {"--device", "--crop", "--address"}  # of torch; numbers; of Ray
-OF_IMAGES = {"--data", "--column", "--order"}  # of evaluate: for networks from pixels, and read as for train-baseline
+OF_IMAGES = {
+    "--data",
+    "--column",
+    "--order",
+    "--leave-out",
+}  # of evaluate: for networks from pixels, and read as for train-baseline
 
 
 def takes_name(command: str, each: click.Parameter) -> bool:

@@ -55,6 +55,8 @@ def test_bits_that_are_about_none_of_the_images_or_no_bits_are_refused(dark, vit
         open_source(dark, bits=16)
     with pytest.raises(BadOption, match="give them to open_source"):
         plan.prepare(open_source(dark), backbone=vit, cache=tmp_path / "c", bits=12)
+    with pytest.raises(BadOption, match="columns and classes_at say how data are read: give them to open_source"):
+        plan.prepare(open_source(dark), backbone=vit, cache=tmp_path / "c", classes_at=1, columns={"label": "x"})
 
 
 def test_values_above_the_bits_are_a_named_failure(dark, vit, tmp_path):

@@ -237,7 +237,12 @@ def test_truncated_images_say_after_how_many_bytes(kind, share):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_jpeg_whose_tail_was_never_downloaded_is_truncated(mode):
     data = encoded(Image.fromarray(COLOUR).convert(mode), "JPEG")
-    assert "truncated" in reason(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    assert reason(data[: len(data) // 2] + bytes(len(data) - len(data) // 2)) == f"truncated after {len(data):,} bytes"
+
+
+def test_deep_colours_in_a_layout_that_is_no_rgb_are_refused():
+    inks = by_tifffile(np.zeros((4, 6, 4), np.uint16), photometric="separated")
+    assert reason(inks) == "16-bit CMYK in an unusual layout; save it as PNG, or with 8 bits a sample"
 
 
 @pytest.mark.parametrize(

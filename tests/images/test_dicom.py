@@ -23,7 +23,7 @@ from featurecache.images.decoding import decode, digest, image_header
 
 from pydicom.encaps import encapsulate  # isort: skip
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut, get_decoder  # isort: skip
-from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGLSLossless  # isort: skip
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGLSLossless, MPEG2MPML  # isort: skip
 
 EXAMPLES = Path(pydicom.__file__).parent / "data" / "test_files"
 
@@ -217,7 +217,7 @@ def test_what_no_rule_covers_is_refused_by_name(elements, message):
     ("name", "message"),
     [
         ("MR_truncated.dcm", "truncated after 9,630 bytes"),
-        ("JPEGLSNearLossless_08.dcm", "need another decoder: pip install pyjpegls"),
+        ("JPEGLSNearLossless_08.dcm", "data need another decoder: pip install pyjpegls"),
         ("JPGExtended.dcm", "its JPEG Extended data are damaged or need another decoder: pip install pylibjpeg"),
         ("SC_rgb_jpeg_gdcm.dcm", "pip install pylibjpeg pylibjpeg-libjpeg"),
         ("test-SR.dcm", "a DICOM file without an image"),
@@ -231,6 +231,15 @@ def test_real_files_that_are_not_read_are_named_failures(name, message):
     if any(package in message and installed for package, installed in decoders.items()):
         pytest.skip("its decoder is installed")
     assert message in reason(example(name))
+
+
+def test_files_that_no_rule_covers_are_named_failures():
+    palette = {"PhotometricInterpretation": "PALETTE COLOR", "SegmentedRedPaletteColorLookupTableData": b"\0\0"}
+    assert reason(dicom_bytes(RAMP, **palette)) == "a segmented palette; save it with a plain one"
+    film = dicom_bytes(RAMP, MPEG2MPML, PixelData=encapsulate([b"1234"]))
+    assert reason(film) == "its transfer syntax MPEG2 Main Profile / Main Level is none that pydicom decodes"
+    packed = dicom_bytes(RAMP, DeflatedExplicitVRLittleEndian)  # nobody can tell where its packed part begins
+    assert reason(packed[:132] + packed[144:]) == "a deflated DICOM file without the length of its first group"
 
 
 @pytest.mark.parametrize("share", [0.9, 0.6])

@@ -75,11 +75,18 @@ def test_what_is_no_image_gets_a_sentence(images, words):
     refused(images, words)
 
 
-def test_columns_are_of_tables():
-    refused(["a.png"], "the images are given as they are", columns={"label": "x"})
-
-
-@pytest.mark.parametrize("how", [{"classes_at": 1}, {"order": ["a", "b"]}, {"root": "."}, {"uncertain": "zero"}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"columns": {"label": "x"}},
+        {"leave_out": ["a"]},
+        {"letter_case": "keep"},
+        {"classes_at": 1},
+        {"order": ["a", "b"]},
+        {"root": "."},
+        {"uncertain": "zero"},
+    ],
+)
 def test_words_about_a_folder_or_a_table_are_refused_and_not_ignored(how):
     refused(shades(3, 5, 4), f"{next(iter(how))} says how a folder or a table is read", **how)
 

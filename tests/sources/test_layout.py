@@ -129,7 +129,7 @@ def test_beside_a_told_level_splits_persons_and_folds_are_read():
 
 REFUSED = [
     (("seg_train/a", "seg_test/a", "seg_pred"), "beside them seg_pred, which belong to no split"),
-    (("bus", "train", "car"), "if all of them are classes, --classes-at 1"),
+    (("bus", "train", "car"), "if all folders of that level are classes, --classes-at 1"),
     (("trainA", "trainB", "testA", "testB"), "look like splits, and what their other words mean is not plain"),
     (("train/a", "train_data/a"), "the folders train and train_data in data both say train"),
     (("a/train", "a/test", "b"), "split folders below class folders (a/t"),
@@ -163,6 +163,19 @@ def test_a_class_called_train_inside_split_folders_is_a_class():
     }
 
 
+def test_folders_that_are_no_part_are_left_out_as_told(tmp_path):
+    pictures(
+        tmp_path, "set/train/a/1.png", "set/train/b/2.png", "set/test/a/3.png", "set/old/c/4.png", "set/seg/a/5.png"
+    )
+    data = reopened(open_source(tmp_path, leave_out=["set/old/", "set/seg"]))
+    assert (data.classes, data.splits) == (["a", "b"], ["test", "train", "train"])
+    assert "left out as told (set/old/, set/seg)" in data.source["understood"]
+    refused(tmp_path, "--leave-out set/odl: there is no such folder", "Near: old.", leave_out=["set/odl"])
+    for name in ("..", "", "set/..", str(tmp_path / "set/old")):
+        refused(tmp_path, "there is no such folder in", leave_out=[name])
+    refused("digits", "--leave-out is folders of images that are no part", leave_out=["a"])
+
+
 # -- spellings and order
 
 
@@ -180,7 +193,14 @@ def test_one_class_in_two_unicode_forms_is_one(tmp_path):
 
 
 def test_spellings_in_one_folder_may_be_two_classes(tmp_path):
-    refused(pictures(tmp_path, "Normal/1.png", "NORMAL/2.png"), "'NORMAL' and 'Normal' in one folder: one class or two")
+    refused(pictures(tmp_path, "Normal/1.png", "NORMAL/2.png"), "has 'NORMAL' and 'Normal': one class or two")
+    assert open_source(tmp_path, letter_case="ignore").classes == ["Normal"]
+    data = reopened(open_source(tmp_path, letter_case="keep"))
+    assert (data.classes, data.labels.tolist()) == (["NORMAL", "Normal"], [0, 1])
+    two = pictures(tmp_path / "two", "\u00fcbel/1.png", "u\u0308bel/2.png")
+    refused(two, "has 'u\\u0308bel' and '\\xfcbel' in one folder: rename one")
+    refused(two, "rename one", letter_case="keep")
+    refused(two, "--letter-case is ignore, keep, not 'fold'", letter_case="fold")
 
 
 def test_numbers_are_ordered_as_numbers_without_being_asked(tmp_path):

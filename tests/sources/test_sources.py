@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from support.plant import flip
 from support.small_sets import npz, pictures, refused, reopened, shades, table
 
-from featurecache.errors import SourceError, nearest
+from featurecache.errors import SeveralReadings, SourceError, nearest
 from featurecache.sources import SOURCES, open_source
 from featurecache.sources import npz as npz_source
 from featurecache.sources.medmnist import MEDMNIST
@@ -132,6 +134,33 @@ NAMES = [
     ("trainX", "trainY", "testX", "testY"), ("xtrain", "ytrain", "xtest", "ytest"),
     ("train_data", "train_targets", "test_data", "test_targets"),
 ]  # fmt: skip
+
+
+def test_an_array_in_a_later_format_is_refused(tmp_path):
+    array = io.BytesIO()
+    np.lib.format.write_array(array, np.zeros((2, 4, 4), np.uint8), version=(3, 0))
+    with zipfile.ZipFile(tmp_path / "new.npz", "w") as archive:
+        archive.writestr("images.npy", array.getvalue())
+    refused(tmp_path / "new.npz", "cannot be read as an .npz (array format 3.0, expected 1.0 or 2.0)")
+
+
+def test_names_in_an_archive_are_read_as_the_cells_of_a_table(tmp_path):
+    labels = {
+        "cells": ["a", "A", "NA", "b"],
+        "signed": ["1", "-1", "1", "1"],
+        "films": [f"film {k}" for k in range(12)],
+    }
+    files = {
+        name: npz(tmp_path / f"{name}.npz", images=shades(len(y), 4, 4), labels=np.array(y))
+        for name, y in labels.items()
+    }
+    refused(files["cells"], "'A' and 'a': one class or two?", error=SeveralReadings)
+    data = reopened(open_source(files["cells"], letter_case="ignore"))
+    assert (data.classes, data.labels.tolist()) == (["a", "b"], [0, 0, -1, 1])
+    refused(files["signed"], "holds 1 and -1", error=SeveralReadings)
+    assert open_source(files["signed"], uncertain="one").labels.tolist() == [0, 0, 0, 0]
+    refused(files["films"], "captions or ids, no classes?", error=SeveralReadings)
+    assert len(open_source(files["films"], task="multiclass").classes) == 12
 
 
 @pytest.mark.parametrize("names", NAMES)

@@ -17,7 +17,7 @@ from support.published_sets import chest_xray, kaggle_copy
 from support.small_hub import small_hub
 from support.small_sets import encoded, refused, reopened, shades_of
 
-from featurecache.errors import NotFetched, UnreadableImage
+from featurecache.errors import NotFetched, SeveralReadings, UnreadableImage
 from featurecache.extraction.digest_cache import DigestCache
 from featurecache.extraction.scan import scan
 from featurecache.images import decoding
@@ -218,10 +218,26 @@ def test_labels_as_lists_classes_words_and_numbers(tmp_path, kind, values, class
 
 
 def test_columns_that_are_no_labels(tmp_path):
-    words = rows_of("a", "b", "c", kind=datasets.Value("string"))
-    refused(saved(tmp_path / "a", words), "the column label of a has 3 values in 3 rows: no classes")
+    words = rows_of(*(f"film {number}" for number in range(12)), kind=datasets.Value("string"))
+    text = refused(saved(tmp_path / "a", words), "'label' of a holds 12 different texts in 12 rows")
+    assert "captions or ids, no classes?" in text
+    assert len(open_source(tmp_path / "a", task="multiclass").classes) == 12
     lists = rows_of([1], [5], [7, 9], kind=datasets.Sequence(datasets.Value("int64")))
     refused(saved(tmp_path / "b", lists), "neither numbers of classes nor 0 and 1 for each label: 1, 5, 7, 9")
+
+
+def test_cells_of_a_column_are_read_as_those_of_a_table(tmp_path):
+    text, number = datasets.Value("string"), datasets.Value("float32")
+    words = saved(tmp_path / "words", rows_of("Mass", "mass ", "NA", "cyst|mass", kind=text))
+    data = reopened(open_source(words))
+    assert (data.task, data.classes) == ("multilabel", ["cyst", "mass"])
+    ages = rows_of(*(20.5 + k for k in range(12)), kind=number, sex=(text, ["f", "m"] * 6))
+    with pytest.raises(SeveralReadings, match="a measurement, no classes") as caught:
+        open_source(saved(tmp_path / "ages", ages))
+    assert caught.value.readings[1].options == {"columns": {"label": "sex"}}
+    signed = saved(tmp_path / "signed", rows_of(1, 0, -1, kind=datasets.Value("int64")))
+    data = reopened(open_source(signed, uncertain="one"))
+    assert (data.labels.tolist(), data.source["uncertain"]) == ([1, 0, 1], "one")
 
 
 def test_two_columns_of_classes_have_to_be_told_apart_and_the_rest_is_kept(tmp_path):

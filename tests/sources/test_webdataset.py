@@ -17,7 +17,7 @@ from PIL import Image
 from support.small_sets import encoded, pictures, refused, reopened, shades_of
 
 import featurecache
-from featurecache.errors import SourceError, UnreadableImage
+from featurecache.errors import SeveralReadings, SourceError, UnreadableImage
 from featurecache.extraction import scan
 from featurecache.extraction.digest_cache import DigestCache
 from featurecache.extraction.scan import scan as scan_dataset
@@ -49,6 +49,32 @@ def samples(*rows: tuple[str, object], start: int = 0, field: str = "cls") -> li
 
 
 # -- what is read
+
+
+def test_a_member_that_its_tar_has_lost_while_it_is_read_is_no_image(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"0123456789")
+    with open(tmp_path / "a.tar", "rb") as file:
+        assert webdataset._read_at(file.fileno(), 2, 8) == b"23456789"
+        with pytest.raises(UnreadableImage, match="its tar ends before it does"):
+            webdataset._read_at(file.fileno(), 2, 9)
+
+
+def test_cells_of_samples_are_read_as_those_of_tables(tmp_path):
+    data = tar(tmp_path / "signed.tar", *samples(("b", 1), ("a", -1), ("c", 1)))
+    with pytest.raises(SeveralReadings) as caught:
+        open_source(data)
+    assert [each.options for each in caught.value.readings][:2] == [{"task": "binary"}, {"uncertain": "ignore"}]
+    read = open_source(data, uncertain="zero")
+    assert (read.labels.tolist(), read.source["uncertain"]) == ([1, 0, 1], "zero")
+    data = tar(tmp_path / "letters.tar", *samples(("b", "a"), ("a", "A"), ("c", "c")))
+    assert [open_source(data, letter_case=case).classes for case in ("ignore", "keep")] == [["a", "c"], ["A", "a", "c"]]
+
+
+def test_of_several_images_of_a_sample_each_may_be_meant(tmp_path):
+    data = tar(tmp_path / "x.tar", ("1.png", encoded(1)), ("1.jpg", encoded(2, "JPEG")))
+    with pytest.raises(SeveralReadings, match=r"x.tar:1 has several images \(png, jpg\)") as caught:
+        open_source(data)
+    assert [each.options for each in caught.value.readings] == [{"columns": {"path": kind}} for kind in ("png", "jpg")]
 
 
 def test_samples_of_a_tar_by_key_with_their_classes_and_the_bytes_of_the_files(tmp_path):
@@ -221,8 +247,9 @@ def test_what_goes_on_behind_the_end_or_is_damaged_in_the_middle_is_not_the_end(
 
 
 def test_a_header_that_declares_other_sizes_than_the_file_has_is_refused(tmp_path):
+    whole = "a.tar is cut off or damaged: "
     for size in (b"77777777777\0", b"\xff" * 11 + b"\x80"):  # 8 GiB; a negative number in base 256
-        refused(with_header(tmp_path / "a.tar", size=size), "a.tar")
+        refused(with_header(tmp_path / "a.tar", size=size), whole)
     path = with_header(tmp_path / "a.tar", kind=tarfile.GNUTYPE_LONGNAME, size=b"17777777777\0")
     os.truncate(path, 3 << 30)  # sparse
     refused(path, "a header of")
