@@ -85,6 +85,8 @@ def _loader(name: str) -> tuple[Callable[..., Backbone], str]:
     """What loads a backbone of this name, and its name there."""
     alias = ALIASES.get(name)
     where = alias.id if alias else name
+    if prefix := re.fullmatch(r"(timm|torchvision|hf|hf[-_]hub):[\s/@:]*", where):
+        raise UnknownBackbone(f'--backbone "{name}" names no network behind "{prefix[1]}:"; expected {FORMS}')
     if where.startswith("python:"):
         return user_module.load, where.removeprefix("python:")
     if re.match("hf[-_]hub:", where):  # timm's own way to write a repository of the hub

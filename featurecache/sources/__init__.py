@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import BadOption, NotFetched, SourceError, StorageError, nearest
+from featurecache.errors import BadOption, NotFetched, SeveralReadings, SourceError, StorageError, nearest
 from featurecache.files.atomic import refuse_special
 from featurecache.files.storage import canonical, is_address, local_path
 from featurecache.images.headers import check_crop
@@ -179,8 +179,8 @@ def open_source(
 
 def open_images(data: str | os.PathLike[str], *, columns: Columns = None, page: str | None = None) -> Dataset:
     """The images that ``data`` names, to be predicted: of a folder all that lie below it, whatever its folders are
-    called; of a table those of its paths (``columns``: path); of other sources all, with their labels. A table's own
-    column of labels stays in ``meta``. Raises SourceError."""
+    called; of a table those of its paths (``columns``: path); of other sources all, with their labels where these have
+    one reading. A table's own column of labels stays in ``meta``. Raises SourceError."""
     kind, what = _find(data)
     if kind in _FOLDERS and not columns:
         return expand_frames(replace(open_images_below(what), source={"kind": "folder", "data": what}), page)
@@ -188,7 +188,11 @@ def open_images(data: str | os.PathLike[str], *, columns: Columns = None, page: 
         paths = {"path": columns["path"]} if columns and "path" in columns else {}
         words = {"columns": {**dict.fromkeys(set(ROLES) - {"path"}, ""), **paths}, "task": "unlabelled"}
         return _open(kind, what, data, dict.fromkeys(_WORDS) | words)
-    return open_source(data, columns=columns, task="unlabelled" if kind == "npz" else None)
+    try:
+        return open_source(data, columns=columns, task="unlabelled" if kind == "npz" else None)
+    except SeveralReadings:  # of labels, which nobody needs here
+        without = {"label": "", "group": ""} if kind in ("hf", "webdataset") else {}
+        return open_source(data, columns={**without, **(columns or {})}, task="unlabelled")
 
 
 def reopen(source: Mapping[str, Any]) -> Dataset:

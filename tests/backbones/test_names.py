@@ -28,9 +28,11 @@ from featurecache.images.preprocessing import Preprocess
         ("hf:a/b/c", "cannot be the name of a repository"),
         ("timm/resnet50", "a repository of the hub is written hf:timm/resnet50"),
         ("torchvision:resnet5", 'no model "resnet5" for classification. Near: resnet5'),
+        *[(f"{kind}:{rest}", f'names no network behind "{kind}:"; expected hf:<repo or folder>, torchvision:<name>')
+          for kind in ("timm", "torchvision", "hf", "hf-hub", "hf_hub") for rest in ("", " ", "/", "@", " @")],
         ("torchvision:resnet50:V9", "there are IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
     ],
-)
+)  # fmt: skip
 def test_names_that_are_nearly_right_are_answered_with_the_right_form(name, says, hub):
     refuses(UnknownBackbone, re.escape(says), name)
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 
 import cli
+from featurecache.commands.source_options import READ_BY
 from featurecache.errors import BadOption
 from heads.runs.run import option_words
 from heads.settings import TABLE, Settings, options_for
@@ -14,11 +15,8 @@ from heads.training.job import check_options
 
 OWN = {  # options of the commands themselves
     "train-head": "head features controls out overwrite no_images hash_ids cache",
-    "train-baseline": "arch data columns task classes_at order root uncertain page bits crop limit limit_seed "
-    "features controls out "
-    "overwrite no_images hash_ids cache",
-    "ablate": "heads features data columns task classes_at order root uncertain page bits crop limit limit_seed "
-    "outputs seeds fractions "
+    "train-baseline": f"arch data {' '.join(READ_BY)} features controls out overwrite no_images hash_ids cache",
+    "ablate": f"heads features data {' '.join(READ_BY)} outputs seeds fractions "
     "repeats folds search trials controls out dry_run reference show_test no_images hash_ids cache",
 }
 TAKERS = {

@@ -21,7 +21,7 @@ from featurecache.errors import NotFetched, SeveralReadings, UnreadableImage
 from featurecache.extraction.digest_cache import DigestCache
 from featurecache.extraction.scan import scan
 from featurecache.images import decoding
-from featurecache.sources import huggingface, open_source, reopen
+from featurecache.sources import huggingface, open_images, open_source, reopen
 
 datasets = pytest.importorskip("datasets")
 
@@ -235,6 +235,7 @@ def test_cells_of_a_column_are_read_as_those_of_a_table(tmp_path):
     with pytest.raises(SeveralReadings, match="a measurement, no classes") as caught:
         open_source(saved(tmp_path / "ages", ages))
     assert caught.value.readings[1].options == {"columns": {"label": "sex"}}
+    assert open_images(tmp_path / "ages").task == "unlabelled"
     signed = saved(tmp_path / "signed", rows_of(1, 0, -1, kind=datasets.Value("int64")))
     data = reopened(open_source(signed, uncertain="one"))
     assert (data.labels.tolist(), data.source["uncertain"]) == ([1, 0, 1], "one")

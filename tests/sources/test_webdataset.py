@@ -22,7 +22,7 @@ from featurecache.extraction import scan
 from featurecache.extraction.digest_cache import DigestCache
 from featurecache.extraction.scan import scan as scan_dataset
 from featurecache.images.decoding import digest
-from featurecache.sources import open_source, webdataset
+from featurecache.sources import open_images, open_source, webdataset
 from featurecache.sources.summary import describe_dataset
 
 
@@ -64,10 +64,18 @@ def test_cells_of_samples_are_read_as_those_of_tables(tmp_path):
     with pytest.raises(SeveralReadings) as caught:
         open_source(data)
     assert [each.options for each in caught.value.readings][:2] == [{"task": "binary"}, {"uncertain": "ignore"}]
+    assert (open_images(data).task, len(open_images(data))) == ("unlabelled", 3)  # to be predicted
     read = open_source(data, uncertain="zero")
     assert (read.labels.tolist(), read.source["uncertain"]) == ([1, 0, 1], "zero")
     data = tar(tmp_path / "letters.tar", *samples(("b", "a"), ("a", "A"), ("c", "c")))
     assert [open_source(data, letter_case=case).classes for case in ("ignore", "keep")] == [["a", "c"], ["A", "a", "c"]]
+
+
+def test_samples_with_two_fields_of_labels_are_predicted_without_them(tmp_path):
+    fields = {"label": "a", "finding": "b", "patient": "p"}
+    data = tar(tmp_path / "two.tar", *samples(("1", fields), ("2", fields), field="json"))
+    refused(data, "could be the label: label, finding", error=SeveralReadings)
+    assert (open_images(data).task, open_images(data).ids) == ("unlabelled", ["two.tar:1", "two.tar:2"])
 
 
 def test_of_several_images_of_a_sample_each_may_be_meant(tmp_path):
