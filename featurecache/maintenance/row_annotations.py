@@ -79,10 +79,7 @@ def annotate_rows(
         groups = column_at(table.groups, matched) if table.groups and groups is None else groups
         meta = column_at(table.meta, matched)
     if table is None and not (arrays["labels"] and arrays["labels"].text):
-        for name in ("uncertain", "letter_case"):
-            if getattr(how, name):
-                option = f"--{name.replace('_', '-')}"
-                raise BadOption(f"{option} is about labels that are text: a table, or an array of names.")
+        how.refuse_unused("there are numbers" if arrays["labels"] else "there are none")
     cells = LabelColumns(file.path.name, lambda row: f"row {row:,}", replace(how, task=task))
     if array := arrays["labels"]:
         labels, names = _labels_of(array, classes or stated, cells)

@@ -206,6 +206,7 @@ def _labels(
 ) -> tuple[np.ndarray, list[str]]:
     """Labels and classes of numbers that index ``names``, of lists, or of other values as of the cells of a table."""
     if names or any(isinstance(value, list) for value in values):
+        reading.how.refuse_unused(f"{key} of {reading.where} holds {'lists' if not names else 'numbers of classes'}")
         return labels_of_values(values, names, f"the column {key} of {reading.where}")
     return labels_of_columns({key: ["" if value is None else str(value) for value in values]}, reading)
 

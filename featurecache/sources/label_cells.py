@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from featurecache.errors import Reading, SeveralReadings, SourceError
+from featurecache.errors import BadOption, Reading, SeveralReadings, SourceError
 from featurecache.formatting import abbreviated
 from featurecache.sources.labels import class_labels, finite_number
 from featurecache.sources.vocabulary import LETTER_CASE, YES_NO, in_order, is_missing, one_spelling, spelling_key
@@ -55,6 +55,15 @@ class LabelOptions:
         for name, choices in (("uncertain", tuple(UNCERTAIN)), ("letter_case", LETTER_CASE)):
             if (value := getattr(self, name)) not in (None, *choices):
                 raise SourceError(f"--{name.replace('_', '-')} is {', '.join(choices)}, not {value!r}.")
+
+    def refuse_unused(self, what: str) -> None:
+        """Raises BadOption where labels are not text, of which alone these options say anything."""
+        for name in ("uncertain", "letter_case"):
+            if getattr(self, name):
+                option = f"--{name.replace('_', '-')}"
+                raise BadOption(
+                    f"{option} is about labels that are text, of a table or by names; {what}. Leave it out."
+                )
 
 
 @dataclass

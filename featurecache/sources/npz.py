@@ -273,6 +273,7 @@ def _labels(
     if values.ndim == 1 and values.dtype.kind == "U":
         reading = LabelColumns(name, lambda row: f"{where}, row {row:,}", how)
         return *labels_of_columns({"labels": values.tolist()}, reading), reading.remarks
+    how.refuse_unused(f"{where} are numbers")
     if values.ndim == 1 and values.dtype.kind == "f" and np.isnan(values).any():
         raise SourceError(f"{where} are not whole numbers ({values.dtype}); expected class numbers.")
     labels, classes = labels_of_numbers(values, where)

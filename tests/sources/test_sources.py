@@ -15,7 +15,7 @@ import pytest
 from support.plant import flip
 from support.small_sets import npz, pictures, refused, reopened, shades, table
 
-from featurecache.errors import SeveralReadings, SourceError, nearest
+from featurecache.errors import BadOption, SeveralReadings, SourceError, nearest
 from featurecache.sources import SOURCES, open_source
 from featurecache.sources import npz as npz_source
 from featurecache.sources.medmnist import MEDMNIST
@@ -161,6 +161,11 @@ def test_names_in_an_archive_are_read_as_the_cells_of_a_table(tmp_path):
     assert open_source(files["signed"], uncertain="one").labels.tolist() == [0, 0, 0, 0]
     refused(files["films"], "captions or ids, no classes?", error=SeveralReadings)
     assert len(open_source(files["films"], task="multiclass").classes) == 12
+    numbers = npz(tmp_path / "numbers.npz", images=shades(3, 4, 4), labels=np.array([0, 1, -1]))
+    with pytest.raises(
+        BadOption, match=r"--uncertain is about labels that are text.* the labels of numbers.npz are num"
+    ):
+        open_source(numbers, uncertain="one")
 
 
 @pytest.mark.parametrize("names", NAMES)

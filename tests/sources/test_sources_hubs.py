@@ -17,7 +17,7 @@ from support.published_sets import chest_xray, kaggle_copy
 from support.small_hub import small_hub
 from support.small_sets import encoded, refused, reopened, shades_of
 
-from featurecache.errors import NotFetched, SeveralReadings, UnreadableImage
+from featurecache.errors import BadOption, NotFetched, SeveralReadings, UnreadableImage
 from featurecache.extraction.digest_cache import DigestCache
 from featurecache.extraction.scan import scan
 from featurecache.images import decoding
@@ -239,6 +239,11 @@ def test_cells_of_a_column_are_read_as_those_of_a_table(tmp_path):
     signed = saved(tmp_path / "signed", rows_of(1, 0, -1, kind=datasets.Value("int64")))
     data = reopened(open_source(signed, uncertain="one"))
     assert (data.labels.tolist(), data.source["uncertain"]) == ([1, 0, 1], "one")
+    pets(4).save_to_disk(str(tmp_path / "pets"))
+    with pytest.raises(
+        BadOption, match=r"--letter-case is about labels that are text.* label of pets holds numbers of"
+    ):
+        open_source(tmp_path / "pets", letter_case="keep")
 
 
 def test_two_columns_of_classes_have_to_be_told_apart_and_the_rest_is_kept(tmp_path):
