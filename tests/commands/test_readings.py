@@ -153,6 +153,7 @@ def test_each_answer_is_what_its_option_says(tmp_path, monkeypatch, question):
     alone = call(*words)
     typed = [line.partition(": featurecache ")[2] for line in alone.stderr.splitlines() if ": featurecache " in line]
     assert alone.exit_code == 2 and len(typed) == len(question.options) == len(question.answers)
+    assert all(line.count("--column label=") <= 1 for line in typed)  # what was typed gives way
     assert all(option in f"{line} " for option, line in zip(question.options, typed, strict=True))
     monkeypatch.setattr(terminal, "is_terminal", lambda: True)
     for (answer, made), command in zip(question.answers.items(), typed, strict=True):

@@ -377,3 +377,9 @@ def test_the_unicode_text_of_excel_is_read(tmp_path, encoding):
     text = "\ufeff" * (encoding == "utf-16-be") + "path\tlabel\r\n\u00fc.png\tx\r\n"
     (tmp_path / "list.csv").write_bytes(text.encode(encoding))
     assert open_source(tmp_path / "list.csv").ids == ["\u00fc.png"]
+
+
+@pytest.mark.parametrize("task", [None, "multilabel"])
+def test_numbers_that_contradict_each_other_are_no_several_findings(tmp_path, task):
+    text = refused(table(tmp_path, "path,label\na,1\na,2\n"), "lists a twice", task=task)
+    assert "--task multilabel" not in text

@@ -60,7 +60,7 @@ def test_unicode_forms_and_spaces_are_spellings() -> None:
 
 
 def test_single_letters_of_two_cases_are_refused() -> None:
-    with pytest.raises(SourceError, match="the classes A and a: one class or two"):
+    with pytest.raises(SourceError, match="d has 'A' and 'a': one class or two"):
         one_spelling({"A": 1, "a": 2}, "d")
 
 
