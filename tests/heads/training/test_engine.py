@@ -199,7 +199,9 @@ def test_a_linear_head_on_fixed_vectors_is_trained_on_these(head):
 def test_finished_heads_take_no_more_steps(monkeypatch):
     sizes, step = [], StackedTrainer.step
     monkeypatch.setattr(StackedTrainer, "step", lambda self, *a: sizes.append(len(self)) or step(self, *a))
-    settings = [Settings("linear", epochs=30, patience=patience) for patience in (2, 0)]  # the second goes on
+    settings = [  # the second creeps on
+        Settings("linear", epochs=30, patience=2, lr=lr, select="loss") for lr in (0.3, 1e-4)
+    ]
     fits = train_together(prepare_training(toy_view(n=200, splits="given", noise=3.0), settings[0]), settings)
     assert sizes[0] == 2 and sizes[-1] == 1
     assert len(fits[0].history) < len(fits[1].history) == 30
