@@ -200,7 +200,7 @@ def test_featurecache_alone_is_the_help_and_no_error():
 def test_help_cuts_no_sentence_and_names_a_commands_own_options_first():
     text = " ".join(call("--help").output.split("Commands, ")[1].split())
     assert "..." not in text
-    assert "choose their settings on val, and compare them on test study A published study again, from" in text
+    assert "choose their settings on val, compare them on test study A published study again, from" in text
     own = call("evaluate", "--help").output.split("Options:")[1]
     assert own.index("--run DIR") < own.index("--features") < own.index("--json") < own.index("--debug")
 

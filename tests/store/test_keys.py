@@ -152,7 +152,7 @@ def test_of_a_backbone_the_key_knows_what_decides_and_nothing_else(vit):
 ASKED = {"backbone", "weights", "random_weights", "seed", "image_size", "fit", "precision", "dtype", "bits", "crop"}
 NOT_ASKED = {
     "data", "outputs", "name", "device", "batch_size", "workers", "on_error", "accept_drift", "cache", "columns",
-    "task", "page", "classes_at", "order", "root", "uncertain", "hash_ids", "hash_groups",
+    "task", "page", "classes_at", "leave_out", "order", "root", "uncertain", "letter_case", "hash_ids", "hash_groups",
     "remember", "progress", "copies", "augment", "augment_seed", "forward", "limit", "limit_seed",
     "engine", "actors", "num_gpus", "address",
 }  # fmt: skip
