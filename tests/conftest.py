@@ -70,6 +70,17 @@ def _no_process_in_the_first_tier(request: pytest.FixtureRequest, monkeypatch: p
             monkeypatch.setattr(call, lambda *_, **__: pytest.fail("starts a process: mark it integration"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_left_in_the_project() -> Iterator[None]:
+    """Neither runs nor studies: `verify` of another test would find them."""
+    left = [Path(__file__).parents[1] / name for name in ("runs", "studies")]
+    before = [path.exists() for path in left]
+    yield
+    assert [path.exists() for path in left] == before, (
+        f"a test wrote into {left[0].parent}: it has to change the folder"
+    )
+
+
 @pytest.fixture(autouse=True)
 def machine_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the machine remembers: of each test its own."""

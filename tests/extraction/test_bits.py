@@ -48,20 +48,6 @@ def test_bits_are_in_the_key_the_source_and_the_command(dark, vit, tmp_path):
     assert not np.allclose(rows[0].float(), plain.tensor("cls", [0])[0].float(), atol=1e-2)
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize("words", [("train-baseline", "--arch", "cnn-cifar"), ("ablate", "--heads", "cnn-cifar")])
-def test_networks_from_pixels_warn_of_them_as_an_extraction_does(dark, words):
-    for number, file in enumerate(sorted(dark.iterdir())):
-        (dark / "ab"[number % 2]).mkdir(exist_ok=True)
-        file.rename(dark / "ab"[number % 2] / file.name)
-    words = (*words, "--data", dark, "--epochs", "1")
-    warning = (
-        "warning    12-bit values in 16-bit files: nearly black (at most 6.2 % of white); --bits 12 scales them.\n"
-    )
-    assert warning in call(*words, "--image-size", "16").stderr
-    assert "12-bit" not in call(*words, "--bits", "12").stderr
-
-
 def test_bits_that_are_about_none_of_the_images_or_no_bits_are_refused(dark, vit, tmp_path):
     with pytest.raises(BadOption, match=r"none of 200 images looked at is one"):
         plan.prepare("digits", backbone=vit, cache=tmp_path / "c", bits=12)
