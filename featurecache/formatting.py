@@ -166,9 +166,10 @@ def terminal_width(stream: IO[str]) -> int | None:
     """Columns of the terminal that a stream goes to, $COLUMNS where that is set; None: it goes to no terminal."""
     if not stream.isatty():
         return None
-    with contextlib.suppress(OSError):  # a terminal that does not say
-        return int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(stream.fileno()).columns
-    return 80
+    width = 0  # what a terminal of a container or of `script` says that was never told its size
+    with contextlib.suppress(OSError, ValueError):  # a terminal that does not say, a $COLUMNS that is no number
+        width = int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size(stream.fileno()).columns
+    return width if width > 0 else 80
 
 
 _COMMAND = re.compile(r"(?:^|: | {2})((?:featurecache|hf|curl) -?[a-zA-Z-]+ .+)$")

@@ -130,7 +130,7 @@ def select_state_dict(path: Path, data: Any, name: str = "") -> StateDict:
     """The state dict in what a training script has saved: the one of this name, or by `PREFERRED`, or under one of the
     usual names, or the only one there is. Raises WeightsDoNotFit."""
     sets = {str(k): v for k, v in data.items() if isinstance(v, Mapping) and v} if isinstance(data, Mapping) else {}
-    usual = [each for each in _WRAPPERS if each in sets]
+    usual = sorted((each for each in _WRAPPERS if each in sets), key=lambda each: not _holds_tensors(sets[each]))
     sets = {key: value for key, value in sets.items() if _holds_tensors(value) or key in usual}
     preferred = _preferred(key for key in sets if _holds_tensors(sets[key]))
     why = ""

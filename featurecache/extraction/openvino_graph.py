@@ -76,11 +76,16 @@ class OpenvinoGraph:
         tensor = import_openvino().Tensor
         images = np.array_split(pixels.contiguous().numpy(), min(len(self._requests), len(pixels)))
         running = list(zip(self._requests, images, strict=False))
-        for request, part in running:
-            request.set_input_tensor(tensor(part, shared_memory=True))
-            request.start_async()
-        for request, _ in running:
-            request.wait()
+        try:
+            for request, part in running:
+                request.set_input_tensor(tensor(part, shared_memory=True))
+                request.start_async()
+            for request, _ in running:
+                request.wait()
+        except BaseException:  # Ctrl-C: those that run read the pixels still, and take no others
+            for request, _ in running:
+                request.wait()
+            raise
         rows = zip(*([tensor.data for tensor in request.output_tensors] for request, _ in running), strict=True)
         return {part: torch.from_numpy(np.concatenate(each)) for part, each in zip(self.parts, rows, strict=True)}
 

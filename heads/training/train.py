@@ -16,7 +16,7 @@ from torch import nn
 
 from featurecache.errors import ProtocolError
 from featurecache.files.mirror import place_of
-from featurecache.formatting import device_title
+from featurecache.formatting import device_title, one_line
 from heads.metrics.calibration import Calibration, calibrate
 from heads.metrics.classification import evaluate
 from heads.models.catalogue import head_info
@@ -161,7 +161,13 @@ def _calibrate_and_test(
 def _fitted_head(
     job: TrainingJob, model: nn.Module, trained: TrainedState, features: TrainingData, products: str,
     data: dict[str, SplitData], logits: dict[str, np.ndarray],
-) -> FittedHead:  # fmt: skip
+) -> FittedHead | ProtocolError:  # fmt: skip
+    if wrong := np.flatnonzero(~np.isfinite(logits["test"]).all(1)).tolist():  # of val training has seen to that
+        first, way = one_line(job.view.ids[job.splits.rows("test")[wrong[0]]]), "a smaller --lr helps"
+        if not isinstance(job.view, PixelView):
+            way = "its features are far beyond those of train; --standardize l2 scales each image by itself"
+        counts = f"{len(wrong):,} of {len(logits['test']):,} images of test"
+        return ProtocolError(f"the head's outputs are not finite for {counts}, such as {first}: {way}.")
     task, y, sensitivity = job.task, {name: each.y.numpy() for name, each in data.items()}, trained.settings.sensitivity
     calibration, note = calibrate(task.kind, logits["val"], y["val"], trained.correction, task.positive, sensitivity)
     notes = [*trained.notes, *filter(None, (limit_note(trained), note))]

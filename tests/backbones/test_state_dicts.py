@@ -105,6 +105,13 @@ def test_optimizers_and_small_dicts_beside_the_weights_are_no_second_set():
     assert load(content).weights == load(A).weights and notes(load(content)) == ""
 
 
+@pytest.mark.parametrize(
+    "beside", [{"state_dict": {"epoch": 3}}, {"state_dict": {"hyper": {"lr": 1}}, "module": {"n": 1}}]
+)
+def test_of_the_usual_names_one_that_holds_tensors_is_taken(beside):
+    assert load({**beside, "model": A}).weights == load(A).weights
+
+
 def test_info_says_what_a_file_of_weights_holds():
     torch.save({"state_dict": A, "state_dict_ema": B}, "w.pth")
     assert "state_dict_ema (timm's choice" in describe_backbone(VIT, weights="w.pth")["weights"]

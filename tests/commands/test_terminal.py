@@ -3,10 +3,14 @@ that can be pasted; a file or a pipe gets every line as it is."""
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
 import re
 import shlex
+import struct
 import sys
+import termios
 from pathlib import Path
 
 import click
@@ -110,6 +114,19 @@ def test_where_nobody_reads_along_no_table_folds(tmp_path):
     assert len(aligned(LONG)) == 2 and len(aligned(LONG)[0]) > 80
     with (tmp_path / "file").open("w") as file:
         assert formatting.terminal_width(file) is None
+
+
+@pytest.mark.parametrize(
+    ("columns", "size", "width"), [("", 0, 80), ("0", 0, 80), ("-5", 100, 80), ("wide", 100, 80), ("", 100, 100),
+                                   ("60", 100, 60)]
+)  # fmt: skip
+def test_a_terminal_without_a_width_has_80_columns(columns, size, width, monkeypatch):
+    """Those of containers and of `script` say 0 until somebody tells them."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 0, size, 0, 0))
+    monkeypatch.setenv("COLUMNS", columns)
+    with open(master, "wb"), open(slave, "w") as terminal_file:
+        assert formatting.terminal_width(terminal_file) == width
 
 
 @pytest.mark.integration

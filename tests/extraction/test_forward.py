@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -88,6 +89,31 @@ def test_a_graph_gives_the_features_of_the_library(home: Path, precision: str, m
     assert plan_of(graph)["forward"] == "openvino" and plan_of(library)["forward"] == "library"
     assert graph.digests.tolist() == library.digests.tolist() and 0 < apart(graph, library) < most
     assert plan_of(graph)["candidates"]["openvino"]["error"] < most
+
+
+class Request:
+    """A stream of a graph, whose first wait is interrupted as Ctrl-C does."""
+
+    running, interrupts = False, 1
+
+    def set_input_tensor(self, pixels: object) -> None:
+        assert not self.running
+
+    def start_async(self) -> None:
+        self.running = True
+
+    def wait(self) -> None:
+        self.running, self.interrupts = False, self.interrupts - 1
+        if self.interrupts == 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_graph_leaves_no_stream_running() -> None:
+    """It would read pixels that are gone, and take no others."""
+    graph = openvino_graph.OpenvinoGraph(SimpleNamespace(create_infer_request=Request), ["cls"], 2)
+    with pytest.raises(KeyboardInterrupt):
+        graph(torch.zeros(8, 3, 2, 2))
+    assert not any(request.running for request in graph._requests)
 
 
 def test_a_graph_of_a_grey_network_is_fed_one_channel(tmp_path: Path) -> None:

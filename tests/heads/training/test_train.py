@@ -361,6 +361,17 @@ def test_outputs_that_are_not_finite_end_the_run():
         train_head(view, "linear", lr=1e38, select="loss", balance=False, standardize="none")
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp", "logreg"])
+def test_an_image_of_test_far_beyond_train_is_named(head):
+    view = toy_view(n=200, splits="given")
+    view.features["cls"] = view.features["cls"].float() * 1e-3
+    row = view.splits.index("test")
+    view.features["cls"][row] = 3e38
+    with pytest.raises(ProtocolError, match=rf"not finite for 1 of 40 images of test, such as {view.ids[row]}: "):
+        train_head(view, head)
+    assert train_head(view, head, standardize="l2").metrics["test"]["auroc"] > 0.5  # as the sentence says
+
+
 def test_small_heads_train_on_one_thread_and_give_the_others_back(monkeypatch):
     seen, before = set(), torch.get_num_threads()
     torch.set_num_threads(2)
