@@ -96,7 +96,7 @@ def input_of(name):
 def test_every_head_says_where_it_comes_from(name):
     info = HEADS[name]
     assert info.reference and (info.make.__doc__ or "Ilse" in info.reference)
-    scaled = info.solved or name in ("linear", "attention")
+    scaled = info.solved or name in ("linear", "mean-linear", "cls+mean", "attention")
     assert info.standardize == ("l2" if name == "knn" else "zscore" if scaled else "none")
 
 

@@ -132,7 +132,7 @@ def test_a_cheap_head_goes_on_until_val_is_no_better():
     view = toy_view(n=400, splits="given", noise=3)
     view.features["cls"] = 1 + 0.05 * view.features["cls"]
     plain = partial(train_head, view, "linear", standardize="none", lr=1e-3, schedule="constant")
-    default, whole = plain(**HEADS["mean-linear"].settings), plain(epochs=1500, patience=150)
+    default, whole = plain(**HEADS["mlp"].settings), plain(epochs=1500, patience=150)
     short = plain(epochs=50, patience=5)
     assert default.config["notes"] == [] and "limit of 50 epochs" in short.config["notes"][0]
     for split in ("val", "test"):
@@ -140,9 +140,10 @@ def test_a_cheap_head_goes_on_until_val_is_no_better():
     assert Settings.from_dict(default.config["settings"]).epochs == 500  # what ran stands in the record
 
 
-def converged(view, splits):
-    """Test AUROC of logistic regression on z-scores, no penalty, equal classes: scikit-learn's, to its minimum."""
-    x, y = view.features["cls"].double().numpy(), view.labels
+def converged(x, y, splits):
+    """Test AUROC of logistic regression on z-scores of x [N, D], no penalty, equal classes: scikit-learn's, to its
+    minimum."""
+    x = x.double().numpy()
     train, test = splits == "train", splits == "test"
     z = (x - x[train].mean(0)) / x[train].std(0)
     model = LogisticRegression(C=1e6, class_weight="balanced", max_iter=20_000).fit(z[train], y[train])
@@ -164,8 +165,23 @@ def dominated(seed, n=3000, width=16):
 def test_linear_by_default_is_within_five_thousandths_of_its_converged_self_on_random_features(data_seed):
     view = dominated(data_seed)
     run = train_head(view, "linear")
-    assert run.metrics["test"]["auroc"] == pytest.approx(converged(view, run_splits(run)), abs=0.005)
+    whole = converged(view.features["cls"], view.labels, run_splits(run))
+    assert run.metrics["test"]["auroc"] == pytest.approx(whole, abs=0.005)
     assert run.config["notes"] == [] and run.config["standardize"] == "zscore"
+
+
+@pytest.mark.parametrize("data_seed", range(3))
+@pytest.mark.parametrize("head", ["mean-linear", "cls+mean"])
+def test_a_linear_layer_on_a_mean_of_tokens_is_within_eight_thousandths_of_its_converged_self(head, data_seed):
+    view = dominated(data_seed)
+    noise = torch.randn(len(view), 5, 16, generator=torch.Generator().manual_seed(data_seed))
+    tokens = view.features.pop("cls")[:, None] + (0.02 * noise).half()
+    view.features["tokens"], view.prefix, view.grid = tokens, ("cls",), (2, 2)
+    run = train_head(view, head)
+    mean = tokens[:, 1:].float().mean(1)
+    x = torch.cat([tokens[:, 0].float(), mean], 1) if head == "cls+mean" else mean
+    assert run.metrics["test"]["auroc"] == pytest.approx(converged(x, view.labels, run_splits(run)), abs=0.008)
+    assert run.config["standardize"] == "zscore"
 
 
 def random_relu(real_data):
@@ -184,7 +200,8 @@ def random_relu(real_data):
 def test_linear_by_default_is_within_five_thousandths_of_its_converged_self_on_pneumoniamnist(real_data, seed):
     view = random_relu(real_data)
     run = train_head(view, "linear", seed=seed)
-    assert run.metrics["test"]["auroc"] == pytest.approx(converged(view, run_splits(run)), abs=0.005)
+    whole = converged(view.features["cls"], view.labels, run_splits(run))
+    assert run.metrics["test"]["auroc"] == pytest.approx(whole, abs=0.005)
 
 
 def test_labels_of_test_change_nothing_of_the_head():
