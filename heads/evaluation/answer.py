@@ -55,8 +55,11 @@ def _sentence(name: str, against: dict[str, Difference], measure: str, images: s
         clauses[0] = f"{name} is {clauses[0]} {images}"
         clauses += [f"than {_listed(same)}: no difference shown"] if same else []
     elif same:
-        numbers = f": {_numbers(against[same[0]])} {measure}" if len(same) == 1 else f" in {measure}"
-        clauses.append(f"between {name} and {_listed(same)} no difference is shown{numbers} {images}")
+        one = against[same[0]] if len(same) == 1 else None
+        numbers = f": {_numbers(one)} {measure}" if one else f" in {measure}"
+        _, comma, decides = one["words"].partition("], ") if one else ("", "", "")  # Holm's p, against the interval
+        why = f"{comma[1:]}{decides}"
+        clauses.append(f"between {name} and {_listed(same)} no difference is shown{numbers} {images}{why}")
     if apart:
         clauses.append(f"{'it' if clauses else name} was not tested on the images of {_listed(apart)}")
     sentence = "; ".join(clauses)
@@ -76,7 +79,7 @@ def _reversed(difference: Difference) -> Difference:
         return None
     verdict, turned = difference["words"].split(":")[0], {"better": "worse", "worse": "better"}
     ends = {"value": -difference["value"], "low": -difference["high"], "high": -difference["low"]}
-    return ends | {"words": turned.get(verdict, verdict)}
+    return ends | {"words": turned.get(verdict, difference["words"])}
 
 
 def _size(difference: Difference) -> str:

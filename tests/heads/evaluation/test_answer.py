@@ -49,7 +49,8 @@ CASES = {
     ),
     "an interval without 0 that Holm does not bear out": (
         record("large", {"linear": (0.9, difference(-0.04, 0.2)), "large": (0.95, None)}),
-        "Between large and linear no difference is shown: +0.040 [+0.010, +0.070] AUROC on 624 test images.",
+        "Between large and linear no difference is shown: +0.040 [+0.010, +0.070] AUROC on 624 test images, "
+        "p 0.2 by Holm over 3.",
     ),
     "lower is better": (
         record("a", {"a": (0.1, None), "b": (0.2, difference(0.05, measure="nll"))}, select="loss"),

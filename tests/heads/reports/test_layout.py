@@ -94,6 +94,18 @@ def test_in_a_browser_leaderboard_and_forest_plot_fit(swept, opened, width):
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
+SIDEWAYS = """[...document.querySelectorAll('.scroll')].filter(
+  s => s.scrollWidth > s.clientWidth + 1 && s.checkVisibility()).map(s => s.ariaLabel)"""
+
+
+@pytest.mark.parametrize("width", [1280, 768, 400])
+def test_in_a_browser_no_table_that_is_not_folded_scrolls(swept, opened, width):
+    tab = opened(swept[0], width)
+    long = "linear on gap of shufflenet_v2_x0_5/chest at 100 %, lr 0.0005546, weight decay 1.34782e-06, batch size 80"
+    tab.evaluate(f"document.querySelectorAll('.board td.first').forEach(td => td.textContent = '{long}')")
+    assert tab.evaluate(SIDEWAYS) == []
+
+
 @pytest.mark.parametrize("width", [1280, 768, 400])
 def test_in_a_browser_long_words_leave_room_for_the_plot(swept, opened, width):
     tab = opened(swept[0], width)

@@ -326,9 +326,11 @@ def test_names_that_are_html_stay_text(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "colours"), [(1200, "light"), (400, "dark")])
+@pytest.mark.parametrize(("width", "colours"), [(1200, "light"), (768, "light"), (400, "dark")])
 def test_in_a_browser_it_asks_for_nothing_sorts_and_does_not_scroll_sideways(done, opened, width, colours):
     tab = opened(done.folder / "report.html", width, colours)
+    sideways = "s => s.scrollWidth > s.clientWidth + 1 && s.checkVisibility()"
+    assert tab.evaluate(f"[...document.querySelectorAll('.scroll')].filter({sideways}).map(s => s.ariaLabel)") == []
     tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     dead = "a => !document.getElementById(a.getAttribute('href').slice(1))"
