@@ -103,7 +103,7 @@ def verify(talk: Console, names: tuple[str, ...], runs: str, cache: str | None) 
 
 
 @command
-@argument("name", required=False, metavar="[VIEW|RUN]")
+@argument("name", required=False, metavar="[VIEW|RUN|SWEEP]")
 @option("--backbone", metavar="NAME", help="Layers, shapes, parameters, outputs of a backbone; no weights needed.")
 @option("--head", metavar="NAME", help="Layers, shapes and parameters of a head, or of a network from pixels.")
 @option("--output", metavar="NAME", help="With --head: the output it would take.")
@@ -116,10 +116,10 @@ def info(
     talk: Console, name: str | None, backbone: str | None, head: str | None, weights: str | None,
     image_size: int | None, **options: Any,
 ) -> int:  # fmt: skip
-    """A view, a run, a backbone or a head in detail; without a name all backbones and heads there are."""
+    """A view, run, sweep, backbone or head in detail; without a name all backbones and heads there are."""
     cache = options["cache"]
     if sum(map(bool, (name, backbone, head))) > 1:
-        raise BadOption("info shows one thing at a time: a view or run, --backbone NAME, or --head NAME.")
+        raise BadOption("info shows one thing at a time: a view, run or sweep, --backbone NAME, or --head NAME.")
     if backbone:
         from featurecache.backbones import describe_backbone
 
@@ -143,6 +143,16 @@ def info(
 
         run = heads.load_run(name)
         talk.result(run_lines(run), {"run": run.path, "config": run.config, "metrics": run.metrics})
+        talk.next(f"featurecache report {shell_word(name)}")
+    elif name and (Path(name) / "sweep.json").exists():
+        from heads.api import families_in
+        from heads.evaluation.comparison import compare
+        from heads.reports.text import lab_table
+
+        left_out: list[str] = []
+        comparison = compare(families_in(name, left_out=left_out)).record
+        comparison["warnings"] += left_out
+        talk.result(lab_table(comparison), {"sweep": name, **comparison})
         talk.next(f"featurecache report {shell_word(name)}")
     elif name:
         from featurecache.commands import inspect

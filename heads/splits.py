@@ -193,7 +193,8 @@ def _check(
         raise ProtocolError(f"train has images of {present} only; two classes are needed to tell apart.")
     if absent:
         warnings.append(f"train has no image of {abbreviated(absent, 4)}: no head can learn it")
-    if few := [f"{n:,} images of {c}" for c, n in zip(task.classes, counts["val"], strict=True) if n < FEW]:
+    in_val = zip(task.classes, counts["val"], strict=True)
+    if few := [f"{n:,} image{'s' * (n != 1)} of {name}" for name, n in in_val if n < FEW]:
         again = "--resplit-val returns them to train and draws 15 % anew"
         way = "they were drawn from train, which has few" if "val" in drawn else again
         warnings.append(f"val has {abbreviated(few, 4)}: too few to choose a model ({way})")

@@ -19,6 +19,7 @@ from featurecache.commands.terminal import Console, cache_option, command, recor
 from featurecache.errors import BadOption
 from featurecache.files.records import ENGINES, WAYS
 from featurecache.formatting import (
+    abbreviated,
     columns,
     device_title,
     duration,
@@ -184,8 +185,9 @@ def _warnings(data: dict[str, Any]) -> list[str]:
     warnings = list(data["notes"])
     if "val" in data["splits"] and data["task"] in ("binary", "multiclass", "ordinal"):
         val = [row[data["splits"].index("val")] for row in data["counts"]]
-        few = [f"{n} of {name}" for name, n in zip(data["classes"], val, strict=True) if n < FEW_IN_VAL]
-        words = f"val has {', '.join(few[:3])}: too few to choose a model; train-head will ask for --resplit-val"
+        counts = [(n, name) for name, n in zip(data["classes"], val, strict=True) if n < FEW_IN_VAL]
+        few = [f"{n} image{'s' * (n != 1)} of {name}" for n, name in counts]
+        words = f"val has {abbreviated(few, 4)}: too few to choose a model; train-head --resplit-val draws val anew"
         warnings = [words] * bool(few) + warnings
     if duplicates := data["duplicates"]:
         for pair, n in duplicates["across"].items():

@@ -163,7 +163,10 @@ def view_lines(record: dict[str, Any]) -> str:
         counted = f"{made_of['copies']:,} augmented copies, {each} of {made_of['images']:,} images"
         rows.append(("augment", f"{counted}: {made_of['words']}, seed {made_of['augment']['seed']}"))
     for name, info in record["outputs"].items():
-        tokens = f"; prefix {info['prefix']}, grid {info['grid']}" if info["prefix"] is not None else ""
+        tokens = ""
+        if info["prefix"] is not None:
+            before = f"{', '.join(info['prefix'])}, then " if info["prefix"] else ""
+            tokens = f": {before}{'×'.join(map(str, info['grid']))} patches"
         shape = shape_text(name, info["shape"])
         rows.append(("keeps", f"{shape} {info['dtype']}, {size_text(info['bytes'])}{tokens}"))
         if info["rounding"]:

@@ -25,11 +25,12 @@ SESSION = (
     "train-head --head linear --epochs 2 --features chest", "train-head --head large --epochs 2 --features chest",
     "train-baseline --arch cnn-cifar --data chest --epochs 1", "ablate --heads linear,ridge --epochs 2 --dry-run",
     "train-baseline --arch finetune:vit-demo --random-weights --data chest --epochs 1 --image-size 32",
-    "ablate --heads linear,ridge --epochs 2", "info runs/chest-linear-1", "report runs/chest-linear-1",
+    "ablate --heads linear,ridge --epochs 2 --out runs/sweep", "info runs/chest-linear-1", "report runs/chest-linear-1",
+    "report runs/sweep", "report runs/chest-linear-1 runs/chest-large-1",
     "evaluate --run runs/chest-linear-1 --features chest", "predict --run runs/chest-linear-1 chest/ill/000.png",
     "explain --run runs/chest-large-1 chest/ill/000.png", "verify", "repair", "gc", "compact chest",
     "export chest chest.npz", "import own.npz --name own", "merge other/cache", "study",
-    "study medical-mnist --quick --dry-run",     "rm chest-limit-40 --yes", f"why {VIT} --image-size 32",
+    "study medical-mnist --quick --dry-run", "rm chest-limit-40 --yes", f"why {VIT} --image-size 32",
 )  # fmt: skip
 FILL = {"FOLDER": "chest", "IMAGE…": "chest/ill/000.png", "NAME": "mine", "DIR": "chest"}  # what a reader puts in
 
