@@ -13,6 +13,7 @@ import click
 
 SCREEN = 45  # lines
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+READ = {"--data", "--features", "--run"}
 _HYPHEN = "\u2011"  # that no line breaks at
 _TERM = 26  # characters of an option's name and value beside which its text stands
 
@@ -61,6 +62,16 @@ class Command(click.Command):
     """A command whose help has sections."""
 
     context_class = Context
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Raises UsageError where what is read is named twice by an option of one value: click would take the last."""
+        _, _, given = self.make_parser(ctx).parse_args(list(args))
+        for each in given:
+            single = isinstance(each, click.Option) and not each.multiple and READ & {*each.opts}
+            if single and given.count(each) > 1 and not ctx.resilient_parsing:
+                name = max(each.opts, key=len)
+                raise click.UsageError(f"{name} takes one and is given {given.count(each)} times: leave one.", ctx)
+        return super().parse_args(ctx, args)
 
     def get_help_option(self, ctx: click.Context) -> click.Option | None:
         if self._help_option is None:

@@ -197,6 +197,24 @@ def test_featurecache_alone_is_the_help_and_no_error():
     assert "featurecache demo" in result.output
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["extract --backbone vit-demo --data train_data --data test_data", "predict --run a --run b c.png",
+     "train-head --features a --head large --features b"],
+)  # fmt: skip
+def test_what_is_read_is_named_once_where_a_command_takes_one(words):
+    """The first folder of two would be left out without a word."""
+    result = call(*words.split())
+    assert result.exit_code == 2 and "takes one and is given 2 times: leave one." in result.stderr
+
+
+def test_the_last_of_other_options_counts_and_several_of_those_that_take_several(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--data", "t.csv", "--column", "path=a", "--column", "label=b", "--limit", "5", "--limit", "6")
+    assert "t.csv" in call("extract", "--backbone", "vit-demo", *words).stderr  # read, and not there
+    assert "takes one" not in call("report", "--run", "a", "--run", "b").stderr
+
+
 def test_help_cuts_no_sentence_and_names_a_commands_own_options_first():
     text = " ".join(call("--help").output.split("Commands, ")[1].split())
     assert "..." not in text

@@ -28,7 +28,7 @@ OF_TRAINING = {
     "--select": ("aurok", "auroc"), "--positive": ("wel", "well"), "--only": ("ill,wel", "well"),
     "--classes": ("wel=well,il", "ill"),
 }  # fmt: skip
-# Command -> (words that are right, option -> (misspelt, what is near)); an option that comes twice takes the last.
+# Command -> (words that are right, option -> (misspelt, what is near, more words; None: without --features, --data)).
 NAMES = {
     "extract": (MAKE, {
         "--backbone": ("vit-dmo", "vit-demo"), "--data": SET, "--outputs": ("cls,tokns", "tokens"),
@@ -127,10 +127,11 @@ def test_a_misspelt_name_ends_with_2_and_its_neighbour_and_nothing_is_done(made,
         monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail("it has begun"), raising=False)
     words, options = NAMES[command]
     wrong, near, *more = options[option]
-    if None in more:  # without --features, or the --data that stands there
-        more.remove(None)
-        start = words.index("--features" if "--features" in words else "--data")
-        words = words[:start] + words[start + 2 :]
+    bare, more = None in more, [word for word in more if word is not None]
+    for name in ("--features", "--data"):  # which a command takes once
+        if name in words and (bare or name in (*more, option)):
+            start = words.index(name)
+            words = words[:start] + words[start + 2 :]
     before = sorted(made.rglob("*"))
     result = call(*words, *more, *([option] if option else []), wrong)
     assert result.exit_code == 2 and result.stderr.count("error: ") == 1, result.output
